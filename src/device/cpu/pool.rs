@@ -1,0 +1,168 @@
+//! Host memory that is used again: freed buffers wait on shelves, one for each element and size class.
+
+use super::super::Element;
+use half::{bf16, f16};
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+    fmt,
+    ops::{Deref, DerefMut},
+    rc::Rc,
+};
+
+/// Bytes in use by the tensors of one rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Bytes that tensors hold now.
+    pub live: usize,
+    /// The most bytes that tensors have held at one time.
+    pub peak: usize,
+}
+
+/// The shelves of one rank.
+#[derive(Default)]
+pub struct Pool {
+    pub(in super::super) f64: RefCell<Shelf<f64>>,
+    pub(in super::super) f32: RefCell<Shelf<f32>>,
+    pub(in super::super) bf16: RefCell<Shelf<bf16>>,
+    pub(in super::super) f16: RefCell<Shelf<f16>>,
+    poison: bool,
+    live: Cell<usize>,
+    peak: Cell<usize>,
+}
+
+/// Idle vectors of one element by their capacity.
+#[derive(Debug)]
+pub struct Shelf<T>(BTreeMap<usize, Vec<Vec<T>>>);
+
+impl<T> Default for Shelf<T> {
+    fn default() -> Self {
+        Self(BTreeMap::new())
+    }
+}
+
+impl Pool {
+    pub(super) fn new(poison: bool) -> Self {
+        Self { poison, ..Self::default() }
+    }
+
+    pub(super) fn take<T: Element>(self: &Rc<Self>, len: usize) -> CpuBuffer<T> {
+        let class = size_class(len);
+        let idle = T::shelf(self).borrow_mut().0.get_mut(&class).and_then(Vec::pop);
+        let mut data = match idle {
+            Some(mut data) => {
+                data.resize(len, T::default());
+                data
+            }
+            None => {
+                // Zeroed memory of this size comes untouched from the system: pages are made when first written.
+                let mut data = vec![T::default(); class];
+                data.truncate(len);
+                data
+            }
+        };
+        if self.poison {
+            data.fill(T::NAN);
+        }
+        self.live.set(self.live.get() + len * size_of::<T>());
+        self.peak.set(self.peak.get().max(self.live.get()));
+        CpuBuffer { data, pool: Rc::clone(self) }
+    }
+
+    fn give_back<T: Element>(&self, data: Vec<T>) {
+        self.live.set(self.live.get() - data.len() * size_of::<T>());
+        if data.capacity() > 0 {
+            T::shelf(self).borrow_mut().0.entry(data.capacity()).or_default().push(data);
+        }
+    }
+
+    pub(super) fn trim(&self) {
+        self.f64.take();
+        self.f32.take();
+        self.bf16.take();
+        self.f16.take();
+    }
+
+    pub(super) fn memory(&self) -> MemoryUse {
+        MemoryUse { live: self.live.get(), peak: self.peak.get() }
+    }
+}
+
+/// The capacity given to a buffer of `len` elements: at most an eighth more, so that similar sizes share shelves.
+fn size_class(len: usize) -> usize {
+    let step = (len.next_power_of_two() / 16).max(16);
+    len.next_multiple_of(step)
+}
+
+/// Host memory that returns to its rank's pool when dropped.
+pub struct CpuBuffer<T: Element> {
+    data: Vec<T>,
+    pool: Rc<Pool>,
+}
+
+impl<T: Element> CpuBuffer<T> {
+    /// The memory itself, to be shared with other threads. It does not return to the pool.
+    pub(crate) fn into_vec(mut self) -> Vec<T> {
+        let data = std::mem::take(&mut self.data);
+        self.pool.live.set(self.pool.live.get() - data.len() * size_of::<T>());
+        data
+    }
+}
+
+impl<T: Element> Drop for CpuBuffer<T> {
+    fn drop(&mut self) {
+        self.pool.give_back(std::mem::take(&mut self.data));
+    }
+}
+
+impl<T: Element> Deref for CpuBuffer<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        &self.data
+    }
+}
+
+impl<T: Element> DerefMut for CpuBuffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.data
+    }
+}
+
+impl<T: Element> fmt::Debug for CpuBuffer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CpuBuffer<{}>({})", T::DTYPE, self.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn freed_memory_is_used_again_and_counted() {
+        let pool = Rc::new(Pool::new(false));
+        let first = pool.take::<f32>(1000);
+        let at = first.as_ptr();
+        assert_eq!(pool.memory(), MemoryUse { live: 4000, peak: 4000 });
+        drop(first);
+        let second = pool.take::<f32>(990);
+        assert_eq!((second.as_ptr(), second.len()), (at, 990), "a similar size comes from the same shelf");
+        assert_eq!(pool.memory(), MemoryUse { live: 3960, peak: 4000 });
+        assert_eq!(pool.take::<f32>(0).len(), 0);
+    }
+
+    #[test]
+    fn a_poisoned_pool_hands_out_nan() {
+        let pool = Rc::new(Pool::new(true));
+        drop(pool.take::<f64>(8));
+        assert!(pool.take::<f64>(8).iter().all(|value| value.is_nan()));
+    }
+
+    #[test]
+    fn size_classes_waste_at_most_an_eighth() {
+        for len in [1, 16, 17, 100, 4096, 4097, 1 << 20, (1 << 20) + 1] {
+            let class = size_class(len);
+            assert!(class >= len && class <= len.max(16) + len / 8 + 16, "{len} -> {class}");
+        }
+    }
+}

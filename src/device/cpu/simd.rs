@@ -1,0 +1,22 @@
+//! One binary, the processor's own vector width.
+
+/// Runs `f` compiled for AVX2 where the processor has it, so that the loops inside are vectorized eight floats wide.
+///
+/// The bits of the result do not depend on the processor: additions and multiplications are never contracted or
+/// reordered by this. `f` and what it calls must be `#[inline]` for the wider instructions to reach it.
+#[inline(always)]
+pub(crate) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        #[target_feature(enable = "avx2,f16c")]
+        fn with_avx2<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        if std::arch::is_x86_feature_detected!("f16c") {
+            // SAFETY: the processor has AVX2 and F16C, the features that `with_avx2` enables: both were just detected.
+            #[allow(unsafe_code)]
+            return unsafe { with_avx2(f) };
+        }
+    }
+    f()
+}

@@ -1,0 +1,257 @@
+//! The elements of tensors: f64, f32, bf16 and f16, each with the type in which sums over it are kept.
+
+use super::{AnyBuffer, AnyMut, AnyRef, Device, cpu::Pool, cpu::Shelf};
+use half::{bf16, f16};
+use std::{
+    cell::RefCell,
+    fmt,
+    ops::{Add, AddAssign, Div, Mul, Neg, Sub},
+};
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// The element of a tensor, as a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE 754 binary64.
+    F64,
+    /// IEEE 754 binary32.
+    F32,
+    /// The upper half of a binary32: 8 bits of exponent, 8 of precision.
+    BF16,
+    /// IEEE 754 binary16: 5 bits of exponent, 11 of precision.
+    F16,
+}
+
+impl DType {
+    /// The size of one element in bytes.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F64 => 8,
+            Self::F32 => 4,
+            Self::BF16 | Self::F16 => 2,
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F64 => "f64",
+            Self::F32 => "f32",
+            Self::BF16 => "bf16",
+            Self::F16 => "f16",
+        })
+    }
+}
+
+/// The element of a tensor, as a type: `f64`, `f32`, [`half::bf16`] or [`half::f16`].
+///
+/// f64 is a first-class element so that every operator can be held to 1e-12. This trait is sealed: a kernel family has
+/// one body for all elements, and four of them is what libraries and hardware have.
+pub trait Element: sealed::Sealed + Copy + Default + PartialEq + fmt::Debug + Send + Sync + 'static {
+    /// The type in which sums and non-linear functions of this element are computed.
+    type Acc: Accumulator;
+    /// This element as a value.
+    const DTYPE: DType;
+    /// The distance from 1 to the next larger number.
+    const EPSILON: f64;
+    /// Not a number.
+    const NAN: Self;
+
+    /// The same number in the accumulator.
+    fn widen(self) -> Self::Acc;
+    /// The nearest number to an accumulator.
+    fn narrow(acc: Self::Acc) -> Self;
+    /// The same number as f64.
+    fn to_f64(self) -> f64;
+    /// The nearest number to an f64.
+    fn from_f64(value: f64) -> Self;
+
+    /// A view whose element is known at run time.
+    fn any_ref<B: Device>(slice: B::Slice<'_, Self>) -> AnyRef<'_, B>;
+    /// An exclusive view whose element is known at run time.
+    fn any_mut<B: Device>(slice: B::SliceMut<'_, Self>) -> AnyMut<'_, B>;
+    /// A buffer whose element is known at run time.
+    fn any_buffer<B: Device>(buffer: B::Buffer<Self>) -> AnyBuffer<B>;
+    /// The view, if this is its element.
+    fn of_ref<'a, B: Device>(any: AnyRef<'a, B>) -> Option<B::Slice<'a, Self>>;
+    /// The exclusive view, if this is its element.
+    fn of_mut<'a, B: Device>(any: AnyMut<'a, B>) -> Option<B::SliceMut<'a, Self>>;
+    /// The buffer, if this is its element.
+    fn of_buffer<B: Device>(any: AnyBuffer<B>) -> Option<B::Buffer<Self>>;
+
+    #[doc(hidden)]
+    fn shelf(pool: &Pool) -> &RefCell<Shelf<Self>>;
+}
+
+/// An element that is its own accumulator: f64 or f32, with the arithmetic that kernels need.
+///
+/// The f32 functions are polynomials without branches, accurate to a few units in the last place, which compilers
+/// vectorize; the f64 ones are those of the standard library and of `libm`.
+pub trait Accumulator:
+    Element<Acc = Self>
+    + PartialOrd
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + Neg<Output = Self>
+    + AddAssign
+{
+    /// 0.
+    const ZERO: Self;
+    /// 1.
+    const ONE: Self;
+    /// −∞.
+    const NEG_INFINITY: Self;
+
+    /// The square root.
+    fn sqrt(self) -> Self;
+    /// e to the power of this number.
+    fn exp(self) -> Self;
+    /// The natural logarithm.
+    fn ln(self) -> Self;
+    /// The hyperbolic tangent.
+    fn tanh(self) -> Self;
+    /// The error function.
+    fn erf(self) -> Self;
+    /// The larger of two numbers, NaN if either is NaN.
+    #[inline(always)]
+    fn max_nan(self, other: Self) -> Self {
+        // A comparison with NaN is false: the first test keeps a NaN of `self`, the second one of `other`.
+        #[allow(clippy::eq_op)]
+        if self > other || self != self { self } else { other }
+    }
+    /// The smaller of two numbers, NaN if either is NaN.
+    #[inline(always)]
+    fn min_nan(self, other: Self) -> Self {
+        #[allow(clippy::eq_op)]
+        if self < other || self != self { self } else { other }
+    }
+}
+
+macro_rules! element {
+    ($type:ty, $acc:ty, $variant:ident, $shelf:ident, $epsilon:expr, widen: $widen:expr, narrow: $narrow:expr, to: $to:expr, from: $from:expr) => {
+        impl sealed::Sealed for $type {}
+
+        impl Element for $type {
+            type Acc = $acc;
+            const DTYPE: DType = DType::$variant;
+            const EPSILON: f64 = $epsilon;
+            const NAN: Self = <$type>::NAN;
+
+            #[inline(always)]
+            fn widen(self) -> $acc {
+                $widen(self)
+            }
+            #[inline(always)]
+            fn narrow(acc: $acc) -> Self {
+                $narrow(acc)
+            }
+            #[inline(always)]
+            fn to_f64(self) -> f64 {
+                $to(self)
+            }
+            #[inline(always)]
+            fn from_f64(value: f64) -> Self {
+                $from(value)
+            }
+            fn any_ref<B: Device>(slice: B::Slice<'_, Self>) -> AnyRef<'_, B> {
+                AnyRef::$variant(slice)
+            }
+            fn any_mut<B: Device>(slice: B::SliceMut<'_, Self>) -> AnyMut<'_, B> {
+                AnyMut::$variant(slice)
+            }
+            fn any_buffer<B: Device>(buffer: B::Buffer<Self>) -> AnyBuffer<B> {
+                AnyBuffer::$variant(buffer)
+            }
+            fn of_ref<'a, B: Device>(any: AnyRef<'a, B>) -> Option<B::Slice<'a, Self>> {
+                match any {
+                    AnyRef::$variant(slice) => Some(slice),
+                    _ => None,
+                }
+            }
+            fn of_mut<'a, B: Device>(any: AnyMut<'a, B>) -> Option<B::SliceMut<'a, Self>> {
+                match any {
+                    AnyMut::$variant(slice) => Some(slice),
+                    _ => None,
+                }
+            }
+            fn of_buffer<B: Device>(any: AnyBuffer<B>) -> Option<B::Buffer<Self>> {
+                match any {
+                    AnyBuffer::$variant(buffer) => Some(buffer),
+                    _ => None,
+                }
+            }
+            fn shelf(pool: &Pool) -> &RefCell<Shelf<Self>> {
+                &pool.$shelf
+            }
+        }
+    };
+}
+
+fn itself<T>(value: T) -> T {
+    value
+}
+
+element!(f64, f64, F64, f64, f64::EPSILON, widen: itself, narrow: itself, to: itself, from: itself);
+element!(f32, f32, F32, f32, f32::EPSILON as f64, widen: itself, narrow: itself, to: f64::from, from: |value| value as f32);
+element!(bf16, f32, BF16, bf16, 0.0078125, widen: bf16::to_f32, narrow: bf16::from_f32, to: bf16::to_f64, from: bf16::from_f64);
+element!(f16, f32, F16, f16, 0.0009765625, widen: f16::to_f32, narrow: f16::from_f32, to: f16::to_f64, from: f16::from_f64);
+
+impl Accumulator for f64 {
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
+    const NEG_INFINITY: Self = f64::NEG_INFINITY;
+
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        self.sqrt()
+    }
+    #[inline(always)]
+    fn exp(self) -> Self {
+        self.exp()
+    }
+    #[inline(always)]
+    fn ln(self) -> Self {
+        self.ln()
+    }
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        self.tanh()
+    }
+    #[inline(always)]
+    fn erf(self) -> Self {
+        libm::erf(self)
+    }
+}
+
+impl Accumulator for f32 {
+    const ZERO: Self = 0.0;
+    const ONE: Self = 1.0;
+    const NEG_INFINITY: Self = f32::NEG_INFINITY;
+
+    #[inline(always)]
+    fn sqrt(self) -> Self {
+        self.sqrt()
+    }
+    #[inline(always)]
+    fn exp(self) -> Self {
+        super::cpu::math::exp(self)
+    }
+    #[inline(always)]
+    fn ln(self) -> Self {
+        self.ln()
+    }
+    #[inline(always)]
+    fn tanh(self) -> Self {
+        super::cpu::math::tanh(self)
+    }
+    #[inline(always)]
+    fn erf(self) -> Self {
+        super::cpu::math::erf(self)
+    }
+}

@@ -1,0 +1,270 @@
+//! The one error type of the crate. Every module may use it; it uses none of them.
+//!
+//! A message names the operator and the two things that disagree, so that it can be acted on without a debugger.
+//! Errors are `Clone` and `Send`: the first cause of a failed group is repeated by every later call on it, and a
+//! rank's error travels to the thread that launched it.
+
+use std::{fmt, panic::Location, path::PathBuf, time::Duration};
+
+/// `std::result::Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, for every operation of the crate.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Two sizes that have to be equal are not.
+    #[error("{op}: {left} is {left_size}, but {right} is {right_size}")]
+    Sizes {
+        /// The operator that was asked.
+        op: &'static str,
+        /// What the first number measures.
+        left: String,
+        /// The first number.
+        left_size: usize,
+        /// What the second number measures.
+        right: String,
+        /// The second number.
+        right_size: usize,
+    },
+    /// Two shapes that have to be equal are not.
+    #[error("{op}: {left} has shape {left_shape:?}, but {right} has shape {right_shape:?}")]
+    Shapes {
+        /// The operator that was asked.
+        op: &'static str,
+        /// The first operand.
+        left: String,
+        /// Its shape.
+        left_shape: Vec<usize>,
+        /// The second operand.
+        right: String,
+        /// Its shape.
+        right_shape: Vec<usize>,
+    },
+    /// A dimension has fewer indivisible units than there are ranks to share them.
+    #[error("{op}: {ranks} ranks cannot share {units} {unit}: each rank needs at least one")]
+    TooManyRanks {
+        /// The operator that was asked.
+        op: &'static str,
+        /// The number of ranks.
+        ranks: usize,
+        /// The number of units.
+        units: usize,
+        /// The name of the unit: `heads`, `features`, …
+        unit: &'static str,
+    },
+    /// An argument makes no sense by itself.
+    #[error("{op}: {reason}")]
+    Invalid {
+        /// The operator that was asked.
+        op: &'static str,
+        /// What is wrong with the argument, with its value.
+        reason: String,
+    },
+    /// The device cannot do this; another one may.
+    #[error("{op}: not supported: {reason}")]
+    Unsupported {
+        /// The operator that was asked.
+        op: &'static str,
+        /// What is not supported.
+        reason: String,
+    },
+    /// The ranks of a group called different operations, or the same one with different arguments. No data moved.
+    #[error("ranks disagree: rank {} called {}; rank {} called {}", .0.left_rank, .0.left, .0.right_rank, .0.right)]
+    Mismatch(Box<Mismatch>),
+    /// A rank of the group panicked, returned or was dropped while this rank still needed it.
+    #[error("rank {rank} was lost ({reason}) before it joined {op} (call {seq} of group `{group}`, at {site})")]
+    PeerLost {
+        /// The rank that was lost, counted in the group of the failed call.
+        rank: usize,
+        /// How it was lost.
+        reason: Loss,
+        /// The operation this rank was waiting in, or was about to start.
+        op: &'static str,
+        /// The sequence number of that call.
+        seq: u64,
+        /// The name of the group.
+        group: String,
+        /// Where this rank made the call.
+        site: Site,
+    },
+    /// Ranks did not arrive within the group's deadline.
+    #[error("ranks {missing:?} did not join {op} (call {seq} of group `{group}`, at {site}) within {after:?}")]
+    Deadline {
+        /// The ranks that had not arrived.
+        missing: Vec<usize>,
+        /// The operation that was waiting.
+        op: &'static str,
+        /// The sequence number of that call.
+        seq: u64,
+        /// The name of the group.
+        group: String,
+        /// Where the waiting rank made the call.
+        site: Site,
+        /// The deadline.
+        after: Duration,
+    },
+    /// The function that a rank was running panicked.
+    #[error("rank {rank} panicked: {message}")]
+    RankPanicked {
+        /// The rank in the world.
+        rank: usize,
+        /// The panic's message.
+        message: String,
+    },
+    /// The function that a rank was running returned an error.
+    #[error("rank {rank}: {source}")]
+    RankFailed {
+        /// The rank in the world.
+        rank: usize,
+        /// What it returned.
+        source: Box<Error>,
+    },
+    /// A file could not be opened or read.
+    #[error("{}: {reason}", .path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's words.
+        reason: String,
+    },
+    /// A checkpoint file is damaged, or is not what it says it is.
+    #[error("{}: bad checkpoint: {reason}", .path.display())]
+    Checkpoint {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A source of weights does not have a tensor.
+    #[error("tensor `{name}` is not in {place}{hint}")]
+    MissingTensor {
+        /// The tensor.
+        name: String,
+        /// Where it was looked for.
+        place: String,
+        /// A similar name that is there, as `; did you mean …?`, or nothing.
+        hint: String,
+    },
+    /// A tensor of a checkpoint has another shape than the layer needs.
+    #[error("tensor `{name}` has shape {found:?} in {place}, but the layer needs {needed:?}")]
+    TensorShape {
+        /// The tensor.
+        name: String,
+        /// Where it is.
+        place: String,
+        /// The shape it has.
+        found: Vec<usize>,
+        /// The shape it should have.
+        needed: Vec<usize>,
+    },
+    /// A tensor of a checkpoint has an element that cannot be read into a floating-point tensor.
+    #[error("tensor `{name}` has elements {found} in {place}; f64, f32, bf16 or f16 can be read")]
+    TensorElement {
+        /// The tensor.
+        name: String,
+        /// Where it is.
+        place: String,
+        /// The element it has.
+        found: String,
+    },
+}
+
+impl Error {
+    /// Two sizes that have to be equal are not.
+    pub fn sizes(
+        op: &'static str,
+        left: impl Into<String>,
+        left_size: usize,
+        right: impl Into<String>,
+        right_size: usize,
+    ) -> Self {
+        Self::Sizes { op, left: left.into(), left_size, right: right.into(), right_size }
+    }
+
+    /// An argument makes no sense by itself.
+    pub fn invalid(op: &'static str, reason: impl Into<String>) -> Self {
+        Self::Invalid { op, reason: reason.into() }
+    }
+
+    /// Whether this error says that another rank failed, rather than what went wrong first.
+    ///
+    /// When several ranks fail, the launcher reports one for which this is false, if there is one.
+    pub fn is_consequence(&self) -> bool {
+        matches!(self, Self::PeerLost { .. } | Self::Deadline { .. })
+    }
+}
+
+/// `Ok` if the two sizes are equal, otherwise [`Error::Sizes`].
+pub(crate) fn same_size(
+    op: &'static str,
+    left: &str,
+    left_size: usize,
+    right: &str,
+    right_size: usize,
+) -> Result<()> {
+    if left_size == right_size {
+        return Ok(());
+    }
+    Err(Error::sizes(op, left, left_size, right, right_size))
+}
+
+/// `Ok` if the two shapes are equal, otherwise [`Error::Shapes`].
+pub(crate) fn same_shape(
+    op: &'static str,
+    left: &str,
+    left_shape: &[usize],
+    right: &str,
+    right_shape: &[usize],
+) -> Result<()> {
+    if left_shape == right_shape {
+        return Ok(());
+    }
+    let (left_shape, right_shape) = (left_shape.to_vec(), right_shape.to_vec());
+    Err(Error::Shapes { op, left: left.into(), left_shape, right: right.into(), right_shape })
+}
+
+/// The two sides of [`Error::Mismatch`]: the same on every rank of the group.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mismatch {
+    /// The first rank of the group.
+    pub left_rank: usize,
+    /// Its call, in words: operation, arguments, sequence number, call site.
+    pub left: String,
+    /// The lowest rank whose call differs from the first rank's.
+    pub right_rank: usize,
+    /// Its call.
+    pub right: String,
+}
+
+/// How a rank was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Loss {
+    /// Its thread panicked.
+    Panicked,
+    /// It returned an error.
+    Failed,
+    /// It returned, or dropped the group.
+    Left,
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Panicked => "it panicked",
+            Self::Failed => "it returned an error",
+            Self::Left => "it left the group",
+        })
+    }
+}
+
+/// Where a call was made: file, line and column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Site(pub &'static Location<'static>);
+
+impl fmt::Display for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.0.file(), self.0.line())
+    }
+}

@@ -1,0 +1,165 @@
+//! Which attention heads a rank computes.
+
+use super::Partition;
+use crate::error::{Error, Result};
+use std::ops::Range;
+
+/// The heads of multi-head, grouped-query or multi-query attention over the ranks of a group.
+///
+/// Query head `h` attends with key/value head `h / (query_heads / kv_heads)`. A rank owns a contiguous run of *query*
+/// heads and holds every key/value head that those touch. When the runs do not end at group boundaries, neighbouring
+/// ranks hold the same key/value head; its gradient is the sum over its holders, and [`Heads::owner`] is the one that
+/// counts it. This covers the usual schemes (even split; replication when there are fewer key/value heads than ranks)
+/// and every case between, such as 9 query and 3 key/value heads on 4 ranks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Heads {
+    query_heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    query: Partition,
+}
+
+impl Heads {
+    /// Assigns `query_heads` heads, sharing `kv_heads` key/value heads, of `head_dim` features each, to `ranks` ranks.
+    ///
+    /// # Errors
+    /// When `query_heads` is not a multiple of `kv_heads`, or there are more ranks than query heads.
+    pub fn new(query_heads: usize, kv_heads: usize, head_dim: usize, ranks: usize) -> Result<Self> {
+        if kv_heads == 0 || !query_heads.is_multiple_of(kv_heads) {
+            return Err(Error::invalid(
+                "attention",
+                format!("{query_heads} query heads are not a multiple of {kv_heads} key/value heads"),
+            ));
+        }
+        if head_dim == 0 {
+            return Err(Error::invalid("attention", "the head dimension is 0"));
+        }
+        let query = Partition::by_unit("attention", "query heads", query_heads, 1, ranks)?;
+        Ok(Self { query_heads, kv_heads, head_dim, query })
+    }
+
+    /// The number of query heads of the whole layer.
+    pub fn query_heads(&self) -> usize {
+        self.query_heads
+    }
+
+    /// The number of key/value heads of the whole layer.
+    pub fn kv_heads(&self) -> usize {
+        self.kv_heads
+    }
+
+    /// The features of one head.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// The number of ranks.
+    pub fn ranks(&self) -> usize {
+        self.query.parts()
+    }
+
+    /// The number of query heads that share one key/value head.
+    pub fn group(&self) -> usize {
+        self.query_heads / self.kv_heads
+    }
+
+    /// The query heads of one rank.
+    pub fn query_range(&self, rank: usize) -> Range<usize> {
+        self.query.range(rank)
+    }
+
+    /// The key/value heads that one rank holds.
+    pub fn kv_range(&self, rank: usize) -> Range<usize> {
+        let query = self.query_range(rank);
+        query.start / self.group()..(query.end - 1) / self.group() + 1
+    }
+
+    /// The key/value head, counted within the rank's own, that each of the rank's query heads uses.
+    pub fn kv_of_query(&self, rank: usize) -> Vec<usize> {
+        let first = self.kv_range(rank).start;
+        self.query_range(rank).map(|head| head / self.group() - first).collect()
+    }
+
+    /// The ranks that hold a key/value head, in order.
+    pub fn holders(&self, kv_head: usize) -> Range<usize> {
+        let holds = |rank: &usize| self.kv_range(*rank).contains(&kv_head);
+        let first = (0..self.ranks()).find(holds).unwrap_or(0);
+        first..first + (first..self.ranks()).take_while(holds).count()
+    }
+
+    /// The rank that counts a key/value head: the first of its holders.
+    pub fn owner(&self, kv_head: usize) -> usize {
+        self.holders(kv_head).start
+    }
+
+    /// The key/value heads that more than one rank holds, in order.
+    pub fn shared(&self) -> Vec<usize> {
+        (0..self.kv_heads).filter(|&head| self.holders(head).len() > 1).collect()
+    }
+
+    /// The cut of the query features `query_heads · head_dim`.
+    pub fn query_features(&self) -> Partition {
+        self.query.scaled(self.head_dim)
+    }
+
+    /// The sizes of the ranks' `[q | k | v]` parts, as a cut of all of them laid side by side. A key/value head that
+    /// two ranks hold is there twice.
+    pub fn qkv_features(&self) -> Partition {
+        Partition::from_sizes(
+            (0..self.ranks())
+                .map(|rank| (self.query_range(rank).len() + 2 * self.kv_range(rank).len()) * self.head_dim),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nine_query_and_three_kv_heads_on_four_ranks() {
+        let heads = Heads::new(9, 3, 2, 4).unwrap();
+        let query: Vec<_> = (0..4).map(|rank| heads.query_range(rank)).collect();
+        assert_eq!(query, [0..3, 3..5, 5..7, 7..9]);
+        let kv: Vec<_> = (0..4).map(|rank| heads.kv_range(rank)).collect();
+        assert_eq!(kv, [0..1, 1..2, 1..3, 2..3]);
+        assert_eq!(heads.kv_of_query(2), [0, 1]);
+        assert_eq!(heads.shared(), [1, 2]);
+        assert_eq!((heads.holders(1), heads.owner(1)), (1..3, 1));
+        assert_eq!(heads.qkv_features().sizes().collect::<Vec<_>>(), [10, 8, 12, 8]);
+    }
+
+    #[test]
+    fn every_query_head_is_computed_once_next_to_its_kv_head() {
+        for kv in 1..5 {
+            for group in 1..5 {
+                for ranks in 1..=kv * group {
+                    let heads = Heads::new(kv * group, kv, 1, ranks).unwrap();
+                    let mut seen = 0;
+                    for rank in 0..ranks {
+                        for (head, local) in heads.query_range(rank).zip(heads.kv_of_query(rank)) {
+                            assert_eq!(head, seen);
+                            assert_eq!(heads.kv_range(rank).start + local, head / group);
+                            seen += 1;
+                        }
+                    }
+                    assert_eq!(seen, kv * group);
+                    let held: usize = (0..kv).map(|head| heads.holders(head).len()).sum();
+                    assert_eq!(held, (0..ranks).map(|rank| heads.kv_range(rank).len()).sum());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn impossible_heads_are_refused() {
+        assert_eq!(
+            Heads::new(9, 2, 4, 1).unwrap_err().to_string(),
+            "attention: 9 query heads are not a multiple of 2 key/value heads"
+        );
+        assert_eq!(
+            Heads::new(4, 2, 4, 5).unwrap_err().to_string(),
+            "attention: 5 ranks cannot share 4 query heads: each rank needs at least one"
+        );
+    }
+}

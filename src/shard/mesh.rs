@@ -1,0 +1,102 @@
+//! Ranks as points of a grid.
+
+use crate::error::{Error, Result};
+use std::fmt;
+
+/// An axis of a [`Mesh`]: what the ranks along it do with the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Axis {
+    /// Data parallel: the ranks hold the same parameters and see different samples.
+    Data,
+    /// Pipeline parallel: the ranks hold consecutive layers.
+    Pipeline,
+    /// Tensor parallel: the ranks share every operator.
+    Tensor,
+}
+
+impl fmt::Display for Axis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Data => "dp",
+            Self::Pipeline => "pp",
+            Self::Tensor => "tp",
+        })
+    }
+}
+
+/// `dp × pp × tp` ranks; `rank = (d · pp + p) · tp + t`, so that tensor-parallel neighbours, which talk most, have
+/// neighbouring ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mesh {
+    sizes: [usize; 3],
+}
+
+impl Mesh {
+    /// A grid of `dp × pp × tp` ranks.
+    ///
+    /// # Errors
+    /// When a size is 0.
+    pub fn new(dp: usize, pp: usize, tp: usize) -> Result<Self> {
+        if dp * pp * tp == 0 {
+            return Err(Error::invalid("mesh", format!("an axis of a {dp} x {pp} x {tp} mesh is empty")));
+        }
+        Ok(Self { sizes: [dp, pp, tp] })
+    }
+
+    /// The number of ranks.
+    pub fn len(&self) -> usize {
+        self.sizes.iter().product()
+    }
+
+    /// Never: a mesh has at least one rank.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// The number of ranks along an axis.
+    pub fn size(&self, axis: Axis) -> usize {
+        self.sizes[axis as usize]
+    }
+
+    /// Where a rank stands along an axis.
+    pub fn coordinate(&self, rank: usize, axis: Axis) -> usize {
+        let [_, pp, tp] = self.sizes;
+        match axis {
+            Axis::Data => rank / tp / pp,
+            Axis::Pipeline => rank / tp % pp,
+            Axis::Tensor => rank % tp,
+        }
+    }
+
+    /// A number that the ranks of one line along `axis`, and no others, have in common: the `color` of a split.
+    pub fn line(&self, rank: usize, axis: Axis) -> usize {
+        let [_, pp, tp] = self.sizes;
+        match axis {
+            Axis::Data => rank % (pp * tp),
+            Axis::Pipeline => self.coordinate(rank, Axis::Data) * tp + rank % tp,
+            Axis::Tensor => rank / tp,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    #[test]
+    fn lines_meet_every_rank_once_and_in_order() {
+        let mesh = Mesh::new(3, 2, 4).unwrap();
+        for axis in [Axis::Data, Axis::Pipeline, Axis::Tensor] {
+            let mut lines: HashMap<usize, Vec<usize>> = HashMap::new();
+            for rank in 0..mesh.len() {
+                lines.entry(mesh.line(rank, axis)).or_default().push(mesh.coordinate(rank, axis));
+            }
+            assert_eq!(lines.len() * mesh.size(axis), mesh.len());
+            for line in lines.values() {
+                assert_eq!(*line, (0..mesh.size(axis)).collect::<Vec<_>>());
+            }
+        }
+        assert!(Mesh::new(2, 0, 1).is_err());
+    }
+}

@@ -1,0 +1,25 @@
+//! How things are divided: pure arithmetic on sizes and ranks, without tensors. Every module may use it.
+//!
+//! * [`Shape`]: the dimensions of a tensor.
+//! * [`Partition`]: a dimension cut into one contiguous part a rank, evenly or not.
+//! * [`Placement`] and its markers: how the ranks of a group hold one tensor.
+//! * [`Heads`]: which attention heads a rank computes, and which key/value heads it needs for that.
+//! * [`Blocks`]: cuts that do not depend on the number of ranks.
+//! * [`Mesh`]: ranks as points of a grid with named axes.
+//! * [`Sequences`]: which rows of a `[tokens, features]` tensor belong together.
+
+mod blocks;
+mod heads;
+mod mesh;
+mod partition;
+mod placement;
+mod sequences;
+mod shape;
+
+pub use blocks::Blocks;
+pub use heads::Heads;
+pub use mesh::{Axis, Mesh};
+pub use partition::Partition;
+pub use placement::{Copied, Elementwise, Partial, Placement, Replicated, Shard};
+pub use sequences::Sequences;
+pub use shape::Shape;

@@ -1,0 +1,130 @@
+//! A dimension cut into contiguous parts. Every boundary in the crate comes from here.
+
+use crate::error::{Error, Result};
+use std::{ops::Range, sync::Arc};
+
+/// A dimension `0..len` cut into one contiguous part a rank; parts may differ in size.
+///
+/// `part(r) = bounds[r] .. bounds[r + 1]`, with `bounds[0] = 0` and `bounds[parts] = len`.
+/// An even cut gives the first `len mod parts` parts one unit more than the others. Cloning shares the boundaries.
+///
+/// ```
+/// use shardwise::shard::Partition;
+/// let heads = Partition::by_unit("attention", "heads", 9, 64, 2)?; // 9 heads of 64 features on 2 ranks
+/// assert_eq!((heads.range(0), heads.range(1)), (0..320, 320..576));
+/// # Ok::<(), shardwise::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Partition {
+    bounds: Arc<[usize]>,
+}
+
+impl Partition {
+    /// `len` indices over `parts` ranks, as evenly as whole indices allow. Some parts are empty when `len < parts`:
+    /// that is right for tokens; layers that need at least one unit a rank use [`Partition::by_unit`].
+    ///
+    /// # Panics
+    /// When `parts` is 0.
+    pub fn even(len: usize, parts: usize) -> Self {
+        Self::of_units(len, 1, parts)
+    }
+
+    /// `units` indivisible runs of `unit_len` indices each over `parts` ranks, at least one unit a rank.
+    ///
+    /// # Errors
+    /// [`Error::TooManyRanks`], naming `op` and `unit`, when there are fewer units than ranks.
+    pub fn by_unit(
+        op: &'static str,
+        unit: &'static str,
+        units: usize,
+        unit_len: usize,
+        parts: usize,
+    ) -> Result<Self> {
+        if units < parts {
+            return Err(Error::TooManyRanks { op, ranks: parts, units, unit });
+        }
+        Ok(Self::of_units(units, unit_len, parts))
+    }
+
+    /// Parts of the given sizes, in rank order.
+    ///
+    /// # Panics
+    /// When there is no part.
+    pub fn from_sizes(sizes: impl IntoIterator<Item = usize>) -> Self {
+        let mut bounds = vec![0];
+        bounds.extend(sizes.into_iter().scan(0, |end, size| {
+            *end += size;
+            Some(*end)
+        }));
+        assert!(bounds.len() > 1, "a partition has at least one part");
+        Self { bounds: bounds.into() }
+    }
+
+    fn of_units(units: usize, unit_len: usize, parts: usize) -> Self {
+        let (each, extra) = (units / parts, units % parts);
+        Self::from_sizes((0..parts).map(|part| (each + usize::from(part < extra)) * unit_len))
+    }
+
+    /// The size of the whole dimension.
+    pub fn total(&self) -> usize {
+        self.bounds[self.parts()]
+    }
+
+    /// The number of parts.
+    pub fn parts(&self) -> usize {
+        self.bounds.len() - 1
+    }
+
+    /// The indices of one part.
+    ///
+    /// # Panics
+    /// When there is no such part.
+    pub fn range(&self, part: usize) -> Range<usize> {
+        self.bounds[part]..self.bounds[part + 1]
+    }
+
+    /// The number of indices of one part.
+    pub fn size(&self, part: usize) -> usize {
+        self.range(part).len()
+    }
+
+    /// The sizes of all parts, in rank order.
+    pub fn sizes(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
+        self.bounds.windows(2).map(|pair| pair[1] - pair[0])
+    }
+
+    /// The same cut when every index stands for `inner` elements.
+    pub fn scaled(&self, inner: usize) -> Self {
+        Self { bounds: self.bounds.iter().map(|bound| bound * inner).collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn even_cuts_cover_the_dimension_and_differ_by_at_most_one() {
+        for len in 0..40 {
+            for parts in 1..9 {
+                let cut = Partition::even(len, parts);
+                assert_eq!((cut.total(), cut.parts()), (len, parts));
+                let sizes: Vec<_> = cut.sizes().collect();
+                assert_eq!(sizes.iter().sum::<usize>(), len);
+                assert!(sizes.windows(2).all(|pair| pair[0] >= pair[1] && pair[0] - pair[1] <= 1));
+                assert!((1..parts).all(|part| cut.range(part - 1).end == cut.range(part).start));
+            }
+        }
+    }
+
+    #[test]
+    fn units_are_never_cut() {
+        let cut = Partition::by_unit("attention", "heads", 9, 64, 4).unwrap();
+        assert_eq!(cut.sizes().collect::<Vec<_>>(), [192, 128, 128, 128]);
+        let error = Partition::by_unit("attention", "heads", 3, 64, 4).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "attention: 4 ranks cannot share 3 heads: each rank needs at least one"
+        );
+    }
+}

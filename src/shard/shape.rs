@@ -1,0 +1,94 @@
+//! The dimensions of a tensor, kept inline.
+
+use std::fmt;
+
+/// The dimensions of a row-major tensor: at most [`Shape::MAX_RANK`] of them, `Copy`, never on the heap.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Shape {
+    dims: [usize; Self::MAX_RANK],
+    rank: usize,
+}
+
+impl Shape {
+    /// The most dimensions a tensor may have.
+    pub const MAX_RANK: usize = 4;
+
+    /// A shape with these dimensions.
+    ///
+    /// # Panics
+    /// When there are more than [`Shape::MAX_RANK`].
+    pub fn new(dims: &[usize]) -> Self {
+        assert!(dims.len() <= Self::MAX_RANK, "a tensor has at most 4 dimensions, not {}", dims.len());
+        let mut all = [1; Self::MAX_RANK];
+        all[..dims.len()].copy_from_slice(dims);
+        Self { dims: all, rank: dims.len() }
+    }
+
+    /// The dimensions, outermost first.
+    pub fn dims(&self) -> &[usize] {
+        &self.dims[..self.rank]
+    }
+
+    /// The number of dimensions.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// The number of elements.
+    pub fn len(&self) -> usize {
+        self.dims().iter().product()
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The number of rows when all dimensions but the last are taken as one.
+    pub fn rows(&self) -> usize {
+        self.dims().split_last().map_or(1, |(_, outer)| outer.iter().product())
+    }
+
+    /// The last dimension, or 1 for a scalar.
+    pub fn cols(&self) -> usize {
+        self.dims().last().copied().unwrap_or(1)
+    }
+
+    /// The same shape with dimension `dim` of size `size`.
+    pub fn with(mut self, dim: usize, size: usize) -> Self {
+        assert!(dim < self.rank, "dimension {dim} of a tensor with {} dimensions", self.rank);
+        self.dims[dim] = size;
+        self
+    }
+
+    /// The number of elements before and inside one index of `dim`: a row-major tensor is
+    /// `outer` rows of `size(dim) · inner` elements.
+    pub fn split_at(&self, dim: usize) -> (usize, usize) {
+        (self.dims()[..dim].iter().product(), self.dims()[dim + 1..].iter().product())
+    }
+
+}
+
+impl<const N: usize> From<[usize; N]> for Shape {
+    fn from(dims: [usize; N]) -> Self {
+        Self::new(&dims)
+    }
+}
+
+impl From<&[usize]> for Shape {
+    fn from(dims: &[usize]) -> Self {
+        Self::new(dims)
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.dims())
+    }
+}
+
+impl fmt::Debug for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
