@@ -73,7 +73,9 @@ pub enum Error {
     #[error("ranks disagree: rank {} called {}; rank {} called {}", .0.left_rank, .0.left, .0.right_rank, .0.right)]
     Mismatch(Box<Mismatch>),
     /// A rank of the group panicked, returned or was dropped while this rank still needed it.
-    #[error("rank {rank} was lost ({reason}) before it joined {op} (call {seq} of group `{group}`, at {site})")]
+    #[error(
+        "rank {rank} was lost ({reason}) before it joined {op} (call {seq} of group `{group}`, at {site})"
+    )]
     PeerLost {
         /// The rank that was lost, counted in the group of the failed call.
         rank: usize,
@@ -89,7 +91,9 @@ pub enum Error {
         site: Site,
     },
     /// Ranks did not arrive within the group's deadline.
-    #[error("ranks {missing:?} did not join {op} (call {seq} of group `{group}`, at {site}) within {after:?}")]
+    #[error(
+        "ranks {missing:?} did not join {op} (call {seq} of group `{group}`, at {site}) within {after:?}"
+    )]
     Deadline {
         /// The ranks that had not arrived.
         missing: Vec<usize>,

@@ -47,7 +47,8 @@ pub trait Device: Clone + fmt::Debug + 'static {
     fn narrow<'a, T: Element>(slice: Self::Slice<'a, T>, range: Range<usize>) -> Self::Slice<'a, T>;
 
     /// A part of a view, to be written. The range has been checked against the length.
-    fn narrow_mut<'a, T: Element>(slice: Self::SliceMut<'a, T>, range: Range<usize>) -> Self::SliceMut<'a, T>;
+    fn narrow_mut<'a, T: Element>(slice: Self::SliceMut<'a, T>, range: Range<usize>)
+    -> Self::SliceMut<'a, T>;
 
     /// Copies from the host. The lengths have been checked.
     fn upload<T: Element>(&self, from: &[T], to: Self::SliceMut<'_, T>) -> Result<()>;

@@ -1,0 +1,66 @@
+//! The single-device reference: every operator of the crate in ndarray `f64`, slow and obviously right.
+//!
+//! It is what the sharded operators are held to, so it shares nothing with them: it imports nothing from the rest of
+//! the crate, and its sums are plain dot products of rows. Tests, examples and users who check their own sharding may
+//! call it; the crate's operators may not.
+//!
+//! Activations are `[tokens, features]`, weights `[out, in]`, biases and norm parameters `[features]`. Every `f` has
+//! an `f_backward`, which takes the inputs of `f` and the gradient `dy` of a loss with respect to its output, computes
+//! what it needs of the forward pass again, and returns the gradients of the loss with respect to the inputs.
+//! Arguments whose shapes disagree panic with the operator's name and both numbers.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `linear` | [`linear()`] |
+//! | `activation` | [`relu`], [`silu`], [`gelu_erf`], [`gelu_tanh`] and [`Activation`], which chooses one |
+//! | `norm` | [`layer_norm`], [`rms_norm`] and [`Norm`], which chooses one |
+//! | `softmax` | [`softmax()`], [`log_sum_exp`] |
+//! | `attention` | [`attention()`]: multi-head, grouped-query, causal, padded, packed sequences |
+//! | `self_attention` | [`self_attention()`]: the projections around it |
+//! | `embedding` | [`embedding()`] |
+//! | `mlp` | [`mlp()`], [`gated_mlp`] and [`Mlp`], which chooses one |
+//! | `block` | [`block()`]: the transformer block, and the names of its parameters |
+//!
+//! ```
+//! use ndarray::array;
+//! use shardwise::reference::{linear, linear_backward};
+//!
+//! let x = array![[1.0, 2.0]];
+//! let w = array![[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]];
+//! let b = array![0.5, 0.5, 0.5];
+//! assert_eq!(linear(&x, &w, Some(&b)), array![[1.5, 2.5, 3.5]]);
+//!
+//! let grads = linear_backward(&x, &w, &array![[1.0, 0.0, 10.0]]);
+//! assert_eq!(grads.dx, array![[11.0, 10.0]]);
+//! assert_eq!(grads.db, array![1.0, 0.0, 10.0]);
+//! ```
+
+mod activation;
+mod attention;
+mod block;
+mod embedding;
+mod linear;
+mod mlp;
+mod norm;
+mod self_attention;
+mod softmax;
+#[cfg(test)]
+mod testing;
+
+pub use activation::{
+    Activation, gelu_erf, gelu_erf_backward, gelu_tanh, gelu_tanh_backward, relu, relu_backward, silu,
+    silu_backward,
+};
+pub use attention::{AttentionGrads, AttentionSpec, attention, attention_backward};
+pub use block::{BlockGrads, BlockWeights, NormPlacement, block, block_backward};
+pub use embedding::{embedding, embedding_backward};
+pub use linear::{LinearGrads, linear, linear_backward};
+pub use mlp::{
+    GatedMlpGrads, GatedMlpWeights, Mlp, MlpGrads, MlpWeights, gated_mlp, gated_mlp_backward, mlp,
+    mlp_backward,
+};
+pub use norm::{
+    LayerNormGrads, Norm, RmsNormGrads, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward,
+};
+pub use self_attention::{AttentionWeights, SelfAttentionGrads, self_attention, self_attention_backward};
+pub use softmax::{log_sum_exp, log_sum_exp_backward, softmax, softmax_backward};

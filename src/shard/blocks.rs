@@ -19,7 +19,13 @@ impl Blocks {
     ///
     /// # Errors
     /// [`crate::Error::TooManyRanks`] when there are fewer units than blocks.
-    pub fn new(op: &'static str, unit: &'static str, units: usize, unit_len: usize, count: usize) -> Result<Self> {
+    pub fn new(
+        op: &'static str,
+        unit: &'static str,
+        units: usize,
+        unit_len: usize,
+        count: usize,
+    ) -> Result<Self> {
         Ok(Self { blocks: Partition::by_unit(op, unit, units, unit_len, count)? })
     }
 
@@ -47,7 +53,9 @@ impl Blocks {
     /// As [`Blocks::owned`].
     pub fn partition(&self, op: &'static str, ranks: usize) -> Result<Partition> {
         let owned = self.owned(op, ranks)?;
-        Ok(Partition::from_sizes((0..ranks).map(|rank| owned.range(rank).map(|block| self.blocks.size(block)).sum())))
+        Ok(Partition::from_sizes(
+            (0..ranks).map(|rank| owned.range(rank).map(|block| self.blocks.size(block)).sum()),
+        ))
     }
 
     /// The order in which the blocks' results are added: pairs `(into, from)`, to be carried out in sequence as
@@ -59,7 +67,9 @@ impl Blocks {
         let mut pairs = Vec::with_capacity(self.count() - 1);
         let mut distance = 1;
         while distance < self.count() {
-            pairs.extend((0..self.count() - distance).step_by(2 * distance).map(|into| (into, into + distance)));
+            pairs.extend(
+                (0..self.count() - distance).step_by(2 * distance).map(|into| (into, into + distance)),
+            );
             distance *= 2;
         }
         pairs

@@ -66,7 +66,6 @@ impl Shape {
     pub fn split_at(&self, dim: usize) -> (usize, usize) {
         (self.dims()[..dim].iter().product(), self.dims()[dim + 1..].iter().product())
     }
-
 }
 
 impl<const N: usize> From<[usize; N]> for Shape {

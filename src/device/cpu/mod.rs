@@ -90,7 +90,10 @@ impl Device for Cpu {
         &slice[range]
     }
 
-    fn narrow_mut<'a, T: Element>(slice: Self::SliceMut<'a, T>, range: Range<usize>) -> Self::SliceMut<'a, T> {
+    fn narrow_mut<'a, T: Element>(
+        slice: Self::SliceMut<'a, T>,
+        range: Range<usize>,
+    ) -> Self::SliceMut<'a, T> {
         &mut slice[range]
     }
 

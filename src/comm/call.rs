@@ -1,0 +1,135 @@
+//! What a rank asks of its group, in a form that ranks can compare.
+
+use crate::{
+    device::DType,
+    error::{Mismatch, Site},
+    shard::Shape,
+};
+use std::fmt;
+
+/// A collective operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Op {
+    /// Every rank gets the reduction over all ranks.
+    AllReduce,
+    /// Every rank gets all ranks' parts.
+    AllGather,
+    /// Every rank gets its part of the reduction.
+    ReduceScatter,
+    /// Every rank gets the root's values.
+    Broadcast,
+    /// A rank sends to one and receives from another.
+    Exchange,
+    /// No rank goes on before all have come.
+    Barrier,
+    /// The group is divided.
+    Split,
+}
+
+impl Op {
+    /// The operation's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AllReduce => "all_reduce",
+            Self::AllGather => "all_gather",
+            Self::ReduceScatter => "reduce_scatter",
+            Self::Broadcast => "broadcast",
+            Self::Exchange => "exchange",
+            Self::Barrier => "barrier",
+            Self::Split => "split",
+        }
+    }
+}
+
+/// How values of several ranks become one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ReduceOp {
+    /// The sum, in rank order, in the element's accumulator.
+    #[default]
+    Sum,
+    /// The largest; NaN if any is NaN.
+    Max,
+    /// The smallest; NaN if any is NaN.
+    Min,
+}
+
+/// One call of a group: the same on every rank, or the group is in disagreement.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// How many calls of this group came before.
+    pub seq: u64,
+    /// The operation.
+    pub op: Op,
+    /// Whether it was started, to be waited for later.
+    pub started: bool,
+    /// How values are reduced, if they are.
+    pub reduce: Option<ReduceOp>,
+    /// The rank whose values count, if one does.
+    pub root: Option<usize>,
+    /// The element, if there is data.
+    pub dtype: Option<DType>,
+    /// The shape of the whole tensor.
+    pub shape: Shape,
+    /// A hash of how it is cut.
+    pub parts: u64,
+    /// The group's number: the same on all its ranks, and different from other groups'.
+    pub group: u64,
+    /// Where the call was made. Not compared: ranks may reach the same call on different paths.
+    pub site: Site,
+}
+
+impl Call {
+    /// Whether two ranks ask the same.
+    pub fn agrees(&self, other: &Self) -> bool {
+        let key = |call: &Self| {
+            (
+                call.seq,
+                call.op,
+                call.started,
+                call.reduce,
+                call.root,
+                call.dtype,
+                call.shape,
+                call.parts,
+                call.group,
+            )
+        };
+        key(self) == key(other)
+    }
+
+    /// The disagreement between the calls of all ranks, in rank order, if there is one.
+    pub(crate) fn disagreement<'a>(calls: impl Iterator<Item = &'a Self> + Clone) -> Option<Mismatch> {
+        let left = calls.clone().next()?;
+        let (right_rank, right) = calls.enumerate().find(|(_, call)| !left.agrees(call))?;
+        Some(Mismatch { left_rank: 0, left: left.to_string(), right_rank, right: right.to_string() })
+    }
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.started {
+            f.write_str("start_")?;
+        }
+        f.write_str(self.op.name())?;
+        let mut separator = "(";
+        let mut argument = |name: &str, value: &dyn fmt::Display| {
+            write!(f, "{separator}{name}{value}")?;
+            separator = ", ";
+            fmt::Result::Ok(())
+        };
+        if let Some(reduce) = self.reduce {
+            argument("", &format!("{reduce:?}").to_lowercase())?;
+        }
+        if let Some(root) = self.root {
+            argument("root ", &root)?;
+        }
+        if let Some(dtype) = self.dtype {
+            argument("", &format!("{dtype} {}", self.shape))?;
+        }
+        if self.parts != 0 {
+            argument("cut ", &format!("{:08x}", self.parts as u32))?;
+        }
+        argument("call ", &self.seq)?;
+        write!(f, ") at {}", self.site)
+    }
+}

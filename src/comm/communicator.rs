@@ -1,0 +1,131 @@
+//! The transport of a group.
+
+use super::{Call, Parts, ReduceOp};
+use crate::{
+    device::{AnyBuffer, AnyMut, AnyRef, Device},
+    error::Result,
+    shard::Shape,
+};
+
+/// What the ranks of one group can do together.
+///
+/// Object safe: operators do not know what carries their data. A communicator belongs to one rank. It compares the ranks'
+/// `call`s before it moves data, and reports disagreement and lost ranks as errors on every rank. The caller has checked
+/// lengths and ranks; every length follows from `parts`, or is the same on all ranks.
+pub trait Communicator<B: Device> {
+    /// This rank's number in the group.
+    fn rank(&self) -> usize;
+
+    /// The number of ranks.
+    fn size(&self) -> usize;
+
+    /// x ← the reduction of all ranks' x, the same bits on every rank.
+    fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, B>) -> Result<()>;
+
+    /// recv ← all ranks' parts. `send` is this rank's `[rows, size(rank)]`, `recv` is `[rows, total]`.
+    fn all_gather(&self, call: &Call, parts: &Parts, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()>;
+
+    /// recv ← this rank's part of the reduction of all ranks' `send`. `send` is `[rows, total]`, `recv` is
+    /// `[rows, size(rank)]`.
+    fn reduce_scatter(
+        &self,
+        call: &Call,
+        op: ReduceOp,
+        parts: &Parts,
+        send: AnyRef<'_, B>,
+        recv: AnyMut<'_, B>,
+    ) -> Result<()>;
+
+    /// x ← the root's x.
+    fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, B>) -> Result<()>;
+
+    /// Sends to one rank and receives from another as one step: neither waits for the other, so that neighbours which
+    /// exchange cannot wait for each other forever. Messages between two ranks arrive in order.
+    fn exchange(
+        &self,
+        call: &Call,
+        send: Option<Outgoing<'_, B>>,
+        recv: Option<Incoming<'_, B>>,
+    ) -> Result<()>;
+
+    /// Returns when every rank has called it.
+    fn barrier(&self, call: &Call) -> Result<()>;
+
+    /// Divides the group: the ranks of one `color` form a new one, in order of `key` and then of rank; those without a
+    /// color belong to none.
+    fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<B>>>>;
+
+    /// Starts a collective whose result is asked for later. `send` is what it reads; `recv`, of the result's length, is
+    /// memory that it may use for the result.
+    ///
+    /// Where a transport cannot work beside its rank, it does the work here.
+    fn start(
+        &self,
+        call: &Call,
+        collective: Collective,
+        mut send: AnyBuffer<B>,
+        mut recv: AnyBuffer<B>,
+    ) -> Result<Box<dyn InFlight<B>>> {
+        let result = match collective {
+            Collective::AllReduce(op) => {
+                self.all_reduce(call, op, send.as_mut())?;
+                send
+            }
+            Collective::AllGather(parts) => {
+                self.all_gather(call, &parts, send.as_ref(), recv.as_mut())?;
+                recv
+            }
+            Collective::ReduceScatter(op, parts) => {
+                self.reduce_scatter(call, op, &parts, send.as_ref(), recv.as_mut())?;
+                recv
+            }
+        };
+        Ok(Box::new(Landed(result)))
+    }
+}
+
+/// A tensor on its way to another rank.
+pub struct Outgoing<'a, B: Device> {
+    /// The receiver.
+    pub to: usize,
+    /// The tensor's shape.
+    pub shape: Shape,
+    /// Its elements.
+    pub data: AnyRef<'a, B>,
+}
+
+/// Room for a tensor from another rank.
+pub struct Incoming<'a, B: Device> {
+    /// The sender.
+    pub from: usize,
+    /// The shape that is expected.
+    pub shape: Shape,
+    /// Where the elements go.
+    pub data: AnyMut<'a, B>,
+}
+
+/// A collective that can be started.
+#[derive(Clone, Debug)]
+pub enum Collective {
+    /// See [`Communicator::all_reduce`].
+    AllReduce(ReduceOp),
+    /// See [`Communicator::all_gather`].
+    AllGather(Parts),
+    /// See [`Communicator::reduce_scatter`].
+    ReduceScatter(ReduceOp, Parts),
+}
+
+/// A collective that was started.
+pub trait InFlight<B: Device> {
+    /// Waits for the result.
+    fn wait(self: Box<Self>) -> Result<AnyBuffer<B>>;
+}
+
+/// A collective that was finished at once.
+struct Landed<B: Device>(AnyBuffer<B>);
+
+impl<B: Device> InFlight<B> for Landed<B> {
+    fn wait(self: Box<Self>) -> Result<AnyBuffer<B>> {
+        Ok(self.0)
+    }
+}

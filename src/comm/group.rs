@@ -1,0 +1,392 @@
+//! The typed front of a communicator.
+
+use super::{
+    Call, Collective, Communicator, InFlight, Incoming, Op, Outgoing, Parts, Record, Recorded, ReduceOp, Solo,
+};
+use crate::{
+    device::{DType, Device, Element},
+    error::{Error, Result, Site, same_shape, same_size},
+    kernels::Pointwise,
+    shard::{Partition, Shape},
+    tensor::Tensor,
+};
+use std::{
+    cell::Cell,
+    fmt,
+    hash::{DefaultHasher, Hash, Hasher},
+    marker::PhantomData,
+    panic::Location,
+    rc::Rc,
+};
+
+/// The ranks that share an operator, as one of them sees them.
+///
+/// Every method but the getters is a collective: all ranks of the group call it, in the same order, with the same
+/// arguments, or all get an error. A group belongs to its rank's thread; it is not `Send`:
+///
+/// ```compile_fail
+/// # use shardwise::comm::Group;
+/// fn leaves_its_rank(group: Group) {
+///     std::thread::spawn(move || group.barrier()); // error: `Rc<…>` cannot be sent between threads safely
+/// }
+/// ```
+pub struct Group<B: Device> {
+    shared: Rc<Shared<B>>,
+}
+
+struct Shared<B: Device> {
+    communicator: Rc<dyn Communicator<B>>,
+    device: B,
+    name: String,
+    id: u64,
+    calls: Cell<u64>,
+}
+
+impl<B: Device> Clone for Group<B> {
+    fn clone(&self) -> Self {
+        Self { shared: Rc::clone(&self.shared) }
+    }
+}
+
+impl<B: Device> fmt::Debug for Group<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Group(`{}`, rank {} of {})", self.name(), self.rank(), self.size())
+    }
+}
+
+impl<B: Device> Group<B> {
+    /// The group over a communicator; tensors that it makes are on `device`.
+    pub fn new(communicator: Rc<dyn Communicator<B>>, device: &B) -> Self {
+        Self::named(communicator, device, "world".into(), 0)
+    }
+
+    fn named(communicator: Rc<dyn Communicator<B>>, device: &B, name: String, id: u64) -> Self {
+        let shared = Shared { communicator, device: device.clone(), name, id, calls: Cell::new(0) };
+        Self { shared: Rc::new(shared) }
+    }
+
+    /// A group of one rank.
+    pub fn solo(device: &B) -> Self {
+        Self::new(Rc::new(Solo::new(device)), device)
+    }
+
+    /// This group with a record of what it moves from now on. Every rank calls it.
+    pub fn recorded(&self) -> (Self, Record) {
+        let (communicator, record) = Recorded::new(Rc::clone(&self.shared.communicator));
+        let group = Self::named(Rc::new(communicator), self.device(), self.name().into(), self.shared.id);
+        group.shared.calls.set(self.shared.calls.get());
+        (group, record)
+    }
+
+    /// This rank's number in the group.
+    pub fn rank(&self) -> usize {
+        self.shared.communicator.rank()
+    }
+
+    /// The number of ranks.
+    pub fn size(&self) -> usize {
+        self.shared.communicator.size()
+    }
+
+    /// The device of this rank's tensors.
+    pub fn device(&self) -> &B {
+        &self.shared.device
+    }
+
+    /// The group's name: `world`, or where it was split from.
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// Whether two handles are of the same group.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.shared, &other.shared)
+    }
+
+    /// The group's next call.
+    #[track_caller]
+    fn call(&self, op: Op) -> Call {
+        let seq = self.shared.calls.get();
+        self.shared.calls.set(seq + 1);
+        self.describe(op, seq)
+    }
+
+    #[track_caller]
+    fn describe(&self, op: Op, seq: u64) -> Call {
+        Call {
+            seq,
+            op,
+            started: false,
+            reduce: None,
+            root: None,
+            dtype: None,
+            shape: Shape::new(&[]),
+            parts: 0,
+            group: self.shared.id,
+            site: Site(Location::caller()),
+        }
+    }
+
+    #[track_caller]
+    fn data_call(&self, op: Op, dtype: DType, shape: Shape) -> Call {
+        Call { dtype: Some(dtype), shape, ..self.call(op) }
+    }
+
+    /// The parts of a tensor cut along `dim`, after a look at whether the cut is one of this group and dimension.
+    fn parts(&self, op: &'static str, shape: Shape, dim: usize, cut: &Partition) -> Result<Parts> {
+        if dim >= shape.rank() {
+            return Err(Error::invalid(op, format!("dimension {dim} of a tensor of shape {shape}")));
+        }
+        same_size(op, "the parts of the cut", cut.parts(), "the ranks of the group", self.size())?;
+        same_size(op, "the size that is cut", cut.total(), "that of the dimension", shape.dims()[dim])?;
+        Ok(Parts::along(shape, dim, cut))
+    }
+
+    /// Returns when every rank has called it.
+    ///
+    /// # Errors
+    /// When a rank calls something else, or is lost.
+    #[track_caller]
+    pub fn barrier(&self) -> Result<()> {
+        self.shared.communicator.barrier(&self.call(Op::Barrier))
+    }
+
+    /// Divides the group: ranks of one `color` form a new group, in order of `key` and then of rank. Ranks without a color
+    /// get none.
+    ///
+    /// # Errors
+    /// When a rank calls something else, or is lost.
+    #[track_caller]
+    pub fn split(&self, color: Option<u64>, key: u64) -> Result<Option<Self>> {
+        let call = self.call(Op::Split);
+        let part = self.shared.communicator.split(&call, color, key)?;
+        Ok(part.map(|communicator| {
+            let color = color.unwrap_or_default();
+            let mut id = DefaultHasher::new();
+            (self.shared.id, call.seq, color).hash(&mut id);
+            let name = format!("{}/{color}", self.name());
+            Self::named(communicator.into(), self.device(), name, id.finish())
+        }))
+    }
+
+    /// Divides the group so that every rank is in a part.
+    ///
+    /// # Errors
+    /// When a rank calls something else, or is lost.
+    #[track_caller]
+    pub fn split_all(&self, color: u64) -> Result<Self> {
+        let part = self.split(Some(color), 0)?;
+        part.ok_or_else(|| Error::invalid("split", "the communicator returned no group for a color"))
+    }
+}
+
+impl<B: Pointwise> Group<B> {
+    /// x ← Σ, max or min over the ranks of x, the same bits on every rank.
+    ///
+    /// # Errors
+    /// When a rank calls something else, or is lost; x is then unchanged by disagreement.
+    #[track_caller]
+    pub fn all_reduce<T: Element>(&self, op: ReduceOp, x: &mut Tensor<T, B>) -> Result<()> {
+        let call = Call { reduce: Some(op), ..self.data_call(Op::AllReduce, T::DTYPE, x.shape()) };
+        self.shared.communicator.all_reduce(&call, op, T::any_mut(x.slice_mut()?))
+    }
+
+    /// All ranks' parts along dimension `dim`, side by side. `x` is this rank's part; `cut` says how large each is.
+    ///
+    /// # Errors
+    /// When `x` is not this rank's part of the cut, a rank calls something else, or is lost.
+    #[track_caller]
+    pub fn all_gather<T: Element>(
+        &self,
+        x: &Tensor<T, B>,
+        dim: usize,
+        cut: &Partition,
+    ) -> Result<Tensor<T, B>> {
+        let (call, parts, shape) = self.gather_call(x, dim, cut)?;
+        let mut whole = Tensor::empty(self.device(), shape)?;
+        let (send, recv) = (T::any_ref(x.slice()), T::any_mut(whole.slice_mut()?));
+        self.shared.communicator.all_gather(&call, &parts, send, recv)?;
+        Ok(whole)
+    }
+
+    /// This rank's part along dimension `dim` of the reduction over the ranks of x.
+    ///
+    /// # Errors
+    /// When the cut is not one of x's dimension, a rank calls something else, or is lost.
+    #[track_caller]
+    pub fn reduce_scatter<T: Element>(
+        &self,
+        op: ReduceOp,
+        x: &Tensor<T, B>,
+        dim: usize,
+        cut: &Partition,
+    ) -> Result<Tensor<T, B>> {
+        let (call, parts, shape) = self.scatter_call(op, x, dim, cut)?;
+        let mut part = Tensor::empty(self.device(), shape)?;
+        let (send, recv) = (T::any_ref(x.slice()), T::any_mut(part.slice_mut()?));
+        self.shared.communicator.reduce_scatter(&call, op, &parts, send, recv)?;
+        Ok(part)
+    }
+
+    /// x ← the root's x.
+    ///
+    /// # Errors
+    /// When there is no such root, a rank calls something else, or is lost.
+    #[track_caller]
+    pub fn broadcast<T: Element>(&self, root: usize, x: &mut Tensor<T, B>) -> Result<()> {
+        self.check_rank("broadcast", root)?;
+        let call = Call { root: Some(root), ..self.data_call(Op::Broadcast, T::DTYPE, x.shape()) };
+        self.shared.communicator.broadcast(&call, root, T::any_mut(x.slice_mut()?))
+    }
+
+    /// Sends a tensor to one rank and receives one of a given shape from another, as one step.
+    ///
+    /// Only the ranks that are named take part. Messages between two ranks arrive in order.
+    ///
+    /// # Errors
+    /// When there is no such rank, what arrives is of another element or shape, or a rank is lost.
+    #[track_caller]
+    pub fn exchange<T: Element>(
+        &self,
+        send: Option<(usize, &Tensor<T, B>)>,
+        recv: Option<(usize, Shape)>,
+    ) -> Result<Option<Tensor<T, B>>> {
+        for peer in send.iter().map(|(peer, _)| *peer).chain(recv.iter().map(|(peer, _)| *peer)) {
+            self.check_rank("exchange", peer)?;
+        }
+        // Pairs of ranks exchange, not the group: it is no call of the group's that all would have to make. What a
+        // receiver expects is compared with the message when that arrives.
+        let call = Call { dtype: Some(T::DTYPE), ..self.describe(Op::Exchange, self.shared.calls.get()) };
+        let mut arrived = match recv {
+            Some((_, shape)) => Some(Tensor::empty(self.device(), shape)?),
+            None => None,
+        };
+        let outgoing = send.map(|(to, x)| Outgoing { to, shape: x.shape(), data: T::any_ref(x.slice()) });
+        let incoming = match (&mut arrived, recv) {
+            (Some(x), Some((from, shape))) => {
+                Some(Incoming { from, shape, data: T::any_mut(x.slice_mut()?) })
+            }
+            _ => None,
+        };
+        self.shared.communicator.exchange(&call, outgoing, incoming)?;
+        Ok(arrived)
+    }
+
+    /// Starts an all-reduce of x, which comes back from [`Pending::wait`].
+    ///
+    /// # Errors
+    /// When the group has failed already; what goes wrong later is reported by `wait`.
+    #[track_caller]
+    pub fn start_all_reduce<T: Element>(&self, op: ReduceOp, x: Tensor<T, B>) -> Result<Pending<T, B>> {
+        let call = Call { reduce: Some(op), ..self.data_call(Op::AllReduce, T::DTYPE, x.shape()) };
+        let shape = x.shape();
+        self.start(call, Collective::AllReduce(op), x, shape)
+    }
+
+    /// Starts an all-gather of this rank's part x. See [`Group::all_gather`].
+    ///
+    /// # Errors
+    /// As there; what goes wrong later is reported by `wait`.
+    #[track_caller]
+    pub fn start_all_gather<T: Element>(
+        &self,
+        x: Tensor<T, B>,
+        dim: usize,
+        cut: &Partition,
+    ) -> Result<Pending<T, B>> {
+        let (call, parts, shape) = self.gather_call(&x, dim, cut)?;
+        self.start(call, Collective::AllGather(parts), x, shape)
+    }
+
+    /// Starts a reduce-scatter of x. See [`Group::reduce_scatter`].
+    ///
+    /// # Errors
+    /// As there; what goes wrong later is reported by `wait`.
+    #[track_caller]
+    pub fn start_reduce_scatter<T: Element>(
+        &self,
+        op: ReduceOp,
+        x: Tensor<T, B>,
+        dim: usize,
+        cut: &Partition,
+    ) -> Result<Pending<T, B>> {
+        let (call, parts, shape) = self.scatter_call(op, &x, dim, cut)?;
+        self.start(call, Collective::ReduceScatter(op, parts), x, shape)
+    }
+
+    fn start<T: Element>(
+        &self,
+        call: Call,
+        collective: Collective,
+        x: Tensor<T, B>,
+        result: Shape,
+    ) -> Result<Pending<T, B>> {
+        let call = Call { started: true, ..call };
+        let recv = T::any_buffer(self.device().empty::<T>(result.len())?);
+        let send = T::any_buffer(x.into_buffer()?);
+        let flight = self.shared.communicator.start(&call, collective, send, recv)?;
+        Ok(Pending { flight, shape: result, device: self.device().clone(), element: PhantomData })
+    }
+
+    #[track_caller]
+    fn gather_call<T: Element>(
+        &self,
+        x: &Tensor<T, B>,
+        dim: usize,
+        cut: &Partition,
+    ) -> Result<(Call, Parts, Shape)> {
+        const OP: &str = "all_gather";
+        if dim >= x.shape().rank() {
+            return Err(Error::invalid(OP, format!("dimension {dim} of a tensor of shape {}", x.shape())));
+        }
+        let whole = x.shape().with(dim, cut.total());
+        let parts = self.parts(OP, whole, dim, cut)?;
+        let part = whole.with(dim, cut.size(self.rank()));
+        same_shape(OP, "this rank's part", x.shape().dims(), "its place in the cut", part.dims())?;
+        let call = self.data_call(Op::AllGather, T::DTYPE, whole);
+        Ok((Call { parts: parts.fingerprint(), ..call }, parts, whole))
+    }
+
+    #[track_caller]
+    fn scatter_call<T: Element>(
+        &self,
+        op: ReduceOp,
+        x: &Tensor<T, B>,
+        dim: usize,
+        cut: &Partition,
+    ) -> Result<(Call, Parts, Shape)> {
+        let parts = self.parts("reduce_scatter", x.shape(), dim, cut)?;
+        let call = self.data_call(Op::ReduceScatter, T::DTYPE, x.shape());
+        let call = Call { reduce: Some(op), parts: parts.fingerprint(), ..call };
+        Ok((call, parts, x.shape().with(dim, cut.size(self.rank()))))
+    }
+
+    fn check_rank(&self, op: &'static str, rank: usize) -> Result<()> {
+        if rank < self.size() {
+            return Ok(());
+        }
+        Err(Error::invalid(op, format!("rank {rank} of a group of {}", self.size())))
+    }
+}
+
+/// A collective that was started: owns its tensor until [`Pending::wait`] gives the result.
+#[must_use = "a collective that is started has to be waited for"]
+pub struct Pending<T: Element, B: Device> {
+    flight: Box<dyn InFlight<B>>,
+    shape: Shape,
+    device: B,
+    element: PhantomData<T>,
+}
+
+impl<T: Element, B: Device> Pending<T, B> {
+    /// The result.
+    ///
+    /// # Errors
+    /// When the ranks called different things, or a rank was lost.
+    pub fn wait(self) -> Result<Tensor<T, B>> {
+        let result = self.flight.wait()?.of::<T>();
+        let result = result
+            .ok_or_else(|| Error::invalid("wait", "the communicator changed the element of its tensor"))?;
+        Tensor::from_buffer(&self.device, self.shape, result)
+    }
+}

@@ -1,0 +1,32 @@
+//! Groups of ranks and the collectives between them. Knows tensors and cuts, but no mathematics beyond sum, max and min.
+//!
+//! [`Group`] is what operators hold: typed, with shapes, partitions and sequence numbers. Behind it stands a
+//! [`Communicator`], the object-safe transport:
+//!
+//! | communicator | ranks |
+//! |---|---|
+//! | [`Solo`] | one, on any device |
+//! | [`threads::ThreadComm`] | threads of one process, which read one another's memory |
+//! | [`Recorded`] | those of the communicator it wraps, with every transfer written down |
+//!
+//! Every call carries a [`Call`]: what is asked, of which element and shape, and the how-manieth call of its group it
+//! is. The ranks compare their calls before any data moves: where they disagree, all of them get
+//! [`crate::Error::Mismatch`] and no buffer changes. A rank that panics or leaves breaks the group for the others, who
+//! get [`crate::Error::PeerLost`] instead of waiting for it.
+
+mod call;
+mod communicator;
+mod group;
+mod mesh;
+mod parts;
+mod recorded;
+mod solo;
+pub mod threads;
+
+pub use call::{Call, Op, ReduceOp};
+pub use communicator::{Collective, Communicator, InFlight, Incoming, Outgoing};
+pub use group::{Group, Pending};
+pub use mesh::DeviceMesh;
+pub use parts::Parts;
+pub use recorded::{Record, Recorded, Transfer};
+pub use solo::Solo;

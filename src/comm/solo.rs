@@ -1,0 +1,95 @@
+//! A group of one.
+
+use super::{Call, Communicator, Incoming, Outgoing, Parts, ReduceOp};
+use crate::{
+    device::{AnyMut, AnyRef, Device, Element, each_dtype},
+    error::{Error, Result, same_shape},
+};
+
+/// The communicator of a single rank, on any device: a tensor-parallel layer on one rank is the layer itself.
+#[derive(Clone, Debug)]
+pub struct Solo<B: Device> {
+    device: B,
+}
+
+impl<B: Device> Solo<B> {
+    /// A group of one on a device.
+    pub fn new(device: &B) -> Self {
+        Self { device: device.clone() }
+    }
+
+    /// recv ← send, by way of the host: a group of one copies only where a caller asks it to gather one part.
+    fn copy(&self, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()> {
+        fn copy<T: Element, B: Device>(
+            device: &B,
+            send: B::Slice<'_, T>,
+            recv: B::SliceMut<'_, T>,
+        ) -> Result<()> {
+            let mut host = vec![T::default(); B::len::<T>(send)];
+            device.download::<T>(send, &mut host)?;
+            device.upload::<T>(&host, recv)
+        }
+        each_dtype!(AnyRef, send, send => match recv.of() {
+            Some(recv) => copy(&self.device, send, recv),
+            None => Err(Error::invalid("collective", "send and receive have different elements")),
+        })
+    }
+}
+
+impl<B: Device> Communicator<B> for Solo<B> {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn size(&self) -> usize {
+        1
+    }
+
+    fn all_reduce(&self, _: &Call, _: ReduceOp, _: AnyMut<'_, B>) -> Result<()> {
+        Ok(())
+    }
+
+    fn all_gather(&self, _: &Call, _: &Parts, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()> {
+        self.copy(send, recv)
+    }
+
+    fn reduce_scatter(
+        &self,
+        _: &Call,
+        _: ReduceOp,
+        _: &Parts,
+        send: AnyRef<'_, B>,
+        recv: AnyMut<'_, B>,
+    ) -> Result<()> {
+        self.copy(send, recv)
+    }
+
+    fn broadcast(&self, _: &Call, _: usize, _: AnyMut<'_, B>) -> Result<()> {
+        Ok(())
+    }
+
+    fn exchange(&self, _: &Call, send: Option<Outgoing<'_, B>>, recv: Option<Incoming<'_, B>>) -> Result<()> {
+        match (send, recv) {
+            (Some(send), Some(recv)) => {
+                same_shape(
+                    "exchange",
+                    "what is sent",
+                    send.shape.dims(),
+                    "what is expected",
+                    recv.shape.dims(),
+                )?;
+                self.copy(send.data, recv.data)
+            }
+            (None, None) => Ok(()),
+            _ => Err(Error::invalid("exchange", "a group of one has nobody to send to or receive from")),
+        }
+    }
+
+    fn barrier(&self, _: &Call) -> Result<()> {
+        Ok(())
+    }
+
+    fn split(&self, _: &Call, color: Option<u64>, _: u64) -> Result<Option<Box<dyn Communicator<B>>>> {
+        Ok(color.map(|_| Box::new(self.clone()) as Box<dyn Communicator<B>>))
+    }
+}

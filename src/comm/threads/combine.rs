@@ -1,0 +1,108 @@
+//! What a rank computes from all ranks' inputs: safe functions of slices, the same for every way the inputs arrive.
+
+use crate::{
+    comm::{Parts, ReduceOp},
+    device::{Accumulator, Element, vectorized},
+};
+use std::ops::Range;
+
+/// Elements that are reduced at a time: their accumulators stay in the first-level cache.
+pub(super) const BLOCK: usize = 1024;
+
+/// recv ← all ranks' parts side by side. `part(r)` is rank r's `[rows, size(r)]`.
+pub(super) fn gather<'a, T: Element>(parts: &Parts, part: impl Fn(usize) -> &'a [T], recv: &mut [T]) {
+    let total = parts.cuts.total();
+    for rank in 0..parts.cuts.parts() {
+        let (from, columns) = (part(rank), parts.cuts.range(rank));
+        for row in 0..parts.rows {
+            let width = columns.len();
+            recv[row * total..][columns.clone()].copy_from_slice(&from[row * width..(row + 1) * width]);
+        }
+    }
+}
+
+/// recv ← rank `rank`'s part of the reduction. `whole(r)` is rank r's `[rows, total]`.
+pub(super) fn reduce_part<'a, T: Element>(
+    op: ReduceOp,
+    parts: &Parts,
+    rank: usize,
+    whole: impl Fn(usize) -> &'a [T],
+    recv: &mut [T],
+) {
+    let (total, columns) = (parts.cuts.total(), parts.cuts.range(rank));
+    if columns.is_empty() {
+        return;
+    }
+    for (row, recv) in recv.chunks_exact_mut(columns.len()).enumerate() {
+        let start = row * total + columns.start;
+        reduce(op, parts.cuts.parts(), |rank| &whole(rank)[start..start + columns.len()], recv);
+    }
+}
+
+/// to ← the reduction over `ranks` ranks of `from(rank)`, in rank order.
+pub(super) fn reduce<'a, T: Element>(
+    op: ReduceOp,
+    ranks: usize,
+    from: impl Fn(usize) -> &'a [T],
+    to: &mut [T],
+) {
+    let mut sums = [T::Acc::ZERO; BLOCK];
+    for (at, to) in to.chunks_mut(BLOCK).enumerate() {
+        let range = at * BLOCK..at * BLOCK + to.len();
+        reduce_block(op, ranks, &from, range, &mut sums);
+        store(&sums, to);
+    }
+}
+
+/// to ← as many sums, rounded.
+pub(super) fn store<T: Element>(sums: &[T::Acc; BLOCK], to: &mut [T]) {
+    vectorized(|| {
+        for (to, sum) in to.iter_mut().zip(sums) {
+            *to = T::narrow(*sum);
+        }
+    });
+}
+
+/// sums[..range.len()] ← the reduction over `ranks` ranks of `from(rank)[range]`, in rank order, in the accumulator.
+pub(super) fn reduce_block<'a, T: Element>(
+    op: ReduceOp,
+    ranks: usize,
+    from: &impl Fn(usize) -> &'a [T],
+    range: Range<usize>,
+    sums: &mut [T::Acc; BLOCK],
+) {
+    match op {
+        ReduceOp::Sum => fold(ranks, from, range, sums, |a, b| a + b),
+        ReduceOp::Max => fold(ranks, from, range, sums, T::Acc::max_nan),
+        ReduceOp::Min => fold(ranks, from, range, sums, T::Acc::min_nan),
+    }
+}
+
+#[inline(always)]
+fn fold<'a, T: Element>(
+    ranks: usize,
+    from: &impl Fn(usize) -> &'a [T],
+    range: Range<usize>,
+    sums: &mut [T::Acc; BLOCK],
+    combine: impl Fn(T::Acc, T::Acc) -> T::Acc,
+) {
+    vectorized(|| {
+        // Two ranks, the most frequent number, in one pass.
+        let sums = &mut sums[..range.len()];
+        let first = &from(0)[range.clone()];
+        if ranks == 1 {
+            for (sum, a) in sums.iter_mut().zip(first) {
+                *sum = a.widen();
+            }
+            return;
+        }
+        for ((sum, a), b) in sums.iter_mut().zip(first).zip(&from(1)[range.clone()]) {
+            *sum = combine(a.widen(), b.widen());
+        }
+        for rank in 2..ranks {
+            for (sum, a) in sums.iter_mut().zip(&from(rank)[range.clone()]) {
+                *sum = combine(*sum, a.widen());
+            }
+        }
+    });
+}

@@ -1,0 +1,92 @@
+//! Waiting for another rank: spin, then yield, then sleep.
+
+use super::sync::{AtomicUsize, Condvar, Mutex, Ordering, spin_loop, yield_now};
+use std::time::{Duration, Instant};
+
+/// Waiters yield this often before they sleep.
+const YIELDS: u32 = if cfg!(loom) { 0 } else { 200 };
+
+/// Something that may happen. See `README.md`, "Waiting".
+#[derive(Debug)]
+pub(super) struct Event {
+    sleepers: AtomicUsize,
+    lock: Mutex<()>,
+    wake: Condvar,
+    spins: u32,
+}
+
+impl Event {
+    /// An event whose waiters spin this often before they yield.
+    pub(super) fn new(spins: u32) -> Self {
+        Self { sleepers: AtomicUsize::new(0), lock: Mutex::new(()), wake: Condvar::new(), spins }
+    }
+
+    /// Says that the state on which waiters' conditions depend has changed.
+    pub(super) fn notify(&self) {
+        // A read-modify-write, not a load: it and the sleeper's are in one order. See `README.md`, "Waiting".
+        if self.sleepers.fetch_add(0, Ordering::AcqRel) > 0 {
+            drop(self.lock.lock());
+            self.wake.notify_all();
+        }
+    }
+
+    /// Waits until `done` returns something, or for at most `patience`.
+    pub(super) fn wait_until<R>(
+        &self,
+        patience: Option<Duration>,
+        mut done: impl FnMut() -> Option<R>,
+    ) -> Option<R> {
+        for _ in 0..self.spins {
+            if let Some(result) = done() {
+                return Some(result);
+            }
+            spin_loop();
+        }
+        for _ in 0..YIELDS {
+            if let Some(result) = done() {
+                return Some(result);
+            }
+            yield_now();
+        }
+        let start = Instant::now();
+        // A lock that a panicking thread held guards nothing but the wait itself.
+        let mut guard = self.lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        self.sleepers.fetch_add(1, Ordering::AcqRel);
+        let result = loop {
+            if let Some(result) = done() {
+                break Some(result);
+            }
+            let Some(left) = patience.map_or(Some(Duration::MAX), |all| all.checked_sub(start.elapsed()))
+            else {
+                break None;
+            };
+            guard = self.sleep(guard, left);
+        };
+        self.sleepers.fetch_sub(1, Ordering::AcqRel);
+        result
+    }
+
+    #[cfg(not(loom))]
+    fn sleep<'a>(
+        &self,
+        guard: std::sync::MutexGuard<'a, ()>,
+        left: Duration,
+    ) -> std::sync::MutexGuard<'a, ()> {
+        // An hour is no limit, only a time that the system's clock can add.
+        let left = left.min(Duration::from_secs(3600));
+        match self.wake.wait_timeout(guard, left) {
+            Ok((guard, _)) => guard,
+            Err(poisoned) => poisoned.into_inner().0,
+        }
+    }
+
+    /// Time does not pass in a model: a sleeper that nobody wakes is a deadlock, which loom reports.
+    #[cfg(loom)]
+    fn sleep<'a>(
+        &self,
+        guard: loom::sync::MutexGuard<'a, ()>,
+        _: Duration,
+    ) -> loom::sync::MutexGuard<'a, ()> {
+        self.wake.wait(guard).unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}

@@ -1,0 +1,48 @@
+//! Data that outlives its rank: what is sent, and what a started collective reads.
+
+use crate::device::{AnyBuffer, AnyRef, Cpu};
+use half::{bf16, f16};
+
+/// Host memory whose element is known at run time; unlike a rank's buffers it may go to other threads.
+#[derive(Debug)]
+pub(super) enum HostVec {
+    F64(Vec<f64>),
+    F32(Vec<f32>),
+    BF16(Vec<bf16>),
+    F16(Vec<f16>),
+}
+
+impl HostVec {
+    pub(super) fn as_ref(&self) -> AnyRef<'_, Cpu> {
+        match self {
+            Self::F64(data) => AnyRef::F64(data.as_slice()),
+            Self::F32(data) => AnyRef::F32(data.as_slice()),
+            Self::BF16(data) => AnyRef::BF16(data.as_slice()),
+            Self::F16(data) => AnyRef::F16(data.as_slice()),
+        }
+    }
+}
+
+/// A copy.
+impl From<AnyRef<'_, Cpu>> for HostVec {
+    fn from(data: AnyRef<'_, Cpu>) -> Self {
+        match data {
+            AnyRef::F64(data) => Self::F64(data.to_vec()),
+            AnyRef::F32(data) => Self::F32(data.to_vec()),
+            AnyRef::BF16(data) => Self::BF16(data.to_vec()),
+            AnyRef::F16(data) => Self::F16(data.to_vec()),
+        }
+    }
+}
+
+/// The buffer's own memory.
+impl From<AnyBuffer<Cpu>> for HostVec {
+    fn from(buffer: AnyBuffer<Cpu>) -> Self {
+        match buffer {
+            AnyBuffer::F64(buffer) => Self::F64(buffer.into_vec()),
+            AnyBuffer::F32(buffer) => Self::F32(buffer.into_vec()),
+            AnyBuffer::BF16(buffer) => Self::BF16(buffer.into_vec()),
+            AnyBuffer::F16(buffer) => Self::F16(buffer.into_vec()),
+        }
+    }
+}

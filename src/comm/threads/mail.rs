@@ -1,0 +1,51 @@
+//! Messages from one rank to another: copied into a queue, so that a sender never waits.
+
+use super::{host::HostVec, shared::Shared};
+use crate::{
+    comm::{Call, Incoming, Outgoing},
+    device::{Cpu, each_dtype},
+    error::{Error, Mismatch, Result},
+    shard::Shape,
+};
+
+/// A tensor under way.
+#[derive(Debug)]
+pub(super) struct Letter {
+    call: Call,
+    shape: Shape,
+    data: HostVec,
+}
+
+impl Shared {
+    pub(super) fn send(&self, call: &Call, from: usize, send: Outgoing<'_, Cpu>) -> Result<()> {
+        if self.barrier.is_broken() {
+            return Err(self.failure(call));
+        }
+        let letter = Letter { call: *call, shape: send.shape, data: send.data.into() };
+        self.lock(&self.mail[from * self.size() + send.to]).push_back(letter);
+        self.news.notify();
+        Ok(())
+    }
+
+    pub(super) fn receive(&self, call: &Call, to: usize, recv: Incoming<'_, Cpu>) -> Result<()> {
+        let queue = &self.mail[recv.from * self.size() + to];
+        let letter = self.wait_for(call, || self.lock(queue).pop_front(), || vec![recv.from])?;
+        let (sent, expected) = (letter.data.as_ref().dtype(), recv.data.dtype());
+        if sent != expected || letter.shape != recv.shape {
+            let words = |verb, dtype, shape, site| format!("exchange, {verb} {dtype} {shape} at {site}");
+            return Err(self.disagree(Mismatch {
+                left_rank: recv.from,
+                left: words("sending", sent, letter.shape, letter.call.site),
+                right_rank: to,
+                right: words("expecting", expected, recv.shape, call.site),
+            }));
+        }
+        each_dtype!(AnyRef, letter.data.as_ref(), data => match recv.data.of() {
+            Some(to) => {
+                to.copy_from_slice(data);
+                Ok(())
+            }
+            None => Err(Error::invalid("exchange", "the message changed its element")),
+        })
+    }
+}

@@ -1,0 +1,259 @@
+//! Ranks that are threads of one process and read one another's memory. The protocol, and why it is safe: `README.md`.
+
+mod barrier;
+mod combine;
+mod event;
+mod flight;
+mod host;
+mod mail;
+mod shared;
+mod slot;
+mod sync;
+
+pub(crate) use shared::Presence;
+
+use super::{Call, Collective, Communicator, InFlight, Incoming, Outgoing, Parts, ReduceOp};
+use crate::{
+    device::{AnyBuffer, AnyMut, AnyRef, Cpu, Element, each_dtype},
+    error::{Error, Result},
+    shard::Partition,
+};
+use combine::BLOCK;
+use shared::Shared;
+use slot::EAGER;
+use std::{cell::Cell, rc::Rc, sync::Arc, time::Duration};
+
+/// One rank's end of a group of threads. Made by [`crate::launch::Threads`].
+pub struct ThreadComm {
+    shared: Arc<Shared>,
+    rank: usize,
+    /// The operations that this rank has started on the barrier, and in flight.
+    operations: Cell<u64>,
+    flights: Cell<u64>,
+    presence: Rc<Presence>,
+}
+
+impl ThreadComm {
+    /// The ends of a new group of `size` threads, in rank order, each to be given to its thread.
+    pub(crate) fn group(size: usize, deadline: Duration) -> Vec<impl FnOnce() -> Self + Send> {
+        let shared = Arc::new(Shared::new("world".into(), size, deadline));
+        let end = |rank| {
+            let shared = Arc::clone(&shared);
+            move || Self::join(shared, rank, Rc::new(Presence::default()))
+        };
+        (0..size).map(end).collect()
+    }
+
+    fn join(shared: Arc<Shared>, rank: usize, presence: Rc<Presence>) -> Self {
+        presence.add(&shared, rank);
+        Self { shared, rank, operations: Cell::new(0), flights: Cell::new(0), presence }
+    }
+
+    /// The groups that this rank's thread takes part in.
+    pub(crate) fn presence(&self) -> Rc<Presence> {
+        Rc::clone(&self.presence)
+    }
+
+    /// Publishes, meets the others and compares the calls. Returns the operation's number, to read the slots with.
+    fn meet(&self, call: &Call, publish: impl FnOnce(u64)) -> Result<u64> {
+        let at = self.operations.get();
+        if self.shared.barrier.is_broken() {
+            return Err(self.shared.failure(call));
+        }
+        self.operations.set(at + 1);
+        publish(at);
+        self.shared.meet(call, at)?;
+        Ok(at)
+    }
+
+    /// Publishes `data`, meets the others and lets `combine` make this rank's result from all ranks' data.
+    ///
+    /// `longest` is the most bytes that any rank publishes: the same number on every rank, so that all agree on whether
+    /// there is a second meeting.
+    fn collect<'a, T: Element>(
+        &'a self,
+        call: &Call,
+        longest: usize,
+        data: &[T],
+        combine: impl FnOnce(&dyn Fn(usize) -> &'a [T]),
+    ) -> Result<()> {
+        let slots = &self.shared.slots;
+        // SAFETY: this rank owns its slot and has passed the first meeting of the operation before: its number was counted
+        // there. `data` is borrowed until this function returns, which is after the second meeting if it is not copied:
+        // `longest` is at least its size.
+        #[allow(unsafe_code)]
+        let at = self.meet(call, |at| unsafe { slots[self.rank].publish_ref(at, call, data) })?;
+        let second = (longest > EAGER).then(|| Finish(&self.shared));
+        // SAFETY: the first meeting is complete, and this rank arrives at no other operation before `combine` returns, which
+        // keeps no slice. No rank writes data that was published by `publish_ref`.
+        #[allow(unsafe_code)]
+        combine(&|rank| unsafe { slots[rank].data::<T>(at) });
+        drop(second);
+        Ok(())
+    }
+
+    fn all_reduce_in_place<T: Element>(&self, call: &Call, op: ReduceOp, x: &mut [T]) -> Result<()> {
+        let (slots, size, len) = (&self.shared.slots, self.shared.size(), x.len());
+        // SAFETY: this rank owns its slot and has passed the first meeting of the operation before. `x` is borrowed until
+        // this function returns, which is after the second meeting or a broken first one, and is not used in between.
+        #[allow(unsafe_code)]
+        let at = self.meet(call, |at| unsafe { slots[self.rank].publish_mut(at, call, x) })?;
+        let _second = Finish(&self.shared);
+        // Chunks begin on cache lines of the reduced tensor, so that no two ranks write to one.
+        let mine = Partition::even(len.div_ceil(32), size).scaled(32).range(self.rank);
+        let (mut start, end) = (mine.start.min(len), mine.end.min(len));
+        let mut sums = [T::Acc::default(); BLOCK];
+        while start < end {
+            let count = BLOCK.min(end - start);
+            // SAFETY: between the meetings, and only this rank touches its chunk of any rank's buffer: R5. The shared
+            // references end with `reduce_block`, before the exclusive ones are made, one at a time.
+            #[allow(unsafe_code)]
+            let part = |rank: usize| unsafe { slots[rank].part::<T>(at, start, count) };
+            combine::reduce_block(op, size, &part, 0..count, &mut sums);
+            for slot in slots.iter() {
+                // SAFETY: as above.
+                #[allow(unsafe_code)]
+                let to = unsafe { slot.part_mut::<T>(at, start, count) };
+                combine::store(&sums, to);
+            }
+            start += count;
+        }
+        Ok(())
+    }
+}
+
+/// Attends the second meeting when dropped, whatever happens between the two: R3.
+struct Finish<'a>(&'a Shared);
+
+impl Drop for Finish<'_> {
+    fn drop(&mut self) {
+        self.0.barrier.finish();
+    }
+}
+
+/// Runs generic code on a pair of run-time views, which the callers have made of one element.
+macro_rules! each_pair {
+    ($send:expr, $recv:expr, ($a:ident, $b:ident) => $body:expr) => {
+        each_dtype!(AnyRef, $send, $a => match $recv.of() {
+            Some($b) => $body,
+            None => Err(Error::invalid("collective", "send and receive have different elements")),
+        })
+    };
+}
+use each_pair;
+
+impl Communicator<Cpu> for ThreadComm {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.shared.size()
+    }
+
+    fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, Cpu>) -> Result<()> {
+        let size = self.shared.size();
+        each_dtype!(AnyMut, x, x => {
+            let bytes = size_of_val(x);
+            if bytes > EAGER {
+                return self.all_reduce_in_place(call, op, x);
+            }
+            // The payload is copied to the slot before `x` is written: two borrows in turn, not at a time.
+            let slots = &self.shared.slots;
+            // SAFETY: as in `collect`; a payload of at most EAGER bytes is copied.
+            #[allow(unsafe_code)]
+            let at = self.meet(call, |at| unsafe { slots[self.rank].publish_ref(at, call, x) })?;
+            // SAFETY: as in `collect`.
+            #[allow(unsafe_code)]
+            combine::reduce(op, size, |rank| unsafe { slots[rank].data(at) }, x);
+            Ok(())
+        })
+    }
+
+    fn all_gather(
+        &self,
+        call: &Call,
+        parts: &Parts,
+        send: AnyRef<'_, Cpu>,
+        recv: AnyMut<'_, Cpu>,
+    ) -> Result<()> {
+        let longest = parts.longest() * send.dtype().size();
+        each_pair!(send, recv, (send, recv) => {
+            self.collect(call, longest, send, |part| combine::gather(parts, part, recv))
+        })
+    }
+
+    fn reduce_scatter(
+        &self,
+        call: &Call,
+        op: ReduceOp,
+        parts: &Parts,
+        send: AnyRef<'_, Cpu>,
+        recv: AnyMut<'_, Cpu>,
+    ) -> Result<()> {
+        let longest = parts.total() * send.dtype().size();
+        each_pair!(send, recv, (send, recv) => {
+            self.collect(call, longest, send, |whole| combine::reduce_part(op, parts, self.rank, whole, recv))
+        })
+    }
+
+    fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, Cpu>) -> Result<()> {
+        each_dtype!(AnyMut, x, x => {
+            let bytes = size_of_val(x);
+            if self.rank == root {
+                return self.collect(call, bytes, x, |_| ());
+            }
+            self.collect(call, bytes, &[], |data| x.copy_from_slice(data(root)))
+        })
+    }
+
+    fn exchange(
+        &self,
+        call: &Call,
+        send: Option<Outgoing<'_, Cpu>>,
+        recv: Option<Incoming<'_, Cpu>>,
+    ) -> Result<()> {
+        if let Some(send) = send {
+            self.shared.send(call, self.rank, send)?;
+        }
+        recv.map_or(Ok(()), |recv| self.shared.receive(call, self.rank, recv))
+    }
+
+    fn barrier(&self, call: &Call) -> Result<()> {
+        let slots = &self.shared.slots;
+        // SAFETY: this rank owns its slot and has passed the first meeting of the operation before.
+        #[allow(unsafe_code)]
+        self.meet(call, |at| unsafe { slots[self.rank].publish(at, call) })?;
+        Ok(())
+    }
+
+    fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
+        // Every rank tells its color and key; whoever is first of its color makes the group, and the others find it.
+        let wish = (color, key, self.rank);
+        let part = self.shared.part_of(call, wish, || self.barrier(call))?;
+        Ok(part.map(|(shared, rank)| {
+            Box::new(Self::join(shared, rank, self.presence())) as Box<dyn Communicator<Cpu>>
+        }))
+    }
+
+    fn start(
+        &self,
+        call: &Call,
+        collective: Collective,
+        send: AnyBuffer<Cpu>,
+        recv: AnyBuffer<Cpu>,
+    ) -> Result<Box<dyn InFlight<Cpu>>> {
+        let number = self.flights.get();
+        self.flights.set(number + 1);
+        let flight = self.shared.post(call, number, self.rank, send.into())?;
+        let shared = Arc::clone(&self.shared);
+        Ok(Box::new(flight::Started { shared, flight, call: *call, collective, rank: self.rank, recv }))
+    }
+}
+
+/// A rank that drops its end has left: whoever still counts on it is told.
+impl Drop for ThreadComm {
+    fn drop(&mut self) {
+        self.shared.leave(self.rank);
+    }
+}

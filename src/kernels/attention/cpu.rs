@@ -1,0 +1,228 @@
+//! Attention on the CPU: tiles of queries against all the keys that they may see.
+//!
+//! The heads' matrices are first copied out of the fused projection, widened, so that the products run on short rows in
+//! the accumulator whatever the element is. A causal tile multiplies only with the keys up to its last query.
+
+use super::{Attention, AttentionSpec, check};
+use crate::{
+    device::{Accumulator, Cpu, CpuBuffer, Device, Element, vectorized},
+    error::{Result, same_size},
+    kernels::{
+        Gemm, Mask, MatMut, MatRef,
+        lanes::lane_sum,
+        softmax::softmax_row,
+        view::{mat, mat_mut, unit_columns},
+    },
+};
+use std::ops::Range;
+
+/// Queries in a tile: 128 rows of scores against 2048 keys are 1 MiB of f32.
+const TILE: usize = 128;
+
+impl Attention for Cpu {
+    fn attention<T: Element>(
+        &self,
+        spec: &AttentionSpec<'_>,
+        q: MatRef<'_, T, Self>,
+        k: MatRef<'_, T, Self>,
+        v: MatRef<'_, T, Self>,
+        mut out: MatMut<'_, T, Self>,
+        lse: &mut [T::Acc],
+    ) -> Result<()> {
+        let kv_like = [("k", k.dims()), ("v", v.dims())];
+        check("attention", spec, &[("q", q.dims()), ("out", out.dims())], &kv_like, lse.len())?;
+        let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
+        let longest = spec.sequences.iter().map(|rows| rows.len()).max().unwrap_or(0);
+        let mut scores = self.empty::<T::Acc>(TILE.min(longest) * longest)?;
+        let mut result = self.empty::<T::Acc>(TILE.min(longest) * dim)?;
+        for rows in spec.sequences.iter() {
+            for kv in 0..spec.kv_heads {
+                let keys = widened(self, k, rows.clone(), kv, dim)?;
+                let values = widened(self, v, rows.clone(), kv, dim)?;
+                for head in heads_of(spec, kv) {
+                    let queries = widened(self, q, rows.clone(), head, dim)?;
+                    for tile in tiles(rows.len()) {
+                        let seen = if spec.causal { tile.end } else { rows.len() };
+                        let queries = mat(&queries[tile.start * dim..], tile.len(), dim)?;
+                        let (keys, values) = (mat(&keys, seen, dim)?, mat(&values, seen, dim)?);
+                        let scores_mat = mat_mut(&mut scores, tile.len(), seen)?;
+                        self.gemm(spec.scale, queries, keys.t(), 0.0, scores_mat)?;
+                        let mask = mask_of(spec, &rows, &tile, seen);
+                        vectorized(|| {
+                            for (at, row) in scores[..tile.len() * seen].chunks_exact_mut(seen).enumerate() {
+                                lse[(rows.start + tile.start + at) * heads + head] =
+                                    softmax_row(row, mask.visible(at, seen), mask.valid);
+                            }
+                        });
+                        let weights = mat(&scores, tile.len(), seen)?;
+                        self.gemm(1.0, weights, values, 0.0, mat_mut(&mut result, tile.len(), dim)?)?;
+                        for (at, result) in result[..tile.len() * dim].chunks_exact(dim).enumerate() {
+                            let row =
+                                &mut out.row(rows.start + tile.start + at)[head * dim..(head + 1) * dim];
+                            narrow(result, row);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn attention_backward<T: Element>(
+        &self,
+        spec: &AttentionSpec<'_>,
+        q: MatRef<'_, T, Self>,
+        k: MatRef<'_, T, Self>,
+        v: MatRef<'_, T, Self>,
+        out: MatRef<'_, T, Self>,
+        lse: &[T::Acc],
+        dout: MatRef<'_, T, Self>,
+        mut dqkv: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        const OP: &str = "attention backward";
+        let query_like = [("q", q.dims()), ("out", out.dims()), ("dout", dout.dims())];
+        check(OP, spec, &query_like, &[("k", k.dims()), ("v", v.dims())], lse.len())?;
+        let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
+        unit_columns(OP, dqkv.dims())?;
+        same_size(OP, "rows of the gradient", dqkv.rows(), "rows of q", q.rows())?;
+        let width = (heads + 2 * spec.kv_heads) * dim;
+        same_size(OP, "columns of the gradient", dqkv.cols(), "those of q, k and v", width)?;
+        let longest = spec.sequences.iter().map(|rows| rows.len()).max().unwrap_or(0);
+        let tile_rows = TILE.min(longest);
+        let mut weights = self.empty::<T::Acc>(tile_rows * longest)?;
+        let mut dweights = self.empty::<T::Acc>(tile_rows * longest)?;
+        let mut dqueries = self.empty::<T::Acc>(tile_rows * dim)?;
+        let mut dkeys = self.empty::<T::Acc>(longest * dim)?;
+        let mut dvalues = self.empty::<T::Acc>(longest * dim)?;
+        for rows in spec.sequences.iter() {
+            for kv in 0..spec.kv_heads {
+                let keys = widened(self, k, rows.clone(), kv, dim)?;
+                let values = widened(self, v, rows.clone(), kv, dim)?;
+                dkeys.fill(T::Acc::ZERO);
+                dvalues.fill(T::Acc::ZERO);
+                for head in heads_of(spec, kv) {
+                    let queries = widened(self, q, rows.clone(), head, dim)?;
+                    let outs = widened(self, out, rows.clone(), head, dim)?;
+                    let douts = widened(self, dout, rows.clone(), head, dim)?;
+                    for tile in tiles(rows.len()) {
+                        let seen = if spec.causal { tile.end } else { rows.len() };
+                        let count = tile.len() * seen;
+                        let queries = mat(&queries[tile.start * dim..], tile.len(), dim)?;
+                        let dout = mat(&douts[tile.start * dim..], tile.len(), dim)?;
+                        let (keys, values) = (mat(&keys, seen, dim)?, mat(&values, seen, dim)?);
+                        // P = e^(score − log Σ), from the same scores as in the forward.
+                        self.gemm(
+                            spec.scale,
+                            queries,
+                            keys.t(),
+                            0.0,
+                            mat_mut(&mut weights, tile.len(), seen)?,
+                        )?;
+                        let mask = mask_of(spec, &rows, &tile, seen);
+                        vectorized(|| {
+                            for (at, row) in weights[..count].chunks_exact_mut(seen).enumerate() {
+                                let lse = lse[(rows.start + tile.start + at) * heads + head];
+                                weights_row(row, mask.visible(at, seen), mask.valid, lse);
+                            }
+                        });
+                        let p = mat(&weights, tile.len(), seen)?;
+                        self.gemm(1.0, p.t(), dout, 1.0, mat_mut(&mut dvalues, seen, dim)?)?;
+                        self.gemm(1.0, dout, values.t(), 0.0, mat_mut(&mut dweights, tile.len(), seen)?)?;
+                        vectorized(|| {
+                            for (at, (p, dp)) in weights[..count]
+                                .chunks_exact_mut(seen)
+                                .zip(dweights.chunks_exact(seen))
+                                .enumerate()
+                            {
+                                let token = (tile.start + at) * dim;
+                                let (o, d) = (&outs[token..token + dim], &douts[token..token + dim]);
+                                let sum = lane_sum(dim, |at| o[at] * d[at]);
+                                for (p, dp) in p.iter_mut().zip(dp) {
+                                    // A masked weight is 0, and stays 0 whatever its score's gradient would be.
+                                    let ds = *p * (*dp - sum);
+                                    *p = if *p == T::Acc::ZERO { T::Acc::ZERO } else { ds };
+                                }
+                            }
+                        });
+                        let ds = mat(&weights, tile.len(), seen)?;
+                        self.gemm(spec.scale, ds, keys, 0.0, mat_mut(&mut dqueries, tile.len(), dim)?)?;
+                        self.gemm(spec.scale, ds.t(), queries, 1.0, mat_mut(&mut dkeys, seen, dim)?)?;
+                        for (at, dq) in dqueries[..tile.len() * dim].chunks_exact(dim).enumerate() {
+                            let row = dqkv.row(rows.start + tile.start + at);
+                            narrow(dq, &mut row[head * dim..(head + 1) * dim]);
+                        }
+                    }
+                }
+                for (at, (dk, dv)) in dkeys.chunks_exact(dim).zip(dvalues.chunks_exact(dim)).enumerate() {
+                    if at == rows.len() {
+                        break;
+                    }
+                    let row = dqkv.row(rows.start + at);
+                    let (dk_at, dv_at) = ((heads + kv) * dim, (heads + spec.kv_heads + kv) * dim);
+                    narrow(dk, &mut row[dk_at..dk_at + dim]);
+                    narrow(dv, &mut row[dv_at..dv_at + dim]);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The query heads that use a key/value head.
+fn heads_of<'a>(spec: &AttentionSpec<'a>, kv: usize) -> impl Iterator<Item = usize> + 'a {
+    let kv_of_query = spec.kv_of_query;
+    (0..kv_of_query.len()).filter(move |&head| kv_of_query[head] == kv)
+}
+
+/// The queries of a sequence, a tile at a time.
+fn tiles(len: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len).step_by(TILE).map(move |start| start..len.min(start + TILE))
+}
+
+/// The mask of a tile's rows over the first `seen` keys of its sequence.
+fn mask_of<'a>(spec: &AttentionSpec<'a>, rows: &Range<usize>, tile: &Range<usize>, seen: usize) -> Mask<'a> {
+    Mask {
+        causal: spec.causal.then_some(tile.start),
+        valid: spec.sequences.valid().map(|valid| &valid[rows.start..rows.start + seen]),
+    }
+}
+
+/// One head of some rows, without gaps, in the accumulator.
+fn widened<T: Element>(
+    cpu: &Cpu,
+    from: MatRef<'_, T, Cpu>,
+    rows: Range<usize>,
+    head: usize,
+    dim: usize,
+) -> Result<CpuBuffer<T::Acc>> {
+    let mut to = cpu.empty::<T::Acc>(rows.len() * dim)?;
+    vectorized(|| {
+        for (row, to) in rows.zip(to.chunks_exact_mut(dim)) {
+            for (to, from) in to.iter_mut().zip(&from.row(row)[head * dim..(head + 1) * dim]) {
+                *to = from.widen();
+            }
+        }
+    });
+    Ok(to)
+}
+
+fn narrow<T: Element>(from: &[T::Acc], to: &mut [T]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = T::narrow(*from);
+    }
+}
+
+/// The softmax weights of a row from its scores and the log Σ e^score of the forward.
+#[inline(always)]
+fn weights_row<A: Accumulator>(row: &mut [A], visible: usize, valid: Option<&[bool]>, lse: A) {
+    let (seen, hidden) = row.split_at_mut(visible);
+    hidden.fill(A::ZERO);
+    for x in seen.iter_mut() {
+        *x = (*x - lse).exp();
+    }
+    if let Some(valid) = valid {
+        for (x, &valid) in seen.iter_mut().zip(valid) {
+            *x = if valid { *x } else { A::ZERO };
+        }
+    }
+}

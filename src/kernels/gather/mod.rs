@@ -1,0 +1,45 @@
+//! Rows of a table by index.
+
+mod cpu;
+
+use super::{MatMut, MatRef, view::unit_columns};
+use crate::{
+    device::{Device, Element},
+    error::{Error, Result, same_size},
+};
+
+/// Rows of a table by index, and the transpose of that.
+pub trait Gather: Device {
+    /// yᵢ ← table[idsᵢ].
+    ///
+    /// # Errors
+    /// When an index is beyond the table, or sizes disagree.
+    fn gather<T: Element>(
+        &self,
+        table: MatRef<'_, T, Self>,
+        ids: &[u32],
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()>;
+
+    /// dtable[idsᵢ] ← itself + dyᵢ, in order of i: rows that occur twice get the sum.
+    ///
+    /// # Errors
+    /// When an index is beyond the table, or sizes disagree.
+    fn scatter_add<T: Element>(
+        &self,
+        ids: &[u32],
+        dy: MatRef<'_, T, Self>,
+        dtable: MatMut<'_, T::Acc, Self>,
+    ) -> Result<()>;
+}
+
+fn check(op: &'static str, ids: &[u32], rows: super::view::Dims, table: super::view::Dims) -> Result<()> {
+    unit_columns(op, rows)?;
+    unit_columns(op, table)?;
+    same_size(op, "the number of ids", ids.len(), "the number of rows", rows.rows)?;
+    same_size(op, "columns of the rows", rows.cols, "columns of the table", table.cols)?;
+    match ids.iter().find(|&&id| id as usize >= table.rows) {
+        Some(id) => Err(Error::invalid(op, format!("id {id} is beyond a table of {} rows", table.rows))),
+        None => Ok(()),
+    }
+}

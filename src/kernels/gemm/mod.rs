@@ -1,0 +1,90 @@
+//! General matrix multiplication.
+
+mod cpu;
+
+use super::{MatMut, MatRef, view::Dims};
+use crate::{
+    device::{Device, Element},
+    error::{Error, Result, same_size},
+};
+
+/// How many products to compute, and how far apart their operands are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// The number of products.
+    pub count: usize,
+    /// Elements from one A to the next; 0 uses the same A for all.
+    pub a: usize,
+    /// Elements from one B to the next; 0 uses the same B for all.
+    pub b: usize,
+    /// Elements from one C to the next.
+    pub c: usize,
+}
+
+impl Batch {
+    /// A single product.
+    pub const ONE: Self = Self { count: 1, a: 0, b: 0, c: 0 };
+}
+
+/// C ← α A B + β C.
+pub trait Gemm: Device {
+    /// C ← α A B + β C for one product: [`Gemm::gemm_batched`] with [`Batch::ONE`].
+    ///
+    /// # Errors
+    /// As there.
+    fn gemm<T: Element, C: Element<Acc = T::Acc>>(
+        &self,
+        alpha: f64,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        beta: f64,
+        c: MatMut<'_, C, Self>,
+    ) -> Result<()> {
+        self.gemm_batched(Batch::ONE, alpha, a, b, beta, c)
+    }
+
+    /// Cᵢ ← α Aᵢ Bᵢ + β Cᵢ for i = 0 .. `batch.count`.
+    ///
+    /// * `a`: `[m, k]`, `b`: `[k, n]`, `c`: `[m, n]`, the first of each batch, with any strides: a transposed operand is
+    ///   a view with its strides exchanged.
+    /// * Products are summed in the accumulator of `T`. `C` is `T`, or its accumulator (gradients of bf16 weights are
+    ///   summed in f32).
+    /// * The results of a batch must not share elements.
+    /// * With β = 0, C is only written: what it held, NaN included, does not matter.
+    ///
+    /// # Errors
+    /// When dimensions disagree, or a batch reaches beyond an operand's memory.
+    fn gemm_batched<T: Element, C: Element<Acc = T::Acc>>(
+        &self,
+        batch: Batch,
+        alpha: f64,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        beta: f64,
+        c: MatMut<'_, C, Self>,
+    ) -> Result<()>;
+}
+
+/// The operands of a product agree, and each batch lies inside its memory.
+fn check<B: Device, T: Element, C: Element>(
+    batch: Batch,
+    a: &MatRef<'_, T, B>,
+    b: &MatRef<'_, T, B>,
+    c: &MatMut<'_, C, B>,
+) -> Result<()> {
+    const OP: &str = "gemm";
+    same_size(OP, "columns of A", a.cols(), "rows of B", b.rows())?;
+    same_size(OP, "rows of A", a.rows(), "rows of C", c.rows())?;
+    same_size(OP, "columns of B", b.cols(), "columns of C", c.cols())?;
+    let inside = |name: &str, dims: Dims, stride: usize, len: usize| {
+        let extent = batch.count.saturating_sub(1) * stride + dims.extent();
+        if dims.extent() > 0 && extent > len {
+            let left = format!("the extent of {} matrices {name}", batch.count);
+            return Err(Error::sizes(OP, left, extent, "the memory behind them", len));
+        }
+        Ok(())
+    };
+    inside("A", a.dims(), batch.a, B::len(a.data()))?;
+    inside("B", b.dims(), batch.b, B::len(b.data()))?;
+    inside("C", c.dims(), batch.c, c.memory())
+}

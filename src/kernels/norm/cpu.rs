@@ -1,0 +1,97 @@
+//! LayerNorm and RMSNorm on the CPU.
+
+use super::{Norm, NormKind, check};
+use crate::{
+    device::{Accumulator, Cpu, Element, vectorized},
+    error::Result,
+    kernels::{MatMut, MatRef, lanes::lane_sum},
+};
+
+impl Norm for Cpu {
+    fn normalize<T: Element>(
+        &self,
+        kind: NormKind,
+        x: MatRef<'_, T, Self>,
+        gamma: &[T],
+        beta: Option<&[T]>,
+        mut y: MatMut<'_, T, Self>,
+        stats: &mut [T::Acc],
+    ) -> Result<()> {
+        let beta_len = beta.map_or(y.cols(), <[T]>::len);
+        check(
+            "norm",
+            &[("x", x.dims())],
+            y.dims(),
+            &[("gamma", gamma.len()), ("beta", beta_len)],
+            stats.len(),
+        )?;
+        let (count, eps) = (T::Acc::from_f64(x.cols() as f64), T::Acc::from_f64(kind.eps()));
+        vectorized(|| {
+            for (row, stats) in stats.chunks_exact_mut(2).enumerate() {
+                let (x, y) = (x.row(row), y.row(row));
+                let mean = match kind.centers() {
+                    true => lane_sum(x.len(), |at| x[at].widen()) / count,
+                    false => T::Acc::ZERO,
+                };
+                let square = lane_sum(x.len(), |at| (x[at].widen() - mean) * (x[at].widen() - mean)) / count;
+                let scale = T::Acc::ONE / (square + eps).sqrt();
+                stats.copy_from_slice(&[mean, scale]);
+                for ((y, x), gamma) in y.iter_mut().zip(x).zip(gamma) {
+                    *y = T::narrow((x.widen() - mean) * scale * gamma.widen());
+                }
+                if let Some(beta) = beta {
+                    for ((y, x), (gamma, beta)) in y.iter_mut().zip(x).zip(gamma.iter().zip(beta)) {
+                        *y = T::narrow((x.widen() - mean) * scale * gamma.widen() + beta.widen());
+                    }
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn normalize_backward<T: Element>(
+        &self,
+        kind: NormKind,
+        x: MatRef<'_, T, Self>,
+        gamma: &[T],
+        stats: &[T::Acc],
+        dy: MatRef<'_, T, Self>,
+        mut dx: MatMut<'_, T, Self>,
+        dgamma: &mut [T::Acc],
+        mut dbeta: Option<&mut [T::Acc]>,
+    ) -> Result<()> {
+        let dbeta_len = dbeta.as_deref().map_or(dx.cols(), <[T::Acc]>::len);
+        let rows = [("gamma", gamma.len()), ("dgamma", dgamma.len()), ("dbeta", dbeta_len)];
+        check("norm backward", &[("x", x.dims()), ("dy", dy.dims())], dx.dims(), &rows, stats.len())?;
+        let count = T::Acc::from_f64(x.cols() as f64);
+        dgamma.fill(T::Acc::ZERO);
+        if let Some(dbeta) = &mut dbeta {
+            dbeta.fill(T::Acc::ZERO);
+        }
+        vectorized(|| {
+            for (row, stats) in stats.chunks_exact(2).enumerate() {
+                let (x, dy, dx) = (x.row(row), dy.row(row), dx.row(row));
+                let (mean, scale) = (stats[0], stats[1]);
+                let unit = |at: usize| (x[at].widen() - mean) * scale;
+                let g = |at: usize| dy[at].widen() * gamma[at].widen();
+                let mean_g = match kind.centers() {
+                    true => lane_sum(x.len(), g) / count,
+                    false => T::Acc::ZERO,
+                };
+                let mean_gx = lane_sum(x.len(), |at| g(at) * unit(at)) / count;
+                for (at, dx) in dx.iter_mut().enumerate() {
+                    *dx = T::narrow(scale * (g(at) - mean_g - unit(at) * mean_gx));
+                }
+                for (at, dgamma) in dgamma.iter_mut().enumerate() {
+                    *dgamma += dy[at].widen() * unit(at);
+                }
+                if let Some(dbeta) = &mut dbeta {
+                    for (dbeta, dy) in dbeta.iter_mut().zip(dy) {
+                        *dbeta += dy.widen();
+                    }
+                }
+            }
+        });
+        Ok(())
+    }
+}

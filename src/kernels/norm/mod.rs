@@ -1,0 +1,99 @@
+//! LayerNorm and RMSNorm.
+
+mod cpu;
+
+use super::{
+    MatMut, MatRef,
+    view::{Dims, same_dims, unit_columns},
+};
+use crate::{
+    device::{Device, Element},
+    error::{Result, same_size},
+};
+
+/// Which normalization, and the ε under its root.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum NormKind {
+    /// (x − mean) / √(var + ε) · γ + β, the variance being biased (Ba, Kiros and Hinton, 2016).
+    LayerNorm {
+        /// Added to the variance.
+        eps: f64,
+    },
+    /// x / √(mean(x²) + ε) · γ (Zhang and Sennrich, 2019).
+    RmsNorm {
+        /// Added to the mean square.
+        eps: f64,
+    },
+}
+
+impl NormKind {
+    /// The ε under the root.
+    pub fn eps(self) -> f64 {
+        match self {
+            Self::LayerNorm { eps } | Self::RmsNorm { eps } => eps,
+        }
+    }
+
+    /// Whether the mean is taken off first.
+    pub fn centers(self) -> bool {
+        matches!(self, Self::LayerNorm { .. })
+    }
+}
+
+/// Row normalization. Statistics are computed in the accumulator, the variance in a second pass over the row.
+pub trait Norm: Device {
+    /// y ← norm(x) row by row.
+    ///
+    /// * `x`, `y`: `[rows, cols]`; `gamma`, and `beta` if there is one: `[cols]`.
+    /// * `stats`: `[rows, 2]`, to be given to the backward: the mean (0 for RMSNorm) and 1 / √(…) of each row.
+    ///
+    /// # Errors
+    /// When sizes disagree.
+    fn normalize<T: Element>(
+        &self,
+        kind: NormKind,
+        x: MatRef<'_, T, Self>,
+        gamma: Self::Slice<'_, T>,
+        beta: Option<Self::Slice<'_, T>>,
+        y: MatMut<'_, T, Self>,
+        stats: Self::SliceMut<'_, T::Acc>,
+    ) -> Result<()>;
+
+    /// dx from dy; dγ ← Σ over rows of dy · x̂, dβ ← Σ over rows of dy.
+    ///
+    /// With x̂ the normalized row, r its 1 / √(…) and g = dy · γ: dx = r (g − mean(g) − x̂ mean(g x̂)), without the
+    /// mean(g) for RMSNorm.
+    ///
+    /// # Errors
+    /// When sizes disagree.
+    #[allow(clippy::too_many_arguments)]
+    fn normalize_backward<T: Element>(
+        &self,
+        kind: NormKind,
+        x: MatRef<'_, T, Self>,
+        gamma: Self::Slice<'_, T>,
+        stats: Self::Slice<'_, T::Acc>,
+        dy: MatRef<'_, T, Self>,
+        dx: MatMut<'_, T, Self>,
+        dgamma: Self::SliceMut<'_, T::Acc>,
+        dbeta: Option<Self::SliceMut<'_, T::Acc>>,
+    ) -> Result<()>;
+}
+
+fn check(
+    op: &'static str,
+    inputs: &[(&str, Dims)],
+    y: Dims,
+    rows: &[(&str, usize)],
+    stats: usize,
+) -> Result<()> {
+    unit_columns(op, y)?;
+    for (name, x) in inputs {
+        unit_columns(op, *x)?;
+        same_dims(op, name, *x, "the result", y)?;
+    }
+    for (name, len) in rows {
+        same_size(op, name, *len, "the number of columns", y.cols)?;
+    }
+    same_size(op, "the statistics", stats, "twice the number of rows", 2 * y.rows)
+}

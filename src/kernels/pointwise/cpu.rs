@@ -1,0 +1,283 @@
+//! Element-wise kernels on the CPU: rows of slices, widened to the accumulator, vectorized by the compiler.
+
+use super::{Activation, Pointwise, check, check_row};
+use crate::{
+    device::{Accumulator, Cpu, Element, vectorized},
+    error::Result,
+    kernels::{
+        MatMut, MatRef,
+        view::{same_dims, unit_columns},
+    },
+};
+
+impl Pointwise for Cpu {
+    fn activate<T: Element>(
+        &self,
+        f: Activation,
+        x: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check("activation", &[("x", x.dims())], ("y", y.dims()))?;
+        match f {
+            Activation::Relu => map(x, y, relu),
+            Activation::Silu => map(x, y, |x| x * sigmoid(x)),
+            Activation::GeluErf => map(x, y, gelu_erf),
+            Activation::GeluTanh => map(x, y, gelu_tanh),
+        }
+        Ok(())
+    }
+
+    fn activate_backward<T: Element>(
+        &self,
+        f: Activation,
+        x: MatRef<'_, T, Self>,
+        dy: MatRef<'_, T, Self>,
+        dx: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check("activation backward", &[("x", x.dims()), ("dy", dy.dims())], ("dx", dx.dims()))?;
+        match f {
+            Activation::Relu => map2(x, dy, dx, |x, dy| dy * relu_slope(x)),
+            Activation::Silu => map2(x, dy, dx, |x, dy| dy * silu_slope(x)),
+            Activation::GeluErf => map2(x, dy, dx, |x, dy| dy * gelu_erf_slope(x)),
+            Activation::GeluTanh => map2(x, dy, dx, |x, dy| dy * gelu_tanh_slope(x)),
+        }
+        Ok(())
+    }
+
+    fn gate<T: Element>(
+        &self,
+        f: Activation,
+        gate: MatRef<'_, T, Self>,
+        up: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check("gate", &[("gate", gate.dims()), ("up", up.dims())], ("y", y.dims()))?;
+        match f {
+            Activation::Relu => map2(gate, up, y, |gate, up| relu(gate) * up),
+            Activation::Silu => map2(gate, up, y, |gate, up| gate * sigmoid(gate) * up),
+            Activation::GeluErf => map2(gate, up, y, |gate, up| gelu_erf(gate) * up),
+            Activation::GeluTanh => map2(gate, up, y, |gate, up| gelu_tanh(gate) * up),
+        }
+        Ok(())
+    }
+
+    fn gate_backward<T: Element>(
+        &self,
+        f: Activation,
+        gate: MatRef<'_, T, Self>,
+        up: MatRef<'_, T, Self>,
+        dy: MatRef<'_, T, Self>,
+        d: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        const OP: &str = "gate backward";
+        unit_columns(OP, d.dims())?;
+        same_dims(OP, "up", up.dims(), "gate", gate.dims())?;
+        same_dims(OP, "dy", dy.dims(), "gate", gate.dims())?;
+        crate::error::same_size(OP, "columns of d", d.cols(), "twice the columns of gate", 2 * gate.cols())?;
+        crate::error::same_size(OP, "rows of d", d.rows(), "rows of gate", gate.rows())?;
+        match f {
+            Activation::Relu => gate_rows(gate, up, dy, d, relu, relu_slope),
+            Activation::Silu => gate_rows(gate, up, dy, d, |x| x * sigmoid(x), silu_slope),
+            Activation::GeluErf => gate_rows(gate, up, dy, d, gelu_erf, gelu_erf_slope),
+            Activation::GeluTanh => gate_rows(gate, up, dy, d, gelu_tanh, gelu_tanh_slope),
+        }
+        Ok(())
+    }
+
+    fn add<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check("add", &[("a", a.dims()), ("b", b.dims())], ("y", y.dims()))?;
+        map2(a, b, y, |a, b| a + b);
+        Ok(())
+    }
+
+    fn accumulate<T: Element, Y: Element<Acc = T::Acc>>(
+        &self,
+        x: MatRef<'_, T, Self>,
+        y: MatMut<'_, Y, Self>,
+    ) -> Result<()> {
+        check("accumulate", &[("x", x.dims())], ("y", y.dims()))?;
+        rows(y, |row, y| {
+            for (y, x) in y.iter_mut().zip(x.row(row)) {
+                *y = Y::narrow(y.widen() + x.widen());
+            }
+        });
+        Ok(())
+    }
+
+    fn add_bias<T: Element>(&self, bias: &[T], y: MatMut<'_, T, Self>) -> Result<()> {
+        unit_columns("bias", y.dims())?;
+        check_row("bias", "the bias", bias.len(), y.cols())?;
+        rows(y, |_, y| {
+            for (y, bias) in y.iter_mut().zip(bias) {
+                *y = T::narrow(y.widen() + bias.widen());
+            }
+        });
+        Ok(())
+    }
+
+    fn sum_rows<T: Element>(&self, x: MatRef<'_, T, Self>, sums: &mut [T::Acc]) -> Result<()> {
+        unit_columns("bias gradient", x.dims())?;
+        check_row("bias gradient", "the gradient", sums.len(), x.cols())?;
+        sums.fill(T::Acc::ZERO);
+        vectorized(|| {
+            for row in 0..x.rows() {
+                for (sum, x) in sums.iter_mut().zip(x.row(row)) {
+                    *sum += x.widen();
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn copy<T: Element, Y: Element>(&self, x: MatRef<'_, T, Self>, y: MatMut<'_, Y, Self>) -> Result<()> {
+        check("copy", &[("x", x.dims())], ("y", y.dims()))?;
+        if T::DTYPE == Y::DTYPE {
+            rows(y, |row, y| {
+                for (y, x) in Y::of_mut::<Self>(Y::any_mut::<Self>(y))
+                    .into_iter()
+                    .flatten()
+                    .zip(Y::of_ref::<Self>(T::any_ref::<Self>(x.row(row))).into_iter().flatten())
+                {
+                    *y = *x;
+                }
+            });
+        } else {
+            rows(y, |row, y| {
+                for (y, x) in y.iter_mut().zip(x.row(row)) {
+                    *y = Y::from_f64(x.to_f64());
+                }
+            });
+        }
+        Ok(())
+    }
+
+    fn fill<T: Element>(&self, value: f64, y: MatMut<'_, T, Self>) -> Result<()> {
+        unit_columns("fill", y.dims())?;
+        rows(y, |_, y| y.fill(T::from_f64(value)));
+        Ok(())
+    }
+}
+
+/// Runs `f` on each row of `y`.
+#[inline(always)]
+fn rows<T: Element>(mut y: MatMut<'_, T, Cpu>, f: impl Fn(usize, &mut [T])) {
+    vectorized(|| {
+        for row in 0..y.rows() {
+            f(row, y.row(row));
+        }
+    });
+}
+
+/// y ← f(x).
+#[inline(always)]
+fn map<T: Element>(x: MatRef<'_, T, Cpu>, y: MatMut<'_, T, Cpu>, f: impl Fn(T::Acc) -> T::Acc) {
+    rows(y, |row, y| {
+        for (y, x) in y.iter_mut().zip(x.row(row)) {
+            *y = T::narrow(f(x.widen()));
+        }
+    });
+}
+
+/// y ← f(a, b).
+#[inline(always)]
+fn map2<T: Element>(
+    a: MatRef<'_, T, Cpu>,
+    b: MatRef<'_, T, Cpu>,
+    y: MatMut<'_, T, Cpu>,
+    f: impl Fn(T::Acc, T::Acc) -> T::Acc,
+) {
+    rows(y, |row, y| {
+        for ((y, a), b) in y.iter_mut().zip(a.row(row)).zip(b.row(row)) {
+            *y = T::narrow(f(a.widen(), b.widen()));
+        }
+    });
+}
+
+/// The two halves of a gate's gradient.
+#[inline(always)]
+fn gate_rows<T: Element>(
+    gate: MatRef<'_, T, Cpu>,
+    up: MatRef<'_, T, Cpu>,
+    dy: MatRef<'_, T, Cpu>,
+    d: MatMut<'_, T, Cpu>,
+    f: impl Fn(T::Acc) -> T::Acc,
+    slope: impl Fn(T::Acc) -> T::Acc,
+) {
+    let cols = gate.cols();
+    rows(d, |row, d| {
+        let (dgate, dup) = d.split_at_mut(cols);
+        let inputs = gate.row(row).iter().zip(up.row(row)).zip(dy.row(row));
+        for ((dgate, dup), ((gate, up), dy)) in dgate.iter_mut().zip(dup).zip(inputs) {
+            let (gate, up, dy) = (gate.widen(), up.widen(), dy.widen());
+            *dgate = T::narrow(dy * up * slope(gate));
+            *dup = T::narrow(dy * f(gate));
+        }
+    });
+}
+
+#[inline(always)]
+fn relu<A: Accumulator>(x: A) -> A {
+    x.max_nan(A::ZERO)
+}
+
+#[inline(always)]
+fn relu_slope<A: Accumulator>(x: A) -> A {
+    // So that a NaN lets the gradient through, as in PyTorch.
+    if x <= A::ZERO { A::ZERO } else { A::ONE }
+}
+
+#[inline(always)]
+fn sigmoid<A: Accumulator>(x: A) -> A {
+    A::ONE / (A::ONE + (-x).exp())
+}
+
+#[inline(always)]
+fn silu_slope<A: Accumulator>(x: A) -> A {
+    let s = sigmoid(x);
+    s * (A::ONE + x * (A::ONE - s))
+}
+
+#[inline(always)]
+fn constant<A: Accumulator>(value: f64) -> A {
+    A::from_f64(value)
+}
+
+/// Φ, the distribution function of the normal distribution.
+#[inline(always)]
+fn normal_cdf<A: Accumulator>(x: A) -> A {
+    constant::<A>(0.5) * (A::ONE + (x * constant(std::f64::consts::FRAC_1_SQRT_2)).erf())
+}
+
+#[inline(always)]
+fn gelu_erf<A: Accumulator>(x: A) -> A {
+    x * normal_cdf(x)
+}
+
+/// Φ(x) + x φ(x).
+#[inline(always)]
+fn gelu_erf_slope<A: Accumulator>(x: A) -> A {
+    const FRAC_1_SQRT_TAU: f64 = 0.398_942_280_401_432_7;
+    normal_cdf(x) + x * constant(FRAC_1_SQRT_TAU) * (constant::<A>(-0.5) * x * x).exp()
+}
+
+const SQRT_2_OVER_PI: f64 = 0.797_884_560_802_865_4;
+const CUBIC: f64 = 0.044_715;
+
+#[inline(always)]
+fn gelu_tanh<A: Accumulator>(x: A) -> A {
+    let inner = constant::<A>(SQRT_2_OVER_PI) * (x + constant::<A>(CUBIC) * x * x * x);
+    constant::<A>(0.5) * x * (A::ONE + inner.tanh())
+}
+
+#[inline(always)]
+fn gelu_tanh_slope<A: Accumulator>(x: A) -> A {
+    let inner = constant::<A>(SQRT_2_OVER_PI) * (x + constant::<A>(CUBIC) * x * x * x);
+    let inner_slope = constant::<A>(SQRT_2_OVER_PI) * (A::ONE + constant::<A>(3.0 * CUBIC) * x * x);
+    let t = inner.tanh();
+    constant::<A>(0.5) * (A::ONE + t) + constant::<A>(0.5) * x * (A::ONE - t * t) * inner_slope
+}

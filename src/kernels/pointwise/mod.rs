@@ -1,0 +1,110 @@
+//! Element by element: activations, gates, sums, bias, copies and conversions.
+
+mod cpu;
+
+use super::{
+    MatMut, MatRef,
+    view::{Dims, same_dims, unit_columns},
+};
+use crate::{
+    device::{Device, Element},
+    error::{Result, same_size},
+};
+
+/// A non-linear function of one element.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// max(x, 0); NaN stays NaN; the derivative at 0 is 0.
+    Relu,
+    /// x / (1 + e⁻ˣ).
+    Silu,
+    /// x Φ(x) = x (1 + erf(x / √2)) / 2: GELU as defined (Hendrycks and Gimpel, 2016).
+    GeluErf,
+    /// x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2: its approximation, GPT-2's choice.
+    GeluTanh,
+}
+
+/// Element-wise kernels. All matrices have unit column stride; operands of one call have the same dimensions.
+///
+/// # Errors
+/// Every method fails when dimensions disagree or a column stride is not 1.
+pub trait Pointwise: Device {
+    /// y ← f(x).
+    fn activate<T: Element>(
+        &self,
+        f: Activation,
+        x: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()>;
+
+    /// dx ← dy f′(x).
+    fn activate_backward<T: Element>(
+        &self,
+        f: Activation,
+        x: MatRef<'_, T, Self>,
+        dy: MatRef<'_, T, Self>,
+        dx: MatMut<'_, T, Self>,
+    ) -> Result<()>;
+
+    /// y ← f(gate) · up: a gated linear unit's middle (Shazeer, 2020).
+    fn gate<T: Element>(
+        &self,
+        f: Activation,
+        gate: MatRef<'_, T, Self>,
+        up: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()>;
+
+    /// dgate ← dy · up · f′(gate), dup ← dy · f(gate).
+    ///
+    /// `d` is `[rows, 2 · cols]`: dgate in the left half, dup in the right, as `gate` and `up` lie in their tensor.
+    fn gate_backward<T: Element>(
+        &self,
+        f: Activation,
+        gate: MatRef<'_, T, Self>,
+        up: MatRef<'_, T, Self>,
+        dy: MatRef<'_, T, Self>,
+        d: MatMut<'_, T, Self>,
+    ) -> Result<()>;
+
+    /// y ← a + b.
+    fn add<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()>;
+
+    /// y ← y + x, in the accumulator.
+    fn accumulate<T: Element, Y: Element<Acc = T::Acc>>(
+        &self,
+        x: MatRef<'_, T, Self>,
+        y: MatMut<'_, Y, Self>,
+    ) -> Result<()>;
+
+    /// Every row of y ← itself + bias; `bias` has one element a column.
+    fn add_bias<T: Element>(&self, bias: Self::Slice<'_, T>, y: MatMut<'_, T, Self>) -> Result<()>;
+
+    /// sums ← Σ over the rows of x, in the accumulator: the gradient of a bias.
+    fn sum_rows<T: Element>(&self, x: MatRef<'_, T, Self>, sums: Self::SliceMut<'_, T::Acc>) -> Result<()>;
+
+    /// y ← x, converted.
+    fn copy<T: Element, Y: Element>(&self, x: MatRef<'_, T, Self>, y: MatMut<'_, Y, Self>) -> Result<()>;
+
+    /// y ← value.
+    fn fill<T: Element>(&self, value: f64, y: MatMut<'_, T, Self>) -> Result<()>;
+}
+
+/// The checks that every element-wise kernel makes: the same dimensions as the output, unit column strides.
+fn check(op: &'static str, inputs: &[(&str, Dims)], (name, y): (&str, Dims)) -> Result<()> {
+    unit_columns(op, y)?;
+    inputs.iter().try_for_each(|(input, x)| {
+        unit_columns(op, *x)?;
+        same_dims(op, input, *x, name, y)
+    })
+}
+
+/// The check of `add_bias` and `sum_rows`: one element a column.
+fn check_row(op: &'static str, name: &str, len: usize, cols: usize) -> Result<()> {
+    same_size(op, name, len, "the number of columns", cols)
+}

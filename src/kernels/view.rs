@@ -1,0 +1,278 @@
+//! Matrix views: what kernels take.
+
+use crate::{
+    device::{Cpu, Device, Element},
+    error::{Error, Result},
+};
+use std::ops::Range;
+
+/// A matrix in a device's memory: element `(i, j)` is at `i · row_stride + j · col_stride`.
+pub struct MatRef<'a, T: Element, B: Device> {
+    data: B::Slice<'a, T>,
+    dims: Dims,
+}
+
+/// A matrix in a device's memory, to be written.
+pub struct MatMut<'a, T: Element, B: Device> {
+    data: B::SliceMut<'a, T>,
+    dims: Dims,
+}
+
+/// Rows, columns and strides of a view whose extent lies inside its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Dims {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) row_stride: usize,
+    pub(crate) col_stride: usize,
+}
+
+impl Dims {
+    /// One past the last element's index.
+    pub(crate) fn extent(&self) -> usize {
+        if self.rows == 0 || self.cols == 0 {
+            return 0;
+        }
+        (self.rows - 1) * self.row_stride + (self.cols - 1) * self.col_stride + 1
+    }
+
+    fn check(self, len: usize) -> Result<Self> {
+        if self.extent() > len {
+            return Err(Error::sizes(
+                "matrix view",
+                format!(
+                    "the extent of a {} x {} matrix with strides {}, {}",
+                    self.rows, self.cols, self.row_stride, self.col_stride
+                ),
+                self.extent(),
+                "the memory behind it",
+                len,
+            ));
+        }
+        Ok(self)
+    }
+
+    fn block(self, rows: Range<usize>, cols: Range<usize>) -> (usize, Self) {
+        assert!(
+            rows.start <= rows.end
+                && rows.end <= self.rows
+                && cols.start <= cols.end
+                && cols.end <= self.cols,
+            "block {rows:?} x {cols:?} of a {} x {} matrix",
+            self.rows,
+            self.cols
+        );
+        let start = rows.start * self.row_stride + cols.start * self.col_stride;
+        (start, Self { rows: rows.len(), cols: cols.len(), ..self })
+    }
+}
+
+impl<T: Element, B: Device> Clone for MatRef<'_, T, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T: Element, B: Device> Copy for MatRef<'_, T, B> {}
+
+impl<'a, T: Element, B: Device> MatRef<'a, T, B> {
+    /// A row-major matrix without gaps.
+    ///
+    /// # Errors
+    /// When the memory is too short.
+    pub fn new(data: B::Slice<'a, T>, rows: usize, cols: usize) -> Result<Self> {
+        Self::strided(data, rows, cols, cols, 1)
+    }
+
+    /// A matrix with any strides.
+    ///
+    /// # Errors
+    /// When the memory is too short.
+    pub fn strided(
+        data: B::Slice<'a, T>,
+        rows: usize,
+        cols: usize,
+        row_stride: usize,
+        col_stride: usize,
+    ) -> Result<Self> {
+        let dims = Dims { rows, cols, row_stride, col_stride }.check(B::len(data))?;
+        Ok(Self { data, dims })
+    }
+
+    /// The number of rows.
+    pub fn rows(&self) -> usize {
+        self.dims.rows
+    }
+
+    /// The number of columns.
+    pub fn cols(&self) -> usize {
+        self.dims.cols
+    }
+
+    /// The transposed matrix.
+    pub fn t(self) -> Self {
+        let Dims { rows, cols, row_stride, col_stride } = self.dims;
+        Self {
+            data: self.data,
+            dims: Dims { rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride },
+        }
+    }
+
+    /// Some rows and columns.
+    ///
+    /// # Panics
+    /// When the matrix does not have them.
+    pub fn block(self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        let (start, dims) = self.dims.block(rows, cols);
+        let end = if dims.extent() == 0 { start.min(B::len(self.data)) } else { B::len(self.data) };
+        Self { data: B::narrow(self.data, start.min(end)..end), dims }
+    }
+
+    /// Some columns.
+    ///
+    /// # Panics
+    /// When the matrix does not have them.
+    pub fn columns(self, cols: Range<usize>) -> Self {
+        let rows = self.rows();
+        self.block(0..rows, cols)
+    }
+
+    pub(crate) fn dims(&self) -> Dims {
+        self.dims
+    }
+
+    pub(crate) fn data(&self) -> B::Slice<'a, T> {
+        self.data
+    }
+}
+
+impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
+    /// A row-major matrix without gaps.
+    ///
+    /// # Errors
+    /// When the memory is too short.
+    pub fn new(data: B::SliceMut<'a, T>, rows: usize, cols: usize) -> Result<Self> {
+        Self::strided(data, rows, cols, cols, 1)
+    }
+
+    /// A matrix with any strides. Elements must not share memory: a stride of 0 is an error.
+    ///
+    /// # Errors
+    /// When the memory is too short, or elements overlap.
+    pub fn strided(
+        data: B::SliceMut<'a, T>,
+        rows: usize,
+        cols: usize,
+        row_stride: usize,
+        col_stride: usize,
+    ) -> Result<Self> {
+        let dims = Dims { rows, cols, row_stride, col_stride }.check(B::len_mut(&data))?;
+        let apart = (rows <= 1 || row_stride > (cols.max(1) - 1) * col_stride || cols <= 1 && row_stride > 0)
+            && (cols <= 1 || col_stride > 0);
+        let apart_transposed = rows > 0 && cols > 1 && row_stride > 0 && col_stride > (rows - 1) * row_stride;
+        if !(apart || apart_transposed) {
+            return Err(Error::invalid(
+                "matrix view",
+                format!(
+                    "elements of a {rows} x {cols} matrix with strides {row_stride}, {col_stride} overlap"
+                ),
+            ));
+        }
+        Ok(Self { data, dims })
+    }
+
+    /// The number of rows.
+    pub fn rows(&self) -> usize {
+        self.dims.rows
+    }
+
+    /// The number of columns.
+    pub fn cols(&self) -> usize {
+        self.dims.cols
+    }
+
+    /// Some rows and columns.
+    ///
+    /// # Panics
+    /// When the matrix does not have them.
+    pub fn block(self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        let (start, dims) = self.dims.block(rows, cols);
+        let len = B::len_mut(&self.data);
+        let end = if dims.extent() == 0 { start.min(len) } else { len };
+        Self { data: B::narrow_mut(self.data, start.min(end)..end), dims }
+    }
+
+    /// Some columns.
+    ///
+    /// # Panics
+    /// When the matrix does not have them.
+    pub fn columns(self, cols: Range<usize>) -> Self {
+        let rows = self.rows();
+        self.block(0..rows, cols)
+    }
+
+    pub(crate) fn dims(&self) -> Dims {
+        self.dims
+    }
+
+    /// The number of elements from the first of the matrix to the end of the memory behind it.
+    pub(crate) fn memory(&self) -> usize {
+        B::len_mut(&self.data)
+    }
+
+    pub(crate) fn into_data(self) -> B::SliceMut<'a, T> {
+        self.data
+    }
+}
+
+/// A row-major matrix at the head of host memory, for the CPU's kernels.
+pub(crate) fn mat<T: Element>(data: &[T], rows: usize, cols: usize) -> Result<MatRef<'_, T, Cpu>> {
+    MatRef::new(data, rows, cols)
+}
+
+/// A row-major matrix at the head of host memory, to be written.
+pub(crate) fn mat_mut<T: Element>(data: &mut [T], rows: usize, cols: usize) -> Result<MatMut<'_, T, Cpu>> {
+    MatMut::new(data, rows, cols)
+}
+
+/// Row access for the CPU's kernels, which ask for unit column stride.
+impl<'a, T: Element> MatRef<'a, T, Cpu> {
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize) -> &'a [T] {
+        let at = row * self.dims.row_stride;
+        &self.data[at..at + self.dims.cols]
+    }
+}
+
+impl<T: Element> MatMut<'_, T, Cpu> {
+    #[inline(always)]
+    pub(crate) fn row(&mut self, row: usize) -> &mut [T] {
+        let at = row * self.dims.row_stride;
+        &mut self.data[at..at + self.dims.cols]
+    }
+}
+
+/// `Ok` if two operands of a kernel have the same rows and columns.
+pub(crate) fn same_dims(
+    op: &'static str,
+    left: &str,
+    left_dims: Dims,
+    right: &str,
+    right_dims: Dims,
+) -> Result<()> {
+    crate::error::same_shape(
+        op,
+        left,
+        &[left_dims.rows, left_dims.cols],
+        right,
+        &[right_dims.rows, right_dims.cols],
+    )
+}
+
+/// `Ok` if the rows of an operand are without gaps between their elements.
+pub(crate) fn unit_columns(op: &'static str, dims: Dims) -> Result<()> {
+    if dims.col_stride == 1 || dims.cols <= 1 {
+        return Ok(());
+    }
+    Err(Error::invalid(op, format!("needs matrices with column stride 1, not {}", dims.col_stride)))
+}

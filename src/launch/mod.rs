@@ -1,0 +1,5 @@
+//! Starting ranks.
+
+mod threads;
+
+pub use threads::{Threads, threads};

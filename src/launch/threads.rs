@@ -1,0 +1,128 @@
+//! N ranks as threads of this process: nothing to install, nothing to configure.
+
+use crate::{
+    comm::{Group, threads::ThreadComm},
+    device::Cpu,
+    error::{Error, Result},
+};
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
+    rc::Rc,
+    thread,
+    time::Duration,
+};
+
+/// Runs `rank` on `ranks` threads at once, each with its own end of a group of all, and returns what they return, in rank
+/// order: [`Threads`] with its defaults.
+///
+/// ```
+/// use shardwise::{Tensor, comm::ReduceOp, launch};
+/// let sums = launch::threads(4, |world| {
+///     let mut x = Tensor::from_slice(world.device(), [1], &[world.rank() as f32])?;
+///     world.all_reduce(ReduceOp::Sum, &mut x)?;
+///     Ok(x.to_vec()?[0])
+/// })?;
+/// assert_eq!(sums, [6.0; 4]);
+/// # Ok::<(), shardwise::Error>(())
+/// ```
+///
+/// # Errors
+/// What went wrong first: see [`Threads::run`].
+pub fn threads<R: Send>(ranks: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<R>> {
+    Threads::new(ranks).run(rank)
+}
+
+/// How to run ranks as threads.
+#[derive(Clone, Debug)]
+pub struct Threads {
+    ranks: usize,
+    deadline: Duration,
+    device: fn() -> Cpu,
+}
+
+impl Threads {
+    /// This many ranks. A rank that is not joined by the others in a collective within two minutes gives up.
+    pub fn new(ranks: usize) -> Self {
+        Self { ranks, deadline: Duration::from_secs(120), device: Cpu::new }
+    }
+
+    /// How long a rank waits for the others in one collective.
+    pub fn deadline(self, deadline: Duration) -> Self {
+        Self { deadline, ..self }
+    }
+
+    /// What each rank's device is made by, on its thread.
+    pub fn device(self, device: fn() -> Cpu) -> Self {
+        Self { device, ..self }
+    }
+
+    /// Runs the ranks and returns what they return, in rank order.
+    ///
+    /// # Errors
+    /// What went wrong first: of all ranks' errors and panics one that is not the consequence of another's, named by its
+    /// rank. Also when there are no ranks, or a thread cannot be started.
+    pub fn run<R: Send>(&self, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<R>> {
+        let outcomes = self.run_each(rank)?;
+        let failed = |consequence: bool| {
+            let wanted = |outcome: &&Result<R>| {
+                outcome.as_ref().is_err_and(|error| error.is_consequence() == consequence)
+            };
+            outcomes.iter().position(|outcome| wanted(&outcome))
+        };
+        if let Some(rank) = failed(false).or_else(|| failed(true)) {
+            let source = outcomes.into_iter().nth(rank).and_then(Result::err);
+            return Err(match source {
+                Some(Error::RankPanicked { rank, message }) => Error::RankPanicked { rank, message },
+                Some(source) => Error::RankFailed { rank, source: Box::new(source) },
+                None => Error::invalid("launch", "a failed rank has no error: please report this"),
+            });
+        }
+        outcomes.into_iter().collect()
+    }
+
+    /// Runs the ranks and returns what became of each, in rank order.
+    ///
+    /// # Errors
+    /// When there are no ranks, or a thread cannot be started.
+    pub fn run_each<R: Send>(&self, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<Result<R>>> {
+        if self.ranks == 0 {
+            return Err(Error::invalid("launch", "a group needs at least one rank"));
+        }
+        let run = |number: usize, join: Box<dyn FnOnce() -> ThreadComm + Send + '_>| {
+            let end = join();
+            let presence = end.presence();
+            let world = Group::new(Rc::new(end), &(self.device)());
+            let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
+            // Whatever the function did with its groups, this rank is in none of them any more.
+            presence.end();
+            result
+                .unwrap_or_else(|panic| Err(Error::RankPanicked { rank: number, message: message(&*panic) }))
+        };
+        thread::scope(|scope| {
+            let mut started = Vec::with_capacity(self.ranks);
+            for (number, join) in ThreadComm::group(self.ranks, self.deadline).into_iter().enumerate() {
+                let (run, join) = (&run, Box::new(join));
+                let thread = thread::Builder::new()
+                    .name(format!("rank {number}"))
+                    .spawn_scoped(scope, move || run(number, join))
+                    .map_err(|error| {
+                        Error::invalid("launch", format!("cannot start the thread of rank {number}: {error}"))
+                    })?;
+                started.push(thread);
+            }
+            let joined = started.into_iter().enumerate().map(|(number, thread)| {
+                thread.join().unwrap_or_else(|panic| {
+                    Err(Error::RankPanicked { rank: number, message: message(&*panic) })
+                })
+            });
+            Ok(joined.collect())
+        })
+    }
+}
+
+/// What a panic said.
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("(no message)").to_string()
+}

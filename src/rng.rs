@@ -1,0 +1,70 @@
+//! Random numbers by global index: the value at an index does not depend on who computes it, or on what was drawn before.
+//!
+//! Initial weights use it, so that they do not depend on the sharding. The generator is Philox4x32-10 (Salmon et al.,
+//! SC 2011), from the crate `rand_philox`.
+
+use rand_philox::{philox4x32_10, splitmix64, u32_to_unit_f64};
+
+/// A stream of random numbers, addressed by index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Philox {
+    key: [u32; 2],
+}
+
+impl Philox {
+    /// The stream with this number among those of a seed.
+    pub fn stream(seed: u64, stream: u64) -> Self {
+        let key = splitmix64(splitmix64(seed.wrapping_add(0x9e37_79b9_7f4a_7c15)) ^ stream);
+        Self { key: [key as u32, (key >> 32) as u32] }
+    }
+
+    /// The stream of this name among those of a seed.
+    pub fn named(seed: u64, name: &str) -> Self {
+        // FNV-1a: a fixed function of the bytes, unlike the standard library's hashers.
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+        Self::stream(seed, hash)
+    }
+
+    /// Four random words at a counter.
+    fn block(&self, counter: u64) -> [u32; 4] {
+        philox4x32_10([counter as u32, (counter >> 32) as u32, 0, 0], self.key)
+    }
+
+    /// A number uniformly distributed on (0, 1).
+    pub fn uniform(&self, index: u64) -> f64 {
+        u32_to_unit_f64(self.block(index / 4)[(index % 4) as usize])
+    }
+
+    /// A number normally distributed with mean 0 and variance 1, by the Box–Muller transform.
+    pub fn normal(&self, index: u64) -> f64 {
+        let words = self.block(index);
+        let (radius, angle) = (u32_to_unit_f64(words[0]), u32_to_unit_f64(words[1]));
+        (-2.0 * radius.ln()).sqrt() * (std::f64::consts::TAU * angle).cos()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_are_those_of_the_distributions() {
+        let (stream, count) = (Philox::named(1, "weights"), 100_000);
+        let mean = |f: &dyn Fn(u64) -> f64| (0..count).map(f).sum::<f64>() / count as f64;
+        assert!(mean(&|at| stream.normal(at)).abs() < 0.01);
+        assert!((mean(&|at| stream.normal(at).powi(2)) - 1.0).abs() < 0.02);
+        assert!((mean(&|at| stream.uniform(at)) - 0.5).abs() < 0.005);
+        assert!((mean(&|at| stream.normal(at) * stream.normal(at + 1))).abs() < 0.01);
+    }
+
+    #[test]
+    fn streams_differ_and_repeat() {
+        let stream = Philox::stream(1, 2);
+        assert_eq!(stream.uniform(9), Philox::stream(1, 2).uniform(9));
+        for other in [Philox::stream(1, 3), Philox::stream(2, 2), Philox::named(1, "2")] {
+            assert_ne!(stream.uniform(9), other.uniform(9));
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! One rank's tensors and parameters, and where initial values come from. Used by operators, communicators and layers.
+
+mod array;
+mod param;
+mod source;
+
+pub use param::{Param, Piece};
+pub use source::{Arrays, Random, Region, Role, WeightSource, Weights};
+
+use crate::{
+    device::{Cpu, Device, Element},
+    error::{Result, same_size},
+    kernels::{MatMut, MatRef, Pointwise},
+    shard::Shape,
+};
+use std::{fmt, rc::Rc};
+
+/// A dense row-major tensor of one rank.
+///
+/// Cloning shares the memory; writing to shared memory copies it first. So layers can keep their inputs for the backward
+/// without copying, and no one sees another's writes.
+///
+/// ```
+/// use shardwise::Tensor;
+/// let x = Tensor::from(ndarray::array![[1.0_f32, 2.0], [3.0, 4.0]]);
+/// assert_eq!(x.shape().dims(), [2, 2]);
+/// assert_eq!(x.to_array()?[[1, 0]], 3.0);
+/// # Ok::<(), shardwise::Error>(())
+/// ```
+pub struct Tensor<T: Element = f32, B: Device = Cpu> {
+    buffer: Rc<B::Buffer<T>>,
+    shape: Shape,
+    device: B,
+}
+
+impl<T: Element, B: Device> Clone for Tensor<T, B> {
+    fn clone(&self) -> Self {
+        Self { buffer: Rc::clone(&self.buffer), shape: self.shape, device: self.device.clone() }
+    }
+}
+
+impl<T: Element, B: Device> fmt::Debug for Tensor<T, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tensor<{}>({} on {:?})", T::DTYPE, self.shape, self.device)
+    }
+}
+
+impl<T: Element, B: Device> Tensor<T, B> {
+    /// A tensor whose elements are arbitrary.
+    ///
+    /// # Errors
+    /// When the device has no memory left.
+    pub fn empty(device: &B, shape: impl Into<Shape>) -> Result<Self> {
+        let shape = shape.into();
+        Self::from_buffer(device, shape, device.empty(shape.len())?)
+    }
+
+    /// A tensor with the elements of a host slice, in row-major order.
+    ///
+    /// # Errors
+    /// When the slice does not have as many elements as the shape.
+    pub fn from_slice(device: &B, shape: impl Into<Shape>, elements: &[T]) -> Result<Self> {
+        let shape = shape.into();
+        same_size(
+            "tensor",
+            "the number of elements given",
+            elements.len(),
+            "that of the shape",
+            shape.len(),
+        )?;
+        let mut buffer = device.empty(shape.len())?;
+        device.upload(elements, B::slice_mut(&mut buffer))?;
+        Self::from_buffer(device, shape, buffer)
+    }
+
+    /// A tensor over a buffer of the device.
+    ///
+    /// # Errors
+    /// When the buffer does not have as many elements as the shape.
+    pub fn from_buffer(device: &B, shape: impl Into<Shape>, buffer: B::Buffer<T>) -> Result<Self> {
+        let shape = shape.into();
+        let len = B::len::<T>(B::slice(&buffer));
+        same_size("tensor", "the number of elements of the buffer", len, "that of the shape", shape.len())?;
+        Ok(Self { buffer: Rc::new(buffer), shape, device: device.clone() })
+    }
+
+    /// The elements, in row-major order, on the host.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn to_vec(&self) -> Result<Vec<T>> {
+        let mut host = vec![T::default(); self.shape.len()];
+        self.device.download::<T>(self.slice(), &mut host)?;
+        Ok(host)
+    }
+
+    /// The dimensions.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// The device that holds the tensor.
+    pub fn device(&self) -> &B {
+        &self.device
+    }
+
+    /// The number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.len()
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The same elements under other dimensions.
+    ///
+    /// # Errors
+    /// When the number of elements differs.
+    pub fn reshape(self, shape: impl Into<Shape>) -> Result<Self> {
+        let shape = shape.into();
+        same_size("reshape", "the number of elements", self.len(), "that of the new shape", shape.len())?;
+        Ok(Self { shape, ..self })
+    }
+
+    /// The elements.
+    pub fn slice(&self) -> B::Slice<'_, T> {
+        B::slice(&self.buffer)
+    }
+
+    /// The tensor as a matrix: all dimensions but the last are rows.
+    pub fn mat(&self) -> MatRef<'_, T, B> {
+        MatRef::new(self.slice(), self.shape.rows(), self.shape.cols())
+            .expect("a tensor's buffer has as many elements as its shape")
+    }
+}
+
+impl<T: Element, B: Pointwise> Tensor<T, B> {
+    /// A tensor of one value.
+    ///
+    /// # Errors
+    /// When the device has no memory left.
+    pub fn full(device: &B, shape: impl Into<Shape>, value: f64) -> Result<Self> {
+        let mut tensor = Self::empty(device, shape)?;
+        device.fill(value, tensor.mat_mut()?)?;
+        Ok(tensor)
+    }
+
+    /// A tensor of zeros.
+    ///
+    /// # Errors
+    /// When the device has no memory left.
+    pub fn zeros(device: &B, shape: impl Into<Shape>) -> Result<Self> {
+        Self::full(device, shape, 0.0)
+    }
+
+    /// The same values in another element.
+    ///
+    /// # Errors
+    /// When the device has no memory left.
+    pub fn convert<U: Element>(&self) -> Result<Tensor<U, B>> {
+        let mut to = Tensor::empty(&self.device, self.shape)?;
+        self.device.copy(self.mat(), to.mat_mut()?)?;
+        Ok(to)
+    }
+
+    /// The elements, to be written. Copies them first if another tensor shares them.
+    ///
+    /// # Errors
+    /// When the device has no memory left for the copy.
+    pub fn slice_mut(&mut self) -> Result<B::SliceMut<'_, T>> {
+        if Rc::get_mut(&mut self.buffer).is_none() {
+            self.buffer = self.convert::<T>()?.buffer;
+        }
+        let buffer = Rc::get_mut(&mut self.buffer).expect("the buffer was just made, and is not shared");
+        Ok(B::slice_mut(buffer))
+    }
+
+    /// The tensor as a matrix, to be written. Copies the elements first if another tensor shares them.
+    ///
+    /// # Errors
+    /// When the device has no memory left for the copy.
+    pub fn mat_mut(&mut self) -> Result<MatMut<'_, T, B>> {
+        let (rows, cols) = (self.shape.rows(), self.shape.cols());
+        MatMut::new(self.slice_mut()?, rows, cols)
+    }
+
+    /// The buffer itself; a copy if another tensor shares it.
+    ///
+    /// # Errors
+    /// When the device has no memory left for the copy.
+    pub fn into_buffer(mut self) -> Result<B::Buffer<T>> {
+        self.slice_mut()?;
+        Ok(Rc::into_inner(self.buffer).expect("the buffer is not shared: `slice_mut` has seen to that"))
+    }
+}

@@ -1,0 +1,271 @@
+//! Where the values of parameters come from: arrays, random numbers, checkpoints.
+//!
+//! A layer asks for the part of each tensor that its rank holds, in the coordinates of the whole tensor. So a source
+//! need not know of ranks, and the value at a global index is the same however the tensor is cut.
+
+use crate::{
+    device::{AnyMut, Cpu, Device, Element, each_dtype},
+    error::{Error, Result},
+    rng::Philox,
+    shard::Shape,
+};
+use ndarray::{ArrayD, Slice};
+use std::{collections::BTreeMap, ops::Range};
+
+/// A rectangular part of a tensor, in the coordinates of the whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Region {
+    shape: Shape,
+    ranges: Vec<Range<usize>>,
+}
+
+impl Region {
+    /// The whole of a tensor.
+    pub fn whole(shape: impl Into<Shape>) -> Self {
+        let shape = shape.into();
+        Self { shape, ranges: shape.dims().iter().map(|&size| 0..size).collect() }
+    }
+
+    /// The same region, with dimension `dim` restricted to `range`.
+    ///
+    /// # Panics
+    /// When the tensor has no such indices.
+    pub fn cut(mut self, dim: usize, range: Range<usize>) -> Self {
+        assert!(
+            range.start <= range.end && range.end <= self.shape.dims()[dim],
+            "indices {range:?} of dimension {dim} of a tensor of shape {}",
+            self.shape
+        );
+        self.ranges[dim] = range;
+        self
+    }
+
+    /// The shape of the whole tensor.
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// The indices of the region along each dimension.
+    pub fn ranges(&self) -> &[Range<usize>] {
+        &self.ranges
+    }
+
+    /// The shape of the region itself.
+    pub fn extent(&self) -> Shape {
+        Shape::new(&self.ranges.iter().map(ExactSizeIterator::len).collect::<Vec<_>>())
+    }
+
+    /// The runs of consecutive elements that make up the region in a row-major tensor, as ranges of element indices,
+    /// in order; each as long as it can be.
+    pub fn runs(&self) -> Vec<Range<usize>> {
+        // Dimensions from the last that are taken whole merge into one run with the first that is not.
+        let dims = self.shape.dims();
+        let mut inner = 1;
+        let mut depth = dims.len();
+        while depth > 0 && self.ranges[depth - 1] == (0..dims[depth - 1]) {
+            depth -= 1;
+            inner *= dims[depth];
+        }
+        let Some(last) = depth.checked_sub(1) else { return vec![0..inner] };
+        let (first, len) = (self.ranges[last].start * inner, self.ranges[last].len() * inner);
+        if len == 0 {
+            return Vec::new();
+        }
+        let mut starts = vec![first];
+        let mut stride = dims[last] * inner;
+        for dim in (0..last).rev() {
+            starts = self.ranges[dim]
+                .clone()
+                .flat_map(|index| starts.iter().map(move |start| index * stride + start))
+                .collect();
+            stride *= dims[dim];
+        }
+        starts.into_iter().map(|start| start..start + len).collect()
+    }
+}
+
+/// What a parameter is for: decides its initial value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A matrix that multiplies, or a table.
+    Weight,
+    /// An added vector: 0 at first.
+    Bias,
+    /// The γ of a normalization: 1 at first.
+    Scale,
+}
+
+/// Gives the values of parameters by name.
+pub trait WeightSource {
+    /// Writes the elements of a region of a tensor to `out`, in row-major order, converted to `out`'s element.
+    ///
+    /// # Errors
+    /// When there is no such tensor, or it has another shape.
+    fn read(&self, name: &str, role: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()>;
+
+    /// Whether there is a tensor of that name.
+    fn contains(&self, name: &str) -> bool;
+}
+
+/// A source and the path of a layer in it: `weights.at("layer.0").at("attention")` reads `layer.0.attention.…`.
+#[derive(Clone)]
+pub struct Weights<'a> {
+    source: &'a dyn WeightSource,
+    path: String,
+}
+
+impl<'a> Weights<'a> {
+    /// The root of a source.
+    pub fn new(source: &'a dyn WeightSource) -> Self {
+        Self { source, path: String::new() }
+    }
+
+    /// The weights under a name.
+    pub fn at(&self, name: &str) -> Self {
+        Self { source: self.source, path: self.name(name) }
+    }
+
+    /// The full name of a tensor.
+    pub fn name(&self, name: &str) -> String {
+        if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) }
+    }
+
+    /// The source itself.
+    pub fn source(&self) -> &'a dyn WeightSource {
+        self.source
+    }
+}
+
+/// Weights in arrays, by name.
+#[derive(Clone, Debug, Default)]
+pub struct Arrays(pub BTreeMap<String, ArrayD<f64>>);
+
+impl WeightSource for Arrays {
+    fn read(&self, name: &str, _: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
+        let array = self.0.get(name).ok_or_else(|| missing(name, "the given arrays", self.0.keys()))?;
+        if array.shape() != region.shape().dims() {
+            return Err(Error::TensorShape {
+                name: name.into(),
+                place: "the given arrays".into(),
+                found: array.shape().to_vec(),
+                needed: region.shape().dims().to_vec(),
+            });
+        }
+        let part = array.slice_each_axis(|axis| Slice::from(region.ranges()[axis.axis.index()].clone()));
+        fill(out, part.iter().copied())
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+}
+
+/// [`Error::MissingTensor`] with the most similar name as a hint.
+pub(crate) fn missing<'a>(
+    name: &str,
+    place: impl Into<String>,
+    names: impl Iterator<Item = &'a String>,
+) -> Error {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    let common = |other: &str| {
+        name.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count()
+            + name.bytes().rev().zip(other.bytes().rev()).take_while(|(a, b)| a == b).count()
+    };
+    let hint = names.filter(|other| other.ends_with(last)).max_by_key(|other| common(other));
+    let hint = hint.map_or_else(String::new, |hint| format!("; did you mean `{hint}`?"));
+    Error::MissingTensor { name: name.into(), place: place.into(), hint }
+}
+
+/// Initial values from a counter-based generator: element `i` of tensor `name` is a function of the seed, the name and
+/// `i`, so that a model's initial weights do not depend on how it is sharded.
+///
+/// Weights are normally distributed with mean 0, biases 0, scales 1.
+#[derive(Clone, Copy, Debug)]
+pub struct Random {
+    seed: u64,
+    std: f64,
+}
+
+impl Random {
+    /// Weights with the given standard deviation.
+    pub fn normal(seed: u64, std: f64) -> Self {
+        Self { seed, std }
+    }
+}
+
+impl WeightSource for Random {
+    fn read(&self, name: &str, role: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
+        let stream = Philox::named(self.seed, name);
+        let indices = region.runs().into_iter().flatten();
+        match role {
+            Role::Weight => fill(out, indices.map(|index| self.std * stream.normal(index as u64))),
+            Role::Bias => fill(out, indices.map(|_| 0.0)),
+            Role::Scale => fill(out, indices.map(|_| 1.0)),
+        }
+    }
+
+    fn contains(&self, _: &str) -> bool {
+        true
+    }
+}
+
+/// Writes values to a run-time view of as many elements.
+fn fill(out: AnyMut<'_, Cpu>, values: impl Iterator<Item = f64>) -> Result<()> {
+    fn each<T: Element>(out: &mut [T], values: impl Iterator<Item = f64>) -> Result<()> {
+        let len = Cpu::len_mut::<T>(&out);
+        let mut written = 0;
+        for (to, value) in out.iter_mut().zip(values) {
+            *to = T::from_f64(value);
+            written += 1;
+        }
+        crate::error::same_size("weights", "elements of the region", written, "elements to fill", len)
+    }
+    each_dtype!(AnyMut, out, out => each(out, values))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_the_elements_of_the_region() {
+        let whole = Region::whole([3, 4, 5]);
+        assert_eq!(whole.runs(), vec![0..60]);
+        assert_eq!(whole.clone().cut(0, 1..3).runs(), vec![20..60]);
+        assert_eq!(whole.clone().cut(1, 1..3).runs(), vec![5..15, 25..35, 45..55]);
+        assert_eq!(whole.clone().cut(0, 1..2).cut(2, 3..5).runs(), vec![23..25, 28..30, 33..35, 38..40]);
+        assert!(whole.clone().cut(1, 2..2).runs().is_empty());
+        assert_eq!(Region::whole([0, 3]).runs(), vec![0..0]);
+        assert_eq!(whole.cut(1, 1..3).extent().dims(), [3, 2, 5]);
+    }
+
+    fn read(source: &dyn WeightSource, name: &str, region: &Region) -> Result<Vec<f64>> {
+        let mut out = vec![0.0; region.extent().len()];
+        source.read(name, Role::Weight, region, AnyMut::F64(out.as_mut_slice()))?;
+        Ok(out)
+    }
+
+    #[test]
+    fn random_values_do_not_depend_on_the_cut() {
+        let source = Random::normal(7, 0.5);
+        let whole = read(&source, "w", &Region::whole([4, 6])).unwrap();
+        let region = Region::whole([4, 6]).cut(0, 1..4).cut(1, 2..4);
+        let part = read(&source, "w", &region).unwrap();
+        assert_eq!(part, [8, 9, 14, 15, 20, 21].map(|index| whole[index]));
+        assert!(whole.iter().all(|value| value.abs() < 3.0 && *value != 0.0));
+        let other = read(&source, "w2", &region).unwrap();
+        assert_ne!(other[0], whole[8], "each name has its own stream");
+    }
+
+    #[test]
+    fn a_missing_name_gets_a_hint() {
+        let mut arrays = Arrays::default();
+        arrays.0.insert("layer.0.fc1.weight".into(), ArrayD::zeros(vec![2, 2]));
+        let failure = |name| read(&arrays, name, &Region::whole([1])).unwrap_err().to_string();
+        assert_eq!(
+            failure("layer.0.fc2.weight"),
+            "tensor `layer.0.fc2.weight` is not in the given arrays; did you mean `layer.0.fc1.weight`?"
+        );
+        assert!(failure("layer.0.fc1.weight").contains("has shape [2, 2]"));
+    }
+}

@@ -1,0 +1,1 @@
+//! Collectives: exact results, disagreement, lost ranks.

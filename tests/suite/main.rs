@@ -1,0 +1,4 @@
+//! The integration tests, in one binary: a module an area.
+
+mod comm;
+mod weights;

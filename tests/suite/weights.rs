@@ -1,0 +1,1 @@
+//! Checkpoints: reading parts, and refusing bad files.
