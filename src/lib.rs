@@ -5,6 +5,8 @@ pub mod comm;
 pub mod device;
 pub mod kernels;
 pub mod launch;
+pub mod ops;
+pub mod parallel;
 pub mod rng;
 pub mod shard;
 pub mod tensor;

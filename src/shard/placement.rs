@@ -17,7 +17,7 @@
     message = "`{Self}` is not a placement",
     note = "a placement is `Replicated`, `Copied`, `Shard<D>` or `Partial`"
 )]
-pub trait Placement: 'static {
+pub trait Placement: Sized + 'static {
     /// How the ranks hold the gradient of a tensor that is held like this.
     type Dual: Placement<Dual = Self>;
     /// The dimension that is cut, if one is.

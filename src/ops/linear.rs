@@ -1,0 +1,68 @@
+//! y = x wᵀ + b.
+
+use crate::{
+    device::Element,
+    error::{Result, same_size},
+    kernels::Backend,
+    tensor::Tensor,
+};
+
+/// y = x wᵀ + b.
+///
+/// `x`: `[…, in]`, `w`: `[out, in]`, `b`: `[out]`; `y`: `[…, out]`.
+///
+/// # Errors
+/// When sizes disagree.
+pub fn linear<T: Element, B: Backend>(
+    x: &Tensor<T, B>,
+    w: &Tensor<T, B>,
+    bias: Option<&Tensor<T, B>>,
+) -> Result<Tensor<T, B>> {
+    same_size("linear", "columns of x", x.shape().cols(), "columns of w", w.shape().cols())?;
+    let shape = x.shape().with(x.shape().rank() - 1, w.shape().rows());
+    let mut y = Tensor::empty(x.device(), shape)?;
+    x.device().gemm(1.0, x.mat(), w.mat().t(), 0.0, y.mat_mut()?)?;
+    if let Some(bias) = bias {
+        x.device().add_bias::<T>(bias.slice(), y.mat_mut()?)?;
+    }
+    Ok(y)
+}
+
+/// dx = dy w.
+///
+/// # Errors
+/// When sizes disagree.
+pub fn linear_input_grad<T: Element, B: Backend>(
+    dy: &Tensor<T, B>,
+    w: &Tensor<T, B>,
+) -> Result<Tensor<T, B>> {
+    const OP: &str = "linear backward";
+    same_size(OP, "columns of dy", dy.shape().cols(), "rows of w", w.shape().rows())?;
+    let shape = dy.shape().with(dy.shape().rank() - 1, w.shape().cols());
+    let mut dx = Tensor::empty(dy.device(), shape)?;
+    dy.device().gemm(1.0, dy.mat(), w.mat(), 0.0, dx.mat_mut()?)?;
+    Ok(dx)
+}
+
+/// dw = dyᵀ x, in the accumulator.
+///
+/// # Errors
+/// When sizes disagree.
+pub fn linear_weight_grad<T: Element, B: Backend>(
+    dy: &Tensor<T, B>,
+    x: &Tensor<T, B>,
+) -> Result<Tensor<T::Acc, B>> {
+    let mut dw = Tensor::empty(x.device(), [dy.shape().cols(), x.shape().cols()])?;
+    x.device().gemm(1.0, dy.mat().t(), x.mat(), 0.0, dw.mat_mut()?)?;
+    Ok(dw)
+}
+
+/// db = Σ over the rows of dy, in the accumulator.
+///
+/// # Errors
+/// When the device fails.
+pub fn bias_grad<T: Element, B: Backend>(dy: &Tensor<T, B>) -> Result<Tensor<T::Acc, B>> {
+    let mut db = Tensor::empty(dy.device(), [dy.shape().cols()])?;
+    dy.device().sum_rows(dy.mat(), db.slice_mut()?)?;
+    Ok(db)
+}

@@ -1,0 +1,16 @@
+//! Operators on one rank's tensors, forward and backward: kernels with memory for their results. Knows no ranks; layers
+//! in [`crate::parallel`] are made of them.
+
+mod activation;
+mod attention;
+mod embedding;
+mod linear;
+mod norm;
+mod softmax;
+
+pub use activation::{activate, activate_backward, add, gate, gate_backward};
+pub use attention::{AttentionContext, QkvHeads, attention, attention_backward};
+pub use embedding::{embedding, embedding_backward};
+pub use linear::{bias_grad, linear, linear_input_grad, linear_weight_grad};
+pub use norm::{NormContext, normalize, normalize_backward};
+pub use softmax::{softmax, softmax_backward};

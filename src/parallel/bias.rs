@@ -1,0 +1,70 @@
+//! A bias on the residual stream.
+
+use super::{DTensor, Layer, Stream, Traffic};
+use crate::{
+    comm::Group,
+    device::{Device, Element},
+    error::Result,
+    kernels::Backend,
+    ops,
+    shard::Shape,
+    tensor::{Param, Region, Role, Weights},
+};
+use std::marker::PhantomData;
+
+/// y = x + b: S → S.
+///
+/// b: `[features]`, equal on every rank. Collectives: none forward; in the backward, with `Shard<0>`, an all-reduce of db =
+/// Σ over tokens of dy, because each rank sees its own tokens only.
+#[derive(Debug)]
+pub struct AddBias<S: Stream, T: Element, B: Device> {
+    bias: Param<T, B>,
+    group: Group<B>,
+    stream: PhantomData<S>,
+}
+
+impl<S: Stream, T: Element, B: Backend> AddBias<S, T, B> {
+    /// Reads `bias`.
+    ///
+    /// # Errors
+    /// When it is missing or has another shape.
+    pub fn load(group: &Group<B>, weights: &Weights<'_>, features: usize) -> Result<Self> {
+        let (region, owned) = (Region::whole([features]), group.rank() == 0);
+        let bias = Param::load_region(group.device(), weights, "bias", Role::Bias, region, owned)?;
+        Ok(Self { bias, group: group.clone(), stream: PhantomData })
+    }
+
+    /// x + b, in x's memory if nobody shares it.
+    pub(super) fn add_to(&self, x: DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+        x.map_local(|mut local| {
+            let device = local.device().clone();
+            device.add_bias::<T>(self.bias.value().slice(), local.mat_mut()?)?;
+            Ok(local)
+        })
+    }
+}
+
+impl<S: Stream, T: Element, B: Backend> Layer<T, B> for AddBias<S, T, B> {
+    type In = S;
+    type Out = S;
+    type Saved = ();
+
+    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, ())> {
+        Ok((self.add_to(x.clone())?, ()))
+    }
+
+    fn backward(&mut self, (): (), dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+        let mut db = ops::bias_grad(dy.local())?;
+        S::sum_grad(&self.group, &mut db)?;
+        self.bias.add_grad(db)?;
+        Ok(dy.clone())
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        f(&mut self.bias)
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        (S::sum_grad_traffic::<T::Acc>(x.cols()), x)
+    }
+}

@@ -1,0 +1,240 @@
+//! Linear layers whose output features are cut over the ranks.
+
+use super::{Bias, Columns, DTensor, Layer, Stream, Traffic, columns::SharedRows};
+use crate::{
+    comm::{Group, Op, ReduceOp},
+    device::{Device, Element},
+    error::{Result, same_size},
+    kernels::Backend,
+    ops,
+    shard::{Copied, Partial, Partition, Placement, Shape, Shard},
+    tensor::{Param, Role, Tensor, Weights},
+};
+
+/// Yᵣ = X Wᵣᵀ + bᵣ: each rank computes its own output features. Copied → Shard<1>.
+///
+/// * X: `[tokens, inputs]`; W: `[outputs, inputs]`, of which rank r holds the rows Wᵣ; Y: `[tokens, outputs]`.
+/// * Backward: dX is the [`Partial`] sum of dYᵣ Wᵣ; dWᵣ = dYᵣᵀ X; dbᵣ = Σ over tokens of dYᵣ.
+/// * Collectives: none; with key/value heads that several ranks hold, an all-reduce of the gradients of their rows.
+///
+/// Source: Shoeybi et al., 2019: Megatron-LM, section 3. As a layer with its collectives: [`ColumnParallelLinear`].
+#[derive(Debug)]
+pub struct ColumnLinear<T: Element, B: Device> {
+    group: Group<B>,
+    weight: Param<T, B>,
+    bias: Option<Param<T, B>>,
+    bias_mode: Bias,
+    cut: Partition,
+    shared: Option<SharedRows>,
+}
+
+impl<T: Element, B: Backend> ColumnLinear<T, B> {
+    /// Reads this rank's rows of `weight`, and of `bias` if there is one.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn load(
+        group: &Group<B>,
+        weights: &Weights<'_>,
+        inputs: usize,
+        columns: &Columns,
+        bias: Bias,
+    ) -> Result<Self> {
+        let (device, cut) = (group.device(), columns.partition().clone());
+        let rows = cut.size(group.rank());
+        let pieces = columns.pieces(weights, "weight", Some(inputs));
+        let weight = Param::load(device, weights, "weight", Role::Weight, [rows, inputs], pieces)?;
+        let vector = match bias {
+            Bias::None => None,
+            Bias::Add | Bias::Skip => {
+                let pieces = columns.pieces(weights, "bias", None);
+                Some(Param::load(device, weights, "bias", Role::Bias, [rows], pieces)?)
+            }
+        };
+        let shared = columns.shared().cloned();
+        Ok(Self { group: group.clone(), weight, bias: vector, bias_mode: bias, cut, shared })
+    }
+
+    /// The bias of this rank's features, if there is one. With [`Bias::Skip`] adding it is up to the caller, and so is
+    /// adding to its gradient.
+    pub fn bias_mut(&mut self) -> Option<&mut Param<T, B>> {
+        self.bias.as_mut()
+    }
+
+    fn output(&self, x: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+        let bias = self.bias.as_ref().filter(|_| self.bias_mode == Bias::Add).map(Param::value);
+        let y = ops::linear(x.local(), self.weight.value(), bias)?;
+        Ok(x.derive(y, self.cut.total(), Some(self.cut.clone())))
+    }
+
+    fn input_grad(&self, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
+        let dx = ops::linear_input_grad(dy.local(), self.weight.value())?;
+        let inputs = dx.shape().cols();
+        Ok(dy.derive(dx, inputs, None))
+    }
+
+    fn param_grads(&mut self, x: &Tensor<T, B>, dy: &DTensor<Shard<1>, T, B>) -> Result<()> {
+        let dy = dy.local();
+        same_size("column linear backward", "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
+        match &self.shared {
+            None => {
+                let device = x.device();
+                self.weight.accumulate_grad(|beta, dw| device.gemm(1.0, dy.mat().t(), x.mat(), beta, dw))?;
+            }
+            Some(shared) => {
+                let mut dw = ops::linear_weight_grad(dy, x)?;
+                sum_shared(&self.group, shared, &mut dw)?;
+                self.weight.add_grad(dw)?;
+            }
+        }
+        let Some(bias) = self.bias.as_mut().filter(|_| self.bias_mode == Bias::Add) else { return Ok(()) };
+        let mut db = ops::bias_grad(dy)?;
+        if let Some(shared) = &self.shared {
+            let rows = db.len();
+            db = db.reshape([rows, 1])?;
+            sum_shared(&self.group, shared, &mut db)?;
+            db = db.reshape([rows])?;
+        }
+        bias.add_grad(db)
+    }
+
+    fn own_traffic(&self, x: Shape) -> (Traffic, Shape) {
+        let y = x.with(x.rank() - 1, self.cut.total());
+        let Some(shared) = &self.shared else { return (Traffic::default(), y) };
+        let weight = Traffic::backward::<T::Acc>(Op::AllReduce, shared.total * x.cols());
+        match self.bias_mode {
+            Bias::Add => (Traffic::backward::<T::Acc>(Op::AllReduce, shared.total).then(weight), y),
+            Bias::None | Bias::Skip => (weight, y),
+        }
+    }
+
+    fn visit_params(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        f(&mut self.weight)?;
+        self.bias.as_mut().map_or(Ok(()), f)
+    }
+}
+
+/// The gradient of rows that several ranks hold becomes the sum over the holders, on each of them.
+///
+/// One all-reduce of all shared rows of the layer; a rank has zeros where it holds none.
+fn sum_shared<T: Element, B: Backend>(
+    group: &Group<B>,
+    shared: &SharedRows,
+    grad: &mut Tensor<T, B>,
+) -> Result<()> {
+    let (device, width) = (grad.device().clone(), grad.shape().cols());
+    let mut packed = Tensor::<T, B>::zeros(&device, [shared.total, width])?;
+    for (rows, at) in &shared.mine {
+        let from = grad.mat().block(rows.clone(), 0..width);
+        device.copy(from, packed.mat_mut()?.block(*at..at + rows.len(), 0..width))?;
+    }
+    group.all_reduce(ReduceOp::Sum, &mut packed)?;
+    for (rows, at) in &shared.mine {
+        let from = packed.mat().block(*at..at + rows.len(), 0..width);
+        device.copy(from, grad.mat_mut()?.block(rows.clone(), 0..width))?;
+    }
+    Ok(())
+}
+
+impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
+    type In = Copied;
+    type Out = Shard<1>;
+    type Saved = Tensor<T, B>;
+
+    fn forward(&self, x: &DTensor<Copied, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
+        Ok((self.output(x)?, x.local().clone()))
+    }
+
+    fn backward(
+        &mut self,
+        x: Self::Saved,
+        dy: &DTensor<Shard<1>, T, B>,
+    ) -> Result<DTensor<Partial, T, B>> {
+        let dx = self.input_grad(dy)?;
+        self.param_grads(&x, dy)?;
+        Ok(dx)
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        self.visit_params(f)
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        self.own_traffic(x)
+    }
+}
+
+/// Yᵣ = X Wᵣᵀ + bᵣ with its collectives: S → Shard<1>.
+///
+/// The same as `S`'s entering mapping, then [`ColumnLinear`], bit for bit; but in the backward the reduction of dX runs
+/// beside the product that gives dW.
+///
+/// * Forward: entering the stream: nothing for `Replicated`, an all-gather of X for `Shard<0>`.
+/// * Backward: leaving it: an all-reduce of dX, or a reduce-scatter.
+///
+/// Loaded with [`Columns::merged`] this is the field's `MergedColumnParallelLinear` (gate and up of a gated MLP), with
+/// [`Columns::qkv`] its `QKVParallelLinear`. For `gather_output`, chain [`crate::parallel::GatherFrom`]`::<1>`.
+#[derive(Debug)]
+pub struct ColumnParallelLinear<S: Stream, T: Element, B: Device> {
+    linear: ColumnLinear<T, B>,
+    stream: std::marker::PhantomData<S>,
+}
+
+impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
+    /// Reads this rank's rows of `weight`, and of `bias` if there is one.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn load(
+        group: &Group<B>,
+        weights: &Weights<'_>,
+        inputs: usize,
+        columns: &Columns,
+        bias: Bias,
+    ) -> Result<Self> {
+        let linear = ColumnLinear::load(group, weights, inputs, columns, bias)?;
+        Ok(Self { linear, stream: std::marker::PhantomData })
+    }
+
+    /// See [`ColumnLinear::bias_mut`].
+    pub fn bias_mut(&mut self) -> Option<&mut Param<T, B>> {
+        self.linear.bias_mut()
+    }
+
+    /// How the output features are cut.
+    pub fn cut(&self) -> &Partition {
+        &self.linear.cut
+    }
+}
+
+impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ColumnParallelLinear<S, T, B> {
+    type In = S;
+    type Out = Shard<1>;
+    type Saved = Tensor<T, B>;
+
+    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
+        self.linear.forward(&S::enter(x)?)
+    }
+
+    fn backward(
+        &mut self,
+        x: Self::Saved,
+        dy: &DTensor<Shard<1>, T, B>,
+    ) -> Result<DTensor<<S as Placement>::Dual, T, B>> {
+        let dx = S::start_leave(self.linear.input_grad(dy)?)?;
+        self.linear.param_grads(&x, dy)?;
+        dx.wait()
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        self.linear.visit_params(f)
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        let (own, y) = self.linear.own_traffic(x);
+        let mut traffic = S::enter_traffic::<T, B>(x);
+        // The reduction of dX starts first.
+        traffic.backward.extend(own.backward);
+        (traffic, y)
+    }
+}

@@ -1,0 +1,261 @@
+//! Which output features of a column-sharded linear layer a rank computes, and where their weights are in a checkpoint.
+
+use crate::{
+    comm::Group,
+    device::Device,
+    error::{Error, Result, same_size},
+    shard::{Heads, Partition},
+    tensor::{Piece, Region, Weights},
+};
+use std::ops::Range;
+
+/// What a linear layer does with a bias.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Bias {
+    /// It has none.
+    #[default]
+    None,
+    /// It adds it.
+    Add,
+    /// It has one but leaves it to its caller to add, together with something else (Megatron-LM's `skip_bias_add`).
+    Skip,
+}
+
+/// How the weights of q, k and v lie in a checkpoint. Declared, never guessed from shapes or names: the layouts have the
+/// same shape.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum QkvLayout {
+    /// Three tensors (Llama, Mistral, Qwen2, BERT), by their names.
+    Separate {
+        /// The name of q, relative to the layer.
+        q: String,
+        /// The name of k.
+        k: String,
+        /// The name of v.
+        v: String,
+    },
+    /// One tensor, `[all q | all k | all v]` (GLM, MPT, Baichuan, Phi-3), by its name.
+    Concatenated(String),
+    /// One tensor, `[q, k, v]` for each head in turn (BLOOM, GPT-NeoX), by its name. Only without shared key/value heads.
+    PerHead(String),
+    /// One tensor, `[the group's q …, k, v]` for each key/value head in turn (Megatron-LM, Falcon), by its name.
+    PerKvGroup(String),
+}
+
+impl QkvLayout {
+    /// Three tensors of these names.
+    pub fn separate(q: &str, k: &str, v: &str) -> Self {
+        Self::Separate { q: q.into(), k: k.into(), v: v.into() }
+    }
+
+    /// The tensor that holds head `head` of `part`, its number of heads, and the head's place in it.
+    fn head(&self, heads: &Heads, part: Part, head: usize) -> (&str, usize, usize) {
+        let (query, kv, group) = (heads.query_heads(), heads.kv_heads(), heads.group());
+        match (self, part) {
+            (Self::Separate { q, .. }, Part::Q) => (q, query, head),
+            (Self::Separate { k, .. }, Part::K) => (k, kv, head),
+            (Self::Separate { v, .. }, Part::V) => (v, kv, head),
+            (Self::Concatenated(name), Part::Q) => (name, query + 2 * kv, head),
+            (Self::Concatenated(name), Part::K) => (name, query + 2 * kv, query + head),
+            (Self::Concatenated(name), Part::V) => (name, query + 2 * kv, query + kv + head),
+            (Self::PerHead(name) | Self::PerKvGroup(name), part) => {
+                let (owner, offset) = match part {
+                    Part::Q => (head / group, head % group),
+                    Part::K => (head, group),
+                    Part::V => (head, group + 1),
+                };
+                (name, query + 2 * kv, owner * (group + 2) + offset)
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Part {
+    Q,
+    K,
+    V,
+}
+
+/// The output features of a column-sharded linear layer: how they are cut over the ranks, and for this rank from which rows
+/// of which tensors its weights come.
+#[derive(Clone, Debug)]
+pub struct Columns {
+    cut: Partition,
+    rows: Vec<Rows>,
+    shared: Option<SharedRows>,
+}
+
+/// Rows of one tensor of the checkpoint.
+#[derive(Clone, Debug)]
+struct Rows {
+    /// The tensor's name relative to the layer; empty for the layer itself.
+    tensor: String,
+    /// The number of rows of the whole tensor.
+    of: usize,
+    range: Range<usize>,
+    /// Whether this rank counts them.
+    owned: bool,
+}
+
+/// Rows that several ranks hold: their gradient is the sum over the holders.
+#[derive(Clone, Debug)]
+pub(super) struct SharedRows {
+    /// The number of such rows in the whole layer.
+    pub(super) total: usize,
+    /// Rows of this rank, and where they stand among all shared ones.
+    pub(super) mine: Vec<(Range<usize>, usize)>,
+}
+
+impl Columns {
+    /// `outputs` features over the ranks of a group, as evenly as whole features allow.
+    ///
+    /// # Errors
+    /// [`Error::TooManyRanks`] when there are fewer features than ranks.
+    pub fn even<B: Device>(group: &Group<B>, outputs: usize) -> Result<Self> {
+        Self::cut(group, Partition::by_unit("column linear", "features", outputs, 1, group.size())?)
+    }
+
+    /// Features cut as given.
+    ///
+    /// # Errors
+    /// When the cut has not one part a rank.
+    pub fn cut<B: Device>(group: &Group<B>, cut: Partition) -> Result<Self> {
+        same_size("column linear", "the parts of the cut", cut.parts(), "the ranks of the group", group.size())?;
+        let range = cut.range(group.rank());
+        let rows = Rows { tensor: String::new(), of: cut.total(), range, owned: true };
+        Ok(Self { cut, rows: vec![rows], shared: None })
+    }
+
+    /// Several layers of the same input and `outputs` features each, computed as one: rank r holds `[part r of the first |
+    /// part r of the second | …]`. Each tensor is named relative to the layer.
+    ///
+    /// # Errors
+    /// [`Error::TooManyRanks`] when there are fewer features than ranks.
+    pub fn merged<B: Device>(group: &Group<B>, tensors: &[&str], outputs: usize) -> Result<Self> {
+        let cut = Partition::by_unit("merged linear", "features", outputs, 1, group.size())?;
+        let range = cut.range(group.rank());
+        let rows = |tensor: &&str| Rows {
+            tensor: tensor.to_string(),
+            of: outputs,
+            range: range.clone(),
+            owned: true,
+        };
+        Ok(Self { rows: tensors.iter().map(rows).collect(), cut: cut.scaled(tensors.len()), shared: None })
+    }
+
+    /// As [`Columns::merged`], from one tensor of `[all of the first | all of the second | …]` (Phi-3's `gate_up_proj`).
+    ///
+    /// # Errors
+    /// [`Error::TooManyRanks`] when there are fewer features than ranks.
+    pub fn merged_from_one<B: Device>(
+        group: &Group<B>,
+        tensor: &str,
+        count: usize,
+        outputs: usize,
+    ) -> Result<Self> {
+        let mut merged = Self::merged(group, &vec![tensor; count], outputs)?;
+        for (at, rows) in merged.rows.iter_mut().enumerate() {
+            rows.of = count * outputs;
+            rows.range = rows.range.start + at * outputs..rows.range.end + at * outputs;
+        }
+        Ok(merged)
+    }
+
+    /// The projection to q, k and v: rank r holds `[q of its query heads | k | v of the key/value heads they use]`.
+    ///
+    /// # Errors
+    /// When the heads were assigned to another number of ranks, or the layout cannot hold shared key/value heads.
+    pub fn qkv<B: Device>(group: &Group<B>, heads: &Heads, layout: &QkvLayout) -> Result<Self> {
+        const OP: &str = "qkv linear";
+        same_size(OP, "the ranks of the heads", heads.ranks(), "the ranks of the group", group.size())?;
+        if matches!(layout, QkvLayout::PerHead(_)) && heads.group() != 1 {
+            let reason = format!(
+                "the per-head layout has one key/value head a query head, not {} for {}",
+                heads.kv_heads(),
+                heads.query_heads()
+            );
+            return Err(Error::invalid(OP, reason));
+        }
+        let (rank, dim) = (group.rank(), heads.head_dim());
+        let rows = |part, head, owned| {
+            let (tensor, count, place) = layout.head(heads, part, head);
+            Rows {
+                tensor: tensor.to_string(),
+                of: count * dim,
+                range: place * dim..(place + 1) * dim,
+                owned,
+            }
+        };
+        let mut all: Vec<Rows> = heads.query_range(rank).map(|head| rows(Part::Q, head, true)).collect();
+        for part in [Part::K, Part::V] {
+            all.extend(heads.kv_range(rank).map(|head| rows(part, head, heads.owner(head) == rank)));
+        }
+        Ok(Self { cut: heads.qkv_features(), rows: join(all), shared: SharedRows::of(heads, rank) })
+    }
+
+    /// How the features are cut over the ranks. Features that several ranks hold count for each.
+    pub fn partition(&self) -> &Partition {
+        &self.cut
+    }
+
+    pub(super) fn shared(&self) -> Option<&SharedRows> {
+        self.shared.as_ref()
+    }
+
+    /// The pieces of the layer's `.weight` or `.bias` (`suffix`), whose rows have `width` elements; none for vectors.
+    pub(super) fn pieces(&self, weights: &Weights<'_>, suffix: &str, width: Option<usize>) -> Vec<Piece> {
+        let mut row = 0;
+        let piece = |rows: &Rows| {
+            let whole = match width {
+                Some(width) => Region::whole([rows.of, width]),
+                None => Region::whole([rows.of]),
+            };
+            let tensor = match rows.tensor.as_str() {
+                "" => weights.name(suffix),
+                tensor => weights.at(tensor).name(suffix),
+            };
+            let piece = Piece { tensor, region: whole.cut(0, rows.range.clone()), row, owned: rows.owned };
+            row += rows.range.len();
+            piece
+        };
+        self.rows.iter().map(piece).collect()
+    }
+}
+
+/// Neighbouring heads of one tensor are read as one run.
+fn join(rows: Vec<Rows>) -> Vec<Rows> {
+    let mut joined: Vec<Rows> = Vec::new();
+    for next in rows {
+        match joined.last_mut() {
+            Some(last)
+                if last.tensor == next.tensor
+                    && last.range.end == next.range.start
+                    && last.owned == next.owned =>
+            {
+                last.range.end = next.range.end;
+            }
+            _ => joined.push(next),
+        }
+    }
+    joined
+}
+
+impl SharedRows {
+    /// The rows of the key/value heads that more than one rank holds: all shared k, then all shared v.
+    fn of(heads: &Heads, rank: usize) -> Option<Self> {
+        let (shared, dim) = (heads.shared(), heads.head_dim());
+        if shared.is_empty() {
+            return None;
+        }
+        let (held, query) = (heads.kv_range(rank), heads.query_range(rank).len());
+        let mut mine = Vec::new();
+        for part in 0..2 {
+            for (at, head) in shared.iter().enumerate().filter(|(_, head)| held.contains(head)) {
+                let local = query + part * held.len() + head - held.start;
+                mine.push((local * dim..(local + 1) * dim, (part * shared.len() + at) * dim));
+            }
+        }
+        Some(Self { total: 2 * shared.len() * dim, mine })
+    }
+}

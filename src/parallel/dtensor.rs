@@ -1,0 +1,338 @@
+//! A tensor spread over the ranks of a group.
+
+use crate::{
+    comm::{Group, Pending, ReduceOp},
+    device::{Cpu, Device, Element},
+    error::{Error, Result, same_shape, same_size},
+    kernels::{Backend, MatRef},
+    ops,
+    shard::{Copied, Partial, Partition, Placement, Replicated, Sequences, Shape, Shard},
+    tensor::Tensor,
+};
+use std::{fmt, marker::PhantomData};
+
+/// A tensor spread over the ranks of a group as placement `P` says: what this rank holds, and what the whole is.
+///
+/// The whole has rows (tokens) in dimension 0 and features in dimension 1. Which rows make up a sequence travels with it
+/// ([`DTensor::with_sequences`]), so that attention finds it wherever the tensor went.
+pub struct DTensor<P: Placement, T: Element = f32, B: Device = Cpu> {
+    local: Tensor<T, B>,
+    group: Group<B>,
+    layout: Layout,
+    placement: PhantomData<P>,
+}
+
+/// What a rank knows of the whole tensor.
+#[derive(Clone, Debug)]
+struct Layout {
+    shape: Shape,
+    /// How the cut dimension is cut, under `Shard`.
+    cut: Option<Partition>,
+    /// How tokens are cut where this tensor came from or goes to with sequence parallelism.
+    tokens: Option<Partition>,
+    sequences: Sequences,
+}
+
+impl<P: Placement, T: Element, B: Device> Clone for DTensor<P, T, B> {
+    fn clone(&self) -> Self {
+        Self {
+            local: self.local.clone(),
+            group: self.group.clone(),
+            layout: self.layout.clone(),
+            placement: PhantomData,
+        }
+    }
+}
+
+impl<P: Placement, T: Element, B: Device> fmt::Debug for DTensor<P, T, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, cut) = (P::NAME, P::CUT.map_or(String::new(), |dim| format!("<{dim}>")));
+        write!(f, "DTensor<{name}{cut}, {}>({} in {:?})", T::DTYPE, self.layout.shape, self.group)
+    }
+}
+
+impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
+    /// What this rank holds.
+    pub fn local(&self) -> &Tensor<T, B> {
+        &self.local
+    }
+
+    /// What this rank holds, by itself.
+    pub fn into_local(self) -> Tensor<T, B> {
+        self.local
+    }
+
+    /// The ranks that hold the tensor.
+    pub fn group(&self) -> &Group<B> {
+        &self.group
+    }
+
+    /// The shape of the whole.
+    pub fn shape(&self) -> Shape {
+        self.layout.shape
+    }
+
+    /// How the cut dimension is cut; none unless the placement is `Shard`.
+    pub fn cut(&self) -> Option<&Partition> {
+        self.layout.cut.as_ref()
+    }
+
+    /// Which rows of the whole belong together; all of them, unless said otherwise.
+    pub fn sequences(&self) -> &Sequences {
+        &self.layout.sequences
+    }
+
+    /// The same tensor, whose rows make up these sequences.
+    ///
+    /// # Errors
+    /// When they have another number of rows.
+    pub fn with_sequences(mut self, sequences: Sequences) -> Result<Self> {
+        let rows = self.layout.shape.rows();
+        same_size("sequences", "rows of the sequences", sequences.rows(), "rows of the tensor", rows)?;
+        self.layout.sequences = sequences;
+        Ok(self)
+    }
+
+    fn new(local: Tensor<T, B>, group: &Group<B>, layout: Layout) -> Self {
+        Self { local, group: group.clone(), layout, placement: PhantomData }
+    }
+
+    /// The same rows with other features, held as `Q` says. The caller vouches for the placement.
+    pub(super) fn derive<Q: Placement>(
+        &self,
+        local: Tensor<T, B>,
+        features: usize,
+        cut: Option<Partition>,
+    ) -> DTensor<Q, T, B> {
+        let shape = self.layout.shape.with(self.layout.shape.rank() - 1, features);
+        DTensor::new(local, &self.group, Layout { shape, cut, ..self.layout.clone() })
+    }
+
+    /// The same whole, held in the same way, with other values. The caller vouches that `local` has the same shape.
+    pub(super) fn with_local(&self, local: Tensor<T, B>) -> Self {
+        Self::new(local, &self.group, self.layout.clone())
+    }
+
+    /// The same whole, held in the same way, with values made of the old ones. The caller vouches for the shape.
+    pub(super) fn map_local(self, f: impl FnOnce(Tensor<T, B>) -> Result<Tensor<T, B>>) -> Result<Self> {
+        Ok(Self { local: f(self.local)?, ..self })
+    }
+
+    fn place<Q: Placement>(self, local: Tensor<T, B>, cut: Option<Partition>) -> DTensor<Q, T, B> {
+        DTensor::new(local, &self.group, Layout { cut, ..self.layout })
+    }
+
+    /// How the tokens are, or will be, cut: as where the tensor came from, or evenly.
+    pub(super) fn token_cut(&self) -> Partition {
+        let even = || Partition::even(self.layout.shape.dims()[0], self.group.size());
+        self.layout.tokens.clone().unwrap_or_else(even)
+    }
+}
+
+impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
+    /// The sum of two tensors that are held in the same way.
+    ///
+    /// # Errors
+    /// When they have different shapes, or are cut differently.
+    pub fn add(&self, other: &Self) -> Result<Self> {
+        same_shape("add", "a", self.shape().dims(), "b", other.shape().dims())?;
+        if self.layout.cut != other.layout.cut {
+            return Err(Error::invalid("add", "the two tensors are cut differently"));
+        }
+        Ok(self.with_local(ops::add(&self.local, &other.local)?))
+    }
+}
+
+/// A tensor of `[tokens, …]` without any cut.
+fn uncut<T: Element, B: Device>(local: &Tensor<T, B>, op: &'static str) -> Result<Layout> {
+    let shape = local.shape();
+    if shape.rank() < 2 {
+        return Err(Error::invalid(op, format!("needs tokens and features, but the tensor has shape {shape}")));
+    }
+    Ok(Layout { shape, cut: None, tokens: None, sequences: Sequences::one(shape.rows()) })
+}
+
+impl<T: Element, B: Backend> DTensor<Replicated, T, B> {
+    /// A tensor that is equal on every rank. That it is, the caller vouches for; [`DTensor::broadcast`] makes it so.
+    ///
+    /// # Errors
+    /// When it has fewer than two dimensions.
+    pub fn replicated(group: &Group<B>, local: Tensor<T, B>) -> Result<Self> {
+        let layout = uncut(&local, "replicated")?;
+        Ok(Self::new(local, group, layout))
+    }
+
+    /// The root's tensor on every rank. Collective: broadcast.
+    ///
+    /// # Errors
+    /// When shapes differ between ranks, or a rank is lost.
+    #[track_caller]
+    pub fn broadcast(group: &Group<B>, root: usize, mut local: Tensor<T, B>) -> Result<Self> {
+        group.broadcast(root, &mut local)?;
+        Self::replicated(group, local)
+    }
+
+    /// The same tensor, about to be used differently by each rank. No communication.
+    pub fn copy_to(self) -> DTensor<Copied, T, B> {
+        DTensor::new(self.local, &self.group, self.layout)
+    }
+
+    /// Each rank's part of dimension `D`. No communication.
+    ///
+    /// # Errors
+    /// When the cut is not one of that dimension over this group.
+    pub fn scatter<const D: usize>(self, cut: &Partition) -> Result<DTensor<Shard<D>, T, B>> {
+        check_cut("scatter", self.shape(), D, cut, self.group.size())?;
+        let part = own_part(&self.local, D, cut, self.group.rank())?;
+        let tokens = (D == 0).then(|| cut.clone()).or(self.layout.tokens.clone());
+        let mut sharded = self.place(part, Some(cut.clone()));
+        sharded.layout.tokens = tokens;
+        Ok(sharded)
+    }
+}
+
+impl<T: Element, B: Backend> DTensor<Copied, T, B> {
+    /// A tensor that is equal on every rank, about to be used differently by each.
+    ///
+    /// # Errors
+    /// When it has fewer than two dimensions.
+    pub fn copied(group: &Group<B>, local: Tensor<T, B>) -> Result<Self> {
+        Ok(DTensor::replicated(group, local)?.copy_to())
+    }
+}
+
+impl<const D: usize, T: Element, B: Backend> DTensor<Shard<D>, T, B> {
+    /// A tensor of which this rank holds its part of dimension `D`.
+    ///
+    /// # Errors
+    /// When the local tensor has not the size that the cut says.
+    pub fn shard(group: &Group<B>, local: Tensor<T, B>, cut: &Partition) -> Result<Self> {
+        const OP: &str = "shard";
+        let mut layout = uncut(&local, OP)?;
+        if D >= layout.shape.rank() {
+            return Err(Error::invalid(OP, format!("dimension {D} of a tensor of shape {}", layout.shape)));
+        }
+        layout.shape = layout.shape.with(D, cut.total());
+        check_cut(OP, layout.shape, D, cut, group.size())?;
+        let (have, want) = (local.shape().dims()[D], cut.size(group.rank()));
+        same_size(OP, "the size of this rank's part", have, "its size in the cut", want)?;
+        layout.sequences = Sequences::one(layout.shape.rows());
+        layout.tokens = (D == 0).then(|| cut.clone());
+        layout.cut = Some(cut.clone());
+        Ok(Self::new(local, group, layout))
+    }
+
+    fn shard_cut(&self) -> Result<&Partition> {
+        let missing = || Error::invalid("shard", "a sharded tensor without its cut: please report this");
+        self.layout.cut.as_ref().ok_or_else(missing)
+    }
+
+    /// The whole on every rank. Collective: all-gather.
+    ///
+    /// # Errors
+    /// When the ranks disagree, or one is lost.
+    #[track_caller]
+    pub fn all_gather(self) -> Result<DTensor<Replicated, T, B>> {
+        let whole = self.group.all_gather(&self.local, D, self.shard_cut()?)?;
+        Ok(self.place(whole, None))
+    }
+}
+
+impl<T: Element, B: Backend> DTensor<Partial, T, B> {
+    /// A tensor that is the sum of what the ranks hold.
+    ///
+    /// # Errors
+    /// When it has fewer than two dimensions.
+    pub fn partial(group: &Group<B>, local: Tensor<T, B>) -> Result<Self> {
+        let layout = uncut(&local, "partial")?;
+        Ok(Self::new(local, group, layout))
+    }
+
+    /// The sum on every rank. Collective: all-reduce.
+    ///
+    /// # Errors
+    /// When the ranks disagree, or one is lost.
+    #[track_caller]
+    pub fn all_reduce(mut self) -> Result<DTensor<Replicated, T, B>> {
+        self.group.all_reduce(ReduceOp::Sum, &mut self.local)?;
+        Ok(DTensor::new(self.local, &self.group, self.layout))
+    }
+
+    /// Each rank's part of the sum along dimension `D`. Collective: reduce-scatter.
+    ///
+    /// # Errors
+    /// When the cut is not one of that dimension, the ranks disagree, or one is lost.
+    #[track_caller]
+    pub fn reduce_scatter<const D: usize>(self, cut: &Partition) -> Result<DTensor<Shard<D>, T, B>> {
+        let part = self.group.reduce_scatter(ReduceOp::Sum, &self.local, D, cut)?;
+        Ok(self.place(part, Some(cut.clone())))
+    }
+
+    /// Starts [`DTensor::all_reduce`].
+    ///
+    /// # Errors
+    /// As there.
+    #[track_caller]
+    pub fn start_all_reduce(self) -> Result<PendingDTensor<Replicated, T, B>> {
+        let pending = self.group.start_all_reduce(ReduceOp::Sum, self.local)?;
+        Ok(PendingDTensor { pending, group: self.group, layout: self.layout, placement: PhantomData })
+    }
+
+    /// Starts [`DTensor::reduce_scatter`].
+    ///
+    /// # Errors
+    /// As there.
+    #[track_caller]
+    pub fn start_reduce_scatter<const D: usize>(
+        self,
+        cut: &Partition,
+    ) -> Result<PendingDTensor<Shard<D>, T, B>> {
+        let pending = self.group.start_reduce_scatter(ReduceOp::Sum, self.local, D, cut)?;
+        let layout = Layout { cut: Some(cut.clone()), ..self.layout };
+        Ok(PendingDTensor { pending, group: self.group, layout, placement: PhantomData })
+    }
+}
+
+/// A tensor whose collective was started.
+#[must_use = "a collective that is started has to be waited for"]
+pub struct PendingDTensor<P: Placement, T: Element, B: Device> {
+    pending: Pending<T, B>,
+    group: Group<B>,
+    layout: Layout,
+    placement: PhantomData<P>,
+}
+
+impl<P: Placement, T: Element, B: Device> PendingDTensor<P, T, B> {
+    /// The tensor.
+    ///
+    /// # Errors
+    /// When the ranks disagreed, or one was lost.
+    pub fn wait(self) -> Result<DTensor<P, T, B>> {
+        Ok(DTensor::new(self.pending.wait()?, &self.group, self.layout))
+    }
+}
+
+fn check_cut(op: &'static str, shape: Shape, dim: usize, cut: &Partition, ranks: usize) -> Result<()> {
+    if dim >= shape.rank() {
+        return Err(Error::invalid(op, format!("dimension {dim} of a tensor of shape {shape}")));
+    }
+    same_size(op, "the parts of the cut", cut.parts(), "the ranks of the group", ranks)?;
+    same_size(op, "the size that is cut", cut.total(), "that of the dimension", shape.dims()[dim])
+}
+
+/// A rank's part of a whole tensor.
+fn own_part<T: Element, B: Backend>(
+    whole: &Tensor<T, B>,
+    dim: usize,
+    cut: &Partition,
+    rank: usize,
+) -> Result<Tensor<T, B>> {
+    let shape = whole.shape();
+    let (outer, inner) = shape.split_at(dim);
+    let mut part = Tensor::empty(whole.device(), shape.with(dim, cut.size(rank)))?;
+    let (width, columns) = (shape.dims()[dim] * inner, cut.scaled(inner).range(rank));
+    let from = MatRef::<T, B>::new(whole.slice(), outer, width)?.columns(columns.clone());
+    let to = crate::kernels::MatMut::<T, B>::new(part.slice_mut()?, outer, columns.len())?;
+    whole.device().copy(from, to)?;
+    Ok(part)
+}

@@ -1,0 +1,100 @@
+//! What a layer is, and how two become one.
+
+use super::{DTensor, Traffic};
+use crate::{
+    device::Element,
+    error::Result,
+    kernels::Backend,
+    shard::{Placement, Shape},
+    tensor::Param,
+};
+
+/// A differentiable map from a tensor held as `In` to one held as `Out`.
+///
+/// The backward maps the gradient, held as `Out`'s dual, to that of the input, held as `In`'s dual, and adds to the
+/// gradients of the layer's parameters. What it needs of the forward is handed back by value, so that many microbatches
+/// may be under way at once.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a layer for these elements on this device",
+    note = "layers are generic in the element and the device: `impl<T: Element, B: Backend> Layer<T, B> for …`"
+)]
+pub trait Layer<T: Element, B: Backend> {
+    /// How the input is held.
+    type In: Placement;
+    /// How the output is held.
+    type Out: Placement;
+    /// What the backward needs of the forward.
+    type Saved;
+
+    /// The output, and what the backward needs.
+    ///
+    /// # Errors
+    /// When sizes disagree, or a collective fails.
+    fn forward(&self, x: &DTensor<Self::In, T, B>) -> Result<(DTensor<Self::Out, T, B>, Self::Saved)>;
+
+    /// The gradient of the input from that of the output. Adds to the parameters' gradients.
+    ///
+    /// # Errors
+    /// When sizes disagree, or a collective fails.
+    fn backward(
+        &mut self,
+        saved: Self::Saved,
+        dy: &DTensor<<Self::Out as Placement>::Dual, T, B>,
+    ) -> Result<DTensor<<Self::In as Placement>::Dual, T, B>>;
+
+    /// Calls `f` on every parameter, in the same order on every rank.
+    ///
+    /// # Errors
+    /// The first of `f`.
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        let _ = f;
+        Ok(())
+    }
+
+    /// The collectives for an input whose whole has this shape, and the shape of the output's whole.
+    fn traffic(&self, x: Shape) -> (Traffic, Shape);
+
+    /// This layer, and then another whose input is held as this one's output.
+    fn then<L: Layer<T, B, In = Self::Out>>(self, next: L) -> Chain<Self, L>
+    where
+        Self: Sized,
+    {
+        Chain(self, next)
+    }
+}
+
+/// One layer after another.
+#[derive(Clone, Debug)]
+pub struct Chain<A, L>(pub A, pub L);
+
+impl<T: Element, B: Backend, A: Layer<T, B>, L: Layer<T, B, In = A::Out>> Layer<T, B> for Chain<A, L> {
+    type In = A::In;
+    type Out = L::Out;
+    type Saved = (A::Saved, L::Saved);
+
+    fn forward(&self, x: &DTensor<A::In, T, B>) -> Result<(DTensor<L::Out, T, B>, Self::Saved)> {
+        let (middle, first) = self.0.forward(x)?;
+        let (y, second) = self.1.forward(&middle)?;
+        Ok((y, (first, second)))
+    }
+
+    fn backward(
+        &mut self,
+        (first, second): Self::Saved,
+        dy: &DTensor<<L::Out as Placement>::Dual, T, B>,
+    ) -> Result<DTensor<<A::In as Placement>::Dual, T, B>> {
+        let middle = self.1.backward(second, dy)?;
+        self.0.backward(first, &middle)
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        self.0.visit(f)?;
+        self.1.visit(f)
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        let (first, middle) = self.0.traffic(x);
+        let (second, y) = self.1.traffic(middle);
+        (first.then(second), y)
+    }
+}

@@ -1,0 +1,174 @@
+//! The seven mappings between placements. Each one's backward is the mapping between the duals.
+
+use super::{DTensor, Layer, Traffic};
+use crate::{
+    comm::Op,
+    device::Element,
+    error::Result,
+    kernels::Backend,
+    shard::{Copied, Partial, Partition, Replicated, Shape, Shard},
+};
+
+/// Replicated → Copied. Forward: none. Backward: all-reduce. Megatron-LM's *f*, `copy_to_tensor_model_parallel_region`.
+#[derive(Clone, Copy, Debug)]
+pub struct CopyTo;
+
+impl<T: Element, B: Backend> Layer<T, B> for CopyTo {
+    type In = Replicated;
+    type Out = Copied;
+    type Saved = ();
+
+    fn forward(&self, x: &DTensor<Replicated, T, B>) -> Result<(DTensor<Copied, T, B>, ())> {
+        Ok((x.clone().copy_to(), ()))
+    }
+
+    fn backward(&mut self, (): (), dy: &DTensor<Partial, T, B>) -> Result<DTensor<Replicated, T, B>> {
+        dy.clone().all_reduce()
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        (Traffic::backward::<T>(Op::AllReduce, x.len()), x)
+    }
+}
+
+/// Partial → Replicated. Forward: all-reduce. Backward: none. Megatron-LM's *g*,
+/// `reduce_from_tensor_model_parallel_region`.
+#[derive(Clone, Copy, Debug)]
+pub struct ReduceFrom;
+
+impl<T: Element, B: Backend> Layer<T, B> for ReduceFrom {
+    type In = Partial;
+    type Out = Replicated;
+    type Saved = ();
+
+    fn forward(&self, x: &DTensor<Partial, T, B>) -> Result<(DTensor<Replicated, T, B>, ())> {
+        Ok((x.clone().all_reduce()?, ()))
+    }
+
+    fn backward(&mut self, (): (), dy: &DTensor<Replicated, T, B>) -> Result<DTensor<Copied, T, B>> {
+        Ok(dy.clone().copy_to())
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        (Traffic::forward::<T>(Op::AllReduce, x.len()), x)
+    }
+}
+
+/// Replicated → Shard\<D\>. Forward: own part. Backward: all-gather.
+#[derive(Clone, Debug)]
+pub struct ScatterTo<const D: usize> {
+    cut: Option<Partition>,
+}
+
+impl<const D: usize> ScatterTo<D> {
+    /// Scatters as this cut says.
+    pub fn new(cut: Partition) -> Self {
+        Self { cut: Some(cut) }
+    }
+
+    /// Scatters as evenly as whole indices allow, whatever the size.
+    pub fn even() -> Self {
+        Self { cut: None }
+    }
+}
+
+impl<const D: usize, T: Element, B: Backend> Layer<T, B> for ScatterTo<D> {
+    type In = Replicated;
+    type Out = Shard<D>;
+    type Saved = ();
+
+    fn forward(&self, x: &DTensor<Replicated, T, B>) -> Result<(DTensor<Shard<D>, T, B>, ())> {
+        let even = || Partition::even(x.shape().dims().get(D).copied().unwrap_or(0), x.group().size());
+        let cut = self.cut.clone().unwrap_or_else(even);
+        Ok((x.clone().scatter(&cut)?, ()))
+    }
+
+    fn backward(&mut self, (): (), dy: &DTensor<Shard<D>, T, B>) -> Result<DTensor<Replicated, T, B>> {
+        dy.clone().all_gather()
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        (Traffic::backward::<T>(Op::AllGather, x.len()), x)
+    }
+}
+
+/// Replicated → Shard<0>: tokens to ranks, where sequence parallelism begins. Forward: own part. Backward: all-gather.
+pub type ScatterSequence = ScatterTo<0>;
+
+/// Shard\<D\> → Replicated. Forward: all-gather. Backward: own part.
+///
+/// Right where the whole is *used* equally by all ranks: then its gradient is equal everywhere, and a rank's own part of
+/// it is all there is. Where each rank goes on differently, the gradient is a sum: [`GatherSequence`].
+#[derive(Clone, Copy, Debug)]
+pub struct GatherFrom<const D: usize>;
+
+impl<const D: usize, T: Element, B: Backend> Layer<T, B> for GatherFrom<D> {
+    type In = Shard<D>;
+    type Out = Replicated;
+    type Saved = Option<Partition>;
+
+    fn forward(&self, x: &DTensor<Shard<D>, T, B>) -> Result<(DTensor<Replicated, T, B>, Self::Saved)> {
+        Ok((x.clone().all_gather()?, x.cut().cloned()))
+    }
+
+    fn backward(
+        &mut self,
+        cut: Self::Saved,
+        dy: &DTensor<Replicated, T, B>,
+    ) -> Result<DTensor<Shard<D>, T, B>> {
+        let even = || Partition::even(dy.shape().dims()[D], dy.group().size());
+        dy.clone().scatter(&cut.unwrap_or_else(even))
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        (Traffic::forward::<T>(Op::AllGather, x.len()), x)
+    }
+}
+
+/// Shard<0> → Copied. Forward: all-gather. Backward: reduce-scatter. Where a tensor-parallel region begins under sequence
+/// parallelism (Korthikanti et al., 2022: *g*).
+#[derive(Clone, Copy, Debug)]
+pub struct GatherSequence;
+
+impl<T: Element, B: Backend> Layer<T, B> for GatherSequence {
+    type In = Shard<0>;
+    type Out = Copied;
+    type Saved = ();
+
+    fn forward(&self, x: &DTensor<Shard<0>, T, B>) -> Result<(DTensor<Copied, T, B>, ())> {
+        Ok((x.clone().all_gather()?.copy_to(), ()))
+    }
+
+    fn backward(&mut self, (): (), dy: &DTensor<Partial, T, B>) -> Result<DTensor<Shard<0>, T, B>> {
+        dy.clone().reduce_scatter(&dy.token_cut())
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        let gather = Traffic::forward::<T>(Op::AllGather, x.len());
+        (gather.then(Traffic::backward::<T>(Op::ReduceScatter, x.len())), x)
+    }
+}
+
+/// Partial → Shard<0>. Forward: reduce-scatter. Backward: all-gather. Where a tensor-parallel region ends under sequence
+/// parallelism (Korthikanti et al., 2022: *ḡ*).
+#[derive(Clone, Copy, Debug)]
+pub struct ReduceScatterSequence;
+
+impl<T: Element, B: Backend> Layer<T, B> for ReduceScatterSequence {
+    type In = Partial;
+    type Out = Shard<0>;
+    type Saved = ();
+
+    fn forward(&self, x: &DTensor<Partial, T, B>) -> Result<(DTensor<Shard<0>, T, B>, ())> {
+        Ok((x.clone().reduce_scatter(&x.token_cut())?, ()))
+    }
+
+    fn backward(&mut self, (): (), dy: &DTensor<Shard<0>, T, B>) -> Result<DTensor<Copied, T, B>> {
+        Ok(dy.clone().all_gather()?.copy_to())
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        let scatter = Traffic::forward::<T>(Op::ReduceScatter, x.len());
+        (scatter.then(Traffic::backward::<T>(Op::AllGather, x.len())), x)
+    }
+}

@@ -1,0 +1,59 @@
+//! Tensors spread over a group, and the layers that act on them: the one place where operators and communicators meet.
+//!
+//! A [`DTensor`] carries its placement in its type. A [`Layer`] maps one placement to another, and its backward maps the
+//! dual of the second to the dual of the first; layers fit together ([`Layer::then`]) when the placements between them are
+//! the same. So a sum that was not reduced, or a part used for a whole, does not compile.
+//!
+//! | layer | placements | collectives, forward / backward |
+//! |---|---|---|
+//! | [`CopyTo`] | Replicated → Copied | none / all-reduce |
+//! | [`ReduceFrom`] | Partial → Replicated | all-reduce / none |
+//! | [`ScatterTo<D>`](ScatterTo) | Replicated → Shard\<D\> | none / all-gather |
+//! | [`GatherFrom<D>`](GatherFrom) | Shard\<D\> → Replicated | all-gather / none |
+//! | [`GatherSequence`] | Shard<0> → Copied | all-gather / reduce-scatter |
+//! | [`ReduceScatterSequence`] | Partial → Shard<0> | reduce-scatter / all-gather |
+//! | [`ScatterSequence`] | Replicated → Shard<0> | none / all-gather |
+//! | [`ColumnLinear`] | Copied → Shard<1> | none / none (with shared key/value heads: all-reduce of their gradients) |
+//! | [`RowLinear`] | Shard<1> → Partial | none / none |
+//! | [`ColumnParallelLinear<S>`](ColumnParallelLinear) | S → Shard<1> | those of S entering |
+//! | [`RowParallelLinear<S>`](RowParallelLinear) | Shard<1> → S | those of S leaving |
+//! | [`Activate<P>`](Activate), [`Gate`] | P → P, Shard<1> → Shard<1> | none |
+//! | [`Attention`] | Shard<1> → Shard<1> | none |
+//! | [`Normalize<S>`](Normalize) | S → S | none / none, or all-reduce of dγ and dβ with sequence parallelism |
+//! | [`ParallelMlp`], [`GatedMlp`], [`ParallelAttention`], [`TransformerBlock`] | S → S | entering and leaving |
+//!
+//! S is the placement of the residual stream ([`Stream`]): `Replicated` (entering: none / all-reduce; leaving: all-reduce /
+//! none), or `Shard<0>` for sequence parallelism (entering: all-gather / reduce-scatter; leaving: reduce-scatter /
+//! all-gather).
+
+mod activation;
+mod attention;
+mod bias;
+mod block;
+mod column;
+mod columns;
+mod dtensor;
+mod layer;
+mod mappings;
+mod mlp;
+mod norm;
+mod row;
+mod stream;
+mod traffic;
+
+pub use activation::{Activate, Gate};
+pub use attention::{Attention, AttentionConfig, ParallelAttention};
+pub use bias::AddBias;
+pub use block::{BlockConfig, BlockNames, NormPlacement, TransformerBlock};
+pub use column::{ColumnLinear, ColumnParallelLinear};
+pub use columns::{Bias, Columns, QkvLayout};
+pub use dtensor::{DTensor, PendingDTensor};
+pub use layer::{Chain, Layer};
+pub use mappings::{
+    CopyTo, GatherFrom, GatherSequence, ReduceFrom, ReduceScatterSequence, ScatterSequence, ScatterTo,
+};
+pub use mlp::{GatedMlp, MlpNames, ParallelMlp};
+pub use norm::Normalize;
+pub use row::{RowLinear, RowParallelLinear};
+pub use stream::Stream;
+pub use traffic::Traffic;

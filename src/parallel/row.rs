@@ -1,0 +1,153 @@
+//! Linear layers whose input features are cut over the ranks.
+
+use super::{AddBias, DTensor, Layer, Stream, Traffic};
+use crate::{
+    comm::Group,
+    device::{Device, Element},
+    error::{Error, Result, same_size},
+    kernels::Backend,
+    ops,
+    shard::{Copied, Partial, Partition, Shape, Shard},
+    tensor::{Param, Region, Role, Tensor, Weights},
+};
+use std::marker::PhantomData;
+
+/// Y = Σᵣ Xᵣ Wᵣᵀ: each rank multiplies its own input features. Shard<1> → Partial.
+///
+/// * X: `[tokens, inputs]`, of which rank r holds the columns Xᵣ; W: `[outputs, inputs]`, of which it holds the columns Wᵣ.
+/// * Backward: dXᵣ = dY Wᵣ; dWᵣ = dYᵀ Xᵣ.
+/// * Collectives: none.
+///
+/// Source: Shoeybi et al., 2019: Megatron-LM, section 3. As a layer with its collectives and bias: [`RowParallelLinear`].
+#[derive(Debug)]
+pub struct RowLinear<T: Element, B: Device> {
+    weight: Param<T, B>,
+    cut: Partition,
+    outputs: usize,
+}
+
+impl<T: Element, B: Backend> RowLinear<T, B> {
+    /// Reads this rank's columns of `weight`.
+    ///
+    /// # Errors
+    /// When the tensor is missing or has another shape, or the cut has not one part a rank.
+    pub fn load(
+        group: &Group<B>,
+        weights: &Weights<'_>,
+        input_cut: &Partition,
+        outputs: usize,
+    ) -> Result<Self> {
+        let (parts, ranks) = (input_cut.parts(), group.size());
+        same_size("row linear", "the parts of the cut", parts, "the ranks of the group", ranks)?;
+        let region = Region::whole([outputs, input_cut.total()]).cut(1, input_cut.range(group.rank()));
+        let weight = Param::load_region(group.device(), weights, "weight", Role::Weight, region, true)?;
+        Ok(Self { weight, cut: input_cut.clone(), outputs })
+    }
+}
+
+impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
+    type In = Shard<1>;
+    type Out = Partial;
+    type Saved = Tensor<T, B>;
+
+    fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<Partial, T, B>, Self::Saved)> {
+        if x.cut() != Some(&self.cut) {
+            let sizes = |cut: Option<&Partition>| cut.map(|cut| cut.sizes().collect::<Vec<_>>());
+            let reason = format!(
+                "the input's features are cut into {:?}, but the weight's columns into {:?}",
+                sizes(x.cut()).unwrap_or_default(),
+                sizes(Some(&self.cut)).unwrap_or_default()
+            );
+            return Err(Error::invalid("row linear", reason));
+        }
+        let y = ops::linear(x.local(), self.weight.value(), None)?;
+        Ok((x.derive(y, self.outputs, None), x.local().clone()))
+    }
+
+    fn backward(&mut self, x: Self::Saved, dy: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+        let (dy, whole) = (dy.local(), dy);
+        same_size("row linear backward", "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
+        let dx = ops::linear_input_grad(dy, self.weight.value())?;
+        let device = x.device();
+        self.weight.accumulate_grad(|beta, dw| device.gemm(1.0, dy.mat().t(), x.mat(), beta, dw))?;
+        Ok(whole.derive(dx, self.cut.total(), Some(self.cut.clone())))
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        f(&mut self.weight)
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        (Traffic::default(), x.with(x.rank() - 1, self.outputs))
+    }
+}
+
+/// Y = Σᵣ Xᵣ Wᵣᵀ + b with its collectives: Shard<1> → S.
+///
+/// The same as [`RowLinear`], then `S`'s leaving mapping, then [`AddBias`], bit for bit. The bias is added once, after the
+/// sum.
+///
+/// * Forward: leaving the region: an all-reduce of Y for `Replicated`, a reduce-scatter for `Shard<0>`.
+/// * Backward: entering it: nothing, or an all-gather of dY; with `Shard<0>` also an all-reduce of db.
+///
+/// For an input that is not cut yet, put [`crate::parallel::ScatterTo`]`::<1>` before it.
+#[derive(Debug)]
+pub struct RowParallelLinear<S: Stream, T: Element, B: Device> {
+    linear: RowLinear<T, B>,
+    bias: Option<AddBias<S, T, B>>,
+    stream: PhantomData<S>,
+}
+
+impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
+    /// Reads this rank's columns of `weight`, and `bias` if there is one.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape, or the cut has not one part a rank.
+    pub fn load(
+        group: &Group<B>,
+        weights: &Weights<'_>,
+        input_cut: &Partition,
+        outputs: usize,
+        bias: bool,
+    ) -> Result<Self> {
+        let linear = RowLinear::load(group, weights, input_cut, outputs)?;
+        let bias = match bias {
+            true => Some(AddBias::load(group, weights, outputs)?),
+            false => None,
+        };
+        Ok(Self { linear, bias, stream: PhantomData })
+    }
+}
+
+impl<S: Stream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, B> {
+    type In = Shard<1>;
+    type Out = S;
+    type Saved = Tensor<T, B>;
+
+    fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
+        let (partial, saved) = self.linear.forward(x)?;
+        let mut y = S::leave(partial)?;
+        if let Some(bias) = &self.bias {
+            y = bias.add_to(y)?;
+        }
+        Ok((y, saved))
+    }
+
+    fn backward(&mut self, saved: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+        if let Some(bias) = &mut self.bias {
+            bias.backward((), dy)?;
+        }
+        self.linear.backward(saved, &S::enter(dy)?)
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        self.linear.visit(f)?;
+        self.bias.as_mut().map_or(Ok(()), |bias| bias.visit(f))
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        let (_, y) = Layer::<T, B>::traffic(&self.linear, x);
+        let leave = S::leave_traffic::<T, B>(y);
+        (self.bias.as_ref().map_or(leave.clone(), |bias| leave.then(bias.traffic(y).0)), y)
+    }
+}
