@@ -5,6 +5,7 @@ mod param;
 mod source;
 
 pub use param::{Param, Piece};
+pub(crate) use source::missing;
 pub use source::{Arrays, Random, Region, Role, WeightSource, Weights};
 
 use crate::{

@@ -1,1 +1,25 @@
-//! Checkpoints.
+//! Checkpoints on disk, in the safetensors format: a rank reads its part of each tensor, and nothing else of the file.
+//! Used by whoever makes layers; uses tensors, shapes, devices and errors, and knows nothing of ranks.
+//!
+//! * [`Checkpoint`]: a file, or a folder of shards with an index, as a [`WeightSource`].
+//! * [`Transposed`]: another source, some of whose matrices are stored as `[in, out]`.
+//! * [`write()`]: makes such a file.
+//!
+//! A file comes from elsewhere, so its header is not believed: everything it says is checked against the file's length
+//! before it is used ([`Checkpoint::open`] lists what), and memory stays within a few times the header. What a valid
+//! header says is not judged further: names are compared, never interpreted.
+//!
+//! [`WeightSource`]: crate::tensor::WeightSource
+
+mod checkpoint;
+mod file;
+mod header;
+mod index;
+mod json;
+mod stored;
+mod transposed;
+mod write;
+
+pub use checkpoint::Checkpoint;
+pub use transposed::Transposed;
+pub use write::write;

@@ -1,0 +1,232 @@
+//! A checkpoint as a source of weights.
+
+use super::{
+    file::DataFile,
+    header::{self, Entry},
+    index,
+    stored::decode,
+};
+use crate::{
+    device::{AnyMut, Cpu, DType, each_dtype},
+    error::{Error, Result, same_size},
+    tensor::{Region, Role, WeightSource, missing},
+};
+use half::{bf16, f16};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+/// Runs of a region that lie closer than this in the file, in bytes, are read at once with what is between them. It is a
+/// page: what lies closer mostly comes from the disk together anyway.
+const GAP: usize = 4096;
+
+/// The most bytes of one read, and of the buffer between file and tensor.
+const CHUNK: usize = 1 << 20;
+
+/// A checkpoint in the safetensors format: one file, or several with an index.
+///
+/// Reading a region reads the bytes of that region and no others, but for gaps of less than 4096 bytes between its runs.
+/// So a range of rows costs exactly its bytes, and a range of columns at most 4095 bytes a row more;
+/// [`Checkpoint::bytes_read`] tells. Stored f64, f32, bf16 and f16 are converted to the element that is asked for,
+/// rounded to nearest where it is narrower.
+///
+/// Ranks on several threads read one checkpoint by reference.
+///
+/// ```
+/// use shardwise::{device::{AnyMut, AnyRef}, tensor::{Region, Role, WeightSource}, weights::{self, Checkpoint}};
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let path = folder.path().join("model.safetensors");
+/// weights::write(&path, [("w", [2, 3], AnyRef::F32(&[0., 1., 2., 3., 4., 5.]))])?;
+/// let checkpoint = Checkpoint::open(&path)?;
+/// let mut row = [0.0; 3];
+/// let region = Region::whole([2, 3]).cut(0, 1..2);
+/// checkpoint.read("w", Role::Weight, &region, AnyMut::F64(&mut row))?;
+/// assert_eq!((row, checkpoint.bytes_read()), ([3., 4., 5.], 12));
+/// # Ok::<(), shardwise::Error>(())
+/// ```
+pub struct Checkpoint {
+    path: PathBuf,
+    files: Vec<DataFile>,
+    tensors: BTreeMap<String, (usize, Entry)>,
+    bytes_read: AtomicU64,
+}
+
+impl Checkpoint {
+    /// Opens a checkpoint and reads its headers, but none of its tensors. The path is that of a `.safetensors` file, of
+    /// an index (`….json`), or of a folder with `model.safetensors` or else `model.safetensors.index.json`.
+    ///
+    /// # Errors
+    /// * [`Error::Io`]: a file is missing or cannot be read.
+    /// * [`Error::Checkpoint`]: a file is damaged or is not a checkpoint. A header longer than its file or than
+    ///   100 MB, a key that occurs twice, a shape whose size overflows, offsets that are not those of shape and
+    ///   element, data that overlap, leave gaps or are not all of the file; an index that leads out of its folder.
+    /// * [`Error::MissingTensor`]: a file does not have a tensor that the index says it has.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let (single, index) = (path.join("model.safetensors"), path.join("model.safetensors.index.json"));
+        match path {
+            _ if !path.is_dir() && path.extension().is_some_and(|extension| extension == "json") => {
+                Self::open_index(path)
+            }
+            _ if !path.is_dir() => Self::open_file(path),
+            _ if single.exists() => Self::open_file(&single),
+            _ if index.exists() => Self::open_index(&index),
+            _ => Err(Error::Checkpoint {
+                path: path.into(),
+                reason: "the folder has neither model.safetensors nor model.safetensors.index.json".into(),
+            }),
+        }
+    }
+
+    fn open_file(path: &Path) -> Result<Self> {
+        let file = DataFile::open(path)?;
+        let tensors = header::read(&file)?.into_iter().map(|(name, entry)| (name, (0, entry))).collect();
+        Ok(Self { path: path.into(), files: vec![file], tensors, bytes_read: AtomicU64::new(0) })
+    }
+
+    fn open_index(path: &Path) -> Result<Self> {
+        let index = index::read(&DataFile::open(path)?)?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let (mut files, mut headers) = (Vec::new(), Vec::new());
+        for name in &index.files {
+            let file = DataFile::open(&folder.join(name)).map_err(|error| match error {
+                Error::Io { path: shard, reason } => {
+                    Error::Io { path: shard, reason: format!("{reason}, but {} names it", path.display()) }
+                }
+                other => other,
+            })?;
+            headers.push(header::read(&file)?);
+            files.push(file);
+        }
+        let mut tensors = BTreeMap::new();
+        for (name, file) in index.tensors {
+            let Some(entry) = headers[file].remove(&name) else {
+                let place = format!("{}, where {} says it is", files[file].path().display(), path.display());
+                return Err(missing(&name, place, headers[file].keys()));
+            };
+            tensors.insert(name, (file, entry));
+        }
+        Ok(Self { path: path.into(), files, tensors, bytes_read: AtomicU64::new(0) })
+    }
+
+    /// The names of the tensors, in alphabetical order.
+    pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// The shape of a tensor. It may have more dimensions than a [`crate::shard::Shape`] can; then it cannot be read.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn shape(&self, name: &str) -> Result<&[usize]> {
+        Ok(&self.entry(name)?.1.shape)
+    }
+
+    /// The element in which a tensor is stored.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`]; [`Error::TensorElement`] when it is none of f64, f32, bf16 and f16.
+    pub fn dtype(&self, name: &str) -> Result<DType> {
+        let (file, entry) = self.entry(name)?;
+        entry.float().ok_or_else(|| Error::TensorElement {
+            name: name.into(),
+            place: file.path().display().to_string(),
+            found: format!("{:?}", entry.dtype),
+        })
+    }
+
+    /// The bytes of tensors that have been read so far, by all threads, with the gaps that were read along; headers do
+    /// not count.
+    pub fn bytes_read(&self) -> u64 {
+        self.bytes_read.load(Ordering::Relaxed)
+    }
+
+    fn entry(&self, name: &str) -> Result<(&DataFile, &Entry)> {
+        match self.tensors.get(name) {
+            Some((file, entry)) => Ok((&self.files[*file], entry)),
+            None => Err(missing(name, self.path.display().to_string(), self.tensors.keys())),
+        }
+    }
+
+    /// Reads the runs of a region of elements of `size` bytes, and gives each, in order and in pieces, to `piece`.
+    fn read_runs(
+        &self,
+        file: &DataFile,
+        start: u64,
+        size: usize,
+        region: &Region,
+        mut piece: impl FnMut(&[u8]),
+    ) -> Result<()> {
+        let most = CHUNK / size;
+        let runs = region.runs();
+        let mut pieces = runs
+            .into_iter()
+            .flat_map(|run| run.clone().step_by(most).map(move |start| start..run.end.min(start + most)))
+            .peekable();
+        let (mut buffer, mut batch) = (Vec::new(), Vec::new());
+        while let Some(first) = pieces.next() {
+            let begin = first.start;
+            let mut end = first.end;
+            batch.push(first);
+            while let Some(next) =
+                pieces.next_if(|next| (next.start - end) * size < GAP && next.end - begin <= most)
+            {
+                end = next.end;
+                batch.push(next);
+            }
+            buffer.resize((end - begin) * size, 0);
+            file.read_at(&mut buffer, start + (begin * size) as u64)?;
+            self.bytes_read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
+            for part in batch.drain(..) {
+                piece(&buffer[(part.start - begin) * size..(part.end - begin) * size]);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl WeightSource for Checkpoint {
+    /// # Errors
+    /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::TensorElement`]; [`Error::Sizes`] when `out` does not
+    /// have as many elements as the region; [`Error::Io`] when reading fails, or the file has become shorter.
+    fn read(&self, name: &str, _: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
+        let (file, entry) = self.entry(name)?;
+        let shape = region.shape();
+        if entry.shape != shape.dims() {
+            return Err(Error::TensorShape {
+                name: name.into(),
+                place: file.path().display().to_string(),
+                found: entry.shape.clone(),
+                needed: shape.dims().to_vec(),
+            });
+        }
+        let dtype = self.dtype(name)?;
+        same_size("weights", "elements of the region", region.extent().len(), "elements to fill", out.len())?;
+        each_dtype!(AnyMut, out, out => {
+            let mut rest = out;
+            self.read_runs(file, entry.start, dtype.size(), region, |bytes| {
+                let (to, after) = std::mem::take(&mut rest).split_at_mut(bytes.len() / dtype.size());
+                match dtype {
+                    DType::F64 => decode::<f64, _>(bytes, to),
+                    DType::F32 => decode::<f32, _>(bytes, to),
+                    DType::BF16 => decode::<bf16, _>(bytes, to),
+                    DType::F16 => decode::<f16, _>(bytes, to),
+                }
+                rest = after;
+            })
+        })
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Checkpoint({}, {} tensors)", self.path.display(), self.tensors.len())
+    }
+}

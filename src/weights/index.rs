@@ -1,0 +1,108 @@
+//! The index of a checkpoint in several files: which tensor is in which file.
+//!
+//! ```text
+//! {"metadata": {"total_size": 123}, "weight_map": {"w": "model-00001-of-00002.safetensors", …}}
+//! ```
+
+use super::{
+    file::DataFile,
+    json::{LIMIT, duplicate, object, value, whole_object},
+};
+use crate::error::Result;
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::{Component, Path},
+};
+
+/// The longest index that is read, in bytes: some hundred thousand tensors.
+const MAX_INDEX: u64 = 64_000_000;
+
+/// Which tensor is in which file, as positions in `files`.
+#[derive(Default)]
+pub(super) struct Index {
+    /// Paths below the index's folder, each once.
+    pub(super) files: Vec<String>,
+    pub(super) tensors: BTreeMap<String, usize>,
+}
+
+/// Reads an index.
+pub(super) fn read(file: &DataFile) -> Result<Index> {
+    if file.len() > MAX_INDEX {
+        return Err(file.bad(format!("an index of {} bytes; at most {MAX_INDEX} are read", file.len())));
+    }
+    let mut text = vec![0; file.len() as usize];
+    file.read_at(&mut text, 0)?;
+    parse(&text).map_err(|reason| file.bad(format!("index: {reason}")))
+}
+
+fn parse(text: &[u8]) -> Result<Index, String> {
+    let mut index: Option<Index> = None;
+    whole_object(text, |key, text| {
+        if key != "weight_map" {
+            return match value!(serde_json::Value, text, LIMIT) {
+                Ok((_, len)) => Ok(len),
+                Err(reason) => Err(format!("`{}`: {reason}", key.escape_debug())),
+            };
+        }
+        if index.is_some() {
+            return Err(duplicate(&key));
+        }
+        weight_map(text, index.insert(Index::default()))
+    })?;
+    index.ok_or_else(|| "it has no `weight_map`".into())
+}
+
+fn weight_map(text: &[u8], index: &mut Index) -> Result<usize, String> {
+    let mut positions = HashMap::new();
+    object(text, |name, text| {
+        let (file, len) = value!(String, text, LIMIT)
+            .map_err(|reason| format!("the file of tensor `{}`: {reason}", name.escape_debug()))?;
+        let position = match positions.get(&file) {
+            Some(&position) => position,
+            None if is_below(&file) => {
+                index.files.push(file.clone());
+                positions.insert(file, index.files.len() - 1);
+                index.files.len() - 1
+            }
+            None => {
+                let (name, file) = (name.escape_debug(), file.escape_debug());
+                return Err(format!(
+                    "tensor `{name}` is said to be in `{file}`, which is not a path below the index's folder"
+                ));
+            }
+        };
+        if index.tensors.contains_key(&name) {
+            return Err(duplicate(&name));
+        }
+        index.tensors.insert(name, position);
+        Ok(len)
+    })
+}
+
+/// Whether a path names something below the folder it is joined to. A link there may still lead elsewhere: the caches of
+/// model hubs consist of such links, and who can make one has the file system anyway.
+fn is_below(path: &str) -> bool {
+    !path.is_empty() && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_each_file_once() {
+        let index =
+            parse(br#"{"metadata":{"total_size":8},"weight_map":{"b":"1","a":"sub/2","c":"1"}}"#).unwrap();
+        assert_eq!(index.files, ["1", "sub/2"]);
+        assert_eq!(
+            index.tensors.into_iter().collect::<Vec<_>>(),
+            [("a".into(), 1), ("b".into(), 0), ("c".into(), 0)]
+        );
+    }
+
+    #[test]
+    fn paths_stay_below_the_folder() {
+        assert!(["a", "a/b", "a..b", "..."].iter().all(|path| is_below(path)));
+        assert!(["", "/a", "..", "../a", "a/../../b", "a/..", ".", "./a"].iter().all(|path| !is_below(path)));
+    }
+}

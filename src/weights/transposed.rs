@@ -1,0 +1,64 @@
+//! A source whose matrices are stored the other way round.
+
+use crate::{
+    device::{AnyMut, Cpu, Element, each_dtype},
+    error::{Result, same_size},
+    tensor::{Region, Role, WeightSource},
+};
+
+/// A source, some of whose matrices are stored as `[in, out]` where layers ask for `[out, in]`, as those of GPT-2's
+/// `Conv1D` are.
+///
+/// A region of such a matrix is read as the transposed region of the stored one, and transposed in memory, so that a
+/// rank still reads only its part. Tensors that are not matrices are read as they are. The shapes in errors are those of
+/// the stored matrix.
+pub struct Transposed<'a, S: ?Sized, F> {
+    source: &'a S,
+    names: F,
+}
+
+impl<'a, S: WeightSource + ?Sized, F: Fn(&str) -> bool> Transposed<'a, S, F> {
+    /// `source`, with the matrices transposed for whose names `names` is true.
+    pub fn new(source: &'a S, names: F) -> Self {
+        Self { source, names }
+    }
+
+    fn read_transposed<T: Element>(
+        &self,
+        name: &str,
+        role: Role,
+        [rows, cols]: [std::ops::Range<usize>; 2],
+        [height, width]: [usize; 2],
+        out: &mut [T],
+    ) -> Result<()> {
+        let len = rows.len() * cols.len();
+        same_size("weights", "elements of the region", len, "elements to fill", out.len())?;
+        let mut stored = vec![T::default(); len];
+        let region = Region::whole([width, height]).cut(0, cols.clone()).cut(1, rows.clone());
+        self.source.read(name, role, &region, T::any_mut(&mut stored))?;
+        for row in 0..rows.len() {
+            for col in 0..cols.len() {
+                out[row * cols.len() + col] = stored[col * rows.len() + row];
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<S: WeightSource + ?Sized, F: Fn(&str) -> bool> WeightSource for Transposed<'_, S, F> {
+    fn read(&self, name: &str, role: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
+        let shape = region.shape();
+        let (&[height, width], [rows, cols]) = (shape.dims(), region.ranges()) else {
+            return self.source.read(name, role, region, out);
+        };
+        if !(self.names)(name) {
+            return self.source.read(name, role, region, out);
+        }
+        let ranges = [rows.clone(), cols.clone()];
+        each_dtype!(AnyMut, out, out => self.read_transposed(name, role, ranges, [height, width], out))
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.source.contains(name)
+    }
+}

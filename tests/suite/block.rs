@@ -1,0 +1,230 @@
+//! The transformer block against the reference: pre- and post-norm, plain and gated, both streams, all worlds.
+
+use crate::support::{Case, Spread, close, difference, grads_close, matrix, random, run};
+use ndarray::{Array1, Array2};
+use proptest::prelude::*;
+use shardwise::{
+    Result,
+    comm::Group,
+    device::{Cpu, Element},
+    kernels::{Activation, NormKind},
+    parallel::{
+        AttentionConfig, BlockConfig, BlockNames, GatedMlp, NormPlacement, ParallelMlp, Stream, TransformerBlock,
+    },
+    reference,
+    shard::{Replicated, Sequences, Shard},
+    tensor::{Arrays, Weights},
+};
+
+const EXACT: f64 = 1e-12;
+const EPS: f64 = 1e-5;
+
+/// A block's sizes and choices, as the test draws them.
+#[derive(Clone, Copy, Debug)]
+struct Draw {
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    hidden: usize,
+    ffn: usize,
+    gated: bool,
+    post: bool,
+    causal: bool,
+    seed: u64,
+}
+
+fn vector(seed: u64, name: &str, len: usize) -> Array1<f64> {
+    random(seed, name, &[len]).into_dimensionality().unwrap()
+}
+
+impl Draw {
+    /// The reference's weights. A gated block is Llama's: RMSNorm and no biases. The other is GPT-2's or BERT's.
+    fn weights(&self) -> reference::BlockWeights {
+        let &Draw { heads, kv_heads, head_dim, hidden, ffn, gated, seed, .. } = self;
+        let (q, kv) = (heads * head_dim, kv_heads * head_dim);
+        // Scaled, so that the scores of the attention stay moderate.
+        let weight = |name: &str, rows, cols| matrix(seed, name, rows, cols) / (cols as f64).sqrt();
+        let bias = |name: &str, len| (!gated).then(|| vector(seed, name, len));
+        let norm = |gamma: &str, beta: &str| {
+            let gamma = vector(seed, gamma, hidden);
+            match gated {
+                true => reference::Norm::RmsNorm { gamma, eps: EPS },
+                false => reference::Norm::LayerNorm { gamma, beta: vector(seed, beta, hidden), eps: EPS },
+            }
+        };
+        let (up, down) = (weight("up", ffn, hidden), weight("down", hidden, ffn));
+        reference::BlockWeights {
+            spec: reference::AttentionSpec {
+                heads,
+                kv_heads,
+                head_dim,
+                causal: self.causal,
+                scale: 1.0 / (head_dim as f64).sqrt(),
+            },
+            attention: reference::AttentionWeights {
+                q: weight("q", q, hidden),
+                k: weight("k", kv, hidden),
+                v: weight("v", kv, hidden),
+                o: weight("o", hidden, q),
+                q_bias: bias("qb", q),
+                k_bias: bias("kb", kv),
+                v_bias: bias("vb", kv),
+                o_bias: bias("ob", hidden),
+            },
+            norm1: norm("g1", "b1"),
+            norm2: norm("g2", "b2"),
+            mlp: match gated {
+                true => reference::Mlp::Gated {
+                    weights: reference::GatedMlpWeights { gate: weight("gate", ffn, hidden), up, down },
+                    act: reference::Activation::Silu,
+                },
+                false => reference::Mlp::Plain {
+                    weights: reference::MlpWeights {
+                        up,
+                        up_bias: bias("ub", ffn),
+                        down,
+                        down_bias: bias("db", hidden),
+                    },
+                    act: reference::Activation::GeluTanh,
+                },
+            },
+            placement: if self.post { reference::NormPlacement::Post } else { reference::NormPlacement::Pre },
+        }
+    }
+
+    fn config(&self) -> BlockConfig {
+        let &Draw { heads, kv_heads, head_dim, hidden, ffn, gated, causal, .. } = self;
+        BlockConfig {
+            attention: AttentionConfig {
+                hidden,
+                heads,
+                kv_heads,
+                head_dim,
+                causal,
+                qkv_bias: !gated,
+                out_bias: !gated,
+            },
+            ffn,
+            activation: if gated { Activation::Silu } else { Activation::GeluTanh },
+            mlp_bias: !gated,
+            norm: if gated { NormKind::RmsNorm { eps: EPS } } else { NormKind::LayerNorm { eps: EPS } },
+            placement: if self.post { NormPlacement::Post } else { NormPlacement::Pre },
+            names: BlockNames::default(),
+        }
+    }
+}
+
+type Plain<S, T> = TransformerBlock<S, ParallelMlp<S, T, Cpu>, T, Cpu>;
+type Gated<S, T> = TransformerBlock<S, GatedMlp<S, T, Cpu>, T, Cpu>;
+
+fn outcome<S: Stream + Spread, T: Element>(draw: &Draw, case: &Case<'_>) -> Result<crate::support::Outcome> {
+    let config = draw.config();
+    let load = |group: &Group<Cpu>, weights: &Weights<'_>| Plain::<S, T>::load(group, weights, &config);
+    let gated = |group: &Group<Cpu>, weights: &Weights<'_>| Gated::<S, T>::load_gated(group, weights, &config);
+    if draw.gated { run::<T, _>(case, gated) } else { run::<T, _>(case, load) }
+}
+
+fn named(weights: &reference::BlockWeights) -> Arrays {
+    Arrays(weights.named().into_iter().map(|(name, array)| (name.to_string(), array)).collect())
+}
+
+fn inputs(draw: &Draw, sequences: &Sequences) -> (Array2<f64>, Array2<f64>) {
+    let rows = sequences.rows();
+    (matrix(draw.seed, "x", rows, draw.hidden), matrix(draw.seed, "dy", rows, draw.hidden))
+}
+
+fn exact<S: Stream + Spread>(draw: &Draw, world: usize, sequences: &Sequences) {
+    let ((x, dy), weights) = (inputs(draw, sequences), draw.weights());
+    let ranges: Vec<_> = sequences.iter().collect();
+    let want_y = reference::block(&weights, &x, &ranges, sequences.valid());
+    let want = reference::block_backward(&weights, &x, &ranges, sequences.valid(), &dy);
+    let arrays = named(&weights);
+    let case = Case { sequences: sequences.clone(), ..Case::new(world, &x, &dy, &arrays) };
+    let got = outcome::<S, f64>(draw, &case).unwrap();
+    close("block", &got.y.into_dyn(), &want_y, EXACT);
+    close("block dx", &got.dx.into_dyn(), &want.dx, EXACT);
+    grads_close(&got.grads, &want.weights.named(), EXACT);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn blocks_equal_the_reference(
+        (kv_heads, group, world) in (1..=3usize, 1..=3usize, 1..=8usize),
+        (head_dim, hidden, more) in (1..4usize, 2..8usize, 0..6usize),
+        (gated, post, causal, masked) in (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>()),
+        seed: u64,
+    ) {
+        let heads = kv_heads * group;
+        let world = world.min(heads);
+        let draw = Draw { heads, kv_heads, head_dim, hidden, ffn: world + more, gated, post, causal, seed };
+        let sequences = match masked {
+            true => Sequences::padded(&[2, 5, 1], 5).unwrap(),
+            false => Sequences::packed([4, 1, 6]),
+        };
+        exact::<Replicated>(&draw, world, &sequences);
+        exact::<Shard<0>>(&draw, world, &sequences);
+    }
+}
+
+const UNEVEN: Draw = Draw {
+    heads: 9,
+    kv_heads: 3,
+    head_dim: 4,
+    hidden: 10,
+    ffn: 13,
+    gated: true,
+    post: false,
+    causal: true,
+    seed: 1,
+};
+
+/// Nine query and three key/value heads on every number of ranks up to eight.
+#[test]
+fn nine_heads_on_any_number_of_ranks() {
+    for world in 1..=8 {
+        exact::<Replicated>(&UNEVEN, world, &Sequences::packed([3, 4]));
+        exact::<Shard<0>>(&UNEVEN, world, &Sequences::packed([3, 4]));
+    }
+}
+
+/// With more ranks than tokens some ranks hold none of the sequence.
+#[test]
+fn more_ranks_than_tokens() {
+    exact::<Shard<0>>(&UNEVEN, 5, &Sequences::one(2));
+    exact::<Replicated>(&UNEVEN, 5, &Sequences::one(1));
+}
+
+/// In narrow elements a block's error, relative to the size of the whole result, is a few roundings: every number passes
+/// through about ten of them (projections, scores, weights, sums, norms), which add up like a random walk in f32
+/// accumulators; 16 ε covers them, and another factor of 2 the backward.
+#[test]
+fn narrow_elements_are_as_good_as_their_precision() {
+    for (gated, post) in [(false, false), (true, false), (false, true)] {
+        let draw = Draw { gated, post, hidden: 24, ffn: 40, ..UNEVEN };
+        for world in [1, 2, 3, 8] {
+            narrow::<f32>(&draw, world);
+            narrow::<half::bf16>(&draw, world);
+            narrow::<half::f16>(&draw, world);
+        }
+    }
+}
+
+fn narrow<T: Element>(draw: &Draw, world: usize) {
+    let sequences = Sequences::packed([5, 7]);
+    let ((x, dy), weights) = (inputs(draw, &sequences), draw.weights());
+    let ranges: Vec<_> = sequences.iter().collect();
+    let want_y = reference::block(&weights, &x, &ranges, None);
+    let want = reference::block_backward(&weights, &x, &ranges, None, &dy);
+    let arrays = named(&weights);
+    let case = Case { sequences, ..Case::new(world, &x, &dy, &arrays) };
+    let got = outcome::<Replicated, T>(draw, &case).unwrap();
+    let bound = 16.0 * T::EPSILON;
+    close("y", &got.y.into_dyn(), &want_y, bound);
+    close("dx", &got.dx.into_dyn(), &want.dx, 2.0 * bound);
+    for (name, want) in want.weights.named() {
+        let error = difference(&got.grads[name], &want);
+        assert!(error <= 2.0 * bound, "{name} in {} on {world}: {error:e}", T::DTYPE);
+    }
+}

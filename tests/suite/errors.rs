@@ -1,0 +1,217 @@
+//! Bad input gets an error that names the operator and what disagrees.
+
+use crate::support::{Case, arrays, matrix, random, ranks, run};
+use shardwise::{
+    Error, Result, Tensor,
+    comm::Group,
+    device::Cpu,
+    parallel::{
+        AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, CopyTo, DTensor, Layer, ParallelAttention,
+        QkvLayout, RowLinear, RowParallelLinear,
+    },
+    shard::{Heads, Partition, Replicated, Sequences, Shard},
+    tensor::{Arrays, Random, Weights},
+};
+
+/// The message of what `build` fails with on `world` ranks.
+fn failure<R: Send>(world: usize, build: impl Fn(&Group<Cpu>, &Weights<'_>) -> Result<R> + Sync) -> String {
+    let weights = arrays([("weight", random(1, "w", &[6, 4])), ("bias", random(1, "b", &[6]))]);
+    let failed = ranks(world).run(|group| build(&group, &Weights::new(&weights)).map(|_| ()));
+    match failed.unwrap_err() {
+        Error::RankFailed { source, .. } => source.to_string(),
+        other => panic!("{other}"),
+    }
+}
+
+fn attention(heads: usize, kv_heads: usize) -> AttentionConfig {
+    AttentionConfig { hidden: 4, heads, kv_heads, head_dim: 2, causal: false, qkv_bias: false, out_bias: false }
+}
+
+#[test]
+fn loading() {
+    let columns = |outputs: usize, inputs: usize| {
+        move |group: &Group<Cpu>, weights: &Weights<'_>| {
+            let columns = Columns::even(group, outputs)?;
+            ColumnLinear::<f64, Cpu>::load(group, weights, inputs, &columns, Bias::Add).map(|_| ())
+        }
+    };
+    assert_eq!(
+        failure(3, columns(2, 4)),
+        "column linear: 3 ranks cannot share 2 features: each rank needs at least one"
+    );
+    assert_eq!(
+        failure(2, columns(6, 5)),
+        "tensor `weight` has shape [6, 4] in the given arrays, but the layer needs [6, 5]"
+    );
+    assert_eq!(
+        failure(2, |group, weights| {
+            RowLinear::<f64, Cpu>::load(group, &weights.at("fc"), &Partition::even(4, 2), 6).map(|_| ())
+        }),
+        "tensor `fc.weight` is not in the given arrays; did you mean `weight`?"
+    );
+    assert_eq!(
+        failure(2, |group, weights| {
+            RowLinear::<f64, Cpu>::load(group, weights, &Partition::even(4, 3), 6).map(|_| ())
+        }),
+        "row linear: the parts of the cut is 3, but the ranks of the group is 2"
+    );
+    let layer = |config: AttentionConfig, layout: QkvLayout| {
+        move |group: &Group<Cpu>, weights: &Weights<'_>| {
+            ParallelAttention::<Replicated, f64, Cpu>::load(group, weights, &layout, "o", &config).map(|_| ())
+        }
+    };
+    let separate = || QkvLayout::separate("q", "k", "v");
+    assert_eq!(
+        failure(5, layer(attention(4, 2), separate())),
+        "attention: 5 ranks cannot share 4 query heads: each rank needs at least one"
+    );
+    assert_eq!(
+        failure(1, layer(attention(5, 2), separate())),
+        "attention: 5 query heads are not a multiple of 2 key/value heads"
+    );
+    assert_eq!(
+        failure(1, layer(attention(4, 2), QkvLayout::PerHead("qkv".into()))),
+        "qkv linear: the per-head layout has one key/value head a query head, not 2 for 4"
+    );
+    assert_eq!(
+        failure(2, |group, _| Columns::qkv(group, &Heads::new(4, 2, 2, 4)?, &separate()).map(|_| ())),
+        "qkv linear: the ranks of the heads is 4, but the ranks of the group is 2"
+    );
+}
+
+#[test]
+fn running() {
+    let x = |group: &Group<Cpu>, rows: usize, cols: usize| {
+        DTensor::replicated(group, Tensor::<f64>::zeros(group.device(), [rows, cols])?)
+    };
+    let column = |group: &Group<Cpu>, weights: &Weights<'_>| {
+        ColumnParallelLinear::<Replicated, f64, Cpu>::load(
+            group,
+            weights,
+            4,
+            &Columns::even(group, 6)?,
+            Bias::Add,
+        )
+    };
+    assert_eq!(
+        failure(2, |group, weights| column(group, weights)?.forward(&x(group, 3, 5)?).map(|_| ())),
+        "linear: columns of x is 5, but columns of w is 4"
+    );
+    assert_eq!(
+        failure(2, |group, weights| {
+            let mut layer = column(group, weights)?;
+            let (_, saved) = layer.forward(&x(group, 3, 4)?)?;
+            let dy = x(group, 2, 6)?.scatter(&Partition::even(6, 2))?;
+            layer.backward(saved, &dy).map(|_| ())
+        }),
+        "column linear backward: rows of dy is 2, but rows of x is 3"
+    );
+    assert_eq!(
+        failure(2, |group, weights| {
+            let cut = Partition::even(4, 2);
+            let row = RowParallelLinear::<Replicated, f64, Cpu>::load(group, weights, &cut, 6, true)?;
+            let x = x(group, 3, 4)?.scatter::<1>(&Partition::from_sizes([1, 3]))?;
+            row.forward(&x).map(|_| ())
+        }),
+        "row linear: the input's features are cut into [1, 3], but the weight's columns into [2, 2]"
+    );
+    assert_eq!(
+        failure(1, |group, _| x(group, 3, 4)?.with_sequences(Sequences::packed([1, 1])).map(|_| ())),
+        "sequences: rows of the sequences is 2, but rows of the tensor is 3"
+    );
+    assert_eq!(
+        failure(2, |group, _| x(group, 3, 4)?.scatter::<0>(&Partition::even(4, 2)).map(|_| ())),
+        "scatter: the size that is cut is 4, but that of the dimension is 3"
+    );
+    assert_eq!(
+        failure(2, |group, _| {
+            let part = Tensor::<f64>::zeros(group.device(), [3, 3])?;
+            DTensor::<Shard<1>, _, _>::shard(group, part, &Partition::even(5, 2)).map(|_| ())
+        }),
+        "shard: the size of this rank's part is 3, but its size in the cut is 2"
+    );
+    assert_eq!(
+        failure(2, |group, _| x(group, 3, 4)?.add(&x(group, 4, 3)?).map(|_| ())),
+        "add: a has shape [3, 4], but b has shape [4, 3]"
+    );
+}
+
+/// Ranks whose tensors differ in shape are told so, on all of them, before anything moves.
+#[test]
+fn ranks_with_different_shapes() {
+    let outcomes = ranks(3).run_each(|group| {
+        let rows = if group.rank() == 1 { 4 } else { 3 };
+        let dy = DTensor::partial(&group, Tensor::<f32>::zeros(group.device(), [rows, 2])?)?;
+        Layer::<f32, Cpu>::backward(&mut CopyTo, (), &dy).map(|_| ())
+    });
+    for outcome in outcomes.unwrap() {
+        let Err(Error::Mismatch(mismatch)) = outcome else { panic!("{outcome:?}") };
+        assert_eq!((mismatch.left_rank, mismatch.right_rank), (0, 1));
+        assert!(mismatch.left.contains("all_reduce(sum, f32 [3, 2]"), "{}", mismatch.left);
+        assert!(mismatch.right.contains("[4, 2]"), "{}", mismatch.right);
+    }
+}
+
+/// With `Bias::Skip` the bias is left to the caller, in the forward and in the backward.
+#[test]
+fn a_skipped_bias_is_left_to_the_caller() {
+    let (x, dy) = (matrix(1, "x", 3, 4), matrix(1, "dy", 3, 6));
+    let weights = arrays([("weight", random(1, "w", &[6, 4])), ("bias", random(1, "b", &[6]))]);
+    let loaded = |mode| {
+        let case = Case::new(2, &x, &dy, &weights);
+        run::<f64, _>(&case, move |group, weights| {
+            let columns = Columns::even(group, 6)?;
+            let mut layer = ColumnParallelLinear::<Replicated, f64, Cpu>::load(group, weights, 4, &columns, mode)?;
+            assert_eq!(layer.bias_mut().is_some(), mode != Bias::None);
+            Ok(layer)
+        })
+    };
+    let (without, with) = (loaded(Bias::None).unwrap(), loaded(Bias::Add).unwrap());
+    assert_ne!(without.y, with.y);
+    // `run` wants a gradient for every parameter: the skipped bias has none, which is what it reports.
+    let error = loaded(Bias::Skip).err().unwrap().to_string();
+    assert_eq!(error, "rank 0: test: bias has no gradient");
+    let skipped = ranks(2).run(|group| {
+        let columns = Columns::even(&group, 6)?;
+        let weights = Weights::new(&weights);
+        let layer =
+            ColumnParallelLinear::<Replicated, f64, Cpu>::load(&group, &weights, 4, &columns, Bias::Skip)?;
+        let x = DTensor::replicated(&group, Tensor::from_array(group.device(), &x)?)?;
+        Ok(layer.forward(&x)?.0.into_local().to_array()?)
+    });
+    let skipped = skipped.unwrap();
+    let views: Vec<_> = skipped.iter().map(|part| part.view()).collect();
+    assert_eq!(ndarray::concatenate(ndarray::Axis(1), &views).unwrap(), without.y.into_dyn());
+}
+
+/// Initial weights do not depend on the number of ranks.
+#[test]
+fn random_weights_are_the_same_at_every_size() {
+    let source = Random::normal(5, 0.02);
+    let sums = |world| {
+        let parts = ranks(world).run(|group| {
+            let heads = Heads::new(6, 2, 3, group.size())?;
+            let columns = Columns::qkv(&group, &heads, &QkvLayout::separate("q", "k", "v"))?;
+            let mut layer =
+                ColumnLinear::<f64, Cpu>::load(&group, &Weights::new(&source), 4, &columns, Bias::Add)?;
+            let mut params = Vec::new();
+            layer.visit(&mut |param| {
+                params.push((param.pieces().to_vec(), param.value().shape().dims().to_vec(), param.value().to_vec()?));
+                Ok(())
+            })?;
+            Ok(params)
+        });
+        let mut whole = crate::support::Assembled::default();
+        for (pieces, shape, values) in parts.unwrap().into_iter().flatten() {
+            whole.add(&pieces, &shape, &values);
+        }
+        Arrays(whole.finish()).0
+    };
+    let one = sums(1);
+    assert_eq!(one.keys().map(String::as_str).collect::<Vec<_>>(), [
+        "k.bias", "k.weight", "q.bias", "q.weight", "v.bias", "v.weight"
+    ]);
+    for world in 2..=6 {
+        assert_eq!(sums(world), one, "{world} ranks");
+    }
+}
