@@ -8,7 +8,7 @@ use crate::{
 use std::fmt;
 
 /// A collective operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Op {
     /// Every rank gets the reduction over all ranks.
     AllReduce,

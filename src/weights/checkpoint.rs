@@ -39,11 +39,12 @@ const CHUNK: usize = 1 << 20;
 /// use shardwise::{device::{AnyMut, AnyRef}, tensor::{Region, Role, WeightSource}, weights::{self, Checkpoint}};
 /// # let folder = tempfile::tempdir().unwrap();
 /// # let path = folder.path().join("model.safetensors");
-/// weights::write(&path, [("w", [2, 3], AnyRef::F32(&[0., 1., 2., 3., 4., 5.]))])?;
+/// let elements = [0., 1., 2., 3., 4., 5.];
+/// weights::write(&path, [("w", [2, 3], AnyRef::F32(elements.as_slice()))])?;
 /// let checkpoint = Checkpoint::open(&path)?;
 /// let mut row = [0.0; 3];
 /// let region = Region::whole([2, 3]).cut(0, 1..2);
-/// checkpoint.read("w", Role::Weight, &region, AnyMut::F64(&mut row))?;
+/// checkpoint.read("w", Role::Weight, &region, AnyMut::F64(row.as_mut_slice()))?;
 /// assert_eq!((row, checkpoint.bytes_read()), ([3., 4., 5.], 12));
 /// # Ok::<(), shardwise::Error>(())
 /// ```

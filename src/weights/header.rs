@@ -169,9 +169,9 @@ mod tests {
     }
 
     proptest! {
-        /// What passes here, the format's own crate lets pass: this is at least as strict.
+        /// What passes here is what the format's own crate lets pass, but for keys that occur twice.
         #[test]
-        fn is_at_least_as_strict_as_the_format(
+        fn agrees_with_the_format(
             mut tensors in prop::collection::vec(tensor(), 0..3),
             contiguous in any::<bool>(),
             missing in 0..4_usize,

@@ -5,6 +5,7 @@ use crate::{
     error::{Result, same_size},
     tensor::{Region, Role, WeightSource},
 };
+use std::ops::Range;
 
 /// A source, some of whose matrices are stored as `[in, out]` where layers ask for `[out, in]`, as those of GPT-2's
 /// `Conv1D` are.
@@ -27,7 +28,7 @@ impl<'a, S: WeightSource + ?Sized, F: Fn(&str) -> bool> Transposed<'a, S, F> {
         &self,
         name: &str,
         role: Role,
-        [rows, cols]: [std::ops::Range<usize>; 2],
+        [rows, cols]: [Range<usize>; 2],
         [height, width]: [usize; 2],
         out: &mut [T],
     ) -> Result<()> {
@@ -35,7 +36,7 @@ impl<'a, S: WeightSource + ?Sized, F: Fn(&str) -> bool> Transposed<'a, S, F> {
         same_size("weights", "elements of the region", len, "elements to fill", out.len())?;
         let mut stored = vec![T::default(); len];
         let region = Region::whole([width, height]).cut(0, cols.clone()).cut(1, rows.clone());
-        self.source.read(name, role, &region, T::any_mut(&mut stored))?;
+        self.source.read(name, role, &region, T::any_mut(stored.as_mut_slice()))?;
         for row in 0..rows.len() {
             for col in 0..cols.len() {
                 out[row * cols.len() + col] = stored[col * rows.len() + row];

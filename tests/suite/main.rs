@@ -2,6 +2,7 @@
 
 mod block;
 mod comm;
+mod compile_fail;
 mod errors;
 mod imports;
 mod layers;

@@ -1,1 +1,488 @@
 //! Checkpoints: reading parts, and refusing bad files.
+
+use half::{bf16, f16};
+use proptest::prelude::*;
+use shardwise::{
+    Error, Result,
+    device::{AnyMut, AnyRef, Cpu, DType, Element},
+    tensor::{Arrays, Region, Role, WeightSource},
+    weights::{self, Checkpoint, Transposed},
+};
+use std::{fs, ops::Range, path::Path};
+use tempfile::{TempDir, tempdir};
+
+/// Runs of a region that lie closer than this are read at once.
+const GAP: usize = 4096;
+
+fn read<T: Element>(source: &dyn WeightSource, name: &str, region: &Region) -> Result<Vec<T>> {
+    let mut out = vec![T::NAN; region.extent().len()];
+    source.read(name, Role::Weight, region, T::any_mut::<Cpu>(out.as_mut_slice()))?;
+    Ok(out)
+}
+
+fn view<T: Element>(elements: &[T]) -> AnyRef<'_, Cpu> {
+    T::any_ref::<Cpu>(elements)
+}
+
+/// The elements of the region, picked one by one.
+fn pick<T: Copy>(whole: &[T], region: &Region) -> Vec<T> {
+    region.runs().into_iter().flatten().map(|index| whole[index]).collect()
+}
+
+fn cut(dims: &[usize], ranges: &[Range<usize>]) -> Region {
+    ranges.iter().enumerate().fold(Region::whole(dims), |region, (dim, range)| region.cut(dim, range.clone()))
+}
+
+/// Values that every element holds exactly.
+fn exact<T: Element>(len: usize) -> Vec<T> {
+    (0..len).map(|index| T::from_f64((index * 37 % 255) as f64 / 8.0 - 16.0)).collect()
+}
+
+/// A shape and a region of it.
+fn regions() -> impl Strategy<Value = Region> {
+    prop::collection::vec((0..9_usize, any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..=4)
+        .prop_map(|dims| {
+            let ranges = dims.iter().map(|(size, a, b)| {
+                let (a, b) = (a.index(size + 1), b.index(size + 1));
+                a.min(b)..a.max(b)
+            });
+            let sizes: Vec<_> = dims.iter().map(|(size, ..)| *size).collect();
+            cut(&sizes, &ranges.collect::<Vec<_>>())
+        })
+}
+
+fn reads_all<T: Element>(checkpoint: &Checkpoint, region: &Region) {
+    let want = pick(&exact::<T>(region.shape().len()), region);
+    for name in ["f64", "f32", "bf16", "f16"] {
+        assert_eq!(read::<T>(checkpoint, name, region).unwrap(), want, "{name} as {}", T::DTYPE);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn a_region_is_read_in_every_element(region in regions()) {
+        let folder = tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let len = region.shape().len();
+        let (f64, f32, bf16, f16) = (exact::<f64>(len), exact::<f32>(len), exact::<bf16>(len), exact::<f16>(len));
+        let tensors = [
+            ("f64", region.shape(), view(&f64)),
+            ("f32", region.shape(), view(&f32)),
+            ("bf16", region.shape(), view(&bf16)),
+            ("f16", region.shape(), view(&f16)),
+        ];
+        weights::write(&path, tensors).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        reads_all::<f64>(&checkpoint, &region);
+        reads_all::<f32>(&checkpoint, &region);
+        reads_all::<bf16>(&checkpoint, &region);
+        reads_all::<f16>(&checkpoint, &region);
+    }
+
+    #[test]
+    fn bytes_read_are_the_region_and_small_gaps(
+        (rows, cols) in (1..40_usize, 1..6000_usize),
+        picks in any::<[prop::sample::Index; 4]>(),
+    ) {
+        let ends = |a: &prop::sample::Index, b: &prop::sample::Index, size: usize| {
+            let (a, b) = (a.index(size + 1), b.index(size + 1));
+            a.min(b)..a.max(b)
+        };
+        let region =
+            cut(&[rows, cols], &[ends(&picks[0], &picks[1], rows), ends(&picks[2], &picks[3], cols)]);
+        let elements: Vec<f32> = (0..rows * cols).map(|index| index as f32).collect();
+        let (_folder, checkpoint) = single("w", &[rows, cols], view(&elements));
+        assert_eq!(read::<f32>(&checkpoint, "w", &region).unwrap(), pick(&elements, &region));
+        let (exact, runs) = (4 * region.extent().len(), region.runs().len());
+        let gap = 4 * (cols - region.extent().dims()[1]);
+        let gaps = if gap < GAP { runs.saturating_sub(1) * gap } else { 0 };
+        prop_assert_eq!(checkpoint.bytes_read() as usize, exact + gaps);
+        prop_assert!(gaps <= runs * (GAP - 1));
+    }
+
+    #[test]
+    fn transposed_matrices_are_read_by_part(region in regions().prop_filter("a matrix", |region| region.shape().rank() == 2)) {
+        let &[rows, cols] = region.shape().dims() else { unreachable!() };
+        let whole = ndarray::ArrayD::from_shape_vec(vec![rows, cols], exact::<f64>(rows * cols)).unwrap();
+        let mut stored = Arrays::default();
+        stored.0.insert("conv.weight".into(), whole.clone().reversed_axes());
+        stored.0.insert("linear.weight".into(), whole);
+        let source = Transposed::new(&stored, |name: &str| name.starts_with("conv."));
+        for name in ["conv.weight", "linear.weight"] {
+            assert!(source.contains(name));
+            assert_eq!(read::<f32>(&source, name, &region).unwrap(), pick(&exact::<f32>(rows * cols), &region), "{name}");
+        }
+    }
+}
+
+/// A checkpoint of one tensor.
+fn single(name: &str, dims: &[usize], elements: AnyRef<'_, Cpu>) -> (TempDir, Checkpoint) {
+    let folder = tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    weights::write(&path, [(name, dims, elements)]).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    (folder, checkpoint)
+}
+
+#[test]
+fn a_row_range_costs_its_own_bytes_and_a_column_range_its_runs() {
+    // Larger than the buffer between file and tensor, so that runs are read in pieces.
+    let elements: Vec<f32> = (0..2048 * 3000).map(|index| index as f32).collect();
+    let (_folder, checkpoint) = single("w", &[2048, 3000], view(&elements));
+    assert_eq!(checkpoint.bytes_read(), 0, "opening reads no tensor");
+    let whole = Region::whole([2048, 3000]);
+
+    let rows = whole.clone().cut(0, 1..1500);
+    assert_eq!(read::<f32>(&checkpoint, "w", &rows).unwrap(), pick(&elements, &rows));
+    let row_bytes = 1499 * 3000 * 4;
+    assert_eq!(checkpoint.bytes_read(), row_bytes);
+
+    // 6000 bytes between the runs: too many to read along.
+    let cols = whole.clone().cut(1, 1500..3000);
+    assert_eq!(read::<f32>(&checkpoint, "w", &cols).unwrap(), pick(&elements, &cols));
+    let col_bytes = 2048 * 1500 * 4;
+    assert_eq!(checkpoint.bytes_read(), row_bytes + col_bytes);
+
+    // 4000 bytes between the runs: read along, but for the last row's.
+    let cols = whole.clone().cut(1, 500..2500);
+    assert_eq!(read::<f32>(&checkpoint, "w", &cols).unwrap(), pick(&elements, &cols));
+    let gaps = checkpoint.bytes_read() - row_bytes - col_bytes - 2048 * 2000 * 4;
+    assert!(gaps > 0 && gaps <= 2047 * 4000);
+}
+
+#[test]
+fn narrowing_rounds_once_and_the_same_element_keeps_its_bits() {
+    // The f64 lies just above the middle of 1 and the next f32, where rounding to f32 and then to bf16 would differ.
+    let (_folder, checkpoint) = single("w", &[2], view(&[1.0 + 2_f64.powi(-24) + 2_f64.powi(-50), 0.1]));
+    assert_eq!(read::<f32>(&checkpoint, "w", &Region::whole([2])).unwrap(), [1.0 + f32::EPSILON, 0.1]);
+    assert_eq!(read::<bf16>(&checkpoint, "w", &Region::whole([2])).unwrap(), [1.0, 0.1].map(bf16::from_f64));
+    let bits = [0x7fc1, 0x7f81, 0x8000, 0x0001].map(bf16::from_bits);
+    let (_folder, checkpoint) = single("w", &[4], view(&bits));
+    let back = read::<bf16>(&checkpoint, "w", &Region::whole([4])).unwrap();
+    assert_eq!(
+        back.iter().map(|value| value.to_bits()).collect::<Vec<_>>(),
+        [0x7fc1, 0x7f81, 0x8000, 0x0001]
+    );
+}
+
+#[test]
+fn threads_share_a_checkpoint() {
+    let elements = exact::<f32>(64 * 32);
+    let (_folder, checkpoint) = single("w", &[64, 32], view(&elements));
+    std::thread::scope(|scope| {
+        for rank in 0..4 {
+            let (checkpoint, elements) = (&checkpoint, &elements);
+            scope.spawn(move || {
+                let region = Region::whole([64, 32]).cut(0, rank * 16..(rank + 1) * 16);
+                assert_eq!(read::<f32>(checkpoint, "w", &region).unwrap(), pick(elements, &region));
+            });
+        }
+    });
+    assert_eq!(checkpoint.bytes_read(), 64 * 32 * 4, "each byte once");
+}
+
+/// A folder with an index over two files.
+fn sharded(weight_map: &str) -> TempDir {
+    let folder = tempdir().unwrap();
+    let write = |file: &str, name: &str, elements: &[f32]| {
+        weights::write(folder.path().join(file), [(name, [elements.len()], view(elements))]).unwrap();
+    };
+    write("model-00001-of-00002.safetensors", "a.weight", &[1.0, 2.0]);
+    write("model-00002-of-00002.safetensors", "b.weight", &[3.0]);
+    let index = format!(r#"{{"metadata":{{"total_size":12}},"weight_map":{weight_map}}}"#);
+    fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
+    folder
+}
+
+#[test]
+fn an_index_joins_files() {
+    let folder = sharded(
+        r#"{"b.weight":"model-00002-of-00002.safetensors","a.weight":"model-00001-of-00002.safetensors"}"#,
+    );
+    for path in [folder.path().into(), folder.path().join("model.safetensors.index.json")] {
+        let checkpoint = Checkpoint::open(path).unwrap();
+        assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["a.weight", "b.weight"]);
+        assert_eq!(read::<f64>(&checkpoint, "a.weight", &Region::whole([2])).unwrap(), [1.0, 2.0]);
+        assert_eq!(read::<f64>(&checkpoint, "b.weight", &Region::whole([1])).unwrap(), [3.0]);
+        assert!(checkpoint.contains("a.weight") && !checkpoint.contains("c.weight"));
+        assert!(
+            checkpoint.shape("a.weight").unwrap() == [2]
+                && checkpoint.dtype("b.weight").unwrap() == DType::F32
+        );
+    }
+}
+
+/// The error's text, without the folder that it happened in.
+fn text(error: Error, folder: &Path) -> String {
+    error.to_string().replace(&format!("{}/", folder.display()), "")
+}
+
+#[test]
+fn an_index_that_lies_is_refused() {
+    let long = format!(r#"{{"a":"{}"}}"#, "x".repeat(5000));
+    for (weight_map, expected) in [
+        (
+            r#"{"a.weight":"gone.safetensors"}"#,
+            "gone.safetensors: No such file or directory (os error 2), but model.safetensors.index.json names it",
+        ),
+        (
+            r#"{"a.bias":"model-00001-of-00002.safetensors"}"#,
+            "tensor `a.bias` is not in model-00001-of-00002.safetensors, where model.safetensors.index.json says it is",
+        ),
+        (
+            r#"{"b.weight":"model-00001-of-00002.safetensors"}"#,
+            "tensor `b.weight` is not in model-00001-of-00002.safetensors, where model.safetensors.index.json says it is; did you mean `a.weight`?",
+        ),
+        (
+            r#"{"a":"../x.safetensors"}"#,
+            "index: tensor `a` is said to be in `../x.safetensors`, which is not a path below the index's folder",
+        ),
+        (
+            r#"{"a":"/etc/passwd"}"#,
+            "index: tensor `a` is said to be in `/etc/passwd`, which is not a path below the index's folder",
+        ),
+        (
+            r#"{"a":""}"#,
+            "index: tensor `a` is said to be in ``, which is not a path below the index's folder",
+        ),
+        (r#"{"a\u001b":".."}"#, r"index: tensor `a\u{1b}` is said to be in `..`, which"),
+        (
+            r#"{"a":"model.safetensors.index.json"}"#,
+            "model.safetensors.index.json: bad checkpoint: the header is said to have",
+        ),
+        (r#"{"a":"."}"#, "not a path below the index's folder"),
+        (r#"{"a":"x\u0000y"}"#, "file name contained an unexpected NUL byte"),
+        (
+            r#"{"a.weight":"model-00001-of-00002.safetensors","a.weight":"model-00001-of-00002.safetensors"}"#,
+            "index: the key `a.weight` occurs twice",
+        ),
+        (r#"{},"weight_map":{}"#, "index: the key `weight_map` occurs twice"),
+        (r#"{"a":1}"#, "index: the file of tensor `a`: invalid type: integer `1`, expected a string"),
+        (r#"{"a":"b""#, "expected"),
+        (r#"[]"#, "index: expected `{`, found `[`"),
+        (&long, "index: the file of tensor `a`: longer than 4096 bytes"),
+    ] {
+        let folder = sharded(weight_map);
+        let error = text(Checkpoint::open(folder.path()).unwrap_err(), folder.path());
+        assert!(error.contains(expected), "{weight_map}: {error}");
+    }
+    let folder = sharded("{}");
+    let index = folder.path().join("model.safetensors.index.json");
+    fs::write(&index, "{}").unwrap();
+    assert!(Checkpoint::open(&index).unwrap_err().to_string().contains("index: it has no `weight_map`"));
+    fs::write(&index, r#"{"a":[[[[1]]]], "weight_map":{}}"#).unwrap();
+    assert_eq!(Checkpoint::open(&index).unwrap().names().len(), 0);
+    fs::File::create(&index).unwrap().set_len(65_000_000).unwrap();
+    assert!(Checkpoint::open(&index).unwrap_err().to_string().contains("at most 64000000 are read"));
+}
+
+/// A file with this header and so many bytes of data.
+fn file(header: &str, data: usize) -> Vec<u8> {
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.bytes());
+    file.resize(file.len() + data, 0);
+    file
+}
+
+/// A header of one F32 tensor.
+fn one(shape: &str, offsets: &str) -> String {
+    format!(r#"{{"w":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}}}"#)
+}
+
+#[test]
+fn a_file_that_lies_is_refused() {
+    let two = |a: &str, b: &str| {
+        let info = |offsets: &str| format!(r#"{{"dtype":"F32","shape":[2],"data_offsets":{offsets}}}"#);
+        format!(r#"{{"a":{},"b":{}}}"#, info(a), info(b))
+    };
+    let good = one("[2]", "[0,8]");
+    let said = |len: u64, file: &[u8]| [&len.to_le_bytes()[..], file].concat();
+    let table: Vec<(Vec<u8>, &str)> = vec![
+        (vec![], "0 bytes are too few for a safetensors file"),
+        (vec![1; 7], "7 bytes are too few"),
+        (said(1, b""), "the header is said to have 1 bytes; 0 follow, and the format allows 100000000"),
+        (said(u64::MAX, b"{}"), "the header is said to have 18446744073709551615 bytes; 2 follow"),
+        (said(0, b""), "header: expected `{`, found the end"),
+        (file("{", 0), "header: a key: the text ends where a value should be"),
+        (file("[]", 0), "header: expected `{`, found `[`"),
+        (file("{}x", 0), "header: there is more after the closing brace, at byte 2"),
+        (file("{\"\u{1b}\":", 0), "header: a key: control character"),
+        (said(3, b"\"\xff\""), "header: expected `{`, found `\\\"`"),
+        (said(5, b"{\"\xff\""), "the header is said to have 5 bytes; 4 follow"),
+        (said(4, b"{\"\xff\""), "header: a key: invalid unicode code point"),
+        // A truncated file, and one with more than its tensors.
+        (file(&good, 7), "the tensors have 8 bytes of data, but the file has 7"),
+        (file(&good, 9), "the tensors have 8 bytes of data, but the file has 9"),
+        (file("{}", 1), "the tensors have 0 bytes of data, but the file has 1"),
+        // Offsets.
+        (file(&one("[2]", "[8,0]"), 8), "tensor `w`: offsets 8..0, but shape [2] of F32 takes 8 bytes"),
+        (file(&one("[2]", "[0,4]"), 4), "tensor `w`: offsets 0..4, but shape [2] of F32 takes 8 bytes"),
+        (
+            file(&one("[2]", "[4,12]"), 12),
+            "tensor `w`: its data begin at byte 4, but those before it end at byte 0",
+        ),
+        (file(&one("[2]", "[0,8,9]"), 8), "tensor `w`: trailing characters"),
+        (file(&one("[2]", "[-8,0]"), 8), "tensor `w`: invalid value: integer `-8`, expected usize"),
+        (file(&one("[2]", "[0,8.0]"), 8), "tensor `w`: invalid type: floating point `8.0`, expected usize"),
+        (
+            file(&one("[2]", "[18446744073709551608,18446744073709551616]"), 8),
+            "tensor `w`: invalid type: floating point",
+        ),
+        (
+            file(&one("[2]", "[18446744073709551607,18446744073709551615]"), 8),
+            "tensor `w`: its data begin at byte 18446744073709551607",
+        ),
+        (
+            file(&two("[0,8]", "[0,8]"), 8),
+            "tensor `b`: its data begin at byte 0, but those before it end at byte 8",
+        ),
+        (
+            file(&two("[0,8]", "[4,12]"), 12),
+            "tensor `b`: its data begin at byte 4, but those before it end at byte 8",
+        ),
+        (
+            file(&two("[12,20]", "[0,8]"), 20),
+            "tensor `a`: its data begin at byte 12, but those before it end at byte 8",
+        ),
+        // Shapes.
+        (
+            file(&one("[4294967296,4294967296]", "[0,8]"), 8),
+            "tensor `w`: shape [4294967296, 4294967296] of F32 is not a whole number of bytes, or too many",
+        ),
+        (file(&one("[0,4294967296,4294967296]", "[0,0]"), 0), "is not a whole number of bytes, or too many"),
+        (file(&one("[2305843009213693952]", "[0,0]"), 0), "is not a whole number of bytes, or too many"),
+        (file(&one("[18446744073709551616]", "[0,8]"), 8), "tensor `w`: invalid type: floating point"),
+        (file(&one("[-2]", "[0,8]"), 8), "tensor `w`: invalid value: integer `-2`, expected usize"),
+        (file(&one(&format!("[{}2]", "1,".repeat(3000)), "[0,8]"), 8), "tensor `w`: longer than 4096 bytes"),
+        (file(&one("[3]", "[0,2]").replace("F32", "F4"), 2), "is not a whole number of bytes, or too many"),
+        // Keys.
+        (file(&two("[0,8]", "[8,16]").replace("\"b\"", "\"a\""), 16), "header: the key `a` occurs twice"),
+        (
+            file(&two("[0,8]", "[8,16]").replace("\"b\"", "\"\\u0061\""), 16),
+            "header: the key `a` occurs twice",
+        ),
+        (
+            file(&good.replace("\"shape\"", "\"dtype\":\"F32\",\"shape\""), 8),
+            "tensor `w`: duplicate field `dtype`",
+        ),
+        (file(r#"{"__metadata__":{},"__metadata__":{}}"#, 0), "header: the key `__metadata__` occurs twice"),
+        (file(r#"{"__metadata__":{"a":1}}"#, 0), "header: invalid type: integer `1`, expected a string"),
+        (file(&good.replace("\"dtype\":\"F32\",", ""), 8), "tensor `w`: missing field `dtype`"),
+        (file(&good.replace("F32", "F31"), 8), "tensor `w`: unknown variant `F31`"),
+        (
+            file(&good.replace("\"w\"", &format!("\"{}\"", "w".repeat(5000))), 8),
+            "header: a key: longer than 4096 bytes",
+        ),
+        (file(r#"{"w":null}"#, 0), "tensor `w`: invalid type: null"),
+    ];
+    let folder = tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    for (bytes, expected) in table {
+        fs::write(&path, &bytes).unwrap();
+        let error = Checkpoint::open(&path).unwrap_err();
+        assert!(matches!(&error, Error::Checkpoint { path: named, .. } if *named == path), "{error:?}");
+        assert!(error.to_string().contains(expected), "expected {expected}, found {error}");
+    }
+    // A header over the format's limit in a file that is as long: nothing is read.
+    let large = fs::File::create(&path).unwrap();
+    std::io::Write::write_all(&mut &large, &100_000_001_u64.to_le_bytes()).unwrap();
+    large.set_len(200_000_000).unwrap();
+    assert!(Checkpoint::open(&path).unwrap_err().to_string().contains("the format allows 100000000"));
+}
+
+#[test]
+fn unusual_files_are_accepted() {
+    let folder = tempdir().unwrap();
+    let path = folder.path().join("any name");
+    let header = r#"{ "z":{"shape":[0,3],"data_offsets":[8,8],"dtype":"F64","other":[1]},
+        "__metadata__":{"format":"pt"}, "s":{"dtype":"F32","shape":[],"data_offsets":[8,12]},
+        "ids":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},
+        "deep":{"dtype":"F32","shape":[1,1,1,1,1],"data_offsets":[12,16]} }    "#;
+    fs::write(&path, file(header, 16)).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert_eq!(checkpoint.names().collect::<Vec<_>>(), ["deep", "ids", "s", "z"]);
+    assert_eq!(read::<f32>(&checkpoint, "z", &Region::whole([0, 3])).unwrap(), [0.0; 0]);
+    assert_eq!(read::<f32>(&checkpoint, "s", &Region::whole([])).unwrap(), [0.0]);
+    assert_eq!(checkpoint.shape("deep").unwrap(), [1; 5]);
+}
+
+#[test]
+fn a_read_that_cannot_be_is_refused() {
+    let folder = tempdir().unwrap();
+    let path = folder.path().join("m.safetensors");
+    let header = r#"{"ids":{"dtype":"I64","shape":[1],"data_offsets":[0,8]},
+        "deep":{"dtype":"F32","shape":[1,1,1,1,1],"data_offsets":[8,12]},
+        "layer.0.weight":{"dtype":"F32","shape":[1,2],"data_offsets":[12,20]}}"#;
+    fs::write(&path, file(header, 20)).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let fails = |name: &str, shape: &[usize]| {
+        text(read::<f32>(&checkpoint, name, &Region::whole(shape)).unwrap_err(), folder.path())
+    };
+    assert_eq!(
+        fails("ids", &[1]),
+        "tensor `ids` has elements I64 in m.safetensors; f64, f32, bf16 or f16 can be read"
+    );
+    assert_eq!(
+        fails("deep", &[1]),
+        "tensor `deep` has shape [1, 1, 1, 1, 1] in m.safetensors, but the layer needs [1]"
+    );
+    assert_eq!(
+        fails("layer.0.weight", &[2, 1]),
+        "tensor `layer.0.weight` has shape [1, 2] in m.safetensors, but the layer needs [2, 1]"
+    );
+    assert_eq!(
+        fails("layer.1.weight", &[1, 2]),
+        "tensor `layer.1.weight` is not in m.safetensors; did you mean `layer.0.weight`?"
+    );
+    assert_eq!(text(checkpoint.dtype("ids").unwrap_err(), folder.path()), fails("ids", &[1]));
+    assert!(matches!(checkpoint.shape("none"), Err(Error::MissingTensor { .. })));
+    let short = checkpoint.read(
+        "layer.0.weight",
+        Role::Weight,
+        &Region::whole([1, 2]),
+        AnyMut::F32([0.0; 3].as_mut_slice()),
+    );
+    assert_eq!(
+        short.unwrap_err().to_string(),
+        "weights: elements of the region is 2, but elements to fill is 3"
+    );
+    assert_eq!(checkpoint.bytes_read(), 0);
+    // The file shrinks after its header was checked.
+    fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(100).unwrap();
+    assert!(matches!(
+        read::<f32>(&checkpoint, "layer.0.weight", &Region::whole([1, 2])),
+        Err(Error::Io { .. })
+    ));
+}
+
+#[test]
+fn a_path_that_is_no_checkpoint_is_refused() {
+    let folder = tempdir().unwrap();
+    let fails = |path: &Path| Checkpoint::open(path).unwrap_err().to_string();
+    assert!(fails(folder.path()).contains("the folder has neither model.safetensors nor"));
+    assert!(fails(&folder.path().join("x.safetensors")).contains("No such file"));
+    assert!(fails(&folder.path().join("x.json")).contains("No such file"));
+    #[cfg(unix)]
+    assert_eq!(fails(Path::new("/dev/zero")), "/dev/zero: not a regular file");
+    fs::create_dir(folder.path().join("model.safetensors")).unwrap();
+    assert!(fails(folder.path()).contains("not a regular file"));
+}
+
+#[test]
+fn writing_refuses_what_could_not_be_read() {
+    let folder = tempdir().unwrap();
+    let path = folder.path().join("m.safetensors");
+    let fails = |tensors: &[(&str, [usize; 1])]| {
+        let tensors = tensors.iter().map(|&(name, shape)| (name, shape, view::<f32>(&[1.0, 2.0])));
+        weights::write(&path, tensors).unwrap_err().to_string()
+    };
+    assert_eq!(fails(&[("a", [3])]), "write weights: elements of `a` is 2, but elements of its shape is 3");
+    assert_eq!(fails(&[("a", [2]), ("a", [2])]), "write weights: the name `a` is taken");
+    assert_eq!(fails(&[("__metadata__", [2])]), "write weights: the name `__metadata__` is taken");
+    assert!(!path.exists());
+    let nowhere = folder.path().join("none/m.safetensors");
+    let error = weights::write(&nowhere, [("a", [1], view::<f32>(&[1.0]))]).unwrap_err();
+    assert!(matches!(error, Error::Io { path, .. } if path == nowhere));
+}

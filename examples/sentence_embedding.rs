@@ -1,0 +1,258 @@
+//! Sentence embeddings with all-MiniLM-L6-v2, a BERT encoder, sharded over any number of ranks up to its 12 heads.
+//!
+//! ```text
+//! scripts/fetch_minilm.sh
+//! cargo run --release --example sentence_embedding -- --ranks 5 "A cat sat by the window." "It rained all day."
+//! ```
+//!
+//! Each rank reads only its part of the checkpoint's attention and feed-forward weights.
+
+use clap::{Parser, ValueEnum};
+use half::{bf16, f16};
+use shardwise::{
+    Error, Result, Tensor,
+    comm::Group,
+    device::{Cpu, Device, Element},
+    kernels::{Activation, NormKind},
+    launch, ops,
+    parallel::{
+        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, Normalize, ParallelMlp,
+        TransformerBlock,
+    },
+    shard::{Replicated, Sequences},
+    tensor::{Param, Region, Role, Weights},
+    weights::Checkpoint,
+};
+use std::{path::PathBuf, process::ExitCode, time::Instant};
+use tokenizers::Tokenizer;
+
+/// Prints the embeddings of sentences and their pairwise cosines.
+#[derive(Parser, Debug)]
+struct Args {
+    /// The sentences; those of the reference if none is given.
+    sentences: Vec<String>,
+    /// The number of tensor-parallel ranks, 1 to 12.
+    #[arg(long, default_value_t = 2)]
+    ranks: usize,
+    /// The element of weights and activations.
+    #[arg(long, value_enum, default_value_t = Dtype::F32)]
+    dtype: Dtype,
+    /// The folder with model.safetensors and tokenizer.json.
+    #[arg(long, default_value = "examples/data/minilm")]
+    model: PathBuf,
+    /// Embeddings to compare with, in f64 from PyTorch.
+    #[arg(long, default_value = "examples/data/minilm_reference.json")]
+    reference: PathBuf,
+    /// Put the sentences one after the other instead of padding them to the longest.
+    #[arg(long)]
+    packed: bool,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug)]
+enum Dtype {
+    F64,
+    F32,
+    Bf16,
+    F16,
+}
+
+// all-MiniLM-L6-v2's config.json.
+const HIDDEN: usize = 384;
+const LAYERS: usize = 6;
+const HEADS: usize = 12;
+const FFN: usize = 1536;
+const VOCABULARY: usize = 30522;
+const POSITIONS: usize = 512;
+const NORM: NormKind = NormKind::LayerNorm { eps: 1e-12 };
+
+fn main() -> ExitCode {
+    if let Err(error) = run(&Args::parse()) {
+        eprintln!("error: {error}");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
+fn run(args: &Args) -> Result<()> {
+    let fail = |reason: String| Error::Invalid { op: "sentence_embedding", reason };
+    let known = reference(args).map_err(fail)?;
+    let sentences = match args.sentences.is_empty() {
+        true => known.iter().map(|(sentence, _)| sentence.clone()).collect(),
+        false => args.sentences.clone(),
+    };
+    let path = args.model.join("tokenizer.json");
+    let mut tokenizer = Tokenizer::from_file(&path).map_err(|error| {
+        fail(format!("{}: {error}; scripts/fetch_minilm.sh fetches the model", path.display()))
+    })?;
+    // Padding is the batch's business, below.
+    tokenizer.with_padding(None);
+    let tokens: Vec<Vec<u32>> = sentences
+        .iter()
+        .map(|sentence| Ok(tokenizer.encode(sentence.as_str(), true)?.get_ids().to_vec()))
+        .collect::<tokenizers::Result<_>>()
+        .map_err(|error| fail(error.to_string()))?;
+
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let start = Instant::now();
+    let ranks = match args.dtype {
+        Dtype::F64 => embed::<f64>(args, &checkpoint, &tokens)?,
+        Dtype::F32 => embed::<f32>(args, &checkpoint, &tokens)?,
+        Dtype::Bf16 => embed::<bf16>(args, &checkpoint, &tokens)?,
+        Dtype::F16 => embed::<f16>(args, &checkpoint, &tokens)?,
+    };
+    let elapsed = start.elapsed();
+    if ranks.iter().any(|(embeddings, _)| *embeddings != ranks[0].0) {
+        return Err(fail("the ranks' embeddings differ".into()));
+    }
+    let embeddings = &ranks[0].0;
+
+    for (sentence, embedding) in sentences.iter().zip(embeddings) {
+        let head: Vec<String> = embedding[..5].iter().map(|value| format!("{value:+.5}")).collect();
+        println!("[{}, … {} more]  {sentence}", head.join(", "), embedding.len() - 5);
+    }
+    println!("\ncosines");
+    for a in embeddings {
+        let row: Vec<String> = embeddings
+            .iter()
+            .map(|b| format!("{:+.4}", a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>()))
+            .collect();
+        println!("  {}", row.join("  "));
+    }
+    let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
+    let peaks: Vec<String> = ranks.iter().map(|(_, peak)| format!("{:.0}", mib(*peak))).collect();
+    println!("\n{} ranks, {:?}: {elapsed:.0?} with loading; peak MiB a rank: {}", args.ranks, args.dtype, peaks.join(" "));
+
+    let mut compared = 0;
+    let mut worst = 0.0_f64;
+    for (sentence, embedding) in sentences.iter().zip(embeddings) {
+        let Some((_, want)) = known.iter().find(|(known, _)| known == sentence) else { continue };
+        compared += 1;
+        worst = embedding.iter().zip(want).fold(worst, |max, (a, b)| max.max((a - b).abs()));
+    }
+    if compared > 0 {
+        let bound = 64.0 * match args.dtype {
+            Dtype::F64 | Dtype::F32 => f64::from(f32::EPSILON),
+            Dtype::Bf16 => bf16::EPSILON.to_f64(),
+            Dtype::F16 => f16::EPSILON.to_f64(),
+        };
+        println!("largest difference from PyTorch's f64 on {compared} sentences: {worst:.1e} (bound {bound:.1e})");
+        if worst > bound {
+            return Err(fail("the embeddings differ from the reference".into()));
+        }
+    }
+    Ok(())
+}
+
+/// The sentences of the reference with their embeddings.
+fn reference(args: &Args) -> Result<Vec<(String, Vec<f64>)>, String> {
+    let named = |error: &dyn std::fmt::Display| format!("{}: {error}", args.reference.display());
+    let text = std::fs::read_to_string(&args.reference).map_err(|error| named(&error))?;
+    let json: serde_json::Value = serde_json::from_str(&text).map_err(|error| named(&error))?;
+    let sentences = json["sentences"].as_array().ok_or_else(|| named(&"no `sentences`"))?;
+    let one = |entry: &serde_json::Value| {
+        let sentence = entry["sentence"].as_str()?.to_string();
+        let values = entry["embedding"].as_array()?.iter().map(serde_json::Value::as_f64);
+        Some((sentence, values.collect::<Option<Vec<f64>>>()?))
+    };
+    sentences.iter().map(one).collect::<Option<_>>().ok_or_else(|| named(&"an entry is not understood"))
+}
+
+/// The embeddings of all sentences, and the peak memory, as each rank has them.
+fn embed<T: Element>(
+    args: &Args,
+    checkpoint: &Checkpoint,
+    tokens: &[Vec<u32>],
+) -> Result<Vec<(Vec<Vec<f64>>, usize)>> {
+    launch::threads(args.ranks, |group| {
+        let mut encoder = Encoder::<T>::load(&group, &Weights::new(checkpoint))?;
+        let width = tokens.iter().map(Vec::len).max().unwrap_or(0);
+        let lengths: Vec<usize> = tokens.iter().map(Vec::len).collect();
+        let (ids, sequences) = match args.packed {
+            true => (tokens.to_vec(), Sequences::packed(lengths.iter().copied())),
+            false => {
+                let mut padded = tokens.to_vec();
+                padded.iter_mut().for_each(|ids| ids.resize(width, 0));
+                (padded, Sequences::padded(&lengths, width)?)
+            }
+        };
+        let hidden = encoder.forward(&ids, &sequences)?;
+        let hidden = hidden.into_local().to_vec()?;
+        let mean = |(rows, length): (std::ops::Range<usize>, usize)| {
+            let mut mean = vec![0.0; HIDDEN];
+            for row in rows.take(length) {
+                for (sum, value) in mean.iter_mut().zip(&hidden[row * HIDDEN..]) {
+                    *sum += value.to_f64() / length as f64;
+                }
+            }
+            let norm = mean.iter().map(|value| value * value).sum::<f64>().sqrt();
+            mean.iter().map(|value| value / norm).collect()
+        };
+        let embeddings = sequences.iter().zip(lengths).map(mean).collect();
+        Ok((embeddings, group.device().memory().peak))
+    })
+}
+
+/// BERT's encoder: the sum of three embeddings, a normalization, and post-norm blocks.
+struct Encoder<T: Element> {
+    group: Group<Cpu>,
+    words: Param<T, Cpu>,
+    positions: Param<T, Cpu>,
+    types: Param<T, Cpu>,
+    norm: Normalize<Replicated, T, Cpu>,
+    blocks: Vec<Block<T>>,
+}
+
+type Block<T> = TransformerBlock<Replicated, ParallelMlp<Replicated, T, Cpu>, T, Cpu>;
+
+impl<T: Element> Encoder<T> {
+    fn load(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Self> {
+        let config = BlockConfig {
+            attention: AttentionConfig {
+                hidden: HIDDEN,
+                heads: HEADS,
+                kv_heads: HEADS,
+                head_dim: HIDDEN / HEADS,
+                causal: false,
+                qkv_bias: true,
+                out_bias: true,
+            },
+            ffn: FFN,
+            activation: Activation::GeluErf,
+            mlp_bias: true,
+            norm: NORM,
+            placement: NormPlacement::Post,
+            names: BlockNames::bert(),
+        };
+        let embeddings = weights.at("embeddings");
+        let table = |name: &str, rows: usize| {
+            let (weights, region) = (embeddings.at(name), Region::whole([rows, HIDDEN]));
+            Param::load_region(group.device(), &weights, "weight", Role::Weight, region, group.rank() == 0)
+        };
+        let layers = weights.at("encoder").at("layer");
+        Ok(Self {
+            words: table("word_embeddings", VOCABULARY)?,
+            positions: table("position_embeddings", POSITIONS)?,
+            types: table("token_type_embeddings", 2)?,
+            norm: Normalize::load(group, &embeddings.at("LayerNorm"), NORM, HIDDEN)?,
+            blocks: (0..LAYERS)
+                .map(|layer| Block::load(group, &layers.at(&layer.to_string()), &config))
+                .collect::<Result<_>>()?,
+            group: group.clone(),
+        })
+    }
+
+    /// The hidden states of all tokens, `[tokens, HIDDEN]`.
+    fn forward(&mut self, ids: &[Vec<u32>], sequences: &Sequences) -> Result<DTensor<Replicated, T>> {
+        let words: Vec<u32> = ids.iter().flatten().copied().collect();
+        let places: Vec<u32> = ids.iter().flat_map(|ids| 0..ids.len() as u32).collect();
+        let look_up = |table: &Param<T, Cpu>, ids: &[u32]| ops::embedding(table.value(), ids);
+        let sum: Tensor<T> = ops::add(&look_up(&self.words, &words)?, &look_up(&self.positions, &places)?)?;
+        let sum = ops::add(&sum, &look_up(&self.types, &vec![0; words.len()])?)?;
+        let mut x = DTensor::replicated(&self.group, sum)?.with_sequences(sequences.clone())?;
+        x = self.norm.forward(&x)?.0;
+        for block in &self.blocks {
+            x = block.forward(&x)?.0;
+        }
+        Ok(x)
+    }
+}

@@ -1,0 +1,348 @@
+//! A transformer block sharded over ranks and on one device: the same numbers, what was moved, and how long it took.
+//!
+//! `cargo run --release --example transformer_block -- --ranks 3 --heads 8 --kv-heads 2 --dtype bf16 --gated`
+
+use clap::{Parser, ValueEnum};
+use half::{bf16, f16};
+use shardwise::{
+    Error, Result, Tensor,
+    comm::{Group, Op, Transfer},
+    device::{Cpu, Device, Element},
+    kernels::{Activation, NormKind},
+    launch,
+    parallel::{
+        AttentionConfig, BlockConfig, BlockNames, DTensor, GatedMlp, Layer, NormPlacement, ParallelMlp,
+        ScatterSequence, Stream, Traffic, TransformerBlock,
+    },
+    rng::Philox,
+    shard::{Replicated, Sequences, Shard},
+    tensor::{Piece, Random, Weights},
+};
+use std::{
+    collections::BTreeMap,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+/// Runs a transformer block forward and backward on N thread ranks and on one, and compares.
+#[derive(Parser, Debug)]
+struct Args {
+    /// The number of tensor-parallel ranks.
+    #[arg(long, default_value_t = 2)]
+    ranks: usize,
+    /// Sequences in the batch.
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+    /// Tokens in a sequence.
+    #[arg(long, default_value_t = 512)]
+    tokens: usize,
+    /// Features of the residual stream.
+    #[arg(long, default_value_t = 768)]
+    hidden: usize,
+    /// Query heads.
+    #[arg(long, default_value_t = 12)]
+    heads: usize,
+    /// Key/value heads; as many as query heads by default.
+    #[arg(long)]
+    kv_heads: Option<usize>,
+    /// Features of a head; hidden / heads by default.
+    #[arg(long)]
+    head_dim: Option<usize>,
+    /// Features of the feed-forward layer.
+    #[arg(long, default_value_t = 3072)]
+    ffn: usize,
+    /// The element of weights and activations.
+    #[arg(long, value_enum, default_value_t = Dtype::F32)]
+    dtype: Dtype,
+    /// Llama's block: RMSNorm, SwiGLU, no biases. Otherwise GPT-2's: LayerNorm, GELU, biases.
+    #[arg(long)]
+    gated: bool,
+    /// Normalize after the residual sums, as BERT does.
+    #[arg(long)]
+    post_norm: bool,
+    /// Let tokens see later ones.
+    #[arg(long)]
+    bidirectional: bool,
+    /// Cut the residual stream by tokens.
+    #[arg(long)]
+    sequence_parallel: bool,
+    /// Timed repetitions; the median counts.
+    #[arg(long, default_value_t = 5)]
+    repeat: usize,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq)]
+enum Dtype {
+    F64,
+    F32,
+    Bf16,
+    F16,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let compared = match args.dtype {
+        Dtype::F64 => compare::<f64>(&args),
+        Dtype::F32 => compare::<f32>(&args),
+        Dtype::Bf16 => compare::<bf16>(&args),
+        Dtype::F16 => compare::<f16>(&args),
+    };
+    if let Err(error) = compared {
+        eprintln!("error: {error}");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
+/// What one rank reports.
+struct Report {
+    /// y, dx, and the gradients of the rank's pieces of the model's tensors, in f64.
+    y: Vec<f64>,
+    dx: Vec<f64>,
+    grads: Vec<(Piece, Vec<f64>)>,
+    declared: Traffic,
+    recorded: Traffic,
+    parameters: usize,
+    peak: usize,
+    forward: Duration,
+    step: Duration,
+}
+
+fn compare<T: Element>(args: &Args) -> Result<()> {
+    let config = config(args)?;
+    let sharded = match args.sequence_parallel {
+        false => run::<Replicated, T>(args, &config, args.ranks, |x| Ok(x.clone()))?,
+        true => run::<Shard<0>, T>(args, &config, args.ranks, |x| {
+            Ok(Layer::<T, Cpu>::forward(&ScatterSequence::even(), x)?.0)
+        })?,
+    };
+    let one = run::<Replicated, T>(args, &config, 1, |x| Ok(x.clone()))?;
+    let (reports, one) = (sharded, &one[0]);
+
+    let attention = &config.attention;
+    println!(
+        "{} block, {} x {} tokens, hidden {}, {} query and {} key/value heads of {}, ffn {}, {}",
+        if args.gated { "Llama" } else { "GPT-2" },
+        args.batch,
+        args.tokens,
+        attention.hidden,
+        attention.heads,
+        attention.kv_heads,
+        attention.head_dim,
+        config.ffn,
+        T::DTYPE
+    );
+    let stream = if args.sequence_parallel { "cut by tokens" } else { "replicated" };
+    println!("{} ranks, residual stream {stream}\n", args.ranks);
+
+    println!("largest difference from one device, relative to the tensor's largest number (ε = {:.1e})", T::EPSILON);
+    let join = |part: fn(&Report) -> &Vec<f64>| match args.sequence_parallel {
+        true => reports.iter().flat_map(part).copied().collect(),
+        false => part(&reports[0]).clone(),
+    };
+    let mut worst = 0.0_f64;
+    let largest = |values: &[f64]| values.iter().fold(0.0_f64, |max, value| max.max(value.abs()));
+    let mut line = |name: &str, got: &[f64], want: &[f64], scale: f64| {
+        let error = got.iter().zip(want).fold(0.0_f64, |max, (a, b)| max.max((a - b).abs()));
+        let relative = if scale > 0.0 { error / scale } else { error };
+        println!("  {name:<22} {relative:9.2e}");
+        worst = worst.max(relative);
+    };
+    line("y", &join(|report| &report.y), &one.y, largest(&one.y));
+    line("dx", &join(|report| &report.dx), &one.dx, largest(&one.dx));
+    let (got, want) = (whole(&reports), whole(std::slice::from_ref(one)));
+    for (name, values) in &want {
+        // A softmax does not change when all its scores do, so the gradient of k's bias is 0 and what is computed is
+        // rounding alone: it is compared with that of q's bias.
+        let like = if name == "attention.k.bias" { "attention.q.bias" } else { name };
+        line(&format!("d {name}"), &got[name], values, largest(&want[like]));
+    }
+
+    println!("\ncollectives of one step (bytes a rank sends at least)");
+    for (title, declared, recorded) in [
+        ("forward", &reports[0].declared.forward, &reports[0].recorded.forward),
+        ("backward", &reports[0].declared.backward, &reports[0].recorded.backward),
+    ] {
+        for (op, (count, bytes)) in totals(recorded, args.ranks) {
+            println!("  {title:<9} {count} x {:<15} {bytes:>12}", op.name());
+        }
+        let equal = declared == recorded;
+        println!("  {title:<9} declared = recorded: {equal}");
+        if !equal {
+            return Err(Error::Invalid { op: "traffic", reason: format!("{declared:?} != {recorded:?}") });
+        }
+    }
+
+    let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
+    println!("\nper rank       parameters   peak memory");
+    for (rank, report) in reports.iter().enumerate() {
+        println!("  rank {rank:<3} {:>12} {:>9.1} MiB", report.parameters, mib(report.peak));
+    }
+    println!("  one device{:>11} {:>9.1} MiB", one.parameters, mib(one.peak));
+
+    println!("\n                  one device    {} ranks   efficiency", args.ranks);
+    let slowest = |part: fn(&Report) -> Duration| reports.iter().map(part).max().unwrap_or_default();
+    for (name, ours, theirs) in [
+        ("forward", slowest(|report| report.forward), one.forward),
+        ("forward+backward", slowest(|report| report.step), one.step),
+    ] {
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        let efficiency = ms(theirs) / (ms(ours) * args.ranks as f64) * 100.0;
+        println!("  {name:<16} {:>8.2} ms {:>8.2} ms {efficiency:>9.0} %", ms(theirs), ms(ours));
+    }
+    // A block's numbers pass through about ten roundings; see tests/suite/block.rs.
+    let bound = 64.0 * T::EPSILON;
+    println!("\nlargest of all differences: {worst:.2e} (bound 64 ε = {bound:.1e})");
+    if worst > bound {
+        return Err(Error::Invalid { op: "transformer_block", reason: "sharded and single results differ".into() });
+    }
+    Ok(())
+}
+
+fn config(args: &Args) -> Result<BlockConfig> {
+    let head_dim = args.head_dim.unwrap_or(args.hidden / args.heads.max(1));
+    let norm = match args.gated {
+        true => NormKind::RmsNorm { eps: 1e-5 },
+        false => NormKind::LayerNorm { eps: 1e-5 },
+    };
+    Ok(BlockConfig {
+        attention: AttentionConfig {
+            hidden: args.hidden,
+            heads: args.heads,
+            kv_heads: args.kv_heads.unwrap_or(args.heads),
+            head_dim,
+            causal: !args.bidirectional,
+            qkv_bias: !args.gated,
+            out_bias: !args.gated,
+        },
+        ffn: args.ffn,
+        activation: if args.gated { Activation::Silu } else { Activation::GeluTanh },
+        mlp_bias: !args.gated,
+        norm,
+        placement: if args.post_norm { NormPlacement::Post } else { NormPlacement::Pre },
+        names: BlockNames::default(),
+    })
+}
+
+type Spread<S, T> = fn(&DTensor<Replicated, T>) -> Result<DTensor<S, T>>;
+
+fn run<S: Stream, T: Element>(
+    args: &Args,
+    config: &BlockConfig,
+    ranks: usize,
+    spread: Spread<S, T>,
+) -> Result<Vec<Report>> {
+    let source = Random::normal(1, 1.0 / (args.hidden as f64).sqrt());
+    launch::threads(ranks, |world| {
+        let weights = Weights::new(&source);
+        match args.gated {
+            true => {
+                let load = TransformerBlock::<S, GatedMlp<S, T, Cpu>, T, Cpu>::load_gated;
+                rank::<S, T, _>(args, &world, spread, |group| load(group, &weights, config))
+            }
+            false => {
+                let load = TransformerBlock::<S, ParallelMlp<S, T, Cpu>, T, Cpu>::load;
+                rank::<S, T, _>(args, &world, spread, |group| load(group, &weights, config))
+            }
+        }
+    })
+}
+
+fn rank<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
+    args: &Args,
+    world: &Group<Cpu>,
+    spread: Spread<S, T>,
+    load: impl Fn(&Group<Cpu>) -> Result<L>,
+) -> Result<Report> {
+    let (group, record) = world.recorded();
+    let mut block = load(&group)?;
+    let random = |name: &str| {
+        let (rows, stream) = (args.batch * args.tokens, Philox::named(2, name));
+        let values: Vec<T> =
+            (0..(rows * args.hidden) as u64).map(|index| T::from_f64(stream.normal(index))).collect();
+        let whole = Tensor::from_slice(group.device(), [rows, args.hidden], &values)?;
+        spread(&DTensor::replicated(&group, whole)?)
+    };
+    let x = random("x")?.with_sequences(Sequences::packed(vec![args.tokens; args.batch]))?;
+    let dy = random("dy")?;
+
+    let (mut forwards, mut steps) = (Vec::new(), Vec::new());
+    let mut results = None;
+    for _ in 0..=args.repeat {
+        block.visit(&mut |param| {
+            param.zero_grad();
+            Ok(())
+        })?;
+        record.take();
+        group.barrier()?;
+        let start = Instant::now();
+        let (y, saved) = block.forward(&x)?;
+        forwards.push(start.elapsed());
+        let forward = record.take();
+        let dx = block.backward(saved, &dy)?;
+        steps.push(start.elapsed());
+        results = Some((y, dx, Traffic { forward, backward: record.take() }));
+    }
+    let Some((y, dx, recorded)) = results else {
+        return Err(Error::Invalid { op: "transformer_block", reason: "no repetition".into() });
+    };
+    let mut parameters = 0;
+    let mut grads = Vec::new();
+    block.visit(&mut |param| {
+        parameters += param.value().len();
+        let Some(grad) = param.grad() else { return Ok(()) };
+        let width: usize = grad.shape().dims()[1..].iter().product();
+        let values: Vec<f64> = grad.to_vec()?.into_iter().map(Element::to_f64).collect();
+        for piece in param.pieces() {
+            let start = piece.row * width;
+            grads.push((piece.clone(), values[start..start + piece.region.extent().len()].to_vec()));
+        }
+        Ok(())
+    })?;
+    let wide = |tensor: &Tensor<T>| -> Result<Vec<f64>> {
+        Ok(tensor.to_vec()?.into_iter().map(Element::to_f64).collect())
+    };
+    Ok(Report {
+        y: wide(y.local())?,
+        dx: wide(dx.local())?,
+        grads,
+        declared: block.traffic(x.shape()).0,
+        recorded,
+        parameters,
+        peak: group.device().memory().peak,
+        forward: median(&mut forwards),
+        step: median(&mut steps),
+    })
+}
+
+/// The median of all but the first, which warms up.
+fn median(times: &mut [Duration]) -> Duration {
+    let timed = times.len().min(2) - 1;
+    let times = &mut times[timed..];
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+/// The gradients of the model's tensors, put together from the ranks' pieces.
+fn whole(reports: &[Report]) -> BTreeMap<String, Vec<f64>> {
+    let mut tensors = BTreeMap::new();
+    for (piece, values) in reports.iter().flat_map(|report| &report.grads) {
+        let tensor = tensors.entry(piece.tensor.clone());
+        let tensor = tensor.or_insert_with(|| vec![0.0; piece.region.shape().len()]);
+        for (at, value) in piece.region.runs().into_iter().flatten().zip(values) {
+            tensor[at] = *value;
+        }
+    }
+    tensors
+}
+
+/// How often each operation occurs, and the bytes that a rank sends for it.
+fn totals(transfers: &[Transfer], ranks: usize) -> BTreeMap<Op, (usize, usize)> {
+    let mut totals = BTreeMap::new();
+    for transfer in transfers {
+        let (count, bytes) = totals.entry(transfer.op).or_insert((0, 0));
+        *count += 1;
+        *bytes += transfer.wire_bytes(ranks);
+    }
+    totals
+}
