@@ -145,7 +145,7 @@ mod tests {
                     }
                     assert_eq!(seen, kv * group);
                     let held: usize = (0..kv).map(|head| heads.holders(head).len()).sum();
-                    assert_eq!(held, (0..ranks).map(|rank| heads.kv_range(rank).len()).sum());
+                    assert_eq!(held, (0..ranks).map(|rank| heads.kv_range(rank).len()).sum::<usize>());
                 }
             }
         }

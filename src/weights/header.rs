@@ -20,6 +20,9 @@ use std::collections::BTreeMap;
 /// The longest header that the format allows, in bytes.
 const MAX_HEADER: u64 = 100_000_000;
 
+/// The most dimensions that a tensor may have: as many as PyTorch and NumPy have. Few of them can be read.
+const MAX_RANK: usize = 64;
+
 /// What a header says of one tensor, checked.
 pub(super) struct Entry {
     pub(super) dtype: Dtype,
@@ -79,6 +82,9 @@ fn parse(text: &[u8]) -> Result<BTreeMap<String, TensorInfo>, String> {
             return if is_duplicate { Err(duplicate(&key)) } else { object(text, strings) };
         }
         let (info, len) = value!(TensorInfo, text, LIMIT).map_err(|reason| about(&key, &reason))?;
+        if info.shape.len() > MAX_RANK {
+            return Err(about(&key, &format!("{} dimensions", info.shape.len())));
+        }
         if infos.contains_key(&key) {
             return Err(duplicate(&key));
         }

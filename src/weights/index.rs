@@ -15,7 +15,10 @@ use std::{
 };
 
 /// The longest index that is read, in bytes: some hundred thousand tensors.
-const MAX_INDEX: u64 = 64_000_000;
+const MAX_INDEX: u64 = 32_000_000;
+
+/// The most files of a checkpoint. All are open at once.
+const MAX_FILES: usize = 10_000;
 
 /// Which tensor is in which file, as positions in `files`.
 #[derive(Default)]
@@ -59,6 +62,9 @@ fn weight_map(text: &[u8], index: &mut Index) -> Result<usize, String> {
             .map_err(|reason| format!("the file of tensor `{}`: {reason}", name.escape_debug()))?;
         let position = match positions.get(&file) {
             Some(&position) => position,
+            None if index.files.len() == MAX_FILES => {
+                return Err(format!("more than {MAX_FILES} files"));
+            }
             None if is_below(&file) => {
                 index.files.push(file.clone());
                 positions.insert(file, index.files.len() - 1);

@@ -6,8 +6,8 @@
 //! * [`write()`]: makes such a file.
 //!
 //! A file comes from elsewhere, so its header is not believed: everything it says is checked against the file's length
-//! before it is used ([`Checkpoint::open`] lists what), and memory stays within a few times the header. What a valid
-//! header says is not judged further: names are compared, never interpreted.
+//! before it is used ([`Checkpoint::open`] lists what). Memory stays within a small multiple of the headers and the index,
+//! which are limited in length and by that of their files, and 1 MiB a read. Names are compared, never interpreted.
 //!
 //! [`WeightSource`]: crate::tensor::WeightSource
 

@@ -1,0 +1,192 @@
+//! GEMM, the feed-forward layer and the GPT-2-small block on one and two thread ranks, beside what the processor could do.
+//!
+//! `cargo bench --bench layers [-- --filter mlp] [--json FILE]`
+//!
+//! The modes of a case run in turn, a short batch each, for several rounds; the median over the rounds counts, and ratios
+//! are taken round by round, because the machine's speed changes from second to second.
+
+use clap::Parser;
+use shardwise::{
+    Result, Tensor,
+    device::Cpu,
+    kernels::{Activation, Gemm, NormKind},
+    launch::Threads,
+    parallel::{
+        AttentionConfig, BlockConfig, BlockNames, DTensor, GatedMlp, Layer, MlpNames, NormPlacement, ParallelMlp,
+        TransformerBlock,
+    },
+    rng::Philox,
+    shard::Replicated,
+    tensor::{Param, Random, Weights},
+};
+use std::{fs, io::Write, time::Instant};
+
+#[derive(Parser)]
+struct Args {
+    /// Only cases whose name contains this.
+    #[arg(long, default_value = "")]
+    filter: String,
+    /// Rounds; the median counts.
+    #[arg(long, default_value_t = 9)]
+    rounds: usize,
+    /// Appends a JSON line a case to this file.
+    #[arg(long)]
+    json: Option<String>,
+    /// What one core can do, in GFLOP/s: the rate of fused multiply-adds, for the column "of peak".
+    #[arg(long, default_value_t = 101.0)]
+    peak: f64,
+    /// Passed by `cargo bench`.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    println!("{:<34} {:>6} {:>10} {:>10} {:>9} {:>8}", "case", "ranks", "median ms", "min ms", "GFLOP/s", "of peak");
+    for (m, n, k) in [(1024, 1024, 1024), (2048, 2048, 2048), (512, 4096, 1024), (16, 4096, 4096), (1, 4096, 4096)] {
+        gemm(&args, m, n, k)?;
+    }
+    for tokens in [512, 16] {
+        let flops = 4.0 * tokens as f64 * 1024.0 * 4096.0;
+        layer(&args, &format!("mlp 1024-4096-1024 tok={tokens}"), tokens, 1024, flops, |group, weights| {
+            let (names, sizes) = (MlpNames::default(), (1024, 4096));
+            ParallelMlp::<Replicated, f32, Cpu>::load(group, weights, &names, sizes, Activation::GeluErf, true)
+        })?;
+    }
+    let gpt2 = block(768, 12, 12, 3072, false);
+    let flops = 2.0 * 512.0 * 768.0 * (3.0 * 768.0 + 768.0 + 2.0 * 3072.0) + 2.0 * 512.0 * 512.0 * 768.0;
+    layer(&args, "gpt2 block 1x512", 512, 768, flops, |group, weights| {
+        TransformerBlock::<Replicated, ParallelMlp<Replicated, f32, Cpu>, f32, Cpu>::load(group, weights, &gpt2)
+    })?;
+    let llama = block(1024, 16, 4, 2816, true);
+    let flops = 2.0 * 512.0 * 1024.0 * (1024.0 + 512.0 + 1024.0 + 3.0 * 2816.0) + 2.0 * 512.0 * 512.0 * 1024.0;
+    layer(&args, "llama block 1x512", 512, 1024, flops, |group, weights| {
+        TransformerBlock::<Replicated, GatedMlp<Replicated, f32, Cpu>, f32, Cpu>::load_gated(group, weights, &llama)
+    })
+}
+
+fn block(hidden: usize, heads: usize, kv_heads: usize, ffn: usize, gated: bool) -> BlockConfig {
+    let attention = AttentionConfig {
+        hidden,
+        heads,
+        kv_heads,
+        head_dim: hidden / heads,
+        causal: true,
+        qkv_bias: !gated,
+        out_bias: !gated,
+    };
+    BlockConfig {
+        attention,
+        ffn,
+        activation: if gated { Activation::Silu } else { Activation::GeluTanh },
+        mlp_bias: !gated,
+        norm: if gated { NormKind::RmsNorm { eps: 1e-5 } } else { NormKind::LayerNorm { eps: 1e-5 } },
+        placement: NormPlacement::Pre,
+        names: BlockNames::default(),
+    }
+}
+
+fn random(device: &Cpu, name: &str, rows: usize, cols: usize) -> Result<Tensor> {
+    let stream = Philox::named(1, name);
+    let values: Vec<f32> = (0..(rows * cols) as u64).map(|at| stream.normal(at) as f32).collect();
+    Tensor::from_slice(device, [rows, cols], &values)
+}
+
+/// y = x wᵀ on one thread.
+fn gemm(args: &Args, m: usize, n: usize, k: usize) -> Result<()> {
+    let name = format!("gemm {m} x {n} x {k}");
+    if !name.contains(&args.filter) {
+        return Ok(());
+    }
+    let cpu = Cpu::new();
+    let (x, w) = (random(&cpu, "x", m, k)?, random(&cpu, "w", n, k)?);
+    let mut y = Tensor::<f32>::empty(&cpu, [m, n])?;
+    let mut times = Vec::new();
+    let flops = 2.0 * (m * n * k) as f64;
+    let batch = (5e9 / flops).ceil().min(200.0) as usize;
+    for _ in 0..=args.rounds {
+        let start = Instant::now();
+        for _ in 0..batch {
+            cpu.gemm(1.0, x.mat(), w.mat().t(), 0.0, y.mat_mut()?)?;
+        }
+        times.push(start.elapsed().as_secs_f64() / batch as f64);
+    }
+    report(args, &name, 1, flops, &mut times[1..])
+}
+
+/// A layer's forward, and forward and backward, on one rank and on two in turn.
+fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
+    args: &Args,
+    name: &str,
+    tokens: usize,
+    hidden: usize,
+    flops: f64,
+    load: impl Fn(&shardwise::comm::Group<Cpu>, &Weights<'_>) -> Result<L> + Sync,
+) -> Result<()> {
+    if !name.contains(&args.filter) {
+        return Ok(());
+    }
+    let source = Random::normal(1, 0.02);
+    let mut times = [(); 4].map(|()| Vec::new());
+    for round in 0..=args.rounds {
+        for (slot, ranks) in [(0, 1), (2, 2)] {
+            let measured = Threads::new(ranks).run(|world| {
+                let mut layer = load(&world, &Weights::new(&source))?;
+                let x = DTensor::replicated(&world, random(world.device(), "x", tokens, hidden)?)?;
+                let batch = (2e9 / flops).ceil().min(50.0) as usize;
+                let mut forward = || layer.forward(&x).map(|(y, _)| y);
+                forward()?;
+                world.barrier()?;
+                let start = Instant::now();
+                for _ in 0..batch {
+                    forward()?;
+                }
+                world.barrier()?;
+                let forward = start.elapsed().as_secs_f64() / batch as f64;
+                let mut step = || -> Result<()> {
+                    layer.visit(&mut |param: &mut Param<f32, Cpu>| {
+                        param.zero_grad();
+                        Ok(())
+                    })?;
+                    let (y, saved) = layer.forward(&x)?;
+                    layer.backward(saved, &y).map(|_| ())
+                };
+                step()?;
+                world.barrier()?;
+                let start = Instant::now();
+                for _ in 0..batch {
+                    step()?;
+                }
+                world.barrier()?;
+                Ok((forward, start.elapsed().as_secs_f64() / batch as f64))
+            })?;
+            if round > 0 {
+                times[slot].push(measured[0].0);
+                times[slot + 1].push(measured[0].1);
+            }
+        }
+    }
+    for (slot, ranks) in [(0, 1), (2, 2)] {
+        report(args, &format!("{name} f"), ranks, flops, &mut times[slot])?;
+        report(args, &format!("{name} f+b"), ranks, 3.0 * flops, &mut times[slot + 1])?;
+    }
+    Ok(())
+}
+
+/// Prints a case, and appends it to the JSON file.
+fn report(args: &Args, name: &str, ranks: usize, flops: f64, times: &mut [f64]) -> Result<()> {
+    times.sort_by(f64::total_cmp);
+    let (median, min) = (times[times.len() / 2] * 1e3, times[0] * 1e3);
+    let rate = flops / median / 1e6;
+    let share = rate / (args.peak * ranks as f64) * 100.0;
+    println!("{name:<34} {ranks:>6} {median:>10.3} {min:>10.3} {rate:>9.1} {share:>6.0} %");
+    let Some(path) = &args.json else { return Ok(()) };
+    let line = format!(
+        "{{\"case\":\"{name}\",\"ranks\":{ranks},\"median_ms\":{median:.4},\"min_ms\":{min:.4},\"gflops\":{rate:.2}}}\n"
+    );
+    let written = fs::OpenOptions::new().create(true).append(true).open(path);
+    written.and_then(|mut file| file.write_all(line.as_bytes())).map_err(|error| shardwise::Error::Io {
+        path: path.into(),
+        reason: error.to_string(),
+    })
+}
