@@ -12,8 +12,8 @@ use shardwise::{
     kernels::{Activation, Gemm, NormKind},
     launch::Threads,
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, GatedMlp, Layer, MlpNames, NormPlacement, ParallelMlp,
-        TransformerBlock,
+        AttentionConfig, BlockConfig, BlockNames, DTensor, GatedMlp, Layer, MlpNames, NormPlacement,
+        ParallelMlp, TransformerBlock,
     },
     rng::Philox,
     shard::Replicated,
@@ -42,26 +42,43 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    println!("{:<34} {:>6} {:>10} {:>10} {:>9} {:>8}", "case", "ranks", "median ms", "min ms", "GFLOP/s", "of peak");
-    for (m, n, k) in [(1024, 1024, 1024), (2048, 2048, 2048), (512, 4096, 1024), (16, 4096, 4096), (1, 4096, 4096)] {
+    println!(
+        "{:<34} {:>6} {:>10} {:>10} {:>9} {:>8}",
+        "case", "ranks", "median ms", "min ms", "GFLOP/s", "of peak"
+    );
+    for (m, n, k) in
+        [(1024, 1024, 1024), (2048, 2048, 2048), (512, 4096, 1024), (16, 4096, 4096), (1, 4096, 4096)]
+    {
         gemm(&args, m, n, k)?;
     }
     for tokens in [512, 16] {
         let flops = 4.0 * tokens as f64 * 1024.0 * 4096.0;
         layer(&args, &format!("mlp 1024-4096-1024 tok={tokens}"), tokens, 1024, flops, |group, weights| {
             let (names, sizes) = (MlpNames::default(), (1024, 4096));
-            ParallelMlp::<Replicated, f32, Cpu>::load(group, weights, &names, sizes, Activation::GeluErf, true)
+            ParallelMlp::<Replicated, f32, Cpu>::load(
+                group,
+                weights,
+                &names,
+                sizes,
+                Activation::GeluErf,
+                true,
+            )
         })?;
     }
     let gpt2 = block(768, 12, 12, 3072, false);
     let flops = 2.0 * 512.0 * 768.0 * (3.0 * 768.0 + 768.0 + 2.0 * 3072.0) + 2.0 * 512.0 * 512.0 * 768.0;
     layer(&args, "gpt2 block 1x512", 512, 768, flops, |group, weights| {
-        TransformerBlock::<Replicated, ParallelMlp<Replicated, f32, Cpu>, f32, Cpu>::load(group, weights, &gpt2)
+        TransformerBlock::<Replicated, ParallelMlp<Replicated, f32, Cpu>, f32, Cpu>::load(
+            group, weights, &gpt2,
+        )
     })?;
     let llama = block(1024, 16, 4, 2816, true);
-    let flops = 2.0 * 512.0 * 1024.0 * (1024.0 + 512.0 + 1024.0 + 3.0 * 2816.0) + 2.0 * 512.0 * 512.0 * 1024.0;
+    let flops =
+        2.0 * 512.0 * 1024.0 * (1024.0 + 512.0 + 1024.0 + 3.0 * 2816.0) + 2.0 * 512.0 * 512.0 * 1024.0;
     layer(&args, "llama block 1x512", 512, 1024, flops, |group, weights| {
-        TransformerBlock::<Replicated, GatedMlp<Replicated, f32, Cpu>, f32, Cpu>::load_gated(group, weights, &llama)
+        TransformerBlock::<Replicated, GatedMlp<Replicated, f32, Cpu>, f32, Cpu>::load_gated(
+            group, weights, &llama,
+        )
     })
 }
 
@@ -134,7 +151,7 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
                 let mut layer = load(&world, &Weights::new(&source))?;
                 let x = DTensor::replicated(&world, random(world.device(), "x", tokens, hidden)?)?;
                 let batch = (2e9 / flops).ceil().min(50.0) as usize;
-                let mut forward = || layer.forward(&x).map(|(y, _)| y);
+                let forward = || layer.forward(&x).map(|(y, _)| y);
                 forward()?;
                 world.barrier()?;
                 let start = Instant::now();
@@ -185,8 +202,7 @@ fn report(args: &Args, name: &str, ranks: usize, flops: f64, times: &mut [f64]) 
         "{{\"case\":\"{name}\",\"ranks\":{ranks},\"median_ms\":{median:.4},\"min_ms\":{min:.4},\"gflops\":{rate:.2}}}\n"
     );
     let written = fs::OpenOptions::new().create(true).append(true).open(path);
-    written.and_then(|mut file| file.write_all(line.as_bytes())).map_err(|error| shardwise::Error::Io {
-        path: path.into(),
-        reason: error.to_string(),
-    })
+    written
+        .and_then(|mut file| file.write_all(line.as_bytes()))
+        .map_err(|error| shardwise::Error::Io { path: path.into(), reason: error.to_string() })
 }

@@ -120,7 +120,12 @@ fn run(args: &Args) -> Result<()> {
     }
     let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
     let peaks: Vec<String> = ranks.iter().map(|(_, peak)| format!("{:.0}", mib(*peak))).collect();
-    println!("\n{} ranks, {:?}: {elapsed:.0?} with loading; peak MiB a rank: {}", args.ranks, args.dtype, peaks.join(" "));
+    println!(
+        "\n{} ranks, {:?}: {elapsed:.0?} with loading; peak MiB a rank: {}",
+        args.ranks,
+        args.dtype,
+        peaks.join(" ")
+    );
 
     let mut compared = 0;
     let mut worst = 0.0_f64;
@@ -130,12 +135,15 @@ fn run(args: &Args) -> Result<()> {
         worst = embedding.iter().zip(want).fold(worst, |max, (a, b)| max.max((a - b).abs()));
     }
     if compared > 0 {
-        let bound = 64.0 * match args.dtype {
-            Dtype::F64 | Dtype::F32 => f64::from(f32::EPSILON),
-            Dtype::Bf16 => bf16::EPSILON.to_f64(),
-            Dtype::F16 => f16::EPSILON.to_f64(),
-        };
-        println!("largest difference from PyTorch's f64 on {compared} sentences: {worst:.1e} (bound {bound:.1e})");
+        let bound = 64.0
+            * match args.dtype {
+                Dtype::F64 | Dtype::F32 => f64::from(f32::EPSILON),
+                Dtype::Bf16 => bf16::EPSILON.to_f64(),
+                Dtype::F16 => f16::EPSILON.to_f64(),
+            };
+        println!(
+            "largest difference from PyTorch's f64 on {compared} sentences: {worst:.1e} (bound {bound:.1e})"
+        );
         if worst > bound {
             return Err(fail("the embeddings differ from the reference".into()));
         }

@@ -135,7 +135,10 @@ fn compare<T: Element>(args: &Args) -> Result<()> {
     let stream = if args.sequence_parallel { "cut by tokens" } else { "replicated" };
     println!("{} ranks, residual stream {stream}\n", args.ranks);
 
-    println!("largest difference from one device, relative to the tensor's largest number (ε = {:.1e})", T::EPSILON);
+    println!(
+        "largest difference from one device, relative to the tensor's largest number (ε = {:.1e})",
+        T::EPSILON
+    );
     let join = |part: fn(&Report) -> &Vec<f64>| match args.sequence_parallel {
         true => reports.iter().flat_map(part).copied().collect(),
         false => part(&reports[0]).clone(),
@@ -194,7 +197,10 @@ fn compare<T: Element>(args: &Args) -> Result<()> {
     let bound = 64.0 * T::EPSILON;
     println!("\nlargest of all differences: {worst:.2e} (bound 64 ε = {bound:.1e})");
     if worst > bound {
-        return Err(Error::Invalid { op: "transformer_block", reason: "sharded and single results differ".into() });
+        return Err(Error::Invalid {
+            op: "transformer_block",
+            reason: "sharded and single results differ".into(),
+        });
     }
     Ok(())
 }

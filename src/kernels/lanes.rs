@@ -13,13 +13,13 @@ fn lane_fold<A: Accumulator>(len: usize, start: A, f: impl Fn(usize) -> A, combi
     let whole = len / LANES * LANES;
     let mut at = 0;
     while at < whole {
-        for lane in 0..LANES {
-            lanes[lane] = combine(lanes[lane], f(at + lane));
+        for (lane, value) in lanes.iter_mut().enumerate() {
+            *value = combine(*value, f(at + lane));
         }
         at += LANES;
     }
-    for lane in 0..len - whole {
-        lanes[lane] = combine(lanes[lane], f(whole + lane));
+    for (lane, value) in lanes.iter_mut().enumerate().take(len - whole) {
+        *value = combine(*value, f(whole + lane));
     }
     let mut width = LANES / 2;
     while width > 0 {

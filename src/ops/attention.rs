@@ -48,11 +48,7 @@ impl QkvHeads {
     fn parts<'a, T: Element, B: Backend>(&self, qkv: &'a Tensor<T, B>) -> [MatRef<'a, T, B>; 3] {
         let (query, kv) = (self.query_width(), self.kv_heads * self.head_dim);
         let mat = qkv.mat();
-        [
-            mat.columns(0..query),
-            mat.columns(query..query + kv),
-            mat.columns(query + kv..query + 2 * kv),
-        ]
+        [mat.columns(0..query), mat.columns(query..query + kv), mat.columns(query + kv..query + 2 * kv)]
     }
 }
 
@@ -76,7 +72,13 @@ pub fn attention<T: Element, B: Backend>(
     qkv: &Tensor<T, B>,
     sequences: &Sequences,
 ) -> Result<(Tensor<T, B>, AttentionContext<T, B>)> {
-    same_size("attention", "columns of [q | k | v]", qkv.shape().cols(), "those of its heads", heads.width())?;
+    same_size(
+        "attention",
+        "columns of [q | k | v]",
+        qkv.shape().cols(),
+        "those of its heads",
+        heads.width(),
+    )?;
     let rows = qkv.shape().rows();
     let mut out = Tensor::empty(qkv.device(), [rows, heads.query_width()])?;
     let mut lse = Tensor::empty(qkv.device(), [rows, heads.kv_of_query.len()])?;

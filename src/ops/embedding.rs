@@ -2,7 +2,7 @@
 
 use crate::{device::Element, error::Result, kernels::Backend, tensor::Tensor};
 
-/// yᵢ = table[idsᵢ]: `[ids.len(), cols]`.
+/// yᵢ = `table[idsᵢ]`, of shape `[ids.len(), cols]`.
 ///
 /// # Errors
 /// When an id is beyond the table.

@@ -12,5 +12,5 @@ pub use activation::{activate, activate_backward, add, gate, gate_backward};
 pub use attention::{AttentionContext, QkvHeads, attention, attention_backward};
 pub use embedding::{embedding, embedding_backward};
 pub use linear::{bias_grad, linear, linear_input_grad, linear_weight_grad};
-pub use norm::{NormContext, normalize, normalize_backward};
+pub use norm::{NormContext, NormGrads, normalize, normalize_backward};
 pub use softmax::{softmax, softmax_backward};

@@ -14,6 +14,17 @@ pub struct NormContext<T: Element, B: Device> {
     stats: Tensor<T::Acc, B>,
 }
 
+/// The gradients of a normalization.
+#[derive(Debug)]
+pub struct NormGrads<T: Element, B: Device> {
+    /// That of the input.
+    pub dx: Tensor<T, B>,
+    /// That of γ.
+    pub dgamma: Tensor<T::Acc, B>,
+    /// That of β, for a LayerNorm.
+    pub dbeta: Option<Tensor<T::Acc, B>>,
+}
+
 /// y = (x − mean) / √(var + ε) · γ + β, or x / √(mean(x²) + ε) · γ, over the last dimension.
 ///
 /// # Errors
@@ -31,7 +42,7 @@ pub fn normalize<T: Element, B: Backend>(
     Ok((y, NormContext { x: x.clone(), stats }))
 }
 
-/// dx, dγ, and dβ for a LayerNorm; the last two in the accumulator.
+/// The gradients of x, γ and β, the last two in the accumulator.
 ///
 /// # Errors
 /// When shapes disagree.
@@ -40,7 +51,7 @@ pub fn normalize_backward<T: Element, B: Backend>(
     context: &NormContext<T, B>,
     gamma: &Tensor<T, B>,
     dy: &Tensor<T, B>,
-) -> Result<(Tensor<T, B>, Tensor<T::Acc, B>, Option<Tensor<T::Acc, B>>)> {
+) -> Result<NormGrads<T, B>> {
     let NormContext { x, stats } = context;
     same_shape("norm backward", "x", x.shape().dims(), "dy", dy.shape().dims())?;
     let cols = x.shape().cols();
@@ -64,5 +75,5 @@ pub fn normalize_backward<T: Element, B: Backend>(
         dgamma.slice_mut()?,
         dbeta_slice,
     )?;
-    Ok((dx, dgamma, dbeta))
+    Ok(NormGrads { dx, dgamma, dbeta })
 }

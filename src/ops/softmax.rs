@@ -21,10 +21,7 @@ pub fn softmax<T: Element, B: Backend>(mask: Mask<'_>, x: &Tensor<T, B>) -> Resu
 ///
 /// # Errors
 /// When shapes disagree.
-pub fn softmax_backward<T: Element, B: Backend>(
-    y: &Tensor<T, B>,
-    dy: &Tensor<T, B>,
-) -> Result<Tensor<T, B>> {
+pub fn softmax_backward<T: Element, B: Backend>(y: &Tensor<T, B>, dy: &Tensor<T, B>) -> Result<Tensor<T, B>> {
     same_shape("softmax backward", "y", y.shape().dims(), "dy", dy.shape().dims())?;
     let mut dx = Tensor::empty(y.device(), y.shape())?;
     y.device().softmax_backward(y.mat(), dy.mat(), dx.mat_mut()?)?;

@@ -1,8 +1,8 @@
 //! A transformer block.
 
 use super::{
-    AttentionConfig, DTensor, GatedMlp, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp, QkvLayout, Stream,
-    Traffic,
+    AttentionConfig, DTensor, GatedMlp, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp,
+    QkvLayout, Stream, Traffic,
 };
 use crate::{
     comm::Group,
@@ -90,7 +90,11 @@ impl BlockNames {
             out: "attention.output.dense".into(),
             norm1: "attention.output.LayerNorm".into(),
             norm2: "output.LayerNorm".into(),
-            mlp: MlpNames { gate: String::new(), up: "intermediate.dense".into(), down: "output.dense".into() },
+            mlp: MlpNames {
+                gate: String::new(),
+                up: "intermediate.dense".into(),
+                down: "output.dense".into(),
+            },
         }
     }
 }
@@ -143,9 +147,8 @@ where
 {
     fn with_mlp(group: &Group<B>, weights: &Weights<'_>, config: &BlockConfig, mlp: M) -> Result<Self> {
         let names = &config.names;
-        let norm = |name: &str| {
-            Normalize::load(group, &weights.at(name), config.norm, config.attention.hidden)
-        };
+        let norm =
+            |name: &str| Normalize::load(group, &weights.at(name), config.norm, config.attention.hidden);
         Ok(Self {
             norm1: norm(&names.norm1)?,
             attention: ParallelAttention::load(group, weights, &names.qkv, &names.out, &config.attention)?,

@@ -145,11 +145,7 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
         Ok((self.output(x)?, x.local().clone()))
     }
 
-    fn backward(
-        &mut self,
-        x: Self::Saved,
-        dy: &DTensor<Shard<1>, T, B>,
-    ) -> Result<DTensor<Partial, T, B>> {
+    fn backward(&mut self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
         let dx = self.input_grad(dy)?;
         self.param_grads(&x, dy)?;
         Ok(dx)

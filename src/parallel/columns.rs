@@ -121,7 +121,13 @@ impl Columns {
     /// # Errors
     /// When the cut has not one part a rank.
     pub fn cut<B: Device>(group: &Group<B>, cut: Partition) -> Result<Self> {
-        same_size("column linear", "the parts of the cut", cut.parts(), "the ranks of the group", group.size())?;
+        same_size(
+            "column linear",
+            "the parts of the cut",
+            cut.parts(),
+            "the ranks of the group",
+            group.size(),
+        )?;
         let range = cut.range(group.rank());
         let rows = Rows { tensor: String::new(), of: cut.total(), range, owned: true };
         Ok(Self { cut, rows: vec![rows], shared: None })
@@ -180,12 +186,7 @@ impl Columns {
         let (rank, dim) = (group.rank(), heads.head_dim());
         let rows = |part, head, owned| {
             let (tensor, count, place) = layout.head(heads, part, head);
-            Rows {
-                tensor: tensor.to_string(),
-                of: count * dim,
-                range: place * dim..(place + 1) * dim,
-                owned,
-            }
+            Rows { tensor: tensor.to_string(), of: count * dim, range: place * dim..(place + 1) * dim, owned }
         };
         let mut all: Vec<Rows> = heads.query_range(rank).map(|head| rows(Part::Q, head, true)).collect();
         for part in [Part::K, Part::V] {

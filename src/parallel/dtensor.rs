@@ -147,7 +147,10 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
 fn uncut<T: Element, B: Device>(local: &Tensor<T, B>, op: &'static str) -> Result<Layout> {
     let shape = local.shape();
     if shape.rank() < 2 {
-        return Err(Error::invalid(op, format!("needs tokens and features, but the tensor has shape {shape}")));
+        return Err(Error::invalid(
+            op,
+            format!("needs tokens and features, but the tensor has shape {shape}"),
+        ));
     }
     Ok(Layout { shape, cut: None, tokens: None, sequences: Sequences::one(shape.rows()) })
 }

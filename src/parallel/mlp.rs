@@ -54,7 +54,8 @@ impl<S: Stream, T: Element, B: Backend> ParallelMlp<S, T, B> {
         let columns = Columns::even(group, ffn)?;
         let mode = if bias { Bias::Add } else { Bias::None };
         let up = ColumnParallelLinear::load(group, &weights.at(&names.up), hidden, &columns, mode)?;
-        let down = RowParallelLinear::load(group, &weights.at(&names.down), columns.partition(), hidden, bias)?;
+        let down =
+            RowParallelLinear::load(group, &weights.at(&names.down), columns.partition(), hidden, bias)?;
         Ok(Layer::<T, B>::then(Layer::<T, B>::then(up, Activate::new(f)), down))
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     device::{Device, Element},
     error::Result,
     kernels::{Backend, NormKind},
-    ops::{self, NormContext},
+    ops::{self, NormContext, NormGrads},
     shard::Shape,
     tensor::{Param, Region, Role, Tensor, Weights},
 };
@@ -81,7 +81,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
     }
 
     fn backward(&mut self, context: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
-        let (dx, dgamma, dbeta) =
+        let NormGrads { dx, dgamma, dbeta } =
             ops::normalize_backward(self.kind, &context, self.gamma.value(), dy.local())?;
         let (dgamma, dbeta) = self.sum_grads(dgamma, dbeta)?;
         self.gamma.add_grad(dgamma)?;

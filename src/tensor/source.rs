@@ -66,7 +66,10 @@ impl Region {
             depth -= 1;
             inner *= dims[depth];
         }
-        let Some(last) = depth.checked_sub(1) else { return vec![0..inner] };
+        let Some(last) = depth.checked_sub(1) else {
+            // The whole tensor is one run.
+            return std::iter::once(0..inner).collect();
+        };
         let (first, len) = (self.ranges[last].start * inner, self.ranges[last].len() * inner);
         if len == 0 {
             return Vec::new();

@@ -9,7 +9,8 @@ use shardwise::{
     device::{Cpu, Element},
     kernels::{Activation, NormKind},
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, GatedMlp, NormPlacement, ParallelMlp, Stream, TransformerBlock,
+        AttentionConfig, BlockConfig, BlockNames, GatedMlp, NormPlacement, ParallelMlp, Stream,
+        TransformerBlock,
     },
     reference,
     shard::{Replicated, Sequences, Shard},
@@ -120,7 +121,8 @@ type Gated<S, T> = TransformerBlock<S, GatedMlp<S, T, Cpu>, T, Cpu>;
 fn outcome<S: Stream + Spread, T: Element>(draw: &Draw, case: &Case<'_>) -> Result<crate::support::Outcome> {
     let config = draw.config();
     let load = |group: &Group<Cpu>, weights: &Weights<'_>| Plain::<S, T>::load(group, weights, &config);
-    let gated = |group: &Group<Cpu>, weights: &Weights<'_>| Gated::<S, T>::load_gated(group, weights, &config);
+    let gated =
+        |group: &Group<Cpu>, weights: &Weights<'_>| Gated::<S, T>::load_gated(group, weights, &config);
     if draw.gated { run::<T, _>(case, gated) } else { run::<T, _>(case, load) }
 }
 

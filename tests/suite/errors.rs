@@ -6,8 +6,8 @@ use shardwise::{
     comm::Group,
     device::Cpu,
     parallel::{
-        AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, CopyTo, DTensor, Layer, ParallelAttention,
-        QkvLayout, RowLinear, RowParallelLinear,
+        AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, CopyTo, DTensor, Layer,
+        ParallelAttention, QkvLayout, RowLinear, RowParallelLinear,
     },
     shard::{Heads, Partition, Replicated, Sequences, Shard},
     tensor::{Arrays, Random, Weights},
@@ -24,7 +24,15 @@ fn failure<R: Send>(world: usize, build: impl Fn(&Group<Cpu>, &Weights<'_>) -> R
 }
 
 fn attention(heads: usize, kv_heads: usize) -> AttentionConfig {
-    AttentionConfig { hidden: 4, heads, kv_heads, head_dim: 2, causal: false, qkv_bias: false, out_bias: false }
+    AttentionConfig {
+        hidden: 4,
+        heads,
+        kv_heads,
+        head_dim: 2,
+        causal: false,
+        qkv_bias: false,
+        out_bias: false,
+    }
 }
 
 #[test]
@@ -161,7 +169,8 @@ fn a_skipped_bias_is_left_to_the_caller() {
         let case = Case::new(2, &x, &dy, &weights);
         run::<f64, _>(&case, move |group, weights| {
             let columns = Columns::even(group, 6)?;
-            let mut layer = ColumnParallelLinear::<Replicated, f64, Cpu>::load(group, weights, 4, &columns, mode)?;
+            let mut layer =
+                ColumnParallelLinear::<Replicated, f64, Cpu>::load(group, weights, 4, &columns, mode)?;
             assert_eq!(layer.bias_mut().is_some(), mode != Bias::None);
             Ok(layer)
         })
@@ -196,7 +205,11 @@ fn random_weights_are_the_same_at_every_size() {
                 ColumnLinear::<f64, Cpu>::load(&group, &Weights::new(&source), 4, &columns, Bias::Add)?;
             let mut params = Vec::new();
             layer.visit(&mut |param| {
-                params.push((param.pieces().to_vec(), param.value().shape().dims().to_vec(), param.value().to_vec()?));
+                params.push((
+                    param.pieces().to_vec(),
+                    param.value().shape().dims().to_vec(),
+                    param.value().to_vec()?,
+                ));
                 Ok(())
             })?;
             Ok(params)
@@ -208,9 +221,10 @@ fn random_weights_are_the_same_at_every_size() {
         Arrays(whole.finish()).0
     };
     let one = sums(1);
-    assert_eq!(one.keys().map(String::as_str).collect::<Vec<_>>(), [
-        "k.bias", "k.weight", "q.bias", "q.weight", "v.bias", "v.weight"
-    ]);
+    assert_eq!(
+        one.keys().map(String::as_str).collect::<Vec<_>>(),
+        ["k.bias", "k.weight", "q.bias", "q.weight", "v.bias", "v.weight"]
+    );
     for world in 2..=6 {
         assert_eq!(sums(world), one, "{world} ranks");
     }

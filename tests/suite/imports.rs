@@ -109,7 +109,8 @@ fn modules_import_only_what_the_table_allows() {
     };
     let mut seen = 0;
     for (name, module, code) in files() {
-        let may = allowed.get(module.as_str()).unwrap_or_else(|| panic!("{name}: `{module}` is not in the table"));
+        let may =
+            allowed.get(module.as_str()).unwrap_or_else(|| panic!("{name}: `{module}` is not in the table"));
         for import in imported(&code).iter().map(|import| home(import)) {
             let common = (import == "error" || import == "shard") && module != "reference";
             let fine = import == module || common || module == "lib" || may.contains(&import.as_str());
@@ -126,7 +127,9 @@ fn modules_import_only_what_the_table_allows() {
 #[test]
 fn unsafe_stands_only_where_the_design_allows_it() {
     for (name, _, code) in files() {
-        let has = code.split(|letter: char| !letter.is_alphanumeric() && letter != '_').any(|word| word == "unsafe");
+        let has = code
+            .split(|letter: char| !letter.is_alphanumeric() && letter != '_')
+            .any(|word| word == "unsafe");
         assert!(!has || UNSAFE.contains(&name.as_str()), "{name} is not a place for `unsafe`");
     }
 }

@@ -8,9 +8,10 @@ use shardwise::{
     device::{Cpu, Element},
     kernels::{Activation, NormKind},
     parallel::{
-        Activate, AddBias, AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, CopyTo, GatedMlp,
-        GatherFrom, GatherSequence, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp, QkvLayout, ReduceFrom,
-        ReduceScatterSequence, RowLinear, RowParallelLinear, ScatterSequence, ScatterTo, Stream,
+        Activate, AddBias, AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, CopyTo,
+        GatedMlp, GatherFrom, GatherSequence, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp,
+        QkvLayout, ReduceFrom, ReduceScatterSequence, RowLinear, RowParallelLinear, ScatterSequence,
+        ScatterTo, Stream,
     },
     reference,
     shard::{Copied, Elementwise, Partition, Placement, Replicated, Sequences, Shard},
@@ -169,7 +170,13 @@ fn parallel_linear<S: Stream + Spread>(world: usize, rows: usize, more: usize, i
     let want_grads = [("weight", want.dw.into_dyn()), ("bias", want.db.into_dyn())];
 
     let got = run::<f64, _>(&Case::new(world, &x, &dy, &weights), |group, weights| {
-        ColumnParallelLinear::<S, f64, Cpu>::load(group, weights, inputs, &Columns::even(group, outputs)?, Bias::Add)
+        ColumnParallelLinear::<S, f64, Cpu>::load(
+            group,
+            weights,
+            inputs,
+            &Columns::even(group, outputs)?,
+            Bias::Add,
+        )
     })
     .unwrap();
     close("column", &got.y.into_dyn(), &want_y, EXACT);
@@ -235,7 +242,9 @@ fn norms<S: Stream + Spread>(world: usize, rows: usize, cols: usize, seed: u64) 
     let weights = arrays([("weight", gamma.clone().into_dyn()), ("bias", beta.clone().into_dyn())]);
     let case = Case::new(world, &x, &dy, &weights);
     let eps = 1e-3;
-    let load = |kind| run::<f64, _>(&case, |group, weights| Normalize::<S, f64, Cpu>::load(group, weights, kind, cols));
+    let load = |kind| {
+        run::<f64, _>(&case, |group, weights| Normalize::<S, f64, Cpu>::load(group, weights, kind, cols))
+    };
 
     let got = load(NormKind::LayerNorm { eps }).unwrap();
     let want = reference::layer_norm_backward(&x, &gamma, eps, &dy);
@@ -249,7 +258,8 @@ fn norms<S: Stream + Spread>(world: usize, rows: usize, cols: usize, seed: u64) 
     close("rms norm dx", &got.dx.into_dyn(), &want.dx, EXACT);
     grads_close(&got.grads, &[("weight", want.dgamma.into_dyn())], EXACT);
 
-    let got = run::<f64, _>(&case, |group, weights| AddBias::<S, f64, Cpu>::load(group, weights, cols)).unwrap();
+    let got =
+        run::<f64, _>(&case, |group, weights| AddBias::<S, f64, Cpu>::load(group, weights, cols)).unwrap();
     close("bias", &got.y.into_dyn(), &(&x + &beta), EXACT);
     close("bias dx", &got.dx.into_dyn(), &dy, EXACT);
     grads_close(&got.grads, &[("bias", dy.sum_axis(ndarray::Axis(0)).into_dyn())], EXACT);
@@ -365,8 +375,15 @@ fn attend<S: Stream + Spread>(
         ])
     };
     let (given, want_grads) = (named(&weights), named(&want.weights));
-    let config =
-        AttentionConfig { hidden, heads, kv_heads: kv, head_dim: dim, causal, qkv_bias: true, out_bias: true };
+    let config = AttentionConfig {
+        hidden,
+        heads,
+        kv_heads: kv,
+        head_dim: dim,
+        causal,
+        qkv_bias: true,
+        out_bias: true,
+    };
     let mut layouts = vec![
         (QkvLayout::separate("q", "k", "v"), None),
         (QkvLayout::Concatenated("qkv".into()), Some(Fuse::Concatenated)),

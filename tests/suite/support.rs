@@ -188,7 +188,6 @@ pub fn ranks(world: usize) -> Threads {
     Threads::new(world).device(Cpu::poisoned).deadline(Duration::from_secs(60))
 }
 
-
 /// Runs a layer forward and backward, twice over, on `case.world` ranks and checks what holds for every layer: recorded
 /// traffic equals declared traffic, a second run gives the same bits and adds the same gradients once more, replicated
 /// values are equal on all ranks, and every element of every tensor of the model is owned by exactly one rank.
@@ -255,7 +254,11 @@ where
             grads.add(&pieces, &shape, &values);
         }
     }
-    Ok(Outcome { y: L::Out::collect(ys), dx: <L::In as Placement>::Dual::collect(dxs), grads: grads.finish() })
+    Ok(Outcome {
+        y: L::Out::collect(ys),
+        dx: <L::In as Placement>::Dual::collect(dxs),
+        grads: grads.finish(),
+    })
 }
 
 fn wide<T: Element>(tensor: &Tensor<T>) -> Result<Array2<f64>> {
@@ -278,7 +281,8 @@ impl Assembled {
             });
             let extent = piece.region.extent();
             let start = piece.row * width;
-            let part = ArrayD::from_shape_vec(IxDyn(extent.dims()), values[start..start + extent.len()].to_vec());
+            let part =
+                ArrayD::from_shape_vec(IxDyn(extent.dims()), values[start..start + extent.len()].to_vec());
             let (part, ranges) = (part.unwrap(), piece.region.ranges());
             let region = |axis: ndarray::AxisDescription| Slice::from(ranges[axis.axis.index()].clone());
             let mut at = sum.slice_each_axis_mut(region);

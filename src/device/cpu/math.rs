@@ -58,7 +58,7 @@ pub(in super::super) fn erf(x: f32) -> f32 {
     let near = x * polynomial(
         s,
         [
-            1.128_379_2,
+            std::f32::consts::FRAC_2_SQRT_PI,
             -0.376_126_32,
             0.112_836_86,
             -0.026_858_818,

@@ -10,7 +10,7 @@ use crate::{
 
 /// Rows of a table by index, and the transpose of that.
 pub trait Gather: Device {
-    /// yᵢ ← table[idsᵢ].
+    /// yᵢ ← `table[idsᵢ]`.
     ///
     /// # Errors
     /// When an index is beyond the table, or sizes disagree.
@@ -21,7 +21,7 @@ pub trait Gather: Device {
         y: MatMut<'_, T, Self>,
     ) -> Result<()>;
 
-    /// dtable[idsᵢ] ← itself + dyᵢ, in order of i: rows that occur twice get the sum.
+    /// `dtable[idsᵢ]` ← itself + dyᵢ, in order of i: rows that occur twice get the sum.
     ///
     /// # Errors
     /// When an index is beyond the table, or sizes disagree.
