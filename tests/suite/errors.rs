@@ -186,7 +186,7 @@ fn a_skipped_bias_is_left_to_the_caller() {
         let layer =
             ColumnParallelLinear::<Replicated, f64, Cpu>::load(&group, &weights, 4, &columns, Bias::Skip)?;
         let x = DTensor::replicated(&group, Tensor::from_array(group.device(), &x)?)?;
-        Ok(layer.forward(&x)?.0.into_local().to_array()?)
+        layer.forward(&x)?.0.into_local().to_array()
     });
     let skipped = skipped.unwrap();
     let views: Vec<_> = skipped.iter().map(|part| part.view()).collect();

@@ -15,7 +15,7 @@ use shardwise::{
 use std::{collections::BTreeMap, time::Duration};
 
 /// Normally distributed numbers, a function of the name and the seed.
-pub fn random(seed: u64, name: &str, shape: &[usize]) -> ArrayD<f64> {
+pub(crate) fn random(seed: u64, name: &str, shape: &[usize]) -> ArrayD<f64> {
     let stream = Philox::named(seed, name);
     let mut index = 0;
     ArrayD::from_shape_simple_fn(IxDyn(shape), || {
@@ -25,17 +25,17 @@ pub fn random(seed: u64, name: &str, shape: &[usize]) -> ArrayD<f64> {
 }
 
 /// A random matrix.
-pub fn matrix(seed: u64, name: &str, rows: usize, cols: usize) -> Array2<f64> {
+pub(crate) fn matrix(seed: u64, name: &str, rows: usize, cols: usize) -> Array2<f64> {
     random(seed, name, &[rows, cols]).into_dimensionality().unwrap()
 }
 
 /// Small whole numbers: sums and products of a few are exact in every element.
-pub fn integers(seed: u64, name: &str, rows: usize, cols: usize) -> Array2<f64> {
+pub(crate) fn integers(seed: u64, name: &str, rows: usize, cols: usize) -> Array2<f64> {
     matrix(seed, name, rows, cols).mapv(|value| value.round().clamp(-2.0, 2.0))
 }
 
 /// The largest difference, relative to the largest number of `want` (or 1).
-pub fn difference(got: &ArrayD<f64>, want: &ArrayD<f64>) -> f64 {
+pub(crate) fn difference(got: &ArrayD<f64>, want: &ArrayD<f64>) -> f64 {
     assert_eq!(got.shape(), want.shape());
     let scale = want.iter().fold(1.0_f64, |max, value| max.max(value.abs()));
     got.iter().zip(want).fold(0.0_f64, |max, (got, want)| {
@@ -46,7 +46,7 @@ pub fn difference(got: &ArrayD<f64>, want: &ArrayD<f64>) -> f64 {
 
 /// Holds `got` to `want` within a relative difference.
 #[track_caller]
-pub fn close<D: ndarray::Dimension>(
+pub(crate) fn close<D: ndarray::Dimension>(
     what: &str,
     got: &ArrayD<f64>,
     want: &ndarray::Array<f64, D>,
@@ -57,7 +57,7 @@ pub fn close<D: ndarray::Dimension>(
 }
 
 /// A cut of `len` into `parts` parts, uneven in a way that depends on the seed; each part has at least one unit of `unit`.
-pub fn uneven(seed: u64, len: usize, parts: usize) -> Partition {
+pub(crate) fn uneven(seed: u64, len: usize, parts: usize) -> Partition {
     assert!(len >= parts);
     let stream = Philox::stream(seed, 77);
     let mut sizes = vec![1; parts];
@@ -68,7 +68,7 @@ pub fn uneven(seed: u64, len: usize, parts: usize) -> Partition {
 }
 
 /// How a test makes a sharded tensor of a whole one, and a whole one of the ranks' parts.
-pub trait Spread: Placement {
+pub(crate) trait Spread: Placement {
     fn spread<T: Element>(
         group: &Group<Cpu>,
         whole: &Array2<f64>,
@@ -157,41 +157,41 @@ impl Spread for Partial {
 }
 
 /// What a layer gave on all ranks, put together.
-pub struct Outcome {
-    pub y: Array2<f64>,
-    pub dx: Array2<f64>,
+pub(crate) struct Outcome {
+    pub(crate) y: Array2<f64>,
+    pub(crate) dx: Array2<f64>,
     /// The gradients of the model's tensors, by name.
-    pub grads: BTreeMap<String, ArrayD<f64>>,
+    pub(crate) grads: BTreeMap<String, ArrayD<f64>>,
 }
 
 /// A case for [`run`].
-pub struct Case<'a> {
-    pub world: usize,
-    pub x: &'a Array2<f64>,
-    pub dy: &'a Array2<f64>,
+pub(crate) struct Case<'a> {
+    pub(crate) world: usize,
+    pub(crate) x: &'a Array2<f64>,
+    pub(crate) dy: &'a Array2<f64>,
     /// How x and dy are cut, where their placement is a shard; evenly if not given.
-    pub x_cut: Option<Partition>,
-    pub dy_cut: Option<Partition>,
-    pub sequences: Sequences,
-    pub weights: &'a Arrays,
+    pub(crate) x_cut: Option<Partition>,
+    pub(crate) dy_cut: Option<Partition>,
+    pub(crate) sequences: Sequences,
+    pub(crate) weights: &'a Arrays,
 }
 
 impl<'a> Case<'a> {
-    pub fn new(world: usize, x: &'a Array2<f64>, dy: &'a Array2<f64>, weights: &'a Arrays) -> Self {
+    pub(crate) fn new(world: usize, x: &'a Array2<f64>, dy: &'a Array2<f64>, weights: &'a Arrays) -> Self {
         let sequences = Sequences::one(x.nrows());
         Self { world, x, dy, x_cut: None, dy_cut: None, sequences, weights }
     }
 }
 
 /// Thread ranks whose fresh tensors are NaN.
-pub fn ranks(world: usize) -> Threads {
+pub(crate) fn ranks(world: usize) -> Threads {
     Threads::new(world).device(Cpu::poisoned).deadline(Duration::from_secs(60))
 }
 
 /// Runs a layer forward and backward, twice over, on `case.world` ranks and checks what holds for every layer: recorded
 /// traffic equals declared traffic, a second run gives the same bits and adds the same gradients once more, replicated
 /// values are equal on all ranks, and every element of every tensor of the model is owned by exactly one rank.
-pub fn run<T, L>(
+pub(crate) fn run<T, L>(
     case: &Case<'_>,
     build: impl Fn(&Group<Cpu>, &Weights<'_>) -> Result<L> + Sync,
 ) -> Result<Outcome>
@@ -268,10 +268,10 @@ fn wide<T: Element>(tensor: &Tensor<T>) -> Result<Array2<f64>> {
 
 /// The tensors of the model, put together from the ranks' pieces.
 #[derive(Default)]
-pub struct Assembled(BTreeMap<String, (ArrayD<f64>, ArrayD<u32>, ArrayD<u32>)>);
+pub(crate) struct Assembled(BTreeMap<String, (ArrayD<f64>, ArrayD<u32>, ArrayD<u32>)>);
 
 impl Assembled {
-    pub fn add(&mut self, pieces: &[Piece], shape: &[usize], values: &[f64]) {
+    pub(crate) fn add(&mut self, pieces: &[Piece], shape: &[usize], values: &[f64]) {
         let width: usize = shape[1..].iter().product();
         for piece in pieces {
             let whole = piece.region.shape().dims().to_vec();
@@ -299,7 +299,7 @@ impl Assembled {
         }
     }
 
-    pub fn finish(self) -> BTreeMap<String, ArrayD<f64>> {
+    pub(crate) fn finish(self) -> BTreeMap<String, ArrayD<f64>> {
         let tensors = self.0.into_iter().map(|(name, (sum, _, owned))| {
             assert!(owned.iter().all(|&owners| owners == 1), "{name} is not owned by exactly one rank each");
             (name, sum)
@@ -309,13 +309,13 @@ impl Assembled {
 }
 
 /// Arrays by name.
-pub fn arrays<const N: usize>(tensors: [(&str, ArrayD<f64>); N]) -> Arrays {
+pub(crate) fn arrays<const N: usize>(tensors: [(&str, ArrayD<f64>); N]) -> Arrays {
     Arrays(tensors.into_iter().map(|(name, array)| (name.to_string(), array)).collect())
 }
 
 /// Holds every gradient to the reference's.
 #[track_caller]
-pub fn grads_close(got: &BTreeMap<String, ArrayD<f64>>, want: &[(&str, ArrayD<f64>)], tolerance: f64) {
+pub(crate) fn grads_close(got: &BTreeMap<String, ArrayD<f64>>, want: &[(&str, ArrayD<f64>)], tolerance: f64) {
     let names: Vec<_> = got.keys().map(String::as_str).collect();
     let mut wanted: Vec<_> = want.iter().map(|(name, _)| *name).collect();
     wanted.sort_unstable();
