@@ -1,6 +1,9 @@
 //! The elements of tensors: f64, f32, bf16 and f16, each with the type in which sums over it are kept.
 
-use super::{AnyBuffer, AnyMut, AnyRef, Device, cpu::Pool, cpu::Shelf};
+use super::{
+    AnyBuffer, AnyMut, AnyRef, Device,
+    cpu::{Pool, Shelf, math},
+};
 use half::{bf16, f16};
 use std::{
     cell::RefCell,
@@ -197,21 +200,10 @@ fn itself<T>(value: T) -> T {
     value
 }
 
-/// An f64 as f32, rounded to odd: of the two neighbours of an inexact value the one whose last bit is set. Rounded once more,
-/// to at most 22 bits, it gives what rounding once would have given. (`half`'s own conversions drop the low 32 bits.)
-fn to_odd(value: f64) -> f32 {
-    let nearest = value as f32;
-    let bits = nearest.to_bits();
-    if nearest.is_nan() || f64::from(nearest) == value || bits & 1 == 1 {
-        return nearest;
-    }
-    f32::from_bits(if f64::from(nearest).abs() < value.abs() { bits + 1 } else { bits - 1 })
-}
-
 element!(f64, f64, F64, f64, f64::EPSILON, widen: itself, narrow: itself, to: itself, from: itself);
 element!(f32, f32, F32, f32, f32::EPSILON as f64, widen: itself, narrow: itself, to: f64::from, from: |value| value as f32);
-element!(bf16, f32, BF16, bf16, 0.0078125, widen: bf16::to_f32, narrow: bf16::from_f32, to: bf16::to_f64, from: |value| bf16::from_f32(to_odd(value)));
-element!(f16, f32, F16, f16, 0.0009765625, widen: f16::to_f32, narrow: f16::from_f32, to: f16::to_f64, from: |value| f16::from_f32(to_odd(value)));
+element!(bf16, f32, BF16, bf16, 0.0078125, widen: bf16::to_f32, narrow: bf16::from_f32, to: |value| f64::from(bf16::to_f32(value)), from: |value| bf16::from_f32(math::round_to_odd(value)));
+element!(f16, f32, F16, f16, 0.0009765625, widen: math::f32_from_f16, narrow: math::f16_from_f32, to: |value| f64::from(math::f32_from_f16(value)), from: |value| math::f16_from_f32(math::round_to_odd(value)));
 
 impl Accumulator for f64 {
     const ZERO: Self = 0.0;
@@ -251,7 +243,7 @@ impl Accumulator for f32 {
     }
     #[inline(always)]
     fn exp(self) -> Self {
-        super::cpu::math::exp(self)
+        math::exp(self)
     }
     #[inline(always)]
     fn ln(self) -> Self {
@@ -259,11 +251,11 @@ impl Accumulator for f32 {
     }
     #[inline(always)]
     fn tanh(self) -> Self {
-        super::cpu::math::tanh(self)
+        math::tanh(self)
     }
     #[inline(always)]
     fn erf(self) -> Self {
-        super::cpu::math::erf(self)
+        math::erf(self)
     }
 }
 
@@ -278,7 +270,10 @@ mod tests {
         assert_eq!(<bf16 as Element>::from_f64(1.0 + 2f64.powi(-8) + little).to_f32(), 1.0078125);
         assert_eq!(<bf16 as Element>::from_f64(1.0 + 2f64.powi(-8) - little).to_f32(), 1.0);
         assert_eq!(<bf16 as Element>::from_f64(1.0 + 2f64.powi(-8)).to_f32(), 1.0);
-        assert_eq!(<f16 as Element>::from_f64(-1.0 - 2f64.powi(-11) - little).to_f64(), -1.0 - 2f64.powi(-10));
+        assert_eq!(
+            <f16 as Element>::from_f64(-1.0 - 2f64.powi(-11) - little).to_f64(),
+            -1.0 - 2f64.powi(-10)
+        );
         assert_eq!(<f16 as Element>::from_f64(2f64.powi(-25) + little).to_f64(), 2f64.powi(-24));
         for value in [0.0, -0.0, 1.5, f64::INFINITY, f64::NEG_INFINITY] {
             assert_eq!(<bf16 as Element>::from_f64(value).to_f64().to_bits(), value.to_bits());

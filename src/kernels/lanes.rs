@@ -1,25 +1,31 @@
 //! Sums and maxima of a row on the CPU, in an order that vector units can follow.
 
-use crate::device::Accumulator;
+use crate::device::{Accumulator, Element};
 
 /// Independent partial results: enough for two vectors of eight f32 to be under way at a time.
 const LANES: usize = 16;
 
-/// f(0) ⊕ f(1) ⊕ … ⊕ f(len − 1): element `i` goes to lane `i mod 16`, then the lanes are combined pairwise. The order
-/// depends on `len` alone.
+/// f(0) ⊕ f(1) ⊕ … ⊕ f(len − 1), where f(i) is `f` of the `i`-th elements of `rows`: element `i` goes to lane `i mod 16`,
+/// then the lanes are combined pairwise. The order depends on the rows' length alone.
 #[inline(always)]
-fn lane_fold<A: Accumulator>(len: usize, start: A, f: impl Fn(usize) -> A, combine: impl Fn(A, A) -> A) -> A {
+fn lane_fold<T: Element, A: Accumulator, const N: usize>(
+    rows: [&[T]; N],
+    start: A,
+    f: impl Fn([T; N]) -> A,
+    combine: impl Fn(A, A) -> A,
+) -> A {
     let mut lanes = [start; LANES];
+    let len = rows[0].len();
     let whole = len / LANES * LANES;
-    let mut at = 0;
-    while at < whole {
+    for at in (0..whole).step_by(LANES) {
+        // Arrays, so that lengths are checked once for all lanes: a check a lane would keep the loop from vector units.
+        let rows = rows.map(|row| row[at..].first_chunk::<LANES>().expect("the rows are equally long"));
         for (lane, value) in lanes.iter_mut().enumerate() {
-            *value = combine(*value, f(at + lane));
+            *value = combine(*value, f(rows.map(|row| row[lane])));
         }
-        at += LANES;
     }
     for (lane, value) in lanes.iter_mut().enumerate().take(len - whole) {
-        *value = combine(*value, f(whole + lane));
+        *value = combine(*value, f(rows.map(|row| row[whole + lane])));
     }
     let mut width = LANES / 2;
     while width > 0 {
@@ -31,16 +37,19 @@ fn lane_fold<A: Accumulator>(len: usize, start: A, f: impl Fn(usize) -> A, combi
     lanes[0]
 }
 
-/// f(0) + f(1) + … + f(len − 1).
+/// The sum of `f` of the rows' elements.
 #[inline(always)]
-pub(super) fn lane_sum<A: Accumulator>(len: usize, f: impl Fn(usize) -> A) -> A {
-    lane_fold(len, A::ZERO, f, |a, b| a + b)
+pub(super) fn lane_sum<T: Element, A: Accumulator, const N: usize>(
+    rows: [&[T]; N],
+    f: impl Fn([T; N]) -> A,
+) -> A {
+    lane_fold(rows, A::ZERO, f, |a, b| a + b)
 }
 
-/// The largest of f(0), …, f(len − 1): −∞ for none, NaN if one is NaN.
+/// The largest element of a row: −∞ of none, NaN if one is NaN.
 #[inline(always)]
-pub(super) fn lane_max<A: Accumulator>(len: usize, f: impl Fn(usize) -> A) -> A {
-    lane_fold(len, A::NEG_INFINITY, f, A::max_nan)
+pub(super) fn lane_max<A: Accumulator>(row: &[A]) -> A {
+    lane_fold([row], A::NEG_INFINITY, |[x]| x, A::max_nan)
 }
 
 #[cfg(test)]
@@ -49,11 +58,15 @@ mod tests {
 
     #[test]
     fn every_element_counts_once() {
-        for len in 0..70 {
-            assert_eq!(lane_sum(len, |at| at as f64), (len * len.saturating_sub(1) / 2) as f64);
-            let want = if len == 0 { f32::NEG_INFINITY } else { (len - 1) as f32 };
-            assert_eq!(lane_max(len, |at| at as f32), want);
+        for len in 0..70_usize {
+            let row: Vec<f64> = (0..len).map(|at| at as f64).collect();
+            let square = |n: usize| (n * n.saturating_sub(1) * (2 * n).saturating_sub(1) / 6) as f64;
+            assert_eq!(lane_sum([&row], |[x]| x), (len * len.saturating_sub(1) / 2) as f64);
+            assert_eq!(lane_sum([&row, &row], |[x, y]| x * y), square(len));
+            assert_eq!(lane_max(&row), if len == 0 { f64::NEG_INFINITY } else { (len - 1) as f64 });
         }
-        assert!((0..20).all(|nan| lane_max(20, |at| if at == nan { f32::NAN } else { 1.0 }).is_nan()));
+        let with_nan =
+            |nan: usize| std::array::from_fn::<f32, 20, _>(|at| if at == nan { f32::NAN } else { 1.0 });
+        assert!((0..20).all(|nan| lane_max(&with_nan(nan)).is_nan()));
     }
 }

@@ -28,12 +28,20 @@ pub(crate) struct Dims {
 }
 
 impl Dims {
-    /// One past the last element's index.
+    /// One past the last element's index; `usize::MAX` where that is larger, so that it lies in no memory.
     pub(crate) fn extent(&self) -> usize {
         if self.rows == 0 || self.cols == 0 {
             return 0;
         }
-        (self.rows - 1) * self.row_stride + (self.cols - 1) * self.col_stride + 1
+        let last_row = (self.rows - 1).saturating_mul(self.row_stride);
+        let last_col = (self.cols - 1).saturating_mul(self.col_stride);
+        last_row.saturating_add(last_col).saturating_add(1)
+    }
+
+    /// The index of a row's first element; 0 without columns, where a view may have no memory to point into.
+    #[inline(always)]
+    fn row_start(&self, row: usize) -> usize {
+        if self.cols == 0 { 0 } else { row * self.row_stride }
     }
 
     fn check(self, len: usize) -> Result<Self> {
@@ -155,7 +163,7 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         Self::strided(data, rows, cols, cols, 1)
     }
 
-    /// A matrix with any strides. Elements must not share memory: a stride of 0 is an error.
+    /// A matrix with any strides under which no two elements share memory.
     ///
     /// # Errors
     /// When the memory is too short, or elements overlap.
@@ -167,10 +175,13 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         col_stride: usize,
     ) -> Result<Self> {
         let dims = Dims { rows, cols, row_stride, col_stride }.check(B::len_mut(&data))?;
-        let apart = (rows <= 1 || row_stride > (cols.max(1) - 1) * col_stride || cols <= 1 && row_stride > 0)
-            && (cols <= 1 || col_stride > 0);
-        let apart_transposed = rows > 0 && cols > 1 && row_stride > 0 && col_stride > (rows - 1) * row_stride;
-        if !(apart || apart_transposed) {
+        // Each row ends before the next begins, or each column does.
+        let apart = |count: usize, stride: usize, inner: usize, inner_stride: usize| {
+            (count <= 1 || stride > (inner - 1) * inner_stride) && (inner <= 1 || inner_stride > 0)
+        };
+        let empty = dims.extent() == 0;
+        if !(empty || apart(rows, row_stride, cols, col_stride) || apart(cols, col_stride, rows, row_stride))
+        {
             return Err(Error::invalid(
                 "matrix view",
                 format!(
@@ -239,7 +250,7 @@ pub(crate) fn mat_mut<T: Element>(data: &mut [T], rows: usize, cols: usize) -> R
 impl<'a, T: Element> MatRef<'a, T, Cpu> {
     #[inline(always)]
     pub(crate) fn row(&self, row: usize) -> &'a [T] {
-        let at = row * self.dims.row_stride;
+        let at = self.dims.row_start(row);
         &self.data[at..at + self.dims.cols]
     }
 }
@@ -247,7 +258,7 @@ impl<'a, T: Element> MatRef<'a, T, Cpu> {
 impl<T: Element> MatMut<'_, T, Cpu> {
     #[inline(always)]
     pub(crate) fn row(&mut self, row: usize) -> &mut [T] {
-        let at = row * self.dims.row_stride;
+        let at = self.dims.row_start(row);
         &mut self.data[at..at + self.dims.cols]
     }
 }

@@ -1,9 +1,12 @@
 //! N ranks as threads of this process: nothing to install, nothing to configure.
 
 use crate::{
-    comm::{Group, threads::ThreadComm},
+    comm::{
+        Group,
+        threads::{Presence, Seat, ThreadComm},
+    },
     device::Cpu,
-    error::{Error, Result},
+    error::{Error, Loss, Result},
 };
 use std::{
     any::Any,
@@ -89,23 +92,28 @@ impl Threads {
         if self.ranks == 0 {
             return Err(Error::invalid("launch", "a group needs at least one rank"));
         }
-        let run = |number: usize, join: Box<dyn FnOnce() -> ThreadComm + Send + '_>| {
-            let end = join();
-            let presence = end.presence();
+        let run = |number: usize, seat: Seat| {
+            let presence = Rc::new(Presence::default());
+            let end = ThreadComm::join(seat, Rc::clone(&presence));
             let world = Group::new(Rc::new(end), &(self.device)());
             let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
             // Whatever the function did with its groups, this rank is in none of them any more.
-            presence.end();
+            presence.end(match &result {
+                Ok(Ok(_)) => Loss::Left,
+                Ok(Err(_)) => Loss::Failed,
+                Err(_) => Loss::Panicked,
+            });
             result
                 .unwrap_or_else(|panic| Err(Error::RankPanicked { rank: number, message: message(&*panic) }))
         };
         thread::scope(|scope| {
             let mut started = Vec::with_capacity(self.ranks);
-            for (number, join) in ThreadComm::group(self.ranks, self.deadline).into_iter().enumerate() {
-                let (run, join) = (&run, Box::new(join));
+            // If a thread cannot be started, its seat is dropped and the ranks that were started do not wait for it.
+            for (number, seat) in ThreadComm::group(self.ranks, self.deadline).into_iter().enumerate() {
+                let run = &run;
                 let thread = thread::Builder::new()
                     .name(format!("rank {number}"))
-                    .spawn_scoped(scope, move || run(number, join))
+                    .spawn_scoped(scope, move || run(number, seat))
                     .map_err(|error| {
                         Error::invalid("launch", format!("cannot start the thread of rank {number}: {error}"))
                     })?;

@@ -1,1 +1,1054 @@
 //! Collectives: exact results, disagreement, lost ranks.
+//!
+//! Inputs are small whole numbers times a power of two, as in nccl-tests: sums of a few are exact in every element and in
+//! every order, so that results are compared for equality. Fresh tensors are NaN: an element that nobody wrote is wrong.
+
+use half::{bf16, f16};
+use ndarray::{ArrayD, Axis, IxDyn, Slice};
+use proptest::{collection::vec, prelude::*};
+use shardwise::{
+    Error, Loss, Mismatch, Result, Tensor,
+    comm::{Group, Op, Pending, ReduceOp, Transfer},
+    device::{Cpu, DType, Element},
+    launch::Threads,
+    shard::{Partition, Shape},
+};
+use std::{
+    mem::forget,
+    panic::resume_unwind,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+const OPS: [ReduceOp; 3] = [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min];
+const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
+
+/// Thread ranks whose fresh tensors are NaN. Only a rank that is waited for in vain reaches the deadline.
+fn ranks(world: usize) -> Threads {
+    Threads::new(world).device(Cpu::poisoned).deadline(Duration::from_secs(60))
+}
+
+/// Calls a function of an element for an element that is a value.
+macro_rules! with_element {
+    ($dtype:expr, $function:ident($($argument:expr),*)) => {
+        match $dtype {
+            DType::F64 => $function::<f64>($($argument),*),
+            DType::F32 => $function::<f32>($($argument),*),
+            DType::BF16 => $function::<bf16>($($argument),*),
+            DType::F16 => $function::<f16>($($argument),*),
+        }
+    };
+}
+
+/// Well-mixed bits of a few numbers (the finalizer of SplitMix64).
+fn mix(seed: u64, a: usize, b: usize) -> u64 {
+    let mut bits = seed
+        ^ (a as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        ^ (b as u64).wrapping_mul(0xd1b5_4a32_d192_ed03);
+    bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    bits ^ (bits >> 31)
+}
+
+/// The ranks' inputs: whole numbers from −8 to 8 times one power of two.
+fn inputs(seed: u64, world: usize, dims: &[usize]) -> Vec<ArrayD<f64>> {
+    let scale = 2.0_f64.powi((seed % 7) as i32 - 3);
+    let input = |rank| {
+        let mut at = 0;
+        ArrayD::from_shape_simple_fn(IxDyn(dims), || {
+            at += 1;
+            ((mix(seed, rank, at) % 17) as f64 - 8.0) * scale
+        })
+    };
+    (0..world).map(input).collect()
+}
+
+/// A cut of `len` into `parts` parts; some are empty.
+fn uneven(seed: u64, len: usize, parts: usize) -> Partition {
+    let mut bounds: Vec<_> = (1..parts).map(|at| mix(seed, at, 1) as usize % (len + 1)).collect();
+    bounds.extend([0, len]);
+    bounds.sort_unstable();
+    Partition::from_sizes(bounds.windows(2).map(|pair| pair[1] - pair[0]))
+}
+
+fn tensor<T: Element>(group: &Group<Cpu>, array: &ArrayD<f64>) -> Result<Tensor<T>> {
+    let values: Vec<_> = array.iter().map(|value| T::from_f64(*value)).collect();
+    Tensor::from_slice(group.device(), array.shape(), &values)
+}
+
+/// The naive reduction.
+fn reduced<'a>(op: ReduceOp, inputs: impl IntoIterator<Item = &'a ArrayD<f64>>) -> ArrayD<f64> {
+    let mut inputs = inputs.into_iter();
+    let mut result = inputs.next().expect("a group has a rank").clone();
+    for input in inputs {
+        result.zip_mut_with(input, |a, b| match op {
+            ReduceOp::Sum => *a += b,
+            ReduceOp::Max => *a = a.max(*b),
+            ReduceOp::Min => *a = a.min(*b),
+        });
+    }
+    result
+}
+
+fn slice(whole: &ArrayD<f64>, dim: usize, cut: &Partition, rank: usize) -> ArrayD<f64> {
+    whole.slice_axis(Axis(dim), Slice::from(cut.range(rank))).to_owned()
+}
+
+#[track_caller]
+fn same<T: Element>(what: &Step, got: &Tensor<T>, want: &ArrayD<f64>) -> Result<()> {
+    assert_eq!(got.shape().dims(), want.shape(), "{what:?}");
+    let got = got.to_vec()?;
+    let wrong = got.iter().zip(want).position(|(got, want)| got.to_f64() != *want);
+    assert_eq!(wrong, None, "{what:?} of {} {:?}: the first wrong element", T::DTYPE, want.shape());
+    Ok(())
+}
+
+/// One collective of a program.
+#[derive(Clone, Debug)]
+enum Step {
+    AllReduce(ReduceOp),
+    AllGather(usize, Partition),
+    ReduceScatter(ReduceOp, usize, Partition),
+    Broadcast(usize),
+    /// Every rank sends to the one so many places further on.
+    Shift(usize),
+    /// Even ranks exchange with the next one.
+    Pairs,
+    Barrier,
+    /// Ranks of a random color reduce among themselves.
+    Split(u64),
+}
+
+/// Performs a step as one rank and compares the result with the one computed here from all ranks' inputs.
+fn perform<T: Element>(group: &Group<Cpu>, step: &Step, inputs: &[ArrayD<f64>]) -> Result<()> {
+    let (size, rank) = (group.size(), group.rank());
+    let shape = Shape::new(inputs[0].shape());
+    match step {
+        Step::AllReduce(op) => {
+            let mut x = tensor::<T>(group, &inputs[rank])?;
+            group.all_reduce(*op, &mut x)?;
+            same(step, &x, &reduced(*op, inputs))
+        }
+        Step::AllGather(dim, cut) => {
+            let part = tensor::<T>(group, &slice(&inputs[0], *dim, cut, rank))?;
+            same(step, &group.all_gather(&part, *dim, cut)?, &inputs[0])
+        }
+        Step::ReduceScatter(op, dim, cut) => {
+            let x = tensor::<T>(group, &inputs[rank])?;
+            let part = group.reduce_scatter(*op, &x, *dim, cut)?;
+            same(step, &x, &inputs[rank])?;
+            same(step, &part, &slice(&reduced(*op, inputs), *dim, cut, rank))
+        }
+        Step::Broadcast(root) => {
+            let mut x = tensor::<T>(group, &inputs[rank])?;
+            group.broadcast(*root, &mut x)?;
+            same(step, &x, &inputs[*root])
+        }
+        Step::Shift(by) => {
+            let (to, from) = ((rank + by) % size, (rank + size - by % size) % size);
+            let x = tensor::<T>(group, &inputs[rank])?;
+            let y = group.exchange(Some((to, &x)), Some((from, shape)))?;
+            same(step, &y.expect("what was asked for has arrived"), &inputs[from])
+        }
+        Step::Pairs => {
+            let peer = rank ^ 1;
+            let x = tensor::<T>(group, &inputs[rank])?;
+            let pair = peer < size;
+            let y = group.exchange(pair.then_some((peer, &x)), pair.then_some((peer, shape)))?;
+            assert_eq!(y.is_some(), pair);
+            y.map_or(Ok(()), |y| same(step, &y, &inputs[peer]))
+        }
+        Step::Barrier => group.barrier(),
+        Step::Split(seed) => {
+            // Color 3 is none; keys reverse or keep the order.
+            let color = |rank| Some(mix(*seed, rank, 2) % 4).filter(|color| *color < 3);
+            let key = |rank: usize| if seed % 2 == 0 { size - rank } else { 7 };
+            let part = group.split(color(rank), key(rank) as u64)?;
+            let Some(color_here) = color(rank) else {
+                assert!(part.is_none());
+                return Ok(());
+            };
+            let part = part.expect("a rank with a color has a group");
+            let mut members: Vec<_> = (0..size).filter(|&rank| color(rank) == Some(color_here)).collect();
+            members.sort_by_key(|&rank| (key(rank), rank));
+            assert_eq!((part.size(), members[part.rank()]), (members.len(), rank));
+            assert_eq!(part.name(), format!("{}/{color_here}", group.name()));
+            let mut x = tensor::<T>(&part, &inputs[rank])?;
+            part.all_reduce(ReduceOp::Sum, &mut x)?;
+            same(step, &x, &reduced(ReduceOp::Sum, members.iter().map(|&rank| &inputs[rank])))
+        }
+    }
+}
+
+/// A collective under way, and what it will be compared with.
+type Awaited = Box<dyn FnOnce() -> Result<()>>;
+
+/// Starts a step, if it is one that can be started.
+fn start<T: Element>(group: &Group<Cpu>, step: &Step, inputs: &[ArrayD<f64>]) -> Result<Awaited> {
+    let rank = group.rank();
+    let x = tensor::<T>(group, &inputs[rank])?;
+    let (pending, want): (Pending<T, Cpu>, _) = match step {
+        Step::AllReduce(op) => (group.start_all_reduce(*op, x)?, reduced(*op, inputs)),
+        Step::AllGather(dim, cut) => {
+            let part = tensor(group, &slice(&inputs[0], *dim, cut, rank))?;
+            (group.start_all_gather(part, *dim, cut)?, inputs[0].clone())
+        }
+        Step::ReduceScatter(op, dim, cut) => {
+            let want = slice(&reduced(*op, inputs), *dim, cut, rank);
+            (group.start_reduce_scatter(*op, x, *dim, cut)?, want)
+        }
+        _ => {
+            perform::<T>(group, step, inputs)?;
+            return Ok(Box::new(|| Ok(())));
+        }
+    };
+    let step = step.clone();
+    Ok(Box::new(move || same(&step, &pending.wait()?, &want)))
+}
+
+/// Every step on tensors of these dimensions; of a dimension with one index only the even cut.
+fn all_steps(seed: u64, world: usize, dims: [usize; 2]) -> Vec<Step> {
+    let mut steps = vec![Step::Barrier, Step::Pairs, Step::Split(seed)];
+    steps.extend(OPS.map(Step::AllReduce));
+    for dim in 0..2 {
+        let op = OPS[(seed as usize + dim) % 3];
+        let cuts = [Partition::even(dims[dim], world), uneven(seed, dims[dim], world)];
+        for cut in cuts.into_iter().take(if dims[dim] == 1 { 1 } else { 2 }) {
+            steps.push(Step::AllGather(dim, cut.clone()));
+            steps.push(Step::ReduceScatter(op, dim, cut));
+        }
+    }
+    steps.extend((0..world).map(Step::Broadcast));
+    steps.extend((0..world).map(Step::Shift));
+    steps
+}
+
+#[test]
+fn collectives_are_exact_for_every_world_element_and_size() {
+    for world in 1..=8 {
+        ranks(world)
+            .run(|group| {
+                for (at, dtype) in DTYPES.into_iter().enumerate() {
+                    // Payloads of at most 16 KiB go another way than longer ones.
+                    let eager = (16 << 10) / dtype.size();
+                    let lines = [0, 1, 2, 7, 31, 33, 127, eager - 1, eager, eager + 1, 2 * eager + 13];
+                    let lines = lines.into_iter().enumerate().map(|(at, len)| [[len, 1], [1, len]][at % 2]);
+                    let matrices = [[0, 3], [5, 7], [64, 65], [3, 4099]];
+                    for (round, dims) in lines.chain(matrices).enumerate() {
+                        let seed = (at * 100 + round) as u64;
+                        let inputs = inputs(seed, world, &dims);
+                        for step in all_steps(seed, world, dims) {
+                            with_element!(dtype, perform(&group, &step, &inputs))?;
+                        }
+                    }
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+#[test]
+fn three_dimensional_tensors_are_cut_along_any_dimension() {
+    let dims = [3, 5, 4];
+    for world in [2, 3, 5] {
+        ranks(world)
+            .run(|group| {
+                for dim in 0..3 {
+                    let cut = uneven(dim as u64, dims[dim], world);
+                    let scatter = Step::ReduceScatter(ReduceOp::Sum, dim, cut.clone());
+                    perform::<f32>(&group, &Step::AllGather(dim, cut), &inputs(1, world, &dims))?;
+                    perform::<f32>(&group, &scatter, &inputs(2, world, &dims))?;
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+#[test]
+fn several_in_flight_are_waited_for_in_any_order() {
+    for world in [1, 2, 3, 4] {
+        ranks(world)
+            .run(|group| {
+                let few = inputs(1, world, &[5]);
+                let mut flights = Vec::new();
+                for (round, dims) in [[9, 700], [1, 7], [5, 0], [128, 129]].into_iter().enumerate() {
+                    let inputs = inputs(round as u64, world, &dims);
+                    for (at, step) in all_steps(3, world, dims).into_iter().enumerate() {
+                        let dtype = DTYPES[(at + round) % 4];
+                        flights.push(with_element!(dtype, start(&group, &step, &inputs))?);
+                        perform::<f32>(&group, &Step::AllReduce(ReduceOp::Sum), &few)?;
+                    }
+                }
+                // Each rank in an order of its own.
+                while !flights.is_empty() {
+                    let next = mix(9, group.rank(), flights.len()) as usize % flights.len();
+                    flights.swap_remove(next)()?;
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+/// Random normal numbers of every magnitude, whose sums depend on the order.
+fn general<T: Element>(rank: usize, len: usize) -> Vec<T> {
+    let number = |at| {
+        let bits = mix(77, rank, at);
+        let magnitude = 2.0_f64.powi((bits % 12) as i32 - 6);
+        T::from_f64(((bits >> 11) as f64 / (1_u64 << 53) as f64 - 0.5) * magnitude)
+    };
+    (0..len).map(number).collect()
+}
+
+fn sums_in_rank_order<T: Element>(group: &Group<Cpu>) -> Result<()> {
+    let bits = |values: &[T]| values.iter().map(|value| value.to_f64().to_bits()).collect::<Vec<_>>();
+    for len in [1, 100, 3000, 20_011] {
+        let all: Vec<Vec<T>> = (0..group.size()).map(|rank| general(rank, len)).collect();
+        let sum = |at: usize| {
+            let first = all[0][at].widen();
+            T::narrow(all[1..].iter().fold(first, |sum, values| sum + values[at].widen()))
+        };
+        let want = bits(&(0..len).map(sum).collect::<Vec<_>>());
+        let cut = uneven(len as u64, len, group.size());
+        let x = Tensor::from_slice(group.device(), [len], &all[group.rank()])?;
+        for _ in 0..3 {
+            let mut y = x.clone();
+            group.all_reduce(ReduceOp::Sum, &mut y)?;
+            assert_eq!(bits(&y.to_vec()?), want);
+            let y = group.start_all_reduce(ReduceOp::Sum, x.clone())?.wait()?;
+            assert_eq!(bits(&y.to_vec()?), want);
+            let part = group.reduce_scatter(ReduceOp::Sum, &x, 0, &cut)?;
+            assert_eq!(bits(&part.to_vec()?), want[cut.range(group.rank())]);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn sums_of_any_floats_are_made_in_rank_order_in_the_accumulator() {
+    for world in [2, 3, 4, 7] {
+        ranks(world)
+            .run(|group| DTYPES.iter().try_for_each(|dtype| with_element!(dtype, sums_in_rank_order(&group))))
+            .unwrap();
+    }
+}
+
+fn nan_wins<T: Element>(group: &Group<Cpu>) -> Result<()> {
+    for len in [5, 20_000] {
+        for (op, holder) in OPS.iter().flat_map(|op| (0..group.size()).map(move |rank| (*op, rank))) {
+            let mut values = vec![T::from_f64(group.rank() as f64 - 2.0); len];
+            if group.rank() == holder {
+                values[len / 2] = T::NAN;
+            }
+            let check = |got: Vec<T>, start: usize| {
+                let is_right = |(at, value): (usize, &T)| value.to_f64().is_nan() == (start + at == len / 2);
+                assert!(got.iter().enumerate().all(is_right), "{op:?} of {} by rank {holder}", T::DTYPE);
+            };
+            let x = Tensor::from_slice(group.device(), [len], &values)?;
+            let mut y = x.clone();
+            group.all_reduce(op, &mut y)?;
+            check(y.to_vec()?, 0);
+            let cut = Partition::even(len, group.size());
+            let part = group.reduce_scatter(op, &x, 0, &cut)?;
+            check(part.to_vec()?, cut.range(group.rank()).start);
+            check(group.start_all_reduce(op, x)?.wait()?.to_vec()?, 0);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_nan_is_never_dropped_whoever_holds_it() {
+    for world in 1..=4 {
+        ranks(world)
+            .run(|group| DTYPES.iter().try_for_each(|dtype| with_element!(dtype, nan_wins(&group))))
+            .unwrap();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Programs of collectives, started ones among them, on random shapes and cuts.
+    #[test]
+    fn random_programs_agree_with_the_oracle(
+        world in 1..=8_usize,
+        program in vec((0..8_usize, 0..4_usize, 0..40_usize, 0..300_usize, any::<u64>(), any::<bool>()), 1..20),
+    ) {
+        let outcome = ranks(world).run(|group| {
+            let mut flights: Vec<Awaited> = Vec::new();
+            for &(kind, dtype, rows, cols, seed, started) in &program {
+                let (dims, dim) = ([rows, cols], seed as usize / 8 % 2);
+                let cut = uneven(seed, dims[dim], world);
+                let (op, peer) = (OPS[seed as usize % 3], seed as usize % world);
+                let step = match kind {
+                    0 => Step::AllReduce(op),
+                    1 => Step::AllGather(dim, cut),
+                    2 => Step::ReduceScatter(op, dim, cut),
+                    3 => Step::Broadcast(peer),
+                    4 => Step::Shift(peer),
+                    5 => Step::Pairs,
+                    6 => Step::Barrier,
+                    _ => Step::Split(seed),
+                };
+                let inputs = inputs(seed, world, &dims);
+                if started {
+                    flights.push(with_element!(DTYPES[dtype], start(&group, &step, &inputs))?);
+                } else {
+                    with_element!(DTYPES[dtype], perform(&group, &step, &inputs))?;
+                }
+                // Each rank waits for another one of its flights, or drops it, or goes on.
+                let turn = mix(seed, group.rank(), 3) as usize;
+                if turn.is_multiple_of(2) && !flights.is_empty() {
+                    let flight = flights.swap_remove(turn / 16 % flights.len());
+                    if !(turn / 2).is_multiple_of(8) { flight()? }
+                }
+            }
+            flights.into_iter().try_for_each(|flight| flight())
+        });
+        prop_assert_eq!(outcome.map(|_| ()), Ok(()));
+    }
+}
+
+/// What a rank does that disagrees, or what the others do.
+type Act = fn(&Group<Cpu>) -> Result<()>;
+
+/// A buffer of the rank's number; when the collective fails, it is unchanged.
+fn attempt<T: Element>(
+    group: &Group<Cpu>,
+    dims: &[usize],
+    collective: impl FnOnce(&mut Tensor<T>) -> Result<()>,
+) -> Result<()> {
+    let own = group.rank() as f64 + 1.0;
+    let mut x = Tensor::full(group.device(), dims, own)?;
+    let result = collective(&mut x);
+    if result.is_err() {
+        assert!(x.to_vec()?.iter().all(|value| value.to_f64() == own), "the buffer has changed");
+    }
+    result
+}
+
+fn reduce<T: Element>(group: &Group<Cpu>, op: ReduceOp, dims: &[usize]) -> Result<()> {
+    attempt::<T>(group, dims, |x| group.all_reduce(op, x))
+}
+
+fn broadcast(group: &Group<Cpu>, root: usize, len: usize) -> Result<()> {
+    attempt::<f32>(group, &[len], |x| group.broadcast(root, x))
+}
+
+/// Gathers a `[12, 12]` tensor.
+fn gather(group: &Group<Cpu>, dim: usize, cut: &Partition) -> Result<()> {
+    let part = Shape::new(&[12, 12]).with(dim, cut.size(group.rank()));
+    attempt::<f32>(group, part.dims(), |x| group.all_gather(x, dim, cut).map(drop))
+}
+
+/// Reduces and scatters a `[12, 12]` tensor.
+fn scatter(group: &Group<Cpu>, op: ReduceOp, dim: usize, cut: &Partition) -> Result<()> {
+    attempt::<f32>(group, &[12, 12], |x| group.reduce_scatter(op, x, dim, cut).map(drop))
+}
+
+fn even(group: &Group<Cpu>) -> Partition {
+    Partition::even(12, group.size())
+}
+
+/// Rank 0 has the most.
+fn slanted(group: &Group<Cpu>) -> Partition {
+    let size = group.size();
+    Partition::from_sizes((0..size).map(|rank| if rank == 0 { 13 - size } else { 1 }))
+}
+
+fn started(group: &Group<Cpu>, op: ReduceOp, len: usize) -> Result<()> {
+    let x = Tensor::<f32>::zeros(group.device(), [len])?;
+    group.start_all_reduce(op, x)?.wait().map(drop)
+}
+
+/// What the usual ranks do, what the odd one does, and a word that names each in the error.
+const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
+    // A call more: a started one is not waited for by the others, so that only the sequence number differs.
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        |group| {
+            drop(group.start_all_reduce(ReduceOp::Sum, Tensor::<f32>::zeros(group.device(), [6])?)?);
+            reduce::<f32>(group, ReduceOp::Sum, &[6])
+        },
+        "all_reduce(sum, f32 [6], call 0)",
+        "all_reduce(sum, f32 [6], call 1)",
+    ),
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]).and_then(|()| group.barrier()),
+        |group| {
+            reduce::<f32>(group, ReduceOp::Sum, &[6])?;
+            reduce::<f32>(group, ReduceOp::Sum, &[6])?;
+            group.barrier()
+        },
+        "barrier(call 1)",
+        "all_reduce(sum, f32 [6], call 1)",
+    ),
+    // The operation.
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        |group| broadcast(group, 0, 6),
+        "all_reduce(",
+        "broadcast(",
+    ),
+    (
+        |group| gather(group, 0, &even(group)),
+        |group| scatter(group, ReduceOp::Sum, 0, &even(group)),
+        "all_gather(",
+        "reduce_scatter(",
+    ),
+    (|group| group.barrier(), |group| group.split(Some(0), 0).map(drop), "barrier(", "split("),
+    (
+        |group| group.barrier(),
+        |group| reduce::<f64>(group, ReduceOp::Max, &[100_000]),
+        "barrier(",
+        "all_reduce(max",
+    ),
+    // Its arguments.
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        |group| reduce::<f32>(group, ReduceOp::Max, &[6]),
+        "all_reduce(sum",
+        "all_reduce(max",
+    ),
+    (
+        |group| scatter(group, ReduceOp::Max, 0, &even(group)),
+        |group| scatter(group, ReduceOp::Min, 0, &even(group)),
+        "reduce_scatter(max",
+        "reduce_scatter(min",
+    ),
+    (|group| broadcast(group, 0, 6), |group| broadcast(group, 1, 6), "root 0", "root 1"),
+    (|group| broadcast(group, 0, 50_000), |group| broadcast(group, 1, 50_000), "root 0", "root 1"),
+    // The element, also where the bytes are as many.
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        |group| reduce::<bf16>(group, ReduceOp::Sum, &[6]),
+        "f32 [6]",
+        "bf16 [6]",
+    ),
+    (
+        |group| reduce::<bf16>(group, ReduceOp::Sum, &[9000]),
+        |group| reduce::<f16>(group, ReduceOp::Sum, &[9000]),
+        "bf16 [9000]",
+        "f16 [9000]",
+    ),
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        |group| reduce::<f64>(group, ReduceOp::Sum, &[3]),
+        "f32 [6]",
+        "f64 [3]",
+    ),
+    // The shape, also where the elements are as many.
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[2, 3]),
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[3, 2]),
+        "f32 [2, 3]",
+        "f32 [3, 2]",
+    ),
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6, 1]),
+        "f32 [6]",
+        "f32 [6, 1]",
+    ),
+    (|group| broadcast(group, 1, 6), |group| broadcast(group, 1, 7), "f32 [6]", "f32 [7]"),
+    // One side of the eager limit and the other.
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[4096]),
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[4097]),
+        "f32 [4096]",
+        "f32 [4097]",
+    ),
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[100_000]),
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[0]),
+        "f32 [100000]",
+        "f32 [0]",
+    ),
+    // The cut, and the dimension that is cut.
+    (|group| gather(group, 0, &even(group)), |group| gather(group, 0, &slanted(group)), "cut ", "cut "),
+    (|group| gather(group, 0, &even(group)), |group| gather(group, 1, &even(group)), "cut ", "cut "),
+    (
+        |group| scatter(group, ReduceOp::Sum, 1, &even(group)),
+        |group| scatter(group, ReduceOp::Sum, 1, &slanted(group)),
+        "cut ",
+        "cut ",
+    ),
+    (
+        |group| scatter(group, ReduceOp::Sum, 1, &even(group)),
+        |group| scatter(group, ReduceOp::Sum, 0, &even(group)),
+        "cut ",
+        "cut ",
+    ),
+    // Started ones, when they are waited for.
+    (
+        |group| started(group, ReduceOp::Sum, 6),
+        |group| started(group, ReduceOp::Min, 6),
+        "start_all_reduce(sum",
+        "start_all_reduce(min",
+    ),
+    (
+        |group| started(group, ReduceOp::Sum, 9000),
+        |group| started(group, ReduceOp::Sum, 9),
+        "f32 [9000]",
+        "f32 [9]",
+    ),
+    // Started here and not there is seen at the next call.
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        |group| {
+            let x = Tensor::<f32>::zeros(group.device(), [6])?;
+            let pending = group.start_all_reduce(ReduceOp::Sum, x)?;
+            group.barrier()?;
+            pending.wait().map(drop)
+        },
+        "all_reduce(sum, f32 [6], call 0)",
+        "barrier(call 1)",
+    ),
+];
+
+#[test]
+fn disagreement_is_an_error_on_every_rank_that_names_both_sides() {
+    for (world, odd) in [(2, 0), (2, 1), (3, 1), (4, 0), (4, 3)] {
+        for (case, (usual, other, usual_word, odd_word)) in DISAGREEMENTS.iter().enumerate() {
+            let errors = ranks(world)
+                .run(|group| {
+                    let act = if group.rank() == odd { other } else { usual };
+                    let error = act(&group).unwrap_err();
+                    let later = group.barrier().unwrap_err();
+                    assert_eq!(error, later, "a failed group repeats its first error");
+                    assert_eq!(reduce::<f32>(&group, ReduceOp::Sum, &[9999]).unwrap_err(), error);
+                    assert!(!error.is_consequence());
+                    Ok(error)
+                })
+                .unwrap();
+            let Error::Mismatch(mismatch) = &errors[0] else {
+                panic!("case {case} of {world} ranks, {odd} odd: {}", errors[0])
+            };
+            assert!(errors.iter().all(|error| *error == errors[0]), "case {case}: {errors:?}");
+            let (left, right) = if odd == 0 { (odd_word, usual_word) } else { (usual_word, odd_word) };
+            let Mismatch { left_rank, left: left_words, right_rank, right: right_words } = &**mismatch;
+            assert_eq!((*left_rank, *right_rank), (0, odd.max(1)), "case {case}");
+            assert!(left_words.contains(left) && right_words.contains(right), "case {case}: {}", errors[0]);
+            assert!(left_words.contains("comm.rs:") && right_words.contains("comm.rs:"), "{}", errors[0]);
+        }
+    }
+}
+
+#[test]
+fn the_error_names_calls_and_lines() {
+    let error = ranks(2).run(|group| broadcast(&group, group.rank(), 6)).unwrap_err();
+    let Error::RankFailed { rank: 0, source } = error else { panic!("{error}") };
+    let words = source.to_string();
+    let words: Vec<_> = words.split(char::is_numeric).collect();
+    assert_eq!(words.concat(), {
+        let side = |_: u8| "broadcast(root , f [], call ) at tests/suite/comm.rs:";
+        format!("ranks disagree: rank  called {}; rank  called {}", side(0), side(1))
+    });
+}
+
+#[test]
+fn what_a_receiver_does_not_expect_is_a_disagreement() {
+    let cases: [(Act, &str, &str); 2] = [
+        (
+            |group| group.exchange::<f64>(None, Some((0, Shape::new(&[2, 3])))).map(drop),
+            "sending f32 [2, 3]",
+            "expecting f64 [2, 3]",
+        ),
+        (
+            |group| group.exchange::<f32>(None, Some((0, Shape::new(&[3, 2])))).map(drop),
+            "sending f32 [2, 3]",
+            "expecting f32 [3, 2]",
+        ),
+    ];
+    for (receive, sending, expecting) in cases {
+        let errors = ranks(3)
+            .run(|group| {
+                let result = match group.rank() {
+                    0 => group
+                        .exchange(Some((2, &Tensor::<f32>::zeros(group.device(), [2, 3])?)), None)
+                        .map(drop),
+                    1 => group.barrier(),
+                    _ => receive(&group),
+                };
+                // The sender did not wait; it hears of it at its next call.
+                Ok(result.and_then(|()| group.barrier()).unwrap_err())
+            })
+            .unwrap();
+        assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
+        let Error::Mismatch(mismatch) = &errors[0] else { panic!("{}", errors[0]) };
+        assert_eq!((mismatch.left_rank, mismatch.right_rank), (0, 2));
+        assert!(mismatch.left.contains(sending) && mismatch.right.contains(expecting), "{}", errors[0]);
+    }
+}
+
+/// How a rank is lost.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Way {
+    Panic,
+    Return,
+    Fail,
+    /// It drops the group and goes on without it.
+    Drop,
+    /// It returns and has leaked the group.
+    Leak,
+    LeakAndPanic,
+}
+
+const WAYS: [Way; 6] = [Way::Panic, Way::Return, Way::Fail, Way::Drop, Way::Leak, Way::LeakAndPanic];
+
+/// What the others are doing.
+const WAITS: [Act; 11] = [
+    |group| reduce::<f32>(group, ReduceOp::Sum, &[3]),
+    |group| reduce::<f64>(group, ReduceOp::Max, &[5000]),
+    |group| gather(group, 0, &even(group)),
+    |group| scatter(group, ReduceOp::Sum, 1, &even(group)),
+    |group| broadcast(group, 0, 9),
+    |group| broadcast(group, group.size() - 1, 9000),
+    |group| group.barrier(),
+    |group| group.split(Some(1), 0).map(drop),
+    |group| started(group, ReduceOp::Sum, 5),
+    |group| perform::<f32>(group, &Step::Shift(1), &inputs(0, group.size(), &[4])),
+    // After one that all have come to.
+    |group| {
+        let x = Tensor::<f32>::zeros(group.device(), [70_000])?;
+        let pending = group.start_all_reduce(ReduceOp::Sum, x)?;
+        group.barrier()?;
+        pending.wait().map(drop)
+    },
+];
+
+/// Loses rank `lost` after some collectives and some time, while the others do as `wait` says until they fail.
+fn lose(world: usize, lost: usize, way: Way, before: usize, delay: Duration, wait: Act) {
+    let (heard, gone) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let begin = Instant::now();
+    let outcomes = ranks(world)
+        .run_each(|group| {
+            for at in 0..before {
+                perform::<f32>(
+                    &group,
+                    &Step::AllReduce(ReduceOp::Sum),
+                    &inputs(1, world, &[[3, 5000][at % 2]]),
+                )?;
+            }
+            if group.rank() == lost {
+                sleep(delay);
+                gone.store(1, Ordering::SeqCst);
+                match way {
+                    Way::Panic => resume_unwind(Box::new("lost")),
+                    Way::Return => {}
+                    Way::Fail => return Err(Error::invalid("test", "fails")),
+                    Way::Drop => {
+                        drop(group);
+                        while heard.load(Ordering::SeqCst) < world - 1 && begin.elapsed().as_secs() < 20 {
+                            sleep(Duration::from_micros(100));
+                        }
+                    }
+                    Way::Leak => forget(group),
+                    Way::LeakAndPanic => {
+                        forget(group);
+                        resume_unwind(Box::new("lost"));
+                    }
+                }
+                return Ok(None);
+            }
+            // An exchange does not need every rank: some come through it once.
+            let error = wait(&group).and_then(|()| group.barrier()).unwrap_err();
+            assert_eq!(gone.load(Ordering::SeqCst), 1, "nobody was lost yet: {error}");
+            heard.fetch_add(1, Ordering::SeqCst);
+            Ok(Some((error, group.barrier().unwrap_err())))
+        })
+        .unwrap();
+    let what = format!("rank {lost} of {world}: {way:?} after {before}");
+    assert!(begin.elapsed() < Duration::from_secs(20), "{what}: {:?}", begin.elapsed());
+    for (rank, outcome) in outcomes.into_iter().enumerate() {
+        if rank == lost {
+            match way {
+                Way::Panic | Way::LeakAndPanic => {
+                    assert_eq!(outcome, Err(Error::RankPanicked { rank, message: "lost".into() }));
+                }
+                Way::Fail => assert_eq!(outcome, Err(Error::invalid("test", "fails"))),
+                _ => assert_eq!(outcome, Ok(None)),
+            }
+            continue;
+        }
+        let Ok(Some((first, later))) = outcome else { panic!("{what}: rank {rank}: {outcome:?}") };
+        for error in [&first, &later] {
+            let Error::PeerLost { rank: named, op, reason, .. } = error else { panic!("{what}: {error}") };
+            // A rank of the ring may need a neighbour that has heard of it and has left, too.
+            assert!(*named == lost || *op == "exchange" && *reason == Loss::Left, "{what}: {error}");
+            let right = match way {
+                Way::Panic | Way::LeakAndPanic => *reason == Loss::Panicked,
+                // It drops the group before the launcher knows that it returns an error.
+                Way::Fail => matches!(reason, Loss::Left | Loss::Failed),
+                _ => *reason == Loss::Left,
+            };
+            assert!(right, "{what}: {error}");
+        }
+    }
+}
+
+#[test]
+fn a_lost_rank_is_an_error_on_every_other() {
+    for world in [2, 3, 4, 8] {
+        for lost in 0..world {
+            for (at, way) in WAYS.into_iter().enumerate() {
+                for (case, wait) in WAITS.into_iter().enumerate() {
+                    // The larger the group, the fewer of the combinations.
+                    if (lost + at + case) % (world / 2) == 0 {
+                        lose(world, lost, way, (at + case) % 3, Duration::ZERO, wait);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_rank_is_lost_while_the_others_wait() {
+    for (world, lost) in [(2, 0), (3, 2), (4, 1), (8, 5)] {
+        for way in WAYS {
+            for (case, wait) in WAITS.into_iter().enumerate() {
+                if case % 2 == world % 4 / 2 || world == 2 {
+                    // Longer than a waiter spins: it sleeps.
+                    lose(world, lost, way, 1, Duration::from_millis(4), wait);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_launcher_reports_what_went_wrong_first() {
+    let run = |act: Act| {
+        ranks(4).run(|group| {
+            if group.rank() == 2 {
+                return act(&group);
+            }
+            group.barrier()?;
+            group.barrier()
+        })
+    };
+    let panicked = Error::RankPanicked { rank: 2, message: "lost".into() };
+    assert_eq!(run(|_| resume_unwind(Box::new("lost"))).unwrap_err(), panicked);
+    let panicked = Error::RankPanicked { rank: 2, message: "number 7".into() };
+    assert_eq!(run(|group| panic!("number {}", group.size() + 3)).unwrap_err(), panicked);
+    let source = Box::new(Error::invalid("test", "fails"));
+    let failed = Error::RankFailed { rank: 2, source };
+    assert_eq!(run(|_| Err(Error::invalid("test", "fails"))).unwrap_err(), failed);
+    let Error::RankFailed { rank: 0, source } = run(|group| group.barrier()).unwrap_err() else { panic!() };
+    assert!(matches!(*source, Error::PeerLost { rank: 2, reason: Loss::Left, seq: 1, .. }), "{source}");
+    assert!(matches!(Threads::new(0).run(|_| Ok(())), Err(Error::Invalid { op: "launch", .. })));
+}
+
+#[test]
+fn a_lost_rank_breaks_the_groups_it_was_split_into_too() {
+    let outcomes = ranks(4)
+        .run_each(|group| {
+            let pair = group.split_all(group.rank() as u64 / 2)?;
+            let column = group.split_all(group.rank() as u64 % 2)?;
+            if group.rank() == 3 {
+                resume_unwind(Box::new("lost"));
+            }
+            Ok(match group.rank() {
+                2 => pair.barrier(),
+                1 => column.barrier(),
+                _ => group.barrier(),
+            })
+        })
+        .unwrap();
+    for (rank, name) in [(0, "world"), (1, "world/1"), (2, "world/1")] {
+        let Ok(Err(Error::PeerLost { rank: lost, reason, group, .. })) = &outcomes[rank] else {
+            panic!("{:?}", outcomes[rank])
+        };
+        // Ranks are counted in the group of the call.
+        assert_eq!((*lost, *reason, group.as_str()), (if rank == 0 { 3 } else { 1 }, Loss::Panicked, name));
+    }
+}
+
+#[test]
+fn a_rank_that_has_done_its_part_may_leave() {
+    for world in 2..=5 {
+        for late in 0..world {
+            let wait = |group: &Group<Cpu>| {
+                if group.rank() == late {
+                    sleep(Duration::from_millis(3));
+                }
+            };
+            // A ring as the last step: the late rank's neighbours but one have already left.
+            let ring = |group: Group<Cpu>| {
+                wait(&group);
+                perform::<f32>(&group, &Step::Shift(1), &inputs(5, world, &[100]))
+            };
+            ranks(world).run(ring).unwrap();
+            // The others have posted their inputs, and left without waiting for the result.
+            let flight = |group: Group<Cpu>| {
+                wait(&group);
+                let awaited =
+                    start::<f32>(&group, &Step::AllReduce(ReduceOp::Sum), &inputs(6, world, &[100]))?;
+                if group.rank() == late { awaited() } else { Ok(()) }
+            };
+            ranks(world).run(flight).unwrap();
+            // One sends and leaves; what it sent arrives.
+            let letter = |group: Group<Cpu>| {
+                let (to, from) = (late, (late + 1) % world);
+                wait(&group);
+                let x = Tensor::<f32>::full(group.device(), [3], 7.0)?;
+                let send = (group.rank() == from).then_some((to, &x));
+                let recv = (group.rank() == to).then_some((from, Shape::new(&[3])));
+                let arrived = group.exchange(send, recv)?;
+                assert_eq!(arrived.is_some(), group.rank() == to);
+                arrived.map_or(Ok(()), |x| same(&Step::Shift(1), &x, &ArrayD::from_elem(IxDyn(&[3]), 7.0)))
+            };
+            ranks(world).run(letter).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_flight_that_nobody_waits_for_does_no_harm() {
+    ranks(3)
+        .run(|group| {
+            for seed in 0..20 {
+                let inputs = inputs(seed, 3, &[300]);
+                for op in OPS {
+                    let awaited = start::<f16>(&group, &Step::AllReduce(op), &inputs)?;
+                    if group.rank() != seed as usize % 4 {
+                        awaited()?;
+                    }
+                    perform::<f32>(&group, &Step::AllReduce(op), &inputs)?;
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
+}
+
+/// The errors of ranks that do different things under a deadline of 200 ms.
+fn late(world: usize, act: impl Fn(&Group<Cpu>) -> Result<()> + Sync) -> Vec<Error> {
+    let after = Duration::from_millis(200);
+    let begin = Instant::now();
+    let errors = ranks(world).deadline(after).run(|group| Ok(act(&group).unwrap_err())).unwrap();
+    assert!(begin.elapsed() >= after && begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    for error in &errors {
+        assert!(matches!(error, Error::Deadline { after: said, .. } if *said == after), "{error}");
+    }
+    errors
+}
+
+#[test]
+fn a_deadline_names_the_ranks_that_did_not_come() {
+    let waits: [Act; 4] = [
+        |group| group.barrier(),
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[50_000]),
+        |group| started(group, ReduceOp::Sum, 4),
+        |group| group.exchange::<f32>(None, Some((1, Shape::new(&[1])))).map(drop),
+    ];
+    let named: [&[usize]; 4] = [&[1, 3], &[1, 3], &[1, 3], &[1]];
+    for (wait, named) in waits.into_iter().zip(named) {
+        let errors = late(4, |group| {
+            if group.rank() % 2 == 1 {
+                sleep(Duration::from_millis(500));
+            }
+            wait(group)
+        });
+        for error in errors {
+            let Error::Deadline { missing, op, group, .. } = error else { panic!("{error}") };
+            assert_eq!((missing.as_slice(), group.as_str()), (named, "world"), "{op}");
+        }
+    }
+}
+
+/// What ranks cannot see at once, because they wait in different places.
+#[test]
+fn some_disagreements_end_at_the_deadline() {
+    // A started collective that is waited for at once, and a blocking one.
+    late(2, |group| match group.rank() {
+        0 => reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        _ => started(group, ReduceOp::Sum, 6),
+    });
+    // A message, and a collective.
+    late(2, |group| match group.rank() {
+        0 => group.barrier(),
+        _ => group.exchange::<f32>(None, Some((0, Shape::new(&[1])))).map(drop),
+    });
+}
+
+#[test]
+fn arguments_that_make_no_sense_are_refused() {
+    ranks(2)
+        .run(|group| {
+            let x = Tensor::<f32>::zeros(group.device(), [4, 2])?;
+            let cut = |sizes: &[usize]| Partition::from_sizes(sizes.iter().copied());
+            let op = ReduceOp::Sum;
+            assert!(matches!(group.broadcast(2, &mut x.clone()), Err(Error::Invalid { .. })));
+            assert!(matches!(group.exchange(Some((5, &x)), None), Err(Error::Invalid { .. })));
+            assert!(matches!(group.all_gather(&x, 2, &cut(&[4, 4])), Err(Error::Invalid { .. })));
+            assert!(matches!(group.all_gather(&x, 0, &cut(&[4, 4, 4])), Err(Error::Sizes { .. })));
+            assert!(matches!(group.all_gather(&x, 0, &cut(&[5, 5])), Err(Error::Shapes { .. })));
+            assert!(matches!(group.reduce_scatter(op, &x, 0, &cut(&[1, 2])), Err(Error::Sizes { .. })));
+            // Nothing of this was a call: the group goes on.
+            group.barrier()
+        })
+        .unwrap();
+}
+
+#[test]
+fn a_record_lists_the_transfers_of_a_program() {
+    for world in [1, 2, 3] {
+        ranks(world)
+            .run(|world| {
+                let (group, record) = world.recorded();
+                let (size, rank) = (group.size(), group.rank());
+                let device = group.device();
+                let cut = Partition::even(10, size);
+                let mut x = Tensor::<f32>::zeros(device, [4, 10])?;
+                let part = Tensor::<bf16>::zeros(device, [4, cut.size(rank)])?;
+                group.all_reduce(ReduceOp::Sum, &mut x)?;
+                group.all_gather(&part, 1, &cut)?;
+                group.barrier()?;
+                group.reduce_scatter(ReduceOp::Max, &x, 1, &cut)?;
+                group.broadcast(0, &mut x)?;
+                let transfer = |op, dtype| Transfer { op, dtype, elements: 40 };
+                let first = [
+                    transfer(Op::AllReduce, DType::F32),
+                    transfer(Op::AllGather, DType::BF16),
+                    transfer(Op::ReduceScatter, DType::F32),
+                    transfer(Op::Broadcast, DType::F32),
+                ];
+                assert_eq!(record.take(), first);
+                assert_eq!(record.take(), []);
+
+                let reduce = group.start_all_reduce(ReduceOp::Sum, x.clone())?;
+                let gather = group.start_all_gather(part, 1, &cut)?;
+                let scatter = group.start_reduce_scatter(ReduceOp::Sum, x.clone(), 1, &cut)?;
+                scatter.wait()?;
+                gather.wait()?;
+                reduce.wait()?;
+                // Also of the groups that were split from it; the group beneath is not recorded.
+                let mut y = Tensor::<f64>::zeros(device, [7])?;
+                group.split_all(rank as u64)?.all_reduce(ReduceOp::Min, &mut y)?;
+                world.all_reduce(ReduceOp::Min, &mut y)?;
+                group.exchange(Some(((rank + 1) % size, &x)), Some(((rank + size - 1) % size, x.shape())))?;
+                let second = [
+                    transfer(Op::AllReduce, DType::F32),
+                    transfer(Op::AllGather, DType::BF16),
+                    transfer(Op::ReduceScatter, DType::F32),
+                    Transfer { op: Op::AllReduce, dtype: DType::F64, elements: 7 },
+                    transfer(Op::Exchange, DType::F32),
+                ];
+                assert_eq!(record.take(), second);
+                Ok(())
+            })
+            .unwrap();
+    }
+    // The factors of nccl-tests.
+    let wire = |op| Transfer { op, dtype: DType::F32, elements: 1000 }.wire_bytes(4);
+    assert_eq!(
+        [Op::AllReduce, Op::AllGather, Op::ReduceScatter, Op::Broadcast].map(wire),
+        [6000, 3000, 3000, 4000]
+    );
+}

@@ -5,6 +5,7 @@ mod comm;
 mod compile_fail;
 mod errors;
 mod imports;
+mod kernels;
 mod layers;
 mod support;
 mod weights;

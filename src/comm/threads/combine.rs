@@ -86,23 +86,31 @@ fn fold<'a, T: Element>(
     sums: &mut [T::Acc; BLOCK],
     combine: impl Fn(T::Acc, T::Acc) -> T::Acc,
 ) {
-    vectorized(|| {
-        // Two ranks, the most frequent number, in one pass.
-        let sums = &mut sums[..range.len()];
-        let first = &from(0)[range.clone()];
-        if ranks == 1 {
+    let sums = &mut sums[..range.len()];
+    let part = |rank| &from(rank)[range.clone()];
+    // A closure for each loop: compilers put only small ones into the function with the wider instructions.
+    let first = part(0);
+    if ranks == 1 {
+        vectorized(|| {
             for (sum, a) in sums.iter_mut().zip(first) {
                 *sum = a.widen();
             }
-            return;
-        }
-        for ((sum, a), b) in sums.iter_mut().zip(first).zip(&from(1)[range.clone()]) {
+        });
+        return;
+    }
+    // Two ranks, the most frequent number, in one pass.
+    let second = part(1);
+    vectorized(|| {
+        for ((sum, a), b) in sums.iter_mut().zip(first).zip(second) {
             *sum = combine(a.widen(), b.widen());
         }
-        for rank in 2..ranks {
-            for (sum, a) in sums.iter_mut().zip(&from(rank)[range.clone()]) {
+    });
+    for rank in 2..ranks {
+        let next = part(rank);
+        vectorized(|| {
+            for (sum, a) in sums.iter_mut().zip(next) {
                 *sum = combine(*sum, a.widen());
             }
-        }
-    });
+        });
+    }
 }

@@ -42,8 +42,9 @@ impl Flight {
 impl Shared {
     /// Posts a rank's input for the flight of that number.
     pub(super) fn post(&self, call: &Call, number: u64, rank: usize, input: HostVec) -> Result<Arc<Flight>> {
-        if self.barrier.is_broken() {
-            return Err(self.failure(call));
+        // A rank that has left may have posted before: `wait` sees.
+        if let Some(error) = self.obstacle(call, Vec::new) {
+            return Err(error);
         }
         let mut flights = self.lock(&self.flights);
         let flight = flights.entry(number).or_insert_with(|| Arc::new(Flight::new(self.size())));

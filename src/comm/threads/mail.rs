@@ -18,8 +18,8 @@ pub(super) struct Letter {
 
 impl Shared {
     pub(super) fn send(&self, call: &Call, from: usize, send: Outgoing<'_, Cpu>) -> Result<()> {
-        if self.barrier.is_broken() {
-            return Err(self.failure(call));
+        if let Some(error) = self.obstacle(call, || vec![send.to]) {
+            return Err(error);
         }
         let letter = Letter { call: *call, shape: send.shape, data: send.data.into() };
         self.lock(&self.mail[from * self.size() + send.to]).push_back(letter);

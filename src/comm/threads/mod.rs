@@ -10,7 +10,7 @@ mod shared;
 mod slot;
 mod sync;
 
-pub(crate) use shared::Presence;
+pub(crate) use shared::{Presence, Seat};
 
 use super::{Call, Collective, Communicator, InFlight, Incoming, Outgoing, Parts, ReduceOp};
 use crate::{
@@ -25,8 +25,7 @@ use std::{cell::Cell, rc::Rc, sync::Arc, time::Duration};
 
 /// One rank's end of a group of threads. Made by [`crate::launch::Threads`].
 pub struct ThreadComm {
-    shared: Arc<Shared>,
-    rank: usize,
+    seat: Seat,
     /// The operations that this rank has started on the barrier, and in flight.
     operations: Cell<u64>,
     flights: Cell<u64>,
@@ -34,35 +33,32 @@ pub struct ThreadComm {
 }
 
 impl ThreadComm {
-    /// The ends of a new group of `size` threads, in rank order, each to be given to its thread.
-    pub(crate) fn group(size: usize, deadline: Duration) -> Vec<impl FnOnce() -> Self + Send> {
-        let shared = Arc::new(Shared::new("world".into(), size, deadline));
-        let end = |rank| {
-            let shared = Arc::clone(&shared);
-            move || Self::join(shared, rank, Rc::new(Presence::default()))
-        };
-        (0..size).map(end).collect()
+    /// The seats of a new group of `size` threads, in rank order, each to be given to its thread.
+    pub(crate) fn group(size: usize, deadline: Duration) -> Vec<Seat> {
+        let shared = Arc::new(Shared::world(size, deadline));
+        (0..size).map(|rank| Seat { shared: Arc::clone(&shared), rank }).collect()
     }
 
-    fn join(shared: Arc<Shared>, rank: usize, presence: Rc<Presence>) -> Self {
-        presence.add(&shared, rank);
-        Self { shared, rank, operations: Cell::new(0), flights: Cell::new(0), presence }
+    /// The end of the rank that has this seat.
+    pub(crate) fn join(seat: Seat, presence: Rc<Presence>) -> Self {
+        presence.add(&seat);
+        Self { seat, operations: Cell::new(0), flights: Cell::new(0), presence }
     }
 
     /// The groups that this rank's thread takes part in.
-    pub(crate) fn presence(&self) -> Rc<Presence> {
+    fn presence(&self) -> Rc<Presence> {
         Rc::clone(&self.presence)
     }
 
     /// Publishes, meets the others and compares the calls. Returns the operation's number, to read the slots with.
     fn meet(&self, call: &Call, publish: impl FnOnce(u64)) -> Result<u64> {
         let at = self.operations.get();
-        if self.shared.barrier.is_broken() {
-            return Err(self.shared.failure(call));
+        if self.seat.shared.barrier.is_broken() {
+            return Err(self.seat.shared.failure(call));
         }
         self.operations.set(at + 1);
         publish(at);
-        self.shared.meet(call, at)?;
+        self.seat.shared.meet(call, at)?;
         Ok(at)
     }
 
@@ -77,13 +73,13 @@ impl ThreadComm {
         data: &[T],
         combine: impl FnOnce(&dyn Fn(usize) -> &'a [T]),
     ) -> Result<()> {
-        let slots = &self.shared.slots;
+        let slots = &self.seat.shared.slots;
         // SAFETY: this rank owns its slot and has passed the first meeting of the operation before: its number was counted
         // there. `data` is borrowed until this function returns, which is after the second meeting if it is not copied:
         // `longest` is at least its size.
         #[allow(unsafe_code)]
-        let at = self.meet(call, |at| unsafe { slots[self.rank].publish_ref(at, call, data) })?;
-        let second = (longest > EAGER).then(|| Finish(&self.shared));
+        let at = self.meet(call, |at| unsafe { slots[self.seat.rank].publish_ref(at, call, data) })?;
+        let second = (longest > EAGER).then(|| Finish(&self.seat.shared));
         // SAFETY: the first meeting is complete, and this rank arrives at no other operation before `combine` returns, which
         // keeps no slice. No rank writes data that was published by `publish_ref`.
         #[allow(unsafe_code)]
@@ -93,14 +89,14 @@ impl ThreadComm {
     }
 
     fn all_reduce_in_place<T: Element>(&self, call: &Call, op: ReduceOp, x: &mut [T]) -> Result<()> {
-        let (slots, size, len) = (&self.shared.slots, self.shared.size(), x.len());
+        let (slots, size, len) = (&self.seat.shared.slots, self.seat.shared.size(), x.len());
         // SAFETY: this rank owns its slot and has passed the first meeting of the operation before. `x` is borrowed until
         // this function returns, which is after the second meeting or a broken first one, and is not used in between.
         #[allow(unsafe_code)]
-        let at = self.meet(call, |at| unsafe { slots[self.rank].publish_mut(at, call, x) })?;
-        let _second = Finish(&self.shared);
+        let at = self.meet(call, |at| unsafe { slots[self.seat.rank].publish_mut(at, call, x) })?;
+        let _second = Finish(&self.seat.shared);
         // Chunks begin on cache lines of the reduced tensor, so that no two ranks write to one.
-        let mine = Partition::even(len.div_ceil(32), size).scaled(32).range(self.rank);
+        let mine = Partition::even(len.div_ceil(32), size).scaled(32).range(self.seat.rank);
         let (mut start, end) = (mine.start.min(len), mine.end.min(len));
         let mut sums = [T::Acc::default(); BLOCK];
         while start < end {
@@ -144,25 +140,25 @@ use each_pair;
 
 impl Communicator<Cpu> for ThreadComm {
     fn rank(&self) -> usize {
-        self.rank
+        self.seat.rank
     }
 
     fn size(&self) -> usize {
-        self.shared.size()
+        self.seat.shared.size()
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, Cpu>) -> Result<()> {
-        let size = self.shared.size();
+        let size = self.seat.shared.size();
         each_dtype!(AnyMut, x, x => {
             let bytes = size_of_val(x);
             if bytes > EAGER {
                 return self.all_reduce_in_place(call, op, x);
             }
             // The payload is copied to the slot before `x` is written: two borrows in turn, not at a time.
-            let slots = &self.shared.slots;
+            let slots = &self.seat.shared.slots;
             // SAFETY: as in `collect`; a payload of at most EAGER bytes is copied.
             #[allow(unsafe_code)]
-            let at = self.meet(call, |at| unsafe { slots[self.rank].publish_ref(at, call, x) })?;
+            let at = self.meet(call, |at| unsafe { slots[self.seat.rank].publish_ref(at, call, x) })?;
             // SAFETY: as in `collect`.
             #[allow(unsafe_code)]
             combine::reduce(op, size, |rank| unsafe { slots[rank].data(at) }, x);
@@ -193,14 +189,14 @@ impl Communicator<Cpu> for ThreadComm {
     ) -> Result<()> {
         let longest = parts.total() * send.dtype().size();
         each_pair!(send, recv, (send, recv) => {
-            self.collect(call, longest, send, |whole| combine::reduce_part(op, parts, self.rank, whole, recv))
+            self.collect(call, longest, send, |whole| combine::reduce_part(op, parts, self.seat.rank, whole, recv))
         })
     }
 
     fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, Cpu>) -> Result<()> {
         each_dtype!(AnyMut, x, x => {
             let bytes = size_of_val(x);
-            if self.rank == root {
+            if self.seat.rank == root {
                 return self.collect(call, bytes, x, |_| ());
             }
             self.collect(call, bytes, &[], |data| x.copy_from_slice(data(root)))
@@ -214,25 +210,25 @@ impl Communicator<Cpu> for ThreadComm {
         recv: Option<Incoming<'_, Cpu>>,
     ) -> Result<()> {
         if let Some(send) = send {
-            self.shared.send(call, self.rank, send)?;
+            self.seat.shared.send(call, self.seat.rank, send)?;
         }
-        recv.map_or(Ok(()), |recv| self.shared.receive(call, self.rank, recv))
+        recv.map_or(Ok(()), |recv| self.seat.shared.receive(call, self.seat.rank, recv))
     }
 
     fn barrier(&self, call: &Call) -> Result<()> {
-        let slots = &self.shared.slots;
+        let slots = &self.seat.shared.slots;
         // SAFETY: this rank owns its slot and has passed the first meeting of the operation before.
         #[allow(unsafe_code)]
-        self.meet(call, |at| unsafe { slots[self.rank].publish(at, call) })?;
+        self.meet(call, |at| unsafe { slots[self.seat.rank].publish(at, call) })?;
         Ok(())
     }
 
     fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
         // Every rank tells its color and key; whoever is first of its color makes the group, and the others find it.
-        let wish = (color, key, self.rank);
-        let part = self.shared.part_of(call, wish, || self.barrier(call))?;
+        let wish = (color, key, self.seat.rank);
+        let part = self.seat.shared.part_of(call, wish, || self.barrier(call))?;
         Ok(part.map(|(shared, rank)| {
-            Box::new(Self::join(shared, rank, self.presence())) as Box<dyn Communicator<Cpu>>
+            Box::new(Self::join(Seat { shared, rank }, self.presence())) as Box<dyn Communicator<Cpu>>
         }))
     }
 
@@ -245,15 +241,8 @@ impl Communicator<Cpu> for ThreadComm {
     ) -> Result<Box<dyn InFlight<Cpu>>> {
         let number = self.flights.get();
         self.flights.set(number + 1);
-        let flight = self.shared.post(call, number, self.rank, send.into())?;
-        let shared = Arc::clone(&self.shared);
-        Ok(Box::new(flight::Started { shared, flight, call: *call, collective, rank: self.rank, recv }))
-    }
-}
-
-/// A rank that drops its end has left: whoever still counts on it is told.
-impl Drop for ThreadComm {
-    fn drop(&mut self) {
-        self.shared.leave(self.rank);
+        let flight = self.seat.shared.post(call, number, self.seat.rank, send.into())?;
+        let shared = Arc::clone(&self.seat.shared);
+        Ok(Box::new(flight::Started { shared, flight, call: *call, collective, rank: self.seat.rank, recv }))
     }
 }

@@ -18,6 +18,9 @@ use std::{
     time::Duration,
 };
 
+/// Waiters spin this often before they yield, if every rank has a processor.
+const SPINS: u32 = 20_000;
+
 /// A group of threads.
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -34,7 +37,10 @@ pub(super) struct Shared {
     /// What the ranks want of a split, and the groups that it made.
     wishes: Mutex<Vec<Option<Wish>>>,
     parts: Mutex<HashMap<u64, Arc<Shared>>>,
-    cause: Mutex<Option<Cause>>,
+    /// How often waiters spin: the world's number, also in the groups that were split from it.
+    spins: u32,
+    /// What happened to the group, in order: the first broke it.
+    causes: Mutex<Vec<Cause>>,
 }
 
 /// A rank's color and key, and the rank itself.
@@ -48,14 +54,29 @@ enum Cause {
     Deadline { missing: Vec<usize> },
 }
 
+impl Cause {
+    /// Whether nothing more can be expected of the `missing` ranks: see R7.
+    fn stops(&self, missing: &[usize]) -> bool {
+        match self {
+            Self::Lost { rank, reason: Loss::Left } => missing.contains(rank),
+            _ => true,
+        }
+    }
+}
+
 impl Shared {
-    pub(super) fn new(name: String, size: usize, deadline: Duration) -> Self {
+    /// The group of all of a program's ranks.
+    pub(super) fn world(size: usize, deadline: Duration) -> Self {
         // Spinning pays where every rank has a processor; elsewhere it keeps one from a rank that has to arrive.
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        let spins = if size <= processors { 20_000 } else { 0 };
+        Self::new("world".into(), size, deadline, if size <= processors { SPINS } else { 0 })
+    }
+
+    fn new(name: String, size: usize, deadline: Duration, spins: u32) -> Self {
         Self {
             name,
             deadline,
+            spins,
             barrier: Barrier::new(size, spins),
             slots: (0..size).map(|_| Slot::new()).collect(),
             news: Event::new(spins),
@@ -63,7 +84,7 @@ impl Shared {
             flights: Mutex::default(),
             wishes: Mutex::new(vec![None; size]),
             parts: Mutex::default(),
-            cause: Mutex::default(),
+            causes: Mutex::default(),
         }
     }
 
@@ -80,10 +101,10 @@ impl Shared {
             Outcome::Late => {
                 let late = |slot: &Slot| slot.published() <= at;
                 let missing = (0..self.size()).filter(|&rank| late(&self.slots[rank])).collect();
-                let mut cause = self.lock(&self.cause);
+                let mut causes = self.lock(&self.causes);
                 if self.barrier.give_up(meeting) {
-                    cause.get_or_insert(Cause::Deadline { missing });
-                    drop(cause);
+                    causes.push(Cause::Deadline { missing });
+                    drop(causes);
                     self.news.notify();
                     return Err(self.failure(call));
                 }
@@ -118,44 +139,75 @@ impl Shared {
         mut done: impl FnMut() -> Option<R>,
         missing: impl Fn() -> Vec<usize>,
     ) -> Result<R> {
-        let found = self.news.wait_until(Some(self.deadline), || match done() {
-            Some(result) => Some(Some(result)),
-            None => self.barrier.is_broken().then_some(None),
+        let found = self.news.wait_until(Some(self.deadline), || {
+            done().map(Ok).or_else(|| self.obstacle(call, &missing).map(Err))
         });
-        match found {
-            // What came before the group broke counts.
-            Some(found) => found.or_else(done).ok_or_else(|| self.failure(call)),
+        let error = match found {
+            Some(Ok(result)) => return Ok(result),
+            Some(Err(error)) => error,
             None => {
-                self.break_for(Cause::Deadline { missing: missing() });
-                Err(self.failure(call))
+                let cause = Cause::Deadline { missing: missing() };
+                let error = self.error(call, &cause);
+                self.break_for(cause);
+                error
             }
-        }
+        };
+        // What came before a rank was lost counts.
+        done().ok_or(error)
     }
 
-    fn break_for(&self, first: Cause) {
-        let mut cause = self.lock(&self.cause);
-        cause.get_or_insert(first);
+    fn break_for(&self, cause: Cause) {
+        let mut causes = self.lock(&self.causes);
+        causes.push(cause);
         self.barrier.break_now();
-        drop(cause);
+        drop(causes);
         self.news.notify();
     }
 
-    /// A rank has dropped its end.
-    pub(super) fn leave(&self, rank: usize) {
-        let reason = if std::thread::panicking() { Loss::Panicked } else { Loss::Left };
-        self.break_for(Cause::Lost { rank, reason });
+    /// A rank has left or was lost. It may say so twice, and the second time know better why.
+    pub(super) fn leave(&self, rank: usize, reason: Loss) {
+        let mut causes = self.lock(&self.causes);
+        let known = causes.iter_mut().find_map(|cause| match cause {
+            Cause::Lost { rank: lost, reason } if *lost == rank => Some(reason),
+            _ => None,
+        });
+        match known {
+            Some(Loss::Panicked) => {}
+            Some(known) => *known = reason,
+            None => causes.push(Cause::Lost { rank, reason }),
+        }
+        self.barrier.break_now();
+        drop(causes);
+        self.news.notify();
     }
 
-    /// The error of a call on a broken group: what broke it first.
+    /// The error of a call that needs all ranks, on a broken group: what broke it first.
     pub(super) fn failure(&self, call: &Call) -> Error {
+        let cause = self.lock(&self.causes).first().cloned();
+        cause.map_or_else(
+            || Error::invalid(call.op.name(), "the group is broken, but nobody said why: please report this"),
+            |cause| self.error(call, &cause),
+        )
+    }
+
+    /// The error of a call that needs the `missing` ranks only, if they cannot be expected any more: R7.
+    pub(super) fn obstacle(&self, call: &Call, missing: impl Fn() -> Vec<usize>) -> Option<Error> {
+        if !self.barrier.is_broken() {
+            return None;
+        }
+        let missing = missing();
+        let cause = self.lock(&self.causes).iter().find(|cause| cause.stops(&missing)).cloned();
+        cause.map(|cause| self.error(call, &cause))
+    }
+
+    fn error(&self, call: &Call, cause: &Cause) -> Error {
         let (op, seq, group, site) = (call.op.name(), call.seq, self.name.clone(), call.site);
-        match self.lock(&self.cause).clone() {
-            Some(Cause::Disagreement(mismatch)) => Error::Mismatch(mismatch),
-            Some(Cause::Lost { rank, reason }) => Error::PeerLost { rank, reason, op, seq, group, site },
-            Some(Cause::Deadline { missing }) => {
+        match cause.clone() {
+            Cause::Disagreement(mismatch) => Error::Mismatch(mismatch),
+            Cause::Lost { rank, reason } => Error::PeerLost { rank, reason, op, seq, group, site },
+            Cause::Deadline { missing } => {
                 Error::Deadline { missing, op, seq, group, site, after: self.deadline }
             }
-            None => Error::invalid(op, "the group is broken, but nobody said why: please report this"),
         }
     }
 
@@ -180,7 +232,7 @@ impl Shared {
         let place = place
             .ok_or_else(|| Error::invalid(call.op.name(), "this rank's color is not among the ranks'"))?;
         let part = Arc::clone(self.lock(&self.parts).entry(color).or_insert_with(|| {
-            Arc::new(Self::new(format!("{}/{color}", self.name), members.len(), self.deadline))
+            Arc::new(Self::new(format!("{}/{color}", self.name), members.len(), self.deadline, self.spins))
         }));
         barrier()?;
         // All have taken their part: the next split starts with none. Several ranks may say so.
@@ -194,22 +246,36 @@ impl Shared {
     }
 }
 
+/// A rank's place in a group. Dropped, by whatever way, it tells the others that the rank has left.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    pub(super) shared: Arc<Shared>,
+    pub(super) rank: usize,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let reason = if std::thread::panicking() { Loss::Panicked } else { Loss::Left };
+        self.shared.leave(self.rank, reason);
+    }
+}
+
 /// The groups that one thread takes part in. When the thread ends they all hear of it, even of an end that was leaked.
 #[derive(Debug, Default)]
 pub(crate) struct Presence(RefCell<Vec<(Weak<Shared>, usize)>>);
 
 impl Presence {
-    pub(super) fn add(&self, shared: &Arc<Shared>, rank: usize) {
+    pub(super) fn add(&self, seat: &Seat) {
         let mut groups = self.0.borrow_mut();
         groups.retain(|(group, _)| group.strong_count() > 0);
-        groups.push((Arc::downgrade(shared), rank));
+        groups.push((Arc::downgrade(&seat.shared), seat.rank));
     }
 
     /// Leaves every group.
-    pub(crate) fn end(&self) {
+    pub(crate) fn end(&self, reason: Loss) {
         for (group, rank) in self.0.take() {
             if let Some(group) = group.upgrade() {
-                group.leave(rank);
+                group.leave(rank, reason);
             }
         }
     }

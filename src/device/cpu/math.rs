@@ -1,7 +1,11 @@
-//! e^x, tanh and erf for f32: polynomials without branches, which the compiler vectorizes.
+//! What the elements compute: e^x, tanh and erf for f32, and conversions. All without branches, so that the compiler
+//! vectorizes them.
 //!
-//! The coefficients are least-squares fits reweighted towards the minimax error, in f64, rounded to f32. Each function
-//! evaluates all of its ranges and selects; none uses a fused multiply-add, so that the bits are those of any machine.
+//! The coefficients of the polynomials are least-squares fits reweighted towards the minimax error, in f64, rounded to
+//! f32. Each function evaluates all of its ranges and selects; none uses a fused multiply-add, so that the bits are those
+//! of any machine.
+
+use half::f16;
 
 /// c0 + c1 x + c2 x² + … by Horner's rule.
 #[inline(always)]
@@ -88,9 +92,79 @@ pub(in super::super) fn erf(x: f32) -> f32 {
     if x != x { x } else { value }
 }
 
+/// An f64 as f32, rounded so that rounding the result once more, to bf16 or f16, gives the element nearest to the f64.
+///
+/// A number that is no f32 goes to the one of its two neighbours whose last bit is 1. That cannot be halfway between two
+/// shorter numbers, so the second rounding goes the way that the f64 would have gone (Boldo and Melquiond, 2008).
+/// `half`'s own conversions drop the low 32 bits, or round by way of f32.
+#[inline(always)]
+pub(in super::super) fn round_to_odd(value: f64) -> f32 {
+    let near = value as f32;
+    let back = f64::from(near);
+    let toward_zero = near.to_bits() - u32::from(back.abs() > value.abs());
+    f32::from_bits(toward_zero | u32::from(back != value))
+}
+
+/// The f32 equal to an f16. A signalling NaN becomes a quiet one.
+#[inline(always)]
+pub(in super::super) fn f32_from_f16(value: f16) -> f32 {
+    const REBIAS: f32 = f32::from_bits((127 + 112) << 23);
+    let bits = u32::from(value.to_bits());
+    let (sign, magnitude) = ((bits & 0x8000) << 16, bits & 0x7fff);
+    // Moved to the places of an f32, the number is 2^112 times too small; the product is exact for subnormals too.
+    let finite = (f32::from_bits(magnitude << 13) * REBIAS).to_bits();
+    let quiet = u32::from(magnitude > 0x7c00) << 22;
+    let infinite = 0x7f80_0000 | magnitude << 13 | quiet;
+    f32::from_bits(sign | if magnitude < 0x7c00 { finite } else { infinite })
+}
+
+/// The f16 nearest to an f32, to even where two are.
+#[inline(always)]
+pub(in super::super) fn f16_from_f32(value: f32) -> f16 {
+    let bits = value.to_bits();
+    let (sign, magnitude) = (bits >> 16 & 0x8000, bits & 0x7fff_ffff);
+    // Adding half a unit of the last place that is kept, less one where that place is even, carries as rounding does;
+    // from 65520 up it carries into the exponent of infinity.
+    let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + (magnitude >> 13 & 1)) >> 13;
+    // The last place of 0.5 as f32 is that of a subnormal f16, so that the sum is rounded to it.
+    let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5_f32.to_bits());
+    let finite = if magnitude < 113 << 23 { subnormal } else { normal };
+    let finite = if magnitude < 143 << 23 { finite } else { 0x7c00 };
+    let rounded = if magnitude > 0x7f80_0000 { 0x7e00 | magnitude >> 13 & 0x1ff } else { finite };
+    f16::from_bits((sign | rounded) as u16)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_f16_is_read_exactly_and_comes_back() {
+        for bits in 0..=u16::MAX {
+            let (value, quiet) = (f16::from_bits(bits), if bits & 0x7fff > 0x7c00 { 0x200 } else { 0 });
+            assert_eq!(f32_from_f16(value).to_bits(), value.to_f32_const().to_bits(), "{bits:#x}");
+            assert_eq!(f16_from_f32(f32_from_f16(value)).to_bits(), bits | quiet, "{bits:#x}");
+        }
+    }
+
+    #[test]
+    fn f16_rounds_to_the_nearest_and_ties_to_even() {
+        // Every f16 but the largest, the point halfway to the next one, and that point's neighbours.
+        for bits in 0..0x7bff_u16 {
+            let [low, high] = [bits, bits + 1].map(f16::from_bits);
+            let halfway = (f32_from_f16(low) + f32_from_f16(high)) / 2.0;
+            let even = if bits.is_multiple_of(2) { low } else { high };
+            for (value, want) in [(halfway.next_down(), low), (halfway, even), (halfway.next_up(), high)] {
+                assert_eq!(f16_from_f32(value), want, "{value}");
+                assert_eq!(f16_from_f32(-value), -want, "-{value}");
+            }
+        }
+        assert_eq!(f16_from_f32(65520.0_f32.next_down()), f16::MAX);
+        for large in [65520.0, 65536.0, 1e30, f32::INFINITY] {
+            assert_eq!((f16_from_f32(large), f16_from_f32(-large)), (f16::INFINITY, f16::NEG_INFINITY));
+        }
+        assert!(f16_from_f32(f32::NAN).is_nan() && f16_from_f32(f32::from_bits(0x7f80_0001)).is_nan());
+    }
 
     /// The largest error of `f` on [low, high] in units of the last place of `exact`, or of 1 where that is larger.
     fn error(f: fn(f32) -> f32, exact: fn(f64) -> f64, low: f32, high: f32, absolute: bool) -> f64 {

@@ -2,6 +2,10 @@
 //!
 //! The heads' matrices are first copied out of the fused projection, widened, so that the products run on short rows in
 //! the accumulator whatever the element is. A causal tile multiplies only with the keys up to its last query.
+//!
+//! A masked weight is 0, but 0 times NaN or ∞ is NaN, and what is masked is to have no influence. So rows that take no
+//! part are copied as zeros, and where a number is not finite, causal tiles are single queries, which see every key that
+//! they are multiplied with.
 
 use super::{Attention, AttentionSpec, check};
 use crate::{
@@ -37,11 +41,13 @@ impl Attention for Cpu {
         let mut result = self.empty::<T::Acc>(TILE.min(longest) * dim)?;
         for rows in spec.sequences.iter() {
             for kv in 0..spec.kv_heads {
-                let keys = widened(self, k, rows.clone(), kv, dim)?;
-                let values = widened(self, v, rows.clone(), kv, dim)?;
+                let attended = |row: usize| spec.attended(row);
+                let keys = widened(self, k, rows.clone(), kv, dim, attended)?;
+                let values = widened(self, v, rows.clone(), kv, dim, attended)?;
+                let at_a_time = tile_len(spec, &[&values]);
                 for head in heads_of(spec, kv) {
-                    let queries = widened(self, q, rows.clone(), head, dim)?;
-                    for tile in tiles(rows.len()) {
+                    let queries = widened(self, q, rows.clone(), head, dim, |_| true)?;
+                    for tile in tiles(rows.len(), at_a_time) {
                         let seen = if spec.causal { tile.end } else { rows.len() };
                         let queries = mat(&queries[tile.start * dim..], tile.len(), dim)?;
                         let (keys, values) = (mat(&keys, seen, dim)?, mat(&values, seen, dim)?);
@@ -96,15 +102,18 @@ impl Attention for Cpu {
         let mut dvalues = self.empty::<T::Acc>(longest * dim)?;
         for rows in spec.sequences.iter() {
             for kv in 0..spec.kv_heads {
-                let keys = widened(self, k, rows.clone(), kv, dim)?;
-                let values = widened(self, v, rows.clone(), kv, dim)?;
+                let attended = |row: usize| spec.attended(row);
+                let keys = widened(self, k, rows.clone(), kv, dim, attended)?;
+                let values = widened(self, v, rows.clone(), kv, dim, attended)?;
                 dkeys.fill(T::Acc::ZERO);
                 dvalues.fill(T::Acc::ZERO);
                 for head in heads_of(spec, kv) {
-                    let queries = widened(self, q, rows.clone(), head, dim)?;
-                    let outs = widened(self, out, rows.clone(), head, dim)?;
-                    let douts = widened(self, dout, rows.clone(), head, dim)?;
-                    for tile in tiles(rows.len()) {
+                    let attends = |row: usize| lse[row * heads + head] != -T::Acc::NEG_INFINITY;
+                    let queries = widened(self, q, rows.clone(), head, dim, attends)?;
+                    let outs = widened(self, out, rows.clone(), head, dim, attends)?;
+                    let douts = widened(self, dout, rows.clone(), head, dim, attends)?;
+                    let at_a_time = tile_len(spec, &[&keys, &queries, &douts]);
+                    for tile in tiles(rows.len(), at_a_time) {
                         let seen = if spec.causal { tile.end } else { rows.len() };
                         let count = tile.len() * seen;
                         let queries = mat(&queries[tile.start * dim..], tile.len(), dim)?;
@@ -136,11 +145,9 @@ impl Attention for Cpu {
                             {
                                 let token = (tile.start + at) * dim;
                                 let (o, d) = (&outs[token..token + dim], &douts[token..token + dim]);
-                                let sum = lane_sum(dim, |at| o[at] * d[at]);
-                                for (p, dp) in p.iter_mut().zip(dp) {
-                                    // A masked weight is 0, and stays 0 whatever its score's gradient would be.
-                                    let ds = *p * (*dp - sum);
-                                    *p = if *p == T::Acc::ZERO { T::Acc::ZERO } else { ds };
+                                let sum = lane_sum([o, d], |[o, d]| o * d);
+                                for (p, dp) in p[..mask.visible(at, seen)].iter_mut().zip(dp) {
+                                    *p = *p * (*dp - sum);
                                 }
                             }
                         });
@@ -153,11 +160,13 @@ impl Attention for Cpu {
                         }
                     }
                 }
-                for (at, (dk, dv)) in dkeys.chunks_exact(dim).zip(dvalues.chunks_exact(dim)).enumerate() {
-                    if at == rows.len() {
-                        break;
+                let grads = dkeys.chunks_exact_mut(dim).zip(dvalues.chunks_exact_mut(dim));
+                for (row, (dk, dv)) in rows.clone().zip(grads) {
+                    if !spec.attended(row) {
+                        dk.fill(T::Acc::ZERO);
+                        dv.fill(T::Acc::ZERO);
                     }
-                    let row = dqkv.row(rows.start + at);
+                    let row = dqkv.row(row);
                     let (dk_at, dv_at) = ((heads + kv) * dim, (heads + spec.kv_heads + kv) * dim);
                     narrow(dk, &mut row[dk_at..dk_at + dim]);
                     narrow(dv, &mut row[dv_at..dv_at + dim]);
@@ -175,8 +184,15 @@ fn heads_of<'a>(spec: &AttentionSpec<'a>, kv: usize) -> impl Iterator<Item = usi
 }
 
 /// The queries of a sequence, a tile at a time.
-fn tiles(len: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..len).step_by(TILE).map(move |start| start..len.min(start + TILE))
+fn tiles(len: usize, tile: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len).step_by(tile).map(move |start| start..len.min(start + tile))
+}
+
+/// The queries in a tile, given the matrices that masked weights are multiplied with.
+fn tile_len<A: Accumulator>(spec: &AttentionSpec<'_>, factors: &[&[A]]) -> usize {
+    // 0 · x is 0, or NaN if x is not finite.
+    let finite = |factor: &&[A]| vectorized(|| lane_sum([*factor], |[x]| x * A::ZERO)) == A::ZERO;
+    if !spec.causal || factors.iter().all(finite) { TILE } else { 1 }
 }
 
 /// The mask of a tile's rows over the first `seen` keys of its sequence.
@@ -187,17 +203,22 @@ fn mask_of<'a>(spec: &AttentionSpec<'a>, rows: &Range<usize>, tile: &Range<usize
     }
 }
 
-/// One head of some rows, without gaps, in the accumulator.
+/// One head of some rows, without gaps, in the accumulator. Rows that take no part are 0.
 fn widened<T: Element>(
     cpu: &Cpu,
     from: MatRef<'_, T, Cpu>,
     rows: Range<usize>,
     head: usize,
     dim: usize,
+    takes_part: impl Fn(usize) -> bool,
 ) -> Result<CpuBuffer<T::Acc>> {
     let mut to = cpu.empty::<T::Acc>(rows.len() * dim)?;
     vectorized(|| {
         for (row, to) in rows.zip(to.chunks_exact_mut(dim)) {
+            if !takes_part(row) {
+                to.fill(T::Acc::ZERO);
+                continue;
+            }
             for (to, from) in to.iter_mut().zip(&from.row(row)[head * dim..(head + 1) * dim]) {
                 *to = from.widen();
             }

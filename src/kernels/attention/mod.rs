@@ -29,11 +29,19 @@ pub struct AttentionSpec<'a> {
     pub sequences: &'a Sequences,
 }
 
+impl AttentionSpec<'_> {
+    /// Whether a row may be attended to: whether it is not padding.
+    fn attended(&self, row: usize) -> bool {
+        self.sequences.valid().is_none_or(|valid| valid[row])
+    }
+}
+
 /// Attention over all heads of a rank.
 ///
 /// For each sequence and query head h, with its key/value head g: P = softmax(scale Qₕ K_gᵀ) under the masks, Oₕ = P V_g
-/// (Vaswani et al., 2017). A query that sees no key gives 0. Only log Σ e^score is kept for the backward, which computes
-/// P anew, tile by tile (Dao, 2023: FlashAttention-2, section 3.1).
+/// (Vaswani et al., 2017). A query that sees no key gives 0; what the masks hide has no influence, NaN and ∞ included.
+/// Only log Σ e^score is kept for the backward, which computes P anew, tile by tile (Dao, 2023: FlashAttention-2,
+/// section 3.1).
 ///
 /// Matrices: `q`, `out` and their gradients `[rows, heads · head_dim]`, `k`, `v` and theirs `[rows, kv_heads · head_dim]`,
 /// head after head in the columns, any row stride; `lse`: `[rows, heads]`.
@@ -83,6 +91,9 @@ fn check(
     lse: usize,
 ) -> Result<()> {
     let (rows, heads) = (spec.sequences.rows(), spec.kv_of_query.len());
+    if spec.head_dim == 0 {
+        return Err(Error::invalid(op, "heads have no features"));
+    }
     if let Some(kv) = spec.kv_of_query.iter().find(|&&kv| kv >= spec.kv_heads) {
         return Err(Error::invalid(
             op,

@@ -77,7 +77,7 @@ fn check<B: Device, T: Element, C: Element>(
     same_size(OP, "rows of A", a.rows(), "rows of C", c.rows())?;
     same_size(OP, "columns of B", b.cols(), "columns of C", c.cols())?;
     let inside = |name: &str, dims: Dims, stride: usize, len: usize| {
-        let extent = batch.count.saturating_sub(1) * stride + dims.extent();
+        let extent = batch.count.saturating_sub(1).saturating_mul(stride).saturating_add(dims.extent());
         if dims.extent() > 0 && extent > len {
             let left = format!("the extent of {} matrices {name}", batch.count);
             return Err(Error::sizes(OP, left, extent, "the memory behind them", len));

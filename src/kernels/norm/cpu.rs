@@ -30,19 +30,19 @@ impl Norm for Cpu {
             for (row, stats) in stats.chunks_exact_mut(2).enumerate() {
                 let (x, y) = (x.row(row), y.row(row));
                 let mean = match kind.centers() {
-                    true => lane_sum(x.len(), |at| x[at].widen()) / count,
+                    true => lane_sum([x], |[x]| x.widen()) / count,
                     false => T::Acc::ZERO,
                 };
-                let square = lane_sum(x.len(), |at| (x[at].widen() - mean) * (x[at].widen() - mean)) / count;
+                let square = lane_sum([x], |[x]| (x.widen() - mean) * (x.widen() - mean)) / count;
                 let scale = T::Acc::ONE / (square + eps).sqrt();
                 stats.copy_from_slice(&[mean, scale]);
-                for ((y, x), gamma) in y.iter_mut().zip(x).zip(gamma) {
-                    *y = T::narrow((x.widen() - mean) * scale * gamma.widen());
-                }
-                if let Some(beta) = beta {
-                    for ((y, x), (gamma, beta)) in y.iter_mut().zip(x).zip(gamma.iter().zip(beta)) {
-                        *y = T::narrow((x.widen() - mean) * scale * gamma.widen() + beta.widen());
-                    }
+                let row = y.iter_mut().zip(x).zip(gamma);
+                let scaled = |x: T, gamma: T| (x.widen() - mean) * scale * gamma.widen();
+                match beta {
+                    Some(beta) => row.zip(beta).for_each(|(((y, &x), &gamma), beta)| {
+                        *y = T::narrow(scaled(x, gamma) + beta.widen());
+                    }),
+                    None => row.for_each(|((y, &x), &gamma)| *y = T::narrow(scaled(x, gamma))),
                 }
             }
         });
@@ -72,18 +72,18 @@ impl Norm for Cpu {
             for (row, stats) in stats.chunks_exact(2).enumerate() {
                 let (x, dy, dx) = (x.row(row), dy.row(row), dx.row(row));
                 let (mean, scale) = (stats[0], stats[1]);
-                let unit = |at: usize| (x[at].widen() - mean) * scale;
-                let g = |at: usize| dy[at].widen() * gamma[at].widen();
+                let unit = |x: T| (x.widen() - mean) * scale;
+                let g = |dy: T, gamma: T| dy.widen() * gamma.widen();
                 let mean_g = match kind.centers() {
-                    true => lane_sum(x.len(), g) / count,
+                    true => lane_sum([dy, gamma], |[dy, gamma]| g(dy, gamma)) / count,
                     false => T::Acc::ZERO,
                 };
-                let mean_gx = lane_sum(x.len(), |at| g(at) * unit(at)) / count;
-                for (at, dx) in dx.iter_mut().enumerate() {
-                    *dx = T::narrow(scale * (g(at) - mean_g - unit(at) * mean_gx));
+                let mean_gx = lane_sum([x, dy, gamma], |[x, dy, gamma]| g(dy, gamma) * unit(x)) / count;
+                for (((dx, &x), &dy), &gamma) in dx.iter_mut().zip(x).zip(dy).zip(gamma) {
+                    *dx = T::narrow(scale * (g(dy, gamma) - mean_g - unit(x) * mean_gx));
                 }
-                for (at, dgamma) in dgamma.iter_mut().enumerate() {
-                    *dgamma += dy[at].widen() * unit(at);
+                for ((dgamma, &x), &dy) in dgamma.iter_mut().zip(x).zip(dy) {
+                    *dgamma += dy.widen() * unit(x);
                 }
                 if let Some(dbeta) = &mut dbeta {
                     for (dbeta, dy) in dbeta.iter_mut().zip(dy) {

@@ -36,10 +36,10 @@ impl Pointwise for Cpu {
     ) -> Result<()> {
         check("activation backward", &[("x", x.dims()), ("dy", dy.dims())], ("dx", dx.dims()))?;
         match f {
-            Activation::Relu => map2(x, dy, dx, |x, dy| dy * relu_slope(x)),
-            Activation::Silu => map2(x, dy, dx, |x, dy| dy * silu_slope(x)),
-            Activation::GeluErf => map2(x, dy, dx, |x, dy| dy * gelu_erf_slope(x)),
-            Activation::GeluTanh => map2(x, dy, dx, |x, dy| dy * gelu_tanh_slope(x)),
+            Activation::Relu => map2(x, dy, dx, relu_backward),
+            Activation::Silu => map2(x, dy, dx, silu_backward),
+            Activation::GeluErf => map2(x, dy, dx, gelu_erf_backward),
+            Activation::GeluTanh => map2(x, dy, dx, gelu_tanh_backward),
         }
         Ok(())
     }
@@ -70,16 +70,16 @@ impl Pointwise for Cpu {
         d: MatMut<'_, T, Self>,
     ) -> Result<()> {
         const OP: &str = "gate backward";
-        unit_columns(OP, d.dims())?;
+        [gate.dims(), up.dims(), dy.dims(), d.dims()].iter().try_for_each(|dims| unit_columns(OP, *dims))?;
         same_dims(OP, "up", up.dims(), "gate", gate.dims())?;
         same_dims(OP, "dy", dy.dims(), "gate", gate.dims())?;
         crate::error::same_size(OP, "columns of d", d.cols(), "twice the columns of gate", 2 * gate.cols())?;
         crate::error::same_size(OP, "rows of d", d.rows(), "rows of gate", gate.rows())?;
         match f {
-            Activation::Relu => gate_rows(gate, up, dy, d, relu, relu_slope),
-            Activation::Silu => gate_rows(gate, up, dy, d, |x| x * sigmoid(x), silu_slope),
-            Activation::GeluErf => gate_rows(gate, up, dy, d, gelu_erf, gelu_erf_slope),
-            Activation::GeluTanh => gate_rows(gate, up, dy, d, gelu_tanh, gelu_tanh_slope),
+            Activation::Relu => gate_rows(gate, up, dy, d, relu, relu_backward),
+            Activation::Silu => gate_rows(gate, up, dy, d, |x| x * sigmoid(x), silu_backward),
+            Activation::GeluErf => gate_rows(gate, up, dy, d, gelu_erf, gelu_erf_backward),
+            Activation::GeluTanh => gate_rows(gate, up, dy, d, gelu_tanh, gelu_tanh_backward),
         }
         Ok(())
     }
@@ -138,13 +138,8 @@ impl Pointwise for Cpu {
         check("copy", &[("x", x.dims())], ("y", y.dims()))?;
         if T::DTYPE == Y::DTYPE {
             rows(y, |row, y| {
-                for (y, x) in Y::of_mut::<Self>(Y::any_mut::<Self>(y))
-                    .into_iter()
-                    .flatten()
-                    .zip(Y::of_ref::<Self>(T::any_ref::<Self>(x.row(row))).into_iter().flatten())
-                {
-                    *y = *x;
-                }
+                let x = Y::of_ref::<Self>(T::any_ref::<Self>(x.row(row)));
+                y.copy_from_slice(x.expect("the elements are the same"));
             });
         } else {
             rows(y, |row, y| {
@@ -206,7 +201,7 @@ fn gate_rows<T: Element>(
     dy: MatRef<'_, T, Cpu>,
     d: MatMut<'_, T, Cpu>,
     f: impl Fn(T::Acc) -> T::Acc,
-    slope: impl Fn(T::Acc) -> T::Acc,
+    backward: impl Fn(T::Acc, T::Acc) -> T::Acc,
 ) {
     let cols = gate.cols();
     rows(d, |row, d| {
@@ -214,7 +209,7 @@ fn gate_rows<T: Element>(
         let inputs = gate.row(row).iter().zip(up.row(row)).zip(dy.row(row));
         for ((dgate, dup), ((gate, up), dy)) in dgate.iter_mut().zip(dup).zip(inputs) {
             let (gate, up, dy) = (gate.widen(), up.widen(), dy.widen());
-            *dgate = T::narrow(dy * up * slope(gate));
+            *dgate = T::narrow(backward(gate, dy * up));
             *dup = T::narrow(dy * f(gate));
         }
     });
@@ -226,9 +221,9 @@ fn relu<A: Accumulator>(x: A) -> A {
 }
 
 #[inline(always)]
-fn relu_slope<A: Accumulator>(x: A) -> A {
-    // So that a NaN lets the gradient through, as in PyTorch.
-    if x <= A::ZERO { A::ZERO } else { A::ONE }
+fn relu_backward<A: Accumulator>(x: A, dy: A) -> A {
+    // So that a NaN lets the gradient through, as in PyTorch; and no product, so that an infinite dy stops where x ≤ 0.
+    if x <= A::ZERO { A::ZERO } else { dy }
 }
 
 #[inline(always)]
@@ -237,9 +232,9 @@ fn sigmoid<A: Accumulator>(x: A) -> A {
 }
 
 #[inline(always)]
-fn silu_slope<A: Accumulator>(x: A) -> A {
+fn silu_backward<A: Accumulator>(x: A, dy: A) -> A {
     let s = sigmoid(x);
-    s * (A::ONE + x * (A::ONE - s))
+    dy * (s * (A::ONE + x * (A::ONE - s)))
 }
 
 #[inline(always)]
@@ -258,11 +253,11 @@ fn gelu_erf<A: Accumulator>(x: A) -> A {
     x * normal_cdf(x)
 }
 
-/// Φ(x) + x φ(x).
+/// dy (Φ(x) + x φ(x)).
 #[inline(always)]
-fn gelu_erf_slope<A: Accumulator>(x: A) -> A {
+fn gelu_erf_backward<A: Accumulator>(x: A, dy: A) -> A {
     const FRAC_1_SQRT_TAU: f64 = 0.398_942_280_401_432_7;
-    normal_cdf(x) + x * constant(FRAC_1_SQRT_TAU) * (constant::<A>(-0.5) * x * x).exp()
+    dy * (normal_cdf(x) + x * constant(FRAC_1_SQRT_TAU) * (constant::<A>(-0.5) * x * x).exp())
 }
 
 const SQRT_2_OVER_PI: f64 = 0.797_884_560_802_865_4;
@@ -275,9 +270,10 @@ fn gelu_tanh<A: Accumulator>(x: A) -> A {
 }
 
 #[inline(always)]
-fn gelu_tanh_slope<A: Accumulator>(x: A) -> A {
-    let inner = constant::<A>(SQRT_2_OVER_PI) * (x + constant::<A>(CUBIC) * x * x * x);
-    let inner_slope = constant::<A>(SQRT_2_OVER_PI) * (A::ONE + constant::<A>(3.0 * CUBIC) * x * x);
-    let t = inner.tanh();
-    constant::<A>(0.5) * (A::ONE + t) + constant::<A>(0.5) * x * (A::ONE - t * t) * inner_slope
+fn gelu_tanh_backward<A: Accumulator>(x: A, dy: A) -> A {
+    let t = (constant::<A>(SQRT_2_OVER_PI) * (x + constant::<A>(CUBIC) * x * x * x)).tanh();
+    // tanh′ first: where x² overflows it is 0, and keeps what x² multiplies 0.
+    let bump = (A::ONE - t * t) * x;
+    let inner_slope = bump + bump * x * x * constant(3.0 * CUBIC);
+    dy * (constant::<A>(0.5) * (A::ONE + t + constant::<A>(SQRT_2_OVER_PI) * inner_slope))
 }

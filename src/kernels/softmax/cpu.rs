@@ -43,7 +43,7 @@ impl Softmax for Cpu {
         vectorized(|| {
             for row in 0..y.rows() {
                 let (y, dy) = (y.row(row), dy.row(row));
-                let sum = lane_sum(y.len(), |at| y[at].widen() * dy[at].widen());
+                let sum = lane_sum([y, dy], |[y, dy]| y.widen() * dy.widen());
                 for ((dx, y), dy) in dx.row(row).iter_mut().zip(y).zip(dy) {
                     *dx = T::narrow(y.widen() * (dy.widen() - sum));
                 }
@@ -74,11 +74,11 @@ pub(in crate::kernels) fn softmax_row<A: Accumulator>(
         seen.fill(A::ZERO);
         return -A::NEG_INFINITY;
     }
-    let max = lane_max(seen.len(), |at| seen[at]);
+    let max = lane_max(seen);
     for x in seen.iter_mut() {
         *x = (*x - max).exp();
     }
-    let sum = lane_sum(seen.len(), |at| seen[at]);
+    let sum = lane_sum([&*seen], |[x]| x);
     let scale = A::ONE / sum;
     for x in seen.iter_mut() {
         *x = *x * scale;

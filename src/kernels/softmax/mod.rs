@@ -26,7 +26,7 @@ pub struct Mask<'a> {
 impl Mask<'_> {
     /// The number of leading columns that a row may see, by the causal mask alone.
     pub(crate) fn visible(&self, row: usize, cols: usize) -> usize {
-        self.causal.map_or(cols, |offset| (row + offset + 1).min(cols))
+        self.causal.map_or(cols, |offset| offset.saturating_add(row + 1).min(cols))
     }
 }
 
