@@ -1,6 +1,6 @@
 //! Random numbers by global index: the value at an index does not depend on who computes it, or on what was drawn before.
 //!
-//! Initial weights use it, so that they do not depend on the sharding. The generator is Philox4x32-10 (Salmon et al.,
+//! Initial weights and dropout use it, so that they do not depend on the sharding. The generator is Philox4x32-10 (Salmon et al.,
 //! SC 2011), from the crate `rand_philox`.
 
 use rand_philox::{philox4x32_10, splitmix64, u32_to_unit_f64};
@@ -27,19 +27,19 @@ impl Philox {
         Self::stream(seed, hash)
     }
 
-    /// Four random words at a counter.
-    fn block(&self, counter: u64) -> [u32; 4] {
+    /// Four random words at a counter: those of the indices 4 · `counter` to 4 · `counter` + 3.
+    pub(crate) fn words(&self, counter: u64) -> [u32; 4] {
         philox4x32_10([counter as u32, (counter >> 32) as u32, 0, 0], self.key)
     }
 
     /// A number uniformly distributed on (0, 1).
     pub fn uniform(&self, index: u64) -> f64 {
-        u32_to_unit_f64(self.block(index / 4)[(index % 4) as usize])
+        u32_to_unit_f64(self.words(index / 4)[(index % 4) as usize])
     }
 
     /// A number normally distributed with mean 0 and variance 1, by the Box–Muller transform.
     pub fn normal(&self, index: u64) -> f64 {
-        let words = self.block(index);
+        let words = self.words(index);
         let (radius, angle) = (u32_to_unit_f64(words[0]), u32_to_unit_f64(words[1]));
         (-2.0 * radius.ln()).sqrt() * (std::f64::consts::TAU * angle).cos()
     }

@@ -48,8 +48,8 @@ pub(super) fn lane_sum<T: Element, A: Accumulator, const N: usize>(
 
 /// The largest element of a row: −∞ of none, NaN if one is NaN.
 #[inline(always)]
-pub(super) fn lane_max<A: Accumulator>(row: &[A]) -> A {
-    lane_fold([row], A::NEG_INFINITY, |[x]| x, A::max_nan)
+pub(super) fn lane_max<T: Element>(row: &[T]) -> T::Acc {
+    lane_fold([row], T::Acc::NEG_INFINITY, |[x]| x.widen(), T::Acc::max_nan)
 }
 
 #[cfg(test)]

@@ -12,27 +12,42 @@
 //! | [`Softmax`] | row softmax with causal and padding masks |
 //! | [`Attention`] | scaled dot-product attention, memory linear in the sequence length |
 //! | [`Gather`] | rows of a table by index, and its transpose |
+//! | [`Loss`] | cross entropy over all classes or a part of them, squared error |
+//! | [`Dropout`] | dropout whose mask is a function of global indices |
+//! | [`Update`] | steps of SGD and AdamW, sums of squares |
 
 mod attention;
+mod dropout;
 mod gather;
 mod gemm;
 mod lanes;
+mod loss;
 mod norm;
 mod pointwise;
 mod softmax;
+mod update;
 mod view;
 
 pub use attention::{Attention, AttentionSpec};
-pub use gather::Gather;
+pub use dropout::{Dropout, DropoutMask};
+pub use gather::{Gather, NO_ROW};
 pub use gemm::{Batch, Gemm};
+pub use loss::{Loss, Targets};
 pub use norm::{Norm, NormKind};
 pub use pointwise::{Activation, Pointwise};
 pub use softmax::{Mask, Softmax};
+pub use update::{AdamWStep, SgdStep, Update};
 pub use view::{MatMut, MatRef};
 
 use crate::device::Device;
 
 /// A device with every kernel family: the one bound of operators and layers.
-pub trait Backend: Device + Gemm + Pointwise + Norm + Softmax + Attention + Gather {}
+pub trait Backend:
+    Device + Gemm + Pointwise + Norm + Softmax + Attention + Gather + Loss + Dropout + Update
+{
+}
 
-impl<B: Device + Gemm + Pointwise + Norm + Softmax + Attention + Gather> Backend for B {}
+impl<B: Device + Gemm + Pointwise + Norm + Softmax + Attention + Gather + Loss + Dropout + Update> Backend
+    for B
+{
+}

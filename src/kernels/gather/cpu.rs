@@ -1,6 +1,6 @@
 //! Gather and scatter-add on the CPU.
 
-use super::{Gather, check};
+use super::{Gather, NO_ROW, check};
 use crate::{
     device::{Cpu, Element, vectorized},
     error::Result,
@@ -16,7 +16,10 @@ impl Gather for Cpu {
     ) -> Result<()> {
         check("gather", ids, y.dims(), table.dims())?;
         for (row, &id) in ids.iter().enumerate() {
-            y.row(row).copy_from_slice(table.row(id as usize));
+            match id {
+                NO_ROW => y.row(row).fill(T::default()),
+                id => y.row(row).copy_from_slice(table.row(id as usize)),
+            }
         }
         Ok(())
     }
@@ -29,7 +32,7 @@ impl Gather for Cpu {
     ) -> Result<()> {
         check("scatter_add", ids, dy.dims(), dtable.dims())?;
         vectorized(|| {
-            for (row, &id) in ids.iter().enumerate() {
+            for (row, &id) in ids.iter().enumerate().filter(|(_, id)| **id != NO_ROW) {
                 for (sum, dy) in dtable.row(id as usize).iter_mut().zip(dy.row(row)) {
                     *sum += dy.widen();
                 }

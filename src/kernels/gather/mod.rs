@@ -8,9 +8,12 @@ use crate::{
     error::{Error, Result, same_size},
 };
 
+/// The index of no row: where a rank does not hold the row that is asked for.
+pub const NO_ROW: u32 = u32::MAX;
+
 /// Rows of a table by index, and the transpose of that.
 pub trait Gather: Device {
-    /// yᵢ ← `table[idsᵢ]`.
+    /// yᵢ ← `table[idsᵢ]`; 0 where idsᵢ is [`NO_ROW`].
     ///
     /// # Errors
     /// When an index is beyond the table, or sizes disagree.
@@ -21,7 +24,7 @@ pub trait Gather: Device {
         y: MatMut<'_, T, Self>,
     ) -> Result<()>;
 
-    /// `dtable[idsᵢ]` ← itself + dyᵢ, in order of i: rows that occur twice get the sum.
+    /// `dtable[idsᵢ]` ← itself + dyᵢ, in order of i: rows that occur twice get the sum. [`NO_ROW`] is skipped.
     ///
     /// # Errors
     /// When an index is beyond the table, or sizes disagree.
@@ -38,7 +41,7 @@ fn check(op: &'static str, ids: &[u32], rows: super::view::Dims, table: super::v
     unit_columns(op, table)?;
     same_size(op, "the number of ids", ids.len(), "the number of rows", rows.rows)?;
     same_size(op, "columns of the rows", rows.cols, "columns of the table", table.cols)?;
-    match ids.iter().find(|&&id| id as usize >= table.rows) {
+    match ids.iter().find(|&&id| id as usize >= table.rows && id != NO_ROW) {
         Some(id) => Err(Error::invalid(op, format!("id {id} is beyond a table of {} rows", table.rows))),
         None => Ok(()),
     }

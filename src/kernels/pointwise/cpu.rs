@@ -151,6 +151,17 @@ impl Pointwise for Cpu {
         Ok(())
     }
 
+    fn scale<T: Element>(&self, alpha: f64, y: MatMut<'_, T, Self>) -> Result<()> {
+        unit_columns("scale", y.dims())?;
+        let alpha = T::Acc::from_f64(alpha);
+        rows(y, |_, y| {
+            for y in y {
+                *y = T::narrow(alpha * y.widen());
+            }
+        });
+        Ok(())
+    }
+
     fn fill<T: Element>(&self, value: f64, y: MatMut<'_, T, Self>) -> Result<()> {
         unit_columns("fill", y.dims())?;
         rows(y, |_, y| y.fill(T::from_f64(value)));

@@ -91,6 +91,9 @@ pub trait Pointwise: Device {
     /// y ← x, converted.
     fn copy<T: Element, Y: Element>(&self, x: MatRef<'_, T, Self>, y: MatMut<'_, Y, Self>) -> Result<()>;
 
+    /// y ← α y.
+    fn scale<T: Element>(&self, alpha: f64, y: MatMut<'_, T, Self>) -> Result<()>;
+
     /// y ← value.
     fn fill<T: Element>(&self, value: f64, y: MatMut<'_, T, Self>) -> Result<()>;
 }

@@ -1,0 +1,164 @@
+//! Losses of rows: cross entropy over columns that may be a part of the classes, and squared error.
+
+mod cpu;
+
+use super::{
+    MatMut, MatRef,
+    view::{Dims, same_dims, unit_columns},
+};
+use crate::{
+    device::{Device, Element},
+    error::{Error, Result, same_size},
+};
+
+/// What a cross entropy compares rows of logits with.
+///
+/// The loss of a row with target t is L = log Σₖ e^xₖ − Σₖ qₖ xₖ + z (log Σₖ e^xₖ)², where qₜ = `on` + `off`, and qₖ = `off`
+/// for the other classes. The q of a row sum to 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Targets<'a> {
+    /// The class of each row, among all classes.
+    pub classes: &'a [u32],
+    /// Rows of this class have no loss.
+    pub ignored: Option<u32>,
+    /// The number of all classes.
+    pub count: usize,
+    /// The class of the first column: a rank may hold a run of them.
+    pub first: usize,
+    /// The target's weight beyond that of the others.
+    pub on: f64,
+    /// The weight of every class.
+    pub off: f64,
+    /// The weight z of the squared log-sum-exp.
+    pub z: f64,
+}
+
+impl Targets<'_> {
+    /// The column of a row's target: none if another rank holds it. Ignored rows have none at all.
+    pub(crate) fn column(&self, row: usize, cols: usize) -> Option<usize> {
+        let class = self.classes[row];
+        let column = (class as usize).checked_sub(self.first).filter(|&column| column < cols);
+        column.filter(|_| !self.is_ignored(row))
+    }
+
+    /// Whether a row has no loss.
+    pub(crate) fn is_ignored(&self, row: usize) -> bool {
+        self.ignored == Some(self.classes[row])
+    }
+}
+
+/// Losses. Sums are kept in the accumulator; nothing that overflows where the logits are finite.
+///
+/// A cross entropy over classes that several ranks share is made of four steps, with a reduction after the first two:
+/// [`Loss::row_max`], [`Loss::exp_sums`], [`Loss::cross_entropy`], [`Loss::cross_entropy_backward`] (Megatron-LM,
+/// `VocabParallelCrossEntropy`).
+pub trait Loss: Device {
+    /// max ← the largest number of each row: −∞ of none, NaN if one is NaN.
+    ///
+    /// # Errors
+    /// When sizes disagree.
+    fn row_max<T: Element>(&self, x: MatRef<'_, T, Self>, max: Self::SliceMut<'_, T::Acc>) -> Result<()>;
+
+    /// What the columns at hand contribute to each row: with m the row's maximum over all classes,
+    /// `sums[row]` ← [Σ e^(x − m), xₜ − m if the target is at hand or else 0, Σ (x − m)].
+    ///
+    /// `sums`: `[rows, 3]`. The third is 0 where `off` is 0, so that a logit of −∞ does no harm there.
+    ///
+    /// # Errors
+    /// When sizes disagree, or a target is no class.
+    fn exp_sums<T: Element>(
+        &self,
+        targets: &Targets<'_>,
+        x: MatRef<'_, T, Self>,
+        max: Self::Slice<'_, T::Acc>,
+        sums: Self::SliceMut<'_, T::Acc>,
+    ) -> Result<()>;
+
+    /// The losses of the rows, from the maxima and the sums over all classes; 0 for ignored rows. `lse` ← log Σ e^x.
+    ///
+    /// # Errors
+    /// When sizes disagree, or a target is no class.
+    fn cross_entropy<A: crate::device::Accumulator>(
+        &self,
+        targets: &Targets<'_>,
+        max: Self::Slice<'_, A>,
+        sums: Self::Slice<'_, A>,
+        losses: Self::SliceMut<'_, A>,
+        lse: Self::SliceMut<'_, A>,
+    ) -> Result<()>;
+
+    /// dx ← scale · ∂(Σ over rows of L)/∂x = scale · (e^(x − lse) (1 + 2 z lse) − q); 0 for ignored rows.
+    ///
+    /// # Errors
+    /// When sizes disagree, or a target is no class.
+    fn cross_entropy_backward<T: Element>(
+        &self,
+        targets: &Targets<'_>,
+        scale: f64,
+        x: MatRef<'_, T, Self>,
+        lse: Self::Slice<'_, T::Acc>,
+        dx: MatMut<'_, T, Self>,
+    ) -> Result<()>;
+
+    /// sums ← Σ over each row of (x − y)².
+    ///
+    /// # Errors
+    /// When sizes disagree.
+    fn squared_error<T: Element>(
+        &self,
+        x: MatRef<'_, T, Self>,
+        y: MatRef<'_, T, Self>,
+        sums: Self::SliceMut<'_, T::Acc>,
+    ) -> Result<()>;
+
+    /// dx ← scale · 2 (x − y).
+    ///
+    /// # Errors
+    /// When sizes disagree.
+    fn squared_error_backward<T: Element>(
+        &self,
+        scale: f64,
+        x: MatRef<'_, T, Self>,
+        y: MatRef<'_, T, Self>,
+        dx: MatMut<'_, T, Self>,
+    ) -> Result<()>;
+}
+
+/// The rows have one target each, and it is a class; the columns are classes.
+fn check_targets(op: &'static str, targets: &Targets<'_>, rows: usize, cols: usize) -> Result<()> {
+    same_size(op, "the number of targets", targets.classes.len(), "the number of rows", rows)?;
+    if targets.first.saturating_add(cols) > targets.count {
+        return Err(Error::sizes(
+            op,
+            "the class after the last column",
+            targets.first.saturating_add(cols),
+            "the number of classes",
+            targets.count,
+        ));
+    }
+    let wrong = |class: &&u32| **class as usize >= targets.count && targets.ignored != Some(**class);
+    match targets.classes.iter().find(wrong) {
+        Some(class) => {
+            Err(Error::invalid(op, format!("target {class} is none of the {} classes", targets.count)))
+        }
+        None => Ok(()),
+    }
+}
+
+/// One or more results a row.
+fn check_rows(op: &'static str, name: &str, len: usize, each: usize, rows: usize) -> Result<()> {
+    let what = match each {
+        1 => "the number of rows".to_string(),
+        each => format!("{each} times the number of rows"),
+    };
+    same_size(op, name, len, &what, each * rows)
+}
+
+/// Operands of one shape, with unit column stride.
+fn check_same(op: &'static str, x: Dims, others: &[(&str, Dims)]) -> Result<()> {
+    unit_columns(op, x)?;
+    others.iter().try_for_each(|(name, dims)| {
+        unit_columns(op, *dims)?;
+        same_dims(op, name, *dims, "x", x)
+    })
+}
