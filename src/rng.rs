@@ -27,6 +27,11 @@ impl Philox {
         Self::stream(seed, hash)
     }
 
+    /// The stream of this number under this one: as independent of it as streams of two seeds are.
+    pub fn substream(&self, number: u64) -> Self {
+        Self::stream(u64::from(self.key[0]) | u64::from(self.key[1]) << 32, number)
+    }
+
     /// Four random words at a counter: those of the indices 4 · `counter` to 4 · `counter` + 3.
     pub(crate) fn words(&self, counter: u64) -> [u32; 4] {
         philox4x32_10([counter as u32, (counter >> 32) as u32, 0, 0], self.key)

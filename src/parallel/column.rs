@@ -201,6 +201,21 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
     pub fn cut(&self) -> &Partition {
         &self.linear.cut
     }
+
+    /// The ranks that share the layer.
+    pub fn group(&self) -> &Group<B> {
+        &self.linear.group
+    }
+
+    /// This rank's rows of the weight.
+    pub fn weight(&self) -> &Param<T, B> {
+        &self.linear.weight
+    }
+
+    /// This rank's rows of the weight, to be trained.
+    pub fn weight_mut(&mut self) -> &mut Param<T, B> {
+        &mut self.linear.weight
+    }
 }
 
 impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ColumnParallelLinear<S, T, B> {

@@ -9,7 +9,7 @@ use crate::{
     shard::{Copied, Partial, Partition, Placement, Replicated, Sequences, Shape, Shard},
     tensor::Tensor,
 };
-use std::{fmt, marker::PhantomData};
+use std::{fmt, marker::PhantomData, ops::Range};
 
 /// A tensor spread over the ranks of a group as placement `P` says: what this rank holds, and what the whole is.
 ///
@@ -22,6 +22,19 @@ pub struct DTensor<P: Placement, T: Element = f32, B: Device = Cpu> {
     placement: PhantomData<P>,
 }
 
+/// Where in a training run a tensor stands: what dropout draws its masks by.
+///
+/// Masks are functions of this and of global indices. So they are the same at every tensor-parallel size, in a backward
+/// that computes the forward anew, and, where `row` counts a microbatch's rows from the start of the global batch, on
+/// every data-parallel mesh.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Draw {
+    /// The number of the training step.
+    pub step: u64,
+    /// The tensor's first row, counted from the start of the step's batch.
+    pub row: u64,
+}
+
 /// What a rank knows of the whole tensor.
 #[derive(Clone, Debug)]
 struct Layout {
@@ -31,6 +44,7 @@ struct Layout {
     /// How tokens are cut where this tensor came from or goes to with sequence parallelism.
     tokens: Option<Partition>,
     sequences: Sequences,
+    draw: Option<Draw>,
 }
 
 impl<P: Placement, T: Element, B: Device> Clone for DTensor<P, T, B> {
@@ -93,6 +107,25 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         Ok(self)
     }
 
+    /// Where in a training run the tensor stands; none outside of training, where dropout does nothing.
+    pub fn draw(&self) -> Option<Draw> {
+        self.layout.draw
+    }
+
+    /// The same tensor in training, whose dropout masks are those of this draw.
+    pub fn with_draw(mut self, draw: Draw) -> Self {
+        self.layout.draw = Some(draw);
+        self
+    }
+
+    /// The indices of the whole's dimension `dim` that this rank holds.
+    pub fn local_range(&self, dim: usize) -> Range<usize> {
+        match &self.layout.cut {
+            Some(cut) if P::CUT == Some(dim) => cut.range(self.group.rank()),
+            _ => 0..self.layout.shape.dims()[dim],
+        }
+    }
+
     fn new(local: Tensor<T, B>, group: &Group<B>, layout: Layout) -> Self {
         Self { local, group: group.clone(), layout, placement: PhantomData }
     }
@@ -152,7 +185,7 @@ fn uncut<T: Element, B: Device>(local: &Tensor<T, B>, op: &'static str) -> Resul
             format!("needs tokens and features, but the tensor has shape {shape}"),
         ));
     }
-    Ok(Layout { shape, cut: None, tokens: None, sequences: Sequences::one(shape.rows()) })
+    Ok(Layout { shape, cut: None, tokens: None, sequences: Sequences::one(shape.rows()), draw: None })
 }
 
 impl<T: Element, B: Backend> DTensor<Replicated, T, B> {

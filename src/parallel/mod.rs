@@ -20,6 +20,11 @@
 //! | [`Activate<P>`](Activate), [`Gate`] | P → P, Shard<1> → Shard<1> | none |
 //! | [`Attention`] | Shard<1> → Shard<1> | none |
 //! | [`Normalize<S>`](Normalize) | S → S | none / none, or all-reduce of dγ and dβ with sequence parallelism |
+//! | [`Dropout<P>`](Dropout) | P → P | none |
+//! | [`VocabParallelEmbedding<S>`](VocabParallelEmbedding) | ids → S | those of S leaving |
+//! | [`PositionEmbedding<S>`](PositionEmbedding) | S → S | as [`Normalize<S>`](Normalize) |
+//! | [`VocabParallelCrossEntropy`] | Shard<1> → losses | two all-reduces of a few numbers a token / none |
+//! | [`Vec<L>`](Layer), [`Recompute<L>`](Recompute), [`BoxLayer`] | those of L | those of L; recomputed ones twice |
 //! | [`ParallelMlp`], [`GatedMlp`], [`ParallelAttention`], [`TransformerBlock`] | S → S | entering and leaving |
 //!
 //! S is the placement of the residual stream ([`Stream`]): `Replicated` (entering: none / all-reduce; leaving: all-reduce /
@@ -32,12 +37,17 @@ mod bias;
 mod block;
 mod column;
 mod columns;
+mod cross_entropy;
+mod dropout;
 mod dtensor;
+mod embedding;
 mod layer;
 mod mappings;
 mod mlp;
 mod norm;
+mod recompute;
 mod row;
+mod stack;
 mod stream;
 mod traffic;
 
@@ -47,13 +57,18 @@ pub use bias::AddBias;
 pub use block::{BlockConfig, BlockNames, NormPlacement, TransformerBlock};
 pub use column::{ColumnLinear, ColumnParallelLinear};
 pub use columns::{Bias, Columns, QkvLayout};
-pub use dtensor::{DTensor, PendingDTensor};
+pub use cross_entropy::{CrossEntropySaved, Losses, Smoothing, VocabParallelCrossEntropy};
+pub use dropout::Dropout;
+pub use dtensor::{DTensor, Draw, PendingDTensor};
+pub use embedding::{PositionEmbedding, VocabParallelEmbedding};
 pub use layer::{Chain, Layer};
 pub use mappings::{
     CopyTo, GatherFrom, GatherSequence, ReduceFrom, ReduceScatterSequence, ScatterSequence, ScatterTo,
 };
 pub use mlp::{GatedMlp, MlpNames, ParallelMlp};
 pub use norm::Normalize;
+pub use recompute::Recompute;
 pub use row::{RowLinear, RowParallelLinear};
+pub use stack::BoxLayer;
 pub use stream::Stream;
 pub use traffic::Traffic;

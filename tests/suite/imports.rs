@@ -17,7 +17,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     ("ops", &["device", "kernels", "tensor"]),
     ("comm", &["device", "kernels", "tensor"]),
     ("launch", &["comm", "device"]),
-    ("parallel", &["comm", "device", "kernels", "ops", "tensor"]),
+    ("parallel", &["comm", "device", "kernels", "ops", "rng", "tensor"]),
     ("weights", &["device", "tensor"]),
     ("reference", &["nothing: not even error and shard"]),
     ("lib", &["everything"]),

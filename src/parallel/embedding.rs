@@ -1,0 +1,158 @@
+//! Embeddings: of tokens, with the vocabulary cut over the ranks, and of positions.
+
+use super::{Bias, ColumnParallelLinear, Columns, DTensor, Layer, Stream, Traffic};
+use crate::{
+    comm::Group,
+    device::{Device, Element},
+    error::{Error, Result},
+    kernels::{Backend, NO_ROW},
+    ops,
+    shard::{Partial, Sequences, Shape},
+    tensor::{Param, Region, Role, Weights},
+};
+use std::marker::PhantomData;
+
+/// yᵢ = `W[idᵢ]`: ids, the same on every rank, → S. W: `[vocabulary, hidden]`, cut by rows; any vocabulary on any number of
+/// ranks.
+///
+/// * Forward: each rank looks up the ids that it holds; the others' rows are 0. Leaving collective of `S`: all-reduce, or
+///   reduce-scatter over tokens. A sum with zeros: exact.
+/// * Backward: entering the stream with dy (nothing, or an all-gather); row r of dW sums the dyᵢ with idᵢ = r.
+///
+/// The output head of a model with tied weights is [`VocabParallelEmbedding::head`].
+///
+/// Source: Shoeybi et al., 2019: Megatron-LM, section 3.
+#[derive(Debug)]
+pub struct VocabParallelEmbedding<S: Stream, T: Element, B: Device> {
+    table: ColumnParallelLinear<S, T, B>,
+}
+
+impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
+    /// Reads this rank's rows of `weight`.
+    ///
+    /// # Errors
+    /// When the tensor is missing or has another shape, or there are fewer words than ranks.
+    pub fn load(group: &Group<B>, weights: &Weights<'_>, vocabulary: usize, hidden: usize) -> Result<Self> {
+        let columns = Columns::even(group, vocabulary)?;
+        let table = ColumnParallelLinear::load(group, weights, hidden, &columns, Bias::None)?;
+        Ok(Self { table })
+    }
+
+    /// The number of words.
+    pub fn vocabulary(&self) -> usize {
+        self.table.cut().total()
+    }
+
+    /// The embeddings of ids that make up these sequences, and what the backward needs.
+    ///
+    /// # Errors
+    /// When an id is beyond the vocabulary, the sequences have another number of rows, or a collective fails.
+    pub fn forward(&self, ids: &[u32], sequences: Sequences) -> Result<(DTensor<S, T, B>, Vec<u32>)> {
+        let (group, words) = (self.table.group(), self.vocabulary());
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= words) {
+            return Err(Error::invalid(
+                "embedding",
+                format!("id {id} is beyond a vocabulary of {words} words"),
+            ));
+        }
+        let own = self.table.cut().range(group.rank());
+        let local = |&id: &u32| match own.contains(&(id as usize)) {
+            true => id - own.start as u32,
+            false => NO_ROW,
+        };
+        let rows: Vec<u32> = ids.iter().map(local).collect();
+        let part = ops::embedding(self.table.weight().value(), &rows)?;
+        let part = DTensor::<Partial, T, B>::partial(group, part)?.with_sequences(sequences)?;
+        Ok((S::leave(part)?, rows))
+    }
+
+    /// Adds to the table's gradient.
+    ///
+    /// # Errors
+    /// When dy has another shape than the embeddings, or a collective fails.
+    pub fn backward(&mut self, rows: &[u32], dy: &DTensor<S, T, B>) -> Result<()> {
+        let dy = S::enter(dy)?;
+        let table = self.table.weight_mut();
+        let grad = ops::embedding_backward(rows, table.value().shape().rows(), dy.local())?;
+        table.add_grad(grad)
+    }
+
+    /// Calls `f` on the table.
+    ///
+    /// # Errors
+    /// That of `f`.
+    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        f(self.table.weight_mut())
+    }
+
+    /// The collectives for this number of tokens.
+    pub fn traffic(&self, tokens: usize) -> Traffic {
+        S::leave_traffic::<T, B>([tokens, self.table.weight().value().shape().cols()].into())
+    }
+
+    /// The head with the same weight, logits = X Wᵀ, as a layer S → Shard<1>.
+    pub fn head(&self) -> &ColumnParallelLinear<S, T, B> {
+        &self.table
+    }
+
+    /// The head, for its backward.
+    pub fn head_mut(&mut self) -> &mut ColumnParallelLinear<S, T, B> {
+        &mut self.table
+    }
+}
+
+/// yᵢ = xᵢ + `P[position of row i in its sequence]`: S → S. P: `[positions, hidden]`, learned, equal on every rank.
+///
+/// Collectives: none forward. In the backward, with `Shard<0>`, an all-reduce of dP: each rank sees its own tokens only.
+#[derive(Debug)]
+pub struct PositionEmbedding<S: Stream, T: Element, B: Device> {
+    table: Param<T, B>,
+    group: Group<B>,
+    stream: PhantomData<S>,
+}
+
+impl<S: Stream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
+    /// Reads `weight`.
+    ///
+    /// # Errors
+    /// When the tensor is missing or has another shape.
+    pub fn load(group: &Group<B>, weights: &Weights<'_>, positions: usize, hidden: usize) -> Result<Self> {
+        let (region, owned) = (Region::whole([positions, hidden]), group.rank() == 0);
+        let table = Param::load_region(group.device(), weights, "weight", Role::Weight, region, owned)?;
+        Ok(Self { table, group: group.clone(), stream: PhantomData })
+    }
+
+    fn positions(x: &DTensor<S, T, B>) -> Vec<u32> {
+        let own = x.local_range(0);
+        let rows = x.sequences().iter().flat_map(|rows| 0..rows.len() as u32);
+        rows.skip(own.start).take(own.len()).collect()
+    }
+}
+
+impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, B> {
+    type In = S;
+    type Out = S;
+    type Saved = Vec<u32>;
+
+    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
+        let positions = Self::positions(x);
+        let rows = ops::embedding(self.table.value(), &positions)?;
+        Ok((x.with_local(ops::add(x.local(), &rows)?), positions))
+    }
+
+    fn backward(&mut self, positions: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+        let rows = self.table.value().shape().rows();
+        let mut grad = ops::embedding_backward(&positions, rows, dy.local())?;
+        S::sum_grad(&self.group, &mut grad)?;
+        self.table.add_grad(grad)?;
+        Ok(dy.clone())
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        f(&mut self.table)
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        (S::sum_grad_traffic::<T::Acc>(self.table.value().len()), x)
+    }
+}

@@ -1,0 +1,139 @@
+//! Lists of layers: of one type, or of any types behind a box.
+
+use super::{DTensor, Layer, Traffic};
+use crate::{
+    device::{Cpu, Element},
+    error::{Error, Result},
+    kernels::Backend,
+    shard::{Placement, Shape},
+    tensor::Param,
+};
+use std::any::Any;
+
+/// Layers one after another. None at all is the identity.
+impl<T, B, P, L> Layer<T, B> for Vec<L>
+where
+    T: Element,
+    B: Backend,
+    P: Placement<Dual = P>,
+    L: Layer<T, B, In = P, Out = P>,
+{
+    type In = P;
+    type Out = P;
+    type Saved = Vec<L::Saved>;
+
+    fn forward(&self, x: &DTensor<P, T, B>) -> Result<(DTensor<P, T, B>, Self::Saved)> {
+        let (mut y, mut all) = (x.clone(), Vec::with_capacity(self.len()));
+        for layer in self {
+            let (next, saved) = layer.forward(&y)?;
+            y = next;
+            all.push(saved);
+        }
+        Ok((y, all))
+    }
+
+    fn backward(&mut self, mut saved: Self::Saved, dy: &DTensor<P, T, B>) -> Result<DTensor<P, T, B>> {
+        let mut dx = dy.clone();
+        for layer in self.iter_mut().rev() {
+            let saved = saved.pop().ok_or_else(|| foreign("fewer layers"))?;
+            dx = layer.backward(saved, &dx)?;
+        }
+        Ok(dx)
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        self.iter_mut().try_for_each(|layer| layer.visit(f))
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        self.iter().fold((Traffic::default(), x), |(traffic, x), layer| {
+            let (own, y) = layer.traffic(x);
+            (traffic.then(own), y)
+        })
+    }
+}
+
+fn foreign(what: &str) -> Error {
+    Error::invalid("backward", format!("what was saved belongs to a forward of {what}"))
+}
+
+/// A layer of any type from `In` to `Out`: lists of different layers are made of these.
+pub struct BoxLayer<In: Placement, Out: Placement, T: Element = f32, B: Backend = Cpu>(
+    Box<dyn Erased<In, Out, T, B>>,
+);
+
+impl<In: Placement, Out: Placement, T: Element, B: Backend> BoxLayer<In, Out, T, B> {
+    /// Puts a layer behind a box.
+    pub fn new<L>(layer: L) -> Self
+    where
+        L: Layer<T, B, In = In, Out = Out> + 'static,
+        L::Saved: 'static,
+    {
+        Self(Box::new(layer))
+    }
+}
+
+/// A layer without the type of what it saves.
+trait Erased<In: Placement, Out: Placement, T: Element, B: Backend> {
+    fn forward(&self, x: &DTensor<In, T, B>) -> Result<(DTensor<Out, T, B>, Box<dyn Any>)>;
+    fn backward(
+        &mut self,
+        saved: Box<dyn Any>,
+        dy: &DTensor<Out::Dual, T, B>,
+    ) -> Result<DTensor<In::Dual, T, B>>;
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>;
+    fn traffic(&self, x: Shape) -> (Traffic, Shape);
+}
+
+impl<T: Element, B: Backend, L: Layer<T, B>> Erased<L::In, L::Out, T, B> for L
+where
+    L::Saved: 'static,
+{
+    fn forward(&self, x: &DTensor<L::In, T, B>) -> Result<(DTensor<L::Out, T, B>, Box<dyn Any>)> {
+        let (y, saved) = Layer::forward(self, x)?;
+        Ok((y, Box::new(saved)))
+    }
+
+    fn backward(
+        &mut self,
+        saved: Box<dyn Any>,
+        dy: &DTensor<<L::Out as Placement>::Dual, T, B>,
+    ) -> Result<DTensor<<L::In as Placement>::Dual, T, B>> {
+        let saved = saved.downcast::<L::Saved>().map_err(|_| foreign("another layer"))?;
+        Layer::backward(self, *saved, dy)
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        Layer::visit(self, f)
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        Layer::traffic(self, x)
+    }
+}
+
+impl<In: Placement, Out: Placement, T: Element, B: Backend> Layer<T, B> for BoxLayer<In, Out, T, B> {
+    type In = In;
+    type Out = Out;
+    type Saved = Box<dyn Any>;
+
+    fn forward(&self, x: &DTensor<In, T, B>) -> Result<(DTensor<Out, T, B>, Self::Saved)> {
+        self.0.forward(x)
+    }
+
+    fn backward(
+        &mut self,
+        saved: Self::Saved,
+        dy: &DTensor<Out::Dual, T, B>,
+    ) -> Result<DTensor<In::Dual, T, B>> {
+        self.0.backward(saved, dy)
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        self.0.visit(f)
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        self.0.traffic(x)
+    }
+}
