@@ -124,6 +124,16 @@ pub enum Error {
         /// What it returned.
         source: Box<Error>,
     },
+    /// A tensor that all ranks of a group hold has other bits on one of them.
+    #[error("rank {rank} of group `{group}` has drifted: its `{tensor}` differs from rank 0's")]
+    Drift {
+        /// The tensor's name.
+        tensor: String,
+        /// The first rank that differs from rank 0.
+        rank: usize,
+        /// The name of the group.
+        group: String,
+    },
     /// A file could not be opened or read.
     #[error("{}: {reason}", .path.display())]
     Io {

@@ -64,12 +64,14 @@ mod error;
 pub mod kernels;
 pub mod launch;
 pub mod ops;
+pub mod optim;
 pub mod parallel;
 #[cfg(feature = "reference")]
 pub mod reference;
 pub mod rng;
 pub mod shard;
 pub mod tensor;
+pub mod train;
 pub mod weights;
 
 pub use error::{Error, Loss, Mismatch, Result, Site};

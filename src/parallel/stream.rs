@@ -5,12 +5,13 @@ use super::{
 };
 use crate::{
     comm::{Group, Op, ReduceOp},
-    device::Element,
-    error::Result,
+    device::{Device, Element},
+    error::{Result, same_size},
     kernels::Backend,
-    shard::{Copied, Elementwise, Partial, Placement, Replicated, Shape, Shard},
+    shard::{Copied, Elementwise, Partial, Partition, Placement, Replicated, Shape, Shard},
     tensor::Tensor,
 };
+use std::ops::Range;
 
 /// How activations are held between tensor-parallel regions: [`Replicated`], or [`Shard<0>`] with sequence parallelism.
 ///
@@ -46,6 +47,19 @@ pub trait Stream: Elementwise + Placement<Dual = Self> {
     /// When a collective fails.
     fn sum_grad<T: Element, B: Backend>(group: &Group<B>, grad: &mut Tensor<T, B>) -> Result<()>;
 
+    /// The rows of a tensor of `tokens` rows that this rank holds.
+    fn local_rows<B: Device>(group: &Group<B>, tokens: usize) -> Range<usize>;
+
+    /// The tensor of `tokens` rows of which this rank holds `local`: all of it, or its part of an even cut.
+    ///
+    /// # Errors
+    /// When `local` has another number of rows.
+    fn of_local<T: Element, B: Backend>(
+        group: &Group<B>,
+        tokens: usize,
+        local: Tensor<T, B>,
+    ) -> Result<DTensor<Self, T, B>>;
+
     /// The traffic of a layer that enters, for an input of this shape.
     fn enter_traffic<T: Element, B: Backend>(x: Shape) -> Traffic;
 
@@ -71,6 +85,19 @@ impl Stream for Replicated {
 
     fn sum_grad<T: Element, B: Backend>(_: &Group<B>, _: &mut Tensor<T, B>) -> Result<()> {
         Ok(())
+    }
+
+    fn local_rows<B: Device>(_: &Group<B>, tokens: usize) -> Range<usize> {
+        0..tokens
+    }
+
+    fn of_local<T: Element, B: Backend>(
+        group: &Group<B>,
+        tokens: usize,
+        local: Tensor<T, B>,
+    ) -> Result<DTensor<Self, T, B>> {
+        same_size("stream", "rows of the tensor", local.shape().rows(), "the number of tokens", tokens)?;
+        DTensor::replicated(group, local)
     }
 
     fn enter_traffic<T: Element, B: Backend>(x: Shape) -> Traffic {
@@ -103,6 +130,18 @@ impl Stream for Shard<0> {
 
     fn sum_grad<T: Element, B: Backend>(group: &Group<B>, grad: &mut Tensor<T, B>) -> Result<()> {
         group.all_reduce(ReduceOp::Sum, grad)
+    }
+
+    fn local_rows<B: Device>(group: &Group<B>, tokens: usize) -> Range<usize> {
+        Partition::even(tokens, group.size()).range(group.rank())
+    }
+
+    fn of_local<T: Element, B: Backend>(
+        group: &Group<B>,
+        tokens: usize,
+        local: Tensor<T, B>,
+    ) -> Result<DTensor<Self, T, B>> {
+        DTensor::shard(group, local, &Partition::even(tokens, group.size()))
     }
 
     fn enter_traffic<T: Element, B: Backend>(x: Shape) -> Traffic {

@@ -19,6 +19,8 @@
 //! | `self_attention` | [`self_attention()`]: the projections around it |
 //! | `embedding` | [`embedding()`] |
 //! | `mlp` | [`mlp()`], [`gated_mlp`] and [`Mlp`], which chooses one |
+//! | `loss` | [`CrossEntropy`], [`mean_squared_error`] |
+//! | `optim` | [`Sgd`], [`AdamW`] on one tensor |
 //! | `block` | [`block()`]: the transformer block, and the names of its parameters |
 //!
 //! ```
@@ -40,8 +42,10 @@ mod attention;
 mod block;
 mod embedding;
 mod linear;
+mod loss;
 mod mlp;
 mod norm;
+mod optim;
 mod self_attention;
 mod softmax;
 #[cfg(test)]
@@ -55,6 +59,7 @@ pub use attention::{AttentionGrads, AttentionSpec, attention, attention_backward
 pub use block::{BlockGrads, BlockWeights, NormPlacement, block, block_backward};
 pub use embedding::{embedding, embedding_backward};
 pub use linear::{LinearGrads, linear, linear_backward};
+pub use loss::{CrossEntropy, mean_squared_error};
 pub use mlp::{
     GatedMlpGrads, GatedMlpWeights, Mlp, MlpGrads, MlpWeights, gated_mlp, gated_mlp_backward, mlp,
     mlp_backward,
@@ -62,5 +67,6 @@ pub use mlp::{
 pub use norm::{
     LayerNormGrads, Norm, RmsNormGrads, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward,
 };
+pub use optim::{AdamW, Sgd};
 pub use self_attention::{AttentionWeights, SelfAttentionGrads, self_attention, self_attention_backward};
 pub use softmax::{log_sum_exp, log_sum_exp_backward, softmax, softmax_backward};

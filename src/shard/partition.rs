@@ -46,6 +46,45 @@ impl Partition {
         Ok(Self::of_units(units, unit_len, parts))
     }
 
+    /// Items of these costs in contiguous parts, such that the most expensive part is as cheap as can be; at least one
+    /// item a part.
+    ///
+    /// # Errors
+    /// [`Error::TooManyRanks`], naming `op` and `unit`, when there are fewer items than parts.
+    pub fn balanced(op: &'static str, unit: &'static str, costs: &[f64], parts: usize) -> Result<Self> {
+        if costs.len() < parts || parts == 0 {
+            return Err(Error::TooManyRanks { op, ranks: parts, units: costs.len(), unit });
+        }
+        // best[i]: the cheapest most expensive part of the first i items in so many parts, and where the last begins.
+        let sums: Vec<f64> = std::iter::once(0.0)
+            .chain(costs.iter().scan(0.0, |sum, cost| {
+                *sum += cost;
+                Some(*sum)
+            }))
+            .collect();
+        let mut best = sums.clone();
+        let mut starts = vec![vec![0; costs.len() + 1]];
+        for part in 1..parts {
+            let (mut next, mut start) = (vec![f64::INFINITY; costs.len() + 1], vec![0; costs.len() + 1]);
+            for end in part + 1..=costs.len() {
+                for at in part..end {
+                    let worst = best[at].max(sums[end] - sums[at]);
+                    if worst < next[end] {
+                        (next[end], start[end]) = (worst, at);
+                    }
+                }
+            }
+            best = next;
+            starts.push(start);
+        }
+        let mut bounds = vec![costs.len()];
+        for start in starts.iter().rev() {
+            bounds.push(start[bounds[bounds.len() - 1]]);
+        }
+        bounds.reverse();
+        Ok(Self { bounds: bounds.into() })
+    }
+
     /// Parts of the given sizes, in rank order.
     ///
     /// # Panics
@@ -115,6 +154,33 @@ mod tests {
                 assert!((1..parts).all(|part| cut.range(part - 1).end == cut.range(part).start));
             }
         }
+    }
+
+    #[test]
+    fn balanced_cuts_are_the_best_of_all() {
+        fn worst(costs: &[f64], parts: usize) -> f64 {
+            let all = costs.iter().sum();
+            match parts {
+                1 => all,
+                _ => (1..=costs.len() + 1 - parts)
+                    .map(|at| costs[..at].iter().sum::<f64>().max(worst(&costs[at..], parts - 1)))
+                    .fold(f64::INFINITY, f64::min),
+            }
+        }
+        for (costs, parts) in [
+            (vec![1.0; 7], 3),
+            (vec![5.0, 1.0, 1.0, 1.0], 2),
+            (vec![1.0, 1.0, 1.0, 9.0], 3),
+            (vec![3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0], 4),
+            (vec![2.0], 1),
+        ] {
+            let cut = Partition::balanced("stages", "layers", &costs, parts).unwrap();
+            assert_eq!((cut.parts(), cut.total()), (parts, costs.len()));
+            assert!(cut.sizes().all(|size| size > 0));
+            let got = (0..parts).map(|part| costs[cut.range(part)].iter().sum()).fold(0.0, f64::max);
+            assert_eq!(got, worst(&costs, parts), "{costs:?} in {parts}");
+        }
+        assert!(Partition::balanced("stages", "layers", &[1.0], 2).is_err());
     }
 
     #[test]

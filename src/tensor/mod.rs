@@ -4,6 +4,7 @@ mod array;
 mod param;
 mod source;
 
+pub(crate) use param::Watch;
 pub use param::{Param, Piece};
 pub(crate) use source::missing;
 pub use source::{Arrays, Random, Region, Role, WeightSource, Weights};

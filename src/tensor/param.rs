@@ -7,6 +7,7 @@ use crate::{
     kernels::{Backend, MatMut},
     shard::Shape,
 };
+use std::{fmt, rc::Rc};
 
 /// A part of a parameter that comes from one region of one tensor of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,15 +23,30 @@ pub struct Piece {
     pub owned: bool,
 }
 
+/// Who is told when the gradient of a parameter is complete: data parallelism, which then reduces it.
+pub(crate) trait Watch<T: Element, B: Device> {
+    /// The gradient of the parameter of this number has got all it gets from this backward.
+    fn ready(&self, number: usize, grad: &Tensor<T::Acc, B>) -> Result<()>;
+}
+
 /// A rank's part of a trainable tensor, and the gradient that has been summed for it.
 ///
 /// The gradient is kept in the element's accumulator: those of bf16 parameters are f32.
-#[derive(Debug)]
 pub struct Param<T: Element, B: Device> {
     name: String,
     value: Tensor<T, B>,
     grad: Option<Tensor<T::Acc, B>>,
     pieces: Vec<Piece>,
+    /// How often a backward adds to the gradient, and how often this one has.
+    uses: usize,
+    used: usize,
+    watch: Option<(Rc<dyn Watch<T, B>>, usize)>,
+}
+
+impl<T: Element, B: Device> fmt::Debug for Param<T, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Param<{}>({}, {})", T::DTYPE, self.name, self.value.shape())
+    }
 }
 
 impl<T: Element, B: Backend> Param<T, B> {
@@ -60,6 +76,9 @@ impl<T: Element, B: Backend> Param<T, B> {
             value: Tensor::from_slice(device, shape, &host)?,
             grad: None,
             pieces,
+            uses: 1,
+            used: 0,
+            watch: None,
         })
     }
 
@@ -105,9 +124,52 @@ impl<T: Element, B: Backend> Param<T, B> {
         &self.pieces
     }
 
+    /// Says that this rank's copy does not count: another one, on another pipeline stage, owns the tensor.
+    pub fn disown(&mut self) {
+        self.pieces.iter_mut().for_each(|piece| piece.owned = false);
+    }
+
+    /// Says that a backward adds to the gradient this often: twice for a table that is also the output head.
+    pub fn set_uses(&mut self, uses: usize) {
+        self.uses = uses;
+    }
+
     /// Forgets the gradient.
     pub fn zero_grad(&mut self) {
         self.grad = None;
+        self.used = 0;
+    }
+
+    /// The sum of the gradients, to be reduced; none before the first backward.
+    pub fn grad_mut(&mut self) -> Option<&mut Tensor<T::Acc, B>> {
+        self.grad.as_mut()
+    }
+
+    /// Replaces the gradient.
+    ///
+    /// # Errors
+    /// When the shape is another than the parameter's.
+    pub(crate) fn set_grad(&mut self, grad: Tensor<T::Acc, B>) -> Result<()> {
+        self.grad = None;
+        self.add_to_grad(grad)
+    }
+
+    /// Tells `watch`, under this number, from now on whenever a backward has completed the gradient.
+    pub(crate) fn watch(&mut self, watch: Rc<dyn Watch<T, B>>, number: usize) {
+        self.watch = Some((watch, number));
+    }
+
+    /// A backward has added to the gradient.
+    fn used(&mut self) -> Result<()> {
+        self.used += 1;
+        if self.used < self.uses {
+            return Ok(());
+        }
+        self.used = 0;
+        match (&self.watch, &self.grad) {
+            (Some((watch, number)), Some(grad)) => watch.ready(*number, grad),
+            _ => Ok(()),
+        }
     }
 
     /// Adds to the gradient.
@@ -115,6 +177,11 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// # Errors
     /// When the shape is another than the parameter's.
     pub fn add_grad(&mut self, grad: Tensor<T::Acc, B>) -> Result<()> {
+        self.add_to_grad(grad)?;
+        self.used()
+    }
+
+    fn add_to_grad(&mut self, grad: Tensor<T::Acc, B>) -> Result<()> {
         let shape = self.value.shape();
         same_shape("gradient", &self.name, shape.dims(), "its gradient", grad.shape().dims())?;
         match &mut self.grad {
@@ -143,6 +210,7 @@ impl<T: Element, B: Backend> Param<T, B> {
                 *none = Some(first);
                 Ok(())
             }
-        }
+        }?;
+        self.used()
     }
 }

@@ -1,0 +1,187 @@
+//! Gradients in flat buffers, each reduced as soon as it is full and those before it are under way.
+
+use crate::{
+    comm::{Group, Pending, ReduceOp},
+    device::{Device, Element},
+    error::{Error, Result},
+    kernels::{Backend, MatMut, MatRef},
+    shard::Partition,
+    tensor::{Param, Tensor, Watch},
+};
+use std::cell::RefCell;
+
+/// How full buckets are reduced.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Target {
+    /// To every rank.
+    All,
+    /// To this one.
+    Root(usize),
+}
+
+/// The buckets of a model's gradients.
+///
+/// A bucket holds the gradients of some parameters, one after the other; the first has those that the backward finishes
+/// first. Buckets are started in order on every rank, whatever the order in which they fill: the order of readiness may
+/// differ between ranks, and a collective must not.
+pub(super) struct Buckets<T: Element, B: Device> {
+    group: Group<B>,
+    target: Target,
+    /// The bucket of each parameter, where it begins there, and its length.
+    places: Vec<(usize, usize, usize)>,
+    lengths: Vec<usize>,
+    round: RefCell<Option<Round<T, B>>>,
+}
+
+/// A reduction under way.
+struct Round<T: Element, B: Device> {
+    /// What this rank's gradients are multiplied with.
+    weight: f64,
+    filling: Vec<Filling<T, B>>,
+    started: Vec<Pending<T::Acc, B>>,
+}
+
+/// A bucket that was not started yet.
+struct Filling<T: Element, B: Device> {
+    flat: Option<Tensor<T::Acc, B>>,
+    missing: usize,
+}
+
+impl<T: Element, B: Backend> Buckets<T, B> {
+    /// Buckets of at most `bytes` bytes each, or of one parameter that is larger, in the reverse order of `lengths`.
+    pub(super) fn new(group: &Group<B>, target: Target, lengths: &[usize], bytes: usize) -> Self {
+        let capacity = (bytes / T::Acc::DTYPE.size()).max(1);
+        let (mut places, mut filled) = (vec![(0, 0, 0); lengths.len()], Vec::<usize>::new());
+        for (number, &len) in lengths.iter().enumerate().rev() {
+            match filled.last_mut() {
+                Some(last) if *last + len <= capacity => {
+                    places[number] = (filled.len() - 1, filled[filled.len() - 1], len);
+                    *filled.last_mut().expect("there is one") += len;
+                }
+                _ => {
+                    places[number] = (filled.len(), 0, len);
+                    filled.push(len);
+                }
+            }
+        }
+        Self { group: group.clone(), target, places, lengths: filled, round: RefCell::new(None) }
+    }
+
+    /// From now on gradients that become ready are reduced, multiplied with `weight`.
+    pub(super) fn begin(&self, weight: f64) {
+        let members = |bucket| self.places.iter().filter(|place| place.0 == bucket).count();
+        let filling =
+            (0..self.lengths.len()).map(|bucket| Filling { flat: None, missing: members(bucket) }).collect();
+        *self.round.borrow_mut() = Some(Round { weight, filling, started: Vec::new() });
+    }
+
+    /// Starts the buckets that are full, in order, up to the first that is not; with `all`, those, too.
+    fn start(&self, round: &mut Round<T, B>, all: bool) -> Result<()> {
+        while let Some(next) = round.filling.get_mut(round.started.len()) {
+            if next.missing > 0 && !all {
+                break;
+            }
+            let mut flat = match next.flat.take() {
+                Some(flat) => flat,
+                None => Tensor::zeros(self.group.device(), [1, self.lengths[round.started.len()]])?,
+            };
+            if round.weight != 1.0 {
+                self.group.device().scale(round.weight, flat.mat_mut()?)?;
+            }
+            round.started.push(match self.target {
+                Target::All => self.group.start_all_reduce(ReduceOp::Sum, flat)?,
+                Target::Root(root) => {
+                    let len = flat.len();
+                    let sizes = (0..self.group.size()).map(|rank| if rank == root { len } else { 0 });
+                    let cut = Partition::from_sizes(sizes);
+                    self.group.start_reduce_scatter(ReduceOp::Sum, flat, 1, &cut)?
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// Waits for all buckets and gives the parameters their reduced gradients, or none where another rank has them.
+    ///
+    /// Gradients that did not become ready since `begin` count as what they are, or 0 if there are none: a rank without
+    /// samples takes part with zeros.
+    pub(super) fn finish(
+        &self,
+        mut visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
+        const OP: &str = "data parallel";
+        let round = self.round.borrow_mut().take();
+        let mut round =
+            round.ok_or_else(|| Error::invalid(OP, "`finish` without `begin`, or after an error"))?;
+        let mut number = 0;
+        visit(&mut |param| {
+            let &(bucket, ..) = self.places.get(number).ok_or_else(|| more(number))?;
+            let late = bucket >= round.started.len() && round.filling[bucket].missing > 0;
+            if let (true, Some(grad)) = (late, param.grad()) {
+                self.fill(&mut round, number, grad)?;
+            }
+            number += 1;
+            Ok(())
+        })?;
+        self.start(&mut round, true)?;
+        let reduced = round.started.into_iter().map(Pending::wait).collect::<Result<Vec<_>>>()?;
+        let here = match self.target {
+            Target::All => true,
+            Target::Root(root) => self.group.rank() == root,
+        };
+        number = 0;
+        visit(&mut |param| {
+            let &(bucket, start, len) = self.places.get(number).ok_or_else(|| more(number))?;
+            number += 1;
+            if !here {
+                param.zero_grad();
+                return Ok(());
+            }
+            let device = self.group.device();
+            let mut grad = Tensor::<T::Acc, B>::empty(device, param.value().shape())?;
+            let part = MatRef::new(B::narrow(reduced[bucket].slice(), start..start + len), 1, len)?;
+            device.copy(part, MatMut::<T::Acc, B>::new(grad.slice_mut()?, 1, len)?)?;
+            param.set_grad(grad)
+        })
+    }
+
+    /// Writes a gradient to its place. Twice is no harm: the second time it is the whole gradient, too.
+    fn fill(&self, round: &mut Round<T, B>, number: usize, grad: &Tensor<T::Acc, B>) -> Result<()> {
+        let (bucket, start, len) = self.places[number];
+        let device = self.group.device();
+        let filling = &mut round.filling[bucket];
+        let flat = match &mut filling.flat {
+            Some(flat) => flat,
+            none => none.insert(Tensor::zeros(device, [1, self.lengths[bucket]])?),
+        };
+        device.copy(
+            MatRef::<T::Acc, B>::new(grad.slice(), 1, len)?,
+            flat.mat_mut()?.block(0..1, start..start + len),
+        )
+    }
+}
+
+fn more(number: usize) -> Error {
+    Error::invalid(
+        "data parallel",
+        format!("the model had {number} parameters when it was wrapped, and has more now"),
+    )
+}
+
+impl<T: Element, B: Backend> Watch<T, B> for Buckets<T, B> {
+    fn ready(&self, number: usize, grad: &Tensor<T::Acc, B>) -> Result<()> {
+        let mut round = self.round.borrow_mut();
+        // No reduction is under way: gradients accumulate.
+        let Some(round) = round.as_mut() else { return Ok(()) };
+        let bucket = self.places[number].0;
+        if round.started.len() > bucket {
+            return Err(Error::invalid(
+                "data parallel",
+                "a gradient was added to after its reduction had started: one backward between `begin` and `finish`",
+            ));
+        }
+        self.fill(round, number, grad)?;
+        round.filling[bucket].missing = round.filling[bucket].missing.saturating_sub(1);
+        self.start(round, false)
+    }
+}

@@ -1,0 +1,182 @@
+//! Data parallelism: replicas of a model that see different samples.
+
+use super::buckets::{Buckets, Target};
+use crate::{
+    comm::{Group, ReduceOp},
+    device::Element,
+    error::{Error, Result},
+    kernels::Backend,
+    tensor::{Param, Tensor},
+};
+use std::rc::Rc;
+
+/// How the ranks' gradients become one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum GradReduce {
+    /// Their sum: right where every rank has divided its loss by the size of the whole batch.
+    Sum,
+    /// Σ wᵣ gᵣ / Σ wᵣ, with this rank's weight: 1 for the plain average, the number of samples where each rank has the mean
+    /// over its own.
+    Mean {
+        /// This rank's weight.
+        weight: f64,
+    },
+}
+
+/// Replicas of a model over a group: equal parameters, gradients reduced to equal ones after each backward.
+///
+/// Gradients are copied to flat buckets in the order in which a backward finishes them; each bucket is reduced as soon as
+/// it is full, while the backward goes on. Buckets start in the same order on all ranks. Gradients stay in the
+/// accumulator.
+///
+/// ```text
+/// replicas.begin(GradReduce::Sum)?;       // the backward between `begin` and `finish` is the one that is reduced;
+/// model.backward(…)?;                     // earlier ones only accumulate (PyTorch's `no_sync`)
+/// replicas.finish(|f| model.visit(f))?;
+/// optimizer.step(|f| model.visit(f), lr, 1.0)?;
+/// ```
+///
+/// With a *central aggregator* ([`DataParallel::central`]) gradients are reduced to one rank; that one steps, and
+/// [`DataParallel::publish`] sends its parameters to the others. The results are the same, bit for bit.
+///
+/// Collectives: a broadcast a parameter at the start; an all-reduce a bucket (reduce-scatter with one receiver, and a
+/// broadcast a parameter, with the aggregator); with [`GradReduce::Mean`] one of a number.
+///
+/// Source: Li et al., 2020: PyTorch Distributed, section 3.2.
+pub struct DataParallel<T: Element, B: Backend> {
+    group: Group<B>,
+    buckets: Rc<Buckets<T, B>>,
+    aggregator: Option<usize>,
+}
+
+/// PyTorch's 25 MiB.
+const BUCKET: usize = 25 << 20;
+
+impl<T: Element, B: Backend> DataParallel<T, B> {
+    /// Gives every rank of the group rank 0's parameters, and watches over the model's gradients from now on.
+    ///
+    /// # Errors
+    /// When the ranks' models differ in their parameters' shapes, or a collective fails.
+    #[track_caller]
+    pub fn new(
+        group: &Group<B>,
+        visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
+    ) -> Result<Self> {
+        Self::with(group, visit, None, BUCKET)
+    }
+
+    /// As [`DataParallel::new`], with buckets of at most so many bytes.
+    ///
+    /// # Errors
+    /// As there.
+    #[track_caller]
+    pub fn with_buckets(
+        group: &Group<B>,
+        visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
+        bytes: usize,
+    ) -> Result<Self> {
+        Self::with(group, visit, None, bytes)
+    }
+
+    /// With gradients reduced to the rank `aggregator`, which alone has them after [`DataParallel::finish`].
+    ///
+    /// # Errors
+    /// When there is no such rank, and as [`DataParallel::new`].
+    #[track_caller]
+    pub fn central(
+        group: &Group<B>,
+        visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
+        aggregator: usize,
+    ) -> Result<Self> {
+        if aggregator >= group.size() {
+            let reason = format!("aggregator {aggregator} of a group of {}", group.size());
+            return Err(Error::invalid("data parallel", reason));
+        }
+        Self::with(group, visit, Some(aggregator), BUCKET)
+    }
+
+    #[track_caller]
+    fn with(
+        group: &Group<B>,
+        mut visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
+        aggregator: Option<usize>,
+        bytes: usize,
+    ) -> Result<Self> {
+        broadcast(group, &mut visit, 0)?;
+        let mut lengths = Vec::new();
+        visit(&mut |param| {
+            lengths.push(param.value().len());
+            Ok(())
+        })?;
+        let target = aggregator.map_or(Target::All, Target::Root);
+        let buckets = Rc::new(Buckets::new(group, target, &lengths, bytes));
+        let mut number = 0;
+        visit(&mut |param| {
+            param.watch(buckets.clone(), number);
+            number += 1;
+            Ok(())
+        })?;
+        Ok(Self { group: group.clone(), buckets, aggregator })
+    }
+
+    /// The gradients of the backward that follows, with what has accumulated before, are reduced.
+    ///
+    /// # Errors
+    /// When the weights' sum is not positive, or a collective fails.
+    #[track_caller]
+    pub fn begin(&self, reduce: GradReduce) -> Result<()> {
+        let weight = match reduce {
+            GradReduce::Sum => 1.0,
+            GradReduce::Mean { weight } => {
+                let mut sum = Tensor::from_slice(self.group.device(), [1], &[weight])?;
+                self.group.all_reduce(ReduceOp::Sum, &mut sum)?;
+                let sum: f64 = sum.to_vec()?[0];
+                if sum.is_nan() || sum <= 0.0 {
+                    return Err(Error::invalid("data parallel", format!("the ranks' weights sum to {sum}")));
+                }
+                weight / sum
+            }
+        };
+        self.buckets.begin(weight);
+        Ok(())
+    }
+
+    /// Waits for the reductions. The parameters have the reduced gradients then; with an aggregator, only its own.
+    ///
+    /// A rank that had no sample for this step calls `begin` and `finish` without a backward.
+    ///
+    /// # Errors
+    /// When the model has other parameters than it had, or a collective fails.
+    pub fn finish(
+        &self,
+        visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
+        self.buckets.finish(visit)
+    }
+
+    /// Whether this rank makes the optimizer's steps: every one does, or the aggregator.
+    pub fn steps(&self) -> bool {
+        self.aggregator.is_none_or(|rank| rank == self.group.rank())
+    }
+
+    /// Gives every rank the aggregator's parameters. Without an aggregator, they are equal already.
+    ///
+    /// # Errors
+    /// When a collective fails.
+    #[track_caller]
+    pub fn publish(
+        &self,
+        mut visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
+        self.aggregator.map_or(Ok(()), |root| broadcast(&self.group, &mut visit, root))
+    }
+}
+
+#[track_caller]
+fn broadcast<T: Element, B: Backend>(
+    group: &Group<B>,
+    visit: &mut impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
+    root: usize,
+) -> Result<()> {
+    visit(&mut |param| group.broadcast(root, param.value_mut()))
+}

@@ -1,0 +1,247 @@
+//! Runs a pipeline's schedule over the stages of a model.
+
+use super::schedule::{Action, Compute, Message, Pass, Schedule};
+use crate::{
+    comm::Group,
+    device::Element,
+    error::{Error, Result, same_size},
+    kernels::Backend,
+    parallel::{DTensor, Draw, Layer, Stream},
+    shard::{Sequences, Shape},
+    tensor::{Param, Tensor},
+};
+use std::collections::HashMap;
+
+/// What every rank knows of a microbatch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Microbatch {
+    /// The sequences of its tokens.
+    pub sequences: Sequences,
+    /// Where it stands in training, for dropout.
+    pub draw: Option<Draw>,
+}
+
+impl Microbatch {
+    /// Rows without further structure.
+    pub fn rows(rows: usize) -> Self {
+        Self { sequences: Sequences::one(rows), draw: None }
+    }
+}
+
+/// The two ends of a pipelined model: what the first stage begins with, and the loss behind the last.
+pub trait Ends<S: Stream, T: Element, B: Backend> {
+    /// The input of the first stage for a microbatch. Called on the first rank only.
+    ///
+    /// # Errors
+    /// Its own.
+    fn input(&mut self, microbatch: usize) -> Result<DTensor<S, T, B>>;
+
+    /// Takes the gradient of that input. Called on the first rank only.
+    ///
+    /// # Errors
+    /// Its own.
+    fn input_grad(&mut self, microbatch: usize, dx: DTensor<S, T, B>) -> Result<()>;
+
+    /// The loss's gradient from the output of the last stage. Called on the last rank only.
+    ///
+    /// # Errors
+    /// Its own.
+    fn loss(&mut self, microbatch: usize, y: DTensor<S, T, B>) -> Result<DTensor<S, T, B>>;
+}
+
+/// A model whose layers are spread over the ranks of a group: vertical model parallelism.
+///
+/// Each rank of the pipeline group holds `chunks` layers (usually [`Vec`]s of layers) and runs microbatches through them as
+/// a [`Schedule`] says. Inside a stage a layer may be tensor parallel over `tensor`, the group of the ranks that share it;
+/// each of them exchanges its own part with its counterpart on the neighbouring stage.
+///
+/// Collectives: exchanges between neighbours, one activation and one gradient a microbatch and boundary.
+pub struct Pipeline<B: Backend> {
+    group: Group<B>,
+    tensor: Group<B>,
+    schedule: Schedule,
+    actions: Vec<Action>,
+    /// The features of each stage's input, and of the last one's output.
+    widths: Vec<usize>,
+    ends: Option<Group<B>>,
+}
+
+impl<B: Backend> Pipeline<B> {
+    /// A pipeline over `group`, of which this rank holds `chunks`; the first stage takes `width` features. Every rank of
+    /// the group calls it.
+    ///
+    /// # Errors
+    /// When the schedule is of another number of ranks or chunks, or cannot be run, or a collective fails.
+    #[track_caller]
+    pub fn new<S: Stream, T: Element, L: Layer<T, B, In = S, Out = S>>(
+        group: &Group<B>,
+        tensor: &Group<B>,
+        schedule: Schedule,
+        chunks: &[L],
+        width: usize,
+    ) -> Result<Self> {
+        const OP: &str = "pipeline";
+        let rank = group.rank();
+        same_size(OP, "the ranks of the schedule", schedule.ranks(), "the ranks of the group", group.size())?;
+        same_size(OP, "the chunks of the schedule", schedule.chunks(), "the chunks given", chunks.len())?;
+        let actions = schedule.actions()?.swap_remove(rank);
+        // Every stage in turn says how many features it hands on.
+        let mut widths = vec![width];
+        for stage in 0..schedule.stages() {
+            let mut next = Tensor::<f64, B>::zeros(group.device(), [1])?;
+            if stage % group.size() == rank {
+                let out = chunks[stage / group.size()].traffic(Shape::from([1, widths[stage]])).1.cols();
+                next = Tensor::from_slice(group.device(), [1], &[out as f64])?;
+            }
+            group.broadcast(stage % group.size(), &mut next)?;
+            widths.push(next.to_vec()?[0] as usize);
+        }
+        let at_end = rank == 0 || rank + 1 == group.size();
+        let ends = group.split(at_end.then_some(0), 0)?;
+        Ok(Self { group: group.clone(), tensor: tensor.clone(), schedule, actions, widths, ends })
+    }
+
+    /// Whether this rank has the first stage.
+    pub fn is_first(&self) -> bool {
+        self.group.rank() == 0
+    }
+
+    /// Whether this rank has the last stage.
+    pub fn is_last(&self) -> bool {
+        self.group.rank() + 1 == self.group.size()
+    }
+
+    /// The schedule.
+    pub fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
+    /// The gradients of a parameter of which the first and the last stage hold a copy (a tied embedding) become their sum,
+    /// on both. Other stages have no such parameter, and call nothing.
+    ///
+    /// Collectives: an all-reduce over the two ranks.
+    ///
+    /// # Errors
+    /// When the parameter has no gradient, or a collective fails.
+    #[track_caller]
+    pub fn sum_tied<T: Element>(&self, param: &mut Param<T, B>) -> Result<()> {
+        let (Some(ends), false) = (&self.ends, self.is_first() && self.is_last()) else { return Ok(()) };
+        let name = param.name().to_string();
+        let none = || Error::invalid("tied parameter", format!("{name} has no gradient"));
+        ends.all_reduce(crate::comm::ReduceOp::Sum, param.grad_mut().ok_or_else(none)?)
+    }
+
+    /// Runs all microbatches forward and backward. Parameters have the sum of their gradients then.
+    ///
+    /// # Errors
+    /// When there are other numbers of microbatches or chunks than in the schedule, or a layer, an end or a collective
+    /// fails.
+    #[track_caller]
+    pub fn run<S: Stream, T: Element, L: Layer<T, B, In = S, Out = S>>(
+        &self,
+        chunks: &mut [L],
+        microbatches: &[Microbatch],
+        ends: &mut impl Ends<S, T, B>,
+    ) -> Result<()> {
+        const OP: &str = "pipeline";
+        let (schedule, given) = (&self.schedule, microbatches.len());
+        same_size(OP, "the chunks given", chunks.len(), "those of the schedule", schedule.chunks())?;
+        same_size(OP, "the microbatches given", given, "those of the schedule", schedule.microbatches())?;
+        let mut run = Run { pipeline: self, microbatches, tensors: HashMap::new(), saved: HashMap::new() };
+        for action in &self.actions {
+            match *action {
+                Action::Exchange { send, receive } => run.exchange(send, receive)?,
+                Action::Compute(compute) => run.compute(compute, &mut chunks[compute.chunk], ends)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The tensors of a step under way.
+struct Run<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> {
+    pipeline: &'a Pipeline<B>,
+    microbatches: &'a [Microbatch],
+    /// What waits to be computed with or sent: by direction, the stage that takes it, and microbatch.
+    tensors: HashMap<(Pass, usize, usize), DTensor<S, T, B>>,
+    saved: HashMap<(usize, usize), L::Saved>,
+}
+
+impl<S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run<'_, S, T, B, L> {
+    fn take(&mut self, pass: Pass, stage: usize, microbatch: usize) -> Result<DTensor<S, T, B>> {
+        let missing = || {
+            let reason =
+                format!("{pass:?} of microbatch {microbatch} is not at stage {stage}: please report this");
+            Error::invalid("pipeline", reason)
+        };
+        self.tensors.remove(&(pass, stage, microbatch)).ok_or_else(missing)
+    }
+
+    fn exchange(&mut self, send: Option<Message>, receive: Option<Message>) -> Result<()> {
+        let Pipeline { group, tensor, widths, .. } = self.pipeline;
+        let outgoing = match send {
+            Some(message) => {
+                Some((message.peer, self.take(message.pass, message.stage, message.microbatch)?))
+            }
+            None => None,
+        };
+        let incoming = receive.map(|message| {
+            // An activation is its stage's input, a gradient that of its stage's output.
+            let boundary = match message.pass {
+                Pass::Forward => message.stage,
+                Pass::Backward => message.stage + 1,
+            };
+            let tokens = self.microbatches[message.microbatch].sequences.rows();
+            (message, tokens, Shape::from([S::local_rows(tensor, tokens).len(), widths[boundary]]))
+        });
+        let arrived = group.exchange(
+            outgoing.as_ref().map(|(peer, x)| (*peer, x.local())),
+            incoming.map(|(message, _, shape)| (message.peer, shape)),
+        )?;
+        if let (Some(local), Some((message, tokens, _))) = (arrived, incoming) {
+            let Microbatch { sequences, draw } = &self.microbatches[message.microbatch];
+            let mut x = S::of_local(tensor, tokens, local)?.with_sequences(sequences.clone())?;
+            if let Some(draw) = draw {
+                x = x.with_draw(*draw);
+            }
+            self.tensors.insert((message.pass, message.stage, message.microbatch), x);
+        }
+        Ok(())
+    }
+
+    fn compute(&mut self, compute: Compute, layer: &mut L, ends: &mut impl Ends<S, T, B>) -> Result<()> {
+        let Compute { pass, chunk, microbatch } = compute;
+        let schedule = &self.pipeline.schedule;
+        let (stage, last) = (schedule.stage(self.pipeline.group.rank(), chunk), schedule.stages() - 1);
+        match pass {
+            Pass::Forward => {
+                let x = match stage {
+                    0 => ends.input(microbatch)?,
+                    _ => self.take(pass, stage, microbatch)?,
+                };
+                let (y, saved) = layer.forward(&x)?;
+                self.saved.insert((chunk, microbatch), saved);
+                // Behind the last stage comes the loss, whose gradient waits for the backward.
+                let (pass, stage, y) = match stage == last {
+                    true => (Pass::Backward, stage, ends.loss(microbatch, y)?),
+                    false => (pass, stage + 1, y),
+                };
+                self.tensors.insert((pass, stage, microbatch), y);
+                Ok(())
+            }
+            Pass::Backward => {
+                let dy = self.take(pass, stage, microbatch)?;
+                let saved = self.saved.remove(&(chunk, microbatch));
+                let missing = || Error::invalid("pipeline", "a backward before its forward");
+                let dx = layer.backward(saved.ok_or_else(missing)?, &dy)?;
+                match stage.checked_sub(1) {
+                    None => ends.input_grad(microbatch, dx),
+                    Some(before) => {
+                        self.tensors.insert((pass, before, microbatch), dx);
+                        Ok(())
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,412 @@
+//! The order of a pipeline's passes, as data.
+
+use crate::error::{Error, Result};
+
+/// A direction through the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Pass {
+    /// From the input to the loss.
+    Forward,
+    /// From the loss to the input.
+    Backward,
+}
+
+/// One pass of one microbatch through one part of the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Compute {
+    /// The direction.
+    pub pass: Pass,
+    /// Which of the rank's chunks of the model.
+    pub chunk: usize,
+    /// The microbatch.
+    pub microbatch: usize,
+}
+
+/// An activation (forward) or its gradient (backward) on its way to another rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Message {
+    /// The rank at the other end.
+    pub peer: usize,
+    /// What it is: an activation or a gradient.
+    pub pass: Pass,
+    /// The stage that receives it.
+    pub stage: usize,
+    /// The microbatch.
+    pub microbatch: usize,
+}
+
+/// What a rank does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// Computes.
+    Compute(Compute),
+    /// Sends and receives, as one step.
+    Exchange {
+        /// What is sent.
+        send: Option<Message>,
+        /// What is received.
+        receive: Option<Message>,
+    },
+}
+
+/// The order in which each rank of a pipeline computes.
+///
+/// The model is `ranks · chunks` stages; stage s is chunk s / ranks of rank s mod ranks. [`Schedule::actions`] adds the
+/// messages, and finds out whether the order can be run at all.
+///
+/// | schedule | activations in flight on rank r | source |
+/// |---|---|---|
+/// | [`Schedule::gpipe`] | microbatches | Huang et al., 2019 |
+/// | [`Schedule::one_forward_one_backward`] | ranks − r | Narayanan et al., 2019: PipeDream-Flush |
+/// | [`Schedule::interleaved`] | more, but a bubble `chunks` times smaller | Narayanan et al., 2021: section 2.2 |
+///
+/// Gradients are summed in the order of microbatches in all of them, so that all give the same bits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Schedule {
+    ranks: usize,
+    chunks: usize,
+    microbatches: usize,
+    orders: Vec<Vec<Compute>>,
+}
+
+impl Schedule {
+    /// All forwards, then all backwards.
+    pub fn gpipe(ranks: usize, microbatches: usize) -> Self {
+        let pass = |pass| (0..microbatches).map(move |microbatch| Compute { pass, chunk: 0, microbatch });
+        let order: Vec<_> = pass(Pass::Forward).chain(pass(Pass::Backward)).collect();
+        Self { ranks, chunks: 1, microbatches, orders: vec![order; ranks] }
+    }
+
+    /// As many forwards as it takes until the first gradient can come back, then forwards and backwards in turn.
+    pub fn one_forward_one_backward(ranks: usize, microbatches: usize) -> Self {
+        let each = |pass, microbatch| Compute { pass, chunk: 0, microbatch };
+        let order = |rank| alternate(microbatches, ranks - rank - 1, each);
+        Self { ranks, chunks: 1, microbatches, orders: (0..ranks).map(order).collect() }
+    }
+
+    /// 1F1B where each rank has several chunks of the model that are not neighbours.
+    ///
+    /// # Errors
+    /// When the number of microbatches is not a multiple of that of the ranks.
+    pub fn interleaved(ranks: usize, chunks: usize, microbatches: usize) -> Result<Self> {
+        if ranks == 0 || chunks == 0 || !microbatches.is_multiple_of(ranks) {
+            let reason = format!(
+                "{microbatches} microbatches on {ranks} ranks with {chunks} chunks: they go round in groups of as many \
+                 microbatches as ranks"
+            );
+            return Err(Error::invalid("interleaved schedule", reason));
+        }
+        let each = |pass, number: usize| {
+            let (group, inside) = (number / (ranks * chunks), number % (ranks * chunks));
+            let chunk = match pass {
+                Pass::Forward => inside / ranks,
+                Pass::Backward => chunks - 1 - inside / ranks,
+            };
+            Compute { pass, chunk, microbatch: group * ranks + inside % ranks }
+        };
+        let ahead = |rank: usize| match chunks {
+            1 => ranks - rank - 1,
+            _ => 2 * (ranks - rank - 1) + (chunks - 1) * ranks,
+        };
+        let orders = (0..ranks).map(|rank| alternate(microbatches * chunks, ahead(rank), each)).collect();
+        Ok(Self { ranks, chunks, microbatches, orders })
+    }
+
+    /// A schedule of one's own: for each rank the order of its computations.
+    pub fn custom(chunks: usize, microbatches: usize, orders: Vec<Vec<Compute>>) -> Self {
+        Self { ranks: orders.len(), chunks, microbatches, orders }
+    }
+
+    /// The number of ranks.
+    pub fn ranks(&self) -> usize {
+        self.ranks
+    }
+
+    /// The chunks of the model that a rank holds.
+    pub fn chunks(&self) -> usize {
+        self.chunks
+    }
+
+    /// The number of stages, those of all ranks.
+    pub fn stages(&self) -> usize {
+        self.ranks * self.chunks
+    }
+
+    /// The number of microbatches.
+    pub fn microbatches(&self) -> usize {
+        self.microbatches
+    }
+
+    /// The most forwards of a rank whose backwards are still to come: what bounds its memory.
+    pub fn in_flight(&self, rank: usize) -> usize {
+        let mut now = 0_usize;
+        let counts = self.orders[rank].iter().map(|compute| {
+            match compute.pass {
+                Pass::Forward => now += 1,
+                Pass::Backward => now = now.saturating_sub(1),
+            }
+            now
+        });
+        counts.max().unwrap_or(0)
+    }
+
+    /// For each rank what it does, messages included, such that no two ranks ever wait for each other, even where a
+    /// message is only sent when its receiver takes it.
+    ///
+    /// The computations are laid out in time, as if each forward took one unit and each backward two. A message has the
+    /// time at which what it carries is ready. Every rank does what concerns it in the order of these times; so there is
+    /// one order of all events that no rank departs from.
+    ///
+    /// # Errors
+    /// When a computation is missing, occurs twice, or comes before what it needs on every path (a deadlock).
+    pub fn actions(&self) -> Result<Vec<Vec<Action>>> {
+        let starts = self.starts()?;
+        let mut events: Vec<Vec<(u64, u8, Action)>> = vec![Vec::new(); self.ranks];
+        for (rank, order) in self.orders.iter().enumerate() {
+            for compute in order {
+                let start = starts[self.index(rank, *compute)].expect("`starts` has found them all");
+                events[rank].push((start, 2, Action::Compute(*compute)));
+                let Some((peer, stage)) = self.receiver(rank, *compute) else { continue };
+                let (pass, microbatch) = (compute.pass, compute.microbatch);
+                let message = |peer| Message { peer, pass, stage, microbatch };
+                // Activations go round in one direction, gradients in the other: one phase each.
+                let (ready, phase) = (start + duration(pass), pass as u8);
+                let (send, receive) = (Some(message(peer)), Some(message(rank)));
+                events[rank].push((ready, phase, Action::Exchange { send, receive: None }));
+                events[peer].push((ready, phase, Action::Exchange { send: None, receive }));
+            }
+        }
+        Ok(events.into_iter().map(join).collect())
+    }
+
+    /// Where a computation's result goes: the rank and the stage. None at the ends, and if it stays on its rank.
+    fn receiver(&self, rank: usize, compute: Compute) -> Option<(usize, usize)> {
+        let stage = self.stage(rank, compute.chunk);
+        let next = match compute.pass {
+            Pass::Forward => Some(stage + 1).filter(|&stage| stage < self.stages()),
+            Pass::Backward => stage.checked_sub(1),
+        }?;
+        Some((next % self.ranks, next)).filter(|&(peer, _)| peer != rank)
+    }
+
+    pub(super) fn stage(&self, rank: usize, chunk: usize) -> usize {
+        chunk * self.ranks + rank
+    }
+
+    fn index(&self, rank: usize, compute: Compute) -> usize {
+        let stage = self.stage(rank, compute.chunk);
+        (compute.pass as usize * self.stages() + stage) * self.microbatches + compute.microbatch
+    }
+
+    /// When each computation starts.
+    fn starts(&self) -> Result<Vec<Option<u64>>> {
+        const OP: &str = "pipeline schedule";
+        let count = 2 * self.stages() * self.microbatches;
+        let mut seen = vec![false; count];
+        for (rank, order) in self.orders.iter().enumerate() {
+            for compute in order {
+                if compute.chunk >= self.chunks || compute.microbatch >= self.microbatches {
+                    return Err(Error::invalid(OP, format!("rank {rank} has no such pass: {compute:?}")));
+                }
+                if std::mem::replace(&mut seen[self.index(rank, *compute)], true) {
+                    return Err(Error::invalid(OP, format!("rank {rank} makes a pass twice: {compute:?}")));
+                }
+            }
+        }
+        let passes = seen.iter().filter(|seen| **seen).count();
+        crate::error::same_size(OP, "the number of passes", passes, "2 · stages · microbatches", count)?;
+
+        let mut starts = vec![None; count];
+        let mut next = vec![0; self.ranks];
+        let mut free = vec![0; self.ranks];
+        loop {
+            let (mut moved, mut waiting) = (false, None);
+            for rank in 0..self.ranks {
+                while let Some(&compute) = self.orders[rank].get(next[rank]) {
+                    let Some(ready) = self.ready(rank, compute, &starts) else {
+                        waiting = waiting.or(Some((rank, compute)));
+                        break;
+                    };
+                    let start = ready.max(free[rank]);
+                    starts[self.index(rank, compute)] = Some(start);
+                    free[rank] = start + duration(compute.pass);
+                    next[rank] += 1;
+                    moved = true;
+                }
+            }
+            match (waiting, moved) {
+                (None, _) => return Ok(starts),
+                (Some((rank, compute)), false) => {
+                    let reason = format!("a deadlock: rank {rank} waits forever before {compute:?}");
+                    return Err(Error::invalid(OP, reason));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// When what a computation needs is there; none if that is not known yet.
+    fn ready(&self, rank: usize, compute: Compute, starts: &[Option<u64>]) -> Option<u64> {
+        let stage = self.stage(rank, compute.chunk);
+        let at = |pass, stage: usize| {
+            let compute = Compute { pass, chunk: stage / self.ranks, microbatch: compute.microbatch };
+            starts[self.index(stage % self.ranks, compute)].map(|start| start + duration(pass))
+        };
+        match compute.pass {
+            Pass::Forward if stage == 0 => Some(0),
+            Pass::Forward => at(Pass::Forward, stage - 1),
+            Pass::Backward if stage + 1 == self.stages() => at(Pass::Forward, stage),
+            Pass::Backward => Some(at(Pass::Forward, stage)?.max(at(Pass::Backward, stage + 1)?)),
+        }
+    }
+}
+
+/// In units of a forward.
+fn duration(pass: Pass) -> u64 {
+    match pass {
+        Pass::Forward => 1,
+        Pass::Backward => 2,
+    }
+}
+
+/// `ahead` forwards, then a forward and a backward in turn, then the backwards that are left.
+fn alternate(passes: usize, ahead: usize, each: impl Fn(Pass, usize) -> Compute) -> Vec<Compute> {
+    let ahead = ahead.min(passes);
+    let mut order: Vec<_> = (0..ahead).map(|number| each(Pass::Forward, number)).collect();
+    for number in ahead..passes {
+        order.extend([each(Pass::Forward, number), each(Pass::Backward, number - ahead)]);
+    }
+    order.extend((passes - ahead..passes).map(|number| each(Pass::Backward, number)));
+    order
+}
+
+/// A rank's events in order; a send and a receive of one time and phase become one step.
+fn join(mut events: Vec<(u64, u8, Action)>) -> Vec<Action> {
+    events.sort_by_key(|&(time, phase, _)| (time, phase));
+    let mut actions: Vec<(u64, u8, Action)> = Vec::with_capacity(events.len());
+    for event in events {
+        let same = actions.last_mut().filter(|last| (last.0, last.1) == (event.0, event.1));
+        match (same.map(|last| &mut last.2), event.2) {
+            (Some(Action::Exchange { send: s, receive: r }), Action::Exchange { send, receive })
+                if (s.is_none() || send.is_none()) && (r.is_none() || receive.is_none()) =>
+            {
+                (*s, *r) = (s.or(send), r.or(receive));
+            }
+            _ => actions.push(event),
+        }
+    }
+    actions.into_iter().map(|(_, _, action)| action).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    /// Runs the actions where a message is only sent when its receiver takes it; halves of an exchange finish apart.
+    fn rendezvous(schedule: &Schedule) {
+        let actions = schedule.actions().unwrap();
+        let ranks = schedule.ranks();
+        let mut next = vec![0; ranks];
+        let mut halves: Vec<(Option<Message>, Option<Message>)> = vec![(None, None); ranks];
+        let mut done = HashSet::new();
+        let open = |next: &[usize], halves: &mut [(Option<Message>, Option<Message>)], rank: usize| {
+            if let Some(Action::Exchange { send, receive }) = actions[rank].get(next[rank]) {
+                halves[rank] = (*send, *receive);
+            }
+        };
+        (0..ranks).for_each(|rank| open(&next, &mut halves, rank));
+        loop {
+            let mut moved = false;
+            for rank in 0..ranks {
+                if let Some(Action::Compute(compute)) = actions[rank].get(next[rank]) {
+                    let stage = schedule.stage(rank, compute.chunk);
+                    if compute.pass == Pass::Backward {
+                        assert!(done.contains(&(Pass::Forward, stage, compute.microbatch)));
+                    }
+                    let needs = match compute.pass {
+                        Pass::Forward => stage.checked_sub(1),
+                        Pass::Backward => Some(stage + 1).filter(|&next| next < schedule.stages()),
+                    };
+                    if let Some(from) = needs {
+                        // It was received, or was computed on this rank.
+                        let key = (compute.pass, from, compute.microbatch);
+                        let local = from % ranks == rank && done.contains(&key);
+                        assert!(local || done.contains(&(compute.pass, 1000 + stage, compute.microbatch)));
+                    }
+                    assert!(done.insert((compute.pass, stage, compute.microbatch)));
+                    next[rank] += 1;
+                    open(&next, &mut halves, rank);
+                    moved = true;
+                } else if let (Some(message), _) = halves[rank] {
+                    let other = halves[message.peer].1;
+                    if other.is_some_and(|other| {
+                        Message { peer: message.peer, ..other } == message && other.peer == rank
+                    }) {
+                        assert!(done.insert((message.pass, 1000 + message.stage, message.microbatch)));
+                        (halves[rank].0, halves[message.peer].1) = (None, None);
+                        moved = true;
+                    }
+                }
+                let exchanging = matches!(actions[rank].get(next[rank]), Some(Action::Exchange { .. }));
+                if exchanging && halves[rank] == (None, None) {
+                    next[rank] += 1;
+                    open(&next, &mut halves, rank);
+                    moved = true;
+                }
+            }
+            if !moved {
+                break;
+            }
+        }
+        for rank in 0..ranks {
+            assert_eq!(
+                next[rank],
+                actions[rank].len(),
+                "rank {rank} is stuck before {:?}",
+                actions[rank].get(next[rank])
+            );
+        }
+    }
+
+    #[test]
+    fn schedules_run_without_buffers_and_within_their_memory() {
+        for ranks in 1..7 {
+            for microbatches in 0..12 {
+                let gpipe = Schedule::gpipe(ranks, microbatches);
+                rendezvous(&gpipe);
+                let alternating = Schedule::one_forward_one_backward(ranks, microbatches);
+                rendezvous(&alternating);
+                for rank in 0..ranks {
+                    assert_eq!(gpipe.in_flight(rank), microbatches);
+                    assert_eq!(alternating.in_flight(rank), microbatches.min(ranks - rank));
+                }
+                for chunks in 1..4 {
+                    let interleaved = Schedule::interleaved(ranks, chunks, microbatches);
+                    assert_eq!(interleaved.is_ok(), microbatches % ranks == 0);
+                    if let Ok(interleaved) = interleaved {
+                        rendezvous(&interleaved);
+                        assert!(chunks > 1 || interleaved == alternating);
+                        let most = (0..ranks).map(|rank| interleaved.in_flight(rank)).max().unwrap();
+                        assert!(most <= (microbatches * chunks).min(2 * ranks + (chunks - 1) * ranks));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_schedules_are_refused() {
+        let each = |pass, microbatch| Compute { pass, chunk: 0, microbatch };
+        let (f, b) = (Pass::Forward, Pass::Backward);
+        let reason = |orders| Schedule::custom(1, 1, orders).actions().unwrap_err().to_string();
+        assert_eq!(
+            reason(vec![vec![each(f, 0), each(b, 0)], vec![each(f, 0)]]),
+            "pipeline schedule: the number of passes is 3, but 2 · stages · microbatches is 4"
+        );
+        assert!(reason(vec![vec![each(f, 0), each(f, 0)]]).contains("makes a pass twice"));
+        assert!(reason(vec![vec![each(f, 1), each(b, 0)]]).contains("no such pass"));
+        let backward_first = vec![vec![each(b, 0), each(f, 0)], vec![each(f, 0), each(b, 0)]];
+        assert!(reason(backward_first).contains("a deadlock: rank 0 waits forever"));
+    }
+}
