@@ -27,8 +27,8 @@ mod scale;
 mod sgd;
 mod state;
 
-pub use adamw::AdamW;
+pub use adamw::{AdamW, AdamWConfig};
 pub use learning_rate::{Decay, LearningRate};
 pub use norm::{clip_scale, grad_norm};
 pub use scale::LossScale;
-pub use sgd::Sgd;
+pub use sgd::{Sgd, SgdConfig};

@@ -8,39 +8,38 @@ use crate::{
     tensor::Param,
 };
 
-/// Stochastic gradient descent: with g ← grad + decay · w, v ← momentum · v + g,
-/// w ← w − lr · v, or w ← w − lr · (g + momentum · v) with Nesterov's momentum.
-///
-/// As `torch.optim.SGD` without dampening. Source: Sutskever et al., 2013.
-#[derive(Debug)]
-pub struct Sgd<T: Element = f32, B: Device = Cpu> {
+/// The choices of an [`Sgd`]; by default plain gradient descent.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SgdConfig {
     /// What the velocity keeps of itself; 0 for none.
     pub momentum: f64,
     /// Whether the step looks ahead along the velocity.
     pub nesterov: bool,
     /// Added to the gradient, times the weight.
     pub weight_decay: f64,
+}
+
+/// Stochastic gradient descent: with g ← grad + decay · w, v ← momentum · v + g,
+/// w ← w − lr · v, or w ← w − lr · (g + momentum · v) with Nesterov's momentum.
+///
+/// As `torch.optim.SGD` without dampening. Source: Sutskever et al., 2013.
+#[derive(Debug)]
+pub struct Sgd<T: Element = f32, B: Device = Cpu> {
+    config: SgdConfig,
     plain: States<T, B, 0>,
     moving: States<T, B, 1>,
 }
 
 impl<T: Element, B: Device> Default for Sgd<T, B> {
-    /// Plain gradient descent.
     fn default() -> Self {
-        Self {
-            momentum: 0.0,
-            nesterov: false,
-            weight_decay: 0.0,
-            plain: States::default(),
-            moving: States::default(),
-        }
+        Self { config: SgdConfig::default(), plain: States::default(), moving: States::default() }
     }
 }
 
 impl<T: Element, B: Backend> Sgd<T, B> {
-    /// With momentum.
-    pub fn with_momentum(momentum: f64, nesterov: bool) -> Self {
-        Self { momentum, nesterov, ..Self::default() }
+    /// With these choices.
+    pub fn new(config: SgdConfig) -> Self {
+        Self { config, ..Self::default() }
     }
 
     /// One step on every parameter that has a gradient, which is multiplied with `grad_scale` first.
@@ -53,7 +52,7 @@ impl<T: Element, B: Backend> Sgd<T, B> {
         lr: f64,
         grad_scale: f64,
     ) -> Result<()> {
-        let Self { momentum, nesterov, weight_decay, .. } = *self;
+        let SgdConfig { momentum, nesterov, weight_decay } = self.config;
         let step = SgdStep { lr, momentum, nesterov, weight_decay, grad_scale };
         if momentum == 0.0 {
             return self.plain.each("sgd", visit, |device, grad, value, State { master, .. }| {

@@ -42,11 +42,12 @@ pub trait Ends<S: Stream, T: Element, B: Backend> {
     /// Its own.
     fn input_grad(&mut self, microbatch: usize, dx: DTensor<S, T, B>) -> Result<()>;
 
-    /// The loss's gradient from the output of the last stage. Called on the last rank only.
+    /// Takes the output of the last stage, and returns the loss's gradient of it; none when nothing is trained. Called on
+    /// the last rank only.
     ///
     /// # Errors
     /// Its own.
-    fn loss(&mut self, microbatch: usize, y: DTensor<S, T, B>) -> Result<DTensor<S, T, B>>;
+    fn loss(&mut self, microbatch: usize, y: DTensor<S, T, B>) -> Result<Option<DTensor<S, T, B>>>;
 }
 
 /// A model whose layers are spread over the ranks of a group: vertical model parallelism.
@@ -143,15 +144,44 @@ impl<B: Backend> Pipeline<B> {
         microbatches: &[Microbatch],
         ends: &mut impl Ends<S, T, B>,
     ) -> Result<()> {
-        const OP: &str = "pipeline";
-        let (schedule, given) = (&self.schedule, microbatches.len());
-        same_size(OP, "the chunks given", chunks.len(), "those of the schedule", schedule.chunks())?;
-        same_size(OP, "the microbatches given", given, "those of the schedule", schedule.microbatches())?;
-        let mut run = Run { pipeline: self, microbatches, tensors: HashMap::new(), saved: HashMap::new() };
+        let mut run = Run::new(self, chunks, microbatches)?;
         for action in &self.actions {
             match *action {
                 Action::Exchange { send, receive } => run.exchange(send, receive)?,
-                Action::Compute(compute) => run.compute(compute, &mut chunks[compute.chunk], ends)?,
+                Action::Compute(compute) => match compute.pass {
+                    Pass::Forward => run.forward(compute, &chunks[compute.chunk], ends, true)?,
+                    Pass::Backward => run.backward(compute, &mut chunks[compute.chunk], ends)?,
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs all microbatches forward only: the schedule without its backwards.
+    ///
+    /// # Errors
+    /// As [`Pipeline::run`].
+    #[track_caller]
+    pub fn evaluate<S: Stream, T: Element, L: Layer<T, B, In = S, Out = S>>(
+        &self,
+        chunks: &[L],
+        microbatches: &[Microbatch],
+        ends: &mut impl Ends<S, T, B>,
+    ) -> Result<()> {
+        let mut run = Run::new(self, chunks, microbatches)?;
+        let forward = |message: &Message| message.pass == Pass::Forward;
+        for action in &self.actions {
+            match *action {
+                Action::Exchange { send, receive } => {
+                    let (send, receive) = (send.filter(forward), receive.filter(forward));
+                    if send.is_some() || receive.is_some() {
+                        run.exchange(send, receive)?;
+                    }
+                }
+                Action::Compute(compute) if compute.pass == Pass::Forward => {
+                    run.forward(compute, &chunks[compute.chunk], ends, false)?;
+                }
+                Action::Compute(_) => {}
             }
         }
         Ok(())
@@ -167,7 +197,15 @@ struct Run<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S
     saved: HashMap<(usize, usize), L::Saved>,
 }
 
-impl<S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run<'_, S, T, B, L> {
+impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run<'a, S, T, B, L> {
+    fn new(pipeline: &'a Pipeline<B>, chunks: &[L], microbatches: &'a [Microbatch]) -> Result<Self> {
+        const OP: &str = "pipeline";
+        let (schedule, given) = (&pipeline.schedule, microbatches.len());
+        same_size(OP, "the chunks given", chunks.len(), "those of the schedule", schedule.chunks())?;
+        same_size(OP, "the microbatches given", given, "those of the schedule", schedule.microbatches())?;
+        Ok(Self { pipeline, microbatches, tensors: HashMap::new(), saved: HashMap::new() })
+    }
+
     fn take(&mut self, pass: Pass, stage: usize, microbatch: usize) -> Result<DTensor<S, T, B>> {
         let missing = || {
             let reason =
@@ -209,38 +247,51 @@ impl<S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run<'_,
         Ok(())
     }
 
-    fn compute(&mut self, compute: Compute, layer: &mut L, ends: &mut impl Ends<S, T, B>) -> Result<()> {
+    fn forward(
+        &mut self,
+        compute: Compute,
+        layer: &L,
+        ends: &mut impl Ends<S, T, B>,
+        train: bool,
+    ) -> Result<()> {
         let Compute { pass, chunk, microbatch } = compute;
         let schedule = &self.pipeline.schedule;
-        let (stage, last) = (schedule.stage(self.pipeline.group.rank(), chunk), schedule.stages() - 1);
-        match pass {
-            Pass::Forward => {
-                let x = match stage {
-                    0 => ends.input(microbatch)?,
-                    _ => self.take(pass, stage, microbatch)?,
-                };
-                let (y, saved) = layer.forward(&x)?;
-                self.saved.insert((chunk, microbatch), saved);
-                // Behind the last stage comes the loss, whose gradient waits for the backward.
-                let (pass, stage, y) = match stage == last {
-                    true => (Pass::Backward, stage, ends.loss(microbatch, y)?),
-                    false => (pass, stage + 1, y),
-                };
-                self.tensors.insert((pass, stage, microbatch), y);
-                Ok(())
+        let stage = schedule.stage(self.pipeline.group.rank(), chunk);
+        let x = match stage {
+            0 => ends.input(microbatch)?,
+            _ => self.take(pass, stage, microbatch)?,
+        };
+        let (y, saved) = layer.forward(&x)?;
+        if train {
+            self.saved.insert((chunk, microbatch), saved);
+        }
+        if stage + 1 < schedule.stages() {
+            self.tensors.insert((pass, stage + 1, microbatch), y);
+            return Ok(());
+        }
+        // Behind the last stage comes the loss, whose gradient waits for the backward.
+        match ends.loss(microbatch, y)? {
+            Some(dy) => {
+                self.tensors.insert((Pass::Backward, stage, microbatch), dy);
             }
-            Pass::Backward => {
-                let dy = self.take(pass, stage, microbatch)?;
-                let saved = self.saved.remove(&(chunk, microbatch));
-                let missing = || Error::invalid("pipeline", "a backward before its forward");
-                let dx = layer.backward(saved.ok_or_else(missing)?, &dy)?;
-                match stage.checked_sub(1) {
-                    None => ends.input_grad(microbatch, dx),
-                    Some(before) => {
-                        self.tensors.insert((pass, before, microbatch), dx);
-                        Ok(())
-                    }
-                }
+            None if train => return Err(Error::invalid("pipeline", "a loss without a gradient")),
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn backward(&mut self, compute: Compute, layer: &mut L, ends: &mut impl Ends<S, T, B>) -> Result<()> {
+        let Compute { pass, chunk, microbatch } = compute;
+        let stage = self.pipeline.schedule.stage(self.pipeline.group.rank(), chunk);
+        let dy = self.take(pass, stage, microbatch)?;
+        let missing = || Error::invalid("pipeline", "a backward before its forward");
+        let saved = self.saved.remove(&(chunk, microbatch)).ok_or_else(missing)?;
+        let dx = layer.backward(saved, &dy)?;
+        match stage.checked_sub(1) {
+            None => ends.input_grad(microbatch, dx),
+            Some(before) => {
+                self.tensors.insert((pass, before, microbatch), dx);
+                Ok(())
             }
         }
     }

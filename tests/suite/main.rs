@@ -8,4 +8,5 @@ mod imports;
 mod kernels;
 mod layers;
 mod support;
+mod training;
 mod weights;

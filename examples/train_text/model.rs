@@ -1,0 +1,283 @@
+//! A small GPT on a mesh: tied embeddings at the two ends of a pipeline of transformer blocks.
+
+use shardwise::{
+    Error, Result,
+    comm::DeviceMesh,
+    device::{Cpu, Element},
+    kernels::{Activation, NormKind},
+    optim::grad_norm,
+    parallel::{
+        AttentionConfig, BlockConfig, BlockNames, DTensor, Draw, Dropout, Layer, NormPlacement, Normalize,
+        ParallelMlp, PositionEmbedding, Recompute, Stream, TransformerBlock, VocabParallelCrossEntropy,
+        VocabParallelEmbedding,
+    },
+    shard::{Axis, Partition, Sequences},
+    tensor::{Param, Weights},
+    train::{DataParallel, Ends, GradReduce, Microbatch, Pipeline, Schedule},
+};
+
+/// The sizes of the model.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Config {
+    pub vocabulary: usize,
+    pub context: usize,
+    pub hidden: usize,
+    pub heads: usize,
+    pub ffn: usize,
+    pub layers: usize,
+    pub dropout: f64,
+}
+
+type Block<S, T> = Recompute<TransformerBlock<S, ParallelMlp<S, T, Cpu>, T, Cpu>>;
+
+/// This rank's part of the model, and what runs it.
+pub struct Gpt<S: Stream, T: Element> {
+    mesh: DeviceMesh<Cpu>,
+    head_and_tail: HeadAndTail<S, T>,
+    chunks: Vec<Vec<Block<S, T>>>,
+    pipeline: Pipeline<Cpu>,
+    replicas: Option<DataParallel<T, Cpu>>,
+}
+
+/// The layers before the first block and behind the last, where this rank has them.
+struct HeadAndTail<S: Stream, T: Element> {
+    /// At both ends; the first one's counts.
+    table: Option<VocabParallelEmbedding<S, T, Cpu>>,
+    positions: Option<PositionEmbedding<S, T, Cpu>>,
+    dropout: Dropout<S>,
+    norm: Option<Normalize<S, T, Cpu>>,
+}
+
+/// Tokens and the tokens that follow them: sequences of one length, one after the other.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Batch {
+    pub tokens: Vec<u32>,
+    pub targets: Vec<u32>,
+    pub length: usize,
+}
+
+impl Batch {
+    /// Some of the sequences.
+    fn sequences(&self, range: std::ops::Range<usize>) -> Self {
+        let tokens = range.start * self.length..range.end * self.length;
+        Self {
+            tokens: self.tokens[tokens.clone()].to_vec(),
+            targets: self.targets[tokens].to_vec(),
+            length: self.length,
+        }
+    }
+
+    fn count(&self) -> usize {
+        self.tokens.len() / self.length.max(1)
+    }
+}
+
+impl<S: Stream, T: Element> Gpt<S, T> {
+    /// Reads or draws this rank's part of the weights.
+    pub fn load(
+        mesh: &DeviceMesh<Cpu>,
+        weights: &Weights<'_>,
+        config: &Config,
+        schedule: Schedule,
+    ) -> Result<Self> {
+        let (tp, pp) = (mesh.group(Axis::Tensor), mesh.group(Axis::Pipeline));
+        let (first, last) = (pp.rank() == 0, pp.rank() + 1 == pp.size());
+        let Config { vocabulary, context, hidden, heads, ffn, layers, dropout } = *config;
+        let norm = NormKind::LayerNorm { eps: 1e-5 };
+        let block = BlockConfig {
+            attention: AttentionConfig {
+                hidden,
+                heads,
+                kv_heads: heads,
+                head_dim: hidden / heads,
+                causal: true,
+                qkv_bias: true,
+                out_bias: true,
+            },
+            ffn,
+            activation: Activation::GeluTanh,
+            mlp_bias: true,
+            norm,
+            placement: NormPlacement::Pre,
+            names: BlockNames::default(),
+        };
+        let cut = Partition::by_unit("pipeline", "layers", layers, 1, schedule.stages())?;
+        let chunk = |chunk: usize| {
+            let layers = cut.range(chunk * pp.size() + pp.rank());
+            let load =
+                |layer: usize| TransformerBlock::load(tp, &weights.at(&format!("layers.{layer}")), &block);
+            layers.map(|layer| load(layer).map(Recompute)).collect::<Result<Vec<_>>>()
+        };
+        let chunks = (0..schedule.chunks()).map(chunk).collect::<Result<Vec<_>>>()?;
+        let microbatches = schedule.microbatches();
+        let pipeline = Pipeline::new(pp, tp, schedule, &chunks, hidden)?;
+        let mut head_and_tail = HeadAndTail {
+            table: None,
+            positions: None,
+            dropout: Dropout::new(dropout, 0, "embedding"),
+            norm: None,
+        };
+        if first || last {
+            let mut table = VocabParallelEmbedding::load(tp, &weights.at("embedding"), vocabulary, hidden)?;
+            table.visit(&mut |table| {
+                if !first {
+                    table.disown();
+                }
+                Ok(())
+            })?;
+            head_and_tail.table = Some(table);
+        }
+        if first {
+            let positions = PositionEmbedding::load(tp, &weights.at("positions"), context, hidden)?;
+            head_and_tail.positions = Some(positions);
+        }
+        if last {
+            head_and_tail.norm = Some(Normalize::load(tp, &weights.at("norm"), norm, hidden)?);
+        }
+        let mut model = Self { mesh: mesh.clone(), head_and_tail, chunks, pipeline, replicas: None };
+        // A step adds to every gradient once a microbatch, and to a table that is also the head twice.
+        model.visit(&mut |param| {
+            param.set_uses(
+                microbatches * if first && last && param.name() == "embedding.weight" { 2 } else { 1 },
+            );
+            Ok(())
+        })?;
+        let replicas = DataParallel::new(mesh.group(Axis::Data), |f| model.visit(f))?;
+        model.replicas = Some(replicas);
+        Ok(model)
+    }
+
+    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, Cpu>) -> Result<()>) -> Result<()> {
+        let HeadAndTail { table, positions, norm, .. } = &mut self.head_and_tail;
+        table.as_mut().map_or(Ok(()), |table| table.visit(f))?;
+        positions.as_mut().map_or(Ok(()), |positions| positions.visit(f))?;
+        self.chunks.iter_mut().try_for_each(|chunk| chunk.visit(f))?;
+        norm.as_mut().map_or(Ok(()), |norm| norm.visit(f))
+    }
+
+    /// Leaves the gradient of the mean loss over the whole batch in the parameters, and returns the loss and the
+    /// gradient's norm, the same on every rank. Every rank is given the same batch.
+    pub fn gradients(&mut self, batch: &Batch, step: u64) -> Result<(f64, f64)> {
+        self.visit(&mut |param| {
+            param.zero_grad();
+            Ok(())
+        })?;
+        let replicas = self.replicas.take().ok_or_else(|| invalid("an earlier step failed"))?;
+        replicas.begin(GradReduce::Sum)?;
+        let loss = self.pass(batch, Some(step), true)?;
+        replicas.finish(|f| self.visit(f))?;
+        self.replicas = Some(replicas);
+        if let Some(table) = &mut self.head_and_tail.table {
+            table.visit(&mut |table| self.pipeline.sum_tied(table))?;
+        }
+        let groups = [self.mesh.group(Axis::Tensor).clone(), self.mesh.group(Axis::Pipeline).clone()];
+        let norm = grad_norm(|f| self.visit(f), &groups.each_ref())?;
+        Ok((loss, norm))
+    }
+
+    /// The mean loss over a batch, without dropout.
+    pub fn loss(&mut self, batch: &Batch) -> Result<f64> {
+        self.pass(batch, None, false)
+    }
+
+    fn pass(&mut self, batch: &Batch, step: Option<u64>, train: bool) -> Result<f64> {
+        let dp = self.mesh.group(Axis::Data);
+        let own = Partition::even(batch.count(), dp.size()).range(dp.rank());
+        let mine = Partition::even(own.len(), self.pipeline.schedule().microbatches());
+        let draw = |start: usize| step.map(|step| Draw { step, row: (start * batch.length) as u64 });
+        let (mut described, mut microbatches) = (Vec::new(), Vec::new());
+        for part in 0..mine.parts() {
+            let range = own.start + mine.range(part).start..own.start + mine.range(part).end;
+            let sequences = Sequences::packed(range.clone().map(|_| batch.length));
+            described.push(Microbatch { sequences, draw: draw(range.start) });
+            microbatches.push(batch.sequences(range));
+        }
+        let mut ends = Pass {
+            model: &mut self.head_and_tail,
+            described: &described,
+            microbatches,
+            embedded: (0..mine.parts()).map(|_| None).collect(),
+            scale: 1.0 / batch.tokens.len().max(1) as f64,
+            train,
+            loss: 0.0,
+        };
+        match train {
+            true => self.pipeline.run(&mut self.chunks, &described, &mut ends)?,
+            false => self.pipeline.evaluate(&self.chunks, &described, &mut ends)?,
+        }
+        // The last stage of each replica knows its part of the sum.
+        let loss = if self.pipeline.is_last() { ends.loss } else { 0.0 };
+        let mut sum = shardwise::Tensor::from_slice(dp.device(), [1], &[loss])?;
+        for axis in [Axis::Data, Axis::Pipeline] {
+            self.mesh.group(axis).all_reduce(shardwise::comm::ReduceOp::Sum, &mut sum)?;
+        }
+        Ok(sum.to_vec()?[0])
+    }
+}
+
+fn invalid(reason: &str) -> Error {
+    Error::Invalid { op: "gpt", reason: reason.into() }
+}
+
+/// A batch on its way through the ends of the model.
+struct Pass<'a, S: Stream, T: Element> {
+    model: &'a mut HeadAndTail<S, T>,
+    described: &'a [Microbatch],
+    microbatches: Vec<Batch>,
+    embedded: Vec<Option<Embedded<S, T>>>,
+    scale: f64,
+    train: bool,
+    loss: f64,
+}
+
+/// What the backward of an embedded microbatch needs.
+struct Embedded<S: Stream, T: Element> {
+    rows: Vec<u32>,
+    positions: <PositionEmbedding<S, T, Cpu> as Layer<T, Cpu>>::Saved,
+    dropout: <Dropout<S> as Layer<T, Cpu>>::Saved,
+}
+
+impl<S: Stream, T: Element> Ends<S, T, Cpu> for Pass<'_, S, T> {
+    fn input(&mut self, at: usize) -> Result<DTensor<S, T, Cpu>> {
+        let Microbatch { sequences, draw } = &self.described[at];
+        let HeadAndTail { table: Some(table), positions: Some(positions), dropout, .. } = &self.model else {
+            return Err(invalid("the first stage lacks its embeddings"));
+        };
+        let (x, rows) = table.forward(&self.microbatches[at].tokens, sequences.clone())?;
+        let x = match draw {
+            Some(draw) => x.with_draw(*draw),
+            None => x,
+        };
+        let (x, positions) = positions.forward(&x)?;
+        let (x, dropout) = dropout.forward(&x)?;
+        self.embedded[at] = Some(Embedded { rows, positions, dropout });
+        Ok(x)
+    }
+
+    fn input_grad(&mut self, at: usize, dx: DTensor<S, T, Cpu>) -> Result<()> {
+        let saved = self.embedded[at].take().ok_or_else(|| invalid("a gradient without its input"))?;
+        let dx = self.model.dropout.backward(saved.dropout, &dx)?;
+        if let HeadAndTail { table: Some(table), positions: Some(positions), .. } = &mut *self.model {
+            let dx = positions.backward(saved.positions, &dx)?;
+            table.backward(&saved.rows, &dx)?;
+        }
+        Ok(())
+    }
+
+    fn loss(&mut self, at: usize, y: DTensor<S, T, Cpu>) -> Result<Option<DTensor<S, T, Cpu>>> {
+        let HeadAndTail { table: Some(table), norm: Some(norm), .. } = &mut *self.model else {
+            return Err(invalid("the last stage lacks its head"));
+        };
+        let (normed, saved_norm) = norm.forward(&y)?;
+        let (logits, saved_head) = table.head().forward(&normed)?;
+        let entropy = VocabParallelCrossEntropy::default();
+        let (losses, saved) = entropy.forward(&logits, &self.microbatches[at].targets)?;
+        self.loss += losses.sum()? * self.scale;
+        if !self.train {
+            return Ok(None);
+        }
+        let dlogits = entropy.backward(&saved, self.scale)?;
+        let dnormed = table.head_mut().backward(saved_head, &dlogits)?;
+        Ok(Some(norm.backward(saved_norm, &dnormed)?))
+    }
+}
