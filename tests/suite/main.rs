@@ -7,6 +7,8 @@ mod errors;
 mod imports;
 mod kernels;
 mod layers;
+mod optim;
 mod support;
 mod training;
+mod vocabulary;
 mod weights;

@@ -1,0 +1,394 @@
+//! Optimizers, gradient norms and data parallelism against the reference.
+
+use crate::support::{arrays, close, matrix, random, ranks};
+use half::{bf16, f16};
+use ndarray::{Array2, ArrayD};
+use proptest::prelude::*;
+use shardwise::{
+    Error, Result, Tensor,
+    comm::Group,
+    device::{Cpu, Element},
+    kernels::NormKind,
+    kernels::{AdamWStep, SgdStep, Update},
+    ops,
+    optim::{AdamW, AdamWConfig, Sgd, SgdConfig, clip_scale, grad_norm},
+    parallel::{
+        AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, DTensor, Layer, Normalize,
+        ParallelAttention, QkvLayout,
+    },
+    reference,
+    shard::{Partition, Replicated, Shard},
+    tensor::{Arrays, Param, Random, Weights},
+    train::{DataParallel, GradReduce, ShardedSampler, check_replicas},
+};
+
+fn cases(count: u32) -> ProptestConfig {
+    ProptestConfig { cases: count, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+fn solo() -> Group<Cpu> {
+    Group::solo(&Cpu::poisoned())
+}
+
+/// A parameter `[3, 5]` of some element, and gradients for it.
+fn layer<T: Element>(seed: u64) -> ColumnLinear<T, Cpu> {
+    let source = arrays([("weight", random(seed, "w", &[3, 5])), ("bias", random(seed, "b", &[3]))]);
+    let group = solo();
+    let columns = Columns::even(&group, 3).unwrap();
+    ColumnLinear::load(&group, &Weights::new(&source), 5, &columns, Bias::Add).unwrap()
+}
+
+/// Steps a layer and the reference alike; the reference's numbers are f64 throughout.
+fn steps<T: Element>(
+    seed: u64,
+    mut step: impl FnMut(&mut ColumnLinear<T, Cpu>) -> Result<()>,
+    mut reference: impl FnMut(usize, &mut ArrayD<f64>, &ArrayD<f64>),
+    tolerance: f64,
+) {
+    let mut layer = layer::<T>(seed);
+    let mut want = Vec::new();
+    layer
+        .visit(&mut |param| {
+            want.push(param.value().to_array()?.mapv(T::to_f64));
+            Ok(())
+        })
+        .unwrap();
+    for at in 0..6 {
+        let mut number = 0;
+        layer
+            .visit(&mut |param| {
+                let grad = random(seed + at, param.name(), param.value().shape().dims())
+                    .mapv(|g| T::Acc::from_f64(g).to_f64());
+                reference(number, &mut want[number], &grad);
+                number += 1;
+                param.zero_grad();
+                let device = param.value().device().clone();
+                param.add_grad(Tensor::from_array(&device, &grad.mapv(T::Acc::from_f64))?)
+            })
+            .unwrap();
+        step(&mut layer).unwrap();
+    }
+    let mut number = 0;
+    layer
+        .visit(&mut |param| {
+            close(param.name(), &param.value().to_array()?.mapv(T::to_f64), &want[number], tolerance);
+            number += 1;
+            Ok(())
+        })
+        .unwrap();
+}
+
+fn sgd_agrees<T: Element>(config: SgdConfig, seed: u64, tolerance: f64) {
+    let SgdConfig { momentum, nesterov, weight_decay } = config;
+    let mut sgd = Sgd::<T>::new(config);
+    let same = reference::Sgd { lr: 0.1, momentum, nesterov, weight_decay, velocity: None };
+    let mut all = [same.clone(), same];
+    // Gradients are scaled by 0.5 on the way.
+    steps(
+        seed,
+        |layer: &mut ColumnLinear<T, Cpu>| sgd.step(|f| layer.visit(f), 0.1, 0.5),
+        |at, w, g| all[at].step(w, &(g * 0.5)),
+        tolerance,
+    );
+}
+
+fn adamw_agrees<T: Element>(decay_vectors: bool, seed: u64, tolerance: f64) {
+    let config = AdamWConfig { weight_decay: 0.1, decay_vectors, ..AdamWConfig::default() };
+    let mut adamw = AdamW::<T>::new(config);
+    let same = |weight_decay| reference::AdamW {
+        lr: 0.01,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay,
+        steps: 0,
+        moments: None,
+    };
+    let mut all = [same(0.1), same(if decay_vectors { 0.1 } else { 0.0 })];
+    steps(
+        seed,
+        |layer: &mut ColumnLinear<T, Cpu>| adamw.step(|f| layer.visit(f), 0.01, 0.5),
+        |at, w, g| all[at].step(w, &(g * 0.5)),
+        tolerance,
+    );
+    assert_eq!(adamw.steps(), 6);
+}
+
+proptest! {
+    #![proptest_config(cases(16))]
+
+    /// f32 by a bound of some roundings a step; bf16 and f16 have master weights, so that only the last rounding is theirs.
+    #[test]
+    fn optimizers_agree_with_the_reference(
+        momentum in prop::sample::select(vec![0.0, 0.9]), nesterov: bool, weight_decay in prop::sample::select(vec![0.0, 0.1]),
+        decay_vectors: bool, seed in 0..1000_u64,
+    ) {
+        let config = SgdConfig { momentum, nesterov: nesterov && momentum > 0.0, weight_decay };
+        sgd_agrees::<f64>(config, seed, 1e-13);
+        sgd_agrees::<f32>(config, seed, 1e-5);
+        sgd_agrees::<bf16>(config, seed, bf16::EPSILON.to_f64());
+        sgd_agrees::<f16>(config, seed, f16::EPSILON.to_f64());
+        adamw_agrees::<f64>(decay_vectors, seed, 1e-13);
+        adamw_agrees::<f32>(decay_vectors, seed, 1e-5);
+        adamw_agrees::<bf16>(decay_vectors, seed, bf16::EPSILON.to_f64());
+        adamw_agrees::<f16>(decay_vectors, seed, f16::EPSILON.to_f64());
+    }
+}
+
+/// A thousand steps, each too small for bf16 to see, still move the weight.
+#[test]
+fn master_weights_keep_what_bf16_cannot() {
+    let (mut layer, mut sgd) = (layer::<bf16>(1), Sgd::<bf16>::default());
+    let value = |layer: &mut ColumnLinear<bf16, Cpu>| {
+        let mut values = Vec::new();
+        layer.visit(&mut |param| param.value().to_vec().map(|all| values.extend(all))).unwrap();
+        values[0].to_f64()
+    };
+    let before = value(&mut layer);
+    for _ in 0..1000 {
+        layer
+            .visit(&mut |param| {
+                param.zero_grad();
+                let device = param.value().device().clone();
+                param.add_grad(Tensor::full(&device, param.value().shape(), 1.0)?)
+            })
+            .unwrap();
+        sgd.step(|f| layer.visit(f), 1e-4, 1.0).unwrap();
+    }
+    assert!((value(&mut layer) - (before - 0.1)).abs() <= bf16::EPSILON.to_f64() * before.abs().max(0.1));
+}
+
+#[test]
+fn updates_refuse_what_does_not_fit() {
+    let cpu = Cpu::new();
+    let step = SgdStep { lr: 1.0, momentum: 0.0, nesterov: false, weight_decay: 0.0, grad_scale: 1.0 };
+    let error = cpu.sgd::<f32>(&step, &[0.0; 2], &mut [0.0; 3], None, None).unwrap_err().to_string();
+    assert_eq!(error, "sgd: the gradient is 2, but the number of weights is 3");
+    let step =
+        AdamWStep { lr: 1.0, beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.0, step: 1, grad_scale: 1.0 };
+    let moments: [&mut [f32]; 2] = [&mut [0.0; 3], &mut [0.0; 4]];
+    let error = cpu.adamw::<f32>(&step, &[0.0; 3], &mut [0.0; 3], None, moments).unwrap_err().to_string();
+    assert_eq!(error, "adamw: the second moment is 4, but the number of weights is 3");
+    // Another model than the one that the states are of.
+    let (mut sgd, mut first) = (Sgd::<f32>::default(), layer::<f32>(1));
+    sgd.step(|f| first.visit(f), 0.1, 1.0).unwrap();
+    let mut reversed =
+        |f: &mut dyn FnMut(&mut Param<f32, Cpu>) -> Result<()>| first.bias_mut().map_or(Ok(()), f);
+    let error = sgd.step(&mut reversed, 0.1, 1.0).unwrap_err().to_string();
+    assert_eq!(error, "sgd: bias has shape [3], but its state has shape [3, 5]");
+}
+
+/// Attention with shared key/value heads and a norm: the norm of the gradient is that of one device, on any number of
+/// ranks, with tokens replicated or cut.
+#[test]
+fn gradient_norms_are_those_of_one_device() {
+    let (hidden, heads, kv_heads, head_dim, tokens) = (6, 9, 3, 2, 7);
+    let source = Random::normal(5, 0.4);
+    let x = matrix(1, "x", tokens, hidden);
+    let norm_on = |world: usize| {
+        let norms = ranks(world).run(|group| {
+            fn grads<S: shardwise::parallel::Stream>(
+                group: &Group<Cpu>,
+                source: &Random,
+                config: &AttentionConfig,
+                x: &Array2<f64>,
+            ) -> Result<f64> {
+                let weights = Weights::new(source);
+                let norm = Normalize::<S, f64, Cpu>::load(
+                    group,
+                    &weights.at("n"),
+                    NormKind::RmsNorm { eps: 1e-5 },
+                    config.hidden,
+                )?;
+                let layout = QkvLayout::separate("q", "k", "v");
+                let attention =
+                    ParallelAttention::<S, f64, Cpu>::load(group, &weights, &layout, "o", config)?;
+                let mut model = Layer::<f64, Cpu>::then(norm, attention);
+                let own = S::local_rows(group, x.nrows());
+                let part = Tensor::from_array(group.device(), &x.slice(ndarray::s![own, ..]))?;
+                let x = S::of_local(group, x.nrows(), part)?;
+                let (y, saved) = model.forward(&x)?;
+                model.backward(saved, &y)?;
+                grad_norm(|f| model.visit(f), &[group])
+            }
+            let config = AttentionConfig {
+                hidden,
+                heads,
+                kv_heads,
+                head_dim,
+                causal: true,
+                qkv_bias: true,
+                out_bias: true,
+            };
+            Ok([
+                grads::<Replicated>(&group, &source, &config, &x)?,
+                grads::<Shard<0>>(&group, &source, &config, &x)?,
+            ])
+        });
+        let norms = norms.unwrap();
+        assert!(norms.iter().all(|own| own.map(f64::to_bits) == norms[0].map(f64::to_bits)));
+        norms[0]
+    };
+    let one = norm_on(1);
+    for world in [2, 4, 5, 8, 9] {
+        for norm in norm_on(world) {
+            assert!((norm - one[0]).abs() <= 1e-12 * one[0], "{world} ranks: {norm} != {}", one[0]);
+        }
+    }
+    assert_eq!((clip_scale(0.5, 1.0), clip_scale(4.0 - 1e-6, 1.0)), (1.0, 0.25));
+}
+
+type Model = ColumnParallelLinear<Replicated, f64, Cpu>;
+
+/// A linear layer on a rank of its own tensor-parallel group.
+fn model(source: &Arrays) -> Result<Model> {
+    let alone = solo();
+    Model::load(&alone, &Weights::new(source), 3, &Columns::even(&alone, 2)?, Bias::Add)
+}
+
+/// Adds the gradient of `scale` · Σ (y − t)² over some samples.
+fn backward(model: &mut Model, x: &Array2<f64>, t: &Array2<f64>, rows: &[usize], scale: f64) -> Result<()> {
+    let alone = solo();
+    let pick = |x: &Array2<f64>| Tensor::from_array(alone.device(), &x.select(ndarray::Axis(0), rows));
+    let (y, saved) = model.forward(&DTensor::replicated(&alone, pick(x)?)?)?;
+    let dy = ops::squared_error_backward(y.local(), &pick(t)?, scale)?;
+    model.backward(saved, &DTensor::shard(&alone, dy, &Partition::even(2, 1))?)?;
+    Ok(())
+}
+
+fn params(model: &mut Model) -> Result<Vec<f64>> {
+    let mut all = Vec::new();
+    model.visit(&mut |param| param.value().to_vec().map(|values| all.extend(values)))?;
+    Ok(all)
+}
+
+/// Uneven batches over any number of ranks, by sums, by weighted means, in small buckets, accumulated, and by a central
+/// aggregator, train as the whole batch does on one device.
+#[test]
+fn data_parallel_equals_the_big_batch() {
+    let (samples, x, t) = (11, matrix(1, "x", 11, 3), matrix(1, "t", 11, 2));
+    let source = arrays([("weight", random(1, "w", &[2, 3])), ("bias", random(1, "b", &[2]))]);
+    let sampler = ShardedSampler { samples, batch: 5, shuffle: Some(3) };
+    let train = |world: usize, how: usize| {
+        let all = ranks(world).run(|group| {
+            // Only rank 0's parameters count: the others begin with other ones.
+            let own = match group.rank() {
+                0 => source.clone(),
+                rank => {
+                    arrays([("weight", random(rank as u64, "?", &[2, 3])), ("bias", random(9, "?", &[2]))])
+                }
+            };
+            let mut model = model(&own)?;
+            let replicas = match how {
+                1 => DataParallel::with_buckets(&group, |f| model.visit(f), 8)?,
+                4 => DataParallel::central(&group, |f| model.visit(f), group.size() - 1)?,
+                _ => DataParallel::new(&group, |f| model.visit(f))?,
+            };
+            let mut sgd = Sgd::new(SgdConfig { momentum: 0.9, ..SgdConfig::default() });
+            for epoch in 0..2 {
+                let order = sampler.order(epoch);
+                for batch in 0..sampler.batches() {
+                    let size = sampler.range(batch, 0, 1).len() as f64;
+                    let mine = &order[sampler.range(batch, group.rank(), group.size())];
+                    model.visit(&mut |param| {
+                        param.zero_grad();
+                        Ok(())
+                    })?;
+                    match how {
+                        // The mean over the own samples, weighted with their number.
+                        2 => {
+                            replicas.begin(GradReduce::Mean { weight: mine.len() as f64 })?;
+                            if !mine.is_empty() {
+                                backward(&mut model, &x, &t, mine, 1.0 / mine.len() as f64)?;
+                            }
+                        }
+                        // One sample at a time: only the last backward is reduced.
+                        3 => {
+                            let last = mine.len().saturating_sub(1);
+                            for sample in &mine[..last] {
+                                backward(&mut model, &x, &t, &[*sample], 1.0 / size)?;
+                            }
+                            replicas.begin(GradReduce::Sum)?;
+                            if !mine.is_empty() {
+                                backward(&mut model, &x, &t, &mine[last..], 1.0 / size)?;
+                            }
+                        }
+                        _ => {
+                            replicas.begin(GradReduce::Sum)?;
+                            backward(&mut model, &x, &t, mine, 1.0 / size)?;
+                        }
+                    }
+                    replicas.finish(|f| model.visit(f))?;
+                    if replicas.steps() {
+                        sgd.step(|f| model.visit(f), 0.05, 1.0)?;
+                    }
+                    replicas.publish(|f| model.visit(f))?;
+                }
+            }
+            check_replicas(|f| model.visit(f), &group, |_| true)?;
+            params(&mut model)
+        });
+        let all = all.unwrap();
+        assert!(all.iter().all(|own| *own == all[0]));
+        all[0].clone()
+    };
+    let one = train(1, 0);
+    for world in [1, 2, 3, 4, 7] {
+        for how in 0..5 {
+            for (got, want) in train(world, how).iter().zip(&one) {
+                assert!((got - want).abs() <= 1e-13, "{world} ranks, {how}: {got} != {want}");
+            }
+        }
+        // The aggregator sums as the all-reduce does: the same bits.
+        assert_eq!(train(world, 4), train(world, 0));
+    }
+}
+
+fn cause(error: Error) -> String {
+    match error {
+        Error::RankFailed { source, .. } => source.to_string(),
+        error => error.to_string(),
+    }
+}
+
+#[test]
+fn misuse_of_replicas_is_named() {
+    let source = arrays([("weight", random(1, "w", &[2, 3])), ("bias", random(1, "b", &[2]))]);
+    let run = |f: &(dyn Fn(&Group<Cpu>, Model) -> Result<()> + Sync)| {
+        cause(ranks(2).run(|group| f(&group, model(&source)?)).unwrap_err())
+    };
+    let (x, t) = (matrix(1, "x", 2, 3), matrix(1, "t", 2, 2));
+    assert_eq!(
+        run(&|group, mut model| DataParallel::new(group, |f| model.visit(f))?.finish(|f| model.visit(f))),
+        "data parallel: `finish` without `begin`, or after an error"
+    );
+    assert_eq!(
+        run(&|group, mut model| DataParallel::new(group, |f| model.visit(f))?
+            .begin(GradReduce::Mean { weight: 0.0 })),
+        "data parallel: the ranks' weights sum to 0"
+    );
+    assert_eq!(
+        run(&|group, mut model| DataParallel::central(group, |f| model.visit(f), 2).map(drop)),
+        "data parallel: aggregator 2 of a group of 2"
+    );
+    let twice = run(&|group, mut model| {
+        let replicas = DataParallel::new(group, |f| model.visit(f))?;
+        replicas.begin(GradReduce::Sum)?;
+        backward(&mut model, &x, &t, &[0], 1.0)?;
+        backward(&mut model, &x, &t, &[1], 1.0)
+    });
+    assert!(twice.contains("a gradient was added to after its reduction had started"), "{twice}");
+    // A replica that drifts is named, on every rank.
+    let drift = run(&|group, mut model| {
+        DataParallel::new(group, |f| model.visit(f))?;
+        if group.rank() == 1 {
+            model.visit(&mut |param| {
+                let one = Tensor::full(group.device(), param.value().shape(), 1.0)?;
+                *param.value_mut() = if param.name() == "bias" { one } else { param.value().clone() };
+                Ok(())
+            })?;
+        }
+        check_replicas(|f| model.visit(f), group, |_| true)
+    });
+    assert_eq!(drift, "rank 1 of group `world` has drifted: its `bias` differs from rank 0's");
+}

@@ -1,0 +1,380 @@
+//! Embeddings, cross entropy and dropout over ranks, against the reference.
+
+use crate::support::{Assembled, Case, arrays, close, difference, grads_close, matrix, random, ranks, run};
+use ndarray::{Array2, ArrayD};
+use proptest::prelude::*;
+use shardwise::{
+    Error, Result, Tensor,
+    comm::Group,
+    device::{Cpu, Element},
+    kernels::{Activation, DropoutMask},
+    ops,
+    parallel::{
+        Activate, Bias, BoxLayer, ColumnParallelLinear, Columns, CopyTo, DTensor, Draw, Dropout, Layer,
+        PositionEmbedding, Recompute, ReduceFrom, RowLinear, Smoothing, Stream, VocabParallelCrossEntropy,
+        VocabParallelEmbedding,
+    },
+    reference,
+    rng::Philox,
+    shard::{Partition, Replicated, Sequences, Shard},
+    tensor::Weights,
+};
+
+const EXACT: f64 = 1e-12;
+
+fn cases(count: u32) -> ProptestConfig {
+    ProptestConfig { cases: count, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+fn ids(seed: u64, tokens: usize, vocabulary: usize) -> Vec<u32> {
+    let stream = Philox::stream(seed, 1);
+    (0..tokens).map(|at| (stream.uniform(at as u64) * vocabulary as f64) as u32).collect()
+}
+
+fn wide<T: Element>(x: &Tensor<T>) -> Array2<f64> {
+    x.to_array().unwrap().mapv(T::to_f64).into_dimensionality().unwrap()
+}
+
+/// Embeds, and runs the tied head, forward and backward; what the traffic says is what is recorded.
+fn embeds<S: Stream>(world: usize, vocabulary: usize, hidden: usize, tokens: usize, seed: u64) {
+    let table = random(seed, "table", &[vocabulary, hidden]);
+    let source = arrays([("weight", table.clone())]);
+    let (ids, dy) = (ids(seed, tokens, vocabulary), matrix(seed, "dy", tokens, hidden));
+    let dlogits = matrix(seed, "dlogits", tokens, vocabulary);
+    let outcomes = ranks(world).run(|world| {
+        let (group, record) = world.recorded();
+        let weights = Weights::new(&source);
+        let mut layer = VocabParallelEmbedding::<S, f64, Cpu>::load(&group, &weights, vocabulary, hidden)?;
+        record.take();
+        let (y, rows) = layer.forward(&ids, Sequences::one(tokens))?;
+        assert_eq!(record.take(), layer.traffic(tokens).forward);
+        let own = S::local_rows(&group, tokens);
+        let part = |whole: &Array2<f64>| {
+            let part = whole.slice(ndarray::s![own.clone(), ..]).to_owned();
+            S::of_local(&group, tokens, Tensor::from_array(group.device(), &part)?)
+        };
+        let (logits, saved) = layer.head().forward(&y)?;
+        let words = logits.local_range(1);
+        let dlogits = dlogits.slice(ndarray::s![.., words]).to_owned();
+        let dlogits =
+            DTensor::shard(&group, Tensor::from_array(group.device(), &dlogits)?, logits.cut().unwrap())?;
+        let dx = layer.head_mut().backward(saved, &dlogits)?;
+        record.take();
+        layer.backward(&rows, &part(&dy)?.add(&dx)?)?;
+        assert_eq!(record.take(), layer.traffic(tokens).backward);
+        let mut grad = Vec::new();
+        layer.visit(&mut |table| {
+            let values = table.grad().unwrap().to_vec()?;
+            grad.push((table.pieces().to_vec(), table.value().shape().dims().to_vec(), values));
+            Ok(())
+        })?;
+        Ok((wide(y.local()), own, wide(logits.local()), grad))
+    });
+    let outcomes = outcomes.unwrap();
+    let table: Array2<f64> = table.into_dimensionality().unwrap();
+    let index: Vec<usize> = ids.iter().map(|&id| id as usize).collect();
+    let want = reference::embedding(&index, &table);
+    let mut grads = Assembled::default();
+    let mut logits = Vec::new();
+    for (y, own, part, grad) in &outcomes {
+        // A sum with zeros: the table's own bits.
+        assert_eq!(*y, want.slice(ndarray::s![own.clone(), ..]));
+        grad.iter().for_each(|(pieces, shape, values)| grads.add(pieces, shape, values));
+        logits.push(part.view());
+    }
+    let logits = ndarray::concatenate(ndarray::Axis(1), &logits).unwrap();
+    close("logits", &logits.into_dyn(), &reference::linear(&want, &table, None), EXACT);
+    let head = reference::linear_backward(&want, &table, &dlogits);
+    let dtable = reference::embedding_backward(&index, vocabulary, &(&dy + &head.dx)) + head.dw;
+    close("dtable", &grads.finish()["weight"], &dtable, EXACT);
+}
+
+proptest! {
+    #![proptest_config(cases(24))]
+
+    #[test]
+    fn embeddings_and_tied_heads_agree_with_the_reference(
+        world in 1..9usize, extra in 0..20usize, hidden in 1..6usize, tokens in 0..12usize, seed: u64,
+    ) {
+        embeds::<Replicated>(world, world + extra, hidden, tokens, seed);
+        embeds::<Shard<0>>(world, world + extra, hidden, tokens, seed);
+    }
+
+    #[test]
+    fn positions_agree_with_the_reference(
+        world in 1..9usize, lengths in prop::collection::vec(0..5usize, 1..5), hidden in 1..5usize, seed: u64,
+    ) {
+        let (sequences, tokens) = (Sequences::packed(lengths.clone()), lengths.iter().sum());
+        let (x, dy) = (matrix(seed, "x", tokens, hidden), matrix(seed, "dy", tokens, hidden));
+        let table = matrix(seed, "positions", 5, hidden);
+        let source = arrays([("weight", table.clone().into_dyn())]);
+        let places: Vec<usize> = lengths.iter().flat_map(|&length| 0..length).collect();
+        let want = &x + &reference::embedding(&places, &table);
+        let dtable = reference::embedding_backward(&places, 5, &dy);
+        let case = Case { sequences, ..Case::new(world, &x, &dy, &source) };
+        let replicated = |group: &Group<Cpu>, weights: &Weights<'_>| {
+            PositionEmbedding::<Replicated, f64, Cpu>::load(group, weights, 5, hidden)
+        };
+        let sharded = |group: &Group<Cpu>, weights: &Weights<'_>| {
+            PositionEmbedding::<Shard<0>, f64, Cpu>::load(group, weights, 5, hidden)
+        };
+        for outcome in [run::<f64, _>(&case, replicated).unwrap(), run::<f64, _>(&case, sharded).unwrap()] {
+            close("y", &outcome.y.into_dyn(), &want, EXACT);
+            close("dx", &outcome.dx.into_dyn(), &dy, 0.0);
+            grads_close(&outcome.grads, &[("weight", dtable.clone().into_dyn())], EXACT);
+        }
+    }
+}
+
+/// A loss's options, as the crate and as the reference take them.
+fn options(
+    smoothing: Smoothing,
+    ignored: Option<u32>,
+    z: f64,
+) -> (VocabParallelCrossEntropy, reference::CrossEntropy) {
+    let (over_all, over_others) = match smoothing {
+        Smoothing::None => (0.0, 0.0),
+        Smoothing::OverAll(alpha) => (alpha, 0.0),
+        Smoothing::OverOthers(alpha) => (0.0, alpha),
+    };
+    (
+        VocabParallelCrossEntropy { smoothing, ignored, z },
+        reference::CrossEntropy { over_all, over_others, ignored, z },
+    )
+}
+
+/// The losses and the gradient on `world` ranks; the traffic is the declared one, the losses equal on every rank.
+fn entropy<T: Element>(
+    world: usize,
+    loss: &VocabParallelCrossEntropy,
+    x: &Array2<f64>,
+    targets: &[u32],
+) -> Result<(ArrayD<f64>, Array2<f64>)> {
+    let outcomes = ranks(world).run(|world| {
+        let (group, record) = world.recorded();
+        let cut = Partition::by_unit("test", "classes", x.ncols(), 1, group.size())?;
+        let part = x.slice(ndarray::s![.., cut.range(group.rank())]).mapv(T::from_f64);
+        let logits = DTensor::<Shard<1>, T>::shard(&group, Tensor::from_array(group.device(), &part)?, &cut)?;
+        record.take();
+        let (losses, saved) = loss.forward(&logits, targets)?;
+        let traffic = loss.traffic::<T>(logits.shape());
+        assert_eq!(record.take(), traffic.forward);
+        let dx = loss.backward(&saved, 0.5)?;
+        assert_eq!(record.take(), traffic.backward);
+        Ok((losses.rows().to_array()?.mapv(Element::to_f64), wide(dx.local()), losses.mean()?))
+    })?;
+    let bits = |losses: &ArrayD<f64>| losses.iter().map(|loss| loss.to_bits()).collect::<Vec<_>>();
+    assert!(outcomes.iter().all(|(losses, ..)| bits(losses) == bits(&outcomes[0].0)));
+    let parts: Vec<_> = outcomes.iter().map(|(_, dx, _)| dx.view()).collect();
+    Ok((outcomes[0].0.clone(), ndarray::concatenate(ndarray::Axis(1), &parts).unwrap()))
+}
+
+proptest! {
+    #![proptest_config(cases(48))]
+
+    #[test]
+    fn cross_entropy_agrees_with_the_reference(
+        world in 1..9usize, extra in 0..20usize, tokens in 0..7usize, ignore: bool, z in prop::sample::select(vec![0.0, 1e-3]),
+        smoothing in prop::sample::select(vec![Smoothing::None, Smoothing::OverAll(0.1), Smoothing::OverOthers(0.2)]), seed: u64,
+    ) {
+        let classes = world + extra;
+        let (x, targets) = (matrix(seed, "x", tokens, classes) * 3.0, ids(seed, tokens, classes));
+        let ignored = if ignore { Some(targets.first().copied().unwrap_or(0)) } else { None };
+        let (loss, same) = options(smoothing, ignored, z);
+        let (want, grad) = (same.losses(&x, &targets), same.backward(&x, &targets, 0.5));
+        let (losses, dx) = entropy::<f64>(world, &loss, &x, &targets).unwrap();
+        close("losses", &losses, &want, EXACT);
+        close("dx", &dx.into_dyn(), &grad, EXACT);
+        // The logits are numbers of the element. In f32: e^x and the sums of as many terms as classes, with |x| up to 15.
+        let x = x.mapv(|x| half::bf16::from_f64(x).to_f64());
+        let (want, grad) = (same.losses(&x, &targets), same.backward(&x, &targets, 0.5));
+        let bound = f64::from(f32::EPSILON) * (classes as f64 + 40.0);
+        let (losses, dx) = entropy::<f32>(world, &loss, &x, &targets).unwrap();
+        close("f32 losses", &losses, &want, bound);
+        close("f32 dx", &dx.into_dyn(), &grad, bound);
+        let (losses, dx) = entropy::<half::bf16>(world, &loss, &x, &targets).unwrap();
+        close("bf16 losses", &losses, &want, bound);
+        close("bf16 dx", &dx.into_dyn(), &grad, half::bf16::EPSILON.to_f64() + bound);
+    }
+}
+
+#[test]
+fn cross_entropy_of_extreme_logits() {
+    let inf = f64::INFINITY;
+    // Large logits do not overflow; a class of −∞ is impossible, and costs nothing where it is not wanted; NaN spreads
+    // over its row alone; a row of −∞ is NaN.
+    let x = ndarray::array![
+        [1e30, 0.0, -1e30, 5.0],
+        [-inf, 1.0, 1.0, -inf],
+        [0.0, f64::NAN, 0.0, 0.0],
+        [-inf, -inf, -inf, -inf],
+        [-1e3, -1e3, -1e3, -1e3],
+    ];
+    let loss = VocabParallelCrossEntropy::default();
+    for world in [1, 2, 4] {
+        let (losses, dx) = entropy::<f32>(world, &loss, &x, &[0, 2, 0, 0, 3]).unwrap();
+        let losses: Vec<f64> = losses.iter().copied().collect();
+        assert_eq!(losses[0], 0.0);
+        assert!((losses[1] - 2f64.ln()).abs() < 1e-6 && losses[2].is_nan() && losses[3].is_nan());
+        assert!((losses[4] - 4f64.ln()).abs() < 1e-6);
+        assert_eq!(dx.row(1).to_vec(), [0.0, 0.25, -0.25, 0.0]);
+        assert!(dx.row(2).iter().all(|dx| dx.is_nan()) && dx.row(4).iter().all(|dx| dx.is_finite()));
+    }
+}
+
+/// The two conventions of smoothing differ, as PyTorch's and Megatron-LM's do.
+#[test]
+fn smoothing_conventions_differ() {
+    let x = ndarray::array![[2.0, 0.0, -1.0]];
+    let loss = |smoothing| entropy::<f64>(3, &options(smoothing, None, 0.0).0, &x, &[0]).unwrap().0[[0]];
+    let lse = (2f64.exp() + 1.0 + (-1f64).exp()).ln();
+    let (all, others) = (loss(Smoothing::OverAll(0.3)), loss(Smoothing::OverOthers(0.3)));
+    assert!((all - (0.8 * (lse - 2.0) + 0.1 * lse + 0.1 * (lse + 1.0))).abs() < 1e-14);
+    assert!((others - (0.7 * (lse - 2.0) + 0.15 * lse + 0.15 * (lse + 1.0))).abs() < 1e-14);
+}
+
+#[test]
+fn bad_targets_and_ids_are_named() {
+    let x = Array2::zeros((2, 5));
+    let loss = VocabParallelCrossEntropy { ignored: Some(9), ..VocabParallelCrossEntropy::default() };
+    let message = |error: Error| match error {
+        Error::RankFailed { source, .. } => source.to_string(),
+        error => error.to_string(),
+    };
+    let error = entropy::<f32>(2, &loss, &x, &[9, 5]).unwrap_err();
+    assert_eq!(message(error), "cross entropy: target 5 is none of the 5 classes");
+    let error = entropy::<f32>(2, &loss, &x, &[0]).unwrap_err();
+    assert_eq!(message(error), "cross entropy: the number of targets is 1, but the number of rows is 2");
+    let wrong = VocabParallelCrossEntropy { smoothing: Smoothing::OverAll(1.5), ..loss };
+    let error = entropy::<f32>(2, &wrong, &x, &[0, 0]).unwrap_err();
+    assert_eq!(message(error), "cross entropy: a smoothing of 1.5 is not between 0 and 1");
+    let source = arrays([("weight", random(1, "w", &[5, 2]))]);
+    let group = Group::solo(&Cpu::new());
+    let table =
+        VocabParallelEmbedding::<Replicated, f32, Cpu>::load(&group, &Weights::new(&source), 5, 2).unwrap();
+    let error = table.forward(&[0, 5], Sequences::one(2)).unwrap_err();
+    assert_eq!(error.to_string(), "embedding: id 5 is beyond a vocabulary of 5 words");
+}
+
+/// What dropout does to ones on one device.
+fn mask(dropout: &Dropout<Replicated>, rows: usize, cols: usize, draw: Draw) -> Array2<f64> {
+    let group = Group::solo(&Cpu::new());
+    let ones = DTensor::replicated(&group, Tensor::full(group.device(), [rows, cols], 1.0).unwrap()).unwrap();
+    wide(Layer::<f64, Cpu>::forward(dropout, &ones.with_draw(draw)).unwrap().0.local())
+}
+
+proptest! {
+    #![proptest_config(cases(16))]
+
+    /// The same elements are dropped at every size, placement and cut of the batch; the backward drops them, too.
+    #[test]
+    fn dropout_does_not_depend_on_the_sharding(
+        world in 1..9usize, rows in 1..10usize, cols in 1..30usize, p in 0.0..0.9, step: u64, seed: u64,
+    ) {
+        let draw = Draw { step, row: 3 };
+        let want = mask(&Dropout::new(p, seed, "d"), rows, cols, draw);
+        prop_assert!(want.iter().all(|&y| y == 0.0 || (y - 1.0 / (1.0 - p)).abs() < 1e-15));
+        // Three rows earlier, three rows more: the same elements.
+        let whole = mask(&Dropout::new(p, seed, "d"), rows + 3, cols, Draw { row: 0, ..draw });
+        prop_assert_eq!(whole.slice(ndarray::s![3.., ..]), &want);
+        let (x, dy) = (matrix(seed, "x", rows, cols), matrix(seed, "dy", rows, cols));
+        ranks(world).run(|group| {
+            let tensor = |part: ndarray::ArrayView2<'_, f64>| Tensor::from_array(group.device(), &part.to_owned());
+            fn both<P: shardwise::shard::Elementwise + shardwise::shard::Placement<Dual = P>>(
+                mut layer: Dropout<P>, x: DTensor<P, f64>, dy: DTensor<P, f64>, draw: Draw,
+            ) -> Result<(Array2<f64>, Array2<f64>)> {
+                let (same, _) = layer.forward(&x)?;
+                assert_eq!(wide(same.local()), wide(x.local()), "nothing is dropped outside of training");
+                let (y, saved) = layer.forward(&x.with_draw(draw))?;
+                let dx: DTensor<P, f64> = layer.backward(saved, &dy)?;
+                Ok((wide(y.local()), wide(dx.local())))
+            }
+            let near = |(y, dx): (Array2<f64>, Array2<f64>), rows: std::ops::Range<usize>, cols: std::ops::Range<usize>| {
+                let part = |x: &Array2<f64>| (x * &want).slice(ndarray::s![rows.clone(), cols.clone()]).to_owned();
+                assert!(difference(&y.into_dyn(), &part(&x).into_dyn()) <= 1e-15);
+                assert!(difference(&dx.into_dyn(), &part(&dy).into_dyn()) <= 1e-15);
+            };
+            let layer = Dropout::<Replicated>::new(p, seed, "d");
+            let whole = |x: &Array2<f64>| DTensor::replicated(&group, tensor(x.view())?);
+            near(both(layer, whole(&x)?, whole(&dy)?, draw)?, 0..rows, 0..cols);
+            let cut = Partition::even(rows, group.size());
+            let own = cut.range(group.rank());
+            let part = |x: &Array2<f64>| DTensor::<Shard<0>, f64>::shard(&group, tensor(x.slice(ndarray::s![own.clone(), ..]))?, &cut);
+            near(both(Dropout::new(p, seed, "d"), part(&x)?, part(&dy)?, draw)?, own.clone(), 0..cols);
+            let cut = Partition::even(cols, group.size());
+            let own = cut.range(group.rank());
+            let part = |x: &Array2<f64>| DTensor::<Shard<1>, f64>::shard(&group, tensor(x.slice(ndarray::s![.., own.clone()]))?, &cut);
+            near(both(Dropout::new(p, seed, "d"), part(&x)?, part(&dy)?, draw)?, 0..rows, own.clone());
+            Ok(())
+        }).unwrap();
+    }
+}
+
+#[test]
+fn dropout_drops_as_often_as_asked_and_anew_at_each_step() {
+    let dropout = Dropout::new(0.3, 1, "d");
+    let at = |step| mask(&dropout, 100, 100, Draw { step, row: 0 });
+    let share = at(0).iter().filter(|&&y| y == 0.0).count() as f64 / 1e4;
+    // Four standard deviations.
+    assert!((share - 0.3).abs() < 4.0 * (0.3 * 0.7 / 1e4_f64).sqrt(), "{share}");
+    assert!(at(0) != at(1) && at(0) != mask(&Dropout::new(0.3, 1, "e"), 100, 100, Draw { step: 0, row: 0 }));
+    // The mask is Philox's words, whoever draws them.
+    let mask = DropoutMask { probability: 0.5, stream: Philox::stream(1, 2), row: 0, column: 1, width: 3 };
+    let x = Tensor::<f64>::full(&Cpu::poisoned(), [4, 2], 1.0).unwrap();
+    let y = wide(&ops::dropout(&mask, &x).unwrap());
+    for ((row, col), &y) in y.indexed_iter() {
+        let kept = Philox::stream(1, 2).uniform((row * 3 + col + 1) as u64) >= 0.5;
+        assert_eq!(y, if kept { 2.0 } else { 0.0 });
+    }
+    let error = |mask| ops::dropout(&mask, &x).unwrap_err().to_string();
+    assert_eq!(error(DropoutMask { probability: 1.0, ..mask }), "dropout: 1 is no probability less than 1");
+    assert_eq!(
+        error(DropoutMask { column: 2, ..mask }),
+        "dropout: the column after the part's last is 4, but the whole's columns is 3"
+    );
+}
+
+/// Lists, boxes and recomputation around a feed-forward layer: its bits, and its traffic, the forward's twice.
+#[test]
+fn wrapped_layers_give_the_bits_of_the_layer() {
+    let (x, dy) = (matrix(1, "x", 5, 4), matrix(1, "dy", 5, 4));
+    let source = arrays([
+        ("up.weight", random(1, "up", &[6, 4])),
+        ("up.bias", random(1, "b", &[6])),
+        ("down.weight", random(1, "down", &[4, 6])),
+        ("down.bias", random(1, "c", &[4])),
+    ]);
+    type Plain = BoxLayer<Replicated, Replicated, f64>;
+    fn plain(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Plain> {
+        let columns = Columns::even(group, 6)?;
+        let up = ColumnParallelLinear::<Replicated, f64, Cpu>::load(
+            group,
+            &weights.at("up"),
+            4,
+            &columns,
+            Bias::Add,
+        )?;
+        let down = RowLinear::load(group, &weights.at("down"), columns.partition(), 4)?;
+        let layer = Layer::<f64, Cpu>::then(up, Activate::new(Activation::Silu));
+        let layer = Layer::<f64, Cpu>::then(layer, down);
+        Ok(BoxLayer::new(Layer::<f64, Cpu>::then(layer, ReduceFrom)))
+    }
+    let source =
+        shardwise::tensor::Arrays(source.0.into_iter().filter(|(name, _)| name != "down.bias").collect());
+    let case = Case::new(2, &x, &dy, &source);
+    let want = run::<f64, _>(&case, plain).unwrap();
+    let recomputed = run::<f64, _>(&case, |group, weights| Ok(Recompute(plain(group, weights)?))).unwrap();
+    let listed = run::<f64, _>(&case, |group, weights| Ok(vec![plain(group, weights)?])).unwrap();
+    for got in [&recomputed, &listed] {
+        assert_eq!((&got.y, &got.dx, &got.grads), (&want.y, &want.dx, &want.grads));
+    }
+    let nothing = run::<f64, _>(&case, |_, _| Ok(Vec::<Plain>::new())).unwrap();
+    assert_eq!((&nothing.y, &nothing.dx), (&x, &dy));
+    // What one layer saved is no other's.
+    let group = Group::solo(&Cpu::new());
+    let mut boxed = BoxLayer::<Replicated, shardwise::shard::Copied, f64>::new(CopyTo);
+    let x = DTensor::replicated(&group, Tensor::from_array(group.device(), &x).unwrap()).unwrap();
+    let error =
+        boxed.backward(Box::new(1_u8), &DTensor::partial(&group, x.local().clone()).unwrap()).unwrap_err();
+    assert_eq!(error.to_string(), "backward: what was saved belongs to a forward of another layer");
+}
