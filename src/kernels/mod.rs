@@ -31,7 +31,7 @@ mod view;
 pub use attention::{Attention, AttentionSpec};
 pub use dropout::{Dropout, DropoutMask};
 pub use gather::{Gather, NO_ROW};
-pub use gemm::{Batch, Gemm};
+pub use gemm::{Batch, Gemm, Product};
 pub use loss::{Loss, Targets};
 pub use norm::{Norm, NormKind};
 pub use pointwise::{Activation, Pointwise};

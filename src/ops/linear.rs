@@ -3,7 +3,7 @@
 use crate::{
     device::Element,
     error::{Result, same_size},
-    kernels::Backend,
+    kernels::{Backend, MatRef, Product},
     tensor::Tensor,
 };
 
@@ -55,6 +55,24 @@ pub fn linear_weight_grad<T: Element, B: Backend>(
     let mut dw = Tensor::empty(x.device(), [dy.shape().cols(), x.shape().cols()])?;
     x.device().gemm(1.0, dy.mat().t(), x.mat(), 0.0, dw.mat_mut()?)?;
     Ok(dw)
+}
+
+/// The products of pairs of matrices, at the same time where the device can.
+///
+/// # Errors
+/// When sizes disagree.
+pub fn products<'a, T: Element, C: Element<Acc = T::Acc>, B: Backend>(
+    device: &B,
+    pairs: Vec<(MatRef<'a, T, B>, MatRef<'a, T, B>)>,
+) -> Result<Vec<Tensor<C, B>>> {
+    let empty = |(a, b): &(MatRef<'a, T, B>, MatRef<'a, T, B>)| Tensor::empty(device, [a.rows(), b.cols()]);
+    let mut results = pairs.iter().map(empty).collect::<Result<Vec<Tensor<C, B>>>>()?;
+    let mut all = Vec::with_capacity(pairs.len());
+    for ((a, b), c) in pairs.into_iter().zip(&mut results) {
+        all.push(Product { a, b, beta: 0.0, c: c.mat_mut()? });
+    }
+    device.gemm_all(all)?;
+    Ok(results)
 }
 
 /// db = Σ over the rows of dy, in the accumulator.

@@ -14,7 +14,7 @@ pub use activation::{activate, activate_backward, add, gate, gate_backward};
 pub use attention::{AttentionContext, QkvHeads, attention, attention_backward};
 pub use dropout::dropout;
 pub use embedding::{embedding, embedding_backward};
-pub use linear::{bias_grad, linear, linear_input_grad, linear_weight_grad};
+pub use linear::{bias_grad, linear, linear_input_grad, linear_weight_grad, products};
 pub use norm::{NormContext, NormGrads, normalize, normalize_backward};
 pub use softmax::{softmax, softmax_backward};
 pub use squared_error::{squared_error, squared_error_backward};

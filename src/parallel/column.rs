@@ -55,6 +55,21 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         Ok(Self { group: group.clone(), weight, bias: vector, bias_mode: bias, cut, shared })
     }
 
+    /// This rank's rows of the weight.
+    pub(super) fn weight(&self) -> &Tensor<T, B> {
+        self.weight.value()
+    }
+
+    /// The bias to be added.
+    pub(super) fn added_bias(&self) -> Option<&Tensor<T, B>> {
+        self.bias.as_ref().filter(|_| self.bias_mode == Bias::Add).map(Param::value)
+    }
+
+    /// How the output features are cut.
+    pub(super) fn cut(&self) -> &Partition {
+        &self.cut
+    }
+
     /// The bias of this rank's features, if there is one. With [`Bias::Skip`] adding it is up to the caller, and so is
     /// adding to its gradient.
     pub fn bias_mut(&mut self) -> Option<&mut Param<T, B>> {
@@ -62,8 +77,7 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
     }
 
     fn output(&self, x: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
-        let bias = self.bias.as_ref().filter(|_| self.bias_mode == Bias::Add).map(Param::value);
-        let y = ops::linear(x.local(), self.weight.value(), bias)?;
+        let y = ops::linear(x.local(), self.weight.value(), self.added_bias())?;
         Ok(x.derive(y, self.cut.total(), Some(self.cut.clone())))
     }
 
@@ -76,17 +90,25 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
     fn param_grads(&mut self, x: &Tensor<T, B>, dy: &DTensor<Shard<1>, T, B>) -> Result<()> {
         let dy = dy.local();
         same_size("column linear backward", "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
-        match &self.shared {
+        match self.shared {
             None => {
                 let device = x.device();
                 self.weight.accumulate_grad(|beta, dw| device.gemm(1.0, dy.mat().t(), x.mat(), beta, dw))?;
             }
-            Some(shared) => {
-                let mut dw = ops::linear_weight_grad(dy, x)?;
-                sum_shared(&self.group, shared, &mut dw)?;
-                self.weight.add_grad(dw)?;
-            }
+            Some(_) => self.add_weight_grad(ops::linear_weight_grad(dy, x)?)?,
         }
+        self.bias_grad(dy)
+    }
+
+    /// Adds a weight gradient that was computed elsewhere.
+    pub(super) fn add_weight_grad(&mut self, mut dw: Tensor<T::Acc, B>) -> Result<()> {
+        if let Some(shared) = &self.shared {
+            sum_shared(&self.group, shared, &mut dw)?;
+        }
+        self.weight.add_grad(dw)
+    }
+
+    pub(super) fn bias_grad(&mut self, dy: &Tensor<T, B>) -> Result<()> {
         let Some(bias) = self.bias.as_mut().filter(|_| self.bias_mode == Bias::Add) else { return Ok(()) };
         let mut db = ops::bias_grad(dy)?;
         if let Some(shared) = &self.shared {
@@ -98,7 +120,7 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         bias.add_grad(db)
     }
 
-    fn own_traffic(&self, x: Shape) -> (Traffic, Shape) {
+    pub(super) fn own_traffic(&self, x: Shape) -> (Traffic, Shape) {
         let y = x.with(x.rank() - 1, self.cut.total());
         let Some(shared) = &self.shared else { return (Traffic::default(), y) };
         let weight = Traffic::backward::<T::Acc>(Op::AllReduce, shared.total * x.cols());
@@ -108,7 +130,7 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         }
     }
 
-    fn visit_params(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+    pub(super) fn visit_params(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
         f(&mut self.weight)?;
         self.bias.as_mut().map_or(Ok(()), f)
     }

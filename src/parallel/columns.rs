@@ -183,16 +183,44 @@ impl Columns {
             );
             return Err(Error::invalid(OP, reason));
         }
-        let (rank, dim) = (group.rank(), heads.head_dim());
-        let rows = |part, head, owned| {
+        let rank = group.rank();
+        let (query, held) = (heads.query_range(rank).len(), heads.kv_range(rank).len());
+        let all = [Part::Q, Part::K, Part::V].map(|part| Self::heads_of(heads, layout, part, rank)).concat();
+        let shared = SharedRows::of(heads, rank, &[query, query + held]);
+        Ok(Self { cut: heads.qkv_features(), rows: join(all), shared })
+    }
+
+    /// The projection to q, k and v as three layers: for [`crate::parallel::ForkedColumnLinear`].
+    ///
+    /// # Errors
+    /// As [`Columns::qkv`].
+    pub fn separate_qkv<B: Device>(group: &Group<B>, heads: &Heads, layout: &QkvLayout) -> Result<[Self; 3]> {
+        Self::qkv(group, heads, layout)?;
+        let rank = group.rank();
+        let kv = Partition::from_sizes((0..heads.ranks()).map(|rank| heads.kv_range(rank).len()));
+        let kv = kv.scaled(heads.head_dim());
+        let of =
+            |part, cut, shared| Self { cut, rows: join(Self::heads_of(heads, layout, part, rank)), shared };
+        Ok([
+            of(Part::Q, heads.query_features(), None),
+            of(Part::K, kv.clone(), SharedRows::of(heads, rank, &[0])),
+            of(Part::V, kv, SharedRows::of(heads, rank, &[0])),
+        ])
+    }
+
+    /// The rows of one part of a rank's heads.
+    fn heads_of(heads: &Heads, layout: &QkvLayout, part: Part, rank: usize) -> Vec<Rows> {
+        let dim = heads.head_dim();
+        let rows = |head, owned| {
             let (tensor, count, place) = layout.head(heads, part, head);
             Rows { tensor: tensor.to_string(), of: count * dim, range: place * dim..(place + 1) * dim, owned }
         };
-        let mut all: Vec<Rows> = heads.query_range(rank).map(|head| rows(Part::Q, head, true)).collect();
-        for part in [Part::K, Part::V] {
-            all.extend(heads.kv_range(rank).map(|head| rows(part, head, heads.owner(head) == rank)));
+        match part {
+            Part::Q => heads.query_range(rank).map(|head| rows(head, true)).collect(),
+            Part::K | Part::V => {
+                heads.kv_range(rank).map(|head| rows(head, heads.owner(head) == rank)).collect()
+            }
         }
-        Ok(Self { cut: heads.qkv_features(), rows: join(all), shared: SharedRows::of(heads, rank) })
     }
 
     /// How the features are cut over the ranks. Features that several ranks hold count for each.
@@ -243,20 +271,21 @@ fn join(rows: Vec<Rows>) -> Vec<Rows> {
 }
 
 impl SharedRows {
-    /// The rows of the key/value heads that more than one rank holds: all shared k, then all shared v.
-    fn of(heads: &Heads, rank: usize) -> Option<Self> {
+    /// The rows of the key/value heads that more than one rank holds, k and v one after the other; `bases` says behind how
+    /// many heads of the rank each begins.
+    fn of(heads: &Heads, rank: usize, bases: &[usize]) -> Option<Self> {
         let (shared, dim) = (heads.shared(), heads.head_dim());
         if shared.is_empty() {
             return None;
         }
-        let (held, query) = (heads.kv_range(rank), heads.query_range(rank).len());
+        let held = heads.kv_range(rank);
         let mut mine = Vec::new();
-        for part in 0..2 {
+        for (part, base) in bases.iter().enumerate() {
             for (at, head) in shared.iter().enumerate().filter(|(_, head)| held.contains(head)) {
-                let local = query + part * held.len() + head - held.start;
+                let local = base + head - held.start;
                 mine.push((local * dim..(local + 1) * dim, (part * shared.len() + at) * dim));
             }
         }
-        Some(Self { total: 2 * shared.len() * dim, mine })
+        Some(Self { total: bases.len() * shared.len() * dim, mine })
     }
 }

@@ -16,6 +16,7 @@
 //! | [`ColumnLinear`] | Copied → Shard<1> | none / none (with shared key/value heads: all-reduce of their gradients) |
 //! | [`RowLinear`] | Shard<1> → Partial | none / none |
 //! | [`ColumnParallelLinear<S>`](ColumnParallelLinear) | S → Shard<1> | those of S entering |
+//! | [`ForkedColumnLinear<S>`](ForkedColumnLinear) | S → Shard<1> | those of S entering |
 //! | [`RowParallelLinear<S>`](RowParallelLinear) | Shard<1> → S | those of S leaving |
 //! | [`Activate<P>`](Activate), [`Gate`] | P → P, Shard<1> → Shard<1> | none |
 //! | [`Attention`] | Shard<1> → Shard<1> | none |
@@ -41,6 +42,7 @@ mod cross_entropy;
 mod dropout;
 mod dtensor;
 mod embedding;
+mod fork;
 mod layer;
 mod mappings;
 mod mlp;
@@ -61,6 +63,7 @@ pub use cross_entropy::{CrossEntropySaved, Losses, Smoothing, VocabParallelCross
 pub use dropout::Dropout;
 pub use dtensor::{DTensor, Draw, PendingDTensor};
 pub use embedding::{PositionEmbedding, VocabParallelEmbedding};
+pub use fork::ForkedColumnLinear;
 pub use layer::{Chain, Layer};
 pub use mappings::{
     CopyTo, GatherFrom, GatherSequence, ReduceFrom, ReduceScatterSequence, ScatterSequence, ScatterTo,

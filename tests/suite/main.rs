@@ -4,6 +4,7 @@ mod block;
 mod comm;
 mod compile_fail;
 mod errors;
+mod fork;
 mod imports;
 mod kernels;
 mod layers;

@@ -1,14 +1,15 @@
 //! GEMM on the CPU: `matrixmultiply` for f32 and f64; bf16 and f16 are widened block by block and multiplied in f32.
 
-use super::{Batch, Gemm, check};
+use super::{Batch, Gemm, Product, check};
 use crate::{
     device::{Accumulator, AnyMut, AnyRef, Cpu, Device, Element, vectorized},
-    error::Result,
+    error::{Error, Result},
     kernels::{
         MatMut, MatRef,
         view::{Dims, mat, mat_mut},
     },
 };
+use std::num::NonZeroUsize;
 
 /// A product with fewer multiplications than this is not worth more than one thread.
 const PARALLEL: usize = 1 << 22;
@@ -27,7 +28,7 @@ impl Gemm for Cpu {
         c: MatMut<'_, C, Self>,
     ) -> Result<()> {
         check(batch, &a, &b, &c)?;
-        let dims = Product { a: a.dims(), b: b.dims(), c: c.dims() };
+        let dims = Extents { a: a.dims(), b: b.dims(), c: c.dims() };
         if dims.c.extent() == 0 {
             return Ok(());
         }
@@ -49,11 +50,45 @@ impl Gemm for Cpu {
         }
         Ok(())
     }
+
+    fn gemm_all<T: Element, C: Element<Acc = T::Acc>>(
+        &self,
+        products: Vec<Product<'_, '_, T, C, Self>>,
+    ) -> Result<()> {
+        let work =
+            |product: &Product<'_, '_, T, C, Self>| product.a.rows() * product.a.cols() * product.b.cols();
+        let workers = match products.iter().map(work).sum::<usize>() >= PARALLEL {
+            true => self.threads().min(products.len()).max(1),
+            false => 1,
+        };
+        // A handle belongs to one thread, so that each makes its own.
+        let threads = NonZeroUsize::new(self.threads() / workers).unwrap_or(NonZeroUsize::MIN);
+        let run = |cpu: &Self, products: Vec<Product<'_, '_, T, C, Self>>| {
+            products.into_iter().try_for_each(|Product { a, b, beta, c }| cpu.gemm(1.0, a, b, beta, c))
+        };
+        if workers == 1 {
+            return run(self, products);
+        }
+        let mut shares: Vec<Vec<_>> = (0..workers).map(|_| Vec::new()).collect();
+        for (at, product) in products.into_iter().enumerate() {
+            shares[at % workers].push(product);
+        }
+        std::thread::scope(|scope| {
+            let mut shares = shares.into_iter();
+            let own = shares.next().unwrap_or_default();
+            let others: Vec<_> = shares
+                .map(|share| scope.spawn(move || run(&Cpu::new().with_threads(threads), share)))
+                .collect();
+            let first = run(&self.clone().with_threads(threads), own);
+            let lost = |_| Error::invalid("gemm", "a thread panicked: please report this");
+            others.into_iter().fold(first, |all, one| all.and(one.join().map_err(lost).and_then(|one| one)))
+        })
+    }
 }
 
 /// The dimensions of one product; they agree, and lie inside the memory that comes with them.
 #[derive(Clone, Copy)]
-struct Product {
+struct Extents {
     a: Dims,
     b: Dims,
     c: Dims,
@@ -82,14 +117,14 @@ type Kernel<T> = unsafe fn(
 fn native<T: Element>(
     threads: usize,
     kernel: Kernel<T>,
-    dims: Product,
+    dims: Extents,
     alpha: T,
     a: &[T],
     b: &[T],
     beta: T,
     c: &mut [T],
 ) {
-    let Product { a: ad, b: bd, c: cd } = dims;
+    let Extents { a: ad, b: bd, c: cd } = dims;
     let by_rows = cd.col_stride == 1 && cd.row_stride >= cd.cols;
     let threads = if by_rows && cd.rows * cd.cols * ad.cols >= PARALLEL { threads.min(cd.rows) } else { 1 };
     if threads <= 1 {
@@ -104,7 +139,7 @@ fn native<T: Element>(
                 break;
             }
             let rows = each.min(cd.rows - start);
-            let dims = Product { a: Dims { rows, ..ad }, b: bd, c: Dims { rows, ..cd } };
+            let dims = Extents { a: Dims { rows, ..ad }, b: bd, c: Dims { rows, ..cd } };
             let a = &a[start * ad.row_stride..];
             scope.spawn(move || call(kernel, dims, alpha, a, b, beta, c));
         }
@@ -112,8 +147,8 @@ fn native<T: Element>(
 }
 
 #[allow(clippy::too_many_arguments)]
-fn call<T: Element>(kernel: Kernel<T>, dims: Product, alpha: T, a: &[T], b: &[T], beta: T, c: &mut [T]) {
-    let Product { a: ad, b: bd, c: cd } = dims;
+fn call<T: Element>(kernel: Kernel<T>, dims: Extents, alpha: T, a: &[T], b: &[T], beta: T, c: &mut [T]) {
+    let Extents { a: ad, b: bd, c: cd } = dims;
     assert!(ad.extent() <= a.len() && bd.extent() <= b.len() && cd.extent() <= c.len());
     assert!(ad.rows == cd.rows && ad.cols == bd.rows && bd.cols == cd.cols);
     // SAFETY: the kernel reads `ad.extent()` elements of A and `bd.extent()` of B and writes at most `cd.extent()` of
@@ -145,14 +180,14 @@ fn call<T: Element>(kernel: Kernel<T>, dims: Product, alpha: T, a: &[T], b: &[T]
 #[allow(clippy::too_many_arguments)]
 fn widened<T: Element, C: Element<Acc = T::Acc>>(
     cpu: &Cpu,
-    dims: Product,
+    dims: Extents,
     alpha: f64,
     a: &[T],
     b: &[T],
     beta: f64,
     c: &mut [C],
 ) -> Result<()> {
-    let Product { a: ad, b: bd, c: cd } = dims;
+    let Extents { a: ad, b: bd, c: cd } = dims;
     let (m, k, n) = (cd.rows, ad.cols, cd.cols);
     let (wide_n, wide_k) = (n.min(WIDE), k.min(WIDE));
     let mut wide_a = cpu.empty::<T::Acc>(m * wide_k)?;

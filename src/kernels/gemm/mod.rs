@@ -26,6 +26,18 @@ impl Batch {
     pub const ONE: Self = Self { count: 1, a: 0, b: 0, c: 0 };
 }
 
+/// One of several products C ← A B + β C that do not depend on one another.
+pub struct Product<'a, 'c, T: Element, C: Element, B: Device> {
+    /// A.
+    pub a: MatRef<'a, T, B>,
+    /// B.
+    pub b: MatRef<'a, T, B>,
+    /// β.
+    pub beta: f64,
+    /// C.
+    pub c: MatMut<'c, C, B>,
+}
+
 /// C ← α A B + β C.
 pub trait Gemm: Device {
     /// C ← α A B + β C for one product: [`Gemm::gemm_batched`] with [`Batch::ONE`].
@@ -63,6 +75,18 @@ pub trait Gemm: Device {
         beta: f64,
         c: MatMut<'_, C, Self>,
     ) -> Result<()>;
+
+    /// Several products, at the same time where the device can: the CPU shares its threads among them. The bits are those
+    /// of one after the other.
+    ///
+    /// # Errors
+    /// As [`Gemm::gemm`].
+    fn gemm_all<T: Element, C: Element<Acc = T::Acc>>(
+        &self,
+        products: Vec<Product<'_, '_, T, C, Self>>,
+    ) -> Result<()> {
+        products.into_iter().try_for_each(|Product { a, b, beta, c }| self.gemm(1.0, a, b, beta, c))
+    }
 }
 
 /// The operands of a product agree, and each batch lies inside its memory.

@@ -1,0 +1,134 @@
+//! Linear layers of one input that are computed at the same time.
+
+use super::{ColumnLinear, DTensor, Layer, Stream, Traffic};
+use crate::{
+    device::{Device, Element},
+    error::{Error, Result, same_size},
+    kernels::Backend,
+    ops,
+    shard::{Partial, Partition, Placement, Shape, Shard},
+    tensor::{Param, Tensor},
+};
+use std::{marker::PhantomData, ops::Range};
+
+/// `[X W₁ᵀ | X W₂ᵀ | …]`: S → Shard<1>. Several column-sharded layers of one input that are not merged into one weight.
+///
+/// Operator parallelism inside a device: the products run at the same time, on the threads that a rank's
+/// [`Cpu`](crate::device::Cpu) may use. Rank r holds its features of the first layer, then of the second, and so on, as a
+/// merged layer does ([`super::Columns::merged`], [`super::Columns::qkv`]); the bits of the output are the same.
+///
+/// * Forward: entering the stream, once for all.
+/// * Backward: dX = Σᵢ dYᵢ Wᵢ, summed in the layers' order; its leaving collective runs beside the products that give the
+///   dWᵢ.
+#[derive(Debug)]
+pub struct ForkedColumnLinear<S: Stream, T: Element, B: Device> {
+    layers: Vec<ColumnLinear<T, B>>,
+    cut: Partition,
+    stream: PhantomData<S>,
+}
+
+impl<S: Stream, T: Element, B: Backend> ForkedColumnLinear<S, T, B> {
+    /// These layers, of as many inputs each.
+    ///
+    /// # Errors
+    /// When there is none, or their inputs or ranks differ in number.
+    pub fn new(layers: Vec<ColumnLinear<T, B>>) -> Result<Self> {
+        const OP: &str = "forked linear";
+        let Some(first) = layers.first() else { return Err(Error::invalid(OP, "there is no layer")) };
+        let (inputs, ranks) = (first.weight().shape().cols(), first.cut().parts());
+        for layer in &layers {
+            same_size(
+                OP,
+                "the inputs of a layer",
+                layer.weight().shape().cols(),
+                "those of the first",
+                inputs,
+            )?;
+            same_size(OP, "the ranks of a layer", layer.cut().parts(), "those of the first", ranks)?;
+        }
+        let sum = |rank| layers.iter().map(|layer| layer.cut().size(rank)).sum();
+        let cut = Partition::from_sizes((0..ranks).map(sum));
+        Ok(Self { layers, cut, stream: PhantomData })
+    }
+
+    /// Each layer's columns of this rank's output.
+    fn columns(&self) -> Vec<Range<usize>> {
+        let mut end = 0;
+        let next = |layer: &ColumnLinear<T, B>| {
+            let start = end;
+            end += layer.weight().shape().rows();
+            start..end
+        };
+        self.layers.iter().map(next).collect()
+    }
+}
+
+impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T, B> {
+    type In = S;
+    type Out = Shard<1>;
+    type Saved = Tensor<T, B>;
+
+    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
+        let entered = S::enter(x)?;
+        let (x, device) = (entered.local(), entered.local().device());
+        let inputs = self.layers[0].weight().shape().cols();
+        same_size("forked linear", "columns of x", x.shape().cols(), "columns of w", inputs)?;
+        let pairs = self.layers.iter().map(|layer| (x.mat(), layer.weight().mat().t())).collect();
+        let parts = ops::products::<T, T, B>(device, pairs)?;
+        let columns = self.columns();
+        let width = columns.last().map_or(0, |last| last.end);
+        let mut y = Tensor::empty(device, [x.shape().rows(), width])?;
+        for ((layer, mut part), columns) in self.layers.iter().zip(parts).zip(columns) {
+            if let Some(bias) = layer.added_bias() {
+                device.add_bias::<T>(bias.slice(), part.mat_mut()?)?;
+            }
+            device.copy(part.mat(), y.mat_mut()?.block(0..x.shape().rows(), columns))?;
+        }
+        Ok((entered.derive(y, self.cut.total(), Some(self.cut.clone())), x.clone()))
+    }
+
+    fn backward(
+        &mut self,
+        x: Self::Saved,
+        dy: &DTensor<Shard<1>, T, B>,
+    ) -> Result<DTensor<<S as Placement>::Dual, T, B>> {
+        const OP: &str = "forked linear backward";
+        let (device, columns, grad) = (x.device().clone(), self.columns(), dy.local());
+        let width = columns.last().map_or(0, |last| last.end);
+        same_size(OP, "columns of dy", grad.shape().cols(), "outputs of this rank", width)?;
+        same_size(OP, "rows of dy", grad.shape().rows(), "rows of x", x.shape().rows())?;
+        let weights = self.layers.iter().map(|layer| layer.weight().mat());
+        let pairs = columns.iter().map(|own| grad.mat().columns(own.clone())).zip(weights).collect();
+        let mut terms = ops::products::<T, T, B>(&device, pairs)?.into_iter();
+        let mut dx = terms.next().ok_or_else(|| Error::invalid(OP, "there is no layer"))?;
+        for term in terms {
+            dx = ops::add(&dx, &term)?;
+        }
+        let inputs = dx.shape().cols();
+        let dx = S::start_leave(dy.derive::<Partial>(dx, inputs, None))?;
+        let pairs = columns.iter().map(|own| (grad.mat().columns(own.clone()).t(), x.mat())).collect();
+        let grads = ops::products::<T, T::Acc, B>(&device, pairs)?;
+        for ((layer, dw), columns) in self.layers.iter_mut().zip(grads).zip(columns) {
+            layer.add_weight_grad(dw)?;
+            if layer.added_bias().is_some() {
+                let mut own = Tensor::empty(&device, [grad.shape().rows(), columns.len()])?;
+                device.copy(grad.mat().columns(columns), own.mat_mut()?)?;
+                layer.bias_grad(&own)?;
+            }
+        }
+        dx.wait()
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        self.layers.iter_mut().try_for_each(|layer| layer.visit_params(f))
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        let mut traffic = S::enter_traffic::<T, B>(x);
+        // The reduction of dX starts first; then each layer's own collectives follow in turn.
+        for layer in &self.layers {
+            traffic.backward.extend(layer.own_traffic(x).0.backward);
+        }
+        (traffic, x.with(x.rank() - 1, self.cut.total()))
+    }
+}

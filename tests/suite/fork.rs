@@ -1,0 +1,125 @@
+//! Operators of one rank that run at the same time: the bits of the same operators one after the other.
+
+use crate::support::{Case, arrays, close, difference, matrix, random, run};
+use ndarray::Array2;
+use proptest::prelude::*;
+use shardwise::{
+    Result, Tensor,
+    comm::Group,
+    device::{Cpu, Element},
+    kernels::{Gemm, Product},
+    ops,
+    parallel::{Bias, ColumnLinear, ColumnParallelLinear, Columns, ForkedColumnLinear, QkvLayout, Stream},
+    shard::{Heads, Replicated, Shard},
+    tensor::Weights,
+};
+use std::num::NonZeroUsize;
+
+/// q, k and v as three layers at a time, and as one merged layer.
+fn agree<S: Stream + crate::support::Spread>(
+    world: usize,
+    kv_heads: usize,
+    group: usize,
+    tokens: usize,
+    seed: u64,
+) {
+    let (hidden, dim, heads) = (5, 2, kv_heads * group);
+    let x = matrix(seed, "x", tokens, hidden);
+    let source = arrays([
+        ("q.weight", random(seed, "q", &[heads * dim, hidden])),
+        ("k.weight", random(seed, "k", &[kv_heads * dim, hidden])),
+        ("v.weight", random(seed, "v", &[kv_heads * dim, hidden])),
+        ("q.bias", random(seed, "qb", &[heads * dim])),
+        ("k.bias", random(seed, "kb", &[kv_heads * dim])),
+        ("v.bias", random(seed, "vb", &[kv_heads * dim])),
+    ]);
+    let assigned = Heads::new(heads, kv_heads, dim, world).unwrap();
+    let width = assigned.qkv_features().total();
+    let dy = matrix(seed, "dy", tokens, width);
+    let layout = QkvLayout::separate("q", "k", "v");
+    let cut = Some(assigned.qkv_features());
+    let case = Case { dy_cut: cut, ..Case::new(world, &x, &dy, &source) };
+    let merged = |ranks: &Group<Cpu>, weights: &Weights<'_>| {
+        let columns = Columns::qkv(ranks, &assigned, &layout)?;
+        ColumnParallelLinear::<S, f64, Cpu>::load(ranks, weights, hidden, &columns, Bias::Add)
+    };
+    let forked = |ranks: &Group<Cpu>, weights: &Weights<'_>| {
+        let columns = Columns::separate_qkv(ranks, &assigned, &layout)?;
+        let load = |columns: &Columns| ColumnLinear::load(ranks, weights, hidden, columns, Bias::Add);
+        ForkedColumnLinear::<S, f64, Cpu>::new(columns.iter().map(load).collect::<Result<Vec<_>>>()?)
+    };
+    let (want, got) = (run::<f64, _>(&case, merged).unwrap(), run::<f64, _>(&case, forked).unwrap());
+    assert_eq!(got.y, want.y, "each output is the same product");
+    close("dx", &got.dx.into_dyn(), &want.dx, 1e-12);
+    assert_eq!(got.grads.keys().collect::<Vec<_>>(), want.grads.keys().collect::<Vec<_>>());
+    for (name, want) in &want.grads {
+        assert!(difference(&got.grads[name], want) <= 1e-12, "{name}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn forked_layers_are_the_merged_one(
+        kv_heads in 1..5usize, group in 1..4usize, world in 1..9usize, tokens in 1..6usize, seed: u64,
+    ) {
+        let world = world.min(kv_heads * group);
+        agree::<Replicated>(world, kv_heads, group, tokens, seed);
+        agree::<Shard<0>>(world, kv_heads, group, tokens, seed);
+    }
+}
+
+/// Large enough for threads, which share uneven numbers of products of uneven sizes.
+#[test]
+fn products_on_threads_have_the_bits_of_one_after_the_other() {
+    fn check<T: Element>() {
+        let all: Vec<_> = [(100, 130, 200), (64, 300, 90), (7, 256, 512), (200, 100, 100), (1, 1, 1)]
+            .into_iter()
+            .enumerate()
+            .map(|(at, (m, k, n))| (matrix(at as u64, "a", m, k), matrix(at as u64, "b", k, n)))
+            .collect();
+        let run = |threads: usize| -> Vec<Vec<T>> {
+            let cpu = Cpu::poisoned().with_threads(NonZeroUsize::new(threads).unwrap());
+            let tensor = |x: &Array2<f64>| Tensor::from_array(&cpu, &x.mapv(T::from_f64)).unwrap();
+            let all: Vec<_> = all.iter().map(|(a, b)| (tensor(a), tensor(b))).collect();
+            let pairs = all.iter().map(|(a, b)| (a.mat(), b.mat())).collect();
+            let results = ops::products::<T, T, Cpu>(&cpu, pairs).unwrap();
+            results.iter().map(|result| result.to_vec().unwrap()).collect()
+        };
+        let want = run(1);
+        assert!(want.iter().flatten().all(|value| !value.to_f64().is_nan()));
+        for threads in [2, 3, 4, 9] {
+            assert_eq!(run(threads), want, "{threads} threads");
+        }
+    }
+    check::<f32>();
+    check::<f64>();
+    check::<half::bf16>();
+}
+
+#[test]
+fn what_does_not_fit_is_named() {
+    let cpu = Cpu::new().with_threads(NonZeroUsize::new(2).unwrap());
+    let zeros = |rows, cols| Tensor::<f32>::zeros(&cpu, [rows, cols]).unwrap();
+    let (a, b, mut c, mut d) = (zeros(300, 300), zeros(200, 300), zeros(300, 300), zeros(300, 300));
+    let product = |a, b, c| Product { a, b, beta: 0.0, c };
+    let products = vec![
+        product(a.mat(), a.mat(), c.mat_mut().unwrap()),
+        product(a.mat(), b.mat(), d.mat_mut().unwrap()),
+    ];
+    let error = cpu.gemm_all(products).unwrap_err().to_string();
+    assert_eq!(error, "gemm: columns of A is 300, but rows of B is 200");
+    let group = Group::solo(&cpu);
+    let load = |inputs: usize| {
+        let source = arrays([("weight", random(1, "w", &[2, inputs]))]);
+        let columns = Columns::even(&group, 2)?;
+        ColumnLinear::<f32, Cpu>::load(&group, &Weights::new(&source), inputs, &columns, Bias::None)
+    };
+    let fork = |layers| ForkedColumnLinear::<Replicated, f32, Cpu>::new(layers).unwrap_err().to_string();
+    assert_eq!(fork(vec![]), "forked linear: there is no layer");
+    assert_eq!(
+        fork(vec![load(3).unwrap(), load(4).unwrap()]),
+        "forked linear: the inputs of a layer is 4, but those of the first is 3"
+    );
+}
