@@ -11,27 +11,27 @@ use shardwise::{
         ParallelMlp, PositionEmbedding, Recompute, Stream, TransformerBlock, VocabParallelCrossEntropy,
         VocabParallelEmbedding,
     },
-    shard::{Axis, Partition, Sequences},
+    shard::{Axis, Partition, Sequences, Shard},
     tensor::{Param, Weights},
     train::{DataParallel, Ends, GradReduce, Microbatch, Pipeline, Schedule},
 };
 
 /// The sizes of the model.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Config {
-    pub vocabulary: usize,
-    pub context: usize,
-    pub hidden: usize,
-    pub heads: usize,
-    pub ffn: usize,
-    pub layers: usize,
-    pub dropout: f64,
+pub(crate) struct Config {
+    pub(crate) vocabulary: usize,
+    pub(crate) context: usize,
+    pub(crate) hidden: usize,
+    pub(crate) heads: usize,
+    pub(crate) ffn: usize,
+    pub(crate) layers: usize,
+    pub(crate) dropout: f64,
 }
 
 type Block<S, T> = Recompute<TransformerBlock<S, ParallelMlp<S, T, Cpu>, T, Cpu>>;
 
 /// This rank's part of the model, and what runs it.
-pub struct Gpt<S: Stream, T: Element> {
+pub(crate) struct Gpt<S: Stream, T: Element> {
     mesh: DeviceMesh<Cpu>,
     head_and_tail: HeadAndTail<S, T>,
     chunks: Vec<Vec<Block<S, T>>>,
@@ -50,10 +50,10 @@ struct HeadAndTail<S: Stream, T: Element> {
 
 /// Tokens and the tokens that follow them: sequences of one length, one after the other.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Batch {
-    pub tokens: Vec<u32>,
-    pub targets: Vec<u32>,
-    pub length: usize,
+pub(crate) struct Batch {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) targets: Vec<u32>,
+    pub(crate) length: usize,
 }
 
 impl Batch {
@@ -74,7 +74,7 @@ impl Batch {
 
 impl<S: Stream, T: Element> Gpt<S, T> {
     /// Reads or draws this rank's part of the weights.
-    pub fn load(
+    pub(crate) fn load(
         mesh: &DeviceMesh<Cpu>,
         weights: &Weights<'_>,
         config: &Config,
@@ -147,7 +147,7 @@ impl<S: Stream, T: Element> Gpt<S, T> {
         Ok(model)
     }
 
-    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, Cpu>) -> Result<()>) -> Result<()> {
+    pub(crate) fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, Cpu>) -> Result<()>) -> Result<()> {
         let HeadAndTail { table, positions, norm, .. } = &mut self.head_and_tail;
         table.as_mut().map_or(Ok(()), |table| table.visit(f))?;
         positions.as_mut().map_or(Ok(()), |positions| positions.visit(f))?;
@@ -155,16 +155,16 @@ impl<S: Stream, T: Element> Gpt<S, T> {
         norm.as_mut().map_or(Ok(()), |norm| norm.visit(f))
     }
 
-    /// Leaves the gradient of the mean loss over the whole batch in the parameters, and returns the loss and the
-    /// gradient's norm, the same on every rank. Every rank is given the same batch.
-    pub fn gradients(&mut self, batch: &Batch, step: u64) -> Result<(f64, f64)> {
+    /// Leaves the gradient of `scale` times the mean loss over the whole batch in the parameters, and returns the loss and
+    /// the norm of what was left, the same on every rank. Every rank is given the same batch.
+    pub(crate) fn gradients(&mut self, batch: &Batch, step: u64, scale: f64) -> Result<(f64, f64)> {
         self.visit(&mut |param| {
             param.zero_grad();
             Ok(())
         })?;
         let replicas = self.replicas.take().ok_or_else(|| invalid("an earlier step failed"))?;
         replicas.begin(GradReduce::Sum)?;
-        let loss = self.pass(batch, Some(step), true)?;
+        let loss = self.pass(batch, Some(step), Some(scale))?;
         replicas.finish(|f| self.visit(f))?;
         self.replicas = Some(replicas);
         if let Some(table) = &mut self.head_and_tail.table {
@@ -176,11 +176,24 @@ impl<S: Stream, T: Element> Gpt<S, T> {
     }
 
     /// The mean loss over a batch, without dropout.
-    pub fn loss(&mut self, batch: &Batch) -> Result<f64> {
-        self.pass(batch, None, false)
+    pub(crate) fn loss(&mut self, batch: &Batch) -> Result<f64> {
+        self.pass(batch, None, None)
     }
 
-    fn pass(&mut self, batch: &Batch, step: Option<u64>, train: bool) -> Result<f64> {
+    /// The logits of the token behind the last one, on a mesh of one rank.
+    pub(crate) fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+        let described = [Microbatch { sequences: Sequences::one(tokens.len()), draw: None }];
+        let batch = Batch { tokens: tokens.to_vec(), targets: Vec::new(), length: tokens.len() };
+        let mut ends = Pass::new(&mut self.head_and_tail, &described, vec![batch], 1.0, None);
+        self.pipeline.evaluate(&self.chunks, &described, &mut ends)?;
+        let logits = ends.logits.take().ok_or_else(|| invalid("the last stage is elsewhere"))?;
+        let all = logits.into_local().to_vec()?;
+        let last =
+            all.len() - self.head_and_tail.table.as_ref().map_or(0, VocabParallelEmbedding::vocabulary);
+        Ok(all[last..].iter().map(|x| x.to_f64() as f32).collect())
+    }
+
+    fn pass(&mut self, batch: &Batch, step: Option<u64>, train: Option<f64>) -> Result<f64> {
         let dp = self.mesh.group(Axis::Data);
         let own = Partition::even(batch.count(), dp.size()).range(dp.rank());
         let mine = Partition::even(own.len(), self.pipeline.schedule().microbatches());
@@ -192,18 +205,11 @@ impl<S: Stream, T: Element> Gpt<S, T> {
             described.push(Microbatch { sequences, draw: draw(range.start) });
             microbatches.push(batch.sequences(range));
         }
-        let mut ends = Pass {
-            model: &mut self.head_and_tail,
-            described: &described,
-            microbatches,
-            embedded: (0..mine.parts()).map(|_| None).collect(),
-            scale: 1.0 / batch.tokens.len().max(1) as f64,
-            train,
-            loss: 0.0,
-        };
+        let part = 1.0 / batch.tokens.len().max(1) as f64;
+        let mut ends = Pass::new(&mut self.head_and_tail, &described, microbatches, part, train);
         match train {
-            true => self.pipeline.run(&mut self.chunks, &described, &mut ends)?,
-            false => self.pipeline.evaluate(&self.chunks, &described, &mut ends)?,
+            Some(_) => self.pipeline.run(&mut self.chunks, &described, &mut ends)?,
+            None => self.pipeline.evaluate(&self.chunks, &described, &mut ends)?,
         }
         // The last stage of each replica knows its part of the sum.
         let loss = if self.pipeline.is_last() { ends.loss } else { 0.0 };
@@ -225,9 +231,26 @@ struct Pass<'a, S: Stream, T: Element> {
     described: &'a [Microbatch],
     microbatches: Vec<Batch>,
     embedded: Vec<Option<Embedded<S, T>>>,
-    scale: f64,
-    train: bool,
+    /// A token's part of the mean.
+    part: f64,
+    /// The scale of the gradient; none when nothing is trained.
+    train: Option<f64>,
     loss: f64,
+    /// Those of a microbatch without targets.
+    logits: Option<DTensor<Shard<1>, T, Cpu>>,
+}
+
+impl<'a, S: Stream, T: Element> Pass<'a, S, T> {
+    fn new(
+        model: &'a mut HeadAndTail<S, T>,
+        described: &'a [Microbatch],
+        microbatches: Vec<Batch>,
+        part: f64,
+        train: Option<f64>,
+    ) -> Self {
+        let embedded = microbatches.iter().map(|_| None).collect();
+        Self { model, described, microbatches, embedded, part, train, loss: 0.0, logits: None }
+    }
 }
 
 /// What the backward of an embedded microbatch needs.
@@ -270,13 +293,15 @@ impl<S: Stream, T: Element> Ends<S, T, Cpu> for Pass<'_, S, T> {
         };
         let (normed, saved_norm) = norm.forward(&y)?;
         let (logits, saved_head) = table.head().forward(&normed)?;
-        let entropy = VocabParallelCrossEntropy::default();
-        let (losses, saved) = entropy.forward(&logits, &self.microbatches[at].targets)?;
-        self.loss += losses.sum()? * self.scale;
-        if !self.train {
+        if self.microbatches[at].targets.is_empty() && self.train.is_none() {
+            self.logits = Some(logits);
             return Ok(None);
         }
-        let dlogits = entropy.backward(&saved, self.scale)?;
+        let entropy = VocabParallelCrossEntropy::default();
+        let (losses, saved) = entropy.forward(&logits, &self.microbatches[at].targets)?;
+        self.loss += losses.sum()? * self.part;
+        let Some(scale) = self.train else { return Ok(None) };
+        let dlogits = entropy.backward(&saved, scale * self.part)?;
         let dnormed = table.head_mut().backward(saved_head, &dlogits)?;
         Ok(Some(norm.backward(saved_norm, &dnormed)?))
     }

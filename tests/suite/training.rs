@@ -1,7 +1,7 @@
 //! Training on meshes against training on one device, and its parts against the reference.
 
 #[path = "../../examples/train_text/model.rs"]
-#[allow(dead_code, unreachable_pub)]
+#[allow(dead_code)]
 mod model;
 
 use crate::support::{Assembled, difference, ranks};
@@ -54,7 +54,7 @@ fn train<S: Stream, T: Element>(
         let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() });
         let mut curve = Vec::new();
         for step in 0..steps {
-            let (loss, norm) = model.gradients(&batch(step, sequences), step)?;
+            let (loss, norm) = model.gradients(&batch(step, sequences), step, 1.0)?;
             optimizer.step(|f| model.visit(f), 1e-2, clip_scale(norm, clip))?;
             curve.push((loss, norm));
         }

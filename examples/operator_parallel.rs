@@ -1,0 +1,109 @@
+//! Operator parallelism: one linear operator over several ranks (external), and several at a time on one (internal).
+//!
+//! `cargo run --release --example operator_parallel [-- --ranks 2] [--threads 2]`
+
+use clap::Parser;
+use shardwise::{
+    Result, Tensor,
+    device::Cpu,
+    launch, ops,
+    parallel::{Bias, ColumnParallelLinear, Columns, DTensor, GatherFrom, Layer},
+    shard::Replicated,
+    tensor::{Random, Weights},
+};
+use std::{num::NonZeroUsize, time::Instant};
+
+/// y = x wᵀ, 512 x 1024 x 2048.
+#[derive(Parser)]
+struct Args {
+    /// Ranks that share the operator.
+    #[arg(long, default_value_t = 2)]
+    ranks: usize,
+    /// Threads of the one rank that computes several.
+    #[arg(long, default_value_t = NonZeroUsize::new(2).unwrap())]
+    threads: NonZeroUsize,
+}
+
+const ROWS: usize = 512;
+const INPUTS: usize = 1024;
+const OUTPUTS: usize = 2048;
+
+/// The operator over ranks: y and its gradient's way back, and the time of both.
+fn external(ranks: usize) -> Result<(Vec<f32>, Vec<f32>, f64)> {
+    let source = Random::normal(1, 0.05);
+    let all = launch::threads(ranks, |world| {
+        let columns = Columns::even(&world, OUTPUTS)?;
+        let linear = ColumnParallelLinear::<Replicated, f32, Cpu>::load(
+            &world,
+            &Weights::new(&source),
+            INPUTS,
+            &columns,
+            Bias::None,
+        )?;
+        let mut layer = Layer::<f32, Cpu>::then(linear, GatherFrom::<1>);
+        let values: Vec<f32> = (0..ROWS * INPUTS).map(|at| (at % 17) as f32 / 17.0).collect();
+        let x = DTensor::replicated(&world, Tensor::from_slice(world.device(), [ROWS, INPUTS], &values)?)?;
+        let mut best = f64::INFINITY;
+        let mut results = (Vec::new(), Vec::new());
+        for _ in 0..5 {
+            world.barrier()?;
+            let start = Instant::now();
+            let (y, saved) = layer.forward(&x)?;
+            let dx = layer.backward(saved, &y)?;
+            best = best.min(start.elapsed().as_secs_f64());
+            results = (y.local().to_vec()?, dx.local().to_vec()?);
+        }
+        Ok((results.0, results.1, best))
+    })?;
+    Ok(all.into_iter().next().unwrap_or_default())
+}
+
+/// Three operators of one input at the same time, and the time of them.
+fn internal(threads: NonZeroUsize) -> Result<(Vec<Vec<f32>>, f64)> {
+    let cpu = Cpu::new().with_threads(threads);
+    let x = Tensor::<f32>::full(&cpu, [ROWS, INPUTS], 0.5)?;
+    let weights = (1..4).map(|at| Tensor::<f32>::full(&cpu, [OUTPUTS / 2, INPUTS], at as f64 / 8.0));
+    let weights = weights.collect::<Result<Vec<_>>>()?;
+    let mut best = f64::INFINITY;
+    let mut results = Vec::new();
+    for _ in 0..5 {
+        let start = Instant::now();
+        let pairs = weights.iter().map(|w| (x.mat(), w.mat().t())).collect();
+        let products = ops::products::<f32, f32, Cpu>(&cpu, pairs)?;
+        best = best.min(start.elapsed().as_secs_f64());
+        results = products.iter().map(Tensor::to_vec).collect::<Result<_>>()?;
+    }
+    Ok((results, best))
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let (one, many) = (external(1)?, external(args.ranks)?);
+    let largest = |values: &[f32]| values.iter().fold(0.0_f32, |max, value| max.max(value.abs()));
+    let difference = |a: &[f32], b: &[f32]| {
+        a.iter().zip(b).fold(0.0_f32, |max, (a, b)| max.max((a - b).abs())) / largest(a)
+    };
+    let (dy, ddx) = (difference(&one.0, &many.0), difference(&one.1, &many.1));
+    println!("external: one linear operator over {} ranks, forward and backward", args.ranks);
+    println!("  one device {:.2} ms, sharded {:.2} ms", one.2 * 1e3, many.2 * 1e3);
+    println!("  largest relative difference: y {dy:.1e}, dx {ddx:.1e}");
+
+    let ((alone, slow), (together, fast)) = (internal(NonZeroUsize::MIN)?, internal(args.threads)?);
+    println!("internal: three linear operators on one device");
+    println!(
+        "  one after the other {:.2} ms, at a time on {} threads {:.2} ms",
+        slow * 1e3,
+        args.threads,
+        fast * 1e3
+    );
+    println!("  the same bits: {}", alone == together);
+    // y sums 1,024 products, dx 2,048 with another order at each size.
+    let bound = 2048.0 * f32::EPSILON;
+    if dy > bound || ddx > bound || alone != together {
+        return Err(shardwise::Error::Invalid {
+            op: "operator_parallel",
+            reason: "the results differ".into(),
+        });
+    }
+    Ok(())
+}

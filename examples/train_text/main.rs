@@ -1,0 +1,324 @@
+//! Trains a small character-level GPT on Shakespeare over a mesh of ranks: data, pipeline and tensor parallel.
+//!
+//! `cargo run --release --example train_text -- --dp 1 --pp 1 --tp 2` reaches a validation loss below 2 nats per character
+//! in a few minutes on two cores. It writes the loss curve (`loss.png`), every number of it (`loss.csv`), the weights
+//! (`model.safetensors`), and at the end some text of its own. `--compare` trains on several meshes, whose curves lie on
+//! each other.
+
+mod model;
+mod output;
+
+use clap::{Parser, ValueEnum};
+use half::{bf16, f16};
+use indicatif::{ProgressBar, ProgressStyle};
+use model::{Batch, Config, Gpt};
+use shardwise::{
+    Error, Result,
+    comm::DeviceMesh,
+    device::Element,
+    launch,
+    optim::{AdamW, AdamWConfig, Decay, LearningRate, LossScale, clip_scale},
+    parallel::Stream,
+    rng::Philox,
+    shard::{Axis, Mesh, Replicated, Shard},
+    tensor::{Arrays, Piece, Random, Weights},
+    train::{Schedule, check_replicas},
+};
+use std::{path::PathBuf, time::Instant};
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Dtype {
+    F64,
+    F32,
+    Bf16,
+    F16,
+}
+
+/// A character-level GPT on a mesh of dp x pp x tp thread ranks.
+#[derive(Clone, Debug, Parser)]
+struct Args {
+    /// Replicas that see different samples.
+    #[arg(long, default_value_t = 1)]
+    dp: usize,
+    /// Stages of the pipeline.
+    #[arg(long, default_value_t = 1)]
+    pp: usize,
+    /// Ranks that share every operator.
+    #[arg(long, default_value_t = 2)]
+    tp: usize,
+    /// Cut the tokens over the tensor-parallel ranks between the operators.
+    #[arg(long)]
+    sequence_parallel: bool,
+    /// The element of the weights and activations.
+    #[arg(long, value_enum, default_value_t = Dtype::F32)]
+    dtype: Dtype,
+    #[arg(long, default_value_t = 700)]
+    steps: u64,
+    /// Sequences of a batch, over all replicas.
+    #[arg(long, default_value_t = 32)]
+    batch: usize,
+    /// Microbatches of each replica's part of a batch.
+    #[arg(long)]
+    microbatches: Option<usize>,
+    /// Chunks of the model on each stage: 1F1B with 1, interleaved with more.
+    #[arg(long, default_value_t = 1)]
+    chunks: usize,
+    /// Characters of a sequence.
+    #[arg(long, default_value_t = 64)]
+    context: usize,
+    #[arg(long, default_value_t = 128)]
+    hidden: usize,
+    #[arg(long, default_value_t = 4)]
+    heads: usize,
+    #[arg(long, default_value_t = 4)]
+    layers: usize,
+    #[arg(long, default_value_t = 0.0)]
+    dropout: f64,
+    /// The highest learning rate.
+    #[arg(long, default_value_t = 2e-3)]
+    lr: f64,
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Steps from one validation to the next.
+    #[arg(long, default_value_t = 100)]
+    every: u64,
+    /// Train on one device and on meshes of two along each axis, and compare the curves.
+    #[arg(long)]
+    compare: bool,
+    /// The text.
+    #[arg(long, default_value = "examples/data/tinyshakespeare.txt")]
+    text: PathBuf,
+    /// Where to write the curve and the weights.
+    #[arg(long, default_value = "target/train_text")]
+    out: PathBuf,
+}
+
+/// A text as numbers: the last tenth is for validation.
+struct Text {
+    characters: Vec<char>,
+    tokens: Vec<u32>,
+    train: usize,
+}
+
+impl Text {
+    fn read(path: &PathBuf) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| Error::Io { path: path.clone(), reason: error.to_string() })?;
+        let mut characters: Vec<char> = text.chars().collect();
+        characters.sort_unstable();
+        characters.dedup();
+        let number = |letter: char| characters.binary_search(&letter).map_or(0, |at| at as u32);
+        let tokens: Vec<u32> = text.chars().map(number).collect();
+        Ok(Self { train: tokens.len() / 10 * 9, tokens, characters })
+    }
+
+    /// Sequences that begin anywhere in a part of the text.
+    fn batch(
+        &self,
+        part: std::ops::Range<usize>,
+        sequences: usize,
+        context: usize,
+        draws: Philox,
+    ) -> Result<Batch> {
+        if part.len() <= context + 1 {
+            let reason = format!("a text of {} characters for sequences of {context}", part.len());
+            return Err(Error::Invalid { op: "train_text", reason });
+        }
+        let start = |at: u64| part.start + (draws.uniform(at) * (part.len() - context - 1) as f64) as usize;
+        let mut batch = Batch { length: context, ..Batch::default() };
+        for at in 0..sequences as u64 {
+            let start = start(at);
+            batch.tokens.extend(&self.tokens[start..start + context]);
+            batch.targets.extend(&self.tokens[start + 1..start + context + 1]);
+        }
+        Ok(batch)
+    }
+
+    fn train(&self, args: &Args, step: u64) -> Result<Batch> {
+        self.batch(
+            0..self.train,
+            args.batch,
+            args.context,
+            Philox::named(args.seed, "batches").substream(step),
+        )
+    }
+
+    fn validation(&self, args: &Args) -> Result<Batch> {
+        let sequences = 4 * args.batch;
+        self.batch(
+            self.train..self.tokens.len(),
+            sequences,
+            args.context,
+            Philox::named(args.seed, "validation"),
+        )
+    }
+}
+
+/// A parameter of one rank: what it is of the model, and its values.
+type Held = (Vec<Piece>, Vec<usize>, Vec<f64>);
+
+/// What a training run gave.
+struct Trained {
+    /// Step, training loss.
+    curve: Vec<(u64, f64)>,
+    /// Step, validation loss.
+    validation: Vec<(u64, f64)>,
+    weights: Arrays,
+}
+
+fn config(args: &Args, text: &Text) -> Config {
+    let Args { context, hidden, heads, layers, dropout, .. } = *args;
+    Config { vocabulary: text.characters.len(), context, hidden, heads, ffn: 4 * hidden, layers, dropout }
+}
+
+fn schedule(args: &Args) -> Result<Schedule> {
+    let microbatches = args.microbatches.unwrap_or(if args.pp > 1 { 2 * args.pp } else { 1 });
+    match args.chunks {
+        1 => Ok(Schedule::one_forward_one_backward(args.pp, microbatches)),
+        chunks => Schedule::interleaved(args.pp, chunks, microbatches),
+    }
+}
+
+/// Trains on a mesh. Only rank 0 shows progress.
+fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
+    let rate = LearningRate {
+        peak: args.lr,
+        floor: args.lr / 10.0,
+        warmup: args.steps / 20,
+        steps: args.steps,
+        decay: Decay::Cosine,
+    };
+    let ranks = launch::threads(args.dp * args.pp * args.tp, |world| {
+        let mesh = DeviceMesh::new(&world, Mesh::new(args.dp, args.pp, args.tp)?)?;
+        let source = Random::normal(args.seed, 0.02);
+        let mut model =
+            Gpt::<S, T>::load(&mesh, &Weights::new(&source), &config(args, text), schedule(args)?)?;
+        let mut adamw = AdamW::new(AdamWConfig { beta2: 0.99, weight_decay: 0.1, ..AdamWConfig::default() });
+        // Only f16 needs it.
+        let mut scale = match args.dtype {
+            Dtype::F16 => LossScale::default(),
+            _ => LossScale::new(1.0, u32::MAX),
+        };
+        let bar = match world.rank() {
+            0 => ProgressBar::new(args.steps),
+            _ => ProgressBar::hidden(),
+        };
+        let style = "{bar:30} {pos}/{len} {msg} ({elapsed} of {duration})";
+        bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let (mut curve, mut validation) = (Vec::new(), Vec::new());
+        let start = Instant::now();
+        for step in 0..=args.steps {
+            if step % args.every == 0 || step == args.steps {
+                let loss = model.loss(&text.validation(args)?)?;
+                validation.push((step, loss));
+                bar.println(format!("step {step}: validation loss {loss:.4}"));
+                // Replicas that should be equal are.
+                check_replicas(|f| model.visit(f), mesh.group(Axis::Data), |_| true)?;
+            }
+            if step == args.steps {
+                break;
+            }
+            let batch = text.train(args, step)?;
+            let (loss, norm) = model.gradients(&batch, step, scale.scale())?;
+            let undo = 1.0 / scale.scale();
+            if scale.update(norm) {
+                adamw.step(|f| model.visit(f), rate.at(step), undo * clip_scale(norm * undo, 1.0))?;
+            } else if args.dtype != Dtype::F16 {
+                let reason = format!("the gradient's norm is {norm} at step {step}");
+                return Err(Error::Invalid { op: "train_text", reason });
+            }
+            curve.push((step, loss));
+            let rate = (step + 1) as f64 * batch.tokens.len() as f64 / start.elapsed().as_secs_f64();
+            bar.set_message(format!("loss {loss:.3}, {rate:.0} tokens/s"));
+            bar.inc(1);
+        }
+        bar.finish();
+        let mut held: Vec<Held> = Vec::new();
+        // The replicas hold the same.
+        if mesh.group(Axis::Data).rank() == 0 {
+            model.visit(&mut |param| {
+                let values = param.value().to_vec()?.into_iter().map(T::to_f64).collect();
+                held.push((param.pieces().to_vec(), param.value().shape().dims().to_vec(), values));
+                Ok(())
+            })?;
+        }
+        Ok((curve, validation, held))
+    })?;
+    let mut weights = Arrays::default();
+    let (mut curve, mut validation) = (Vec::new(), Vec::new());
+    for (rank, (own_curve, own_validation, held)) in ranks.into_iter().enumerate() {
+        if rank == 0 {
+            (curve, validation) = (own_curve, own_validation);
+        }
+        for (pieces, shape, values) in held {
+            output::put_together(&mut weights, &pieces, &shape, &values);
+        }
+    }
+    Ok(Trained { curve, validation, weights })
+}
+
+fn dispatch(args: &Args, text: &Text) -> Result<Trained> {
+    match (args.dtype, args.sequence_parallel) {
+        (Dtype::F64, false) => train::<Replicated, f64>(args, text),
+        (Dtype::F32, false) => train::<Replicated, f32>(args, text),
+        (Dtype::Bf16, false) => train::<Replicated, bf16>(args, text),
+        (Dtype::F16, false) => train::<Replicated, f16>(args, text),
+        (Dtype::F64, true) => train::<Shard<0>, f64>(args, text),
+        (Dtype::F32, true) => train::<Shard<0>, f32>(args, text),
+        (Dtype::Bf16, true) => train::<Shard<0>, bf16>(args, text),
+        (Dtype::F16, true) => train::<Shard<0>, f16>(args, text),
+    }
+}
+
+/// Text from a checkpoint, on one device in f32, whatever it was trained on.
+fn sample(args: &Args, text: &Text, weights: &Arrays, length: usize) -> Result<String> {
+    let mut all = launch::threads(1, |world| {
+        let mesh = DeviceMesh::new(&world, Mesh::new(1, 1, 1)?)?;
+        let one = Schedule::one_forward_one_backward(1, 1);
+        let mut model =
+            Gpt::<Replicated, f32>::load(&mesh, &Weights::new(weights), &config(args, text), one)?;
+        let draws = Philox::named(args.seed, "sample");
+        // A line's end begins a speech.
+        let mut tokens = vec![text.characters.binary_search(&'\n').unwrap_or(0) as u32];
+        for at in 0..length {
+            let seen = &tokens[tokens.len().saturating_sub(args.context)..];
+            tokens.push(output::draw(&model.logits(seen)?, 0.8, draws.uniform(at as u64)));
+        }
+        Ok(tokens.iter().map(|&token| text.characters[token as usize]).collect::<String>())
+    })?;
+    Ok(all.swap_remove(0))
+}
+
+fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let args = Args::parse();
+    let text = Text::read(&args.text)?;
+    std::fs::create_dir_all(&args.out)?;
+    println!("{} characters of {} kinds", text.tokens.len(), text.characters.len());
+    let meshes = match args.compare {
+        true => vec![(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)],
+        false => vec![(args.dp, args.pp, args.tp)],
+    };
+    let mut runs = Vec::new();
+    for (dp, pp, tp) in meshes {
+        let args = Args { dp, pp, tp, ..args.clone() };
+        let name = format!("dp {dp}, pp {pp}, tp {tp}");
+        println!("{name}, {:?}", args.dtype);
+        let start = Instant::now();
+        let trained = dispatch(&args, &text)?;
+        let last = trained.validation.last().map_or(f64::NAN, |(_, loss)| *loss);
+        println!("validation loss {last:.4} after {} steps, {:.1?}", args.steps, start.elapsed());
+        runs.push((name, trained));
+    }
+    for (name, run) in &runs[1..] {
+        let difference = |(a, b): (&(u64, f64), &(u64, f64))| (a.1 - b.1).abs();
+        let largest = run.curve.iter().zip(&runs[0].1.curve).map(difference).fold(0.0, f64::max);
+        println!("{name}: the training loss differs from {} by at most {largest:.1e}", runs[0].0);
+    }
+    output::plot(&args.out.join("loss.png"), &runs)?;
+    output::table(&args.out.join("loss.csv"), &runs)?;
+    let weights = &runs[0].1.weights;
+    output::checkpoint(&args.out.join("model.safetensors"), weights)?;
+    println!("wrote loss.png, loss.csv and model.safetensors to {}", args.out.display());
+    println!("{}", sample(&args, &text, weights, 300)?);
+    Ok(())
+}

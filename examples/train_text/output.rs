@@ -1,0 +1,97 @@
+//! What comes out of a training run: the curve, the checkpoint, a next character.
+
+use super::Trained;
+use ndarray::{ArrayD, IxDyn, Slice};
+use plotters::{
+    prelude::*,
+    style::{FontStyle, register_font},
+};
+use shardwise::{
+    device::{AnyRef, Cpu},
+    tensor::{Arrays, Piece},
+    weights,
+};
+use std::{error::Error, fmt::Write, path::Path};
+
+/// Writes the pieces of one rank's parameter into the tensors of the model.
+pub(crate) fn put_together(model: &mut Arrays, pieces: &[Piece], shape: &[usize], values: &[f64]) {
+    let width: usize = shape[1..].iter().product();
+    for piece in pieces.iter().filter(|piece| piece.owned) {
+        let (whole, extent) = (piece.region.shape(), piece.region.extent());
+        let tensor =
+            model.0.entry(piece.tensor.clone()).or_insert_with(|| ArrayD::zeros(IxDyn(whole.dims())));
+        let ranges = piece.region.ranges();
+        let mut place = tensor.slice_each_axis_mut(|axis| Slice::from(ranges[axis.axis.index()].clone()));
+        let start = piece.row * width;
+        place.iter_mut().zip(&values[start..start + extent.len()]).for_each(|(to, from)| *to = *from);
+    }
+}
+
+/// The weights in f32, with their names.
+pub(crate) fn checkpoint(path: &Path, model: &Arrays) -> shardwise::Result<()> {
+    let tensors: Vec<_> =
+        model.0.iter().map(|(name, array)| (name, array.shape(), array.mapv(|x| x as f32))).collect();
+    weights::write(
+        path,
+        tensors.iter().map(|(name, shape, values)| {
+            let values = values.as_slice().unwrap_or_default();
+            (name.as_str(), *shape, AnyRef::<Cpu>::F32(values))
+        }),
+    )
+}
+
+/// Draws a class: the one at which the sum of the probabilities passes `uniform`.
+pub(crate) fn draw(logits: &[f32], temperature: f64, uniform: f64) -> u32 {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights: Vec<f64> = logits.iter().map(|x| (f64::from(x - largest) / temperature).exp()).collect();
+    let mut left = uniform * weights.iter().sum::<f64>();
+    for (class, weight) in weights.iter().enumerate() {
+        left -= weight;
+        if left < 0.0 {
+            return class as u32;
+        }
+    }
+    weights.len() as u32 - 1
+}
+
+/// The losses, a line a step and mesh.
+pub(crate) fn table(path: &Path, runs: &[(String, Trained)]) -> Result<(), Box<dyn Error>> {
+    let mut text = String::from("mesh,kind,step,loss\n");
+    for (name, run) in runs {
+        for (kind, losses) in [("train", &run.curve), ("validation", &run.validation)] {
+            for (step, loss) in losses {
+                writeln!(text, "\"{name}\",{kind},{step},{loss}")?;
+            }
+        }
+    }
+    Ok(std::fs::write(path, text)?)
+}
+
+/// The curves of all runs.
+pub(crate) fn plot(path: &Path, runs: &[(String, Trained)]) -> Result<(), Box<dyn Error>> {
+    register_font("sans-serif", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT)
+        .map_err(|_| "the font cannot be read")?;
+    let losses = || runs.iter().flat_map(|(_, run)| run.curve.iter().chain(&run.validation));
+    let steps = losses().map(|(step, _)| *step).max().unwrap_or(1);
+    let largest = losses().map(|(_, loss)| *loss).fold(0.0, f64::max);
+    let canvas = BitMapBackend::new(path, (900, 540)).into_drawing_area();
+    canvas.fill(&WHITE)?;
+    let mut chart = ChartBuilder::on(&canvas)
+        .margin(16)
+        .caption("loss, nats per character", ("sans-serif", 22))
+        .x_label_area_size(40)
+        .y_label_area_size(56)
+        .build_cartesian_2d(0..steps, 0.0..largest * 1.05)?;
+    chart.configure_mesh().x_desc("step").draw()?;
+    for (number, (name, run)) in runs.iter().enumerate() {
+        let color = Palette99::pick(number).to_rgba();
+        chart
+            .draw_series(LineSeries::new(run.curve.iter().copied(), color.mix(0.6)))?
+            .label(name.as_str())
+            .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 18, y)], color.stroke_width(2)));
+        chart.draw_series(LineSeries::new(run.validation.iter().copied(), color.stroke_width(2)))?;
+    }
+    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK).draw()?;
+    canvas.present()?;
+    Ok(())
+}
