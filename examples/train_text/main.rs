@@ -17,7 +17,7 @@ use shardwise::{
     comm::DeviceMesh,
     device::Element,
     launch,
-    optim::{AdamW, AdamWConfig, Decay, LearningRate, LossScale, clip_scale},
+    optim::{AdamW, AdamWConfig, Decay, LearningRate, LossScale, clip_scale, require_finite},
     parallel::Stream,
     rng::Philox,
     shard::{Axis, Mesh, Replicated, Shard},
@@ -211,7 +211,9 @@ fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
             if step % args.every == 0 || step == args.steps {
                 let loss = model.loss(&text.validation(args)?)?;
                 validation.push((step, loss));
-                bar.println(format!("step {step}: validation loss {loss:.4}"));
+                if world.rank() == 0 {
+                    bar.suspend(|| println!("step {step}: validation loss {loss:.4}"));
+                }
                 // Replicas that should be equal are.
                 check_replicas(|f| model.visit(f), mesh.group(Axis::Data), |_| true)?;
             }
@@ -224,8 +226,7 @@ fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
             if scale.update(norm) {
                 adamw.step(|f| model.visit(f), rate.at(step), undo * clip_scale(norm * undo, 1.0))?;
             } else if args.dtype != Dtype::F16 {
-                let reason = format!("the gradient's norm is {norm} at step {step}");
-                return Err(Error::Invalid { op: "train_text", reason });
+                require_finite(norm)?;
             }
             curve.push((step, loss));
             let rate = (step + 1) as f64 * batch.tokens.len() as f64 / start.elapsed().as_secs_f64();

@@ -1,7 +1,7 @@
 //! A small GPT on a mesh: tied embeddings at the two ends of a pipeline of transformer blocks.
 
 use shardwise::{
-    Error, Result,
+    Error, Result, Tensor,
     comm::DeviceMesh,
     device::{Cpu, Element},
     kernels::{Activation, NormKind},
@@ -211,13 +211,23 @@ impl<S: Stream, T: Element> Gpt<S, T> {
             Some(_) => self.pipeline.run(&mut self.chunks, &described, &mut ends)?,
             None => self.pipeline.evaluate(&self.chunks, &described, &mut ends)?,
         }
-        // The last stage of each replica knows its part of the sum.
-        let loss = if self.pipeline.is_last() { ends.loss } else { 0.0 };
-        let mut sum = shardwise::Tensor::from_slice(dp.device(), [1], &[loss])?;
+        // The last stage of each replica knows its part of the sum. Replicas that were given other batches notice here.
+        let own = [ends.loss, (own.len() * batch.length) as f64];
+        let own = if self.pipeline.is_last() { own } else { [0.0; 2] };
+        let mut sum = Tensor::from_slice(dp.device(), [2], &own)?;
         for axis in [Axis::Data, Axis::Pipeline] {
             self.mesh.group(axis).all_reduce(shardwise::comm::ReduceOp::Sum, &mut sum)?;
         }
-        Ok(sum.to_vec()?[0])
+        let sum = sum.to_vec()?;
+        if sum[1] != batch.tokens.len() as f64 {
+            let reason = format!(
+                "the replicas had {} tokens together, but this rank's batch has {}",
+                sum[1],
+                batch.tokens.len()
+            );
+            return Err(invalid(&reason));
+        }
+        Ok(sum[0])
     }
 }
 

@@ -29,6 +29,6 @@ mod state;
 
 pub use adamw::{AdamW, AdamWConfig};
 pub use learning_rate::{Decay, LearningRate};
-pub use norm::{clip_scale, grad_norm};
+pub use norm::{clip_scale, grad_norm, require_finite};
 pub use scale::LossScale;
 pub use sgd::{Sgd, SgdConfig};

@@ -3,7 +3,7 @@
 use crate::{
     comm::{Group, ReduceOp},
     device::Element,
-    error::Result,
+    error::{Error, Result},
     kernels::{Backend, MatRef},
     tensor::{Param, Tensor},
 };
@@ -47,6 +47,20 @@ pub fn grad_norm<T: Element, B: Backend>(
         sum = total.to_vec()?[0];
     }
     Ok(sum.sqrt())
+}
+
+/// The norm itself, if it is a number: training cannot go on from a gradient that is not. Every rank that shares the model
+/// has the same norm, and gets the same error.
+///
+/// # Errors
+/// When it is NaN or infinite.
+pub fn require_finite(norm: f64) -> Result<f64> {
+    match norm.is_finite() {
+        true => Ok(norm),
+        false => {
+            Err(Error::invalid("gradient norm", format!("the gradient is not finite: its norm is {norm}")))
+        }
+    }
 }
 
 /// What to multiply a gradient of norm `norm` with so that its norm is `max` at most: min(1, max / (norm + 10⁻⁶)).

@@ -8,10 +8,10 @@ use crate::support::{Assembled, difference, ranks};
 use model::{Batch, Config, Gpt};
 use ndarray::ArrayD;
 use shardwise::{
-    Result,
+    Error, Result, Tensor,
     comm::DeviceMesh,
-    device::Element,
-    optim::{AdamW, AdamWConfig, clip_scale},
+    device::{Cpu, Element},
+    optim::{AdamW, AdamWConfig, LossScale, clip_scale, require_finite},
     parallel::Stream,
     rng::Philox,
     shard::{Axis, Mesh, Replicated, Shard},
@@ -132,4 +132,100 @@ fn schedules_give_the_same_bits() {
         let got = train(schedule);
         gpipe.iter().for_each(|(name, want)| assert!(got[name] == *want, "{name}"));
     }
+}
+
+/// What each rank of a mesh is told after `spoil` has had its way with a rank's model or batch before step 2.
+fn faulty(
+    [dp, pp, tp]: [usize; 3],
+    spoil: impl Fn(usize, &mut Gpt<Replicated, f32>, &mut Batch) -> Result<()> + Sync,
+) -> Vec<Error> {
+    let outcomes = ranks(dp * pp * tp).run_each(|world| {
+        let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
+        let source = Random::normal(3, 0.3);
+        let mut model = Gpt::load(&mesh, &Weights::new(&source), &CONFIG, alternating(pp, 2)()?)?;
+        let mut optimizer = AdamW::default();
+        for step in 0..4 {
+            let mut batch = batch(step, 8);
+            if step == 2 {
+                spoil(world.rank(), &mut model, &mut batch)?;
+            }
+            let (_, norm) = model.gradients(&batch, step, 1.0)?;
+            optimizer.step(|f| model.visit(f), 1e-2, clip_scale(require_finite(norm)?, 1.0))?;
+        }
+        Ok(())
+    });
+    outcomes.unwrap().into_iter().map(|outcome| outcome.unwrap_err()).collect()
+}
+
+/// A rank panics, a weight turns NaN, or ranks are given different batches, in mid-training: an error on every rank.
+#[test]
+fn faults_are_typed_errors_on_every_rank() {
+    for mesh in [[2, 1, 1], [1, 2, 1], [1, 1, 2], [2, 2, 2]] {
+        let world: usize = mesh.iter().product();
+        let panicked = faulty(mesh, |rank, _, _| if rank == 1 { panic!("a fault") } else { Ok(()) });
+        for (rank, error) in panicked.iter().enumerate() {
+            match error {
+                Error::RankPanicked { rank: 1, message } if rank == 1 => assert_eq!(message, "a fault"),
+                Error::PeerLost { .. } if rank != 1 => {}
+                other => panic!("{mesh:?}: rank {rank} was told {other:?}"),
+            }
+        }
+        let nan = faulty(mesh, |rank, model, _| match rank {
+            0 => model.visit(&mut |param| {
+                *param.value_mut() = Tensor::full(&Cpu::new(), param.value().shape(), f64::NAN)?;
+                Ok(())
+            }),
+            _ => Ok(()),
+        });
+        for error in nan {
+            assert_eq!(
+                error.to_string(),
+                "gradient norm: the gradient is not finite: its norm is NaN",
+                "{mesh:?}"
+            );
+        }
+        let disagree = faulty(mesh, |rank, _, batch| {
+            if rank == world - 1 {
+                batch.tokens.truncate(6 * CONFIG.context);
+                batch.targets.truncate(6 * CONFIG.context);
+            }
+            Ok(())
+        });
+        for error in disagree {
+            let fine = match &error {
+                Error::Mismatch(_) | Error::PeerLost { .. } => true,
+                Error::Invalid { reason, .. } => reason.contains("the replicas had"),
+                _ => false,
+            };
+            assert!(fine, "{mesh:?}: {error:?}");
+        }
+    }
+}
+
+/// f16 with a loss scale that is too large at first: steps are left out until it fits, and then the loss falls.
+#[test]
+fn loss_scaling_finds_a_scale_that_fits() {
+    let outcomes = ranks(2).run(|world| {
+        let mesh = DeviceMesh::new(&world, Mesh::new(1, 1, 2)?)?;
+        let source = Random::normal(3, 0.3);
+        let mut model =
+            Gpt::<Replicated, half::f16>::load(&mesh, &Weights::new(&source), &CONFIG, alternating(1, 1)()?)?;
+        let (mut adamw, mut scale) = (AdamW::default(), LossScale::new(2f64.powi(24), 4));
+        let (mut losses, mut left_out) = (Vec::new(), 0);
+        for step in 0..40 {
+            let (loss, norm) = model.gradients(&batch(0, 8), step, scale.scale())?;
+            let undo = 1.0 / scale.scale();
+            match scale.update(norm) {
+                true => adamw.step(|f| model.visit(f), 1e-2, undo * clip_scale(norm * undo, 1.0))?,
+                false => left_out += 1,
+            }
+            losses.push(loss);
+        }
+        Ok((losses, left_out))
+    });
+    let outcomes = outcomes.unwrap();
+    assert_eq!(outcomes[0], outcomes[1]);
+    let (losses, left_out) = &outcomes[0];
+    assert!(*left_out > 2 && *left_out < 20, "{left_out} steps were left out");
+    assert!(losses.iter().all(|loss| loss.is_finite()) && losses[39] < 0.7 * losses[0], "{losses:?}");
 }
