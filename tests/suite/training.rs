@@ -6,13 +6,15 @@ mod model;
 
 use crate::support::{Assembled, difference, ranks};
 use model::{Batch, Config, Gpt};
-use ndarray::ArrayD;
+use ndarray::{Array2, ArrayD};
+use proptest::prelude::*;
 use shardwise::{
     Error, Result, Tensor,
     comm::DeviceMesh,
     device::{Cpu, Element},
     optim::{AdamW, AdamWConfig, LossScale, clip_scale, require_finite},
     parallel::Stream,
+    reference,
     rng::Philox,
     shard::{Axis, Mesh, Replicated, Shard},
     tensor::{Random, Weights},
@@ -23,14 +25,14 @@ use std::collections::BTreeMap;
 const CONFIG: Config =
     Config { vocabulary: 11, context: 5, hidden: 12, heads: 3, ffn: 10, layers: 4, dropout: 0.2 };
 
-fn batch(step: u64, sequences: usize) -> Batch {
+fn batch(config: &Config, step: u64, sequences: usize) -> Batch {
     let stream = Philox::stream(9, step);
-    let token = |at: usize| (stream.uniform(at as u64) * CONFIG.vocabulary as f64) as u32;
-    let count = sequences * CONFIG.context;
+    let token = |at: usize| (stream.uniform(at as u64) * config.vocabulary as f64) as u32;
+    let count = sequences * config.context;
     Batch {
         tokens: (0..count).map(token).collect(),
         targets: (count..2 * count).map(token).collect(),
-        length: CONFIG.context,
+        length: config.context,
     }
 }
 
@@ -41,6 +43,7 @@ struct Trained {
 }
 
 fn train<S: Stream, T: Element>(
+    config: &Config,
     [dp, pp, tp]: [usize; 3],
     schedule: impl Fn() -> Result<Schedule> + Sync,
     sequences: usize,
@@ -50,11 +53,11 @@ fn train<S: Stream, T: Element>(
     let outcomes = ranks(dp * pp * tp).run(|world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
         let source = Random::normal(3, 0.3);
-        let mut model = Gpt::<S, T>::load(&mesh, &Weights::new(&source), &CONFIG, schedule()?)?;
+        let mut model = Gpt::<S, T>::load(&mesh, &Weights::new(&source), config, schedule()?)?;
         let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() });
         let mut curve = Vec::new();
         for step in 0..steps {
-            let (loss, norm) = model.gradients(&batch(step, sequences), step, 1.0)?;
+            let (loss, norm) = model.gradients(&batch(config, step, sequences), step, 1.0)?;
             optimizer.step(|f| model.visit(f), 1e-2, clip_scale(norm, clip))?;
             curve.push((loss, norm));
         }
@@ -97,25 +100,145 @@ fn same(got: &Trained, want: &Trained, tolerance: f64) {
     }
 }
 
-/// dp x pp x tp meshes, uneven batches and cuts, dropout and clipping on: 20 steps as on one device.
-#[test]
-fn meshes_train_as_one_device_does() {
-    let one = train::<Replicated, f64>([1, 1, 1], alternating(1, 1), 7, 20, 1.0).unwrap();
-    assert!(one.curve.last().unwrap().0 < one.curve[0].0, "the loss falls");
-    for (mesh, microbatches) in [
-        ([2, 1, 1], 1),
-        ([1, 2, 1], 3),
-        ([1, 1, 2], 2),
-        ([1, 4, 1], 5),
-        ([2, 2, 2], 2),
-        ([3, 1, 2], 1),
-        ([8, 1, 1], 1),
-    ] {
-        let got = train::<Replicated, f64>(mesh, alternating(mesh[1], microbatches), 7, 20, 1.0).unwrap();
-        same(&got, &one, 1e-10);
-        let got = train::<Shard<0>, f64>(mesh, alternating(mesh[1], microbatches), 7, 20, 1.0).unwrap();
-        same(&got, &one, 1e-10);
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Random models on dp x pp x tp meshes, with uneven batches and cuts, dropout and clipping: 20 steps as on one device.
+    #[test]
+    fn meshes_train_as_one_device_does(
+        mesh in prop::sample::select(vec![[2, 1, 1], [1, 2, 1], [1, 1, 2], [1, 4, 1], [2, 2, 2], [3, 1, 2], [8, 1, 1], [1, 1, 5]]),
+        microbatches in 1..4usize, sequences in 1..9usize, context in 1..6usize, heads in 5..7usize, head_dim in 1..3usize,
+        ffn in 5..9usize, layers in 4..6usize, vocabulary in 5..14usize, dropout in prop::sample::select(vec![0.0, 0.2]),
+    ) {
+        let config = Config { vocabulary, context, hidden: heads * head_dim, heads, ffn, layers, dropout };
+        let one = train::<Replicated, f64>(&config, [1, 1, 1], alternating(1, 1), sequences, 20, 1.0).unwrap();
+        let schedule = || alternating(mesh[1], microbatches);
+        same(&train::<Replicated, f64>(&config, mesh, schedule(), sequences, 20, 1.0).unwrap(), &one, 1e-10);
+        same(&train::<Shard<0>, f64>(&config, mesh, schedule(), sequences, 20, 1.0).unwrap(), &one, 1e-10);
     }
+}
+
+/// The same model of the reference's parts.
+struct Reference(BTreeMap<String, ArrayD<f64>>);
+
+impl Reference {
+    fn matrix(&self, name: &str) -> Array2<f64> {
+        self.0[name].clone().into_dimensionality().unwrap()
+    }
+
+    fn norm(&self, name: &str) -> reference::Norm {
+        let vector = |part| self.0[&format!("{name}.{part}")].clone().into_dimensionality().unwrap();
+        reference::Norm::LayerNorm { gamma: vector("weight"), beta: vector("bias"), eps: 1e-5 }
+    }
+
+    fn block(&self, layer: usize) -> reference::BlockWeights {
+        let name = |part: &str| format!("layers.{layer}.{part}");
+        let matrix = |part: &str| self.matrix(&name(&format!("{part}.weight")));
+        let bias =
+            |part: &str| Some(self.0[&name(&format!("{part}.bias"))].clone().into_dimensionality().unwrap());
+        let (heads, head_dim) = (CONFIG.heads, CONFIG.hidden / CONFIG.heads);
+        let scale = 1.0 / (head_dim as f64).sqrt();
+        reference::BlockWeights {
+            spec: reference::AttentionSpec { heads, kv_heads: heads, head_dim, causal: true, scale },
+            attention: reference::AttentionWeights {
+                q: matrix("attention.q"),
+                q_bias: bias("attention.q"),
+                k: matrix("attention.k"),
+                k_bias: bias("attention.k"),
+                v: matrix("attention.v"),
+                v_bias: bias("attention.v"),
+                o: matrix("attention.o"),
+                o_bias: bias("attention.o"),
+            },
+            norm1: self.norm(&name("norm1")),
+            norm2: self.norm(&name("norm2")),
+            mlp: reference::Mlp::Plain {
+                weights: reference::MlpWeights {
+                    up: matrix("mlp.up"),
+                    up_bias: bias("mlp.up"),
+                    down: matrix("mlp.down"),
+                    down_bias: bias("mlp.down"),
+                },
+                act: reference::Activation::GeluTanh,
+            },
+            placement: reference::NormPlacement::Pre,
+        }
+    }
+
+    /// The mean loss and the gradient of every tensor.
+    fn gradients(&self, batch: &Batch) -> (f64, BTreeMap<String, ArrayD<f64>>) {
+        let (table, positions) = (self.matrix("embedding.weight"), self.matrix("positions.weight"));
+        let ids: Vec<usize> = batch.tokens.iter().map(|&token| token as usize).collect();
+        let places: Vec<usize> = (0..ids.len()).map(|at| at % batch.length).collect();
+        let sequences: Vec<_> =
+            (0..ids.len() / batch.length).map(|at| at * batch.length..(at + 1) * batch.length).collect();
+        let blocks: Vec<_> = (0..CONFIG.layers).map(|layer| self.block(layer)).collect();
+        let mut xs = vec![reference::embedding(&ids, &table) + reference::embedding(&places, &positions)];
+        for block in &blocks {
+            xs.push(reference::block(block, &xs[xs.len() - 1], &sequences, None));
+        }
+        let (norm, last) = (self.norm("norm"), &xs[CONFIG.layers]);
+        let normed = norm.apply(last);
+        let logits = reference::linear(&normed, &table, None);
+        let (entropy, part) = (reference::CrossEntropy::default(), 1.0 / ids.len() as f64);
+        let loss = entropy.losses(&logits, &batch.targets).sum() * part;
+        let head =
+            reference::linear_backward(&normed, &table, &entropy.backward(&logits, &batch.targets, part));
+        let mut grads = BTreeMap::new();
+        let (mut dx, dnorm) = norm.backward(last, &head.dx);
+        if let reference::Norm::LayerNorm { gamma, beta, .. } = dnorm {
+            grads.insert("norm.weight".to_string(), gamma.into_dyn());
+            grads.insert("norm.bias".to_string(), beta.into_dyn());
+        }
+        for (layer, block) in blocks.iter().enumerate().rev() {
+            let back = reference::block_backward(block, &xs[layer], &sequences, None, &dx);
+            dx = back.dx;
+            let named = back.weights.named().into_iter();
+            grads.extend(named.map(|(name, grad)| (format!("layers.{layer}.{name}"), grad)));
+        }
+        let dtable = head.dw + reference::embedding_backward(&ids, CONFIG.vocabulary, &dx);
+        grads.insert("embedding.weight".to_string(), dtable.into_dyn());
+        let dpositions = reference::embedding_backward(&places, CONFIG.context, &dx);
+        grads.insert("positions.weight".to_string(), dpositions.into_dyn());
+        (loss, grads)
+    }
+}
+
+/// A 2 x 2 x 2 mesh against a model and an optimizer that share no code with it.
+#[test]
+fn a_mesh_trains_as_the_reference_does() {
+    let config = Config { dropout: 0.0, ..CONFIG };
+    let (steps, sequences) = (20, 6);
+    let initial = train::<Replicated, f64>(&config, [1, 1, 1], alternating(1, 1), 1, 0, 1.0).unwrap();
+    let mut model = Reference(initial.params);
+    let same_adamw = |weight_decay| reference::AdamW {
+        lr: 1e-2,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay,
+        steps: 0,
+        moments: None,
+    };
+    let mut adamw: BTreeMap<_, _> = model
+        .0
+        .iter()
+        .map(|(name, tensor)| (name.clone(), same_adamw(if tensor.ndim() > 1 { 0.1 } else { 0.0 })))
+        .collect();
+    let mut curve = Vec::new();
+    for step in 0..steps {
+        let (loss, grads) = model.gradients(&batch(&config, step, sequences));
+        assert_eq!(grads.keys().collect::<Vec<_>>(), model.0.keys().collect::<Vec<_>>());
+        let norm = grads.values().flatten().map(|grad| grad * grad).sum::<f64>().sqrt();
+        curve.push((loss, norm));
+        for (name, weight) in &mut model.0 {
+            adamw.get_mut(name).unwrap().step(weight, &(&grads[name] * clip_scale(norm, 1.0)));
+        }
+    }
+    let got = train::<Shard<0>, f64>(&config, [2, 2, 2], alternating(2, 3), sequences, steps, 1.0).unwrap();
+    let first = (curve[0], got.curve[0]);
+    assert!((first.0.1 - first.1.1).abs() <= 1e-12 * first.0.1, "the gradient's norm: {first:?}");
+    same(&got, &Trained { params: model.0, curve }, 1e-10);
 }
 
 /// All schedules add gradients in the same order: the same bits, where the norm, which is summed rank by rank, has no say.
@@ -123,7 +246,8 @@ fn meshes_train_as_one_device_does() {
 fn schedules_give_the_same_bits() {
     let train = |schedule: Schedule| {
         let trained =
-            train::<Replicated, f32>([1, 2, 1], || Ok(schedule.clone()), 4, 3, f64::INFINITY).unwrap();
+            train::<Replicated, f32>(&CONFIG, [1, 2, 1], || Ok(schedule.clone()), 4, 3, f64::INFINITY)
+                .unwrap();
         let bits = |array: &ArrayD<f64>| array.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
         trained.params.iter().map(|(name, array)| (name.clone(), bits(array))).collect::<BTreeMap<_, _>>()
     };
@@ -145,7 +269,7 @@ fn faulty(
         let mut model = Gpt::load(&mesh, &Weights::new(&source), &CONFIG, alternating(pp, 2)()?)?;
         let mut optimizer = AdamW::default();
         for step in 0..4 {
-            let mut batch = batch(step, 8);
+            let mut batch = batch(&CONFIG, step, 8);
             if step == 2 {
                 spoil(world.rank(), &mut model, &mut batch)?;
             }
@@ -213,7 +337,7 @@ fn loss_scaling_finds_a_scale_that_fits() {
         let (mut adamw, mut scale) = (AdamW::default(), LossScale::new(2f64.powi(24), 4));
         let (mut losses, mut left_out) = (Vec::new(), 0);
         for step in 0..40 {
-            let (loss, norm) = model.gradients(&batch(0, 8), step, scale.scale())?;
+            let (loss, norm) = model.gradients(&batch(&CONFIG, 0, 8), step, scale.scale())?;
             let undo = 1.0 / scale.scale();
             match scale.update(norm) {
                 true => adamw.step(|f| model.visit(f), 1e-2, undo * clip_scale(norm * undo, 1.0))?,
