@@ -44,6 +44,8 @@
 //! | [`comm`] | groups and collectives | tensors |
 //! | [`launch`] | starting ranks | groups |
 //! | [`parallel`] | sharded tensors and layers: **start here** | operators and groups |
+//! | [`optim`] | optimizers, gradient norms, loss scales, learning rates | parameters |
+//! | [`train`] | data parallelism, pipelines, checks | layers and groups |
 //! | [`weights`] | Hugging Face checkpoints, read in parts | tensors |
 #![cfg_attr(
     feature = "reference",

@@ -74,6 +74,9 @@ struct Args {
     layers: usize,
     #[arg(long, default_value_t = 0.0)]
     dropout: f64,
+    /// Keep only the blocks' inputs, and compute their forward anew in the backward.
+    #[arg(long)]
+    recompute: bool,
     /// The highest learning rate.
     #[arg(long, default_value_t = 2e-3)]
     lr: f64,
@@ -167,8 +170,17 @@ struct Trained {
 }
 
 fn config(args: &Args, text: &Text) -> Config {
-    let Args { context, hidden, heads, layers, dropout, .. } = *args;
-    Config { vocabulary: text.characters.len(), context, hidden, heads, ffn: 4 * hidden, layers, dropout }
+    let Args { context, hidden, heads, layers, dropout, recompute, .. } = *args;
+    Config {
+        vocabulary: text.characters.len(),
+        context,
+        hidden,
+        heads,
+        ffn: 4 * hidden,
+        layers,
+        dropout,
+        recompute,
+    }
 }
 
 fn schedule(args: &Args) -> Result<Schedule> {

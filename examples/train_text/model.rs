@@ -7,9 +7,9 @@ use shardwise::{
     kernels::{Activation, NormKind},
     optim::grad_norm,
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, Draw, Dropout, Layer, NormPlacement, Normalize,
-        ParallelMlp, PositionEmbedding, Recompute, Stream, TransformerBlock, VocabParallelCrossEntropy,
-        VocabParallelEmbedding,
+        AttentionConfig, BlockConfig, BlockNames, BoxLayer, DTensor, Draw, Dropout, Layer, NormPlacement,
+        Normalize, ParallelMlp, PositionEmbedding, Recompute, Stream, TransformerBlock,
+        VocabParallelCrossEntropy, VocabParallelEmbedding,
     },
     shard::{Axis, Partition, Sequences, Shard},
     tensor::{Param, Weights},
@@ -26,9 +26,11 @@ pub(crate) struct Config {
     pub(crate) ffn: usize,
     pub(crate) layers: usize,
     pub(crate) dropout: f64,
+    /// Whether blocks keep their input only, and compute their forward anew in the backward.
+    pub(crate) recompute: bool,
 }
 
-type Block<S, T> = Recompute<TransformerBlock<S, ParallelMlp<S, T, Cpu>, T, Cpu>>;
+type Block<S, T> = BoxLayer<S, S, T>;
 
 /// This rank's part of the model, and what runs it.
 pub(crate) struct Gpt<S: Stream, T: Element> {
@@ -82,7 +84,7 @@ impl<S: Stream, T: Element> Gpt<S, T> {
     ) -> Result<Self> {
         let (tp, pp) = (mesh.group(Axis::Tensor), mesh.group(Axis::Pipeline));
         let (first, last) = (pp.rank() == 0, pp.rank() + 1 == pp.size());
-        let Config { vocabulary, context, hidden, heads, ffn, layers, dropout } = *config;
+        let Config { vocabulary, context, hidden, heads, ffn, layers, dropout, .. } = *config;
         let norm = NormKind::LayerNorm { eps: 1e-5 };
         let block = BlockConfig {
             attention: AttentionConfig {
@@ -104,9 +106,13 @@ impl<S: Stream, T: Element> Gpt<S, T> {
         let cut = Partition::by_unit("pipeline", "layers", layers, 1, schedule.stages())?;
         let chunk = |chunk: usize| {
             let layers = cut.range(chunk * pp.size() + pp.rank());
-            let load =
-                |layer: usize| TransformerBlock::load(tp, &weights.at(&format!("layers.{layer}")), &block);
-            layers.map(|layer| load(layer).map(Recompute)).collect::<Result<Vec<_>>>()
+            let load = |layer: usize| {
+                let weights = weights.at(&format!("layers.{layer}"));
+                let block =
+                    TransformerBlock::<S, ParallelMlp<S, T, Cpu>, T, Cpu>::load(tp, &weights, &block)?;
+                Ok(if config.recompute { BoxLayer::new(Recompute(block)) } else { BoxLayer::new(block) })
+            };
+            layers.map(load).collect::<Result<Vec<_>>>()
         };
         let chunks = (0..schedule.chunks()).map(chunk).collect::<Result<Vec<_>>>()?;
         let microbatches = schedule.microbatches();

@@ -1,0 +1,118 @@
+//! A training step of the GPT of `examples/train_text` on one rank, and on two along each axis of a mesh.
+//!
+//! `cargo bench --bench training [-- --rounds 9] [--json FILE]`. The meshes take turns, a few steps each, for several
+//! rounds; the median counts. `scripts/peers/gpt_ddp.py` trains the same model with PyTorch.
+
+#[path = "../examples/train_text/model.rs"]
+#[allow(dead_code)]
+mod model;
+
+use clap::Parser;
+use model::{Batch, Config, Gpt};
+use shardwise::{
+    Result,
+    comm::DeviceMesh,
+    launch,
+    optim::{AdamW, clip_scale},
+    rng::Philox,
+    shard::{Mesh, Replicated},
+    tensor::{Random, Weights},
+    train::Schedule,
+};
+use std::time::Instant;
+
+/// Times training steps.
+#[derive(Parser)]
+struct Args {
+    /// Rounds; the median counts.
+    #[arg(long, default_value_t = 9)]
+    rounds: usize,
+    /// Write the results to this file.
+    #[arg(long)]
+    json: Option<std::path::PathBuf>,
+    /// Given by `cargo bench`; means nothing here.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+const CONFIG: Config = Config {
+    vocabulary: 65,
+    context: 128,
+    hidden: 384,
+    heads: 6,
+    ffn: 1536,
+    layers: 4,
+    dropout: 0.0,
+    recompute: false,
+};
+const SEQUENCES: usize = 8;
+const STEPS: u64 = 2;
+
+/// The seconds of a step on a mesh, and its loss.
+fn step([dp, pp, tp]: [usize; 3]) -> Result<(f64, f64)> {
+    let microbatches = if pp > 1 { 2 * pp } else { 1 };
+    let ranks = launch::threads(dp * pp * tp, |world| {
+        let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
+        let (source, schedule) =
+            (Random::normal(1, 0.02), Schedule::one_forward_one_backward(pp, microbatches));
+        let mut model = Gpt::<Replicated, f32>::load(&mesh, &Weights::new(&source), &CONFIG, schedule)?;
+        let mut adamw = AdamW::default();
+        let draws = Philox::stream(1, 1);
+        let token = |at: usize| (draws.uniform(at as u64) * CONFIG.vocabulary as f64) as u32;
+        let tokens: Vec<u32> = (0..SEQUENCES * CONFIG.context).map(token).collect();
+        let batch = Batch { targets: tokens.iter().rev().copied().collect(), tokens, length: CONFIG.context };
+        let mut start = Instant::now();
+        let mut last = 0.0;
+        // The first step warms up.
+        for number in 0..=STEPS {
+            let (loss, norm) = model.gradients(&batch, number, 1.0)?;
+            adamw.step(|f| model.visit(f), 1e-4, clip_scale(norm, 1.0))?;
+            world.barrier()?;
+            if number == 0 {
+                start = Instant::now();
+            }
+            last = loss;
+        }
+        Ok((start.elapsed().as_secs_f64() / STEPS as f64, last))
+    })?;
+    Ok(ranks[0])
+}
+
+fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let args = Args::parse();
+    let meshes = [("1 rank", [1, 1, 1]), ("dp 2", [2, 1, 1]), ("pp 2", [1, 2, 1]), ("tp 2", [1, 1, 2])];
+    let mut times = vec![Vec::new(); meshes.len()];
+    let mut losses = vec![0.0; meshes.len()];
+    for _ in 0..args.rounds.max(1) {
+        for (at, (_, mesh)) in meshes.iter().enumerate() {
+            let (time, loss) = step(*mesh)?;
+            times[at].push(time);
+            losses[at] = loss;
+        }
+    }
+    println!("{:<8} {:>10} {:>10} {:>9} {:>12}", "mesh", "median ms", "min ms", "speed-up", "loss");
+    let mut rows = Vec::new();
+    let mut one = f64::NAN;
+    for (at, (name, _)) in meshes.iter().enumerate() {
+        times[at].sort_by(f64::total_cmp);
+        let (median, least) = (times[at][times[at].len() / 2], times[at][0]);
+        one = if at == 0 { median } else { one };
+        println!(
+            "{name:<8} {:>10.1} {:>10.1} {:>9.2} {:>12.8}",
+            median * 1e3,
+            least * 1e3,
+            one / median,
+            losses[at]
+        );
+        rows.push(
+            serde_json::json!({ "mesh": name, "median_s": median, "min_s": least, "loss": losses[at] }),
+        );
+        if (losses[at] - losses[0]).abs() > 1e-5 {
+            return Err(format!("{name}: the loss differs").into());
+        }
+    }
+    if let Some(path) = args.json {
+        std::fs::write(path, serde_json::to_string_pretty(&rows)?)?;
+    }
+    Ok(())
+}
