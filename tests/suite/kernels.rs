@@ -12,8 +12,8 @@ use shardwise::{
     Error, Result, Tensor,
     device::{Cpu, DType, Device, Element, MemoryUse},
     kernels::{
-        Activation, Attention, AttentionSpec, Batch, Gather, Gemm, Mask, MatMut, MatRef, Norm, NormKind,
-        Pointwise, Softmax,
+        Activation, Attention, AttentionSpec, Batch, Gather, Gemm, Mask, MatMut, MatRef, NO_ROW, Norm,
+        NormKind, Pointwise, Softmax,
     },
     ops::{self, QkvHeads},
     reference,
@@ -842,9 +842,22 @@ fn embedding_refuses_ids_beyond_the_table() {
         (Tensor::<f32>::zeros(&cpu, [5, 2]).unwrap(), Tensor::<f32>::zeros(&cpu, [3, 2]).unwrap());
     invalid(ops::embedding(&table, &[0, 5, 1]), "gather: id 5 is beyond a table of 5 rows");
     invalid(
-        ops::embedding_backward(&[0, u32::MAX, 1], 5, &dy),
-        "scatter_add: id 4294967295 is beyond a table of 5 rows",
+        ops::embedding_backward(&[0, u32::MAX - 1, 1], 5, &dy),
+        "scatter_add: id 4294967294 is beyond a table of 5 rows",
     );
+    // The row that nobody has.
+    let ones = Tensor::<f32>::full(&Cpu::poisoned(), [5, 2], 1.0).unwrap();
+    let y = wide(&ops::embedding(&ones, &[NO_ROW, 4, NO_ROW]).unwrap());
+    assert_eq!(y, array![[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]].into_dyn());
+    let dtable = wide(
+        &ops::embedding_backward(
+            &[NO_ROW, 1, NO_ROW],
+            2,
+            &Tensor::<f32>::full(dy.device(), dy.shape(), 1.0).unwrap(),
+        )
+        .unwrap(),
+    );
+    assert_eq!(dtable, array![[0.0, 0.0], [1.0, 1.0]].into_dyn());
     disagree(
         ops::embedding_backward(&[0, 1], 5, &dy),
         "scatter_add: the number of ids is 2, but the number of rows is 3",
