@@ -5,7 +5,7 @@ use crate::{
     device::{Cpu, Device, Element},
     error::Result,
     kernels::{AdamWStep, Backend},
-    tensor::Param,
+    tensor::Visit,
 };
 
 /// The choices of an [`AdamW`]. The defaults are PyTorch's, but for [`AdamWConfig::decay_vectors`].
@@ -61,12 +61,7 @@ impl<T: Element, B: Backend> AdamW<T, B> {
     ///
     /// # Errors
     /// When `visit` passes other parameters than at the first step, or the device fails.
-    pub fn step(
-        &mut self,
-        visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
-        lr: f64,
-        grad_scale: f64,
-    ) -> Result<()> {
+    pub fn step(&mut self, visit: impl Visit<T, B>, lr: f64, grad_scale: f64) -> Result<()> {
         self.steps += 1;
         let AdamWConfig { beta1, beta2, eps, weight_decay, decay_vectors } = self.config;
         let all = AdamWStep { step: self.steps, lr, beta1, beta2, eps, weight_decay, grad_scale };

@@ -5,7 +5,7 @@ use crate::{
     device::Element,
     error::{Error, Result},
     kernels::{Backend, MatRef},
-    tensor::{Param, Tensor},
+    tensor::{Tensor, Visit},
 };
 
 /// √ Σ g² over the gradient of the whole model, wherever its parts are: what one device would find.
@@ -21,10 +21,7 @@ use crate::{
 /// # Errors
 /// When a collective fails.
 #[track_caller]
-pub fn grad_norm<T: Element, B: Backend>(
-    mut visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
-    groups: &[&Group<B>],
-) -> Result<f64> {
+pub fn grad_norm<T: Element, B: Backend>(mut visit: impl Visit<T, B>, groups: &[&Group<B>]) -> Result<f64> {
     let mut sum = 0.0;
     visit(&mut |param| {
         let Some(grad) = param.grad() else { return Ok(()) };

@@ -5,7 +5,7 @@ use crate::{
     device::{Cpu, Device, Element},
     error::Result,
     kernels::{Backend, SgdStep},
-    tensor::Param,
+    tensor::Visit,
 };
 
 /// The choices of an [`Sgd`]; by default plain gradient descent.
@@ -46,12 +46,7 @@ impl<T: Element, B: Backend> Sgd<T, B> {
     ///
     /// # Errors
     /// When `visit` passes other parameters than at the first step, or the device fails.
-    pub fn step(
-        &mut self,
-        visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
-        lr: f64,
-        grad_scale: f64,
-    ) -> Result<()> {
+    pub fn step(&mut self, visit: impl Visit<T, B>, lr: f64, grad_scale: f64) -> Result<()> {
         let SgdConfig { momentum, nesterov, weight_decay } = self.config;
         let step = SgdStep { lr, momentum, nesterov, weight_decay, grad_scale };
         if momentum == 0.0 {

@@ -5,7 +5,7 @@ use crate::{
     error::{Result, same_shape},
     kernels::Backend,
     shard::Shape,
-    tensor::{Param, Tensor},
+    tensor::{Param, Tensor, Visit},
 };
 
 /// `N` tensors in the accumulator for each parameter, 0 at first, and a master weight where the element is narrower.
@@ -31,7 +31,7 @@ impl<T: Element, B: Backend, const N: usize> States<T, B, N> {
     pub(super) fn each(
         &mut self,
         op: &'static str,
-        mut visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
+        mut visit: impl Visit<T, B>,
         update: impl Fn(&B, &Tensor<T::Acc, B>, &mut Tensor<T, B>, &mut State<T, B, N>) -> Result<()>,
     ) -> Result<()> {
         let mut at = 0;

@@ -5,7 +5,7 @@ mod param;
 mod source;
 
 pub(crate) use param::Watch;
-pub use param::{Param, Piece};
+pub use param::{Param, Piece, Visit};
 pub(crate) use source::missing;
 pub use source::{Arrays, Random, Region, Role, WeightSource, Weights};
 

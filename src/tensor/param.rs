@@ -23,6 +23,21 @@ pub struct Piece {
     pub owned: bool,
 }
 
+/// The way to a model's parameters, `|f| model.visit(f)`: calls what it is given on every parameter, in the same order on
+/// every rank and at every call.
+pub trait Visit<T: Element, B: Device>:
+    FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>
+{
+}
+
+impl<T, B, V> Visit<T, B> for V
+where
+    T: Element,
+    B: Device,
+    V: FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
+{
+}
+
 /// Who is told when the gradient of a parameter is complete: data parallelism, which then reduces it.
 pub(crate) trait Watch<T: Element, B: Device> {
     /// The gradient of the parameter of this number has got all it gets from this backward.

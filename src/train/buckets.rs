@@ -6,7 +6,7 @@ use crate::{
     error::{Error, Result},
     kernels::{Backend, MatMut, MatRef},
     shard::Partition,
-    tensor::{Param, Tensor, Watch},
+    tensor::{Tensor, Visit, Watch},
 };
 use std::cell::RefCell;
 
@@ -105,10 +105,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
     ///
     /// Gradients that did not become ready since `begin` count as what they are, or 0 if there are none: a rank without
     /// samples takes part with zeros.
-    pub(super) fn finish(
-        &self,
-        mut visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
-    ) -> Result<()> {
+    pub(super) fn finish(&self, mut visit: impl Visit<T, B>) -> Result<()> {
         const OP: &str = "data parallel";
         let round = self.round.borrow_mut().take();
         let mut round =

@@ -6,7 +6,7 @@ use crate::{
     device::Element,
     error::{Error, Result},
     kernels::Backend,
-    tensor::{Param, Tensor},
+    tensor::{Tensor, Visit},
 };
 use std::rc::Rc;
 
@@ -58,10 +58,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     /// # Errors
     /// When the ranks' models differ in their parameters' shapes, or a collective fails.
     #[track_caller]
-    pub fn new(
-        group: &Group<B>,
-        visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
-    ) -> Result<Self> {
+    pub fn new(group: &Group<B>, visit: impl Visit<T, B>) -> Result<Self> {
         Self::with(group, visit, None, BUCKET)
     }
 
@@ -70,11 +67,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     /// # Errors
     /// As there.
     #[track_caller]
-    pub fn with_buckets(
-        group: &Group<B>,
-        visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
-        bytes: usize,
-    ) -> Result<Self> {
+    pub fn with_buckets(group: &Group<B>, visit: impl Visit<T, B>, bytes: usize) -> Result<Self> {
         Self::with(group, visit, None, bytes)
     }
 
@@ -83,11 +76,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     /// # Errors
     /// When there is no such rank, and as [`DataParallel::new`].
     #[track_caller]
-    pub fn central(
-        group: &Group<B>,
-        visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
-        aggregator: usize,
-    ) -> Result<Self> {
+    pub fn central(group: &Group<B>, visit: impl Visit<T, B>, aggregator: usize) -> Result<Self> {
         if aggregator >= group.size() {
             let reason = format!("aggregator {aggregator} of a group of {}", group.size());
             return Err(Error::invalid("data parallel", reason));
@@ -98,7 +87,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     #[track_caller]
     fn with(
         group: &Group<B>,
-        mut visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
+        mut visit: impl Visit<T, B>,
         aggregator: Option<usize>,
         bytes: usize,
     ) -> Result<Self> {
@@ -147,10 +136,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     ///
     /// # Errors
     /// When the model has other parameters than it had, or a collective fails.
-    pub fn finish(
-        &self,
-        visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
-    ) -> Result<()> {
+    pub fn finish(&self, visit: impl Visit<T, B>) -> Result<()> {
         self.buckets.finish(visit)
     }
 
@@ -164,10 +150,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     /// # Errors
     /// When a collective fails.
     #[track_caller]
-    pub fn publish(
-        &self,
-        mut visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
-    ) -> Result<()> {
+    pub fn publish(&self, mut visit: impl Visit<T, B>) -> Result<()> {
         self.aggregator.map_or(Ok(()), |root| broadcast(&self.group, &mut visit, root))
     }
 }
@@ -175,7 +158,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
 #[track_caller]
 fn broadcast<T: Element, B: Backend>(
     group: &Group<B>,
-    visit: &mut impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
+    visit: &mut impl Visit<T, B>,
     root: usize,
 ) -> Result<()> {
     visit(&mut |param| group.broadcast(root, param.value_mut()))

@@ -6,7 +6,7 @@ use crate::{
     error::{Error, Result},
     kernels::Backend,
     shard::Partition,
-    tensor::{Param, Tensor},
+    tensor::{Param, Tensor, Visit},
 };
 use std::hash::{DefaultHasher, Hasher};
 
@@ -20,7 +20,7 @@ use std::hash::{DefaultHasher, Hasher};
 /// [`Error::Drift`], with the first tensor and rank that differ, on every rank.
 #[track_caller]
 pub fn check_replicas<T: Element, B: Backend>(
-    mut visit: impl FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>,
+    mut visit: impl Visit<T, B>,
     group: &Group<B>,
     is_replica: impl Fn(&Param<T, B>) -> bool,
 ) -> Result<()> {
