@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Loss, Mismatch, Result},
 };
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{HashMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, Weak},
     time::Duration,
@@ -20,6 +20,12 @@ use std::{
 
 /// Waiters spin this often before they yield, if every rank has a processor.
 const SPINS: u32 = 20_000;
+
+thread_local! {
+    /// The first loss that this rank was told of: a rank of the world, and how it was lost. It is why this rank may leave,
+    /// too; who waits for this rank then is told of that loss.
+    static TOLD: Cell<Option<(usize, Loss)>> = const { Cell::new(None) };
+}
 
 /// A group of threads.
 #[derive(Debug)]
@@ -37,6 +43,8 @@ pub(super) struct Shared {
     /// What the ranks want of a split, and the groups that it made.
     wishes: Mutex<Vec<Option<Wish>>>,
     parts: Mutex<HashMap<u64, Arc<Shared>>>,
+    /// The ranks of the world that are the group's.
+    members: Vec<usize>,
     /// How often waiters spin: the world's number, also in the groups that were split from it.
     spins: u32,
     /// What happened to the group, in order: the first broke it.
@@ -49,16 +57,23 @@ pub(super) type Wish = (Option<u64>, u64, usize);
 /// Why a group is broken.
 #[derive(Clone, Debug)]
 enum Cause {
-    Lost { rank: usize, reason: Loss },
+    /// A rank has left. If it had been told of a loss before, of a rank of the world, that is the `root`.
+    Lost {
+        rank: usize,
+        reason: Loss,
+        root: Option<(usize, Loss)>,
+    },
     Disagreement(Box<Mismatch>),
-    Deadline { missing: Vec<usize> },
+    Deadline {
+        missing: Vec<usize>,
+    },
 }
 
 impl Cause {
     /// Whether nothing more can be expected of the `missing` ranks: see R7.
     fn stops(&self, missing: &[usize]) -> bool {
         match self {
-            Self::Lost { rank, reason: Loss::Left } => missing.contains(rank),
+            Self::Lost { rank, reason: Loss::Left, .. } => missing.contains(rank),
             _ => true,
         }
     }
@@ -69,12 +84,15 @@ impl Shared {
     pub(super) fn world(size: usize, deadline: Duration) -> Self {
         // Spinning pays where every rank has a processor; elsewhere it keeps one from a rank that has to arrive.
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Self::new("world".into(), size, deadline, if size <= processors { SPINS } else { 0 })
+        let spins = if size <= processors { SPINS } else { 0 };
+        Self::new("world".into(), (0..size).collect(), deadline, spins)
     }
 
-    fn new(name: String, size: usize, deadline: Duration, spins: u32) -> Self {
+    fn new(name: String, members: Vec<usize>, deadline: Duration, spins: u32) -> Self {
+        let size = members.len();
         Self {
             name,
+            members,
             deadline,
             spins,
             barrier: Barrier::new(size, spins),
@@ -168,13 +186,16 @@ impl Shared {
     pub(super) fn leave(&self, rank: usize, reason: Loss) {
         let mut causes = self.lock(&self.causes);
         let known = causes.iter_mut().find_map(|cause| match cause {
-            Cause::Lost { rank: lost, reason } if *lost == rank => Some(reason),
+            Cause::Lost { rank: lost, reason, .. } if *lost == rank => Some(reason),
             _ => None,
         });
         match known {
             Some(Loss::Panicked) => {}
             Some(known) => *known = reason,
-            None => causes.push(Cause::Lost { rank, reason }),
+            None => {
+                let root = TOLD.get().filter(|(root, _)| *root != self.members[rank]);
+                causes.push(Cause::Lost { rank, reason, root });
+            }
         }
         self.barrier.break_now();
         drop(causes);
@@ -204,7 +225,14 @@ impl Shared {
         let (op, seq, group, site) = (call.op.name(), call.seq, self.name.clone(), call.site);
         match cause.clone() {
             Cause::Disagreement(mismatch) => Error::Mismatch(mismatch),
-            Cause::Lost { rank, reason } => Error::PeerLost { rank, reason, op, seq, group, site },
+            Cause::Lost { rank, reason, root } => {
+                let known = root.and_then(|(root, reason)| {
+                    Some((self.members.iter().position(|member| *member == root)?, reason))
+                });
+                let (rank, reason) = known.unwrap_or((rank, reason));
+                TOLD.set(TOLD.get().or(Some((self.members[rank], reason))));
+                Error::PeerLost { rank, reason, op, seq, group, site }
+            }
             Cause::Deadline { missing } => {
                 Error::Deadline { missing, op, seq, group, site, after: self.deadline }
             }
@@ -232,7 +260,8 @@ impl Shared {
         let place = place
             .ok_or_else(|| Error::invalid(call.op.name(), "this rank's color is not among the ranks'"))?;
         let part = Arc::clone(self.lock(&self.parts).entry(color).or_insert_with(|| {
-            Arc::new(Self::new(format!("{}/{color}", self.name), members.len(), self.deadline, self.spins))
+            let ranks = members.iter().map(|&(.., member)| self.members[member]).collect();
+            Arc::new(Self::new(format!("{}/{color}", self.name), ranks, self.deadline, self.spins))
         }));
         barrier()?;
         // All have taken their part: the next split starts with none. Several ranks may say so.
