@@ -84,13 +84,11 @@ fn main() -> Result<()> {
 
 fn block(hidden: usize, heads: usize, kv_heads: usize, ffn: usize, gated: bool) -> BlockConfig {
     let attention = AttentionConfig {
-        hidden,
-        heads,
         kv_heads,
-        head_dim: hidden / heads,
         causal: true,
         qkv_bias: !gated,
         out_bias: !gated,
+        ..AttentionConfig::new(hidden, heads)
     };
     BlockConfig {
         attention,

@@ -216,13 +216,9 @@ impl<T: Element> Encoder<T> {
     fn load(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Self> {
         let config = BlockConfig {
             attention: AttentionConfig {
-                hidden: HIDDEN,
-                heads: HEADS,
-                kv_heads: HEADS,
-                head_dim: HIDDEN / HEADS,
-                causal: false,
                 qkv_bias: true,
                 out_bias: true,
+                ..AttentionConfig::new(HIDDEN, HEADS)
             },
             ffn: FFN,
             activation: Activation::GeluErf,

@@ -213,13 +213,12 @@ fn config(args: &Args) -> Result<BlockConfig> {
     };
     Ok(BlockConfig {
         attention: AttentionConfig {
-            hidden: args.hidden,
-            heads: args.heads,
             kv_heads: args.kv_heads.unwrap_or(args.heads),
             head_dim,
             causal: !args.bidirectional,
             qkv_bias: !args.gated,
             out_bias: !args.gated,
+            ..AttentionConfig::new(args.hidden, args.heads)
         },
         ffn: args.ffn,
         activation: if args.gated { Activation::Silu } else { Activation::GeluTanh },

@@ -47,6 +47,7 @@
 //! | [`optim`] | optimizers, gradient norms, loss scales, learning rates | parameters |
 //! | [`train`] | data parallelism, pipelines, checks | layers and groups |
 //! | [`weights`] | Hugging Face checkpoints, read in parts | tensors |
+//! | [`models`] | Llama, Mistral, Qwen, GPT-2 and BERT from checkpoints | layers and checkpoints |
 #![cfg_attr(
     feature = "reference",
     doc = "| [`reference`](mod@reference) | the single-device reference, in ndarray and f64 | nothing |"
@@ -65,6 +66,7 @@ pub mod device;
 mod error;
 pub mod kernels;
 pub mod launch;
+pub mod models;
 pub mod ops;
 pub mod optim;
 pub mod parallel;

@@ -88,13 +88,10 @@ impl<S: Stream, T: Element> Gpt<S, T> {
         let norm = NormKind::LayerNorm { eps: 1e-5 };
         let block = BlockConfig {
             attention: AttentionConfig {
-                hidden,
-                heads,
-                kv_heads: heads,
-                head_dim: hidden / heads,
                 causal: true,
                 qkv_bias: true,
                 out_bias: true,
+                ..AttentionConfig::new(hidden, heads)
             },
             ffn,
             activation: Activation::GeluTanh,

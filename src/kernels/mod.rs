@@ -11,6 +11,7 @@
 //! | [`Norm`] | LayerNorm, RMSNorm |
 //! | [`Softmax`] | row softmax with causal and padding masks |
 //! | [`Attention`] | scaled dot-product attention, memory linear in the sequence length |
+//! | [`Rope`] | rotary position embedding |
 //! | [`Gather`] | rows of a table by index, and its transpose |
 //! | [`Loss`] | cross entropy over all classes or a part of them, squared error |
 //! | [`Dropout`] | dropout whose mask is a function of global indices |
@@ -24,17 +25,19 @@ mod lanes;
 mod loss;
 mod norm;
 mod pointwise;
+mod rope;
 mod softmax;
 mod update;
 mod view;
 
-pub use attention::{Attention, AttentionSpec};
+pub use attention::{Attention, AttentionSpec, CacheSpec};
 pub use dropout::{Dropout, DropoutMask};
 pub use gather::{Gather, NO_ROW};
 pub use gemm::{Batch, Gemm, Product};
 pub use loss::{Loss, Targets};
 pub use norm::{Norm, NormKind};
 pub use pointwise::{Activation, Pointwise};
+pub use rope::{Rope, RopePairs, RopeSpec};
 pub use softmax::{Mask, Softmax};
 pub use update::{AdamWStep, SgdStep, Update};
 pub use view::{MatMut, MatRef};
@@ -43,11 +46,11 @@ use crate::device::Device;
 
 /// A device with every kernel family: the one bound of operators and layers.
 pub trait Backend:
-    Device + Gemm + Pointwise + Norm + Softmax + Attention + Gather + Loss + Dropout + Update
+    Device + Gemm + Pointwise + Norm + Softmax + Attention + Rope + Gather + Loss + Dropout + Update
 {
 }
 
-impl<B: Device + Gemm + Pointwise + Norm + Softmax + Attention + Gather + Loss + Dropout + Update> Backend
-    for B
+impl<B: Device + Gemm + Pointwise + Norm + Softmax + Attention + Rope + Gather + Loss + Dropout + Update>
+    Backend for B
 {
 }

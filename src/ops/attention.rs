@@ -2,8 +2,8 @@
 
 use crate::{
     device::{Device, Element},
-    error::{Result, same_shape, same_size},
-    kernels::{AttentionSpec, Backend, MatRef},
+    error::{Error, Result, same_shape, same_size},
+    kernels::{AttentionSpec, Backend, CacheSpec, MatRef},
     shard::Sequences,
     tensor::Tensor,
 };
@@ -21,6 +21,8 @@ pub struct QkvHeads {
     pub scale: f64,
     /// Whether a token sees only itself and those before it.
     pub causal: bool,
+    /// How many tokens a token sees at most, itself and those just before it; all if not given.
+    pub window: Option<usize>,
 }
 
 impl QkvHeads {
@@ -41,6 +43,7 @@ impl QkvHeads {
             head_dim: self.head_dim,
             scale: self.scale,
             causal: self.causal,
+            window: self.window,
             sequences,
         }
     }
@@ -106,4 +109,113 @@ pub fn attention_backward<T: Element, B: Backend>(
     let device = qkv.device();
     device.attention_backward::<T>(&spec, q, k, v, out.mat(), lse.slice(), dout.mat(), dqkv.mat_mut()?)?;
     Ok(dqkv)
+}
+
+/// The keys and values of one layer's past tokens on one rank, as [`CacheSpec`] says: `[slots · kv_heads · capacity,
+/// head_dim]` each.
+#[derive(Debug)]
+pub struct CachedKeys<T: Element, B: Device> {
+    keys: Tensor<T, B>,
+    values: Tensor<T, B>,
+    kv_heads: usize,
+    capacity: usize,
+}
+
+impl<T: Element, B: Backend> CachedKeys<T, B> {
+    /// Room for `capacity` positions in each of `slots` slots.
+    ///
+    /// # Errors
+    /// When the device has no memory left.
+    pub fn new(device: &B, heads: &QkvHeads, slots: usize, capacity: usize) -> Result<Self> {
+        let (kv_heads, rows) = (heads.kv_heads, slots * heads.kv_heads * capacity);
+        let room = || Tensor::zeros(device, [rows, heads.head_dim]);
+        Ok(Self { keys: room()?, values: room()?, kv_heads, capacity })
+    }
+
+    /// Copies the first `len` positions of one slot to another.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn copy(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
+        let device = self.keys.device().clone();
+        let dim = self.keys.shape().cols();
+        // The two slots are parts of one tensor: the rows go by way of a tensor of their own.
+        let mut passing = Tensor::<T, B>::empty(&device, [len, dim])?;
+        for all in [&mut self.keys, &mut self.values] {
+            for head in 0..self.kv_heads {
+                let rows = |slot: usize| {
+                    let first = (slot * self.kv_heads + head) * self.capacity;
+                    first..first + len
+                };
+                device.copy(all.mat().block(rows(from), 0..dim), passing.mat_mut()?)?;
+                device.copy(passing.mat(), all.mat_mut()?.block(rows(to), 0..dim))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Puts the keys and values of new tokens into a cache, each sequence's into its slot from its start on.
+///
+/// # Errors
+/// When sizes disagree, or a sequence does not fit.
+pub fn append_to_cache<T: Element, B: Backend>(
+    heads: &QkvHeads,
+    qkv: &Tensor<T, B>,
+    sequences: &Sequences,
+    slots: &[usize],
+    cache: &mut CachedKeys<T, B>,
+) -> Result<()> {
+    const OP: &str = "append to cache";
+    same_size(OP, "the number of slots", slots.len(), "that of sequences", sequences.len())?;
+    same_size(OP, "rows of the sequences", sequences.rows(), "rows of [q | k | v]", qkv.shape().rows())?;
+    same_size(OP, "key/value heads", heads.kv_heads, "those of the cache", cache.kv_heads)?;
+    let (device, dim, capacity) = (qkv.device(), heads.head_dim, cache.capacity);
+    let (spec, room) = (heads.spec(sequences), CacheSpec { slots, capacity });
+    for (at, rows) in sequences.iter().enumerate() {
+        let (start, end) = (sequences.start(at), sequences.start(at) + rows.len());
+        if end > capacity {
+            return Err(Error::sizes(OP, format!("the end of sequence {at}"), end, "the capacity", capacity));
+        }
+        let last = room.row(&spec, slots[at], heads.kv_heads);
+        if last > cache.keys.shape().rows() {
+            return Err(Error::sizes(
+                OP,
+                format!("the end of slot {}", slots[at]),
+                last,
+                "rows",
+                cache.keys.shape().rows(),
+            ));
+        }
+        for kv in 0..heads.kv_heads {
+            let first = room.row(&spec, slots[at], kv);
+            let to = first + start..first + end;
+            let columns = kv * dim..(kv + 1) * dim;
+            // q has at least as many columns as k and v.
+            let [_, k, v] = heads.parts(qkv).map(|all| all.block(rows.clone(), columns.clone()));
+            device.copy(k, cache.keys.mat_mut()?.block(to.clone(), 0..dim))?;
+            device.copy(v, cache.values.mat_mut()?.block(to, 0..dim))?;
+        }
+    }
+    Ok(())
+}
+
+/// Attention of the queries of new tokens to a cache that has their keys and values: see
+/// [`crate::kernels::Attention::attention_cached`].
+///
+/// # Errors
+/// When sizes disagree.
+pub fn attention_cached<T: Element, B: Backend>(
+    heads: &QkvHeads,
+    qkv: &Tensor<T, B>,
+    sequences: &Sequences,
+    slots: &[usize],
+    cache: &CachedKeys<T, B>,
+) -> Result<Tensor<T, B>> {
+    let mut out = Tensor::empty(qkv.device(), [qkv.shape().rows(), heads.query_width()])?;
+    let [q, _, _] = heads.parts(qkv);
+    let spec = CacheSpec { slots, capacity: cache.capacity };
+    let (keys, values) = (cache.keys.mat(), cache.values.mat());
+    qkv.device().attention_cached(&heads.spec(sequences), &spec, q, keys, values, out.mat_mut()?)?;
+    Ok(out)
 }

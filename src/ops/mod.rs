@@ -5,16 +5,22 @@ mod activation;
 mod attention;
 mod dropout;
 mod embedding;
+mod head_norm;
 mod linear;
 mod norm;
+mod rope;
 mod softmax;
 mod squared_error;
 
 pub use activation::{activate, activate_backward, add, gate, gate_backward};
-pub use attention::{AttentionContext, QkvHeads, attention, attention_backward};
+pub use attention::{
+    AttentionContext, CachedKeys, QkvHeads, append_to_cache, attention, attention_backward, attention_cached,
+};
 pub use dropout::dropout;
 pub use embedding::{embedding, embedding_backward};
+pub use head_norm::{normalize_heads, normalize_heads_backward};
 pub use linear::{bias_grad, linear, linear_input_grad, linear_weight_grad, products};
 pub use norm::{NormContext, NormGrads, normalize, normalize_backward};
+pub use rope::{RopeConfig, RopeScaling, Rotary};
 pub use softmax::{softmax, softmax_backward};
 pub use squared_error::{squared_error, squared_error_backward};

@@ -1,69 +1,242 @@
 //! Attention whose heads are cut over the ranks.
 
 use super::{
-    Bias, Chain, ColumnParallelLinear, Columns, DTensor, Layer, QkvLayout, RowParallelLinear, Stream, Traffic,
+    Bias, Chain, ColumnParallelLinear, Columns, DTensor, Layer, LayerCache, QkvLayout, RowParallelLinear,
+    Stream, Traffic,
 };
 use crate::{
-    comm::Group,
-    device::Element,
+    comm::{Group, Op, ReduceOp},
+    device::{Device, Element},
     error::{Result, same_size},
-    kernels::Backend,
-    ops::{self, AttentionContext, QkvHeads},
-    shard::{Heads, Partition, Shape, Shard},
-    tensor::Weights,
+    kernels::{Backend, NormKind},
+    ops::{self, AttentionContext, QkvHeads, RopeConfig, Rotary},
+    shard::{Heads, Partition, Sequences, Shape, Shard},
+    tensor::{Param, Region, Role, Tensor, Weights},
 };
+use std::ops::Range;
 
-/// Scaled dot-product attention of each rank's heads: Shard<1> → Shard<1>. No collectives.
+/// Scaled dot-product attention of each rank's heads: Shard<1> → Shard<1>.
 ///
 /// The input is what a projection loaded with [`Columns::qkv`] gives: rank r holds `[qᵣ | kᵣ | vᵣ]`. The output is
 /// `[tokens, query_heads · head_dim]`, cut by query heads. Tokens attend within their sequence
-/// ([`DTensor::with_sequences`]), not to padding, and with `causal` not to later ones.
+/// ([`DTensor::with_sequences`]), not to padding, with `causal` not to later ones, and with a window only to the last
+/// ones. Before that, in this order and where the configuration says so, every head of q and k is normalized
+/// ([`QkNorm`]) and turned by its position ([`crate::kernels::Rope`]).
+///
+/// Collectives: forward none; backward none, or with [`QkNorm`] an all-reduce of the gradients of the two γ: each rank
+/// sees its own heads only, and heads that several ranks hold have their gradients in parts.
 ///
 /// Memory is linear in the sequence length: see [`crate::kernels::Attention`].
-#[derive(Clone, Debug)]
-pub struct Attention {
+#[derive(Debug)]
+pub struct Attention<T: Element, B: Device> {
+    group: Group<B>,
     heads: QkvHeads,
     qkv_cut: Partition,
     query_cut: Partition,
+    rotary: Option<Rotary>,
+    norms: Option<HeadNorms<T, B>>,
 }
 
-impl Attention {
-    /// The attention of rank `rank`'s heads, with scores multiplied by 1 / √head_dim.
-    pub fn new(heads: &Heads, rank: usize, causal: bool) -> Self {
+/// RMSNorm of every head of q, and of k, over the head's features, each with one γ `[head_dim]` for all heads (Qwen3;
+/// Henry et al., 2020).
+#[derive(Clone, Debug, PartialEq)]
+pub struct QkNorm {
+    /// Added to the mean square.
+    pub eps: f64,
+    /// The name of q's normalization, relative to the layer.
+    pub q: String,
+    /// The name of k's.
+    pub k: String,
+}
+
+#[derive(Debug)]
+struct HeadNorms<T: Element, B: Device> {
+    kind: NormKind,
+    q: Param<T, B>,
+    k: Param<T, B>,
+}
+
+/// What the backward of [`Attention`] needs.
+#[derive(Debug)]
+pub struct AttentionSaved<T: Element, B: Device> {
+    context: AttentionContext<T, B>,
+    sequences: Sequences,
+    norms: Option<NormSaved<T, B>>,
+}
+
+/// `[q | k | v]` before the normalization of heads, and the statistics of q's and k's.
+#[derive(Debug)]
+struct NormSaved<T: Element, B: Device> {
+    qkv: Tensor<T, B>,
+    q: Tensor<T::Acc, B>,
+    k: Tensor<T::Acc, B>,
+}
+
+impl<T: Element, B: Backend> Attention<T, B> {
+    /// The attention of this rank's heads, with scores multiplied by 1 / √head_dim. Reads the weights of the head
+    /// normalizations, if there are any.
+    ///
+    /// # Errors
+    /// When the rotary embedding does not fit the heads, or a tensor is missing or has another shape.
+    pub fn load(
+        group: &Group<B>,
+        weights: &Weights<'_>,
+        heads: &Heads,
+        config: &AttentionConfig,
+    ) -> Result<Self> {
+        let rank = group.rank();
         let own = QkvHeads {
             kv_of_query: heads.kv_of_query(rank),
             kv_heads: heads.kv_range(rank).len(),
             head_dim: heads.head_dim(),
             scale: 1.0 / (heads.head_dim() as f64).sqrt(),
-            causal,
+            causal: config.causal,
+            window: config.window,
         };
-        Self { heads: own, qkv_cut: heads.qkv_features(), query_cut: heads.query_features() }
+        let rotary = config.rope.as_ref().map(|rope| Rotary::new(rope, own.head_dim)).transpose()?;
+        let gamma = |name: &str| {
+            let region = Region::whole([own.head_dim]);
+            Param::load_region(group.device(), &weights.at(name), "weight", Role::Scale, region, rank == 0)
+        };
+        let norms = match &config.qk_norm {
+            Some(QkNorm { eps, q, k }) => {
+                Some(HeadNorms { kind: NormKind::RmsNorm { eps: *eps }, q: gamma(q)?, k: gamma(k)? })
+            }
+            None => None,
+        };
+        Ok(Self {
+            group: group.clone(),
+            heads: own,
+            qkv_cut: heads.qkv_features(),
+            query_cut: heads.query_features(),
+            rotary,
+            norms,
+        })
+    }
+
+    /// The columns of q, of k, and of v.
+    fn parts(&self) -> [Range<usize>; 3] {
+        let (query, width) = (self.heads.query_width(), self.heads.width());
+        let keys = query + self.heads.kv_heads * self.heads.head_dim;
+        [0..query, query..keys, keys..width]
+    }
+
+    /// `[q | k | v]` with the heads of q and k normalized and turned.
+    fn prepare(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(Tensor<T, B>, Option<NormSaved<T, B>>)> {
+        let (have, want) = (x.shape().cols(), self.qkv_cut.total());
+        same_size("attention", "features of [q | k | v] on all ranks", have, "those of the heads", want)?;
+        let [q, k, v] = self.parts();
+        let (mut qkv, mut saved) = (x.local().clone(), None);
+        if let Some(norms) = &self.norms {
+            let mut normed = Tensor::empty(qkv.device(), qkv.shape())?;
+            let (kind, q_gamma, k_gamma) = (norms.kind, norms.q.value(), norms.k.value());
+            let q = ops::normalize_heads(kind, &qkv, q_gamma, q.clone(), &mut normed)?;
+            let k = ops::normalize_heads(kind, &qkv, k_gamma, k.clone(), &mut normed)?;
+            copy_columns(&qkv, v, &mut normed)?;
+            saved = Some(NormSaved { qkv, q, k });
+            qkv = normed;
+        }
+        if let Some(rotary) = &self.rotary {
+            rotary.turn(&mut qkv, q.start..k.end, x.sequences(), false)?;
+        }
+        Ok((qkv, saved))
+    }
+
+    fn output(&self, x: &DTensor<Shard<1>, T, B>, out: Tensor<T, B>) -> DTensor<Shard<1>, T, B> {
+        x.derive(out, self.query_cut.total(), Some(self.query_cut.clone()))
+    }
+
+    /// The forward for tokens that go on from a cache, which gets their keys and values: sequence i of x continues slot
+    /// `slots[i]` at its start ([`Sequences::starting_at`]). No backward.
+    ///
+    /// # Errors
+    /// When a sequence does not fit its slot, or sizes disagree.
+    pub fn forward_cached(
+        &self,
+        x: &DTensor<Shard<1>, T, B>,
+        cache: &mut LayerCache<T, B>,
+        slots: &[usize],
+    ) -> Result<DTensor<Shard<1>, T, B>> {
+        let (qkv, _) = self.prepare(x)?;
+        ops::append_to_cache(&self.heads, &qkv, x.sequences(), slots, cache)?;
+        let out = ops::attention_cached(&self.heads, &qkv, x.sequences(), slots, cache)?;
+        Ok(self.output(x, out))
+    }
+
+    /// An empty cache for this rank's key/value heads.
+    ///
+    /// # Errors
+    /// When the device has no memory left.
+    pub fn cache(&self, slots: usize, capacity: usize) -> Result<LayerCache<T, B>> {
+        LayerCache::new(self.group.device(), &self.heads, slots, capacity)
     }
 }
 
-impl<T: Element, B: Backend> Layer<T, B> for Attention {
+fn copy_columns<T: Element, B: Backend>(
+    from: &Tensor<T, B>,
+    columns: Range<usize>,
+    to: &mut Tensor<T, B>,
+) -> Result<()> {
+    from.device().copy(from.mat().columns(columns.clone()), to.mat_mut()?.columns(columns))
+}
+
+impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
     type In = Shard<1>;
     type Out = Shard<1>;
-    type Saved = AttentionContext<T, B>;
+    type Saved = AttentionSaved<T, B>;
 
     fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
-        let (have, want) = (x.shape().cols(), self.qkv_cut.total());
-        same_size("attention", "features of [q | k | v] on all ranks", have, "those of the heads", want)?;
-        let (out, context) = ops::attention(&self.heads, x.local(), x.sequences())?;
-        Ok((x.derive(out, self.query_cut.total(), Some(self.query_cut.clone())), context))
+        let (qkv, norms) = self.prepare(x)?;
+        let (out, context) = ops::attention(&self.heads, &qkv, x.sequences())?;
+        let saved = AttentionSaved { context, sequences: x.sequences().clone(), norms };
+        Ok((self.output(x, out), saved))
     }
 
     fn backward(
         &mut self,
-        context: Self::Saved,
+        saved: Self::Saved,
         dy: &DTensor<Shard<1>, T, B>,
     ) -> Result<DTensor<Shard<1>, T, B>> {
-        let dx = ops::attention_backward(&self.heads, &context, dy.local())?;
+        let mut dx = ops::attention_backward(&self.heads, &saved.context, dy.local())?;
+        let [q, k, v] = self.parts();
+        if let Some(rotary) = &self.rotary {
+            rotary.turn(&mut dx, q.start..k.end, &saved.sequences, true)?;
+        }
+        if let (Some(norms), Some(context)) = (&mut self.norms, &saved.norms) {
+            let (device, dim, dy) = (dx.device().clone(), self.heads.head_dim, dx);
+            dx = Tensor::empty(&device, dy.shape())?;
+            let NormSaved { qkv, q: q_stats, k: k_stats } = context;
+            let mut grads = Tensor::<T::Acc, B>::empty(&device, [2, dim])?;
+            let of = [(q, q_stats, norms.q.value()), (k, k_stats, norms.k.value())];
+            for (row, (columns, stats, gamma)) in of.into_iter().enumerate() {
+                let x = (qkv, stats);
+                let grad = ops::normalize_heads_backward(norms.kind, x, gamma, columns, &dy, &mut dx)?;
+                device.copy(grad.mat(), grads.mat_mut()?.block(row..row + 1, 0..dim))?;
+            }
+            copy_columns(&dy, v, &mut dx)?;
+            self.group.all_reduce(ReduceOp::Sum, &mut grads)?;
+            for (row, param) in [&mut norms.q, &mut norms.k].into_iter().enumerate() {
+                let mut grad = Tensor::<T::Acc, B>::empty(&device, [dim])?;
+                device.copy(grads.mat().block(row..row + 1, 0..dim), grad.mat_mut()?)?;
+                param.add_grad(grad)?;
+            }
+        }
         Ok(dy.derive(dx, self.qkv_cut.total(), Some(self.qkv_cut.clone())))
     }
 
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        match &mut self.norms {
+            Some(norms) => [&mut norms.q, &mut norms.k].into_iter().try_for_each(f),
+            None => Ok(()),
+        }
+    }
+
     fn traffic(&self, x: Shape) -> (Traffic, Shape) {
-        (Traffic::default(), x.with(x.rank() - 1, self.query_cut.total()))
+        let traffic = match self.norms {
+            Some(_) => Traffic::backward::<T::Acc>(Op::AllReduce, 2 * self.heads.head_dim),
+            None => Traffic::default(),
+        };
+        (traffic, x.with(x.rank() - 1, self.query_cut.total()))
     }
 }
 
@@ -71,9 +244,9 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention {
 ///
 /// `[q | k | v]` = X Wqkvᵀ + b (column-parallel, by heads), attention of each rank's heads, Y = O Woᵀ + b (row-parallel).
 pub type ParallelAttention<S, T, B> =
-    Chain<Chain<ColumnParallelLinear<S, T, B>, Attention>, RowParallelLinear<S, T, B>>;
+    Chain<Chain<ColumnParallelLinear<S, T, B>, Attention<T, B>>, RowParallelLinear<S, T, B>>;
 
-/// The sizes of a [`ParallelAttention`].
+/// The sizes and choices of a [`ParallelAttention`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct AttentionConfig {
     /// The features of the residual stream.
@@ -86,10 +259,35 @@ pub struct AttentionConfig {
     pub head_dim: usize,
     /// Whether a token sees only itself and those before it.
     pub causal: bool,
+    /// How many tokens a token sees at most, itself and those just before it; all if not given. Causal only.
+    pub window: Option<usize>,
+    /// How q and k are turned by their positions, if they are.
+    pub rope: Option<RopeConfig>,
+    /// How the heads of q and k are normalized, if they are.
+    pub qk_norm: Option<QkNorm>,
     /// Whether q, k and v have biases.
     pub qkv_bias: bool,
     /// Whether the output projection has a bias.
     pub out_bias: bool,
+}
+
+impl AttentionConfig {
+    /// Attention over `hidden` features by `heads` heads of `hidden / heads` features, each with its own keys and values,
+    /// that sees everything: no mask, no positions, no biases.
+    pub fn new(hidden: usize, heads: usize) -> Self {
+        Self {
+            hidden,
+            heads,
+            kv_heads: heads,
+            head_dim: hidden.checked_div(heads).unwrap_or(0),
+            causal: false,
+            window: None,
+            rope: None,
+            qk_norm: None,
+            qkv_bias: false,
+            out_bias: false,
+        }
+    }
 }
 
 impl<S: Stream, T: Element, B: Backend> ParallelAttention<S, T, B> {
@@ -108,9 +306,32 @@ impl<S: Stream, T: Element, B: Backend> ParallelAttention<S, T, B> {
         let columns = Columns::qkv(group, &heads, layout)?;
         let bias = if config.qkv_bias { Bias::Add } else { Bias::None };
         let qkv = ColumnParallelLinear::load(group, weights, config.hidden, &columns, bias)?;
+        let core = Attention::load(group, weights, &heads, config)?;
         let cut = heads.query_features();
         let out = RowParallelLinear::load(group, &weights.at(out), &cut, config.hidden, config.out_bias)?;
-        let core = Attention::new(&heads, group.rank(), config.causal);
         Ok(Layer::<T, B>::then(Layer::<T, B>::then(qkv, core), out))
+    }
+
+    /// The forward for tokens that go on from a cache: see [`Attention::forward_cached`].
+    ///
+    /// # Errors
+    /// As there, and when a collective fails.
+    pub fn forward_cached(
+        &self,
+        x: &DTensor<S, T, B>,
+        cache: &mut LayerCache<T, B>,
+        slots: &[usize],
+    ) -> Result<DTensor<S, T, B>> {
+        let (qkv, _) = self.0.0.forward(x)?;
+        let attended = self.0.1.forward_cached(&qkv, cache, slots)?;
+        Ok(self.1.forward(&attended)?.0)
+    }
+
+    /// An empty cache for this rank's key/value heads.
+    ///
+    /// # Errors
+    /// When the device has no memory left.
+    pub fn cache(&self, slots: usize, capacity: usize) -> Result<LayerCache<T, B>> {
+        self.0.1.cache(slots, capacity)
     }
 }

@@ -1,8 +1,8 @@
 //! A transformer block.
 
 use super::{
-    AttentionConfig, DTensor, GatedMlp, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp,
-    QkvLayout, Stream, Traffic,
+    AttentionConfig, DTensor, FeedForward, GatedMlp, Layer, LayerCache, MlpNames, Normalize,
+    ParallelAttention, ParallelMlp, QkvLayout, Stream, Traffic,
 };
 use crate::{
     comm::Group,
@@ -83,6 +83,18 @@ impl BlockNames {
         }
     }
 
+    /// The names in Hugging Face's GPT-2 checkpoints, under `h.N`. Its matrices are stored as `[in, out]`:
+    /// [`crate::weights::Transposed`].
+    pub fn gpt2() -> Self {
+        Self {
+            qkv: QkvLayout::Concatenated("attn.c_attn".into()),
+            out: "attn.c_proj".into(),
+            norm1: "ln_1".into(),
+            norm2: "ln_2".into(),
+            mlp: MlpNames { gate: String::new(), up: "mlp.c_fc".into(), down: "mlp.c_proj".into() },
+        }
+    }
+
     /// The names in Hugging Face's BERT checkpoints, under `encoder.layer.N`.
     pub fn bert() -> Self {
         Self {
@@ -138,6 +150,22 @@ impl<S: Stream, T: Element, B: Backend> TransformerBlock<S, GatedMlp<S, T, B>, T
     }
 }
 
+impl<S: Stream, T: Element, B: Backend> TransformerBlock<S, FeedForward<S, T, B>, T, B> {
+    /// Reads this rank's part of a block whose feed-forward layer has a gate if it has a name for one.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape, or there are fewer heads or features than ranks.
+    pub fn load_any(group: &Group<B>, weights: &Weights<'_>, config: &BlockConfig) -> Result<Self> {
+        let (sizes, names) = ((config.attention.hidden, config.ffn), &config.names.mlp);
+        let (f, bias) = (config.activation, config.mlp_bias);
+        let mlp = match names.gate.is_empty() {
+            true => FeedForward::Plain(ParallelMlp::load(group, weights, names, sizes, f, bias)?),
+            false => FeedForward::Gated(GatedMlp::load_gated(group, weights, names, sizes, f, bias)?),
+        };
+        Self::with_mlp(group, weights, config, mlp)
+    }
+}
+
 impl<S, M, T, B> TransformerBlock<S, M, T, B>
 where
     S: Stream,
@@ -156,6 +184,37 @@ where
             mlp,
             placement: config.placement,
         })
+    }
+
+    /// The forward for tokens that go on from a cache, without a backward: see [`super::Attention::forward_cached`].
+    ///
+    /// # Errors
+    /// As there, and when a collective fails.
+    pub fn forward_cached(
+        &self,
+        x: &DTensor<S, T, B>,
+        cache: &mut LayerCache<T, B>,
+        slots: &[usize],
+    ) -> Result<DTensor<S, T, B>> {
+        let norm = |norm: &Normalize<S, T, B>, x: &DTensor<S, T, B>| Ok(norm.forward(x)?.0);
+        match self.placement {
+            NormPlacement::Pre => {
+                let h = x.add(&self.attention.forward_cached(&norm(&self.norm1, x)?, cache, slots)?)?;
+                h.add(&self.mlp.forward(&norm(&self.norm2, &h)?)?.0)
+            }
+            NormPlacement::Post => {
+                let h = norm(&self.norm1, &x.add(&self.attention.forward_cached(x, cache, slots)?)?)?;
+                norm(&self.norm2, &h.add(&self.mlp.forward(&h)?.0)?)
+            }
+        }
+    }
+
+    /// An empty cache for this rank's key/value heads.
+    ///
+    /// # Errors
+    /// When the device has no memory left.
+    pub fn cache(&self, slots: usize, capacity: usize) -> Result<LayerCache<T, B>> {
+        self.attention.cache(slots, capacity)
     }
 }
 

@@ -103,6 +103,8 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
 
 /// yᵢ = xᵢ + `P[position of row i in its sequence]`: S → S. P: `[positions, hidden]`, learned, equal on every rank.
 ///
+/// [`PositionEmbedding::add_rows`] adds rows by other indices, such as the types of BERT's tokens.
+///
 /// Collectives: none forward. In the backward, with `Shard<0>`, an all-reduce of dP: each rank sees its own tokens only.
 #[derive(Debug)]
 pub struct PositionEmbedding<S: Stream, T: Element, B: Device> {
@@ -122,10 +124,19 @@ impl<S: Stream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
         Ok(Self { table, group: group.clone(), stream: PhantomData })
     }
 
-    fn positions(x: &DTensor<S, T, B>) -> Vec<u32> {
+    /// yᵢ = xᵢ + `P[rowsᵢ]`, and what the backward needs. `rows` has an index for every token, the same on every rank.
+    ///
+    /// # Errors
+    /// When there is not one index a token, or one is beyond the table.
+    pub fn add_rows(
+        &self,
+        x: &DTensor<S, T, B>,
+        rows: impl Iterator<Item = u32>,
+    ) -> Result<(DTensor<S, T, B>, Vec<u32>)> {
         let own = x.local_range(0);
-        let rows = x.sequences().iter().flat_map(|rows| 0..rows.len() as u32);
-        rows.skip(own.start).take(own.len()).collect()
+        let rows: Vec<u32> = rows.skip(own.start).take(own.len()).collect();
+        let added = ops::embedding(self.table.value(), &rows)?;
+        Ok((x.with_local(ops::add(x.local(), &added)?), rows))
     }
 }
 
@@ -135,9 +146,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
     type Saved = Vec<u32>;
 
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
-        let positions = Self::positions(x);
-        let rows = ops::embedding(self.table.value(), &positions)?;
-        Ok((x.with_local(ops::add(x.local(), &rows)?), positions))
+        self.add_rows(x, x.sequences().positions())
     }
 
     fn backward(&mut self, positions: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {

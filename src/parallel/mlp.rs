@@ -1,13 +1,16 @@
 //! Feed-forward layers: one column-parallel and one row-parallel linear layer with a non-linear function between.
 
-use super::{Activate, Bias, Chain, ColumnParallelLinear, Columns, Gate, Layer, RowParallelLinear, Stream};
+use super::{
+    Activate, Bias, Chain, ColumnParallelLinear, Columns, DTensor, Gate, Layer, RowParallelLinear, Stream,
+    Traffic,
+};
 use crate::{
     comm::Group,
-    device::Element,
-    error::Result,
+    device::{Device, Element},
+    error::{Error, Result},
     kernels::{Activation, Backend},
-    shard::{Partition, Shard},
-    tensor::Weights,
+    shard::{Partition, Shape, Shard},
+    tensor::{Param, Weights},
 };
 
 /// Y = f(X Upᵀ + b₁) Downᵀ + b₂: S → S, cut over the features between the two.
@@ -79,5 +82,63 @@ impl<S: Stream, T: Element, B: Backend> GatedMlp<S, T, B> {
         let cut = Partition::by_unit("gated mlp", "features", ffn, 1, group.size())?;
         let down = RowParallelLinear::load(group, &weights.at(&names.down), &cut, hidden, bias)?;
         Ok(Layer::<T, B>::then(Layer::<T, B>::then(up, Gate::new(f)), down))
+    }
+}
+
+/// A feed-forward layer of either kind, for models that know only at run time which: S → S.
+#[derive(Debug)]
+pub enum FeedForward<S: Stream, T: Element, B: Device> {
+    /// Without a gate.
+    Plain(ParallelMlp<S, T, B>),
+    /// With one.
+    Gated(GatedMlp<S, T, B>),
+}
+
+/// What the backward of a [`FeedForward`] needs.
+pub enum FeedForwardSaved<S: Stream, T: Element, B: Backend> {
+    /// Without a gate.
+    Plain(<ParallelMlp<S, T, B> as Layer<T, B>>::Saved),
+    /// With one.
+    Gated(<GatedMlp<S, T, B> as Layer<T, B>>::Saved),
+}
+
+impl<S: Stream, T: Element, B: Backend> Layer<T, B> for FeedForward<S, T, B> {
+    type In = S;
+    type Out = S;
+    type Saved = FeedForwardSaved<S, T, B>;
+
+    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
+        Ok(match self {
+            Self::Plain(mlp) => {
+                let (y, saved) = mlp.forward(x)?;
+                (y, FeedForwardSaved::Plain(saved))
+            }
+            Self::Gated(mlp) => {
+                let (y, saved) = mlp.forward(x)?;
+                (y, FeedForwardSaved::Gated(saved))
+            }
+        })
+    }
+
+    fn backward(&mut self, saved: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+        match (self, saved) {
+            (Self::Plain(mlp), FeedForwardSaved::Plain(saved)) => mlp.backward(saved, dy),
+            (Self::Gated(mlp), FeedForwardSaved::Gated(saved)) => mlp.backward(saved, dy),
+            _ => Err(Error::invalid("mlp backward", "what was saved belongs to a layer of the other kind")),
+        }
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        match self {
+            Self::Plain(mlp) => mlp.visit(f),
+            Self::Gated(mlp) => mlp.visit(f),
+        }
+    }
+
+    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+        match self {
+            Self::Plain(mlp) => mlp.traffic(x),
+            Self::Gated(mlp) => mlp.traffic(x),
+        }
     }
 }

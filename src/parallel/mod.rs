@@ -19,14 +19,14 @@
 //! | [`ForkedColumnLinear<S>`](ForkedColumnLinear) | S → Shard<1> | those of S entering |
 //! | [`RowParallelLinear<S>`](RowParallelLinear) | Shard<1> → S | those of S leaving |
 //! | [`Activate<P>`](Activate), [`Gate`] | P → P, Shard<1> → Shard<1> | none |
-//! | [`Attention`] | Shard<1> → Shard<1> | none |
+//! | [`Attention`] | Shard<1> → Shard<1> | none / none (with normalized heads: all-reduce of their dγ) |
 //! | [`Normalize<S>`](Normalize) | S → S | none / none, or all-reduce of dγ and dβ with sequence parallelism |
 //! | [`Dropout<P>`](Dropout) | P → P | none |
 //! | [`VocabParallelEmbedding<S>`](VocabParallelEmbedding) | ids → S | those of S leaving |
 //! | [`PositionEmbedding<S>`](PositionEmbedding) | S → S | as [`Normalize<S>`](Normalize) |
 //! | [`VocabParallelCrossEntropy`] | Shard<1> → losses | two all-reduces of a few numbers a token / none |
 //! | [`Vec<L>`](Layer), [`Recompute<L>`](Recompute), [`BoxLayer`] | those of L | those of L; recomputed ones twice |
-//! | [`ParallelMlp`], [`GatedMlp`], [`ParallelAttention`], [`TransformerBlock`] | S → S | entering and leaving |
+//! | [`ParallelMlp`], [`GatedMlp`], [`FeedForward`], [`ParallelAttention`], [`TransformerBlock`] | S → S | entering and leaving |
 //!
 //! S is the placement of the residual stream ([`Stream`]): `Replicated` (entering: none / all-reduce; leaving: all-reduce /
 //! none), or `Shard<0>` for sequence parallelism (entering: all-gather / reduce-scatter; leaving: reduce-scatter /
@@ -43,18 +43,20 @@ mod dropout;
 mod dtensor;
 mod embedding;
 mod fork;
+mod kv_cache;
 mod layer;
 mod mappings;
 mod mlp;
 mod norm;
 mod recompute;
 mod row;
+mod sample;
 mod stack;
 mod stream;
 mod traffic;
 
 pub use activation::{Activate, Gate};
-pub use attention::{Attention, AttentionConfig, ParallelAttention};
+pub use attention::{Attention, AttentionConfig, AttentionSaved, ParallelAttention, QkNorm};
 pub use bias::AddBias;
 pub use block::{BlockConfig, BlockNames, NormPlacement, TransformerBlock};
 pub use column::{ColumnLinear, ColumnParallelLinear};
@@ -64,14 +66,16 @@ pub use dropout::Dropout;
 pub use dtensor::{DTensor, Draw, PendingDTensor};
 pub use embedding::{PositionEmbedding, VocabParallelEmbedding};
 pub use fork::ForkedColumnLinear;
+pub use kv_cache::{KvCache, LayerCache};
 pub use layer::{Chain, Layer};
 pub use mappings::{
     CopyTo, GatherFrom, GatherSequence, ReduceFrom, ReduceScatterSequence, ScatterSequence, ScatterTo,
 };
-pub use mlp::{GatedMlp, MlpNames, ParallelMlp};
+pub use mlp::{FeedForward, FeedForwardSaved, GatedMlp, MlpNames, ParallelMlp};
 pub use norm::Normalize;
 pub use recompute::Recompute;
 pub use row::{RowLinear, RowParallelLinear};
+pub use sample::Sampler;
 pub use stack::BoxLayer;
 pub use stream::Stream;
 pub use traffic::Traffic;

@@ -18,6 +18,9 @@ pub struct AttentionSpec {
     pub head_dim: usize,
     /// Whether a row attends only to itself and earlier rows.
     pub causal: bool,
+    /// How many rows a row attends to at most: those that come last of the ones that it otherwise would, itself included.
+    /// Only for causal attention.
+    pub window: Option<usize>,
     /// What the scores are multiplied by before the softmax, usually `1 / √head_dim`.
     pub scale: f64,
 }
@@ -129,8 +132,10 @@ fn queries(spec: &AttentionSpec, sequences: &[Range<usize>], valid: Option<&[boo
     let mut queries = Vec::new();
     for sequence in sequences {
         for row in sequence.clone() {
-            let may_attend_to =
-                |&key: &usize| (key <= row || !spec.causal) && valid.is_none_or(|valid| valid[key]);
+            let may_attend_to = |&key: &usize| {
+                let near = spec.window.is_none_or(|window| row < key + window);
+                near && (key <= row || !spec.causal) && valid.is_none_or(|valid| valid[key])
+            };
             for head in 0..spec.heads {
                 queries.push(Query {
                     row,
@@ -193,7 +198,7 @@ mod tests {
     use std::f64::consts::LN_2;
 
     fn spec(heads: usize, kv_heads: usize, head_dim: usize, causal: bool) -> AttentionSpec {
-        AttentionSpec { heads, kv_heads, head_dim, causal, scale: 0.7 }
+        AttentionSpec { heads, kv_heads, head_dim, causal, window: None, scale: 0.7 }
     }
 
     /// q, k, v for `spec`.
@@ -206,7 +211,8 @@ mod tests {
     fn literals() {
         // One head of one feature. Row 0 scores [0, 0], row 1 scores [0, ln 2].
         let (q, k, v) = (array![[0.0], [2.0]], array![[0.0], [LN_2]], array![[3.0], [6.0]]);
-        let spec = AttentionSpec { heads: 1, kv_heads: 1, head_dim: 1, causal: false, scale: 0.5 };
+        let spec =
+            AttentionSpec { heads: 1, kv_heads: 1, head_dim: 1, causal: false, window: None, scale: 0.5 };
         let attend = |causal, valid| {
             attention(&AttentionSpec { causal, ..spec.clone() }, &q, &k, &v, &one_sequence(2), valid)
         };

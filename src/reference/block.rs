@@ -194,7 +194,14 @@ mod tests {
     fn bert() -> BlockWeights {
         let norm = |k: f64| Norm::LayerNorm { gamma: wave(4, k), beta: wave(4, k + 0.05), eps: 0.1 };
         BlockWeights {
-            spec: AttentionSpec { heads: 2, kv_heads: 2, head_dim: 2, causal: false, scale: 0.7 },
+            spec: AttentionSpec {
+                heads: 2,
+                kv_heads: 2,
+                head_dim: 2,
+                causal: false,
+                window: None,
+                scale: 0.7,
+            },
             attention: AttentionWeights {
                 q: wave((4, 4), 1.1),
                 q_bias: Some(wave(4, 1.15)),
@@ -224,7 +231,14 @@ mod tests {
     fn llama() -> BlockWeights {
         let norm = |k: f64| Norm::RmsNorm { gamma: wave(4, k), eps: 0.1 };
         BlockWeights {
-            spec: AttentionSpec { heads: 4, kv_heads: 2, head_dim: 3, causal: true, scale: 0.6 },
+            spec: AttentionSpec {
+                heads: 4,
+                kv_heads: 2,
+                head_dim: 3,
+                causal: true,
+                window: None,
+                scale: 0.6,
+            },
             attention: AttentionWeights {
                 q: wave((12, 4), 1.1),
                 q_bias: None,

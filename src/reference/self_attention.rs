@@ -102,7 +102,7 @@ mod tests {
     use ndarray::array;
 
     const SPEC: AttentionSpec =
-        AttentionSpec { heads: 4, kv_heads: 2, head_dim: 2, causal: true, scale: 0.7 };
+        AttentionSpec { heads: 4, kv_heads: 2, head_dim: 2, causal: true, window: None, scale: 0.7 };
 
     fn weights() -> AttentionWeights {
         AttentionWeights {
@@ -129,7 +129,8 @@ mod tests {
             o: array![[1.0, 10.0]],
             o_bias: Some(array![100.0]),
         };
-        let spec = AttentionSpec { heads: 2, kv_heads: 1, head_dim: 1, causal: true, scale: 1.0 };
+        let spec =
+            AttentionSpec { heads: 2, kv_heads: 1, head_dim: 1, causal: true, window: None, scale: 1.0 };
         // Both heads give v = 2 · 3 + 1.
         assert_eq!(self_attention(&spec, &w, &array![[3.0]], &one_sequence(1), None), array![[177.0]]);
     }

@@ -7,11 +7,13 @@ use std::{ops::Range, sync::Arc};
 ///
 /// Each sequence is a contiguous run of rows; a token attends only within its own. Sequences may differ in length, so
 /// that a batch needs no padding ([`Sequences::packed`]); where a batch comes padded, the padding rows are computed like
-/// any other but no token attends to them ([`Sequences::padded`], [`Sequences::masked`]). Cloning shares the data.
+/// any other but no token attends to them ([`Sequences::padded`], [`Sequences::masked`]). A sequence may be the
+/// continuation of one that was computed before ([`Sequences::starting_at`]). Cloning shares the data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sequences {
     bounds: Arc<[usize]>,
     valid: Option<Arc<[bool]>>,
+    starts: Option<Arc<[usize]>>,
 }
 
 impl Sequences {
@@ -27,7 +29,7 @@ impl Sequences {
             *end += length;
             Some(*end)
         }));
-        Self { bounds: bounds.into(), valid: None }
+        Self { bounds: bounds.into(), valid: None, starts: None }
     }
 
     /// A `[lengths.len(), width]` batch: each sequence is `width` rows, of which the first `length` are tokens.
@@ -52,6 +54,35 @@ impl Sequences {
     pub fn masked(self, valid: &[bool]) -> Result<Self> {
         same_size("attention mask", "the mask", valid.len(), "the number of rows", self.rows())?;
         Ok(Self { valid: Some(valid.into()), ..self })
+    }
+
+    /// The same sequences, whose first rows stand at these positions instead of at 0: so many tokens of each came before.
+    ///
+    /// # Errors
+    /// When there is not one position a sequence, or one is beyond 2³² − 1.
+    pub fn starting_at(self, starts: &[usize]) -> Result<Self> {
+        const OP: &str = "sequences";
+        same_size(OP, "the number of starts", starts.len(), "the number of sequences", self.len())?;
+        let end = |(start, rows): (&usize, Range<usize>)| start.checked_add(rows.len());
+        let fits = |end: Option<usize>| end.is_some_and(|end| u32::try_from(end).is_ok());
+        if let Some(at) = starts.iter().zip(self.iter()).map(end).position(|end| !fits(end)) {
+            return Err(Error::invalid(OP, format!("sequence {at} starts at position {}", starts[at])));
+        }
+        Ok(Self { starts: Some(starts.into()), ..self })
+    }
+
+    /// The position of a sequence's first row.
+    pub fn start(&self, sequence: usize) -> usize {
+        self.starts.as_ref().map_or(0, |starts| starts[sequence])
+    }
+
+    /// The position of every row in its sequence.
+    pub fn positions(&self) -> impl Iterator<Item = u32> + '_ {
+        let of = |(sequence, rows): (usize, Range<usize>)| {
+            let start = self.start(sequence);
+            (start..start + rows.len()).map(|position| position as u32)
+        };
+        self.iter().enumerate().flat_map(of)
     }
 
     /// The number of rows of all sequences.
@@ -92,5 +123,15 @@ mod tests {
         assert!(Sequences::padded(&[4], 3).is_err());
         assert!(Sequences::one(3).masked(&[true]).is_err());
         assert_eq!(Sequences::packed([4, 0, 1]).rows(), 5);
+    }
+
+    #[test]
+    fn positions_count_from_the_start_of_each_sequence() {
+        let rows = Sequences::packed([2, 0, 3]);
+        assert_eq!(rows.positions().collect::<Vec<_>>(), [0, 1, 0, 1, 2]);
+        let later = rows.clone().starting_at(&[7, 5, 0]).unwrap();
+        assert_eq!(later.positions().collect::<Vec<_>>(), [7, 8, 0, 1, 2]);
+        assert!(rows.clone().starting_at(&[1]).is_err());
+        assert!(rows.starting_at(&[usize::MAX, 0, 0]).is_err());
     }
 }

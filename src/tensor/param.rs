@@ -78,6 +78,9 @@ impl<T: Element, B: Backend> Param<T, B> {
         pieces: Vec<Piece>,
     ) -> Result<Self> {
         let shape = shape.into();
+        for piece in &pieces {
+            weights.source().check(&piece.tensor, &piece.region)?;
+        }
         let mut host = vec![T::default(); shape.len()];
         let width = shape.split_at(0).1;
         for piece in &pieces {

@@ -108,6 +108,16 @@ pub trait WeightSource {
 
     /// Whether there is a tensor of that name.
     fn contains(&self, name: &str) -> bool;
+
+    /// Looks whether a region of a tensor could be read, so that nobody makes room for one that is not there. Sources that
+    /// have everything need not say more than that.
+    ///
+    /// # Errors
+    /// As [`WeightSource::read`].
+    fn check(&self, name: &str, region: &Region) -> Result<()> {
+        let _ = (name, region);
+        Ok(())
+    }
 }
 
 /// A source and the path of a layer in it: `weights.at("layer.0").at("attention")` reads `layer.0.attention.…`.

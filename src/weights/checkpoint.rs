@@ -195,17 +195,8 @@ impl WeightSource for Checkpoint {
     /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::TensorElement`]; [`Error::Sizes`] when `out` does not
     /// have as many elements as the region; [`Error::Io`] when reading fails, or the file has become shorter.
     fn read(&self, name: &str, _: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
-        let (file, entry) = self.entry(name)?;
-        let shape = region.shape();
-        if entry.shape != shape.dims() {
-            return Err(Error::TensorShape {
-                name: name.into(),
-                place: file.path().display().to_string(),
-                found: entry.shape.clone(),
-                needed: shape.dims().to_vec(),
-            });
-        }
-        let dtype = self.dtype(name)?;
+        self.check(name, region)?;
+        let ((file, entry), dtype) = (self.entry(name)?, self.dtype(name)?);
         same_size("weights", "elements of the region", region.extent().len(), "elements to fill", out.len())?;
         each_dtype!(AnyMut, out, out => {
             let mut rest = out;
@@ -224,6 +215,19 @@ impl WeightSource for Checkpoint {
 
     fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
+    }
+
+    fn check(&self, name: &str, region: &Region) -> Result<()> {
+        let (file, entry) = self.entry(name)?;
+        if entry.shape != region.shape().dims() {
+            return Err(Error::TensorShape {
+                name: name.into(),
+                place: file.path().display().to_string(),
+                found: entry.shape.clone(),
+                needed: region.shape().dims().to_vec(),
+            });
+        }
+        self.dtype(name).map(|_| ())
     }
 }
 

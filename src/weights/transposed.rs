@@ -59,6 +59,15 @@ impl<S: WeightSource + ?Sized, F: Fn(&str) -> bool> WeightSource for Transposed<
         each_dtype!(AnyMut, out, out => self.read_transposed(name, role, ranges, [height, width], out))
     }
 
+    fn check(&self, name: &str, region: &Region) -> Result<()> {
+        match region.shape().dims() {
+            &[height, width] if (self.names)(name) => {
+                self.source.check(name, &Region::whole([width, height]))
+            }
+            _ => self.source.check(name, region),
+        }
+    }
+
     fn contains(&self, name: &str) -> bool {
         self.source.contains(name)
     }

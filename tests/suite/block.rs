@@ -61,6 +61,7 @@ impl Draw {
                 kv_heads,
                 head_dim,
                 causal: self.causal,
+                window: None,
                 scale: 1.0 / (head_dim as f64).sqrt(),
             },
             attention: reference::AttentionWeights {
@@ -98,13 +99,12 @@ impl Draw {
         let &Draw { heads, kv_heads, head_dim, hidden, ffn, gated, causal, .. } = self;
         BlockConfig {
             attention: AttentionConfig {
-                hidden,
-                heads,
                 kv_heads,
                 head_dim,
                 causal,
                 qkv_bias: !gated,
                 out_bias: !gated,
+                ..AttentionConfig::new(hidden, heads)
             },
             ffn,
             activation: if gated { Activation::Silu } else { Activation::GeluTanh },

@@ -24,15 +24,7 @@ fn failure<R: Send>(world: usize, build: impl Fn(&Group<Cpu>, &Weights<'_>) -> R
 }
 
 fn attention(heads: usize, kv_heads: usize) -> AttentionConfig {
-    AttentionConfig {
-        hidden: 4,
-        heads,
-        kv_heads,
-        head_dim: 2,
-        causal: false,
-        qkv_bias: false,
-        out_bias: false,
-    }
+    AttentionConfig { kv_heads, head_dim: 2, ..AttentionConfig::new(4, heads) }
 }
 
 #[test]

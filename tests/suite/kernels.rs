@@ -260,7 +260,8 @@ proptest! {
         close("heads", &displace(&c, m, heads * n, sc), &want, EXACT);
     }
 
-    /// A rank that computes some rows or columns of a product gets the bits that the whole product has there.
+    /// A rank that computes some rows or columns of a product gets the bits that the whole product has there, as long as
+    /// both or neither have few rows.
     #[test]
     fn a_part_of_a_product_has_the_bits_of_the_whole(
         m in 2..40usize, k in 1..400usize, n in 2..40usize, at in 0.0..1.0, seed: u64,
@@ -283,6 +284,10 @@ fn part_of_a_product<T: Element>(seed: u64, (m, k, n): (usize, usize, usize), at
         let cut = (at * whole.shape()[axis] as f64) as usize;
         for range in [0..cut, cut..whole.shape()[axis]] {
             let rows = |x: &Array2<f64>| x.slice_axis(Axis(0), Slice::from(range.clone())).to_owned();
+            // Products of at most 8 rows are summed in an order of their own.
+            if axis == 0 && (range.len() <= 8) != (m <= 8) {
+                continue;
+            }
             let part = if axis == 0 { linear(&rows(&x), &w) } else { linear(&x, &rows(&w)) };
             assert_eq!(part, whole.slice_axis(Axis(axis), Slice::from(range)), "{} along {axis}", T::DTYPE);
         }
@@ -1081,6 +1086,7 @@ struct Heads {
     kv_heads: usize,
     dim: usize,
     causal: bool,
+    window: Option<usize>,
 }
 
 impl Heads {
@@ -1091,12 +1097,13 @@ impl Heads {
             head_dim: self.dim,
             scale: 0.6,
             causal: self.causal,
+            window: self.window,
         }
     }
 
     fn of_reference(&self) -> reference::AttentionSpec {
-        let Self { heads, kv_heads, dim: head_dim, causal } = *self;
-        reference::AttentionSpec { heads, kv_heads, head_dim, causal, scale: 0.6 }
+        let Self { heads, kv_heads, dim: head_dim, causal, window } = *self;
+        reference::AttentionSpec { heads, kv_heads, head_dim, causal, window, scale: 0.6 }
     }
 
     /// `[q | k | v]` and the gradient of the output.
@@ -1147,7 +1154,8 @@ fn attention_agrees(heads: &Heads, sequences: &Sequences, seed: u64) {
     for sequence in sequences.iter() {
         for row in sequence.clone() {
             let end = if heads.causal { row + 1 } else { sequence.end };
-            if sequences.valid().is_some_and(|valid| !valid[sequence.start..end].contains(&true)) {
+            let start = heads.window.map_or(0, |window| (row + 1).saturating_sub(window)).max(sequence.start);
+            if sequences.valid().is_some_and(|valid| !valid[start..end].contains(&true)) {
                 assert!(got.row(row).iter().all(|&out| out == 0.0), "row {row} sees no key");
             }
         }
@@ -1182,7 +1190,8 @@ fn attention_bounds<T: Element>(
             };
             let (qi, oi, di) = (of(&q, row, head), of(&out, row, head), of(dout, row, head));
             let seen = |&key: &usize| {
-                (key <= row || !heads.causal) && sequences.valid().is_none_or(|valid| valid[key])
+                let near = heads.window.is_none_or(|window| row < key + window);
+                near && (key <= row || !heads.causal) && sequences.valid().is_none_or(|valid| valid[key])
             };
             let keys: Vec<_> = rows.clone().filter(seen).collect();
             let n = rows.len() as f64 * heads.heads as f64;
@@ -1221,11 +1230,13 @@ fn attention_is_near<T: Element>(heads: &Heads, sequences: &Sequences, seed: u64
 
 fn any_heads() -> impl Strategy<Value = Heads> {
     let groups = prop::sample::select(vec![(1, 1), (4, 4), (4, 2), (3, 1)]);
-    (groups, 1..6usize, any::<bool>()).prop_map(|((heads, kv_heads), dim, causal)| Heads {
+    let window = prop::option::weighted(0.3, 1..6usize);
+    (groups, 1..6usize, any::<bool>(), window).prop_map(|((heads, kv_heads), dim, causal, window)| Heads {
         heads,
         kv_heads,
         dim,
         causal,
+        window: window.filter(|_| causal),
     })
 }
 
@@ -1282,8 +1293,16 @@ proptest! {
 /// Queries come in tiles of 128.
 #[test]
 fn attention_across_tiles() {
-    for (rows, causal) in [(128, true), (130, true), (257, true), (130, false), (257, false)] {
-        let heads = Heads { heads: 2, kv_heads: 1, dim: 3, causal };
+    for (rows, causal, window) in [
+        (128, true, None),
+        (130, true, None),
+        (257, true, None),
+        (257, true, Some(5)),
+        (257, true, Some(140)),
+        (130, false, None),
+        (257, false, None),
+    ] {
+        let heads = Heads { heads: 2, kv_heads: 1, dim: 3, causal, window };
         let sequences = Sequences::packed([3, rows]);
         attention_agrees(&heads, &sequences, 1);
         let valid: Vec<_> = (0..rows + 3).map(|row| row % 7 > 1 && row > 20).collect();
@@ -1296,7 +1315,7 @@ fn attention_across_tiles() {
 /// A NaN among the keys of a long sequence leaves the bits of the rows before it.
 #[test]
 fn attention_hides_later_rows_across_tiles() {
-    let heads = Heads { heads: 2, kv_heads: 1, dim: 3, causal: true };
+    let heads = Heads { heads: 2, kv_heads: 1, dim: 3, causal: true, window: None };
     let sequences = Sequences::one(200);
     let (mut qkv, dout) = heads.inputs(1, 200);
     let (before, _) = attend::<f32>(&heads.of_operator(), &qkv, &dout, &sequences);
@@ -1318,8 +1337,14 @@ fn attention_with_key_value_heads_in_any_order() {
     };
     // One key/value head more than is used: heads 0 and 1 of q use 2 and 0 of k (columns 2 to 4) and of v (5 to 7).
     let qkv = concatenate![Axis(1), qkv, matrix(2, "more", rows, 6)];
-    let heads =
-        |kv_of_query, kv_heads| QkvHeads { kv_of_query, kv_heads, head_dim: dim, scale: 0.6, causal: true };
+    let heads = |kv_of_query, kv_heads| QkvHeads {
+        kv_of_query,
+        kv_heads,
+        head_dim: dim,
+        scale: 0.6,
+        causal: true,
+        window: None,
+    };
     let sequences = Sequences::one(rows);
     let (out, grad) = attend::<f64>(&heads(vec![2, 0], 3), &qkv, &dout, &sequences);
     let sorted = columns(&qkv, &[0, 1, 4, 2, 7, 5]);
@@ -1332,7 +1357,7 @@ fn attention_with_key_value_heads_in_any_order() {
 #[test]
 fn attention_names_the_sizes_that_disagree() {
     let cpu = Cpu::new();
-    let heads = Heads { heads: 2, kv_heads: 1, dim: 3, causal: true }.of_operator();
+    let heads = Heads { heads: 2, kv_heads: 1, dim: 3, causal: true, window: None }.of_operator();
     let zeros = |rows, cols| Tensor::<f32>::zeros(&cpu, [rows, cols]).unwrap();
     disagree(
         ops::attention(&heads, &zeros(4, 13), &Sequences::one(4)),
@@ -1362,6 +1387,7 @@ fn attention_names_the_sizes_that_disagree() {
         head_dim: 3,
         scale: 1.0,
         causal: false,
+        window: None,
         sequences: &sequences,
     };
     let (q, kv) = (zeros(4, 6), zeros(4, 3));

@@ -357,7 +357,7 @@ fn attend<S: Stream + Spread>(
         o_bias: Some(vector(seed, "ob", o)),
     };
     let scale = 1.0 / (dim as f64).sqrt();
-    let spec = reference::AttentionSpec { heads, kv_heads: kv, head_dim: dim, causal, scale };
+    let spec = reference::AttentionSpec { heads, kv_heads: kv, head_dim: dim, causal, window: None, scale };
     let ranges: Vec<_> = sequences.iter().collect();
     let want_y = reference::self_attention(&spec, &weights, &x, &ranges, sequences.valid());
     let want = reference::self_attention_backward(&spec, &weights, &x, &ranges, sequences.valid(), &dy);
@@ -376,13 +376,12 @@ fn attend<S: Stream + Spread>(
     };
     let (given, want_grads) = (named(&weights), named(&want.weights));
     let config = AttentionConfig {
-        hidden,
-        heads,
         kv_heads: kv,
         head_dim: dim,
         causal,
         qkv_bias: true,
         out_bias: true,
+        ..AttentionConfig::new(hidden, heads)
     };
     let mut layouts = vec![
         (QkvLayout::separate("q", "k", "v"), None),

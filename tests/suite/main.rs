@@ -8,6 +8,7 @@ mod fork;
 mod imports;
 mod kernels;
 mod layers;
+mod models;
 mod optim;
 mod support;
 mod training;

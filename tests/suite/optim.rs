@@ -212,13 +212,12 @@ fn gradient_norms_are_those_of_one_device() {
                 grad_norm(|f| model.visit(f), &[group])
             }
             let config = AttentionConfig {
-                hidden,
-                heads,
                 kv_heads,
                 head_dim,
                 causal: true,
                 qkv_bias: true,
                 out_bias: true,
+                ..AttentionConfig::new(hidden, heads)
             };
             Ok([
                 grads::<Replicated>(&group, &source, &config, &x)?,

@@ -7,12 +7,13 @@
 //! part are copied as zeros, and where a number is not finite, causal tiles are single queries, which see every key that
 //! they are multiplied with.
 
-use super::{Attention, AttentionSpec, check};
+use super::{Attention, AttentionSpec, CacheSpec, cached, check, check_cached};
 use crate::{
     device::{Accumulator, Cpu, CpuBuffer, Device, Element, vectorized},
     error::{Result, same_size},
     kernels::{
-        Gemm, Mask, MatMut, MatRef,
+        MatMut, MatRef,
+        gemm::cpu::by_blocks,
         lanes::lane_sum,
         softmax::softmax_row,
         view::{mat, mat_mut, unit_columns},
@@ -48,20 +49,20 @@ impl Attention for Cpu {
                 for head in heads_of(spec, kv) {
                     let queries = widened(self, q, rows.clone(), head, dim, |_| true)?;
                     for tile in tiles(rows.len(), at_a_time) {
-                        let seen = if spec.causal { tile.end } else { rows.len() };
+                        let view = View::of(spec, &rows, &tile);
+                        let (first, seen) = (view.keys.start * dim, view.keys.len());
                         let queries = mat(&queries[tile.start * dim..], tile.len(), dim)?;
-                        let (keys, values) = (mat(&keys, seen, dim)?, mat(&values, seen, dim)?);
+                        let (keys, values) =
+                            (mat(&keys[first..], seen, dim)?, mat(&values[first..], seen, dim)?);
                         let scores_mat = mat_mut(&mut scores, tile.len(), seen)?;
-                        self.gemm(spec.scale, queries, keys.t(), 0.0, scores_mat)?;
-                        let mask = mask_of(spec, &rows, &tile, seen);
+                        by_blocks(self, spec.scale, queries, keys.t(), 0.0, scores_mat)?;
                         vectorized(|| {
                             for (at, row) in scores[..tile.len() * seen].chunks_exact_mut(seen).enumerate() {
-                                lse[(rows.start + tile.start + at) * heads + head] =
-                                    softmax_row(row, mask.visible(at, seen), mask.valid);
+                                lse[(rows.start + tile.start + at) * heads + head] = view.softmax(at, row);
                             }
                         });
                         let weights = mat(&scores, tile.len(), seen)?;
-                        self.gemm(1.0, weights, values, 0.0, mat_mut(&mut result, tile.len(), dim)?)?;
+                        by_blocks(self, 1.0, weights, values, 0.0, mat_mut(&mut result, tile.len(), dim)?)?;
                         for (at, result) in result[..tile.len() * dim].chunks_exact(dim).enumerate() {
                             let row =
                                 &mut out.row(rows.start + tile.start + at)[head * dim..(head + 1) * dim];
@@ -114,29 +115,38 @@ impl Attention for Cpu {
                     let douts = widened(self, dout, rows.clone(), head, dim, attends)?;
                     let at_a_time = tile_len(spec, &[&keys, &queries, &douts]);
                     for tile in tiles(rows.len(), at_a_time) {
-                        let seen = if spec.causal { tile.end } else { rows.len() };
+                        let view = View::of(spec, &rows, &tile);
+                        let (first, seen) = (view.keys.start * dim, view.keys.len());
                         let count = tile.len() * seen;
                         let queries = mat(&queries[tile.start * dim..], tile.len(), dim)?;
                         let dout = mat(&douts[tile.start * dim..], tile.len(), dim)?;
-                        let (keys, values) = (mat(&keys, seen, dim)?, mat(&values, seen, dim)?);
+                        let (keys, values) =
+                            (mat(&keys[first..], seen, dim)?, mat(&values[first..], seen, dim)?);
                         // P = e^(score − log Σ), from the same scores as in the forward.
-                        self.gemm(
+                        by_blocks(
+                            self,
                             spec.scale,
                             queries,
                             keys.t(),
                             0.0,
                             mat_mut(&mut weights, tile.len(), seen)?,
                         )?;
-                        let mask = mask_of(spec, &rows, &tile, seen);
                         vectorized(|| {
                             for (at, row) in weights[..count].chunks_exact_mut(seen).enumerate() {
                                 let lse = lse[(rows.start + tile.start + at) * heads + head];
-                                weights_row(row, mask.visible(at, seen), mask.valid, lse);
+                                view.weights(at, row, lse);
                             }
                         });
                         let p = mat(&weights, tile.len(), seen)?;
-                        self.gemm(1.0, p.t(), dout, 1.0, mat_mut(&mut dvalues, seen, dim)?)?;
-                        self.gemm(1.0, dout, values.t(), 0.0, mat_mut(&mut dweights, tile.len(), seen)?)?;
+                        by_blocks(self, 1.0, p.t(), dout, 1.0, mat_mut(&mut dvalues[first..], seen, dim)?)?;
+                        by_blocks(
+                            self,
+                            1.0,
+                            dout,
+                            values.t(),
+                            0.0,
+                            mat_mut(&mut dweights, tile.len(), seen)?,
+                        )?;
                         vectorized(|| {
                             for (at, (p, dp)) in weights[..count]
                                 .chunks_exact_mut(seen)
@@ -146,14 +156,21 @@ impl Attention for Cpu {
                                 let token = (tile.start + at) * dim;
                                 let (o, d) = (&outs[token..token + dim], &douts[token..token + dim]);
                                 let sum = lane_sum([o, d], |[o, d]| o * d);
-                                for (p, dp) in p[..mask.visible(at, seen)].iter_mut().zip(dp) {
+                                for (p, dp) in p[..view.seen(at).end].iter_mut().zip(dp) {
                                     *p = *p * (*dp - sum);
                                 }
                             }
                         });
                         let ds = mat(&weights, tile.len(), seen)?;
-                        self.gemm(spec.scale, ds, keys, 0.0, mat_mut(&mut dqueries, tile.len(), dim)?)?;
-                        self.gemm(spec.scale, ds.t(), queries, 1.0, mat_mut(&mut dkeys, seen, dim)?)?;
+                        by_blocks(self, spec.scale, ds, keys, 0.0, mat_mut(&mut dqueries, tile.len(), dim)?)?;
+                        by_blocks(
+                            self,
+                            spec.scale,
+                            ds.t(),
+                            queries,
+                            1.0,
+                            mat_mut(&mut dkeys[first..], seen, dim)?,
+                        )?;
                         for (at, dq) in dqueries[..tile.len() * dim].chunks_exact(dim).enumerate() {
                             let row = dqkv.row(rows.start + tile.start + at);
                             narrow(dq, &mut row[head * dim..(head + 1) * dim]);
@@ -175,6 +192,20 @@ impl Attention for Cpu {
         }
         Ok(())
     }
+
+    fn attention_cached<T: Element>(
+        &self,
+        spec: &AttentionSpec<'_>,
+        cache: &CacheSpec<'_>,
+        q: MatRef<'_, T, Self>,
+        k: MatRef<'_, T, Self>,
+        v: MatRef<'_, T, Self>,
+        out: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        let kv_like = [("the keys", k.dims()), ("the values", v.dims())];
+        check_cached(spec, cache, &[("q", q.dims()), ("out", out.dims())], &kv_like)?;
+        cached::attention(self, spec, cache, q, k, v, out)
+    }
 }
 
 /// The query heads that use a key/value head.
@@ -195,11 +226,50 @@ fn tile_len<A: Accumulator>(spec: &AttentionSpec<'_>, factors: &[&[A]]) -> usize
     if !spec.causal || factors.iter().all(finite) { TILE } else { 1 }
 }
 
-/// The mask of a tile's rows over the first `seen` keys of its sequence.
-fn mask_of<'a>(spec: &AttentionSpec<'a>, rows: &Range<usize>, tile: &Range<usize>, seen: usize) -> Mask<'a> {
-    Mask {
-        causal: spec.causal.then_some(tile.start),
-        valid: spec.sequences.valid().map(|valid| &valid[rows.start..rows.start + seen]),
+/// What the queries of a tile see.
+struct View<'a> {
+    /// The keys that any of them sees, counted in their sequence.
+    keys: Range<usize>,
+    /// The place of the first query among those keys; none where all see all.
+    causal: Option<usize>,
+    /// How many keys one query sees at most.
+    window: usize,
+    /// One flag a key.
+    valid: Option<&'a [bool]>,
+}
+
+impl<'a> View<'a> {
+    fn of(spec: &AttentionSpec<'a>, rows: &Range<usize>, tile: &Range<usize>) -> Self {
+        let keys = spec.first_key(tile.start)..if spec.causal { tile.end } else { rows.len() };
+        let valid =
+            spec.sequences.valid().map(|valid| &valid[rows.start + keys.start..rows.start + keys.end]);
+        let causal = spec.causal.then_some(tile.start - keys.start);
+        Self { keys, causal, window: spec.window.unwrap_or(usize::MAX), valid }
+    }
+
+    /// The keys that the query in this row of the tile sees, but for padding, as places among `keys`.
+    #[inline(always)]
+    fn seen(&self, row: usize) -> Range<usize> {
+        let end = self.causal.map_or(self.keys.len(), |first| first + row + 1);
+        end.saturating_sub(self.window)..end
+    }
+
+    /// Softmax of a row of scores in place; gives log Σ e^score.
+    #[inline(always)]
+    fn softmax<A: Accumulator>(&self, at: usize, row: &mut [A]) -> A {
+        let seen = self.seen(at);
+        row[..seen.start].fill(A::ZERO);
+        let valid = self.valid.map(|valid| &valid[seen.start..]);
+        softmax_row(&mut row[seen.start..], seen.len(), valid)
+    }
+
+    /// The softmax weights of a row from its scores and the log Σ e^score of the forward.
+    #[inline(always)]
+    fn weights<A: Accumulator>(&self, at: usize, row: &mut [A], lse: A) {
+        let seen = self.seen(at);
+        row[..seen.start].fill(A::ZERO);
+        let valid = self.valid.map(|valid| &valid[seen.start..]);
+        weights_row(&mut row[seen.start..], seen.len(), valid, lse);
     }
 }
 

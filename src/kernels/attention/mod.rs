@@ -1,5 +1,6 @@
 //! Scaled dot-product attention, forward and backward, with memory linear in the length of a sequence.
 
+mod cached;
 mod cpu;
 
 use super::{
@@ -25,14 +26,40 @@ pub struct AttentionSpec<'a> {
     pub scale: f64,
     /// Whether a token sees only itself and those before it in its sequence.
     pub causal: bool,
+    /// With causal attention, how many tokens a token sees at most, itself and those just before it; all if not given.
+    pub window: Option<usize>,
     /// Which rows belong together, and which are padding.
     pub sequences: &'a Sequences,
 }
 
 impl AttentionSpec<'_> {
+    /// The first key of its sequence that the query at this place in it may see.
+    pub(crate) fn first_key(&self, query: usize) -> usize {
+        self.window.map_or(0, |window| (query + 1).saturating_sub(window))
+    }
+
     /// Whether a row may be attended to: whether it is not padding.
     fn attended(&self, row: usize) -> bool {
         self.sequences.valid().is_none_or(|valid| valid[row])
+    }
+}
+
+/// Where the keys and values of tokens lie that were computed before, for attention that goes on from there.
+///
+/// The cache is a matrix `[slots · kv_heads · capacity, head_dim]`: for each slot and key/value head the vectors of up to
+/// `capacity` positions, one below the other, so that a head's are read in one stream.
+#[derive(Clone, Copy, Debug)]
+pub struct CacheSpec<'a> {
+    /// The slot of each sequence.
+    pub slots: &'a [usize],
+    /// The positions that a slot has room for.
+    pub capacity: usize,
+}
+
+impl CacheSpec<'_> {
+    /// The first row of the cache that belongs to a slot's head.
+    pub(crate) fn row(&self, spec: &AttentionSpec<'_>, slot: usize, kv_head: usize) -> usize {
+        (slot * spec.kv_heads + kv_head) * self.capacity
     }
 }
 
@@ -81,6 +108,64 @@ pub trait Attention: Device {
         dout: MatRef<'_, T, Self>,
         dqkv: MatMut<'_, T, Self>,
     ) -> Result<()>;
+
+    /// `out` ← attention of `q` to a cache: row i of a sequence that starts at position p sees the positions 0 to p + i of
+    /// its slot, or with a window the last of them. The cache already holds the keys and values of these rows.
+    ///
+    /// * `q`, `out`: `[rows, heads · head_dim]`; `k`, `v`: see [`CacheSpec`]. Causal; no padding.
+    /// * The same values as [`Attention::attention`] gives for the whole sequence, up to rounding. Memory is linear in
+    ///   the length; a few rows a sequence take the memory of their scores alone.
+    ///
+    /// # Errors
+    /// When sizes disagree, a sequence goes beyond the capacity, or the spec is not causal or has padding.
+    fn attention_cached<T: Element>(
+        &self,
+        spec: &AttentionSpec<'_>,
+        cache: &CacheSpec<'_>,
+        q: MatRef<'_, T, Self>,
+        k: MatRef<'_, T, Self>,
+        v: MatRef<'_, T, Self>,
+        out: MatMut<'_, T, Self>,
+    ) -> Result<()>;
+}
+
+fn check_cached(
+    spec: &AttentionSpec<'_>,
+    cache: &CacheSpec<'_>,
+    query_like: &[(&str, Dims)],
+    kv_like: &[(&str, Dims)],
+) -> Result<()> {
+    const OP: &str = "cached attention";
+    let rows = spec.sequences.rows();
+    check(OP, spec, query_like, &[], rows * spec.kv_of_query.len())?;
+    if !spec.causal || spec.sequences.valid().is_some() {
+        return Err(Error::invalid(OP, "is causal and knows no padding"));
+    }
+    same_size(OP, "the number of slots", cache.slots.len(), "that of sequences", spec.sequences.len())?;
+    let slot_rows = spec.kv_heads * cache.capacity;
+    for (name, dims) in kv_like {
+        unit_columns(OP, *dims)?;
+        same_size(OP, &format!("columns of {name}"), dims.cols, "head_dim", spec.head_dim)?;
+        for (sequence, &slot) in cache.slots.iter().enumerate() {
+            let end = slot.saturating_add(1).saturating_mul(slot_rows);
+            if end > dims.rows {
+                return Err(Error::sizes(
+                    OP,
+                    format!("the end of slot {slot}"),
+                    end,
+                    "rows of the cache",
+                    dims.rows,
+                ));
+            }
+            let len = spec.sequences.iter().nth(sequence).map_or(0, |rows| rows.len());
+            let end = spec.sequences.start(sequence) + len;
+            if end > cache.capacity {
+                let what = format!("the end of sequence {sequence}");
+                return Err(Error::sizes(OP, what, end, "the capacity of the cache", cache.capacity));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn check(
@@ -93,6 +178,9 @@ fn check(
     let (rows, heads) = (spec.sequences.rows(), spec.kv_of_query.len());
     if spec.head_dim == 0 {
         return Err(Error::invalid(op, "heads have no features"));
+    }
+    if spec.window.is_some_and(|window| window == 0 || !spec.causal) {
+        return Err(Error::invalid(op, "a window is of one token at least, and needs causal attention"));
     }
     if let Some(kv) = spec.kv_of_query.iter().find(|&&kv| kv >= spec.kv_heads) {
         return Err(Error::invalid(

@@ -1,6 +1,10 @@
 //! GEMM on the CPU: `matrixmultiply` for f32 and f64; bf16 and f16 are widened block by block and multiplied in f32.
+//! Products of few rows are streamed (`few`).
 
-use super::{Batch, Gemm, Product, check};
+use super::{
+    Batch, Gemm, Product, check,
+    few::{self, Scale},
+};
 use crate::{
     device::{Accumulator, AnyMut, AnyRef, Cpu, Device, Element, vectorized},
     error::{Error, Result},
@@ -38,15 +42,13 @@ impl Gemm for Cpu {
             let a = a.data().get(at * batch.a..).unwrap_or(&[]);
             let b = b.data().get(at * batch.b..).unwrap_or(&[]);
             let c = &mut memory[at * batch.c..];
-            match (T::any_ref::<Self>(a), T::any_ref::<Self>(b), C::any_mut::<Self>(c)) {
-                (AnyRef::F32(a), AnyRef::F32(b), AnyMut::F32(c)) => {
-                    native(self.threads(), matrixmultiply::sgemm, dims, alpha as f32, a, b, beta as f32, c);
-                }
-                (AnyRef::F64(a), AnyRef::F64(b), AnyMut::F64(c)) => {
-                    native(self.threads(), matrixmultiply::dgemm, dims, alpha, a, b, beta, c);
-                }
-                _ => widened(self, dims, alpha, a, b, beta, c)?,
+            if few::fits(dims.a, dims.b) {
+                let mut sums = self.empty::<T::Acc>(few::room(dims.b, dims.c))?;
+                let scale = Scale { alpha: T::Acc::from_f64(alpha), beta: T::Acc::from_f64(beta) };
+                few::multiply((dims.a, a), (dims.b, b), (dims.c, c), scale, &mut sums);
+                continue;
             }
+            blocked(self, dims, alpha, a, b, beta, c)?;
         }
         Ok(())
     }
@@ -83,6 +85,46 @@ impl Gemm for Cpu {
             let lost = |_| Error::invalid("gemm", "a thread panicked: please report this");
             others.into_iter().fold(first, |all, one| all.and(one.join().map_err(lost).and_then(|one| one)))
         })
+    }
+}
+
+/// C ← α A B + β C by blocks, however few rows there are. Attention, which cuts its queries into tiles, multiplies them so:
+/// a tile's results do not depend on the number of its rows.
+pub(in crate::kernels) fn by_blocks<A: Accumulator>(
+    cpu: &Cpu,
+    alpha: f64,
+    a: MatRef<'_, A, Cpu>,
+    b: MatRef<'_, A, Cpu>,
+    beta: f64,
+    c: MatMut<'_, A, Cpu>,
+) -> Result<()> {
+    check(Batch::ONE, &a, &b, &c)?;
+    let dims = Extents { a: a.dims(), b: b.dims(), c: c.dims() };
+    if dims.c.extent() == 0 {
+        return Ok(());
+    }
+    blocked(cpu, dims, alpha, a.data(), b.data(), beta, c.into_data())
+}
+
+fn blocked<T: Element, C: Element<Acc = T::Acc>>(
+    cpu: &Cpu,
+    dims: Extents,
+    alpha: f64,
+    a: &[T],
+    b: &[T],
+    beta: f64,
+    c: &mut [C],
+) -> Result<()> {
+    match (T::any_ref::<Cpu>(a), T::any_ref::<Cpu>(b), C::any_mut::<Cpu>(c)) {
+        (AnyRef::F32(a), AnyRef::F32(b), AnyMut::F32(c)) => {
+            native(cpu.threads(), matrixmultiply::sgemm, dims, alpha as f32, a, b, beta as f32, c);
+            Ok(())
+        }
+        (AnyRef::F64(a), AnyRef::F64(b), AnyMut::F64(c)) => {
+            native(cpu.threads(), matrixmultiply::dgemm, dims, alpha, a, b, beta, c);
+            Ok(())
+        }
+        _ => widened(cpu, dims, alpha, a, b, beta, c),
     }
 }
 
@@ -201,13 +243,8 @@ fn widened<T: Element, C: Element<Acc = T::Acc>>(
             let depth = WIDE.min(k - first_k);
             widen(ad, a, (0, first_k), (m, depth), &mut wide_a);
             widen(bd, b, (first_k, first_n), (depth, cols), &mut wide_b);
-            cpu.gemm(
-                1.0,
-                mat(&wide_a, m, depth)?,
-                mat(&wide_b, depth, cols)?,
-                1.0,
-                mat_mut(&mut sums, m, cols)?,
-            )?;
+            let (a, b) = (mat(&wide_a, m, depth)?, mat(&wide_b, depth, cols)?);
+            by_blocks(cpu, 1.0, a, b, 1.0, mat_mut(&mut sums, m, cols)?)?;
         }
         vectorized(|| {
             for i in 0..m {

@@ -1,6 +1,7 @@
 //! General matrix multiplication.
 
-mod cpu;
+pub(super) mod cpu;
+pub(super) mod few;
 
 use super::{MatMut, MatRef, view::Dims};
 use crate::{

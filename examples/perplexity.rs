@@ -1,0 +1,101 @@
+//! The perplexity of a text under a language model, sharded over any number of ranks: e^(the mean loss of its tokens).
+//!
+//! ```text
+//! cargo run --release --example perplexity -- FOLDER TEXT --ranks 2
+//! ```
+//!
+//! The text is cut into windows, and each token is predicted from those before it in its window. The logits are never
+//! gathered: each rank has those of its own part of the vocabulary.
+
+use clap::Parser;
+use shardwise::{
+    Error, Result,
+    comm::Group,
+    device::{Cpu, Element},
+    launch,
+    models::{Decoder, DecoderConfig, ModelConfig},
+    parallel::VocabParallelCrossEntropy,
+    shard::{Replicated, Sequences},
+    weights::Checkpoint,
+};
+use std::{path::PathBuf, process::ExitCode, time::Instant};
+use tokenizers::Tokenizer;
+
+/// Prints the perplexity of a text.
+#[derive(Parser, Debug)]
+struct Args {
+    /// The checkpoint's folder.
+    model: PathBuf,
+    /// The text, a file.
+    text: PathBuf,
+    /// The number of tensor-parallel ranks, up to the model's heads.
+    #[arg(long, default_value_t = 1)]
+    ranks: usize,
+    /// The tokens of a window.
+    #[arg(long, default_value_t = 256)]
+    window: usize,
+    /// The most windows.
+    #[arg(long, default_value_t = usize::MAX)]
+    windows: usize,
+    /// Compute in bf16 rather than f32.
+    #[arg(long)]
+    bf16: bool,
+}
+
+fn main() -> ExitCode {
+    if let Err(error) = run(&Args::parse()) {
+        eprintln!("error: {error}");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
+fn run(args: &Args) -> Result<()> {
+    let fail = |reason: String| Error::Invalid { op: "perplexity", reason };
+    let ModelConfig::Decoder(config) = ModelConfig::read(&args.model)? else {
+        return Err(fail("the model is not one that writes".into()));
+    };
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let tokenizer =
+        Tokenizer::from_file(args.model.join("tokenizer.json")).map_err(|error| fail(error.to_string()))?;
+    let text = std::fs::read_to_string(&args.text)
+        .map_err(|error| fail(format!("{}: {error}", args.text.display())))?;
+    let ids = tokenizer.encode(text, true).map_err(|error| fail(error.to_string()))?.get_ids().to_vec();
+    let windows: Vec<&[u32]> =
+        ids.chunks(args.window.max(2)).filter(|ids| ids.len() > 1).take(args.windows).collect();
+    let start = Instant::now();
+    let sums = launch::threads(args.ranks, |world| match args.bf16 {
+        true => losses::<half::bf16>(&world, &checkpoint, &config, &windows),
+        false => losses::<f32>(&world, &checkpoint, &config, &windows),
+    })?;
+    if sums.iter().any(|sum| sum.to_bits() != sums[0].to_bits()) {
+        return Err(fail("the ranks' losses differ".into()));
+    }
+    let count: usize = windows.iter().map(|ids| ids.len() - 1).sum();
+    let mean = sums[0] / count.max(1) as f64;
+    println!(
+        "perplexity {:.4} (loss {mean:.5} over {count} tokens in {} windows; {} ranks, {:.1?})",
+        mean.exp(),
+        windows.len(),
+        args.ranks,
+        start.elapsed()
+    );
+    Ok(())
+}
+
+/// The sum of the losses of all tokens but each window's first.
+fn losses<T: Element>(
+    world: &Group<Cpu>,
+    checkpoint: &Checkpoint,
+    config: &DecoderConfig,
+    windows: &[&[u32]],
+) -> Result<f64> {
+    let model = Decoder::<Replicated, T, Cpu>::load(world, checkpoint, config)?;
+    let mut sum = 0.0;
+    for ids in windows {
+        let (targets, ids) = (&ids[1..], &ids[..ids.len() - 1]);
+        let (logits, _) = model.forward(ids, Sequences::one(ids.len()))?;
+        sum += VocabParallelCrossEntropy::default().forward(&logits, targets)?.0.sum()?;
+    }
+    Ok(sum)
+}

@@ -1,0 +1,189 @@
+//! Attention to a cache on the CPU.
+//!
+//! Few queries are multiplied with the cache where it lies: all heads that share a key/value head read it together, once.
+//! Many queries, as of a prompt, go in tiles as in training.
+
+use super::{AttentionSpec, CacheSpec};
+use crate::{
+    device::{Accumulator, Cpu, CpuBuffer, Device, Element, vectorized},
+    error::Result,
+    kernels::{
+        MatMut, MatRef,
+        gemm::{
+            cpu::by_blocks,
+            few::{self, FEW, Scale},
+        },
+        softmax::softmax_row,
+        view::{mat, mat_mut},
+    },
+};
+use std::ops::Range;
+
+/// Queries in a tile.
+const TILE: usize = 128;
+
+pub(super) fn attention<T: Element>(
+    cpu: &Cpu,
+    spec: &AttentionSpec<'_>,
+    cache: &CacheSpec<'_>,
+    q: MatRef<'_, T, Cpu>,
+    k: MatRef<'_, T, Cpu>,
+    v: MatRef<'_, T, Cpu>,
+    mut out: MatMut<'_, T, Cpu>,
+) -> Result<()> {
+    let dim = spec.head_dim;
+    for (sequence, rows) in spec.sequences.iter().enumerate() {
+        if rows.is_empty() {
+            continue;
+        }
+        let start = spec.sequences.start(sequence);
+        let end = start + rows.len();
+        let mut head = 0;
+        while head < spec.kv_of_query.len() {
+            // Heads of one key/value head stand side by side.
+            let kv = spec.kv_of_query[head];
+            let sharing = spec.kv_of_query[head..].iter().take_while(|&&other| other == kv).count();
+            let first = cache.row(spec, cache.slots[sequence], kv);
+            let seen = spec.first_key(start)..end;
+            let in_cache = first + seen.start..first + seen.end;
+            let (k, v) = (k.block(in_cache.clone(), 0..dim), v.block(in_cache, 0..dim));
+            if rows.len() == 1 {
+                let columns = head * dim..(head + sharing) * dim;
+                let q = q.block(rows.clone(), columns.clone());
+                one_token(cpu, spec, q, k, v, &mut out.row(rows.start)[columns])?;
+            } else {
+                let (keys, values) = (Wide::of(cpu, k)?, Wide::of(cpu, v)?);
+                for head in head..head + sharing {
+                    let columns = head * dim..(head + 1) * dim;
+                    let queries = Queries { start, rows: rows.clone(), columns, seen: seen.clone() };
+                    tiles(cpu, spec, &queries, q, keys.all(), values.all(), &mut out)?;
+                }
+            }
+            head += sharing;
+        }
+    }
+    Ok(())
+}
+
+/// One row's heads of one key/value head: `q` is `[1, heads · dim]`, `k` and `v` are `[positions, dim]`.
+fn one_token<T: Element>(
+    cpu: &Cpu,
+    spec: &AttentionSpec<'_>,
+    q: MatRef<'_, T, Cpu>,
+    k: MatRef<'_, T, Cpu>,
+    v: MatRef<'_, T, Cpu>,
+    out: &mut [T],
+) -> Result<()> {
+    let (seen, dim) = (k.rows(), spec.head_dim);
+    for (q, out) in q.row(0).chunks(FEW * dim).zip(out.chunks_mut(FEW * dim)) {
+        let heads = q.len() / dim;
+        let mut scores = cpu.empty::<T::Acc>(heads * seen)?;
+        let score = Scale { alpha: T::Acc::from_f64(spec.scale), beta: T::Acc::ZERO };
+        let q = mat(q, heads, dim)?;
+        let dims = mat_mut(&mut scores, heads, seen)?.dims();
+        few::multiply((q.dims(), q.data()), (k.t().dims(), k.data()), (dims, &mut scores), score, &mut []);
+        vectorized(|| {
+            for row in scores.chunks_exact_mut(seen) {
+                softmax_row(row, seen, None);
+            }
+        });
+        let plain = Scale { alpha: T::Acc::ONE, beta: T::Acc::ZERO };
+        let to = mat_mut(out, heads, dim)?.dims();
+        let mut sums = cpu.empty::<T::Acc>(few::room(v.dims(), to))?;
+        few::multiply((dims, &scores), (v.dims(), v.data()), (to, out), plain, &mut sums);
+    }
+    Ok(())
+}
+
+/// Where the queries of one head are, and what they see.
+struct Queries {
+    /// The position of the first.
+    start: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    /// The positions of the keys at hand.
+    seen: Range<usize>,
+}
+
+fn tiles<T: Element>(
+    cpu: &Cpu,
+    spec: &AttentionSpec<'_>,
+    queries: &Queries,
+    q: MatRef<'_, T, Cpu>,
+    keys: &[T::Acc],
+    values: &[T::Acc],
+    out: &mut MatMut<'_, T, Cpu>,
+) -> Result<()> {
+    let Queries { start, rows, columns, seen } = queries;
+    let dim = spec.head_dim;
+    // 0 · NaN is NaN: where not all is finite, a query meets only what it sees.
+    let finite =
+        vectorized(|| values.iter().fold(T::Acc::ZERO, |sum, x| sum + *x * T::Acc::ZERO)) == T::Acc::ZERO;
+    let most = if finite { TILE.min(rows.len()) } else { 1 };
+    let mut wide = cpu.empty::<T::Acc>(most * dim)?;
+    let mut scores = cpu.empty::<T::Acc>(most * seen.len())?;
+    let mut result = cpu.empty::<T::Acc>(most * dim)?;
+    for tile in (0..rows.len()).step_by(most) {
+        let count = most.min(rows.len() - tile);
+        for (row, wide) in wide.chunks_exact_mut(dim).enumerate().take(count) {
+            for (to, from) in wide.iter_mut().zip(&q.row(rows.start + tile + row)[columns.clone()]) {
+                *to = from.widen();
+            }
+        }
+        // Places among the keys at hand.
+        let first = spec.first_key(start + tile) - seen.start;
+        let end = start + tile + count - seen.start;
+        let len = end - first;
+        let (keys, values) = (mat(&keys[first * dim..], len, dim)?, mat(&values[first * dim..], len, dim)?);
+        let scores_mat = mat_mut(&mut scores, count, len)?;
+        by_blocks(cpu, spec.scale, mat(&wide, count, dim)?, keys.t(), 0.0, scores_mat)?;
+        vectorized(|| {
+            for (row, scores) in scores[..count * len].chunks_exact_mut(len).enumerate() {
+                let query = start + tile + row;
+                let from = spec.first_key(query) - seen.start - first;
+                scores[..from].fill(T::Acc::ZERO);
+                softmax_row(&mut scores[from..], query + 1 - seen.start - first - from, None);
+            }
+        });
+        by_blocks(cpu, 1.0, mat(&scores, count, len)?, values, 0.0, mat_mut(&mut result, count, dim)?)?;
+        for (row, result) in result.chunks_exact(dim).enumerate().take(count) {
+            for (to, from) in out.row(rows.start + tile + row)[columns.clone()].iter_mut().zip(result) {
+                *to = T::narrow(*from);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Rows without gaps in the accumulator: where they lie if they are such, or else a copy.
+enum Wide<'a, A: Accumulator> {
+    There(&'a [A]),
+    Copy(CpuBuffer<A>),
+}
+
+impl<'a, A: Accumulator> Wide<'a, A> {
+    fn of<T: Element<Acc = A>>(cpu: &Cpu, from: MatRef<'a, T, Cpu>) -> Result<Self> {
+        let len = from.rows() * from.cols();
+        if let (true, Some(there)) =
+            (from.dims().row_stride == from.cols(), A::of_ref::<Cpu>(T::any_ref::<Cpu>(from.data())))
+        {
+            return Ok(Self::There(&there[..len]));
+        }
+        let mut copy = cpu.empty::<A>(len)?;
+        vectorized(|| {
+            for (row, to) in copy.chunks_exact_mut(from.cols()).enumerate() {
+                for (to, from) in to.iter_mut().zip(from.row(row)) {
+                    *to = from.widen();
+                }
+            }
+        });
+        Ok(Self::Copy(copy))
+    }
+
+    fn all(&self) -> &[A] {
+        match self {
+            Self::There(all) => all,
+            Self::Copy(all) => all,
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! BERT's encoder.
+
+use super::{BertConfig, save};
+use crate::{
+    comm::Group,
+    device::{Device, Element},
+    error::{Error, Result, same_size},
+    kernels::Backend,
+    parallel::{
+        DTensor, Layer, Normalize, ParallelMlp, PositionEmbedding, Stream, TransformerBlock,
+        VocabParallelEmbedding,
+    },
+    shard::Sequences,
+    tensor::{Param, WeightSource, Weights},
+};
+use std::path::Path;
+
+/// BERT's encoder: the normalized sum of three embeddings (words, positions, token types), then post-norm blocks
+/// (Devlin et al., 2019). Gives the hidden states of all tokens, held as the stream; no pooler.
+#[derive(Debug)]
+pub struct Bert<S: Stream, T: Element, B: Device> {
+    group: Group<B>,
+    config: BertConfig,
+    words: VocabParallelEmbedding<S, T, B>,
+    positions: PositionEmbedding<S, T, B>,
+    types: PositionEmbedding<S, T, B>,
+    norm: Normalize<S, T, B>,
+    blocks: Vec<Block<S, T, B>>,
+}
+
+type Block<S, T, B> = TransformerBlock<S, ParallelMlp<S, T, B>, T, B>;
+
+/// What the backward of a [`Bert`] needs.
+pub struct BertSaved<S: Stream, T: Element, B: Backend> {
+    rows: Vec<u32>,
+    positions: Vec<u32>,
+    types: Vec<u32>,
+    norm: <Normalize<S, T, B> as Layer<T, B>>::Saved,
+    blocks: Vec<<Block<S, T, B> as Layer<T, B>>::Saved>,
+}
+
+impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
+    /// Reads this rank's part of a checkpoint, whose names may begin with `bert.`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape, or there are fewer heads, features or words than ranks.
+    pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &BertConfig) -> Result<Self> {
+        let weights = Weights::new(source);
+        let bare = source.contains("embeddings.word_embeddings.weight");
+        let weights = if bare { weights } else { weights.at("bert") };
+        let (embeddings, hidden) = (weights.at("embeddings"), config.block.attention.hidden);
+        let table = |name: &str, rows| PositionEmbedding::load(group, &embeddings.at(name), rows, hidden);
+        let words = embeddings.at("word_embeddings");
+        let layers = weights.at("encoder").at("layer");
+        let block = |layer: usize| Block::load(group, &layers.at(&layer.to_string()), &config.block);
+        Ok(Self {
+            words: VocabParallelEmbedding::load(group, &words, config.vocabulary, hidden)?,
+            positions: table("position_embeddings", config.positions)?,
+            types: table("token_type_embeddings", config.types)?,
+            norm: Normalize::load(group, &embeddings.at("LayerNorm"), config.block.norm, hidden)?,
+            blocks: (0..config.layers).map(block).collect::<Result<_>>()?,
+            group: group.clone(),
+            config: config.clone(),
+        })
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &BertConfig {
+        &self.config
+    }
+
+    /// The hidden states of tokens that make up these sequences, and what the backward needs. `types` has one type a
+    /// token; all are of type 0 if not given.
+    ///
+    /// # Errors
+    /// When an id, a type or a position is beyond its table, sizes disagree, or a collective fails.
+    pub fn forward(
+        &self,
+        ids: &[u32],
+        types: Option<&[u32]>,
+        sequences: Sequences,
+    ) -> Result<(DTensor<S, T, B>, BertSaved<S, T, B>)> {
+        if let Some(types) = types {
+            same_size("bert", "the number of token types", types.len(), "that of ids", ids.len())?;
+        }
+        if let Some(rows) = sequences.iter().find(|rows| rows.len() > self.config.positions) {
+            let (len, positions) = (rows.len(), self.config.positions);
+            return Err(Error::sizes(
+                "bert",
+                "the length of a sequence",
+                len,
+                "the learned positions",
+                positions,
+            ));
+        }
+        let (x, rows) = self.words.forward(ids, sequences)?;
+        let (x, positions) = self.positions.forward(&x)?;
+        let type_of = |at: usize| types.map_or(0, |types| types[at]);
+        let (x, types) = self.types.add_rows(&x, (0..ids.len()).map(type_of))?;
+        let (x, norm) = self.norm.forward(&x)?;
+        let (x, blocks) = self.blocks.forward(&x)?;
+        Ok((x, BertSaved { rows, positions, types, norm, blocks }))
+    }
+
+    /// Adds to the gradients of all parameters, from the gradient of the hidden states.
+    ///
+    /// # Errors
+    /// When sizes disagree, or a collective fails.
+    pub fn backward(&mut self, saved: BertSaved<S, T, B>, dy: &DTensor<S, T, B>) -> Result<()> {
+        let dx = self.blocks.backward(saved.blocks, dy)?;
+        let dx = self.norm.backward(saved.norm, &dx)?;
+        let dx = self.types.backward(saved.types, &dx)?;
+        let dx = self.positions.backward(saved.positions, &dx)?;
+        self.words.backward(&saved.rows, &dx)
+    }
+
+    /// Calls `f` on every parameter, in the same order on every rank.
+    ///
+    /// # Errors
+    /// The first of `f`.
+    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        self.words.visit(f)?;
+        self.positions.visit(f)?;
+        self.types.visit(f)?;
+        self.norm.visit(f)?;
+        self.blocks.visit(f)
+    }
+
+    /// Writes the model to a folder as transformers would, without a pooler: see [`super::Decoder::save`].
+    ///
+    /// # Errors
+    /// When a file cannot be written, or a collective fails.
+    pub fn save(&mut self, folder: impl AsRef<Path>) -> Result<()> {
+        let (group, json) = (self.group.clone(), self.config.json.clone());
+        save(&group, |f| self.visit(f), folder.as_ref(), &json, |_| false)
+    }
+}

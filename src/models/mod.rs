@@ -1,0 +1,38 @@
+//! Whole models, from Hugging Face's checkpoints and back: layers put together as a `config.json` says. Used by whoever
+//! runs or trains a model; uses the layers and the checkpoints.
+//!
+//! | `model_type` | model |
+//! |---|---|
+//! | `llama`, `mistral`, `qwen2`, `qwen3`, `gpt2` | [`Decoder`] |
+//! | `bert` | [`Bert`] |
+//!
+//! ```no_run
+//! use shardwise::{launch, models::{Decoder, ModelConfig}, parallel::Sampler, shard::Replicated, weights::Checkpoint};
+//!
+//! let ModelConfig::Decoder(config) = ModelConfig::read("a/folder")? else { panic!("not a language model") };
+//! let checkpoint = Checkpoint::open("a/folder")?;
+//! let texts = launch::threads(2, |world| {
+//!     let model = Decoder::<Replicated, f32, _>::load(&world, &checkpoint, &config)?;
+//!     let (mut cache, sampler) = (model.cache(1, 100)?, Sampler::greedy());
+//!     let mut tokens = vec![1, 403, 407];
+//!     let mut logits = model.step(&tokens, &[0], &[3], &mut cache)?;
+//!     for _ in 0..10 {
+//!         let next = sampler.sample(&logits, &[tokens.len() as u64])?[0];
+//!         tokens.push(next);
+//!         logits = model.step(&[next], &[0], &[1], &mut cache)?;
+//!     }
+//!     Ok(tokens)
+//! })?;
+//! assert_eq!(texts[0], texts[1]);
+//! # Ok::<(), shardwise::Error>(())
+//! ```
+
+mod bert;
+mod config;
+mod decoder;
+mod save;
+
+pub use bert::{Bert, BertSaved};
+pub use config::{BertConfig, DecoderConfig, DecoderNames, ModelConfig};
+pub use decoder::{Decoder, DecoderSaved};
+pub use save::save;

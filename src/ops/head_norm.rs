@@ -1,0 +1,60 @@
+//! RMSNorm of each head of a fused projection, with one γ for all heads.
+
+use crate::{
+    device::Element,
+    error::Result,
+    kernels::{Backend, NormKind},
+    tensor::Tensor,
+};
+use std::ops::Range;
+
+/// y ← the heads in some columns of x, each normalized over its features; the other columns of y stay. Gives what the
+/// backward needs: `[heads · rows, 2]`.
+///
+/// `x`, `y`: `[rows, features]`; `gamma`: `[head_dim]`.
+///
+/// # Errors
+/// When sizes disagree.
+pub fn normalize_heads<T: Element, B: Backend>(
+    kind: NormKind,
+    x: &Tensor<T, B>,
+    gamma: &Tensor<T, B>,
+    columns: Range<usize>,
+    y: &mut Tensor<T, B>,
+) -> Result<Tensor<T::Acc, B>> {
+    let (device, rows, dim) = (x.device(), x.shape().rows(), gamma.len());
+    let mut stats = Tensor::empty(device, [columns.len() / dim * rows, 2])?;
+    for (head, first) in columns.step_by(dim).enumerate() {
+        let columns = first..first + dim;
+        let stats = B::narrow_mut(stats.slice_mut()?, head * rows * 2..(head + 1) * rows * 2);
+        let (x, y) = (x.mat().columns(columns.clone()), y.mat_mut()?.columns(columns));
+        device.normalize::<T>(kind, x, gamma.slice(), None, y, stats)?;
+    }
+    Ok(stats)
+}
+
+/// dx ← the gradient of the heads in some columns; the other columns of dx stay. Gives dγ, the sum over heads and rows.
+///
+/// # Errors
+/// When sizes disagree.
+pub fn normalize_heads_backward<T: Element, B: Backend>(
+    kind: NormKind,
+    (x, stats): (&Tensor<T, B>, &Tensor<T::Acc, B>),
+    gamma: &Tensor<T, B>,
+    columns: Range<usize>,
+    dy: &Tensor<T, B>,
+    dx: &mut Tensor<T, B>,
+) -> Result<Tensor<T::Acc, B>> {
+    let (device, rows, dim) = (x.device(), x.shape().rows(), gamma.len());
+    let mut sum = Tensor::<T::Acc, B>::zeros(device, [dim])?;
+    let mut dgamma = Tensor::<T::Acc, B>::empty(device, [dim])?;
+    for (head, first) in columns.step_by(dim).enumerate() {
+        let columns = first..first + dim;
+        let stats = B::narrow(stats.slice(), head * rows * 2..(head + 1) * rows * 2);
+        let (x, dy) = (x.mat().columns(columns.clone()), dy.mat().columns(columns.clone()));
+        let to = dx.mat_mut()?.columns(columns);
+        device.normalize_backward::<T>(kind, x, gamma.slice(), stats, dy, to, dgamma.slice_mut()?, None)?;
+        device.accumulate(dgamma.mat(), sum.mat_mut()?)?;
+    }
+    Ok(sum)
+}

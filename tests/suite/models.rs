@@ -1,0 +1,385 @@
+//! Whole models against transformers: small random checkpoints and what PyTorch makes of them, from
+//! `scripts/make_hf_references.py`.
+
+use crate::support::{close, ranks};
+use ndarray::Array2;
+use serde_json::Value;
+use shardwise::{
+    Error, Result, Tensor,
+    comm::Group,
+    device::{AnyMut, Cpu, Element},
+    kernels::RopePairs,
+    models::{Bert, Decoder, DecoderConfig, ModelConfig},
+    ops::{RopeConfig, RopeScaling},
+    parallel::{Sampler, Stream, VocabParallelCrossEntropy},
+    shard::{Replicated, Sequences, Shard},
+    tensor::{Region, Role, WeightSource},
+    weights::Checkpoint,
+};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+const DECODERS: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "gpt2"];
+const WORLDS: [usize; 6] = [1, 2, 3, 4, 5, 8];
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+fn decoder(name: &str) -> (Checkpoint, DecoderConfig) {
+    let ModelConfig::Decoder(config) = ModelConfig::read(folder(name)).unwrap() else { panic!("{name}") };
+    (Checkpoint::open(folder(name)).unwrap(), config)
+}
+
+/// What transformers made of the model.
+struct Reference {
+    prompts: Vec<Vec<u32>>,
+    greedy: Vec<Vec<u32>>,
+    outputs: Vec<Array2<f64>>,
+}
+
+fn reference(name: &str, output: &str) -> Reference {
+    let text = fs::read_to_string(folder(name).join("reference.json")).unwrap();
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let lists = |key: &str| -> Vec<Vec<u32>> { serde_json::from_value(json[key].clone()).unwrap() };
+    let file = Checkpoint::open(folder(name).join("reference.safetensors")).unwrap();
+    let read = |at: usize| {
+        let name = format!("{output}.{at}");
+        let &[rows, cols] = file.shape(&name).unwrap() else { panic!("{name}") };
+        let mut all = vec![0.0; rows * cols];
+        let whole = Region::whole([rows, cols]);
+        file.read(&name, Role::Weight, &whole, AnyMut::F64(all.as_mut_slice())).unwrap();
+        Array2::from_shape_vec((rows, cols), all).unwrap()
+    };
+    let prompts = lists("prompts");
+    let outputs = (0..prompts.len()).map(read).collect();
+    Reference { prompts, greedy: lists("greedy"), outputs }
+}
+
+impl Reference {
+    /// All prompts one after the other.
+    fn packed(&self) -> (Vec<u32>, Sequences, Array2<f64>) {
+        let views: Vec<_> = self.outputs.iter().map(|rows| rows.view()).collect();
+        let outputs = ndarray::concatenate(ndarray::Axis(0), &views).unwrap();
+        (self.prompts.concat(), Sequences::packed(self.prompts.iter().map(Vec::len)), outputs)
+    }
+}
+
+/// The logits that all ranks together have, from their parts.
+fn together<T: Element>(parts: Vec<(usize, Vec<T>)>) -> Array2<f64> {
+    let rows = parts[0].1.len() / parts[0].0;
+    let part = |(cols, values): &(usize, Vec<T>)| {
+        Array2::from_shape_vec((rows, *cols), values.iter().map(|value| value.to_f64()).collect()).unwrap()
+    };
+    let parts: Vec<_> = parts.iter().map(part).collect();
+    ndarray::concatenate(ndarray::Axis(1), &parts.iter().map(|part| part.view()).collect::<Vec<_>>()).unwrap()
+}
+
+fn logits<S: Stream, T: Element>(name: &str, world: usize) -> Array2<f64> {
+    let ((checkpoint, config), reference) = (decoder(name), reference(name, "logits"));
+    let parts = ranks(world).run(|group| {
+        let model = Decoder::<S, T, Cpu>::load(&group, &checkpoint, &config)?;
+        let (ids, sequences, _) = reference.packed();
+        let (logits, _) = model.forward(&ids, sequences)?;
+        assert_eq!(logits.shape().dims(), [ids.len(), 591]);
+        Ok((logits.local().shape().cols(), logits.local().to_vec()?))
+    });
+    together(parts.unwrap())
+}
+
+#[test]
+fn decoders_have_the_logits_of_transformers() {
+    for name in DECODERS {
+        let (.., want) = reference(name, "logits").packed();
+        for world in WORLDS {
+            close(name, &logits::<Replicated, f32>(name, world).into_dyn(), &want, 1e-5);
+        }
+        close(name, &logits::<Shard<0>, f32>(name, 3).into_dyn(), &want, 1e-5);
+        let exact = logits::<Replicated, f64>(name, 1);
+        for world in [3, 8] {
+            close(name, &logits::<Shard<0>, f64>(name, world).into_dyn(), &exact, 1e-12);
+        }
+        close(name, &logits::<Replicated, half::bf16>(name, 2).into_dyn(), &want, 0.1);
+    }
+}
+
+/// Decodes all prompts at once, which have different lengths, each in a slot; the prompts come in chunks.
+fn greedy<T: Element>(group: &Group<Cpu>, name: &str, chunk: usize) -> Result<Vec<Vec<u32>>> {
+    let ((checkpoint, config), reference) = (decoder(name), reference(name, "logits"));
+    let model = Decoder::<Replicated, T, Cpu>::load(group, &checkpoint, &config)?;
+    let slots: Vec<usize> = (0..reference.prompts.len()).rev().collect();
+    let mut cache = model.cache(slots.len(), 16)?;
+    let mut next = vec![0; slots.len()];
+    let sampler = Sampler::greedy();
+    for (sequence, prompt) in reference.prompts.iter().enumerate() {
+        for ids in prompt.chunks(chunk) {
+            let logits = model.step(ids, &[slots[sequence]], &[ids.len()], &mut cache)?;
+            next[sequence] = sampler.sample(&logits, &[0])?[0];
+        }
+    }
+    let mut texts: Vec<Vec<u32>> = next.iter().map(|&token| vec![token]).collect();
+    for _ in 1..reference.greedy[0].len() {
+        let logits = model.step(&next, &slots, &vec![1; slots.len()], &mut cache)?;
+        next = sampler.sample(&logits, &vec![0; slots.len()])?;
+        texts.iter_mut().zip(&next).for_each(|(text, &token)| text.push(token));
+    }
+    Ok(texts)
+}
+
+#[test]
+fn decoders_write_the_tokens_of_transformers() {
+    for name in DECODERS {
+        let want = reference(name, "logits").greedy;
+        for world in WORLDS {
+            let chunk = [100, 3][world % 2];
+            let texts = ranks(world).run(|group| greedy::<f32>(&group, name, chunk)).unwrap();
+            assert!(texts.iter().all(|text| *text == want), "{name} on {world} ranks");
+        }
+    }
+}
+
+/// Token by token, in chunks, or all at once: the same logits, on f64 to rounding. Then the cache is cut back and copied,
+/// and goes on as if it had never held more.
+#[test]
+fn the_cache_changes_nothing() {
+    for name in DECODERS {
+        let ((checkpoint, config), reference) = (decoder(name), reference(name, "logits"));
+        let whole = logits::<Replicated, f64>(name, 1);
+        let prompt = &reference.prompts[0];
+        for world in [1, 4] {
+            let parts = ranks(world).run(|group| {
+                let model = Decoder::<Replicated, f64, Cpu>::load(&group, &checkpoint, &config)?;
+                let mut cache = model.cache(3, prompt.len())?;
+                let mut all = Vec::new();
+                let mut step = |cache: &mut _, slot: usize, ids: &[u32]| {
+                    let logits = model.step(ids, &[slot], &[ids.len()], cache)?;
+                    all.push((logits.local().shape().cols(), logits.local().to_vec()?));
+                    Ok::<_, Error>(())
+                };
+                for token in prompt {
+                    step(&mut cache, 1, &[*token])?;
+                }
+                // The prefix of slot 1 in slot 2, and in slot 1 itself.
+                cache.copy_prefix(1, 2, 4)?;
+                step(&mut cache, 2, &prompt[4..])?;
+                cache.truncate(1, 2)?;
+                step(&mut cache, 1, &prompt[2..5])?;
+                step(&mut cache, 1, &prompt[5..])?;
+                assert_eq!((cache.len(0), cache.len(1), cache.len(2)), (0, 7, 7));
+                let full = model.step(&[5], &[1], &[1], &mut cache).unwrap_err();
+                assert_eq!(full.to_string(), "kv cache: the end of slot 1 is 8, but the capacity is 7");
+                assert_eq!(cache.len(1), 7);
+                assert!(cache.truncate(0, 1).is_err() && cache.copy_prefix(0, 1, 1).is_err());
+                assert!(cache.truncate(3, 0).is_err() && cache.step(&[0, 0], &[1, 1]).is_err());
+                Ok(all)
+            });
+            let parts = parts.unwrap();
+            let rows = [0, 1, 2, 3, 4, 5, 6, 6, 4, 6];
+            for (step, row) in rows.into_iter().enumerate() {
+                let got = together(parts.iter().map(|rank| rank[step].clone()).collect());
+                let want = whole.row(row).to_owned().insert_axis(ndarray::Axis(0));
+                close(&format!("{name} on {world}, step {step}"), &got.into_dyn(), &want, 1e-12);
+            }
+        }
+    }
+}
+
+#[test]
+fn bert_has_the_hidden_states_of_transformers() {
+    let ModelConfig::Bert(config) = ModelConfig::read(folder("bert")).unwrap() else { panic!("bert") };
+    let (checkpoint, reference) = (Checkpoint::open(folder("bert")).unwrap(), reference("bert", "hidden"));
+    let (ids, sequences, want) = reference.packed();
+    for world in WORLDS {
+        let hidden = ranks(world).run(|group| {
+            let model = Bert::<Replicated, f32, Cpu>::load(&group, &checkpoint, &config)?;
+            let (hidden, _) = model.forward(&ids, None, sequences.clone())?;
+            hidden.local().to_array()
+        });
+        for hidden in hidden.unwrap() {
+            close("bert", &hidden.mapv(f64::from), &want, 1e-5);
+        }
+    }
+    // As a padded batch.
+    let width = 9;
+    let lengths: Vec<usize> = reference.prompts.iter().map(Vec::len).collect();
+    let padded: Vec<u32> = reference
+        .prompts
+        .iter()
+        .flat_map(|prompt| prompt.iter().copied().chain(std::iter::repeat(0)).take(width))
+        .collect();
+    let hidden = ranks(2).run(|group| {
+        let model = Bert::<Shard<0>, f32, Cpu>::load(&group, &checkpoint, &config)?;
+        let types = vec![0; padded.len()];
+        let (hidden, _) = model.forward(&padded, Some(&types), Sequences::padded(&lengths, width)?)?;
+        hidden.all_gather()?.local().to_array()
+    });
+    let hidden = hidden.unwrap()[0].mapv(f64::from).into_dimensionality::<ndarray::Ix2>().unwrap();
+    for (at, want) in reference.outputs.iter().enumerate() {
+        let rows = hidden.slice(ndarray::s![at * width..at * width + lengths[at], ..]).to_owned();
+        close("padded bert", &rows.into_dyn(), want, 1e-5);
+    }
+}
+
+/// The direction in which a tensor moves: a function of the element's index in the whole.
+fn direction(region: &Region) -> impl Iterator<Item = f64> {
+    region.runs().into_iter().flatten().map(|at| ((at * 31 % 17) as f64 - 8.0) / 8.0)
+}
+
+/// Σ gradient · direction of every tensor, over what this rank owns.
+fn slopes<S: Stream>(group: &Group<Cpu>, name: &str, targets: &[u32]) -> Result<(f64, Vec<(String, f64)>)> {
+    let ((checkpoint, config), reference) = (decoder(name), reference(name, "logits"));
+    let (ids, sequences, _) = reference.packed();
+    let mut model = Decoder::<S, f64, Cpu>::load(group, &checkpoint, &config)?;
+    let (logits, saved) = model.forward(&ids, sequences)?;
+    let entropy = VocabParallelCrossEntropy::default();
+    let (losses, kept) = entropy.forward(&logits, targets)?;
+    model.backward(saved, &entropy.backward(&kept, 1.0)?)?;
+    let mut own = Vec::new();
+    model.visit(&mut |param| {
+        let (shape, grad) = (param.value().shape(), param.grad().unwrap().to_vec()?);
+        let width = shape.split_at(0).1;
+        for piece in param.pieces().iter().filter(|piece| piece.owned) {
+            let grad = &grad[piece.row * width..];
+            own.push((piece.tensor.clone(), direction(&piece.region).zip(grad).map(|(a, b)| a * b).sum()));
+        }
+        Ok(())
+    })?;
+    Ok((losses.sum()?, own))
+}
+
+/// Moves one tensor of a model along its direction.
+fn shift(model: &mut Decoder<Replicated, f64, Cpu>, tensor: &str, step: f64) -> Result<()> {
+    model.visit(&mut |param| {
+        let (shape, mut values) = (param.value().shape(), param.value().to_vec()?);
+        let width = shape.split_at(0).1;
+        for piece in param.pieces().iter().filter(|piece| piece.tensor == tensor) {
+            for (value, along) in values[piece.row * width..].iter_mut().zip(direction(&piece.region)) {
+                *value += step * along;
+            }
+        }
+        *param.value_mut() = Tensor::from_slice(param.value().device(), shape, &values)?;
+        Ok(())
+    })
+}
+
+/// What a model computes on one device is differentiated numerically along a direction for each tensor; the sharded
+/// gradients have those slopes, with either stream.
+#[test]
+fn gradients_of_models_are_those_of_their_losses() {
+    for (name, world) in [("llama", 5), ("qwen3", 4), ("gpt2", 3), ("qwen2", 2)] {
+        let (ids, sequences, _) = reference(name, "logits").packed();
+        let targets: Vec<u32> = ids.iter().map(|id| (id * 7 + 1) % 591).collect();
+        let all = |outcomes: Vec<(f64, Vec<(String, f64)>)>| {
+            let mut total = BTreeMap::<String, f64>::new();
+            for (tensor, slope) in outcomes.into_iter().flat_map(|(_, slopes)| slopes) {
+                *total.entry(tensor).or_default() += slope;
+            }
+            total
+        };
+        let total = all(ranks(world).run(|group| slopes::<Replicated>(&group, name, &targets)).unwrap());
+        let parallel = all(ranks(world).run(|group| slopes::<Shard<0>>(&group, name, &targets)).unwrap());
+        let (checkpoint, config) = decoder(name);
+        let solo = Group::solo(&Cpu::new());
+        let mut model = Decoder::<Replicated, f64, Cpu>::load(&solo, &checkpoint, &config).unwrap();
+        assert_eq!(total.len(), checkpoint.names().len(), "every tensor has a gradient");
+        for (tensor, slope) in &total {
+            let mut at = |step: f64| {
+                shift(&mut model, tensor, step).unwrap();
+                let (logits, _) = model.forward(&ids, sequences.clone()).unwrap();
+                let (losses, _) = VocabParallelCrossEntropy::default().forward(&logits, &targets).unwrap();
+                shift(&mut model, tensor, -step).unwrap();
+                losses.sum().unwrap()
+            };
+            const STEP: f64 = 1e-4;
+            let numeric = (8.0 * (at(STEP) - at(-STEP)) - (at(2.0 * STEP) - at(-2.0 * STEP))) / (12.0 * STEP);
+            for slope in [slope, &parallel[tensor]] {
+                let error = (numeric - slope).abs() / slope.abs().max(1.0);
+                assert!(error < 1e-6, "{name} on {world}, {tensor}: {slope} where {numeric} is measured");
+            }
+        }
+    }
+}
+
+/// Read over a ranks, written, read over b ranks: the same files, bit for bit.
+#[test]
+fn saved_models_are_what_was_read() {
+    for name in DECODERS {
+        let (checkpoint, config) = decoder(name);
+        for (first, second) in [(3, 5), (8, 1)] {
+            let folder = tempfile::tempdir().unwrap();
+            let resave = |from: &Checkpoint, world, to: &str| {
+                let to = folder.path().join(to);
+                let saved = ranks(world)
+                    .run(|group| Decoder::<Replicated, f32, Cpu>::load(&group, from, &config)?.save(&to));
+                saved.unwrap();
+                let ModelConfig::Decoder(again) = ModelConfig::read(&to).unwrap() else { panic!("{name}") };
+                assert_eq!(again, config);
+                Checkpoint::open(&to).unwrap()
+            };
+            let again = resave(&resave(&checkpoint, first, "first"), second, "second");
+            assert!(again.names().eq(checkpoint.names()), "{name}: {:?}", again.names().collect::<Vec<_>>());
+            for tensor in checkpoint.names() {
+                let read = |from: &Checkpoint| {
+                    let shape = from.shape(tensor).unwrap();
+                    let mut all = vec![0.0_f32; shape.iter().product()];
+                    let whole = Region::whole(shape);
+                    from.read(tensor, Role::Weight, &whole, AnyMut::F32(all.as_mut_slice())).unwrap();
+                    (shape.to_vec(), all.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+                };
+                assert_eq!(read(&again), read(&checkpoint), "{tensor} of {name}");
+            }
+        }
+    }
+}
+
+/// A rank reads its part of each sharded tensor and no more than the gaps of a page between rows.
+#[test]
+fn ranks_read_their_own_bytes() {
+    let (checkpoint, config) = decoder("llama");
+    Decoder::<Replicated, f32, Cpu>::load(&Group::solo(&Cpu::new()), &checkpoint, &config).unwrap();
+    let whole = checkpoint.bytes_read();
+    let stored: usize =
+        checkpoint.names().map(|name| checkpoint.shape(name).unwrap().iter().product::<usize>() * 4).sum();
+    assert_eq!(whole, stored as u64);
+}
+
+/// Every kind of scaling, by the frequencies that transformers computes in f32.
+#[test]
+fn rope_has_the_frequencies_of_transformers() {
+    let cases: Vec<Value> = serde_json::from_str(&fs::read_to_string(folder("rope.json")).unwrap()).unwrap();
+    assert!(cases.len() >= 18);
+    for case in cases {
+        let mut json = case["config"].clone();
+        for (key, value) in [("num_hidden_layers", 1), ("intermediate_size", 4), ("vocab_size", 7)] {
+            json[key] = value.into();
+        }
+        let ModelConfig::Decoder(config) = ModelConfig::parse(&json.to_string()).unwrap() else { panic!() };
+        let rope = config.block.attention.rope.unwrap();
+        let got = rope.frequencies(case["length"].as_u64().unwrap() as usize);
+        let want: Vec<f64> = serde_json::from_value(case["frequencies"].clone()).unwrap();
+        assert_eq!(got.len(), want.len(), "{json}");
+        for (got, want) in got.iter().zip(&want) {
+            assert!((got - want).abs() <= 2e-6 * want, "{json}: {got} where {want} is expected");
+        }
+        let magnitude = match rope.scaling {
+            RopeScaling::Yarn { magnitude, .. } => magnitude,
+            _ => 1.0,
+        };
+        assert!((magnitude - case["factor"].as_f64().unwrap()).abs() < 1e-12, "{json}");
+    }
+    // The keys of configurations before `rope_parameters`.
+    let old = r#"{"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1,
+        "intermediate_size": 4, "vocab_size": 7, "max_position_embeddings": 64, "rope_theta": 500.0,
+        "rope_scaling": {"type": "linear", "factor": 4.0}}"#;
+    let ModelConfig::Decoder(config) = ModelConfig::parse(old).unwrap() else { panic!() };
+    let want = RopeConfig {
+        dim: 4,
+        base: 500.0,
+        pairs: RopePairs::Halves,
+        scaling: RopeScaling::Linear { factor: 4.0 },
+    };
+    assert_eq!(config.block.attention.rope, Some(want));
+}
