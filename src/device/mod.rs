@@ -10,8 +10,8 @@ mod element;
 
 pub(crate) use any::each_dtype;
 pub use any::{AnyBuffer, AnyMut, AnyRef};
-pub(crate) use cpu::vectorized;
 pub use cpu::{Cpu, CpuBuffer, MemoryUse};
+pub(crate) use cpu::{Kernel, vectorized};
 pub use element::{Accumulator, DType, Element};
 
 use crate::error::Result;

@@ -153,7 +153,14 @@ impl Reference {
         let (heads, head_dim) = (CONFIG.heads, CONFIG.hidden / CONFIG.heads);
         let scale = 1.0 / (head_dim as f64).sqrt();
         reference::BlockWeights {
-            spec: reference::AttentionSpec { heads, kv_heads: heads, head_dim, causal: true, scale },
+            spec: reference::AttentionSpec {
+                heads,
+                kv_heads: heads,
+                head_dim,
+                causal: true,
+                window: None,
+                scale,
+            },
             attention: reference::AttentionWeights {
                 q: matrix("attention.q"),
                 q_bias: bias("attention.q"),

@@ -5,12 +5,12 @@
 /// The bits of the result do not depend on the processor: additions and multiplications are never contracted or
 /// reordered by this. `f` and what it calls must be `#[inline]` for the wider instructions to reach it.
 #[inline(always)]
-pub(crate) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn vectorized<K: Kernel>(f: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") {
         #[target_feature(enable = "avx2,f16c")]
-        fn with_avx2<R>(f: impl FnOnce() -> R) -> R {
-            f()
+        fn with_avx2<K: Kernel>(f: K) -> K::Output {
+            f.compute()
         }
         if std::arch::is_x86_feature_detected!("f16c") {
             // SAFETY: the processor has AVX2 and F16C, the features that `with_avx2` enables: both were just detected.
@@ -18,5 +18,22 @@ pub(crate) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
             return unsafe { with_avx2(f) };
         }
     }
-    f()
+    f.compute()
+}
+
+/// What [`vectorized`] runs: a closure, or where a body is so large that the compiler would call a closure rather than
+/// compile it in, a type whose `compute` is `#[inline(always)]`.
+pub(crate) trait Kernel {
+    type Output;
+
+    fn compute(self) -> Self::Output;
+}
+
+impl<R, F: FnOnce() -> R> Kernel for F {
+    type Output = R;
+
+    #[inline(always)]
+    fn compute(self) -> R {
+        self()
+    }
 }

@@ -4,7 +4,7 @@
 //! which of them are computed together. So a product gives the same bits however its rows and columns are split.
 
 use crate::{
-    device::{Accumulator, Element, vectorized},
+    device::{Accumulator, Element, Kernel, vectorized},
     kernels::view::Dims,
 };
 
@@ -14,7 +14,7 @@ pub(in crate::kernels) const FEW: usize = 8;
 /// Partial sums of a dot product, as in `lanes`.
 const LANES: usize = 16;
 
-/// Rows of Bᵀ that are read side by side.
+/// Rows of B that are added at a time.
 const STREAMS: usize = 4;
 
 /// Columns of C whose sums are kept in cache while rows of B go by.
@@ -45,9 +45,9 @@ pub(in crate::kernels) fn fits(a: Dims, b: Dims) -> bool {
 /// C ← α A B + β C for dimensions that [`fits`]. `sums` has room for a block of sums of every row, for a row-major B:
 /// [`room`] elements.
 pub(in crate::kernels) fn multiply<A, B, C>(
-    (ad, a): (Dims, &[A]),
-    (bd, b): (Dims, &[B]),
-    (cd, c): (Dims, &mut [C]),
+    a: (Dims, &[A]),
+    b: (Dims, &[B]),
+    c: (Dims, &mut [C]),
     scale: Scale<A::Acc>,
     sums: &mut [A::Acc],
 ) where
@@ -55,57 +55,82 @@ pub(in crate::kernels) fn multiply<A, B, C>(
     B: Element<Acc = A::Acc>,
     C: Element<Acc = A::Acc>,
 {
-    let a_row = |row: usize| if ad.cols == 0 { &a[..0] } else { &a[row * ad.row_stride..][..ad.cols] };
-    if by_dots(bd) {
-        let b_col = |col: usize| if bd.rows == 0 { &b[..0] } else { &b[col * bd.col_stride..][..bd.rows] };
-        vectorized(|| {
-            for first in (0..cd.cols).step_by(STREAMS) {
-                let at = |row: usize, col: usize| row * cd.row_stride + col * cd.col_stride;
-                if first + STREAMS <= cd.cols {
-                    let columns = std::array::from_fn::<_, STREAMS, _>(|col| b_col(first + col));
-                    for row in 0..cd.rows {
-                        for (col, sum) in dots(a_row(row), columns).into_iter().enumerate() {
-                            scale.store(&mut c[at(row, first + col)], sum);
-                        }
-                    }
-                } else {
-                    for col in first..cd.cols {
-                        for row in 0..cd.rows {
-                            let [sum] = dots(a_row(row), [b_col(col)]);
-                            scale.store(&mut c[at(row, col)], sum);
-                        }
-                    }
-                }
-            }
-        });
+    if by_dots(b.0) {
+        vectorized(Dots { a, b, c, scale });
     } else {
+        vectorized(Rows { a, b, c, scale, sums });
+    }
+}
+
+/// Elements of C as dot products of rows of A and columns of B.
+struct Dots<'a, A: Element, B, C> {
+    a: (Dims, &'a [A]),
+    b: (Dims, &'a [B]),
+    c: (Dims, &'a mut [C]),
+    scale: Scale<A::Acc>,
+}
+
+impl<A: Element, B: Element<Acc = A::Acc>, C: Element<Acc = A::Acc>> Kernel for Dots<'_, A, B, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn compute(self) {
+        let Self { a: (ad, a), b: (bd, b), c: (cd, c), scale } = self;
+        let b_col = |col: usize| if bd.rows == 0 { &b[..0] } else { &b[col * bd.col_stride..][..bd.rows] };
+        let at = |row: usize, col: usize| row * cd.row_stride + col * cd.col_stride;
+        for col in 0..cd.cols {
+            for row in 0..cd.rows {
+                scale.store(&mut c[at(row, col)], dot(a_row(ad, a, row), b_col(col)));
+            }
+        }
+    }
+}
+
+/// Rows of C as sums of rows of B.
+struct Rows<'a, A: Element, B, C> {
+    a: (Dims, &'a [A]),
+    b: (Dims, &'a [B]),
+    c: (Dims, &'a mut [C]),
+    scale: Scale<A::Acc>,
+    sums: &'a mut [A::Acc],
+}
+
+impl<A: Element, B: Element<Acc = A::Acc>, C: Element<Acc = A::Acc>> Kernel for Rows<'_, A, B, C> {
+    type Output = ();
+
+    #[inline(always)]
+    fn compute(self) {
+        let Self { a: (ad, a), b: (bd, b), c: (cd, c), scale, sums } = self;
         for first in (0..cd.cols).step_by(BLOCK) {
             let cols = BLOCK.min(cd.cols - first);
             let sums = &mut sums[..cd.rows * cols];
-            vectorized(|| {
-                sums.fill(A::Acc::ZERO);
-                let b_row = |row: usize| &b[row * bd.row_stride + first..][..cols];
-                let whole = bd.rows / STREAMS * STREAMS;
-                for depth in (0..whole).step_by(STREAMS) {
-                    let rows = std::array::from_fn::<_, STREAMS, _>(|row| b_row(depth + row));
-                    for (row, sums) in sums.chunks_exact_mut(cols).enumerate() {
-                        let a = &a_row(row)[depth..depth + STREAMS];
-                        add_rows(sums, std::array::from_fn(|at| a[at].widen()), rows);
-                    }
+            sums.fill(A::Acc::ZERO);
+            let b_row = |row: usize| &b[row * bd.row_stride + first..][..cols];
+            let whole = bd.rows / STREAMS * STREAMS;
+            for depth in (0..whole).step_by(STREAMS) {
+                let rows = [b_row(depth), b_row(depth + 1), b_row(depth + 2), b_row(depth + 3)];
+                for (row, sums) in sums.chunks_exact_mut(cols).enumerate() {
+                    let a = &a_row(ad, a, row)[depth..depth + STREAMS];
+                    add_rows(sums, [a[0].widen(), a[1].widen(), a[2].widen(), a[3].widen()], rows);
                 }
-                for depth in whole..bd.rows {
-                    for (row, sums) in sums.chunks_exact_mut(cols).enumerate() {
-                        add_rows(sums, [a_row(row)[depth].widen()], [b_row(depth)]);
-                    }
+            }
+            for depth in whole..bd.rows {
+                for (row, sums) in sums.chunks_exact_mut(cols).enumerate() {
+                    add_rows(sums, [a_row(ad, a, row)[depth].widen()], [b_row(depth)]);
                 }
-                for (row, sums) in sums.chunks_exact(cols).enumerate() {
-                    for (col, sum) in sums.iter().enumerate() {
-                        scale.store(&mut c[row * cd.row_stride + (first + col) * cd.col_stride], *sum);
-                    }
+            }
+            for (row, sums) in sums.chunks_exact(cols).enumerate() {
+                for (col, sum) in sums.iter().enumerate() {
+                    scale.store(&mut c[row * cd.row_stride + (first + col) * cd.col_stride], *sum);
                 }
-            });
+            }
         }
     }
+}
+
+#[inline(always)]
+fn a_row<A>(dims: Dims, a: &[A], row: usize) -> &[A] {
+    if dims.cols == 0 { &a[..0] } else { &a[row * dims.row_stride..][..dims.cols] }
 }
 
 /// The elements of `sums` that [`multiply`] needs.
@@ -118,33 +143,29 @@ fn by_dots(b: Dims) -> bool {
     b.row_stride == 1 || b.rows <= 1
 }
 
-/// The dot products of one vector with several: element i goes to lane i mod 16, then the lanes are summed pairwise.
+/// Σ aᵢ bᵢ: element i goes to lane i mod 16, then the lanes are summed pairwise.
 #[inline(always)]
-fn dots<A: Element, B: Element<Acc = A::Acc>, const N: usize>(a: &[A], b: [&[B]; N]) -> [A::Acc; N] {
-    let mut sums = [[A::Acc::ZERO; LANES]; N];
+fn dot<A: Element, B: Element<Acc = A::Acc>>(a: &[A], b: &[B]) -> A::Acc {
+    let mut lanes = [A::Acc::ZERO; LANES];
     let whole = a.len() / LANES * LANES;
     for at in (0..whole).step_by(LANES) {
-        let a = a[at..].first_chunk::<LANES>().expect("there are as many lanes left");
-        for (sums, b) in sums.iter_mut().zip(b) {
-            let b = b[at..].first_chunk::<LANES>().expect("the vectors are equally long");
-            for lane in 0..LANES {
-                sums[lane] += a[lane].widen() * b[lane].widen();
-            }
+        let a = a[at..].first_chunk::<LANES>().expect("there are as many left");
+        let b = b[at..].first_chunk::<LANES>().expect("the vectors are equally long");
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += a[lane].widen() * b[lane].widen();
         }
     }
-    sums.iter_mut().zip(b).for_each(|(sums, b)| {
-        for (lane, (a, b)) in a[whole..].iter().zip(&b[whole..]).enumerate() {
-            sums[lane] += a.widen() * b.widen();
+    for (lane, (a, b)) in a[whole..].iter().zip(&b[whole..]).enumerate() {
+        lanes[lane] += a.widen() * b.widen();
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = lanes[lane] + lanes[lane + width];
         }
-        let mut width = LANES / 2;
-        while width > 0 {
-            for lane in 0..width {
-                sums[lane] = sums[lane] + sums[lane + width];
-            }
-            width /= 2;
-        }
-    });
-    sums.map(|sums| sums[0])
+        width /= 2;
+    }
+    lanes[0]
 }
 
 /// sums ← sums + a₀ b₀ + a₁ b₁ + …, from left to right.

@@ -1,0 +1,165 @@
+//! One token at a time: GPT-2 small's twelve blocks with 512 tokens in the cache, on one and two thread ranks.
+//!
+//! `cargo bench --bench decode [-- --json FILE]`
+//!
+//! The modes run in turn, some tokens each, for several rounds; the median over the rounds counts. What bounds it is
+//! reading the weights once a token: the column "GB/s" is that rate, cache included.
+
+use clap::Parser;
+use half::bf16;
+use shardwise::{
+    Result, Tensor,
+    comm::Group,
+    device::{AnyMut, Cpu, Device, Element},
+    kernels::{Activation, NormKind},
+    launch::Threads,
+    parallel::{
+        AttentionConfig, BlockConfig, BlockNames, DTensor, FeedForward, LayerCache, MlpNames, NormPlacement,
+        TransformerBlock,
+    },
+    shard::{Replicated, Sequences},
+    tensor::{Region, Role, WeightSource, Weights},
+};
+use std::{fs, io::Write, time::Instant};
+
+#[derive(Parser)]
+struct Args {
+    /// Rounds; the median counts.
+    #[arg(long, default_value_t = 9)]
+    rounds: usize,
+    /// Tokens a round.
+    #[arg(long, default_value_t = 16)]
+    tokens: usize,
+    /// Appends a JSON line a case to this file.
+    #[arg(long)]
+    json: Option<String>,
+    /// Passed by `cargo bench`.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+const LAYERS: usize = 12;
+const HIDDEN: usize = 768;
+const CACHED: usize = 512;
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    println!("{:<34} {:>6} {:>10} {:>10} {:>8}", "case", "ranks", "median ms", "min ms", "GB/s");
+    let mut cases =
+        [("f32", 1, Vec::new()), ("f32", 2, Vec::new()), ("bf16", 1, Vec::new()), ("bf16", 2, Vec::new())];
+    for round in 0..=args.rounds {
+        for (dtype, ranks, times) in &mut cases {
+            let time = match *dtype {
+                "f32" => round_of::<f32>(*ranks, args.tokens)?,
+                _ => round_of::<bf16>(*ranks, args.tokens)?,
+            };
+            if round > 0 {
+                times.push(time);
+            }
+        }
+    }
+    for (dtype, ranks, times) in &mut cases {
+        times.sort_by(f64::total_cmp);
+        let (median, min) = (times[times.len() / 2] * 1e3, times[0] * 1e3);
+        let elements = LAYERS * (12 * HIDDEN * HIDDEN + 2 * CACHED * HIDDEN);
+        let bytes = elements as f64 * if *dtype == "f32" { 4.0 } else { 2.0 };
+        let name = format!("gpt2 12 blocks, cache {CACHED}, {dtype}");
+        println!("{name:<34} {ranks:>6} {median:>10.3} {min:>10.3} {:>8.1}", bytes / median / 1e6);
+        if let Some(path) = &args.json {
+            let line = format!(
+                "{{\"case\":\"{name}\",\"ranks\":{ranks},\"median_ms\":{median:.4},\"min_ms\":{min:.4}}}\n"
+            );
+            let written = fs::OpenOptions::new().create(true).append(true).open(path);
+            written
+                .and_then(|mut file| file.write_all(line.as_bytes()))
+                .map_err(|error| shardwise::Error::Io { path: path.into(), reason: error.to_string() })?;
+        }
+    }
+    Ok(())
+}
+
+type Block<T> = TransformerBlock<Replicated, FeedForward<Replicated, T, Cpu>, T, Cpu>;
+
+/// The mean time of a token, in seconds, with weights that are new to the processor's cache.
+fn round_of<T: Element>(ranks: usize, tokens: usize) -> Result<f64> {
+    let source = Ramp;
+    let measured = Threads::new(ranks).run(|world| {
+        let (blocks, mut caches) = load::<T>(&world, &Weights::new(&source))?;
+        let x = DTensor::replicated(&world, Tensor::full(world.device(), [1, HIDDEN], 0.5)?)?;
+        let x = x.with_sequences(Sequences::one(1).starting_at(&[CACHED])?)?;
+        let mut token = || -> Result<()> {
+            let mut y = x.clone();
+            for (block, cache) in blocks.iter().zip(&mut caches) {
+                y = block.forward_cached(&y, cache, &[0])?;
+            }
+            Ok(())
+        };
+        token()?;
+        let live = world.device().memory();
+        world.barrier()?;
+        let start = Instant::now();
+        for _ in 0..tokens {
+            token()?;
+        }
+        world.barrier()?;
+        let time = start.elapsed().as_secs_f64() / tokens as f64;
+        assert_eq!(world.device().memory(), live, "a token takes no memory that the one before did not");
+        Ok(time)
+    })?;
+    Ok(measured[0])
+}
+
+fn load<T: Element>(
+    world: &Group<Cpu>,
+    weights: &Weights<'_>,
+) -> Result<(Vec<Block<T>>, Vec<LayerCache<T, Cpu>>)> {
+    let config = BlockConfig {
+        attention: AttentionConfig {
+            causal: true,
+            qkv_bias: true,
+            out_bias: true,
+            ..AttentionConfig::new(HIDDEN, 12)
+        },
+        ffn: 4 * HIDDEN,
+        activation: Activation::GeluTanh,
+        mlp_bias: true,
+        norm: NormKind::LayerNorm { eps: 1e-5 },
+        placement: NormPlacement::Pre,
+        names: BlockNames {
+            mlp: MlpNames { gate: String::new(), ..BlockNames::default().mlp },
+            ..BlockNames::default()
+        },
+    };
+    let mut blocks = Vec::new();
+    let mut caches = Vec::new();
+    for layer in 0..LAYERS {
+        let block = Block::load_any(world, &weights.at(&layer.to_string()), &config)?;
+        caches.push(block.cache(1, CACHED + 8)?);
+        blocks.push(block);
+    }
+    Ok((blocks, caches))
+}
+
+/// Small numbers that cost nothing to make: what they are does not change what a product costs.
+struct Ramp;
+
+impl WeightSource for Ramp {
+    fn read(&self, _: &str, _: Role, _: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
+        fn fill<T: Element>(out: &mut [T]) {
+            for (at, value) in out.iter_mut().enumerate() {
+                *value = T::narrow(T::Acc::from_f64((at % 15) as f64 / 256.0 - 0.03));
+            }
+        }
+        match out {
+            AnyMut::F64(out) => fill(out),
+            AnyMut::F32(out) => fill(out),
+            AnyMut::BF16(out) => fill(out),
+            AnyMut::F16(out) => fill(out),
+        }
+        Ok(())
+    }
+
+    fn contains(&self, _: &str) -> bool {
+        true
+    }
+}
