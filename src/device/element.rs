@@ -202,7 +202,7 @@ fn itself<T>(value: T) -> T {
 
 element!(f64, f64, F64, f64, f64::EPSILON, widen: itself, narrow: itself, to: itself, from: itself);
 element!(f32, f32, F32, f32, f32::EPSILON as f64, widen: itself, narrow: itself, to: f64::from, from: |value| value as f32);
-element!(bf16, f32, BF16, bf16, 0.0078125, widen: bf16::to_f32, narrow: bf16::from_f32, to: |value| f64::from(bf16::to_f32(value)), from: |value| bf16::from_f32(math::round_to_odd(value)));
+element!(bf16, f32, BF16, bf16, 0.0078125, widen: |value: bf16| f32::from_bits(u32::from(value.to_bits()) << 16), narrow: bf16::from_f32, to: |value| f64::from(bf16::to_f32(value)), from: |value| bf16::from_f32(math::round_to_odd(value)));
 element!(f16, f32, F16, f16, 0.0009765625, widen: math::f32_from_f16, narrow: math::f16_from_f32, to: |value| f64::from(math::f32_from_f16(value)), from: |value| math::f16_from_f32(math::round_to_odd(value)));
 
 impl Accumulator for f64 {

@@ -16,6 +16,7 @@
 //! | `norm` | [`layer_norm`], [`rms_norm`] and [`Norm`], which chooses one |
 //! | `softmax` | [`softmax()`], [`log_sum_exp`] |
 //! | `attention` | [`attention()`]: multi-head, grouped-query, causal, padded, packed sequences |
+//! | `rope` | [`rope()`] |
 //! | `self_attention` | [`self_attention()`]: the projections around it |
 //! | `embedding` | [`embedding()`] |
 //! | `mlp` | [`mlp()`], [`gated_mlp`] and [`Mlp`], which chooses one |
@@ -46,6 +47,7 @@ mod loss;
 mod mlp;
 mod norm;
 mod optim;
+mod rope;
 mod self_attention;
 mod softmax;
 #[cfg(test)]
@@ -68,5 +70,6 @@ pub use norm::{
     LayerNormGrads, Norm, RmsNormGrads, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward,
 };
 pub use optim::{AdamW, Sgd};
+pub use rope::{rope, rope_backward};
 pub use self_attention::{AttentionWeights, SelfAttentionGrads, self_attention, self_attention_backward};
 pub use softmax::{log_sum_exp, log_sum_exp_backward, softmax, softmax_backward};

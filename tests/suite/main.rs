@@ -3,6 +3,7 @@
 mod block;
 mod comm;
 mod compile_fail;
+mod decoding;
 mod errors;
 mod fork;
 mod imports;

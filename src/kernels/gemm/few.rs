@@ -155,6 +155,8 @@ fn dot<A: Element, B: Element<Acc = A::Acc>>(a: &[A], b: &[B]) -> A::Acc {
             *sum += a[lane].widen() * b[lane].widen();
         }
     }
+    // The pairs of the sum below would otherwise decide how the loop above is made into vectors: two lanes at a time.
+    let mut lanes = std::hint::black_box(lanes);
     for (lane, (a, b)) in a[whole..].iter().zip(&b[whole..]).enumerate() {
         lanes[lane] += a.widen() * b.widen();
     }

@@ -1,0 +1,95 @@
+//! The reference rotary position embedding. Tests compare the operator with it.
+
+use ndarray::Array2;
+
+/// Row i of `x`, at position p = `positions[i]`, head by head: for pair j, of the features a = `x[first(j)]` and
+/// b = `x[second(j)]` of the head, `y[first(j)] = m (a cos θ − b sin θ)` and `y[second(j)] = m (b cos θ + a sin θ)` with
+/// θ = p · `frequencies[j]`. Other features stay.
+///
+/// With `interleaved`, pair j is made of features 2 j and 2 j + 1, else of j and j + `frequencies.len()`. `m` is
+/// `magnitude`. `x, y: [tokens, heads · head_dim]`. Source: Su et al., arXiv 2104.09864, section 3.2.2.
+///
+/// # Panics
+/// When shapes disagree.
+pub fn rope(
+    x: &Array2<f64>,
+    head_dim: usize,
+    positions: &[usize],
+    frequencies: &[f64],
+    interleaved: bool,
+    magnitude: f64,
+) -> Array2<f64> {
+    turned(x, head_dim, positions, frequencies, interleaved, magnitude, 1.0)
+}
+
+/// The gradient of [`rope`] with respect to x: the transposed rotation of `dy`, by −θ.
+///
+/// # Panics
+/// When shapes disagree.
+pub fn rope_backward(
+    dy: &Array2<f64>,
+    head_dim: usize,
+    positions: &[usize],
+    frequencies: &[f64],
+    interleaved: bool,
+    magnitude: f64,
+) -> Array2<f64> {
+    turned(dy, head_dim, positions, frequencies, interleaved, magnitude, -1.0)
+}
+
+fn turned(
+    x: &Array2<f64>,
+    head_dim: usize,
+    positions: &[usize],
+    frequencies: &[f64],
+    interleaved: bool,
+    magnitude: f64,
+    sign: f64,
+) -> Array2<f64> {
+    assert_eq!(x.nrows(), positions.len(), "rope: the tokens of x and the positions");
+    assert_eq!(x.ncols() % head_dim, 0, "rope: the features of x and those of a head");
+    assert!(2 * frequencies.len() <= head_dim, "rope: {} pairs in a head of {head_dim}", frequencies.len());
+    let mut y = x.clone();
+    for (row, &position) in positions.iter().enumerate() {
+        for head in 0..x.ncols() / head_dim {
+            for (pair, frequency) in frequencies.iter().enumerate() {
+                let (first, second) =
+                    if interleaved { (2 * pair, 2 * pair + 1) } else { (pair, pair + frequencies.len()) };
+                let (first, second) = (head * head_dim + first, head * head_dim + second);
+                let angle = sign * position as f64 * frequency;
+                let (a, b) = (x[[row, first]], x[[row, second]]);
+                y[[row, first]] = magnitude * (a * angle.cos() - b * angle.sin());
+                y[[row, second]] = magnitude * (b * angle.cos() + a * angle.sin());
+            }
+        }
+    }
+    y
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reference::testing::{assert_close, check_gradient, loss, random};
+    use ndarray::array;
+    use std::f64::consts::FRAC_PI_2;
+
+    #[test]
+    fn a_quarter_turn() {
+        let x = array![[1.0, 2.0, 3.0, 4.0, 5.0]];
+        let halves = rope(&x, 5, &[1], &[FRAC_PI_2, 0.0], false, 1.0);
+        assert_close("halves", &halves, &array![[-3.0, 2.0, 1.0, 4.0, 5.0]], 1e-15);
+        let interleaved = rope(&x, 5, &[3], &[FRAC_PI_2], true, 2.0);
+        assert_close("interleaved", &interleaved, &array![[4.0, -2.0, 3.0, 4.0, 5.0]], 1e-15);
+    }
+
+    #[test]
+    fn gradient() {
+        let (x, dy) = (random((3, 10), 1), random((3, 10), 2));
+        for interleaved in [false, true] {
+            let dx = rope_backward(&dy, 5, &[0, 7, 2], &[1.0, 0.3], interleaved, 1.5);
+            check_gradient("dx", &x, &dx, |x| {
+                loss(rope(x, 5, &[0, 7, 2], &[1.0, 0.3], interleaved, 1.5), &dy)
+            });
+        }
+    }
+}
