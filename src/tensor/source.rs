@@ -155,17 +155,23 @@ pub struct Arrays(pub BTreeMap<String, ArrayD<f64>>);
 
 impl WeightSource for Arrays {
     fn read(&self, name: &str, _: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
-        let array = self.0.get(name).ok_or_else(|| missing(name, "the given arrays", self.0.keys()))?;
-        if array.shape() != region.shape().dims() {
-            return Err(Error::TensorShape {
-                name: name.into(),
-                place: "the given arrays".into(),
-                found: array.shape().to_vec(),
-                needed: region.shape().dims().to_vec(),
-            });
-        }
+        self.check(name, region)?;
+        let array = &self.0[name];
         let part = array.slice_each_axis(|axis| Slice::from(region.ranges()[axis.axis.index()].clone()));
         fill(out, part.iter().copied())
+    }
+
+    fn check(&self, name: &str, region: &Region) -> Result<()> {
+        let array = self.0.get(name).ok_or_else(|| missing(name, "the given arrays", self.0.keys()))?;
+        if array.shape() == region.shape().dims() {
+            return Ok(());
+        }
+        Err(Error::TensorShape {
+            name: name.into(),
+            place: "the given arrays".into(),
+            found: array.shape().to_vec(),
+            needed: region.shape().dims().to_vec(),
+        })
     }
 
     fn contains(&self, name: &str) -> bool {

@@ -7,13 +7,13 @@ use serde_json::Value;
 use shardwise::{
     Error, Result, Tensor,
     comm::Group,
-    device::{AnyMut, Cpu, Element},
+    device::{AnyMut, Cpu, Device, Element},
     kernels::RopePairs,
     models::{Bert, Decoder, DecoderConfig, ModelConfig},
     ops::{RopeConfig, RopeScaling},
     parallel::{Sampler, Stream, VocabParallelCrossEntropy},
     shard::{Replicated, Sequences, Shard},
-    tensor::{Region, Role, WeightSource},
+    tensor::{Arrays, Region, Role, WeightSource},
     weights::Checkpoint,
 };
 use std::{
@@ -382,4 +382,165 @@ fn rope_has_the_frequencies_of_transformers() {
         scaling: RopeScaling::Linear { factor: 4.0 },
     };
     assert_eq!(config.block.attention.rope, Some(want));
+}
+
+/// After the first tokens, a token takes no memory that the one before did not, however long the text becomes.
+#[test]
+fn decoding_takes_no_more_memory_from_token_to_token() {
+    for name in DECODERS {
+        let (checkpoint, config) = decoder(name);
+        let uses = ranks(2).run(|group| {
+            let model = Decoder::<Replicated, f32, Cpu>::load(&group, &checkpoint, &config)?;
+            let mut cache = model.cache(2, 30)?;
+            let mut uses = Vec::new();
+            for token in 0..30 {
+                model.step(&[token, 5], &[0, 1], &[1, 1], &mut cache)?;
+                uses.push(group.device().memory());
+            }
+            Ok(uses)
+        });
+        for uses in uses.unwrap() {
+            assert!(uses[1..].iter().all(|now| *now == uses[1]), "{name}: {uses:?}");
+        }
+    }
+}
+
+/// The tiny Llama of llama2.c writes the text that llama2.c writes, on any number of ranks. Its licence is not known, so
+/// that it is no part of the project: where it is not beside it, there is nothing to test.
+#[test]
+fn stories_are_those_of_llama2c() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let data = root.join("../shared/data");
+    let (target, script) = (tempfile::tempdir().unwrap(), root.join("scripts/convert_llama2c.py"));
+    let converted = std::process::Command::new("python3")
+        .arg(script)
+        .args([data.join("stories260K.bin"), data.join("tok512.bin"), target.path().into()])
+        .output();
+    if !data.join("stories260K.bin").exists() || converted.is_err() {
+        eprintln!(
+            "skipped: needs python3, and ../shared/data/stories260K.bin with its tokenizer and reference"
+        );
+        return;
+    }
+    assert!(converted.as_ref().unwrap().status.success(), "{converted:?}");
+    let text = fs::read_to_string(data.join("stories260k_reference.json")).unwrap();
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let want: Vec<u32> = serde_json::from_value(json["ids"].clone()).unwrap();
+    let first: Vec<f64> = serde_json::from_value(json["logits_pos0_bos"].clone()).unwrap();
+    let ModelConfig::Decoder(config) = ModelConfig::read(target.path()).unwrap() else { panic!("llama") };
+    let checkpoint = Checkpoint::open(target.path()).unwrap();
+    for world in 1..=8 {
+        let texts = ranks(world).run(|group| {
+            let model = Decoder::<Replicated, f32, Cpu>::load(&group, &checkpoint, &config)?;
+            let (mut cache, sampler) = (model.cache(1, want.len())?, Sampler::greedy());
+            let mut tokens = vec![want[0]];
+            let mut logits = Vec::new();
+            while tokens.len() < want.len() {
+                let scores = model.step(&tokens[cache.len(0)..], &[0], &[1], &mut cache)?;
+                if logits.is_empty() {
+                    logits = scores.local().to_vec()?;
+                }
+                tokens.extend(sampler.sample(&scores, &[0])?);
+            }
+            Ok((tokens, logits))
+        });
+        let texts = texts.unwrap();
+        assert!(texts.iter().all(|(tokens, _)| *tokens == want), "on {world} ranks");
+        let logits = texts.iter().flat_map(|(_, logits)| logits);
+        assert!(logits.zip(&first).all(|(got, want)| (f64::from(*got) - want).abs() < 2e-5));
+    }
+    let tokenizer = tokenizers::Tokenizer::from_file(target.path().join("tokenizer.json")).unwrap();
+    assert_eq!(tokenizer.decode(&want, true).unwrap(), json["text"].as_str().unwrap());
+    let prompt = tokenizer.encode("Once upon a time, there was a little girl", true).unwrap();
+    assert_eq!(prompt.get_ids(), &want[..prompt.get_ids().len()]);
+}
+
+#[test]
+fn absurd_configurations_are_refused() {
+    let base = r#"{"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1,
+        "intermediate_size": 4, "vocab_size": 7, "max_position_embeddings": 64}"#;
+    let with = |key: &str, value: &str| {
+        let mut json: Value = serde_json::from_str(base).unwrap();
+        json[key] = serde_json::from_str(value).unwrap();
+        ModelConfig::parse(&json.to_string())
+    };
+    assert!(ModelConfig::parse(base).is_ok());
+    for (key, value, reason) in [
+        (
+            "hidden_size",
+            "4611686018427387904",
+            "`hidden_size` is 4611686018427387904; it may be from 1 to 268435456",
+        ),
+        ("hidden_size", "0", "`hidden_size` is 0; it may be from 1 to 268435456"),
+        ("hidden_size", "-8", "`hidden_size` is not a whole number"),
+        ("hidden_size", "null", "`hidden_size` is missing"),
+        ("hidden_size", "9", "9 features are not a multiple of 2 heads"),
+        (
+            "num_hidden_layers",
+            "1099511627776",
+            "`num_hidden_layers` is 1099511627776; it may be from 1 to 65536",
+        ),
+        ("num_key_value_heads", "4", "2 query heads are not a multiple of 4 key/value heads"),
+        ("rope_theta", "0", "`rope_theta` is 0"),
+        ("rope_scaling", r#"{"type": "spiral"}"#, "rope of type `spiral` is not known"),
+        ("rope_scaling", r#"{"type": "linear"}"#, "rope of type `linear` without a `factor`"),
+        ("hidden_act", r#""mish""#, "the activation `mish` is not known"),
+        ("model_type", r#""mamba""#, "a model of type `mamba` is not known"),
+        ("eos_token_id", "-1", "`eos_token_id` is not a token"),
+    ] {
+        assert_eq!(with(key, value).unwrap_err(), reason, "{key} {value}");
+    }
+    assert!(ModelConfig::parse(&format!("{}{}", "[".repeat(5000), "]".repeat(5000))).is_err());
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("config.json"), " ".repeat((1 << 20) + 1)).unwrap();
+    assert!(matches!(ModelConfig::read(folder.path()), Err(Error::Checkpoint { .. })));
+    assert!(matches!(ModelConfig::read(folder.path().join("none")), Err(Error::Io { .. })));
+
+    // Sizes that are allowed but not those of the checkpoint: nobody makes room for them.
+    let (checkpoint, config) = decoder("llama");
+    let mut json: Value = serde_json::from_str(&config.json).unwrap();
+    for key in ["hidden_size", "vocab_size", "intermediate_size"] {
+        json[key] = (1_u64 << 28).into();
+    }
+    let ModelConfig::Decoder(huge) = ModelConfig::parse(&json.to_string()).unwrap() else { panic!() };
+    let cpu = Cpu::new();
+    let refused = Decoder::<Replicated, f32, Cpu>::load(&Group::solo(&cpu), &checkpoint, &huge).unwrap_err();
+    assert!(matches!(refused, Error::TensorShape { .. }), "{refused}");
+    assert!(cpu.memory().peak < 1 << 20);
+}
+
+/// What the fuzz targets do, for every file of their corpus.
+#[test]
+fn the_corpus_of_attacks_does_no_harm() {
+    let corpus = |target: &str| {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>()
+    };
+    let (headers, configs) = (corpus("header"), corpus("config"));
+    assert!(headers.len() >= 15 && configs.len() >= 20);
+    for path in headers {
+        let good = path.file_name().unwrap().to_string_lossy().starts_with("good");
+        let Ok(checkpoint) = Checkpoint::open(&path) else {
+            assert!(!good, "{}", path.display());
+            continue;
+        };
+        for name in checkpoint.names() {
+            let shape = checkpoint.shape(name).unwrap();
+            let mut all = vec![0.0_f32; shape.iter().product()];
+            let whole = Region::whole(shape);
+            checkpoint.read(name, Role::Weight, &whole, AnyMut::F32(all.as_mut_slice())).unwrap();
+        }
+    }
+    for path in configs {
+        let Ok(config) = ModelConfig::parse(&fs::read_to_string(&path).unwrap()) else { continue };
+        let (solo, nothing) = (Group::solo(&Cpu::new()), Arrays::default());
+        match config {
+            ModelConfig::Decoder(config) => {
+                Decoder::<Replicated, f32, Cpu>::load(&solo, &nothing, &config).map(|_| ()).unwrap_err();
+            }
+            ModelConfig::Bert(config) => {
+                Bert::<Replicated, f32, Cpu>::load(&solo, &nothing, &config).map(|_| ()).unwrap_err();
+            }
+        }
+    }
 }

@@ -50,7 +50,7 @@ pub(super) fn attention<T: Element>(
             if rows.len() == 1 {
                 let columns = head * dim..(head + sharing) * dim;
                 let q = q.block(rows.clone(), columns.clone());
-                one_token(cpu, spec, q, k, v, &mut out.row(rows.start)[columns])?;
+                one_token(cpu, (spec, cache.capacity), q, k, v, &mut out.row(rows.start)[columns])?;
             } else {
                 let (keys, values) = (Wide::of(cpu, k)?, Wide::of(cpu, v)?);
                 for head in head..head + sharing {
@@ -68,7 +68,7 @@ pub(super) fn attention<T: Element>(
 /// One row's heads of one key/value head: `q` is `[1, heads · dim]`, `k` and `v` are `[positions, dim]`.
 fn one_token<T: Element>(
     cpu: &Cpu,
-    spec: &AttentionSpec<'_>,
+    (spec, capacity): (&AttentionSpec<'_>, usize),
     q: MatRef<'_, T, Cpu>,
     k: MatRef<'_, T, Cpu>,
     v: MatRef<'_, T, Cpu>,
@@ -77,11 +77,13 @@ fn one_token<T: Element>(
     let (seen, dim) = (k.rows(), spec.head_dim);
     for (q, out) in q.row(0).chunks(FEW * dim).zip(out.chunks_mut(FEW * dim)) {
         let heads = q.len() / dim;
-        let mut scores = cpu.empty::<T::Acc>(heads * seen)?;
+        // As much as the longest text needs, so that a text that grows takes no other memory from token to token.
+        let mut scores = cpu.empty::<T::Acc>(heads * capacity)?;
+        let scores = &mut scores[..heads * seen];
         let score = Scale { alpha: T::Acc::from_f64(spec.scale), beta: T::Acc::ZERO };
         let q = mat(q, heads, dim)?;
-        let dims = mat_mut(&mut scores, heads, seen)?.dims();
-        few::multiply((q.dims(), q.data()), (k.t().dims(), k.data()), (dims, &mut scores), score, &mut []);
+        let dims = mat_mut(scores, heads, seen)?.dims();
+        few::multiply((q.dims(), q.data()), (k.t().dims(), k.data()), (dims, scores), score, &mut []);
         vectorized(|| {
             for row in scores.chunks_exact_mut(seen) {
                 softmax_row(row, seen, None);
@@ -90,7 +92,7 @@ fn one_token<T: Element>(
         let plain = Scale { alpha: T::Acc::ONE, beta: T::Acc::ZERO };
         let to = mat_mut(out, heads, dim)?.dims();
         let mut sums = cpu.empty::<T::Acc>(few::room(v.dims(), to))?;
-        few::multiply((dims, &scores), (v.dims(), v.data()), (to, out), plain, &mut sums);
+        few::multiply((dims, scores), (v.dims(), v.data()), (to, out), plain, &mut sums);
     }
     Ok(())
 }
