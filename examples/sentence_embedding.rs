@@ -10,17 +10,11 @@
 use clap::{Parser, ValueEnum};
 use half::{bf16, f16};
 use shardwise::{
-    Error, Result, Tensor,
-    comm::Group,
+    Error, Result,
     device::{Cpu, Device, Element},
-    kernels::{Activation, NormKind},
-    launch, ops,
-    parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, Normalize, ParallelMlp,
-        TransformerBlock,
-    },
+    launch,
+    models::{Bert, ModelConfig},
     shard::{Replicated, Sequences},
-    tensor::{Param, Region, Role, Weights},
     weights::Checkpoint,
 };
 use std::{path::PathBuf, process::ExitCode, time::Instant};
@@ -56,14 +50,12 @@ enum Dtype {
     F16,
 }
 
-// all-MiniLM-L6-v2's config.json.
-const HIDDEN: usize = 384;
-const LAYERS: usize = 6;
-const HEADS: usize = 12;
-const FFN: usize = 1536;
-const VOCABULARY: usize = 30522;
-const POSITIONS: usize = 512;
-const NORM: NormKind = NormKind::LayerNorm { eps: 1e-12 };
+/// all-MiniLM-L6-v2's config.json.
+const CONFIG: &str = r#"{
+    "model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
+    "intermediate_size": 1536, "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2,
+    "hidden_act": "gelu", "layer_norm_eps": 1e-12
+}"#;
 
 fn main() -> ExitCode {
     if let Err(error) = run(&Args::parse()) {
@@ -171,8 +163,12 @@ fn embed<T: Element>(
     checkpoint: &Checkpoint,
     tokens: &[Vec<u32>],
 ) -> Result<Vec<(Vec<Vec<f64>>, usize)>> {
+    let ModelConfig::Bert(config) = ModelConfig::parse(CONFIG).expect("a configuration of ours") else {
+        unreachable!("it says so");
+    };
+    let features = config.block.attention.hidden;
     launch::threads(args.ranks, |group| {
-        let mut encoder = Encoder::<T>::load(&group, &Weights::new(checkpoint))?;
+        let encoder = Bert::<Replicated, T, Cpu>::load(&group, checkpoint, &config)?;
         let width = tokens.iter().map(Vec::len).max().unwrap_or(0);
         let lengths: Vec<usize> = tokens.iter().map(Vec::len).collect();
         let (ids, sequences) = match args.packed {
@@ -183,12 +179,12 @@ fn embed<T: Element>(
                 (padded, Sequences::padded(&lengths, width)?)
             }
         };
-        let hidden = encoder.forward(&ids, &sequences)?;
+        let (hidden, _) = encoder.forward(&ids.concat(), None, sequences.clone())?;
         let hidden = hidden.into_local().to_vec()?;
         let mean = |(rows, length): (std::ops::Range<usize>, usize)| {
-            let mut mean = vec![0.0; HIDDEN];
+            let mut mean = vec![0.0; features];
             for row in rows.take(length) {
-                for (sum, value) in mean.iter_mut().zip(&hidden[row * HIDDEN..]) {
+                for (sum, value) in mean.iter_mut().zip(&hidden[row * features..]) {
                     *sum += value.to_f64() / length as f64;
                 }
             }
@@ -198,65 +194,4 @@ fn embed<T: Element>(
         let embeddings = sequences.iter().zip(lengths).map(mean).collect();
         Ok((embeddings, group.device().memory().peak))
     })
-}
-
-/// BERT's encoder: the sum of three embeddings, a normalization, and post-norm blocks.
-struct Encoder<T: Element> {
-    group: Group<Cpu>,
-    words: Param<T, Cpu>,
-    positions: Param<T, Cpu>,
-    types: Param<T, Cpu>,
-    norm: Normalize<Replicated, T, Cpu>,
-    blocks: Vec<Block<T>>,
-}
-
-type Block<T> = TransformerBlock<Replicated, ParallelMlp<Replicated, T, Cpu>, T, Cpu>;
-
-impl<T: Element> Encoder<T> {
-    fn load(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Self> {
-        let config = BlockConfig {
-            attention: AttentionConfig {
-                qkv_bias: true,
-                out_bias: true,
-                ..AttentionConfig::new(HIDDEN, HEADS)
-            },
-            ffn: FFN,
-            activation: Activation::GeluErf,
-            mlp_bias: true,
-            norm: NORM,
-            placement: NormPlacement::Post,
-            names: BlockNames::bert(),
-        };
-        let embeddings = weights.at("embeddings");
-        let table = |name: &str, rows: usize| {
-            let (weights, region) = (embeddings.at(name), Region::whole([rows, HIDDEN]));
-            Param::load_region(group.device(), &weights, "weight", Role::Weight, region, group.rank() == 0)
-        };
-        let layers = weights.at("encoder").at("layer");
-        Ok(Self {
-            words: table("word_embeddings", VOCABULARY)?,
-            positions: table("position_embeddings", POSITIONS)?,
-            types: table("token_type_embeddings", 2)?,
-            norm: Normalize::load(group, &embeddings.at("LayerNorm"), NORM, HIDDEN)?,
-            blocks: (0..LAYERS)
-                .map(|layer| Block::load(group, &layers.at(&layer.to_string()), &config))
-                .collect::<Result<_>>()?,
-            group: group.clone(),
-        })
-    }
-
-    /// The hidden states of all tokens, `[tokens, HIDDEN]`.
-    fn forward(&mut self, ids: &[Vec<u32>], sequences: &Sequences) -> Result<DTensor<Replicated, T>> {
-        let words: Vec<u32> = ids.iter().flatten().copied().collect();
-        let places: Vec<u32> = ids.iter().flat_map(|ids| 0..ids.len() as u32).collect();
-        let look_up = |table: &Param<T, Cpu>, ids: &[u32]| ops::embedding(table.value(), ids);
-        let sum: Tensor<T> = ops::add(&look_up(&self.words, &words)?, &look_up(&self.positions, &places)?)?;
-        let sum = ops::add(&sum, &look_up(&self.types, &vec![0; words.len()])?)?;
-        let mut x = DTensor::replicated(&self.group, sum)?.with_sequences(sequences.clone())?;
-        x = self.norm.forward(&x)?.0;
-        for block in &self.blocks {
-            x = block.forward(&x)?.0;
-        }
-        Ok(x)
-    }
 }
