@@ -156,7 +156,8 @@ impl Attention for Cpu {
                                 let token = (tile.start + at) * dim;
                                 let (o, d) = (&outs[token..token + dim], &douts[token..token + dim]);
                                 let sum = lane_sum([o, d], |[o, d]| o * d);
-                                for (p, dp) in p[..view.seen(at).end].iter_mut().zip(dp) {
+                                let seen = view.seen(at);
+                                for (p, dp) in p[seen.clone()].iter_mut().zip(&dp[seen]) {
                                     *p = *p * (*dp - sum);
                                 }
                             }
