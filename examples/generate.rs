@@ -87,7 +87,9 @@ fn run(args: &Args) -> Result<()> {
         return Err(fail("the model is not one that writes"));
     };
     let checkpoint = Checkpoint::open(&args.model)?;
-    let tokenizer = Tokenizer::from_file(args.model.join("tokenizer.json")).map_err(fail)?;
+    let words = args.model.join("tokenizer.json");
+    let tokenizer =
+        Tokenizer::from_file(&words).map_err(|error| fail(format!("{}: {error}", words.display())))?;
     let prompt = tokenizer.encode(args.prompt.as_str(), true).map_err(fail)?.get_ids().to_vec();
     if prompt.is_empty() || args.chunk == 0 {
         return Err(fail("nothing to begin with"));

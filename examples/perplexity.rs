@@ -56,8 +56,9 @@ fn run(args: &Args) -> Result<()> {
         return Err(fail("the model is not one that writes".into()));
     };
     let checkpoint = Checkpoint::open(&args.model)?;
+    let words = args.model.join("tokenizer.json");
     let tokenizer =
-        Tokenizer::from_file(args.model.join("tokenizer.json")).map_err(|error| fail(error.to_string()))?;
+        Tokenizer::from_file(&words).map_err(|error| fail(format!("{}: {error}", words.display())))?;
     let text = std::fs::read_to_string(&args.text)
         .map_err(|error| fail(format!("{}: {error}", args.text.display())))?;
     let ids = tokenizer.encode(text, true).map_err(|error| fail(error.to_string()))?.get_ids().to_vec();
