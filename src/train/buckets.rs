@@ -69,6 +69,10 @@ impl<T: Element, B: Backend> Buckets<T, B> {
 
     /// From now on gradients that become ready are reduced, multiplied with `weight`.
     pub(super) fn begin(&self, weight: f64) {
+        // Alone, a rank has the sum already.
+        if self.group.size() == 1 {
+            return;
+        }
         let members = |bucket| self.places.iter().filter(|place| place.0 == bucket).count();
         let filling =
             (0..self.lengths.len()).map(|bucket| Filling { flat: None, missing: members(bucket) }).collect();
@@ -107,6 +111,9 @@ impl<T: Element, B: Backend> Buckets<T, B> {
     /// samples takes part with zeros.
     pub(super) fn finish(&self, mut visit: impl Visit<T, B>) -> Result<()> {
         const OP: &str = "data parallel";
+        if self.group.size() == 1 {
+            return Ok(());
+        }
         let round = self.round.borrow_mut().take();
         let mut round =
             round.ok_or_else(|| Error::invalid(OP, "`finish` without `begin`, or after an error"))?;
