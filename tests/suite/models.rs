@@ -9,11 +9,11 @@ use shardwise::{
     comm::Group,
     device::{AnyMut, Cpu, Device, Element},
     kernels::RopePairs,
-    models::{Bert, Decoder, DecoderConfig, ModelConfig},
+    models::{Bert, BertConfig, Decoder, DecoderConfig, ModelConfig},
     ops::{RopeConfig, RopeScaling},
     parallel::{Sampler, Stream, VocabParallelCrossEntropy},
     shard::{Replicated, Sequences, Shard},
-    tensor::{Arrays, Region, Role, WeightSource},
+    tensor::{Arrays, Region, Role, Visit, WeightSource},
     weights::Checkpoint,
 };
 use std::{
@@ -237,8 +237,13 @@ fn slopes<S: Stream>(group: &Group<Cpu>, name: &str, targets: &[u32]) -> Result<
     let entropy = VocabParallelCrossEntropy::default();
     let (losses, kept) = entropy.forward(&logits, targets)?;
     model.backward(saved, &entropy.backward(&kept, 1.0)?)?;
+    Ok((losses.sum()?, own_slopes(|f| model.visit(f))?))
+}
+
+/// Σ gradient · direction of every tensor of which this rank owns a part.
+fn own_slopes(mut visit: impl Visit<f64, Cpu>) -> Result<Vec<(String, f64)>> {
     let mut own = Vec::new();
-    model.visit(&mut |param| {
+    visit(&mut |param| {
         let (shape, grad) = (param.value().shape(), param.grad().unwrap().to_vec()?);
         let width = shape.split_at(0).1;
         for piece in param.pieces().iter().filter(|piece| piece.owned) {
@@ -247,12 +252,27 @@ fn slopes<S: Stream>(group: &Group<Cpu>, name: &str, targets: &[u32]) -> Result<
         }
         Ok(())
     })?;
-    Ok((losses.sum()?, own))
+    Ok(own)
+}
+
+/// The ranks' slopes, added up by tensor.
+fn total(outcomes: impl IntoIterator<Item = Vec<(String, f64)>>) -> BTreeMap<String, f64> {
+    let mut total = BTreeMap::<String, f64>::new();
+    for (tensor, slope) in outcomes.into_iter().flatten() {
+        *total.entry(tensor).or_default() += slope;
+    }
+    total
+}
+
+/// The slope of a loss at 0, measured.
+fn measured(mut loss: impl FnMut(f64) -> f64) -> f64 {
+    const STEP: f64 = 1e-4;
+    (8.0 * (loss(STEP) - loss(-STEP)) - (loss(2.0 * STEP) - loss(-2.0 * STEP))) / (12.0 * STEP)
 }
 
 /// Moves one tensor of a model along its direction.
-fn shift(model: &mut Decoder<Replicated, f64, Cpu>, tensor: &str, step: f64) -> Result<()> {
-    model.visit(&mut |param| {
+fn shift(mut visit: impl Visit<f64, Cpu>, tensor: &str, step: f64) -> Result<()> {
+    visit(&mut |param| {
         let (shape, mut values) = (param.value().shape(), param.value().to_vec()?);
         let width = shape.split_at(0).1;
         for piece in param.pieces().iter().filter(|piece| piece.tensor == tensor) {
@@ -272,35 +292,83 @@ fn gradients_of_models_are_those_of_their_losses() {
     for (name, world) in [("llama", 5), ("qwen3", 4), ("gpt2", 3), ("qwen2", 2)] {
         let (ids, sequences, _) = reference(name, "logits").packed();
         let targets: Vec<u32> = ids.iter().map(|id| (id * 7 + 1) % 591).collect();
-        let all = |outcomes: Vec<(f64, Vec<(String, f64)>)>| {
-            let mut total = BTreeMap::<String, f64>::new();
-            for (tensor, slope) in outcomes.into_iter().flat_map(|(_, slopes)| slopes) {
-                *total.entry(tensor).or_default() += slope;
-            }
-            total
-        };
-        let total = all(ranks(world).run(|group| slopes::<Replicated>(&group, name, &targets)).unwrap());
+        let all = |outcomes: Vec<(f64, Vec<(String, f64)>)>| total(outcomes.into_iter().map(|(_, own)| own));
+        let replicated = all(ranks(world).run(|group| slopes::<Replicated>(&group, name, &targets)).unwrap());
         let parallel = all(ranks(world).run(|group| slopes::<Shard<0>>(&group, name, &targets)).unwrap());
         let (checkpoint, config) = decoder(name);
         let solo = Group::solo(&Cpu::new());
         let mut model = Decoder::<Replicated, f64, Cpu>::load(&solo, &checkpoint, &config).unwrap();
-        assert_eq!(total.len(), checkpoint.names().len(), "every tensor has a gradient");
-        for (tensor, slope) in &total {
-            let mut at = |step: f64| {
-                shift(&mut model, tensor, step).unwrap();
+        assert_eq!(replicated.len(), checkpoint.names().len(), "every tensor has a gradient");
+        for (tensor, slope) in &replicated {
+            let numeric = measured(|step| {
+                shift(|f| model.visit(f), tensor, step).unwrap();
                 let (logits, _) = model.forward(&ids, sequences.clone()).unwrap();
                 let (losses, _) = VocabParallelCrossEntropy::default().forward(&logits, &targets).unwrap();
-                shift(&mut model, tensor, -step).unwrap();
+                shift(|f| model.visit(f), tensor, -step).unwrap();
                 losses.sum().unwrap()
-            };
-            const STEP: f64 = 1e-4;
-            let numeric = (8.0 * (at(STEP) - at(-STEP)) - (at(2.0 * STEP) - at(-2.0 * STEP))) / (12.0 * STEP);
+            });
             for slope in [slope, &parallel[tensor]] {
                 let error = (numeric - slope).abs() / slope.abs().max(1.0);
                 assert!(error < 1e-6, "{name} on {world}, {tensor}: {slope} where {numeric} is measured");
             }
         }
     }
+}
+
+/// BERT's gradients of Σ hidden · dy, by the same measure, and what it writes.
+#[test]
+fn bert_trains_and_is_saved() {
+    let ModelConfig::Bert(config) = ModelConfig::read(folder("bert")).unwrap() else { panic!("bert") };
+    let checkpoint = Checkpoint::open(folder("bert")).unwrap();
+    let (ids, sequences, _) = reference("bert", "hidden").packed();
+    let types: Vec<u32> = (0..ids.len() as u32).map(|at| at % 2).collect();
+    let dy = crate::support::matrix(1, "dy", ids.len(), config.block.attention.hidden);
+    fn slopes<S: Stream>(
+        group: &Group<Cpu>,
+        (checkpoint, config): (&Checkpoint, &BertConfig),
+        (ids, types, sequences): (&[u32], &[u32], &Sequences),
+        dy: &Array2<f64>,
+    ) -> Result<Vec<(String, f64)>> {
+        let mut model = Bert::<S, f64, Cpu>::load(group, checkpoint, config)?;
+        let (_, saved) = model.forward(ids, Some(types), sequences.clone())?;
+        let own = dy.slice(ndarray::s![S::local_rows(group, ids.len()), ..]).to_owned();
+        let dy = S::of_local(group, ids.len(), Tensor::from_array(group.device(), &own)?)?;
+        model.backward(saved, &dy)?;
+        own_slopes(|f| model.visit(f))
+    }
+    let (model, batch) = ((&checkpoint, &config), (ids.as_slice(), types.as_slice(), &sequences));
+    let replicated = total(ranks(3).run(|group| slopes::<Replicated>(&group, model, batch, &dy)).unwrap());
+    let parallel = total(ranks(4).run(|group| slopes::<Shard<0>>(&group, model, batch, &dy)).unwrap());
+    let mut alone =
+        Bert::<Replicated, f64, Cpu>::load(&Group::solo(&Cpu::new()), &checkpoint, &config).unwrap();
+    assert_eq!(replicated.keys().collect::<Vec<_>>(), parallel.keys().collect::<Vec<_>>());
+    for (tensor, slope) in &replicated {
+        let numeric = measured(|step| {
+            shift(|f| alone.visit(f), tensor, step).unwrap();
+            let (hidden, _) = alone.forward(&ids, Some(&types), sequences.clone()).unwrap();
+            shift(|f| alone.visit(f), tensor, -step).unwrap();
+            (hidden.local().to_array().unwrap() * &dy).sum()
+        });
+        for slope in [slope, &parallel[tensor]] {
+            let error = (numeric - slope).abs() / slope.abs().max(1.0);
+            assert!(error < 1e-6, "{tensor}: {slope} where {numeric} is measured");
+        }
+    }
+    // Written from three ranks, read over two: the same hidden states, bit for bit.
+    let saved = tempfile::tempdir().unwrap();
+    ranks(3)
+        .run(|group| Bert::<Replicated, f32, Cpu>::load(&group, &checkpoint, &config)?.save(saved.path()))
+        .unwrap();
+    let again = Checkpoint::open(saved.path()).unwrap();
+    assert_eq!(ModelConfig::read(saved.path()).unwrap(), ModelConfig::Bert(config.clone()));
+    let hidden = |from: &Checkpoint| {
+        let all = ranks(2).run(|group| {
+            let model = Bert::<Replicated, f32, Cpu>::load(&group, from, &config)?;
+            model.forward(&ids, None, sequences.clone())?.0.local().to_vec()
+        });
+        all.unwrap()
+    };
+    assert_eq!(hidden(&again), hidden(&checkpoint));
 }
 
 /// Read over a ranks, written, read over b ranks: the same files, bit for bit.
