@@ -1,6 +1,6 @@
 //! BERT's encoder.
 
-use super::{BertConfig, save};
+use super::{BertConfig, save, save::MAX_SHARD};
 use crate::{
     comm::Group,
     device::{Device, Element},
@@ -132,6 +132,6 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
     /// When a file cannot be written, or a collective fails.
     pub fn save(&mut self, folder: impl AsRef<Path>) -> Result<()> {
         let (group, json) = (self.group.clone(), self.config.json.clone());
-        save(&group, |f| self.visit(f), folder.as_ref(), &json, |_| false)
+        save(&group, |f| self.visit(f), folder.as_ref(), &json, |_| false, MAX_SHARD)
     }
 }

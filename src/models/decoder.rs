@@ -1,6 +1,6 @@
 //! Causal language models.
 
-use super::{DecoderConfig, DecoderNames, save};
+use super::{DecoderConfig, DecoderNames, save, save::MAX_SHARD};
 use crate::{
     comm::Group,
     device::{Device, Element},
@@ -181,7 +181,7 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
         let in_block = format!(".{}.", self.config.names.blocks);
         let transposed = self.config.transposed;
         let stored_transposed = |name: &str| transposed && is_in(name, &in_block);
-        save(&group, |f| self.visit(f), folder.as_ref(), &json, stored_transposed)
+        save(&group, |f| self.visit(f), folder.as_ref(), &json, stored_transposed, MAX_SHARD)
     }
 }
 

@@ -14,11 +14,11 @@ use std::{collections::BTreeMap, fs, path::Path};
 /// The most elements of a tensor that pass between the ranks at once.
 const CHUNK: usize = 1 << 22;
 
-/// The most bytes of tensors in one file.
-const FILE: usize = 4 << 30;
+/// The most bytes of tensors in one file, where nobody says otherwise.
+pub(super) const MAX_SHARD: usize = 4 << 30;
 
 /// Writes `config.json` and the tensors of the parameters that `visit` visits to a folder, which is made if it is not there:
-/// `model.safetensors`, or numbered files and an index where that would be larger than 4 GiB.
+/// `model.safetensors`, or numbered files and an index where that would be larger than `max_shard` bytes.
 ///
 /// Every rank calls it; rank 0 writes. Each element goes by from the rank that owns it, some rows of one tensor at a time,
 /// so that no rank but the first holds more of the model than its part, and that one at most the tensors of a file. So a
@@ -35,6 +35,7 @@ pub fn save<T: Element, B: Backend>(
     folder: &Path,
     config: &str,
     transposed: impl Fn(&str) -> bool,
+    max_shard: usize,
 ) -> Result<()> {
     let writes = group.rank() == 0;
     let mut written = Ok(());
@@ -43,7 +44,7 @@ pub fn save<T: Element, B: Backend>(
         bytes += whole_tensors(param).values().map(|shape| shape.len() * size_of::<T>()).sum::<usize>();
         Ok(())
     })?;
-    let mut files = Files::<T>::new(folder, bytes <= FILE);
+    let mut files = Files::<T>::new(folder, bytes <= max_shard, max_shard);
     if writes {
         written = files.begin(config);
     }
@@ -127,6 +128,7 @@ fn transpose<T: Element>(from: &[T], rows: usize, cols: usize) -> Vec<T> {
 struct Files<'a, T> {
     folder: &'a Path,
     single: bool,
+    max: usize,
     tensors: Vec<(String, Shape, Vec<T>)>,
     bytes: usize,
     files: Vec<Vec<String>>,
@@ -134,8 +136,8 @@ struct Files<'a, T> {
 }
 
 impl<'a, T: Element> Files<'a, T> {
-    fn new(folder: &'a Path, single: bool) -> Self {
-        Self { folder, single, tensors: Vec::new(), bytes: 0, files: Vec::new(), total: 0 }
+    fn new(folder: &'a Path, single: bool, max: usize) -> Self {
+        Self { folder, single, max, tensors: Vec::new(), bytes: 0, files: Vec::new(), total: 0 }
     }
 
     fn io<R>(&self, name: &str, result: std::io::Result<R>) -> Result<R> {
@@ -149,7 +151,7 @@ impl<'a, T: Element> Files<'a, T> {
 
     fn add(&mut self, name: String, shape: Shape, elements: Vec<T>) -> Result<()> {
         let bytes = size_of_val(elements.as_slice());
-        if !self.single && self.bytes + bytes > FILE && !self.tensors.is_empty() {
+        if !self.single && self.bytes + bytes > self.max && !self.tensors.is_empty() {
             self.flush()?;
         }
         self.bytes += bytes;

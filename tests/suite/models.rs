@@ -9,7 +9,7 @@ use shardwise::{
     comm::Group,
     device::{AnyMut, Cpu, Device, Element},
     kernels::RopePairs,
-    models::{Bert, BertConfig, Decoder, DecoderConfig, ModelConfig},
+    models::{Bert, BertConfig, Decoder, DecoderConfig, ModelConfig, save},
     ops::{RopeConfig, RopeScaling},
     parallel::{Sampler, Stream, VocabParallelCrossEntropy},
     shard::{Replicated, Sequences, Shard},
@@ -400,6 +400,40 @@ fn saved_models_are_what_was_read() {
                 assert_eq!(read(&again), read(&checkpoint), "{tensor} of {name}");
             }
         }
+    }
+}
+
+/// Where one file would be too large there are several, and an index.
+#[test]
+fn large_models_are_saved_in_several_files() {
+    let (checkpoint, config) = decoder("qwen2");
+    let folder = tempfile::tempdir().unwrap();
+    let saved = ranks(3).run(|group| {
+        let mut model = Decoder::<Replicated, f32, Cpu>::load(&group, &checkpoint, &config)?;
+        save(&group, |f| model.visit(f), folder.path(), &config.json, |_| false, 40_000)
+    });
+    saved.unwrap();
+    let mut files: Vec<_> = fs::read_dir(folder.path())
+        .unwrap()
+        .map(|file| file.unwrap().file_name().into_string().unwrap())
+        .collect();
+    files.sort();
+    let count = files.len() - 2;
+    assert!(count > 2, "{files:?}");
+    let parts = (1..=count).map(|at| format!("model-{at:05}-of-{count:05}.safetensors"));
+    let others = ["model.safetensors.index.json".to_string()];
+    assert_eq!(files, ["config.json".to_string()].into_iter().chain(parts).chain(others).collect::<Vec<_>>());
+    let again = Checkpoint::open(folder.path()).unwrap();
+    assert!(again.names().eq(checkpoint.names()));
+    for tensor in checkpoint.names() {
+        let shape = checkpoint.shape(tensor).unwrap().to_vec();
+        let read = |from: &Checkpoint| {
+            let mut all = vec![0.0_f32; shape.iter().product()];
+            let whole = Region::whole(shape.as_slice());
+            from.read(tensor, Role::Weight, &whole, AnyMut::F32(all.as_mut_slice())).unwrap();
+            all
+        };
+        assert_eq!(read(&again), read(&checkpoint), "{tensor}");
     }
 }
 
