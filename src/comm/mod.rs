@@ -7,6 +7,7 @@
 //! |---|---|
 //! | [`Solo`] | one, on any device |
 //! | [`threads::ThreadComm`] | threads of one process, which read one another's memory |
+//! | [`HostStaged`] | those of the host's communicator that it wraps, on any device |
 //! | [`Recorded`] | those of the communicator it wraps, with every transfer written down |
 //!
 //! Every call carries a [`Call`]: what is asked, of which element and shape, and the how-manieth call of its group it
@@ -21,6 +22,7 @@ mod mesh;
 mod parts;
 mod recorded;
 mod solo;
+mod staged;
 pub mod threads;
 
 pub use call::{Call, Op, ReduceOp};
@@ -30,3 +32,4 @@ pub use mesh::DeviceMesh;
 pub use parts::Parts;
 pub use recorded::{Record, Recorded, Transfer};
 pub use solo::Solo;
+pub use staged::HostStaged;

@@ -78,6 +78,10 @@ impl Device for Cpu {
         buffer
     }
 
+    fn shared<'a, T: Element>(slice: &'a &mut [T]) -> &'a [T] {
+        slice
+    }
+
     fn len<T: Element>(slice: &[T]) -> usize {
         slice.len()
     }
