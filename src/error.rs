@@ -261,6 +261,8 @@ pub enum Loss {
     Failed,
     /// It returned, or dropped the group.
     Left,
+    /// Its process ended, or its connection broke.
+    Disconnected,
 }
 
 impl fmt::Display for Loss {
@@ -269,6 +271,7 @@ impl fmt::Display for Loss {
             Self::Panicked => "it panicked",
             Self::Failed => "it returned an error",
             Self::Left => "it left the group",
+            Self::Disconnected => "its process ended or its connection broke",
         })
     }
 }

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | [`Solo`] | one, on any device |
 //! | [`threads::ThreadComm`] | threads of one process, which read one another's memory |
+//! | [`Link`] | processes, by way of the first: for control and small tensors |
 //! | [`HostStaged`] | those of the host's communicator that it wraps, on any device |
 //! | [`Recorded`] | those of the communicator it wraps, with every transfer written down |
 //!
@@ -16,8 +17,11 @@
 //! get [`crate::Error::PeerLost`] instead of waiting for it.
 
 mod call;
+mod combine;
 mod communicator;
 mod group;
+mod host;
+mod link;
 mod mesh;
 mod parts;
 mod recorded;
@@ -28,6 +32,8 @@ pub mod threads;
 pub use call::{Call, Op, ReduceOp};
 pub use communicator::{Collective, Communicator, InFlight, Incoming, Outgoing};
 pub use group::{Group, Pending};
+pub(crate) use link::Line;
+pub use link::Link;
 pub use mesh::DeviceMesh;
 pub use parts::Parts;
 pub use recorded::{Record, Recorded, Transfer};

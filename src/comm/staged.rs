@@ -138,6 +138,14 @@ impl<B: Device> Communicator<B> for HostStaged<B> {
         self.host.barrier(call)
     }
 
+    fn obstacle(&self, call: &Call) -> Option<Error> {
+        self.host.obstacle(call)
+    }
+
+    fn is_near(&self) -> bool {
+        self.host.is_near()
+    }
+
     fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<B>>>> {
         let part = self.host.split(call, color, key)?;
         let staging = self.staging.clone();
