@@ -61,6 +61,18 @@ pub enum Error {
         /// What is wrong with the argument, with its value.
         reason: String,
     },
+    /// A library that was loaded at run time returned an error.
+    #[error("{call}: {library} error {code}: {message}")]
+    Library {
+        /// The library.
+        library: &'static str,
+        /// The function that failed.
+        call: &'static str,
+        /// Its error code.
+        code: i32,
+        /// The library's words.
+        message: String,
+    },
     /// The device cannot do this; another one may.
     #[error("{op}: not supported: {reason}")]
     Unsupported {

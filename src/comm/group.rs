@@ -208,6 +208,13 @@ impl Group<Cpu> {
         self.carried(Rc::new(communicator), device)
     }
 
+    /// A call that makes other groups of this one.
+    #[cfg(feature = "nccl")]
+    #[track_caller]
+    pub(super) fn split_call(&self) -> Call {
+        self.call(Op::Split)
+    }
+
     /// The same group and call numbers over another communicator of the same ranks.
     pub(super) fn carried<B: Device>(&self, by: Rc<dyn Communicator<B>>, device: &B) -> Group<B> {
         let group = Group::named(by, device, self.name().into(), self.shared.id);

@@ -23,6 +23,8 @@ mod group;
 mod host;
 mod link;
 mod mesh;
+#[cfg(feature = "nccl")]
+pub mod nccl;
 mod parts;
 mod recorded;
 mod solo;

@@ -40,6 +40,9 @@ pub trait Device: Clone + fmt::Debug + 'static {
     /// A shared view of what an exclusive one views.
     fn shared<'a, T: Element>(slice: &'a Self::SliceMut<'_, T>) -> Self::Slice<'a, T>;
 
+    /// The same exclusive view, lent for a time.
+    fn reborrow<'a, T: Element>(slice: &'a mut Self::SliceMut<'_, T>) -> Self::SliceMut<'a, T>;
+
     /// The number of elements of a view.
     fn len<T: Element>(slice: Self::Slice<'_, T>) -> usize;
 

@@ -5,6 +5,7 @@ mod comm;
 mod compile_fail;
 mod decoding;
 mod errors;
+mod exact;
 mod fork;
 mod imports;
 mod kernels;

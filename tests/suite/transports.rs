@@ -1,7 +1,7 @@
 //! Every communicator gives what the thread ranks' gives: collectives of host-staged tensors and of processes.
 
 use crate::{
-    comm::{DTYPES, all_exact, all_in_flight, nan_wins, sums_in_rank_order, with_element},
+    exact::{DTYPES, all_exact, all_in_flight, nan_wins, sums_in_rank_order, with_element},
     launch::processes,
 };
 use shardwise::{

@@ -82,6 +82,10 @@ impl Device for Cpu {
         slice
     }
 
+    fn reborrow<'a, T: Element>(slice: &'a mut &mut [T]) -> &'a mut [T] {
+        slice
+    }
+
     fn len<T: Element>(slice: &[T]) -> usize {
         slice.len()
     }
