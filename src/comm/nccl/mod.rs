@@ -691,7 +691,8 @@ impl<B: NcclDevice> Drop for Nccl<B> {
             std::thread::yield_now();
         }
         let finished = state.under_way.borrow().is_empty();
-        if finished && state.failed.borrow().is_none() {
+        if finished {
+            // Not aborted: another rank may still be fetching what this one has given.
             state.raw.destroy();
         } else {
             state.raw.abort();

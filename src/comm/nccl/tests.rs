@@ -6,7 +6,7 @@ use crate::{
     comm::{Group, ReduceOp},
     device::{Cpu, Element},
     error::{Error, Loss, Result},
-    launch::Threads,
+    launch::{Env, Threads},
     shard::{Partition, Shape},
 };
 use exact::{DTYPES, all_exact, all_in_flight, nan_wins, sums_in_rank_order, with_element};
@@ -103,7 +103,8 @@ type Act = fn(&Group<Cpu>) -> Result<()>;
 fn reduce<T: Element>(group: &Group<Cpu>, op: ReduceOp, len: usize) -> Result<()> {
     let mut x = Tensor::<T>::full(group.device(), [len], 3.0)?;
     let result = group.all_reduce(op, &mut x);
-    if result.is_err() {
+    // A disagreement is found before data move.
+    if matches!(result, Err(Error::Mismatch(_))) {
         assert!(x.to_vec()?.iter().all(|value| value.to_f64() == 3.0), "the buffer has changed");
     }
     result
@@ -196,6 +197,81 @@ fn a_lost_rank_is_an_error_on_every_other() {
             }
         }
     }
+}
+
+/// Runs ranks as processes would be: they talk over sockets, and compare only new kinds of calls at once.
+fn processes<R: Send>(world: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Vec<Result<R>> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    drop(listener);
+    thread::scope(|scope| {
+        let (rank, port) = (&rank, &port);
+        let start = |number: usize| {
+            let variables = move |name: &str| match name {
+                "RANK" | "LOCAL_RANK" => Some(number.to_string()),
+                "WORLD_SIZE" | "LOCAL_WORLD_SIZE" => Some(world.to_string()),
+                "SHARDWISE_PORT" => Some(port.clone()),
+                _ => None,
+            };
+            scope.spawn(move || Env::of(variables)?.run(DEADLINE, rank))
+        };
+        let started: Vec<_> = (0..world).map(start).collect();
+        started.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn processes_have_the_same_collectives() {
+    for world in [1, 2, 3, 5] {
+        let outcomes = processes(world, |group| {
+            let nccl = group.over_nccl(&Cpu::poisoned(), options(Order::Any))?;
+            all_in_flight(&nccl)?;
+            all_in_flight(&nccl)
+        });
+        assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
+    }
+}
+
+/// Known calls in another order, with which NCCL finds no fault: of as many elements.
+#[test]
+fn another_order_of_known_calls_is_found_by_its_hash() {
+    let outcomes = processes(3, |group| {
+        let options = Options { check_every: 16, ..options(Order::Any) };
+        let nccl = group.over_nccl(&Cpu::new(), options)?;
+        let call = |dims: [usize; 2]| {
+            nccl.all_reduce(ReduceOp::Sum, &mut Tensor::<f32>::zeros(nccl.device(), dims)?)
+        };
+        let (a, b) = if nccl.rank() == 2 { ([3, 2], [2, 3]) } else { ([2, 3], [3, 2]) };
+        for round in 0..40 {
+            // All are in the same order before the twentieth.
+            let (first, second) = if round < 20 { ([2, 3], [3, 2]) } else { (a, b) };
+            call(first)?;
+            call(second)?;
+            assert!(round < 40 - 8, "it was not found");
+        }
+        Ok(())
+    });
+    for outcome in &outcomes {
+        let Err(Error::Mismatch(mismatch)) = outcome else { panic!("{outcome:?}") };
+        assert_eq!((mismatch.left_rank, mismatch.right_rank), (0, 2));
+        assert!(mismatch.left.contains("after calls "), "{}", mismatch.left);
+        assert_eq!(outcome, &outcomes[0]);
+    }
+}
+
+#[test]
+fn a_process_that_does_not_come_to_a_known_call_is_a_deadline() {
+    let outcomes = processes(2, |group| {
+        let options = Options { deadline: Duration::from_millis(200), ..options(Order::Any) };
+        let nccl = group.over_nccl(&Cpu::new(), options)?;
+        reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
+        if nccl.rank() == 0 {
+            thread::sleep(Duration::from_millis(600));
+            return Ok(());
+        }
+        reduce::<f32>(&nccl, ReduceOp::Sum, 6)
+    });
+    assert!(matches!(&outcomes[1], Err(Error::Deadline { missing, .. }) if missing == &[0]), "{outcomes:?}");
 }
 
 /// A rank that fails between the comparison of a call and the call itself leaves the others inside NCCL.
