@@ -96,6 +96,7 @@ impl Call {
     }
 
     /// A number that calls have in common which ask the same, whichever call of the group they are.
+    #[cfg(feature = "nccl")]
     pub(crate) fn kind(&self) -> u64 {
         hash(self.signature())
     }

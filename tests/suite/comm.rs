@@ -7,13 +7,12 @@ use crate::exact::{
     sums_in_rank_order, uneven, with_element,
 };
 use half::{bf16, f16};
-use ndarray::{ArrayD, Axis, IxDyn, Slice};
+use ndarray::{ArrayD, IxDyn};
 use proptest::{collection::vec, prelude::*};
 use shardwise::{
     Error, Loss, Mismatch, Result, Tensor,
-    comm::{Group, Op, Pending, ReduceOp, Transfer},
+    comm::{Group, Op, ReduceOp, Transfer},
     device::{Cpu, DType, Element},
-    kernels::Pointwise,
     launch::Threads,
     shard::{Partition, Shape},
 };

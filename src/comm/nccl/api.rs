@@ -201,3 +201,29 @@ fn places() -> Vec<PathBuf> {
     }
     places
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where there is an NCCL, it has all functions; where there is none, the error says where it was looked for.
+    #[test]
+    fn the_library_is_found_or_its_places_are_named() {
+        match Api::load() {
+            Ok(api) => {
+                let mut version = 0;
+                // SAFETY: `version` is a place for an int.
+                #[allow(unsafe_code)]
+                let code = unsafe { (api.version)(&mut version) };
+                assert!(code == SUCCESS && version >= OLDEST);
+                let error = api.error("ncclAllReduce", 4, std::ptr::null_mut()).to_string();
+                assert!(error.starts_with("ncclAllReduce: NCCL error 4: invalid argument"), "{error}");
+            }
+            Err(error) => {
+                let error = error.to_string();
+                println!("not run with a real NCCL: {error}");
+                assert!(error.contains("SHARDWISE_NCCL"), "{error}");
+            }
+        }
+    }
+}

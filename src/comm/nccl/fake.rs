@@ -3,7 +3,9 @@
 //! Every call goes on in the background, as a non-blocking communicator's may, until all ranks have made theirs. As in the
 //! real one nothing is compared but what would end in chaos here: a group whose ranks disagree waits until it is aborted.
 
-#![allow(unsafe_code)]
+// One argument for every block here: addresses are those that `raw.rs` has checked and lends until the call is done, which it
+// is not before the thread that uses them is; handles are boxes that `new_comm` made and `destroy` or `abort` take back.
+#![allow(unsafe_code, clippy::undocumented_unsafe_blocks)]
 
 use super::api::{Api, Config, Handle, IN_PROGRESS, NO_COLOR, SUCCESS, UniqueId};
 use half::{bf16, f16};

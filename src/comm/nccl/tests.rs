@@ -187,7 +187,7 @@ fn a_lost_rank_is_an_error_on_every_other() {
                     .unwrap();
                 for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != lost) {
                     // It may be lost while others are still inside of the first call.
-                    let error = outcome.map_or_else(Some, |error| error);
+                    let error = outcome.unwrap_or_else(Some);
                     let Some(Error::PeerLost { rank: named, reason, .. }) = error else {
                         panic!("rank {rank} of {world}: {error:?}")
                     };
