@@ -61,6 +61,18 @@ pub enum Error {
         /// What is wrong with the argument, with its value.
         reason: String,
     },
+    /// A library that was loaded at run time returned an error.
+    #[error("{call}: {library} error {code}: {message}")]
+    Library {
+        /// The library.
+        library: &'static str,
+        /// The function that failed.
+        call: &'static str,
+        /// Its error code.
+        code: i32,
+        /// The library's words.
+        message: String,
+    },
     /// The device cannot do this; another one may.
     #[error("{op}: not supported: {reason}")]
     Unsupported {
@@ -261,6 +273,8 @@ pub enum Loss {
     Failed,
     /// It returned, or dropped the group.
     Left,
+    /// Its process ended, or its connection broke.
+    Disconnected,
 }
 
 impl fmt::Display for Loss {
@@ -269,6 +283,7 @@ impl fmt::Display for Loss {
             Self::Panicked => "it panicked",
             Self::Failed => "it returned an error",
             Self::Left => "it left the group",
+            Self::Disconnected => "its process ended or its connection broke",
         })
     }
 }

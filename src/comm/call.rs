@@ -5,7 +5,10 @@ use crate::{
     error::{Mismatch, Site},
     shard::Shape,
 };
-use std::fmt;
+use std::{
+    fmt,
+    hash::{DefaultHasher, Hash, Hasher},
+};
 
 /// A collective operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -72,6 +75,8 @@ pub struct Call {
     pub shape: Shape,
     /// A hash of how it is cut.
     pub parts: u64,
+    /// A hash of the calls since the ranks last compared theirs; 0 where they compare every call.
+    pub history: u64,
     /// The group's number: the same on all its ranks, and different from other groups'.
     pub group: u64,
     /// Where the call was made. Not compared: ranks may reach the same call on different paths.
@@ -81,20 +86,24 @@ pub struct Call {
 impl Call {
     /// Whether two ranks ask the same.
     pub fn agrees(&self, other: &Self) -> bool {
-        let key = |call: &Self| {
-            (
-                call.seq,
-                call.op,
-                call.started,
-                call.reduce,
-                call.root,
-                call.dtype,
-                call.shape,
-                call.parts,
-                call.group,
-            )
-        };
-        key(self) == key(other)
+        (self.seq, self.history, self.group) == (other.seq, other.history, other.group)
+            && self.signature() == other.signature()
+    }
+
+    /// What is asked, without the how-manieth call it is.
+    fn signature(&self) -> impl Hash + PartialEq {
+        (self.op, self.started, self.reduce, self.root, self.dtype, self.shape, self.parts)
+    }
+
+    /// A number that calls have in common which ask the same, whichever call of the group they are.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn kind(&self) -> u64 {
+        hash(self.signature())
+    }
+
+    /// A number that differs where calls do not agree.
+    pub(crate) fn fingerprint(&self) -> u64 {
+        hash((self.signature(), self.seq, self.history, self.group))
     }
 
     /// The disagreement between the calls of all ranks, in rank order, if there is one.
@@ -103,6 +112,13 @@ impl Call {
         let (right_rank, right) = calls.enumerate().find(|(_, call)| !left.agrees(call))?;
         Some(Mismatch { left_rank: 0, left: left.to_string(), right_rank, right: right.to_string() })
     }
+}
+
+/// The standard hasher with its fixed keys: the same in every process of one program.
+pub(crate) fn hash(value: impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
 }
 
 impl fmt::Display for Call {
@@ -130,6 +146,9 @@ impl fmt::Display for Call {
             argument("cut ", &format!("{:08x}", self.parts as u32))?;
         }
         argument("call ", &self.seq)?;
+        if self.history != 0 {
+            argument("after calls ", &format!("{:08x}", self.history as u32))?;
+        }
         write!(f, ") at {}", self.site)
     }
 }

@@ -3,7 +3,7 @@
 use super::{Call, Parts, ReduceOp};
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Device},
-    error::Result,
+    error::{Error, Result},
     shard::Shape,
 };
 
@@ -50,6 +50,18 @@ pub trait Communicator<B: Device> {
 
     /// Returns when every rank has called it.
     fn barrier(&self, call: &Call) -> Result<()>;
+
+    /// What broke the group, if something did, without waiting for anybody. A rank that left after it had done its part is
+    /// no obstacle to a call in which it took part.
+    fn obstacle(&self, call: &Call) -> Option<Error> {
+        let _ = call;
+        None
+    }
+
+    /// Whether a meeting of the ranks takes microseconds, so that each call may well have one.
+    fn is_near(&self) -> bool {
+        false
+    }
 
     /// Divides the group: the ranks of one `color` form a new one, in order of `key` and then of rank; those without a
     /// color belong to none.

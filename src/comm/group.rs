@@ -1,10 +1,11 @@
 //! The typed front of a communicator.
 
 use super::{
-    Call, Collective, Communicator, InFlight, Incoming, Op, Outgoing, Parts, Record, Recorded, ReduceOp, Solo,
+    Call, Collective, Communicator, HostStaged, InFlight, Incoming, Op, Outgoing, Parts, Record, Recorded,
+    ReduceOp, Solo,
 };
 use crate::{
-    device::{DType, Device, Element},
+    device::{Cpu, DType, Device, Element},
     error::{Error, Result, Site, same_shape, same_size},
     kernels::Pointwise,
     shard::{Partition, Shape},
@@ -78,6 +79,11 @@ impl<B: Device> Group<B> {
         (group, record)
     }
 
+    /// What carries the group's data.
+    pub(super) fn communicator(&self) -> Rc<dyn Communicator<B>> {
+        Rc::clone(&self.shared.communicator)
+    }
+
     /// This rank's number in the group.
     pub fn rank(&self) -> usize {
         self.shared.communicator.rank()
@@ -122,6 +128,7 @@ impl<B: Device> Group<B> {
             dtype: None,
             shape: Shape::new(&[]),
             parts: 0,
+            history: 0,
             group: self.shared.id,
             site: Site(Location::caller()),
         }
@@ -177,6 +184,42 @@ impl<B: Device> Group<B> {
     pub fn split_all(&self, color: u64) -> Result<Self> {
         let part = self.split(Some(color), 0)?;
         part.ok_or_else(|| Error::invalid("split", "the communicator returned no group for a color"))
+    }
+}
+
+impl Group<Cpu> {
+    /// This group for tensors on `device`, carried by this one through the host: see [`HostStaged`]. Every rank calls it.
+    ///
+    /// ```
+    /// use shardwise::{Tensor, comm::ReduceOp, device::Cpu, launch};
+    /// // Any device does for one here: thread ranks that share a GPU would each make a handle of it.
+    /// launch::threads(2, |world| {
+    ///     let device = Cpu::new();
+    ///     let world = world.staged(&device);
+    ///     let mut x = Tensor::<f32>::full(&device, [3], 1.0)?;
+    ///     world.all_reduce(ReduceOp::Sum, &mut x)?;
+    ///     assert_eq!(x.to_vec()?, [2.0; 3]);
+    ///     Ok(())
+    /// })?;
+    /// # Ok::<(), shardwise::Error>(())
+    /// ```
+    pub fn staged<B: Device>(&self, device: &B) -> Group<B> {
+        let communicator = HostStaged::new(self.communicator(), device);
+        self.carried(Rc::new(communicator), device)
+    }
+
+    /// A call that makes other groups of this one.
+    #[cfg(feature = "nccl")]
+    #[track_caller]
+    pub(super) fn split_call(&self) -> Call {
+        self.call(Op::Split)
+    }
+
+    /// The same group and call numbers over another communicator of the same ranks.
+    pub(super) fn carried<B: Device>(&self, by: Rc<dyn Communicator<B>>, device: &B) -> Group<B> {
+        let group = Group::named(by, device, self.name().into(), self.shared.id);
+        group.shared.calls.set(self.shared.calls.get());
+        group
     }
 }
 

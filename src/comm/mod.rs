@@ -7,6 +7,8 @@
 //! |---|---|
 //! | [`Solo`] | one, on any device |
 //! | [`threads::ThreadComm`] | threads of one process, which read one another's memory |
+//! | [`Link`] | processes, by way of the first: for control and small tensors |
+//! | [`HostStaged`] | those of the host's communicator that it wraps, on any device |
 //! | [`Recorded`] | those of the communicator it wraps, with every transfer written down |
 //!
 //! Every call carries a [`Call`]: what is asked, of which element and shape, and the how-manieth call of its group it
@@ -15,18 +17,27 @@
 //! get [`crate::Error::PeerLost`] instead of waiting for it.
 
 mod call;
+mod combine;
 mod communicator;
 mod group;
+mod host;
+mod link;
 mod mesh;
+#[cfg(feature = "nccl")]
+pub mod nccl;
 mod parts;
 mod recorded;
 mod solo;
+mod staged;
 pub mod threads;
 
 pub use call::{Call, Op, ReduceOp};
 pub use communicator::{Collective, Communicator, InFlight, Incoming, Outgoing};
 pub use group::{Group, Pending};
+pub(crate) use link::Line;
+pub use link::Link;
 pub use mesh::DeviceMesh;
 pub use parts::Parts;
 pub use recorded::{Record, Recorded, Transfer};
 pub use solo::Solo;
+pub use staged::HostStaged;

@@ -3,7 +3,7 @@
 use super::{Call, Collective, Communicator, InFlight, Incoming, Op, Outgoing, Parts, ReduceOp};
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, DType, Device},
-    error::Result,
+    error::{Error, Result},
 };
 use std::{cell::RefCell, fmt, rc::Rc};
 
@@ -122,6 +122,14 @@ impl<B: Device> Communicator<B> for Recorded<B> {
 
     fn barrier(&self, call: &Call) -> Result<()> {
         self.inner.barrier(call)
+    }
+
+    fn obstacle(&self, call: &Call) -> Option<Error> {
+        self.inner.obstacle(call)
+    }
+
+    fn is_near(&self) -> bool {
+        self.inner.is_near()
     }
 
     fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<B>>>> {

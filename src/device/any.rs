@@ -108,6 +108,16 @@ impl<'a, B: Device> AnyMut<'a, B> {
         self.len() == 0
     }
 
+    /// A shared view of the same elements.
+    pub fn shared(&self) -> AnyRef<'_, B> {
+        match self {
+            Self::F64(slice) => AnyRef::F64(B::shared(slice)),
+            Self::F32(slice) => AnyRef::F32(B::shared(slice)),
+            Self::BF16(slice) => AnyRef::BF16(B::shared(slice)),
+            Self::F16(slice) => AnyRef::F16(B::shared(slice)),
+        }
+    }
+
     /// The view, if `T` is its element.
     pub fn of<T: Element>(self) -> Option<B::SliceMut<'a, T>> {
         T::of_mut::<B>(self)

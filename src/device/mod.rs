@@ -37,6 +37,12 @@ pub trait Device: Clone + fmt::Debug + 'static {
     /// The whole of a buffer, to be written.
     fn slice_mut<T: Element>(buffer: &mut Self::Buffer<T>) -> Self::SliceMut<'_, T>;
 
+    /// A shared view of what an exclusive one views.
+    fn shared<'a, T: Element>(slice: &'a Self::SliceMut<'_, T>) -> Self::Slice<'a, T>;
+
+    /// The same exclusive view, lent for a time.
+    fn reborrow<'a, T: Element>(slice: &'a mut Self::SliceMut<'_, T>) -> Self::SliceMut<'a, T>;
+
     /// The number of elements of a view.
     fn len<T: Element>(slice: Self::Slice<'_, T>) -> usize;
 

@@ -1,14 +1,17 @@
 //! Collectives: exact results, disagreement, lost ranks.
 //!
-//! Inputs are small whole numbers times a power of two, as in nccl-tests: sums of a few are exact in every element and in
-//! every order, so that results are compared for equality. Fresh tensors are NaN: an element that nobody wrote is wrong.
+//! Fresh tensors are NaN: an element that nobody wrote is wrong.
 
+use crate::exact::{
+    Awaited, DTYPES, OPS, Step, all_exact, all_in_flight, inputs, mix, nan_wins, perform, same, start,
+    sums_in_rank_order, uneven, with_element,
+};
 use half::{bf16, f16};
-use ndarray::{ArrayD, Axis, IxDyn, Slice};
+use ndarray::{ArrayD, IxDyn};
 use proptest::{collection::vec, prelude::*};
 use shardwise::{
     Error, Loss, Mismatch, Result, Tensor,
-    comm::{Group, Op, Pending, ReduceOp, Transfer},
+    comm::{Group, Op, ReduceOp, Transfer},
     device::{Cpu, DType, Element},
     launch::Threads,
     shard::{Partition, Shape},
@@ -21,231 +24,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-const OPS: [ReduceOp; 3] = [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min];
-const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
-
 /// Thread ranks whose fresh tensors are NaN. Only a rank that is waited for in vain reaches the deadline.
 fn ranks(world: usize) -> Threads {
     Threads::new(world).device(Cpu::poisoned).deadline(Duration::from_secs(60))
 }
 
-/// Calls a function of an element for an element that is a value.
-macro_rules! with_element {
-    ($dtype:expr, $function:ident($($argument:expr),*)) => {
-        match $dtype {
-            DType::F64 => $function::<f64>($($argument),*),
-            DType::F32 => $function::<f32>($($argument),*),
-            DType::BF16 => $function::<bf16>($($argument),*),
-            DType::F16 => $function::<f16>($($argument),*),
-        }
-    };
-}
-
-/// Well-mixed bits of a few numbers (the finalizer of SplitMix64).
-fn mix(seed: u64, a: usize, b: usize) -> u64 {
-    let mut bits = seed
-        ^ (a as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
-        ^ (b as u64).wrapping_mul(0xd1b5_4a32_d192_ed03);
-    bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    bits ^ (bits >> 31)
-}
-
-/// The ranks' inputs: whole numbers from −8 to 8 times one power of two.
-fn inputs(seed: u64, world: usize, dims: &[usize]) -> Vec<ArrayD<f64>> {
-    let scale = 2.0_f64.powi((seed % 7) as i32 - 3);
-    let input = |rank| {
-        let mut at = 0;
-        ArrayD::from_shape_simple_fn(IxDyn(dims), || {
-            at += 1;
-            ((mix(seed, rank, at) % 17) as f64 - 8.0) * scale
-        })
-    };
-    (0..world).map(input).collect()
-}
-
-/// A cut of `len` into `parts` parts; some are empty.
-fn uneven(seed: u64, len: usize, parts: usize) -> Partition {
-    let mut bounds: Vec<_> = (1..parts).map(|at| mix(seed, at, 1) as usize % (len + 1)).collect();
-    bounds.extend([0, len]);
-    bounds.sort_unstable();
-    Partition::from_sizes(bounds.windows(2).map(|pair| pair[1] - pair[0]))
-}
-
-fn tensor<T: Element>(group: &Group<Cpu>, array: &ArrayD<f64>) -> Result<Tensor<T>> {
-    let values: Vec<_> = array.iter().map(|value| T::from_f64(*value)).collect();
-    Tensor::from_slice(group.device(), array.shape(), &values)
-}
-
-/// The naive reduction.
-fn reduced<'a>(op: ReduceOp, inputs: impl IntoIterator<Item = &'a ArrayD<f64>>) -> ArrayD<f64> {
-    let mut inputs = inputs.into_iter();
-    let mut result = inputs.next().expect("a group has a rank").clone();
-    for input in inputs {
-        result.zip_mut_with(input, |a, b| match op {
-            ReduceOp::Sum => *a += b,
-            ReduceOp::Max => *a = a.max(*b),
-            ReduceOp::Min => *a = a.min(*b),
-        });
-    }
-    result
-}
-
-fn slice(whole: &ArrayD<f64>, dim: usize, cut: &Partition, rank: usize) -> ArrayD<f64> {
-    whole.slice_axis(Axis(dim), Slice::from(cut.range(rank))).to_owned()
-}
-
-#[track_caller]
-fn same<T: Element>(what: &Step, got: &Tensor<T>, want: &ArrayD<f64>) -> Result<()> {
-    assert_eq!(got.shape().dims(), want.shape(), "{what:?}");
-    let got = got.to_vec()?;
-    let wrong = got.iter().zip(want).position(|(got, want)| got.to_f64() != *want);
-    assert_eq!(wrong, None, "{what:?} of {} {:?}: the first wrong element", T::DTYPE, want.shape());
-    Ok(())
-}
-
-/// One collective of a program.
-#[derive(Clone, Debug)]
-enum Step {
-    AllReduce(ReduceOp),
-    AllGather(usize, Partition),
-    ReduceScatter(ReduceOp, usize, Partition),
-    Broadcast(usize),
-    /// Every rank sends to the one so many places further on.
-    Shift(usize),
-    /// Even ranks exchange with the next one.
-    Pairs,
-    Barrier,
-    /// Ranks of a random color reduce among themselves.
-    Split(u64),
-}
-
-/// Performs a step as one rank and compares the result with the one computed here from all ranks' inputs.
-fn perform<T: Element>(group: &Group<Cpu>, step: &Step, inputs: &[ArrayD<f64>]) -> Result<()> {
-    let (size, rank) = (group.size(), group.rank());
-    let shape = Shape::new(inputs[0].shape());
-    match step {
-        Step::AllReduce(op) => {
-            let mut x = tensor::<T>(group, &inputs[rank])?;
-            group.all_reduce(*op, &mut x)?;
-            same(step, &x, &reduced(*op, inputs))
-        }
-        Step::AllGather(dim, cut) => {
-            let part = tensor::<T>(group, &slice(&inputs[0], *dim, cut, rank))?;
-            same(step, &group.all_gather(&part, *dim, cut)?, &inputs[0])
-        }
-        Step::ReduceScatter(op, dim, cut) => {
-            let x = tensor::<T>(group, &inputs[rank])?;
-            let part = group.reduce_scatter(*op, &x, *dim, cut)?;
-            same(step, &x, &inputs[rank])?;
-            same(step, &part, &slice(&reduced(*op, inputs), *dim, cut, rank))
-        }
-        Step::Broadcast(root) => {
-            let mut x = tensor::<T>(group, &inputs[rank])?;
-            group.broadcast(*root, &mut x)?;
-            same(step, &x, &inputs[*root])
-        }
-        Step::Shift(by) => {
-            let (to, from) = ((rank + by) % size, (rank + size - by % size) % size);
-            let x = tensor::<T>(group, &inputs[rank])?;
-            let y = group.exchange(Some((to, &x)), Some((from, shape)))?;
-            same(step, &y.expect("what was asked for has arrived"), &inputs[from])
-        }
-        Step::Pairs => {
-            let peer = rank ^ 1;
-            let x = tensor::<T>(group, &inputs[rank])?;
-            let pair = peer < size;
-            let y = group.exchange(pair.then_some((peer, &x)), pair.then_some((peer, shape)))?;
-            assert_eq!(y.is_some(), pair);
-            y.map_or(Ok(()), |y| same(step, &y, &inputs[peer]))
-        }
-        Step::Barrier => group.barrier(),
-        Step::Split(seed) => {
-            // Color 3 is none; keys reverse or keep the order.
-            let color = |rank| Some(mix(*seed, rank, 2) % 4).filter(|color| *color < 3);
-            let key = |rank: usize| if seed % 2 == 0 { size - rank } else { 7 };
-            let part = group.split(color(rank), key(rank) as u64)?;
-            let Some(color_here) = color(rank) else {
-                assert!(part.is_none());
-                return Ok(());
-            };
-            let part = part.expect("a rank with a color has a group");
-            let mut members: Vec<_> = (0..size).filter(|&rank| color(rank) == Some(color_here)).collect();
-            members.sort_by_key(|&rank| (key(rank), rank));
-            assert_eq!((part.size(), members[part.rank()]), (members.len(), rank));
-            assert_eq!(part.name(), format!("{}/{color_here}", group.name()));
-            let mut x = tensor::<T>(&part, &inputs[rank])?;
-            part.all_reduce(ReduceOp::Sum, &mut x)?;
-            same(step, &x, &reduced(ReduceOp::Sum, members.iter().map(|&rank| &inputs[rank])))
-        }
-    }
-}
-
-/// A collective under way, and what it will be compared with.
-type Awaited = Box<dyn FnOnce() -> Result<()>>;
-
-/// Starts a step, if it is one that can be started.
-fn start<T: Element>(group: &Group<Cpu>, step: &Step, inputs: &[ArrayD<f64>]) -> Result<Awaited> {
-    let rank = group.rank();
-    let x = tensor::<T>(group, &inputs[rank])?;
-    let (pending, want): (Pending<T, Cpu>, _) = match step {
-        Step::AllReduce(op) => (group.start_all_reduce(*op, x)?, reduced(*op, inputs)),
-        Step::AllGather(dim, cut) => {
-            let part = tensor(group, &slice(&inputs[0], *dim, cut, rank))?;
-            (group.start_all_gather(part, *dim, cut)?, inputs[0].clone())
-        }
-        Step::ReduceScatter(op, dim, cut) => {
-            let want = slice(&reduced(*op, inputs), *dim, cut, rank);
-            (group.start_reduce_scatter(*op, x, *dim, cut)?, want)
-        }
-        _ => {
-            perform::<T>(group, step, inputs)?;
-            return Ok(Box::new(|| Ok(())));
-        }
-    };
-    let step = step.clone();
-    Ok(Box::new(move || same(&step, &pending.wait()?, &want)))
-}
-
-/// Every step on tensors of these dimensions; of a dimension with one index only the even cut.
-fn all_steps(seed: u64, world: usize, dims: [usize; 2]) -> Vec<Step> {
-    let mut steps = vec![Step::Barrier, Step::Pairs, Step::Split(seed)];
-    steps.extend(OPS.map(Step::AllReduce));
-    for dim in 0..2 {
-        let op = OPS[(seed as usize + dim) % 3];
-        let cuts = [Partition::even(dims[dim], world), uneven(seed, dims[dim], world)];
-        for cut in cuts.into_iter().take(if dims[dim] == 1 { 1 } else { 2 }) {
-            steps.push(Step::AllGather(dim, cut.clone()));
-            steps.push(Step::ReduceScatter(op, dim, cut));
-        }
-    }
-    steps.extend((0..world).map(Step::Broadcast));
-    steps.extend((0..world).map(Step::Shift));
-    steps
-}
-
 #[test]
 fn collectives_are_exact_for_every_world_element_and_size() {
     for world in 1..=8 {
-        ranks(world)
-            .run(|group| {
-                for (at, dtype) in DTYPES.into_iter().enumerate() {
-                    // Payloads of at most 16 KiB go another way than longer ones.
-                    let eager = (16 << 10) / dtype.size();
-                    let lines = [0, 1, 2, 7, 31, 33, 127, eager - 1, eager, eager + 1, 2 * eager + 13];
-                    let lines = lines.into_iter().enumerate().map(|(at, len)| [[len, 1], [1, len]][at % 2]);
-                    let matrices = [[0, 3], [5, 7], [64, 65], [3, 4099]];
-                    for (round, dims) in lines.chain(matrices).enumerate() {
-                        let seed = (at * 100 + round) as u64;
-                        let inputs = inputs(seed, world, &dims);
-                        for step in all_steps(seed, world, dims) {
-                            with_element!(dtype, perform(&group, &step, &inputs))?;
-                        }
-                    }
-                }
-                Ok(())
-            })
-            .unwrap();
+        ranks(world).run(|group| all_exact(&group, true)).unwrap();
     }
 }
 
@@ -258,8 +45,8 @@ fn three_dimensional_tensors_are_cut_along_any_dimension() {
                 for dim in 0..3 {
                     let cut = uneven(dim as u64, dims[dim], world);
                     let scatter = Step::ReduceScatter(ReduceOp::Sum, dim, cut.clone());
-                    perform::<f32>(&group, &Step::AllGather(dim, cut), &inputs(1, world, &dims))?;
-                    perform::<f32>(&group, &scatter, &inputs(2, world, &dims))?;
+                    perform::<f32, _>(&group, &Step::AllGather(dim, cut), &inputs(1, world, &dims))?;
+                    perform::<f32, _>(&group, &scatter, &inputs(2, world, &dims))?;
                 }
                 Ok(())
             })
@@ -270,61 +57,8 @@ fn three_dimensional_tensors_are_cut_along_any_dimension() {
 #[test]
 fn several_in_flight_are_waited_for_in_any_order() {
     for world in [1, 2, 3, 4] {
-        ranks(world)
-            .run(|group| {
-                let few = inputs(1, world, &[5]);
-                let mut flights = Vec::new();
-                for (round, dims) in [[9, 700], [1, 7], [5, 0], [128, 129]].into_iter().enumerate() {
-                    let inputs = inputs(round as u64, world, &dims);
-                    for (at, step) in all_steps(3, world, dims).into_iter().enumerate() {
-                        let dtype = DTYPES[(at + round) % 4];
-                        flights.push(with_element!(dtype, start(&group, &step, &inputs))?);
-                        perform::<f32>(&group, &Step::AllReduce(ReduceOp::Sum), &few)?;
-                    }
-                }
-                // Each rank in an order of its own.
-                while !flights.is_empty() {
-                    let next = mix(9, group.rank(), flights.len()) as usize % flights.len();
-                    flights.swap_remove(next)()?;
-                }
-                Ok(())
-            })
-            .unwrap();
+        ranks(world).run(|group| all_in_flight(&group)).unwrap();
     }
-}
-
-/// Random normal numbers of every magnitude, whose sums depend on the order.
-fn general<T: Element>(rank: usize, len: usize) -> Vec<T> {
-    let number = |at| {
-        let bits = mix(77, rank, at);
-        let magnitude = 2.0_f64.powi((bits % 12) as i32 - 6);
-        T::from_f64(((bits >> 11) as f64 / (1_u64 << 53) as f64 - 0.5) * magnitude)
-    };
-    (0..len).map(number).collect()
-}
-
-fn sums_in_rank_order<T: Element>(group: &Group<Cpu>) -> Result<()> {
-    let bits = |values: &[T]| values.iter().map(|value| value.to_f64().to_bits()).collect::<Vec<_>>();
-    for len in [1, 100, 3000, 20_011] {
-        let all: Vec<Vec<T>> = (0..group.size()).map(|rank| general(rank, len)).collect();
-        let sum = |at: usize| {
-            let first = all[0][at].widen();
-            T::narrow(all[1..].iter().fold(first, |sum, values| sum + values[at].widen()))
-        };
-        let want = bits(&(0..len).map(sum).collect::<Vec<_>>());
-        let cut = uneven(len as u64, len, group.size());
-        let x = Tensor::from_slice(group.device(), [len], &all[group.rank()])?;
-        for _ in 0..3 {
-            let mut y = x.clone();
-            group.all_reduce(ReduceOp::Sum, &mut y)?;
-            assert_eq!(bits(&y.to_vec()?), want);
-            let y = group.start_all_reduce(ReduceOp::Sum, x.clone())?.wait()?;
-            assert_eq!(bits(&y.to_vec()?), want);
-            let part = group.reduce_scatter(ReduceOp::Sum, &x, 0, &cut)?;
-            assert_eq!(bits(&part.to_vec()?), want[cut.range(group.rank())]);
-        }
-    }
-    Ok(())
 }
 
 #[test]
@@ -334,30 +68,6 @@ fn sums_of_any_floats_are_made_in_rank_order_in_the_accumulator() {
             .run(|group| DTYPES.iter().try_for_each(|dtype| with_element!(dtype, sums_in_rank_order(&group))))
             .unwrap();
     }
-}
-
-fn nan_wins<T: Element>(group: &Group<Cpu>) -> Result<()> {
-    for len in [5, 20_000] {
-        for (op, holder) in OPS.iter().flat_map(|op| (0..group.size()).map(move |rank| (*op, rank))) {
-            let mut values = vec![T::from_f64(group.rank() as f64 - 2.0); len];
-            if group.rank() == holder {
-                values[len / 2] = T::NAN;
-            }
-            let check = |got: Vec<T>, start: usize| {
-                let is_right = |(at, value): (usize, &T)| value.to_f64().is_nan() == (start + at == len / 2);
-                assert!(got.iter().enumerate().all(is_right), "{op:?} of {} by rank {holder}", T::DTYPE);
-            };
-            let x = Tensor::from_slice(group.device(), [len], &values)?;
-            let mut y = x.clone();
-            group.all_reduce(op, &mut y)?;
-            check(y.to_vec()?, 0);
-            let cut = Partition::even(len, group.size());
-            let part = group.reduce_scatter(op, &x, 0, &cut)?;
-            check(part.to_vec()?, cut.range(group.rank()).start);
-            check(group.start_all_reduce(op, x)?.wait()?.to_vec()?, 0);
-        }
-    }
-    Ok(())
 }
 
 #[test]
@@ -711,7 +421,7 @@ const WAITS: [Act; 11] = [
     |group| group.barrier(),
     |group| group.split(Some(1), 0).map(drop),
     |group| started(group, ReduceOp::Sum, 5),
-    |group| perform::<f32>(group, &Step::Shift(1), &inputs(0, group.size(), &[4])),
+    |group| perform::<f32, _>(group, &Step::Shift(1), &inputs(0, group.size(), &[4])),
     // After one that all have come to.
     |group| {
         let x = Tensor::<f32>::zeros(group.device(), [70_000])?;
@@ -728,7 +438,7 @@ fn lose(world: usize, lost: usize, way: Way, before: usize, delay: Duration, wai
     let outcomes = ranks(world)
         .run_each(|group| {
             for at in 0..before {
-                perform::<f32>(
+                perform::<f32, _>(
                     &group,
                     &Step::AllReduce(ReduceOp::Sum),
                     &inputs(1, world, &[[3, 5000][at % 2]]),
@@ -881,14 +591,14 @@ fn a_rank_that_has_done_its_part_may_leave() {
             // A ring as the last step: the late rank's neighbours but one have already left.
             let ring = |group: Group<Cpu>| {
                 wait(&group);
-                perform::<f32>(&group, &Step::Shift(1), &inputs(5, world, &[100]))
+                perform::<f32, _>(&group, &Step::Shift(1), &inputs(5, world, &[100]))
             };
             ranks(world).run(ring).unwrap();
             // The others have posted their inputs, and left without waiting for the result.
             let flight = |group: Group<Cpu>| {
                 wait(&group);
                 let awaited =
-                    start::<f32>(&group, &Step::AllReduce(ReduceOp::Sum), &inputs(6, world, &[100]))?;
+                    start::<f32, _>(&group, &Step::AllReduce(ReduceOp::Sum), &inputs(6, world, &[100]))?;
                 if group.rank() == late { awaited() } else { Ok(()) }
             };
             ranks(world).run(flight).unwrap();
@@ -915,11 +625,11 @@ fn a_flight_that_nobody_waits_for_does_no_harm() {
             for seed in 0..20 {
                 let inputs = inputs(seed, 3, &[300]);
                 for op in OPS {
-                    let awaited = start::<f16>(&group, &Step::AllReduce(op), &inputs)?;
+                    let awaited = start::<f16, _>(&group, &Step::AllReduce(op), &inputs)?;
                     if group.rank() != seed as usize % 4 {
                         awaited()?;
                     }
-                    perform::<f32>(&group, &Step::AllReduce(op), &inputs)?;
+                    perform::<f32, _>(&group, &Step::AllReduce(op), &inputs)?;
                 }
             }
             Ok(())

@@ -1,10 +1,8 @@
 //! Ranks that are threads of one process and read one another's memory. The protocol, and why it is safe: `README.md`.
 
 mod barrier;
-mod combine;
 mod event;
 mod flight;
-mod host;
 mod mail;
 mod shared;
 mod slot;
@@ -12,13 +10,16 @@ mod sync;
 
 pub(crate) use shared::{Presence, Seat};
 
-use super::{Call, Collective, Communicator, InFlight, Incoming, Outgoing, Parts, ReduceOp};
+use super::{
+    Call, Collective, Communicator, InFlight, Incoming, Outgoing, Parts, ReduceOp,
+    combine::{self, BLOCK},
+    host,
+};
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, Element, each_dtype},
     error::{Error, Result},
     shard::Partition,
 };
-use combine::BLOCK;
 use shared::Shared;
 use slot::EAGER;
 use std::{cell::Cell, rc::Rc, sync::Arc, time::Duration};
@@ -221,6 +222,14 @@ impl Communicator<Cpu> for ThreadComm {
         #[allow(unsafe_code)]
         self.meet(call, |at| unsafe { slots[self.seat.rank].publish(at, call) })?;
         Ok(())
+    }
+
+    fn obstacle(&self, call: &Call) -> Option<Error> {
+        self.seat.shared.obstacle(call, Vec::new)
+    }
+
+    fn is_near(&self) -> bool {
+        true
     }
 
     fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<Cpu>>>> {

@@ -78,6 +78,14 @@ impl Device for Cpu {
         buffer
     }
 
+    fn shared<'a, T: Element>(slice: &'a &mut [T]) -> &'a [T] {
+        slice
+    }
+
+    fn reborrow<'a, T: Element>(slice: &'a mut &mut [T]) -> &'a mut [T] {
+        slice
+    }
+
     fn len<T: Element>(slice: &[T]) -> usize {
         slice.len()
     }

@@ -1,9 +1,7 @@
 //! What a rank computes from all ranks' inputs: safe functions of slices, the same for every way the inputs arrive.
 
-use crate::{
-    comm::{Parts, ReduceOp},
-    device::{Accumulator, Element, vectorized},
-};
+use super::{Parts, ReduceOp};
+use crate::device::{Accumulator, Element, vectorized};
 use std::ops::Range;
 
 /// Elements that are reduced at a time: their accumulators stay in the first-level cache.

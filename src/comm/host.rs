@@ -1,6 +1,6 @@
 //! Data that outlives its rank: what is sent, and what a started collective reads.
 
-use crate::device::{AnyBuffer, AnyRef, Cpu};
+use crate::device::{AnyBuffer, AnyRef, Cpu, DType};
 use half::{bf16, f16};
 
 /// Host memory whose element is known at run time; unlike a rank's buffers it may go to other threads.
@@ -20,6 +20,35 @@ impl HostVec {
             Self::BF16(data) => AnyRef::BF16(data.as_slice()),
             Self::F16(data) => AnyRef::F16(data.as_slice()),
         }
+    }
+}
+
+impl HostVec {
+    /// The elements of a message; none if its length does not fit them.
+    pub(super) fn from_bytes(dtype: DType, bytes: &[u8]) -> Option<Self> {
+        macro_rules! read {
+            ($variant:ident, $element:ty) => {{
+                let (elements, rest) = bytes.as_chunks::<{ size_of::<$element>() }>();
+                let data = elements.iter().map(|bytes| <$element>::from_le_bytes(*bytes)).collect();
+                rest.is_empty().then_some(Self::$variant(data))
+            }};
+        }
+        match dtype {
+            DType::F64 => read!(F64, f64),
+            DType::F32 => read!(F32, f32),
+            DType::BF16 => read!(BF16, bf16),
+            DType::F16 => read!(F16, f16),
+        }
+    }
+}
+
+/// The elements as a message.
+pub(super) fn to_bytes(data: AnyRef<'_, Cpu>) -> Vec<u8> {
+    match data {
+        AnyRef::F64(data) => data.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        AnyRef::F32(data) => data.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        AnyRef::BF16(data) => data.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        AnyRef::F16(data) => data.iter().flat_map(|value| value.to_le_bytes()).collect(),
     }
 }
 

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# scripts/gpu/pack.sh FOLDER - builds tests, examples and benches and puts what a GPU machine needs into FOLDER.
+# That machine needs no cargo: a driver, and for the comparison a Python with torch.
+set -euo pipefail
+out=${1:?usage: $0 FOLDER}
+cd "$(dirname "$0")/../.."
+mkdir -p "$out"
+features=${FEATURES:-nccl}
+
+# Small and stripped; the release profile's code.
+export CARGO_PROFILE_RELEASE_DEBUG=none CARGO_PROFILE_RELEASE_STRIP=symbols CARGO_PROFILE_RELEASE_LTO=thin
+cargo build --release --features "$features" --tests --examples --benches --message-format=json-render-diagnostics |
+    python3 -c '
+import json, shutil, sys
+out = sys.argv[1]
+for line in sys.stdin:
+    artifact = json.loads(line)
+    path = artifact.get("executable")
+    if path:
+        kind = artifact["target"]["kind"][0]
+        shutil.copy(path, out + "/" + kind + "-" + artifact["target"]["name"])
+' "$out"
+cp scripts/gpu/run.sh "$out/"
+git rev-parse HEAD > "$out/commit"
+git diff --quiet HEAD || echo "with changes that are not committed" >> "$out/commit"
+du -sh "$out"

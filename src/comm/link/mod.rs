@@ -1,0 +1,315 @@
+//! Ranks that are processes, over the connections by which they found each other: [`crate::launch::Env`].
+
+mod frame;
+mod line;
+
+pub(crate) use line::Line;
+
+use super::{
+    Call, Communicator, Incoming, Outgoing, Parts, ReduceOp,
+    call::hash,
+    combine,
+    host::{HostVec, to_bytes},
+};
+use crate::{
+    device::{AnyMut, AnyRef, Cpu, each_dtype},
+    error::{Error, Loss, Mismatch, Result},
+};
+use frame::{Frame, Kind, Strings, Words, from_mismatch};
+use line::{Inbox, Wires};
+use std::{
+    cell::{Cell, RefCell},
+    sync::Arc,
+};
+
+/// One process's end of a group whose messages all go by way of the world's first rank.
+///
+/// It carries what ranks have to agree on (their calls, NCCL's unique id, how a group is divided) and small tensors: a
+/// collective takes one message to rank 0 and one back, of all ranks' inputs. Bulk data are NCCL's, or MPI's. Sums are made
+/// in rank order, as thread ranks make them. A collective that is started is done at once.
+#[derive(Debug)]
+pub struct Link {
+    wires: Arc<Wires>,
+    group: u64,
+    name: String,
+    /// The group's ranks, counted in the world.
+    members: Vec<usize>,
+    rank: usize,
+    rounds: Cell<u64>,
+    /// What broke the group.
+    failed: RefCell<Option<Cause>>,
+}
+
+#[derive(Clone, Debug)]
+enum Cause {
+    Lost { rank: usize, reason: Loss },
+    Disagreement(Box<Mismatch>),
+    Deadline { missing: Vec<usize> },
+}
+
+impl Link {
+    /// The group of all processes.
+    pub(crate) fn world(line: &Line) -> Self {
+        let wires = line.wires();
+        let (members, rank) = ((0..wires.world).collect(), wires.rank);
+        Self::new(wires, 0, "world".into(), members, rank)
+    }
+
+    fn new(wires: Arc<Wires>, group: u64, name: String, members: Vec<usize>, rank: usize) -> Self {
+        Self { wires, group, name, members, rank, rounds: Cell::new(0), failed: RefCell::new(None) }
+    }
+
+    fn fail(&self, call: &Call, cause: Cause) -> Error {
+        let error = self.error(call, &cause);
+        self.failed.borrow_mut().get_or_insert(cause);
+        error
+    }
+
+    fn error(&self, call: &Call, cause: &Cause) -> Error {
+        let (op, seq, group, site) = (call.op.name(), call.seq, self.name.clone(), call.site);
+        match cause.clone() {
+            Cause::Disagreement(mismatch) => Error::Mismatch(mismatch),
+            Cause::Lost { rank, reason } => Error::PeerLost { rank, reason, op, seq, group, site },
+            Cause::Deadline { missing } => {
+                Error::Deadline { missing, op, seq, group, site, after: self.wires.deadline }
+            }
+        }
+    }
+
+    /// What broke the group, of what is in the inbox; a lost rank if `stops` says so of it.
+    fn cause(
+        &self,
+        inbox: &Inbox,
+        stops: impl Fn(usize, Loss, &dyn Fn(u64) -> u64) -> bool,
+    ) -> Option<Cause> {
+        if let Some(mismatch) = inbox.broken.get(&self.group) {
+            return Some(Cause::Disagreement(Box::new(mismatch.clone())));
+        }
+        self.members.iter().enumerate().find_map(|(rank, member)| {
+            let (reason, taken) = inbox.lost.get(member)?;
+            let rounds = |group| taken.get(&group).copied().unwrap_or(0);
+            stops(rank, *reason, &rounds).then_some(Cause::Lost { rank, reason: *reason })
+        })
+    }
+
+    /// All ranks' words, after a comparison of their calls.
+    fn gather(&self, call: &Call, words: &[u8]) -> Result<Vec<Vec<u8>>> {
+        if let Some(cause) = &*self.failed.borrow() {
+            return Err(self.error(call, cause));
+        }
+        let round = self.rounds.get();
+        self.rounds.set(round + 1);
+        let mut part = Strings::default();
+        part.push(&call.fingerprint().to_le_bytes());
+        part.push(call.to_string().as_bytes());
+        part.push(words);
+        let place = (self.rank, self.members.len());
+        self.wires.send(Frame::new(Kind::Part, self.group, round, place, part.0));
+        let found = self.wires.wait(self.wires.deadline, |inbox| {
+            let complete = inbox.rounds.remove(&(self.group, round)).map(Ok);
+            // What a lost rank had given counts.
+            complete.or_else(|| self.cause(inbox, |_, _, rounds| rounds(self.group) <= round).map(Err))
+        });
+        let parts = match found {
+            Some(Ok(parts)) => parts,
+            Some(Err(cause)) => return Err(self.fail(call, cause)),
+            None => {
+                let missing = self.wires.absent(self.group, round);
+                return Err(self.fail(call, Cause::Deadline { missing }));
+            }
+        };
+        let parts = Strings::all(&parts).unwrap_or_default();
+        let parts: Option<Vec<_>> = parts.into_iter().map(Strings::all).collect();
+        let parts = parts
+            .filter(|parts| parts.len() == self.members.len() && parts.iter().all(|part| part.len() == 3));
+        let parts = parts.ok_or_else(|| damaged(call))?;
+        if let Some(right_rank) = parts.iter().position(|part| part[0] != parts[0][0]) {
+            let words = |rank: usize| String::from_utf8_lossy(parts[rank][1]).into_owned();
+            let mismatch = Mismatch { left_rank: 0, left: words(0), right_rank, right: words(right_rank) };
+            return Err(self.fail(call, Cause::Disagreement(Box::new(mismatch))));
+        }
+        Ok(parts.into_iter().map(|part| part[2].to_vec()).collect())
+    }
+
+    /// All ranks' tensors, of lengths that `len` gives.
+    fn collect(
+        &self,
+        call: &Call,
+        data: AnyRef<'_, Cpu>,
+        len: impl Fn(usize) -> usize,
+    ) -> Result<Vec<HostVec>> {
+        let parts = self.gather(call, &to_bytes(data))?;
+        let tensor = |(rank, bytes): (usize, Vec<u8>)| {
+            let tensor = HostVec::from_bytes(data.dtype(), &bytes);
+            tensor.filter(|tensor| tensor.as_ref().len() == len(rank)).ok_or_else(|| damaged(call))
+        };
+        parts.into_iter().enumerate().map(tensor).collect()
+    }
+
+    fn send(&self, call: &Call, send: Outgoing<'_, Cpu>) -> Result<()> {
+        let obstacle = self.wires.look(|inbox| self.cause(inbox, |rank, _, _| rank == send.to));
+        if let Some(cause) = obstacle {
+            return Err(self.error(call, &cause));
+        }
+        let mut letter = Strings::default();
+        letter.push(format!("{} {}", send.data.dtype(), send.shape).as_bytes());
+        letter.push(call.site.to_string().as_bytes());
+        letter.push(&to_bytes(send.data));
+        let route = (self.members[self.rank], self.members[send.to]);
+        self.wires.send(Frame::new(Kind::Letter, self.group, 0, route, letter.0));
+        Ok(())
+    }
+
+    fn receive(&self, call: &Call, recv: Incoming<'_, Cpu>) -> Result<()> {
+        let queue = (self.group, self.members[recv.from]);
+        let found = self.wires.wait(self.wires.deadline, |inbox| {
+            let letter = inbox.letters.get_mut(&queue).and_then(|letters| letters.pop_front());
+            letter.map(Ok).or_else(|| {
+                let stops = |rank, reason, _: &dyn Fn(u64) -> u64| rank == recv.from || reason != Loss::Left;
+                self.cause(inbox, stops).map(Err)
+            })
+        });
+        let letter = match found {
+            Some(Ok(letter)) => letter,
+            Some(Err(cause)) => return Err(self.error(call, &cause)),
+            None => return Err(self.fail(call, Cause::Deadline { missing: vec![recv.from] })),
+        };
+        let letter = Strings::all(&letter).filter(|letter| letter.len() == 3).ok_or_else(|| damaged(call))?;
+        let expected = format!("{} {}", recv.data.dtype(), recv.shape);
+        if letter[0] != expected.as_bytes() {
+            let words = |bytes| String::from_utf8_lossy(bytes);
+            let mismatch = Mismatch {
+                left_rank: recv.from,
+                left: format!("exchange, sending {} at {}", words(letter[0]), words(letter[1])),
+                right_rank: self.rank,
+                right: format!("exchange, expecting {expected} at {}", call.site),
+            };
+            self.wires.send(Frame::new(Kind::Broken, self.group, 0, (0, 0), from_mismatch(&mismatch)));
+            return Err(self.fail(call, Cause::Disagreement(Box::new(mismatch))));
+        }
+        let data = HostVec::from_bytes(recv.data.dtype(), letter[2]).ok_or_else(|| damaged(call))?;
+        put(call, &data, recv.data)
+    }
+}
+
+fn damaged(call: &Call) -> Error {
+    Error::invalid(call.op.name(), "a message of another rank is damaged: do all run the same program?")
+}
+
+/// to ← the elements of a message.
+fn put(call: &Call, from: &HostVec, to: AnyMut<'_, Cpu>) -> Result<()> {
+    each_dtype!(AnyRef, from.as_ref(), from => match to.of() {
+        Some(to) if to.len() == from.len() => {
+            to.copy_from_slice(from);
+            Ok(())
+        }
+        _ => Err(damaged(call)),
+    })
+}
+
+/// Runs code on all ranks' tensors and a result of their element.
+macro_rules! each_rank {
+    ($call:expr, $inputs:expr, $recv:expr, ($input:ident, $to:ident) => $body:expr) => {{
+        let inputs = $inputs;
+        each_dtype!(AnyRef, inputs[0].as_ref(), first => match $recv.of() {
+            Some($to) => {
+                // All are of one element: their lengths and the calls were compared.
+                let $input = |rank: usize| inputs[rank].as_ref().of().unwrap_or(first);
+                $body;
+                Ok(())
+            }
+            None => Err(damaged($call)),
+        })
+    }};
+}
+
+impl Communicator<Cpu> for Link {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.members.len()
+    }
+
+    fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, Cpu>) -> Result<()> {
+        let len = x.len();
+        let inputs = self.collect(call, x.shared(), |_| len)?;
+        each_rank!(call, inputs, x, (input, x) => combine::reduce(op, self.size(), input, x))
+    }
+
+    fn all_gather(
+        &self,
+        call: &Call,
+        parts: &Parts,
+        send: AnyRef<'_, Cpu>,
+        recv: AnyMut<'_, Cpu>,
+    ) -> Result<()> {
+        let inputs = self.collect(call, send, |rank| parts.len(rank))?;
+        each_rank!(call, inputs, recv, (input, recv) => combine::gather(parts, input, recv))
+    }
+
+    fn reduce_scatter(
+        &self,
+        call: &Call,
+        op: ReduceOp,
+        parts: &Parts,
+        send: AnyRef<'_, Cpu>,
+        recv: AnyMut<'_, Cpu>,
+    ) -> Result<()> {
+        let inputs = self.collect(call, send, |_| parts.total())?;
+        each_rank!(call, inputs, recv, (input, recv) => {
+            combine::reduce_part(op, parts, self.rank, input, recv)
+        })
+    }
+
+    fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, Cpu>) -> Result<()> {
+        let own = if self.rank == root { to_bytes(x.shared()) } else { Vec::new() };
+        let words = self.gather(call, &own)?;
+        let data = HostVec::from_bytes(x.dtype(), &words[root]).ok_or_else(|| damaged(call))?;
+        put(call, &data, x)
+    }
+
+    fn exchange(
+        &self,
+        call: &Call,
+        send: Option<Outgoing<'_, Cpu>>,
+        recv: Option<Incoming<'_, Cpu>>,
+    ) -> Result<()> {
+        if let Some(cause) = &*self.failed.borrow() {
+            return Err(self.error(call, cause));
+        }
+        if let Some(send) = send {
+            self.send(call, send)?;
+        }
+        recv.map_or(Ok(()), |recv| self.receive(call, recv))
+    }
+
+    fn barrier(&self, call: &Call) -> Result<()> {
+        self.gather(call, &[]).map(drop)
+    }
+
+    fn obstacle(&self, call: &Call) -> Option<Error> {
+        if let Some(cause) = &*self.failed.borrow() {
+            return Some(self.error(call, cause));
+        }
+        let cause = self.wires.look(|inbox| self.cause(inbox, |_, reason, _| reason != Loss::Left));
+        cause.map(|cause| self.error(call, &cause))
+    }
+
+    fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
+        let round = self.rounds.get();
+        let wish = [color.is_some() as u64, color.unwrap_or(0), key];
+        let wishes = self.gather(call, &wish.map(u64::to_le_bytes).concat())?;
+        let wishes: Vec<Vec<u64>> = wishes.iter().map(|words| Words(words).collect()).collect();
+        let Some(color) = color else { return Ok(None) };
+        let mut places: Vec<usize> =
+            (0..wishes.len()).filter(|&rank| wishes[rank].get(..2) == Some(&[1, color])).collect();
+        places.sort_by_key(|&rank| (wishes[rank].get(2).copied(), rank));
+        let rank = places.iter().position(|&rank| rank == self.rank).ok_or_else(|| damaged(call))?;
+        let members = places.into_iter().map(|rank| self.members[rank]).collect();
+        let group = hash((self.group, round, color));
+        let part = Self::new(Arc::clone(&self.wires), group, format!("{}/{color}", self.name), members, rank);
+        Ok(Some(Box::new(part)))
+    }
+}

@@ -1,0 +1,229 @@
+//! NCCL's functions, found when they are first asked for.
+
+use crate::error::{Error, Result};
+use libloading::Library;
+use std::{
+    ffi::{CStr, c_char, c_int, c_uint, c_void},
+    path::PathBuf,
+    sync::OnceLock,
+};
+
+/// `ncclComm_t`.
+pub(super) type Handle = *mut c_void;
+
+pub(super) const SUCCESS: c_int = 0;
+pub(super) const IN_PROGRESS: c_int = 7;
+pub(super) const SUM: c_int = 0;
+pub(super) const NO_COLOR: c_int = -1;
+
+/// `ncclUniqueId`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(super) struct UniqueId(pub(super) [u8; 128]);
+
+/// `ncclConfig_t` as of 2.18, which later versions read as that.
+#[repr(C)]
+pub(super) struct Config {
+    size: usize,
+    magic: c_uint,
+    version: c_uint,
+    blocking: c_int,
+    cga_cluster_size: c_int,
+    min_ctas: c_int,
+    max_ctas: c_int,
+    net_name: *const c_char,
+    split_share: c_int,
+}
+
+impl Config {
+    /// No call waits for other ranks.
+    pub(super) fn non_blocking() -> Self {
+        const UNSET: c_int = c_int::MIN;
+        Self {
+            size: size_of::<Self>(),
+            magic: 0xcafe_beef,
+            version: OLDEST as c_uint,
+            blocking: 0,
+            cga_cluster_size: UNSET,
+            min_ctas: UNSET,
+            max_ctas: UNSET,
+            net_name: std::ptr::null(),
+            split_share: UNSET,
+        }
+    }
+}
+
+/// The first version that can split a communicator: 2.18.
+const OLDEST: c_int = 21_800;
+
+/// Declares the table: the functions' names and types, as in `nccl.h`.
+macro_rules! table {
+    ($($field:ident: $name:literal ($($argument:ty),*);)*) => {
+        /// The functions that are used, all of which return a code.
+        pub(super) struct Api {
+            $(pub(super) $field: unsafe extern "C" fn($($argument),*) -> c_int,)*
+            pub(super) error_string: unsafe extern "C" fn(c_int) -> *const c_char,
+            pub(super) last_error: unsafe extern "C" fn(Handle) -> *const c_char,
+        }
+
+        impl Api {
+            fn from(library: &Library, place: &str) -> Result<Self> {
+                let missing = |name: &str, error: libloading::Error| Error::Unsupported {
+                    op: "NCCL",
+                    reason: format!("{place} has no {name} ({error}): 2.18 or later is needed"),
+                };
+                // SAFETY: the types are those that `nccl.h` declares for these names, unchanged from 2.18 to 2.31.
+                #[allow(unsafe_code)]
+                unsafe {
+                    Ok(Self {
+                        $($field: *library
+                            .get(concat!($name, "\0").as_bytes())
+                            .map_err(|error| missing($name, error))?,)*
+                        error_string: *library
+                            .get(b"ncclGetErrorString\0")
+                            .map_err(|error| missing("ncclGetErrorString", error))?,
+                        last_error: *library
+                            .get(b"ncclGetLastError\0")
+                            .map_err(|error| missing("ncclGetLastError", error))?,
+                    })
+                }
+            }
+        }
+    };
+}
+
+type Const = *const c_void;
+type Mut = *mut c_void;
+
+table! {
+    version: "ncclGetVersion" (*mut c_int);
+    unique_id: "ncclGetUniqueId" (*mut UniqueId);
+    init: "ncclCommInitRankConfig" (*mut Handle, c_int, UniqueId, c_int, *mut Config);
+    split: "ncclCommSplit" (Handle, c_int, c_int, *mut Handle, *mut Config);
+    destroy: "ncclCommDestroy" (Handle);
+    abort: "ncclCommAbort" (Handle);
+    async_error: "ncclCommGetAsyncError" (Handle, *mut c_int);
+    group_start: "ncclGroupStart" ();
+    group_end: "ncclGroupEnd" ();
+    all_reduce: "ncclAllReduce" (Const, Mut, usize, c_int, c_int, Handle, Mut);
+    all_gather: "ncclAllGather" (Const, Mut, usize, c_int, Handle, Mut);
+    reduce_scatter: "ncclReduceScatter" (Const, Mut, usize, c_int, c_int, Handle, Mut);
+    reduce: "ncclReduce" (Const, Mut, usize, c_int, c_int, c_int, Handle, Mut);
+    broadcast: "ncclBroadcast" (Const, Mut, usize, c_int, c_int, Handle, Mut);
+    send: "ncclSend" (Const, usize, c_int, c_int, Handle, Mut);
+    recv: "ncclRecv" (Mut, usize, c_int, c_int, Handle, Mut);
+}
+
+impl Api {
+    /// The functions of the NCCL at hand. It is never unloaded: it has threads of its own.
+    pub(super) fn get() -> Result<&'static Self> {
+        static API: OnceLock<Result<Api>> = OnceLock::new();
+        // The crate's own tests bring their own: they have no device either.
+        let load = if cfg!(test) { Self::of_tests } else { Self::load };
+        API.get_or_init(load).as_ref().map_err(Error::clone)
+    }
+
+    #[cfg(test)]
+    fn of_tests() -> Result<Self> {
+        Ok(super::fake::api())
+    }
+
+    #[cfg(not(test))]
+    fn of_tests() -> Result<Self> {
+        Self::load()
+    }
+
+    fn load() -> Result<Self> {
+        let mut tried = Vec::new();
+        for place in places() {
+            // SAFETY: NCCL's initializers have no preconditions; what is loaded is what the user's paths name as NCCL.
+            #[allow(unsafe_code)]
+            let library = match unsafe { Library::new(&place) } {
+                Ok(library) => library,
+                Err(error) => {
+                    tried.push(format!("{} ({error})", place.display()));
+                    continue;
+                }
+            };
+            let api = Self::from(&library, &place.display().to_string())?;
+            std::mem::forget(library);
+            let mut version = 0;
+            // SAFETY: `version` is a place for an int.
+            #[allow(unsafe_code)]
+            let code = unsafe { (api.version)(&mut version) };
+            if code != SUCCESS || version < OLDEST {
+                let reason = format!("{} is version {version}; 2.18 or later is needed", place.display());
+                return Err(Error::Unsupported { op: "NCCL", reason });
+            }
+            return Ok(api);
+        }
+        let reason =
+            format!("the library was not found; SHARDWISE_NCCL may name it; tried {}", tried.join(", "));
+        Err(Error::Unsupported { op: "NCCL", reason })
+    }
+
+    /// The error of a call that returned a code.
+    pub(super) fn error(&self, call: &'static str, code: c_int, handle: Handle) -> Error {
+        // SAFETY: both return strings that live until the next call on this thread; they are copied at once. A null
+        // communicator is allowed.
+        #[allow(unsafe_code)]
+        let (words, last) = unsafe { (copy((self.error_string)(code)), copy((self.last_error)(handle))) };
+        let message = if last.is_empty() { words } else { format!("{words}: {last}") };
+        Error::Library { library: "NCCL", call, code, message }
+    }
+}
+
+/// A copy of a C string, which may be null.
+///
+/// # Safety
+/// What is not null ends with a zero.
+#[allow(unsafe_code)]
+unsafe fn copy(text: *const c_char) -> String {
+    if text.is_null() {
+        return String::new();
+    }
+    // SAFETY: the caller's promise.
+    unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_string()
+}
+
+/// Where NCCL may be: what `SHARDWISE_NCCL` names and nothing else, or on the loader's path, or where pip and conda put it.
+fn places() -> Vec<PathBuf> {
+    if let Some(named) = std::env::var_os("SHARDWISE_NCCL") {
+        return vec![named.into()];
+    }
+    let mut places: Vec<PathBuf> = vec!["libnccl.so.2".into(), "libnccl.so".into()];
+    for prefix in ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os) {
+        let lib = PathBuf::from(prefix).join("lib");
+        places.push(lib.join("libnccl.so.2"));
+        let pythons = lib.read_dir().into_iter().flatten().flatten();
+        let pip = pythons.map(|python| python.path().join("site-packages/nvidia/nccl/lib/libnccl.so.2"));
+        places.extend(pip.filter(|path| path.exists()));
+    }
+    places
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where there is an NCCL, it has all functions; where there is none, the error says where it was looked for.
+    #[test]
+    fn the_library_is_found_or_its_places_are_named() {
+        match Api::load() {
+            Ok(api) => {
+                let mut version = 0;
+                // SAFETY: `version` is a place for an int.
+                #[allow(unsafe_code)]
+                let code = unsafe { (api.version)(&mut version) };
+                assert!(code == SUCCESS && version >= OLDEST);
+                let error = api.error("ncclAllReduce", 4, std::ptr::null_mut()).to_string();
+                assert!(error.starts_with("ncclAllReduce: NCCL error 4: invalid argument"), "{error}");
+            }
+            Err(error) => {
+                let error = error.to_string();
+                println!("not run with a real NCCL: {error}");
+                assert!(error.contains("SHARDWISE_NCCL"), "{error}");
+            }
+        }
+    }
+}

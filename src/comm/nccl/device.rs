@@ -1,0 +1,44 @@
+//! What NCCL has to know of a device.
+
+use crate::{device::Element, error::Result, kernels::Pointwise};
+use std::{ffi::c_void, rc::Rc};
+
+/// A device whose memory and streams NCCL can use.
+///
+/// # Safety
+/// `address` and `address_mut` give the first of as many elements as the view has, in memory that a library which works on
+/// `stream` may read, and write. Memory that a handle gave is not taken back before what was asked of its stream until then
+/// is done. `after` makes everything that is asked of the handle later wait for the mark.
+#[allow(unsafe_code)]
+pub unsafe trait NcclDevice: Pointwise {
+    /// A point in a stream's work.
+    type Mark: 'static;
+
+    /// Another handle of the same device and memory, with a stream of its own.
+    fn beside(&self) -> Result<Self>;
+
+    /// Makes the device the calling thread's current one.
+    fn make_current(&self) -> Result<()>;
+
+    /// The stream, as the driver knows it.
+    fn stream(&self) -> *mut c_void;
+
+    /// A mark behind everything that was asked of this handle so far.
+    fn mark(&self) -> Result<Self::Mark>;
+
+    /// Lets what is asked of this handle later wait for a mark. Returns at once.
+    fn after(&self, mark: &Self::Mark) -> Result<()>;
+
+    /// Whether a mark has been reached.
+    fn is_reached(&self, mark: &Self::Mark) -> Result<bool>;
+
+    /// While this handle's thread waits for the device it calls `look` again and again, and once after the wait; an error of it
+    /// ends the wait, and is what the waiting call returns. `look` is forgotten when nobody else holds it.
+    fn while_waiting(&self, look: &Rc<dyn Fn() -> Result<()>>);
+
+    /// Where a view begins.
+    fn address<T: Element>(slice: Self::Slice<'_, T>) -> *const c_void;
+
+    /// Where an exclusive view begins.
+    fn address_mut<T: Element>(slice: &mut Self::SliceMut<'_, T>) -> *mut c_void;
+}

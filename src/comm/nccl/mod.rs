@@ -1,0 +1,733 @@
+//! Ranks that each have a GPU, over NCCL. Feature `nccl`.
+//!
+//! Beside every NCCL communicator stands one of the host, its *side*: thread ranks' or processes'. On it the ranks exchange
+//! NCCL's unique id, compare their calls before data move, and hear of lost ranks. NCCL itself does none of this: ranks that
+//! disagree hang there, or get each other's bytes for their own.
+//!
+//! * A call is compared on the side if its kind is new to the group, and at every `check_every`-th call together with a hash of
+//!   the calls in between. Ranks of one process compare every call.
+//! * Data move on a stream of the communicator's own, which waits for what was computed and which what is computed later waits
+//!   for: the thread waits for nobody but in a comparison.
+//! * While a rank waits for its device, it looks around: where a rank is lost, NCCL reports an error, or a collective has been
+//!   at work for longer than the deadline, the communicator is aborted, and the error is that of the waiting call and of every
+//!   later one.
+
+mod api;
+mod device;
+#[cfg(test)]
+mod fake;
+mod raw;
+#[cfg(test)]
+mod tests;
+
+pub use device::NcclDevice;
+
+use super::{
+    Call, Collective, Communicator, Group, InFlight, Incoming, Outgoing, Parts, ReduceOp, call::hash, combine,
+};
+use crate::{
+    device::{AnyBuffer, AnyMut, AnyRef, Cpu, DType, Element, each_dtype},
+    error::{Error, Loss, Result},
+    kernels::{MatMut, MatRef},
+    shard::Partition,
+};
+use half::{bf16, f16};
+use raw::Raw;
+use std::{
+    cell::{Cell, RefCell},
+    collections::{HashSet, VecDeque},
+    ops::Range,
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+/// Runs generic code on a pair of run-time views of one element.
+macro_rules! each_pair {
+    ($send:expr, $recv:expr, ($a:ident, $b:ident) => $body:expr) => {
+        each_dtype!(AnyRef, $send, $a => match $recv.of() {
+            Some($b) => $body,
+            None => Err(Error::invalid("collective", "send and receive have different elements")),
+        })
+    };
+}
+
+/// How sums are made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// By NCCL: the fastest, in an order and rounding of its own. Also from run to run on one machine the bits are usually, but
+    /// not by promise, the same.
+    #[default]
+    Any,
+    /// In rank order, in the accumulator, rounded once: the bits of thread ranks. Every rank gets all ranks' terms of its part,
+    /// adds them and hands the sums round: an all-reduce moves the bytes of a reduce-scatter and an all-gather.
+    Ranks,
+}
+
+/// How a group uses NCCL.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How sums are made.
+    pub order: Order,
+    /// After how many calls the ranks compare what they called. A kind of call that is new is compared in any case.
+    pub check_every: usize,
+    /// How long a collective may be at work, and how long a rank waits for the others to create a communicator.
+    pub deadline: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { order: Order::Any, check_every: 64, deadline: Duration::from_secs(120) }
+    }
+}
+
+impl Group<Cpu> {
+    /// This group for tensors on each rank's `device`, over NCCL. This group goes on beside it: the ranks compare their calls
+    /// on it. Every rank calls it.
+    ///
+    /// # Errors
+    /// When there is no NCCL of version 2.18 or later (`SHARDWISE_NCCL` may name its file), NCCL refuses, or a rank calls
+    /// something else, or is lost.
+    #[track_caller]
+    pub fn over_nccl<B: NcclDevice>(&self, device: &B, options: Options) -> Result<Group<B>> {
+        let nccl = Nccl::join(self.communicator(), &self.split_call(), device, options)?;
+        Ok(self.carried(Rc::new(nccl), device))
+    }
+}
+
+/// One rank's end of a group over NCCL.
+pub struct Nccl<B: NcclDevice> {
+    state: Rc<State<B>>,
+    /// What the device calls while this rank waits for it, as long as it is held here.
+    _look: Rc<dyn Fn() -> Result<()>>,
+    side: Rc<dyn Communicator<Cpu>>,
+    device: B,
+    /// The kinds of calls that all ranks have made.
+    known: RefCell<HashSet<u64>>,
+    unchecked: Cell<usize>,
+    history: Cell<u64>,
+    options: Options,
+}
+
+/// What a rank looks at while it waits.
+struct State<B: NcclDevice> {
+    raw: Raw,
+    side: Rc<dyn Communicator<Cpu>>,
+    /// The device's handle on which collectives run.
+    lane: B,
+    deadline: Duration,
+    failed: RefCell<Option<Error>>,
+    /// Whether collectives were aborted, so that what the device holds may be wrong.
+    spoiled: Cell<bool>,
+    under_way: RefCell<VecDeque<Rc<UnderWay<B>>>>,
+}
+
+/// A collective that the device has not finished.
+struct UnderWay<B: NcclDevice> {
+    call: Call,
+    begin: B::Mark,
+    end: B::Mark,
+    /// When it was first seen at work.
+    since: Cell<Option<Instant>>,
+}
+
+impl<B: NcclDevice> State<B> {
+    /// Whether the group can be used.
+    fn is_well(&self) -> Result<()> {
+        let first = self.failed.borrow().clone();
+        first.map_or_else(|| self.look(), Err)
+    }
+
+    /// Whether what is under way can still be finished. If not, the communicator is aborted, and the first reason that there
+    /// was is returned from then on.
+    fn look(&self) -> Result<()> {
+        if let (true, Some(error)) = (self.spoiled.get(), &*self.failed.borrow()) {
+            return Err(error.clone());
+        }
+        if self.failed.borrow().is_some() && self.under_way.borrow().is_empty() {
+            return Ok(());
+        }
+        self.seek().map_err(|error| self.fail(error))
+    }
+
+    fn seek(&self) -> Result<()> {
+        self.raw.check()?;
+        loop {
+            let oldest = self.under_way.borrow().front().cloned();
+            let Some(oldest) = oldest else { return Ok(()) };
+            if self.lane.is_reached(&oldest.end)? {
+                self.under_way.borrow_mut().pop_front();
+                continue;
+            }
+            let call = &oldest.call;
+            if let Some(error) = self.side.obstacle(call) {
+                return Err(error);
+            }
+            // Time counts from when the collective itself is at work, not what was asked for before it.
+            if oldest.since.get().is_none() && self.lane.is_reached(&oldest.begin)? {
+                oldest.since.set(Some(Instant::now()));
+            }
+            if oldest.since.get().is_some_and(|since| since.elapsed() > self.deadline) {
+                let others = (0..self.side.size()).filter(|&rank| rank != self.side.rank()).collect();
+                return Err(late(call, others, self.deadline));
+            }
+            return Ok(());
+        }
+    }
+
+    /// Ends the group. Where a rank has left after it had done its part, what is under way is still finished.
+    fn fail(&self, error: Error) -> Error {
+        if matches!(error, Error::PeerLost { reason: Loss::Left, .. }) {
+            return self.failed.borrow_mut().get_or_insert(error).clone();
+        }
+        self.abort(error)
+    }
+
+    /// Ends the group and what is under way.
+    fn abort(&self, error: Error) -> Error {
+        self.spoiled.set(self.spoiled.get() || !self.under_way.borrow().is_empty());
+        self.raw.abort();
+        self.failed.borrow_mut().get_or_insert(error).clone()
+    }
+}
+
+fn late(call: &Call, missing: Vec<usize>, after: Duration) -> Error {
+    let group = format!("{:08x}", call.group as u32);
+    Error::Deadline { missing, op: call.op.name(), seq: call.seq, group, site: call.site, after }
+}
+
+/// Ends the wait for NCCL where a rank is lost or it takes too long.
+fn patience<'a>(
+    side: &'a dyn Communicator<Cpu>,
+    call: &'a Call,
+    deadline: Duration,
+) -> impl Fn() -> Result<()> + 'a {
+    let begin = Instant::now();
+    move || match side.obstacle(call) {
+        Some(error) => Err(error),
+        None if begin.elapsed() > deadline => {
+            Err(late(call, (0..side.size()).filter(|&rank| rank != side.rank()).collect(), deadline))
+        }
+        None => Ok(()),
+    }
+}
+
+impl<B: NcclDevice> Nccl<B> {
+    /// Creates the communicator of the side's ranks.
+    fn join(side: Rc<dyn Communicator<Cpu>>, call: &Call, device: &B, options: Options) -> Result<Self> {
+        // As f16, whose bits are copied as they are.
+        let mut id = [f16::ZERO; 64];
+        if side.rank() == 0 {
+            let bytes = Raw::unique_id()?;
+            let (pairs, _) = bytes.as_chunks();
+            id.iter_mut().zip(pairs).for_each(|(word, pair)| *word = f16::from_le_bytes(*pair));
+        }
+        side.broadcast(call, 0, AnyMut::F16(id.as_mut_slice()))?;
+        let mut bytes = [0; 128];
+        bytes.as_chunks_mut().0.iter_mut().zip(id).for_each(|(pair, word)| *pair = word.to_le_bytes());
+        device.make_current()?;
+        let raw = Raw::join(bytes, side.rank(), side.size(), &patience(&*side, call, options.deadline))?;
+        Self::new(raw, side, device, options)
+    }
+
+    fn new(raw: Raw, side: Rc<dyn Communicator<Cpu>>, device: &B, options: Options) -> Result<Self> {
+        let state = Rc::new(State {
+            raw,
+            side: Rc::clone(&side),
+            lane: device.beside()?,
+            deadline: options.deadline,
+            failed: RefCell::new(None),
+            spoiled: Cell::new(false),
+            under_way: RefCell::default(),
+        });
+        let watched = Rc::clone(&state);
+        let look: Rc<dyn Fn() -> Result<()>> = Rc::new(move || watched.look());
+        device.while_waiting(&look);
+        state.lane.while_waiting(&look);
+        Ok(Self {
+            state,
+            _look: look,
+            side,
+            device: device.clone(),
+            known: RefCell::default(),
+            unchecked: Cell::new(0),
+            history: Cell::new(0),
+            options,
+        })
+    }
+
+    fn here(&self) -> usize {
+        self.side.rank()
+    }
+
+    /// Compares the call, and lets the lane wait for what was computed. Returns the mark behind that.
+    fn enter(&self, call: &Call) -> Result<B::Mark> {
+        self.state.is_well()?;
+        self.compare(call)?;
+        self.device.make_current()?;
+        self.state.lane.after(&self.device.mark()?)?;
+        self.state.lane.mark()
+    }
+
+    fn compare(&self, call: &Call) -> Result<()> {
+        let every = if self.side.is_near() { 1 } else { self.options.check_every.max(1) };
+        let kind = call.kind();
+        let (new, unchecked) = (!self.known.borrow().contains(&kind), self.unchecked.get() + 1);
+        if !new && unchecked < every {
+            self.unchecked.set(unchecked);
+            self.history.set(hash((self.history.get(), call.fingerprint())) | 1);
+            return Ok(());
+        }
+        let call = Call { history: self.history.replace(0), ..*call };
+        self.unchecked.set(0);
+        self.side.barrier(&call).map_err(|error| self.state.fail(error))?;
+        self.known.borrow_mut().insert(kind);
+        Ok(())
+    }
+
+    /// Runs a collective on the lane, and returns the mark behind it.
+    fn run(&self, call: &Call, collective: impl FnOnce() -> Result<()>) -> Result<Rc<UnderWay<B>>> {
+        let begin = self.enter(call)?;
+        // Part of it may be with the device already.
+        collective().map_err(|error| self.state.abort(error))?;
+        let end = self.state.lane.mark()?;
+        let under_way = Rc::new(UnderWay { call: *call, begin, end, since: Cell::new(None) });
+        self.state.under_way.borrow_mut().push_back(Rc::clone(&under_way));
+        Ok(under_way)
+    }
+
+    /// Runs a collective, and lets what is computed later wait for it.
+    fn run_now(&self, call: &Call, collective: impl FnOnce() -> Result<()>) -> Result<()> {
+        let done = self.run(call, collective)?;
+        self.device.after(&done.end)
+    }
+
+    /// Several calls of NCCL as one.
+    fn grouped(&self, call: &Call, calls: impl FnOnce() -> Result<()>) -> Result<()> {
+        let poll = patience(&*self.side, call, self.options.deadline);
+        self.state.raw.grouped(&poll, calls)
+    }
+
+    fn lane(&self) -> &B {
+        &self.state.lane
+    }
+
+    /// recv ← the parts one after another; `send` is this rank's.
+    fn gather_flat<T: Element>(
+        &self,
+        call: &Call,
+        lens: &Partition,
+        send: B::Slice<'_, T>,
+        mut recv: B::SliceMut<'_, T>,
+    ) -> Result<()> {
+        let raw = &self.state.raw;
+        if is_even(lens) {
+            return self.grouped(call, || raw.all_gather::<T, B>(self.lane(), lens.parts(), send, &mut recv));
+        }
+        self.grouped(call, || {
+            for root in (0..lens.parts()).filter(|&root| lens.size(root) > 0) {
+                let own = (root == self.here()).then_some(send);
+                let mut part = B::narrow_mut::<T>(B::reborrow::<T>(&mut recv), lens.range(root));
+                raw.broadcast::<T, B>(self.lane(), root, own, &mut part)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// recv ← this rank's part of the reduction; `send` is all parts one after another.
+    fn scatter_flat<T: Element>(
+        &self,
+        call: &Call,
+        op: ReduceOp,
+        lens: &Partition,
+        send: B::Slice<'_, T>,
+        mut recv: B::SliceMut<'_, T>,
+    ) -> Result<()> {
+        let (raw, here, ranks) = (&self.state.raw, self.here(), lens.parts());
+        if op == ReduceOp::Sum && self.options.order == Order::Any {
+            if is_even(lens) {
+                return self
+                    .grouped(call, || raw.reduce_scatter::<T, B>(self.lane(), ranks, send, &mut recv));
+            }
+            return self.grouped(call, || {
+                for root in (0..ranks).filter(|&root| lens.size(root) > 0) {
+                    let own = (root == here).then_some(&mut recv);
+                    raw.reduce::<T, B>(self.lane(), root, B::narrow::<T>(send, lens.range(root)), own)?;
+                }
+                Ok(())
+            });
+        }
+        // All ranks' terms of this rank's part, one after another.
+        let len = lens.size(here);
+        let mut terms = self.lane().empty::<T>(len * ranks)?;
+        let mut terms_mut = B::slice_mut::<T>(&mut terms);
+        self.grouped(call, || {
+            for peer in 0..ranks {
+                if lens.size(peer) > 0 {
+                    raw.send::<T, B>(self.lane(), peer, B::narrow::<T>(send, lens.range(peer)))?;
+                }
+                if len > 0 {
+                    let range = peer * len..(peer + 1) * len;
+                    let mut term = B::narrow_mut::<T>(B::reborrow::<T>(&mut terms_mut), range);
+                    raw.recv::<T, B>(self.lane(), peer, &mut term)?;
+                }
+            }
+            Ok(())
+        })?;
+        drop(terms_mut);
+        if len == 0 {
+            return Ok(());
+        }
+        self.combine::<T>(op, ranks, B::slice::<T>(&terms), recv)
+    }
+
+    /// to ← the reduction of `ranks` terms that lie one after another, in rank order, in the accumulator.
+    fn combine<T: Element>(
+        &self,
+        op: ReduceOp,
+        ranks: usize,
+        terms: B::Slice<'_, T>,
+        to: B::SliceMut<'_, T>,
+    ) -> Result<()> {
+        let (lane, len) = (self.lane(), B::len_mut::<T>(&to));
+        let term = |rank: usize| rank * len..(rank + 1) * len;
+        if op != ReduceOp::Sum {
+            // Max and min are asked for of a number a token: they are made on the host, by the code of the thread ranks, in
+            // which NaN wins. NCCL's would lose it.
+            let mut host = vec![T::default(); ranks * len];
+            lane.download::<T>(terms, &mut host)?;
+            let mut result = vec![T::default(); len];
+            combine::reduce(op, ranks, |rank| &host[term(rank)], &mut result);
+            return lane.upload::<T>(&result, to);
+        }
+        let row = |range: Range<usize>| MatRef::<T, B>::new(B::narrow::<T>(terms, range), 1, len);
+        let mut sum = lane.empty::<T::Acc>(len)?;
+        lane.copy::<T, T::Acc>(row(term(0))?, MatMut::new(B::slice_mut::<T::Acc>(&mut sum), 1, len)?)?;
+        for rank in 1..ranks {
+            let sum = MatMut::new(B::slice_mut::<T::Acc>(&mut sum), 1, len)?;
+            lane.accumulate::<T, T::Acc>(row(term(rank))?, sum)?;
+        }
+        lane.copy::<T::Acc, T>(MatRef::new(B::slice::<T::Acc>(&sum), 1, len)?, MatMut::new(to, 1, len)?)
+    }
+
+    fn reduce<T: Element>(&self, call: &Call, op: ReduceOp, mut x: B::SliceMut<'_, T>) -> Result<()> {
+        let len = B::len_mut::<T>(&x);
+        if len == 0 {
+            return Ok(());
+        }
+        if op == ReduceOp::Sum && self.options.order == Order::Any {
+            return self.grouped(call, || self.state.raw.all_reduce::<T, B>(self.lane(), &mut x));
+        }
+        let lens = Partition::even(len, self.side.size());
+        let mut part = self.lane().empty::<T>(lens.size(self.here()))?;
+        self.scatter_flat::<T>(call, op, &lens, B::shared::<T>(&x), B::slice_mut::<T>(&mut part))?;
+        self.gather_flat::<T>(call, &lens, B::slice::<T>(&part), x)
+    }
+
+    fn gather<T: Element>(
+        &self,
+        call: &Call,
+        parts: &Parts,
+        send: B::Slice<'_, T>,
+        mut recv: B::SliceMut<'_, T>,
+    ) -> Result<()> {
+        if parts.total() == 0 {
+            return Ok(());
+        }
+        let (lens, cols) = (lens(parts), parts.cuts.total());
+        if parts.rows == 1 {
+            return self.gather_flat::<T>(call, &lens, send, recv);
+        }
+        let mut flat = self.lane().empty::<T>(parts.total())?;
+        self.gather_flat::<T>(call, &lens, send, B::slice_mut::<T>(&mut flat))?;
+        for rank in (0..lens.parts()).filter(|&rank| lens.size(rank) > 0) {
+            let part = B::narrow::<T>(B::slice::<T>(&flat), lens.range(rank));
+            let whole = MatMut::<T, B>::new(B::reborrow::<T>(&mut recv), parts.rows, cols)?;
+            let part = MatRef::new(part, parts.rows, parts.cuts.size(rank))?;
+            self.lane().copy::<T, T>(part, whole.columns(parts.cuts.range(rank)))?;
+        }
+        Ok(())
+    }
+
+    fn scatter<T: Element>(
+        &self,
+        call: &Call,
+        op: ReduceOp,
+        parts: &Parts,
+        send: B::Slice<'_, T>,
+        recv: B::SliceMut<'_, T>,
+    ) -> Result<()> {
+        if parts.total() == 0 {
+            return Ok(());
+        }
+        let (lens, cols) = (lens(parts), parts.cuts.total());
+        if parts.rows == 1 {
+            return self.scatter_flat::<T>(call, op, &lens, send, recv);
+        }
+        let mut flat = self.lane().empty::<T>(parts.total())?;
+        let whole = MatRef::<T, B>::new(send, parts.rows, cols)?;
+        for rank in (0..lens.parts()).filter(|&rank| lens.size(rank) > 0) {
+            let part = B::narrow_mut::<T>(B::slice_mut::<T>(&mut flat), lens.range(rank));
+            let part = MatMut::new(part, parts.rows, parts.cuts.size(rank))?;
+            self.lane().copy::<T, T>(whole.columns(parts.cuts.range(rank)), part)?;
+        }
+        self.scatter_flat::<T>(call, op, &lens, B::slice::<T>(&flat), recv)
+    }
+
+    fn work(
+        &self,
+        call: &Call,
+        collective: &Collective,
+        send: &mut AnyBuffer<B>,
+        recv: &mut AnyBuffer<B>,
+    ) -> Result<()> {
+        match collective {
+            Collective::AllReduce(op) => {
+                each_dtype!(AnyMut, send.as_mut(), x => self.reduce(call, *op, x))
+            }
+            Collective::AllGather(parts) => each_pair!(send.as_ref(), recv.as_mut(), (send, recv) => {
+                self.gather(call, parts, send, recv)
+            }),
+            Collective::ReduceScatter(op, parts) => {
+                each_pair!(send.as_ref(), recv.as_mut(), (send, recv) => {
+                    self.scatter(call, *op, parts, send, recv)
+                })
+            }
+        }
+    }
+
+    /// Tells the receiver what it will get, and compares what is expected with what the sender says.
+    fn announce(
+        &self,
+        call: &Call,
+        send: Option<&Outgoing<'_, B>>,
+        recv: Option<&Incoming<'_, B>>,
+    ) -> Result<()> {
+        // Messages of no elements, which carry the shapes.
+        let outgoing =
+            send.map(|send| Outgoing { to: send.to, shape: send.shape, data: nothing(send.data.dtype()) });
+        let incoming = recv.map(|recv| Incoming {
+            from: recv.from,
+            shape: recv.shape,
+            data: nothing_mut(recv.data.dtype()),
+        });
+        self.side.exchange(call, outgoing, incoming).map_err(|error| match error {
+            // Others may still be there.
+            Error::PeerLost { reason: Loss::Left, .. } => error,
+            error => self.state.fail(error),
+        })
+    }
+}
+
+fn nothing<'a>(dtype: DType) -> AnyRef<'a, Cpu> {
+    match dtype {
+        DType::F64 => AnyRef::F64(&[] as &[f64]),
+        DType::F32 => AnyRef::F32(&[] as &[f32]),
+        DType::BF16 => AnyRef::BF16(&[] as &[bf16]),
+        DType::F16 => AnyRef::F16(&[] as &[f16]),
+    }
+}
+
+fn nothing_mut<'a>(dtype: DType) -> AnyMut<'a, Cpu> {
+    match dtype {
+        DType::F64 => AnyMut::F64(&mut [] as &mut [f64]),
+        DType::F32 => AnyMut::F32(&mut [] as &mut [f32]),
+        DType::BF16 => AnyMut::BF16(&mut [] as &mut [bf16]),
+        DType::F16 => AnyMut::F16(&mut [] as &mut [f16]),
+    }
+}
+
+/// The lengths of the parts, as they lie one after another.
+fn lens(parts: &Parts) -> Partition {
+    Partition::from_sizes((0..parts.cuts.parts()).map(|rank| parts.len(rank)))
+}
+
+fn is_even(lens: &Partition) -> bool {
+    lens.sizes().all(|size| size == lens.size(0))
+}
+
+impl<B: NcclDevice> Communicator<B> for Nccl<B> {
+    fn rank(&self) -> usize {
+        self.side.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.side.size()
+    }
+
+    fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, B>) -> Result<()> {
+        self.run_now(call, || each_dtype!(AnyMut, x, x => self.reduce(call, op, x)))
+    }
+
+    fn all_gather(&self, call: &Call, parts: &Parts, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()> {
+        self.run_now(call, || each_pair!(send, recv, (send, recv) => self.gather(call, parts, send, recv)))
+    }
+
+    fn reduce_scatter(
+        &self,
+        call: &Call,
+        op: ReduceOp,
+        parts: &Parts,
+        send: AnyRef<'_, B>,
+        recv: AnyMut<'_, B>,
+    ) -> Result<()> {
+        self.run_now(
+            call,
+            || each_pair!(send, recv, (send, recv) => self.scatter(call, op, parts, send, recv)),
+        )
+    }
+
+    fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, B>) -> Result<()> {
+        fn broadcast<T: Element, B: NcclDevice>(
+            nccl: &Nccl<B>,
+            call: &Call,
+            root: usize,
+            mut x: B::SliceMut<'_, T>,
+        ) -> Result<()> {
+            if B::len_mut::<T>(&x) == 0 {
+                return Ok(());
+            }
+            nccl.grouped(call, || nccl.state.raw.broadcast::<T, B>(nccl.lane(), root, None, &mut x))
+        }
+        self.run_now(call, || each_dtype!(AnyMut, x, x => broadcast(self, call, root, x)))
+    }
+
+    fn exchange(
+        &self,
+        call: &Call,
+        send: Option<Outgoing<'_, B>>,
+        recv: Option<Incoming<'_, B>>,
+    ) -> Result<()> {
+        self.state.is_well()?;
+        self.announce(call, send.as_ref(), recv.as_ref())?;
+        fn offer<T: Element, B: NcclDevice>(nccl: &Nccl<B>, to: usize, data: B::Slice<'_, T>) -> Result<()> {
+            if B::len::<T>(data) == 0 { Ok(()) } else { nccl.state.raw.send::<T, B>(nccl.lane(), to, data) }
+        }
+        fn accept<T: Element, B: NcclDevice>(
+            nccl: &Nccl<B>,
+            from: usize,
+            mut data: B::SliceMut<'_, T>,
+        ) -> Result<()> {
+            if B::len_mut::<T>(&data) == 0 {
+                return Ok(());
+            }
+            nccl.state.raw.recv::<T, B>(nccl.lane(), from, &mut data)
+        }
+        self.device.make_current()?;
+        self.lane().after(&self.device.mark()?)?;
+        let begin = self.lane().mark()?;
+        self.grouped(call, || {
+            if let Some(send) = send {
+                each_dtype!(AnyRef, send.data, data => offer(self, send.to, data))?;
+            }
+            match recv {
+                Some(recv) => each_dtype!(AnyMut, recv.data, data => accept(self, recv.from, data)),
+                None => Ok(()),
+            }
+        })
+        .map_err(|error| self.state.abort(error))?;
+        let end = self.lane().mark()?;
+        self.device.after(&end)?;
+        let under_way = UnderWay { call: *call, begin, end, since: Cell::new(None) };
+        self.state.under_way.borrow_mut().push_back(Rc::new(under_way));
+        Ok(())
+    }
+
+    fn barrier(&self, call: &Call) -> Result<()> {
+        self.state.is_well()?;
+        self.side.barrier(call).map_err(|error| self.state.fail(error))
+    }
+
+    fn obstacle(&self, call: &Call) -> Option<Error> {
+        self.state.is_well().err().or_else(|| self.side.obstacle(call))
+    }
+
+    fn is_near(&self) -> bool {
+        self.side.is_near()
+    }
+
+    fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<B>>>> {
+        self.state.is_well()?;
+        let side = self.side.split(call, color, key).map_err(|error| self.state.fail(error))?;
+        // NCCL's colors are small numbers: the rank, in this group, of a part's first.
+        let mut first = [self.here() as f64];
+        if let Some(side) = &side {
+            side.broadcast(call, 0, AnyMut::F64(first.as_mut_slice()))?;
+        }
+        let color = side.as_ref().map(|_| first[0] as usize);
+        let key = side.as_ref().map_or(0, |side| side.rank());
+        self.device.make_current()?;
+        let poll = patience(&*self.side, call, self.options.deadline);
+        let raw = self.state.raw.split(color, key, &poll).map_err(|error| self.state.abort(error))?;
+        let (Some(raw), Some(side)) = (raw, side) else { return Ok(None) };
+        let part = Self::new(raw, side.into(), &self.device, self.options.clone())?;
+        Ok(Some(Box::new(part)))
+    }
+
+    fn start(
+        &self,
+        call: &Call,
+        collective: Collective,
+        mut send: AnyBuffer<B>,
+        mut recv: AnyBuffer<B>,
+    ) -> Result<Box<dyn InFlight<B>>> {
+        let under_way = self.run(call, || self.work(call, &collective, &mut send, &mut recv))?;
+        let (result, used) = match collective {
+            Collective::AllReduce(_) => (send, recv),
+            _ => (recv, send),
+        };
+        let state = Rc::clone(&self.state);
+        let memory = Some((result, used));
+        Ok(Box::new(Started { state, under_way, device: self.device.clone(), memory }))
+    }
+}
+
+impl<B: NcclDevice> Drop for Nccl<B> {
+    /// What is under way is finished first: others may need this rank's part.
+    fn drop(&mut self) {
+        let state = &self.state;
+        let goes_on =
+            || !std::thread::panicking() && state.look().is_ok() && !state.under_way.borrow().is_empty();
+        while goes_on() {
+            std::thread::yield_now();
+        }
+        let finished = state.under_way.borrow().is_empty();
+        if finished {
+            // Not aborted: another rank may still be fetching what this one has given.
+            state.raw.destroy();
+        } else {
+            state.raw.abort();
+            state.spoiled.set(!finished);
+        }
+        let over = Error::invalid("NCCL", "the group has ended");
+        state.failed.borrow_mut().get_or_insert(over);
+    }
+}
+
+/// A collective that the device is doing.
+struct Started<B: NcclDevice> {
+    state: Rc<State<B>>,
+    under_way: Rc<UnderWay<B>>,
+    device: B,
+    /// The result, and what else the collective uses.
+    memory: Option<(AnyBuffer<B>, AnyBuffer<B>)>,
+}
+
+impl<B: NcclDevice> InFlight<B> for Started<B> {
+    fn wait(mut self: Box<Self>) -> Result<AnyBuffer<B>> {
+        self.state.look()?;
+        self.device.after(&self.under_way.end)?;
+        match self.memory.take() {
+            Some((result, _)) => Ok(result),
+            None => Err(Error::invalid("wait", "a collective was waited for twice: please report this")),
+        }
+    }
+}
+
+impl<B: NcclDevice> Drop for Started<B> {
+    /// The memory goes back when the collective is done with it.
+    fn drop(&mut self) {
+        if self.memory.is_some() {
+            let _ = self.device.after(&self.under_way.end);
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! One NCCL communicator, and the only calls into it.
+//!
+//! Every function takes views, not pointers, and checks their lengths before it hands them on.
+
+use super::{
+    NcclDevice,
+    api::{Api, Config, Handle, IN_PROGRESS, NO_COLOR, SUCCESS, SUM, UniqueId},
+};
+use crate::{
+    device::{DType, Element},
+    error::{Error, Result, same_size},
+};
+use std::{cell::Cell, ffi::c_int, ptr::null_mut};
+
+/// A communicator. It is created without blocking; `settle` waits, and looks around while it does.
+pub(super) struct Raw {
+    api: &'static Api,
+    handle: Cell<Handle>,
+}
+
+/// Called while NCCL is at work: an error ends the wait.
+pub(super) type Poll<'a> = &'a dyn Fn() -> Result<()>;
+
+impl Raw {
+    /// What the ranks of a new communicator have to know.
+    pub(super) fn unique_id() -> Result<[u8; 128]> {
+        let api = Api::get()?;
+        let mut id = UniqueId([0; 128]);
+        // SAFETY: `id` is a place for an id.
+        #[allow(unsafe_code)]
+        match unsafe { (api.unique_id)(&mut id) } {
+            SUCCESS => Ok(id.0),
+            code => Err(api.error("ncclGetUniqueId", code, null_mut())),
+        }
+    }
+
+    /// Joins the communicator of this id, on the device that is current.
+    pub(super) fn join(id: [u8; 128], rank: usize, size: usize, poll: Poll<'_>) -> Result<Self> {
+        let raw = Self { api: Api::get()?, handle: Cell::new(null_mut()) };
+        let (rank, size) = (number("the rank", rank)?, number("the number of ranks", size)?);
+        let mut handle = null_mut();
+        // SAFETY: `handle` is a place for a communicator, the configuration is of the size that it states, and NCCL copies it.
+        #[allow(unsafe_code)]
+        let code =
+            unsafe { (raw.api.init)(&mut handle, size, UniqueId(id), rank, &mut Config::non_blocking()) };
+        raw.handle.set(handle);
+        raw.settle("ncclCommInitRankConfig", code, poll)?;
+        Ok(raw)
+    }
+
+    /// The communicator of the ranks of one color, in order of `key`.
+    pub(super) fn split(&self, color: Option<usize>, key: usize, poll: Poll<'_>) -> Result<Option<Self>> {
+        let wanted = color.is_some();
+        let color = color.map_or(Ok(NO_COLOR), |color| number("the color", color))?;
+        let key = number("the key", key)?;
+        // NCCL writes the handle when it is done, which may be after the call.
+        let mut place: Box<Handle> = Box::new(null_mut());
+        // SAFETY: the handle is that of a live communicator (`alive`); `place` stays where it is until the call has settled, or
+        // is leaked below.
+        #[allow(unsafe_code)]
+        let code =
+            unsafe { (self.api.split)(self.alive()?, color, key, &mut *place, &mut Config::non_blocking()) };
+        if let Err(error) = self.settle("ncclCommSplit", code, poll) {
+            Box::leak(place);
+            return Err(error);
+        }
+        if !wanted {
+            return Ok(None);
+        }
+        let part = Self { api: self.api, handle: Cell::new(*place) };
+        part.settle("ncclCommSplit", IN_PROGRESS, poll)?;
+        Ok(Some(part))
+    }
+
+    fn alive(&self) -> Result<Handle> {
+        let handle = self.handle.get();
+        if handle.is_null() {
+            return Err(Error::invalid("NCCL", "the communicator was aborted"));
+        }
+        Ok(handle)
+    }
+
+    /// An error that NCCL has met beside its calls.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.state()? {
+            SUCCESS | IN_PROGRESS => Ok(()),
+            code => Err(self.api.error("ncclCommGetAsyncError", code, self.handle.get())),
+        }
+    }
+
+    fn state(&self) -> Result<c_int> {
+        let mut state = SUCCESS;
+        // SAFETY: the handle is that of a live communicator, and `state` is a place for a result.
+        #[allow(unsafe_code)]
+        match unsafe { (self.api.async_error)(self.alive()?, &mut state) } {
+            SUCCESS => Ok(state),
+            code => Err(self.api.error("ncclCommGetAsyncError", code, self.handle.get())),
+        }
+    }
+
+    /// Waits until a call that goes on in the background is done.
+    fn settle(&self, call: &'static str, mut code: c_int, poll: Poll<'_>) -> Result<()> {
+        loop {
+            match code {
+                SUCCESS => return Ok(()),
+                IN_PROGRESS => {}
+                code => return Err(self.api.error(call, code, self.handle.get())),
+            }
+            poll()?;
+            code = self.state()?;
+            if code == IN_PROGRESS {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// Ends what the communicator is doing, on the device too, and the communicator.
+    pub(super) fn abort(&self) {
+        let handle = self.handle.replace(null_mut());
+        if !handle.is_null() {
+            // SAFETY: the handle was live and is not used again. A failed abort leaves nothing to be done.
+            #[allow(unsafe_code)]
+            let _ = unsafe { (self.api.abort)(handle) };
+        }
+    }
+
+    /// Ends the communicator, whose work is done.
+    pub(super) fn destroy(&self) {
+        let handle = self.handle.replace(null_mut());
+        if !handle.is_null() {
+            // SAFETY: as in `abort`.
+            #[allow(unsafe_code)]
+            let _ = unsafe { (self.api.destroy)(handle) };
+        }
+    }
+
+    /// Several calls as one.
+    pub(super) fn grouped(&self, poll: Poll<'_>, calls: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.alive()?;
+        // SAFETY: every start has its end below.
+        #[allow(unsafe_code)]
+        let started = unsafe { (self.api.group_start)() };
+        self.returned("ncclGroupStart", started)?;
+        let result = calls();
+        // SAFETY: as above.
+        #[allow(unsafe_code)]
+        let ended = unsafe { (self.api.group_end)() };
+        result?;
+        self.settle("ncclGroupEnd", ended, poll)
+    }
+
+    /// Accepts a call that is done, or goes on in the background inside a group.
+    fn returned(&self, call: &'static str, code: c_int) -> Result<()> {
+        match code {
+            SUCCESS | IN_PROGRESS => Ok(()),
+            code => Err(self.api.error(call, code, self.handle.get())),
+        }
+    }
+
+    /// x ← the sum of all ranks' x.
+    pub(super) fn all_reduce<T: Element, B: NcclDevice>(
+        &self,
+        lane: &B,
+        x: &mut B::SliceMut<'_, T>,
+    ) -> Result<()> {
+        let (len, x) = (B::len_mut::<T>(x), B::address_mut::<T>(x));
+        // SAFETY: `x` is `len` elements of the device, borrowed exclusively; the lane orders the work before whatever the
+        // borrower does with it next (`Nccl::enter`, `Nccl::leave`). The handle is live.
+        #[allow(unsafe_code)]
+        let code = unsafe {
+            (self.api.all_reduce)(x.cast_const(), x, len, dtype(T::DTYPE), SUM, self.alive()?, lane.stream())
+        };
+        self.returned("ncclAllReduce", code)
+    }
+
+    /// recv ← all ranks' parts, of one length.
+    pub(super) fn all_gather<T: Element, B: NcclDevice>(
+        &self,
+        lane: &B,
+        size: usize,
+        send: B::Slice<'_, T>,
+        recv: &mut B::SliceMut<'_, T>,
+    ) -> Result<()> {
+        let len = B::len::<T>(send);
+        same_size("all_gather", "the parts together", len * size, "what is received", B::len_mut::<T>(recv))?;
+        let (send, recv) = (B::address::<T>(send), B::address_mut::<T>(recv));
+        // SAFETY: as in `all_reduce`; `recv` has `size` times the length of `send`, as was checked.
+        #[allow(unsafe_code)]
+        let code =
+            unsafe { (self.api.all_gather)(send, recv, len, dtype(T::DTYPE), self.alive()?, lane.stream()) };
+        self.returned("ncclAllGather", code)
+    }
+
+    /// recv ← this rank's part of the sum, parts of one length.
+    pub(super) fn reduce_scatter<T: Element, B: NcclDevice>(
+        &self,
+        lane: &B,
+        size: usize,
+        send: B::Slice<'_, T>,
+        recv: &mut B::SliceMut<'_, T>,
+    ) -> Result<()> {
+        let len = B::len_mut::<T>(recv);
+        same_size("reduce_scatter", "the parts together", len * size, "what is sent", B::len::<T>(send))?;
+        let (send, recv) = (B::address::<T>(send), B::address_mut::<T>(recv));
+        // SAFETY: as in `all_reduce`; `send` has `size` times the length of `recv`, as was checked.
+        #[allow(unsafe_code)]
+        let code = unsafe {
+            (self.api.reduce_scatter)(send, recv, len, dtype(T::DTYPE), SUM, self.alive()?, lane.stream())
+        };
+        self.returned("ncclReduceScatter", code)
+    }
+
+    /// The root's recv, of which the others have none ← the sum of all ranks' send.
+    pub(super) fn reduce<T: Element, B: NcclDevice>(
+        &self,
+        lane: &B,
+        root: usize,
+        send: B::Slice<'_, T>,
+        recv: Option<&mut B::SliceMut<'_, T>>,
+    ) -> Result<()> {
+        let len = B::len::<T>(send);
+        if let Some(recv) = &recv {
+            same_size("reduce", "what is sent", len, "what is received", B::len_mut::<T>(recv))?;
+        }
+        let recv = recv.map_or(null_mut(), |recv| B::address_mut::<T>(recv));
+        let (send, root) = (B::address::<T>(send), number("the root", root)?);
+        // SAFETY: as in `all_reduce`; the lengths were checked. Ranks that are not the root may pass null: a rank passes
+        // `recv` if it is the root, see `Nccl::reduce_flat`.
+        #[allow(unsafe_code)]
+        let code = unsafe {
+            (self.api.reduce)(send, recv, len, dtype(T::DTYPE), SUM, root, self.alive()?, lane.stream())
+        };
+        self.returned("ncclReduce", code)
+    }
+
+    /// recv ← the root's `send`, or its `recv` where that has none.
+    pub(super) fn broadcast<T: Element, B: NcclDevice>(
+        &self,
+        lane: &B,
+        root: usize,
+        send: Option<B::Slice<'_, T>>,
+        recv: &mut B::SliceMut<'_, T>,
+    ) -> Result<()> {
+        let len = B::len_mut::<T>(recv);
+        if let Some(send) = send {
+            same_size("broadcast", "what is sent", B::len::<T>(send), "what is received", len)?;
+        }
+        let (recv, root) = (B::address_mut::<T>(recv), number("the root", root)?);
+        let send = send.map_or(recv.cast_const(), B::address::<T>);
+        // SAFETY: as in `all_reduce`; the lengths were checked.
+        #[allow(unsafe_code)]
+        let code = unsafe {
+            (self.api.broadcast)(send, recv, len, dtype(T::DTYPE), root, self.alive()?, lane.stream())
+        };
+        self.returned("ncclBroadcast", code)
+    }
+
+    pub(super) fn send<T: Element, B: NcclDevice>(
+        &self,
+        lane: &B,
+        to: usize,
+        data: B::Slice<'_, T>,
+    ) -> Result<()> {
+        let (len, data, to) = (B::len::<T>(data), B::address::<T>(data), number("the receiver", to)?);
+        // SAFETY: as in `all_reduce`, of a shared borrow that is read.
+        #[allow(unsafe_code)]
+        let code = unsafe { (self.api.send)(data, len, dtype(T::DTYPE), to, self.alive()?, lane.stream()) };
+        self.returned("ncclSend", code)
+    }
+
+    pub(super) fn recv<T: Element, B: NcclDevice>(
+        &self,
+        lane: &B,
+        from: usize,
+        data: &mut B::SliceMut<'_, T>,
+    ) -> Result<()> {
+        let (len, from) = (B::len_mut::<T>(data), number("the sender", from)?);
+        let data = B::address_mut::<T>(data);
+        // SAFETY: as in `all_reduce`.
+        #[allow(unsafe_code)]
+        let code = unsafe { (self.api.recv)(data, len, dtype(T::DTYPE), from, self.alive()?, lane.stream()) };
+        self.returned("ncclRecv", code)
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        self.abort();
+    }
+}
+
+/// NCCL's number of an element.
+fn dtype(dtype: DType) -> c_int {
+    match dtype {
+        DType::F16 => 6,
+        DType::F32 => 7,
+        DType::F64 => 8,
+        DType::BF16 => 9,
+    }
+}
+
+fn number(what: &str, value: usize) -> Result<c_int> {
+    c_int::try_from(value).map_err(|_| Error::invalid("NCCL", format!("{what} is {value}")))
+}

@@ -1,0 +1,305 @@
+//! The communicator between threads, over an NCCL that works on host memory.
+
+use super::{NcclDevice, Options, Order};
+use crate::{
+    Tensor,
+    comm::{Group, ReduceOp},
+    device::{Cpu, Element},
+    error::{Error, Loss, Result},
+    shard::{Partition, Shape},
+};
+use exact::{DTYPES, all_exact, all_in_flight, nan_wins, sums_in_rank_order, with_element};
+// A test stands outside of the table of who may import whom, as users do.
+use shardwise::launch::{Env, Threads};
+use std::{ffi::c_void, panic::resume_unwind, ptr::null_mut, rc::Rc, thread, time::Duration};
+
+#[path = "../../../tests/suite/exact.rs"]
+mod exact;
+
+// SAFETY: host memory, and no streams: what was asked of a handle is done.
+#[allow(unsafe_code)]
+unsafe impl NcclDevice for Cpu {
+    type Mark = ();
+
+    fn beside(&self) -> Result<Self> {
+        Ok(self.clone())
+    }
+    fn make_current(&self) -> Result<()> {
+        Ok(())
+    }
+    fn stream(&self) -> *mut c_void {
+        null_mut()
+    }
+    fn mark(&self) -> Result<()> {
+        Ok(())
+    }
+    fn after(&self, _: &()) -> Result<()> {
+        Ok(())
+    }
+    fn is_reached(&self, _: &()) -> Result<bool> {
+        Ok(true)
+    }
+    fn while_waiting(&self, _: &Rc<dyn Fn() -> Result<()>>) {}
+    fn address<T: Element>(slice: &[T]) -> *const c_void {
+        slice.as_ptr().cast()
+    }
+    fn address_mut<T: Element>(slice: &mut &mut [T]) -> *mut c_void {
+        slice.as_mut_ptr().cast()
+    }
+}
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+fn ranks(world: usize) -> Threads {
+    Threads::new(world).device(Cpu::poisoned).deadline(DEADLINE)
+}
+
+fn options(order: Order) -> Options {
+    Options { order, deadline: DEADLINE, ..Options::default() }
+}
+
+#[test]
+fn collectives_are_exact_in_every_world() {
+    for world in 1..=8 {
+        for order in [Order::Any, Order::Ranks] {
+            ranks(world)
+                .run(|group| {
+                    let nccl = group.over_nccl(&Cpu::poisoned(), options(order))?;
+                    if world <= 3 {
+                        all_exact(&nccl, false)?;
+                    }
+                    all_in_flight(&nccl)
+                })
+                .unwrap();
+        }
+    }
+}
+
+#[test]
+fn sums_have_the_bits_of_thread_ranks_if_asked_for() {
+    for world in [2, 3, 5] {
+        ranks(world)
+            .run(|group| {
+                let nccl = group.over_nccl(&Cpu::poisoned(), options(Order::Ranks))?;
+                DTYPES.iter().try_for_each(|dtype| with_element!(dtype, sums_in_rank_order(&nccl)))
+            })
+            .unwrap();
+    }
+}
+
+#[test]
+fn a_nan_is_never_dropped() {
+    for world in 1..=3 {
+        ranks(world)
+            .run(|group| {
+                let nccl = group.over_nccl(&Cpu::poisoned(), options(Order::Any))?;
+                DTYPES.iter().try_for_each(|dtype| with_element!(dtype, nan_wins(&nccl)))
+            })
+            .unwrap();
+    }
+}
+
+type Act = fn(&Group<Cpu>) -> Result<()>;
+
+fn reduce<T: Element>(group: &Group<Cpu>, op: ReduceOp, len: usize) -> Result<()> {
+    let mut x = Tensor::<T>::full(group.device(), [len], 3.0)?;
+    let result = group.all_reduce(op, &mut x);
+    // A disagreement is found before data move.
+    if matches!(result, Err(Error::Mismatch(_))) {
+        assert!(x.to_vec()?.iter().all(|value| value.to_f64() == 3.0), "the buffer has changed");
+    }
+    result
+}
+
+const ACTS: [Act; 8] = [
+    |group| reduce::<f32>(group, ReduceOp::Sum, 6),
+    |group| reduce::<f32>(group, ReduceOp::Max, 6),
+    |group| reduce::<f64>(group, ReduceOp::Sum, 6),
+    |group| reduce::<f32>(group, ReduceOp::Sum, 7),
+    |group| group.barrier(),
+    |group| group.broadcast(0, &mut Tensor::<f32>::zeros(group.device(), [6])?),
+    |group| group.broadcast(1, &mut Tensor::<f32>::zeros(group.device(), [6])?),
+    |group| {
+        let cut = Partition::even(6, group.size());
+        group.reduce_scatter(ReduceOp::Sum, &Tensor::<f32>::zeros(group.device(), [6])?, 0, &cut).map(drop)
+    },
+];
+
+#[test]
+fn disagreement_is_the_same_error_on_every_rank() {
+    for (usual, other) in (0..ACTS.len()).flat_map(|a| (0..ACTS.len()).map(move |b| (a, b))) {
+        if usual == other {
+            continue;
+        }
+        let errors = ranks(3)
+            .run(|group| {
+                let nccl = group.over_nccl(&Cpu::new(), options(Order::Any))?;
+                // After calls that all have made.
+                ACTS[usual](&nccl)?;
+                ACTS[other](&nccl)?;
+                let act = if group.rank() == 2 { ACTS[other] } else { ACTS[usual] };
+                let error = act(&nccl).unwrap_err();
+                assert_eq!(nccl.barrier().unwrap_err(), error, "a failed group repeats its first error");
+                Ok(error)
+            })
+            .unwrap();
+        assert!(matches!(errors[0], Error::Mismatch(_)), "{usual} and {other}: {}", errors[0]);
+        assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
+    }
+}
+
+#[test]
+fn an_unexpected_message_is_a_disagreement() {
+    let errors = ranks(2)
+        .run(|group| {
+            let nccl = group.over_nccl(&Cpu::new(), options(Order::Any))?;
+            let x = Tensor::<f32>::zeros(nccl.device(), [6])?;
+            if group.rank() == 0 {
+                // The message is never fetched: the sender hears of it here, or at its next call.
+                let sent = nccl.exchange(Some((1, &x)), None);
+                return Ok(sent.and_then(|_| nccl.barrier()).unwrap_err());
+            }
+            Ok(nccl.exchange::<f32>(None, Some((0, Shape::new(&[2, 3])))).unwrap_err())
+        })
+        .unwrap();
+    assert!(matches!(errors[0], Error::Mismatch(_)), "{}", errors[0]);
+    assert_eq!(errors[0], errors[1]);
+}
+
+#[test]
+fn a_lost_rank_is_an_error_on_every_other() {
+    for world in 2..=4 {
+        for lost in 0..world {
+            for (way, act) in (0..3).flat_map(|way| ACTS.iter().take(5).map(move |act| (way, act))) {
+                let outcomes = ranks(world)
+                    .run_each(|group| {
+                        let nccl = group.over_nccl(&Cpu::new(), options(Order::Any))?;
+                        act(&nccl)?;
+                        if group.rank() == lost {
+                            thread::sleep(Duration::from_millis(lost as u64));
+                            match way {
+                                0 => resume_unwind(Box::new("lost")),
+                                1 => return Err(Error::invalid("test", "fails")),
+                                _ => return Ok(None),
+                            }
+                        }
+                        Ok(Some(act(&nccl).unwrap_err()))
+                    })
+                    .unwrap();
+                for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != lost) {
+                    // It may be lost while others are still inside of the first call.
+                    let error = outcome.unwrap_or_else(Some);
+                    let Some(Error::PeerLost { rank: named, reason, .. }) = error else {
+                        panic!("rank {rank} of {world}: {error:?}")
+                    };
+                    assert!(named == lost, "rank {rank} of {world} names {named}, not {lost} ({reason:?})");
+                    assert!(way != 0 || reason == Loss::Panicked);
+                }
+            }
+        }
+    }
+}
+
+/// Runs ranks as processes would be: they talk over sockets, and compare only new kinds of calls at once.
+fn processes<R: Send>(world: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Vec<Result<R>> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port().to_string();
+    drop(listener);
+    thread::scope(|scope| {
+        let (rank, port) = (&rank, &port);
+        let start = |number: usize| {
+            let variables = move |name: &str| match name {
+                "RANK" | "LOCAL_RANK" => Some(number.to_string()),
+                "WORLD_SIZE" | "LOCAL_WORLD_SIZE" => Some(world.to_string()),
+                "SHARDWISE_PORT" => Some(port.clone()),
+                _ => None,
+            };
+            scope.spawn(move || Env::of(variables)?.run(DEADLINE, rank))
+        };
+        let started: Vec<_> = (0..world).map(start).collect();
+        started.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn processes_have_the_same_collectives() {
+    for world in [1, 2, 3, 5] {
+        let outcomes = processes(world, |group| {
+            let nccl = group.over_nccl(&Cpu::poisoned(), options(Order::Any))?;
+            all_in_flight(&nccl)?;
+            all_in_flight(&nccl)
+        });
+        assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
+    }
+}
+
+/// Known calls in another order, with which NCCL finds no fault: of as many elements.
+#[test]
+fn another_order_of_known_calls_is_found_by_its_hash() {
+    let outcomes = processes(3, |group| {
+        let options = Options { check_every: 16, ..options(Order::Any) };
+        let nccl = group.over_nccl(&Cpu::new(), options)?;
+        let call = |dims: [usize; 2]| {
+            nccl.all_reduce(ReduceOp::Sum, &mut Tensor::<f32>::zeros(nccl.device(), dims)?)
+        };
+        let (a, b) = if nccl.rank() == 2 { ([3, 2], [2, 3]) } else { ([2, 3], [3, 2]) };
+        for round in 0..40 {
+            // All are in the same order before the twentieth.
+            let (first, second) = if round < 20 { ([2, 3], [3, 2]) } else { (a, b) };
+            call(first)?;
+            call(second)?;
+            assert!(round < 40 - 8, "it was not found");
+        }
+        Ok(())
+    });
+    for outcome in &outcomes {
+        let Err(Error::Mismatch(mismatch)) = outcome else { panic!("{outcome:?}") };
+        assert_eq!((mismatch.left_rank, mismatch.right_rank), (0, 2));
+        assert!(mismatch.left.contains("after calls "), "{}", mismatch.left);
+        assert_eq!(outcome, &outcomes[0]);
+    }
+}
+
+#[test]
+fn a_process_that_does_not_come_to_a_known_call_is_a_deadline() {
+    let outcomes = processes(2, |group| {
+        let options = Options { deadline: Duration::from_millis(200), ..options(Order::Any) };
+        let nccl = group.over_nccl(&Cpu::new(), options)?;
+        reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
+        if nccl.rank() == 0 {
+            thread::sleep(Duration::from_millis(600));
+            return Ok(());
+        }
+        reduce::<f32>(&nccl, ReduceOp::Sum, 6)
+    });
+    assert!(matches!(&outcomes[1], Err(Error::Deadline { missing, .. }) if missing == &[0]), "{outcomes:?}");
+}
+
+/// A rank that fails between the comparison of a call and the call itself leaves the others inside NCCL.
+#[test]
+fn a_rank_that_is_lost_inside_of_a_collective_ends_it_for_the_others() {
+    for world in 2..=4 {
+        let outcomes = ranks(world)
+            .run_each(|group| {
+                let nccl = group.over_nccl(&Cpu::new(), options(Order::Any))?;
+                reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
+                if group.rank() == 0 {
+                    // The comparison of `nccl`'s next call, and no more.
+                    let call = crate::comm::Call { op: crate::comm::Op::AllReduce, ..nccl.split_call() };
+                    let call = crate::comm::Call {
+                        reduce: Some(ReduceOp::Sum),
+                        dtype: Some(crate::device::DType::F32),
+                        shape: Shape::new(&[6]),
+                        ..call
+                    };
+                    group.communicator().barrier(&call)?;
+                    return Err(Error::invalid("test", "fails"));
+                }
+                reduce::<f32>(&nccl, ReduceOp::Sum, 6)
+            })
+            .unwrap();
+        for outcome in outcomes.into_iter().skip(1) {
+            assert!(matches!(outcome, Err(Error::PeerLost { rank: 0, .. })), "{outcome:?}");
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! Environments and the rendezvous of processes. Threads play the processes: each has an environment of its own.
+
+use shardwise::{Error, Result, comm::Group, device::Cpu, launch::Env};
+use std::{
+    collections::HashMap,
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+const DEADLINE: Duration = Duration::from_secs(30);
+
+fn env(variables: &[(&str, &str)]) -> Result<Env> {
+    let variables: HashMap<_, _> = variables.iter().copied().collect();
+    Env::of(|name| variables.get(name).map(|value| value.to_string()))
+}
+
+/// The environment of one of several ranks on this machine.
+fn rank_env(rank: usize, world: usize, port: u16, change: impl FnOnce(&mut Env)) -> Env {
+    let (rank, world, port) = (rank.to_string(), world.to_string(), port.to_string());
+    let mut env = env(&[
+        ("RANK", &rank),
+        ("WORLD_SIZE", &world),
+        ("LOCAL_RANK", &rank),
+        ("LOCAL_WORLD_SIZE", &world),
+        ("SHARDWISE_PORT", &port),
+        ("SHARDWISE_TOKEN", "secret"),
+    ])
+    .unwrap();
+    change(&mut env);
+    env
+}
+
+/// A port that was free a moment ago.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Runs ranks that know each other by their environment only.
+pub(crate) fn processes<R: Send>(
+    world: usize,
+    rank: impl Fn(Group<Cpu>) -> Result<R> + Sync,
+) -> Vec<Result<R>> {
+    let port = free_port();
+    thread::scope(|scope| {
+        let start = |number| {
+            let rank = &rank;
+            scope.spawn(move || rank_env(number, world, port, |_| ()).run(DEADLINE, rank))
+        };
+        let started: Vec<_> = (0..world).map(start).collect();
+        started.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn launchers_are_understood() {
+    let torchrun = env(&[
+        ("RANK", "5"),
+        ("WORLD_SIZE", "8"),
+        ("LOCAL_RANK", "1"),
+        ("LOCAL_WORLD_SIZE", "4"),
+        ("MASTER_ADDR", "node7"),
+        ("MASTER_PORT", "29500"),
+        ("TORCHELASTIC_RUN_ID", "run"),
+        ("TORCHELASTIC_RESTART_COUNT", "3"),
+        ("SHARDWISE_TOKEN", "t"),
+        // torchrun itself was started by srun.
+        ("SLURM_PROCID", "1"),
+        ("SLURM_NTASKS", "2"),
+    ])
+    .unwrap();
+    assert_eq!((torchrun.rank, torchrun.world, torchrun.local_rank, torchrun.local_world), (5, 8, 1, 4));
+    // The agent listens on the port itself.
+    assert_eq!((torchrun.host.as_str(), torchrun.port), ("node7", 29501));
+    assert_eq!((torchrun.job.as_str(), torchrun.epoch, torchrun.token.as_str()), ("run", 3, "t"));
+
+    let mpi = env(&[
+        ("OMPI_COMM_WORLD_RANK", "2"),
+        ("OMPI_COMM_WORLD_SIZE", "3"),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "2"),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "3"),
+        ("PMIX_NAMESPACE", "prterun-1"),
+        ("SHARDWISE_PORT", "4000"),
+    ])
+    .unwrap();
+    assert_eq!((mpi.rank, mpi.world, mpi.local_rank, mpi.local_world), (2, 3, 2, 3));
+    assert_eq!((mpi.host.as_str(), mpi.port, mpi.job.as_str()), ("127.0.0.1", 4000, "prterun-1"));
+
+    let pmi =
+        env(&[("PMI_RANK", "0"), ("PMI_SIZE", "2"), ("MPI_LOCALRANKID", "0"), ("MPI_LOCALNRANKS", "2")]);
+    let pmi = pmi.unwrap();
+    assert_eq!((pmi.rank, pmi.world), (0, 2));
+    assert!((20_000..30_000).contains(&pmi.port));
+
+    let slurm = env(&[
+        ("SLURM_PROCID", "3"),
+        ("SLURM_NTASKS", "4"),
+        ("SLURM_LOCALID", "1"),
+        ("SLURM_JOB_ID", "77"),
+        ("SLURM_STEP_ID", "2"),
+        ("MASTER_ADDR", "10.0.0.1"),
+    ])
+    .unwrap();
+    assert_eq!((slurm.rank, slurm.local_rank, slurm.job.as_str()), (3, 1, "77.2"));
+    assert_eq!(env(&[("RANK", "0"), ("WORLD_SIZE", "1")]).unwrap().local_world, 1);
+}
+
+#[test]
+fn what_is_missing_or_contradicts_is_named() {
+    let says = |variables: &[(&str, &str)], words: &[&str]| {
+        let error = env(variables).unwrap_err().to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    };
+    says(&[], &["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"]);
+    says(&[("RANK", "0")], &["RANK is set", "WORLD_SIZE is not"]);
+    says(&[("RANK", "0"), ("WORLD_SIZE", "2")], &["LOCAL_RANK is not"]);
+    says(&[("RANK", "zero"), ("WORLD_SIZE", "2")], &["RANK is `zero`"]);
+    says(&[("RANK", "2"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")], &["RANK is 2", "WORLD_SIZE is only 2"]);
+    let local = |rank: &'static str, world: &'static str| {
+        [("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", world)]
+    };
+    says(&local("3", "2"), &["LOCAL_RANK is 3", "LOCAL_WORLD_SIZE is only 2"]);
+    says(&local("0", "5"), &["LOCAL_WORLD_SIZE is 5"]);
+    says(&local("0", "2"), &["MASTER_ADDR is not set", "4 ranks", "only 2"]);
+    let port = [("RANK", "0"), ("WORLD_SIZE", "1"), ("SHARDWISE_PORT", "70000")];
+    says(&port, &["no port 70000"]);
+}
+
+#[test]
+fn a_network_asks_for_a_secret() {
+    let env = env(&[("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "192.0.2.1")]);
+    let error = env.unwrap().run(DEADLINE, |_| Ok(())).unwrap_err();
+    assert!(error.to_string().contains("set SHARDWISE_TOKEN"), "{error}");
+}
+
+/// A group of three that is disturbed while it forms; `disturb` returns when it is told to.
+fn disturbed(disturb: impl FnOnce(u16, &AtomicBool) + Send) {
+    let (port, done) = (free_port(), AtomicBool::new(false));
+    thread::scope(|scope| {
+        let rank = |number: usize, wait: u64| {
+            scope.spawn(move || {
+                thread::sleep(Duration::from_millis(wait));
+                rank_env(number, 3, port, |_| ()).run(DEADLINE, |group| {
+                    group.barrier()?;
+                    Ok(group.rank())
+                })
+            })
+        };
+        let begin = Instant::now();
+        let (first, second) = (rank(0, 0), rank(1, 30));
+        let disturber = scope.spawn(|| disturb(port, &done));
+        // The last comes when the others were disturbed for a while.
+        let third = rank(2, 300);
+        for (number, thread) in [first, second, third].into_iter().enumerate() {
+            assert_eq!(thread.join().unwrap(), Ok(number));
+        }
+        assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
+        done.store(true, Ordering::SeqCst);
+        disturber.join().unwrap();
+    });
+}
+
+fn connect(port: u16) -> TcpStream {
+    loop {
+        match TcpStream::connect(("127.0.0.1", port)) {
+            Ok(stream) => return stream,
+            Err(_) => thread::sleep(Duration::from_millis(1)),
+        }
+    }
+}
+
+#[test]
+fn strangers_and_garbage_do_no_harm() {
+    disturbed(|port, _| {
+        for round in 0..20_u8 {
+            let mut stream = connect(port);
+            let _ = stream.write_all(&vec![round.wrapping_mul(37); 10 * round as usize]);
+            let mut rest = Vec::new();
+            let _ = stream.set_read_timeout(Some(Duration::from_millis(5)));
+            let _ = stream.read_to_end(&mut rest);
+            assert!(rest.len() <= 40, "a stranger was told more than a nonce");
+        }
+    });
+}
+
+#[test]
+fn connections_that_say_nothing_do_no_harm() {
+    disturbed(|port, done| {
+        let mut held: Vec<_> = (0..40).map(|_| connect(port)).collect();
+        // Half of them a byte at a time.
+        while !done.load(Ordering::SeqCst) {
+            held.iter_mut().step_by(2).for_each(|stream| drop(stream.write_all(&[0])));
+            thread::sleep(Duration::from_millis(20));
+        }
+    });
+}
+
+/// What becomes of a fourth process that comes to a group of three while that forms.
+fn intruder(change: impl Fn(&mut Env) + Send + Sync, words: &str) {
+    disturbed(|port, _| {
+        thread::sleep(Duration::from_millis(60));
+        let patience = Duration::from_millis(150);
+        let error = rank_env(1, 3, port, change).run(patience, |_| Ok(())).unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+    });
+}
+
+#[test]
+fn who_does_not_belong_is_refused_and_told_why() {
+    intruder(|env| env.token = "guessed".into(), "SHARDWISE_TOKEN");
+    intruder(|env| env.job = "another".into(), "another job");
+    intruder(|env| env.epoch = 9, "another start");
+    intruder(|env| env.world = 4, "another number of ranks");
+    // The real rank 1 has come already.
+    intruder(|_| (), "connected already");
+}
+
+#[test]
+fn ranks_that_do_not_come_are_named() {
+    let port = free_port();
+    let patience = Duration::from_millis(100);
+    let error = rank_env(0, 3, port, |_| ()).run(patience, |_| Ok(())).unwrap_err();
+    assert!(error.to_string().contains("ranks [1, 2] did not come"), "{error}");
+    let error = rank_env(1, 3, port, |_| ()).run(patience, |_| Ok(())).unwrap_err();
+    assert!(error.to_string().contains("no rank 0"), "{error}");
+}
+
+#[test]
+fn jobs_are_killed_and_started_again_on_one_port() {
+    let port = free_port();
+    for epoch in 0..1000 {
+        thread::scope(|scope| {
+            // A rank of the start before, which nobody has told that it is over.
+            let stale = (epoch % 10 == 5).then(|| {
+                let env = rank_env(1, 2, port, |env| env.epoch = epoch - 1);
+                scope.spawn(move || env.run(Duration::from_millis(5), |_| Ok(0)))
+            });
+            let ranks = [0, 1].map(|number| {
+                let env = rank_env(number, 2, port, |env| env.epoch = epoch);
+                scope.spawn(move || {
+                    env.run(DEADLINE, |group| {
+                        group.barrier()?;
+                        if epoch % 3 == number as u64 {
+                            return Err(Error::invalid("test", "killed"));
+                        }
+                        Ok(group.rank())
+                    })
+                })
+            });
+            for (number, rank) in ranks.into_iter().enumerate() {
+                let want = if epoch % 3 == number as u64 {
+                    Err(Error::invalid("test", "killed"))
+                } else {
+                    Ok(number)
+                };
+                assert_eq!(rank.join().unwrap(), want, "start {epoch}");
+            }
+            if let Some(stale) = stale {
+                stale.join().unwrap().unwrap_err();
+            }
+        });
+    }
+}

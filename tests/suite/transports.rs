@@ -1,0 +1,147 @@
+//! Every communicator gives what the thread ranks' gives: collectives of host-staged tensors and of processes.
+
+use crate::{
+    exact::{DTYPES, all_exact, all_in_flight, nan_wins, sums_in_rank_order, with_element},
+    launch::processes,
+};
+use shardwise::{
+    Error, Loss, Result, Tensor,
+    comm::{Group, ReduceOp},
+    device::Cpu,
+    kernels::Pointwise,
+    launch::Threads,
+    shard::Shape,
+};
+use std::time::Duration;
+
+/// What holds for every communicator.
+fn everything<B: Pointwise>(group: &Group<B>) -> Result<()> {
+    all_exact(group, false)?;
+    all_in_flight(group)?;
+    for dtype in DTYPES {
+        with_element!(dtype, sums_in_rank_order(group))?;
+        if group.size() <= 3 {
+            with_element!(dtype, nan_wins(group))?;
+        }
+    }
+    group.barrier()
+}
+
+fn staged(world: usize) -> Threads {
+    Threads::new(world).device(Cpu::poisoned).deadline(Duration::from_secs(60))
+}
+
+#[test]
+fn staged_collectives_are_those_of_the_ranks_they_are_staged_by() {
+    for world in [1, 2, 3, 5, 8] {
+        staged(world).run(|group| everything(&group.staged(&Cpu::poisoned()))).unwrap();
+    }
+}
+
+#[test]
+fn processes_have_the_collectives_of_threads() {
+    for world in [1, 2, 3, 5] {
+        for outcome in processes(world, |group| everything(&group)) {
+            outcome.unwrap();
+        }
+    }
+}
+
+/// A disagreement of rank 1, and what it says, on a group of any kind.
+fn disagrees<B: Pointwise>(group: &Group<B>) -> Result<Error> {
+    let len = if group.rank() == 1 { 4 } else { 3 };
+    let mut x = Tensor::<f32, B>::full(group.device(), [len], 7.0)?;
+    let error = group.all_reduce(ReduceOp::Sum, &mut x).unwrap_err();
+    assert_eq!(x.to_vec()?, vec![7.0; len], "the buffer has changed");
+    assert_eq!(group.barrier().unwrap_err(), error, "a failed group repeats its first error");
+    Ok(error)
+}
+
+#[test]
+fn a_disagreement_is_the_same_error_on_every_rank_of_every_communicator() {
+    let check = |errors: Vec<Error>| {
+        let Error::Mismatch(mismatch) = &errors[0] else { panic!("{}", errors[0]) };
+        assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");
+        assert_eq!((mismatch.left_rank, mismatch.right_rank), (0, 1));
+        assert!(mismatch.left.contains("all_reduce(sum, f32 [3], call 0) at tests"), "{}", errors[0]);
+        assert!(mismatch.right.contains("all_reduce(sum, f32 [4], call 0) at tests"), "{}", errors[0]);
+    };
+    for world in 2..=4 {
+        check(staged(world).run(|group| disagrees(&group.staged(&Cpu::new()))).unwrap());
+        check(processes(world, |group| disagrees(&group)).into_iter().collect::<Result<_>>().unwrap());
+    }
+}
+
+/// Sends a vector, where a matrix is expected.
+fn surprises<B: Pointwise>(group: &Group<B>) -> Result<Error> {
+    let x = Tensor::<f32, B>::full(group.device(), [6], 1.0)?;
+    let result = match group.rank() {
+        0 => group.exchange(Some((1, &x)), None).map(drop),
+        _ => group.exchange::<f32>(None, Some((0, Shape::new(&[2, 3])))).map(drop),
+    };
+    Ok(result.and_then(|()| group.barrier()).unwrap_err())
+}
+
+#[test]
+fn an_unexpected_message_is_a_disagreement_on_every_communicator() {
+    let check = |errors: Vec<Error>| {
+        assert!(matches!(errors[0], Error::Mismatch(_)), "{}", errors[0]);
+        assert_eq!(errors[0], errors[1]);
+    };
+    check(staged(2).run(|group| surprises(&group.staged(&Cpu::new()))).unwrap());
+    check(processes(2, |group| surprises(&group)).into_iter().collect::<Result<_>>().unwrap());
+}
+
+#[test]
+fn a_lost_process_is_an_error_on_every_other() {
+    for world in 2..=4 {
+        for lost in 0..world {
+            let outcomes = processes(world, |group| {
+                let pairs = group.split_all(group.rank() as u64 / 2)?;
+                group.barrier()?;
+                if group.rank() == lost {
+                    return Err(Error::invalid("test", "fails"));
+                }
+                let error = group.barrier().unwrap_err();
+                if pairs.size() == 2 && lost / 2 == group.rank() / 2 {
+                    let pair = pairs.barrier().unwrap_err();
+                    assert!(matches!(pair, Error::PeerLost { rank, .. } if rank == lost % 2), "{pair}");
+                }
+                Ok(error)
+            });
+            for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != lost) {
+                let error = outcome.unwrap();
+                let Error::PeerLost { rank: named, reason, op: "barrier", .. } = &error else {
+                    panic!("rank {rank}: {error}")
+                };
+                // Who hears of the lost rank leaves, too.
+                assert!(
+                    *named == lost && *reason == Loss::Failed,
+                    "rank {rank} of {world}, {lost} lost: {error}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_process_that_has_done_its_part_may_leave() {
+    for world in 2..=4 {
+        for late in 0..world {
+            let outcomes = processes(world, |group| {
+                if group.rank() == late {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                let mut x = Tensor::<f64>::full(group.device(), [2], 1.0)?;
+                group.all_reduce(ReduceOp::Sum, &mut x)?;
+                // A ring as the last step.
+                let (to, from) = ((group.rank() + 1) % world, (group.rank() + world - 1) % world);
+                let y = group.exchange(Some((to, &x)), Some((from, x.shape())))?.unwrap();
+                y.to_vec()
+            });
+            for outcome in outcomes {
+                assert_eq!(outcome, Ok(vec![world as f64; 2]));
+            }
+        }
+    }
+}
