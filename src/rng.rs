@@ -32,6 +32,12 @@ impl Philox {
         Self::stream(u64::from(self.key[0]) | u64::from(self.key[1]) << 32, number)
     }
 
+    /// The key of the stream.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn key(&self) -> [u32; 2] {
+        self.key
+    }
+
     /// Four random words at a counter: those of the indices 4 · `counter` to 4 · `counter` + 3.
     pub(crate) fn words(&self, counter: u64) -> [u32; 4] {
         philox4x32_10([counter as u32, (counter >> 32) as u32, 0, 0], self.key)

@@ -6,11 +6,15 @@
 
 mod any;
 mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod element;
 
 pub(crate) use any::each_dtype;
 pub use any::{AnyBuffer, AnyMut, AnyRef};
 pub use cpu::{Cpu, CpuBuffer, MemoryUse};
+#[cfg(feature = "cuda")]
+pub use cuda::Cuda;
 pub(crate) use cpu::{Kernel, vectorized};
 pub use element::{Accumulator, DType, Element};
 

@@ -24,6 +24,8 @@ mod gemm;
 mod lanes;
 mod loss;
 mod norm;
+#[cfg(feature = "cuda")]
+mod packs;
 mod pointwise;
 mod rope;
 mod softmax;

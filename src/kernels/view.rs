@@ -226,6 +226,12 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         self.dims
     }
 
+    /// The memory behind the matrix, from its first element on.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn shared(&self) -> B::Slice<'_, T> {
+        B::shared(&self.data)
+    }
+
     /// The number of elements from the first of the matrix to the end of the memory behind it.
     pub(crate) fn memory(&self) -> usize {
         B::len_mut(&self.data)

@@ -2,6 +2,8 @@
 
 mod cached;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use super::{
     MatMut, MatRef,

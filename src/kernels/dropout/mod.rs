@@ -1,6 +1,8 @@
 //! Dropout, whose mask is a function of global indices.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use super::{
     MatMut, MatRef,

@@ -1,6 +1,8 @@
 //! Rows of a table by index.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use super::{MatMut, MatRef, view::unit_columns};
 use crate::{

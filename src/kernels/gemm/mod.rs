@@ -1,6 +1,8 @@
 //! General matrix multiplication.
 
 pub(super) mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub(super) mod few;
 
 use super::{MatMut, MatRef, view::Dims};

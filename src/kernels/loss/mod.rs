@@ -1,6 +1,8 @@
 //! Losses of rows: cross entropy over columns that may be a part of the classes, and squared error.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use super::{
     MatMut, MatRef,

@@ -1,6 +1,8 @@
 //! LayerNorm and RMSNorm.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use super::{
     MatMut, MatRef,

@@ -1,12 +1,12 @@
 //! Element-wise kernels on the CPU: rows of slices, widened to the accumulator, vectorized by the compiler.
 
-use super::{Activation, Pointwise, check, check_row};
+use super::{Activation, Pointwise, check, check_gate_backward, check_row};
 use crate::{
     device::{Accumulator, Cpu, Element, vectorized},
     error::Result,
     kernels::{
         MatMut, MatRef,
-        view::{same_dims, unit_columns},
+        view::unit_columns,
     },
 };
 
@@ -69,12 +69,7 @@ impl Pointwise for Cpu {
         dy: MatRef<'_, T, Self>,
         d: MatMut<'_, T, Self>,
     ) -> Result<()> {
-        const OP: &str = "gate backward";
-        [gate.dims(), up.dims(), dy.dims(), d.dims()].iter().try_for_each(|dims| unit_columns(OP, *dims))?;
-        same_dims(OP, "up", up.dims(), "gate", gate.dims())?;
-        same_dims(OP, "dy", dy.dims(), "gate", gate.dims())?;
-        crate::error::same_size(OP, "columns of d", d.cols(), "twice the columns of gate", 2 * gate.cols())?;
-        crate::error::same_size(OP, "rows of d", d.rows(), "rows of gate", gate.rows())?;
+        check_gate_backward(gate.dims(), up.dims(), dy.dims(), d.dims())?;
         match f {
             Activation::Relu => gate_rows(gate, up, dy, d, relu, relu_backward),
             Activation::Silu => gate_rows(gate, up, dy, d, |x| x * sigmoid(x), silu_backward),

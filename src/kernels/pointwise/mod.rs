@@ -1,6 +1,8 @@
 //! Element by element: activations, gates, sums, bias, copies and conversions.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+pub(in crate::kernels) mod cuda;
 
 use super::{
     MatMut, MatRef,
@@ -105,6 +107,16 @@ fn check(op: &'static str, inputs: &[(&str, Dims)], (name, y): (&str, Dims)) -> 
         unit_columns(op, *x)?;
         same_dims(op, input, *x, name, y)
     })
+}
+
+/// The check of `gate_backward`: d is twice as wide as the others.
+fn check_gate_backward(gate: Dims, up: Dims, dy: Dims, d: Dims) -> Result<()> {
+    const OP: &str = "gate backward";
+    [gate, up, dy, d].iter().try_for_each(|dims| unit_columns(OP, *dims))?;
+    same_dims(OP, "up", up, "gate", gate)?;
+    same_dims(OP, "dy", dy, "gate", gate)?;
+    same_size(OP, "columns of d", d.cols, "twice the columns of gate", 2 * gate.cols)?;
+    same_size(OP, "rows of d", d.rows, "rows of gate", gate.rows)
 }
 
 /// The check of `add_bias` and `sum_rows`: one element a column.

@@ -1,6 +1,8 @@
 //! Rotary position embedding.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use super::{MatMut, view::unit_columns};
 use crate::{

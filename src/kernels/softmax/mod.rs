@@ -1,6 +1,8 @@
 //! Row softmax with masks.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 pub(super) use cpu::softmax_row;
 

@@ -1,6 +1,8 @@
 //! What optimizers do to parameters, element by element.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use super::{MatRef, view::unit_columns};
 use crate::{

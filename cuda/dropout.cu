@@ -1,0 +1,36 @@
+// Dropout whose mask is a function of global indices: Philox4x32-10 (Salmon et al., 2011).
+#include "element.cuh"
+
+__device__ __forceinline__ void philox(u64 counter, u32 key0, u32 key1, u32 words[4]) {
+  u32 c0 = (u32)counter, c1 = (u32)(counter >> 32), c2 = 0, c3 = 0;
+#pragma unroll
+  for (int round = 0; round < 10; round++) {
+    const u64 p0 = (u64)0xd2511f53u * c0, p1 = (u64)0xcd9e8d57u * c2;
+    const u32 n0 = (u32)(p1 >> 32) ^ c1 ^ key0, n2 = (u32)(p0 >> 32) ^ c3 ^ key1;
+    c1 = (u32)p1;
+    c3 = (u32)p0;
+    c0 = n0;
+    c2 = n2;
+    key0 += 0x9e3779b9u;
+    key1 += 0xbb67ae85u;
+  }
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
+
+// Element (row, col) draws the word at index (first + row * width + col) of the stream.
+#define DROPOUT(T, name) \
+  extern "C" __global__ void dropout_##name(i64 rows, i64 cols, i64 first, i64 width, i64 key0, i64 key1, i64 threshold, \
+      double scale, const T* x, i64 sx, T* y, i64 sy) { \
+    each<1>(rows, cols, [&](i64 row, i64 col) { \
+      const u64 index = (u64)first + (u64)row * (u64)width + (u64)col; \
+      u32 words[4]; \
+      philox(index / 4, (u32)key0, (u32)key1, words); \
+      const u32 word = index & 2 ? (index & 1 ? words[3] : words[2]) : (index & 1 ? words[1] : words[0]); \
+      const bool kept = word >= (u32)threshold; \
+      y[row * sy + col] = narrow<T>(kept ? widen(x[row * sx + col]) * (Acc<T>)scale : (Acc<T>)0); \
+    }); \
+  }
+EACH_ELEMENT(DROPOUT)

@@ -1,0 +1,202 @@
+// What the kernels share: elements, packs of 16 bytes, sums over the threads of a row, loops.
+//
+// No header is included: NVRTC finds none on a user's machine. Every kernel has the element in its name (add_bf16), and takes
+// pointers, long long and double alone: words of 8 bytes. Matrices come as a pointer and the elements from one row to the next.
+// SHARDWISE_STANDIN is defined where the same source runs on a CPU, in tests.
+
+typedef long long i64;
+typedef unsigned long long u64;
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+
+struct bf16 { u16 bits; };
+struct f16 { u16 bits; };
+
+#define EACH_ELEMENT(K) K(double, f64) K(float, f32) K(bf16, bf16) K(f16, f16)
+#define EACH_ACC(K) K(double, f64) K(float, f32)
+
+// ---- elements and the accumulator in which sums over them are kept ----
+
+template <class T> struct AccOf { typedef float type; };
+template <> struct AccOf<double> { typedef double type; };
+template <class T> using Acc = typename AccOf<T>::type;
+
+__device__ __forceinline__ u32 bits_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float float_of(u32 bits) { return __uint_as_float(bits); }
+
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(bf16 x) { return float_of((u32)x.bits << 16); }
+__device__ __forceinline__ float widen(f16 x) {
+#ifdef SHARDWISE_STANDIN
+  return __float_from_half_bits(x.bits);
+#else
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#endif
+}
+
+template <class T> struct Narrow;
+template <> struct Narrow<double> { static __device__ __forceinline__ double of(double x) { return x; } };
+template <> struct Narrow<float> { static __device__ __forceinline__ float of(float x) { return x; } };
+template <> struct Narrow<bf16> {
+  static __device__ __forceinline__ bf16 of(float x) {
+    bf16 y;
+#ifdef SHARDWISE_STANDIN
+    const u32 bits = bits_of(x);
+    // To the nearest, ties to even; a NaN stays one.
+    y.bits = x != x ? (u16)((bits >> 16) | 0x40) : (u16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#endif
+    return y;
+  }
+};
+template <> struct Narrow<f16> {
+  static __device__ __forceinline__ f16 of(float x) {
+    f16 y;
+#ifdef SHARDWISE_STANDIN
+    y.bits = __half_bits_from_float(x);
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#endif
+    return y;
+  }
+};
+// The nearest number of T to one of the accumulator.
+template <class T> __device__ __forceinline__ T narrow(Acc<T> x) { return Narrow<T>::of(x); }
+
+// The float next to x towards 0, with its last bit set where x is no float: rounding that to fewer bits is rounding x once.
+__device__ __forceinline__ float round_to_odd(double x) {
+  const float near = (float)x;
+  if (x != x || (double)near == x) return near;
+  const u32 bits = bits_of(near);
+  const bool beyond = (near < 0 ? -(double)near : (double)near) > (x < 0 ? -x : x);
+  return float_of((beyond ? bits - 1 : bits) | 1);
+}
+
+// From any element to any other, rounded once.
+template <class To> struct Convert {
+  template <class From> static __device__ __forceinline__ To of(From x) { return narrow<To>(widen(x)); }
+  static __device__ __forceinline__ To of(double x) { return narrow<To>(round_to_odd(x)); }
+};
+template <> struct Convert<double> {
+  template <class From> static __device__ __forceinline__ double of(From x) { return (double)widen(x); }
+};
+template <> struct Convert<float> {
+  template <class From> static __device__ __forceinline__ float of(From x) { return (float)widen(x); }
+};
+
+template <class A> __device__ __forceinline__ A infinity() { return (A)float_of(0x7f800000); }
+
+template <class A> __device__ __forceinline__ A max_nan(A a, A b) { return a > b || a != a ? a : b; }
+
+__device__ __forceinline__ float exp_of(float x) { return expf(x); }
+__device__ __forceinline__ double exp_of(double x) { return exp(x); }
+__device__ __forceinline__ float log_of(float x) { return logf(x); }
+__device__ __forceinline__ double log_of(double x) { return log(x); }
+__device__ __forceinline__ float sqrt_of(float x) { return sqrtf(x); }
+__device__ __forceinline__ double sqrt_of(double x) { return sqrt(x); }
+__device__ __forceinline__ float tanh_of(float x) { return tanhf(x); }
+__device__ __forceinline__ double tanh_of(double x) { return tanh(x); }
+__device__ __forceinline__ float erf_of(float x) { return erff(x); }
+__device__ __forceinline__ double erf_of(double x) { return erf(x); }
+
+// ---- packs: what one thread loads and stores at a time ----
+
+template <class T, int N> struct alignas(sizeof(T) * N) Pack { T at[N]; };
+
+template <int N, class T> __device__ __forceinline__ Pack<T, N> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+template <int N, class T> __device__ __forceinline__ void store(T* to, const Pack<T, N>& pack) {
+  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+}
+
+// The elements in 16 bytes of the larger of two elements.
+template <class T, class Y = T> struct Width { static constexpr int value = 16 / (sizeof(T) > sizeof(Y) ? sizeof(T) : sizeof(Y)); };
+
+// f(row, column) for every N-th column of every row, the grid sharing them.
+template <int N, class F> __device__ __forceinline__ void each(i64 rows, i64 cols, F f) {
+  const i64 packs = cols / N, total = rows * packs, step = (i64)gridDim.x * blockDim.x;
+  for (i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x; at < total; at += step) {
+    const i64 row = rows == 1 ? 0 : at / packs;
+    f(row, (at - row * packs) * N);
+  }
+}
+
+// y <- f(x), in the accumulator.
+template <int N, class X, class Y, class F>
+__device__ __forceinline__ void map(i64 rows, i64 cols, const X* x, i64 sx, Y* y, i64 sy, F f) {
+  each<N>(rows, cols, [&](i64 r, i64 c) {
+    const auto in = load<N>(x + r * sx + c);
+    Pack<Y, N> out;
+#pragma unroll
+    for (int i = 0; i < N; i++) out.at[i] = f(in.at[i]);
+    store(y + r * sy + c, out);
+  });
+}
+
+// y <- f(a, b), in the accumulator.
+template <int N, class A, class B, class Y, class F>
+__device__ __forceinline__ void map(i64 rows, i64 cols, const A* a, i64 sa, const B* b, i64 sb, Y* y, i64 sy, F f) {
+  each<N>(rows, cols, [&](i64 r, i64 c) {
+    const auto left = load<N>(a + r * sa + c);
+    const auto right = load<N>(b + r * sb + c);
+    Pack<Y, N> out;
+#pragma unroll
+    for (int i = 0; i < N; i++) out.at[i] = f(left.at[i], right.at[i]);
+    store(y + r * sy + c, out);
+  });
+}
+
+// ---- sums over the threads of a row: blockDim.x of them, 32 or a multiple of it; one row for each threadIdx.y ----
+
+template <class A> __device__ __forceinline__ A plus(A a, A b) { return a + b; }
+
+// The same bits in every thread: the exchanged operands of a step differ in their order only.
+template <class A, class Op> __device__ __forceinline__ A row_reduce(A value, Op op) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) value = op(value, __shfl_xor_sync(0xffffffffu, value, o));
+  if (blockDim.x > 32) {
+    __shared__ A part[32];
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = value;
+    __syncthreads();
+    value = part[0];
+    for (int warp = 1; warp < (int)blockDim.x / 32; warp++) value = op(value, part[warp]);
+  }
+  return value;
+}
+template <class A> __device__ __forceinline__ A row_sum(A value) {
+  return row_reduce(value, [](A a, A b) { return a + b; });
+}
+template <class A> __device__ __forceinline__ A row_max(A value) {
+  return row_reduce(value, [](A a, A b) { return max_nan(a, b); });
+}
+
+// The row of this thread; the threads of a row are all there or all not.
+__device__ __forceinline__ i64 own_row() { return (i64)blockIdx.x * blockDim.y + threadIdx.y; }
+
+// Sum of f(x_i) over a row of n elements, packs of N.
+template <int N, class T, class F> __device__ __forceinline__ Acc<T> sum_over(i64 n, const T* x, F f) {
+  Acc<T> sum = 0;
+  for (i64 i = (i64)threadIdx.x * N; i < n; i += (i64)blockDim.x * N) {
+    const auto in = load<N>(x + i);
+#pragma unroll
+    for (int k = 0; k < N; k++) sum += f(widen(in.at[k]), i + k);
+  }
+  return row_sum(sum);
+}
+
+// ---- shared memory whose size the launch states ----
+
+#ifdef SHARDWISE_STANDIN
+#define DYNAMIC_SHARED(T, name) T* name = (T*)__standin_dynamic_shared()
+#else
+#define DYNAMIC_SHARED(T, name) \
+  extern __shared__ __align__(16) unsigned char name##_bytes[]; \
+  T* name = (T*)name##_bytes
+#endif

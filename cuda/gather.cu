@@ -1,0 +1,23 @@
+// Rows of a table by index, and the transpose of that.
+#include "element.cuh"
+
+#define NO_ROW 0xffffffffu
+
+#define GATHER(T, name) \
+  extern "C" __global__ void gather_##name(i64 rows, i64 cols, const T* table, i64 st, const u32* ids, T* y, i64 sy) { \
+    each<1>(rows, cols, [&](i64 row, i64 col) { \
+      const u32 id = ids[row]; \
+      y[row * sy + col] = id == NO_ROW ? narrow<T>((Acc<T>)0) : table[(i64)id * st + col]; \
+    }); \
+  } \
+  /* The rows that go to targets[t] are order[begins[t]] to order[begins[t + 1] - 1]: one thread adds them, in order. */ \
+  extern "C" __global__ void scatter_add_##name(i64 targets, i64 cols, const u32* target, const u32* begins, const u32* order, \
+      const T* dy, i64 sdy, Acc<T>* table, i64 st) { \
+    each<1>(targets, cols, [&](i64 at, i64 col) { \
+      Acc<T>* to = table + (i64)target[at] * st + col; \
+      Acc<T> sum = *to; \
+      for (u32 k = begins[at]; k < begins[at + 1]; k++) sum += widen(dy[(i64)order[k] * sdy + col]); \
+      *to = sum; \
+    }); \
+  }
+EACH_ELEMENT(GATHER)

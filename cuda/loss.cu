@@ -1,0 +1,81 @@
+// Losses of rows: cross entropy over columns that may be a part of the classes, and squared error.
+#include "element.cuh"
+
+#define LOSS(T, name) \
+  extern "C" __global__ void row_max_##name(i64 rows, i64 cols, const T* x, i64 sx, Acc<T>* most) { \
+    typedef Acc<T> A; \
+    const i64 row = own_row(); \
+    if (row >= rows) return; \
+    A largest = -infinity<A>(); \
+    for (i64 i = threadIdx.x; i < cols; i += blockDim.x) largest = max_nan(largest, widen(x[row * sx + i])); \
+    largest = row_max(largest); \
+    if (threadIdx.x == 0) most[row] = largest; \
+  } \
+  /* columns[row]: the column of the row's target, negative where it is not at hand. */ \
+  extern "C" __global__ void exp_sums_##name(i64 rows, i64 cols, i64 smoothed, const i64* columns, const T* x, i64 sx, \
+      const Acc<T>* most, Acc<T>* sums) { \
+    typedef Acc<T> A; \
+    const i64 row = own_row(); \
+    if (row >= rows) return; \
+    const T* in = x + row * sx; \
+    const A m = most[row]; \
+    A exps = 0, all = 0; \
+    for (i64 i = threadIdx.x; i < cols; i += blockDim.x) { \
+      const A value = widen(in[i]) - m; \
+      exps += exp_of(value); \
+      if (smoothed) all += value; \
+    } \
+    exps = row_sum(exps); \
+    if (smoothed) all = row_sum(all); \
+    if (threadIdx.x == 0) { \
+      sums[3 * row] = exps; \
+      sums[3 * row + 1] = columns[row] < 0 ? (A)0 : widen(in[columns[row]]) - m; \
+      sums[3 * row + 2] = all; \
+    } \
+  } \
+  extern "C" __global__ void cross_entropy_backward_##name(i64 rows, i64 cols, double on, double off, double z, double scale, \
+      const i64* columns, const u8* ignored, const T* x, i64 sx, const Acc<T>* lse, T* dx, i64 sdx) { \
+    typedef Acc<T> A; \
+    const i64 row = own_row(); \
+    if (row >= rows) return; \
+    const A log_sum = lse[row], weight = (A)1 + (A)(2 * z) * log_sum, by = (A)scale; \
+    for (i64 i = threadIdx.x; i < cols; i += blockDim.x) { \
+      A d = 0; \
+      if (!ignored[row]) { \
+        const A p = exp_of(widen(x[row * sx + i]) - log_sum) * weight; \
+        d = by * (i == columns[row] ? p - (A)off - (A)on : p - (A)off); \
+      } \
+      dx[row * sdx + i] = narrow<T>(d); \
+    } \
+  } \
+  extern "C" __global__ void squared_error_##name(i64 rows, i64 cols, const T* x, i64 sx, const T* y, i64 sy, Acc<T>* sums) { \
+    typedef Acc<T> A; \
+    const i64 row = own_row(); \
+    if (row >= rows) return; \
+    A sum = 0; \
+    for (i64 i = threadIdx.x; i < cols; i += blockDim.x) { \
+      const A difference = widen(x[row * sx + i]) - widen(y[row * sy + i]); \
+      sum += difference * difference; \
+    } \
+    sum = row_sum(sum); \
+    if (threadIdx.x == 0) sums[row] = sum; \
+  } \
+  extern "C" __global__ void squared_error_backward_##name(i64 rows, i64 cols, double scale, const T* x, i64 sx, const T* y, i64 sy, \
+      T* dx, i64 sdx) { \
+    const Acc<T> by = (Acc<T>)(2 * scale); \
+    each<1>(rows, cols, [&](i64 r, i64 c) { dx[r * sdx + c] = narrow<T>(by * (widen(x[r * sx + c]) - widen(y[r * sy + c]))); }); \
+  }
+EACH_ELEMENT(LOSS)
+
+// One thread a row: the losses from the maxima and the sums over all classes.
+#define CROSS_ENTROPY(A, name) \
+  extern "C" __global__ void cross_entropy_##name(i64 rows, double on, double off, double z, const u8* ignored, const A* most, \
+      const A* sums, A* losses, A* lse) { \
+    each<1>(1, rows, [&](i64, i64 row) { \
+      const A log_sum = log_of(sums[3 * row]), whole = most[row] + log_sum; \
+      lse[row] = whole; \
+      losses[row] = ignored[row] ? (A)0 \
+        : log_sum - (A)on * sums[3 * row + 1] - (A)off * sums[3 * row + 2] + (A)z * whole * whole; \
+    }); \
+  }
+EACH_ACC(CROSS_ENTROPY)

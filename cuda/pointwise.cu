@@ -1,0 +1,192 @@
+// Element by element: activations, gates, sums, bias, copies and conversions; sums of columns.
+#include "element.cuh"
+
+// ---- activations, numbered as in kernels/pointwise ----
+
+template <class A> __device__ __forceinline__ A sigmoid(A x) { return (A)1 / ((A)1 + exp_of(-x)); }
+template <class A> __device__ __forceinline__ A normal_cdf(A x) {
+  return (A)0.5 * ((A)1 + erf_of(x * (A)0.70710678118654752440));
+}
+template <class A> __device__ __forceinline__ A gelu_inner(A x) {
+  return (A)0.79788456080286535588 * (x + (A)0.044715 * x * x * x);
+}
+
+template <class A> struct Relu {
+  static __device__ __forceinline__ A f(A x) { return max_nan(x, (A)0); }
+  // A NaN lets the gradient through; and no product, so that an infinite dy stops where x <= 0.
+  static __device__ __forceinline__ A df(A x, A dy) { return x <= 0 ? (A)0 : dy; }
+};
+template <class A> struct Silu {
+  static __device__ __forceinline__ A f(A x) { return x * sigmoid(x); }
+  static __device__ __forceinline__ A df(A x, A dy) {
+    const A s = sigmoid(x);
+    return dy * (s * ((A)1 + x * ((A)1 - s)));
+  }
+};
+template <class A> struct GeluErf {
+  static __device__ __forceinline__ A f(A x) { return x * normal_cdf(x); }
+  static __device__ __forceinline__ A df(A x, A dy) {
+    return dy * (normal_cdf(x) + x * (A)0.39894228040143267794 * exp_of((A)-0.5 * x * x));
+  }
+};
+template <class A> struct GeluTanh {
+  static __device__ __forceinline__ A f(A x) { return (A)0.5 * x * ((A)1 + tanh_of(gelu_inner(x))); }
+  static __device__ __forceinline__ A df(A x, A dy) {
+    const A t = tanh_of(gelu_inner(x));
+    // tanh' first: where x * x overflows it is 0, and keeps what x * x multiplies 0.
+    const A bump = ((A)1 - t * t) * x;
+    const A slope = bump + bump * x * x * (A)(3 * 0.044715);
+    return dy * ((A)0.5 * ((A)1 + t + (A)0.79788456080286535588 * slope));
+  }
+};
+
+// Runs `body` with F the activation of this number.
+#define WITH_ACTIVATION(number, A, body) \
+  switch (number) { \
+    case 0: { typedef Relu<A> F; body; break; } \
+    case 1: { typedef Silu<A> F; body; break; } \
+    case 2: { typedef GeluErf<A> F; body; break; } \
+    default: { typedef GeluTanh<A> F; body; break; } \
+  }
+
+// Runs `body` with N elements at a time: 16 bytes, or one where rows are not aligned to that.
+#define WITH_PACKS(packed, width, body) \
+  if (packed) { constexpr int N = width; body; } else { constexpr int N = 1; body; }
+
+#define ACTIVATE(T, name) \
+  extern "C" __global__ void activate_##name(i64 packed, i64 rows, i64 cols, i64 kind, const T* x, i64 sx, T* y, i64 sy) { \
+    WITH_PACKS(packed, Width<T>::value, WITH_ACTIVATION(kind, Acc<T>, \
+      (map<N>(rows, cols, x, sx, y, sy, [](T x) { return narrow<T>(F::f(widen(x))); })))) \
+  } \
+  extern "C" __global__ void activate_backward_##name(i64 packed, i64 rows, i64 cols, i64 kind, const T* x, i64 sx, \
+      const T* dy, i64 sdy, T* dx, i64 sdx) { \
+    WITH_PACKS(packed, Width<T>::value, WITH_ACTIVATION(kind, Acc<T>, \
+      (map<N>(rows, cols, x, sx, dy, sdy, dx, sdx, [](T x, T dy) { return narrow<T>(F::df(widen(x), widen(dy))); })))) \
+  } \
+  extern "C" __global__ void gate_##name(i64 packed, i64 rows, i64 cols, i64 kind, const T* gate, i64 sg, const T* up, i64 su, \
+      T* y, i64 sy) { \
+    WITH_PACKS(packed, Width<T>::value, WITH_ACTIVATION(kind, Acc<T>, \
+      (map<N>(rows, cols, gate, sg, up, su, y, sy, [](T g, T u) { return narrow<T>(F::f(widen(g)) * widen(u)); })))) \
+  } \
+  extern "C" __global__ void gate_backward_##name(i64 packed, i64 rows, i64 cols, i64 kind, const T* gate, i64 sg, \
+      const T* up, i64 su, const T* dy, i64 sdy, T* d, i64 sd) { \
+    WITH_PACKS(packed, Width<T>::value, WITH_ACTIVATION(kind, Acc<T>, (gate_backward<F, N>(rows, cols, gate, sg, up, su, dy, sdy, d, sd)))) \
+  }
+
+// dgate in the left half of d, dup in the right.
+template <class F, int N, class T>
+__device__ __forceinline__ void gate_backward(i64 rows, i64 cols, const T* gate, i64 sg, const T* up, i64 su, const T* dy,
+    i64 sdy, T* d, i64 sd) {
+  each<N>(rows, cols, [&](i64 r, i64 c) {
+    const auto g = load<N>(gate + r * sg + c);
+    const auto u = load<N>(up + r * su + c);
+    const auto e = load<N>(dy + r * sdy + c);
+    Pack<T, N> dgate, dup;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      dgate.at[i] = narrow<T>(F::df(widen(g.at[i]), widen(e.at[i]) * widen(u.at[i])));
+      dup.at[i] = narrow<T>(widen(e.at[i]) * F::f(widen(g.at[i])));
+    }
+    store(d + r * sd + c, dgate);
+    store(d + r * sd + cols + c, dup);
+  });
+}
+EACH_ELEMENT(ACTIVATE)
+
+// ---- sums ----
+
+#define SUMS(T, name) \
+  extern "C" __global__ void add_##name(i64 packed, i64 rows, i64 cols, const T* a, i64 sa, const T* b, i64 sb, T* y, i64 sy) { \
+    WITH_PACKS(packed, Width<T>::value, \
+      (map<N>(rows, cols, a, sa, b, sb, y, sy, [](T a, T b) { return narrow<T>(widen(a) + widen(b)); }))) \
+  } \
+  extern "C" __global__ void add_bias_##name(i64 packed, i64 rows, i64 cols, const T* bias, T* y, i64 sy) { \
+    WITH_PACKS(packed, Width<T>::value, \
+      (map<N>(rows, cols, y, sy, bias, 0, y, sy, [](T y, T b) { return narrow<T>(widen(y) + widen(b)); }))) \
+  } \
+  extern "C" __global__ void scale_##name(i64 packed, i64 rows, i64 cols, double alpha, T* y, i64 sy) { \
+    const Acc<T> by = (Acc<T>)alpha; \
+    WITH_PACKS(packed, Width<T>::value, (map<N>(rows, cols, y, sy, y, sy, [by](T y) { return narrow<T>(by * widen(y)); }))) \
+  } \
+  extern "C" __global__ void fill_##name(i64 packed, i64 rows, i64 cols, double value, T* y, i64 sy) { \
+    const T what = Convert<T>::of(value); \
+    WITH_PACKS(packed, Width<T>::value, (each<N>(rows, cols, [&](i64 r, i64 c) { \
+      Pack<T, N> out; \
+      for (int i = 0; i < N; i++) out.at[i] = what; \
+      store(y + r * sy + c, out); \
+    }))) \
+  }
+EACH_ELEMENT(SUMS)
+
+// y <- y + x, elements of one accumulator.
+#define ACCUMULATE(X, xname, Y, yname) \
+  extern "C" __global__ void accumulate_##xname##_##yname(i64 packed, i64 rows, i64 cols, const X* x, i64 sx, Y* y, i64 sy) { \
+    WITH_PACKS(packed, (Width<X, Y>::value), \
+      (map<N>(rows, cols, x, sx, y, sy, y, sy, [](X x, Y y) { return narrow<Y>(widen(y) + widen(x)); }))) \
+  }
+#define ACCUMULATE_HALVES(Y, yname) ACCUMULATE(float, f32, Y, yname) ACCUMULATE(bf16, bf16, Y, yname) ACCUMULATE(f16, f16, Y, yname)
+ACCUMULATE(double, f64, double, f64)
+ACCUMULATE_HALVES(float, f32)
+ACCUMULATE_HALVES(bf16, bf16)
+ACCUMULATE_HALVES(f16, f16)
+
+// ---- copies and conversions ----
+
+#define COPY(X, xname, Y, yname) \
+  extern "C" __global__ void copy_##xname##_##yname(i64 packed, i64 rows, i64 cols, const X* x, i64 sx, Y* y, i64 sy) { \
+    WITH_PACKS(packed, (Width<X, Y>::value), (map<N>(rows, cols, x, sx, y, sy, [](X x) { return Convert<Y>::of(x); }))) \
+  }
+#define SAME(T, name) \
+  extern "C" __global__ void copy_##name##_##name(i64 packed, i64 rows, i64 cols, const T* x, i64 sx, T* y, i64 sy) { \
+    WITH_PACKS(packed, Width<T>::value, (map<N>(rows, cols, x, sx, y, sy, [](T x) { return x; }))) \
+  } \
+  extern "C" __global__ void copy_strided_##name(i64 rows, i64 cols, const T* x, i64 sx, i64 cx, T* y, i64 sy, i64 cy) { \
+    each<1>(rows, cols, [&](i64 r, i64 c) { y[r * sy + c * cy] = x[r * sx + c * cx]; }); \
+  }
+EACH_ELEMENT(SAME)
+COPY(double, f64, float, f32) COPY(double, f64, bf16, bf16) COPY(double, f64, f16, f16)
+COPY(float, f32, double, f64) COPY(float, f32, bf16, bf16) COPY(float, f32, f16, f16)
+COPY(bf16, bf16, double, f64) COPY(bf16, bf16, float, f32) COPY(bf16, bf16, f16, f16)
+COPY(f16, f16, double, f64) COPY(f16, f16, float, f32) COPY(f16, f16, bf16, bf16)
+
+// ---- sums of columns: blocks of 32 x 8 threads sum runs of rows, and a second kernel the runs, in a fixed order ----
+
+#define COLUMNS(T, name) \
+  extern "C" __global__ void column_runs_##name(i64 rows, i64 cols, i64 run, const T* x, i64 sx, Acc<T>* runs) { \
+    __shared__ Acc<T> part[8][32]; \
+    const i64 col = (i64)blockIdx.x * 32 + threadIdx.x; \
+    const i64 end = rows < ((i64)blockIdx.y + 1) * run ? rows : ((i64)blockIdx.y + 1) * run; \
+    Acc<T> sum = 0; \
+    if (col < cols) for (i64 row = (i64)blockIdx.y * run + threadIdx.y; row < end; row += 8) sum += widen(x[row * sx + col]); \
+    part[threadIdx.y][threadIdx.x] = sum; \
+    __syncthreads(); \
+    if (threadIdx.y == 0 && col < cols) { \
+      for (int k = 1; k < 8; k++) sum += part[k][threadIdx.x]; \
+      runs[(i64)blockIdx.y * cols + col] = sum; \
+    } \
+  }
+EACH_ELEMENT(COLUMNS)
+
+#define COLUMN_SUMS(A, name) \
+  extern "C" __global__ void column_sums_##name(i64 runs, i64 cols, const A* from, A* sums) { \
+    each<1>(1, cols, [&](i64, i64 col) { \
+      A sum = from[col]; \
+      for (i64 run = 1; run < runs; run++) sum += from[run * cols + col]; \
+      sums[col] = sum; \
+    }); \
+  }
+EACH_ACC(COLUMN_SUMS)
+
+// sum <- the terms of all ranks, which lie one after another, in rank order, in the accumulator, rounded once.
+#define REDUCE(T, name) \
+  extern "C" __global__ void reduce_##name(i64 ranks, i64 len, i64 op, const T* terms, T* to) { \
+    each<1>(1, len, [&](i64, i64 at) { \
+      Acc<T> all = widen(terms[at]); \
+      for (i64 rank = 1; rank < ranks; rank++) { \
+        const Acc<T> term = widen(terms[rank * len + at]); \
+        all = op == 0 ? all + term : op == 1 ? max_nan(all, term) : -max_nan(-all, -term); \
+      } \
+      to[at] = narrow<T>(all); \
+    }); \
+  }
+EACH_ELEMENT(REDUCE)

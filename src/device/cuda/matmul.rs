@@ -1,0 +1,367 @@
+//! Matrix products by cuBLASLt: one plan a shape, found once by its heuristics and kept.
+//!
+//! Matrices are column-major here, as cuBLASLt's are; `kernels/gemm/cuda.rs` brings row-major ones into that form.
+
+use super::{Cuda, CudaBuffer, status::cublas_lt};
+use crate::{
+    device::DType,
+    error::{Error, Result},
+};
+use cudarc::cublaslt::sys::{
+    self as lt, cublasComputeType_t as Compute, cublasLtEpilogue_t, cublasLtHandle_t, cublasLtMatmulAlgo_t,
+    cublasLtMatmulDesc_t, cublasLtMatmulDescAttributes_t as DescIs, cublasLtMatmulHeuristicResult_t,
+    cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t as PreferenceIs, cublasLtMatrixLayout_t,
+    cublasLtMatrixLayoutAttribute_t as LayoutIs, cudaDataType as CudaType,
+};
+use std::{cell::RefCell, collections::HashMap, ffi::c_void, rc::Rc};
+
+/// A column-major matrix of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Layout {
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    /// Elements from one column to the next.
+    pub(crate) leading: usize,
+    /// Elements from one matrix to the next.
+    pub(crate) stride: usize,
+}
+
+/// What is done to a product before it is stored: the columns of D being vectors of features.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) enum Epilogue {
+    /// Nothing.
+    #[default]
+    None,
+    /// D + bias, one number a row.
+    Bias,
+    /// gelu(D + bias), by its tanh form; what goes into gelu is kept beside.
+    GeluBias,
+    /// D · gelu′(kept).
+    GeluBackward,
+    /// D · gelu′(kept), and its sums over the columns: the gradient of the bias.
+    GeluBackwardBias,
+}
+
+impl Epilogue {
+    fn number(self) -> cublasLtEpilogue_t {
+        match self {
+            Self::None => cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DEFAULT,
+            Self::Bias => cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
+            Self::GeluBias => cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+            Self::GeluBackward => cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DGELU,
+            Self::GeluBackwardBias => cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DGELU_BGRAD,
+        }
+    }
+}
+
+/// D ← epilogue(α op(A) op(B) + β D), for every member of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Matmul {
+    /// The element of A and B.
+    pub(crate) inputs: DType,
+    /// The element of D.
+    pub(crate) output: DType,
+    /// Whether A is transposed first.
+    pub(crate) transpose_a: bool,
+    /// Whether B is.
+    pub(crate) transpose_b: bool,
+    pub(crate) a: Layout,
+    pub(crate) b: Layout,
+    pub(crate) d: Layout,
+    pub(crate) batch: usize,
+    pub(crate) epilogue: Epilogue,
+    /// Elements from one column to the next of what gelu keeps.
+    pub(crate) kept_leading: usize,
+}
+
+/// Where the operands are.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Operands {
+    pub(crate) a: u64,
+    pub(crate) b: u64,
+    pub(crate) d: u64,
+    /// The bias, or its gradient.
+    pub(crate) bias: u64,
+    /// What goes into gelu.
+    pub(crate) kept: u64,
+}
+
+/// cuBLASLt for one stream: its handle, workspace and plans.
+pub(crate) struct Lt {
+    handle: cublasLtHandle_t,
+    plans: RefCell<HashMap<(Matmul, bool, [u32; 3]), Rc<Plan>>>,
+    workspace: RefCell<Option<CudaBuffer<f32>>>,
+}
+
+/// What NVIDIA advises for Hopper, and enough for others.
+const WORKSPACE: usize = 32 << 20;
+
+impl Lt {
+    pub(super) fn new(cuda: &Cuda) -> Result<Self> {
+        super::libraries::need(&super::libraries::CUBLAS_LT)?;
+        cuda.0.context.make_current()?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: `handle` is a place for one.
+        #[allow(unsafe_code)]
+        cublas_lt("cublasLtCreate", unsafe { lt::cublasLtCreate(&mut handle) })?;
+        Ok(Self { handle, plans: RefCell::default(), workspace: RefCell::default() })
+    }
+
+    /// Asks the stream for a product.
+    ///
+    /// # Safety
+    /// The operands lie where they are said to, in full, in memory that the caller has ordered the stream with; D, and a bias
+    /// gradient or what gelu keeps in the forward, are borrowed exclusively.
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn run(&self, cuda: &Cuda, product: &Matmul, at: Operands, alpha: f64, beta: f64) -> Result<()> {
+        cuda.0.context.make_current()?;
+        let plan = self.plan(cuda, product, &at)?;
+        let mut workspace = self.workspace.borrow_mut();
+        if workspace.is_none() && plan.workspace > 0 {
+            // Not the poisoned memory of tensors: it costs, and hides nothing.
+            *workspace = Some(CudaBuffer::new(cuda, WORKSPACE / 4)?);
+        }
+        let space = workspace.as_ref().map_or(0, |space| space.slice().address());
+        let narrow = [alpha as f32, beta as f32];
+        let wide = [alpha, beta];
+        let scales: [*const c_void; 2] = match product.inputs {
+            DType::F64 => [(&raw const wide[0]).cast(), (&raw const wide[1]).cast()],
+            _ => [(&raw const narrow[0]).cast(), (&raw const narrow[1]).cast()],
+        };
+        plan.point("bias", DescIs::CUBLASLT_MATMUL_DESC_BIAS_POINTER, at.bias)?;
+        plan.point("epilogue", DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, at.kept)?;
+        // SAFETY: the plan was made for these layouts, its descriptors live, α and β are of the scale type and live until the
+        // call returns, the workspace has as many bytes as are stated; the operands are the caller's promise.
+        let code = unsafe {
+            lt::cublasLtMatmul(
+                self.handle,
+                plan.desc,
+                scales[0],
+                at.a as *const c_void,
+                plan.a,
+                at.b as *const c_void,
+                plan.b,
+                scales[1],
+                at.d as *const c_void,
+                plan.d,
+                at.d as *mut c_void,
+                plan.d,
+                &raw const plan.algorithm,
+                space as *mut c_void,
+                if space == 0 { 0 } else { WORKSPACE },
+                cuda.0.stream.handle.cast(),
+            )
+        };
+        cublas_lt("cublasLtMatmul", code)
+    }
+
+    /// The plan for a product, whose operands are aligned as these are.
+    fn plan(&self, cuda: &Cuda, product: &Matmul, at: &Operands) -> Result<Rc<Plan>> {
+        let alignment = |address: u64| 1 << address.trailing_zeros().min(8);
+        let aligned = [at.a, at.b, at.d].map(alignment);
+        let key = (*product, cuda.is_exact(), aligned);
+        if let Some(plan) = self.plans.borrow().get(&key) {
+            return Ok(Rc::clone(plan));
+        }
+        let plan = Rc::new(Plan::new(self.handle, product, cuda.is_exact(), aligned)?);
+        self.plans.borrow_mut().insert(key, Rc::clone(&plan));
+        Ok(plan)
+    }
+}
+
+impl Drop for Lt {
+    fn drop(&mut self) {
+        // SAFETY: the handle lives; the stream whose work used it has finished (`Handle`'s fields drop in this order).
+        #[allow(unsafe_code)]
+        let _ = unsafe { lt::cublasLtDestroy(self.handle) };
+    }
+}
+
+/// Descriptors, and the algorithm for them.
+struct Plan {
+    desc: cublasLtMatmulDesc_t,
+    a: cublasLtMatrixLayout_t,
+    b: cublasLtMatrixLayout_t,
+    d: cublasLtMatrixLayout_t,
+    algorithm: cublasLtMatmulAlgo_t,
+    workspace: usize,
+    epilogue: Epilogue,
+}
+
+impl Plan {
+    fn new(handle: cublasLtHandle_t, product: &Matmul, exact: bool, aligned: [u32; 3]) -> Result<Self> {
+        let (compute, scale) = match product.inputs {
+            DType::F64 => (Compute::CUBLAS_COMPUTE_64F, CudaType::CUDA_R_64F),
+            DType::F32 if !exact => (Compute::CUBLAS_COMPUTE_32F_FAST_TF32, CudaType::CUDA_R_32F),
+            _ => (Compute::CUBLAS_COMPUTE_32F, CudaType::CUDA_R_32F),
+        };
+        use std::ptr::null_mut;
+        let none = cublasLtMatmulAlgo_t { data: [0; 8] };
+        let mut plan = Self {
+            desc: null_mut(),
+            a: null_mut(),
+            b: null_mut(),
+            d: null_mut(),
+            algorithm: none,
+            workspace: 0,
+            epilogue: product.epilogue,
+        };
+        // SAFETY: `desc` is a place for a descriptor.
+        #[allow(unsafe_code)]
+        let code = unsafe { lt::cublasLtMatmulDescCreate(&mut plan.desc, compute, scale) };
+        cublas_lt("cublasLtMatmulDescCreate", code)?;
+        // CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
+        plan.set(DescIs::CUBLASLT_MATMUL_DESC_TRANSA, i32::from(product.transpose_a))?;
+        plan.set(DescIs::CUBLASLT_MATMUL_DESC_TRANSB, i32::from(product.transpose_b))?;
+        plan.set(DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE, product.epilogue.number() as u32)?;
+        if matches!(product.epilogue, Epilogue::GeluBias | Epilogue::GeluBackward | Epilogue::GeluBackwardBias) {
+            plan.set(DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, product.kept_leading as i64)?;
+        }
+        plan.a = layout(product.inputs, &product.a, product.batch)?;
+        plan.b = layout(product.inputs, &product.b, product.batch)?;
+        plan.d = layout(product.output, &product.d, product.batch)?;
+        plan.choose(handle, product, aligned)?;
+        Ok(plan)
+    }
+
+    fn choose(&mut self, handle: cublasLtHandle_t, product: &Matmul, aligned: [u32; 3]) -> Result<()> {
+        let preference = Preference::new()?;
+        preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE)?;
+        // Partial sums are kept in the accumulator, and added in a fixed order.
+        preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, 2_u32)?;
+        preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, aligned[0])?;
+        preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, aligned[1])?;
+        preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, aligned[2])?;
+        preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, aligned[2])?;
+        let mut found = cublasLtMatmulHeuristicResult_t {
+            algo: self.algorithm,
+            workspaceSize: 0,
+            state: lt::cublasStatus_t::CUBLAS_STATUS_SUCCESS,
+            wavesCount: 0.0,
+            reserved: [0; 4],
+        };
+        let mut count = 0;
+        // SAFETY: the descriptors live, and there is room for the one result that is asked for.
+        #[allow(unsafe_code)]
+        let code = unsafe {
+            lt::cublasLtMatmulAlgoGetHeuristic(
+                handle,
+                self.desc,
+                self.a,
+                self.b,
+                self.d,
+                self.d,
+                preference.0,
+                1,
+                &mut found,
+                &mut count,
+            )
+        };
+        cublas_lt("cublasLtMatmulAlgoGetHeuristic", code)?;
+        if count == 0 {
+            let reason = format!("cuBLASLt knows no way to compute {product:?}");
+            return Err(Error::Unsupported { op: "gemm", reason });
+        }
+        (self.algorithm, self.workspace) = (found.algo, found.workspaceSize);
+        Ok(())
+    }
+
+    fn set<V: Copy>(&self, attribute: DescIs, value: V) -> Result<()> {
+        // SAFETY: the descriptor lives, and the value has the size that is stated; it is copied.
+        #[allow(unsafe_code)]
+        let code = unsafe {
+            lt::cublasLtMatmulDescSetAttribute(self.desc, attribute, (&raw const value).cast(), size_of::<V>())
+        };
+        cublas_lt("cublasLtMatmulDescSetAttribute", code)
+    }
+
+    /// Sets an operand of the epilogue that stands in the descriptor, if the epilogue has it.
+    fn point(&self, what: &'static str, attribute: DescIs, address: u64) -> Result<()> {
+        let used = match attribute {
+            DescIs::CUBLASLT_MATMUL_DESC_BIAS_POINTER => {
+                matches!(self.epilogue, Epilogue::Bias | Epilogue::GeluBias | Epilogue::GeluBackwardBias)
+            }
+            _ => !matches!(self.epilogue, Epilogue::None | Epilogue::Bias),
+        };
+        match (used, address) {
+            (false, _) => Ok(()),
+            (true, 0) => Err(Error::invalid("gemm", format!("the {what} has no operand: please report this"))),
+            (true, address) => self.set(attribute, address),
+        }
+    }
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: what is not null was created, and is not used again; cuBLASLt has copied what launches need.
+        #[allow(unsafe_code)]
+        unsafe {
+            for layout in [self.a, self.b, self.d].into_iter().filter(|layout| !layout.is_null()) {
+                let _ = lt::cublasLtMatrixLayoutDestroy(layout);
+            }
+            if !self.desc.is_null() {
+                let _ = lt::cublasLtMatmulDescDestroy(self.desc);
+            }
+        }
+    }
+}
+
+fn layout(dtype: DType, layout: &Layout, batch: usize) -> Result<cublasLtMatrixLayout_t> {
+    let dtype = match dtype {
+        DType::F64 => CudaType::CUDA_R_64F,
+        DType::F32 => CudaType::CUDA_R_32F,
+        DType::BF16 => CudaType::CUDA_R_16BF,
+        DType::F16 => CudaType::CUDA_R_16F,
+    };
+    let count = i32::try_from(batch).map_err(|_| Error::invalid("gemm", format!("a batch of {batch}")))?;
+    let mut handle = std::ptr::null_mut();
+    // SAFETY: `handle` is a place for a layout.
+    #[allow(unsafe_code)]
+    let code = unsafe {
+        lt::cublasLtMatrixLayoutCreate(&mut handle, dtype, layout.rows as u64, layout.cols as u64, layout.leading as i64)
+    };
+    cublas_lt("cublasLtMatrixLayoutCreate", code)?;
+    if batch > 1 {
+        let stride = layout.stride as i64;
+        // SAFETY: the layout lives, and the values have the sizes that are stated; they are copied.
+        #[allow(unsafe_code)]
+        unsafe {
+            let set = |attribute, value, size| {
+                let code = lt::cublasLtMatrixLayoutSetAttribute(handle, attribute, value, size);
+                cublas_lt("cublasLtMatrixLayoutSetAttribute", code)
+            };
+            set(LayoutIs::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, (&raw const count).cast(), 4)?;
+            set(LayoutIs::CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, (&raw const stride).cast(), 8)?;
+        }
+    }
+    Ok(handle)
+}
+
+struct Preference(cublasLtMatmulPreference_t);
+
+impl Preference {
+    fn new() -> Result<Self> {
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: `handle` is a place for a preference.
+        #[allow(unsafe_code)]
+        cublas_lt("cublasLtMatmulPreferenceCreate", unsafe { lt::cublasLtMatmulPreferenceCreate(&mut handle) })?;
+        Ok(Self(handle))
+    }
+
+    fn set<V: Copy>(&self, attribute: PreferenceIs, value: V) -> Result<()> {
+        // SAFETY: the preference lives, and the value has the size that is stated; it is copied.
+        #[allow(unsafe_code)]
+        let code = unsafe {
+            lt::cublasLtMatmulPreferenceSetAttribute(self.0, attribute, (&raw const value).cast(), size_of::<V>())
+        };
+        cublas_lt("cublasLtMatmulPreferenceSetAttribute", code)
+    }
+}
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: the preference was created, and is not used again.
+        #[allow(unsafe_code)]
+        let _ = unsafe { lt::cublasLtMatmulPreferenceDestroy(self.0) };
+    }
+}

@@ -1,0 +1,254 @@
+//! The device's memory: buffers, views of them, and host memory that the device can reach.
+
+use super::{Cuda, Handle, context::Context, status::driver, stream::Mark};
+use crate::{device::Element, error::Result};
+use cudarc::driver::sys::{self, CUdeviceptr};
+use std::{fmt, marker::PhantomData, ops::Range, rc::Rc};
+
+/// Memory of the device, taken from and given back to its pool in the order of its handle's stream.
+pub struct CudaBuffer<T: Element> {
+    address: CUdeviceptr,
+    len: usize,
+    owner: Rc<Handle>,
+    element: PhantomData<T>,
+}
+
+impl<T: Element> CudaBuffer<T> {
+    pub(super) fn new(cuda: &Cuda, len: usize) -> Result<Self> {
+        let owner = &cuda.0;
+        owner.context.make_current()?;
+        let mut buffer = Self { address: 0, len, owner: Rc::clone(owner), element: PhantomData };
+        let bytes = len * size_of::<T>();
+        if bytes > 0 {
+            // SAFETY: `address` is a place for one; the stream is of the current context.
+            #[allow(unsafe_code)]
+            let code = unsafe { sys::cuMemAllocAsync(&mut buffer.address, bytes, owner.stream.handle) };
+            driver("cuMemAllocAsync", code)?;
+        }
+        if bytes > 0 && owner.poison {
+            // All bits set is NaN in every element.
+            // SAFETY: the address is that of as many bytes, available to what the stream does from here on.
+            #[allow(unsafe_code)]
+            let code = unsafe { sys::cuMemsetD8Async(buffer.address, 0xff, bytes, owner.stream.handle) };
+            driver("cuMemsetD8Async", code)?;
+        }
+        owner.memory.taken(bytes);
+        Ok(buffer)
+    }
+
+    pub(super) fn slice(&self) -> CudaSlice<'_, T> {
+        CudaSlice { address: self.address, len: self.len, owner: &self.owner, element: PhantomData }
+    }
+
+    pub(super) fn slice_mut(&mut self) -> CudaSliceMut<'_, T> {
+        CudaSliceMut { address: self.address, len: self.len, owner: &self.owner, element: PhantomData }
+    }
+}
+
+impl<T: Element> Drop for CudaBuffer<T> {
+    fn drop(&mut self) {
+        self.owner.memory.given_back(self.len * size_of::<T>());
+        if self.address != 0 && self.owner.context.make_current().is_ok() {
+            // SAFETY: the memory came from `cuMemAllocAsync`; what was asked of the stream before may still use it, and the
+            // pool waits for that. What other handles do with it, their launches have put before this (`Cuda::joins`).
+            #[allow(unsafe_code)]
+            let _ = unsafe { sys::cuMemFreeAsync(self.address, self.owner.stream.handle) };
+        }
+    }
+}
+
+impl<T: Element> fmt::Debug for CudaBuffer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CudaBuffer<{}>({})", T::DTYPE, self.len)
+    }
+}
+
+/// A shared view of a device's memory.
+#[derive(Clone, Copy)]
+pub struct CudaSlice<'a, T: Element> {
+    pub(super) address: CUdeviceptr,
+    pub(super) len: usize,
+    pub(super) owner: &'a Rc<Handle>,
+    element: PhantomData<&'a [T]>,
+}
+
+impl<T: Element> CudaSlice<'_, T> {
+    /// Where the view begins.
+    pub(crate) fn address(&self) -> CUdeviceptr {
+        self.address
+    }
+
+    /// The handle that the memory came from.
+    pub(crate) fn owner(&self) -> Rc<Handle> {
+        Rc::clone(self.owner)
+    }
+
+    pub(super) fn narrow(self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of a view of {}", self.len);
+        Self { address: self.address + (range.start * size_of::<T>()) as u64, len: range.len(), ..self }
+    }
+}
+
+/// An exclusive view of a device's memory.
+pub struct CudaSliceMut<'a, T: Element> {
+    pub(super) address: CUdeviceptr,
+    pub(super) len: usize,
+    pub(super) owner: &'a Rc<Handle>,
+    element: PhantomData<&'a mut [T]>,
+}
+
+impl<T: Element> CudaSliceMut<'_, T> {
+    /// Where the view begins.
+    pub(crate) fn address(&self) -> CUdeviceptr {
+        self.address
+    }
+
+    /// The handle that the memory came from.
+    pub(crate) fn owner(&self) -> Rc<Handle> {
+        Rc::clone(self.owner)
+    }
+
+    pub(super) fn narrow(self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of a view of {}", self.len);
+        Self { address: self.address + (range.start * size_of::<T>()) as u64, len: range.len(), ..self }
+    }
+
+    pub(super) fn shared(&self) -> CudaSlice<'_, T> {
+        CudaSlice { address: self.address, len: self.len, owner: self.owner, element: PhantomData }
+    }
+
+    pub(super) fn reborrow(&mut self) -> CudaSliceMut<'_, T> {
+        CudaSliceMut { address: self.address, len: self.len, owner: self.owner, element: PhantomData }
+    }
+}
+
+/// Bytes of a slice of elements.
+pub(super) fn bytes<T: Element>(elements: &[T]) -> &[u8] {
+    // SAFETY: elements are f64, f32, bf16 or f16: no padding, and every byte is initialized.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::slice::from_raw_parts(elements.as_ptr().cast(), size_of_val(elements))
+    }
+}
+
+/// Bytes of a slice of elements, to be written.
+pub(super) fn bytes_mut<T: Element>(elements: &mut [T]) -> &mut [u8] {
+    // SAFETY: as in `bytes`; and all bits are a value of every element.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::slice::from_raw_parts_mut(elements.as_mut_ptr().cast(), size_of_val(elements))
+    }
+}
+
+/// Host memory that the device reads and writes by itself, while the host goes on.
+struct Pinned {
+    address: *mut u8,
+    len: usize,
+    context: Rc<Context>,
+}
+
+impl Pinned {
+    fn new(context: &Rc<Context>, len: usize) -> Result<Self> {
+        context.make_current()?;
+        let mut address = std::ptr::null_mut();
+        // SAFETY: `address` is a place for a pointer.
+        #[allow(unsafe_code)]
+        driver("cuMemAllocHost", unsafe { sys::cuMemAllocHost_v2(&mut address, len) })?;
+        Ok(Self { address: address.cast(), len, context: Rc::clone(context) })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.context.make_current().is_ok() {
+            // SAFETY: the memory came from `cuMemAllocHost`, and nothing uses it any more: its handle's stream has finished.
+            #[allow(unsafe_code)]
+            let _ = unsafe { sys::cuMemFreeHost(self.address.cast()) };
+        }
+    }
+}
+
+/// The way between the host's memory and the device's: through pinned memory, so that a small upload does not wait for the
+/// device. Two halves are filled in turn; one is used again when the device has read it.
+#[derive(Default)]
+pub(super) struct Staging {
+    memory: Option<Pinned>,
+    /// Where the next upload goes, in bytes.
+    at: usize,
+    /// Behind the last reads of each half.
+    read: [Option<Mark>; 2],
+}
+
+/// The bytes of one half.
+const HALF: usize = 1 << 20;
+
+impl Staging {
+    /// Copies to the device, in order with its work. The destination has as many bytes.
+    pub(super) fn upload(&mut self, cuda: &Handle, mut from: &[u8], mut to: CUdeviceptr) -> Result<()> {
+        while !from.is_empty() {
+            if self.memory.is_none() {
+                self.memory = Some(Pinned::new(&cuda.context, 2 * HALF)?);
+            }
+            let half = self.at / HALF;
+            if self.at % HALF == 0 {
+                // What the device still reads here is older than a whole half.
+                if let Some(mark) = self.read[half].take() {
+                    cuda.wait_for(&mark)?;
+                }
+            }
+            let (now, rest) = from.split_at(from.len().min(HALF - self.at % HALF));
+            let pinned = self.memory.as_ref().map_or(std::ptr::null_mut(), |memory| memory.address);
+            // SAFETY: `at` and as many bytes behind it as are copied lie in one half of the memory, which the device is not
+            // reading: it was waited for when the half was begun, and nothing before `at` is written. The destination is as long
+            // as what is left of `from`, and borrowed exclusively by the caller.
+            #[allow(unsafe_code)]
+            unsafe {
+                let place = pinned.add(self.at);
+                std::ptr::copy_nonoverlapping(now.as_ptr(), place, now.len());
+                let code = sys::cuMemcpyHtoDAsync_v2(to, place.cast(), now.len(), cuda.stream.handle);
+                driver("cuMemcpyHtoDAsync", code)?;
+            }
+            from = rest;
+            to += now.len() as u64;
+            // So that every upload begins at a whole word.
+            self.at = (self.at + now.len()).next_multiple_of(16).min((half + 1) * HALF);
+            if self.at == (half + 1) * HALF {
+                self.read[half] = Some(cuda.stream.mark()?);
+                self.at %= 2 * HALF;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies from the device, and waits for it. The source has as many bytes.
+    pub(super) fn download(&mut self, cuda: &Handle, from: CUdeviceptr, to: &mut [u8]) -> Result<()> {
+        for (part, to) in to.chunks_mut(2 * HALF).enumerate() {
+            let memory = match self.memory.take() {
+                Some(memory) => memory,
+                None => Pinned::new(&cuda.context, 2 * HALF)?,
+            };
+            let from = from + (part * 2 * HALF) as u64;
+            // SAFETY: the pinned memory has room for a chunk. What was uploaded from it is read by the same stream before it is
+            // written here.
+            #[allow(unsafe_code)]
+            let code =
+                unsafe { sys::cuMemcpyDtoHAsync_v2(memory.address.cast(), from, to.len().min(memory.len), cuda.stream.handle) };
+            driver("cuMemcpyDtoHAsync", code)?;
+            let done = cuda.wait();
+            if done.is_err() {
+                // The device may still write there.
+                std::mem::forget(memory);
+                *self = Self::default();
+                return done;
+            }
+            // SAFETY: the device has written as many bytes, and does nothing else with the memory: all that was asked of the
+            // stream is done.
+            #[allow(unsafe_code)]
+            unsafe {
+                std::ptr::copy_nonoverlapping(memory.address, to.as_mut_ptr(), to.len());
+            }
+            *self = Self { memory: Some(memory), ..Self::default() };
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,350 @@
+//! NVIDIA GPUs: memory, streams, and the loading of kernels. Feature `cuda`. Used by the kernels' `cuda.rs` and by `comm/nccl`.
+//!
+//! A [`Cuda`] is one rank's handle of a GPU: a stream of its own, on which everything is done in the order in which it was asked
+//! for, while the rank's thread goes on; it waits where values come back to the host. The driver, NVRTC and cuBLASLt are loaded
+//! when the first handle is made; no toolkit is needed to build, and none to run. Kernels are compiled for the GPU at hand when
+//! one of their family is first used, and kept on disk (`SHARDWISE_CACHE`, or `shardwise` in the user's cache folder).
+//!
+//! | library | versions | looked for |
+//! |---|---|---|
+//! | the driver, `libcuda.so.1` | for CUDA 12.0 and later | on the loader's path |
+//! | `libnvrtc`, `libcublasLt` | 12 and 13 | in `SHARDWISE_CUDA_LIBRARIES`, on the loader's path, where pip and conda put them |
+//! | `libnccl.so.2` | 2.18 and later | see [`crate::comm::nccl`] |
+//!
+//! GPUs of compute capability 8.0 (Ampere) and later.
+
+mod context;
+mod launch;
+pub(crate) mod libraries;
+mod matmul;
+mod memory;
+mod program;
+mod status;
+mod stream;
+
+pub(crate) use launch::Grid;
+pub(crate) use matmul::{Epilogue, Layout, Lt, Matmul, Operands};
+pub use memory::{CudaBuffer, CudaSlice, CudaSliceMut};
+pub(crate) use program::Family;
+pub use stream::Mark;
+
+use super::{Device, Element, MemoryUse};
+use crate::error::{Error, Result};
+use context::Context;
+use memory::{Staging, bytes, bytes_mut};
+use std::{
+    cell::{Cell, OnceCell, RefCell},
+    fmt,
+    ops::Range,
+    rc::{Rc, Weak},
+};
+use stream::Stream;
+
+/// A GPU as one rank sees it: a stream on it.
+///
+/// Handles of one GPU share its memory: a tensor that one of them made can be used on another, and is ordered behind what made it.
+#[derive(Clone)]
+pub struct Cuda(Rc<Handle>);
+
+pub(crate) struct Handle {
+    // The order matters: the stream's work is waited for before what it uses is given back.
+    stream: Stream,
+    staging: RefCell<Staging>,
+    lt: OnceCell<Lt>,
+    context: Rc<Context>,
+    /// The same for handles whose owner orders their work by marks.
+    kin: Rc<()>,
+    looks: RefCell<Vec<Weak<dyn Fn() -> Result<()>>>>,
+    memory: Rc<Counters>,
+    poison: bool,
+    exact: Cell<bool>,
+}
+
+/// Bytes in use by the tensors of handles of one kin.
+#[derive(Default)]
+struct Counters {
+    live: Cell<usize>,
+    peak: Cell<usize>,
+}
+
+impl Counters {
+    fn taken(&self, bytes: usize) {
+        self.live.set(self.live.get() + bytes);
+        self.peak.set(self.peak.get().max(self.live.get()));
+    }
+
+    fn given_back(&self, bytes: usize) {
+        self.live.set(self.live.get().saturating_sub(bytes));
+    }
+}
+
+/// A small table of numbers or flags on the device, for a kernel's arguments.
+pub(crate) struct Table(CudaBuffer<f64>);
+
+impl Cuda {
+    /// The GPU of this number.
+    ///
+    /// # Errors
+    /// When there is no such GPU, no driver, or a library is missing or too old: it is named, and where it was looked for.
+    pub fn new(ordinal: usize) -> Result<Self> {
+        Self::with(ordinal, false)
+    }
+
+    /// A GPU whose new tensors are filled with NaN, so that a kernel which leaves an element unwritten is seen.
+    ///
+    /// # Errors
+    /// As [`Cuda::new`].
+    pub fn poisoned(ordinal: usize) -> Result<Self> {
+        Self::with(ordinal, true)
+    }
+
+    fn with(ordinal: usize, poison: bool) -> Result<Self> {
+        libraries::need(&libraries::DRIVER)?;
+        let context = Context::new(ordinal)?;
+        Self::on(context, Rc::default(), Rc::default(), poison)
+    }
+
+    fn on(context: Rc<Context>, kin: Rc<()>, memory: Rc<Counters>, poison: bool) -> Result<Self> {
+        Ok(Self(Rc::new(Handle {
+            stream: Stream::new(&context)?,
+            staging: RefCell::default(),
+            lt: OnceCell::new(),
+            context,
+            kin,
+            looks: RefCell::default(),
+            memory,
+            poison,
+            exact: Cell::new(true),
+        })))
+    }
+
+    /// The number of GPUs.
+    ///
+    /// # Errors
+    /// When there is no driver.
+    pub fn count() -> Result<usize> {
+        Context::count()
+    }
+
+    /// The number of this GPU.
+    pub fn ordinal(&self) -> usize {
+        self.0.context.ordinal
+    }
+
+    /// The name of this GPU.
+    pub fn name(&self) -> &str {
+        &self.0.context.name
+    }
+
+    /// Lets products of f32 be computed in TF32, with 10 bits of mantissa, from here on. By default they are not.
+    pub fn allow_tf32(&self, allow: bool) {
+        self.0.exact.set(!allow);
+    }
+
+    /// Returns when everything that was asked of this handle is done.
+    ///
+    /// # Errors
+    /// When the device fails, or a collective that it is waiting for does.
+    pub fn synchronize(&self) -> Result<()> {
+        self.0.wait()
+    }
+
+    /// Another handle of the same GPU and memory, with a stream of its own. The caller orders what the two do by marks.
+    pub(crate) fn beside(&self) -> Result<Self> {
+        let handle = &self.0;
+        let (context, kin, memory) = (Rc::clone(&handle.context), Rc::clone(&handle.kin), Rc::clone(&handle.memory));
+        let beside = Self::on(context, kin, memory, handle.poison)?;
+        beside.0.exact.set(handle.exact.get());
+        Ok(beside)
+    }
+
+    /// Makes the GPU the calling thread's current one.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn make_current(&self) -> Result<()> {
+        self.0.context.make_current()
+    }
+
+    /// The stream, as the driver knows it.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn stream(&self) -> *mut std::ffi::c_void {
+        self.0.stream.handle.cast()
+    }
+
+    /// A mark behind everything that was asked of this handle so far.
+    pub(crate) fn mark(&self) -> Result<Mark> {
+        self.0.stream.mark()
+    }
+
+    /// Lets what is asked of this handle later wait for a mark.
+    pub(crate) fn after(&self, mark: &Mark) -> Result<()> {
+        self.0.stream.after(mark)
+    }
+
+    /// Whether a mark has been reached.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn is_reached(&self, mark: &Mark) -> Result<bool> {
+        mark.is_reached()
+    }
+
+    /// While this handle's thread waits for the device it calls `look` again and again; an error of it ends the wait.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn while_waiting(&self, look: &Rc<dyn Fn() -> Result<()>>) {
+        let mut looks = self.0.looks.borrow_mut();
+        looks.retain(|look| look.strong_count() > 0);
+        looks.push(Rc::downgrade(look));
+    }
+
+    /// The number of the GPU's multiprocessors.
+    pub(crate) fn processors(&self) -> usize {
+        self.0.context.processors
+    }
+
+    /// Whether products of f32 keep all their bits.
+    pub(crate) fn is_exact(&self) -> bool {
+        self.0.exact.get()
+    }
+
+    pub(crate) fn lt(&self) -> Result<&Lt> {
+        if self.0.lt.get().is_none() {
+            let _ = self.0.lt.set(Lt::new(self)?);
+        }
+        self.0.lt.get().ok_or_else(|| Error::invalid("cuBLASLt", "it was not made: please report this"))
+    }
+
+    /// Runs `work`, which is asked of this handle and uses memory of `others`: behind what they were asked for before, and before
+    /// what they are asked for later.
+    pub(crate) fn joins(&self, others: &[Rc<Handle>], work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let mut foreign = Vec::new();
+        for other in others.iter().filter(|other| !Rc::ptr_eq(other, &self.0)) {
+            let (here, there) = (self.ordinal(), other.context.ordinal);
+            if here != there {
+                return Err(Error::invalid("CUDA", format!("a tensor of GPU {there} is used on GPU {here}")));
+            }
+            if !Rc::ptr_eq(&other.kin, &self.0.kin) {
+                self.0.stream.after(&other.stream.mark()?)?;
+                foreign.push(other);
+            }
+        }
+        work()?;
+        if foreign.is_empty() {
+            return Ok(());
+        }
+        let done = self.0.stream.mark()?;
+        foreign.into_iter().try_for_each(|other| other.stream.after(&done))
+    }
+
+    /// Whole numbers for a kernel, in the order of its work.
+    pub(crate) fn table(&self, words: &[i64]) -> Result<Table> {
+        self.table_of(&words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>())
+    }
+
+    /// 32-bit numbers for a kernel.
+    pub(crate) fn table_u32(&self, words: &[u32]) -> Result<Table> {
+        self.table_of(&words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>())
+    }
+
+    /// Floating-point numbers for a kernel.
+    pub(crate) fn table_f64(&self, words: &[f64]) -> Result<Table> {
+        self.table_of(&words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>())
+    }
+
+    /// Flags for a kernel, a byte each.
+    pub(crate) fn table_of_flags(&self, flags: impl Iterator<Item = bool>) -> Result<Table> {
+        self.table_of(&flags.map(u8::from).collect::<Vec<_>>())
+    }
+
+    fn table_of(&self, bytes: &[u8]) -> Result<Table> {
+        let buffer = self.empty::<f64>(bytes.len().div_ceil(8))?;
+        self.0.staging.borrow_mut().upload(&self.0, bytes, buffer.slice().address())?;
+        Ok(Table(buffer))
+    }
+}
+
+impl Handle {
+    /// Returns when everything that was asked of the stream is done.
+    fn wait(&self) -> Result<()> {
+        if self.looks.borrow().is_empty() {
+            return self.stream.finish();
+        }
+        let mark = self.stream.mark()?;
+        self.wait_for(&mark)
+    }
+
+    /// Returns when a mark is reached. Those who asked for it look around meanwhile, and once after.
+    fn wait_for(&self, mark: &Mark) -> Result<()> {
+        loop {
+            let reached = mark.is_reached()?;
+            let looks: Vec<_> = self.looks.borrow().iter().filter_map(Weak::upgrade).collect();
+            looks.iter().try_for_each(|look| look())?;
+            if reached {
+                return Ok(());
+            }
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl fmt::Debug for Cuda {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Cuda({}, {})", self.ordinal(), self.name())
+    }
+}
+
+impl Device for Cuda {
+    type Buffer<T: Element> = CudaBuffer<T>;
+    type Slice<'a, T: Element> = CudaSlice<'a, T>;
+    type SliceMut<'a, T: Element> = CudaSliceMut<'a, T>;
+
+    fn empty<T: Element>(&self, len: usize) -> Result<CudaBuffer<T>> {
+        CudaBuffer::new(self, len)
+    }
+
+    fn slice<T: Element>(buffer: &CudaBuffer<T>) -> CudaSlice<'_, T> {
+        buffer.slice()
+    }
+
+    fn slice_mut<T: Element>(buffer: &mut CudaBuffer<T>) -> CudaSliceMut<'_, T> {
+        buffer.slice_mut()
+    }
+
+    fn shared<'a, T: Element>(slice: &'a CudaSliceMut<'_, T>) -> CudaSlice<'a, T> {
+        slice.shared()
+    }
+
+    fn reborrow<'a, T: Element>(slice: &'a mut CudaSliceMut<'_, T>) -> CudaSliceMut<'a, T> {
+        slice.reborrow()
+    }
+
+    fn len<T: Element>(slice: CudaSlice<'_, T>) -> usize {
+        slice.len
+    }
+
+    fn len_mut<T: Element>(slice: &CudaSliceMut<'_, T>) -> usize {
+        slice.len
+    }
+
+    fn narrow<'a, T: Element>(slice: Self::Slice<'a, T>, range: Range<usize>) -> Self::Slice<'a, T> {
+        slice.narrow(range)
+    }
+
+    fn narrow_mut<'a, T: Element>(slice: Self::SliceMut<'a, T>, range: Range<usize>) -> Self::SliceMut<'a, T> {
+        slice.narrow(range)
+    }
+
+    fn upload<T: Element>(&self, from: &[T], to: CudaSliceMut<'_, T>) -> Result<()> {
+        let handle = &self.0;
+        handle.context.make_current()?;
+        self.joins(&[Rc::clone(to.owner)], || handle.staging.borrow_mut().upload(handle, bytes(from), to.address))
+    }
+
+    fn download<T: Element>(&self, from: CudaSlice<'_, T>, to: &mut [T]) -> Result<()> {
+        let handle = &self.0;
+        handle.context.make_current()?;
+        self.joins(&[Rc::clone(from.owner)], || handle.staging.borrow_mut().download(handle, from.address, bytes_mut(to)))
+    }
+
+    fn memory(&self) -> MemoryUse {
+        MemoryUse { live: self.0.memory.live.get(), peak: self.0.memory.peak.get() }
+    }
+}
+

@@ -1,0 +1,211 @@
+//! Kernels from source to the device: compiled by NVRTC for the GPU at hand, and kept on disk.
+
+use super::{
+    libraries,
+    status::{compiler, driver},
+};
+use crate::error::{Error, Result};
+use cudarc::{
+    driver::sys::{CUmodule, cuModuleLoadData},
+    nvrtc::sys as nvrtc,
+};
+use sha2::{Digest, Sha256};
+use std::{
+    ffi::{CString, c_char, c_int},
+    fs,
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+
+/// The source of a kernel family.
+pub(crate) struct Family {
+    pub(crate) name: &'static str,
+    /// The `.cu` file.
+    pub(crate) source: &'static str,
+    /// Whether kernels of it ask for more shared memory than 48 KiB.
+    pub(crate) large_shared_memory: bool,
+}
+
+/// What every `.cu` file includes.
+const ELEMENT: &str = include_str!("../../../cuda/element.cuh");
+const INCLUDE: &str = "#include \"element.cuh\"";
+
+/// Loads a family's kernels into the current context.
+pub(super) fn load(family: &Family, capability: (i32, i32)) -> Result<CUmodule> {
+    libraries::need(&libraries::NVRTC)?;
+    // One rank compiles, the others find the result.
+    static COMPILING: Mutex<()> = Mutex::new(());
+    let _turn = COMPILING.lock().unwrap_or_else(PoisonError::into_inner);
+    let job = Job::new(family, capability)?;
+    let file = cache_folder().map(|folder| folder.join(format!("{}-{}.bin", family.name, job.key)));
+    let stored = file.as_deref().and_then(read);
+    if let Some(module) = stored.and_then(|image| module(image).ok()) {
+        return Ok(module);
+    }
+    let image = job.compile()?;
+    if let Some(file) = &file {
+        // A cache that cannot be written is no cache.
+        let _ = write(file, &image);
+    }
+    module(image)
+}
+
+/// The image has no end of its own in the cache file: its hash stands before it.
+fn read(file: &Path) -> Option<Vec<u8>> {
+    let bytes = fs::read(file).ok()?;
+    let (hash, image) = bytes.split_at_checked(32)?;
+    (Sha256::digest(image)[..] == *hash).then(|| image.to_vec())
+}
+
+fn write(file: &Path, image: &[u8]) -> std::io::Result<()> {
+    let folder = file.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder)?;
+    // Whole or not at all: another process may read it at any time.
+    let partial = file.with_extension(format!("{}.part", std::process::id()));
+    fs::write(&partial, [&Sha256::digest(image)[..], image].concat())?;
+    fs::rename(&partial, file)
+}
+
+/// `SHARDWISE_CACHE`, or the user's cache folder; none if neither is known, or the variable is empty.
+fn cache_folder() -> Option<PathBuf> {
+    let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if std::env::var_os("SHARDWISE_CACHE").is_some() {
+        return folder("SHARDWISE_CACHE");
+    }
+    let user = folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache")));
+    user.map(|cache| cache.join("shardwise"))
+}
+
+fn module(mut image: Vec<u8>) -> Result<CUmodule> {
+    // PTX is text that ends with a zero; a cubin knows its length and does not mind.
+    image.push(0);
+    let mut module = std::ptr::null_mut();
+    // SAFETY: the image is what NVRTC gave, whole (its hash was compared) and with a zero behind it, and is copied by the
+    // driver; a context is current.
+    #[allow(unsafe_code)]
+    driver("cuModuleLoadData", unsafe { cuModuleLoadData(&mut module, image.as_ptr().cast()) })?;
+    Ok(module)
+}
+
+/// One compilation.
+struct Job<'a> {
+    family: &'a Family,
+    source: String,
+    options: Vec<String>,
+    /// Whether machine code is asked for, not PTX.
+    binary: bool,
+    key: String,
+}
+
+impl<'a> Job<'a> {
+    fn new(family: &'a Family, (major, minor): (i32, i32)) -> Result<Self> {
+        let wanted = 10 * major + minor;
+        let known = architectures()?;
+        // A compiler older than the GPU gives PTX for the newest that it knows, which the driver translates.
+        let binary = known.contains(&wanted);
+        let newest = known.iter().copied().filter(|&arch| arch <= wanted).max();
+        let Some(newest) = newest else {
+            let reason = format!("it compiles for {known:?}, not for compute capability {major}.{minor}");
+            return Err(Error::Unsupported { op: "NVRTC", reason });
+        };
+        let kind = if binary { "sm" } else { "compute" };
+        let options = vec![format!("--gpu-architecture={kind}_{newest}"), "--std=c++17".to_string()];
+        let source = family.source.replacen(INCLUDE, ELEMENT, 1);
+        let (mut first, mut second) = (0, 0);
+        // SAFETY: both are places for an int.
+        #[allow(unsafe_code)]
+        compiler("nvrtcVersion", unsafe { nvrtc::nvrtcVersion(&mut first, &mut second) })?;
+        let mut hash = Sha256::new();
+        hash.update(format!("{first}.{second} {options:?} {source}"));
+        let key = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        Ok(Self { family, source, options, binary, key })
+    }
+
+    fn compile(&self) -> Result<Vec<u8>> {
+        let text = |text: &str| CString::new(text).map_err(|_| Error::invalid("NVRTC", "a source has a zero"));
+        let (source, name) = (text(&self.source)?, text(&format!("{}.cu", self.family.name))?);
+        let options = self.options.iter().map(|option| text(option)).collect::<Result<Vec<_>>>()?;
+        let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
+        let mut program = Program(std::ptr::null_mut());
+        // SAFETY: source and name end with a zero and outlive the program; there are no headers.
+        #[allow(unsafe_code)]
+        let code = unsafe {
+            nvrtc::nvrtcCreateProgram(&mut program.0, source.as_ptr(), name.as_ptr(), 0, std::ptr::null(), std::ptr::null())
+        };
+        compiler("nvrtcCreateProgram", code)?;
+        // SAFETY: `pointers` are as many options as stated, each ending with a zero.
+        #[allow(unsafe_code)]
+        let code = unsafe { nvrtc::nvrtcCompileProgram(program.0, pointers.len() as c_int, pointers.as_ptr()) };
+        if let Err(error) = compiler("nvrtcCompileProgram", code) {
+            let log = program.bytes("nvrtcGetProgramLog", nvrtc::nvrtcGetProgramLogSize, nvrtc::nvrtcGetProgramLog)?;
+            let log = String::from_utf8_lossy(&log);
+            return Err(Error::invalid("NVRTC", format!("{}.cu: {error}\n{}", self.family.name, log.trim_end_matches('\0'))));
+        }
+        match self.binary {
+            true => program.bytes("nvrtcGetCUBIN", nvrtc::nvrtcGetCUBINSize, nvrtc::nvrtcGetCUBIN),
+            false => program.bytes("nvrtcGetPTX", nvrtc::nvrtcGetPTXSize, nvrtc::nvrtcGetPTX),
+        }
+    }
+}
+
+/// The architectures that NVRTC compiles for, as 10 · major + minor.
+fn architectures() -> Result<Vec<i32>> {
+    let mut count = 0;
+    // SAFETY: `count` is a place for an int.
+    #[allow(unsafe_code)]
+    compiler("nvrtcGetNumSupportedArchs", unsafe { nvrtc::nvrtcGetNumSupportedArchs(&mut count) })?;
+    let mut known = vec![0; usize::try_from(count).unwrap_or(0)];
+    // SAFETY: there is room for as many as were counted.
+    #[allow(unsafe_code)]
+    compiler("nvrtcGetSupportedArchs", unsafe { nvrtc::nvrtcGetSupportedArchs(known.as_mut_ptr()) })?;
+    Ok(known)
+}
+
+struct Program(nvrtc::nvrtcProgram);
+
+impl Program {
+    /// One of a program's results, by the functions that give its size and itself.
+    #[allow(unsafe_code)]
+    fn bytes(
+        &self,
+        call: &'static str,
+        size: unsafe fn(nvrtc::nvrtcProgram, *mut usize) -> nvrtc::nvrtcResult,
+        get: unsafe fn(nvrtc::nvrtcProgram, *mut c_char) -> nvrtc::nvrtcResult,
+    ) -> Result<Vec<u8>> {
+        let mut len = 0;
+        // SAFETY: `size` and `get` are a pair of NVRTC's functions, and the program lives; `len` is a place for a size.
+        compiler(call, unsafe { size(self.0, &mut len) })?;
+        let mut bytes = vec![0; len];
+        // SAFETY: as above; there is room for as many bytes as were stated.
+        compiler(call, unsafe { get(self.0, bytes.as_mut_ptr().cast()) })?;
+        Ok(bytes)
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // SAFETY: the program was created, or is null, which NVRTC refuses.
+        #[allow(unsafe_code)]
+        let _ = unsafe { nvrtc::nvrtcDestroyProgram(&mut self.0) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_cache_is_no_cache() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("below").join("norm-0.bin");
+        write(&file, b"image").unwrap();
+        assert_eq!(read(&file).as_deref(), Some(&b"image"[..]));
+        let mut bytes = fs::read(&file).unwrap();
+        bytes.truncate(bytes.len() - 1);
+        fs::write(&file, bytes).unwrap();
+        assert_eq!(read(&file), None);
+        fs::write(&file, b"short").unwrap();
+        assert_eq!(read(&file), None);
+        assert_eq!(fs::read_dir(file.parent().unwrap()).unwrap().count(), 1, "nothing half written is left");
+    }
+}

@@ -1,0 +1,59 @@
+//! Error codes of NVIDIA's libraries.
+
+use crate::error::{Error, Result};
+use cudarc::{
+    cublaslt::sys::{self as lt, cublasStatus_t},
+    driver::sys::{CUresult, cuGetErrorString},
+    nvrtc::sys::{self as nvrtc, nvrtcResult},
+};
+use std::ffi::{CStr, c_char};
+
+/// `Ok` if a call of the driver succeeded.
+pub(crate) fn driver(call: &'static str, code: CUresult) -> Result<()> {
+    if code == CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    let mut text = std::ptr::null();
+    // SAFETY: `text` is a place for a pointer; the driver's strings are static.
+    #[allow(unsafe_code)]
+    let message = unsafe {
+        let known = cuGetErrorString(code, &mut text) == CUresult::CUDA_SUCCESS;
+        words(if known { text } else { std::ptr::null() })
+    };
+    Err(Error::Library { library: "CUDA driver", call, code: code as i32, message })
+}
+
+/// `Ok` if a call of cuBLASLt succeeded.
+pub(crate) fn cublas_lt(call: &'static str, code: cublasStatus_t) -> Result<()> {
+    if code == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
+        return Ok(());
+    }
+    // SAFETY: cuBLASLt's strings are static.
+    #[allow(unsafe_code)]
+    let message = unsafe { words(lt::cublasLtGetStatusString(code)) };
+    Err(Error::Library { library: "cuBLASLt", call, code: code as i32, message })
+}
+
+/// `Ok` if a call of NVRTC succeeded.
+pub(crate) fn compiler(call: &'static str, code: nvrtcResult) -> Result<()> {
+    if code == nvrtcResult::NVRTC_SUCCESS {
+        return Ok(());
+    }
+    // SAFETY: NVRTC's strings are static.
+    #[allow(unsafe_code)]
+    let message = unsafe { words(nvrtc::nvrtcGetErrorString(code)) };
+    Err(Error::Library { library: "NVRTC", call, code: code as i32, message })
+}
+
+/// A copy of a C string, which may be null.
+///
+/// # Safety
+/// What is not null ends with a zero.
+#[allow(unsafe_code)]
+unsafe fn words(text: *const c_char) -> String {
+    if text.is_null() {
+        return "unknown".to_string();
+    }
+    // SAFETY: the caller's promise.
+    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+}

@@ -1,0 +1,193 @@
+//! Attention on NVIDIA GPUs: `cuda/attention.cu`.
+
+use super::{Attention, AttentionSpec, CacheSpec, check, check_cached};
+use crate::{
+    device::{
+        Device, Element,
+        cuda::{Cuda, CudaSlice, CudaSliceMut, Family, Grid, Table},
+    },
+    error::{Error, Result, same_size},
+    kernels::{MatMut, MatRef, view::unit_columns},
+};
+
+const FAMILY: Family =
+    Family { name: "attention", source: include_str!("../../../cuda/attention.cu"), large_shared_memory: true };
+
+/// Keys in shared memory at a time, and warps of a block.
+const KEYS: usize = 32;
+const WARPS: usize = 4;
+
+/// What heads of some size ask of a kernel.
+struct Heads {
+    /// Which kernel: for heads of at most this many features.
+    features: usize,
+    /// The queries, or keys, of a block.
+    tile: usize,
+}
+
+impl Heads {
+    fn new(head_dim: usize) -> Result<Self> {
+        match head_dim {
+            0..=64 => Ok(Self { features: 64, tile: 4 * WARPS }),
+            65..=128 => Ok(Self { features: 128, tile: 4 * WARPS }),
+            129..=256 => Ok(Self { features: 256, tile: 2 * WARPS }),
+            _ => {
+                let reason = format!("heads of {head_dim} features; the kernels are for 256 at most");
+                Err(Error::Unsupported { op: "attention", reason })
+            }
+        }
+    }
+
+    /// Shared memory for vectors of a tile and of a run of keys, so many of each.
+    fn shared<T: Element>(&self, dim: usize, own: usize, run: usize) -> usize {
+        (own * self.tile + run * KEYS) * (dim + 1) * size_of::<T::Acc>()
+    }
+}
+
+/// Blocks of threads for tiles and heads.
+fn grid(tiles: usize, heads: usize, shared: usize) -> Grid {
+    Grid { blocks: [tiles, heads], threads: [32, WARPS as u32], shared }
+}
+
+impl Cuda {
+    /// The tables of a kernel: tiles of the sequences, the key/value head of each query head, and which rows are no padding.
+    fn tables(
+        &self,
+        spec: &AttentionSpec<'_>,
+        tile: usize,
+        keys: impl Fn(usize, &std::ops::Range<usize>) -> [usize; 3],
+    ) -> Result<(usize, Table, Table, Option<Table>)> {
+        let mut tiles: Vec<i64> = Vec::new();
+        for (sequence, rows) in spec.sequences.iter().enumerate() {
+            let [place, first_key, count] = keys(sequence, &rows);
+            for at in (0..rows.len()).step_by(tile) {
+                let own = tile.min(rows.len() - at);
+                tiles.extend([rows.start + at, own, place + at, first_key, count].map(|number| number as i64));
+            }
+        }
+        let kv: Vec<i64> = spec.kv_of_query.iter().map(|&kv| kv as i64).collect();
+        let valid = spec.sequences.valid().map(|valid| self.table_of_flags(valid.iter().copied())).transpose()?;
+        Ok((tiles.len() / 5, self.table(&tiles)?, self.table(&kv)?, valid))
+    }
+}
+
+/// A window that hides nothing.
+fn window(spec: &AttentionSpec<'_>) -> usize {
+    spec.window.unwrap_or(usize::MAX).min(1 << 40)
+}
+
+impl Attention for Cuda {
+    fn attention<T: Element>(
+        &self,
+        spec: &AttentionSpec<'_>,
+        q: MatRef<'_, T, Self>,
+        k: MatRef<'_, T, Self>,
+        v: MatRef<'_, T, Self>,
+        out: MatMut<'_, T, Self>,
+        lse: CudaSliceMut<'_, T::Acc>,
+    ) -> Result<()> {
+        let (query_like, kv_like) = ([("q", q.dims()), ("out", out.dims())], [("k", k.dims()), ("v", v.dims())]);
+        check("attention", spec, &query_like, &kv_like, Self::len_mut(&lse))?;
+        let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
+        let kind = Heads::new(dim)?;
+        let (count, tiles, kv, valid) = self.tables(spec, kind.tile, |_, rows| [0, rows.start, rows.len()])?;
+        let so = out.dims().row_stride;
+        let out = out.into_data();
+        let launch = self.kernel(&FAMILY, format!("attention_{}_{}", kind.features, T::DTYPE));
+        let launch = launch.ints([heads, dim, 0, dim, usize::from(spec.causal), window(spec)]).floats([spec.scale]);
+        let launch = launch.table(&tiles).table(&kv).table_if(valid.as_ref());
+        let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
+        let launch = launch.read(v.data()).int(v.dims().row_stride).write(&out).int(so).write(&lse);
+        // SAFETY: the arguments are attention's; `check` has seen that the matrices have the rows of the sequences and the
+        // columns of the heads, that every query head's key/value head is one, and a log-sum-exp a head of a row.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.run(grid(count, heads, kind.shared::<T>(dim, 1, 2)))
+        }
+    }
+
+    fn attention_backward<T: Element>(
+        &self,
+        spec: &AttentionSpec<'_>,
+        q: MatRef<'_, T, Self>,
+        k: MatRef<'_, T, Self>,
+        v: MatRef<'_, T, Self>,
+        out: MatRef<'_, T, Self>,
+        lse: CudaSlice<'_, T::Acc>,
+        dout: MatRef<'_, T, Self>,
+        dqkv: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        const OP: &str = "attention backward";
+        let query_like = [("q", q.dims()), ("out", out.dims()), ("dout", dout.dims())];
+        check(OP, spec, &query_like, &[("k", k.dims()), ("v", v.dims())], Self::len(lse))?;
+        let (rows, heads, dim) = (q.rows(), spec.kv_of_query.len(), spec.head_dim);
+        unit_columns(OP, dqkv.dims())?;
+        same_size(OP, "rows of the gradient", dqkv.rows(), "rows of q", rows)?;
+        let width = (heads + 2 * spec.kv_heads) * dim;
+        same_size(OP, "columns of the gradient", dqkv.cols(), "those of q, k and v", width)?;
+        let kind = Heads::new(dim)?;
+        let mut delta = self.empty::<T::Acc>(rows * heads)?;
+        let launch = self.kernel(&FAMILY, format!("attention_delta_{}", T::DTYPE)).ints([rows, heads, dim]);
+        let launch = launch.read(out.data()).int(out.dims().row_stride).read(dout.data()).int(dout.dims().row_stride);
+        // SAFETY: the arguments are attention_delta's; out and dout have heads · dim columns, and `delta` was made for the rest.
+        #[allow(unsafe_code)]
+        unsafe {
+            let grid = Grid { blocks: [(rows * heads).div_ceil(8), 1], threads: [32, 8], shared: 0 };
+            launch.write(&Self::slice_mut(&mut delta)).run(grid)?;
+        }
+        let (count, tiles, kv, valid) = self.tables(spec, kind.tile, |_, rows| [0, rows.start, rows.len()])?;
+        let sd = dqkv.dims().row_stride;
+        let dqkv = dqkv.into_data();
+        for (kernel, numbers, blocks) in
+            [("queries", vec![heads, dim], heads), ("keys", vec![heads, spec.kv_heads, dim], spec.kv_heads)]
+        {
+            let name = format!("attention_backward_{kernel}_{}_{}", kind.features, T::DTYPE);
+            let launch = numbers.into_iter().fold(self.kernel(&FAMILY, name), |launch, number| launch.int(number));
+            let launch = launch.ints([usize::from(spec.causal), window(spec)]).floats([spec.scale]);
+            let launch = launch.table(&tiles).table(&kv).table_if(valid.as_ref());
+            let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
+            let launch = launch.read(v.data()).int(v.dims().row_stride).read(lse).read(Self::slice(&delta));
+            let launch = launch.read(dout.data()).int(dout.dims().row_stride).write(&dqkv).int(sd);
+            // SAFETY: the arguments are those of attention_backward_queries and _keys; `check` and the two sizes above have
+            // compared all dimensions. The kernels write different columns.
+            #[allow(unsafe_code)]
+            unsafe {
+                launch.run(grid(count, blocks, kind.shared::<T>(dim, 2, 2)))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn attention_cached<T: Element>(
+        &self,
+        spec: &AttentionSpec<'_>,
+        cache: &CacheSpec<'_>,
+        q: MatRef<'_, T, Self>,
+        k: MatRef<'_, T, Self>,
+        v: MatRef<'_, T, Self>,
+        out: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        let kv_like = [("the keys", k.dims()), ("the values", v.dims())];
+        check_cached(spec, cache, &[("q", q.dims()), ("out", out.dims())], &kv_like)?;
+        let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
+        let kind = Heads::new(dim)?;
+        let keys = |sequence: usize, rows: &std::ops::Range<usize>| {
+            let start = spec.sequences.start(sequence);
+            [start, cache.row(spec, cache.slots[sequence], 0), start + rows.len()]
+        };
+        let (count, tiles, kv, _) = self.tables(spec, kind.tile, keys)?;
+        let so = out.dims().row_stride;
+        let out = out.into_data();
+        let launch = self.kernel(&FAMILY, format!("attention_{}_{}", kind.features, T::DTYPE));
+        let launch = launch.ints([heads, dim, cache.capacity, 0, 1, window(spec)]).floats([spec.scale]);
+        let launch = launch.table(&tiles).table(&kv).null();
+        let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
+        let launch = launch.read(v.data()).int(v.dims().row_stride).write(&out).int(so).null();
+        // SAFETY: the arguments are attention's; `check_cached` has seen that the slots lie in the cache and the sequences end in
+        // their slots.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.run(grid(count, heads, kind.shared::<T>(dim, 1, 2)))
+        }
+    }
+}

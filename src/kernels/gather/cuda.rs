@@ -1,0 +1,61 @@
+//! Gather and scatter-add on NVIDIA GPUs: `cuda/gather.cu`.
+
+use super::{Gather, NO_ROW, check};
+use crate::{
+    device::{
+        Element,
+        cuda::{Cuda, Family, Grid},
+    },
+    error::Result,
+    kernels::{MatMut, MatRef},
+};
+
+const FAMILY: Family =
+    Family { name: "gather", source: include_str!("../../../cuda/gather.cu"), large_shared_memory: false };
+
+impl Gather for Cuda {
+    fn gather<T: Element>(&self, table: MatRef<'_, T, Self>, ids: &[u32], y: MatMut<'_, T, Self>) -> Result<()> {
+        check("gather", ids, y.dims(), table.dims())?;
+        let (rows, cols, sy) = (y.rows(), y.cols(), y.dims().row_stride);
+        let y = y.into_data();
+        let ids = self.table_u32(ids)?;
+        let launch = self.kernel(&FAMILY, format!("gather_{}", T::DTYPE)).ints([rows, cols]);
+        let launch = launch.read(table.data()).int(table.dims().row_stride).table(&ids);
+        // SAFETY: the arguments are gather's; `check` has seen that y has a row an id, and the table the rows of all ids.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.write(&y).int(sy).run(Grid::over(rows * cols))
+        }
+    }
+
+    /// The rows of each id are put together on the host, so that one thread adds them in order: the same bits every time.
+    fn scatter_add<T: Element>(
+        &self,
+        ids: &[u32],
+        dy: MatRef<'_, T, Self>,
+        dtable: MatMut<'_, T::Acc, Self>,
+    ) -> Result<()> {
+        check("scatter_add", ids, dy.dims(), dtable.dims())?;
+        let mut order: Vec<u32> = (0..ids.len() as u32).filter(|&row| ids[row as usize] != NO_ROW).collect();
+        order.sort_by_key(|&row| ids[row as usize]);
+        let (mut targets, mut begins) = (Vec::new(), Vec::new());
+        for (at, &row) in order.iter().enumerate() {
+            if targets.last() != Some(&ids[row as usize]) {
+                targets.push(ids[row as usize]);
+                begins.push(at as u32);
+            }
+        }
+        begins.push(order.len() as u32);
+        let (count, cols, stride) = (targets.len(), dy.cols(), dtable.dims().row_stride);
+        let dtable = dtable.into_data();
+        let (targets, begins, order) = (self.table_u32(&targets)?, self.table_u32(&begins)?, self.table_u32(&order)?);
+        let launch = self.kernel(&FAMILY, format!("scatter_add_{}", T::DTYPE)).ints([count, cols]);
+        let launch = launch.table(&targets).table(&begins).table(&order).read(dy.data()).int(dy.dims().row_stride);
+        // SAFETY: the arguments are scatter_add's; `check` has seen that dy has a row an id, and the table the rows of all ids;
+        // every target stands once among the targets.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.write(&dtable).int(stride).run(Grid::over(count * cols))
+        }
+    }
+}

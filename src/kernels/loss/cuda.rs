@@ -1,0 +1,150 @@
+//! Losses on NVIDIA GPUs: `cuda/loss.cu`.
+
+use super::{Loss, Targets, check_rows, check_same, check_targets};
+use crate::{
+    device::{
+        Accumulator, Device, Element,
+        cuda::{Cuda, CudaSlice, CudaSliceMut, Family, Grid, Table},
+    },
+    error::Result,
+    kernels::{MatMut, MatRef},
+};
+
+const FAMILY: Family = Family { name: "loss", source: include_str!("../../../cuda/loss.cu"), large_shared_memory: false };
+
+impl Cuda {
+    /// The column of each row's target, -1 where it is not at hand.
+    fn columns(&self, targets: &Targets<'_>, cols: usize) -> Result<Table> {
+        let column = |row| targets.column(row, cols).map_or(-1, |column| column as i64);
+        self.table(&(0..targets.classes.len()).map(column).collect::<Vec<_>>())
+    }
+
+    fn ignored(&self, targets: &Targets<'_>) -> Result<Table> {
+        self.table_of_flags((0..targets.classes.len()).map(|row| targets.is_ignored(row)))
+    }
+}
+
+impl Loss for Cuda {
+    fn row_max<T: Element>(&self, x: MatRef<'_, T, Self>, max: CudaSliceMut<'_, T::Acc>) -> Result<()> {
+        const OP: &str = "row maximum";
+        check_same(OP, x.dims(), &[])?;
+        check_rows(OP, "the maxima", Self::len_mut(&max), 1, x.rows())?;
+        let launch = self.kernel(&FAMILY, format!("row_max_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
+        // SAFETY: the arguments are row_max's; there is a maximum a row, as was checked.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.read(x.data()).int(x.dims().row_stride).write(&max).run(Grid::rows(x.rows(), x.cols()))
+        }
+    }
+
+    fn exp_sums<T: Element>(
+        &self,
+        targets: &Targets<'_>,
+        x: MatRef<'_, T, Self>,
+        max: CudaSlice<'_, T::Acc>,
+        sums: CudaSliceMut<'_, T::Acc>,
+    ) -> Result<()> {
+        const OP: &str = "cross entropy";
+        check_same(OP, x.dims(), &[])?;
+        check_targets(OP, targets, x.rows(), x.cols())?;
+        check_rows(OP, "the maxima", Self::len(max), 1, x.rows())?;
+        check_rows(OP, "the sums", Self::len_mut(&sums), 3, x.rows())?;
+        let columns = self.columns(targets, x.cols())?;
+        let launch = self.kernel(&FAMILY, format!("exp_sums_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
+        let launch = launch.int(usize::from(targets.off != 0.0)).table(&columns);
+        let launch = launch.read(x.data()).int(x.dims().row_stride).read(max).write(&sums);
+        // SAFETY: the arguments are exp_sums's; the sizes were checked, and a column is one of x.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.run(Grid::rows(x.rows(), x.cols()))
+        }
+    }
+
+    fn cross_entropy<A: Accumulator>(
+        &self,
+        targets: &Targets<'_>,
+        max: CudaSlice<'_, A>,
+        sums: CudaSlice<'_, A>,
+        losses: CudaSliceMut<'_, A>,
+        lse: CudaSliceMut<'_, A>,
+    ) -> Result<()> {
+        const OP: &str = "cross entropy";
+        let rows = targets.classes.len();
+        check_targets(OP, targets, rows, 0)?;
+        check_rows(OP, "the maxima", Self::len(max), 1, rows)?;
+        check_rows(OP, "the sums", Self::len(sums), 3, rows)?;
+        check_rows(OP, "the losses", Self::len_mut(&losses), 1, rows)?;
+        check_rows(OP, "the log-sum-exps", Self::len_mut(&lse), 1, rows)?;
+        let ignored = self.ignored(targets)?;
+        let launch = self.kernel(&FAMILY, format!("cross_entropy_{}", A::DTYPE)).int(rows);
+        let launch = launch.floats([targets.on, targets.off, targets.z]).table(&ignored);
+        // SAFETY: the arguments are cross_entropy's; the sizes were checked.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.read(max).read(sums).write(&losses).write(&lse).run(Grid::over(rows))
+        }
+    }
+
+    fn cross_entropy_backward<T: Element>(
+        &self,
+        targets: &Targets<'_>,
+        scale: f64,
+        x: MatRef<'_, T, Self>,
+        lse: CudaSlice<'_, T::Acc>,
+        dx: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        const OP: &str = "cross entropy backward";
+        check_same(OP, x.dims(), &[("dx", dx.dims())])?;
+        check_targets(OP, targets, x.rows(), x.cols())?;
+        check_rows(OP, "the log-sum-exps", Self::len(lse), 1, x.rows())?;
+        let (columns, ignored) = (self.columns(targets, x.cols())?, self.ignored(targets)?);
+        let sdx = dx.dims().row_stride;
+        let dx = dx.into_data();
+        let launch = self.kernel(&FAMILY, format!("cross_entropy_backward_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
+        let launch = launch.floats([targets.on, targets.off, targets.z, scale]).table(&columns).table(&ignored);
+        let launch = launch.read(x.data()).int(x.dims().row_stride).read(lse).write(&dx).int(sdx);
+        // SAFETY: the arguments are cross_entropy_backward's; the sizes were checked.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.run(Grid::rows(x.rows(), x.cols()))
+        }
+    }
+
+    fn squared_error<T: Element>(
+        &self,
+        x: MatRef<'_, T, Self>,
+        y: MatRef<'_, T, Self>,
+        sums: CudaSliceMut<'_, T::Acc>,
+    ) -> Result<()> {
+        const OP: &str = "squared error";
+        check_same(OP, x.dims(), &[("y", y.dims())])?;
+        check_rows(OP, "the sums", Self::len_mut(&sums), 1, x.rows())?;
+        let launch = self.kernel(&FAMILY, format!("squared_error_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
+        let launch = launch.read(x.data()).int(x.dims().row_stride).read(y.data()).int(y.dims().row_stride);
+        // SAFETY: the arguments are squared_error's; the sizes were checked.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.write(&sums).run(Grid::rows(x.rows(), x.cols()))
+        }
+    }
+
+    fn squared_error_backward<T: Element>(
+        &self,
+        scale: f64,
+        x: MatRef<'_, T, Self>,
+        y: MatRef<'_, T, Self>,
+        dx: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check_same("squared error backward", x.dims(), &[("y", y.dims()), ("dx", dx.dims())])?;
+        let sdx = dx.dims().row_stride;
+        let dx = dx.into_data();
+        let launch = self.kernel(&FAMILY, format!("squared_error_backward_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
+        let launch = launch.floats([scale]).read(x.data()).int(x.dims().row_stride);
+        let launch = launch.read(y.data()).int(y.dims().row_stride).write(&dx).int(sdx);
+        // SAFETY: the arguments are squared_error_backward's; `check_same` has compared the dimensions.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.run(Grid::over(x.rows() * x.cols()))
+        }
+    }
+}

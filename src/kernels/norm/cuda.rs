@@ -1,0 +1,106 @@
+//! LayerNorm and RMSNorm on NVIDIA GPUs: `cuda/norm.cu`.
+
+use super::{Norm, NormKind, check};
+use crate::{
+    device::{
+        Device, Element,
+        cuda::{Cuda, CudaSlice, CudaSliceMut, Family, Grid},
+    },
+    error::Result,
+    kernels::{
+        MatMut, MatRef, Pointwise,
+        packs::{Operand, Walk},
+        pointwise::cuda::runs,
+        view::Dims,
+    },
+};
+
+const FAMILY: Family = Family { name: "norm", source: include_str!("../../../cuda/norm.cu"), large_shared_memory: false };
+
+/// Rows of a vector's elements.
+fn row<T: Element>(slice: CudaSlice<'_, T>) -> Operand {
+    let dims = Dims { rows: 1, cols: Cuda::len(slice), row_stride: 0, col_stride: 1 };
+    Operand { dims, address: slice.address(), size: size_of::<T>() }
+}
+
+impl Norm for Cuda {
+    fn normalize<T: Element>(
+        &self,
+        kind: NormKind,
+        x: MatRef<'_, T, Self>,
+        gamma: CudaSlice<'_, T>,
+        beta: Option<CudaSlice<'_, T>>,
+        y: MatMut<'_, T, Self>,
+        stats: CudaSliceMut<'_, T::Acc>,
+    ) -> Result<()> {
+        let beta_len = beta.map_or(y.cols(), Self::len);
+        let vectors = [("gamma", Self::len(gamma)), ("beta", beta_len)];
+        check("norm", &[("x", x.dims())], y.dims(), &vectors, Self::len_mut(&stats))?;
+        let operands = [x.operand(), y.operand(), row(gamma), row(beta.unwrap_or(gamma))];
+        let walk = Walk::by_rows(&operands, x.rows(), x.cols());
+        let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
+        let y = y.into_data();
+        let launch = self.kernel(&FAMILY, format!("normalize_{}", T::DTYPE)).ints(walk.words());
+        let launch = launch.int(usize::from(kind.centers())).floats([kind.eps()]);
+        let launch = launch.read(x.data()).int(sx).read(gamma).read_if(beta).write(&y).int(sy).write(&stats);
+        // SAFETY: the arguments are normalize's; `check` has seen that x has the dimensions of y, gamma and beta one element a
+        // column, and the statistics two a row.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.run(Grid::rows(walk.rows, walk.cols))
+        }
+    }
+
+    fn normalize_backward<T: Element>(
+        &self,
+        kind: NormKind,
+        x: MatRef<'_, T, Self>,
+        gamma: CudaSlice<'_, T>,
+        stats: CudaSlice<'_, T::Acc>,
+        dy: MatRef<'_, T, Self>,
+        dx: MatMut<'_, T, Self>,
+        mut dgamma: CudaSliceMut<'_, T::Acc>,
+        mut dbeta: Option<CudaSliceMut<'_, T::Acc>>,
+    ) -> Result<()> {
+        let dbeta_len = dbeta.as_ref().map_or(dx.cols(), Self::len_mut);
+        let vectors = [("gamma", Self::len(gamma)), ("dgamma", Self::len_mut(&dgamma)), ("dbeta", dbeta_len)];
+        let inputs = [("x", x.dims()), ("dy", dy.dims())];
+        check("norm backward", &inputs, dx.dims(), &vectors, Self::len(stats))?;
+        let (rows, cols) = (x.rows(), x.cols());
+        if rows == 0 {
+            self.fill(0.0, MatMut::<T::Acc, Self>::new(Self::reborrow(&mut dgamma), 1, cols)?)?;
+            return dbeta.as_mut().map_or(Ok(()), |dbeta| {
+                self.fill(0.0, MatMut::<T::Acc, Self>::new(Self::reborrow(dbeta), 1, cols)?)
+            });
+        }
+        let walk = Walk::by_rows(&[x.operand(), dy.operand(), dx.operand(), row(gamma)], rows, cols);
+        let [sx, sdy, sdx] = [x.dims(), dy.dims(), dx.dims()].map(|dims| dims.row_stride);
+        let dx = dx.into_data();
+        let launch = self.kernel(&FAMILY, format!("normalize_backward_{}", T::DTYPE)).ints(walk.words());
+        let launch = launch.int(usize::from(kind.centers())).read(x.data()).int(sx).read(gamma).read(stats);
+        // SAFETY: the arguments are normalize_backward's; `check` has compared the dimensions.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.read(dy.data()).int(sdy).write(&dx).int(sdx).run(Grid::rows(rows, cols))?;
+        }
+        let (run, runs) = runs(rows);
+        let mut partial = self.empty::<T::Acc>(2 * runs * cols)?;
+        let (gammas, betas) = (0..runs * cols, runs * cols..2 * runs * cols);
+        {
+            let mut whole = Self::slice_mut(&mut partial);
+            let gammas = Self::narrow_mut(Self::reborrow(&mut whole), gammas.clone());
+            let launch = self.kernel(&FAMILY, format!("normalize_columns_{}", T::DTYPE)).ints([rows, cols, run]);
+            let launch = launch.read(x.data()).int(sx).read(stats).read(dy.data()).int(sdy).write(&gammas);
+            let betas = dbeta.is_some().then(|| Self::narrow_mut(whole, betas.clone()));
+            // SAFETY: the arguments are normalize_columns's; `partial` was made for that many runs of as many columns, twice,
+            // and the kernel writes either half through its own pointer.
+            #[allow(unsafe_code)]
+            unsafe {
+                let launch = launch.write_if(betas.as_ref());
+                launch.run(Grid { blocks: [cols.div_ceil(32), runs], threads: [32, 8], shared: 0 })?;
+            }
+        }
+        self.add_runs(runs, Self::narrow(Self::slice(&partial), gammas), dgamma)?;
+        dbeta.map_or(Ok(()), |dbeta| self.add_runs(runs, Self::narrow(Self::slice(&partial), betas), dbeta))
+    }
+}

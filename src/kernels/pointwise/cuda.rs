@@ -1,0 +1,267 @@
+//! Element-wise kernels on NVIDIA GPUs: `cuda/pointwise.cu`.
+
+use super::{Activation, Pointwise, check, check_row};
+use crate::{
+    device::{
+        Device, Element,
+        cuda::{Cuda, CudaSlice, CudaSliceMut, Family, Grid},
+    },
+    error::{Result, same_size},
+    kernels::{
+        MatMut, MatRef,
+        packs::{Operand, Walk},
+        view::{Dims, same_dims, unit_columns},
+    },
+};
+
+pub(in crate::kernels) const FAMILY: Family =
+    Family { name: "pointwise", source: include_str!("../../../cuda/pointwise.cu"), large_shared_memory: false };
+
+/// The number of an activation in `pointwise.cu`.
+fn number(f: Activation) -> usize {
+    match f {
+        Activation::Relu => 0,
+        Activation::Silu => 1,
+        Activation::GeluErf => 2,
+        Activation::GeluTanh => 3,
+    }
+}
+
+impl<T: Element> MatRef<'_, T, Cuda> {
+    pub(in crate::kernels) fn operand(&self) -> Operand {
+        Operand { dims: self.dims(), address: self.data().address(), size: size_of::<T>() }
+    }
+}
+
+impl<T: Element> MatMut<'_, T, Cuda> {
+    pub(in crate::kernels) fn operand(&self) -> Operand {
+        Operand { dims: self.dims(), address: self.shared().address(), size: size_of::<T>() }
+    }
+}
+
+fn vector<T: Element>(slice: CudaSlice<'_, T>) -> Operand {
+    let dims = Dims { rows: 1, cols: Cuda::len(slice), row_stride: 0, col_stride: 1 };
+    Operand { dims, address: slice.address(), size: size_of::<T>() }
+}
+
+impl Pointwise for Cuda {
+    fn activate<T: Element>(&self, f: Activation, x: MatRef<'_, T, Self>, y: MatMut<'_, T, Self>) -> Result<()> {
+        check("activation", &[("x", x.dims())], ("y", y.dims()))?;
+        let walk = Walk::through(&[x.operand(), y.operand()]);
+        let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
+        let y = y.into_data();
+        let launch = self.kernel(&FAMILY, format!("activate_{}", T::DTYPE)).ints(walk.words()).int(number(f));
+        // SAFETY: the arguments are activate's; `check` has seen that x has the dimensions of y.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.read(x.data()).int(sx).write(&y).int(sy).run(Grid::over(walk.steps))
+        }
+    }
+
+    fn activate_backward<T: Element>(
+        &self,
+        f: Activation,
+        x: MatRef<'_, T, Self>,
+        dy: MatRef<'_, T, Self>,
+        dx: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check("activation backward", &[("x", x.dims()), ("dy", dy.dims())], ("dx", dx.dims()))?;
+        let walk = Walk::through(&[x.operand(), dy.operand(), dx.operand()]);
+        let [sx, sdy, sdx] = [x.dims(), dy.dims(), dx.dims()].map(|dims| dims.row_stride);
+        let dx = dx.into_data();
+        let launch = self.kernel(&FAMILY, format!("activate_backward_{}", T::DTYPE)).ints(walk.words()).int(number(f));
+        let launch = launch.read(x.data()).int(sx).read(dy.data()).int(sdy).write(&dx).int(sdx);
+        // SAFETY: the arguments are activate_backward's; `check` has seen that all have the same dimensions.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.run(Grid::over(walk.steps))
+        }
+    }
+
+    fn gate<T: Element>(
+        &self,
+        f: Activation,
+        gate: MatRef<'_, T, Self>,
+        up: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check("gate", &[("gate", gate.dims()), ("up", up.dims())], ("y", y.dims()))?;
+        let walk = Walk::through(&[gate.operand(), up.operand(), y.operand()]);
+        let [sg, su, sy] = [gate.dims(), up.dims(), y.dims()].map(|dims| dims.row_stride);
+        let y = y.into_data();
+        let launch = self.kernel(&FAMILY, format!("gate_{}", T::DTYPE)).ints(walk.words()).int(number(f));
+        let launch = launch.read(gate.data()).int(sg).read(up.data()).int(su).write(&y).int(sy);
+        // SAFETY: the arguments are gate's; `check` has seen that all have the same dimensions.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.run(Grid::over(walk.steps))
+        }
+    }
+
+    fn gate_backward<T: Element>(
+        &self,
+        f: Activation,
+        gate: MatRef<'_, T, Self>,
+        up: MatRef<'_, T, Self>,
+        dy: MatRef<'_, T, Self>,
+        d: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        super::check_gate_backward(gate.dims(), up.dims(), dy.dims(), d.dims())?;
+        let halves = [0, gate.cols()].map(|at| {
+            let dims = Dims { cols: gate.cols(), ..d.dims() };
+            Operand { dims, address: d.shared().address() + (at * size_of::<T>()) as u64, size: size_of::<T>() }
+        });
+        let operands = [gate.operand(), up.operand(), dy.operand(), halves[0], halves[1]];
+        let walk = Walk::by_rows(&operands, gate.rows(), gate.cols());
+        let [sg, su, sdy, sd] = [gate.dims(), up.dims(), dy.dims(), d.dims()].map(|dims| dims.row_stride);
+        let d = d.into_data();
+        let launch = self.kernel(&FAMILY, format!("gate_backward_{}", T::DTYPE)).ints(walk.words()).int(number(f));
+        let launch = launch.read(gate.data()).int(sg).read(up.data()).int(su).read(dy.data()).int(sdy).write(&d).int(sd);
+        // SAFETY: the arguments are gate_backward's; the check has seen that the inputs have the same dimensions, and d twice
+        // their columns.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.run(Grid::over(walk.steps))
+        }
+    }
+
+    fn add<T: Element>(&self, a: MatRef<'_, T, Self>, b: MatRef<'_, T, Self>, y: MatMut<'_, T, Self>) -> Result<()> {
+        check("add", &[("a", a.dims()), ("b", b.dims())], ("y", y.dims()))?;
+        let walk = Walk::through(&[a.operand(), b.operand(), y.operand()]);
+        let [sa, sb, sy] = [a.dims(), b.dims(), y.dims()].map(|dims| dims.row_stride);
+        let y = y.into_data();
+        let launch = self.kernel(&FAMILY, format!("add_{}", T::DTYPE)).ints(walk.words());
+        let launch = launch.read(a.data()).int(sa).read(b.data()).int(sb).write(&y).int(sy);
+        // SAFETY: the arguments are add's; `check` has seen that all have the same dimensions.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.run(Grid::over(walk.steps))
+        }
+    }
+
+    fn accumulate<T: Element, Y: Element<Acc = T::Acc>>(
+        &self,
+        x: MatRef<'_, T, Self>,
+        y: MatMut<'_, Y, Self>,
+    ) -> Result<()> {
+        check("accumulate", &[("x", x.dims())], ("y", y.dims()))?;
+        let walk = Walk::through(&[x.operand(), y.operand()]);
+        let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
+        let y = y.into_data();
+        let launch = self.kernel(&FAMILY, format!("accumulate_{}_{}", T::DTYPE, Y::DTYPE)).ints(walk.words());
+        // SAFETY: the arguments are accumulate's; `check` has seen that x has the dimensions of y.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.read(x.data()).int(sx).write(&y).int(sy).run(Grid::over(walk.steps))
+        }
+    }
+
+    fn add_bias<T: Element>(&self, bias: CudaSlice<'_, T>, y: MatMut<'_, T, Self>) -> Result<()> {
+        unit_columns("bias", y.dims())?;
+        check_row("bias", "the bias", Self::len(bias), y.cols())?;
+        let walk = Walk::by_rows(&[vector(bias), y.operand()], y.rows(), y.cols());
+        let sy = y.dims().row_stride;
+        let y = y.into_data();
+        let launch = self.kernel(&FAMILY, format!("add_bias_{}", T::DTYPE)).ints(walk.words());
+        // SAFETY: the arguments are add_bias's; the bias was seen to have one element a column.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.read(bias).write(&y).int(sy).run(Grid::over(walk.steps))
+        }
+    }
+
+    fn sum_rows<T: Element>(&self, x: MatRef<'_, T, Self>, mut sums: CudaSliceMut<'_, T::Acc>) -> Result<()> {
+        unit_columns("bias gradient", x.dims())?;
+        check_row("bias gradient", "the gradient", Self::len_mut(&sums), x.cols())?;
+        let (rows, cols) = (x.rows(), x.cols());
+        if rows == 0 {
+            return self.fill(0.0, MatMut::<T::Acc, Self>::new(Self::reborrow(&mut sums), 1, cols)?);
+        }
+        let (run, runs) = runs(rows);
+        let mut partial = self.empty::<T::Acc>(runs * cols)?;
+        let partial_mut = Self::slice_mut(&mut partial);
+        let launch = self.kernel(&FAMILY, format!("column_runs_{}", T::DTYPE)).ints([rows, cols, run]);
+        let launch = launch.read(x.data()).int(x.dims().row_stride).write(&partial_mut);
+        // SAFETY: the arguments are column_runs's; `partial` was made for that many runs of as many columns.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.run(Grid { blocks: [cols.div_ceil(32), runs], threads: [32, 8], shared: 0 })?;
+        }
+        self.add_runs::<T::Acc>(runs, Self::slice(&partial), sums)
+    }
+
+    fn copy<T: Element, Y: Element>(&self, x: MatRef<'_, T, Self>, y: MatMut<'_, Y, Self>) -> Result<()> {
+        check("copy", &[("x", x.dims())], ("y", y.dims()))?;
+        let walk = Walk::through(&[x.operand(), y.operand()]);
+        let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
+        let y = y.into_data();
+        let launch = self.kernel(&FAMILY, format!("copy_{}_{}", T::DTYPE, Y::DTYPE)).ints(walk.words());
+        // SAFETY: the arguments are copy's; `check` has seen that x has the dimensions of y.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.read(x.data()).int(sx).write(&y).int(sy).run(Grid::over(walk.steps))
+        }
+    }
+
+    fn scale<T: Element>(&self, alpha: f64, y: MatMut<'_, T, Self>) -> Result<()> {
+        unit_columns("scale", y.dims())?;
+        self.in_place("scale", alpha, y)
+    }
+
+    fn fill<T: Element>(&self, value: f64, y: MatMut<'_, T, Self>) -> Result<()> {
+        unit_columns("fill", y.dims())?;
+        self.in_place("fill", value, y)
+    }
+}
+
+/// The rows that one block sums, and how many such runs there are: a function of the rows alone.
+pub(in crate::kernels) fn runs(rows: usize) -> (usize, usize) {
+    let run = rows.div_ceil(256).max(64);
+    (run, rows.div_ceil(run))
+}
+
+impl Cuda {
+    /// A kernel of one number that changes y.
+    fn in_place<T: Element>(&self, name: &str, value: f64, y: MatMut<'_, T, Self>) -> Result<()> {
+        let walk = Walk::through(&[y.operand()]);
+        let sy = y.dims().row_stride;
+        let y = y.into_data();
+        let launch = self.kernel(&FAMILY, format!("{name}_{}", T::DTYPE)).ints(walk.words()).floats([value]);
+        // SAFETY: scale and fill take these arguments, and walk through y alone.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.write(&y).int(sy).run(Grid::over(walk.steps))
+        }
+    }
+
+    /// sums ← the sums of runs of rows, in order.
+    pub(in crate::kernels) fn add_runs<A: Element>(
+        &self,
+        runs: usize,
+        from: CudaSlice<'_, A>,
+        sums: CudaSliceMut<'_, A>,
+    ) -> Result<()> {
+        let cols = Self::len_mut(&sums);
+        same_size("column sums", "the sums of runs", Self::len(from), "runs times columns", runs * cols)?;
+        let launch = self.kernel(&FAMILY, format!("column_sums_{}", A::DTYPE)).ints([runs, cols]);
+        // SAFETY: the arguments are column_sums's, and the sizes were just compared.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.read(from).write(&sums).run(Grid::over(cols))
+        }
+    }
+
+    /// y ← x, with any strides of both.
+    pub(in crate::kernels) fn copy_strided<T: Element>(&self, x: MatRef<'_, T, Self>, y: MatMut<'_, T, Self>) -> Result<()> {
+        same_dims("copy", "x", x.dims(), "y", y.dims())?;
+        let (from, to) = (x.dims(), y.dims());
+        let y = y.into_data();
+        let launch = self.kernel(&FAMILY, format!("copy_strided_{}", T::DTYPE)).ints([from.rows, from.cols]);
+        let launch = launch.read(x.data()).ints([from.row_stride, from.col_stride]).write(&y).ints([to.row_stride, to.col_stride]);
+        // SAFETY: the arguments are copy_strided's; x was just seen to have the dimensions of y, and views lie in their memory.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.run(Grid::over(from.rows * from.cols))
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! Rotary position embedding on NVIDIA GPUs: `cuda/rope.cu`.
+
+use super::{Rope, RopePairs, RopeSpec, check};
+use crate::{
+    device::{
+        Element,
+        cuda::{Cuda, Family, Grid},
+    },
+    error::Result,
+    kernels::MatMut,
+};
+
+const FAMILY: Family = Family { name: "rope", source: include_str!("../../../cuda/rope.cu"), large_shared_memory: false };
+
+impl Rope for Cuda {
+    fn rope<T: Element>(
+        &self,
+        spec: &RopeSpec<'_>,
+        positions: &[u32],
+        transposed: bool,
+        x: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check(spec, positions.len(), &x)?;
+        let (rows, pairs, heads) = (x.rows(), spec.frequencies.len(), x.cols() / spec.head_dim);
+        let sx = x.dims().row_stride;
+        let x = x.into_data();
+        let (frequencies, positions) = (self.table_f64(spec.frequencies)?, self.table_u32(positions)?);
+        let interleaved = usize::from(spec.pairs == RopePairs::Interleaved);
+        let launch = self.kernel(&FAMILY, format!("rope_{}", T::DTYPE));
+        let launch = launch.ints([rows, pairs, heads, spec.head_dim, interleaved]);
+        let launch = launch.floats([spec.magnitude, if transposed { -1.0 } else { 1.0 }]);
+        // SAFETY: the arguments are rope's; `check` has seen that x has a row a position, and whole heads that have the pairs.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.table(&frequencies).table(&positions).write(&x).int(sx).run(Grid::over(rows * pairs))
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! Updates on NVIDIA GPUs: `cuda/update.cu`.
+
+use super::{AdamWStep, SgdStep, Update, check, check_square_sums};
+use crate::{
+    device::{
+        Device, Element,
+        cuda::{Cuda, CudaSlice, CudaSliceMut, Family, Grid},
+    },
+    error::Result,
+    kernels::MatRef,
+};
+
+const FAMILY: Family =
+    Family { name: "update", source: include_str!("../../../cuda/update.cu"), large_shared_memory: false };
+
+fn len<A: Element>(slice: &Option<CudaSliceMut<'_, A>>) -> Option<usize> {
+    slice.as_ref().map(Cuda::len_mut)
+}
+
+impl Update for Cuda {
+    fn sgd<T: Element>(
+        &self,
+        step: &SgdStep,
+        grad: CudaSlice<'_, T::Acc>,
+        weight: CudaSliceMut<'_, T>,
+        master: Option<CudaSliceMut<'_, T::Acc>>,
+        velocity: Option<CudaSliceMut<'_, T::Acc>>,
+    ) -> Result<()> {
+        let count = Self::len_mut(&weight);
+        let lens = [
+            ("the gradient", Some(Self::len(grad))),
+            ("the master weights", len(&master)),
+            ("the velocity", len(&velocity)),
+        ];
+        check("sgd", count, &lens)?;
+        let launch = self.kernel(&FAMILY, format!("sgd_{}", T::DTYPE)).int(count);
+        let launch = launch.floats([step.lr, step.momentum, step.weight_decay, step.grad_scale]);
+        let launch = launch.int(usize::from(step.nesterov)).read(grad).write(&weight);
+        // SAFETY: the arguments are sgd's; `check` has seen that all are as long as the weight.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.write_if(master.as_ref()).write_if(velocity.as_ref()).run(Grid::over(count))
+        }
+    }
+
+    fn adamw<T: Element>(
+        &self,
+        step: &AdamWStep,
+        grad: CudaSlice<'_, T::Acc>,
+        weight: CudaSliceMut<'_, T>,
+        master: Option<CudaSliceMut<'_, T::Acc>>,
+        [first, second]: [CudaSliceMut<'_, T::Acc>; 2],
+    ) -> Result<()> {
+        let count = Self::len_mut(&weight);
+        let lens = [
+            ("the gradient", Some(Self::len(grad))),
+            ("the master weights", len(&master)),
+            ("the first moment", Some(Self::len_mut(&first))),
+            ("the second moment", Some(Self::len_mut(&second))),
+        ];
+        check("adamw", count, &lens)?;
+        let (size, root) = step.corrections();
+        let launch = self.kernel(&FAMILY, format!("adamw_{}", T::DTYPE)).int(count);
+        let launch = launch.floats([step.beta1, 1.0 - step.beta1, step.beta2, 1.0 - step.beta2, step.eps]);
+        let launch = launch.floats([size, root, 1.0 - step.lr * step.weight_decay, step.grad_scale]);
+        let launch = launch.read(grad).write(&weight).write_if(master.as_ref());
+        // SAFETY: the arguments are adamw's; `check` has seen that all are as long as the weight.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.write(&first).write(&second).run(Grid::over(count))
+        }
+    }
+
+    fn square_sums<T: Element>(&self, x: MatRef<'_, T, Self>, sums: CudaSliceMut<'_, f64>) -> Result<()> {
+        check_square_sums(x.dims(), Self::len_mut(&sums))?;
+        let launch = self.kernel(&FAMILY, format!("square_sums_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
+        // SAFETY: the arguments are square_sums's; the check has seen that there is a sum a row.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.read(x.data()).int(x.dims().row_stride).write(&sums).run(Grid::rows(x.rows(), x.cols()))
+        }
+    }
+}
