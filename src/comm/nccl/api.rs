@@ -1,6 +1,9 @@
 //! NCCL's functions, found when they are first asked for.
 
-use crate::error::{Error, Result};
+use crate::{
+    device::cuda::libraries::{FOLDER, python_folders},
+    error::{Error, Result},
+};
 use libloading::Library;
 use std::{
     ffi::{CStr, c_char, c_int, c_uint, c_void},
@@ -186,14 +189,16 @@ unsafe fn copy(text: *const c_char) -> String {
     unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_string()
 }
 
-/// Where NCCL may be: what `SHARDWISE_NCCL` names and nothing else, or on the loader's path, or where pip and conda put it.
+/// Where NCCL may be: what `SHARDWISE_NCCL` names and nothing else, or in the folder of NVIDIA's libraries, on the loader's path,
+/// or where pip and conda put it.
 fn places() -> Vec<PathBuf> {
     if let Some(named) = std::env::var_os("SHARDWISE_NCCL") {
         return vec![named.into()];
     }
-    let mut places: Vec<PathBuf> = vec!["libnccl.so.2".into(), "libnccl.so".into()];
-    for prefix in ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os) {
-        let lib = PathBuf::from(prefix).join("lib");
+    let folder = std::env::var_os(FOLDER).map(|folder| PathBuf::from(folder).join("libnccl.so.2"));
+    let mut places: Vec<PathBuf> = folder.into_iter().filter(|path| path.exists()).collect();
+    places.extend(["libnccl.so.2".into(), "libnccl.so".into()]);
+    for lib in python_folders() {
         places.push(lib.join("libnccl.so.2"));
         let pythons = lib.read_dir().into_iter().flatten().flatten();
         let pip = pythons.map(|python| python.path().join("site-packages/nvidia/nccl/lib/libnccl.so.2"));

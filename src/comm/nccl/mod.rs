@@ -13,6 +13,7 @@
 //!   later one.
 
 mod api;
+mod cuda;
 mod device;
 #[cfg(test)]
 mod fake;

@@ -1,0 +1,54 @@
+//! What NCCL has to know of NVIDIA GPUs.
+
+use super::NcclDevice;
+use crate::{
+    device::{
+        Element,
+        cuda::{Cuda, CudaSlice, CudaSliceMut, Mark},
+    },
+    error::Result,
+};
+use std::{ffi::c_void, rc::Rc};
+
+// SAFETY: addresses are those of the views, in memory of the GPU on which the streams are; memory goes back in the order of the
+// stream of the handle that it came from; `after` is the driver's wait for an event.
+#[allow(unsafe_code)]
+unsafe impl NcclDevice for Cuda {
+    type Mark = Mark;
+
+    fn beside(&self) -> Result<Self> {
+        Cuda::beside(self)
+    }
+
+    fn make_current(&self) -> Result<()> {
+        Cuda::make_current(self)
+    }
+
+    fn stream(&self) -> *mut c_void {
+        Cuda::stream(self)
+    }
+
+    fn mark(&self) -> Result<Mark> {
+        Cuda::mark(self)
+    }
+
+    fn after(&self, mark: &Mark) -> Result<()> {
+        Cuda::after(self, mark)
+    }
+
+    fn is_reached(&self, mark: &Mark) -> Result<bool> {
+        Cuda::is_reached(self, mark)
+    }
+
+    fn while_waiting(&self, look: &Rc<dyn Fn() -> Result<()>>) {
+        Cuda::while_waiting(self, look);
+    }
+
+    fn address<T: Element>(slice: CudaSlice<'_, T>) -> *const c_void {
+        slice.address() as *const c_void
+    }
+
+    fn address_mut<T: Element>(slice: &mut CudaSliceMut<'_, T>) -> *mut c_void {
+        slice.address() as *mut c_void
+    }
+}

@@ -1,0 +1,82 @@
+//! The device of this binary: GPUs, one for each rank in turn, with groups over NCCL.
+
+use shardwise::{
+    Error, Result,
+    comm::{Group, nccl::Options},
+    device::Cuda,
+    launch::Threads,
+};
+use std::{io::Write, time::Duration};
+
+pub(crate) type Dev = Cuda;
+pub(crate) type Tensor<T = f32> = shardwise::Tensor<T, Dev>;
+pub(crate) type DTensor<P, T = f32> = shardwise::parallel::DTensor<P, T, Dev>;
+
+/// A GPU whose fresh tensors are NaN. Where there is none, all tests end here, and say so.
+pub(crate) fn poisoned() -> Dev {
+    needed();
+    Cuda::poisoned(0).unwrap()
+}
+
+/// A GPU.
+pub(crate) fn fresh() -> Dev {
+    needed();
+    Cuda::new(0).unwrap()
+}
+
+/// The number of GPUs; without one the process ends with success, having said that nothing was run.
+pub(crate) fn needed() -> usize {
+    match Cuda::count() {
+        Ok(count) if count > 0 => count,
+        outcome => {
+            let why = outcome.err().map_or("there is no GPU".to_string(), |error| error.to_string());
+            // Past libtest, which would swallow it.
+            let words = format!(
+                "\nCUDA's tests are NOT RUN: {why}\nscripts/cuda_standin.sh runs them without a GPU.\n"
+            );
+            let _ = std::io::stderr().write_all(words.as_bytes());
+            std::process::exit(0);
+        }
+    }
+}
+
+/// Thread ranks with a GPU each, over NCCL; where there are fewer GPUs than ranks, by way of the host.
+pub(crate) struct Ranks(Threads, usize);
+
+pub(crate) fn ranks(world: usize) -> Ranks {
+    needed();
+    Ranks(Threads::new(world).deadline(Duration::from_secs(60)), world)
+}
+
+impl Ranks {
+    pub(crate) fn run<R: Send>(&self, rank: impl Fn(Group<Dev>) -> Result<R> + Sync) -> Result<Vec<R>> {
+        self.0.run(|host| rank(group(&host)?))
+    }
+
+    pub(crate) fn run_each<R: Send>(
+        &self,
+        rank: impl Fn(Group<Dev>) -> Result<R> + Sync,
+    ) -> Result<Vec<Result<R>>> {
+        self.0.run_each(|host| rank(group(&host)?))
+    }
+
+    pub(crate) fn size(&self) -> usize {
+        self.1
+    }
+}
+
+/// The ranks of a host's group with a GPU each.
+pub(crate) fn group(host: &Group<shardwise::device::Cpu>) -> Result<Group<Dev>> {
+    let gpus = needed();
+    let cuda = Cuda::poisoned(host.rank() % gpus)?;
+    // Several ranks of one communicator on one GPU are not for every NCCL.
+    match host.size() <= gpus || std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some() {
+        true => host.over_nccl(&cuda, Options { deadline: Duration::from_secs(60), ..Options::default() }),
+        false => Ok(host.staged(&cuda)),
+    }
+}
+
+/// An error that says that something was not as a test wants it.
+pub(crate) fn wrong(what: String) -> Error {
+    Error::Invalid { op: "test", reason: what }
+}

@@ -1,0 +1,509 @@
+//! Every kernel on the GPU against the same on the CPU, which is held to the reference elsewhere: random sizes, row strides and
+//! offsets, all four elements.
+
+use crate::dev::{self, Dev};
+use half::{bf16, f16};
+use proptest::prelude::*;
+use shardwise::{
+    Result,
+    device::{Cpu, Device, Element},
+    kernels::{
+        Activation, AdamWStep, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask, Mask, MatMut, MatRef,
+        NO_ROW, NormKind, RopePairs, RopeSpec, SgdStep, Targets,
+    },
+    rng::Philox,
+    shard::Sequences,
+};
+
+/// A matrix in memory of its own: where it begins, and how far its rows are apart.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    rows: usize,
+    cols: usize,
+    start: usize,
+    stride: usize,
+}
+
+impl Place {
+    fn len(&self) -> usize {
+        self.start + self.rows * self.stride
+    }
+}
+
+/// The memory of a call on a device: filled with the same numbers everywhere.
+struct Memory<T: Element, B: Device> {
+    device: B,
+    buffer: B::Buffer<T>,
+    place: Place,
+}
+
+impl<T: Element, B: Device> Memory<T, B> {
+    fn new(device: &B, seed: u64, place: Place) -> Self {
+        let stream = Philox::stream(seed, 3);
+        let host: Vec<T> = (0..place.len() as u64).map(|at| T::from_f64(stream.normal(at))).collect();
+        let mut buffer = device.empty::<T>(host.len()).unwrap();
+        device.upload::<T>(&host, B::slice_mut(&mut buffer)).unwrap();
+        Self { device: device.clone(), buffer, place }
+    }
+
+    fn mat(&self) -> MatRef<'_, T, B> {
+        let Place { rows, cols, start, stride } = self.place;
+        let slice = B::slice::<T>(&self.buffer);
+        MatRef::strided(B::narrow::<T>(slice, start..self.place.len()), rows, cols, stride, 1).unwrap()
+    }
+
+    fn mat_mut(&mut self) -> MatMut<'_, T, B> {
+        let Place { rows, cols, start, stride } = self.place;
+        let len = self.place.len();
+        let slice = B::slice_mut::<T>(&mut self.buffer);
+        MatMut::strided(B::narrow_mut::<T>(slice, start..len), rows, cols, stride, 1).unwrap()
+    }
+
+    /// All of the memory, also what no kernel has to do with.
+    fn values(&self) -> Vec<f64> {
+        let mut host = vec![T::default(); self.place.len()];
+        self.device.download::<T>(B::slice(&self.buffer), &mut host).unwrap();
+        host.into_iter().map(T::to_f64).collect()
+    }
+}
+
+fn vector(len: usize) -> Place {
+    Place { rows: 1, cols: len, start: 0, stride: len }
+}
+
+/// Holds two memories to each other: relative to the largest number, or 1.
+fn same<T: Element>(what: &str, got: &[f64], want: &[f64]) {
+    let tolerance = match T::DTYPE {
+        shardwise::device::DType::F64 => 1e-12,
+        shardwise::device::DType::F32 => 2e-5,
+        _ => 4.0 * T::EPSILON,
+    };
+    let scale =
+        want.iter().filter(|value| value.is_finite()).fold(1.0_f64, |max, value| max.max(value.abs()));
+    assert_eq!(got.len(), want.len());
+    for (at, (got, want)) in got.iter().zip(want).enumerate() {
+        let equal = got == want || got.is_nan() && want.is_nan() || (got - want).abs() <= tolerance * scale;
+        assert!(equal, "{what}, {}, element {at}: {got} on the GPU, {want} on the CPU", T::DTYPE);
+    }
+}
+
+/// The sizes of one case.
+#[derive(Clone, Debug)]
+struct Draw {
+    seed: u64,
+    rows: usize,
+    cols: usize,
+    gap: usize,
+    start: usize,
+    more: usize,
+}
+
+impl Draw {
+    fn place(&self) -> Place {
+        Place { rows: self.rows, cols: self.cols, start: self.start, stride: self.cols + self.gap }
+    }
+
+    fn wide(&self, times: usize) -> Place {
+        let cols = self.cols * times;
+        Place { rows: self.rows, cols, start: self.start, stride: cols + self.gap }
+    }
+}
+
+fn draws() -> impl Strategy<Value = Draw> {
+    let aligned = prop_oneof![Just(0_usize), Just(8), 1..9_usize];
+    let cols = prop_oneof![1..40_usize, (1..6_usize).prop_map(|packs| 8 * packs), 1020..1100_usize];
+    (any::<u64>(), 1..20_usize, cols, aligned.clone(), aligned, 1..9_usize)
+        .prop_map(|(seed, rows, cols, gap, start, more)| Draw { seed, rows, cols, gap, start, more })
+}
+
+/// Runs a check for cases and elements.
+fn check(cases: u32, one: impl Fn(&Dev, &Cpu, &Draw)) {
+    let (cuda, cpu) = (dev::poisoned(), Cpu::poisoned());
+    let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
+    proptest!(config, |(draw in draws())| one(&cuda, &cpu, &draw));
+}
+
+const KINDS: [Activation; 4] =
+    [Activation::Relu, Activation::Silu, Activation::GeluErf, Activation::GeluTanh];
+
+fn pointwise<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
+    let place = draw.place();
+    let memory = |seed: u64, place| Memory::<T, B>::new(device, draw.seed ^ seed, place);
+    let (a, b, c) =
+        (memory(1, place), memory(2, Place { stride: place.stride + 8, ..place }), memory(3, place));
+    let mut results = Vec::new();
+    for kind in KINDS {
+        let mut y = memory(4, place);
+        device.activate(kind, a.mat(), y.mat_mut())?;
+        results.push(y.values());
+        device.activate_backward(kind, a.mat(), b.mat(), y.mat_mut())?;
+        results.push(y.values());
+        device.gate(kind, a.mat(), b.mat(), y.mat_mut())?;
+        results.push(y.values());
+        let mut d = memory(5, draw.wide(2));
+        device.gate_backward(kind, a.mat(), b.mat(), c.mat(), d.mat_mut())?;
+        results.push(d.values());
+    }
+    let mut y = memory(6, place);
+    device.add(a.mat(), b.mat(), y.mat_mut())?;
+    results.push(y.values());
+    device.accumulate(c.mat(), y.mat_mut())?;
+    let mut sum = Memory::<T::Acc, B>::new(device, draw.seed, place);
+    device.accumulate(c.mat(), sum.mat_mut())?;
+    results.push(sum.values());
+    let bias = memory(7, vector(draw.cols));
+    device.add_bias(B::slice::<T>(&bias.buffer), y.mat_mut())?;
+    results.push(y.values());
+    device.scale(-1.75, y.mat_mut())?;
+    results.push(y.values());
+    device.fill(0.1, y.mat_mut())?;
+    results.push(y.values());
+    let mut sums = Memory::<T::Acc, B>::new(device, 1, vector(draw.cols));
+    device.sum_rows(a.mat(), B::slice_mut(&mut sums.buffer))?;
+    results.push(sums.values());
+    macro_rules! copies {
+        ($($Y:ty),*) => {$(
+            let mut y = Memory::<$Y, B>::new(device, 9, place);
+            device.copy::<T, $Y>(a.mat(), y.mat_mut())?;
+            results.push(y.values());
+        )*};
+    }
+    copies!(f64, f32, bf16, f16);
+    Ok(results)
+}
+
+fn rows<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
+    let place = draw.place();
+    let memory = |seed: u64, place| Memory::<T, B>::new(device, draw.seed ^ seed, place);
+    let (x, dy) = (memory(1, place), memory(2, place));
+    let (gamma, beta) = (memory(3, vector(draw.cols)), memory(4, vector(draw.cols)));
+    let [gamma, beta] = [&gamma, &beta].map(|memory| B::slice::<T>(&memory.buffer));
+    let mut results = Vec::new();
+    for kind in [NormKind::LayerNorm { eps: 1e-2 }, NormKind::RmsNorm { eps: 1e-2 }] {
+        let mut y = memory(5, place);
+        let mut stats = Memory::<T::Acc, B>::new(device, 6, vector(2 * draw.rows));
+        let with_beta = kind.centers().then_some(beta);
+        device.normalize(kind, x.mat(), gamma, with_beta, y.mat_mut(), B::slice_mut(&mut stats.buffer))?;
+        results.extend([y.values(), stats.values()]);
+        let mut grads = [7, 8].map(|seed| Memory::<T::Acc, B>::new(device, seed, vector(draw.cols)));
+        let [dgamma, dbeta] = &mut grads;
+        let stats = B::slice::<T::Acc>(&stats.buffer);
+        let dbeta = with_beta.map(|_| B::slice_mut(&mut dbeta.buffer));
+        device.normalize_backward(
+            kind,
+            x.mat(),
+            gamma,
+            stats,
+            dy.mat(),
+            y.mat_mut(),
+            B::slice_mut(&mut dgamma.buffer),
+            dbeta,
+        )?;
+        results.push(y.values());
+        results.extend(grads.iter().map(Memory::values));
+    }
+    let valid: Vec<bool> = (0..draw.cols).map(|at| !(at + draw.rows).is_multiple_of(3)).collect();
+    for causal in [None, Some(0), Some(draw.more)] {
+        for valid in [None, Some(&valid[..])] {
+            let mut y = memory(9, place);
+            device.softmax(Mask { causal, valid }, x.mat(), y.mat_mut())?;
+            results.push(y.values());
+            let mut dx = memory(10, place);
+            device.softmax_backward(y.mat(), dy.mat(), dx.mat_mut())?;
+            results.push(dx.values());
+        }
+    }
+    let mut sums = Memory::<f64, B>::new(device, 1, vector(draw.rows));
+    device.square_sums(x.mat(), B::slice_mut(&mut sums.buffer))?;
+    results.push(sums.values());
+    Ok(results)
+}
+
+fn losses<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
+    let (place, rows) = (draw.place(), draw.rows);
+    let memory = |seed: u64| Memory::<T, B>::new(device, draw.seed ^ seed, place);
+    let wide = |len| Memory::<T::Acc, B>::new(device, 5, vector(len));
+    let (x, y, mut results) = (memory(1), memory(2), Vec::new());
+    let count = draw.cols + draw.more + 2;
+    let classes: Vec<u32> = (0..rows as u64)
+        .map(|row| (Philox::stream(draw.seed, 8).uniform(row) * count as f64) as u32)
+        .collect();
+    for (off, ignored) in [(0.0, None), (0.01, Some(classes[0]))] {
+        let targets = Targets {
+            classes: &classes,
+            ignored,
+            count,
+            first: draw.more,
+            on: 1.0 - off * count as f64,
+            off,
+            z: off,
+        };
+        let (mut max, mut sums, mut values, mut lse) = (wide(rows), wide(3 * rows), wide(rows), wide(rows));
+        device.row_max(x.mat(), B::slice_mut(&mut max.buffer))?;
+        let max_slice = B::slice::<T::Acc>(&max.buffer);
+        device.exp_sums(&targets, x.mat(), max_slice, B::slice_mut(&mut sums.buffer))?;
+        let sums_slice = B::slice::<T::Acc>(&sums.buffer);
+        let (values_mut, lse_mut) = (B::slice_mut(&mut values.buffer), B::slice_mut(&mut lse.buffer));
+        device.cross_entropy::<T::Acc>(&targets, max_slice, sums_slice, values_mut, lse_mut)?;
+        let mut dx = memory(3);
+        device.cross_entropy_backward(&targets, 0.3, x.mat(), B::slice(&lse.buffer), dx.mat_mut())?;
+        results.extend([max.values(), sums.values(), values.values(), lse.values(), dx.values()]);
+    }
+    let (mut sums, mut dx) = (wide(rows), memory(3));
+    device.squared_error(x.mat(), y.mat(), B::slice_mut(&mut sums.buffer))?;
+    device.squared_error_backward(0.3, x.mat(), y.mat(), dx.mat_mut())?;
+    results.extend([sums.values(), dx.values()]);
+    Ok(results)
+}
+
+fn places<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
+    let place = draw.place();
+    let memory = |seed: u64, place| Memory::<T, B>::new(device, draw.seed ^ seed, place);
+    let mut results = Vec::new();
+    // Gather and its transpose: some ids twice, some none.
+    let table_place = Place { rows: 5, ..place };
+    let table = memory(1, table_place);
+    let ids: Vec<u32> =
+        (0..draw.rows as u32).map(|row| if row % 4 == 3 { NO_ROW } else { row * 7 % 5 }).collect();
+    let mut y = memory(2, place);
+    device.gather(table.mat(), &ids, y.mat_mut())?;
+    results.push(y.values());
+    let mut sums = Memory::<T::Acc, B>::new(device, 3, table_place);
+    device.scatter_add(&ids, y.mat(), sums.mat_mut())?;
+    results.push(sums.values());
+    // Dropout of a part of a whole.
+    let mask = DropoutMask {
+        probability: 0.3,
+        stream: Philox::stream(draw.seed, 4),
+        row: 3 + draw.seed % 1000 * 1_000_000_007,
+        column: draw.more,
+        width: draw.cols + 2 * draw.more,
+    };
+    let x = memory(4, place);
+    device.dropout(&mask, x.mat(), y.mat_mut())?;
+    results.push(y.values());
+    // Rotations of two heads, of which one feature may stay.
+    for pairs in [RopePairs::Halves, RopePairs::Interleaved] {
+        let frequencies: Vec<f64> =
+            (0..draw.cols / 2).map(|at| 10_000_f64.powf(-(at as f64) / 16.0)).collect();
+        let spec = RopeSpec { head_dim: draw.cols, frequencies: &frequencies, pairs, magnitude: 1.1 };
+        let positions: Vec<u32> = (0..draw.rows as u32).map(|row| row * row * 37).collect();
+        for transposed in [false, true] {
+            let mut x = memory(5, draw.wide(2));
+            device.rope(&spec, &positions, transposed, x.mat_mut())?;
+            results.push(x.values());
+        }
+    }
+    Ok(results)
+}
+
+fn updates<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
+    let place = vector(draw.cols);
+    let wide = |seed: u64| Memory::<T::Acc, B>::new(device, draw.seed ^ seed, place);
+    let mut results = Vec::new();
+    for masters in [false, true] {
+        let (grad, mut weight, mut master, mut first, mut second) =
+            (wide(1), Memory::<T, B>::new(device, draw.seed, place), wide(2), wide(3), wide(4));
+        device.scale(0.0, second.mat_mut())?;
+        for nesterov in [false, true] {
+            let step = SgdStep { lr: 0.1, momentum: 0.9, nesterov, weight_decay: 0.01, grad_scale: 0.5 };
+            let velocity = nesterov.then(|| B::slice_mut::<T::Acc>(&mut first.buffer));
+            let master = masters.then(|| B::slice_mut::<T::Acc>(&mut master.buffer));
+            device.sgd::<T>(
+                &step,
+                B::slice(&grad.buffer),
+                B::slice_mut(&mut weight.buffer),
+                master,
+                velocity,
+            )?;
+        }
+        let step = AdamWStep {
+            lr: 0.01,
+            beta1: 0.9,
+            beta2: 0.99,
+            eps: 1e-6,
+            weight_decay: 0.1,
+            step: 3,
+            grad_scale: 2.0,
+        };
+        let moments = [B::slice_mut::<T::Acc>(&mut first.buffer), B::slice_mut::<T::Acc>(&mut second.buffer)];
+        let own = masters.then(|| B::slice_mut::<T::Acc>(&mut master.buffer));
+        device.adamw::<T>(&step, B::slice(&grad.buffer), B::slice_mut(&mut weight.buffer), own, moments)?;
+        results.extend([weight.values(), master.values(), first.values(), second.values()]);
+    }
+    Ok(results)
+}
+
+fn products<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
+    let (m, k, n) = (draw.rows, draw.cols.min(60), draw.more);
+    let place = |rows, cols, gap| Place { rows, cols, start: draw.start, stride: cols + gap };
+    let memory = |seed: u64, place| Memory::<T, B>::new(device, draw.seed ^ seed, place);
+    let mut results = Vec::new();
+    let (a, at) = (memory(1, place(m, k, draw.gap)), memory(2, place(k, m, draw.gap)));
+    let (b, bt) = (memory(3, place(k, n, draw.gap)), memory(4, place(n, k, draw.gap)));
+    for (a, b) in
+        [(a.mat(), b.mat()), (at.mat().t(), b.mat()), (a.mat(), bt.mat().t()), (at.mat().t(), bt.mat().t())]
+    {
+        for beta in [0.0, 0.5] {
+            let mut c = memory(5, place(m, n, draw.gap));
+            device.gemm(1.5, a, b, beta, c.mat_mut())?;
+            results.push(c.values());
+            let mut c = Memory::<T::Acc, B>::new(device, draw.seed, place(n, m, 1));
+            let Place { start, stride, .. } = c.place;
+            let len = c.place.len();
+            let slice = B::narrow_mut::<T::Acc>(B::slice_mut(&mut c.buffer), start..len);
+            device.gemm(1.5, a, b, beta, MatMut::strided(slice, m, n, 1, stride)?)?;
+            results.push(c.values());
+        }
+    }
+    // Every other element of both dimensions, and a batch that shares B.
+    let sparse = memory(6, place(2 * m * 3, 2 * k, 0));
+    let stride = 2 * k;
+    let slice = B::narrow::<T>(B::slice(&sparse.buffer), draw.start..sparse.place.len());
+    let odd = MatRef::<T, B>::strided(slice, m, k, 2 * stride, 2)?;
+    let mut c = memory(7, place(m, n, 0));
+    device.gemm(1.0, odd, b.mat(), 0.0, c.mat_mut())?;
+    results.push(c.values());
+    let mut c = memory(7, Place { rows: 3 * m, ..place(m, n, 0) });
+    let batch = Batch { count: 3, a: 2 * m * stride, b: 0, c: m * n };
+    let rows = MatRef::<T, B>::strided(slice, m, k, stride, 1)?;
+    let start = c.place.start;
+    let len = c.place.len();
+    let to = B::narrow_mut::<T>(B::slice_mut(&mut c.buffer), start..len);
+    device.gemm_batched(batch, 1.0, rows, b.mat(), 0.0, MatMut::new(to, m, n)?)?;
+    results.push(c.values());
+    // An empty sum.
+    let nothing = MatRef::<T, B>::new(B::narrow::<T>(slice, 0..0), m, 0)?;
+    let none = MatRef::<T, B>::new(B::narrow::<T>(slice, 0..0), 0, n)?;
+    let mut c = memory(8, place(m, n, 0));
+    device.gemm(1.0, nothing, none, 0.5, c.mat_mut())?;
+    results.push(c.values());
+    Ok(results)
+}
+
+fn attention<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
+    let dim = [3, 8, 33, 70, 130][draw.cols % 5];
+    let (heads, kv_heads) = [(2, 2), (4, 2), (3, 1)][draw.more % 3];
+    let kv: Vec<usize> = (0..heads).map(|head| head * kv_heads / heads).collect();
+    let lengths = [draw.rows, 0, 40 * (draw.seed % 2) as usize + 1];
+    let rows: usize = lengths.iter().sum();
+    let flags: Vec<bool> = (0..rows).map(|row| row % 5 != 2).collect();
+    let memory = |seed: u64, cols| {
+        Memory::<T, B>::new(
+            device,
+            draw.seed ^ seed,
+            Place { rows, cols, start: draw.start, stride: cols + draw.gap },
+        )
+    };
+    let (q, dout) = (memory(1, heads * dim), memory(4, heads * dim));
+    let (mut k, mut v) = (memory(2, kv_heads * dim), memory(3, kv_heads * dim));
+    let mut results = Vec::new();
+    for (causal, window, masked) in [
+        (false, None, false),
+        (true, None, false),
+        (true, Some(3), false),
+        (false, None, true),
+        (true, None, true),
+    ] {
+        let sequences = Sequences::packed(lengths);
+        let sequences = if masked { sequences.masked(&flags)? } else { sequences };
+        if masked {
+            // What is masked may be anything.
+            for memory in [&mut k, &mut v] {
+                for row in (0..rows).filter(|&row| !flags[row]) {
+                    let cols = memory.place.cols;
+                    device.fill(f64::NAN, memory.mat_mut().block(row..row + 1, 0..cols))?;
+                }
+            }
+        }
+        let spec = AttentionSpec {
+            kv_of_query: &kv,
+            kv_heads,
+            head_dim: dim,
+            scale: 0.3,
+            causal,
+            window,
+            sequences: &sequences,
+        };
+        let (mut out, mut lse) =
+            (memory(5, heads * dim), Memory::<T::Acc, B>::new(device, 6, vector(rows * heads)));
+        device.attention(&spec, q.mat(), k.mat(), v.mat(), out.mat_mut(), B::slice_mut(&mut lse.buffer))?;
+        let mut dqkv = memory(7, (heads + 2 * kv_heads) * dim);
+        let lse_slice = B::slice::<T::Acc>(&lse.buffer);
+        device.attention_backward(
+            &spec,
+            q.mat(),
+            k.mat(),
+            v.mat(),
+            out.mat(),
+            lse_slice,
+            dout.mat(),
+            dqkv.mat_mut(),
+        )?;
+        results.extend([out.values(), lse.values(), dqkv.values()]);
+    }
+    // Two sequences that go on from 5 and 0 positions, in slots 2 and 0.
+    let capacity = 60;
+    let cache = |seed: u64| {
+        let rows = 3 * kv_heads * capacity;
+        Memory::<T, B>::new(device, draw.seed ^ seed, Place { rows, cols: dim, start: 0, stride: dim })
+    };
+    let (keys, values) = (cache(8), cache(9));
+    let lengths = [draw.rows, 2];
+    let sequences = Sequences::packed(lengths).starting_at(&[5, 0])?;
+    for window in [None, Some(4)] {
+        let spec = AttentionSpec {
+            kv_of_query: &kv,
+            kv_heads,
+            head_dim: dim,
+            scale: 0.3,
+            causal: true,
+            window,
+            sequences: &sequences,
+        };
+        let place = Place {
+            rows: draw.rows + 2,
+            cols: heads * dim,
+            start: draw.start,
+            stride: heads * dim + draw.gap,
+        };
+        let (q, mut out) = (Memory::<T, B>::new(device, 1, place), Memory::<T, B>::new(device, 2, place));
+        let slots = CacheSpec { slots: &[2, 0], capacity };
+        device.attention_cached(&spec, &slots, q.mat(), keys.mat(), values.mat(), out.mat_mut())?;
+        results.push(out.values());
+    }
+    Ok(results)
+}
+
+/// A test of a family: all four elements on both devices.
+macro_rules! families {
+    ($($name:ident, $cases:expr, $family:ident;)*) => {$(
+        #[test]
+        fn $name() {
+            check($cases, |cuda, cpu, draw| {
+                fn one<T: Element>(cuda: &Dev, cpu: &Cpu, draw: &Draw) {
+                    let got = $family::<T, _>(cuda, draw).unwrap();
+                    let want = $family::<T, _>(cpu, draw).unwrap();
+                    assert_eq!(got.len(), want.len());
+                    for (at, (got, want)) in got.iter().zip(&want).enumerate() {
+                        same::<T>(&format!("{}, result {at}", stringify!($family)), got, want);
+                    }
+                }
+                one::<f64>(cuda, cpu, draw);
+                one::<f32>(cuda, cpu, draw);
+                one::<bf16>(cuda, cpu, draw);
+                one::<f16>(cuda, cpu, draw);
+            });
+        }
+    )*};
+}
+
+families! {
+    element_wise_kernels_are_the_cpus, 24, pointwise;
+    row_kernels_are_the_cpus, 24, rows;
+    losses_are_the_cpus, 16, losses;
+    gather_dropout_and_rope_are_the_cpus, 24, places;
+    updates_are_the_cpus, 16, updates;
+    products_are_the_cpus, 24, products;
+    attention_is_the_cpus, 12, attention;
+}

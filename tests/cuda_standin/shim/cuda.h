@@ -1,0 +1,314 @@
+// CUDA kernels as C++ for the host: a block runs on one thread of the host, each of its threads is a fiber.
+//
+// A fiber runs until it meets a barrier or a shuffle; the last of those who are waited for lets the others go on. So a missing
+// barrier shows: what another thread would have written is not there yet, and shared memory holds NaN before it is written.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <link.h>
+#include <sys/mman.h>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#define SHARDWISE_STANDIN
+#define __global__ STANDIN_KERNEL
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+#define __restrict__ __restrict
+#define __constant__ static const
+// One copy for each thread of the host; all of a module's are filled with NaN before a block begins.
+#define __shared__ static thread_local
+
+struct uint3 { unsigned x, y, z; };
+
+namespace standin {
+
+enum State : unsigned char { READY, AT_BARRIER, AT_WARP, DONE };
+
+struct Fiber {
+  void* stack;  // where it goes on
+  State state;
+  unsigned lane, warp;
+  uint3 place;
+};
+
+struct Warp {
+  unsigned wanted, arrived, live;
+  unsigned turn[32];
+  unsigned long long slot[2][32];
+};
+
+struct Block {
+  void* host;  // where the host's thread goes on
+  Fiber* current;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  unsigned char* dynamic;
+  uint3 place, size, grid;
+  unsigned live, arrived;
+  void (*body)(void**);
+  void** arguments;
+};
+
+inline Block*& own() {
+  static thread_local Block* block = nullptr;
+  return block;
+}
+
+// Saves what a function has to keep, and goes on with another stack.
+extern "C" void standin_switch(void** from, void* to);
+asm(R"(
+.text
+.local standin_switch
+.type standin_switch, @function
+standin_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+// Lets go who waits at a barrier or in a warp at which nobody is missing.
+inline void release(Block& block, Warp& warp, unsigned number) {
+  if (block.arrived && block.arrived == block.live) {
+    for (Fiber& fiber : block.fibers)
+      if (fiber.state == AT_BARRIER) fiber.state = READY;
+    block.arrived = 0;
+  }
+  if (warp.arrived && warp.arrived == (warp.wanted & warp.live)) {
+    for (unsigned left = warp.arrived; left; left &= left - 1) block.fibers[number * 32 + __builtin_ctz(left)].state = READY;
+    warp.arrived = 0;
+  }
+}
+
+// Goes on with the next fiber that can; returns when it is this one's turn again.
+inline void next() {
+  Block& block = *own();
+  Fiber *me = block.current, *begin = block.fibers.data(), *end = begin + block.fibers.size(), *other = me;
+  do {
+    if (++other == end) other = begin;
+    if (other->state == READY) {
+      if (other == me) return;
+      block.current = other;
+      standin_switch(&me->stack, other->stack);
+      return;
+    }
+  } while (other != me);
+  if (block.live == 0) {
+    standin_switch(&me->stack, block.host);
+    return;
+  }
+  fprintf(stderr, "cuda stand-in: threads of block %u, %u wait for each other: a barrier or shuffle that not all reach\n",
+          block.place.x, block.place.y);
+  abort();
+}
+
+inline void barrier() {
+  Block& block = *own();
+  Fiber& me = *block.current;
+  me.state = AT_BARRIER;
+  block.arrived++;
+  release(block, block.warps[me.warp], me.warp);
+  if (me.state != READY) next();
+}
+
+inline void meet(unsigned mask) {
+  Block& block = *own();
+  Fiber& me = *block.current;
+  Warp& warp = block.warps[me.warp];
+  warp.wanted = mask;
+  warp.arrived |= 1u << me.lane;
+  me.state = AT_WARP;
+  release(block, warp, me.warp);
+  if (me.state != READY) next();
+}
+
+// Two sets of slots in turn: one meeting a shuffle is enough.
+template <class T> inline T shuffle(unsigned mask, T value, unsigned from) {
+  static_assert(sizeof(T) <= 8, "");
+  Block& block = *own();
+  Warp& warp = block.warps[block.current->warp];
+  const unsigned lane = block.current->lane, turn = warp.turn[lane]++ & 1;
+  memcpy(&warp.slot[turn][lane], &value, sizeof(T));
+  meet(mask);
+  T result;
+  memcpy(&result, &warp.slot[turn][from & 31], sizeof(T));
+  return result;
+}
+
+inline unsigned ballot(unsigned mask, bool vote) {
+  Block& block = *own();
+  Warp& warp = block.warps[block.current->warp];
+  const unsigned lane = block.current->lane, turn = warp.turn[lane]++ & 1;
+  warp.slot[turn][lane] = vote;
+  meet(mask);
+  unsigned votes = 0;
+  for (unsigned other = 0; other < 32; other++)
+    if (mask >> other & 1 && warp.live >> other & 1 && warp.slot[turn][other]) votes |= 1u << other;
+  return votes;
+}
+
+inline void begin() {
+  Block& block = *own();
+  block.body(block.arguments);
+  Fiber& me = *block.current;
+  Warp& warp = block.warps[me.warp];
+  me.state = DONE;
+  block.live--;
+  warp.live &= ~(1u << me.lane);
+  release(block, warp, me.warp);
+  next();
+  abort();
+}
+
+// This module's thread-local memory, which is its shared memory and `own`.
+struct Local {
+  unsigned char* start;
+  size_t size;
+};
+inline int find_local(dl_phdr_info* info, size_t, void* result) {
+  const uintptr_t here = (uintptr_t)&find_local;
+  bool mine = false;
+  size_t size = 0;
+  for (int i = 0; i < info->dlpi_phnum; i++) {
+    const auto& part = info->dlpi_phdr[i];
+    const uintptr_t start = info->dlpi_addr + part.p_vaddr;
+    if (part.p_type == PT_LOAD && here >= start && here < start + part.p_memsz) mine = true;
+    if (part.p_type == PT_TLS) size = part.p_memsz;
+  }
+  if (!mine) return 0;
+  *(Local*)result = {(unsigned char*)info->dlpi_tls_data, info->dlpi_tls_data ? size : 0};
+  return 1;
+}
+
+constexpr size_t STACK = 64 << 10;
+
+// Stacks that a thread of the host keeps.
+struct Stacks {
+  char* start = nullptr;
+  size_t count = 0;
+  char* get(size_t wanted) {
+    if (wanted > count) {
+      if (start) munmap(start, STACK * count);
+      start = (char*)mmap(nullptr, STACK * wanted, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      count = wanted;
+    }
+    return start;
+  }
+};
+
+inline void launch(void (*body)(void**), void** arguments, const unsigned* grid, const unsigned* size, unsigned shared) {
+  // Freed with the process: a thread-local object with a destructor would lie among the shared memory.
+  static __thread Stacks* stacks_of_thread = nullptr;
+  Stacks* kept = stacks_of_thread ? stacks_of_thread : new Stacks;
+  const unsigned threads = size[0] * size[1] * size[2];
+  char* stacks = kept->get(threads);
+  Block block{};
+  block.fibers.resize(threads);
+  block.warps.resize((threads + 31) / 32);
+  block.size = {size[0], size[1], size[2]};
+  block.grid = {grid[0], grid[1], grid[2]};
+  block.body = body;
+  block.arguments = arguments;
+  std::vector<unsigned long long> dynamic(shared / 8 + 16);
+  block.dynamic = (unsigned char*)(((uintptr_t)dynamic.data() + 63) & ~(uintptr_t)63);
+  own() = &block;
+  Local local{};
+  dl_iterate_phdr(find_local, &local);
+  for (unsigned z = 0; z < grid[2]; z++)
+    for (unsigned y = 0; y < grid[1]; y++)
+      for (unsigned x = 0; x < grid[0]; x++) {
+        block.place = {x, y, z};
+        memset(block.dynamic, 0xff, shared);
+        if (local.start) memset(local.start, 0xff, local.size);
+        own() = &block;
+        for (unsigned i = 0; i < threads; i++) {
+          Fiber& fiber = block.fibers[i];
+          fiber.state = READY;
+          fiber.lane = i & 31;
+          fiber.warp = i >> 5;
+          fiber.place = {i % size[0], i / size[0] % size[1], i / (size[0] * size[1])};
+          void** top = (void**)(stacks + STACK * (i + 1));
+          *--top = nullptr;
+          *--top = (void*)begin;
+          fiber.stack = top - 6;
+        }
+        for (size_t w = 0; w < block.warps.size(); w++) {
+          Warp& warp = block.warps[w];
+          warp = Warp{};
+          const unsigned left = threads - w * 32;
+          warp.live = left >= 32 ? ~0u : (1u << left) - 1;
+        }
+        block.live = threads;
+        block.arrived = 0;
+        block.current = block.fibers.data();
+        standin_switch(&block.host, block.current->stack);
+      }
+  own() = nullptr;
+  stacks_of_thread = kept;
+}
+
+template <auto Kernel> struct Thunk;
+template <class... A, void (*Kernel)(A...)> struct Thunk<Kernel> {
+  template <size_t... I> static void call(void** p, std::index_sequence<I...>) { Kernel(*(std::remove_cv_t<A>*)p[I]...); }
+  static void body(void** p) { call(p, std::index_sequence_for<A...>{}); }
+  static constexpr unsigned kind(bool pointer, bool constant) { return pointer ? (constant ? 1u : 2u) << 16 : 0; }
+  static constexpr unsigned signature[] = {
+      sizeof...(A),
+      (unsigned)sizeof(A) | kind(std::is_pointer_v<A>, std::is_const_v<std::remove_pointer_t<A>>)...};
+};
+
+}  // namespace standin
+
+#define threadIdx (standin::own()->current->place)
+#define blockIdx (standin::own()->place)
+#define blockDim (standin::own()->size)
+#define gridDim (standin::own()->grid)
+
+static inline unsigned char* __standin_dynamic_shared() { return standin::own()->dynamic; }
+static inline void __syncthreads() { standin::barrier(); }
+static inline void __syncwarp(unsigned mask = ~0u) { standin::meet(mask); }
+template <class T> static inline T __shfl_sync(unsigned mask, T value, int from) { return standin::shuffle(mask, value, from); }
+template <class T> static inline T __shfl_xor_sync(unsigned mask, T value, int by) {
+  return standin::shuffle(mask, value, standin::own()->current->lane ^ by);
+}
+static inline unsigned __ballot_sync(unsigned mask, int vote) { return standin::ballot(mask, vote); }
+static inline int __ffs(int bits) { return __builtin_ffs(bits); }
+static inline float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
+static inline double sinpi(double x) { return sin(M_PI * x); }
+static inline double cospi(double x) { return cos(M_PI * x); }
+
+// f16 by way of integers: exact, to the nearest, ties to even.
+static inline float __float_from_half_bits(unsigned short half) {
+  const unsigned sign = (unsigned)(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 0x3ff;
+  if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | fraction << 13);
+  const float size = exponent ? ldexpf((float)(fraction | 0x400), (int)exponent - 25) : ldexpf((float)fraction, -24);
+  return sign ? -size : size;
+}
+static inline unsigned short __half_bits_from_float(float x) {
+  const unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return sign | 0x7e00;
+  if (size >= 0x47800000) return sign | 0x7c00;
+  if (size < 0x38800000) return sign | (unsigned short)rintf(ldexpf(__uint_as_float(size), 24));
+  const unsigned rounded = size + 0xfff + (size >> 13 & 1) - 0x38000000;
+  return sign | (unsigned short)(rounded >> 13);
+}

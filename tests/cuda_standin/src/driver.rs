@@ -1,0 +1,316 @@
+//! The exported entry points of `libcuda`.
+
+use crate::{
+    clock::{self, Clock},
+    error::{self, *},
+    kernel, memory,
+    stream::{Progress, Stream, lock},
+};
+use std::{
+    cell::Cell,
+    collections::HashMap,
+    ffi::{CStr, c_char, c_int, c_uint, c_void},
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicI32, Ordering::SeqCst},
+    },
+};
+
+pub type Handle = usize;
+
+struct Context {
+    device: usize,
+    null: Arc<Stream>,
+    streams: Mutex<HashMap<Handle, Arc<Stream>>>,
+    // Sticky, as on a GPU: every later call of the context returns it.
+    failed: AtomicI32,
+}
+
+struct Event {
+    progress: Arc<Progress>,
+    recorded: u64,
+    clock: Clock,
+}
+
+static EVENTS: Mutex<(usize, Option<HashMap<Handle, Event>>)> = Mutex::new((0, None));
+thread_local!(static CURRENT: Cell<Option<usize>> = const { Cell::new(None) });
+
+fn contexts() -> &'static [Context] {
+    static ALL: OnceLock<Vec<Context>> = OnceLock::new();
+    ALL.get_or_init(|| {
+        eprintln!("cuda stand-in: NO GPU IS USED: device memory is host memory, kernels run on the CPU");
+        let count = std::env::var("CUDA_STANDIN_DEVICES").ok().and_then(|v| v.parse().ok()).unwrap_or(8);
+        let context = |device| Context {
+            device,
+            null: Stream::new(device),
+            streams: Mutex::default(),
+            failed: AtomicI32::new(0),
+        };
+        (0..count).map(context).collect()
+    })
+}
+
+fn current() -> Result<&'static Context, Code> {
+    let context = CURRENT.get().and_then(|device| contexts().get(device)).ok_or(INVALID_CONTEXT)?;
+    match context.failed.load(SeqCst) {
+        SUCCESS => Ok(context),
+        code => Err(code),
+    }
+}
+
+/// The stream of a handle, of the current context.
+pub fn stream(handle: Handle) -> Result<Arc<Stream>, Code> {
+    let context = current()?;
+    if handle == 0 {
+        return Ok(context.null.clone());
+    }
+    lock(&context.streams).get(&handle).cloned().ok_or(INVALID_HANDLE)
+}
+
+fn with_event<T>(handle: Handle, f: impl FnOnce(&mut Event) -> T) -> Result<T, Code> {
+    lock(&EVENTS).1.as_mut().and_then(|all| all.get_mut(&handle)).map(f).ok_or(INVALID_HANDLE)
+}
+
+/// A finding becomes the context's sticky error.
+pub fn illegal<T>(device: usize, outcome: Result<T, String>) -> Result<T, Code> {
+    outcome.map_err(|message| {
+        error::report(message);
+        contexts()[device].failed.store(ILLEGAL_ADDRESS, SeqCst);
+        ILLEGAL_ADDRESS
+    })
+}
+
+/// Writes a result where the caller wants it.
+pub unsafe fn put<T>(to: *mut T, value: T) -> Result<(), Code> {
+    if to.is_null() {
+        return Err(INVALID_VALUE);
+    }
+    unsafe { to.write(value) };
+    Ok(())
+}
+
+fn device(ordinal: c_int) -> Result<&'static Context, Code> {
+    usize::try_from(ordinal).ok().and_then(|i| contexts().get(i)).ok_or(INVALID_DEVICE)
+}
+
+macro_rules! exports {
+    ($(fn $name:ident($($a:ident: $t:ty),*) $body:block)*) => {$(
+        /// As the driver's.
+        ///
+        /// # Safety
+        /// As the driver's.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name($($a: $t),*) -> Code {
+            let run = || -> Result<(), Code> { $body };
+            run().err().unwrap_or(SUCCESS)
+        }
+    )*};
+}
+
+exports! {
+    fn cuInit(flags: c_uint) { contexts(); if flags == 0 { Ok(()) } else { Err(INVALID_VALUE) } }
+    fn cuDriverGetVersion(version: *mut c_int) { unsafe { put(version, 13000) } }
+    fn cuGetExportTable(table: *mut *const c_void, _id: *const c_void) { unsafe { put(table, std::ptr::null())? }; Err(NOT_FOUND) }
+    fn cuGetErrorName(code: Code, text: *mut *const c_char) { unsafe { put(text, error::name(code).ok_or(INVALID_VALUE)?.as_ptr()) } }
+    fn cuGetErrorString(code: Code, text: *mut *const c_char) { unsafe { put(text, error::name(code).ok_or(INVALID_VALUE)?.as_ptr()) } }
+    fn cuDeviceGetCount(count: *mut c_int) { unsafe { put(count, contexts().len() as c_int) } }
+    fn cuDeviceGet(out: *mut c_int, ordinal: c_int) { device(ordinal)?; unsafe { put(out, ordinal) } }
+    fn cuDeviceTotalMem_v2(bytes: *mut usize, ordinal: c_int) { device(ordinal)?; unsafe { put(bytes, memory::limit()) } }
+    fn cuDeviceGetName(out: *mut c_char, size: c_int, ordinal: c_int) {
+        device(ordinal)?;
+        let text = format!("CUDA stand-in {ordinal}");
+        let room = usize::try_from(size).ok().filter(|n| *n > 0 && !out.is_null()).ok_or(INVALID_VALUE)? - 1;
+        let count = text.len().min(room);
+        unsafe { std::ptr::copy_nonoverlapping(text.as_ptr(), out.cast(), count); out.add(count).write(0) };
+        Ok(())
+    }
+    fn cuDeviceGetUuid_v2(out: *mut [u8; 16], ordinal: c_int) { unsafe { put(out, [device(ordinal)?.device as u8; 16]) } }
+    // A context's handle is its device's number plus one: null is no context.
+    fn cuDevicePrimaryCtxRetain(out: *mut Handle, ordinal: c_int) { unsafe { put(out, device(ordinal)?.device + 1) } }
+    fn cuDevicePrimaryCtxRelease_v2(ordinal: c_int) { device(ordinal).map(drop) }
+    fn cuCtxGetCurrent(out: *mut Handle) { unsafe { put(out, CURRENT.get().map_or(0, |d| d + 1)) } }
+    fn cuCtxSetCurrent(context: Handle) {
+        if context > contexts().len() { return Err(INVALID_CONTEXT); }
+        CURRENT.set(context.checked_sub(1));
+        Ok(())
+    }
+    fn cuCtxGetDevice(out: *mut c_int) { unsafe { put(out, current()?.device as c_int) } }
+    fn cuCtxSynchronize() {
+        let context = current()?;
+        let streams: Vec<_> = lock(&context.streams).values().cloned().collect();
+        context.null.synchronize();
+        streams.iter().for_each(|s| s.synchronize());
+        current().map(drop)
+    }
+
+    fn cuStreamCreate(out: *mut Handle, _flags: c_uint) {
+        let context = current()?;
+        let new = Stream::new(context.device);
+        let handle = Arc::as_ptr(&new) as usize;
+        unsafe { put(out, handle)? };
+        lock(&context.streams).insert(handle, new);
+        Ok(())
+    }
+    fn cuStreamDestroy_v2(handle: Handle) { lock(&current()?.streams).remove(&handle).map(drop).ok_or(INVALID_HANDLE) }
+    fn cuStreamSynchronize(handle: Handle) { stream(handle)?.synchronize(); current().map(drop) }
+    fn cuStreamQuery(handle: Handle) { if stream(handle)?.is_idle() { Ok(()) } else { Err(NOT_READY) } }
+    fn cuStreamWaitEvent(handle: Handle, event: Handle, _flags: c_uint) {
+        let stream = stream(handle)?;
+        let (progress, count, clock) = with_event(event, |e| (e.progress.clone(), e.recorded, e.clock.clone()))?;
+        stream.follow(&clock);
+        illegal(stream.device, stream.push(!progress.is_at(count), |_| Ok(()), move || progress.wait(count))).map(drop)
+    }
+
+    fn cuEventCreate(out: *mut Handle, _flags: c_uint) {
+        current()?;
+        let mut events = lock(&EVENTS);
+        events.0 += 1;
+        let handle = events.0;
+        unsafe { put(out, handle)? };
+        let event = Event { progress: Arc::default(), recorded: 0, clock: Clock::default() };
+        events.1.get_or_insert_default().insert(handle, event);
+        Ok(())
+    }
+    fn cuEventDestroy_v2(event: Handle) { lock(&EVENTS).1.as_mut().and_then(|e| e.remove(&event)).map(drop).ok_or(INVALID_HANDLE) }
+    fn cuEventRecord(event: Handle, handle: Handle) {
+        let stream = stream(handle)?;
+        with_event(event, |e| {
+            e.recorded += 1;
+            let (progress, count) = (e.progress.clone(), e.recorded);
+            e.clock = illegal(stream.device, stream.push(false, |_| Ok(()), move || progress.reach(count)))?;
+            Ok(())
+        })?
+    }
+    fn cuEventQuery(event: Handle) { if with_event(event, |e| e.progress.is_at(e.recorded))? { Ok(()) } else { Err(NOT_READY) } }
+    fn cuEventSynchronize(event: Handle) {
+        let (progress, count, clock) = with_event(event, |e| (e.progress.clone(), e.recorded, e.clock.clone()))?;
+        progress.wait(count);
+        clock::host_waited(&clock);
+        Ok(())
+    }
+    fn cuEventElapsedTime_v2(ms: *mut f32, from: Handle, to: Handle) {
+        let time = |event| with_event(event, |e| e.progress.time())?.ok_or(INVALID_HANDLE);
+        let (from, to) = (time(from)?, time(to)?);
+        unsafe { put(ms, to.saturating_duration_since(from).as_secs_f32() * 1e3) }
+    }
+
+    fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) {
+        let used = memory::used(current()?.device);
+        unsafe { put(free, memory::limit() - used)?; put(total, memory::limit()) }
+    }
+    fn cuMemAlloc_v2(out: *mut usize, size: usize) { unsafe { put(out, memory::allocate(current()?.device, size)?) } }
+    fn cuMemAllocAsync(out: *mut usize, size: usize, handle: Handle) {
+        // The NaN pattern counts as the stream's first write: another stream has to be ordered after the allocation.
+        let stream = stream(handle)?;
+        let start = memory::allocate(stream.device, size)?;
+        illegal(stream.device, stream.push(false, |who| memory::access(who, start, size, true, "allocation"), || ()))?;
+        unsafe { put(out, start) }
+    }
+    fn cuMemFree_v2(start: usize) { unsafe { cuCtxSynchronize(); cuMemFreeAsync(start, 0) }; current().map(drop) }
+    fn cuMemFreeAsync(start: usize, handle: Handle) {
+        let stream = stream(handle)?;
+        let size = Arc::new(OnceLock::new());
+        let known = size.clone();
+        let judge = |who: &memory::Accessor| memory::free(who, start).map(|n| size.set(n).expect("judged once"));
+        illegal(stream.device, stream.push(false, judge, move || memory::release(start, *known.get().expect("set by judge")))).map(drop)
+    }
+    fn cuMemcpyHtoDAsync_v2(to: usize, from: *const u8, size: usize, handle: Handle) {
+        let stream = stream(handle)?;
+        if from.is_null() { return Err(INVALID_VALUE); }
+        let judge = |who: &memory::Accessor| memory::access(who, to, size, true, "copy to device");
+        if memory::is_pinned(from as usize, size) {
+            let from = from as usize;
+            let work = move || unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) };
+            return illegal(stream.device, stream.push(false, judge, work)).map(drop);
+        }
+        // Pageable memory may be used again at once.
+        let bytes = unsafe { std::slice::from_raw_parts(from, size) }.to_vec();
+        illegal(stream.device, stream.push(false, judge, move || unsafe { std::ptr::copy(bytes.as_ptr(), to as *mut u8, size) })).map(drop)
+    }
+    fn cuMemcpyDtoHAsync_v2(to: *mut u8, from: usize, size: usize, handle: Handle) {
+        let stream = stream(handle)?;
+        if to.is_null() { return Err(INVALID_VALUE); }
+        let to = to as usize;
+        let judge = |who: &memory::Accessor| memory::access(who, from, size, false, "copy to host");
+        illegal(stream.device, stream.push(false, judge, move || unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) }))?;
+        if !memory::is_pinned(to, size) { stream.synchronize(); }
+        Ok(())
+    }
+    fn cuMemcpyHtoD_v2(to: usize, from: *const u8, size: usize) {
+        match unsafe { cuMemcpyHtoDAsync_v2(to, from, size, 0) } { SUCCESS => { stream(0)?.synchronize(); Ok(()) } code => Err(code) }
+    }
+    fn cuMemcpyDtoH_v2(to: *mut u8, from: usize, size: usize) { match unsafe { cuMemcpyDtoHAsync_v2(to, from, size, 0) } { SUCCESS => Ok(()), code => Err(code) } }
+    fn cuMemcpyDtoDAsync_v2(to: usize, from: usize, size: usize, handle: Handle) {
+        let stream = stream(handle)?;
+        let judge = |who: &memory::Accessor| {
+            memory::access(who, from, size, false, "copy (source)")?;
+            memory::access(who, to, size, true, "copy (destination)")
+        };
+        illegal(stream.device, stream.push(false, judge, move || unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) })).map(drop)
+    }
+    fn cuMemsetD8Async(to: usize, value: u8, size: usize, handle: Handle) {
+        let stream = stream(handle)?;
+        let judge = |who: &memory::Accessor| memory::access(who, to, size, true, "memset");
+        illegal(stream.device, stream.push(false, judge, move || unsafe { std::ptr::write_bytes(to as *mut u8, value, size) })).map(drop)
+    }
+    fn cuMemsetD32Async(to: usize, value: c_uint, count: usize, handle: Handle) {
+        let stream = stream(handle)?;
+        let size = count.checked_mul(4).filter(|_| to.is_multiple_of(4)).ok_or(INVALID_VALUE)?;
+        let judge = |who: &memory::Accessor| memory::access(who, to, size, true, "memset");
+        let work = move || unsafe { std::slice::from_raw_parts_mut(to as *mut u32, count) }.fill(value);
+        illegal(stream.device, stream.push(false, judge, work)).map(drop)
+    }
+
+    fn cuMemAllocHost_v2(out: *mut usize, size: usize) { current()?; unsafe { put(out, memory::pin(size)) } }
+    fn cuMemFreeHost(start: usize) { memory::unpin(start).ok_or(INVALID_VALUE) }
+    // A pool's handle is its device's number plus one.
+    fn cuDeviceGetDefaultMemPool(out: *mut Handle, ordinal: c_int) { unsafe { put(out, device(ordinal)?.device + 1) } }
+    fn cuMemPoolSetAttribute(pool: Handle, _attribute: c_int, value: *mut c_void) {
+        if pool == 0 || pool > contexts().len() || value.is_null() { return Err(INVALID_VALUE); }
+        Ok(())
+    }
+    fn cuDeviceGetAttribute(out: *mut c_int, attribute: c_int, ordinal: c_int) {
+        device(ordinal)?;
+        let value = match attribute {
+            16 => 2, // multiprocessors
+            75 => 9, // compute capability, major
+            76 => 0, // and minor
+            97 => 232_448, // shared memory that a block may ask for
+            _ => 1,
+        };
+        unsafe { put(out, value) }
+    }
+
+    fn cuModuleLoadData(out: *mut Handle, image: *const c_char) {
+        current()?;
+        if image.is_null() { return Err(INVALID_VALUE); }
+        let image = unsafe { CStr::from_ptr(image) };
+        unsafe { put(out, kernel::load(image).ok_or(INVALID_IMAGE)?) }
+    }
+    fn cuModuleUnload(module: Handle) { if module == 0 { Err(INVALID_HANDLE) } else { Ok(()) } }
+    fn cuModuleGetFunction(out: *mut Handle, module: Handle, name: *const c_char) {
+        if module == 0 || name.is_null() { return Err(INVALID_HANDLE); }
+        let name = unsafe { CStr::from_ptr(name) };
+        unsafe { put(out, kernel::find(module, name).ok_or(NOT_FOUND)?) }
+    }
+    fn cuFuncSetAttribute(function: Handle, _attribute: c_int, _value: c_int) { if function == 0 { Err(INVALID_HANDLE) } else { Ok(()) } }
+    fn cuLaunchKernel(
+        function: Handle, gx: c_uint, gy: c_uint, gz: c_uint, bx: c_uint, by: c_uint, bz: c_uint, shared: c_uint,
+        handle: Handle, arguments: *mut *mut c_void, _extra: *mut *mut c_void
+    ) {
+        let stream = stream(handle)?;
+        let threads = u64::from(bx) * u64::from(by) * u64::from(bz);
+        // What a GPU refuses too.
+        if function == 0 || threads == 0 || threads > 1024 || gx == 0 || gy == 0 || gz == 0 || gy > 65_535 || gz > 65_535 || shared > 232_448 {
+            return Err(INVALID_VALUE);
+        }
+        let launch = unsafe { kernel::Launch::new(function, [gx, gy, gz], [bx, by, bz], shared, arguments) };
+        let judged = launch.clone();
+        let device = stream.device;
+        illegal(device, stream.push(false, |who| judged.judge(who), move || {
+            if let Err(finding) = launch.run() {
+                let _ = illegal::<()>(device, Err(finding));
+            }
+        })).map(drop)
+    }
+}

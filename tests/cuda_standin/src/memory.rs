@@ -1,0 +1,231 @@
+//! The table of device memory, and the judgement of every access to it.
+//!
+//! An allocation is whole pages with a page behind it that nobody may touch. What is between its end and that page holds a
+//! pattern, which is looked at after every kernel that writes to the allocation.
+
+use crate::{
+    clock::Clock,
+    error::{self, Code, INVALID_VALUE, OUT_OF_MEMORY},
+    stream::lock,
+};
+use std::{
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+    sync::{Mutex, OnceLock},
+};
+
+const PAGE: usize = 4096;
+/// All bits set is NaN in every element; the pattern behind the end is another.
+const FRESH: u8 = 0xff;
+const BEHIND: u8 = 0xfe;
+
+struct Access {
+    range: Range<usize>,
+    write: bool,
+    stream: usize,
+    tick: u64,
+    what: String,
+}
+
+struct Allocation {
+    size: usize,
+    device: usize,
+    freed: bool,
+    accesses: Vec<Access>,
+}
+
+#[derive(Default)]
+struct Table {
+    // Freed ranges stay in the table and reserved, so that an address is never handed out twice and use after free is always seen.
+    allocations: BTreeMap<usize, Allocation>,
+    used: HashMap<usize, usize>,
+    pinned: BTreeMap<usize, usize>,
+}
+
+static TABLE: Mutex<Option<Table>> = Mutex::new(None);
+
+fn with_table<R>(f: impl FnOnce(&mut Table) -> R) -> R {
+    f(lock(&TABLE).get_or_insert_default())
+}
+
+/// Who accesses: a stream of a device, at a tick of its clock.
+pub struct Accessor<'a> {
+    pub device: usize,
+    pub stream: usize,
+    pub tick: u64,
+    pub clock: &'a Clock,
+}
+
+/// Bytes of one device, `CUDA_STANDIN_MEMORY` (default 1 GiB).
+pub fn limit() -> usize {
+    static LIMIT: OnceLock<usize> = OnceLock::new();
+    *LIMIT.get_or_init(|| {
+        std::env::var("CUDA_STANDIN_MEMORY").ok().and_then(|v| v.parse().ok()).unwrap_or(1 << 30)
+    })
+}
+
+/// Bytes in use on a device.
+pub fn used(device: usize) -> usize {
+    with_table(|table| table.used.get(&device).copied().unwrap_or(0))
+}
+
+/// Fresh memory, NaN in every floating-point type.
+pub fn allocate(device: usize, size: usize) -> Result<usize, Code> {
+    if size == 0 {
+        return Err(INVALID_VALUE);
+    }
+    with_table(|table| {
+        let used = table.used.entry(device).or_default();
+        if size > limit().saturating_sub(*used) {
+            return Err(OUT_OF_MEMORY);
+        }
+        let pages = size.next_multiple_of(PAGE);
+        let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a fresh anonymous mapping; nothing else knows its address yet.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), pages + PAGE, access, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(OUT_OF_MEMORY);
+        }
+        // SAFETY: the mapping has as many writable bytes; its last page is given no access.
+        unsafe {
+            std::ptr::write_bytes(start.cast::<u8>(), FRESH, size);
+            std::ptr::write_bytes(start.cast::<u8>().add(size), BEHIND, pages - size);
+            libc::mprotect(start.add(pages), PAGE, libc::PROT_NONE);
+        }
+        *used += size;
+        table
+            .allocations
+            .insert(start as usize, Allocation { size, device, freed: false, accesses: Vec::new() });
+        Ok(start as usize)
+    })
+}
+
+/// The bytes from an address to the end of its allocation; none if it is in none.
+pub fn to_end(start: usize) -> Option<usize> {
+    with_table(|table| {
+        let (base, found) = table.allocations.range(..=start).next_back()?;
+        found.size.checked_sub(start - base)
+    })
+}
+
+/// Judges an access and remembers it for those to come. `Err` says what is wrong.
+pub fn access(who: &Accessor, start: usize, size: usize, write: bool, what: &str) -> Result<(), String> {
+    if size == 0 {
+        return Ok(());
+    }
+    with_table(|table| {
+        let found =
+            table.allocations.range_mut(..=start).next_back().filter(|(base, a)| start - **base < a.size);
+        let Some((&base, found)) = found else {
+            return Err(format!("{what}: {start:#x} is not device memory"));
+        };
+        let offset = start - base;
+        if found.freed {
+            return Err(format!("{what}: use after free at {start:#x}"));
+        }
+        if size > found.size - offset {
+            return Err(format!(
+                "{what}: out of bounds: {size} bytes at offset {offset} of {} bytes",
+                found.size
+            ));
+        }
+        if found.device != who.device {
+            return Err(format!(
+                "{what}: memory of device {} on a stream of device {}",
+                found.device, who.device
+            ));
+        }
+        let range = offset..offset + size;
+        for old in &found.accesses {
+            let overlap = old.range.start < range.end && range.start < old.range.end;
+            if overlap && (old.write || write) && !who.clock.covers(old.stream, old.tick) {
+                return Err(format!(
+                    "race: {what} of stream {} and {} of stream {} are not ordered",
+                    who.stream, old.what, old.stream
+                ));
+            }
+        }
+        // What this access covers and follows cannot race with a later one unless this access does too; a read only stands
+        // for reads.
+        found.accesses.retain(|old| {
+            let inside = range.start <= old.range.start && old.range.end <= range.end;
+            !(inside && (write || !old.write) && who.clock.covers(old.stream, old.tick))
+        });
+        found.accesses.push(Access {
+            range,
+            write,
+            stream: who.stream,
+            tick: who.tick,
+            what: what.to_string(),
+        });
+        Ok(())
+    })
+}
+
+/// Whether what lies behind the allocation of an address is as it was.
+pub fn is_intact(start: usize) -> bool {
+    let Some((end, slack)) = with_table(|table| {
+        let (base, found) =
+            table.allocations.range(..=start).next_back().filter(|(_, found)| !found.freed)?;
+        let end = base + found.size;
+        Some((end, end.next_multiple_of(PAGE) - end))
+    }) else {
+        return true;
+    };
+    // SAFETY: the slack is part of the allocation's mapping, and readable while it is not freed.
+    let behind = unsafe { std::slice::from_raw_parts_mut(end as *mut u8, slack) };
+    let intact = behind.iter().all(|byte| *byte == BEHIND);
+    behind.fill(BEHIND);
+    intact
+}
+
+/// Ends an allocation's life: it counts as a write to all of it, and the address is not used again.
+pub fn free(who: &Accessor, start: usize) -> Result<usize, String> {
+    let size = with_table(|table| table.allocations.get(&start).map(|found| found.size));
+    let size = size.ok_or_else(|| format!("free: {start:#x} is not the start of an allocation"))?;
+    access(who, start, size, true, "free")?;
+    with_table(|table| {
+        if let Some(found) = table.allocations.get_mut(&start) {
+            found.freed = true;
+            found.accesses = Vec::new();
+            *table.used.entry(found.device).or_default() -= size;
+        }
+    });
+    Ok(size)
+}
+
+/// Gives the pages back and leaves the range unreadable.
+pub fn release(start: usize, size: usize) {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    // SAFETY: the range is a mapping of `allocate` that `free` has retired; nothing else was mapped there.
+    let done =
+        unsafe { libc::mmap(start as *mut _, size.next_multiple_of(PAGE), libc::PROT_NONE, flags, -1, 0) };
+    if done == libc::MAP_FAILED {
+        error::report(format!("pages at {start:#x} were not given back"));
+    }
+}
+
+/// Host memory that the device reaches by itself: a copy reads or writes it when its turn comes, not when it is asked for.
+pub fn pin(size: usize) -> usize {
+    let memory = vec![0_u128; size.div_ceil(16).max(1)].into_boxed_slice();
+    let start = Box::into_raw(memory) as *mut u128 as usize;
+    with_table(|table| table.pinned.insert(start, size));
+    start
+}
+
+/// Frees such memory.
+pub fn unpin(start: usize) -> Option<()> {
+    let size = with_table(|table| table.pinned.remove(&start))?;
+    // SAFETY: `pin` made a boxed slice of this length there.
+    drop(unsafe {
+        Box::from_raw(std::ptr::slice_from_raw_parts_mut(start as *mut u128, size.div_ceil(16).max(1)))
+    });
+    Some(())
+}
+
+/// Whether host memory is pinned.
+pub fn is_pinned(start: usize, size: usize) -> bool {
+    with_table(|table| {
+        table.pinned.range(..=start).next_back().is_some_and(|(base, len)| start + size <= base + len)
+    })
+}

@@ -1,0 +1,542 @@
+//! The exported entry points of `libnccl`, between the threads of one process.
+//!
+//! A call goes to its stream, and is done there when all ranks have come. As in the real one nothing is compared but what would
+//! end in chaos here: ranks that disagree are reported, and wait until they are aborted.
+
+use crate::{
+    driver::{self, illegal, stream},
+    error::{self, Code},
+    memory::{self, Accessor},
+    stream::lock,
+};
+use half::{bf16, f16};
+use std::{
+    cell::RefCell,
+    collections::{HashMap, VecDeque},
+    ffi::{c_char, c_int, c_void},
+    sync::{
+        Arc, Condvar, Mutex, OnceLock,
+        atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+const SUCCESS: Code = 0;
+const UNHANDLED: Code = 1;
+const INVALID_ARGUMENT: Code = 4;
+const INVALID_USAGE: Code = 5;
+const IN_PROGRESS: Code = 7;
+const NO_COLOR: c_int = -1;
+
+type Handle = usize;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    AllReduce,
+    AllGather,
+    ReduceScatter,
+    Reduce,
+    Broadcast,
+    Send,
+    Recv,
+}
+
+/// One rank's call.
+#[derive(Clone, Copy, Debug)]
+struct Op {
+    kind: Kind,
+    send: usize,
+    recv: usize,
+    len: usize,
+    dtype: c_int,
+    /// The root, or the peer.
+    root: c_int,
+}
+
+/// The ranks of a communicator, as they meet.
+struct World {
+    size: usize,
+    state: Mutex<State>,
+    news: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    joined: usize,
+    rounds: HashMap<u64, Round>,
+    mail: HashMap<(usize, usize), VecDeque<Vec<u8>>>,
+    wishes: Vec<Option<(c_int, c_int)>>,
+    /// How many divisions were done, and what became of the last: each rank's world and place in it.
+    divisions: u64,
+    parts: Vec<Option<(Arc<World>, usize)>>,
+}
+
+/// What the ranks have come with, and how many have gone again.
+struct Round {
+    ops: Vec<Option<Op>>,
+    done: bool,
+    left: usize,
+}
+
+struct Comm {
+    /// None until the division that it is a part of is done.
+    place: OnceLock<(Arc<World>, usize)>,
+    /// The parent's world and rank, and which division it is.
+    parent: Option<(Arc<World>, usize, u64)>,
+    rounds: AtomicU64,
+    divisions: AtomicU64,
+    aborted: Arc<AtomicBool>,
+    fault: AtomicI32,
+    /// Communicators that a division will make.
+    children: Mutex<Vec<Arc<Comm>>>,
+}
+
+fn worlds() -> &'static Mutex<HashMap<Vec<u8>, Arc<World>>> {
+    static WORLDS: OnceLock<Mutex<HashMap<Vec<u8>, Arc<World>>>> = OnceLock::new();
+    WORLDS.get_or_init(Mutex::default)
+}
+
+fn world(size: usize) -> Arc<World> {
+    let state = State { wishes: vec![None; size], ..State::default() };
+    Arc::new(World { size, state: Mutex::new(state), news: Condvar::new() })
+}
+
+impl World {
+    /// Waits until `done`; none if this rank aborts.
+    fn wait<R>(&self, aborted: &AtomicBool, mut done: impl FnMut(&mut State) -> Option<R>) -> Option<R> {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(result) = done(&mut state) {
+                return Some(result);
+            }
+            if aborted.load(SeqCst) {
+                return None;
+            }
+            state = match self.news.wait_timeout(state, Duration::from_millis(20)) {
+                Ok((state, _)) => state,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+
+    /// One collective of this rank: it is done by the last to come, and nobody leaves before.
+    fn meet(&self, rank: usize, number: u64, op: Op, aborted: &AtomicBool) {
+        {
+            let mut state = lock(&self.state);
+            let round = state.rounds.entry(number).or_insert_with(|| Round {
+                ops: vec![None; self.size],
+                done: false,
+                left: 0,
+            });
+            round.ops[rank] = Some(op);
+            let all: Option<Vec<Op>> = round.ops.iter().copied().collect();
+            if let Some(all) = all {
+                let agree = |other: &Op| {
+                    (other.kind, other.len, other.dtype, other.root) == (op.kind, op.len, op.dtype, op.root)
+                };
+                match all.iter().all(agree) {
+                    true => {
+                        // SAFETY: every rank's memory was judged, and is lent until its call is done, as none is yet.
+                        unsafe { perform(&all) };
+                        round.done = true;
+                    }
+                    false => error::report(format!("NCCL: the ranks call different things: {all:?}")),
+                }
+                self.news.notify_all();
+            }
+        }
+        self.wait(aborted, |state| {
+            let round = state.rounds.get_mut(&number)?;
+            round.done.then_some(())?;
+            round.left += 1;
+            if round.left == self.size {
+                state.rounds.remove(&number);
+            }
+            Some(())
+        });
+    }
+}
+
+fn width(dtype: c_int) -> Option<usize> {
+    match dtype {
+        6 | 9 => Some(2),
+        7 => Some(4),
+        8 => Some(8),
+        _ => None,
+    }
+}
+
+unsafe fn load(at: usize, index: usize, dtype: c_int) -> f64 {
+    // SAFETY: the element was judged to be memory of the device.
+    unsafe {
+        match dtype {
+            6 => f64::from((*(at as *const f16).add(index)).to_f32()),
+            7 => f64::from(*(at as *const f32).add(index)),
+            8 => *(at as *const f64).add(index),
+            _ => f64::from((*(at as *const bf16).add(index)).to_f32()),
+        }
+    }
+}
+
+unsafe fn store(at: usize, index: usize, dtype: c_int, value: f64) {
+    // SAFETY: as in `load`.
+    unsafe {
+        match dtype {
+            6 => *(at as *mut f16).add(index) = f16::from_f32(value as f32),
+            7 => *(at as *mut f32).add(index) = value as f32,
+            8 => *(at as *mut f64).add(index) = value,
+            _ => *(at as *mut bf16).add(index) = bf16::from_f32(value as f32),
+        }
+    }
+}
+
+/// Sums from the last rank to the first, and in f64: another order and rounding than shardwise's own.
+unsafe fn sum(ops: &[Op], len: usize) -> Vec<f64> {
+    // SAFETY: see `load`.
+    (0..len).map(|at| ops.iter().rev().map(|op| unsafe { load(op.send, at, op.dtype) }).sum()).collect()
+}
+
+unsafe fn fill(op: &Op, values: &[f64]) {
+    for (at, value) in values.iter().enumerate() {
+        // SAFETY: see `load`.
+        unsafe { store(op.recv, at, op.dtype, *value) };
+    }
+}
+
+unsafe fn bytes(at: usize, len: usize) -> Vec<u8> {
+    if len == 0 {
+        return Vec::new();
+    }
+    // SAFETY: see `load`.
+    unsafe { std::slice::from_raw_parts(at as *const u8, len) }.to_vec()
+}
+
+unsafe fn write(bytes: &[u8], at: usize) {
+    // SAFETY: see `load`.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at as *mut u8, bytes.len()) };
+}
+
+unsafe fn perform(ops: &[Op]) {
+    let first = ops[0];
+    let size = first.len * width(first.dtype).unwrap_or(0);
+    // SAFETY: see `meet`.
+    unsafe {
+        match first.kind {
+            Kind::AllReduce => {
+                let sums = sum(ops, first.len);
+                ops.iter().for_each(|op| fill(op, &sums));
+            }
+            Kind::Reduce => fill(&ops[first.root as usize], &sum(ops, first.len)),
+            Kind::ReduceScatter => {
+                let sums = sum(ops, first.len * ops.len());
+                ops.iter().zip(sums.chunks(first.len.max(1))).for_each(|(op, sums)| fill(op, sums));
+            }
+            Kind::AllGather => {
+                let all: Vec<u8> = ops.iter().flat_map(|op| bytes(op.send, size)).collect();
+                ops.iter().for_each(|op| write(&all, op.recv));
+            }
+            Kind::Broadcast => {
+                let data = bytes(ops[first.root as usize].send, size);
+                ops.iter().for_each(|op| write(&data, op.recv));
+            }
+            Kind::Send | Kind::Recv => {}
+        }
+    }
+}
+
+impl Comm {
+    fn new(place: Option<(Arc<World>, usize)>, parent: Option<(Arc<World>, usize, u64)>) -> Arc<Self> {
+        let cell = OnceLock::new();
+        if let Some(place) = place {
+            let _ = cell.set(place);
+        }
+        Arc::new(Self {
+            place: cell,
+            parent,
+            rounds: AtomicU64::new(0),
+            divisions: AtomicU64::new(0),
+            aborted: Arc::default(),
+            fault: AtomicI32::new(0),
+            children: Mutex::default(),
+        })
+    }
+
+    /// Takes its place, if the division that it waits for is done. Whether it has one.
+    fn settle(&self) -> bool {
+        if let (None, Some((world, rank, number))) = (self.place.get(), &self.parent) {
+            let state = lock(&world.state);
+            if state.divisions > *number
+                && let Some(part) = state.parts.get(*rank).cloned().flatten()
+            {
+                let _ = self.place.set(part);
+            }
+        }
+        self.place.get().is_some()
+    }
+
+    fn is_ready(&self) -> bool {
+        let children = lock(&self.children);
+        let all_joined = |world: &World| lock(&world.state).joined == world.size;
+        self.settle()
+            && self.place.get().is_some_and(|(world, _)| self.parent.is_some() || all_joined(world))
+            && children.iter().all(|child| child.settle() || child.is_of_nobody())
+    }
+
+    /// Whether the division has left this one without a place.
+    fn is_of_nobody(&self) -> bool {
+        self.parent.as_ref().is_some_and(|(world, rank, number)| {
+            let state = lock(&world.state);
+            state.divisions > *number && state.parts.get(*rank).is_some_and(Option::is_none)
+        })
+    }
+}
+
+/// The communicator of a handle, which is an `Arc` that `destroy` or `abort` takes back.
+unsafe fn comm(handle: Handle) -> Result<Arc<Comm>, Code> {
+    if handle == 0 {
+        return Err(INVALID_ARGUMENT);
+    }
+    // SAFETY: handles are what `hand_out` made of an `Arc`, which they hold.
+    unsafe {
+        Arc::increment_strong_count(handle as *const Comm);
+        Ok(Arc::from_raw(handle as *const Comm))
+    }
+}
+
+fn hand_out(comm: Arc<Comm>) -> Handle {
+    Arc::into_raw(comm) as Handle
+}
+
+thread_local! {
+    static GROUP: RefCell<(usize, Vec<(Handle, Op, Handle)>)> = const { RefCell::new((0, Vec::new())) };
+}
+
+/// Hands calls of one communicator to their stream.
+fn go(handle: Handle, ops: Vec<Op>, on: driver::Handle) -> Result<(), Code> {
+    // SAFETY: the caller's handle.
+    let comm = unsafe { comm(handle)? };
+    let (world, rank) = comm.place.get().cloned().ok_or(INVALID_USAGE)?;
+    let ranks = world.size;
+    for op in &ops {
+        let peers = matches!(op.kind, Kind::Broadcast | Kind::Reduce | Kind::Send | Kind::Recv);
+        if width(op.dtype).is_none() || (peers && !(0..ranks as c_int).contains(&op.root)) {
+            return Err(INVALID_ARGUMENT);
+        }
+    }
+    let stream = stream(on).map_err(|_| UNHANDLED)?;
+    let judged = ops.clone();
+    let judge = move |who: &Accessor| {
+        judged.iter().try_for_each(|op| {
+            let size = op.len * width(op.dtype).unwrap_or(0);
+            let (sent, received) = match op.kind {
+                Kind::AllReduce => (size, size),
+                Kind::AllGather => (size, size * ranks),
+                Kind::ReduceScatter => (size * ranks, size),
+                Kind::Reduce => (size, if op.root as usize == rank { size } else { 0 }),
+                Kind::Broadcast => (if op.root as usize == rank { size } else { 0 }, size),
+                Kind::Send => (size, 0),
+                Kind::Recv => (0, size),
+            };
+            let what = format!("NCCL {:?}", op.kind);
+            memory::access(who, op.send, sent, false, &what)?;
+            memory::access(who, op.recv, received, true, &what)
+        })
+    };
+    // Each collective is a meeting of its own, in the order of the calls.
+    let collectives = ops.iter().filter(|op| !matches!(op.kind, Kind::Send | Kind::Recv)).count() as u64;
+    let first = comm.rounds.fetch_add(collectives, SeqCst);
+    let aborted = Arc::clone(&comm.aborted);
+    let work = move || {
+        let letters = |kind| ops.iter().filter(move |op| op.kind == kind);
+        for op in letters(Kind::Send) {
+            // SAFETY: judged above.
+            let data = unsafe { bytes(op.send, op.len * width(op.dtype).unwrap_or(0)) };
+            lock(&world.state).mail.entry((rank, op.root as usize)).or_default().push_back(data);
+            world.news.notify_all();
+        }
+        for op in letters(Kind::Recv) {
+            let size = op.len * width(op.dtype).unwrap_or(0);
+            let letter = world.wait(&aborted, |state| {
+                state.mail.get_mut(&(op.root as usize, rank)).and_then(VecDeque::pop_front)
+            });
+            match letter {
+                // SAFETY: judged above.
+                Some(data) if data.len() == size => unsafe { write(&data, op.recv) },
+                Some(data) => {
+                    error::report(format!("NCCL: {} bytes were sent, {size} are expected", data.len()))
+                }
+                None => return,
+            }
+        }
+        let collectives = ops.iter().filter(|op| !matches!(op.kind, Kind::Send | Kind::Recv));
+        for (number, op) in (first..).zip(collectives) {
+            world.meet(rank, number, *op, &aborted);
+        }
+    };
+    illegal(stream.device, stream.push(ranks > 1, judge, work)).map(drop).map_err(|_| UNHANDLED)
+}
+
+fn enqueue(handle: Handle, op: Op, on: driver::Handle) -> Result<(), Code> {
+    let grouped = GROUP.with_borrow_mut(|(depth, ops)| {
+        if *depth > 0 {
+            ops.push((handle, op, on));
+        }
+        *depth > 0
+    });
+    if grouped { Ok(()) } else { go(handle, vec![op], on) }
+}
+
+/// `ncclUniqueId`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct UniqueId([u8; 128]);
+
+type Const = *const c_void;
+type Mut = *mut c_void;
+
+macro_rules! exports {
+    ($(fn $name:ident($($a:ident: $t:ty),* $(,)?) $body:block)*) => {$(
+        /// # Safety
+        /// As NCCL's.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name($($a: $t),*) -> Code {
+            let run = || -> Result<Code, Code> { $body };
+            run().unwrap_or_else(|code| code)
+        }
+    )*};
+}
+
+fn op(kind: Kind, send: Const, recv: Mut, len: usize, dtype: c_int, root: c_int) -> Op {
+    Op { kind, send: send as usize, recv: recv as usize, len, dtype, root }
+}
+
+exports! {
+    fn ncclGetVersion(version: *mut c_int) { unsafe { *version = 22_800 }; Ok(SUCCESS) }
+    fn ncclGetUniqueId(id: *mut UniqueId) {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        // Bits that are NaN as numbers: they have to arrive as they are.
+        let mut bytes = [0xff; 128];
+        bytes[..8].copy_from_slice(&NEXT.fetch_add(1, SeqCst).to_le_bytes());
+        bytes[8..12].copy_from_slice(&std::process::id().to_le_bytes());
+        unsafe { *id = UniqueId(bytes) };
+        Ok(SUCCESS)
+    }
+    fn ncclCommInitRankConfig(out: *mut Handle, size: c_int, id: UniqueId, rank: c_int, _config: Mut) {
+        if out.is_null() || size < 1 || !(0..size).contains(&rank) { return Err(INVALID_ARGUMENT); }
+        let known = Arc::clone(lock(worlds()).entry(id.0.to_vec()).or_insert_with(|| world(size as usize)));
+        if known.size != size as usize { return Err(INVALID_ARGUMENT); }
+        let last = {
+            let mut state = lock(&known.state);
+            state.joined += 1;
+            state.joined == known.size
+        };
+        if last { lock(worlds()).remove(&id.0.to_vec()); }
+        unsafe { *out = hand_out(Comm::new(Some((known, rank as usize)), None)) };
+        Ok(IN_PROGRESS)
+    }
+    fn ncclCommSplit(handle: Handle, color: c_int, key: c_int, out: *mut Handle, _config: Mut) {
+        let parent = unsafe { comm(handle)? };
+        let (world_of_parent, rank) = parent.place.get().cloned().ok_or(INVALID_USAGE)?;
+        let number = parent.divisions.fetch_add(1, SeqCst);
+        let child = Comm::new(None, Some((Arc::clone(&world_of_parent), rank, number)));
+        {
+            let mut state = lock(&world_of_parent.state);
+            state.wishes[rank] = Some((color, key));
+            let all: Option<Vec<_>> = state.wishes.iter().copied().collect();
+            if let Some(all) = all {
+                let mut parts = vec![None; all.len()];
+                for color in all.iter().map(|wish| wish.0).filter(|&color| color != NO_COLOR) {
+                    let mut members: Vec<_> = (0..all.len()).filter(|&rank| all[rank].0 == color).collect();
+                    members.sort_by_key(|&rank| (all[rank].1, rank));
+                    let part = world(members.len());
+                    lock(&part.state).joined = members.len();
+                    for (place, rank) in members.into_iter().enumerate() {
+                        parts[rank] = Some((Arc::clone(&part), place));
+                    }
+                }
+                state.parts = parts;
+                state.divisions += 1;
+                state.wishes.fill(None);
+            }
+        }
+        lock(&parent.children).push(Arc::clone(&child));
+        if color != NO_COLOR && !out.is_null() {
+            unsafe { *out = hand_out(child) };
+        }
+        Ok(IN_PROGRESS)
+    }
+    fn ncclCommDestroy(handle: Handle) { unsafe { drop(Arc::from_raw(handle as *const Comm)) }; Ok(SUCCESS) }
+    fn ncclCommAbort(handle: Handle) {
+        let comm = unsafe { Arc::from_raw(handle as *const Comm) };
+        comm.aborted.store(true, SeqCst);
+        if let Some((world, _)) = comm.place.get() { world.news.notify_all(); }
+        Ok(SUCCESS)
+    }
+    fn ncclCommGetAsyncError(handle: Handle, out: *mut c_int) {
+        let comm = unsafe { comm(handle)? };
+        let fault = comm.fault.load(SeqCst);
+        unsafe { *out = if fault != 0 { fault } else if comm.is_ready() { SUCCESS } else { IN_PROGRESS } };
+        Ok(SUCCESS)
+    }
+    // A fault for tests: what `ncclCommGetAsyncError` says from now on.
+    fn cuda_standin_nccl_fault(handle: Handle, code: c_int) { unsafe { comm(handle)? }.fault.store(code, SeqCst); Ok(SUCCESS) }
+    fn ncclGroupStart() { GROUP.with_borrow_mut(|group| group.0 += 1); Ok(SUCCESS) }
+    fn ncclGroupEnd() {
+        let calls = GROUP.with_borrow_mut(|(depth, calls)| {
+            *depth = depth.checked_sub(1).ok_or(INVALID_USAGE)?;
+            Ok::<_, Code>(if *depth == 0 { std::mem::take(calls) } else { Vec::new() })
+        })?;
+        let mut batches: Vec<((Handle, Handle), Vec<Op>)> = Vec::new();
+        for (handle, op, on) in calls {
+            match batches.iter_mut().find(|(place, _)| *place == (handle, on)) {
+                Some((_, ops)) => ops.push(op),
+                None => batches.push(((handle, on), vec![op])),
+            }
+        }
+        batches.into_iter().try_for_each(|((handle, on), ops)| go(handle, ops, on))?;
+        Ok(SUCCESS)
+    }
+    fn ncclAllReduce(s: Const, r: Mut, n: usize, t: c_int, reduce: c_int, c: Handle, on: Handle) {
+        if reduce != 0 { return Err(INVALID_ARGUMENT); }
+        enqueue(c, op(Kind::AllReduce, s, r, n, t, 0), on).map(|()| SUCCESS)
+    }
+    fn ncclAllGather(s: Const, r: Mut, n: usize, t: c_int, c: Handle, on: Handle) {
+        enqueue(c, op(Kind::AllGather, s, r, n, t, 0), on).map(|()| SUCCESS)
+    }
+    fn ncclReduceScatter(s: Const, r: Mut, n: usize, t: c_int, reduce: c_int, c: Handle, on: Handle) {
+        if reduce != 0 { return Err(INVALID_ARGUMENT); }
+        enqueue(c, op(Kind::ReduceScatter, s, r, n, t, 0), on).map(|()| SUCCESS)
+    }
+    fn ncclReduce(s: Const, r: Mut, n: usize, t: c_int, reduce: c_int, root: c_int, c: Handle, on: Handle) {
+        if reduce != 0 { return Err(INVALID_ARGUMENT); }
+        enqueue(c, op(Kind::Reduce, s, r, n, t, root), on).map(|()| SUCCESS)
+    }
+    fn ncclBroadcast(s: Const, r: Mut, n: usize, t: c_int, root: c_int, c: Handle, on: Handle) {
+        enqueue(c, op(Kind::Broadcast, s, r, n, t, root), on).map(|()| SUCCESS)
+    }
+    fn ncclSend(s: Const, n: usize, t: c_int, peer: c_int, c: Handle, on: Handle) {
+        enqueue(c, op(Kind::Send, s, std::ptr::null_mut(), n, t, peer), on).map(|()| SUCCESS)
+    }
+    fn ncclRecv(r: Mut, n: usize, t: c_int, peer: c_int, c: Handle, on: Handle) {
+        enqueue(c, op(Kind::Recv, std::ptr::null(), r, n, t, peer), on).map(|()| SUCCESS)
+    }
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn ncclGetErrorString(code: Code) -> *const c_char {
+    let text = match code {
+        SUCCESS => c"no error",
+        UNHANDLED => c"unhandled cuda error",
+        INVALID_ARGUMENT => c"invalid argument",
+        INVALID_USAGE => c"invalid usage",
+        6 => c"remote process exited or there was a network error",
+        IN_PROGRESS => c"NCCL operation in progress",
+        _ => c"unknown result code",
+    };
+    text.as_ptr()
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn ncclGetLastError(_comm: Handle) -> *const c_char {
+    c"".as_ptr()
+}
