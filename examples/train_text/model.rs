@@ -4,7 +4,7 @@ use shardwise::{
     Error, Result, Tensor,
     comm::DeviceMesh,
     device::{Cpu, Element},
-    kernels::{Activation, NormKind},
+    kernels::{Activation, Backend, NormKind},
     optim::grad_norm,
     parallel::{
         AttentionConfig, BlockConfig, BlockNames, BoxLayer, DTensor, Draw, Dropout, Layer, NormPlacement,
@@ -30,24 +30,24 @@ pub(crate) struct Config {
     pub(crate) recompute: bool,
 }
 
-type Block<S, T> = BoxLayer<S, S, T>;
+type Block<S, T, B> = BoxLayer<S, S, T, B>;
 
 /// This rank's part of the model, and what runs it.
-pub(crate) struct Gpt<S: Stream, T: Element> {
-    mesh: DeviceMesh<Cpu>,
-    head_and_tail: HeadAndTail<S, T>,
-    chunks: Vec<Vec<Block<S, T>>>,
-    pipeline: Pipeline<Cpu>,
-    replicas: Option<DataParallel<T, Cpu>>,
+pub(crate) struct Gpt<S: Stream, T: Element, B: Backend = Cpu> {
+    mesh: DeviceMesh<B>,
+    head_and_tail: HeadAndTail<S, T, B>,
+    chunks: Vec<Vec<Block<S, T, B>>>,
+    pipeline: Pipeline<B>,
+    replicas: Option<DataParallel<T, B>>,
 }
 
 /// The layers before the first block and behind the last, where this rank has them.
-struct HeadAndTail<S: Stream, T: Element> {
+struct HeadAndTail<S: Stream, T: Element, B: Backend> {
     /// At both ends; the first one's counts.
-    table: Option<VocabParallelEmbedding<S, T, Cpu>>,
-    positions: Option<PositionEmbedding<S, T, Cpu>>,
+    table: Option<VocabParallelEmbedding<S, T, B>>,
+    positions: Option<PositionEmbedding<S, T, B>>,
     dropout: Dropout<S>,
-    norm: Option<Normalize<S, T, Cpu>>,
+    norm: Option<Normalize<S, T, B>>,
 }
 
 /// Tokens and the tokens that follow them: sequences of one length, one after the other.
@@ -74,10 +74,10 @@ impl Batch {
     }
 }
 
-impl<S: Stream, T: Element> Gpt<S, T> {
+impl<S: Stream, T: Element, B: Backend> Gpt<S, T, B> {
     /// Reads or draws this rank's part of the weights.
     pub(crate) fn load(
-        mesh: &DeviceMesh<Cpu>,
+        mesh: &DeviceMesh<B>,
         weights: &Weights<'_>,
         config: &Config,
         schedule: Schedule,
@@ -105,8 +105,7 @@ impl<S: Stream, T: Element> Gpt<S, T> {
             let layers = cut.range(chunk * pp.size() + pp.rank());
             let load = |layer: usize| {
                 let weights = weights.at(&format!("layers.{layer}"));
-                let block =
-                    TransformerBlock::<S, ParallelMlp<S, T, Cpu>, T, Cpu>::load(tp, &weights, &block)?;
+                let block = TransformerBlock::<S, ParallelMlp<S, T, B>, T, B>::load(tp, &weights, &block)?;
                 Ok(if config.recompute { BoxLayer::new(Recompute(block)) } else { BoxLayer::new(block) })
             };
             layers.map(load).collect::<Result<Vec<_>>>()
@@ -150,7 +149,7 @@ impl<S: Stream, T: Element> Gpt<S, T> {
         Ok(model)
     }
 
-    pub(crate) fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, Cpu>) -> Result<()>) -> Result<()> {
+    pub(crate) fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
         let HeadAndTail { table, positions, norm, .. } = &mut self.head_and_tail;
         table.as_mut().map_or(Ok(()), |table| table.visit(f))?;
         positions.as_mut().map_or(Ok(()), |positions| positions.visit(f))?;
@@ -239,23 +238,23 @@ fn invalid(reason: &str) -> Error {
 }
 
 /// A batch on its way through the ends of the model.
-struct Pass<'a, S: Stream, T: Element> {
-    model: &'a mut HeadAndTail<S, T>,
+struct Pass<'a, S: Stream, T: Element, B: Backend> {
+    model: &'a mut HeadAndTail<S, T, B>,
     described: &'a [Microbatch],
     microbatches: Vec<Batch>,
-    embedded: Vec<Option<Embedded<S, T>>>,
+    embedded: Vec<Option<Embedded<S, T, B>>>,
     /// A token's part of the mean.
     part: f64,
     /// The scale of the gradient; none when nothing is trained.
     train: Option<f64>,
     loss: f64,
     /// Those of a microbatch without targets.
-    logits: Option<DTensor<Shard<1>, T, Cpu>>,
+    logits: Option<DTensor<Shard<1>, T, B>>,
 }
 
-impl<'a, S: Stream, T: Element> Pass<'a, S, T> {
+impl<'a, S: Stream, T: Element, B: Backend> Pass<'a, S, T, B> {
     fn new(
-        model: &'a mut HeadAndTail<S, T>,
+        model: &'a mut HeadAndTail<S, T, B>,
         described: &'a [Microbatch],
         microbatches: Vec<Batch>,
         part: f64,
@@ -267,14 +266,14 @@ impl<'a, S: Stream, T: Element> Pass<'a, S, T> {
 }
 
 /// What the backward of an embedded microbatch needs.
-struct Embedded<S: Stream, T: Element> {
+struct Embedded<S: Stream, T: Element, B: Backend> {
     rows: Vec<u32>,
-    positions: <PositionEmbedding<S, T, Cpu> as Layer<T, Cpu>>::Saved,
-    dropout: <Dropout<S> as Layer<T, Cpu>>::Saved,
+    positions: <PositionEmbedding<S, T, B> as Layer<T, B>>::Saved,
+    dropout: <Dropout<S> as Layer<T, B>>::Saved,
 }
 
-impl<S: Stream, T: Element> Ends<S, T, Cpu> for Pass<'_, S, T> {
-    fn input(&mut self, at: usize) -> Result<DTensor<S, T, Cpu>> {
+impl<S: Stream, T: Element, B: Backend> Ends<S, T, B> for Pass<'_, S, T, B> {
+    fn input(&mut self, at: usize) -> Result<DTensor<S, T, B>> {
         let Microbatch { sequences, draw } = &self.described[at];
         let HeadAndTail { table: Some(table), positions: Some(positions), dropout, .. } = &self.model else {
             return Err(invalid("the first stage lacks its embeddings"));
@@ -290,7 +289,7 @@ impl<S: Stream, T: Element> Ends<S, T, Cpu> for Pass<'_, S, T> {
         Ok(x)
     }
 
-    fn input_grad(&mut self, at: usize, dx: DTensor<S, T, Cpu>) -> Result<()> {
+    fn input_grad(&mut self, at: usize, dx: DTensor<S, T, B>) -> Result<()> {
         let saved = self.embedded[at].take().ok_or_else(|| invalid("a gradient without its input"))?;
         let dx = self.model.dropout.backward(saved.dropout, &dx)?;
         if let HeadAndTail { table: Some(table), positions: Some(positions), .. } = &mut *self.model {
@@ -300,7 +299,7 @@ impl<S: Stream, T: Element> Ends<S, T, Cpu> for Pass<'_, S, T> {
         Ok(())
     }
 
-    fn loss(&mut self, at: usize, y: DTensor<S, T, Cpu>) -> Result<Option<DTensor<S, T, Cpu>>> {
+    fn loss(&mut self, at: usize, y: DTensor<S, T, B>) -> Result<Option<DTensor<S, T, B>>> {
         let HeadAndTail { table: Some(table), norm: Some(norm), .. } = &mut *self.model else {
             return Err(invalid("the last stage lacks its head"));
         };

@@ -1,7 +1,23 @@
-//! Tests of the CUDA device, and the operator suite on it.
+//! Tests of the CUDA device, and the suite of operators, layers, models and training on it.
 //!
 //! On a machine with GPUs they run there; `scripts/cuda_standin.sh cargo test --features nccl --test cuda` runs them on one without.
 //! Otherwise they say that they were not run.
 
+#[path = "../suite/block.rs"]
+mod block;
+#[path = "../suite/decoding.rs"]
+mod decoding;
 mod dev;
 mod kernels;
+#[path = "../suite/layers.rs"]
+mod layers;
+#[path = "../suite/models.rs"]
+mod models;
+#[path = "../suite/optim.rs"]
+mod optim;
+#[path = "../suite/support.rs"]
+mod support;
+#[path = "../suite/training.rs"]
+mod training;
+#[path = "../suite/vocabulary.rs"]
+mod vocabulary;

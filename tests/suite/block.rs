@@ -1,12 +1,13 @@
 //! The transformer block against the reference: pre- and post-norm, plain and gated, both streams, all worlds.
 
+use crate::dev::Dev;
 use crate::support::{Case, Spread, close, difference, grads_close, matrix, random, run};
 use ndarray::{Array1, Array2};
 use proptest::prelude::*;
 use shardwise::{
     Result,
     comm::Group,
-    device::{Cpu, Element},
+    device::Element,
     kernels::{Activation, NormKind},
     parallel::{
         AttentionConfig, BlockConfig, BlockNames, GatedMlp, NormPlacement, ParallelMlp, Stream,
@@ -116,14 +117,14 @@ impl Draw {
     }
 }
 
-type Plain<S, T> = TransformerBlock<S, ParallelMlp<S, T, Cpu>, T, Cpu>;
-type Gated<S, T> = TransformerBlock<S, GatedMlp<S, T, Cpu>, T, Cpu>;
+type Plain<S, T> = TransformerBlock<S, ParallelMlp<S, T, Dev>, T, Dev>;
+type Gated<S, T> = TransformerBlock<S, GatedMlp<S, T, Dev>, T, Dev>;
 
 fn outcome<S: Stream + Spread, T: Element>(draw: &Draw, case: &Case<'_>) -> Result<crate::support::Outcome> {
     let config = draw.config();
-    let load = |group: &Group<Cpu>, weights: &Weights<'_>| Plain::<S, T>::load(group, weights, &config);
+    let load = |group: &Group<Dev>, weights: &Weights<'_>| Plain::<S, T>::load(group, weights, &config);
     let gated =
-        |group: &Group<Cpu>, weights: &Weights<'_>| Gated::<S, T>::load_gated(group, weights, &config);
+        |group: &Group<Dev>, weights: &Weights<'_>| Gated::<S, T>::load_gated(group, weights, &config);
     if draw.gated { run::<T, _>(case, gated) } else { run::<T, _>(case, load) }
 }
 

@@ -1,15 +1,16 @@
 //! What language models need beyond the layers of an encoder: rotary embedding, head norms, windows, the cache of keys and
 //! values, sampling. Against the reference, and against each other.
 
-use crate::support::{Case, arrays, close, grads_close, matrix, random, ranks, run};
+use crate::dev::{self, DTensor, Dev, Tensor, ranks};
+use crate::support::{Case, arrays, close, grads_close, matrix, random, run};
 use ndarray::{Array1, Array2, Axis, concatenate, s};
 use proptest::prelude::*;
 use shardwise::{
-    Error, Tensor,
-    device::{Cpu, Element},
+    Error,
+    device::Element,
     kernels::{RopePairs, RopeSpec},
     ops::{self, CachedKeys, QkvHeads, RopeConfig, RopeScaling, Rotary},
-    parallel::{Attention, AttentionConfig, DTensor, QkNorm, Sampler},
+    parallel::{Attention, AttentionConfig, QkNorm, Sampler},
     reference,
     shard::{Heads, Partition, Sequences, Shard},
 };
@@ -20,7 +21,7 @@ fn cases(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
-fn tensor<T: Element>(cpu: &Cpu, x: &Array2<f64>) -> Tensor<T> {
+fn tensor<T: Element>(cpu: &Dev, x: &Array2<f64>) -> Tensor<T> {
     Tensor::from_array(cpu, &x.mapv(T::from_f64)).unwrap()
 }
 
@@ -35,7 +36,7 @@ fn rope_config(dim: usize, pairs: RopePairs) -> RopeConfig {
 /// u for one rounding to T: the reference's rotation of rounded inputs, with two rounded products, a rounded sum, rounded
 /// cosines and sines, and the rounding to T, errs by at most 5 u (|a| + |b|).
 fn rope_agrees<T: Element>(config: &RopeConfig, head_dim: usize, sequences: &Sequences, seed: u64) {
-    let cpu = Cpu::poisoned();
+    let cpu = dev::poisoned();
     let x = matrix(seed, "x", sequences.rows(), 2 * head_dim + 3).mapv(|x| T::from_f64(x).to_f64());
     let rotary = Rotary::new(config, head_dim).unwrap();
     let positions: Vec<usize> = sequences.positions().map(|position| position as usize).collect();
@@ -162,7 +163,7 @@ fn attention_agrees(draw: Draw, world: usize, sequences: &Sequences) {
         ..Case::new(world, &x, &dy, &weights)
     };
     let got = run::<f64, _>(&case, |group, weights| {
-        Attention::<f64, Cpu>::load(group, weights, &plan, &draw.config())
+        Attention::<f64, Dev>::load(group, weights, &plan, &draw.config())
     })
     .unwrap();
     close("attention", &got.y.into_dyn(), &want, EXACT);
@@ -191,7 +192,7 @@ fn attention_agrees(draw: Draw, world: usize, sequences: &Sequences) {
 
 /// Tokens in steps of any size over a cache against the reference over the whole sequences.
 fn cache_agrees<T: Element>(heads: &QkvHeads, lengths: &[usize], step: usize, seed: u64, bound: f64) {
-    let cpu = Cpu::poisoned();
+    let cpu = dev::poisoned();
     let (query, kv) = (heads.query_width(), heads.kv_heads * heads.head_dim);
     let sequences = Sequences::packed(lengths.iter().copied());
     let qkv = matrix(seed, "qkv", sequences.rows(), heads.width()).mapv(|x| T::from_f64(x).to_f64());
@@ -208,7 +209,7 @@ fn cache_agrees<T: Element>(heads: &QkvHeads, lengths: &[usize], step: usize, se
     let want = reference::attention(&spec, &q, &k, &v, &sequences.iter().collect::<Vec<_>>(), None);
     // Sequence i in slot n − i, of one slot too many.
     let longest = lengths.iter().copied().max().unwrap_or(0);
-    let mut cache = CachedKeys::<T, Cpu>::new(&cpu, heads, lengths.len() + 1, longest + 1).unwrap();
+    let mut cache = CachedKeys::<T, Dev>::new(&cpu, heads, lengths.len() + 1, longest + 1).unwrap();
     let mut got = Array2::<f64>::from_elem(want.dim(), f64::NAN);
     for start in (0..longest).step_by(step) {
         let parts: Vec<_> = sequences
@@ -288,7 +289,7 @@ proptest! {
 /// More queries than fit a tile, from an empty cache and from a full one: the bits of training's attention.
 #[test]
 fn a_prompt_has_the_bits_of_training() {
-    let cpu = Cpu::poisoned();
+    let cpu = dev::poisoned();
     for window in [None, Some(7), Some(150)] {
         let heads = QkvHeads {
             kv_of_query: vec![0, 0, 1],
@@ -311,7 +312,7 @@ fn a_prompt_has_the_bits_of_training() {
 /// What lies in the cache behind the last token, or in front of the window, has no influence.
 #[test]
 fn a_cache_hides_what_is_not_seen() {
-    let cpu = Cpu::new();
+    let cpu = dev::fresh();
     let heads = QkvHeads {
         kv_of_query: vec![0, 0],
         kv_heads: 1,
@@ -328,7 +329,7 @@ fn a_cache_hides_what_is_not_seen() {
     }
     for rows in [1, 2] {
         let out = |qkv: &Array2<f64>| {
-            let mut cache = CachedKeys::<f64, Cpu>::new(&cpu, &heads, 1, 6).unwrap();
+            let mut cache = CachedKeys::<f64, Dev>::new(&cpu, &heads, 1, 6).unwrap();
             let all = tensor(&cpu, qkv);
             ops::append_to_cache(&heads, &all, &Sequences::one(6), &[0], &mut cache).unwrap();
             let now = Sequences::one(rows).starting_at(&[5 - rows]).unwrap();
@@ -341,7 +342,7 @@ fn a_cache_hides_what_is_not_seen() {
 
 #[test]
 fn caches_and_rotations_name_what_disagrees() {
-    let cpu = Cpu::new();
+    let cpu = dev::fresh();
     let heads = QkvHeads {
         kv_of_query: vec![0, 0],
         kv_heads: 1,
@@ -350,7 +351,7 @@ fn caches_and_rotations_name_what_disagrees() {
         causal: true,
         window: None,
     };
-    let mut cache = CachedKeys::<f32, Cpu>::new(&cpu, &heads, 2, 4).unwrap();
+    let mut cache = CachedKeys::<f32, Dev>::new(&cpu, &heads, 2, 4).unwrap();
     let x = Tensor::<f32>::zeros(&cpu, [2, 12]).unwrap();
     let mut error = |start: usize, slots: &[usize]| {
         let now = Sequences::one(2).starting_at(&[start]).unwrap();

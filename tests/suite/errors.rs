@@ -1,6 +1,7 @@
 //! Bad input gets an error that names the operator and what disagrees.
 
-use crate::support::{Case, arrays, matrix, random, ranks, run};
+use crate::dev::ranks;
+use crate::support::{Case, arrays, matrix, random, run};
 use shardwise::{
     Error, Result, Tensor,
     comm::Group,

@@ -1,11 +1,12 @@
 //! Every mapping and layer against the reference: f64 at 1e-12, forward and gradient, random sizes, worlds 1..8, uneven.
 //! `support::run` adds what holds for all: traffic, run-to-run bits, replicas, ownership, NaN-poisoned memory.
 
+use crate::dev::Dev;
 use crate::support::{Case, Spread, arrays, close, grads_close, integers, matrix, random, run, uneven};
 use ndarray::{Array1, Array2};
 use proptest::prelude::*;
 use shardwise::{
-    device::{Cpu, Element},
+    device::Element,
     kernels::{Activation, NormKind},
     parallel::{
         Activate, AddBias, AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, CopyTo,
@@ -35,7 +36,7 @@ fn dot(a: &Array2<f64>, b: &Array2<f64>) -> f64 {
 /// ⟨F x, y⟩ = ⟨x, F* y⟩ for a linear layer, and the forward is what `want` says.
 fn adjoint<L>(case: &Case<'_>, layer: impl Fn() -> L + Sync, want: &Array2<f64>)
 where
-    L: Layer<f64, Cpu>,
+    L: Layer<f64, Dev>,
     L::In: Spread,
     L::Out: Spread,
     <L::In as Placement>::Dual: Spread,
@@ -84,8 +85,8 @@ proptest! {
         let got = run::<f64, _>(&case, |group, weights| {
             let columns = Columns::even(group, cols)?;
             let (up, down) = (weights.at("up"), weights.at("down"));
-            let up = ColumnParallelLinear::<Shard<0>, f64, Cpu>::load(group, &up, cols, &columns, Bias::None)?;
-            let down = RowParallelLinear::<Shard<0>, f64, Cpu>::load(group, &down, columns.partition(), cols, false)?;
+            let up = ColumnParallelLinear::<Shard<0>, f64, Dev>::load(group, &up, cols, &columns, Bias::None)?;
+            let down = RowParallelLinear::<Shard<0>, f64, Dev>::load(group, &down, columns.partition(), cols, false)?;
             Ok(up.then(down))
         }).unwrap();
         close("the identity", &got.y.into_dyn(), &x, EXACT);
@@ -170,7 +171,7 @@ fn parallel_linear<S: Stream + Spread>(world: usize, rows: usize, more: usize, i
     let want_grads = [("weight", want.dw.into_dyn()), ("bias", want.db.into_dyn())];
 
     let got = run::<f64, _>(&Case::new(world, &x, &dy, &weights), |group, weights| {
-        ColumnParallelLinear::<S, f64, Cpu>::load(
+        ColumnParallelLinear::<S, f64, Dev>::load(
             group,
             weights,
             inputs,
@@ -186,7 +187,7 @@ fn parallel_linear<S: Stream + Spread>(world: usize, rows: usize, more: usize, i
     // gather_output: the whole on every rank.
     let got = run::<f64, _>(&Case::new(world, &x, &dy, &weights), |group, weights| {
         let columns = Columns::even(group, outputs)?;
-        Ok(ColumnParallelLinear::<S, f64, Cpu>::load(group, weights, inputs, &columns, Bias::Add)?
+        Ok(ColumnParallelLinear::<S, f64, Dev>::load(group, weights, inputs, &columns, Bias::Add)?
             .then(GatherFrom::<1>))
     })
     .unwrap();
@@ -201,7 +202,7 @@ fn parallel_linear<S: Stream + Spread>(world: usize, rows: usize, more: usize, i
     let (want, want_y) = (reference::linear_backward(&x, &w, &dy), reference::linear(&x, &w, Some(&b)));
     let cut = Partition::even(outputs, world);
     let got = run::<f64, _>(&Case::new(world, &x, &dy, &weights), |group, weights| {
-        RowParallelLinear::<S, f64, Cpu>::load(group, weights, &cut, inputs, true)
+        RowParallelLinear::<S, f64, Dev>::load(group, weights, &cut, inputs, true)
     })
     .unwrap();
     close("row", &got.y.into_dyn(), &want_y, EXACT);
@@ -211,7 +212,7 @@ fn parallel_linear<S: Stream + Spread>(world: usize, rows: usize, more: usize, i
     // Its input scattered first.
     let got = run::<f64, _>(&Case::new(world, &x, &dy, &weights), |group, weights| {
         Ok(ScatterTo::<1>::new(cut.clone())
-            .then(RowParallelLinear::<S, f64, Cpu>::load(group, weights, &cut, inputs, true)?))
+            .then(RowParallelLinear::<S, f64, Dev>::load(group, weights, &cut, inputs, true)?))
     })
     .unwrap();
     close("scattered", &got.y.into_dyn(), &want_y, EXACT);
@@ -243,7 +244,7 @@ fn norms<S: Stream + Spread>(world: usize, rows: usize, cols: usize, seed: u64) 
     let case = Case::new(world, &x, &dy, &weights);
     let eps = 1e-3;
     let load = |kind| {
-        run::<f64, _>(&case, |group, weights| Normalize::<S, f64, Cpu>::load(group, weights, kind, cols))
+        run::<f64, _>(&case, |group, weights| Normalize::<S, f64, Dev>::load(group, weights, kind, cols))
     };
 
     let got = load(NormKind::LayerNorm { eps }).unwrap();
@@ -259,7 +260,7 @@ fn norms<S: Stream + Spread>(world: usize, rows: usize, cols: usize, seed: u64) 
     grads_close(&got.grads, &[("weight", want.dgamma.into_dyn())], EXACT);
 
     let got =
-        run::<f64, _>(&case, |group, weights| AddBias::<S, f64, Cpu>::load(group, weights, cols)).unwrap();
+        run::<f64, _>(&case, |group, weights| AddBias::<S, f64, Dev>::load(group, weights, cols)).unwrap();
     close("bias", &got.y.into_dyn(), &(&x + &beta), EXACT);
     close("bias dx", &got.dx.into_dyn(), &dy, EXACT);
     grads_close(&got.grads, &[("bias", dy.sum_axis(ndarray::Axis(0)).into_dyn())], EXACT);
@@ -287,7 +288,7 @@ fn mlp<S: Stream + Spread>(world: usize, rows: usize, hidden: usize, ffn: usize,
 
     let act = reference::Activation::GeluErf;
     let got = run::<f64, _>(&case, |group, weights| {
-        ParallelMlp::<S, f64, Cpu>::load(group, weights, &names, (hidden, ffn), Activation::GeluErf, bias)
+        ParallelMlp::<S, f64, Dev>::load(group, weights, &names, (hidden, ffn), Activation::GeluErf, bias)
     })
     .unwrap();
     let want = reference::mlp_backward(&weights, act, &x, &dy);
@@ -307,7 +308,7 @@ fn mlp<S: Stream + Spread>(world: usize, rows: usize, hidden: usize, ffn: usize,
     };
     for (f, act) in ACTIVATIONS {
         let got = run::<f64, _>(&case, |group, weights| {
-            GatedMlp::<S, f64, Cpu>::load_gated(group, weights, &names, (hidden, ffn), f, false)
+            GatedMlp::<S, f64, Dev>::load_gated(group, weights, &names, (hidden, ffn), f, false)
         })
         .unwrap();
         let want = reference::gated_mlp_backward(&gated, act, &x, &dy);
@@ -399,7 +400,7 @@ fn attend<S: Stream + Spread>(
         };
         let case = Case { sequences: sequences.clone(), ..Case::new(world, &x, &dy, &given) };
         let got = run::<f64, _>(&case, |group, weights: &Weights<'_>| {
-            ParallelAttention::<S, f64, Cpu>::load(group, weights, &layout, "o", &config)
+            ParallelAttention::<S, f64, Dev>::load(group, weights, &layout, "o", &config)
         })
         .unwrap();
         close("attention", &got.y.into_dyn(), &want_y, EXACT);
@@ -465,25 +466,25 @@ fn fused_on<T: Element>(world: usize) {
     let (case, names, f) = (Case::new(world, &x, &dy, &weights), MlpNames::default(), Activation::Silu);
     let fused = |outcome: crate::support::Outcome| (outcome.y, outcome.dx, outcome.grads);
     let plain = run::<T, _>(&case, |group, weights| {
-        ParallelMlp::<Replicated, T, Cpu>::load(group, weights, &names, (hidden, ffn), f, true)
+        ParallelMlp::<Replicated, T, Dev>::load(group, weights, &names, (hidden, ffn), f, true)
     });
     let chain = run::<T, _>(&case, |group, weights| {
         let columns = Columns::even(group, ffn)?;
-        let up = ColumnLinear::<T, Cpu>::load(group, &weights.at("up"), hidden, &columns, Bias::Add)?;
-        let down = RowLinear::<T, Cpu>::load(group, &weights.at("down"), columns.partition(), hidden)?;
-        let bias = AddBias::<Replicated, T, Cpu>::load(group, &weights.at("down"), hidden)?;
+        let up = ColumnLinear::<T, Dev>::load(group, &weights.at("up"), hidden, &columns, Bias::Add)?;
+        let down = RowLinear::<T, Dev>::load(group, &weights.at("down"), columns.partition(), hidden)?;
+        let bias = AddBias::<Replicated, T, Dev>::load(group, &weights.at("down"), hidden)?;
         let enter = CopyTo.then(up);
         Ok(enter.then(Activate::new(f)).then(down).then(ReduceFrom).then(bias))
     });
     assert_eq!(fused(plain.unwrap()), fused(chain.unwrap()), "replicated stream");
     let plain = run::<T, _>(&case, |group, weights| {
-        ParallelMlp::<Shard<0>, T, Cpu>::load(group, weights, &names, (hidden, ffn), f, true)
+        ParallelMlp::<Shard<0>, T, Dev>::load(group, weights, &names, (hidden, ffn), f, true)
     });
     let chain = run::<T, _>(&case, |group, weights| {
         let columns = Columns::even(group, ffn)?;
-        let up = ColumnLinear::<T, Cpu>::load(group, &weights.at("up"), hidden, &columns, Bias::Add)?;
-        let down = RowLinear::<T, Cpu>::load(group, &weights.at("down"), columns.partition(), hidden)?;
-        let bias = AddBias::<Shard<0>, T, Cpu>::load(group, &weights.at("down"), hidden)?;
+        let up = ColumnLinear::<T, Dev>::load(group, &weights.at("up"), hidden, &columns, Bias::Add)?;
+        let down = RowLinear::<T, Dev>::load(group, &weights.at("down"), columns.partition(), hidden)?;
+        let bias = AddBias::<Shard<0>, T, Dev>::load(group, &weights.at("down"), hidden)?;
         let enter = GatherSequence.then(up);
         Ok(enter.then(Activate::new(f)).then(down).then(ReduceScatterSequence).then(bias))
     });
@@ -508,7 +509,7 @@ fn integers_on<T: Element>(world: usize) {
     let weights = arrays([("up.weight", up.clone().into_dyn()), ("down.weight", down.clone().into_dyn())]);
     let case = Case::new(world, &x, &dy, &weights);
     let got = run::<T, _>(&case, |group, weights| {
-        ParallelMlp::<Replicated, T, Cpu>::load(
+        ParallelMlp::<Replicated, T, Dev>::load(
             group,
             weights,
             &MlpNames::default(),
@@ -548,7 +549,7 @@ fn rounding<T: Element>(world: usize) {
     let weights = arrays([("weight", w.clone().into_dyn())]);
     let cut = Partition::even(inputs, world);
     let got = run::<T, _>(&Case::new(world, &x, &dy, &weights), |group, weights| {
-        RowParallelLinear::<Replicated, T, Cpu>::load(group, weights, &cut, outputs, false)
+        RowParallelLinear::<Replicated, T, Dev>::load(group, weights, &cut, outputs, false)
     })
     .unwrap();
     let bound = |terms: usize, absolute: Array2<f64>| {

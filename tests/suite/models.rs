@@ -1,13 +1,14 @@
 //! Whole models against transformers: small random checkpoints and what PyTorch makes of them, from
 //! `scripts/make_hf_references.py`.
 
-use crate::support::{close, ranks};
+use crate::dev::{self, Dev, Tensor, ranks};
+use crate::support::close;
 use ndarray::Array2;
 use serde_json::Value;
 use shardwise::{
-    Error, Result, Tensor,
+    Error, Result,
     comm::Group,
-    device::{AnyMut, Cpu, Device, Element},
+    device::{AnyMut, Device, Element},
     kernels::RopePairs,
     models::{Bert, BertConfig, Decoder, DecoderConfig, ModelConfig, save},
     ops::{RopeConfig, RopeScaling},
@@ -81,7 +82,7 @@ fn together<T: Element>(parts: Vec<(usize, Vec<T>)>) -> Array2<f64> {
 fn logits<S: Stream, T: Element>(name: &str, world: usize) -> Array2<f64> {
     let ((checkpoint, config), reference) = (decoder(name), reference(name, "logits"));
     let parts = ranks(world).run(|group| {
-        let model = Decoder::<S, T, Cpu>::load(&group, &checkpoint, &config)?;
+        let model = Decoder::<S, T, Dev>::load(&group, &checkpoint, &config)?;
         let (ids, sequences, _) = reference.packed();
         let (logits, _) = model.forward(&ids, sequences)?;
         assert_eq!(logits.shape().dims(), [ids.len(), 591]);
@@ -107,9 +108,9 @@ fn decoders_have_the_logits_of_transformers() {
 }
 
 /// Decodes all prompts at once, which have different lengths, each in a slot; the prompts come in chunks.
-fn greedy<T: Element>(group: &Group<Cpu>, name: &str, chunk: usize) -> Result<Vec<Vec<u32>>> {
+fn greedy<T: Element>(group: &Group<Dev>, name: &str, chunk: usize) -> Result<Vec<Vec<u32>>> {
     let ((checkpoint, config), reference) = (decoder(name), reference(name, "logits"));
-    let model = Decoder::<Replicated, T, Cpu>::load(group, &checkpoint, &config)?;
+    let model = Decoder::<Replicated, T, Dev>::load(group, &checkpoint, &config)?;
     let slots: Vec<usize> = (0..reference.prompts.len()).rev().collect();
     let mut cache = model.cache(slots.len(), 16)?;
     let mut next = vec![0; slots.len()];
@@ -151,7 +152,7 @@ fn the_cache_changes_nothing() {
         let prompt = &reference.prompts[0];
         for world in [1, 4] {
             let parts = ranks(world).run(|group| {
-                let model = Decoder::<Replicated, f64, Cpu>::load(&group, &checkpoint, &config)?;
+                let model = Decoder::<Replicated, f64, Dev>::load(&group, &checkpoint, &config)?;
                 let mut cache = model.cache(3, prompt.len())?;
                 let mut all = Vec::new();
                 let mut step = |cache: &mut _, slot: usize, ids: &[u32]| {
@@ -194,7 +195,7 @@ fn bert_has_the_hidden_states_of_transformers() {
     let (ids, sequences, want) = reference.packed();
     for world in WORLDS {
         let hidden = ranks(world).run(|group| {
-            let model = Bert::<Replicated, f32, Cpu>::load(&group, &checkpoint, &config)?;
+            let model = Bert::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?;
             let (hidden, _) = model.forward(&ids, None, sequences.clone())?;
             hidden.local().to_array()
         });
@@ -211,7 +212,7 @@ fn bert_has_the_hidden_states_of_transformers() {
         .flat_map(|prompt| prompt.iter().copied().chain(std::iter::repeat(0)).take(width))
         .collect();
     let hidden = ranks(2).run(|group| {
-        let model = Bert::<Shard<0>, f32, Cpu>::load(&group, &checkpoint, &config)?;
+        let model = Bert::<Shard<0>, f32, Dev>::load(&group, &checkpoint, &config)?;
         let types = vec![0; padded.len()];
         let (hidden, _) = model.forward(&padded, Some(&types), Sequences::padded(&lengths, width)?)?;
         hidden.all_gather()?.local().to_array()
@@ -229,10 +230,10 @@ fn direction(region: &Region) -> impl Iterator<Item = f64> {
 }
 
 /// Σ gradient · direction of every tensor, over what this rank owns.
-fn slopes<S: Stream>(group: &Group<Cpu>, name: &str, targets: &[u32]) -> Result<(f64, Vec<(String, f64)>)> {
+fn slopes<S: Stream>(group: &Group<Dev>, name: &str, targets: &[u32]) -> Result<(f64, Vec<(String, f64)>)> {
     let ((checkpoint, config), reference) = (decoder(name), reference(name, "logits"));
     let (ids, sequences, _) = reference.packed();
-    let mut model = Decoder::<S, f64, Cpu>::load(group, &checkpoint, &config)?;
+    let mut model = Decoder::<S, f64, Dev>::load(group, &checkpoint, &config)?;
     let (logits, saved) = model.forward(&ids, sequences)?;
     let entropy = VocabParallelCrossEntropy::default();
     let (losses, kept) = entropy.forward(&logits, targets)?;
@@ -241,7 +242,7 @@ fn slopes<S: Stream>(group: &Group<Cpu>, name: &str, targets: &[u32]) -> Result<
 }
 
 /// Σ gradient · direction of every tensor of which this rank owns a part.
-fn own_slopes(mut visit: impl Visit<f64, Cpu>) -> Result<Vec<(String, f64)>> {
+fn own_slopes(mut visit: impl Visit<f64, Dev>) -> Result<Vec<(String, f64)>> {
     let mut own = Vec::new();
     visit(&mut |param| {
         let (shape, grad) = (param.value().shape(), param.grad().unwrap().to_vec()?);
@@ -271,7 +272,7 @@ fn measured(mut loss: impl FnMut(f64) -> f64) -> f64 {
 }
 
 /// Moves one tensor of a model along its direction.
-fn shift(mut visit: impl Visit<f64, Cpu>, tensor: &str, step: f64) -> Result<()> {
+fn shift(mut visit: impl Visit<f64, Dev>, tensor: &str, step: f64) -> Result<()> {
     visit(&mut |param| {
         let (shape, mut values) = (param.value().shape(), param.value().to_vec()?);
         let width = shape.split_at(0).1;
@@ -296,8 +297,8 @@ fn gradients_of_models_are_those_of_their_losses() {
         let replicated = all(ranks(world).run(|group| slopes::<Replicated>(&group, name, &targets)).unwrap());
         let parallel = all(ranks(world).run(|group| slopes::<Shard<0>>(&group, name, &targets)).unwrap());
         let (checkpoint, config) = decoder(name);
-        let solo = Group::solo(&Cpu::new());
-        let mut model = Decoder::<Replicated, f64, Cpu>::load(&solo, &checkpoint, &config).unwrap();
+        let solo = Group::solo(&dev::fresh());
+        let mut model = Decoder::<Replicated, f64, Dev>::load(&solo, &checkpoint, &config).unwrap();
         assert_eq!(replicated.len(), checkpoint.names().len(), "every tensor has a gradient");
         for (tensor, slope) in &replicated {
             let numeric = measured(|step| {
@@ -324,12 +325,12 @@ fn bert_trains_and_is_saved() {
     let types: Vec<u32> = (0..ids.len() as u32).map(|at| at % 2).collect();
     let dy = crate::support::matrix(1, "dy", ids.len(), config.block.attention.hidden);
     fn slopes<S: Stream>(
-        group: &Group<Cpu>,
+        group: &Group<Dev>,
         (checkpoint, config): (&Checkpoint, &BertConfig),
         (ids, types, sequences): (&[u32], &[u32], &Sequences),
         dy: &Array2<f64>,
     ) -> Result<Vec<(String, f64)>> {
-        let mut model = Bert::<S, f64, Cpu>::load(group, checkpoint, config)?;
+        let mut model = Bert::<S, f64, Dev>::load(group, checkpoint, config)?;
         let (_, saved) = model.forward(ids, Some(types), sequences.clone())?;
         let own = dy.slice(ndarray::s![S::local_rows(group, ids.len()), ..]).to_owned();
         let dy = S::of_local(group, ids.len(), Tensor::from_array(group.device(), &own)?)?;
@@ -340,7 +341,7 @@ fn bert_trains_and_is_saved() {
     let replicated = total(ranks(3).run(|group| slopes::<Replicated>(&group, model, batch, &dy)).unwrap());
     let parallel = total(ranks(4).run(|group| slopes::<Shard<0>>(&group, model, batch, &dy)).unwrap());
     let mut alone =
-        Bert::<Replicated, f64, Cpu>::load(&Group::solo(&Cpu::new()), &checkpoint, &config).unwrap();
+        Bert::<Replicated, f64, Dev>::load(&Group::solo(&dev::fresh()), &checkpoint, &config).unwrap();
     assert_eq!(replicated.keys().collect::<Vec<_>>(), parallel.keys().collect::<Vec<_>>());
     for (tensor, slope) in &replicated {
         let numeric = measured(|step| {
@@ -357,13 +358,13 @@ fn bert_trains_and_is_saved() {
     // Written from three ranks, read over two: the same hidden states, bit for bit.
     let saved = tempfile::tempdir().unwrap();
     ranks(3)
-        .run(|group| Bert::<Replicated, f32, Cpu>::load(&group, &checkpoint, &config)?.save(saved.path()))
+        .run(|group| Bert::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?.save(saved.path()))
         .unwrap();
     let again = Checkpoint::open(saved.path()).unwrap();
     assert_eq!(ModelConfig::read(saved.path()).unwrap(), ModelConfig::Bert(config.clone()));
     let hidden = |from: &Checkpoint| {
         let all = ranks(2).run(|group| {
-            let model = Bert::<Replicated, f32, Cpu>::load(&group, from, &config)?;
+            let model = Bert::<Replicated, f32, Dev>::load(&group, from, &config)?;
             model.forward(&ids, None, sequences.clone())?.0.local().to_vec()
         });
         all.unwrap()
@@ -381,7 +382,7 @@ fn saved_models_are_what_was_read() {
             let resave = |from: &Checkpoint, world, to: &str| {
                 let to = folder.path().join(to);
                 let saved = ranks(world)
-                    .run(|group| Decoder::<Replicated, f32, Cpu>::load(&group, from, &config)?.save(&to));
+                    .run(|group| Decoder::<Replicated, f32, Dev>::load(&group, from, &config)?.save(&to));
                 saved.unwrap();
                 let ModelConfig::Decoder(again) = ModelConfig::read(&to).unwrap() else { panic!("{name}") };
                 assert_eq!(again, config);
@@ -409,7 +410,7 @@ fn large_models_are_saved_in_several_files() {
     let (checkpoint, config) = decoder("qwen2");
     let folder = tempfile::tempdir().unwrap();
     let saved = ranks(3).run(|group| {
-        let mut model = Decoder::<Replicated, f32, Cpu>::load(&group, &checkpoint, &config)?;
+        let mut model = Decoder::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?;
         save(&group, |f| model.visit(f), folder.path(), &config.json, |_| false, 40_000)
     });
     saved.unwrap();
@@ -441,7 +442,7 @@ fn large_models_are_saved_in_several_files() {
 #[test]
 fn ranks_read_their_own_bytes() {
     let (checkpoint, config) = decoder("llama");
-    Decoder::<Replicated, f32, Cpu>::load(&Group::solo(&Cpu::new()), &checkpoint, &config).unwrap();
+    Decoder::<Replicated, f32, Dev>::load(&Group::solo(&dev::fresh()), &checkpoint, &config).unwrap();
     let whole = checkpoint.bytes_read();
     let stored: usize =
         checkpoint.names().map(|name| checkpoint.shape(name).unwrap().iter().product::<usize>() * 4).sum();
@@ -492,7 +493,7 @@ fn decoding_takes_no_more_memory_from_token_to_token() {
     for name in DECODERS {
         let (checkpoint, config) = decoder(name);
         let uses = ranks(2).run(|group| {
-            let model = Decoder::<Replicated, f32, Cpu>::load(&group, &checkpoint, &config)?;
+            let model = Decoder::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?;
             let mut cache = model.cache(2, 30)?;
             let mut uses = Vec::new();
             for token in 0..30 {
@@ -533,7 +534,7 @@ fn stories_are_those_of_llama2c() {
     let checkpoint = Checkpoint::open(target.path()).unwrap();
     for world in 1..=8 {
         let texts = ranks(world).run(|group| {
-            let model = Decoder::<Replicated, f32, Cpu>::load(&group, &checkpoint, &config)?;
+            let model = Decoder::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?;
             let (mut cache, sampler) = (model.cache(1, want.len())?, Sampler::greedy());
             let mut tokens = vec![want[0]];
             let mut logits = Vec::new();
@@ -605,8 +606,8 @@ fn absurd_configurations_are_refused() {
         json[key] = (1_u64 << 28).into();
     }
     let ModelConfig::Decoder(huge) = ModelConfig::parse(&json.to_string()).unwrap() else { panic!() };
-    let cpu = Cpu::new();
-    let refused = Decoder::<Replicated, f32, Cpu>::load(&Group::solo(&cpu), &checkpoint, &huge).unwrap_err();
+    let cpu = dev::fresh();
+    let refused = Decoder::<Replicated, f32, Dev>::load(&Group::solo(&cpu), &checkpoint, &huge).unwrap_err();
     assert!(matches!(refused, Error::TensorShape { .. }), "{refused}");
     assert!(cpu.memory().peak < 1 << 20);
 }
@@ -635,13 +636,13 @@ fn the_corpus_of_attacks_does_no_harm() {
     }
     for path in configs {
         let Ok(config) = ModelConfig::parse(&fs::read_to_string(&path).unwrap()) else { continue };
-        let (solo, nothing) = (Group::solo(&Cpu::new()), Arrays::default());
+        let (solo, nothing) = (Group::solo(&dev::fresh()), Arrays::default());
         match config {
             ModelConfig::Decoder(config) => {
-                Decoder::<Replicated, f32, Cpu>::load(&solo, &nothing, &config).map(|_| ()).unwrap_err();
+                Decoder::<Replicated, f32, Dev>::load(&solo, &nothing, &config).map(|_| ()).unwrap_err();
             }
             ModelConfig::Bert(config) => {
-                Bert::<Replicated, f32, Cpu>::load(&solo, &nothing, &config).map(|_| ()).unwrap_err();
+                Bert::<Replicated, f32, Dev>::load(&solo, &nothing, &config).map(|_| ()).unwrap_err();
             }
         }
     }

@@ -1,19 +1,20 @@
 //! Optimizers, gradient norms and data parallelism against the reference.
 
-use crate::support::{arrays, close, matrix, random, ranks};
+use crate::dev::{self, DTensor, Dev, Tensor, ranks};
+use crate::support::{arrays, close, matrix, random};
 use half::{bf16, f16};
 use ndarray::{Array2, ArrayD};
 use proptest::prelude::*;
 use shardwise::{
-    Error, Result, Tensor,
+    Error, Result,
     comm::Group,
-    device::{Cpu, Element},
+    device::Element,
     kernels::NormKind,
     kernels::{AdamWStep, SgdStep, Update},
     ops,
     optim::{AdamW, AdamWConfig, Sgd, SgdConfig, clip_scale, grad_norm},
     parallel::{
-        AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, DTensor, Layer, Normalize,
+        AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, Layer, Normalize,
         ParallelAttention, QkvLayout,
     },
     reference,
@@ -26,12 +27,12 @@ fn cases(count: u32) -> ProptestConfig {
     ProptestConfig { cases: count, failure_persistence: None, ..ProptestConfig::default() }
 }
 
-fn solo() -> Group<Cpu> {
-    Group::solo(&Cpu::poisoned())
+fn solo() -> Group<Dev> {
+    Group::solo(&dev::poisoned())
 }
 
 /// A parameter `[3, 5]` of some element, and gradients for it.
-fn layer<T: Element>(seed: u64) -> ColumnLinear<T, Cpu> {
+fn layer<T: Element>(seed: u64) -> ColumnLinear<T, Dev> {
     let source = arrays([("weight", random(seed, "w", &[3, 5])), ("bias", random(seed, "b", &[3]))]);
     let group = solo();
     let columns = Columns::even(&group, 3).unwrap();
@@ -41,7 +42,7 @@ fn layer<T: Element>(seed: u64) -> ColumnLinear<T, Cpu> {
 /// Steps a layer and the reference alike; the reference's numbers are f64 throughout.
 fn steps<T: Element>(
     seed: u64,
-    mut step: impl FnMut(&mut ColumnLinear<T, Cpu>) -> Result<()>,
+    mut step: impl FnMut(&mut ColumnLinear<T, Dev>) -> Result<()>,
     mut reference: impl FnMut(usize, &mut ArrayD<f64>, &ArrayD<f64>),
     tolerance: f64,
 ) {
@@ -80,13 +81,13 @@ fn steps<T: Element>(
 
 fn sgd_agrees<T: Element>(config: SgdConfig, seed: u64, tolerance: f64) {
     let SgdConfig { momentum, nesterov, weight_decay } = config;
-    let mut sgd = Sgd::<T>::new(config);
+    let mut sgd = Sgd::<T, Dev>::new(config);
     let same = reference::Sgd { lr: 0.1, momentum, nesterov, weight_decay, velocity: None };
     let mut all = [same.clone(), same];
     // Gradients are scaled by 0.5 on the way.
     steps(
         seed,
-        |layer: &mut ColumnLinear<T, Cpu>| sgd.step(|f| layer.visit(f), 0.1, 0.5),
+        |layer: &mut ColumnLinear<T, Dev>| sgd.step(|f| layer.visit(f), 0.1, 0.5),
         |at, w, g| all[at].step(w, &(g * 0.5)),
         tolerance,
     );
@@ -94,7 +95,7 @@ fn sgd_agrees<T: Element>(config: SgdConfig, seed: u64, tolerance: f64) {
 
 fn adamw_agrees<T: Element>(decay_vectors: bool, seed: u64, tolerance: f64) {
     let config = AdamWConfig { weight_decay: 0.1, decay_vectors, ..AdamWConfig::default() };
-    let mut adamw = AdamW::<T>::new(config);
+    let mut adamw = AdamW::<T, Dev>::new(config);
     let same = |weight_decay| reference::AdamW {
         lr: 0.01,
         beta1: 0.9,
@@ -107,7 +108,7 @@ fn adamw_agrees<T: Element>(decay_vectors: bool, seed: u64, tolerance: f64) {
     let mut all = [same(0.1), same(if decay_vectors { 0.1 } else { 0.0 })];
     steps(
         seed,
-        |layer: &mut ColumnLinear<T, Cpu>| adamw.step(|f| layer.visit(f), 0.01, 0.5),
+        |layer: &mut ColumnLinear<T, Dev>| adamw.step(|f| layer.visit(f), 0.01, 0.5),
         |at, w, g| all[at].step(w, &(g * 0.5)),
         tolerance,
     );
@@ -138,8 +139,8 @@ proptest! {
 /// A thousand steps, each too small for bf16 to see, still move the weight.
 #[test]
 fn master_weights_keep_what_bf16_cannot() {
-    let (mut layer, mut sgd) = (layer::<bf16>(1), Sgd::<bf16>::default());
-    let value = |layer: &mut ColumnLinear<bf16, Cpu>| {
+    let (mut layer, mut sgd) = (layer::<bf16>(1), Sgd::<bf16, Dev>::default());
+    let value = |layer: &mut ColumnLinear<bf16, Dev>| {
         let mut values = Vec::new();
         layer.visit(&mut |param| param.value().to_vec().map(|all| values.extend(all))).unwrap();
         values[0].to_f64()
@@ -160,20 +161,26 @@ fn master_weights_keep_what_bf16_cannot() {
 
 #[test]
 fn updates_refuse_what_does_not_fit() {
-    let cpu = Cpu::new();
+    let device = dev::fresh();
+    let zeros = |len: usize| Tensor::<f32>::zeros(&device, [len]).unwrap();
     let step = SgdStep { lr: 1.0, momentum: 0.0, nesterov: false, weight_decay: 0.0, grad_scale: 1.0 };
-    let error = cpu.sgd::<f32>(&step, &[0.0; 2], &mut [0.0; 3], None, None).unwrap_err().to_string();
-    assert_eq!(error, "sgd: the gradient is 2, but the number of weights is 3");
+    let (grad, mut weight) = (zeros(2), zeros(3));
+    let refused = device.sgd::<f32>(&step, grad.slice(), weight.slice_mut().unwrap(), None, None);
+    assert_eq!(refused.unwrap_err().to_string(), "sgd: the gradient is 2, but the number of weights is 3");
     let step =
         AdamWStep { lr: 1.0, beta1: 0.9, beta2: 0.9, eps: 1e-8, weight_decay: 0.0, step: 1, grad_scale: 1.0 };
-    let moments: [&mut [f32]; 2] = [&mut [0.0; 3], &mut [0.0; 4]];
-    let error = cpu.adamw::<f32>(&step, &[0.0; 3], &mut [0.0; 3], None, moments).unwrap_err().to_string();
-    assert_eq!(error, "adamw: the second moment is 4, but the number of weights is 3");
+    let (grad, mut first, mut second) = (zeros(3), zeros(3), zeros(4));
+    let moments = [first.slice_mut().unwrap(), second.slice_mut().unwrap()];
+    let refused = device.adamw::<f32>(&step, grad.slice(), weight.slice_mut().unwrap(), None, moments);
+    assert_eq!(
+        refused.unwrap_err().to_string(),
+        "adamw: the second moment is 4, but the number of weights is 3"
+    );
     // Another model than the one that the states are of.
-    let (mut sgd, mut first) = (Sgd::<f32>::default(), layer::<f32>(1));
+    let (mut sgd, mut first) = (Sgd::<f32, Dev>::default(), layer::<f32>(1));
     sgd.step(|f| first.visit(f), 0.1, 1.0).unwrap();
     let mut reversed =
-        |f: &mut dyn FnMut(&mut Param<f32, Cpu>) -> Result<()>| first.bias_mut().map_or(Ok(()), f);
+        |f: &mut dyn FnMut(&mut Param<f32, Dev>) -> Result<()>| first.bias_mut().map_or(Ok(()), f);
     let error = sgd.step(&mut reversed, 0.1, 1.0).unwrap_err().to_string();
     assert_eq!(error, "sgd: bias has shape [3], but its state has shape [3, 5]");
 }
@@ -188,13 +195,13 @@ fn gradient_norms_are_those_of_one_device() {
     let norm_on = |world: usize| {
         let norms = ranks(world).run(|group| {
             fn grads<S: shardwise::parallel::Stream>(
-                group: &Group<Cpu>,
+                group: &Group<Dev>,
                 source: &Random,
                 config: &AttentionConfig,
                 x: &Array2<f64>,
             ) -> Result<f64> {
                 let weights = Weights::new(source);
-                let norm = Normalize::<S, f64, Cpu>::load(
+                let norm = Normalize::<S, f64, Dev>::load(
                     group,
                     &weights.at("n"),
                     NormKind::RmsNorm { eps: 1e-5 },
@@ -202,8 +209,8 @@ fn gradient_norms_are_those_of_one_device() {
                 )?;
                 let layout = QkvLayout::separate("q", "k", "v");
                 let attention =
-                    ParallelAttention::<S, f64, Cpu>::load(group, &weights, &layout, "o", config)?;
-                let mut model = Layer::<f64, Cpu>::then(norm, attention);
+                    ParallelAttention::<S, f64, Dev>::load(group, &weights, &layout, "o", config)?;
+                let mut model = Layer::<f64, Dev>::then(norm, attention);
                 let own = S::local_rows(group, x.nrows());
                 let part = Tensor::from_array(group.device(), &x.slice(ndarray::s![own, ..]))?;
                 let x = S::of_local(group, x.nrows(), part)?;
@@ -237,7 +244,7 @@ fn gradient_norms_are_those_of_one_device() {
     assert_eq!((clip_scale(0.5, 1.0), clip_scale(4.0 - 1e-6, 1.0)), (1.0, 0.25));
 }
 
-type Model = ColumnParallelLinear<Replicated, f64, Cpu>;
+type Model = ColumnParallelLinear<Replicated, f64, Dev>;
 
 /// A linear layer on a rank of its own tensor-parallel group.
 fn model(source: &Arrays) -> Result<Model> {
@@ -353,7 +360,7 @@ fn cause(error: Error) -> String {
 #[test]
 fn misuse_of_replicas_is_named() {
     let source = arrays([("weight", random(1, "w", &[2, 3])), ("bias", random(1, "b", &[2]))]);
-    let run = |f: &(dyn Fn(&Group<Cpu>, Model) -> Result<()> + Sync)| {
+    let run = |f: &(dyn Fn(&Group<Dev>, Model) -> Result<()> + Sync)| {
         cause(ranks(2).run(|group| f(&group, model(&source)?)).unwrap_err())
     };
     let (x, t) = (matrix(1, "x", 2, 3), matrix(1, "t", 2, 2));

@@ -1,18 +1,18 @@
 //! What the tests of layers share: spreading whole tensors over ranks, running a layer there with every check that holds
 //! for all layers, and putting the results together again.
 
+use crate::dev::{DTensor, Dev, Tensor, ranks};
 use ndarray::{Array2, ArrayD, Axis, IxDyn, Slice, concatenate};
 use shardwise::{
-    Error, Result, Tensor,
+    Error, Result,
     comm::Group,
-    device::{Cpu, Element},
-    launch::Threads,
-    parallel::{DTensor, Layer},
+    device::Element,
+    parallel::Layer,
     rng::Philox,
     shard::{Copied, Partial, Partition, Placement, Replicated, Sequences, Shard},
     tensor::{Arrays, Piece, Weights},
 };
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 /// Normally distributed numbers, a function of the name and the seed.
 pub(crate) fn random(seed: u64, name: &str, shape: &[usize]) -> ArrayD<f64> {
@@ -70,7 +70,7 @@ pub(crate) fn uneven(seed: u64, len: usize, parts: usize) -> Partition {
 /// How a test makes a sharded tensor of a whole one, and a whole one of the ranks' parts.
 pub(crate) trait Spread: Placement {
     fn spread<T: Element>(
-        group: &Group<Cpu>,
+        group: &Group<Dev>,
         whole: &Array2<f64>,
         cut: Option<&Partition>,
     ) -> Result<DTensor<Self, T>>;
@@ -78,7 +78,7 @@ pub(crate) trait Spread: Placement {
     fn collect(parts: Vec<Array2<f64>>) -> Array2<f64>;
 }
 
-fn tensor<T: Element>(group: &Group<Cpu>, array: &Array2<f64>) -> Result<Tensor<T>> {
+fn tensor<T: Element>(group: &Group<Dev>, array: &Array2<f64>) -> Result<Tensor<T>> {
     Tensor::from_array(group.device(), &array.mapv(T::from_f64))
 }
 
@@ -91,7 +91,7 @@ fn equal(parts: Vec<Array2<f64>>) -> Array2<f64> {
 
 impl Spread for Replicated {
     fn spread<T: Element>(
-        group: &Group<Cpu>,
+        group: &Group<Dev>,
         whole: &Array2<f64>,
         _: Option<&Partition>,
     ) -> Result<DTensor<Self, T>> {
@@ -105,7 +105,7 @@ impl Spread for Replicated {
 
 impl Spread for Copied {
     fn spread<T: Element>(
-        group: &Group<Cpu>,
+        group: &Group<Dev>,
         whole: &Array2<f64>,
         _: Option<&Partition>,
     ) -> Result<DTensor<Self, T>> {
@@ -119,7 +119,7 @@ impl Spread for Copied {
 
 impl<const D: usize> Spread for Shard<D> {
     fn spread<T: Element>(
-        group: &Group<Cpu>,
+        group: &Group<Dev>,
         whole: &Array2<f64>,
         cut: Option<&Partition>,
     ) -> Result<DTensor<Self, T>> {
@@ -138,7 +138,7 @@ impl<const D: usize> Spread for Shard<D> {
 impl Spread for Partial {
     /// Every rank but the last holds whole numbers of its own; the last holds the rest.
     fn spread<T: Element>(
-        group: &Group<Cpu>,
+        group: &Group<Dev>,
         whole: &Array2<f64>,
         _: Option<&Partition>,
     ) -> Result<DTensor<Self, T>> {
@@ -183,21 +183,16 @@ impl<'a> Case<'a> {
     }
 }
 
-/// Thread ranks whose fresh tensors are NaN.
-pub(crate) fn ranks(world: usize) -> Threads {
-    Threads::new(world).device(Cpu::poisoned).deadline(Duration::from_secs(60))
-}
-
 /// Runs a layer forward and backward, twice over, on `case.world` ranks and checks what holds for every layer: recorded
 /// traffic equals declared traffic, a second run gives the same bits and adds the same gradients once more, replicated
 /// values are equal on all ranks, and every element of every tensor of the model is owned by exactly one rank.
 pub(crate) fn run<T, L>(
     case: &Case<'_>,
-    build: impl Fn(&Group<Cpu>, &Weights<'_>) -> Result<L> + Sync,
+    build: impl Fn(&Group<Dev>, &Weights<'_>) -> Result<L> + Sync,
 ) -> Result<Outcome>
 where
     T: Element,
-    L: Layer<T, Cpu>,
+    L: Layer<T, Dev>,
     L::In: Spread,
     L::Out: Spread,
     <L::In as Placement>::Dual: Spread,

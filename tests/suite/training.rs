@@ -4,14 +4,15 @@
 #[allow(dead_code)]
 mod model;
 
-use crate::support::{Assembled, difference, ranks};
+use crate::dev::{self, Dev, Tensor, ranks};
+use crate::support::{Assembled, difference};
 use model::{Batch, Config, Gpt};
 use ndarray::{Array2, ArrayD};
 use proptest::prelude::*;
 use shardwise::{
-    Error, Result, Tensor,
+    Error, Result,
     comm::DeviceMesh,
-    device::{Cpu, Element},
+    device::Element,
     optim::{AdamW, AdamWConfig, LossScale, clip_scale, require_finite},
     parallel::Stream,
     reference,
@@ -67,7 +68,7 @@ fn train<S: Stream, T: Element>(
     let outcomes = ranks(dp * pp * tp).run(|world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
         let source = Random::normal(3, 0.3);
-        let mut model = Gpt::<S, T>::load(&mesh, &Weights::new(&source), config, schedule()?)?;
+        let mut model = Gpt::<S, T, Dev>::load(&mesh, &Weights::new(&source), config, schedule()?)?;
         let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.1, eps: EPS, ..AdamWConfig::default() });
         let mut curve = Vec::new();
         for step in 0..steps {
@@ -282,12 +283,13 @@ fn schedules_give_the_same_bits() {
 /// What each rank of a mesh is told after `spoil` has had its way with a rank's model or batch before step 2.
 fn faulty(
     [dp, pp, tp]: [usize; 3],
-    spoil: impl Fn(usize, &mut Gpt<Replicated, f32>, &mut Batch) -> Result<()> + Sync,
+    spoil: impl Fn(usize, &mut Gpt<Replicated, f32, Dev>, &mut Batch) -> Result<()> + Sync,
 ) -> Vec<Error> {
     let outcomes = ranks(dp * pp * tp).run_each(|world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
         let source = Random::normal(3, 0.3);
-        let mut model = Gpt::load(&mesh, &Weights::new(&source), &CONFIG, alternating(pp, 2)()?)?;
+        let mut model =
+            Gpt::<_, _, Dev>::load(&mesh, &Weights::new(&source), &CONFIG, alternating(pp, 2)()?)?;
         let mut optimizer = AdamW::default();
         for step in 0..4 {
             let mut batch = batch(&CONFIG, step, 8);
@@ -317,7 +319,7 @@ fn faults_are_typed_errors_on_every_rank() {
         }
         let nan = faulty(mesh, |rank, model, _| match rank {
             0 => model.visit(&mut |param| {
-                *param.value_mut() = Tensor::full(&Cpu::new(), param.value().shape(), f64::NAN)?;
+                *param.value_mut() = Tensor::full(&dev::fresh(), param.value().shape(), f64::NAN)?;
                 Ok(())
             }),
             _ => Ok(()),
@@ -353,8 +355,12 @@ fn loss_scaling_finds_a_scale_that_fits() {
     let outcomes = ranks(2).run(|world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(1, 1, 2)?)?;
         let source = Random::normal(3, 0.3);
-        let mut model =
-            Gpt::<Replicated, half::f16>::load(&mesh, &Weights::new(&source), &CONFIG, alternating(1, 1)()?)?;
+        let mut model = Gpt::<Replicated, half::f16, Dev>::load(
+            &mesh,
+            &Weights::new(&source),
+            &CONFIG,
+            alternating(1, 1)()?,
+        )?;
         let (mut adamw, mut scale) = (AdamW::default(), LossScale::new(2f64.powi(24), 4));
         let (mut losses, mut left_out) = (Vec::new(), 0);
         for step in 0..40 {

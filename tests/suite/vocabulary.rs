@@ -1,16 +1,17 @@
 //! Embeddings, cross entropy and dropout over ranks, against the reference.
 
-use crate::support::{Assembled, Case, arrays, close, difference, grads_close, matrix, random, ranks, run};
+use crate::dev::{self, DTensor, Dev, Tensor, ranks};
+use crate::support::{Assembled, Case, arrays, close, difference, grads_close, matrix, random, run};
 use ndarray::{Array2, ArrayD};
 use proptest::prelude::*;
 use shardwise::{
-    Error, Result, Tensor,
+    Error, Result,
     comm::Group,
-    device::{Cpu, Element},
+    device::Element,
     kernels::{Activation, DropoutMask},
     ops,
     parallel::{
-        Activate, Bias, BoxLayer, ColumnParallelLinear, Columns, CopyTo, DTensor, Draw, Dropout, Layer,
+        Activate, Bias, BoxLayer, ColumnParallelLinear, Columns, CopyTo, Draw, Dropout, Layer,
         PositionEmbedding, Recompute, ReduceFrom, RowLinear, Smoothing, Stream, VocabParallelCrossEntropy,
         VocabParallelEmbedding,
     },
@@ -44,7 +45,7 @@ fn embeds<S: Stream>(world: usize, vocabulary: usize, hidden: usize, tokens: usi
     let outcomes = ranks(world).run(|world| {
         let (group, record) = world.recorded();
         let weights = Weights::new(&source);
-        let mut layer = VocabParallelEmbedding::<S, f64, Cpu>::load(&group, &weights, vocabulary, hidden)?;
+        let mut layer = VocabParallelEmbedding::<S, f64, Dev>::load(&group, &weights, vocabulary, hidden)?;
         record.take();
         let (y, rows) = layer.forward(&ids, Sequences::one(tokens))?;
         assert_eq!(record.take(), layer.traffic(tokens).forward);
@@ -112,11 +113,11 @@ proptest! {
         let want = &x + &reference::embedding(&places, &table);
         let dtable = reference::embedding_backward(&places, 5, &dy);
         let case = Case { sequences, ..Case::new(world, &x, &dy, &source) };
-        let replicated = |group: &Group<Cpu>, weights: &Weights<'_>| {
-            PositionEmbedding::<Replicated, f64, Cpu>::load(group, weights, 5, hidden)
+        let replicated = |group: &Group<Dev>, weights: &Weights<'_>| {
+            PositionEmbedding::<Replicated, f64, Dev>::load(group, weights, 5, hidden)
         };
-        let sharded = |group: &Group<Cpu>, weights: &Weights<'_>| {
-            PositionEmbedding::<Shard<0>, f64, Cpu>::load(group, weights, 5, hidden)
+        let sharded = |group: &Group<Dev>, weights: &Weights<'_>| {
+            PositionEmbedding::<Shard<0>, f64, Dev>::load(group, weights, 5, hidden)
         };
         for outcome in [run::<f64, _>(&case, replicated).unwrap(), run::<f64, _>(&case, sharded).unwrap()] {
             close("y", &outcome.y.into_dyn(), &want, EXACT);
@@ -249,18 +250,18 @@ fn bad_targets_and_ids_are_named() {
     let error = entropy::<f32>(2, &wrong, &x, &[0, 0]).unwrap_err();
     assert_eq!(message(error), "cross entropy: a smoothing of 1.5 is not between 0 and 1");
     let source = arrays([("weight", random(1, "w", &[5, 2]))]);
-    let group = Group::solo(&Cpu::new());
+    let group = Group::solo(&dev::fresh());
     let table =
-        VocabParallelEmbedding::<Replicated, f32, Cpu>::load(&group, &Weights::new(&source), 5, 2).unwrap();
+        VocabParallelEmbedding::<Replicated, f32, Dev>::load(&group, &Weights::new(&source), 5, 2).unwrap();
     let error = table.forward(&[0, 5], Sequences::one(2)).unwrap_err();
     assert_eq!(error.to_string(), "embedding: id 5 is beyond a vocabulary of 5 words");
 }
 
 /// What dropout does to ones on one device.
 fn mask(dropout: &Dropout<Replicated>, rows: usize, cols: usize, draw: Draw) -> Array2<f64> {
-    let group = Group::solo(&Cpu::new());
+    let group = Group::solo(&dev::fresh());
     let ones = DTensor::replicated(&group, Tensor::full(group.device(), [rows, cols], 1.0).unwrap()).unwrap();
-    wide(Layer::<f64, Cpu>::forward(dropout, &ones.with_draw(draw)).unwrap().0.local())
+    wide(Layer::<f64, Dev>::forward(dropout, &ones.with_draw(draw)).unwrap().0.local())
 }
 
 proptest! {
@@ -320,7 +321,7 @@ fn dropout_drops_as_often_as_asked_and_anew_at_each_step() {
     assert!(at(0) != at(1) && at(0) != mask(&Dropout::new(0.3, 1, "e"), 100, 100, Draw { step: 0, row: 0 }));
     // The mask is Philox's words, whoever draws them.
     let mask = DropoutMask { probability: 0.5, stream: Philox::stream(1, 2), row: 0, column: 1, width: 3 };
-    let x = Tensor::<f64>::full(&Cpu::poisoned(), [4, 2], 1.0).unwrap();
+    let x = Tensor::<f64>::full(&dev::poisoned(), [4, 2], 1.0).unwrap();
     let y = wide(&ops::dropout(&mask, &x).unwrap());
     for ((row, col), &y) in y.indexed_iter() {
         let kept = Philox::stream(1, 2).uniform((row * 3 + col + 1) as u64) >= 0.5;
@@ -344,10 +345,10 @@ fn wrapped_layers_give_the_bits_of_the_layer() {
         ("down.weight", random(1, "down", &[4, 6])),
         ("down.bias", random(1, "c", &[4])),
     ]);
-    type Plain = BoxLayer<Replicated, Replicated, f64>;
-    fn plain(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Plain> {
+    type Plain = BoxLayer<Replicated, Replicated, f64, Dev>;
+    fn plain(group: &Group<Dev>, weights: &Weights<'_>) -> Result<Plain> {
         let columns = Columns::even(group, 6)?;
-        let up = ColumnParallelLinear::<Replicated, f64, Cpu>::load(
+        let up = ColumnParallelLinear::<Replicated, f64, Dev>::load(
             group,
             &weights.at("up"),
             4,
@@ -355,9 +356,9 @@ fn wrapped_layers_give_the_bits_of_the_layer() {
             Bias::Add,
         )?;
         let down = RowLinear::load(group, &weights.at("down"), columns.partition(), 4)?;
-        let layer = Layer::<f64, Cpu>::then(up, Activate::new(Activation::Silu));
-        let layer = Layer::<f64, Cpu>::then(layer, down);
-        Ok(BoxLayer::new(Layer::<f64, Cpu>::then(layer, ReduceFrom)))
+        let layer = Layer::<f64, Dev>::then(up, Activate::new(Activation::Silu));
+        let layer = Layer::<f64, Dev>::then(layer, down);
+        Ok(BoxLayer::new(Layer::<f64, Dev>::then(layer, ReduceFrom)))
     }
     let source =
         shardwise::tensor::Arrays(source.0.into_iter().filter(|(name, _)| name != "down.bias").collect());
@@ -371,8 +372,8 @@ fn wrapped_layers_give_the_bits_of_the_layer() {
     let nothing = run::<f64, _>(&case, |_, _| Ok(Vec::<Plain>::new())).unwrap();
     assert_eq!((&nothing.y, &nothing.dx), (&x, &dy));
     // What one layer saved is no other's.
-    let group = Group::solo(&Cpu::new());
-    let mut boxed = BoxLayer::<Replicated, shardwise::shard::Copied, f64>::new(CopyTo);
+    let group = Group::solo(&dev::fresh());
+    let mut boxed = BoxLayer::<Replicated, shardwise::shard::Copied, f64, Dev>::new(CopyTo);
     let x = DTensor::replicated(&group, Tensor::from_array(group.device(), &x).unwrap()).unwrap();
     let error =
         boxed.backward(Box::new(1_u8), &DTensor::partial(&group, x.local().clone()).unwrap()).unwrap_err();

@@ -2,7 +2,10 @@
 //!
 //! Matrices are column-major here, as cuBLASLt's are; `kernels/gemm/cuda.rs` brings row-major ones into that form.
 
-use super::{Cuda, CudaBuffer, status::cublas_lt};
+use super::{
+    Cuda, Handle,
+    status::{cublas_lt, driver},
+};
 use crate::{
     device::DType,
     error::{Error, Result},
@@ -13,7 +16,13 @@ use cudarc::cublaslt::sys::{
     cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t as PreferenceIs, cublasLtMatrixLayout_t,
     cublasLtMatrixLayoutAttribute_t as LayoutIs, cudaDataType as CudaType,
 };
-use std::{cell::RefCell, collections::HashMap, ffi::c_void, rc::Rc};
+use cudarc::driver::sys as cuda_driver;
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    ffi::c_void,
+    rc::Rc,
+};
 
 /// A column-major matrix of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -90,10 +99,11 @@ pub(crate) struct Operands {
 pub(crate) struct Lt {
     handle: cublasLtHandle_t,
     plans: RefCell<HashMap<(Matmul, bool, [u32; 3]), Rc<Plan>>>,
-    workspace: RefCell<Option<CudaBuffer<f32>>>,
+    /// Where it is, and its bytes. Not a tensor's buffer, which would hold the handle that holds it.
+    workspace: Cell<(u64, usize)>,
 }
 
-/// What NVIDIA advises for Hopper, and enough for others.
+/// What an algorithm may ask for: NVIDIA's advice for Hopper, and enough for others.
 const WORKSPACE: usize = 32 << 20;
 
 impl Lt {
@@ -104,7 +114,7 @@ impl Lt {
         // SAFETY: `handle` is a place for one.
         #[allow(unsafe_code)]
         cublas_lt("cublasLtCreate", unsafe { lt::cublasLtCreate(&mut handle) })?;
-        Ok(Self { handle, plans: RefCell::default(), workspace: RefCell::default() })
+        Ok(Self { handle, plans: RefCell::default(), workspace: Cell::default() })
     }
 
     /// Asks the stream for a product.
@@ -123,12 +133,16 @@ impl Lt {
     ) -> Result<()> {
         cuda.0.context.make_current()?;
         let plan = self.plan(cuda, product, &at)?;
-        let mut workspace = self.workspace.borrow_mut();
-        if workspace.is_none() && plan.workspace > 0 {
-            // Not the poisoned memory of tensors: it costs, and hides nothing.
-            *workspace = Some(CudaBuffer::new(cuda, WORKSPACE / 4)?);
+        if plan.workspace > self.workspace.get().1 {
+            self.free(&cuda.0);
+            let (mut address, bytes) = (0, plan.workspace.next_power_of_two());
+            // SAFETY: `address` is a place for one; the stream is of the current context.
+            #[allow(unsafe_code)]
+            let code = unsafe { cuda_driver::cuMemAllocAsync(&mut address, bytes, cuda.0.stream.handle) };
+            driver("cuMemAllocAsync", code)?;
+            self.workspace.set((address, bytes));
         }
-        let space = workspace.as_ref().map_or(0, |space| space.slice().address());
+        let (space, bytes) = self.workspace.get();
         let narrow = [alpha as f32, beta as f32];
         let wide = [alpha, beta];
         let scales: [*const c_void; 2] = match product.inputs {
@@ -155,11 +169,21 @@ impl Lt {
                 plan.d,
                 &raw const plan.algorithm,
                 space as *mut c_void,
-                if space == 0 { 0 } else { WORKSPACE },
+                bytes,
                 cuda.0.stream.handle.cast(),
             )
         };
         cublas_lt("cublasLtMatmul", code)
+    }
+
+    /// Gives the workspace back, after the stream's work that uses it. The handle's context is current.
+    pub(super) fn free(&self, handle: &Handle) {
+        let (address, _) = self.workspace.replace((0, 0));
+        if address != 0 {
+            // SAFETY: the memory came from `cuMemAllocAsync` on the same stream, and is not used after this.
+            #[allow(unsafe_code)]
+            let _ = unsafe { cuda_driver::cuMemFreeAsync(address, handle.stream.handle) };
+        }
     }
 
     /// The plan for a product, whose operands are aligned as these are.
@@ -178,7 +202,7 @@ impl Lt {
 
 impl Drop for Lt {
     fn drop(&mut self) {
-        // SAFETY: the handle lives; the stream whose work used it has finished (`Handle`'s fields drop in this order).
+        // SAFETY: the handle lives; the stream whose work used it has finished (`Handle::drop`).
         #[allow(unsafe_code)]
         let _ = unsafe { lt::cublasLtDestroy(self.handle) };
     }

@@ -47,7 +47,6 @@ use stream::Stream;
 pub struct Cuda(Rc<Handle>);
 
 pub(crate) struct Handle {
-    // The order matters: the stream's work is waited for before what it uses is given back.
     stream: Stream,
     staging: RefCell<Staging>,
     lt: OnceCell<Lt>,
@@ -281,6 +280,16 @@ impl Handle {
                 return Ok(());
             }
             std::thread::yield_now();
+        }
+    }
+}
+
+impl Drop for Handle {
+    /// The stream's work is waited for before what it uses is given back.
+    fn drop(&mut self) {
+        let _ = self.stream.finish();
+        if let Some(lt) = self.lt.get() {
+            lt.free(self);
         }
     }
 }

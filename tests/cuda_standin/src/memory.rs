@@ -1,6 +1,6 @@
 //! The table of device memory, and the judgement of every access to it.
 //!
-//! An allocation is whole pages with a page behind it that nobody may touch. What is between its end and that page holds a
+//! All memory comes from one large reserved range: an allocation is whole pages with a page behind it that nobody may touch. What is between its end and that page holds a
 //! pattern, which is looked at after every kernel that writes to the allocation.
 
 use crate::{
@@ -40,6 +40,30 @@ struct Table {
     allocations: BTreeMap<usize, Allocation>,
     used: HashMap<usize, usize>,
     pinned: BTreeMap<usize, usize>,
+    /// What is left of the reserved range.
+    left: Range<usize>,
+}
+
+/// How much is reserved: addresses, not memory.
+const RESERVED: usize = 8 << 40;
+const UNTOUCHABLE: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+
+impl Table {
+    /// Addresses that were never given out.
+    fn reserve(&mut self, size: usize) -> Option<usize> {
+        if self.left.is_empty() {
+            // SAFETY: a fresh mapping.
+            let start =
+                unsafe { libc::mmap(std::ptr::null_mut(), RESERVED, libc::PROT_NONE, UNTOUCHABLE, -1, 0) };
+            if start == libc::MAP_FAILED {
+                return None;
+            }
+            self.left = start as usize..start as usize + RESERVED;
+        }
+        let start = self.left.start;
+        self.left.start = start.checked_add(size).filter(|end| *end <= self.left.end)?;
+        Some(start)
+    }
 }
 
 static TABLE: Mutex<Option<Table>> = Mutex::new(None);
@@ -75,28 +99,24 @@ pub fn allocate(device: usize, size: usize) -> Result<usize, Code> {
         return Err(INVALID_VALUE);
     }
     with_table(|table| {
-        let used = table.used.entry(device).or_default();
-        if size > limit().saturating_sub(*used) {
+        if size > limit().saturating_sub(table.used.get(&device).copied().unwrap_or(0)) {
             return Err(OUT_OF_MEMORY);
         }
         let pages = size.next_multiple_of(PAGE);
-        let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: a fresh anonymous mapping; nothing else knows its address yet.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), pages + PAGE, access, flags, -1, 0) };
-        if start == libc::MAP_FAILED {
-            return Err(OUT_OF_MEMORY);
-        }
-        // SAFETY: the mapping has as many writable bytes; its last page is given no access.
+        let start = table.reserve(pages + PAGE).ok_or(OUT_OF_MEMORY)?;
+        // SAFETY: the range is part of what was reserved, and nobody else's; it has as many bytes. The page behind it stays as it is.
         unsafe {
-            std::ptr::write_bytes(start.cast::<u8>(), FRESH, size);
-            std::ptr::write_bytes(start.cast::<u8>().add(size), BEHIND, pages - size);
-            libc::mprotect(start.add(pages), PAGE, libc::PROT_NONE);
+            if libc::mprotect(start as *mut _, pages, libc::PROT_READ | libc::PROT_WRITE) != 0 {
+                return Err(OUT_OF_MEMORY);
+            }
+            std::ptr::write_bytes(start as *mut u8, FRESH, size);
+            std::ptr::write_bytes((start + size) as *mut u8, BEHIND, pages - size);
         }
-        *used += size;
+        *table.used.entry(device).or_default() += size;
         table
             .allocations
             .insert(start as usize, Allocation { size, device, freed: false, accesses: Vec::new() });
-        Ok(start as usize)
+        Ok(start)
     })
 }
 
@@ -196,7 +216,7 @@ pub fn free(who: &Accessor, start: usize) -> Result<usize, String> {
 
 /// Gives the pages back and leaves the range unreadable.
 pub fn release(start: usize, size: usize) {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    let flags = UNTOUCHABLE | libc::MAP_FIXED;
     // SAFETY: the range is a mapping of `allocate` that `free` has retired; nothing else was mapped there.
     let done =
         unsafe { libc::mmap(start as *mut _, size.next_multiple_of(PAGE), libc::PROT_NONE, flags, -1, 0) };
