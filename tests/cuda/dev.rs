@@ -24,6 +24,11 @@ pub(crate) fn fresh() -> Dev {
     Cuda::new(0).unwrap()
 }
 
+/// Another handle of a GPU, with a stream of its own.
+pub(crate) fn beside(device: &Dev) -> Dev {
+    Cuda::poisoned(device.ordinal()).unwrap()
+}
+
 /// The number of GPUs; without one the process ends with success, having said that nothing was run.
 pub(crate) fn needed() -> usize {
     match Cuda::count() {

@@ -18,6 +18,11 @@ pub(crate) fn fresh() -> Dev {
     Cpu::new()
 }
 
+/// Another handle of a device.
+pub(crate) fn beside(_: &Dev) -> Dev {
+    Cpu::poisoned()
+}
+
 /// Thread ranks whose fresh tensors are NaN.
 pub(crate) fn ranks(world: usize) -> Threads {
     Threads::new(world).device(Cpu::poisoned).deadline(Duration::from_secs(60))

@@ -247,14 +247,19 @@ fn gradient_norms_are_those_of_one_device() {
 type Model = ColumnParallelLinear<Replicated, f64, Dev>;
 
 /// A linear layer on a rank of its own tensor-parallel group.
-fn model(source: &Arrays) -> Result<Model> {
-    let alone = solo();
+fn model(device: &Dev, source: &Arrays) -> Result<Model> {
+    let alone = Group::solo(&dev::beside(device));
     Model::load(&alone, &Weights::new(source), 3, &Columns::even(&alone, 2)?, Bias::Add)
 }
 
 /// Adds the gradient of `scale` · Σ (y − t)² over some samples.
 fn backward(model: &mut Model, x: &Array2<f64>, t: &Array2<f64>, rows: &[usize], scale: f64) -> Result<()> {
-    let alone = solo();
+    let mut device = None;
+    model.visit(&mut |param| {
+        device = Some(dev::beside(param.value().device()));
+        Ok(())
+    })?;
+    let alone = Group::solo(&device.unwrap());
     let pick = |x: &Array2<f64>| Tensor::from_array(alone.device(), &x.select(ndarray::Axis(0), rows));
     let (y, saved) = model.forward(&DTensor::replicated(&alone, pick(x)?)?)?;
     let dy = ops::squared_error_backward(y.local(), &pick(t)?, scale)?;
@@ -284,7 +289,7 @@ fn data_parallel_equals_the_big_batch() {
                     arrays([("weight", random(rank as u64, "?", &[2, 3])), ("bias", random(9, "?", &[2]))])
                 }
             };
-            let mut model = model(&own)?;
+            let mut model = model(group.device(), &own)?;
             let replicas = match how {
                 1 => DataParallel::with_buckets(&group, |f| model.visit(f), 8)?,
                 4 => DataParallel::central(&group, |f| model.visit(f), group.size() - 1)?,
@@ -361,7 +366,7 @@ fn cause(error: Error) -> String {
 fn misuse_of_replicas_is_named() {
     let source = arrays([("weight", random(1, "w", &[2, 3])), ("bias", random(1, "b", &[2]))]);
     let run = |f: &(dyn Fn(&Group<Dev>, Model) -> Result<()> + Sync)| {
-        cause(ranks(2).run(|group| f(&group, model(&source)?)).unwrap_err())
+        cause(ranks(2).run(|group| f(&group, model(group.device(), &source)?)).unwrap_err())
     };
     let (x, t) = (matrix(1, "x", 2, 3), matrix(1, "t", 2, 2));
     assert_eq!(

@@ -319,7 +319,8 @@ fn faults_are_typed_errors_on_every_rank() {
         }
         let nan = faulty(mesh, |rank, model, _| match rank {
             0 => model.visit(&mut |param| {
-                *param.value_mut() = Tensor::full(&dev::fresh(), param.value().shape(), f64::NAN)?;
+                *param.value_mut() =
+                    Tensor::full(&dev::beside(param.value().device()), param.value().shape(), f64::NAN)?;
                 Ok(())
             }),
             _ => Ok(()),

@@ -44,6 +44,10 @@ unsafe impl NcclDevice for Cuda {
         Cuda::while_waiting(self, look);
     }
 
+    fn stranger<T: Element>(&self, slice: CudaSlice<'_, T>) -> Result<Option<Self>> {
+        Cuda::stranger(self, &slice.owner())
+    }
+
     fn address<T: Element>(slice: CudaSlice<'_, T>) -> *const c_void {
         slice.address() as *const c_void
     }

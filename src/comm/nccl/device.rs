@@ -36,6 +36,12 @@ pub unsafe trait NcclDevice: Pointwise {
     /// ends the wait, and is what the waiting call returns. `look` is forgotten when nobody else holds it.
     fn while_waiting(&self, look: &Rc<dyn Fn() -> Result<()>>);
 
+    /// The handle that a view's memory came from, where marks of this one do not order what is done with it.
+    ///
+    /// # Errors
+    /// When the memory is another device's.
+    fn stranger<T: Element>(&self, slice: Self::Slice<'_, T>) -> Result<Option<Self>>;
+
     /// Where a view begins.
     fn address<T: Element>(slice: Self::Slice<'_, T>) -> *const c_void;
 

@@ -260,13 +260,23 @@ impl<B: NcclDevice> Nccl<B> {
         self.side.rank()
     }
 
-    /// Compares the call, and lets the lane wait for what was computed. Returns the mark behind that.
-    fn enter(&self, call: &Call) -> Result<B::Mark> {
+    /// Compares the call, and lets the lane wait for what was computed, by strangers too. Returns the mark behind that.
+    fn enter(&self, call: &Call, strangers: &[Option<B>]) -> Result<B::Mark> {
         self.state.is_well()?;
         self.compare(call)?;
+        self.wait_for(strangers)
+    }
+
+    fn wait_for(&self, strangers: &[Option<B>]) -> Result<B::Mark> {
         self.device.make_current()?;
         self.state.lane.after(&self.device.mark()?)?;
+        strangers.iter().flatten().try_for_each(|stranger| self.state.lane.after(&stranger.mark()?))?;
         self.state.lane.mark()
+    }
+
+    /// The handle of a view's memory, where that has to be waited for by itself.
+    fn stranger(&self, view: AnyRef<'_, B>) -> Result<Option<B>> {
+        each_dtype!(AnyRef, view, view => self.device.stranger(view))
     }
 
     fn compare(&self, call: &Call) -> Result<()> {
@@ -286,19 +296,30 @@ impl<B: NcclDevice> Nccl<B> {
     }
 
     /// Runs a collective on the lane, and returns the mark behind it.
-    fn run(&self, call: &Call, collective: impl FnOnce() -> Result<()>) -> Result<Rc<UnderWay<B>>> {
-        let begin = self.enter(call)?;
+    fn run(
+        &self,
+        call: &Call,
+        strangers: &[Option<B>],
+        collective: impl FnOnce() -> Result<()>,
+    ) -> Result<Rc<UnderWay<B>>> {
+        let begin = self.enter(call, strangers)?;
         // Part of it may be with the device already.
         collective().map_err(|error| self.state.abort(error))?;
         let end = self.state.lane.mark()?;
+        strangers.iter().flatten().try_for_each(|stranger| stranger.after(&end))?;
         let under_way = Rc::new(UnderWay { call: *call, begin, end, since: Cell::new(None) });
         self.state.under_way.borrow_mut().push_back(Rc::clone(&under_way));
         Ok(under_way)
     }
 
     /// Runs a collective, and lets what is computed later wait for it.
-    fn run_now(&self, call: &Call, collective: impl FnOnce() -> Result<()>) -> Result<()> {
-        let done = self.run(call, collective)?;
+    fn run_now(
+        &self,
+        call: &Call,
+        strangers: &[Option<B>],
+        collective: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let done = self.run(call, strangers, collective)?;
         self.device.after(&done.end)
     }
 
@@ -556,11 +577,17 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, B>) -> Result<()> {
-        self.run_now(call, || each_dtype!(AnyMut, x, x => self.reduce(call, op, x)))
+        let strangers = [self.stranger(x.shared())?];
+        self.run_now(call, &strangers, || each_dtype!(AnyMut, x, x => self.reduce(call, op, x)))
     }
 
     fn all_gather(&self, call: &Call, parts: &Parts, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()> {
-        self.run_now(call, || each_pair!(send, recv, (send, recv) => self.gather(call, parts, send, recv)))
+        let strangers = [self.stranger(send)?, self.stranger(recv.shared())?];
+        self.run_now(
+            call,
+            &strangers,
+            || each_pair!(send, recv, (send, recv) => self.gather(call, parts, send, recv)),
+        )
     }
 
     fn reduce_scatter(
@@ -571,8 +598,10 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         send: AnyRef<'_, B>,
         recv: AnyMut<'_, B>,
     ) -> Result<()> {
+        let strangers = [self.stranger(send)?, self.stranger(recv.shared())?];
         self.run_now(
             call,
+            &strangers,
             || each_pair!(send, recv, (send, recv) => self.scatter(call, op, parts, send, recv)),
         )
     }
@@ -589,7 +618,8 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
             }
             nccl.grouped(call, || nccl.state.raw.broadcast::<T, B>(nccl.lane(), root, None, &mut x))
         }
-        self.run_now(call, || each_dtype!(AnyMut, x, x => broadcast(self, call, root, x)))
+        let strangers = [self.stranger(x.shared())?];
+        self.run_now(call, &strangers, || each_dtype!(AnyMut, x, x => broadcast(self, call, root, x)))
     }
 
     fn exchange(
@@ -613,9 +643,10 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
             }
             nccl.state.raw.recv::<T, B>(nccl.lane(), from, &mut data)
         }
-        self.device.make_current()?;
-        self.lane().after(&self.device.mark()?)?;
-        let begin = self.lane().mark()?;
+        let sent = send.as_ref().map_or(Ok(None), |send| self.stranger(send.data))?;
+        let received = recv.as_ref().map_or(Ok(None), |recv| self.stranger(recv.data.shared()))?;
+        let strangers = [sent, received];
+        let begin = self.wait_for(&strangers)?;
         self.grouped(call, || {
             if let Some(send) = send {
                 each_dtype!(AnyRef, send.data, data => offer(self, send.to, data))?;
@@ -628,6 +659,7 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         .map_err(|error| self.state.abort(error))?;
         let end = self.lane().mark()?;
         self.device.after(&end)?;
+        strangers.iter().flatten().try_for_each(|stranger| stranger.after(&end))?;
         let under_way = UnderWay { call: *call, begin, end, since: Cell::new(None) };
         self.state.under_way.borrow_mut().push_back(Rc::new(under_way));
         Ok(())
@@ -671,7 +703,8 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         mut send: AnyBuffer<B>,
         mut recv: AnyBuffer<B>,
     ) -> Result<Box<dyn InFlight<B>>> {
-        let under_way = self.run(call, || self.work(call, &collective, &mut send, &mut recv))?;
+        let strangers = [self.stranger(send.as_ref())?, self.stranger(recv.as_ref())?];
+        let under_way = self.run(call, &strangers, || self.work(call, &collective, &mut send, &mut recv))?;
         let (result, used) = match collective {
             Collective::AllReduce(_) => (send, recv),
             _ => (recv, send),

@@ -40,6 +40,9 @@ unsafe impl NcclDevice for Cpu {
         Ok(true)
     }
     fn while_waiting(&self, _: &Rc<dyn Fn() -> Result<()>>) {}
+    fn stranger<T: Element>(&self, _: &[T]) -> Result<Option<Self>> {
+        Ok(None)
+    }
     fn address<T: Element>(slice: &[T]) -> *const c_void {
         slice.as_ptr().cast()
     }

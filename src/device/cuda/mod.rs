@@ -214,23 +214,27 @@ impl Cuda {
     /// Runs `work`, which is asked of this handle and uses memory of `others`: behind what they were asked for before, and before
     /// what they are asked for later.
     pub(crate) fn joins(&self, others: &[Rc<Handle>], work: impl FnOnce() -> Result<()>) -> Result<()> {
-        let mut foreign = Vec::new();
-        for other in others.iter().filter(|other| !Rc::ptr_eq(other, &self.0)) {
-            let (here, there) = (self.ordinal(), other.context.ordinal);
-            if here != there {
-                return Err(Error::invalid("CUDA", format!("a tensor of GPU {there} is used on GPU {here}")));
-            }
-            if !Rc::ptr_eq(&other.kin, &self.0.kin) {
-                self.0.stream.after(&other.stream.mark()?)?;
-                foreign.push(other);
-            }
-        }
+        let strangers = others.iter().map(|other| self.stranger(other));
+        let strangers = strangers.filter_map(Result::transpose).collect::<Result<Vec<_>>>()?;
+        strangers.iter().try_for_each(|other| self.after(&other.mark()?))?;
         work()?;
-        if foreign.is_empty() {
+        if strangers.is_empty() {
             return Ok(());
         }
-        let done = self.0.stream.mark()?;
-        foreign.into_iter().try_for_each(|other| other.stream.after(&done))
+        let done = self.mark()?;
+        strangers.iter().try_for_each(|other| other.after(&done))
+    }
+
+    /// The other handle, where marks of this one do not order what is done with its memory.
+    pub(crate) fn stranger(&self, other: &Rc<Handle>) -> Result<Option<Self>> {
+        if Rc::ptr_eq(other, &self.0) {
+            return Ok(None);
+        }
+        let (here, there) = (self.ordinal(), other.context.ordinal);
+        if here != there {
+            return Err(Error::invalid("CUDA", format!("a tensor of GPU {there} is used on GPU {here}")));
+        }
+        Ok((!Rc::ptr_eq(&other.kin, &self.0.kin)).then(|| Self(Rc::clone(other))))
     }
 
     /// Whole numbers for a kernel, in the order of its work.
