@@ -61,10 +61,6 @@
 //! |---|---|---|
 //! | `reference` | yes | the single-device reference |
 
-// Tests inside the crate share files with the integration tests.
-#[cfg(all(test, feature = "nccl"))]
-extern crate self as shardwise;
-
 pub mod comm;
 pub mod device;
 mod error;

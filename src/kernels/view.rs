@@ -202,6 +202,11 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         self.dims.cols
     }
 
+    /// The same matrix, lent for a time.
+    pub(crate) fn reborrow(&mut self) -> MatMut<'_, T, B> {
+        MatMut { data: B::reborrow(&mut self.data), dims: self.dims }
+    }
+
     /// Some rows and columns.
     ///
     /// # Panics

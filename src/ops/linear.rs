@@ -21,9 +21,9 @@ pub fn linear<T: Element, B: Backend>(
     same_size("linear", "columns of x", x.shape().cols(), "columns of w", w.shape().cols())?;
     let shape = x.shape().with(x.shape().rank() - 1, w.shape().rows());
     let mut y = Tensor::empty(x.device(), shape)?;
-    x.device().gemm(1.0, x.mat(), w.mat().t(), 0.0, y.mat_mut()?)?;
-    if let Some(bias) = bias {
-        x.device().add_bias::<T>(bias.slice(), y.mat_mut()?)?;
+    match bias {
+        Some(bias) => x.device().gemm_bias::<T>(x.mat(), w.mat().t(), bias.slice(), y.mat_mut()?)?,
+        None => x.device().gemm(1.0, x.mat(), w.mat().t(), 0.0, y.mat_mut()?)?,
     }
     Ok(y)
 }

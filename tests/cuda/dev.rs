@@ -1,9 +1,9 @@
 //! The device of this binary: GPUs, one for each rank in turn, with groups over NCCL.
 
 use shardwise::{
-    Error, Result,
+    Result,
     comm::{Group, nccl::Options},
-    device::Cuda,
+    device::{Cpu, Cuda},
     launch::Threads,
 };
 use std::{io::Write, time::Duration};
@@ -46,11 +46,11 @@ pub(crate) fn needed() -> usize {
 }
 
 /// Thread ranks with a GPU each, over NCCL; where there are fewer GPUs than ranks, by way of the host.
-pub(crate) struct Ranks(Threads, usize);
+pub(crate) struct Ranks(Threads);
 
 pub(crate) fn ranks(world: usize) -> Ranks {
     needed();
-    Ranks(Threads::new(world).deadline(Duration::from_secs(60)), world)
+    Ranks(Threads::new(world).deadline(Duration::from_secs(60)))
 }
 
 impl Ranks {
@@ -64,24 +64,25 @@ impl Ranks {
     ) -> Result<Vec<Result<R>>> {
         self.0.run_each(|host| rank(group(&host)?))
     }
-
-    pub(crate) fn size(&self) -> usize {
-        self.1
-    }
 }
 
 /// The ranks of a host's group with a GPU each.
-pub(crate) fn group(host: &Group<shardwise::device::Cpu>) -> Result<Group<Dev>> {
-    let gpus = needed();
-    let cuda = Cuda::poisoned(host.rank() % gpus)?;
-    // Several ranks of one communicator on one GPU are not for every NCCL.
-    match host.size() <= gpus || std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some() {
-        true => host.over_nccl(&cuda, Options { deadline: Duration::from_secs(60), ..Options::default() }),
-        false => Ok(host.staged(&cuda)),
+pub(crate) fn group(host: &Group<Cpu>) -> Result<Group<Dev>> {
+    let cuda = of_rank(host)?;
+    match worlds([host.size()]).next() {
+        Some(_) => host.over_nccl(&cuda, Options { deadline: Duration::from_secs(60), ..Options::default() }),
+        None => Ok(host.staged(&cuda)),
     }
 }
 
-/// An error that says that something was not as a test wants it.
-pub(crate) fn wrong(what: String) -> Error {
-    Error::Invalid { op: "test", reason: what }
+/// The GPU of a rank.
+pub(crate) fn of_rank(host: &Group<Cpu>) -> Result<Dev> {
+    Cuda::poisoned(host.rank() % needed())
+}
+
+/// Those numbers of ranks that can have NCCL between them here: several on one GPU are not for every NCCL.
+pub(crate) fn worlds(worlds: impl IntoIterator<Item = usize>) -> impl Iterator<Item = usize> {
+    let many = std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some();
+    let gpus = needed();
+    worlds.into_iter().filter(move |&world| world <= gpus || many)
 }

@@ -8,11 +8,15 @@ mod block;
 #[path = "../suite/decoding.rs"]
 mod decoding;
 mod dev;
+mod device;
+#[path = "../suite/exact.rs"]
+mod exact;
 mod kernels;
 #[path = "../suite/layers.rs"]
 mod layers;
 #[path = "../suite/models.rs"]
 mod models;
+mod nccl;
 #[path = "../suite/optim.rs"]
 mod optim;
 #[path = "../suite/support.rs"]

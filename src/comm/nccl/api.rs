@@ -121,19 +121,7 @@ impl Api {
     /// The functions of the NCCL at hand. It is never unloaded: it has threads of its own.
     pub(super) fn get() -> Result<&'static Self> {
         static API: OnceLock<Result<Api>> = OnceLock::new();
-        // The crate's own tests bring their own: they have no device either.
-        let load = if cfg!(test) { Self::of_tests } else { Self::load };
-        API.get_or_init(load).as_ref().map_err(Error::clone)
-    }
-
-    #[cfg(test)]
-    fn of_tests() -> Result<Self> {
-        Ok(super::fake::api())
-    }
-
-    #[cfg(not(test))]
-    fn of_tests() -> Result<Self> {
-        Self::load()
+        API.get_or_init(Self::load).as_ref().map_err(Error::clone)
     }
 
     fn load() -> Result<Self> {

@@ -15,11 +15,7 @@
 mod api;
 mod cuda;
 mod device;
-#[cfg(test)]
-mod fake;
 mod raw;
-#[cfg(test)]
-mod tests;
 
 pub use device::NcclDevice;
 

@@ -23,8 +23,6 @@ pub(super) struct Context {
     pub(super) name: String,
     /// The bytes of shared memory that a block may ask for.
     pub(super) shared_memory: usize,
-    /// The number of multiprocessors.
-    pub(super) processors: usize,
     modules: RefCell<HashMap<&'static str, CUmodule>>,
     functions: RefCell<HashMap<String, CUfunction>>,
 }
@@ -81,7 +79,6 @@ impl Context {
             capability: (0, 0),
             name: String::from_utf8_lossy(&name[..end]).into_owned(),
             shared_memory: 0,
-            processors: 0,
             modules: RefCell::default(),
             functions: RefCell::default(),
         };
@@ -98,7 +95,6 @@ impl Context {
         }
         this.shared_memory =
             this.attribute(Is::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
-        this.processors = this.attribute(Is::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         this.keep_memory()?;
         Ok(Rc::new(this))
     }

@@ -35,35 +35,7 @@ pub(crate) struct Layout {
     pub(crate) stride: usize,
 }
 
-/// What is done to a product before it is stored: the columns of D being vectors of features.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) enum Epilogue {
-    /// Nothing.
-    #[default]
-    None,
-    /// D + bias, one number a row.
-    Bias,
-    /// gelu(D + bias), by its tanh form; what goes into gelu is kept beside.
-    GeluBias,
-    /// D · gelu′(kept).
-    GeluBackward,
-    /// D · gelu′(kept), and its sums over the columns: the gradient of the bias.
-    GeluBackwardBias,
-}
-
-impl Epilogue {
-    fn number(self) -> cublasLtEpilogue_t {
-        match self {
-            Self::None => cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DEFAULT,
-            Self::Bias => cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
-            Self::GeluBias => cublasLtEpilogue_t::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
-            Self::GeluBackward => cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DGELU,
-            Self::GeluBackwardBias => cublasLtEpilogue_t::CUBLASLT_EPILOGUE_DGELU_BGRAD,
-        }
-    }
-}
-
-/// D ← epilogue(α op(A) op(B) + β D), for every member of a batch.
+/// D ← α op(A) op(B) + β D, for every member of a batch; plus a number a row, where there is a bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Matmul {
     /// The element of A and B.
@@ -78,9 +50,7 @@ pub(crate) struct Matmul {
     pub(crate) b: Layout,
     pub(crate) d: Layout,
     pub(crate) batch: usize,
-    pub(crate) epilogue: Epilogue,
-    /// Elements from one column to the next of what gelu keeps.
-    pub(crate) kept_leading: usize,
+    pub(crate) bias: bool,
 }
 
 /// Where the operands are.
@@ -89,10 +59,8 @@ pub(crate) struct Operands {
     pub(crate) a: u64,
     pub(crate) b: u64,
     pub(crate) d: u64,
-    /// The bias, or its gradient.
+    /// The bias, if there is one.
     pub(crate) bias: u64,
-    /// What goes into gelu.
-    pub(crate) kept: u64,
 }
 
 /// cuBLASLt for one stream: its handle, workspace and plans.
@@ -120,8 +88,8 @@ impl Lt {
     /// Asks the stream for a product.
     ///
     /// # Safety
-    /// The operands lie where they are said to, in full, in memory that the caller has ordered the stream with; D, and a bias
-    /// gradient or what gelu keeps in the forward, are borrowed exclusively.
+    /// The operands lie where they are said to, in full, in memory that the caller has ordered the stream with; D is borrowed
+    /// exclusively.
     #[allow(unsafe_code)]
     pub(crate) unsafe fn run(
         &self,
@@ -149,8 +117,9 @@ impl Lt {
             DType::F64 => [(&raw const wide[0]).cast(), (&raw const wide[1]).cast()],
             _ => [(&raw const narrow[0]).cast(), (&raw const narrow[1]).cast()],
         };
-        plan.point("bias", DescIs::CUBLASLT_MATMUL_DESC_BIAS_POINTER, at.bias)?;
-        plan.point("epilogue", DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, at.kept)?;
+        if product.bias {
+            plan.set(DescIs::CUBLASLT_MATMUL_DESC_BIAS_POINTER, at.bias)?;
+        }
         // SAFETY: the plan was made for these layouts, its descriptors live, α and β are of the scale type and live until the
         // call returns, the workspace has as many bytes as are stated; the operands are the caller's promise.
         let code = unsafe {
@@ -216,7 +185,6 @@ struct Plan {
     d: cublasLtMatrixLayout_t,
     algorithm: cublasLtMatmulAlgo_t,
     workspace: usize,
-    epilogue: Epilogue,
 }
 
 impl Plan {
@@ -235,7 +203,6 @@ impl Plan {
             d: null_mut(),
             algorithm: none,
             workspace: 0,
-            epilogue: product.epilogue,
         };
         // SAFETY: `desc` is a place for a descriptor.
         #[allow(unsafe_code)]
@@ -244,12 +211,11 @@ impl Plan {
         // CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
         plan.set(DescIs::CUBLASLT_MATMUL_DESC_TRANSA, i32::from(product.transpose_a))?;
         plan.set(DescIs::CUBLASLT_MATMUL_DESC_TRANSB, i32::from(product.transpose_b))?;
-        plan.set(DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE, product.epilogue.number() as u32)?;
-        if matches!(
-            product.epilogue,
-            Epilogue::GeluBias | Epilogue::GeluBackward | Epilogue::GeluBackwardBias
-        ) {
-            plan.set(DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, product.kept_leading as i64)?;
+        if product.bias {
+            plan.set(
+                DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE,
+                cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32,
+            )?;
         }
         plan.a = layout(product.inputs, &product.a, product.batch)?;
         plan.b = layout(product.inputs, &product.b, product.batch)?;
@@ -312,23 +278,6 @@ impl Plan {
             )
         };
         cublas_lt("cublasLtMatmulDescSetAttribute", code)
-    }
-
-    /// Sets an operand of the epilogue that stands in the descriptor, if the epilogue has it.
-    fn point(&self, what: &'static str, attribute: DescIs, address: u64) -> Result<()> {
-        let used = match attribute {
-            DescIs::CUBLASLT_MATMUL_DESC_BIAS_POINTER => {
-                matches!(self.epilogue, Epilogue::Bias | Epilogue::GeluBias | Epilogue::GeluBackwardBias)
-            }
-            _ => !matches!(self.epilogue, Epilogue::None | Epilogue::Bias),
-        };
-        match (used, address) {
-            (false, _) => Ok(()),
-            (true, 0) => {
-                Err(Error::invalid("gemm", format!("the {what} has no operand: please report this")))
-            }
-            (true, address) => self.set(attribute, address),
-        }
     }
 }
 

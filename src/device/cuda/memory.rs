@@ -103,11 +103,6 @@ impl<T: Element> CudaSliceMut<'_, T> {
         self.address
     }
 
-    /// The handle that the memory came from.
-    pub(crate) fn owner(&self) -> Rc<Handle> {
-        Rc::clone(self.owner)
-    }
-
     pub(super) fn narrow(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of a view of {}", self.len);
         Self { address: self.address + (range.start * size_of::<T>()) as u64, len: range.len(), ..self }

@@ -23,7 +23,7 @@ mod status;
 mod stream;
 
 pub(crate) use launch::Grid;
-pub(crate) use matmul::{Epilogue, Layout, Lt, Matmul, Operands};
+pub(crate) use matmul::{Layout, Lt, Matmul, Operands};
 pub use memory::{CudaBuffer, CudaSlice, CudaSliceMut};
 pub(crate) use program::Family;
 pub use stream::Mark;
@@ -192,11 +192,6 @@ impl Cuda {
         let mut looks = self.0.looks.borrow_mut();
         looks.retain(|look| look.strong_count() > 0);
         looks.push(Rc::downgrade(look));
-    }
-
-    /// The number of the GPU's multiprocessors.
-    pub(crate) fn processors(&self) -> usize {
-        self.0.context.processors
     }
 
     /// Whether products of f32 keep all their bits.

@@ -6,10 +6,10 @@
 use super::{Batch, Gemm, check};
 use crate::{
     device::{
-        Device, Element,
-        cuda::{Cuda, CudaBuffer, Epilogue, Layout, Matmul, Operands},
+        DType, Device, Element,
+        cuda::{Cuda, CudaBuffer, CudaSlice, Layout, Matmul, Operands},
     },
-    error::Result,
+    error::{Result, same_size},
     kernels::{MatMut, MatRef, Pointwise, view::Dims},
 };
 
@@ -77,7 +77,45 @@ impl Gemm for Cuda {
             let copy = self.dense(b)?;
             return self.gemm(alpha, a, MatRef::new(Self::slice(&copy), k, n)?, beta, c);
         }
-        let owners = [a.data().owner(), b.data().owner(), c.shared().owner()];
+        self.multiply(batch, alpha, a, b, beta, None, c)
+    }
+
+    fn gemm_bias<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        bias: CudaSlice<'_, T>,
+        mut c: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check(Batch::ONE, &a, &b, &c)?;
+        same_size("gemm", "the bias", Self::len(bias), "columns of C", c.cols())?;
+        // cuBLASLt adds it to rows of its result, which are columns of a row-major C; and not to f64.
+        let transposed = column_major(c.dims()).is_some_and(|seen| seen.transposed);
+        let whole = column_major(a.dims()).is_some() && column_major(b.dims()).is_some();
+        let empty = a.rows() == 0 || a.cols() == 0 || b.cols() == 0;
+        if T::DTYPE == DType::F64 || !transposed || !whole || empty {
+            self.gemm(1.0, a, b, 0.0, c.reborrow())?;
+            return self.add_bias(bias, c);
+        }
+        self.multiply(Batch::ONE, 1.0, a, b, 0.0, Some(bias), c)
+    }
+}
+
+impl Cuda {
+    /// The product itself, of operands that cuBLASLt takes as they are.
+    #[allow(clippy::too_many_arguments)]
+    fn multiply<T: Element, C: Element>(
+        &self,
+        batch: Batch,
+        alpha: f64,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        beta: f64,
+        bias: Option<CudaSlice<'_, T>>,
+        c: MatMut<'_, C, Self>,
+    ) -> Result<()> {
+        let mut owners = vec![a.data().owner(), b.data().owner(), c.shared().owner()];
+        owners.extend(bias.map(|bias| bias.owner()));
         let a = Side { dims: a.dims(), address: a.data().address(), stride: batch.a };
         let b = Side { dims: b.dims(), address: b.data().address(), stride: batch.b };
         let c_side = Side { dims: c.dims(), address: c.shared().address(), stride: batch.c };
@@ -93,13 +131,14 @@ impl Gemm for Cuda {
             b: right.layout(),
             d: c_side.layout(),
             batch: batch.count,
-            epilogue: Epilogue::None,
-            kept_leading: 0,
+            bias: bias.is_some(),
         };
-        let at = Operands { a: left.address, b: right.address, d: c_side.address, ..Operands::default() };
+        let bias = bias.map_or(0, |bias| bias.address());
+        let at = Operands { a: left.address, b: right.address, d: c_side.address, bias };
         self.joins(&owners, || {
             // SAFETY: `check` has seen that every matrix of the batch lies in its memory and that the dimensions agree; the
-            // layouts are those of the views. C is borrowed exclusively.
+            // layouts are those of the views; the bias has an element a row of the result as it is seen. C is borrowed
+            // exclusively.
             #[allow(unsafe_code)]
             unsafe {
                 self.lt()?.run(self, &product, at, alpha, beta)

@@ -5,7 +5,7 @@ pub(super) mod cpu;
 mod cuda;
 pub(super) mod few;
 
-use super::{MatMut, MatRef, view::Dims};
+use super::{MatMut, MatRef, Pointwise, view::Dims};
 use crate::{
     device::{Device, Element},
     error::{Error, Result, same_size},
@@ -78,6 +78,25 @@ pub trait Gemm: Device {
         beta: f64,
         c: MatMut<'_, C, Self>,
     ) -> Result<()>;
+
+    /// C ← A B + bias, `bias` having one element a column of C: a linear operator. Where the device can, the bias is added
+    /// before the result is rounded.
+    ///
+    /// # Errors
+    /// As [`Gemm::gemm`], and when the bias does not fit.
+    fn gemm_bias<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        bias: Self::Slice<'_, T>,
+        mut c: MatMut<'_, T, Self>,
+    ) -> Result<()>
+    where
+        Self: Pointwise,
+    {
+        self.gemm(1.0, a, b, 0.0, c.reborrow())?;
+        self.add_bias::<T>(bias, c)
+    }
 
     /// Several products, at the same time where the device can: the CPU shares its threads among them. The bits are those
     /// of one after the other.

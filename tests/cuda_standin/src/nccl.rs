@@ -145,7 +145,7 @@ impl World {
                 self.news.notify_all();
             }
         }
-        self.wait(aborted, |state| {
+        let done = self.wait(aborted, |state| {
             let round = state.rounds.get_mut(&number)?;
             round.done.then_some(())?;
             round.left += 1;
@@ -154,6 +154,12 @@ impl World {
             }
             Some(())
         });
+        if done.is_none() {
+            // Who aborts takes its memory along: nobody will use it any more.
+            if let Some(round) = lock(&self.state).rounds.get_mut(&number) {
+                round.ops[rank] = None;
+            }
+        }
     }
 }
 

@@ -1,60 +1,25 @@
-//! The communicator between threads, over an NCCL that works on host memory.
+//! Groups over NCCL: every collective, disagreements, and lost ranks.
 
-use super::{NcclDevice, Options, Order};
 use crate::{
-    Tensor,
-    comm::{Group, ReduceOp},
+    dev::{self, Dev, Tensor},
+    exact::{DTYPES, all_exact, all_in_flight, nan_wins, sums_in_rank_order, with_element},
+};
+use shardwise::{
+    Error, Loss, Result,
+    comm::{
+        Group, ReduceOp,
+        nccl::{Options, Order},
+    },
     device::{Cpu, Element},
-    error::{Error, Loss, Result},
+    launch::{Env, Threads},
     shard::{Partition, Shape},
 };
-use exact::{DTYPES, all_exact, all_in_flight, nan_wins, sums_in_rank_order, with_element};
-// A test stands outside of the table of who may import whom, as users do.
-use shardwise::launch::{Env, Threads};
-use std::{ffi::c_void, panic::resume_unwind, ptr::null_mut, rc::Rc, thread, time::Duration};
-
-#[path = "../../../tests/suite/exact.rs"]
-mod exact;
-
-// SAFETY: host memory, and no streams: what was asked of a handle is done.
-#[allow(unsafe_code)]
-unsafe impl NcclDevice for Cpu {
-    type Mark = ();
-
-    fn beside(&self) -> Result<Self> {
-        Ok(self.clone())
-    }
-    fn make_current(&self) -> Result<()> {
-        Ok(())
-    }
-    fn stream(&self) -> *mut c_void {
-        null_mut()
-    }
-    fn mark(&self) -> Result<()> {
-        Ok(())
-    }
-    fn after(&self, _: &()) -> Result<()> {
-        Ok(())
-    }
-    fn is_reached(&self, _: &()) -> Result<bool> {
-        Ok(true)
-    }
-    fn while_waiting(&self, _: &Rc<dyn Fn() -> Result<()>>) {}
-    fn stranger<T: Element>(&self, _: &[T]) -> Result<Option<Self>> {
-        Ok(None)
-    }
-    fn address<T: Element>(slice: &[T]) -> *const c_void {
-        slice.as_ptr().cast()
-    }
-    fn address_mut<T: Element>(slice: &mut &mut [T]) -> *mut c_void {
-        slice.as_mut_ptr().cast()
-    }
-}
+use std::{panic::resume_unwind, thread, time::Duration};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
 fn ranks(world: usize) -> Threads {
-    Threads::new(world).device(Cpu::poisoned).deadline(DEADLINE)
+    Threads::new(world).deadline(DEADLINE)
 }
 
 fn options(order: Order) -> Options {
@@ -63,11 +28,11 @@ fn options(order: Order) -> Options {
 
 #[test]
 fn collectives_are_exact_in_every_world() {
-    for world in 1..=8 {
+    for world in dev::worlds(1..=8) {
         for order in [Order::Any, Order::Ranks] {
             ranks(world)
                 .run(|group| {
-                    let nccl = group.over_nccl(&Cpu::poisoned(), options(order))?;
+                    let nccl = group.over_nccl(&dev::of_rank(&group)?, options(order))?;
                     if world <= 3 {
                         all_exact(&nccl, false)?;
                     }
@@ -80,10 +45,10 @@ fn collectives_are_exact_in_every_world() {
 
 #[test]
 fn sums_have_the_bits_of_thread_ranks_if_asked_for() {
-    for world in [2, 3, 5] {
+    for world in dev::worlds([2, 3, 5]) {
         ranks(world)
             .run(|group| {
-                let nccl = group.over_nccl(&Cpu::poisoned(), options(Order::Ranks))?;
+                let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Ranks))?;
                 DTYPES.iter().try_for_each(|dtype| with_element!(dtype, sums_in_rank_order(&nccl)))
             })
             .unwrap();
@@ -92,19 +57,19 @@ fn sums_have_the_bits_of_thread_ranks_if_asked_for() {
 
 #[test]
 fn a_nan_is_never_dropped() {
-    for world in 1..=3 {
+    for world in dev::worlds(1..=3) {
         ranks(world)
             .run(|group| {
-                let nccl = group.over_nccl(&Cpu::poisoned(), options(Order::Any))?;
+                let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
                 DTYPES.iter().try_for_each(|dtype| with_element!(dtype, nan_wins(&nccl)))
             })
             .unwrap();
     }
 }
 
-type Act = fn(&Group<Cpu>) -> Result<()>;
+type Act = fn(&Group<Dev>) -> Result<()>;
 
-fn reduce<T: Element>(group: &Group<Cpu>, op: ReduceOp, len: usize) -> Result<()> {
+fn reduce<T: Element>(group: &Group<Dev>, op: ReduceOp, len: usize) -> Result<()> {
     let mut x = Tensor::<T>::full(group.device(), [len], 3.0)?;
     let result = group.all_reduce(op, &mut x);
     // A disagreement is found before data move.
@@ -136,7 +101,7 @@ fn disagreement_is_the_same_error_on_every_rank() {
         }
         let errors = ranks(3)
             .run(|group| {
-                let nccl = group.over_nccl(&Cpu::new(), options(Order::Any))?;
+                let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
                 // After calls that all have made.
                 ACTS[usual](&nccl)?;
                 ACTS[other](&nccl)?;
@@ -155,7 +120,7 @@ fn disagreement_is_the_same_error_on_every_rank() {
 fn an_unexpected_message_is_a_disagreement() {
     let errors = ranks(2)
         .run(|group| {
-            let nccl = group.over_nccl(&Cpu::new(), options(Order::Any))?;
+            let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
             let x = Tensor::<f32>::zeros(nccl.device(), [6])?;
             if group.rank() == 0 {
                 // The message is never fetched: the sender hears of it here, or at its next call.
@@ -171,18 +136,18 @@ fn an_unexpected_message_is_a_disagreement() {
 
 #[test]
 fn a_lost_rank_is_an_error_on_every_other() {
-    for world in 2..=4 {
+    for world in dev::worlds(2..=4) {
         for lost in 0..world {
             for (way, act) in (0..3).flat_map(|way| ACTS.iter().take(5).map(move |act| (way, act))) {
                 let outcomes = ranks(world)
                     .run_each(|group| {
-                        let nccl = group.over_nccl(&Cpu::new(), options(Order::Any))?;
+                        let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
                         act(&nccl)?;
                         if group.rank() == lost {
                             thread::sleep(Duration::from_millis(lost as u64));
                             match way {
                                 0 => resume_unwind(Box::new("lost")),
-                                1 => return Err(Error::invalid("test", "fails")),
+                                1 => return Err(Error::Invalid { op: "test", reason: "fails".into() }),
                                 _ => return Ok(None),
                             }
                         }
@@ -226,9 +191,9 @@ fn processes<R: Send>(world: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Syn
 
 #[test]
 fn processes_have_the_same_collectives() {
-    for world in [1, 2, 3, 5] {
+    for world in dev::worlds([1, 2, 3, 5]) {
         let outcomes = processes(world, |group| {
-            let nccl = group.over_nccl(&Cpu::poisoned(), options(Order::Any))?;
+            let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
             all_in_flight(&nccl)?;
             all_in_flight(&nccl)
         });
@@ -241,7 +206,7 @@ fn processes_have_the_same_collectives() {
 fn another_order_of_known_calls_is_found_by_its_hash() {
     let outcomes = processes(3, |group| {
         let options = Options { check_every: 16, ..options(Order::Any) };
-        let nccl = group.over_nccl(&Cpu::new(), options)?;
+        let nccl = group.over_nccl(&dev::of_rank(&group)?, options)?;
         let call = |dims: [usize; 2]| {
             nccl.all_reduce(ReduceOp::Sum, &mut Tensor::<f32>::zeros(nccl.device(), dims)?)
         };
@@ -267,40 +232,33 @@ fn another_order_of_known_calls_is_found_by_its_hash() {
 fn a_process_that_does_not_come_to_a_known_call_is_a_deadline() {
     let outcomes = processes(2, |group| {
         let options = Options { deadline: Duration::from_millis(200), ..options(Order::Any) };
-        let nccl = group.over_nccl(&Cpu::new(), options)?;
+        let nccl = group.over_nccl(&dev::of_rank(&group)?, options)?;
         reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
         if nccl.rank() == 0 {
             thread::sleep(Duration::from_millis(600));
             return Ok(());
         }
-        reduce::<f32>(&nccl, ReduceOp::Sum, 6)
+        reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
+        nccl.device().synchronize()
     });
     assert!(matches!(&outcomes[1], Err(Error::Deadline { missing, .. }) if missing == &[0]), "{outcomes:?}");
 }
 
-/// A rank that fails between the comparison of a call and the call itself leaves the others inside NCCL.
+/// A rank that fails where the others are inside of NCCL already: their call was known, and was not compared.
 #[test]
 fn a_rank_that_is_lost_inside_of_a_collective_ends_it_for_the_others() {
-    for world in 2..=4 {
-        let outcomes = ranks(world)
-            .run_each(|group| {
-                let nccl = group.over_nccl(&Cpu::new(), options(Order::Any))?;
-                reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
-                if group.rank() == 0 {
-                    // The comparison of `nccl`'s next call, and no more.
-                    let call = crate::comm::Call { op: crate::comm::Op::AllReduce, ..nccl.split_call() };
-                    let call = crate::comm::Call {
-                        reduce: Some(ReduceOp::Sum),
-                        dtype: Some(crate::device::DType::F32),
-                        shape: Shape::new(&[6]),
-                        ..call
-                    };
-                    group.communicator().barrier(&call)?;
-                    return Err(Error::invalid("test", "fails"));
-                }
-                reduce::<f32>(&nccl, ReduceOp::Sum, 6)
-            })
-            .unwrap();
+    for world in dev::worlds(2..=4) {
+        let outcomes = processes(world, |group| {
+            let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
+            reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
+            if group.rank() == 0 {
+                thread::sleep(Duration::from_millis(20));
+                return Err(Error::Invalid { op: "test", reason: "fails".into() });
+            }
+            reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
+            // By now the rank is lost, and so is what the sum would have been.
+            nccl.device().synchronize()
+        });
         for outcome in outcomes.into_iter().skip(1) {
             assert!(matches!(outcome, Err(Error::PeerLost { rank: 0, .. })), "{outcome:?}");
         }

@@ -1,0 +1,100 @@
+//! What a GPU does that no kernel does: memory, several handles and GPUs, ranks that share one.
+
+use crate::{
+    dev,
+    exact::{DTYPES, all_exact, all_in_flight, nan_wins, sums_in_rank_order, with_element},
+};
+use shardwise::{
+    Error, Tensor,
+    device::{Cuda, Device},
+    kernels::Pointwise,
+    launch::Threads,
+};
+
+#[test]
+fn values_come_back_as_they_went() {
+    let cuda = dev::poisoned();
+    // Around the size of the memory that uploads go through, and several times that.
+    for len in [0, 1, 3, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, 700_000] {
+        let values: Vec<f32> = (0..len).map(|at| at as f32).collect();
+        let first = Tensor::from_slice(&cuda, [len], &values).unwrap();
+        let second = Tensor::from_slice(&cuda, [len], &values[..len]).unwrap();
+        assert_eq!(first.to_vec().unwrap(), values);
+        assert_eq!(second.to_vec().unwrap(), values);
+    }
+    assert_eq!(cuda.memory().live, 0);
+    assert!(cuda.memory().peak >= 5_600_000);
+}
+
+/// Uploads in quick succession, none of which may overtake what the device still reads.
+#[test]
+fn many_small_uploads_are_not_mixed_up() {
+    let cuda = dev::fresh();
+    let tensors: Vec<_> =
+        (0..3000).map(|at| Tensor::from_slice(&cuda, [300], &vec![at as f64; 300]).unwrap()).collect();
+    for (at, tensor) in tensors.iter().enumerate() {
+        assert!(tensor.to_vec().unwrap().iter().all(|value| *value == at as f64));
+    }
+}
+
+#[test]
+fn handles_of_one_gpu_share_tensors() {
+    let (one, other) = (dev::fresh(), dev::fresh());
+    let mut sum = Tensor::<f32, _>::zeros(&one, [1000]).unwrap();
+    for _ in 0..20 {
+        let term = Tensor::<f32, _>::full(&other, [1000], 2.0).unwrap();
+        // In turn on either, while the other goes on.
+        one.accumulate(term.mat(), sum.mat_mut().unwrap()).unwrap();
+        other.accumulate(term.mat(), sum.mat_mut().unwrap()).unwrap();
+    }
+    assert_eq!(sum.to_vec().unwrap(), vec![80.0; 1000]);
+}
+
+#[test]
+fn a_tensor_of_another_gpu_is_an_error() {
+    if dev::needed() < 2 {
+        println!("not run: there is one GPU only");
+        return;
+    }
+    let (first, second) = (Cuda::new(0).unwrap(), Cuda::new(1).unwrap());
+    let (a, b) =
+        (Tensor::<f32, _>::zeros(&first, [3]).unwrap(), Tensor::<f32, _>::zeros(&second, [3]).unwrap());
+    let mut y = Tensor::<f32, _>::zeros(&first, [3]).unwrap();
+    let error = first.add(a.mat(), b.mat(), y.mat_mut().unwrap()).unwrap_err();
+    assert_eq!(error.to_string(), "CUDA: a tensor of GPU 1 is used on GPU 0");
+    assert_eq!(y.to_vec().unwrap(), vec![0.0; 3], "nothing was written");
+}
+
+#[test]
+fn what_is_not_there_is_an_error() {
+    let count = dev::needed();
+    let error = Cuda::new(count).unwrap_err().to_string();
+    let said = format!("the number of the GPU is {count}, but the number of GPUs is {count}");
+    assert!(error.contains(&said), "{error}");
+    let cuda = dev::fresh();
+    // More than any GPU has.
+    let error = Tensor::<f64, _>::empty(&cuda, [1 << 45]).unwrap_err();
+    assert!(matches!(error, Error::Library { library: "CUDA driver", code: 2, .. }), "{error}");
+    // The device is none the worse for it.
+    assert_eq!(Tensor::<f64, _>::full(&cuda, [3], 1.5).unwrap().to_vec().unwrap(), [1.5; 3]);
+}
+
+/// Thread ranks that share GPU 0, by way of the host.
+#[test]
+fn ranks_share_a_gpu() {
+    dev::needed();
+    for world in [1, 2, 3, 5] {
+        Threads::new(world)
+            .run(|host| {
+                let group = host.staged(&Cuda::poisoned(0)?);
+                all_exact(&group, false)?;
+                all_in_flight(&group)?;
+                for dtype in DTYPES {
+                    with_element!(dtype, sums_in_rank_order(&group))?;
+                    with_element!(dtype, nan_wins(&group))?;
+                }
+                group.barrier()
+            })
+            .unwrap();
+    }
+}
