@@ -10,7 +10,10 @@ use std::{
     io,
     path::{Path, PathBuf},
     process::Command,
-    sync::Mutex,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 const SHIM: &str = include_str!("../shim/cuda.h");
@@ -63,7 +66,9 @@ fn compile(source: &str) -> io::Result<Result<PathBuf, String>> {
         return Ok(Ok(object));
     }
     fs::create_dir_all(&folder)?;
-    let work = folder.join(format!("{key:016x}.{}", std::process::id()));
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let work =
+        folder.join(format!("{key:016x}.{}.{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)));
     fs::create_dir_all(&work)?;
     let (shim, raw, plain) = (work.join("cuda.h"), work.join("kernels.cpp"), work.join("plain.cpp"));
     fs::write(&shim, SHIM)?;

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Compiles cuda/*.cu with NVIDIA's compilers for every supported architecture, and refuses spills and local memory.
+#   scripts/compile_kernels.sh [FILE_FOR_THE_REPORT]
+# The compilers come from PyPI, pinned, into target/nvcc; nothing else of CUDA is needed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+tools=target/nvcc
+report=${1:-target/kernels.txt}
+if [ ! -x "$tools/nvidia/cu13/bin/nvcc" ]; then
+    python3 -m pip install --quiet --no-deps --target "$tools" nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 \
+        nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$(dirname "$report")"
+echo "kernels by architecture, $("$tools/nvidia/cu13/bin/nvcc" --version | tail -n 2 | head -n 1)" > "$report"
+printf '%-28s %8s %14s %14s %14s %14s\n' file kernels 'most registers' 'spilled bytes' 'stack bytes' 'shared bytes' >> "$report"
+bad=0
+for arch in sm_80 sm_90 sm_100; do
+    for file in cuda/*.cu; do
+        log="$work/log"
+        if ! "$tools/nvidia/cu13/bin/nvcc" -arch=$arch -std=c++17 -cubin -Xptxas -v -o "$work/out.cubin" "$file" > "$log" 2>&1; then
+            cat "$log"
+            exit 1
+        fi
+        largest() { grep -oE "$1" "$log" | grep -oE '[0-9]+' | sort -n | tail -n 1 || true; }
+        kernels=$(grep -c 'Compiling entry function' "$log")
+        spilled=$(largest '[0-9]+ bytes spill (stores|loads)')
+        stack=$(largest '[0-9]+ bytes stack frame')
+        registers=$(largest 'Used [0-9]+ registers')
+        shared=$(largest '[0-9]+ bytes smem')
+        printf '%-28s %8s %14s %14s %14s %14s\n' "$arch $(basename "$file")" "$kernels" "$registers" "$spilled" "$stack" "${shared:-0}" >> "$report"
+        if [ "$spilled" != 0 ] || [ "$stack" != 0 ]; then
+            echo "$arch $file spills or uses local memory" >&2
+            bad=1
+        fi
+    done
+done
+cat "$report"
+exit $bad

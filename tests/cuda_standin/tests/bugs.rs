@@ -1,0 +1,258 @@
+//! Planted bugs in kernels, products and collectives are found; the same without the bug is not.
+
+use cuda_standin::{driver::*, error::*, lt::*, nccl::*, nvrtc::*};
+use std::{
+    ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
+    ptr::null_mut,
+    time::{Duration, Instant},
+};
+
+const KERNELS: &str = r#"
+extern "C" __global__ void fill(float* to, long long count, double value) {
+  const long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  if (at < count) to[at] = (float)value;
+}
+// Reverses each block's numbers by way of shared memory; without the barrier others have not written yet.
+template <bool BARRIER> __device__ void turn(const float* from, float* to) {
+  __shared__ float kept[64];
+  kept[threadIdx.x] = from[blockIdx.x * 64 + threadIdx.x];
+  if (BARRIER) __syncthreads();
+  to[blockIdx.x * 64 + threadIdx.x] = kept[63 - threadIdx.x];
+}
+extern "C" __global__ void reverse(const float* from, float* to) { turn<true>(from, to); }
+extern "C" __global__ void reverse_without_barrier(const float* from, float* to) { turn<false>(from, to); }
+// The sum over a warp, by shuffles, and over a block, by shared memory that the launch gives.
+extern "C" __global__ void sums(const float* from, float* to) {
+  float* part = (float*)__standin_dynamic_shared();
+  float sum = from[blockIdx.x * blockDim.x + threadIdx.x];
+  for (int o = 16; o; o >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, o);
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    sum = 0;
+    for (int warp = 0; warp < blockDim.x / 32; warp++) sum += part[warp];
+    to[blockIdx.x] = sum;
+  }
+}
+"#;
+
+/// A stream of a device of the test's own: findings are sticky.
+fn stream(device: c_int) -> usize {
+    let (mut context, mut stream) = (0, 0);
+    unsafe {
+        assert_eq!(cuDevicePrimaryCtxRetain(&mut context, device), SUCCESS);
+        assert_eq!(cuCtxSetCurrent(context), SUCCESS);
+        assert_eq!(cuStreamCreate(&mut stream, 1), SUCCESS);
+    }
+    stream
+}
+
+fn upload(stream: usize, values: &[f32]) -> usize {
+    let mut start = 0;
+    unsafe {
+        assert_eq!(cuMemAllocAsync(&mut start, size_of_val(values), stream), SUCCESS);
+        assert_eq!(cuMemcpyHtoDAsync_v2(start, values.as_ptr().cast(), size_of_val(values), stream), SUCCESS);
+    }
+    start
+}
+
+fn download(stream: usize, start: usize, len: usize) -> Vec<f32> {
+    let mut values = vec![0.0; len];
+    assert_eq!(unsafe { cuMemcpyDtoHAsync_v2(values.as_mut_ptr().cast(), start, 4 * len, stream) }, SUCCESS);
+    values
+}
+
+fn compile(source: &str) -> Result<usize, String> {
+    let source = CString::new(source).unwrap();
+    let (mut program, mut size, mut module) = (0, 0, 0);
+    unsafe {
+        assert_eq!(
+            nvrtcCreateProgram(&mut program, source.as_ptr(), null_mut(), 0, null_mut(), null_mut()),
+            0
+        );
+        if nvrtcCompileProgram(program, 0, null_mut()) != 0 {
+            nvrtcGetProgramLogSize(program, &mut size);
+            let mut log = vec![0_u8; size];
+            nvrtcGetProgramLog(program, log.as_mut_ptr().cast::<c_char>());
+            return Err(CStr::from_bytes_until_nul(&log).unwrap().to_string_lossy().into_owned());
+        }
+        assert_eq!(nvrtcGetCUBINSize(program, &mut size), 0);
+        let mut image = vec![0_u8; size];
+        assert_eq!(nvrtcGetCUBIN(program, image.as_mut_ptr().cast()), 0);
+        assert_eq!(cuModuleLoadData(&mut module, image.as_ptr().cast()), SUCCESS);
+        nvrtcDestroyProgram(&mut program);
+    }
+    Ok(module)
+}
+
+fn launch(module: usize, name: &CStr, stream: usize, grid: c_uint, block: c_uint, words: &mut [u64]) -> Code {
+    let mut function = 0;
+    let mut arguments: Vec<*mut c_void> = words.iter_mut().map(|word| (word as *mut u64).cast()).collect();
+    unsafe {
+        assert_eq!(cuModuleGetFunction(&mut function, module, name.as_ptr()), SUCCESS);
+        cuLaunchKernel(function, grid, 1, 1, block, 1, 1, 256, stream, arguments.as_mut_ptr(), null_mut())
+    }
+}
+
+#[test]
+fn kernels_run_with_barriers_and_shuffles() {
+    let stream = stream(0);
+    let module = compile(KERNELS).unwrap();
+    let values: Vec<f32> = (0..256).map(|at| at as f32).collect();
+    let (from, to) = (upload(stream, &values), upload(stream, &[0.0; 256]));
+    assert_eq!(launch(module, c"reverse", stream, 4, 64, &mut [from as u64, to as u64]), SUCCESS);
+    let reversed: Vec<f32> = values.chunks(64).flat_map(|block| block.iter().rev().copied()).collect();
+    assert_eq!(download(stream, to, 256), reversed);
+    assert_eq!(launch(module, c"sums", stream, 2, 128, &mut [from as u64, to as u64]), SUCCESS);
+    assert_eq!(download(stream, to, 2), [8128.0, 24512.0]);
+    // A missing barrier reads what was never written.
+    assert_eq!(
+        launch(module, c"reverse_without_barrier", stream, 4, 64, &mut [from as u64, to as u64]),
+        SUCCESS
+    );
+    assert!(download(stream, to, 256).iter().any(|value| value.is_nan()));
+    assert_eq!(
+        launch(module, c"fill", stream, 1, 2048, &mut [to as u64, 1, 0]),
+        INVALID_VALUE,
+        "too many threads"
+    );
+    let log = compile("extern \"C\" __global__ void wrong(float* x) { y[0] = 1; }").unwrap_err();
+    assert!(log.contains("was not declared"), "{log}");
+}
+
+#[test]
+fn a_kernel_that_writes_behind_its_memory_is_found() {
+    let stream = stream(1);
+    let module = compile(KERNELS).unwrap();
+    let memory = upload(stream, &[0.0; 100]);
+    let one = 1.0_f64.to_bits();
+    assert_eq!(launch(module, c"fill", stream, 1, 128, &mut [memory as u64, 100, one]), SUCCESS);
+    assert_eq!(download(stream, memory, 100), [1.0; 100]);
+    // One too many.
+    launch(module, c"fill", stream, 1, 128, &mut [memory as u64, 101, one]);
+    unsafe { cuStreamSynchronize(stream) };
+    assert_eq!(unsafe { cuCtxSynchronize() }, ILLEGAL_ADDRESS);
+    assert!(reports().iter().any(|report| report.starts_with("kernel fill has written behind the end")));
+}
+
+#[test]
+fn kernels_of_two_streams_have_to_be_ordered() {
+    let (first, mut second, mut event) = (stream(2), 0, 0);
+    assert_eq!(unsafe { cuStreamCreate(&mut second, 1) }, SUCCESS);
+    let module = compile(KERNELS).unwrap();
+    let (from, to) = (upload(first, &[1.0; 64]), upload(first, &[0.0; 64]));
+    unsafe {
+        assert_eq!((cuEventCreate(&mut event, 2), cuEventRecord(event, first)), (SUCCESS, SUCCESS));
+        assert_eq!(cuStreamWaitEvent(second, event, 0), SUCCESS);
+    }
+    assert_eq!(launch(module, c"reverse", second, 1, 64, &mut [from as u64, to as u64]), SUCCESS);
+    // Both only read `from`.
+    let other = upload(first, &[0.0; 64]);
+    assert_eq!(launch(module, c"reverse", first, 1, 64, &mut [from as u64, other as u64]), SUCCESS);
+    // The result of the second stream, on the first, without a wait.
+    assert_eq!(launch(module, c"reverse", first, 1, 64, &mut [to as u64, other as u64]), ILLEGAL_ADDRESS);
+    assert!(reports().iter().any(|report| report.starts_with("race: kernel reverse")));
+}
+
+#[test]
+fn a_product_beyond_its_memory_is_found() {
+    let stream = stream(3);
+    let (a, b, c) = (upload(stream, &[1.0; 6]), upload(stream, &[1.0; 6]), upload(stream, &[0.0; 4]));
+    let workspace = upload(stream, &[0.0; 512]);
+    let (mut handle, mut desc, mut preference, mut layouts) = (0, 0, 0, [0; 3]);
+    // `cublasLtMatmulHeuristicResult_t`.
+    let (mut result, mut count) = ([0_u64; 13], 0);
+    let multiply = |rows: [u64; 3],
+                    layouts: &mut [usize; 3],
+                    result: &mut [u64; 13],
+                    count: &mut c_int,
+                    parts: (usize, usize, usize)| unsafe {
+        // Column-major: A is rows x 3, B 3 x 2, C rows x 2.
+        for (layout, (rows, cols)) in layouts.iter_mut().zip([(rows[0], 3), (rows[1], 2), (rows[2], 2)]) {
+            assert_eq!(cublasLtMatrixLayoutCreate(layout, 0, rows, cols, rows as i64), 0);
+        }
+        let (handle, desc, preference) = parts;
+        let [a_layout, b_layout, c_layout] = *layouts;
+        let found = cublasLtMatmulAlgoGetHeuristic(
+            handle,
+            desc,
+            a_layout,
+            b_layout,
+            c_layout,
+            c_layout,
+            preference,
+            1,
+            result.as_mut_ptr().cast(),
+            count,
+        );
+        if found != 0 {
+            return found;
+        }
+        let (one, zero) = (1.0_f32, 0.0_f32);
+        cublasLtMatmul(
+            handle,
+            desc,
+            (&raw const one).cast(),
+            a,
+            a_layout,
+            b,
+            b_layout,
+            (&raw const zero).cast(),
+            c,
+            c_layout,
+            c,
+            c_layout,
+            result.as_ptr(),
+            workspace,
+            2048,
+            stream,
+        )
+    };
+    unsafe {
+        assert_eq!(cublasLtCreate(&mut handle), 0);
+        assert_eq!(cublasLtMatmulDescCreate(&mut desc, 68, 0), 0);
+        assert_eq!(cublasLtMatmulPreferenceCreate(&mut preference), 0);
+    }
+    let parts = (handle, desc, preference);
+    assert_eq!(multiply([2, 3, 2], &mut layouts, &mut result, &mut count, parts), 0);
+    assert_eq!(download(stream, c, 4), [3.0; 4]);
+    assert_eq!(multiply([2, 3, 3], &mut layouts, &mut result, &mut count, parts), 7, "rows that disagree");
+    assert_eq!(multiply([3, 3, 3], &mut layouts, &mut result, &mut count, parts), 13, "A of nine numbers");
+    assert!(reports().iter().any(|report| report.starts_with("matmul: A: out of bounds")));
+}
+
+/// Two ranks, of which the second leaves a collective out: the first waits until it aborts.
+#[test]
+fn a_skipped_collective_waits_until_it_is_aborted() {
+    let mut id = std::mem::MaybeUninit::uninit();
+    let id = unsafe {
+        assert_eq!(ncclGetUniqueId(id.as_mut_ptr()), 0);
+        id.assume_init()
+    };
+    std::thread::scope(|scope| {
+        for rank in 0..2 {
+            scope.spawn(move || unsafe {
+                let stream = stream(4 + rank);
+                let (mut comm, mut state) = (0, 7);
+                assert_eq!(ncclCommInitRankConfig(&mut comm, 2, id, rank, null_mut()), 7);
+                while state == 7 {
+                    assert_eq!(ncclCommGetAsyncError(comm, &mut state), 0);
+                }
+                let x = upload(stream, &[1.0 + rank as f32; 5]);
+                let reduce = || ncclAllReduce(x as *const c_void, x as *mut c_void, 5, 7, 0, comm, stream);
+                assert_eq!(reduce(), 0);
+                assert_eq!(download(stream, x, 5), [3.0; 5]);
+                if rank == 1 {
+                    return;
+                }
+                assert_eq!(reduce(), 0);
+                let begin = Instant::now();
+                while begin.elapsed() < Duration::from_millis(30) {
+                    assert_eq!(cuStreamQuery(stream), NOT_READY, "it ended without the other rank");
+                }
+                assert_eq!(ncclCommAbort(comm), 0);
+                assert_eq!(cuStreamSynchronize(stream), SUCCESS);
+            });
+        }
+    });
+}
