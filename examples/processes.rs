@@ -5,14 +5,16 @@
 //! torchrun --no-python --nproc-per-node 4 target/release/examples/processes
 //! ```
 //!
-//! Without a launcher it is one rank. The processes' own connections carry the collectives, which does for a small model; with
-//! GPUs they carry what NCCL needs, and NCCL carries the tensors (`Group::over_nccl`).
+//! Without a launcher it is one rank. The processes' own connections carry the collectives, which does for a small model. Built
+//! with feature `nccl`, `--device cuda` gives each process the GPU of its `LOCAL_RANK`: the connections then carry what NCCL
+//! needs, and NCCL carries the tensors.
 
+use clap::{Parser, ValueEnum};
 use shardwise::{
     Result, Tensor,
     comm::Group,
     device::Cpu,
-    kernels::Activation,
+    kernels::{Activation, Backend},
     launch::Env,
     parallel::{DTensor, Layer, MlpNames, ParallelMlp},
     shard::Replicated,
@@ -20,31 +22,58 @@ use shardwise::{
 };
 use std::time::Duration;
 
-fn rank(world: Group<Cpu>) -> Result<()> {
+/// One rank of a tensor-parallel MLP.
+#[derive(Parser, Debug)]
+struct Args {
+    /// Where the ranks compute.
+    #[arg(long, value_enum, default_value_t = On::Cpu)]
+    device: On,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug)]
+enum On {
+    Cpu,
+    Cuda,
+}
+
+fn rank<B: Backend>(world: &Group<B>) -> Result<()> {
     let source = Random::normal(1, 0.02);
     let (weights, names) = (Weights::new(&source), MlpNames::default());
-    let sizes = (64, 256);
-    let mut mlp = ParallelMlp::<Replicated, f64, Cpu>::load(
-        &world,
-        &weights,
-        &names,
-        sizes,
-        Activation::GeluErf,
-        true,
-    )?;
-    let x = DTensor::replicated(&world, Tensor::full(world.device(), [16, 64], 1.0)?)?;
+    let mut mlp =
+        ParallelMlp::<Replicated, f64, B>::load(world, &weights, &names, (64, 256), Activation::GeluErf, true)?;
+    let x = DTensor::replicated(world, Tensor::full(world.device(), [16, 64], 1.0)?)?;
     let (y, saved) = mlp.forward(&x)?;
     let dx = mlp.backward(saved, &y)?;
-    let squares = |tensor: &Tensor<f64>| Ok(tensor.to_vec()?.iter().map(|value| value * value).sum::<f64>());
+    let squares = |tensor: &Tensor<f64, B>| Ok(tensor.to_vec()?.iter().map(|value| value * value).sum::<f64>());
     let (y, dx): (Result<f64>, Result<f64>) = (squares(y.local()), squares(dx.local()));
     println!("rank {} of {}: |y|² = {:.12}, |dx|² = {:.12}", world.rank(), world.size(), y?, dx?);
     Ok(())
 }
 
+fn place(world: Group<Cpu>, local_rank: usize, on: On) -> Result<()> {
+    match on {
+        On::Cpu => rank(&world),
+        On::Cuda => on_cuda(&world, local_rank),
+    }
+}
+
+#[cfg(feature = "nccl")]
+fn on_cuda(world: &Group<Cpu>, local_rank: usize) -> Result<()> {
+    use shardwise::{comm::nccl::Options, device::Cuda};
+    rank(&world.over_nccl(&Cuda::new(local_rank)?, Options::default())?)
+}
+
+#[cfg(not(feature = "nccl"))]
+fn on_cuda(_: &Group<Cpu>, _: usize) -> Result<()> {
+    Err(shardwise::Error::Unsupported { op: "processes", reason: "it was built without the feature nccl".into() })
+}
+
 fn main() -> Result<()> {
+    let args = Args::parse();
     let started = std::env::vars().any(|(name, _)| name.ends_with("RANK") || name == "SLURM_PROCID");
     if !started {
-        return rank(Group::solo(&Cpu::new()));
+        return place(Group::solo(&Cpu::new()), 0, args.device);
     }
-    Env::read()?.run(Duration::from_secs(60), rank)
+    let env = Env::read()?;
+    env.run(Duration::from_secs(60), |world| place(world, env.local_rank, args.device))
 }

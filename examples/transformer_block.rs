@@ -7,8 +7,8 @@ use half::{bf16, f16};
 use shardwise::{
     Error, Result, Tensor,
     comm::{Group, Op, Transfer},
-    device::{Cpu, Device, Element},
-    kernels::{Activation, NormKind},
+    device::{Cpu, Element},
+    kernels::{Activation, Backend, NormKind},
     launch,
     parallel::{
         AttentionConfig, BlockConfig, BlockNames, DTensor, GatedMlp, Layer, NormPlacement, ParallelMlp,
@@ -51,6 +51,9 @@ struct Args {
     /// Features of the feed-forward layer.
     #[arg(long, default_value_t = 3072)]
     ffn: usize,
+    /// Where the ranks compute: `cuda` gives each a GPU, with NCCL between them, or shares one by way of the host.
+    #[arg(long, value_enum, default_value_t = On::Cpu)]
+    device: On,
     /// The element of weights and activations.
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     dtype: Dtype,
@@ -72,6 +75,12 @@ struct Args {
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq)]
+enum On {
+    Cpu,
+    Cuda,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq)]
 enum Dtype {
     F64,
     F32,
@@ -81,17 +90,48 @@ enum Dtype {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let compared = match args.dtype {
-        Dtype::F64 => compare::<f64>(&args),
-        Dtype::F32 => compare::<f32>(&args),
-        Dtype::Bf16 => compare::<bf16>(&args),
-        Dtype::F16 => compare::<f16>(&args),
+    let compared = match args.device {
+        On::Cpu => with_element(&args, |world| Ok(world.clone())),
+        On::Cuda => on_cuda(&args),
     };
     if let Err(error) = compared {
         eprintln!("error: {error}");
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
+}
+
+/// Gives a rank its device.
+type Place<B> = fn(&Group<Cpu>) -> Result<Group<B>>;
+
+fn with_element<B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
+    match args.dtype {
+        Dtype::F64 => compare::<f64, B>(args, place),
+        Dtype::F32 => compare::<f32, B>(args, place),
+        Dtype::Bf16 => compare::<bf16, B>(args, place),
+        Dtype::F16 => compare::<f16, B>(args, place),
+    }
+}
+
+#[cfg(feature = "nccl")]
+fn on_cuda(args: &Args) -> Result<()> {
+    use shardwise::{comm::nccl::Options, device::Cuda};
+    with_element(args, |world| {
+        let gpus = Cuda::count()?.max(1);
+        let cuda = Cuda::new(world.rank() % gpus)?;
+        match world.size() <= gpus {
+            true => world.over_nccl(&cuda, Options::default()),
+            false => Ok(world.staged(&cuda)),
+        }
+    })
+}
+
+#[cfg(not(feature = "nccl"))]
+fn on_cuda(_: &Args) -> Result<()> {
+    Err(Error::Unsupported {
+        op: "transformer_block",
+        reason: "it was built without the feature nccl".into(),
+    })
 }
 
 /// What one rank reports.
@@ -108,15 +148,15 @@ struct Report {
     step: Duration,
 }
 
-fn compare<T: Element>(args: &Args) -> Result<()> {
+fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
     let config = config(args)?;
     let sharded = match args.sequence_parallel {
-        false => run::<Replicated, T>(args, &config, args.ranks, |x| Ok(x.clone()))?,
-        true => run::<Shard<0>, T>(args, &config, args.ranks, |x| {
-            Ok(Layer::<T, Cpu>::forward(&ScatterSequence::even(), x)?.0)
+        false => run::<Replicated, T, B>(args, &config, args.ranks, place, |x| Ok(x.clone()))?,
+        true => run::<Shard<0>, T, B>(args, &config, args.ranks, place, |x| {
+            Ok(Layer::<T, B>::forward(&ScatterSequence::even(), x)?.0)
         })?,
     };
-    let one = run::<Replicated, T>(args, &config, 1, |x| Ok(x.clone()))?;
+    let one = run::<Replicated, T, B>(args, &config, 1, place, |x| Ok(x.clone()))?;
     let (reports, one) = (sharded, &one[0]);
 
     let attention = &config.attention;
@@ -229,35 +269,36 @@ fn config(args: &Args) -> Result<BlockConfig> {
     })
 }
 
-type Spread<S, T> = fn(&DTensor<Replicated, T>) -> Result<DTensor<S, T>>;
+type Spread<S, T, B> = fn(&DTensor<Replicated, T, B>) -> Result<DTensor<S, T, B>>;
 
-fn run<S: Stream, T: Element>(
+fn run<S: Stream, T: Element, B: Backend>(
     args: &Args,
     config: &BlockConfig,
     ranks: usize,
-    spread: Spread<S, T>,
+    place: Place<B>,
+    spread: Spread<S, T, B>,
 ) -> Result<Vec<Report>> {
     let source = Random::normal(1, 1.0 / (args.hidden as f64).sqrt());
-    launch::threads(ranks, |world| {
-        let weights = Weights::new(&source);
+    launch::threads(ranks, |host| {
+        let (world, weights) = (place(&host)?, Weights::new(&source));
         match args.gated {
             true => {
-                let load = TransformerBlock::<S, GatedMlp<S, T, Cpu>, T, Cpu>::load_gated;
-                rank::<S, T, _>(args, &world, spread, |group| load(group, &weights, config))
+                let load = TransformerBlock::<S, GatedMlp<S, T, B>, T, B>::load_gated;
+                rank::<S, T, B, _>(args, &world, spread, |group| load(group, &weights, config))
             }
             false => {
-                let load = TransformerBlock::<S, ParallelMlp<S, T, Cpu>, T, Cpu>::load;
-                rank::<S, T, _>(args, &world, spread, |group| load(group, &weights, config))
+                let load = TransformerBlock::<S, ParallelMlp<S, T, B>, T, B>::load;
+                rank::<S, T, B, _>(args, &world, spread, |group| load(group, &weights, config))
             }
         }
     })
 }
 
-fn rank<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
+fn rank<S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>>(
     args: &Args,
-    world: &Group<Cpu>,
-    spread: Spread<S, T>,
-    load: impl Fn(&Group<Cpu>) -> Result<L>,
+    world: &Group<B>,
+    spread: Spread<S, T, B>,
+    load: impl Fn(&Group<B>) -> Result<L>,
 ) -> Result<Report> {
     let (group, record) = world.recorded();
     let mut block = load(&group)?;
@@ -282,9 +323,11 @@ fn rank<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
         group.barrier()?;
         let start = Instant::now();
         let (y, saved) = block.forward(&x)?;
+        group.device().synchronize()?;
         forwards.push(start.elapsed());
         let forward = record.take();
         let dx = block.backward(saved, &dy)?;
+        group.device().synchronize()?;
         steps.push(start.elapsed());
         results = Some((y, dx, Traffic { forward, backward: record.take() }));
     }
@@ -304,7 +347,7 @@ fn rank<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
         }
         Ok(())
     })?;
-    let wide = |tensor: &Tensor<T>| -> Result<Vec<f64>> {
+    let wide = |tensor: &Tensor<T, B>| -> Result<Vec<f64>> {
         Ok(tensor.to_vec()?.into_iter().map(Element::to_f64).collect())
     };
     Ok(Report {

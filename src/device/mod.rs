@@ -66,6 +66,11 @@ pub trait Device: Clone + fmt::Debug + 'static {
     /// Copies to the host, after everything that was asked of the device before. The lengths have been checked.
     fn download<T: Element>(&self, from: Self::Slice<'_, T>, to: &mut [T]) -> Result<()>;
 
+    /// Returns when everything that was asked of the device is done.
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// The bytes that this rank's tensors take on the device, now and at most.
     fn memory(&self) -> MemoryUse;
 }

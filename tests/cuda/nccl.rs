@@ -10,7 +10,7 @@ use shardwise::{
         Group, ReduceOp,
         nccl::{Options, Order},
     },
-    device::{Cpu, Element},
+    device::{Cpu, Device, Element},
     launch::{Env, Threads},
     shard::{Partition, Shape},
 };

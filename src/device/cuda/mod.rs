@@ -140,14 +140,6 @@ impl Cuda {
         self.0.exact.set(!allow);
     }
 
-    /// Returns when everything that was asked of this handle is done.
-    ///
-    /// # Errors
-    /// When the device fails, or a collective that it is waiting for does.
-    pub fn synchronize(&self) -> Result<()> {
-        self.0.wait()
-    }
-
     /// Another handle of the same GPU and memory, with a stream of its own. The caller orders what the two do by marks.
     pub(crate) fn beside(&self) -> Result<Self> {
         let handle = &self.0;
@@ -357,6 +349,10 @@ impl Device for Cuda {
         self.joins(&[Rc::clone(from.owner)], || {
             handle.staging.borrow_mut().download(handle, from.address, bytes_mut(to))
         })
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.0.wait()
     }
 
     fn memory(&self) -> MemoryUse {

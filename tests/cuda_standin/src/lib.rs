@@ -14,4 +14,5 @@ pub mod lt;
 pub mod memory;
 pub mod nccl;
 pub mod nvrtc;
+pub mod remote;
 pub mod stream;

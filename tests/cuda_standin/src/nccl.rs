@@ -1,4 +1,4 @@
-//! The exported entry points of `libnccl`, between the threads of one process.
+//! The exported entry points of `libnccl`, between the threads of one process, and by [`crate::remote`] between processes.
 //!
 //! A call goes to its stream, and is done there when all ranks have come. As in the real one nothing is compared but what would
 //! end in chaos here: ranks that disagree are reported, and wait until they are aborted.
@@ -7,6 +7,7 @@ use crate::{
     driver::{self, illegal, stream},
     error::{self, Code},
     memory::{self, Accessor},
+    remote::{self, Line},
     stream::lock,
 };
 use half::{bf16, f16};
@@ -31,7 +32,7 @@ const NO_COLOR: c_int = -1;
 type Handle = usize;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Kind {
+pub enum Kind {
     AllReduce,
     AllGather,
     ReduceScatter,
@@ -41,23 +42,41 @@ enum Kind {
     Recv,
 }
 
+impl Kind {
+    pub fn of(number: u64) -> Self {
+        const ALL: [Kind; 7] = [
+            Kind::AllReduce,
+            Kind::AllGather,
+            Kind::ReduceScatter,
+            Kind::Reduce,
+            Kind::Broadcast,
+            Kind::Send,
+            Kind::Recv,
+        ];
+        ALL[number as usize % ALL.len()]
+    }
+}
+
 /// One rank's call.
 #[derive(Clone, Copy, Debug)]
-struct Op {
-    kind: Kind,
-    send: usize,
-    recv: usize,
-    len: usize,
-    dtype: c_int,
+pub struct Op {
+    pub kind: Kind,
+    pub send: usize,
+    pub recv: usize,
+    pub len: usize,
+    pub dtype: c_int,
     /// The root, or the peer.
-    root: c_int,
+    pub root: c_int,
 }
 
 /// The ranks of a communicator, as they meet.
-struct World {
+pub struct World {
+    number: u64,
     size: usize,
     state: Mutex<State>,
     news: Condvar,
+    /// The way to it, if it is in another process.
+    line: Option<Arc<Line>>,
 }
 
 #[derive(Default)]
@@ -96,12 +115,73 @@ fn worlds() -> &'static Mutex<HashMap<Vec<u8>, Arc<World>>> {
     WORLDS.get_or_init(Mutex::default)
 }
 
-fn world(size: usize) -> Arc<World> {
-    let state = State { wishes: vec![None; size], ..State::default() };
-    Arc::new(World { size, state: Mutex::new(state), news: Condvar::new() })
+/// A rank is there.
+pub fn join(world: &World, _rank: usize) {
+    lock(&world.state).joined += 1;
+    world.news.notify_all();
+}
+
+/// One rank's wish for a division, which is its `count`-th: waits for the part that it gets.
+pub fn wish(
+    world: &World,
+    rank: usize,
+    (count, color, key): (i64, c_int, c_int),
+) -> Option<(Arc<World>, usize)> {
+    world.divide(rank, color, key);
+    let never = AtomicBool::new(false);
+    world.wait(&never, |state| (state.divisions > count as u64).then(|| state.parts[rank].clone())).flatten()
 }
 
 impl World {
+    pub fn new(size: usize) -> Arc<Self> {
+        Self::with(size, None)
+    }
+
+    fn with(size: usize, line: Option<Arc<Line>>) -> Arc<Self> {
+        // Above what ids count to.
+        static NEXT: AtomicU64 = AtomicU64::new(1 << 32);
+        let state = State { wishes: vec![None; size], ..State::default() };
+        let number = NEXT.fetch_add(1, SeqCst);
+        Arc::new(Self { number, size, state: Mutex::new(state), news: Condvar::new(), line })
+    }
+
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    pub fn wait_until_joined(&self, aborted: &AtomicBool) {
+        self.wait(aborted, |state| (state.joined >= self.size).then_some(()));
+    }
+
+    /// One rank's wish for a division; the last to wish divides.
+    fn divide(&self, rank: usize, color: c_int, key: c_int) {
+        let mut state = lock(&self.state);
+        state.wishes[rank] = Some((color, key));
+        let all: Option<Vec<_>> = state.wishes.iter().copied().collect();
+        let Some(all) = all else { return };
+        let mut parts = vec![None; all.len()];
+        for color in all.iter().map(|wish| wish.0).filter(|&color| color != NO_COLOR) {
+            if all.iter().zip(&parts).any(|(wish, part)| wish.0 == color && part.is_some()) {
+                continue;
+            }
+            let mut members: Vec<_> = (0..all.len()).filter(|&rank| all[rank].0 == color).collect();
+            members.sort_by_key(|&rank| (all[rank].1, rank));
+            let part = Self::new(members.len());
+            lock(&part.state).joined = members.len();
+            for (place, rank) in members.into_iter().enumerate() {
+                parts[rank] = Some((Arc::clone(&part), place));
+            }
+        }
+        state.parts = parts;
+        state.divisions += 1;
+        state.wishes.fill(None);
+        self.news.notify_all();
+    }
+
     /// Waits until `done`; none if this rank aborts.
     fn wait<R>(&self, aborted: &AtomicBool, mut done: impl FnMut(&mut State) -> Option<R>) -> Option<R> {
         let mut state = lock(&self.state);
@@ -163,7 +243,7 @@ impl World {
     }
 }
 
-fn width(dtype: c_int) -> Option<usize> {
+pub fn width(dtype: c_int) -> Option<usize> {
     match dtype {
         6 | 9 => Some(2),
         7 => Some(4),
@@ -282,9 +362,12 @@ impl Comm {
 
     fn is_ready(&self) -> bool {
         let children = lock(&self.children);
-        let all_joined = |world: &World| lock(&world.state).joined == world.size;
+        let all_joined = |world: &World| match &world.line {
+            Some(line) => line.has_joined(),
+            None => lock(&world.state).joined >= world.size,
+        };
         self.settle()
-            && self.place.get().is_some_and(|(world, _)| self.parent.is_some() || all_joined(world))
+            && self.place.get().is_some_and(|(world, _)| all_joined(world))
             && children.iter().all(|child| child.settle() || child.is_of_nobody())
     }
 
@@ -352,34 +435,46 @@ fn go(handle: Handle, ops: Vec<Op>, on: driver::Handle) -> Result<(), Code> {
     let collectives = ops.iter().filter(|op| !matches!(op.kind, Kind::Send | Kind::Recv)).count() as u64;
     let first = comm.rounds.fetch_add(collectives, SeqCst);
     let aborted = Arc::clone(&comm.aborted);
-    let work = move || {
-        let letters = |kind| ops.iter().filter(move |op| op.kind == kind);
-        for op in letters(Kind::Send) {
-            // SAFETY: judged above.
-            let data = unsafe { bytes(op.send, op.len * width(op.dtype).unwrap_or(0)) };
-            lock(&world.state).mail.entry((rank, op.root as usize)).or_default().push_back(data);
-            world.news.notify_all();
+    let work = move || match &world.line {
+        Some(line) => {
+            // A line that was cut is an abort.
+            let _ = line.run(rank, world.size, &ops);
         }
-        for op in letters(Kind::Recv) {
-            let size = op.len * width(op.dtype).unwrap_or(0);
-            let letter = world.wait(&aborted, |state| {
-                state.mail.get_mut(&(op.root as usize, rank)).and_then(VecDeque::pop_front)
-            });
-            match letter {
-                // SAFETY: judged above.
-                Some(data) if data.len() == size => unsafe { write(&data, op.recv) },
-                Some(data) => {
-                    error::report(format!("NCCL: {} bytes were sent, {size} are expected", data.len()))
-                }
-                None => return,
-            }
-        }
-        let collectives = ops.iter().filter(|op| !matches!(op.kind, Kind::Send | Kind::Recv));
-        for (number, op) in (first..).zip(collectives) {
-            world.meet(rank, number, *op, &aborted);
+        None => {
+            do_ops(&world, rank, first, &ops, &aborted);
         }
     };
     illegal(stream.device, stream.push(ranks > 1, judge, work)).map(drop).map_err(|_| UNHANDLED)
+}
+
+/// Does a rank's calls in its own process; returns the number of the collective after them.
+pub fn do_ops(world: &World, rank: usize, first: u64, ops: &[Op], aborted: &AtomicBool) -> u64 {
+    let letters = |kind| ops.iter().filter(move |op| op.kind == kind);
+    for op in letters(Kind::Send) {
+        // SAFETY: the memory was judged, or is the caller's own.
+        let data = unsafe { bytes(op.send, op.len * width(op.dtype).unwrap_or(0)) };
+        lock(&world.state).mail.entry((rank, op.root as usize)).or_default().push_back(data);
+        world.news.notify_all();
+    }
+    for op in letters(Kind::Recv) {
+        let size = op.len * width(op.dtype).unwrap_or(0);
+        let letter = world.wait(aborted, |state| {
+            state.mail.get_mut(&(op.root as usize, rank)).and_then(VecDeque::pop_front)
+        });
+        match letter {
+            // SAFETY: as above.
+            Some(data) if data.len() == size => unsafe { write(&data, op.recv) },
+            Some(data) => error::report(format!("NCCL: {} bytes were sent, {size} are expected", data.len())),
+            None => return first,
+        }
+    }
+    let collectives = ops.iter().filter(|op| !matches!(op.kind, Kind::Send | Kind::Recv));
+    let mut next = first;
+    for op in collectives {
+        world.meet(rank, next, *op, aborted);
+        next += 1;
+    }
+    next
 }
 
 fn enqueue(handle: Handle, op: Op, on: driver::Handle) -> Result<(), Code> {
@@ -424,20 +519,28 @@ exports! {
         let mut bytes = [0xff; 128];
         bytes[..8].copy_from_slice(&NEXT.fetch_add(1, SeqCst).to_le_bytes());
         bytes[8..12].copy_from_slice(&std::process::id().to_le_bytes());
+        remote::listen();
         unsafe { *id = UniqueId(bytes) };
         Ok(SUCCESS)
     }
     fn ncclCommInitRankConfig(out: *mut Handle, size: c_int, id: UniqueId, rank: c_int, _config: Mut) {
         if out.is_null() || size < 1 || !(0..size).contains(&rank) { return Err(INVALID_ARGUMENT); }
-        let known = Arc::clone(lock(worlds()).entry(id.0.to_vec()).or_insert_with(|| world(size as usize)));
-        if known.size != size as usize { return Err(INVALID_ARGUMENT); }
-        let last = {
-            let mut state = lock(&known.state);
-            state.joined += 1;
-            state.joined == known.size
+        let number = u64::from_le_bytes(std::array::from_fn(|at| id.0[at]));
+        let process = u32::from_le_bytes(std::array::from_fn(|at| id.0[8 + at]));
+        let (rank, size) = (rank as usize, size as usize);
+        let world = if process == std::process::id() {
+            let known = Arc::clone(lock(worlds()).entry(id.0.to_vec()).or_insert_with(|| {
+                let world = World::new(size);
+                remote::publish(number, &world);
+                world
+            }));
+            if known.size != size { return Err(INVALID_ARGUMENT); }
+            join(&known, rank);
+            known
+        } else {
+            World::with(size, Some(Line::join(process, number, rank, size).map_err(|_| UNHANDLED)?))
         };
-        if last { lock(worlds()).remove(&id.0.to_vec()); }
-        unsafe { *out = hand_out(Comm::new(Some((known, rank as usize)), None)) };
+        unsafe { *out = hand_out(Comm::new(Some((world, rank)), None)) };
         Ok(IN_PROGRESS)
     }
     fn ncclCommSplit(handle: Handle, color: c_int, key: c_int, out: *mut Handle, _config: Mut) {
@@ -445,24 +548,21 @@ exports! {
         let (world_of_parent, rank) = parent.place.get().cloned().ok_or(INVALID_USAGE)?;
         let number = parent.divisions.fetch_add(1, SeqCst);
         let child = Comm::new(None, Some((Arc::clone(&world_of_parent), rank, number)));
-        {
-            let mut state = lock(&world_of_parent.state);
-            state.wishes[rank] = Some((color, key));
-            let all: Option<Vec<_>> = state.wishes.iter().copied().collect();
-            if let Some(all) = all {
-                let mut parts = vec![None; all.len()];
-                for color in all.iter().map(|wish| wish.0).filter(|&color| color != NO_COLOR) {
-                    let mut members: Vec<_> = (0..all.len()).filter(|&rank| all[rank].0 == color).collect();
-                    members.sort_by_key(|&rank| (all[rank].1, rank));
-                    let part = world(members.len());
-                    lock(&part.state).joined = members.len();
-                    for (place, rank) in members.into_iter().enumerate() {
-                        parts[rank] = Some((Arc::clone(&part), place));
+        match &world_of_parent.line {
+            None => world_of_parent.divide(rank, color, key),
+            Some(line) => {
+                let (line, child) = (Arc::clone(line), Arc::clone(&child));
+                let parent = Arc::clone(&world_of_parent);
+                std::thread::spawn(move || {
+                    let Ok(part) = line.split(color, key) else { return };
+                    if let Some((line, size, place)) = part {
+                        let _ = child.place.set((World::with(size, Some(line)), place));
                     }
-                }
-                state.parts = parts;
-                state.divisions += 1;
-                state.wishes.fill(None);
+                    // The division is over, whatever this rank got of it.
+                    let mut state = lock(&parent.state);
+                    state.parts = vec![None; parent.size];
+                    state.divisions = number + 1;
+                });
             }
         }
         lock(&parent.children).push(Arc::clone(&child));
@@ -475,7 +575,10 @@ exports! {
     fn ncclCommAbort(handle: Handle) {
         let comm = unsafe { Arc::from_raw(handle as *const Comm) };
         comm.aborted.store(true, SeqCst);
-        if let Some((world, _)) = comm.place.get() { world.news.notify_all(); }
+        if let Some((world, _)) = comm.place.get() {
+            if let Some(line) = &world.line { line.cut(); }
+            world.news.notify_all();
+        }
         Ok(SUCCESS)
     }
     fn ncclCommGetAsyncError(handle: Handle, out: *mut c_int) {
