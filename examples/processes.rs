@@ -39,12 +39,19 @@ enum On {
 fn rank<B: Backend>(world: &Group<B>) -> Result<()> {
     let source = Random::normal(1, 0.02);
     let (weights, names) = (Weights::new(&source), MlpNames::default());
-    let mut mlp =
-        ParallelMlp::<Replicated, f64, B>::load(world, &weights, &names, (64, 256), Activation::GeluErf, true)?;
+    let mut mlp = ParallelMlp::<Replicated, f64, B>::load(
+        world,
+        &weights,
+        &names,
+        (64, 256),
+        Activation::GeluErf,
+        true,
+    )?;
     let x = DTensor::replicated(world, Tensor::full(world.device(), [16, 64], 1.0)?)?;
     let (y, saved) = mlp.forward(&x)?;
     let dx = mlp.backward(saved, &y)?;
-    let squares = |tensor: &Tensor<f64, B>| Ok(tensor.to_vec()?.iter().map(|value| value * value).sum::<f64>());
+    let squares =
+        |tensor: &Tensor<f64, B>| Ok(tensor.to_vec()?.iter().map(|value| value * value).sum::<f64>());
     let (y, dx): (Result<f64>, Result<f64>) = (squares(y.local()), squares(dx.local()));
     println!("rank {} of {}: |y|² = {:.12}, |dx|² = {:.12}", world.rank(), world.size(), y?, dx?);
     Ok(())
@@ -65,7 +72,10 @@ fn on_cuda(world: &Group<Cpu>, local_rank: usize) -> Result<()> {
 
 #[cfg(not(feature = "nccl"))]
 fn on_cuda(_: &Group<Cpu>, _: usize) -> Result<()> {
-    Err(shardwise::Error::Unsupported { op: "processes", reason: "it was built without the feature nccl".into() })
+    Err(shardwise::Error::Unsupported {
+        op: "processes",
+        reason: "it was built without the feature nccl".into(),
+    })
 }
 
 fn main() -> Result<()> {

@@ -20,7 +20,8 @@ for line in sys.stdin:
         kind = artifact["target"]["kind"][0]
         shutil.copy(path, out + "/" + kind + "-" + artifact["target"]["name"])
 ' "$out"
-cp scripts/gpu/run.sh "$out/"
+cp scripts/gpu/run.sh scripts/peers/gpu_torch.py "$out/"
+cp -r tests/data "$out/tests-data"
 git rev-parse HEAD > "$out/commit"
 git diff --quiet HEAD || echo "with changes that are not committed" >> "$out/commit"
 du -sh "$out"

@@ -14,7 +14,7 @@ site=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' 2>
 for lib in "$site"/nvidia/*/lib; do
     [ -d "$lib" ] && LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$lib"
 done
-export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}"
+export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}" SHARDWISE_TEST_DATA="$here/tests-data"
 
 codes=()
 # step NAME COMMAND... : runs it, keeps its output and its exit code.
@@ -28,14 +28,14 @@ step() {
     codes+=("$name=$code")
 }
 
-step suite ./test-suite --test-threads 1
+step suite ./test-cuda --test-threads 1
 if command -v compute-sanitizer > /dev/null; then
-    step memcheck compute-sanitizer --tool memcheck --error-exitcode 9 ./test-suite --test-threads 1 nccl cuda
+    step memcheck compute-sanitizer --tool memcheck --error-exitcode 9 ./test-cuda --test-threads 1 kernels device
 fi
-step nccl ./test-suite --test-threads 1 nccl
-for bench in bench-*; do
-    [ -x "$bench" ] && step "$bench" "./$bench" --bench
-done
+step block ./example-transformer_block --device cuda --ranks 1
+step bench-gpu ./bench-gpu --bench
+step bench-torch python3 gpu_torch.py
+step bench-gpu-again ./bench-gpu --bench
 
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' /' '--')
 python3 - "$out/${gpu:-none}-$(date +%F).json" "$out" "${codes[@]}" << 'PY'
