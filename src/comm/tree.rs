@@ -99,14 +99,14 @@ impl<B: Device> Group<B> {
         }
     }
 
-    /// Tokens over the ranks, of which some may have none: as evenly as can be, or by canonical blocks.
+    /// Indices, such as tokens, over the ranks, of which some may have none: as evenly as can be, or by canonical blocks.
     ///
     /// # Errors
     /// When there are fewer blocks than ranks.
-    pub fn token_cut(&self, tokens: usize) -> Result<Partition> {
+    pub fn even_cut(&self, len: usize) -> Result<Partition> {
         match self.tree()? {
-            None => Ok(Partition::even(tokens, self.size())),
-            Some(tree) => tree.cut("tokens", "tokens", tokens, 1, true),
+            None => Ok(Partition::even(len, self.size())),
+            Some(tree) => tree.cut("cut", "indices", len, 1, true),
         }
     }
 }

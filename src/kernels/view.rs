@@ -222,6 +222,11 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         self.block(0..rows, cols)
     }
 
+    /// The same matrix for a while.
+    pub(crate) fn reborrow(&mut self) -> MatMut<'_, T, B> {
+        MatMut { data: B::reborrow(&mut self.data), dims: self.dims }
+    }
+
     pub(crate) fn dims(&self) -> Dims {
         self.dims
     }

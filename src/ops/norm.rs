@@ -2,10 +2,11 @@
 
 use crate::{
     device::{Device, Element},
-    error::{Result, same_shape},
+    error::{Error, Result, same_shape},
     kernels::{Backend, NormKind},
     tensor::Tensor,
 };
+use std::ops::Range;
 
 /// What the backward of a normalization needs.
 #[derive(Debug)]
@@ -14,15 +15,13 @@ pub struct NormContext<T: Element, B: Device> {
     stats: Tensor<T::Acc, B>,
 }
 
-/// The gradients of a normalization.
+/// The gradients of a normalization's parameters.
 #[derive(Debug)]
-pub struct NormGrads<T: Element, B: Device> {
-    /// That of the input.
-    pub dx: Tensor<T, B>,
+pub struct NormGrads<A: Element, B: Device> {
     /// That of γ.
-    pub dgamma: Tensor<T::Acc, B>,
+    pub dgamma: Tensor<A, B>,
     /// That of β, for a LayerNorm.
-    pub dbeta: Option<Tensor<T::Acc, B>>,
+    pub dbeta: Option<Tensor<A, B>>,
 }
 
 /// y = (x − mean) / √(var + ε) · γ + β, or x / √(mean(x²) + ε) · γ, over the last dimension.
@@ -42,7 +41,7 @@ pub fn normalize<T: Element, B: Backend>(
     Ok((y, NormContext { x: x.clone(), stats }))
 }
 
-/// The gradients of x, γ and β, the last two in the accumulator.
+/// The gradients of γ and β over some rows, in the accumulator; the same rows of dx ← the gradient of x.
 ///
 /// # Errors
 /// When shapes disagree.
@@ -51,11 +50,17 @@ pub fn normalize_backward<T: Element, B: Backend>(
     context: &NormContext<T, B>,
     gamma: &Tensor<T, B>,
     dy: &Tensor<T, B>,
-) -> Result<NormGrads<T, B>> {
+    rows: Range<usize>,
+    dx: &mut Tensor<T, B>,
+) -> Result<NormGrads<T::Acc, B>> {
+    const OP: &str = "norm backward";
     let NormContext { x, stats } = context;
-    same_shape("norm backward", "x", x.shape().dims(), "dy", dy.shape().dims())?;
+    same_shape(OP, "x", x.shape().dims(), "dy", dy.shape().dims())?;
+    same_shape(OP, "x", x.shape().dims(), "dx", dx.shape().dims())?;
+    if rows.end > x.shape().rows() {
+        return Err(Error::sizes(OP, "the end of the rows", rows.end, "the number of rows", x.shape().rows()));
+    }
     let cols = x.shape().cols();
-    let mut dx = Tensor::empty(x.device(), x.shape())?;
     let mut dgamma = Tensor::empty(x.device(), [cols])?;
     let mut dbeta = match kind.centers() {
         true => Some(Tensor::empty(x.device(), [cols])?),
@@ -67,13 +72,13 @@ pub fn normalize_backward<T: Element, B: Backend>(
     };
     x.device().normalize_backward::<T>(
         kind,
-        x.mat(),
+        x.mat().block(rows.clone(), 0..cols),
         gamma.slice(),
-        stats.slice(),
-        dy.mat(),
-        dx.mat_mut()?,
+        B::narrow(stats.slice(), 2 * rows.start..2 * rows.end),
+        dy.mat().block(rows.clone(), 0..cols),
+        dx.mat_mut()?.block(rows, 0..cols),
         dgamma.slice_mut()?,
         dbeta_slice,
     )?;
-    Ok(NormGrads { dx, dgamma, dbeta })
+    Ok(NormGrads { dgamma, dbeta })
 }

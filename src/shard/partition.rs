@@ -140,6 +140,12 @@ impl Partition {
         Self { bounds: scaled(&self.bounds), blocks: self.blocks.as_ref().map(scaled) }
     }
 
+    /// The cut of which this one is [`Partition::scaled`] by `inner`.
+    pub(crate) fn shrunk(&self, inner: usize) -> Self {
+        let shrunk = |bounds: &Arc<[usize]>| bounds.iter().map(|bound| bound / inner).collect();
+        Self { bounds: shrunk(&self.bounds), blocks: self.blocks.as_ref().map(shrunk) }
+    }
+
     /// The same cut, made of whole ones of these blocks.
     pub(super) fn with_blocks(self, blocks: &Self) -> Self {
         Self { blocks: Some(blocks.bounds.clone()), ..self }
