@@ -311,7 +311,7 @@ fn rank<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
         y: wide(y.local())?,
         dx: wide(dx.local())?,
         grads,
-        declared: block.traffic(x.shape()).0,
+        declared: block.traffic(x.group(), x.shape()).0,
         recorded,
         parameters,
         peak: group.device().memory().peak,

@@ -15,13 +15,15 @@ pub struct NormContext<T: Element, B: Device> {
     stats: Tensor<T::Acc, B>,
 }
 
-/// The gradients of a normalization's parameters.
+/// The gradients of a normalization.
 #[derive(Debug)]
-pub struct NormGrads<A: Element, B: Device> {
+pub struct NormGrads<T: Element, B: Device> {
+    /// That of the input.
+    pub dx: Tensor<T, B>,
     /// That of γ.
-    pub dgamma: Tensor<A, B>,
+    pub dgamma: Tensor<T::Acc, B>,
     /// That of β, for a LayerNorm.
-    pub dbeta: Option<Tensor<A, B>>,
+    pub dbeta: Option<Tensor<T::Acc, B>>,
 }
 
 /// y = (x − mean) / √(var + ε) · γ + β, or x / √(mean(x²) + ε) · γ, over the last dimension.
@@ -41,7 +43,7 @@ pub fn normalize<T: Element, B: Backend>(
     Ok((y, NormContext { x: x.clone(), stats }))
 }
 
-/// The gradients of γ and β over some rows, in the accumulator; the same rows of dx ← the gradient of x.
+/// The gradients of x, γ and β, the last two in the accumulator.
 ///
 /// # Errors
 /// When shapes disagree.
@@ -50,9 +52,28 @@ pub fn normalize_backward<T: Element, B: Backend>(
     context: &NormContext<T, B>,
     gamma: &Tensor<T, B>,
     dy: &Tensor<T, B>,
+) -> Result<NormGrads<T, B>> {
+    let mut dx = Tensor::empty(dy.device(), context.x.shape())?;
+    let rows = 0..context.x.shape().rows();
+    let (dgamma, dbeta) = normalize_backward_rows(kind, context, gamma, dy, rows, &mut dx)?;
+    Ok(NormGrads { dx, dgamma, dbeta })
+}
+
+/// The gradients of γ and β.
+type ParamGrads<A, B> = (Tensor<A, B>, Option<Tensor<A, B>>);
+
+/// The gradients of γ and β over some rows, in the accumulator; the same rows of dx ← the gradient of x.
+///
+/// # Errors
+/// When shapes disagree.
+pub fn normalize_backward_rows<T: Element, B: Backend>(
+    kind: NormKind,
+    context: &NormContext<T, B>,
+    gamma: &Tensor<T, B>,
+    dy: &Tensor<T, B>,
     rows: Range<usize>,
     dx: &mut Tensor<T, B>,
-) -> Result<NormGrads<T::Acc, B>> {
+) -> Result<ParamGrads<T::Acc, B>> {
     const OP: &str = "norm backward";
     let NormContext { x, stats } = context;
     same_shape(OP, "x", x.shape().dims(), "dy", dy.shape().dims())?;
@@ -80,5 +101,5 @@ pub fn normalize_backward<T: Element, B: Backend>(
         dgamma.slice_mut()?,
         dbeta_slice,
     )?;
-    Ok(NormGrads { dgamma, dbeta })
+    Ok((dgamma, dbeta))
 }

@@ -64,8 +64,9 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
         let (tokens, shape) = (dy.shape().rows(), [vectors, cols].into());
         let sums = S::sum_tokens(&self.group, tokens, shape, &mut |rows, sums: &mut Tensor<T::Acc, B>| {
             let gamma = self.gamma.value();
-            let grads = ops::normalize_backward(self.kind, &context, gamma, dy.local(), rows, &mut dx)?;
-            for (at, grad) in [Some(grads.dgamma), grads.dbeta].into_iter().flatten().enumerate() {
+            let (dgamma, dbeta) =
+                ops::normalize_backward_rows(self.kind, &context, gamma, dy.local(), rows, &mut dx)?;
+            for (at, grad) in [Some(dgamma), dbeta].into_iter().flatten().enumerate() {
                 device.copy(grad.mat(), sums.mat_mut()?.block(at..at + 1, 0..cols))?;
             }
             Ok(())

@@ -8,6 +8,7 @@ mod errors;
 mod exact;
 mod fork;
 mod imports;
+mod invariant;
 mod kernels;
 mod launch;
 mod layers;
