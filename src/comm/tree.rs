@@ -259,7 +259,11 @@ impl<B: Pointwise> Group<B> {
         let whole = self.all_gather(&packed, 0, &Partition::from_sizes(counts))?;
         let total = columns.cut.total();
         let unpack = |node: usize| {
-            let one = MatRef::<A, B>::new(B::narrow(whole.slice(), node * len..(node + 1) * len), columns.rows, total)?;
+            let one = MatRef::<A, B>::new(
+                B::narrow(whole.slice(), node * len..(node + 1) * len),
+                columns.rows,
+                total,
+            )?;
             copied(self.device(), one.columns(columns.cut.range(part)))
         };
         (0..whole.shape().dims()[0]).map(unpack).collect()
@@ -287,12 +291,18 @@ impl<B: Pointwise> Group<B> {
                 _ => self.exchange(send.as_ref().map(|packed| (to, packed)), recv)?,
             };
             let Some(arrived) = arrived else {
-                parts[from] = (0..nodes(from)).map(|_| Tensor::empty(self.device(), [columns.rows, 0])).collect::<Result<_>>()?;
+                parts[from] = (0..nodes(from))
+                    .map(|_| Tensor::empty(self.device(), [columns.rows, 0]))
+                    .collect::<Result<_>>()?;
                 continue;
             };
             let len = columns.rows * own;
             for node in 0..nodes(from) {
-                let one = MatRef::<A, B>::new(B::narrow(arrived.slice(), node * len..(node + 1) * len), columns.rows, own)?;
+                let one = MatRef::<A, B>::new(
+                    B::narrow(arrived.slice(), node * len..(node + 1) * len),
+                    columns.rows,
+                    own,
+                )?;
                 parts[from].push(copied(self.device(), one)?);
             }
         }

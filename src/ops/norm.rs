@@ -79,7 +79,13 @@ pub fn normalize_backward_rows<T: Element, B: Backend>(
     same_shape(OP, "x", x.shape().dims(), "dy", dy.shape().dims())?;
     same_shape(OP, "x", x.shape().dims(), "dx", dx.shape().dims())?;
     if rows.end > x.shape().rows() {
-        return Err(Error::sizes(OP, "the end of the rows", rows.end, "the number of rows", x.shape().rows()));
+        return Err(Error::sizes(
+            OP,
+            "the end of the rows",
+            rows.end,
+            "the number of rows",
+            x.shape().rows(),
+        ));
     }
     let cols = x.shape().cols();
     let mut dgamma = Tensor::empty(x.device(), [cols])?;

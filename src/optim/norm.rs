@@ -68,8 +68,11 @@ fn invariant_norm<T: Element, B: Backend>(
     const OP: &str = "gradient norm";
     let unsupported = |reason: String| Error::Unsupported { op: OP, reason };
     let others = groups.iter().copied().filter(|other| !other.is_same(group));
-    if let Some(other) = others.clone().find(|other| other.size() > 1 && other.reduction() != Reduction::Fast) {
-        let reason = format!("the sum over {other:?} depends on its number of ranks: give that group `Reduction::Fast`");
+    if let Some(other) = others.clone().find(|other| other.size() > 1 && other.reduction() != Reduction::Fast)
+    {
+        let reason = format!(
+            "the sum over {other:?} depends on its number of ranks: give that group `Reduction::Fast`"
+        );
         return Err(unsupported(reason));
     }
     let Some(tree) = group.tree()? else { return Err(unsupported(format!("{group:?} has no blocks"))) };

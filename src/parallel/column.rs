@@ -192,9 +192,7 @@ fn sum_shared<A: Element<Acc = A>, B: Backend>(
             group.all_reduce(ReduceOp::Sum, &mut packed)?;
             packed
         }
-        Some(tree) => {
-            group.tree_all_reduce(&tree, invariant::own_terms(group, &tree, shape, pack)?)?
-        }
+        Some(tree) => group.tree_all_reduce(&tree, invariant::own_terms(group, &tree, shape, pack)?)?,
     };
     for (rows, at) in shared.mine.iter().flatten() {
         let from = packed.mat().block(*at..at + rows.len(), 0..width);

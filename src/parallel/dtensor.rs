@@ -364,7 +364,8 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
                 Ok(Some((tree, vec![term])))
             }
             Terms::Ranks => {
-                let reason = "an invariant reduction of a sum whose terms are those of ranks, not of canonical blocks";
+                let reason =
+                    "an invariant reduction of a sum whose terms are those of ranks, not of canonical blocks";
                 Err(Error::Unsupported { op: "partial sum", reason: reason.into() })
             }
         }
@@ -432,7 +433,9 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     fn can_start(&self) -> Result<bool> {
         Ok(match (self.group.tree()?, &self.terms) {
             (None, _) | (_, Terms::Exact) => true,
-            (Some(tree), Terms::Node) => self.group.size() == 2 && (0..2).all(|rank| tree.nodes(rank).len() == 1),
+            (Some(tree), Terms::Node) => {
+                self.group.size() == 2 && (0..2).all(|rank| tree.nodes(rank).len() == 1)
+            }
             (Some(_), _) => false,
         })
     }
@@ -461,7 +464,12 @@ impl<P: Placement, T: Element, B: Device> PendingDTensor<P, T, B> {
 }
 
 /// The cut itself, or for tokens under an invariant reduction, the same one by canonical blocks.
-fn canonical<B: Device>(op: &'static str, group: &Group<B>, dim: usize, cut: &Partition) -> Result<Partition> {
+fn canonical<B: Device>(
+    op: &'static str,
+    group: &Group<B>,
+    dim: usize,
+    cut: &Partition,
+) -> Result<Partition> {
     if dim != 0 || group.tree()?.is_none() {
         return Ok(cut.clone());
     }

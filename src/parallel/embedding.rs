@@ -158,10 +158,20 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
 
     fn backward(&mut self, positions: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         let (table, device, cols) = (self.table.value().shape(), self.group.device(), dy.shape().cols());
-        same_size("embedding", "the number of positions", positions.len(), "rows of dy", dy.local().shape().rows())?;
+        same_size(
+            "embedding",
+            "the number of positions",
+            positions.len(),
+            "rows of dy",
+            dy.local().shape().rows(),
+        )?;
         let grad = S::sum_tokens(&self.group, dy.shape().rows(), table, &mut |rows, grad| {
             device.fill(0.0, grad.mat_mut()?)?;
-            device.scatter_add(&positions[rows.clone()], dy.local().mat().block(rows, 0..cols), grad.mat_mut()?)
+            device.scatter_add(
+                &positions[rows.clone()],
+                dy.local().mat().block(rows, 0..cols),
+                grad.mat_mut()?,
+            )
         })?;
         self.table.add_grad(grad)?;
         Ok(dy.clone())

@@ -26,7 +26,11 @@ use std::ops::Range;
 pub(super) type Blocks = Vec<Vec<Range<usize>>>;
 
 /// This rank's blocks of a cut; none with [`Reduction::Fast`].
-pub(super) fn blocks<B: Device>(op: &'static str, group: &Group<B>, cut: &Partition) -> Result<Option<Blocks>> {
+pub(super) fn blocks<B: Device>(
+    op: &'static str,
+    group: &Group<B>,
+    cut: &Partition,
+) -> Result<Option<Blocks>> {
     let Some(tree) = group.tree()? else { return Ok(None) };
     let own = cut.blocks(group.rank()).filter(|own| own.len() == tree.owned(group.rank()).len());
     let Some(own) = own else {
@@ -37,13 +41,21 @@ pub(super) fn blocks<B: Device>(op: &'static str, group: &Group<B>, cut: &Partit
 }
 
 /// A parameter whose rows are those of the blocks.
-pub(super) fn cut_rows<T: Element, B: Backend>(param: &mut Param<T, B>, group: &Group<B>, blocks: Option<&Blocks>) {
+pub(super) fn cut_rows<T: Element, B: Backend>(
+    param: &mut Param<T, B>,
+    group: &Group<B>,
+    blocks: Option<&Blocks>,
+) {
     let cols = param.value().shape().cols();
     cut(param, group, blocks, |rows| Patch { rows, cols: 0..cols });
 }
 
 /// A parameter whose columns are those of the blocks.
-pub(super) fn cut_columns<T: Element, B: Backend>(param: &mut Param<T, B>, group: &Group<B>, blocks: Option<&Blocks>) {
+pub(super) fn cut_columns<T: Element, B: Backend>(
+    param: &mut Param<T, B>,
+    group: &Group<B>,
+    blocks: Option<&Blocks>,
+) {
     let rows = param.value().shape().rows();
     cut(param, group, blocks, |cols| Patch { rows: 0..rows, cols });
 }

@@ -83,7 +83,8 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
         same_size("row linear backward", "columns of dy", dy.shape().cols(), "rows of w", w.shape().rows())?;
         let mut dx = Tensor::empty(device, x.shape())?;
         by_columns(device, blocks, (dy.mat(), w.mat()), 0.0, dx.mat_mut()?)?;
-        self.weight.accumulate_grad(|beta, dw| by_columns(device, blocks, (dy.mat().t(), x.mat()), beta, dw))?;
+        self.weight
+            .accumulate_grad(|beta, dw| by_columns(device, blocks, (dy.mat().t(), x.mat()), beta, dw))?;
         Ok(whole.derive(dx, self.cut.total(), Some(self.cut.clone())))
     }
 

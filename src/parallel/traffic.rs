@@ -35,11 +35,7 @@ impl Traffic {
     }
 
     /// Each rank's rows of such a sum.
-    pub(super) fn sum_rows<T: Element, B: Backend>(
-        group: &Group<B>,
-        shape: Shape,
-        cut: &Partition,
-    ) -> Self {
+    pub(super) fn sum_rows<T: Element, B: Backend>(group: &Group<B>, shape: Shape, cut: &Partition) -> Self {
         let forward = match group.tree() {
             Ok(Some(tree)) => group.tree_transfers::<T>(&tree, shape, Some((0, cut))),
             _ => vec![transfer::<T>(Op::ReduceScatter, shape.len())],

@@ -4,8 +4,8 @@ mod array;
 mod param;
 mod source;
 
-pub(crate) use param::{Patch, Watch};
 pub use param::{Param, Piece, Visit};
+pub(crate) use param::{Patch, Watch};
 pub(crate) use source::missing;
 pub use source::{Arrays, Random, Region, Role, WeightSource, Weights};
 

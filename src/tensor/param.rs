@@ -319,7 +319,8 @@ impl<T: Element, B: Backend> Param<T, B> {
         match &self.tree {
             Some(tree) if tree.sum.is_some() && tree.replicas > 1 => {
                 let (used, uses) = (self.used, self.uses);
-                let reason = format!("{} has got {used} of {uses} terms of an invariant reduction", self.name);
+                let reason =
+                    format!("{} has got {used} of {uses} terms of an invariant reduction", self.name);
                 Err(Error::Unsupported { op: "gradient", reason })
             }
             Some(tree) if tree.sum.is_some() => self.finish_round(),

@@ -95,7 +95,8 @@ impl<B: Backend> Pipeline<B> {
         for stage in 0..schedule.stages() {
             let mut next = Tensor::<f64, B>::zeros(group.device(), [1])?;
             if stage % group.size() == rank {
-                let out = chunks[stage / group.size()].traffic(tensor, Shape::from([1, widths[stage]])).1.cols();
+                let out =
+                    chunks[stage / group.size()].traffic(tensor, Shape::from([1, widths[stage]])).1.cols();
                 next = Tensor::from_slice(group.device(), [1], &[out as f64])?;
             }
             group.broadcast(stage % group.size(), &mut next)?;
