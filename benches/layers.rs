@@ -16,7 +16,7 @@ use shardwise::{
         ParallelMlp, TransformerBlock,
     },
     rng::Philox,
-    shard::Replicated,
+    shard::{Reduction, Replicated},
     tensor::{Param, Random, Weights},
 };
 use std::{fs, io::Write, time::Instant};
@@ -35,6 +35,9 @@ struct Args {
     /// What one core can do, in GFLOP/s: the rate of fused multiply-adds, for the column "of peak".
     #[arg(long, default_value_t = 101.0)]
     peak: f64,
+    /// Also on two ranks with sums in this many canonical blocks, and what that costs.
+    #[arg(long)]
+    invariant: Option<usize>,
     /// Passed by `cargo bench`.
     #[arg(long, hide = true)]
     bench: bool,
@@ -142,10 +145,13 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
         return Ok(());
     }
     let source = Random::normal(1, 0.02);
-    let mut times = [(); 4].map(|()| Vec::new());
+    let mut times = [(); 6].map(|()| Vec::new());
+    let mut modes = vec![(0, 1, Reduction::Fast), (2, 2, Reduction::Fast)];
+    modes.extend(args.invariant.map(|blocks| (4, 2, Reduction::Invariant { blocks })));
     for round in 0..=args.rounds {
-        for (slot, ranks) in [(0, 1), (2, 2)] {
+        for &(slot, ranks, reduction) in &modes {
             let measured = Threads::new(ranks).run(|world| {
+                let world = world.with_reduction(reduction);
                 let mut layer = load(&world, &Weights::new(&source))?;
                 let x = DTensor::replicated(&world, random(world.device(), "x", tokens, hidden)?)?;
                 let batch = (2e9 / flops).ceil().min(50.0) as usize;
@@ -181,9 +187,19 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
             }
         }
     }
-    for (slot, ranks) in [(0, 1), (2, 2)] {
-        report(args, &format!("{name} f"), ranks, flops, &mut times[slot])?;
-        report(args, &format!("{name} f+b"), ranks, 3.0 * flops, &mut times[slot + 1])?;
+    let cost = |slot: usize| {
+        let mut ratios: Vec<f64> = times[slot + 4].iter().zip(&times[slot + 2]).map(|(a, b)| a / b).collect();
+        ratios.sort_by(f64::total_cmp);
+        ratios.get(ratios.len() / 2).map(|ratio| (ratio - 1.0) * 100.0)
+    };
+    let costs = [cost(0), cost(1)];
+    for (slot, ranks, reduction) in modes {
+        let kind = if reduction == Reduction::Fast { "" } else { " invariant" };
+        report(args, &format!("{name}{kind} f"), ranks, flops, &mut times[slot])?;
+        report(args, &format!("{name}{kind} f+b"), ranks, 3.0 * flops, &mut times[slot + 1])?;
+    }
+    if let [Some(forward), Some(both)] = costs {
+        println!("{name}: invariant sums cost {forward:.1} % forward, {both:.1} % with the backward");
     }
     Ok(())
 }

@@ -354,7 +354,7 @@ fn rank<S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>>(
         y: wide(y.local())?,
         dx: wide(dx.local())?,
         grads,
-        declared: block.traffic(x.shape()).0,
+        declared: block.traffic(x.group(), x.shape()).0,
         recorded,
         parameters,
         peak: group.device().memory().peak,

@@ -20,7 +20,7 @@ use shardwise::{
     optim::{AdamW, AdamWConfig, Decay, LearningRate, LossScale, clip_scale, require_finite},
     parallel::Stream,
     rng::Philox,
-    shard::{Axis, Mesh, Replicated, Shard},
+    shard::{Axis, Mesh, Reduction, Replicated, Shard},
     tensor::{Arrays, Piece, Random, Weights},
     train::{Schedule, check_replicas},
 };
@@ -49,6 +49,9 @@ struct Args {
     /// Cut the tokens over the tensor-parallel ranks between the operators.
     #[arg(long)]
     sequence_parallel: bool,
+    /// Cut every sum into this many blocks, so that the loss has the same bits whatever `--tp` is.
+    #[arg(long)]
+    invariant: Option<usize>,
     /// The element of the weights and activations.
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     dtype: Dtype,
@@ -201,6 +204,8 @@ fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
         decay: Decay::Cosine,
     };
     let ranks = launch::threads(args.dp * args.pp * args.tp, |world| {
+        let reduction = args.invariant.map_or(Reduction::Fast, |blocks| Reduction::Invariant { blocks });
+        let world = world.with_reduction(reduction);
         let mesh = DeviceMesh::new(&world, Mesh::new(args.dp, args.pp, args.tp)?)?;
         let source = Random::normal(args.seed, 0.02);
         let mut model =
@@ -314,8 +319,10 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let mut runs = Vec::new();
     for (dp, pp, tp) in meshes {
         let args = Args { dp, pp, tp, ..args.clone() };
-        let name = format!("dp {dp}, pp {pp}, tp {tp}");
-        println!("{name}, {:?}", args.dtype);
+        let mesh = format!("dp {dp}, pp {pp}, tp {tp}");
+        println!("{mesh}, {:?}", args.dtype);
+        // The curve says nothing of the mesh where it does not depend on it.
+        let name = args.invariant.map_or(mesh, |blocks| format!("{blocks} blocks"));
         let start = Instant::now();
         let trained = dispatch(&args, &text)?;
         let last = trained.validation.last().map_or(f64::NAN, |(_, loss)| *loss);

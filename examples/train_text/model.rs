@@ -11,7 +11,7 @@ use shardwise::{
         Normalize, ParallelMlp, PositionEmbedding, Recompute, Stream, TransformerBlock,
         VocabParallelCrossEntropy, VocabParallelEmbedding,
     },
-    shard::{Axis, Partition, Sequences, Shard},
+    shard::{Axis, Partition, Sequences, Shard, blocks},
     tensor::{Param, Weights},
     train::{DataParallel, Ends, GradReduce, Microbatch, Pipeline, Schedule},
 };
@@ -166,7 +166,7 @@ impl<S: Stream, T: Element, B: Backend> Gpt<S, T, B> {
         })?;
         let replicas = self.replicas.take().ok_or_else(|| invalid("an earlier step failed"))?;
         replicas.begin(GradReduce::Sum)?;
-        let loss = self.pass(batch, Some(step), Some(scale))?;
+        let loss = self.pass(&replicas, batch, Some(step), Some(scale))?;
         replicas.finish(|f| self.visit(f))?;
         self.replicas = Some(replicas);
         if let Some(table) = &mut self.head_and_tail.table {
@@ -179,7 +179,10 @@ impl<S: Stream, T: Element, B: Backend> Gpt<S, T, B> {
 
     /// The mean loss over a batch, without dropout.
     pub(crate) fn loss(&mut self, batch: &Batch) -> Result<f64> {
-        self.pass(batch, None, None)
+        let replicas = self.replicas.take().ok_or_else(|| invalid("an earlier step failed"))?;
+        let loss = self.pass(&replicas, batch, None, None)?;
+        self.replicas = Some(replicas);
+        Ok(loss)
     }
 
     /// The logits of the token behind the last one, on a mesh of one rank.
@@ -195,14 +198,21 @@ impl<S: Stream, T: Element, B: Backend> Gpt<S, T, B> {
         Ok(all[last..].iter().map(|x| x.to_f64() as f32).collect())
     }
 
-    fn pass(&mut self, batch: &Batch, step: Option<u64>, train: Option<f64>) -> Result<f64> {
+    fn pass(
+        &mut self,
+        replicas: &DataParallel<T, B>,
+        batch: &Batch,
+        step: Option<u64>,
+        train: Option<f64>,
+    ) -> Result<f64> {
         let dp = self.mesh.group(Axis::Data);
-        let own = Partition::even(batch.count(), dp.size()).range(dp.rank());
-        let mine = Partition::even(own.len(), self.pipeline.schedule().microbatches());
+        // The microbatches of all replicas, of which each has a run: the same for as many in all.
+        let count = self.pipeline.schedule().microbatches();
+        let all = blocks(batch.count(), 1, count * dp.size());
         let draw = |start: usize| step.map(|step| Draw { step, row: (start * batch.length) as u64 });
         let (mut described, mut microbatches) = (Vec::new(), Vec::new());
-        for part in 0..mine.parts() {
-            let range = own.start + mine.range(part).start..own.start + mine.range(part).end;
+        for part in dp.rank() * count..(dp.rank() + 1) * count {
+            let range = all.range(part);
             let sequences = Sequences::packed(range.clone().map(|_| batch.length));
             described.push(Microbatch { sequences, draw: draw(range.start) });
             microbatches.push(batch.sequences(range));
@@ -214,12 +224,12 @@ impl<S: Stream, T: Element, B: Backend> Gpt<S, T, B> {
             None => self.pipeline.evaluate(&self.chunks, &described, &mut ends)?,
         }
         // The last stage of each replica knows its part of the sum. Replicas that were given other batches notice here.
-        let own = [ends.loss, (own.len() * batch.length) as f64];
+        let losses = std::mem::take(&mut ends.losses);
+        let tokens: Vec<f64> = ends.microbatches.iter().map(|part| part.tokens.len() as f64).collect();
+        let own = [replicas.sum(&losses)?, replicas.sum(&tokens)?];
         let own = if self.pipeline.is_last() { own } else { [0.0; 2] };
         let mut sum = Tensor::from_slice(dp.device(), [2], &own)?;
-        for axis in [Axis::Data, Axis::Pipeline] {
-            self.mesh.group(axis).all_reduce(shardwise::comm::ReduceOp::Sum, &mut sum)?;
-        }
+        self.mesh.group(Axis::Pipeline).all_reduce(shardwise::comm::ReduceOp::Sum, &mut sum)?;
         let sum = sum.to_vec()?;
         if sum[1] != batch.tokens.len() as f64 {
             let reason = format!(
@@ -247,7 +257,8 @@ struct Pass<'a, S: Stream, T: Element, B: Backend> {
     part: f64,
     /// The scale of the gradient; none when nothing is trained.
     train: Option<f64>,
-    loss: f64,
+    /// The loss of each microbatch.
+    losses: Vec<f64>,
     /// Those of a microbatch without targets.
     logits: Option<DTensor<Shard<1>, T, B>>,
 }
@@ -261,7 +272,8 @@ impl<'a, S: Stream, T: Element, B: Backend> Pass<'a, S, T, B> {
         train: Option<f64>,
     ) -> Self {
         let embedded = microbatches.iter().map(|_| None).collect();
-        Self { model, described, microbatches, embedded, part, train, loss: 0.0, logits: None }
+        let losses = vec![0.0; described.len()];
+        Self { model, described, microbatches, embedded, part, train, losses, logits: None }
     }
 }
 
@@ -311,7 +323,7 @@ impl<S: Stream, T: Element, B: Backend> Ends<S, T, B> for Pass<'_, S, T, B> {
         }
         let entropy = VocabParallelCrossEntropy::default();
         let (losses, saved) = entropy.forward(&logits, &self.microbatches[at].targets)?;
-        self.loss += losses.sum()? * self.part;
+        self.losses[at] = losses.sum()? * self.part;
         let Some(scale) = self.train else { return Ok(None) };
         let dlogits = entropy.backward(&saved, scale * self.part)?;
         let dnormed = table.head_mut().backward(saved_head, &dlogits)?;

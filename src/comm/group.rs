@@ -8,7 +8,7 @@ use crate::{
     device::{Cpu, DType, Device, Element},
     error::{Error, Result, Site, same_shape, same_size},
     kernels::Pointwise,
-    shard::{Partition, Shape},
+    shard::{Partition, Reduction, Shape},
     tensor::Tensor,
 };
 use std::{
@@ -33,6 +33,7 @@ use std::{
 /// ```
 pub struct Group<B: Device> {
     shared: Rc<Shared<B>>,
+    pub(super) reduction: Reduction,
 }
 
 struct Shared<B: Device> {
@@ -45,7 +46,7 @@ struct Shared<B: Device> {
 
 impl<B: Device> Clone for Group<B> {
     fn clone(&self) -> Self {
-        Self { shared: Rc::clone(&self.shared) }
+        Self { shared: Rc::clone(&self.shared), reduction: self.reduction }
     }
 }
 
@@ -63,7 +64,7 @@ impl<B: Device> Group<B> {
 
     fn named(communicator: Rc<dyn Communicator<B>>, device: &B, name: String, id: u64) -> Self {
         let shared = Shared { communicator, device: device.clone(), name, id, calls: Cell::new(0) };
-        Self { shared: Rc::new(shared) }
+        Self { shared: Rc::new(shared), reduction: Reduction::Fast }
     }
 
     /// A group of one rank.
@@ -76,7 +77,7 @@ impl<B: Device> Group<B> {
         let (communicator, record) = Recorded::new(Rc::clone(&self.shared.communicator));
         let group = Self::named(Rc::new(communicator), self.device(), self.name().into(), self.shared.id);
         group.shared.calls.set(self.shared.calls.get());
-        (group, record)
+        (group.with_reduction(self.reduction), record)
     }
 
     /// What carries the group's data.
@@ -172,7 +173,7 @@ impl<B: Device> Group<B> {
             let mut id = DefaultHasher::new();
             (self.shared.id, call.seq, color).hash(&mut id);
             let name = format!("{}/{color}", self.name());
-            Self::named(communicator.into(), self.device(), name, id.finish())
+            Self::named(communicator.into(), self.device(), name, id.finish()).with_reduction(self.reduction)
         }))
     }
 
@@ -219,7 +220,7 @@ impl Group<Cpu> {
     pub(super) fn carried<B: Device>(&self, by: Rc<dyn Communicator<B>>, device: &B) -> Group<B> {
         let group = Group::named(by, device, self.name().into(), self.shared.id);
         group.shared.calls.set(self.shared.calls.get());
-        group
+        group.with_reduction(self.reduction)
     }
 }
 

@@ -30,6 +30,7 @@ mod recorded;
 mod solo;
 mod staged;
 pub mod threads;
+mod tree;
 
 pub use call::{Call, Op, ReduceOp};
 pub use communicator::{Collective, Communicator, InFlight, Incoming, Outgoing};

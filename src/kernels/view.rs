@@ -202,11 +202,6 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         self.dims.cols
     }
 
-    /// The same matrix, lent for a time.
-    pub(crate) fn reborrow(&mut self) -> MatMut<'_, T, B> {
-        MatMut { data: B::reborrow(&mut self.data), dims: self.dims }
-    }
-
     /// Some rows and columns.
     ///
     /// # Panics
@@ -225,6 +220,11 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
     pub fn columns(self, cols: Range<usize>) -> Self {
         let rows = self.rows();
         self.block(0..rows, cols)
+    }
+
+    /// The same matrix for a while.
+    pub(crate) fn reborrow(&mut self) -> MatMut<'_, T, B> {
+        MatMut { data: B::reborrow(&mut self.data), dims: self.dims }
     }
 
     pub(crate) fn dims(&self) -> Dims {

@@ -33,7 +33,8 @@ pub fn normalize_heads<T: Element, B: Backend>(
     Ok(stats)
 }
 
-/// dx ← the gradient of the heads in some columns; the other columns of dx stay. Gives dγ, the sum over heads and rows.
+/// dx ← the gradient of some of the heads that begin at column `first`; the other columns of dx stay. Gives dγ, the sum
+/// over these heads and rows.
 ///
 /// # Errors
 /// When sizes disagree.
@@ -41,15 +42,15 @@ pub fn normalize_heads_backward<T: Element, B: Backend>(
     kind: NormKind,
     (x, stats): (&Tensor<T, B>, &Tensor<T::Acc, B>),
     gamma: &Tensor<T, B>,
-    columns: Range<usize>,
+    (first, heads): (usize, Range<usize>),
     dy: &Tensor<T, B>,
     dx: &mut Tensor<T, B>,
 ) -> Result<Tensor<T::Acc, B>> {
     let (device, rows, dim) = (x.device(), x.shape().rows(), gamma.len());
     let mut sum = Tensor::<T::Acc, B>::zeros(device, [dim])?;
     let mut dgamma = Tensor::<T::Acc, B>::empty(device, [dim])?;
-    for (head, first) in columns.step_by(dim).enumerate() {
-        let columns = first..first + dim;
+    for head in heads {
+        let columns = first + head * dim..first + (head + 1) * dim;
         let stats = B::narrow(stats.slice(), head * rows * 2..(head + 1) * rows * 2);
         let (x, dy) = (x.mat().columns(columns.clone()), dy.mat().columns(columns.clone()));
         let to = dx.mat_mut()?.columns(columns);

@@ -2,10 +2,11 @@
 
 use crate::{
     device::{Device, Element},
-    error::{Result, same_shape},
+    error::{Error, Result, same_shape},
     kernels::{Backend, NormKind},
     tensor::Tensor,
 };
+use std::ops::Range;
 
 /// What the backward of a normalization needs.
 #[derive(Debug)]
@@ -52,10 +53,41 @@ pub fn normalize_backward<T: Element, B: Backend>(
     gamma: &Tensor<T, B>,
     dy: &Tensor<T, B>,
 ) -> Result<NormGrads<T, B>> {
+    let mut dx = Tensor::empty(dy.device(), context.x.shape())?;
+    let rows = 0..context.x.shape().rows();
+    let (dgamma, dbeta) = normalize_backward_rows(kind, context, gamma, dy, rows, &mut dx)?;
+    Ok(NormGrads { dx, dgamma, dbeta })
+}
+
+/// The gradients of γ and β.
+type ParamGrads<A, B> = (Tensor<A, B>, Option<Tensor<A, B>>);
+
+/// The gradients of γ and β over some rows, in the accumulator; the same rows of dx ← the gradient of x.
+///
+/// # Errors
+/// When shapes disagree.
+pub fn normalize_backward_rows<T: Element, B: Backend>(
+    kind: NormKind,
+    context: &NormContext<T, B>,
+    gamma: &Tensor<T, B>,
+    dy: &Tensor<T, B>,
+    rows: Range<usize>,
+    dx: &mut Tensor<T, B>,
+) -> Result<ParamGrads<T::Acc, B>> {
+    const OP: &str = "norm backward";
     let NormContext { x, stats } = context;
-    same_shape("norm backward", "x", x.shape().dims(), "dy", dy.shape().dims())?;
+    same_shape(OP, "x", x.shape().dims(), "dy", dy.shape().dims())?;
+    same_shape(OP, "x", x.shape().dims(), "dx", dx.shape().dims())?;
+    if rows.end > x.shape().rows() {
+        return Err(Error::sizes(
+            OP,
+            "the end of the rows",
+            rows.end,
+            "the number of rows",
+            x.shape().rows(),
+        ));
+    }
     let cols = x.shape().cols();
-    let mut dx = Tensor::empty(x.device(), x.shape())?;
     let mut dgamma = Tensor::empty(x.device(), [cols])?;
     let mut dbeta = match kind.centers() {
         true => Some(Tensor::empty(x.device(), [cols])?),
@@ -67,13 +99,13 @@ pub fn normalize_backward<T: Element, B: Backend>(
     };
     x.device().normalize_backward::<T>(
         kind,
-        x.mat(),
+        x.mat().block(rows.clone(), 0..cols),
         gamma.slice(),
-        stats.slice(),
-        dy.mat(),
-        dx.mat_mut()?,
+        B::narrow(stats.slice(), 2 * rows.start..2 * rows.end),
+        dy.mat().block(rows.clone(), 0..cols),
+        dx.mat_mut()?.block(rows, 0..cols),
         dgamma.slice_mut()?,
         dbeta_slice,
     )?;
-    Ok(NormGrads { dx, dgamma, dbeta })
+    Ok((dgamma, dbeta))
 }

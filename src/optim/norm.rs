@@ -5,7 +5,8 @@ use crate::{
     device::Element,
     error::{Error, Result},
     kernels::{Backend, MatRef},
-    tensor::{Tensor, Visit},
+    shard::{Node, Partition, Reduction, Tree, TreeSum},
+    tensor::{Param, Tensor, Visit},
 };
 
 /// √ Σ g² over the gradient of the whole model, wherever its parts are: what one device would find.
@@ -14,16 +15,22 @@ use crate::{
 /// (norms' scales, key/value heads that ranks share). `groups` are those over which the model is spread: tensor and
 /// pipeline parallel; not the data-parallel one, over which gradients are equal by now. Sums are made in f64.
 ///
-/// Collectives: an all-reduce of one number over each group.
+/// Collectives: an all-reduce of one number over each group; for the group with [`Reduction::Invariant`] an all-gather of
+/// one number a canonical block. Only one group of several ranks may have it, the tensor-parallel one.
 ///
 /// Not finite if any gradient is not, so that it also says whether a scaled loss overflowed.
 ///
 /// # Errors
-/// When a collective fails.
+/// When a collective fails, or sums that are to be invariant cannot be.
 #[track_caller]
 pub fn grad_norm<T: Element, B: Backend>(mut visit: impl Visit<T, B>, groups: &[&Group<B>]) -> Result<f64> {
+    let invariant = |group: &&&Group<B>| group.reduction() != Reduction::Fast;
+    if let Some(group) = groups.iter().find(invariant) {
+        return invariant_norm(visit, group, groups);
+    }
     let mut sum = 0.0;
     visit(&mut |param| {
+        param.settle()?;
         let Some(grad) = param.grad() else { return Ok(()) };
         let (device, width) = (grad.device(), grad.shape().split_at(0).1);
         for piece in param.pieces().iter().filter(|piece| piece.owned) {
@@ -38,12 +45,105 @@ pub fn grad_norm<T: Element, B: Backend>(mut visit: impl Visit<T, B>, groups: &[
         }
         Ok(())
     })?;
+    Ok(sum_over(groups.iter().copied(), sum)?.sqrt())
+}
+
+#[track_caller]
+fn sum_over<'a, B: Backend>(groups: impl Iterator<Item = &'a Group<B>>, mut sum: f64) -> Result<f64> {
     for group in groups {
         let mut total = Tensor::from_slice(group.device(), [1], &[sum])?;
         group.all_reduce(ReduceOp::Sum, &mut total)?;
         sum = total.to_vec()?[0];
     }
-    Ok(sum.sqrt())
+    Ok(sum)
+}
+
+/// The norm with sums of squares block by block over all parameters, and then along the tree over the blocks.
+#[track_caller]
+fn invariant_norm<T: Element, B: Backend>(
+    mut visit: impl Visit<T, B>,
+    group: &Group<B>,
+    groups: &[&Group<B>],
+) -> Result<f64> {
+    const OP: &str = "gradient norm";
+    let unsupported = |reason: String| Error::Unsupported { op: OP, reason };
+    let others = groups.iter().copied().filter(|other| !other.is_same(group));
+    if let Some(other) = others.clone().find(|other| other.size() > 1 && other.reduction() != Reduction::Fast)
+    {
+        let reason = format!(
+            "the sum over {other:?} depends on its number of ranks: give that group `Reduction::Fast`"
+        );
+        return Err(unsupported(reason));
+    }
+    let Some(tree) = group.tree()? else { return Err(unsupported(format!("{group:?} has no blocks"))) };
+    // This rank's blocks, and what all ranks hold, which rank 0 counts.
+    let own = tree.owned(group.rank()).len();
+    let mut sums = vec![0.0; own + 1];
+    visit(&mut |param| {
+        param.settle()?;
+        let Some(grad) = param.grad() else { return Ok(()) };
+        let rows = grad.shape().dims()[0];
+        match param.blocks() {
+            _ if !param.is_in_tree() => {
+                Err(unsupported(format!("{} was loaded on a group without canonical blocks", param.name())))
+            }
+            None => Ok(sums[own] += squares(param, grad, &(0..rows), 0..grad.shape().cols())?),
+            Some(blocks) => blocks.iter().zip(&mut sums).try_for_each(|(patches, sum)| {
+                patches.iter().try_for_each(|patch| {
+                    *sum += squares(param, grad, &patch.rows, patch.cols.clone())?;
+                    Ok(())
+                })
+            }),
+        }
+    })?;
+    let counts = Partition::from_sizes((0..group.size()).map(|rank| tree.owned(rank).len() + 1));
+    let sums = Tensor::<f64, B>::from_slice(group.device(), [own + 1], &sums)?;
+    let all = group.all_gather(&sums, 0, &counts)?.to_vec()?;
+    let sum = along(&tree, &counts, &all)?;
+    Ok(sum_over(others, sum)?.sqrt())
+}
+
+/// The sum along the tree of each rank's numbers but the last, and of those.
+fn along(tree: &Tree, counts: &Partition, all: &[f64]) -> Result<f64> {
+    let (mut sum, mut rest) = (TreeSum::new(tree.leaves()), 0.0);
+    for rank in 0..tree.ranks() {
+        let own = &all[counts.range(rank)];
+        for (leaf, value) in tree.owned(rank).zip(own) {
+            sum.push(Node::leaf(leaf), *value, |left, right| {
+                *left += right;
+                Ok(())
+            })?;
+        }
+        rest += own[own.len() - 1];
+    }
+    Ok(sum.values().into_iter().sum::<f64>() + rest)
+}
+
+/// Σ g² over some columns of those of the rows that this rank counts.
+fn squares<T: Element, B: Backend>(
+    param: &Param<T, B>,
+    grad: &Tensor<T::Acc, B>,
+    rows: &std::ops::Range<usize>,
+    cols: std::ops::Range<usize>,
+) -> Result<f64> {
+    let (device, width) = (grad.device(), grad.shape().split_at(0).1);
+    let mut sum = 0.0;
+    for piece in param.pieces().iter().filter(|piece| piece.owned) {
+        let end = piece.row + piece.region.extent().len().checked_div(width).unwrap_or(0);
+        let rows = rows.start.max(piece.row)..rows.end.min(end);
+        if rows.is_empty() {
+            continue;
+        }
+        // A vector is one row.
+        let part = match grad.shape().rank() {
+            1 => MatRef::<T::Acc, B>::new(B::narrow(grad.slice(), rows.clone()), 1, rows.len())?,
+            _ => grad.mat().block(rows, cols.clone()),
+        };
+        let mut sums = Tensor::<f64, B>::empty(device, [part.rows()])?;
+        device.square_sums(part, sums.slice_mut()?)?;
+        sum += sums.to_vec()?.into_iter().sum::<f64>();
+    }
+    Ok(sum)
 }
 
 /// The norm itself, if it is a number: training cannot go on from a gradient that is not. Every rank that shares the model

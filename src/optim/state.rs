@@ -43,6 +43,7 @@ impl<T: Element, B: Backend, const N: usize> States<T, B, N> {
             same_shape(op, param.name(), shape.dims(), "its state", state.shape.dims())?;
             at += 1;
             // Shares memory with the parameter's; it is only read.
+            param.settle()?;
             let Some(grad) = param.grad().cloned() else { return Ok(()) };
             let device = param.value().device().clone();
             update(&device, &grad, param.value_mut(), state)

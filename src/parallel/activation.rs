@@ -2,11 +2,12 @@
 
 use super::{DTensor, Layer, Traffic};
 use crate::{
+    comm::Group,
     device::Element,
     error::Result,
     kernels::{self, Backend},
     ops,
-    shard::{Elementwise, Partition, Placement, Shape, Shard},
+    shard::{Elementwise, Placement, Shape, Shard},
     tensor::Tensor,
 };
 use std::marker::PhantomData;
@@ -44,7 +45,7 @@ impl<P: Elementwise, T: Element, B: Backend> Layer<T, B> for Activate<P> {
         Ok(dy.with_local(ops::activate_backward(self.f, &x, dy.local())?))
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+    fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
         (Traffic::default(), x)
     }
 }
@@ -71,7 +72,7 @@ impl<T: Element, B: Backend> Layer<T, B> for Gate {
 
     fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
         let y = ops::gate(self.f, x.local())?;
-        let cut = x.cut().map(|cut| Partition::from_sizes(cut.sizes().map(|size| size / 2)));
+        let cut = x.cut().map(|cut| cut.shrunk(2));
         Ok((x.derive(y, x.shape().cols() / 2, cut), x.local().clone()))
     }
 
@@ -80,7 +81,7 @@ impl<T: Element, B: Backend> Layer<T, B> for Gate {
         Ok(dy.derive(dx, 2 * dy.shape().cols(), dy.cut().map(|cut| cut.scaled(2))))
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+    fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
         (Traffic::default(), x.with(x.rank() - 1, x.cols() / 2))
     }
 }

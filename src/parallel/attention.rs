@@ -3,9 +3,10 @@
 use super::{
     Bias, Chain, ColumnParallelLinear, Columns, DTensor, Layer, LayerCache, QkvLayout, RowParallelLinear,
     Stream, Traffic,
+    invariant::{self, whole},
 };
 use crate::{
-    comm::{Group, Op, ReduceOp},
+    comm::{Group, ReduceOp},
     device::{Device, Element},
     error::{Result, same_size},
     kernels::{Backend, NormKind},
@@ -35,6 +36,8 @@ pub struct Attention<T: Element, B: Device> {
     query_cut: Partition,
     rotary: Option<Rotary>,
     norms: Option<HeadNorms<T, B>>,
+    /// The heads of q and of k that belong together: this rank's, or those of each of its canonical blocks.
+    holding: Vec<[Range<usize>; 2]>,
 }
 
 /// RMSNorm of every head of q, and of k, over the head's features, each with one γ `[head_dim]` for all heads (Qwen3;
@@ -87,16 +90,17 @@ impl<T: Element, B: Backend> Attention<T, B> {
         let rank = group.rank();
         let own = QkvHeads {
             kv_of_query: heads.kv_of_query(rank),
-            kv_heads: heads.kv_range(rank).len(),
+            kv_heads: heads.kv_held(rank).len(),
             head_dim: heads.head_dim(),
             scale: 1.0 / (heads.head_dim() as f64).sqrt(),
             causal: config.causal,
             window: config.window,
         };
         let rotary = config.rope.as_ref().map(|rope| Rotary::new(rope, own.head_dim)).transpose()?;
-        let gamma = |name: &str| {
+        let gamma = |name: &str| -> Result<Param<T, B>> {
             let region = Region::whole([own.head_dim]);
-            Param::load_region(group.device(), &weights.at(name), "weight", Role::Scale, region, rank == 0)
+            let (device, weights, owned) = (group.device(), weights.at(name), rank == 0);
+            Ok(whole(Param::load_region(device, &weights, "weight", Role::Scale, region, owned)?, group))
         };
         let norms = match &config.qk_norm {
             Some(QkNorm { eps, q, k }) => {
@@ -104,6 +108,13 @@ impl<T: Element, B: Backend> Attention<T, B> {
             }
             None => None,
         };
+        let first = heads.query_range(rank).start;
+        let mut held = 0;
+        let holding = heads.holding(rank).into_iter().zip(heads.kv_ranges(rank)).map(|(query, kv)| {
+            held += kv.len();
+            [query.start - first..query.end - first, held - kv.len()..held]
+        });
+        let holding = holding.collect();
         Ok(Self {
             group: group.clone(),
             heads: own,
@@ -111,6 +122,7 @@ impl<T: Element, B: Backend> Attention<T, B> {
             query_cut: heads.query_features(),
             rotary,
             norms,
+            holding,
         })
     }
 
@@ -206,15 +218,32 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
             let (device, dim, dy) = (dx.device().clone(), self.heads.head_dim, dx);
             dx = Tensor::empty(&device, dy.shape())?;
             let NormSaved { qkv, q: q_stats, k: k_stats } = context;
-            let mut grads = Tensor::<T::Acc, B>::empty(&device, [2, dim])?;
             let of = [(q, q_stats, norms.q.value()), (k, k_stats, norms.k.value())];
-            for (row, (columns, stats, gamma)) in of.into_iter().enumerate() {
-                let x = (qkv, stats);
-                let grad = ops::normalize_heads_backward(norms.kind, x, gamma, columns, &dy, &mut dx)?;
-                device.copy(grad.mat(), grads.mat_mut()?.block(row..row + 1, 0..dim))?;
-            }
+            let holding = &self.holding;
+            let sum = |part: usize, grads: &mut Tensor<T::Acc, B>| {
+                for (row, (columns, stats, gamma)) in of.iter().enumerate() {
+                    let (x, heads) = ((qkv, *stats), holding[part][row].clone());
+                    let first = columns.start;
+                    let grad =
+                        ops::normalize_heads_backward(norms.kind, x, gamma, (first, heads), &dy, &mut dx)?;
+                    device.copy(grad.mat(), grads.mat_mut()?.block(row..row + 1, 0..dim))?;
+                }
+                Ok(())
+            };
+            let grads = match self.group.tree()? {
+                None => {
+                    let mut grads = Tensor::empty(&device, [2, dim])?;
+                    let mut sum = sum;
+                    sum(0, &mut grads)?;
+                    self.group.all_reduce(ReduceOp::Sum, &mut grads)?;
+                    grads
+                }
+                Some(tree) => {
+                    let terms = invariant::own_terms(&self.group, &tree, [2, dim], sum)?;
+                    self.group.tree_all_reduce(&tree, terms)?
+                }
+            };
             copy_columns(&dy, v, &mut dx)?;
-            self.group.all_reduce(ReduceOp::Sum, &mut grads)?;
             for (row, param) in [&mut norms.q, &mut norms.k].into_iter().enumerate() {
                 let mut grad = Tensor::<T::Acc, B>::empty(&device, [dim])?;
                 device.copy(grads.mat().block(row..row + 1, 0..dim), grad.mat_mut()?)?;
@@ -231,9 +260,9 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
         }
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
         let traffic = match self.norms {
-            Some(_) => Traffic::backward::<T::Acc>(Op::AllReduce, 2 * self.heads.head_dim),
+            Some(_) => Traffic::sum::<T::Acc, B>(group, [2, self.heads.head_dim].into()).in_backward(),
             None => Traffic::default(),
         };
         (traffic, x.with(x.rank() - 1, self.query_cut.total()))
@@ -302,7 +331,8 @@ impl<S: Stream, T: Element, B: Backend> ParallelAttention<S, T, B> {
         out: &str,
         config: &AttentionConfig,
     ) -> Result<Self> {
-        let heads = Heads::new(config.heads, config.kv_heads, config.head_dim, group.size())?;
+        let query = group.cut("attention", "query heads", config.heads, 1)?;
+        let heads = Heads::with_cut(query, config.kv_heads, config.head_dim)?;
         let columns = Columns::qkv(group, &heads, layout)?;
         let bias = if config.qkv_bias { Bias::Add } else { Bias::None };
         let qkv = ColumnParallelLinear::load(group, weights, config.hidden, &columns, bias)?;

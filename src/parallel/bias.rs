@@ -1,12 +1,11 @@
 //! A bias on the residual stream.
 
-use super::{DTensor, Layer, Stream, Traffic};
+use super::{DTensor, Layer, Stream, Traffic, invariant::whole};
 use crate::{
     comm::Group,
     device::{Device, Element},
     error::Result,
     kernels::Backend,
-    ops,
     shard::Shape,
     tensor::{Param, Region, Role, Weights},
 };
@@ -31,7 +30,7 @@ impl<S: Stream, T: Element, B: Backend> AddBias<S, T, B> {
     pub fn load(group: &Group<B>, weights: &Weights<'_>, features: usize) -> Result<Self> {
         let (region, owned) = (Region::whole([features]), group.rank() == 0);
         let bias = Param::load_region(group.device(), weights, "bias", Role::Bias, region, owned)?;
-        Ok(Self { bias, group: group.clone(), stream: PhantomData })
+        Ok(Self { bias: whole(bias, group), group: group.clone(), stream: PhantomData })
     }
 
     /// x + b, in x's memory if nobody shares it.
@@ -54,8 +53,10 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for AddBias<S, T, B> {
     }
 
     fn backward(&mut self, (): (), dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
-        let mut db = ops::bias_grad(dy.local())?;
-        S::sum_grad(&self.group, &mut db)?;
+        let (dy_mat, device, features) = (dy.local().mat(), self.group.device(), dy.shape().cols());
+        let db = S::sum_tokens(&self.group, dy.shape().rows(), [features].into(), &mut |rows, db| {
+            device.sum_rows(dy_mat.block(rows, 0..features), db.slice_mut()?)
+        })?;
         self.bias.add_grad(db)?;
         Ok(dy.clone())
     }
@@ -64,7 +65,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for AddBias<S, T, B> {
         f(&mut self.bias)
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
-        (S::sum_grad_traffic::<T::Acc>(x.cols()), x)
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        (S::sum_tokens_traffic::<T::Acc, B>(group, [x.cols()].into()), x)
     }
 }

@@ -285,11 +285,11 @@ where
         self.mlp.visit(f)
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
-        let (norm1, _) = Layer::<T, B>::traffic(&self.norm1, x);
-        let (attention, _) = Layer::<T, B>::traffic(&self.attention, x);
-        let (norm2, _) = Layer::<T, B>::traffic(&self.norm2, x);
-        let (mlp, _) = self.mlp.traffic(x);
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        let (norm1, _) = Layer::<T, B>::traffic(&self.norm1, group, x);
+        let (attention, _) = Layer::<T, B>::traffic(&self.attention, group, x);
+        let (norm2, _) = Layer::<T, B>::traffic(&self.norm2, group, x);
+        let (mlp, _) = self.mlp.traffic(group, x);
         let traffic = match self.placement {
             NormPlacement::Pre => norm1.then(attention).then(norm2).then(mlp),
             NormPlacement::Post => attention.then(norm1).then(mlp).then(norm2),

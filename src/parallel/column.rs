@@ -1,8 +1,12 @@
 //! Linear layers whose output features are cut over the ranks.
 
-use super::{Bias, Columns, DTensor, Layer, Stream, Traffic, columns::SharedRows};
+use super::{
+    Bias, Columns, DTensor, Layer, Stream, Traffic,
+    columns::SharedRows,
+    invariant::{self, Blocks, Factors, by_columns, by_rows},
+};
 use crate::{
-    comm::{Group, Op, ReduceOp},
+    comm::{Group, ReduceOp},
     device::{Device, Element},
     error::{Result, same_size},
     kernels::Backend,
@@ -25,6 +29,7 @@ pub struct ColumnLinear<T: Element, B: Device> {
     bias: Option<Param<T, B>>,
     bias_mode: Bias,
     cut: Partition,
+    blocks: Option<Blocks>,
     shared: Option<SharedRows>,
 }
 
@@ -43,16 +48,20 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         let (device, cut) = (group.device(), columns.partition().clone());
         let rows = cut.size(group.rank());
         let pieces = columns.pieces(weights, "weight", Some(inputs));
-        let weight = Param::load(device, weights, "weight", Role::Weight, [rows, inputs], pieces)?;
+        let mut weight = Param::load(device, weights, "weight", Role::Weight, [rows, inputs], pieces)?;
+        let blocks = columns.blocks().cloned();
+        invariant::cut_rows(&mut weight, group, blocks.as_ref());
         let vector = match bias {
             Bias::None => None,
             Bias::Add | Bias::Skip => {
                 let pieces = columns.pieces(weights, "bias", None);
-                Some(Param::load(device, weights, "bias", Role::Bias, [rows], pieces)?)
+                let mut bias = Param::load(device, weights, "bias", Role::Bias, [rows], pieces)?;
+                invariant::cut_rows(&mut bias, group, blocks.as_ref());
+                Some(bias)
             }
         };
         let shared = columns.shared().cloned();
-        Ok(Self { group: group.clone(), weight, bias: vector, bias_mode: bias, cut, shared })
+        Ok(Self { group: group.clone(), weight, bias: vector, bias_mode: bias, cut, blocks, shared })
     }
 
     /// This rank's rows of the weight.
@@ -63,6 +72,11 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
     /// The bias to be added.
     pub(super) fn added_bias(&self) -> Option<&Tensor<T, B>> {
         self.bias.as_ref().filter(|_| self.bias_mode == Bias::Add).map(Param::value)
+    }
+
+    /// Where this rank's canonical blocks are among its output features, if there are any.
+    pub(super) fn blocks(&self) -> Option<&Blocks> {
+        self.blocks.as_ref()
     }
 
     /// How the output features are cut.
@@ -77,14 +91,25 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
     }
 
     fn output(&self, x: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
-        let y = ops::linear(x.local(), self.weight.value(), self.added_bias())?;
+        let (x_local, w, device) = (x.local(), self.weight.value(), self.group.device());
+        same_size("linear", "columns of x", x_local.shape().cols(), "columns of w", w.shape().cols())?;
+        let shape = x_local.shape().with(x_local.shape().rank() - 1, w.shape().rows());
+        let mut y = Tensor::empty(device, shape)?;
+        by_columns(device, self.blocks.as_ref(), (x_local.mat(), w.mat().t()), 0.0, y.mat_mut()?)?;
+        if let Some(bias) = self.added_bias() {
+            device.add_bias::<T>(bias.slice(), y.mat_mut()?)?;
+        }
         Ok(x.derive(y, self.cut.total(), Some(self.cut.clone())))
     }
 
     fn input_grad(&self, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
-        let dx = ops::linear_input_grad(dy.local(), self.weight.value())?;
-        let inputs = dx.shape().cols();
-        Ok(dy.derive(dx, inputs, None))
+        let (w, inputs) = (self.weight.value(), self.weight.value().shape().cols());
+        let Some(blocks) = &self.blocks else {
+            return Ok(dy.derive(ops::linear_input_grad(dy.local(), w)?, inputs, None));
+        };
+        let (columns, rows) = (dy.local().shape().cols(), w.shape().rows());
+        same_size("linear backward", "columns of dy", columns, "rows of w", rows)?;
+        invariant::product(dy, inputs, &[Factors { a: dy.local().mat(), b: w.mat(), blocks }])
     }
 
     fn param_grads(&mut self, x: &Tensor<T, B>, dy: &DTensor<Shard<1>, T, B>) -> Result<()> {
@@ -92,10 +117,16 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         same_size("column linear backward", "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
         match self.shared {
             None => {
-                let device = x.device();
-                self.weight.accumulate_grad(|beta, dw| device.gemm(1.0, dy.mat().t(), x.mat(), beta, dw))?;
+                let (device, blocks) = (x.device(), self.blocks.as_ref());
+                let product = (dy.mat().t(), x.mat());
+                self.weight.accumulate_grad(|beta, dw| by_rows(device, blocks, product, beta, dw))?;
             }
-            Some(_) => self.add_weight_grad(ops::linear_weight_grad(dy, x)?)?,
+            Some(_) => {
+                let (device, blocks) = (x.device(), self.blocks.as_ref());
+                let mut dw = Tensor::empty(device, self.weight.value().shape())?;
+                by_rows(device, blocks, (dy.mat().t(), x.mat()), 0.0, dw.mat_mut()?)?;
+                self.add_weight_grad(dw)?;
+            }
         }
         self.bias_grad(dy)
     }
@@ -123,10 +154,10 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
     pub(super) fn own_traffic(&self, x: Shape) -> (Traffic, Shape) {
         let y = x.with(x.rank() - 1, self.cut.total());
         let Some(shared) = &self.shared else { return (Traffic::default(), y) };
-        let weight = Traffic::backward::<T::Acc>(Op::AllReduce, shared.total * x.cols());
+        let sum = |width| Traffic::sum::<T::Acc, B>(&self.group, [shared.total, width].into()).in_backward();
         match self.bias_mode {
-            Bias::Add => (Traffic::backward::<T::Acc>(Op::AllReduce, shared.total).then(weight), y),
-            Bias::None | Bias::Skip => (weight, y),
+            Bias::Add => (sum(1).then(sum(x.cols())), y),
+            Bias::None | Bias::Skip => (sum(x.cols()), y),
         }
     }
 
@@ -138,20 +169,32 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
 
 /// The gradient of rows that several ranks hold becomes the sum over the holders, on each of them.
 ///
-/// One all-reduce of all shared rows of the layer; a rank has zeros where it holds none.
-fn sum_shared<T: Element, B: Backend>(
+/// One sum of all shared rows of the layer; a holder has zeros where it holds none.
+fn sum_shared<A: Element<Acc = A>, B: Backend>(
     group: &Group<B>,
     shared: &SharedRows,
-    grad: &mut Tensor<T, B>,
+    grad: &mut Tensor<A, B>,
 ) -> Result<()> {
     let (device, width) = (grad.device().clone(), grad.shape().cols());
-    let mut packed = Tensor::<T, B>::zeros(&device, [shared.total, width])?;
-    for (rows, at) in &shared.mine {
-        let from = grad.mat().block(rows.clone(), 0..width);
-        device.copy(from, packed.mat_mut()?.block(*at..at + rows.len(), 0..width))?;
-    }
-    group.all_reduce(ReduceOp::Sum, &mut packed)?;
-    for (rows, at) in &shared.mine {
+    let pack = |holder: usize, packed: &mut Tensor<A, B>| {
+        device.fill(0.0, packed.mat_mut()?)?;
+        for (rows, at) in &shared.mine[holder] {
+            let from = grad.mat().block(rows.clone(), 0..width);
+            device.copy(from, packed.mat_mut()?.block(*at..at + rows.len(), 0..width))?;
+        }
+        Ok(())
+    };
+    let shape = [shared.total, width];
+    let packed = match group.tree()? {
+        None => {
+            let mut packed = Tensor::empty(&device, shape)?;
+            pack(0, &mut packed)?;
+            group.all_reduce(ReduceOp::Sum, &mut packed)?;
+            packed
+        }
+        Some(tree) => group.tree_all_reduce(&tree, invariant::own_terms(group, &tree, shape, pack)?)?,
+    };
+    for (rows, at) in shared.mine.iter().flatten() {
         let from = packed.mat().block(*at..at + rows.len(), 0..width);
         device.copy(from, grad.mat_mut()?.block(rows.clone(), 0..width))?;
     }
@@ -177,7 +220,7 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
         self.visit_params(f)
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+    fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
         self.own_traffic(x)
     }
 }
@@ -263,9 +306,9 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ColumnParallelLinear<S, 
         self.linear.visit_params(f)
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
         let (own, y) = self.linear.own_traffic(x);
-        let mut traffic = S::enter_traffic::<T, B>(x);
+        let mut traffic = S::enter_traffic::<T, B>(group, x);
         // The reduction of dX starts first.
         traffic.backward.extend(own.backward);
         (traffic, y)

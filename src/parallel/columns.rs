@@ -1,5 +1,6 @@
 //! Which output features of a column-sharded linear layer a rank computes, and where their weights are in a checkpoint.
 
+use super::invariant::{self, Blocks};
 use crate::{
     comm::Group,
     device::Device,
@@ -83,6 +84,7 @@ enum Part {
 pub struct Columns {
     cut: Partition,
     rows: Vec<Rows>,
+    blocks: Option<Blocks>,
     shared: Option<SharedRows>,
 }
 
@@ -103,8 +105,9 @@ struct Rows {
 pub(super) struct SharedRows {
     /// The number of such rows in the whole layer.
     pub(super) total: usize,
-    /// Rows of this rank, and where they stand among all shared ones.
-    pub(super) mine: Vec<(Range<usize>, usize)>,
+    /// For each of this rank's holders, the rank itself or its canonical blocks, its rows and where they stand among all
+    /// shared ones.
+    pub(super) mine: Vec<Vec<(Range<usize>, usize)>>,
 }
 
 impl Columns {
@@ -113,13 +116,14 @@ impl Columns {
     /// # Errors
     /// [`Error::TooManyRanks`] when there are fewer features than ranks.
     pub fn even<B: Device>(group: &Group<B>, outputs: usize) -> Result<Self> {
-        Self::cut(group, Partition::by_unit("column linear", "features", outputs, 1, group.size())?)
+        Self::cut(group, group.cut("column linear", "features", outputs, 1)?)
     }
 
     /// Features cut as given.
     ///
     /// # Errors
-    /// When the cut has not one part a rank.
+    /// When the cut has not one part a rank, or with [`crate::shard::Reduction::Invariant`] is not one by canonical blocks
+    /// ([`Group::cut`]).
     pub fn cut<B: Device>(group: &Group<B>, cut: Partition) -> Result<Self> {
         same_size(
             "column linear",
@@ -130,7 +134,8 @@ impl Columns {
         )?;
         let range = cut.range(group.rank());
         let rows = Rows { tensor: String::new(), of: cut.total(), range, owned: true };
-        Ok(Self { cut, rows: vec![rows], shared: None })
+        let blocks = invariant::blocks("column linear", group, &cut)?;
+        Ok(Self { cut, rows: vec![rows], blocks, shared: None })
     }
 
     /// Several layers of the same input and `outputs` features each, computed as one: rank r holds `[part r of the first |
@@ -139,15 +144,22 @@ impl Columns {
     /// # Errors
     /// [`Error::TooManyRanks`] when there are fewer features than ranks.
     pub fn merged<B: Device>(group: &Group<B>, tensors: &[&str], outputs: usize) -> Result<Self> {
-        let cut = Partition::by_unit("merged linear", "features", outputs, 1, group.size())?;
+        let cut = group.cut("merged linear", "features", outputs, 1)?;
         let range = cut.range(group.rank());
+        let mut blocks = invariant::blocks("merged linear", group, &cut)?;
+        for block in blocks.iter_mut().flatten() {
+            let own = block[0].clone();
+            let of = |at: usize| own.start + at * range.len()..own.end + at * range.len();
+            *block = (0..tensors.len()).map(of).collect();
+        }
         let rows = |tensor: &&str| Rows {
             tensor: tensor.to_string(),
             of: outputs,
             range: range.clone(),
             owned: true,
         };
-        Ok(Self { rows: tensors.iter().map(rows).collect(), cut: cut.scaled(tensors.len()), shared: None })
+        let rows = tensors.iter().map(rows).collect();
+        Ok(Self { rows, cut: cut.scaled(tensors.len()), blocks, shared: None })
     }
 
     /// As [`Columns::merged`], from one tensor of `[all of the first | all of the second | …]` (Phi-3's `gate_up_proj`).
@@ -184,10 +196,18 @@ impl Columns {
             return Err(Error::invalid(OP, reason));
         }
         let rank = group.rank();
-        let (query, held) = (heads.query_range(rank).len(), heads.kv_range(rank).len());
+        let (query, held) = (heads.query_range(rank).len(), heads.kv_held(rank).len());
         let all = [Part::Q, Part::K, Part::V].map(|part| Self::heads_of(heads, layout, part, rank)).concat();
         let shared = SharedRows::of(heads, rank, &[query, query + held]);
-        Ok(Self { cut: heads.qkv_features(), rows: join(all), shared })
+        let blocks = [Part::Q, Part::K, Part::V].into_iter().zip([0, query, query + held]);
+        let blocks = blocks.map(|(part, base)| Self::blocks_of(heads, part, rank, base));
+        let blocks = group.tree()?.map(|_| {
+            blocks.reduce(|mut all: Blocks, part| {
+                all.iter_mut().zip(part).for_each(|(block, part)| block.extend(part));
+                all
+            })
+        });
+        Ok(Self { cut: heads.qkv_features(), rows: join(all), blocks: blocks.flatten(), shared })
     }
 
     /// The projection to q, k and v as three layers: for [`crate::parallel::ForkedColumnLinear`].
@@ -197,10 +217,13 @@ impl Columns {
     pub fn separate_qkv<B: Device>(group: &Group<B>, heads: &Heads, layout: &QkvLayout) -> Result<[Self; 3]> {
         Self::qkv(group, heads, layout)?;
         let rank = group.rank();
-        let kv = Partition::from_sizes((0..heads.ranks()).map(|rank| heads.kv_range(rank).len()));
+        let kv = Partition::from_sizes((0..heads.ranks()).map(|rank| heads.kv_held(rank).len()));
         let kv = kv.scaled(heads.head_dim());
-        let of =
-            |part, cut, shared| Self { cut, rows: join(Self::heads_of(heads, layout, part, rank)), shared };
+        let tree = group.tree()?;
+        let of = |part, cut, shared| {
+            let blocks = tree.as_ref().map(|_| Self::blocks_of(heads, part, rank, 0));
+            Self { cut, rows: join(Self::heads_of(heads, layout, part, rank)), blocks, shared }
+        };
         Ok([
             of(Part::Q, heads.query_features(), None),
             of(Part::K, kv.clone(), SharedRows::of(heads, rank, &[0])),
@@ -218,9 +241,33 @@ impl Columns {
         match part {
             Part::Q => heads.query_range(rank).map(|head| rows(head, true)).collect(),
             Part::K | Part::V => {
-                heads.kv_range(rank).map(|head| rows(head, heads.owner(head) == rank)).collect()
+                let held = heads.kv_ranges(rank).into_iter().enumerate();
+                held.flat_map(|(part, held)| held.map(move |head| (part, head)))
+                    .map(|(part, head)| rows(head, heads.owns(rank, part, head)))
+                    .collect()
             }
         }
+    }
+
+    /// The features of one part of a rank's heads that belong to each of its canonical blocks; the first is `base` heads
+    /// behind the rank's first feature.
+    fn blocks_of(heads: &Heads, part: Part, rank: usize, base: usize) -> Blocks {
+        let held = match part {
+            Part::Q => heads.holding(rank),
+            Part::K | Part::V => heads.kv_ranges(rank),
+        };
+        let (mut end, dim) = (base * heads.head_dim(), heads.head_dim());
+        let next = |held: Range<usize>| {
+            let start = end;
+            end += held.len() * dim;
+            vec![start..end]
+        };
+        held.into_iter().map(next).collect()
+    }
+
+    /// Where this rank's canonical blocks are among its features, if there are any.
+    pub(super) fn blocks(&self) -> Option<&Blocks> {
+        self.blocks.as_ref()
     }
 
     /// How the features are cut over the ranks. Features that several ranks hold count for each.
@@ -278,13 +325,17 @@ impl SharedRows {
         if shared.is_empty() {
             return None;
         }
-        let held = heads.kv_range(rank);
-        let mut mine = Vec::new();
-        for (part, base) in bases.iter().enumerate() {
-            for (at, head) in shared.iter().enumerate().filter(|(_, head)| held.contains(head)) {
-                let local = base + head - held.start;
-                mine.push((local * dim..(local + 1) * dim, (part * shared.len() + at) * dim));
+        let (mut before, mut mine) = (0, Vec::new());
+        for held in heads.kv_ranges(rank) {
+            let mut own = Vec::new();
+            for (part, base) in bases.iter().enumerate() {
+                for (at, head) in shared.iter().enumerate().filter(|(_, head)| held.contains(head)) {
+                    let local = base + before + head - held.start;
+                    own.push((local * dim..(local + 1) * dim, (part * shared.len() + at) * dim));
+                }
             }
+            before += held.len();
+            mine.push(own);
         }
         Some(Self { total: bases.len() * shared.len() * dim, mine })
     }

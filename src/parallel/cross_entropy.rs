@@ -1,8 +1,8 @@
 //! Cross entropy over classes that are cut over the ranks.
 
-use super::{DTensor, Traffic};
+use super::{DTensor, Traffic, invariant};
 use crate::{
-    comm::{Op, ReduceOp},
+    comm::{Group, Op, ReduceOp},
     device::{Device, Element},
     error::{Error, Result},
     kernels::{Backend, Targets},
@@ -121,9 +121,29 @@ impl VocabParallelCrossEntropy {
         let mut max = Tensor::<T::Acc, B>::empty(device, [tokens])?;
         device.row_max(x, max.slice_mut()?)?;
         group.all_reduce(ReduceOp::Max, &mut max)?;
-        let mut sums = Tensor::<T::Acc, B>::empty(device, [tokens, 3])?;
-        device.exp_sums(&spec, x, max.slice(), sums.slice_mut()?)?;
-        group.all_reduce(ReduceOp::Sum, &mut sums)?;
+        let sums = match group.tree()? {
+            None => {
+                let mut sums = Tensor::<T::Acc, B>::empty(device, [tokens, 3])?;
+                device.exp_sums(&spec, x, max.slice(), sums.slice_mut()?)?;
+                group.all_reduce(ReduceOp::Sum, &mut sums)?;
+                sums
+            }
+            Some(tree) => {
+                let missing =
+                    || Error::invalid("cross entropy", "logits without their cut: please report this");
+                let cut = logits.cut().ok_or_else(missing)?;
+                let blocks = invariant::blocks("cross entropy", group, cut)?.ok_or_else(missing)?;
+                let terms = invariant::own_terms(group, &tree, [tokens, 3], |block, sums| {
+                    let classes = blocks[block][0].clone();
+                    if classes.is_empty() {
+                        return device.fill(0.0, sums.mat_mut()?);
+                    }
+                    let spec = Targets { first: spec.first + classes.start, ..spec };
+                    device.exp_sums(&spec, x.columns(classes), max.slice(), sums.slice_mut()?)
+                })?;
+                group.tree_all_reduce(&tree, terms)?
+            }
+        };
         let mut rows = Tensor::empty(device, [tokens])?;
         let mut lse = Tensor::empty(device, [tokens])?;
         device.cross_entropy(&spec, max.slice(), sums.slice(), rows.slice_mut()?, lse.slice_mut()?)?;
@@ -150,9 +170,9 @@ impl VocabParallelCrossEntropy {
     }
 
     /// The collectives for logits of this shape.
-    pub fn traffic<T: Element>(&self, logits: Shape) -> Traffic {
+    pub fn traffic<T: Element, B: Backend>(&self, group: &Group<B>, logits: Shape) -> Traffic {
         let tokens = logits.rows();
         let max = Traffic::forward::<T::Acc>(Op::AllReduce, tokens);
-        max.then(Traffic::forward::<T::Acc>(Op::AllReduce, 3 * tokens))
+        max.then(Traffic::sum::<T::Acc, B>(group, [tokens, 3].into()))
     }
 }

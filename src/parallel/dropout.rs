@@ -2,6 +2,7 @@
 
 use super::{DTensor, Layer, Traffic};
 use crate::{
+    comm::Group,
     device::Element,
     error::Result,
     kernels::{Backend, DropoutMask},
@@ -66,7 +67,7 @@ impl<P: Elementwise, T: Element, B: Backend> Layer<T, B> for Dropout<P> {
         Ok(dy.with_local(ops::dropout(&mask, dy.local())?))
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+    fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
         (Traffic::default(), x)
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     error::{Error, Result, same_shape, same_size},
     kernels::{Backend, MatRef},
     ops,
-    shard::{Copied, Partial, Partition, Placement, Replicated, Sequences, Shape, Shard},
+    shard::{Copied, Partial, Partition, Placement, Replicated, Sequences, Shape, Shard, Tree},
     tensor::Tensor,
 };
 use std::{fmt, marker::PhantomData, ops::Range};
@@ -19,7 +19,22 @@ pub struct DTensor<P: Placement, T: Element = f32, B: Device = Cpu> {
     local: Tensor<T, B>,
     group: Group<B>,
     layout: Layout,
+    /// What a `Partial` tensor is the sum of.
+    terms: Terms<T::Acc, B>,
     placement: PhantomData<P>,
+}
+
+/// What is added up to a tensor held as `Partial`.
+#[derive(Clone)]
+enum Terms<A: Element, B: Device> {
+    /// Every rank's local tensor.
+    Ranks,
+    /// The same, of which at most one is not +0 in each element: the order of the sum is of no account.
+    Exact,
+    /// Every rank's sums of its sub-trees of the group's tree. The local tensor is the only one, in the accumulator.
+    Node,
+    /// The same, of any number.
+    Nodes(Vec<Tensor<A, B>>),
 }
 
 /// Where in a training run a tensor stands: what dropout draws its masks by.
@@ -53,6 +68,7 @@ impl<P: Placement, T: Element, B: Device> Clone for DTensor<P, T, B> {
             local: self.local.clone(),
             group: self.group.clone(),
             layout: self.layout.clone(),
+            terms: self.terms.clone(),
             placement: PhantomData,
         }
     }
@@ -66,7 +82,7 @@ impl<P: Placement, T: Element, B: Device> fmt::Debug for DTensor<P, T, B> {
 }
 
 impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
-    /// What this rank holds.
+    /// What this rank holds; of a `Partial` sum, this rank's term.
     pub fn local(&self) -> &Tensor<T, B> {
         &self.local
     }
@@ -127,7 +143,7 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
     }
 
     fn new(local: Tensor<T, B>, group: &Group<B>, layout: Layout) -> Self {
-        Self { local, group: group.clone(), layout, placement: PhantomData }
+        Self { local, group: group.clone(), layout, terms: Terms::Ranks, placement: PhantomData }
     }
 
     /// The same rows with other features, held as `Q` says. The caller vouches for the placement.
@@ -151,14 +167,45 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         Ok(Self { local: f(self.local)?, ..self })
     }
 
+    /// The sum over all ranks of their sub-trees' terms, with the same rows and other features.
+    pub(super) fn derive_sum(
+        &self,
+        mut terms: Vec<Tensor<T::Acc, B>>,
+        features: usize,
+    ) -> Result<DTensor<Partial, T, B>>
+    where
+        B: Backend,
+    {
+        let shape = self.local.shape().with(self.local.shape().rank() - 1, features);
+        for term in &mut terms {
+            *term = term.clone().reshape(shape)?;
+        }
+        if T::DTYPE == T::Acc::DTYPE && terms.len() == 1 {
+            let local = terms.remove(0).into_element()?;
+            return Ok(DTensor { terms: Terms::Node, ..self.derive(local, features, None) });
+        }
+        let mut sum: Option<Tensor<T::Acc, B>> = None;
+        for term in &terms {
+            match &mut sum {
+                Some(sum) => sum.accumulate(term)?,
+                none => *none = Some(term.clone()),
+            }
+        }
+        let empty = || Error::invalid("partial sum", "a rank has no blocks: please report this");
+        let local = sum.ok_or_else(empty)?.into_element()?;
+        Ok(DTensor { terms: Terms::Nodes(terms), ..self.derive(local, features, None) })
+    }
+
     fn place<Q: Placement>(self, local: Tensor<T, B>, cut: Option<Partition>) -> DTensor<Q, T, B> {
         DTensor::new(local, &self.group, Layout { cut, ..self.layout })
     }
 
     /// How the tokens are, or will be, cut: as where the tensor came from, or evenly.
-    pub(super) fn token_cut(&self) -> Partition {
-        let even = || Partition::even(self.layout.shape.dims()[0], self.group.size());
-        self.layout.tokens.clone().unwrap_or_else(even)
+    pub(super) fn token_cut(&self) -> Result<Partition> {
+        match &self.layout.tokens {
+            Some(tokens) => Ok(tokens.clone()),
+            None => self.group.even_cut(self.layout.shape.dims()[0]),
+        }
     }
 }
 
@@ -172,7 +219,18 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
         if self.layout.cut != other.layout.cut {
             return Err(Error::invalid("add", "the two tensors are cut differently"));
         }
-        Ok(self.with_local(ops::add(&self.local, &other.local)?))
+        let terms = match (&self.terms, &other.terms) {
+            (Terms::Ranks, Terms::Ranks) => Terms::Ranks,
+            (Terms::Node, Terms::Node) => Terms::Node,
+            (Terms::Nodes(a), Terms::Nodes(b)) => {
+                Terms::Nodes(a.iter().zip(b).map(|(a, b)| ops::add(a, b)).collect::<Result<_>>()?)
+            }
+            _ => {
+                let reason = "the terms of the two sums are not those of the same canonical blocks".into();
+                return Err(Error::Unsupported { op: "add", reason });
+            }
+        };
+        Ok(Self { terms, ..self.with_local(ops::add(&self.local, &other.local)?) })
     }
 }
 
@@ -219,6 +277,7 @@ impl<T: Element, B: Backend> DTensor<Replicated, T, B> {
     /// When the cut is not one of that dimension over this group.
     pub fn scatter<const D: usize>(self, cut: &Partition) -> Result<DTensor<Shard<D>, T, B>> {
         check_cut("scatter", self.shape(), D, cut, self.group.size())?;
+        let cut = &canonical("scatter", &self.group, D, cut)?;
         let part = own_part(&self.local, D, cut, self.group.rank())?;
         let tokens = (D == 0).then(|| cut.clone()).or(self.layout.tokens.clone());
         let mut sharded = self.place(part, Some(cut.clone()));
@@ -250,6 +309,7 @@ impl<const D: usize, T: Element, B: Backend> DTensor<Shard<D>, T, B> {
         }
         layout.shape = layout.shape.with(D, cut.total());
         check_cut(OP, layout.shape, D, cut, group.size())?;
+        let cut = &canonical(OP, group, D, cut)?;
         let (have, want) = (local.shape().dims()[D], cut.size(group.rank()));
         same_size(OP, "the size of this rank's part", have, "its size in the cut", want)?;
         layout.sequences = Sequences::one(layout.shape.rows());
@@ -277,11 +337,38 @@ impl<const D: usize, T: Element, B: Backend> DTensor<Shard<D>, T, B> {
 impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// A tensor that is the sum of what the ranks hold.
     ///
+    /// With [`crate::shard::Reduction::Invariant`] such a sum cannot be reduced: what its terms are depends on the number of
+    /// ranks. Layers give it terms that do not.
+    ///
     /// # Errors
     /// When it has fewer than two dimensions.
     pub fn partial(group: &Group<B>, local: Tensor<T, B>) -> Result<Self> {
         let layout = uncut(&local, "partial")?;
         Ok(Self::new(local, group, layout))
+    }
+
+    /// A sum of which every rank but one at most has +0 in each element.
+    pub(super) fn exact(self) -> Self {
+        Self { terms: Terms::Exact, ..self }
+    }
+
+    /// The terms along the group's tree; none where the order of the sum is of no account.
+    fn tree_terms(&mut self) -> Result<Option<(Tree, Vec<Tensor<T::Acc, B>>)>> {
+        let Some(tree) = self.group.tree()? else { return Ok(None) };
+        match std::mem::replace(&mut self.terms, Terms::Ranks) {
+            Terms::Exact => Ok(None),
+            Terms::Nodes(terms) => Ok(Some((tree, terms))),
+            Terms::Node => {
+                let none = Tensor::empty(self.group.device(), [0])?;
+                let term = std::mem::replace(&mut self.local, none).into_element()?;
+                Ok(Some((tree, vec![term])))
+            }
+            Terms::Ranks => {
+                let reason =
+                    "an invariant reduction of a sum whose terms are those of ranks, not of canonical blocks";
+                Err(Error::Unsupported { op: "partial sum", reason: reason.into() })
+            }
+        }
     }
 
     /// The sum on every rank. Collective: all-reduce.
@@ -290,7 +377,10 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// When the ranks disagree, or one is lost.
     #[track_caller]
     pub fn all_reduce(mut self) -> Result<DTensor<Replicated, T, B>> {
-        self.group.all_reduce(ReduceOp::Sum, &mut self.local)?;
+        match self.tree_terms()? {
+            None => self.group.all_reduce(ReduceOp::Sum, &mut self.local)?,
+            Some((tree, terms)) => self.local = self.group.tree_all_reduce(&tree, terms)?,
+        }
         Ok(DTensor::new(self.local, &self.group, self.layout))
     }
 
@@ -299,8 +389,12 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// # Errors
     /// When the cut is not one of that dimension, the ranks disagree, or one is lost.
     #[track_caller]
-    pub fn reduce_scatter<const D: usize>(self, cut: &Partition) -> Result<DTensor<Shard<D>, T, B>> {
-        let part = self.group.reduce_scatter(ReduceOp::Sum, &self.local, D, cut)?;
+    pub fn reduce_scatter<const D: usize>(mut self, cut: &Partition) -> Result<DTensor<Shard<D>, T, B>> {
+        let cut = &canonical("reduce_scatter", &self.group, D, cut)?;
+        let part = match self.tree_terms()? {
+            None => self.group.reduce_scatter(ReduceOp::Sum, &self.local, D, cut)?,
+            Some((tree, terms)) => self.group.tree_reduce_scatter(&tree, terms, D, cut)?,
+        };
         Ok(self.place(part, Some(cut.clone())))
     }
 
@@ -310,8 +404,11 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// As there.
     #[track_caller]
     pub fn start_all_reduce(self) -> Result<PendingDTensor<Replicated, T, B>> {
+        if !self.can_start()? {
+            return Ok(PendingDTensor(Progress::Done(self.all_reduce()?)));
+        }
         let pending = self.group.start_all_reduce(ReduceOp::Sum, self.local)?;
-        Ok(PendingDTensor { pending, group: self.group, layout: self.layout, placement: PhantomData })
+        Ok(PendingDTensor(Progress::Started { pending, group: self.group, layout: self.layout }))
     }
 
     /// Starts [`DTensor::reduce_scatter`].
@@ -323,19 +420,34 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
         self,
         cut: &Partition,
     ) -> Result<PendingDTensor<Shard<D>, T, B>> {
+        let cut = &canonical("reduce_scatter", &self.group, D, cut)?;
+        if !self.can_start()? {
+            return Ok(PendingDTensor(Progress::Done(self.reduce_scatter(cut)?)));
+        }
         let pending = self.group.start_reduce_scatter(ReduceOp::Sum, self.local, D, cut)?;
         let layout = Layout { cut: Some(cut.clone()), ..self.layout };
-        Ok(PendingDTensor { pending, group: self.group, layout, placement: PhantomData })
+        Ok(PendingDTensor(Progress::Started { pending, group: self.group, layout }))
+    }
+
+    /// Whether one collective makes the sum, which may be started then: sums along a tree are made of several, at once.
+    fn can_start(&self) -> Result<bool> {
+        Ok(match (self.group.tree()?, &self.terms) {
+            (None, _) | (_, Terms::Exact) => true,
+            (Some(tree), Terms::Node) => {
+                self.group.size() == 2 && (0..2).all(|rank| tree.nodes(rank).len() == 1)
+            }
+            (Some(_), _) => false,
+        })
     }
 }
 
 /// A tensor whose collective was started.
 #[must_use = "a collective that is started has to be waited for"]
-pub struct PendingDTensor<P: Placement, T: Element, B: Device> {
-    pending: Pending<T, B>,
-    group: Group<B>,
-    layout: Layout,
-    placement: PhantomData<P>,
+pub struct PendingDTensor<P: Placement, T: Element, B: Device>(Progress<P, T, B>);
+
+enum Progress<P: Placement, T: Element, B: Device> {
+    Started { pending: Pending<T, B>, group: Group<B>, layout: Layout },
+    Done(DTensor<P, T, B>),
 }
 
 impl<P: Placement, T: Element, B: Device> PendingDTensor<P, T, B> {
@@ -344,8 +456,34 @@ impl<P: Placement, T: Element, B: Device> PendingDTensor<P, T, B> {
     /// # Errors
     /// When the ranks disagreed, or one was lost.
     pub fn wait(self) -> Result<DTensor<P, T, B>> {
-        Ok(DTensor::new(self.pending.wait()?, &self.group, self.layout))
+        match self.0 {
+            Progress::Started { pending, group, layout } => Ok(DTensor::new(pending.wait()?, &group, layout)),
+            Progress::Done(tensor) => Ok(tensor),
+        }
     }
+}
+
+/// The cut itself, or for tokens under an invariant reduction, the same one by canonical blocks.
+fn canonical<B: Device>(
+    op: &'static str,
+    group: &Group<B>,
+    dim: usize,
+    cut: &Partition,
+) -> Result<Partition> {
+    if dim != 0 || group.tree()?.is_none() {
+        return Ok(cut.clone());
+    }
+    let canonical = group.even_cut(cut.total())?;
+    if !canonical.sizes().eq(cut.sizes()) {
+        let sizes = |cut: &Partition| cut.sizes().collect::<Vec<_>>();
+        let reason = format!(
+            "an invariant reduction cuts tokens into {:?}, by canonical blocks, not into {:?}",
+            sizes(&canonical),
+            sizes(cut)
+        );
+        return Err(Error::Unsupported { op, reason });
+    }
+    Ok(canonical)
 }
 
 fn check_cut(op: &'static str, shape: Shape, dim: usize, cut: &Partition, ranks: usize) -> Result<()> {

@@ -1,14 +1,14 @@
 //! Embeddings: of tokens, with the vocabulary cut over the ranks, and of positions.
 
-use super::{Bias, ColumnParallelLinear, Columns, DTensor, Layer, Stream, Traffic};
+use super::{Bias, ColumnParallelLinear, Columns, DTensor, Layer, Stream, Traffic, invariant::whole};
 use crate::{
     comm::Group,
     device::{Device, Element},
-    error::{Error, Result},
+    error::{Error, Result, same_size},
     kernels::{Backend, NO_ROW},
     ops,
-    shard::{Partial, Sequences, Shape},
-    tensor::{Param, Region, Role, Weights},
+    shard::{Partial, Reduction, Sequences, Shape},
+    tensor::{Param, Region, Role, Tensor, Weights},
 };
 use std::marker::PhantomData;
 
@@ -61,9 +61,14 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
             false => NO_ROW,
         };
         let rows: Vec<u32> = ids.iter().map(local).collect();
-        let part = ops::embedding(self.table.weight().value(), &rows)?;
+        let mut part = ops::embedding(self.table.weight().value(), &rows)?;
+        if group.reduction() != Reduction::Fast {
+            // A weight of −0 has become +0 once another rank's zero was added: it does where there is no other rank, too.
+            let zeros = Tensor::<T, B>::zeros(group.device(), [part.shape().cols()])?;
+            group.device().add_bias::<T>(zeros.slice(), part.mat_mut()?)?;
+        }
         let part = DTensor::<Partial, T, B>::partial(group, part)?.with_sequences(sequences)?;
-        Ok((S::leave(part)?, rows))
+        Ok((S::leave(part.exact())?, rows))
     }
 
     /// Adds to the table's gradient.
@@ -87,7 +92,9 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
 
     /// The collectives for this number of tokens.
     pub fn traffic(&self, tokens: usize) -> Traffic {
-        S::leave_traffic::<T, B>([tokens, self.table.weight().value().shape().cols()].into())
+        // A sum with zeros is the same in any order.
+        let group = self.table.group().with_reduction(Reduction::Fast);
+        S::leave_traffic::<T, B>(&group, [tokens, self.table.weight().value().shape().cols()].into())
     }
 
     /// The head with the same weight, logits = X Wᵀ, as a layer S → Shard<1>.
@@ -121,7 +128,7 @@ impl<S: Stream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
     pub fn load(group: &Group<B>, weights: &Weights<'_>, positions: usize, hidden: usize) -> Result<Self> {
         let (region, owned) = (Region::whole([positions, hidden]), group.rank() == 0);
         let table = Param::load_region(group.device(), weights, "weight", Role::Weight, region, owned)?;
-        Ok(Self { table, group: group.clone(), stream: PhantomData })
+        Ok(Self { table: whole(table, group), group: group.clone(), stream: PhantomData })
     }
 
     /// yᵢ = xᵢ + `P[rowsᵢ]`, and what the backward needs. `rows` has an index for every token, the same on every rank.
@@ -150,9 +157,22 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
     }
 
     fn backward(&mut self, positions: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
-        let rows = self.table.value().shape().rows();
-        let mut grad = ops::embedding_backward(&positions, rows, dy.local())?;
-        S::sum_grad(&self.group, &mut grad)?;
+        let (table, device, cols) = (self.table.value().shape(), self.group.device(), dy.shape().cols());
+        same_size(
+            "embedding",
+            "the number of positions",
+            positions.len(),
+            "rows of dy",
+            dy.local().shape().rows(),
+        )?;
+        let grad = S::sum_tokens(&self.group, dy.shape().rows(), table, &mut |rows, grad| {
+            device.fill(0.0, grad.mat_mut()?)?;
+            device.scatter_add(
+                &positions[rows.clone()],
+                dy.local().mat().block(rows, 0..cols),
+                grad.mat_mut()?,
+            )
+        })?;
         self.table.add_grad(grad)?;
         Ok(dy.clone())
     }
@@ -161,7 +181,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
         f(&mut self.table)
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
-        (S::sum_grad_traffic::<T::Acc>(self.table.value().len()), x)
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        (S::sum_tokens_traffic::<T::Acc, B>(group, self.table.value().shape()), x)
     }
 }

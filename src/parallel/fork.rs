@@ -1,7 +1,11 @@
 //! Linear layers of one input that are computed at the same time.
 
-use super::{ColumnLinear, DTensor, Layer, Stream, Traffic};
+use super::{
+    ColumnLinear, DTensor, Layer, Stream, Traffic,
+    invariant::{self, Factors, by_columns, by_rows},
+};
 use crate::{
+    comm::Group,
     device::{Device, Element},
     error::{Error, Result, same_size},
     kernels::Backend,
@@ -51,6 +55,25 @@ impl<S: Stream, T: Element, B: Backend> ForkedColumnLinear<S, T, B> {
         Ok(Self { layers, cut, stream: PhantomData })
     }
 
+    fn input_grad(&self, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
+        let (grad, columns, inputs) = (dy.local(), self.columns(), self.layers[0].weight().shape().cols());
+        let layers = self.layers.iter().zip(columns).map(|(layer, own)| (layer, grad.mat().columns(own)));
+        if self.layers[0].blocks().is_some() {
+            let mut factors = Vec::with_capacity(self.layers.len());
+            for (layer, a) in layers {
+                if let Some(blocks) = layer.blocks() {
+                    factors.push(Factors { a, b: layer.weight().mat(), blocks });
+                }
+            }
+            return invariant::product(dy, inputs, &factors);
+        }
+        let pairs = layers.map(|(layer, dy)| (dy, layer.weight().mat())).collect();
+        let terms = ops::products::<T, T, B>(grad.device(), pairs)?.into_iter();
+        let sum = terms.map(Ok).reduce(|sum, term| ops::add(&sum?, &term?));
+        let dx = sum.ok_or_else(|| Error::invalid("forked linear backward", "there is no layer"))??;
+        Ok(dy.derive(dx, inputs, None))
+    }
+
     /// Each layer's columns of this rank's output.
     fn columns(&self) -> Vec<Range<usize>> {
         let mut end = 0;
@@ -73,8 +96,21 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T,
         let (x, device) = (entered.local(), entered.local().device());
         let inputs = self.layers[0].weight().shape().cols();
         same_size("forked linear", "columns of x", x.shape().cols(), "columns of w", inputs)?;
-        let pairs = self.layers.iter().map(|layer| (x.mat(), layer.weight().mat().t())).collect();
-        let parts = ops::products::<T, T, B>(device, pairs)?;
+        let parts = match self.layers[0].blocks() {
+            None => {
+                let pairs = self.layers.iter().map(|layer| (x.mat(), layer.weight().mat().t())).collect();
+                ops::products::<T, T, B>(device, pairs)?
+            }
+            Some(_) => {
+                let product = |layer: &ColumnLinear<T, B>| {
+                    let w = layer.weight().mat().t();
+                    let mut part = Tensor::empty(device, [x.shape().rows(), w.cols()])?;
+                    by_columns(device, layer.blocks(), (x.mat(), w), 0.0, part.mat_mut()?)?;
+                    Ok(part)
+                };
+                self.layers.iter().map(product).collect::<Result<_>>()?
+            }
+        };
         let columns = self.columns();
         let width = columns.last().map_or(0, |last| last.end);
         let mut y = Tensor::empty(device, [x.shape().rows(), width])?;
@@ -97,17 +133,23 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T,
         let width = columns.last().map_or(0, |last| last.end);
         same_size(OP, "columns of dy", grad.shape().cols(), "outputs of this rank", width)?;
         same_size(OP, "rows of dy", grad.shape().rows(), "rows of x", x.shape().rows())?;
-        let weights = self.layers.iter().map(|layer| layer.weight().mat());
-        let pairs = columns.iter().map(|own| grad.mat().columns(own.clone())).zip(weights).collect();
-        let mut terms = ops::products::<T, T, B>(&device, pairs)?.into_iter();
-        let mut dx = terms.next().ok_or_else(|| Error::invalid(OP, "there is no layer"))?;
-        for term in terms {
-            dx = ops::add(&dx, &term)?;
-        }
-        let inputs = dx.shape().cols();
-        let dx = S::start_leave(dy.derive::<Partial>(dx, inputs, None))?;
-        let pairs = columns.iter().map(|own| (grad.mat().columns(own.clone()).t(), x.mat())).collect();
-        let grads = ops::products::<T, T::Acc, B>(&device, pairs)?;
+        let dx = S::start_leave(self.input_grad(dy)?)?;
+        let grads = match self.layers[0].blocks() {
+            None => {
+                let pairs =
+                    columns.iter().map(|own| (grad.mat().columns(own.clone()).t(), x.mat())).collect();
+                ops::products::<T, T::Acc, B>(&device, pairs)?
+            }
+            Some(_) => {
+                let product = |(layer, own): (&ColumnLinear<T, B>, &Range<usize>)| {
+                    let dy = grad.mat().columns(own.clone()).t();
+                    let mut dw = Tensor::empty(&device, [dy.rows(), x.shape().cols()])?;
+                    by_rows(&device, layer.blocks(), (dy, x.mat()), 0.0, dw.mat_mut()?)?;
+                    Ok(dw)
+                };
+                self.layers.iter().zip(&columns).map(product).collect::<Result<_>>()?
+            }
+        };
         for ((layer, dw), columns) in self.layers.iter_mut().zip(grads).zip(columns) {
             layer.add_weight_grad(dw)?;
             if layer.added_bias().is_some() {
@@ -123,8 +165,8 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T,
         self.layers.iter_mut().try_for_each(|layer| layer.visit_params(f))
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
-        let mut traffic = S::enter_traffic::<T, B>(x);
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        let mut traffic = S::enter_traffic::<T, B>(group, x);
         // The reduction of dX starts first; then each layer's own collectives follow in turn.
         for layer in &self.layers {
             traffic.backward.extend(layer.own_traffic(x).0.backward);

@@ -2,6 +2,7 @@
 
 use super::{DTensor, Traffic};
 use crate::{
+    comm::Group,
     device::Element,
     error::Result,
     kernels::Backend,
@@ -52,7 +53,7 @@ pub trait Layer<T: Element, B: Backend> {
     }
 
     /// The collectives for an input whose whole has this shape, and the shape of the output's whole.
-    fn traffic(&self, x: Shape) -> (Traffic, Shape);
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape);
 
     /// This layer, and then another whose input is held as this one's output.
     fn then<L: Layer<T, B, In = Self::Out>>(self, next: L) -> Chain<Self, L>
@@ -92,9 +93,9 @@ impl<T: Element, B: Backend, A: Layer<T, B>, L: Layer<T, B, In = A::Out>> Layer<
         self.1.visit(f)
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
-        let (first, middle) = self.0.traffic(x);
-        let (second, y) = self.1.traffic(middle);
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        let (first, middle) = self.0.traffic(group, x);
+        let (second, y) = self.1.traffic(group, middle);
         (first.then(second), y)
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{DTensor, Layer, Traffic};
 use crate::{
-    comm::Op,
+    comm::{Group, Op},
     device::Element,
     error::Result,
     kernels::Backend,
@@ -26,8 +26,8 @@ impl<T: Element, B: Backend> Layer<T, B> for CopyTo {
         dy.clone().all_reduce()
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
-        (Traffic::backward::<T>(Op::AllReduce, x.len()), x)
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        (Traffic::sum::<T, B>(group, x).in_backward(), x)
     }
 }
 
@@ -49,8 +49,8 @@ impl<T: Element, B: Backend> Layer<T, B> for ReduceFrom {
         Ok(dy.clone().copy_to())
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
-        (Traffic::forward::<T>(Op::AllReduce, x.len()), x)
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        (Traffic::sum::<T, B>(group, x), x)
     }
 }
 
@@ -78,8 +78,10 @@ impl<const D: usize, T: Element, B: Backend> Layer<T, B> for ScatterTo<D> {
     type Saved = ();
 
     fn forward(&self, x: &DTensor<Replicated, T, B>) -> Result<(DTensor<Shard<D>, T, B>, ())> {
-        let even = || Partition::even(x.shape().dims().get(D).copied().unwrap_or(0), x.group().size());
-        let cut = self.cut.clone().unwrap_or_else(even);
+        let cut = match &self.cut {
+            Some(cut) => cut.clone(),
+            None => x.group().even_cut(x.shape().dims().get(D).copied().unwrap_or(0))?,
+        };
         Ok((x.clone().scatter(&cut)?, ()))
     }
 
@@ -87,7 +89,7 @@ impl<const D: usize, T: Element, B: Backend> Layer<T, B> for ScatterTo<D> {
         dy.clone().all_gather()
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+    fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
         (Traffic::backward::<T>(Op::AllGather, x.len()), x)
     }
 }
@@ -116,11 +118,14 @@ impl<const D: usize, T: Element, B: Backend> Layer<T, B> for GatherFrom<D> {
         cut: Self::Saved,
         dy: &DTensor<Replicated, T, B>,
     ) -> Result<DTensor<Shard<D>, T, B>> {
-        let even = || Partition::even(dy.shape().dims()[D], dy.group().size());
-        dy.clone().scatter(&cut.unwrap_or_else(even))
+        let cut = match cut {
+            Some(cut) => cut,
+            None => dy.group().even_cut(dy.shape().dims()[D])?,
+        };
+        dy.clone().scatter(&cut)
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+    fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
         (Traffic::forward::<T>(Op::AllGather, x.len()), x)
     }
 }
@@ -140,13 +145,19 @@ impl<T: Element, B: Backend> Layer<T, B> for GatherSequence {
     }
 
     fn backward(&mut self, (): (), dy: &DTensor<Partial, T, B>) -> Result<DTensor<Shard<0>, T, B>> {
-        dy.clone().reduce_scatter(&dy.token_cut())
+        dy.clone().reduce_scatter(&dy.token_cut()?)
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
         let gather = Traffic::forward::<T>(Op::AllGather, x.len());
-        (gather.then(Traffic::backward::<T>(Op::ReduceScatter, x.len())), x)
+        (gather.then(sum_rows::<T, B>(group, x).in_backward()), x)
     }
+}
+
+/// The traffic of a sum of which each rank gets its tokens.
+fn sum_rows<T: Element, B: Backend>(group: &Group<B>, x: Shape) -> Traffic {
+    let cut = group.even_cut(x.dims()[0]).unwrap_or_else(|_| Partition::even(x.dims()[0], group.size()));
+    Traffic::sum_rows::<T, B>(group, x, &cut)
 }
 
 /// Partial → Shard<0>. Forward: reduce-scatter. Backward: all-gather. Where a tensor-parallel region ends under sequence
@@ -160,15 +171,14 @@ impl<T: Element, B: Backend> Layer<T, B> for ReduceScatterSequence {
     type Saved = ();
 
     fn forward(&self, x: &DTensor<Partial, T, B>) -> Result<(DTensor<Shard<0>, T, B>, ())> {
-        Ok((x.clone().reduce_scatter(&x.token_cut())?, ()))
+        Ok((x.clone().reduce_scatter(&x.token_cut()?)?, ()))
     }
 
     fn backward(&mut self, (): (), dy: &DTensor<Shard<0>, T, B>) -> Result<DTensor<Copied, T, B>> {
         Ok(dy.clone().all_gather()?.copy_to())
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
-        let scatter = Traffic::forward::<T>(Op::ReduceScatter, x.len());
-        (scatter.then(Traffic::backward::<T>(Op::AllGather, x.len())), x)
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        (sum_rows::<T, B>(group, x).then(Traffic::backward::<T>(Op::AllGather, x.len())), x)
     }
 }

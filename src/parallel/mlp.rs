@@ -9,7 +9,7 @@ use crate::{
     device::{Device, Element},
     error::{Error, Result},
     kernels::{Activation, Backend},
-    shard::{Partition, Shape, Shard},
+    shard::{Shape, Shard},
     tensor::{Param, Weights},
 };
 
@@ -79,7 +79,7 @@ impl<S: Stream, T: Element, B: Backend> GatedMlp<S, T, B> {
         let columns = Columns::merged(group, &[&names.gate, &names.up], ffn)?;
         let mode = if bias { Bias::Add } else { Bias::None };
         let up = ColumnParallelLinear::load(group, weights, hidden, &columns, mode)?;
-        let cut = Partition::by_unit("gated mlp", "features", ffn, 1, group.size())?;
+        let cut = group.cut("gated mlp", "features", ffn, 1)?;
         let down = RowParallelLinear::load(group, &weights.at(&names.down), &cut, hidden, bias)?;
         Ok(Layer::<T, B>::then(Layer::<T, B>::then(up, Gate::new(f)), down))
     }
@@ -135,10 +135,10 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for FeedForward<S, T, B> {
         }
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
         match self {
-            Self::Plain(mlp) => mlp.traffic(x),
-            Self::Gated(mlp) => mlp.traffic(x),
+            Self::Plain(mlp) => mlp.traffic(group, x),
+            Self::Gated(mlp) => mlp.traffic(group, x),
         }
     }
 }

@@ -43,6 +43,7 @@ mod dropout;
 mod dtensor;
 mod embedding;
 mod fork;
+mod invariant;
 mod kv_cache;
 mod layer;
 mod mappings;

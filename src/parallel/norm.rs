@@ -1,12 +1,12 @@
 //! LayerNorm and RMSNorm on the residual stream.
 
-use super::{DTensor, Layer, Stream, Traffic};
+use super::{DTensor, Layer, Stream, Traffic, invariant::whole};
 use crate::{
     comm::Group,
     device::{Device, Element},
     error::Result,
     kernels::{Backend, NormKind},
-    ops::{self, NormContext, NormGrads},
+    ops::{self, NormContext},
     shard::Shape,
     tensor::{Param, Region, Role, Tensor, Weights},
 };
@@ -37,35 +37,11 @@ impl<S: Stream, T: Element, B: Backend> Normalize<S, T, B> {
     pub fn load(group: &Group<B>, weights: &Weights<'_>, kind: NormKind, features: usize) -> Result<Self> {
         let load = |name, role| {
             let (region, owned) = (Region::whole([features]), group.rank() == 0);
-            Param::load_region(group.device(), weights, name, role, region, owned)
+            Ok(whole(Param::load_region(group.device(), weights, name, role, region, owned)?, group))
         };
-        let gamma = load("weight", Role::Scale)?;
+        let gamma: Param<T, B> = load("weight", Role::Scale)?;
         let beta = if kind.centers() { Some(load("bias", Role::Bias)?) } else { None };
         Ok(Self { kind, gamma, beta, group: group.clone(), stream: PhantomData })
-    }
-
-    /// dγ and dβ of all tokens, in one collective.
-    fn sum_grads(
-        &self,
-        dgamma: Tensor<T::Acc, B>,
-        dbeta: Option<Tensor<T::Acc, B>>,
-    ) -> Result<(Tensor<T::Acc, B>, Option<Tensor<T::Acc, B>>)> {
-        let Some(dbeta) = dbeta else {
-            let mut dgamma = dgamma;
-            S::sum_grad(&self.group, &mut dgamma)?;
-            return Ok((dgamma, None));
-        };
-        let (device, cols) = (dgamma.device().clone(), dgamma.len());
-        let mut both = Tensor::<T::Acc, B>::empty(&device, [2, cols])?;
-        device.copy(dgamma.mat(), both.mat_mut()?.block(0..1, 0..cols))?;
-        device.copy(dbeta.mat(), both.mat_mut()?.block(1..2, 0..cols))?;
-        S::sum_grad(&self.group, &mut both)?;
-        let row = |at: usize| {
-            let mut row = Tensor::<T::Acc, B>::empty(&device, [cols])?;
-            device.copy(both.mat().block(at..at + 1, 0..cols), row.mat_mut()?)?;
-            Ok(row)
-        };
-        Ok((row(0)?, Some(row(1)?)))
     }
 }
 
@@ -81,12 +57,28 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
     }
 
     fn backward(&mut self, context: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
-        let NormGrads { dx, dgamma, dbeta } =
-            ops::normalize_backward(self.kind, &context, self.gamma.value(), dy.local())?;
-        let (dgamma, dbeta) = self.sum_grads(dgamma, dbeta)?;
-        self.gamma.add_grad(dgamma)?;
-        if let (Some(beta), Some(dbeta)) = (&mut self.beta, dbeta) {
-            beta.add_grad(dbeta)?;
+        let (device, cols) = (self.group.device(), dy.shape().cols());
+        let vectors = if self.beta.is_some() { 2 } else { 1 };
+        let mut dx = Tensor::empty(device, dy.local().shape())?;
+        // dγ and dβ of all tokens, in one collective.
+        let (tokens, shape) = (dy.shape().rows(), [vectors, cols].into());
+        let sums = S::sum_tokens(&self.group, tokens, shape, &mut |rows, sums: &mut Tensor<T::Acc, B>| {
+            let gamma = self.gamma.value();
+            let (dgamma, dbeta) =
+                ops::normalize_backward_rows(self.kind, &context, gamma, dy.local(), rows, &mut dx)?;
+            for (at, grad) in [Some(dgamma), dbeta].into_iter().flatten().enumerate() {
+                device.copy(grad.mat(), sums.mat_mut()?.block(at..at + 1, 0..cols))?;
+            }
+            Ok(())
+        })?;
+        let row = |at: usize| {
+            let mut row = Tensor::<T::Acc, B>::empty(device, [cols])?;
+            device.copy(sums.mat().block(at..at + 1, 0..cols), row.mat_mut()?)?;
+            Ok(row)
+        };
+        self.gamma.add_grad(row(0)?)?;
+        if let Some(beta) = &mut self.beta {
+            beta.add_grad(row(1)?)?;
         }
         Ok(dy.with_local(dx))
     }
@@ -96,8 +88,8 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
         self.beta.as_mut().map_or(Ok(()), f)
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
         let vectors = if self.beta.is_some() { 2 } else { 1 };
-        (S::sum_grad_traffic::<T::Acc>(vectors * x.cols()), x)
+        (S::sum_tokens_traffic::<T::Acc, B>(group, [vectors, x.cols()].into()), x)
     }
 }

@@ -2,6 +2,7 @@
 
 use super::{DTensor, Layer, Traffic};
 use crate::{
+    comm::Group,
     device::Element,
     error::Result,
     kernels::Backend,
@@ -38,8 +39,8 @@ impl<T: Element, B: Backend, L: Layer<T, B>> Layer<T, B> for Recompute<L> {
         self.0.visit(f)
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
-        let (Traffic { forward, backward }, y) = self.0.traffic(x);
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        let (Traffic { forward, backward }, y) = self.0.traffic(group, x);
         (Traffic { backward: [forward.clone(), backward].concat(), forward }, y)
     }
 }

@@ -1,6 +1,9 @@
 //! Linear layers whose input features are cut over the ranks.
 
-use super::{AddBias, DTensor, Layer, Stream, Traffic};
+use super::{
+    AddBias, DTensor, Layer, Stream, Traffic,
+    invariant::{self, Blocks, Factors, by_columns},
+};
 use crate::{
     comm::Group,
     device::{Device, Element},
@@ -23,6 +26,7 @@ use std::marker::PhantomData;
 pub struct RowLinear<T: Element, B: Device> {
     weight: Param<T, B>,
     cut: Partition,
+    blocks: Option<Blocks>,
     outputs: usize,
 }
 
@@ -40,8 +44,10 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
         let (parts, ranks) = (input_cut.parts(), group.size());
         same_size("row linear", "the parts of the cut", parts, "the ranks of the group", ranks)?;
         let region = Region::whole([outputs, input_cut.total()]).cut(1, input_cut.range(group.rank()));
-        let weight = Param::load_region(group.device(), weights, "weight", Role::Weight, region, true)?;
-        Ok(Self { weight, cut: input_cut.clone(), outputs })
+        let blocks = invariant::blocks("row linear", group, input_cut)?;
+        let mut weight = Param::load_region(group.device(), weights, "weight", Role::Weight, region, true)?;
+        invariant::cut_columns(&mut weight, group, blocks.as_ref());
+        Ok(Self { weight, cut: input_cut.clone(), blocks, outputs })
     }
 }
 
@@ -60,16 +66,25 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
             );
             return Err(Error::invalid("row linear", reason));
         }
-        let y = ops::linear(x.local(), self.weight.value(), None)?;
-        Ok((x.derive(y, self.outputs, None), x.local().clone()))
+        let y = match &self.blocks {
+            None => x.derive(ops::linear(x.local(), self.weight.value(), None)?, self.outputs, None),
+            Some(blocks) => {
+                let (a, b) = (x.local().mat(), self.weight.value().mat().t());
+                invariant::product(x, self.outputs, &[Factors { a, b, blocks }])?
+            }
+        };
+        Ok((y, x.local().clone()))
     }
 
     fn backward(&mut self, x: Self::Saved, dy: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         let (dy, whole) = (dy.local(), dy);
         same_size("row linear backward", "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
-        let dx = ops::linear_input_grad(dy, self.weight.value())?;
-        let device = x.device();
-        self.weight.accumulate_grad(|beta, dw| device.gemm(1.0, dy.mat().t(), x.mat(), beta, dw))?;
+        let (device, blocks, w) = (x.device(), self.blocks.as_ref(), self.weight.value());
+        same_size("row linear backward", "columns of dy", dy.shape().cols(), "rows of w", w.shape().rows())?;
+        let mut dx = Tensor::empty(device, x.shape())?;
+        by_columns(device, blocks, (dy.mat(), w.mat()), 0.0, dx.mat_mut()?)?;
+        self.weight
+            .accumulate_grad(|beta, dw| by_columns(device, blocks, (dy.mat().t(), x.mat()), beta, dw))?;
         Ok(whole.derive(dx, self.cut.total(), Some(self.cut.clone())))
     }
 
@@ -77,7 +92,7 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
         f(&mut self.weight)
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+    fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
         (Traffic::default(), x.with(x.rank() - 1, self.outputs))
     }
 }
@@ -145,9 +160,9 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, 
         self.bias.as_mut().map_or(Ok(()), |bias| bias.visit(f))
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
-        let (_, y) = Layer::<T, B>::traffic(&self.linear, x);
-        let leave = S::leave_traffic::<T, B>(y);
-        (self.bias.as_ref().map_or(leave.clone(), |bias| leave.then(bias.traffic(y).0)), y)
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        let (_, y) = Layer::<T, B>::traffic(&self.linear, group, x);
+        let leave = S::leave_traffic::<T, B>(group, y);
+        (self.bias.as_ref().map_or(leave.clone(), |bias| leave.then(bias.traffic(group, y).0)), y)
     }
 }

@@ -7,7 +7,7 @@ use crate::{
     error::{Error, Result, same_size},
     kernels::Backend,
     rng::Philox,
-    shard::{Partition, Shard},
+    shard::{Partition, Reduction, Shard},
     tensor::Tensor,
 };
 
@@ -145,6 +145,10 @@ impl Sampler {
                     candidates
                 })
                 .collect());
+        }
+        if group.reduction() != Reduction::Fast {
+            let reason = "a share of the whole vocabulary's probability under an invariant reduction: give `top_k`, too";
+            return Err(Error::Unsupported { op: "sample", reason: reason.into() });
         }
         let reduce = |op, values: Vec<f64>| {
             let mut values = Tensor::<f64, B>::from_slice(group.device(), [rows], &values)?;

@@ -2,6 +2,7 @@
 
 use super::{DTensor, Layer, Traffic};
 use crate::{
+    comm::Group,
     device::{Cpu, Element},
     error::{Error, Result},
     kernels::Backend,
@@ -45,9 +46,9 @@ where
         self.iter_mut().try_for_each(|layer| layer.visit(f))
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
         self.iter().fold((Traffic::default(), x), |(traffic, x), layer| {
-            let (own, y) = layer.traffic(x);
+            let (own, y) = layer.traffic(group, x);
             (traffic.then(own), y)
         })
     }
@@ -82,7 +83,7 @@ trait Erased<In: Placement, Out: Placement, T: Element, B: Backend> {
         dy: &DTensor<Out::Dual, T, B>,
     ) -> Result<DTensor<In::Dual, T, B>>;
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>;
-    fn traffic(&self, x: Shape) -> (Traffic, Shape);
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape);
 }
 
 impl<T: Element, B: Backend, L: Layer<T, B>> Erased<L::In, L::Out, T, B> for L
@@ -107,8 +108,8 @@ where
         Layer::visit(self, f)
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
-        Layer::traffic(self, x)
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        Layer::traffic(self, group, x)
     }
 }
 
@@ -133,7 +134,7 @@ impl<In: Placement, Out: Placement, T: Element, B: Backend> Layer<T, B> for BoxL
         self.0.visit(f)
     }
 
-    fn traffic(&self, x: Shape) -> (Traffic, Shape) {
-        self.0.traffic(x)
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        self.0.traffic(group, x)
     }
 }

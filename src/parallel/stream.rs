@@ -1,14 +1,16 @@
 //! The residual stream: how activations are held between tensor-parallel regions.
 
 use super::{
-    CopyTo, DTensor, GatherSequence, PendingDTensor, ReduceFrom, ReduceScatterSequence, Traffic, layer::Layer,
+    CopyTo, DTensor, GatherSequence, PendingDTensor, ReduceFrom, ReduceScatterSequence, Traffic,
+    invariant::{self, Tokens},
+    layer::Layer,
 };
 use crate::{
-    comm::{Group, Op, ReduceOp},
-    device::{Device, Element},
+    comm::{Group, ReduceOp},
+    device::{Accumulator, Device, Element},
     error::{Result, same_size},
     kernels::Backend,
-    shard::{Copied, Elementwise, Partial, Partition, Placement, Replicated, Shape, Shard},
+    shard::{Copied, Elementwise, Partial, Placement, Replicated, Shape, Shard},
     tensor::Tensor,
 };
 use std::ops::Range;
@@ -40,15 +42,24 @@ pub trait Stream: Elementwise + Placement<Dual = Self> {
     /// When a collective fails.
     fn start_leave<T: Element, B: Backend>(y: DTensor<Partial, T, B>) -> Result<PendingDTensor<Self, T, B>>;
 
-    /// Makes the gradient of a replicated parameter, from what this rank saw of the stream, that of all of it: nothing
-    /// where every rank saw all tokens, an all-reduce where each saw its own.
+    /// The sum over all `tokens` tokens, such as the gradient of a replicated parameter: `term` writes that over some of the
+    /// rows which this rank has, once for all of them, or with [`crate::shard::Reduction::Invariant`] once for each of its
+    /// canonical blocks. No collective where every rank has all tokens, an all-reduce where each has its own.
     ///
     /// # Errors
-    /// When a collective fails.
-    fn sum_grad<T: Element, B: Backend>(group: &Group<B>, grad: &mut Tensor<T, B>) -> Result<()>;
+    /// Those of `term`, and when a collective fails.
+    fn sum_tokens<A: Accumulator, B: Backend>(
+        group: &Group<B>,
+        tokens: usize,
+        shape: Shape,
+        term: &mut dyn FnMut(Range<usize>, &mut Tensor<A, B>) -> Result<()>,
+    ) -> Result<Tensor<A, B>>;
 
     /// The rows of a tensor of `tokens` rows that this rank holds.
-    fn local_rows<B: Device>(group: &Group<B>, tokens: usize) -> Range<usize>;
+    ///
+    /// # Errors
+    /// When there are fewer canonical blocks than ranks.
+    fn local_rows<B: Device>(group: &Group<B>, tokens: usize) -> Result<Range<usize>>;
 
     /// The tensor of `tokens` rows of which this rank holds `local`: all of it, or its part of an even cut.
     ///
@@ -61,13 +72,13 @@ pub trait Stream: Elementwise + Placement<Dual = Self> {
     ) -> Result<DTensor<Self, T, B>>;
 
     /// The traffic of a layer that enters, for an input of this shape.
-    fn enter_traffic<T: Element, B: Backend>(x: Shape) -> Traffic;
+    fn enter_traffic<T: Element, B: Backend>(group: &Group<B>, x: Shape) -> Traffic;
 
     /// The traffic of a layer that leaves, for an output of this shape.
-    fn leave_traffic<T: Element, B: Backend>(y: Shape) -> Traffic;
+    fn leave_traffic<T: Element, B: Backend>(group: &Group<B>, y: Shape) -> Traffic;
 
-    /// The traffic of [`Stream::sum_grad`] in a backward.
-    fn sum_grad_traffic<T: Element>(elements: usize) -> Traffic;
+    /// The traffic of [`Stream::sum_tokens`] in a backward.
+    fn sum_tokens_traffic<A: Element, B: Backend>(group: &Group<B>, shape: Shape) -> Traffic;
 }
 
 impl Stream for Replicated {
@@ -83,12 +94,23 @@ impl Stream for Replicated {
         y.start_all_reduce()
     }
 
-    fn sum_grad<T: Element, B: Backend>(_: &Group<B>, _: &mut Tensor<T, B>) -> Result<()> {
-        Ok(())
+    fn sum_tokens<A: Accumulator, B: Backend>(
+        group: &Group<B>,
+        tokens: usize,
+        shape: Shape,
+        term: &mut dyn FnMut(Range<usize>, &mut Tensor<A, B>) -> Result<()>,
+    ) -> Result<Tensor<A, B>> {
+        match group.tree()? {
+            None => whole(group, tokens, shape, term),
+            Some(tree) => {
+                let mut sums = invariant::token_terms(group, &tree, (Tokens::All, tokens), shape, term)?;
+                Ok(sums.swap_remove(0))
+            }
+        }
     }
 
-    fn local_rows<B: Device>(_: &Group<B>, tokens: usize) -> Range<usize> {
-        0..tokens
+    fn local_rows<B: Device>(_: &Group<B>, tokens: usize) -> Result<Range<usize>> {
+        Ok(0..tokens)
     }
 
     fn of_local<T: Element, B: Backend>(
@@ -100,15 +122,15 @@ impl Stream for Replicated {
         DTensor::replicated(group, local)
     }
 
-    fn enter_traffic<T: Element, B: Backend>(x: Shape) -> Traffic {
-        Layer::<T, B>::traffic(&CopyTo, x).0
+    fn enter_traffic<T: Element, B: Backend>(group: &Group<B>, x: Shape) -> Traffic {
+        Layer::<T, B>::traffic(&CopyTo, group, x).0
     }
 
-    fn leave_traffic<T: Element, B: Backend>(y: Shape) -> Traffic {
-        Layer::<T, B>::traffic(&ReduceFrom, y).0
+    fn leave_traffic<T: Element, B: Backend>(group: &Group<B>, y: Shape) -> Traffic {
+        Layer::<T, B>::traffic(&ReduceFrom, group, y).0
     }
 
-    fn sum_grad_traffic<T: Element>(_: usize) -> Traffic {
+    fn sum_tokens_traffic<A: Element, B: Backend>(_: &Group<B>, _: Shape) -> Traffic {
         Traffic::default()
     }
 }
@@ -119,21 +141,37 @@ impl Stream for Shard<0> {
     }
 
     fn leave<T: Element, B: Backend>(y: DTensor<Partial, T, B>) -> Result<DTensor<Self, T, B>> {
-        let cut = y.token_cut();
+        let cut = y.token_cut()?;
         y.reduce_scatter(&cut)
     }
 
     fn start_leave<T: Element, B: Backend>(y: DTensor<Partial, T, B>) -> Result<PendingDTensor<Self, T, B>> {
-        let cut = y.token_cut();
+        let cut = y.token_cut()?;
         y.start_reduce_scatter(&cut)
     }
 
-    fn sum_grad<T: Element, B: Backend>(group: &Group<B>, grad: &mut Tensor<T, B>) -> Result<()> {
-        group.all_reduce(ReduceOp::Sum, grad)
+    fn sum_tokens<A: Accumulator, B: Backend>(
+        group: &Group<B>,
+        tokens: usize,
+        shape: Shape,
+        term: &mut dyn FnMut(Range<usize>, &mut Tensor<A, B>) -> Result<()>,
+    ) -> Result<Tensor<A, B>> {
+        match group.tree()? {
+            None => {
+                let own = Self::local_rows(group, tokens)?.len();
+                let mut sum = whole(group, own, shape, term)?;
+                group.all_reduce(ReduceOp::Sum, &mut sum)?;
+                Ok(sum)
+            }
+            Some(tree) => {
+                let terms = invariant::token_terms(group, &tree, (Tokens::Own, tokens), shape, term)?;
+                group.tree_all_reduce(&tree, terms)
+            }
+        }
     }
 
-    fn local_rows<B: Device>(group: &Group<B>, tokens: usize) -> Range<usize> {
-        Partition::even(tokens, group.size()).range(group.rank())
+    fn local_rows<B: Device>(group: &Group<B>, tokens: usize) -> Result<Range<usize>> {
+        Ok(group.even_cut(tokens)?.range(group.rank()))
     }
 
     fn of_local<T: Element, B: Backend>(
@@ -141,18 +179,30 @@ impl Stream for Shard<0> {
         tokens: usize,
         local: Tensor<T, B>,
     ) -> Result<DTensor<Self, T, B>> {
-        DTensor::shard(group, local, &Partition::even(tokens, group.size()))
+        DTensor::shard(group, local, &group.even_cut(tokens)?)
     }
 
-    fn enter_traffic<T: Element, B: Backend>(x: Shape) -> Traffic {
-        Layer::<T, B>::traffic(&GatherSequence, x).0
+    fn enter_traffic<T: Element, B: Backend>(group: &Group<B>, x: Shape) -> Traffic {
+        Layer::<T, B>::traffic(&GatherSequence, group, x).0
     }
 
-    fn leave_traffic<T: Element, B: Backend>(y: Shape) -> Traffic {
-        Layer::<T, B>::traffic(&ReduceScatterSequence, y).0
+    fn leave_traffic<T: Element, B: Backend>(group: &Group<B>, y: Shape) -> Traffic {
+        Layer::<T, B>::traffic(&ReduceScatterSequence, group, y).0
     }
 
-    fn sum_grad_traffic<T: Element>(elements: usize) -> Traffic {
-        Traffic::backward::<T>(Op::AllReduce, elements)
+    fn sum_tokens_traffic<A: Element, B: Backend>(group: &Group<B>, shape: Shape) -> Traffic {
+        Traffic::sum::<A, B>(group, shape).in_backward()
     }
+}
+
+/// The sum over a rank's rows, all at once.
+fn whole<A: Accumulator, B: Backend>(
+    group: &Group<B>,
+    rows: usize,
+    shape: Shape,
+    term: &mut dyn FnMut(Range<usize>, &mut Tensor<A, B>) -> Result<()>,
+) -> Result<Tensor<A, B>> {
+    let mut sum = Tensor::empty(group.device(), shape)?;
+    term(0..rows, &mut sum)?;
+    Ok(sum)
 }

@@ -1,8 +1,10 @@
 //! What a layer says that it will move.
 
 use crate::{
-    comm::{Op, Transfer},
+    comm::{Group, Op, Transfer},
     device::Element,
+    kernels::Backend,
+    shard::{Partition, Shape},
 };
 
 /// The collectives of a layer in the order in which it calls them. What [`crate::comm::Recorded`] writes down is equal.
@@ -21,6 +23,29 @@ impl Traffic {
         let mut backward = next.backward;
         backward.extend(self.backward);
         Self { forward: self.forward, backward }
+    }
+
+    /// A sum over the ranks of a tensor of this shape, in the forward.
+    pub(super) fn sum<T: Element, B: Backend>(group: &Group<B>, shape: Shape) -> Self {
+        let forward = match group.tree() {
+            Ok(Some(tree)) => group.tree_transfers::<T>(&tree, shape, None),
+            _ => vec![transfer::<T>(Op::AllReduce, shape.len())],
+        };
+        Self { forward, backward: Vec::new() }
+    }
+
+    /// Each rank's rows of such a sum.
+    pub(super) fn sum_rows<T: Element, B: Backend>(group: &Group<B>, shape: Shape, cut: &Partition) -> Self {
+        let forward = match group.tree() {
+            Ok(Some(tree)) => group.tree_transfers::<T>(&tree, shape, Some((0, cut))),
+            _ => vec![transfer::<T>(Op::ReduceScatter, shape.len())],
+        };
+        Self { forward, backward: Vec::new() }
+    }
+
+    /// The same in the backward.
+    pub(super) fn in_backward(self) -> Self {
+        Self { forward: Vec::new(), backward: self.forward }
     }
 
     /// One collective in the forward.

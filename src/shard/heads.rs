@@ -11,6 +11,10 @@ use std::ops::Range;
 /// ranks hold the same key/value head; its gradient is the sum over its holders, and [`Heads::owner`] is the one that
 /// counts it. This covers the usual schemes (even split; replication when there are fewer key/value heads than ranks)
 /// and every case between, such as 9 query and 3 key/value heads on 4 ranks.
+///
+/// Where the query heads are cut into canonical blocks ([`super::Tree`]), it is the *blocks* that hold key/value heads: a
+/// rank has one copy for each of its blocks that touches a head, as a rank of that block alone would have. So neither who
+/// computes what, nor what is summed with what, depends on the number of ranks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heads {
     query_heads: usize,
@@ -25,6 +29,16 @@ impl Heads {
     /// # Errors
     /// When `query_heads` is not a multiple of `kv_heads`, or there are more ranks than query heads.
     pub fn new(query_heads: usize, kv_heads: usize, head_dim: usize, ranks: usize) -> Result<Self> {
+        let query = Partition::by_unit("attention", "query heads", query_heads, 1, ranks)?;
+        Self::with_cut(query, kv_heads, head_dim)
+    }
+
+    /// As [`Heads::new`], with the query heads cut as given.
+    ///
+    /// # Errors
+    /// When the number of query heads is not a multiple of `kv_heads`.
+    pub fn with_cut(query: Partition, kv_heads: usize, head_dim: usize) -> Result<Self> {
+        let query_heads = query.total();
         if kv_heads == 0 || !query_heads.is_multiple_of(kv_heads) {
             return Err(Error::invalid(
                 "attention",
@@ -34,7 +48,6 @@ impl Heads {
         if head_dim == 0 {
             return Err(Error::invalid("attention", "the head dimension is 0"));
         }
-        let query = Partition::by_unit("attention", "query heads", query_heads, 1, ranks)?;
         Ok(Self { query_heads, kv_heads, head_dim, query })
     }
 
@@ -68,16 +81,64 @@ impl Heads {
         self.query.range(rank)
     }
 
-    /// The key/value heads that one rank holds.
+    /// The key/value heads that the query heads of one rank touch.
     pub fn kv_range(&self, rank: usize) -> Range<usize> {
-        let query = self.query_range(rank);
+        self.kv_of(&self.query_range(rank))
+    }
+
+    fn kv_of(&self, query: &Range<usize>) -> Range<usize> {
+        if query.is_empty() {
+            return 0..0;
+        }
         query.start / self.group()..(query.end - 1) / self.group() + 1
     }
 
-    /// The key/value head, counted within the rank's own, that each of the rank's query heads uses.
+    /// The query heads of those parts of a rank that hold key/value heads of their own: the whole rank, or each block.
+    pub fn holding(&self, rank: usize) -> Vec<Range<usize>> {
+        let own = self.query_range(rank);
+        match self.query.blocks(rank) {
+            None => vec![own],
+            Some(blocks) => {
+                blocks.into_iter().map(|block| own.start + block.start..own.start + block.end).collect()
+            }
+        }
+    }
+
+    /// The key/value heads that each holding part of a rank holds: [`Heads::holding`].
+    pub fn kv_ranges(&self, rank: usize) -> Vec<Range<usize>> {
+        self.holding(rank).iter().map(|query| self.kv_of(query)).collect()
+    }
+
+    /// The key/value heads that one rank holds, in order; one that several blocks hold is there several times.
+    pub fn kv_held(&self, rank: usize) -> Vec<usize> {
+        self.kv_ranges(rank).into_iter().flatten().collect()
+    }
+
+    /// The key/value head, as a place among those that the rank holds, that each of the rank's query heads uses.
     pub fn kv_of_query(&self, rank: usize) -> Vec<usize> {
-        let first = self.kv_range(rank).start;
-        self.query_range(rank).map(|head| head / self.group() - first).collect()
+        let (mut held, mut places) = (0, Vec::new());
+        for query in self.holding(rank) {
+            let kv = self.kv_of(&query);
+            places.extend(query.map(|head| held + head / self.group() - kv.start));
+            held += kv.len();
+        }
+        places
+    }
+
+    /// All holding parts' key/value heads, in order.
+    fn all_kv_ranges(&self) -> Vec<Range<usize>> {
+        (0..self.ranks()).flat_map(|rank| self.kv_ranges(rank)).collect()
+    }
+
+    /// The number of holders before a rank's.
+    fn holders_before(&self, rank: usize) -> usize {
+        (0..rank).map(|rank| self.holding(rank).len()).sum()
+    }
+
+    /// Whether the holding part number `part` of a rank is the one that counts a key/value head: the first holder.
+    pub fn owns(&self, rank: usize, part: usize, kv_head: usize) -> bool {
+        let first = self.all_kv_ranges().iter().position(|held| held.contains(&kv_head));
+        first == Some(self.holders_before(rank) + part)
     }
 
     /// The ranks that hold a key/value head, in order.
@@ -92,9 +153,11 @@ impl Heads {
         self.holders(kv_head).start
     }
 
-    /// The key/value heads that more than one rank holds, in order.
+    /// The key/value heads that have more than one holder, in order.
     pub fn shared(&self) -> Vec<usize> {
-        (0..self.kv_heads).filter(|&head| self.holders(head).len() > 1).collect()
+        let held = self.all_kv_ranges();
+        let holders = |head: &usize| held.iter().filter(|held| held.contains(head)).count();
+        (0..self.kv_heads).filter(|head| holders(head) > 1).collect()
     }
 
     /// The cut of the query features `query_heads · head_dim`.
@@ -107,7 +170,7 @@ impl Heads {
     pub fn qkv_features(&self) -> Partition {
         Partition::from_sizes(
             (0..self.ranks())
-                .map(|rank| (self.query_range(rank).len() + 2 * self.kv_range(rank).len()) * self.head_dim),
+                .map(|rank| (self.query_range(rank).len() + 2 * self.kv_held(rank).len()) * self.head_dim),
         )
     }
 }
@@ -149,6 +212,28 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Six query and two key/value heads in four blocks: the second head of keys is touched by three of them.
+    #[test]
+    fn blocks_hold_their_own_kv_heads() {
+        let tree = |ranks| super::super::Tree::new("attention", "blocks", 4, ranks).unwrap();
+        let heads = |ranks| {
+            let cut = tree(ranks).cut("attention", "heads", 6, 1, false).unwrap();
+            Heads::with_cut(cut, 2, 4).unwrap()
+        };
+        // Blocks of 1, 2, 1 and 2 heads.
+        let (one, two, four) = (heads(1), heads(2), heads(4));
+        assert_eq!(one.kv_held(0), [0, 0, 1, 1]);
+        assert_eq!(one.kv_of_query(0), [0, 1, 1, 2, 3, 3]);
+        assert_eq!((two.kv_held(0), two.kv_held(1)), (vec![0, 0], vec![1, 1]));
+        assert_eq!(two.kv_of_query(1), [0, 1, 1]);
+        for heads in [&one, &two, &four] {
+            assert_eq!(heads.shared(), [0, 1]);
+        }
+        assert!(one.owns(0, 0, 0) && !one.owns(0, 1, 0) && one.owns(0, 2, 1));
+        assert!(four.owns(0, 0, 0) && !four.owns(1, 0, 0) && four.owns(2, 0, 1));
+        assert_eq!(one.qkv_features().total(), (6 + 2 * 4) * 4);
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! * [`Partition`]: a dimension cut into one contiguous part a rank, evenly or not.
 //! * [`Placement`] and its markers: how the ranks of a group hold one tensor.
 //! * [`Heads`]: which attention heads a rank computes, and which key/value heads it needs for that.
-//! * [`Blocks`]: cuts that do not depend on the number of ranks.
+//! * [`Reduction`], [`Tree`]: cuts and orders of sums that do not depend on the number of ranks.
 //! * [`Mesh`]: ranks as points of a grid with named axes.
 //! * [`Sequences`]: which rows of a `[tokens, features]` tensor belong together.
 
@@ -16,7 +16,7 @@ mod placement;
 mod sequences;
 mod shape;
 
-pub use blocks::Blocks;
+pub use blocks::{Node, Reduction, Tree, TreeSum, blocks};
 pub use heads::Heads;
 pub use mesh::{Axis, Mesh};
 pub use partition::Partition;

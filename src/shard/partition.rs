@@ -17,6 +17,8 @@ use std::{ops::Range, sync::Arc};
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Partition {
     bounds: Arc<[usize]>,
+    /// The boundaries of the canonical blocks that it consists of, if it does.
+    blocks: Option<Arc<[usize]>>,
 }
 
 impl Partition {
@@ -82,7 +84,7 @@ impl Partition {
             bounds.push(start[bounds[bounds.len() - 1]]);
         }
         bounds.reverse();
-        Ok(Self { bounds: bounds.into() })
+        Ok(Self { bounds: bounds.into(), blocks: None })
     }
 
     /// Parts of the given sizes, in rank order.
@@ -96,7 +98,7 @@ impl Partition {
             Some(*end)
         }));
         assert!(bounds.len() > 1, "a partition has at least one part");
-        Self { bounds: bounds.into() }
+        Self { bounds: bounds.into(), blocks: None }
     }
 
     fn of_units(units: usize, unit_len: usize, parts: usize) -> Self {
@@ -134,7 +136,29 @@ impl Partition {
 
     /// The same cut when every index stands for `inner` elements.
     pub fn scaled(&self, inner: usize) -> Self {
-        Self { bounds: self.bounds.iter().map(|bound| bound * inner).collect() }
+        let scaled = |bounds: &Arc<[usize]>| bounds.iter().map(|bound| bound * inner).collect();
+        Self { bounds: scaled(&self.bounds), blocks: self.blocks.as_ref().map(scaled) }
+    }
+
+    /// The cut of which this one is [`Partition::scaled`] by `inner`.
+    pub(crate) fn shrunk(&self, inner: usize) -> Self {
+        let shrunk = |bounds: &Arc<[usize]>| bounds.iter().map(|bound| bound / inner).collect();
+        Self { bounds: shrunk(&self.bounds), blocks: self.blocks.as_ref().map(shrunk) }
+    }
+
+    /// The same cut, made of whole ones of these blocks.
+    pub(super) fn with_blocks(self, blocks: &Self) -> Self {
+        Self { blocks: Some(blocks.bounds.clone()), ..self }
+    }
+
+    /// The canonical blocks of one part, as indices within it; none if the cut is not made of such blocks.
+    ///
+    /// See [`super::Tree::cut`]. A cut of blocks differs from one with the same parts and other blocks, or none.
+    pub fn blocks(&self, part: usize) -> Option<Vec<Range<usize>>> {
+        let blocks = self.blocks.as_ref()?;
+        let owned = Self::even(blocks.len() - 1, self.parts()).range(part);
+        let start = self.bounds[part];
+        Some(owned.map(|block| blocks[block] - start..blocks[block + 1] - start).collect())
     }
 }
 

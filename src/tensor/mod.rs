@@ -4,8 +4,8 @@ mod array;
 mod param;
 mod source;
 
-pub(crate) use param::Watch;
 pub use param::{Param, Piece, Visit};
+pub(crate) use param::{Patch, Watch};
 pub(crate) use source::missing;
 pub use source::{Arrays, Random, Region, Role, WeightSource, Weights};
 
@@ -165,6 +165,25 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
         let mut to = Tensor::empty(&self.device, self.shape)?;
         self.device.copy(self.mat(), to.mat_mut()?)?;
         Ok(to)
+    }
+
+    /// The same values in another element, or this tensor if it has that element.
+    ///
+    /// # Errors
+    /// When the device has no memory left.
+    pub fn into_element<U: Element>(self) -> Result<Tensor<U, B>> {
+        if U::DTYPE != T::DTYPE {
+            return self.convert();
+        }
+        let (shape, device) = (self.shape, self.device.clone());
+        let buffer = T::any_buffer::<B>(self.into_buffer()?).of::<U>();
+        Tensor::from_buffer(&device, shape, buffer.expect("the elements are the same"))
+    }
+
+    /// Adds another tensor of the same shape.
+    pub(crate) fn accumulate(&mut self, term: &Self) -> Result<()> {
+        let device = self.device.clone();
+        device.accumulate(term.mat(), self.mat_mut()?)
     }
 
     /// The elements, to be written. Copies them first if another tensor shares them.

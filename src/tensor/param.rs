@@ -3,11 +3,11 @@
 use super::{Region, Role, Tensor, Weights};
 use crate::{
     device::{AnyMut, Cpu, Device, Element},
-    error::{Result, same_shape},
+    error::{Error, Result, same_shape},
     kernels::{Backend, MatMut},
-    shard::Shape,
+    shard::{Node, Shape, TreeSum},
 };
-use std::{fmt, rc::Rc};
+use std::{fmt, ops::Range, rc::Rc};
 
 /// A part of a parameter that comes from one region of one tensor of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +44,23 @@ pub(crate) trait Watch<T: Element, B: Device> {
     fn ready(&self, number: usize, grad: &Tensor<T::Acc, B>) -> Result<()>;
 }
 
+/// A part of a parameter that belongs to a canonical block: some rows, and of those some columns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Patch {
+    pub(crate) rows: Range<usize>,
+    pub(crate) cols: Range<usize>,
+}
+
+/// A gradient whose terms, one a use, are added along a tree rather than in turn.
+struct TreeGrad<A: Element, B: Device> {
+    /// Of how many replicas of the model this is which: the leaves of all of them are in one tree.
+    replica: usize,
+    replicas: usize,
+    sum: Option<TreeSum<Tensor<A, B>>>,
+    /// The sums of this replica's sub-trees, where it needs more than one.
+    terms: Vec<Tensor<A, B>>,
+}
+
 /// A rank's part of a trainable tensor, and the gradient that has been summed for it.
 ///
 /// The gradient is kept in the element's accumulator: those of bf16 parameters are f32.
@@ -56,6 +73,9 @@ pub struct Param<T: Element, B: Device> {
     uses: usize,
     used: usize,
     watch: Option<(Rc<dyn Watch<T, B>>, usize)>,
+    tree: Option<TreeGrad<T::Acc, B>>,
+    /// What of it belongs to each of this rank's canonical blocks; none where every rank holds all of it.
+    blocks: Option<Vec<Vec<Patch>>>,
 }
 
 impl<T: Element, B: Device> fmt::Debug for Param<T, B> {
@@ -97,6 +117,8 @@ impl<T: Element, B: Backend> Param<T, B> {
             uses: 1,
             used: 0,
             watch: None,
+            tree: None,
+            blocks: None,
         })
     }
 
@@ -132,7 +154,47 @@ impl<T: Element, B: Backend> Param<T, B> {
         &mut self.value
     }
 
-    /// The sum of the gradients since the last [`Param::zero_grad`]; none before the first backward.
+    /// Says that the terms of the gradient, one a use ([`Param::set_uses`]), are added along the tree over all uses of all
+    /// replicas, and which parts of the parameter belong to canonical blocks, if it is cut.
+    pub(crate) fn sum_in_tree(&mut self, blocks: Option<Vec<Vec<Patch>>>) {
+        self.tree.get_or_insert(TreeGrad { replica: 0, replicas: 1, sum: None, terms: Vec::new() });
+        if blocks.is_some() {
+            self.blocks = blocks;
+        }
+    }
+
+    /// Says that this is one of several replicas whose gradients' terms are in one tree.
+    pub(crate) fn replicate(&mut self, replica: usize, replicas: usize) {
+        self.sum_in_tree(None);
+        if let Some(tree) = &mut self.tree {
+            (tree.replica, tree.replicas) = (replica, replicas);
+        }
+    }
+
+    /// Whether the terms of the gradient are added along a tree.
+    pub(crate) fn is_in_tree(&self) -> bool {
+        self.tree.is_some()
+    }
+
+    /// What of it belongs to each of this rank's canonical blocks.
+    pub(crate) fn blocks(&self) -> Option<&[Vec<Patch>]> {
+        self.blocks.as_deref()
+    }
+
+    /// How often a backward adds to the gradient.
+    pub(crate) fn uses(&self) -> usize {
+        self.uses
+    }
+
+    /// The sums of this replica's sub-trees of the gradient, which are forgotten; none before the first backward.
+    pub(crate) fn take_terms(&mut self) -> Vec<Tensor<T::Acc, B>> {
+        let terms = self.tree.as_mut().map_or(Vec::new(), |tree| std::mem::take(&mut tree.terms));
+        if terms.is_empty() { self.grad.take().into_iter().collect() } else { terms }
+    }
+
+    /// The sum of the gradients since the last [`Param::zero_grad`]; none before the first backward. With
+    /// [`crate::shard::Reduction::Invariant`] none before as many backwards as [`Param::set_uses`] says, or before
+    /// [`Param::settle`].
     pub fn grad(&self) -> Option<&Tensor<T::Acc, B>> {
         self.grad.as_ref()
     }
@@ -156,6 +218,9 @@ impl<T: Element, B: Backend> Param<T, B> {
     pub fn zero_grad(&mut self) {
         self.grad = None;
         self.used = 0;
+        if let Some(tree) = &mut self.tree {
+            (tree.sum, tree.terms) = (None, Vec::new());
+        }
     }
 
     /// The sum of the gradients, to be reduced; none before the first backward.
@@ -184,6 +249,10 @@ impl<T: Element, B: Backend> Param<T, B> {
             return Ok(());
         }
         self.used = 0;
+        self.ready()
+    }
+
+    fn ready(&self) -> Result<()> {
         match (&self.watch, &self.grad) {
             (Some((watch, number)), Some(grad)) => watch.ready(*number, grad),
             _ => Ok(()),
@@ -195,8 +264,68 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// # Errors
     /// When the shape is another than the parameter's.
     pub fn add_grad(&mut self, grad: Tensor<T::Acc, B>) -> Result<()> {
+        if self.tree.is_some() {
+            return self.add_leaf(grad);
+        }
         self.add_to_grad(grad)?;
         self.used()
+    }
+
+    /// Adds the next term of a gradient that is summed along a tree.
+    fn add_leaf(&mut self, term: Tensor<T::Acc, B>) -> Result<()> {
+        let (shape, uses) = (self.value.shape(), self.uses);
+        same_shape("gradient", &self.name, shape.dims(), "its gradient", term.shape().dims())?;
+        let Some(tree) = &mut self.tree else { return self.add_to_grad(term) };
+        if self.used == 0 && tree.replicas > 1 && (self.grad.is_some() || !tree.terms.is_empty()) {
+            let reason = format!(
+                "an invariant reduction adds {uses} terms to {} a step, as `set_uses` says, and a replica has added more",
+                self.name
+            );
+            return Err(Error::Unsupported { op: "gradient", reason });
+        }
+        let index = tree.replica * uses + self.used;
+        let sum = tree.sum.get_or_insert_with(|| TreeSum::new(tree.replicas * uses));
+        sum.push(Node::leaf(index), term, |sum, term| sum.accumulate(&term))?;
+        self.used += 1;
+        if self.used < uses { Ok(()) } else { self.finish_round() }
+    }
+
+    /// The terms so far are all: they become the gradient, or where other replicas have the rest, this replica's sub-trees.
+    fn finish_round(&mut self) -> Result<()> {
+        self.used = 0;
+        let Some(tree) = &mut self.tree else { return Ok(()) };
+        let Some(sum) = tree.sum.take() else { return Ok(()) };
+        let mut terms = sum.values();
+        if tree.replicas > 1 && terms.len() > 1 {
+            tree.terms = terms;
+            return Ok(());
+        }
+        let Some(mut round) = terms.pop() else { return Ok(()) };
+        // More than one where a round ends early: as if the tree had no further leaves.
+        while let Some(mut left) = terms.pop() {
+            left.accumulate(&round)?;
+            round = left;
+        }
+        self.add_to_grad(round)?;
+        self.ready()
+    }
+
+    /// Adds up the terms of the gradient, where fewer backwards than [`Param::set_uses`] says have added to it. Optimizers
+    /// and norms do so.
+    ///
+    /// # Errors
+    /// When the terms of other replicas would be missing.
+    pub fn settle(&mut self) -> Result<()> {
+        match &self.tree {
+            Some(tree) if tree.sum.is_some() && tree.replicas > 1 => {
+                let (used, uses) = (self.used, self.uses);
+                let reason =
+                    format!("{} has got {used} of {uses} terms of an invariant reduction", self.name);
+                Err(Error::Unsupported { op: "gradient", reason })
+            }
+            Some(tree) if tree.sum.is_some() => self.finish_round(),
+            _ => Ok(()),
+        }
     }
 
     fn add_to_grad(&mut self, grad: Tensor<T::Acc, B>) -> Result<()> {
@@ -220,6 +349,11 @@ impl<T: Element, B: Backend> Param<T, B> {
         &mut self,
         write: impl FnOnce(f64, MatMut<'_, T::Acc, B>) -> Result<()>,
     ) -> Result<()> {
+        if self.tree.is_some() {
+            let mut term = Tensor::empty(self.value.device(), self.value.shape())?;
+            write(0.0, term.mat_mut()?)?;
+            return self.add_leaf(term);
+        }
         match &mut self.grad {
             Some(sum) => write(1.0, sum.mat_mut()?),
             none => {

@@ -5,7 +5,7 @@ use crate::{
     device::{Device, Element},
     error::{Error, Result},
     kernels::{Backend, MatMut, MatRef},
-    shard::Partition,
+    shard::{Partition, Tree},
     tensor::{Tensor, Visit, Watch},
 };
 use std::cell::RefCell;
@@ -30,6 +30,8 @@ pub(super) struct Buckets<T: Element, B: Device> {
     /// The bucket of each parameter, where it begins there, and its length.
     places: Vec<(usize, usize, usize)>,
     lengths: Vec<usize>,
+    /// The tree over all replicas' terms of each parameter, with an invariant reduction.
+    trees: Option<Vec<Tree>>,
     round: RefCell<Option<Round<T, B>>>,
 }
 
@@ -48,8 +50,15 @@ struct Filling<T: Element, B: Device> {
 }
 
 impl<T: Element, B: Backend> Buckets<T, B> {
-    /// Buckets of at most `bytes` bytes each, or of one parameter that is larger, in the reverse order of `lengths`.
-    pub(super) fn new(group: &Group<B>, target: Target, lengths: &[usize], bytes: usize) -> Self {
+    /// Buckets of at most `bytes` bytes each, or of one parameter that is larger, in the reverse order of `lengths`. With an
+    /// invariant reduction there is a tree for each parameter.
+    pub(super) fn new(
+        group: &Group<B>,
+        target: Target,
+        lengths: &[usize],
+        trees: Option<Vec<Tree>>,
+        bytes: usize,
+    ) -> Self {
         let capacity = (bytes / T::Acc::DTYPE.size()).max(1);
         let (mut places, mut filled) = (vec![(0, 0, 0); lengths.len()], Vec::<usize>::new());
         for (number, &len) in lengths.iter().enumerate().rev() {
@@ -64,7 +73,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
                 }
             }
         }
-        Self { group: group.clone(), target, places, lengths: filled, round: RefCell::new(None) }
+        Self { group: group.clone(), target, places, lengths: filled, trees, round: RefCell::new(None) }
     }
 
     /// From now on gradients that become ready are reduced, multiplied with `weight`.
@@ -77,6 +86,36 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         let filling =
             (0..self.lengths.len()).map(|bucket| Filling { flat: None, missing: members(bucket) }).collect();
         *self.round.borrow_mut() = Some(Round { weight, filling, started: Vec::new() });
+    }
+
+    /// The trees, where the sum along them is not that of two numbers, which has one order.
+    fn trees(&self) -> Option<&[Tree]> {
+        let pair = |tree: &Tree| tree.ranks() == 2 && (0..2).all(|rank| tree.nodes(rank).len() == 1);
+        self.trees.as_deref().filter(|trees| !trees.iter().all(pair))
+    }
+
+    /// Gives the parameters their gradients, each the sum along its tree over the terms of all replicas.
+    fn finish_trees(&self, trees: &[Tree], mut visit: impl Visit<T, B>) -> Result<()> {
+        let (group, mut number) = (&self.group, 0);
+        visit(&mut |param| {
+            let tree = trees.get(number).ok_or_else(|| more(number))?;
+            number += 1;
+            param.settle()?;
+            let mut terms = param.take_terms();
+            if terms.is_empty() {
+                // A replica without samples takes part with zeros.
+                let zeros = |_| Tensor::zeros(group.device(), param.value().shape());
+                terms = tree.nodes(group.rank()).into_iter().map(zeros).collect::<Result<_>>()?;
+            }
+            let sum = group.tree_all_reduce(tree, terms)?;
+            match self.target {
+                Target::Root(root) if root != group.rank() => {
+                    param.zero_grad();
+                    Ok(())
+                }
+                _ => param.set_grad(sum),
+            }
+        })
     }
 
     /// Starts the buckets that are full, in order, up to the first that is not; with `all`, those, too.
@@ -117,6 +156,9 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         let round = self.round.borrow_mut().take();
         let mut round =
             round.ok_or_else(|| Error::invalid(OP, "`finish` without `begin`, or after an error"))?;
+        if let Some(trees) = self.trees() {
+            return self.finish_trees(trees, visit);
+        }
         let mut number = 0;
         visit(&mut |param| {
             let &(bucket, ..) = self.places.get(number).ok_or_else(|| more(number))?;
@@ -176,7 +218,7 @@ impl<T: Element, B: Backend> Watch<T, B> for Buckets<T, B> {
     fn ready(&self, number: usize, grad: &Tensor<T::Acc, B>) -> Result<()> {
         let mut round = self.round.borrow_mut();
         // No reduction is under way: gradients accumulate.
-        let Some(round) = round.as_mut() else { return Ok(()) };
+        let Some(round) = round.as_mut().filter(|_| self.trees().is_none()) else { return Ok(()) };
         let bucket = self.places[number].0;
         if round.started.len() > bucket {
             return Err(Error::invalid(

@@ -6,6 +6,7 @@ use crate::{
     device::Element,
     error::{Error, Result},
     kernels::Backend,
+    shard::{Node, Partition, Reduction, Tree, TreeSum},
     tensor::{Tensor, Visit},
 };
 use std::rc::Rc;
@@ -38,6 +39,11 @@ pub enum GradReduce {
 ///
 /// With a *central aggregator* ([`DataParallel::central`]) gradients are reduced to one rank; that one steps, and
 /// [`DataParallel::publish`] sends its parameters to the others. The results are the same, bit for bit.
+///
+/// With [`Reduction::Invariant`] on the group, the terms of a gradient, one a use ([`crate::tensor::Param::set_uses`], set
+/// before the model is wrapped), of all replicas are summed along one tree: 2 replicas of 2 microbatches give the bits of
+/// one with 4. Buckets are as above where two replicas have one sub-tree each; else each parameter is reduced in
+/// [`DataParallel::finish`].
 ///
 /// Collectives: a broadcast a parameter at the start; an all-reduce a bucket (reduce-scatter with one receiver, and a
 /// broadcast a parameter, with the aggregator); with [`GradReduce::Mean`] one of a number.
@@ -92,13 +98,19 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         bytes: usize,
     ) -> Result<Self> {
         broadcast(group, &mut visit, 0)?;
-        let mut lengths = Vec::new();
+        let (mut lengths, mut trees) = (Vec::new(), Vec::new());
         visit(&mut |param| {
             lengths.push(param.value().len());
+            if group.reduction() != Reduction::Fast {
+                let (replica, replicas) = (group.rank(), group.size());
+                param.replicate(replica, replicas);
+                trees.push(Tree::new("data parallel", "terms", replicas * param.uses(), replicas)?);
+            }
             Ok(())
         })?;
         let target = aggregator.map_or(Target::All, Target::Root);
-        let buckets = Rc::new(Buckets::new(group, target, &lengths, bytes));
+        let trees = (group.reduction() != Reduction::Fast).then_some(trees);
+        let buckets = Rc::new(Buckets::new(group, target, &lengths, trees, bytes));
         let mut number = 0;
         visit(&mut |param| {
             param.watch(buckets.clone(), number);
@@ -116,6 +128,10 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     pub fn begin(&self, reduce: GradReduce) -> Result<()> {
         let weight = match reduce {
             GradReduce::Sum => 1.0,
+            GradReduce::Mean { .. } if self.group.size() > 1 && self.group.reduction() != Reduction::Fast => {
+                let reason = "a mean over replicas under an invariant reduction: divide the loss by the size of the whole batch";
+                return Err(Error::Unsupported { op: "data parallel", reason: reason.into() });
+            }
             GradReduce::Mean { weight } => {
                 let mut sum = Tensor::from_slice(self.group.device(), [1], &[weight])?;
                 self.group.all_reduce(ReduceOp::Sum, &mut sum)?;
@@ -138,6 +154,35 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     /// When the model has other parameters than it had, or a collective fails.
     pub fn finish(&self, visit: impl Visit<T, B>) -> Result<()> {
         self.buckets.finish(visit)
+    }
+
+    /// The sum over all replicas of a number for each of their microbatches, such as its loss, on every rank. With an
+    /// invariant reduction it is made along the tree over all microbatches; every replica has as many of them then.
+    ///
+    /// Collective: an all-reduce of one number; with an invariant reduction an all-gather.
+    ///
+    /// # Errors
+    /// When a collective fails.
+    #[track_caller]
+    pub fn sum(&self, microbatches: &[f64]) -> Result<f64> {
+        let group = &self.group;
+        if group.reduction() == Reduction::Fast {
+            let mut sum = Tensor::from_slice(group.device(), [1], &[microbatches.iter().sum::<f64>()])?;
+            group.all_reduce(ReduceOp::Sum, &mut sum)?;
+            return Ok(sum.to_vec()?[0]);
+        }
+        let count = microbatches.len();
+        let own = Tensor::from_slice(group.device(), [count], microbatches)?;
+        let cut = Partition::from_sizes(vec![count; group.size()]);
+        let all: Vec<f64> = group.all_gather(&own, 0, &cut)?.to_vec()?;
+        let mut sum = TreeSum::new(all.len());
+        for (leaf, value) in all.into_iter().enumerate() {
+            sum.push(Node::leaf(leaf), value, |left, right| {
+                *left += right;
+                Ok(())
+            })?;
+        }
+        Ok(sum.values().into_iter().sum())
     }
 
     /// Whether this rank makes the optimizer's steps: every one does, or the aggregator.

@@ -7,7 +7,7 @@ use crate::{
     error::{Error, Result, same_size},
     kernels::Backend,
     parallel::{DTensor, Draw, Layer, Stream},
-    shard::{Sequences, Shape},
+    shard::{Reduction, Sequences, Shape},
     tensor::{Param, Tensor},
 };
 use std::collections::HashMap;
@@ -85,13 +85,18 @@ impl<B: Backend> Pipeline<B> {
         let rank = group.rank();
         same_size(OP, "the ranks of the schedule", schedule.ranks(), "the ranks of the group", group.size())?;
         same_size(OP, "the chunks of the schedule", schedule.chunks(), "the chunks given", chunks.len())?;
+        if group.size() > 1 && group.reduction() != Reduction::Fast {
+            let reason = "sums over the stages (norms, tied tables) depend on their number: give the pipeline's group `Reduction::Fast`";
+            return Err(Error::Unsupported { op: OP, reason: reason.into() });
+        }
         let actions = schedule.actions()?.swap_remove(rank);
         // Every stage in turn says how many features it hands on.
         let mut widths = vec![width];
         for stage in 0..schedule.stages() {
             let mut next = Tensor::<f64, B>::zeros(group.device(), [1])?;
             if stage % group.size() == rank {
-                let out = chunks[stage / group.size()].traffic(Shape::from([1, widths[stage]])).1.cols();
+                let out =
+                    chunks[stage / group.size()].traffic(tensor, Shape::from([1, widths[stage]])).1.cols();
                 next = Tensor::from_slice(group.device(), [1], &[out as f64])?;
             }
             group.broadcast(stage % group.size(), &mut next)?;
@@ -223,15 +228,16 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
             }
             None => None,
         };
-        let incoming = receive.map(|message| {
+        let incoming = receive.map(|message| -> Result<_> {
             // An activation is its stage's input, a gradient that of its stage's output.
             let boundary = match message.pass {
                 Pass::Forward => message.stage,
                 Pass::Backward => message.stage + 1,
             };
             let tokens = self.microbatches[message.microbatch].sequences.rows();
-            (message, tokens, Shape::from([S::local_rows(tensor, tokens).len(), widths[boundary]]))
+            Ok((message, tokens, Shape::from([S::local_rows(tensor, tokens)?.len(), widths[boundary]])))
         });
+        let incoming = incoming.transpose()?;
         let arrived = group.exchange(
             outgoing.as_ref().map(|(peer, x)| (*peer, x.local())),
             incoming.map(|(message, _, shape)| (message.peer, shape)),

@@ -11,6 +11,8 @@ mod dev;
 mod device;
 #[path = "../suite/exact.rs"]
 mod exact;
+#[path = "../suite/invariant.rs"]
+mod invariant;
 mod kernels;
 #[path = "../suite/layers.rs"]
 mod layers;

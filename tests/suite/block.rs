@@ -24,16 +24,16 @@ const EPS: f64 = 0.1;
 
 /// A block's sizes and choices, as the test draws them.
 #[derive(Clone, Copy, Debug)]
-struct Draw {
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    hidden: usize,
-    ffn: usize,
-    gated: bool,
-    post: bool,
-    causal: bool,
-    seed: u64,
+pub(crate) struct Draw {
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) hidden: usize,
+    pub(crate) ffn: usize,
+    pub(crate) gated: bool,
+    pub(crate) post: bool,
+    pub(crate) causal: bool,
+    pub(crate) seed: u64,
 }
 
 fn vector(seed: u64, name: &str, len: usize) -> Array1<f64> {
@@ -42,7 +42,7 @@ fn vector(seed: u64, name: &str, len: usize) -> Array1<f64> {
 
 impl Draw {
     /// The reference's weights. A gated block is Llama's: RMSNorm and no biases. The other is GPT-2's or BERT's.
-    fn weights(&self) -> reference::BlockWeights {
+    pub(crate) fn weights(&self) -> reference::BlockWeights {
         let &Draw { heads, kv_heads, head_dim, hidden, ffn, gated, seed, .. } = self;
         let (q, kv) = (heads * head_dim, kv_heads * head_dim);
         // Scaled, so that the scores of the attention stay moderate.
@@ -120,7 +120,10 @@ impl Draw {
 type Plain<S, T> = TransformerBlock<S, ParallelMlp<S, T, Dev>, T, Dev>;
 type Gated<S, T> = TransformerBlock<S, GatedMlp<S, T, Dev>, T, Dev>;
 
-fn outcome<S: Stream + Spread, T: Element>(draw: &Draw, case: &Case<'_>) -> Result<crate::support::Outcome> {
+pub(crate) fn outcome<S: Stream + Spread, T: Element>(
+    draw: &Draw,
+    case: &Case<'_>,
+) -> Result<crate::support::Outcome> {
     let config = draw.config();
     let load = |group: &Group<Dev>, weights: &Weights<'_>| Plain::<S, T>::load(group, weights, &config);
     let gated =
@@ -128,11 +131,11 @@ fn outcome<S: Stream + Spread, T: Element>(draw: &Draw, case: &Case<'_>) -> Resu
     if draw.gated { run::<T, _>(case, gated) } else { run::<T, _>(case, load) }
 }
 
-fn named(weights: &reference::BlockWeights) -> Arrays {
+pub(crate) fn named(weights: &reference::BlockWeights) -> Arrays {
     Arrays(weights.named().into_iter().map(|(name, array)| (name.to_string(), array)).collect())
 }
 
-fn inputs(draw: &Draw, sequences: &Sequences) -> (Array2<f64>, Array2<f64>) {
+pub(crate) fn inputs(draw: &Draw, sequences: &Sequences) -> (Array2<f64>, Array2<f64>) {
     let rows = sequences.rows();
     (matrix(draw.seed, "x", rows, draw.hidden), matrix(draw.seed, "dy", rows, draw.hidden))
 }

@@ -9,6 +9,7 @@ mod errors;
 mod exact;
 mod fork;
 mod imports;
+mod invariant;
 mod kernels;
 mod launch;
 mod layers;

@@ -334,7 +334,7 @@ fn bert_trains_and_is_saved() {
     ) -> Result<Vec<(String, f64)>> {
         let mut model = Bert::<S, f64, Dev>::load(group, checkpoint, config)?;
         let (_, saved) = model.forward(ids, Some(types), sequences.clone())?;
-        let own = dy.slice(ndarray::s![S::local_rows(group, ids.len()), ..]).to_owned();
+        let own = dy.slice(ndarray::s![S::local_rows(group, ids.len())?, ..]).to_owned();
         let dy = S::of_local(group, ids.len(), Tensor::from_array(group.device(), &own)?)?;
         model.backward(saved, &dy)?;
         own_slopes(|f| model.visit(f))

@@ -211,7 +211,7 @@ fn gradient_norms_are_those_of_one_device() {
                 let attention =
                     ParallelAttention::<S, f64, Dev>::load(group, &weights, &layout, "o", config)?;
                 let mut model = Layer::<f64, Dev>::then(norm, attention);
-                let own = S::local_rows(group, x.nrows());
+                let own = S::local_rows(group, x.nrows())?;
                 let part = Tensor::from_array(group.device(), &x.slice(ndarray::s![own, ..]))?;
                 let x = S::of_local(group, x.nrows(), part)?;
                 let (y, saved) = model.forward(&x)?;

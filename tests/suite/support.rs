@@ -9,7 +9,7 @@ use shardwise::{
     device::Element,
     parallel::Layer,
     rng::Philox,
-    shard::{Copied, Partial, Partition, Placement, Replicated, Sequences, Shard},
+    shard::{Copied, Partial, Partition, Placement, Reduction, Replicated, Sequences, Shard},
     tensor::{Arrays, Piece, Weights},
 };
 use std::collections::BTreeMap;
@@ -123,7 +123,7 @@ impl<const D: usize> Spread for Shard<D> {
         whole: &Array2<f64>,
         cut: Option<&Partition>,
     ) -> Result<DTensor<Self, T>> {
-        let even = Partition::even(whole.shape()[D], group.size());
+        let even = group.even_cut(whole.shape()[D])?;
         let cut = cut.unwrap_or(&even);
         let part = whole.slice_axis(Axis(D), Slice::from(cut.range(group.rank()))).to_owned();
         DTensor::shard(group, tensor(group, &part)?, cut)
@@ -174,12 +174,13 @@ pub(crate) struct Case<'a> {
     pub(crate) dy_cut: Option<Partition>,
     pub(crate) sequences: Sequences,
     pub(crate) weights: &'a Arrays,
+    pub(crate) reduction: Reduction,
 }
 
 impl<'a> Case<'a> {
     pub(crate) fn new(world: usize, x: &'a Array2<f64>, dy: &'a Array2<f64>, weights: &'a Arrays) -> Self {
         let sequences = Sequences::one(x.nrows());
-        Self { world, x, dy, x_cut: None, dy_cut: None, sequences, weights }
+        Self { world, x, dy, x_cut: None, dy_cut: None, sequences, weights, reduction: Reduction::Fast }
     }
 }
 
@@ -199,7 +200,7 @@ where
     <L::Out as Placement>::Dual: Spread,
 {
     let outcomes = ranks(case.world).run(|world| {
-        let (group, record) = world.recorded();
+        let (group, record) = world.with_reduction(case.reduction).recorded();
         let mut layer = build(&group, &Weights::new(case.weights))?;
         let mut steps = Vec::new();
         for _ in 0..2 {
@@ -212,7 +213,7 @@ where
             record.take();
             let dx = layer.backward(saved, &dy)?;
             let backward = record.take();
-            let (declared, shape) = layer.traffic(x.shape());
+            let (declared, shape) = layer.traffic(&group, x.shape());
             assert_eq!(forward, declared.forward, "the forward's traffic");
             assert_eq!(backward, declared.backward, "the backward's traffic");
             assert_eq!(shape, y.shape(), "the shape of the output");

@@ -2,7 +2,7 @@
 
 #[path = "../../examples/train_text/model.rs"]
 #[allow(dead_code)]
-mod model;
+pub(crate) mod model;
 
 use crate::dev::{self, Dev, Tensor, ranks};
 use crate::support::{Assembled, difference};
@@ -40,7 +40,7 @@ const CONFIG: Config = Config {
     recompute: true,
 };
 
-fn batch(config: &Config, step: u64, sequences: usize) -> Batch {
+pub(crate) fn batch(config: &Config, step: u64, sequences: usize) -> Batch {
     let stream = Philox::stream(9, step);
     let token = |at: usize| (stream.uniform(at as u64) * config.vocabulary as f64) as u32;
     let count = sequences * config.context;

@@ -49,7 +49,7 @@ fn embeds<S: Stream>(world: usize, vocabulary: usize, hidden: usize, tokens: usi
         record.take();
         let (y, rows) = layer.forward(&ids, Sequences::one(tokens))?;
         assert_eq!(record.take(), layer.traffic(tokens).forward);
-        let own = S::local_rows(&group, tokens);
+        let own = S::local_rows(&group, tokens)?;
         let part = |whole: &Array2<f64>| {
             let part = whole.slice(ndarray::s![own.clone(), ..]).to_owned();
             S::of_local(&group, tokens, Tensor::from_array(group.device(), &part)?)
@@ -158,7 +158,7 @@ fn entropy<T: Element>(
         let logits = DTensor::<Shard<1>, T>::shard(&group, Tensor::from_array(group.device(), &part)?, &cut)?;
         record.take();
         let (losses, saved) = loss.forward(&logits, targets)?;
-        let traffic = loss.traffic::<T>(logits.shape());
+        let traffic = loss.traffic::<T, _>(&group, logits.shape());
         assert_eq!(record.take(), traffic.forward);
         let dx = loss.backward(&saved, 0.5)?;
         assert_eq!(record.take(), traffic.backward);

@@ -53,6 +53,10 @@ impl Gemm for Cpu {
         Ok(())
     }
 
+    fn splits_exactly(&self) -> bool {
+        true
+    }
+
     fn gemm_all<T: Element, C: Element<Acc = T::Acc>>(
         &self,
         products: Vec<Product<'_, '_, T, C, Self>>,

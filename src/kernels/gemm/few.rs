@@ -35,9 +35,10 @@ impl<A: Accumulator> Scale<A> {
     }
 }
 
-/// Whether there are few enough rows, and they lie in a way that this file reads.
+/// Whether there are few enough rows, and they lie in a way that this file reads. A row of a transposed matrix does not,
+/// even where that has one column and its elements lie side by side: a block of a wider one would not, either.
 pub(in crate::kernels) fn fits(a: Dims, b: Dims) -> bool {
-    (a.col_stride == 1 || a.cols <= 1)
+    ((a.col_stride == 1 && a.row_stride != 1) || a.cols <= 1)
         && a.rows <= FEW
         && (b.row_stride == 1 || b.rows <= 1 || b.col_stride == 1 || b.cols <= 1)
 }
@@ -138,9 +139,10 @@ pub(in crate::kernels) fn room(b: Dims, c: Dims) -> usize {
     if by_dots(b) { 0 } else { c.rows * c.cols.min(BLOCK) }
 }
 
-/// Whether the columns of B are read as they lie, rather than its rows.
+/// Whether the columns of B are read as they lie, rather than its rows. A single column that lies side by side counts as
+/// rows of one element, as it would in a block of a wider matrix.
 fn by_dots(b: Dims) -> bool {
-    b.row_stride == 1 || b.rows <= 1
+    (b.row_stride == 1 && b.col_stride != 1) || b.rows <= 1
 }
 
 /// Σ aᵢ bᵢ: element i goes to lane i mod 16, then the lanes are summed pairwise.

@@ -98,6 +98,12 @@ pub trait Gemm: Device {
         self.add_bias::<T>(bias, c)
     }
 
+    /// Whether every element of a product of depth 2 or more has the bits that it has in a product of any other rows of A
+    /// and columns of B with its own, wherever the operands lie. Then a product by blocks of rows or columns is the product.
+    fn splits_exactly(&self) -> bool {
+        false
+    }
+
     /// Several products, at the same time where the device can: the CPU shares its threads among them. The bits are those
     /// of one after the other.
     ///

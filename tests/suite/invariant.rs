@@ -1,0 +1,614 @@
+//! `Reduction::Invariant`: the same bits at every tensor-parallel size, in both streams, and on every mesh of one batch.
+
+use crate::{
+    block::{self, Draw},
+    dev::{DTensor, Dev, Tensor, ranks},
+    support::{Assembled, Case, Outcome, Spread, arrays, close, grads_close, integers, matrix, random, run},
+    training::{
+        batch,
+        model::{Config, Gpt},
+    },
+};
+use half::bf16;
+use ndarray::{Array2, ArrayD};
+use proptest::prelude::*;
+use shardwise::{
+    Error, Result,
+    comm::{DeviceMesh, Group},
+    device::Element,
+    kernels::{Activation, NormKind},
+    optim::{AdamW, AdamWConfig, clip_scale, grad_norm},
+    parallel::{
+        Activate, AddBias, Attention, AttentionConfig, Bias, ColumnLinear, Columns, CopyTo,
+        ForkedColumnLinear, Layer, Normalize, ParallelAttention, PositionEmbedding, QkNorm, QkvLayout,
+        ReduceFrom, RowLinear, RowParallelLinear, Stream, VocabParallelEmbedding,
+    },
+    reference,
+    shard::{Axis, Heads, Mesh, Reduction, Replicated, Sequences, Shard, Tree},
+    tensor::{Random, Weights},
+    train::{DataParallel, GradReduce, Schedule},
+};
+use std::collections::BTreeMap;
+
+fn bits<D: ndarray::Dimension>(array: &ndarray::Array<f64, D>) -> Vec<u64> {
+    array.iter().map(|value| value.to_bits()).collect()
+}
+
+#[track_caller]
+fn same_bits(what: &str, got: &Outcome, want: &Outcome) {
+    assert!(bits(&got.y) == bits(&want.y), "{what}: y");
+    assert!(bits(&got.dx) == bits(&want.dx), "{what}: dx");
+    assert_eq!(got.grads.keys().collect::<Vec<_>>(), want.grads.keys().collect::<Vec<_>>());
+    for (name, want) in &want.grads {
+        assert!(bits(&got.grads[name]) == bits(want), "{what}: the gradient of {name}");
+    }
+}
+
+fn in_blocks<'a>(case: Case<'a>, blocks: usize) -> Case<'a> {
+    Case { reduction: Reduction::Invariant { blocks }, ..case }
+}
+
+// Sums along the tree.
+
+/// What the ranks get of Σ over leaves of `terms`, whole and in parts, and that it is what is declared.
+fn tree_sums<T: Element>(leaves: usize, world: usize, terms: &[Array2<f64>]) -> (Vec<u64>, Vec<u64>) {
+    let (rows, cols) = terms[0].dim();
+    let parts = ranks(world).run(|world| {
+        let (group, record) = world.recorded();
+        let tree = Tree::new("test", "leaves", leaves, group.size())?;
+        let own = || -> Result<Vec<Tensor<T::Acc>>> {
+            let mut sum = shardwise::shard::TreeSum::new(leaves);
+            for leaf in tree.owned(group.rank()) {
+                let term = terms[leaf].mapv(T::Acc::from_f64);
+                sum.push(shardwise::shard::Node::leaf(leaf), term, |left, right| {
+                    left.zip_mut_with(&right, |left, right| *left += *right);
+                    Ok(())
+                })?;
+            }
+            sum.values().iter().map(|term| Tensor::from_array(group.device(), term)).collect()
+        };
+        record.take();
+        let whole = group.tree_all_reduce::<T>(&tree, own()?)?;
+        assert_eq!(record.take(), group.tree_transfers::<T>(&tree, [rows, cols].into(), None));
+        // All columns to the last rank but one.
+        let last = |rank| if rank + 2 == group.size() || group.size() == 1 { cols } else { 0 };
+        let cuts = [
+            group.even_cut(cols)?,
+            shardwise::shard::Partition::from_sizes((0..group.size()).map(last).collect::<Vec<usize>>()),
+        ];
+        let mut parts = Vec::new();
+        for cut in &cuts {
+            let part = group.tree_reduce_scatter::<T>(&tree, own()?, 1, cut)?;
+            let declared = group.tree_transfers::<T>(&tree, [rows, cols].into(), Some((1, cut)));
+            assert_eq!(record.take(), declared);
+            parts.push(part.to_array()?.mapv(T::to_f64).into_dimensionality::<ndarray::Ix2>().unwrap());
+        }
+        Ok((whole.to_array()?.mapv(T::to_f64), parts))
+    });
+    let parts = parts.unwrap();
+    let whole = bits(&parts[0].0);
+    for (other, _) in &parts {
+        assert_eq!(bits(other), whole, "all ranks have the same");
+    }
+    for at in 0..2 {
+        let views: Vec<_> = parts.iter().map(|(_, parts)| parts[at].view()).collect();
+        assert_eq!(
+            bits(&ndarray::concatenate(ndarray::Axis(1), &views).unwrap()),
+            whole,
+            "the parts are the whole"
+        );
+    }
+    (whole, bits(&terms[0]))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Any number of leaves on any number of ranks, small tensors (gathered) and larger ones (exchanged).
+    #[test]
+    fn tree_sums_have_the_same_bits(
+        leaves in 1..14usize, rows in 1..5usize, cols in prop::sample::select(vec![1, 7, 300]), seed: u64,
+    ) {
+        let terms: Vec<_> = (0..leaves).map(|leaf| matrix(seed, &format!("{leaf}"), rows * 10, cols)).collect();
+        let one = [tree_sums::<f32>(leaves, 1, &terms).0, tree_sums::<bf16>(leaves, 1, &terms).0];
+        for world in 2..=leaves.min(8) {
+            prop_assert!(tree_sums::<f32>(leaves, world, &terms).0 == one[0], "f32 on {world}");
+            prop_assert!(tree_sums::<bf16>(leaves, world, &terms).0 == one[1], "bf16 on {world}");
+        }
+    }
+}
+
+// Layers.
+
+fn blocks_agree<T: Element>(draw: &Draw, blocks: usize, worlds: &[usize], sequences: &Sequences) -> Outcome {
+    let (x, dy) = block::inputs(draw, sequences);
+    let weights = block::named(&draw.weights());
+    let outcome = |world: usize, sequence: bool| {
+        let case = Case { sequences: sequences.clone(), ..Case::new(world, &x, &dy, &weights) };
+        let case = in_blocks(case, blocks);
+        match sequence {
+            false => block::outcome::<Replicated, T>(draw, &case),
+            true => block::outcome::<Shard<0>, T>(draw, &case),
+        }
+    };
+    let one = outcome(1, false).unwrap();
+    for &world in worlds {
+        for sequence in [false, true] {
+            let got = outcome(world, sequence).unwrap_or_else(|error| panic!("{world} ranks: {error}"));
+            let what = format!("{draw:?} in {blocks} blocks of {}, {world} ranks, {sequence}", T::DTYPE);
+            same_bits(&what, &got, &one);
+        }
+    }
+    one
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Transformer blocks: multi-head and grouped-query attention, groups of query heads across blocks' boundaries, plain
+    /// and gated feed-forward layers, masks, few tokens and none on a rank, every world up to the number of blocks.
+    #[test]
+    fn blocks_have_the_same_bits(
+        (kv_heads, group, blocks) in (1..=4usize, 1..=4usize, 1..=8usize),
+        (head_dim, hidden, more) in (1..5usize, 2..20usize, 0..40usize),
+        (gated, post, causal, masked) in (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>()),
+        seed: u64,
+    ) {
+        let heads = kv_heads * group;
+        let blocks = blocks.min(heads);
+        let draw = Draw { heads, kv_heads, head_dim, hidden, ffn: blocks + more, gated, post, causal, seed };
+        let sequences = match masked {
+            true => Sequences::padded(&[2, 5, 1], 5).unwrap(),
+            false => Sequences::packed([4, 1, 6]),
+        };
+        let worlds: Vec<_> = (1..=blocks).collect();
+        blocks_agree::<f32>(&draw, blocks, &worlds, &sequences);
+        blocks_agree::<bf16>(&draw, blocks, &worlds, &sequences);
+        // And f64, which is what the reference computes.
+        let got = blocks_agree::<f64>(&draw, blocks, &worlds, &sequences);
+        let ((x, dy), weights) = (block::inputs(&draw, &sequences), draw.weights());
+        let ranges: Vec<_> = sequences.iter().collect();
+        let want = reference::block_backward(&weights, &x, &ranges, sequences.valid(), &dy);
+        close("y", &got.y.into_dyn(), &reference::block(&weights, &x, &ranges, sequences.valid()), 1e-12);
+        close("dx", &got.dx.into_dyn(), &want.dx, 1e-12);
+        grads_close(&got.grads, &want.weights.named(), 1e-12);
+    }
+}
+
+/// Sizes at which GEMMs are blocked and tensors exchanged: 12 heads in 8 blocks on 1 to 8 ranks.
+#[test]
+fn larger_blocks_have_the_same_bits() {
+    let draw = Draw {
+        heads: 12,
+        kv_heads: 4,
+        head_dim: 8,
+        hidden: 96,
+        ffn: 300,
+        gated: true,
+        post: false,
+        causal: true,
+        seed: 1,
+    };
+    for tokens in [3, 70] {
+        blocks_agree::<f32>(&draw, 8, &[2, 3, 4, 5, 6, 7, 8], &Sequences::one(tokens));
+        blocks_agree::<bf16>(&draw, 8, &[2, 4, 7], &Sequences::one(tokens));
+    }
+    let plain = Draw { kv_heads: 12, gated: false, ..draw };
+    blocks_agree::<f32>(&plain, 8, &[2, 3, 4, 5, 6, 7, 8], &Sequences::packed([40, 9]));
+}
+
+/// Without it the number of ranks shows: what the tests above compare is not the same anyway.
+#[test]
+fn fast_reductions_depend_on_the_number_of_ranks() {
+    let draw = Draw {
+        heads: 4,
+        kv_heads: 4,
+        head_dim: 8,
+        hidden: 32,
+        ffn: 64,
+        gated: false,
+        post: false,
+        causal: true,
+        seed: 1,
+    };
+    let (x, dy) = block::inputs(&draw, &Sequences::one(9));
+    let weights = block::named(&draw.weights());
+    let outcome =
+        |world| block::outcome::<Replicated, f32>(&draw, &Case::new(world, &x, &dy, &weights)).unwrap();
+    assert!(bits(&outcome(1).y) != bits(&outcome(2).y));
+}
+
+/// The worlds and both streams against one rank.
+fn agree<T: Element>(
+    what: &str,
+    case: &Case<'_>,
+    worlds: &[usize],
+    outcome: impl Fn(&Case<'_>, bool) -> Result<Outcome>,
+) {
+    let on = |world, sequence| {
+        let case = Case { world, sequences: case.sequences.clone(), x_cut: None, dy_cut: None, ..*case };
+        outcome(&case, sequence).unwrap_or_else(|error| panic!("{what} on {world}: {error}"))
+    };
+    let one = on(1, false);
+    for &world in worlds {
+        for sequence in [false, true] {
+            let what = format!("{what}, {} on {world}, sequence parallel {sequence}", T::DTYPE);
+            same_bits(&what, &on(world, sequence), &one);
+        }
+    }
+}
+
+/// A chain of unfused layers with its mappings.
+fn chain<T: Element>(case: &Case<'_>) -> Result<Outcome> {
+    run::<T, _>(case, |group: &Group<Dev>, weights: &Weights<'_>| {
+        let columns = Columns::even(group, 23)?;
+        let up = ColumnLinear::<T, Dev>::load(group, &weights.at("up"), 6, &columns, Bias::Add)?;
+        let down = RowLinear::<T, Dev>::load(group, &weights.at("down"), columns.partition(), 6)?;
+        let up = Layer::<T, Dev>::then(CopyTo, up);
+        let act = Layer::<T, Dev>::then(up, Activate::new(Activation::GeluErf));
+        Ok(Layer::<T, Dev>::then(Layer::<T, Dev>::then(act, down), ReduceFrom))
+    })
+}
+
+#[test]
+fn chains_of_mappings_have_the_same_bits() {
+    let (x, dy) = (matrix(1, "x", 9, 6), matrix(1, "dy", 9, 6));
+    let weights = arrays([
+        ("up.weight", random(1, "up", &[23, 6])),
+        ("up.bias", random(1, "ub", &[23])),
+        ("down.weight", random(1, "down", &[6, 23])),
+    ]);
+    for blocks in [5, 8] {
+        let case = in_blocks(Case::new(1, &x, &dy, &weights), blocks);
+        let worlds: Vec<_> = (2..=blocks).collect();
+        agree::<f32>("chain", &case, &worlds, |case, _| chain::<f32>(case));
+        agree::<bf16>("chain", &case, &worlds, |case, _| chain::<bf16>(case));
+        agree::<f64>("chain", &case, &worlds, |case, _| chain::<f64>(case));
+    }
+}
+
+fn config(heads: usize, kv_heads: usize) -> AttentionConfig {
+    let norm = QkNorm { eps: 1e-3, q: "qn".into(), k: "kn".into() };
+    AttentionConfig {
+        kv_heads,
+        head_dim: 4,
+        causal: true,
+        qk_norm: Some(norm),
+        qkv_bias: true,
+        ..AttentionConfig::new(10, heads)
+    }
+}
+
+/// Attention with normalized heads; its projections merged, or forked into three layers.
+fn attention<S: Stream + Spread, T: Element>(
+    case: &Case<'_>,
+    config: &AttentionConfig,
+    forked: bool,
+) -> Result<Outcome> {
+    let layout = QkvLayout::separate("q", "k", "v");
+    let merged = |group: &Group<Dev>, weights: &Weights<'_>| -> Result<_> {
+        ParallelAttention::<S, T, Dev>::load(group, weights, &layout, "o", config)
+    };
+    let three = |group: &Group<Dev>, weights: &Weights<'_>| -> Result<_> {
+        let query = group.cut("attention", "query heads", config.heads, 1)?;
+        let heads = Heads::with_cut(query, config.kv_heads, config.head_dim)?;
+        let load = |columns: &Columns| ColumnLinear::load(group, weights, config.hidden, columns, Bias::Add);
+        let layers =
+            Columns::separate_qkv(group, &heads, &layout)?.iter().map(load).collect::<Result<_>>()?;
+        let qkv = ForkedColumnLinear::<S, T, Dev>::new(layers)?;
+        let core = Attention::load(group, weights, &heads, config)?;
+        let cut = heads.query_features();
+        let out = RowParallelLinear::<S, T, Dev>::load(group, &weights.at("o"), &cut, config.hidden, false)?;
+        Ok(Layer::<T, Dev>::then(Layer::<T, Dev>::then(qkv, core), out))
+    };
+    if forked { run::<T, _>(case, three) } else { run::<T, _>(case, merged) }
+}
+
+/// Nine query and three key/value heads in five blocks, which cut every group; and in nine.
+#[test]
+fn normalized_heads_and_forks_have_the_same_bits() {
+    let (heads, kv, dim, hidden) = (9, 3, 4, 10);
+    let (x, dy) = (matrix(1, "x", 7, hidden), matrix(1, "dy", 7, hidden));
+    let weights = arrays([
+        ("q.weight", random(1, "q", &[heads * dim, hidden])),
+        ("q.bias", random(1, "qb", &[heads * dim])),
+        ("k.weight", random(1, "k", &[kv * dim, hidden])),
+        ("k.bias", random(1, "kb", &[kv * dim])),
+        ("v.weight", random(1, "v", &[kv * dim, hidden])),
+        ("v.bias", random(1, "vb", &[kv * dim])),
+        ("o.weight", random(1, "o", &[hidden, heads * dim])),
+        ("qn.weight", random(1, "qn", &[dim])),
+        ("kn.weight", random(1, "kn", &[dim])),
+    ]);
+    let config = config(heads, kv);
+    for (blocks, worlds) in [(5, vec![2, 3, 4, 5]), (9, vec![4, 8])] {
+        let case = in_blocks(Case::new(1, &x, &dy, &weights), blocks);
+        for forked in [false, true] {
+            agree::<f32>("attention", &case, &worlds, |case, sequence| match sequence {
+                false => attention::<Replicated, f32>(case, &config, forked),
+                true => attention::<Shard<0>, f32>(case, &config, forked),
+            });
+        }
+        agree::<bf16>("attention", &case, &worlds, |case, sequence| match sequence {
+            false => attention::<Replicated, bf16>(case, &config, false),
+            true => attention::<Shard<0>, bf16>(case, &config, false),
+        });
+    }
+}
+
+/// Sums over tokens: of positions, normalizations and biases.
+fn tokens<S: Stream + Spread, T: Element>(case: &Case<'_>) -> Result<Outcome> {
+    run::<T, _>(case, |group: &Group<Dev>, weights: &Weights<'_>| {
+        let positions = PositionEmbedding::<S, T, Dev>::load(group, &weights.at("p"), 4, 6)?;
+        let norm =
+            Normalize::<S, T, Dev>::load(group, &weights.at("n"), NormKind::LayerNorm { eps: 1e-3 }, 6)?;
+        let bias = AddBias::<S, T, Dev>::load(group, &weights.at("b"), 6)?;
+        Ok(Layer::<T, Dev>::then(Layer::<T, Dev>::then(positions, norm), bias))
+    })
+}
+
+#[test]
+fn sums_over_tokens_have_the_same_bits() {
+    let weights = arrays([
+        ("p.weight", random(1, "p", &[4, 6])),
+        ("n.weight", random(1, "n", &[6])),
+        ("n.bias", random(1, "nb", &[6])),
+        ("b.bias", random(1, "b", &[6])),
+    ]);
+    // More and fewer tokens than blocks.
+    for rows in [5, 37] {
+        let (x, dy) = (matrix(1, "x", rows, 6), matrix(1, "dy", rows, 6));
+        let lengths = (0..rows).step_by(4).map(|start| 4.min(rows - start));
+        let case = Case { sequences: Sequences::packed(lengths), ..Case::new(1, &x, &dy, &weights) };
+        let case = in_blocks(case, 7);
+        agree::<f32>("tokens", &case, &[2, 3, 5, 7], |case, sequence| match sequence {
+            false => tokens::<Replicated, f32>(case),
+            true => tokens::<Shard<0>, f32>(case),
+        });
+    }
+}
+
+/// A weight of −0 among a vocabulary's: with other ranks' zeros it is +0.
+#[test]
+fn embeddings_have_the_same_bits() {
+    let mut table = integers(1, "table", 9, 4);
+    table[[3, 1]] = -0.0;
+    let weights = arrays([("weight", table.into_dyn())]);
+    let embedded = |world: usize| {
+        let all = ranks(world).run(|world| {
+            let world = world.with_reduction(Reduction::Invariant { blocks: 4 });
+            let layer =
+                VocabParallelEmbedding::<Replicated, f32, Dev>::load(&world, &Weights::new(&weights), 9, 4)?;
+            let (y, _) = layer.forward(&[3, 1, 8, 3], Sequences::one(4))?;
+            y.local().to_vec()
+        });
+        all.unwrap()[0].iter().map(|value| value.to_bits()).collect::<Vec<_>>()
+    };
+    for world in 2..=4 {
+        assert_eq!(embedded(world), embedded(1));
+    }
+}
+
+// Training.
+
+/// The bits of everything: the parameters after some steps, and the losses and norms on the way.
+#[derive(PartialEq)]
+struct Trained {
+    params: BTreeMap<String, Vec<u64>>,
+    curve: Vec<(u64, u64)>,
+}
+
+/// AdamW with dropout, clipping and decay on a dp x tp mesh, each replica in so many microbatches.
+fn train<S: Stream, T: Element>(
+    config: &Config,
+    [dp, tp, microbatches]: [usize; 3],
+    blocks: usize,
+    sequences: usize,
+) -> Trained {
+    let outcomes = ranks(dp * tp).run(|world| {
+        let world = world.with_reduction(Reduction::Invariant { blocks });
+        let mesh = DeviceMesh::new(&world, Mesh::new(dp, 1, tp)?)?;
+        let source = Random::normal(3, 0.3);
+        let schedule = Schedule::one_forward_one_backward(1, microbatches);
+        let mut model = Gpt::<S, T, Dev>::load(&mesh, &Weights::new(&source), config, schedule)?;
+        let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() });
+        let mut curve = Vec::new();
+        for step in 0..4 {
+            let (loss, norm) = model.gradients(&batch(config, step, sequences), step, 1.0)?;
+            optimizer.step(|f| model.visit(f), 1e-2, clip_scale(norm, 0.5))?;
+            curve.push((loss.to_bits(), norm.to_bits()));
+        }
+        let mut params = Vec::new();
+        model.visit(&mut |param| {
+            let values: Vec<f64> = param.value().to_vec()?.into_iter().map(Element::to_f64).collect();
+            params.push((param.pieces().to_vec(), param.value().shape().dims().to_vec(), values));
+            Ok(())
+        })?;
+        Ok((mesh.group(Axis::Data).rank(), curve, params))
+    });
+    let outcomes = outcomes.unwrap_or_else(|error| panic!("dp {dp}, tp {tp}: {error}"));
+    let mut whole = Assembled::default();
+    let curve = outcomes[0].1.clone();
+    for (replica, own, params) in outcomes {
+        assert_eq!(own, curve, "every rank knows the same losses and norms");
+        if replica == 0 {
+            params.iter().for_each(|(pieces, shape, values)| whole.add(pieces, shape, values));
+        }
+    }
+    let bits_of = |(name, array): (String, ArrayD<f64>)| (name, bits(&array));
+    Trained { params: whole.finish().into_iter().map(bits_of).collect(), curve }
+}
+
+#[track_caller]
+fn same_training(what: &str, got: &Trained, want: &Trained) {
+    assert_eq!(got.curve, want.curve, "{what}: losses and norms");
+    for (name, want) in &want.params {
+        assert!(got.params[name] == *want, "{what}: {name}");
+    }
+}
+
+const GPT: Config = Config {
+    vocabulary: 19,
+    context: 5,
+    hidden: 16,
+    heads: 8,
+    ffn: 21,
+    layers: 2,
+    dropout: 0.2,
+    recompute: true,
+};
+
+fn trains<T: Element>(worlds: &[usize]) {
+    let one = train::<Replicated, T>(&GPT, [1, 1, 1], 8, 3);
+    assert!(
+        one.curve.iter().all(|(loss, norm)| f64::from_bits(*loss).is_finite() && f64::from_bits(*norm) > 0.5)
+    );
+    for &tp in worlds {
+        same_training(
+            &format!("{} tp {tp}", T::DTYPE),
+            &train::<Replicated, T>(&GPT, [1, tp, 1], 8, 3),
+            &one,
+        );
+        same_training(&format!("{} sp {tp}", T::DTYPE), &train::<Shard<0>, T>(&GPT, [1, tp, 1], 8, 3), &one);
+    }
+}
+
+#[test]
+fn training_has_the_same_bits_at_every_size() {
+    trains::<f32>(&[2, 3, 4, 5, 6, 7, 8]);
+    trains::<bf16>(&[2, 5, 8]);
+    trains::<f64>(&[3, 4]);
+}
+
+/// Meshes of one batch in 4 and in 6 microbatches, where replicas have whole sub-trees and where they have not.
+#[test]
+fn meshes_of_the_same_batch_have_the_same_bits() {
+    let meshes: [&[[usize; 3]]; 2] = [
+        &[[1, 1, 4], [2, 1, 2], [4, 1, 1], [1, 3, 4], [2, 2, 2], [4, 2, 1]],
+        &[[1, 1, 6], [2, 1, 3], [3, 1, 2], [6, 1, 1], [2, 2, 3], [3, 2, 2]],
+    ];
+    for meshes in meshes {
+        // Uneven microbatches, and an empty one.
+        for sequences in [7, 3] {
+            let one = train::<Replicated, f32>(&GPT, meshes[0], 4, sequences);
+            for &mesh in &meshes[1..] {
+                same_training(
+                    &format!("{mesh:?}"),
+                    &train::<Replicated, f32>(&GPT, mesh, 4, sequences),
+                    &one,
+                );
+            }
+            let mesh = meshes[meshes.len() - 1];
+            same_training(&format!("sp {mesh:?}"), &train::<Shard<0>, f32>(&GPT, mesh, 4, sequences), &one);
+        }
+    }
+}
+
+// What cannot be invariant says so.
+
+fn refused(world: usize, blocks: usize, what: impl Fn(&Group<Dev>) -> Result<()> + Sync) -> String {
+    let outcomes =
+        ranks(world).run_each(|world| what(&world.with_reduction(Reduction::Invariant { blocks })));
+    match outcomes.unwrap().swap_remove(0).unwrap_err() {
+        error @ (Error::Unsupported { .. } | Error::Invalid { .. } | Error::TooManyRanks { .. }) => {
+            error.to_string()
+        }
+        error => panic!("{error:?}"),
+    }
+}
+
+#[test]
+fn what_cannot_be_invariant_is_refused() {
+    let x = |group: &Group<Dev>| DTensor::replicated(group, Tensor::<f32>::zeros(group.device(), [4, 6])?);
+    assert_eq!(
+        refused(2, 4, |group| {
+            DTensor::partial(group, Tensor::<f32>::zeros(group.device(), [4, 6])?)?.all_reduce().map(drop)
+        }),
+        "partial sum: not supported: an invariant reduction of a sum whose terms are those of ranks, not of canonical blocks"
+    );
+    let uneven = shardwise::shard::Partition::from_sizes([1, 3]);
+    assert_eq!(
+        refused(2, 4, |group| x(group)?.scatter::<0>(&uneven).map(drop)),
+        "scatter: not supported: an invariant reduction cuts tokens into [2, 2], by canonical blocks, not into [1, 3]"
+    );
+    assert_eq!(
+        refused(2, 4, |group| Columns::cut(group, shardwise::shard::Partition::even(6, 2)).map(drop)),
+        "column linear: not supported: an invariant reduction needs features that are cut by canonical blocks: take them \
+         from `Group::cut`"
+    );
+    assert_eq!(
+        refused(3, 2, |group| Columns::even(group, 6).map(drop)),
+        "invariant reduction: 3 ranks cannot share 2 canonical blocks: each rank needs at least one"
+    );
+    assert_eq!(
+        refused(2, 4, |group| group.cut("attention", "query heads", 1, 1).map(drop)),
+        "attention: rank 0 of 2 owns none of the 1 query heads, which are cut into 4 canonical blocks"
+    );
+    let model = |group: &Group<Dev>| {
+        Normalize::<Replicated, f32, Dev>::load(
+            group,
+            &Weights::new(&Random::normal(1, 1.0)),
+            NormKind::RmsNorm { eps: 1e-5 },
+            6,
+        )
+    };
+    assert_eq!(
+        refused(2, 4, |group| {
+            let mut model = model(&Group::solo(group.device()))?;
+            DataParallel::new(group, |f| model.visit(f))?.begin(GradReduce::Mean { weight: 1.0 })
+        }),
+        "data parallel: not supported: a mean over replicas under an invariant reduction: divide the loss by the size of \
+         the whole batch"
+    );
+    // One more backward than the tree has leaves for.
+    assert_eq!(
+        refused(2, 4, |group| {
+            let alone = Group::solo(group.device()).with_reduction(group.reduction());
+            let mut model = model(&alone)?;
+            let _replicas = DataParallel::new(group, |f| model.visit(f))?;
+            for _ in 0..2 {
+                let (y, saved) = model.forward(&x(&alone)?)?;
+                model.backward(saved, &y)?;
+            }
+            Ok(())
+        }),
+        "gradient: not supported: an invariant reduction adds 1 terms to weight a step, as `set_uses` says, and a replica \
+         has added more"
+    );
+    assert_eq!(
+        refused(2, 4, |group| {
+            let mut model = model(&Group::solo(group.device()))?;
+            let (y, saved) = model.forward(&x(&Group::solo(group.device()))?)?;
+            model.backward(saved, &y)?;
+            grad_norm(|f| model.visit(f), &[group]).map(drop)
+        }),
+        "gradient norm: not supported: weight was loaded on a group without canonical blocks"
+    );
+}
+
+/// Backwards that are fewer than said are added up all the same.
+#[test]
+fn a_step_may_end_early() {
+    let outcomes = ranks(1).run(|world| {
+        let world = world.with_reduction(Reduction::Invariant { blocks: 2 });
+        let source = Random::normal(1, 1.0);
+        let mut bias = AddBias::<Replicated, f32, Dev>::load(&world, &Weights::new(&source), 3)?;
+        bias.visit(&mut |param| {
+            param.set_uses(5);
+            Ok(())
+        })?;
+        for _ in 0..3 {
+            bias.backward((), &DTensor::replicated(&world, Tensor::full(world.device(), [2, 3], 1.0)?)?)?;
+        }
+        let norm = grad_norm(|f| bias.visit(f), &[&world])?;
+        let mut grads = Vec::new();
+        bias.visit(&mut |param| {
+            grads.extend(param.grad().map(Tensor::to_vec).transpose()?.unwrap_or_default());
+            Ok(())
+        })?;
+        Ok((norm, grads))
+    });
+    let (norm, grads) = outcomes.unwrap().swap_remove(0);
+    assert_eq!(grads, [6.0; 3]);
+    assert!((norm - 108f64.sqrt()).abs() < 1e-12);
+}
