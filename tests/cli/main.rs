@@ -1,0 +1,4 @@
+//! The program `shardwise`.
+#![cfg(target_os = "linux")]
+
+mod launch;
