@@ -60,6 +60,9 @@
 //! | feature | default | what |
 //! |---|---|---|
 //! | `reference` | yes | the single-device reference |
+//! | `cli` | no | the program `shardwise`, which starts ranks on a machine |
+//! | `mpi` | no | ranks that an MPI library connects; it has to be installed |
+//! | `nccl` | no | groups of GPUs over NCCL |
 
 // Tests inside the crate share files with the integration tests.
 #[cfg(all(test, feature = "nccl"))]

@@ -4,6 +4,7 @@ mod block;
 mod comm;
 mod compile_fail;
 mod decoding;
+mod disagree;
 mod errors;
 mod exact;
 mod fork;

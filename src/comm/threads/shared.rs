@@ -263,6 +263,8 @@ impl Shared {
             let ranks = members.iter().map(|&(.., member)| self.members[member]).collect();
             Arc::new(Self::new(format!("{}/{color}", self.name), ranks, self.deadline, self.spins))
         }));
+        // Who forms a new group with this rank has left another group only.
+        TOLD.set(TOLD.get().filter(|(root, _)| !part.members.contains(root)));
         barrier()?;
         // All have taken their part: the next split starts with none. Several ranks may say so.
         self.lock(&self.parts).remove(&color);
