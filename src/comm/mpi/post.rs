@@ -11,7 +11,7 @@ use super::{
 use crate::error::{Error, Loss};
 use std::{
     cell::RefCell,
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     hint,
     rc::{Rc, Weak},
     thread,
@@ -52,6 +52,8 @@ struct State {
     /// In the order in which they were started.
     flights: Vec<Rc<dyn Advance>>,
     groups: Vec<Weak<Members>>,
+    /// The blocks of tags of groups that are in use.
+    live: HashSet<u64>,
     /// How many blocks of tags are in use.
     blocks: u64,
     /// The first loss that this rank was told of, a rank of the world. It is why this rank may leave, too; who waits for it
@@ -138,6 +140,12 @@ impl Post {
         let mut state = self.state.borrow_mut();
         state.leaving.retain_mut(|moving| !moving.is_done());
         while let Some((from, tag, moving)) = self.wire.arriving() {
+            let block = (tag / TAGS) as u64;
+            if block < state.blocks && !state.live.contains(&block) {
+                // For a group that is no more, here: nobody will read it.
+                state.leaving.push(moving);
+                continue;
+            }
             let whole = moving.len() < self.piece;
             let queue = state.inbox.entry((from, tag)).or_default();
             match queue.back_mut().filter(|mail| !mail.whole) {
@@ -198,6 +206,16 @@ impl Post {
         state.told.take_if(|(rank, _)| members.ranks.contains(rank));
         state.groups.retain(|group| group.strong_count() > 0);
         state.groups.push(Rc::downgrade(members));
+        state.live.insert(members.block);
+    }
+
+    /// Forgets what has arrived for a group that is no more.
+    pub(super) fn forget(&self, block: u64) {
+        let mut state = self.state.borrow_mut();
+        state.live.remove(&block);
+        let old: Vec<_> =
+            state.inbox.extract_if(|(_, tag), _| (*tag / TAGS) as u64 == block).map(|(_, queue)| queue).collect();
+        state.leaving.extend(old.into_iter().flatten().flat_map(|mail| mail.pieces));
     }
 
     /// Notes that this rank is told of a loss; returns what it was told of first.
