@@ -13,9 +13,9 @@ mod element;
 pub(crate) use any::each_dtype;
 pub use any::{AnyBuffer, AnyMut, AnyRef};
 pub use cpu::{Cpu, CpuBuffer, MemoryUse};
+pub(crate) use cpu::{Kernel, vectorized};
 #[cfg(feature = "cuda")]
 pub use cuda::Cuda;
-pub(crate) use cpu::{Kernel, vectorized};
 pub use element::{Accumulator, DType, Element};
 
 use crate::error::Result;

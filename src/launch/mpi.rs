@@ -1,9 +1,10 @@
 //! Ranks that an MPI launcher has started.
 
 use crate::{
-    comm::{Group, Universe},
+    comm::{Communicator, Group, Universe},
     device::Cpu,
     error::{Loss, Result},
+    trace,
 };
 use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
@@ -59,8 +60,13 @@ impl Mpi {
     /// What `rank` returns. MPI's own errors end the process, as is MPI's way.
     pub fn run<R>(self, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
         let universe = Universe::start(self.deadline, self.piece)?;
-        let world = Group::new(Rc::new(universe.world()), &Cpu::new());
+        let comm = universe.world();
+        // The launcher's name of the job, or else nothing that all processes would know.
+        let job = std::env::var("PMIX_NAMESPACE").or_else(|_| std::env::var("PMI_JOBID"));
+        trace::begin(job.unwrap_or_else(|_| "mpi".into()), comm.rank(), comm.size(), trace::folder());
+        let world = Group::new(Rc::new(comm), &Cpu::new());
         let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
+        trace::end(&result);
         match &result {
             Ok(Ok(_)) => universe.end(Loss::Left, None),
             Ok(Err(error)) => universe.end(Loss::Failed, Some(error)),

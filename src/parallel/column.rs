@@ -9,6 +9,7 @@ use crate::{
     ops,
     shard::{Copied, Partial, Partition, Placement, Shape, Shard},
     tensor::{Param, Role, Tensor, Weights},
+    trace,
 };
 
 /// Yᵣ = X Wᵣᵀ + bᵣ: each rank computes its own output features. Copied → Shard<1>.
@@ -93,7 +94,12 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         match self.shared {
             None => {
                 let device = x.device();
-                self.weight.accumulate_grad(|beta, dw| device.gemm(1.0, dy.mat().t(), x.mat(), beta, dw))?;
+                let dims = [dy.mat().cols(), x.mat().rows(), x.mat().cols()];
+                self.weight.accumulate_grad(|beta, dw| {
+                    trace::compute("gemm", T::DTYPE, &dims, || {
+                        device.gemm(1.0, dy.mat().t(), x.mat(), beta, dw)
+                    })
+                })?;
             }
             Some(_) => self.add_weight_grad(ops::linear_weight_grad(dy, x)?)?,
         }

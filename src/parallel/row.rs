@@ -9,6 +9,7 @@ use crate::{
     ops,
     shard::{Copied, Partial, Partition, Shape, Shard},
     tensor::{Param, Region, Role, Tensor, Weights},
+    trace,
 };
 use std::marker::PhantomData;
 
@@ -69,7 +70,10 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
         same_size("row linear backward", "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
         let dx = ops::linear_input_grad(dy, self.weight.value())?;
         let device = x.device();
-        self.weight.accumulate_grad(|beta, dw| device.gemm(1.0, dy.mat().t(), x.mat(), beta, dw))?;
+        let dims = [dy.mat().cols(), x.mat().rows(), x.mat().cols()];
+        self.weight.accumulate_grad(|beta, dw| {
+            trace::compute("gemm", T::DTYPE, &dims, || device.gemm(1.0, dy.mat().t(), x.mat(), beta, dw))
+        })?;
         Ok(whole.derive(dx, self.cut.total(), Some(self.cut.clone())))
     }
 

@@ -22,11 +22,17 @@ fn script(ranks: usize, options: &[&str], script: &str) -> Command {
     shardwise(ranks, options, &["sh", "-c", script])
 }
 
-fn run(mut command: Command) -> Output {
+/// Ranks that run one of this program's own tests.
+pub(crate) fn ranks_of_this_program(ranks: usize, options: &[&str], test: &str) -> Command {
+    let own = std::env::current_exe().unwrap();
+    shardwise(ranks, options, &[own.to_str().unwrap(), "--exact", test, "--ignored", "--nocapture"])
+}
+
+pub(crate) fn run(mut command: Command) -> Output {
     command.output().unwrap()
 }
 
-fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
@@ -78,9 +84,7 @@ fn rank_program() {
 
 #[test]
 fn ranks_find_each_other() {
-    let own = std::env::current_exe().unwrap();
-    let program = [own.to_str().unwrap(), "--exact", "launch::rank_program", "--ignored", "--nocapture"];
-    let output = run(shardwise(4, &[], &program));
+    let output = run(ranks_of_this_program(4, &[], "launch::rank_program"));
     assert!(output.status.success(), "{output:?}");
     assert_eq!(text(&output.stdout).lines().filter(|line| line.ends_with("sum 6")).count(), 4);
 }

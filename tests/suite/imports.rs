@@ -7,17 +7,18 @@ use std::{
 };
 
 /// For each module, the modules of the crate that it may import besides itself, `error` and `shard`.
-const ALLOWED: [(&str, &[&str]); 16] = [
+const ALLOWED: [(&str, &[&str]); 17] = [
     ("error", &[]),
     ("shard", &[]),
     ("rng", &[]),
     ("device", &[]),
+    ("trace", &["device"]),
     ("kernels", &["device", "rng"]),
     ("tensor", &["device", "kernels", "rng"]),
-    ("ops", &["device", "kernels", "tensor"]),
-    ("comm", &["device", "kernels", "tensor"]),
-    ("launch", &["comm", "device"]),
-    ("parallel", &["comm", "device", "kernels", "ops", "rng", "tensor"]),
+    ("ops", &["device", "kernels", "tensor", "trace"]),
+    ("comm", &["device", "kernels", "tensor", "trace"]),
+    ("launch", &["comm", "device", "trace"]),
+    ("parallel", &["comm", "device", "kernels", "ops", "rng", "tensor", "trace"]),
     ("optim", &["comm", "device", "kernels", "tensor"]),
     ("train", &["comm", "device", "kernels", "parallel", "rng", "tensor"]),
     ("weights", &["device", "tensor"]),

@@ -15,6 +15,7 @@ mod layers;
 mod models;
 mod optim;
 mod support;
+mod trace;
 mod training;
 mod transports;
 mod vocabulary;

@@ -9,6 +9,7 @@ use rustix::process::{
     Pid, Signal, WaitOptions, WaitStatus, getpid, getppid, kill_process_group, set_child_subreaper,
     set_parent_process_death_signal, wait,
 };
+use shardwise::trace::{Record, blame};
 use signal_hook::{
     consts::signal::{SIGCHLD, SIGUSR1, SIGUSR2},
     iterator::Signals,
@@ -223,7 +224,14 @@ pub(crate) fn keep(job: &Job) -> io::Result<u8> {
     tree::kill_descendants();
     outputs.into_iter().for_each(|output| drop(output.join()));
     started?;
-    Ok(ranks.report())
+    let code = ranks.report();
+    if let (Some(_), Some(folder)) = (ranks.failed, &job.flight)
+        && let Ok(records) = Record::read_all([folder])
+        && records[0].job.starts_with(&format!("{}.", getpid().as_raw_nonzero()))
+    {
+        eprintln!("shardwise: by the ranks' records, {}", blame(&records));
+    }
+    Ok(code)
 }
 
 fn start(job: &Job, ranks: &mut Vec<Rank>, outputs: &mut Vec<JoinHandle<()>>) -> io::Result<()> {

@@ -1,4 +1,4 @@
-//! The program `shardwise`: starts ranks on this machine.
+//! The program `shardwise`: starts ranks on this machine, and reads what ranks have recorded.
 
 #[cfg(target_os = "linux")]
 mod keep;
@@ -10,9 +10,10 @@ mod output;
 mod tree;
 
 use clap::{Parser, Subcommand};
-use std::process::ExitCode;
+use shardwise::trace::{Record, blame, chrome};
+use std::{fs, io, path::PathBuf, process::ExitCode};
 
-/// Tensor-parallel ranks: starts them.
+/// Tensor-parallel ranks: starts them, and tells what became of them.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -33,6 +34,30 @@ enum Command {
     #[cfg(target_os = "linux")]
     #[command(hide = true)]
     Become(keep::Become),
+    /// Names the rank that broke a job.
+    Blame(Records),
+    /// Lays the operations of all ranks on a time line, for chrome://tracing or Perfetto.
+    Trace {
+        #[command(flatten)]
+        records: Records,
+        /// The file to write.
+        #[arg(short, long)]
+        output: PathBuf,
+    },
+}
+
+/// What ranks have recorded: `SHARDWISE_FLIGHT_DIR`, or `launch --flight`.
+#[derive(clap::Args)]
+struct Records {
+    /// Files, or folders of files; of several jobs, the one that was started last counts.
+    #[arg(required = true)]
+    paths: Vec<PathBuf>,
+}
+
+impl Records {
+    fn read(&self) -> io::Result<Vec<Record>> {
+        Record::read_all(&self.paths).map_err(io::Error::other)
+    }
 }
 
 fn main() -> ExitCode {
@@ -43,6 +68,13 @@ fn main() -> ExitCode {
         Command::Keep(job) => keep::keep(&job),
         #[cfg(target_os = "linux")]
         Command::Become(program) => program.run(),
+        Command::Blame(records) => records.read().map(|records| {
+            println!("{}", blame(&records));
+            0
+        }),
+        Command::Trace { records, output } => {
+            records.read().and_then(|records| fs::write(&output, chrome(&records))).map(|()| 0)
+        }
     };
     match done {
         Ok(code) => ExitCode::from(code),

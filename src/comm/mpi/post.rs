@@ -213,8 +213,11 @@ impl Post {
     pub(super) fn forget(&self, block: u64) {
         let mut state = self.state.borrow_mut();
         state.live.remove(&block);
-        let old: Vec<_> =
-            state.inbox.extract_if(|(_, tag), _| (*tag / TAGS) as u64 == block).map(|(_, queue)| queue).collect();
+        let old: Vec<_> = state
+            .inbox
+            .extract_if(|(_, tag), _| (*tag / TAGS) as u64 == block)
+            .map(|(_, queue)| queue)
+            .collect();
         state.leaving.extend(old.into_iter().flatten().flat_map(|mail| mail.pieces));
     }
 

@@ -46,7 +46,13 @@ impl Context {
     pub(super) fn new(ordinal: usize) -> Result<Rc<Self>> {
         let count = Self::count()?;
         if ordinal >= count {
-            return Err(Error::sizes("CUDA device", "the number of the GPU", ordinal, "the number of GPUs", count));
+            return Err(Error::sizes(
+                "CUDA device",
+                "the number of the GPU",
+                ordinal,
+                "the number of GPUs",
+                count,
+            ));
         }
         let (mut version, mut device, mut handle) = (0, 0, std::ptr::null_mut());
         let mut name = [0_u8; 256];
@@ -56,7 +62,11 @@ impl Context {
         unsafe {
             driver("cuDriverGetVersion", sys::cuDriverGetVersion(&mut version))?;
             if version < OLDEST {
-                let reason = format!("it is for CUDA {}.{}; 12.0 or later is needed", version / 1000, version % 1000 / 10);
+                let reason = format!(
+                    "it is for CUDA {}.{}; 12.0 or later is needed",
+                    version / 1000,
+                    version % 1000 / 10
+                );
                 return Err(Error::Unsupported { op: "the CUDA driver", reason });
             }
             driver("cuDeviceGet", sys::cuDeviceGet(&mut device, ordinal as c_int))?;
@@ -82,10 +92,12 @@ impl Context {
         );
         if this.capability.0 < 8 {
             let (major, minor) = this.capability;
-            let reason = format!("{} has compute capability {major}.{minor}; 8.0 or later is needed", this.name);
+            let reason =
+                format!("{} has compute capability {major}.{minor}; 8.0 or later is needed", this.name);
             return Err(Error::Unsupported { op: "CUDA device", reason });
         }
-        this.shared_memory = this.attribute(Is::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
+        this.shared_memory =
+            this.attribute(Is::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
         this.processors = this.attribute(Is::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         this.keep_memory()?;
         Ok(Rc::new(this))
@@ -104,7 +116,8 @@ impl Context {
     fn keep_memory(&self) -> Result<()> {
         self.make_current()?;
         let (mut pool, mut threshold) = (std::ptr::null_mut(), u64::MAX);
-        const ATTRIBUTE: sys::CUmemPool_attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        const ATTRIBUTE: sys::CUmemPool_attribute =
+            sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         // SAFETY: `pool` is a place for a pool, `threshold` the 64 bits that this attribute is set from.
         #[allow(unsafe_code)]
         unsafe {
@@ -139,13 +152,18 @@ impl Context {
         let mut function = std::ptr::null_mut();
         // SAFETY: the module is loaded until `drop`; `function` is a place for a function.
         #[allow(unsafe_code)]
-        driver("cuModuleGetFunction", unsafe { sys::cuModuleGetFunction(&mut function, module, symbol.as_ptr()) })?;
+        driver("cuModuleGetFunction", unsafe {
+            sys::cuModuleGetFunction(&mut function, module, symbol.as_ptr())
+        })?;
         // More shared memory than by default is there for those who ask.
-        const SHARED: sys::CUfunction_attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        const SHARED: sys::CUfunction_attribute =
+            sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         if family.large_shared_memory {
             // SAFETY: the function was just found. What its static shared memory takes is left to it.
             #[allow(unsafe_code)]
-            let code = unsafe { sys::cuFuncSetAttribute(function, SHARED, self.shared_memory.saturating_sub(1024) as c_int) };
+            let code = unsafe {
+                sys::cuFuncSetAttribute(function, SHARED, self.shared_memory.saturating_sub(1024) as c_int)
+            };
             driver("cuFuncSetAttribute", code)?;
         }
         self.functions.borrow_mut().insert(name.to_string(), function);

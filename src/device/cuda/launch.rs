@@ -152,7 +152,8 @@ impl Launch<'_> {
         let shared = number("bytes of shared memory", grid.shared)?;
         handle.context.make_current()?;
         let function = handle.context.function(self.family, &self.name)?;
-        let mut pointers: Vec<*mut c_void> = self.words.iter_mut().map(|word| (word as *mut u64).cast()).collect();
+        let mut pointers: Vec<*mut c_void> =
+            self.words.iter_mut().map(|word| (word as *mut u64).cast()).collect();
         self.cuda.joins(&self.others, || {
             // SAFETY: every pointer is that of a word that lives until the call returns, by when the driver has copied it; the
             // rest is the caller's promise. Function and stream are of the current context.

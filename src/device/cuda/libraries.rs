@@ -154,14 +154,21 @@ impl Needed {
             std::mem::forget(library);
             return Ok(());
         }
-        let reason = format!("it was not found: {}; {FOLDER} may name its folder; tried {}", self.advice, tried.join(", "));
+        let reason = format!(
+            "it was not found: {}; {FOLDER} may name its folder; tried {}",
+            self.advice,
+            tried.join(", ")
+        );
         Err(Error::Unsupported { op: self.name, reason })
     }
 
     /// Where the library may be: in the folder that the user names; on the loader's path; where pip and conda put it.
     fn places(&self) -> Vec<PathBuf> {
-        let in_folder = |folder: &Path| self.files.iter().map(|file| folder.join(file)).filter(|path| path.exists()).collect::<Vec<_>>();
-        let mut places = std::env::var_os(FOLDER).map_or_else(Vec::new, |folder| in_folder(Path::new(&folder)));
+        let in_folder = |folder: &Path| {
+            self.files.iter().map(|file| folder.join(file)).filter(|path| path.exists()).collect::<Vec<_>>()
+        };
+        let mut places =
+            std::env::var_os(FOLDER).map_or_else(Vec::new, |folder| in_folder(Path::new(&folder)));
         places.extend(self.files.iter().map(PathBuf::from));
         for lib in python_folders() {
             places.extend(in_folder(&lib));

@@ -113,7 +113,14 @@ impl Lt {
     /// The operands lie where they are said to, in full, in memory that the caller has ordered the stream with; D, and a bias
     /// gradient or what gelu keeps in the forward, are borrowed exclusively.
     #[allow(unsafe_code)]
-    pub(crate) unsafe fn run(&self, cuda: &Cuda, product: &Matmul, at: Operands, alpha: f64, beta: f64) -> Result<()> {
+    pub(crate) unsafe fn run(
+        &self,
+        cuda: &Cuda,
+        product: &Matmul,
+        at: Operands,
+        alpha: f64,
+        beta: f64,
+    ) -> Result<()> {
         cuda.0.context.make_current()?;
         let plan = self.plan(cuda, product, &at)?;
         let mut workspace = self.workspace.borrow_mut();
@@ -214,7 +221,10 @@ impl Plan {
         plan.set(DescIs::CUBLASLT_MATMUL_DESC_TRANSA, i32::from(product.transpose_a))?;
         plan.set(DescIs::CUBLASLT_MATMUL_DESC_TRANSB, i32::from(product.transpose_b))?;
         plan.set(DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE, product.epilogue.number() as u32)?;
-        if matches!(product.epilogue, Epilogue::GeluBias | Epilogue::GeluBackward | Epilogue::GeluBackwardBias) {
+        if matches!(
+            product.epilogue,
+            Epilogue::GeluBias | Epilogue::GeluBackward | Epilogue::GeluBackwardBias
+        ) {
             plan.set(DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, product.kept_leading as i64)?;
         }
         plan.a = layout(product.inputs, &product.a, product.batch)?;
@@ -270,7 +280,12 @@ impl Plan {
         // SAFETY: the descriptor lives, and the value has the size that is stated; it is copied.
         #[allow(unsafe_code)]
         let code = unsafe {
-            lt::cublasLtMatmulDescSetAttribute(self.desc, attribute, (&raw const value).cast(), size_of::<V>())
+            lt::cublasLtMatmulDescSetAttribute(
+                self.desc,
+                attribute,
+                (&raw const value).cast(),
+                size_of::<V>(),
+            )
         };
         cublas_lt("cublasLtMatmulDescSetAttribute", code)
     }
@@ -285,7 +300,9 @@ impl Plan {
         };
         match (used, address) {
             (false, _) => Ok(()),
-            (true, 0) => Err(Error::invalid("gemm", format!("the {what} has no operand: please report this"))),
+            (true, 0) => {
+                Err(Error::invalid("gemm", format!("the {what} has no operand: please report this")))
+            }
             (true, address) => self.set(attribute, address),
         }
     }
@@ -318,7 +335,13 @@ fn layout(dtype: DType, layout: &Layout, batch: usize) -> Result<cublasLtMatrixL
     // SAFETY: `handle` is a place for a layout.
     #[allow(unsafe_code)]
     let code = unsafe {
-        lt::cublasLtMatrixLayoutCreate(&mut handle, dtype, layout.rows as u64, layout.cols as u64, layout.leading as i64)
+        lt::cublasLtMatrixLayoutCreate(
+            &mut handle,
+            dtype,
+            layout.rows as u64,
+            layout.cols as u64,
+            layout.leading as i64,
+        )
     };
     cublas_lt("cublasLtMatrixLayoutCreate", code)?;
     if batch > 1 {
@@ -344,7 +367,9 @@ impl Preference {
         let mut handle = std::ptr::null_mut();
         // SAFETY: `handle` is a place for a preference.
         #[allow(unsafe_code)]
-        cublas_lt("cublasLtMatmulPreferenceCreate", unsafe { lt::cublasLtMatmulPreferenceCreate(&mut handle) })?;
+        cublas_lt("cublasLtMatmulPreferenceCreate", unsafe {
+            lt::cublasLtMatmulPreferenceCreate(&mut handle)
+        })?;
         Ok(Self(handle))
     }
 
@@ -352,7 +377,12 @@ impl Preference {
         // SAFETY: the preference lives, and the value has the size that is stated; it is copied.
         #[allow(unsafe_code)]
         let code = unsafe {
-            lt::cublasLtMatmulPreferenceSetAttribute(self.0, attribute, (&raw const value).cast(), size_of::<V>())
+            lt::cublasLtMatmulPreferenceSetAttribute(
+                self.0,
+                attribute,
+                (&raw const value).cast(),
+                size_of::<V>(),
+            )
         };
         cublas_lt("cublasLtMatmulPreferenceSetAttribute", code)
     }

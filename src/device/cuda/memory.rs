@@ -231,8 +231,14 @@ impl Staging {
             // SAFETY: the pinned memory has room for a chunk. What was uploaded from it is read by the same stream before it is
             // written here.
             #[allow(unsafe_code)]
-            let code =
-                unsafe { sys::cuMemcpyDtoHAsync_v2(memory.address.cast(), from, to.len().min(memory.len), cuda.stream.handle) };
+            let code = unsafe {
+                sys::cuMemcpyDtoHAsync_v2(
+                    memory.address.cast(),
+                    from,
+                    to.len().min(memory.len),
+                    cuda.stream.handle,
+                )
+            };
             driver("cuMemcpyDtoHAsync", code)?;
             let done = cuda.wait();
             if done.is_err() {

@@ -152,7 +152,8 @@ impl Cuda {
     /// Another handle of the same GPU and memory, with a stream of its own. The caller orders what the two do by marks.
     pub(crate) fn beside(&self) -> Result<Self> {
         let handle = &self.0;
-        let (context, kin, memory) = (Rc::clone(&handle.context), Rc::clone(&handle.kin), Rc::clone(&handle.memory));
+        let (context, kin, memory) =
+            (Rc::clone(&handle.context), Rc::clone(&handle.kin), Rc::clone(&handle.memory));
         let beside = Self::on(context, kin, memory, handle.poison)?;
         beside.0.exact.set(handle.exact.get());
         Ok(beside)
@@ -327,24 +328,30 @@ impl Device for Cuda {
         slice.narrow(range)
     }
 
-    fn narrow_mut<'a, T: Element>(slice: Self::SliceMut<'a, T>, range: Range<usize>) -> Self::SliceMut<'a, T> {
+    fn narrow_mut<'a, T: Element>(
+        slice: Self::SliceMut<'a, T>,
+        range: Range<usize>,
+    ) -> Self::SliceMut<'a, T> {
         slice.narrow(range)
     }
 
     fn upload<T: Element>(&self, from: &[T], to: CudaSliceMut<'_, T>) -> Result<()> {
         let handle = &self.0;
         handle.context.make_current()?;
-        self.joins(&[Rc::clone(to.owner)], || handle.staging.borrow_mut().upload(handle, bytes(from), to.address))
+        self.joins(&[Rc::clone(to.owner)], || {
+            handle.staging.borrow_mut().upload(handle, bytes(from), to.address)
+        })
     }
 
     fn download<T: Element>(&self, from: CudaSlice<'_, T>, to: &mut [T]) -> Result<()> {
         let handle = &self.0;
         handle.context.make_current()?;
-        self.joins(&[Rc::clone(from.owner)], || handle.staging.borrow_mut().download(handle, from.address, bytes_mut(to)))
+        self.joins(&[Rc::clone(from.owner)], || {
+            handle.staging.borrow_mut().download(handle, from.address, bytes_mut(to))
+        })
     }
 
     fn memory(&self) -> MemoryUse {
         MemoryUse { live: self.0.memory.live.get(), peak: self.0.memory.peak.get() }
     }
 }
-

@@ -122,7 +122,8 @@ impl<'a> Job<'a> {
     }
 
     fn compile(&self) -> Result<Vec<u8>> {
-        let text = |text: &str| CString::new(text).map_err(|_| Error::invalid("NVRTC", "a source has a zero"));
+        let text =
+            |text: &str| CString::new(text).map_err(|_| Error::invalid("NVRTC", "a source has a zero"));
         let (source, name) = (text(&self.source)?, text(&format!("{}.cu", self.family.name))?);
         let options = self.options.iter().map(|option| text(option)).collect::<Result<Vec<_>>>()?;
         let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
@@ -130,16 +131,31 @@ impl<'a> Job<'a> {
         // SAFETY: source and name end with a zero and outlive the program; there are no headers.
         #[allow(unsafe_code)]
         let code = unsafe {
-            nvrtc::nvrtcCreateProgram(&mut program.0, source.as_ptr(), name.as_ptr(), 0, std::ptr::null(), std::ptr::null())
+            nvrtc::nvrtcCreateProgram(
+                &mut program.0,
+                source.as_ptr(),
+                name.as_ptr(),
+                0,
+                std::ptr::null(),
+                std::ptr::null(),
+            )
         };
         compiler("nvrtcCreateProgram", code)?;
         // SAFETY: `pointers` are as many options as stated, each ending with a zero.
         #[allow(unsafe_code)]
-        let code = unsafe { nvrtc::nvrtcCompileProgram(program.0, pointers.len() as c_int, pointers.as_ptr()) };
+        let code =
+            unsafe { nvrtc::nvrtcCompileProgram(program.0, pointers.len() as c_int, pointers.as_ptr()) };
         if let Err(error) = compiler("nvrtcCompileProgram", code) {
-            let log = program.bytes("nvrtcGetProgramLog", nvrtc::nvrtcGetProgramLogSize, nvrtc::nvrtcGetProgramLog)?;
+            let log = program.bytes(
+                "nvrtcGetProgramLog",
+                nvrtc::nvrtcGetProgramLogSize,
+                nvrtc::nvrtcGetProgramLog,
+            )?;
             let log = String::from_utf8_lossy(&log);
-            return Err(Error::invalid("NVRTC", format!("{}.cu: {error}\n{}", self.family.name, log.trim_end_matches('\0'))));
+            return Err(Error::invalid(
+                "NVRTC",
+                format!("{}.cu: {error}\n{}", self.family.name, log.trim_end_matches('\0')),
+            ));
         }
         match self.binary {
             true => program.bytes("nvrtcGetCUBIN", nvrtc::nvrtcGetCUBINSize, nvrtc::nvrtcGetCUBIN),

@@ -10,8 +10,11 @@ use crate::{
     kernels::{MatMut, MatRef, view::unit_columns},
 };
 
-const FAMILY: Family =
-    Family { name: "attention", source: include_str!("../../../cuda/attention.cu"), large_shared_memory: true };
+const FAMILY: Family = Family {
+    name: "attention",
+    source: include_str!("../../../cuda/attention.cu"),
+    large_shared_memory: true,
+};
 
 /// Keys in shared memory at a time, and warps of a block.
 const KEYS: usize = 32;
@@ -62,11 +65,13 @@ impl Cuda {
             let [place, first_key, count] = keys(sequence, &rows);
             for at in (0..rows.len()).step_by(tile) {
                 let own = tile.min(rows.len() - at);
-                tiles.extend([rows.start + at, own, place + at, first_key, count].map(|number| number as i64));
+                tiles
+                    .extend([rows.start + at, own, place + at, first_key, count].map(|number| number as i64));
             }
         }
         let kv: Vec<i64> = spec.kv_of_query.iter().map(|&kv| kv as i64).collect();
-        let valid = spec.sequences.valid().map(|valid| self.table_of_flags(valid.iter().copied())).transpose()?;
+        let valid =
+            spec.sequences.valid().map(|valid| self.table_of_flags(valid.iter().copied())).transpose()?;
         Ok((tiles.len() / 5, self.table(&tiles)?, self.table(&kv)?, valid))
     }
 }
@@ -86,15 +91,18 @@ impl Attention for Cuda {
         out: MatMut<'_, T, Self>,
         lse: CudaSliceMut<'_, T::Acc>,
     ) -> Result<()> {
-        let (query_like, kv_like) = ([("q", q.dims()), ("out", out.dims())], [("k", k.dims()), ("v", v.dims())]);
+        let (query_like, kv_like) =
+            ([("q", q.dims()), ("out", out.dims())], [("k", k.dims()), ("v", v.dims())]);
         check("attention", spec, &query_like, &kv_like, Self::len_mut(&lse))?;
         let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
         let kind = Heads::new(dim)?;
-        let (count, tiles, kv, valid) = self.tables(spec, kind.tile, |_, rows| [0, rows.start, rows.len()])?;
+        let (count, tiles, kv, valid) =
+            self.tables(spec, kind.tile, |_, rows| [0, rows.start, rows.len()])?;
         let so = out.dims().row_stride;
         let out = out.into_data();
         let launch = self.kernel(&FAMILY, format!("attention_{}_{}", kind.features, T::DTYPE));
-        let launch = launch.ints([heads, dim, 0, dim, usize::from(spec.causal), window(spec)]).floats([spec.scale]);
+        let launch =
+            launch.ints([heads, dim, 0, dim, usize::from(spec.causal), window(spec)]).floats([spec.scale]);
         let launch = launch.table(&tiles).table(&kv).table_if(valid.as_ref());
         let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
         let launch = launch.read(v.data()).int(v.dims().row_stride).write(&out).int(so).write(&lse);
@@ -128,24 +136,28 @@ impl Attention for Cuda {
         let kind = Heads::new(dim)?;
         let mut delta = self.empty::<T::Acc>(rows * heads)?;
         let launch = self.kernel(&FAMILY, format!("attention_delta_{}", T::DTYPE)).ints([rows, heads, dim]);
-        let launch = launch.read(out.data()).int(out.dims().row_stride).read(dout.data()).int(dout.dims().row_stride);
+        let launch =
+            launch.read(out.data()).int(out.dims().row_stride).read(dout.data()).int(dout.dims().row_stride);
         // SAFETY: the arguments are attention_delta's; out and dout have heads · dim columns, and `delta` was made for the rest.
         #[allow(unsafe_code)]
         unsafe {
             let grid = Grid { blocks: [(rows * heads).div_ceil(8), 1], threads: [32, 8], shared: 0 };
             launch.write(&Self::slice_mut(&mut delta)).run(grid)?;
         }
-        let (count, tiles, kv, valid) = self.tables(spec, kind.tile, |_, rows| [0, rows.start, rows.len()])?;
+        let (count, tiles, kv, valid) =
+            self.tables(spec, kind.tile, |_, rows| [0, rows.start, rows.len()])?;
         let sd = dqkv.dims().row_stride;
         let dqkv = dqkv.into_data();
         for (kernel, numbers, blocks) in
             [("queries", vec![heads, dim], heads), ("keys", vec![heads, spec.kv_heads, dim], spec.kv_heads)]
         {
             let name = format!("attention_backward_{kernel}_{}_{}", kind.features, T::DTYPE);
-            let launch = numbers.into_iter().fold(self.kernel(&FAMILY, name), |launch, number| launch.int(number));
+            let launch =
+                numbers.into_iter().fold(self.kernel(&FAMILY, name), |launch, number| launch.int(number));
             let launch = launch.ints([usize::from(spec.causal), window(spec)]).floats([spec.scale]);
             let launch = launch.table(&tiles).table(&kv).table_if(valid.as_ref());
-            let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
+            let launch =
+                launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
             let launch = launch.read(v.data()).int(v.dims().row_stride).read(lse).read(Self::slice(&delta));
             let launch = launch.read(dout.data()).int(dout.dims().row_stride).write(&dqkv).int(sd);
             // SAFETY: the arguments are those of attention_backward_queries and _keys; `check` and the two sizes above have

@@ -14,13 +14,19 @@ const FAMILY: Family =
     Family { name: "dropout", source: include_str!("../../../cuda/dropout.cu"), large_shared_memory: false };
 
 impl Dropout for Cuda {
-    fn dropout<T: Element>(&self, mask: &DropoutMask, x: MatRef<'_, T, Self>, y: MatMut<'_, T, Self>) -> Result<()> {
+    fn dropout<T: Element>(
+        &self,
+        mask: &DropoutMask,
+        x: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
         check(mask, x.dims(), y.dims())?;
         let (rows, cols, sx, sy) = (x.rows(), x.cols(), x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
         let [key0, key1] = mask.stream.key().map(|key| key as usize);
         let launch = self.kernel(&FAMILY, format!("dropout_{}", T::DTYPE)).ints([rows, cols]);
-        let launch = launch.ints([mask.first_index(0) as usize, mask.width, key0, key1, mask.threshold() as usize]);
+        let launch =
+            launch.ints([mask.first_index(0) as usize, mask.width, key0, key1, mask.threshold() as usize]);
         let launch = launch.floats([1.0 / (1.0 - mask.probability)]).read(x.data()).int(sx);
         // SAFETY: the arguments are dropout's; `check` has seen that x has the dimensions of y.
         #[allow(unsafe_code)]

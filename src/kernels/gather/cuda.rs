@@ -14,7 +14,12 @@ const FAMILY: Family =
     Family { name: "gather", source: include_str!("../../../cuda/gather.cu"), large_shared_memory: false };
 
 impl Gather for Cuda {
-    fn gather<T: Element>(&self, table: MatRef<'_, T, Self>, ids: &[u32], y: MatMut<'_, T, Self>) -> Result<()> {
+    fn gather<T: Element>(
+        &self,
+        table: MatRef<'_, T, Self>,
+        ids: &[u32],
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
         check("gather", ids, y.dims(), table.dims())?;
         let (rows, cols, sy) = (y.rows(), y.cols(), y.dims().row_stride);
         let y = y.into_data();
@@ -48,9 +53,11 @@ impl Gather for Cuda {
         begins.push(order.len() as u32);
         let (count, cols, stride) = (targets.len(), dy.cols(), dtable.dims().row_stride);
         let dtable = dtable.into_data();
-        let (targets, begins, order) = (self.table_u32(&targets)?, self.table_u32(&begins)?, self.table_u32(&order)?);
+        let (targets, begins, order) =
+            (self.table_u32(&targets)?, self.table_u32(&begins)?, self.table_u32(&order)?);
         let launch = self.kernel(&FAMILY, format!("scatter_add_{}", T::DTYPE)).ints([count, cols]);
-        let launch = launch.table(&targets).table(&begins).table(&order).read(dy.data()).int(dy.dims().row_stride);
+        let launch =
+            launch.table(&targets).table(&begins).table(&order).read(dy.data()).int(dy.dims().row_stride);
         // SAFETY: the arguments are scatter_add's; `check` has seen that dy has a row an id, and the table the rows of all ids;
         // every target stands once among the targets.
         #[allow(unsafe_code)]

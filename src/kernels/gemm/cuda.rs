@@ -31,7 +31,12 @@ fn column_major(dims: Dims) -> Option<Seen> {
         return Some(Seen { transposed: false, rows, cols, leading: leading(rows, cols, col_stride) });
     }
     let transpose = fits(cols, rows, col_stride, row_stride);
-    transpose.then(|| Seen { transposed: true, rows: cols, cols: rows, leading: leading(cols, rows, row_stride) })
+    transpose.then(|| Seen {
+        transposed: true,
+        rows: cols,
+        cols: rows,
+        leading: leading(cols, rows, row_stride),
+    })
 }
 
 impl Gemm for Cuda {

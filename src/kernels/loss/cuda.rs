@@ -10,7 +10,8 @@ use crate::{
     kernels::{MatMut, MatRef},
 };
 
-const FAMILY: Family = Family { name: "loss", source: include_str!("../../../cuda/loss.cu"), large_shared_memory: false };
+const FAMILY: Family =
+    Family { name: "loss", source: include_str!("../../../cuda/loss.cu"), large_shared_memory: false };
 
 impl Cuda {
     /// The column of each row's target, -1 where it is not at hand.
@@ -100,8 +101,10 @@ impl Loss for Cuda {
         let (columns, ignored) = (self.columns(targets, x.cols())?, self.ignored(targets)?);
         let sdx = dx.dims().row_stride;
         let dx = dx.into_data();
-        let launch = self.kernel(&FAMILY, format!("cross_entropy_backward_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
-        let launch = launch.floats([targets.on, targets.off, targets.z, scale]).table(&columns).table(&ignored);
+        let launch =
+            self.kernel(&FAMILY, format!("cross_entropy_backward_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
+        let launch =
+            launch.floats([targets.on, targets.off, targets.z, scale]).table(&columns).table(&ignored);
         let launch = launch.read(x.data()).int(x.dims().row_stride).read(lse).write(&dx).int(sdx);
         // SAFETY: the arguments are cross_entropy_backward's; the sizes were checked.
         #[allow(unsafe_code)]
@@ -138,7 +141,8 @@ impl Loss for Cuda {
         check_same("squared error backward", x.dims(), &[("y", y.dims()), ("dx", dx.dims())])?;
         let sdx = dx.dims().row_stride;
         let dx = dx.into_data();
-        let launch = self.kernel(&FAMILY, format!("squared_error_backward_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
+        let launch =
+            self.kernel(&FAMILY, format!("squared_error_backward_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
         let launch = launch.floats([scale]).read(x.data()).int(x.dims().row_stride);
         let launch = launch.read(y.data()).int(y.dims().row_stride).write(&dx).int(sdx);
         // SAFETY: the arguments are squared_error_backward's; `check_same` has compared the dimensions.

@@ -15,7 +15,8 @@ use crate::{
     },
 };
 
-const FAMILY: Family = Family { name: "norm", source: include_str!("../../../cuda/norm.cu"), large_shared_memory: false };
+const FAMILY: Family =
+    Family { name: "norm", source: include_str!("../../../cuda/norm.cu"), large_shared_memory: false };
 
 /// Rows of a vector's elements.
 fn row<T: Element>(slice: CudaSlice<'_, T>) -> Operand {
@@ -89,7 +90,8 @@ impl Norm for Cuda {
         {
             let mut whole = Self::slice_mut(&mut partial);
             let gammas = Self::narrow_mut(Self::reborrow(&mut whole), gammas.clone());
-            let launch = self.kernel(&FAMILY, format!("normalize_columns_{}", T::DTYPE)).ints([rows, cols, run]);
+            let launch =
+                self.kernel(&FAMILY, format!("normalize_columns_{}", T::DTYPE)).ints([rows, cols, run]);
             let launch = launch.read(x.data()).int(sx).read(stats).read(dy.data()).int(sdy).write(&gammas);
             let betas = dbeta.is_some().then(|| Self::narrow_mut(whole, betas.clone()));
             // SAFETY: the arguments are normalize_columns's; `partial` was made for that many runs of as many columns, twice,

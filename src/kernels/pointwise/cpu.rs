@@ -4,10 +4,7 @@ use super::{Activation, Pointwise, check, check_gate_backward, check_row};
 use crate::{
     device::{Accumulator, Cpu, Element, vectorized},
     error::Result,
-    kernels::{
-        MatMut, MatRef,
-        view::unit_columns,
-    },
+    kernels::{MatMut, MatRef, view::unit_columns},
 };
 
 impl Pointwise for Cpu {

@@ -14,8 +14,11 @@ use crate::{
     },
 };
 
-pub(in crate::kernels) const FAMILY: Family =
-    Family { name: "pointwise", source: include_str!("../../../cuda/pointwise.cu"), large_shared_memory: false };
+pub(in crate::kernels) const FAMILY: Family = Family {
+    name: "pointwise",
+    source: include_str!("../../../cuda/pointwise.cu"),
+    large_shared_memory: false,
+};
 
 /// The number of an activation in `pointwise.cu`.
 fn number(f: Activation) -> usize {
@@ -45,7 +48,12 @@ fn vector<T: Element>(slice: CudaSlice<'_, T>) -> Operand {
 }
 
 impl Pointwise for Cuda {
-    fn activate<T: Element>(&self, f: Activation, x: MatRef<'_, T, Self>, y: MatMut<'_, T, Self>) -> Result<()> {
+    fn activate<T: Element>(
+        &self,
+        f: Activation,
+        x: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
         check("activation", &[("x", x.dims())], ("y", y.dims()))?;
         let walk = Walk::through(&[x.operand(), y.operand()]);
         let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
@@ -69,7 +77,8 @@ impl Pointwise for Cuda {
         let walk = Walk::through(&[x.operand(), dy.operand(), dx.operand()]);
         let [sx, sdy, sdx] = [x.dims(), dy.dims(), dx.dims()].map(|dims| dims.row_stride);
         let dx = dx.into_data();
-        let launch = self.kernel(&FAMILY, format!("activate_backward_{}", T::DTYPE)).ints(walk.words()).int(number(f));
+        let launch =
+            self.kernel(&FAMILY, format!("activate_backward_{}", T::DTYPE)).ints(walk.words()).int(number(f));
         let launch = launch.read(x.data()).int(sx).read(dy.data()).int(sdy).write(&dx).int(sdx);
         // SAFETY: the arguments are activate_backward's; `check` has seen that all have the same dimensions.
         #[allow(unsafe_code)]
@@ -109,14 +118,27 @@ impl Pointwise for Cuda {
         super::check_gate_backward(gate.dims(), up.dims(), dy.dims(), d.dims())?;
         let halves = [0, gate.cols()].map(|at| {
             let dims = Dims { cols: gate.cols(), ..d.dims() };
-            Operand { dims, address: d.shared().address() + (at * size_of::<T>()) as u64, size: size_of::<T>() }
+            Operand {
+                dims,
+                address: d.shared().address() + (at * size_of::<T>()) as u64,
+                size: size_of::<T>(),
+            }
         });
         let operands = [gate.operand(), up.operand(), dy.operand(), halves[0], halves[1]];
         let walk = Walk::by_rows(&operands, gate.rows(), gate.cols());
         let [sg, su, sdy, sd] = [gate.dims(), up.dims(), dy.dims(), d.dims()].map(|dims| dims.row_stride);
         let d = d.into_data();
-        let launch = self.kernel(&FAMILY, format!("gate_backward_{}", T::DTYPE)).ints(walk.words()).int(number(f));
-        let launch = launch.read(gate.data()).int(sg).read(up.data()).int(su).read(dy.data()).int(sdy).write(&d).int(sd);
+        let launch =
+            self.kernel(&FAMILY, format!("gate_backward_{}", T::DTYPE)).ints(walk.words()).int(number(f));
+        let launch = launch
+            .read(gate.data())
+            .int(sg)
+            .read(up.data())
+            .int(su)
+            .read(dy.data())
+            .int(sdy)
+            .write(&d)
+            .int(sd);
         // SAFETY: the arguments are gate_backward's; the check has seen that the inputs have the same dimensions, and d twice
         // their columns.
         #[allow(unsafe_code)]
@@ -125,7 +147,12 @@ impl Pointwise for Cuda {
         }
     }
 
-    fn add<T: Element>(&self, a: MatRef<'_, T, Self>, b: MatRef<'_, T, Self>, y: MatMut<'_, T, Self>) -> Result<()> {
+    fn add<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
         check("add", &[("a", a.dims()), ("b", b.dims())], ("y", y.dims()))?;
         let walk = Walk::through(&[a.operand(), b.operand(), y.operand()]);
         let [sa, sb, sy] = [a.dims(), b.dims(), y.dims()].map(|dims| dims.row_stride);
@@ -252,12 +279,20 @@ impl Cuda {
     }
 
     /// y ← x, with any strides of both.
-    pub(in crate::kernels) fn copy_strided<T: Element>(&self, x: MatRef<'_, T, Self>, y: MatMut<'_, T, Self>) -> Result<()> {
+    pub(in crate::kernels) fn copy_strided<T: Element>(
+        &self,
+        x: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
         same_dims("copy", "x", x.dims(), "y", y.dims())?;
         let (from, to) = (x.dims(), y.dims());
         let y = y.into_data();
         let launch = self.kernel(&FAMILY, format!("copy_strided_{}", T::DTYPE)).ints([from.rows, from.cols]);
-        let launch = launch.read(x.data()).ints([from.row_stride, from.col_stride]).write(&y).ints([to.row_stride, to.col_stride]);
+        let launch = launch
+            .read(x.data())
+            .ints([from.row_stride, from.col_stride])
+            .write(&y)
+            .ints([to.row_stride, to.col_stride]);
         // SAFETY: the arguments are copy_strided's; x was just seen to have the dimensions of y, and views lie in their memory.
         #[allow(unsafe_code)]
         unsafe {

@@ -14,14 +14,20 @@ const FAMILY: Family =
     Family { name: "softmax", source: include_str!("../../../cuda/softmax.cu"), large_shared_memory: false };
 
 impl Softmax for Cuda {
-    fn softmax<T: Element>(&self, mask: Mask<'_>, x: MatRef<'_, T, Self>, y: MatMut<'_, T, Self>) -> Result<()> {
+    fn softmax<T: Element>(
+        &self,
+        mask: Mask<'_>,
+        x: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
         check("softmax", mask, &[("x", x.dims())], y.dims())?;
         let (rows, cols, sx, sy) = (x.rows(), x.cols(), x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
         // An offset beyond the columns hides nothing, like none, which is -1.
         let offset = mask.causal.map_or(-1, |offset| offset.min(cols) as i64);
         let valid = mask.valid.map(|valid| self.table_of_flags(valid.iter().copied())).transpose()?;
-        let launch = self.kernel(&FAMILY, format!("softmax_{}", T::DTYPE)).ints([rows, cols, offset as usize]);
+        let launch =
+            self.kernel(&FAMILY, format!("softmax_{}", T::DTYPE)).ints([rows, cols, offset as usize]);
         let launch = match &valid {
             Some(valid) => launch.table(valid),
             None => launch.null(),
