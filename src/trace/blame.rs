@@ -113,8 +113,8 @@ fn of(records: &[Record], rank: usize) -> Option<&Record> {
 
 /// What a rank did last, in words.
 fn last_words(record: &Record) -> String {
-    let calls = record.entries.iter().filter(|entry| entry.group.is_some() && entry.failure.is_none());
-    calls.last().map_or_else(
+    let mut calls = record.entries.iter().filter(|entry| entry.group.is_some() && entry.failure.is_none());
+    calls.next_back().map_or_else(
         || ", before any call of a group".into(),
         |entry| {
             let group = entry.group.as_ref().and_then(|id| record.groups.get(id));

@@ -482,19 +482,93 @@ fn a_deadline_names_the_ranks_that_did_not_come() {
     }
 }
 
-/// What ranks cannot see at once, because they wait in different places.
+/// Ranks that wait in different places, each for the other.
 #[test]
-fn some_disagreements_end_at_the_deadline() {
-    // A started collective that is waited for at once, and a blocking one.
-    late(2, |group| match group.rank() {
-        0 => reduce::<f32>(group, ReduceOp::Sum, &[6]),
-        _ => started(group, ReduceOp::Sum, 6),
-    });
-    // A message, and a collective.
-    late(2, |group| match group.rank() {
-        0 => group.barrier(),
-        _ => group.exchange::<f32>(None, Some((0, Shape::new(&[1])))).map(drop),
-    });
+fn who_waits_in_a_circle_disagrees() {
+    let cases: [(Act, Act, &str, &str); 4] = [
+        // A started collective that is waited for at once, and a blocking one.
+        (
+            |group| started(group, ReduceOp::Sum, 6),
+            |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+            "start_all_reduce(",
+            "all_reduce(",
+        ),
+        (
+            |group| started(group, ReduceOp::Sum, 9000),
+            |group| group.split(Some(1), 0).map(drop),
+            "start_all_reduce(",
+            "split(",
+        ),
+        // A message, and a collective.
+        (
+            |group| {
+                let peer = (group.rank() + 1) % group.size();
+                group.exchange::<f32>(None, Some((peer, Shape::new(&[1])))).map(drop)
+            },
+            |group| group.barrier(),
+            "exchange(",
+            "barrier(",
+        ),
+        (
+            |group| {
+                let peer = (group.rank() + 1) % group.size();
+                group.exchange::<f32>(None, Some((peer, Shape::new(&[1])))).map(drop)
+            },
+            |group| reduce::<f64>(group, ReduceOp::Sum, &[9000]),
+            "exchange(",
+            "all_reduce(",
+        ),
+    ];
+    for (world, odd) in [(2, 0), (2, 1), (3, 1), (4, 3)] {
+        for (case, (act, usual, odd_word, usual_word)) in cases.into_iter().enumerate() {
+            for late in [0, 5] {
+                let begin = Instant::now();
+                let errors = ranks(world).run(|group| {
+                    let is_odd = group.rank() == odd;
+                    // Whichever waits first.
+                    sleep(Duration::from_millis(if is_odd { late } else { 5 - late }));
+                    Ok(if is_odd { act(&group) } else { usual(&group) }.unwrap_err())
+                });
+                let errors = errors.unwrap();
+                assert!(begin.elapsed() < Duration::from_secs(5), "case {case}: {:?}", begin.elapsed());
+                let Error::Mismatch(mismatch) = &errors[0] else { panic!("case {case}: {}", errors[0]) };
+                assert!(errors.iter().all(|error| *error == errors[0]), "case {case}: {errors:?}");
+                let sides = [(mismatch.left_rank, &mismatch.left), (mismatch.right_rank, &mismatch.right)];
+                for (rank, words) in sides {
+                    let word = if rank == odd { odd_word } else { usual_word };
+                    assert!(words.starts_with(word), "case {case}, {odd} of {world}: {}", errors[0]);
+                }
+                assert!(mismatch.left_rank == odd || mismatch.right_rank == odd);
+            }
+        }
+    }
+}
+
+/// What looks like a circle for a moment, and is none.
+#[test]
+fn a_message_that_came_before_the_meeting_is_received() {
+    for round in 0..30 {
+        ranks(3)
+            .run(|group| {
+                let (rank, device) = (group.rank(), group.device());
+                let x = Tensor::<f32>::full(device, [2], 7.0)?;
+                if rank == 1 {
+                    group.exchange(Some((0, &x)), None)?;
+                    let pending = group.start_all_reduce(ReduceOp::Sum, x)?;
+                    group.barrier()?;
+                    return pending.wait().map(drop);
+                }
+                let pending = group.start_all_reduce(ReduceOp::Sum, x.clone())?;
+                // Longer than a rank waits before it says so, or as long.
+                sleep(Duration::from_micros(round * 100));
+                if rank == 0 {
+                    assert!(group.exchange::<f32>(None, Some((1, x.shape())))?.is_some());
+                }
+                assert_eq!(pending.wait()?.to_vec()?, [21.0; 2]);
+                group.barrier()
+            })
+            .unwrap();
+    }
 }
 
 #[test]
