@@ -46,6 +46,7 @@
 //! | [`parallel`] | sharded tensors and layers: **start here** | operators and groups |
 //! | [`optim`] | optimizers, gradient norms, loss scales, learning rates | parameters |
 //! | [`train`] | data parallelism, pipelines, checks | layers and groups |
+//! | [`trace`] | what each rank has done last, and who broke a job | elements and errors |
 //! | [`weights`] | Hugging Face checkpoints, read in parts | tensors |
 //! | [`models`] | Llama, Mistral, Qwen, GPT-2 and BERT from checkpoints | layers and checkpoints |
 #![cfg_attr(
@@ -60,6 +61,9 @@
 //! | feature | default | what |
 //! |---|---|---|
 //! | `reference` | yes | the single-device reference |
+//! | `cli` | no | the program `shardwise`, which starts ranks on a machine |
+//! | `mpi` | no | ranks that an MPI library connects; it has to be installed |
+//! | `nccl` | no | groups of GPUs over NCCL |
 
 pub mod comm;
 pub mod device;
@@ -75,6 +79,7 @@ pub mod reference;
 pub mod rng;
 pub mod shard;
 pub mod tensor;
+pub mod trace;
 pub mod train;
 pub mod weights;
 

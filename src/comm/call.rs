@@ -4,6 +4,7 @@ use crate::{
     device::DType,
     error::{Mismatch, Site},
     shard::Shape,
+    trace::Operation,
 };
 use std::{
     fmt,
@@ -56,6 +57,17 @@ pub enum ReduceOp {
     Min,
 }
 
+impl ReduceOp {
+    /// The reduction's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sum => "sum",
+            Self::Max => "max",
+            Self::Min => "min",
+        }
+    }
+}
+
 /// One call of a group: the same on every rank, or the group is in disagreement.
 #[derive(Clone, Copy, Debug)]
 pub struct Call {
@@ -106,6 +118,15 @@ impl Call {
         hash((self.signature(), self.seq, self.history, self.group))
     }
 
+    /// What is noted of it.
+    pub(super) fn operation(&self) -> Operation {
+        let (op, started, root, dtype, shape, parts) =
+            (self.op.name(), self.started, self.root, self.dtype, self.shape, self.parts);
+        let reduce = self.reduce.map(ReduceOp::name);
+        let (call, site) = (Some((self.group, self.seq)), Some(self.site));
+        Operation { op, started, reduce, root, dtype, shape, parts, call, site }
+    }
+
     /// The disagreement between the calls of all ranks, in rank order, if there is one.
     pub(crate) fn disagreement<'a>(calls: impl Iterator<Item = &'a Self> + Clone) -> Option<Mismatch> {
         let left = calls.clone().next()?;
@@ -134,7 +155,7 @@ impl fmt::Display for Call {
             fmt::Result::Ok(())
         };
         if let Some(reduce) = self.reduce {
-            argument("", &format!("{reduce:?}").to_lowercase())?;
+            argument("", &reduce.name())?;
         }
         if let Some(root) = self.root {
             argument("root ", &root)?;

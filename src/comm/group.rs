@@ -10,6 +10,7 @@ use crate::{
     kernels::Pointwise,
     shard::{Partition, Reduction, Shape},
     tensor::Tensor,
+    trace,
 };
 use std::{
     cell::Cell,
@@ -63,6 +64,7 @@ impl<B: Device> Group<B> {
     }
 
     fn named(communicator: Rc<dyn Communicator<B>>, device: &B, name: String, id: u64) -> Self {
+        trace::join(id, &name, communicator.rank(), communicator.size());
         let shared = Shared { communicator, device: device.clone(), name, id, calls: Cell::new(0) };
         Self { shared: Rc::new(shared), reduction: Reduction::Fast }
     }
@@ -140,6 +142,18 @@ impl<B: Device> Group<B> {
         Call { dtype: Some(dtype), shape, ..self.call(op) }
     }
 
+    /// Makes a call, which is noted: see [`trace`].
+    fn noted<R>(&self, call: &Call, act: impl FnOnce(&dyn Communicator<B>) -> Result<R>) -> Result<R> {
+        let ticket = trace::enter(call.operation());
+        let span = tracing::debug_span!(
+            target: "shardwise", "collective",
+            group = self.name(), rank = self.rank(), %call
+        );
+        let result = span.in_scope(|| act(&*self.shared.communicator));
+        trace::leave(ticket, result.as_ref().err());
+        result
+    }
+
     /// The parts of a tensor cut along `dim`, after a look at whether the cut is one of this group and dimension.
     fn parts(&self, op: &'static str, shape: Shape, dim: usize, cut: &Partition) -> Result<Parts> {
         if dim >= shape.rank() {
@@ -156,7 +170,8 @@ impl<B: Device> Group<B> {
     /// When a rank calls something else, or is lost.
     #[track_caller]
     pub fn barrier(&self) -> Result<()> {
-        self.shared.communicator.barrier(&self.call(Op::Barrier))
+        let call = self.call(Op::Barrier);
+        self.noted(&call, |communicator| communicator.barrier(&call))
     }
 
     /// Divides the group: ranks of one `color` form a new group, in order of `key` and then of rank. Ranks without a color
@@ -167,7 +182,7 @@ impl<B: Device> Group<B> {
     #[track_caller]
     pub fn split(&self, color: Option<u64>, key: u64) -> Result<Option<Self>> {
         let call = self.call(Op::Split);
-        let part = self.shared.communicator.split(&call, color, key)?;
+        let part = self.noted(&call, |communicator| communicator.split(&call, color, key))?;
         Ok(part.map(|communicator| {
             let color = color.unwrap_or_default();
             let mut id = DefaultHasher::new();
@@ -232,7 +247,8 @@ impl<B: Pointwise> Group<B> {
     #[track_caller]
     pub fn all_reduce<T: Element>(&self, op: ReduceOp, x: &mut Tensor<T, B>) -> Result<()> {
         let call = Call { reduce: Some(op), ..self.data_call(Op::AllReduce, T::DTYPE, x.shape()) };
-        self.shared.communicator.all_reduce(&call, op, T::any_mut(x.slice_mut()?))
+        let x = T::any_mut(x.slice_mut()?);
+        self.noted(&call, |communicator| communicator.all_reduce(&call, op, x))
     }
 
     /// All ranks' parts along dimension `dim`, side by side. `x` is this rank's part; `cut` says how large each is.
@@ -249,7 +265,7 @@ impl<B: Pointwise> Group<B> {
         let (call, parts, shape) = self.gather_call(x, dim, cut)?;
         let mut whole = Tensor::empty(self.device(), shape)?;
         let (send, recv) = (T::any_ref(x.slice()), T::any_mut(whole.slice_mut()?));
-        self.shared.communicator.all_gather(&call, &parts, send, recv)?;
+        self.noted(&call, |communicator| communicator.all_gather(&call, &parts, send, recv))?;
         Ok(whole)
     }
 
@@ -268,7 +284,7 @@ impl<B: Pointwise> Group<B> {
         let (call, parts, shape) = self.scatter_call(op, x, dim, cut)?;
         let mut part = Tensor::empty(self.device(), shape)?;
         let (send, recv) = (T::any_ref(x.slice()), T::any_mut(part.slice_mut()?));
-        self.shared.communicator.reduce_scatter(&call, op, &parts, send, recv)?;
+        self.noted(&call, |communicator| communicator.reduce_scatter(&call, op, &parts, send, recv))?;
         Ok(part)
     }
 
@@ -280,7 +296,8 @@ impl<B: Pointwise> Group<B> {
     pub fn broadcast<T: Element>(&self, root: usize, x: &mut Tensor<T, B>) -> Result<()> {
         self.check_rank("broadcast", root)?;
         let call = Call { root: Some(root), ..self.data_call(Op::Broadcast, T::DTYPE, x.shape()) };
-        self.shared.communicator.broadcast(&call, root, T::any_mut(x.slice_mut()?))
+        let x = T::any_mut(x.slice_mut()?);
+        self.noted(&call, |communicator| communicator.broadcast(&call, root, x))
     }
 
     /// Sends a tensor to one rank and receives one of a given shape from another, as one step.
@@ -312,7 +329,7 @@ impl<B: Pointwise> Group<B> {
             }
             _ => None,
         };
-        self.shared.communicator.exchange(&call, outgoing, incoming)?;
+        self.noted(&call, |communicator| communicator.exchange(&call, outgoing, incoming))?;
         Ok(arrived)
     }
 
@@ -368,8 +385,18 @@ impl<B: Pointwise> Group<B> {
         let call = Call { started: true, ..call };
         let recv = T::any_buffer(self.device().empty::<T>(result.len())?);
         let send = T::any_buffer(x.into_buffer()?);
-        let flight = self.shared.communicator.start(&call, collective, send, recv)?;
-        Ok(Pending { flight, shape: result, device: self.device().clone(), element: PhantomData })
+        let ticket = trace::enter(call.operation());
+        tracing::debug!(target: "shardwise", group = self.name(), rank = self.rank(), %call);
+        let flight = self.shared.communicator.start(&call, collective, send, recv);
+        let flight = flight.inspect_err(|error| trace::leave(ticket, Some(error)))?;
+        Ok(Pending {
+            flight,
+            ticket,
+            call,
+            shape: result,
+            device: self.device().clone(),
+            element: PhantomData,
+        })
     }
 
     #[track_caller]
@@ -417,6 +444,8 @@ impl<B: Pointwise> Group<B> {
 #[must_use = "a collective that is started has to be waited for"]
 pub struct Pending<T: Element, B: Device> {
     flight: Box<dyn InFlight<B>>,
+    ticket: trace::Ticket,
+    call: Call,
     shape: Shape,
     device: B,
     element: PhantomData<T>,
@@ -428,7 +457,10 @@ impl<T: Element, B: Device> Pending<T, B> {
     /// # Errors
     /// When the ranks called different things, or a rank was lost.
     pub fn wait(self) -> Result<Tensor<T, B>> {
-        let result = self.flight.wait()?.of::<T>();
+        let span = tracing::debug_span!(target: "shardwise", "wait", call = %self.call);
+        let result = span.in_scope(|| self.flight.wait());
+        trace::leave(self.ticket, result.as_ref().err());
+        let result = result?.of::<T>();
         let result = result
             .ok_or_else(|| Error::invalid("wait", "the communicator changed the element of its tensor"))?;
         Tensor::from_buffer(&self.device, self.shape, result)

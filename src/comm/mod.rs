@@ -8,6 +8,7 @@
 //! | [`Solo`] | one, on any device |
 //! | [`threads::ThreadComm`] | threads of one process, which read one another's memory |
 //! | [`Link`] | processes, by way of the first: for control and small tensors |
+#![cfg_attr(feature = "mpi", doc = "| [`MpiComm`] | processes, over an MPI library |")]
 //! | [`HostStaged`] | those of the host's communicator that it wraps, on any device |
 //! | [`Recorded`] | those of the communicator it wraps, with every transfer written down |
 //!
@@ -17,12 +18,15 @@
 //! get [`crate::Error::PeerLost`] instead of waiting for it.
 
 mod call;
+mod cause;
 mod combine;
 mod communicator;
 mod group;
 mod host;
 mod link;
 mod mesh;
+#[cfg(feature = "mpi")]
+mod mpi;
 #[cfg(feature = "nccl")]
 pub mod nccl;
 mod parts;
@@ -38,6 +42,10 @@ pub use group::{Group, Pending};
 pub(crate) use link::Line;
 pub use link::Link;
 pub use mesh::DeviceMesh;
+#[cfg(feature = "mpi")]
+pub use mpi::MpiComm;
+#[cfg(feature = "mpi")]
+pub(crate) use mpi::Universe;
 pub use parts::Parts;
 pub use recorded::{Record, Recorded, Transfer};
 pub use solo::Solo;

@@ -5,6 +5,7 @@ use crate::{
     comm::{Group, Link},
     device::Cpu,
     error::{Error, Loss, Result},
+    trace,
 };
 use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
@@ -188,8 +189,10 @@ impl Env {
     /// When not all ranks come within the deadline, and what `rank` returns.
     pub fn run<R>(&self, deadline: Duration, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
         let line = Rendezvous::new(self)?.join(deadline)?;
+        trace::begin(format!("{}.{}", self.job, self.epoch), self.rank, self.world, trace::folder());
         let world = Group::new(Rc::new(Link::world(&line)), &Cpu::new());
         let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
+        trace::end(&result);
         line.close(match &result {
             Ok(Ok(_)) => Loss::Left,
             Ok(Err(_)) => Loss::Failed,

@@ -7,11 +7,14 @@ use crate::{
     },
     device::Cpu,
     error::{Error, Loss, Result},
+    trace,
 };
 use std::{
     any::Any,
     panic::{AssertUnwindSafe, catch_unwind},
+    path::PathBuf,
     rc::Rc,
+    sync::atomic::{AtomicUsize, Ordering},
     thread,
     time::Duration,
 };
@@ -42,12 +45,13 @@ pub struct Threads {
     ranks: usize,
     deadline: Duration,
     device: fn() -> Cpu,
+    flight: Option<PathBuf>,
 }
 
 impl Threads {
     /// This many ranks. A rank that is not joined by the others in a collective within two minutes gives up.
     pub fn new(ranks: usize) -> Self {
-        Self { ranks, deadline: Duration::from_secs(120), device: Cpu::new }
+        Self { ranks, deadline: Duration::from_secs(120), device: Cpu::new, flight: trace::folder() }
     }
 
     /// How long a rank waits for the others in one collective.
@@ -58,6 +62,11 @@ impl Threads {
     /// What each rank's device is made by, on its thread.
     pub fn device(self, device: fn() -> Cpu) -> Self {
         Self { device, ..self }
+    }
+
+    /// A folder where the ranks write what they did last: see [`trace`]. By default the one that `SHARDWISE_FLIGHT_DIR` names.
+    pub fn flight(self, folder: impl Into<PathBuf>) -> Self {
+        Self { flight: Some(folder.into()), ..self }
     }
 
     /// Runs the ranks and returns what they return, in rank order.
@@ -92,11 +101,15 @@ impl Threads {
         if self.ranks == 0 {
             return Err(Error::invalid("launch", "a group needs at least one rank"));
         }
+        static JOBS: AtomicUsize = AtomicUsize::new(0);
+        let job = format!("{}-{}", std::process::id(), JOBS.fetch_add(1, Ordering::Relaxed));
         let run = |number: usize, seat: Seat| {
+            trace::begin(job.clone(), number, self.ranks, self.flight.clone());
             let presence = Rc::new(Presence::default());
             let end = ThreadComm::join(seat, Rc::clone(&presence));
             let world = Group::new(Rc::new(end), &(self.device)());
             let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
+            trace::end(&result);
             // Whatever the function did with its groups, this rank is in none of them any more.
             presence.end(match &result {
                 Ok(Ok(_)) => Loss::Left,

@@ -5,6 +5,7 @@ use crate::{
     error::{Result, same_size},
     kernels::{Backend, MatRef, Product},
     tensor::Tensor,
+    trace,
 };
 
 /// y = x wᵀ + b.
@@ -21,10 +22,12 @@ pub fn linear<T: Element, B: Backend>(
     same_size("linear", "columns of x", x.shape().cols(), "columns of w", w.shape().cols())?;
     let shape = x.shape().with(x.shape().rank() - 1, w.shape().rows());
     let mut y = Tensor::empty(x.device(), shape)?;
-    match bias {
-        Some(bias) => x.device().gemm_bias::<T>(x.mat(), w.mat().t(), bias.slice(), y.mat_mut()?)?,
-        None => x.device().gemm(1.0, x.mat(), w.mat().t(), 0.0, y.mat_mut()?)?,
-    }
+    let dims = [x.mat().rows(), w.mat().cols(), w.mat().rows()];
+    let (a, b) = (x.mat(), w.mat().t());
+    trace::compute("gemm", T::DTYPE, &dims, || match bias {
+        Some(bias) => x.device().gemm_bias::<T>(a, b, bias.slice(), y.mat_mut()?),
+        None => x.device().gemm(1.0, a, b, 0.0, y.mat_mut()?),
+    })?;
     Ok(y)
 }
 
@@ -40,7 +43,8 @@ pub fn linear_input_grad<T: Element, B: Backend>(
     same_size(OP, "columns of dy", dy.shape().cols(), "rows of w", w.shape().rows())?;
     let shape = dy.shape().with(dy.shape().rank() - 1, w.shape().cols());
     let mut dx = Tensor::empty(dy.device(), shape)?;
-    dy.device().gemm(1.0, dy.mat(), w.mat(), 0.0, dx.mat_mut()?)?;
+    let dims = [dy.mat().rows(), w.mat().rows(), w.mat().cols()];
+    trace::compute("gemm", T::DTYPE, &dims, || dy.device().gemm(1.0, dy.mat(), w.mat(), 0.0, dx.mat_mut()?))?;
     Ok(dx)
 }
 
@@ -53,7 +57,10 @@ pub fn linear_weight_grad<T: Element, B: Backend>(
     x: &Tensor<T, B>,
 ) -> Result<Tensor<T::Acc, B>> {
     let mut dw = Tensor::empty(x.device(), [dy.shape().cols(), x.shape().cols()])?;
-    x.device().gemm(1.0, dy.mat().t(), x.mat(), 0.0, dw.mat_mut()?)?;
+    let dims = [dy.mat().cols(), x.mat().rows(), x.mat().cols()];
+    trace::compute("gemm", T::DTYPE, &dims, || {
+        x.device().gemm(1.0, dy.mat().t(), x.mat(), 0.0, dw.mat_mut()?)
+    })?;
     Ok(dw)
 }
 
@@ -71,7 +78,7 @@ pub fn products<'a, T: Element, C: Element<Acc = T::Acc>, B: Backend>(
     for ((a, b), c) in pairs.into_iter().zip(&mut results) {
         all.push(Product { a, b, beta: 0.0, c: c.mat_mut()? });
     }
-    device.gemm_all(all)?;
+    trace::compute("gemm_all", T::DTYPE, &[all.len()], || device.gemm_all(all))?;
     Ok(results)
 }
 

@@ -18,6 +18,7 @@ use crate::{
     kernels::{Backend, MatMut, MatRef},
     shard::{Node, Partial, Partition, Placement, Reduction, Shape, Tree, TreeSum},
     tensor::{Param, Patch, Tensor},
+    trace,
 };
 use std::ops::Range;
 
@@ -88,13 +89,16 @@ pub(super) fn by_columns<T: Element, C: Element<Acc = T::Acc>, B: Backend>(
     beta: f64,
     mut c: MatMut<'_, C, B>,
 ) -> Result<()> {
-    let Some(blocks) = blocks.filter(|_| !exact(device, a)) else { return device.gemm(1.0, a, b, beta, c) };
-    let rows = c.rows();
-    for columns in blocks.iter().flatten() {
-        let part = c.reborrow().block(0..rows, columns.clone());
-        device.gemm(1.0, a, b.columns(columns.clone()), beta, part)?;
-    }
-    Ok(())
+    trace::compute("gemm", T::DTYPE, &[a.rows(), a.cols(), b.cols()], || {
+        let Some(blocks) = blocks.filter(|_| !exact(device, a)) else {
+            return device.gemm(1.0, a, b, beta, c);
+        };
+        let rows = c.rows();
+        blocks.iter().flatten().try_for_each(|columns| {
+            let part = c.reborrow().block(0..rows, columns.clone());
+            device.gemm(1.0, a, b.columns(columns.clone()), beta, part)
+        })
+    })
 }
 
 /// c ← a b + β c by blocks of a's and c's rows.
@@ -105,13 +109,16 @@ pub(super) fn by_rows<T: Element, C: Element<Acc = T::Acc>, B: Backend>(
     beta: f64,
     mut c: MatMut<'_, C, B>,
 ) -> Result<()> {
-    let Some(blocks) = blocks.filter(|_| !exact(device, a)) else { return device.gemm(1.0, a, b, beta, c) };
-    let (depth, cols) = (a.cols(), c.cols());
-    for rows in blocks.iter().flatten() {
-        let part = c.reborrow().block(rows.clone(), 0..cols);
-        device.gemm(1.0, a.block(rows.clone(), 0..depth), b, beta, part)?;
-    }
-    Ok(())
+    trace::compute("gemm", T::DTYPE, &[a.rows(), a.cols(), b.cols()], || {
+        let Some(blocks) = blocks.filter(|_| !exact(device, a)) else {
+            return device.gemm(1.0, a, b, beta, c);
+        };
+        let (depth, cols) = (a.cols(), c.cols());
+        blocks.iter().flatten().try_for_each(|rows| {
+            let part = c.reborrow().block(rows.clone(), 0..cols);
+            device.gemm(1.0, a.block(rows.clone(), 0..depth), b, beta, part)
+        })
+    })
 }
 
 /// Whether a product with `a` is what its blocks would be. A depth of 1 leaves room for another sign of a zero.

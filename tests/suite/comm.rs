@@ -2,9 +2,12 @@
 //!
 //! Fresh tensors are NaN: an element that nobody wrote is wrong.
 
-use crate::exact::{
-    Awaited, DTYPES, OPS, Step, all_exact, all_in_flight, inputs, mix, nan_wins, perform, same, start,
-    sums_in_rank_order, uneven, with_element,
+use crate::{
+    disagree::{Act, DISAGREEMENTS, broadcast, even, gather, reduce, scatter, started},
+    exact::{
+        Awaited, DTYPES, OPS, Step, all_exact, all_in_flight, inputs, mix, nan_wins, perform, same, start,
+        sums_in_rank_order, uneven, with_element,
+    },
 };
 use half::{bf16, f16};
 use ndarray::{ArrayD, IxDyn};
@@ -12,7 +15,7 @@ use proptest::{collection::vec, prelude::*};
 use shardwise::{
     Error, Loss, Mismatch, Result, Tensor,
     comm::{Group, Op, ReduceOp, Transfer},
-    device::{Cpu, DType, Element},
+    device::{Cpu, DType},
     launch::Threads,
     shard::{Partition, Shape},
 };
@@ -123,203 +126,6 @@ proptest! {
     }
 }
 
-/// What a rank does that disagrees, or what the others do.
-type Act = fn(&Group<Cpu>) -> Result<()>;
-
-/// A buffer of the rank's number; when the collective fails, it is unchanged.
-fn attempt<T: Element>(
-    group: &Group<Cpu>,
-    dims: &[usize],
-    collective: impl FnOnce(&mut Tensor<T>) -> Result<()>,
-) -> Result<()> {
-    let own = group.rank() as f64 + 1.0;
-    let mut x = Tensor::full(group.device(), dims, own)?;
-    let result = collective(&mut x);
-    if result.is_err() {
-        assert!(x.to_vec()?.iter().all(|value| value.to_f64() == own), "the buffer has changed");
-    }
-    result
-}
-
-fn reduce<T: Element>(group: &Group<Cpu>, op: ReduceOp, dims: &[usize]) -> Result<()> {
-    attempt::<T>(group, dims, |x| group.all_reduce(op, x))
-}
-
-fn broadcast(group: &Group<Cpu>, root: usize, len: usize) -> Result<()> {
-    attempt::<f32>(group, &[len], |x| group.broadcast(root, x))
-}
-
-/// Gathers a `[12, 12]` tensor.
-fn gather(group: &Group<Cpu>, dim: usize, cut: &Partition) -> Result<()> {
-    let part = Shape::new(&[12, 12]).with(dim, cut.size(group.rank()));
-    attempt::<f32>(group, part.dims(), |x| group.all_gather(x, dim, cut).map(drop))
-}
-
-/// Reduces and scatters a `[12, 12]` tensor.
-fn scatter(group: &Group<Cpu>, op: ReduceOp, dim: usize, cut: &Partition) -> Result<()> {
-    attempt::<f32>(group, &[12, 12], |x| group.reduce_scatter(op, x, dim, cut).map(drop))
-}
-
-fn even(group: &Group<Cpu>) -> Partition {
-    Partition::even(12, group.size())
-}
-
-/// Rank 0 has the most.
-fn slanted(group: &Group<Cpu>) -> Partition {
-    let size = group.size();
-    Partition::from_sizes((0..size).map(|rank| if rank == 0 { 13 - size } else { 1 }))
-}
-
-fn started(group: &Group<Cpu>, op: ReduceOp, len: usize) -> Result<()> {
-    let x = Tensor::<f32>::zeros(group.device(), [len])?;
-    group.start_all_reduce(op, x)?.wait().map(drop)
-}
-
-/// What the usual ranks do, what the odd one does, and a word that names each in the error.
-const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
-    // A call more: a started one is not waited for by the others, so that only the sequence number differs.
-    (
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
-        |group| {
-            drop(group.start_all_reduce(ReduceOp::Sum, Tensor::<f32>::zeros(group.device(), [6])?)?);
-            reduce::<f32>(group, ReduceOp::Sum, &[6])
-        },
-        "all_reduce(sum, f32 [6], call 0)",
-        "all_reduce(sum, f32 [6], call 1)",
-    ),
-    (
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]).and_then(|()| group.barrier()),
-        |group| {
-            reduce::<f32>(group, ReduceOp::Sum, &[6])?;
-            reduce::<f32>(group, ReduceOp::Sum, &[6])?;
-            group.barrier()
-        },
-        "barrier(call 1)",
-        "all_reduce(sum, f32 [6], call 1)",
-    ),
-    // The operation.
-    (
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
-        |group| broadcast(group, 0, 6),
-        "all_reduce(",
-        "broadcast(",
-    ),
-    (
-        |group| gather(group, 0, &even(group)),
-        |group| scatter(group, ReduceOp::Sum, 0, &even(group)),
-        "all_gather(",
-        "reduce_scatter(",
-    ),
-    (|group| group.barrier(), |group| group.split(Some(0), 0).map(drop), "barrier(", "split("),
-    (
-        |group| group.barrier(),
-        |group| reduce::<f64>(group, ReduceOp::Max, &[100_000]),
-        "barrier(",
-        "all_reduce(max",
-    ),
-    // Its arguments.
-    (
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
-        |group| reduce::<f32>(group, ReduceOp::Max, &[6]),
-        "all_reduce(sum",
-        "all_reduce(max",
-    ),
-    (
-        |group| scatter(group, ReduceOp::Max, 0, &even(group)),
-        |group| scatter(group, ReduceOp::Min, 0, &even(group)),
-        "reduce_scatter(max",
-        "reduce_scatter(min",
-    ),
-    (|group| broadcast(group, 0, 6), |group| broadcast(group, 1, 6), "root 0", "root 1"),
-    (|group| broadcast(group, 0, 50_000), |group| broadcast(group, 1, 50_000), "root 0", "root 1"),
-    // The element, also where the bytes are as many.
-    (
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
-        |group| reduce::<bf16>(group, ReduceOp::Sum, &[6]),
-        "f32 [6]",
-        "bf16 [6]",
-    ),
-    (
-        |group| reduce::<bf16>(group, ReduceOp::Sum, &[9000]),
-        |group| reduce::<f16>(group, ReduceOp::Sum, &[9000]),
-        "bf16 [9000]",
-        "f16 [9000]",
-    ),
-    (
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
-        |group| reduce::<f64>(group, ReduceOp::Sum, &[3]),
-        "f32 [6]",
-        "f64 [3]",
-    ),
-    // The shape, also where the elements are as many.
-    (
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[2, 3]),
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[3, 2]),
-        "f32 [2, 3]",
-        "f32 [3, 2]",
-    ),
-    (
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[6, 1]),
-        "f32 [6]",
-        "f32 [6, 1]",
-    ),
-    (|group| broadcast(group, 1, 6), |group| broadcast(group, 1, 7), "f32 [6]", "f32 [7]"),
-    // One side of the eager limit and the other.
-    (
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[4096]),
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[4097]),
-        "f32 [4096]",
-        "f32 [4097]",
-    ),
-    (
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[100_000]),
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[0]),
-        "f32 [100000]",
-        "f32 [0]",
-    ),
-    // The cut, and the dimension that is cut.
-    (|group| gather(group, 0, &even(group)), |group| gather(group, 0, &slanted(group)), "cut ", "cut "),
-    (|group| gather(group, 0, &even(group)), |group| gather(group, 1, &even(group)), "cut ", "cut "),
-    (
-        |group| scatter(group, ReduceOp::Sum, 1, &even(group)),
-        |group| scatter(group, ReduceOp::Sum, 1, &slanted(group)),
-        "cut ",
-        "cut ",
-    ),
-    (
-        |group| scatter(group, ReduceOp::Sum, 1, &even(group)),
-        |group| scatter(group, ReduceOp::Sum, 0, &even(group)),
-        "cut ",
-        "cut ",
-    ),
-    // Started ones, when they are waited for.
-    (
-        |group| started(group, ReduceOp::Sum, 6),
-        |group| started(group, ReduceOp::Min, 6),
-        "start_all_reduce(sum",
-        "start_all_reduce(min",
-    ),
-    (
-        |group| started(group, ReduceOp::Sum, 9000),
-        |group| started(group, ReduceOp::Sum, 9),
-        "f32 [9000]",
-        "f32 [9]",
-    ),
-    // Started here and not there is seen at the next call.
-    (
-        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
-        |group| {
-            let x = Tensor::<f32>::zeros(group.device(), [6])?;
-            let pending = group.start_all_reduce(ReduceOp::Sum, x)?;
-            group.barrier()?;
-            pending.wait().map(drop)
-        },
-        "all_reduce(sum, f32 [6], call 0)",
-        "barrier(call 1)",
-    ),
-];
-
 #[test]
 fn disagreement_is_an_error_on_every_rank_that_names_both_sides() {
     for (world, odd) in [(2, 0), (2, 1), (3, 1), (4, 0), (4, 3)] {
@@ -343,7 +149,11 @@ fn disagreement_is_an_error_on_every_rank_that_names_both_sides() {
             let Mismatch { left_rank, left: left_words, right_rank, right: right_words } = &**mismatch;
             assert_eq!((*left_rank, *right_rank), (0, odd.max(1)), "case {case}");
             assert!(left_words.contains(left) && right_words.contains(right), "case {case}: {}", errors[0]);
-            assert!(left_words.contains("comm.rs:") && right_words.contains("comm.rs:"), "{}", errors[0]);
+            assert!(
+                left_words.contains("disagree.rs:") && right_words.contains("disagree.rs:"),
+                "{}",
+                errors[0]
+            );
         }
     }
 }
@@ -355,7 +165,7 @@ fn the_error_names_calls_and_lines() {
     let words = source.to_string();
     let words: Vec<_> = words.split(char::is_numeric).collect();
     assert_eq!(words.concat(), {
-        let side = |_: u8| "broadcast(root , f [], call ) at tests/suite/comm.rs:";
+        let side = |_: u8| "broadcast(root , f [], call ) at tests/suite/disagree.rs:";
         format!("ranks disagree: rank  called {}; rank  called {}", side(0), side(1))
     });
 }
@@ -672,19 +482,93 @@ fn a_deadline_names_the_ranks_that_did_not_come() {
     }
 }
 
-/// What ranks cannot see at once, because they wait in different places.
+/// Ranks that wait in different places, each for the other.
 #[test]
-fn some_disagreements_end_at_the_deadline() {
-    // A started collective that is waited for at once, and a blocking one.
-    late(2, |group| match group.rank() {
-        0 => reduce::<f32>(group, ReduceOp::Sum, &[6]),
-        _ => started(group, ReduceOp::Sum, 6),
-    });
-    // A message, and a collective.
-    late(2, |group| match group.rank() {
-        0 => group.barrier(),
-        _ => group.exchange::<f32>(None, Some((0, Shape::new(&[1])))).map(drop),
-    });
+fn who_waits_in_a_circle_disagrees() {
+    let cases: [(Act, Act, &str, &str); 4] = [
+        // A started collective that is waited for at once, and a blocking one.
+        (
+            |group| started(group, ReduceOp::Sum, 6),
+            |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+            "start_all_reduce(",
+            "all_reduce(",
+        ),
+        (
+            |group| started(group, ReduceOp::Sum, 9000),
+            |group| group.split(Some(1), 0).map(drop),
+            "start_all_reduce(",
+            "split(",
+        ),
+        // A message, and a collective.
+        (
+            |group| {
+                let peer = (group.rank() + 1) % group.size();
+                group.exchange::<f32>(None, Some((peer, Shape::new(&[1])))).map(drop)
+            },
+            |group| group.barrier(),
+            "exchange(",
+            "barrier(",
+        ),
+        (
+            |group| {
+                let peer = (group.rank() + 1) % group.size();
+                group.exchange::<f32>(None, Some((peer, Shape::new(&[1])))).map(drop)
+            },
+            |group| reduce::<f64>(group, ReduceOp::Sum, &[9000]),
+            "exchange(",
+            "all_reduce(",
+        ),
+    ];
+    for (world, odd) in [(2, 0), (2, 1), (3, 1), (4, 3)] {
+        for (case, (act, usual, odd_word, usual_word)) in cases.into_iter().enumerate() {
+            for late in [0, 5] {
+                let begin = Instant::now();
+                let errors = ranks(world).run(|group| {
+                    let is_odd = group.rank() == odd;
+                    // Whichever waits first.
+                    sleep(Duration::from_millis(if is_odd { late } else { 5 - late }));
+                    Ok(if is_odd { act(&group) } else { usual(&group) }.unwrap_err())
+                });
+                let errors = errors.unwrap();
+                assert!(begin.elapsed() < Duration::from_secs(5), "case {case}: {:?}", begin.elapsed());
+                let Error::Mismatch(mismatch) = &errors[0] else { panic!("case {case}: {}", errors[0]) };
+                assert!(errors.iter().all(|error| *error == errors[0]), "case {case}: {errors:?}");
+                let sides = [(mismatch.left_rank, &mismatch.left), (mismatch.right_rank, &mismatch.right)];
+                for (rank, words) in sides {
+                    let word = if rank == odd { odd_word } else { usual_word };
+                    assert!(words.starts_with(word), "case {case}, {odd} of {world}: {}", errors[0]);
+                }
+                assert!(mismatch.left_rank == odd || mismatch.right_rank == odd);
+            }
+        }
+    }
+}
+
+/// What looks like a circle for a moment, and is none.
+#[test]
+fn a_message_that_came_before_the_meeting_is_received() {
+    for round in 0..30 {
+        ranks(3)
+            .run(|group| {
+                let (rank, device) = (group.rank(), group.device());
+                let x = Tensor::<f32>::full(device, [2], 7.0)?;
+                if rank == 1 {
+                    group.exchange(Some((0, &x)), None)?;
+                    let pending = group.start_all_reduce(ReduceOp::Sum, x)?;
+                    group.barrier()?;
+                    return pending.wait().map(drop);
+                }
+                let pending = group.start_all_reduce(ReduceOp::Sum, x.clone())?;
+                // Longer than a rank waits before it says so, or as long.
+                sleep(Duration::from_micros(round * 100));
+                if rank == 0 {
+                    assert!(group.exchange::<f32>(None, Some((1, x.shape())))?.is_some());
+                }
+                assert_eq!(pending.wait()?.to_vec()?, [21.0; 2]);
+                group.barrier()
+            })
+            .unwrap();
+    }
 }
 
 #[test]

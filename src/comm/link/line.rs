@@ -197,10 +197,15 @@ impl Wires {
         }
     }
 
+    /// How long an answer is waited for that may never come.
+    fn moment(&self) -> Duration {
+        (self.deadline / 10).clamp(Duration::from_millis(50), Duration::from_secs(1))
+    }
+
     /// The ranks of a group that have not come to a round, as far as rank 0 says.
     pub(super) fn absent(&self, group: u64, round: u64) -> Vec<usize> {
         self.send(Frame::new(Kind::Who, group, round, (0, 0), Vec::new()));
-        let reply = self.wait(Duration::from_secs(1), |inbox| inbox.absent.remove(&(group, round)));
+        let reply = self.wait(self.moment(), |inbox| inbox.absent.remove(&(group, round)));
         // Rank 0 itself does not answer.
         reply.unwrap_or_else(|| vec![0])
     }
@@ -275,11 +280,11 @@ impl Line {
         }
         if wires.rank == 0 {
             wires.lose(0, loss);
-            let patience = if loss == Loss::Left { wires.deadline } else { Duration::from_secs(1) };
+            let patience = if loss == Loss::Left { wires.deadline } else { wires.moment() };
             wires.wait(patience, |inbox| (inbox.lost.len() + 1 >= wires.world).then_some(()));
         } else {
             wires.write(0, &Frame::new(Kind::Lost, 0, 0, (wires.rank, from_loss(loss)), Vec::new()));
-            wires.wait(Duration::from_secs(2), |inbox| inbox.gone.then_some(()));
+            wires.wait(wires.moment(), |inbox| inbox.gone.then_some(()));
         }
         for peer in wires.peers.iter().flatten() {
             let _ = lock(peer).shutdown(Shutdown::Both);

@@ -8,6 +8,7 @@ pub(crate) use line::Line;
 use super::{
     Call, Communicator, Incoming, Outgoing, Parts, ReduceOp,
     call::hash,
+    cause::Cause,
     combine,
     host::{HostVec, to_bytes},
 };
@@ -40,13 +41,6 @@ pub struct Link {
     failed: RefCell<Option<Cause>>,
 }
 
-#[derive(Clone, Debug)]
-enum Cause {
-    Lost { rank: usize, reason: Loss },
-    Disagreement(Box<Mismatch>),
-    Deadline { missing: Vec<usize> },
-}
-
 impl Link {
     /// The group of all processes.
     pub(crate) fn world(line: &Line) -> Self {
@@ -66,14 +60,7 @@ impl Link {
     }
 
     fn error(&self, call: &Call, cause: &Cause) -> Error {
-        let (op, seq, group, site) = (call.op.name(), call.seq, self.name.clone(), call.site);
-        match cause.clone() {
-            Cause::Disagreement(mismatch) => Error::Mismatch(mismatch),
-            Cause::Lost { rank, reason } => Error::PeerLost { rank, reason, op, seq, group, site },
-            Cause::Deadline { missing } => {
-                Error::Deadline { missing, op, seq, group, site, after: self.wires.deadline }
-            }
-        }
+        cause.error(call, &self.name)
     }
 
     /// What broke the group, of what is in the inbox; a lost rank if `stops` says so of it.
@@ -115,7 +102,7 @@ impl Link {
             Some(Err(cause)) => return Err(self.fail(call, cause)),
             None => {
                 let missing = self.wires.absent(self.group, round);
-                return Err(self.fail(call, Cause::Deadline { missing }));
+                return Err(self.fail(call, Cause::Deadline { missing, after: self.wires.deadline }));
             }
         };
         let parts = Strings::all(&parts).unwrap_or_default();
@@ -172,7 +159,11 @@ impl Link {
         let letter = match found {
             Some(Ok(letter)) => letter,
             Some(Err(cause)) => return Err(self.error(call, &cause)),
-            None => return Err(self.fail(call, Cause::Deadline { missing: vec![recv.from] })),
+            None => {
+                return Err(
+                    self.fail(call, Cause::Deadline { missing: vec![recv.from], after: self.wires.deadline })
+                );
+            }
         };
         let letter = Strings::all(&letter).filter(|letter| letter.len() == 3).ok_or_else(|| damaged(call))?;
         let expected = format!("{} {}", recv.data.dtype(), recv.shape);

@@ -117,7 +117,8 @@ impl Barrier {
         meeting
     }
 
-    fn is_complete(&self, meeting: Meeting) -> bool {
+    /// Whether all ranks have come to a meeting.
+    pub(super) fn is_complete(&self, meeting: Meeting) -> bool {
         self.arrivals.load(Ordering::Acquire) & !BROKEN >= meeting.0
     }
 }

@@ -78,7 +78,7 @@ impl InFlight<Cpu> for Started {
     fn wait(mut self: Box<Self>) -> Result<AnyBuffer<Cpu>> {
         let flight = &self.flight;
         let complete = || flight.is_complete().then_some(());
-        self.shared.wait_for(&self.call, complete, || flight.missing())?;
+        self.shared.wait_for(&self.call, self.rank, complete, || flight.missing())?;
         self.shared.agree(flight.posts().map(|(call, _)| call))?;
         let inputs: Vec<_> = flight.posts().map(|(_, input)| input.as_ref()).collect();
         let first = inputs[0];

@@ -29,7 +29,7 @@ impl Shared {
 
     pub(super) fn receive(&self, call: &Call, to: usize, recv: Incoming<'_, Cpu>) -> Result<()> {
         let queue = &self.mail[recv.from * self.size() + to];
-        let letter = self.wait_for(call, || self.lock(queue).pop_front(), || vec![recv.from])?;
+        let letter = self.wait_for(call, to, || self.lock(queue).pop_front(), || vec![recv.from])?;
         let (sent, expected) = (letter.data.as_ref().dtype(), recv.data.dtype());
         if sent != expected || letter.shape != recv.shape {
             let words = |verb, dtype, shape, site| format!("exchange, {verb} {dtype} {shape} at {site}");

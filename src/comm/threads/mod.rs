@@ -59,7 +59,7 @@ impl ThreadComm {
         }
         self.operations.set(at + 1);
         publish(at);
-        self.seat.shared.meet(call, at)?;
+        self.seat.shared.meet(call, at, self.seat.rank)?;
         Ok(at)
     }
 

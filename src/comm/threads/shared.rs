@@ -1,7 +1,7 @@
 //! What the ranks of a group share, and how it fails.
 
 use super::{
-    barrier::{Barrier, Outcome},
+    barrier::{Barrier, Meeting, Outcome},
     event::Event,
     flight::Flight,
     mail::Letter,
@@ -14,12 +14,18 @@ use crate::{
 use std::{
     cell::{Cell, RefCell},
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 /// Waiters spin this often before they yield, if every rank has a processor.
 const SPINS: u32 = 20_000;
+
+/// A rank that has waited for this long at a meeting says so.
+const SOON: Duration = Duration::from_millis(1);
 
 thread_local! {
     /// The first loss that this rank was told of: a rank of the world, and how it was lost. It is why this rank may leave,
@@ -49,6 +55,9 @@ pub(super) struct Shared {
     spins: u32,
     /// What happened to the group, in order: the first broke it.
     causes: Mutex<Vec<Cause>>,
+    /// The ranks that have waited for some time at a meeting, and their number: see R9.
+    standing: Mutex<Vec<Option<(Call, Meeting)>>>,
+    stood: AtomicUsize,
 }
 
 /// A rank's color and key, and the rank itself.
@@ -103,6 +112,8 @@ impl Shared {
             wishes: Mutex::new(vec![None; size]),
             parts: Mutex::default(),
             causes: Mutex::default(),
+            standing: Mutex::new(vec![None; size]),
+            stood: AtomicUsize::new(0),
         }
     }
 
@@ -111,9 +122,14 @@ impl Shared {
     }
 
     /// Arrives at the first meeting of operation `at`, for which this rank has published, and compares the calls.
-    pub(super) fn meet(&self, call: &Call, at: u64) -> Result<()> {
+    pub(super) fn meet(&self, call: &Call, at: u64, rank: usize) -> Result<()> {
         let Some(meeting) = self.barrier.arrive() else { return Err(self.failure(call)) };
-        match self.barrier.wait(meeting, Some(self.deadline)) {
+        let mut outcome = self.barrier.wait(meeting, Some(SOON.min(self.deadline)));
+        if outcome == Outcome::Late && self.deadline > SOON {
+            let _standing = Standing::new(self, rank, (*call, meeting));
+            outcome = self.barrier.wait(meeting, Some(self.deadline - SOON));
+        }
+        match outcome {
             Outcome::Complete => {}
             Outcome::Broken => return Err(self.failure(call)),
             Outcome::Late => {
@@ -149,20 +165,30 @@ impl Shared {
         Error::Mismatch(mismatch)
     }
 
-    /// Waits for news until `done`; breaks the group if that takes longer than the deadline. `missing` names the ranks
-    /// that are waited for.
+    /// Rank `rank` waits for news until `done`; breaks the group if that takes longer than the deadline. `missing` names the
+    /// ranks that are waited for.
     pub(super) fn wait_for<R>(
         &self,
         call: &Call,
+        rank: usize,
         mut done: impl FnMut() -> Option<R>,
         missing: impl Fn() -> Vec<usize>,
     ) -> Result<R> {
         let found = self.news.wait_until(Some(self.deadline), || {
-            done().map(Ok).or_else(|| self.obstacle(call, &missing).map(Err))
+            if let Some(result) = done() {
+                return Some(Ok(result));
+            }
+            if let Some(error) = self.obstacle(call, &missing) {
+                return Some(Err(Ok(error)));
+            }
+            let circle = self.circle(call, rank, &missing)?;
+            // What its rank did before it came to the meeting is visible now.
+            Some(done().ok_or(Err(circle)))
         });
         let error = match found {
             Some(Ok(result)) => return Ok(result),
-            Some(Err(error)) => error,
+            Some(Err(Ok(error))) => error,
+            Some(Err(Err(circle))) => return Err(self.disagree(circle)),
             None => {
                 let cause = Cause::Deadline { missing: missing() };
                 let error = self.error(call, &cause);
@@ -172,6 +198,19 @@ impl Shared {
         };
         // What came before a rank was lost counts.
         done().ok_or(error)
+    }
+
+    /// Rank `rank` waits for ranks of which one waits at a meeting, for this one among others: R9.
+    fn circle(&self, call: &Call, rank: usize, missing: impl Fn() -> Vec<usize>) -> Option<Mismatch> {
+        if self.stood.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let standing = self.lock(&self.standing);
+        let waits = |other: usize| standing[other].filter(|(_, meeting)| !self.barrier.is_complete(*meeting));
+        let (other, theirs) = missing().into_iter().find_map(|other| Some((other, waits(other)?.0)))?;
+        let ((left_rank, left), (right_rank, right)) =
+            if rank < other { ((rank, call), (other, &theirs)) } else { ((other, &theirs), (rank, call)) };
+        Some(Mismatch { left_rank, left: left.to_string(), right_rank, right: right.to_string() })
     }
 
     fn break_for(&self, cause: Cause) {
@@ -263,6 +302,8 @@ impl Shared {
             let ranks = members.iter().map(|&(.., member)| self.members[member]).collect();
             Arc::new(Self::new(format!("{}/{color}", self.name), ranks, self.deadline, self.spins))
         }));
+        // Who forms a new group with this rank has left another group only.
+        TOLD.set(TOLD.get().filter(|(root, _)| !part.members.contains(root)));
         barrier()?;
         // All have taken their part: the next split starts with none. Several ranks may say so.
         self.lock(&self.parts).remove(&color);
@@ -272,6 +313,25 @@ impl Shared {
     /// A lock whose holder panicked is used all the same: no critical section leaves its data half changed.
     pub(super) fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
         mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// A rank that has waited for some time at a meeting.
+struct Standing<'a>(&'a Shared, usize);
+
+impl<'a> Standing<'a> {
+    fn new(shared: &'a Shared, rank: usize, what: (Call, Meeting)) -> Self {
+        shared.lock(&shared.standing)[rank] = Some(what);
+        shared.stood.fetch_add(1, Ordering::AcqRel);
+        shared.news.notify();
+        Self(shared, rank)
+    }
+}
+
+impl Drop for Standing<'_> {
+    fn drop(&mut self) {
+        self.0.lock(&self.0.standing)[self.1] = None;
+        self.0.stood.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

@@ -1,0 +1,174 @@
+//! Disagreement on thread ranks: each field of a call that ranks may disagree on, in every collective that has it.
+
+use half::bf16;
+use shardwise::{
+    Error, Result, Tensor,
+    comm::{Group, ReduceOp},
+    device::{Cpu, Element},
+    launch::Threads,
+    shard::Partition,
+};
+use std::time::{Duration, Instant};
+
+/// A call of a `[12, 12]` or `[144, 60]` tensor, as it may be varied.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Act {
+    op: &'static str,
+    started: bool,
+    reduce: ReduceOp,
+    root: usize,
+    narrow: bool,
+    shape: [usize; 2],
+    dim: usize,
+    slanted: bool,
+    /// A call more before it.
+    extra: bool,
+}
+
+const OPS: [&str; 6] = ["all_reduce", "all_gather", "reduce_scatter", "broadcast", "barrier", "split"];
+const FIELDS: [&str; 9] = [
+    "sequence number",
+    "operation",
+    "start",
+    "reduction",
+    "root",
+    "element",
+    "shape",
+    "cut dimension",
+    "cut sizes",
+];
+
+impl Act {
+    /// The same call with one field changed in the `variant`-th way; none if the operation has no such field.
+    fn change(self, field: &str, variant: usize) -> Option<Self> {
+        let has_data = !["barrier", "split"].contains(&self.op);
+        let startable = ["all_reduce", "all_gather", "reduce_scatter"].contains(&self.op);
+        let is_cut = ["all_gather", "reduce_scatter"].contains(&self.op);
+        let other = OPS[(OPS.iter().position(|op| *op == self.op)? + 1 + variant % 5) % 6];
+        match field {
+            "sequence number" => Some(Self { extra: true, ..self }),
+            "operation" if self.started => None,
+            "operation" => Some(Self { op: other, ..self }),
+            "start" if startable => Some(Self { started: !self.started, ..self }),
+            "reduction" if ["all_reduce", "reduce_scatter"].contains(&self.op) => {
+                Some(Self { reduce: [ReduceOp::Max, ReduceOp::Min][variant % 2], ..self })
+            }
+            "root" if self.op == "broadcast" => Some(Self { root: 1, ..self }),
+            "element" if has_data => Some(Self { narrow: true, ..self }),
+            "shape" if has_data => {
+                let [rows, cols] = self.shape;
+                Some(Self { shape: [[cols * 2, rows], [rows * 4, cols]][variant % 2], ..self })
+            }
+            "cut dimension" if is_cut => Some(Self { dim: 1, ..self }),
+            "cut sizes" if is_cut => Some(Self { slanted: true, ..self }),
+            _ => None,
+        }
+    }
+
+    fn run(self, group: &Group<Cpu>) -> Result<()> {
+        if self.extra {
+            // Not waited for: only the number of the next call differs.
+            drop(group.start_all_reduce(ReduceOp::Sum, Tensor::<f32>::zeros(group.device(), [3])?)?);
+        }
+        if self.narrow { self.call::<bf16>(group) } else { self.call::<f32>(group) }
+    }
+
+    /// Makes the call. Panics if it fails and has changed its tensor.
+    fn call<T: Element>(self, group: &Group<Cpu>) -> Result<()> {
+        let size = group.size();
+        let len = self.shape[self.dim];
+        let cut = match self.slanted {
+            false => Partition::even(len, size),
+            true => Partition::from_sizes((0..size).map(|rank| if rank == 0 { len + 1 - size } else { 1 })),
+        };
+        let mut shape = self.shape;
+        if self.op == "all_gather" {
+            shape[self.dim] = cut.size(group.rank());
+        }
+        let own = group.rank() as f64 + 1.0;
+        let mut x = Tensor::<T>::full(group.device(), shape, own)?;
+        let result = match (self.op, self.started) {
+            ("all_reduce", false) => group.all_reduce(self.reduce, &mut x),
+            ("all_reduce", true) => group.start_all_reduce(self.reduce, x.clone())?.wait().map(drop),
+            ("all_gather", false) => group.all_gather(&x, self.dim, &cut).map(drop),
+            ("all_gather", true) => group.start_all_gather(x.clone(), self.dim, &cut)?.wait().map(drop),
+            ("reduce_scatter", false) => group.reduce_scatter(self.reduce, &x, self.dim, &cut).map(drop),
+            ("reduce_scatter", true) => {
+                group.start_reduce_scatter(self.reduce, x.clone(), self.dim, &cut)?.wait().map(drop)
+            }
+            ("broadcast", _) => group.broadcast(self.root, &mut x),
+            ("split", _) => group.split(Some(0), 0).map(drop),
+            _ => group.barrier(),
+        };
+        if result.is_err() {
+            assert!(x.to_vec()?.iter().all(|value| value.to_f64() == own), "a buffer has changed");
+        }
+        result
+    }
+}
+
+/// Every disagreement, `repeats` times; `Err` if one was not told to every rank, or a buffer has changed.
+pub(crate) fn campaign(repeats: u64) -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let mut times = Vec::new();
+    let mut wrong = Vec::new();
+    let mut cases = 0;
+    for (op, field, variant) in
+        OPS.iter().flat_map(|op| FIELDS.iter().flat_map(move |f| (0..10).map(move |v| (*op, *f, v))))
+    {
+        // Payloads on both sides of the size from which ranks read one another's memory.
+        let shape = [[12, 12], [144, 60]][variant / 5];
+        let usual = Act {
+            op,
+            started: false,
+            reduce: ReduceOp::Sum,
+            root: 0,
+            narrow: false,
+            shape,
+            dim: 0,
+            slanted: false,
+            extra: false,
+        };
+        let Some(odd_one) = usual.change(field, variant) else { continue };
+        for world in [2, 3, 4] {
+            for odd in 0..world {
+                for _ in 0..repeats {
+                    cases += 1;
+                    // Roots are ranks; the lines are those of one process.
+                    let outcomes =
+                        Threads::new(world).deadline(Duration::from_secs(10)).run_each(|group| {
+                            group.barrier()?;
+                            let begin = Instant::now();
+                            let outcome =
+                                if group.rank() == odd { odd_one.run(&group) } else { usual.run(&group) };
+                            let error = outcome.and_then(|()| group.barrier());
+                            Ok((error, begin.elapsed()))
+                        })?;
+                    let mut first = None;
+                    for outcome in outcomes {
+                        match outcome {
+                            Ok((Err(Error::Mismatch(mismatch)), time))
+                                if *first.get_or_insert(mismatch.clone()) == mismatch =>
+                            {
+                                times.push(time);
+                            }
+                            other => wrong
+                                .push(format!("{op}, {field} ({variant}), rank {odd} of {world}: {other:?}")),
+                        }
+                    }
+                }
+            }
+        }
+    }
+    times.sort_unstable();
+    let quantile = |part: f64| times[((part * times.len() as f64) as usize).min(times.len() - 1)];
+    println!("disagreements: {cases} of {} fields, {} ranks told", FIELDS.len(), times.len());
+    println!(
+        "from the call to the error: median {:.0?}, p99 {:.0?}, largest {:.0?}",
+        quantile(0.5),
+        quantile(0.99),
+        quantile(1.0)
+    );
+    println!("ranks that were told nothing or something else: {}", wrong.len());
+    wrong.iter().take(10).for_each(|line| println!("{line}"));
+    if wrong.is_empty() { Ok(()) } else { Err("a rank was not told of a disagreement".into()) }
+}

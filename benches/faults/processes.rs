@@ -1,0 +1,135 @@
+//! Faults on processes: ranks of `shardwise launch` that meet over sockets, and ranks of `mpirun`.
+//!
+//! This program starts itself as the ranks. The rank that is lost writes down when; the time from then to the end of the job
+//! counts.
+
+use crate::trial::{OPS, Trial, WHENS};
+use shardwise::{
+    Error, Result,
+    launch::Env,
+    trace::{Record, blame},
+};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    process::Command,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+const HOWS: [&str; 6] = ["panic", "return", "error", "exit", "-KILL", "-STOP"];
+/// How long ranks wait for each other.
+const DEADLINE: Duration = Duration::from_secs(1);
+/// What the job has to be over within, from the fault on; after SIGSTOP, from the deadline and a tenth of it on.
+const LIMIT: Duration = Duration::from_secs(1);
+
+/// What starts the ranks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Launcher {
+    Shardwise,
+    Mpirun,
+}
+
+fn now() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// This process is a rank of a trial.
+pub(crate) fn rank(seed: u64, number: u64, struck: &Path) -> Result<()> {
+    let trial = Trial::draw(seed, number, 4);
+    let strike = || {
+        let time = now().as_nanos().to_string();
+        fs::write(struck, time)
+            .map_err(|error| Error::Io { path: struck.into(), reason: error.to_string() })?;
+        match HOWS[trial.how % HOWS.len()] {
+            "panic" => panic!("injected"),
+            "return" => Ok(true),
+            "error" => Err(Error::Invalid { op: "campaign", reason: "injected".into() }),
+            "exit" => std::process::exit(3),
+            signal => {
+                let _ = Command::new("kill").args([signal, &std::process::id().to_string()]).status();
+                // It takes effect when it does.
+                std::thread::sleep(Duration::from_secs(5));
+                Err(Error::Invalid { op: "campaign", reason: "the signal did nothing".into() })
+            }
+        }
+    };
+    #[cfg(feature = "mpi")]
+    if std::env::var_os("SHARDWISE_PORT").is_none() {
+        return shardwise::launch::Mpi::new().deadline(DEADLINE).run(|world| trial.run(&world, strike));
+    }
+    Env::read()?.run(DEADLINE, |world| trial.run(&world, strike))
+}
+
+fn job(launcher: Launcher, ranks: usize, folder: &Path) -> Command {
+    let ranks = ranks.to_string();
+    let mut command = match launcher {
+        Launcher::Shardwise => {
+            let mut command = Command::new(option_env!("CARGO_BIN_EXE_shardwise").unwrap_or("shardwise"));
+            command.args(["launch", "-n", &ranks, "--flight"]).arg(folder).arg("--");
+            command
+        }
+        Launcher::Mpirun => {
+            let mut command = Command::new("mpirun");
+            command.args(["-n", &ranks]).env("SHARDWISE_FLIGHT_DIR", folder);
+            // What Open MPI asks for in containers.
+            command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
+            command.env("OMPI_MCA_rmaps_base_oversubscribe", "1");
+            command
+        }
+    };
+    command.env("RUST_BACKTRACE", "0");
+    command
+}
+
+/// Injects faults; `Err` if a job went on for too long or the wrong rank was named.
+pub(crate) fn campaign(launcher: Launcher, trials: u64, seed: u64) -> Result<(), Box<dyn std::error::Error>> {
+    let mut times: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
+    let mut wrong = Vec::new();
+    for number in 0..trials {
+        let trial = Trial::draw(seed, number, 4);
+        let how = HOWS[trial.how % HOWS.len()];
+        let folder = tempfile::tempdir()?;
+        let struck = folder.path().join("struck");
+        let mut command = job(launcher, trial.ranks, folder.path());
+        command.arg(std::env::current_exe()?);
+        command
+            .args(["--rank-of", &number.to_string(), "--seed", &seed.to_string(), "--struck"])
+            .arg(&struck);
+        let output = command.output()?;
+        let over = now();
+        let words = format!(
+            "trial {number}: rank {} of {} was lost {} {} by {how}",
+            trial.culprit, trial.ranks, WHENS[trial.when], OPS[trial.op]
+        );
+        let said =
+            String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+        let Ok(time) = fs::read_to_string(&struck) else {
+            wrong.push(format!("{words}, but nobody struck: {said}"));
+            continue;
+        };
+        let after = over.saturating_sub(Duration::from_nanos(time.parse()?));
+        let limit = if how == "-STOP" { LIMIT + DEADLINE + DEADLINE / 10 } else { LIMIT };
+        // mpirun ends the other ranks of one that was killed or has exited before they can say anything, and names it.
+        let by_mpirun = [format!("process rank {} ", trial.culprit), format!(",1],{}]", trial.culprit)];
+        let named =
+            Record::read_all([folder.path()]).is_ok_and(|records| blame(&records).ranks == [trial.culprit]);
+        let named =
+            named || launcher == Launcher::Mpirun && by_mpirun.iter().any(|words| said.contains(words));
+        if !named || output.status.success() || after > limit {
+            wrong.push(format!("{words}, job over after {after:.2?}: {said}"));
+        }
+        times.entry(how).or_default().push(after);
+    }
+    println!(
+        "{launcher:?}: {trials} faults, ranks give up after {DEADLINE:?}; from the fault to the end of the job:"
+    );
+    for (how, mut times) in times {
+        times.sort_unstable();
+        let (median, largest) = (times[times.len() / 2], times[times.len() - 1]);
+        println!("    {how:<7} {:>4} times, median {median:.2?}, largest {largest:.2?}", times.len());
+    }
+    println!("    late, or the wrong rank named: {}", wrong.len());
+    wrong.iter().take(5).for_each(|line| println!("{line}"));
+    if wrong.is_empty() { Ok(()) } else { Err("a job went on, or the wrong rank was named".into()) }
+}

@@ -1,0 +1,108 @@
+//! Faults on thread ranks.
+
+use crate::trial::{OPS, Trial, WHENS};
+use shardwise::{
+    Error,
+    launch::Threads,
+    trace::{Record, blame},
+};
+use std::{
+    collections::BTreeMap,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+const HOWS: [&str; 3] = ["panic", "return", "error"];
+/// Of so many trials one writes records, from which the culprit has to be named. Its times do not count: files are written.
+const RECORDED: u64 = 10;
+
+/// Injects faults; `Err` if a survivor was not told who was lost.
+pub(crate) fn campaign(trials: u64, seed: u64) -> Result<(), Box<dyn std::error::Error>> {
+    let mut times = Vec::new();
+    let mut wrong = Vec::new();
+    let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
+    let (mut recorded, mut blamed) = (0, 0);
+    let start = Instant::now();
+    for number in 0..trials {
+        let trial = Trial::draw(seed, number, usize::MAX);
+        let how = trial.how % HOWS.len();
+        let fault = Mutex::new(None);
+        let strike = || {
+            *fault.lock().unwrap_or_else(|poison| poison.into_inner()) = Some(Instant::now());
+            match how {
+                0 => panic!("injected"),
+                1 => Ok(true),
+                _ => Err(Error::Invalid { op: "campaign", reason: "injected".into() }),
+            }
+        };
+        let folder = number.is_multiple_of(RECORDED).then(tempfile::tempdir).transpose()?;
+        let mut threads = Threads::new(trial.ranks).deadline(Duration::from_secs(10));
+        if let Some(folder) = &folder {
+            threads = threads.flight(folder.path());
+        }
+        let outcomes = threads.run_each(|world| {
+            let outcome = trial.run(&world, strike);
+            // The culprit's own outcome is checked below.
+            if world.rank() == trial.culprit && outcome.is_err() {
+                return Err(Error::Invalid { op: "campaign", reason: "injected".into() });
+            }
+            Ok((outcome, Instant::now()))
+        })?;
+        let struck =
+            fault.into_inner().unwrap_or_else(|poison| poison.into_inner()).ok_or("nobody struck")?;
+        let words = format!(
+            "trial {number}: rank {} of {} was lost {} {} by {}",
+            trial.culprit, trial.ranks, WHENS[trial.when], OPS[trial.op], HOWS[how]
+        );
+        for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != trial.culprit) {
+            let at = match outcome {
+                Ok((Err(Error::PeerLost { rank: named, .. }), at)) if named == trial.culprit => at,
+                // In a half, ranks are counted anew: that of rank r of the world is r / 2.
+                Ok((Err(Error::PeerLost { rank: named, group, .. }), at))
+                    if group != "world" && named == trial.culprit / 2 && rank % 2 == trial.culprit % 2 =>
+                {
+                    at
+                }
+                other => {
+                    wrong.push(format!("{words}, and rank {rank} was told {other:?}"));
+                    continue;
+                }
+            };
+            if folder.is_none() {
+                times.push(at.saturating_duration_since(struck));
+            }
+        }
+        if let Some(folder) = folder {
+            recorded += 1;
+            let verdict = blame(&Record::read_all([folder.path()])?);
+            if verdict.ranks == [trial.culprit] {
+                blamed += 1;
+            } else {
+                println!("{words}, and the records say: {verdict}");
+            }
+        }
+        *kinds.entry(OPS[trial.op]).or_default() += 1;
+    }
+    times.sort_unstable();
+    let quantile = |part: f64| {
+        times.get((part * times.len() as f64) as usize).or(times.last()).copied().unwrap_or_default()
+    };
+    println!("threads: {trials} faults in {:.1?}, {} survivors timed", start.elapsed(), times.len());
+    println!("faults by collective: {kinds:?}");
+    println!(
+        "from the fault to the error: median {:.0?}, p99 {:.0?}, largest {:.0?}",
+        quantile(0.5),
+        quantile(0.99),
+        quantile(1.0)
+    );
+    println!("wrong or missing names: {}", wrong.len());
+    wrong.iter().take(10).for_each(|line| println!("{line}"));
+    println!("named by the records: {blamed} of {recorded}");
+    if !wrong.is_empty() {
+        return Err("a survivor was not told who was lost".into());
+    }
+    if blamed * 100 < recorded * 99 {
+        return Err("the records name the wrong rank too often".into());
+    }
+    Ok(())
+}

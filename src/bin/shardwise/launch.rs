@@ -1,0 +1,75 @@
+//! `shardwise launch`: the process that the user sees.
+//!
+//! The ranks are children of another process, the keeper (`keep.rs`), so that one of the two is there to end them whatever
+//! happens to the other. The keeper reads from a pipe that only this process holds open: when this process dies, even by
+//! SIGKILL, the keeper finds the pipe's end and ends the ranks. When the keeper dies, the kernel kills the ranks
+//! (`PR_SET_PDEATHSIG`), and what they have started becomes this process's children (`PR_SET_CHILD_SUBREAPER`), which
+//! kills them.
+
+use crate::tree;
+use clap::Args;
+use rustix::process::{Pid, Signal, getpid, kill_process, set_child_subreaper};
+use signal_hook::{consts::signal, iterator::Signals};
+use std::{
+    env,
+    ffi::OsString,
+    io,
+    os::unix::process::{CommandExt, ExitStatusExt},
+    path::PathBuf,
+    process::{Command, Stdio},
+    thread,
+};
+
+/// What is to be started, and how.
+#[derive(Args)]
+pub(crate) struct Job {
+    /// The number of ranks.
+    #[arg(short = 'n', long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) ranks: u32,
+    /// How many seconds a rank has, from SIGTERM on, until it is killed.
+    #[arg(long, default_value_t = 5.0)]
+    pub(crate) grace: f64,
+    /// A folder where ranks that fail write their last operations (SHARDWISE_FLIGHT_DIR).
+    #[arg(long)]
+    pub(crate) flight: Option<PathBuf>,
+    /// The program that every rank runs, with its arguments.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) program: Vec<OsString>,
+}
+
+/// The signals that are handed on to the ranks.
+pub(crate) const FORWARDED: [i32; 6] =
+    [signal::SIGINT, signal::SIGTERM, signal::SIGHUP, signal::SIGQUIT, signal::SIGUSR1, signal::SIGUSR2];
+
+pub(crate) fn launch(_: &Job) -> io::Result<u8> {
+    set_child_subreaper(Some(getpid()))?;
+    let mut signals = Signals::new(FORWARDED)?;
+    // In a group of its own: what a terminal sends to this process's group comes to the ranks once, by way of this process.
+    let mut keeper = Command::new(env::current_exe()?)
+        .arg("keep")
+        .args(env::args_os().skip(2))
+        .stdin(Stdio::piped())
+        .process_group(0)
+        .spawn()?;
+    let lifeline = keeper.stdin.take();
+    let pid = Pid::from_child(&keeper);
+    thread::spawn(move || {
+        for signal in signals.forever().filter_map(Signal::from_named_raw) {
+            // It may have ended.
+            let _ = kill_process(pid, signal);
+        }
+    });
+    let status = keeper.wait()?;
+    drop(lifeline);
+    if let Some(signal) = status.signal() {
+        eprintln!("shardwise: the process that keeps the ranks was killed by {}", name(signal));
+        tree::kill_descendants();
+        return Ok(128 + signal as u8);
+    }
+    Ok(status.code().unwrap_or(1) as u8)
+}
+
+/// A signal's name.
+pub(crate) fn name(signal: i32) -> String {
+    signal_hook::low_level::signal_name(signal).map_or_else(|| format!("signal {signal}"), str::to_string)
+}

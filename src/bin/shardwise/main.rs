@@ -1,0 +1,86 @@
+//! The program `shardwise`: starts ranks on this machine, and reads what ranks have recorded.
+
+#[cfg(target_os = "linux")]
+mod keep;
+#[cfg(target_os = "linux")]
+mod launch;
+#[cfg(target_os = "linux")]
+mod output;
+#[cfg(target_os = "linux")]
+mod tree;
+
+use clap::{Parser, Subcommand};
+use shardwise::trace::{Record, blame, chrome};
+use std::{fs, io, path::PathBuf, process::ExitCode};
+
+/// Tensor-parallel ranks: starts them, and tells what became of them.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Starts ranks on this machine, and ends all of them when one fails.
+    #[cfg(target_os = "linux")]
+    Launch(launch::Job),
+    /// Keeps the ranks of `launch`, whose child it is.
+    #[cfg(target_os = "linux")]
+    #[command(hide = true)]
+    Keep(launch::Job),
+    /// Becomes a rank's program. Started by `keep`.
+    #[cfg(target_os = "linux")]
+    #[command(hide = true)]
+    Become(keep::Become),
+    /// Names the rank that broke a job.
+    Blame(Records),
+    /// Lays the operations of all ranks on a time line, for chrome://tracing or Perfetto.
+    Trace {
+        #[command(flatten)]
+        records: Records,
+        /// The file to write.
+        #[arg(short, long)]
+        output: PathBuf,
+    },
+}
+
+/// What ranks have recorded: `SHARDWISE_FLIGHT_DIR`, or `launch --flight`.
+#[derive(clap::Args)]
+struct Records {
+    /// Files, or folders of files; of several jobs, the one that was started last counts.
+    #[arg(required = true)]
+    paths: Vec<PathBuf>,
+}
+
+impl Records {
+    fn read(&self) -> io::Result<Vec<Record>> {
+        Record::read_all(&self.paths).map_err(io::Error::other)
+    }
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        #[cfg(target_os = "linux")]
+        Command::Launch(job) => launch::launch(&job),
+        #[cfg(target_os = "linux")]
+        Command::Keep(job) => keep::keep(&job),
+        #[cfg(target_os = "linux")]
+        Command::Become(program) => program.run(),
+        Command::Blame(records) => records.read().map(|records| {
+            println!("{}", blame(&records));
+            0
+        }),
+        Command::Trace { records, output } => {
+            records.read().and_then(|records| fs::write(&output, chrome(&records))).map(|()| 0)
+        }
+    };
+    match done {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("shardwise: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! Why a group of processes is broken.
+
+use super::Call;
+use crate::error::{Error, Loss, Mismatch};
+use std::time::Duration;
+
+#[derive(Clone, Debug)]
+pub(super) enum Cause {
+    /// A rank of the group was lost.
+    Lost {
+        rank: usize,
+        reason: Loss,
+    },
+    Disagreement(Box<Mismatch>),
+    Deadline {
+        missing: Vec<usize>,
+        after: Duration,
+    },
+}
+
+impl Cause {
+    /// What a call on the group of that name is told.
+    pub(super) fn error(&self, call: &Call, group: &str) -> Error {
+        let (op, seq, group, site) = (call.op.name(), call.seq, group.to_string(), call.site);
+        match self.clone() {
+            Self::Disagreement(mismatch) => Error::Mismatch(mismatch),
+            Self::Lost { rank, reason } => Error::PeerLost { rank, reason, op, seq, group, site },
+            Self::Deadline { missing, after } => Error::Deadline { missing, op, seq, group, site, after },
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! A time line for `chrome://tracing` and Perfetto: what each rank did, on a line of its own.
+
+use super::{Entry, Record};
+use serde_json::{Value, json};
+
+/// The records in Chrome's trace event format.
+///
+/// Times are those of the ranks' clocks. On a device that works beside its rank, a computation's bar is the time in which it was
+/// handed over.
+pub fn chrome(records: &[Record]) -> String {
+    let start = records.iter().flat_map(|record| &record.entries).map(|entry| entry.begin).min().unwrap_or(0);
+    let micros = |time: u64| time.saturating_sub(start) as f64 / 1e3;
+    let mut events: Vec<Value> = Vec::new();
+    for record in records {
+        let name = json!({ "name": format!("rank {}", record.rank) });
+        events.push(json!({ "name": "thread_name", "ph": "M", "pid": 0, "tid": record.rank, "args": name }));
+        for (number, entry) in record.entries.iter().enumerate() {
+            let end = micros(entry.end.unwrap_or(record.written));
+            let begin = micros(entry.begin);
+            let mut event = json!({
+                "name": entry.op, "cat": if entry.group.is_some() { "collective" } else { "compute" },
+                "pid": 0, "tid": record.rank, "ts": begin, "args": arguments(record, entry),
+            });
+            if entry.started {
+                // Several may be under way at a time: bars of their own.
+                event["id"] = json!(format!("{}.{number}", record.rank));
+                event["ph"] = json!("b");
+                let mut over = event.clone();
+                over["ph"] = json!("e");
+                over["ts"] = json!(end);
+                events.extend([event, over]);
+            } else {
+                event["ph"] = json!("X");
+                event["dur"] = json!(end - begin);
+                events.push(event);
+            }
+        }
+    }
+    json!({ "traceEvents": events, "displayTimeUnit": "ns" }).to_string()
+}
+
+fn arguments(record: &Record, entry: &Entry) -> Value {
+    let mut arguments = json!({ "what": entry.what });
+    if let Some(id) = &entry.group {
+        arguments["group"] = json!(record.groups.get(id).map(|group| &group.name));
+        arguments["seq"] = json!(entry.seq);
+        arguments["site"] = json!(entry.site);
+    }
+    if entry.failure.is_some() {
+        arguments["error"] = json!(entry.error);
+    }
+    arguments
+}

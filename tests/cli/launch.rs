@@ -1,0 +1,237 @@
+//! `shardwise launch`: what its ranks are told, how a job ends, and that nothing of it is left.
+
+use shardwise::{Result, Tensor, comm::ReduceOp, launch::Env};
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{BufRead, BufReader, Read},
+    process::{Child, Command, Output, Stdio},
+    sync::atomic::{AtomicUsize, Ordering},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+fn shardwise(ranks: usize, options: &[&str], program: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shardwise"));
+    command.args(["launch", "-n", &ranks.to_string()]).args(options).arg("--").args(program);
+    command
+}
+
+/// Ranks that run a shell's script.
+fn script(ranks: usize, options: &[&str], script: &str) -> Command {
+    shardwise(ranks, options, &["sh", "-c", script])
+}
+
+/// Ranks that run one of this program's own tests.
+pub(crate) fn ranks_of_this_program(ranks: usize, options: &[&str], test: &str) -> Command {
+    let own = std::env::current_exe().unwrap();
+    shardwise(ranks, options, &[own.to_str().unwrap(), "--exact", test, "--ignored", "--nocapture"])
+}
+
+pub(crate) fn run(mut command: Command) -> Output {
+    command.output().unwrap()
+}
+
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn ranks_are_told_who_they_are_and_their_lines_are_prefixed() {
+    let output = run(script(
+        3,
+        &[],
+        "echo $RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR; echo to stderr >&2; printf unfinished",
+    ));
+    assert!(output.status.success(), "{output:?}");
+    let lines: BTreeSet<_> = text(&output.stdout).lines().map(str::to_string).collect();
+    let mut want: BTreeSet<_> = (0..3).map(|rank| format!("[{rank}] {rank} 3 {rank} 3 127.0.0.1")).collect();
+    want.extend((0..3).map(|rank| format!("[{rank}] unfinished")));
+    assert_eq!(lines, want);
+    let lines: BTreeSet<_> = text(&output.stderr).lines().map(str::to_string).collect();
+    assert_eq!(lines, (0..3).map(|rank| format!("[{rank}] to stderr")).collect());
+}
+
+#[test]
+fn a_job_has_one_fresh_token_and_port() {
+    let facts = || {
+        let output = run(script(2, &[], "echo $SHARDWISE_TOKEN $SHARDWISE_PORT"));
+        let lines: BTreeSet<_> = text(&output.stdout).lines().map(|line| line[4..].to_string()).collect();
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        lines.into_iter().next().unwrap()
+    };
+    let (first, second) = (facts(), facts());
+    let (token, port) = first.split_once(' ').unwrap();
+    assert_eq!(token.len(), 64);
+    assert!(port.parse::<u16>().unwrap() > 0);
+    assert_ne!(token, &second[..64]);
+}
+
+/// Not a test by itself: the program of the ranks of the next one.
+#[test]
+#[ignore = "the program of ranks"]
+fn rank_program() {
+    let rank = || -> Result<()> {
+        Env::read()?.run(Duration::from_secs(20), |world| {
+            let mut x = Tensor::<f64>::full(world.device(), [1], world.rank() as f64)?;
+            world.all_reduce(ReduceOp::Sum, &mut x)?;
+            println!("sum {}", x.to_vec()?[0]);
+            Ok(())
+        })
+    };
+    rank().unwrap();
+}
+
+#[test]
+fn ranks_find_each_other() {
+    let output = run(ranks_of_this_program(4, &[], "launch::rank_program"));
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(text(&output.stdout).lines().filter(|line| line.ends_with("sum 6")).count(), 4);
+}
+
+#[test]
+fn the_rank_that_failed_first_is_named_and_its_code_returned() {
+    let cases = [
+        ("exit 3", 3, "rank 1 failed first: exit code 3"),
+        ("kill -SEGV $$", 139, "rank 1 failed first: killed by SIGSEGV"),
+        ("kill -KILL $$", 137, "rank 1 failed first: killed by SIGKILL"),
+    ];
+    for (end, code, words) in cases {
+        let begin = Instant::now();
+        let output = run(script(3, &[], &format!("[ $RANK = 1 ] && {end}; exec sleep 100")));
+        assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+        assert_eq!(output.status.code(), Some(code));
+        assert!(text(&output.stderr).contains(words), "{output:?}");
+    }
+    let output = run(shardwise(2, &[], &["/no/such/program"]));
+    assert_eq!(output.status.code(), Some(127));
+    assert!(text(&output.stderr).contains("cannot start /no/such/program: No such file"), "{output:?}");
+}
+
+#[test]
+fn who_had_left_and_who_was_stopped_is_told() {
+    let output =
+        run(script(3, &[], "case $RANK in 0) exit 0;; 1) sleep 0.3; exit 5;; 2) kill -STOP $$;; esac"));
+    let words = text(&output.stderr);
+    assert!(words.contains("rank 1 failed first: exit code 5"), "{words}");
+    assert!(
+        words.contains("ranks [0] had ended before") && words.contains("ranks [2] were stopped"),
+        "{words}"
+    );
+}
+
+#[test]
+fn the_others_have_time_for_last_words_and_are_killed_if_they_stay() {
+    let begin = Instant::now();
+    let deaf =
+        "[ $RANK = 0 ] && exit 9; trap '' TERM; sleep 0.1; echo last words; sleep 100 & wait; sleep 100";
+    let output = run(script(2, &["--grace", "0.5"], deaf));
+    assert!(begin.elapsed() < Duration::from_secs(4), "{:?}", begin.elapsed());
+    assert_eq!(output.status.code(), Some(9));
+    assert!(text(&output.stdout).contains("[1] last words"), "{output:?}");
+}
+
+/// The number of processes that carry a mark in their environment.
+fn marked(mark: &str) -> usize {
+    let entry = format!("MARK={mark}").into_bytes();
+    let carries = |pid: &str| {
+        pid.parse::<u32>().is_ok()
+            && fs::read(format!("/proc/{pid}/environ"))
+                .is_ok_and(|all| all.split(|b| *b == 0).any(|v| v == entry))
+    };
+    let all = fs::read_dir("/proc").unwrap().flatten();
+    all.filter(|entry| entry.file_name().to_str().is_some_and(carries)).count()
+}
+
+/// Starts a job of long-lived ranks with children, and waits until all are there. Its processes carry `mark`.
+fn long_job(mark: &str, body: &str) -> Child {
+    let mut command = script(2, &["--grace", "1"], body);
+    let mut child = command.env("MARK", mark).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap());
+    for _ in 0..2 {
+        lines.read_line(&mut String::new()).unwrap();
+    }
+    // What comes later is not lost: a writer that is refused would tell.
+    std::thread::spawn(move || lines.read_to_end(&mut Vec::new()));
+    child
+}
+
+fn kill(pid: u32, signal: &str) {
+    assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
+}
+
+fn fresh_mark() -> String {
+    static NUMBER: AtomicUsize = AtomicUsize::new(0);
+    format!("{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed))
+}
+
+/// The longest that any process with the mark was still there.
+fn gone_after(mark: &str, patience: Duration) -> Duration {
+    let begin = Instant::now();
+    while marked(mark) > 0 {
+        assert!(begin.elapsed() < patience, "{} orphans after {:?}", marked(mark), begin.elapsed());
+        sleep(Duration::from_millis(5));
+    }
+    begin.elapsed()
+}
+
+/// Children in the rank's group, in a session of their own, and deaf ones.
+const CHILDREN: &str =
+    "sleep 1000 & setsid sleep 1000 & setsid sh -c \"trap '' TERM INT HUP; sleep 1000; sleep 1000\" &";
+
+#[test]
+fn signals_are_forwarded() {
+    for (signal, name) in [("-INT", "SIGINT"), ("-TERM", "SIGTERM"), ("-HUP", "SIGHUP")] {
+        let mark = fresh_mark();
+        let body =
+            format!("{CHILDREN} trap 'exit 0' {}; echo ready; while :; do sleep 0.01; done", &signal[1..]);
+        let mut job = long_job(&mark, &body);
+        kill(job.id(), signal);
+        let mut words = String::new();
+        job.stderr.take().unwrap().read_to_string(&mut words).unwrap();
+        assert_eq!(job.wait().unwrap().code(), Some(0), "ranks that end well when asked: {words}");
+        assert!(words.contains(&format!("ended by {name}")), "{words}");
+        assert_eq!(marked(&mark), 0, "a job that is over leaves nothing");
+    }
+    // Ranks that do not handle it die of it.
+    let mark = fresh_mark();
+    let mut job = long_job(&mark, "echo ready; exec sleep 1000");
+    kill(job.id(), "-TERM");
+    assert_eq!(job.wait().unwrap().code(), Some(128 + 15));
+    // One that means nothing special arrives, and nothing ends.
+    let mut job = long_job(&mark, "trap 'exit 7' USR1; echo ready; while :; do sleep 0.01; done");
+    kill(job.id(), "-USR1");
+    assert_eq!(job.wait().unwrap().code(), Some(7));
+}
+
+/// Kills of the launcher, and as many of the process that keeps its ranks: `SHARDWISE_KILLS`, or a few.
+#[test]
+fn a_killed_launcher_leaves_no_orphans() {
+    let kills = std::env::var("SHARDWISE_KILLS").map_or(6, |number| number.parse::<usize>().unwrap());
+    let mut slowest = Duration::ZERO;
+    for round in 0..kills {
+        let mark = fresh_mark();
+        let mut job = long_job(&mark, &format!("{CHILDREN} echo ready; wait; sleep 1000"));
+        let launcher = job.id();
+        let keeper = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
+        assert!(marked(&mark) >= 8, "launcher, keeper, ranks and their children");
+        let victim = if round % 2 == 0 { launcher } else { keeper.trim().parse().unwrap() };
+        kill(victim, "-KILL");
+        // Reaped at once, as a shell does.
+        let status = job.wait().unwrap();
+        slowest = slowest.max(gone_after(&mark, Duration::from_secs(2)));
+        assert!(!status.success());
+    }
+    println!("{kills} kills, the last process was gone after {slowest:?}");
+}
+
+#[test]
+fn a_job_leaves_nothing_of_what_its_ranks_started() {
+    for (end, code) in [("exit 0", 0), ("[ $RANK = 0 ] && exit 4; wait", 4)] {
+        let mark = fresh_mark();
+        let mut command = script(2, &[], &format!("{CHILDREN} {end}"));
+        let output = command.env("MARK", &mark).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{output:?}");
+        assert_eq!(marked(&mark), 0);
+    }
+}

@@ -1,0 +1,5 @@
+//! The program `shardwise`.
+#![cfg(target_os = "linux")]
+
+mod launch;
+mod records;

@@ -1,0 +1,67 @@
+//! Runs this program under `mpirun`: the tests as 1 to 4 processes, and the scenarios that end a job.
+
+use crate::failure::PATIENCE;
+use std::{
+    process::{Command, Output},
+    time::{Duration, Instant},
+};
+
+/// Marks a process as one that `mpirun` has started.
+pub(crate) const STARTED: &str = "SHARDWISE_MPI_STARTED";
+
+fn mpirun(processes: usize, variables: &[(&str, &str)]) -> Command {
+    let mut command = Command::new("mpirun");
+    command.args(["-n", &processes.to_string()]).arg(std::env::current_exe().unwrap());
+    // What Open MPI asks for in containers.
+    command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
+    command.env("OMPI_MCA_rmaps_base_oversubscribe", "1").env("RUST_BACKTRACE", "0");
+    command.env(STARTED, "1").envs(variables.iter().copied());
+    command
+}
+
+fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// Each way in which a rank is lost, words that name it, and how long the job may go on.
+fn scenarios(lost: usize, missing: &str) -> [(&'static str, String, Duration); 7] {
+    let soon = Duration::from_secs(1);
+    let late = PATIENCE + PATIENCE / 10 + soon;
+    [
+        ("return", format!("rank {lost} was lost (it left the group)"), soon),
+        ("fail", format!("rank {lost} was lost (it returned an error)"), soon),
+        ("panic", format!("rank {lost} was lost (it panicked)"), soon),
+        // These are seen by the MPI launcher.
+        ("exit", "3".into(), soon),
+        ("kill", format!("process rank {lost} "), soon),
+        ("stop", format!("ranks [{missing}] did not join all_reduce"), late),
+        ("stop within", format!("ranks [{missing}] did not join all_reduce"), late),
+    ]
+}
+
+pub(crate) fn drive() {
+    for processes in 1..=4 {
+        assert!(mpirun(processes, &[]).status().unwrap().success(), "{processes} processes");
+    }
+    for processes in [2, 3] {
+        println!("messages in pieces:");
+        assert!(mpirun(processes, &[("SHARDWISE_PIECES", "1")]).status().unwrap().success());
+    }
+    // How long a job takes by itself: MPI's start and end.
+    let begin = Instant::now();
+    assert!(mpirun(2, &[("SHARDWISE_SCENARIO", "none")]).status().unwrap().success());
+    let empty = begin.elapsed();
+    for processes in [2, 3, 4] {
+        for (way, words, limit) in scenarios(processes - 1, &(processes - 1).to_string()) {
+            let begin = Instant::now();
+            let output = mpirun(processes, &[("SHARDWISE_SCENARIO", way)]).output().unwrap();
+            let time = begin.elapsed();
+            assert!(!output.status.success(), "{way}: {}", text(&output));
+            assert!(text(&output).contains(&words), "{way}: `{words}` is not in\n{}", text(&output));
+            println!(
+                "ok: a rank of {processes} is lost: {way}, job over after {time:.2?} (an empty one {empty:.2?})"
+            );
+            assert!(time < limit + empty + Duration::from_secs(1), "{way}: {time:?}");
+        }
+    }
+}

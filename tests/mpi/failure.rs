@@ -1,0 +1,160 @@
+//! Disagreement and lost ranks. What ends the whole job is a scenario of its own: see `driver.rs`.
+
+use crate::disagree::DISAGREEMENTS;
+use shardwise::{
+    Error, Loss, Result, Tensor,
+    comm::{Group, ReduceOp},
+    device::Cpu,
+    launch::Mpi,
+    shard::Shape,
+};
+use std::{
+    fs,
+    hash::{DefaultHasher, Hash, Hasher},
+    process::{Command, ExitCode},
+    time::{Duration, Instant},
+};
+
+/// Asserts that all ranks have the same words.
+fn same_everywhere(world: &Group<Cpu>, words: &str) -> Result<()> {
+    let mut hasher = DefaultHasher::new();
+    words.hash(&mut hasher);
+    let own = (hasher.finish() >> 12) as f64;
+    for op in [ReduceOp::Min, ReduceOp::Max] {
+        let mut x = Tensor::<f64>::full(world.device(), [1], own)?;
+        world.all_reduce(op, &mut x)?;
+        assert_eq!(x.to_vec()?[0], own, "rank {} says: {words}", world.rank());
+    }
+    Ok(())
+}
+
+pub(crate) fn disagreement(world: &Group<Cpu>) -> Result<()> {
+    let mut slowest = Duration::ZERO;
+    for odd in (0..world.size()).filter(|_| world.size() > 1) {
+        for (case, (usual, other, ..)) in DISAGREEMENTS.iter().enumerate() {
+            let group = world.split_all(0)?;
+            world.barrier()?;
+            let begin = Instant::now();
+            let error = if group.rank() == odd { other(&group) } else { usual(&group) }.unwrap_err();
+            slowest = slowest.max(begin.elapsed());
+            assert_eq!(group.barrier().unwrap_err(), error, "a failed group repeats its first error");
+            let Error::Mismatch(mismatch) = &error else { panic!("case {case}, {odd} odd: {error}") };
+            assert_eq!((mismatch.left_rank, mismatch.right_rank), (0, odd.max(1)), "case {case}: {error}");
+            assert!(
+                mismatch.left.contains("disagree.rs:") && mismatch.right.contains("disagree.rs:"),
+                "{error}"
+            );
+            same_everywhere(world, &error.to_string())?;
+        }
+    }
+    if world.rank() == 0 {
+        println!("    the slowest rank was told after {slowest:.1?}");
+    }
+    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
+    Ok(())
+}
+
+pub(crate) fn unexpected_message(world: &Group<Cpu>) -> Result<()> {
+    if world.size() == 1 {
+        return Ok(());
+    }
+    let group = world.split_all(0)?;
+    let x = Tensor::<f32>::full(group.device(), [6], 1.0)?;
+    let result = match group.rank() {
+        0 => group.exchange(Some((1, &x)), None).map(drop),
+        1 => group.exchange::<f32>(None, Some((0, Shape::new(&[2, 3])))).map(drop),
+        _ => Ok(()),
+    };
+    let error = result.and_then(|()| group.barrier()).unwrap_err();
+    assert!(error.to_string().contains("sending f32 [6]"), "{error}");
+    assert!(error.to_string().contains("expecting f32 [2, 3]"), "{error}");
+    same_everywhere(world, &error.to_string())
+}
+
+pub(crate) fn lost_rank(world: &Group<Cpu>) -> Result<()> {
+    for lost in (0..world.size()).filter(|_| world.size() > 1) {
+        for len in [3, 50_000] {
+            let group = world.split_all(0)?;
+            let mut x = Tensor::<f32>::full(group.device(), [len], 1.0)?;
+            let pending = group.start_all_reduce(ReduceOp::Sum, x.clone())?;
+            if group.rank() == lost {
+                // What it has started is made all the same.
+                drop(group);
+                drop(pending);
+                world.barrier()?;
+                continue;
+            }
+            assert_eq!(pending.wait()?.to_vec()?, vec![world.size() as f32; len]);
+            let error = group.all_reduce(ReduceOp::Sum, &mut x).unwrap_err();
+            let Error::PeerLost { rank, reason, .. } = error else { panic!("{error}") };
+            assert_eq!((rank, reason), (lost, Loss::Left));
+            assert_eq!(x.to_vec()?, vec![1.0; len]);
+            world.barrier()?;
+        }
+    }
+    Ok(())
+}
+
+fn descriptors() -> usize {
+    fs::read_dir("/proc/self/fd").map_or(0, Iterator::count)
+}
+
+/// Groups that are made, broken and dropped: `SHARDWISE_CYCLES`, or a few.
+pub(crate) fn cycles(world: &Group<Cpu>) -> Result<()> {
+    let cycles = std::env::var("SHARDWISE_CYCLES").map_or(300, |number| number.parse().unwrap());
+    let before = descriptors();
+    for cycle in 0..cycles {
+        let group = world.split_all(0)?;
+        let len = if cycle % 3 == 0 && group.rank() + 1 == group.size() { 2 } else { 1 };
+        let mut x = Tensor::<f64>::full(group.device(), [len], 1.0)?;
+        let result = group.all_reduce(ReduceOp::Sum, &mut x);
+        assert_eq!(result.is_err(), cycle % 3 == 0 && world.size() > 1, "{result:?}");
+    }
+    assert!(descriptors() <= before + 2, "{before} descriptors, then {}", descriptors());
+    Ok(())
+}
+
+/// Signals this process.
+fn signal_self(signal: &str) {
+    let _ = Command::new("kill").args([signal, &std::process::id().to_string()]).status();
+    // A stop takes effect when it does.
+    std::thread::sleep(Duration::from_millis(200));
+}
+
+/// The deadline of scenarios.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Runs the rank's part of a scenario, if the environment names one: the last rank is lost in some way.
+pub(crate) fn scenario() -> Option<ExitCode> {
+    let way = std::env::var("SHARDWISE_SCENARIO").ok()?;
+    let done = Mpi::new().deadline(PATIENCE).run(|world| {
+        let mut x = Tensor::<f32>::full(world.device(), [100_000], 1.0)?;
+        world.all_reduce(ReduceOp::Sum, &mut x)?;
+        if world.rank() + 1 == world.size() {
+            match way.as_str() {
+                "none" => {}
+                "return" => return Ok(()),
+                "fail" => return Err(Error::invalid("scenario", "fails")),
+                "panic" => panic!("scenario"),
+                "exit" => std::process::exit(3),
+                "kill" => signal_self("-KILL"),
+                "stop" => signal_self("-STOP"),
+                // The others go on to the data, which does not come.
+                "stop within" => {
+                    let pending = world.start_all_reduce(ReduceOp::Sum, x)?;
+                    signal_self("-STOP");
+                    return pending.wait().map(drop);
+                }
+                other => return Err(Error::invalid("scenario", format!("there is no way `{other}`"))),
+            }
+        }
+        world.start_all_reduce(ReduceOp::Sum, x)?.wait().map(drop)
+    });
+    Some(match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    })
+}

@@ -1,0 +1,131 @@
+//! Layers and models on MPI ranks and on as many thread ranks, which the other tests hold to the reference: the same bits.
+
+use half::{bf16, f16};
+use shardwise::{
+    Result, Tensor,
+    comm::Group,
+    device::{Cpu, Element},
+    kernels::{Activation, NormKind},
+    launch,
+    models::{Decoder, ModelConfig},
+    parallel::{
+        AttentionConfig, BlockConfig, BlockNames, DTensor, GatedMlp, Layer, NormPlacement, ParallelMlp,
+        ScatterSequence, Stream, TransformerBlock,
+    },
+    rng::Philox,
+    shard::{Replicated, Sequences, Shard},
+    tensor::{Param, Random, Weights},
+    weights::Checkpoint,
+};
+
+fn bits<T: Element>(tensor: &Tensor<T>, to: &mut Vec<u64>) -> Result<()> {
+    to.extend(tensor.to_vec()?.into_iter().map(|value| value.to_f64().to_bits()));
+    Ok(())
+}
+
+fn gradient_bits<T: Element>(param: &mut Param<T, Cpu>, to: &mut Vec<u64>) -> Result<()> {
+    if let Some(gradient) = param.grad() {
+        to.extend(gradient.to_vec()?.into_iter().map(|value| Element::to_f64(value).to_bits()));
+    }
+    Ok(())
+}
+
+/// The same program on this process's rank, and on thread ranks: the same bits.
+#[track_caller]
+fn as_threads(group: &Group<Cpu>, program: impl Fn(&Group<Cpu>) -> Result<Vec<u64>> + Sync) -> Result<()> {
+    let want = launch::threads(group.size(), |world| program(&world))?;
+    let got = program(group)?;
+    assert!(got.len() > 10, "the program has no results");
+    assert_eq!(got, want[group.rank()]);
+    Ok(())
+}
+
+fn config(gated: bool) -> BlockConfig {
+    BlockConfig {
+        attention: AttentionConfig {
+            kv_heads: 3,
+            head_dim: 4,
+            causal: true,
+            qkv_bias: !gated,
+            out_bias: !gated,
+            ..AttentionConfig::new(10, 9)
+        },
+        ffn: 13,
+        activation: if gated { Activation::Silu } else { Activation::GeluTanh },
+        mlp_bias: !gated,
+        norm: if gated { NormKind::RmsNorm { eps: 0.1 } } else { NormKind::LayerNorm { eps: 0.1 } },
+        placement: NormPlacement::Pre,
+        names: BlockNames::default(),
+    }
+}
+
+/// Forward and backward of a layer on 700 tokens: payloads on both sides of the size that travels with the call.
+fn step<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
+    group: &Group<Cpu>,
+    mut layer: L,
+    spread: impl Fn(&DTensor<Replicated, T>) -> Result<DTensor<S, T>>,
+) -> Result<Vec<u64>> {
+    let random = |name| {
+        let stream = Philox::named(2, name);
+        let values: Vec<T> = (0..7000).map(|at| T::from_f64(stream.normal(at))).collect();
+        spread(&DTensor::replicated(group, Tensor::from_slice(group.device(), [700, 10], &values)?)?)
+    };
+    let (x, dy) = (random("x")?.with_sequences(Sequences::packed([300, 400]))?, random("dy")?);
+    let mut all = Vec::new();
+    let (y, saved) = layer.forward(&x)?;
+    let dx = layer.backward(saved, &dy)?;
+    bits(y.local(), &mut all)?;
+    bits(dx.local(), &mut all)?;
+    layer.visit(&mut |param| gradient_bits(param, &mut all))?;
+    Ok(all)
+}
+
+fn block<S: Stream, T: Element>(
+    group: &Group<Cpu>,
+    gated: bool,
+    spread: impl Fn(&DTensor<Replicated, T>) -> Result<DTensor<S, T>>,
+) -> Result<Vec<u64>> {
+    let source = Random::normal(1, 0.3);
+    let (weights, config) = (Weights::new(&source), config(gated));
+    if gated {
+        let layer = TransformerBlock::<S, GatedMlp<S, T, Cpu>, T, Cpu>::load_gated(group, &weights, &config)?;
+        return step(group, layer, spread);
+    }
+    let layer = TransformerBlock::<S, ParallelMlp<S, T, Cpu>, T, Cpu>::load(group, &weights, &config)?;
+    step(group, layer, spread)
+}
+
+fn blocks_of<T: Element>(world: &Group<Cpu>) -> Result<()> {
+    for gated in [false, true] {
+        as_threads(world, |group| block::<Replicated, T>(group, gated, |x| Ok(x.clone())))?;
+        as_threads(world, |group| {
+            block::<Shard<0>, T>(group, gated, |x| {
+                Ok(Layer::<T, Cpu>::forward(&ScatterSequence::even(), x)?.0)
+            })
+        })?;
+    }
+    Ok(())
+}
+
+pub(crate) fn blocks(world: &Group<Cpu>) -> Result<()> {
+    blocks_of::<f64>(world)?;
+    blocks_of::<f32>(world)?;
+    blocks_of::<bf16>(world)?;
+    blocks_of::<f16>(world)
+}
+
+pub(crate) fn models(world: &Group<Cpu>) -> Result<()> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama");
+    let ModelConfig::Decoder(config) = ModelConfig::read(folder)? else { panic!("llama is a decoder") };
+    as_threads(world, |group| {
+        let checkpoint = Checkpoint::open(folder)?;
+        let mut model = Decoder::<Replicated, f32, Cpu>::load(group, &checkpoint, &config)?;
+        let ids: Vec<u32> = (0..24).map(|at| at * 23 % 591).collect();
+        let mut all = Vec::new();
+        let (logits, saved) = model.forward(&ids, Sequences::one(24))?;
+        bits(logits.local(), &mut all)?;
+        model.backward(saved, &logits)?;
+        model.visit(&mut |param| gradient_bits(param, &mut all))?;
+        Ok(all)
+    })
+}

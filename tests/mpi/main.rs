@@ -1,0 +1,161 @@
+//! The communicator over MPI, and operators on it: `scripts/mpi_tests.sh`.
+//!
+//! Started by itself, the program starts itself under `mpirun`, as 1 to 4 processes: every process makes the same tests in the
+//! same order.
+
+// Shared with the other tests, which use all of them.
+#[allow(dead_code, unused_imports)]
+#[path = "../suite/disagree.rs"]
+mod disagree;
+mod driver;
+#[allow(dead_code, unused_imports)]
+#[path = "../suite/exact.rs"]
+mod exact;
+mod failure;
+mod layers;
+
+use exact::{DTYPES, all_exact, all_in_flight, nan_wins, sums_in_rank_order, with_element};
+use shardwise::{
+    Result, Tensor,
+    comm::{Group, ReduceOp},
+    device::Cpu,
+    kernels::Pointwise,
+    launch::Mpi,
+    shard::Partition,
+};
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+/// Ranks that are waited for in vain are given up after this time.
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// What holds for every communicator.
+fn everything<B: Pointwise>(group: &Group<B>) -> Result<()> {
+    all_exact(group, true)?;
+    all_in_flight(group)?;
+    for dtype in DTYPES {
+        with_element!(dtype, sums_in_rank_order(group))?;
+        with_element!(dtype, nan_wins(group))?;
+    }
+    group.barrier()
+}
+
+fn collectives(world: &Group<Cpu>) -> Result<()> {
+    everything(world)
+}
+
+fn staged_collectives(world: &Group<Cpu>) -> Result<()> {
+    let group = world.split_all(0)?;
+    everything(&group.staged(&Cpu::poisoned()))
+}
+
+fn parts_of_parts(world: &Group<Cpu>) -> Result<()> {
+    let half = world.split_all(world.rank() as u64 % 2)?;
+    let row = world.split_all(world.rank() as u64 / 2)?;
+    // Groups that overlap, used in turn and with flights that stay open.
+    let mut open = Vec::new();
+    for group in [world, &half, &row] {
+        let x = Tensor::<f64>::full(group.device(), [5000], group.rank() as f64 + 1.0)?;
+        open.push((group.size(), group.start_all_reduce(ReduceOp::Sum, x)?));
+    }
+    all_exact(&half, false)?;
+    all_exact(&row, false)?;
+    for (size, pending) in open.into_iter().rev() {
+        let want = (1..=size).sum::<usize>() as f64;
+        assert_eq!(pending.wait()?.to_vec()?, vec![want; 5000]);
+    }
+    Ok(())
+}
+
+/// A collective that is started goes on while this rank makes other calls, and needs nobody to wait for it at once.
+fn started_ones_go_on(world: &Group<Cpu>) -> Result<()> {
+    let x = Tensor::<f32>::full(world.device(), [100_000], 1.0)?;
+    let first = world.start_all_reduce(ReduceOp::Sum, x.clone())?;
+    let second = world.start_all_reduce(ReduceOp::Max, x)?;
+    let size = world.size() as f32;
+    // In different orders on different ranks.
+    let (first, second) = if world.rank().is_multiple_of(2) {
+        let first = first.wait()?;
+        (first, second.wait()?)
+    } else {
+        let second = second.wait()?;
+        (first.wait()?, second)
+    };
+    assert_eq!((first.to_vec()?[99_999], second.to_vec()?[0]), (size, 1.0));
+    // One that is dropped is made all the same: the others count on it.
+    let x = Tensor::<f32>::full(world.device(), [100_000], 1.0)?;
+    let pending = world.start_all_reduce(ReduceOp::Sum, x)?;
+    if world.rank() == 0 {
+        drop(pending)
+    } else {
+        assert_eq!(pending.wait()?.to_vec()?[1], size)
+    }
+    Ok(())
+}
+
+/// More elements than an `int` counts: by hand, because it takes 16 GiB a rank (`SHARDWISE_HUGE`).
+fn huge(world: &Group<Cpu>) -> Result<()> {
+    if std::env::var_os("SHARDWISE_HUGE").is_none() {
+        return Ok(());
+    }
+    let len = i32::MAX as usize + 10;
+    let mut x = Tensor::<half::bf16>::full(world.device(), [len], 1.0)?;
+    world.broadcast(0, &mut x)?;
+    let cut = Partition::from_sizes((0..world.size()).map(|rank| if rank == 0 { len } else { 0 }));
+    let part = world.reduce_scatter(ReduceOp::Sum, &x, 0, &cut)?;
+    let want = half::bf16::from_f32(world.size() as f32);
+    assert!(part.to_vec()?.iter().all(|value| *value == want));
+    Ok(())
+}
+
+type Test = fn(&Group<Cpu>) -> Result<()>;
+
+const TESTS: [(&str, Test); 11] = [
+    ("collectives are exact", collectives),
+    ("staged collectives are exact", staged_collectives),
+    ("groups overlap", parts_of_parts),
+    ("started collectives go on", started_ones_go_on),
+    ("huge tensors", huge),
+    ("blocks have the bits of thread ranks", layers::blocks),
+    ("models have the bits of thread ranks", layers::models),
+    ("disagreement is the same error on every rank", failure::disagreement),
+    ("an unexpected message is a disagreement", failure::unexpected_message),
+    ("a rank that leaves a group is named", failure::lost_rank),
+    ("cycles leave nothing", failure::cycles),
+];
+
+fn main() -> ExitCode {
+    if std::env::var_os(driver::STARTED).is_none() {
+        driver::drive();
+        return ExitCode::SUCCESS;
+    }
+    if let Some(code) = failure::scenario() {
+        return code;
+    }
+    // Thread ranks, to compare with, panic as loudly as they like; the processes' lines are those of rank 0.
+    let mut mpi = Mpi::new().deadline(DEADLINE);
+    if std::env::var_os("SHARDWISE_PIECES").is_some() {
+        // Every message of more than 4 KiB is cut, as those of more than 2³¹ words are.
+        mpi = mpi.piece(4096);
+    }
+    let done = mpi.run(|world| {
+        for (name, test) in TESTS {
+            let begin = Instant::now();
+            test(&world)?;
+            world.barrier()?;
+            if world.rank() == 0 {
+                println!("ok: {name}, on {} processes ({:.1?})", world.size(), begin.elapsed());
+            }
+        }
+        Ok(())
+    });
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

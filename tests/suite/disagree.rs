@@ -1,0 +1,206 @@
+//! What ranks may disagree on, for every communicator.
+
+use half::{bf16, f16};
+use shardwise::{
+    Result, Tensor,
+    comm::{Group, ReduceOp},
+    device::{Cpu, Element},
+    shard::{Partition, Shape},
+};
+
+/// What a rank does that disagrees, or what the others do.
+pub(crate) type Act = fn(&Group<Cpu>) -> Result<()>;
+
+/// A buffer of the rank's number; when the collective fails, it is unchanged.
+pub(crate) fn attempt<T: Element>(
+    group: &Group<Cpu>,
+    dims: &[usize],
+    collective: impl FnOnce(&mut Tensor<T>) -> Result<()>,
+) -> Result<()> {
+    let own = group.rank() as f64 + 1.0;
+    let mut x = Tensor::full(group.device(), dims, own)?;
+    let result = collective(&mut x);
+    if result.is_err() {
+        assert!(x.to_vec()?.iter().all(|value| value.to_f64() == own), "the buffer has changed");
+    }
+    result
+}
+
+pub(crate) fn reduce<T: Element>(group: &Group<Cpu>, op: ReduceOp, dims: &[usize]) -> Result<()> {
+    attempt::<T>(group, dims, |x| group.all_reduce(op, x))
+}
+
+pub(crate) fn broadcast(group: &Group<Cpu>, root: usize, len: usize) -> Result<()> {
+    attempt::<f32>(group, &[len], |x| group.broadcast(root, x))
+}
+
+/// Gathers a `[12, 12]` tensor.
+pub(crate) fn gather(group: &Group<Cpu>, dim: usize, cut: &Partition) -> Result<()> {
+    let part = Shape::new(&[12, 12]).with(dim, cut.size(group.rank()));
+    attempt::<f32>(group, part.dims(), |x| group.all_gather(x, dim, cut).map(drop))
+}
+
+/// Reduces and scatters a `[12, 12]` tensor.
+pub(crate) fn scatter(group: &Group<Cpu>, op: ReduceOp, dim: usize, cut: &Partition) -> Result<()> {
+    attempt::<f32>(group, &[12, 12], |x| group.reduce_scatter(op, x, dim, cut).map(drop))
+}
+
+pub(crate) fn even(group: &Group<Cpu>) -> Partition {
+    Partition::even(12, group.size())
+}
+
+/// Rank 0 has the most.
+pub(crate) fn slanted(group: &Group<Cpu>) -> Partition {
+    let size = group.size();
+    Partition::from_sizes((0..size).map(|rank| if rank == 0 { 13 - size } else { 1 }))
+}
+
+pub(crate) fn started(group: &Group<Cpu>, op: ReduceOp, len: usize) -> Result<()> {
+    let x = Tensor::<f32>::zeros(group.device(), [len])?;
+    group.start_all_reduce(op, x)?.wait().map(drop)
+}
+
+/// What the usual ranks do, what the odd one does, and a word that names each in the error.
+pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
+    // A call more: a started one is not waited for by the others, so that only the sequence number differs.
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        |group| {
+            drop(group.start_all_reduce(ReduceOp::Sum, Tensor::<f32>::zeros(group.device(), [6])?)?);
+            reduce::<f32>(group, ReduceOp::Sum, &[6])
+        },
+        "all_reduce(sum, f32 [6], call 0)",
+        "all_reduce(sum, f32 [6], call 1)",
+    ),
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]).and_then(|()| group.barrier()),
+        |group| {
+            reduce::<f32>(group, ReduceOp::Sum, &[6])?;
+            reduce::<f32>(group, ReduceOp::Sum, &[6])?;
+            group.barrier()
+        },
+        "barrier(call 1)",
+        "all_reduce(sum, f32 [6], call 1)",
+    ),
+    // The operation.
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        |group| broadcast(group, 0, 6),
+        "all_reduce(",
+        "broadcast(",
+    ),
+    (
+        |group| gather(group, 0, &even(group)),
+        |group| scatter(group, ReduceOp::Sum, 0, &even(group)),
+        "all_gather(",
+        "reduce_scatter(",
+    ),
+    (|group| group.barrier(), |group| group.split(Some(0), 0).map(drop), "barrier(", "split("),
+    (
+        |group| group.barrier(),
+        |group| reduce::<f64>(group, ReduceOp::Max, &[100_000]),
+        "barrier(",
+        "all_reduce(max",
+    ),
+    // Its arguments.
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        |group| reduce::<f32>(group, ReduceOp::Max, &[6]),
+        "all_reduce(sum",
+        "all_reduce(max",
+    ),
+    (
+        |group| scatter(group, ReduceOp::Max, 0, &even(group)),
+        |group| scatter(group, ReduceOp::Min, 0, &even(group)),
+        "reduce_scatter(max",
+        "reduce_scatter(min",
+    ),
+    (|group| broadcast(group, 0, 6), |group| broadcast(group, 1, 6), "root 0", "root 1"),
+    (|group| broadcast(group, 0, 50_000), |group| broadcast(group, 1, 50_000), "root 0", "root 1"),
+    // The element, also where the bytes are as many.
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        |group| reduce::<bf16>(group, ReduceOp::Sum, &[6]),
+        "f32 [6]",
+        "bf16 [6]",
+    ),
+    (
+        |group| reduce::<bf16>(group, ReduceOp::Sum, &[9000]),
+        |group| reduce::<f16>(group, ReduceOp::Sum, &[9000]),
+        "bf16 [9000]",
+        "f16 [9000]",
+    ),
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        |group| reduce::<f64>(group, ReduceOp::Sum, &[3]),
+        "f32 [6]",
+        "f64 [3]",
+    ),
+    // The shape, also where the elements are as many.
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[2, 3]),
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[3, 2]),
+        "f32 [2, 3]",
+        "f32 [3, 2]",
+    ),
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6, 1]),
+        "f32 [6]",
+        "f32 [6, 1]",
+    ),
+    (|group| broadcast(group, 1, 6), |group| broadcast(group, 1, 7), "f32 [6]", "f32 [7]"),
+    // One side of the eager limit and the other.
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[4096]),
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[4097]),
+        "f32 [4096]",
+        "f32 [4097]",
+    ),
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[100_000]),
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[0]),
+        "f32 [100000]",
+        "f32 [0]",
+    ),
+    // The cut, and the dimension that is cut.
+    (|group| gather(group, 0, &even(group)), |group| gather(group, 0, &slanted(group)), "cut ", "cut "),
+    (|group| gather(group, 0, &even(group)), |group| gather(group, 1, &even(group)), "cut ", "cut "),
+    (
+        |group| scatter(group, ReduceOp::Sum, 1, &even(group)),
+        |group| scatter(group, ReduceOp::Sum, 1, &slanted(group)),
+        "cut ",
+        "cut ",
+    ),
+    (
+        |group| scatter(group, ReduceOp::Sum, 1, &even(group)),
+        |group| scatter(group, ReduceOp::Sum, 0, &even(group)),
+        "cut ",
+        "cut ",
+    ),
+    // Started ones, when they are waited for.
+    (
+        |group| started(group, ReduceOp::Sum, 6),
+        |group| started(group, ReduceOp::Min, 6),
+        "start_all_reduce(sum",
+        "start_all_reduce(min",
+    ),
+    (
+        |group| started(group, ReduceOp::Sum, 9000),
+        |group| started(group, ReduceOp::Sum, 9),
+        "f32 [9000]",
+        "f32 [9]",
+    ),
+    // Started here and not there is seen at the next call.
+    (
+        |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
+        |group| {
+            let x = Tensor::<f32>::zeros(group.device(), [6])?;
+            let pending = group.start_all_reduce(ReduceOp::Sum, x)?;
+            group.barrier()?;
+            pending.wait().map(drop)
+        },
+        "all_reduce(sum, f32 [6], call 0)",
+        "barrier(call 1)",
+    ),
+];

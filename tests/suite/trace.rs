@@ -1,0 +1,261 @@
+//! What ranks note, what is read from it, and who is blamed.
+
+use shardwise::{
+    Error, Result, Tensor,
+    comm::{Group, ReduceOp},
+    device::Cpu,
+    kernels::Activation,
+    launch::Threads,
+    parallel::{DTensor, Layer, MlpNames, ParallelMlp},
+    shard::{Partition, Replicated},
+    tensor::{Random, Weights},
+    trace::{CAPACITY, Ended, Record, blame, chrome, snapshot},
+};
+use std::{
+    panic::resume_unwind,
+    sync::{Arc, Mutex},
+    thread::sleep,
+    time::Duration,
+};
+use tracing::{Event, Metadata, Subscriber, field::Visit, span};
+
+fn all_reduce(group: &Group<Cpu>, len: usize) -> Result<()> {
+    let mut x = Tensor::<f32>::full(group.device(), [len], 12345.678)?;
+    group.all_reduce(ReduceOp::Max, &mut x)
+}
+
+#[test]
+fn calls_are_noted_with_all_but_their_values() {
+    Threads::new(2)
+        .run(|world| {
+            all_reduce(&world, 3)?;
+            let pair = world.split_all(7)?;
+            let x = Tensor::<f64>::full(world.device(), [2, 5], 9876.5)?;
+            let pending = pair.start_all_gather(x, 1, &Partition::even(10, 2))?;
+            let entered = snapshot().entries.pop().unwrap();
+            assert_eq!((entered.started, entered.end), (true, None));
+            pending.wait()?;
+            let record = snapshot();
+            assert_eq!((record.rank, record.world, record.forgotten), (world.rank(), 2, 0));
+            let [reduce, split, gather] = &record.entries[..] else { panic!("{:?}", record.entries) };
+            assert_eq!(
+                (reduce.op.as_str(), reduce.what.as_str(), reduce.seq),
+                ("all_reduce", "max, f32 [3]", 0)
+            );
+            assert!(reduce.site.contains("trace.rs:"), "{}", reduce.site);
+            assert_eq!((split.op.as_str(), split.seq), ("split", 1));
+            assert_eq!((gather.op.as_str(), gather.started), ("all_gather", true));
+            assert!(gather.what.starts_with("f64 [2, 10], cut "), "{}", gather.what);
+            let group = &record.groups[gather.group.as_ref().unwrap()];
+            assert_eq!((group.name.as_str(), group.rank, group.size), ("world/7", world.rank(), 2));
+            for entry in &record.entries {
+                assert!(entry.begin <= entry.end.unwrap() && record.began <= entry.begin);
+            }
+            assert!(!record.to_lines().contains("12345") && !record.to_lines().contains("9876"));
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn the_last_operations_are_kept() {
+    Threads::new(1)
+        .run(|world| {
+            for len in 0..CAPACITY + 10 {
+                all_reduce(&world, len % 7)?;
+            }
+            let record = snapshot();
+            assert_eq!((record.forgotten, record.entries.len()), (10, CAPACITY));
+            assert_eq!((record.entries[0].seq, record.entries[CAPACITY - 1].seq), (10, CAPACITY as u64 + 9));
+            Ok(())
+        })
+        .unwrap();
+}
+
+/// What becomes of the odd rank, and what is blamed on it.
+type Fate = (fn(&Group<Cpu>) -> Result<()>, &'static str);
+
+const FATES: [Fate; 5] = [
+    (
+        |_| resume_unwind(Box::new("lost")),
+        "it panicked, after all_reduce (max, f32 [3], call 0 of group `world`",
+    ),
+    (|_| Err(Error::Invalid { op: "test", reason: "fails".into() }), "it returned an error"),
+    (|_| Ok(()), "it returned while others needed it, after all_reduce"),
+    (|group| group.barrier(), "called something else than the others"),
+    (
+        |group| {
+            sleep(Duration::from_millis(400));
+            group.barrier()
+        },
+        "it did not come, after all_reduce",
+    ),
+];
+
+#[test]
+fn the_rank_that_broke_the_job_is_blamed() {
+    for world in [2, 3, 5] {
+        for odd in 0..world {
+            for (case, (fate, words)) in FATES.into_iter().enumerate() {
+                let folder = tempfile::tempdir().unwrap();
+                let deadline = Duration::from_millis(if case == 4 { 100 } else { 20_000 });
+                let outcomes =
+                    Threads::new(world).flight(folder.path()).deadline(deadline).run_each(|group| {
+                        all_reduce(&group, 3)?;
+                        if group.rank() == odd { fate(&group) } else { all_reduce(&group, 8) }
+                    });
+                assert!(outcomes.unwrap().iter().any(Result::is_err));
+                let records = Record::read_all([folder.path()]).unwrap();
+                assert_eq!(records.len(), world);
+                let blame = blame(&records);
+                // Of two that disagree, neither is in the minority.
+                let want = if case == 3 && world == 2 { vec![0, 1] } else { vec![odd] };
+                assert_eq!(blame.ranks, want, "{world} ranks, case {case}: {blame}");
+                assert!(blame.reason.contains(words), "case {case}: {blame}");
+                let told = blame.to_string();
+                assert!(
+                    told.contains("all_reduce(max, f32 [8]") || told.contains("all_reduce (call 1"),
+                    "{told}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_rank_without_a_record_is_blamed() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = Threads::new(3)
+        .flight(folder.path())
+        .run(|group| if group.rank() == 1 { resume_unwind(Box::new("lost")) } else { group.barrier() });
+    run.unwrap_err();
+    let mut records = Record::read_all([folder.path()]).unwrap();
+    records.retain(|record| record.rank != 1);
+    let verdict = blame(&records);
+    assert_eq!(verdict.ranks, [1]);
+    assert!(verdict.to_string().contains("barrier (call 0 of group `world`"), "{verdict}");
+    assert!(blame(&[]).ranks.is_empty());
+}
+
+#[test]
+fn records_are_read_as_they_were_written_and_damaged_ones_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = || {
+        Threads::new(2).flight(folder.path()).run(|group| {
+            all_reduce(&group, 3)?;
+            all_reduce(&group, group.rank())
+        })
+    };
+    run().unwrap_err();
+    let first = Record::read_all([folder.path()]).unwrap();
+    run().unwrap_err();
+    // Of two jobs the second.
+    let second = Record::read_all([folder.path()]).unwrap();
+    assert_eq!((first.len(), second.len()), (2, 2));
+    assert_ne!(first[0].job, second[0].job);
+    assert_eq!(second[0].ended, Ended::Failed);
+    let path = folder.path().join("copy.jsonl");
+    std::fs::write(&path, first[1].to_lines()).unwrap();
+    assert_eq!(Record::read(&path).unwrap(), first[1]);
+    for damaged in ["", "{}", "not json", "{\"job\":1}", &first[1].to_lines()[..300]] {
+        std::fs::write(&path, damaged).unwrap();
+        assert!(matches!(Record::read(&path), Err(Error::Io { .. })), "{damaged}");
+    }
+    assert!(Record::read_all::<&str>([]).is_err());
+}
+
+#[test]
+fn time_lines_show_products_and_collectives_of_each_rank() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Random::normal(1, 0.02);
+    Threads::new(3)
+        .flight(folder.path())
+        .run(|world| {
+            let (weights, names) = (Weights::new(&source), MlpNames::default());
+            let mut mlp = ParallelMlp::<Replicated, f32, Cpu>::load(
+                &world,
+                &weights,
+                &names,
+                (8, 12),
+                Activation::Relu,
+                true,
+            )?;
+            let x = DTensor::replicated(&world, Tensor::full(world.device(), [4, 8], 1.0)?)?;
+            let (y, saved) = mlp.forward(&x)?;
+            mlp.backward(saved, &y).map(drop)
+        })
+        .unwrap();
+    let line = chrome(&Record::read_all([folder.path()]).unwrap());
+    let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+    let events = line["traceEvents"].as_array().unwrap();
+    for rank in 0..3 {
+        let count = |name: &str, phase: &str| {
+            let is = |e: &&serde_json::Value| e["name"] == name && e["tid"] == rank && e["ph"] == phase;
+            events.iter().filter(is).count()
+        };
+        assert_eq!(count("thread_name", "M"), 1);
+        assert_eq!(count("gemm", "X"), 6, "two layers, forward, dX and dW");
+        // The backward's is started while dW is computed.
+        assert_eq!((count("all_reduce", "X"), count("all_reduce", "b"), count("all_reduce", "e")), (1, 1, 1));
+    }
+    for event in events.iter().filter(|event| event["ph"] == "X") {
+        assert!(event["ts"].as_f64().unwrap() >= 0.0 && event["dur"].as_f64().unwrap() >= 0.0);
+    }
+}
+
+/// Takes in what is said.
+#[derive(Clone, Default)]
+struct Listener(Arc<Mutex<Vec<String>>>);
+
+struct Words(String);
+
+impl Visit for Words {
+    fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+        self.0 += &format!(" {field}={value:?}");
+    }
+}
+
+impl Subscriber for Listener {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.target() == "shardwise"
+    }
+
+    fn new_span(&self, span: &span::Attributes<'_>) -> span::Id {
+        let mut words = Words(span.metadata().name().into());
+        span.record(&mut words);
+        self.0.lock().unwrap().push(words.0);
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        let mut words = Words(event.metadata().level().to_string());
+        event.record(&mut words);
+        self.0.lock().unwrap().push(words.0);
+    }
+
+    fn enter(&self, _: &span::Id) {}
+
+    fn exit(&self, _: &span::Id) {}
+}
+
+#[test]
+fn the_same_events_are_spans_of_tracing() {
+    let listener = Listener::default();
+    let group = Group::solo(&Cpu::new());
+    tracing::subscriber::with_default(listener.clone(), || {
+        all_reduce(&group, 5).unwrap();
+        let x = Tensor::<f32>::full(group.device(), [1], 1.0).unwrap();
+        group.exchange(Some((0, &x)), None).unwrap_err();
+    });
+    let said = listener.0.lock().unwrap().join("\n");
+    assert!(
+        said.contains("collective group=\"world\" rank=0 call=all_reduce(max, f32 [5], call 0) at"),
+        "{said}"
+    );
+    assert!(said.contains("ERROR rank=0 error=exchange: a group of one"), "{said}");
+    assert!(!said.contains("12345"), "{said}");
+}
