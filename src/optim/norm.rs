@@ -87,7 +87,10 @@ fn invariant_norm<T: Element, B: Backend>(
             _ if !param.is_in_tree() => {
                 Err(unsupported(format!("{} was loaded on a group without canonical blocks", param.name())))
             }
-            None => Ok(sums[own] += squares(param, grad, &(0..rows), 0..grad.shape().cols())?),
+            None => {
+                sums[own] += squares(param, grad, &(0..rows), 0..grad.shape().cols())?;
+                Ok(())
+            }
             Some(blocks) => blocks.iter().zip(&mut sums).try_for_each(|(patches, sum)| {
                 patches.iter().try_for_each(|patch| {
                     *sum += squares(param, grad, &patch.rows, patch.cols.clone())?;

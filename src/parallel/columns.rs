@@ -260,7 +260,7 @@ impl Columns {
         let next = |held: Range<usize>| {
             let start = end;
             end += held.len() * dim;
-            vec![start..end]
+            Vec::from([start..end])
         };
         held.into_iter().map(next).collect()
     }
