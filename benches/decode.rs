@@ -3,7 +3,10 @@
 //! `cargo bench --bench decode [-- --json FILE]`
 //!
 //! The modes run in turn, some tokens each, for several rounds; the median over the rounds counts. What bounds it is
-//! reading the weights once a token: the column "GB/s" is that rate, cache included.
+//! reading the weights once a token: the column "GB/s" is that rate, cache included, and "of read" its part of what as many
+//! threads can read from memory, as measured at the start. (A processor whose last cache holds the weights may do better.)
+
+mod limits;
 
 use clap::Parser;
 use half::bf16;
@@ -44,7 +47,12 @@ const CACHED: usize = 512;
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    println!("{:<34} {:>6} {:>10} {:>10} {:>8}", "case", "ranks", "median ms", "min ms", "GB/s");
+    let limits = [limits::read(1), limits::read(2)];
+    println!("read from memory: {:.1} GB/s by one thread, {:.1} by two", limits[0], limits[1]);
+    println!(
+        "{:<34} {:>6} {:>10} {:>10} {:>8} {:>8}",
+        "case", "ranks", "median ms", "min ms", "GB/s", "of read"
+    );
     let mut cases =
         [("f32", 1, Vec::new()), ("f32", 2, Vec::new()), ("bf16", 1, Vec::new()), ("bf16", 2, Vec::new())];
     for round in 0..=args.rounds {
@@ -64,7 +72,9 @@ fn main() -> Result<()> {
         let elements = LAYERS * (12 * HIDDEN * HIDDEN + 2 * CACHED * HIDDEN);
         let bytes = elements as f64 * if *dtype == "f32" { 4.0 } else { 2.0 };
         let name = format!("gpt2 12 blocks, cache {CACHED}, {dtype}");
-        println!("{name:<34} {ranks:>6} {median:>10.3} {min:>10.3} {:>8.1}", bytes / median / 1e6);
+        let rate = bytes / median / 1e6;
+        let share = rate / limits[*ranks - 1] * 100.0;
+        println!("{name:<34} {ranks:>6} {median:>10.3} {min:>10.3} {rate:>8.1} {share:>6.0} %");
         if let Some(path) = &args.json {
             let line = format!(
                 "{{\"case\":\"{name}\",\"ranks\":{ranks},\"median_ms\":{median:.4},\"min_ms\":{min:.4}}}\n"

@@ -2,8 +2,13 @@
 //!
 //! `cargo bench --bench layers [-- --filter mlp] [--json FILE]`
 //!
+//! "of peak" is the part of the fused multiply-adds that the cores can do, as measured at the start; "wrong" counts elements of
+//! the output that differ from those of one rank by more than 1e-4 of the largest, and has to be 0.
+//!
 //! The modes of a case run in turn, a short batch each, for several rounds; the median over the rounds counts, and ratios
 //! are taken round by round, because the machine's speed changes from second to second.
+
+mod limits;
 
 use clap::Parser;
 use shardwise::{
@@ -32,9 +37,9 @@ struct Args {
     /// Appends a JSON line a case to this file.
     #[arg(long)]
     json: Option<String>,
-    /// What one core can do, in GFLOP/s: the rate of fused multiply-adds, for the column "of peak".
-    #[arg(long, default_value_t = 101.0)]
-    peak: f64,
+    /// What one core can do, in GFLOP/s; measured if it is not given.
+    #[arg(long)]
+    peak: Option<f64>,
     /// Also on two ranks with sums in this many canonical blocks, and what that costs.
     #[arg(long)]
     invariant: Option<usize>,
@@ -44,10 +49,12 @@ struct Args {
 }
 
 fn main() -> Result<()> {
-    let args = Args::parse();
+    let mut args = Args::parse();
+    let peak = *args.peak.get_or_insert_with(limits::fused);
+    println!("one core: {peak:.0} GFLOP/s of fused multiply-adds");
     println!(
-        "{:<34} {:>6} {:>10} {:>10} {:>9} {:>8}",
-        "case", "ranks", "median ms", "min ms", "GFLOP/s", "of peak"
+        "{:<34} {:>6} {:>10} {:>10} {:>9} {:>8} {:>6}",
+        "case", "ranks", "median ms", "min ms", "GFLOP/s", "of peak", "wrong"
     );
     for (m, n, k) in
         [(1024, 1024, 1024), (2048, 2048, 2048), (512, 4096, 1024), (16, 4096, 4096), (1, 4096, 4096)]
@@ -129,7 +136,23 @@ fn gemm(args: &Args, m: usize, n: usize, k: usize) -> Result<()> {
         }
         times.push(start.elapsed().as_secs_f64() / batch as f64);
     }
-    report(args, &name, 1, flops, &mut times[1..])
+    // A few elements by hand: 1e-4 of the largest is far more than rounding, and less than a product that is missing.
+    let (x, w, y) = (x.to_vec()?, w.to_vec()?, y.to_vec()?);
+    let by_hand = |at: usize| {
+        let (row, col) = (at / n, at % n);
+        (0..k).map(|i| f64::from(x[row * k + i]) * f64::from(w[col * k + i])).sum::<f64>() as f32
+    };
+    let some: Vec<usize> = (0..y.len()).step_by((y.len() / 997).max(1)).collect();
+    let (got, want): (Vec<_>, Vec<_>) = some.into_iter().map(|at| (y[at], by_hand(at))).unzip();
+    report(args, &name, (1, flops, wrong(&got, &want)), &mut times[1..])
+}
+
+/// Elements that are not nearly the same.
+fn wrong(got: &[f32], want: &[f32]) -> usize {
+    let scale = want.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+    // Not `>`: NaN is wrong as well.
+    let near = |(got, want): &(&f32, &f32)| (*got - *want).abs() <= 1e-4 * scale;
+    got.iter().zip(want).filter(|pair| !near(pair)).count() + got.len().abs_diff(want.len())
 }
 
 /// A layer's forward, and forward and backward, on one rank and on two in turn.
@@ -146,6 +169,7 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
     }
     let source = Random::normal(1, 0.02);
     let mut times = [(); 6].map(|()| Vec::new());
+    let mut outputs: Vec<Vec<f32>> = Vec::new();
     let mut modes = vec![(0, 1, Reduction::Fast), (2, 2, Reduction::Fast)];
     modes.extend(args.invariant.map(|blocks| (4, 2, Reduction::Invariant { blocks })));
     for round in 0..=args.rounds {
@@ -156,7 +180,7 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
                 let x = DTensor::replicated(&world, random(world.device(), "x", tokens, hidden)?)?;
                 let batch = (2e9 / flops).ceil().min(50.0) as usize;
                 let forward = || layer.forward(&x).map(|(y, _)| y);
-                forward()?;
+                let y = forward()?.local().to_vec()?;
                 world.barrier()?;
                 let start = Instant::now();
                 for _ in 0..batch {
@@ -179,9 +203,11 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
                     step()?;
                 }
                 world.barrier()?;
-                Ok((forward, start.elapsed().as_secs_f64() / batch as f64))
+                Ok((forward, start.elapsed().as_secs_f64() / batch as f64, y))
             })?;
-            if round > 0 {
+            if round == 0 {
+                outputs.push(measured[0].2.clone());
+            } else {
                 times[slot].push(measured[0].0);
                 times[slot + 1].push(measured[0].1);
             }
@@ -193,10 +219,11 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
         ratios.get(ratios.len() / 2).map(|ratio| (ratio - 1.0) * 100.0)
     };
     let costs = [cost(0), cost(1)];
-    for (slot, ranks, reduction) in modes {
+    for ((slot, ranks, reduction), y) in modes.into_iter().zip(&outputs) {
         let kind = if reduction == Reduction::Fast { "" } else { " invariant" };
-        report(args, &format!("{name}{kind} f"), ranks, flops, &mut times[slot])?;
-        report(args, &format!("{name}{kind} f+b"), ranks, 3.0 * flops, &mut times[slot + 1])?;
+        let wrong = wrong(y, &outputs[0]);
+        report(args, &format!("{name}{kind} f"), (ranks, flops, wrong), &mut times[slot])?;
+        report(args, &format!("{name}{kind} f+b"), (ranks, 3.0 * flops, wrong), &mut times[slot + 1])?;
     }
     if let [Some(forward), Some(both)] = costs {
         println!("{name}: invariant sums cost {forward:.1} % forward, {both:.1} % with the backward");
@@ -205,15 +232,26 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
 }
 
 /// Prints a case, and appends it to the JSON file.
-fn report(args: &Args, name: &str, ranks: usize, flops: f64, times: &mut [f64]) -> Result<()> {
+fn report(
+    args: &Args,
+    name: &str,
+    (ranks, flops, wrong): (usize, f64, usize),
+    times: &mut [f64],
+) -> Result<()> {
     times.sort_by(f64::total_cmp);
     let (median, min) = (times[times.len() / 2] * 1e3, times[0] * 1e3);
     let rate = flops / median / 1e6;
-    let share = rate / (args.peak * ranks as f64) * 100.0;
-    println!("{name:<34} {ranks:>6} {median:>10.3} {min:>10.3} {rate:>9.1} {share:>6.0} %");
+    let share = rate / (args.peak.unwrap_or(f64::NAN) * ranks as f64) * 100.0;
+    println!("{name:<34} {ranks:>6} {median:>10.3} {min:>10.3} {rate:>9.1} {share:>6.0} % {wrong:>6}");
+    if wrong > 0 {
+        return Err(shardwise::Error::Invalid {
+            op: "bench",
+            reason: format!("{name}: {wrong} wrong elements"),
+        });
+    }
     let Some(path) = &args.json else { return Ok(()) };
     let line = format!(
-        "{{\"case\":\"{name}\",\"ranks\":{ranks},\"median_ms\":{median:.4},\"min_ms\":{min:.4},\"gflops\":{rate:.2}}}\n"
+        "{{\"case\":\"{name}\",\"ranks\":{ranks},\"median_ms\":{median:.4},\"min_ms\":{min:.4},\"gflops\":{rate:.2},\"of_peak\":{share:.1}}}\n"
     );
     let written = fs::OpenOptions::new().create(true).append(true).open(path);
     written

@@ -258,9 +258,9 @@ impl Columns {
         };
         let (mut end, dim) = (base * heads.head_dim(), heads.head_dim());
         let next = |held: Range<usize>| {
-            let start = end;
-            end += held.len() * dim;
-            Vec::from([start..end])
+            let run = end..end + held.len() * dim;
+            end = run.end;
+            vec![run]
         };
         held.into_iter().map(next).collect()
     }

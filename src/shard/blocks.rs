@@ -207,7 +207,8 @@ mod tests {
         let cut = tree.cut("sum", "features", 10, 2, false).unwrap();
         assert_eq!(cut.sizes().collect::<Vec<_>>(), [10, 4, 6]);
         assert_eq!(cut.blocks(0), Some(vec![0..4, 4..10]));
-        assert_eq!((cut.blocks(1), cut.blocks(2)), (Some(Vec::from([0..4])), Some(Vec::from([0..6]))));
+        let one = |block| Some(vec![block]);
+        assert_eq!((cut.blocks(1), cut.blocks(2)), (one(0..4), one(0..6)));
         assert_eq!(cut.scaled(3).blocks(0), Some(vec![0..12, 12..30]));
         assert!(Tree::new("sum", "blocks", 4, 5).is_err());
         let error = tree.cut("attention", "heads", 1, 64, false).unwrap_err();

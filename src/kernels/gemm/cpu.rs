@@ -1,25 +1,20 @@
-//! GEMM on the CPU: `matrixmultiply` for f32 and f64; bf16 and f16 are widened block by block and multiplied in f32.
-//! Products of few rows are streamed (`few`).
+//! GEMM on the CPU: by blocks (`blocked`), and streamed where there are few rows (`few`).
 
 use super::{
-    Batch, Gemm, Product, check,
+    Batch, Gemm, Product,
+    blocked::{self, Extents, Job, NC, Real},
+    check,
     few::{self, Scale},
 };
 use crate::{
     device::{Accumulator, AnyMut, AnyRef, Cpu, Device, Element, vectorized},
     error::{Error, Result},
-    kernels::{
-        MatMut, MatRef,
-        view::{Dims, mat, mat_mut},
-    },
+    kernels::{MatMut, MatRef, view::Dims},
 };
 use std::num::NonZeroUsize;
 
 /// A product with fewer multiplications than this is not worth more than one thread.
 const PARALLEL: usize = 1 << 22;
-
-/// The columns of B and the depth that the widening path takes at a time: 1 MiB of f32.
-const WIDE: usize = 512;
 
 impl Gemm for Cpu {
     fn gemm_batched<T: Element, C: Element<Acc = T::Acc>>(
@@ -119,143 +114,26 @@ fn blocked<T: Element, C: Element<Acc = T::Acc>>(
     beta: f64,
     c: &mut [C],
 ) -> Result<()> {
-    match (T::any_ref::<Cpu>(a), T::any_ref::<Cpu>(b), C::any_mut::<Cpu>(c)) {
-        (AnyRef::F32(a), AnyRef::F32(b), AnyMut::F32(c)) => {
-            native(cpu.threads(), matrixmultiply::sgemm, dims, alpha as f32, a, b, beta as f32, c);
-            Ok(())
-        }
-        (AnyRef::F64(a), AnyRef::F64(b), AnyMut::F64(c)) => {
-            native(cpu.threads(), matrixmultiply::dgemm, dims, alpha, a, b, beta, c);
-            Ok(())
-        }
-        _ => widened(cpu, dims, alpha, a, b, beta, c),
+    if C::DTYPE == T::Acc::DTYPE {
+        let c = T::Acc::of_mut::<Cpu>(C::any_mut::<Cpu>(c));
+        return wide(cpu, dims, (alpha, beta), a, b, c.unwrap_or_default());
     }
-}
-
-/// The dimensions of one product; they agree, and lie inside the memory that comes with them.
-#[derive(Clone, Copy)]
-struct Extents {
-    a: Dims,
-    b: Dims,
-    c: Dims,
-}
-
-/// `matrixmultiply`'s signature: m, k, n, α, A with strides, B with strides, β, C with strides.
-type Kernel<T> = unsafe fn(
-    usize,
-    usize,
-    usize,
-    T,
-    *const T,
-    isize,
-    isize,
-    *const T,
-    isize,
-    isize,
-    T,
-    *mut T,
-    isize,
-    isize,
-);
-
-/// C ← α A B + β C, the rows of C shared among threads. Each element is summed in the same order on any number of them.
-#[allow(clippy::too_many_arguments)]
-fn native<T: Element>(
-    threads: usize,
-    kernel: Kernel<T>,
-    dims: Extents,
-    alpha: T,
-    a: &[T],
-    b: &[T],
-    beta: T,
-    c: &mut [T],
-) {
+    // C is narrower than the accumulator: each element is rounded once.
     let Extents { a: ad, b: bd, c: cd } = dims;
-    let by_rows = cd.col_stride == 1 && cd.row_stride >= cd.cols;
-    let threads = if by_rows && cd.rows * cd.cols * ad.cols >= PARALLEL { threads.min(cd.rows) } else { 1 };
-    if threads <= 1 {
-        return call(kernel, dims, alpha, a, b, beta, c);
-    }
-    // Whole multiples of 16 rows: the micro-kernels then meet no more ragged edges than on one thread.
-    let each = cd.rows.div_ceil(threads).next_multiple_of(16);
-    std::thread::scope(|scope| {
-        for (part, c) in c.chunks_mut(each * cd.row_stride).enumerate() {
-            let start = part * each;
-            if start >= cd.rows {
-                break;
-            }
-            let rows = each.min(cd.rows - start);
-            let dims = Extents { a: Dims { rows, ..ad }, b: bd, c: Dims { rows, ..cd } };
-            let a = &a[start * ad.row_stride..];
-            scope.spawn(move || call(kernel, dims, alpha, a, b, beta, c));
-        }
-    });
-}
-
-#[allow(clippy::too_many_arguments)]
-fn call<T: Element>(kernel: Kernel<T>, dims: Extents, alpha: T, a: &[T], b: &[T], beta: T, c: &mut [T]) {
-    let Extents { a: ad, b: bd, c: cd } = dims;
-    assert!(ad.extent() <= a.len() && bd.extent() <= b.len() && cd.extent() <= c.len());
-    assert!(ad.rows == cd.rows && ad.cols == bd.rows && bd.cols == cd.cols);
-    // SAFETY: the kernel reads `ad.extent()` elements of A and `bd.extent()` of B and writes at most `cd.extent()` of
-    // C, by the dimensions and strides given; the assertions above hold the three slices to at least those lengths.
-    // C is exclusively borrowed and its elements are apart, as `MatMut::strided` has checked.
-    #[allow(unsafe_code)]
-    unsafe {
-        kernel(
-            cd.rows,
-            ad.cols,
-            cd.cols,
-            alpha,
-            a.as_ptr(),
-            ad.row_stride as isize,
-            ad.col_stride as isize,
-            b.as_ptr(),
-            bd.row_stride as isize,
-            bd.col_stride as isize,
-            beta,
-            c.as_mut_ptr(),
-            cd.row_stride as isize,
-            cd.col_stride as isize,
-        );
-    }
-}
-
-/// C ← α A B + β C where an operand is narrower than the accumulator: blocks of A and B are widened, their products
-/// summed in the accumulator, and each element of C is rounded once.
-#[allow(clippy::too_many_arguments)]
-fn widened<T: Element, C: Element<Acc = T::Acc>>(
-    cpu: &Cpu,
-    dims: Extents,
-    alpha: f64,
-    a: &[T],
-    b: &[T],
-    beta: f64,
-    c: &mut [C],
-) -> Result<()> {
-    let Extents { a: ad, b: bd, c: cd } = dims;
-    let (m, k, n) = (cd.rows, ad.cols, cd.cols);
-    let (wide_n, wide_k) = (n.min(WIDE), k.min(WIDE));
-    let mut wide_a = cpu.empty::<T::Acc>(m * wide_k)?;
-    let mut wide_b = cpu.empty::<T::Acc>(wide_k * wide_n)?;
-    let mut sums = cpu.empty::<T::Acc>(m * wide_n)?;
+    let mut sums = cpu.empty::<T::Acc>(cd.rows * cd.cols.min(NC))?;
     let (alpha, keep) = (T::Acc::from_f64(alpha), T::Acc::from_f64(beta));
-    for first_n in (0..n).step_by(WIDE) {
-        let cols = WIDE.min(n - first_n);
-        sums[..m * cols].fill(T::Acc::ZERO);
-        for first_k in (0..k).step_by(WIDE) {
-            let depth = WIDE.min(k - first_k);
-            widen(ad, a, (0, first_k), (m, depth), &mut wide_a);
-            widen(bd, b, (first_k, first_n), (depth, cols), &mut wide_b);
-            let (a, b) = (mat(&wide_a, m, depth)?, mat(&wide_b, depth, cols)?);
-            by_blocks(cpu, 1.0, a, b, 1.0, mat_mut(&mut sums, m, cols)?)?;
-        }
+    for first in (0..cd.cols).step_by(NC) {
+        let cols = NC.min(cd.cols - first);
+        let to = Dims { rows: cd.rows, cols, row_stride: cols, col_stride: 1 };
+        let dims = Extents { a: ad, b: Dims { cols, ..bd }, c: to };
+        wide(cpu, dims, (1.0, 0.0), a, b.get(first * bd.col_stride..).unwrap_or(&[]), &mut sums)?;
+        let c = &mut c[first * cd.col_stride..];
         vectorized(|| {
-            for i in 0..m {
-                for j in 0..cols {
-                    let to = &mut c[i * cd.row_stride + (first_n + j) * cd.col_stride];
-                    let sum = alpha * sums[i * cols + j];
-                    *to = C::narrow(if beta == 0.0 { sum } else { sum + keep * to.widen() });
+            for (row, sums) in sums.chunks_exact(cols).enumerate().take(cd.rows) {
+                for (col, sum) in sums.iter().enumerate() {
+                    let to = &mut c[row * cd.row_stride + col * cd.col_stride];
+                    let sum = alpha * *sum;
+                    *to = C::narrow(if beta == 0.0 { sum } else { keep * to.widen() + sum });
                 }
             }
         });
@@ -263,27 +141,89 @@ fn widened<T: Element, C: Element<Acc = T::Acc>>(
     Ok(())
 }
 
-/// A block of a strided matrix, row-major in the accumulator.
-fn widen<T: Element>(
-    dims: Dims,
-    from: &[T],
-    (row, col): (usize, usize),
-    (rows, cols): (usize, usize),
-    to: &mut [T::Acc],
-) {
-    vectorized(|| {
-        for i in 0..rows {
-            let to = &mut to[i * cols..(i + 1) * cols];
-            let start = (row + i) * dims.row_stride + col * dims.col_stride;
-            if dims.col_stride == 1 {
-                for (to, from) in to.iter_mut().zip(&from[start..start + cols]) {
-                    *to = from.widen();
-                }
-            } else {
-                for (j, to) in to.iter_mut().enumerate() {
-                    *to = from[start + j * dims.col_stride].widen();
-                }
-            }
+/// C ← α A B + β C in the accumulator.
+fn wide<T: Element>(
+    cpu: &Cpu,
+    dims: Extents,
+    scale: (f64, f64),
+    a: &[T],
+    b: &[T],
+    c: &mut [T::Acc],
+) -> Result<()> {
+    match (T::any_ref::<Cpu>(a), T::any_ref::<Cpu>(b), T::Acc::any_mut::<Cpu>(c)) {
+        (AnyRef::F64(a), AnyRef::F64(b), AnyMut::F64(c)) => shared(cpu, dims, scale, a, b, c),
+        (AnyRef::F32(a), AnyRef::F32(b), AnyMut::F32(c)) => shared(cpu, dims, scale, a, b, c),
+        (AnyRef::BF16(a), AnyRef::BF16(b), AnyMut::F32(c)) => shared(cpu, dims, scale, a, b, c),
+        (AnyRef::F16(a), AnyRef::F16(b), AnyMut::F32(c)) => shared(cpu, dims, scale, a, b, c),
+        (a, _, c) => {
+            let (a, c) = (a.dtype(), c.dtype());
+            Err(Error::invalid("gemm", format!("{c} is not the accumulator of {a}: please report this")))
         }
+    }
+}
+
+/// C ← α A B + β C, the rows of C shared among threads. Each element is summed in the same order on any number of them.
+fn shared<T: Element<Acc: Real>>(
+    cpu: &Cpu,
+    dims: Extents,
+    scale: (f64, f64),
+    a: &[T],
+    b: &[T],
+    c: &mut [T::Acc],
+) -> Result<()> {
+    let Extents { a: ad, b: bd, c: cd } = dims;
+    let by_rows = cd.col_stride == 1 && cd.row_stride >= cd.cols;
+    let threads =
+        if by_rows && cd.rows * cd.cols * ad.cols >= PARALLEL { cpu.threads().min(cd.rows) } else { 1 };
+    if threads <= 1 {
+        return product(cpu, dims, scale, a, b, c);
+    }
+    // Whole multiples of 24 rows: the tiles then meet no more ragged edges than on one thread.
+    let each = cd.rows.div_ceil(threads).next_multiple_of(24);
+    let mut parts = c.chunks_mut(each * cd.row_stride).enumerate().filter_map(|(part, c)| {
+        let start = part * each;
+        let rows = each.min(cd.rows.checked_sub(start)?);
+        let dims = Extents { a: Dims { rows, ..ad }, b: bd, c: Dims { rows, ..cd } };
+        (rows > 0).then(|| (dims, a.get(start * ad.row_stride..).unwrap_or(&[]), c))
     });
+    std::thread::scope(|scope| {
+        let own = parts.next();
+        // A handle belongs to one thread, so that each makes its own.
+        let others: Vec<_> = parts
+            .map(|(dims, a, c)| scope.spawn(move || product(&Cpu::new(), dims, scale, a, b, c)))
+            .collect();
+        let first = own.map_or(Ok(()), |(dims, a, c)| product(cpu, dims, scale, a, b, c));
+        let lost = |_| Error::invalid("gemm", "a thread panicked: please report this");
+        others.into_iter().fold(first, |all, one| all.and(one.join().map_err(lost).and_then(|one| one)))
+    })
+}
+
+/// C ← α A B + β C on this thread.
+fn product<T: Element<Acc: Real>>(
+    cpu: &Cpu,
+    dims: Extents,
+    (alpha, beta): (f64, f64),
+    a: &[T],
+    b: &[T],
+    c: &mut [T::Acc],
+) -> Result<()> {
+    let (alpha, beta) = (T::Acc::from_f64(alpha), T::Acc::from_f64(beta));
+    if dims.a.cols == 0 {
+        scaled(dims.c, beta, c);
+        return Ok(());
+    }
+    let (len_a, len_b) = dims.room();
+    let (mut room_a, mut room_b) = (cpu.empty(len_a)?, cpu.empty(len_b)?);
+    blocked::multiply(Job { dims, alpha, a, b, beta, c, room: (&mut room_a, &mut room_b) });
+    Ok(())
+}
+
+/// C ← β C: a product without depth.
+fn scaled<A: Accumulator>(dims: Dims, beta: A, c: &mut [A]) {
+    for row in 0..dims.rows {
+        for col in 0..dims.cols {
+            let c = &mut c[row * dims.row_stride + col * dims.col_stride];
+            *c = if beta == A::ZERO { beta } else { beta * *c };
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! General matrix multiplication.
 
+mod blocked;
 pub(super) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;

@@ -1,0 +1,75 @@
+//! What one core of this machine can do: the figures that benches are a part of.
+
+#![allow(dead_code, reason = "each bench uses what it needs")]
+
+use std::{hint::black_box, time::Instant};
+
+/// f32 fused multiply-adds of one core, in GFLOP/s: independent chains in the widest vectors, nothing else.
+pub fn fused() -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if std::arch::is_x86_feature_detected!("avx512f") {
+            #[target_feature(enable = "avx512f")]
+            fn with_avx512(times: usize) -> f32 {
+                chains::<16>(times)
+            }
+            // SAFETY: the processor has AVX-512, which was just detected.
+            #[allow(unsafe_code)]
+            return rate(16, |times| unsafe { with_avx512(times) });
+        }
+        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+            #[target_feature(enable = "avx2,fma")]
+            fn with_avx2(times: usize) -> f32 {
+                chains::<8>(times)
+            }
+            // SAFETY: the processor has AVX2 and FMA: both were just detected.
+            #[allow(unsafe_code)]
+            return rate(8, |times| unsafe { with_avx2(times) });
+        }
+    }
+    rate(4, chains::<4>)
+}
+
+/// Chains that do not depend on one another: more than a processor can have under way.
+const CHAINS: usize = 12;
+
+#[inline(always)]
+fn chains<const LANES: usize>(times: usize) -> f32 {
+    let mut sums = [[1.0_f32; LANES]; CHAINS];
+    let (x, y) = (black_box([0.9999_f32; LANES]), black_box([0.0001_f32; LANES]));
+    for _ in 0..times {
+        for sum in &mut sums {
+            for lane in 0..LANES {
+                sum[lane] = sum[lane].mul_add(x[lane], y[lane]);
+            }
+        }
+    }
+    sums.as_flattened().iter().sum()
+}
+
+/// The best of some rounds: what the core can do when it is left alone.
+fn rate(lanes: usize, run: impl Fn(usize) -> f32) -> f64 {
+    const TIMES: usize = 2_000_000;
+    let once = || {
+        let start = Instant::now();
+        black_box(run(black_box(TIMES)));
+        (2 * CHAINS * lanes * TIMES) as f64 / start.elapsed().as_secs_f64() / 1e9
+    };
+    (0..7).map(|_| once()).fold(0.0, f64::max)
+}
+
+/// Bytes that some threads together read from memory that no cache holds, in GB/s.
+pub fn read(threads: usize) -> f64 {
+    const BYTES: usize = 256 << 20;
+    let memory: Vec<u64> = vec![1; BYTES / 8];
+    let once = || {
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for part in memory.chunks(memory.len().div_ceil(threads)) {
+                scope.spawn(|| black_box(part.iter().fold(0_u64, |sum, x| sum.wrapping_add(*x))));
+            }
+        });
+        BYTES as f64 / start.elapsed().as_secs_f64() / 1e9
+    };
+    (0..5).map(|_| once()).fold(0.0, f64::max)
+}

@@ -1,0 +1,323 @@
+//! C ← α A B + β C by blocks on the CPU.
+//!
+//! The loops are those of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008), as in BLIS:
+//!
+//! ```text
+//! for NC columns of B and C                  a block of B: KC x NC, packed into the second or third cache
+//!   for KC of the depth
+//!     for MC rows of A and C                 a block of A: MC x KC, packed into the second cache
+//!       for 2 vectors of columns             a panel of B, KC deep: packed when it is first needed, in the first cache
+//!         for MR rows                        a tile of C: MR x 2 vectors of sums in registers, KC additions each
+//! ```
+//!
+//! Packing widens bf16 and f16, and turns a transposed B, which a linear layer's weight is, by vectors.
+//!
+//! An element of C is α · (the sum over the first KC of the depth, in order) + β C, plus α times that over the next KC, and so
+//! on, each product fused into its sum where the processor can. That order is the same in every tile, for every number of
+//! rows and columns and on every kind of vector, so an element has the same bits however a product is cut along its rows and
+//! columns, and on any x86-64 processor with AVX2 and FMA.
+
+mod pack;
+mod tile;
+mod vector;
+
+use crate::{
+    device::{Accumulator, Element},
+    kernels::view::Dims,
+};
+use pack::{pack_columns, pack_panel, pack_rows};
+use tile::{c_ahead, store, sums_by_columns, sums_by_rows};
+use vector::Vector;
+
+/// The depth of a block.
+const KC: usize = 256;
+
+/// The rows of a block of A: a multiple of 6 and 8, the rows of the tiles.
+const MC: usize = 144;
+
+/// The columns of a block of B: a multiple of two vectors of any kind.
+pub(super) const NC: usize = 960;
+
+/// Vectors of columns in a tile.
+const V: usize = 2;
+
+/// The dimensions of one product; they agree, and lie inside the memory that comes with them.
+#[derive(Clone, Copy)]
+pub(super) struct Extents {
+    pub(super) a: Dims,
+    pub(super) b: Dims,
+    pub(super) c: Dims,
+}
+
+impl Extents {
+    /// The rows of A that a packed block may have.
+    fn block_rows(&self) -> usize {
+        self.c.rows.min(MC).next_multiple_of(24)
+    }
+
+    /// The columns of B that a packed block may have. Where there is but one block of A, a panel of B is not needed again.
+    fn block_cols(&self) -> usize {
+        let cols = if self.c.rows <= MC { 32 } else { self.c.cols.min(NC) };
+        cols.next_multiple_of(32)
+    }
+
+    /// The room, in elements of the accumulator, that [`multiply`] wants for packed blocks of A and of B.
+    pub(super) fn room(&self) -> (usize, usize) {
+        let depth = self.a.cols.min(KC);
+        // A vector more, since these begin at a vector's boundary.
+        (self.block_rows() * KC, self.block_cols() * depth + 16)
+    }
+}
+
+/// An accumulator and its kinds of vectors.
+pub(super) trait Real: Accumulator {
+    /// What every processor has.
+    type Portable: Vector<Real = Self>;
+    /// AVX2 and FMA.
+    #[cfg(target_arch = "x86_64")]
+    type Avx2: Vector<Real = Self>;
+    /// AVX-512.
+    #[cfg(target_arch = "x86_64")]
+    type Avx512: Vector<Real = Self>;
+}
+
+impl Real for f32 {
+    type Portable = [f32; 4];
+    #[cfg(target_arch = "x86_64")]
+    type Avx2 = std::arch::x86_64::__m256;
+    #[cfg(target_arch = "x86_64")]
+    type Avx512 = std::arch::x86_64::__m512;
+}
+
+impl Real for f64 {
+    type Portable = [f64; 2];
+    #[cfg(target_arch = "x86_64")]
+    type Avx2 = std::arch::x86_64::__m256d;
+    #[cfg(target_arch = "x86_64")]
+    type Avx512 = std::arch::x86_64::__m512d;
+}
+
+/// A product: its dimensions and memory.
+pub(super) struct Job<'a, T: Element> {
+    pub(super) dims: Extents,
+    pub(super) alpha: T::Acc,
+    pub(super) a: &'a [T],
+    pub(super) b: &'a [T],
+    pub(super) beta: T::Acc,
+    pub(super) c: &'a mut [T::Acc],
+    /// Room for packed blocks, as [`Extents::room`] says.
+    pub(super) room: (&'a mut [T::Acc], &'a mut [T::Acc]),
+}
+
+/// C ← α A B + β C, on the best vectors that the processor has.
+pub(super) fn multiply<T: Element<Acc: Real>>(job: Job<'_, T>) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(kind) = x86_64::Kind::best() {
+        return x86_64::multiply(kind, job);
+    }
+    blocks::<<T::Acc as Real>::Portable, T, 4>(job);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86_64 {
+    use super::{Job, Real, blocks};
+    use crate::device::Element;
+    use std::arch::is_x86_feature_detected;
+
+    /// Vectors that this processor has. There is no other way to one than [`Kind::all`].
+    #[derive(Clone, Copy, Debug)]
+    pub(super) struct Kind(Instructions);
+
+    #[derive(Clone, Copy, Debug)]
+    enum Instructions {
+        Avx512,
+        Avx2,
+    }
+
+    impl Kind {
+        /// All that this processor has, the best first.
+        pub(super) fn all() -> impl Iterator<Item = Self> {
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            let avx512 = avx2 && is_x86_feature_detected!("avx512f");
+            let both =
+                [avx512.then_some(Self(Instructions::Avx512)), avx2.then_some(Self(Instructions::Avx2))];
+            both.into_iter().flatten()
+        }
+
+        pub(super) fn best() -> Option<Self> {
+            Self::all().next()
+        }
+    }
+
+    /// C ← α A B + β C on one kind of vector.
+    pub(super) fn multiply<T: Element<Acc: Real>>(kind: Kind, job: Job<'_, T>) {
+        #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+        fn with_avx512<T: Element<Acc: Real>>(job: Job<'_, T>) {
+            blocks::<<T::Acc as Real>::Avx512, T, 8>(job);
+        }
+        #[target_feature(enable = "avx2,fma,f16c")]
+        fn with_avx2<T: Element<Acc: Real>>(job: Job<'_, T>) {
+            blocks::<<T::Acc as Real>::Avx2, T, 6>(job);
+        }
+        // SAFETY: the processor has the features that the function enables: `Kind::all` has detected them.
+        #[allow(unsafe_code)]
+        unsafe {
+            match kind.0 {
+                Instructions::Avx512 => with_avx512(job),
+                Instructions::Avx2 => with_avx2(job),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, T>) {
+    let Job { dims: Extents { a: ad, b: bd, c: cd }, alpha, a, b, beta, c, room } = job;
+    let (room_a, room_b) = (room.0, S::in_memory(room.1));
+    let (wide, by_rows) = (V * S::LANES, ad.col_stride == 1);
+    let once = cd.rows <= MC;
+    for first_col in (0..cd.cols).step_by(NC) {
+        let cols = NC.min(cd.cols - first_col);
+        for first_depth in (0..ad.cols).step_by(KC) {
+            let depth = KC.min(ad.cols - first_depth);
+            let beta = if first_depth == 0 { beta } else { T::Acc::ONE };
+            for first_row in (0..cd.rows).step_by(MC) {
+                let rows = MC.min(cd.rows - first_row);
+                let a = (&a[first_row * ad.row_stride + first_depth * ad.col_stride..], ad);
+                if by_rows {
+                    pack_rows::<T, MR>(a, (rows, depth), room_a.as_chunks_mut().0);
+                } else {
+                    pack_columns::<T, MR>(a, (rows, depth), room_a);
+                }
+                for (at, panel_col) in (0..cols).step_by(wide).enumerate() {
+                    let col = first_col + panel_col;
+                    let panel_cols = wide.min(cols - panel_col);
+                    let at = if once { 0 } else { at };
+                    let panel = &mut room_b.as_chunks_mut().0[at * depth..(at + 1) * depth];
+                    if first_row == 0 {
+                        let b = (&b[first_depth * bd.row_stride + col * bd.col_stride..], bd);
+                        pack_panel(b, panel_cols, panel);
+                    }
+                    for (tile, row) in (0..rows).step_by(MR).enumerate() {
+                        let tile_rows = MR.min(rows - row);
+                        let start = (first_row + row) * cd.row_stride + col * cd.col_stride;
+                        let c = (&mut c[start..], Dims { rows: tile_rows, cols: panel_cols, ..cd });
+                        c_ahead::<S>(&c);
+                        let sums = if by_rows {
+                            let tiles = room_a.as_chunks().0.as_chunks::<MR>().0;
+                            sums_by_rows(&tiles[tile], panel)
+                        } else {
+                            let columns = room_a.as_chunks().0;
+                            sums_by_columns::<S, MR>(&columns[tile * depth..(tile + 1) * depth], panel)
+                        };
+                        store(&sums, alpha, beta, c);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{device::Cpu, device::Device, rng::Philox};
+    use half::bf16;
+
+    /// C of a product, whose memory was NaN before; A and B with elements side by side in rows or in columns.
+    fn product<T: Element<Acc: Real>>(
+        (m, k, n): (usize, usize, usize),
+        (a_rows, b_rows): (bool, bool),
+        number: impl Fn(u64) -> f64,
+        multiply: impl Fn(Job<'_, T>),
+    ) -> Vec<T::Acc> {
+        let layout = |rows, cols, by_rows| match by_rows {
+            true => Dims { rows, cols, row_stride: cols, col_stride: 1 },
+            false => Dims { rows, cols, row_stride: 1, col_stride: rows },
+        };
+        let dims = Extents { a: layout(m, k, a_rows), b: layout(k, n, b_rows), c: layout(m, n, true) };
+        let fill = |dims: Dims, seed: u64| {
+            let mut memory = vec![T::NAN; dims.extent()];
+            for row in 0..dims.rows {
+                for col in 0..dims.cols {
+                    let at = (row * dims.cols + col) as u64;
+                    memory[row * dims.row_stride + col * dims.col_stride] =
+                        T::from_f64(number(seed + 2 * at));
+                }
+            }
+            memory
+        };
+        let (a, b, mut c) = (fill(dims.a, 0), fill(dims.b, 1), vec![T::Acc::NAN; m * n]);
+        let (alpha, beta) = (T::Acc::ONE, T::Acc::ZERO);
+        let cpu = Cpu::poisoned();
+        let (len_a, len_b) = dims.room();
+        let (mut room_a, mut room_b) =
+            (cpu.empty::<T::Acc>(len_a).unwrap(), cpu.empty::<T::Acc>(len_b).unwrap());
+        multiply(Job { dims, alpha, a: &a, b: &b, beta, c: &mut c, room: (&mut room_a, &mut room_b) });
+        c
+    }
+
+    const SHAPES: [(usize, usize, usize); 9] = [
+        (1, 1, 1),
+        (3, 2, 5),
+        (8, 16, 32),
+        (7, 31, 33),
+        (24, 256, 64),
+        (25, 257, 31),
+        (MC + 1, 40, 70),
+        (2 * MC, 2 * KC + 3, 17),
+        (150, 20, NC + 40),
+    ];
+
+    /// Whole numbers, whose sums are exact in any order.
+    fn whole<T: Element<Acc: Real>>(multiply: impl Fn(Job<'_, T>)) {
+        let number = |at: u64| (at * 7919 % 13) as f64 - 6.0;
+        for (m, k, n) in SHAPES {
+            for layout in [(true, true), (true, false), (false, true), (false, false)] {
+                let got = product::<T>((m, k, n), layout, number, &multiply);
+                for (at, got) in got.iter().enumerate() {
+                    let (row, col) = (at / n, at % n);
+                    let term =
+                        |i: usize| number(2 * (row * k + i) as u64) * number(1 + 2 * (i * n + col) as u64);
+                    assert_eq!(
+                        got.to_f64(),
+                        (0..k).map(term).sum::<f64>(),
+                        "{m} x {k} x {n}, {layout:?}, {row}, {col}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_of_whole_numbers_are_exact_on_all_vectors() {
+        whole::<f32>(blocks::<[f32; 4], f32, 4>);
+        whole::<f64>(blocks::<[f64; 2], f64, 4>);
+        whole::<bf16>(blocks::<[f32; 4], bf16, 4>);
+        #[cfg(target_arch = "x86_64")]
+        for kind in x86_64::Kind::all() {
+            whole::<f32>(|job| x86_64::multiply(kind, job));
+            whole::<f64>(|job| x86_64::multiply(kind, job));
+            whole::<bf16>(|job| x86_64::multiply(kind, job));
+        }
+    }
+
+    /// Where there is a fused multiply-add, one kind of vector rounds as another.
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn all_fused_vectors_give_the_same_bits() {
+        let stream = Philox::named(1, "numbers");
+        for shape in SHAPES {
+            for layout in [(true, false), (false, true)] {
+                let with = |kind| {
+                    product::<f32>(shape, layout, |at| stream.normal(at), |job| x86_64::multiply(kind, job))
+                };
+                let results: Vec<Vec<f32>> = x86_64::Kind::all().map(with).collect();
+                let bits = |c: &Vec<f32>| c.iter().map(|c| c.to_bits()).collect::<Vec<_>>();
+                assert!(results.windows(2).all(|pair| bits(&pair[0]) == bits(&pair[1])), "{shape:?}");
+            }
+        }
+    }
+}

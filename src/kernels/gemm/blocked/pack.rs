@@ -1,0 +1,137 @@
+//! Packing: blocks of A and panels of B side by side, widened, as the tiles read them.
+
+use super::{KC, V, vector::Vector};
+use crate::{
+    device::{Accumulator, Element},
+    kernels::view::Dims,
+};
+
+/// A's rows side by side, each in room for [`KC`]; the last tile is filled with zeros.
+#[inline(always)]
+pub(super) fn pack_rows<T: Element, const MR: usize>(
+    (a, dims): (&[T], Dims),
+    (rows, depth): (usize, usize),
+    to: &mut [[T::Acc; KC]],
+) {
+    for (row, to) in to[..rows.next_multiple_of(MR)].iter_mut().enumerate() {
+        let to = &mut to[..depth];
+        if row >= rows {
+            to.fill(T::Acc::ZERO);
+            continue;
+        }
+        let from = &a[row * dims.row_stride..][..depth];
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = from.widen();
+        }
+    }
+}
+
+/// A's columns, those of a tile's rows side by side; the last tile is filled with zeros.
+#[inline(always)]
+pub(super) fn pack_columns<T: Element, const MR: usize>(
+    (a, dims): (&[T], Dims),
+    (rows, depth): (usize, usize),
+    to: &mut [T::Acc],
+) {
+    for (tile, to) in to.chunks_exact_mut(MR * depth).enumerate().take(rows.div_ceil(MR)) {
+        let first = tile * MR;
+        for (col, to) in to.as_chunks_mut::<MR>().0.iter_mut().enumerate() {
+            let from = &a[first * dims.row_stride + col * dims.col_stride..];
+            match from.first_chunk::<MR>().filter(|_| dims.row_stride == 1 && first + MR <= rows) {
+                Some(from) => {
+                    for (to, from) in to.iter_mut().zip(from) {
+                        *to = from.widen();
+                    }
+                }
+                None => {
+                    for (row, to) in to.iter_mut().enumerate() {
+                        let inside = first + row < rows;
+                        *to = if inside { from[row * dims.row_stride].widen() } else { T::Acc::ZERO };
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A panel of B, row by row; columns that it does not have are zeros.
+#[inline(always)]
+pub(super) fn pack_panel<S: Vector, T: Element<Acc = S::Real>>(
+    (b, dims): (&[T], Dims),
+    cols: usize,
+    panel: &mut [[S; V]],
+) {
+    let lanes = S::LANES;
+    let zero = S::splat(S::Real::ZERO);
+    for v in 0..V {
+        let first = v * lanes;
+        let have = cols.saturating_sub(first).min(lanes);
+        if have == 0 {
+            panel.iter_mut().for_each(|row| row[v] = zero);
+        } else if dims.row_stride == 1 && have == lanes {
+            turn(&b[first * dims.col_stride..], dims.col_stride, v, panel);
+        } else {
+            let from = &b[first * dims.col_stride..];
+            for (depth, row) in panel.iter_mut().enumerate() {
+                let from = &from[depth * dims.row_stride..];
+                row[v] = if dims.col_stride == 1 && have == lanes {
+                    load(from)
+                } else {
+                    gather((0..have).map(|col| from[col * dims.col_stride].widen()))
+                };
+            }
+        }
+    }
+}
+
+/// A vector of columns, each of which lies side by side, `stride` elements from one to the next: squares of a vector of
+/// vectors are transposed in registers, by as many perfect shuffles of its rows as the number of lanes has bits.
+#[inline(always)]
+fn turn<S: Vector, T: Element<Acc = S::Real>>(b: &[T], stride: usize, v: usize, panel: &mut [[S; V]]) {
+    let lanes = S::LANES;
+    let mut depth = 0;
+    while depth + lanes <= panel.len() {
+        // More than any kind of vector has lanes.
+        let mut square = [S::splat(S::Real::ZERO); 16];
+        for (col, vector) in square.iter_mut().enumerate().take(lanes) {
+            let from = &b[col * stride + depth..];
+            S::prefetch(from.as_ptr().wrapping_add(8 * lanes).cast());
+            *vector = load(from);
+        }
+        for _ in 0..lanes.ilog2() {
+            let before = square;
+            for pair in 0..lanes / 2 {
+                let (low, high) = before[pair].interleave(before[pair + lanes / 2]);
+                (square[2 * pair], square[2 * pair + 1]) = (low, high);
+            }
+        }
+        for (row, vector) in panel[depth..depth + lanes].iter_mut().zip(square) {
+            row[v] = vector;
+        }
+        depth += lanes;
+    }
+    for (depth, row) in panel.iter_mut().enumerate().skip(depth) {
+        row[v] = gather((0..lanes).map(|col| b[col * stride + depth].widen()));
+    }
+}
+
+/// The first elements of a slice, widened.
+#[inline(always)]
+fn load<S: Vector, T: Element<Acc = S::Real>>(from: &[T]) -> S {
+    let from = &from[..S::LANES];
+    let mut wide = [S::Real::ZERO; 16];
+    for (wide, from) in wide.iter_mut().zip(from) {
+        *wide = from.widen();
+    }
+    S::load(&wide)
+}
+
+/// A vector of at most as many numbers as it has lanes, then zeros.
+#[inline(always)]
+fn gather<S: Vector>(numbers: impl Iterator<Item = S::Real>) -> S {
+    let mut all = [S::Real::ZERO; 16];
+    for (to, number) in all.iter_mut().zip(numbers) {
+        *to = number;
+    }
+    S::load(&all)
+}

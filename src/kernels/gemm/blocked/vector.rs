@@ -1,0 +1,212 @@
+//! Vectors of the processor, as the blocked product needs them: AVX-512, AVX2, or what the compiler makes of small arrays.
+
+use crate::device::Accumulator;
+use std::slice;
+
+/// A vector of f32 or f64.
+///
+/// The types of x86-64 may only be used in code that is compiled for them and runs after they were detected: below the two
+/// entry points in `blocked`.
+pub(in super::super) trait Vector: Copy {
+    /// What it is a vector of: [`Vector::LANES`] of them without padding.
+    type Real: Accumulator;
+    /// How many there are.
+    const LANES: usize;
+
+    /// `x` in every lane.
+    fn splat(x: Self::Real) -> Self;
+
+    /// The first lanes of a slice.
+    fn load(from: &[Self::Real]) -> Self;
+
+    /// a · b + self, rounded once where the processor can.
+    fn add_product(self, a: Self, b: Self) -> Self;
+
+    /// a₀ b₀ a₁ b₁ …, in two vectors.
+    fn interleave(self, other: Self) -> (Self, Self);
+
+    /// Asks for the cache line of an address, which need not be valid.
+    fn prefetch(address: *const Self::Real);
+
+    /// The numbers in these vectors.
+    #[inline(always)]
+    fn lanes(vectors: &[Self]) -> &[Self::Real] {
+        // SAFETY: a vector is `LANES` reals without padding, as this trait demands, and at least as aligned as one.
+        #[allow(unsafe_code)]
+        unsafe {
+            slice::from_raw_parts(vectors.as_ptr().cast(), vectors.len() * Self::LANES)
+        }
+    }
+
+    /// As many vectors as lie, aligned, in some memory.
+    #[inline(always)]
+    fn in_memory(memory: &mut [Self::Real]) -> &mut [Self] {
+        // SAFETY: a vector is `LANES` reals without padding, as this trait demands, and any bits are a real.
+        #[allow(unsafe_code)]
+        unsafe {
+            memory.align_to_mut().1
+        }
+    }
+}
+
+/// Vectors without instructions of their own: the compiler uses what the target has at least.
+macro_rules! portable {
+    ($real:ty, $lanes:literal) => {
+        impl Vector for [$real; $lanes] {
+            type Real = $real;
+            const LANES: usize = $lanes;
+
+            #[inline(always)]
+            fn splat(x: $real) -> Self {
+                [x; $lanes]
+            }
+
+            #[inline(always)]
+            fn load(from: &[$real]) -> Self {
+                *from.first_chunk().expect("a vector's lanes")
+            }
+
+            #[inline(always)]
+            fn add_product(self, a: Self, b: Self) -> Self {
+                // Where there is no instruction for it, `mul_add` is a call of a function that is a hundred times slower.
+                let one = |i: usize| match cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+                    true => a[i].mul_add(b[i], self[i]),
+                    false => self[i] + a[i] * b[i],
+                };
+                std::array::from_fn(one)
+            }
+
+            #[inline(always)]
+            fn interleave(self, other: Self) -> (Self, Self) {
+                let both = |i: usize| if i % 2 == 0 { self[i / 2] } else { other[i / 2] };
+                (std::array::from_fn(both), std::array::from_fn(|i| both(i + $lanes)))
+            }
+
+            #[inline(always)]
+            fn prefetch(_: *const $real) {}
+        }
+    };
+}
+
+portable!(f32, 4);
+portable!(f64, 2);
+
+#[cfg(target_arch = "x86_64")]
+mod x86_64 {
+    use super::Vector;
+    use std::arch::x86_64::*;
+
+    /// One type of vector; `$interleave` makes two vectors of two.
+    macro_rules! vector {
+        ($vector:ty, $real:ty, $lanes:literal, $splat:ident, $load:ident, $fma:ident, $interleave:expr) => {
+            impl Vector for $vector {
+                type Real = $real;
+                const LANES: usize = $lanes;
+
+                #[inline(always)]
+                fn splat(x: $real) -> Self {
+                    // SAFETY: the processor has the instruction, as the trait demands.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        $splat(x)
+                    }
+                }
+
+                #[inline(always)]
+                fn load(from: &[$real]) -> Self {
+                    let from: &[$real; $lanes] = from.first_chunk().expect("a vector's lanes");
+                    // SAFETY: the processor has the instruction, as the trait demands, and `from` is as long as a vector.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        $load(from.as_ptr())
+                    }
+                }
+
+                #[inline(always)]
+                fn add_product(self, a: Self, b: Self) -> Self {
+                    // SAFETY: the processor has the instruction, as the trait demands.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        $fma(a, b, self)
+                    }
+                }
+
+                #[inline(always)]
+                fn interleave(self, other: Self) -> (Self, Self) {
+                    // SAFETY: the processor has the instructions, as the trait demands.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        $interleave(self, other)
+                    }
+                }
+
+                #[inline(always)]
+                fn prefetch(address: *const $real) {
+                    // SAFETY: a prefetch reads nothing that a program could see, and never faults.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+                    }
+                }
+            }
+        };
+    }
+
+    vector!(__m512, f32, 16, _mm512_set1_ps, _mm512_loadu_ps, _mm512_fmadd_ps, |a, b| {
+        let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        let high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        (_mm512_permutex2var_ps(a, low, b), _mm512_permutex2var_ps(a, high, b))
+    });
+    vector!(__m512d, f64, 8, _mm512_set1_pd, _mm512_loadu_pd, _mm512_fmadd_pd, |a, b| {
+        let low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+        let high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+        (_mm512_permutex2var_pd(a, low, b), _mm512_permutex2var_pd(a, high, b))
+    });
+    vector!(__m256, f32, 8, _mm256_set1_ps, _mm256_loadu_ps, _mm256_fmadd_ps, |a, b| {
+        let (even, odd) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        (_mm256_permute2f128_ps::<0x20>(even, odd), _mm256_permute2f128_ps::<0x31>(even, odd))
+    });
+    vector!(__m256d, f64, 4, _mm256_set1_pd, _mm256_loadu_pd, _mm256_fmadd_pd, |a, b| {
+        let (even, odd) = (_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
+        (_mm256_permute2f128_pd::<0x20>(even, odd), _mm256_permute2f128_pd::<0x31>(even, odd))
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Element;
+
+    fn holds<S: Vector>() {
+        let real = |at: usize| S::Real::from_f64(at as f64);
+        let numbers: Vec<S::Real> = (0..64).map(real).collect();
+        let (a, b) = (S::load(&numbers), S::load(&numbers[S::LANES..]));
+        let (low, high) = a.interleave(b);
+        let want: Vec<S::Real> =
+            (0..2 * S::LANES).map(|i| real(i / 2 + if i % 2 == 0 { 0 } else { S::LANES })).collect();
+        assert_eq!(S::lanes(&[low, high]), want);
+        let sum = S::splat(real(1)).add_product(a, b);
+        let want: Vec<S::Real> = (0..S::LANES).map(|i| real(1 + i * (i + S::LANES))).collect();
+        assert_eq!(S::lanes(&[sum]), want);
+        let mut memory = numbers.clone();
+        assert!(S::in_memory(&mut memory).len() >= 64 / S::LANES - 1);
+    }
+
+    #[test]
+    fn vectors_do_what_they_say() {
+        holds::<[f32; 4]>();
+        holds::<[f64; 2]>();
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::*;
+            if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+                holds::<__m256>();
+                holds::<__m256d>();
+            }
+            if std::arch::is_x86_feature_detected!("avx512f") {
+                holds::<__m512>();
+                holds::<__m512d>();
+            }
+        }
+    }
+}
