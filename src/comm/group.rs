@@ -1,8 +1,8 @@
 //! The typed front of a communicator.
 
 use super::{
-    Call, Collective, Communicator, HostStaged, InFlight, Incoming, Op, Outgoing, Parts, Record, Recorded,
-    ReduceOp, Solo,
+    Call, Collective, Communicator, HostStaged, InFlight, Incoming, Op, Outgoing, Overlap, Parts, Record,
+    Recorded, ReduceOp, Solo,
 };
 use crate::{
     device::{Cpu, DType, Device, Element},
@@ -35,6 +35,7 @@ use std::{
 pub struct Group<B: Device> {
     shared: Rc<Shared<B>>,
     pub(super) reduction: Reduction,
+    pub(super) overlap: Overlap,
 }
 
 struct Shared<B: Device> {
@@ -47,7 +48,7 @@ struct Shared<B: Device> {
 
 impl<B: Device> Clone for Group<B> {
     fn clone(&self) -> Self {
-        Self { shared: Rc::clone(&self.shared), reduction: self.reduction }
+        Self { shared: Rc::clone(&self.shared), ..*self }
     }
 }
 
@@ -66,7 +67,12 @@ impl<B: Device> Group<B> {
     fn named(communicator: Rc<dyn Communicator<B>>, device: &B, name: String, id: u64) -> Self {
         trace::join(id, &name, communicator.rank(), communicator.size());
         let shared = Shared { communicator, device: device.clone(), name, id, calls: Cell::new(0) };
-        Self { shared: Rc::new(shared), reduction: Reduction::Fast }
+        Self { shared: Rc::new(shared), reduction: Reduction::Fast, overlap: Overlap::Auto }
+    }
+
+    /// This group, whose layers go about sums and collectives as those of another.
+    fn like<C: Device>(self, other: &Group<C>) -> Self {
+        Self { reduction: other.reduction, overlap: other.overlap, ..self }
     }
 
     /// A group of one rank.
@@ -79,7 +85,7 @@ impl<B: Device> Group<B> {
         let (communicator, record) = Recorded::new(Rc::clone(&self.shared.communicator));
         let group = Self::named(Rc::new(communicator), self.device(), self.name().into(), self.shared.id);
         group.shared.calls.set(self.shared.calls.get());
-        (group.with_reduction(self.reduction), record)
+        (group.like(self), record)
     }
 
     /// What carries the group's data.
@@ -188,7 +194,7 @@ impl<B: Device> Group<B> {
             let mut id = DefaultHasher::new();
             (self.shared.id, call.seq, color).hash(&mut id);
             let name = format!("{}/{color}", self.name());
-            Self::named(communicator.into(), self.device(), name, id.finish()).with_reduction(self.reduction)
+            Self::named(communicator.into(), self.device(), name, id.finish()).like(self)
         }))
     }
 
@@ -235,7 +241,7 @@ impl Group<Cpu> {
     pub(super) fn carried<B: Device>(&self, by: Rc<dyn Communicator<B>>, device: &B) -> Group<B> {
         let group = Group::named(by, device, self.name().into(), self.shared.id);
         group.shared.calls.set(self.shared.calls.get());
-        group.with_reduction(self.reduction)
+        group.like(self)
     }
 }
 
@@ -458,7 +464,9 @@ impl<T: Element, B: Device> Pending<T, B> {
     /// When the ranks called different things, or a rank was lost.
     pub fn wait(self) -> Result<Tensor<T, B>> {
         let span = tracing::debug_span!(target: "shardwise", "wait", call = %self.call);
+        let waiting = trace::wait(self.call.operation());
         let result = span.in_scope(|| self.flight.wait());
+        trace::leave(waiting, None);
         trace::leave(self.ticket, result.as_ref().err());
         let result = result?.of::<T>();
         let result = result

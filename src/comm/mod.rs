@@ -29,6 +29,7 @@ mod mesh;
 mod mpi;
 #[cfg(feature = "nccl")]
 pub mod nccl;
+mod overlap;
 mod parts;
 mod recorded;
 mod solo;
@@ -46,6 +47,7 @@ pub use mesh::DeviceMesh;
 pub use mpi::MpiComm;
 #[cfg(feature = "mpi")]
 pub(crate) use mpi::Universe;
+pub use overlap::Overlap;
 pub use parts::Parts;
 pub use recorded::{Record, Recorded, Transfer};
 pub use solo::Solo;

@@ -128,6 +128,10 @@ impl<B: Device> Communicator<B> for Recorded<B> {
         self.inner.obstacle(call)
     }
 
+    fn chunk(&self) -> Option<usize> {
+        self.inner.chunk()
+    }
+
     fn is_near(&self) -> bool {
         self.inner.is_near()
     }

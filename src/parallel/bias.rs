@@ -54,7 +54,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for AddBias<S, T, B> {
 
     fn backward(&mut self, (): (), dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         let (dy_mat, device, features) = (dy.local().mat(), self.group.device(), dy.shape().cols());
-        let db = S::sum_tokens(&self.group, dy.shape().rows(), [features].into(), &mut |rows, db| {
+        let db = S::sum_tokens(&self.group, dy, [features].into(), &mut |rows, db| {
             device.sum_rows(dy_mat.block(rows, 0..features), db.slice_mut()?)
         })?;
         self.bias.add_grad(db)?;

@@ -1,7 +1,7 @@
 //! Linear layers whose output features are cut over the ranks.
 
 use super::{
-    Bias, Columns, DTensor, Layer, Stream, Traffic,
+    Bias, Columns, DTensor, Layer, RowMap, Stream, Traffic,
     columns::SharedRows,
     invariant::{self, Blocks, Factors, by_columns, by_rows},
 };
@@ -228,7 +228,8 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
 /// Yᵣ = X Wᵣᵀ + bᵣ with its collectives: S → Shard<1>.
 ///
 /// The same as `S`'s entering mapping, then [`ColumnLinear`], bit for bit; but in the backward the reduction of dX runs
-/// beside the product that gives dW.
+/// beside the product that gives dW, and with the group's [`Overlap`](crate::comm::Overlap) collectives run in chunks beside
+/// the products that need or make what they carry.
 ///
 /// * Forward: entering the stream: nothing for `Replicated`, an all-gather of X for `Shard<0>`.
 /// * Backward: leaving it: an all-reduce of dX, or a reduce-scatter.
@@ -289,7 +290,11 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ColumnParallelLinear<S, 
     type Saved = Tensor<T, B>;
 
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
-        self.linear.forward(&S::enter(x)?)
+        let (linear, inputs) = (&self.linear, self.linear.weight().shape().cols());
+        let splits = invariant::splits(linear.group.device(), None, inputs);
+        let features = linear.cut.total();
+        let (x, y) = S::enter_to(x, RowMap { features, splits, map: &mut |x| linear.output(x) })?;
+        Ok((y, x.into_local()))
     }
 
     fn backward(
@@ -297,7 +302,10 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ColumnParallelLinear<S, 
         x: Self::Saved,
         dy: &DTensor<Shard<1>, T, B>,
     ) -> Result<DTensor<<S as Placement>::Dual, T, B>> {
-        let dx = S::start_leave(self.linear.input_grad(dy)?)?;
+        let (linear, [outputs, features]) =
+            (&self.linear, [0, 1].map(|dim| self.linear.weight().shape().dims()[dim]));
+        let splits = invariant::splits(linear.group.device(), linear.blocks(), outputs);
+        let dx = S::start_leave_of(dy, RowMap { features, splits, map: &mut |dy| linear.input_grad(dy) })?;
         self.linear.param_grads(&x, dy)?;
         dx.wait()
     }

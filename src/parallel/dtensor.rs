@@ -1,5 +1,6 @@
 //! A tensor spread over the ranks of a group.
 
+use super::overlap::{place_rows, take_rows};
 use crate::{
     comm::{Group, Pending, ReduceOp},
     device::{Cpu, Device, Element},
@@ -196,6 +197,24 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         Ok(DTensor { terms: Terms::Nodes(terms), ..self.derive(local, features, None) })
     }
 
+    /// Some rows of the whole by themselves, held in the same way. The caller vouches that every rank has all of them.
+    pub(super) fn rows(&self, runs: &[Range<usize>]) -> Result<Self>
+    where
+        B: Backend,
+    {
+        let local = take_rows(&self.local, runs)?;
+        let shape = self.layout.shape.with(0, local.shape().dims()[0]);
+        let sequences = Sequences::one(shape.rows());
+        let layout = Layout { shape, cut: self.layout.cut.clone(), tokens: None, sequences, draw: None };
+        let terms = match &self.terms {
+            Terms::Nodes(terms) => {
+                Terms::Nodes(terms.iter().map(|term| take_rows(term, runs)).collect::<Result<_>>()?)
+            }
+            terms => terms.clone(),
+        };
+        Ok(Self { terms, ..Self::new(local, &self.group, layout) })
+    }
+
     fn place<Q: Placement>(self, local: Tensor<T, B>, cut: Option<Partition>) -> DTensor<Q, T, B> {
         DTensor::new(local, &self.group, Layout { cut, ..self.layout })
     }
@@ -318,7 +337,7 @@ impl<const D: usize, T: Element, B: Backend> DTensor<Shard<D>, T, B> {
         Ok(Self::new(local, group, layout))
     }
 
-    fn shard_cut(&self) -> Result<&Partition> {
+    pub(super) fn shard_cut(&self) -> Result<&Partition> {
         let missing = || Error::invalid("shard", "a sharded tensor without its cut: please report this");
         self.layout.cut.as_ref().ok_or_else(missing)
     }
@@ -420,7 +439,15 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
         self,
         cut: &Partition,
     ) -> Result<PendingDTensor<Shard<D>, T, B>> {
-        let cut = &canonical("reduce_scatter", &self.group, D, cut)?;
+        let cut = canonical("reduce_scatter", &self.group, D, cut)?;
+        self.start_scatter(&cut)
+    }
+
+    /// The same for any cut of some rows of a tensor.
+    pub(super) fn start_scatter<const D: usize>(
+        self,
+        cut: &Partition,
+    ) -> Result<PendingDTensor<Shard<D>, T, B>> {
         if !self.can_start()? {
             return Ok(PendingDTensor(Progress::Done(self.reduce_scatter(cut)?)));
         }
@@ -431,14 +458,24 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
 
     /// Whether one collective makes the sum, which may be started then: sums along a tree are made of several, at once.
     fn can_start(&self) -> Result<bool> {
-        Ok(match (self.group.tree()?, &self.terms) {
-            (None, _) | (_, Terms::Exact) => true,
-            (Some(tree), Terms::Node) => {
-                self.group.size() == 2 && (0..2).all(|rank| tree.nodes(rank).len() == 1)
-            }
-            (Some(_), _) => false,
+        Ok(match &self.terms {
+            Terms::Exact => true,
+            Terms::Ranks => self.group.tree()?.is_none(),
+            Terms::Node => is_one_collective::<T, B>(&self.group)?,
+            Terms::Nodes(_) => false,
         })
     }
+}
+
+/// Whether one collective makes the sum over a group of what its ranks have computed.
+pub(super) fn is_one_collective<T: Element, B: Device>(group: &Group<B>) -> Result<bool> {
+    Ok(match group.tree()? {
+        None => true,
+        Some(tree) => {
+            let pair = group.size() == 2 && (0..2).all(|rank| tree.nodes(rank).len() == 1);
+            pair && T::DTYPE == T::Acc::DTYPE
+        }
+    })
 }
 
 /// A tensor whose collective was started.
@@ -446,11 +483,36 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
 pub struct PendingDTensor<P: Placement, T: Element, B: Device>(Progress<P, T, B>);
 
 enum Progress<P: Placement, T: Element, B: Device> {
-    Started { pending: Pending<T, B>, group: Group<B>, layout: Layout },
+    Started {
+        pending: Pending<T, B>,
+        group: Group<B>,
+        layout: Layout,
+    },
     Done(DTensor<P, T, B>),
+    /// Chunks of the rank's rows, one after another.
+    Stacked {
+        chunks: Vec<PendingDTensor<P, T, B>>,
+        group: Group<B>,
+        layout: Layout,
+    },
 }
 
-impl<P: Placement, T: Element, B: Device> PendingDTensor<P, T, B> {
+impl<P: Placement, T: Element, B: Backend> PendingDTensor<P, T, B> {
+    /// Chunks of this rank's rows of a tensor that has the rows of `x` and other features.
+    pub(super) fn stacked<Q: Placement>(
+        x: &DTensor<Q, T, B>,
+        features: usize,
+        chunks: Vec<Self>,
+    ) -> Result<Self> {
+        let cut = match P::CUT {
+            Some(dim) => Some(canonical("reduce_scatter", &x.group, dim, &x.token_cut()?)?),
+            None => None,
+        };
+        let shape = x.layout.shape.with(x.layout.shape.rank() - 1, features);
+        let layout = Layout { shape, cut, ..x.layout.clone() };
+        Ok(Self(Progress::Stacked { chunks, group: x.group.clone(), layout }))
+    }
+
     /// The tensor.
     ///
     /// # Errors
@@ -459,6 +521,22 @@ impl<P: Placement, T: Element, B: Device> PendingDTensor<P, T, B> {
         match self.0 {
             Progress::Started { pending, group, layout } => Ok(DTensor::new(pending.wait()?, &group, layout)),
             Progress::Done(tensor) => Ok(tensor),
+            Progress::Stacked { chunks, group, layout } => {
+                let chunks = chunks.into_iter().map(|chunk| Ok(chunk.wait()?.into_local()));
+                let chunks = chunks.collect::<Result<Vec<_>>>()?;
+                let ends = chunks.iter().scan(0, |end, chunk| {
+                    *end += chunk.shape().dims()[0];
+                    Some(*end - chunk.shape().dims()[0]..*end)
+                });
+                let runs: Vec<_> = ends.collect();
+                let shape = chunks.first().map_or(Shape::new(&[0]), Tensor::shape);
+                let rows = runs.last().map_or(0, |run| run.end);
+                let mut local = Tensor::empty(group.device(), shape.with(0, rows))?;
+                for (chunk, run) in chunks.iter().zip(runs) {
+                    place_rows(chunk, &mut local, &[run])?;
+                }
+                Ok(DTensor::new(local, &group, layout))
+            }
         }
     }
 }

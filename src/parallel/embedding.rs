@@ -2,7 +2,7 @@
 
 use super::{Bias, ColumnParallelLinear, Columns, DTensor, Layer, Stream, Traffic, invariant::whole};
 use crate::{
-    comm::Group,
+    comm::{Group, Overlap},
     device::{Device, Element},
     error::{Error, Result, same_size},
     kernels::{Backend, NO_ROW},
@@ -92,8 +92,8 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
 
     /// The collectives for this number of tokens.
     pub fn traffic(&self, tokens: usize) -> Traffic {
-        // A sum with zeros is the same in any order.
-        let group = self.table.group().with_reduction(Reduction::Fast);
+        // A sum with zeros is the same in any order; there is no product beside which to make it in chunks.
+        let group = self.table.group().with_reduction(Reduction::Fast).with_overlap(Overlap::Off);
         S::leave_traffic::<T, B>(&group, [tokens, self.table.weight().value().shape().cols()].into())
     }
 
@@ -165,7 +165,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
             "rows of dy",
             dy.local().shape().rows(),
         )?;
-        let grad = S::sum_tokens(&self.group, dy.shape().rows(), table, &mut |rows, grad| {
+        let grad = S::sum_tokens(&self.group, dy, table, &mut |rows, grad| {
             device.fill(0.0, grad.mat_mut()?)?;
             device.scatter_add(
                 &positions[rows.clone()],

@@ -1,7 +1,7 @@
 //! Linear layers of one input that are computed at the same time.
 
 use super::{
-    ColumnLinear, DTensor, Layer, Stream, Traffic,
+    ColumnLinear, DTensor, Layer, RowMap, Stream, Traffic,
     invariant::{self, Factors, by_columns, by_rows},
 };
 use crate::{
@@ -10,7 +10,7 @@ use crate::{
     error::{Error, Result, same_size},
     kernels::Backend,
     ops,
-    shard::{Partial, Partition, Placement, Shape, Shard},
+    shard::{Copied, Partial, Partition, Placement, Shape, Shard},
     tensor::{Param, Tensor},
 };
 use std::{marker::PhantomData, ops::Range};
@@ -74,25 +74,7 @@ impl<S: Stream, T: Element, B: Backend> ForkedColumnLinear<S, T, B> {
         Ok(dy.derive(dx, inputs, None))
     }
 
-    /// Each layer's columns of this rank's output.
-    fn columns(&self) -> Vec<Range<usize>> {
-        let mut end = 0;
-        let next = |layer: &ColumnLinear<T, B>| {
-            let start = end;
-            end += layer.weight().shape().rows();
-            start..end
-        };
-        self.layers.iter().map(next).collect()
-    }
-}
-
-impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T, B> {
-    type In = S;
-    type Out = Shard<1>;
-    type Saved = Tensor<T, B>;
-
-    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
-        let entered = S::enter(x)?;
+    fn output(&self, entered: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         let (x, device) = (entered.local(), entered.local().device());
         let inputs = self.layers[0].weight().shape().cols();
         same_size("forked linear", "columns of x", x.shape().cols(), "columns of w", inputs)?;
@@ -120,7 +102,32 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T,
             }
             device.copy(part.mat(), y.mat_mut()?.block(0..x.shape().rows(), columns))?;
         }
-        Ok((entered.derive(y, self.cut.total(), Some(self.cut.clone())), x.clone()))
+        Ok(entered.derive(y, self.cut.total(), Some(self.cut.clone())))
+    }
+
+    /// Each layer's columns of this rank's output.
+    fn columns(&self) -> Vec<Range<usize>> {
+        let mut end = 0;
+        let next = |layer: &ColumnLinear<T, B>| {
+            let start = end;
+            end += layer.weight().shape().rows();
+            start..end
+        };
+        self.layers.iter().map(next).collect()
+    }
+}
+
+impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T, B> {
+    type In = S;
+    type Out = Shard<1>;
+    type Saved = Tensor<T, B>;
+
+    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
+        let (device, inputs) = (x.local().device(), self.layers[0].weight().shape().cols());
+        let splits = invariant::splits(device, None, inputs);
+        let map = RowMap { features: self.cut.total(), splits, map: &mut |x| self.output(x) };
+        let (x, y) = S::enter_to(x, map)?;
+        Ok((y, x.into_local()))
     }
 
     fn backward(
@@ -133,7 +140,11 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T,
         let width = columns.last().map_or(0, |last| last.end);
         same_size(OP, "columns of dy", grad.shape().cols(), "outputs of this rank", width)?;
         same_size(OP, "rows of dy", grad.shape().rows(), "rows of x", x.shape().rows())?;
-        let dx = S::start_leave(self.input_grad(dy)?)?;
+        let splits = |layer: &ColumnLinear<T, B>| {
+            invariant::splits(&device, layer.blocks(), layer.weight().shape().rows())
+        };
+        let (features, splits) = (x.shape().cols(), self.layers.iter().all(splits));
+        let dx = S::start_leave_of(dy, RowMap { features, splits, map: &mut |dy| self.input_grad(dy) })?;
         let grads = match self.layers[0].blocks() {
             None => {
                 let pairs =

@@ -121,6 +121,13 @@ pub(super) fn by_rows<T: Element, C: Element<Acc = T::Acc>, B: Backend>(
     })
 }
 
+/// Whether a product whose depth is cut into these blocks, or has `depth` if there are none, has the same bits row by row.
+pub(super) fn splits<B: Backend>(device: &B, blocks: Option<&Blocks>, depth: usize) -> bool {
+    let deep = |depth: usize| depth != 1;
+    let all = blocks.map_or(deep(depth), |blocks| blocks.iter().flatten().all(|run| deep(run.len())));
+    device.splits_exactly() && all
+}
+
 /// Whether a product with `a` is what its blocks would be. A depth of 1 leaves room for another sign of a zero.
 fn exact<T: Element, B: Backend>(device: &B, a: MatRef<'_, T, B>) -> bool {
     device.splits_exactly() && a.cols() > 1

@@ -155,7 +155,7 @@ impl<T: Element, B: Backend> Layer<T, B> for GatherSequence {
 }
 
 /// The traffic of a sum of which each rank gets its tokens.
-fn sum_rows<T: Element, B: Backend>(group: &Group<B>, x: Shape) -> Traffic {
+pub(super) fn sum_rows<T: Element, B: Backend>(group: &Group<B>, x: Shape) -> Traffic {
     let cut = group.even_cut(x.dims()[0]).unwrap_or_else(|_| Partition::even(x.dims()[0], group.size()));
     Traffic::sum_rows::<T, B>(group, x, &cut)
 }

@@ -49,6 +49,7 @@ mod layer;
 mod mappings;
 mod mlp;
 mod norm;
+mod overlap;
 mod recompute;
 mod row;
 mod sample;
@@ -74,6 +75,7 @@ pub use mappings::{
 };
 pub use mlp::{FeedForward, FeedForwardSaved, GatedMlp, MlpNames, ParallelMlp};
 pub use norm::Normalize;
+pub use overlap::RowMap;
 pub use recompute::Recompute;
 pub use row::{RowLinear, RowParallelLinear};
 pub use sample::Sampler;

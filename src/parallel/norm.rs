@@ -61,8 +61,8 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
         let vectors = if self.beta.is_some() { 2 } else { 1 };
         let mut dx = Tensor::empty(device, dy.local().shape())?;
         // dγ and dβ of all tokens, in one collective.
-        let (tokens, shape) = (dy.shape().rows(), [vectors, cols].into());
-        let sums = S::sum_tokens(&self.group, tokens, shape, &mut |rows, sums: &mut Tensor<T::Acc, B>| {
+        let shape = [vectors, cols].into();
+        let sums = S::sum_tokens(&self.group, dy, shape, &mut |rows, sums: &mut Tensor<T::Acc, B>| {
             let gamma = self.gamma.value();
             let (dgamma, dbeta) =
                 ops::normalize_backward_rows(self.kind, &context, gamma, dy.local(), rows, &mut dx)?;

@@ -1,7 +1,7 @@
 //! Linear layers whose input features are cut over the ranks.
 
 use super::{
-    AddBias, DTensor, Layer, Stream, Traffic,
+    AddBias, DTensor, Layer, RowMap, Stream, Traffic,
     invariant::{self, Blocks, Factors, by_columns},
 };
 use crate::{
@@ -51,12 +51,8 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
     }
 }
 
-impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
-    type In = Shard<1>;
-    type Out = Partial;
-    type Saved = Tensor<T, B>;
-
-    fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<Partial, T, B>, Self::Saved)> {
+impl<T: Element, B: Backend> RowLinear<T, B> {
+    fn output(&self, x: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
         if x.cut() != Some(&self.cut) {
             let sizes = |cut: Option<&Partition>| cut.map(|cut| cut.sizes().collect::<Vec<_>>());
             let reason = format!(
@@ -66,26 +62,43 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
             );
             return Err(Error::invalid("row linear", reason));
         }
-        let y = match &self.blocks {
-            None => x.derive(ops::linear(x.local(), self.weight.value(), None)?, self.outputs, None),
+        match &self.blocks {
+            None => Ok(x.derive(ops::linear(x.local(), self.weight.value(), None)?, self.outputs, None)),
             Some(blocks) => {
                 let (a, b) = (x.local().mat(), self.weight.value().mat().t());
-                invariant::product(x, self.outputs, &[Factors { a, b, blocks }])?
+                invariant::product(x, self.outputs, &[Factors { a, b, blocks }])
             }
-        };
-        Ok((y, x.local().clone()))
+        }
+    }
+
+    fn input_grad(&self, dy: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+        let (w, device, shape) = (self.weight.value(), self.weight.value().device(), dy.local().shape());
+        same_size("row linear backward", "columns of dy", shape.cols(), "rows of w", w.shape().rows())?;
+        let mut dx = Tensor::empty(device, shape.with(shape.rank() - 1, w.shape().cols()))?;
+        by_columns(device, self.blocks.as_ref(), (dy.local().mat(), w.mat()), 0.0, dx.mat_mut()?)?;
+        Ok(dy.derive(dx, self.cut.total(), Some(self.cut.clone())))
+    }
+
+    fn weight_grad(&mut self, x: &Tensor<T, B>, dy: &Tensor<T, B>) -> Result<()> {
+        same_size("row linear backward", "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
+        let (device, blocks, product) = (x.device(), self.blocks.as_ref(), (dy.mat().t(), x.mat()));
+        self.weight.accumulate_grad(|beta, dw| by_columns(device, blocks, product, beta, dw))
+    }
+}
+
+impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
+    type In = Shard<1>;
+    type Out = Partial;
+    type Saved = Tensor<T, B>;
+
+    fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<Partial, T, B>, Self::Saved)> {
+        Ok((self.output(x)?, x.local().clone()))
     }
 
     fn backward(&mut self, x: Self::Saved, dy: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
-        let (dy, whole) = (dy.local(), dy);
-        same_size("row linear backward", "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
-        let (device, blocks, w) = (x.device(), self.blocks.as_ref(), self.weight.value());
-        same_size("row linear backward", "columns of dy", dy.shape().cols(), "rows of w", w.shape().rows())?;
-        let mut dx = Tensor::empty(device, x.shape())?;
-        by_columns(device, blocks, (dy.mat(), w.mat()), 0.0, dx.mat_mut()?)?;
-        self.weight
-            .accumulate_grad(|beta, dw| by_columns(device, blocks, (dy.mat().t(), x.mat()), beta, dw))?;
-        Ok(whole.derive(dx, self.cut.total(), Some(self.cut.clone())))
+        let dx = self.input_grad(dy)?;
+        self.weight_grad(&x, dy.local())?;
+        Ok(dx)
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
@@ -99,8 +112,8 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
 
 /// Y = Σᵣ Xᵣ Wᵣᵀ + b with its collectives: Shard<1> → S.
 ///
-/// The same as [`RowLinear`], then `S`'s leaving mapping, then [`AddBias`], bit for bit. The bias is added once, after the
-/// sum.
+/// The same as [`RowLinear`], then `S`'s leaving mapping, then [`AddBias`], bit for bit, with the group's
+/// [`Overlap`](crate::comm::Overlap) in chunks. The bias is added once, after the sum.
 ///
 /// * Forward: leaving the region: an all-reduce of Y for `Replicated`, a reduce-scatter for `Shard<0>`.
 /// * Backward: entering it: nothing, or an all-gather of dY; with `Shard<0>` also an all-reduce of db.
@@ -140,19 +153,27 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, 
     type Saved = Tensor<T, B>;
 
     fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
-        let (partial, saved) = self.linear.forward(x)?;
-        let mut y = S::leave(partial)?;
+        let linear = &self.linear;
+        let (device, depth) = (x.local().device(), linear.weight.value().shape().cols());
+        let splits = invariant::splits(device, linear.blocks.as_ref(), depth);
+        let map = RowMap { features: linear.outputs, splits, map: &mut |x| linear.output(x) };
+        let mut y = S::leave_of(x, map)?;
         if let Some(bias) = &self.bias {
             y = bias.add_to(y)?;
         }
-        Ok((y, saved))
+        Ok((y, x.local().clone()))
     }
 
     fn backward(&mut self, saved: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         if let Some(bias) = &mut self.bias {
             bias.backward((), dy)?;
         }
-        self.linear.backward(saved, &S::enter(dy)?)
+        let linear = &self.linear;
+        let splits = invariant::splits(saved.device(), None, linear.outputs);
+        let map = RowMap { features: linear.cut.total(), splits, map: &mut |dy| linear.input_grad(dy) };
+        let (dy, dx) = S::enter_to(dy, map)?;
+        self.linear.weight_grad(&saved, dy.local())?;
+        Ok(dx)
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {

@@ -1,16 +1,17 @@
 //! The residual stream: how activations are held between tensor-parallel regions.
 
 use super::{
-    CopyTo, DTensor, GatherSequence, PendingDTensor, ReduceFrom, ReduceScatterSequence, Traffic,
+    DTensor, PendingDTensor, RowMap, Traffic,
     invariant::{self, Tokens},
-    layer::Layer,
+    mappings::sum_rows,
+    overlap,
 };
 use crate::{
-    comm::{Group, ReduceOp},
+    comm::{Group, Op, ReduceOp},
     device::{Accumulator, Device, Element},
     error::{Result, same_size},
     kernels::Backend,
-    shard::{Copied, Elementwise, Partial, Placement, Replicated, Shape, Shard},
+    shard::{Copied, Elementwise, Partial, Partition, Placement, Replicated, Shape, Shard, deal},
     tensor::Tensor,
 };
 use std::ops::Range;
@@ -42,18 +43,54 @@ pub trait Stream: Elementwise + Placement<Dual = Self> {
     /// When a collective fails.
     fn start_leave<T: Element, B: Backend>(y: DTensor<Partial, T, B>) -> Result<PendingDTensor<Self, T, B>>;
 
-    /// The sum over all `tokens` tokens, such as the gradient of a replicated parameter: `term` writes that over some of the
+    /// [`Stream::enter`], and a map of the tensor's rows: as they arrive, where the group's [`crate::comm::Overlap`] says so.
+    ///
+    /// # Errors
+    /// When a collective fails, and those of the map.
+    fn enter_to<T: Element, B: Backend>(
+        x: &DTensor<Self, T, B>,
+        map: RowMap<'_, Copied, Shard<1>, T, B>,
+    ) -> Result<(DTensor<Copied, T, B>, DTensor<Shard<1>, T, B>)> {
+        let x = Self::enter(x)?;
+        let y = (map.map)(&x)?;
+        Ok((x, y))
+    }
+
+    /// [`Stream::leave`] with a map of x: chunk by chunk, where the group's [`crate::comm::Overlap`] says so.
+    ///
+    /// # Errors
+    /// When a collective fails, and those of the map.
+    fn leave_of<T: Element, B: Backend>(
+        x: &DTensor<Shard<1>, T, B>,
+        map: RowMap<'_, Shard<1>, Partial, T, B>,
+    ) -> Result<DTensor<Self, T, B>> {
+        match reducing(x, map.features)? {
+            Some(_) => Self::start_leave_of(x, map)?.wait(),
+            None => Self::leave((map.map)(x)?),
+        }
+    }
+
+    /// Starts [`Stream::leave_of`].
+    ///
+    /// # Errors
+    /// When a collective fails, and those of the map.
+    fn start_leave_of<T: Element, B: Backend>(
+        x: &DTensor<Shard<1>, T, B>,
+        map: RowMap<'_, Shard<1>, Partial, T, B>,
+    ) -> Result<PendingDTensor<Self, T, B>>;
+
+    /// The sum over all tokens of a tensor, such as the gradient of a replicated parameter: `term` writes that over some of the
     /// rows which this rank has, once for all of them, or with [`crate::shard::Reduction::Invariant`] once for each of its
     /// canonical blocks. No collective where every rank has all tokens, an all-reduce where each has its own.
     ///
     /// # Errors
     /// Those of `term`, and when a collective fails.
-    fn sum_tokens<A: Accumulator, B: Backend>(
+    fn sum_tokens<T: Element, B: Backend>(
         group: &Group<B>,
-        tokens: usize,
+        of: &DTensor<Self, T, B>,
         shape: Shape,
-        term: &mut dyn FnMut(Range<usize>, &mut Tensor<A, B>) -> Result<()>,
-    ) -> Result<Tensor<A, B>>;
+        term: &mut dyn FnMut(Range<usize>, &mut Tensor<T::Acc, B>) -> Result<()>,
+    ) -> Result<Tensor<T::Acc, B>>;
 
     /// The rows of a tensor of `tokens` rows that this rank holds.
     ///
@@ -71,10 +108,11 @@ pub trait Stream: Elementwise + Placement<Dual = Self> {
         local: Tensor<T, B>,
     ) -> Result<DTensor<Self, T, B>>;
 
-    /// The traffic of a layer that enters, for an input of this shape.
+    /// The traffic of a layer that enters, for an input of this shape: of [`Stream::enter_to`], and of
+    /// [`Stream::start_leave_of`] in the backward.
     fn enter_traffic<T: Element, B: Backend>(group: &Group<B>, x: Shape) -> Traffic;
 
-    /// The traffic of a layer that leaves, for an output of this shape.
+    /// The traffic of a layer that leaves, for an output of this shape: the other way round.
     fn leave_traffic<T: Element, B: Backend>(group: &Group<B>, y: Shape) -> Traffic;
 
     /// The traffic of [`Stream::sum_tokens`] in a backward.
@@ -94,15 +132,25 @@ impl Stream for Replicated {
         y.start_all_reduce()
     }
 
-    fn sum_tokens<A: Accumulator, B: Backend>(
+    fn start_leave_of<T: Element, B: Backend>(
+        x: &DTensor<Shard<1>, T, B>,
+        map: RowMap<'_, Shard<1>, Partial, T, B>,
+    ) -> Result<PendingDTensor<Self, T, B>> {
+        let Some(chunks) = reducing(x, map.features)? else { return Self::start_leave((map.map)(x)?) };
+        let dealt: Vec<_> = (0..chunks.parts()).map(|chunk| vec![chunks.range(chunk)]).collect();
+        overlap::start_sum(x, &dealt, map, |part, _| part.start_all_reduce())
+    }
+
+    fn sum_tokens<T: Element, B: Backend>(
         group: &Group<B>,
-        tokens: usize,
+        of: &DTensor<Self, T, B>,
         shape: Shape,
-        term: &mut dyn FnMut(Range<usize>, &mut Tensor<A, B>) -> Result<()>,
-    ) -> Result<Tensor<A, B>> {
+        term: &mut dyn FnMut(Range<usize>, &mut Tensor<T::Acc, B>) -> Result<()>,
+    ) -> Result<Tensor<T::Acc, B>> {
         match group.tree()? {
-            None => whole(group, tokens, shape, term),
+            None => whole(group, of.local().shape().rows(), shape, term),
             Some(tree) => {
+                let tokens = of.shape().rows();
                 let mut sums = invariant::token_terms(group, &tree, (Tokens::All, tokens), shape, term)?;
                 Ok(sums.swap_remove(0))
             }
@@ -123,11 +171,12 @@ impl Stream for Replicated {
     }
 
     fn enter_traffic<T: Element, B: Backend>(group: &Group<B>, x: Shape) -> Traffic {
-        Layer::<T, B>::traffic(&CopyTo, group, x).0
+        Self::leave_traffic::<T, B>(group, x).in_backward()
     }
 
     fn leave_traffic<T: Element, B: Backend>(group: &Group<B>, y: Shape) -> Traffic {
-        Layer::<T, B>::traffic(&ReduceFrom, group, y).0
+        let chunks = overlap::reducing::<T, B>(group, y).unwrap_or_default();
+        overlap::traffic(chunks, y, |y| Traffic::sum::<T, B>(group, y))
     }
 
     fn sum_tokens_traffic<A: Element, B: Backend>(_: &Group<B>, _: Shape) -> Traffic {
@@ -150,20 +199,42 @@ impl Stream for Shard<0> {
         y.start_reduce_scatter(&cut)
     }
 
-    fn sum_tokens<A: Accumulator, B: Backend>(
+    fn enter_to<T: Element, B: Backend>(
+        x: &DTensor<Self, T, B>,
+        map: RowMap<'_, Copied, Shard<1>, T, B>,
+    ) -> Result<(DTensor<Copied, T, B>, DTensor<Shard<1>, T, B>)> {
+        if let Some(chunks) = overlap::gathering::<T, B>(x.group(), x.shape()) {
+            return overlap::gather(x, &chunks, map);
+        }
+        let x = Self::enter(x)?;
+        let y = (map.map)(&x)?;
+        Ok((x, y))
+    }
+
+    fn start_leave_of<T: Element, B: Backend>(
+        x: &DTensor<Shard<1>, T, B>,
+        map: RowMap<'_, Shard<1>, Partial, T, B>,
+    ) -> Result<PendingDTensor<Self, T, B>> {
+        let Some(chunks) = reducing(x, map.features)? else { return Self::start_leave((map.map)(x)?) };
+        overlap::start_sum(x, &deal(&x.token_cut()?, &chunks), map, |part, runs| {
+            part.start_scatter(&Partition::from_sizes(runs.iter().map(|run| run.len())))
+        })
+    }
+
+    fn sum_tokens<T: Element, B: Backend>(
         group: &Group<B>,
-        tokens: usize,
+        of: &DTensor<Self, T, B>,
         shape: Shape,
-        term: &mut dyn FnMut(Range<usize>, &mut Tensor<A, B>) -> Result<()>,
-    ) -> Result<Tensor<A, B>> {
+        term: &mut dyn FnMut(Range<usize>, &mut Tensor<T::Acc, B>) -> Result<()>,
+    ) -> Result<Tensor<T::Acc, B>> {
         match group.tree()? {
             None => {
-                let own = Self::local_rows(group, tokens)?.len();
-                let mut sum = whole(group, own, shape, term)?;
+                let mut sum = whole(group, of.local().shape().rows(), shape, term)?;
                 group.all_reduce(ReduceOp::Sum, &mut sum)?;
                 Ok(sum)
             }
             Some(tree) => {
+                let tokens = of.shape().rows();
                 let terms = invariant::token_terms(group, &tree, (Tokens::Own, tokens), shape, term)?;
                 group.tree_all_reduce(&tree, terms)
             }
@@ -183,16 +254,36 @@ impl Stream for Shard<0> {
     }
 
     fn enter_traffic<T: Element, B: Backend>(group: &Group<B>, x: Shape) -> Traffic {
-        Layer::<T, B>::traffic(&GatherSequence, group, x).0
+        gathered::<T, B>(group, x).then(summed::<T, B>(group, x).in_backward())
     }
 
     fn leave_traffic<T: Element, B: Backend>(group: &Group<B>, y: Shape) -> Traffic {
-        Layer::<T, B>::traffic(&ReduceScatterSequence, group, y).0
+        summed::<T, B>(group, y).then(gathered::<T, B>(group, y).in_backward())
     }
 
     fn sum_tokens_traffic<A: Element, B: Backend>(group: &Group<B>, shape: Shape) -> Traffic {
         Traffic::sum::<A, B>(group, shape).in_backward()
     }
+}
+
+/// The traffic of gathering a tensor's tokens, in the forward.
+fn gathered<T: Element, B: Backend>(group: &Group<B>, x: Shape) -> Traffic {
+    let chunks = overlap::gathering::<T, B>(group, x);
+    overlap::traffic(chunks, x, |x| Traffic::forward::<T>(Op::AllGather, x.len()))
+}
+
+/// The traffic of a sum of which each rank gets its tokens, in the forward.
+fn summed<T: Element, B: Backend>(group: &Group<B>, y: Shape) -> Traffic {
+    let chunks = overlap::reducing::<T, B>(group, y).unwrap_or_default();
+    overlap::traffic(chunks, y, |y| sum_rows::<T, B>(group, y))
+}
+
+/// The chunks of the reduction of a map of x; none if it is made at once.
+fn reducing<T: Element, B: Backend>(
+    x: &DTensor<Shard<1>, T, B>,
+    features: usize,
+) -> Result<Option<Partition>> {
+    overlap::reducing::<T, B>(x.group(), x.shape().with(x.shape().rank() - 1, features))
 }
 
 /// The sum over a rank's rows, all at once.

@@ -9,6 +9,7 @@
 //! * [`Sequences`]: which rows of a `[tokens, features]` tensor belong together.
 
 mod blocks;
+mod deal;
 mod heads;
 mod mesh;
 mod partition;
@@ -17,6 +18,7 @@ mod sequences;
 mod shape;
 
 pub use blocks::{Node, Reduction, Tree, TreeSum, blocks};
+pub(crate) use deal::deal;
 pub use heads::Heads;
 pub use mesh::{Axis, Mesh};
 pub use partition::Partition;

@@ -1,7 +1,8 @@
 //! What each rank has done last: a flight recorder. Whoever runs ranks may use it; it knows elements, shapes and errors.
 //!
-//! Every call of a group and every product of matrices is noted, on the thread of its rank, always: the operation, its number
-//! in the group, element and shape, call site, begin, end and state of the last [`CAPACITY`] of them; never an element's value.
+//! Every call of a group, every wait for one that was started and every product of matrices is noted, on the thread of its
+//! rank, always: the operation, its number in the group, element and shape, call site, begin, end and state of the last
+//! [`CAPACITY`] of them; never an element's value.
 //! It costs a fraction of a microsecond. Where `SHARDWISE_FLIGHT_DIR` names a folder (or [`crate::launch::Threads::flight`]),
 //! each rank writes its record there when a call fails, and when it ends, as lines of JSON.
 //!
@@ -225,6 +226,11 @@ pub(crate) fn join(id: u64, name: &str, rank: usize, size: usize) {
 /// Notes that an operation begins.
 pub(crate) fn enter(operation: Operation) -> Ticket {
     RECORDER.with_borrow_mut(|recorder| recorder.enter(operation))
+}
+
+/// Notes that a rank begins to wait for an operation that it has started. How that ends is noted with the operation.
+pub(crate) fn wait(operation: Operation) -> Ticket {
+    enter(Operation { op: "wait", started: false, call: None, ..operation })
 }
 
 /// Notes how an operation ended.

@@ -21,6 +21,8 @@ mod models;
 mod nccl;
 #[path = "../suite/optim.rs"]
 mod optim;
+#[path = "../suite/overlap.rs"]
+mod overlap;
 #[path = "../suite/support.rs"]
 mod support;
 #[path = "../suite/training.rs"]

@@ -35,7 +35,7 @@ fn bits<D: ndarray::Dimension>(array: &ndarray::Array<f64, D>) -> Vec<u64> {
 }
 
 #[track_caller]
-fn same_bits(what: &str, got: &Outcome, want: &Outcome) {
+pub(crate) fn same_bits(what: &str, got: &Outcome, want: &Outcome) {
     assert!(bits(&got.y) == bits(&want.y), "{what}: y");
     assert!(bits(&got.dx) == bits(&want.dx), "{what}: dx");
     assert_eq!(got.grads.keys().collect::<Vec<_>>(), want.grads.keys().collect::<Vec<_>>());

@@ -16,6 +16,7 @@ mod launch;
 mod layers;
 mod models;
 mod optim;
+mod overlap;
 mod support;
 mod trace;
 mod training;

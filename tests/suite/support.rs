@@ -5,7 +5,7 @@ use crate::dev::{DTensor, Dev, Tensor, ranks};
 use ndarray::{Array2, ArrayD, Axis, IxDyn, Slice, concatenate};
 use shardwise::{
     Error, Result,
-    comm::Group,
+    comm::{Group, Overlap},
     device::Element,
     parallel::Layer,
     rng::Philox,
@@ -175,12 +175,14 @@ pub(crate) struct Case<'a> {
     pub(crate) sequences: Sequences,
     pub(crate) weights: &'a Arrays,
     pub(crate) reduction: Reduction,
+    pub(crate) overlap: Overlap,
 }
 
 impl<'a> Case<'a> {
     pub(crate) fn new(world: usize, x: &'a Array2<f64>, dy: &'a Array2<f64>, weights: &'a Arrays) -> Self {
         let sequences = Sequences::one(x.nrows());
-        Self { world, x, dy, x_cut: None, dy_cut: None, sequences, weights, reduction: Reduction::Fast }
+        let (reduction, overlap) = (Reduction::Fast, Overlap::Auto);
+        Self { world, x, dy, x_cut: None, dy_cut: None, sequences, weights, reduction, overlap }
     }
 }
 
@@ -200,7 +202,7 @@ where
     <L::Out as Placement>::Dual: Spread,
 {
     let outcomes = ranks(case.world).run(|world| {
-        let (group, record) = world.with_reduction(case.reduction).recorded();
+        let (group, record) = world.with_reduction(case.reduction).with_overlap(case.overlap).recorded();
         let mut layer = build(&group, &Weights::new(case.weights))?;
         let mut steps = Vec::new();
         for _ in 0..2 {

@@ -37,7 +37,7 @@ fn calls_are_noted_with_all_but_their_values() {
             pending.wait()?;
             let record = snapshot();
             assert_eq!((record.rank, record.world, record.forgotten), (world.rank(), 2, 0));
-            let [reduce, split, gather] = &record.entries[..] else { panic!("{:?}", record.entries) };
+            let [reduce, split, gather, wait] = &record.entries[..] else { panic!("{:?}", record.entries) };
             assert_eq!(
                 (reduce.op.as_str(), reduce.what.as_str(), reduce.seq),
                 ("all_reduce", "max, f32 [3]", 0)
@@ -46,6 +46,7 @@ fn calls_are_noted_with_all_but_their_values() {
             assert_eq!((split.op.as_str(), split.seq), ("split", 1));
             assert_eq!((gather.op.as_str(), gather.started), ("all_gather", true));
             assert!(gather.what.starts_with("f64 [2, 10], cut "), "{}", gather.what);
+            assert_eq!((wait.op.as_str(), &wait.what, &wait.group), ("wait", &gather.what, &None));
             let group = &record.groups[gather.group.as_ref().unwrap()];
             assert_eq!((group.name.as_str(), group.rank, group.size), ("world/7", world.rank(), 2));
             for entry in &record.entries {

@@ -167,6 +167,7 @@ impl Post {
         if !flight.advance(self) {
             self.state.borrow_mut().flights.push(flight);
         }
+        self.progress();
     }
 
     /// Moves on until `done` gives something; none if nothing has moved for the deadline since `moved`.

@@ -1,0 +1,54 @@
+//! Collectives beside products, in chunks of tokens.
+
+use super::Group;
+use crate::{device::Device, shard::Partition};
+
+/// Whether layers make their collectives in chunks of tokens: one chunk under way while the rank computes another.
+///
+/// The bits are the same in any case: only tokens are cut, over which nothing is summed. (Where sums are not made in rank order,
+/// as with NCCL's `Order::Any`, that is up to the transport.)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Overlap {
+    /// In as many chunks as pay on the group's transport ([`super::Communicator::chunk`]); at once for few tokens.
+    #[default]
+    Auto,
+    /// At once.
+    Off,
+    /// In this many chunks, or as many as there are tokens.
+    Chunks(usize),
+}
+
+/// The most chunks where the transport says how many: what is left exposed is one of them.
+const MOST: usize = 4;
+
+impl<B: Device> Group<B> {
+    /// This group with another way to make collectives beside products. The same on every rank. Groups that are split from it
+    /// inherit it.
+    ///
+    /// ```
+    /// # use shardwise::{comm::{Group, Overlap}, device::Cpu};
+    /// let world = Group::solo(&Cpu::new()).with_overlap(Overlap::Chunks(2));
+    /// ```
+    pub fn with_overlap(&self, overlap: Overlap) -> Self {
+        let mut group = self.clone();
+        group.overlap = overlap;
+        group
+    }
+
+    /// Whether layers make their collectives in chunks.
+    pub fn overlap(&self) -> Overlap {
+        self.overlap
+    }
+
+    /// The chunks of `tokens` tokens of so many bytes each in which a layer makes a collective of them; none where it makes it
+    /// at once.
+    pub fn chunks(&self, tokens: usize, bytes: usize) -> Option<Partition> {
+        let count = match (self.overlap, self.communicator().chunk()) {
+            (Overlap::Off, _) | (Overlap::Auto, None) => 0,
+            (Overlap::Auto, Some(least)) => (tokens * bytes / least.max(1)).min(MOST),
+            (Overlap::Chunks(count), _) => count,
+        };
+        let count = if self.size() == 1 { 0 } else { count.min(tokens) };
+        (count > 0).then(|| Partition::even(tokens, count))
+    }
+}

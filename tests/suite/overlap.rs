@@ -1,0 +1,349 @@
+//! Collectives in chunks beside products: the bits of those at once, in the order in which they are meant to run.
+
+use crate::{
+    block::{self, Draw},
+    dev::{DTensor, Dev, Tensor, fresh, ranks},
+    invariant::same_bits,
+    support::{Case, Outcome, Spread, arrays, matrix, random, run, uneven},
+};
+use half::bf16;
+use ndarray::Array2;
+use proptest::prelude::*;
+use shardwise::{
+    Error, Loss, Result,
+    comm::{Group, Overlap},
+    device::Element,
+    kernels::{Activation, Gemm},
+    parallel::{
+        Bias, ColumnLinear, ColumnParallelLinear, Columns, ForkedColumnLinear, GatedMlp, Layer, MlpNames,
+        ParallelMlp, QkvLayout, RowParallelLinear, Stream,
+    },
+    shard::{Heads, Partition, Reduction, Replicated, Sequences, Shard},
+    tensor::{Arrays, Random, Weights},
+    trace::{Entry, chrome, snapshot},
+};
+
+/// A feed-forward layer: a column and a row layer.
+fn mlp<S: Stream + Spread, T: Element>(
+    case: &Case<'_>,
+    hidden: usize,
+    ffn: usize,
+    gated: bool,
+) -> Result<Outcome> {
+    let (names, f) = (MlpNames::default(), Activation::Silu);
+    let sizes = (hidden, ffn);
+    match gated {
+        false => run::<T, _>(case, |group: &Group<Dev>, weights: &Weights<'_>| {
+            ParallelMlp::<S, T, Dev>::load(group, weights, &names, sizes, f, true)
+        }),
+        true => run::<T, _>(case, |group: &Group<Dev>, weights: &Weights<'_>| {
+            GatedMlp::<S, T, Dev>::load_gated(group, weights, &names, sizes, f, true)
+        }),
+    }
+}
+
+fn mlp_weights(seed: u64, hidden: usize, ffn: usize) -> Arrays {
+    arrays([
+        ("gate.weight", random(seed, "gate", &[ffn, hidden])),
+        ("gate.bias", random(seed, "gb", &[ffn])),
+        ("up.weight", random(seed, "up", &[ffn, hidden])),
+        ("up.bias", random(seed, "ub", &[ffn])),
+        ("down.weight", random(seed, "down", &[hidden, ffn])),
+        ("down.bias", random(seed, "db", &[hidden])),
+    ])
+}
+
+/// At once, which is returned, and in these chunks: `run` holds the traffic to what is declared.
+fn agree(
+    what: &str,
+    case: &Case<'_>,
+    chunks: &[usize],
+    outcome: impl Fn(&Case<'_>) -> Result<Outcome>,
+) -> Outcome {
+    let with = |overlap| {
+        let (x_cut, dy_cut) = (case.x_cut.clone(), case.dy_cut.clone());
+        let case = Case { overlap, x_cut, dy_cut, sequences: case.sequences.clone(), ..*case };
+        outcome(&case).unwrap_or_else(|error| panic!("{what}, {overlap:?}: {error}"))
+    };
+    let at_once = with(Overlap::Off);
+    for &count in chunks {
+        same_bits(&format!("{what} in {count} chunks"), &with(Overlap::Chunks(count)), &at_once);
+    }
+    at_once
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Sizes {
+    world: usize,
+    tokens: usize,
+    hidden: usize,
+    ffn: usize,
+    gated: bool,
+    reduction: Reduction,
+    chunks: usize,
+    even: bool,
+    seed: u64,
+}
+
+fn mlps_agree<T: Element>(sizes: &Sizes) {
+    let &Sizes { world, tokens, hidden, ffn, gated, reduction, chunks, even, seed } = sizes;
+    let (x, dy) = (matrix(seed, "x", tokens, hidden), matrix(seed, "dy", tokens, hidden));
+    let weights = mlp_weights(seed, hidden, ffn);
+    let case = || Case { reduction, ..Case::new(world, &x, &dy, &weights) };
+    let what = format!("{sizes:?} of {}", T::DTYPE);
+    let whole = agree(&what, &case(), &[chunks], |case| mlp::<Replicated, T>(case, hidden, ffn, gated));
+    // Any cut of the tokens, such as one without any on some ranks.
+    let bounds = uneven(seed, tokens + world, world);
+    let cut = Partition::from_sizes(bounds.sizes().map(|size| size - 1));
+    let cut = (!even && reduction == Reduction::Fast).then_some(cut);
+    let case = Case { x_cut: cut.clone(), dy_cut: cut, ..case() };
+    let cut = agree(&what, &case, &[chunks], |case| mlp::<Shard<0>, T>(case, hidden, ffn, gated));
+    assert!(cut.y == whole.y && cut.dx == whole.dx, "{what}: the two streams");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Any sizes on 1 to 8 ranks, fewer tokens than ranks and none on some, features of depth 1, uneven cuts, both streams,
+    /// elements and reductions.
+    #[test]
+    fn chunks_have_the_bits_of_the_whole(
+        (world, tokens) in (1..=8usize, prop_oneof![0..20usize, 100..900usize]),
+        (hidden, more) in (1..24usize, 0..40usize),
+        (gated, even, blocks) in (any::<bool>(), any::<bool>(), prop::option::of(0..3usize)),
+        (chunks, seed) in (1..6usize, any::<u64>()),
+    ) {
+        let reduction = blocks.map_or(Reduction::Fast, |more| Reduction::Invariant { blocks: world + more });
+        let sizes = Sizes { world, tokens, hidden, ffn: world + 2 + more, gated, reduction, chunks, even, seed };
+        mlps_agree::<f64>(&sizes);
+        mlps_agree::<f32>(&sizes);
+        mlps_agree::<bf16>(&sizes);
+    }
+}
+
+/// Two ranks of one sub-tree each add along the tree by one collective, which is started in chunks.
+#[test]
+fn invariant_sums_of_two_ranks_go_in_chunks() {
+    for blocks in [2, 4, 8] {
+        for gated in [false, true] {
+            let reduction = Reduction::Invariant { blocks };
+            let sizes = Sizes {
+                world: 2,
+                tokens: 300,
+                hidden: 12,
+                ffn: 24,
+                gated,
+                reduction,
+                chunks: 2,
+                even: true,
+                seed: 3,
+            };
+            mlps_agree::<f64>(&sizes);
+            mlps_agree::<f32>(&sizes);
+            mlps_agree::<bf16>(&sizes);
+        }
+    }
+}
+
+/// Whole blocks, whose attention cuts groups of query heads, with sequences of their own.
+#[test]
+fn blocks_agree() {
+    let draw = Draw {
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 4,
+        hidden: 20,
+        ffn: 33,
+        gated: false,
+        post: false,
+        causal: true,
+        seed: 5,
+    };
+    let sequences = Sequences::packed([150, 1, 249]);
+    for draw in [draw, Draw { gated: true, post: true, ..draw }] {
+        let (x, dy) = block::inputs(&draw, &sequences);
+        let weights = block::named(&draw.weights());
+        for world in [2, 4, 5] {
+            for reduction in [Reduction::Fast, Reduction::Invariant { blocks: 8 }] {
+                let case = Case { reduction, ..Case::new(world, &x, &dy, &weights) };
+                let case = Case { sequences: sequences.clone(), ..case };
+                let what = format!("{draw:?} on {world}, {reduction:?}");
+                agree(&what, &case, &[1, 3], |case| block::outcome::<Replicated, f32>(&draw, case));
+                agree(&what, &case, &[1, 3], |case| block::outcome::<Shard<0>, f32>(&draw, case));
+            }
+        }
+    }
+}
+
+fn forked<S: Stream + Spread, T: Element>(case: &Case<'_>, heads: usize) -> Result<Outcome> {
+    run::<T, _>(case, |group: &Group<Dev>, weights: &Weights<'_>| {
+        let query = group.cut("attention", "query heads", heads, 1)?;
+        let heads = Heads::with_cut(query, 2, 3)?;
+        let layout = QkvLayout::separate("q", "k", "v");
+        let load = |columns: &Columns| ColumnLinear::load(group, weights, 7, columns, Bias::Add);
+        let layers =
+            Columns::separate_qkv(group, &heads, &layout)?.iter().map(load).collect::<Result<_>>()?;
+        ForkedColumnLinear::<S, T, Dev>::new(layers)
+    })
+}
+
+/// Three layers of one input, with key/value heads that two ranks hold.
+#[test]
+fn forks_agree() {
+    let (heads, world, tokens) = (4, 3, 410);
+    let cut = Heads::new(heads, 2, 3, world).unwrap().qkv_features();
+    let (x, dy) = (matrix(1, "x", tokens, 7), matrix(1, "dy", tokens, cut.total()));
+    let weights = arrays([
+        ("q.weight", random(1, "q", &[heads * 3, 7])),
+        ("q.bias", random(1, "qb", &[heads * 3])),
+        ("k.weight", random(1, "k", &[6, 7])),
+        ("k.bias", random(1, "kb", &[6])),
+        ("v.weight", random(1, "v", &[6, 7])),
+        ("v.bias", random(1, "vb", &[6])),
+    ]);
+    let case = Case { dy_cut: Some(cut), ..Case::new(world, &x, &dy, &weights) };
+    agree("forks", &case, &[1, 2], |case| forked::<Replicated, f32>(case, heads));
+    agree("forks", &case, &[1, 2], |case| forked::<Shard<0>, f32>(case, heads));
+}
+
+/// A rank's part of a tensor of ones, and layers of two linear operators.
+fn ones(group: &Group<Dev>, tokens: usize) -> Result<DTensor<Shard<0>>> {
+    let own = <Shard<0> as Stream>::local_rows(group, tokens)?.len();
+    Shard::<0>::of_local(group, tokens, Tensor::full(group.device(), [own, 6], 1.0)?)
+}
+
+type Column = ColumnParallelLinear<Shard<0>, f32, Dev>;
+type Row = RowParallelLinear<Shard<0>, f32, Dev>;
+
+fn column_and_row(group: &Group<Dev>) -> Result<(Column, Row)> {
+    let source = Random::normal(1, 0.1);
+    let (weights, columns) = (Weights::new(&source), Columns::even(group, 10)?);
+    let column = Column::load(group, &weights.at("up"), 6, &columns, Bias::None)?;
+    Ok((column, Row::load(group, &weights.at("down"), columns.partition(), 6, false)?))
+}
+
+/// The operations of a step in the order in which they began; `+` marks those that were started.
+fn order(entries: &[Entry]) -> Vec<String> {
+    entries.iter().map(|entry| format!("{}{}", entry.op, if entry.started { "+" } else { "" })).collect()
+}
+
+/// What is multiplied stands between the start of a collective and the wait for it: by the records, and on the time line.
+#[test]
+fn products_run_between_starts_and_waits() {
+    let splits = fresh().splits_exactly();
+    let records = ranks(2).run(|world| {
+        let group = world.with_overlap(Overlap::Chunks(2));
+        let (mut column, mut row) = column_and_row(&group)?;
+        let x = ones(&group, 512)?;
+        let mut seen = snapshot().entries.len();
+        let mut step = || {
+            let entries = snapshot().entries.split_off(seen);
+            seen += entries.len();
+            order(&entries)
+        };
+        let (y, saved) = column.forward(&x)?;
+        // The own rows first, then those of the other rank as they come.
+        let gather = ["all_gather+", "all_gather+", "gemm", "wait", "gemm", "wait", "gemm"];
+        let gather_whole = ["all_gather+", "all_gather+", "wait", "wait", "gemm"];
+        let want: &[&str] = if splits { &gather } else { &gather_whole };
+        assert_eq!(step(), want);
+        let (z, saved_row) = row.forward(&y)?;
+        let scatter = ["gemm", "reduce_scatter+", "gemm", "reduce_scatter+", "wait", "wait"];
+        let scatter_whole = ["gemm", "reduce_scatter+", "reduce_scatter+", "wait", "wait"];
+        let want: &[&str] = if splits { &scatter } else { &scatter_whole };
+        assert_eq!(step(), want);
+        let dy = row.backward(saved_row, &z)?;
+        // And dW of all rows.
+        let mut want: Vec<_> = if splits { gather.to_vec() } else { gather_whole.to_vec() };
+        want.push("gemm");
+        assert_eq!(step(), want);
+        column.backward(saved, &dy)?;
+        // dW runs beside what is left of the reduction of dX.
+        let mut want: Vec<_> = if splits { scatter.to_vec() } else { scatter_whole.to_vec() };
+        want.insert(want.len() - 2, "gemm");
+        assert_eq!(step(), want);
+        Ok(snapshot())
+    });
+    let line: serde_json::Value = serde_json::from_str(&chrome(&records.unwrap())).unwrap();
+    let events = line["traceEvents"].as_array().unwrap();
+    for rank in 0..2 {
+        let of = |name: &str, phase: &str| -> Vec<f64> {
+            let is = |e: &&serde_json::Value| e["name"] == name && e["tid"] == rank && e["ph"] == phase;
+            events.iter().filter(is).map(|event| event["ts"].as_f64().unwrap()).collect()
+        };
+        let (begins, ends) = (of("all_gather", "b"), of("all_gather", "e"));
+        assert_eq!((begins.len(), ends.len(), of("wait", "X").len()), (4, 4, 8));
+        let beside = |begin: f64, end: f64| of("gemm", "X").iter().any(|at| begin <= *at && *at <= end);
+        assert!(!splits || begins.into_iter().zip(ends).all(|(begin, end)| beside(begin, end)));
+    }
+}
+
+/// A rank that is lost between two chunks is named on every other.
+#[test]
+fn a_rank_that_is_lost_between_chunks_is_named() {
+    let outcomes = ranks(3).run_each(|world| {
+        let group = world.with_overlap(Overlap::Chunks(3));
+        if group.rank() < 2 {
+            let (column, _) = column_and_row(&group)?;
+            return column.forward(&ones(&group, 6)?).map(drop);
+        }
+        // The first chunk as the layer makes it, of one token of ranks 0 and 1 each.
+        let none = Tensor::<f32>::zeros(group.device(), [0, 6])?;
+        group.start_all_gather(none, 0, &Partition::from_sizes([1, 1, 0]))?.wait().map(drop)
+    });
+    let outcomes = outcomes.unwrap();
+    assert!(outcomes[2].is_ok(), "{:?}", outcomes[2]);
+    for outcome in &outcomes[..2] {
+        let lost = matches!(outcome, Err(Error::PeerLost { rank: 2, reason: Loss::Left, .. }));
+        assert!(lost, "{outcome:?}");
+    }
+}
+
+/// Ranks that make different chunks disagree, and hear so.
+#[test]
+fn ranks_that_make_other_chunks_disagree() {
+    let outcomes = ranks(2).run_each(|world| {
+        let group = world.with_overlap(Overlap::Chunks(2 + world.rank()));
+        let (column, _) = column_and_row(&group)?;
+        column.forward(&ones(&group, 8)?).map(drop)
+    });
+    for outcome in outcomes.unwrap() {
+        assert!(matches!(outcome, Err(Error::Mismatch(_))), "{outcome:?}");
+    }
+}
+
+/// Groups that come of a group go about it alike; a rank alone has nothing to wait for, and thread ranks do the work when they
+/// wait.
+#[test]
+fn chunks_are_chosen_by_the_group() {
+    ranks(2)
+        .run(|world| {
+            assert_eq!((world.overlap(), world.chunks(1 << 20, 4096)), (Overlap::Auto, None));
+            let group = world.with_overlap(Overlap::Chunks(3));
+            let (recorded, _) = group.recorded();
+            let alone = group.split_all(group.rank() as u64)?;
+            for other in [&recorded, &alone] {
+                assert_eq!(other.overlap(), Overlap::Chunks(3));
+            }
+            assert_eq!(group.chunks(10, 4), Some(Partition::even(10, 3)));
+            assert_eq!(group.chunks(2, 4), Some(Partition::even(2, 2)));
+            assert_eq!((group.chunks(0, 4), alone.chunks(10, 4)), (None, None));
+            assert_eq!(group.with_overlap(Overlap::Chunks(0)).chunks(10, 4), None);
+            Ok(())
+        })
+        .unwrap();
+}
+
+/// The rows come out where they went in: two unit matrices' halves, forward and backward.
+#[test]
+fn rows_keep_their_places() {
+    let x = Array2::from_shape_fn((300, 2), |(row, col)| (row * 2 + col) as f64);
+    let weights = arrays([("weight", ndarray::array![[1.0, 0.0], [0.0, 1.0]].into_dyn())]);
+    let case = Case { overlap: Overlap::Chunks(2), ..Case::new(2, &x, &x, &weights) };
+    let got = run::<f64, _>(&case, |group: &Group<Dev>, weights: &Weights<'_>| {
+        let columns = Columns::even(group, 2)?;
+        ColumnParallelLinear::<Shard<0>, f64, Dev>::load(group, weights, 2, &columns, Bias::None)
+    });
+    let got = got.unwrap();
+    assert_eq!((&got.y, &got.dx), (&x, &x));
+}
