@@ -108,7 +108,7 @@ impl Act {
 }
 
 /// Every disagreement, `repeats` times; `Err` if one was not told to every rank, or a buffer has changed.
-pub(crate) fn campaign(repeats: u64) -> std::result::Result<(), Box<dyn std::error::Error>> {
+pub(crate) fn campaign(repeats: u64, limits: bool) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let mut times = Vec::new();
     let mut wrong = Vec::new();
     let mut cases = 0;
@@ -160,7 +160,9 @@ pub(crate) fn campaign(repeats: u64) -> std::result::Result<(), Box<dyn std::err
         }
     }
     times.sort_unstable();
-    let quantile = |part: f64| times[((part * times.len() as f64) as usize).min(times.len() - 1)];
+    let quantile = |part: f64| {
+        times.get((part * times.len() as f64) as usize).or(times.last()).copied().unwrap_or_default()
+    };
     println!("disagreements: {cases} of {} fields, {} ranks told", FIELDS.len(), times.len());
     println!(
         "from the call to the error: median {:.0?}, p99 {:.0?}, largest {:.0?}",
@@ -170,5 +172,8 @@ pub(crate) fn campaign(repeats: u64) -> std::result::Result<(), Box<dyn std::err
     );
     println!("ranks that were told nothing or something else: {}", wrong.len());
     wrong.iter().take(10).for_each(|line| println!("{line}"));
+    if limits && quantile(0.99) > crate::LIMIT {
+        return Err("ranks were told late".into());
+    }
     if wrong.is_empty() { Ok(()) } else { Err("a rank was not told of a disagreement".into()) }
 }

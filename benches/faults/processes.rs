@@ -6,6 +6,8 @@
 use crate::trial::{OPS, Trial, WHENS};
 use shardwise::{
     Error, Result,
+    comm::Group,
+    device::Cpu,
     launch::Env,
     trace::{Record, blame},
 };
@@ -18,6 +20,7 @@ use std::{
 };
 
 const HOWS: [&str; 6] = ["panic", "return", "error", "exit", "-KILL", "-STOP"];
+const ABRUPT: [&str; 3] = ["exit", "-KILL", "-STOP"];
 /// How long ranks wait for each other.
 const DEADLINE: Duration = Duration::from_secs(1);
 /// What the job has to be over within, from the fault on; after SIGSTOP, from the deadline and a tenth of it on.
@@ -34,31 +37,41 @@ fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
+/// Loses this process in the way `how`. Returns true if its program is to return.
+fn strike(how: &str, struck: &Path) -> Result<bool> {
+    let time = now().as_nanos().to_string();
+    fs::write(struck, time).map_err(|error| Error::Io { path: struck.into(), reason: error.to_string() })?;
+    match how {
+        "panic" => panic!("injected"),
+        "return" => Ok(true),
+        "error" => Err(Error::Invalid { op: "campaign", reason: "injected".into() }),
+        "exit" => std::process::exit(3),
+        signal => {
+            let _ = Command::new("kill").args([signal, &std::process::id().to_string()]).status();
+            // It takes effect when it does.
+            std::thread::sleep(Duration::from_secs(5));
+            Err(Error::Invalid { op: "campaign", reason: "the signal did nothing".into() })
+        }
+    }
+}
+
 /// This process is a rank of a trial.
 pub(crate) fn rank(seed: u64, number: u64, struck: &Path) -> Result<()> {
     let trial = Trial::draw(seed, number, 4);
-    let strike = || {
-        let time = now().as_nanos().to_string();
-        fs::write(struck, time)
-            .map_err(|error| Error::Io { path: struck.into(), reason: error.to_string() })?;
-        match HOWS[trial.how % HOWS.len()] {
-            "panic" => panic!("injected"),
-            "return" => Ok(true),
-            "error" => Err(Error::Invalid { op: "campaign", reason: "injected".into() }),
-            "exit" => std::process::exit(3),
-            signal => {
-                let _ = Command::new("kill").args([signal, &std::process::id().to_string()]).status();
-                // It takes effect when it does.
-                std::thread::sleep(Duration::from_secs(5));
-                Err(Error::Invalid { op: "campaign", reason: "the signal did nothing".into() })
-            }
+    let how = HOWS[trial.how % HOWS.len()];
+    let program = |world: Group<Cpu>| {
+        // What comes from outside comes at any moment.
+        if WHENS[trial.when] == "within" && ABRUPT.contains(&how) {
+            let struck = struck.to_path_buf();
+            return trial.storm(&world, move || drop(strike(how, &struck)));
         }
+        trial.run(&world, || strike(how, struck))
     };
     #[cfg(feature = "mpi")]
     if std::env::var_os("SHARDWISE_PORT").is_none() {
-        return shardwise::launch::Mpi::new().deadline(DEADLINE).run(|world| trial.run(&world, strike));
+        return shardwise::launch::Mpi::new().deadline(DEADLINE).run(program);
     }
-    Env::read()?.run(DEADLINE, |world| trial.run(&world, strike))
+    Env::read()?.run(DEADLINE, program)
 }
 
 fn job(launcher: Launcher, ranks: usize, folder: &Path) -> Command {

@@ -17,7 +17,7 @@ const HOWS: [&str; 3] = ["panic", "return", "error"];
 const RECORDED: u64 = 10;
 
 /// Injects faults; `Err` if a survivor was not told who was lost.
-pub(crate) fn campaign(trials: u64, seed: u64) -> Result<(), Box<dyn std::error::Error>> {
+pub(crate) fn campaign(trials: u64, seed: u64, limits: bool) -> Result<(), Box<dyn std::error::Error>> {
     let mut times = Vec::new();
     let mut wrong = Vec::new();
     let mut kinds: BTreeMap<&str, usize> = BTreeMap::new();
@@ -100,6 +100,9 @@ pub(crate) fn campaign(trials: u64, seed: u64) -> Result<(), Box<dyn std::error:
     println!("named by the records: {blamed} of {recorded}");
     if !wrong.is_empty() {
         return Err("a survivor was not told who was lost".into());
+    }
+    if limits && quantile(0.99) > crate::LIMIT {
+        return Err("survivors were told late".into());
     }
     if blamed * 100 < recorded * 99 {
         return Err("the records name the wrong rank too often".into());

@@ -7,6 +7,10 @@ use shardwise::{
     rng::Philox,
     shard::Partition,
 };
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 pub(crate) const OPS: [&str; 10] = [
     "all_reduce",
@@ -77,6 +81,25 @@ impl Trial {
         // What the others do next needs all ranks.
         world.barrier()?;
         Err(Error::Invalid { op: "campaign", reason: "a barrier was complete without the lost rank".into() })
+    }
+
+    /// The program of one rank that is lost in mid-transfer: all make one collective after another, and `strike` comes from another
+    /// thread of the culprit, wherever that is then.
+    pub(crate) fn storm(&self, world: &Group<Cpu>, strike: impl FnOnce() + Send + 'static) -> Result<()> {
+        // All have come.
+        world.barrier()?;
+        let begin = Instant::now();
+        if world.rank() == self.culprit {
+            let delay = Duration::from_micros((self.draws.uniform(7) * 5000.0) as u64);
+            thread::spawn(move || {
+                thread::sleep(delay);
+                strike();
+            });
+        }
+        while begin.elapsed() < Duration::from_secs(20) {
+            self.call(world, self.op, || Ok(false))?;
+        }
+        Err(Error::Invalid { op: "campaign", reason: "collectives went on without the lost rank".into() })
     }
 
     /// Makes a collective, and calls `within` where the rank is inside of it: between start and end, before the second half

@@ -8,44 +8,49 @@ use std::{hint::black_box, time::Instant};
 pub fn fused() -> f64 {
     #[cfg(target_arch = "x86_64")]
     {
-        if std::arch::is_x86_feature_detected!("avx512f") {
+        use std::arch::{is_x86_feature_detected, x86_64::*};
+
+        if is_x86_feature_detected!("avx512f") {
             #[target_feature(enable = "avx512f")]
             fn with_avx512(times: usize) -> f32 {
-                chains::<16>(times)
+                let (x, y) = (_mm512_set1_ps(black_box(0.9999)), _mm512_set1_ps(black_box(0.0001)));
+                let mut sums = [_mm512_setzero_ps(); CHAINS];
+                for _ in 0..times {
+                    sums.iter_mut().for_each(|sum| *sum = _mm512_fmadd_ps(*sum, x, y));
+                }
+                sums.into_iter().map(|sum| _mm512_reduce_add_ps(sum)).sum()
             }
             // SAFETY: the processor has AVX-512, which was just detected.
             #[allow(unsafe_code)]
             return rate(16, |times| unsafe { with_avx512(times) });
         }
-        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             #[target_feature(enable = "avx2,fma")]
             fn with_avx2(times: usize) -> f32 {
-                chains::<8>(times)
+                let (x, y) = (_mm256_set1_ps(black_box(0.9999)), _mm256_set1_ps(black_box(0.0001)));
+                let mut sums = [_mm256_setzero_ps(); CHAINS];
+                for _ in 0..times {
+                    sums.iter_mut().for_each(|sum| *sum = _mm256_fmadd_ps(*sum, x, y));
+                }
+                sums.into_iter().map(|sum| _mm256_cvtss_f32(sum)).sum()
             }
             // SAFETY: the processor has AVX2 and FMA: both were just detected.
             #[allow(unsafe_code)]
             return rate(8, |times| unsafe { with_avx2(times) });
         }
     }
-    rate(4, chains::<4>)
+    rate(1, |times| {
+        let (x, y) = (black_box(0.9999_f32), black_box(0.0001_f32));
+        let mut sums = [0.0_f32; CHAINS];
+        for _ in 0..times {
+            sums.iter_mut().for_each(|sum| *sum = sum.mul_add(x, y));
+        }
+        sums.into_iter().sum()
+    })
 }
 
 /// Chains that do not depend on one another: more than a processor can have under way.
 const CHAINS: usize = 12;
-
-#[inline(always)]
-fn chains<const LANES: usize>(times: usize) -> f32 {
-    let mut sums = [[1.0_f32; LANES]; CHAINS];
-    let (x, y) = (black_box([0.9999_f32; LANES]), black_box([0.0001_f32; LANES]));
-    for _ in 0..times {
-        for sum in &mut sums {
-            for lane in 0..LANES {
-                sum[lane] = sum[lane].mul_add(x[lane], y[lane]);
-            }
-        }
-    }
-    sums.as_flattened().iter().sum()
-}
 
 /// The best of some rounds: what the core can do when it is left alone.
 fn rate(lanes: usize, run: impl Fn(usize) -> f32) -> f64 {

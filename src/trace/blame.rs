@@ -100,7 +100,7 @@ pub fn blame(records: &[Record]) -> Blame {
     let late: Vec<_> = named
         .iter()
         .copied()
-        .filter(|rank| of(records, *rank).is_some_and(|r| !has_entered(r, first.entry)))
+        .filter(|rank| of(records, *rank).is_some_and(|r| !had_entered(r, first.entry)))
         .collect();
     let late = if late.is_empty() { named } else { late };
     let last = late.first().and_then(|rank| of(records, *rank)).map(last_words).unwrap_or_default();
@@ -128,8 +128,11 @@ fn last_words(record: &Record) -> String {
     )
 }
 
-fn has_entered(record: &Record, call: &Entry) -> bool {
-    record.entries.iter().any(|entry| entry.group == call.group && entry.seq >= call.seq)
+/// Whether a rank had come to a call, or a later one of its group, when that failed: what came too late did not come.
+fn had_entered(record: &Record, call: &Entry) -> bool {
+    let failed = call.end.unwrap_or(u64::MAX);
+    let mut entries = record.entries.iter().filter(|entry| entry.group == call.group);
+    entries.any(|entry| entry.seq >= call.seq && entry.begin <= failed)
 }
 
 /// The ranks, in the world, that a complaint names by their numbers in its group.

@@ -43,6 +43,12 @@ pub(crate) fn drive() {
     for processes in 1..=4 {
         assert!(mpirun(processes, &[]).status().unwrap().success(), "{processes} processes");
     }
+    for processes in 5..=8 {
+        assert!(
+            mpirun(processes, &[("SHARDWISE_EXACT", "1")]).status().unwrap().success(),
+            "{processes} processes"
+        );
+    }
     for processes in [2, 3] {
         println!("messages in pieces:");
         assert!(mpirun(processes, &[("SHARDWISE_PIECES", "1")]).status().unwrap().success());

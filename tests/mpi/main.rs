@@ -1,7 +1,7 @@
 //! The communicator over MPI, and operators on it: `scripts/mpi_tests.sh`.
 //!
 //! Started by itself, the program starts itself under `mpirun`, as 1 to 4 processes: every process makes the same tests in the
-//! same order.
+//! same order. 5 to 8 processes make the collectives only.
 
 // Shared with the other tests, which use all of them.
 #[allow(dead_code, unused_imports)]
@@ -49,6 +49,19 @@ fn collectives(world: &Group<Cpu>) -> Result<()> {
 fn staged_collectives(world: &Group<Cpu>) -> Result<()> {
     let group = world.split_all(0)?;
     everything(&group.staged(&Cpu::poisoned()))
+}
+
+/// Tensors of GPUs, by way of the host. Where there is none, it says so.
+#[cfg(feature = "cuda")]
+fn cuda_collectives(world: &Group<Cpu>) -> Result<()> {
+    use shardwise::device::Cuda;
+    let Ok(gpus @ 1..) = Cuda::count() else {
+        println!("NOT RUN: there is no GPU, and scripts/cuda_standin.sh stands in for none");
+        return Ok(());
+    };
+    let group = world.split_all(0)?.staged(&Cuda::poisoned(world.rank() % gpus)?);
+    all_exact(&group, false)?;
+    all_in_flight(&group)
 }
 
 fn parts_of_parts(world: &Group<Cpu>) -> Result<()> {
@@ -112,9 +125,11 @@ fn huge(world: &Group<Cpu>) -> Result<()> {
 
 type Test = fn(&Group<Cpu>) -> Result<()>;
 
-const TESTS: [(&str, Test); 11] = [
+const TESTS: &[(&str, Test)] = &[
     ("collectives are exact", collectives),
     ("staged collectives are exact", staged_collectives),
+    #[cfg(feature = "cuda")]
+    ("collectives of CUDA tensors are exact", cuda_collectives),
     ("groups overlap", parts_of_parts),
     ("started collectives go on", started_ones_go_on),
     ("huge tensors", huge),
@@ -125,6 +140,9 @@ const TESTS: [(&str, Test); 11] = [
     ("a rank that leaves a group is named", failure::lost_rank),
     ("cycles leave nothing", failure::cycles),
 ];
+
+/// For more processes than that.
+const FEW: &[(&str, Test)] = &[("collectives are exact", |world| all_exact(world, false))];
 
 fn main() -> ExitCode {
     if std::env::var_os(driver::STARTED).is_none() {
@@ -141,7 +159,8 @@ fn main() -> ExitCode {
         mpi = mpi.piece(4096);
     }
     let done = mpi.run(|world| {
-        for (name, test) in TESTS {
+        let few = std::env::var_os("SHARDWISE_EXACT").is_some();
+        for (name, test) in if few { FEW } else { TESTS } {
             let begin = Instant::now();
             test(&world)?;
             world.barrier()?;

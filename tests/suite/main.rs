@@ -16,6 +16,7 @@ mod launch;
 mod layers;
 mod models;
 mod optim;
+mod oracle;
 mod overlap;
 mod support;
 mod trace;

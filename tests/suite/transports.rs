@@ -1,6 +1,7 @@
 //! Every communicator gives what the thread ranks' gives: collectives of host-staged tensors and of processes.
 
 use crate::{
+    disagree::DISAGREEMENTS,
     exact::{DTYPES, all_exact, all_in_flight, nan_wins, sums_in_rank_order, with_element},
     launch::processes,
 };
@@ -33,14 +34,22 @@ fn staged(world: usize) -> Threads {
 
 #[test]
 fn staged_collectives_are_those_of_the_ranks_they_are_staged_by() {
-    for world in [1, 2, 3, 5, 8] {
+    for world in 1..=8 {
         staged(world).run(|group| everything(&group.staged(&Cpu::poisoned()))).unwrap();
     }
 }
 
 #[test]
+fn a_lone_rank_has_the_collectives_of_threads_and_so_has_a_record() {
+    everything(&Group::solo(&Cpu::poisoned())).unwrap();
+    for world in 1..=4 {
+        staged(world).run(|group| everything(&group.recorded().0)).unwrap();
+    }
+}
+
+#[test]
 fn processes_have_the_collectives_of_threads() {
-    for world in [1, 2, 3, 5] {
+    for world in 1..=8 {
         for outcome in processes(world, |group| everything(&group)) {
             outcome.unwrap();
         }
@@ -69,6 +78,34 @@ fn a_disagreement_is_the_same_error_on_every_rank_of_every_communicator() {
     for world in 2..=4 {
         check(staged(world).run(|group| disagrees(&group.staged(&Cpu::new()))).unwrap());
         check(processes(world, |group| disagrees(&group)).into_iter().collect::<Result<_>>().unwrap());
+    }
+}
+
+/// Every disagreement of every rank in turn, each in a group of its own.
+fn all_disagreements(world: &Group<Cpu>, of: impl Fn(Group<Cpu>) -> Group<Cpu>) -> Result<Vec<Error>> {
+    let mut told = Vec::new();
+    for odd in 0..world.size() {
+        for (case, (usual, other, ..)) in DISAGREEMENTS.iter().enumerate() {
+            let group = of(world.split_all(0)?);
+            let error = if group.rank() == odd { other(&group) } else { usual(&group) }.unwrap_err();
+            assert_eq!(group.barrier().unwrap_err(), error, "a failed group repeats its first error");
+            let Error::Mismatch(mismatch) = &error else { panic!("case {case}, {odd} odd: {error}") };
+            assert_eq!((mismatch.left_rank, mismatch.right_rank), (0, odd.max(1)), "case {case}: {error}");
+            told.push(error);
+        }
+    }
+    Ok(told)
+}
+
+#[test]
+fn every_disagreement_is_found_on_every_communicator() {
+    let check = |told: Vec<Vec<Error>>| {
+        assert!(!told[0].is_empty() && told.iter().all(|errors| *errors == told[0]));
+    };
+    for world in 2..=4 {
+        check(staged(world).run(|group| all_disagreements(&group, |part| part.staged(&Cpu::new()))).unwrap());
+        let outcomes = processes(world, |group| all_disagreements(&group, |part| part));
+        check(outcomes.into_iter().collect::<Result<_>>().unwrap());
     }
 }
 

@@ -1,10 +1,10 @@
 //! Waiting for another rank: spin, then yield, then sleep.
 
-use super::sync::{AtomicUsize, Condvar, Mutex, Ordering, spin_loop, yield_now};
+use super::sync::{AtomicUsize, Condvar, Mutex, MutexGuard, Ordering, spin_loop, yield_now};
 use std::time::{Duration, Instant};
 
 /// Waiters yield this often before they sleep.
-const YIELDS: u32 = if cfg!(loom) { 0 } else { 200 };
+const YIELDS: u32 = if cfg!(any(loom, shuttle)) { 0 } else { 200 };
 
 /// Something that may happen. See `README.md`, "Waiting".
 #[derive(Debug)]
@@ -56,22 +56,15 @@ impl Event {
             if let Some(result) = done() {
                 break Some(result);
             }
-            let Some(left) = patience.map_or(Some(Duration::MAX), |all| all.checked_sub(start.elapsed()))
-            else {
-                break None;
-            };
+            let Some(left) = left_of(patience, start) else { break None };
             guard = self.sleep(guard, left);
         };
         self.sleepers.fetch_sub(1, Ordering::AcqRel);
         result
     }
 
-    #[cfg(not(loom))]
-    fn sleep<'a>(
-        &self,
-        guard: std::sync::MutexGuard<'a, ()>,
-        left: Duration,
-    ) -> std::sync::MutexGuard<'a, ()> {
+    #[cfg(not(any(loom, shuttle)))]
+    fn sleep<'a>(&self, guard: MutexGuard<'a, ()>, left: Duration) -> MutexGuard<'a, ()> {
         // An hour is no limit, only a time that the system's clock can add.
         let left = left.min(Duration::from_secs(3600));
         match self.wake.wait_timeout(guard, left) {
@@ -80,13 +73,22 @@ impl Event {
         }
     }
 
-    /// Time does not pass in a model: a sleeper that nobody wakes is a deadlock, which loom reports.
-    #[cfg(loom)]
-    fn sleep<'a>(
-        &self,
-        guard: loom::sync::MutexGuard<'a, ()>,
-        _: Duration,
-    ) -> loom::sync::MutexGuard<'a, ()> {
+    /// Time does not pass in a model: a sleeper that nobody wakes is a deadlock, which is reported.
+    #[cfg(any(loom, shuttle))]
+    fn sleep<'a>(&self, guard: MutexGuard<'a, ()>, _: Duration) -> MutexGuard<'a, ()> {
         self.wake.wait(guard).unwrap_or_else(|poisoned| poisoned.into_inner())
     }
+}
+
+/// How long is still to be waited; none if the patience is over.
+#[cfg(not(shuttle))]
+fn left_of(patience: Option<Duration>, start: Instant) -> Option<Duration> {
+    patience.map_or(Some(Duration::MAX), |all| all.checked_sub(start.elapsed()))
+}
+
+/// In a model a short patience is over at once (it is the schedule that says who comes first), and a long one never.
+#[cfg(shuttle)]
+fn left_of(patience: Option<Duration>, _: Instant) -> Option<Duration> {
+    let is_short = patience.is_some_and(|all| all <= Duration::from_millis(1));
+    (!is_short).then_some(Duration::MAX)
 }

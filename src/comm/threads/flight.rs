@@ -3,16 +3,18 @@
 //! Posting is all that happens before `wait`: a rank's thread is its processor, and there is no other to do the work
 //! beside it. What is gained is that no rank waits for another before it needs the result.
 
-use super::{combine, each_pair, host::HostVec, shared::Shared};
+use super::{
+    combine, each_pair,
+    host::HostVec,
+    shared::Shared,
+    sync::{AtomicUsize, Ordering},
+};
 use crate::{
     comm::{Call, Collective, InFlight},
     device::{AnyBuffer, AnyRef, Cpu, Element, each_dtype},
     error::{Error, Result},
 };
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicUsize, Ordering},
-};
+use std::sync::{Arc, OnceLock};
 
 /// A collective in which some ranks have posted their input.
 #[derive(Debug)]

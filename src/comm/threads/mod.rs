@@ -2,8 +2,12 @@
 
 mod barrier;
 mod event;
+#[cfg(test)]
+mod faults;
 mod flight;
 mod mail;
+#[cfg(all(test, shuttle))]
+mod model;
 mod shared;
 mod slot;
 mod sync;
@@ -80,13 +84,14 @@ impl ThreadComm {
         // `longest` is at least its size.
         #[allow(unsafe_code)]
         let at = self.meet(call, |at| unsafe { slots[self.seat.rank].publish_ref(at, call, data) })?;
-        let second = (longest > EAGER).then(|| Finish(&self.seat.shared));
+        let second = (longest > EAGER).then(|| Second::of(&self.seat));
+        #[cfg(test)]
+        faults::strike();
         // SAFETY: the first meeting is complete, and this rank arrives at no other operation before `combine` returns, which
         // keeps no slice. No rank writes data that was published by `publish_ref`.
         #[allow(unsafe_code)]
         combine(&|rank| unsafe { slots[rank].data::<T>(at) });
-        drop(second);
-        Ok(())
+        second.map_or(Ok(()), |second| second.attend(call))
     }
 
     fn all_reduce_in_place<T: Element>(&self, call: &Call, op: ReduceOp, x: &mut [T]) -> Result<()> {
@@ -95,12 +100,14 @@ impl ThreadComm {
         // this function returns, which is after the second meeting or a broken first one, and is not used in between.
         #[allow(unsafe_code)]
         let at = self.meet(call, |at| unsafe { slots[self.seat.rank].publish_mut(at, call, x) })?;
-        let _second = Finish(&self.seat.shared);
+        let second = Second::of(&self.seat);
         // Chunks begin on cache lines of the reduced tensor, so that no two ranks write to one.
         let mine = Partition::even(len.div_ceil(32), size).scaled(32).range(self.seat.rank);
         let (mut start, end) = (mine.start.min(len), mine.end.min(len));
         let mut sums = [T::Acc::default(); BLOCK];
         while start < end {
+            #[cfg(test)]
+            faults::strike();
             let count = BLOCK.min(end - start);
             // SAFETY: between the meetings, and only this rank touches its chunk of any rank's buffer: R5. The shared
             // references end with `reduce_block`, before the exclusive ones are made, one at a time.
@@ -115,16 +122,37 @@ impl ThreadComm {
             }
             start += count;
         }
-        Ok(())
+        second.attend(call)
     }
 }
 
-/// Attends the second meeting when dropped, whatever happens between the two: R3.
-struct Finish<'a>(&'a Shared);
+/// A second meeting: attended when dropped, whatever happens between the two: R3.
+struct Second<'a> {
+    seat: &'a Seat,
+    /// Whether this rank has done its part.
+    done: bool,
+}
 
-impl Drop for Finish<'_> {
+impl<'a> Second<'a> {
+    fn of(seat: &'a Seat) -> Self {
+        Self { seat, done: false }
+    }
+
+    /// Attends the meeting. An error if a rank came to it without having done its part.
+    fn attend(mut self, call: &Call) -> Result<()> {
+        let shared = &self.seat.shared;
+        self.done = true;
+        drop(self);
+        shared.is_whole(call)
+    }
+}
+
+impl Drop for Second<'_> {
     fn drop(&mut self) {
-        self.0.barrier.finish();
+        if !self.done {
+            self.seat.shared.tear(self.seat.rank);
+        }
+        self.seat.shared.barrier.finish();
     }
 }
 

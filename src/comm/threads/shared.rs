@@ -6,6 +6,7 @@ use super::{
     flight::Flight,
     mail::Letter,
     slot::Slot,
+    sync::{AtomicBool, AtomicUsize, Mutex, MutexGuard, Ordering},
 };
 use crate::{
     comm::Call,
@@ -14,23 +15,37 @@ use crate::{
 use std::{
     cell::{Cell, RefCell},
     collections::{HashMap, VecDeque},
-    sync::{
-        Arc, Mutex, MutexGuard, Weak,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Weak},
     time::Duration,
 };
 
 /// Waiters spin this often before they yield, if every rank has a processor.
-const SPINS: u32 = 20_000;
+const SPINS: u32 = if cfg!(shuttle) { 0 } else { 20_000 };
 
 /// A rank that has waited for this long at a meeting says so.
 const SOON: Duration = Duration::from_millis(1);
 
+/// The first loss that this rank was told of: a rank of the world, and how it was lost. It is why this rank may leave, too; who
+/// waits for this rank then is told of that loss.
+type Told = Cell<Option<(usize, Loss)>>;
+
+#[cfg(not(shuttle))]
 thread_local! {
-    /// The first loss that this rank was told of: a rank of the world, and how it was lost. It is why this rank may leave,
-    /// too; who waits for this rank then is told of that loss.
-    static TOLD: Cell<Option<(usize, Loss)>> = const { Cell::new(None) };
+    static TOLD: Told = const { Cell::new(None) };
+}
+// Its threads share one of the system's.
+#[cfg(shuttle)]
+shuttle::thread_local! {
+    static TOLD: Told = Cell::new(None);
+}
+
+/// What this rank was told of.
+fn told() -> Option<(usize, Loss)> {
+    TOLD.with(Cell::get)
+}
+
+fn tell(loss: Option<(usize, Loss)>) {
+    TOLD.with(|told| told.set(loss));
 }
 
 /// A group of threads.
@@ -58,6 +73,8 @@ pub(super) struct Shared {
     /// The ranks that have waited for some time at a meeting, and their number: see R9.
     standing: Mutex<Vec<Option<(Call, Meeting)>>>,
     stood: AtomicUsize,
+    /// Whether a rank has panicked between two meetings: what they were for is not complete.
+    torn: AtomicBool,
 }
 
 /// A rank's color and key, and the rank itself.
@@ -114,6 +131,7 @@ impl Shared {
             causes: Mutex::default(),
             standing: Mutex::new(vec![None; size]),
             stood: AtomicUsize::new(0),
+            torn: AtomicBool::new(false),
         }
     }
 
@@ -232,13 +250,24 @@ impl Shared {
             Some(Loss::Panicked) => {}
             Some(known) => *known = reason,
             None => {
-                let root = TOLD.get().filter(|(root, _)| *root != self.members[rank]);
+                let root = told().filter(|(root, _)| *root != self.members[rank]);
                 causes.push(Cause::Lost { rank, reason, root });
             }
         }
         self.barrier.break_now();
         drop(causes);
         self.news.notify();
+    }
+
+    /// Rank `rank` panics between two meetings.
+    pub(super) fn tear(&self, rank: usize) {
+        self.leave(rank, Loss::Panicked);
+        self.torn.store(true, Ordering::Release);
+    }
+
+    /// After a second meeting: whether all ranks have done their parts. No later operation begins before this rank has looked.
+    pub(super) fn is_whole(&self, call: &Call) -> Result<()> {
+        if self.torn.load(Ordering::Acquire) { Err(self.failure(call)) } else { Ok(()) }
     }
 
     /// The error of a call that needs all ranks, on a broken group: what broke it first.
@@ -269,7 +298,7 @@ impl Shared {
                     Some((self.members.iter().position(|member| *member == root)?, reason))
                 });
                 let (rank, reason) = known.unwrap_or((rank, reason));
-                TOLD.set(TOLD.get().or(Some((self.members[rank], reason))));
+                tell(told().or(Some((self.members[rank], reason))));
                 Error::PeerLost { rank, reason, op, seq, group, site }
             }
             Cause::Deadline { missing } => {
@@ -303,7 +332,7 @@ impl Shared {
             Arc::new(Self::new(format!("{}/{color}", self.name), ranks, self.deadline, self.spins))
         }));
         // Who forms a new group with this rank has left another group only.
-        TOLD.set(TOLD.get().filter(|(root, _)| !part.members.contains(root)));
+        tell(told().filter(|(root, _)| !part.members.contains(root)));
         barrier()?;
         // All have taken their part: the next split starts with none. Several ranks may say so.
         self.lock(&self.parts).remove(&color);

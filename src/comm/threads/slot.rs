@@ -2,15 +2,12 @@
 
 #![allow(unsafe_code)]
 
+use super::sync::{AtomicU64, Ordering};
 use crate::{
     comm::Call,
     device::{DType, Element},
 };
-use std::{
-    cell::UnsafeCell,
-    ptr,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::{cell::UnsafeCell, ptr};
 
 /// Payloads of at most this many bytes are published by copy.
 pub(super) const EAGER: usize = 16 << 10;

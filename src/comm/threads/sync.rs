@@ -1,20 +1,29 @@
-//! The atomics and locks of the barrier: std's, or loom's when it is checked.
+//! The atomics and locks of the thread ranks: std's, or a model checker's. Loom checks the barrier, shuttle all of it.
 
 #[cfg(loom)]
 pub(super) use loom::{
     hint::spin_loop,
     sync::{
-        Condvar, Mutex,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        Condvar, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread::yield_now,
 };
-#[cfg(not(loom))]
+#[cfg(shuttle)]
+pub(super) use shuttle::{
+    hint::spin_loop,
+    sync::{
+        Condvar, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    thread::yield_now,
+};
+#[cfg(not(any(loom, shuttle)))]
 pub(super) use std::{
     hint::spin_loop,
     sync::{
-        Condvar, Mutex,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        Condvar, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     thread::yield_now,
 };

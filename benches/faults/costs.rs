@@ -1,0 +1,72 @@
+//! What it costs that nothing goes wrong unseen: the comparison of calls, and the flight recorder.
+
+use shardwise::{
+    Result,
+    comm::{Call, Group, Op, ReduceOp},
+    device::{Cpu, DType},
+    error::Site,
+    launch,
+    shard::Shape,
+};
+use std::{hint::black_box, panic::Location, time::Instant};
+
+const ROUNDS: u32 = 200_000;
+/// Of so many measurements the median counts.
+const REPEATS: usize = 9;
+
+/// The nanoseconds of one `act`.
+fn nanoseconds(mut act: impl FnMut() -> Result<()>) -> Result<f64> {
+    let mut times = Vec::new();
+    for _ in 0..REPEATS {
+        let begin = Instant::now();
+        for _ in 0..ROUNDS {
+            act()?;
+        }
+        times.push(begin.elapsed().as_secs_f64() * 1e9 / f64::from(ROUNDS));
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[REPEATS / 2])
+}
+
+#[track_caller]
+fn call(seq: u64) -> Call {
+    Call {
+        seq,
+        op: Op::ReduceScatter,
+        started: false,
+        reduce: Some(ReduceOp::Sum),
+        root: None,
+        dtype: Some(DType::F32),
+        shape: Shape::new(&[4, 32, 128]),
+        parts: 0x1234_5678,
+        history: 0,
+        group: 7,
+        site: Site(Location::caller()),
+    }
+}
+
+/// Prints the costs; `Err` if one is above its limit.
+pub(crate) fn campaign() -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let mut over = false;
+    for ranks in [2, 4, 8] {
+        let calls: Vec<_> = (0..ranks).map(|_| call(3)).collect();
+        // As a rank does it: it writes down its call, and compares all of them with the first.
+        let mut own = calls[0];
+        let time = nanoseconds(|| {
+            own = black_box(call(3));
+            let differs = black_box(&calls).iter().any(|other| !own.agrees(other));
+            assert!(!black_box(differs));
+            Ok(())
+        })?;
+        println!("the comparison of {ranks} ranks' calls: {time:.0} ns a collective (limit 1000)");
+        over |= time > 1000.0;
+    }
+    // A barrier of a lone rank is the record, and its call.
+    let alone = Group::solo(&Cpu::new());
+    let time = nanoseconds(|| alone.barrier())?;
+    println!("a record, with the call that is noted: {time:.0} ns (limit 200)");
+    over |= time > 200.0;
+    let whole = launch::threads(2, |world| nanoseconds(|| world.barrier()))?;
+    println!("for comparison, a barrier of two thread ranks with both: {:.0} ns", whole[0]);
+    if over { Err("a cost is above its limit".into()) } else { Ok(()) }
+}
