@@ -61,6 +61,7 @@
 //! | feature | default | what |
 //! |---|---|---|
 //! | `reference` | yes | the single-device reference |
+//! | `cuda` | no | tensors on NVIDIA GPUs; libraries are loaded at run time |
 //! | `cli` | no | the program `shardwise`, which starts ranks on a machine |
 //! | `mpi` | no | ranks that an MPI library connects; it has to be installed |
 //! | `nccl` | no | groups of GPUs over NCCL |

@@ -5,7 +5,7 @@
 use std::{hint::black_box, time::Instant};
 
 /// f32 fused multiply-adds of one core, in GFLOP/s: independent chains in the widest vectors, nothing else.
-pub fn fused() -> f64 {
+pub(crate) fn fused() -> f64 {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::{is_x86_feature_detected, x86_64::*};
@@ -64,7 +64,7 @@ fn rate(lanes: usize, run: impl Fn(usize) -> f32) -> f64 {
 }
 
 /// Bytes that some threads together read from memory that no cache holds, in GB/s.
-pub fn read(threads: usize) -> f64 {
+pub(crate) fn read(threads: usize) -> f64 {
     const BYTES: usize = 256 << 20;
     let memory: Vec<u64> = vec![1; BYTES / 8];
     let once = || {

@@ -185,7 +185,7 @@ impl Staging {
                 self.memory = Some(Pinned::new(&cuda.context, 2 * HALF)?);
             }
             let half = self.at / HALF;
-            if self.at % HALF == 0 {
+            if self.at.is_multiple_of(HALF) {
                 // What the device still reads here is older than a whole half.
                 if let Some(mark) = self.read[half].take() {
                     cuda.wait_for(&mark)?;
