@@ -50,7 +50,7 @@ mod tests {
             for count in 1..=cut.total() + 2 {
                 let chunks = Partition::even(cut.total(), count);
                 let dealt = deal(&cut, &chunks);
-                let sizes_of = dealt.iter().map(|runs| runs.iter().map(|run| run.len()).sum());
+                let sizes_of = dealt.iter().map(|runs| runs.iter().map(|run| run.len()).sum::<usize>());
                 assert!(chunks.sizes().eq(sizes_of), "{sizes:?} in {count}: {dealt:?}");
                 for part in 0..cut.parts() {
                     let indices: Vec<usize> = dealt.iter().flat_map(|runs| runs[part].clone()).collect();
