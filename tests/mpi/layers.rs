@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use shardwise::{
     Result, Tensor,
-    comm::Group,
+    comm::{Group, Overlap},
     device::{Cpu, Element},
     kernels::{Activation, NormKind},
     launch,
@@ -13,7 +13,7 @@ use shardwise::{
         ScatterSequence, Stream, TransformerBlock,
     },
     rng::Philox,
-    shard::{Replicated, Sequences, Shard},
+    shard::{Reduction, Replicated, Sequences, Shard},
     tensor::{Param, Random, Weights},
     weights::Checkpoint,
 };
@@ -33,7 +33,9 @@ fn gradient_bits<T: Element>(param: &mut Param<T, Cpu>, to: &mut Vec<u64>) -> Re
 /// The same program on this process's rank, and on thread ranks: the same bits.
 #[track_caller]
 fn as_threads(group: &Group<Cpu>, program: impl Fn(&Group<Cpu>) -> Result<Vec<u64>> + Sync) -> Result<()> {
-    let want = launch::threads(group.size(), |world| program(&world))?;
+    let (reduction, off) = (group.reduction(), Overlap::Off);
+    let want =
+        launch::threads(group.size(), |world| program(&world.with_reduction(reduction).with_overlap(off)))?;
     let got = program(group)?;
     assert!(got.len() > 10, "the program has no results");
     assert_eq!(got, want[group.rank()]);
@@ -112,6 +114,45 @@ pub(crate) fn blocks(world: &Group<Cpu>) -> Result<()> {
     blocks_of::<f32>(world)?;
     blocks_of::<bf16>(world)?;
     blocks_of::<f16>(world)
+}
+
+/// In chunks as many as the transport likes, and in some that are given: the bits of thread ranks' collectives at once.
+pub(crate) fn chunks(world: &Group<Cpu>) -> Result<()> {
+    for overlap in [Overlap::Chunks(1), Overlap::Chunks(3), Overlap::Chunks(100)] {
+        let group = world.with_overlap(overlap);
+        blocks_of::<f32>(&group)?;
+        blocks_of::<bf16>(&group)?;
+        blocks_of::<f64>(&group.with_reduction(Reduction::Invariant { blocks: 4 }))?;
+    }
+    Ok(())
+}
+
+/// The bits of one thread rank on this many processes, in both streams: the whole y, and dX.
+pub(crate) fn invariant(world: &Group<Cpu>) -> Result<()> {
+    fn same<T: Element>(world: &Group<Cpu>) -> Result<()> {
+        // Nine query heads in eight blocks.
+        let reduction = Reduction::Invariant { blocks: 8 };
+        for gated in [false, true] {
+            let one = launch::threads(1, |alone| {
+                block::<Replicated, T>(&alone.with_reduction(reduction), gated, |x| Ok(x.clone()))
+            })?;
+            let got = block::<Replicated, T>(&world.with_reduction(reduction), gated, |x| Ok(x.clone()))?;
+            // The gradients that follow are of this rank's part of the weights.
+            assert_eq!(got[..14_000], one[0][..14_000], "{} on {world:?}", T::DTYPE);
+            let group = world.with_reduction(reduction).with_overlap(Overlap::Chunks(2));
+            let part = block::<Shard<0>, T>(&group, gated, |x| {
+                Ok(Layer::<T, Cpu>::forward(&ScatterSequence::even(), x)?.0)
+            })?;
+            let rows = Shard::<0>::local_rows(&group, 700)?;
+            let (own, len) = (rows.start * 10..rows.end * 10, rows.len() * 10);
+            assert_eq!(part[..len], one[0][own.clone()], "{} y on {world:?}", T::DTYPE);
+            assert_eq!(part[len..2 * len], one[0][7000..14_000][own], "{} dX on {world:?}", T::DTYPE);
+        }
+        Ok(())
+    }
+    same::<f32>(world)?;
+    same::<f64>(world)?;
+    same::<bf16>(world)
 }
 
 pub(crate) fn models(world: &Group<Cpu>) -> Result<()> {

@@ -13,6 +13,7 @@ mod driver;
 mod exact;
 mod failure;
 mod layers;
+mod training;
 
 use exact::{DTYPES, all_exact, all_in_flight, nan_wins, sums_in_rank_order, with_element};
 use shardwise::{
@@ -135,6 +136,9 @@ const TESTS: &[(&str, Test)] = &[
     ("huge tensors", huge),
     ("blocks have the bits of thread ranks", layers::blocks),
     ("models have the bits of thread ranks", layers::models),
+    ("chunks have the bits of thread ranks' whole collectives", layers::chunks),
+    ("invariant sums have the bits of one rank", layers::invariant),
+    ("training has the bits of one rank", training::invariant),
     ("disagreement is the same error on every rank", failure::disagreement),
     ("an unexpected message is a disagreement", failure::unexpected_message),
     ("a rank that leaves a group is named", failure::lost_rank),

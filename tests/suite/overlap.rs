@@ -159,11 +159,11 @@ fn blocks_agree() {
         causal: true,
         seed: 5,
     };
-    let sequences = Sequences::packed([150, 1, 249]);
+    let sequences = Sequences::packed([60, 1, 139]);
     for draw in [draw, Draw { gated: true, post: true, ..draw }] {
         let (x, dy) = block::inputs(&draw, &sequences);
         let weights = block::named(&draw.weights());
-        for world in [2, 4, 5] {
+        for world in [2, 5] {
             for reduction in [Reduction::Fast, Reduction::Invariant { blocks: 8 }] {
                 let case = Case { reduction, ..Case::new(world, &x, &dy, &weights) };
                 let case = Case { sequences: sequences.clone(), ..case };
