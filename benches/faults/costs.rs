@@ -1,10 +1,9 @@
 //! What it costs that nothing goes wrong unseen: the comparison of calls, and the flight recorder.
 
 use shardwise::{
-    Result,
+    Result, Site,
     comm::{Call, Group, Op, ReduceOp},
     device::{Cpu, DType},
-    error::Site,
     launch,
     shard::Shape,
 };

@@ -88,6 +88,8 @@ fn job(launcher: Launcher, ranks: usize, folder: &Path) -> Command {
             // What Open MPI asks for in containers.
             command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
             command.env("OMPI_MCA_rmaps_base_oversubscribe", "1");
+            // Not the second that it waits by default between SIGTERM and SIGKILL when a process has failed.
+            command.env("OMPI_MCA_odls_base_sigkill_timeout", "0");
             command
         }
     };

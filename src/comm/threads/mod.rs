@@ -188,6 +188,8 @@ impl Communicator<Cpu> for ThreadComm {
             // SAFETY: as in `collect`; a payload of at most EAGER bytes is copied.
             #[allow(unsafe_code)]
             let at = self.meet(call, |at| unsafe { slots[self.seat.rank].publish_ref(at, call, x) })?;
+            #[cfg(test)]
+            faults::strike();
             // SAFETY: as in `collect`.
             #[allow(unsafe_code)]
             combine::reduce(op, size, |rank| unsafe { slots[rank].data(at) }, x);
