@@ -57,6 +57,8 @@ pub(crate) const DRIVER: Needed = Needed {
         "cuMemcpyDtoHAsync_v2",
         "cuMemsetD8Async",
         "cuDeviceGetDefaultMemPool",
+        "cuDeviceCanAccessPeer",
+        "cuMemPoolSetAccess",
         "cuMemPoolSetAttribute",
         "cuModuleLoadData",
         "cuModuleUnload",

@@ -156,6 +156,12 @@ impl Cuda {
         self.0.context.make_current()
     }
 
+    /// Lets the other GPUs reach this one's memory, as far as they are connected.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn open_memory(&self) -> Result<()> {
+        self.0.context.open_memory()
+    }
+
     /// The stream, as the driver knows it.
     #[cfg(feature = "nccl")]
     pub(crate) fn stream(&self) -> *mut std::ffi::c_void {
