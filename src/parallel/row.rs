@@ -8,7 +8,7 @@ use crate::{
     comm::Group,
     device::{Device, Element},
     error::{Error, Result, same_size},
-    kernels::Backend,
+    kernels::{Activation, Backend},
     ops,
     shard::{Copied, Partial, Partition, Shape, Shard},
     tensor::{Param, Region, Role, Tensor, Weights},
@@ -51,6 +51,35 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
     }
 }
 
+/// An activation in front of a layer, and what it was given.
+pub(super) type Before<'a, T, B> = Option<(Activation, &'a Tensor<T, B>)>;
+
+impl<T: Element, B: Backend> RowLinear<T, B> {
+    /// The backward, and that of what is before the layer.
+    fn backward_behind(
+        &mut self,
+        before: Before<'_, T, B>,
+        x: Tensor<T, B>,
+        dy: &DTensor<Copied, T, B>,
+    ) -> Result<DTensor<Shard<1>, T, B>> {
+        let (dy, whole) = (dy.local(), dy);
+        same_size("row linear backward", "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
+        let (device, blocks, w) = (x.device(), self.blocks.as_ref(), self.weight.value());
+        same_size("row linear backward", "columns of dy", dy.shape().cols(), "rows of w", w.shape().rows())?;
+        let dx = match (before, blocks) {
+            (Some((f, pre)), None) => ops::linear_activate_backward(dy, w, f, pre)?,
+            (before, _) => {
+                let mut dx = Tensor::empty(device, x.shape())?;
+                by_columns(device, blocks, (dy.mat(), w.mat()), 0.0, dx.mat_mut()?)?;
+                before.map_or(Ok(dx.clone()), |(f, pre)| ops::activate_backward(f, pre, &dx))?
+            }
+        };
+        self.weight
+            .accumulate_grad(|beta, dw| by_columns(device, blocks, (dy.mat().t(), x.mat()), beta, dw))?;
+        Ok(whole.derive(dx, self.cut.total(), Some(self.cut.clone())))
+    }
+}
+
 impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
     type In = Shard<1>;
     type Out = Partial;
@@ -77,15 +106,7 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
     }
 
     fn backward(&mut self, x: Self::Saved, dy: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
-        let (dy, whole) = (dy.local(), dy);
-        same_size("row linear backward", "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
-        let (device, blocks, w) = (x.device(), self.blocks.as_ref(), self.weight.value());
-        same_size("row linear backward", "columns of dy", dy.shape().cols(), "rows of w", w.shape().rows())?;
-        let mut dx = Tensor::empty(device, x.shape())?;
-        by_columns(device, blocks, (dy.mat(), w.mat()), 0.0, dx.mat_mut()?)?;
-        self.weight
-            .accumulate_grad(|beta, dw| by_columns(device, blocks, (dy.mat().t(), x.mat()), beta, dw))?;
-        Ok(whole.derive(dx, self.cut.total(), Some(self.cut.clone())))
+        self.backward_behind(None, x, dy)
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
@@ -134,6 +155,21 @@ impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
     }
 }
 
+impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
+    /// The backward, and that of what is before the layer.
+    pub(super) fn backward_behind(
+        &mut self,
+        before: Before<'_, T, B>,
+        saved: Tensor<T, B>,
+        dy: &DTensor<S, T, B>,
+    ) -> Result<DTensor<Shard<1>, T, B>> {
+        if let Some(bias) = &mut self.bias {
+            bias.backward((), dy)?;
+        }
+        self.linear.backward_behind(before, saved, &S::enter(dy)?)
+    }
+}
+
 impl<S: Stream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, B> {
     type In = Shard<1>;
     type Out = S;
@@ -149,10 +185,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, 
     }
 
     fn backward(&mut self, saved: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
-        if let Some(bias) = &mut self.bias {
-            bias.backward((), dy)?;
-        }
-        self.linear.backward(saved, &S::enter(dy)?)
+        self.backward_behind(None, saved, dy)
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
