@@ -20,17 +20,29 @@ __device__ __forceinline__ void philox(u64 counter, u32 key0, u32 key1, u32 word
   words[3] = c3;
 }
 
-// Element (row, col) draws the word at index (first + row * width + col) of the stream.
+// Element (row, col) draws the word at index (first + row * width + col) of the stream: four to a counter.
+template <int N, class T>
+__device__ __forceinline__ void dropout(i64 rows, i64 cols, u64 first, u64 width, u32 key0, u32 key1, u32 threshold, Acc<T> scale,
+    const T* x, i64 sx, T* y, i64 sy) {
+  each<N>(rows, cols, [&](i64 row, i64 col) {
+    const auto in = load<N>(x + row * sx + col);
+    Pack<T, N> out;
+    u32 words[4];
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+      const u64 index = first + (u64)row * width + (u64)(col + k);
+      if (k == 0 || index % 4 == 0) philox(index / 4, key0, key1, words);
+      const u32 word = index & 2 ? (index & 1 ? words[3] : words[2]) : (index & 1 ? words[1] : words[0]);
+      out.at[k] = narrow<T>(word >= threshold ? widen(in.at[k]) * scale : (Acc<T>)0);
+    }
+    store(y + row * sy + col, out);
+  });
+}
+
 #define DROPOUT(T, name) \
-  extern "C" __global__ void dropout_##name(i64 rows, i64 cols, i64 first, i64 width, i64 key0, i64 key1, i64 threshold, \
-      double scale, const T* x, i64 sx, T* y, i64 sy) { \
-    each<1>(rows, cols, [&](i64 row, i64 col) { \
-      const u64 index = (u64)first + (u64)row * (u64)width + (u64)col; \
-      u32 words[4]; \
-      philox(index / 4, (u32)key0, (u32)key1, words); \
-      const u32 word = index & 2 ? (index & 1 ? words[3] : words[2]) : (index & 1 ? words[1] : words[0]); \
-      const bool kept = word >= (u32)threshold; \
-      y[row * sy + col] = narrow<T>(kept ? widen(x[row * sx + col]) * (Acc<T>)scale : (Acc<T>)0); \
-    }); \
+  extern "C" __global__ void dropout_##name(i64 packed, i64 rows, i64 cols, i64 first, i64 width, i64 key0, i64 key1, \
+      i64 threshold, double scale, const T* x, i64 sx, T* y, i64 sy) { \
+    WITH_PACKS(packed, Width<T>::value, (dropout<N>(rows, cols, (u64)first, (u64)width, (u32)key0, (u32)key1, (u32)threshold, \
+      (Acc<T>)scale, x, sx, y, sy))) \
   }
 EACH_ELEMENT(DROPOUT)

@@ -118,6 +118,46 @@ template <int N, class T> __device__ __forceinline__ void store(T* to, const Pac
 // The elements in 16 bytes of the larger of two elements.
 template <class T, class Y = T> struct Width { static constexpr int value = 16 / (sizeof(T) > sizeof(Y) ? sizeof(T) : sizeof(Y)); };
 
+// The N elements of a row from column i on, or as many as there are: at once where rows are aligned, else one by one. What is summed
+// in what order does not depend on that.
+template <int N, class T> __device__ __forceinline__ Pack<T, N> take(bool packed, const T* row, i64 i, i64 cols) {
+  if (packed) return load<N>(row + i);
+  Pack<T, N> some;
+#pragma unroll
+  for (int k = 0; k < N; k++) if (i + k < cols) some.at[k] = row[i + k];
+  return some;
+}
+template <int N, class T> __device__ __forceinline__ void give(bool packed, T* row, i64 i, i64 cols, const Pack<T, N>& some) {
+  if (packed) return store(row + i, some);
+#pragma unroll
+  for (int k = 0; k < N; k++) if (i + k < cols) row[i + k] = some.at[k];
+}
+
+// f(x_i, i) for the elements of a row, the threads of the row sharing them.
+template <class T, class F> __device__ __forceinline__ void each_of_row(bool packed, i64 cols, const T* row, F f) {
+  constexpr int N = Width<T>::value;
+  for (i64 i = (i64)threadIdx.x * N; i < cols; i += (i64)blockDim.x * N) {
+    const auto in = take<N>(packed, row, i, cols);
+#pragma unroll
+    for (int k = 0; k < N; k++) if (i + k < cols) f(widen(in.at[k]), i + k);
+  }
+}
+// The same of two rows.
+template <class T, class F>
+__device__ __forceinline__ void each_of_row(bool packed, i64 cols, const T* row, const T* other, F f) {
+  constexpr int N = Width<T>::value;
+  for (i64 i = (i64)threadIdx.x * N; i < cols; i += (i64)blockDim.x * N) {
+    const auto left = take<N>(packed, row, i, cols);
+    const auto right = take<N>(packed, other, i, cols);
+#pragma unroll
+    for (int k = 0; k < N; k++) if (i + k < cols) f(widen(left.at[k]), widen(right.at[k]), i + k);
+  }
+}
+
+// Runs `body` with N elements at a time: 16 bytes, or one where rows are not aligned to that.
+#define WITH_PACKS(packed, width, body) \
+  if (packed) { constexpr int N = width; body; } else { constexpr int N = 1; body; }
+
 // f(row, column) for every N-th column of every row, the grid sharing them.
 template <int N, class F> __device__ __forceinline__ void each(i64 rows, i64 cols, F f) {
   const i64 packs = cols / N, total = rows * packs, step = (i64)gridDim.x * blockDim.x;

@@ -4,11 +4,14 @@
 #define NO_ROW 0xffffffffu
 
 #define GATHER(T, name) \
-  extern "C" __global__ void gather_##name(i64 rows, i64 cols, const T* table, i64 st, const u32* ids, T* y, i64 sy) { \
-    each<1>(rows, cols, [&](i64 row, i64 col) { \
+  extern "C" __global__ void gather_##name(i64 packed, i64 rows, i64 cols, const T* table, i64 st, const u32* ids, T* y, i64 sy) { \
+    WITH_PACKS(packed, Width<T>::value, (each<N>(rows, cols, [&](i64 row, i64 col) { \
       const u32 id = ids[row]; \
-      y[row * sy + col] = id == NO_ROW ? narrow<T>((Acc<T>)0) : table[(i64)id * st + col]; \
-    }); \
+      Pack<T, N> some; \
+      for (int k = 0; k < N; k++) some.at[k] = narrow<T>((Acc<T>)0); \
+      if (id != NO_ROW) some = load<N>(table + (i64)id * st + col); \
+      store(y + row * sy + col, some); \
+    }))) \
   } \
   /* The rows that go to targets[t] are order[begins[t]] to order[begins[t + 1] - 1]: one thread adds them, in order. */ \
   extern "C" __global__ void scatter_add_##name(i64 targets, i64 cols, const u32* target, const u32* begins, const u32* order, \

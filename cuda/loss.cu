@@ -2,17 +2,17 @@
 #include "element.cuh"
 
 #define LOSS(T, name) \
-  extern "C" __global__ void row_max_##name(i64 rows, i64 cols, const T* x, i64 sx, Acc<T>* most) { \
+  extern "C" __global__ void row_max_##name(i64 packed, i64 rows, i64 cols, const T* x, i64 sx, Acc<T>* most) { \
     typedef Acc<T> A; \
     const i64 row = own_row(); \
     if (row >= rows) return; \
     A largest = -infinity<A>(); \
-    for (i64 i = threadIdx.x; i < cols; i += blockDim.x) largest = max_nan(largest, widen(x[row * sx + i])); \
+    each_of_row(packed, cols, x + row * sx, [&](A x, i64) { largest = max_nan(largest, x); }); \
     largest = row_max(largest); \
     if (threadIdx.x == 0) most[row] = largest; \
   } \
   /* columns[row]: the column of the row's target, negative where it is not at hand. */ \
-  extern "C" __global__ void exp_sums_##name(i64 rows, i64 cols, i64 smoothed, const i64* columns, const T* x, i64 sx, \
+  extern "C" __global__ void exp_sums_##name(i64 packed, i64 rows, i64 cols, i64 smoothed, const i64* columns, const T* x, i64 sx, \
       const Acc<T>* most, Acc<T>* sums) { \
     typedef Acc<T> A; \
     const i64 row = own_row(); \
@@ -20,11 +20,11 @@
     const T* in = x + row * sx; \
     const A m = most[row]; \
     A exps = 0, all = 0; \
-    for (i64 i = threadIdx.x; i < cols; i += blockDim.x) { \
-      const A value = widen(in[i]) - m; \
+    each_of_row(packed, cols, in, [&](A x, i64) { \
+      const A value = x - m; \
       exps += exp_of(value); \
       if (smoothed) all += value; \
-    } \
+    }); \
     exps = row_sum(exps); \
     if (smoothed) all = row_sum(all); \
     if (threadIdx.x == 0) { \
@@ -33,37 +33,44 @@
       sums[3 * row + 2] = all; \
     } \
   } \
-  extern "C" __global__ void cross_entropy_backward_##name(i64 rows, i64 cols, double on, double off, double z, double scale, \
-      const i64* columns, const u8* ignored, const T* x, i64 sx, const Acc<T>* lse, T* dx, i64 sdx) { \
+  extern "C" __global__ void cross_entropy_backward_##name(i64 packed, i64 rows, i64 cols, double on, double off, double z, \
+      double scale, const i64* columns, const u8* ignored, const T* x, i64 sx, const Acc<T>* lse, T* dx, i64 sdx) { \
     typedef Acc<T> A; \
+    constexpr int N = Width<T>::value; \
     const i64 row = own_row(); \
     if (row >= rows) return; \
     const A log_sum = lse[row], weight = (A)1 + (A)(2 * z) * log_sum, by = (A)scale; \
-    for (i64 i = threadIdx.x; i < cols; i += blockDim.x) { \
-      A d = 0; \
-      if (!ignored[row]) { \
-        const A p = exp_of(widen(x[row * sx + i]) - log_sum) * weight; \
-        d = by * (i == columns[row] ? p - (A)off - (A)on : p - (A)off); \
+    const i64 target = columns[row]; \
+    const bool counts = !ignored[row]; \
+    for (i64 i = (i64)threadIdx.x * N; i < cols; i += (i64)blockDim.x * N) { \
+      const auto in = take<N>(packed, x + row * sx, i, cols); \
+      Pack<T, N> out; \
+      _Pragma("unroll") for (int k = 0; k < N; k++) { \
+        A d = 0; \
+        if (counts) { \
+          const A p = exp_of(widen(in.at[k]) - log_sum) * weight; \
+          d = by * (i + k == target ? p - (A)off - (A)on : p - (A)off); \
+        } \
+        out.at[k] = narrow<T>(d); \
       } \
-      dx[row * sdx + i] = narrow<T>(d); \
+      give(packed, dx + row * sdx, i, cols, out); \
     } \
   } \
-  extern "C" __global__ void squared_error_##name(i64 rows, i64 cols, const T* x, i64 sx, const T* y, i64 sy, Acc<T>* sums) { \
+  extern "C" __global__ void squared_error_##name(i64 packed, i64 rows, i64 cols, const T* x, i64 sx, const T* y, i64 sy, \
+      Acc<T>* sums) { \
     typedef Acc<T> A; \
     const i64 row = own_row(); \
     if (row >= rows) return; \
     A sum = 0; \
-    for (i64 i = threadIdx.x; i < cols; i += blockDim.x) { \
-      const A difference = widen(x[row * sx + i]) - widen(y[row * sy + i]); \
-      sum += difference * difference; \
-    } \
+    each_of_row(packed, cols, x + row * sx, y + row * sy, [&](A x, A y, i64) { sum += (x - y) * (x - y); }); \
     sum = row_sum(sum); \
     if (threadIdx.x == 0) sums[row] = sum; \
   } \
-  extern "C" __global__ void squared_error_backward_##name(i64 rows, i64 cols, double scale, const T* x, i64 sx, const T* y, i64 sy, \
-      T* dx, i64 sdx) { \
+  extern "C" __global__ void squared_error_backward_##name(i64 packed, i64 rows, i64 cols, double scale, const T* x, i64 sx, \
+      const T* y, i64 sy, T* dx, i64 sdx) { \
     const Acc<T> by = (Acc<T>)(2 * scale); \
-    each<1>(rows, cols, [&](i64 r, i64 c) { dx[r * sdx + c] = narrow<T>(by * (widen(x[r * sx + c]) - widen(y[r * sy + c]))); }); \
+    WITH_PACKS(packed, Width<T>::value, \
+      (map<N>(rows, cols, x, sx, y, sy, dx, sdx, [by](T x, T y) { return narrow<T>(by * (widen(x) - widen(y))); }))) \
   }
 EACH_ELEMENT(LOSS)
 

@@ -49,10 +49,6 @@ template <class A> struct GeluTanh {
     default: { typedef GeluTanh<A> F; body; break; } \
   }
 
-// Runs `body` with N elements at a time: 16 bytes, or one where rows are not aligned to that.
-#define WITH_PACKS(packed, width, body) \
-  if (packed) { constexpr int N = width; body; } else { constexpr int N = 1; body; }
-
 #define ACTIVATE(T, name) \
   extern "C" __global__ void activate_##name(i64 packed, i64 rows, i64 cols, i64 kind, const T* x, i64 sx, T* y, i64 sy) { \
     WITH_PACKS(packed, Width<T>::value, WITH_ACTIVATION(kind, Acc<T>, \

@@ -6,9 +6,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=target/nvcc
 report=${1:-target/kernels.txt}
-if [ ! -x "$tools/nvidia/cu13/bin/nvcc" ]; then
-    python3 -m pip install --quiet --no-deps --target "$tools" nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 \
-        nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96
+if [ ! -e "$tools/nvidia/cu13/lib/libnvrtc.so.13" ]; then
+    python3 -m pip install --quiet --no-deps --upgrade --target "$tools" nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 \
+        nvidia-nvvm==13.0.88 nvidia-cuda-runtime==13.0.96 nvidia-cuda-nvrtc==13.0.88
 fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -19,7 +19,9 @@ bad=0
 for arch in sm_80 sm_90 sm_100; do
     for file in cuda/*.cu; do
         log="$work/log"
-        if ! "$tools/nvidia/cu13/bin/nvcc" -arch=$arch -std=c++17 -cubin -Xptxas -v -o "$work/out.cubin" "$file" > "$log" 2>&1; then
+        # As program.rs has them compiled: attention alone may contract products and sums.
+        contracts=$([ "$file" = cuda/attention.cu ] && echo true || echo false)
+        if ! "$tools/nvidia/cu13/bin/nvcc" -arch=$arch -std=c++17 --fmad=$contracts -cubin -Xptxas -v -o "$work/out.cubin" "$file" > "$log" 2>&1; then
             cat "$log"
             exit 1
         fi

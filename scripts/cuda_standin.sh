@@ -7,9 +7,11 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}
 cargo build --quiet --release --manifest-path "$root/Cargo.toml" -p cuda-standin
 stage=$target/cuda_standin
-mkdir -p "$stage/kernels" "$stage/images"
+# Images name kernels that this library has compiled.
+images=$stage/images-$(cksum < "$target/release/libcuda_standin.so" | cut -d ' ' -f 1)
+mkdir -p "$stage/kernels" "$images"
 for name in libcuda.so libcuda.so.1 libnvrtc.so libnvrtc.so.13 libcublasLt.so libcublasLt.so.13 libnccl.so.2; do
     ln -sf "$target/release/libcuda_standin.so" "$stage/$name"
 done
-export CUDA_STANDIN_CACHE="$stage/kernels" SHARDWISE_CACHE="$stage/images" SHARDWISE_CUDA_LIBRARIES="$stage"
+export CUDA_STANDIN_CACHE="$stage/kernels" SHARDWISE_CACHE="$images" SHARDWISE_CUDA_LIBRARIES="$stage"
 LD_LIBRARY_PATH=$stage${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} exec "$@"

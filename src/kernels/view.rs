@@ -227,6 +227,11 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         MatMut { data: B::reborrow(&mut self.data), dims: self.dims }
     }
 
+    /// The same matrix, to be read.
+    pub(crate) fn read(&self) -> MatRef<'_, T, B> {
+        MatRef { data: B::shared(&self.data), dims: self.dims }
+    }
+
     pub(crate) fn dims(&self) -> Dims {
         self.dims
     }

@@ -3,7 +3,7 @@
 use crate::{
     device::Element,
     error::{Result, same_size},
-    kernels::{Backend, MatRef, Product},
+    kernels::{Activation, Backend, MatMut, MatRef, Product},
     tensor::Tensor,
     trace,
 };
@@ -29,6 +29,64 @@ pub fn linear<T: Element, B: Backend>(
         None => x.device().gemm(1.0, a, b, 0.0, y.mat_mut()?),
     })?;
     Ok(y)
+}
+
+/// y = f(pre) of pre = x wᵀ + b: y and pre, which the backward needs.
+///
+/// # Errors
+/// When sizes disagree.
+pub fn linear_activate<T: Element, B: Backend>(
+    x: &Tensor<T, B>,
+    w: &Tensor<T, B>,
+    bias: &Tensor<T, B>,
+    f: Activation,
+) -> Result<(Tensor<T, B>, Tensor<T, B>)> {
+    same_size("linear", "columns of x", x.shape().cols(), "columns of w", w.shape().cols())?;
+    let shape = x.shape().with(x.shape().rank() - 1, w.shape().rows());
+    let (mut y, mut pre) = (Tensor::empty(x.device(), shape)?, Tensor::empty(x.device(), shape)?);
+    let dims = [x.mat().rows(), w.mat().cols(), w.mat().rows()];
+    trace::compute("gemm", T::DTYPE, &dims, || {
+        let (product, bias) = ((x.mat(), w.mat().t()), bias.slice());
+        x.device().gemm_activate::<T>(product, bias, f, pre.mat_mut()?, y.mat_mut()?)
+    })?;
+    Ok((y, pre))
+}
+
+/// (dy w) f′(pre): the gradient of pre, where y = f(pre) wᵀ.
+///
+/// # Errors
+/// When sizes disagree.
+pub fn linear_activate_backward<T: Element, B: Backend>(
+    dy: &Tensor<T, B>,
+    w: &Tensor<T, B>,
+    f: Activation,
+    pre: &Tensor<T, B>,
+) -> Result<Tensor<T, B>> {
+    const OP: &str = "linear backward";
+    same_size(OP, "columns of dy", dy.shape().cols(), "rows of w", w.shape().rows())?;
+    let mut dx = Tensor::empty(dy.device(), pre.shape())?;
+    let dims = [dy.mat().rows(), w.mat().rows(), w.mat().cols()];
+    trace::compute("gemm", T::DTYPE, &dims, || {
+        dy.device().gemm_activate_backward((dy.mat(), w.mat()), f, pre.mat(), dx.mat_mut()?)
+    })?;
+    Ok(dx)
+}
+
+/// dw ← dyᵀ x + β dw, db ← Σ over the rows of dy, both in the accumulator.
+///
+/// # Errors
+/// When sizes disagree.
+pub fn linear_param_grads<T: Element, B: Backend>(
+    dy: &Tensor<T, B>,
+    x: &Tensor<T, B>,
+    beta: f64,
+    dw: MatMut<'_, T::Acc, B>,
+    db: &mut Tensor<T::Acc, B>,
+) -> Result<()> {
+    let dims = [dy.mat().cols(), x.mat().rows(), x.mat().cols()];
+    trace::compute("gemm", T::DTYPE, &dims, || {
+        x.device().gemm_column_sums(dy.mat(), x.mat(), beta, dw, db.slice_mut()?)
+    })
 }
 
 /// dx = dy w.

@@ -19,7 +19,10 @@ pub use attention::{
 pub use dropout::dropout;
 pub use embedding::{embedding, embedding_backward};
 pub use head_norm::{normalize_heads, normalize_heads_backward};
-pub use linear::{bias_grad, linear, linear_input_grad, linear_weight_grad, products};
+pub use linear::{
+    bias_grad, linear, linear_activate, linear_activate_backward, linear_input_grad, linear_param_grads,
+    linear_weight_grad, products,
+};
 pub use norm::{NormContext, NormGrads, normalize, normalize_backward, normalize_backward_rows};
 pub use rope::{RopeConfig, RopeScaling, Rotary};
 pub use softmax::{softmax, softmax_backward};

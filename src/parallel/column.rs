@@ -9,7 +9,7 @@ use crate::{
     comm::{Group, ReduceOp},
     device::{Device, Element},
     error::{Result, same_size},
-    kernels::Backend,
+    kernels::{Activation, Backend},
     ops,
     shard::{Copied, Partial, Partition, Placement, Shape, Shard},
     tensor::{Param, Role, Tensor, Weights},
@@ -92,6 +92,9 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
 
     fn output(&self, x: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         let (x_local, w, device) = (x.local(), self.weight.value(), self.group.device());
+        if self.blocks.is_none() {
+            return Ok(self.held(x, ops::linear(x_local, w, self.added_bias())?));
+        }
         same_size("linear", "columns of x", x_local.shape().cols(), "columns of w", w.shape().cols())?;
         let shape = x_local.shape().with(x_local.shape().rank() - 1, w.shape().rows());
         let mut y = Tensor::empty(device, shape)?;
@@ -99,7 +102,26 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         if let Some(bias) = self.added_bias() {
             device.add_bias::<T>(bias.slice(), y.mat_mut()?)?;
         }
-        Ok(x.derive(y, self.cut.total(), Some(self.cut.clone())))
+        Ok(self.held(x, y))
+    }
+
+    /// A result of `x` that is cut as the output features are.
+    fn held(&self, x: &DTensor<Copied, T, B>, y: Tensor<T, B>) -> DTensor<Shard<1>, T, B> {
+        x.derive(y, self.cut.total(), Some(self.cut.clone()))
+    }
+
+    /// f(Yᵣ), and Yᵣ.
+    fn activated(
+        &self,
+        f: Activation,
+        x: &DTensor<Copied, T, B>,
+    ) -> Result<(DTensor<Shard<1>, T, B>, Tensor<T, B>)> {
+        if let (None, Some(bias)) = (&self.blocks, self.added_bias()) {
+            let (y, pre) = ops::linear_activate(x.local(), self.weight.value(), bias, f)?;
+            return Ok((self.held(x, y), pre));
+        }
+        let y = self.output(x)?;
+        Ok((y.with_local(ops::activate(f, y.local())?), y.local().clone()))
     }
 
     fn input_grad(&self, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
@@ -116,6 +138,11 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         let dy = dy.local();
         same_size("column linear backward", "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
         match self.shared {
+            None if self.blocks.is_none() && self.added_bias().is_some() => {
+                let mut db = Tensor::empty(x.device(), [dy.shape().cols()])?;
+                self.weight.accumulate_grad(|beta, dw| ops::linear_param_grads(dy, x, beta, dw, &mut db))?;
+                return self.bias.as_mut().map_or(Ok(()), |bias| bias.add_grad(db));
+            }
             None => {
                 let (device, blocks) = (x.device(), self.blocks.as_ref());
                 let product = (dy.mat().t(), x.mat());
@@ -266,6 +293,31 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
     /// How the output features are cut.
     pub fn cut(&self) -> &Partition {
         &self.linear.cut
+    }
+
+    /// f(Yᵣ), Yᵣ, and what the backward needs.
+    pub(super) fn activated(
+        &self,
+        f: Activation,
+        x: &DTensor<S, T, B>,
+    ) -> Result<(DTensor<Shard<1>, T, B>, Tensor<T, B>, Tensor<T, B>)> {
+        let (linear, inputs) = (&self.linear, self.linear.weight().shape().cols());
+        let splits = invariant::splits(linear.group.device(), None, inputs);
+        // A product that may be made in parts has no function behind it; one that may not is made once, of all rows.
+        let mut pre = None;
+        let mut map = |x: &DTensor<Copied, T, B>| {
+            if splits {
+                return linear.output(x);
+            }
+            let (y, before) = linear.activated(f, x)?;
+            pre = Some(before);
+            Ok(y)
+        };
+        let (x, y) = S::enter_to(x, RowMap { features: linear.cut.total(), splits, map: &mut map })?;
+        Ok(match pre {
+            Some(pre) => (y, pre, x.into_local()),
+            None => (y.with_local(ops::activate(f, y.local())?), y.into_local(), x.into_local()),
+        })
     }
 
     /// The ranks that share the layer.

@@ -1,23 +1,36 @@
 //! Feed-forward layers: one column-parallel and one row-parallel linear layer with a non-linear function between.
 
 use super::{
-    Activate, Bias, Chain, ColumnParallelLinear, Columns, DTensor, Gate, Layer, RowParallelLinear, Stream,
-    Traffic,
+    Bias, Chain, ColumnParallelLinear, Columns, DTensor, Gate, Layer, RowParallelLinear, Stream, Traffic,
 };
 use crate::{
     comm::Group,
     device::{Device, Element},
     error::{Error, Result},
     kernels::{Activation, Backend},
-    shard::{Shape, Shard},
-    tensor::{Param, Weights},
+    shard::Shape,
+    tensor::{Param, Tensor, Weights},
 };
 
 /// Y = f(X Upᵀ + b₁) Downᵀ + b₂: S → S, cut over the features between the two.
 ///
 /// Up: `[ffn, hidden]`, Down: `[hidden, ffn]`. One entering and one leaving collective each way: Shoeybi et al., 2019.
-pub type ParallelMlp<S, T, B> =
-    Chain<Chain<ColumnParallelLinear<S, T, B>, Activate<Shard<1>>>, RowParallelLinear<S, T, B>>;
+///
+/// The same as the two linear layers with [`crate::parallel::Activate`] between them. Where the device can, bias and f come with the first
+/// product, and f′ with that of the second one's backward: without rounding between.
+#[derive(Debug)]
+pub struct ParallelMlp<S: Stream, T: Element, B: Device> {
+    up: ColumnParallelLinear<S, T, B>,
+    f: Activation,
+    down: RowParallelLinear<S, T, B>,
+}
+
+/// What the backward of a [`ParallelMlp`] needs: what went into Up, into f, and into Down.
+pub struct MlpSaved<T: Element, B: Device> {
+    x: Tensor<T, B>,
+    pre: Tensor<T, B>,
+    hidden: Tensor<T, B>,
+}
 
 /// Y = (f(X Gateᵀ) · (X Upᵀ)) Downᵀ: S → S, cut over the features between. With SiLU, SwiGLU (Shazeer, 2020).
 ///
@@ -59,7 +72,36 @@ impl<S: Stream, T: Element, B: Backend> ParallelMlp<S, T, B> {
         let up = ColumnParallelLinear::load(group, &weights.at(&names.up), hidden, &columns, mode)?;
         let down =
             RowParallelLinear::load(group, &weights.at(&names.down), columns.partition(), hidden, bias)?;
-        Ok(Layer::<T, B>::then(Layer::<T, B>::then(up, Activate::new(f)), down))
+        Ok(Self { up, f, down })
+    }
+}
+
+impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ParallelMlp<S, T, B> {
+    type In = S;
+    type Out = S;
+    type Saved = MlpSaved<T, B>;
+
+    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
+        let (hidden, pre, x) = self.up.activated(self.f, x)?;
+        let (y, hidden) = self.down.forward(&hidden)?;
+        Ok((y, MlpSaved { x, pre, hidden }))
+    }
+
+    fn backward(&mut self, saved: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+        let MlpSaved { x, pre, hidden } = saved;
+        let dpre = self.down.backward_behind(Some((self.f, &pre)), hidden, dy)?;
+        self.up.backward(x, &dpre)
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        self.up.visit(f)?;
+        self.down.visit(f)
+    }
+
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        let (first, middle) = self.up.traffic(group, x);
+        let (second, y) = self.down.traffic(group, middle);
+        (first.then(second), y)
     }
 }
 

@@ -73,7 +73,7 @@ pub use layer::{Chain, Layer};
 pub use mappings::{
     CopyTo, GatherFrom, GatherSequence, ReduceFrom, ReduceScatterSequence, ScatterSequence, ScatterTo,
 };
-pub use mlp::{FeedForward, FeedForwardSaved, GatedMlp, MlpNames, ParallelMlp};
+pub use mlp::{FeedForward, FeedForwardSaved, GatedMlp, MlpNames, MlpSaved, ParallelMlp};
 pub use norm::Normalize;
 pub use overlap::RowMap;
 pub use recompute::Recompute;

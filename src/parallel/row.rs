@@ -8,7 +8,7 @@ use crate::{
     comm::Group,
     device::{Device, Element},
     error::{Error, Result, same_size},
-    kernels::Backend,
+    kernels::{Activation, Backend},
     ops,
     shard::{Copied, Partial, Partition, Shape, Shard},
     tensor::{Param, Region, Role, Tensor, Weights},
@@ -51,6 +51,9 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
     }
 }
 
+/// An activation in front of a layer, and what it was given.
+pub(super) type Before<'a, T, B> = Option<(Activation, &'a Tensor<T, B>)>;
+
 impl<T: Element, B: Backend> RowLinear<T, B> {
     fn output(&self, x: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
         if x.cut() != Some(&self.cut) {
@@ -77,6 +80,20 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
         let mut dx = Tensor::empty(device, shape.with(shape.rank() - 1, w.shape().cols()))?;
         by_columns(device, self.blocks.as_ref(), (dy.local().mat(), w.mat()), 0.0, dx.mat_mut()?)?;
         Ok(dy.derive(dx, self.cut.total(), Some(self.cut.clone())))
+    }
+
+    /// As [`RowLinear::input_grad`], and on through an activation, in one product where the device can.
+    fn activated_grad(
+        &self,
+        (f, pre): (Activation, &Tensor<T, B>),
+        dy: &DTensor<Copied, T, B>,
+    ) -> Result<DTensor<Shard<1>, T, B>> {
+        if self.blocks.is_none() {
+            let dx = ops::linear_activate_backward(dy.local(), self.weight.value(), f, pre)?;
+            return Ok(dy.derive(dx, self.cut.total(), Some(self.cut.clone())));
+        }
+        let dx = self.input_grad(dy)?;
+        Ok(dx.with_local(ops::activate_backward(f, pre, dx.local())?))
     }
 
     fn weight_grad(&mut self, x: &Tensor<T, B>, dy: &Tensor<T, B>) -> Result<()> {
@@ -147,6 +164,33 @@ impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
     }
 }
 
+impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
+    /// The backward, and that of what is before the layer.
+    pub(super) fn backward_behind(
+        &mut self,
+        before: Before<'_, T, B>,
+        saved: Tensor<T, B>,
+        dy: &DTensor<S, T, B>,
+    ) -> Result<DTensor<Shard<1>, T, B>> {
+        if let Some(bias) = &mut self.bias {
+            bias.backward((), dy)?;
+        }
+        let linear = &self.linear;
+        let splits = invariant::splits(saved.device(), None, linear.outputs);
+        // A product that may be made in parts has no function behind it; one that may not is made once, of all rows.
+        let mut map = |dy: &DTensor<Copied, T, B>| match before.filter(|_| !splits) {
+            Some(before) => linear.activated_grad(before, dy),
+            None => linear.input_grad(dy),
+        };
+        let (dy, dx) = S::enter_to(dy, RowMap { features: linear.cut.total(), splits, map: &mut map })?;
+        self.linear.weight_grad(&saved, dy.local())?;
+        match before.filter(|_| splits) {
+            Some((f, pre)) => Ok(dx.with_local(ops::activate_backward(f, pre, dx.local())?)),
+            None => Ok(dx),
+        }
+    }
+}
+
 impl<S: Stream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, B> {
     type In = Shard<1>;
     type Out = S;
@@ -165,15 +209,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, 
     }
 
     fn backward(&mut self, saved: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
-        if let Some(bias) = &mut self.bias {
-            bias.backward((), dy)?;
-        }
-        let linear = &self.linear;
-        let splits = invariant::splits(saved.device(), None, linear.outputs);
-        let map = RowMap { features: linear.cut.total(), splits, map: &mut |dy| linear.input_grad(dy) };
-        let (dy, dx) = S::enter_to(dy, map)?;
-        self.linear.weight_grad(&saved, dy.local())?;
-        Ok(dx)
+        self.backward_behind(None, saved, dy)
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {

@@ -381,6 +381,35 @@ fn products<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f
     Ok(results)
 }
 
+/// Products and what comes with them: by epilogues where gaps and alignment allow it.
+fn linear<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
+    let (m, k, n) = (draw.rows, draw.cols.min(60), 8 * draw.more - draw.seed as usize % 2);
+    let place = |rows, cols| Place { rows, cols, start: draw.start, stride: cols + draw.gap };
+    let memory = |seed: u64, place| Memory::<T, B>::new(device, draw.seed ^ seed, place);
+    let (x, w, bias) = (memory(1, place(m, k)), memory(2, place(n, k)), memory(3, vector(n)));
+    let bias = B::slice::<T>(&bias.buffer);
+    let mut results = Vec::new();
+    let mut y = memory(4, place(m, n));
+    device.gemm_bias(x.mat(), w.mat().t(), bias, y.mat_mut())?;
+    results.push(y.values());
+    // Slopes at the same numbers: a relu's has a jump, and what was computed differs in rounding.
+    let (dy, v, at) = (memory(5, place(m, k)), memory(6, place(k, n)), memory(10, place(m, n)));
+    for f in KINDS {
+        let (mut pre, mut y) = (memory(7, place(m, n)), memory(8, place(m, n)));
+        device.gemm_activate((x.mat(), w.mat().t()), bias, f, pre.mat_mut(), y.mat_mut())?;
+        results.extend([pre.values(), y.values()]);
+        device.gemm_activate_backward((dy.mat(), v.mat()), f, at.mat(), y.mat_mut())?;
+        results.push(y.values());
+    }
+    for beta in [0.0, 1.0] {
+        let mut dw = Memory::<T::Acc, B>::new(device, draw.seed, place(k, n));
+        let mut db = Memory::<T::Acc, B>::new(device, 9, vector(k));
+        device.gemm_column_sums(dy.mat(), y.mat(), beta, dw.mat_mut(), B::slice_mut(&mut db.buffer))?;
+        results.extend([dw.values(), db.values()]);
+    }
+    Ok(results)
+}
+
 fn attention<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
     let dim = [3, 8, 33, 70, 130][draw.cols % 5];
     let (heads, kv_heads) = [(2, 2), (4, 2), (3, 1)][draw.more % 3];
@@ -505,5 +534,6 @@ families! {
     gather_dropout_and_rope_are_the_cpus, 24, places;
     updates_are_the_cpus, 16, updates;
     products_are_the_cpus, 24, products;
+    linear_operators_are_the_cpus, 24, linear;
     attention_is_the_cpus, 12, attention;
 }

@@ -170,6 +170,9 @@ fn a_lost_rank_is_an_error_on_every_other() {
 
 /// Runs ranks as processes would be: they talk over sockets, and compare only new kinds of calls at once.
 fn processes<R: Send>(world: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Vec<Result<R>> {
+    // For NCCL they are one process after all, whose GPUs' memory has to be open to one another.
+    let open = |group: Group<Cpu>| group.over_nccl(&dev::of_rank(&group)?, options(Order::Any)).map(drop);
+    ranks(world).run(open).unwrap();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port().to_string();
     drop(listener);

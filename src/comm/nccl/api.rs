@@ -1,7 +1,7 @@
 //! NCCL's functions, found when they are first asked for.
 
 use crate::{
-    device::cuda::libraries::{FOLDER, python_folders},
+    device::cuda::libraries::{FOLDER, python_folders, sites},
     error::{Error, Result},
 };
 use libloading::Library;
@@ -187,10 +187,8 @@ fn places() -> Vec<PathBuf> {
     let mut places: Vec<PathBuf> = folder.into_iter().filter(|path| path.exists()).collect();
     places.extend(["libnccl.so.2".into(), "libnccl.so".into()]);
     for lib in python_folders() {
-        places.push(lib.join("libnccl.so.2"));
-        let pythons = lib.read_dir().into_iter().flatten().flatten();
-        let pip = pythons.map(|python| python.path().join("site-packages/nvidia/nccl/lib/libnccl.so.2"));
-        places.extend(pip.filter(|path| path.exists()));
+        let pip = sites(&lib).map(|site| site.join("nvidia/nccl/lib/libnccl.so.2"));
+        places.extend([lib.join("libnccl.so.2")].into_iter().chain(pip).filter(|path| path.exists()));
     }
     places
 }

@@ -20,6 +20,10 @@ unsafe impl NcclDevice for Cuda {
         Cuda::beside(self)
     }
 
+    fn open_memory(&self) -> Result<()> {
+        Cuda::open_memory(self)
+    }
+
     fn make_current(&self) -> Result<()> {
         Cuda::make_current(self)
     }

@@ -17,6 +17,10 @@ pub unsafe trait NcclDevice: Pointwise {
     /// Another handle of the same device and memory, with a stream of its own.
     fn beside(&self) -> Result<Self>;
 
+    /// Lets the other devices reach this one's memory. Called where ranks with several devices share a process: NCCL's kernels
+    /// then read and write each other's tensors directly.
+    fn open_memory(&self) -> Result<()>;
+
     /// Makes the device the calling thread's current one.
     fn make_current(&self) -> Result<()>;
 

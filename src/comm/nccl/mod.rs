@@ -221,6 +221,9 @@ impl<B: NcclDevice> Nccl<B> {
         side.broadcast(call, 0, AnyMut::F16(id.as_mut_slice()))?;
         let mut bytes = [0; 128];
         bytes.as_chunks_mut().0.iter_mut().zip(id).for_each(|(pair, word)| *pair = word.to_le_bytes());
+        if side.is_near() {
+            device.open_memory()?;
+        }
         device.make_current()?;
         let raw = Raw::join(bytes, side.rank(), side.size(), &patience(&*side, call, options.deadline))?;
         Self::new(raw, side, device, options)

@@ -106,9 +106,10 @@ impl Raw {
                 IN_PROGRESS => {}
                 code => return Err(self.api.error(call, code, self.handle.get())),
             }
-            poll()?;
+            // First: a rank that is lost after it has done its part is no obstacle to what is done.
             code = self.state()?;
             if code == IN_PROGRESS {
+                poll()?;
                 std::thread::yield_now();
             }
         }

@@ -2,7 +2,9 @@
 
 use super::{libraries, program, status::driver};
 use crate::error::{Error, Result};
-use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute, CUfunction, CUmodule};
+use cudarc::driver::sys::{
+    self, CUcontext, CUdevice, CUdevice_attribute, CUfunction, CUmemoryPool, CUmodule,
+};
 use std::{
     cell::RefCell,
     collections::HashMap,
@@ -108,19 +110,55 @@ impl Context {
         Ok(value)
     }
 
+    /// The pool from which this device's memory comes.
+    fn pool(&self) -> Result<CUmemoryPool> {
+        self.make_current()?;
+        let mut pool = std::ptr::null_mut();
+        // SAFETY: `pool` is a place for one.
+        #[allow(unsafe_code)]
+        let code = unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, self.device) };
+        driver("cuDeviceGetDefaultMemPool", code)?;
+        Ok(pool)
+    }
+
     /// Lets the device's pool keep what is freed: by default it goes back to the system at every synchronization.
     fn keep_memory(&self) -> Result<()> {
-        self.make_current()?;
-        let (mut pool, mut threshold) = (std::ptr::null_mut(), u64::MAX);
+        let (pool, mut threshold) = (self.pool()?, u64::MAX);
         const ATTRIBUTE: sys::CUmemPool_attribute =
             sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        // SAFETY: `pool` is a place for a pool, `threshold` the 64 bits that this attribute is set from.
+        // SAFETY: `threshold` is the 64 bits that this attribute is set from.
         #[allow(unsafe_code)]
-        unsafe {
-            driver("cuDeviceGetDefaultMemPool", sys::cuDeviceGetDefaultMemPool(&mut pool, self.device))?;
-            let value = (&raw mut threshold).cast();
-            driver("cuMemPoolSetAttribute", sys::cuMemPoolSetAttribute(pool, ATTRIBUTE, value))
+        let code = unsafe { sys::cuMemPoolSetAttribute(pool, ATTRIBUTE, (&raw mut threshold).cast()) };
+        driver("cuMemPoolSetAttribute", code)
+    }
+
+    /// Lets the other GPUs reach this one's memory, as far as they are connected. A pool's memory is its own device's alone,
+    /// also where contexts have opened theirs to each other.
+    #[cfg(feature = "nccl")]
+    pub(super) fn open_memory(&self) -> Result<()> {
+        let pool = self.pool()?;
+        for other in (0..Self::count()?).filter(|&other| other != self.ordinal) {
+            let (mut device, mut reaches) = (0, 0);
+            // SAFETY: both are places for an int.
+            #[allow(unsafe_code)]
+            unsafe {
+                driver("cuDeviceGet", sys::cuDeviceGet(&mut device, other as c_int))?;
+                let code = sys::cuDeviceCanAccessPeer(&mut reaches, device, self.device);
+                driver("cuDeviceCanAccessPeer", code)?;
+            }
+            if reaches == 0 {
+                continue;
+            }
+            // `CUmemAccessDesc` has other fields in later bindings and one layout in all: the kind of place (a device), its
+            // number, and what is allowed (reading and writing).
+            let access: [c_int; 3] = [1, device, 3];
+            const { assert!(size_of::<sys::CUmemAccessDesc>() == size_of::<[c_int; 3]>()) };
+            // SAFETY: `access` is one description of access, as was just said, and is copied.
+            #[allow(unsafe_code)]
+            let code = unsafe { sys::cuMemPoolSetAccess(pool, access.as_ptr().cast(), 1) };
+            driver("cuMemPoolSetAccess", code)?;
         }
+        Ok(())
     }
 
     /// Makes this the calling thread's current context. Cheap, and other libraries may have changed it: before every use.

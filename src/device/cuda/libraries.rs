@@ -18,6 +18,8 @@ pub(crate) struct Needed {
     name: &'static str,
     /// File names, the best first. The bindings ask the loader for these names too.
     files: &'static [&'static str],
+    /// How the names of files begin that it opens by itself, and does not find where it is if the loader does not.
+    parts: Option<&'static str>,
     /// Where pip's packages have it, below `site-packages`.
     pip: &'static [&'static str],
     /// The functions that are called.
@@ -30,6 +32,7 @@ pub(crate) struct Needed {
 pub(crate) const DRIVER: Needed = Needed {
     name: "the CUDA driver",
     files: &["libcuda.so", "libcuda.so.1"],
+    parts: None,
     pip: &[],
     functions: &[
         "cuInit",
@@ -57,6 +60,8 @@ pub(crate) const DRIVER: Needed = Needed {
         "cuMemcpyDtoHAsync_v2",
         "cuMemsetD8Async",
         "cuDeviceGetDefaultMemPool",
+        "cuDeviceCanAccessPeer",
+        "cuMemPoolSetAccess",
         "cuMemPoolSetAttribute",
         "cuModuleLoadData",
         "cuModuleUnload",
@@ -72,6 +77,7 @@ pub(crate) const DRIVER: Needed = Needed {
 pub(crate) const NVRTC: Needed = Needed {
     name: "NVRTC",
     files: &["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"],
+    parts: Some("libnvrtc-builtins.so"),
     pip: &["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"],
     functions: &[
         "nvrtcVersion",
@@ -95,6 +101,7 @@ pub(crate) const NVRTC: Needed = Needed {
 pub(crate) const CUBLAS_LT: Needed = Needed {
     name: "cuBLASLt",
     files: &["libcublasLt.so", "libcublasLt.so.13", "libcublasLt.so.12"],
+    parts: None,
     pip: &["nvidia/cu13/lib", "nvidia/cublas/lib"],
     functions: &[
         "cublasLtCreate",
@@ -150,19 +157,56 @@ impl Needed {
                     return Err(Error::Unsupported { op: self.name, reason });
                 }
             }
+            if !self.is_the_loaders(&library) {
+                let reason = format!(
+                    "{} is there, but the loader has another for {}: put the folder first in LD_LIBRARY_PATH",
+                    place.display(),
+                    self.files.join(" or "),
+                );
+                return Err(Error::Unsupported { op: self.name, reason });
+            }
+            self.load_parts(&place);
             // It stays: the bindings open it by one of its names, and get this one.
             std::mem::forget(library);
             return Ok(());
         }
         let reason = format!(
-            "it was not found: {}; {FOLDER} may name its folder; tried {}",
+            "it was not found: {}; {FOLDER} may name its folder; not in the Pythons and toolkits at hand; tried {}",
             self.advice,
             tried.join(", ")
         );
         Err(Error::Unsupported { op: self.name, reason })
     }
 
-    /// Where the library may be: in the folder that the user names; on the loader's path; where pip and conda put it.
+    /// Loads the parts that lie beside the library: once they are loaded, the loader knows them by their names.
+    fn load_parts(&self, place: &Path) {
+        let Some(parts) = self.parts else { return };
+        let folder = place.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let files = folder.and_then(|folder| folder.read_dir().ok()).into_iter().flatten().flatten();
+        for file in files.filter(|file| file.file_name().to_string_lossy().starts_with(parts)) {
+            // SAFETY: as in `load`. What fails here, the library itself will say.
+            #[allow(unsafe_code)]
+            if let Ok(part) = unsafe { Library::open(Some(file.path()), RTLD_NOW | RTLD_GLOBAL) } {
+                std::mem::forget(part);
+            }
+        }
+    }
+
+    /// Whether the bindings get this library. They ask the loader, which knows a library by the name in it once it is loaded.
+    fn is_the_loaders(&self, library: &Library) -> bool {
+        let Some(function) = self.functions.first() else { return true };
+        // SAFETY: as in `load`: the same kind of library, and the symbols are only looked up.
+        #[allow(unsafe_code)]
+        let address = |library: &Library| unsafe {
+            library.get::<*const ()>(function.as_bytes()).map(|symbol| symbol.as_raw_ptr()).ok()
+        };
+        // SAFETY: as in `load`.
+        #[allow(unsafe_code)]
+        let first = self.files.iter().find_map(|file| unsafe { Library::open(Some(*file), RTLD_NOW).ok() });
+        first.is_some_and(|first| address(&first) == address(library))
+    }
+
+    /// Where the library may be: in the folder that the user names; on the loader's path; where pip and conda put it; in a toolkit.
     fn places(&self) -> Vec<PathBuf> {
         let in_folder = |folder: &Path| {
             self.files.iter().map(|file| folder.join(file)).filter(|path| path.exists()).collect::<Vec<_>>()
@@ -172,19 +216,32 @@ impl Needed {
         places.extend(self.files.iter().map(PathBuf::from));
         for lib in python_folders() {
             places.extend(in_folder(&lib));
-            let pythons = lib.read_dir().into_iter().flatten().flatten();
-            for site in pythons.map(|python| python.path().join("site-packages")) {
+            for site in sites(&lib) {
                 places.extend(self.pip.iter().flat_map(|folder| in_folder(&site.join(folder))));
             }
+        }
+        let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
+        for toolkit in toolkits.chain(["/usr/local/cuda".into()]) {
+            places.extend(in_folder(&toolkit.join("lib64")));
         }
         places
     }
 }
 
-/// The `lib` folders of the Python environments at hand.
+/// The `lib` folders of the Python environments at hand: the active one, the user's, the system's.
 pub(crate) fn python_folders() -> impl Iterator<Item = PathBuf> {
-    let prefixes = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os);
-    prefixes.map(|prefix| PathBuf::from(prefix).join("lib"))
+    let active = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
+    let user = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local"));
+    let system = ["/usr/local", "/usr"].map(PathBuf::from);
+    active.chain(user).chain(system).map(|prefix| prefix.join("lib"))
+}
+
+/// Where the packages of the Pythons of such a folder are.
+pub(crate) fn sites(lib: &Path) -> impl Iterator<Item = PathBuf> {
+    let named =
+        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("python"));
+    let pythons = lib.read_dir().into_iter().flatten().flatten().map(|entry| entry.path()).filter(named);
+    pythons.flat_map(|python| ["site-packages", "dist-packages"].map(|packages| python.join(packages)))
 }
 
 #[cfg(test)]
@@ -196,6 +253,7 @@ mod tests {
         const NOTHING: Needed = Needed {
             name: "nothing",
             files: &["libshardwise-nothing.so"],
+            parts: None,
             pip: &["nvidia/nothing/lib"],
             functions: &[],
             advice: "install nothing",
@@ -210,6 +268,7 @@ mod tests {
         const OLD: Needed = Needed {
             name: "an old library",
             files: &["libc.so.6"],
+            parts: None,
             pip: &[],
             functions: &["malloc", "no_such_function"],
             advice: "a newer one is needed",

@@ -35,7 +35,25 @@ pub(crate) struct Layout {
     pub(crate) stride: usize,
 }
 
-/// D ← α op(A) op(B) + β D, for every member of a batch; plus a number a row, where there is a bias.
+/// What becomes of a product, a column-major matrix, beside being stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Epilogue {
+    /// Nothing.
+    None,
+    /// A number a row is added.
+    Bias,
+    /// A number a row is added; the sum is stored elsewhere, and its gelu (by tanh) here.
+    BiasGelu(Saved),
+    /// It is multiplied with the slope of gelu at what was stored then.
+    GeluSlope(Saved),
+    /// The sums of B's columns, as it is multiplied, are stored elsewhere.
+    ColumnSums,
+}
+
+/// A column-major matrix beside D: elements from one column to the next.
+pub(crate) type Saved = usize;
+
+/// D ← α op(A) op(B) + β D, for every member of a batch; what an epilogue makes of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Matmul {
     /// The element of A and B.
@@ -50,7 +68,7 @@ pub(crate) struct Matmul {
     pub(crate) b: Layout,
     pub(crate) d: Layout,
     pub(crate) batch: usize,
-    pub(crate) bias: bool,
+    pub(crate) epilogue: Epilogue,
 }
 
 /// Where the operands are.
@@ -59,14 +77,17 @@ pub(crate) struct Operands {
     pub(crate) a: u64,
     pub(crate) b: u64,
     pub(crate) d: u64,
-    /// The bias, if there is one.
-    pub(crate) bias: u64,
+    /// The epilogue's numbers a row or sums, if it has some.
+    pub(crate) vector: u64,
+    /// The epilogue's matrix, if it has one.
+    pub(crate) saved: u64,
 }
 
 /// cuBLASLt for one stream: its handle, workspace and plans.
 pub(crate) struct Lt {
     handle: cublasLtHandle_t,
-    plans: RefCell<HashMap<(Matmul, bool, [u32; 3]), Rc<Plan>>>,
+    /// None where cuBLASLt has no way.
+    plans: RefCell<HashMap<(Matmul, bool, [u32; 3]), Option<Rc<Plan>>>>,
     /// Where it is, and its bytes. Not a tensor's buffer, which would hold the handle that holds it.
     workspace: Cell<(u64, usize)>,
 }
@@ -85,11 +106,12 @@ impl Lt {
         Ok(Self { handle, plans: RefCell::default(), workspace: Cell::default() })
     }
 
-    /// Asks the stream for a product.
+    /// Asks the stream for a product. Returns whether cuBLASLt has a way to compute it with its epilogue: if not, nothing was
+    /// done. Without an epilogue that is an error.
     ///
     /// # Safety
-    /// The operands lie where they are said to, in full, in memory that the caller has ordered the stream with; D is borrowed
-    /// exclusively.
+    /// The operands lie where they are said to, in full, in memory that the caller has ordered the stream with; what is written
+    /// is borrowed exclusively.
     #[allow(unsafe_code)]
     pub(crate) unsafe fn run(
         &self,
@@ -98,9 +120,9 @@ impl Lt {
         at: Operands,
         alpha: f64,
         beta: f64,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         cuda.0.context.make_current()?;
-        let plan = self.plan(cuda, product, &at)?;
+        let Some(plan) = self.plan(cuda, product, &at)? else { return Ok(false) };
         if plan.workspace > self.workspace.get().1 {
             self.free(&cuda.0);
             let (mut address, bytes) = (0, plan.workspace.next_power_of_two());
@@ -117,9 +139,7 @@ impl Lt {
             DType::F64 => [(&raw const wide[0]).cast(), (&raw const wide[1]).cast()],
             _ => [(&raw const narrow[0]).cast(), (&raw const narrow[1]).cast()],
         };
-        if product.bias {
-            plan.set(DescIs::CUBLASLT_MATMUL_DESC_BIAS_POINTER, at.bias)?;
-        }
+        plan.point(&at)?;
         // SAFETY: the plan was made for these layouts, its descriptors live, α and β are of the scale type and live until the
         // call returns, the workspace has as many bytes as are stated; the operands are the caller's promise.
         let code = unsafe {
@@ -142,7 +162,7 @@ impl Lt {
                 cuda.0.stream.handle.cast(),
             )
         };
-        cublas_lt("cublasLtMatmul", code)
+        cublas_lt("cublasLtMatmul", code).map(|()| true)
     }
 
     /// Gives the workspace back, after the stream's work that uses it. The handle's context is current.
@@ -155,16 +175,24 @@ impl Lt {
         }
     }
 
-    /// The plan for a product, whose operands are aligned as these are.
-    fn plan(&self, cuda: &Cuda, product: &Matmul, at: &Operands) -> Result<Rc<Plan>> {
+    /// The plan for a product, whose operands are aligned as these are; none if there is no way.
+    fn plan(&self, cuda: &Cuda, product: &Matmul, at: &Operands) -> Result<Option<Rc<Plan>>> {
         let alignment = |address: u64| 1 << address.trailing_zeros().min(8);
-        let aligned = [at.a, at.b, at.d].map(alignment);
+        // What the epilogue loads and stores with D has to be aligned as D is.
+        let aligned = [at.a, at.b, at.d | at.vector | at.saved].map(alignment);
         let key = (*product, cuda.is_exact(), aligned);
         if let Some(plan) = self.plans.borrow().get(&key) {
-            return Ok(Rc::clone(plan));
+            return Ok(plan.clone());
         }
-        let plan = Rc::new(Plan::new(self.handle, product, cuda.is_exact(), aligned)?);
-        self.plans.borrow_mut().insert(key, Rc::clone(&plan));
+        let plan = match Plan::new(self.handle, product, at, cuda.is_exact(), aligned) {
+            Ok(plan) => Some(Rc::new(plan)),
+            // Which epilogues there are for which elements and layouts differs from version to version.
+            Err(Error::Unsupported { .. } | Error::Library { .. }) if product.epilogue != Epilogue::None => {
+                None
+            }
+            Err(error) => return Err(error),
+        };
+        self.plans.borrow_mut().insert(key, plan.clone());
         Ok(plan)
     }
 }
@@ -188,7 +216,13 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(handle: cublasLtHandle_t, product: &Matmul, exact: bool, aligned: [u32; 3]) -> Result<Self> {
+    fn new(
+        handle: cublasLtHandle_t,
+        product: &Matmul,
+        at: &Operands,
+        exact: bool,
+        aligned: [u32; 3],
+    ) -> Result<Self> {
         let (compute, scale) = match product.inputs {
             DType::F64 => (Compute::CUBLAS_COMPUTE_64F, CudaType::CUDA_R_64F),
             DType::F32 if !exact => (Compute::CUBLAS_COMPUTE_32F_FAST_TF32, CudaType::CUDA_R_32F),
@@ -211,12 +245,19 @@ impl Plan {
         // CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
         plan.set(DescIs::CUBLASLT_MATMUL_DESC_TRANSA, i32::from(product.transpose_a))?;
         plan.set(DescIs::CUBLASLT_MATMUL_DESC_TRANSB, i32::from(product.transpose_b))?;
-        if product.bias {
-            plan.set(
-                DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE,
-                cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32,
-            )?;
+        use cublasLtEpilogue_t as Is;
+        let (epilogue, saved) = match product.epilogue {
+            Epilogue::None => (Is::CUBLASLT_EPILOGUE_DEFAULT, None),
+            Epilogue::Bias => (Is::CUBLASLT_EPILOGUE_BIAS, None),
+            Epilogue::BiasGelu(saved) => (Is::CUBLASLT_EPILOGUE_GELU_AUX_BIAS, Some(saved)),
+            Epilogue::GeluSlope(saved) => (Is::CUBLASLT_EPILOGUE_DGELU, Some(saved)),
+            Epilogue::ColumnSums => (Is::CUBLASLT_EPILOGUE_BGRADB, None),
+        };
+        plan.set(DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue as u32)?;
+        if let Some(leading) = saved {
+            plan.set(DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, leading as i64)?;
         }
+        plan.point(at)?;
         plan.a = layout(product.inputs, &product.a, product.batch)?;
         plan.b = layout(product.inputs, &product.b, product.batch)?;
         plan.d = layout(product.output, &product.d, product.batch)?;
@@ -263,6 +304,17 @@ impl Plan {
             return Err(Error::Unsupported { op: "gemm", reason });
         }
         (self.algorithm, self.workspace) = (found.algo, found.workspaceSize);
+        Ok(())
+    }
+
+    /// Tells where the epilogue's operands are.
+    fn point(&self, at: &Operands) -> Result<()> {
+        if at.vector != 0 {
+            self.set(DescIs::CUBLASLT_MATMUL_DESC_BIAS_POINTER, at.vector)?;
+        }
+        if at.saved != 0 {
+            self.set(DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, at.saved)?;
+        }
         Ok(())
     }
 

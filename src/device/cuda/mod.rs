@@ -2,16 +2,43 @@
 //!
 //! A [`Cuda`] is one rank's handle of a GPU: a stream of its own, on which everything is done in the order in which it was asked
 //! for, while the rank's thread goes on; it waits where values come back to the host. The driver, NVRTC and cuBLASLt are loaded
-//! when the first handle is made; no toolkit is needed to build, and none to run. Kernels are compiled for the GPU at hand when
+//! when they are first needed; no toolkit is needed to build, and none to run. Kernels are compiled for the GPU at hand when
 //! one of their family is first used, and kept on disk (`SHARDWISE_CACHE`, or `shardwise` in the user's cache folder).
 //!
-//! | library | versions | looked for |
-//! |---|---|---|
-//! | the driver, `libcuda.so.1` | for CUDA 12.0 and later | on the loader's path |
-//! | `libnvrtc`, `libcublasLt` | 12 and 13 | in `SHARDWISE_CUDA_LIBRARIES`, on the loader's path, where pip and conda put them |
-//! | `libnccl.so.2` | 2.18 and later | see [`crate::comm::nccl`] |
+//! # What is needed
 //!
-//! GPUs of compute capability 8.0 (Ampere) and later.
+//! A GPU of compute capability 8.0 (Ampere) or later, and
+//!
+//! | library | versions | comes with |
+//! |---|---|---|
+//! | the driver, `libcuda.so.1` | for CUDA 12.0 and later | the GPU's kernel module; it is looked for on the loader's path alone |
+//! | `libnvrtc` | 12 and 13, not newer than the driver's CUDA | a toolkit; pip's `nvidia-cuda-nvrtc` (13), `nvidia-cuda-nvrtc-cu12` |
+//! | `libcublasLt` | 12 and 13, likewise | a toolkit; pip's `nvidia-cublas` (13), `nvidia-cublas-cu12` |
+//! | `libnccl.so.2`, for [`crate::comm::nccl`] | 2.18 and later | pip's `nvidia-nccl-cu13`, `nvidia-nccl-cu12` |
+//!
+//! # Where libraries are looked for
+//!
+//! 1. In the folder that `SHARDWISE_CUDA_LIBRARIES` names. `SHARDWISE_NCCL` names NCCL's file, and nothing else is tried then.
+//! 2. On the loader's path (`LD_LIBRARY_PATH`, `ld.so.conf`).
+//! 3. Where conda (`lib`) and pip (`site-packages/nvidia/…/lib`) put them: in `VIRTUAL_ENV`, `CONDA_PREFIX`, `~/.local`, `/usr/local`
+//!    and `/usr`.
+//! 4. In the `lib64` of a toolkit: `CUDA_HOME`, `CUDA_PATH`, `/usr/local/cuda`.
+//!
+//! What is missing or too old is an [`Error`] that names the library, the function or version that is wanted, and what was tried.
+//!
+//! # Numbers
+//!
+//! * Products are cuBLASLt's: sums in f64 or f32, never in TF32 unless [`Cuda::allow_tf32`] says so, partial sums added in a fixed
+//!   order: the same bits at every run on one kind of GPU.
+//! * Bias, and gelu (by tanh) of bf16 and f16 with its slope, come with the product where cuBLASLt can, without rounding between; and
+//!   so does a bias gradient that is f32.
+//! * Kernels add in a fixed order, which does not depend on how memory is aligned; there are no atomic sums.
+//! * The collectives' order is [`crate::comm::nccl::Order`].
+//!
+//! # Without a GPU
+//!
+//! `scripts/cuda_standin.sh COMMAND` runs a command with a stand-in for the four libraries, with eight devices, in which kernels are
+//! compiled for the CPU and every access is checked. It is for tests.
 
 mod context;
 mod launch;
@@ -23,7 +50,7 @@ mod status;
 mod stream;
 
 pub(crate) use launch::Grid;
-pub(crate) use matmul::{Layout, Lt, Matmul, Operands};
+pub(crate) use matmul::{Epilogue, Layout, Lt, Matmul, Operands};
 pub use memory::{CudaBuffer, CudaSlice, CudaSliceMut};
 pub(crate) use program::Family;
 pub use stream::Mark;
@@ -154,6 +181,12 @@ impl Cuda {
     #[cfg(feature = "nccl")]
     pub(crate) fn make_current(&self) -> Result<()> {
         self.0.context.make_current()
+    }
+
+    /// Lets the other GPUs reach this one's memory, as far as they are connected.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn open_memory(&self) -> Result<()> {
+        self.0.context.open_memory()
     }
 
     /// The stream, as the driver knows it.

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use cudarc::{
-    driver::sys::{CUmodule, cuModuleLoadData},
+    driver::sys::{CUmodule, CUresult, cuDriverGetVersion, cuModuleLoadData},
     nvrtc::sys as nvrtc,
 };
 use sha2::{Digest, Sha256};
@@ -24,6 +24,9 @@ pub(crate) struct Family {
     pub(crate) source: &'static str,
     /// Whether kernels of it ask for more shared memory than 48 KiB.
     pub(crate) large_shared_memory: bool,
+    /// Whether a product and a sum may become one operation, rounded once: faster, but where the compiler does it is its own
+    /// choice, which may differ between the ways in which a kernel walks.
+    pub(crate) contracts: bool,
 }
 
 /// What every `.cu` file includes.
@@ -47,7 +50,27 @@ pub(super) fn load(family: &Family, capability: (i32, i32)) -> Result<CUmodule> 
         // A cache that cannot be written is no cache.
         let _ = write(file, &image);
     }
-    module(image)
+    module(image).map_err(too_new)
+}
+
+/// What the driver does not load is what a newer compiler made, if there is one.
+fn too_new(error: Error) -> Error {
+    let (mut supported, mut major, mut minor) = (0, 0, 0);
+    // SAFETY: all are places for an int.
+    #[allow(unsafe_code)]
+    let known = unsafe {
+        cuDriverGetVersion(&mut supported) == CUresult::CUDA_SUCCESS
+            && nvrtc::nvrtcVersion(&mut major, &mut minor) == nvrtc::nvrtcResult::NVRTC_SUCCESS
+    };
+    if !known || supported >= 1000 * major + 10 * minor {
+        return error;
+    }
+    let (first, second) = (supported / 1000, supported % 1000 / 10);
+    let reason = format!(
+        "it is version {major}.{minor}, and the driver is for CUDA {first}.{second}, and does not load what it makes ({error}): \
+         a newer driver or an older NVRTC is needed"
+    );
+    Error::Unsupported { op: "NVRTC", reason }
 }
 
 /// The image has no end of its own in the cache file: its hash stands before it.
@@ -109,7 +132,11 @@ impl<'a> Job<'a> {
             return Err(Error::Unsupported { op: "NVRTC", reason });
         };
         let kind = if binary { "sm" } else { "compute" };
-        let options = vec![format!("--gpu-architecture={kind}_{newest}"), "--std=c++17".to_string()];
+        let options = vec![
+            format!("--gpu-architecture={kind}_{newest}"),
+            "--std=c++17".to_string(),
+            format!("--fmad={}", family.contracts),
+        ];
         let source = family.source.replacen(INCLUDE, ELEMENT, 1);
         let (mut first, mut second) = (0, 0);
         // SAFETY: both are places for an int.
@@ -209,6 +236,51 @@ impl Drop for Program {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    macro_rules! families {
+        ($($name:literal),*) => {
+            [$(Family {
+                name: $name,
+                source: include_str!(concat!("../../../cuda/", $name, ".cu")),
+                large_shared_memory: false,
+                contracts: $name == "attention",
+            }),*]
+        };
+    }
+
+    /// By the real compiler, where there is one: it has no headers, and needs no GPU.
+    #[test]
+    fn nvrtc_compiles_every_family() {
+        if let Err(error) = libraries::need(&libraries::NVRTC) {
+            println!("not run: {error}");
+            return;
+        }
+        let families = families!(
+            "attention",
+            "dropout",
+            "gather",
+            "loss",
+            "norm",
+            "pointwise",
+            "rope",
+            "softmax",
+            "update"
+        );
+        let here = fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda")).unwrap();
+        let files =
+            here.filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|end| end == "cu"));
+        assert_eq!(files.count(), families.len(), "a family is missing");
+        for family in &families {
+            let job = Job::new(family, (9, 0)).unwrap();
+            assert!(job.binary);
+            let image = job.compile().unwrap_or_else(|error| panic!("{error}"));
+            assert!(image.len() > 1000, "{}: {} bytes", family.name, image.len());
+        }
+        // For a GPU that the compiler does not know: PTX.
+        let job = Job::new(&families[2], (99, 9)).unwrap();
+        assert!(!job.binary);
+        assert!(job.compile().unwrap().starts_with(b"//"));
+    }
 
     #[test]
     fn a_damaged_cache_is_no_cache() {

@@ -14,6 +14,7 @@ const FAMILY: Family = Family {
     name: "attention",
     source: include_str!("../../../cuda/attention.cu"),
     large_shared_memory: true,
+    contracts: true,
 };
 
 /// Keys in shared memory at a time, and warps of a block.

@@ -7,11 +7,15 @@ use crate::{
         cuda::{Cuda, Family, Grid},
     },
     error::Result,
-    kernels::{MatMut, MatRef},
+    kernels::{MatMut, MatRef, packs::Walk},
 };
 
-const FAMILY: Family =
-    Family { name: "dropout", source: include_str!("../../../cuda/dropout.cu"), large_shared_memory: false };
+const FAMILY: Family = Family {
+    name: "dropout",
+    source: include_str!("../../../cuda/dropout.cu"),
+    large_shared_memory: false,
+    contracts: false,
+};
 
 impl Dropout for Cuda {
     fn dropout<T: Element>(
@@ -22,16 +26,17 @@ impl Dropout for Cuda {
     ) -> Result<()> {
         check(mask, x.dims(), y.dims())?;
         let (rows, cols, sx, sy) = (x.rows(), x.cols(), x.dims().row_stride, y.dims().row_stride);
+        let walk = Walk::by_rows(&[x.operand(), y.operand()], rows, cols);
         let y = y.into_data();
         let [key0, key1] = mask.stream.key().map(|key| key as usize);
-        let launch = self.kernel(&FAMILY, format!("dropout_{}", T::DTYPE)).ints([rows, cols]);
+        let launch = self.kernel(&FAMILY, format!("dropout_{}", T::DTYPE)).ints(walk.words());
         let launch =
             launch.ints([mask.first_index(0) as usize, mask.width, key0, key1, mask.threshold() as usize]);
         let launch = launch.floats([1.0 / (1.0 - mask.probability)]).read(x.data()).int(sx);
         // SAFETY: the arguments are dropout's; `check` has seen that x has the dimensions of y.
         #[allow(unsafe_code)]
         unsafe {
-            launch.write(&y).int(sy).run(Grid::over(rows * cols))
+            launch.write(&y).int(sy).run(Grid::over(walk.steps))
         }
     }
 }

@@ -7,11 +7,15 @@ use crate::{
         cuda::{Cuda, Family, Grid},
     },
     error::Result,
-    kernels::{MatMut, MatRef},
+    kernels::{MatMut, MatRef, packs::Walk},
 };
 
-const FAMILY: Family =
-    Family { name: "gather", source: include_str!("../../../cuda/gather.cu"), large_shared_memory: false };
+const FAMILY: Family = Family {
+    name: "gather",
+    source: include_str!("../../../cuda/gather.cu"),
+    large_shared_memory: false,
+    contracts: false,
+};
 
 impl Gather for Cuda {
     fn gather<T: Element>(
@@ -22,9 +26,12 @@ impl Gather for Cuda {
     ) -> Result<()> {
         check("gather", ids, y.dims(), table.dims())?;
         let (rows, cols, sy) = (y.rows(), y.cols(), y.dims().row_stride);
+        // As many rows as there are in either: both have to be aligned in all of them.
+        let walk = Walk::by_rows(&[table.operand(), y.operand()], rows.max(table.rows()), cols);
         let y = y.into_data();
         let ids = self.table_u32(ids)?;
-        let launch = self.kernel(&FAMILY, format!("gather_{}", T::DTYPE)).ints([rows, cols]);
+        let launch = self.kernel(&FAMILY, format!("gather_{}", T::DTYPE));
+        let launch = launch.ints([usize::from(walk.packed), rows, cols]);
         let launch = launch.read(table.data()).int(table.dims().row_stride).table(&ids);
         // SAFETY: the arguments are gather's; `check` has seen that y has a row an id, and the table the rows of all ids.
         #[allow(unsafe_code)]

@@ -7,10 +7,13 @@ use super::{Batch, Gemm, check};
 use crate::{
     device::{
         DType, Device, Element,
-        cuda::{Cuda, CudaBuffer, CudaSlice, Layout, Matmul, Operands},
+        cuda::{Cuda, CudaBuffer, CudaSlice, CudaSliceMut, Epilogue, Layout, Matmul, Operands},
     },
     error::{Result, same_size},
-    kernels::{MatMut, MatRef, Pointwise, view::Dims},
+    kernels::{
+        Activation, MatMut, MatRef, Pointwise,
+        view::{Dims, same_dims},
+    },
 };
 
 /// A matrix as cuBLASLt sees it: column-major, perhaps transposed.
@@ -22,21 +25,18 @@ struct Seen {
     leading: usize,
 }
 
-/// The column-major form of a matrix, if it has one without being copied.
+/// The column-major form of a matrix, if it has one without being copied. A single row is one column, transposed: as a row it
+/// would have columns of one element, which nothing can load many of at a time.
 fn column_major(dims: Dims) -> Option<Seen> {
     let Dims { rows, cols, row_stride, col_stride } = dims;
-    let fits = |rows, cols, inner, outer| (rows <= 1 || inner == 1) && (cols <= 1 || outer >= rows);
-    let leading = |rows: usize, cols, outer| if cols <= 1 { rows.max(1) } else { outer };
-    if fits(rows, cols, row_stride, col_stride) {
-        return Some(Seen { transposed: false, rows, cols, leading: leading(rows, cols, col_stride) });
-    }
-    let transpose = fits(cols, rows, col_stride, row_stride);
-    transpose.then(|| Seen {
-        transposed: true,
-        rows: cols,
-        cols: rows,
-        leading: leading(cols, rows, row_stride),
-    })
+    let form = |transposed, rows: usize, cols: usize, inner, outer| {
+        let fits = (rows <= 1 || inner == 1) && (cols <= 1 || outer >= rows);
+        let leading = if cols <= 1 { rows.max(1) } else { outer };
+        fits.then_some(Seen { transposed, rows, cols, leading })
+    };
+    let as_it_is = form(false, rows, cols, row_stride, col_stride);
+    let transposed = form(true, cols, rows, col_stride, row_stride);
+    if rows == 1 && cols > 1 { transposed.or(as_it_is) } else { as_it_is.or(transposed) }
 }
 
 impl Gemm for Cuda {
@@ -77,7 +77,7 @@ impl Gemm for Cuda {
             let copy = self.dense(b)?;
             return self.gemm(alpha, a, MatRef::new(Self::slice(&copy), k, n)?, beta, c);
         }
-        self.multiply(batch, alpha, a, b, beta, None, c)
+        self.multiply(batch, (alpha, beta), a, b, c, Beside::Nothing).map(drop)
     }
 
     fn gemm_bias<T: Element>(
@@ -89,33 +89,139 @@ impl Gemm for Cuda {
     ) -> Result<()> {
         check(Batch::ONE, &a, &b, &c)?;
         same_size("gemm", "the bias", Self::len(bias), "columns of C", c.cols())?;
-        // cuBLASLt adds it to rows of its result, which are columns of a row-major C; and not to f64.
-        let transposed = column_major(c.dims()).is_some_and(|seen| seen.transposed);
-        let whole = column_major(a.dims()).is_some() && column_major(b.dims()).is_some();
-        let empty = a.rows() == 0 || a.cols() == 0 || b.cols() == 0;
-        if T::DTYPE == DType::F64 || !transposed || !whole || empty {
-            self.gemm(1.0, a, b, 0.0, c.reborrow())?;
-            return self.add_bias(bias, c);
+        let c_mut = c.reborrow();
+        if fuses::<T>(&[a.dims(), b.dims()], c_mut.dims())
+            && self.multiply(Batch::ONE, PLAIN, a, b, c_mut, Beside::Bias(bias))?
+        {
+            return Ok(());
         }
-        self.multiply(Batch::ONE, 1.0, a, b, 0.0, Some(bias), c)
+        self.gemm(1.0, a, b, 0.0, c.reborrow())?;
+        self.add_bias(bias, c)
     }
-}
 
-impl Cuda {
-    /// The product itself, of operands that cuBLASLt takes as they are.
-    #[allow(clippy::too_many_arguments)]
-    fn multiply<T: Element, C: Element>(
+    fn gemm_activate<T: Element>(
         &self,
-        batch: Batch,
-        alpha: f64,
+        (a, b): (MatRef<'_, T, Self>, MatRef<'_, T, Self>),
+        bias: CudaSlice<'_, T>,
+        f: Activation,
+        mut pre: MatMut<'_, T, Self>,
+        mut c: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check(Batch::ONE, &a, &b, &c)?;
+        same_size("gemm", "the bias", Self::len(bias), "columns of C", c.cols())?;
+        same_dims("gemm", "pre", pre.dims(), "C", c.dims())?;
+        if gelu_fuses(f, &pre.read())
+            && fuses::<T>(&[a.dims(), b.dims()], c.dims())
+            && self.multiply(Batch::ONE, PLAIN, a, b, c.reborrow(), Beside::BiasGelu(bias, pre.reborrow()))?
+        {
+            return Ok(());
+        }
+        self.gemm_bias(a, b, bias, pre.reborrow())?;
+        self.activate(f, pre.read(), c)
+    }
+
+    fn gemm_activate_backward<T: Element>(
+        &self,
+        (a, b): (MatRef<'_, T, Self>, MatRef<'_, T, Self>),
+        f: Activation,
+        pre: MatRef<'_, T, Self>,
+        mut c: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check(Batch::ONE, &a, &b, &c)?;
+        same_dims("gemm", "pre", pre.dims(), "C", c.dims())?;
+        if gelu_fuses(f, &pre)
+            && fuses::<T>(&[a.dims(), b.dims()], c.dims())
+            && self.multiply(Batch::ONE, PLAIN, a, b, c.reborrow(), Beside::GeluSlope(pre))?
+        {
+            return Ok(());
+        }
+        let (rows, cols) = (c.rows(), c.cols());
+        let mut product = self.empty::<T>(rows * cols)?;
+        self.gemm(1.0, a, b, 0.0, MatMut::<T, Self>::new(Self::slice_mut(&mut product), rows, cols)?)?;
+        self.activate_backward(f, pre, MatRef::new(Self::slice(&product), rows, cols)?, c)
+    }
+
+    fn gemm_column_sums<T: Element>(
+        &self,
         a: MatRef<'_, T, Self>,
         b: MatRef<'_, T, Self>,
         beta: f64,
-        bias: Option<CudaSlice<'_, T>>,
-        c: MatMut<'_, C, Self>,
+        mut c: MatMut<'_, T::Acc, Self>,
+        mut sums: CudaSliceMut<'_, T::Acc>,
     ) -> Result<()> {
+        check(Batch::ONE, &a.t(), &b, &c)?;
+        same_size("gemm", "the sums", Self::len_mut(&sums), "columns of A", a.cols())?;
+        let beside = Beside::ColumnSums(Self::reborrow(&mut sums));
+        if fuses::<T>(&[a.dims(), b.dims()], c.dims())
+            && self.multiply(Batch::ONE, (1.0, beta), a.t(), b, c.reborrow(), beside)?
+        {
+            return Ok(());
+        }
+        self.gemm(1.0, a.t(), b, beta, c)?;
+        self.sum_rows(a, sums)
+    }
+}
+
+/// α and β of A B.
+const PLAIN: (f64, f64) = (1.0, 0.0);
+
+/// What a product has beside its operands: see [`Epilogue`]. The type of what is stored is C's.
+enum Beside<'a, T: Element, C: Element> {
+    Nothing,
+    Bias(CudaSlice<'a, T>),
+    BiasGelu(CudaSlice<'a, T>, MatMut<'a, T, Cuda>),
+    GeluSlope(MatRef<'a, T, Cuda>),
+    ColumnSums(CudaSliceMut<'a, C>),
+}
+
+/// Whether cuBLASLt may have an epilogue for these operands and this result. It has none for f64; its rows are the columns of a
+/// row-major result, which has to be seen as that.
+fn fuses<T: Element>(operands: &[Dims], result: Dims) -> bool {
+    let there = |dims: &Dims| dims.rows > 0 && dims.cols > 0 && column_major(*dims).is_some();
+    T::DTYPE != DType::F64
+        && operands.iter().all(there)
+        && column_major(result).is_some_and(|seen| seen.transposed)
+}
+
+/// Whether the activation is cuBLASLt's: gelu by tanh, whose tanh is good enough for 16 bits, at what is aligned as it has to be.
+fn gelu_fuses<T: Element>(f: Activation, pre: &MatRef<'_, T, Cuda>) -> bool {
+    let aligned = pre.data().address().is_multiple_of(16);
+    let rows = column_major(pre.dims()).is_some_and(|seen| seen.transposed && seen.leading.is_multiple_of(8));
+    f == Activation::GeluTanh && size_of::<T>() == 2 && aligned && rows
+}
+
+impl Cuda {
+    /// The product itself, of operands that cuBLASLt takes as they are: whether it has a way.
+    fn multiply<T: Element, C: Element>(
+        &self,
+        batch: Batch,
+        (alpha, beta): (f64, f64),
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        c: MatMut<'_, C, Self>,
+        beside: Beside<'_, T, C>,
+    ) -> Result<bool> {
         let mut owners = vec![a.data().owner(), b.data().owner(), c.shared().owner()];
-        owners.extend(bias.map(|bias| bias.owner()));
+        let saved = |pre: &MatRef<'_, T, Self>| column_major(pre.dims()).map_or(0, |seen| seen.leading);
+        let (epilogue, vector, matrix) = match &beside {
+            Beside::Nothing => (Epilogue::None, 0, 0),
+            Beside::Bias(bias) => {
+                owners.push(bias.owner());
+                (Epilogue::Bias, bias.address(), 0)
+            }
+            Beside::BiasGelu(bias, pre) => {
+                owners.extend([bias.owner(), pre.shared().owner()]);
+                (Epilogue::BiasGelu(saved(&pre.read())), bias.address(), pre.shared().address())
+            }
+            Beside::GeluSlope(pre) => {
+                owners.push(pre.data().owner());
+                (Epilogue::GeluSlope(saved(pre)), 0, pre.data().address())
+            }
+            Beside::ColumnSums(sums) => {
+                owners.push(Self::shared(sums).owner());
+                (Epilogue::ColumnSums, sums.address(), 0)
+            }
+        };
         let a = Side { dims: a.dims(), address: a.data().address(), stride: batch.a };
         let b = Side { dims: b.dims(), address: b.data().address(), stride: batch.b };
         let c_side = Side { dims: c.dims(), address: c.shared().address(), stride: batch.c };
@@ -131,19 +237,22 @@ impl Cuda {
             b: right.layout(),
             d: c_side.layout(),
             batch: batch.count,
-            bias: bias.is_some(),
+            epilogue,
         };
-        let bias = bias.map_or(0, |bias| bias.address());
-        let at = Operands { a: left.address, b: right.address, d: c_side.address, bias };
+        let at = Operands { a: left.address, b: right.address, d: c_side.address, vector, saved: matrix };
+        let mut done = false;
         self.joins(&owners, || {
             // SAFETY: `check` has seen that every matrix of the batch lies in its memory and that the dimensions agree; the
-            // layouts are those of the views; the bias has an element a row of the result as it is seen. C is borrowed
-            // exclusively.
+            // layouts are those of the views. What is beside has been compared with them by the callers: a bias has an element a
+            // row of the result as it is seen, sums one a column of B, and a saved matrix the result's dimensions. What is
+            // written is borrowed exclusively.
             #[allow(unsafe_code)]
             unsafe {
-                self.lt()?.run(self, &product, at, alpha, beta)
+                done = self.lt()?.run(self, &product, at, alpha, beta)?;
             }
-        })
+            Ok(())
+        })?;
+        Ok(done)
     }
 }
 
@@ -234,5 +343,33 @@ impl Cuda {
         self.copy::<T::Acc, C>(wide, MatMut::new(Self::slice_mut(&mut dense), rows, cols)?)?;
         let c = MatMut::strided(Self::reborrow(&mut c), rows, cols, dims.row_stride, dims.col_stride)?;
         self.copy_strided::<C>(MatRef::new(Self::slice(&dense), rows, cols)?, c)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(
+        rows: usize,
+        cols: usize,
+        row_stride: usize,
+        col_stride: usize,
+    ) -> Option<(bool, usize, usize, usize)> {
+        let seen = column_major(Dims { rows, cols, row_stride, col_stride })?;
+        Some((seen.transposed, seen.rows, seen.cols, seen.leading))
+    }
+
+    #[test]
+    fn a_matrix_is_seen_with_its_long_side_in_memory() {
+        assert_eq!(seen(3, 5, 5, 1), Some((true, 5, 3, 5)));
+        assert_eq!(seen(3, 5, 1, 4), Some((false, 3, 5, 4)));
+        assert_eq!(seen(3, 5, 10, 2), None);
+        // One row, and one column: a vector either way.
+        assert_eq!(seen(1, 5, 5, 1), Some((true, 5, 1, 5)));
+        assert_eq!(seen(5, 1, 1, 1), Some((false, 5, 1, 5)));
+        assert_eq!(seen(5, 1, 7, 1), Some((true, 1, 5, 7)));
+        assert_eq!(seen(1, 5, 1, 7), Some((false, 1, 5, 7)));
+        assert_eq!(seen(1, 1, 1, 1), Some((false, 1, 1, 1)));
     }
 }

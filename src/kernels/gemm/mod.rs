@@ -6,7 +6,7 @@ pub(super) mod cpu;
 mod cuda;
 pub(super) mod few;
 
-use super::{MatMut, MatRef, Pointwise, view::Dims};
+use super::{Activation, MatMut, MatRef, Pointwise, view::Dims};
 use crate::{
     device::{Device, Element},
     error::{Error, Result, same_size},
@@ -97,6 +97,67 @@ pub trait Gemm: Device {
     {
         self.gemm(1.0, a, b, 0.0, c.reborrow())?;
         self.add_bias::<T>(bias, c)
+    }
+
+    /// pre ← A B + bias, C ← f(pre): a linear operator and the function behind it, with what the backward needs of it. Where the
+    /// device can, in one go: C is then f of what was not rounded yet.
+    ///
+    /// # Errors
+    /// As [`Gemm::gemm_bias`], and when pre has not the dimensions of C.
+    fn gemm_activate<T: Element>(
+        &self,
+        (a, b): (MatRef<'_, T, Self>, MatRef<'_, T, Self>),
+        bias: Self::Slice<'_, T>,
+        f: Activation,
+        mut pre: MatMut<'_, T, Self>,
+        c: MatMut<'_, T, Self>,
+    ) -> Result<()>
+    where
+        Self: Pointwise,
+    {
+        self.gemm_bias(a, b, bias, pre.reborrow())?;
+        self.activate(f, pre.read(), c)
+    }
+
+    /// C ← (A B) f′(pre), element by element: the gradient of what [`Gemm::gemm_activate`] gave, of which the layer behind it
+    /// makes A B.
+    ///
+    /// # Errors
+    /// As [`Gemm::gemm`], and when pre has not the dimensions of C.
+    fn gemm_activate_backward<T: Element>(
+        &self,
+        (a, b): (MatRef<'_, T, Self>, MatRef<'_, T, Self>),
+        f: Activation,
+        pre: MatRef<'_, T, Self>,
+        c: MatMut<'_, T, Self>,
+    ) -> Result<()>
+    where
+        Self: Pointwise,
+    {
+        let (rows, cols) = (c.rows(), c.cols());
+        let mut product = self.empty::<T>(rows * cols)?;
+        self.gemm(1.0, a, b, 0.0, MatMut::<T, Self>::new(Self::slice_mut(&mut product), rows, cols)?)?;
+        self.activate_backward(f, pre, MatRef::<T, Self>::new(Self::slice(&product), rows, cols)?, c)
+    }
+
+    /// C ← Aᵀ B + β C, and sums ← the sums of A's columns, in the accumulator: the gradients of a linear operator's weight and
+    /// bias, of which A is the gradient of the result. Where the device can, A is read once.
+    ///
+    /// # Errors
+    /// As [`Gemm::gemm`], and when there is not a sum a column of A.
+    fn gemm_column_sums<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        beta: f64,
+        c: MatMut<'_, T::Acc, Self>,
+        sums: Self::SliceMut<'_, T::Acc>,
+    ) -> Result<()>
+    where
+        Self: Pointwise,
+    {
+        self.gemm(1.0, a.t(), b, beta, c)?;
+        self.sum_rows::<T>(a, sums)
     }
 
     /// Whether every element of a product of depth 2 or more has the bits that it has in a product of any other rows of A

@@ -7,11 +7,15 @@ use crate::{
         cuda::{Cuda, CudaSlice, CudaSliceMut, Family, Grid, Table},
     },
     error::Result,
-    kernels::{MatMut, MatRef},
+    kernels::{MatMut, MatRef, packs::Walk},
 };
 
-const FAMILY: Family =
-    Family { name: "loss", source: include_str!("../../../cuda/loss.cu"), large_shared_memory: false };
+const FAMILY: Family = Family {
+    name: "loss",
+    source: include_str!("../../../cuda/loss.cu"),
+    large_shared_memory: false,
+    contracts: false,
+};
 
 impl Cuda {
     /// The column of each row's target, -1 where it is not at hand.
@@ -30,7 +34,8 @@ impl Loss for Cuda {
         const OP: &str = "row maximum";
         check_same(OP, x.dims(), &[])?;
         check_rows(OP, "the maxima", Self::len_mut(&max), 1, x.rows())?;
-        let launch = self.kernel(&FAMILY, format!("row_max_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
+        let walk = Walk::by_rows(&[x.operand()], x.rows(), x.cols());
+        let launch = self.kernel(&FAMILY, format!("row_max_{}", T::DTYPE)).ints(walk.words());
         // SAFETY: the arguments are row_max's; there is a maximum a row, as was checked.
         #[allow(unsafe_code)]
         unsafe {
@@ -51,7 +56,8 @@ impl Loss for Cuda {
         check_rows(OP, "the maxima", Self::len(max), 1, x.rows())?;
         check_rows(OP, "the sums", Self::len_mut(&sums), 3, x.rows())?;
         let columns = self.columns(targets, x.cols())?;
-        let launch = self.kernel(&FAMILY, format!("exp_sums_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
+        let walk = Walk::by_rows(&[x.operand()], x.rows(), x.cols());
+        let launch = self.kernel(&FAMILY, format!("exp_sums_{}", T::DTYPE)).ints(walk.words());
         let launch = launch.int(usize::from(targets.off != 0.0)).table(&columns);
         let launch = launch.read(x.data()).int(x.dims().row_stride).read(max).write(&sums);
         // SAFETY: the arguments are exp_sums's; the sizes were checked, and a column is one of x.
@@ -99,10 +105,10 @@ impl Loss for Cuda {
         check_targets(OP, targets, x.rows(), x.cols())?;
         check_rows(OP, "the log-sum-exps", Self::len(lse), 1, x.rows())?;
         let (columns, ignored) = (self.columns(targets, x.cols())?, self.ignored(targets)?);
+        let walk = Walk::by_rows(&[x.operand(), dx.operand()], x.rows(), x.cols());
         let sdx = dx.dims().row_stride;
         let dx = dx.into_data();
-        let launch =
-            self.kernel(&FAMILY, format!("cross_entropy_backward_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
+        let launch = self.kernel(&FAMILY, format!("cross_entropy_backward_{}", T::DTYPE)).ints(walk.words());
         let launch =
             launch.floats([targets.on, targets.off, targets.z, scale]).table(&columns).table(&ignored);
         let launch = launch.read(x.data()).int(x.dims().row_stride).read(lse).write(&dx).int(sdx);
@@ -122,7 +128,8 @@ impl Loss for Cuda {
         const OP: &str = "squared error";
         check_same(OP, x.dims(), &[("y", y.dims())])?;
         check_rows(OP, "the sums", Self::len_mut(&sums), 1, x.rows())?;
-        let launch = self.kernel(&FAMILY, format!("squared_error_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
+        let walk = Walk::by_rows(&[x.operand(), y.operand()], x.rows(), x.cols());
+        let launch = self.kernel(&FAMILY, format!("squared_error_{}", T::DTYPE)).ints(walk.words());
         let launch = launch.read(x.data()).int(x.dims().row_stride).read(y.data()).int(y.dims().row_stride);
         // SAFETY: the arguments are squared_error's; the sizes were checked.
         #[allow(unsafe_code)]
@@ -139,10 +146,10 @@ impl Loss for Cuda {
         dx: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check_same("squared error backward", x.dims(), &[("y", y.dims()), ("dx", dx.dims())])?;
+        let walk = Walk::through(&[x.operand(), y.operand(), dx.operand()]);
         let sdx = dx.dims().row_stride;
         let dx = dx.into_data();
-        let launch =
-            self.kernel(&FAMILY, format!("squared_error_backward_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
+        let launch = self.kernel(&FAMILY, format!("squared_error_backward_{}", T::DTYPE)).ints(walk.words());
         let launch = launch.floats([scale]).read(x.data()).int(x.dims().row_stride);
         let launch = launch.read(y.data()).int(y.dims().row_stride).write(&dx).int(sdx);
         // SAFETY: the arguments are squared_error_backward's; `check_same` has compared the dimensions.

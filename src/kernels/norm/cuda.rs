@@ -15,8 +15,12 @@ use crate::{
     },
 };
 
-const FAMILY: Family =
-    Family { name: "norm", source: include_str!("../../../cuda/norm.cu"), large_shared_memory: false };
+const FAMILY: Family = Family {
+    name: "norm",
+    source: include_str!("../../../cuda/norm.cu"),
+    large_shared_memory: false,
+    contracts: false,
+};
 
 /// Rows of a vector's elements.
 fn row<T: Element>(slice: CudaSlice<'_, T>) -> Operand {

@@ -18,6 +18,7 @@ pub(in crate::kernels) const FAMILY: Family = Family {
     name: "pointwise",
     source: include_str!("../../../cuda/pointwise.cu"),
     large_shared_memory: false,
+    contracts: false,
 };
 
 /// The number of an activation in `pointwise.cu`.
@@ -42,7 +43,8 @@ impl<T: Element> MatMut<'_, T, Cuda> {
     }
 }
 
-fn vector<T: Element>(slice: CudaSlice<'_, T>) -> Operand {
+/// The elements of a vector, in front of every row.
+pub(in crate::kernels) fn vector<T: Element>(slice: CudaSlice<'_, T>) -> Operand {
     let dims = Dims { rows: 1, cols: Cuda::len(slice), row_stride: 0, col_stride: 1 };
     Operand { dims, address: slice.address(), size: size_of::<T>() }
 }

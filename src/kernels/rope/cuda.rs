@@ -10,8 +10,12 @@ use crate::{
     kernels::MatMut,
 };
 
-const FAMILY: Family =
-    Family { name: "rope", source: include_str!("../../../cuda/rope.cu"), large_shared_memory: false };
+const FAMILY: Family = Family {
+    name: "rope",
+    source: include_str!("../../../cuda/rope.cu"),
+    large_shared_memory: false,
+    contracts: false,
+};
 
 impl Rope for Cuda {
     fn rope<T: Element>(

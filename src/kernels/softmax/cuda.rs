@@ -7,11 +7,15 @@ use crate::{
         cuda::{Cuda, Family, Grid},
     },
     error::Result,
-    kernels::{MatMut, MatRef},
+    kernels::{MatMut, MatRef, packs::Walk},
 };
 
-const FAMILY: Family =
-    Family { name: "softmax", source: include_str!("../../../cuda/softmax.cu"), large_shared_memory: false };
+const FAMILY: Family = Family {
+    name: "softmax",
+    source: include_str!("../../../cuda/softmax.cu"),
+    large_shared_memory: false,
+    contracts: false,
+};
 
 impl Softmax for Cuda {
     fn softmax<T: Element>(
@@ -22,12 +26,13 @@ impl Softmax for Cuda {
     ) -> Result<()> {
         check("softmax", mask, &[("x", x.dims())], y.dims())?;
         let (rows, cols, sx, sy) = (x.rows(), x.cols(), x.dims().row_stride, y.dims().row_stride);
+        let walk = Walk::by_rows(&[x.operand(), y.operand()], rows, cols);
         let y = y.into_data();
         // An offset beyond the columns hides nothing, like none, which is -1.
         let offset = mask.causal.map_or(-1, |offset| offset.min(cols) as i64);
         let valid = mask.valid.map(|valid| self.table_of_flags(valid.iter().copied())).transpose()?;
         let launch =
-            self.kernel(&FAMILY, format!("softmax_{}", T::DTYPE)).ints([rows, cols, offset as usize]);
+            self.kernel(&FAMILY, format!("softmax_{}", T::DTYPE)).ints(walk.words()).int(offset as usize);
         let launch = match &valid {
             Some(valid) => launch.table(valid),
             None => launch.null(),
@@ -48,8 +53,9 @@ impl Softmax for Cuda {
         check("softmax backward", Mask::default(), &[("y", y.dims()), ("dy", dy.dims())], dx.dims())?;
         let (rows, cols) = (y.rows(), y.cols());
         let [sy, sdy, sdx] = [y.dims(), dy.dims(), dx.dims()].map(|dims| dims.row_stride);
+        let walk = Walk::by_rows(&[y.operand(), dy.operand(), dx.operand()], rows, cols);
         let dx = dx.into_data();
-        let launch = self.kernel(&FAMILY, format!("softmax_backward_{}", T::DTYPE)).ints([rows, cols]);
+        let launch = self.kernel(&FAMILY, format!("softmax_backward_{}", T::DTYPE)).ints(walk.words());
         let launch = launch.read(y.data()).int(sy).read(dy.data()).int(sdy).write(&dx).int(sdx);
         // SAFETY: the arguments are softmax_backward's; `check` has compared the dimensions.
         #[allow(unsafe_code)]

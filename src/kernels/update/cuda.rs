@@ -7,11 +7,26 @@ use crate::{
         cuda::{Cuda, CudaSlice, CudaSliceMut, Family, Grid},
     },
     error::Result,
-    kernels::MatRef,
+    kernels::{MatRef, packs::Walk, pointwise::cuda::vector},
 };
 
-const FAMILY: Family =
-    Family { name: "update", source: include_str!("../../../cuda/update.cu"), large_shared_memory: false };
+const FAMILY: Family = Family {
+    name: "update",
+    source: include_str!("../../../cuda/update.cu"),
+    large_shared_memory: false,
+    contracts: false,
+};
+
+/// How a step walks through the weights and what belongs to them.
+fn walk<T: Element>(
+    grad: CudaSlice<'_, T::Acc>,
+    weight: &CudaSliceMut<'_, T>,
+    others: &[Option<&CudaSliceMut<'_, T::Acc>>],
+) -> Walk {
+    let mut operands = vec![vector(grad), vector(Cuda::shared(weight))];
+    operands.extend(others.iter().flatten().map(|other| vector(Cuda::shared(other))));
+    Walk::by_rows(&operands, 1, Cuda::len_mut(weight))
+}
 
 fn len<A: Element>(slice: &Option<CudaSliceMut<'_, A>>) -> Option<usize> {
     slice.as_ref().map(Cuda::len_mut)
@@ -33,13 +48,14 @@ impl Update for Cuda {
             ("the velocity", len(&velocity)),
         ];
         check("sgd", count, &lens)?;
-        let launch = self.kernel(&FAMILY, format!("sgd_{}", T::DTYPE)).int(count);
+        let walk = walk(grad, &weight, &[master.as_ref(), velocity.as_ref()]);
+        let launch = self.kernel(&FAMILY, format!("sgd_{}", T::DTYPE)).ints(walk.words());
         let launch = launch.floats([step.lr, step.momentum, step.weight_decay, step.grad_scale]);
         let launch = launch.int(usize::from(step.nesterov)).read(grad).write(&weight);
         // SAFETY: the arguments are sgd's; `check` has seen that all are as long as the weight.
         #[allow(unsafe_code)]
         unsafe {
-            launch.write_if(master.as_ref()).write_if(velocity.as_ref()).run(Grid::over(count))
+            launch.write_if(master.as_ref()).write_if(velocity.as_ref()).run(Grid::over(walk.steps))
         }
     }
 
@@ -60,20 +76,22 @@ impl Update for Cuda {
         ];
         check("adamw", count, &lens)?;
         let (size, root) = step.corrections();
-        let launch = self.kernel(&FAMILY, format!("adamw_{}", T::DTYPE)).int(count);
+        let walk = walk(grad, &weight, &[master.as_ref(), Some(&first), Some(&second)]);
+        let launch = self.kernel(&FAMILY, format!("adamw_{}", T::DTYPE)).ints(walk.words());
         let launch = launch.floats([step.beta1, 1.0 - step.beta1, step.beta2, 1.0 - step.beta2, step.eps]);
         let launch = launch.floats([size, root, 1.0 - step.lr * step.weight_decay, step.grad_scale]);
         let launch = launch.read(grad).write(&weight).write_if(master.as_ref());
         // SAFETY: the arguments are adamw's; `check` has seen that all are as long as the weight.
         #[allow(unsafe_code)]
         unsafe {
-            launch.write(&first).write(&second).run(Grid::over(count))
+            launch.write(&first).write(&second).run(Grid::over(walk.steps))
         }
     }
 
     fn square_sums<T: Element>(&self, x: MatRef<'_, T, Self>, sums: CudaSliceMut<'_, f64>) -> Result<()> {
         check_square_sums(x.dims(), Self::len_mut(&sums))?;
-        let launch = self.kernel(&FAMILY, format!("square_sums_{}", T::DTYPE)).ints([x.rows(), x.cols()]);
+        let walk = Walk::by_rows(&[x.operand()], x.rows(), x.cols());
+        let launch = self.kernel(&FAMILY, format!("square_sums_{}", T::DTYPE)).ints(walk.words());
         // SAFETY: the arguments are square_sums's; the check has seen that there is a sum a row.
         #[allow(unsafe_code)]
         unsafe {

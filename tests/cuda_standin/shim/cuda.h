@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <link.h>
+#include <mutex>
 #include <sys/mman.h>
 #include <type_traits>
 #include <utility>
@@ -201,7 +202,7 @@ inline int find_local(dl_phdr_info* info, size_t, void* result) {
 
 constexpr size_t STACK = 64 << 10;
 
-// Stacks that a thread of the host keeps.
+// Stacks for the threads of a block. A launch takes some and gives them back: threads of the host come and go by the thousand.
 struct Stacks {
   char* start = nullptr;
   size_t count = 0;
@@ -213,12 +214,25 @@ struct Stacks {
     }
     return start;
   }
+  static std::mutex lock;
+  static std::vector<Stacks*> unused;
+  static Stacks* take() {
+    std::lock_guard<std::mutex> guard(lock);
+    if (unused.empty()) return new Stacks;
+    Stacks* stacks = unused.back();
+    unused.pop_back();
+    return stacks;
+  }
+  static void give(Stacks* stacks) {
+    std::lock_guard<std::mutex> guard(lock);
+    unused.push_back(stacks);
+  }
 };
+inline std::mutex Stacks::lock;
+inline std::vector<Stacks*> Stacks::unused;
 
 inline void launch(void (*body)(void**), void** arguments, const unsigned* grid, const unsigned* size, unsigned shared) {
-  // Freed with the process: a thread-local object with a destructor would lie among the shared memory.
-  static __thread Stacks* stacks_of_thread = nullptr;
-  Stacks* kept = stacks_of_thread ? stacks_of_thread : new Stacks;
+  Stacks* kept = Stacks::take();
   const unsigned threads = size[0] * size[1] * size[2];
   char* stacks = kept->get(threads);
   Block block{};
@@ -263,7 +277,7 @@ inline void launch(void (*body)(void**), void** arguments, const unsigned* grid,
         standin_switch(&block.host, block.current->stack);
       }
   own() = nullptr;
-  stacks_of_thread = kept;
+  Stacks::give(kept);
 }
 
 template <auto Kernel> struct Thunk;

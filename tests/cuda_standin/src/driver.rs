@@ -12,7 +12,7 @@ use std::{
     ffi::{CStr, c_char, c_int, c_uint, c_void},
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::{AtomicI32, Ordering::SeqCst},
+        atomic::{AtomicI32, AtomicU64, Ordering::SeqCst},
     },
 };
 
@@ -24,6 +24,8 @@ struct Context {
     streams: Mutex<HashMap<Handle, Arc<Stream>>>,
     // Sticky, as on a GPU: every later call of the context returns it.
     failed: AtomicI32,
+    /// The other devices that may reach the memory of this one's pool, a bit each.
+    open: AtomicU64,
 }
 
 struct Event {
@@ -45,6 +47,7 @@ fn contexts() -> &'static [Context] {
             null: Stream::new(device),
             streams: Mutex::default(),
             failed: AtomicI32::new(0),
+            open: AtomicU64::new(0),
         };
         (0..count).map(context).collect()
     })
@@ -78,6 +81,13 @@ pub fn illegal<T>(device: usize, outcome: Result<T, String>) -> Result<T, Code> 
         contexts()[device].failed.store(ILLEGAL_ADDRESS, SeqCst);
         ILLEGAL_ADDRESS
     })
+}
+
+/// Whether every other device may reach the memory of this one's pool.
+pub fn is_open(device: usize) -> bool {
+    let others = (0..contexts().len()).filter(|&other| other != device);
+    let open = contexts()[device].open.load(SeqCst);
+    others.into_iter().all(|other| open >> other & 1 == 1)
 }
 
 /// Writes a result where the caller wants it.
@@ -265,6 +275,22 @@ exports! {
     fn cuMemFreeHost(start: usize) { memory::unpin(start).ok_or(INVALID_VALUE) }
     // A pool's handle is its device's number plus one.
     fn cuDeviceGetDefaultMemPool(out: *mut Handle, ordinal: c_int) { unsafe { put(out, device(ordinal)?.device + 1) } }
+    fn cuDeviceCanAccessPeer(out: *mut c_int, ordinal: c_int, peer: c_int) {
+        device(ordinal)?;
+        device(peer)?;
+        unsafe { put(out, c_int::from(ordinal != peer)) }
+    }
+    // Each description: the kind of place (1 is a device), its number, what is allowed (3 is reading and writing).
+    fn cuMemPoolSetAccess(pool: Handle, access: *const [c_int; 3], count: usize) {
+        let own = pool.checked_sub(1).and_then(|at| contexts().get(at)).ok_or(INVALID_VALUE)?;
+        if access.is_null() { return Err(INVALID_VALUE); }
+        for [kind, other, flags] in unsafe { std::slice::from_raw_parts(access, count) } {
+            let other = device(*other)?.device;
+            if *kind != 1 || *flags != 3 || other == own.device { return Err(INVALID_VALUE); }
+            own.open.fetch_or(1 << other, SeqCst);
+        }
+        Ok(())
+    }
     fn cuMemPoolSetAttribute(pool: Handle, _attribute: c_int, value: *mut c_void) {
         if pool == 0 || pool > contexts().len() || value.is_null() { return Err(INVALID_VALUE); }
         Ok(())

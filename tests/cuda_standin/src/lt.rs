@@ -29,6 +29,7 @@ const BIAS: c_int = 4;
 const GELU_AUX_BIAS: c_int = 164;
 const DGELU: c_int = 192;
 const DGELU_BGRAD: c_int = 208;
+const BGRADB: c_int = 512;
 
 #[derive(Clone, Copy, Debug)]
 struct Desc {
@@ -133,7 +134,11 @@ fn shape(desc: &Desc, a: &Layout, b: &Layout, c: &Layout, d: &Layout) -> Result<
         (F32, BF16 | F16) => d.dtype == a.dtype || d.dtype == F32,
         _ => false,
     };
-    let known = [DEFAULT, BIAS, GELU_AUX_BIAS, DGELU, DGELU_BGRAD].contains(&desc.epilogue);
+    let known = [DEFAULT, BIAS, GELU_AUX_BIAS, DGELU, DGELU_BGRAD, BGRADB].contains(&desc.epilogue);
+    let saved = [GELU_AUX_BIAS, DGELU, DGELU_BGRAD].contains(&desc.epilogue);
+    if saved && (desc.aux_leading % 8 != 0 || desc.aux_leading < m as i64 || !desc.aux.is_multiple_of(16)) {
+        return Err(NOT_SUPPORTED);
+    }
     if desc.scale != scale || b.dtype != a.dtype || c.dtype != d.dtype || !types || !known {
         return Err(NOT_SUPPORTED);
     }
@@ -165,6 +170,9 @@ impl Product {
         if [BIAS, GELU_AUX_BIAS, DGELU_BGRAD].contains(&self.desc.epilogue) {
             let write = self.desc.epilogue == DGELU_BGRAD;
             memory::access(who, self.desc.bias, rows * element, write, "matmul: bias")?;
+        }
+        if self.desc.epilogue == BGRADB {
+            memory::access(who, self.desc.bias, cols * element, true, "matmul: bias gradient")?;
         }
         if [GELU_AUX_BIAS, DGELU, DGELU_BGRAD].contains(&self.desc.epilogue) {
             let leading = self.desc.aux_leading as usize;
@@ -204,6 +212,11 @@ impl Product {
                         let (row, col) = if transposed[1] { (j, p) } else { (p, j) };
                         right[j * k + p] =
                             load(b, start(&self.b) + col * self.b.leading as usize + row, self.b.dtype);
+                    }
+                }
+                if self.desc.epilogue == BGRADB {
+                    for j in 0..n {
+                        store(self.desc.bias, j, self.d.dtype, right[j * k..(j + 1) * k].iter().sum());
                     }
                 }
                 let mut sums = vec![0.0; m];

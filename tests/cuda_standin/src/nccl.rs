@@ -414,7 +414,15 @@ fn go(handle: Handle, ops: Vec<Op>, on: driver::Handle) -> Result<(), Code> {
     }
     let stream = stream(on).map_err(|_| UNHANDLED)?;
     let judged = ops.clone();
+    // Ranks of one process reach into each other's memory directly.
+    let direct = ranks > 1 && world.line.is_none() && !driver::is_open(stream.device);
     let judge = move |who: &Accessor| {
+        if direct {
+            return Err(format!(
+                "NCCL: the memory of device {} is not open to the other ranks' devices",
+                who.device
+            ));
+        }
         judged.iter().try_for_each(|op| {
             let size = op.len * width(op.dtype).unwrap_or(0);
             let (sent, received) = match op.kind {

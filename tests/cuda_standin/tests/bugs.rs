@@ -221,23 +221,68 @@ fn a_product_beyond_its_memory_is_found() {
     assert!(reports().iter().any(|report| report.starts_with("matmul: A: out of bounds")));
 }
 
+/// Lets the other devices reach the memory of this one.
+fn open(device: c_int) {
+    let mut pool = 0;
+    unsafe {
+        assert_eq!(cuDeviceGetDefaultMemPool(&mut pool, device), SUCCESS);
+        for other in (0..8).filter(|&other| other != device) {
+            assert_eq!(cuMemPoolSetAccess(pool, &[1, other, 3], 1), SUCCESS);
+        }
+    }
+}
+
+fn unique_id() -> UniqueId {
+    let mut id = std::mem::MaybeUninit::uninit();
+    unsafe {
+        assert_eq!(ncclGetUniqueId(id.as_mut_ptr()), 0);
+        id.assume_init()
+    }
+}
+
+/// One of two ranks: its communicator, once both are there.
+fn join(id: UniqueId, rank: c_int) -> usize {
+    let (mut comm, mut state) = (0, 7);
+    unsafe {
+        assert_eq!(ncclCommInitRankConfig(&mut comm, 2, id, rank, null_mut()), 7);
+        while state == 7 {
+            assert_eq!(ncclCommGetAsyncError(comm, &mut state), 0);
+        }
+    }
+    comm
+}
+
+/// Ranks of one process read and write each other's memory directly, which a pool does not allow by itself.
+#[test]
+fn memory_that_is_not_open_to_the_other_rank_is_found() {
+    let id = unique_id();
+    std::thread::scope(|scope| {
+        for rank in 0..2 {
+            scope.spawn(move || {
+                let stream = stream(6 + rank);
+                let comm = join(id, rank);
+                let x = upload(stream, &[1.0; 5]);
+                let reduced =
+                    unsafe { ncclAllReduce(x as *const c_void, x as *mut c_void, 5, 7, 0, comm, stream) };
+                assert_eq!(reduced, 1);
+            });
+        }
+    });
+    let closed =
+        |report: &String| report.starts_with("NCCL: the memory of device") && report.contains("open");
+    assert_eq!(reports().iter().filter(|report| closed(report)).count(), 2);
+}
+
 /// Two ranks, of which the second leaves a collective out: the first waits until it aborts.
 #[test]
 fn a_skipped_collective_waits_until_it_is_aborted() {
-    let mut id = std::mem::MaybeUninit::uninit();
-    let id = unsafe {
-        assert_eq!(ncclGetUniqueId(id.as_mut_ptr()), 0);
-        id.assume_init()
-    };
+    let id = unique_id();
     std::thread::scope(|scope| {
         for rank in 0..2 {
             scope.spawn(move || unsafe {
                 let stream = stream(4 + rank);
-                let (mut comm, mut state) = (0, 7);
-                assert_eq!(ncclCommInitRankConfig(&mut comm, 2, id, rank, null_mut()), 7);
-                while state == 7 {
-                    assert_eq!(ncclCommGetAsyncError(comm, &mut state), 0);
-                }
+                open(4 + rank);
+                let comm = join(id, rank);
                 let x = upload(stream, &[1.0 + rank as f32; 5]);
                 let reduce = || ncclAllReduce(x as *const c_void, x as *mut c_void, 5, 7, 0, comm, stream);
                 assert_eq!(reduce(), 0);
