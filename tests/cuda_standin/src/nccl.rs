@@ -415,7 +415,8 @@ fn go(handle: Handle, ops: Vec<Op>, on: driver::Handle) -> Result<(), Code> {
     let stream = stream(on).map_err(|_| UNHANDLED)?;
     let judged = ops.clone();
     // Ranks of one process reach into each other's memory directly.
-    let direct = ranks > 1 && world.line.is_none() && !driver::is_open(stream.device);
+    let near = world.line.is_none() && !remote::serves();
+    let direct = ranks > 1 && near && !driver::is_open(stream.device);
     let judge = move |who: &Accessor| {
         if direct {
             return Err(format!(

@@ -86,6 +86,14 @@ fn sizes(op: &Op, rank: usize, ranks: usize) -> (usize, usize) {
     }
 }
 
+/// Whether ranks of other processes have come.
+static SERVES: AtomicBool = AtomicBool::new(false);
+
+/// Whether ranks of other processes have come here: what they and this one's exchange goes through memory of NCCL's own.
+pub fn serves() -> bool {
+    SERVES.load(SeqCst)
+}
+
 /// Stands in for a rank of another process.
 fn serve(mut line: UnixStream) -> io::Result<()> {
     let [tag, number, rank, size] = get(&mut line)?;
@@ -93,6 +101,7 @@ fn serve(mut line: UnixStream) -> io::Result<()> {
     let world = match tag {
         JOIN => {
             let world = Arc::clone(lock(worlds()).entry(number).or_insert_with(|| World::new(size)));
+            SERVES.store(true, SeqCst);
             join(&world, rank);
             world
         }
