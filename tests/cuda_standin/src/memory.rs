@@ -113,9 +113,7 @@ pub fn allocate(device: usize, size: usize) -> Result<usize, Code> {
             std::ptr::write_bytes((start + size) as *mut u8, BEHIND, pages - size);
         }
         *table.used.entry(device).or_default() += size;
-        table
-            .allocations
-            .insert(start as usize, Allocation { size, device, freed: false, accesses: Vec::new() });
+        table.allocations.insert(start, Allocation { size, device, freed: false, accesses: Vec::new() });
         Ok(start)
     })
 }

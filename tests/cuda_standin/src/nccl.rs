@@ -396,8 +396,11 @@ fn hand_out(comm: Arc<Comm>) -> Handle {
     Arc::into_raw(comm) as Handle
 }
 
+/// How many groups are open, and the calls in them: communicator, operation and stream.
+type Grouped = (usize, Vec<(Handle, Op, Handle)>);
+
 thread_local! {
-    static GROUP: RefCell<(usize, Vec<(Handle, Op, Handle)>)> = const { RefCell::new((0, Vec::new())) };
+    static GROUP: RefCell<Grouped> = const { RefCell::new((0, Vec::new())) };
 }
 
 /// Hands calls of one communicator to their stream.
