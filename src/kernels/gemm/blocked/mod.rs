@@ -55,9 +55,14 @@ impl Extents {
         self.c.rows.min(MC).next_multiple_of(24)
     }
 
-    /// The columns of B that a packed block may have. Where there is but one block of A, a panel of B is not needed again.
+    /// Whether there is but one block of A: then a panel of B is not needed again, and all go to the same place.
+    fn is_one_block(&self) -> bool {
+        self.c.rows <= MC
+    }
+
+    /// The columns of B that a packed block may have.
     fn block_cols(&self) -> usize {
-        let cols = if self.c.rows <= MC { 32 } else { self.c.cols.min(NC) };
+        let cols = if self.is_one_block() { 32 } else { self.c.cols.min(NC) };
         cols.next_multiple_of(32)
     }
 
@@ -174,10 +179,10 @@ mod x86_64 {
 
 #[inline(always)]
 fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, T>) {
+    let once = job.dims.is_one_block();
     let Job { dims: Extents { a: ad, b: bd, c: cd }, alpha, a, b, beta, c, room } = job;
     let (room_a, room_b) = (room.0, S::in_memory(room.1));
     let (wide, by_rows) = (V * S::LANES, ad.col_stride == 1);
-    let once = cd.rows <= MC;
     for first_col in (0..cd.cols).step_by(NC) {
         let cols = NC.min(cd.cols - first_col);
         for first_depth in (0..ad.cols).step_by(KC) {
