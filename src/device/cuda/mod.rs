@@ -168,6 +168,7 @@ impl Cuda {
     }
 
     /// Another handle of the same GPU and memory, with a stream of its own. The caller orders what the two do by marks.
+    #[cfg(feature = "nccl")]
     pub(crate) fn beside(&self) -> Result<Self> {
         let handle = &self.0;
         let (context, kin, memory) =
