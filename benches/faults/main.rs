@@ -10,7 +10,7 @@
 //! changed) and groups that are made, broken and dropped (descriptors, threads and memory stay flat). `--limits` holds times to their
 //! limits (an error within ten milliseconds at p99), and measures what the checks cost.
 //!
-//! `--processes 100` (feature `cli`) and `--mpi 100` (feature `mpi`): ranks that are processes, of which one panics, returns, fails,
+//! `--processes 100` (feature `cli`), `--nccl 100` (features `cli` and `nccl`; up to eight GPUs) and `--mpi 100` (feature `mpi`): ranks that are processes, of which one panics, returns, fails,
 //! exits, is killed or stopped: the last three at any moment, in mid-transfer too. The job has to be over within a second, and the right rank named.
 
 mod costs;
@@ -49,6 +49,9 @@ struct Args {
     /// The number of faults on processes started by `mpirun`.
     #[arg(long, default_value_t = 0)]
     mpi: u64,
+    /// The number of faults on processes started by `shardwise launch` that each have a GPU, over NCCL.
+    #[arg(long, default_value_t = 0)]
+    nccl: u64,
     /// Only prints what rank 0 of two is told in each of the cases of `scripts/peers/gloo_faults.py`.
     #[arg(long)]
     table: bool,
@@ -61,6 +64,9 @@ struct Args {
     /// Where the rank that is lost writes when.
     #[arg(long, hide = true, default_value = "struck")]
     struck: PathBuf,
+    /// The ranks have a GPU each.
+    #[arg(long, hide = true)]
+    over_nccl: bool,
     /// Given by `cargo bench`; means nothing here.
     #[arg(long, hide = true)]
     bench: bool,
@@ -71,7 +77,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     // The injected panics need no report each.
     std::panic::set_hook(Box::new(|_| ()));
     if let Some(number) = args.rank_of {
-        return Ok(processes::rank(args.seed, number, &args.struck)?);
+        return Ok(processes::rank(args.seed, number, &args.struck, args.over_nccl)?);
     }
     if args.table {
         return table::print();
@@ -84,6 +90,9 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     }
     if args.processes > 0 {
         processes::campaign(Launcher::Shardwise, args.processes, args.seed)?;
+    }
+    if args.nccl > 0 {
+        processes::campaign(Launcher::Nccl, args.nccl, args.seed)?;
     }
     if args.mpi > 0 {
         processes::campaign(Launcher::Mpirun, args.mpi, args.seed)?;

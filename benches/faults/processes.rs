@@ -1,4 +1,4 @@
-//! Faults on processes: ranks of `shardwise launch` that meet over sockets, and ranks of `mpirun`.
+//! Faults on processes: ranks of `shardwise launch` that meet over sockets, or each have a GPU, over NCCL; and ranks of `mpirun`.
 //!
 //! This program starts itself as the ranks. The rank that is lost writes down when; the time from then to the end of the job
 //! counts.
@@ -8,6 +8,7 @@ use shardwise::{
     Error, Result,
     comm::Group,
     device::Cpu,
+    kernels::Pointwise,
     launch::Env,
     trace::{Record, blame},
 };
@@ -30,6 +31,8 @@ const LIMIT: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Launcher {
     Shardwise,
+    /// As that, and the group is one of NCCL's.
+    Nccl,
     Mpirun,
 }
 
@@ -55,18 +58,24 @@ fn strike(how: &str, struck: &Path) -> Result<bool> {
     }
 }
 
-/// This process is a rank of a trial.
-pub(crate) fn rank(seed: u64, number: u64, struck: &Path) -> Result<()> {
-    let trial = Trial::draw(seed, number, 4);
+/// A rank's part of a trial.
+fn play<B: Pointwise>(trial: &Trial, world: &Group<B>, struck: &Path) -> Result<()> {
     let how = HOWS[trial.how % HOWS.len()];
-    let program = |world: Group<Cpu>| {
-        // What comes from outside comes at any moment.
-        if WHENS[trial.when] == "within" && ABRUPT.contains(&how) {
-            let struck = struck.to_path_buf();
-            return trial.storm(&world, move || drop(strike(how, &struck)));
-        }
-        trial.run(&world, || strike(how, struck))
-    };
+    // What comes from outside comes at any moment.
+    if WHENS[trial.when] == "within" && ABRUPT.contains(&how) {
+        let struck = struck.to_path_buf();
+        return trial.storm(world, move || drop(strike(how, &struck)));
+    }
+    trial.run(world, || strike(how, struck))
+}
+
+/// This process is a rank of a trial, `over_nccl` if so.
+pub(crate) fn rank(seed: u64, number: u64, struck: &Path, over_nccl: bool) -> Result<()> {
+    let trial = Trial::draw(seed, number, if over_nccl { 8 } else { 4 });
+    if over_nccl {
+        return nccl(&trial, struck);
+    }
+    let program = |world: Group<Cpu>| play(&trial, &world, struck);
     #[cfg(feature = "mpi")]
     if std::env::var_os("SHARDWISE_PORT").is_none() {
         return shardwise::launch::Mpi::new().deadline(DEADLINE).run(program);
@@ -74,10 +83,26 @@ pub(crate) fn rank(seed: u64, number: u64, struck: &Path) -> Result<()> {
     Env::read()?.run(DEADLINE, program)
 }
 
+#[cfg(feature = "nccl")]
+fn nccl(trial: &Trial, struck: &Path) -> Result<()> {
+    use shardwise::{comm::nccl::Options, device::Cuda};
+    let env = Env::read()?;
+    let gpu = Cuda::new(env.local_rank)?;
+    env.run(DEADLINE, |world| {
+        let options = Options { deadline: DEADLINE, ..Options::default() };
+        play(trial, &world.over_nccl(&gpu, options)?, struck)
+    })
+}
+
+#[cfg(not(feature = "nccl"))]
+fn nccl(_: &Trial, _: &Path) -> Result<()> {
+    Err(Error::Invalid { op: "campaign", reason: "built without feature `nccl`".into() })
+}
+
 fn job(launcher: Launcher, ranks: usize, folder: &Path) -> Command {
     let ranks = ranks.to_string();
     let mut command = match launcher {
-        Launcher::Shardwise => {
+        Launcher::Shardwise | Launcher::Nccl => {
             let mut command = Command::new(option_env!("CARGO_BIN_EXE_shardwise").unwrap_or("shardwise"));
             command.args(["launch", "-n", &ranks, "--flight"]).arg(folder).arg("--");
             command
@@ -102,7 +127,7 @@ pub(crate) fn campaign(launcher: Launcher, trials: u64, seed: u64) -> Result<(),
     let mut times: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
     let mut wrong = Vec::new();
     for number in 0..trials {
-        let trial = Trial::draw(seed, number, 4);
+        let trial = Trial::draw(seed, number, if launcher == Launcher::Nccl { 8 } else { 4 });
         let how = HOWS[trial.how % HOWS.len()];
         let folder = tempfile::tempdir()?;
         let struck = folder.path().join("struck");
@@ -110,7 +135,8 @@ pub(crate) fn campaign(launcher: Launcher, trials: u64, seed: u64) -> Result<(),
         command.arg(std::env::current_exe()?);
         command
             .args(["--rank-of", &number.to_string(), "--seed", &seed.to_string(), "--struck"])
-            .arg(&struck);
+            .arg(&struck)
+            .args((launcher == Launcher::Nccl).then_some("--over-nccl"));
         let output = command.output()?;
         let over = now();
         let words = format!(

@@ -11,6 +11,10 @@ pub(super) enum Cause {
         rank: usize,
         reason: Loss,
     },
+    /// The first process was lost, by way of which all messages go; it is no rank of the group.
+    Way {
+        reason: Loss,
+    },
     Disagreement(Box<Mismatch>),
     Deadline {
         missing: Vec<usize>,
@@ -24,6 +28,7 @@ impl Cause {
         let (op, seq, group, site) = (call.op.name(), call.seq, group.to_string(), call.site);
         match self.clone() {
             Self::Disagreement(mismatch) => Error::Mismatch(mismatch),
+            Self::Way { reason } => Error::PeerLost { rank: 0, reason, op, seq, group: "world".into(), site },
             Self::Lost { rank, reason } => Error::PeerLost { rank, reason, op, seq, group, site },
             Self::Deadline { missing, after } => Error::Deadline { missing, op, seq, group, site, after },
         }

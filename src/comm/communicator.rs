@@ -1,11 +1,12 @@
 //! The transport of a group.
 
-use super::{Call, Parts, ReduceOp};
+use super::{Call, Parts, ReduceOp, cause::Cause};
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Device},
     error::{Error, Result},
     shard::Shape,
 };
+use std::time::Duration;
 
 /// What the ranks of one group can do together.
 ///
@@ -58,6 +59,24 @@ pub trait Communicator<B: Device> {
         None
     }
 
+    /// Notes that this rank has come to a step of what the ranks do beside this communicator.
+    fn came(&self, step: Step) {
+        let _ = step;
+    }
+
+    /// As [`Communicator::obstacle`], of a step beside this communicator: a rank that left before it came to it is one.
+    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
+        let _ = step;
+        self.obstacle(call)
+    }
+
+    /// This rank has waited for the others at these steps for so long: breaks the group for that. The error, which every rank
+    /// gets, names those that have not come, as far as they can be asked.
+    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+        let missing = Step::missing(steps, Vec::new(), self.rank(), self.size());
+        Cause::Deadline { missing, after }.error(call, &format!("{:08x}", call.group as u32))
+    }
+
     /// Whether a meeting of the ranks takes microseconds, so that each call may well have one.
     fn is_near(&self) -> bool {
         false
@@ -99,6 +118,33 @@ pub trait Communicator<B: Device> {
             }
         };
         Ok(Box::new(Landed(result)))
+    }
+}
+
+/// A step of what the ranks do beside a communicator: a collective of NCCL's, of a group whose ranks compare their calls on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// What it is a step of: the same number on all ranks.
+    pub work: u64,
+    /// How many steps of it came before.
+    pub number: u64,
+    /// The one rank that it needs, if not all.
+    pub with: Option<usize>,
+}
+
+impl Step {
+    /// Whether it needs a rank.
+    pub(super) fn needs(&self, rank: usize) -> bool {
+        self.with.is_none_or(|with| with == rank)
+    }
+
+    /// Whom rank `here` of `ranks` has waited for: those who are absent, or, where nobody is known to be, all that it needs.
+    pub(super) fn missing(steps: &[Self], absent: Vec<usize>, here: usize, ranks: usize) -> Vec<usize> {
+        if !absent.is_empty() {
+            return absent;
+        }
+        let needed = |rank: &usize| *rank != here && steps.iter().any(|step| step.needs(*rank));
+        (0..ranks).filter(needed).collect()
     }
 }
 

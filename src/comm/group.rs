@@ -308,7 +308,9 @@ impl<B: Pointwise> Group<B> {
 
     /// Sends a tensor to one rank and receives one of a given shape from another, as one step.
     ///
-    /// Only the ranks that are named take part. Messages between two ranks arrive in order.
+    /// Only the ranks that are named take part. Messages between two ranks arrive in order. Over NCCL a message may wait on the
+    /// device until it is received, and what is asked of the group later waits behind it: ranks that send by one call and
+    /// receive by a later one must not do so in a circle.
     ///
     /// # Errors
     /// When there is no such rank, what arrives is of another element or shape, or a rank is lost.

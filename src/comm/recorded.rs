@@ -1,11 +1,11 @@
 //! A communicator that writes down what it moves.
 
-use super::{Call, Collective, Communicator, InFlight, Incoming, Op, Outgoing, Parts, ReduceOp};
+use super::{Call, Collective, Communicator, InFlight, Incoming, Op, Outgoing, Parts, ReduceOp, Step};
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, DType, Device},
     error::{Error, Result},
 };
-use std::{cell::RefCell, fmt, rc::Rc};
+use std::{cell::RefCell, fmt, rc::Rc, time::Duration};
 
 /// One collective's payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -126,6 +126,18 @@ impl<B: Device> Communicator<B> for Recorded<B> {
 
     fn obstacle(&self, call: &Call) -> Option<Error> {
         self.inner.obstacle(call)
+    }
+
+    fn came(&self, step: Step) {
+        self.inner.came(step);
+    }
+
+    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
+        self.inner.obstacle_beside(call, step)
+    }
+
+    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+        self.inner.give_up(call, steps, after)
     }
 
     fn chunk(&self) -> Option<usize> {

@@ -231,39 +231,93 @@ fn another_order_of_known_calls_is_found_by_its_hash() {
     }
 }
 
+/// The others are inside of NCCL, whose call was known and not compared, and learn on the side who has not come to it.
 #[test]
-fn a_process_that_does_not_come_to_a_known_call_is_a_deadline() {
-    let outcomes = processes(2, |group| {
-        let options = Options { deadline: Duration::from_millis(200), ..options(Order::Any) };
-        let nccl = group.over_nccl(&dev::of_rank(&group)?, options)?;
-        reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
-        if nccl.rank() == 0 {
-            thread::sleep(Duration::from_millis(600));
-            return Ok(());
-        }
-        reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
-        nccl.device().synchronize()
-    });
-    assert!(matches!(&outcomes[1], Err(Error::Deadline { missing, .. }) if missing == &[0]), "{outcomes:?}");
-}
-
-/// A rank that fails where the others are inside of NCCL already: their call was known, and was not compared.
-#[test]
-fn a_rank_that_is_lost_inside_of_a_collective_ends_it_for_the_others() {
-    for world in dev::worlds(2..=4) {
-        let outcomes = processes(world, |group| {
-            let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
+fn a_process_that_does_not_come_to_a_known_call_is_named_to_all() {
+    for missing in 0..3 {
+        let outcomes = processes(3, |group| {
+            let options = Options { deadline: Duration::from_millis(300), ..options(Order::Any) };
+            let nccl = group.over_nccl(&dev::of_rank(&group)?, options)?;
             reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
-            if group.rank() == 0 {
-                thread::sleep(Duration::from_millis(20));
-                return Err(Error::Invalid { op: "test", reason: "fails".into() });
+            if nccl.rank() == missing {
+                thread::sleep(Duration::from_millis(1200));
+                return Ok(());
             }
+            thread::sleep(Duration::from_millis(50 * nccl.rank() as u64));
             reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
-            // By now the rank is lost, and so is what the sum would have been.
             nccl.device().synchronize()
         });
-        for outcome in outcomes.into_iter().skip(1) {
-            assert!(matches!(outcome, Err(Error::PeerLost { rank: 0, .. })), "{outcome:?}");
+        for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != missing) {
+            let Err(Error::Deadline { missing: named, .. }) = outcome else {
+                panic!("rank {rank}: {outcome:?}")
+            };
+            assert_eq!(named, [missing], "rank {rank}");
         }
+    }
+}
+
+/// A call that every rank has made, and whose result is looked at: where a rank is lost, an error.
+fn known(group: &Group<Dev>, op: ReduceOp) -> Result<()> {
+    reduce::<f32>(group, op, 6)?;
+    group.device().synchronize()
+}
+
+/// A rank that is lost where the others are inside of NCCL already: their call was known, and was not compared.
+#[test]
+fn a_process_that_is_lost_inside_of_a_collective_ends_it_for_the_others() {
+    for world in dev::worlds([2, 3, 4, 8]) {
+        // The largest is made on the host: a rank waits for its device inside of the collective.
+        for (op, fails) in [ReduceOp::Sum, ReduceOp::Max].into_iter().flat_map(|op| [(op, true), (op, false)])
+        {
+            for lost in [0, world - 1] {
+                let outcomes = processes(world, |group| {
+                    let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
+                    known(&nccl, op)?;
+                    if group.rank() == lost {
+                        thread::sleep(Duration::from_millis(20));
+                        return if fails {
+                            Err(Error::Invalid { op: "test", reason: "fails".into() })
+                        } else {
+                            Ok(())
+                        };
+                    }
+                    // By now the rank is lost, and so is what the result would have been.
+                    known(&nccl, op)
+                });
+                for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != lost) {
+                    let Err(Error::PeerLost { rank: named, reason, .. }) = outcome else {
+                        panic!("rank {rank} of {world}: {outcome:?}")
+                    };
+                    let expected = if fails { Loss::Failed } else { Loss::Left };
+                    assert_eq!((named, reason), (lost, expected), "rank {rank} of {world}");
+                }
+            }
+        }
+    }
+}
+
+/// A rank that is never fetched from by a rank which has returned, and a third rank that has nothing to do with it.
+#[test]
+fn a_message_that_nobody_fetches_any_more_is_an_error_of_its_sender_only() {
+    for over_sockets in [false, true] {
+        let rank = |group: Group<Cpu>| {
+            let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
+            nccl.barrier()?;
+            let x = Tensor::<f32>::zeros(nccl.device(), [6])?;
+            match nccl.rank() {
+                0 => {
+                    nccl.exchange(Some((1, &x)), None)?;
+                    nccl.exchange(Some((2, &x)), None)?;
+                    nccl.device().synchronize()
+                }
+                1 => nccl.exchange::<f32>(None, Some((0, x.shape()))).map(drop),
+                _ => Ok(()),
+            }
+        };
+        let outcomes = if over_sockets { processes(3, rank) } else { ranks(3).run_each(rank).unwrap() };
+        let Err(Error::PeerLost { rank: 2, reason: Loss::Left, .. }) = outcomes[0] else {
+            panic!("{:?}", outcomes[0])
+        };
+        assert_eq!(outcomes[1..], [Ok(()), Ok(())]);
     }
 }

@@ -43,11 +43,20 @@ pub(crate) fn processes<R: Send>(
     world: usize,
     rank: impl Fn(Group<Cpu>) -> Result<R> + Sync,
 ) -> Vec<Result<R>> {
+    processes_within(DEADLINE, world, rank)
+}
+
+/// As [`processes`], with another deadline.
+pub(crate) fn processes_within<R: Send>(
+    deadline: Duration,
+    world: usize,
+    rank: impl Fn(Group<Cpu>) -> Result<R> + Sync,
+) -> Vec<Result<R>> {
     let port = free_port();
     thread::scope(|scope| {
         let start = |number| {
             let rank = &rank;
-            scope.spawn(move || rank_env(number, world, port, |_| ()).run(DEADLINE, rank))
+            scope.spawn(move || rank_env(number, world, port, |_| ()).run(deadline, rank))
         };
         let started: Vec<_> = (0..world).map(start).collect();
         started.into_iter().map(|thread| thread.join().unwrap()).collect()

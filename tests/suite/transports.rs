@@ -3,7 +3,7 @@
 use crate::{
     disagree::DISAGREEMENTS,
     exact::{DTYPES, all_exact, all_in_flight, nan_wins, sums_in_rank_order, with_element},
-    launch::processes,
+    launch::{processes, processes_within},
 };
 use shardwise::{
     Error, Loss, Result, Tensor,
@@ -158,6 +158,84 @@ fn a_lost_process_is_an_error_on_every_other() {
                 );
             }
         }
+    }
+}
+
+/// Rank 2 fails; 1, which needs it, is told so and fails as well; 3 needs only 1, and hears of both.
+#[test]
+fn the_first_lost_process_is_the_one_that_is_named() {
+    let outcomes = processes(4, |group| {
+        let shape = Shape::new(&[1]);
+        match group.rank() {
+            0 => group.exchange::<f32>(None, Some((3, shape)))?,
+            1 => group.exchange::<f32>(None, Some((2, shape)))?,
+            2 => return Err(Error::invalid("test", "fails")),
+            _ => {
+                // Both are gone.
+                std::thread::sleep(Duration::from_millis(100));
+                group.exchange::<f32>(None, Some((1, shape)))?
+            }
+        };
+        Ok(())
+    });
+    for rank in [0, 1, 3] {
+        let error = outcomes[rank].as_ref().unwrap_err();
+        assert!(
+            matches!(error, Error::PeerLost { rank: 2, reason: Loss::Failed, .. }),
+            "rank {rank}: {error}"
+        );
+    }
+}
+
+/// Messages go by way of the first process, also those of groups that it is not in.
+#[test]
+fn the_loss_of_the_first_process_is_told_in_groups_without_it() {
+    let outcomes = processes(4, |group| {
+        // Ranks 0 and 3 by themselves, 1 and 2 together.
+        let part = group.split_all([0, 1, 1, 2][group.rank()])?;
+        group.barrier()?;
+        if group.rank() == 0 {
+            return Err(Error::invalid("test", "fails"));
+        }
+        if part.size() == 1 {
+            // Needs nobody, whenever.
+            std::thread::sleep(Duration::from_millis(100));
+            part.barrier()?;
+            let mut x = Tensor::<f64>::full(part.device(), [2], 3.0)?;
+            part.all_reduce(ReduceOp::Sum, &mut x)?;
+            assert_eq!(x.to_vec()?, [3.0; 2]);
+            return Ok(None);
+        }
+        loop {
+            if let Err(error) = part.barrier() {
+                return Ok(Some(error));
+            }
+        }
+    });
+    assert_eq!(outcomes[3], Ok(None));
+    for outcome in &outcomes[1..3] {
+        let Ok(Some(Error::PeerLost { rank: 0, reason: Loss::Failed, group, .. })) = outcome else {
+            panic!("{outcome:?}")
+        };
+        assert_eq!(group, "world");
+    }
+}
+
+/// Whoever gives up first, all are told whom it waited for, and nobody that it gave up.
+#[test]
+fn a_process_that_does_not_come_is_named_to_all() {
+    let outcomes = processes_within(Duration::from_millis(300), 3, |group| {
+        group.barrier()?;
+        if group.rank() == 1 {
+            std::thread::sleep(Duration::from_millis(1500));
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(100 * group.rank() as u64));
+        group.barrier()
+    });
+    for rank in [0, 2] {
+        let error = outcomes[rank].as_ref().unwrap_err();
+        assert!(matches!(error, Error::Deadline { missing, .. } if *missing == [1]), "rank {rank}: {error}");
     }
 }
 

@@ -124,6 +124,11 @@ impl Ranks {
                 self.schedule(LAST_WORDS, Signal::TERM);
             }
         }
+        // Who is stopped has no last words.
+        let silent = || self.living().all(|rank| tree::is_stopped(rank.pid));
+        if matches!(self.next, Some((_, Signal::TERM))) && silent() {
+            self.schedule(Duration::ZERO, Signal::TERM);
+        }
     }
 
     fn schedule(&mut self, after: Duration, signal: Signal) {

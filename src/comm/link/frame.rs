@@ -15,7 +15,8 @@ pub(super) enum Kind {
     Parts,
     /// From one rank to another.
     Letter,
-    /// Rank `from` was lost, how: `to`. The body says how many rounds of which group it took part in.
+    /// Rank `from` was lost, how: `to`. The body says how many rounds of which group it took part in, and steps beside it. If it
+    /// had been told of a loss before, `round` is the rank that was lost then and one, and `group` how.
     Lost,
     /// To a rank that said that it leaves: nothing more will be sent.
     Bye,
@@ -25,6 +26,12 @@ pub(super) enum Kind {
     Who,
     /// The ranks that have not come.
     Absent,
+    /// To all: a rank of the group has waited for others for too long.
+    Late,
+    /// From rank `from` to rank `to`: how many steps of this work has it come to?
+    Ask,
+    /// The answer: `round`.
+    Answer,
 }
 
 /// One message.
@@ -71,6 +78,9 @@ impl Frame {
             6 => Kind::Broken,
             7 => Kind::Who,
             8 => Kind::Absent,
+            9 => Kind::Late,
+            10 => Kind::Ask,
+            11 => Kind::Answer,
             _ => return Err(io::Error::new(io::ErrorKind::InvalidData, "a frame of no known kind")),
         };
         if words[5] > LONGEST {

@@ -7,7 +7,7 @@
 use super::frame::{Frame, Kind, Words, from_loss, to_loss, to_mismatch};
 use crate::error::{Loss, Mismatch};
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     io::BufReader,
     net::{Shutdown, TcpStream},
     sync::{Arc, Condvar, Mutex, MutexGuard},
@@ -29,6 +29,10 @@ pub(super) struct Wires {
     pub(super) deadline: Duration,
     inbox: Mutex<Inbox>,
     news: Condvar,
+    /// How many steps of what this rank has come to beside its groups, by work.
+    came: Mutex<HashMap<u64, u64>>,
+    /// The first loss that this rank was told of. It is why this rank may leave, too: who needs this rank then is told of that loss.
+    told: Mutex<Option<(usize, Loss)>>,
     /// By rank: of rank 0 to all others, of another to rank 0.
     peers: Vec<Option<Mutex<TcpStream>>>,
     /// Only rank 0's is used.
@@ -42,12 +46,41 @@ pub(super) struct Inbox {
     pub(super) rounds: HashMap<(u64, u64), Vec<u8>>,
     /// Letters, by group and sender.
     pub(super) letters: HashMap<(u64, usize), VecDeque<Vec<u8>>>,
-    /// The lost ranks: how, and in how many rounds of a group each took part.
-    pub(super) lost: HashMap<usize, (Loss, HashMap<u64, u64>)>,
-    pub(super) broken: HashMap<u64, Mismatch>,
+    /// What has gone wrong, in the order in which rank 0 tells it: the first that concerns a call is its cause.
+    pub(super) news: Vec<News>,
     absent: HashMap<(u64, u64), Vec<usize>>,
+    /// By work and rank.
+    answers: HashMap<(u64, usize), u64>,
     gone: bool,
     closed: bool,
+}
+
+/// What has gone wrong.
+#[derive(Debug)]
+pub(super) enum News {
+    /// A rank was lost, after it had been told of the loss of `root`; in how many rounds of a group it took part, and to how many
+    /// steps of what it came beside them.
+    Lost { rank: usize, reason: Loss, root: Option<(usize, Loss)>, taken: HashMap<u64, u64> },
+    /// The ranks of a group disagree.
+    Broken { group: u64, mismatch: Mismatch },
+    /// Ranks of a group, by their numbers in it, were waited for for too long.
+    Late { group: u64, missing: Vec<usize>, after: Duration },
+}
+
+impl Inbox {
+    /// How rank 0 was lost, if its connection is closed.
+    pub(super) fn way_lost(&self) -> Option<Loss> {
+        let lost = self.news.iter().find_map(|news| match news {
+            News::Lost { rank: 0, reason, .. } => Some(*reason),
+            _ => None,
+        });
+        lost.filter(|_| self.gone)
+    }
+
+    /// How many ranks are lost.
+    fn lost(&self) -> usize {
+        self.news.iter().filter(|news| matches!(news, News::Lost { .. })).count()
+    }
 }
 
 /// What rank 0 knows of all.
@@ -57,7 +90,7 @@ struct Hub {
     parts: HashMap<(u64, u64), Vec<Option<(usize, Vec<u8>)>>>,
     /// In how many rounds a rank took part, by group.
     taken: HashMap<usize, HashMap<u64, u64>>,
-    lost: HashMap<usize, Loss>,
+    lost: HashSet<usize>,
 }
 
 impl Hub {
@@ -81,7 +114,7 @@ impl Hub {
                 let reply = Frame::new(Kind::Parts, group, round, (0, 0), all.0);
                 parts.iter().map(|(rank, _)| (*rank, reply.clone())).collect()
             }
-            Kind::Letter => vec![(frame.to, Frame { from, ..frame })],
+            Kind::Letter | Kind::Ask | Kind::Answer => vec![(frame.to, Frame { from, ..frame })],
             Kind::Who => {
                 let parts = self.parts.get(&(group, round));
                 let absent = parts.into_iter().flatten().enumerate().filter(|(_, part)| part.is_none());
@@ -92,16 +125,24 @@ impl Hub {
         }
     }
 
-    /// The news of a lost rank, once.
-    fn lose(&mut self, rank: usize, loss: Loss) -> Option<Frame> {
-        if self.lost.contains_key(&rank) {
+    /// The news of a lost rank, whose last words are given, once.
+    fn lose(&mut self, rank: usize, mut last: Frame) -> Option<Frame> {
+        if !self.lost.insert(rank) {
             return None;
         }
-        self.lost.insert(rank, loss);
         let taken = self.taken.get(&rank).into_iter().flatten();
-        let body = taken.flat_map(|(group, rounds)| [*group, *rounds]).flat_map(u64::to_le_bytes).collect();
-        Some(Frame::new(Kind::Lost, 0, 0, (rank, from_loss(loss)), body))
+        last.body.extend(pairs(taken));
+        Some(Frame { from: rank, ..last })
     }
+}
+
+fn pairs<'a>(counts: impl Iterator<Item = (&'a u64, &'a u64)>) -> Vec<u8> {
+    counts.flat_map(|(of, count)| [*of, *count]).flat_map(u64::to_le_bytes).collect()
+}
+
+/// A rank's last words, which others say for it if it cannot.
+fn last_words(loss: Loss) -> Frame {
+    Frame::new(Kind::Lost, 0, 0, (0, from_loss(loss)), Vec::new())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -116,7 +157,7 @@ impl Wires {
     }
 
     fn hand_on(&self, from: usize, frame: Frame) {
-        if frame.kind == Kind::Broken {
+        if matches!(frame.kind, Kind::Broken | Kind::Late) {
             (0..self.world).filter(|&rank| rank != from).for_each(|rank| self.deliver(rank, frame.clone()));
             return;
         }
@@ -138,13 +179,23 @@ impl Wires {
     }
 
     /// Rank 0 tells everybody else that a rank was lost.
-    fn lose(&self, rank: usize, loss: Loss) {
-        let Some(news) = lock(&self.hub).lose(rank, loss) else { return };
+    fn lose(&self, rank: usize, last: Frame) {
+        let Some(news) = lock(&self.hub).lose(rank, last) else { return };
         (0..self.world).filter(|&other| other != rank).for_each(|other| self.deliver(other, news.clone()));
     }
 
     /// Takes in what was sent to this rank.
     fn put(&self, frame: Frame) {
+        if frame.kind == Kind::Ask {
+            let steps = lock(&self.came).get(&frame.group).copied().unwrap_or(0);
+            return self.send(Frame::new(
+                Kind::Answer,
+                frame.group,
+                steps,
+                (self.rank, frame.from),
+                Vec::new(),
+            ));
+        }
         let mut inbox = lock(&self.inbox);
         let key = (frame.group, frame.round);
         match frame.kind {
@@ -153,20 +204,32 @@ impl Wires {
                 inbox.letters.entry((frame.group, frame.from)).or_default().push_back(frame.body);
             }
             Kind::Lost => {
-                let words: Vec<_> = Words(&frame.body).collect();
-                let taken = words.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
-                inbox.lost.entry(frame.from).or_insert((to_loss(frame.to), taken));
-            }
-            Kind::Broken => {
-                if let Some(mismatch) = to_mismatch(&frame.body) {
-                    inbox.broken.entry(frame.group).or_insert(mismatch);
+                let known = |news: &News| matches!(news, News::Lost { rank, .. } if *rank == frame.from);
+                if !inbox.news.iter().any(known) {
+                    let words: Vec<_> = Words(&frame.body).collect();
+                    let taken = words.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+                    let root = frame.round.checked_sub(1);
+                    let root = root.map(|rank| (rank as usize, to_loss(frame.group as usize)));
+                    let (rank, reason) = (frame.from, to_loss(frame.to));
+                    inbox.news.push(News::Lost { rank, reason, root, taken });
                 }
             }
+            Kind::Broken => {
+                let mismatch = to_mismatch(&frame.body);
+                let news = mismatch.map(|mismatch| News::Broken { group: frame.group, mismatch });
+                inbox.news.extend(news);
+            }
+            Kind::Late => {
+                let missing = Words(&frame.body).map(|rank| rank as usize).collect();
+                let after = Duration::from_nanos(frame.round);
+                inbox.news.push(News::Late { group: frame.group, missing, after });
+            }
+            Kind::Answer => drop(inbox.answers.insert((frame.group, frame.from), frame.round)),
             Kind::Absent => {
                 drop(inbox.absent.insert(key, Words(&frame.body).map(|rank| rank as usize).collect()))
             }
             Kind::Bye => inbox.gone = true,
-            Kind::Part | Kind::Who => {}
+            Kind::Part | Kind::Who | Kind::Ask => {}
         }
         drop(inbox);
         self.news.notify_all();
@@ -210,6 +273,36 @@ impl Wires {
         reply.unwrap_or_else(|| vec![0])
     }
 
+    /// Notes that this rank has come to a number of steps.
+    pub(super) fn came(&self, work: u64, steps: u64) {
+        lock(&self.came).insert(work, steps);
+    }
+
+    /// Notes that this rank is told of a loss.
+    pub(super) fn tell(&self, rank: usize, loss: Loss) {
+        lock(&self.told).get_or_insert((rank, loss));
+    }
+
+    /// Those of some ranks that have not come to a number of steps, or do not answer. A rank answers while its program computes,
+    /// but not if it is stopped.
+    pub(super) fn behind(&self, work: u64, steps: u64, ranks: &[usize]) -> Vec<usize> {
+        self.look(|inbox| inbox.answers.retain(|(of, _), _| *of != work));
+        for &rank in ranks {
+            self.send(Frame::new(Kind::Ask, work, 0, (self.rank, rank), Vec::new()));
+        }
+        let answer = |inbox: &Inbox, rank: usize| inbox.answers.get(&(work, rank)).copied();
+        let all = |inbox: &mut Inbox| ranks.iter().all(|&rank| answer(inbox, rank).is_some()).then_some(());
+        self.wait(self.moment(), all);
+        self.look(|inbox| {
+            // Where rank 0 does not answer, nobody else's answer comes either.
+            if self.rank != 0 && ranks.contains(&0) && answer(inbox, 0).is_none() {
+                return vec![0];
+            }
+            let behind = |rank: &usize| answer(inbox, *rank).is_none_or(|count| count < steps);
+            ranks.iter().copied().filter(behind).collect()
+        })
+    }
+
     /// Reads what a peer sends until the connection ends.
     fn listen(&self, peer: usize, from: TcpStream) {
         let mut from = BufReader::new(from);
@@ -217,17 +310,16 @@ impl Wires {
             if self.rank != 0 {
                 self.put(frame);
             } else if frame.kind == Kind::Lost {
-                self.lose(peer, to_loss(frame.to));
+                self.lose(peer, frame);
                 self.write(peer, &Frame::new(Kind::Bye, 0, 0, (0, 0), Vec::new()));
             } else {
                 self.hand_on(peer, frame);
             }
         }
         if self.rank == 0 {
-            self.lose(peer, Loss::Disconnected);
+            self.lose(peer, last_words(Loss::Disconnected));
         } else {
-            let lost = Frame::new(Kind::Lost, 0, 0, (0, from_loss(Loss::Disconnected)), Vec::new());
-            self.put(lost);
+            self.put(last_words(Loss::Disconnected));
             self.look(|inbox| inbox.gone = true);
             self.news.notify_all();
         }
@@ -255,8 +347,8 @@ impl Line {
         }
         let world = peers.len();
         let peers = peers.into_iter().map(|stream| stream.map(Mutex::new)).collect();
-        let (inbox, news, hub) = Default::default();
-        let wires = Arc::new(Wires { rank, world, deadline, inbox, news, peers, hub });
+        let (inbox, news, came, told, hub) = Default::default();
+        let wires = Arc::new(Wires { rank, world, deadline, inbox, news, came, told, peers, hub });
         for (peer, stream) in readers {
             let wires = Arc::clone(&wires);
             thread::Builder::new()
@@ -278,12 +370,17 @@ impl Line {
         if std::mem::replace(&mut lock(&wires.inbox).closed, true) {
             return;
         }
+        let mut last = last_words(loss);
+        last.body = pairs(lock(&wires.came).iter());
+        if let Some((root, how)) = *lock(&wires.told) {
+            (last.round, last.group) = (root as u64 + 1, from_loss(how) as u64);
+        }
         if wires.rank == 0 {
-            wires.lose(0, loss);
+            wires.lose(0, last);
             let patience = if loss == Loss::Left { wires.deadline } else { wires.moment() };
-            wires.wait(patience, |inbox| (inbox.lost.len() + 1 >= wires.world).then_some(()));
+            wires.wait(patience, |inbox| (inbox.lost() + 1 >= wires.world).then_some(()));
         } else {
-            wires.write(0, &Frame::new(Kind::Lost, 0, 0, (wires.rank, from_loss(loss)), Vec::new()));
+            wires.write(0, &last);
             wires.wait(wires.moment(), |inbox| inbox.gone.then_some(()));
         }
         for peer in wires.peers.iter().flatten() {

@@ -6,7 +6,7 @@ mod line;
 pub(crate) use line::Line;
 
 use super::{
-    Call, Communicator, Incoming, Outgoing, Parts, ReduceOp,
+    Call, Communicator, Incoming, Outgoing, Parts, ReduceOp, Step,
     call::hash,
     cause::Cause,
     combine,
@@ -17,10 +17,11 @@ use crate::{
     error::{Error, Loss, Mismatch, Result},
 };
 use frame::{Frame, Kind, Strings, Words, from_mismatch};
-use line::{Inbox, Wires};
+use line::{Inbox, News, Wires};
 use std::{
     cell::{Cell, RefCell},
     sync::Arc,
+    time::Duration,
 };
 
 /// One process's end of a group whose messages all go by way of the world's first rank.
@@ -59,30 +60,71 @@ impl Link {
         error
     }
 
+    /// This rank has waited for the missing ones for too long, and all others are told so.
+    fn late(&self, call: &Call, missing: Vec<usize>, after: Duration) -> Error {
+        let body = missing.iter().flat_map(|rank| (*rank as u64).to_le_bytes()).collect();
+        let nanoseconds = u64::try_from(after.as_nanos()).unwrap_or(u64::MAX);
+        self.wires.send(Frame::new(Kind::Late, self.group, nanoseconds, (0, 0), body));
+        self.fail(call, Cause::Deadline { missing, after })
+    }
+
     fn error(&self, call: &Call, cause: &Cause) -> Error {
+        match cause {
+            Cause::Lost { rank, reason } => self.wires.tell(self.members[*rank], *reason),
+            Cause::Way { reason } => self.wires.tell(0, *reason),
+            Cause::Disagreement(_) | Cause::Deadline { .. } => {}
+        }
         cause.error(call, &self.name)
     }
 
-    /// What broke the group, of what is in the inbox; a lost rank if `stops` says so of it.
+    /// What broke the group, of what is in the inbox: the first of it; a lost rank if `stops` says so of it.
     fn cause(
         &self,
         inbox: &Inbox,
         stops: impl Fn(usize, Loss, &dyn Fn(u64) -> u64) -> bool,
     ) -> Option<Cause> {
-        if let Some(mismatch) = inbox.broken.get(&self.group) {
-            return Some(Cause::Disagreement(Box::new(mismatch.clone())));
-        }
-        self.members.iter().enumerate().find_map(|(rank, member)| {
-            let (reason, taken) = inbox.lost.get(member)?;
-            let rounds = |group| taken.get(&group).copied().unwrap_or(0);
-            stops(rank, *reason, &rounds).then_some(Cause::Lost { rank, reason: *reason })
+        let place = |rank: usize| self.members.iter().position(|member| *member == rank);
+        let first = inbox.news.iter().find_map(|news| match news {
+            News::Broken { group, mismatch } if *group == self.group => {
+                Some(Cause::Disagreement(Box::new(mismatch.clone())))
+            }
+            News::Late { group, missing, after } if *group == self.group => {
+                Some(Cause::Deadline { missing: missing.clone(), after: *after })
+            }
+            News::Broken { .. } | News::Late { .. } => None,
+            News::Lost { rank, reason, root, taken } => {
+                let rank = place(*rank)?;
+                let count = |of| taken.get(&of).copied().unwrap_or(0);
+                // Who was told of a loss before it left is not the first.
+                let first = root.and_then(|(root, reason)| Some((place(root)?, reason)));
+                let (root, how) = first.unwrap_or((rank, *reason));
+                stops(rank, *reason, &count).then_some(Cause::Lost { rank: root, reason: how })
+            }
+        });
+        // Where the first process is gone, nothing arrives any more, whoever sends it.
+        first.or_else(|| {
+            let reason = inbox.way_lost()?;
+            Some(place(0).map_or(Cause::Way { reason }, |rank| Cause::Lost { rank, reason }))
         })
+    }
+
+    /// What broke the group for a call that needs ranks of whom `needs` says, of those that have left, so.
+    fn obstacle_if(&self, call: &Call, needs: impl Fn(usize, &dyn Fn(u64) -> u64) -> bool) -> Option<Error> {
+        if let Some(cause) = &*self.failed.borrow() {
+            return Some(self.error(call, cause));
+        }
+        let stops = |rank, reason, count: &dyn Fn(u64) -> u64| reason != Loss::Left || needs(rank, count);
+        let cause = self.wires.look(|inbox| self.cause(inbox, stops));
+        cause.map(|cause| self.error(call, &cause))
     }
 
     /// All ranks' words, after a comparison of their calls.
     fn gather(&self, call: &Call, words: &[u8]) -> Result<Vec<Vec<u8>>> {
         if let Some(cause) = &*self.failed.borrow() {
             return Err(self.error(call, cause));
+        }
+        if self.members.len() == 1 {
+            return Ok(vec![words.to_vec()]);
         }
         let round = self.rounds.get();
         self.rounds.set(round + 1);
@@ -102,7 +144,7 @@ impl Link {
             Some(Err(cause)) => return Err(self.fail(call, cause)),
             None => {
                 let missing = self.wires.absent(self.group, round);
-                return Err(self.fail(call, Cause::Deadline { missing, after: self.wires.deadline }));
+                return Err(self.late(call, missing, self.wires.deadline));
             }
         };
         let parts = Strings::all(&parts).unwrap_or_default();
@@ -160,9 +202,7 @@ impl Link {
             Some(Ok(letter)) => letter,
             Some(Err(cause)) => return Err(self.error(call, &cause)),
             None => {
-                return Err(
-                    self.fail(call, Cause::Deadline { missing: vec![recv.from], after: self.wires.deadline })
-                );
+                return Err(self.late(call, vec![recv.from], self.wires.deadline));
             }
         };
         let letter = Strings::all(&letter).filter(|letter| letter.len() == 3).ok_or_else(|| damaged(call))?;
@@ -281,11 +321,31 @@ impl Communicator<Cpu> for Link {
     }
 
     fn obstacle(&self, call: &Call) -> Option<Error> {
-        if let Some(cause) = &*self.failed.borrow() {
-            return Some(self.error(call, cause));
+        self.obstacle_if(call, |_, _| false)
+    }
+
+    fn came(&self, step: Step) {
+        self.wires.came(step.work, step.number + 1);
+    }
+
+    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
+        self.obstacle_if(call, |rank, came| step.needs(rank) && came(step.work) <= step.number)
+    }
+
+    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+        let mut absent = Vec::new();
+        for step in steps {
+            let needed = (0..self.size()).filter(|&rank| rank != self.rank && step.needs(rank));
+            let needed: Vec<usize> = needed.map(|rank| self.members[rank]).collect();
+            let behind = self.wires.behind(step.work, step.number + 1, &needed);
+            absent.extend((0..self.size()).filter(|&rank| behind.contains(&self.members[rank])));
         }
-        let cause = self.wires.look(|inbox| self.cause(inbox, |_, reason, _| reason != Loss::Left));
-        cause.map(|cause| self.error(call, &cause))
+        // What was heard meanwhile says more.
+        if let Some(error) = steps.iter().find_map(|step| self.obstacle_beside(call, *step)) {
+            return error;
+        }
+        let missing = Step::missing(steps, absent, self.rank, self.size());
+        self.late(call, missing, after)
     }
 
     fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<Cpu>>>> {

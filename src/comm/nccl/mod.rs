@@ -8,6 +8,8 @@
 //!   the calls in between. Ranks of one process compare every call.
 //! * Data move on a stream of the communicator's own, which waits for what was computed and which what is computed later waits
 //!   for: the thread waits for nobody but in a comparison.
+//! * Ranks note on the side which collective they have come to, so that one which leaves before a collective that the others
+//!   are inside of is known to be needed, and one that does not come can be named.
 //! * While a rank waits for its device, it looks around: where a rank is lost, NCCL reports an error, or a collective has been
 //!   at work for longer than the deadline, the communicator is aborted, and the error is that of the waiting call and of every
 //!   later one.
@@ -15,24 +17,28 @@
 mod api;
 mod cuda;
 mod device;
+mod meeting;
 mod raw;
 
 pub use device::NcclDevice;
 
 use super::{
-    Call, Collective, Communicator, Group, InFlight, Incoming, Outgoing, Parts, ReduceOp, call::hash, combine,
+    Call, Collective, Communicator, Group, InFlight, Incoming, Outgoing, Parts, ReduceOp, Step, call::hash,
+    combine,
 };
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, DType, Element, each_dtype},
     error::{Error, Loss, Result},
     kernels::{MatMut, MatRef},
     shard::Partition,
+    trace,
 };
 use half::{bf16, f16};
+use meeting::Meeting;
 use raw::Raw;
 use std::{
-    cell::{Cell, RefCell},
-    collections::{HashSet, VecDeque},
+    cell::{Cell, OnceCell, RefCell},
+    collections::{HashMap, HashSet, VecDeque},
     ops::Range,
     rc::Rc,
     time::{Duration, Instant},
@@ -102,6 +108,11 @@ pub struct Nccl<B: NcclDevice> {
     known: RefCell<HashSet<u64>>,
     unchecked: Cell<usize>,
     history: Cell<u64>,
+    /// The group's number on the side, and how many collectives came before.
+    work: u64,
+    steps: Cell<u64>,
+    /// How many messages came before, by sender and receiver.
+    messages: RefCell<HashMap<(usize, usize), u64>>,
     options: Options,
 }
 
@@ -120,11 +131,19 @@ struct State<B: NcclDevice> {
 
 /// A collective that the device has not finished.
 struct UnderWay<B: NcclDevice> {
-    call: Call,
+    at: Meeting,
     begin: B::Mark,
-    end: B::Mark,
+    /// Not there before all of it was handed over.
+    end: OnceCell<B::Mark>,
     /// When it was first seen at work.
     since: Cell<Option<Instant>>,
+}
+
+impl<B: NcclDevice> UnderWay<B> {
+    /// Lets what is asked of a handle later wait for it.
+    fn hold(&self, device: &B) -> Result<()> {
+        self.end.get().map_or(Ok(()), |end| device.after(end))
+    }
 }
 
 impl<B: NcclDevice> State<B> {
@@ -143,32 +162,41 @@ impl<B: NcclDevice> State<B> {
         if self.failed.borrow().is_some() && self.under_way.borrow().is_empty() {
             return Ok(());
         }
-        self.seek().map_err(|error| self.fail(error))
+        self.seek().map_err(|error| self.abort(error))
     }
 
+    /// Looks at what is under way. A failure is noted with the collective whose it is: whatever waited for it may be no call of
+    /// the group.
     fn seek(&self) -> Result<()> {
-        self.raw.check()?;
         loop {
             let oldest = self.under_way.borrow().front().cloned();
-            let Some(oldest) = oldest else { return Ok(()) };
-            if self.lane.is_reached(&oldest.end)? {
+            let Some(oldest) = oldest else { return self.raw.check() };
+            if let Some(end) = oldest.end.get()
+                && self.lane.is_reached(end)?
+            {
                 self.under_way.borrow_mut().pop_front();
                 continue;
             }
-            let call = &oldest.call;
-            if let Some(error) = self.side.obstacle(call) {
-                return Err(error);
-            }
-            // Time counts from when the collective itself is at work, not what was asked for before it.
-            if oldest.since.get().is_none() && self.lane.is_reached(&oldest.begin)? {
-                oldest.since.set(Some(Instant::now()));
-            }
-            if oldest.since.get().is_some_and(|since| since.elapsed() > self.deadline) {
-                let others = (0..self.side.size()).filter(|&rank| rank != self.side.rank()).collect();
-                return Err(late(call, others, self.deadline));
-            }
-            return Ok(());
+            return self.wait_on(&oldest).inspect_err(|error| {
+                trace::leave(trace::enter(oldest.at.call.operation()), Some(error));
+            });
         }
+    }
+
+    /// Whether a collective that is not finished may still be.
+    fn wait_on(&self, oldest: &UnderWay<B>) -> Result<()> {
+        if let Some(error) = oldest.at.obstacle(&*self.side) {
+            return Err(error);
+        }
+        self.raw.check().map_err(|error| oldest.at.explain(&*self.side, error))?;
+        // Time counts from when the collective itself is at work, not what was asked for before it.
+        if oldest.since.get().is_none() && self.lane.is_reached(&oldest.begin)? {
+            oldest.since.set(Some(Instant::now()));
+        }
+        if oldest.since.get().is_some_and(|since| since.elapsed() > self.deadline) {
+            return Err(oldest.at.give_up(&*self.side, self.deadline));
+        }
+        Ok(())
     }
 
     /// Ends the group. Where a rank has left after it had done its part, what is under way is still finished.
@@ -184,27 +212,6 @@ impl<B: NcclDevice> State<B> {
         self.spoiled.set(self.spoiled.get() || !self.under_way.borrow().is_empty());
         self.raw.abort();
         self.failed.borrow_mut().get_or_insert(error).clone()
-    }
-}
-
-fn late(call: &Call, missing: Vec<usize>, after: Duration) -> Error {
-    let group = format!("{:08x}", call.group as u32);
-    Error::Deadline { missing, op: call.op.name(), seq: call.seq, group, site: call.site, after }
-}
-
-/// Ends the wait for NCCL where a rank is lost or it takes too long.
-fn patience<'a>(
-    side: &'a dyn Communicator<Cpu>,
-    call: &'a Call,
-    deadline: Duration,
-) -> impl Fn() -> Result<()> + 'a {
-    let begin = Instant::now();
-    move || match side.obstacle(call) {
-        Some(error) => Err(error),
-        None if begin.elapsed() > deadline => {
-            Err(late(call, (0..side.size()).filter(|&rank| rank != side.rank()).collect(), deadline))
-        }
-        None => Ok(()),
     }
 }
 
@@ -225,11 +232,23 @@ impl<B: NcclDevice> Nccl<B> {
             device.open_memory()?;
         }
         device.make_current()?;
-        let raw = Raw::join(bytes, side.rank(), side.size(), &patience(&*side, call, options.deadline))?;
-        Self::new(raw, side, device, options)
+        let work = hash((call.group, call.seq));
+        let step = Step { work, number: 0, with: None };
+        let at = Meeting { call: *call, step, other: None };
+        at.come(&*side);
+        let raw = Raw::join(bytes, side.rank(), side.size(), &at.patience(&*side, options.deadline));
+        let raw = raw.map_err(|error| at.explain(&*side, error))?;
+        Self::new(raw, side, device, work, options)
     }
 
-    fn new(raw: Raw, side: Rc<dyn Communicator<Cpu>>, device: &B, options: Options) -> Result<Self> {
+    /// `work` is the group's number on the side, where its making was the first step.
+    fn new(
+        raw: Raw,
+        side: Rc<dyn Communicator<Cpu>>,
+        device: &B,
+        work: u64,
+        options: Options,
+    ) -> Result<Self> {
         let state = Rc::new(State {
             raw,
             side: Rc::clone(&side),
@@ -251,6 +270,9 @@ impl<B: NcclDevice> Nccl<B> {
             known: RefCell::default(),
             unchecked: Cell::new(0),
             history: Cell::new(0),
+            work,
+            steps: Cell::new(1),
+            messages: RefCell::default(),
             options,
         })
     }
@@ -299,16 +321,48 @@ impl<B: NcclDevice> Nccl<B> {
         &self,
         call: &Call,
         strangers: &[Option<B>],
-        collective: impl FnOnce() -> Result<()>,
+        collective: impl FnOnce(&Meeting) -> Result<()>,
     ) -> Result<Rc<UnderWay<B>>> {
         let begin = self.enter(call, strangers)?;
-        // Part of it may be with the device already.
-        collective().map_err(|error| self.state.abort(error))?;
+        self.go(self.meeting(call), begin, strangers, collective)
+    }
+
+    /// Where all ranks meet next.
+    fn meeting(&self, call: &Call) -> Meeting {
+        let number = self.steps.replace(self.steps.get() + 1);
+        Meeting { call: *call, step: Step { work: self.work, number, with: None }, other: None }
+    }
+
+    /// The step of the next message between two ranks, of which this is one.
+    fn message(&self, from: usize, to: usize) -> Step {
+        let mut messages = self.messages.borrow_mut();
+        let count = messages.entry((from, to)).or_default();
+        *count += 1;
+        let with = if from == self.here() { to } else { from };
+        Step { work: hash((self.work, from, to)), number: *count - 1, with: Some(with) }
+    }
+
+    /// Hands what this rank does at a meeting to the device, and returns it; `begin` lies before it.
+    fn go(
+        &self,
+        at: Meeting,
+        begin: B::Mark,
+        strangers: &[Option<B>],
+        act: impl FnOnce(&Meeting) -> Result<()>,
+    ) -> Result<Rc<UnderWay<B>>> {
+        at.come(&*self.side);
+        let under_way = Rc::new(UnderWay { at, begin, end: OnceCell::new(), since: Cell::new(None) });
+        // It is watched from here on: it may wait for the device itself.
+        self.state.under_way.borrow_mut().push_back(Rc::clone(&under_way));
+        let acted = act(&at).map_err(|error| self.state.abort(at.explain(&*self.side, error)));
+        // Part of it may be with the device, also where it failed: the tensors go back after that.
         let end = self.state.lane.mark()?;
         strangers.iter().flatten().try_for_each(|stranger| stranger.after(&end))?;
-        let under_way = Rc::new(UnderWay { call: *call, begin, end, since: Cell::new(None) });
-        self.state.under_way.borrow_mut().push_back(Rc::clone(&under_way));
-        Ok(under_way)
+        if acted.is_err() {
+            self.device.after(&end)?;
+        }
+        under_way.end.get_or_init(|| end);
+        acted.map(|()| under_way)
     }
 
     /// Runs a collective, and lets what is computed later wait for it.
@@ -316,15 +370,15 @@ impl<B: NcclDevice> Nccl<B> {
         &self,
         call: &Call,
         strangers: &[Option<B>],
-        collective: impl FnOnce() -> Result<()>,
+        collective: impl FnOnce(&Meeting) -> Result<()>,
     ) -> Result<()> {
         let done = self.run(call, strangers, collective)?;
-        self.device.after(&done.end)
+        done.hold(&self.device)
     }
 
     /// Several calls of NCCL as one.
-    fn grouped(&self, call: &Call, calls: impl FnOnce() -> Result<()>) -> Result<()> {
-        let poll = patience(&*self.side, call, self.options.deadline);
+    fn grouped(&self, at: &Meeting, calls: impl FnOnce() -> Result<()>) -> Result<()> {
+        let poll = at.patience(&*self.side, self.options.deadline);
         self.state.raw.grouped(&poll, calls)
     }
 
@@ -335,16 +389,16 @@ impl<B: NcclDevice> Nccl<B> {
     /// recv ← the parts one after another; `send` is this rank's.
     fn gather_flat<T: Element>(
         &self,
-        call: &Call,
+        at: &Meeting,
         lens: &Partition,
         send: B::Slice<'_, T>,
         mut recv: B::SliceMut<'_, T>,
     ) -> Result<()> {
         let raw = &self.state.raw;
         if is_even(lens) {
-            return self.grouped(call, || raw.all_gather::<T, B>(self.lane(), lens.parts(), send, &mut recv));
+            return self.grouped(at, || raw.all_gather::<T, B>(self.lane(), lens.parts(), send, &mut recv));
         }
-        self.grouped(call, || {
+        self.grouped(at, || {
             for root in (0..lens.parts()).filter(|&root| lens.size(root) > 0) {
                 let own = (root == self.here()).then_some(send);
                 let mut part = B::narrow_mut::<T>(B::reborrow::<T>(&mut recv), lens.range(root));
@@ -357,7 +411,7 @@ impl<B: NcclDevice> Nccl<B> {
     /// recv ← this rank's part of the reduction; `send` is all parts one after another.
     fn scatter_flat<T: Element>(
         &self,
-        call: &Call,
+        at: &Meeting,
         op: ReduceOp,
         lens: &Partition,
         send: B::Slice<'_, T>,
@@ -366,10 +420,9 @@ impl<B: NcclDevice> Nccl<B> {
         let (raw, here, ranks) = (&self.state.raw, self.here(), lens.parts());
         if op == ReduceOp::Sum && self.options.order == Order::Any {
             if is_even(lens) {
-                return self
-                    .grouped(call, || raw.reduce_scatter::<T, B>(self.lane(), ranks, send, &mut recv));
+                return self.grouped(at, || raw.reduce_scatter::<T, B>(self.lane(), ranks, send, &mut recv));
             }
-            return self.grouped(call, || {
+            return self.grouped(at, || {
                 for root in (0..ranks).filter(|&root| lens.size(root) > 0) {
                     let own = (root == here).then_some(&mut recv);
                     raw.reduce::<T, B>(self.lane(), root, B::narrow::<T>(send, lens.range(root)), own)?;
@@ -381,7 +434,7 @@ impl<B: NcclDevice> Nccl<B> {
         let len = lens.size(here);
         let mut terms = self.lane().empty::<T>(len * ranks)?;
         let mut terms_mut = B::slice_mut::<T>(&mut terms);
-        self.grouped(call, || {
+        self.grouped(at, || {
             for peer in 0..ranks {
                 if lens.size(peer) > 0 {
                     raw.send::<T, B>(self.lane(), peer, B::narrow::<T>(send, lens.range(peer)))?;
@@ -430,23 +483,23 @@ impl<B: NcclDevice> Nccl<B> {
         lane.copy::<T::Acc, T>(MatRef::new(B::slice::<T::Acc>(&sum), 1, len)?, MatMut::new(to, 1, len)?)
     }
 
-    fn reduce<T: Element>(&self, call: &Call, op: ReduceOp, mut x: B::SliceMut<'_, T>) -> Result<()> {
+    fn reduce<T: Element>(&self, at: &Meeting, op: ReduceOp, mut x: B::SliceMut<'_, T>) -> Result<()> {
         let len = B::len_mut::<T>(&x);
         if len == 0 {
             return Ok(());
         }
         if op == ReduceOp::Sum && self.options.order == Order::Any {
-            return self.grouped(call, || self.state.raw.all_reduce::<T, B>(self.lane(), &mut x));
+            return self.grouped(at, || self.state.raw.all_reduce::<T, B>(self.lane(), &mut x));
         }
         let lens = Partition::even(len, self.side.size());
         let mut part = self.lane().empty::<T>(lens.size(self.here()))?;
-        self.scatter_flat::<T>(call, op, &lens, B::shared::<T>(&x), B::slice_mut::<T>(&mut part))?;
-        self.gather_flat::<T>(call, &lens, B::slice::<T>(&part), x)
+        self.scatter_flat::<T>(at, op, &lens, B::shared::<T>(&x), B::slice_mut::<T>(&mut part))?;
+        self.gather_flat::<T>(at, &lens, B::slice::<T>(&part), x)
     }
 
     fn gather<T: Element>(
         &self,
-        call: &Call,
+        at: &Meeting,
         parts: &Parts,
         send: B::Slice<'_, T>,
         mut recv: B::SliceMut<'_, T>,
@@ -456,10 +509,10 @@ impl<B: NcclDevice> Nccl<B> {
         }
         let (lens, cols) = (lens(parts), parts.cuts.total());
         if parts.rows == 1 {
-            return self.gather_flat::<T>(call, &lens, send, recv);
+            return self.gather_flat::<T>(at, &lens, send, recv);
         }
         let mut flat = self.lane().empty::<T>(parts.total())?;
-        self.gather_flat::<T>(call, &lens, send, B::slice_mut::<T>(&mut flat))?;
+        self.gather_flat::<T>(at, &lens, send, B::slice_mut::<T>(&mut flat))?;
         for rank in (0..lens.parts()).filter(|&rank| lens.size(rank) > 0) {
             let part = B::narrow::<T>(B::slice::<T>(&flat), lens.range(rank));
             let whole = MatMut::<T, B>::new(B::reborrow::<T>(&mut recv), parts.rows, cols)?;
@@ -471,7 +524,7 @@ impl<B: NcclDevice> Nccl<B> {
 
     fn scatter<T: Element>(
         &self,
-        call: &Call,
+        at: &Meeting,
         op: ReduceOp,
         parts: &Parts,
         send: B::Slice<'_, T>,
@@ -482,7 +535,7 @@ impl<B: NcclDevice> Nccl<B> {
         }
         let (lens, cols) = (lens(parts), parts.cuts.total());
         if parts.rows == 1 {
-            return self.scatter_flat::<T>(call, op, &lens, send, recv);
+            return self.scatter_flat::<T>(at, op, &lens, send, recv);
         }
         let mut flat = self.lane().empty::<T>(parts.total())?;
         let whole = MatRef::<T, B>::new(send, parts.rows, cols)?;
@@ -491,26 +544,26 @@ impl<B: NcclDevice> Nccl<B> {
             let part = MatMut::new(part, parts.rows, parts.cuts.size(rank))?;
             self.lane().copy::<T, T>(whole.columns(parts.cuts.range(rank)), part)?;
         }
-        self.scatter_flat::<T>(call, op, &lens, B::slice::<T>(&flat), recv)
+        self.scatter_flat::<T>(at, op, &lens, B::slice::<T>(&flat), recv)
     }
 
     fn work(
         &self,
-        call: &Call,
+        at: &Meeting,
         collective: &Collective,
         send: &mut AnyBuffer<B>,
         recv: &mut AnyBuffer<B>,
     ) -> Result<()> {
         match collective {
             Collective::AllReduce(op) => {
-                each_dtype!(AnyMut, send.as_mut(), x => self.reduce(call, *op, x))
+                each_dtype!(AnyMut, send.as_mut(), x => self.reduce(at, *op, x))
             }
             Collective::AllGather(parts) => each_pair!(send.as_ref(), recv.as_mut(), (send, recv) => {
-                self.gather(call, parts, send, recv)
+                self.gather(at, parts, send, recv)
             }),
             Collective::ReduceScatter(op, parts) => {
                 each_pair!(send.as_ref(), recv.as_mut(), (send, recv) => {
-                    self.scatter(call, *op, parts, send, recv)
+                    self.scatter(at, *op, parts, send, recv)
                 })
             }
         }
@@ -577,7 +630,7 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, B>) -> Result<()> {
         let strangers = [self.stranger(x.shared())?];
-        self.run_now(call, &strangers, || each_dtype!(AnyMut, x, x => self.reduce(call, op, x)))
+        self.run_now(call, &strangers, |at| each_dtype!(AnyMut, x, x => self.reduce(at, op, x)))
     }
 
     fn all_gather(&self, call: &Call, parts: &Parts, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()> {
@@ -585,7 +638,7 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         self.run_now(
             call,
             &strangers,
-            || each_pair!(send, recv, (send, recv) => self.gather(call, parts, send, recv)),
+            |at| each_pair!(send, recv, (send, recv) => self.gather(at, parts, send, recv)),
         )
     }
 
@@ -601,24 +654,24 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         self.run_now(
             call,
             &strangers,
-            || each_pair!(send, recv, (send, recv) => self.scatter(call, op, parts, send, recv)),
+            |at| each_pair!(send, recv, (send, recv) => self.scatter(at, op, parts, send, recv)),
         )
     }
 
     fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, B>) -> Result<()> {
         fn broadcast<T: Element, B: NcclDevice>(
             nccl: &Nccl<B>,
-            call: &Call,
+            at: &Meeting,
             root: usize,
             mut x: B::SliceMut<'_, T>,
         ) -> Result<()> {
             if B::len_mut::<T>(&x) == 0 {
                 return Ok(());
             }
-            nccl.grouped(call, || nccl.state.raw.broadcast::<T, B>(nccl.lane(), root, None, &mut x))
+            nccl.grouped(at, || nccl.state.raw.broadcast::<T, B>(nccl.lane(), root, None, &mut x))
         }
         let strangers = [self.stranger(x.shared())?];
-        self.run_now(call, &strangers, || each_dtype!(AnyMut, x, x => broadcast(self, call, root, x)))
+        self.run_now(call, &strangers, |at| each_dtype!(AnyMut, x, x => broadcast(self, at, root, x)))
     }
 
     fn exchange(
@@ -645,23 +698,24 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         let sent = send.as_ref().map_or(Ok(None), |send| self.stranger(send.data))?;
         let received = recv.as_ref().map_or(Ok(None), |recv| self.stranger(recv.data.shared()))?;
         let strangers = [sent, received];
+        let sending = send.as_ref().map(|send| self.message(self.here(), send.to));
+        let receiving = recv.as_ref().map(|recv| self.message(recv.from, self.here()));
+        let mut steps = [sending, receiving].into_iter().flatten();
+        let Some(step) = steps.next() else { return Ok(()) };
+        let at = Meeting { call: *call, step, other: steps.next() };
         let begin = self.wait_for(&strangers)?;
-        self.grouped(call, || {
-            if let Some(send) = send {
-                each_dtype!(AnyRef, send.data, data => offer(self, send.to, data))?;
-            }
-            match recv {
-                Some(recv) => each_dtype!(AnyMut, recv.data, data => accept(self, recv.from, data)),
-                None => Ok(()),
-            }
-        })
-        .map_err(|error| self.state.abort(error))?;
-        let end = self.lane().mark()?;
-        self.device.after(&end)?;
-        strangers.iter().flatten().try_for_each(|stranger| stranger.after(&end))?;
-        let under_way = UnderWay { call: *call, begin, end, since: Cell::new(None) };
-        self.state.under_way.borrow_mut().push_back(Rc::new(under_way));
-        Ok(())
+        let done = self.go(at, begin, &strangers, |at| {
+            self.grouped(at, || {
+                if let Some(send) = send {
+                    each_dtype!(AnyRef, send.data, data => offer(self, send.to, data))?;
+                }
+                match recv {
+                    Some(recv) => each_dtype!(AnyMut, recv.data, data => accept(self, recv.from, data)),
+                    None => Ok(()),
+                }
+            })
+        })?;
+        done.hold(&self.device)
     }
 
     fn barrier(&self, call: &Call) -> Result<()> {
@@ -688,10 +742,14 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         let color = side.as_ref().map(|_| first[0] as usize);
         let key = side.as_ref().map_or(0, |side| side.rank());
         self.device.make_current()?;
-        let poll = patience(&*self.side, call, self.options.deadline);
-        let raw = self.state.raw.split(color, key, &poll).map_err(|error| self.state.abort(error))?;
+        let at = self.meeting(call);
+        at.come(&*self.side);
+        let poll = at.patience(&*self.side, self.options.deadline);
+        let raw = self.state.raw.split(color, key, &poll);
+        let raw = raw.map_err(|error| self.state.abort(at.explain(&*self.side, error)))?;
         let (Some(raw), Some(side)) = (raw, side) else { return Ok(None) };
-        let part = Self::new(raw, side.into(), &self.device, self.options.clone())?;
+        let work = hash((self.work, call.seq, color));
+        let part = Self::new(raw, side.into(), &self.device, work, self.options.clone())?;
         Ok(Some(Box::new(part)))
     }
 
@@ -703,7 +761,7 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         mut recv: AnyBuffer<B>,
     ) -> Result<Box<dyn InFlight<B>>> {
         let strangers = [self.stranger(send.as_ref())?, self.stranger(recv.as_ref())?];
-        let under_way = self.run(call, &strangers, || self.work(call, &collective, &mut send, &mut recv))?;
+        let under_way = self.run(call, &strangers, |at| self.work(at, &collective, &mut send, &mut recv))?;
         let (result, used) = match collective {
             Collective::AllReduce(_) => (send, recv),
             _ => (recv, send),
@@ -748,7 +806,7 @@ struct Started<B: NcclDevice> {
 impl<B: NcclDevice> InFlight<B> for Started<B> {
     fn wait(mut self: Box<Self>) -> Result<AnyBuffer<B>> {
         self.state.look()?;
-        self.device.after(&self.under_way.end)?;
+        self.under_way.hold(&self.device)?;
         match self.memory.take() {
             Some((result, _)) => Ok(result),
             None => Err(Error::invalid("wait", "a collective was waited for twice: please report this")),
@@ -760,7 +818,7 @@ impl<B: NcclDevice> Drop for Started<B> {
     /// The memory goes back when the collective is done with it.
     fn drop(&mut self) {
         if self.memory.is_some() {
-            let _ = self.device.after(&self.under_way.end);
+            let _ = self.under_way.hold(&self.device);
         }
     }
 }

@@ -15,7 +15,7 @@ mod sync;
 pub(crate) use shared::{Presence, Seat};
 
 use super::{
-    Call, Collective, Communicator, InFlight, Incoming, Outgoing, Parts, ReduceOp,
+    Call, Collective, Communicator, InFlight, Incoming, Outgoing, Parts, ReduceOp, Step,
     combine::{self, BLOCK},
     host,
 };
@@ -256,6 +256,22 @@ impl Communicator<Cpu> for ThreadComm {
 
     fn obstacle(&self, call: &Call) -> Option<Error> {
         self.seat.shared.obstacle(call, Vec::new)
+    }
+
+    fn came(&self, step: Step) {
+        self.seat.shared.came(self.seat.rank, step);
+    }
+
+    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
+        let shared = &self.seat.shared;
+        shared.obstacle(call, || shared.absent(step))
+    }
+
+    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+        let shared = &self.seat.shared;
+        let absent = steps.iter().flat_map(|step| shared.absent(*step)).collect();
+        let missing = Step::missing(steps, absent, self.seat.rank, shared.size());
+        shared.give_up(call, missing, after)
     }
 
     fn is_near(&self) -> bool {

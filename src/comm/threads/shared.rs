@@ -9,7 +9,7 @@ use super::{
     sync::{AtomicBool, AtomicUsize, Mutex, MutexGuard, Ordering},
 };
 use crate::{
-    comm::Call,
+    comm::{Call, Step},
     error::{Error, Loss, Mismatch, Result},
 };
 use std::{
@@ -64,6 +64,8 @@ pub(super) struct Shared {
     /// What the ranks want of a split, and the groups that it made.
     wishes: Mutex<Vec<Option<Wish>>>,
     parts: Mutex<HashMap<u64, Arc<Shared>>>,
+    /// How many steps each rank has come to of what the ranks do beside the group.
+    beside: Mutex<Vec<HashMap<u64, u64>>>,
     /// The ranks of the world that are the group's.
     members: Vec<usize>,
     /// How often waiters spin: the world's number, also in the groups that were split from it.
@@ -92,6 +94,7 @@ enum Cause {
     Disagreement(Box<Mismatch>),
     Deadline {
         missing: Vec<usize>,
+        after: Duration,
     },
 }
 
@@ -128,6 +131,7 @@ impl Shared {
             flights: Mutex::default(),
             wishes: Mutex::new(vec![None; size]),
             parts: Mutex::default(),
+            beside: Mutex::new(vec![HashMap::new(); size]),
             causes: Mutex::default(),
             standing: Mutex::new(vec![None; size]),
             stood: AtomicUsize::new(0),
@@ -155,7 +159,7 @@ impl Shared {
                 let missing = (0..self.size()).filter(|&rank| late(&self.slots[rank])).collect();
                 let mut causes = self.lock(&self.causes);
                 if self.barrier.give_up(meeting) {
-                    causes.push(Cause::Deadline { missing });
+                    causes.push(Cause::Deadline { missing, after: self.deadline });
                     drop(causes);
                     self.news.notify();
                     return Err(self.failure(call));
@@ -207,15 +211,30 @@ impl Shared {
             Some(Ok(result)) => return Ok(result),
             Some(Err(Ok(error))) => error,
             Some(Err(Err(circle))) => return Err(self.disagree(circle)),
-            None => {
-                let cause = Cause::Deadline { missing: missing() };
-                let error = self.error(call, &cause);
-                self.break_for(cause);
-                error
-            }
+            None => self.give_up(call, missing(), self.deadline),
         };
         // What came before a rank was lost counts.
         done().ok_or(error)
+    }
+
+    /// Breaks the group because the `missing` ranks have not come.
+    pub(super) fn give_up(&self, call: &Call, missing: Vec<usize>, after: Duration) -> Error {
+        let cause = Cause::Deadline { missing, after };
+        let error = self.error(call, &cause);
+        self.break_for(cause);
+        error
+    }
+
+    /// Rank `rank` has come to a step beside the group.
+    pub(super) fn came(&self, rank: usize, step: Step) {
+        self.lock(&self.beside)[rank].insert(step.work, step.number + 1);
+    }
+
+    /// The ranks that a step beside the group needs, and that have not come to it.
+    pub(super) fn absent(&self, step: Step) -> Vec<usize> {
+        let beside = self.lock(&self.beside);
+        let absent = |rank: &usize| beside[*rank].get(&step.work).is_none_or(|steps| *steps <= step.number);
+        (0..beside.len()).filter(|&rank| step.needs(rank)).filter(absent).collect()
     }
 
     /// Rank `rank` waits for ranks of which one waits at a meeting, for this one among others: R9.
@@ -301,9 +320,7 @@ impl Shared {
                 tell(told().or(Some((self.members[rank], reason))));
                 Error::PeerLost { rank, reason, op, seq, group, site }
             }
-            Cause::Deadline { missing } => {
-                Error::Deadline { missing, op, seq, group, site, after: self.deadline }
-            }
+            Cause::Deadline { missing, after } => Error::Deadline { missing, op, seq, group, site, after },
         }
     }
 

@@ -26,6 +26,7 @@ const SUCCESS: Code = 0;
 const UNHANDLED: Code = 1;
 const INVALID_ARGUMENT: Code = 4;
 const INVALID_USAGE: Code = 5;
+const REMOTE: Code = 6;
 const IN_PROGRESS: Code = 7;
 const NO_COLOR: c_int = -1;
 
@@ -83,11 +84,20 @@ pub struct World {
 struct State {
     joined: usize,
     rounds: HashMap<u64, Round>,
-    mail: HashMap<(usize, usize), VecDeque<Vec<u8>>>,
+    /// By sender and receiver.
+    mail: HashMap<(usize, usize), Mail>,
     wishes: Vec<Option<(c_int, c_int)>>,
     /// How many divisions were done, and what became of the last: each rank's world and place in it.
     divisions: u64,
     parts: Vec<Option<(Arc<World>, usize)>>,
+}
+
+/// Letters on their way, and how many were sent and taken.
+#[derive(Default)]
+struct Mail {
+    letters: VecDeque<Vec<u8>>,
+    sent: u64,
+    taken: u64,
 }
 
 /// What the ranks have come with, and how many have gone again.
@@ -446,14 +456,16 @@ fn go(handle: Handle, ops: Vec<Op>, on: driver::Handle) -> Result<(), Code> {
     // Each collective is a meeting of its own, in the order of the calls.
     let collectives = ops.iter().filter(|op| !matches!(op.kind, Kind::Send | Kind::Recv)).count() as u64;
     let first = comm.rounds.fetch_add(collectives, SeqCst);
-    let aborted = Arc::clone(&comm.aborted);
     let work = move || match &world.line {
         Some(line) => {
-            // A line that was cut is an abort.
-            let _ = line.run(rank, world.size, &ops);
+            if line.run(rank, world.size, &ops).is_err() && !comm.aborted.load(SeqCst) {
+                // The other end is gone. As with the real one what was asked for is never done.
+                comm.fault.store(REMOTE, SeqCst);
+                let _: Option<()> = world.wait(&comm.aborted, |_| None);
+            }
         }
         None => {
-            do_ops(&world, rank, first, &ops, &aborted);
+            do_ops(&world, rank, first, &ops, &comm.aborted);
         }
     };
     illegal(stream.device, stream.push(ranks > 1, judge, work)).map(drop).map_err(|_| UNHANDLED)
@@ -462,22 +474,38 @@ fn go(handle: Handle, ops: Vec<Op>, on: driver::Handle) -> Result<(), Code> {
 /// Does a rank's calls in its own process; returns the number of the collective after them.
 pub fn do_ops(world: &World, rank: usize, first: u64, ops: &[Op], aborted: &AtomicBool) -> u64 {
     let letters = |kind| ops.iter().filter(move |op| op.kind == kind);
+    let mut sent = Vec::new();
     for op in letters(Kind::Send) {
         // SAFETY: the memory was judged, or is the caller's own.
         let data = unsafe { bytes(op.send, op.len * width(op.dtype).unwrap_or(0)) };
-        lock(&world.state).mail.entry((rank, op.root as usize)).or_default().push_back(data);
+        let (way, mut state) = ((rank, op.root as usize), lock(&world.state));
+        let mail = state.mail.entry(way).or_default();
+        mail.letters.push_back(data);
+        mail.sent += 1;
+        sent.push((way, mail.sent));
         world.news.notify_all();
     }
     for op in letters(Kind::Recv) {
         let size = op.len * width(op.dtype).unwrap_or(0);
         let letter = world.wait(aborted, |state| {
-            state.mail.get_mut(&(op.root as usize, rank)).and_then(VecDeque::pop_front)
+            let mail = state.mail.get_mut(&(op.root as usize, rank))?;
+            let letter = mail.letters.pop_front()?;
+            mail.taken += 1;
+            Some(letter)
         });
+        world.news.notify_all();
         match letter {
             // SAFETY: as above.
             Some(data) if data.len() == size => unsafe { write(&data, op.recv) },
             Some(data) => error::report(format!("NCCL: {} bytes were sent, {size} are expected", data.len())),
             None => return first,
+        }
+    }
+    // As the real one does with what is too large for its buffers, a send ends when it was received.
+    let taken = |state: &State, way, number| state.mail.get(way).is_some_and(|mail| mail.taken >= number);
+    for (way, number) in &sent {
+        if world.wait(aborted, |state| taken(state, way, *number).then_some(())).is_none() {
+            return first;
         }
     }
     let collectives = ops.iter().filter(|op| !matches!(op.kind, Kind::Send | Kind::Recv));
@@ -542,9 +570,7 @@ exports! {
         let (rank, size) = (rank as usize, size as usize);
         let world = if process == std::process::id() {
             let known = Arc::clone(lock(worlds()).entry(id.0.to_vec()).or_insert_with(|| {
-                let world = World::new(size);
-                remote::publish(number, &world);
-                world
+                remote::world(number, size)
             }));
             if known.size != size { return Err(INVALID_ARGUMENT); }
             join(&known, rank);
@@ -650,7 +676,7 @@ pub extern "C" fn ncclGetErrorString(code: Code) -> *const c_char {
         UNHANDLED => c"unhandled cuda error",
         INVALID_ARGUMENT => c"invalid argument",
         INVALID_USAGE => c"invalid usage",
-        6 => c"remote process exited or there was a network error",
+        REMOTE => c"remote process exited or there was a network error",
         IN_PROGRESS => c"NCCL operation in progress",
         _ => c"unknown result code",
     };

@@ -11,8 +11,10 @@ use std::{
     collections::HashMap,
     io::{self, Read, Write},
     net::Shutdown,
-    os::unix::net::{UnixListener, UnixStream},
-    path::PathBuf,
+    os::{
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixListener, UnixStream},
+    },
     sync::{
         Arc, Mutex, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
@@ -23,8 +25,9 @@ const JOIN: u64 = 1;
 const OPS: u64 = 2;
 const SPLIT: u64 = 3;
 
-fn path(process: u32) -> PathBuf {
-    std::env::temp_dir().join(format!("cuda-standin-{process}.sock"))
+/// Where a process listens: a name that goes with it, not a file.
+fn address(process: u32) -> io::Result<SocketAddr> {
+    SocketAddr::from_abstract_name(format!("cuda-standin-{process}"))
 }
 
 /// The worlds of this process by their numbers.
@@ -37,9 +40,8 @@ fn worlds() -> &'static Mutex<HashMap<u64, Arc<World>>> {
 pub fn listen() {
     static LISTENING: OnceLock<()> = OnceLock::new();
     LISTENING.get_or_init(|| {
-        let path = path(std::process::id());
-        let _ = std::fs::remove_file(&path);
-        if let Ok(listener) = UnixListener::bind(&path) {
+        let listener = address(std::process::id()).and_then(|address| UnixListener::bind_addr(&address));
+        if let Ok(listener) = listener {
             std::thread::spawn(move || {
                 for line in listener.incoming().flatten() {
                     std::thread::spawn(move || {
@@ -50,6 +52,11 @@ pub fn listen() {
             });
         }
     });
+}
+
+/// The world of a number: that of the ranks of other processes, if they were here first.
+pub fn world(number: u64, size: usize) -> Arc<World> {
+    Arc::clone(lock(worlds()).entry(number).or_insert_with(|| World::new(size)))
 }
 
 /// Makes a world known to other processes.
@@ -100,7 +107,7 @@ fn serve(mut line: UnixStream) -> io::Result<()> {
     let (rank, size) = (rank as usize, size as usize);
     let world = match tag {
         JOIN => {
-            let world = Arc::clone(lock(worlds()).entry(number).or_insert_with(|| World::new(size)));
+            let world = world(number, size);
             SERVES.store(true, SeqCst);
             join(&world, rank);
             world
@@ -165,7 +172,7 @@ pub struct Line {
 impl Line {
     /// Connects, and waits in the background until all ranks have come.
     pub fn join(process: u32, number: u64, rank: usize, size: usize) -> io::Result<Arc<Self>> {
-        let mut stream = UnixStream::connect(path(process))?;
+        let mut stream = UnixStream::connect_addr(&address(process)?)?;
         put(&mut stream, &[JOIN, number, rank as u64, size as u64])?;
         let breaker = stream.try_clone()?;
         let line = Arc::new(Self {
