@@ -3,6 +3,7 @@
 //! Each element of C is summed in an order that depends on the depth alone: not on the number of rows or columns, nor on
 //! which of them are computed together. So a product gives the same bits however its rows and columns are split.
 
+use super::blocked::prefetch;
 use crate::{
     device::{Accumulator, Element, Kernel, vectorized},
     kernels::view::Dims,
@@ -13,6 +14,9 @@ pub(in crate::kernels) const FEW: usize = 8;
 
 /// Partial sums of a dot product, as in `lanes`.
 const LANES: usize = 16;
+
+/// Columns of B whose dot products are computed together: their sums do not wait for one another.
+const TOGETHER: usize = 4;
 
 /// Rows of B that are added at a time.
 const STREAMS: usize = 4;
@@ -79,9 +83,20 @@ impl<A: Element, B: Element<Acc = A::Acc>, C: Element<Acc = A::Acc>> Kernel for 
         let Self { a: (ad, a), b: (bd, b), c: (cd, c), scale } = self;
         let b_col = |col: usize| if bd.rows == 0 { &b[..0] } else { &b[col * bd.col_stride..][..bd.rows] };
         let at = |row: usize, col: usize| row * cd.row_stride + col * cd.col_stride;
-        for col in 0..cd.cols {
+        let whole = cd.cols / TOGETHER * TOGETHER;
+        for first in (0..whole).step_by(TOGETHER) {
+            let cols = [b_col(first), b_col(first + 1), b_col(first + 2), b_col(first + 3)];
             for row in 0..cd.rows {
-                scale.store(&mut c[at(row, col)], dot(a_row(ad, a, row), b_col(col)));
+                let sums = dots(a_row(ad, a, row), cols, TOGETHER * bd.col_stride);
+                for (col, sum) in sums.into_iter().enumerate() {
+                    scale.store(&mut c[at(row, first + col)], sum);
+                }
+            }
+        }
+        for col in whole..cd.cols {
+            for row in 0..cd.rows {
+                let [sum] = dots(a_row(ad, a, row), [b_col(col)], bd.col_stride);
+                scale.store(&mut c[at(row, col)], sum);
             }
         }
     }
@@ -145,30 +160,42 @@ fn by_dots(b: Dims) -> bool {
     (b.row_stride == 1 && b.col_stride != 1) || b.rows <= 1
 }
 
-/// Σ aᵢ bᵢ: element i goes to lane i mod 16, then the lanes are summed pairwise.
+/// Σ aᵢ bᵢ for some b: element i goes to lane i mod 16, then the lanes are summed pairwise. What comes `next` elements behind is
+/// asked for from memory.
 #[inline(always)]
-fn dot<A: Element, B: Element<Acc = A::Acc>>(a: &[A], b: &[B]) -> A::Acc {
-    let mut lanes = [A::Acc::ZERO; LANES];
+fn dots<A: Element, B: Element<Acc = A::Acc>, const N: usize>(
+    a: &[A],
+    b: [&[B]; N],
+    next: usize,
+) -> [A::Acc; N] {
+    let mut lanes = [[A::Acc::ZERO; LANES]; N];
     let whole = a.len() / LANES * LANES;
     for at in (0..whole).step_by(LANES) {
         let a = a[at..].first_chunk::<LANES>().expect("there are as many left");
-        let b = b[at..].first_chunk::<LANES>().expect("the vectors are equally long");
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += a[lane].widen() * b[lane].widen();
+        for (lanes, b) in lanes.iter_mut().zip(&b) {
+            prefetch(b.as_ptr().wrapping_add(next + at));
+            let b = b[at..].first_chunk::<LANES>().expect("the vectors are equally long");
+            for (lane, sum) in lanes.iter_mut().enumerate() {
+                *sum += a[lane].widen() * b[lane].widen();
+            }
         }
     }
-    // The pairs of the sum below would otherwise decide how the loop above is made into vectors: two lanes at a time.
+    // The pairs of the sums below would otherwise decide how the loop above is made into vectors: two lanes at a time.
     let mut lanes = std::hint::black_box(lanes);
-    for (lane, (a, b)) in a[whole..].iter().zip(&b[whole..]).enumerate() {
-        lanes[lane] += a.widen() * b.widen();
+    let mut sums = [A::Acc::ZERO; N];
+    for ((lanes, b), sum) in lanes.iter_mut().zip(b).zip(&mut sums) {
+        for (lane, (a, b)) in a[whole..].iter().zip(&b[whole..]).enumerate() {
+            lanes[lane] += a.widen() * b.widen();
+        }
+        let mut width = LANES / 2;
+        while width > 0 {
+            let (low, high) = lanes.split_at_mut(width);
+            low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
+            width /= 2;
+        }
+        *sum = lanes[0];
     }
-    let mut width = LANES / 2;
-    while width > 0 {
-        let (low, high) = lanes.split_at_mut(width);
-        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
-        width /= 2;
-    }
-    lanes[0]
+    sums
 }
 
 /// sums ← sums + a₀ b₀ + a₁ b₁ + …, from left to right.

@@ -3,12 +3,15 @@
 //! The loops are those of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008), as in BLIS:
 //!
 //! ```text
-//! for NC columns of B and C                  a block of B: KC x NC, packed into the second or third cache
-//!   for KC of the depth
-//!     for MC rows of A and C                 a block of A: MC x KC, packed into the second cache
-//!       for 2 vectors of columns             a panel of B, KC deep: packed when it is first needed, in the first cache
-//!         for MR rows                        a tile of C: MR x 2 vectors of sums in registers, KC additions each
+//! for MANY rows of A and C
+//!   for as many columns of B and C that a block of C stays in the second cache, where it is added to again and again
+//!     for KC of the depth                a block of B: KC deep, packed into the second cache
+//!       for MC rows                      a block of A: MC x KC, packed into the second cache, or kept from the columns before
+//!         for 2 vectors of columns       a panel of B, KC deep: in the first cache
+//!           for MR rows                  a tile of C: MR x 2 vectors of sums in registers, KC additions each
 //! ```
+//!
+//! Where the depth is small it counts most to write C: then the last two loops are exchanged, and rows of C are written through.
 //!
 //! Packing widens bf16 and f16, and turns a transposed B, which a linear layer's weight is, by vectors.
 //!
@@ -21,11 +24,13 @@ mod pack;
 mod tile;
 mod vector;
 
+pub(super) use vector::prefetch;
+
 use crate::{
     device::{Accumulator, Element},
     kernels::view::Dims,
 };
-use pack::{pack_columns, pack_panel, pack_rows};
+use pack::{pack_columns, pack_panel, pack_panels, pack_rows};
 use tile::{c_ahead, store, sums_by_columns, sums_by_rows};
 use vector::Vector;
 
@@ -37,6 +42,18 @@ const MC: usize = 144;
 
 /// The columns of a block of B: a multiple of two vectors of any kind.
 pub(super) const NC: usize = 960;
+
+/// The rows of C that are computed at a time: a multiple of [`MC`].
+const MANY: usize = 4 * MC;
+
+/// The elements of a block of C: with A's and B's blocks they leave room in a second cache of 2 MiB.
+const C_BLOCK: usize = 192 << 10;
+
+/// The depth up to which it counts most to write C, not to make its sums.
+const SHALLOW: usize = 32;
+
+/// The elements of A that are kept packed.
+const KEPT: usize = 4 << 20;
 
 /// Vectors of columns in a tile.
 const V: usize = 2;
@@ -50,27 +67,37 @@ pub(super) struct Extents {
 }
 
 impl Extents {
-    /// The rows of A that a packed block may have.
-    fn block_rows(&self) -> usize {
-        self.c.rows.min(MC).next_multiple_of(24)
+    /// Whether C is written once and soon: then it is, row by row of tiles, with a block of B in the first cache.
+    fn is_shallow(&self) -> bool {
+        self.a.cols <= SHALLOW
     }
 
     /// Whether there is but one block of A: then a panel of B is not needed again, and all go to the same place.
     fn is_one_block(&self) -> bool {
-        self.c.rows <= MC
+        self.c.rows <= MC && !self.is_shallow()
     }
 
-    /// The columns of B that a packed block may have.
+    /// The columns of a block of B and C: as many as leave C's block in the second cache, where it is added to for each KC of the
+    /// depth.
     fn block_cols(&self) -> usize {
-        let cols = if self.is_one_block() { 32 } else { self.c.cols.min(NC) };
-        cols.next_multiple_of(32)
+        if self.is_shallow() {
+            return NC;
+        }
+        (C_BLOCK / self.c.rows.clamp(1, MANY) / 32 * 32).clamp(128, NC)
+    }
+
+    /// Whether all blocks of A are kept once they are packed: they are needed for every block of columns.
+    fn keeps_rows(&self) -> bool {
+        self.c.cols > self.block_cols() && self.c.rows.min(MANY) * self.a.cols <= KEPT
     }
 
     /// The room, in elements of the accumulator, that [`multiply`] wants for packed blocks of A and of B.
     pub(super) fn room(&self) -> (usize, usize) {
-        let depth = self.a.cols.min(KC);
+        let depths = if self.keeps_rows() { self.a.cols.div_ceil(KC) } else { 1 };
+        let rows = if self.keeps_rows() { self.c.rows.min(MANY) } else { self.c.rows.min(MC) };
+        let cols = if self.is_one_block() { 32 } else { self.c.cols.min(self.block_cols()) };
         // A vector more, since these begin at a vector's boundary.
-        (self.block_rows() * KC, self.block_cols() * depth + 16)
+        (rows.next_multiple_of(24) * KC * depths, cols.next_multiple_of(32) * self.a.cols.min(KC) + 16)
     }
 }
 
@@ -179,49 +206,96 @@ mod x86_64 {
 
 #[inline(always)]
 fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, T>) {
-    let once = job.dims.is_one_block();
+    let (once, shallow) = (job.dims.is_one_block(), job.dims.is_shallow());
+    let (kept, block_cols) = (job.dims.keeps_rows(), job.dims.block_cols());
     let Job { dims: Extents { a: ad, b: bd, c: cd }, alpha, a, b, beta, c, room } = job;
     let (room_a, room_b) = (room.0, S::in_memory(room.1));
     let (wide, by_rows) = (V * S::LANES, ad.col_stride == 1);
-    for first_col in (0..cd.cols).step_by(NC) {
-        let cols = NC.min(cd.cols - first_col);
-        for first_depth in (0..ad.cols).step_by(KC) {
-            let depth = KC.min(ad.cols - first_depth);
-            let beta = if first_depth == 0 { beta } else { T::Acc::ONE };
-            for first_row in (0..cd.rows).step_by(MC) {
-                let rows = MC.min(cd.rows - first_row);
-                let a = (&a[first_row * ad.row_stride + first_depth * ad.col_stride..], ad);
-                if by_rows {
-                    pack_rows::<T, MR>(a, (rows, depth), room_a.as_chunks_mut().0);
-                } else {
-                    pack_columns::<T, MR>(a, (rows, depth), room_a);
-                }
-                for (at, panel_col) in (0..cols).step_by(wide).enumerate() {
-                    let col = first_col + panel_col;
-                    let panel_cols = wide.min(cols - panel_col);
-                    let at = if once { 0 } else { at };
-                    let panel = &mut room_b.as_chunks_mut().0[at * depth..(at + 1) * depth];
-                    if first_row == 0 {
-                        let b = (&b[first_depth * bd.row_stride + col * bd.col_stride..], bd);
-                        pack_panel(b, panel_cols, panel);
-                    }
-                    for (tile, row) in (0..rows).step_by(MR).enumerate() {
-                        let tile_rows = MR.min(rows - row);
-                        let start = (first_row + row) * cd.row_stride + col * cd.col_stride;
-                        let c = (&mut c[start..], Dims { rows: tile_rows, cols: panel_cols, ..cd });
-                        c_ahead::<S>(&c);
-                        let sums = if by_rows {
-                            let tiles = room_a.as_chunks().0.as_chunks::<MR>().0;
-                            sums_by_rows(&tiles[tile], panel)
+    for many in (0..cd.rows).step_by(MANY) {
+        let many_rows = MANY.min(cd.rows - many);
+        for first_col in (0..cd.cols).step_by(block_cols) {
+            let cols = block_cols.min(cd.cols - first_col);
+            for first_depth in (0..ad.cols).step_by(KC) {
+                let depth = KC.min(ad.cols - first_depth);
+                let beta = if first_depth == 0 { beta } else { T::Acc::ONE };
+                for first_row in (0..many_rows).step_by(MC) {
+                    let rows = MC.min(many_rows - first_row);
+                    let place =
+                        if kept { first_depth * many_rows.next_multiple_of(24) + first_row * KC } else { 0 };
+                    let room_a = &mut room_a[place..];
+                    let first_row = many + first_row;
+                    if !kept || first_col == 0 {
+                        let a = (&a[first_row * ad.row_stride + first_depth * ad.col_stride..], ad);
+                        if by_rows {
+                            pack_rows::<T, MR>(a, (rows, depth), room_a.as_chunks_mut().0);
                         } else {
-                            let columns = room_a.as_chunks().0;
-                            sums_by_columns::<S, MR>(&columns[tile * depth..(tile + 1) * depth], panel)
-                        };
-                        store(&sums, alpha, beta, c);
+                            pack_columns::<T, MR>(a, (rows, depth), room_a);
+                        }
+                    }
+                    let tiles = Tiles { a: room_a, by_rows, depth, alpha, beta };
+                    for (at, panel_col) in (0..cols).step_by(wide).enumerate() {
+                        let (col, panel_cols) = (first_col + panel_col, wide.min(cols - panel_col));
+                        let room = &mut room_b.as_chunks_mut().0[if once { 0 } else { at * depth }..];
+                        if first_row == many {
+                            let b = (&b[first_depth * bd.row_stride + col * bd.col_stride..], bd);
+                            if bd.col_stride != 1 || once {
+                                pack_panel(b, panel_cols, &mut room[..depth]);
+                            } else if panel_col == 0 {
+                                pack_panels(b, cols, depth, room);
+                            }
+                        }
+                        if shallow {
+                            continue;
+                        }
+                        for row in (0..rows).step_by(MR) {
+                            let c = &mut c[(first_row + row) * cd.row_stride + col * cd.col_stride..];
+                            let dims = Dims { rows: MR.min(rows - row), cols: panel_cols, ..cd };
+                            tiles.compute::<S, MR>(row, &room[..depth], (c, dims));
+                        }
+                    }
+                    if !shallow {
+                        continue;
+                    }
+                    for row in (0..rows).step_by(MR) {
+                        for (at, panel_col) in (0..cols).step_by(wide).enumerate() {
+                            let (col, panel_cols) = (first_col + panel_col, wide.min(cols - panel_col));
+                            let c = &mut c[(first_row + row) * cd.row_stride + col * cd.col_stride..];
+                            let dims = Dims { rows: MR.min(rows - row), cols: panel_cols, ..cd };
+                            let panel = &room_b.as_chunks().0[at * depth..][..depth];
+                            tiles.compute::<S, MR>(row, panel, (c, dims));
+                        }
                     }
                 }
             }
         }
+    }
+}
+
+/// The tiles of a packed block of A, and what becomes of their sums.
+struct Tiles<'a, R> {
+    a: &'a [R],
+    by_rows: bool,
+    depth: usize,
+    alpha: R,
+    beta: R,
+}
+
+impl<R: Accumulator> Tiles<'_, R> {
+    /// C ← α · the block's rows from `row` on, times a panel, + β C.
+    #[inline(always)]
+    fn compute<S: Vector<Real = R>, const MR: usize>(
+        &self,
+        row: usize,
+        panel: &[[S; V]],
+        c: (&mut [R], Dims),
+    ) {
+        c_ahead::<S>(&c);
+        let sums = if self.by_rows {
+            sums_by_rows(&self.a.as_chunks().0.as_chunks::<MR>().0[row / MR], panel)
+        } else {
+            sums_by_columns::<S, MR>(&self.a.as_chunks().0[row / MR * self.depth..][..self.depth], panel)
+        };
+        store(&sums, self.alpha, self.beta, c);
     }
 }
 
@@ -306,6 +380,26 @@ mod tests {
             whole::<f32>(|job| x86_64::multiply(kind, job));
             whole::<f64>(|job| x86_64::multiply(kind, job));
             whole::<bf16>(|job| x86_64::multiply(kind, job));
+        }
+    }
+
+    /// Products of several blocks of each kind, and of their first rows by themselves, which are in other blocks then.
+    #[test]
+    fn an_element_has_the_same_bits_wherever_a_product_is_cut() {
+        let stream = Philox::named(2, "numbers");
+        let number = |at: u64| stream.normal(at);
+        for (m, k, n) in [(MANY + 30, 2 * KC + 9, 350), (MANY + 30, SHALLOW - 3, NC + 30)] {
+            for layout in [(true, false), (false, true)] {
+                let whole = product::<f32>((m, k, n), layout, number, multiply);
+                for rows in [1, 24, 150, MANY] {
+                    let part = product::<f32>((rows, k, n), layout, number, multiply);
+                    let bits = |c: &[f32]| c.iter().map(|c| c.to_bits()).collect::<Vec<_>>();
+                    assert!(
+                        bits(&part) == bits(&whole[..rows * n]),
+                        "{m} x {k} x {n}, {layout:?}, {rows} rows"
+                    );
+                }
+            }
         }
     }
 

@@ -1,6 +1,9 @@
 //! Packing: blocks of A and panels of B side by side, widened, as the tiles read them.
 
-use super::{KC, V, vector::Vector};
+use super::{
+    KC, V,
+    vector::{Vector, prefetch},
+};
 use crate::{
     device::{Accumulator, Element},
     kernels::view::Dims,
@@ -84,6 +87,27 @@ pub(super) fn pack_panel<S: Vector, T: Element<Acc = S::Real>>(
     }
 }
 
+/// All panels of a block of B whose rows lie side by side, each row at once: rows may be far apart.
+#[inline(always)]
+pub(super) fn pack_panels<S: Vector, T: Element<Acc = S::Real>>(
+    (b, dims): (&[T], Dims),
+    cols: usize,
+    depth: usize,
+    panels: &mut [[S; V]],
+) {
+    let (lanes, whole) = (S::LANES, cols / (V * S::LANES));
+    for row in 0..depth {
+        let from = &b[row * dims.row_stride..][..cols];
+        for (panel, from) in from.chunks_exact(V * lanes).enumerate() {
+            panels[panel * depth + row] = std::array::from_fn(|v| load(&from[v * lanes..]));
+        }
+    }
+    if cols > whole * V * lanes {
+        let rest = (&b[whole * V * lanes..], dims);
+        pack_panel(rest, cols - whole * V * lanes, &mut panels[whole * depth..][..depth]);
+    }
+}
+
 /// A vector of columns, each of which lies side by side, `stride` elements from one to the next: squares of a vector of
 /// vectors are transposed in registers, by as many perfect shuffles of its rows as the number of lanes has bits.
 #[inline(always)]
@@ -95,7 +119,7 @@ fn turn<S: Vector, T: Element<Acc = S::Real>>(b: &[T], stride: usize, v: usize, 
         let mut square = [S::splat(S::Real::ZERO); 16];
         for (col, vector) in square.iter_mut().enumerate().take(lanes) {
             let from = &b[col * stride + depth..];
-            S::prefetch(from.as_ptr().wrapping_add(8 * lanes).cast());
+            prefetch(from.as_ptr().wrapping_add(V * lanes * stride));
             *vector = load(from);
         }
         for _ in 0..lanes.ilog2() {

@@ -1,7 +1,13 @@
 //! Tiles of C: their sums are kept in registers while the depth of a block goes by.
 
-use super::{KC, V, vector::Vector};
+use super::{
+    KC, V,
+    vector::{Vector, prefetch},
+};
 use crate::{device::Accumulator, kernels::view::Dims};
+
+/// Numbers in a cache line: 64 bytes of f32.
+const LINE: usize = 16;
 
 /// Sums of the products of a tile's rows, of a panel's depth, with a panel.
 #[inline(always)]
@@ -9,13 +15,11 @@ pub(super) fn sums_by_rows<S: Vector, const MR: usize>(
     a: &[[S::Real; KC]; MR],
     panel: &[[S; V]],
 ) -> [[S; V]; MR] {
-    /// Numbers in a cache line: 64 bytes of f32.
-    const LINE: usize = 16;
     assert!(panel.len() <= KC);
     let mut sums = [[S::splat(S::Real::ZERO); V]; MR];
     let mut first = 0;
     while first < panel.len() {
-        a.iter().for_each(|row| S::prefetch(row.as_ptr().wrapping_add(first + LINE)));
+        a.iter().for_each(|row| prefetch(row.as_ptr().wrapping_add(first + LINE)));
         let end = (first + LINE).min(panel.len());
         for depth in first..end {
             let b = panel[depth];
@@ -40,8 +44,8 @@ pub(super) fn sums_by_columns<S: Vector, const MR: usize>(
     let mut sums = [[S::splat(S::Real::ZERO); V]; MR];
     for (a, panel) in a.chunks(STEP).zip(panel.chunks(STEP)) {
         let next = a.as_ptr().wrapping_add(KC).cast::<S::Real>();
-        S::prefetch(next);
-        S::prefetch(next.wrapping_add(2 * MR));
+        prefetch(next);
+        prefetch(next.wrapping_add(2 * MR));
         for (a, b) in a.iter().zip(panel) {
             for (sums, a) in sums.iter_mut().zip(a) {
                 let a = S::splat(*a);
@@ -58,8 +62,8 @@ pub(super) fn c_ahead<S: Vector>((c, dims): &(&mut [S::Real], Dims)) {
     if dims.col_stride == 1 {
         for row in 0..dims.rows {
             let start = c.as_ptr().wrapping_add(row * dims.row_stride);
-            S::prefetch(start);
-            S::prefetch(start.wrapping_add(dims.cols - 1));
+            // A row that begins inside of a line ends in one more.
+            (0..=V * S::LANES / LINE).for_each(|line| prefetch(start.wrapping_add(line * LINE)));
         }
     }
 }

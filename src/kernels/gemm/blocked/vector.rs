@@ -25,9 +25,6 @@ pub(in super::super) trait Vector: Copy {
     /// a₀ b₀ a₁ b₁ …, in two vectors.
     fn interleave(self, other: Self) -> (Self, Self);
 
-    /// Asks for the cache line of an address, which need not be valid.
-    fn prefetch(address: *const Self::Real);
-
     /// The numbers in these vectors.
     #[inline(always)]
     fn lanes(vectors: &[Self]) -> &[Self::Real] {
@@ -47,6 +44,20 @@ pub(in super::super) trait Vector: Copy {
             memory.align_to_mut().1
         }
     }
+}
+
+/// Asks for the cache line of an address, which need not be valid.
+#[inline(always)]
+pub(in super::super) fn prefetch<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing that a program could see, and never faults; every x86-64 processor has it.
+    #[allow(unsafe_code)]
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
 /// Vectors without instructions of their own: the compiler uses what the target has at least.
@@ -81,9 +92,6 @@ macro_rules! portable {
                 let both = |i: usize| if i % 2 == 0 { self[i / 2] } else { other[i / 2] };
                 (std::array::from_fn(both), std::array::from_fn(|i| both(i + $lanes)))
             }
-
-            #[inline(always)]
-            fn prefetch(_: *const $real) {}
         }
     };
 }
@@ -137,15 +145,6 @@ mod x86_64 {
                     #[allow(unsafe_code)]
                     unsafe {
                         $interleave(self, other)
-                    }
-                }
-
-                #[inline(always)]
-                fn prefetch(address: *const $real) {
-                    // SAFETY: a prefetch reads nothing that a program could see, and never faults.
-                    #[allow(unsafe_code)]
-                    unsafe {
-                        _mm_prefetch::<_MM_HINT_T0>(address.cast());
                     }
                 }
             }
