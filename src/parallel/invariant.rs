@@ -168,6 +168,9 @@ pub(super) struct Factors<'a, T: Element, B: Device> {
     pub(super) blocks: &'a Blocks,
 }
 
+/// The columns of terms that are made and added up together, while they are in the cache, where a device's products can be cut.
+const NEAR: usize = 256;
+
 /// Σ a b over all ranks, with the rows of `x`: for each block the products of its columns of a and rows of b.
 pub(super) fn product<P: Placement, T: Element, B: Backend>(
     x: &DTensor<P, T, B>,
@@ -179,18 +182,35 @@ pub(super) fn product<P: Placement, T: Element, B: Backend>(
         return Err(Error::invalid("invariant product", "the group has no blocks: please report this"));
     };
     let (device, rows) = (group.device(), x.local().shape().rows());
-    let terms = own_terms(group, &tree, [rows, features], |block, out: &mut Tensor<T::Acc, B>| {
-        let mut beta = 0.0;
-        for Factors { a, b, blocks } in factors {
-            for depth in blocks[block].iter().filter(|depth| !depth.is_empty()) {
-                let b = b.block(depth.clone(), 0..features);
-                device.gemm(1.0, a.columns(depth.clone()), b, beta, out.mat_mut()?)?;
-                beta = 1.0;
+    let terms = |cols: Range<usize>| {
+        own_terms(group, &tree, [rows, cols.len()], |block, out: &mut Tensor<T::Acc, B>| {
+            let mut beta = 0.0;
+            for Factors { a, b, blocks } in factors {
+                for depth in blocks[block].iter().filter(|depth| !depth.is_empty()) {
+                    let b = b.block(depth.clone(), cols.clone());
+                    device.gemm(1.0, a.columns(depth.clone()), b, beta, out.mat_mut()?)?;
+                    beta = 1.0;
+                }
             }
+            if beta == 0.0 { device.fill(0.0, out.mat_mut()?) } else { Ok(()) }
+        })
+    };
+    if features <= NEAR || !device.splits_exactly() {
+        return x.derive_sum(terms(0..features)?, features);
+    }
+    let mut whole: Vec<Tensor<T::Acc, B>> = Vec::new();
+    for first in (0..features).step_by(NEAR) {
+        let cols = first..features.min(first + NEAR);
+        let part = terms(cols.clone())?;
+        if whole.is_empty() {
+            let empty = |_: &Tensor<T::Acc, B>| Tensor::empty(device, [rows, features]);
+            whole = part.iter().map(empty).collect::<Result<_>>()?;
         }
-        if beta == 0.0 { device.fill(0.0, out.mat_mut()?) } else { Ok(()) }
-    })?;
-    x.derive_sum(terms, features)
+        for (part, whole) in part.iter().zip(&mut whole) {
+            device.copy::<T::Acc, T::Acc>(part.mat(), whole.mat_mut()?.columns(cols.clone()))?;
+        }
+    }
+    x.derive_sum(whole, features)
 }
 
 /// What [`token_sum`] has of a group's blocks of tokens.
