@@ -72,9 +72,10 @@ impl Extents {
         self.a.cols <= SHALLOW
     }
 
-    /// Whether there is but one block of A: then a panel of B is not needed again, and all go to the same place.
+    /// Whether a panel of B is used for one block of A only, and all go to the same place. Rows of a row-major B are packed a block at
+    /// a time: they are far apart.
     fn is_one_block(&self) -> bool {
-        self.c.rows <= MC && !self.is_shallow()
+        self.c.rows <= MC && self.b.col_stride != 1 && !self.is_shallow()
     }
 
     /// The columns of a block of B and C: as many as leave C's block in the second cache, where it is added to for each KC of the
