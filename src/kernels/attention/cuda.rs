@@ -1,18 +1,29 @@
-//! Attention on NVIDIA GPUs: `cuda/attention.cu`.
+//! Attention on NVIDIA GPUs: `cuda/attention.cu`, and forward on tensor cores `cuda/flash.cu`.
 
 use super::{Attention, AttentionSpec, CacheSpec, check, check_cached};
 use crate::{
     device::{
-        Device, Element,
+        DType, Device, Element,
         cuda::{Cuda, CudaSlice, CudaSliceMut, Family, Grid, Table},
     },
     error::{Error, Result, same_size},
-    kernels::{MatMut, MatRef, view::unit_columns},
+    kernels::{
+        MatMut, MatRef,
+        packs::{Operand, Walk},
+        view::unit_columns,
+    },
 };
 
 const FAMILY: Family = Family {
     name: "attention",
     source: include_str!("../../../cuda/attention.cu"),
+    large_shared_memory: true,
+    contracts: true,
+};
+
+const FLASH: Family = Family {
+    name: "flash",
+    source: include_str!("../../../cuda/flash.cu"),
     large_shared_memory: true,
     contracts: true,
 };
@@ -45,6 +56,38 @@ impl Heads {
     /// Shared memory for vectors of a tile and of a run of keys, so many of each.
     fn shared<T: Element>(&self, dim: usize, own: usize, run: usize) -> usize {
         (own * self.tile + run * KEYS) * (dim + 1) * size_of::<T::Acc>()
+    }
+}
+
+/// A kernel of the forward pass.
+struct Forward {
+    family: &'static Family,
+    name: String,
+    /// The queries of a block.
+    tile: usize,
+    shared: usize,
+}
+
+impl Forward {
+    /// Tensor cores where they know the element and 16 bytes can be taken of every row; so many of its own keys and values as of
+    /// queries then lie in shared memory, as they are, with 16 bytes behind each row.
+    fn new<T: Element>(head_dim: usize, operands: &[Operand]) -> Result<Self> {
+        const TILE: usize = 64;
+        let rows = operands.iter().map(|operand| operand.dims.rows).max().unwrap_or(0);
+        let fits = Walk::by_rows(operands, rows, head_dim).packed && head_dim <= 128;
+        if fits && matches!(T::DTYPE, DType::BF16 | DType::F16) {
+            let features = if head_dim <= 64 { 64 } else { 128 };
+            let name = format!("flash_{features}_{}", T::DTYPE);
+            return Ok(Self {
+                family: &FLASH,
+                name,
+                tile: TILE,
+                shared: 3 * TILE * (features + 8) * size_of::<T>(),
+            });
+        }
+        let kind = Heads::new(head_dim)?;
+        let name = format!("attention_{}_{}", kind.features, T::DTYPE);
+        Ok(Self { family: &FAMILY, name, tile: kind.tile, shared: kind.shared::<T>(head_dim, 1, 2) })
     }
 }
 
@@ -96,12 +139,12 @@ impl Attention for Cuda {
             ([("q", q.dims()), ("out", out.dims())], [("k", k.dims()), ("v", v.dims())]);
         check("attention", spec, &query_like, &kv_like, Self::len_mut(&lse))?;
         let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
-        let kind = Heads::new(dim)?;
+        let kind = Forward::new::<T>(dim, &[q.operand(), k.operand(), v.operand(), out.operand()])?;
         let (count, tiles, kv, valid) =
             self.tables(spec, kind.tile, |_, rows| [0, rows.start, rows.len()])?;
         let so = out.dims().row_stride;
         let out = out.into_data();
-        let launch = self.kernel(&FAMILY, format!("attention_{}_{}", kind.features, T::DTYPE));
+        let launch = self.kernel(kind.family, kind.name);
         let launch =
             launch.ints([heads, dim, 0, dim, usize::from(spec.causal), window(spec)]).floats([spec.scale]);
         let launch = launch.table(&tiles).table(&kv).table_if(valid.as_ref());
@@ -111,7 +154,7 @@ impl Attention for Cuda {
         // columns of the heads, that every query head's key/value head is one, and a log-sum-exp a head of a row.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(grid(count, heads, kind.shared::<T>(dim, 1, 2)))
+            launch.run(grid(count, heads, kind.shared))
         }
     }
 
@@ -183,7 +226,7 @@ impl Attention for Cuda {
         let kv_like = [("the keys", k.dims()), ("the values", v.dims())];
         check_cached(spec, cache, &[("q", q.dims()), ("out", out.dims())], &kv_like)?;
         let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
-        let kind = Heads::new(dim)?;
+        let kind = Forward::new::<T>(dim, &[q.operand(), k.operand(), v.operand(), out.operand()])?;
         let keys = |sequence: usize, rows: &std::ops::Range<usize>| {
             let start = spec.sequences.start(sequence);
             [start, cache.row(spec, cache.slots[sequence], 0), start + rows.len()]
@@ -191,7 +234,7 @@ impl Attention for Cuda {
         let (count, tiles, kv, _) = self.tables(spec, kind.tile, keys)?;
         let so = out.dims().row_stride;
         let out = out.into_data();
-        let launch = self.kernel(&FAMILY, format!("attention_{}_{}", kind.features, T::DTYPE));
+        let launch = self.kernel(kind.family, kind.name);
         let launch = launch.ints([heads, dim, cache.capacity, 0, 1, window(spec)]).floats([spec.scale]);
         let launch = launch.table(&tiles).table(&kv).null();
         let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
@@ -200,7 +243,7 @@ impl Attention for Cuda {
         // their slots.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(grid(count, heads, kind.shared::<T>(dim, 1, 2)))
+            launch.run(grid(count, heads, kind.shared))
         }
     }
 }
