@@ -515,11 +515,8 @@ fn tiles<T: Element, B: Backend>(
     let rows: usize = lengths.iter().sum();
     let place = |rows, cols| Place { rows, cols, start: 8, stride: cols + 8 };
     let memory = |seed, cols| Memory::<T, B>::new(device, seed, place(rows, cols));
-    let (q, k, mut v) = (
-        memory(1, heads * dim),
-        memory(2, kv_heads * dim),
-        Memory::<T, B>::new(device, 3, place(rows, kv_heads * dim)),
-    );
+    let (q, mut k, mut v) = (memory(1, heads * dim), memory(2, kv_heads * dim), memory(3, kv_heads * dim));
+    let mut dout = memory(6, heads * dim);
     let flags: Vec<bool> = (0..rows).map(|row| row % 7 != 3 && row != 70).collect();
     let spec = AttentionSpec {
         kv_of_query: &kv,
@@ -531,26 +528,45 @@ fn tiles<T: Element, B: Backend>(
         sequences: &Sequences::packed(lengths),
     };
     let mut results = Vec::new();
-    let mut run = |spec: AttentionSpec<'_>, v: &Memory<T, B>| {
+    let mut run = |spec: AttentionSpec<'_>, k: &Memory<T, B>, v: &Memory<T, B>, dout: &Memory<T, B>| {
         let mut out = memory(4, heads * dim);
         let mut lse = Memory::<T::Acc, B>::new(device, 5, vector(rows * heads));
         device.attention(&spec, q.mat(), k.mat(), v.mat(), out.mat_mut(), B::slice_mut(&mut lse.buffer))?;
-        results.extend([out.values(), lse.values()]);
+        let mut dqkv = memory(7, (heads + 2 * kv_heads) * dim);
+        let lse_slice = B::slice::<T::Acc>(&lse.buffer);
+        device.attention_backward(
+            &spec,
+            q.mat(),
+            k.mat(),
+            v.mat(),
+            out.mat(),
+            lse_slice,
+            dout.mat(),
+            dqkv.mat_mut(),
+        )?;
+        results.extend([out.values(), lse.values(), dqkv.values()]);
         Ok(())
     };
-    run(spec, &v)?;
+    run(spec, &k, &v, &dout)?;
     for window in [None, Some(50), Some(3)] {
-        run(AttentionSpec { causal: true, window, ..spec }, &v)?;
+        run(AttentionSpec { causal: true, window, ..spec }, &k, &v, &dout)?;
     }
     let masked = Sequences::packed(lengths).masked(&flags)?;
-    run(AttentionSpec { sequences: &masked, ..spec }, &v)?;
-    run(AttentionSpec { sequences: &masked, causal: true, ..spec }, &v)?;
+    run(AttentionSpec { sequences: &masked, ..spec }, &k, &v, &dout)?;
+    run(AttentionSpec { sequences: &masked, causal: true, ..spec }, &k, &v, &dout)?;
     // One in the first tile, two at the end of another's.
     for (row, value) in [(40, f64::NAN), (71 + 127, f64::INFINITY), (71 + 128, f64::NEG_INFINITY)] {
         device.fill(value, v.mat_mut().block(row..row + 1, 0..dim))?;
     }
     for window in [None, Some(50)] {
-        run(AttentionSpec { causal: true, window, ..spec }, &v)?;
+        run(AttentionSpec { causal: true, window, ..spec }, &k, &v, &dout)?;
+    }
+    let v = memory(3, kv_heads * dim);
+    device.fill(f64::NAN, k.mat_mut().block(71 + 60..71 + 61, 0..dim))?;
+    device.fill(f64::INFINITY, dout.mat_mut().block(30..31, 0..dim))?;
+    device.fill(f64::NAN, dout.mat_mut().block(71 + 3..71 + 4, 0..dim))?;
+    for window in [None, Some(50)] {
+        run(AttentionSpec { causal: true, window, ..spec }, &k, &v, &dout)?;
     }
     // Sequences that go on, from a cache.
     let (capacity, lengths) = (160, [70, 3]);
@@ -570,16 +586,16 @@ fn tiles<T: Element, B: Backend>(
 }
 
 /// Attention of the same numbers, wherever they lie.
-fn placed<T: Element>(cuda: &Dev, start: usize) -> Result<Vec<f64>> {
+fn placed<T: Element, B: Backend>(device: &B, start: usize) -> Result<Vec<f64>> {
     let place = |start| Place { rows: 80, cols: 64, start, stride: 72 };
     let moved = |seed| {
         let (from, mut to) =
-            (Memory::<T, Dev>::new(cuda, seed, place(0)), Memory::<T, Dev>::new(cuda, 9, place(start)));
-        cuda.copy(from.mat(), to.mat_mut())?;
+            (Memory::<T, B>::new(device, seed, place(0)), Memory::<T, B>::new(device, 9, place(start)));
+        device.copy(from.mat(), to.mat_mut())?;
         Ok(to)
     };
     let (q, k, v) = (moved(1)?, moved(2)?, moved(3)?);
-    let (mut out, mut lse) = (moved(4)?, Memory::<T::Acc, Dev>::new(cuda, 5, vector(80)));
+    let (mut out, mut lse) = (moved(4)?, Memory::<T::Acc, B>::new(device, 5, vector(80)));
     let spec = AttentionSpec {
         kv_of_query: &[0],
         kv_heads: 1,
@@ -589,7 +605,7 @@ fn placed<T: Element>(cuda: &Dev, start: usize) -> Result<Vec<f64>> {
         window: None,
         sequences: &Sequences::packed([80]),
     };
-    cuda.attention(&spec, q.mat(), k.mat(), v.mat(), out.mat_mut(), Dev::slice_mut(&mut lse.buffer))?;
+    device.attention(&spec, q.mat(), k.mat(), v.mat(), out.mat_mut(), B::slice_mut(&mut lse.buffer))?;
     let values = out.values();
     Ok((0..80).flat_map(|row| values[start + 72 * row..][..64].to_vec()).collect())
 }
@@ -605,7 +621,7 @@ fn attention_on_tensor_cores_is_the_cpus() {
             }
         }
         // The same where rows do not begin at 16 bytes: without tensor cores, and so with weights that are not rounded.
-        let [aligned, other] = [0, 7].map(|start| placed::<T>(cuda, start).unwrap());
+        let [aligned, other] = [0, 7].map(|start| placed::<T, _>(cuda, start).unwrap());
         same::<T>("without tensor cores", &aligned, &other);
         assert_ne!(aligned, other, "both have gone the same way");
     }
