@@ -128,11 +128,18 @@ fn block<B: Backend>(group: &Group<B>, quick: bool) -> Result<()> {
         group.device().synchronize()?;
         steps.push(begin.elapsed());
     }
-    for (name, times) in
-        [("block forward bf16", &mut forwards), ("block forward and backward bf16", &mut steps)]
-    {
+    // Two products of a weight are made in the backward, and five of the attention's two; half of its scores are hidden.
+    let kv_cols = kv_heads * hidden / heads;
+    let weights = 2.0 * (tokens * hidden * (2 * hidden + 2 * kv_cols + 3 * ffn)) as f64;
+    let attention = 2.0 * (tokens * tokens * hidden) as f64;
+    let (tflops, _) = limits();
+    for (name, times, products) in [
+        ("block forward bf16", &mut forwards, weights + attention),
+        ("block forward and backward bf16", &mut steps, 3.0 * weights + 3.5 * attention),
+    ] {
         times.sort_unstable();
-        println!("{name:<44} {:>10.1} us", times[times.len() / 2].as_secs_f64() * 1e6);
+        let took = times[times.len() / 2];
+        line(name, took, products / (tflops * 1e12) / took.as_secs_f64());
     }
     Ok(())
 }

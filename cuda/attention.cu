@@ -272,14 +272,14 @@ __device__ void backward_keys(i64 heads, i64 kv_heads, i64 dim, i64 causal, i64 
 #define ATTENTION(T, name) \
   ATTENTION_FOR(T, name, 2, 64) ATTENTION_FOR(T, name, 4, 128) ATTENTION_FOR(T, name, 8, 256) \
   /* delta <- rowsum(dO o O), one warp a head of a row. */ \
-  extern "C" __global__ void attention_delta_##name(i64 rows, i64 heads, i64 dim, const T* out, i64 so, const T* dout, i64 sdo, \
-      Acc<T>* delta) { \
+  extern "C" __global__ void attention_delta_##name(i64 packed, i64 rows, i64 heads, i64 dim, const T* out, i64 so, const T* dout, \
+      i64 sdo, Acc<T>* delta) { \
+    typedef Acc<T> A; \
     const i64 at = own_row(); \
     if (at >= rows * heads) return; \
     const i64 row = at / heads, head = at - row * heads; \
-    Acc<T> sum = 0; \
-    for (i64 d = threadIdx.x; d < dim; d += 32) \
-      sum += widen(out[row * so + head * dim + d]) * widen(dout[row * sdo + head * dim + d]); \
+    A sum = 0; \
+    each_of_row(packed, dim, out + row * so + head * dim, dout + row * sdo + head * dim, [&](A y, A dy, i64) { sum += y * dy; }); \
     sum = warp_sum(sum); \
     if (threadIdx.x == 0) delta[at] = sum; \
   }

@@ -92,6 +92,7 @@ template <> struct Convert<float> {
 template <class A> __device__ __forceinline__ A infinity() { return (A)float_of(0x7f800000); }
 
 template <class A> __device__ __forceinline__ A max_nan(A a, A b) { return a > b || a != a ? a : b; }
+template <class A> __device__ __forceinline__ A min_nan(A a, A b) { return a < b || a != a ? a : b; }
 
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
@@ -220,15 +221,33 @@ template <class A> __device__ __forceinline__ A row_max(A value) {
 // The row of this thread; the threads of a row are all there or all not.
 __device__ __forceinline__ i64 own_row() { return (i64)blockIdx.x * blockDim.y + threadIdx.y; }
 
-// Sum of f(x_i) over a row of n elements, packs of N.
-template <int N, class T, class F> __device__ __forceinline__ Acc<T> sum_over(i64 n, const T* x, F f) {
-  Acc<T> sum = 0;
-  for (i64 i = (i64)threadIdx.x * N; i < n; i += (i64)blockDim.x * N) {
-    const auto in = load<N>(x + i);
+// ---- sums of columns: blocks of 32 x 8 threads sum runs of rows, and pointwise.cu's column_sums the runs, in a fixed order ----
+
+// The first of the N columns of this thread.
+template <int N> __device__ __forceinline__ i64 own_columns() { return ((i64)blockIdx.x * 32 + threadIdx.x) * N; }
+
+// f(row) for the rows of this thread: every eighth of the block's run.
+template <class F> __device__ __forceinline__ void each_of_run(i64 rows, i64 run, F f) {
+  const i64 end = rows < ((i64)blockIdx.y + 1) * run ? rows : ((i64)blockIdx.y + 1) * run;
+  for (i64 row = (i64)blockIdx.y * run + threadIdx.y; row < end; row += 8) f(row);
+}
+
+// runs[blockIdx.y][col + k] <- the sums of the eight threads of a column; all threads of the block are here.
+template <int N, class A> __device__ __forceinline__ void store_run(i64 cols, const A (&sum)[N], A* runs) {
+  __shared__ A part[8][N][32];
+  const i64 col = own_columns<N>();
 #pragma unroll
-    for (int k = 0; k < N; k++) sum += f(widen(in.at[k]), i + k);
+  for (int k = 0; k < N; k++) part[threadIdx.y][k][threadIdx.x] = sum[k];
+  __syncthreads();
+  if (threadIdx.y == 0 && col < cols) {
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+      A all = part[0][k][threadIdx.x];
+      for (int y = 1; y < 8; y++) all += part[y][k][threadIdx.x];
+      runs[(i64)blockIdx.y * cols + col + k] = all;
+    }
   }
-  return row_sum(sum);
+  __syncthreads();
 }
 
 // ---- shared memory whose size the launch states ----

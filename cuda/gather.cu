@@ -14,13 +14,16 @@
     }))) \
   } \
   /* The rows that go to targets[t] are order[begins[t]] to order[begins[t + 1] - 1]: one thread adds them, in order. */ \
-  extern "C" __global__ void scatter_add_##name(i64 targets, i64 cols, const u32* target, const u32* begins, const u32* order, \
+  extern "C" __global__ void scatter_add_##name(i64 packed, i64 targets, i64 cols, const u32* target, const u32* begins, const u32* order, \
       const T* dy, i64 sdy, Acc<T>* table, i64 st) { \
-    each<1>(targets, cols, [&](i64 at, i64 col) { \
+    WITH_PACKS(packed, (Width<T, Acc<T>>::value), (each<N>(targets, cols, [&](i64 at, i64 col) { \
       Acc<T>* to = table + (i64)target[at] * st + col; \
-      Acc<T> sum = *to; \
-      for (u32 k = begins[at]; k < begins[at + 1]; k++) sum += widen(dy[(i64)order[k] * sdy + col]); \
-      *to = sum; \
-    }); \
+      auto sum = load<N>(to); \
+      for (u32 row = begins[at]; row < begins[at + 1]; row++) { \
+        const auto term = load<N>(dy + (i64)order[row] * sdy + col); \
+        _Pragma("unroll") for (int k = 0; k < N; k++) sum.at[k] += widen(term.at[k]); \
+      } \
+      store(to, sum); \
+    }))) \
   }
 EACH_ELEMENT(GATHER)

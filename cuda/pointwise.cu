@@ -145,44 +145,56 @@ COPY(float, f32, double, f64) COPY(float, f32, bf16, bf16) COPY(float, f32, f16,
 COPY(bf16, bf16, double, f64) COPY(bf16, bf16, float, f32) COPY(bf16, bf16, f16, f16)
 COPY(f16, f16, double, f64) COPY(f16, f16, float, f32) COPY(f16, f16, bf16, bf16)
 
-// ---- sums of columns: blocks of 32 x 8 threads sum runs of rows, and a second kernel the runs, in a fixed order ----
+// ---- sums of columns ----
+
+template <int N, class T> __device__ __forceinline__ void column_runs(i64 rows, i64 cols, i64 run, const T* x, i64 sx, Acc<T>* runs) {
+  const i64 col = own_columns<N>();
+  Acc<T> sum[N] = {};
+  if (col < cols) each_of_run(rows, run, [&](i64 row) {
+    const auto some = load<N>(x + row * sx + col);
+#pragma unroll
+    for (int k = 0; k < N; k++) sum[k] += widen(some.at[k]);
+  });
+  store_run(cols, sum, runs);
+}
 
 #define COLUMNS(T, name) \
-  extern "C" __global__ void column_runs_##name(i64 rows, i64 cols, i64 run, const T* x, i64 sx, Acc<T>* runs) { \
-    __shared__ Acc<T> part[8][32]; \
-    const i64 col = (i64)blockIdx.x * 32 + threadIdx.x; \
-    const i64 end = rows < ((i64)blockIdx.y + 1) * run ? rows : ((i64)blockIdx.y + 1) * run; \
-    Acc<T> sum = 0; \
-    if (col < cols) for (i64 row = (i64)blockIdx.y * run + threadIdx.y; row < end; row += 8) sum += widen(x[row * sx + col]); \
-    part[threadIdx.y][threadIdx.x] = sum; \
-    __syncthreads(); \
-    if (threadIdx.y == 0 && col < cols) { \
-      for (int k = 1; k < 8; k++) sum += part[k][threadIdx.x]; \
-      runs[(i64)blockIdx.y * cols + col] = sum; \
-    } \
+  extern "C" __global__ void column_runs_##name(i64 packed, i64 rows, i64 cols, i64 run, const T* x, i64 sx, Acc<T>* runs) { \
+    WITH_PACKS(packed, Width<T>::value, (column_runs<N>(rows, cols, run, x, sx, runs))) \
   }
 EACH_ELEMENT(COLUMNS)
 
+// to <- terms that lie `step` apart, op by op in their order, in the accumulator, rounded once.
+template <int N, class T, class Op>
+__device__ __forceinline__ void combine(i64 count, i64 len, i64 step, const T* terms, T* to, Op op) {
+  each<N>(1, len, [&](i64, i64 at) {
+    Pack<Acc<T>, N> all;
+    auto term = load<N>(terms + at);
+#pragma unroll
+    for (int k = 0; k < N; k++) all.at[k] = widen(term.at[k]);
+    for (i64 i = 1; i < count; i++) {
+      term = load<N>(terms + i * step + at);
+#pragma unroll
+      for (int k = 0; k < N; k++) all.at[k] = op(all.at[k], widen(term.at[k]));
+    }
+#pragma unroll
+    for (int k = 0; k < N; k++) term.at[k] = narrow<T>(all.at[k]);
+    store(to + at, term);
+  });
+}
+
 #define COLUMN_SUMS(A, name) \
-  extern "C" __global__ void column_sums_##name(i64 runs, i64 cols, const A* from, A* sums) { \
-    each<1>(1, cols, [&](i64, i64 col) { \
-      A sum = from[col]; \
-      for (i64 run = 1; run < runs; run++) sum += from[run * cols + col]; \
-      sums[col] = sum; \
-    }); \
+  extern "C" __global__ void column_sums_##name(i64 packed, i64 runs, i64 cols, const A* from, A* sums) { \
+    WITH_PACKS(packed, Width<A>::value, (combine<N>(runs, cols, cols, from, sums, [](A a, A b) { return a + b; }))) \
   }
 EACH_ACC(COLUMN_SUMS)
 
-// sum <- the terms of all ranks, which lie one after another, in rank order, in the accumulator, rounded once.
+// to <- the terms of all ranks, which lie one after another, in rank order: their sum (0), largest (1) or smallest (2).
 #define REDUCE(T, name) \
-  extern "C" __global__ void reduce_##name(i64 ranks, i64 len, i64 op, const T* terms, T* to) { \
-    each<1>(1, len, [&](i64, i64 at) { \
-      Acc<T> all = widen(terms[at]); \
-      for (i64 rank = 1; rank < ranks; rank++) { \
-        const Acc<T> term = widen(terms[rank * len + at]); \
-        all = op == 0 ? all + term : op == 1 ? max_nan(all, term) : -max_nan(-all, -term); \
-      } \
-      to[at] = narrow<T>(all); \
-    }); \
+  extern "C" __global__ void reduce_##name(i64 packed, i64 ranks, i64 len, i64 op, const T* terms, T* to) { \
+    typedef Acc<T> A; \
+    WITH_PACKS(packed, Width<T>::value, (combine<N>(ranks, len, len, terms, to, [op](A a, A b) { \
+      return op == 0 ? a + b : op == 1 ? max_nan(a, b) : min_nan(a, b); \
+    }))) \
   }
 EACH_ELEMENT(REDUCE)

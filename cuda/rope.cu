@@ -1,4 +1,4 @@
-// Rotary position embedding. A thread turns one pair of every head of a row: sine and cosine are computed once for all heads.
+// Rotary position embedding. A thread turns the same pairs of every head of a row: sine and cosine are computed once for all heads.
 #include "element.cuh"
 
 // Cosine and sine of an angle, in units of pi, of which whole turns are taken off exactly: without the tables in local memory
@@ -12,21 +12,45 @@ __device__ __forceinline__ void turn(double angle, double& cosine, double& sine)
   sine = sinpi(left);
 }
 
+// N pairs at a time. They lie in two packs: of first and of second features, or, interleaved, one behind the other.
+template <int N, class T>
+__device__ __forceinline__ void rope(i64 rows, i64 pairs, i64 heads, i64 head_dim, bool interleaved, double magnitude,
+    double direction, const double* frequencies, const u32* positions, T* x, i64 sx) {
+  typedef Acc<T> A;
+  each<N>(rows, pairs, [&](i64 row, i64 at) {
+    A c[N], s[N];
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+      double cosine, sine;
+      turn((double)positions[row] * frequencies[at + k], cosine, sine);
+      c[k] = (A)(magnitude * cosine);
+      s[k] = (A)(magnitude * direction * sine);
+    }
+    const i64 first = interleaved ? 2 * at : at, second = interleaved ? first + N : at + pairs;
+    for (i64 head = 0; head < heads; head++) {
+      T* turned = x + row * sx + head * head_dim;
+      Pack<T, N> packs[2] = {load<N>(turned + first), load<N>(turned + second)};
+      const auto pair = [&](int k, T& left, T& right) {
+        const A a = widen(left), b = widen(right);
+        left = narrow<T>(a * c[k] - b * s[k]);
+        right = narrow<T>(b * c[k] + a * s[k]);
+      };
+#pragma unroll
+      for (int k = 0; k < N; k++) {
+        const int i = 2 * k, j = 2 * k + 1;
+        if (interleaved) pair(k, packs[i / N].at[i % N], packs[j / N].at[j % N]);
+        else pair(k, packs[0].at[k], packs[1].at[k]);
+      }
+      store(turned + first, packs[0]);
+      store(turned + second, packs[1]);
+    }
+  });
+}
+
 #define ROPE(T, name) \
-  extern "C" __global__ void rope_##name(i64 rows, i64 pairs, i64 heads, i64 head_dim, i64 interleaved, double magnitude, \
-      double direction, const double* frequencies, const u32* positions, T* x, i64 sx) { \
-    typedef Acc<T> A; \
-    each<1>(rows, pairs, [&](i64 row, i64 at) { \
-      double cosine, sine; \
-      turn((double)positions[row] * frequencies[at], cosine, sine); \
-      const A c = (A)(magnitude * cosine), s = (A)(magnitude * direction * sine); \
-      const i64 first = interleaved ? 2 * at : at, second = interleaved ? first + 1 : at + pairs; \
-      for (i64 head = 0; head < heads; head++) { \
-        T* turned = x + row * sx + head * head_dim; \
-        const A a = widen(turned[first]), b = widen(turned[second]); \
-        turned[first] = narrow<T>(a * c - b * s); \
-        turned[second] = narrow<T>(b * c + a * s); \
-      } \
-    }); \
+  extern "C" __global__ void rope_##name(i64 packed, i64 rows, i64 pairs, i64 heads, i64 head_dim, i64 interleaved, \
+      double magnitude, double direction, const double* frequencies, const u32* positions, T* x, i64 sx) { \
+    WITH_PACKS(packed, Width<T>::value, \
+      (rope<N>(rows, pairs, heads, head_dim, interleaved, magnitude, direction, frequencies, positions, x, sx))) \
   }
 EACH_ELEMENT(ROPE)

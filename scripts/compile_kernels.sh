@@ -20,7 +20,7 @@ for arch in sm_80 sm_90 sm_100; do
     for file in cuda/*.cu; do
         log="$work/log"
         # As program.rs has them compiled: attention alone may contract products and sums.
-        contracts=$([ "$file" = cuda/attention.cu ] && echo true || echo false)
+        contracts=$([[ $file = cuda/attention.cu || $file = cuda/flash.cu ]] && echo true || echo false)
         if ! "$tools/nvidia/cu13/bin/nvcc" -arch=$arch -std=c++17 --fmad=$contracts -cubin -Xptxas -v -o "$work/out.cubin" "$file" > "$log" 2>&1; then
             cat "$log"
             exit 1

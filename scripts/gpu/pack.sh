@@ -20,7 +20,7 @@ for line in sys.stdin:
         kind = artifact["target"]["kind"][0]
         shutil.copy(path, out + "/" + kind + "-" + artifact["target"]["name"])
 ' "$out"
-cp scripts/gpu/run.sh scripts/peers/gpu_torch.py "$out/"
+cp scripts/gpu/run.sh scripts/gpu/report.py scripts/peers/gpu_torch.py "$out/"
 cp -r tests/data "$out/tests-data"
 git rev-parse HEAD > "$out/commit"
 git diff --quiet HEAD || echo "with changes that are not committed" >> "$out/commit"

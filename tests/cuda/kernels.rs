@@ -411,7 +411,7 @@ fn linear<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64
 }
 
 fn attention<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
-    let dim = [3, 8, 33, 70, 130][draw.cols % 5];
+    let dim = [3, 8, 33, 64, 70, 128, 130][draw.cols % 7];
     let (heads, kv_heads) = [(2, 2), (4, 2), (3, 1)][draw.more % 3];
     let kv: Vec<usize> = (0..heads).map(|head| head * kv_heads / heads).collect();
     let lengths = [draw.rows, 0, 40 * (draw.seed % 2) as usize + 1];
@@ -502,6 +502,132 @@ fn attention<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<
         results.push(out.values());
     }
     Ok(results)
+}
+
+/// Attention of sequences that go over several tiles of tensor cores, with values that a causal mask hides from some.
+fn tiles<T: Element, B: Backend>(
+    device: &B,
+    dim: usize,
+    (heads, kv_heads): (usize, usize),
+) -> Result<Vec<Vec<f64>>> {
+    let kv: Vec<usize> = (0..heads).map(|head| head * kv_heads / heads).collect();
+    let lengths = [70, 0, 1, 130];
+    let rows: usize = lengths.iter().sum();
+    let place = |rows, cols| Place { rows, cols, start: 8, stride: cols + 8 };
+    let memory = |seed, cols| Memory::<T, B>::new(device, seed, place(rows, cols));
+    let (q, mut k, mut v) = (memory(1, heads * dim), memory(2, kv_heads * dim), memory(3, kv_heads * dim));
+    let mut dout = memory(6, heads * dim);
+    let flags: Vec<bool> = (0..rows).map(|row| row % 7 != 3 && row != 70).collect();
+    let spec = AttentionSpec {
+        kv_of_query: &kv,
+        kv_heads,
+        head_dim: dim,
+        scale: 0.8 / (dim as f64).sqrt(),
+        causal: false,
+        window: None,
+        sequences: &Sequences::packed(lengths),
+    };
+    let mut results = Vec::new();
+    let mut run = |spec: AttentionSpec<'_>, k: &Memory<T, B>, v: &Memory<T, B>, dout: &Memory<T, B>| {
+        let mut out = memory(4, heads * dim);
+        let mut lse = Memory::<T::Acc, B>::new(device, 5, vector(rows * heads));
+        device.attention(&spec, q.mat(), k.mat(), v.mat(), out.mat_mut(), B::slice_mut(&mut lse.buffer))?;
+        let mut dqkv = memory(7, (heads + 2 * kv_heads) * dim);
+        let lse_slice = B::slice::<T::Acc>(&lse.buffer);
+        device.attention_backward(
+            &spec,
+            q.mat(),
+            k.mat(),
+            v.mat(),
+            out.mat(),
+            lse_slice,
+            dout.mat(),
+            dqkv.mat_mut(),
+        )?;
+        results.extend([out.values(), lse.values(), dqkv.values()]);
+        Ok(())
+    };
+    run(spec, &k, &v, &dout)?;
+    for window in [None, Some(50), Some(3)] {
+        run(AttentionSpec { causal: true, window, ..spec }, &k, &v, &dout)?;
+    }
+    let masked = Sequences::packed(lengths).masked(&flags)?;
+    run(AttentionSpec { sequences: &masked, ..spec }, &k, &v, &dout)?;
+    run(AttentionSpec { sequences: &masked, causal: true, ..spec }, &k, &v, &dout)?;
+    // One in the first tile, two at the end of another's.
+    for (row, value) in [(40, f64::NAN), (71 + 127, f64::INFINITY), (71 + 128, f64::NEG_INFINITY)] {
+        device.fill(value, v.mat_mut().block(row..row + 1, 0..dim))?;
+    }
+    for window in [None, Some(50)] {
+        run(AttentionSpec { causal: true, window, ..spec }, &k, &v, &dout)?;
+    }
+    let v = memory(3, kv_heads * dim);
+    device.fill(f64::NAN, k.mat_mut().block(71 + 60..71 + 61, 0..dim))?;
+    device.fill(f64::INFINITY, dout.mat_mut().block(30..31, 0..dim))?;
+    device.fill(f64::NAN, dout.mat_mut().block(71 + 3..71 + 4, 0..dim))?;
+    for window in [None, Some(50)] {
+        run(AttentionSpec { causal: true, window, ..spec }, &k, &v, &dout)?;
+    }
+    // Sequences that go on, from a cache.
+    let (capacity, lengths) = (160, [70, 3]);
+    let cache =
+        |seed| Memory::<T, B>::new(device, seed, Place { start: 0, ..place(3 * kv_heads * capacity, dim) });
+    let (keys, values) = (cache(8), cache(9));
+    let sequences = Sequences::packed(lengths).starting_at(&[5, 90])?;
+    for window in [None, Some(20)] {
+        let spec = AttentionSpec { causal: true, window, sequences: &sequences, ..spec };
+        let place = place(73, heads * dim);
+        let (q, mut out) = (Memory::<T, B>::new(device, 1, place), Memory::<T, B>::new(device, 2, place));
+        let slots = CacheSpec { slots: &[2, 0], capacity };
+        device.attention_cached(&spec, &slots, q.mat(), keys.mat(), values.mat(), out.mat_mut())?;
+        results.push(out.values());
+    }
+    Ok(results)
+}
+
+/// Attention of the same numbers, wherever they lie.
+fn placed<T: Element, B: Backend>(device: &B, start: usize) -> Result<Vec<f64>> {
+    let place = |start| Place { rows: 80, cols: 64, start, stride: 72 };
+    let moved = |seed| {
+        let (from, mut to) =
+            (Memory::<T, B>::new(device, seed, place(0)), Memory::<T, B>::new(device, 9, place(start)));
+        device.copy(from.mat(), to.mat_mut())?;
+        Ok(to)
+    };
+    let (q, k, v) = (moved(1)?, moved(2)?, moved(3)?);
+    let (mut out, mut lse) = (moved(4)?, Memory::<T::Acc, B>::new(device, 5, vector(80)));
+    let spec = AttentionSpec {
+        kv_of_query: &[0],
+        kv_heads: 1,
+        head_dim: 64,
+        scale: 0.1,
+        causal: true,
+        window: None,
+        sequences: &Sequences::packed([80]),
+    };
+    device.attention(&spec, q.mat(), k.mat(), v.mat(), out.mat_mut(), B::slice_mut(&mut lse.buffer))?;
+    let values = out.values();
+    Ok((0..80).flat_map(|row| values[start + 72 * row..][..64].to_vec()).collect())
+}
+
+#[test]
+fn attention_on_tensor_cores_is_the_cpus() {
+    fn one<T: Element>(cuda: &Dev, cpu: &Cpu) {
+        for (dim, heads) in [(8, (2, 2)), (72, (4, 2)), (128, (3, 1))] {
+            let got = tiles::<T, _>(cuda, dim, heads).unwrap();
+            let want = tiles::<T, _>(cpu, dim, heads).unwrap();
+            for (at, (got, want)) in got.iter().zip(&want).enumerate() {
+                same::<T>(&format!("heads of {dim}, result {at}"), got, want);
+            }
+        }
+        // The same where rows do not begin at 16 bytes: without tensor cores, and so with weights that are not rounded.
+        let [aligned, other] = [0, 7].map(|start| placed::<T, _>(cuda, start).unwrap());
+        same::<T>("without tensor cores", &aligned, &other);
+        assert_ne!(aligned, other, "both have gone the same way");
+    }
+    let (cuda, cpu) = (dev::poisoned(), Cpu::poisoned());
+    one::<bf16>(&cuda, &cpu);
+    one::<f16>(&cuda, &cpu);
 }
 
 /// A test of a family: all four elements on both devices.

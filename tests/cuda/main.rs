@@ -9,8 +9,12 @@ mod block;
 mod decoding;
 mod dev;
 mod device;
+#[path = "../suite/disagree.rs"]
+mod disagree;
 #[path = "../suite/exact.rs"]
 mod exact;
+#[path = "../suite/fork.rs"]
+mod fork;
 #[path = "../suite/invariant.rs"]
 mod invariant;
 mod kernels;

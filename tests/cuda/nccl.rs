@@ -2,6 +2,7 @@
 
 use crate::{
     dev::{self, Dev, Tensor},
+    disagree::DISAGREEMENTS,
     exact::{DTYPES, all_exact, all_in_flight, nan_wins, sums_in_rank_order, with_element},
 };
 use shardwise::{
@@ -13,6 +14,7 @@ use shardwise::{
     device::{Cpu, Device, Element},
     launch::{Env, Threads},
     shard::{Partition, Shape},
+    trace::{Record, blame},
 };
 use std::{panic::resume_unwind, thread, time::Duration};
 
@@ -116,6 +118,31 @@ fn disagreement_is_the_same_error_on_every_rank() {
     }
 }
 
+/// What thread ranks can disagree on, NCCL's ranks are told too: of started calls when they start.
+#[test]
+fn every_disagreement_is_found() {
+    for (world, odd) in dev::worlds([2, 3]).zip([1, 0]) {
+        let told = ranks(world)
+            .run(|group| {
+                let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
+                let tell = |(usual, other, ..): &(crate::disagree::Act, crate::disagree::Act, &str, &str)| {
+                    let part = nccl.split_all(0)?;
+                    let act = if part.rank() == odd { other } else { usual };
+                    let error = act(&part).unwrap_err();
+                    assert_eq!(part.barrier().unwrap_err(), error, "a failed group repeats its first error");
+                    Ok(error)
+                };
+                DISAGREEMENTS.iter().map(tell).collect::<Result<Vec<_>>>()
+            })
+            .unwrap();
+        assert!(told.iter().all(|errors| *errors == told[0]));
+        for (case, error) in told[0].iter().enumerate() {
+            let Error::Mismatch(mismatch) = error else { panic!("case {case}: {error}") };
+            assert_eq!((mismatch.left_rank, mismatch.right_rank), (0, odd.max(1)), "case {case}: {error}");
+        }
+    }
+}
+
 #[test]
 fn an_unexpected_message_is_a_disagreement() {
     let errors = ranks(2)
@@ -164,6 +191,31 @@ fn a_lost_rank_is_an_error_on_every_other() {
                     assert!(way != 0 || reason == Loss::Panicked);
                 }
             }
+        }
+    }
+}
+
+/// What ranks over NCCL note of their calls is enough to say whose fault it was.
+#[test]
+fn the_rank_that_broke_the_job_is_blamed() {
+    let fates: [(Act, &str); 4] = [
+        (|_| resume_unwind(Box::new("lost")), "it panicked, after all_reduce (max, f32 [3]"),
+        (|_| Err(Error::Invalid { op: "test", reason: "fails".into() }), "it returned an error"),
+        (|_| Ok(()), "it returned while others needed it, after all_reduce"),
+        (|group| group.barrier(), "called something else than the others"),
+    ];
+    for world in dev::worlds([3]) {
+        for (odd, (fate, words)) in (0..world).flat_map(|odd| fates.iter().map(move |fate| (odd, fate))) {
+            let folder = tempfile::tempdir().unwrap();
+            let outcomes = ranks(world).flight(folder.path()).run_each(|group| {
+                let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
+                reduce::<f32>(&nccl, ReduceOp::Max, 3)?;
+                if group.rank() == odd { fate(&nccl) } else { reduce::<f32>(&nccl, ReduceOp::Max, 8) }
+            });
+            assert!(outcomes.unwrap().iter().any(Result::is_err));
+            let blame = blame(&Record::read_all([folder.path()]).unwrap());
+            assert_eq!(blame.ranks, [odd], "{words}: {blame}");
+            assert!(blame.reason.contains(words), "{words}: {blame}");
         }
     }
 }
@@ -266,7 +318,7 @@ fn known(group: &Group<Dev>, op: ReduceOp) -> Result<()> {
 #[test]
 fn a_process_that_is_lost_inside_of_a_collective_ends_it_for_the_others() {
     for world in dev::worlds([2, 3, 4, 8]) {
-        // The largest is made on the host: a rank waits for its device inside of the collective.
+        // The largest is made of all ranks' terms, by a kernel of ours behind NCCL.
         for (op, fails) in [ReduceOp::Sum, ReduceOp::Max].into_iter().flat_map(|op| [(op, true), (op, false)])
         {
             for lost in [0, world - 1] {

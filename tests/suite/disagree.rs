@@ -1,19 +1,20 @@
 //! What ranks may disagree on, for every communicator.
 
+use crate::dev::{Dev, Tensor};
 use half::{bf16, f16};
 use shardwise::{
-    Result, Tensor,
+    Result,
     comm::{Group, ReduceOp},
-    device::{Cpu, Element},
+    device::Element,
     shard::{Partition, Shape},
 };
 
 /// What a rank does that disagrees, or what the others do.
-pub(crate) type Act = fn(&Group<Cpu>) -> Result<()>;
+pub(crate) type Act = fn(&Group<Dev>) -> Result<()>;
 
 /// A buffer of the rank's number; when the collective fails, it is unchanged.
 pub(crate) fn attempt<T: Element>(
-    group: &Group<Cpu>,
+    group: &Group<Dev>,
     dims: &[usize],
     collective: impl FnOnce(&mut Tensor<T>) -> Result<()>,
 ) -> Result<()> {
@@ -26,36 +27,36 @@ pub(crate) fn attempt<T: Element>(
     result
 }
 
-pub(crate) fn reduce<T: Element>(group: &Group<Cpu>, op: ReduceOp, dims: &[usize]) -> Result<()> {
+pub(crate) fn reduce<T: Element>(group: &Group<Dev>, op: ReduceOp, dims: &[usize]) -> Result<()> {
     attempt::<T>(group, dims, |x| group.all_reduce(op, x))
 }
 
-pub(crate) fn broadcast(group: &Group<Cpu>, root: usize, len: usize) -> Result<()> {
+pub(crate) fn broadcast(group: &Group<Dev>, root: usize, len: usize) -> Result<()> {
     attempt::<f32>(group, &[len], |x| group.broadcast(root, x))
 }
 
 /// Gathers a `[12, 12]` tensor.
-pub(crate) fn gather(group: &Group<Cpu>, dim: usize, cut: &Partition) -> Result<()> {
+pub(crate) fn gather(group: &Group<Dev>, dim: usize, cut: &Partition) -> Result<()> {
     let part = Shape::new(&[12, 12]).with(dim, cut.size(group.rank()));
     attempt::<f32>(group, part.dims(), |x| group.all_gather(x, dim, cut).map(drop))
 }
 
 /// Reduces and scatters a `[12, 12]` tensor.
-pub(crate) fn scatter(group: &Group<Cpu>, op: ReduceOp, dim: usize, cut: &Partition) -> Result<()> {
+pub(crate) fn scatter(group: &Group<Dev>, op: ReduceOp, dim: usize, cut: &Partition) -> Result<()> {
     attempt::<f32>(group, &[12, 12], |x| group.reduce_scatter(op, x, dim, cut).map(drop))
 }
 
-pub(crate) fn even(group: &Group<Cpu>) -> Partition {
+pub(crate) fn even(group: &Group<Dev>) -> Partition {
     Partition::even(12, group.size())
 }
 
 /// Rank 0 has the most.
-pub(crate) fn slanted(group: &Group<Cpu>) -> Partition {
+pub(crate) fn slanted(group: &Group<Dev>) -> Partition {
     let size = group.size();
     Partition::from_sizes((0..size).map(|rank| if rank == 0 { 13 - size } else { 1 }))
 }
 
-pub(crate) fn started(group: &Group<Cpu>, op: ReduceOp, len: usize) -> Result<()> {
+pub(crate) fn started(group: &Group<Dev>, op: ReduceOp, len: usize) -> Result<()> {
     let x = Tensor::<f32>::zeros(group.device(), [len])?;
     group.start_all_reduce(op, x)?.wait().map(drop)
 }

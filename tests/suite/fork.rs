@@ -1,6 +1,9 @@
 //! Operators of one rank that run at the same time: the bits of the same operators one after the other.
 
-use crate::support::{Case, arrays, close, difference, matrix, random, run};
+use crate::{
+    dev::{self, Dev},
+    support::{Case, arrays, close, difference, matrix, random, run},
+};
 use ndarray::Array2;
 use proptest::prelude::*;
 use shardwise::{
@@ -39,14 +42,14 @@ fn agree<S: Stream + crate::support::Spread>(
     let layout = QkvLayout::separate("q", "k", "v");
     let cut = Some(assigned.qkv_features());
     let case = Case { dy_cut: cut, ..Case::new(world, &x, &dy, &source) };
-    let merged = |ranks: &Group<Cpu>, weights: &Weights<'_>| {
+    let merged = |ranks: &Group<Dev>, weights: &Weights<'_>| {
         let columns = Columns::qkv(ranks, &assigned, &layout)?;
-        ColumnParallelLinear::<S, f64, Cpu>::load(ranks, weights, hidden, &columns, Bias::Add)
+        ColumnParallelLinear::<S, f64, Dev>::load(ranks, weights, hidden, &columns, Bias::Add)
     };
-    let forked = |ranks: &Group<Cpu>, weights: &Weights<'_>| {
+    let forked = |ranks: &Group<Dev>, weights: &Weights<'_>| {
         let columns = Columns::separate_qkv(ranks, &assigned, &layout)?;
         let load = |columns: &Columns| ColumnLinear::load(ranks, weights, hidden, columns, Bias::Add);
-        ForkedColumnLinear::<S, f64, Cpu>::new(columns.iter().map(load).collect::<Result<Vec<_>>>()?)
+        ForkedColumnLinear::<S, f64, Dev>::new(columns.iter().map(load).collect::<Result<Vec<_>>>()?)
     };
     let (want, got) = (run::<f64, _>(&case, merged).unwrap(), run::<f64, _>(&case, forked).unwrap());
     assert_eq!(got.y, want.y, "each output is the same product");
@@ -70,7 +73,7 @@ proptest! {
     }
 }
 
-/// Large enough for threads, which share uneven numbers of products of uneven sizes.
+/// The CPU's threads, whatever the device of this binary. Large enough for them, which share uneven numbers of products of uneven sizes.
 #[test]
 fn products_on_threads_have_the_bits_of_one_after_the_other() {
     fn check<T: Element>() {
@@ -100,23 +103,23 @@ fn products_on_threads_have_the_bits_of_one_after_the_other() {
 
 #[test]
 fn what_does_not_fit_is_named() {
-    let cpu = Cpu::new().with_threads(NonZeroUsize::new(2).unwrap());
-    let zeros = |rows, cols| Tensor::<f32>::zeros(&cpu, [rows, cols]).unwrap();
+    let device = dev::fresh();
+    let zeros = |rows, cols| Tensor::<f32, _>::zeros(&device, [rows, cols]).unwrap();
     let (a, b, mut c, mut d) = (zeros(300, 300), zeros(200, 300), zeros(300, 300), zeros(300, 300));
     let product = |a, b, c| Product { a, b, beta: 0.0, c };
     let products = vec![
         product(a.mat(), a.mat(), c.mat_mut().unwrap()),
         product(a.mat(), b.mat(), d.mat_mut().unwrap()),
     ];
-    let error = cpu.gemm_all(products).unwrap_err().to_string();
+    let error = device.gemm_all(products).unwrap_err().to_string();
     assert_eq!(error, "gemm: columns of A is 300, but rows of B is 200");
-    let group = Group::solo(&cpu);
+    let group = Group::solo(&device);
     let load = |inputs: usize| {
         let source = arrays([("weight", random(1, "w", &[2, inputs]))]);
         let columns = Columns::even(&group, 2)?;
-        ColumnLinear::<f32, Cpu>::load(&group, &Weights::new(&source), inputs, &columns, Bias::None)
+        ColumnLinear::<f32, Dev>::load(&group, &Weights::new(&source), inputs, &columns, Bias::None)
     };
-    let fork = |layers| ForkedColumnLinear::<Replicated, f32, Cpu>::new(layers).unwrap_err().to_string();
+    let fork = |layers| ForkedColumnLinear::<Replicated, f32, Dev>::new(layers).unwrap_err().to_string();
     assert_eq!(fork(vec![]), "forked linear: there is no layer");
     assert_eq!(
         fork(vec![load(3).unwrap(), load(4).unwrap()]),

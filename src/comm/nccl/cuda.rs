@@ -2,6 +2,7 @@
 
 use super::NcclDevice;
 use crate::{
+    comm::ReduceOp,
     device::{
         Element,
         cuda::{Cuda, CudaSlice, CudaSliceMut, Mark},
@@ -50,6 +51,21 @@ unsafe impl NcclDevice for Cuda {
 
     fn stranger<T: Element>(&self, slice: CudaSlice<'_, T>) -> Result<Option<Self>> {
         Cuda::stranger(self, &slice.owner())
+    }
+
+    fn combine<T: Element>(
+        &self,
+        op: ReduceOp,
+        ranks: usize,
+        terms: CudaSlice<'_, T>,
+        to: CudaSliceMut<'_, T>,
+    ) -> Result<()> {
+        let how = match op {
+            ReduceOp::Sum => 0,
+            ReduceOp::Max => 1,
+            ReduceOp::Min => 2,
+        };
+        Cuda::combine(self, how, ranks, terms, to)
     }
 
     fn address<T: Element>(slice: CudaSlice<'_, T>) -> *const c_void {

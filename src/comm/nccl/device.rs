@@ -1,6 +1,6 @@
 //! What NCCL has to know of a device.
 
-use crate::{device::Element, error::Result, kernels::Pointwise};
+use crate::{comm::ReduceOp, device::Element, error::Result, kernels::Pointwise};
 use std::{ffi::c_void, rc::Rc};
 
 /// A device whose memory and streams NCCL can use.
@@ -45,6 +45,19 @@ pub unsafe trait NcclDevice: Pointwise {
     /// # Errors
     /// When the memory is another device's.
     fn stranger<T: Element>(&self, slice: Self::Slice<'_, T>) -> Result<Option<Self>>;
+
+    /// to ← the reduction of `ranks` terms that lie one after another, in rank order, in the accumulator: the bits of thread
+    /// ranks.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    fn combine<T: Element>(
+        &self,
+        op: ReduceOp,
+        ranks: usize,
+        terms: Self::Slice<'_, T>,
+        to: Self::SliceMut<'_, T>,
+    ) -> Result<()>;
 
     /// Where a view begins.
     fn address<T: Element>(slice: Self::Slice<'_, T>) -> *const c_void;

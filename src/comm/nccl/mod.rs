@@ -24,7 +24,6 @@ pub use device::NcclDevice;
 
 use super::{
     Call, Collective, Communicator, Group, InFlight, Incoming, Outgoing, Parts, ReduceOp, Step, call::hash,
-    combine,
 };
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, DType, Element, each_dtype},
@@ -39,7 +38,6 @@ use raw::Raw;
 use std::{
     cell::{Cell, OnceCell, RefCell},
     collections::{HashMap, HashSet, VecDeque},
-    ops::Range,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -451,36 +449,8 @@ impl<B: NcclDevice> Nccl<B> {
         if len == 0 {
             return Ok(());
         }
-        self.combine::<T>(op, ranks, B::slice::<T>(&terms), recv)
-    }
-
-    /// to ← the reduction of `ranks` terms that lie one after another, in rank order, in the accumulator.
-    fn combine<T: Element>(
-        &self,
-        op: ReduceOp,
-        ranks: usize,
-        terms: B::Slice<'_, T>,
-        to: B::SliceMut<'_, T>,
-    ) -> Result<()> {
-        let (lane, len) = (self.lane(), B::len_mut::<T>(&to));
-        let term = |rank: usize| rank * len..(rank + 1) * len;
-        if op != ReduceOp::Sum {
-            // Max and min are asked for of a number a token: they are made on the host, by the code of the thread ranks, in
-            // which NaN wins. NCCL's would lose it.
-            let mut host = vec![T::default(); ranks * len];
-            lane.download::<T>(terms, &mut host)?;
-            let mut result = vec![T::default(); len];
-            combine::reduce(op, ranks, |rank| &host[term(rank)], &mut result);
-            return lane.upload::<T>(&result, to);
-        }
-        let row = |range: Range<usize>| MatRef::<T, B>::new(B::narrow::<T>(terms, range), 1, len);
-        let mut sum = lane.empty::<T::Acc>(len)?;
-        lane.copy::<T, T::Acc>(row(term(0))?, MatMut::new(B::slice_mut::<T::Acc>(&mut sum), 1, len)?)?;
-        for rank in 1..ranks {
-            let sum = MatMut::new(B::slice_mut::<T::Acc>(&mut sum), 1, len)?;
-            lane.accumulate::<T, T::Acc>(row(term(rank))?, sum)?;
-        }
-        lane.copy::<T::Acc, T>(MatRef::new(B::slice::<T::Acc>(&sum), 1, len)?, MatMut::new(to, 1, len)?)
+        // Max and min too: NCCL's would lose a NaN.
+        self.lane().combine::<T>(op, ranks, B::slice::<T>(&terms), recv)
     }
 
     fn reduce<T: Element>(&self, at: &Meeting, op: ReduceOp, mut x: B::SliceMut<'_, T>) -> Result<()> {

@@ -264,6 +264,17 @@ mod tests {
     }
 
     #[test]
+    fn packages_of_every_python_of_a_folder_are_looked_into() {
+        let lib = tempfile::tempdir().unwrap();
+        let site = lib.path().join("python3.11/site-packages");
+        std::fs::create_dir_all(site.join("nvidia/cu13/lib")).unwrap();
+        std::fs::create_dir_all(lib.path().join("perl5/site-packages")).unwrap();
+        let all: Vec<_> = sites(lib.path()).collect();
+        assert_eq!(all, [site, lib.path().join("python3.11/dist-packages")]);
+        assert_eq!(sites(&lib.path().join("none")).count(), 0);
+    }
+
+    #[test]
     fn a_library_without_a_function_is_named_with_it() {
         const OLD: Needed = Needed {
             name: "an old library",

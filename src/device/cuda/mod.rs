@@ -33,6 +33,8 @@
 //! * Bias, and gelu (by tanh) of bf16 and f16 with its slope, come with the product where cuBLASLt can, without rounding between; and
 //!   so does a bias gradient that is f32.
 //! * Kernels add in a fixed order, which does not depend on how memory is aligned; there are no atomic sums.
+//! * Attention of bf16 and f16 with heads of at most 128 features is made by tensor cores where every row begins at 16 bytes (heads of
+//!   a multiple of 8 features, tensors that are no odd views): weights are then rounded to the element before they meet the values.
 //! * The collectives' order is [`crate::comm::nccl::Order`].
 //!
 //! # Without a GPU

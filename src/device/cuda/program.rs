@@ -29,9 +29,11 @@ pub(crate) struct Family {
     pub(crate) contracts: bool,
 }
 
-/// What every `.cu` file includes.
-const ELEMENT: &str = include_str!("../../../cuda/element.cuh");
-const INCLUDE: &str = "#include \"element.cuh\"";
+/// What `.cu` files include: one of these, and that the ones behind it.
+const HEADERS: [(&str, &str); 2] = [
+    ("#include \"mma.cuh\"", include_str!("../../../cuda/mma.cuh")),
+    ("#include \"element.cuh\"", include_str!("../../../cuda/element.cuh")),
+];
 
 /// Loads a family's kernels into the current context.
 pub(super) fn load(family: &Family, capability: (i32, i32)) -> Result<CUmodule> {
@@ -137,7 +139,9 @@ impl<'a> Job<'a> {
             "--std=c++17".to_string(),
             format!("--fmad={}", family.contracts),
         ];
-        let source = family.source.replacen(INCLUDE, ELEMENT, 1);
+        let source = HEADERS
+            .iter()
+            .fold(family.source.to_string(), |source, (include, header)| source.replacen(include, header, 1));
         let (mut first, mut second) = (0, 0);
         // SAFETY: both are places for an int.
         #[allow(unsafe_code)]
@@ -243,7 +247,7 @@ mod tests {
                 name: $name,
                 source: include_str!(concat!("../../../cuda/", $name, ".cu")),
                 large_shared_memory: false,
-                contracts: $name == "attention",
+                contracts: matches!($name, "attention" | "flash"),
             }),*]
         };
     }
@@ -258,6 +262,7 @@ mod tests {
         let families = families!(
             "attention",
             "dropout",
+            "flash",
             "gather",
             "loss",
             "norm",
@@ -277,7 +282,7 @@ mod tests {
             assert!(image.len() > 1000, "{}: {} bytes", family.name, image.len());
         }
         // For a GPU that the compiler does not know: PTX.
-        let job = Job::new(&families[2], (99, 9)).unwrap();
+        let job = Job::new(&families[3], (99, 9)).unwrap();
         assert!(!job.binary);
         assert!(job.compile().unwrap().starts_with(b"//"));
     }

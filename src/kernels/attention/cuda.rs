@@ -1,18 +1,29 @@
-//! Attention on NVIDIA GPUs: `cuda/attention.cu`.
+//! Attention on NVIDIA GPUs: `cuda/attention.cu`, and on tensor cores `cuda/flash.cu`.
 
 use super::{Attention, AttentionSpec, CacheSpec, check, check_cached};
 use crate::{
     device::{
-        Device, Element,
+        DType, Device, Element,
         cuda::{Cuda, CudaSlice, CudaSliceMut, Family, Grid, Table},
     },
     error::{Error, Result, same_size},
-    kernels::{MatMut, MatRef, view::unit_columns},
+    kernels::{
+        MatMut, MatRef,
+        packs::{Operand, Walk},
+        view::unit_columns,
+    },
 };
 
 const FAMILY: Family = Family {
     name: "attention",
     source: include_str!("../../../cuda/attention.cu"),
+    large_shared_memory: true,
+    contracts: true,
+};
+
+const FLASH: Family = Family {
+    name: "flash",
+    source: include_str!("../../../cuda/flash.cu"),
     large_shared_memory: true,
     contracts: true,
 };
@@ -45,6 +56,53 @@ impl Heads {
     /// Shared memory for vectors of a tile and of a run of keys, so many of each.
     fn shared<T: Element>(&self, dim: usize, own: usize, run: usize) -> usize {
         (own * self.tile + run * KEYS) * (dim + 1) * size_of::<T::Acc>()
+    }
+}
+
+/// The kernels of one call.
+struct Kernels {
+    family: &'static Family,
+    prefix: &'static str,
+    /// For heads of at most this many features.
+    features: usize,
+    /// The queries, or keys, of a block.
+    tile: usize,
+    forward_shared: usize,
+    backward_shared: usize,
+}
+
+impl Kernels {
+    /// Tensor cores where they know the element and 16 bytes can be taken of every row: a tile of queries and one each of keys and
+    /// values lie in shared memory, backward one more, with 16 bytes behind each row.
+    fn new<T: Element>(head_dim: usize, operands: &[Operand]) -> Result<Self> {
+        let rows = operands.iter().map(|operand| operand.dims.rows).max().unwrap_or(0);
+        let fits = Walk::by_rows(operands, rows, head_dim).packed && head_dim <= 128;
+        if fits && matches!(T::DTYPE, DType::BF16 | DType::F16) {
+            let features = if head_dim <= 64 { 64 } else { 128 };
+            let own = 16 * WARPS * (features + 8) * size_of::<T>();
+            let (family, tile) = (&FLASH, 16 * WARPS);
+            return Ok(Self {
+                family,
+                prefix: "flash",
+                features,
+                tile,
+                forward_shared: 3 * own,
+                backward_shared: 4 * own,
+            });
+        }
+        let heads = Heads::new(head_dim)?;
+        Ok(Self {
+            family: &FAMILY,
+            prefix: "attention",
+            features: heads.features,
+            tile: heads.tile,
+            forward_shared: heads.shared::<T>(head_dim, 1, 2),
+            backward_shared: heads.shared::<T>(head_dim, 2, 2),
+        })
+    }
+
+    fn name<T: Element>(&self, pass: &str) -> String {
+        format!("{}{pass}_{}_{}", self.prefix, self.features, T::DTYPE)
     }
 }
 
@@ -96,12 +154,12 @@ impl Attention for Cuda {
             ([("q", q.dims()), ("out", out.dims())], [("k", k.dims()), ("v", v.dims())]);
         check("attention", spec, &query_like, &kv_like, Self::len_mut(&lse))?;
         let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
-        let kind = Heads::new(dim)?;
+        let kind = Kernels::new::<T>(dim, &[q.operand(), k.operand(), v.operand(), out.operand()])?;
         let (count, tiles, kv, valid) =
             self.tables(spec, kind.tile, |_, rows| [0, rows.start, rows.len()])?;
         let so = out.dims().row_stride;
         let out = out.into_data();
-        let launch = self.kernel(&FAMILY, format!("attention_{}_{}", kind.features, T::DTYPE));
+        let launch = self.kernel(kind.family, kind.name::<T>(""));
         let launch =
             launch.ints([heads, dim, 0, dim, usize::from(spec.causal), window(spec)]).floats([spec.scale]);
         let launch = launch.table(&tiles).table(&kv).table_if(valid.as_ref());
@@ -111,7 +169,7 @@ impl Attention for Cuda {
         // columns of the heads, that every query head's key/value head is one, and a log-sum-exp a head of a row.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(grid(count, heads, kind.shared::<T>(dim, 1, 2)))
+            launch.run(grid(count, heads, kind.forward_shared))
         }
     }
 
@@ -134,9 +192,12 @@ impl Attention for Cuda {
         same_size(OP, "rows of the gradient", dqkv.rows(), "rows of q", rows)?;
         let width = (heads + 2 * spec.kv_heads) * dim;
         same_size(OP, "columns of the gradient", dqkv.cols(), "those of q, k and v", width)?;
-        let kind = Heads::new(dim)?;
+        let operands = [q.operand(), k.operand(), v.operand(), dout.operand(), dqkv.operand()];
+        let kind = Kernels::new::<T>(dim, &operands)?;
         let mut delta = self.empty::<T::Acc>(rows * heads)?;
-        let launch = self.kernel(&FAMILY, format!("attention_delta_{}", T::DTYPE)).ints([rows, heads, dim]);
+        let walk = Walk::by_rows(&[out.operand(), dout.operand()], rows, dim);
+        let launch = self.kernel(&FAMILY, format!("attention_delta_{}", T::DTYPE));
+        let launch = launch.ints([usize::from(walk.packed), rows, heads, dim]);
         let launch =
             launch.read(out.data()).int(out.dims().row_stride).read(dout.data()).int(dout.dims().row_stride);
         // SAFETY: the arguments are attention_delta's; out and dout have heads · dim columns, and `delta` was made for the rest.
@@ -152,9 +213,8 @@ impl Attention for Cuda {
         for (kernel, numbers, blocks) in
             [("queries", vec![heads, dim], heads), ("keys", vec![heads, spec.kv_heads, dim], spec.kv_heads)]
         {
-            let name = format!("attention_backward_{kernel}_{}_{}", kind.features, T::DTYPE);
-            let launch =
-                numbers.into_iter().fold(self.kernel(&FAMILY, name), |launch, number| launch.int(number));
+            let launch = self.kernel(kind.family, kind.name::<T>(&format!("_backward_{kernel}")));
+            let launch = numbers.into_iter().fold(launch, |launch, number| launch.int(number));
             let launch = launch.ints([usize::from(spec.causal), window(spec)]).floats([spec.scale]);
             let launch = launch.table(&tiles).table(&kv).table_if(valid.as_ref());
             let launch =
@@ -165,7 +225,7 @@ impl Attention for Cuda {
             // compared all dimensions. The kernels write different columns.
             #[allow(unsafe_code)]
             unsafe {
-                launch.run(grid(count, blocks, kind.shared::<T>(dim, 2, 2)))?;
+                launch.run(grid(count, blocks, kind.backward_shared))?;
             }
         }
         Ok(())
@@ -183,7 +243,7 @@ impl Attention for Cuda {
         let kv_like = [("the keys", k.dims()), ("the values", v.dims())];
         check_cached(spec, cache, &[("q", q.dims()), ("out", out.dims())], &kv_like)?;
         let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
-        let kind = Heads::new(dim)?;
+        let kind = Kernels::new::<T>(dim, &[q.operand(), k.operand(), v.operand(), out.operand()])?;
         let keys = |sequence: usize, rows: &std::ops::Range<usize>| {
             let start = spec.sequences.start(sequence);
             [start, cache.row(spec, cache.slots[sequence], 0), start + rows.len()]
@@ -191,7 +251,7 @@ impl Attention for Cuda {
         let (count, tiles, kv, _) = self.tables(spec, kind.tile, keys)?;
         let so = out.dims().row_stride;
         let out = out.into_data();
-        let launch = self.kernel(&FAMILY, format!("attention_{}_{}", kind.features, T::DTYPE));
+        let launch = self.kernel(kind.family, kind.name::<T>(""));
         let launch = launch.ints([heads, dim, cache.capacity, 0, 1, window(spec)]).floats([spec.scale]);
         let launch = launch.table(&tiles).table(&kv).null();
         let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
@@ -200,7 +260,7 @@ impl Attention for Cuda {
         // their slots.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(grid(count, heads, kind.shared::<T>(dim, 1, 2)))
+            launch.run(grid(count, heads, kind.forward_shared))
         }
     }
 }

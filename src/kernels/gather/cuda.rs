@@ -59,10 +59,12 @@ impl Gather for Cuda {
         }
         begins.push(order.len() as u32);
         let (count, cols, stride) = (targets.len(), dy.cols(), dtable.dims().row_stride);
+        let walk = Walk::by_rows(&[dy.operand(), dtable.operand()], ids.len().max(dtable.rows()), cols);
         let dtable = dtable.into_data();
         let (targets, begins, order) =
             (self.table_u32(&targets)?, self.table_u32(&begins)?, self.table_u32(&order)?);
-        let launch = self.kernel(&FAMILY, format!("scatter_add_{}", T::DTYPE)).ints([count, cols]);
+        let launch = self.kernel(&FAMILY, format!("scatter_add_{}", T::DTYPE));
+        let launch = launch.ints([usize::from(walk.packed), count, cols]);
         let launch =
             launch.table(&targets).table(&begins).table(&order).read(dy.data()).int(dy.dims().row_stride);
         // SAFETY: the arguments are scatter_add's; `check` has seen that dy has a row an id, and the table the rows of all ids;

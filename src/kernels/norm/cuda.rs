@@ -9,9 +9,8 @@ use crate::{
     error::Result,
     kernels::{
         MatMut, MatRef, Pointwise,
-        packs::{Operand, Walk},
-        pointwise::cuda::runs,
-        view::Dims,
+        packs::Walk,
+        pointwise::cuda::{column_blocks, runs, vector},
     },
 };
 
@@ -21,12 +20,6 @@ const FAMILY: Family = Family {
     large_shared_memory: false,
     contracts: false,
 };
-
-/// Rows of a vector's elements.
-fn row<T: Element>(slice: CudaSlice<'_, T>) -> Operand {
-    let dims = Dims { rows: 1, cols: Cuda::len(slice), row_stride: 0, col_stride: 1 };
-    Operand { dims, address: slice.address(), size: size_of::<T>() }
-}
 
 impl Norm for Cuda {
     fn normalize<T: Element>(
@@ -41,7 +34,7 @@ impl Norm for Cuda {
         let beta_len = beta.map_or(y.cols(), Self::len);
         let vectors = [("gamma", Self::len(gamma)), ("beta", beta_len)];
         check("norm", &[("x", x.dims())], y.dims(), &vectors, Self::len_mut(&stats))?;
-        let operands = [x.operand(), y.operand(), row(gamma), row(beta.unwrap_or(gamma))];
+        let operands = [x.operand(), y.operand(), vector(gamma), vector(beta.unwrap_or(gamma))];
         let walk = Walk::by_rows(&operands, x.rows(), x.cols());
         let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
@@ -78,7 +71,7 @@ impl Norm for Cuda {
                 self.fill(0.0, MatMut::<T::Acc, Self>::new(Self::reborrow(dbeta), 1, cols)?)
             });
         }
-        let walk = Walk::by_rows(&[x.operand(), dy.operand(), dx.operand(), row(gamma)], rows, cols);
+        let walk = Walk::by_rows(&[x.operand(), dy.operand(), dx.operand(), vector(gamma)], rows, cols);
         let [sx, sdy, sdx] = [x.dims(), dy.dims(), dx.dims()].map(|dims| dims.row_stride);
         let dx = dx.into_data();
         let launch = self.kernel(&FAMILY, format!("normalize_backward_{}", T::DTYPE)).ints(walk.words());
@@ -94,16 +87,17 @@ impl Norm for Cuda {
         {
             let mut whole = Self::slice_mut(&mut partial);
             let gammas = Self::narrow_mut(Self::reborrow(&mut whole), gammas.clone());
+            let walk = Walk::by_rows(&[x.operand(), dy.operand()], rows, cols);
+            let launch = self.kernel(&FAMILY, format!("normalize_columns_{}", T::DTYPE)).ints(walk.words());
             let launch =
-                self.kernel(&FAMILY, format!("normalize_columns_{}", T::DTYPE)).ints([rows, cols, run]);
-            let launch = launch.read(x.data()).int(sx).read(stats).read(dy.data()).int(sdy).write(&gammas);
+                launch.int(run).read(x.data()).int(sx).read(stats).read(dy.data()).int(sdy).write(&gammas);
             let betas = dbeta.is_some().then(|| Self::narrow_mut(whole, betas.clone()));
             // SAFETY: the arguments are normalize_columns's; `partial` was made for that many runs of as many columns, twice,
             // and the kernel writes either half through its own pointer.
             #[allow(unsafe_code)]
             unsafe {
                 let launch = launch.write_if(betas.as_ref());
-                launch.run(Grid { blocks: [cols.div_ceil(32), runs], threads: [32, 8], shared: 0 })?;
+                launch.run(column_blocks(walk, runs))?;
             }
         }
         self.add_runs(runs, Self::narrow(Self::slice(&partial), gammas), dgamma)?;

@@ -209,12 +209,13 @@ impl Pointwise for Cuda {
         let (run, runs) = runs(rows);
         let mut partial = self.empty::<T::Acc>(runs * cols)?;
         let partial_mut = Self::slice_mut(&mut partial);
-        let launch = self.kernel(&FAMILY, format!("column_runs_{}", T::DTYPE)).ints([rows, cols, run]);
-        let launch = launch.read(x.data()).int(x.dims().row_stride).write(&partial_mut);
+        let walk = Walk::by_rows(&[x.operand()], rows, cols);
+        let launch = self.kernel(&FAMILY, format!("column_runs_{}", T::DTYPE)).ints(walk.words());
+        let launch = launch.int(run).read(x.data()).int(x.dims().row_stride).write(&partial_mut);
         // SAFETY: the arguments are column_runs's; `partial` was made for that many runs of as many columns.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(Grid { blocks: [cols.div_ceil(32), runs], threads: [32, 8], shared: 0 })?;
+            launch.run(column_blocks(walk, runs))?;
         }
         self.add_runs::<T::Acc>(runs, Self::slice(&partial), sums)
     }
@@ -249,6 +250,11 @@ pub(in crate::kernels) fn runs(rows: usize) -> (usize, usize) {
     (run, rows.div_ceil(run))
 }
 
+/// Blocks of threads for sums of columns.
+pub(in crate::kernels) fn column_blocks(walk: Walk, runs: usize) -> Grid {
+    Grid { blocks: [(walk.steps / walk.rows.max(1)).div_ceil(32), runs], threads: [32, 8], shared: 0 }
+}
+
 impl Cuda {
     /// A kernel of one number that changes y.
     fn in_place<T: Element>(&self, name: &str, value: f64, y: MatMut<'_, T, Self>) -> Result<()> {
@@ -272,11 +278,35 @@ impl Cuda {
     ) -> Result<()> {
         let cols = Self::len_mut(&sums);
         same_size("column sums", "the sums of runs", Self::len(from), "runs times columns", runs * cols)?;
-        let launch = self.kernel(&FAMILY, format!("column_sums_{}", A::DTYPE)).ints([runs, cols]);
+        let walk = Walk::by_rows(&[vector(from), vector(Self::shared(&sums))], 1, cols);
+        let launch = self.kernel(&FAMILY, format!("column_sums_{}", A::DTYPE));
+        let launch = launch.ints([usize::from(walk.packed), runs, cols]);
         // SAFETY: the arguments are column_sums's, and the sizes were just compared.
         #[allow(unsafe_code)]
         unsafe {
-            launch.read(from).write(&sums).run(Grid::over(cols))
+            launch.read(from).write(&sums).run(Grid::over(walk.steps))
+        }
+    }
+
+    /// to ← the sum (0), the largest (1) or the smallest (2) of `ranks` terms that lie one after another, in rank order, in the
+    /// accumulator; NaN if a term is.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn combine<T: Element>(
+        &self,
+        how: usize,
+        ranks: usize,
+        terms: CudaSlice<'_, T>,
+        to: CudaSliceMut<'_, T>,
+    ) -> Result<()> {
+        let len = Self::len_mut(&to);
+        same_size("reduction", "the terms", Self::len(terms), "ranks times elements", ranks * len)?;
+        let walk = Walk::by_rows(&[vector(terms), vector(Self::shared(&to))], 1, len);
+        let launch = self.kernel(&FAMILY, format!("reduce_{}", T::DTYPE));
+        let launch = launch.ints([usize::from(walk.packed), ranks, len, how]).read(terms);
+        // SAFETY: the arguments are reduce's, and the sizes were just compared.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.write(&to).run(Grid::over(walk.steps))
         }
     }
 

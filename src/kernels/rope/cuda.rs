@@ -7,7 +7,11 @@ use crate::{
         cuda::{Cuda, Family, Grid},
     },
     error::Result,
-    kernels::MatMut,
+    kernels::{
+        MatMut,
+        packs::{Operand, Walk},
+        view::Dims,
+    },
 };
 
 const FAMILY: Family = Family {
@@ -28,16 +32,24 @@ impl Rope for Cuda {
         check(spec, positions.len(), &x)?;
         let (rows, pairs, heads) = (x.rows(), spec.frequencies.len(), x.cols() / spec.head_dim);
         let sx = x.dims().row_stride;
+        // Pairs are taken from all heads of all rows.
+        let of_heads = Operand { dims: Dims { row_stride: spec.head_dim, ..x.dims() }, ..x.operand() };
+        let walk = Walk::by_rows(&[x.operand(), of_heads], rows * heads, pairs);
         let x = x.into_data();
         let (frequencies, positions) = (self.table_f64(spec.frequencies)?, self.table_u32(positions)?);
         let interleaved = usize::from(spec.pairs == RopePairs::Interleaved);
         let launch = self.kernel(&FAMILY, format!("rope_{}", T::DTYPE));
-        let launch = launch.ints([rows, pairs, heads, spec.head_dim, interleaved]);
+        let launch = launch.ints([usize::from(walk.packed), rows, pairs, heads, spec.head_dim, interleaved]);
         let launch = launch.floats([spec.magnitude, if transposed { -1.0 } else { 1.0 }]);
         // SAFETY: the arguments are rope's; `check` has seen that x has a row a position, and whole heads that have the pairs.
         #[allow(unsafe_code)]
         unsafe {
-            launch.table(&frequencies).table(&positions).write(&x).int(sx).run(Grid::over(rows * pairs))
+            launch
+                .table(&frequencies)
+                .table(&positions)
+                .write(&x)
+                .int(sx)
+                .run(Grid::over(walk.steps / heads.max(1)))
         }
     }
 }

@@ -33,17 +33,23 @@ namespace standin {
 
 enum State : unsigned char { READY, AT_BARRIER, AT_WARP, DONE };
 
+struct Copy {
+  void* to;
+  const void* from;
+};
+
 struct Fiber {
   void* stack;  // where it goes on
   State state;
   unsigned lane, warp;
   uint3 place;
+  std::vector<Copy> copies;  // which nobody has awaited
 };
 
 struct Warp {
   unsigned wanted, arrived, live;
   unsigned turn[32];
-  unsigned long long slot[2][32];
+  alignas(8) unsigned char slot[2][32][24];
 };
 
 struct Block {
@@ -54,6 +60,7 @@ struct Block {
   unsigned char* dynamic;
   uint3 place, size, grid;
   unsigned live, arrived;
+  bool vote;
   void (*body)(void**);
   void** arguments;
 };
@@ -142,29 +149,57 @@ inline void meet(unsigned mask) {
   if (me.state != READY) next();
 }
 
-// Two sets of slots in turn: one meeting a shuffle is enough.
-template <class T> inline T shuffle(unsigned mask, T value, unsigned from) {
-  static_assert(sizeof(T) <= 8, "");
+// What the lanes of a warp show each other.
+template <class T> struct Shown {
+  Warp& warp;
+  unsigned turn;
+  T of(unsigned lane) const {
+    T value;
+    memcpy(&value, warp.slot[turn][lane & 31], sizeof(T));
+    return value;
+  }
+};
+
+// Two sets of slots in turn: one meeting is enough.
+template <class T> inline Shown<T> show(unsigned mask, const T& value) {
+  static_assert(sizeof(T) <= sizeof(Warp::slot[0][0]) && std::is_trivially_copyable_v<T>, "");
   Block& block = *own();
   Warp& warp = block.warps[block.current->warp];
   const unsigned lane = block.current->lane, turn = warp.turn[lane]++ & 1;
-  memcpy(&warp.slot[turn][lane], &value, sizeof(T));
+  memcpy(warp.slot[turn][lane], &value, sizeof(T));
   meet(mask);
-  T result;
-  memcpy(&result, &warp.slot[turn][from & 31], sizeof(T));
-  return result;
+  return {warp, turn};
 }
 
 inline unsigned ballot(unsigned mask, bool vote) {
-  Block& block = *own();
-  Warp& warp = block.warps[block.current->warp];
-  const unsigned lane = block.current->lane, turn = warp.turn[lane]++ & 1;
-  warp.slot[turn][lane] = vote;
-  meet(mask);
+  const auto shown = show(mask, vote);
   unsigned votes = 0;
   for (unsigned other = 0; other < 32; other++)
-    if (mask >> other & 1 && warp.live >> other & 1 && warp.slot[turn][other]) votes |= 1u << other;
+    if (mask >> other & 1 && shown.warp.live >> other & 1 && shown.of(other)) votes |= 1u << other;
   return votes;
+}
+
+// Whether any thread of the block says so.
+inline bool barrier_or(bool vote) {
+  Block& block = *own();
+  block.vote = block.vote || vote;
+  barrier();
+  const bool any = block.vote;
+  barrier();
+  block.vote = false;
+  return any;
+}
+
+inline void aligned(const void* at, const char* what) {
+  if ((uintptr_t)at % 16 == 0) return;
+  fprintf(stderr, "cuda stand-in: %s at %p, which is no multiple of 16\n", what, at);
+  abort();
+}
+
+// The copies are late: they are made when they are awaited.
+inline void await_copies() {
+  for (const Copy& copy : own()->current->copies) memcpy(copy.to, copy.from, 16);
+  own()->current->copies.clear();
 }
 
 inline void begin() {
@@ -260,6 +295,7 @@ inline void launch(void (*body)(void**), void** arguments, const unsigned* grid,
           fiber.lane = i & 31;
           fiber.warp = i >> 5;
           fiber.place = {i % size[0], i / size[0] % size[1], i / (size[0] * size[1])};
+          fiber.copies.clear();
           void** top = (void**)(stacks + STACK * (i + 1));
           *--top = nullptr;
           *--top = (void*)begin;
@@ -300,11 +336,12 @@ template <class... A, void (*Kernel)(A...)> struct Thunk<Kernel> {
 static inline unsigned char* __standin_dynamic_shared() { return standin::own()->dynamic; }
 static inline void __syncthreads() { standin::barrier(); }
 static inline void __syncwarp(unsigned mask = ~0u) { standin::meet(mask); }
-template <class T> static inline T __shfl_sync(unsigned mask, T value, int from) { return standin::shuffle(mask, value, from); }
+template <class T> static inline T __shfl_sync(unsigned mask, T value, int from) { return standin::show(mask, value).of(from); }
 template <class T> static inline T __shfl_xor_sync(unsigned mask, T value, int by) {
-  return standin::shuffle(mask, value, standin::own()->current->lane ^ by);
+  return standin::show(mask, value).of(standin::own()->current->lane ^ by);
 }
 static inline unsigned __ballot_sync(unsigned mask, int vote) { return standin::ballot(mask, vote); }
+static inline int __syncthreads_or(int vote) { return standin::barrier_or(vote); }
 static inline int __ffs(int bits) { return __builtin_ffs(bits); }
 static inline float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
@@ -315,7 +352,8 @@ static inline double cospi(double x) { return cos(M_PI * x); }
 static inline float __float_from_half_bits(unsigned short half) {
   const unsigned sign = (unsigned)(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 0x3ff;
   if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | fraction << 13);
-  const float size = exponent ? ldexpf((float)(fraction | 0x400), (int)exponent - 25) : ldexpf((float)fraction, -24);
+  if (exponent) return __uint_as_float(sign | (exponent + 112) << 23 | fraction << 13);
+  const float size = ldexpf((float)fraction, -24);
   return sign ? -size : size;
 }
 static inline unsigned short __half_bits_from_float(float x) {
@@ -326,3 +364,43 @@ static inline unsigned short __half_bits_from_float(float x) {
   const unsigned rounded = size + 0xfff + (size >> 13 & 1) - 0x38000000;
   return sign | (unsigned short)(rounded >> 13);
 }
+
+// ---- tensor cores and what feeds them, as cuda/mma.cuh describes them ----
+
+// mma.m16n8k16: a lane shows its part of a and b, and makes its part of d, with sums in f32.
+template <class Widen>
+static inline void __standin_mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Widen widen) {
+  struct Parts { unsigned a[4], b[2]; };
+  const auto shown = standin::show(~0u, Parts{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const unsigned g = standin::own()->current->lane / 4, t = standin::own()->current->lane % 4;
+  const auto dot = [&](unsigned x, unsigned y) { return widen(x & 0xffff) * widen(y & 0xffff) + widen(x >> 16) * widen(y >> 16); };
+  for (unsigned quarter = 0; quarter < 4; quarter++) {
+    const Parts rows = shown.of(4 * g + quarter);
+    for (unsigned col = 0; col < 2; col++) {
+      const Parts cols = shown.of(4 * (2 * t + col) + quarter);
+      for (unsigned half = 0; half < 2; half++)
+        d[2 * half + col] += dot(rows.a[half], cols.b[0]) + dot(rows.a[half + 2], cols.b[1]);
+    }
+  }
+}
+
+// ldmatrix.x4.
+static inline void __standin_load_matrices(unsigned (&r)[4], const void* row, bool transposed) {
+  standin::aligned(row, "ldmatrix");
+  const auto shown = standin::show(~0u, (const unsigned short*)row);
+  const unsigned g = standin::own()->current->lane / 4, t = standin::own()->current->lane % 4;
+  for (unsigned matrix = 0; matrix < 4; matrix++) {
+    const auto at = [&](unsigned row, unsigned col) -> unsigned { return shown.of(8 * matrix + row)[col]; };
+    r[matrix] = transposed ? at(2 * t, g) | at(2 * t + 1, g) << 16 : at(g, 2 * t) | at(g, 2 * t + 1) << 16;
+  }
+  // Nobody writes before all have read.
+  standin::meet(~0u);
+}
+
+// cp.async.
+static inline void __standin_copy_async(void* to, const void* from) {
+  standin::aligned(to, "cp.async");
+  standin::aligned(from, "cp.async");
+  standin::own()->current->copies.push_back({to, from});
+}
+static inline void __standin_await_copies() { standin::await_copies(); }

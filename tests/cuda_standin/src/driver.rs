@@ -1,10 +1,10 @@
 //! The exported entry points of `libcuda`.
 
 use crate::{
-    clock::{self, Clock},
     error::{self, *},
+    graph::{self, Executable, Graph, Point, Work},
     kernel, memory,
-    stream::{Progress, Stream, lock},
+    stream::{Mark, Stream, lock},
 };
 use std::{
     cell::Cell,
@@ -28,13 +28,49 @@ struct Context {
     open: AtomicU64,
 }
 
-struct Event {
-    progress: Arc<Progress>,
-    recorded: u64,
-    clock: Clock,
+#[derive(Clone)]
+enum Event {
+    New,
+    Recorded(Mark),
+    /// In a stream that captures.
+    Captured(Point),
 }
 
-static EVENTS: Mutex<(usize, Option<HashMap<Handle, Event>>)> = Mutex::new((0, None));
+/// What handles stand for. None is given out twice.
+struct Handles<T>(Mutex<(Handle, Option<HashMap<Handle, T>>)>);
+
+impl<T: Clone> Handles<T> {
+    const fn new() -> Self {
+        Self(Mutex::new((0, None)))
+    }
+
+    fn add(&self, value: T) -> Handle {
+        let mut all = lock(&self.0);
+        all.0 += 1;
+        let handle = all.0;
+        all.1.get_or_insert_default().insert(handle, value);
+        handle
+    }
+
+    fn get(&self, handle: Handle) -> Result<T, Code> {
+        lock(&self.0).1.as_ref().and_then(|all| all.get(&handle)).cloned().ok_or(INVALID_HANDLE)
+    }
+
+    fn set(&self, handle: Handle, value: T) -> Result<(), Code> {
+        let mut all = lock(&self.0);
+        let place = all.1.as_mut().and_then(|all| all.get_mut(&handle)).ok_or(INVALID_HANDLE)?;
+        *place = value;
+        Ok(())
+    }
+
+    fn remove(&self, handle: Handle) -> Result<(), Code> {
+        lock(&self.0).1.as_mut().and_then(|all| all.remove(&handle)).map(drop).ok_or(INVALID_HANDLE)
+    }
+}
+
+static EVENTS: Handles<Event> = Handles::new();
+static GRAPHS: Handles<Arc<Graph>> = Handles::new();
+static EXECUTABLES: Handles<Arc<Executable>> = Handles::new();
 thread_local!(static CURRENT: Cell<Option<usize>> = const { Cell::new(None) });
 
 fn contexts() -> &'static [Context] {
@@ -44,7 +80,7 @@ fn contexts() -> &'static [Context] {
         let count = std::env::var("CUDA_STANDIN_DEVICES").ok().and_then(|v| v.parse().ok()).unwrap_or(8);
         let context = |device| Context {
             device,
-            null: Stream::new(device),
+            null: Stream::new(device, true),
             streams: Mutex::default(),
             failed: AtomicI32::new(0),
             open: AtomicU64::new(0),
@@ -65,13 +101,29 @@ fn current() -> Result<&'static Context, Code> {
 pub fn stream(handle: Handle) -> Result<Arc<Stream>, Code> {
     let context = current()?;
     if handle == 0 {
-        return Ok(context.null.clone());
+        return if graph::legacy(context.device) { Ok(context.null.clone()) } else { Err(CAPTURE_IMPLICIT) };
     }
     lock(&context.streams).get(&handle).cloned().ok_or(INVALID_HANDLE)
 }
 
-fn with_event<T>(handle: Handle, f: impl FnOnce(&mut Event) -> T) -> Result<T, Code> {
-    lock(&EVENTS).1.as_mut().and_then(|all| all.get_mut(&handle)).map(f).ok_or(INVALID_HANDLE)
+/// The same, for what cannot be captured.
+pub fn stream_now(handle: Handle) -> Result<Arc<Stream>, Code> {
+    let stream = stream(handle)?;
+    graph::forbidden(&stream)?;
+    Ok(stream)
+}
+
+/// Hands work to a stream, or to the graph that it captures.
+pub fn submit(
+    stream: &Stream,
+    judge: impl Fn(&memory::Accessor) -> Result<(), String> + Send + Sync + 'static,
+    run: impl Fn() + Send + Sync + 'static,
+) -> Result<(), Code> {
+    let work = Work::new(judge, run);
+    match graph::work(stream, &work)? {
+        Some(()) => Ok(()),
+        None => illegal(stream.device, work.push(stream)),
+    }
 }
 
 /// A finding becomes the context's sticky error.
@@ -147,59 +199,96 @@ exports! {
     fn cuCtxGetDevice(out: *mut c_int) { unsafe { put(out, current()?.device as c_int) } }
     fn cuCtxSynchronize() {
         let context = current()?;
+        graph::waits_for(context.device).and(graph::may_wait())?;
         let streams: Vec<_> = lock(&context.streams).values().cloned().collect();
         context.null.synchronize();
         streams.iter().for_each(|s| s.synchronize());
         current().map(drop)
     }
 
-    fn cuStreamCreate(out: *mut Handle, _flags: c_uint) {
+    fn cuStreamCreate(out: *mut Handle, flags: c_uint) {
         let context = current()?;
-        let new = Stream::new(context.device);
+        let new = Stream::new(context.device, flags & 1 == 0);
         let handle = Arc::as_ptr(&new) as usize;
         unsafe { put(out, handle)? };
         lock(&context.streams).insert(handle, new);
         Ok(())
     }
-    fn cuStreamDestroy_v2(handle: Handle) { lock(&current()?.streams).remove(&handle).map(drop).ok_or(INVALID_HANDLE) }
-    fn cuStreamSynchronize(handle: Handle) { stream(handle)?.synchronize(); current().map(drop) }
-    fn cuStreamQuery(handle: Handle) { if stream(handle)?.is_idle() { Ok(()) } else { Err(NOT_READY) } }
-    fn cuStreamWaitEvent(handle: Handle, event: Handle, _flags: c_uint) {
-        let stream = stream(handle)?;
-        let (progress, count, clock) = with_event(event, |e| (e.progress.clone(), e.recorded, e.clock.clone()))?;
-        stream.follow(&clock);
-        illegal(stream.device, stream.push(!progress.is_at(count), |_| Ok(()), move || progress.wait(count))).map(drop)
-    }
-
-    fn cuEventCreate(out: *mut Handle, _flags: c_uint) {
-        current()?;
-        let mut events = lock(&EVENTS);
-        events.0 += 1;
-        let handle = events.0;
-        unsafe { put(out, handle)? };
-        let event = Event { progress: Arc::default(), recorded: 0, clock: Clock::default() };
-        events.1.get_or_insert_default().insert(handle, event);
+    fn cuStreamDestroy_v2(handle: Handle) {
+        let gone = lock(&current()?.streams).remove(&handle).ok_or(INVALID_HANDLE)?;
+        // Its capture has lost a stream.
+        let _ = graph::forbidden(&gone);
         Ok(())
     }
-    fn cuEventDestroy_v2(event: Handle) { lock(&EVENTS).1.as_mut().and_then(|e| e.remove(&event)).map(drop).ok_or(INVALID_HANDLE) }
+    fn cuStreamSynchronize(handle: Handle) { stream_now(handle)?.synchronize(); current().map(drop) }
+    fn cuStreamQuery(handle: Handle) { if stream_now(handle)?.is_idle() { Ok(()) } else { Err(NOT_READY) } }
+    fn cuStreamWaitEvent(handle: Handle, event: Handle, _flags: c_uint) {
+        let stream = stream(handle)?;
+        match EVENTS.get(event)? {
+            Event::New => {}
+            Event::Recorded(mark) => { graph::outside(&stream)?; stream.after(&mark); }
+            Event::Captured(point) => graph::wait(&stream, &point)?,
+        }
+        Ok(())
+    }
+
+    fn cuStreamBeginCapture_v2(handle: Handle, mode: c_uint) {
+        if handle == 0 { return Err(CAPTURE_UNSUPPORTED); }
+        graph::begin(&stream(handle)?, mode)
+    }
+    fn cuStreamEndCapture(handle: Handle, out: *mut Handle) {
+        unsafe { put(out, 0)? };
+        let graph = graph::end(&*stream(handle)?)?;
+        unsafe { put(out, GRAPHS.add(Arc::new(graph))) }
+    }
+    fn cuStreamIsCapturing(handle: Handle, status: *mut c_int) { let stream = stream(handle)?; unsafe { put(status, graph::status(&stream)) } }
+    fn cuGraphInstantiateWithFlags(out: *mut Handle, graph: Handle, flags: u64) {
+        if flags != 0 { return Err(NOT_SUPPORTED); }
+        let executable = Executable::new(GRAPHS.get(graph)?);
+        unsafe { put(out, EXECUTABLES.add(Arc::new(executable))) }
+    }
+    fn cuGraphLaunch(executable: Handle, handle: Handle) {
+        let stream = stream(handle)?;
+        // A real driver makes it a node of the other graph.
+        if graph::status(&stream) != 0 { return graph::forbidden(&stream).and(Err(NOT_SUPPORTED)); }
+        EXECUTABLES.get(executable)?.launch(&stream, illegal)
+    }
+    fn cuGraphExecDestroy(executable: Handle) { EXECUTABLES.remove(executable) }
+    fn cuGraphDestroy(graph: Handle) { GRAPHS.remove(graph) }
+
+    fn cuEventCreate(out: *mut Handle, _flags: c_uint) { current()?; unsafe { put(out, EVENTS.add(Event::New)) } }
+    fn cuEventDestroy_v2(event: Handle) { EVENTS.remove(event) }
     fn cuEventRecord(event: Handle, handle: Handle) {
         let stream = stream(handle)?;
-        with_event(event, |e| {
-            e.recorded += 1;
-            let (progress, count) = (e.progress.clone(), e.recorded);
-            e.clock = illegal(stream.device, stream.push(false, |_| Ok(()), move || progress.reach(count)))?;
-            Ok(())
-        })?
+        EVENTS.get(event)?;
+        EVENTS.set(event, match graph::record(&stream)? {
+            Some(point) => Event::Captured(point),
+            None => Event::Recorded(stream.mark()),
+        })
     }
-    fn cuEventQuery(event: Handle) { if with_event(event, |e| e.progress.is_at(e.recorded))? { Ok(()) } else { Err(NOT_READY) } }
+    fn cuEventQuery(event: Handle) {
+        graph::may_wait()?;
+        match EVENTS.get(event)? {
+            Event::Recorded(mark) if !mark.is_reached() => Err(NOT_READY),
+            Event::Captured(point) => point.forbidden(),
+            _ => Ok(()),
+        }
+    }
     fn cuEventSynchronize(event: Handle) {
-        let (progress, count, clock) = with_event(event, |e| (e.progress.clone(), e.recorded, e.clock.clone()))?;
-        progress.wait(count);
-        clock::host_waited(&clock);
+        graph::may_wait()?;
+        match EVENTS.get(event)? {
+            Event::Recorded(mark) => mark.wait(),
+            Event::Captured(point) => return point.forbidden(),
+            Event::New => {}
+        }
         Ok(())
     }
     fn cuEventElapsedTime_v2(ms: *mut f32, from: Handle, to: Handle) {
-        let time = |event| with_event(event, |e| e.progress.time())?.ok_or(INVALID_HANDLE);
+        let time = |event| match EVENTS.get(event)? {
+            Event::Recorded(mark) => mark.time().ok_or(NOT_READY),
+            Event::Captured(_) => Err(CAPTURED_EVENT),
+            Event::New => Err(INVALID_HANDLE),
+        };
         let (from, to) = (time(from)?, time(to)?);
         unsafe { put(ms, to.saturating_duration_since(from).as_secs_f32() * 1e3) }
     }
@@ -208,71 +297,76 @@ exports! {
         let used = memory::used(current()?.device);
         unsafe { put(free, memory::limit() - used)?; put(total, memory::limit()) }
     }
-    fn cuMemAlloc_v2(out: *mut usize, size: usize) { unsafe { put(out, memory::allocate(current()?.device, size)?) } }
+    fn cuMemAlloc_v2(out: *mut usize, size: usize) { graph::may_wait()?; unsafe { put(out, memory::allocate(current()?.device, size)?) } }
     fn cuMemAllocAsync(out: *mut usize, size: usize, handle: Handle) {
         // The NaN pattern counts as the stream's first write: another stream has to be ordered after the allocation.
         let stream = stream(handle)?;
+        if let Some(start) = graph::allocate(&stream, size)? { return unsafe { put(out, start) }; }
         let start = memory::allocate(stream.device, size)?;
-        illegal(stream.device, stream.push(false, |who| memory::access(who, start, size, true, "allocation"), || ()))?;
+        submit(&stream, move |who| memory::access(who, start, size, true, "allocation"), || ())?;
         unsafe { put(out, start) }
     }
-    fn cuMemFree_v2(start: usize) { unsafe { cuCtxSynchronize(); cuMemFreeAsync(start, 0) }; current().map(drop) }
+    fn cuMemFree_v2(start: usize) {
+        match unsafe { cuCtxSynchronize() } { SUCCESS => {} code => return Err(code) }
+        unsafe { cuMemFreeAsync(start, 0) };
+        current().map(drop)
+    }
     fn cuMemFreeAsync(start: usize, handle: Handle) {
         let stream = stream(handle)?;
-        let size = Arc::new(OnceLock::new());
-        let known = size.clone();
-        let judge = |who: &memory::Accessor| memory::free(who, start).map(|n| size.set(n).expect("judged once"));
-        illegal(stream.device, stream.push(false, judge, move || memory::release(start, *known.get().expect("set by judge")))).map(drop)
+        graph::frees(&stream, start)?;
+        submit(&stream, move |who| memory::free(who, start), move || memory::release(start))
     }
     fn cuMemcpyHtoDAsync_v2(to: usize, from: *const u8, size: usize, handle: Handle) {
         let stream = stream(handle)?;
         if from.is_null() { return Err(INVALID_VALUE); }
-        let judge = |who: &memory::Accessor| memory::access(who, to, size, true, "copy to device");
-        if memory::is_pinned(from as usize, size) {
+        let judge = move |who: &memory::Accessor| memory::access(who, to, size, true, "copy to device");
+        if memory::is_pinned(from as usize, size) || graph::status(&stream) != 0 {
             let from = from as usize;
-            let work = move || unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) };
-            return illegal(stream.device, stream.push(false, judge, work)).map(drop);
+            return submit(&stream, judge, move || unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) });
         }
         // Pageable memory may be used again at once.
         let bytes = unsafe { std::slice::from_raw_parts(from, size) }.to_vec();
-        illegal(stream.device, stream.push(false, judge, move || unsafe { std::ptr::copy(bytes.as_ptr(), to as *mut u8, size) })).map(drop)
+        submit(&stream, judge, move || unsafe { std::ptr::copy(bytes.as_ptr(), to as *mut u8, size) })
     }
     fn cuMemcpyDtoHAsync_v2(to: *mut u8, from: usize, size: usize, handle: Handle) {
         let stream = stream(handle)?;
         if to.is_null() { return Err(INVALID_VALUE); }
         let to = to as usize;
-        let judge = |who: &memory::Accessor| memory::access(who, from, size, false, "copy to host");
-        illegal(stream.device, stream.push(false, judge, move || unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) }))?;
-        if !memory::is_pinned(to, size) { stream.synchronize(); }
+        let judge = move |who: &memory::Accessor| memory::access(who, from, size, false, "copy to host");
+        submit(&stream, judge, move || unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) })?;
+        if !memory::is_pinned(to, size) && graph::status(&stream) == 0 { stream.synchronize(); }
         Ok(())
     }
     fn cuMemcpyHtoD_v2(to: usize, from: *const u8, size: usize) {
+        graph::may_wait()?;
         match unsafe { cuMemcpyHtoDAsync_v2(to, from, size, 0) } { SUCCESS => { stream(0)?.synchronize(); Ok(()) } code => Err(code) }
     }
-    fn cuMemcpyDtoH_v2(to: *mut u8, from: usize, size: usize) { match unsafe { cuMemcpyDtoHAsync_v2(to, from, size, 0) } { SUCCESS => Ok(()), code => Err(code) } }
+    fn cuMemcpyDtoH_v2(to: *mut u8, from: usize, size: usize) {
+        graph::may_wait()?;
+        match unsafe { cuMemcpyDtoHAsync_v2(to, from, size, 0) } { SUCCESS => Ok(()), code => Err(code) }
+    }
     fn cuMemcpyDtoDAsync_v2(to: usize, from: usize, size: usize, handle: Handle) {
         let stream = stream(handle)?;
-        let judge = |who: &memory::Accessor| {
+        let judge = move |who: &memory::Accessor| {
             memory::access(who, from, size, false, "copy (source)")?;
             memory::access(who, to, size, true, "copy (destination)")
         };
-        illegal(stream.device, stream.push(false, judge, move || unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) })).map(drop)
+        submit(&stream, judge, move || unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) })
     }
     fn cuMemsetD8Async(to: usize, value: u8, size: usize, handle: Handle) {
         let stream = stream(handle)?;
-        let judge = |who: &memory::Accessor| memory::access(who, to, size, true, "memset");
-        illegal(stream.device, stream.push(false, judge, move || unsafe { std::ptr::write_bytes(to as *mut u8, value, size) })).map(drop)
+        let judge = move |who: &memory::Accessor| memory::access(who, to, size, true, "memset");
+        submit(&stream, judge, move || unsafe { std::ptr::write_bytes(to as *mut u8, value, size) })
     }
     fn cuMemsetD32Async(to: usize, value: c_uint, count: usize, handle: Handle) {
         let stream = stream(handle)?;
         let size = count.checked_mul(4).filter(|_| to.is_multiple_of(4)).ok_or(INVALID_VALUE)?;
-        let judge = |who: &memory::Accessor| memory::access(who, to, size, true, "memset");
-        let work = move || unsafe { std::slice::from_raw_parts_mut(to as *mut u32, count) }.fill(value);
-        illegal(stream.device, stream.push(false, judge, work)).map(drop)
+        let judge = move |who: &memory::Accessor| memory::access(who, to, size, true, "memset");
+        submit(&stream, judge, move || unsafe { std::slice::from_raw_parts_mut(to as *mut u32, count) }.fill(value))
     }
 
-    fn cuMemAllocHost_v2(out: *mut usize, size: usize) { current()?; unsafe { put(out, memory::pin(size)) } }
-    fn cuMemFreeHost(start: usize) { memory::unpin(start).ok_or(INVALID_VALUE) }
+    fn cuMemAllocHost_v2(out: *mut usize, size: usize) { current()?; graph::may_wait()?; unsafe { put(out, memory::pin(size)) } }
+    fn cuMemFreeHost(start: usize) { graph::may_wait()?; memory::unpin(start).ok_or(INVALID_VALUE) }
     // A pool's handle is its device's number plus one.
     fn cuDeviceGetDefaultMemPool(out: *mut Handle, ordinal: c_int) { unsafe { put(out, device(ordinal)?.device + 1) } }
     fn cuDeviceCanAccessPeer(out: *mut c_int, ordinal: c_int, peer: c_int) {
@@ -333,10 +427,10 @@ exports! {
         let launch = unsafe { kernel::Launch::new(function, [gx, gy, gz], [bx, by, bz], shared, arguments) };
         let judged = launch.clone();
         let device = stream.device;
-        illegal(device, stream.push(false, |who| judged.judge(who), move || {
+        submit(&stream, move |who| judged.judge(who), move || {
             if let Err(finding) = launch.run() {
                 let _ = illegal::<()>(device, Err(finding));
             }
-        })).map(drop)
+        })
     }
 }

@@ -1,7 +1,7 @@
 //! The exported entry points of `libcublasLt`, as far as column-major products with the common epilogues need them.
 
 use crate::{
-    driver::{illegal, put, stream},
+    driver::{put, stream, submit},
     error::{Code, SUCCESS},
     memory::{self, Accessor},
 };
@@ -413,12 +413,12 @@ exports! {
                 alpha: number(alpha), beta: number(beta),
             };
             let stream = stream(on).map_err(|_| EXECUTION_FAILED)?;
-            let judge = |who: &Accessor| {
+            let judged = product;
+            let judge = move |who: &Accessor| {
                 memory::access(who, workspace, workspace_size, true, "matmul: workspace")?;
-                product.judge(who)
+                judged.judge(who)
             };
-            let outcome = illegal(stream.device, stream.push(false, judge, move || product.run()));
-            outcome.map(drop).map_err(|_| EXECUTION_FAILED)
+            submit(&stream, judge, move || product.run()).map_err(|_| EXECUTION_FAILED)
         }
     }
 }

@@ -31,6 +31,8 @@ struct Allocation {
     size: usize,
     device: usize,
     freed: bool,
+    /// Whether it is a graph's, and lives again with each launch.
+    of_graph: bool,
     accesses: Vec<Access>,
 }
 
@@ -49,6 +51,28 @@ const RESERVED: usize = 8 << 40;
 const UNTOUCHABLE: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
 impl Table {
+    /// Counts bytes of a device that come into use, if it has as many.
+    fn charge(&mut self, device: usize, size: usize) -> Result<(), Code> {
+        let used = self.used.entry(device).or_default();
+        if size > limit().saturating_sub(*used) {
+            return Err(OUT_OF_MEMORY);
+        }
+        *used += size;
+        Ok(())
+    }
+
+    /// Ends the life of an allocation.
+    fn retire(&mut self, start: usize) {
+        if let Some(found) = self.allocations.get_mut(&start) {
+            found.freed = true;
+            // A graph's next launch has to come after what was done with it, the freeing too.
+            if !found.of_graph {
+                found.accesses = Vec::new();
+            }
+            *self.used.entry(found.device).or_default() -= found.size;
+        }
+    }
+
     /// Addresses that were never given out.
     fn reserve(&mut self, size: usize) -> Option<usize> {
         if self.left.is_empty() {
@@ -99,23 +123,75 @@ pub fn allocate(device: usize, size: usize) -> Result<usize, Code> {
         return Err(INVALID_VALUE);
     }
     with_table(|table| {
-        if size > limit().saturating_sub(table.used.get(&device).copied().unwrap_or(0)) {
+        table.charge(device, size)?;
+        let start = table.reserve(size.next_multiple_of(PAGE) + PAGE).ok_or(OUT_OF_MEMORY)?;
+        if !open(start, size) {
             return Err(OUT_OF_MEMORY);
         }
-        let pages = size.next_multiple_of(PAGE);
-        let start = table.reserve(pages + PAGE).ok_or(OUT_OF_MEMORY)?;
-        // SAFETY: the range is part of what was reserved, and nobody else's; it has as many bytes. The page behind it stays as it is.
-        unsafe {
-            if libc::mprotect(start as *mut _, pages, libc::PROT_READ | libc::PROT_WRITE) != 0 {
-                return Err(OUT_OF_MEMORY);
-            }
-            std::ptr::write_bytes(start as *mut u8, FRESH, size);
-            std::ptr::write_bytes((start + size) as *mut u8, BEHIND, pages - size);
-        }
-        *table.used.entry(device).or_default() += size;
-        table.allocations.insert(start, Allocation { size, device, freed: false, accesses: Vec::new() });
+        let own = Allocation { size, device, freed: false, of_graph: false, accesses: Vec::new() };
+        table.allocations.insert(start, own);
         Ok(start)
     })
+}
+
+/// Makes reserved pages memory. Whether the system has that much.
+fn open(start: usize, size: usize) -> bool {
+    let pages = size.next_multiple_of(PAGE);
+    // SAFETY: the range is part of what was reserved, and one allocation's; it has as many bytes. The page behind it stays as it is.
+    unsafe {
+        if libc::mprotect(start as *mut _, pages, libc::PROT_READ | libc::PROT_WRITE) != 0 {
+            return false;
+        }
+        std::ptr::write_bytes(start as *mut u8, FRESH, size);
+        std::ptr::write_bytes((start + size) as *mut u8, BEHIND, pages - size);
+    }
+    true
+}
+
+/// An address for memory that launches of a graph allocate.
+pub fn reserve(device: usize, size: usize) -> Result<usize, Code> {
+    if size == 0 {
+        return Err(INVALID_VALUE);
+    }
+    with_table(|table| {
+        let start = table.reserve(size.next_multiple_of(PAGE) + PAGE).ok_or(OUT_OF_MEMORY)?;
+        let own = Allocation { size, device, freed: true, of_graph: true, accesses: Vec::new() };
+        table.allocations.insert(start, own);
+        Ok(start)
+    })
+}
+
+/// A launch of a graph allocates these, all or none: not while they live.
+pub fn revive(starts: &[usize]) -> Result<(), Code> {
+    with_table(|table| {
+        if !starts.iter().all(|start| table.allocations.get(start).is_some_and(|found| found.freed)) {
+            return Err(INVALID_VALUE);
+        }
+        for (at, start) in starts.iter().enumerate() {
+            let Some((device, size)) = table.allocations.get(start).map(|found| (found.device, found.size))
+            else {
+                return Err(INVALID_VALUE);
+            };
+            if let Err(code) = table.charge(device, size) {
+                for start in &starts[..at] {
+                    table.retire(*start);
+                }
+                return Err(code);
+            }
+            if let Some(found) = table.allocations.get_mut(start) {
+                found.freed = false;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// The pages of such memory, when the launch comes to it.
+pub fn map(start: usize) {
+    let size = with_table(|table| table.allocations.get(&start).map(|found| found.size));
+    if size.is_none_or(|size| !open(start, size)) {
+        error::report(format!("pages at {start:#x} are not there"));
+    }
 }
 
 /// The bytes from an address to the end of its allocation; none if it is in none.
@@ -198,22 +274,19 @@ pub fn is_intact(start: usize) -> bool {
 }
 
 /// Ends an allocation's life: it counts as a write to all of it, and the address is not used again.
-pub fn free(who: &Accessor, start: usize) -> Result<usize, String> {
+pub fn free(who: &Accessor, start: usize) -> Result<(), String> {
     let size = with_table(|table| table.allocations.get(&start).map(|found| found.size));
     let size = size.ok_or_else(|| format!("free: {start:#x} is not the start of an allocation"))?;
     access(who, start, size, true, "free")?;
-    with_table(|table| {
-        if let Some(found) = table.allocations.get_mut(&start) {
-            found.freed = true;
-            found.accesses = Vec::new();
-            *table.used.entry(found.device).or_default() -= size;
-        }
-    });
-    Ok(size)
+    with_table(|table| table.retire(start));
+    Ok(())
 }
 
 /// Gives the pages back and leaves the range unreadable.
-pub fn release(start: usize, size: usize) {
+pub fn release(start: usize) {
+    let Some(size) = with_table(|table| table.allocations.get(&start).map(|found| found.size)) else {
+        return;
+    };
     let flags = UNTOUCHABLE | libc::MAP_FIXED;
     // SAFETY: the range is a mapping of `allocate` that `free` has retired; nothing else was mapped there.
     let done =

@@ -6,6 +6,7 @@
 
 use crate::{
     clock::{self, Clock},
+    graph::Capture,
     memory::Accessor,
 };
 use std::{
@@ -23,7 +24,7 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A counter that is waited for: operations done, or records reached.
+/// A counter that is waited for: operations done.
 #[derive(Default)]
 pub struct Progress {
     reached: Mutex<(u64, Option<Instant>)>,
@@ -57,9 +58,37 @@ struct Queue {
     enqueued: u64,
 }
 
+/// A point in a stream's work, for others to wait for.
+#[derive(Clone)]
+pub struct Mark {
+    progress: Arc<Progress>,
+    clock: Clock,
+}
+
+impl Mark {
+    pub fn is_reached(&self) -> bool {
+        self.progress.is_at(1)
+    }
+
+    /// The host waits.
+    pub fn wait(&self) {
+        self.progress.wait(1);
+        clock::host_waited(&self.clock);
+    }
+
+    /// When it was reached.
+    pub fn time(&self) -> Option<Instant> {
+        self.progress.time()
+    }
+}
+
 /// One stream. Dropping it lets its worker finish what is queued.
 pub struct Stream {
     pub device: usize,
+    /// Whether its work and the legacy stream's come after each other.
+    pub is_tied: bool,
+    /// What it captures, and which of the capture's lanes it is.
+    pub capture: Mutex<Option<(Arc<Capture>, usize)>>,
     number: usize,
     queue: Mutex<Queue>,
     done: Arc<Progress>,
@@ -74,7 +103,7 @@ fn seed() -> u64 {
 }
 
 impl Stream {
-    pub fn new(device: usize) -> Arc<Self> {
+    pub fn new(device: usize, is_tied: bool) -> Arc<Self> {
         let mut numbers = lock(&NUMBERS);
         let (number, tick) = numbers.0.pop().unwrap_or_else(|| {
             numbers.1 += 1;
@@ -83,7 +112,27 @@ impl Stream {
         let mut clock = Clock::default();
         clock.set(number, tick);
         let queue = Mutex::new(Queue { worker: None, clock, enqueued: 0 });
-        Arc::new(Self { device, number, queue, done: Arc::default() })
+        Arc::new(Self { device, is_tied, capture: Mutex::default(), number, queue, done: Arc::default() })
+    }
+
+    /// Enqueues `work` that nobody judges; returns the stream's clock after it.
+    fn pass(&self, waits: bool, work: impl FnOnce() + Send + 'static) -> Clock {
+        self.push(waits, |_| Ok(()), work)
+            .expect("nothing is judged, and a worker lives as long as its stream")
+    }
+
+    /// A mark behind what was asked of the stream so far.
+    pub fn mark(&self) -> Mark {
+        let progress = Arc::<Progress>::default();
+        let reached = Arc::clone(&progress);
+        Mark { clock: self.pass(false, move || reached.reach(1)), progress }
+    }
+
+    /// What is asked of the stream from now on waits for a mark.
+    pub fn after(&self, mark: &Mark) {
+        lock(&self.queue).clock.join(&mark.clock);
+        let progress = Arc::clone(&mark.progress);
+        self.pass(!mark.is_reached(), move || progress.wait(1));
     }
 
     /// Enqueues `work` once `judge` has found nothing wrong with what it accesses; returns the stream's clock after it. `waits`:
@@ -114,11 +163,6 @@ impl Stream {
         let worker = queue.worker.get_or_insert_with(|| worker(number));
         worker.send(operation).map_err(|_| "the stream's worker is gone".to_string())?;
         Ok(queue.clock.clone())
-    }
-
-    /// What comes later in this stream also comes after `clock`.
-    pub fn follow(&self, clock: &Clock) {
-        lock(&self.queue).clock.join(clock);
     }
 
     pub fn synchronize(&self) {

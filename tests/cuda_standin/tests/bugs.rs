@@ -34,6 +34,33 @@ extern "C" __global__ void sums(const float* from, float* to) {
     to[blockIdx.x] = sum;
   }
 }
+// Copies by way of shared memory, where they are late.
+template <bool AWAIT> __device__ void pass(const float* from, float* to) {
+  alignas(16) __shared__ float kept[128];
+  __standin_copy_async(kept + 4 * threadIdx.x, from + 4 * threadIdx.x);
+  if (AWAIT) __standin_await_copies();
+  __syncthreads();
+  for (int k = 0; k < 4; k++) to[32 * k + threadIdx.x] = kept[32 * k + threadIdx.x];
+}
+extern "C" __global__ void copy(const float* from, float* to) { pass<true>(from, to); }
+extern "C" __global__ void copy_without_waiting(const float* from, float* to) { pass<false>(from, to); }
+// d = a b, of 16 x 16 and 16 x 8 small integers of 16 bits: b as it is, and transposed.
+extern "C" __global__ void products(const unsigned short* a, const unsigned short* b, const unsigned short* b_transposed, float* d) {
+  const unsigned lane = threadIdx.x;
+  unsigned rows[4], columns[4], same[4];
+  __standin_load_matrices(rows, a + lane % 16 * 16 + lane / 16 * 8, false);
+  __standin_load_matrices(columns, b_transposed + lane % 8 * 16 + lane / 8 % 2 * 8, false);
+  __standin_load_matrices(same, b + lane % 16 * 8, true);
+  float product[4] = {0, 0, 0, 0};
+  const auto widen = [](unsigned bits) { return (float)bits; };
+  __standin_mma(product, rows, columns[0], columns[1], widen);
+  __standin_mma(product, rows, same[0], same[1], widen);
+  for (int k = 0; k < 4; k++) d[(lane / 4 + k / 2 * 8) * 8 + lane % 4 * 2 + k % 2] = product[k];
+}
+extern "C" __global__ void votes(const float* from, float* to) {
+  const int any = __syncthreads_or(from[threadIdx.x] > 0), none = __syncthreads_or(0);
+  to[threadIdx.x] = (float)(2 * any + none);
+}
 "#;
 
 /// A stream of a device of the test's own: findings are sticky.
@@ -118,6 +145,42 @@ fn kernels_run_with_barriers_and_shuffles() {
     );
     let log = compile("extern \"C\" __global__ void wrong(float* x) { y[0] = 1; }").unwrap_err();
     assert!(log.contains("was not declared"), "{log}");
+}
+
+#[test]
+fn matrices_are_multiplied_and_copies_are_late() {
+    let stream = stream(0);
+    let module = compile(KERNELS).unwrap();
+    let values: Vec<f32> = (0..128).map(|at| at as f32).collect();
+    let (from, to) = (upload(stream, &values), upload(stream, &[0.0; 128]));
+    assert_eq!(launch(module, c"copy", stream, 1, 32, &mut [from as u64, to as u64]), SUCCESS);
+    assert_eq!(download(stream, to, 128), values);
+    // Those who do not wait read what was never written.
+    assert_eq!(
+        launch(module, c"copy_without_waiting", stream, 1, 32, &mut [from as u64, to as u64]),
+        SUCCESS
+    );
+    assert!(download(stream, to, 128).iter().all(|value| value.is_nan()));
+
+    let (a, b) = (|i: usize, k: usize| (3 * i + k) % 11, |k: usize, j: usize| (k + 5 * j) % 7);
+    // Two numbers of 16 bits are a word.
+    let words = |rows: usize, cols: usize, at: &dyn Fn(usize, usize) -> usize| -> Vec<f32> {
+        let word = |at: &dyn Fn(usize) -> usize, i| f32::from_bits((at(2 * i) | at(2 * i + 1) << 16) as u32);
+        (0..rows * cols / 2).map(|i| word(&|i| at(i / cols, i % cols), i)).collect()
+    };
+    let places = [words(16, 16, &a), words(16, 8, &b), words(8, 16, &|j, k| b(k, j))];
+    let [left, right, transposed] = places.map(|words| upload(stream, &words) as u64);
+    assert_eq!(
+        launch(module, c"products", stream, 1, 32, &mut [left, right, transposed, to as u64]),
+        SUCCESS
+    );
+    let dot = |i, j| 2.0 * (0..16).map(|k| (a(i, k) * b(k, j)) as f32).sum::<f32>();
+    let want: Vec<f32> = (0..128).map(|at| dot(at / 8, at % 8)).collect();
+    assert_eq!(download(stream, to, 128), want);
+
+    let one = upload(stream, &(0..64).map(|at| f32::from(u8::from(at == 37))).collect::<Vec<_>>());
+    assert_eq!(launch(module, c"votes", stream, 1, 64, &mut [one as u64, to as u64]), SUCCESS);
+    assert_eq!(download(stream, to, 64), [2.0; 64]);
 }
 
 #[test]
