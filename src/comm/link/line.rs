@@ -33,6 +33,8 @@ pub(super) struct Wires {
     came: Mutex<HashMap<u64, u64>>,
     /// The first loss that this rank was told of. It is why this rank may leave, too: who needs this rank then is told of that loss.
     told: Mutex<Option<(usize, Loss)>>,
+    /// The ranks that this one has waited for in vain: it does not wait for them when it leaves.
+    given_up: Mutex<HashSet<usize>>,
     /// By rank: of rank 0 to all others, of another to rank 0.
     peers: Vec<Option<Mutex<TcpStream>>>,
     /// Only rank 0's is used.
@@ -77,9 +79,9 @@ impl Inbox {
         lost.filter(|_| self.gone)
     }
 
-    /// How many ranks are lost.
-    fn lost(&self) -> usize {
-        self.news.iter().filter(|news| matches!(news, News::Lost { .. })).count()
+    /// Whether a rank is lost.
+    fn has_lost(&self, lost: usize) -> bool {
+        self.news.iter().any(|news| matches!(news, News::Lost { rank, .. } if *rank == lost))
     }
 }
 
@@ -204,8 +206,7 @@ impl Wires {
                 inbox.letters.entry((frame.group, frame.from)).or_default().push_back(frame.body);
             }
             Kind::Lost => {
-                let known = |news: &News| matches!(news, News::Lost { rank, .. } if *rank == frame.from);
-                if !inbox.news.iter().any(known) {
+                if !inbox.has_lost(frame.from) {
                     let words: Vec<_> = Words(&frame.body).collect();
                     let taken = words.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
                     let root = frame.round.checked_sub(1);
@@ -283,6 +284,11 @@ impl Wires {
         lock(&self.told).get_or_insert((rank, loss));
     }
 
+    /// Notes that this rank has waited for some in vain.
+    pub(super) fn give_up(&self, ranks: impl Iterator<Item = usize>) {
+        lock(&self.given_up).extend(ranks);
+    }
+
     /// Those of some ranks that have not come to a number of steps, or do not answer. A rank answers while its program computes,
     /// but not if it is stopped.
     pub(super) fn behind(&self, work: u64, steps: u64, ranks: &[usize]) -> Vec<usize> {
@@ -347,8 +353,8 @@ impl Line {
         }
         let world = peers.len();
         let peers = peers.into_iter().map(|stream| stream.map(Mutex::new)).collect();
-        let (inbox, news, came, told, hub) = Default::default();
-        let wires = Arc::new(Wires { rank, world, deadline, inbox, news, came, told, peers, hub });
+        let (inbox, news, came, told, given_up, hub) = Default::default();
+        let wires = Arc::new(Wires { rank, world, deadline, inbox, news, came, told, given_up, peers, hub });
         for (peer, stream) in readers {
             let wires = Arc::clone(&wires);
             thread::Builder::new()
@@ -378,10 +384,16 @@ impl Line {
         if wires.rank == 0 {
             wires.lose(0, last);
             let patience = if loss == Loss::Left { wires.deadline } else { wires.moment() };
-            wires.wait(patience, |inbox| (inbox.lost() + 1 >= wires.world).then_some(()));
+            let given_up = lock(&wires.given_up).clone();
+            let over = |inbox: &mut Inbox| {
+                (1..wires.world).all(|rank| given_up.contains(&rank) || inbox.has_lost(rank)).then_some(())
+            };
+            wires.wait(patience, over);
         } else {
             wires.write(0, &last);
-            wires.wait(wires.moment(), |inbox| inbox.gone.then_some(()));
+            if !lock(&wires.given_up).contains(&0) {
+                wires.wait(wires.moment(), |inbox| inbox.gone.then_some(()));
+            }
         }
         for peer in wires.peers.iter().flatten() {
             let _ = lock(peer).shutdown(Shutdown::Both);

@@ -63,6 +63,7 @@ impl Link {
     /// This rank has waited for the missing ones for too long, and all others are told so.
     fn late(&self, call: &Call, missing: Vec<usize>, after: Duration) -> Error {
         let body = missing.iter().flat_map(|rank| (*rank as u64).to_le_bytes()).collect();
+        self.wires.give_up(missing.iter().map(|&rank| self.members[rank]));
         let nanoseconds = u64::try_from(after.as_nanos()).unwrap_or(u64::MAX);
         self.wires.send(Frame::new(Kind::Late, self.group, nanoseconds, (0, 0), body));
         self.fail(call, Cause::Deadline { missing, after })

@@ -90,8 +90,11 @@ impl Group<Cpu> {
     /// something else, or is lost.
     #[track_caller]
     pub fn over_nccl<B: NcclDevice>(&self, device: &B, options: Options) -> Result<Group<B>> {
-        let nccl = Nccl::join(self.communicator(), &self.split_call(), device, options)?;
-        Ok(self.carried(Rc::new(nccl), device))
+        let call = self.split_call();
+        let ticket = trace::enter(call.operation());
+        let nccl = Nccl::join(self.communicator(), &call, device, options);
+        trace::leave(ticket, nccl.as_ref().err());
+        Ok(self.carried(Rc::new(nccl?), device))
     }
 }
 
