@@ -4,6 +4,9 @@
 //! same order. 5 to 8 processes make the collectives only.
 
 // Shared with the other tests, which use all of them.
+#[allow(dead_code)]
+#[path = "../suite/dev.rs"]
+mod dev;
 #[allow(dead_code, unused_imports)]
 #[path = "../suite/disagree.rs"]
 mod disagree;
