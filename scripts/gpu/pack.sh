@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# scripts/gpu/pack.sh FOLDER - builds tests, examples and benches and puts what a GPU machine needs into FOLDER.
+# scripts/gpu/pack.sh FOLDER - builds the tests, examples and benches that run.sh runs, and puts them and what else a GPU machine needs
+# into FOLDER.
 # That machine needs no cargo: a driver, and for the comparison a Python with torch.
 set -euo pipefail
 out=${1:?usage: $0 FOLDER}
@@ -9,7 +10,9 @@ features=${FEATURES:-nccl}
 
 # Small and stripped; the release profile's code.
 export CARGO_PROFILE_RELEASE_DEBUG=none CARGO_PROFILE_RELEASE_STRIP=symbols CARGO_PROFILE_RELEASE_LTO=thin
-cargo build --release --features "$features" --tests --examples --benches --message-format=json-render-diagnostics |
+# What run.sh runs.
+run=(--test cuda --example transformer_block --example processes --bench gpu)
+cargo build --release --features "$features" "${run[@]}" --message-format=json-render-diagnostics |
     python3 -c '
 import json, shutil, sys
 out = sys.argv[1]
