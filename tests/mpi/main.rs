@@ -112,10 +112,12 @@ fn started_ones_go_on(world: &Group<Cpu>) -> Result<()> {
     Ok(())
 }
 
-/// More elements than an `int` counts, by hand: `SHARDWISE_HUGE=1` takes 10 to 20 GiB in all, `SHARDWISE_HUGE=sum` 16 GiB a rank.
+/// More elements than an `int` counts, by hand: `SHARDWISE_HUGE=broadcast`, `exchange` or `sum` takes 16 GiB a rank. With
+/// `SHARDWISE_HUGE_ELEMENTS=1073741834` it is more bytes than that, in half the memory.
 fn huge(world: &Group<Cpu>) -> Result<()> {
     let Some(which) = std::env::var_os("SHARDWISE_HUGE") else { return Ok(()) };
-    let (len, rank) = (i32::MAX as usize + 10, world.rank());
+    let elements = std::env::var("SHARDWISE_HUGE_ELEMENTS").ok().and_then(|elements| elements.parse().ok());
+    let (len, rank) = (elements.unwrap_or(i32::MAX as usize + 10), world.rank());
     let all = |x: &Tensor<half::bf16>, want: f32| x.slice().iter().all(|value| value.to_f32() == want);
     let mut x = Tensor::<half::bf16>::full(world.device(), [len], rank as f64)?;
     world.broadcast(1, &mut x)?;
@@ -127,6 +129,7 @@ fn huge(world: &Group<Cpu>) -> Result<()> {
         return Ok(());
     }
     match rank {
+        _ if which != "exchange" => Ok(()),
         0 => world.exchange(Some((1, &x)), None).map(drop),
         1 => {
             drop(x);
