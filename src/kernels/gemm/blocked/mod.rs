@@ -233,14 +233,15 @@ fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, T>
                             pack_columns::<T, MR>(a, (rows, depth), room_a);
                         }
                     }
-                    let tiles = Tiles { a: room_a, by_rows, depth, alpha, beta };
+                    let block = (first_row, rows);
+                    let tiles = Tiles { a: room_a, by_rows, depth, alpha, beta, block, c: cd };
                     for (at, panel_col) in (0..cols).step_by(wide).enumerate() {
-                        let (col, panel_cols) = (first_col + panel_col, wide.min(cols - panel_col));
+                        let place = (first_col + panel_col, wide.min(cols - panel_col));
                         let room = &mut room_b.as_chunks_mut().0[if once { 0 } else { at * depth }..];
                         if first_row == many {
-                            let b = (&b[first_depth * bd.row_stride + col * bd.col_stride..], bd);
-                            if bd.col_stride != 1 || once {
-                                pack_panel(b, panel_cols, &mut room[..depth]);
+                            let b = (&b[first_depth * bd.row_stride + place.0 * bd.col_stride..], bd);
+                            if bd.col_stride != 1 {
+                                pack_panel(b, place.1, &mut room[..depth]);
                             } else if panel_col == 0 {
                                 pack_panels(b, cols, depth, room);
                             }
@@ -249,9 +250,7 @@ fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, T>
                             continue;
                         }
                         for row in (0..rows).step_by(MR) {
-                            let c = &mut c[(first_row + row) * cd.row_stride + col * cd.col_stride..];
-                            let dims = Dims { rows: MR.min(rows - row), cols: panel_cols, ..cd };
-                            tiles.compute::<S, MR>(row, &room[..depth], (c, dims));
+                            tiles.compute::<S, MR>(row, place, &room[..depth], c);
                         }
                     }
                     if !shallow {
@@ -259,11 +258,9 @@ fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, T>
                     }
                     for row in (0..rows).step_by(MR) {
                         for (at, panel_col) in (0..cols).step_by(wide).enumerate() {
-                            let (col, panel_cols) = (first_col + panel_col, wide.min(cols - panel_col));
-                            let c = &mut c[(first_row + row) * cd.row_stride + col * cd.col_stride..];
-                            let dims = Dims { rows: MR.min(rows - row), cols: panel_cols, ..cd };
+                            let place = (first_col + panel_col, wide.min(cols - panel_col));
                             let panel = &room_b.as_chunks().0[at * depth..][..depth];
-                            tiles.compute::<S, MR>(row, panel, (c, dims));
+                            tiles.compute::<S, MR>(row, place, panel, c);
                         }
                     }
                 }
@@ -279,17 +276,24 @@ struct Tiles<'a, R> {
     depth: usize,
     alpha: R,
     beta: R,
+    /// The block's first row, and their number.
+    block: (usize, usize),
+    c: Dims,
 }
 
 impl<R: Accumulator> Tiles<'_, R> {
-    /// C ← α · the block's rows from `row` on, times a panel, + β C.
+    /// C ← α · the block's rows from `row` on, times a panel of some columns from `col` on, + β C.
     #[inline(always)]
     fn compute<S: Vector<Real = R>, const MR: usize>(
         &self,
         row: usize,
+        (col, cols): (usize, usize),
         panel: &[[S; V]],
-        c: (&mut [R], Dims),
+        c: &mut [R],
     ) {
+        let (first, rows) = self.block;
+        let c = &mut c[(first + row) * self.c.row_stride + col * self.c.col_stride..];
+        let c = (c, Dims { rows: MR.min(rows - row), cols, ..self.c });
         c_ahead::<S>(&c);
         let sums = if self.by_rows {
             sums_by_rows(&self.a.as_chunks().0.as_chunks::<MR>().0[row / MR], panel)
