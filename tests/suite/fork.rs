@@ -10,7 +10,7 @@ use shardwise::{
     Result, Tensor,
     comm::Group,
     device::{Cpu, Element},
-    kernels::{Gemm, Product},
+    kernels::{Backend, Product},
     ops,
     parallel::{Bias, ColumnLinear, ColumnParallelLinear, Columns, ForkedColumnLinear, QkvLayout, Stream},
     shard::{Heads, Replicated, Shard},
@@ -103,16 +103,20 @@ fn products_on_threads_have_the_bits_of_one_after_the_other() {
 
 #[test]
 fn what_does_not_fit_is_named() {
+    fn product_is_refused<B: Backend>(device: &B) {
+        let zeros = |rows, cols| Tensor::<f32, _>::zeros(device, [rows, cols]).unwrap();
+        let (a, b, mut c, mut d) = (zeros(300, 300), zeros(200, 300), zeros(300, 300), zeros(300, 300));
+        let product = |a, b, c| Product { a, b, beta: 0.0, c };
+        let products = vec![
+            product(a.mat(), a.mat(), c.mat_mut().unwrap()),
+            product(a.mat(), b.mat(), d.mat_mut().unwrap()),
+        ];
+        let error = device.gemm_all(products).unwrap_err().to_string();
+        assert_eq!(error, "gemm: columns of A is 300, but rows of B is 200");
+    }
     let device = dev::fresh();
-    let zeros = |rows, cols| Tensor::<f32, _>::zeros(&device, [rows, cols]).unwrap();
-    let (a, b, mut c, mut d) = (zeros(300, 300), zeros(200, 300), zeros(300, 300), zeros(300, 300));
-    let product = |a, b, c| Product { a, b, beta: 0.0, c };
-    let products = vec![
-        product(a.mat(), a.mat(), c.mat_mut().unwrap()),
-        product(a.mat(), b.mat(), d.mat_mut().unwrap()),
-    ];
-    let error = device.gemm_all(products).unwrap_err().to_string();
-    assert_eq!(error, "gemm: columns of A is 300, but rows of B is 200");
+    product_is_refused(&device);
+    product_is_refused(&Cpu::new().with_threads(NonZeroUsize::new(2).unwrap()));
     let group = Group::solo(&device);
     let load = |inputs: usize| {
         let source = arrays([("weight", random(1, "w", &[2, inputs]))]);
