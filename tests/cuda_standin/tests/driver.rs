@@ -1,21 +1,9 @@
 //! Correct programs pass under delays; planted bugs are found. Each test has a device of its own: errors are sticky.
+
+mod common;
+
+use common::{allocate, streams};
 use cuda_standin::{driver::*, error::*};
-
-fn streams(device: i32) -> (usize, usize) {
-    let (mut context, mut a, mut b) = (0, 0, 0);
-    unsafe {
-        assert_eq!(cuDevicePrimaryCtxRetain(&mut context, device), SUCCESS);
-        assert_eq!(cuCtxSetCurrent(context), SUCCESS);
-        assert_eq!((cuStreamCreate(&mut a, 1), cuStreamCreate(&mut b, 1)), (SUCCESS, SUCCESS));
-    }
-    (a, b)
-}
-
-fn allocate(size: usize, stream: usize) -> usize {
-    let mut start = 0;
-    assert_eq!(unsafe { cuMemAllocAsync(&mut start, size, stream) }, SUCCESS);
-    start
-}
 
 /// Writes on one stream, reads on another, with or without the wait between them.
 fn handover(a: usize, b: usize, wait: bool) -> (Code, [u8; 64]) {

@@ -1,5 +1,8 @@
 //! Graphs: what is captured is not done before a launch, is judged at each, and illegal calls end the capture with their errors.
 
+mod common;
+
+use common::{allocate, streams};
 use cuda_standin::{driver::*, error::*};
 use std::{
     ffi::c_int,
@@ -15,22 +18,6 @@ const RELAXED: u32 = 2;
 fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn streams(device: c_int) -> (usize, usize) {
-    let (mut context, mut a, mut b) = (0, 0, 0);
-    unsafe {
-        assert_eq!(cuDevicePrimaryCtxRetain(&mut context, device), SUCCESS);
-        assert_eq!(cuCtxSetCurrent(context), SUCCESS);
-        assert_eq!((cuStreamCreate(&mut a, 1), cuStreamCreate(&mut b, 1)), (SUCCESS, SUCCESS));
-    }
-    (a, b)
-}
-
-fn allocate(size: usize, stream: usize) -> usize {
-    let mut start = 0;
-    assert_eq!(unsafe { cuMemAllocAsync(&mut start, size, stream) }, SUCCESS);
-    start
 }
 
 fn event() -> usize {
