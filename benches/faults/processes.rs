@@ -58,6 +58,11 @@ fn strike(how: &str, struck: &Path) -> Result<bool> {
     }
 }
 
+/// A trial of at most four processes, or eight with a GPU each.
+fn draw(seed: u64, number: u64, over_nccl: bool) -> Trial {
+    Trial::draw(seed, number, if over_nccl { 8 } else { 4 })
+}
+
 /// A rank's part of a trial.
 fn play<B: Pointwise>(trial: &Trial, world: &Group<B>, struck: &Path) -> Result<()> {
     let how = HOWS[trial.how % HOWS.len()];
@@ -71,7 +76,7 @@ fn play<B: Pointwise>(trial: &Trial, world: &Group<B>, struck: &Path) -> Result<
 
 /// This process is a rank of a trial, `over_nccl` if so.
 pub(crate) fn rank(seed: u64, number: u64, struck: &Path, over_nccl: bool) -> Result<()> {
-    let trial = Trial::draw(seed, number, if over_nccl { 8 } else { 4 });
+    let trial = draw(seed, number, over_nccl);
     if over_nccl {
         return nccl(&trial, struck);
     }
@@ -127,7 +132,7 @@ pub(crate) fn campaign(launcher: Launcher, trials: u64, seed: u64) -> Result<(),
     let mut times: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
     let mut wrong = Vec::new();
     for number in 0..trials {
-        let trial = Trial::draw(seed, number, if launcher == Launcher::Nccl { 8 } else { 4 });
+        let trial = draw(seed, number, launcher == Launcher::Nccl);
         let how = HOWS[trial.how % HOWS.len()];
         let folder = tempfile::tempdir()?;
         let struck = folder.path().join("struck");

@@ -410,6 +410,23 @@ fn linear<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64
     Ok(results)
 }
 
+/// The outputs of attention, their log-sum-exp, and the gradients of q, k and v, in memories that `memory` makes of a seed and columns.
+fn attended<T: Element, B: Backend>(
+    device: &B,
+    spec: &AttentionSpec<'_>,
+    [q, k, v, dout]: [&Memory<T, B>; 4],
+    memory: impl Fn(u64, usize) -> Memory<T, B>,
+) -> Result<[Vec<f64>; 3]> {
+    let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
+    let (mut out, mut dqkv) = (memory(5, heads * dim), memory(7, (heads + 2 * spec.kv_heads) * dim));
+    let mut lse = Memory::<T::Acc, B>::new(device, 6, vector(q.place.rows * heads));
+    device.attention(spec, q.mat(), k.mat(), v.mat(), out.mat_mut(), B::slice_mut(&mut lse.buffer))?;
+    let logs = B::slice::<T::Acc>(&lse.buffer);
+    let (result, gradients) = (out.mat(), dqkv.mat_mut());
+    device.attention_backward(spec, q.mat(), k.mat(), v.mat(), result, logs, dout.mat(), gradients)?;
+    Ok([out.values(), lse.values(), dqkv.values()])
+}
+
 fn attention<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
     let dim = [3, 8, 33, 64, 70, 128, 130][draw.cols % 7];
     let (heads, kv_heads) = [(2, 2), (4, 2), (3, 1)][draw.more % 3];
@@ -454,22 +471,7 @@ fn attention<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<
             window,
             sequences: &sequences,
         };
-        let (mut out, mut lse) =
-            (memory(5, heads * dim), Memory::<T::Acc, B>::new(device, 6, vector(rows * heads)));
-        device.attention(&spec, q.mat(), k.mat(), v.mat(), out.mat_mut(), B::slice_mut(&mut lse.buffer))?;
-        let mut dqkv = memory(7, (heads + 2 * kv_heads) * dim);
-        let lse_slice = B::slice::<T::Acc>(&lse.buffer);
-        device.attention_backward(
-            &spec,
-            q.mat(),
-            k.mat(),
-            v.mat(),
-            out.mat(),
-            lse_slice,
-            dout.mat(),
-            dqkv.mat_mut(),
-        )?;
-        results.extend([out.values(), lse.values(), dqkv.values()]);
+        results.extend(attended(device, &spec, [&q, &k, &v, &dout], memory)?);
     }
     // Two sequences that go on from 5 and 0 positions, in slots 2 and 0.
     let capacity = 60;
@@ -529,22 +531,7 @@ fn tiles<T: Element, B: Backend>(
     };
     let mut results = Vec::new();
     let mut run = |spec: AttentionSpec<'_>, k: &Memory<T, B>, v: &Memory<T, B>, dout: &Memory<T, B>| {
-        let mut out = memory(4, heads * dim);
-        let mut lse = Memory::<T::Acc, B>::new(device, 5, vector(rows * heads));
-        device.attention(&spec, q.mat(), k.mat(), v.mat(), out.mat_mut(), B::slice_mut(&mut lse.buffer))?;
-        let mut dqkv = memory(7, (heads + 2 * kv_heads) * dim);
-        let lse_slice = B::slice::<T::Acc>(&lse.buffer);
-        device.attention_backward(
-            &spec,
-            q.mat(),
-            k.mat(),
-            v.mat(),
-            out.mat(),
-            lse_slice,
-            dout.mat(),
-            dqkv.mat_mut(),
-        )?;
-        results.extend([out.values(), lse.values(), dqkv.values()]);
+        results.extend(attended(device, &spec, [&q, k, v, dout], memory)?);
         Ok(())
     };
     run(spec, &k, &v, &dout)?;

@@ -33,8 +33,6 @@ pub(super) struct Wires {
     came: Mutex<HashMap<u64, u64>>,
     /// The first loss that this rank was told of. It is why this rank may leave, too: who needs this rank then is told of that loss.
     told: Mutex<Option<(usize, Loss)>>,
-    /// The ranks that this one has waited for in vain: it does not wait for them when it leaves.
-    given_up: Mutex<HashSet<usize>>,
     /// By rank: of rank 0 to all others, of another to rank 0.
     peers: Vec<Option<Mutex<TcpStream>>>,
     /// Only rank 0's is used.
@@ -65,7 +63,7 @@ pub(super) enum News {
     Lost { rank: usize, reason: Loss, root: Option<(usize, Loss)>, taken: HashMap<u64, u64> },
     /// The ranks of a group disagree.
     Broken { group: u64, mismatch: Mismatch },
-    /// Ranks of a group, by their numbers in it, were waited for for too long.
+    /// Ranks were waited for for too long in a group. Nobody waits for them when it leaves.
     Late { group: u64, missing: Vec<usize>, after: Duration },
 }
 
@@ -77,6 +75,11 @@ impl Inbox {
             _ => None,
         });
         lost.filter(|_| self.gone)
+    }
+
+    /// Whether a rank was waited for in vain.
+    fn is_late(&self, late: usize) -> bool {
+        self.news.iter().any(|news| matches!(news, News::Late { missing, .. } if missing.contains(&late)))
     }
 
     /// Whether a rank is lost.
@@ -187,7 +190,7 @@ impl Wires {
     }
 
     /// Takes in what was sent to this rank.
-    fn put(&self, frame: Frame) {
+    pub(super) fn put(&self, frame: Frame) {
         if frame.kind == Kind::Ask {
             let steps = lock(&self.came).get(&frame.group).copied().unwrap_or(0);
             return self.send(Frame::new(
@@ -284,11 +287,6 @@ impl Wires {
         lock(&self.told).get_or_insert((rank, loss));
     }
 
-    /// Notes that this rank has waited for some in vain.
-    pub(super) fn give_up(&self, ranks: impl Iterator<Item = usize>) {
-        lock(&self.given_up).extend(ranks);
-    }
-
     /// Those of some ranks that have not come to a number of steps, or do not answer. A rank answers while its program computes,
     /// but not if it is stopped.
     pub(super) fn behind(&self, work: u64, steps: u64, ranks: &[usize]) -> Vec<usize> {
@@ -353,8 +351,8 @@ impl Line {
         }
         let world = peers.len();
         let peers = peers.into_iter().map(|stream| stream.map(Mutex::new)).collect();
-        let (inbox, news, came, told, given_up, hub) = Default::default();
-        let wires = Arc::new(Wires { rank, world, deadline, inbox, news, came, told, given_up, peers, hub });
+        let (inbox, news, came, told, hub) = Default::default();
+        let wires = Arc::new(Wires { rank, world, deadline, inbox, news, came, told, peers, hub });
         for (peer, stream) in readers {
             let wires = Arc::clone(&wires);
             thread::Builder::new()
@@ -384,16 +382,13 @@ impl Line {
         if wires.rank == 0 {
             wires.lose(0, last);
             let patience = if loss == Loss::Left { wires.deadline } else { wires.moment() };
-            let given_up = lock(&wires.given_up).clone();
             let over = |inbox: &mut Inbox| {
-                (1..wires.world).all(|rank| given_up.contains(&rank) || inbox.has_lost(rank)).then_some(())
+                (1..wires.world).all(|rank| inbox.is_late(rank) || inbox.has_lost(rank)).then_some(())
             };
             wires.wait(patience, over);
         } else {
             wires.write(0, &last);
-            if !lock(&wires.given_up).contains(&0) {
-                wires.wait(wires.moment(), |inbox| inbox.gone.then_some(()));
-            }
+            wires.wait(wires.moment(), |inbox| (inbox.gone || inbox.is_late(0)).then_some(()));
         }
         for peer in wires.peers.iter().flatten() {
             let _ = lock(peer).shutdown(Shutdown::Both);

@@ -60,12 +60,13 @@ impl Link {
         error
     }
 
-    /// This rank has waited for the missing ones for too long, and all others are told so.
+    /// This rank has waited for the missing ones for too long, and all are told so.
     fn late(&self, call: &Call, missing: Vec<usize>, after: Duration) -> Error {
-        let body = missing.iter().flat_map(|rank| (*rank as u64).to_le_bytes()).collect();
-        self.wires.give_up(missing.iter().map(|&rank| self.members[rank]));
+        let body = missing.iter().flat_map(|&rank| (self.members[rank] as u64).to_le_bytes()).collect();
         let nanoseconds = u64::try_from(after.as_nanos()).unwrap_or(u64::MAX);
-        self.wires.send(Frame::new(Kind::Late, self.group, nanoseconds, (0, 0), body));
+        let news = Frame::new(Kind::Late, self.group, nanoseconds, (0, 0), body);
+        self.wires.put(news.clone());
+        self.wires.send(news);
         self.fail(call, Cause::Deadline { missing, after })
     }
 
@@ -90,7 +91,8 @@ impl Link {
                 Some(Cause::Disagreement(Box::new(mismatch.clone())))
             }
             News::Late { group, missing, after } if *group == self.group => {
-                Some(Cause::Deadline { missing: missing.clone(), after: *after })
+                let missing = missing.iter().filter_map(|&rank| place(rank)).collect();
+                Some(Cause::Deadline { missing, after: *after })
             }
             News::Broken { .. } | News::Late { .. } => None,
             News::Lost { rank, reason, root, taken } => {
