@@ -35,7 +35,7 @@ mod view;
 pub use attention::{Attention, AttentionSpec, CacheSpec};
 pub use dropout::{Dropout, DropoutMask};
 pub use gather::{Gather, NO_ROW};
-pub use gemm::{Batch, Gemm, Product};
+pub use gemm::{Batch, Gemm, Product, Term};
 pub use loss::{Loss, Targets};
 pub use norm::{Norm, NormKind};
 pub use pointwise::{Activation, Pointwise};

@@ -15,7 +15,7 @@ use crate::{
     comm::Group,
     device::{Accumulator, Device, Element},
     error::{Error, Result},
-    kernels::{Backend, MatMut, MatRef},
+    kernels::{Backend, MatMut, MatRef, Term},
     shard::{Node, Partial, Partition, Placement, Reduction, Shape, Tree, TreeSum},
     tensor::{Param, Patch, Tensor},
     trace,
@@ -168,9 +168,6 @@ pub(super) struct Factors<'a, T: Element, B: Device> {
     pub(super) blocks: &'a Blocks,
 }
 
-/// The columns of terms that are made and added up together, while they are in the cache, where a device's products can be cut.
-const NEAR: usize = 256;
-
 /// Σ a b over all ranks, with the rows of `x`: for each block the products of its columns of a and rows of b.
 pub(super) fn product<P: Placement, T: Element, B: Backend>(
     x: &DTensor<P, T, B>,
@@ -181,36 +178,29 @@ pub(super) fn product<P: Placement, T: Element, B: Backend>(
     let Some(tree) = group.tree()? else {
         return Err(Error::invalid("invariant product", "the group has no blocks: please report this"));
     };
-    let (device, rows) = (group.device(), x.local().shape().rows());
-    let terms = |cols: Range<usize>| {
-        own_terms(group, &tree, [rows, cols.len()], |block, out: &mut Tensor<T::Acc, B>| {
-            let mut beta = 0.0;
-            for Factors { a, b, blocks } in factors {
-                for depth in blocks[block].iter().filter(|depth| !depth.is_empty()) {
-                    let b = b.block(depth.clone(), cols.clone());
-                    device.gemm(1.0, a.columns(depth.clone()), b, beta, out.mat_mut()?)?;
-                    beta = 1.0;
-                }
+    let (device, rows, own) = (group.device(), x.local().shape().rows(), tree.owned(group.rank()));
+    let mut sums = TreeSum::new(tree.leaves());
+    for leaf in own.clone() {
+        let mut products = Vec::new();
+        for Factors { a, b, blocks } in factors {
+            for depth in blocks[leaf - own.start].iter().filter(|depth| !depth.is_empty()) {
+                products.push((a.columns(depth.clone()), b.block(depth.clone(), 0..features)));
             }
-            if beta == 0.0 { device.fill(0.0, out.mat_mut()?) } else { Ok(()) }
-        })
+        }
+        sums.push(Node::leaf(leaf), vec![Term { products, merges: 0 }], |left, right| {
+            left.extend(right);
+            left.last_mut().expect("there are two").merges += 1;
+            Ok(())
+        })?;
+    }
+    let sum = |terms: Vec<Term<'_, T, B>>| {
+        let mut sum = Tensor::empty(device, [rows, features])?;
+        device.gemm_tree(&terms, sum.mat_mut()?)?;
+        Ok(sum)
     };
-    if features <= NEAR || !device.splits_exactly() {
-        return x.derive_sum(terms(0..features)?, features);
-    }
-    let mut whole: Vec<Tensor<T::Acc, B>> = Vec::new();
-    for first in (0..features).step_by(NEAR) {
-        let cols = first..features.min(first + NEAR);
-        let part = terms(cols.clone())?;
-        if whole.is_empty() {
-            let empty = |_: &Tensor<T::Acc, B>| Tensor::empty(device, [rows, features]);
-            whole = part.iter().map(empty).collect::<Result<_>>()?;
-        }
-        for (part, whole) in part.iter().zip(&mut whole) {
-            device.copy::<T::Acc, T::Acc>(part.mat(), whole.mat_mut()?.columns(cols.clone()))?;
-        }
-    }
-    x.derive_sum(whole, features)
+    let depth = factors.iter().map(|factors| factors.a.cols()).sum();
+    let sums = || sums.values().into_iter().map(sum).collect::<Result<_>>();
+    x.derive_sum(trace::compute("gemm", T::DTYPE, &[rows, depth, features], sums)?, features)
 }
 
 /// What [`token_sum`] has of a group's blocks of tokens.

@@ -9,7 +9,7 @@ use shardwise::{
     device::{Cpu, Device, Element},
     kernels::{
         Activation, AdamWStep, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask, Mask, MatMut, MatRef,
-        NO_ROW, NormKind, RopePairs, RopeSpec, SgdStep, Targets,
+        NO_ROW, NormKind, RopePairs, RopeSpec, SgdStep, Targets, Term,
     },
     rng::Philox,
     shard::Sequences,
@@ -407,6 +407,13 @@ fn linear<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64
         device.gemm_column_sums(dy.mat(), y.mat(), beta, dw.mat_mut(), B::slice_mut(&mut db.buffer))?;
         results.extend([dw.values(), db.values()]);
     }
+    let mut sum = Memory::<T::Acc, B>::new(device, draw.seed, place(m, n));
+    let (half, term) = (k / 2, |depth: Range<usize>, merges| {
+        let products = vec![(x.mat().columns(depth.clone()), w.mat().t().block(depth, 0..n))];
+        Term { products, merges }
+    });
+    device.gemm_tree(&[term(0..half, 0), term(half..k, 0), term(0..k, 2)], sum.mat_mut())?;
+    results.push(sum.values());
     Ok(results)
 }
 

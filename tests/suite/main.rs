@@ -22,5 +22,6 @@ mod support;
 mod trace;
 mod training;
 mod transports;
+mod tree;
 mod vocabulary;
 mod weights;

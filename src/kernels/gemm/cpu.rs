@@ -1,16 +1,18 @@
 //! GEMM on the CPU: by blocks (`blocked`), and streamed where there are few rows (`few`).
 
 use super::{
-    Batch, Gemm, Product,
-    blocked::{self, Extents, Job, NC, Real},
-    check,
+    Batch, Gemm, Product, Term,
+    blocked::{self, Job, NC, Real, Step, Steps},
+    check, check_terms,
     few::{self, Scale},
+    sum_terms,
 };
 use crate::{
-    device::{Accumulator, AnyMut, AnyRef, Cpu, Device, Element, vectorized},
+    device::{Accumulator, AnyMut, Cpu, DType, Device, Element, vectorized},
     error::{Error, Result},
     kernels::{MatMut, MatRef, view::Dims},
 };
+use half::{bf16, f16};
 use std::num::NonZeroUsize;
 
 /// A product with fewer multiplications than this is not worth more than one thread.
@@ -27,8 +29,8 @@ impl Gemm for Cpu {
         c: MatMut<'_, C, Self>,
     ) -> Result<()> {
         check(batch, &a, &b, &c)?;
-        let dims = Extents { a: a.dims(), b: b.dims(), c: c.dims() };
-        if dims.c.extent() == 0 {
+        let (ad, bd, cd) = (a.dims(), b.dims(), c.dims());
+        if cd.extent() == 0 {
             return Ok(());
         }
         let memory = c.into_data();
@@ -37,19 +39,39 @@ impl Gemm for Cpu {
             let a = a.data().get(at * batch.a..).unwrap_or(&[]);
             let b = b.data().get(at * batch.b..).unwrap_or(&[]);
             let c = &mut memory[at * batch.c..];
-            if few::fits(dims.a, dims.b) {
-                let mut sums = self.empty::<T::Acc>(few::room(dims.b, dims.c))?;
+            if few::fits(ad, bd) {
+                let mut sums = self.empty::<T::Acc>(few::room(bd, cd))?;
                 let scale = Scale { alpha: T::Acc::from_f64(alpha), beta: T::Acc::from_f64(beta) };
-                few::multiply((dims.a, a), (dims.b, b), (dims.c, c), scale, &mut sums);
+                few::multiply((ad, a), (bd, b), (cd, c), scale, &mut sums);
                 continue;
             }
-            blocked(self, dims, alpha, a, b, beta, c)?;
+            blocked(self, &Steps::product((a, ad), (b, bd)), (alpha, beta), (c, cd))?;
         }
         Ok(())
     }
 
     fn splits_exactly(&self) -> bool {
         true
+    }
+
+    /// The sums that wait for others are a block of C each, in the second cache.
+    fn gemm_tree<T: Element>(&self, terms: &[Term<'_, T, Self>], c: MatMut<'_, T::Acc, Self>) -> Result<()> {
+        check_terms(terms, &c)?;
+        let blocked = |(a, b): &(MatRef<'_, T, Self>, MatRef<'_, T, Self>)| {
+            a.cols() > 0 && !few::fits(a.dims(), b.dims())
+        };
+        if c.dims().extent() == 0 {
+            return Ok(());
+        }
+        if !terms.iter().all(|term| !term.products.is_empty() && term.products.iter().all(blocked)) {
+            return sum_terms(self, terms, c);
+        }
+        let mut steps = Steps::new();
+        for Term { products, merges } in terms {
+            steps.push(products.iter().map(|(a, b)| ((a.data(), a.dims()), (b.data(), b.dims()))), *merges);
+        }
+        let dims = c.dims();
+        wide(self, &steps.list(), (1.0, 0.0), (c.into_data(), dims))
     }
 
     fn gemm_all<T: Element, C: Element<Acc = T::Acc>>(
@@ -98,35 +120,32 @@ pub(in crate::kernels) fn by_blocks<A: Accumulator>(
     c: MatMut<'_, A, Cpu>,
 ) -> Result<()> {
     check(Batch::ONE, &a, &b, &c)?;
-    let dims = Extents { a: a.dims(), b: b.dims(), c: c.dims() };
-    if dims.c.extent() == 0 {
+    let dims = c.dims();
+    if dims.extent() == 0 {
         return Ok(());
     }
-    blocked(cpu, dims, alpha, a.data(), b.data(), beta, c.into_data())
+    let steps = Steps::product((a.data(), a.dims()), (b.data(), b.dims()));
+    blocked(cpu, &steps, (alpha, beta), (c.into_data(), dims))
 }
 
 fn blocked<T: Element, C: Element<Acc = T::Acc>>(
     cpu: &Cpu,
-    dims: Extents,
-    alpha: f64,
-    a: &[T],
-    b: &[T],
-    beta: f64,
-    c: &mut [C],
+    steps: &[Step<'_, T>],
+    (alpha, beta): (f64, f64),
+    (c, cd): (&mut [C], Dims),
 ) -> Result<()> {
     if C::DTYPE == T::Acc::DTYPE {
         let c = T::Acc::of_mut::<Cpu>(C::any_mut::<Cpu>(c));
-        return wide(cpu, dims, (alpha, beta), a, b, c.unwrap_or_default());
+        return wide(cpu, steps, (alpha, beta), (c.unwrap_or_default(), cd));
     }
     // C is narrower than the accumulator: each element is rounded once.
-    let Extents { a: ad, b: bd, c: cd } = dims;
     let mut sums = cpu.empty::<T::Acc>(cd.rows * cd.cols.min(NC))?;
     let (alpha, keep) = (T::Acc::from_f64(alpha), T::Acc::from_f64(beta));
     for first in (0..cd.cols).step_by(NC) {
         let cols = NC.min(cd.cols - first);
         let to = Dims { rows: cd.rows, cols, row_stride: cols, col_stride: 1 };
-        let dims = Extents { a: ad, b: Dims { cols, ..bd }, c: to };
-        wide(cpu, dims, (1.0, 0.0), a, b.get(first * bd.col_stride..).unwrap_or(&[]), &mut sums)?;
+        let steps: Vec<_> = steps.iter().map(|step| step.part(0, first)).collect();
+        wide(cpu, &steps, (1.0, 0.0), (&mut sums, to))?;
         let c = &mut c[first * cd.col_stride..];
         vectorized(|| {
             for (row, sums) in sums.chunks_exact(cols).enumerate().take(cd.rows) {
@@ -144,19 +163,22 @@ fn blocked<T: Element, C: Element<Acc = T::Acc>>(
 /// C ← α A B + β C in the accumulator.
 fn wide<T: Element>(
     cpu: &Cpu,
-    dims: Extents,
+    steps: &[Step<'_, T>],
     scale: (f64, f64),
-    a: &[T],
-    b: &[T],
-    c: &mut [T::Acc],
+    (c, cd): (&mut [T::Acc], Dims),
 ) -> Result<()> {
-    match (T::any_ref::<Cpu>(a), T::any_ref::<Cpu>(b), T::Acc::any_mut::<Cpu>(c)) {
-        (AnyRef::F64(a), AnyRef::F64(b), AnyMut::F64(c)) => shared(cpu, dims, scale, a, b, c),
-        (AnyRef::F32(a), AnyRef::F32(b), AnyMut::F32(c)) => shared(cpu, dims, scale, a, b, c),
-        (AnyRef::BF16(a), AnyRef::BF16(b), AnyMut::F32(c)) => shared(cpu, dims, scale, a, b, c),
-        (AnyRef::F16(a), AnyRef::F16(b), AnyMut::F32(c)) => shared(cpu, dims, scale, a, b, c),
-        (a, _, c) => {
-            let (a, c) = (a.dtype(), c.dtype());
+    /// What is known to be the same element.
+    fn of<'a, T: Element, U: Element>(steps: &[Step<'a, T>]) -> Vec<Step<'a, U>> {
+        let same = |memory: &'a [T]| U::of_ref::<Cpu>(T::any_ref::<Cpu>(memory)).expect("the same element");
+        steps.iter().map(|step| step.map(same)).collect()
+    }
+    match (T::DTYPE, T::Acc::any_mut::<Cpu>(c)) {
+        (DType::F64, AnyMut::F64(c)) => shared::<f64>(cpu, &of(steps), scale, (c, cd)),
+        (DType::F32, AnyMut::F32(c)) => shared::<f32>(cpu, &of(steps), scale, (c, cd)),
+        (DType::BF16, AnyMut::F32(c)) => shared::<bf16>(cpu, &of(steps), scale, (c, cd)),
+        (DType::F16, AnyMut::F32(c)) => shared::<f16>(cpu, &of(steps), scale, (c, cd)),
+        (a, c) => {
+            let c = c.dtype();
             Err(Error::invalid("gemm", format!("{c} is not the accumulator of {a}: please report this")))
         }
     }
@@ -165,34 +187,30 @@ fn wide<T: Element>(
 /// C ← α A B + β C, the rows of C shared among threads. Each element is summed in the same order on any number of them.
 fn shared<T: Element<Acc: Real>>(
     cpu: &Cpu,
-    dims: Extents,
+    steps: &[Step<'_, T>],
     scale: (f64, f64),
-    a: &[T],
-    b: &[T],
-    c: &mut [T::Acc],
+    (c, cd): (&mut [T::Acc], Dims),
 ) -> Result<()> {
-    let Extents { a: ad, b: bd, c: cd } = dims;
     let by_rows = cd.col_stride == 1 && cd.row_stride >= cd.cols;
-    let threads =
-        if by_rows && cd.rows * cd.cols * ad.cols >= PARALLEL { cpu.threads().min(cd.rows) } else { 1 };
+    let work = cd.rows * cd.cols * steps.iter().map(Step::depth).sum::<usize>();
+    let threads = if by_rows && work >= PARALLEL { cpu.threads().min(cd.rows) } else { 1 };
     if threads <= 1 {
-        return product(cpu, dims, scale, a, b, c);
+        return product(cpu, steps, scale, (c, cd));
     }
     // Whole multiples of 24 rows: the tiles then meet no more ragged edges than on one thread.
     let each = cd.rows.div_ceil(threads).next_multiple_of(24);
     let mut parts = c.chunks_mut(each * cd.row_stride).enumerate().filter_map(|(part, c)| {
         let start = part * each;
         let rows = each.min(cd.rows.checked_sub(start)?);
-        let dims = Extents { a: Dims { rows, ..ad }, b: bd, c: Dims { rows, ..cd } };
-        (rows > 0).then(|| (dims, a.get(start * ad.row_stride..).unwrap_or(&[]), c))
+        let steps = || steps.iter().map(|step| step.part(start, 0)).collect::<Vec<_>>();
+        (rows > 0).then(|| (steps(), (c, Dims { rows, ..cd })))
     });
     std::thread::scope(|scope| {
         let own = parts.next();
         // A handle belongs to one thread, so that each makes its own.
-        let others: Vec<_> = parts
-            .map(|(dims, a, c)| scope.spawn(move || product(&Cpu::new(), dims, scale, a, b, c)))
-            .collect();
-        let first = own.map_or(Ok(()), |(dims, a, c)| product(cpu, dims, scale, a, b, c));
+        let others: Vec<_> =
+            parts.map(|(steps, c)| scope.spawn(move || product(&Cpu::new(), &steps, scale, c))).collect();
+        let first = own.map_or(Ok(()), |(steps, c)| product(cpu, &steps, scale, c));
         let lost = |_| Error::invalid("gemm", "a thread panicked: please report this");
         others.into_iter().fold(first, |all, one| all.and(one.join().map_err(lost).and_then(|one| one)))
     })
@@ -201,20 +219,18 @@ fn shared<T: Element<Acc: Real>>(
 /// C ← α A B + β C on this thread.
 fn product<T: Element<Acc: Real>>(
     cpu: &Cpu,
-    dims: Extents,
+    steps: &[Step<'_, T>],
     (alpha, beta): (f64, f64),
-    a: &[T],
-    b: &[T],
-    c: &mut [T::Acc],
+    (c, cd): (&mut [T::Acc], Dims),
 ) -> Result<()> {
     let (alpha, beta) = (T::Acc::from_f64(alpha), T::Acc::from_f64(beta));
-    if dims.a.cols == 0 {
-        scaled(dims.c, beta, c);
+    if steps.is_empty() {
+        scaled(cd, beta, c);
         return Ok(());
     }
-    let (len_a, len_b) = dims.room();
-    let (mut room_a, mut room_b) = (cpu.empty(len_a)?, cpu.empty(len_b)?);
-    blocked::multiply(Job { dims, alpha, a, b, beta, c, room: (&mut room_a, &mut room_b) });
+    let [a, b, waiting] = blocked::room(steps, cd);
+    let (mut a, mut b, mut waiting) = (cpu.empty(a)?, cpu.empty(b)?, cpu.empty(waiting)?);
+    blocked::multiply(Job { steps, alpha, beta, c: (c, cd), room: [&mut a, &mut b, &mut waiting] });
     Ok(())
 }
 

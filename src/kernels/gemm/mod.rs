@@ -42,6 +42,14 @@ pub struct Product<'a, 'c, T: Element, C: Element, B: Device> {
     pub c: MatMut<'c, C, B>,
 }
 
+/// A term of a sum of products along a tree ([`Gemm::gemm_tree`]).
+pub struct Term<'a, T: Element, B: Device> {
+    /// The products A B of which the term is the sum, from left to right.
+    pub products: Vec<(MatRef<'a, T, B>, MatRef<'a, T, B>)>,
+    /// How many sums before it are complete with this term.
+    pub merges: usize,
+}
+
 /// C ← α A B + β C.
 pub trait Gemm: Device {
     /// C ← α A B + β C for one product: [`Gemm::gemm_batched`] with [`Batch::ONE`].
@@ -166,6 +174,24 @@ pub trait Gemm: Device {
         false
     }
 
+    /// C ← the sum of some terms along a tree, in the accumulator.
+    ///
+    /// Sums wait on a stack. A term comes on top of it; then, `merges` times, the two on top are replaced by their sum, the lower
+    /// one first. So ((t₀ + t₁) + t₂) has terms with 0, 1 and 1 merges. One sum is left.
+    ///
+    /// A term without products, or whose products have no depth, is 0. The bits are those of [`Gemm::gemm`] for every product and an
+    /// addition for every merge.
+    ///
+    /// # Errors
+    /// As [`Gemm::gemm`], and when not one sum is left.
+    fn gemm_tree<T: Element>(&self, terms: &[Term<'_, T, Self>], c: MatMut<'_, T::Acc, Self>) -> Result<()>
+    where
+        Self: Pointwise,
+    {
+        check_terms(terms, &c)?;
+        sum_terms(self, terms, c)
+    }
+
     /// Several products, at the same time where the device can: the CPU shares its threads among them. The bits are those
     /// of one after the other.
     ///
@@ -201,4 +227,54 @@ fn check<B: Device, T: Element, C: Element>(
     inside("A", a.dims(), batch.a, B::len(a.data()))?;
     inside("B", b.dims(), batch.b, B::len(b.data()))?;
     inside("C", c.dims(), batch.c, c.memory())
+}
+
+/// The terms leave one sum, of C's dimensions.
+fn check_terms<T: Element, B: Device>(terms: &[Term<'_, T, B>], c: &MatMut<'_, T::Acc, B>) -> Result<()> {
+    const OP: &str = "gemm tree";
+    let mut waiting = 0_usize;
+    for Term { products, merges } in terms {
+        products.iter().try_for_each(|(a, b)| check(Batch::ONE, a, b, c))?;
+        waiting = (waiting + 1).checked_sub(*merges).filter(|&waiting| waiting > 0).ok_or_else(|| {
+            Error::sizes(OP, "the sums that a term completes", *merges, "those before it", waiting)
+        })?;
+    }
+    same_size(OP, "the sums that are left", waiting, "the results", 1)
+}
+
+/// [`Gemm::gemm_tree`], a product and an addition at a time.
+fn sum_terms<T: Element, B: Gemm + Pointwise>(
+    device: &B,
+    terms: &[Term<'_, T, B>],
+    mut c: MatMut<'_, T::Acc, B>,
+) -> Result<()> {
+    let (rows, cols) = (c.rows(), c.cols());
+    let write = |products: &[(MatRef<'_, T, B>, MatRef<'_, T, B>)], mut to: MatMut<'_, T::Acc, B>| {
+        let mut beta = 0.0;
+        for (a, b) in products.iter().filter(|(a, _)| a.cols() > 0) {
+            device.gemm(1.0, *a, *b, beta, to.reborrow())?;
+            beta = 1.0;
+        }
+        if beta == 0.0 { device.fill(0.0, to) } else { Ok(()) }
+    };
+    // C is the lowest of them.
+    let mut waiting: Vec<B::Buffer<T::Acc>> = Vec::new();
+    for (at, Term { products, merges }) in terms.iter().enumerate() {
+        if at == 0 {
+            write(products, c.reborrow())?;
+        } else {
+            let mut sum = device.empty::<T::Acc>(rows * cols)?;
+            write(products, MatMut::<T::Acc, B>::new(B::slice_mut(&mut sum), rows, cols)?)?;
+            waiting.push(sum);
+        }
+        for _ in 0..*merges {
+            let Some(top) = waiting.pop() else { break };
+            let below = match waiting.last_mut() {
+                None => c.reborrow(),
+                Some(below) => MatMut::<T::Acc, B>::new(B::slice_mut(below), rows, cols)?,
+            };
+            device.accumulate(MatRef::<T::Acc, B>::new(B::slice(&top), rows, cols)?, below)?;
+        }
+    }
+    Ok(())
 }

@@ -21,9 +21,11 @@
 //! columns, and on any x86-64 processor with AVX2 and FMA.
 
 mod pack;
+mod plan;
 mod tile;
 mod vector;
 
+pub(super) use plan::{Step, Steps, room};
 pub(super) use vector::prefetch;
 
 use crate::{
@@ -31,7 +33,8 @@ use crate::{
     kernels::view::Dims,
 };
 use pack::{pack_columns, pack_panel, pack_panels, pack_rows};
-use tile::{c_ahead, store, sums_by_columns, sums_by_rows};
+use plan::Loops;
+use tile::{Stack, c_ahead, merge, store, sums_by_columns, sums_by_rows};
 use vector::Vector;
 
 /// The depth of a block.
@@ -57,50 +60,6 @@ const KEPT: usize = 4 << 20;
 
 /// Vectors of columns in a tile.
 const V: usize = 2;
-
-/// The dimensions of one product; they agree, and lie inside the memory that comes with them.
-#[derive(Clone, Copy)]
-pub(super) struct Extents {
-    pub(super) a: Dims,
-    pub(super) b: Dims,
-    pub(super) c: Dims,
-}
-
-impl Extents {
-    /// Whether C is written once and soon: then it is, row by row of tiles, with a block of B in the first cache.
-    fn is_shallow(&self) -> bool {
-        self.a.cols <= SHALLOW
-    }
-
-    /// Whether a panel of B is used for one block of A only, and all go to the same place. Rows of a row-major B are packed a block at
-    /// a time: they are far apart.
-    fn is_one_block(&self) -> bool {
-        self.c.rows <= MC && self.b.col_stride != 1 && !self.is_shallow()
-    }
-
-    /// The columns of a block of B and C: as many as leave C's block in the second cache, where it is added to for each KC of the
-    /// depth.
-    fn block_cols(&self) -> usize {
-        if self.is_shallow() {
-            return NC;
-        }
-        (C_BLOCK / self.c.rows.clamp(1, MANY) / 32 * 32).clamp(128, NC)
-    }
-
-    /// Whether all blocks of A are kept once they are packed: they are needed for every block of columns.
-    fn keeps_rows(&self) -> bool {
-        self.c.cols > self.block_cols() && self.c.rows.min(MANY) * self.a.cols <= KEPT
-    }
-
-    /// The room, in elements of the accumulator, that [`multiply`] wants for packed blocks of A and of B.
-    pub(super) fn room(&self) -> (usize, usize) {
-        let depths = if self.keeps_rows() { self.a.cols.div_ceil(KC) } else { 1 };
-        let rows = if self.keeps_rows() { self.c.rows.min(MANY) } else { self.c.rows.min(MC) };
-        let cols = if self.is_one_block() { 32 } else { self.c.cols.min(self.block_cols()) };
-        // A vector more, since these begin at a vector's boundary.
-        (rows.next_multiple_of(24) * KC * depths, cols.next_multiple_of(32) * self.a.cols.min(KC) + 16)
-    }
-}
 
 /// An accumulator and its kinds of vectors.
 pub(super) trait Real: Accumulator {
@@ -130,16 +89,15 @@ impl Real for f64 {
     type Avx512 = std::arch::x86_64::__m512d;
 }
 
-/// A product: its dimensions and memory.
+/// A product.
 pub(super) struct Job<'a, T: Element> {
-    pub(super) dims: Extents,
+    /// There is one at least.
+    pub(super) steps: &'a [Step<'a, T>],
     pub(super) alpha: T::Acc,
-    pub(super) a: &'a [T],
-    pub(super) b: &'a [T],
     pub(super) beta: T::Acc,
-    pub(super) c: &'a mut [T::Acc],
-    /// Room for packed blocks, as [`Extents::room`] says.
-    pub(super) room: (&'a mut [T::Acc], &'a mut [T::Acc]),
+    pub(super) c: (&'a mut [T::Acc], Dims),
+    /// As [`room`] says.
+    pub(super) room: [&'a mut [T::Acc]; 3],
 }
 
 /// C ← α A B + β C, on the best vectors that the processor has.
@@ -207,60 +165,62 @@ mod x86_64 {
 
 #[inline(always)]
 fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, T>) {
-    let (once, shallow) = (job.dims.is_one_block(), job.dims.is_shallow());
-    let (kept, block_cols) = (job.dims.keeps_rows(), job.dims.block_cols());
-    let Job { dims: Extents { a: ad, b: bd, c: cd }, alpha, a, b, beta, c, room } = job;
-    let (room_a, room_b) = (room.0, S::in_memory(room.1));
-    let (wide, by_rows) = (V * S::LANES, ad.col_stride == 1);
+    let Job { steps, alpha, beta, c: (c, cd), room: [room_a, room_b, waiting] } = job;
+    let loops = Loops::of(steps, cd);
+    let (room_b, wide) = (S::in_memory(room_b), V * S::LANES);
     for many in (0..cd.rows).step_by(MANY) {
         let many_rows = MANY.min(cd.rows - many);
-        for first_col in (0..cd.cols).step_by(block_cols) {
-            let cols = block_cols.min(cd.cols - first_col);
-            for first_depth in (0..ad.cols).step_by(KC) {
-                let depth = KC.min(ad.cols - first_depth);
-                let beta = if first_depth == 0 { beta } else { T::Acc::ONE };
+        for first_col in (0..cd.cols).step_by(loops.cols) {
+            let cols = loops.cols.min(cd.cols - first_col);
+            let corner = &mut c[many * cd.row_stride + first_col * cd.col_stride..];
+            let mut stack = Stack { c: corner, dims: cd, waiting, cols: loops.cols, area: loops.area(cd) };
+            for (number, step) in steps.iter().enumerate() {
+                let ((a, ad), (b, bd)) = (step.a, step.b);
+                let (depth, by_rows) = (ad.cols, ad.col_stride == 1);
+                let beta = match step {
+                    Step { goes_on: true, .. } => T::Acc::ONE,
+                    Step { level: 0, .. } => beta,
+                    Step { .. } => T::Acc::ZERO,
+                };
                 for first_row in (0..many_rows).step_by(MC) {
                     let rows = MC.min(many_rows - first_row);
-                    let place =
-                        if kept { first_depth * many_rows.next_multiple_of(24) + first_row * KC } else { 0 };
-                    let room_a = &mut room_a[place..];
-                    let first_row = many + first_row;
-                    if !kept || first_col == 0 {
-                        let a = (&a[first_row * ad.row_stride + first_depth * ad.col_stride..], ad);
+                    let kept = number * many_rows.next_multiple_of(24) + first_row;
+                    let room_a = &mut room_a[if loops.kept { kept * KC } else { 0 }..];
+                    if !loops.kept || first_col == 0 {
+                        let a = (&a[(many + first_row) * ad.row_stride..], ad);
                         if by_rows {
                             pack_rows::<T, MR>(a, (rows, depth), room_a.as_chunks_mut().0);
                         } else {
                             pack_columns::<T, MR>(a, (rows, depth), room_a);
                         }
                     }
-                    let block = (first_row, rows);
-                    let tiles = Tiles { a: room_a, by_rows, depth, alpha, beta, block, c: cd };
-                    for (at, panel_col) in (0..cols).step_by(wide).enumerate() {
-                        let place = (first_col + panel_col, wide.min(cols - panel_col));
-                        let room = &mut room_b.as_chunks_mut().0[if once { 0 } else { at * depth }..];
-                        if first_row == many {
-                            let b = (&b[first_depth * bd.row_stride + place.0 * bd.col_stride..], bd);
+                    let tiles = Tiles { step, a: room_a, alpha, beta, block: (first_row, rows) };
+                    for (at, col) in (0..cols).step_by(wide).enumerate() {
+                        let place = (col, wide.min(cols - col));
+                        let room = &mut room_b.as_chunks_mut().0[if loops.once { 0 } else { at * depth }..];
+                        if first_row == 0 {
+                            let b = (&b[(first_col + col) * bd.col_stride..], bd);
                             if bd.col_stride != 1 {
                                 pack_panel(b, place.1, &mut room[..depth]);
-                            } else if panel_col == 0 {
+                            } else if col == 0 {
                                 pack_panels(b, cols, depth, room);
                             }
                         }
-                        if shallow {
+                        if loops.shallow {
                             continue;
                         }
                         for row in (0..rows).step_by(MR) {
-                            tiles.compute::<S, MR>(row, place, &room[..depth], c);
+                            tiles.compute::<S, MR>(row, place, &room[..depth], &mut stack);
                         }
                     }
-                    if !shallow {
+                    if !loops.shallow {
                         continue;
                     }
                     for row in (0..rows).step_by(MR) {
-                        for (at, panel_col) in (0..cols).step_by(wide).enumerate() {
-                            let place = (first_col + panel_col, wide.min(cols - panel_col));
+                        for (at, col) in (0..cols).step_by(wide).enumerate() {
+                            let place = (col, wide.min(cols - col));
                             let panel = &room_b.as_chunks().0[at * depth..][..depth];
-                            tiles.compute::<S, MR>(row, place, panel, c);
+                            tiles.compute::<S, MR>(row, place, panel, &mut stack);
                         }
                     }
                 }
@@ -270,40 +230,39 @@ fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, T>
 }
 
 /// The tiles of a packed block of A, and what becomes of their sums.
-struct Tiles<'a, R> {
-    a: &'a [R],
-    by_rows: bool,
-    depth: usize,
-    alpha: R,
-    beta: R,
-    /// The block's first row, and their number.
+struct Tiles<'a, T: Element> {
+    step: &'a Step<'a, T>,
+    a: &'a [T::Acc],
+    alpha: T::Acc,
+    beta: T::Acc,
+    /// The first of its rows in C's block, and their number.
     block: (usize, usize),
-    c: Dims,
 }
 
-impl<R: Accumulator> Tiles<'_, R> {
-    /// C ← α · the block's rows from `row` on, times a panel of some columns from `col` on, + β C.
+impl<T: Element> Tiles<'_, T> {
+    /// The sums of the block's rows from `row` on, and of a panel of so many columns from `col` of C's block on.
     #[inline(always)]
-    fn compute<S: Vector<Real = R>, const MR: usize>(
+    fn compute<S: Vector<Real = T::Acc>, const MR: usize>(
         &self,
         row: usize,
         (col, cols): (usize, usize),
         panel: &[[S; V]],
-        c: &mut [R],
+        stack: &mut Stack<'_, T::Acc>,
     ) {
-        let (first, rows) = self.block;
-        let c = &mut c[(first + row) * self.c.row_stride + col * self.c.col_stride..];
-        let c = (c, Dims { rows: MR.min(rows - row), cols, ..self.c });
-        c_ahead::<S>(&c);
-        let sums = if self.by_rows {
+        let Self { step, alpha, beta, block: (first, rows), .. } = *self;
+        let (place, size) = ((first + row, col), (MR.min(rows - row), cols));
+        c_ahead::<S>(&stack.tile(step.level - step.merges, place, size));
+        let sums = if step.a.1.col_stride == 1 {
             sums_by_rows(&self.a.as_chunks().0.as_chunks::<MR>().0[row / MR], panel)
         } else {
-            sums_by_columns::<S, MR>(&self.a.as_chunks().0[row / MR * self.depth..][..self.depth], panel)
+            sums_by_columns::<S, MR>(&self.a.as_chunks().0[row / MR * panel.len()..][..panel.len()], panel)
         };
-        store(&sums, self.alpha, self.beta, c);
+        if step.merges == 0 {
+            return store(&sums, alpha, beta, stack.tile(step.level, place, size));
+        }
+        merge(&sums, (step, alpha), stack, (place, size));
     }
 }
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -321,7 +280,7 @@ mod tests {
             true => Dims { rows, cols, row_stride: cols, col_stride: 1 },
             false => Dims { rows, cols, row_stride: 1, col_stride: rows },
         };
-        let dims = Extents { a: layout(m, k, a_rows), b: layout(k, n, b_rows), c: layout(m, n, true) };
+        let (ad, bd, cd) = (layout(m, k, a_rows), layout(k, n, b_rows), layout(m, n, true));
         let fill = |dims: Dims, seed: u64| {
             let mut memory = vec![T::NAN; dims.extent()];
             for row in 0..dims.rows {
@@ -333,13 +292,14 @@ mod tests {
             }
             memory
         };
-        let (a, b, mut c) = (fill(dims.a, 0), fill(dims.b, 1), vec![T::Acc::NAN; m * n]);
-        let (alpha, beta) = (T::Acc::ONE, T::Acc::ZERO);
+        let (a, b, mut c) = (fill(ad, 0), fill(bd, 1), vec![T::Acc::NAN; m * n]);
+        let steps = Steps::product((&a, ad), (&b, bd));
         let cpu = Cpu::poisoned();
-        let (len_a, len_b) = dims.room();
-        let (mut room_a, mut room_b) =
-            (cpu.empty::<T::Acc>(len_a).unwrap(), cpu.empty::<T::Acc>(len_b).unwrap());
-        multiply(Job { dims, alpha, a: &a, b: &b, beta, c: &mut c, room: (&mut room_a, &mut room_b) });
+        let [mut room_a, mut room_b, mut waiting] =
+            room(&steps, cd).map(|len| cpu.empty::<T::Acc>(len).unwrap());
+        let (alpha, beta) = (T::Acc::ONE, T::Acc::ZERO);
+        let room: [&mut [_]; 3] = [&mut room_a, &mut room_b, &mut waiting];
+        multiply(Job { steps: &steps, alpha, beta, c: (&mut c, cd), room });
         c
     }
 

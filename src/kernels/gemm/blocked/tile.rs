@@ -1,13 +1,46 @@
 //! Tiles of C: their sums are kept in registers while the depth of a block goes by.
 
 use super::{
-    KC, V,
+    KC, Step, V,
     vector::{Vector, prefetch},
 };
 use crate::{device::Accumulator, kernels::view::Dims};
 
 /// Numbers in a cache line: 64 bytes of f32.
 const LINE: usize = 16;
+
+/// The most columns of a tile.
+const WIDEST: usize = 32;
+
+/// The sums of a block of C: C itself, and those that wait on the stack above it.
+pub(super) struct Stack<'a, R> {
+    /// From the block's first element on.
+    pub(super) c: &'a mut [R],
+    pub(super) dims: Dims,
+    pub(super) waiting: &'a mut [R],
+    /// From one row of a sum that waits to the next.
+    pub(super) cols: usize,
+    /// From one sum that waits to the next.
+    pub(super) area: usize,
+}
+
+impl<R> Stack<'_, R> {
+    /// A tile of a sum: from where on in the block, and of what size.
+    #[inline(always)]
+    pub(super) fn tile(
+        &mut self,
+        level: usize,
+        (row, col): (usize, usize),
+        (rows, cols): (usize, usize),
+    ) -> (&mut [R], Dims) {
+        if level == 0 {
+            let start = row * self.dims.row_stride + col * self.dims.col_stride;
+            return (&mut self.c[start..], Dims { rows, cols, ..self.dims });
+        }
+        let start = (level - 1) * self.area + row * self.cols + col;
+        (&mut self.waiting[start..], Dims { rows, cols, row_stride: self.cols, col_stride: 1 })
+    }
+}
 
 /// Sums of the products of a tile's rows, of a panel's depth, with a panel.
 #[inline(always)]
@@ -92,6 +125,42 @@ pub(super) fn store<S: Vector, const MR: usize>(
                 let c = &mut c[col * dims.col_stride];
                 *c = mix(*c, *sum);
             }
+        }
+    }
+}
+
+/// Of a step that completes sums: α · its own are added to what it goes on with, and to one sum after another.
+#[inline(always)]
+pub(super) fn merge<S: Vector, T, const MR: usize>(
+    sums: &[[S; V]; MR],
+    (step, alpha): (&Step<'_, T>, S::Real),
+    stack: &mut Stack<'_, S::Real>,
+    (place, size): ((usize, usize), (usize, usize)),
+) {
+    let to = step.level - step.merges;
+    let above = if step.goes_on { step.level + 1 } else { step.level };
+    for (row, sums) in sums.iter().enumerate().take(size.0) {
+        let mut total = [S::Real::ZERO; WIDEST];
+        let total = &mut total[..size.1];
+        for (total, sum) in total.iter_mut().zip(S::lanes(sums)) {
+            *total = alpha * *sum;
+        }
+        for level in (to..above).rev() {
+            let (below, dims) = stack.tile(level, place, size);
+            let below = &below[row * dims.row_stride..];
+            if dims.col_stride == 1 {
+                total.iter_mut().zip(below).for_each(|(total, below)| *total = *below + *total);
+            } else {
+                let below = below.iter().step_by(dims.col_stride.max(1));
+                total.iter_mut().zip(below).for_each(|(total, below)| *total = *below + *total);
+            }
+        }
+        let (c, dims) = stack.tile(to, place, size);
+        let c = &mut c[row * dims.row_stride..];
+        if dims.col_stride == 1 {
+            c[..total.len()].copy_from_slice(total);
+        } else {
+            c.iter_mut().step_by(dims.col_stride.max(1)).zip(total).for_each(|(c, total)| *c = *total);
         }
     }
 }
