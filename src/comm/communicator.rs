@@ -82,12 +82,6 @@ pub trait Communicator<B: Device> {
         false
     }
 
-    /// The fewest bytes of a tensor whose collective is worth being made by itself, beside what its rank computes
-    /// ([`super::Overlap::Auto`]); none where a collective that was started is made when it is waited for.
-    fn chunk(&self) -> Option<usize> {
-        None
-    }
-
     /// Divides the group: the ranks of one `color` form a new one, in order of `key` and then of rank; those without a
     /// color belong to none.
     fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<B>>>>;

@@ -67,7 +67,7 @@ impl<B: Device> Group<B> {
     fn named(communicator: Rc<dyn Communicator<B>>, device: &B, name: String, id: u64) -> Self {
         trace::join(id, &name, communicator.rank(), communicator.size());
         let shared = Shared { communicator, device: device.clone(), name, id, calls: Cell::new(0) };
-        Self { shared: Rc::new(shared), reduction: Reduction::Fast, overlap: Overlap::Auto }
+        Self { shared: Rc::new(shared), reduction: Reduction::Fast, overlap: Overlap::Off }
     }
 
     /// This group, whose layers go about sums and collectives as those of another.

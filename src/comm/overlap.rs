@@ -9,17 +9,17 @@ use crate::{device::Device, shard::Partition};
 /// as with NCCL's `Order::Any`, that is up to the transport.)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Overlap {
-    /// In as many chunks as pay on the group's transport ([`super::Communicator::chunk`]); at once for few tokens, and where
-    /// nobody has measured from when on it pays, as on every transport so far.
-    #[default]
-    Auto,
     /// At once.
+    #[default]
     Off,
     /// In this many chunks, or as many as there are tokens.
     Chunks(usize),
+    /// In chunks of at least so many bytes, at most four of them: at once for few tokens. From which size on chunks pay depends on
+    /// the transport and on the machine: [`crate::parallel::MeasuredOverlap`] finds it.
+    From(usize),
 }
 
-/// The most chunks where the transport says how many: what is left exposed is one of them.
+/// The most chunks where their size is given: what is left exposed is one of them.
 const MOST: usize = 4;
 
 impl<B: Device> Group<B> {
@@ -44,12 +44,14 @@ impl<B: Device> Group<B> {
     /// The chunks of `tokens` tokens of so many bytes each in which a layer makes a collective of them; none where it makes it
     /// at once.
     pub fn chunks(&self, tokens: usize, bytes: usize) -> Option<Partition> {
-        let count = match (self.overlap, self.communicator().chunk()) {
-            (Overlap::Off, _) | (Overlap::Auto, None) => 0,
-            (Overlap::Auto, Some(least)) => (tokens * bytes / least.max(1)).min(MOST),
-            (Overlap::Chunks(count), _) => count,
+        let count = match self.overlap {
+            Overlap::Off => 0,
+            Overlap::Chunks(count) => count.min(tokens),
+            Overlap::From(least) => match (tokens * bytes / least.max(1)).min(MOST).min(tokens) {
+                1 => 0,
+                count => count,
+            },
         };
-        let count = if self.size() == 1 { 0 } else { count.min(tokens) };
-        (count > 0).then(|| Partition::even(tokens, count))
+        (count > 0 && self.size() > 1).then(|| Partition::even(tokens, count))
     }
 }

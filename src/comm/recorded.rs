@@ -140,10 +140,6 @@ impl<B: Device> Communicator<B> for Recorded<B> {
         self.inner.give_up(call, steps, after)
     }
 
-    fn chunk(&self) -> Option<usize> {
-        self.inner.chunk()
-    }
-
     fn is_near(&self) -> bool {
         self.inner.is_near()
     }

@@ -142,10 +142,6 @@ impl<B: Device> Communicator<B> for HostStaged<B> {
         self.host.obstacle(call)
     }
 
-    fn chunk(&self) -> Option<usize> {
-        self.host.chunk()
-    }
-
     fn is_near(&self) -> bool {
         self.host.is_near()
     }

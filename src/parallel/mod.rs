@@ -47,6 +47,7 @@ mod invariant;
 mod kv_cache;
 mod layer;
 mod mappings;
+mod measured;
 mod mlp;
 mod norm;
 mod overlap;
@@ -73,6 +74,7 @@ pub use layer::{Chain, Layer};
 pub use mappings::{
     CopyTo, GatherFrom, GatherSequence, ReduceFrom, ReduceScatterSequence, ScatterSequence, ScatterTo,
 };
+pub use measured::MeasuredOverlap;
 pub use mlp::{FeedForward, FeedForwardSaved, GatedMlp, MlpNames, MlpSaved, ParallelMlp};
 pub use norm::Normalize;
 pub use overlap::RowMap;

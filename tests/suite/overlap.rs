@@ -15,8 +15,8 @@ use shardwise::{
     device::Element,
     kernels::{Activation, Gemm},
     parallel::{
-        Bias, ColumnLinear, ColumnParallelLinear, Columns, ForkedColumnLinear, GatedMlp, Layer, MlpNames,
-        ParallelMlp, QkvLayout, RowParallelLinear, Stream,
+        Bias, ColumnLinear, ColumnParallelLinear, Columns, ForkedColumnLinear, GatedMlp, Layer,
+        MeasuredOverlap, MlpNames, ParallelMlp, QkvLayout, RowParallelLinear, Stream,
     },
     shard::{Heads, Partition, Reduction, Replicated, Sequences, Shard},
     tensor::{Arrays, Random, Weights},
@@ -318,7 +318,7 @@ fn ranks_that_make_other_chunks_disagree() {
 fn chunks_are_chosen_by_the_group() {
     ranks(2)
         .run(|world| {
-            assert_eq!((world.overlap(), world.chunks(1 << 20, 4096)), (Overlap::Auto, None));
+            assert_eq!((world.overlap(), world.chunks(1 << 20, 4096)), (Overlap::Off, None));
             let group = world.with_overlap(Overlap::Chunks(3));
             let (recorded, _) = group.recorded();
             let alone = group.split_all(group.rank() as u64)?;
@@ -329,9 +329,32 @@ fn chunks_are_chosen_by_the_group() {
             assert_eq!(group.chunks(2, 4), Some(Partition::even(2, 2)));
             assert_eq!((group.chunks(0, 4), alone.chunks(10, 4)), (None, None));
             assert_eq!(group.with_overlap(Overlap::Chunks(0)).chunks(10, 4), None);
+            let from = |bytes| group.with_overlap(Overlap::From(bytes));
+            assert_eq!((from(20).chunks(0, 4), from(21).chunks(10, 4)), (None, None));
+            assert_eq!(from(20).chunks(10, 4), Some(Partition::even(10, 2)));
+            assert_eq!((from(0).chunks(1, 4), from(0).chunks(3, 4)), (None, Some(Partition::even(3, 3))));
+            assert_eq!(from(1).chunks(1000, 4), Some(Partition::even(1000, 4)));
             Ok(())
         })
         .unwrap();
+}
+
+/// Ranks measure for themselves, and agree: otherwise they would call different collectives.
+#[test]
+fn ranks_agree_on_what_they_measured() {
+    let measured = ranks(3).run(|world| {
+        let sizes = (12, 24);
+        let gathered = MeasuredOverlap::of::<Shard<0>, bf16, Dev>(&world, sizes, 800)?;
+        let none = MeasuredOverlap::of::<Replicated, f64, Dev>(&world, sizes, 100)?;
+        assert_eq!((none.overlap, none.times), (Overlap::Off, Vec::new()));
+        Ok(gathered)
+    });
+    let measured = measured.unwrap();
+    let tokens = measured[0].times.iter().map(|(tokens, ..)| *tokens);
+    assert_eq!(tokens.collect::<Vec<_>>(), [192, 384, 768]);
+    let least = [192, 384, 768].map(|tokens| Overlap::From(tokens * 12 * 2 / 2));
+    assert!(measured[0].overlap == Overlap::Off || least.contains(&measured[0].overlap));
+    assert!(measured.iter().all(|other| *other == measured[0]));
 }
 
 /// The rows come out where they went in: two unit matrices' halves, forward and backward.

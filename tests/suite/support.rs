@@ -181,7 +181,7 @@ pub(crate) struct Case<'a> {
 impl<'a> Case<'a> {
     pub(crate) fn new(world: usize, x: &'a Array2<f64>, dy: &'a Array2<f64>, weights: &'a Arrays) -> Self {
         let sequences = Sequences::one(x.nrows());
-        let (reduction, overlap) = (Reduction::Fast, Overlap::Auto);
+        let (reduction, overlap) = (Reduction::Fast, Overlap::Off);
         Self { world, x, dy, x_cut: None, dy_cut: None, sequences, weights, reduction, overlap }
     }
 }
