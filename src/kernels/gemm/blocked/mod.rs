@@ -38,7 +38,7 @@ use tile::{Stack, c_ahead, merge, store, sums_by_columns, sums_by_rows};
 use vector::Vector;
 
 /// The depth of a block.
-const KC: usize = 256;
+const KC: usize = 384;
 
 /// The rows of a block of A: a multiple of 6 and 8, the rows of the tiles.
 const MC: usize = 144;
@@ -260,7 +260,7 @@ impl<T: Element> Tiles<'_, T> {
         if step.merges == 0 {
             return store(&sums, alpha, beta, stack.tile(step.level, place, size));
         }
-        merge(&sums, (step, alpha), stack, (place, size));
+        merge(sums, (step, alpha), stack, (place, size));
     }
 }
 #[cfg(test)]

@@ -109,22 +109,22 @@ pub(super) fn store<S: Vector, const MR: usize>(
     beta: S::Real,
     (c, dims): (&mut [S::Real], Dims),
 ) {
-    let mix = |c: S::Real, sum: S::Real| {
-        let sum = alpha * sum;
-        if beta == S::Real::ZERO { sum } else { beta * c + sum }
-    };
+    if is_whole::<S, MR>(dims) {
+        let (alpha, factor) = (S::splat(alpha), S::splat(beta));
+        for (row, sums) in sums.iter().enumerate() {
+            let c = &mut c[row * dims.row_stride..];
+            for (v, sum) in sums.iter().enumerate() {
+                let (c, sum) = (&mut c[v * S::LANES..], alpha.times(*sum));
+                if beta == S::Real::ZERO { sum } else { factor.times(S::load(c)).plus(sum) }.store(c);
+            }
+        }
+        return;
+    }
     for (row, sums) in sums.iter().enumerate().take(dims.rows) {
-        let sums = &S::lanes(sums)[..dims.cols];
-        let c = &mut c[row * dims.row_stride..];
-        if dims.col_stride == 1 {
-            for (c, sum) in c[..dims.cols].iter_mut().zip(sums) {
-                *c = mix(*c, *sum);
-            }
-        } else {
-            for (col, sum) in sums.iter().enumerate() {
-                let c = &mut c[col * dims.col_stride];
-                *c = mix(*c, *sum);
-            }
+        for (col, sum) in S::lanes(sums)[..dims.cols].iter().enumerate() {
+            let c = &mut c[row * dims.row_stride + col * dims.col_stride];
+            let sum = alpha * *sum;
+            *c = if beta == S::Real::ZERO { sum } else { beta * *c + sum };
         }
     }
 }
@@ -132,35 +132,36 @@ pub(super) fn store<S: Vector, const MR: usize>(
 /// Of a step that completes sums: α · its own are added to what it goes on with, and to one sum after another.
 #[inline(always)]
 pub(super) fn merge<S: Vector, T, const MR: usize>(
-    sums: &[[S; V]; MR],
+    mut sums: [[S; V]; MR],
     (step, alpha): (&Step<'_, T>, S::Real),
     stack: &mut Stack<'_, S::Real>,
     (place, size): ((usize, usize), (usize, usize)),
 ) {
+    let alpha = S::splat(alpha);
+    sums.as_flattened_mut().iter_mut().for_each(|sum| *sum = alpha.times(*sum));
     let to = step.level - step.merges;
     let above = if step.goes_on { step.level + 1 } else { step.level };
-    for (row, sums) in sums.iter().enumerate().take(size.0) {
-        let mut total = [S::Real::ZERO; WIDEST];
-        let total = &mut total[..size.1];
-        for (total, sum) in total.iter_mut().zip(S::lanes(sums)) {
-            *total = alpha * *sum;
-        }
-        for level in (to..above).rev() {
-            let (below, dims) = stack.tile(level, place, size);
-            let below = &below[row * dims.row_stride..];
-            if dims.col_stride == 1 {
-                total.iter_mut().zip(below).for_each(|(total, below)| *total = *below + *total);
-            } else {
-                let below = below.iter().step_by(dims.col_stride.max(1));
-                total.iter_mut().zip(below).for_each(|(total, below)| *total = *below + *total);
+    for level in (to..above).rev() {
+        let (below, dims) = stack.tile(level, place, size);
+        for (row, sums) in sums.iter_mut().enumerate().take(dims.rows) {
+            let mut ragged = [S::Real::ZERO; WIDEST];
+            let mut below = &below[row * dims.row_stride..];
+            if !is_whole::<S, MR>(dims) {
+                for (col, to) in ragged.iter_mut().enumerate().take(dims.cols) {
+                    *to = below[col * dims.col_stride];
+                }
+                below = &ragged;
+            }
+            for (v, sum) in sums.iter_mut().enumerate() {
+                *sum = S::load(&below[v * S::LANES..]).plus(*sum);
             }
         }
-        let (c, dims) = stack.tile(to, place, size);
-        let c = &mut c[row * dims.row_stride..];
-        if dims.col_stride == 1 {
-            c[..total.len()].copy_from_slice(total);
-        } else {
-            c.iter_mut().step_by(dims.col_stride.max(1)).zip(total).for_each(|(c, total)| *c = *total);
-        }
     }
+    store(&sums, S::Real::ONE, S::Real::ZERO, stack.tile(to, place, size));
+}
+
+/// Whether a tile lacks no rows or columns, and its rows lie side by side.
+#[inline(always)]
+fn is_whole<S: Vector, const MR: usize>(dims: Dims) -> bool {
+    dims.rows == MR && dims.cols == V * S::LANES && dims.col_stride == 1
 }

@@ -19,6 +19,15 @@ pub(in super::super) trait Vector: Copy {
     /// The first lanes of a slice.
     fn load(from: &[Self::Real]) -> Self;
 
+    /// Becomes the first lanes of a slice.
+    fn store(self, to: &mut [Self::Real]);
+
+    /// self + other.
+    fn plus(self, other: Self) -> Self;
+
+    /// self · other.
+    fn times(self, other: Self) -> Self;
+
     /// a · b + self, rounded once where the processor can.
     fn add_product(self, a: Self, b: Self) -> Self;
 
@@ -78,6 +87,21 @@ macro_rules! portable {
             }
 
             #[inline(always)]
+            fn store(self, to: &mut [$real]) {
+                *to.first_chunk_mut().expect("a vector's lanes") = self;
+            }
+
+            #[inline(always)]
+            fn plus(self, other: Self) -> Self {
+                std::array::from_fn(|i| self[i] + other[i])
+            }
+
+            #[inline(always)]
+            fn times(self, other: Self) -> Self {
+                std::array::from_fn(|i| self[i] * other[i])
+            }
+
+            #[inline(always)]
             fn add_product(self, a: Self, b: Self) -> Self {
                 // Where there is no instruction for it, `mul_add` is a call of a function that is a hundred times slower.
                 let one = |i: usize| match cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
@@ -106,7 +130,7 @@ mod x86_64 {
 
     /// One type of vector; `$interleave` makes two vectors of two.
     macro_rules! vector {
-        ($vector:ty, $real:ty, $lanes:literal, $splat:ident, $load:ident, $fma:ident, $interleave:expr) => {
+        ($vector:ty, $real:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident, $add:ident, $mul:ident, $fma:ident, $interleave:expr) => {
             impl Vector for $vector {
                 type Real = $real;
                 const LANES: usize = $lanes;
@@ -131,6 +155,34 @@ mod x86_64 {
                 }
 
                 #[inline(always)]
+                fn store(self, to: &mut [$real]) {
+                    let to: &mut [$real; $lanes] = to.first_chunk_mut().expect("a vector's lanes");
+                    // SAFETY: the processor has the instruction, as the trait demands, and `to` is as long as a vector.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        $store(to.as_mut_ptr(), self)
+                    }
+                }
+
+                #[inline(always)]
+                fn plus(self, other: Self) -> Self {
+                    // SAFETY: the processor has the instruction, as the trait demands.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        $add(self, other)
+                    }
+                }
+
+                #[inline(always)]
+                fn times(self, other: Self) -> Self {
+                    // SAFETY: the processor has the instruction, as the trait demands.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        $mul(self, other)
+                    }
+                }
+
+                #[inline(always)]
                 fn add_product(self, a: Self, b: Self) -> Self {
                     // SAFETY: the processor has the instruction, as the trait demands.
                     #[allow(unsafe_code)]
@@ -151,24 +203,68 @@ mod x86_64 {
         };
     }
 
-    vector!(__m512, f32, 16, _mm512_set1_ps, _mm512_loadu_ps, _mm512_fmadd_ps, |a, b| {
-        let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        let high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        (_mm512_permutex2var_ps(a, low, b), _mm512_permutex2var_ps(a, high, b))
-    });
-    vector!(__m512d, f64, 8, _mm512_set1_pd, _mm512_loadu_pd, _mm512_fmadd_pd, |a, b| {
-        let low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
-        let high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
-        (_mm512_permutex2var_pd(a, low, b), _mm512_permutex2var_pd(a, high, b))
-    });
-    vector!(__m256, f32, 8, _mm256_set1_ps, _mm256_loadu_ps, _mm256_fmadd_ps, |a, b| {
-        let (even, odd) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-        (_mm256_permute2f128_ps::<0x20>(even, odd), _mm256_permute2f128_ps::<0x31>(even, odd))
-    });
-    vector!(__m256d, f64, 4, _mm256_set1_pd, _mm256_loadu_pd, _mm256_fmadd_pd, |a, b| {
-        let (even, odd) = (_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
-        (_mm256_permute2f128_pd::<0x20>(even, odd), _mm256_permute2f128_pd::<0x31>(even, odd))
-    });
+    vector!(
+        __m512,
+        f32,
+        16,
+        _mm512_set1_ps,
+        _mm512_loadu_ps,
+        _mm512_storeu_ps,
+        _mm512_add_ps,
+        _mm512_mul_ps,
+        _mm512_fmadd_ps,
+        |a, b| {
+            let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            let high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            (_mm512_permutex2var_ps(a, low, b), _mm512_permutex2var_ps(a, high, b))
+        }
+    );
+    vector!(
+        __m512d,
+        f64,
+        8,
+        _mm512_set1_pd,
+        _mm512_loadu_pd,
+        _mm512_storeu_pd,
+        _mm512_add_pd,
+        _mm512_mul_pd,
+        _mm512_fmadd_pd,
+        |a, b| {
+            let low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+            let high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+            (_mm512_permutex2var_pd(a, low, b), _mm512_permutex2var_pd(a, high, b))
+        }
+    );
+    vector!(
+        __m256,
+        f32,
+        8,
+        _mm256_set1_ps,
+        _mm256_loadu_ps,
+        _mm256_storeu_ps,
+        _mm256_add_ps,
+        _mm256_mul_ps,
+        _mm256_fmadd_ps,
+        |a, b| {
+            let (even, odd) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            (_mm256_permute2f128_ps::<0x20>(even, odd), _mm256_permute2f128_ps::<0x31>(even, odd))
+        }
+    );
+    vector!(
+        __m256d,
+        f64,
+        4,
+        _mm256_set1_pd,
+        _mm256_loadu_pd,
+        _mm256_storeu_pd,
+        _mm256_add_pd,
+        _mm256_mul_pd,
+        _mm256_fmadd_pd,
+        |a, b| {
+            let (even, odd) = (_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
+            (_mm256_permute2f128_pd::<0x20>(even, odd), _mm256_permute2f128_pd::<0x31>(even, odd))
+        }
+    );
 }
 
 #[cfg(test)]
@@ -188,6 +284,11 @@ mod tests {
         let want: Vec<S::Real> = (0..S::LANES).map(|i| real(1 + i * (i + S::LANES))).collect();
         assert_eq!(S::lanes(&[sum]), want);
         let mut memory = numbers.clone();
+        a.plus(b).store(&mut memory[1..]);
+        a.times(b).store(&mut memory[1 + S::LANES..]);
+        let (plus, times) = (|i: usize| real(2 * i + S::LANES), |i: usize| real(i * (i + S::LANES)));
+        let want: Vec<S::Real> = (0..S::LANES).map(plus).chain((0..S::LANES).map(times)).collect();
+        assert_eq!((memory[0], &memory[1..1 + want.len()]), (numbers[0], &want[..]));
         assert!(S::in_memory(&mut memory).len() >= 64 / S::LANES - 1);
     }
 
