@@ -303,10 +303,10 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
     ) -> Result<(DTensor<Shard<1>, T, B>, Tensor<T, B>, Tensor<T, B>)> {
         let (linear, inputs) = (&self.linear, self.linear.weight().shape().cols());
         let splits = invariant::splits(linear.group.device(), None, inputs);
-        // A product that may be made in parts has no function behind it; one that may not is made once, of all rows.
-        let mut pre = None;
+        // A product of some rows has no function behind it: what that was given is wanted as a whole.
+        let (mut pre, tokens) = (None, x.shape().rows());
         let mut map = |x: &DTensor<Copied, T, B>| {
-            if splits {
+            if x.local().shape().rows() < tokens {
                 return linear.output(x);
             }
             let (y, before) = linear.activated(f, x)?;

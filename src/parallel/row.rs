@@ -177,14 +177,19 @@ impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
         }
         let linear = &self.linear;
         let splits = invariant::splits(saved.device(), None, linear.outputs);
-        // A product that may be made in parts has no function behind it; one that may not is made once, of all rows.
-        let mut map = |dy: &DTensor<Copied, T, B>| match before.filter(|_| !splits) {
-            Some(before) => linear.activated_grad(before, dy),
-            None => linear.input_grad(dy),
-        };
+        // A product of some rows has no function behind it.
+        let (mut activated, tokens) = (false, dy.shape().rows());
+        let mut map =
+            |dy: &DTensor<Copied, T, B>| match before.filter(|_| dy.local().shape().rows() == tokens) {
+                Some(before) => {
+                    activated = true;
+                    linear.activated_grad(before, dy)
+                }
+                None => linear.input_grad(dy),
+            };
         let (dy, dx) = S::enter_to(dy, RowMap { features: linear.cut.total(), splits, map: &mut map })?;
         self.linear.weight_grad(&saved, dy.local())?;
-        match before.filter(|_| splits) {
+        match before.filter(|_| !activated) {
             Some((f, pre)) => Ok(dx.with_local(ops::activate_backward(f, pre, dx.local())?)),
             None => Ok(dx),
         }

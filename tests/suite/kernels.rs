@@ -340,6 +340,61 @@ fn gemm_does_not_depend_on_the_number_of_threads() {
     }
 }
 
+/// What comes behind a product is made of a block of it at a time: the bits are those of the whole.
+fn behind_a_product<T: Element>(cpu: &Cpu, (m, k, n): (usize, usize, usize), gap: usize) {
+    let (x, w) = (tensor::<T, _>(cpu, &matrix(1, "x", m, k)), tensor::<T, _>(cpu, &matrix(2, "w", n, k)));
+    let (bias, at) =
+        (tensor::<T, _>(cpu, &matrix(3, "b", 1, n)), tensor::<T, _>(cpu, &matrix(4, "at", m, n)));
+    let (a, b, bias, f, strides) = (x.mat(), w.mat().t(), bias.slice(), Activation::GeluErf, (n + gap, 1));
+    let new = || vec![T::NAN; m * (n + gap)];
+    let same = |what: &str, got: &[T], want: &[T]| {
+        let bits = |y: &[T]| displace(y, m, n, strides).mapv(f64::to_bits);
+        assert!(bits(got) == bits(want), "{what}: {}, {m} x {k} x {n}", T::DTYPE);
+    };
+    let (mut product, mut active, mut backward) = (new(), new(), new());
+    cpu.gemm(1.0, a, b, 0.0, view_mut(&mut product, m, n, strides)).unwrap();
+    let mut pre = product.clone();
+    cpu.add_bias::<T>(bias, view_mut(&mut pre, m, n, strides)).unwrap();
+    cpu.activate(f, view(&pre, m, n, strides), view_mut(&mut active, m, n, strides)).unwrap();
+    let dy = view(&product, m, n, strides);
+    cpu.activate_backward(f, at.mat(), dy, view_mut(&mut backward, m, n, strides)).unwrap();
+
+    let (mut got, mut before) = (new(), new());
+    cpu.gemm_bias(a, b, bias, view_mut(&mut got, m, n, strides)).unwrap();
+    same("bias", &got, &pre);
+    let (before_mat, got_mat) = (view_mut(&mut before, m, n, strides), view_mut(&mut got, m, n, strides));
+    cpu.gemm_activate((a, b), bias, f, before_mat, got_mat).unwrap();
+    same("before the activation", &before, &pre);
+    same("activation", &got, &active);
+    cpu.gemm_activate_backward((a, b), f, at.mat(), view_mut(&mut got, m, n, strides)).unwrap();
+    same("the activation's backward", &got, &backward);
+}
+
+#[test]
+fn what_is_behind_a_product_is_made_by_blocks() {
+    for threads in [1, 2] {
+        let cpu = Cpu::poisoned().with_threads(NonZeroUsize::new(threads).unwrap());
+        for (sizes, gap) in
+            [((5, 20, 40), 0), ((9, 1, 33), 2), ((30, 400, 1000), 0), ((600, 40, 400), 3), ((20, 0, 5), 0)]
+        {
+            behind_a_product::<f64>(&cpu, sizes, gap);
+            behind_a_product::<f32>(&cpu, sizes, gap);
+            behind_a_product::<bf16>(&cpu, sizes, gap);
+        }
+    }
+    let cpu = Cpu::new();
+    let (x, mut y) =
+        (Tensor::<f32>::zeros(&cpu, [20, 20]).unwrap(), Tensor::<f32>::zeros(&cpu, [20, 20]).unwrap());
+    let short = cpu.gemm_bias(x.mat(), x.mat(), &x.slice()[..19], y.mat_mut().unwrap());
+    disagree(short, "bias: the bias is 19, but the number of columns is 20");
+    let mut small = Tensor::<f32>::zeros(&cpu, [19, 20]).unwrap();
+    let (product, bias, f) = ((x.mat(), x.mat()), &x.slice()[..20], Activation::Relu);
+    let rows = cpu.gemm_activate(product, bias, f, y.mat_mut().unwrap(), small.mat_mut().unwrap());
+    disagree(rows, "activation: rows of x is 20, but rows of y is 19");
+    let rows = cpu.gemm_activate_backward(product, f, small.mat(), y.mat_mut().unwrap());
+    disagree(rows, "activation backward: rows of x is 19, but rows of dx is 20");
+}
+
 #[test]
 fn gemm_carries_nan_and_infinity() {
     let product = Product {

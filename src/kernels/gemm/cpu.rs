@@ -2,18 +2,18 @@
 
 use super::{
     Batch, Gemm, Product, Term,
-    blocked::{self, Job, NC, Real, Step, Steps},
+    blocked::{self, Finish, Job, NC, Real, Step, Steps},
     check, check_terms,
     few::{self, Scale},
     sum_terms,
 };
 use crate::{
     device::{Accumulator, AnyMut, Cpu, DType, Device, Element, vectorized},
-    error::{Error, Result},
-    kernels::{MatMut, MatRef, view::Dims},
+    error::{Error, Result, same_size},
+    kernels::{Activation, MatMut, MatRef, Pointwise, view::Dims},
 };
 use half::{bf16, f16};
-use std::num::NonZeroUsize;
+use std::{num::NonZeroUsize, ops::Range};
 
 /// A product with fewer multiplications than this is not worth more than one thread.
 const PARALLEL: usize = 1 << 22;
@@ -71,7 +71,54 @@ impl Gemm for Cpu {
             steps.push(products.iter().map(|(a, b)| ((a.data(), a.dims()), (b.data(), b.dims()))), *merges);
         }
         let dims = c.dims();
-        wide(self, &steps.list(), (1.0, 0.0), (c.into_data(), dims))
+        wide(self, &steps.list(), (1.0, 0.0), (c.into_data(), dims), None)
+    }
+
+    fn gemm_bias<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        bias: &[T],
+        c: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        same_size("bias", "the bias", bias.len(), "the number of columns", c.cols())?;
+        finished(self, (a, b), c, &mut |_, cols, c| self.add_bias::<T>(&bias[cols], c))
+    }
+
+    fn gemm_activate<T: Element>(
+        &self,
+        product: (MatRef<'_, T, Self>, MatRef<'_, T, Self>),
+        bias: &[T],
+        f: Activation,
+        pre: MatMut<'_, T, Self>,
+        mut c: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        const OP: &str = "activation";
+        same_size("bias", "the bias", bias.len(), "the number of columns", pre.cols())?;
+        same_size(OP, "rows of x", pre.rows(), "rows of y", c.rows())?;
+        same_size(OP, "columns of x", pre.cols(), "columns of y", c.cols())?;
+        finished(self, product, pre, &mut |rows, cols, mut pre| {
+            self.add_bias::<T>(&bias[cols.clone()], pre.reborrow())?;
+            self.activate(f, pre.read(), c.reborrow().block(rows, cols))
+        })
+    }
+
+    fn gemm_activate_backward<T: Element>(
+        &self,
+        product: (MatRef<'_, T, Self>, MatRef<'_, T, Self>),
+        f: Activation,
+        pre: MatRef<'_, T, Self>,
+        mut c: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        const OP: &str = "activation backward";
+        same_size(OP, "rows of x", pre.rows(), "rows of dx", c.rows())?;
+        same_size(OP, "columns of x", pre.cols(), "columns of dx", c.cols())?;
+        let mut gradient = self.empty::<T>(c.rows() * c.cols())?;
+        let gradient = MatMut::<T, Self>::new(&mut gradient, c.rows(), c.cols())?;
+        finished(self, product, gradient, &mut |rows, cols, gradient| {
+            let (pre, c) = (pre.block(rows.clone(), cols.clone()), c.reborrow().block(rows, cols));
+            self.activate_backward(f, pre, gradient.read(), c)
+        })
     }
 
     fn gemm_all<T: Element, C: Element<Acc = T::Acc>>(
@@ -109,6 +156,32 @@ impl Gemm for Cpu {
     }
 }
 
+/// C ← A B, and then what `finish` makes of it: block by block, while it is in the cache, where C is the accumulator and made by
+/// blocks; else of the whole. A block may depend on no other.
+fn finished<T: Element>(
+    cpu: &Cpu,
+    (a, b): (MatRef<'_, T, Cpu>, MatRef<'_, T, Cpu>),
+    mut c: MatMut<'_, T, Cpu>,
+    finish: &mut dyn FnMut(Range<usize>, Range<usize>, MatMut<'_, T, Cpu>) -> Result<()>,
+) -> Result<()> {
+    check(Batch::ONE, &a, &b, &c)?;
+    let dims = c.dims();
+    let blocks = T::DTYPE == T::Acc::DTYPE && a.cols() > 0 && dims.extent() > 0;
+    if !blocks || few::fits(a.dims(), b.dims()) {
+        cpu.gemm(1.0, a, b, 0.0, c.reborrow())?;
+        return finish(0..dims.rows, 0..dims.cols, c);
+    }
+    let steps = Steps::product((a.data(), a.dims()), (b.data(), b.dims()));
+    let mut block = |rows: Range<usize>, cols: Range<usize>, memory: AnyMut<'_, Cpu>| {
+        let memory = T::of_mut::<Cpu>(memory).unwrap_or_default();
+        let (row, col) = (dims.row_stride, dims.col_stride);
+        let block = MatMut::<T, Cpu>::strided(memory, rows.len(), cols.len(), row, col)?;
+        finish(rows, cols, block)
+    };
+    let memory = T::Acc::of_mut::<Cpu>(T::any_mut::<Cpu>(c.into_data())).unwrap_or_default();
+    wide(cpu, &steps, (1.0, 0.0), (memory, dims), Some(&mut block))
+}
+
 /// C ← α A B + β C by blocks, however few rows there are. Attention, which cuts its queries into tiles, multiplies them so:
 /// a tile's results do not depend on the number of its rows.
 pub(in crate::kernels) fn by_blocks<A: Accumulator>(
@@ -136,7 +209,7 @@ fn blocked<T: Element, C: Element<Acc = T::Acc>>(
 ) -> Result<()> {
     if C::DTYPE == T::Acc::DTYPE {
         let c = T::Acc::of_mut::<Cpu>(C::any_mut::<Cpu>(c));
-        return wide(cpu, steps, (alpha, beta), (c.unwrap_or_default(), cd));
+        return wide(cpu, steps, (alpha, beta), (c.unwrap_or_default(), cd), None);
     }
     // C is narrower than the accumulator: each element is rounded once.
     let mut sums = cpu.empty::<T::Acc>(cd.rows * cd.cols.min(NC))?;
@@ -145,7 +218,7 @@ fn blocked<T: Element, C: Element<Acc = T::Acc>>(
         let cols = NC.min(cd.cols - first);
         let to = Dims { rows: cd.rows, cols, row_stride: cols, col_stride: 1 };
         let steps: Vec<_> = steps.iter().map(|step| step.part(0, first)).collect();
-        wide(cpu, &steps, (1.0, 0.0), (&mut sums, to))?;
+        wide(cpu, &steps, (1.0, 0.0), (&mut sums, to), None)?;
         let c = &mut c[first * cd.col_stride..];
         vectorized(|| {
             for (row, sums) in sums.chunks_exact(cols).enumerate().take(cd.rows) {
@@ -160,12 +233,13 @@ fn blocked<T: Element, C: Element<Acc = T::Acc>>(
     Ok(())
 }
 
-/// C ← α A B + β C in the accumulator.
+/// C ← α A B + β C in the accumulator, and what is made of its blocks.
 fn wide<T: Element>(
     cpu: &Cpu,
     steps: &[Step<'_, T>],
     scale: (f64, f64),
     (c, cd): (&mut [T::Acc], Dims),
+    finish: Option<&mut Finish<'_>>,
 ) -> Result<()> {
     /// What is known to be the same element.
     fn of<'a, T: Element, U: Element>(steps: &[Step<'a, T>]) -> Vec<Step<'a, U>> {
@@ -173,10 +247,10 @@ fn wide<T: Element>(
         steps.iter().map(|step| step.map(same)).collect()
     }
     match (T::DTYPE, T::Acc::any_mut::<Cpu>(c)) {
-        (DType::F64, AnyMut::F64(c)) => shared::<f64>(cpu, &of(steps), scale, (c, cd)),
-        (DType::F32, AnyMut::F32(c)) => shared::<f32>(cpu, &of(steps), scale, (c, cd)),
-        (DType::BF16, AnyMut::F32(c)) => shared::<bf16>(cpu, &of(steps), scale, (c, cd)),
-        (DType::F16, AnyMut::F32(c)) => shared::<f16>(cpu, &of(steps), scale, (c, cd)),
+        (DType::F64, AnyMut::F64(c)) => shared::<f64>(cpu, &of(steps), scale, (c, cd), finish),
+        (DType::F32, AnyMut::F32(c)) => shared::<f32>(cpu, &of(steps), scale, (c, cd), finish),
+        (DType::BF16, AnyMut::F32(c)) => shared::<bf16>(cpu, &of(steps), scale, (c, cd), finish),
+        (DType::F16, AnyMut::F32(c)) => shared::<f16>(cpu, &of(steps), scale, (c, cd), finish),
         (a, c) => {
             let c = c.dtype();
             Err(Error::invalid("gemm", format!("{c} is not the accumulator of {a}: please report this")))
@@ -190,12 +264,13 @@ fn shared<T: Element<Acc: Real>>(
     steps: &[Step<'_, T>],
     scale: (f64, f64),
     (c, cd): (&mut [T::Acc], Dims),
+    finish: Option<&mut Finish<'_>>,
 ) -> Result<()> {
     let by_rows = cd.col_stride == 1 && cd.row_stride >= cd.cols;
     let work = cd.rows * cd.cols * steps.iter().map(Step::depth).sum::<usize>();
     let threads = if by_rows && work >= PARALLEL { cpu.threads().min(cd.rows) } else { 1 };
     if threads <= 1 {
-        return product(cpu, steps, scale, (c, cd));
+        return product(cpu, steps, scale, (c, cd), finish);
     }
     // Whole multiples of 24 rows: the tiles then meet no more ragged edges than on one thread.
     let each = cd.rows.div_ceil(threads).next_multiple_of(24);
@@ -208,12 +283,15 @@ fn shared<T: Element<Acc: Real>>(
     std::thread::scope(|scope| {
         let own = parts.next();
         // A handle belongs to one thread, so that each makes its own.
-        let others: Vec<_> =
-            parts.map(|(steps, c)| scope.spawn(move || product(&Cpu::new(), &steps, scale, c))).collect();
-        let first = own.map_or(Ok(()), |(steps, c)| product(cpu, &steps, scale, c));
+        let others: Vec<_> = parts
+            .map(|(steps, c)| scope.spawn(move || product(&Cpu::new(), &steps, scale, c, None)))
+            .collect();
+        let first = own.map_or(Ok(()), |(steps, c)| product(cpu, &steps, scale, c, None));
         let lost = |_| Error::invalid("gemm", "a thread panicked: please report this");
         others.into_iter().fold(first, |all, one| all.and(one.join().map_err(lost).and_then(|one| one)))
-    })
+    })?;
+    // It belongs to this thread.
+    finish.map_or(Ok(()), |finish| finish(0..cd.rows, 0..cd.cols, T::Acc::any_mut::<Cpu>(c)))
 }
 
 /// C ← α A B + β C on this thread.
@@ -222,6 +300,7 @@ fn product<T: Element<Acc: Real>>(
     steps: &[Step<'_, T>],
     (alpha, beta): (f64, f64),
     (c, cd): (&mut [T::Acc], Dims),
+    finish: Option<&mut Finish<'_>>,
 ) -> Result<()> {
     let (alpha, beta) = (T::Acc::from_f64(alpha), T::Acc::from_f64(beta));
     if steps.is_empty() {
@@ -230,8 +309,8 @@ fn product<T: Element<Acc: Real>>(
     }
     let [a, b, waiting] = blocked::room(steps, cd);
     let (mut a, mut b, mut waiting) = (cpu.empty(a)?, cpu.empty(b)?, cpu.empty(waiting)?);
-    blocked::multiply(Job { steps, alpha, beta, c: (c, cd), room: [&mut a, &mut b, &mut waiting] });
-    Ok(())
+    let room: [&mut [_]; 3] = [&mut a, &mut b, &mut waiting];
+    blocked::multiply(Job { steps, alpha, beta, c: (c, cd), finish, room })
 }
 
 /// C ← β C: a product without depth.

@@ -29,11 +29,13 @@ pub(super) use plan::{Step, Steps, room};
 pub(super) use vector::prefetch;
 
 use crate::{
-    device::{Accumulator, Element},
+    device::{Accumulator, AnyMut, Cpu, Element},
+    error::Result,
     kernels::view::Dims,
 };
 use pack::{pack_columns, pack_panel, pack_panels, pack_rows};
 use plan::Loops;
+use std::ops::Range;
 use tile::{Stack, c_ahead, merge, store, sums_by_columns, sums_by_rows};
 use vector::Vector;
 
@@ -90,29 +92,36 @@ impl Real for f64 {
 }
 
 /// A product.
-pub(super) struct Job<'a, T: Element> {
+pub(super) struct Job<'a, 'f, T: Element> {
     /// There is one at least.
     pub(super) steps: &'a [Step<'a, T>],
     pub(super) alpha: T::Acc,
     pub(super) beta: T::Acc,
     pub(super) c: (&'a mut [T::Acc], Dims),
+    pub(super) finish: Option<&'a mut Finish<'f>>,
     /// As [`room`] says.
     pub(super) room: [&'a mut [T::Acc]; 3],
 }
 
+/// What is made of each block of C, while it is in the second cache: of these rows and columns, in the memory from its first element on.
+pub(super) type Finish<'f> = dyn FnMut(Range<usize>, Range<usize>, AnyMut<'_, Cpu>) -> Result<()> + 'f;
+
 /// C ← α A B + β C, on the best vectors that the processor has.
-pub(super) fn multiply<T: Element<Acc: Real>>(job: Job<'_, T>) {
+///
+/// # Errors
+/// Those of finishing.
+pub(super) fn multiply<T: Element<Acc: Real>>(job: Job<'_, '_, T>) -> Result<()> {
     #[cfg(target_arch = "x86_64")]
     if let Some(kind) = x86_64::Kind::best() {
         return x86_64::multiply(kind, job);
     }
-    blocks::<<T::Acc as Real>::Portable, T, 4>(job);
+    blocks::<<T::Acc as Real>::Portable, T, 4>(job)
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {
     use super::{Job, Real, blocks};
-    use crate::device::Element;
+    use crate::{device::Element, error::Result};
     use std::arch::is_x86_feature_detected;
 
     /// Vectors that this processor has. There is no other way to one than [`Kind::all`].
@@ -143,14 +152,14 @@ mod x86_64 {
     }
 
     /// C ← α A B + β C on one kind of vector.
-    pub(super) fn multiply<T: Element<Acc: Real>>(kind: Kind, job: Job<'_, T>) {
+    pub(super) fn multiply<T: Element<Acc: Real>>(kind: Kind, job: Job<'_, '_, T>) -> Result<()> {
         #[target_feature(enable = "avx512f,avx2,fma,f16c")]
-        fn with_avx512<T: Element<Acc: Real>>(job: Job<'_, T>) {
-            blocks::<<T::Acc as Real>::Avx512, T, 8>(job);
+        fn with_avx512<T: Element<Acc: Real>>(job: Job<'_, '_, T>) -> Result<()> {
+            blocks::<<T::Acc as Real>::Avx512, T, 8>(job)
         }
         #[target_feature(enable = "avx2,fma,f16c")]
-        fn with_avx2<T: Element<Acc: Real>>(job: Job<'_, T>) {
-            blocks::<<T::Acc as Real>::Avx2, T, 6>(job);
+        fn with_avx2<T: Element<Acc: Real>>(job: Job<'_, '_, T>) -> Result<()> {
+            blocks::<<T::Acc as Real>::Avx2, T, 6>(job)
         }
         // SAFETY: the processor has the features that the function enables: `Kind::all` has detected them.
         #[allow(unsafe_code)]
@@ -164,8 +173,8 @@ mod x86_64 {
 }
 
 #[inline(always)]
-fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, T>) {
-    let Job { steps, alpha, beta, c: (c, cd), room: [room_a, room_b, waiting] } = job;
+fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, '_, T>) -> Result<()> {
+    let Job { steps, alpha, beta, c: (c, cd), mut finish, room: [room_a, room_b, waiting] } = job;
     let loops = Loops::of(steps, cd);
     let (room_b, wide) = (S::in_memory(room_b), V * S::LANES);
     for many in (0..cd.rows).step_by(MANY) {
@@ -225,8 +234,13 @@ fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, T>
                     }
                 }
             }
+            if let Some(finish) = &mut finish {
+                let (rows, cols) = (many..many + many_rows, first_col..first_col + cols);
+                finish(rows, cols, T::Acc::any_mut::<Cpu>(stack.c))?;
+            }
         }
     }
+    Ok(())
 }
 
 /// The tiles of a packed block of A, and what becomes of their sums.
@@ -266,7 +280,7 @@ impl<T: Element> Tiles<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{device::Cpu, device::Device, rng::Philox};
+    use crate::{device::Device, rng::Philox};
     use half::bf16;
 
     /// C of a product, whose memory was NaN before; A and B with elements side by side in rows or in columns.
@@ -274,7 +288,7 @@ mod tests {
         (m, k, n): (usize, usize, usize),
         (a_rows, b_rows): (bool, bool),
         number: impl Fn(u64) -> f64,
-        multiply: impl Fn(Job<'_, T>),
+        multiply: impl Fn(Job<'_, '_, T>) -> Result<()>,
     ) -> Vec<T::Acc> {
         let layout = |rows, cols, by_rows| match by_rows {
             true => Dims { rows, cols, row_stride: cols, col_stride: 1 },
@@ -299,7 +313,7 @@ mod tests {
             room(&steps, cd).map(|len| cpu.empty::<T::Acc>(len).unwrap());
         let (alpha, beta) = (T::Acc::ONE, T::Acc::ZERO);
         let room: [&mut [_]; 3] = [&mut room_a, &mut room_b, &mut waiting];
-        multiply(Job { steps: &steps, alpha, beta, c: (&mut c, cd), room });
+        multiply(Job { steps: &steps, alpha, beta, c: (&mut c, cd), finish: None, room }).unwrap();
         c
     }
 
@@ -316,7 +330,7 @@ mod tests {
     ];
 
     /// Whole numbers, whose sums are exact in any order.
-    fn whole<T: Element<Acc: Real>>(multiply: impl Fn(Job<'_, T>)) {
+    fn whole<T: Element<Acc: Real>>(multiply: impl Fn(Job<'_, '_, T>) -> Result<()>) {
         let number = |at: u64| (at * 7919 % 13) as f64 - 6.0;
         for (m, k, n) in SHAPES {
             for layout in [(true, true), (true, false), (false, true), (false, false)] {
