@@ -3,23 +3,28 @@
 use super::{
     Bias, Columns, DTensor, Layer, RowMap, Stream, Traffic,
     columns::SharedRows,
+    copies::Copies,
     invariant::{self, Blocks, Factors, by_columns, by_rows},
 };
 use crate::{
     comm::{Group, ReduceOp},
     device::{Device, Element},
-    error::{Result, same_size},
+    error::{Error, Result, same_size},
     kernels::{Activation, Backend},
     ops,
     shard::{Copied, Partial, Partition, Placement, Shape, Shard},
     tensor::{Param, Role, Tensor, Weights},
 };
+use std::ops::Range;
 
 /// Yᵣ = X Wᵣᵀ + bᵣ: each rank computes its own output features. Copied → Shard<1>.
 ///
 /// * X: `[tokens, inputs]`; W: `[outputs, inputs]`, of which rank r holds the rows Wᵣ; Y: `[tokens, outputs]`.
 /// * Backward: dX is the [`Partial`] sum of dYᵣ Wᵣ; dWᵣ = dYᵣᵀ X; dbᵣ = Σ over tokens of dYᵣ.
-/// * Collectives: none; with key/value heads that several ranks hold, an all-reduce of the gradients of their rows.
+/// * Collectives: none; with key/value heads that several ranks hold, an all-reduce of the gradients of their rows. With
+///   [`Reduction::Invariant`](crate::shard::Reduction::Invariant) it is canonical blocks that hold such heads: before
+///   anything else, the columns of dY that belong to them are summed over their holders. W and b have such a head once, Y
+///   once for each of the rank's blocks that holds it.
 ///
 /// Source: Shoeybi et al., 2019: Megatron-LM, section 3. As a layer with its collectives: [`ColumnParallelLinear`].
 #[derive(Debug)]
@@ -31,13 +36,14 @@ pub struct ColumnLinear<T: Element, B: Device> {
     cut: Partition,
     blocks: Option<Blocks>,
     shared: Option<SharedRows>,
+    copies: Option<Copies>,
 }
 
 impl<T: Element, B: Backend> ColumnLinear<T, B> {
     /// Reads this rank's rows of `weight`, and of `bias` if there is one.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape.
+    /// When a tensor is missing or has another shape, or canonical blocks share key/value heads whose bias is to be skipped.
     pub fn load(
         group: &Group<B>,
         weights: &Weights<'_>,
@@ -45,8 +51,13 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         columns: &Columns,
         bias: Bias,
     ) -> Result<Self> {
-        let (device, cut) = (group.device(), columns.partition().clone());
-        let rows = cut.size(group.rank());
+        let (device, cut, rows) = (group.device(), columns.partition().clone(), columns.rows());
+        let copies = columns.copies().cloned();
+        if copies.is_some() && bias == Bias::Skip {
+            let reason = "a bias that is skipped, of key/value heads that several canonical blocks hold: it has fewer \
+                          elements than the output has columns";
+            return Err(Error::Unsupported { op: "column linear", reason: reason.into() });
+        }
         let pieces = columns.pieces(weights, "weight", Some(inputs));
         let mut weight = Param::load(device, weights, "weight", Role::Weight, [rows, inputs], pieces)?;
         let blocks = columns.blocks().cloned();
@@ -61,7 +72,7 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
             }
         };
         let shared = columns.shared().cloned();
-        Ok(Self { group: group.clone(), weight, bias: vector, bias_mode: bias, cut, blocks, shared })
+        Ok(Self { group: group.clone(), weight, bias: vector, bias_mode: bias, cut, blocks, shared, copies })
     }
 
     /// This rank's rows of the weight.
@@ -74,9 +85,21 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         self.bias.as_ref().filter(|_| self.bias_mode == Bias::Add).map(Param::value)
     }
 
-    /// Where this rank's canonical blocks are among its output features, if there are any.
+    /// Where this rank's canonical blocks are among the rows of the weight, if there are any.
     pub(super) fn blocks(&self) -> Option<&Blocks> {
         self.blocks.as_ref()
+    }
+
+    /// The runs of the weight's rows that are multiplied by themselves, if not all at once.
+    pub(super) fn runs(&self) -> Option<Vec<Range<usize>>> {
+        let mut runs = invariant::runs(self.blocks.as_ref())?;
+        runs.extend(self.copies.iter().flat_map(|copies| copies.foreign.iter().cloned()));
+        Some(runs)
+    }
+
+    /// The key/value heads that canonical blocks share, if there are any.
+    pub(super) fn copies(&self) -> Option<&Copies> {
+        self.copies.as_ref()
     }
 
     /// How the output features are cut.
@@ -84,13 +107,18 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         &self.cut
     }
 
-    /// The bias of this rank's features, if there is one. With [`Bias::Skip`] adding it is up to the caller, and so is
+    /// How the weight's rows are cut.
+    pub(super) fn rows_cut(&self) -> &Partition {
+        self.copies.as_ref().map_or(&self.cut, |copies| &copies.rows)
+    }
+
+    /// The bias of this rank's rows, if there is one. With [`Bias::Skip`] adding it is up to the caller, and so is
     /// adding to its gradient.
     pub fn bias_mut(&mut self) -> Option<&mut Param<T, B>> {
         self.bias.as_mut()
     }
 
-    fn output(&self, x: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+    pub(super) fn output(&self, x: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         let (x_local, w, device) = (x.local(), self.weight.value(), self.group.device());
         if self.blocks.is_none() {
             return Ok(self.held(x, ops::linear(x_local, w, self.added_bias())?));
@@ -98,9 +126,12 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         same_size("linear", "columns of x", x_local.shape().cols(), "columns of w", w.shape().cols())?;
         let shape = x_local.shape().with(x_local.shape().rank() - 1, w.shape().rows());
         let mut y = Tensor::empty(device, shape)?;
-        by_columns(device, self.blocks.as_ref(), (x_local.mat(), w.mat().t()), 0.0, y.mat_mut()?)?;
+        by_columns(device, self.runs(), (x_local.mat(), w.mat().t()), 0.0, y.mat_mut()?)?;
         if let Some(bias) = self.added_bias() {
             device.add_bias::<T>(bias.slice(), y.mat_mut()?)?;
+        }
+        if let Some(copies) = &self.copies {
+            y = copies.spread(&y)?;
         }
         Ok(self.held(x, y))
     }
@@ -124,6 +155,15 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         Ok((y.with_local(ops::activate(f, y.local())?), y.local().clone()))
     }
 
+    /// dY with one column for each row of the weight.
+    fn merged(&self, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+        let (Some(copies), local) = (&self.copies, dy.local()) else { return Ok(dy.clone()) };
+        let rows = self.weight.value().shape().rows();
+        let mut merged = Tensor::empty(local.device(), local.shape().with(local.shape().rank() - 1, rows))?;
+        copies.merge(&self.group, local.mat(), merged.mat_mut()?)?;
+        Ok(dy.derive(merged, copies.rows.total(), Some(copies.rows.clone())))
+    }
+
     fn input_grad(&self, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
         let (w, inputs) = (self.weight.value(), self.weight.value().shape().cols());
         let Some(blocks) = &self.blocks else {
@@ -144,16 +184,10 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
                 return self.bias.as_mut().map_or(Ok(()), |bias| bias.add_grad(db));
             }
             None => {
-                let (device, blocks) = (x.device(), self.blocks.as_ref());
-                let product = (dy.mat().t(), x.mat());
-                self.weight.accumulate_grad(|beta, dw| by_rows(device, blocks, product, beta, dw))?;
+                let (device, runs, product) = (x.device(), self.runs(), (dy.mat().t(), x.mat()));
+                self.weight.accumulate_grad(|beta, dw| by_rows(device, runs, product, beta, dw))?;
             }
-            Some(_) => {
-                let (device, blocks) = (x.device(), self.blocks.as_ref());
-                let mut dw = Tensor::empty(device, self.weight.value().shape())?;
-                by_rows(device, blocks, (dy.mat().t(), x.mat()), 0.0, dw.mat_mut()?)?;
-                self.add_weight_grad(dw)?;
-            }
+            Some(_) => self.add_weight_grad(ops::linear_weight_grad(dy, x)?)?,
         }
         self.bias_grad(dy)
     }
@@ -178,13 +212,19 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         bias.add_grad(db)
     }
 
-    pub(super) fn own_traffic(&self, x: Shape) -> (Traffic, Shape) {
-        let y = x.with(x.rank() - 1, self.cut.total());
-        let Some(shared) = &self.shared else { return (Traffic::default(), y) };
+    /// What the backward moves before it does anything else.
+    pub(super) fn merge_traffic(&self, x: Shape) -> Traffic {
+        let copies = self.copies.as_ref();
+        copies.map_or(Traffic::default(), |copies| copies.traffic::<T, B>(&self.group, x.rows()))
+    }
+
+    /// What the backward moves of the parameters' gradients.
+    pub(super) fn grads_traffic(&self, x: Shape) -> Traffic {
+        let Some(shared) = &self.shared else { return Traffic::default() };
         let sum = |width| Traffic::sum::<T::Acc, B>(&self.group, [shared.total, width].into()).in_backward();
         match self.bias_mode {
-            Bias::Add => (sum(1).then(sum(x.cols())), y),
-            Bias::None | Bias::Skip => (sum(x.cols()), y),
+            Bias::Add => sum(1).then(sum(x.cols())),
+            Bias::None | Bias::Skip => sum(x.cols()),
         }
     }
 
@@ -203,25 +243,13 @@ fn sum_shared<A: Element<Acc = A>, B: Backend>(
     grad: &mut Tensor<A, B>,
 ) -> Result<()> {
     let (device, width) = (grad.device().clone(), grad.shape().cols());
-    let pack = |holder: usize, packed: &mut Tensor<A, B>| {
-        device.fill(0.0, packed.mat_mut()?)?;
-        for (rows, at) in &shared.mine[holder] {
-            let from = grad.mat().block(rows.clone(), 0..width);
-            device.copy(from, packed.mat_mut()?.block(*at..at + rows.len(), 0..width))?;
-        }
-        Ok(())
-    };
-    let shape = [shared.total, width];
-    let packed = match group.tree()? {
-        None => {
-            let mut packed = Tensor::empty(&device, shape)?;
-            pack(0, &mut packed)?;
-            group.all_reduce(ReduceOp::Sum, &mut packed)?;
-            packed
-        }
-        Some(tree) => group.tree_all_reduce(&tree, invariant::own_terms(group, &tree, shape, pack)?)?,
-    };
-    for (rows, at) in shared.mine.iter().flatten() {
+    let mut packed = Tensor::<A, B>::zeros(&device, [shared.total, width])?;
+    for (rows, at) in &shared.mine {
+        let from = grad.mat().block(rows.clone(), 0..width);
+        device.copy(from, packed.mat_mut()?.block(*at..at + rows.len(), 0..width))?;
+    }
+    group.all_reduce(ReduceOp::Sum, &mut packed)?;
+    for (rows, at) in &shared.mine {
         let from = packed.mat().block(*at..at + rows.len(), 0..width);
         device.copy(from, grad.mat_mut()?.block(rows.clone(), 0..width))?;
     }
@@ -238,8 +266,9 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
     }
 
     fn backward(&mut self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
-        let dx = self.input_grad(dy)?;
-        self.param_grads(&x, dy)?;
+        let dy = self.merged(dy)?;
+        let dx = self.input_grad(&dy)?;
+        self.param_grads(&x, &dy)?;
         Ok(dx)
     }
 
@@ -248,7 +277,8 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
     }
 
     fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        self.own_traffic(x)
+        let traffic = self.grads_traffic(x).then(self.merge_traffic(x));
+        (traffic, x.with(x.rank() - 1, self.cut.total()))
     }
 }
 
@@ -259,7 +289,7 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
 /// the products that need or make what they carry.
 ///
 /// * Forward: entering the stream: nothing for `Replicated`, an all-gather of X for `Shard<0>`.
-/// * Backward: leaving it: an all-reduce of dX, or a reduce-scatter.
+/// * Backward: leaving it: an all-reduce of dX, or a reduce-scatter; and what [`ColumnLinear`] sums of shared key/value heads.
 ///
 /// Loaded with [`Columns::merged`] this is the field's `MergedColumnParallelLinear` (gate and up of a gated MLP), with
 /// [`Columns::qkv`] its `QKVParallelLinear`. For `gather_output`, chain [`crate::parallel::GatherFrom`]`::<1>`.
@@ -354,6 +384,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ColumnParallelLinear<S, 
         x: Self::Saved,
         dy: &DTensor<Shard<1>, T, B>,
     ) -> Result<DTensor<<S as Placement>::Dual, T, B>> {
+        let dy = &self.linear.merged(dy)?;
         let (linear, [outputs, features]) =
             (&self.linear, [0, 1].map(|dim| self.linear.weight().shape().dims()[dim]));
         let splits = invariant::splits(linear.group.device(), linear.blocks(), outputs);
@@ -367,10 +398,8 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ColumnParallelLinear<S, 
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let (own, y) = self.linear.own_traffic(x);
-        let mut traffic = S::enter_traffic::<T, B>(group, x);
-        // The reduction of dX starts first.
-        traffic.backward.extend(own.backward);
-        (traffic, y)
+        // Backward, from the last: dX depends on what is merged, and its reduction starts before the gradients are computed.
+        let traffic = self.linear.grads_traffic(x).then(S::enter_traffic::<T, B>(group, x));
+        (traffic.then(self.linear.merge_traffic(x)), x.with(x.rank() - 1, self.linear.cut.total()))
     }
 }

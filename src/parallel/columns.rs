@@ -1,6 +1,9 @@
 //! Which output features of a column-sharded linear layer a rank computes, and where their weights are in a checkpoint.
 
-use super::invariant::{self, Blocks};
+use super::{
+    copies::Copies,
+    invariant::{self, Blocks},
+};
 use crate::{
     comm::Group,
     device::Device,
@@ -86,6 +89,7 @@ pub struct Columns {
     rows: Vec<Rows>,
     blocks: Option<Blocks>,
     shared: Option<SharedRows>,
+    copies: Option<Copies>,
 }
 
 /// Rows of one tensor of the checkpoint.
@@ -100,14 +104,13 @@ struct Rows {
     owned: bool,
 }
 
-/// Rows that several ranks hold: their gradient is the sum over the holders.
+/// Rows that several ranks hold, with [`crate::shard::Reduction::Fast`]: their gradient is the sum over the holders.
 #[derive(Clone, Debug)]
 pub(super) struct SharedRows {
     /// The number of such rows in the whole layer.
     pub(super) total: usize,
-    /// For each of this rank's holders, the rank itself or its canonical blocks, its rows and where they stand among all
-    /// shared ones.
-    pub(super) mine: Vec<Vec<(Range<usize>, usize)>>,
+    /// This rank's rows, and where they stand among all shared ones.
+    pub(super) mine: Vec<(Range<usize>, usize)>,
 }
 
 impl Columns {
@@ -135,7 +138,7 @@ impl Columns {
         let range = cut.range(group.rank());
         let rows = Rows { tensor: String::new(), of: cut.total(), range, owned: true };
         let blocks = invariant::blocks("column linear", group, &cut)?;
-        Ok(Self { cut, rows: vec![rows], blocks, shared: None })
+        Ok(Self { cut, rows: vec![rows], blocks, shared: None, copies: None })
     }
 
     /// Several layers of the same input and `outputs` features each, computed as one: rank r holds `[part r of the first |
@@ -159,7 +162,7 @@ impl Columns {
             owned: true,
         };
         let rows = tensors.iter().map(rows).collect();
-        Ok(Self { rows, cut: cut.scaled(tensors.len()), blocks, shared: None })
+        Ok(Self { rows, cut: cut.scaled(tensors.len()), blocks, shared: None, copies: None })
     }
 
     /// As [`Columns::merged`], from one tensor of `[all of the first | all of the second | …]` (Phi-3's `gate_up_proj`).
@@ -196,9 +199,8 @@ impl Columns {
             return Err(Error::invalid(OP, reason));
         }
         let rank = group.rank();
-        let (query, held) = (heads.query_range(rank).len(), heads.kv_held(rank).len());
+        let (query, held) = (heads.query_range(rank).len(), heads.kv_range(rank).len());
         let all = [Part::Q, Part::K, Part::V].map(|part| Self::heads_of(heads, layout, part, rank)).concat();
-        let shared = SharedRows::of(heads, rank, &[query, query + held]);
         let blocks = [Part::Q, Part::K, Part::V].into_iter().zip([0, query, query + held]);
         let blocks = blocks.map(|(part, base)| Self::blocks_of(heads, part, rank, base));
         let blocks = group.tree()?.map(|_| {
@@ -207,7 +209,8 @@ impl Columns {
                 all
             })
         });
-        Ok(Self { cut: heads.qkv_features(), rows: join(all), blocks: blocks.flatten(), shared })
+        let (shared, copies) = Self::sharing(group, heads, true, 2)?;
+        Ok(Self { cut: heads.qkv_features(), rows: join(all), blocks: blocks.flatten(), shared, copies })
     }
 
     /// The projection to q, k and v as three layers: for [`crate::parallel::ForkedColumnLinear`].
@@ -220,15 +223,29 @@ impl Columns {
         let kv = Partition::from_sizes((0..heads.ranks()).map(|rank| heads.kv_held(rank).len()));
         let kv = kv.scaled(heads.head_dim());
         let tree = group.tree()?;
-        let of = |part, cut, shared| {
+        let of = |part, cut, (shared, copies)| {
             let blocks = tree.as_ref().map(|_| Self::blocks_of(heads, part, rank, 0));
-            Self { cut, rows: join(Self::heads_of(heads, layout, part, rank)), blocks, shared }
+            Self { cut, rows: join(Self::heads_of(heads, layout, part, rank)), blocks, shared, copies }
         };
         Ok([
-            of(Part::Q, heads.query_features(), None),
-            of(Part::K, kv.clone(), SharedRows::of(heads, rank, &[0])),
-            of(Part::V, kv, SharedRows::of(heads, rank, &[0])),
+            of(Part::Q, heads.query_features(), (None, None)),
+            of(Part::K, kv.clone(), Self::sharing(group, heads, false, 1)?),
+            of(Part::V, kv, Self::sharing(group, heads, false, 1)?),
         ])
+    }
+
+    /// What is to be done about key/value heads that several ranks, or blocks, hold: in a layer with the query heads, if
+    /// `query`, and `kv` times the key/value heads.
+    fn sharing<B: Device>(
+        group: &Group<B>,
+        heads: &Heads,
+        query: bool,
+        kv: usize,
+    ) -> Result<(Option<SharedRows>, Option<Copies>)> {
+        Ok(match group.tree()? {
+            None => (SharedRows::of(heads, group.rank(), query, kv), None),
+            Some(_) => (None, Copies::of(heads, group.rank(), query, kv)),
+        })
     }
 
     /// The rows of one part of a rank's heads.
@@ -241,42 +258,63 @@ impl Columns {
         match part {
             Part::Q => heads.query_range(rank).map(|head| rows(head, true)).collect(),
             Part::K | Part::V => {
-                let held = heads.kv_ranges(rank).into_iter().enumerate();
-                held.flat_map(|(part, held)| held.map(move |head| (part, head)))
-                    .map(|(part, head)| rows(head, heads.owns(rank, part, head)))
-                    .collect()
+                heads.kv_range(rank).map(|head| rows(head, heads.owner(head) == rank)).collect()
             }
         }
     }
 
-    /// The features of one part of a rank's heads that belong to each of its canonical blocks; the first is `base` heads
-    /// behind the rank's first feature.
+    /// The rows of one part of a rank's heads that belong to each of its canonical blocks, the first of them `base` heads behind
+    /// the rank's first row. Key/value heads belong to the block that owns them; one with several holders makes a run of its
+    /// own, as it is multiplied by each rank that holds it, with whatever neighbours.
     fn blocks_of(heads: &Heads, part: Part, rank: usize, base: usize) -> Blocks {
-        let held = match part {
-            Part::Q => heads.holding(rank),
-            Part::K | Part::V => heads.kv_ranges(rank),
+        let (first, runs): (_, Blocks) = match part {
+            Part::Q => {
+                let runs = heads.holding(rank).into_iter().map(|held| vec![held]);
+                (heads.query_range(rank).start, runs.collect())
+            }
+            Part::K | Part::V => {
+                let shared = heads.shared();
+                let shares = |head: usize| shared.binary_search(&head).is_ok();
+                let owned = |(block, held): (usize, Range<usize>)| {
+                    let mut runs: Vec<Range<usize>> = Vec::new();
+                    for head in held.filter(|head| heads.owns(rank, block, *head)) {
+                        match runs.last_mut() {
+                            Some(last) if !shares(head) && !shares(last.start) => last.end = head + 1,
+                            _ => runs.push(head..head + 1),
+                        }
+                    }
+                    runs
+                };
+                let runs = heads.kv_ranges(rank).into_iter().enumerate().map(owned);
+                (heads.kv_range(rank).start, runs.collect())
+            }
         };
-        let (mut end, dim) = (base * heads.head_dim(), heads.head_dim());
-        let next = |held: Range<usize>| {
-            let run = end..end + held.len() * dim;
-            end = run.end;
-            vec![run]
-        };
-        held.into_iter().map(next).collect()
+        let row = |head: usize| (base + head - first) * heads.head_dim();
+        let rows = |run: &Range<usize>| row(run.start)..row(run.end);
+        runs.iter().map(|runs| runs.iter().map(rows).collect()).collect()
     }
 
-    /// Where this rank's canonical blocks are among its features, if there are any.
+    /// Where this rank's canonical blocks are among the rows of its weight, if there are any.
     pub(super) fn blocks(&self) -> Option<&Blocks> {
         self.blocks.as_ref()
     }
 
-    /// How the features are cut over the ranks. Features that several ranks hold count for each.
+    /// How the features are cut over the ranks. Features that several ranks, or blocks, hold count for each.
     pub fn partition(&self) -> &Partition {
         &self.cut
     }
 
+    /// The number of rows of this rank's weight.
+    pub(super) fn rows(&self) -> usize {
+        self.rows.iter().map(|rows| rows.range.len()).sum()
+    }
+
     pub(super) fn shared(&self) -> Option<&SharedRows> {
         self.shared.as_ref()
+    }
+
+    pub(super) fn copies(&self) -> Option<&Copies> {
+        self.copies.as_ref()
     }
 
     /// The pieces of the layer's `.weight` or `.bias` (`suffix`), whose rows have `width` elements; none for vectors.
@@ -318,25 +356,21 @@ fn join(rows: Vec<Rows>) -> Vec<Rows> {
 }
 
 impl SharedRows {
-    /// The rows of the key/value heads that more than one rank holds, k and v one after the other; `bases` says behind how
-    /// many heads of the rank each begins.
-    fn of(heads: &Heads, rank: usize, bases: &[usize]) -> Option<Self> {
+    /// The rows of the key/value heads that more than one rank holds, `kv` times; before them the rank has the rows of its query
+    /// heads, if `query`.
+    fn of(heads: &Heads, rank: usize, query: bool, kv: usize) -> Option<Self> {
         let (shared, dim) = (heads.shared(), heads.head_dim());
         if shared.is_empty() {
             return None;
         }
-        let (mut before, mut mine) = (0, Vec::new());
-        for held in heads.kv_ranges(rank) {
-            let mut own = Vec::new();
-            for (part, base) in bases.iter().enumerate() {
-                for (at, head) in shared.iter().enumerate().filter(|(_, head)| held.contains(head)) {
-                    let local = base + before + head - held.start;
-                    own.push((local * dim..(local + 1) * dim, (part * shared.len() + at) * dim));
-                }
+        let (base, held) = (if query { heads.query_range(rank).len() } else { 0 }, heads.kv_range(rank));
+        let mut mine = Vec::new();
+        for part in 0..kv {
+            for (at, head) in shared.iter().enumerate().filter(|(_, head)| held.contains(head)) {
+                let local = base + part * held.len() + head - held.start;
+                mine.push((local * dim..(local + 1) * dim, (part * shared.len() + at) * dim));
             }
-            before += held.len();
-            mine.push(own);
         }
-        Some(Self { total: bases.len() * shared.len() * dim, mine })
+        Some(Self { total: kv * shared.len() * dim, mine })
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{
     ColumnLinear, DTensor, Layer, RowMap, Stream, Traffic,
-    invariant::{self, Factors, by_columns, by_rows},
+    invariant::{self, Factors, by_rows},
 };
 use crate::{
     comm::Group,
@@ -50,8 +50,7 @@ impl<S: Stream, T: Element, B: Backend> ForkedColumnLinear<S, T, B> {
             )?;
             same_size(OP, "the ranks of a layer", layer.cut().parts(), "those of the first", ranks)?;
         }
-        let sum = |rank| layers.iter().map(|layer| layer.cut().size(rank)).sum();
-        let cut = Partition::from_sizes((0..ranks).map(sum));
+        let cut = beside(&layers.iter().map(ColumnLinear::cut).collect::<Vec<_>>());
         Ok(Self { layers, cut, stream: PhantomData })
     }
 
@@ -81,40 +80,67 @@ impl<S: Stream, T: Element, B: Backend> ForkedColumnLinear<S, T, B> {
         let parts = match self.layers[0].blocks() {
             None => {
                 let pairs = self.layers.iter().map(|layer| (x.mat(), layer.weight().mat().t())).collect();
-                ops::products::<T, T, B>(device, pairs)?
+                let mut parts = ops::products::<T, T, B>(device, pairs)?;
+                for (layer, part) in self.layers.iter().zip(&mut parts) {
+                    if let Some(bias) = layer.added_bias() {
+                        device.add_bias::<T>(bias.slice(), part.mat_mut()?)?;
+                    }
+                }
+                parts
             }
             Some(_) => {
-                let product = |layer: &ColumnLinear<T, B>| {
-                    let w = layer.weight().mat().t();
-                    let mut part = Tensor::empty(device, [x.shape().rows(), w.cols()])?;
-                    by_columns(device, layer.blocks(), (x.mat(), w), 0.0, part.mat_mut()?)?;
-                    Ok(part)
-                };
-                self.layers.iter().map(product).collect::<Result<_>>()?
+                let output = |layer: &ColumnLinear<T, B>| Ok(layer.output(entered)?.into_local());
+                self.layers.iter().map(output).collect::<Result<_>>()?
             }
         };
-        let columns = self.columns();
-        let width = columns.last().map_or(0, |last| last.end);
-        let mut y = Tensor::empty(device, [x.shape().rows(), width])?;
-        for ((layer, mut part), columns) in self.layers.iter().zip(parts).zip(columns) {
-            if let Some(bias) = layer.added_bias() {
-                device.add_bias::<T>(bias.slice(), part.mat_mut()?)?;
-            }
-            device.copy(part.mat(), y.mat_mut()?.block(0..x.shape().rows(), columns))?;
+        let columns = side_by_side(parts.iter().map(|part| part.shape().cols()));
+        let mut y = Tensor::empty(device, [x.shape().rows(), columns.last().map_or(0, |last| last.end)])?;
+        for (part, columns) in parts.iter().zip(columns) {
+            device.copy(part.mat(), y.mat_mut()?.columns(columns))?;
         }
         Ok(entered.derive(y, self.cut.total(), Some(self.cut.clone())))
     }
 
-    /// Each layer's columns of this rank's output.
-    fn columns(&self) -> Vec<Range<usize>> {
-        let mut end = 0;
-        let next = |layer: &ColumnLinear<T, B>| {
-            let start = end;
-            end += layer.weight().shape().rows();
-            start..end
-        };
-        self.layers.iter().map(next).collect()
+    /// dY with one column for each row of the layers' weights.
+    fn merged(&self, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+        if self.layers.iter().all(|layer| layer.copies().is_none()) {
+            return Ok(dy.clone());
+        }
+        let (grad, group) = (dy.local(), dy.group());
+        let cuts: Vec<_> = self.layers.iter().map(ColumnLinear::rows_cut).collect();
+        let cut = beside(&cuts);
+        let from = side_by_side(self.layers.iter().map(|layer| layer.cut().size(group.rank())));
+        let mut merged = Tensor::empty(grad.device(), [grad.shape().rows(), cut.size(group.rank())])?;
+        for ((layer, from), to) in self.layers.iter().zip(from).zip(self.columns()) {
+            let (from, to) = (grad.mat().columns(from), merged.mat_mut()?.columns(to));
+            match layer.copies() {
+                None => grad.device().copy(from, to)?,
+                Some(copies) => copies.merge(group, from, to)?,
+            }
+        }
+        Ok(dy.derive(merged, cut.total(), Some(cut)))
     }
+
+    /// Each layer's columns of the products with this rank's weights.
+    fn columns(&self) -> Vec<Range<usize>> {
+        side_by_side(self.layers.iter().map(|layer| layer.weight().shape().rows()))
+    }
+}
+
+/// Runs of these lengths, one behind the other.
+fn side_by_side(lens: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
+    let mut end = 0;
+    let next = |len: usize| {
+        end += len;
+        end - len..end
+    };
+    lens.map(next).collect()
+}
+
+/// The cut of features of several cuts that every rank holds side by side.
+fn beside(cuts: &[&Partition]) -> Partition {
+    let ranks = cuts.first().map_or(0, |first| first.parts());
+    Partition::from_sizes((0..ranks).map(|rank| cuts.iter().map(|cut| cut.size(rank)).sum()))
 }
 
 impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T, B> {
@@ -136,9 +162,10 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T,
         dy: &DTensor<Shard<1>, T, B>,
     ) -> Result<DTensor<<S as Placement>::Dual, T, B>> {
         const OP: &str = "forked linear backward";
+        let width = self.cut.size(dy.group().rank());
+        same_size(OP, "columns of dy", dy.local().shape().cols(), "outputs of this rank", width)?;
+        let dy = &self.merged(dy)?;
         let (device, columns, grad) = (x.device().clone(), self.columns(), dy.local());
-        let width = columns.last().map_or(0, |last| last.end);
-        same_size(OP, "columns of dy", grad.shape().cols(), "outputs of this rank", width)?;
         same_size(OP, "rows of dy", grad.shape().rows(), "rows of x", x.shape().rows())?;
         let splits = |layer: &ColumnLinear<T, B>| {
             invariant::splits(&device, layer.blocks(), layer.weight().shape().rows())
@@ -155,7 +182,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T,
                 let product = |(layer, own): (&ColumnLinear<T, B>, &Range<usize>)| {
                     let dy = grad.mat().columns(own.clone()).t();
                     let mut dw = Tensor::empty(&device, [dy.rows(), x.shape().cols()])?;
-                    by_rows(&device, layer.blocks(), (dy, x.mat()), 0.0, dw.mat_mut()?)?;
+                    by_rows(&device, layer.runs(), (dy, x.mat()), 0.0, dw.mat_mut()?)?;
                     Ok(dw)
                 };
                 self.layers.iter().zip(&columns).map(product).collect::<Result<_>>()?
@@ -177,11 +204,11 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T,
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        // What is merged comes first, then the reduction of dX is started; then each layer's gradients follow in turn.
         let mut traffic = S::enter_traffic::<T, B>(group, x);
-        // The reduction of dX starts first; then each layer's own collectives follow in turn.
-        for layer in &self.layers {
-            traffic.backward.extend(layer.own_traffic(x).0.backward);
-        }
+        let merges = self.layers.iter().flat_map(|layer| layer.merge_traffic(x).backward);
+        traffic.backward.splice(0..0, merges);
+        traffic.backward.extend(self.layers.iter().flat_map(|layer| layer.grads_traffic(x).backward));
         (traffic, x.with(x.rank() - 1, self.cut.total()))
     }
 }

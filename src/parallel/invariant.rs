@@ -5,7 +5,8 @@
 //!   each block, added along the group's [`Tree`]: [`product`].
 //! * A sum over tokens, which sequence parallelism splits, is a term for each block of tokens: [`token_sum`].
 //! * What is not summed but split is computed block by block too, unless the device computes elements that do not depend
-//!   on their neighbours ([`crate::kernels::Gemm::splits_exactly`]): [`by_columns`], [`by_rows`].
+//!   on their neighbours ([`crate::kernels::Gemm::splits_exactly`]): [`by_columns`], [`by_rows`]. A key/value head that
+//!   several blocks hold is a run by itself.
 //!
 //! A kernel is called with the same numbers, in the same shapes, whichever rank owns the block. Without blocks
 //! ([`Reduction::Fast`]) these functions compute everything at once.
@@ -81,42 +82,47 @@ fn cut<T: Element, B: Backend>(
     }
 }
 
-/// c ← a b + β c by blocks of b's and c's columns.
+/// All runs of the blocks.
+pub(super) fn runs(blocks: Option<&Blocks>) -> Option<Vec<Range<usize>>> {
+    blocks.map(|blocks| blocks.concat())
+}
+
+/// c ← a b + β c by runs of b's and c's columns.
 pub(super) fn by_columns<T: Element, C: Element<Acc = T::Acc>, B: Backend>(
     device: &B,
-    blocks: Option<&Blocks>,
+    runs: Option<Vec<Range<usize>>>,
     (a, b): (MatRef<'_, T, B>, MatRef<'_, T, B>),
     beta: f64,
     mut c: MatMut<'_, C, B>,
 ) -> Result<()> {
     trace::compute("gemm", T::DTYPE, &[a.rows(), a.cols(), b.cols()], || {
-        let Some(blocks) = blocks.filter(|_| !exact(device, a)) else {
+        let Some(runs) = runs.filter(|_| !exact(device, a)) else {
             return device.gemm(1.0, a, b, beta, c);
         };
         let rows = c.rows();
-        blocks.iter().flatten().try_for_each(|columns| {
+        runs.into_iter().try_for_each(|columns| {
             let part = c.reborrow().block(0..rows, columns.clone());
-            device.gemm(1.0, a, b.columns(columns.clone()), beta, part)
+            device.gemm(1.0, a, b.columns(columns), beta, part)
         })
     })
 }
 
-/// c ← a b + β c by blocks of a's and c's rows.
+/// c ← a b + β c by runs of a's and c's rows.
 pub(super) fn by_rows<T: Element, C: Element<Acc = T::Acc>, B: Backend>(
     device: &B,
-    blocks: Option<&Blocks>,
+    runs: Option<Vec<Range<usize>>>,
     (a, b): (MatRef<'_, T, B>, MatRef<'_, T, B>),
     beta: f64,
     mut c: MatMut<'_, C, B>,
 ) -> Result<()> {
     trace::compute("gemm", T::DTYPE, &[a.rows(), a.cols(), b.cols()], || {
-        let Some(blocks) = blocks.filter(|_| !exact(device, a)) else {
+        let Some(runs) = runs.filter(|_| !exact(device, a)) else {
             return device.gemm(1.0, a, b, beta, c);
         };
         let (depth, cols) = (a.cols(), c.cols());
-        blocks.iter().flatten().try_for_each(|rows| {
+        runs.into_iter().try_for_each(|rows| {
             let part = c.reborrow().block(rows.clone(), 0..cols);
-            device.gemm(1.0, a.block(rows.clone(), 0..depth), b, beta, part)
+            device.gemm(1.0, a.block(rows, 0..depth), b, beta, part)
         })
     })
 }

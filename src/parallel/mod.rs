@@ -38,6 +38,7 @@ mod bias;
 mod block;
 mod column;
 mod columns;
+mod copies;
 mod cross_entropy;
 mod dropout;
 mod dtensor;

@@ -78,7 +78,8 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
         let (w, device, shape) = (self.weight.value(), self.weight.value().device(), dy.local().shape());
         same_size("row linear backward", "columns of dy", shape.cols(), "rows of w", w.shape().rows())?;
         let mut dx = Tensor::empty(device, shape.with(shape.rank() - 1, w.shape().cols()))?;
-        by_columns(device, self.blocks.as_ref(), (dy.local().mat(), w.mat()), 0.0, dx.mat_mut()?)?;
+        let runs = invariant::runs(self.blocks.as_ref());
+        by_columns(device, runs, (dy.local().mat(), w.mat()), 0.0, dx.mat_mut()?)?;
         Ok(dy.derive(dx, self.cut.total(), Some(self.cut.clone())))
     }
 
@@ -98,8 +99,9 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
 
     fn weight_grad(&mut self, x: &Tensor<T, B>, dy: &Tensor<T, B>) -> Result<()> {
         same_size("row linear backward", "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
-        let (device, blocks, product) = (x.device(), self.blocks.as_ref(), (dy.mat().t(), x.mat()));
-        self.weight.accumulate_grad(|beta, dw| by_columns(device, blocks, product, beta, dw))
+        let (device, runs) = (x.device(), invariant::runs(self.blocks.as_ref()));
+        let product = (dy.mat().t(), x.mat());
+        self.weight.accumulate_grad(|beta, dw| by_columns(device, runs, product, beta, dw))
     }
 }
 

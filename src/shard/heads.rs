@@ -13,8 +13,8 @@ use std::ops::Range;
 /// and every case between, such as 9 query and 3 key/value heads on 4 ranks.
 ///
 /// Where the query heads are cut into canonical blocks ([`super::Tree`]), it is the *blocks* that hold key/value heads: a
-/// rank has one copy for each of its blocks that touches a head, as a rank of that block alone would have. So neither who
-/// computes what, nor what is summed with what, depends on the number of ranks.
+/// rank's keys and values have one copy for each of its blocks that touches a head, as a rank of that block alone would have.
+/// So what is summed with what does not depend on the number of ranks. The weights of a head a rank has once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heads {
     query_heads: usize,
@@ -166,7 +166,7 @@ impl Heads {
     }
 
     /// The sizes of the ranks' `[q | k | v]` parts, as a cut of all of them laid side by side. A key/value head that
-    /// two ranks hold is there twice.
+    /// two ranks, or two blocks, hold is there twice.
     pub fn qkv_features(&self) -> Partition {
         Partition::from_sizes(
             (0..self.ranks())

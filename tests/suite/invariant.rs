@@ -19,13 +19,13 @@ use shardwise::{
     kernels::{Activation, NormKind},
     optim::{AdamW, AdamWConfig, clip_scale, grad_norm},
     parallel::{
-        Activate, AddBias, Attention, AttentionConfig, Bias, ColumnLinear, Columns, CopyTo,
-        ForkedColumnLinear, Layer, Normalize, ParallelAttention, PositionEmbedding, QkNorm, QkvLayout,
-        ReduceFrom, RowLinear, RowParallelLinear, Stream, VocabParallelEmbedding,
+        Activate, AddBias, Attention, AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns,
+        CopyTo, ForkedColumnLinear, Layer, Normalize, ParallelAttention, PositionEmbedding, QkNorm,
+        QkvLayout, ReduceFrom, RowLinear, RowParallelLinear, Stream, VocabParallelEmbedding,
     },
     reference,
     shard::{Axis, Heads, Mesh, Reduction, Replicated, Sequences, Shard, Tree},
-    tensor::{Random, Weights},
+    tensor::{Arrays, Random, Weights},
     train::{DataParallel, GradReduce, Schedule},
 };
 use std::collections::BTreeMap;
@@ -304,22 +304,27 @@ fn attention<S: Stream + Spread, T: Element>(
     if forked { run::<T, _>(case, three) } else { run::<T, _>(case, merged) }
 }
 
+/// Those of [`attention`], with so many features of queries, and of keys, and of a head.
+fn attention_weights(query: usize, kv: usize, dim: usize, hidden: usize) -> Arrays {
+    arrays([
+        ("q.weight", random(1, "q", &[query, hidden])),
+        ("q.bias", random(1, "qb", &[query])),
+        ("k.weight", random(1, "k", &[kv, hidden])),
+        ("k.bias", random(1, "kb", &[kv])),
+        ("v.weight", random(1, "v", &[kv, hidden])),
+        ("v.bias", random(1, "vb", &[kv])),
+        ("o.weight", random(1, "o", &[hidden, query])),
+        ("qn.weight", random(1, "qn", &[dim])),
+        ("kn.weight", random(1, "kn", &[dim])),
+    ])
+}
+
 /// Nine query and three key/value heads in five blocks, which cut every group; and in nine.
 #[test]
 fn normalized_heads_and_forks_have_the_same_bits() {
     let (heads, kv, dim, hidden) = (9, 3, 4, 10);
     let (x, dy) = (matrix(1, "x", 7, hidden), matrix(1, "dy", 7, hidden));
-    let weights = arrays([
-        ("q.weight", random(1, "q", &[heads * dim, hidden])),
-        ("q.bias", random(1, "qb", &[heads * dim])),
-        ("k.weight", random(1, "k", &[kv * dim, hidden])),
-        ("k.bias", random(1, "kb", &[kv * dim])),
-        ("v.weight", random(1, "v", &[kv * dim, hidden])),
-        ("v.bias", random(1, "vb", &[kv * dim])),
-        ("o.weight", random(1, "o", &[hidden, heads * dim])),
-        ("qn.weight", random(1, "qn", &[dim])),
-        ("kn.weight", random(1, "kn", &[dim])),
-    ]);
+    let weights = attention_weights(heads * dim, kv * dim, dim, hidden);
     let config = config(heads, kv);
     for (blocks, worlds) in [(5, vec![2, 3, 4, 5]), (9, vec![4, 8])] {
         let case = in_blocks(Case::new(1, &x, &dy, &weights), blocks);
@@ -333,6 +338,157 @@ fn normalized_heads_and_forks_have_the_same_bits() {
             false => attention::<Replicated, bf16>(case, &config, false),
             true => attention::<Shard<0>, bf16>(case, &config, false),
         });
+    }
+}
+
+/// Query and key/value heads, and blocks. Two blocks hold a key/value head each; three; all. Blocks hold one such head and a part of
+/// another; and some of their own between parts of others.
+const SHARED: [(usize, usize, usize); 7] =
+    [(16, 4, 8), (12, 2, 6), (8, 1, 8), (6, 2, 4), (9, 3, 5), (10, 5, 3), (18, 9, 4)];
+
+#[test]
+fn shared_heads_have_the_same_bits_and_are_those_of_the_reference() {
+    let (dim, hidden) = (4, 10);
+    for (heads, kv, blocks) in SHARED {
+        // Few tokens, and so many that what is summed is exchanged rather than gathered.
+        for tokens in [1, 7, 130] {
+            let (x, dy) = (matrix(2, "x", tokens, hidden), matrix(2, "dy", tokens, hidden));
+            let weights = attention_weights(heads * dim, kv * dim, dim, hidden);
+            let config = AttentionConfig { qk_norm: None, ..config(heads, kv) };
+            let what = format!("{heads} heads, {kv} shared, in {blocks} blocks, {tokens} tokens");
+            let case = in_blocks(Case::new(1, &x, &dy, &weights), blocks);
+            let worlds: Vec<_> = (2..=blocks).collect();
+            for forked in [false, true] {
+                agree::<f32>(&what, &case, &worlds, |case, sequence| match sequence {
+                    false => attention::<Replicated, f32>(case, &config, forked),
+                    true => attention::<Shard<0>, f32>(case, &config, forked),
+                });
+                agree::<bf16>(&what, &case, &worlds, |case, sequence| match sequence {
+                    false => attention::<Replicated, bf16>(case, &config, forked),
+                    true => attention::<Shard<0>, bf16>(case, &config, forked),
+                });
+                let got = attention::<Replicated, f64>(&case, &config, forked).unwrap();
+                is_the_reference(&got, &config, &case);
+            }
+        }
+    }
+}
+
+/// [`attention`] without normalization of heads is the reference's.
+fn is_the_reference(got: &Outcome, config: &AttentionConfig, case: &Case<'_>) {
+    let matrix = |name: &str| case.weights.0[name].clone().into_dimensionality().unwrap();
+    let vector = |name: &str| Some(case.weights.0[name].clone().into_dimensionality().unwrap());
+    let weights = reference::AttentionWeights {
+        q: matrix("q.weight"),
+        q_bias: vector("q.bias"),
+        k: matrix("k.weight"),
+        k_bias: vector("k.bias"),
+        v: matrix("v.weight"),
+        v_bias: vector("v.bias"),
+        o: matrix("o.weight"),
+        o_bias: None,
+    };
+    let spec = reference::AttentionSpec {
+        heads: config.heads,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        causal: config.causal,
+        window: None,
+        scale: 1.0 / (config.head_dim as f64).sqrt(),
+    };
+    let all: Vec<_> = case.sequences.iter().collect();
+    close(
+        "y",
+        &got.y.clone().into_dyn(),
+        &reference::self_attention(&spec, &weights, case.x, &all, None),
+        1e-12,
+    );
+    let want = reference::self_attention_backward(&spec, &weights, case.x, &all, None, case.dy);
+    close("dx", &got.dx.clone().into_dyn(), &want.dx, 1e-12);
+    let (want, grad) = (want.weights, |name: &str| &got.grads[name]);
+    close("q", grad("q.weight"), &want.q, 1e-12);
+    close("k", grad("k.weight"), &want.k, 1e-12);
+    close("v", grad("v.weight"), &want.v, 1e-12);
+    close("o", grad("o.weight"), &want.o, 1e-12);
+    close("q's bias", grad("q.bias"), &want.q_bias.unwrap(), 1e-12);
+    close("k's bias", grad("k.bias"), &want.k_bias.unwrap(), 1e-12);
+    close("v's bias", grad("v.bias"), &want.v_bias.unwrap(), 1e-12);
+}
+
+/// Heads that several ranks hold have other ranks' zeros in their sums: −0 is +0 then, and so it is where one rank holds them.
+#[test]
+fn sums_of_shared_heads_have_the_same_zeros() {
+    let (dim, hidden) = (4, 10);
+    for (heads, kv, blocks) in SHARED {
+        let weights = attention_weights(heads * dim, kv * dim, dim, hidden);
+        let outcome = |world: usize| {
+            let tree = Tree::new("test", "blocks", blocks, world).unwrap();
+            let query = tree.cut("test", "heads", heads, 1, false).unwrap();
+            let heads = Heads::with_cut(query, kv, dim).unwrap();
+            let cut = heads.qkv_features();
+            let (x, dy) = (matrix(4, "x", 1, hidden), Array2::from_elem((1, cut.total()), -0.0));
+            let case = Case { dy_cut: Some(cut), ..Case::new(world, &x, &dy, &weights) };
+            let got = run::<f32, _>(&in_blocks(case, blocks), |group, weights| {
+                let columns = Columns::qkv(group, &heads, &QkvLayout::separate("q", "k", "v"))?;
+                ColumnParallelLinear::<Replicated, f32, Dev>::load(
+                    group,
+                    weights,
+                    hidden,
+                    &columns,
+                    Bias::Add,
+                )
+            });
+            // The ranks' columns of y are in another order.
+            Outcome { y: Array2::zeros((0, 0)), ..got.unwrap() }
+        };
+        let one = outcome(1);
+        for world in 2..=blocks {
+            same_bits(
+                &format!("{heads} heads, {kv} shared, in {blocks} blocks on {world} ranks"),
+                &outcome(world),
+                &one,
+            );
+        }
+    }
+}
+
+/// A rank has the weights of a head once, whichever of its blocks share it; and norms count them once on all ranks.
+#[test]
+fn shared_heads_are_held_once_and_counted_once() {
+    let (dim, hidden) = (4, 10);
+    for (heads, kv, blocks) in SHARED {
+        let weights = attention_weights(heads * dim, kv * dim, dim, hidden);
+        let config = AttentionConfig { qk_norm: None, ..config(heads, kv) };
+        let norm = |world: usize| {
+            let norms = ranks(world).run(|world| {
+                let group = world.with_reduction(Reduction::Invariant { blocks });
+                let layout = QkvLayout::separate("q", "k", "v");
+                let weights = Weights::new(&weights);
+                let mut layer =
+                    ParallelAttention::<Replicated, f32, Dev>::load(&group, &weights, &layout, "o", &config)?;
+                let query = Heads::with_cut(group.cut("test", "heads", heads, 1)?, kv, dim)?;
+                let (own, held) = (query.query_range(group.rank()), query.kv_range(group.rank()));
+                let mut rows = Vec::new();
+                layer.visit(&mut |param| {
+                    rows.push(param.value().shape().dims()[0]);
+                    Ok(())
+                })?;
+                assert_eq!(
+                    rows,
+                    [(own.len() + 2 * held.len()) * dim; 2].into_iter().chain([hidden]).collect::<Vec<_>>()
+                );
+                let x = matrix(3, "x", 5, hidden).mapv(|x| x as f32);
+                let x = DTensor::replicated(&group, Tensor::from_array(group.device(), &x)?)?;
+                let (y, saved) = layer.forward(&x)?;
+                layer.backward(saved, &y)?;
+                grad_norm(|f| layer.visit(f), &[&group])
+            });
+            norms.unwrap()[0].to_bits()
+        };
+        let one = norm(1);
+        for world in 2..=blocks {
+            assert_eq!(norm(world), one, "{heads} heads, {kv} shared, in {blocks} blocks on {world} ranks");
+        }
     }
 }
 
@@ -543,6 +699,17 @@ fn what_cannot_be_invariant_is_refused() {
     assert_eq!(
         refused(2, 4, |group| group.cut("attention", "query heads", 1, 1).map(drop)),
         "attention: rank 0 of 2 owns none of the 1 query heads, which are cut into 4 canonical blocks"
+    );
+    assert_eq!(
+        refused(2, 4, |group| {
+            let source = Random::normal(1, 1.0);
+            let heads = Heads::with_cut(group.cut("attention", "query heads", 4, 1)?, 1, 2)?;
+            let columns = Columns::qkv(group, &heads, &QkvLayout::separate("q", "k", "v"))?;
+            let weights = Weights::new(&source);
+            ColumnLinear::<f32, Dev>::load(group, &weights, 6, &columns, Bias::Skip).map(drop)
+        }),
+        "column linear: not supported: a bias that is skipped, of key/value heads that several canonical blocks hold: it has \
+         fewer elements than the output has columns"
     );
     let model = |group: &Group<Dev>| {
         Normalize::<Replicated, f32, Dev>::load(
