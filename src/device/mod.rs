@@ -13,7 +13,7 @@ mod element;
 pub(crate) use any::each_dtype;
 pub use any::{AnyBuffer, AnyMut, AnyRef};
 pub use cpu::{Cpu, CpuBuffer, MemoryUse};
-pub(crate) use cpu::{Kernel, vectorized};
+pub(crate) use cpu::{Kernel, vectorized, widest};
 #[cfg(feature = "cuda")]
 pub use cuda::Cuda;
 pub use element::{Accumulator, DType, Element};

@@ -6,7 +6,7 @@ mod simd;
 
 pub use pool::{CpuBuffer, MemoryUse};
 pub(super) use pool::{Pool, Shelf};
-pub(crate) use simd::{Kernel, vectorized};
+pub(crate) use simd::{Kernel, vectorized, widest};
 
 use super::{Device, Element};
 use crate::error::Result;

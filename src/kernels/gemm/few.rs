@@ -5,7 +5,7 @@
 
 use super::blocked::prefetch;
 use crate::{
-    device::{Accumulator, Element, Kernel, vectorized},
+    device::{Accumulator, Element, Kernel, vectorized, widest},
     kernels::view::Dims,
 };
 
@@ -17,6 +17,9 @@ const LANES: usize = 16;
 
 /// Columns of B whose dot products are computed together: their sums do not wait for one another.
 const TOGETHER: usize = 4;
+
+/// Rows of A whose dot products are computed together: an element of B is widened once for them.
+const ROWS: usize = 4;
 
 /// Rows of B that are added at a time.
 const STREAMS: usize = 4;
@@ -60,8 +63,11 @@ pub(in crate::kernels) fn multiply<A, B, C>(
     B: Element<Acc = A::Acc>,
     C: Element<Acc = A::Acc>,
 {
+    let rows = c.0.rows;
     if by_dots(b.0) {
-        vectorized(Dots { a, b, c, scale });
+        let dots = Dots { a, b, c, scale };
+        // The processor's widest vectors pay where there is more to do than to read B.
+        if rows >= ROWS || B::DTYPE != A::Acc::DTYPE { widest(dots) } else { vectorized(dots) }
     } else {
         vectorized(Rows { a, b, c, scale, sums });
     }
@@ -86,16 +92,32 @@ impl<A: Element, B: Element<Acc = A::Acc>, C: Element<Acc = A::Acc>> Kernel for 
         let whole = cd.cols / TOGETHER * TOGETHER;
         for first in (0..whole).step_by(TOGETHER) {
             let cols = [b_col(first), b_col(first + 1), b_col(first + 2), b_col(first + 3)];
-            for row in 0..cd.rows {
-                let sums = dots(a_row(ad, a, row), cols, TOGETHER * bd.col_stride);
+            let next = TOGETHER * bd.col_stride;
+            let mut store = |row: usize, sums: [A::Acc; TOGETHER]| {
                 for (col, sum) in sums.into_iter().enumerate() {
                     scale.store(&mut c[at(row, first + col)], sum);
                 }
+            };
+            let whole_rows = cd.rows / ROWS * ROWS;
+            for row in (0..whole_rows).step_by(ROWS) {
+                let rows = [row, row + 1, row + 2, row + 3];
+                let sums = dots(
+                    [a_row(ad, a, row), a_row(ad, a, row + 1), a_row(ad, a, row + 2), a_row(ad, a, row + 3)],
+                    cols,
+                    next,
+                );
+                for (row, sums) in rows.into_iter().zip(sums) {
+                    store(row, sums);
+                }
+            }
+            for row in whole_rows..cd.rows {
+                let [sums] = dots([a_row(ad, a, row)], cols, next);
+                store(row, sums);
             }
         }
         for col in whole..cd.cols {
             for row in 0..cd.rows {
-                let [sum] = dots(a_row(ad, a, row), [b_col(col)], bd.col_stride);
+                let [[sum]] = dots([a_row(ad, a, row)], [b_col(col)], bd.col_stride);
                 scale.store(&mut c[at(row, col)], sum);
             }
         }
@@ -160,40 +182,49 @@ fn by_dots(b: Dims) -> bool {
     (b.row_stride == 1 && b.col_stride != 1) || b.rows <= 1
 }
 
-/// Σ aᵢ bᵢ for some b: element i goes to lane i mod 16, then the lanes are summed pairwise. What comes `next` elements behind is
+/// Σ aᵢ bᵢ for some a and b: element i goes to lane i mod 16, then the lanes are summed pairwise. What comes `next` elements behind is
 /// asked for from memory.
 #[inline(always)]
-fn dots<A: Element, B: Element<Acc = A::Acc>, const N: usize>(
-    a: &[A],
+fn dots<A: Element, B: Element<Acc = A::Acc>, const M: usize, const N: usize>(
+    a: [&[A]; M],
     b: [&[B]; N],
     next: usize,
-) -> [A::Acc; N] {
-    let mut lanes = [[A::Acc::ZERO; LANES]; N];
-    let whole = a.len() / LANES * LANES;
+) -> [[A::Acc; N]; M] {
+    let mut lanes = [[[A::Acc::ZERO; LANES]; N]; M];
+    let whole = a[0].len() / LANES * LANES;
     for at in (0..whole).step_by(LANES) {
-        let a = a[at..].first_chunk::<LANES>().expect("there are as many left");
-        for (lanes, b) in lanes.iter_mut().zip(&b) {
-            prefetch(b.as_ptr().wrapping_add(next + at));
-            let b = b[at..].first_chunk::<LANES>().expect("the vectors are equally long");
-            for (lane, sum) in lanes.iter_mut().enumerate() {
-                *sum += a[lane].widen() * b[lane].widen();
+        for col in 0..N {
+            prefetch(b[col].as_ptr().wrapping_add(next + at));
+            let from = b[col][at..].first_chunk::<LANES>().expect("the vectors are equally long");
+            let mut wide = [A::Acc::ZERO; LANES];
+            for lane in 0..LANES {
+                wide[lane] = from[lane].widen();
+            }
+            for row in 0..M {
+                let a = a[row][at..].first_chunk::<LANES>().expect("the vectors are equally long");
+                for lane in 0..LANES {
+                    lanes[row][col][lane] += a[lane].widen() * wide[lane];
+                }
             }
         }
     }
     // The pairs of the sums below would otherwise decide how the loop above is made into vectors: two lanes at a time.
     let mut lanes = std::hint::black_box(lanes);
-    let mut sums = [A::Acc::ZERO; N];
-    for ((lanes, b), sum) in lanes.iter_mut().zip(b).zip(&mut sums) {
-        for (lane, (a, b)) in a[whole..].iter().zip(&b[whole..]).enumerate() {
-            lanes[lane] += a.widen() * b.widen();
+    let mut sums = [[A::Acc::ZERO; N]; M];
+    for row in 0..M {
+        for col in 0..N {
+            let lanes = &mut lanes[row][col];
+            for (lane, (a, b)) in a[row][whole..].iter().zip(&b[col][whole..]).enumerate() {
+                lanes[lane] += a.widen() * b.widen();
+            }
+            let mut width = LANES / 2;
+            while width > 0 {
+                let (low, high) = lanes.split_at_mut(width);
+                low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
+                width /= 2;
+            }
+            sums[row][col] = lanes[0];
         }
-        let mut width = LANES / 2;
-        while width > 0 {
-            let (low, high) = lanes.split_at_mut(width);
-            low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
-            width /= 2;
-        }
-        *sum = lanes[0];
     }
     sums
 }
