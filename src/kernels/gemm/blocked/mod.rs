@@ -49,7 +49,7 @@ const MC: usize = 144;
 pub(super) const NC: usize = 960;
 
 /// The rows of C that are computed at a time: a multiple of [`MC`].
-const MANY: usize = 4 * MC;
+const MANY: usize = 8 * MC;
 
 /// The elements of a block of C: with A's and B's blocks they leave room in a second cache of 2 MiB.
 const C_BLOCK: usize = 192 << 10;
