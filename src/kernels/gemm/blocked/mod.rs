@@ -11,6 +11,9 @@
 //!           for MR rows                  a tile of C: MR x 2 vectors of sums in registers, KC additions each
 //! ```
 //!
+//! The third loop goes over *steps* (`plan`): in a sum of products along a tree their sums go to C or to sums that wait beside it, blocks
+//! like C's. Behind it a block of C is finished, if something is to be made of it.
+//!
 //! Where the depth is small it counts most to write C: then the last two loops are exchanged, and rows of C are written through.
 //!
 //! Packing widens bf16 and f16, and turns a transposed B, which a linear layer's weight is, by vectors.
