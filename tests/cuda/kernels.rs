@@ -14,6 +14,7 @@ use shardwise::{
     rng::Philox,
     shard::Sequences,
 };
+use std::ops::Range;
 
 /// A matrix in memory of its own: where it begins, and how far its rows are apart.
 #[derive(Clone, Copy, Debug)]
