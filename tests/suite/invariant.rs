@@ -349,9 +349,9 @@ const SHARED: [(usize, usize, usize); 7] =
 #[test]
 fn shared_heads_have_the_same_bits_and_are_those_of_the_reference() {
     let (dim, hidden) = (4, 10);
-    for (heads, kv, blocks) in SHARED {
-        // Few tokens, and so many that what is summed is exchanged rather than gathered.
-        for tokens in [1, 7, 130] {
+    for (number, (heads, kv, blocks)) in SHARED.into_iter().enumerate() {
+        // Few tokens, and once so many that what is summed is exchanged rather than gathered.
+        for &tokens in if number == 3 { &[1, 7, 130][..] } else { &[7] } {
             let (x, dy) = (matrix(2, "x", tokens, hidden), matrix(2, "dy", tokens, hidden));
             let weights = attention_weights(heads * dim, kv * dim, dim, hidden);
             let config = AttentionConfig { qk_norm: None, ..config(heads, kv) };
