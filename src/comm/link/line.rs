@@ -51,6 +51,7 @@ pub(super) struct Inbox {
     absent: HashMap<(u64, u64), Vec<usize>>,
     /// By work and rank.
     answers: HashMap<(u64, usize), u64>,
+    /// The connections have ended: nothing arrives any more.
     gone: bool,
     closed: bool,
 }
@@ -321,7 +322,10 @@ impl Wires {
             }
         }
         if self.rank == 0 {
-            self.lose(peer, last_words(Loss::Disconnected));
+            // Where this rank has ended the connection, its own loss is what the others are to know.
+            if !self.look(|inbox| inbox.gone) {
+                self.lose(peer, last_words(Loss::Disconnected));
+            }
         } else {
             self.put(last_words(Loss::Disconnected));
             self.look(|inbox| inbox.gone = true);
@@ -390,6 +394,7 @@ impl Line {
             wires.write(0, &last);
             wires.wait(wires.moment(), |inbox| (inbox.gone || inbox.is_late(0)).then_some(()));
         }
+        wires.look(|inbox| inbox.gone = true);
         for peer in wires.peers.iter().flatten() {
             let _ = lock(peer).shutdown(Shutdown::Both);
         }
