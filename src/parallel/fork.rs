@@ -129,12 +129,8 @@ impl<S: Stream, T: Element, B: Backend> ForkedColumnLinear<S, T, B> {
 
 /// Runs of these lengths, one behind the other.
 fn side_by_side(lens: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
-    let mut end = 0;
-    let next = |len: usize| {
-        end += len;
-        end - len..end
-    };
-    lens.map(next).collect()
+    let cut = Partition::from_sizes(lens);
+    (0..cut.parts()).map(|part| cut.range(part)).collect()
 }
 
 /// The cut of features of several cuts that every rank holds side by side.

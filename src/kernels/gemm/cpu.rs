@@ -10,7 +10,7 @@ use super::{
 use crate::{
     device::{Accumulator, AnyMut, Cpu, DType, Device, Element, vectorized},
     error::{Error, Result, same_size},
-    kernels::{Activation, MatMut, MatRef, Pointwise, view::Dims},
+    kernels::{Activation, MatMut, MatRef, Pointwise, pointwise::check_row, view::Dims},
 };
 use half::{bf16, f16};
 use std::{num::NonZeroUsize, ops::Range};
@@ -81,7 +81,7 @@ impl Gemm for Cpu {
         bias: &[T],
         c: MatMut<'_, T, Self>,
     ) -> Result<()> {
-        same_size("bias", "the bias", bias.len(), "the number of columns", c.cols())?;
+        check_row("bias", "the bias", bias.len(), c.cols())?;
         finished(self, (a, b), c, &mut |_, cols, c| self.add_bias::<T>(&bias[cols], c))
     }
 
@@ -94,7 +94,7 @@ impl Gemm for Cpu {
         mut c: MatMut<'_, T, Self>,
     ) -> Result<()> {
         const OP: &str = "activation";
-        same_size("bias", "the bias", bias.len(), "the number of columns", pre.cols())?;
+        check_row("bias", "the bias", bias.len(), pre.cols())?;
         same_size(OP, "rows of x", pre.rows(), "rows of y", c.rows())?;
         same_size(OP, "columns of x", pre.cols(), "columns of y", c.cols())?;
         finished(self, product, pre, &mut |rows, cols, mut pre| {

@@ -63,11 +63,11 @@ pub(in crate::kernels) fn multiply<A, B, C>(
     B: Element<Acc = A::Acc>,
     C: Element<Acc = A::Acc>,
 {
-    let rows = c.0.rows;
     if by_dots(b.0) {
-        let dots = Dots { a, b, c, scale };
         // The processor's widest vectors pay where there is more to do than to read B.
-        if rows >= ROWS || B::DTYPE != A::Acc::DTYPE { widest(dots) } else { vectorized(dots) }
+        let wide = c.0.rows >= ROWS || B::DTYPE != A::Acc::DTYPE;
+        let dots = Dots { a, b, c, scale };
+        if wide { widest(dots) } else { vectorized(dots) }
     } else {
         vectorized(Rows { a, b, c, scale, sums });
     }
@@ -100,13 +100,12 @@ impl<A: Element, B: Element<Acc = A::Acc>, C: Element<Acc = A::Acc>> Kernel for 
             };
             let whole_rows = cd.rows / ROWS * ROWS;
             for row in (0..whole_rows).step_by(ROWS) {
-                let rows = [row, row + 1, row + 2, row + 3];
                 let sums = dots(
                     [a_row(ad, a, row), a_row(ad, a, row + 1), a_row(ad, a, row + 2), a_row(ad, a, row + 3)],
                     cols,
                     next,
                 );
-                for (row, sums) in rows.into_iter().zip(sums) {
+                for (row, sums) in (row..).zip(sums) {
                     store(row, sums);
                 }
             }

@@ -120,6 +120,6 @@ fn check_gate_backward(gate: Dims, up: Dims, dy: Dims, d: Dims) -> Result<()> {
 }
 
 /// The check of `add_bias` and `sum_rows`: one element a column.
-fn check_row(op: &'static str, name: &str, len: usize, cols: usize) -> Result<()> {
+pub(super) fn check_row(op: &'static str, name: &str, len: usize, cols: usize) -> Result<()> {
     same_size(op, name, len, "the number of columns", cols)
 }

@@ -188,7 +188,7 @@ fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, '_
             let mut stack = Stack { c: corner, dims: cd, waiting, cols: loops.cols, area: loops.area(cd) };
             for (number, step) in steps.iter().enumerate() {
                 let ((a, ad), (b, bd)) = (step.a, step.b);
-                let (depth, by_rows) = (ad.cols, ad.col_stride == 1);
+                let (depth, by_rows) = (step.depth(), step.by_rows());
                 let beta = match step {
                     Step { goes_on: true, .. } => T::Acc::ONE,
                     Step { level: 0, .. } => beta,
@@ -269,7 +269,7 @@ impl<T: Element> Tiles<'_, T> {
         let Self { step, alpha, beta, block: (first, rows), .. } = *self;
         let (place, size) = ((first + row, col), (MR.min(rows - row), cols));
         c_ahead::<S>(&stack.tile(step.level - step.merges, place, size));
-        let sums = if step.a.1.col_stride == 1 {
+        let sums = if step.by_rows() {
             sums_by_rows(&self.a.as_chunks().0.as_chunks::<MR>().0[row / MR], panel)
         } else {
             sums_by_columns::<S, MR>(&self.a.as_chunks().0[row / MR * panel.len()..][..panel.len()], panel)

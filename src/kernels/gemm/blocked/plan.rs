@@ -40,6 +40,11 @@ impl<'a, T> Step<'a, T> {
         self.a.1.cols
     }
 
+    /// Whether A's elements are packed row by row, not column by column.
+    pub(super) fn by_rows(&self) -> bool {
+        self.a.1.col_stride == 1
+    }
+
     /// The same step of another type of element.
     pub(in super::super) fn map<U>(&self, f: impl Fn(&'a [T]) -> &'a [U]) -> Step<'a, U> {
         let Self { a, b, level, goes_on, merges } = *self;
