@@ -8,6 +8,7 @@ use crate::{
     shard::{Node, Partition, Reduction, Tree, TreeSum},
     tensor::{Param, Tensor, Visit},
 };
+use std::ops::Range;
 
 /// √ Σ g² over the gradient of the whole model, wherever its parts are: what one device would find.
 ///
@@ -28,23 +29,14 @@ pub fn grad_norm<T: Element, B: Backend>(mut visit: impl Visit<T, B>, groups: &[
     if let Some(group) = groups.iter().find(invariant) {
         return invariant_norm(visit, group, groups);
     }
-    let mut sum = 0.0;
+    let mut terms = Terms::default();
     visit(&mut |param| {
         param.settle()?;
         let Some(grad) = param.grad() else { return Ok(()) };
-        let (device, width) = (grad.device(), grad.shape().split_at(0).1);
-        for piece in param.pieces().iter().filter(|piece| piece.owned) {
-            let len = piece.region.extent().len();
-            let part = B::narrow(grad.slice(), piece.row * width..piece.row * width + len);
-            // A vector is one row.
-            let cols = if width == 1 { len } else { width };
-            let rows = len.checked_div(cols).unwrap_or(0);
-            let mut sums = Tensor::<f64, B>::empty(device, [rows])?;
-            device.square_sums(MatRef::<T::Acc, B>::new(part, rows, cols)?, sums.slice_mut()?)?;
-            sum += sums.to_vec()?.into_iter().sum::<f64>();
-        }
-        Ok(())
+        let (rows, width) = (grad.shape().dims()[0], grad.shape().split_at(0).1);
+        terms.push(param, grad, 0..rows, 0..width, 0)
     })?;
+    let sum = terms.into_sums(1)?[0];
     Ok(sum_over(groups.iter().copied(), sum)?.sqrt())
 }
 
@@ -78,7 +70,7 @@ fn invariant_norm<T: Element, B: Backend>(
     let Some(tree) = group.tree()? else { return Err(unsupported(format!("{group:?} has no blocks"))) };
     // This rank's blocks, and what all ranks hold, which rank 0 counts.
     let own = tree.owned(group.rank()).len();
-    let mut sums = vec![0.0; own + 1];
+    let mut terms = Terms::default();
     visit(&mut |param| {
         param.settle()?;
         let Some(grad) = param.grad() else { return Ok(()) };
@@ -87,18 +79,15 @@ fn invariant_norm<T: Element, B: Backend>(
             _ if !param.is_in_tree() => {
                 Err(unsupported(format!("{} was loaded on a group without canonical blocks", param.name())))
             }
-            None => {
-                sums[own] += squares(param, grad, &(0..rows), 0..grad.shape().cols())?;
-                Ok(())
-            }
-            Some(blocks) => blocks.iter().zip(&mut sums).try_for_each(|(patches, sum)| {
+            None => terms.push(param, grad, 0..rows, 0..grad.shape().cols(), own),
+            Some(blocks) => blocks.iter().enumerate().try_for_each(|(block, patches)| {
                 patches.iter().try_for_each(|patch| {
-                    *sum += squares(param, grad, &patch.rows, patch.cols.clone())?;
-                    Ok(())
+                    terms.push(param, grad, patch.rows.clone(), patch.cols.clone(), block)
                 })
             }),
         }
     })?;
+    let sums = terms.into_sums(own + 1)?;
     let counts = Partition::from_sizes((0..group.size()).map(|rank| tree.owned(rank).len() + 1));
     let sums = Tensor::<f64, B>::from_slice(group.device(), [own + 1], &sums)?;
     let all = group.all_gather(&sums, 0, &counts)?.to_vec()?;
@@ -122,31 +111,67 @@ fn along(tree: &Tree, counts: &Partition, all: &[f64]) -> Result<f64> {
     Ok(sum.values().into_iter().sum::<f64>() + rest)
 }
 
-/// Σ g² over some columns of those of the rows that this rank counts.
-fn squares<T: Element, B: Backend>(
-    param: &Param<T, B>,
-    grad: &Tensor<T::Acc, B>,
-    rows: &std::ops::Range<usize>,
-    cols: std::ops::Range<usize>,
-) -> Result<f64> {
-    let (device, width) = (grad.device(), grad.shape().split_at(0).1);
-    let mut sum = 0.0;
-    for piece in param.pieces().iter().filter(|piece| piece.owned) {
-        let end = piece.row + piece.region.extent().len().checked_div(width).unwrap_or(0);
-        let rows = rows.start.max(piece.row)..rows.end.min(end);
-        if rows.is_empty() {
-            continue;
-        }
-        // A vector is one row.
-        let part = match grad.shape().rank() {
-            1 => MatRef::<T::Acc, B>::new(B::narrow(grad.slice(), rows.clone()), 1, rows.len())?,
-            _ => grad.mat().block(rows, cols.clone()),
-        };
-        let mut sums = Tensor::<f64, B>::empty(device, [part.rows()])?;
-        device.square_sums(part, sums.slice_mut()?)?;
-        sum += sums.to_vec()?.into_iter().sum::<f64>();
+/// Sums of squares on the device, each a term of one of several sums. They are downloaded together: a download waits until
+/// the device has nothing left to do.
+struct Terms<B: Backend> {
+    values: Vec<Tensor<f64, B>>,
+    /// The sum that each term belongs to.
+    sums: Vec<usize>,
+}
+
+impl<B: Backend> Default for Terms<B> {
+    fn default() -> Self {
+        Self { values: Vec::new(), sums: Vec::new() }
     }
-    Ok(sum)
+}
+
+impl<B: Backend> Terms<B> {
+    /// The terms that are downloaded at once.
+    const TOGETHER: usize = 4096;
+
+    /// Σ g² over `cols` of those of `rows` that this rank counts: terms of sum `sum`.
+    fn push<T: Element>(
+        &mut self,
+        param: &Param<T, B>,
+        grad: &Tensor<T::Acc, B>,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        sum: usize,
+    ) -> Result<()> {
+        let (device, width) = (grad.device(), grad.shape().split_at(0).1);
+        for piece in param.pieces().iter().filter(|piece| piece.owned) {
+            let end = piece.row + piece.region.extent().len().checked_div(width).unwrap_or(0);
+            let rows = rows.start.max(piece.row)..rows.end.min(end);
+            if rows.is_empty() {
+                continue;
+            }
+            let data = B::narrow(grad.slice(), rows.start * width..rows.end * width);
+            // A vector is one row.
+            let part = match width {
+                1 => MatRef::<T::Acc, B>::new(data, 1, rows.len())?,
+                _ => MatRef::<T::Acc, B>::new(data, rows.len(), width)?.columns(cols.clone()),
+            };
+            let mut of_rows = Tensor::<f64, B>::empty(device, [part.rows(), 1])?;
+            device.square_sums(part, of_rows.slice_mut()?)?;
+            let at = self.sums.len() % Self::TOGETHER;
+            if at == 0 {
+                self.values.push(Tensor::empty(device, [Self::TOGETHER])?);
+            }
+            let Some(values) = self.values.last_mut() else { continue };
+            device.sum_rows(of_rows.mat(), B::narrow_mut(values.slice_mut()?, at..at + 1))?;
+            self.sums.push(sum);
+        }
+        Ok(())
+    }
+
+    /// The sums, in order of their terms.
+    fn into_sums(self, count: usize) -> Result<Vec<f64>> {
+        let mut sums = vec![0.0; count];
+        for (values, own) in self.values.iter().zip(self.sums.chunks(Self::TOGETHER)) {
+            own.iter().zip(values.to_vec()?).for_each(|(&sum, value)| sums[sum] += value);
+        }
+        Ok(sums)
+    }
 }
 
 /// The norm itself, if it is a number: training cannot go on from a gradient that is not. Every rank that shares the model
