@@ -133,25 +133,31 @@ impl<T: Element, B: Backend> Attention<T, B> {
         [0..query, query..keys, keys..width]
     }
 
-    /// `[q | k | v]` with the heads of q and k normalized and turned.
-    fn prepare(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(Tensor<T, B>, Option<NormSaved<T, B>>)> {
+    /// `[q | k | v]` with the heads of q and k normalized and turned: in its own memory, where nothing else uses that.
+    fn prepare(
+        &self,
+        x: DTensor<Shard<1>, T, B>,
+    ) -> Result<(DTensor<Shard<1>, T, B>, Option<NormSaved<T, B>>)> {
         let (have, want) = (x.shape().cols(), self.qkv_cut.total());
         same_size("attention", "features of [q | k | v] on all ranks", have, "those of the heads", want)?;
         let [q, k, v] = self.parts();
-        let (mut qkv, mut saved) = (x.local().clone(), None);
-        if let Some(norms) = &self.norms {
-            let mut normed = Tensor::empty(qkv.device(), qkv.shape())?;
-            let (kind, q_gamma, k_gamma) = (norms.kind, norms.q.value(), norms.k.value());
-            let q = ops::normalize_heads(kind, &qkv, q_gamma, q.clone(), &mut normed)?;
-            let k = ops::normalize_heads(kind, &qkv, k_gamma, k.clone(), &mut normed)?;
-            copy_columns(&qkv, v, &mut normed)?;
-            saved = Some(NormSaved { qkv, q, k });
-            qkv = normed;
-        }
-        if let Some(rotary) = &self.rotary {
-            rotary.turn(&mut qkv, q.start..k.end, x.sequences(), false)?;
-        }
-        Ok((qkv, saved))
+        let (sequences, mut saved) = (x.sequences().clone(), None);
+        let x = x.map_local(|mut qkv| {
+            if let Some(norms) = &self.norms {
+                let mut normed = Tensor::empty(qkv.device(), qkv.shape())?;
+                let (kind, q_gamma, k_gamma) = (norms.kind, norms.q.value(), norms.k.value());
+                let q = ops::normalize_heads(kind, &qkv, q_gamma, q.clone(), &mut normed)?;
+                let k = ops::normalize_heads(kind, &qkv, k_gamma, k.clone(), &mut normed)?;
+                copy_columns(&qkv, v, &mut normed)?;
+                saved = Some(NormSaved { qkv, q, k });
+                qkv = normed;
+            }
+            if let Some(rotary) = &self.rotary {
+                rotary.turn(&mut qkv, q.start..k.end, &sequences, false)?;
+            }
+            Ok(qkv)
+        })?;
+        Ok((x, saved))
     }
 
     fn output(&self, x: &DTensor<Shard<1>, T, B>, out: Tensor<T, B>) -> DTensor<Shard<1>, T, B> {
@@ -165,14 +171,14 @@ impl<T: Element, B: Backend> Attention<T, B> {
     /// When a sequence does not fit its slot, or sizes disagree.
     pub fn forward_cached(
         &self,
-        x: &DTensor<Shard<1>, T, B>,
+        x: DTensor<Shard<1>, T, B>,
         cache: &mut LayerCache<T, B>,
         slots: &[usize],
     ) -> Result<DTensor<Shard<1>, T, B>> {
-        let (qkv, _) = self.prepare(x)?;
-        ops::append_to_cache(&self.heads, &qkv, x.sequences(), slots, cache)?;
-        let out = ops::attention_cached(&self.heads, &qkv, x.sequences(), slots, cache)?;
-        Ok(self.output(x, out))
+        let (x, _) = self.prepare(x)?;
+        ops::append_to_cache(&self.heads, x.local(), x.sequences(), slots, cache)?;
+        let out = ops::attention_cached(&self.heads, x.local(), x.sequences(), slots, cache)?;
+        Ok(self.output(&x, out))
     }
 
     /// An empty cache for this rank's key/value heads.
@@ -198,10 +204,10 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
     type Saved = AttentionSaved<T, B>;
 
     fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
-        let (qkv, norms) = self.prepare(x)?;
-        let (out, context) = ops::attention(&self.heads, &qkv, x.sequences())?;
+        let (x, norms) = self.prepare(x.clone())?;
+        let (out, context) = ops::attention(&self.heads, x.local(), x.sequences())?;
         let saved = AttentionSaved { context, sequences: x.sequences().clone(), norms };
-        Ok((self.output(x, out), saved))
+        Ok((self.output(&x, out), saved))
     }
 
     fn backward(
@@ -353,7 +359,7 @@ impl<S: Stream, T: Element, B: Backend> ParallelAttention<S, T, B> {
         slots: &[usize],
     ) -> Result<DTensor<S, T, B>> {
         let (qkv, _) = self.0.0.forward(x)?;
-        let attended = self.0.1.forward_cached(&qkv, cache, slots)?;
+        let attended = self.0.1.forward_cached(qkv, cache, slots)?;
         Ok(self.1.forward(&attended)?.0)
     }
 
