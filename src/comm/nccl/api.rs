@@ -65,6 +65,8 @@ macro_rules! table {
         /// The functions that are used, all of which return a code.
         pub(super) struct Api {
             $(pub(super) $field: unsafe extern "C" fn($($argument),*) -> c_int,)*
+            /// What `ncclGetVersion` said: 22809 is 2.28.9.
+            number: c_int,
             pub(super) error_string: unsafe extern "C" fn(c_int) -> *const c_char,
             pub(super) last_error: unsafe extern "C" fn(Handle) -> *const c_char,
         }
@@ -82,6 +84,7 @@ macro_rules! table {
                         $($field: *library
                             .get(concat!($name, "\0").as_bytes())
                             .map_err(|error| missing($name, error))?,)*
+                        number: 0,
                         error_string: *library
                             .get(b"ncclGetErrorString\0")
                             .map_err(|error| missing("ncclGetErrorString", error))?,
@@ -136,14 +139,14 @@ impl Api {
                     continue;
                 }
             };
-            let api = Self::from(&library, &place.display().to_string())?;
+            let mut api = Self::from(&library, &place.display().to_string())?;
             std::mem::forget(library);
-            let mut version = 0;
-            // SAFETY: `version` is a place for an int.
+            // SAFETY: `number` is a place for an int.
             #[allow(unsafe_code)]
-            let code = unsafe { (api.version)(&mut version) };
-            if code != SUCCESS || version < OLDEST {
-                let reason = format!("{} is version {version}; 2.18 or later is needed", place.display());
+            let code = unsafe { (api.version)(&mut api.number) };
+            if code != SUCCESS || api.number < OLDEST {
+                let reason =
+                    format!("{} is version {}; 2.18 or later is needed", place.display(), api.number);
                 return Err(Error::Unsupported { op: "NCCL", reason });
             }
             return Ok(api);
@@ -151,6 +154,14 @@ impl Api {
         let reason =
             format!("the library was not found; SHARDWISE_NCCL may name it; tried {}", tried.join(", "));
         Err(Error::Unsupported { op: "NCCL", reason })
+    }
+
+    /// The version, and the file that its functions are in: which of several files was loaded is the loader's choice.
+    pub(super) fn description(&self) -> String {
+        let number = self.number;
+        let version = format!("{}.{}.{}", number / 10_000, number / 100 % 100, number % 100);
+        let path = mapped(self.version as usize).unwrap_or_else(|| "unknown file".into());
+        format!("NCCL {version} ({path})")
     }
 
     /// The error of a call that returned a code.
@@ -175,6 +186,18 @@ unsafe fn copy(text: *const c_char) -> String {
     }
     // SAFETY: the caller's promise.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_string()
+}
+
+/// The file that is mapped at an address of this process.
+fn mapped(address: usize) -> Option<String> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    maps.lines().find_map(|line| {
+        let (range, rest) = line.split_once(' ')?;
+        let (from, to) = range.split_once('-')?;
+        let bound = |text| usize::from_str_radix(text, 16).ok();
+        let holds = (bound(from)?..bound(to)?).contains(&address);
+        holds.then(|| rest.find('/').map(|at| rest[at..].to_string())).flatten()
+    })
 }
 
 /// Where NCCL may be: what `SHARDWISE_NCCL` names and nothing else, or in the folder of NVIDIA's libraries, on the loader's path,
@@ -202,11 +225,9 @@ mod tests {
     fn the_library_is_found_or_its_places_are_named() {
         match Api::load() {
             Ok(api) => {
-                let mut version = 0;
-                // SAFETY: `version` is a place for an int.
-                #[allow(unsafe_code)]
-                let code = unsafe { (api.version)(&mut version) };
-                assert!(code == SUCCESS && version >= OLDEST);
+                assert!(api.number >= OLDEST);
+                let words = api.description();
+                assert!(words.starts_with("NCCL 2.") && words.contains('/'), "{words}");
                 let error = api.error("ncclAllReduce", 4, std::ptr::null_mut()).to_string();
                 assert!(error.starts_with("ncclAllReduce: NCCL error 4: invalid argument"), "{error}");
             }

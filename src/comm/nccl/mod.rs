@@ -32,6 +32,7 @@ use crate::{
     shard::Partition,
     trace,
 };
+use api::Api;
 use half::{bf16, f16};
 use meeting::Meeting;
 use raw::Raw;
@@ -50,6 +51,14 @@ macro_rules! each_pair {
             None => Err(Error::invalid("collective", "send and receive have different elements")),
         })
     };
+}
+
+/// The version of the NCCL that is used, and its file, for a report.
+///
+/// # Errors
+/// When there is none of version 2.18 or later.
+pub fn version() -> Result<String> {
+    Ok(Api::get()?.description())
 }
 
 /// How sums are made.

@@ -10,7 +10,12 @@ use crate::{
     device::{DType, Element},
     error::{Error, Result, same_size},
 };
-use std::{cell::Cell, ffi::c_int, ptr::null_mut};
+use std::{
+    cell::Cell,
+    ffi::{c_int, c_void},
+    ptr::null_mut,
+    sync::atomic::{AtomicPtr, Ordering},
+};
 
 /// A communicator. It is created without blocking; `settle` waits, and looks around while it does.
 pub(super) struct Raw {
@@ -53,21 +58,26 @@ impl Raw {
         let wanted = color.is_some();
         let color = color.map_or(Ok(NO_COLOR), |color| number("the color", color))?;
         let key = number("the key", key)?;
-        // NCCL writes the handle when it is done, which may be after the call.
-        let mut place: Box<Handle> = Box::new(null_mut());
-        // SAFETY: the handle is that of a live communicator (`alive`); `place` stays where it is until the call has settled, or
-        // is leaked below.
+        let parent = self.alive()?;
+        // A thread of NCCL writes the part's handle here at any time until the parent has left `IN_PROGRESS`, also where there
+        // is no color. Where that is not waited for, the place has to stay for ever: `settle` returning an error leaks it.
+        let place = Box::into_raw(Box::new(AtomicPtr::<c_void>::new(null_mut())));
+        // SAFETY: the parent is live; `place` is laid out as a handle, and is freed below only when NCCL is done with it.
         #[allow(unsafe_code)]
-        let code =
-            unsafe { (self.api.split)(self.alive()?, color, key, &mut *place, &mut Config::non_blocking()) };
-        if let Err(error) = self.settle("ncclCommSplit", code, poll) {
-            Box::leak(place);
-            return Err(error);
-        }
+        let code = unsafe {
+            (self.api.split)(parent, color, key, place.cast::<Handle>(), &mut Config::non_blocking())
+        };
+        // Without blocking the call returns success and not `IN_PROGRESS` while it goes on: the parent has to be asked.
+        let code = if code == SUCCESS { IN_PROGRESS } else { code };
+        self.settle("ncclCommSplit", code, poll)?;
+        // SAFETY: `place` came from `Box::into_raw`, and NCCL does not use it any more.
+        #[allow(unsafe_code)]
+        let place = unsafe { Box::from_raw(place) };
+        let handle = place.load(Ordering::Acquire);
         if !wanted {
             return Ok(None);
         }
-        let part = Self { api: self.api, handle: Cell::new(*place) };
+        let part = Self { api: self.api, handle: Cell::new(handle) };
         part.settle("ncclCommSplit", IN_PROGRESS, poll)?;
         Ok(Some(part))
     }
