@@ -317,7 +317,7 @@ pub struct Executable {
 
 impl Executable {
     pub fn new(graph: Arc<Graph>) -> Self {
-        let lanes = graph.devices.iter().map(|&device| Stream::new(device, false)).collect();
+        let lanes = graph.devices.iter().map(|&device| Stream::new(device, false, 0)).collect();
         Self { graph, lanes, last: Mutex::default() }
     }
 

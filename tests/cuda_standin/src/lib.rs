@@ -8,6 +8,7 @@
 #![allow(non_snake_case, clippy::missing_safety_doc)]
 
 pub mod clock;
+pub mod counts;
 pub mod driver;
 pub mod error;
 pub mod graph;

@@ -1,6 +1,7 @@
 //! The exported entry points of `libcublasLt`, as far as column-major products with the common epilogues need them.
 
 use crate::{
+    counts::{self, Count},
     driver::{put, stream, submit},
     error::{Code, SUCCESS},
     memory::{self, Accessor},
@@ -418,7 +419,9 @@ exports! {
                 memory::access(who, workspace, workspace_size, true, "matmul: workspace")?;
                 judged.judge(who)
             };
-            submit(&stream, judge, move || product.run()).map_err(|_| EXECUTION_FAILED)
+            submit(&stream, judge, move || product.run()).map_err(|_| EXECUTION_FAILED)?;
+            counts::add(stream.device, Count::Matmul);
+            Ok(())
         }
     }
 }

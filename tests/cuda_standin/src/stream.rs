@@ -10,6 +10,7 @@ use crate::{
     memory::Accessor,
 };
 use std::{
+    ffi::c_int,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         mpsc::{Sender, channel},
@@ -87,6 +88,7 @@ pub struct Stream {
     pub device: usize,
     /// Whether its work and the legacy stream's come after each other.
     pub is_tied: bool,
+    pub priority: c_int,
     /// What it captures, and which of the capture's lanes it is.
     pub capture: Mutex<Option<(Arc<Capture>, usize)>>,
     number: usize,
@@ -103,7 +105,7 @@ fn seed() -> u64 {
 }
 
 impl Stream {
-    pub fn new(device: usize, is_tied: bool) -> Arc<Self> {
+    pub fn new(device: usize, is_tied: bool, priority: c_int) -> Arc<Self> {
         let mut numbers = lock(&NUMBERS);
         let (number, tick) = numbers.0.pop().unwrap_or_else(|| {
             numbers.1 += 1;
@@ -112,7 +114,15 @@ impl Stream {
         let mut clock = Clock::default();
         clock.set(number, tick);
         let queue = Mutex::new(Queue { worker: None, clock, enqueued: 0 });
-        Arc::new(Self { device, is_tied, capture: Mutex::default(), number, queue, done: Arc::default() })
+        Arc::new(Self {
+            device,
+            is_tied,
+            priority,
+            capture: Mutex::default(),
+            number,
+            queue,
+            done: Arc::default(),
+        })
     }
 
     /// Enqueues `work` that nobody judges; returns the stream's clock after it.
