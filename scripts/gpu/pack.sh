@@ -1,30 +1,46 @@
 #!/usr/bin/env bash
-# scripts/gpu/pack.sh FOLDER - builds the tests, examples and benches that run.sh runs, and puts them and what else a GPU machine needs
-# into FOLDER.
-# That machine needs no cargo: a driver, and for the comparison a Python with torch.
+# scripts/gpu/pack.sh FILE.tar.xz - makes one archive with all that run.sh needs on a machine with a GPU: the programs, the test
+# data, and a kernel cache. That machine needs a driver, cuBLASLt and NVRTC (pip's torch brings them), xz, and Python.
+#   PRECOMPILE="9.0 10.0"  the compute capabilities that the cache is filled for; empty for none. Needs pip's NVRTC, which
+#                          scripts/compile_kernels.sh fetches.
 set -euo pipefail
-out=${1:?usage: $0 FOLDER}
+archive=$(realpath -m "${1:?usage: $0 FILE.tar.xz}")
 cd "$(dirname "$0")/../.."
-mkdir -p "$out"
-features=${FEATURES:-nccl}
+pack=$(mktemp -d)
+trap 'rm -rf "$pack"' EXIT
 
-# Small and stripped; the release profile's code.
-export CARGO_PROFILE_RELEASE_DEBUG=none CARGO_PROFILE_RELEASE_STRIP=symbols CARGO_PROFILE_RELEASE_LTO=thin
-# What run.sh runs.
-run=(--test cuda --example transformer_block --example processes --bench gpu)
-cargo build --release --features "$features" "${run[@]}" --message-format=json-render-diagnostics |
+# The release profile as a user has it, stripped.
+run=(--test cuda --example gpu_check --example transformer_block --example processes --bench gpu)
+cargo build --release --features nccl,cli "${run[@]}" --message-format=json-render-diagnostics |
     python3 -c '
 import json, shutil, sys
-out = sys.argv[1]
 for line in sys.stdin:
     artifact = json.loads(line)
     path = artifact.get("executable")
-    if path:
+    if path and artifact["target"]["kind"][0] != "bin":
         kind = artifact["target"]["kind"][0]
-        shutil.copy(path, out + "/" + kind + "-" + artifact["target"]["name"])
-' "$out"
-cp scripts/gpu/run.sh scripts/gpu/report.py scripts/peers/gpu_torch.py "$out/"
-cp -r tests/data "$out/tests-data"
-git rev-parse HEAD > "$out/commit"
-git diff --quiet HEAD || echo "with changes that are not committed" >> "$out/commit"
-du -sh "$out"
+        shutil.copy(path, sys.argv[1] + "/" + kind + "-" + artifact["target"]["name"])
+' "$pack"
+strip "$pack"/{test,example,bench}-*
+mkdir "$pack/cache"
+nvrtc=$PWD/target/nvcc/nvidia/cu13/lib
+for capability in ${PRECOMPILE-9.0 10.0}; do
+    if [ ! -e "$nvrtc/libnvrtc.so.13" ]; then
+        echo "$0: no NVRTC in $nvrtc: run scripts/compile_kernels.sh first, or set PRECOMPILE=" >&2
+        exit 1
+    fi
+    SHARDWISE_CACHE=$pack/cache SHARDWISE_CUDA_LIBRARIES=$nvrtc LD_LIBRARY_PATH=$nvrtc \
+        "$pack/example-gpu_check" --precompile "$capability"
+done
+cp scripts/gpu/run.sh scripts/gpu/report.py scripts/peers/gpu_torch.py "$pack/"
+cp -r tests/data "$pack/tests-data"
+git rev-parse HEAD > "$pack/commit"
+git diff --quiet HEAD || echo "with changes that are not committed" >> "$pack/commit"
+mkdir -p "$(dirname "$archive")"
+tar -C "$pack" -cf - . | xz -T0 -4 > "$archive"
+size=$(stat -c %s "$archive")
+echo "$archive: $((size >> 20)) MiB"
+if [ "$size" -gt 50000000 ]; then
+    echo "$0: the archive is larger than 50 MB" >&2
+    exit 1
+fi

@@ -1,145 +1,178 @@
 #!/usr/bin/env python3
-"""What run.sh has found out, as one file.
+"""Turns what run.sh has left in a folder into result.json and result.md.
 
-    report.py versions        libraries and driver as they are found here
-    report.py nccl            NCCL's version as a number, 0 without one
-    report.py results FOLDER  FOLDER/<gpu>-<date>.json from FOLDER's logs; fails if a step has failed
+    report.py FOLDER                           writes both, and prints the second
+    report.py FOLDER --step NAME CODE SECONDS  notes how a step has ended, and writes both
+    report.py FOLDER --end                     as the first; fails if a step or a test has failed
 """
 
-import ctypes
 import datetime
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
 
-def words(*command):
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def lines(path):
+    return path.read_text(errors="replace").splitlines() if path.exists() else []
 
 
-def number(names, function, out=True):
-    """What a library says of itself, by a function that gives one number."""
-    for name in names:
+def tail(path, count=12):
+    return lines(path)[-count:]
+
+
+def objects(path):
+    """The objects of a file with one a line; the last may have been cut off."""
+    found = []
+    for line in lines(path):
         try:
-            library = ctypes.CDLL(name)
-        except OSError:
+            found.append(json.loads(line))
+        except ValueError:
             continue
-        value = ctypes.c_int()
-        if not out:
-            call = getattr(library, function)
-            call.restype = ctypes.c_size_t
-            return call()
-        if getattr(library, function)(ctypes.byref(value)) == 0:
-            return value.value
-    return None
-
-
-def nvrtc():
-    for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
-        try:
-            library = ctypes.CDLL(name)
-        except OSError:
-            continue
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        if library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)) == 0:
-            return f"{major.value}.{minor.value}"
-    return None
-
-
-def nccl():
-    return number(["libnccl.so.2"], "ncclGetVersion")
-
-
-def versions():
-    torch = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.nccl.version())"
-    return {
-        "gpu": words("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
-        "clocks": words("nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.mem,power.limit", "--format=csv,noheader"),
-        "driver_api": number(["libcuda.so.1"], "cuDriverGetVersion"),
-        "nvrtc": nvrtc(),
-        "cublaslt": number(["libcublasLt.so.13", "libcublasLt.so.12"], "cublasLtGetVersion", out=False),
-        "nccl": nccl(),
-        "torch": words(sys.executable, "-c", torch),
-        "compute_sanitizer": words("compute-sanitizer", "--version"),
-    }
-
-
-def step(log):
-    """How a step ended, and how many tests it ran."""
-    text = log.read_text(errors="replace")
-    code, seconds = re.findall(r"^exit code (\d+) after (\d+) s$", text, re.MULTILINE)[-1]
-    found = {"exit_code": int(code), "seconds": int(seconds)}
-    tests = re.findall(r"^test result: \w+\. (\d+) passed; (\d+) failed", text, re.MULTILINE)
-    if tests:
-        found["passed"], found["failed"] = (sum(map(int, column)) for column in zip(*tests))
-        found["failures"] = sorted(set(re.findall(r"^test (\S+) .*FAILED$", text, re.MULTILINE)))
-    # The suite ends with success where there is no GPU, and says so; a stand-in says what it is.
-    found["not_run"] = re.findall(r"^.*NOT RUN.*$|^not run: .*$|^.*NO GPU IS USED.*$", text, re.MULTILINE)
-    errors = re.findall(r"^========= ERROR SUMMARY: (\d+) error", text, re.MULTILINE)
-    if errors:
-        found["sanitizer_errors"] = int(errors[-1])
     return found
 
 
-def times(log):
-    """name -> microseconds, and part of the limit where the line has one."""
-    row = re.compile(r"^(.{44}) +([0-9.]+) us(?: +([0-9.]+) % of the limit)?$")
-    rows = filter(None, map(row.match, log.read_text(errors="replace").splitlines())) if log.exists() else []
-    return {one[1].strip(): (float(one[2]), one[3] and float(one[3])) for one in rows}
+def asked(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
-def results(out):
-    ours = [times(out / f"{name}.log") for name in ("bench-gpu", "bench-gpu-again")]
-    torch = times(out / "bench-torch.log")
-    benches = {}
-    copy = max((run["copy bf16"][1] or 0 for run in ours if "copy bf16" in run), default=0)
-    for name in ours[0]:
-        both = [run[name] for run in ours if name in run]
-        least, part = min(both, key=lambda one: one[0])
-        theirs = torch.get(name, (None, None))[0]
-        benches[name] = {
-            "us": [took for took, _ in both],
-            "percent_of_limit": part,
-            "of_copy": round(part / copy, 3) if part and copy and not name.startswith(("gemm", "block")) else None,
-            "torch_us": theirs,
-            "of_torch": theirs and round(theirs / least, 3),
-        }
-    steps = {log.stem: step(log) for log in sorted(out.glob("*.log"))}
-    known = json.loads((out / "versions.json").read_text())
-    result = {
+def machine(out):
+    """What the machine is: asked once, and kept."""
+    path = out / "machine.json"
+    if not path.exists():
+        query = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
+        path.write_text(json.dumps({
+            "gpu": asked("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+            "cores": os.cpu_count(),
+            "started": datetime.datetime.now().isoformat(timespec="seconds"),
+        }))
+    return json.loads(path.read_text())
+
+
+def steps(out):
+    found = []
+    for line in lines(out / "steps.txt"):
+        name, code, seconds = line.split()
+        step = {"step": name, "ended": int(code) if code.isdigit() else code, "seconds": int(seconds)}
+        if code not in ("0", "not-run"):
+            step["log"] = tail(out / "logs" / f"{name}.log", 25)
+        found.append(step)
+    return found
+
+
+def tests(out):
+    """By step: how many passed, which did not and what they said, and which were asked for and not begun."""
+    found = {}
+    for line in lines(out / "tests.txt"):
+        step, name, code, seconds = line.split()
+        group = found.setdefault(step, {"passed": 0, "failed": {}, "not_run": {}, "slowest": {}})
+        log = tail(out / "logs" / f"test.{name.replace('::', '.')}.log")
+        if code == "0":
+            group["passed"] += 1
+        elif code == "not-run":
+            group["not_run"][name] = [line for line in log if "not run" in line.lower()][:1]
+        else:
+            group["failed"][name] = {"code": int(code), "seconds": int(seconds), "log": log}
+        group["slowest"][name] = int(seconds)
+    for step, group in found.items():
+        slowest = sorted(group["slowest"].items(), key=lambda one: -one[1])[:5]
+        begun, group["slowest"] = set(group["slowest"]), dict(slowest)
+        group["not_begun"] = [name for name in lines(out / "logs" / f"{step}.names") if name not in begun]
+    return found
+
+
+def benches(out):
+    """By line: ours, torch's, and torch's time in parts of ours (above 1: ours is faster)."""
+    theirs = {}
+    for line in objects(out / "torch.jsonl"):
+        theirs.setdefault(line["name"], line)
+    found = {}
+    for line in objects(out / "bench.jsonl"):
+        name = line.pop("name")
+        # Attention is timed by torch with each of its implementations.
+        same = {other: its["us"] for other, its in theirs.items()
+                if "us" in its and (other == name or other.startswith(f"{name} ["))}
+        if same and "us" in line:
+            line["torch_us"] = same
+            line["of_torch"] = {other: round(us / line["us"], 3) for other, us in same.items()}
+        found[name] = line
+    return found
+
+
+def collect(out):
+    found = {
         "date": datetime.date.today().isoformat(),
-        "commit": pathlib.Path("commit").read_text().splitlines(),
-        "versions": known,
+        "commit": lines(pathlib.Path("commit")),
+        "machine": machine(out),
+        "libraries": [line for line in lines(out / "logs" / "check.log")
+                      if not line.startswith(("ok ", "FAILED ")) and not line.endswith(" failed")],
         "quick": bool(os.environ.get("QUICK")),
-        "limits": {name: float(os.environ.get(name, usual)) for name, usual in (("GPU_TFLOPS", 790), ("GPU_TBPS", 4.3))},
-        "ranks_on_one_gpu": (known["nccl"] or 0) >= 23000,
-        "steps": steps,
-        "not_run": [name for name in ("memcheck", "bench-torch") if name not in steps],
-        "benches": benches,
+        "steps": steps(out),
+        "tests": tests(out),
+        "benches": benches(out),
+        "torch": [line for line in objects(out / "torch.jsonl") if "us" not in line],
     }
-    gpu = re.sub(r"[^A-Za-z0-9]+", "-", (known["gpu"] or "none").split(",")[0])
-    path = out / f"{gpu}-{result['date']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
-    failed = [name for name, one in steps.items() if one["exit_code"] != 0 or one["not_run"]]
-    if failed:
-        sys.exit(f"failed or not run: {', '.join(failed)}")
+    path = out / "result.json"
+    partial = out / "result.json.part"
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(path)
+    return found
+
+
+def page(found):
+    """The report as Markdown."""
+    rows = [f"# {(found['machine']['gpu'] or 'no GPU').split(',')[0]}, {found['date']}", ""]
+    rows += [f"* commit {' '.join(found['commit'])}", f"* {found['machine']['gpu']}"]
+    rows += [f"* {library}" for library in found["libraries"]]
+    rows += [f"* torch: {json.dumps(line)}" for line in found["torch"]]
+    rows += ["", "| step | ended | seconds |", "|---|---|---:|"]
+    rows += [f"| {step['step']} | {step['ended']} | {step['seconds']} |" for step in found["steps"]]
+    if found["tests"]:
+        rows += ["", "| tests | passed | failed | not run | not begun |", "|---|---:|---:|---:|---:|"]
+    for step, group in found["tests"].items():
+        counts = [group["passed"], *(len(group[kind]) for kind in ("failed", "not_run", "not_begun"))]
+        rows.append(f"| {step} | {' | '.join(map(str, counts))} |")
+    for step, group in found["tests"].items():
+        rows += ["", *(f"* {step}: **{name}** ended with {one['code']} after {one['seconds']} s: "
+                       f"`{' / '.join(one['log'])[-600:]}`" for name, one in group["failed"].items())]
+    if found["benches"]:
+        rows += ["", "| bench | µs | part of the limit | torch, µs | torch's time / ours |", "|---|---:|---:|---:|---:|"]
+    for name, line in found["benches"].items():
+        if "us" not in line:
+            rows.append(f"| {name} | {line.get('error') or line.get('skipped') or '-'} | | | |")
+            continue
+        part = line.get("part_of_limit")
+        part = f"{100 * part:.0f} %" if part is not None else ""
+        by = line.get("torch_us") or {"": None}
+        for other, us in by.items():
+            label = other[len(name):].strip()
+            theirs = f"{us:.1f} {label}" if us else ""
+            ratio = f"{us / line['us']:.2f}" if us else ""
+            rows.append(f"| {name} | {line['us']:.1f} | {part} | {theirs} | {ratio} |")
+    return "\n".join(rows) + "\n"
 
 
 def main():
     match sys.argv[1:]:
-        case ["versions"]:
-            print(json.dumps(versions(), indent=1))
-        case ["nccl"]:
-            print(nccl() or 0)
-        case ["results", folder]:
-            results(pathlib.Path(folder))
+        case [folder, "--step", name, code, seconds]:
+            out = pathlib.Path(folder)
+            with open(out / "steps.txt", "a") as file:
+                file.write(f"{name} {code} {seconds}\n")
+            (out / "result.md").write_text(page(collect(out)))
+        case [folder, *end] if end in ([], ["--end"]):
+            out = pathlib.Path(folder)
+            found = collect(out)
+            text = page(found)
+            (out / "result.md").write_text(text)
+            print(text, end="")
+            failed = [step["step"] for step in found["steps"] if step["ended"] not in (0, "needs-NCCL-2.30", "not-found")]
+            failed += [name for group in found["tests"].values() for name in group["failed"]]
+            if end and (failed or not found["steps"]):
+                sys.exit(f"failed or not run: {', '.join(failed) or 'everything'}")
         case _:
             sys.exit(__doc__)
 

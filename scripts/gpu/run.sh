@@ -1,55 +1,106 @@
 #!/usr/bin/env bash
-# run.sh - on a GPU machine, in the folder that pack.sh made: runs the suite, the suite under compute-sanitizer, several NCCL
-# ranks on one GPU, and the benches in turn with torch, and writes results/<gpu>-<date>.json.
-#   OUT=FOLDER          where results go
-#   QUICK=1             benches of small shapes, once: to see whether all of it runs
-#   STEP_SECONDS=n      after which a step is given up (3600)
-#   GPU_TFLOPS, GPU_TBPS the limits of the GPU (790 and 4.3, an H200's)
+# run.sh - on a machine with a GPU, where the archive of pack.sh was unpacked: checks that anything runs, then the kernels' tests,
+# the benches beside torch, compute-sanitizer on small cases, and the suite, a process a test. After every step it writes
+# $OUT/result.json and result.md anew, so that a run which is ended early has left all that was found until then.
+#   OUT=FOLDER   where results go (./results)
+#   DEADLINE=n   seconds for all of it (280; 60 with QUICK)
+#   QUICK=1      small shapes, and a few tests of each kind: to see whether all of it runs
+#   JOBS=n       tests at a time (6)
+#   STEPS="..."  the steps, in this order (check kernels bench torch sanitizer suite ranks invariant)
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-out=${OUT:-$here/results}
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
-rm -f "$out"/*.log
+mkdir -p "${OUT:=$here/results}/logs"
+out=$(cd "$OUT" && pwd)
 cd "$here" || exit 1
+deadline=${DEADLINE:-$([ -n "${QUICK:-}" ] && echo 60 || echo 280)}
+jobs=${JOBS:-6}
 
+# Pip's libraries, unless the caller has put others on the path.
 site=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 for lib in "$site"/nvidia/*/lib; do
     [ -d "$lib" ] && LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$lib"
 done
-export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}" SHARDWISE_TEST_DATA="$here/tests-data"
-export CUDA_MODULE_LOADING=EAGER CUDA_DEVICE_MAX_CONNECTIONS=32
-python3 report.py versions > "$out/versions.json"
-# Several ranks on one GPU (NCCL 2.30 or later): few blocks each, so that all ranks' kernels are resident at once.
-nccl=$(python3 report.py nccl)
-if [ "$nccl" -ge 23000 ]; then
-    export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=2 NCCL_NVLS_ENABLE=0 NCCL_CGA_CLUSTER_SIZE=0
-    export NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1
-fi
+export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}" SHARDWISE_TEST_DATA="$here/tests-data" SHARDWISE_REQUIRE_GPU=1
+export SHARDWISE_CACHE="${SHARDWISE_CACHE:-$here/cache}" RUST_BACKTRACE=0
+PATH=$PATH:/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer
 
-# step NAME COMMAND... : runs it, keeps its output, its exit code and how long it took.
+report() { python3 report.py "$out" "$@"; }
+finish() {
+    trap - EXIT TERM INT
+    # What still runs would hold the caller's pipe.
+    kill $(jobs -p) 2> /dev/null
+    report --end || exit 1
+    exit 0
+}
+trap finish EXIT TERM INT
+left() { echo $((deadline - SECONDS)); }
+
+# step NAME LIMIT COMMAND... : runs it for at most LIMIT seconds and no longer than is left; keeps its output and how it ended.
 step() {
-    local name=$1 begin=$SECONDS
-    shift
-    echo "== $name"
-    timeout "${STEP_SECONDS:-3600}" "$@" > "$out/$name.log" 2>&1
-    local code=$?
-    echo "exit code $code after $((SECONDS - begin)) s" >> "$out/$name.log"
-    tail -n 3 "$out/$name.log"
+    local name=$1 limit=$2 begin=$SECONDS code
+    shift 2
+    [ "$limit" -gt "$(left)" ] && limit=$(left)
+    if [ "$limit" -lt 5 ]; then
+        report --step "$name" not-run 0
+        return 1
+    fi
+    echo "== $name (at $begin s, at most $limit s)"
+    # In the background, so that a signal to this script is seen at once.
+    timeout -k 5 "$limit" "$@" > "$out/logs/$name.log" 2>&1 &
+    wait $!
+    code=$?
+    tail -n 3 "$out/logs/$name.log"
+    report --step "$name" "$code" $((SECONDS - begin))
+    return $code
 }
 
-step suite ./test-cuda --test-threads 1
-if command -v compute-sanitizer > /dev/null; then
-    step memcheck compute-sanitizer --tool memcheck --error-exitcode 9 ./test-cuda --test-threads 1
-fi
-step ranks ./test-cuda --test-threads 1 nccl::
-small=(--hidden 64 --heads 4 --ffn 128 --tokens 16 --batch 1 --repeat 1)
-step block ./example-transformer_block --device cuda --ranks 1 ${QUICK:+"${small[@]}"}
-# The shell gives a rank its variables as torchrun would.
-RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 step torchrun ./example-processes --device cuda
-step bench-gpu ./bench-gpu --bench ${QUICK:+--quick}
-if python3 -c 'import torch' 2> /dev/null; then
-    step bench-torch python3 gpu_torch.py
-fi
-step bench-gpu-again ./bench-gpu --bench ${QUICK:+--quick}
-exec python3 report.py results "$out"
+# One test in a process of its own: an illegal address ends that process, and no other test.
+one_test() {
+    local log="$out/logs/test.${1//::/.}.log" begin=$SECONDS code
+    timeout --foreground -k 5 "${TEST_SECONDS:-60}" $UNDER ./test-cuda --exact "$1" --test-threads 1 --nocapture > "$log" 2>&1
+    code=$?
+    # A test that needs more GPUs, or a library that is not here, ends well and says so.
+    [ $code = 0 ] && grep -qi 'not run' "$log" && code=not-run
+    echo "$STEP $1 $code $((SECONDS - begin))" >> "$out/tests.txt"
+    case $code in 0) rm "$log" ;; *) tail -n 4 "$log" ;; esac
+}
+export -f one_test
+export out
+
+# tests STEP LIMIT PATTERN [UNDER...]: the tests whose names match, several at a time.
+tests() {
+    local name=$1 limit=$2 pattern=$3 pick=cat
+    shift 3
+    [ -n "${QUICK:-}" ] && pick='awk NR%9==1'
+    ./test-cuda --list --format terse 2> /dev/null | sed -n 's/: test$//p' | grep -E "$pattern" | $pick > "$out/logs/$name.names"
+    STEP=$name UNDER="$*" step "$name" "$limit" xargs -a "$out/logs/$name.names" -P "$jobs" -I{} bash -c 'one_test {}'
+}
+
+run_check() { step check 60 ./example-gpu_check; }
+run_kernels() { tests kernels 60 '^(kernels|device)::'; }
+run_bench() { step bench 60 ./bench-gpu --bench --json "$out/bench.jsonl" ${QUICK:+--quick}; }
+run_torch() { step torch 70 python3 gpu_torch.py --json "$out/torch.jsonl" ${QUICK:+--quick}; }
+run_sanitizer() {
+    command -v compute-sanitizer > /dev/null || { report --step memcheck not-found 0; return; }
+    step memcheck 40 compute-sanitizer --tool memcheck --error-exitcode 9 ./example-gpu_check --kernels
+    step racecheck 40 compute-sanitizer --tool racecheck --error-exitcode 9 ./example-gpu_check --kernels
+}
+run_suite() { tests suite 100 '^(layers|block|fork|models|decoding|training|optim|vocabulary|exact|overlap|disagree|nccl)::'; }
+# Several NCCL ranks on one GPU: few blocks each, so that all ranks' kernels are resident at once.
+run_ranks() {
+    # As text: 2.30 and later.
+    if [[ ! $(sed -n 's/^NCCL //p' "$out/logs/check.log") > 2.3 ]]; then
+        report --step ranks needs-NCCL-2.30 0
+        return
+    fi
+    export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=2 NCCL_NVLS_ENABLE=0 NCCL_CGA_CLUSTER_SIZE=0
+    export NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1
+    tests ranks 60 '^nccl::'
+}
+run_invariant() { tests invariant 60 '^invariant::'; }
+
+rm -f "$out"/{tests.txt,steps.txt,bench.jsonl,torch.jsonl}
+for name in ${STEPS:-check kernels bench torch sanitizer suite ranks invariant}; do
+    # Where nothing runs, nothing that follows can tell more.
+    "run_$name" || [ "$name" != check ] || break
+done
