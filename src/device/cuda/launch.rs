@@ -1,8 +1,8 @@
 //! Starting kernels.
 
-use super::{Cuda, CudaSlice, CudaSliceMut, Handle, program::Family, status::driver};
+use super::{Cuda, CudaSlice, CudaSliceMut, Handle, families::Kernel, status::driver};
 use crate::{
-    device::Element,
+    device::{DType, Element},
     error::{Error, Result},
 };
 use cudarc::driver::sys;
@@ -11,8 +11,8 @@ use std::{ffi::c_void, rc::Rc};
 /// A kernel's launch in preparation: its arguments, each a word of 8 bytes.
 pub(crate) struct Launch<'a> {
     cuda: &'a Cuda,
-    family: &'static Family,
-    name: String,
+    kernel: Kernel,
+    elements: (DType, Option<DType>),
     words: Vec<u64>,
     /// Handles of another stream whose memory the kernel uses.
     others: Vec<Rc<Handle>>,
@@ -43,9 +43,18 @@ impl Grid {
 }
 
 impl Cuda {
-    /// A launch of a kernel, by its name in its family.
-    pub(crate) fn kernel(&self, family: &'static Family, name: impl Into<String>) -> Launch<'_> {
-        Launch { cuda: self, family, name: name.into(), words: Vec::with_capacity(16), others: Vec::new() }
+    /// A launch of a kernel for an element.
+    pub(crate) fn kernel(&self, kernel: Kernel, of: DType) -> Launch<'_> {
+        self.launch(kernel, (of, None))
+    }
+
+    /// A launch of a kernel from one element to another.
+    pub(crate) fn kernel_between(&self, kernel: Kernel, from: DType, to: DType) -> Launch<'_> {
+        self.launch(kernel, (from, Some(to)))
+    }
+
+    fn launch(&self, kernel: Kernel, elements: (DType, Option<DType>)) -> Launch<'_> {
+        Launch { cuda: self, kernel, elements, words: Vec::with_capacity(32), others: Vec::new() }
     }
 }
 
@@ -131,7 +140,7 @@ impl Launch<'_> {
     /// that it writes are borrowed exclusively.
     ///
     /// # Errors
-    /// When the kernel cannot be compiled, memory of another GPU is used, or the driver refuses.
+    /// When the kernel is not there for the elements, memory of another GPU is used, or the driver refuses.
     #[allow(unsafe_code)]
     pub(crate) unsafe fn run(mut self, grid: Grid) -> Result<()> {
         if grid.blocks.contains(&0) {
@@ -143,15 +152,15 @@ impl Launch<'_> {
                 "it needs {} bytes of shared memory, of which {} has {}",
                 grid.shared, handle.context.name, handle.context.shared_memory
             );
-            return Err(Error::Unsupported { op: self.family.name, reason });
+            return Err(Error::Unsupported { op: self.kernel.family(), reason });
         }
         let number = |what: &str, value: usize| {
-            u32::try_from(value).map_err(|_| Error::invalid(self.family.name, format!("{value} {what}")))
+            u32::try_from(value).map_err(|_| Error::invalid(self.kernel.family(), format!("{value} {what}")))
         };
         let blocks = [number("blocks", grid.blocks[0])?, number("blocks", grid.blocks[1])?];
         let shared = number("bytes of shared memory", grid.shared)?;
         handle.context.make_current()?;
-        let function = handle.context.function(self.family, &self.name)?;
+        let function = handle.context.function(self.kernel, self.elements.0, self.elements.1)?;
         let mut pointers: Vec<*mut c_void> =
             self.words.iter_mut().map(|word| (word as *mut u64).cast()).collect();
         self.cuda.joins(&self.others, || {

@@ -4,12 +4,18 @@
 //! for here first, also where pip and conda put it, and every function that is used is asked for once: what is missing becomes
 //! an [`Error`] that says what was tried.
 
+use super::status::{compiler, driver};
 use crate::error::{Error, Result};
+use cudarc::{
+    cublaslt::sys::cublasLtGetVersion,
+    driver::sys::{CUfunction, CUresult, cuDriverGetVersion},
+    nvrtc::sys::nvrtcVersion,
+};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, OnceLock, PoisonError},
 };
 
 /// A library, and what is needed of it.
@@ -41,8 +47,8 @@ pub(crate) const DRIVER: Needed = Needed {
         "cuDeviceGetCount",
         "cuDeviceGetName",
         "cuDeviceGetAttribute",
+        "cuDeviceTotalMem_v2",
         "cuDevicePrimaryCtxRetain",
-        "cuDevicePrimaryCtxRelease_v2",
         "cuCtxSetCurrent",
         "cuStreamCreate",
         "cuStreamDestroy_v2",
@@ -55,7 +61,6 @@ pub(crate) const DRIVER: Needed = Needed {
         "cuMemAllocAsync",
         "cuMemFreeAsync",
         "cuMemAllocHost_v2",
-        "cuMemFreeHost",
         "cuMemcpyHtoDAsync_v2",
         "cuMemcpyDtoHAsync_v2",
         "cuMemsetD8Async",
@@ -64,7 +69,6 @@ pub(crate) const DRIVER: Needed = Needed {
         "cuMemPoolSetAccess",
         "cuMemPoolSetAttribute",
         "cuModuleLoadData",
-        "cuModuleUnload",
         "cuModuleGetFunction",
         "cuLaunchKernel",
         "cuFuncSetAttribute",
@@ -105,7 +109,6 @@ pub(crate) const CUBLAS_LT: Needed = Needed {
     pip: &["nvidia/cu13/lib", "nvidia/cublas/lib"],
     functions: &[
         "cublasLtCreate",
-        "cublasLtDestroy",
         "cublasLtGetVersion",
         "cublasLtGetStatusString",
         "cublasLtMatmul",
@@ -132,6 +135,83 @@ pub(crate) fn need(library: &'static Needed) -> Result<()> {
     let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
     let outcomes = found.get_or_insert_with(HashMap::new);
     outcomes.entry(library.name).or_insert_with(|| library.load()).clone()
+}
+
+/// A library that this process has loaded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Version {
+    /// What it is.
+    pub library: &'static str,
+    /// Its version, by its own account. The driver's is that of the CUDA it is for.
+    pub version: String,
+    /// Its file.
+    pub path: PathBuf,
+}
+
+/// The driver, NVRTC and cuBLASLt, loaded if they were not. NCCL's is [`crate::comm::nccl`]'s to say.
+pub fn versions() -> [Result<Version>; 3] {
+    let get = |library: &'static Needed, version: fn() -> Result<String>| {
+        need(library)?;
+        let path = library.functions.first().and_then(|function| path_of(function));
+        Ok(Version { library: library.name, version: version()?, path: path.unwrap_or_default() })
+    };
+    // SAFETY: in all three, `need` has seen that the library has the function; the places are of the types that are written.
+    #[allow(unsafe_code)]
+    [
+        get(&DRIVER, || {
+            let mut version = 0;
+            driver("cuDriverGetVersion", unsafe { cuDriverGetVersion(&mut version) })?;
+            Ok(format!("{}.{}", version / 1000, version % 1000 / 10))
+        }),
+        get(&NVRTC, || {
+            let (mut major, mut minor) = (0, 0);
+            compiler("nvrtcVersion", unsafe { nvrtcVersion(&mut major, &mut minor) })?;
+            Ok(format!("{major}.{minor}"))
+        }),
+        get(&CUBLAS_LT, || {
+            // 12.x: 12xxyy, 13.x: 13xxyy.
+            let version = unsafe { cublasLtGetVersion() };
+            Ok(format!("{}.{}.{}", version / 10_000, version % 10_000 / 100, version % 100))
+        }),
+    ]
+}
+
+/// The file of the library that the process has loaded and that has this function.
+fn path_of(function: &str) -> Option<PathBuf> {
+    // SAFETY: the symbol is only looked up, not called.
+    #[allow(unsafe_code)]
+    let address =
+        unsafe { Library::this().get::<*const ()>(function.as_bytes()).ok()?.as_raw_ptr() } as usize;
+    file_at(address)
+}
+
+/// The file that is mapped at an address of this process.
+pub(crate) fn file_at(address: usize) -> Option<PathBuf> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    maps.lines().find_map(|line| {
+        let (range, rest) = line.split_once(' ')?;
+        let (start, end) = range.split_once('-')?;
+        let [start, end] = [start, end].map(|number| usize::from_str_radix(number, 16).ok());
+        let inside = (start?..end?).contains(&address);
+        inside.then(|| rest.find('/').map(|at| PathBuf::from(&rest[at..])))?
+    })
+}
+
+/// Loads a function that a driver which loads lazily has only found. Drivers before CUDA 12.4 load it when they find it, and have
+/// no call for this.
+pub(super) fn load_function(function: CUfunction) -> Result<()> {
+    type Load = unsafe extern "C" fn(CUfunction) -> CUresult;
+    static LOAD: OnceLock<Option<Load>> = OnceLock::new();
+    // SAFETY: the type is that of `cuFuncLoad` in `cuda.h`. The driver, which `need` has opened for all, stays.
+    #[allow(unsafe_code)]
+    let load =
+        *LOAD.get_or_init(|| unsafe { Library::this().get::<Load>(b"cuFuncLoad").ok().map(|load| *load) });
+    match load {
+        // SAFETY: the function was found in a loaded module; a context is current.
+        #[allow(unsafe_code)]
+        Some(load) => driver("cuFuncLoad", unsafe { load(function) }),
+        None => Ok(()),
+    }
 }
 
 impl Needed {

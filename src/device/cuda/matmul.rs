@@ -4,6 +4,8 @@
 
 use super::{
     Cuda, Handle,
+    context::Context,
+    lock,
     status::{cublas_lt, driver},
 };
 use crate::{
@@ -83,9 +85,11 @@ pub(crate) struct Operands {
     pub(crate) saved: u64,
 }
 
-/// cuBLASLt for one stream: its handle, workspace and plans.
+/// cuBLASLt for one stream: its handle, workspace and plans. Handles are not destroyed, for which cuBLASLt would wait for the
+/// device, but kept for the next stream.
 pub(crate) struct Lt {
     handle: cublasLtHandle_t,
+    context: &'static Context,
     /// None where cuBLASLt has no way.
     plans: RefCell<HashMap<(Matmul, bool, [u32; 3]), Option<Rc<Plan>>>>,
     /// Where it is, and its bytes. Not a tensor's buffer, which would hold the handle that holds it.
@@ -98,12 +102,20 @@ const WORKSPACE: usize = 32 << 20;
 impl Lt {
     pub(super) fn new(cuda: &Cuda) -> Result<Self> {
         super::libraries::need(&super::libraries::CUBLAS_LT)?;
-        cuda.0.context.make_current()?;
-        let mut handle = std::ptr::null_mut();
-        // SAFETY: `handle` is a place for one.
-        #[allow(unsafe_code)]
-        cublas_lt("cublasLtCreate", unsafe { lt::cublasLtCreate(&mut handle) })?;
-        Ok(Self { handle, plans: RefCell::default(), workspace: Cell::default() })
+        let context = cuda.0.context;
+        let spare = lock(&context.spare_lt).pop();
+        let handle = match spare {
+            Some(handle) => handle,
+            None => {
+                context.make_current()?;
+                let mut handle = std::ptr::null_mut();
+                // SAFETY: `handle` is a place for one.
+                #[allow(unsafe_code)]
+                cublas_lt("cublasLtCreate", unsafe { lt::cublasLtCreate(&mut handle) })?;
+                handle
+            }
+        };
+        Ok(Self { handle, context, plans: RefCell::default(), workspace: Cell::default() })
     }
 
     /// Asks the stream for a product. Returns whether cuBLASLt has a way to compute it with its epilogue: if not, nothing was
@@ -199,9 +211,7 @@ impl Lt {
 
 impl Drop for Lt {
     fn drop(&mut self) {
-        // SAFETY: the handle lives; the stream whose work used it has finished (`Handle::drop`).
-        #[allow(unsafe_code)]
-        let _ = unsafe { lt::cublasLtDestroy(self.handle) };
+        lock(&self.context.spare_lt).push(self.handle);
     }
 }
 

@@ -1,6 +1,6 @@
 //! The device's memory: buffers, views of them, and host memory that the device can reach.
 
-use super::{Cuda, Handle, context::Context, status::driver, stream::Mark};
+use super::{Cuda, Handle, context::Context, lock, status::driver, stream::Mark};
 use crate::{device::Element, error::Result};
 use cudarc::driver::sys::{self, CUdeviceptr};
 use std::{fmt, marker::PhantomData, ops::Range, rc::Rc};
@@ -135,31 +135,32 @@ pub(super) fn bytes_mut<T: Element>(elements: &mut [T]) -> &mut [u8] {
     }
 }
 
-/// Host memory that the device reads and writes by itself, while the host goes on.
+/// Host memory that the device reads and writes by itself, while the host goes on: two halves. Blocks are not given back to the
+/// driver, which may wait for the device then, but kept for the next handle.
 struct Pinned {
     address: *mut u8,
-    len: usize,
-    context: Rc<Context>,
+    context: &'static Context,
 }
 
 impl Pinned {
-    fn new(context: &Rc<Context>, len: usize) -> Result<Self> {
+    fn new(context: &'static Context) -> Result<Self> {
+        let spare = lock(&context.spare_pinned).pop();
+        if let Some(address) = spare {
+            return Ok(Self { address, context });
+        }
         context.make_current()?;
         let mut address = std::ptr::null_mut();
         // SAFETY: `address` is a place for a pointer.
         #[allow(unsafe_code)]
-        driver("cuMemAllocHost", unsafe { sys::cuMemAllocHost_v2(&mut address, len) })?;
-        Ok(Self { address: address.cast(), len, context: Rc::clone(context) })
+        driver("cuMemAllocHost", unsafe { sys::cuMemAllocHost_v2(&mut address, 2 * HALF) })?;
+        Ok(Self { address: address.cast(), context })
     }
 }
 
 impl Drop for Pinned {
+    /// Nothing uses the memory any more: its handle's stream has finished.
     fn drop(&mut self) {
-        if self.context.make_current().is_ok() {
-            // SAFETY: the memory came from `cuMemAllocHost`, and nothing uses it any more: its handle's stream has finished.
-            #[allow(unsafe_code)]
-            let _ = unsafe { sys::cuMemFreeHost(self.address.cast()) };
-        }
+        lock(&self.context.spare_pinned).push(self.address);
     }
 }
 
@@ -178,12 +179,18 @@ pub(super) struct Staging {
 const HALF: usize = 1 << 20;
 
 impl Staging {
+    /// The pinned memory.
+    pub(super) fn memory(&mut self, context: &'static Context) -> Result<*mut u8> {
+        if self.memory.is_none() {
+            self.memory = Some(Pinned::new(context)?);
+        }
+        Ok(self.memory.as_ref().map_or(std::ptr::null_mut(), |memory| memory.address))
+    }
+
     /// Copies to the device, in order with its work. The destination has as many bytes.
     pub(super) fn upload(&mut self, cuda: &Handle, mut from: &[u8], mut to: CUdeviceptr) -> Result<()> {
+        let pinned = self.memory(cuda.context)?;
         while !from.is_empty() {
-            if self.memory.is_none() {
-                self.memory = Some(Pinned::new(&cuda.context, 2 * HALF)?);
-            }
             let half = self.at / HALF;
             if self.at.is_multiple_of(HALF) {
                 // What the device still reads here is older than a whole half.
@@ -192,7 +199,6 @@ impl Staging {
                 }
             }
             let (now, rest) = from.split_at(from.len().min(HALF - self.at % HALF));
-            let pinned = self.memory.as_ref().map_or(std::ptr::null_mut(), |memory| memory.address);
             // SAFETY: `at` and as many bytes behind it as are copied lie in one half of the memory, which the device is not
             // reading: it was waited for when the half was begun, and nothing before `at` is written. The destination is as long
             // as what is left of `from`, and borrowed exclusively by the caller.
@@ -217,38 +223,26 @@ impl Staging {
 
     /// Copies from the device, and waits for it. The source has as many bytes.
     pub(super) fn download(&mut self, cuda: &Handle, from: CUdeviceptr, to: &mut [u8]) -> Result<()> {
+        let pinned = self.memory(cuda.context)?;
         for (part, to) in to.chunks_mut(2 * HALF).enumerate() {
-            let memory = match self.memory.take() {
-                Some(memory) => memory,
-                None => Pinned::new(&cuda.context, 2 * HALF)?,
-            };
             let from = from + (part * 2 * HALF) as u64;
             // SAFETY: the pinned memory has room for a chunk. What was uploaded from it is read by the same stream before it is
             // written here.
             #[allow(unsafe_code)]
-            let code = unsafe {
-                sys::cuMemcpyDtoHAsync_v2(
-                    memory.address.cast(),
-                    from,
-                    to.len().min(memory.len),
-                    cuda.stream.handle,
-                )
-            };
+            let code =
+                unsafe { sys::cuMemcpyDtoHAsync_v2(pinned.cast(), from, to.len(), cuda.stream.handle) };
             driver("cuMemcpyDtoHAsync", code)?;
-            let done = cuda.wait();
-            if done.is_err() {
-                // The device may still write there.
-                std::mem::forget(memory);
-                *self = Self::default();
-                return done;
-            }
+            // Should the wait end early, the device may still write there: uploads wait for these marks.
+            self.at = 0;
+            self.read = [Some(cuda.stream.mark()?), Some(cuda.stream.mark()?)];
+            cuda.wait()?;
+            self.read = [None, None];
             // SAFETY: the device has written as many bytes, and does nothing else with the memory: all that was asked of the
             // stream is done.
             #[allow(unsafe_code)]
             unsafe {
-                std::ptr::copy_nonoverlapping(memory.address, to.as_mut_ptr(), to.len());
+                std::ptr::copy_nonoverlapping(pinned, to.as_mut_ptr(), to.len());
             }
-            *self = Self { memory: Some(memory), ..Self::default() };
         }
         Ok(())
     }

@@ -2,8 +2,11 @@
 //!
 //! A [`Cuda`] is one rank's handle of a GPU: a stream of its own, on which everything is done in the order in which it was asked
 //! for, while the rank's thread goes on; it waits where values come back to the host. The driver, NVRTC and cuBLASLt are loaded
-//! when they are first needed; no toolkit is needed to build, and none to run. Kernels are compiled for the GPU at hand when
-//! one of their family is first used, and kept on disk (`SHARDWISE_CACHE`, or `shardwise` in the user's cache folder).
+//! when they are first needed; no toolkit is needed to build, and none to run.
+//!
+//! The first handle of a GPU in a process loads all kernels, and they stay loaded: a load may wait until the GPU is idle, which
+//! it is not while a collective waits there for another rank. Kernels that are not on disk yet (`SHARDWISE_CACHE`, or `shardwise`
+//! in the user's cache folder) are compiled for the GPU at hand, in parallel; [`precompile`] does that beforehand.
 //!
 //! # What is needed
 //!
@@ -43,6 +46,7 @@
 //! compiled for the CPU and every access is checked. It is for tests.
 
 mod context;
+mod families;
 mod launch;
 pub(crate) mod libraries;
 mod matmul;
@@ -51,10 +55,12 @@ mod program;
 mod status;
 mod stream;
 
+pub(crate) use families::Kernel;
 pub(crate) use launch::Grid;
+pub use libraries::{Version, versions};
 pub(crate) use matmul::{Epilogue, Layout, Lt, Matmul, Operands};
 pub use memory::{CudaBuffer, CudaSlice, CudaSliceMut};
-pub(crate) use program::Family;
+pub use program::precompile;
 pub use stream::Mark;
 
 use super::{Device, Element, MemoryUse};
@@ -66,6 +72,7 @@ use std::{
     fmt,
     ops::Range,
     rc::{Rc, Weak},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 use stream::Stream;
 
@@ -79,7 +86,7 @@ pub(crate) struct Handle {
     stream: Stream,
     staging: RefCell<Staging>,
     lt: OnceCell<Lt>,
-    context: Rc<Context>,
+    context: &'static Context,
     /// The same for handles whose owner orders their work by marks.
     kin: Rc<()>,
     looks: RefCell<Vec<Weak<dyn Fn() -> Result<()>>>>,
@@ -106,6 +113,11 @@ impl Counters {
     }
 }
 
+/// Locks, also what a thread that panicked had locked: what is behind these locks is whole at any time.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A small table of numbers or flags on the device, for a kernel's arguments.
 pub(crate) struct Table(CudaBuffer<f64>);
 
@@ -127,14 +139,16 @@ impl Cuda {
     }
 
     fn with(ordinal: usize, poison: bool) -> Result<Self> {
-        libraries::need(&libraries::DRIVER)?;
-        let context = Context::new(ordinal)?;
-        Self::on(context, Rc::default(), Rc::default(), poison)
+        let cuda = Self::on(Context::of(ordinal)?, Rc::default(), Rc::default(), poison)?;
+        // What allocates in the driver, before there are collectives.
+        cuda.0.staging.borrow_mut().memory(cuda.0.context)?;
+        cuda.lt()?;
+        Ok(cuda)
     }
 
-    fn on(context: Rc<Context>, kin: Rc<()>, memory: Rc<Counters>, poison: bool) -> Result<Self> {
+    fn on(context: &'static Context, kin: Rc<()>, memory: Rc<Counters>, poison: bool) -> Result<Self> {
         Ok(Self(Rc::new(Handle {
-            stream: Stream::new(&context)?,
+            stream: Stream::new(context)?,
             staging: RefCell::default(),
             lt: OnceCell::new(),
             context,
@@ -164,6 +178,11 @@ impl Cuda {
         &self.0.context.name
     }
 
+    /// The bytes of memory that this GPU has, free or not.
+    pub fn total_memory(&self) -> usize {
+        self.0.context.total_memory
+    }
+
     /// Lets products of f32 be computed in TF32, with 10 bits of mantissa, from here on. By default they are not.
     pub fn allow_tf32(&self, allow: bool) {
         self.0.exact.set(!allow);
@@ -173,9 +192,8 @@ impl Cuda {
     #[cfg(feature = "nccl")]
     pub(crate) fn beside(&self) -> Result<Self> {
         let handle = &self.0;
-        let (context, kin, memory) =
-            (Rc::clone(&handle.context), Rc::clone(&handle.kin), Rc::clone(&handle.memory));
-        let beside = Self::on(context, kin, memory, handle.poison)?;
+        let (kin, memory) = (Rc::clone(&handle.kin), Rc::clone(&handle.memory));
+        let beside = Self::on(handle.context, kin, memory, handle.poison)?;
         beside.0.exact.set(handle.exact.get());
         Ok(beside)
     }

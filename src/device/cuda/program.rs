@@ -1,7 +1,8 @@
 //! Kernels from source to the device: compiled by NVRTC for the GPU at hand, and kept on disk.
 
 use super::{
-    libraries,
+    families::{FAMILIES, Family},
+    libraries, lock,
     status::{compiler, driver},
 };
 use crate::error::{Error, Result};
@@ -11,23 +12,17 @@ use cudarc::{
 };
 use sha2::{Digest, Sha256};
 use std::{
+    collections::BTreeMap,
     ffi::{CString, c_char, c_int},
     fs,
+    panic::resume_unwind,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+    thread,
 };
-
-/// The source of a kernel family.
-pub(crate) struct Family {
-    pub(crate) name: &'static str,
-    /// The `.cu` file.
-    pub(crate) source: &'static str,
-    /// Whether kernels of it ask for more shared memory than 48 KiB.
-    pub(crate) large_shared_memory: bool,
-    /// Whether a product and a sum may become one operation, rounded once: faster, but where the compiler does it is its own
-    /// choice, which may differ between the ways in which a kernel walks.
-    pub(crate) contracts: bool,
-}
 
 /// What `.cu` files include: one of these, and that the ones behind it.
 const HEADERS: [(&str, &str); 2] = [
@@ -35,24 +30,106 @@ const HEADERS: [(&str, &str); 2] = [
     ("#include \"element.cuh\"", include_str!("../../../cuda/element.cuh")),
 ];
 
-/// Loads a family's kernels into the current context.
-pub(super) fn load(family: &Family, capability: (i32, i32)) -> Result<CUmodule> {
+/// A family's kernels, compiled.
+pub(super) struct Image {
+    bytes: Vec<u8>,
+    /// Whether it comes from the cache.
+    stored: bool,
+}
+
+/// The images of all families, in their order. The first who asks compiles what the cache does not have; the others wait. No
+/// call of the driver is made meanwhile.
+pub(super) fn images(capability: (i32, i32)) -> Result<Arc<Vec<Image>>> {
+    static MADE: Mutex<BTreeMap<(i32, i32), Arc<Vec<Image>>>> = Mutex::new(BTreeMap::new());
     libraries::need(&libraries::NVRTC)?;
-    // One rank compiles, the others find the result.
-    static COMPILING: Mutex<()> = Mutex::new(());
-    let _turn = COMPILING.lock().unwrap_or_else(PoisonError::into_inner);
-    let job = Job::new(family, capability)?;
-    let file = cache_folder().map(|folder| folder.join(format!("{}-{}.bin", family.name, job.key)));
-    let stored = file.as_deref().and_then(read);
-    if let Some(module) = stored.and_then(|image| module(image).ok()) {
-        return Ok(module);
+    let mut made = lock(&MADE);
+    if let Some(images) = made.get(&capability) {
+        return Ok(Arc::clone(images));
     }
-    let image = job.compile()?;
-    if let Some(file) = &file {
-        // A cache that cannot be written is no cache.
-        let _ = write(file, &image);
+    let images = Arc::new(in_parallel(|family| Image::new(family, capability, true))?);
+    made.insert(capability, Arc::clone(&images));
+    Ok(images)
+}
+
+/// Compiles all kernels for GPUs of a compute capability, `(9, 0)` for Hopper, and keeps them on disk: see [`crate::device::cuda`].
+/// Returns the folder.
+///
+/// Neither a GPU nor a driver is needed, so a build machine can fill the folder that `SHARDWISE_CACHE` names. A machine finds the
+/// kernels there if its NVRTC has the same version and the program is of the same source.
+///
+/// # Errors
+/// When NVRTC is missing or does not know the capability, or the folder cannot be written.
+pub fn precompile((major, minor): (u32, u32)) -> Result<PathBuf> {
+    let capability = (major as i32, minor as i32);
+    let folder = cache_folder();
+    let folder = folder.ok_or_else(|| Error::invalid("the kernel cache", "no folder is known for it"))?;
+    let images = images(capability)?;
+    for (family, image) in FAMILIES.iter().zip(images.iter()) {
+        let file = folder.join(Job::new(family, capability)?.file_name());
+        if read(&file).is_none() {
+            write(&file, &image.bytes).map_err(|error| {
+                Error::invalid("the kernel cache", format!("{}: {error}", file.display()))
+            })?;
+        }
     }
-    module(image).map_err(too_new)
+    Ok(folder)
+}
+
+/// Does the same for every family, on as many threads as there are processors.
+fn in_parallel<R: Send>(work: impl Fn(&'static Family) -> Result<R> + Sync) -> Result<Vec<R>> {
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let turns = std::iter::from_fn(|| FAMILIES.get(next.fetch_add(1, Relaxed)));
+        turns.map(|family| (family.name, work(family))).collect::<Vec<_>>()
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(FAMILIES.len());
+    let mut made: BTreeMap<_, _> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+        workers
+            .into_iter()
+            .flat_map(|worker| worker.join().unwrap_or_else(|panic| resume_unwind(panic)))
+            .collect()
+    });
+    FAMILIES.iter().filter_map(|family| made.remove(family.name)).collect()
+}
+
+/// Loads a family's kernels into the current context.
+pub(super) fn load(family: &Family, image: &Image, capability: (i32, i32)) -> Result<CUmodule> {
+    match image.module().map_err(too_new) {
+        // The cache may hold what another driver was content with.
+        Err(Error::Library { .. }) if image.stored => {
+            Image::new(family, capability, false)?.module().map_err(too_new)
+        }
+        outcome => outcome,
+    }
+}
+
+impl Image {
+    /// From the cache if it is `allowed` and there, else compiled, and put there.
+    fn new(family: &Family, capability: (i32, i32), allowed: bool) -> Result<Self> {
+        let job = Job::new(family, capability)?;
+        let file = cache_folder().map(|folder| folder.join(job.file_name()));
+        if let Some(bytes) = file.as_deref().filter(|_| allowed).and_then(read) {
+            return Ok(Self { bytes, stored: true });
+        }
+        let bytes = job.compile()?;
+        if let Some(file) = &file {
+            // A cache that cannot be written is no cache.
+            let _ = write(file, &bytes);
+        }
+        Ok(Self { bytes, stored: false })
+    }
+
+    fn module(&self) -> Result<CUmodule> {
+        // PTX is text that ends with a zero; a cubin knows its length and does not mind.
+        let bytes = [&self.bytes[..], &[0]].concat();
+        let mut module = std::ptr::null_mut();
+        // SAFETY: the image is what NVRTC gave, whole (its hash was compared) and with a zero behind it, and is copied by the
+        // driver; a context is current.
+        #[allow(unsafe_code)]
+        driver("cuModuleLoadData", unsafe { cuModuleLoadData(&mut module, bytes.as_ptr().cast()) })?;
+        Ok(module)
+    }
 }
 
 /// What the driver does not load is what a newer compiler made, if there is one.
@@ -101,17 +178,6 @@ fn cache_folder() -> Option<PathBuf> {
     user.map(|cache| cache.join("shardwise"))
 }
 
-fn module(mut image: Vec<u8>) -> Result<CUmodule> {
-    // PTX is text that ends with a zero; a cubin knows its length and does not mind.
-    image.push(0);
-    let mut module = std::ptr::null_mut();
-    // SAFETY: the image is what NVRTC gave, whole (its hash was compared) and with a zero behind it, and is copied by the
-    // driver; a context is current.
-    #[allow(unsafe_code)]
-    driver("cuModuleLoadData", unsafe { cuModuleLoadData(&mut module, image.as_ptr().cast()) })?;
-    Ok(module)
-}
-
 /// One compilation.
 struct Job<'a> {
     family: &'a Family,
@@ -150,6 +216,11 @@ impl<'a> Job<'a> {
         hash.update(format!("{first}.{second} {options:?} {source}"));
         let key = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
         Ok(Self { family, source, options, binary, key })
+    }
+
+    /// The name of the file in which the cache keeps the result.
+    fn file_name(&self) -> String {
+        format!("{}-{}.bin", self.family.name, self.key)
     }
 
     fn compile(&self) -> Result<Vec<u8>> {
@@ -241,17 +312,6 @@ impl Drop for Program {
 mod tests {
     use super::*;
 
-    macro_rules! families {
-        ($($name:literal),*) => {
-            [$(Family {
-                name: $name,
-                source: include_str!(concat!("../../../cuda/", $name, ".cu")),
-                large_shared_memory: false,
-                contracts: matches!($name, "attention" | "flash"),
-            }),*]
-        };
-    }
-
     /// By the real compiler, where there is one: it has no headers, and needs no GPU.
     #[test]
     fn nvrtc_compiles_every_family() {
@@ -259,30 +319,23 @@ mod tests {
             println!("not run: {error}");
             return;
         }
-        let families = families!(
-            "attention",
-            "dropout",
-            "flash",
-            "gather",
-            "loss",
-            "norm",
-            "pointwise",
-            "rope",
-            "softmax",
-            "update"
-        );
-        let here = fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda")).unwrap();
-        let files =
-            here.filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|end| end == "cu"));
-        assert_eq!(files.count(), families.len(), "a family is missing");
-        for family in &families {
-            let job = Job::new(family, (9, 0)).unwrap();
+        let images = in_parallel(|family| {
+            let job = Job::new(family, (9, 0))?;
             assert!(job.binary);
-            let image = job.compile().unwrap_or_else(|error| panic!("{error}"));
-            assert!(image.len() > 1000, "{}: {} bytes", family.name, image.len());
+            job.compile()
+        });
+        for (family, image) in FAMILIES.iter().zip(images.unwrap_or_else(|error| panic!("{error}"))) {
+            for &(_, stem, elements) in family.kernels {
+                for (first, second) in elements.all() {
+                    let name = second
+                        .map_or(format!("{stem}_{first}\0"), |second| format!("{stem}_{first}_{second}\0"));
+                    let known = image.windows(name.len()).any(|part| part == name.as_bytes());
+                    assert!(known, "{}: there is no {name}", family.name);
+                }
+            }
         }
         // For a GPU that the compiler does not know: PTX.
-        let job = Job::new(&families[3], (99, 9)).unwrap();
+        let job = Job::new(&FAMILIES[8], (99, 9)).unwrap();
         assert!(!job.binary);
         assert!(job.compile().unwrap().starts_with(b"//"));
     }

@@ -3,31 +3,30 @@
 use super::{context::Context, status::driver};
 use crate::error::Result;
 use cudarc::driver::sys::{self, CUevent, CUresult, CUstream};
-use std::rc::Rc;
 
 /// A stream of the device's work, done in the order in which it was asked for.
 pub(super) struct Stream {
     pub(super) handle: CUstream,
-    context: Rc<Context>,
+    context: &'static Context,
 }
 
 impl Stream {
     /// A stream that does not wait for the default one.
-    pub(super) fn new(context: &Rc<Context>) -> Result<Self> {
+    pub(super) fn new(context: &'static Context) -> Result<Self> {
         const NON_BLOCKING: u32 = 1;
         context.make_current()?;
         let mut handle = std::ptr::null_mut();
         // SAFETY: `handle` is a place for a stream; the context is current.
         #[allow(unsafe_code)]
         driver("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut handle, NON_BLOCKING) })?;
-        Ok(Self { handle, context: Rc::clone(context) })
+        Ok(Self { handle, context })
     }
 
     /// A mark behind everything that was asked of the stream so far.
     pub(super) fn mark(&self) -> Result<Mark> {
         const DISABLE_TIMING: u32 = 2;
         self.context.make_current()?;
-        let mut mark = Mark { event: std::ptr::null_mut(), context: Rc::clone(&self.context) };
+        let mut mark = Mark { event: std::ptr::null_mut(), context: self.context };
         // SAFETY: `event` is a place for an event; stream and event are of the current context.
         #[allow(unsafe_code)]
         unsafe {
@@ -67,7 +66,7 @@ impl Drop for Stream {
 /// A point in a stream's work.
 pub struct Mark {
     event: CUevent,
-    context: Rc<Context>,
+    context: &'static Context,
 }
 
 impl Mark {

@@ -4,7 +4,7 @@ use super::{Attention, AttentionSpec, CacheSpec, check, check_cached};
 use crate::{
     device::{
         DType, Device, Element,
-        cuda::{Cuda, CudaSlice, CudaSliceMut, Family, Grid, Table},
+        cuda::{Cuda, CudaSlice, CudaSliceMut, Grid, Kernel, Table},
     },
     error::{Error, Result, same_size},
     kernels::{
@@ -14,38 +14,34 @@ use crate::{
     },
 };
 
-const FAMILY: Family = Family {
-    name: "attention",
-    source: include_str!("../../../cuda/attention.cu"),
-    large_shared_memory: true,
-    contracts: true,
-};
-
-const FLASH: Family = Family {
-    name: "flash",
-    source: include_str!("../../../cuda/flash.cu"),
-    large_shared_memory: true,
-    contracts: true,
-};
-
 /// Keys in shared memory at a time, and warps of a block.
 const KEYS: usize = 32;
 const WARPS: usize = 4;
 
 /// What heads of some size ask of a kernel.
 struct Heads {
-    /// Which kernel: for heads of at most this many features.
-    features: usize,
+    /// Forward, backward to the queries, and to the keys and values.
+    kernels: [Kernel; 3],
     /// The queries, or keys, of a block.
     tile: usize,
 }
 
 impl Heads {
     fn new(head_dim: usize) -> Result<Self> {
+        use Kernel as Is;
         match head_dim {
-            0..=64 => Ok(Self { features: 64, tile: 4 * WARPS }),
-            65..=128 => Ok(Self { features: 128, tile: 4 * WARPS }),
-            129..=256 => Ok(Self { features: 256, tile: 2 * WARPS }),
+            0..=64 => Ok(Self {
+                kernels: [Is::Attention64, Is::AttentionBackwardQueries64, Is::AttentionBackwardKeys64],
+                tile: 4 * WARPS,
+            }),
+            65..=128 => Ok(Self {
+                kernels: [Is::Attention128, Is::AttentionBackwardQueries128, Is::AttentionBackwardKeys128],
+                tile: 4 * WARPS,
+            }),
+            129..=256 => Ok(Self {
+                kernels: [Is::Attention256, Is::AttentionBackwardQueries256, Is::AttentionBackwardKeys256],
+                tile: 2 * WARPS,
+            }),
             _ => {
                 let reason = format!("heads of {head_dim} features; the kernels are for 256 at most");
                 Err(Error::Unsupported { op: "attention", reason })
@@ -61,10 +57,9 @@ impl Heads {
 
 /// The kernels of one call.
 struct Kernels {
-    family: &'static Family,
-    prefix: &'static str,
-    /// For heads of at most this many features.
-    features: usize,
+    forward: Kernel,
+    backward_queries: Kernel,
+    backward_keys: Kernel,
     /// The queries, or keys, of a block.
     tile: usize,
     forward_shared: usize,
@@ -78,31 +73,32 @@ impl Kernels {
         let rows = operands.iter().map(|operand| operand.dims.rows).max().unwrap_or(0);
         let fits = Walk::by_rows(operands, rows, head_dim).packed && head_dim <= 128;
         if fits && matches!(T::DTYPE, DType::BF16 | DType::F16) {
-            let features = if head_dim <= 64 { 64 } else { 128 };
+            let (features, [forward, backward_queries, backward_keys]) = match head_dim <= 64 {
+                true => (64, [Kernel::Flash64, Kernel::FlashBackwardQueries64, Kernel::FlashBackwardKeys64]),
+                false => {
+                    (128, [Kernel::Flash128, Kernel::FlashBackwardQueries128, Kernel::FlashBackwardKeys128])
+                }
+            };
             let own = 16 * WARPS * (features + 8) * size_of::<T>();
-            let (family, tile) = (&FLASH, 16 * WARPS);
             return Ok(Self {
-                family,
-                prefix: "flash",
-                features,
-                tile,
+                forward,
+                backward_queries,
+                backward_keys,
+                tile: 16 * WARPS,
                 forward_shared: 3 * own,
                 backward_shared: 4 * own,
             });
         }
         let heads = Heads::new(head_dim)?;
+        let [forward, backward_queries, backward_keys] = heads.kernels;
         Ok(Self {
-            family: &FAMILY,
-            prefix: "attention",
-            features: heads.features,
+            forward,
+            backward_queries,
+            backward_keys,
             tile: heads.tile,
             forward_shared: heads.shared::<T>(head_dim, 1, 2),
             backward_shared: heads.shared::<T>(head_dim, 2, 2),
         })
-    }
-
-    fn name<T: Element>(&self, pass: &str) -> String {
-        format!("{}{pass}_{}_{}", self.prefix, self.features, T::DTYPE)
     }
 }
 
@@ -159,7 +155,7 @@ impl Attention for Cuda {
             self.tables(spec, kind.tile, |_, rows| [0, rows.start, rows.len()])?;
         let so = out.dims().row_stride;
         let out = out.into_data();
-        let launch = self.kernel(kind.family, kind.name::<T>(""));
+        let launch = self.kernel(kind.forward, T::DTYPE);
         let launch =
             launch.ints([heads, dim, 0, dim, usize::from(spec.causal), window(spec)]).floats([spec.scale]);
         let launch = launch.table(&tiles).table(&kv).table_if(valid.as_ref());
@@ -196,7 +192,7 @@ impl Attention for Cuda {
         let kind = Kernels::new::<T>(dim, &operands)?;
         let mut delta = self.empty::<T::Acc>(rows * heads)?;
         let walk = Walk::by_rows(&[out.operand(), dout.operand()], rows, dim);
-        let launch = self.kernel(&FAMILY, format!("attention_delta_{}", T::DTYPE));
+        let launch = self.kernel(Kernel::AttentionDelta, T::DTYPE);
         let launch = launch.ints([usize::from(walk.packed), rows, heads, dim]);
         let launch =
             launch.read(out.data()).int(out.dims().row_stride).read(dout.data()).int(dout.dims().row_stride);
@@ -210,10 +206,11 @@ impl Attention for Cuda {
             self.tables(spec, kind.tile, |_, rows| [0, rows.start, rows.len()])?;
         let sd = dqkv.dims().row_stride;
         let dqkv = dqkv.into_data();
-        for (kernel, numbers, blocks) in
-            [("queries", vec![heads, dim], heads), ("keys", vec![heads, spec.kv_heads, dim], spec.kv_heads)]
-        {
-            let launch = self.kernel(kind.family, kind.name::<T>(&format!("_backward_{kernel}")));
+        for (kernel, numbers, blocks) in [
+            (kind.backward_queries, vec![heads, dim], heads),
+            (kind.backward_keys, vec![heads, spec.kv_heads, dim], spec.kv_heads),
+        ] {
+            let launch = self.kernel(kernel, T::DTYPE);
             let launch = numbers.into_iter().fold(launch, |launch, number| launch.int(number));
             let launch = launch.ints([usize::from(spec.causal), window(spec)]).floats([spec.scale]);
             let launch = launch.table(&tiles).table(&kv).table_if(valid.as_ref());
@@ -251,7 +248,7 @@ impl Attention for Cuda {
         let (count, tiles, kv, _) = self.tables(spec, kind.tile, keys)?;
         let so = out.dims().row_stride;
         let out = out.into_data();
-        let launch = self.kernel(kind.family, kind.name::<T>(""));
+        let launch = self.kernel(kind.forward, T::DTYPE);
         let launch = launch.ints([heads, dim, cache.capacity, 0, 1, window(spec)]).floats([spec.scale]);
         let launch = launch.table(&tiles).table(&kv).null();
         let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);

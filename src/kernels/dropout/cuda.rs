@@ -4,17 +4,10 @@ use super::{Dropout, DropoutMask, check};
 use crate::{
     device::{
         Element,
-        cuda::{Cuda, Family, Grid},
+        cuda::{Cuda, Grid, Kernel},
     },
     error::Result,
     kernels::{MatMut, MatRef, packs::Walk},
-};
-
-const FAMILY: Family = Family {
-    name: "dropout",
-    source: include_str!("../../../cuda/dropout.cu"),
-    large_shared_memory: false,
-    contracts: false,
 };
 
 impl Dropout for Cuda {
@@ -29,7 +22,7 @@ impl Dropout for Cuda {
         let walk = Walk::by_rows(&[x.operand(), y.operand()], rows, cols);
         let y = y.into_data();
         let [key0, key1] = mask.stream.key().map(|key| key as usize);
-        let launch = self.kernel(&FAMILY, format!("dropout_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::Dropout, T::DTYPE).ints(walk.words());
         let launch =
             launch.ints([mask.first_index(0) as usize, mask.width, key0, key1, mask.threshold() as usize]);
         let launch = launch.floats([1.0 / (1.0 - mask.probability)]).read(x.data()).int(sx);

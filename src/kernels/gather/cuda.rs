@@ -4,17 +4,10 @@ use super::{Gather, NO_ROW, check};
 use crate::{
     device::{
         Element,
-        cuda::{Cuda, Family, Grid},
+        cuda::{Cuda, Grid, Kernel},
     },
     error::Result,
     kernels::{MatMut, MatRef, packs::Walk},
-};
-
-const FAMILY: Family = Family {
-    name: "gather",
-    source: include_str!("../../../cuda/gather.cu"),
-    large_shared_memory: false,
-    contracts: false,
 };
 
 impl Gather for Cuda {
@@ -30,7 +23,7 @@ impl Gather for Cuda {
         let walk = Walk::by_rows(&[table.operand(), y.operand()], rows.max(table.rows()), cols);
         let y = y.into_data();
         let ids = self.table_u32(ids)?;
-        let launch = self.kernel(&FAMILY, format!("gather_{}", T::DTYPE));
+        let launch = self.kernel(Kernel::Gather, T::DTYPE);
         let launch = launch.ints([usize::from(walk.packed), rows, cols]);
         let launch = launch.read(table.data()).int(table.dims().row_stride).table(&ids);
         // SAFETY: the arguments are gather's; `check` has seen that y has a row an id, and the table the rows of all ids.
@@ -63,7 +56,7 @@ impl Gather for Cuda {
         let dtable = dtable.into_data();
         let (targets, begins, order) =
             (self.table_u32(&targets)?, self.table_u32(&begins)?, self.table_u32(&order)?);
-        let launch = self.kernel(&FAMILY, format!("scatter_add_{}", T::DTYPE));
+        let launch = self.kernel(Kernel::ScatterAdd, T::DTYPE);
         let launch = launch.ints([usize::from(walk.packed), count, cols]);
         let launch =
             launch.table(&targets).table(&begins).table(&order).read(dy.data()).int(dy.dims().row_stride);

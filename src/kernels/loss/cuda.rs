@@ -4,17 +4,10 @@ use super::{Loss, Targets, check_rows, check_same, check_targets};
 use crate::{
     device::{
         Accumulator, Device, Element,
-        cuda::{Cuda, CudaSlice, CudaSliceMut, Family, Grid, Table},
+        cuda::{Cuda, CudaSlice, CudaSliceMut, Grid, Kernel, Table},
     },
     error::Result,
     kernels::{MatMut, MatRef, packs::Walk},
-};
-
-const FAMILY: Family = Family {
-    name: "loss",
-    source: include_str!("../../../cuda/loss.cu"),
-    large_shared_memory: false,
-    contracts: false,
 };
 
 impl Cuda {
@@ -35,7 +28,7 @@ impl Loss for Cuda {
         check_same(OP, x.dims(), &[])?;
         check_rows(OP, "the maxima", Self::len_mut(&max), 1, x.rows())?;
         let walk = Walk::by_rows(&[x.operand()], x.rows(), x.cols());
-        let launch = self.kernel(&FAMILY, format!("row_max_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::RowMax, T::DTYPE).ints(walk.words());
         // SAFETY: the arguments are row_max's; there is a maximum a row, as was checked.
         #[allow(unsafe_code)]
         unsafe {
@@ -57,7 +50,7 @@ impl Loss for Cuda {
         check_rows(OP, "the sums", Self::len_mut(&sums), 3, x.rows())?;
         let columns = self.columns(targets, x.cols())?;
         let walk = Walk::by_rows(&[x.operand()], x.rows(), x.cols());
-        let launch = self.kernel(&FAMILY, format!("exp_sums_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::ExpSums, T::DTYPE).ints(walk.words());
         let launch = launch.int(usize::from(targets.off != 0.0)).table(&columns);
         let launch = launch.read(x.data()).int(x.dims().row_stride).read(max).write(&sums);
         // SAFETY: the arguments are exp_sums's; the sizes were checked, and a column is one of x.
@@ -83,7 +76,7 @@ impl Loss for Cuda {
         check_rows(OP, "the losses", Self::len_mut(&losses), 1, rows)?;
         check_rows(OP, "the log-sum-exps", Self::len_mut(&lse), 1, rows)?;
         let ignored = self.ignored(targets)?;
-        let launch = self.kernel(&FAMILY, format!("cross_entropy_{}", A::DTYPE)).int(rows);
+        let launch = self.kernel(Kernel::CrossEntropy, A::DTYPE).int(rows);
         let launch = launch.floats([targets.on, targets.off, targets.z]).table(&ignored);
         // SAFETY: the arguments are cross_entropy's; the sizes were checked.
         #[allow(unsafe_code)]
@@ -108,7 +101,7 @@ impl Loss for Cuda {
         let walk = Walk::by_rows(&[x.operand(), dx.operand()], x.rows(), x.cols());
         let sdx = dx.dims().row_stride;
         let dx = dx.into_data();
-        let launch = self.kernel(&FAMILY, format!("cross_entropy_backward_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::CrossEntropyBackward, T::DTYPE).ints(walk.words());
         let launch =
             launch.floats([targets.on, targets.off, targets.z, scale]).table(&columns).table(&ignored);
         let launch = launch.read(x.data()).int(x.dims().row_stride).read(lse).write(&dx).int(sdx);
@@ -129,7 +122,7 @@ impl Loss for Cuda {
         check_same(OP, x.dims(), &[("y", y.dims())])?;
         check_rows(OP, "the sums", Self::len_mut(&sums), 1, x.rows())?;
         let walk = Walk::by_rows(&[x.operand(), y.operand()], x.rows(), x.cols());
-        let launch = self.kernel(&FAMILY, format!("squared_error_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::SquaredError, T::DTYPE).ints(walk.words());
         let launch = launch.read(x.data()).int(x.dims().row_stride).read(y.data()).int(y.dims().row_stride);
         // SAFETY: the arguments are squared_error's; the sizes were checked.
         #[allow(unsafe_code)]
@@ -149,7 +142,7 @@ impl Loss for Cuda {
         let walk = Walk::through(&[x.operand(), y.operand(), dx.operand()]);
         let sdx = dx.dims().row_stride;
         let dx = dx.into_data();
-        let launch = self.kernel(&FAMILY, format!("squared_error_backward_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::SquaredErrorBackward, T::DTYPE).ints(walk.words());
         let launch = launch.floats([scale]).read(x.data()).int(x.dims().row_stride);
         let launch = launch.read(y.data()).int(y.dims().row_stride).write(&dx).int(sdx);
         // SAFETY: the arguments are squared_error_backward's; `check_same` has compared the dimensions.

@@ -4,7 +4,7 @@ use super::{Norm, NormKind, check};
 use crate::{
     device::{
         Device, Element,
-        cuda::{Cuda, CudaSlice, CudaSliceMut, Family, Grid},
+        cuda::{Cuda, CudaSlice, CudaSliceMut, Grid, Kernel},
     },
     error::Result,
     kernels::{
@@ -12,13 +12,6 @@ use crate::{
         packs::Walk,
         pointwise::cuda::{column_blocks, runs, vector},
     },
-};
-
-const FAMILY: Family = Family {
-    name: "norm",
-    source: include_str!("../../../cuda/norm.cu"),
-    large_shared_memory: false,
-    contracts: false,
 };
 
 impl Norm for Cuda {
@@ -38,7 +31,7 @@ impl Norm for Cuda {
         let walk = Walk::by_rows(&operands, x.rows(), x.cols());
         let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
-        let launch = self.kernel(&FAMILY, format!("normalize_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::Normalize, T::DTYPE).ints(walk.words());
         let launch = launch.int(usize::from(kind.centers())).floats([kind.eps()]);
         let launch = launch.read(x.data()).int(sx).read(gamma).read_if(beta).write(&y).int(sy).write(&stats);
         // SAFETY: the arguments are normalize's; `check` has seen that x has the dimensions of y, gamma and beta one element a
@@ -74,7 +67,7 @@ impl Norm for Cuda {
         let walk = Walk::by_rows(&[x.operand(), dy.operand(), dx.operand(), vector(gamma)], rows, cols);
         let [sx, sdy, sdx] = [x.dims(), dy.dims(), dx.dims()].map(|dims| dims.row_stride);
         let dx = dx.into_data();
-        let launch = self.kernel(&FAMILY, format!("normalize_backward_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::NormalizeBackward, T::DTYPE).ints(walk.words());
         let launch = launch.int(usize::from(kind.centers())).read(x.data()).int(sx).read(gamma).read(stats);
         // SAFETY: the arguments are normalize_backward's; `check` has compared the dimensions.
         #[allow(unsafe_code)]
@@ -88,7 +81,7 @@ impl Norm for Cuda {
             let mut whole = Self::slice_mut(&mut partial);
             let gammas = Self::narrow_mut(Self::reborrow(&mut whole), gammas.clone());
             let walk = Walk::by_rows(&[x.operand(), dy.operand()], rows, cols);
-            let launch = self.kernel(&FAMILY, format!("normalize_columns_{}", T::DTYPE)).ints(walk.words());
+            let launch = self.kernel(Kernel::NormalizeColumns, T::DTYPE).ints(walk.words());
             let launch =
                 launch.int(run).read(x.data()).int(sx).read(stats).read(dy.data()).int(sdy).write(&gammas);
             let betas = dbeta.is_some().then(|| Self::narrow_mut(whole, betas.clone()));

@@ -4,7 +4,7 @@ use super::{Activation, Pointwise, check, check_row};
 use crate::{
     device::{
         Device, Element,
-        cuda::{Cuda, CudaSlice, CudaSliceMut, Family, Grid},
+        cuda::{Cuda, CudaSlice, CudaSliceMut, Grid, Kernel},
     },
     error::{Result, same_size},
     kernels::{
@@ -12,13 +12,6 @@ use crate::{
         packs::{Operand, Walk},
         view::{Dims, same_dims, unit_columns},
     },
-};
-
-pub(in crate::kernels) const FAMILY: Family = Family {
-    name: "pointwise",
-    source: include_str!("../../../cuda/pointwise.cu"),
-    large_shared_memory: false,
-    contracts: false,
 };
 
 /// The number of an activation in `pointwise.cu`.
@@ -60,7 +53,7 @@ impl Pointwise for Cuda {
         let walk = Walk::through(&[x.operand(), y.operand()]);
         let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
-        let launch = self.kernel(&FAMILY, format!("activate_{}", T::DTYPE)).ints(walk.words()).int(number(f));
+        let launch = self.kernel(Kernel::Activate, T::DTYPE).ints(walk.words()).int(number(f));
         // SAFETY: the arguments are activate's; `check` has seen that x has the dimensions of y.
         #[allow(unsafe_code)]
         unsafe {
@@ -79,8 +72,7 @@ impl Pointwise for Cuda {
         let walk = Walk::through(&[x.operand(), dy.operand(), dx.operand()]);
         let [sx, sdy, sdx] = [x.dims(), dy.dims(), dx.dims()].map(|dims| dims.row_stride);
         let dx = dx.into_data();
-        let launch =
-            self.kernel(&FAMILY, format!("activate_backward_{}", T::DTYPE)).ints(walk.words()).int(number(f));
+        let launch = self.kernel(Kernel::ActivateBackward, T::DTYPE).ints(walk.words()).int(number(f));
         let launch = launch.read(x.data()).int(sx).read(dy.data()).int(sdy).write(&dx).int(sdx);
         // SAFETY: the arguments are activate_backward's; `check` has seen that all have the same dimensions.
         #[allow(unsafe_code)]
@@ -100,7 +92,7 @@ impl Pointwise for Cuda {
         let walk = Walk::through(&[gate.operand(), up.operand(), y.operand()]);
         let [sg, su, sy] = [gate.dims(), up.dims(), y.dims()].map(|dims| dims.row_stride);
         let y = y.into_data();
-        let launch = self.kernel(&FAMILY, format!("gate_{}", T::DTYPE)).ints(walk.words()).int(number(f));
+        let launch = self.kernel(Kernel::Gate, T::DTYPE).ints(walk.words()).int(number(f));
         let launch = launch.read(gate.data()).int(sg).read(up.data()).int(su).write(&y).int(sy);
         // SAFETY: the arguments are gate's; `check` has seen that all have the same dimensions.
         #[allow(unsafe_code)]
@@ -130,8 +122,7 @@ impl Pointwise for Cuda {
         let walk = Walk::by_rows(&operands, gate.rows(), gate.cols());
         let [sg, su, sdy, sd] = [gate.dims(), up.dims(), dy.dims(), d.dims()].map(|dims| dims.row_stride);
         let d = d.into_data();
-        let launch =
-            self.kernel(&FAMILY, format!("gate_backward_{}", T::DTYPE)).ints(walk.words()).int(number(f));
+        let launch = self.kernel(Kernel::GateBackward, T::DTYPE).ints(walk.words()).int(number(f));
         let launch = launch
             .read(gate.data())
             .int(sg)
@@ -159,7 +150,7 @@ impl Pointwise for Cuda {
         let walk = Walk::through(&[a.operand(), b.operand(), y.operand()]);
         let [sa, sb, sy] = [a.dims(), b.dims(), y.dims()].map(|dims| dims.row_stride);
         let y = y.into_data();
-        let launch = self.kernel(&FAMILY, format!("add_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::Add, T::DTYPE).ints(walk.words());
         let launch = launch.read(a.data()).int(sa).read(b.data()).int(sb).write(&y).int(sy);
         // SAFETY: the arguments are add's; `check` has seen that all have the same dimensions.
         #[allow(unsafe_code)]
@@ -177,7 +168,7 @@ impl Pointwise for Cuda {
         let walk = Walk::through(&[x.operand(), y.operand()]);
         let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
-        let launch = self.kernel(&FAMILY, format!("accumulate_{}_{}", T::DTYPE, Y::DTYPE)).ints(walk.words());
+        let launch = self.kernel_between(Kernel::Accumulate, T::DTYPE, Y::DTYPE).ints(walk.words());
         // SAFETY: the arguments are accumulate's; `check` has seen that x has the dimensions of y.
         #[allow(unsafe_code)]
         unsafe {
@@ -191,7 +182,7 @@ impl Pointwise for Cuda {
         let walk = Walk::by_rows(&[vector(bias), y.operand()], y.rows(), y.cols());
         let sy = y.dims().row_stride;
         let y = y.into_data();
-        let launch = self.kernel(&FAMILY, format!("add_bias_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::AddBias, T::DTYPE).ints(walk.words());
         // SAFETY: the arguments are add_bias's; the bias was seen to have one element a column.
         #[allow(unsafe_code)]
         unsafe {
@@ -210,7 +201,7 @@ impl Pointwise for Cuda {
         let mut partial = self.empty::<T::Acc>(runs * cols)?;
         let partial_mut = Self::slice_mut(&mut partial);
         let walk = Walk::by_rows(&[x.operand()], rows, cols);
-        let launch = self.kernel(&FAMILY, format!("column_runs_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::ColumnRuns, T::DTYPE).ints(walk.words());
         let launch = launch.int(run).read(x.data()).int(x.dims().row_stride).write(&partial_mut);
         // SAFETY: the arguments are column_runs's; `partial` was made for that many runs of as many columns.
         #[allow(unsafe_code)]
@@ -225,7 +216,7 @@ impl Pointwise for Cuda {
         let walk = Walk::through(&[x.operand(), y.operand()]);
         let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
-        let launch = self.kernel(&FAMILY, format!("copy_{}_{}", T::DTYPE, Y::DTYPE)).ints(walk.words());
+        let launch = self.kernel_between(Kernel::Copy, T::DTYPE, Y::DTYPE).ints(walk.words());
         // SAFETY: the arguments are copy's; `check` has seen that x has the dimensions of y.
         #[allow(unsafe_code)]
         unsafe {
@@ -235,12 +226,12 @@ impl Pointwise for Cuda {
 
     fn scale<T: Element>(&self, alpha: f64, y: MatMut<'_, T, Self>) -> Result<()> {
         unit_columns("scale", y.dims())?;
-        self.in_place("scale", alpha, y)
+        self.in_place(Kernel::Scale, alpha, y)
     }
 
     fn fill<T: Element>(&self, value: f64, y: MatMut<'_, T, Self>) -> Result<()> {
         unit_columns("fill", y.dims())?;
-        self.in_place("fill", value, y)
+        self.in_place(Kernel::Fill, value, y)
     }
 }
 
@@ -257,11 +248,11 @@ pub(in crate::kernels) fn column_blocks(walk: Walk, runs: usize) -> Grid {
 
 impl Cuda {
     /// A kernel of one number that changes y.
-    fn in_place<T: Element>(&self, name: &str, value: f64, y: MatMut<'_, T, Self>) -> Result<()> {
+    fn in_place<T: Element>(&self, kernel: Kernel, value: f64, y: MatMut<'_, T, Self>) -> Result<()> {
         let walk = Walk::through(&[y.operand()]);
         let sy = y.dims().row_stride;
         let y = y.into_data();
-        let launch = self.kernel(&FAMILY, format!("{name}_{}", T::DTYPE)).ints(walk.words()).floats([value]);
+        let launch = self.kernel(kernel, T::DTYPE).ints(walk.words()).floats([value]);
         // SAFETY: scale and fill take these arguments, and walk through y alone.
         #[allow(unsafe_code)]
         unsafe {
@@ -279,7 +270,7 @@ impl Cuda {
         let cols = Self::len_mut(&sums);
         same_size("column sums", "the sums of runs", Self::len(from), "runs times columns", runs * cols)?;
         let walk = Walk::by_rows(&[vector(from), vector(Self::shared(&sums))], 1, cols);
-        let launch = self.kernel(&FAMILY, format!("column_sums_{}", A::DTYPE));
+        let launch = self.kernel(Kernel::ColumnSums, A::DTYPE);
         let launch = launch.ints([usize::from(walk.packed), runs, cols]);
         // SAFETY: the arguments are column_sums's, and the sizes were just compared.
         #[allow(unsafe_code)]
@@ -301,7 +292,7 @@ impl Cuda {
         let len = Self::len_mut(&to);
         same_size("reduction", "the terms", Self::len(terms), "ranks times elements", ranks * len)?;
         let walk = Walk::by_rows(&[vector(terms), vector(Self::shared(&to))], 1, len);
-        let launch = self.kernel(&FAMILY, format!("reduce_{}", T::DTYPE));
+        let launch = self.kernel(Kernel::Reduce, T::DTYPE);
         let launch = launch.ints([usize::from(walk.packed), ranks, len, how]).read(terms);
         // SAFETY: the arguments are reduce's, and the sizes were just compared.
         #[allow(unsafe_code)]
@@ -319,7 +310,7 @@ impl Cuda {
         same_dims("copy", "x", x.dims(), "y", y.dims())?;
         let (from, to) = (x.dims(), y.dims());
         let y = y.into_data();
-        let launch = self.kernel(&FAMILY, format!("copy_strided_{}", T::DTYPE)).ints([from.rows, from.cols]);
+        let launch = self.kernel(Kernel::CopyStrided, T::DTYPE).ints([from.rows, from.cols]);
         let launch = launch
             .read(x.data())
             .ints([from.row_stride, from.col_stride])

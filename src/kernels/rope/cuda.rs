@@ -4,7 +4,7 @@ use super::{Rope, RopePairs, RopeSpec, check};
 use crate::{
     device::{
         Element,
-        cuda::{Cuda, Family, Grid},
+        cuda::{Cuda, Grid, Kernel},
     },
     error::Result,
     kernels::{
@@ -12,13 +12,6 @@ use crate::{
         packs::{Operand, Walk},
         view::Dims,
     },
-};
-
-const FAMILY: Family = Family {
-    name: "rope",
-    source: include_str!("../../../cuda/rope.cu"),
-    large_shared_memory: false,
-    contracts: false,
 };
 
 impl Rope for Cuda {
@@ -38,7 +31,7 @@ impl Rope for Cuda {
         let x = x.into_data();
         let (frequencies, positions) = (self.table_f64(spec.frequencies)?, self.table_u32(positions)?);
         let interleaved = usize::from(spec.pairs == RopePairs::Interleaved);
-        let launch = self.kernel(&FAMILY, format!("rope_{}", T::DTYPE));
+        let launch = self.kernel(Kernel::Rope, T::DTYPE);
         let launch = launch.ints([usize::from(walk.packed), rows, pairs, heads, spec.head_dim, interleaved]);
         let launch = launch.floats([spec.magnitude, if transposed { -1.0 } else { 1.0 }]);
         // SAFETY: the arguments are rope's; `check` has seen that x has a row a position, and whole heads that have the pairs.

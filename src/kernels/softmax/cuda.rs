@@ -4,17 +4,10 @@ use super::{Mask, Softmax, check};
 use crate::{
     device::{
         Element,
-        cuda::{Cuda, Family, Grid},
+        cuda::{Cuda, Grid, Kernel},
     },
     error::Result,
     kernels::{MatMut, MatRef, packs::Walk},
-};
-
-const FAMILY: Family = Family {
-    name: "softmax",
-    source: include_str!("../../../cuda/softmax.cu"),
-    large_shared_memory: false,
-    contracts: false,
 };
 
 impl Softmax for Cuda {
@@ -31,8 +24,7 @@ impl Softmax for Cuda {
         // An offset beyond the columns hides nothing, like none, which is -1.
         let offset = mask.causal.map_or(-1, |offset| offset.min(cols) as i64);
         let valid = mask.valid.map(|valid| self.table_of_flags(valid.iter().copied())).transpose()?;
-        let launch =
-            self.kernel(&FAMILY, format!("softmax_{}", T::DTYPE)).ints(walk.words()).int(offset as usize);
+        let launch = self.kernel(Kernel::Softmax, T::DTYPE).ints(walk.words()).int(offset as usize);
         let launch = match &valid {
             Some(valid) => launch.table(valid),
             None => launch.null(),
@@ -55,7 +47,7 @@ impl Softmax for Cuda {
         let [sy, sdy, sdx] = [y.dims(), dy.dims(), dx.dims()].map(|dims| dims.row_stride);
         let walk = Walk::by_rows(&[y.operand(), dy.operand(), dx.operand()], rows, cols);
         let dx = dx.into_data();
-        let launch = self.kernel(&FAMILY, format!("softmax_backward_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::SoftmaxBackward, T::DTYPE).ints(walk.words());
         let launch = launch.read(y.data()).int(sy).read(dy.data()).int(sdy).write(&dx).int(sdx);
         // SAFETY: the arguments are softmax_backward's; `check` has compared the dimensions.
         #[allow(unsafe_code)]

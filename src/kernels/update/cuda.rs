@@ -4,17 +4,10 @@ use super::{AdamWStep, SgdStep, Update, check, check_square_sums};
 use crate::{
     device::{
         Device, Element,
-        cuda::{Cuda, CudaSlice, CudaSliceMut, Family, Grid},
+        cuda::{Cuda, CudaSlice, CudaSliceMut, Grid, Kernel},
     },
     error::Result,
     kernels::{MatRef, packs::Walk, pointwise::cuda::vector},
-};
-
-const FAMILY: Family = Family {
-    name: "update",
-    source: include_str!("../../../cuda/update.cu"),
-    large_shared_memory: false,
-    contracts: false,
 };
 
 /// How a step walks through the weights and what belongs to them.
@@ -49,7 +42,7 @@ impl Update for Cuda {
         ];
         check("sgd", count, &lens)?;
         let walk = walk(grad, &weight, &[master.as_ref(), velocity.as_ref()]);
-        let launch = self.kernel(&FAMILY, format!("sgd_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::Sgd, T::DTYPE).ints(walk.words());
         let launch = launch.floats([step.lr, step.momentum, step.weight_decay, step.grad_scale]);
         let launch = launch.int(usize::from(step.nesterov)).read(grad).write(&weight);
         // SAFETY: the arguments are sgd's; `check` has seen that all are as long as the weight.
@@ -77,7 +70,7 @@ impl Update for Cuda {
         check("adamw", count, &lens)?;
         let (size, root) = step.corrections();
         let walk = walk(grad, &weight, &[master.as_ref(), Some(&first), Some(&second)]);
-        let launch = self.kernel(&FAMILY, format!("adamw_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::AdamW, T::DTYPE).ints(walk.words());
         let launch = launch.floats([step.beta1, 1.0 - step.beta1, step.beta2, 1.0 - step.beta2, step.eps]);
         let launch = launch.floats([size, root, 1.0 - step.lr * step.weight_decay, step.grad_scale]);
         let launch = launch.read(grad).write(&weight).write_if(master.as_ref());
@@ -91,7 +84,7 @@ impl Update for Cuda {
     fn square_sums<T: Element>(&self, x: MatRef<'_, T, Self>, sums: CudaSliceMut<'_, f64>) -> Result<()> {
         check_square_sums(x.dims(), Self::len_mut(&sums))?;
         let walk = Walk::by_rows(&[x.operand()], x.rows(), x.cols());
-        let launch = self.kernel(&FAMILY, format!("square_sums_{}", T::DTYPE)).ints(walk.words());
+        let launch = self.kernel(Kernel::SquareSums, T::DTYPE).ints(walk.words());
         // SAFETY: the arguments are square_sums's; the check has seen that there is a sum a row.
         #[allow(unsafe_code)]
         unsafe {
