@@ -1,0 +1,134 @@
+//! Causal attention of grouped heads, forward and backward.
+
+use crate::{
+    data::part,
+    report::{Bench, Cost},
+};
+use half::bf16;
+use shardwise::{
+    Result, Tensor,
+    kernels::{Attention, AttentionSpec},
+    shard::Sequences,
+};
+use std::rc::Rc;
+
+/// Query heads, and key/value heads.
+pub(crate) fn heads(bench: &Bench) -> (usize, usize) {
+    bench.pick((4, 2), (32, 8))
+}
+
+pub(crate) fn run(bench: &mut Bench) -> Result<()> {
+    let (tokens, lengths) = bench.pick((128, [32, 64, 128]), (16384, [1024, 4096, 16384]));
+    for dim in [64, 128] {
+        for length in lengths {
+            attend(bench, dim, length, tokens / length)?;
+        }
+    }
+    Ok(())
+}
+
+/// A sum of terms, and how far off it may be: by the rounding of the sum, and of each term's factor that is in bf16.
+pub(crate) fn sum(terms: impl Iterator<Item = f64>) -> (f64, f64) {
+    let (sum, squares) = terms.fold((0.0, 0.0), |(sum, squares), term| (sum + term, squares + term * term));
+    (sum, sum.abs() / 128.0 + squares.sqrt() / 64.0)
+}
+
+/// The weights of the keys that a query sees.
+pub(crate) fn weights(q: &[f64], keys: &[f64], scale: f64) -> Vec<f64> {
+    let score = |key: &[f64]| scale * q.iter().zip(key).map(|(q, k)| q * k).sum::<f64>();
+    let scores: Vec<f64> = keys.chunks(q.len()).map(score).collect();
+    let most = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let total: f64 = scores.iter().map(|score| (score - most).exp()).sum();
+    scores.iter().map(|score| (score - most).exp() / total).collect()
+}
+
+/// The sum of values by these weights, a number a feature.
+pub(crate) fn weighted(weights: &[f64], values: &[f64], dim: usize) -> Vec<(f64, f64)> {
+    let feature = |at: usize| sum(weights.iter().zip(values.chunks(dim)).map(move |(p, v)| p * v[at]));
+    (0..dim).map(feature).collect()
+}
+
+fn attend(bench: &mut Bench, dim: usize, length: usize, count: usize) -> Result<()> {
+    let shape = format!("D {dim} S {length} x {count}");
+    bench.case(&format!("attention bf16 {shape}"), |bench| {
+        let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
+        let (heads, kv_heads) = heads(bench);
+        let (rows, sharing) = (length * count, heads / kv_heads);
+        let kv_of_query: Vec<usize> = (0..heads).map(|head| head / sharing).collect();
+        let sequences = Sequences::packed(vec![length; count]);
+        let scale = 1.0 / (dim as f64).sqrt();
+        let spec = AttentionSpec {
+            kv_of_query: &kv_of_query,
+            kv_heads,
+            head_dim: dim,
+            scale,
+            causal: true,
+            window: None,
+            sequences: &sequences,
+        };
+        // Side by side, as one projection makes them.
+        let qkv = data.fill::<bf16>([rows, (heads + 2 * kv_heads) * dim], 1.0)?;
+        let (k_at, v_at) = (heads * dim, (heads + kv_heads) * dim);
+        let (q, k) = (qkv.mat().columns(0..k_at), qkv.mat().columns(k_at..v_at));
+        let v = qkv.mat().columns(v_at..v_at + kv_heads * dim);
+        let mut out = Tensor::<bf16, _>::empty(&cuda, [rows, heads * dim])?;
+        let mut lse = Tensor::<f32, _>::empty(&cuda, [rows, heads])?;
+        let flops = 2.0 * (length * length * dim * heads * count) as f64;
+        let bytes = 2.0 * (qkv.len() + out.len()) as f64;
+        let forward = format!("attention forward bf16 {shape}");
+        bench.time(&forward, Cost { bytes, flops }, |_| {
+            cuda.attention(&spec, q, k, v, out.mat_mut()?, lse.slice_mut()?)
+        })?;
+        let dout = data.fill::<bf16>([rows, heads * dim], 1.0)?;
+        let mut dqkv = Tensor::<bf16, _>::empty(&cuda, [rows, qkv.shape().cols()])?;
+        let backward = format!("attention backward bf16 {shape}");
+        bench.time(&backward, Cost { bytes: 2.0 * bytes, flops: 2.5 * flops }, |_| {
+            cuda.attention_backward(&spec, q, k, v, out.mat(), lse.slice(), dout.mat(), dqkv.mat_mut()?)
+        })?;
+
+        // The last sequence; the first and the last key/value head.
+        let first = rows - length;
+        for kv in [0, kv_heads - 1] {
+            let head_of =
+                |all: &Tensor<bf16, _>, rows, at: usize| part(all.mat().block(rows, at..at + dim), &cuda);
+            let keys = head_of(&qkv, first..rows, k_at + kv * dim)?;
+            let values = head_of(&qkv, first..rows, v_at + kv * dim)?;
+            // What a query sees, and the gradients of its scores.
+            let of_query = |query: usize, head: usize| -> Result<_> {
+                let row = first + query..first + query + 1;
+                let (q, dout) = (head_of(&qkv, row.clone(), head * dim)?, head_of(&dout, row, head * dim)?);
+                let p = weights(&q, &keys[..(query + 1) * dim], scale);
+                let out = weighted(&p, &values, dim);
+                let along: f64 = out.iter().zip(&dout).map(|((out, _), dout)| out * dout).sum();
+                let dp = |v: &[f64]| v.iter().zip(&dout).map(|(v, d)| v * d).sum::<f64>();
+                let ds: Vec<f64> =
+                    p.iter().zip(values.chunks(dim)).map(|(p, v)| scale * p * (dp(v) - along)).collect();
+                Ok((q, dout, p, out, ds))
+            };
+            for (query, head) in [(length / 2, kv * sharing), (length - 1, (kv + 1) * sharing - 1)] {
+                let (_, _, _, want, ds) = of_query(query, head)?;
+                let row = first + query..first + query + 1;
+                bench.expect(&forward, &head_of(&out, row.clone(), head * dim)?, &want)?;
+                bench.expect(&backward, &head_of(&dqkv, row, head * dim)?, &weighted(&ds, &keys, dim))?;
+            }
+            // A key that few queries see.
+            let key = length - 4;
+            let (mut dk, mut dv) = (vec![Vec::new(); dim], vec![Vec::new(); dim]);
+            for head in kv * sharing..(kv + 1) * sharing {
+                for query in key..length {
+                    let (q, dout, p, _, ds) = of_query(query, head)?;
+                    for at in 0..dim {
+                        dk[at].push(ds[key] * q[at]);
+                        dv[at].push(p[key] * dout[at]);
+                    }
+                }
+            }
+            for (grads, at) in [(dk, k_at), (dv, v_at)] {
+                let want: Vec<_> = grads.into_iter().map(|terms| sum(terms.into_iter())).collect();
+                let row = first + key..first + key + 1;
+                bench.expect(&backward, &head_of(&dqkv, row, at + kv * dim)?, &want)?;
+            }
+        }
+        Ok(())
+    })
+}

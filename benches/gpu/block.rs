@@ -1,0 +1,138 @@
+//! Llama's block.
+
+use crate::{
+    data::{Repeated, part},
+    report::{Bench, Cost},
+};
+use half::bf16;
+use shardwise::{
+    Result, Tensor,
+    comm::Group,
+    device::{Cpu, Cuda},
+    kernels::{Activation, Backend, NormKind, Pointwise, RopePairs},
+    ops::{RopeConfig, RopeScaling},
+    parallel::{
+        AttentionConfig, BlockConfig, BlockNames, DTensor, GatedMlp, Layer, NormPlacement, TransformerBlock,
+    },
+    shard::Replicated,
+    tensor::Weights,
+};
+use std::rc::Rc;
+
+/// The sizes of a block.
+pub(crate) struct Sizes {
+    pub(crate) hidden: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) ffn: usize,
+}
+
+impl Sizes {
+    /// Llama 8B's, or small ones.
+    pub(crate) fn of(bench: &Bench) -> Self {
+        let [hidden, heads, kv_heads, ffn] = bench.pick([64, 4, 2, 96], [4096, 32, 8, 14336]);
+        Self { hidden, heads, kv_heads, ffn }
+    }
+
+    /// The elements of its matrices.
+    pub(crate) fn weights(&self) -> usize {
+        let kv = self.kv_heads * self.hidden / self.heads;
+        self.hidden * (2 * self.hidden + 2 * kv + 3 * self.ffn)
+    }
+}
+
+type Block<B> = TransformerBlock<Replicated, GatedMlp<Replicated, bf16, B>, bf16, B>;
+
+/// A block, with or without positions.
+pub(crate) fn load<B: Backend>(
+    group: &Group<B>,
+    source: &Repeated,
+    sizes: &Sizes,
+    turned: bool,
+) -> Result<Block<B>> {
+    let Sizes { hidden, heads, kv_heads, ffn } = *sizes;
+    let dim = hidden / heads;
+    let rope = RopeConfig { dim, base: 500_000.0, pairs: RopePairs::Halves, scaling: RopeScaling::None };
+    let config = BlockConfig {
+        attention: AttentionConfig {
+            kv_heads,
+            causal: true,
+            rope: turned.then_some(rope),
+            ..AttentionConfig::new(hidden, heads)
+        },
+        ffn,
+        activation: Activation::Silu,
+        mlp_bias: false,
+        norm: NormKind::RmsNorm { eps: 1e-5 },
+        placement: NormPlacement::Pre,
+        names: BlockNames::default(),
+    };
+    Block::<B>::load_gated(group, &Weights::new(source), &config)
+}
+
+/// What another path of bf16 should give: its roundings are others.
+pub(crate) fn close(want: &[f64]) -> Vec<(f64, f64)> {
+    let square = want.iter().map(|x| x * x).sum::<f64>() / want.len() as f64;
+    want.iter().map(|&x| (x, 0.04 * square.sqrt() + 0.01 * x.abs())).collect()
+}
+
+pub(crate) fn run(bench: &mut Bench) -> Result<()> {
+    bench.case("block", |bench| {
+        let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
+        let group = Group::solo(&cuda);
+        let (sizes, tokens) = (Sizes::of(bench), bench.pick(32, 4096));
+        let (hidden, source) = (sizes.hidden, data.weights(0.02));
+        let mut block = load(&group, &source, &sizes, false)?;
+        let x = data.fill::<bf16>([tokens, hidden], 1.0)?;
+        let x = DTensor::<Replicated, _, _>::replicated(&group, x)?;
+        // Half of the attention's scores are hidden. The backward has two products a weight, and five of the attention's two.
+        let weights = 2.0 * (tokens * sizes.weights()) as f64;
+        let attention = 2.0 * (tokens * tokens * hidden) as f64;
+        let forward = format!("block forward bf16 {tokens} tokens");
+        let cost = Cost { bytes: 0.0, flops: weights + attention };
+        bench.time(&forward, cost, |_| block.forward(&x).map(drop))?;
+        let dy = data.fill::<bf16>([tokens, hidden], 1.0)?;
+        let dy = DTensor::<Replicated, _, _>::replicated(&group, dy)?;
+        let both = format!("block forward and backward bf16 {tokens} tokens");
+        let cost = Cost { bytes: 0.0, flops: 3.0 * weights + 3.5 * attention };
+        let mut dx = None;
+        bench.time(&both, cost, |_| {
+            let (_, saved) = block.forward(&x)?;
+            dx = Some(block.backward(saved, &dy)?);
+            Ok(())
+        })?;
+
+        // The first tokens see no others: the same block on the CPU.
+        let (y, _) = block.forward(&x)?;
+        let few = 2;
+        let host = Group::solo(&Cpu::new());
+        let start = part(x.local().mat().block(0..few, 0..hidden), &cuda)?;
+        let start: Vec<bf16> = start.into_iter().map(bf16::from_f64).collect();
+        let start = Tensor::from_slice(host.device(), [few, hidden], &start)?;
+        let there = load(&host, &source, &sizes, false)?;
+        let (want, _) = there.forward(&DTensor::<Replicated, _, _>::replicated(&host, start)?)?;
+        let want: Vec<f64> = want.local().to_vec()?.into_iter().map(f64::from).collect();
+        let got = part(y.local().mat().block(0..few, 0..hidden), &cuda)?;
+        bench.expect(&forward, &got, &close(&want))?;
+
+        // The slope of Σ y dy along the gradient itself, between two points.
+        let Some(dx) = dx else { return Ok(()) };
+        let along = |sign: f64| -> Result<f64> {
+            let mut moved = dx.local().convert::<bf16>()?;
+            cuda.scale(sign * STEP, moved.mat_mut()?)?;
+            cuda.accumulate(x.local().mat(), moved.mat_mut()?)?;
+            let (y, _) = block.forward(&DTensor::replicated(&group, moved)?)?;
+            inner(y.local(), dy.local())
+        };
+        let slope = (along(1.0)? - along(-1.0)?) / (2.0 * STEP);
+        let want = inner(dx.local(), dx.local())?;
+        bench.expect(&both, &[slope], &[(want, 0.03 * want)])
+    })
+}
+
+/// How far along the gradient the points are.
+const STEP: f64 = 0.03125;
+
+fn inner(a: &Tensor<bf16, Cuda>, b: &Tensor<bf16, Cuda>) -> Result<f64> {
+    Ok(a.to_vec()?.iter().zip(&b.to_vec()?).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum())
+}
