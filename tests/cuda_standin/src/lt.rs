@@ -2,7 +2,7 @@
 
 use crate::{
     counts::{self, Count},
-    driver::{put, stream, submit},
+    driver::{drain, put, stream, submit},
     error::{Code, SUCCESS},
     memory::{self, Accessor},
 };
@@ -327,7 +327,10 @@ pub struct Heuristic {
 const MARK: u64 = 0x51a2_d11e;
 
 exports! {
-    fn cublasLtCreate(out: *mut Handle) { unsafe { put(out, made(0_u8)) } }
+    fn cublasLtCreate(out: *mut Handle) {
+        drain("cublasLtCreate").map_err(|_| EXECUTION_FAILED)?;
+        unsafe { put(out, made(0_u8)) }
+    }
     fn cublasLtDestroy(handle: Handle) { unsafe { gone::<u8>(handle) } }
 
     fn cublasLtMatmulDescCreate(out: *mut Handle, compute: c_int, scale: c_int) {
