@@ -244,7 +244,7 @@ fn a_product_beyond_its_memory_is_found() {
             c_layout,
             c,
             c_layout,
-            result.as_ptr(),
+            result.as_ptr().cast(),
             workspace,
             2048,
             stream,
@@ -254,6 +254,8 @@ fn a_product_beyond_its_memory_is_found() {
         assert_eq!(cublasLtCreate(&mut handle), 0);
         assert_eq!(cublasLtMatmulDescCreate(&mut desc, 68, 0), 0);
         assert_eq!(cublasLtMatmulPreferenceCreate(&mut preference), 0);
+        let workspace = 2048_u64;
+        assert_eq!(cublasLtMatmulPreferenceSetAttribute(preference, 1, (&raw const workspace).cast(), 8), 0);
     }
     let parts = (handle, desc, preference);
     assert_eq!(multiply([2, 3, 2], &mut layouts, &mut result, &mut count, parts), 0);
