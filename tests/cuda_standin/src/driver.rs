@@ -13,8 +13,9 @@ use std::{
     ffi::{CStr, c_char, c_int, c_uint, c_void},
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::{AtomicI32, AtomicU64, Ordering::SeqCst},
+        atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
+    time::{Duration, Instant},
 };
 
 pub type Handle = usize;
@@ -27,6 +28,8 @@ struct Context {
     failed: AtomicI32,
     /// The other devices that may reach the memory of this one's pool, a bit each.
     open: AtomicU64,
+    /// How often it was retained and not released.
+    retained: AtomicUsize,
 }
 
 /// A CUDA GPU's range: a smaller number comes first.
@@ -101,6 +104,7 @@ fn contexts() -> &'static [Context] {
             streams: Mutex::default(),
             failed: AtomicI32::new(0),
             open: AtomicU64::new(0),
+            retained: AtomicUsize::new(0),
         };
         (0..count).map(context).collect()
     })
@@ -108,10 +112,68 @@ fn contexts() -> &'static [Context] {
 
 fn current() -> Result<&'static Context, Code> {
     let context = CURRENT.get().and_then(|device| contexts().get(device)).ok_or(INVALID_CONTEXT)?;
+    if context.retained.load(SeqCst) == 0 {
+        return Err(CONTEXT_IS_DESTROYED);
+    }
     match context.failed.load(SeqCst) {
         SUCCESS => Ok(context),
         code => Err(code),
     }
+}
+
+impl Context {
+    fn all_streams(&self) -> Vec<Arc<Stream>> {
+        lock(&self.streams).values().chain([&self.null]).cloned().collect()
+    }
+
+    /// Waits for all that was asked of the device, as some calls may: a module's load moves memory, and
+    /// pinned memory changes the device's page tables. The host has not thereby ordered anything, as not
+    /// every driver does it.
+    ///
+    /// Work that waits for a peer, which itself cannot go on before this call returns, hangs there. Here it
+    /// is a finding once the device has done nothing for `CUDA_STANDIN_WAIT` seconds.
+    fn drain(&self, call: &str) -> Result<(), Code> {
+        let pending: Vec<_> =
+            self.all_streams().into_iter().map(|stream| (stream.enqueued(), stream)).collect();
+        let done = || pending.iter().map(|(_, stream)| stream.done.count()).sum::<u64>();
+        let (mut seen, mut since) = (done(), Instant::now());
+        while let Some((count, stream)) = pending.iter().find(|(count, stream)| !stream.done.is_at(*count)) {
+            if stream.done.wait_for(*count, Duration::from_millis(20)) {
+                continue;
+            }
+            let now = done();
+            if now != seen {
+                (seen, since) = (now, Instant::now());
+            }
+            if since.elapsed() >= patience() {
+                let what = pending.iter().filter_map(|(_, stream)| {
+                    stream.unfinished().map(|what| format!("{what} (stream {})", stream.number))
+                });
+                error::report(format!(
+                    "deadlock: {call} waits for the work of device {}, which does not end: {}",
+                    self.device,
+                    what.collect::<Vec<_>>().join(", ")
+                ));
+                self.failed.store(TIMEOUT, SeqCst);
+                return Err(TIMEOUT);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How long a device may do nothing while a call waits for it: `CUDA_STANDIN_WAIT` seconds, 10 by default.
+fn patience() -> Duration {
+    static PATIENCE: OnceLock<Duration> = OnceLock::new();
+    *PATIENCE.get_or_init(|| {
+        let seconds = std::env::var("CUDA_STANDIN_WAIT").ok().and_then(|v| v.parse().ok());
+        Duration::try_from_secs_f64(seconds.unwrap_or(10.0)).unwrap_or(Duration::from_secs(10))
+    })
+}
+
+/// A call of the current context's that may wait for all of its work.
+pub fn drain(call: &str) -> Result<(), Code> {
+    current()?.drain(call)
 }
 
 /// The stream of a handle, of the current context.
@@ -230,8 +292,22 @@ exports! {
     }
     fn cuDeviceGetUuid_v2(out: *mut [u8; 16], ordinal: c_int) { unsafe { put(out, [device(ordinal)?.device as u8; 16]) } }
     // A context's handle is its device's number plus one: null is no context.
-    fn cuDevicePrimaryCtxRetain(out: *mut Handle, ordinal: c_int) { unsafe { put(out, device(ordinal)?.device + 1) } }
-    fn cuDevicePrimaryCtxRelease_v2(ordinal: c_int) { device(ordinal).map(drop) }
+    fn cuDevicePrimaryCtxRetain(out: *mut Handle, ordinal: c_int) {
+        let context = device(ordinal)?;
+        unsafe { put(out, context.device + 1)? };
+        context.retained.fetch_add(1, SeqCst);
+        Ok(())
+    }
+    // The last release ends the context: its work, its streams and its modules.
+    fn cuDevicePrimaryCtxRelease_v2(ordinal: c_int) {
+        let context = device(ordinal)?;
+        let less = |count: usize| count.checked_sub(1);
+        if context.retained.fetch_update(SeqCst, SeqCst, less).map_err(|_| INVALID_CONTEXT)? > 1 { return Ok(()); }
+        let drained = context.drain("cuDevicePrimaryCtxRelease");
+        lock(&context.streams).clear();
+        kernel::unload_all(context.device);
+        drained
+    }
     fn cuCtxGetCurrent(out: *mut Handle) { unsafe { put(out, CURRENT.get().map_or(0, |d| d + 1)) } }
     fn cuCtxSetCurrent(context: Handle) {
         if context > contexts().len() { return Err(INVALID_CONTEXT); }
@@ -244,9 +320,7 @@ exports! {
         let context = current()?;
         graph::waits_for(context.device).and(graph::may_wait())?;
         counts::add(context.device, Count::HostWait);
-        let streams: Vec<_> = lock(&context.streams).values().cloned().collect();
-        context.null.synchronize();
-        streams.iter().for_each(|s| s.synchronize());
+        context.all_streams().iter().for_each(|stream| stream.synchronize());
         current().map(drop)
     }
 
@@ -445,9 +519,14 @@ exports! {
         let device = current()?.device;
         graph::may_wait()?;
         counts::add(device, Count::Pinned);
+        drain("cuMemAllocHost")?;
         unsafe { put(out, memory::pin(size)) }
     }
-    fn cuMemFreeHost(start: usize) { graph::may_wait()?; memory::unpin(start).ok_or(INVALID_VALUE) }
+    fn cuMemFreeHost(start: usize) {
+        graph::may_wait()?;
+        drain("cuMemFreeHost")?;
+        memory::unpin(start).ok_or(INVALID_VALUE)
+    }
     // A pool's handle is its device's number plus one.
     fn cuDeviceGetDefaultMemPool(out: *mut Handle, ordinal: c_int) { unsafe { put(out, device(ordinal)?.device + 1) } }
     fn cuDeviceCanAccessPeer(out: *mut c_int, ordinal: c_int, peer: c_int) {
@@ -491,32 +570,41 @@ exports! {
     }
 
     fn cuModuleLoadData(out: *mut Handle, image: *const c_char) {
-        counts::add(current()?.device, Count::Module);
+        let device = current()?.device;
+        counts::add(device, Count::Module);
         if image.is_null() { return Err(INVALID_VALUE); }
+        drain("cuModuleLoadData")?;
         let image = unsafe { CStr::from_ptr(image) };
-        unsafe { put(out, kernel::load(image).ok_or(INVALID_IMAGE)?) }
+        unsafe { put(out, kernel::load(image, device).ok_or(INVALID_IMAGE)?) }
     }
     // As the variable says: 1 is eager, 2 lazy.
     fn cuModuleGetLoadingMode(out: *mut c_int) { unsafe { put(out, if is_eager() { 1 } else { 2 }) } }
-    fn cuModuleUnload(module: Handle) { if module == 0 { Err(INVALID_HANDLE) } else { Ok(()) } }
-    fn cuModuleGetFunction(out: *mut Handle, module: Handle, name: *const c_char) {
-        if module == 0 || name.is_null() { return Err(INVALID_HANDLE); }
-        let name = unsafe { CStr::from_ptr(name) };
-        unsafe { put(out, kernel::find(module, name).ok_or(NOT_FOUND)?) }
+    fn cuModuleUnload(module: Handle) {
+        drain("cuModuleUnload")?;
+        kernel::unload(module).ok_or(INVALID_HANDLE)
     }
-    fn cuFuncLoad(function: Handle) { if function == 0 { Err(INVALID_HANDLE) } else { Ok(()) } }
-    fn cuFuncIsLoaded(out: *mut c_int, function: Handle) { if function == 0 { Err(INVALID_HANDLE) } else { unsafe { put(out, 1) } } }
-    fn cuFuncSetAttribute(function: Handle, _attribute: c_int, _value: c_int) { if function == 0 { Err(INVALID_HANDLE) } else { Ok(()) } }
+    fn cuModuleGetFunction(out: *mut Handle, module: Handle, name: *const c_char) {
+        if name.is_null() { return Err(INVALID_VALUE); }
+        let name = unsafe { CStr::from_ptr(name) };
+        let (function, is_new) = kernel::find(module, name)?;
+        // Without eager loading a kernel is loaded when it is first asked for.
+        if is_new && !is_eager() { drain("cuModuleGetFunction")?; }
+        unsafe { put(out, function) }
+    }
+    fn cuFuncLoad(function: Handle) { kernel::function(function).map(drop) }
+    fn cuFuncIsLoaded(out: *mut c_int, function: Handle) { kernel::function(function)?; unsafe { put(out, 1) } }
+    fn cuFuncSetAttribute(function: Handle, attribute: c_int, value: c_int) { kernel::function(function)?.set(attribute, value) }
+    fn cuFuncGetAttribute(out: *mut c_int, attribute: c_int, function: Handle) {
+        unsafe { put(out, kernel::function(function)?.get(attribute)?) }
+    }
     fn cuLaunchKernel(
         function: Handle, gx: c_uint, gy: c_uint, gz: c_uint, bx: c_uint, by: c_uint, bz: c_uint, shared: c_uint,
         handle: Handle, arguments: *mut *mut c_void, _extra: *mut *mut c_void
     ) {
         let stream = stream(handle)?;
-        let threads = u64::from(bx) * u64::from(by) * u64::from(bz);
-        // What a GPU refuses too.
-        if function == 0 || threads == 0 || threads > 1024 || gx == 0 || gy == 0 || gz == 0 || gy > 65_535 || gz > 65_535 || shared > 232_448 {
-            return Err(INVALID_VALUE);
-        }
+        let function = kernel::function(function)?;
+        if function.device() != stream.device { return Err(INVALID_HANDLE); }
+        function.fits([gx, gy, gz], [bx, by, bz], shared)?;
         counts::add(stream.device, Count::Launch);
         let launch = unsafe { kernel::Launch::new(function, [gx, gy, gz], [bx, by, bz], shared, arguments) };
         let judged = launch.clone();

@@ -18,4 +18,5 @@ pub mod memory;
 pub mod nccl;
 pub mod nvrtc;
 pub mod remote;
+pub mod shared;
 pub mod stream;

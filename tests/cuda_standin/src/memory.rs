@@ -9,6 +9,7 @@ use crate::{
     stream::lock,
 };
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, HashMap},
     ops::Range,
     sync::{Mutex, OnceLock},
@@ -102,6 +103,8 @@ pub struct Accessor<'a> {
     pub stream: usize,
     pub tick: u64,
     pub clock: &'a Clock,
+    /// What it does, as the first of its accesses says.
+    pub name: &'a RefCell<Option<String>>,
 }
 
 /// Bytes of one device, `CUDA_STANDIN_MEMORY` (default 1 GiB).
@@ -204,6 +207,7 @@ pub fn to_end(start: usize) -> Option<usize> {
 
 /// Judges an access and remembers it for those to come. `Err` says what is wrong.
 pub fn access(who: &Accessor, start: usize, size: usize, write: bool, what: &str) -> Result<(), String> {
+    who.name.borrow_mut().get_or_insert_with(|| what.to_string());
     if size == 0 {
         return Ok(());
     }
