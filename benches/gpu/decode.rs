@@ -67,7 +67,7 @@ fn attend(bench: &mut Bench, dim: usize, context: usize, batch: usize) -> Result
                 [keys, values].map(|all| part(all.mat().block(first..first + context, 0..dim), &cuda));
             let [keys, values] = there;
             let q = part(q.mat().block(row..row + 1, columns.clone()), &cuda)?;
-            let want = weighted(&weights(&q, &keys?, scale), &values?, dim);
+            let want = weighted(&weights(&q, &keys?, scale), values?.chunks(dim), dim);
             bench.expect(&name, &part(out.mat().block(row..row + 1, columns), &cuda)?, &want)?;
         }
         Ok(())
