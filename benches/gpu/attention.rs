@@ -27,8 +27,8 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
     Ok(())
 }
 
-/// A sum, of which the squares of the terms are added too, and how far off it may be: by its own rounding, and by that of
-/// each term's factor which is in bf16.
+/// A sum, of which the squares of the terms are added too, and how far off it may be: by its own
+/// rounding, and by that of each term's factor which is in bf16.
 fn near((sum, squares): (f64, f64)) -> (f64, f64) {
     (sum, sum.abs() / 128.0 + squares.sqrt() / 64.0)
 }

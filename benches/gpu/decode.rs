@@ -74,7 +74,8 @@ fn attend(bench: &mut Bench, dim: usize, context: usize, batch: usize) -> Result
     })
 }
 
-/// A step of a layer through [`KvCache`], as a model makes it. The weights alone are larger than the caches.
+/// A step of a layer through [`KvCache`], as a model makes it. The weights alone are larger than
+/// the caches.
 fn layer(bench: &mut Bench) -> Result<()> {
     bench.case("decode layer", |bench| {
         let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));

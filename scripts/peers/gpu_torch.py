@@ -4,7 +4,8 @@
     pip install torch
     gpu_torch.py [--only attention,decode] [--json FILE] [--seconds N] [--quick]
 
-Where PyTorch has several ways, the name ends with the way in brackets. A group that fails leaves a line with its error.
+Where PyTorch has several ways, the name ends with the way in brackets. What fails leaves a line with
+its error, and the next goes on.
 """
 
 import argparse
@@ -60,7 +61,7 @@ class Bench:
         return small if self.quick else usual
 
     def copies(self, size):
-        """How many tensors of so many bytes are used in turn, so that no cache of the device holds the next one."""
+        """How many tensors of so many bytes to use in turn, so that no cache holds the next one."""
         return 2 if self.quick else -(-(240 << 20) // size)
 
     def emit(self, **line):
@@ -185,7 +186,10 @@ def through(way):
 
 
 def sdpa(q, k, v, causal):
-    """What a call takes, the call, and a remark. A way without grouped heads gets keys and values that are repeated beforehand."""
+    """What a call takes, the call, and a remark.
+
+    A way without grouped heads gets keys and values that were repeated before.
+    """
     grouped = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     try:
         grouped()
