@@ -27,9 +27,9 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
     Ok(())
 }
 
-/// A sum of terms, and how far off it may be: by the rounding of the sum, and of each term's factor that is in bf16.
-pub(crate) fn sum(terms: impl Iterator<Item = f64>) -> (f64, f64) {
-    let (sum, squares) = terms.fold((0.0, 0.0), |(sum, squares), term| (sum + term, squares + term * term));
+/// A sum, of which the squares of the terms are added too, and how far off it may be: by its own
+/// rounding, and by that of each term's factor which is in bf16.
+fn near((sum, squares): (f64, f64)) -> (f64, f64) {
     (sum, sum.abs() / 128.0 + squares.sqrt() / 64.0)
 }
 
@@ -42,10 +42,20 @@ pub(crate) fn weights(q: &[f64], keys: &[f64], scale: f64) -> Vec<f64> {
     scores.iter().map(|score| (score - most).exp() / total).collect()
 }
 
-/// The sum of values by these weights, a number a feature.
-pub(crate) fn weighted(weights: &[f64], values: &[f64], dim: usize) -> Vec<(f64, f64)> {
-    let feature = |at: usize| sum(weights.iter().zip(values.chunks(dim)).map(move |(p, v)| p * v[at]));
-    (0..dim).map(feature).collect()
+/// The sum of vectors by these weights, a number a feature.
+pub(crate) fn weighted<'a>(
+    weights: &[f64],
+    vectors: impl Iterator<Item = &'a [f64]>,
+    dim: usize,
+) -> Vec<(f64, f64)> {
+    let mut sums = vec![(0.0, 0.0); dim];
+    for (weight, vector) in weights.iter().zip(vectors) {
+        for ((sum, squares), x) in sums.iter_mut().zip(vector) {
+            *sum += weight * x;
+            *squares += (weight * x) * (weight * x);
+        }
+    }
+    sums.into_iter().map(near).collect()
 }
 
 fn attend(bench: &mut Bench, dim: usize, length: usize, count: usize) -> Result<()> {
@@ -98,7 +108,7 @@ fn attend(bench: &mut Bench, dim: usize, length: usize, count: usize) -> Result<
                 let row = first + query..first + query + 1;
                 let (q, dout) = (head_of(&qkv, row.clone(), head * dim)?, head_of(&dout, row, head * dim)?);
                 let p = weights(&q, &keys[..(query + 1) * dim], scale);
-                let out = weighted(&p, &values, dim);
+                let out = weighted(&p, values.chunks(dim), dim);
                 let along: f64 = out.iter().zip(&dout).map(|((out, _), dout)| out * dout).sum();
                 let dp = |v: &[f64]| v.iter().zip(&dout).map(|(v, d)| v * d).sum::<f64>();
                 let ds: Vec<f64> =
@@ -109,22 +119,26 @@ fn attend(bench: &mut Bench, dim: usize, length: usize, count: usize) -> Result<
                 let (_, _, _, want, ds) = of_query(query, head)?;
                 let row = first + query..first + query + 1;
                 bench.expect(&forward, &head_of(&out, row.clone(), head * dim)?, &want)?;
-                bench.expect(&backward, &head_of(&dqkv, row, head * dim)?, &weighted(&ds, &keys, dim))?;
+                bench.expect(
+                    &backward,
+                    &head_of(&dqkv, row, head * dim)?,
+                    &weighted(&ds, keys.chunks(dim), dim),
+                )?;
             }
             // A key that few queries see.
             let key = length - 4;
-            let (mut dk, mut dv) = (vec![Vec::new(); dim], vec![Vec::new(); dim]);
+            let (mut ds_of, mut p_of, mut queries, mut douts) = (vec![], vec![], vec![], vec![]);
             for head in kv * sharing..(kv + 1) * sharing {
                 for query in key..length {
                     let (q, dout, p, _, ds) = of_query(query, head)?;
-                    for at in 0..dim {
-                        dk[at].push(ds[key] * q[at]);
-                        dv[at].push(p[key] * dout[at]);
-                    }
+                    ds_of.push(ds[key]);
+                    p_of.push(p[key]);
+                    queries.push(q);
+                    douts.push(dout);
                 }
             }
-            for (grads, at) in [(dk, k_at), (dv, v_at)] {
-                let want: Vec<_> = grads.into_iter().map(|terms| sum(terms.into_iter())).collect();
+            for (weights, vectors, at) in [(ds_of, queries, k_at), (p_of, douts, v_at)] {
+                let want = weighted(&weights, vectors.iter().map(Vec::as_slice), dim);
                 let row = first + key..first + key + 1;
                 bench.expect(&backward, &head_of(&dqkv, row, at + kv * dim)?, &want)?;
             }

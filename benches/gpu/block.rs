@@ -85,7 +85,8 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
         let mut block = load(&group, &source, &sizes, false)?;
         let x = data.fill::<bf16>([tokens, hidden], 1.0)?;
         let x = DTensor::<Replicated, _, _>::replicated(&group, x)?;
-        // Half of the attention's scores are hidden. The backward has two products a weight, and five of the attention's two.
+        // Half of the attention's scores are hidden. The backward has two products a weight, and
+        // five of the attention's two.
         let weights = 2.0 * (tokens * sizes.weights()) as f64;
         let attention = 2.0 * (tokens * tokens * hidden) as f64;
         let forward = format!("block forward bf16 {tokens} tokens");

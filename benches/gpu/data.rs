@@ -75,7 +75,8 @@ fn normal(count: usize) -> Vec<bf16> {
     std::iter::repeat_with(one).take(count).collect()
 }
 
-/// Random matrices; biases of 0, scales of 1. A tensor's name decides where in the block it begins. For one rank.
+/// Random matrices; biases of 0, scales of 1. A tensor's name decides where in the block it begins.
+/// For one rank.
 pub(crate) struct Repeated {
     block: Vec<bf16>,
 }

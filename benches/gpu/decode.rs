@@ -67,14 +67,15 @@ fn attend(bench: &mut Bench, dim: usize, context: usize, batch: usize) -> Result
                 [keys, values].map(|all| part(all.mat().block(first..first + context, 0..dim), &cuda));
             let [keys, values] = there;
             let q = part(q.mat().block(row..row + 1, columns.clone()), &cuda)?;
-            let want = weighted(&weights(&q, &keys?, scale), &values?, dim);
+            let want = weighted(&weights(&q, &keys?, scale), values?.chunks(dim), dim);
             bench.expect(&name, &part(out.mat().block(row..row + 1, columns), &cuda)?, &want)?;
         }
         Ok(())
     })
 }
 
-/// A step of a layer through [`KvCache`], as a model makes it. The weights alone are larger than the caches.
+/// A step of a layer through [`KvCache`], as a model makes it. The weights alone are larger than
+/// the caches.
 fn layer(bench: &mut Bench) -> Result<()> {
     bench.case("decode layer", |bench| {
         let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));

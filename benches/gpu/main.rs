@@ -1,12 +1,14 @@
-//! What one GPU takes for kernels, layers and calls, as parts of the limits that the same run measures on it.
-//! `scripts/peers/gpu_torch.py` has lines of the same names and shapes; `scripts/gpu/run.sh` runs both.
+//! What one GPU takes for kernels, layers and calls, as parts of the limits that the same run
+//! measures on it. `scripts/peers/gpu_torch.py` has lines of the same names and shapes;
+//! `scripts/gpu/run.sh` runs both.
 //!
 //! ```text
-//! cargo bench --features nccl --bench gpu [-- --only attention,decode] [--json FILE] [--seconds N] [--quick]
+//! cargo bench --features nccl --bench gpu [-- --only attention,decode] [--json FILE]
+//!     [--seconds N] [--quick]
 //! ```
 //!
-//! Operands are random. Each result is compared with sums in f64 on the host, or with another path to it, at a few places;
-//! the bench fails at its end if one was wrong or could not be computed.
+//! Operands are random. Each result is compared with sums in f64 on the host, or with another path
+//! to it, at a few places; the bench fails at its end if one was wrong or could not be computed.
 
 mod attention;
 mod block;

@@ -46,7 +46,8 @@ impl Times {
     }
 }
 
-/// Times a call, which gets its number. A round has so many calls that it takes 2 ms, and ends when the device is done.
+/// Times a call, which gets its number. A round has so many calls that it takes 2 ms, and ends when
+/// the device is done.
 pub(crate) fn timed(cuda: &Cuda, quick: bool, mut call: impl FnMut(usize) -> Result<()>) -> Result<Times> {
     let mut number = 0;
     let mut round = |calls: usize| -> Result<f64> {
@@ -118,7 +119,8 @@ impl Bench {
         if self.quick { small } else { usual }
     }
 
-    /// How many tensors of so many bytes are used in turn, so that no cache of the device holds the next one.
+    /// How many tensors of so many bytes are used in turn, so that no cache of the device holds the
+    /// next one.
     pub(crate) fn copies(&self, bytes: usize) -> usize {
         if self.quick { 2 } else { (240_usize << 20).div_ceil(bytes) }
     }
@@ -178,7 +180,8 @@ impl Bench {
         self.emit(json!({ "name": name, "wrong": text }))
     }
 
-    /// Measures what the device reaches: a copy between buffers far larger than its caches, and a large product.
+    /// Measures what the device reaches: a copy between buffers far larger than its caches, and a
+    /// large product.
     pub(crate) fn measure_limits(&mut self, write: bool) -> Result<()> {
         self.case("limits", |bench| {
             let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));

@@ -20,7 +20,7 @@ const EPS: f64 = 1e-5;
 
 /// Numbers as they should be, with room for one rounding.
 fn rounded(values: impl Iterator<Item = f64>) -> Vec<(f64, f64)> {
-    values.map(|value| (value, BF16 * value.abs() + 1e-6)).collect()
+    values.map(|value| (value, BF16 * value.abs() + 1e-7)).collect()
 }
 
 fn silu(x: f64) -> f64 {

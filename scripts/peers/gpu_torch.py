@@ -4,10 +4,12 @@
     pip install torch
     gpu_torch.py [--only attention,decode] [--json FILE] [--seconds N] [--quick]
 
-Where PyTorch has several ways, the name ends with the way in brackets. A group that fails leaves a line with its error.
+Where PyTorch has several ways, the name ends with the way in brackets. What fails leaves a line with
+its error, and the next goes on.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import statistics
@@ -59,7 +61,7 @@ class Bench:
         return small if self.quick else usual
 
     def copies(self, size):
-        """How many tensors of so many bytes are used in turn, so that no cache of the device holds the next one."""
+        """How many tensors of so many bytes to use in turn, so that no cache holds the next one."""
         return 2 if self.quick else -(-(240 << 20) // size)
 
     def emit(self, **line):
@@ -179,24 +181,24 @@ def streams(bench):
 WAYS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "default": None}
 
 
-def through(way, call):
-    if WAYS[way] is None:
-        return call()
-    with sdpa_kernel(WAYS[way]):
-        return call()
+def through(way):
+    return contextlib.nullcontext() if WAYS[way] is None else sdpa_kernel(WAYS[way])
 
 
-def sdpa(bench, way, q, k, v, causal):
-    """A call of one way, and a remark. A way without grouped heads gets keys and values that are repeated beforehand."""
+def sdpa(q, k, v, causal):
+    """What a call takes, the call, and a remark.
+
+    A way without grouped heads gets keys and values that were repeated before.
+    """
     grouped = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     try:
-        through(way, grouped)
+        grouped()
         return (q, k, v), grouped, {}
     except RuntimeError:
         sharing = q.shape[1] // k.shape[1]
         wide = [t.detach().repeat_interleave(sharing, 1).requires_grad_(t.requires_grad) for t in (k, v)]
         plain = lambda: F.scaled_dot_product_attention(q, *wide, is_causal=causal)
-        through(way, plain)
+        plain()
         return (q, *wide), plain, {"note": "keys and values are repeated for each query head"}
 
 
@@ -209,13 +211,14 @@ def attention(bench):
         make = lambda heads: rand(count, length, heads, dim).transpose(1, 2).detach().requires_grad_()
         q, k, v = make(heads), make(kv_heads), make(kv_heads)
         shape = f"D {dim} S {length} x {count} [{way}]"
-        operands, call, note = sdpa(bench, way, q, k, v, True)
-        with torch.no_grad():
-            bench.time(f"attention forward bf16 {shape}", lambda _: through(way, call), **note)
-        out = through(way, call)
-        dout = torch.randn_like(out)
-        back = lambda _: torch.autograd.grad(out, operands, dout, retain_graph=True)
-        bench.time(f"attention backward bf16 {shape}", back, **note)
+        with through(way):
+            operands, call, note = sdpa(q, k, v, True)
+            with torch.no_grad():
+                bench.time(f"attention forward bf16 {shape}", lambda _: call(), **note)
+            out = call()
+            dout = torch.randn_like(out)
+            back = lambda _: torch.autograd.grad(out, operands, dout, retain_graph=True)
+            bench.time(f"attention backward bf16 {shape}", back, **note)
 
     for dim in (64, 128):
         for length in lengths:
@@ -275,9 +278,10 @@ def decode(bench):
         count = bench.copies(4 * batch * kv_heads * context * dim)
         cache = [[rand(batch, kv_heads, context, dim) for _ in range(2)] for _ in range(count)]
         q = rand(batch, heads, 1, dim)
-        ways = [sdpa(bench, way, q, k, v, False) for k, v in cache]
         name = f"decode attention bf16 ctx {context} b {batch} [{way}]"
-        bench.time(name, lambda call: through(way, ways[call % count][1]), **ways[0][2])
+        with through(way):
+            ways = [sdpa(q, k, v, False) for k, v in cache]
+            bench.time(name, lambda call: ways[call % count][1](), **ways[0][2])
 
     def layer(batch):
         block, context = Block(bench), bench.pick(16, 1024)
@@ -402,7 +406,8 @@ def versions(bench):
     taken = []
     for way in WAYS:
         try:
-            through(way, lambda: F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True))
+            with through(way):
+                F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
             taken.append(way)
         except RuntimeError:
             pass
