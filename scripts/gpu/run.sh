@@ -97,7 +97,7 @@ run_ranks() {
     export NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1
     tests ranks 60 '^nccl::'
 }
-run_invariant() { tests invariant 60 '^invariant::'; }
+run_invariant() { tests invariant 90 '^invariant::'; }
 
 rm -f "$out"/{tests.txt,steps.txt,bench.jsonl,torch.jsonl}
 for name in ${STEPS:-check kernels bench torch sanitizer suite ranks invariant}; do

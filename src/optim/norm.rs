@@ -111,24 +111,22 @@ fn along(tree: &Tree, counts: &Partition, all: &[f64]) -> Result<f64> {
     Ok(sum.values().into_iter().sum::<f64>() + rest)
 }
 
-/// Sums of squares on the device, each a term of one of several sums. They are downloaded together: a download waits until
-/// the device has nothing left to do.
+/// Sums of squares of rows, on the device, each a term of one of several sums. They are downloaded together: a download
+/// waits until the device has nothing left to do.
 struct Terms<B: Backend> {
-    values: Vec<Tensor<f64, B>>,
-    /// The sum that each term belongs to.
-    sums: Vec<usize>,
+    /// The terms, and how many of each tensor's places are taken.
+    rows: Vec<(Tensor<f64, B>, usize)>,
+    /// The number of terms of each piece of a parameter, and the sum that they belong to.
+    pieces: Vec<(usize, usize)>,
 }
 
 impl<B: Backend> Default for Terms<B> {
     fn default() -> Self {
-        Self { values: Vec::new(), sums: Vec::new() }
+        Self { rows: Vec::new(), pieces: Vec::new() }
     }
 }
 
 impl<B: Backend> Terms<B> {
-    /// The terms that are downloaded at once.
-    const TOGETHER: usize = 4096;
-
     /// Σ g² over `cols` of those of `rows` that this rank counts: terms of sum `sum`.
     fn push<T: Element>(
         &mut self,
@@ -151,24 +149,39 @@ impl<B: Backend> Terms<B> {
                 1 => MatRef::<T::Acc, B>::new(data, 1, rows.len())?,
                 _ => MatRef::<T::Acc, B>::new(data, rows.len(), width)?.columns(cols.clone()),
             };
-            let mut of_rows = Tensor::<f64, B>::empty(device, [part.rows(), 1])?;
-            device.square_sums(part, of_rows.slice_mut()?)?;
-            let at = self.sums.len() % Self::TOGETHER;
-            if at == 0 {
-                self.values.push(Tensor::empty(device, [Self::TOGETHER])?);
-            }
-            let Some(values) = self.values.last_mut() else { continue };
-            device.sum_rows(of_rows.mat(), B::narrow_mut(values.slice_mut()?, at..at + 1))?;
-            self.sums.push(sum);
+            let count = part.rows();
+            let place = self.place(device, count)?;
+            device.square_sums(part, place)?;
+            self.pieces.push((count, sum));
         }
         Ok(())
     }
 
+    /// The next so many places.
+    fn place(&mut self, device: &B, count: usize) -> Result<B::SliceMut<'_, f64>> {
+        const TOGETHER: usize = 1 << 16;
+        let fits = self.rows.last().is_some_and(|(rows, taken)| taken + count <= rows.len());
+        if !fits {
+            self.rows.push((Tensor::empty(device, [count.max(TOGETHER)])?, 0));
+        }
+        let last = self.rows.len() - 1;
+        let (rows, taken) = &mut self.rows[last];
+        *taken += count;
+        Ok(B::narrow_mut(rows.slice_mut()?, *taken - count..*taken))
+    }
+
     /// The sums, in order of their terms.
     fn into_sums(self, count: usize) -> Result<Vec<f64>> {
-        let mut sums = vec![0.0; count];
-        for (values, own) in self.values.iter().zip(self.sums.chunks(Self::TOGETHER)) {
-            own.iter().zip(values.to_vec()?).for_each(|(&sum, value)| sums[sum] += value);
+        let mut terms = Vec::new();
+        for (rows, taken) in &self.rows {
+            let all = rows.to_vec()?;
+            terms.extend_from_slice(&all[..*taken]);
+        }
+        let (mut sums, mut rest) = (vec![0.0; count], &terms[..]);
+        for (count, sum) in self.pieces {
+            let (own, others) = rest.split_at(count);
+            sums[sum] += own.iter().sum::<f64>();
+            rest = others;
         }
         Ok(sums)
     }

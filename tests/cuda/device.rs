@@ -72,8 +72,8 @@ fn what_is_not_there_is_an_error() {
     let said = format!("the number of the GPU is {count}, but the number of GPUs is {count}");
     assert!(error.contains(&said), "{error}");
     let cuda = dev::fresh();
-    // More than the GPU has, if no more than it can address.
-    let error = Tensor::<f64, _>::empty(&cuda, [(cuda.total_memory() + (1 << 30)) / 8]).unwrap_err();
+    // Several times what the GPU has: a driver takes what there is before it refuses a little more, and other processes want some.
+    let error = Tensor::<f64, _>::empty(&cuda, [cuda.total_memory() / 2]).unwrap_err();
     assert!(matches!(error, Error::Library { library: "CUDA driver", code: 2, .. }), "{error}");
     // The device is none the worse for it.
     assert_eq!(Tensor::<f64, _>::full(&cuda, [3], 1.5).unwrap().to_vec().unwrap(), [1.5; 3]);
