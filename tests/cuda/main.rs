@@ -5,6 +5,7 @@
 
 #[path = "../suite/block.rs"]
 mod block;
+mod counts;
 #[path = "../suite/decoding.rs"]
 mod decoding;
 mod dev;

@@ -1,0 +1,155 @@
+//! What a layer asks of the driver: launches, uploads and allocations of a decode step and of a training step, as the stand-in
+//! counts them. DESIGN.md has the table.
+
+use crate::dev::{self, DTensor};
+use half::bf16;
+use libloading::Library;
+use shardwise::{
+    Tensor,
+    comm::Group,
+    kernels::{Activation, NormKind, RopePairs},
+    ops::{RopeConfig, RopeScaling},
+    parallel::{
+        AttentionConfig, BlockConfig, BlockNames, GatedMlp, KvCache, Layer, NormPlacement, TransformerBlock,
+    },
+    shard::{Replicated, Sequences},
+    tensor::{Random, Weights},
+};
+
+/// What this thread has asked of the driver so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Counts {
+    /// Kernels and products.
+    launches: u64,
+    uploads: u64,
+    downloads: u64,
+    /// Allocations; as many are freed.
+    allocations: u64,
+}
+
+impl Counts {
+    /// None where the driver is a real one, which does not count.
+    fn now() -> Option<Self> {
+        type Read = unsafe extern "C" fn(i32, *mut u64, usize) -> usize;
+        const OF_THIS_THREAD: i32 = -1;
+        let mut counts = [0; 8];
+        // SAFETY: the library is loaded already, and stays; `Read` is the type that the stand-in declares, and `counts` has room for
+        // as many numbers as are asked for.
+        #[allow(unsafe_code)]
+        unsafe {
+            let driver = Library::new("libcuda.so.1").ok()?;
+            let read = driver.get::<Read>(b"cuda_standin_counts").ok()?;
+            read(OF_THIS_THREAD, counts.as_mut_ptr(), counts.len());
+        }
+        // In the stand-in's order: kernels, products, uploads, downloads, copies on the device, fills, allocations.
+        let [launches, products, uploads, downloads, copies, fills, allocations, _] = counts;
+        Some(Self { launches: launches + products + copies + fills, uploads, downloads, allocations })
+    }
+
+    fn since(self, before: Self) -> Self {
+        Self {
+            launches: self.launches - before.launches,
+            uploads: self.uploads - before.uploads,
+            downloads: self.downloads - before.downloads,
+            allocations: self.allocations - before.allocations,
+        }
+    }
+}
+
+type Block = TransformerBlock<Replicated, GatedMlp<Replicated, bf16, dev::Dev>, bf16, dev::Dev>;
+
+/// Llama's block with 32 query and 8 key/value heads, small otherwise.
+fn block(group: &Group<dev::Dev>) -> Block {
+    let (hidden, heads) = (256, 32);
+    let rope = RopeConfig { dim: 8, base: 10_000.0, pairs: RopePairs::Halves, scaling: RopeScaling::None };
+    let config = BlockConfig {
+        attention: AttentionConfig {
+            kv_heads: 8,
+            causal: true,
+            rope: Some(rope),
+            ..AttentionConfig::new(hidden, heads)
+        },
+        ffn: 512,
+        activation: Activation::Silu,
+        mlp_bias: false,
+        norm: NormKind::RmsNorm { eps: 1e-5 },
+        placement: NormPlacement::Pre,
+        names: BlockNames::default(),
+    };
+    let source = Random::normal(1, 0.02);
+    Block::load_gated(group, &Weights::new(&source), &config).unwrap()
+}
+
+fn tokens(group: &Group<dev::Dev>, rows: usize) -> DTensor<Replicated, bf16> {
+    DTensor::replicated(group, Tensor::full(group.device(), [rows, 256], 0.5).unwrap()).unwrap()
+}
+
+/// One token through `layers` blocks with a cache of 12.
+fn decode(layers: usize) -> Option<Counts> {
+    let group = Group::solo(&dev::fresh());
+    let block = block(&group);
+    let caches = (0..layers).map(|_| block.cache(1, 16).unwrap()).collect();
+    let mut cache = KvCache::new(caches, 1, 16);
+    let mut step = |rows: usize| {
+        let sequences = cache.step(&[0], &[rows]).unwrap();
+        let mut x = tokens(&group, rows).with_sequences(sequences).unwrap();
+        let before = Counts::now();
+        for layer in cache.layers_mut() {
+            x = block.forward_cached(&x, layer, &[0]).unwrap();
+        }
+        drop(x);
+        let after = Counts::now();
+        cache.advance(&[0], &[rows]).unwrap();
+        Some(after?.since(before?))
+    };
+    // What is made once, plans and tables of constants, is made here.
+    step(12);
+    step(1);
+    step(1)
+}
+
+/// What one layer more costs.
+fn layer(count: impl Fn(usize) -> Option<Counts>) -> Option<Counts> {
+    Some(count(3)?.since(count(2)?))
+}
+
+fn training(layers: usize) -> Option<Counts> {
+    let group = Group::solo(&dev::fresh());
+    let mut blocks: Vec<Block> = (0..layers).map(|_| block(&group)).collect();
+    let x = tokens(&group, 40).with_sequences(Sequences::packed([25, 15])).unwrap();
+    let mut step = || {
+        let before = Counts::now();
+        let (y, saved) = blocks.forward(&x).unwrap();
+        drop(blocks.backward(saved, &y).unwrap());
+        drop(y);
+        let after = Counts::now();
+        blocks
+            .visit(&mut |param| {
+                param.zero_grad();
+                Ok(())
+            })
+            .unwrap();
+        Some(after?.since(before?))
+    };
+    step();
+    step()
+}
+
+fn check(what: &str, counted: Option<Counts>, expected: Counts) {
+    match counted {
+        Some(counted) => assert_eq!(counted, expected, "{what}"),
+        None => println!("not run: a real driver does not count calls"),
+    }
+}
+
+#[test]
+fn a_decode_layer_asks_for_this_much() {
+    let expected = Counts { launches: 28, uploads: 4, downloads: 0, allocations: 34 };
+    check("a decode layer", layer(decode), expected);
+}
+
+#[test]
+fn a_training_block_asks_for_this_much() {
+    let expected = Counts { launches: 40, uploads: 0, downloads: 0, allocations: 0 };
+    check("a training block", layer(training), expected);
+}
