@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -111,7 +112,8 @@ def collect(out):
         "date": datetime.date.today().isoformat(),
         "commit": lines(pathlib.Path("commit")),
         "machine": machine(out),
-        "libraries": [line for line in lines(out / "logs" / "check.log")
+        # Files without their folders, which check.log has.
+        "libraries": [re.sub(r"\(.*/", "(", line) for line in lines(out / "logs" / "check.log")
                       if not line.startswith(("ok ", "FAILED ")) and not line.endswith(" failed")],
         "quick": bool(os.environ.get("QUICK")),
         "steps": steps(out),
