@@ -24,11 +24,13 @@ export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}" SHARDWISE_TEST_DATA="$here/tests-d
 export SHARDWISE_CACHE="${SHARDWISE_CACHE:-$here/cache}" RUST_BACKTRACE=0
 PATH=$PATH:/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer
 
+current=''
 report() { python3 report.py "$out" "$@"; }
 finish() {
     trap - EXIT TERM INT
     # What still runs would hold the caller's pipe.
     kill $(jobs -p) 2> /dev/null
+    [ -z "$current" ] || report --step "$current" cut-off $((SECONDS - began))
     report --end || exit 1
     exit 0
 }
@@ -37,20 +39,22 @@ left() { echo $((deadline - SECONDS)); }
 
 # step NAME LIMIT COMMAND... : runs it for at most LIMIT seconds and no longer than is left; keeps its output and how it ended.
 step() {
-    local name=$1 limit=$2 begin=$SECONDS code
+    local name=$1 limit=$2 code
     shift 2
     [ "$limit" -gt "$(left)" ] && limit=$(left)
     if [ "$limit" -lt 5 ]; then
         report --step "$name" not-run 0
         return 1
     fi
-    echo "== $name (at $begin s, at most $limit s)"
+    current=$name began=$SECONDS
+    echo "== $name (at $began s, at most $limit s)"
     # In the background, so that a signal to this script is seen at once.
     timeout -k 5 "$limit" "$@" > "$out/logs/$name.log" 2>&1 &
     wait $!
     code=$?
     tail -n 3 "$out/logs/$name.log"
-    report --step "$name" "$code" $((SECONDS - begin))
+    current=''
+    report --step "$name" "$code" $((SECONDS - began))
     return $code
 }
 
@@ -79,7 +83,13 @@ tests() {
 run_check() { step check 60 ./example-gpu_check; }
 run_kernels() { tests kernels 60 '^(kernels|device)::'; }
 run_bench() { step bench 60 ./bench-gpu --bench --json "$out/bench.jsonl" ${QUICK:+--quick}; }
-run_torch() { step torch 70 python3 gpu_torch.py --json "$out/torch.jsonl" ${QUICK:+--quick}; }
+run_torch() {
+    python3 -c 'import importlib.util as util, sys; sys.exit(util.find_spec("torch") is None)' || {
+        report --step torch not-found 0
+        return
+    }
+    step torch 70 python3 gpu_torch.py --json "$out/torch.jsonl" ${QUICK:+--quick}
+}
 run_sanitizer() {
     command -v compute-sanitizer > /dev/null || { report --step memcheck not-found 0; return; }
     step memcheck 40 compute-sanitizer --tool memcheck --error-exitcode 9 ./example-gpu_check --kernels
