@@ -2,7 +2,7 @@
 
 use crate::{
     error::{self, Code, INVALID_HANDLE, INVALID_VALUE, NOT_FOUND},
-    memory::{self, Accessor},
+    memory::{self, Accessor, Bounds},
     stream::lock,
 };
 use std::{
@@ -191,6 +191,8 @@ pub struct Launch {
     block: [c_uint; 3],
     shared: c_uint,
     arguments: Arc<Vec<u64>>,
+    /// The allocations that pointers to be written point into.
+    written: Arc<Vec<Bounds>>,
 }
 
 impl Launch {
@@ -217,7 +219,11 @@ impl Launch {
             u64::from_ne_bytes(word)
         };
         let arguments = function.arguments.iter().enumerate().map(argument).collect();
-        Self { function, grid, block, shared, arguments: Arc::new(arguments) }
+        let mut launch =
+            Self { function, grid, block, shared, arguments: Arc::new(arguments), written: Arc::default() };
+        let written = launch.pointers().filter(|(_, write)| *write);
+        launch.written = Arc::new(written.filter_map(|(address, _)| memory::bounds(address)).collect());
+        launch
     }
 
     fn pointers(&self) -> impl Iterator<Item = (usize, bool)> + '_ {
@@ -229,8 +235,11 @@ impl Launch {
 
     /// Memory that is read, and memory that is written, from the pointers on to the end of their allocations.
     pub fn judge(&self, who: &Accessor) -> Result<(), String> {
+        let what = format!("kernel {}", self.function.name);
+        if let Some(old) = self.written.iter().find(|bounds| !bounds.is_current()) {
+            return Err(format!("{what}: use after free at {:#x}, which is another's now", old.start));
+        }
         self.pointers().try_for_each(|(address, write)| {
-            let what = format!("kernel {}", self.function.name);
             match memory::to_end(address) {
                 // A view of no elements may begin at the end.
                 Some(size) => memory::access(who, address, size, write, &what),
@@ -249,10 +258,10 @@ impl Launch {
             (self.function.body)(pointers.as_mut_ptr(), self.grid.as_ptr(), self.block.as_ptr(), self.shared)
         };
         crash::over();
-        match self.pointers().find(|(address, write)| *write && !memory::is_intact(*address)) {
-            Some((address, _)) => Err(format!(
-                "kernel {} has written behind the end of the memory at {address:#x}",
-                self.function.name
+        match self.written.iter().find(|bounds| !bounds.is_intact()) {
+            Some(bounds) => Err(format!(
+                "kernel {} has written beside the memory at {:#x}",
+                self.function.name, bounds.start
             )),
             None => Ok(()),
         }

@@ -161,6 +161,22 @@ impl Stream {
         self.pass(!mark.is_reached(), move || progress.wait(1));
     }
 
+    /// What the stream knows to come before what it is asked for now.
+    pub fn clock(&self) -> Clock {
+        let mut queue = lock(&self.queue);
+        clock::join_host(&mut queue.clock);
+        queue.clock.clone()
+    }
+
+    /// What is asked of the stream from now on waits for memory that another stream gives back. The program has ordered nothing.
+    pub fn wait_for_memory(&self, done: Arc<Progress>) {
+        let name = |who: &Accessor| {
+            who.name.replace(Some("a wait for memory that another stream has freed".into()));
+            Ok(())
+        };
+        self.push(true, name, move || done.wait(1)).expect("as in `pass`");
+    }
+
     /// Enqueues `work` once `judge` has found nothing wrong with what it accesses; returns the stream's clock after it. `waits`:
     /// the work may wait for others.
     pub fn push(
