@@ -206,8 +206,11 @@ pub fn submit(
     judge: impl Fn(&memory::Accessor) -> Result<(), String> + Send + Sync + 'static,
     run: impl Fn() + Send + Sync + 'static,
 ) -> Result<(), Code> {
-    let work = Work::new(judge, run);
-    match graph::work(stream, &work)? {
+    submit_work(stream, &Work::new(judge, run))
+}
+
+fn submit_work(stream: &Stream, work: &Arc<Work>) -> Result<(), Code> {
+    match graph::work(stream, work)? {
         Some(()) => Ok(()),
         None => illegal(stream.device, work.push(stream)),
     }
@@ -648,12 +651,15 @@ exports! {
         function.fits([gx, gy, gz], [bx, by, bz], shared)?;
         counts::add(stream.device, Count::Launch);
         let launch = unsafe { kernel::Launch::new(function, [gx, gy, gz], [bx, by, bz], shared, arguments) };
-        let judged = launch.clone();
+        let launch = illegal(stream.device, launch)?;
         let device = stream.device;
-        submit(&stream, move |who| judged.judge(who), move || {
-            if let Err(finding) = launch.run() {
-                let _ = illegal::<()>(device, Err(finding));
-            }
-        })
+        submit_work(&stream, &Work::prepared(move |who| {
+            let run = launch.prepare(who)?;
+            Ok(Box::new(move || {
+                let _ = illegal(device, run());
+            }))
+        }))?;
+        // What it has done wrong, if it is done already.
+        current().map(drop)
     }
 }

@@ -11,7 +11,7 @@ use crate::{
         CAPTURE_UNSUPPORTED, CAPTURE_WRONG_THREAD, CAPTURED_EVENT, Code, ILLEGAL_STATE, INVALID_VALUE,
     },
     memory::{self, Accessor},
-    stream::{Mark, Stream, lock},
+    stream::{Mark, Operation, Stream, lock},
 };
 use std::{
     ffi::{c_int, c_uint},
@@ -23,25 +23,33 @@ use std::{
 const GLOBAL: c_uint = 0;
 const RELAXED: c_uint = 2;
 
-type Judge = dyn Fn(&Accessor) -> Result<(), String> + Send + Sync;
+type Prepare = dyn Fn(&Accessor) -> Result<Operation, String> + Send + Sync;
 
-/// Something that a stream does: how it is judged, and how it is done; both as often as it is launched.
-pub struct Work {
-    judge: Box<Judge>,
-    run: Box<dyn Fn() + Send + Sync>,
-}
+/// Something that a stream does: judged and done as often as it is launched.
+pub struct Work(Box<Prepare>);
 
 impl Work {
     pub fn new(
         judge: impl Fn(&Accessor) -> Result<(), String> + Send + Sync + 'static,
         run: impl Fn() + Send + Sync + 'static,
     ) -> Arc<Self> {
-        Arc::new(Self { judge: Box::new(judge), run: Box::new(run) })
+        let run = Arc::new(run);
+        Self::prepared(move |who| {
+            judge(who)?;
+            let run = Arc::clone(&run);
+            Ok(Box::new(move || run()))
+        })
     }
 
-    pub fn push(self: &Arc<Self>, stream: &Stream) -> Result<(), String> {
-        let work = Arc::clone(self);
-        stream.push(false, |who| (self.judge)(who), move || (work.run)()).map(drop)
+    /// What is done is made of what is found out about its accesses.
+    pub fn prepared(
+        prepare: impl Fn(&Accessor) -> Result<Operation, String> + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        Arc::new(Self(Box::new(prepare)))
+    }
+
+    pub fn push(&self, stream: &Stream) -> Result<(), String> {
+        stream.prepare(false, |who| (self.0)(who)).map(drop)
     }
 }
 

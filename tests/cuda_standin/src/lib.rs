@@ -2,9 +2,10 @@
 //!
 //! Device memory is host memory in a checked table ([`memory`]), a stream is a queue of work ([`stream`]), kernels are the same
 //! `.cu` files behind a header that makes them C++ ([`nvrtc`], [`kernel`]), and every operation carries a vector clock ([`clock`]).
-//! Bounds, use after free, wrong device and races between streams are judged when an operation is enqueued, from what the program
-//! ordered and not from how the threads happened to run: a planted bug is found every time. A graph's work ([`graph`]) is judged at each
-//! launch.
+//! Bounds, use after free, wrong device and races between streams are judged from what the program ordered and
+//! not from how the threads happened to run: a planted bug is found every time. What a kernel reads and writes
+//! is noted while it runs, and judged then; everything else when it is enqueued. A graph's work ([`graph`]) is
+//! judged at each launch.
 //!
 //! What a driver may do, this one does: calls that may wait for the whole device do ([`driver`]), and memory
 //! that was freed is given out again ([`memory`]).

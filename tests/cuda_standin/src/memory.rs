@@ -32,9 +32,29 @@ const AROUND: u8 = 0xfe;
 struct Access {
     range: Range<usize>,
     write: bool,
+    by: Operation,
+}
+
+/// Who accesses: an operation of a stream, what came before it, and what it is.
+#[derive(Clone)]
+struct Operation {
     stream: usize,
     tick: u64,
+    clock: Arc<Clock>,
     what: String,
+}
+
+impl Operation {
+    /// Whether the program has put one before the other.
+    fn is_ordered(&self, other: &Self) -> bool {
+        self.clock.covers(other.stream, other.tick) || other.clock.covers(self.stream, self.tick)
+    }
+}
+
+/// An allocation that a kernel may use, until it is known what of it.
+pub struct Loan {
+    pub bounds: Bounds,
+    by: Operation,
 }
 
 struct Allocation {
@@ -48,6 +68,40 @@ struct Allocation {
     /// The how manieth it is: the next at its address is another.
     serial: u64,
     accesses: Vec<Access>,
+    /// Kernels that have not run yet.
+    loans: Vec<Operation>,
+}
+
+impl Allocation {
+    fn is_of(&self, device: usize, what: &str) -> Result<(), String> {
+        match self.device == device {
+            true => Ok(()),
+            false => Err(format!("{what}: memory of device {} on a stream of device {device}", self.device)),
+        }
+    }
+
+    /// Judges an access by the others, and keeps it for those to come.
+    fn judge(&mut self, range: Range<usize>, write: bool, by: &Operation) -> Result<(), String> {
+        for old in &self.accesses {
+            let overlap = old.range.start < range.end && range.start < old.range.end;
+            if overlap && (old.write || write) && !by.is_ordered(&old.by) {
+                return Err(format!(
+                    "race: {} of stream {} and {} of stream {} are not ordered",
+                    by.what, by.stream, old.by.what, old.by.stream
+                ));
+            }
+        }
+        // What this access covers and follows cannot race with a later one unless this access does too; a read only stands
+        // for reads. But a kernel that has not run yet may turn out to race with it.
+        if self.loans.is_empty() {
+            self.accesses.retain(|old| {
+                let inside = range.start <= old.range.start && old.range.end <= range.end;
+                !(inside && (write || !old.write) && by.clock.covers(old.by.stream, old.by.tick))
+            });
+        }
+        self.accesses.push(Access { range, write, by: by.clone() });
+        Ok(())
+    }
 }
 
 /// Pages that were freed: by which operation of which stream, and whether that is done.
@@ -69,8 +123,12 @@ struct Table {
     /// By device and size of the place, the latest last.
     spare: HashMap<(usize, usize), Vec<Spare>>,
     serials: u64,
+    /// What was given out again while kernels that may use it, and come before, had not run.
+    late: HashMap<u64, Allocation>,
     /// What is left of the reserved range.
     left: Range<usize>,
+    /// How many ranges were reserved.
+    ranges: usize,
 }
 
 /// A stream that allocates, as far as the choice of the memory depends on it.
@@ -109,6 +167,9 @@ pub struct Bounds {
 
 /// How much is reserved: addresses, not memory.
 const RESERVED: usize = 8 << 40;
+/// Where, and how often at most: shim/cuda.h knows it too.
+const DEVICE: usize = 32 << 40;
+const RANGES: usize = 6;
 const UNTOUCHABLE: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
 impl Table {
@@ -147,7 +208,10 @@ impl Table {
                 }
             };
             if let Some(old) = chosen.map(|at| spare.remove(at)) {
-                self.allocations.remove(&old.start);
+                if let Some(gone) = self.allocations.remove(&old.start).filter(|gone| !gone.loans.is_empty())
+                {
+                    self.late.insert(gone.serial, gone);
+                }
                 let is_ordered = by.is_none_or(|by| by.clock.covers(old.stream, old.tick));
                 return Some((old.place, (!is_ordered && !old.done.is_at(1)).then_some(old.done)));
             }
@@ -169,6 +233,7 @@ impl Table {
             of_graph,
             serial: self.serials,
             accesses: Vec::new(),
+            loans: Vec::new(),
         };
         self.allocations.insert(start, own);
         bounds
@@ -179,7 +244,7 @@ impl Table {
         if let Some(found) = self.allocations.get_mut(&start) {
             found.freed = true;
             // A graph's next launch has to come after what was done with it, the freeing too.
-            if !found.of_graph {
+            if !found.of_graph && found.loans.is_empty() {
                 found.accesses = Vec::new();
             }
             *self.used.entry(found.device).or_default() -= found.size;
@@ -188,14 +253,16 @@ impl Table {
 
     /// Addresses that were never given out.
     fn reserve(&mut self, size: usize) -> Option<usize> {
-        if self.left.is_empty() {
-            // SAFETY: a fresh mapping.
-            let start =
-                unsafe { libc::mmap(std::ptr::null_mut(), RESERVED, libc::PROT_NONE, UNTOUCHABLE, -1, 0) };
-            if start == libc::MAP_FAILED {
+        if self.left.len() < size {
+            let place = DEVICE + self.ranges * RESERVED;
+            let flags = UNTOUCHABLE | libc::MAP_FIXED_NOREPLACE;
+            // SAFETY: a fresh mapping, where nothing is yet.
+            let start = unsafe { libc::mmap(place as *mut _, RESERVED, libc::PROT_NONE, flags, -1, 0) };
+            if self.ranges == RANGES || start as usize != place {
                 return None;
             }
-            self.left = start as usize..start as usize + RESERVED;
+            self.ranges += 1;
+            self.left = place..place + RESERVED;
         }
         let start = self.left.start;
         self.left.start = start.checked_add(size).filter(|end| *end <= self.left.end)?;
@@ -214,7 +281,7 @@ pub struct Accessor<'a> {
     pub device: usize,
     pub stream: usize,
     pub tick: u64,
-    pub clock: &'a Clock,
+    pub clock: &'a Arc<Clock>,
     /// What it does, as the first of its accesses says.
     pub name: &'a RefCell<Option<String>>,
 }
@@ -275,6 +342,11 @@ pub fn bounds(address: usize) -> Option<Bounds> {
 }
 
 impl Bounds {
+    /// The allocation with what lies around it.
+    pub fn place(&self) -> [usize; 2] {
+        [self.place.start, self.place.end]
+    }
+
     /// Makes the reserved pages memory, NaN in every floating-point type.
     pub fn open(&self) {
         let (start, pages) = (self.place.start, self.place.len());
@@ -315,11 +387,6 @@ impl Bounds {
             is_intact
         })
     }
-
-    /// Whether the same allocation is still there.
-    pub fn is_current(&self) -> bool {
-        with_table(|table| table.allocations.get(&self.start).is_some_and(|now| now.serial == self.serial))
-    }
 }
 
 /// A launch of a graph allocates these, all or none: not while they live.
@@ -347,11 +414,60 @@ pub fn revive(starts: &[usize]) -> Result<(), Code> {
     })
 }
 
-/// The bytes from an address to the end of its allocation; none if it is in none.
-pub fn to_end(start: usize) -> Option<usize> {
+impl Accessor<'_> {
+    fn operation(&self, what: &str) -> Operation {
+        Operation {
+            stream: self.stream,
+            tick: self.tick,
+            clock: Arc::clone(self.clock),
+            what: what.to_string(),
+        }
+    }
+}
+
+/// Lends an allocation to a kernel. `Err` says why it may not be used at all.
+pub fn lend(who: &Accessor, bounds: Bounds, what: &str) -> Result<Loan, String> {
+    who.name.borrow_mut().get_or_insert_with(|| what.to_string());
     with_table(|table| {
-        let (base, found) = table.allocations.range(..=start).next_back()?;
-        found.size.checked_sub(start - base)
+        let start = bounds.start;
+        let found = table.allocations.get_mut(&start);
+        let Some(found) = found.filter(|found| found.serial == bounds.serial && !found.freed) else {
+            return Err(format!("{what}: use after free at {start:#x}"));
+        };
+        found.is_of(who.device, what)?;
+        let by = who.operation(what);
+        found.loans.push(by.clone());
+        Ok(Loan { bounds, by })
+    })
+}
+
+/// A kernel has run: these addresses of its loan it has read and written. `Err` says what is wrong with that.
+pub fn settle(loan: Loan, read: Range<usize>, written: Range<usize>) -> Result<(), String> {
+    let Loan { bounds: Bounds { start, size, serial, .. }, by } = loan;
+    with_table(|table| {
+        let current = table.allocations.get_mut(&start).filter(|found| found.serial == serial);
+        let Some(found) = current.or_else(|| table.late.get_mut(&serial)) else {
+            return Err(format!("{}: its memory at {start:#x} is not known any more", by.what));
+        };
+        found.loans.retain(|other| (other.stream, other.tick) != (by.stream, by.tick));
+        let judged = [(read, false), (written, true)].into_iter().try_for_each(|(seen, write)| {
+            if seen.is_empty() {
+                return Ok(());
+            }
+            if seen.start < start || seen.end > start + size {
+                let beside = if seen.start < start { seen.start } else { seen.end - 1 };
+                let does = if write { "writes" } else { "reads" };
+                return Err(format!(
+                    "{}: out of bounds: it {does} {beside:#x}, beside {size} bytes at {start:#x}",
+                    by.what
+                ));
+            }
+            found.judge(seen.start - start..seen.end - start, write, &by)
+        });
+        if found.loans.is_empty() {
+            table.late.remove(&serial);
+        }
+        judged
     })
 }
 
@@ -377,36 +493,8 @@ pub fn access(who: &Accessor, start: usize, size: usize, write: bool, what: &str
                 found.size
             ));
         }
-        if found.device != who.device {
-            return Err(format!(
-                "{what}: memory of device {} on a stream of device {}",
-                found.device, who.device
-            ));
-        }
-        let range = offset..offset + size;
-        for old in &found.accesses {
-            let overlap = old.range.start < range.end && range.start < old.range.end;
-            if overlap && (old.write || write) && !who.clock.covers(old.stream, old.tick) {
-                return Err(format!(
-                    "race: {what} of stream {} and {} of stream {} are not ordered",
-                    who.stream, old.what, old.stream
-                ));
-            }
-        }
-        // What this access covers and follows cannot race with a later one unless this access does too; a read only stands
-        // for reads.
-        found.accesses.retain(|old| {
-            let inside = range.start <= old.range.start && old.range.end <= range.end;
-            !(inside && (write || !old.write) && who.clock.covers(old.stream, old.tick))
-        });
-        found.accesses.push(Access {
-            range,
-            write,
-            stream: who.stream,
-            tick: who.tick,
-            what: what.to_string(),
-        });
-        Ok(())
+        found.is_of(who.device, what)?;
+        found.judge(offset..offset + size, write, &who.operation(what))
     })
 }
 
@@ -416,14 +504,24 @@ pub fn free(who: &Accessor, start: usize, done: &Arc<Progress>) -> Result<(), St
     let size = size.ok_or_else(|| format!("free: {start:#x} is not the start of an allocation"))?;
     access(who, start, size, true, "free")?;
     with_table(|table| {
+        // Whatever a kernel does with it, it may not be freed before.
+        let loans = table.allocations.get(&start).into_iter().flat_map(|found| &found.loans);
+        if let Some(by) = loans.into_iter().find(|by| !who.clock.covers(by.stream, by.tick)) {
+            return Err(format!(
+                "race: free of stream {} and {} of stream {} are not ordered",
+                who.stream, by.what, by.stream
+            ));
+        }
         table.retire(start);
-        let Some(found) = table.allocations.get(&start).filter(|found| !found.of_graph) else { return };
+        let Some(found) = table.allocations.get(&start).filter(|found| !found.of_graph) else {
+            return Ok(());
+        };
         let place = found.place.clone();
         let (stream, tick, done) = (who.stream, who.tick, Arc::clone(done));
         let spare = table.spare.entry((found.device, place.len())).or_default();
         spare.push(Spare { place, start, stream, tick, done });
-    });
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Host memory that the device reaches by itself: a copy reads or writes it when its turn comes, not when it is asked for.
