@@ -134,12 +134,12 @@ impl Context {
         lock(&self.streams).values().chain([&self.null]).cloned().collect()
     }
 
-    /// Waits for all that was asked of the device, as some calls may: a module's load moves memory, and
-    /// pinned memory changes the device's page tables. The host has not thereby ordered anything, as not
-    /// every driver does it.
+    /// Waits for all that was asked of the device, as some calls may: a module's load moves memory,
+    /// and pinned memory changes the device's page tables. The host has not thereby ordered
+    /// anything, as not every driver does it.
     ///
-    /// Work that waits for a peer, which itself cannot go on before this call returns, hangs there. Here it
-    /// is a finding once the device has done nothing for `CUDA_STANDIN_WAIT` seconds.
+    /// Work that waits for a peer, which itself cannot go on before this call returns, hangs there.
+    /// Here it is a finding once the device has done nothing for `CUDA_STANDIN_WAIT` seconds.
     fn drain(&self, call: &str) -> Result<(), Code> {
         let pending: Vec<_> =
             self.all_streams().into_iter().map(|stream| (stream.enqueued(), stream)).collect();
@@ -170,7 +170,8 @@ impl Context {
     }
 }
 
-/// How long a device may do nothing while a call waits for it: `CUDA_STANDIN_WAIT` seconds, 10 by default.
+/// How long a device may do nothing while a call waits for it: `CUDA_STANDIN_WAIT` seconds, 10 by
+/// default.
 fn patience() -> Duration {
     static PATIENCE: OnceLock<Duration> = OnceLock::new();
     *PATIENCE.get_or_init(|| {
@@ -567,7 +568,8 @@ exports! {
         }
         Ok(())
     }
-    // 1 to 3 say what may be used again; 4 is how much stays when a stream is waited for, which changes nothing here.
+    // 1 to 3 say what may be used again; 4 is how much stays when a stream is waited for, which
+    // changes nothing here.
     fn cuMemPoolSetAttribute(pool: Handle, attribute: c_int, value: *mut c_void) {
         let own = pool.checked_sub(1).and_then(|at| contexts().get(at)).ok_or(INVALID_VALUE)?;
         if value.is_null() { return Err(INVALID_VALUE); }

@@ -21,10 +21,12 @@ pub const MAGIC: &str = "cuda-standin image ";
 const SHARED: u32 = 48 << 10;
 const SHARED_OPT_IN: u32 = 232_448;
 
-/// Runs a kernel: arguments, grid, block, bytes of dynamic shared memory, and where to note its accesses.
+/// Runs a kernel: arguments, grid, block, bytes of dynamic shared memory, and where to note its
+/// accesses.
 type Body = unsafe extern "C" fn(*mut *mut c_void, *const c_uint, *const c_uint, c_uint, Spans);
 
-/// An allocation with what lies around it, and what was read and written there: from the first byte to behind the last.
+/// An allocation with what lies around it, and what was read and written there: from the first byte
+/// to behind the last.
 #[repr(C)]
 struct Span {
     place: [usize; 2],
@@ -142,7 +144,8 @@ impl Function {
             let found = unsafe { libc::dlsym(module.object, name.as_ptr()) };
             (!found.is_null()).then_some(found)
         };
-        // SAFETY: NVRTC's stand-in defines these for every kernel, with these types; the signature begins with its length.
+        // SAFETY: NVRTC's stand-in defines these for every kernel, with these types; the signature
+        // begins with its length.
         let (body, arguments, declared, threads) = unsafe {
             let body = std::mem::transmute::<*mut c_void, Body>(symbol("__standin")?);
             let signature = std::mem::transmute::<*mut c_void, Signature>(symbol("__signature")?)();
@@ -250,7 +253,8 @@ impl Launch {
         Ok(Self { function, grid, block, shared, arguments, memory })
     }
 
-    /// Judges whether its memory is there. What it does with it is judged when that is known: the result runs it and says what is wrong.
+    /// Judges whether its memory is there. What it does with it is judged when that is known: the
+    /// result runs it and says what is wrong.
     pub fn prepare(
         &self,
         who: &Accessor,
@@ -270,8 +274,8 @@ impl Launch {
         let mut seen: Vec<Span> = loans.iter().map(span).collect();
         crash::announce(&self.function.name);
         let spans = Spans { first: seen.as_mut_ptr(), count: seen.len() };
-        // SAFETY: the arguments are as many and as large as the kernel's, and the spans live; what it does with its memory is
-        // what is tested.
+        // SAFETY: the arguments are as many and as large as the kernel's, and the spans live; what
+        // it does with its memory is what is tested.
         unsafe {
             let (grid, block) = (self.grid.as_ptr(), self.block.as_ptr());
             (self.function.body)(pointers.as_mut_ptr(), grid, block, self.shared, spans);

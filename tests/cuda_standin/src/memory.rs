@@ -1,13 +1,15 @@
 //! The table of device memory, and the judgement of every access to it.
 //!
-//! All memory comes from one large reserved range: an allocation is whole pages with a page behind it that
-//! nobody may touch. It lies at the end of its pages, at a multiple of 512 bytes as a real pool's. What is
-//! before and behind it in them holds a pattern, which is looked at after every kernel that writes to it.
+//! All memory comes from one large reserved range: an allocation is whole pages with a page behind
+//! it that nobody may touch. It lies at the end of its pages, at a multiple of 512 bytes as a real
+//! pool's. What is before and behind it in them holds a pattern, which is looked at after every
+//! kernel that writes to it.
 //!
-//! Pages that were freed are given out again as a real pool does it: at once where the program has put the
-//! allocation behind the free, else where the free is done or where the pool may put it behind the free by
-//! itself. Until then their use is found; afterwards it is as wrong as on a GPU, and found if it is a race.
-//! With `CUDA_STANDIN_POOL=fresh` nothing is given out twice, so that every use after free is found.
+//! Pages that were freed are given out again as a real pool does it: at once where the program has
+//! put the allocation behind the free, else where the free is done or where the pool may put it
+//! behind the free by itself. Until then their use is found; afterwards it is as wrong as on a GPU,
+//! and found if it is a race. With `CUDA_STANDIN_POOL=fresh` nothing is given out twice, so that
+//! every use after free is found.
 
 use crate::{
     clock::Clock,
@@ -24,8 +26,8 @@ use std::{
 const PAGE: usize = 4096;
 /// What addresses are multiples of.
 const ALIGNMENT: usize = 512;
-/// All bits set is NaN in every element. A real pool gives what was there before, which would hide reads of
-/// what nobody has written. The pattern around an allocation is another.
+/// All bits set is NaN in every element. A real pool gives what was there before, which would hide
+/// reads of what nobody has written. The pattern around an allocation is another.
 const FRESH: u8 = 0xff;
 const AROUND: u8 = 0xfe;
 
@@ -91,8 +93,9 @@ impl Allocation {
                 ));
             }
         }
-        // What this access covers and follows cannot race with a later one unless this access does too; a read only stands
-        // for reads. But a kernel that has not run yet may turn out to race with it.
+        // What this access covers and follows cannot race with a later one unless this access does
+        // too; a read only stands for reads. But a kernel that has not run yet may turn out to race
+        // with it.
         if self.loans.is_empty() {
             self.accesses.retain(|old| {
                 let inside = range.start <= old.range.start && old.range.end <= range.end;
@@ -116,7 +119,8 @@ struct Spare {
 
 #[derive(Default)]
 struct Table {
-    // What was freed stays in the table until its pages are given out again, so that its use is seen.
+    // What was freed stays in the table until its pages are given out again, so that its use is
+    // seen.
     allocations: BTreeMap<usize, Allocation>,
     used: HashMap<usize, usize>,
     pinned: BTreeMap<usize, usize>,
@@ -350,8 +354,8 @@ impl Bounds {
     /// Makes the reserved pages memory, NaN in every floating-point type.
     pub fn open(&self) {
         let (start, pages) = (self.place.start, self.place.len());
-        // SAFETY: the pages are part of what was reserved, and one allocation's, whose turn it is: whoever had them
-        // before has given them back.
+        // SAFETY: the pages are part of what was reserved, and one allocation's, whose turn it is:
+        // whoever had them before has given them back.
         let is_open = unsafe {
             libc::mprotect(start as *mut _, pages, libc::PROT_READ | libc::PROT_WRITE) == 0 && {
                 std::ptr::write_bytes(start as *mut u8, AROUND, pages);
@@ -367,7 +371,8 @@ impl Bounds {
     /// Gives the pages back and leaves the range unreadable.
     pub fn close(&self) {
         let (start, pages) = (self.place.start, self.place.len());
-        // SAFETY: the pages are one allocation's, which is freed, and nothing else was mapped there.
+        // SAFETY: the pages are one allocation's, which is freed, and nothing else was mapped
+        // there.
         let done = unsafe {
             libc::mmap(start as *mut _, pages, libc::PROT_NONE, UNTOUCHABLE | libc::MAP_FIXED, -1, 0)
         };
@@ -380,7 +385,8 @@ impl Bounds {
     pub fn is_intact(&self) -> bool {
         let end = self.start + self.size;
         [self.place.start..self.start, end..self.place.end].into_iter().all(|slack| {
-            // SAFETY: the slack is part of the allocation's pages, which are open while its work is done.
+            // SAFETY: the slack is part of the allocation's pages, which are open while its work is
+            // done.
             let slack = unsafe { std::slice::from_raw_parts_mut(slack.start as *mut u8, slack.len()) };
             let is_intact = slack.iter().all(|byte| *byte == AROUND);
             slack.fill(AROUND);
@@ -441,7 +447,8 @@ pub fn lend(who: &Accessor, bounds: Bounds, what: &str) -> Result<Loan, String> 
     })
 }
 
-/// A kernel has run: these addresses of its loan it has read and written. `Err` says what is wrong with that.
+/// A kernel has run: these addresses of its loan it has read and written. `Err` says what is wrong
+/// with that.
 pub fn settle(loan: Loan, read: Range<usize>, written: Range<usize>) -> Result<(), String> {
     let Loan { bounds: Bounds { start, size, serial, .. }, by } = loan;
     with_table(|table| {
@@ -498,7 +505,8 @@ pub fn access(who: &Accessor, start: usize, size: usize, write: bool, what: &str
     })
 }
 
-/// Ends an allocation's life: it counts as a write to all of it. `done` says when the stream has come to it.
+/// Ends an allocation's life: it counts as a write to all of it. `done` says when the stream has
+/// come to it.
 pub fn free(who: &Accessor, start: usize, done: &Arc<Progress>) -> Result<(), String> {
     let size = with_table(|table| table.allocations.get(&start).map(|found| found.size));
     let size = size.ok_or_else(|| format!("free: {start:#x} is not the start of an allocation"))?;

@@ -169,7 +169,8 @@ impl Stream {
         queue.clock.clone()
     }
 
-    /// What is asked of the stream from now on waits for memory that another stream gives back. The program has ordered nothing.
+    /// What is asked of the stream from now on waits for memory that another stream gives back. The
+    /// program has ordered nothing.
     pub fn wait_for_memory(&self, done: Arc<Progress>) {
         let name = |who: &Accessor| {
             who.name.replace(Some("a wait for memory that another stream has freed".into()));

@@ -1,4 +1,5 @@
-//! Memory that was freed is given out again as by a real pool, and what is wrong with its use is still found.
+//! Memory that was freed is given out again as by a real pool, and what is wrong with its use is
+//! still found.
 
 mod common;
 #[path = "common/held.rs"]

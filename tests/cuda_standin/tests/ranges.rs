@@ -1,4 +1,5 @@
-//! Kernels claim what they read and write, and no more: two halves of a buffer are no race, what overlaps is.
+//! Kernels claim what they read and write, and no more: two halves of a buffer are no race, what
+//! overlaps is.
 
 mod common;
 #[path = "common/held.rs"]
@@ -49,7 +50,8 @@ fn is_reported(begin: &str) {
     assert!(reports().iter().any(|report| report.starts_with(begin)), "{begin}: {:?}", reports());
 }
 
-/// Fills two ranges of a buffer on two streams that are not ordered: what the second gets, at once or later.
+/// Fills two ranges of a buffer on two streams that are not ordered: what the second gets, at once
+/// or later.
 fn two_ranges(device: c_int, queued: bool, ranges: [[u64; 2]; 2]) -> Code {
     let (a, b, fill) = on(device, c"fill");
     let p = allocate(400, a);
@@ -82,7 +84,8 @@ fn ranges_that_overlap_are_a_race_also_if_both_run_later() {
     assert!(reports().len() > before);
 }
 
-/// The other access came later, and somebody has waited for it and written over it, before the kernel ran.
+/// The other access came later, and somebody has waited for it and written over it, before the
+/// kernel ran.
 #[test]
 fn a_late_kernel_is_judged_by_all_that_was_done_meanwhile() {
     let (a, b, fill) = on(3, c"fill");
