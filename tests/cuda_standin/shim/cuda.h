@@ -15,6 +15,51 @@
 #include <utility>
 #include <vector>
 
+// What a kernel reads and writes of the allocations that its pointers point into: see kernel.rs.
+namespace standin {
+
+struct Span {
+  uintptr_t begin, end;  // of the allocation, with what lies around it
+  struct { uintptr_t from, to; } seen[2];  // read, and written
+};
+struct Spans {
+  Span* first;
+  size_t count;
+};
+static thread_local Spans spans = {};
+
+// Where all device memory is: see memory.rs.
+constexpr uintptr_t DEVICE = (uintptr_t)32 << 40, DEVICE_SIZE = (uintptr_t)48 << 40;
+
+__attribute__((no_sanitize("thread"))) static inline void note(const void* at, size_t size, bool write) {
+  const uintptr_t from = (uintptr_t)at;
+  if (from - DEVICE >= DEVICE_SIZE) return;
+  for (Span *span = spans.first, *end = span + spans.count; span != end; span++) {
+    if (from < span->begin || from >= span->end) continue;
+    auto& seen = span->seen[write];
+    if (from < seen.from) seen.from = from;
+    if (from + size > seen.to) seen.to = from + size;
+    return;
+  }
+}
+
+}  // namespace standin
+
+// The compiler calls these before it reads or writes memory that others may see.
+#define NOTED __attribute__((no_sanitize("thread"), visibility("hidden"))) void
+#define NOTE(size) \
+  NOTED __tsan_read##size(void* at) { standin::note(at, size, false); } \
+  NOTED __tsan_write##size(void* at) { standin::note(at, size, true); } \
+  NOTED __tsan_unaligned_read##size(void* at) { standin::note(at, size, false); } \
+  NOTED __tsan_unaligned_write##size(void* at) { standin::note(at, size, true); }
+extern "C" {
+NOTE(1) NOTE(2) NOTE(4) NOTE(8) NOTE(16)
+NOTED __tsan_read_range(void* at, unsigned long size) { standin::note(at, size, false); }
+NOTED __tsan_write_range(void* at, unsigned long size) { standin::note(at, size, true); }
+NOTED __tsan_vptr_update(void**, void*) {}
+NOTED __tsan_init() {}
+}
+
 #define SHARDWISE_STANDIN
 #define __global__ STANDIN_KERNEL
 #define __device__
@@ -267,7 +312,7 @@ struct Stacks {
 inline std::mutex Stacks::lock;
 inline std::vector<Stacks*> Stacks::unused;
 
-inline void launch(void (*body)(void**), void** arguments, const unsigned* grid, const unsigned* size, unsigned shared) {
+inline void launch(void (*body)(void**), void** arguments, const unsigned* grid, const unsigned* size, unsigned shared, Spans touched) {
   Stacks* kept = Stacks::take();
   const unsigned threads = size[0] * size[1] * size[2];
   char* stacks = kept->get(threads);
@@ -290,6 +335,7 @@ inline void launch(void (*body)(void**), void** arguments, const unsigned* grid,
         memset(block.dynamic, 0xff, shared);
         if (local.start) memset(local.start, 0xff, local.size);
         own() = &block;
+        spans = touched;
         for (unsigned i = 0; i < threads; i++) {
           Fiber& fiber = block.fibers[i];
           fiber.state = READY;
@@ -314,6 +360,7 @@ inline void launch(void (*body)(void**), void** arguments, const unsigned* grid,
         standin_switch(&block.host, block.current->stack);
       }
   own() = nullptr;
+  spans = {};
   Stacks::give(kept);
 }
 

@@ -1,8 +1,8 @@
 //! Counters of the calls that cost a device or its host something, for tests that hold those costs.
 //!
-//! A test that has loaded this library as the driver looks up [`cuda_standin_counts`] by its name and
-//! compares two snapshots. A call counts once it has been accepted. A captured call counts at its capture, a
-//! launch of a graph as one [`Count::Graph`].
+//! A test that has loaded this library as the driver looks up [`cuda_standin_counts`] by its name
+//! and compares two snapshots. A call counts once it has been accepted. A captured call counts at
+//! its capture, a launch of a graph as one [`Count::Graph`].
 
 use std::{
     cell::Cell,
@@ -66,9 +66,9 @@ pub fn own(count: Count) {
     OWN.with(|own| own[count as usize].set(own[count as usize].get() + 1));
 }
 
-/// Writes the first `len` counters, in the order of [`Count`], to `out`: those of the calling thread if
-/// `device` is negative, else those of a device by all threads of this process. Returns how many counters
-/// there are; with a null `out` it only does that.
+/// Writes the first `len` counters, in the order of [`Count`], to `out`: those of the calling
+/// thread if `device` is negative, else those of a device by all threads of this process. Returns
+/// how many counters there are; with a null `out` it only does that.
 ///
 /// # Safety
 /// `out` is null or has room for `len` numbers.

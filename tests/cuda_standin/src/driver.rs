@@ -5,7 +5,7 @@ use crate::{
     error::{self, *},
     graph::{self, Executable, Graph, Point, Work},
     kernel, memory,
-    stream::{Mark, Stream, lock},
+    stream::{Mark, Progress, Stream, lock},
 };
 use std::{
     cell::Cell,
@@ -30,6 +30,8 @@ struct Context {
     open: AtomicU64,
     /// How often it was retained and not released.
     retained: AtomicUsize,
+    /// The attributes of its pool, by their numbers.
+    pool: [AtomicU64; 5],
 }
 
 /// A CUDA GPU's range: a smaller number comes first.
@@ -105,6 +107,7 @@ fn contexts() -> &'static [Context] {
             failed: AtomicI32::new(0),
             open: AtomicU64::new(0),
             retained: AtomicUsize::new(0),
+            pool: [0, 1, 1, 1, 0].map(AtomicU64::new),
         };
         (0..count).map(context).collect()
     })
@@ -122,16 +125,21 @@ fn current() -> Result<&'static Context, Code> {
 }
 
 impl Context {
+    fn policy(&self) -> memory::Policy {
+        let is_on = |attribute: usize| self.pool[attribute].load(SeqCst) != 0;
+        memory::Policy { follow_events: is_on(1), opportunistic: is_on(2), internal: is_on(3) }
+    }
+
     fn all_streams(&self) -> Vec<Arc<Stream>> {
         lock(&self.streams).values().chain([&self.null]).cloned().collect()
     }
 
-    /// Waits for all that was asked of the device, as some calls may: a module's load moves memory, and
-    /// pinned memory changes the device's page tables. The host has not thereby ordered anything, as not
-    /// every driver does it.
+    /// Waits for all that was asked of the device, as some calls may: a module's load moves memory,
+    /// and pinned memory changes the device's page tables. The host has not thereby ordered
+    /// anything, as not every driver does it.
     ///
-    /// Work that waits for a peer, which itself cannot go on before this call returns, hangs there. Here it
-    /// is a finding once the device has done nothing for `CUDA_STANDIN_WAIT` seconds.
+    /// Work that waits for a peer, which itself cannot go on before this call returns, hangs there.
+    /// Here it is a finding once the device has done nothing for `CUDA_STANDIN_WAIT` seconds.
     fn drain(&self, call: &str) -> Result<(), Code> {
         let pending: Vec<_> =
             self.all_streams().into_iter().map(|stream| (stream.enqueued(), stream)).collect();
@@ -162,7 +170,8 @@ impl Context {
     }
 }
 
-/// How long a device may do nothing while a call waits for it: `CUDA_STANDIN_WAIT` seconds, 10 by default.
+/// How long a device may do nothing while a call waits for it: `CUDA_STANDIN_WAIT` seconds, 10 by
+/// default.
 fn patience() -> Duration {
     static PATIENCE: OnceLock<Duration> = OnceLock::new();
     *PATIENCE.get_or_init(|| {
@@ -198,8 +207,11 @@ pub fn submit(
     judge: impl Fn(&memory::Accessor) -> Result<(), String> + Send + Sync + 'static,
     run: impl Fn() + Send + Sync + 'static,
 ) -> Result<(), Code> {
-    let work = Work::new(judge, run);
-    match graph::work(stream, &work)? {
+    submit_work(stream, &Work::new(judge, run))
+}
+
+fn submit_work(stream: &Stream, work: &Arc<Work>) -> Result<(), Code> {
+    match graph::work(stream, work)? {
         Some(()) => Ok(()),
         None => illegal(stream.device, work.push(stream)),
     }
@@ -433,7 +445,9 @@ exports! {
     fn cuMemAlloc_v2(out: *mut usize, size: usize) {
         graph::may_wait()?;
         let device = current()?.device;
-        unsafe { put(out, memory::allocate(device, size)?)? };
+        let bounds = memory::allocate(device, size, None)?.bounds;
+        bounds.open();
+        unsafe { put(out, bounds.start)? };
         counts::add(device, Count::Allocation);
         Ok(())
     }
@@ -442,8 +456,12 @@ exports! {
         let stream = stream(handle)?;
         counts::add(stream.device, Count::Allocation);
         if let Some(start) = graph::allocate(&stream, size)? { return unsafe { put(out, start) }; }
-        let start = memory::allocate(stream.device, size)?;
-        submit(&stream, move |who| memory::access(who, start, size, true, "allocation"), || ())?;
+        let (clock, policy) = (stream.clock(), contexts()[stream.device].policy());
+        let by = memory::By { stream: stream.number, clock: &clock, policy };
+        let memory::Given { bounds, after } = memory::allocate(stream.device, size, Some(&by))?;
+        if let Some(done) = after { stream.wait_for_memory(done); }
+        let start = bounds.start;
+        submit(&stream, move |who| memory::access(who, start, size, true, "allocation"), move || bounds.open())?;
         unsafe { put(out, start) }
     }
     fn cuMemFree_v2(start: usize) {
@@ -454,7 +472,12 @@ exports! {
     fn cuMemFreeAsync(start: usize, handle: Handle) {
         let stream = stream(handle)?;
         graph::frees(&stream, start)?;
-        submit(&stream, move |who| memory::free(who, start), move || memory::release(start))?;
+        let (bounds, done) = (memory::bounds(start), Arc::<Progress>::default());
+        let reached = Arc::clone(&done);
+        submit(&stream, move |who| memory::free(who, start, &done), move || {
+            if let Some(bounds) = &bounds { bounds.close(); }
+            reached.reach(1);
+        })?;
         counts::add(stream.device, Count::Free);
         Ok(())
     }
@@ -545,9 +568,32 @@ exports! {
         }
         Ok(())
     }
-    fn cuMemPoolSetAttribute(pool: Handle, _attribute: c_int, value: *mut c_void) {
-        if pool == 0 || pool > contexts().len() || value.is_null() { return Err(INVALID_VALUE); }
+    // 1 to 3 say what may be used again; 4 is how much stays when a stream is waited for, which
+    // changes nothing here.
+    fn cuMemPoolSetAttribute(pool: Handle, attribute: c_int, value: *mut c_void) {
+        let own = pool.checked_sub(1).and_then(|at| contexts().get(at)).ok_or(INVALID_VALUE)?;
+        if value.is_null() { return Err(INVALID_VALUE); }
+        let value = unsafe {
+            match attribute {
+                1..=3 => u64::from(value.cast::<c_uint>().read()),
+                4 => value.cast::<u64>().read(),
+                _ => return Err(INVALID_VALUE),
+            }
+        };
+        own.pool[attribute as usize].store(value, SeqCst);
         Ok(())
+    }
+    fn cuMemPoolGetAttribute(pool: Handle, attribute: c_int, out: *mut c_void) {
+        let own = pool.checked_sub(1).and_then(|at| contexts().get(at)).ok_or(INVALID_VALUE)?;
+        unsafe {
+            match attribute {
+                1..=3 => put(out.cast::<c_uint>(), own.pool[attribute as usize].load(SeqCst) as c_uint),
+                4 => put(out.cast::<u64>(), own.pool[4].load(SeqCst)),
+                // What it has, and what of it is in use.
+                5 | 7 => put(out.cast::<u64>(), memory::used(own.device) as u64),
+                _ => Err(INVALID_VALUE),
+            }
+        }
     }
     fn cuDeviceGetAttribute(out: *mut c_int, attribute: c_int, ordinal: c_int) {
         device(ordinal)?;
@@ -607,12 +653,15 @@ exports! {
         function.fits([gx, gy, gz], [bx, by, bz], shared)?;
         counts::add(stream.device, Count::Launch);
         let launch = unsafe { kernel::Launch::new(function, [gx, gy, gz], [bx, by, bz], shared, arguments) };
-        let judged = launch.clone();
+        let launch = illegal(stream.device, launch)?;
         let device = stream.device;
-        submit(&stream, move |who| judged.judge(who), move || {
-            if let Err(finding) = launch.run() {
-                let _ = illegal::<()>(device, Err(finding));
-            }
-        })
+        submit_work(&stream, &Work::prepared(move |who| {
+            let run = launch.prepare(who)?;
+            Ok(Box::new(move || {
+                let _ = illegal(device, run());
+            }))
+        }))?;
+        // What it has done wrong, if it is done already.
+        current().map(drop)
     }
 }

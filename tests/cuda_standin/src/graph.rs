@@ -11,7 +11,7 @@ use crate::{
         CAPTURE_UNSUPPORTED, CAPTURE_WRONG_THREAD, CAPTURED_EVENT, Code, ILLEGAL_STATE, INVALID_VALUE,
     },
     memory::{self, Accessor},
-    stream::{Mark, Stream, lock},
+    stream::{Mark, Operation, Stream, lock},
 };
 use std::{
     ffi::{c_int, c_uint},
@@ -23,25 +23,33 @@ use std::{
 const GLOBAL: c_uint = 0;
 const RELAXED: c_uint = 2;
 
-type Judge = dyn Fn(&Accessor) -> Result<(), String> + Send + Sync;
+type Prepare = dyn Fn(&Accessor) -> Result<Operation, String> + Send + Sync;
 
-/// Something that a stream does: how it is judged, and how it is done; both as often as it is launched.
-pub struct Work {
-    judge: Box<Judge>,
-    run: Box<dyn Fn() + Send + Sync>,
-}
+/// Something that a stream does: judged and done as often as it is launched.
+pub struct Work(Box<Prepare>);
 
 impl Work {
     pub fn new(
         judge: impl Fn(&Accessor) -> Result<(), String> + Send + Sync + 'static,
         run: impl Fn() + Send + Sync + 'static,
     ) -> Arc<Self> {
-        Arc::new(Self { judge: Box::new(judge), run: Box::new(run) })
+        let run = Arc::new(run);
+        Self::prepared(move |who| {
+            judge(who)?;
+            let run = Arc::clone(&run);
+            Ok(Box::new(move || run()))
+        })
     }
 
-    pub fn push(self: &Arc<Self>, stream: &Stream) -> Result<(), String> {
-        let work = Arc::clone(self);
-        stream.push(false, |who| (self.judge)(who), move || (work.run)()).map(drop)
+    /// What is done is made of what is found out about its accesses.
+    pub fn prepared(
+        prepare: impl Fn(&Accessor) -> Result<Operation, String> + Send + Sync + 'static,
+    ) -> Arc<Self> {
+        Arc::new(Self(Box::new(prepare)))
+    }
+
+    pub fn push(&self, stream: &Stream) -> Result<(), String> {
+        stream.prepare(false, |who| (self.0)(who)).map(drop)
     }
 }
 
@@ -205,16 +213,16 @@ pub fn work(stream: &Stream, work: &Arc<Work>) -> Result<Option<()>, Code> {
 
 /// Memory that each launch allocates, at the same address; `None` if the stream does not capture.
 pub fn allocate(stream: &Stream, size: usize) -> Result<Option<usize>, Code> {
-    let start = add(stream, |captured, _| {
-        let start = memory::reserve(stream.device, size)?;
-        captured.allocated.push(start);
-        Ok(start)
+    let bounds = add(stream, |captured, _| {
+        let bounds = memory::reserve(stream.device, size)?;
+        captured.allocated.push(bounds.start);
+        Ok(bounds)
     })?;
-    if let Some(start) = start {
-        let judge = move |who: &Accessor| memory::access(who, start, size, true, "allocation");
-        work(stream, &Work::new(judge, move || memory::map(start)))?;
-    }
-    Ok(start)
+    let Some(bounds) = bounds else { return Ok(None) };
+    let start = bounds.start;
+    let judge = move |who: &Accessor| memory::access(who, start, size, true, "allocation");
+    work(stream, &Work::new(judge, move || bounds.open()))?;
+    Ok(Some(start))
 }
 
 /// Whether a stream captures the end of memory; an error if it does, and the memory is not the graph's.

@@ -2,7 +2,7 @@
 
 use crate::{
     error::{self, Code, INVALID_HANDLE, INVALID_VALUE, NOT_FOUND},
-    memory::{self, Accessor},
+    memory::{self, Accessor, Bounds, Loan},
     stream::lock,
 };
 use std::{
@@ -21,8 +21,24 @@ pub const MAGIC: &str = "cuda-standin image ";
 const SHARED: u32 = 48 << 10;
 const SHARED_OPT_IN: u32 = 232_448;
 
-/// Runs a kernel: arguments, grid, block, bytes of dynamic shared memory.
-type Body = unsafe extern "C" fn(*mut *mut c_void, *const c_uint, *const c_uint, c_uint);
+/// Runs a kernel: arguments, grid, block, bytes of dynamic shared memory, and where to note its
+/// accesses.
+type Body = unsafe extern "C" fn(*mut *mut c_void, *const c_uint, *const c_uint, c_uint, Spans);
+
+/// An allocation with what lies around it, and what was read and written there: from the first byte
+/// to behind the last.
+#[repr(C)]
+struct Span {
+    place: [usize; 2],
+    seen: [[usize; 2]; 2],
+}
+
+#[repr(C)]
+struct Spans {
+    first: *mut Span,
+    count: usize,
+}
+
 /// The number of arguments, then for each its size, and in the upper half 1 for a pointer to const, 2 for another pointer.
 type Signature = unsafe extern "C" fn() -> *const c_uint;
 
@@ -128,7 +144,8 @@ impl Function {
             let found = unsafe { libc::dlsym(module.object, name.as_ptr()) };
             (!found.is_null()).then_some(found)
         };
-        // SAFETY: NVRTC's stand-in defines these for every kernel, with these types; the signature begins with its length.
+        // SAFETY: NVRTC's stand-in defines these for every kernel, with these types; the signature
+        // begins with its length.
         let (body, arguments, declared, threads) = unsafe {
             let body = std::mem::transmute::<*mut c_void, Body>(symbol("__standin")?);
             let signature = std::mem::transmute::<*mut c_void, Signature>(symbol("__signature")?)();
@@ -191,9 +208,13 @@ pub struct Launch {
     block: [c_uint; 3],
     shared: c_uint,
     arguments: Arc<Vec<u64>>,
+    /// The allocations that its pointers point into, each once.
+    memory: Arc<Vec<Bounds>>,
 }
 
 impl Launch {
+    /// `Err` is an address that is none of the device's.
+    ///
     /// # Safety
     /// There are as many pointers to arguments as the function has.
     pub unsafe fn new(
@@ -202,7 +223,7 @@ impl Launch {
         block: [c_uint; 3],
         shared: c_uint,
         arguments: *mut *mut c_void,
-    ) -> Self {
+    ) -> Result<Self, String> {
         let argument = |(at, kind): (usize, &u32)| {
             let mut word = [0_u8; 8];
             let size = (*kind & 0xffff) as usize;
@@ -216,46 +237,62 @@ impl Launch {
             }
             u64::from_ne_bytes(word)
         };
-        let arguments = function.arguments.iter().enumerate().map(argument).collect();
-        Self { function, grid, block, shared, arguments: Arc::new(arguments) }
-    }
-
-    fn pointers(&self) -> impl Iterator<Item = (usize, bool)> + '_ {
-        let pointers = self.function.arguments.iter().zip(self.arguments.iter());
-        pointers
-            .filter(|(kind, word)| *kind >> 16 != 0 && **word != 0)
-            .map(|(kind, word)| (*word as usize, kind >> 16 == 2))
-    }
-
-    /// Memory that is read, and memory that is written, from the pointers on to the end of their allocations.
-    pub fn judge(&self, who: &Accessor) -> Result<(), String> {
-        self.pointers().try_for_each(|(address, write)| {
-            let what = format!("kernel {}", self.function.name);
-            match memory::to_end(address) {
-                // A view of no elements may begin at the end.
-                Some(size) => memory::access(who, address, size, write, &what),
-                None => Err(format!("{what}: {address:#x} is not device memory")),
+        let arguments: Vec<u64> = function.arguments.iter().enumerate().map(argument).collect();
+        let pointers =
+            function.arguments.iter().zip(&arguments).filter(|(kind, word)| *kind >> 16 != 0 && **word != 0);
+        let mut memory: Vec<Bounds> = Vec::new();
+        for (_, &address) in pointers {
+            // A view of no elements may begin at the end.
+            let bounds = memory::bounds(address as usize)
+                .ok_or_else(|| format!("kernel {}: {address:#x} is not device memory", function.name))?;
+            if memory.iter().all(|known| known.start != bounds.start) {
+                memory.push(bounds);
             }
-        })
+        }
+        let (arguments, memory) = (Arc::new(arguments), Arc::new(memory));
+        Ok(Self { function, grid, block, shared, arguments, memory })
+    }
+
+    /// Judges whether its memory is there. What it does with it is judged when that is known: the
+    /// result runs it and says what is wrong.
+    pub fn prepare(
+        &self,
+        who: &Accessor,
+    ) -> Result<impl FnOnce() -> Result<(), String> + Send + 'static, String> {
+        let what = format!("kernel {}", self.function.name);
+        let lend = |bounds: &Bounds| memory::lend(who, bounds.clone(), &what);
+        let loans = self.memory.iter().map(lend).collect::<Result<Vec<_>, _>>()?;
+        let launch = self.clone();
+        Ok(move || launch.run(loans))
     }
 
     /// Runs all threads.
-    pub fn run(&self) -> Result<(), String> {
+    fn run(&self, loans: Vec<Loan>) -> Result<(), String> {
         let mut words = self.arguments.to_vec();
         let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|word| (word as *mut u64).cast()).collect();
+        let span = |loan: &Loan| Span { place: loan.bounds.place(), seen: [[usize::MAX, 0]; 2] };
+        let mut seen: Vec<Span> = loans.iter().map(span).collect();
         crash::announce(&self.function.name);
-        // SAFETY: the arguments are as many and as large as the kernel's; what it does with them is what is tested.
+        let spans = Spans { first: seen.as_mut_ptr(), count: seen.len() };
+        // SAFETY: the arguments are as many and as large as the kernel's, and the spans live; what
+        // it does with its memory is what is tested.
         unsafe {
-            (self.function.body)(pointers.as_mut_ptr(), self.grid.as_ptr(), self.block.as_ptr(), self.shared)
-        };
-        crash::over();
-        match self.pointers().find(|(address, write)| *write && !memory::is_intact(*address)) {
-            Some((address, _)) => Err(format!(
-                "kernel {} has written behind the end of the memory at {address:#x}",
-                self.function.name
-            )),
-            None => Ok(()),
+            let (grid, block) = (self.grid.as_ptr(), self.block.as_ptr());
+            (self.function.body)(pointers.as_mut_ptr(), grid, block, self.shared, spans);
         }
+        crash::over();
+        let mut outcome = Ok(());
+        for (loan, span) in loans.into_iter().zip(seen) {
+            let [read, written] = span.seen.map(|[from, to]| from..to);
+            let intact = loan.bounds.is_intact();
+            let beside = format!(
+                "kernel {} has written beside the memory at {:#x}",
+                self.function.name, loan.bounds.start
+            );
+            let settled = memory::settle(loan, read, written);
+            outcome = outcome.and(if intact { settled } else { Err(beside) });
+        }
+        outcome
     }
 }
 

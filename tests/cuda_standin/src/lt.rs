@@ -152,9 +152,11 @@ pub struct Algorithm {
 
 /// What `CUDA_STANDIN_LT` names, separated by commas.
 ///
-/// - `varied`: the order of summation depends on all that a real library may choose its kernel by: sizes,
-///   types, leading dimensions and alignments. What must have the same bits has to be the same call.
-/// - `states`: of every other product the first algorithm found is one that cannot be used, as its state says.
+/// - `varied`: the order of summation depends on all that a real library may choose its kernel by:
+///   sizes, types, leading dimensions and alignments. What must have the same bits has to be the
+///   same call.
+/// - `states`: of every other product the first algorithm found is one that cannot be used, as its
+///   state says.
 fn option(name: &str) -> bool {
     static OPTIONS: OnceLock<String> = OnceLock::new();
     let options = OPTIONS.get_or_init(|| std::env::var("CUDA_STANDIN_LT").unwrap_or_default());

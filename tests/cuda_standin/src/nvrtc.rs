@@ -94,7 +94,7 @@ fn compile(source: &str) -> io::Result<Result<PathBuf, String>> {
             let _ = writeln!(
                 launchers,
                 "extern \"C\" const unsigned {kernel}__threads = {threads};\n\
-                 extern \"C\" void {kernel}__standin(void** a, const unsigned* g, const unsigned* b, unsigned s) {{ standin::launch(&standin::Thunk<&{kernel}>::body, a, g, b, s); }}\n\
+                 extern \"C\" void {kernel}__standin(void** a, const unsigned* g, const unsigned* b, unsigned s, standin::Spans t) {{ standin::launch(&standin::Thunk<&{kernel}>::body, a, g, b, s, t); }}\n\
                  extern \"C\" const unsigned* {kernel}__signature() {{ return standin::Thunk<&{kernel}>::signature; }}"
             );
         }
@@ -102,7 +102,18 @@ fn compile(source: &str) -> io::Result<Result<PathBuf, String>> {
         text.push_str(&launchers);
         fs::write(&plain, format!("#define STANDIN_KERNEL\n#define STANDIN_BOUNDS(...)\n{text}"))?;
         let (assembly, built) = (work.join("kernels.s"), work.join("kernels.so"));
-        let options = ["-S", "-O2", "-std=c++17", "-fPIC", "-w", "-fno-gnu-unique", "-fno-strict-aliasing"];
+        // The sanitizer's calls are the shim's own: they note what a kernel reads and writes.
+        let options = [
+            "-S",
+            "-O2",
+            "-std=c++17",
+            "-fPIC",
+            "-w",
+            "-fno-gnu-unique",
+            "-fno-strict-aliasing",
+            "-fsanitize=thread",
+            "--param=tsan-instrument-func-entry-exit=0",
+        ];
         if let Err(log) = gcc(&options, &plain, &assembly)? {
             return Ok(Err(log));
         }

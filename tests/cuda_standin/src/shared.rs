@@ -1,7 +1,7 @@
 //! How much shared memory a kernel declares, read from the assembly that g++ made of it.
 //!
-//! A `__shared__` variable is a thread-local one of its module here. A kernel has those that it and the
-//! functions that it reaches refer to.
+//! A `__shared__` variable is a thread-local one of its module here. A kernel has those that it and
+//! the functions that it reaches refer to.
 
 use std::{
     collections::{HashMap, HashSet},

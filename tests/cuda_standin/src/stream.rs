@@ -20,7 +20,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-type Operation = Box<dyn FnOnce() + Send>;
+/// What a stream does when its turn comes.
+pub type Operation = Box<dyn FnOnce() + Send>;
 
 /// Locks, whatever happened to another thread.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -79,7 +80,7 @@ struct Queue {
 #[derive(Clone)]
 pub struct Mark {
     progress: Arc<Progress>,
-    clock: Clock,
+    clock: Arc<Clock>,
 }
 
 impl Mark {
@@ -142,7 +143,7 @@ impl Stream {
     }
 
     /// Enqueues `work` that nobody judges; returns the stream's clock after it.
-    fn pass(&self, waits: bool, work: impl FnOnce() + Send + 'static) -> Clock {
+    fn pass(&self, waits: bool, work: impl FnOnce() + Send + 'static) -> Arc<Clock> {
         self.push(waits, |_| Ok(()), work)
             .expect("nothing is judged, and a worker lives as long as its stream")
     }
@@ -161,6 +162,23 @@ impl Stream {
         self.pass(!mark.is_reached(), move || progress.wait(1));
     }
 
+    /// What the stream knows to come before what it is asked for now.
+    pub fn clock(&self) -> Clock {
+        let mut queue = lock(&self.queue);
+        clock::join_host(&mut queue.clock);
+        queue.clock.clone()
+    }
+
+    /// What is asked of the stream from now on waits for memory that another stream gives back. The
+    /// program has ordered nothing.
+    pub fn wait_for_memory(&self, done: Arc<Progress>) {
+        let name = |who: &Accessor| {
+            who.name.replace(Some("a wait for memory that another stream has freed".into()));
+            Ok(())
+        };
+        self.push(true, name, move || done.wait(1)).expect("as in `pass`");
+    }
+
     /// Enqueues `work` once `judge` has found nothing wrong with what it accesses; returns the stream's clock after it. `waits`:
     /// the work may wait for others.
     pub fn push(
@@ -168,20 +186,28 @@ impl Stream {
         waits: bool,
         judge: impl FnOnce(&Accessor) -> Result<(), String>,
         work: impl FnOnce() + Send + 'static,
-    ) -> Result<Clock, String> {
+    ) -> Result<Arc<Clock>, String> {
+        self.prepare(waits, |who| judge(who).map(|()| Box::new(work) as Operation))
+    }
+
+    /// The same for work that is made of what is found out about its accesses.
+    pub fn prepare(
+        &self,
+        waits: bool,
+        prepare: impl FnOnce(&Accessor) -> Result<Operation, String>,
+    ) -> Result<Arc<Clock>, String> {
         let mut queue = lock(&self.queue);
         clock::join_host(&mut queue.clock);
         let tick = queue.clock.tick(self.number);
-        let name = RefCell::new(None);
-        let who =
-            Accessor { device: self.device, stream: self.number, tick, clock: &queue.clock, name: &name };
-        judge(&who)?;
+        let (name, clock) = (RefCell::new(None), Arc::new(queue.clock.clone()));
+        let who = Accessor { device: self.device, stream: self.number, tick, clock: &clock, name: &name };
+        let work = prepare(&who)?;
         queue.enqueued += 1;
         let count = queue.enqueued;
         if seed() == 0 && !waits && self.done.is_at(count - 1) {
             work();
             self.done.reach(count);
-            return Ok(queue.clock.clone());
+            return Ok(clock);
         }
         while queue.names.front().is_some_and(|(count, _)| self.done.is_at(*count)) {
             queue.names.pop_front();
@@ -197,7 +223,7 @@ impl Stream {
         let number = self.number;
         let worker = queue.worker.get_or_insert_with(|| worker(number));
         worker.send(operation).map_err(|_| "the stream's worker is gone".to_string())?;
-        Ok(queue.clock.clone())
+        Ok(clock)
     }
 
     pub fn synchronize(&self) {

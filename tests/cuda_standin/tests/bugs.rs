@@ -174,7 +174,7 @@ fn a_kernel_that_writes_behind_its_memory_is_found() {
     launch(module, c"fill", stream, 1, 128, &mut [memory as u64, 101, one]);
     unsafe { cuStreamSynchronize(stream) };
     assert_eq!(unsafe { cuCtxSynchronize() }, ILLEGAL_ADDRESS);
-    assert!(reports().iter().any(|report| report.starts_with("kernel fill has written behind the end")));
+    assert!(reports().iter().any(|report| report.starts_with("kernel fill has written beside the memory")));
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! `CUDA_STANDIN_LT=varied,states`: products that another kernel may compute differ in bits, and not every
-//! algorithm that is found can be used.
+//! `CUDA_STANDIN_LT=varied,states`: products that another kernel may compute differ in bits, and
+//! not every algorithm that is found can be used.
 
 mod common;
 

@@ -1,4 +1,5 @@
-//! Calls that wait for all of a device: with work that waits for a peer they are a deadlock, which is found.
+//! Calls that wait for all of a device: with work that waits for a peer they are a deadlock, which
+//! is found.
 
 mod common;
 #[path = "common/held.rs"]
