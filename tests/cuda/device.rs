@@ -6,10 +6,14 @@ use crate::{
 };
 use shardwise::{
     Error, Tensor,
-    device::{Cuda, Device},
+    device::{
+        Cuda, Device,
+        cuda::{precompile, versions},
+    },
     kernels::Pointwise,
     launch::Threads,
 };
+use std::path::Path;
 
 #[test]
 fn values_come_back_as_they_went() {
@@ -77,6 +81,28 @@ fn what_is_not_there_is_an_error() {
     assert!(matches!(error, Error::Library { library: "CUDA driver", code: 2, .. }), "{error}");
     // The device is none the worse for it.
     assert_eq!(Tensor::<f64, _>::full(&cuda, [3], 1.5).unwrap().to_vec().unwrap(), [1.5; 3]);
+}
+
+#[test]
+fn libraries_and_kernels_are_told() {
+    dev::needed();
+    for version in versions() {
+        let version = version.unwrap();
+        assert!(version.path.exists(), "{version:?}");
+        assert!(version.version.starts_with(|first: char| first.is_ascii_digit()), "{version:?}");
+    }
+    // A capability that the device need not have: every `.cu` file has an image of its own for it.
+    let images = |folder: &Path| {
+        let files = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().file_name());
+        files.filter(|name| name.to_string_lossy().ends_with(".bin")).count()
+    };
+    let folder = precompile((8, 0)).unwrap();
+    let sources = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda")).unwrap();
+    let sources =
+        sources.filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|end| end == "cu"));
+    assert!(images(&folder) >= sources.count());
+    let error = precompile((1, 0)).unwrap_err().to_string();
+    assert!(error.contains("not for compute capability 1.0"), "{error}");
 }
 
 /// Thread ranks that share GPU 0, by way of the host.

@@ -59,9 +59,9 @@ unsafe impl Sync for Context {}
 impl Context {
     /// The number of GPUs.
     pub(super) fn count() -> Result<usize> {
-        libraries::need(&libraries::DRIVER)?;
+        libraries::cuda()?;
         let mut count = 0;
-        // SAFETY: `need` has seen that the driver has the functions; `count` is a place for an int.
+        // SAFETY: the driver was found, and has the functions; `count` is a place for an int.
         #[allow(unsafe_code)]
         unsafe {
             driver("cuInit", sys::cuInit(0))?;
