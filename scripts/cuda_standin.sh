@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs a command on a machine without a GPU as if it had eight: a stand-in for the CUDA driver, NVRTC, cuBLASLt and NCCL, for tests.
 #   scripts/cuda_standin.sh COMMAND...
-# CUDA_STANDIN_SEED=n delays the streams' work at random. The libraries lie in a folder of their own, so that nothing else finds them.
+# CUDA_STANDIN_SEED=n delays the streams' work at random; tests/cuda_standin/src/lib.rs has the other variables. The libraries lie in a folder of their own, so that nothing else finds them.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}

@@ -20,7 +20,8 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __launch_bounds__(...)
+// NVRTC's stand-in reads them, and leaves them out.
+#define __launch_bounds__(...) STANDIN_BOUNDS(__VA_ARGS__)
 #define __align__(n) __attribute__((aligned(n)))
 #define __restrict__ __restrict
 #define __constant__ static const
@@ -315,6 +316,8 @@ inline void launch(void (*body)(void**), void** arguments, const unsigned* grid,
   own() = nullptr;
   Stacks::give(kept);
 }
+
+constexpr unsigned first(unsigned threads, ...) { return threads; }
 
 template <auto Kernel> struct Thunk;
 template <class... A, void (*Kernel)(A...)> struct Thunk<Kernel> {

@@ -1,10 +1,11 @@
 //! The exported entry points of `libcuda`.
 
 use crate::{
+    counts::{self, Count},
     error::{self, *},
     graph::{self, Executable, Graph, Point, Work},
     kernel, memory,
-    stream::{Mark, Stream, lock},
+    stream::{Mark, Progress, Stream, lock},
 };
 use std::{
     cell::Cell,
@@ -12,8 +13,9 @@ use std::{
     ffi::{CStr, c_char, c_int, c_uint, c_void},
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::{AtomicI32, AtomicU64, Ordering::SeqCst},
+        atomic::{AtomicI32, AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
+    time::{Duration, Instant},
 };
 
 pub type Handle = usize;
@@ -26,14 +28,34 @@ struct Context {
     failed: AtomicI32,
     /// The other devices that may reach the memory of this one's pool, a bit each.
     open: AtomicU64,
+    /// How often it was retained and not released.
+    retained: AtomicUsize,
+    /// The attributes of its pool, by their numbers.
+    pool: [AtomicU64; 5],
 }
 
+/// A CUDA GPU's range: a smaller number comes first.
+const HIGHEST_PRIORITY: c_int = -5;
+const LOWEST_PRIORITY: c_int = 0;
+/// `CU_EVENT_DISABLE_TIMING`.
+const DISABLE_TIMING: c_uint = 2;
+
+/// An event belongs to a context, and may be recorded any number of times.
 #[derive(Clone)]
-enum Event {
-    New,
-    Recorded(Mark),
+struct Event {
+    device: usize,
+    /// Whether it keeps the time at which it is reached.
+    timed: bool,
+    at: At,
+}
+
+/// Where an event was recorded last.
+#[derive(Clone)]
+enum At {
+    Never,
+    Stream(Mark),
     /// In a stream that captures.
-    Captured(Point),
+    Capture(Point),
 }
 
 /// What handles stand for. None is given out twice.
@@ -80,10 +102,12 @@ fn contexts() -> &'static [Context] {
         let count = std::env::var("CUDA_STANDIN_DEVICES").ok().and_then(|v| v.parse().ok()).unwrap_or(8);
         let context = |device| Context {
             device,
-            null: Stream::new(device, true),
+            null: Stream::new(device, true, LOWEST_PRIORITY),
             streams: Mutex::default(),
             failed: AtomicI32::new(0),
             open: AtomicU64::new(0),
+            retained: AtomicUsize::new(0),
+            pool: [0, 1, 1, 1, 0].map(AtomicU64::new),
         };
         (0..count).map(context).collect()
     })
@@ -91,10 +115,73 @@ fn contexts() -> &'static [Context] {
 
 fn current() -> Result<&'static Context, Code> {
     let context = CURRENT.get().and_then(|device| contexts().get(device)).ok_or(INVALID_CONTEXT)?;
+    if context.retained.load(SeqCst) == 0 {
+        return Err(CONTEXT_IS_DESTROYED);
+    }
     match context.failed.load(SeqCst) {
         SUCCESS => Ok(context),
         code => Err(code),
     }
+}
+
+impl Context {
+    fn policy(&self) -> memory::Policy {
+        let is_on = |attribute: usize| self.pool[attribute].load(SeqCst) != 0;
+        memory::Policy { follow_events: is_on(1), opportunistic: is_on(2), internal: is_on(3) }
+    }
+
+    fn all_streams(&self) -> Vec<Arc<Stream>> {
+        lock(&self.streams).values().chain([&self.null]).cloned().collect()
+    }
+
+    /// Waits for all that was asked of the device, as some calls may: a module's load moves memory, and
+    /// pinned memory changes the device's page tables. The host has not thereby ordered anything, as not
+    /// every driver does it.
+    ///
+    /// Work that waits for a peer, which itself cannot go on before this call returns, hangs there. Here it
+    /// is a finding once the device has done nothing for `CUDA_STANDIN_WAIT` seconds.
+    fn drain(&self, call: &str) -> Result<(), Code> {
+        let pending: Vec<_> =
+            self.all_streams().into_iter().map(|stream| (stream.enqueued(), stream)).collect();
+        let done = || pending.iter().map(|(_, stream)| stream.done.count()).sum::<u64>();
+        let (mut seen, mut since) = (done(), Instant::now());
+        while let Some((count, stream)) = pending.iter().find(|(count, stream)| !stream.done.is_at(*count)) {
+            if stream.done.wait_for(*count, Duration::from_millis(20)) {
+                continue;
+            }
+            let now = done();
+            if now != seen {
+                (seen, since) = (now, Instant::now());
+            }
+            if since.elapsed() >= patience() {
+                let what = pending.iter().filter_map(|(_, stream)| {
+                    stream.unfinished().map(|what| format!("{what} (stream {})", stream.number))
+                });
+                error::report(format!(
+                    "deadlock: {call} waits for the work of device {}, which does not end: {}",
+                    self.device,
+                    what.collect::<Vec<_>>().join(", ")
+                ));
+                self.failed.store(TIMEOUT, SeqCst);
+                return Err(TIMEOUT);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How long a device may do nothing while a call waits for it: `CUDA_STANDIN_WAIT` seconds, 10 by default.
+fn patience() -> Duration {
+    static PATIENCE: OnceLock<Duration> = OnceLock::new();
+    *PATIENCE.get_or_init(|| {
+        let seconds = std::env::var("CUDA_STANDIN_WAIT").ok().and_then(|v| v.parse().ok());
+        Duration::try_from_secs_f64(seconds.unwrap_or(10.0)).unwrap_or(Duration::from_secs(10))
+    })
+}
+
+/// A call of the current context's that may wait for all of its work.
+pub fn drain(call: &str) -> Result<(), Code> {
+    current()?.drain(call)
 }
 
 /// The stream of a handle, of the current context.
@@ -155,6 +242,31 @@ fn device(ordinal: c_int) -> Result<&'static Context, Code> {
     usize::try_from(ordinal).ok().and_then(|i| contexts().get(i)).ok_or(INVALID_DEVICE)
 }
 
+/// The milliseconds between two events, as far as a CPU's time means something.
+fn elapsed(from: Handle, to: Handle) -> Result<f32, Code> {
+    let time = |event| match EVENTS.get(event)? {
+        Event { timed: false, .. } => Err(INVALID_HANDLE),
+        Event { at: At::Stream(mark), .. } => mark.time().ok_or(NOT_READY),
+        Event { at: At::Capture(_), .. } => Err(CAPTURED_EVENT),
+        Event { at: At::Never, .. } => Err(INVALID_HANDLE),
+    };
+    let (from, to) = (time(from)?, time(to)?);
+    Ok(to.saturating_duration_since(from).as_secs_f32() * 1e3)
+}
+
+fn is_eager() -> bool {
+    std::env::var("CUDA_MODULE_LOADING").is_ok_and(|mode| mode == "EAGER")
+}
+
+/// A new stream of the current context.
+fn create_stream(flags: c_uint, priority: c_int) -> Result<Handle, Code> {
+    let context = current()?;
+    let new = Stream::new(context.device, flags & 1 == 0, priority.clamp(HIGHEST_PRIORITY, LOWEST_PRIORITY));
+    let handle = Arc::as_ptr(&new) as usize;
+    lock(&context.streams).insert(handle, new);
+    Ok(handle)
+}
+
 macro_rules! exports {
     ($(fn $name:ident($($a:ident: $t:ty),*) $body:block)*) => {$(
         /// As the driver's.
@@ -188,11 +300,26 @@ exports! {
     }
     fn cuDeviceGetUuid_v2(out: *mut [u8; 16], ordinal: c_int) { unsafe { put(out, [device(ordinal)?.device as u8; 16]) } }
     // A context's handle is its device's number plus one: null is no context.
-    fn cuDevicePrimaryCtxRetain(out: *mut Handle, ordinal: c_int) { unsafe { put(out, device(ordinal)?.device + 1) } }
-    fn cuDevicePrimaryCtxRelease_v2(ordinal: c_int) { device(ordinal).map(drop) }
+    fn cuDevicePrimaryCtxRetain(out: *mut Handle, ordinal: c_int) {
+        let context = device(ordinal)?;
+        unsafe { put(out, context.device + 1)? };
+        context.retained.fetch_add(1, SeqCst);
+        Ok(())
+    }
+    // The last release ends the context: its work, its streams and its modules.
+    fn cuDevicePrimaryCtxRelease_v2(ordinal: c_int) {
+        let context = device(ordinal)?;
+        let less = |count: usize| count.checked_sub(1);
+        if context.retained.fetch_update(SeqCst, SeqCst, less).map_err(|_| INVALID_CONTEXT)? > 1 { return Ok(()); }
+        let drained = context.drain("cuDevicePrimaryCtxRelease");
+        lock(&context.streams).clear();
+        kernel::unload_all(context.device);
+        drained
+    }
     fn cuCtxGetCurrent(out: *mut Handle) { unsafe { put(out, CURRENT.get().map_or(0, |d| d + 1)) } }
     fn cuCtxSetCurrent(context: Handle) {
         if context > contexts().len() { return Err(INVALID_CONTEXT); }
+        counts::own(Count::SetCurrent);
         CURRENT.set(context.checked_sub(1));
         Ok(())
     }
@@ -200,18 +327,24 @@ exports! {
     fn cuCtxSynchronize() {
         let context = current()?;
         graph::waits_for(context.device).and(graph::may_wait())?;
-        let streams: Vec<_> = lock(&context.streams).values().cloned().collect();
-        context.null.synchronize();
-        streams.iter().for_each(|s| s.synchronize());
+        counts::add(context.device, Count::HostWait);
+        context.all_streams().iter().for_each(|stream| stream.synchronize());
         current().map(drop)
     }
 
-    fn cuStreamCreate(out: *mut Handle, flags: c_uint) {
-        let context = current()?;
-        let new = Stream::new(context.device, flags & 1 == 0);
-        let handle = Arc::as_ptr(&new) as usize;
-        unsafe { put(out, handle)? };
-        lock(&context.streams).insert(handle, new);
+    fn cuStreamCreate(out: *mut Handle, flags: c_uint) { unsafe { put(out, create_stream(flags, 0)?) } }
+    // The driver clamps a priority that is out of range.
+    fn cuStreamCreateWithPriority(out: *mut Handle, flags: c_uint, priority: c_int) {
+        unsafe { put(out, create_stream(flags, priority)?) }
+    }
+    fn cuStreamGetPriority(handle: Handle, out: *mut c_int) { unsafe { put(out, stream(handle)?.priority) } }
+    fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) {
+        current()?;
+        // Either may be null.
+        unsafe {
+            if !least.is_null() { least.write(LOWEST_PRIORITY); }
+            if !greatest.is_null() { greatest.write(HIGHEST_PRIORITY); }
+        }
         Ok(())
     }
     fn cuStreamDestroy_v2(handle: Handle) {
@@ -220,15 +353,21 @@ exports! {
         let _ = graph::forbidden(&gone);
         Ok(())
     }
-    fn cuStreamSynchronize(handle: Handle) { stream_now(handle)?.synchronize(); current().map(drop) }
+    fn cuStreamSynchronize(handle: Handle) {
+        let stream = stream_now(handle)?;
+        counts::add(stream.device, Count::HostWait);
+        stream.synchronize();
+        current().map(drop)
+    }
     fn cuStreamQuery(handle: Handle) { if stream_now(handle)?.is_idle() { Ok(()) } else { Err(NOT_READY) } }
     fn cuStreamWaitEvent(handle: Handle, event: Handle, _flags: c_uint) {
         let stream = stream(handle)?;
-        match EVENTS.get(event)? {
-            Event::New => {}
-            Event::Recorded(mark) => { graph::outside(&stream)?; stream.after(&mark); }
-            Event::Captured(point) => graph::wait(&stream, &point)?,
+        match EVENTS.get(event)?.at {
+            At::Never => {}
+            At::Stream(mark) => { graph::outside(&stream)?; stream.after(&mark); }
+            At::Capture(point) => graph::wait(&stream, &point)?,
         }
+        counts::add(stream.device, Count::StreamWait);
         Ok(())
     }
 
@@ -251,59 +390,74 @@ exports! {
         let stream = stream(handle)?;
         // A real driver makes it a node of the other graph.
         if graph::status(&stream) != 0 { return graph::forbidden(&stream).and(Err(NOT_SUPPORTED)); }
-        EXECUTABLES.get(executable)?.launch(&stream, illegal)
+        EXECUTABLES.get(executable)?.launch(&stream, illegal)?;
+        counts::add(stream.device, Count::Graph);
+        Ok(())
     }
     fn cuGraphExecDestroy(executable: Handle) { EXECUTABLES.remove(executable) }
     fn cuGraphDestroy(graph: Handle) { GRAPHS.remove(graph) }
 
-    fn cuEventCreate(out: *mut Handle, _flags: c_uint) { current()?; unsafe { put(out, EVENTS.add(Event::New)) } }
+    fn cuEventCreate(out: *mut Handle, flags: c_uint) {
+        let device = current()?.device;
+        counts::add(device, Count::Event);
+        unsafe { put(out, EVENTS.add(Event { device, timed: flags & DISABLE_TIMING == 0, at: At::Never })) }
+    }
     fn cuEventDestroy_v2(event: Handle) { EVENTS.remove(event) }
-    fn cuEventRecord(event: Handle, handle: Handle) {
+    fn cuEventRecord(handle_of_event: Handle, handle: Handle) {
         let stream = stream(handle)?;
-        EVENTS.get(event)?;
-        EVENTS.set(event, match graph::record(&stream)? {
-            Some(point) => Event::Captured(point),
-            None => Event::Recorded(stream.mark()),
-        })
+        let event = EVENTS.get(handle_of_event)?;
+        if event.device != stream.device { return Err(INVALID_HANDLE); }
+        // Who waits already waits for the record before this one.
+        let at = graph::record(&stream)?.map_or_else(|| At::Stream(stream.mark()), At::Capture);
+        counts::add(stream.device, Count::Record);
+        EVENTS.set(handle_of_event, Event { at, ..event })
     }
     fn cuEventQuery(event: Handle) {
         graph::may_wait()?;
-        match EVENTS.get(event)? {
-            Event::Recorded(mark) if !mark.is_reached() => Err(NOT_READY),
-            Event::Captured(point) => point.forbidden(),
+        match EVENTS.get(event)?.at {
+            At::Stream(mark) if !mark.is_reached() => Err(NOT_READY),
+            At::Capture(point) => point.forbidden(),
             _ => Ok(()),
         }
     }
     fn cuEventSynchronize(event: Handle) {
         graph::may_wait()?;
-        match EVENTS.get(event)? {
-            Event::Recorded(mark) => mark.wait(),
-            Event::Captured(point) => return point.forbidden(),
-            Event::New => {}
+        let event = EVENTS.get(event)?;
+        counts::add(event.device, Count::HostWait);
+        match event.at {
+            At::Stream(mark) => mark.wait(),
+            At::Capture(point) => return point.forbidden(),
+            At::Never => {}
         }
         Ok(())
     }
-    fn cuEventElapsedTime_v2(ms: *mut f32, from: Handle, to: Handle) {
-        let time = |event| match EVENTS.get(event)? {
-            Event::Recorded(mark) => mark.time().ok_or(NOT_READY),
-            Event::Captured(_) => Err(CAPTURED_EVENT),
-            Event::New => Err(INVALID_HANDLE),
-        };
-        let (from, to) = (time(from)?, time(to)?);
-        unsafe { put(ms, to.saturating_duration_since(from).as_secs_f32() * 1e3) }
-    }
+    fn cuEventElapsedTime(ms: *mut f32, from: Handle, to: Handle) { unsafe { put(ms, elapsed(from, to)?) } }
+    fn cuEventElapsedTime_v2(ms: *mut f32, from: Handle, to: Handle) { unsafe { put(ms, elapsed(from, to)?) } }
 
     fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) {
         let used = memory::used(current()?.device);
         unsafe { put(free, memory::limit() - used)?; put(total, memory::limit()) }
     }
-    fn cuMemAlloc_v2(out: *mut usize, size: usize) { graph::may_wait()?; unsafe { put(out, memory::allocate(current()?.device, size)?) } }
+    fn cuMemAlloc_v2(out: *mut usize, size: usize) {
+        graph::may_wait()?;
+        let device = current()?.device;
+        let bounds = memory::allocate(device, size, None)?.bounds;
+        bounds.open();
+        unsafe { put(out, bounds.start)? };
+        counts::add(device, Count::Allocation);
+        Ok(())
+    }
     fn cuMemAllocAsync(out: *mut usize, size: usize, handle: Handle) {
         // The NaN pattern counts as the stream's first write: another stream has to be ordered after the allocation.
         let stream = stream(handle)?;
+        counts::add(stream.device, Count::Allocation);
         if let Some(start) = graph::allocate(&stream, size)? { return unsafe { put(out, start) }; }
-        let start = memory::allocate(stream.device, size)?;
-        submit(&stream, move |who| memory::access(who, start, size, true, "allocation"), || ())?;
+        let (clock, policy) = (stream.clock(), contexts()[stream.device].policy());
+        let by = memory::By { stream: stream.number, clock: &clock, policy };
+        let memory::Given { bounds, after } = memory::allocate(stream.device, size, Some(&by))?;
+        if let Some(done) = after { stream.wait_for_memory(done); }
+        let start = bounds.start;
+        submit(&stream, move |who| memory::access(who, start, size, true, "allocation"), move || bounds.open())?;
         unsafe { put(out, start) }
     }
     fn cuMemFree_v2(start: usize) {
@@ -314,11 +468,19 @@ exports! {
     fn cuMemFreeAsync(start: usize, handle: Handle) {
         let stream = stream(handle)?;
         graph::frees(&stream, start)?;
-        submit(&stream, move |who| memory::free(who, start), move || memory::release(start))
+        let (bounds, done) = (memory::bounds(start), Arc::<Progress>::default());
+        let reached = Arc::clone(&done);
+        submit(&stream, move |who| memory::free(who, start, &done), move || {
+            if let Some(bounds) = &bounds { bounds.close(); }
+            reached.reach(1);
+        })?;
+        counts::add(stream.device, Count::Free);
+        Ok(())
     }
     fn cuMemcpyHtoDAsync_v2(to: usize, from: *const u8, size: usize, handle: Handle) {
         let stream = stream(handle)?;
         if from.is_null() { return Err(INVALID_VALUE); }
+        counts::add(stream.device, Count::Upload);
         let judge = move |who: &memory::Accessor| memory::access(who, to, size, true, "copy to device");
         if memory::is_pinned(from as usize, size) || graph::status(&stream) != 0 {
             let from = from as usize;
@@ -331,10 +493,14 @@ exports! {
     fn cuMemcpyDtoHAsync_v2(to: *mut u8, from: usize, size: usize, handle: Handle) {
         let stream = stream(handle)?;
         if to.is_null() { return Err(INVALID_VALUE); }
+        counts::add(stream.device, Count::Download);
         let to = to as usize;
         let judge = move |who: &memory::Accessor| memory::access(who, from, size, false, "copy to host");
         submit(&stream, judge, move || unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) })?;
-        if !memory::is_pinned(to, size) && graph::status(&stream) == 0 { stream.synchronize(); }
+        if !memory::is_pinned(to, size) && graph::status(&stream) == 0 {
+            counts::add(stream.device, Count::HostWait);
+            stream.synchronize();
+        }
         Ok(())
     }
     fn cuMemcpyHtoD_v2(to: usize, from: *const u8, size: usize) {
@@ -351,22 +517,35 @@ exports! {
             memory::access(who, from, size, false, "copy (source)")?;
             memory::access(who, to, size, true, "copy (destination)")
         };
+        counts::add(stream.device, Count::Copy);
         submit(&stream, judge, move || unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) })
     }
     fn cuMemsetD8Async(to: usize, value: u8, size: usize, handle: Handle) {
         let stream = stream(handle)?;
+        counts::add(stream.device, Count::Memset);
         let judge = move |who: &memory::Accessor| memory::access(who, to, size, true, "memset");
         submit(&stream, judge, move || unsafe { std::ptr::write_bytes(to as *mut u8, value, size) })
     }
     fn cuMemsetD32Async(to: usize, value: c_uint, count: usize, handle: Handle) {
         let stream = stream(handle)?;
         let size = count.checked_mul(4).filter(|_| to.is_multiple_of(4)).ok_or(INVALID_VALUE)?;
+        counts::add(stream.device, Count::Memset);
         let judge = move |who: &memory::Accessor| memory::access(who, to, size, true, "memset");
         submit(&stream, judge, move || unsafe { std::slice::from_raw_parts_mut(to as *mut u32, count) }.fill(value))
     }
 
-    fn cuMemAllocHost_v2(out: *mut usize, size: usize) { current()?; graph::may_wait()?; unsafe { put(out, memory::pin(size)) } }
-    fn cuMemFreeHost(start: usize) { graph::may_wait()?; memory::unpin(start).ok_or(INVALID_VALUE) }
+    fn cuMemAllocHost_v2(out: *mut usize, size: usize) {
+        let device = current()?.device;
+        graph::may_wait()?;
+        counts::add(device, Count::Pinned);
+        drain("cuMemAllocHost")?;
+        unsafe { put(out, memory::pin(size)) }
+    }
+    fn cuMemFreeHost(start: usize) {
+        graph::may_wait()?;
+        drain("cuMemFreeHost")?;
+        memory::unpin(start).ok_or(INVALID_VALUE)
+    }
     // A pool's handle is its device's number plus one.
     fn cuDeviceGetDefaultMemPool(out: *mut Handle, ordinal: c_int) { unsafe { put(out, device(ordinal)?.device + 1) } }
     fn cuDeviceCanAccessPeer(out: *mut c_int, ordinal: c_int, peer: c_int) {
@@ -385,45 +564,89 @@ exports! {
         }
         Ok(())
     }
-    fn cuMemPoolSetAttribute(pool: Handle, _attribute: c_int, value: *mut c_void) {
-        if pool == 0 || pool > contexts().len() || value.is_null() { return Err(INVALID_VALUE); }
+    // 1 to 3 say what may be used again; 4 is how much stays when a stream is waited for, which changes nothing here.
+    fn cuMemPoolSetAttribute(pool: Handle, attribute: c_int, value: *mut c_void) {
+        let own = pool.checked_sub(1).and_then(|at| contexts().get(at)).ok_or(INVALID_VALUE)?;
+        if value.is_null() { return Err(INVALID_VALUE); }
+        let value = unsafe {
+            match attribute {
+                1..=3 => u64::from(value.cast::<c_uint>().read()),
+                4 => value.cast::<u64>().read(),
+                _ => return Err(INVALID_VALUE),
+            }
+        };
+        own.pool[attribute as usize].store(value, SeqCst);
         Ok(())
+    }
+    fn cuMemPoolGetAttribute(pool: Handle, attribute: c_int, out: *mut c_void) {
+        let own = pool.checked_sub(1).and_then(|at| contexts().get(at)).ok_or(INVALID_VALUE)?;
+        unsafe {
+            match attribute {
+                1..=3 => put(out.cast::<c_uint>(), own.pool[attribute as usize].load(SeqCst) as c_uint),
+                4 => put(out.cast::<u64>(), own.pool[4].load(SeqCst)),
+                // What it has, and what of it is in use.
+                5 | 7 => put(out.cast::<u64>(), memory::used(own.device) as u64),
+                _ => Err(INVALID_VALUE),
+            }
+        }
     }
     fn cuDeviceGetAttribute(out: *mut c_int, attribute: c_int, ordinal: c_int) {
         device(ordinal)?;
         let value = match attribute {
+            1 => 1024, // threads of a block
+            8 => 49_152, // shared memory of a block that does not ask for more
+            10 => 32, // threads of a warp
+            12 | 82 => 65_536, // registers of a block, and of a multiprocessor
             16 => 2, // multiprocessors
+            38 => 50 << 20, // L2 cache
+            39 => 2048, // threads of a multiprocessor
             75 => 9, // compute capability, major
             76 => 0, // and minor
+            81 => 233_472, // shared memory of a multiprocessor
             97 => 232_448, // shared memory that a block may ask for
+            111 => 1024, // shared memory of a block that the system takes
             _ => 1,
         };
         unsafe { put(out, value) }
     }
 
     fn cuModuleLoadData(out: *mut Handle, image: *const c_char) {
-        current()?;
+        let device = current()?.device;
+        counts::add(device, Count::Module);
         if image.is_null() { return Err(INVALID_VALUE); }
+        drain("cuModuleLoadData")?;
         let image = unsafe { CStr::from_ptr(image) };
-        unsafe { put(out, kernel::load(image).ok_or(INVALID_IMAGE)?) }
+        unsafe { put(out, kernel::load(image, device).ok_or(INVALID_IMAGE)?) }
     }
-    fn cuModuleUnload(module: Handle) { if module == 0 { Err(INVALID_HANDLE) } else { Ok(()) } }
+    // As the variable says: 1 is eager, 2 lazy.
+    fn cuModuleGetLoadingMode(out: *mut c_int) { unsafe { put(out, if is_eager() { 1 } else { 2 }) } }
+    fn cuModuleUnload(module: Handle) {
+        drain("cuModuleUnload")?;
+        kernel::unload(module).ok_or(INVALID_HANDLE)
+    }
     fn cuModuleGetFunction(out: *mut Handle, module: Handle, name: *const c_char) {
-        if module == 0 || name.is_null() { return Err(INVALID_HANDLE); }
+        if name.is_null() { return Err(INVALID_VALUE); }
         let name = unsafe { CStr::from_ptr(name) };
-        unsafe { put(out, kernel::find(module, name).ok_or(NOT_FOUND)?) }
+        let (function, is_new) = kernel::find(module, name)?;
+        // Without eager loading a kernel is loaded when it is first asked for.
+        if is_new && !is_eager() { drain("cuModuleGetFunction")?; }
+        unsafe { put(out, function) }
     }
-    fn cuFuncSetAttribute(function: Handle, _attribute: c_int, _value: c_int) { if function == 0 { Err(INVALID_HANDLE) } else { Ok(()) } }
+    fn cuFuncLoad(function: Handle) { kernel::function(function).map(drop) }
+    fn cuFuncIsLoaded(out: *mut c_int, function: Handle) { kernel::function(function)?; unsafe { put(out, 1) } }
+    fn cuFuncSetAttribute(function: Handle, attribute: c_int, value: c_int) { kernel::function(function)?.set(attribute, value) }
+    fn cuFuncGetAttribute(out: *mut c_int, attribute: c_int, function: Handle) {
+        unsafe { put(out, kernel::function(function)?.get(attribute)?) }
+    }
     fn cuLaunchKernel(
         function: Handle, gx: c_uint, gy: c_uint, gz: c_uint, bx: c_uint, by: c_uint, bz: c_uint, shared: c_uint,
         handle: Handle, arguments: *mut *mut c_void, _extra: *mut *mut c_void
     ) {
         let stream = stream(handle)?;
-        let threads = u64::from(bx) * u64::from(by) * u64::from(bz);
-        // What a GPU refuses too.
-        if function == 0 || threads == 0 || threads > 1024 || gx == 0 || gy == 0 || gz == 0 || gy > 65_535 || gz > 65_535 || shared > 232_448 {
-            return Err(INVALID_VALUE);
-        }
+        let function = kernel::function(function)?;
+        if function.device() != stream.device { return Err(INVALID_HANDLE); }
+        function.fits([gx, gy, gz], [bx, by, bz], shared)?;
+        counts::add(stream.device, Count::Launch);
         let launch = unsafe { kernel::Launch::new(function, [gx, gy, gz], [bx, by, bz], shared, arguments) };
         let judged = launch.clone();
         let device = stream.device;

@@ -205,16 +205,16 @@ pub fn work(stream: &Stream, work: &Arc<Work>) -> Result<Option<()>, Code> {
 
 /// Memory that each launch allocates, at the same address; `None` if the stream does not capture.
 pub fn allocate(stream: &Stream, size: usize) -> Result<Option<usize>, Code> {
-    let start = add(stream, |captured, _| {
-        let start = memory::reserve(stream.device, size)?;
-        captured.allocated.push(start);
-        Ok(start)
+    let bounds = add(stream, |captured, _| {
+        let bounds = memory::reserve(stream.device, size)?;
+        captured.allocated.push(bounds.start);
+        Ok(bounds)
     })?;
-    if let Some(start) = start {
-        let judge = move |who: &Accessor| memory::access(who, start, size, true, "allocation");
-        work(stream, &Work::new(judge, move || memory::map(start)))?;
-    }
-    Ok(start)
+    let Some(bounds) = bounds else { return Ok(None) };
+    let start = bounds.start;
+    let judge = move |who: &Accessor| memory::access(who, start, size, true, "allocation");
+    work(stream, &Work::new(judge, move || bounds.open()))?;
+    Ok(Some(start))
 }
 
 /// Whether a stream captures the end of memory; an error if it does, and the memory is not the graph's.
@@ -317,7 +317,7 @@ pub struct Executable {
 
 impl Executable {
     pub fn new(graph: Arc<Graph>) -> Self {
-        let lanes = graph.devices.iter().map(|&device| Stream::new(device, false)).collect();
+        let lanes = graph.devices.iter().map(|&device| Stream::new(device, false, 0)).collect();
         Self { graph, lanes, last: Mutex::default() }
     }
 

@@ -1,52 +1,186 @@
 //! Kernels: shared objects that NVRTC's stand-in has compiled, and their launches.
 
-use crate::memory::{self, Accessor};
+use crate::{
+    error::{self, Code, INVALID_HANDLE, INVALID_VALUE, NOT_FOUND},
+    memory::{self, Accessor, Bounds},
+    stream::lock,
+};
 use std::{
-    ffi::{CStr, CString, c_char, c_uint, c_void},
-    sync::Arc,
+    collections::{BTreeMap, HashMap},
+    ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU32, Ordering::SeqCst},
+    },
 };
 
 /// How an image begins; the path of a shared object follows.
 pub const MAGIC: &str = "cuda-standin image ";
+
+/// The shared memory that a block may have: without asking for more, and with.
+const SHARED: u32 = 48 << 10;
+const SHARED_OPT_IN: u32 = 232_448;
 
 /// Runs a kernel: arguments, grid, block, bytes of dynamic shared memory.
 type Body = unsafe extern "C" fn(*mut *mut c_void, *const c_uint, *const c_uint, c_uint);
 /// The number of arguments, then for each its size, and in the upper half 1 for a pointer to const, 2 for another pointer.
 type Signature = unsafe extern "C" fn() -> *const c_uint;
 
-struct Function {
-    name: String,
-    body: Body,
-    arguments: Vec<u32>,
+/// A module of one device's context.
+struct Module {
+    object: *mut c_void,
+    device: usize,
+    is_loaded: AtomicBool,
+    functions: Mutex<HashMap<CString, usize>>,
 }
 
-/// Loads an image; 0 is no module.
-pub fn load(image: &CStr) -> Option<usize> {
+// SAFETY: the object's handle is only handed to `dlsym`, which any thread may call.
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+
+struct Modules {
+    /// The last handle that was given out: none is twice.
+    last: usize,
+    loaded: BTreeMap<usize, Arc<Module>>,
+}
+
+static MODULES: Mutex<Modules> = Mutex::new(Modules { last: 0, loaded: BTreeMap::new() });
+
+/// Loads an image for a device; its handle.
+pub fn load(image: &CStr, device: usize) -> Option<usize> {
     let path = image.to_str().ok()?.strip_prefix(MAGIC)?;
     let path = CString::new(path).ok()?;
     // SAFETY: the object was compiled here; it has no initializers.
-    let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) } as usize;
-    (handle != 0).then_some(handle)
+    let object = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+    if object.is_null() {
+        return None;
+    }
+    let module = Module { object, device, is_loaded: AtomicBool::new(true), functions: Mutex::default() };
+    let mut modules = lock(&MODULES);
+    modules.last += 1;
+    let handle = modules.last;
+    modules.loaded.insert(handle, Arc::new(module));
+    Some(handle)
 }
 
-/// A kernel of a module. It is never freed: handles stay valid, as a driver's do while the module is loaded.
-pub fn find(module: usize, name: &CStr) -> Option<usize> {
-    let symbol = |suffix: &str| {
-        let name = CString::new([name.to_bytes(), suffix.as_bytes()].concat()).ok()?;
-        // SAFETY: the module was loaded by `load`, and is never closed.
-        let found = unsafe { libc::dlsym(module as *mut c_void, name.as_ptr()) };
-        (!found.is_null()).then_some(found)
-    };
-    let (body, signature) = (symbol("__standin")?, symbol("__signature")?);
-    // SAFETY: the shim defines these two for every kernel, with these types; the signature begins with its length.
-    let (body, arguments) = unsafe {
-        let signature = std::mem::transmute::<*mut c_void, Signature>(signature)();
-        let count = *signature as usize;
-        let arguments = std::slice::from_raw_parts(signature.add(1), count).to_vec();
-        (std::mem::transmute::<*mut c_void, Body>(body), arguments)
-    };
-    let name = name.to_string_lossy().into_owned();
-    Some(Box::into_raw(Box::new(Function { name, body, arguments })) as usize)
+/// Ends a module: its functions are not to be used any more.
+pub fn unload(handle: usize) -> Option<()> {
+    let module = lock(&MODULES).loaded.remove(&handle)?;
+    module.is_loaded.store(false, SeqCst);
+    Some(())
+}
+
+/// The same for all of a device.
+pub fn unload_all(device: usize) {
+    lock(&MODULES).loaded.retain(|_, module| {
+        module.is_loaded.store(module.device != device, SeqCst);
+        module.device != device
+    });
+}
+
+/// A kernel of a module. It is never freed, so that its use after an unload is found.
+pub struct Function {
+    name: String,
+    body: Body,
+    arguments: Vec<u32>,
+    module: Arc<Module>,
+    /// The bytes of shared memory that it declares.
+    declared: u32,
+    /// Those that a launch may ask for beside them.
+    dynamic: AtomicU32,
+    /// The threads of a block that it was compiled for.
+    threads: u32,
+}
+
+/// A kernel of a module, and whether it was asked for for the first time.
+pub fn find(handle: usize, name: &CStr) -> Result<(usize, bool), Code> {
+    let module = lock(&MODULES).loaded.get(&handle).cloned().ok_or(INVALID_HANDLE)?;
+    let mut functions = lock(&module.functions);
+    if let Some(function) = functions.get(name) {
+        return Ok((*function, false));
+    }
+    let function = Function::new(Arc::clone(&module), name).ok_or(NOT_FOUND)?;
+    let function = Box::into_raw(Box::new(function)) as usize;
+    functions.insert(name.to_owned(), function);
+    Ok((function, true))
+}
+
+/// The function of a handle, if its module is still loaded.
+pub fn function(handle: usize) -> Result<&'static Function, Code> {
+    if handle == 0 {
+        return Err(INVALID_HANDLE);
+    }
+    // SAFETY: handles are boxes of `find`, which are never freed.
+    let function = unsafe { &*(handle as *const Function) };
+    if !function.module.is_loaded.load(SeqCst) {
+        error::report(format!("kernel {} is used, but its module was unloaded", function.name));
+        return Err(INVALID_HANDLE);
+    }
+    Ok(function)
+}
+
+impl Function {
+    fn new(module: Arc<Module>, name: &CStr) -> Option<Self> {
+        let symbol = |suffix: &str| {
+            let name = CString::new([name.to_bytes(), suffix.as_bytes()].concat()).ok()?;
+            // SAFETY: the object was opened by `load`, and is never closed.
+            let found = unsafe { libc::dlsym(module.object, name.as_ptr()) };
+            (!found.is_null()).then_some(found)
+        };
+        // SAFETY: NVRTC's stand-in defines these for every kernel, with these types; the signature begins with its length.
+        let (body, arguments, declared, threads) = unsafe {
+            let body = std::mem::transmute::<*mut c_void, Body>(symbol("__standin")?);
+            let signature = std::mem::transmute::<*mut c_void, Signature>(symbol("__signature")?)();
+            let arguments = std::slice::from_raw_parts(signature.add(1), *signature as usize).to_vec();
+            (body, arguments, *symbol("__shared")?.cast::<u32>(), *symbol("__threads")?.cast::<u32>())
+        };
+        let name = name.to_string_lossy().into_owned();
+        let dynamic = AtomicU32::new(SHARED.saturating_sub(declared));
+        Some(Self { name, body, arguments, module, declared, dynamic, threads })
+    }
+
+    pub fn device(&self) -> usize {
+        self.module.device
+    }
+
+    /// `cuFuncSetAttribute`.
+    pub fn set(&self, attribute: c_int, value: c_int) -> Result<(), Code> {
+        match attribute {
+            8 => {
+                let value = u32::try_from(value).map_err(|_| INVALID_VALUE)?;
+                if value.saturating_add(self.declared) > SHARED_OPT_IN {
+                    return Err(INVALID_VALUE);
+                }
+                self.dynamic.store(value, SeqCst);
+                Ok(())
+            }
+            // A preference in percent, or -1 for the driver's choice.
+            9 if (-1..=100).contains(&value) => Ok(()),
+            _ => Err(INVALID_VALUE),
+        }
+    }
+
+    /// `cuFuncGetAttribute`, for what is known here: registers are not.
+    pub fn get(&self, attribute: c_int) -> Result<c_int, Code> {
+        match attribute {
+            0 => Ok(self.threads as c_int),
+            1 => Ok(self.declared as c_int),
+            8 => Ok(self.dynamic.load(SeqCst) as c_int),
+            9 => Ok(-1),
+            _ => Err(INVALID_VALUE),
+        }
+    }
+
+    /// Whether a device can run it so.
+    pub fn fits(&self, grid: [c_uint; 3], block: [c_uint; 3], shared: c_uint) -> Result<(), Code> {
+        let threads: u64 = block.iter().map(|&side| u64::from(side)).product();
+        let is_grid = grid[0] != 0
+            && grid[0] <= i32::MAX as u32
+            && grid[1..].iter().all(|side| (1..=65_535).contains(side));
+        let is_block = threads != 0 && threads <= u64::from(self.threads) && block[2] <= 64;
+        if is_grid && is_block && shared <= self.dynamic.load(SeqCst) { Ok(()) } else { Err(INVALID_VALUE) }
+    }
 }
 
 /// A kernel with its arguments, which are copied.
@@ -57,20 +191,20 @@ pub struct Launch {
     block: [c_uint; 3],
     shared: c_uint,
     arguments: Arc<Vec<u64>>,
+    /// The allocations that pointers to be written point into.
+    written: Arc<Vec<Bounds>>,
 }
 
 impl Launch {
     /// # Safety
-    /// The function is one of `find`; there are as many pointers to arguments as it has.
+    /// There are as many pointers to arguments as the function has.
     pub unsafe fn new(
-        function: usize,
+        function: &'static Function,
         grid: [c_uint; 3],
         block: [c_uint; 3],
         shared: c_uint,
         arguments: *mut *mut c_void,
     ) -> Self {
-        // SAFETY: the caller's promise; functions are never freed.
-        let function = unsafe { &*(function as *const Function) };
         let argument = |(at, kind): (usize, &u32)| {
             let mut word = [0_u8; 8];
             let size = (*kind & 0xffff) as usize;
@@ -85,7 +219,11 @@ impl Launch {
             u64::from_ne_bytes(word)
         };
         let arguments = function.arguments.iter().enumerate().map(argument).collect();
-        Self { function, grid, block, shared, arguments: Arc::new(arguments) }
+        let mut launch =
+            Self { function, grid, block, shared, arguments: Arc::new(arguments), written: Arc::default() };
+        let written = launch.pointers().filter(|(_, write)| *write);
+        launch.written = Arc::new(written.filter_map(|(address, _)| memory::bounds(address)).collect());
+        launch
     }
 
     fn pointers(&self) -> impl Iterator<Item = (usize, bool)> + '_ {
@@ -97,8 +235,11 @@ impl Launch {
 
     /// Memory that is read, and memory that is written, from the pointers on to the end of their allocations.
     pub fn judge(&self, who: &Accessor) -> Result<(), String> {
+        let what = format!("kernel {}", self.function.name);
+        if let Some(old) = self.written.iter().find(|bounds| !bounds.is_current()) {
+            return Err(format!("{what}: use after free at {:#x}, which is another's now", old.start));
+        }
         self.pointers().try_for_each(|(address, write)| {
-            let what = format!("kernel {}", self.function.name);
             match memory::to_end(address) {
                 // A view of no elements may begin at the end.
                 Some(size) => memory::access(who, address, size, write, &what),
@@ -117,10 +258,10 @@ impl Launch {
             (self.function.body)(pointers.as_mut_ptr(), self.grid.as_ptr(), self.block.as_ptr(), self.shared)
         };
         crash::over();
-        match self.pointers().find(|(address, write)| *write && !memory::is_intact(*address)) {
-            Some((address, _)) => Err(format!(
-                "kernel {} has written behind the end of the memory at {address:#x}",
-                self.function.name
+        match self.written.iter().find(|bounds| !bounds.is_intact()) {
+            Some(bounds) => Err(format!(
+                "kernel {} has written beside the memory at {:#x}",
+                self.function.name, bounds.start
             )),
             None => Ok(()),
         }

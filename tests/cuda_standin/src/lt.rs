@@ -1,12 +1,18 @@
 //! The exported entry points of `libcublasLt`, as far as column-major products with the common epilogues need them.
 
 use crate::{
-    driver::{put, stream, submit},
+    counts::{self, Count},
+    driver::{drain, put, stream, submit},
     error::{Code, SUCCESS},
     memory::{self, Accessor},
 };
 use half::{bf16, f16};
-use std::ffi::{c_char, c_int, c_void};
+use std::{
+    ffi::{c_char, c_int, c_void},
+    hash::{DefaultHasher, Hash, Hasher},
+    ops::Add,
+    sync::OnceLock,
+};
 
 const INVALID_VALUE: Code = 7;
 const NOT_SUPPORTED: Code = 15;
@@ -96,6 +102,85 @@ impl Layout {
     }
 }
 
+/// `cublasLtMatmulPreference_t`, as far as it is heeded.
+#[derive(Clone, Copy)]
+struct Wishes {
+    workspace: u64,
+    /// The bytes that the addresses of A, B, C and D are multiples of.
+    alignment: [u32; 4],
+}
+
+/// How a kernel adds up a sum: real ones differ in it, each is fixed.
+#[derive(Clone, Copy, Debug)]
+enum Order {
+    Serial,
+    Backwards,
+    /// Two parts, as by split-K.
+    Halves,
+    /// Four sums that take turns, as by the steps of a tile.
+    Strided,
+}
+
+const ORDERS: [Order; 4] = [Order::Serial, Order::Backwards, Order::Halves, Order::Strided];
+
+impl Order {
+    fn sum<T: Copy + Default + Add<Output = T>>(self, count: usize, term: impl Fn(usize) -> T) -> T {
+        let add = |range: &mut dyn Iterator<Item = usize>| range.fold(T::default(), |sum, at| sum + term(at));
+        match self {
+            Self::Serial => add(&mut (0..count)),
+            Self::Backwards => add(&mut (0..count).rev()),
+            Self::Halves => add(&mut (0..count / 2)) + add(&mut (count / 2..count)),
+            Self::Strided => {
+                let [a, b, c, d] = [0, 1, 2, 3].map(|first| add(&mut (first..count).step_by(4)));
+                (a + b) + (c + d)
+            }
+        }
+    }
+}
+
+/// `cublasLtMatmulAlgo_t`: 64 bytes that only this library reads.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Algorithm {
+    mark: u64,
+    order: u64,
+    alignment: [u32; 4],
+    workspace: u64,
+    is_valid: u64,
+    unused: [u64; 2],
+}
+
+/// What `CUDA_STANDIN_LT` names, separated by commas.
+///
+/// - `varied`: the order of summation depends on all that a real library may choose its kernel by: sizes,
+///   types, leading dimensions and alignments. What must have the same bits has to be the same call.
+/// - `states`: of every other product the first algorithm found is one that cannot be used, as its state says.
+fn option(name: &str) -> bool {
+    static OPTIONS: OnceLock<String> = OnceLock::new();
+    let options = OPTIONS.get_or_init(|| std::env::var("CUDA_STANDIN_LT").unwrap_or_default());
+    options.split(',').any(|option| option == name)
+}
+
+/// The `count` best algorithms for a product, the best first.
+fn algorithms(desc: &Desc, layouts: [&Layout; 4], wishes: &Wishes, count: usize) -> Vec<Algorithm> {
+    let kind = (desc.compute, desc.scale, desc.transposed, desc.epilogue, wishes.alignment);
+    let layout = |layout: &Layout| (layout.dtype, layout.rows, layout.cols, layout.leading, layout.count);
+    let mut hasher = DefaultHasher::new();
+    (kind, layouts.map(layout)).hash(&mut hasher);
+    let hash = hasher.finish();
+    let first_is_invalid = option("states") && hash / 4 % 2 == 1;
+    let algorithm = |at: u64| Algorithm {
+        mark: MARK,
+        order: if option("varied") { (hash + at) % ORDERS.len() as u64 } else { 0 },
+        alignment: wishes.alignment,
+        // A workspace is asked for, so that it is passed and checked.
+        workspace: wishes.workspace.min(1024),
+        is_valid: u64::from(at > 0 || !first_is_invalid),
+        unused: [0; 2],
+    };
+    (0..ORDERS.len().min(count) as u64).map(algorithm).collect()
+}
+
 /// One product, all in numbers.
 #[derive(Clone, Copy, Debug)]
 struct Product {
@@ -107,6 +192,7 @@ struct Product {
     at: [usize; 4],
     alpha: f64,
     beta: f64,
+    order: Order,
 }
 
 /// m, n and k, where everything fits together.
@@ -216,18 +302,16 @@ impl Product {
                 }
                 if self.desc.epilogue == BGRADB {
                     for j in 0..n {
-                        store(self.desc.bias, j, self.d.dtype, right[j * k..(j + 1) * k].iter().sum());
+                        store(self.desc.bias, j, self.d.dtype, self.order.sum(k, |p| right[j * k + p]));
                     }
                 }
                 let mut sums = vec![0.0; m];
                 for j in 0..n {
                     for i in 0..m {
-                        let pairs = left[i * k..(i + 1) * k].iter().zip(&right[j * k..(j + 1) * k]);
+                        let (x, y) = (&left[i * k..(i + 1) * k], &right[j * k..(j + 1) * k]);
                         let product: f64 = match self.desc.compute {
-                            COMPUTE_64F => pairs.map(|(x, y)| x * y).sum(),
-                            _ => {
-                                f64::from(pairs.fold(0.0_f32, |sum, (x, y)| sum + (*x as f32) * (*y as f32)))
-                            }
+                            COMPUTE_64F => self.order.sum(k, |p| x[p] * y[p]),
+                            _ => self.order.sum(k, |p| x[p] as f32 * y[p] as f32).into(),
                         };
                         let mut value = self.alpha * product;
                         if self.beta != 0.0 {
@@ -316,9 +400,9 @@ unsafe fn value<T: Copy>(from: *const c_void, size: usize) -> Result<T, Code> {
 /// `cublasLtMatmulHeuristicResult_t`.
 #[repr(C)]
 pub struct Heuristic {
-    algorithm: [u64; 8],
+    pub algorithm: Algorithm,
     workspace: usize,
-    state: Code,
+    pub state: Code,
     waves: f32,
     reserved: [c_int; 4],
 }
@@ -326,7 +410,10 @@ pub struct Heuristic {
 const MARK: u64 = 0x51a2_d11e;
 
 exports! {
-    fn cublasLtCreate(out: *mut Handle) { unsafe { put(out, made(0_u8)) } }
+    fn cublasLtCreate(out: *mut Handle) {
+        drain("cublasLtCreate").map_err(|_| EXECUTION_FAILED)?;
+        unsafe { put(out, made(0_u8)) }
+    }
     fn cublasLtDestroy(handle: Handle) { unsafe { gone::<u8>(handle) } }
 
     fn cublasLtMatmulDescCreate(out: *mut Handle, compute: c_int, scale: c_int) {
@@ -367,11 +454,19 @@ exports! {
         Ok(())
     }
 
-    fn cublasLtMatmulPreferenceCreate(out: *mut Handle) { unsafe { put(out, made(0_u8)) } }
-    fn cublasLtMatmulPreferenceDestroy(preference: Handle) { unsafe { gone::<u8>(preference) } }
-    fn cublasLtMatmulPreferenceSetAttribute(preference: Handle, _attribute: c_int, from: *const c_void, size: usize) {
+    fn cublasLtMatmulPreferenceCreate(out: *mut Handle) { unsafe { put(out, made(Wishes { workspace: 0, alignment: [256; 4] })) } }
+    fn cublasLtMatmulPreferenceDestroy(preference: Handle) { unsafe { gone::<Wishes>(preference) } }
+    fn cublasLtMatmulPreferenceSetAttribute(preference: Handle, attribute: c_int, from: *const c_void, size: usize) {
         if from.is_null() || size == 0 { return Err(INVALID_VALUE); }
-        unsafe { known::<u8>(preference).map(drop) }
+        unsafe {
+            let wishes = known::<Wishes>(preference)?;
+            match attribute {
+                1 => wishes.workspace = value(from, size)?,
+                5..=8 => wishes.alignment[attribute as usize - 5] = value(from, size)?,
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     fn cublasLtMatmulAlgoGetHeuristic(
@@ -380,19 +475,23 @@ exports! {
     ) {
         unsafe {
             known::<u8>(handle)?;
-            known::<u8>(preference)?;
-            if wanted < 1 || results.is_null() { return Err(INVALID_VALUE); }
-            shape(known(desc)?, known(a)?, known(b)?, known(c)?, known(d)?)?;
-            // A workspace is asked for, so that it is passed and checked.
-            let algorithm = [MARK, 0, 0, 0, 0, 0, 0, 0];
-            results.write(Heuristic { algorithm, workspace: 1024, state: 0, waves: 1.0, reserved: [0; 4] });
-            put(count, 1)
+            let wanted = usize::try_from(wanted).ok().filter(|wanted| *wanted > 0 && !results.is_null());
+            let (desc, wishes) = (known::<Desc>(desc)?, known::<Wishes>(preference)?);
+            let [a, b, c, d] = [&*known::<Layout>(a)?, &*known(b)?, &*known(c)?, &*known(d)?];
+            shape(desc, a, b, c, d)?;
+            let found = algorithms(desc, [a, b, c, d], wishes, wanted.ok_or(INVALID_VALUE)?);
+            for (at, &algorithm) in found.iter().enumerate() {
+                let state = if algorithm.is_valid == 1 { SUCCESS } else { NOT_SUPPORTED };
+                let workspace = algorithm.workspace as usize;
+                results.add(at).write(Heuristic { algorithm, workspace, state, waves: 1.0, reserved: [0; 4] });
+            }
+            put(count, found.len() as c_int)
         }
     }
 
     fn cublasLtMatmul(
         handle: Handle, desc: Handle, alpha: *const c_void, a: usize, a_layout: Handle, b: usize, b_layout: Handle,
-        beta: *const c_void, c: usize, c_layout: Handle, d: usize, d_layout: Handle, algorithm: *const u64,
+        beta: *const c_void, c: usize, c_layout: Handle, d: usize, d_layout: Handle, algorithm: *const Algorithm,
         workspace: usize, workspace_size: usize, on: Handle,
     ) {
         unsafe {
@@ -401,7 +500,13 @@ exports! {
             let [a_layout, b_layout, c_layout, d_layout] =
                 [*known::<Layout>(a_layout)?, *known(b_layout)?, *known(c_layout)?, *known(d_layout)?];
             shape(&desc, &a_layout, &b_layout, &c_layout, &d_layout)?;
-            if alpha.is_null() || beta.is_null() || algorithm.is_null() || *algorithm != MARK || workspace_size < 1024 {
+            if alpha.is_null() || beta.is_null() || algorithm.is_null() || (*algorithm).mark != MARK {
+                return Err(INVALID_VALUE);
+            }
+            let algorithm = *algorithm;
+            if algorithm.is_valid == 0 { return Err(NOT_SUPPORTED); }
+            let is_aligned = |(at, bytes): (usize, u32)| at.is_multiple_of(bytes as usize);
+            if workspace_size < algorithm.workspace as usize || ![a, b, c, d].into_iter().zip(algorithm.alignment).all(is_aligned) {
                 return Err(INVALID_VALUE);
             }
             let number = |from: *const c_void| match desc.scale {
@@ -410,7 +515,7 @@ exports! {
             };
             let product = Product {
                 desc, a: a_layout, b: b_layout, c: c_layout, d: d_layout, at: [a, b, c, d],
-                alpha: number(alpha), beta: number(beta),
+                alpha: number(alpha), beta: number(beta), order: ORDERS[algorithm.order as usize % ORDERS.len()],
             };
             let stream = stream(on).map_err(|_| EXECUTION_FAILED)?;
             let judged = product;
@@ -418,7 +523,9 @@ exports! {
                 memory::access(who, workspace, workspace_size, true, "matmul: workspace")?;
                 judged.judge(who)
             };
-            submit(&stream, judge, move || product.run()).map_err(|_| EXECUTION_FAILED)
+            submit(&stream, judge, move || product.run()).map_err(|_| EXECUTION_FAILED)?;
+            counts::add(stream.device, Count::Matmul);
+            Ok(())
         }
     }
 }

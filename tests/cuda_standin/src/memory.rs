@@ -1,23 +1,33 @@
 //! The table of device memory, and the judgement of every access to it.
 //!
-//! All memory comes from one large reserved range: an allocation is whole pages with a page behind it that nobody may touch. What is between its end and that page holds a
-//! pattern, which is looked at after every kernel that writes to the allocation.
+//! All memory comes from one large reserved range: an allocation is whole pages with a page behind it that
+//! nobody may touch. It lies at the end of its pages, at a multiple of 512 bytes as a real pool's. What is
+//! before and behind it in them holds a pattern, which is looked at after every kernel that writes to it.
+//!
+//! Pages that were freed are given out again as a real pool does it: at once where the program has put the
+//! allocation behind the free, else where the free is done or where the pool may put it behind the free by
+//! itself. Until then their use is found; afterwards it is as wrong as on a GPU, and found if it is a race.
+//! With `CUDA_STANDIN_POOL=fresh` nothing is given out twice, so that every use after free is found.
 
 use crate::{
     clock::Clock,
     error::{self, Code, INVALID_VALUE, OUT_OF_MEMORY},
-    stream::lock,
+    stream::{Progress, lock},
 };
 use std::{
+    cell::RefCell,
     collections::{BTreeMap, HashMap},
     ops::Range,
-    sync::{Mutex, OnceLock},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 const PAGE: usize = 4096;
-/// All bits set is NaN in every element; the pattern behind the end is another.
+/// What addresses are multiples of.
+const ALIGNMENT: usize = 512;
+/// All bits set is NaN in every element. A real pool gives what was there before, which would hide reads of
+/// what nobody has written. The pattern around an allocation is another.
 const FRESH: u8 = 0xff;
-const BEHIND: u8 = 0xfe;
+const AROUND: u8 = 0xfe;
 
 struct Access {
     range: Range<usize>,
@@ -28,22 +38,73 @@ struct Access {
 }
 
 struct Allocation {
+    /// Its pages.
+    place: Range<usize>,
     size: usize,
     device: usize,
     freed: bool,
     /// Whether it is a graph's, and lives again with each launch.
     of_graph: bool,
+    /// The how manieth it is: the next at its address is another.
+    serial: u64,
     accesses: Vec<Access>,
+}
+
+/// Pages that were freed: by which operation of which stream, and whether that is done.
+struct Spare {
+    place: Range<usize>,
+    /// The allocation that was there.
+    start: usize,
+    stream: usize,
+    tick: u64,
+    done: Arc<Progress>,
 }
 
 #[derive(Default)]
 struct Table {
-    // Freed ranges stay in the table and reserved, so that an address is never handed out twice and use after free is always seen.
+    // What was freed stays in the table until its pages are given out again, so that its use is seen.
     allocations: BTreeMap<usize, Allocation>,
     used: HashMap<usize, usize>,
     pinned: BTreeMap<usize, usize>,
+    /// By device and size of the place, the latest last.
+    spare: HashMap<(usize, usize), Vec<Spare>>,
+    serials: u64,
     /// What is left of the reserved range.
     left: Range<usize>,
+}
+
+/// A stream that allocates, as far as the choice of the memory depends on it.
+pub struct By<'a> {
+    pub stream: usize,
+    pub clock: &'a Clock,
+    pub policy: Policy,
+}
+
+/// The attributes of a pool that say what may be used again.
+#[derive(Clone, Copy)]
+pub struct Policy {
+    /// What events have put before the allocation.
+    pub follow_events: bool,
+    /// What happens to be free already.
+    pub opportunistic: bool,
+    /// What is not free yet: the pool lets the stream wait for it.
+    pub internal: bool,
+}
+
+/// Memory for a stream, which it has once it comes to `open`.
+pub struct Given {
+    pub bounds: Bounds,
+    /// What the stream has to wait for first.
+    pub after: Option<Arc<Progress>>,
+}
+
+/// Where an allocation is.
+#[derive(Clone)]
+pub struct Bounds {
+    place: Range<usize>,
+    pub start: usize,
+    size: usize,
+    serial: u64,
 }
 
 /// How much is reserved: addresses, not memory.
@@ -59,6 +120,58 @@ impl Table {
         }
         *used += size;
         Ok(())
+    }
+
+    /// Pages for an allocation, and what it has to come after.
+    fn place(
+        &mut self,
+        device: usize,
+        size: usize,
+        by: Option<&By>,
+    ) -> Option<(Range<usize>, Option<Arc<Progress>>)> {
+        let pages = size.next_multiple_of(PAGE);
+        if let Some(spare) = self.spare.get_mut(&(device, pages)).filter(|_| !never_twice()) {
+            let is_done = |old: &Spare| old.done.is_at(1);
+            let chosen = match by {
+                None => spare.iter().rposition(is_done),
+                Some(by) => {
+                    let policy = by.policy;
+                    let is_before = |old: &Spare| {
+                        by.clock.covers(old.stream, old.tick)
+                            && (policy.follow_events || old.stream == by.stream)
+                    };
+                    let free = |old: &Spare| policy.opportunistic && is_done(old);
+                    (spare.iter().rposition(is_before))
+                        .or_else(|| spare.iter().rposition(free))
+                        .or_else(|| spare.len().checked_sub(1).filter(|_| policy.internal))
+                }
+            };
+            if let Some(old) = chosen.map(|at| spare.remove(at)) {
+                self.allocations.remove(&old.start);
+                let is_ordered = by.is_none_or(|by| by.clock.covers(old.stream, old.tick));
+                return Some((old.place, (!is_ordered && !old.done.is_at(1)).then_some(old.done)));
+            }
+        }
+        let start = self.reserve(pages + PAGE)?;
+        Some((start..start + pages, None))
+    }
+
+    /// Enters an allocation at the end of its place.
+    fn enter(&mut self, place: Range<usize>, size: usize, device: usize, of_graph: bool) -> Bounds {
+        self.serials += 1;
+        let start = place.end - size.next_multiple_of(ALIGNMENT);
+        let bounds = Bounds { place: place.clone(), start, size, serial: self.serials };
+        let own = Allocation {
+            place,
+            size,
+            device,
+            freed: of_graph,
+            of_graph,
+            serial: self.serials,
+            accesses: Vec::new(),
+        };
+        self.allocations.insert(start, own);
+        bounds
     }
 
     /// Ends the life of an allocation.
@@ -102,6 +215,8 @@ pub struct Accessor<'a> {
     pub stream: usize,
     pub tick: u64,
     pub clock: &'a Clock,
+    /// What it does, as the first of its accesses says.
+    pub name: &'a RefCell<Option<String>>,
 }
 
 /// Bytes of one device, `CUDA_STANDIN_MEMORY` (default 1 GiB).
@@ -117,48 +232,94 @@ pub fn used(device: usize) -> usize {
     with_table(|table| table.used.get(&device).copied().unwrap_or(0))
 }
 
-/// Fresh memory, NaN in every floating-point type.
-pub fn allocate(device: usize, size: usize) -> Result<usize, Code> {
+fn never_twice() -> bool {
+    static NEVER: OnceLock<bool> = OnceLock::new();
+    *NEVER.get_or_init(|| std::env::var("CUDA_STANDIN_POOL").is_ok_and(|pool| pool == "fresh"))
+}
+
+/// Memory for a stream, or for the host where there is none.
+pub fn allocate(device: usize, size: usize, by: Option<&By>) -> Result<Given, Code> {
     if size == 0 {
         return Err(INVALID_VALUE);
     }
     with_table(|table| {
         table.charge(device, size)?;
-        let start = table.reserve(size.next_multiple_of(PAGE) + PAGE).ok_or(OUT_OF_MEMORY)?;
-        if !open(start, size) {
-            return Err(OUT_OF_MEMORY);
-        }
-        let own = Allocation { size, device, freed: false, of_graph: false, accesses: Vec::new() };
-        table.allocations.insert(start, own);
-        Ok(start)
+        let (place, after) = table.place(device, size, by).ok_or(OUT_OF_MEMORY)?;
+        Ok(Given { bounds: table.enter(place, size, device, false), after })
     })
 }
 
-/// Makes reserved pages memory. Whether the system has that much.
-fn open(start: usize, size: usize) -> bool {
-    let pages = size.next_multiple_of(PAGE);
-    // SAFETY: the range is part of what was reserved, and one allocation's; it has as many bytes. The page behind it stays as it is.
-    unsafe {
-        if libc::mprotect(start as *mut _, pages, libc::PROT_READ | libc::PROT_WRITE) != 0 {
-            return false;
-        }
-        std::ptr::write_bytes(start as *mut u8, FRESH, size);
-        std::ptr::write_bytes((start + size) as *mut u8, BEHIND, pages - size);
-    }
-    true
-}
-
 /// An address for memory that launches of a graph allocate.
-pub fn reserve(device: usize, size: usize) -> Result<usize, Code> {
+pub fn reserve(device: usize, size: usize) -> Result<Bounds, Code> {
     if size == 0 {
         return Err(INVALID_VALUE);
     }
     with_table(|table| {
-        let start = table.reserve(size.next_multiple_of(PAGE) + PAGE).ok_or(OUT_OF_MEMORY)?;
-        let own = Allocation { size, device, freed: true, of_graph: true, accesses: Vec::new() };
-        table.allocations.insert(start, own);
-        Ok(start)
+        let pages = size.next_multiple_of(PAGE);
+        let start = table.reserve(pages + PAGE).ok_or(OUT_OF_MEMORY)?;
+        Ok(table.enter(start..start + pages, size, device, true))
     })
+}
+
+/// The allocation of an address.
+pub fn bounds(address: usize) -> Option<Bounds> {
+    with_table(|table| {
+        let (start, found) = table.allocations.range(..=address).next_back()?;
+        (address - start <= found.size).then(|| Bounds {
+            place: found.place.clone(),
+            start: *start,
+            size: found.size,
+            serial: found.serial,
+        })
+    })
+}
+
+impl Bounds {
+    /// Makes the reserved pages memory, NaN in every floating-point type.
+    pub fn open(&self) {
+        let (start, pages) = (self.place.start, self.place.len());
+        // SAFETY: the pages are part of what was reserved, and one allocation's, whose turn it is: whoever had them
+        // before has given them back.
+        let is_open = unsafe {
+            libc::mprotect(start as *mut _, pages, libc::PROT_READ | libc::PROT_WRITE) == 0 && {
+                std::ptr::write_bytes(start as *mut u8, AROUND, pages);
+                std::ptr::write_bytes(self.start as *mut u8, FRESH, self.size);
+                true
+            }
+        };
+        if !is_open {
+            error::report(format!("pages at {start:#x} are not there"));
+        }
+    }
+
+    /// Gives the pages back and leaves the range unreadable.
+    pub fn close(&self) {
+        let (start, pages) = (self.place.start, self.place.len());
+        // SAFETY: the pages are one allocation's, which is freed, and nothing else was mapped there.
+        let done = unsafe {
+            libc::mmap(start as *mut _, pages, libc::PROT_NONE, UNTOUCHABLE | libc::MAP_FIXED, -1, 0)
+        };
+        if done == libc::MAP_FAILED {
+            error::report(format!("pages at {start:#x} were not given back"));
+        }
+    }
+
+    /// Whether what lies around the allocation is as it was.
+    pub fn is_intact(&self) -> bool {
+        let end = self.start + self.size;
+        [self.place.start..self.start, end..self.place.end].into_iter().all(|slack| {
+            // SAFETY: the slack is part of the allocation's pages, which are open while its work is done.
+            let slack = unsafe { std::slice::from_raw_parts_mut(slack.start as *mut u8, slack.len()) };
+            let is_intact = slack.iter().all(|byte| *byte == AROUND);
+            slack.fill(AROUND);
+            is_intact
+        })
+    }
+
+    /// Whether the same allocation is still there.
+    pub fn is_current(&self) -> bool {
+        with_table(|table| table.allocations.get(&self.start).is_some_and(|now| now.serial == self.serial))
+    }
 }
 
 /// A launch of a graph allocates these, all or none: not while they live.
@@ -186,14 +347,6 @@ pub fn revive(starts: &[usize]) -> Result<(), Code> {
     })
 }
 
-/// The pages of such memory, when the launch comes to it.
-pub fn map(start: usize) {
-    let size = with_table(|table| table.allocations.get(&start).map(|found| found.size));
-    if size.is_none_or(|size| !open(start, size)) {
-        error::report(format!("pages at {start:#x} are not there"));
-    }
-}
-
 /// The bytes from an address to the end of its allocation; none if it is in none.
 pub fn to_end(start: usize) -> Option<usize> {
     with_table(|table| {
@@ -204,6 +357,7 @@ pub fn to_end(start: usize) -> Option<usize> {
 
 /// Judges an access and remembers it for those to come. `Err` says what is wrong.
 pub fn access(who: &Accessor, start: usize, size: usize, write: bool, what: &str) -> Result<(), String> {
+    who.name.borrow_mut().get_or_insert_with(|| what.to_string());
     if size == 0 {
         return Ok(());
     }
@@ -256,44 +410,20 @@ pub fn access(who: &Accessor, start: usize, size: usize, write: bool, what: &str
     })
 }
 
-/// Whether what lies behind the allocation of an address is as it was.
-pub fn is_intact(start: usize) -> bool {
-    let Some((end, slack)) = with_table(|table| {
-        let (base, found) =
-            table.allocations.range(..=start).next_back().filter(|(_, found)| !found.freed)?;
-        let end = base + found.size;
-        Some((end, end.next_multiple_of(PAGE) - end))
-    }) else {
-        return true;
-    };
-    // SAFETY: the slack is part of the allocation's mapping, and readable while it is not freed.
-    let behind = unsafe { std::slice::from_raw_parts_mut(end as *mut u8, slack) };
-    let intact = behind.iter().all(|byte| *byte == BEHIND);
-    behind.fill(BEHIND);
-    intact
-}
-
-/// Ends an allocation's life: it counts as a write to all of it, and the address is not used again.
-pub fn free(who: &Accessor, start: usize) -> Result<(), String> {
+/// Ends an allocation's life: it counts as a write to all of it. `done` says when the stream has come to it.
+pub fn free(who: &Accessor, start: usize, done: &Arc<Progress>) -> Result<(), String> {
     let size = with_table(|table| table.allocations.get(&start).map(|found| found.size));
     let size = size.ok_or_else(|| format!("free: {start:#x} is not the start of an allocation"))?;
     access(who, start, size, true, "free")?;
-    with_table(|table| table.retire(start));
+    with_table(|table| {
+        table.retire(start);
+        let Some(found) = table.allocations.get(&start).filter(|found| !found.of_graph) else { return };
+        let place = found.place.clone();
+        let (stream, tick, done) = (who.stream, who.tick, Arc::clone(done));
+        let spare = table.spare.entry((found.device, place.len())).or_default();
+        spare.push(Spare { place, start, stream, tick, done });
+    });
     Ok(())
-}
-
-/// Gives the pages back and leaves the range unreadable.
-pub fn release(start: usize) {
-    let Some(size) = with_table(|table| table.allocations.get(&start).map(|found| found.size)) else {
-        return;
-    };
-    let flags = UNTOUCHABLE | libc::MAP_FIXED;
-    // SAFETY: the range is a mapping of `allocate` that `free` has retired; nothing else was mapped there.
-    let done =
-        unsafe { libc::mmap(start as *mut _, size.next_multiple_of(PAGE), libc::PROT_NONE, flags, -1, 0) };
-    if done == libc::MAP_FAILED {
-        error::report(format!("pages at {start:#x} were not given back"));
-    }
 }
 
 /// Host memory that the device reaches by itself: a copy reads or writes it when its turn comes, not when it is asked for.

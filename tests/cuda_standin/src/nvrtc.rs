@@ -1,6 +1,6 @@
 //! The exported entry points of `libnvrtc`: g++ compiles the source behind a header that makes it C++ (`shim/`).
 
-use crate::{kernel::MAGIC, stream::lock};
+use crate::{kernel::MAGIC, shared, stream::lock};
 use std::{
     collections::HashMap,
     ffi::{CStr, CString, c_char, c_int},
@@ -47,12 +47,22 @@ fn gcc(arguments: &[&str], input: &Path, output: &Path) -> io::Result<Result<(),
     Ok(if out.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&out.stderr).into_owned()) })
 }
 
-/// The names of the kernels in a preprocessed source.
-fn kernels(source: &str) -> Vec<&str> {
+/// The kernels in a preprocessed source: their names, and what their launch bounds say.
+fn kernels(source: &str) -> Vec<(&str, Option<&str>)> {
     source
         .split("STANDIN_KERNEL void ")
         .skip(1)
-        .filter_map(|rest| rest.split('(').next().map(str::trim))
+        .filter_map(|rest| match rest.trim_start().strip_prefix("STANDIN_BOUNDS(") {
+            Some(rest) => {
+                let mut depth = 1;
+                let end = rest.find(|c| {
+                    depth += i32::from(c == '(') - i32::from(c == ')');
+                    depth == 0
+                })?;
+                Some((rest[end + 1..].split('(').next()?.trim(), Some(&rest[..end])))
+            }
+            None => Some((rest.split('(').next()?.trim(), None)),
+        })
         .collect()
 }
 
@@ -79,28 +89,26 @@ fn compile(source: &str) -> io::Result<Result<PathBuf, String>> {
         }
         let mut text = fs::read_to_string(&plain)?;
         let mut launchers = String::new();
-        for kernel in kernels(&text) {
+        for (kernel, bounds) in kernels(&text) {
+            let threads = bounds.map_or("1024".into(), |bounds| format!("standin::first({bounds})"));
             let _ = writeln!(
                 launchers,
-                "extern \"C\" void {kernel}__standin(void** a, const unsigned* g, const unsigned* b, unsigned s) {{ standin::launch(&standin::Thunk<&{kernel}>::body, a, g, b, s); }}\n\
+                "extern \"C\" const unsigned {kernel}__threads = {threads};\n\
+                 extern \"C\" void {kernel}__standin(void** a, const unsigned* g, const unsigned* b, unsigned s) {{ standin::launch(&standin::Thunk<&{kernel}>::body, a, g, b, s); }}\n\
                  extern \"C\" const unsigned* {kernel}__signature() {{ return standin::Thunk<&{kernel}>::signature; }}"
             );
         }
+        let names: Vec<_> = kernels(&text).into_iter().map(|(name, _)| name.to_string()).collect();
         text.push_str(&launchers);
-        let text = text.replace("STANDIN_KERNEL ", "");
-        fs::write(&plain, text)?;
-        let built = work.join("kernels.so");
-        let options = [
-            "-O2",
-            "-std=c++17",
-            "-shared",
-            "-fPIC",
-            "-w",
-            "-fno-gnu-unique",
-            "-fno-strict-aliasing",
-            "-ldl",
-        ];
-        if let Err(log) = gcc(&options, &plain, &built)? {
+        fs::write(&plain, format!("#define STANDIN_KERNEL\n#define STANDIN_BOUNDS(...)\n{text}"))?;
+        let (assembly, built) = (work.join("kernels.s"), work.join("kernels.so"));
+        let options = ["-S", "-O2", "-std=c++17", "-fPIC", "-w", "-fno-gnu-unique", "-fno-strict-aliasing"];
+        if let Err(log) = gcc(&options, &plain, &assembly)? {
+            return Ok(Err(log));
+        }
+        let code = fs::read_to_string(&assembly)?;
+        fs::write(&assembly, format!("{code}{}", shared::sizes(&code, &names)))?;
+        if let Err(log) = gcc(&["-shared", "-ldl"], &assembly, &built)? {
             return Ok(Err(log));
         }
         // Another process may have been faster: the same object.

@@ -10,6 +10,9 @@ use crate::{
     memory::Accessor,
 };
 use std::{
+    cell::RefCell,
+    collections::VecDeque,
+    ffi::c_int,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         mpsc::{Sender, channel},
@@ -43,6 +46,18 @@ impl Progress {
         drop(self.changed.wait_while(reached, |reached| reached.0 < count));
     }
 
+    /// Waits, but not for ever: whether it came.
+    pub fn wait_for(&self, count: u64, limit: Duration) -> bool {
+        let reached = lock(&self.reached);
+        let waited = self.changed.wait_timeout_while(reached, limit, |reached| reached.0 < count);
+        let (reached, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        reached.0 >= count
+    }
+
+    pub fn count(&self) -> u64 {
+        lock(&self.reached).0
+    }
+
     pub fn is_at(&self, count: u64) -> bool {
         lock(&self.reached).0 >= count
     }
@@ -56,6 +71,8 @@ struct Queue {
     worker: Option<Sender<Operation>>,
     clock: Clock,
     enqueued: u64,
+    /// What was handed to the worker and may not be done yet.
+    names: VecDeque<(u64, String)>,
 }
 
 /// A point in a stream's work, for others to wait for.
@@ -87,11 +104,12 @@ pub struct Stream {
     pub device: usize,
     /// Whether its work and the legacy stream's come after each other.
     pub is_tied: bool,
+    pub priority: c_int,
     /// What it captures, and which of the capture's lanes it is.
     pub capture: Mutex<Option<(Arc<Capture>, usize)>>,
-    number: usize,
+    pub number: usize,
     queue: Mutex<Queue>,
-    done: Arc<Progress>,
+    pub done: Arc<Progress>,
 }
 
 /// Numbers of streams that are gone and whose work the host has waited for, and how far each had come; the next new number.
@@ -103,7 +121,7 @@ fn seed() -> u64 {
 }
 
 impl Stream {
-    pub fn new(device: usize, is_tied: bool) -> Arc<Self> {
+    pub fn new(device: usize, is_tied: bool, priority: c_int) -> Arc<Self> {
         let mut numbers = lock(&NUMBERS);
         let (number, tick) = numbers.0.pop().unwrap_or_else(|| {
             numbers.1 += 1;
@@ -111,8 +129,16 @@ impl Stream {
         });
         let mut clock = Clock::default();
         clock.set(number, tick);
-        let queue = Mutex::new(Queue { worker: None, clock, enqueued: 0 });
-        Arc::new(Self { device, is_tied, capture: Mutex::default(), number, queue, done: Arc::default() })
+        let queue = Mutex::new(Queue { worker: None, clock, enqueued: 0, names: VecDeque::new() });
+        Arc::new(Self {
+            device,
+            is_tied,
+            priority,
+            capture: Mutex::default(),
+            number,
+            queue,
+            done: Arc::default(),
+        })
     }
 
     /// Enqueues `work` that nobody judges; returns the stream's clock after it.
@@ -135,6 +161,22 @@ impl Stream {
         self.pass(!mark.is_reached(), move || progress.wait(1));
     }
 
+    /// What the stream knows to come before what it is asked for now.
+    pub fn clock(&self) -> Clock {
+        let mut queue = lock(&self.queue);
+        clock::join_host(&mut queue.clock);
+        queue.clock.clone()
+    }
+
+    /// What is asked of the stream from now on waits for memory that another stream gives back. The program has ordered nothing.
+    pub fn wait_for_memory(&self, done: Arc<Progress>) {
+        let name = |who: &Accessor| {
+            who.name.replace(Some("a wait for memory that another stream has freed".into()));
+            Ok(())
+        };
+        self.push(true, name, move || done.wait(1)).expect("as in `pass`");
+    }
+
     /// Enqueues `work` once `judge` has found nothing wrong with what it accesses; returns the stream's clock after it. `waits`:
     /// the work may wait for others.
     pub fn push(
@@ -146,7 +188,10 @@ impl Stream {
         let mut queue = lock(&self.queue);
         clock::join_host(&mut queue.clock);
         let tick = queue.clock.tick(self.number);
-        judge(&Accessor { device: self.device, stream: self.number, tick, clock: &queue.clock })?;
+        let name = RefCell::new(None);
+        let who =
+            Accessor { device: self.device, stream: self.number, tick, clock: &queue.clock, name: &name };
+        judge(&who)?;
         queue.enqueued += 1;
         let count = queue.enqueued;
         if seed() == 0 && !waits && self.done.is_at(count - 1) {
@@ -154,6 +199,12 @@ impl Stream {
             self.done.reach(count);
             return Ok(queue.clock.clone());
         }
+        while queue.names.front().is_some_and(|(count, _)| self.done.is_at(*count)) {
+            queue.names.pop_front();
+        }
+        let waits_for_event = || if waits { "a wait for an event" } else { "an event" }.to_string();
+        let name = name.into_inner().unwrap_or_else(waits_for_event);
+        queue.names.push_back((count, name));
         let done = Arc::clone(&self.done);
         let operation: Operation = Box::new(move || {
             work();
@@ -172,6 +223,17 @@ impl Stream {
         };
         self.done.wait(count);
         clock::host_waited(&clock);
+    }
+
+    /// How many operations were asked of it.
+    pub fn enqueued(&self) -> u64 {
+        lock(&self.queue).enqueued
+    }
+
+    /// The operation that it is at, if it is not idle.
+    pub fn unfinished(&self) -> Option<String> {
+        let queue = lock(&self.queue);
+        queue.names.iter().find(|(count, _)| !self.done.is_at(*count)).map(|(_, name)| name.clone())
     }
 
     pub fn is_idle(&self) -> bool {

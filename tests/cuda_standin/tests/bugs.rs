@@ -1,8 +1,11 @@
 //! Planted bugs in kernels, products and collectives are found; the same without the bug is not.
 
-use cuda_standin::{driver::*, error::*, lt::*, nccl::*, nvrtc::*};
+#[path = "common/kernels.rs"]
+mod kernels;
+
+use cuda_standin::{driver::*, error::*, lt::*, nccl::*};
 use std::{
-    ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
+    ffi::{CStr, c_int, c_uint, c_void},
     ptr::null_mut,
     time::{Duration, Instant},
 };
@@ -90,35 +93,11 @@ fn download(stream: usize, start: usize, len: usize) -> Vec<f32> {
 }
 
 fn compile(source: &str) -> Result<usize, String> {
-    let source = CString::new(source).unwrap();
-    let (mut program, mut size, mut module) = (0, 0, 0);
-    unsafe {
-        assert_eq!(
-            nvrtcCreateProgram(&mut program, source.as_ptr(), null_mut(), 0, null_mut(), null_mut()),
-            0
-        );
-        if nvrtcCompileProgram(program, 0, null_mut()) != 0 {
-            nvrtcGetProgramLogSize(program, &mut size);
-            let mut log = vec![0_u8; size];
-            nvrtcGetProgramLog(program, log.as_mut_ptr().cast::<c_char>());
-            return Err(CStr::from_bytes_until_nul(&log).unwrap().to_string_lossy().into_owned());
-        }
-        assert_eq!(nvrtcGetCUBINSize(program, &mut size), 0);
-        let mut image = vec![0_u8; size];
-        assert_eq!(nvrtcGetCUBIN(program, image.as_mut_ptr().cast()), 0);
-        assert_eq!(cuModuleLoadData(&mut module, image.as_ptr().cast()), SUCCESS);
-        nvrtcDestroyProgram(&mut program);
-    }
-    Ok(module)
+    kernels::image(source).map(|image| kernels::load(&image))
 }
 
 fn launch(module: usize, name: &CStr, stream: usize, grid: c_uint, block: c_uint, words: &mut [u64]) -> Code {
-    let mut function = 0;
-    let mut arguments: Vec<*mut c_void> = words.iter_mut().map(|word| (word as *mut u64).cast()).collect();
-    unsafe {
-        assert_eq!(cuModuleGetFunction(&mut function, module, name.as_ptr()), SUCCESS);
-        cuLaunchKernel(function, grid, 1, 1, block, 1, 1, 256, stream, arguments.as_mut_ptr(), null_mut())
-    }
+    kernels::launch(kernels::function(module, name), stream, [grid, block, 256], words)
 }
 
 #[test]
@@ -195,7 +174,7 @@ fn a_kernel_that_writes_behind_its_memory_is_found() {
     launch(module, c"fill", stream, 1, 128, &mut [memory as u64, 101, one]);
     unsafe { cuStreamSynchronize(stream) };
     assert_eq!(unsafe { cuCtxSynchronize() }, ILLEGAL_ADDRESS);
-    assert!(reports().iter().any(|report| report.starts_with("kernel fill has written behind the end")));
+    assert!(reports().iter().any(|report| report.starts_with("kernel fill has written beside the memory")));
 }
 
 #[test]
@@ -265,7 +244,7 @@ fn a_product_beyond_its_memory_is_found() {
             c_layout,
             c,
             c_layout,
-            result.as_ptr(),
+            result.as_ptr().cast(),
             workspace,
             2048,
             stream,
@@ -275,6 +254,8 @@ fn a_product_beyond_its_memory_is_found() {
         assert_eq!(cublasLtCreate(&mut handle), 0);
         assert_eq!(cublasLtMatmulDescCreate(&mut desc, 68, 0), 0);
         assert_eq!(cublasLtMatmulPreferenceCreate(&mut preference), 0);
+        let workspace = 2048_u64;
+        assert_eq!(cublasLtMatmulPreferenceSetAttribute(preference, 1, (&raw const workspace).cast(), 8), 0);
     }
     let parts = (handle, desc, preference);
     assert_eq!(multiply([2, 3, 2], &mut layouts, &mut result, &mut count, parts), 0);
