@@ -34,8 +34,13 @@ fn values_come_back_as_they_went() {
 #[test]
 fn many_small_uploads_are_not_mixed_up() {
     let cuda = dev::fresh();
-    let tensors: Vec<_> =
-        (0..3000).map(|at| Tensor::from_slice(&cuda, [300], &vec![at as f64; 300]).unwrap()).collect();
+    let nothing = Tensor::<f64, _>::empty(&cuda, [0]).unwrap();
+    let tensors = (0..3000).map(|at| {
+        // Nothing comes back, so nothing is waited for.
+        assert!(nothing.to_vec().unwrap().is_empty());
+        Tensor::from_slice(&cuda, [300], &vec![at as f64; 300]).unwrap()
+    });
+    let tensors: Vec<_> = tensors.collect();
     for (at, tensor) in tensors.iter().enumerate() {
         assert!(tensor.to_vec().unwrap().iter().all(|value| *value == at as f64));
     }
