@@ -8,7 +8,8 @@
 //!   on their neighbours ([`crate::kernels::Gemm::splits_exactly`]): [`by_columns`], [`by_rows`]. A key/value head that
 //!   several blocks hold is a run by itself.
 //!
-//! A kernel is called with the same numbers, in the same shapes, whichever rank owns the block. Without blocks
+//! A kernel is called with the same numbers, in the same shapes, whichever rank owns the block, and products are
+//! [`crate::kernels::Gemm::gemm_block`], which does not depend on the tensor that the block is a part of. Without blocks
 //! ([`Reduction::Fast`]) these functions compute everything at once.
 
 use super::DTensor;
@@ -102,7 +103,7 @@ pub(super) fn by_columns<T: Element, C: Element<Acc = T::Acc>, B: Backend>(
         let rows = c.rows();
         runs.into_iter().try_for_each(|columns| {
             let part = c.reborrow().block(0..rows, columns.clone());
-            device.gemm(1.0, a, b.columns(columns), beta, part)
+            device.gemm_block(a, b.columns(columns), beta, part)
         })
     })
 }
@@ -122,7 +123,7 @@ pub(super) fn by_rows<T: Element, C: Element<Acc = T::Acc>, B: Backend>(
         let (depth, cols) = (a.cols(), c.cols());
         runs.into_iter().try_for_each(|rows| {
             let part = c.reborrow().block(rows.clone(), 0..cols);
-            device.gemm(1.0, a.block(rows, 0..depth), b, beta, part)
+            device.gemm_block(a.block(rows, 0..depth), b, beta, part)
         })
     })
 }

@@ -6,10 +6,14 @@ use crate::{
 };
 use shardwise::{
     Error, Tensor,
-    device::{Cuda, Device},
+    device::{
+        Cuda, Device,
+        cuda::{precompile, versions},
+    },
     kernels::Pointwise,
     launch::Threads,
 };
+use std::path::Path;
 
 #[test]
 fn values_come_back_as_they_went() {
@@ -30,8 +34,13 @@ fn values_come_back_as_they_went() {
 #[test]
 fn many_small_uploads_are_not_mixed_up() {
     let cuda = dev::fresh();
-    let tensors: Vec<_> =
-        (0..3000).map(|at| Tensor::from_slice(&cuda, [300], &vec![at as f64; 300]).unwrap()).collect();
+    let nothing = Tensor::<f64, _>::empty(&cuda, [0]).unwrap();
+    let tensors = (0..3000).map(|at| {
+        // Nothing comes back, so nothing is waited for.
+        assert!(nothing.to_vec().unwrap().is_empty());
+        Tensor::from_slice(&cuda, [300], &vec![at as f64; 300]).unwrap()
+    });
+    let tensors: Vec<_> = tensors.collect();
     for (at, tensor) in tensors.iter().enumerate() {
         assert!(tensor.to_vec().unwrap().iter().all(|value| *value == at as f64));
     }
@@ -77,6 +86,28 @@ fn what_is_not_there_is_an_error() {
     assert!(matches!(error, Error::Library { library: "CUDA driver", code: 2, .. }), "{error}");
     // The device is none the worse for it.
     assert_eq!(Tensor::<f64, _>::full(&cuda, [3], 1.5).unwrap().to_vec().unwrap(), [1.5; 3]);
+}
+
+#[test]
+fn libraries_and_kernels_are_told() {
+    dev::needed();
+    for version in versions() {
+        let version = version.unwrap();
+        assert!(version.path.exists(), "{version:?}");
+        assert!(version.version.starts_with(|first: char| first.is_ascii_digit()), "{version:?}");
+    }
+    // A capability that the device need not have: every `.cu` file has an image of its own for it.
+    let images = |folder: &Path| {
+        let files = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().file_name());
+        files.filter(|name| name.to_string_lossy().ends_with(".bin")).count()
+    };
+    let folder = precompile((8, 0)).unwrap();
+    let sources = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda")).unwrap();
+    let sources =
+        sources.filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|end| end == "cu"));
+    assert!(images(&folder) >= sources.count());
+    let error = precompile((1, 0)).unwrap_err().to_string();
+    assert!(error.contains("not for compute capability 1.0"), "{error}");
 }
 
 /// Thread ranks that share GPU 0, by way of the host.

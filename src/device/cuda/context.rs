@@ -16,8 +16,8 @@ use crate::{
 use cudarc::{
     cublaslt::sys::cublasLtHandle_t,
     driver::sys::{
-        self, CUcontext, CUdevice, CUdevice_attribute, CUfunction, CUmemPool_attribute, CUmemoryPool,
-        CUmodule,
+        self, CUcontext, CUdevice, CUdevice_attribute, CUevent, CUfunction, CUmemPool_attribute,
+        CUmemoryPool, CUmodule,
     },
 };
 use std::{
@@ -43,6 +43,8 @@ pub(super) struct Context {
     pub(super) shared_memory: usize,
     /// By [`Kernel::place`]. Null where a kernel is not compiled for an element.
     functions: Vec<CUfunction>,
+    /// Events that no mark uses.
+    pub(super) spare_events: Mutex<Vec<CUevent>>,
     /// Blocks of pinned memory that no handle uses.
     pub(super) spare_pinned: Mutex<Vec<*mut u8>>,
     /// cuBLASLt's handles that no handle uses.
@@ -59,9 +61,9 @@ unsafe impl Sync for Context {}
 impl Context {
     /// The number of GPUs.
     pub(super) fn count() -> Result<usize> {
-        libraries::need(&libraries::DRIVER)?;
+        libraries::cuda()?;
         let mut count = 0;
-        // SAFETY: `need` has seen that the driver has the functions; `count` is a place for an int.
+        // SAFETY: the driver was found, and has the functions; `count` is a place for an int.
         #[allow(unsafe_code)]
         unsafe {
             driver("cuInit", sys::cuInit(0))?;
@@ -122,6 +124,7 @@ impl Context {
             total_memory,
             shared_memory: 0,
             functions: vec![std::ptr::null_mut(); PLACES],
+            spare_events: Mutex::default(),
             spare_pinned: Mutex::default(),
             spare_lt: Mutex::default(),
         };

@@ -1,28 +1,28 @@
 //! Finding NVIDIA's libraries before the first call into them.
 //!
-//! The bindings look on the loader's path alone and panic where a library or a function is missing. So each library is looked
-//! for here first, also where pip and conda put it, and every function that is used is asked for once: what is missing becomes
-//! an [`Error`] that says what was tried.
+//! Each library is looked for here, also where pip and conda put it, and every function that is used is asked for once: what is
+//! missing becomes an [`Error`] that says what was tried. The driver's functions are called by way of bindings, which look on the
+//! loader's path alone and panic where something is missing; NVRTC's and cuBLASLt's by way of tables, from the file found here.
 
 use super::status::{compiler, driver};
 use crate::error::{Error, Result};
 use cudarc::{
-    cublaslt::sys::cublasLtGetVersion,
+    cublaslt::sys::{self as lt, cublasStatus_t},
     driver::sys::{CUfunction, CUresult, cuDriverGetVersion},
-    nvrtc::sys::nvrtcVersion,
+    nvrtc::sys::{nvrtcProgram, nvrtcResult},
 };
-use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use std::{
-    collections::HashMap,
+    ffi::{c_char, c_int, c_void},
     path::{Path, PathBuf},
-    sync::{Mutex, OnceLock, PoisonError},
+    sync::OnceLock,
 };
 
 /// A library, and what is needed of it.
-pub(crate) struct Needed {
+struct Needed {
     /// Its name in messages.
     name: &'static str,
-    /// File names, the best first. The bindings ask the loader for these names too.
+    /// File names, the best first.
     files: &'static [&'static str],
     /// How the names of files begin that it opens by itself, and does not find where it is if the loader does not.
     parts: Option<&'static str>,
@@ -35,7 +35,7 @@ pub(crate) struct Needed {
 }
 
 /// The driver, which comes with the GPU's kernel module and never from pip.
-pub(crate) const DRIVER: Needed = Needed {
+const DRIVER: Needed = Needed {
     name: "the CUDA driver",
     files: &["libcuda.so", "libcuda.so.1"],
     parts: None,
@@ -50,12 +50,12 @@ pub(crate) const DRIVER: Needed = Needed {
         "cuDeviceTotalMem_v2",
         "cuDevicePrimaryCtxRetain",
         "cuCtxSetCurrent",
-        "cuStreamCreate",
+        "cuCtxGetStreamPriorityRange",
+        "cuStreamCreateWithPriority",
         "cuStreamDestroy_v2",
         "cuStreamSynchronize",
         "cuStreamWaitEvent",
         "cuEventCreate",
-        "cuEventDestroy_v2",
         "cuEventRecord",
         "cuEventQuery",
         "cuMemAllocAsync",
@@ -77,64 +77,137 @@ pub(crate) const DRIVER: Needed = Needed {
     advice: "a driver for CUDA 12 or later is needed",
 };
 
-/// The compiler of the kernels.
-pub(crate) const NVRTC: Needed = Needed {
+/// Declares a table of functions: their names here, there, and their types.
+macro_rules! table {
+    ($(#[$doc:meta])* $table:ident { $($field:ident: $name:literal ($($argument:ty),*) $(-> $result:ty)?;)* }) => {
+        $(#[$doc])*
+        pub(super) struct $table {
+            $(pub(super) $field: unsafe extern "C" fn($($argument),*) $(-> $result)?,)*
+        }
+
+        impl $table {
+            const NAMES: &[&str] = &[$($name),*];
+
+            /// The functions of a library, which stays loaded. It has them all.
+            fn of(library: Library) -> Result<Self> {
+                let missing = |error: libloading::Error| Error::invalid(stringify!($table), error.to_string());
+                // SAFETY: the types are those that NVIDIA's headers declare for these names, unchanged from CUDA 12.0 on.
+                #[allow(unsafe_code)]
+                let table = unsafe {
+                    Self { $($field: *library.get($name.as_bytes()).map_err(missing)?,)* }
+                };
+                std::mem::forget(library);
+                Ok(table)
+            }
+        }
+    };
+}
+
+table! {
+    /// The compiler of the kernels.
+    Nvrtc {
+        version: "nvrtcVersion" (*mut c_int, *mut c_int) -> nvrtcResult;
+        count_architectures: "nvrtcGetNumSupportedArchs" (*mut c_int) -> nvrtcResult;
+        architectures: "nvrtcGetSupportedArchs" (*mut c_int) -> nvrtcResult;
+        create: "nvrtcCreateProgram" (
+            *mut nvrtcProgram, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char
+        ) -> nvrtcResult;
+        compile: "nvrtcCompileProgram" (nvrtcProgram, c_int, *const *const c_char) -> nvrtcResult;
+        destroy: "nvrtcDestroyProgram" (*mut nvrtcProgram) -> nvrtcResult;
+        cubin_size: "nvrtcGetCUBINSize" (nvrtcProgram, *mut usize) -> nvrtcResult;
+        cubin: "nvrtcGetCUBIN" (nvrtcProgram, *mut c_char) -> nvrtcResult;
+        ptx_size: "nvrtcGetPTXSize" (nvrtcProgram, *mut usize) -> nvrtcResult;
+        ptx: "nvrtcGetPTX" (nvrtcProgram, *mut c_char) -> nvrtcResult;
+        log_size: "nvrtcGetProgramLogSize" (nvrtcProgram, *mut usize) -> nvrtcResult;
+        log: "nvrtcGetProgramLog" (nvrtcProgram, *mut c_char) -> nvrtcResult;
+        error_string: "nvrtcGetErrorString" (nvrtcResult) -> *const c_char;
+    }
+}
+
+table! {
+    /// Matrix products.
+    CublasLt {
+        version: "cublasLtGetVersion" () -> usize;
+        status_string: "cublasLtGetStatusString" (cublasStatus_t) -> *const c_char;
+        create: "cublasLtCreate" (*mut lt::cublasLtHandle_t) -> cublasStatus_t;
+        matmul: "cublasLtMatmul" (
+            lt::cublasLtHandle_t, lt::cublasLtMatmulDesc_t, *const c_void, *const c_void, lt::cublasLtMatrixLayout_t,
+            *const c_void, lt::cublasLtMatrixLayout_t, *const c_void, *const c_void, lt::cublasLtMatrixLayout_t,
+            *mut c_void, lt::cublasLtMatrixLayout_t, *const lt::cublasLtMatmulAlgo_t, *mut c_void, usize, lt::cudaStream_t
+        ) -> cublasStatus_t;
+        heuristic: "cublasLtMatmulAlgoGetHeuristic" (
+            lt::cublasLtHandle_t, lt::cublasLtMatmulDesc_t, lt::cublasLtMatrixLayout_t, lt::cublasLtMatrixLayout_t,
+            lt::cublasLtMatrixLayout_t, lt::cublasLtMatrixLayout_t, lt::cublasLtMatmulPreference_t, c_int,
+            *mut lt::cublasLtMatmulHeuristicResult_t, *mut c_int
+        ) -> cublasStatus_t;
+        desc_create: "cublasLtMatmulDescCreate" (
+            *mut lt::cublasLtMatmulDesc_t, lt::cublasComputeType_t, lt::cudaDataType_t
+        ) -> cublasStatus_t;
+        desc_destroy: "cublasLtMatmulDescDestroy" (lt::cublasLtMatmulDesc_t) -> cublasStatus_t;
+        desc_set: "cublasLtMatmulDescSetAttribute" (
+            lt::cublasLtMatmulDesc_t, lt::cublasLtMatmulDescAttributes_t, *const c_void, usize
+        ) -> cublasStatus_t;
+        preference_create: "cublasLtMatmulPreferenceCreate" (*mut lt::cublasLtMatmulPreference_t) -> cublasStatus_t;
+        preference_destroy: "cublasLtMatmulPreferenceDestroy" (lt::cublasLtMatmulPreference_t) -> cublasStatus_t;
+        preference_set: "cublasLtMatmulPreferenceSetAttribute" (
+            lt::cublasLtMatmulPreference_t, lt::cublasLtMatmulPreferenceAttributes_t, *const c_void, usize
+        ) -> cublasStatus_t;
+        layout_create: "cublasLtMatrixLayoutCreate" (
+            *mut lt::cublasLtMatrixLayout_t, lt::cudaDataType, u64, u64, i64
+        ) -> cublasStatus_t;
+        layout_destroy: "cublasLtMatrixLayoutDestroy" (lt::cublasLtMatrixLayout_t) -> cublasStatus_t;
+        layout_set: "cublasLtMatrixLayoutSetAttribute" (
+            lt::cublasLtMatrixLayout_t, lt::cublasLtMatrixLayoutAttribute_t, *const c_void, usize
+        ) -> cublasStatus_t;
+    }
+}
+
+const NVRTC: Needed = Needed {
     name: "NVRTC",
-    files: &["libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"],
+    files: &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"],
     parts: Some("libnvrtc-builtins.so"),
     pip: &["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"],
-    functions: &[
-        "nvrtcVersion",
-        "nvrtcCreateProgram",
-        "nvrtcCompileProgram",
-        "nvrtcDestroyProgram",
-        "nvrtcGetCUBINSize",
-        "nvrtcGetCUBIN",
-        "nvrtcGetPTXSize",
-        "nvrtcGetPTX",
-        "nvrtcGetProgramLogSize",
-        "nvrtcGetProgramLog",
-        "nvrtcGetErrorString",
-        "nvrtcGetNumSupportedArchs",
-        "nvrtcGetSupportedArchs",
-    ],
+    functions: Nvrtc::NAMES,
     advice: "install CUDA 12 or later, or pip's nvidia-cuda-nvrtc",
 };
 
-/// Matrix products.
-pub(crate) const CUBLAS_LT: Needed = Needed {
+const CUBLAS_LT: Needed = Needed {
     name: "cuBLASLt",
-    files: &["libcublasLt.so", "libcublasLt.so.13", "libcublasLt.so.12"],
+    files: &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"],
     parts: None,
     pip: &["nvidia/cu13/lib", "nvidia/cublas/lib"],
-    functions: &[
-        "cublasLtCreate",
-        "cublasLtGetVersion",
-        "cublasLtGetStatusString",
-        "cublasLtMatmul",
-        "cublasLtMatmulAlgoGetHeuristic",
-        "cublasLtMatmulDescCreate",
-        "cublasLtMatmulDescDestroy",
-        "cublasLtMatmulDescSetAttribute",
-        "cublasLtMatmulPreferenceCreate",
-        "cublasLtMatmulPreferenceDestroy",
-        "cublasLtMatmulPreferenceSetAttribute",
-        "cublasLtMatrixLayoutCreate",
-        "cublasLtMatrixLayoutDestroy",
-        "cublasLtMatrixLayoutSetAttribute",
-    ],
+    functions: CublasLt::NAMES,
     advice: "install CUDA 12 or later, or pip's nvidia-cublas",
 };
 
 /// The variable that names a folder in which all libraries are looked for first.
 pub(crate) const FOLDER: &str = "SHARDWISE_CUDA_LIBRARIES";
 
-/// Sees to it that the bindings will find the library and its functions.
-pub(crate) fn need(library: &'static Needed) -> Result<()> {
-    static FOUND: Mutex<Option<HashMap<&'static str, Result<()>>>> = Mutex::new(None);
-    let mut found = FOUND.lock().unwrap_or_else(PoisonError::into_inner);
-    let outcomes = found.get_or_insert_with(HashMap::new);
-    outcomes.entry(library.name).or_insert_with(|| library.load()).clone()
+/// The driver's library, which the bindings to it will find too.
+pub(super) fn cuda() -> Result<&'static Library> {
+    static FOUND: OnceLock<Result<Library>> = OnceLock::new();
+    FOUND
+        .get_or_init(|| DRIVER.open().and_then(|found| DRIVER.is_bound(found)))
+        .as_ref()
+        .map_err(Error::clone)
+}
+
+/// NVRTC's functions.
+pub(super) fn nvrtc() -> Result<&'static Nvrtc> {
+    static FOUND: OnceLock<Result<Nvrtc>> = OnceLock::new();
+    FOUND
+        .get_or_init(|| NVRTC.open().and_then(|(library, _)| Nvrtc::of(library)))
+        .as_ref()
+        .map_err(Error::clone)
+}
+
+/// cuBLASLt's functions.
+pub(super) fn cublas_lt() -> Result<&'static CublasLt> {
+    static FOUND: OnceLock<Result<CublasLt>> = OnceLock::new();
+    FOUND
+        .get_or_init(|| CUBLAS_LT.open().and_then(|(library, _)| CublasLt::of(library)))
+        .as_ref()
+        .map_err(Error::clone)
 }
 
 /// A library that this process has loaded.
@@ -150,39 +223,38 @@ pub struct Version {
 
 /// The driver, NVRTC and cuBLASLt, loaded if they were not. NCCL's is [`crate::comm::nccl`]'s to say.
 pub fn versions() -> [Result<Version>; 3] {
-    let get = |library: &'static Needed, version: fn() -> Result<String>| {
-        need(library)?;
-        let path = library.functions.first().and_then(|function| path_of(function));
-        Ok(Version { library: library.name, version: version()?, path: path.unwrap_or_default() })
+    let of = |library, version, address: *const c_void| {
+        let path = file_at(address as usize).unwrap_or_default();
+        Version { library, version, path }
     };
-    // SAFETY: in all three, `need` has seen that the library has the function; the places are of the types that are written.
-    #[allow(unsafe_code)]
-    [
-        get(&DRIVER, || {
-            let mut version = 0;
-            driver("cuDriverGetVersion", unsafe { cuDriverGetVersion(&mut version) })?;
-            Ok(format!("{}.{}", version / 1000, version % 1000 / 10))
-        }),
-        get(&NVRTC, || {
-            let (mut major, mut minor) = (0, 0);
-            compiler("nvrtcVersion", unsafe { nvrtcVersion(&mut major, &mut minor) })?;
-            Ok(format!("{major}.{minor}"))
-        }),
-        get(&CUBLAS_LT, || {
-            // 12.x: 12xxyy, 13.x: 13xxyy.
-            let version = unsafe { cublasLtGetVersion() };
-            Ok(format!("{}.{}.{}", version / 10_000, version % 10_000 / 100, version % 100))
-        }),
-    ]
-}
-
-/// The file of the library that the process has loaded and that has this function.
-fn path_of(function: &str) -> Option<PathBuf> {
-    // SAFETY: the symbol is only looked up, not called.
-    #[allow(unsafe_code)]
-    let address =
-        unsafe { Library::this().get::<*const ()>(function.as_bytes()).ok()?.as_raw_ptr() } as usize;
-    file_at(address)
+    let driver = || {
+        let mut version = 0;
+        let library = cuda()?;
+        // SAFETY: the function is there, and `version` is a place for an int; the symbol is only looked up.
+        #[allow(unsafe_code)]
+        let address = unsafe {
+            driver("cuDriverGetVersion", cuDriverGetVersion(&mut version))?;
+            library.get::<*const c_void>(b"cuDriverGetVersion").map(|symbol| symbol.as_raw_ptr().cast_const())
+        };
+        let version = format!("{}.{}", version / 1000, version % 1000 / 10);
+        Ok(of(DRIVER.name, version, address.unwrap_or(std::ptr::null())))
+    };
+    let compiler = || {
+        let (nvrtc, mut major, mut minor) = (nvrtc()?, 0, 0);
+        // SAFETY: both are places for an int.
+        #[allow(unsafe_code)]
+        compiler("nvrtcVersion", unsafe { (nvrtc.version)(&mut major, &mut minor) })?;
+        Ok(of(NVRTC.name, format!("{major}.{minor}"), nvrtc.version as *const c_void))
+    };
+    let products = || {
+        let lt = cublas_lt()?;
+        // SAFETY: it takes nothing.
+        #[allow(unsafe_code)]
+        let version = unsafe { (lt.version)() };
+        let version = format!("{}.{}.{}", version / 10_000, version % 10_000 / 100, version % 100);
+        Ok(of(CUBLAS_LT.name, version, lt.version as *const c_void))
+    };
+    [driver(), compiler(), products()]
 }
 
 /// The file that is mapped at an address of this process.
@@ -215,13 +287,14 @@ pub(super) fn load_function(function: CUfunction) -> Result<()> {
 }
 
 impl Needed {
-    fn load(&self) -> Result<()> {
+    /// The library, which has all functions, and where it was found.
+    fn open(&self) -> Result<(Library, PathBuf)> {
         let mut tried = Vec::new();
         for place in self.places() {
             // SAFETY: NVIDIA's libraries have initializers without preconditions; what is loaded is what the user's paths
             // name as such a library.
             #[allow(unsafe_code)]
-            let library = match unsafe { Library::open(Some(&place), RTLD_NOW | RTLD_GLOBAL) } {
+            let library = match unsafe { Library::open(Some(&place), RTLD_NOW | RTLD_LOCAL) } {
                 Ok(library) => library,
                 Err(error) => {
                     tried.push(format!("{} ({error})", place.display()));
@@ -237,23 +310,35 @@ impl Needed {
                     return Err(Error::Unsupported { op: self.name, reason });
                 }
             }
-            if !self.is_the_loaders(&library) {
-                let reason = format!(
-                    "{} is there, but the loader has another for {}: put the folder first in LD_LIBRARY_PATH",
-                    place.display(),
-                    self.files.join(" or "),
-                );
-                return Err(Error::Unsupported { op: self.name, reason });
-            }
             self.load_parts(&place);
-            // It stays: the bindings open it by one of its names, and get this one.
-            std::mem::forget(library);
-            return Ok(());
+            return Ok((library, place));
         }
         let reason = format!(
             "it was not found: {}; {FOLDER} may name its folder; not in the Pythons and toolkits at hand; tried {}",
             self.advice,
             tried.join(", ")
+        );
+        Err(Error::Unsupported { op: self.name, reason })
+    }
+
+    /// The library, if the bindings get the same: they ask the loader, which knows a library by the name in it once it is loaded.
+    fn is_bound(&self, (library, place): (Library, PathBuf)) -> Result<Library> {
+        let function = self.functions.first().copied().unwrap_or_default();
+        // SAFETY: the symbol is only looked up.
+        #[allow(unsafe_code)]
+        let address = |library: &Library| unsafe {
+            library.get::<*const ()>(function.as_bytes()).map(|symbol| symbol.as_raw_ptr()).ok()
+        };
+        // SAFETY: as in `open`.
+        #[allow(unsafe_code)]
+        let first = self.files.iter().find_map(|file| unsafe { Library::open(Some(*file), RTLD_NOW).ok() });
+        if first.is_some_and(|first| address(&first) == address(&library)) {
+            return Ok(library);
+        }
+        let reason = format!(
+            "{} is there, but the loader has another for {}: put the folder first in LD_LIBRARY_PATH",
+            place.display(),
+            self.files.join(" or "),
         );
         Err(Error::Unsupported { op: self.name, reason })
     }
@@ -264,35 +349,27 @@ impl Needed {
         let folder = place.parent().filter(|folder| !folder.as_os_str().is_empty());
         let files = folder.and_then(|folder| folder.read_dir().ok()).into_iter().flatten().flatten();
         for file in files.filter(|file| file.file_name().to_string_lossy().starts_with(parts)) {
-            // SAFETY: as in `load`. What fails here, the library itself will say.
+            // SAFETY: as in `open`. What fails here, the library itself will say.
             #[allow(unsafe_code)]
-            if let Ok(part) = unsafe { Library::open(Some(file.path()), RTLD_NOW | RTLD_GLOBAL) } {
+            if let Ok(part) = unsafe { Library::open(Some(file.path()), RTLD_NOW | RTLD_LOCAL) } {
                 std::mem::forget(part);
             }
         }
     }
 
-    /// Whether the bindings get this library. They ask the loader, which knows a library by the name in it once it is loaded.
-    fn is_the_loaders(&self, library: &Library) -> bool {
-        let Some(function) = self.functions.first() else { return true };
-        // SAFETY: as in `load`: the same kind of library, and the symbols are only looked up.
-        #[allow(unsafe_code)]
-        let address = |library: &Library| unsafe {
-            library.get::<*const ()>(function.as_bytes()).map(|symbol| symbol.as_raw_ptr()).ok()
-        };
-        // SAFETY: as in `load`.
-        #[allow(unsafe_code)]
-        let first = self.files.iter().find_map(|file| unsafe { Library::open(Some(*file), RTLD_NOW).ok() });
-        first.is_some_and(|first| address(&first) == address(library))
-    }
-
     /// Where the library may be: in the folder that the user names; on the loader's path; where pip and conda put it; in a toolkit.
+    ///
+    /// The folders of `LD_LIBRARY_PATH` are looked into one by one: pip's packages have versioned names alone, and a toolkit that
+    /// the loader knows besides would have the name without a version.
     fn places(&self) -> Vec<PathBuf> {
         let in_folder = |folder: &Path| {
             self.files.iter().map(|file| folder.join(file)).filter(|path| path.exists()).collect::<Vec<_>>()
         };
         let mut places =
             std::env::var_os(FOLDER).map_or_else(Vec::new, |folder| in_folder(Path::new(&folder)));
+        let named = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+        let folders = std::env::split_paths(&named).filter(|folder| !folder.as_os_str().is_empty());
+        places.extend(folders.flat_map(|folder| in_folder(&folder)));
         places.extend(self.files.iter().map(PathBuf::from));
         for lib in python_folders() {
             places.extend(in_folder(&lib));
@@ -338,7 +415,7 @@ mod tests {
             functions: &[],
             advice: "install nothing",
         };
-        let error = need(&NOTHING).unwrap_err().to_string();
+        let error = NOTHING.open().unwrap_err().to_string();
         assert!(error.starts_with("nothing: not supported: it was not found: install nothing"), "{error}");
         assert!(error.contains(FOLDER) && error.contains("libshardwise-nothing.so ("), "{error}");
     }
@@ -364,7 +441,7 @@ mod tests {
             functions: &["malloc", "no_such_function"],
             advice: "a newer one is needed",
         };
-        let error = need(&OLD).unwrap_err().to_string();
+        let error = OLD.open().unwrap_err().to_string();
         assert!(error.contains("libc.so.6 has no no_such_function: a newer one is needed"), "{error}");
     }
 }

@@ -5,6 +5,7 @@
 use super::{
     Cuda, Handle,
     context::Context,
+    libraries::{self, CublasLt},
     lock,
     status::{cublas_lt, driver},
 };
@@ -13,10 +14,10 @@ use crate::{
     error::{Error, Result},
 };
 use cudarc::cublaslt::sys::{
-    self as lt, cublasComputeType_t as Compute, cublasLtEpilogue_t, cublasLtHandle_t, cublasLtMatmulAlgo_t,
+    cublasComputeType_t as Compute, cublasLtEpilogue_t, cublasLtHandle_t, cublasLtMatmulAlgo_t,
     cublasLtMatmulDesc_t, cublasLtMatmulDescAttributes_t as DescIs, cublasLtMatmulHeuristicResult_t,
     cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t as PreferenceIs, cublasLtMatrixLayout_t,
-    cublasLtMatrixLayoutAttribute_t as LayoutIs, cudaDataType as CudaType,
+    cublasLtMatrixLayoutAttribute_t as LayoutIs, cublasStatus_t, cudaDataType as CudaType,
 };
 use cudarc::driver::sys as cuda_driver;
 use std::{
@@ -88,20 +89,27 @@ pub(crate) struct Operands {
 /// cuBLASLt for one stream: its handle, workspace and plans. Handles are not destroyed, for which cuBLASLt would wait for the
 /// device, but kept for the next stream.
 pub(crate) struct Lt {
+    api: &'static CublasLt,
     handle: cublasLtHandle_t,
     context: &'static Context,
     /// None where cuBLASLt has no way.
-    plans: RefCell<HashMap<(Matmul, bool, [u32; 3]), Option<Rc<Plan>>>>,
+    plans: RefCell<HashMap<Key, Option<Rc<Plan>>>>,
     /// Where it is, and its bytes. Not a tensor's buffer, which would hold the handle that holds it.
     workspace: Cell<(u64, usize)>,
 }
+
+/// What a plan depends on: the product, whether f32 keeps all its bits, and how A, B and D are aligned, in bytes.
+type Key = (Matmul, bool, [u32; 3]);
+
+/// How many plans are kept. A server that sees ever new lengths makes ever new plans; they are all forgotten then.
+const PLANS: usize = 1024;
 
 /// What an algorithm may ask for: NVIDIA's advice for Hopper, and enough for others.
 const WORKSPACE: usize = 32 << 20;
 
 impl Lt {
     pub(super) fn new(cuda: &Cuda) -> Result<Self> {
-        super::libraries::need(&super::libraries::CUBLAS_LT)?;
+        let api = libraries::cublas_lt()?;
         let context = cuda.0.context;
         let spare = lock(&context.spare_lt).pop();
         let handle = match spare {
@@ -111,11 +119,11 @@ impl Lt {
                 let mut handle = std::ptr::null_mut();
                 // SAFETY: `handle` is a place for one.
                 #[allow(unsafe_code)]
-                cublas_lt("cublasLtCreate", unsafe { lt::cublasLtCreate(&mut handle) })?;
+                cublas_lt("cublasLtCreate", unsafe { (api.create)(&mut handle) })?;
                 handle
             }
         };
-        Ok(Self { handle, context, plans: RefCell::default(), workspace: Cell::default() })
+        Ok(Self { api, handle, context, plans: RefCell::default(), workspace: Cell::default() })
     }
 
     /// Asks the stream for a product. Returns whether cuBLASLt has a way to compute it with its epilogue: if not, nothing was
@@ -134,7 +142,11 @@ impl Lt {
         beta: f64,
     ) -> Result<bool> {
         cuda.0.context.make_current()?;
-        let Some(plan) = self.plan(cuda, product, &at)? else { return Ok(false) };
+        let alignment = |address: u64| 1 << address.trailing_zeros().min(8);
+        // What the epilogue loads and stores with D has to be aligned as D is.
+        let aligned = [at.a, at.b, at.d | at.vector | at.saved].map(alignment);
+        let key = (*product, cuda.is_exact(), aligned);
+        let Some(plan) = self.plan(&key, &at)? else { return Ok(false) };
         if plan.workspace > self.workspace.get().1 {
             self.free(&cuda.0);
             let (mut address, bytes) = (0, plan.workspace.next_power_of_two());
@@ -155,7 +167,7 @@ impl Lt {
         // SAFETY: the plan was made for these layouts, its descriptors live, α and β are of the scale type and live until the
         // call returns, the workspace has as many bytes as are stated; the operands are the caller's promise.
         let code = unsafe {
-            lt::cublasLtMatmul(
+            (self.api.matmul)(
                 self.handle,
                 plan.desc,
                 scales[0],
@@ -174,6 +186,11 @@ impl Lt {
                 cuda.0.stream.handle.cast(),
             )
         };
+        if code == cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED && product.epilogue != Epilogue::None {
+            // The heuristics have promised too much.
+            self.plans.borrow_mut().insert(key, None);
+            return Ok(false);
+        }
         cublas_lt("cublasLtMatmul", code).map(|()| true)
     }
 
@@ -188,23 +205,23 @@ impl Lt {
     }
 
     /// The plan for a product, whose operands are aligned as these are; none if there is no way.
-    fn plan(&self, cuda: &Cuda, product: &Matmul, at: &Operands) -> Result<Option<Rc<Plan>>> {
-        let alignment = |address: u64| 1 << address.trailing_zeros().min(8);
-        // What the epilogue loads and stores with D has to be aligned as D is.
-        let aligned = [at.a, at.b, at.d | at.vector | at.saved].map(alignment);
-        let key = (*product, cuda.is_exact(), aligned);
-        if let Some(plan) = self.plans.borrow().get(&key) {
+    fn plan(&self, key: &Key, at: &Operands) -> Result<Option<Rc<Plan>>> {
+        let mut plans = self.plans.borrow_mut();
+        if let Some(plan) = plans.get(key) {
             return Ok(plan.clone());
         }
-        let plan = match Plan::new(self.handle, product, at, cuda.is_exact(), aligned) {
+        let plan = match Plan::new(self.api, self.handle, key, at) {
             Ok(plan) => Some(Rc::new(plan)),
             // Which epilogues there are for which elements and layouts differs from version to version.
-            Err(Error::Unsupported { .. } | Error::Library { .. }) if product.epilogue != Epilogue::None => {
+            Err(Error::Unsupported { .. } | Error::Library { .. }) if key.0.epilogue != Epilogue::None => {
                 None
             }
             Err(error) => return Err(error),
         };
-        self.plans.borrow_mut().insert(key, plan.clone());
+        if plans.len() >= PLANS {
+            plans.clear();
+        }
+        plans.insert(*key, plan.clone());
         Ok(plan)
     }
 }
@@ -217,6 +234,7 @@ impl Drop for Lt {
 
 /// Descriptors, and the algorithm for them.
 struct Plan {
+    api: &'static CublasLt,
     desc: cublasLtMatmulDesc_t,
     a: cublasLtMatrixLayout_t,
     b: cublasLtMatrixLayout_t,
@@ -227,20 +245,20 @@ struct Plan {
 
 impl Plan {
     fn new(
+        api: &'static CublasLt,
         handle: cublasLtHandle_t,
-        product: &Matmul,
+        (product, exact, aligned): &Key,
         at: &Operands,
-        exact: bool,
-        aligned: [u32; 3],
     ) -> Result<Self> {
         let (compute, scale) = match product.inputs {
             DType::F64 => (Compute::CUBLAS_COMPUTE_64F, CudaType::CUDA_R_64F),
-            DType::F32 if !exact => (Compute::CUBLAS_COMPUTE_32F_FAST_TF32, CudaType::CUDA_R_32F),
+            DType::F32 if !*exact => (Compute::CUBLAS_COMPUTE_32F_FAST_TF32, CudaType::CUDA_R_32F),
             _ => (Compute::CUBLAS_COMPUTE_32F, CudaType::CUDA_R_32F),
         };
         use std::ptr::null_mut;
         let none = cublasLtMatmulAlgo_t { data: [0; 8] };
         let mut plan = Self {
+            api,
             desc: null_mut(),
             a: null_mut(),
             b: null_mut(),
@@ -250,7 +268,7 @@ impl Plan {
         };
         // SAFETY: `desc` is a place for a descriptor.
         #[allow(unsafe_code)]
-        let code = unsafe { lt::cublasLtMatmulDescCreate(&mut plan.desc, compute, scale) };
+        let code = unsafe { (api.desc_create)(&mut plan.desc, compute, scale) };
         cublas_lt("cublasLtMatmulDescCreate", code)?;
         // CUBLAS_OP_N is 0, CUBLAS_OP_T is 1.
         plan.set(DescIs::CUBLASLT_MATMUL_DESC_TRANSA, i32::from(product.transpose_a))?;
@@ -268,15 +286,15 @@ impl Plan {
             plan.set(DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, leading as i64)?;
         }
         plan.point(at)?;
-        plan.a = layout(product.inputs, &product.a, product.batch)?;
-        plan.b = layout(product.inputs, &product.b, product.batch)?;
-        plan.d = layout(product.output, &product.d, product.batch)?;
-        plan.choose(handle, product, aligned)?;
+        plan.a = layout(api, product.inputs, &product.a, product.batch)?;
+        plan.b = layout(api, product.inputs, &product.b, product.batch)?;
+        plan.d = layout(api, product.output, &product.d, product.batch)?;
+        plan.choose(handle, product, *aligned)?;
         Ok(plan)
     }
 
     fn choose(&mut self, handle: cublasLtHandle_t, product: &Matmul, aligned: [u32; 3]) -> Result<()> {
-        let preference = Preference::new()?;
+        let preference = Preference::new(self.api)?;
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE)?;
         // Partial sums are kept in the accumulator, and added in a fixed order.
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, 2_u32)?;
@@ -284,36 +302,39 @@ impl Plan {
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, aligned[1])?;
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, aligned[2])?;
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, aligned[2])?;
-        let mut found = cublasLtMatmulHeuristicResult_t {
+        let none = cublasLtMatmulHeuristicResult_t {
             algo: self.algorithm,
             workspaceSize: 0,
-            state: lt::cublasStatus_t::CUBLAS_STATUS_SUCCESS,
+            state: cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
             wavesCount: 0.0,
             reserved: [0; 4],
         };
-        let mut count = 0;
-        // SAFETY: the descriptors live, and there is room for the one result that is asked for.
+        let (mut found, mut count) = ([none; 8], 0);
+        // SAFETY: the descriptors live, and there is room for as many results as are asked for.
         #[allow(unsafe_code)]
         let code = unsafe {
-            lt::cublasLtMatmulAlgoGetHeuristic(
+            (self.api.heuristic)(
                 handle,
                 self.desc,
                 self.a,
                 self.b,
                 self.d,
                 self.d,
-                preference.0,
-                1,
-                &mut found,
+                preference.handle,
+                found.len() as i32,
+                found.as_mut_ptr(),
                 &mut count,
             )
         };
         cublas_lt("cublasLtMatmulAlgoGetHeuristic", code)?;
-        if count == 0 {
+        // The best comes first, and each says whether it is of use at all.
+        let found = found.iter().take(usize::try_from(count).unwrap_or(0));
+        let best = found.into_iter().find(|found| found.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS);
+        let Some(best) = best else {
             let reason = format!("cuBLASLt knows no way to compute {product:?}");
             return Err(Error::Unsupported { op: "gemm", reason });
-        }
-        (self.algorithm, self.workspace) = (found.algo, found.workspaceSize);
+        };
+        (self.algorithm, self.workspace) = (best.algo, best.workspaceSize);
         Ok(())
     }
 
@@ -331,14 +352,8 @@ impl Plan {
     fn set<V: Copy>(&self, attribute: DescIs, value: V) -> Result<()> {
         // SAFETY: the descriptor lives, and the value has the size that is stated; it is copied.
         #[allow(unsafe_code)]
-        let code = unsafe {
-            lt::cublasLtMatmulDescSetAttribute(
-                self.desc,
-                attribute,
-                (&raw const value).cast(),
-                size_of::<V>(),
-            )
-        };
+        let code =
+            unsafe { (self.api.desc_set)(self.desc, attribute, (&raw const value).cast(), size_of::<V>()) };
         cublas_lt("cublasLtMatmulDescSetAttribute", code)
     }
 }
@@ -349,16 +364,16 @@ impl Drop for Plan {
         #[allow(unsafe_code)]
         unsafe {
             for layout in [self.a, self.b, self.d].into_iter().filter(|layout| !layout.is_null()) {
-                let _ = lt::cublasLtMatrixLayoutDestroy(layout);
+                let _ = (self.api.layout_destroy)(layout);
             }
             if !self.desc.is_null() {
-                let _ = lt::cublasLtMatmulDescDestroy(self.desc);
+                let _ = (self.api.desc_destroy)(self.desc);
             }
         }
     }
 }
 
-fn layout(dtype: DType, layout: &Layout, batch: usize) -> Result<cublasLtMatrixLayout_t> {
+fn layout(api: &CublasLt, dtype: DType, layout: &Layout, batch: usize) -> Result<cublasLtMatrixLayout_t> {
     let dtype = match dtype {
         DType::F64 => CudaType::CUDA_R_64F,
         DType::F32 => CudaType::CUDA_R_32F,
@@ -370,13 +385,7 @@ fn layout(dtype: DType, layout: &Layout, batch: usize) -> Result<cublasLtMatrixL
     // SAFETY: `handle` is a place for a layout.
     #[allow(unsafe_code)]
     let code = unsafe {
-        lt::cublasLtMatrixLayoutCreate(
-            &mut handle,
-            dtype,
-            layout.rows as u64,
-            layout.cols as u64,
-            layout.leading as i64,
-        )
+        (api.layout_create)(&mut handle, dtype, layout.rows as u64, layout.cols as u64, layout.leading as i64)
     };
     cublas_lt("cublasLtMatrixLayoutCreate", code)?;
     if batch > 1 {
@@ -385,7 +394,7 @@ fn layout(dtype: DType, layout: &Layout, batch: usize) -> Result<cublasLtMatrixL
         #[allow(unsafe_code)]
         unsafe {
             let set = |attribute, value, size| {
-                let code = lt::cublasLtMatrixLayoutSetAttribute(handle, attribute, value, size);
+                let code = (api.layout_set)(handle, attribute, value, size);
                 cublas_lt("cublasLtMatrixLayoutSetAttribute", code)
             };
             set(LayoutIs::CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, (&raw const count).cast(), 4)?;
@@ -395,29 +404,25 @@ fn layout(dtype: DType, layout: &Layout, batch: usize) -> Result<cublasLtMatrixL
     Ok(handle)
 }
 
-struct Preference(cublasLtMatmulPreference_t);
+struct Preference {
+    api: &'static CublasLt,
+    handle: cublasLtMatmulPreference_t,
+}
 
 impl Preference {
-    fn new() -> Result<Self> {
+    fn new(api: &'static CublasLt) -> Result<Self> {
         let mut handle = std::ptr::null_mut();
         // SAFETY: `handle` is a place for a preference.
         #[allow(unsafe_code)]
-        cublas_lt("cublasLtMatmulPreferenceCreate", unsafe {
-            lt::cublasLtMatmulPreferenceCreate(&mut handle)
-        })?;
-        Ok(Self(handle))
+        cublas_lt("cublasLtMatmulPreferenceCreate", unsafe { (api.preference_create)(&mut handle) })?;
+        Ok(Self { api, handle })
     }
 
     fn set<V: Copy>(&self, attribute: PreferenceIs, value: V) -> Result<()> {
         // SAFETY: the preference lives, and the value has the size that is stated; it is copied.
         #[allow(unsafe_code)]
         let code = unsafe {
-            lt::cublasLtMatmulPreferenceSetAttribute(
-                self.0,
-                attribute,
-                (&raw const value).cast(),
-                size_of::<V>(),
-            )
+            (self.api.preference_set)(self.handle, attribute, (&raw const value).cast(), size_of::<V>())
         };
         cublas_lt("cublasLtMatmulPreferenceSetAttribute", code)
     }
@@ -427,6 +432,6 @@ impl Drop for Preference {
     fn drop(&mut self) {
         // SAFETY: the preference was created, and is not used again.
         #[allow(unsafe_code)]
-        let _ = unsafe { lt::cublasLtMatmulPreferenceDestroy(self.0) };
+        let _ = unsafe { (self.api.preference_destroy)(self.handle) };
     }
 }

@@ -171,7 +171,7 @@ pub(super) struct Staging {
     memory: Option<Pinned>,
     /// Where the next upload goes, in bytes.
     at: usize,
-    /// Behind the last reads of each half.
+    /// Behind what the device does with each half.
     read: [Option<Mark>; 2],
 }
 
@@ -221,28 +221,42 @@ impl Staging {
         Ok(())
     }
 
-    /// Copies from the device, and waits for it. The source has as many bytes.
-    pub(super) fn download(&mut self, cuda: &Handle, from: CUdeviceptr, to: &mut [u8]) -> Result<()> {
+    /// Copies from the device, and waits for it. The source has as many bytes. While the host takes what is in one half the device
+    /// fills the other.
+    pub(super) fn download(&mut self, cuda: &Handle, mut from: CUdeviceptr, to: &mut [u8]) -> Result<()> {
+        if to.is_empty() {
+            return Ok(());
+        }
         let pinned = self.memory(cuda.context)?;
-        for (part, to) in to.chunks_mut(2 * HALF).enumerate() {
-            let from = from + (part * 2 * HALF) as u64;
-            // SAFETY: the pinned memory has room for a chunk. What was uploaded from it is read by the same stream before it is
-            // written here.
-            #[allow(unsafe_code)]
-            let code =
-                unsafe { sys::cuMemcpyDtoHAsync_v2(pinned.cast(), from, to.len(), cuda.stream.handle) };
-            driver("cuMemcpyDtoHAsync", code)?;
-            // Should the wait end early, the device may still write there: uploads wait for these marks.
-            self.at = 0;
-            self.read = [Some(cuda.stream.mark()?), Some(cuda.stream.mark()?)];
-            cuda.wait()?;
-            self.read = [None, None];
-            // SAFETY: the device has written as many bytes, and does nothing else with the memory: all that was asked of the
-            // stream is done.
-            #[allow(unsafe_code)]
-            unsafe {
-                std::ptr::copy_nonoverlapping(pinned, to.as_mut_ptr(), to.len());
+        // What uploads have put there is read before the first chunk is there, which is waited for.
+        self.at = 0;
+        let mut under_way: Option<(usize, &mut [u8])> = None;
+        for (chunk, to) in to.chunks_mut(HALF).map(Some).chain([None]).enumerate() {
+            let half = chunk % 2;
+            if let Some(to) = &to {
+                // SAFETY: the half has room for a chunk, and the host has taken what was in it. What was uploaded from it is read
+                // by the same stream before it is written here.
+                #[allow(unsafe_code)]
+                unsafe {
+                    let place = pinned.add(half * HALF).cast();
+                    let code = sys::cuMemcpyDtoHAsync_v2(place, from, to.len(), cuda.stream.handle);
+                    driver("cuMemcpyDtoHAsync", code)?;
+                }
+                // Should a wait end early, the device may still write there: uploads wait for this.
+                self.read[half] = Some(cuda.stream.mark()?);
+                from += to.len() as u64;
             }
+            if let Some((half, to)) = under_way.take() {
+                if let Some(mark) = &self.read[half] {
+                    cuda.wait_for(mark)?;
+                }
+                // SAFETY: the device has written as many bytes there, and does nothing else with the half.
+                #[allow(unsafe_code)]
+                unsafe {
+                    std::ptr::copy_nonoverlapping(pinned.add(half * HALF), to.as_mut_ptr(), to.len());
+                }
+            }
+            under_way = to.map(|to| (half, to));
         }
         Ok(())
     }

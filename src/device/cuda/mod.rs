@@ -139,16 +139,22 @@ impl Cuda {
     }
 
     fn with(ordinal: usize, poison: bool) -> Result<Self> {
-        let cuda = Self::on(Context::of(ordinal)?, Rc::default(), Rc::default(), poison)?;
+        let cuda = Self::on(Context::of(ordinal)?, Rc::default(), Rc::default(), poison, false)?;
         // What allocates in the driver, before there are collectives.
         cuda.0.staging.borrow_mut().memory(cuda.0.context)?;
         cuda.lt()?;
         Ok(cuda)
     }
 
-    fn on(context: &'static Context, kin: Rc<()>, memory: Rc<Counters>, poison: bool) -> Result<Self> {
+    fn on(
+        context: &'static Context,
+        kin: Rc<()>,
+        memory: Rc<Counters>,
+        poison: bool,
+        urgent: bool,
+    ) -> Result<Self> {
         Ok(Self(Rc::new(Handle {
-            stream: Stream::new(context)?,
+            stream: Stream::new(context, urgent)?,
             staging: RefCell::default(),
             lt: OnceCell::new(),
             context,
@@ -188,12 +194,13 @@ impl Cuda {
         self.0.exact.set(!allow);
     }
 
-    /// Another handle of the same GPU and memory, with a stream of its own. The caller orders what the two do by marks.
+    /// Another handle of the same GPU and memory, with a stream of its own, whose work goes first where both could run. The caller
+    /// orders what the two do by marks.
     #[cfg(feature = "nccl")]
     pub(crate) fn beside(&self) -> Result<Self> {
         let handle = &self.0;
         let (kin, memory) = (Rc::clone(&handle.kin), Rc::clone(&handle.memory));
-        let beside = Self::on(handle.context, kin, memory, handle.poison)?;
+        let beside = Self::on(handle.context, kin, memory, handle.poison, true)?;
         beside.0.exact.set(handle.exact.get());
         Ok(beside)
     }

@@ -2,13 +2,14 @@
 
 use super::{
     families::{FAMILIES, Family},
-    libraries, lock,
+    libraries::{self, Nvrtc},
+    lock,
     status::{compiler, driver},
 };
 use crate::error::{Error, Result};
 use cudarc::{
     driver::sys::{CUmodule, CUresult, cuDriverGetVersion, cuModuleLoadData},
-    nvrtc::sys as nvrtc,
+    nvrtc::sys::{nvrtcProgram, nvrtcResult},
 };
 use sha2::{Digest, Sha256};
 use std::{
@@ -41,7 +42,6 @@ pub(super) struct Image {
 /// call of the driver is made meanwhile.
 pub(super) fn images(capability: (i32, i32)) -> Result<Arc<Vec<Image>>> {
     static MADE: Mutex<BTreeMap<(i32, i32), Arc<Vec<Image>>>> = Mutex::new(BTreeMap::new());
-    libraries::need(&libraries::NVRTC)?;
     let mut made = lock(&MADE);
     if let Some(images) = made.get(&capability) {
         return Ok(Arc::clone(images));
@@ -135,11 +135,12 @@ impl Image {
 /// What the driver does not load is what a newer compiler made, if there is one.
 fn too_new(error: Error) -> Error {
     let (mut supported, mut major, mut minor) = (0, 0, 0);
+    let Ok(nvrtc) = libraries::nvrtc() else { return error };
     // SAFETY: all are places for an int.
     #[allow(unsafe_code)]
     let known = unsafe {
         cuDriverGetVersion(&mut supported) == CUresult::CUDA_SUCCESS
-            && nvrtc::nvrtcVersion(&mut major, &mut minor) == nvrtc::nvrtcResult::NVRTC_SUCCESS
+            && (nvrtc.version)(&mut major, &mut minor) == nvrtcResult::NVRTC_SUCCESS
     };
     if !known || supported >= 1000 * major + 10 * minor {
         return error;
@@ -180,6 +181,7 @@ fn cache_folder() -> Option<PathBuf> {
 
 /// One compilation.
 struct Job<'a> {
+    nvrtc: &'static Nvrtc,
     family: &'a Family,
     source: String,
     options: Vec<String>,
@@ -191,7 +193,8 @@ struct Job<'a> {
 impl<'a> Job<'a> {
     fn new(family: &'a Family, (major, minor): (i32, i32)) -> Result<Self> {
         let wanted = 10 * major + minor;
-        let known = architectures()?;
+        let nvrtc = libraries::nvrtc()?;
+        let known = architectures(nvrtc)?;
         // A compiler older than the GPU gives PTX for the newest that it knows, which the driver translates.
         let binary = known.contains(&wanted);
         let newest = known.iter().copied().filter(|&arch| arch <= wanted).max();
@@ -211,11 +214,11 @@ impl<'a> Job<'a> {
         let (mut first, mut second) = (0, 0);
         // SAFETY: both are places for an int.
         #[allow(unsafe_code)]
-        compiler("nvrtcVersion", unsafe { nvrtc::nvrtcVersion(&mut first, &mut second) })?;
+        compiler("nvrtcVersion", unsafe { (nvrtc.version)(&mut first, &mut second) })?;
         let mut hash = Sha256::new();
         hash.update(format!("{first}.{second} {options:?} {source}"));
         let key = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
-        Ok(Self { family, source, options, binary, key })
+        Ok(Self { nvrtc, family, source, options, binary, key })
     }
 
     /// The name of the file in which the cache keeps the result.
@@ -229,12 +232,13 @@ impl<'a> Job<'a> {
         let (source, name) = (text(&self.source)?, text(&format!("{}.cu", self.family.name))?);
         let options = self.options.iter().map(|option| text(option)).collect::<Result<Vec<_>>>()?;
         let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
-        let mut program = Program(std::ptr::null_mut());
+        let nvrtc = self.nvrtc;
+        let mut program = Program { nvrtc, handle: std::ptr::null_mut() };
         // SAFETY: source and name end with a zero and outlive the program; there are no headers.
         #[allow(unsafe_code)]
         let code = unsafe {
-            nvrtc::nvrtcCreateProgram(
-                &mut program.0,
+            (nvrtc.create)(
+                &mut program.handle,
                 source.as_ptr(),
                 name.as_ptr(),
                 0,
@@ -245,14 +249,9 @@ impl<'a> Job<'a> {
         compiler("nvrtcCreateProgram", code)?;
         // SAFETY: `pointers` are as many options as stated, each ending with a zero.
         #[allow(unsafe_code)]
-        let code =
-            unsafe { nvrtc::nvrtcCompileProgram(program.0, pointers.len() as c_int, pointers.as_ptr()) };
+        let code = unsafe { (nvrtc.compile)(program.handle, pointers.len() as c_int, pointers.as_ptr()) };
         if let Err(error) = compiler("nvrtcCompileProgram", code) {
-            let log = program.bytes(
-                "nvrtcGetProgramLog",
-                nvrtc::nvrtcGetProgramLogSize,
-                nvrtc::nvrtcGetProgramLog,
-            )?;
+            let log = program.bytes("nvrtcGetProgramLog", nvrtc.log_size, nvrtc.log)?;
             let log = String::from_utf8_lossy(&log);
             return Err(Error::invalid(
                 "NVRTC",
@@ -260,26 +259,29 @@ impl<'a> Job<'a> {
             ));
         }
         match self.binary {
-            true => program.bytes("nvrtcGetCUBIN", nvrtc::nvrtcGetCUBINSize, nvrtc::nvrtcGetCUBIN),
-            false => program.bytes("nvrtcGetPTX", nvrtc::nvrtcGetPTXSize, nvrtc::nvrtcGetPTX),
+            true => program.bytes("nvrtcGetCUBIN", nvrtc.cubin_size, nvrtc.cubin),
+            false => program.bytes("nvrtcGetPTX", nvrtc.ptx_size, nvrtc.ptx),
         }
     }
 }
 
 /// The architectures that NVRTC compiles for, as 10 · major + minor.
-fn architectures() -> Result<Vec<i32>> {
+fn architectures(nvrtc: &Nvrtc) -> Result<Vec<i32>> {
     let mut count = 0;
     // SAFETY: `count` is a place for an int.
     #[allow(unsafe_code)]
-    compiler("nvrtcGetNumSupportedArchs", unsafe { nvrtc::nvrtcGetNumSupportedArchs(&mut count) })?;
+    compiler("nvrtcGetNumSupportedArchs", unsafe { (nvrtc.count_architectures)(&mut count) })?;
     let mut known = vec![0; usize::try_from(count).unwrap_or(0)];
     // SAFETY: there is room for as many as were counted.
     #[allow(unsafe_code)]
-    compiler("nvrtcGetSupportedArchs", unsafe { nvrtc::nvrtcGetSupportedArchs(known.as_mut_ptr()) })?;
+    compiler("nvrtcGetSupportedArchs", unsafe { (nvrtc.architectures)(known.as_mut_ptr()) })?;
     Ok(known)
 }
 
-struct Program(nvrtc::nvrtcProgram);
+struct Program {
+    nvrtc: &'static Nvrtc,
+    handle: nvrtcProgram,
+}
 
 impl Program {
     /// One of a program's results, by the functions that give its size and itself.
@@ -287,15 +289,15 @@ impl Program {
     fn bytes(
         &self,
         call: &'static str,
-        size: unsafe fn(nvrtc::nvrtcProgram, *mut usize) -> nvrtc::nvrtcResult,
-        get: unsafe fn(nvrtc::nvrtcProgram, *mut c_char) -> nvrtc::nvrtcResult,
+        size: unsafe extern "C" fn(nvrtcProgram, *mut usize) -> nvrtcResult,
+        get: unsafe extern "C" fn(nvrtcProgram, *mut c_char) -> nvrtcResult,
     ) -> Result<Vec<u8>> {
         let mut len = 0;
         // SAFETY: `size` and `get` are a pair of NVRTC's functions, and the program lives; `len` is a place for a size.
-        compiler(call, unsafe { size(self.0, &mut len) })?;
+        compiler(call, unsafe { size(self.handle, &mut len) })?;
         let mut bytes = vec![0; len];
         // SAFETY: as above; there is room for as many bytes as were stated.
-        compiler(call, unsafe { get(self.0, bytes.as_mut_ptr().cast()) })?;
+        compiler(call, unsafe { get(self.handle, bytes.as_mut_ptr().cast()) })?;
         Ok(bytes)
     }
 }
@@ -304,7 +306,7 @@ impl Drop for Program {
     fn drop(&mut self) {
         // SAFETY: the program was created, or is null, which NVRTC refuses.
         #[allow(unsafe_code)]
-        let _ = unsafe { nvrtc::nvrtcDestroyProgram(&mut self.0) };
+        let _ = unsafe { (self.nvrtc.destroy)(&mut self.handle) };
     }
 }
 
@@ -315,7 +317,7 @@ mod tests {
     /// By the real compiler, where there is one: it has no headers, and needs no GPU.
     #[test]
     fn nvrtc_compiles_every_family() {
-        if let Err(error) = libraries::need(&libraries::NVRTC) {
+        if let Err(error) = libraries::nvrtc() {
             println!("not run: {error}");
             return;
         }

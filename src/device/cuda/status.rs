@@ -1,10 +1,11 @@
 //! Error codes of NVIDIA's libraries.
 
+use super::libraries;
 use crate::error::{Error, Result};
 use cudarc::{
-    cublaslt::sys::{self as lt, cublasStatus_t},
+    cublaslt::sys::cublasStatus_t,
     driver::sys::{CUresult, cuGetErrorString},
-    nvrtc::sys::{self as nvrtc, nvrtcResult},
+    nvrtc::sys::nvrtcResult,
 };
 use std::ffi::{CStr, c_char};
 
@@ -28,9 +29,10 @@ pub(crate) fn cublas_lt(call: &'static str, code: cublasStatus_t) -> Result<()> 
     if code == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
         return Ok(());
     }
+    let text = libraries::cublas_lt()?.status_string;
     // SAFETY: cuBLASLt's strings are static.
     #[allow(unsafe_code)]
-    let message = unsafe { words(lt::cublasLtGetStatusString(code)) };
+    let message = unsafe { words(text(code)) };
     Err(Error::Library { library: "cuBLASLt", call, code: code as i32, message })
 }
 
@@ -39,9 +41,10 @@ pub(crate) fn compiler(call: &'static str, code: nvrtcResult) -> Result<()> {
     if code == nvrtcResult::NVRTC_SUCCESS {
         return Ok(());
     }
+    let text = libraries::nvrtc()?.error_string;
     // SAFETY: NVRTC's strings are static.
     #[allow(unsafe_code)]
-    let message = unsafe { words(nvrtc::nvrtcGetErrorString(code)) };
+    let message = unsafe { words(text(code)) };
     Err(Error::Library { library: "NVRTC", call, code: code as i32, message })
 }
 

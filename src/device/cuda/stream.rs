@@ -1,6 +1,6 @@
 //! Streams of work, and marks in them.
 
-use super::{context::Context, status::driver};
+use super::{context::Context, lock, status::driver};
 use crate::error::Result;
 use cudarc::driver::sys::{self, CUevent, CUresult, CUstream};
 
@@ -11,14 +11,21 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// A stream that does not wait for the default one.
-    pub(super) fn new(context: &'static Context) -> Result<Self> {
+    /// A stream that does not wait for the default one. Blocks of an `urgent` one go before those of others that wait for a
+    /// place on the GPU: a collective does not stand behind all of a product's blocks.
+    pub(super) fn new(context: &'static Context, urgent: bool) -> Result<Self> {
         const NON_BLOCKING: u32 = 1;
         context.make_current()?;
-        let mut handle = std::ptr::null_mut();
-        // SAFETY: `handle` is a place for a stream; the context is current.
+        let (mut handle, mut least, mut greatest) = (std::ptr::null_mut(), 0, 0);
+        // SAFETY: `handle` is a place for a stream, the others are places for an int; the context is current.
         #[allow(unsafe_code)]
-        driver("cuStreamCreate", unsafe { sys::cuStreamCreate(&mut handle, NON_BLOCKING) })?;
+        unsafe {
+            let code = sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest);
+            driver("cuCtxGetStreamPriorityRange", code)?;
+            let priority = if urgent { greatest } else { least };
+            let code = sys::cuStreamCreateWithPriority(&mut handle, NON_BLOCKING, priority);
+            driver("cuStreamCreateWithPriority", code)?;
+        }
         Ok(Self { handle, context })
     }
 
@@ -26,20 +33,24 @@ impl Stream {
     pub(super) fn mark(&self) -> Result<Mark> {
         const DISABLE_TIMING: u32 = 2;
         self.context.make_current()?;
-        let mut mark = Mark { event: std::ptr::null_mut(), context: self.context };
-        // SAFETY: `event` is a place for an event; stream and event are of the current context.
-        #[allow(unsafe_code)]
-        unsafe {
-            driver("cuEventCreate", sys::cuEventCreate(&mut mark.event, DISABLE_TIMING))?;
-            driver("cuEventRecord", sys::cuEventRecord(mark.event, self.handle))?;
+        let mut event = lock(&self.context.spare_events).pop().unwrap_or(std::ptr::null_mut());
+        if event.is_null() {
+            // SAFETY: `event` is a place for an event; the context is current.
+            #[allow(unsafe_code)]
+            driver("cuEventCreate", unsafe { sys::cuEventCreate(&mut event, DISABLE_TIMING) })?;
         }
+        let mark = Mark { event, context: self.context };
+        // SAFETY: stream and event are of the current context. What waits for the event already waits for what it was recorded
+        // behind when it began to wait.
+        #[allow(unsafe_code)]
+        driver("cuEventRecord", unsafe { sys::cuEventRecord(mark.event, self.handle) })?;
         Ok(mark)
     }
 
     /// Lets everything that is asked of the stream later wait for a mark.
     pub(super) fn after(&self, mark: &Mark) -> Result<()> {
         self.context.make_current()?;
-        // SAFETY: both live. An event may be destroyed while a stream waits for it.
+        // SAFETY: both live. An event may be recorded anew while a stream waits for it.
         #[allow(unsafe_code)]
         driver("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(self.handle, mark.event, 0) })
     }
@@ -83,11 +94,8 @@ impl Mark {
 }
 
 impl Drop for Mark {
+    /// The event is for the next mark.
     fn drop(&mut self) {
-        if !self.event.is_null() && self.context.make_current().is_ok() {
-            // SAFETY: the event lives, and is not used again.
-            #[allow(unsafe_code)]
-            let _ = unsafe { sys::cuEventDestroy_v2(self.event) };
-        }
+        lock(&self.context.spare_events).push(self.event);
     }
 }

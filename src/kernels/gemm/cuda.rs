@@ -80,6 +80,33 @@ impl Gemm for Cuda {
         self.multiply(batch, (alpha, beta), a, b, c, Beside::Nothing).map(drop)
     }
 
+    /// cuBLASLt chooses an algorithm by how operands are aligned and how far apart their rows are, and its bits are the algorithm's.
+    /// So what does not lie as [`canonical`] has it is copied there first, and the result back.
+    fn gemm_block<T: Element, C: Element<Acc = T::Acc>>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        beta: f64,
+        c: MatMut<'_, C, Self>,
+    ) -> Result<()> {
+        check(Batch::ONE, &a, &b, &c)?;
+        if let Some(copy) = self.canonical_copy(a)? {
+            return self.gemm_block(copy.view()?, b, beta, c);
+        }
+        if let Some(copy) = self.canonical_copy(b)? {
+            return self.gemm_block(a, copy.view()?, beta, c);
+        }
+        if is_canonical(&c.read()) {
+            return self.gemm(1.0, a, b, beta, c);
+        }
+        let mut result = Canonical::empty(self, c.dims())?;
+        if beta != 0.0 {
+            self.copy_block(c.read(), result.view_mut()?)?;
+        }
+        self.gemm(1.0, a, b, beta, result.view_mut()?)?;
+        self.copy_block(result.view()?, c)
+    }
+
     fn gemm_bias<T: Element>(
         &self,
         a: MatRef<'_, T, Self>,
@@ -159,6 +186,44 @@ impl Gemm for Cuda {
         }
         self.gemm(1.0, a.t(), b, beta, c)?;
         self.sum_rows(a, sums)
+    }
+}
+
+/// The strides of a matrix as far as its dimensions, and whether its columns lie together, tell: rows (or columns) one after
+/// another, each beginning at 16 bytes. A vector lies together either way.
+fn canonical<T: Element>(dims: Dims) -> Dims {
+    let Dims { rows, cols, .. } = dims;
+    let whole = |len: usize| len.next_multiple_of(16 / size_of::<T>());
+    let by_columns = cols == 1 || (rows > 1 && dims.row_stride == 1);
+    let (row_stride, col_stride) = if by_columns { (1, whole(rows)) } else { (whole(cols), 1) };
+    Dims { rows, cols, row_stride, col_stride }
+}
+
+/// Whether a matrix lies as [`canonical`] has it, from an address with the alignment of fresh memory.
+fn is_canonical<T: Element>(matrix: &MatRef<'_, T, Cuda>) -> bool {
+    matrix.dims() == canonical::<T>(matrix.dims()) && matrix.data().address().is_multiple_of(256)
+}
+
+/// A matrix of its own memory that lies as [`canonical`] has it.
+struct Canonical<T: Element> {
+    memory: CudaBuffer<T>,
+    dims: Dims,
+}
+
+impl<T: Element> Canonical<T> {
+    fn empty(cuda: &Cuda, dims: Dims) -> Result<Self> {
+        let dims = canonical::<T>(dims);
+        Ok(Self { memory: cuda.empty(dims.extent())?, dims })
+    }
+
+    fn view(&self) -> Result<MatRef<'_, T, Cuda>> {
+        let Dims { rows, cols, row_stride, col_stride } = self.dims;
+        MatRef::strided(Cuda::slice(&self.memory), rows, cols, row_stride, col_stride)
+    }
+
+    fn view_mut(&mut self) -> Result<MatMut<'_, T, Cuda>> {
+        let Dims { rows, cols, row_stride, col_stride } = self.dims;
+        MatMut::strided(Cuda::slice_mut(&mut self.memory), rows, cols, row_stride, col_stride)
     }
 }
 
@@ -283,6 +348,29 @@ impl Side {
 }
 
 impl Cuda {
+    /// A canonical copy of a matrix that is not canonical.
+    fn canonical_copy<T: Element>(&self, matrix: MatRef<'_, T, Self>) -> Result<Option<Canonical<T>>> {
+        if is_canonical(&matrix) {
+            return Ok(None);
+        }
+        let mut copy = Canonical::empty(self, matrix.dims())?;
+        self.copy_block(matrix, copy.view_mut()?)?;
+        Ok(Some(copy))
+    }
+
+    /// to ← from, by whole packs where rows, or columns, lie together in both.
+    fn copy_block<T: Element>(&self, from: MatRef<'_, T, Self>, to: MatMut<'_, T, Self>) -> Result<()> {
+        let Dims { rows, cols, row_stride, col_stride } = to.dims();
+        if from.dims().col_stride == 1 && col_stride == 1 {
+            return self.copy(from, to);
+        }
+        if from.dims().row_stride == 1 && row_stride == 1 {
+            let to = MatMut::strided(to.into_data(), cols, rows, col_stride, row_stride)?;
+            return self.copy(from.t(), to);
+        }
+        self.copy_strided(from, to)
+    }
+
     /// A copy of a matrix without gaps.
     fn dense<T: Element>(&self, matrix: MatRef<'_, T, Self>) -> Result<CudaBuffer<T>> {
         let (rows, cols) = (matrix.rows(), matrix.cols());

@@ -168,6 +168,21 @@ pub trait Gemm: Device {
         self.sum_rows::<T>(a, sums)
     }
 
+    /// [`Gemm::gemm`], with α = 1, of a block of a product: the bits follow from the elements, the dimensions and which operands
+    /// are transposed, not from where the operands lie or how far apart their rows are.
+    ///
+    /// # Errors
+    /// As there.
+    fn gemm_block<T: Element, C: Element<Acc = T::Acc>>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        beta: f64,
+        c: MatMut<'_, C, Self>,
+    ) -> Result<()> {
+        self.gemm(1.0, a, b, beta, c)
+    }
+
     /// Whether every element of a product of depth 2 or more has the bits that it has in a product of any other rows of A
     /// and columns of B with its own, wherever the operands lie. Then a product by blocks of rows or columns is the product.
     fn splits_exactly(&self) -> bool {
@@ -179,8 +194,8 @@ pub trait Gemm: Device {
     /// Sums wait on a stack. A term comes on top of it; then, `merges` times, the two on top are replaced by their sum, the lower
     /// one first. So ((t₀ + t₁) + t₂) has terms with 0, 1 and 1 merges. One sum is left.
     ///
-    /// A term without products, or whose products have no depth, is 0. The bits are those of [`Gemm::gemm`] for every product and an
-    /// addition for every merge.
+    /// A term without products, or whose products have no depth, is 0. The bits are those of [`Gemm::gemm_block`] for every product
+    /// and an addition for every merge.
     ///
     /// # Errors
     /// As [`Gemm::gemm`], and when not one sum is left.
@@ -252,7 +267,7 @@ fn sum_terms<T: Element, B: Gemm + Pointwise>(
     let write = |products: &[(MatRef<'_, T, B>, MatRef<'_, T, B>)], mut to: MatMut<'_, T::Acc, B>| {
         let mut beta = 0.0;
         for (a, b) in products.iter().filter(|(a, _)| a.cols() > 0) {
-            device.gemm(1.0, *a, *b, beta, to.reborrow())?;
+            device.gemm_block(*a, *b, beta, to.reborrow())?;
             beta = 1.0;
         }
         if beta == 0.0 { device.fill(0.0, to) } else { Ok(()) }
