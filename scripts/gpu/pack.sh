@@ -9,9 +9,12 @@ cd "$(dirname "$0")/../.."
 pack=$(mktemp -d)
 trap 'rm -rf "$pack"' EXIT
 
-# The release profile as a user has it, stripped.
-run=(--test cuda --example gpu_check --example transformer_block --example processes --bench gpu)
-cargo build --release --features nccl,cli "${run[@]}" --message-format=json-render-diagnostics |
+# Tests in their profile, as they are built for the stand-in; the rest in the release profile, as a user has it.
+{
+    cargo test --no-run --features nccl,cli --test cuda --message-format=json-render-diagnostics
+    cargo build --release --features nccl,cli --message-format=json-render-diagnostics \
+        --example gpu_check --example transformer_block --example processes --bench gpu
+} |
     python3 -c '
 import json, shutil, sys
 for line in sys.stdin:
