@@ -114,7 +114,7 @@ impl Launch<'_> {
 
     /// Small tables that the kernel reads: see [`Cuda::table`].
     pub(crate) fn table(mut self, table: &super::Table) -> Self {
-        self.words.push(table.0.slice().address());
+        self.words.push(table.address());
         self
     }
 

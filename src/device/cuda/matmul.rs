@@ -3,11 +3,12 @@
 //! Matrices are column-major here, as cuBLASLt's are; `kernels/gemm/cuda.rs` brings row-major ones into that form.
 
 use super::{
-    Cuda, Handle,
+    Cuda,
     context::Context,
     libraries::{self, CublasLt},
     lock,
-    status::{cublas_lt, driver},
+    memory::StreamMemory,
+    status::cublas_lt,
 };
 use crate::{
     device::DType,
@@ -19,13 +20,7 @@ use cudarc::cublaslt::sys::{
     cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t as PreferenceIs, cublasLtMatrixLayout_t,
     cublasLtMatrixLayoutAttribute_t as LayoutIs, cublasStatus_t, cudaDataType as CudaType,
 };
-use cudarc::driver::sys as cuda_driver;
-use std::{
-    cell::{Cell, RefCell},
-    collections::HashMap,
-    ffi::c_void,
-    rc::Rc,
-};
+use std::{cell::RefCell, collections::HashMap, ffi::c_void, rc::Rc};
 
 /// A column-major matrix of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -94,8 +89,7 @@ pub(crate) struct Lt {
     context: &'static Context,
     /// None where cuBLASLt has no way.
     plans: RefCell<HashMap<Key, Option<Rc<Plan>>>>,
-    /// Where it is, and its bytes. Not a tensor's buffer, which would hold the handle that holds it.
-    workspace: Cell<(u64, usize)>,
+    workspace: RefCell<Option<StreamMemory>>,
 }
 
 /// What a plan depends on: the product, whether f32 keeps all its bits, and how A, B and D are aligned, in bytes.
@@ -123,7 +117,7 @@ impl Lt {
                 handle
             }
         };
-        Ok(Self { api, handle, context, plans: RefCell::default(), workspace: Cell::default() })
+        Ok(Self { api, handle, context, plans: RefCell::default(), workspace: RefCell::default() })
     }
 
     /// Asks the stream for a product. Returns whether cuBLASLt has a way to compute it with its epilogue: if not, nothing was
@@ -147,16 +141,13 @@ impl Lt {
         let aligned = [at.a, at.b, at.d | at.vector | at.saved].map(alignment);
         let key = (*product, cuda.is_exact(), aligned);
         let Some(plan) = self.plan(&key, &at)? else { return Ok(false) };
-        if plan.workspace > self.workspace.get().1 {
-            self.free(&cuda.0);
-            let (mut address, bytes) = (0, plan.workspace.next_power_of_two());
-            // SAFETY: `address` is a place for one; the stream is of the current context.
-            #[allow(unsafe_code)]
-            let code = unsafe { cuda_driver::cuMemAllocAsync(&mut address, bytes, cuda.0.stream.handle) };
-            driver("cuMemAllocAsync", code)?;
-            self.workspace.set((address, bytes));
+        let mut workspace = self.workspace.borrow_mut();
+        let have = workspace.as_ref().map_or(0, StreamMemory::bytes);
+        if plan.workspace > have {
+            *workspace = None;
+            *workspace = Some(StreamMemory::new(&cuda.0, plan.workspace.next_power_of_two())?);
         }
-        let (space, bytes) = self.workspace.get();
+        let (space, bytes) = workspace.as_ref().map_or((0, 0), |memory| (memory.address(), memory.bytes()));
         let narrow = [alpha as f32, beta as f32];
         let wide = [alpha, beta];
         let scales: [*const c_void; 2] = match product.inputs {
@@ -192,16 +183,6 @@ impl Lt {
             return Ok(false);
         }
         cublas_lt("cublasLtMatmul", code).map(|()| true)
-    }
-
-    /// Gives the workspace back, after the stream's work that uses it. The handle's context is current.
-    pub(super) fn free(&self, handle: &Handle) {
-        let (address, _) = self.workspace.replace((0, 0));
-        if address != 0 {
-            // SAFETY: the memory came from `cuMemAllocAsync` on the same stream, and is not used after this.
-            #[allow(unsafe_code)]
-            let _ = unsafe { cuda_driver::cuMemFreeAsync(address, handle.stream.handle) };
-        }
     }
 
     /// The plan for a product, whose operands are aligned as these are; none if there is no way.

@@ -2,7 +2,7 @@
 
 use super::{Cuda, Handle, context::Context, lock, status::driver, stream::Mark};
 use crate::{device::Element, error::Result};
-use cudarc::driver::sys::{self, CUdeviceptr};
+use cudarc::driver::sys::{self, CUdeviceptr, CUstream};
 use std::{fmt, marker::PhantomData, ops::Range, rc::Rc};
 
 /// Memory of the device, taken from and given back to its pool in the order of its handle's stream.
@@ -60,6 +60,46 @@ impl<T: Element> Drop for CudaBuffer<T> {
 impl<T: Element> fmt::Debug for CudaBuffer<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "CudaBuffer<{}>({})", T::DTYPE, self.len)
+    }
+}
+
+/// Memory for the work of one stream, held by the handle of the stream. A buffer would hold the handle that holds it.
+pub(super) struct StreamMemory {
+    address: CUdeviceptr,
+    bytes: usize,
+    stream: CUstream,
+    context: &'static Context,
+}
+
+impl StreamMemory {
+    /// So many bytes; at least one, so that they have an address. The handle's context is current.
+    pub(super) fn new(handle: &Handle, bytes: usize) -> Result<Self> {
+        let (stream, context) = (handle.stream.handle, handle.context);
+        let mut memory = Self { address: 0, bytes, stream, context };
+        // SAFETY: `address` is a place for one; the stream is of the current context.
+        #[allow(unsafe_code)]
+        let code = unsafe { sys::cuMemAllocAsync(&mut memory.address, bytes.max(1), stream) };
+        driver("cuMemAllocAsync", code)?;
+        Ok(memory)
+    }
+
+    pub(super) fn address(&self) -> CUdeviceptr {
+        self.address
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for StreamMemory {
+    fn drop(&mut self) {
+        if self.address != 0 && self.context.make_current().is_ok() {
+            // SAFETY: the memory came from `cuMemAllocAsync` on this stream, which lives: the handle drops what it holds before its
+            // stream, and others hold the memory while they borrow the handle. The pool waits for what was asked of the stream.
+            #[allow(unsafe_code)]
+            let _ = unsafe { sys::cuMemFreeAsync(self.address, self.stream) };
+        }
     }
 }
 

@@ -54,6 +54,7 @@ mod memory;
 mod program;
 mod status;
 mod stream;
+mod table;
 
 pub(crate) use families::Kernel;
 pub(crate) use launch::Grid;
@@ -62,6 +63,7 @@ pub(crate) use matmul::{Epilogue, Layout, Lt, Matmul, Operands};
 pub use memory::{CudaBuffer, CudaSlice, CudaSliceMut};
 pub use program::precompile;
 pub use stream::Mark;
+pub(crate) use table::Table;
 
 use super::{Device, Element, MemoryUse};
 use crate::error::{Error, Result};
@@ -75,6 +77,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 use stream::Stream;
+use table::Tables;
 
 /// A GPU as one rank sees it: a stream on it.
 ///
@@ -83,9 +86,11 @@ use stream::Stream;
 pub struct Cuda(Rc<Handle>);
 
 pub(crate) struct Handle {
+    // These two have memory that goes back in the stream's order: they are dropped before it.
+    lt: OnceCell<Lt>,
+    tables: RefCell<Tables>,
     stream: Stream,
     staging: RefCell<Staging>,
-    lt: OnceCell<Lt>,
     context: &'static Context,
     /// The same for handles whose owner orders their work by marks.
     kin: Rc<()>,
@@ -117,9 +122,6 @@ impl Counters {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
-
-/// A small table of numbers or flags on the device, for a kernel's arguments.
-pub(crate) struct Table(CudaBuffer<f64>);
 
 impl Cuda {
     /// The GPU of this number.
@@ -156,6 +158,7 @@ impl Cuda {
         Ok(Self(Rc::new(Handle {
             stream: Stream::new(context, urgent)?,
             staging: RefCell::default(),
+            tables: RefCell::default(),
             lt: OnceCell::new(),
             context,
             kin,
@@ -284,32 +287,6 @@ impl Cuda {
         }
         Ok((!Rc::ptr_eq(&other.kin, &self.0.kin)).then(|| Self(Rc::clone(other))))
     }
-
-    /// Whole numbers for a kernel, in the order of its work.
-    pub(crate) fn table(&self, words: &[i64]) -> Result<Table> {
-        self.table_of(&words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>())
-    }
-
-    /// 32-bit numbers for a kernel.
-    pub(crate) fn table_u32(&self, words: &[u32]) -> Result<Table> {
-        self.table_of(&words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>())
-    }
-
-    /// Floating-point numbers for a kernel.
-    pub(crate) fn table_f64(&self, words: &[f64]) -> Result<Table> {
-        self.table_of(&words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>())
-    }
-
-    /// Flags for a kernel, a byte each.
-    pub(crate) fn table_of_flags(&self, flags: impl Iterator<Item = bool>) -> Result<Table> {
-        self.table_of(&flags.map(u8::from).collect::<Vec<_>>())
-    }
-
-    fn table_of(&self, bytes: &[u8]) -> Result<Table> {
-        let buffer = self.empty::<f64>(bytes.len().div_ceil(8))?;
-        self.0.staging.borrow_mut().upload(&self.0, bytes, buffer.slice().address())?;
-        Ok(Table(buffer))
-    }
 }
 
 impl Handle {
@@ -340,9 +317,6 @@ impl Drop for Handle {
     /// The stream's work is waited for before what it uses is given back.
     fn drop(&mut self) {
         let _ = self.stream.finish();
-        if let Some(lt) = self.lt.get() {
-            lt.free(self);
-        }
     }
 }
 
