@@ -256,6 +256,6 @@ template <int N, class A> __device__ __forceinline__ void store_run(i64 cols, co
 #define DYNAMIC_SHARED(T, name) T* name = (T*)__standin_dynamic_shared()
 #else
 #define DYNAMIC_SHARED(T, name) \
-  extern __shared__ __align__(16) unsigned char name##_bytes[]; \
+  extern __shared__ __align__(256) unsigned char name##_bytes[]; \
   T* name = (T*)name##_bytes
 #endif

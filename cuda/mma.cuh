@@ -14,9 +14,17 @@ template <class T> __device__ __forceinline__ void mma(float (&d)[4], const u32 
 template <class T> __device__ __forceinline__ u32 pair(float low, float high) {
   return narrow<T>(low).bits | (u32)narrow<T>(high).bits << 16;
 }
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], const void* row) { __standin_load_matrices(r, row, false); }
-__device__ __forceinline__ void load_transposed(u32 (&r)[4], const void* row) { __standin_load_matrices(r, row, true); }
-__device__ __forceinline__ void copy_async(void* to, const void* from) { __standin_copy_async(to, from); }
+__device__ __forceinline__ float exp2_of(float x) { return exp2f(x); }
+__device__ __forceinline__ float largest_of(float a, float b) { return max_nan(a, b); }
+
+typedef u64 Address;
+__device__ __forceinline__ Address shared_address(const void* at) { return (Address)at; }
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], Address row) { __standin_load_matrices(r, (const void*)row, false); }
+__device__ __forceinline__ void load_transposed(u32 (&r)[4], Address row) { __standin_load_matrices(r, (const void*)row, true); }
+__device__ __forceinline__ void copy_async(Address to, const void* from, bool there) {
+  alignas(16) static constexpr u32 zeros[4] = {};
+  __standin_copy_async((void*)to, there ? from : zeros);
+}
 __device__ __forceinline__ void await_copies() { __standin_await_copies(); }
 
 #else
@@ -44,7 +52,22 @@ template <> __device__ __forceinline__ u32 pair<f16>(float low, float high) {
   return both;
 }
 
-__device__ __forceinline__ u32 shared_address(const void* at) {
+// 2^x to two units in the last place; 0 where that is no normal number.
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// The larger one, NaN where either is.
+__device__ __forceinline__ float largest_of(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
+// An address in shared memory, in bytes.
+typedef u32 Address;
+__device__ __forceinline__ Address shared_address(const void* at) {
   u32 address;
   asm("{ .reg .u64 wide; cvta.to.shared.u64 wide, %1; cvt.u32.u64 %0, wide; }" : "=r"(address) : "l"(at));
   return address;
@@ -52,19 +75,20 @@ __device__ __forceinline__ u32 shared_address(const void* at) {
 
 // Four matrices of 8 x 8 elements in shared memory: lane l gives the 16 bytes of row l % 8 of matrix l / 8, and gets of each matrix
 // row g, columns 2t and 2t + 1.
-__device__ __forceinline__ void load_matrices(u32 (&r)[4], const void* row) {
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
 // The same of the transposed matrices: rows 2t and 2t + 1, column g.
-__device__ __forceinline__ void load_transposed(u32 (&r)[4], const void* row) {
+__device__ __forceinline__ void load_transposed(u32 (&r)[4], Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+      : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
 
-// 16 bytes to shared memory, which this thread sees after `await_copies`, and others after a barrier behind that.
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared_address(to)), "l"(from) : "memory");
+// 16 bytes to shared memory, zeros where they are not there: then `from` is not read. This thread sees them after `await_copies`, and
+// others after a barrier behind that.
+__device__ __forceinline__ void copy_async(Address to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" : : : "memory"); }
 

@@ -546,6 +546,10 @@ fn tiles<T: Element, B: Backend>(
     for window in [None, Some(50), Some(3)] {
         run(AttentionSpec { causal: true, window, ..spec }, &k, &v, &dout)?;
     }
+    // The largest product is not the largest score.
+    for scale in [-spec.scale, 0.0] {
+        run(AttentionSpec { scale, causal: true, ..spec }, &k, &v, &dout)?;
+    }
     let masked = Sequences::packed(lengths).masked(&flags)?;
     run(AttentionSpec { sequences: &masked, ..spec }, &k, &v, &dout)?;
     run(AttentionSpec { sequences: &masked, causal: true, ..spec }, &k, &v, &dout)?;

@@ -60,15 +60,17 @@ struct Kernels {
     forward: Kernel,
     backward_queries: Kernel,
     backward_keys: Kernel,
-    /// The queries, or keys, of a block.
+    /// The queries of a block, forward.
     tile: usize,
+    /// The queries, or keys, of a block, backward.
+    backward_tile: usize,
     forward_shared: usize,
     backward_shared: usize,
 }
 
 impl Kernels {
-    /// Tensor cores where they know the element and 16 bytes can be taken of every row: a tile of queries and one each of keys and
-    /// values lie in shared memory, backward one more, with 16 bytes behind each row.
+    /// Tensor cores where they know the element and 16 bytes can be taken of every row: two tiles of queries, keys and values
+    /// each lie in shared memory; backward, one of queries and one of their gradients.
     fn new<T: Element>(head_dim: usize, operands: &[Operand]) -> Result<Self> {
         let rows = operands.iter().map(|operand| operand.dims.rows).max().unwrap_or(0);
         let fits = Walk::by_rows(operands, rows, head_dim).packed && head_dim <= 128;
@@ -79,14 +81,16 @@ impl Kernels {
                     (128, [Kernel::Flash128, Kernel::FlashBackwardQueries128, Kernel::FlashBackwardKeys128])
                 }
             };
-            let own = 16 * WARPS * (features + 8) * size_of::<T>();
+            let tile = 16 * WARPS;
+            let shared = 6 * tile * features * size_of::<T>();
             return Ok(Self {
                 forward,
                 backward_queries,
                 backward_keys,
-                tile: 16 * WARPS,
-                forward_shared: 3 * own,
-                backward_shared: 4 * own,
+                tile: 2 * tile,
+                backward_tile: tile,
+                forward_shared: shared,
+                backward_shared: shared,
             });
         }
         let heads = Heads::new(head_dim)?;
@@ -96,6 +100,7 @@ impl Kernels {
             backward_queries,
             backward_keys,
             tile: heads.tile,
+            backward_tile: heads.tile,
             forward_shared: heads.shared::<T>(head_dim, 1, 2),
             backward_shared: heads.shared::<T>(head_dim, 2, 2),
         })
@@ -203,7 +208,7 @@ impl Attention for Cuda {
             launch.write(&Self::slice_mut(&mut delta)).run(grid)?;
         }
         let (count, tiles, kv, valid) =
-            self.tables(spec, kind.tile, |_, rows| [0, rows.start, rows.len()])?;
+            self.tables(spec, kind.backward_tile, |_, rows| [0, rows.start, rows.len()])?;
         let sd = dqkv.dims().row_stride;
         let dqkv = dqkv.into_data();
         for (kernel, numbers, blocks) in [

@@ -323,8 +323,8 @@ inline void launch(void (*body)(void**), void** arguments, const unsigned* grid,
   block.grid = {grid[0], grid[1], grid[2]};
   block.body = body;
   block.arguments = arguments;
-  std::vector<unsigned long long> dynamic(shared / 8 + 16);
-  block.dynamic = (unsigned char*)(((uintptr_t)dynamic.data() + 63) & ~(uintptr_t)63);
+  std::vector<unsigned long long> dynamic(shared / 8 + 32);
+  block.dynamic = (unsigned char*)(((uintptr_t)dynamic.data() + 255) & ~(uintptr_t)255);
   own() = &block;
   Local local{};
   dl_iterate_phdr(find_local, &local);
