@@ -168,6 +168,15 @@ impl Context {
         driver("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.handle) })
     }
 
+    /// As `make_current`, for a thread that has no handle of its own.
+    #[cfg(feature = "nccl")]
+    pub(super) fn elsewhere(&self) -> impl FnOnce() -> Result<()> + Send + 'static {
+        let handle = std::sync::atomic::AtomicPtr::new(self.handle);
+        // SAFETY: as in `make_current`; of a context that has ended the driver says so.
+        #[allow(unsafe_code)]
+        move || driver("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(handle.into_inner()) })
+    }
+
     /// A kernel of a family, compiled and loaded when it is first asked for. The context is current.
     pub(super) fn function(&self, family: &'static program::Family, name: &str) -> Result<CUfunction> {
         if let Some(&function) = self.functions.borrow().get(name) {

@@ -186,6 +186,12 @@ impl Cuda {
         self.0.context.make_current()
     }
 
+    /// What makes the GPU the current one of another thread, as long as a handle of it lives.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn elsewhere(&self) -> Box<dyn FnOnce() -> Result<()> + Send> {
+        Box::new(self.0.context.elsewhere())
+    }
+
     /// Lets the other GPUs reach this one's memory, as far as they are connected.
     #[cfg(feature = "nccl")]
     pub(crate) fn open_memory(&self) -> Result<()> {
