@@ -77,6 +77,11 @@ pub trait Communicator<B: Device> {
         Cause::Deadline { missing, after }.error(call, &format!("{:08x}", call.group as u32))
     }
 
+    /// What another thread than the rank's can ask, if there is such a thing.
+    fn lookout(&self) -> Option<Box<dyn Lookout>> {
+        None
+    }
+
     /// Whether a meeting of the ranks takes microseconds, so that each call may well have one.
     fn is_near(&self) -> bool {
         false
@@ -113,6 +118,18 @@ pub trait Communicator<B: Device> {
         };
         Ok(Box::new(Landed(result)))
     }
+}
+
+/// What a thread that watches over a rank asks its communicator about steps beside it.
+pub trait Lookout: Send {
+    /// As [`Communicator::obstacle_beside`].
+    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error>;
+
+    /// The ranks that are needed for a step and are known not to have come to it.
+    fn absent(&self, step: Step) -> Vec<usize>;
+
+    /// As [`Communicator::give_up`].
+    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error;
 }
 
 /// A step of what the ranks do beside a communicator: a collective of NCCL's, of a group whose ranks compare their calls on it.

@@ -38,7 +38,7 @@ pub mod threads;
 mod tree;
 
 pub use call::{Call, Op, ReduceOp};
-pub use communicator::{Collective, Communicator, InFlight, Incoming, Outgoing, Step};
+pub use communicator::{Collective, Communicator, InFlight, Incoming, Lookout, Outgoing, Step};
 pub use group::{Group, Pending};
 pub(crate) use link::Line;
 pub use link::Link;

@@ -28,13 +28,19 @@ fn options(order: Order) -> Options {
     Options { order, deadline: DEADLINE, ..Options::default() }
 }
 
+/// Both ways of calling NCCL.
+const WAYS: [bool; 2] = [true, false];
+
 #[test]
 fn collectives_are_exact_in_every_world() {
     for world in dev::worlds(1..=8) {
-        for order in [Order::Any, Order::Ranks] {
+        for (order, blocking) in
+            [Order::Any, Order::Ranks].into_iter().flat_map(|order| WAYS.map(|way| (order, way)))
+        {
             ranks(world)
                 .run(|group| {
-                    let nccl = group.over_nccl(&dev::of_rank(&group)?, options(order))?;
+                    let options = Options { blocking, ..options(order) };
+                    let nccl = group.over_nccl(&dev::of_rank(&group)?, options)?;
                     all_exact(&nccl, false)?;
                     all_in_flight(&nccl)
                 })
@@ -325,9 +331,10 @@ fn a_process_that_is_lost_inside_of_a_collective_ends_it_for_the_others() {
         // The largest is made of all ranks' terms, by a kernel of ours behind NCCL.
         for (op, fails) in [ReduceOp::Sum, ReduceOp::Max].into_iter().flat_map(|op| [(op, true), (op, false)])
         {
-            for lost in [0, world - 1] {
+            for (lost, blocking) in [(0, true), (world - 1, true), (world - 1, false)] {
                 let outcomes = processes(world, |group| {
-                    let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
+                    let options = Options { blocking, ..options(Order::Any) };
+                    let nccl = group.over_nccl(&dev::of_rank(&group)?, options)?;
                     known(&nccl, op)?;
                     if group.rank() == lost {
                         thread::sleep(Duration::from_millis(20));
@@ -377,6 +384,82 @@ fn a_message_that_nobody_fetches_any_more_is_an_error_of_its_sender_only() {
                 panic!("{:?}", outcomes[0])
             };
             assert_eq!(outcomes[1..], [Ok(()), Ok(())]);
+        }
+    }
+}
+
+/// Of all communicators of a rank, also on another handle of its GPU.
+#[test]
+fn collectives_run_in_the_order_of_a_rank_s_calls() {
+    for (world, blocking) in dev::worlds([2, 4]).flat_map(|world| WAYS.map(|way| (world, way))) {
+        ranks(world)
+            .run(|group| {
+                let options = Options { blocking, ..options(Order::Any) };
+                let device = dev::of_rank(&group)?;
+                let whole = group.over_nccl(&device, options.clone())?;
+                let part = whole.split_all(group.rank() as u64 % 2)?;
+                let other = group.over_nccl(&dev::beside(&device), options)?;
+                let mut sums = Vec::new();
+                for round in 0..10 {
+                    for group in [&whole, &part, &other, &part] {
+                        let mut x = Tensor::<f32>::full(group.device(), [5], f64::from(round))?;
+                        group.all_reduce(ReduceOp::Sum, &mut x)?;
+                        sums.push((x, (round as usize * group.size()) as f32));
+                    }
+                }
+                for (x, sum) in sums {
+                    assert_eq!(x.to_vec()?, [sum; 5]);
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+/// The sender is inside of NCCL, for a connection to a rank that does not come, and cannot leave by itself.
+#[test]
+fn a_rank_inside_of_a_blocking_call_is_told_whom_it_waits_for() {
+    for (world, fails) in dev::worlds([2]).flat_map(|world| [false, true].map(|fails| (world, fails))) {
+        let outcomes = processes(world, |group| {
+            let deadline = Duration::from_secs(if fails { 30 } else { 1 });
+            let options = Options { deadline, blocking: true, ..options(Order::Any) };
+            let nccl = group.over_nccl(&dev::of_rank(&group)?, options)?;
+            if nccl.rank() == 0 {
+                let x = Tensor::<f32>::zeros(nccl.device(), [6])?;
+                nccl.exchange(Some((1, &x)), None)?;
+                return nccl.device().synchronize();
+            }
+            thread::sleep(Duration::from_millis(if fails { 300 } else { 4000 }));
+            if fails { Err(Error::Invalid { op: "test", reason: "fails".into() }) } else { Ok(()) }
+        });
+        match &outcomes[0] {
+            Err(Error::PeerLost { rank: 1, reason: Loss::Failed, .. }) if fails => {}
+            Err(Error::Deadline { missing, .. }) if !fails => assert_eq!(missing, &[1]),
+            outcome => panic!("{outcome:?}"),
+        }
+    }
+}
+
+/// A rank that does not look around, as one inside of the driver, and whose collective waits for one that does not come.
+#[test]
+fn the_deadline_of_a_rank_that_cannot_look_around_holds() {
+    for (world, blocking) in dev::worlds([2]).flat_map(|world| WAYS.map(|way| (world, way))) {
+        let outcomes = processes(world, |group| {
+            let options = Options { deadline: Duration::from_secs(1), blocking, ..options(Order::Any) };
+            let nccl = group.over_nccl(&dev::of_rank(&group)?, options)?;
+            reduce::<f32>(&nccl, ReduceOp::Sum, 6)?;
+            if nccl.rank() == 0 {
+                let mut x = Tensor::<f32>::zeros(nccl.device(), [6])?;
+                nccl.all_reduce(ReduceOp::Sum, &mut x)?;
+                thread::sleep(Duration::from_secs(5));
+                return nccl.device().synchronize();
+            }
+            thread::sleep(Duration::from_secs(4));
+            nccl.barrier()
+        });
+        for outcome in &outcomes {
+            let Err(Error::Deadline { missing, .. }) = outcome else { panic!("{blocking}: {outcomes:?}") };
+            assert_eq!(missing, &[1]);
         }
     }
 }

@@ -6,7 +6,7 @@ mod line;
 pub(crate) use line::Line;
 
 use super::{
-    Call, Communicator, Incoming, Outgoing, Parts, ReduceOp, Step,
+    Call, Communicator, Incoming, Lookout, Outgoing, Parts, ReduceOp, Step,
     call::hash,
     cause::Cause,
     combine,
@@ -68,6 +68,14 @@ impl Link {
         self.wires.put(news.clone());
         self.wires.send(news);
         self.fail(call, Cause::Deadline { missing, after })
+    }
+
+    /// The ranks that have not come to a step, or do not answer.
+    fn behind(&self, step: Step) -> Vec<usize> {
+        let needed = (0..self.members.len()).filter(|&rank| rank != self.rank && step.needs(rank));
+        let needed: Vec<usize> = needed.map(|rank| self.members[rank]).collect();
+        let behind = self.wires.behind(step.work, step.number + 1, &needed);
+        (0..self.members.len()).filter(|&rank| behind.contains(&self.members[rank])).collect()
     }
 
     fn error(&self, call: &Call, cause: &Cause) -> Error {
@@ -257,6 +265,21 @@ macro_rules! each_rank {
     }};
 }
 
+/// Another end of the same group, which no rank's thread uses.
+impl Lookout for Link {
+    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
+        Communicator::obstacle_beside(self, call, step)
+    }
+
+    fn absent(&self, step: Step) -> Vec<usize> {
+        self.behind(step)
+    }
+
+    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+        Communicator::give_up(self, call, steps, after)
+    }
+}
+
 impl Communicator<Cpu> for Link {
     fn rank(&self) -> usize {
         self.rank
@@ -336,19 +359,18 @@ impl Communicator<Cpu> for Link {
     }
 
     fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
-        let mut absent = Vec::new();
-        for step in steps {
-            let needed = (0..self.size()).filter(|&rank| rank != self.rank && step.needs(rank));
-            let needed: Vec<usize> = needed.map(|rank| self.members[rank]).collect();
-            let behind = self.wires.behind(step.work, step.number + 1, &needed);
-            absent.extend((0..self.size()).filter(|&rank| behind.contains(&self.members[rank])));
-        }
+        let absent = steps.iter().flat_map(|step| self.behind(*step)).collect();
         // What was heard meanwhile says more.
-        if let Some(error) = steps.iter().find_map(|step| self.obstacle_beside(call, *step)) {
+        if let Some(error) = steps.iter().find_map(|step| Communicator::obstacle_beside(self, call, *step)) {
             return error;
         }
         let missing = Step::missing(steps, absent, self.rank, self.size());
         self.late(call, missing, after)
+    }
+
+    fn lookout(&self) -> Option<Box<dyn Lookout>> {
+        let (wires, members) = (Arc::clone(&self.wires), self.members.clone());
+        Some(Box::new(Self::new(wires, self.group, self.name.clone(), members, self.rank)))
     }
 
     fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<Cpu>>>> {

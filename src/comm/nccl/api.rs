@@ -39,14 +39,14 @@ pub(super) struct Config {
 }
 
 impl Config {
-    /// No call waits for other ranks.
-    pub(super) fn non_blocking() -> Self {
+    /// Whether calls wait for other ranks.
+    pub(super) fn new(blocking: bool) -> Self {
         const UNSET: c_int = c_int::MIN;
         Self {
             size: size_of::<Self>(),
             magic: 0xcafe_beef,
             version: OLDEST as c_uint,
-            blocking: 0,
+            blocking: blocking.into(),
             cga_cluster_size: UNSET,
             min_ctas: UNSET,
             max_ctas: UNSET,

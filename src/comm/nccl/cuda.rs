@@ -1,6 +1,6 @@
 //! What NCCL has to know of NVIDIA GPUs.
 
-use super::NcclDevice;
+use super::{NcclDevice, device::Enter};
 use crate::{
     comm::ReduceOp,
     device::{
@@ -27,6 +27,10 @@ unsafe impl NcclDevice for Cuda {
 
     fn make_current(&self) -> Result<()> {
         Cuda::make_current(self)
+    }
+
+    fn elsewhere(&self) -> Enter {
+        Cuda::elsewhere(self)
     }
 
     fn stream(&self) -> *mut c_void {

@@ -3,6 +3,9 @@
 use crate::{comm::ReduceOp, device::Element, error::Result, kernels::Pointwise};
 use std::{ffi::c_void, rc::Rc};
 
+/// Makes a device the current one of the thread that calls it.
+pub type Enter = Box<dyn FnOnce() -> Result<()> + Send>;
+
 /// A device whose memory and streams NCCL can use.
 ///
 /// # Safety
@@ -23,6 +26,9 @@ pub unsafe trait NcclDevice: Pointwise {
 
     /// Makes the device the calling thread's current one.
     fn make_current(&self) -> Result<()>;
+
+    /// What makes the device current on another thread, as long as a handle of it lives.
+    fn elsewhere(&self) -> Enter;
 
     /// The stream, as the driver knows it.
     fn stream(&self) -> *mut c_void;

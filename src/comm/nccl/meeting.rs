@@ -1,7 +1,7 @@
 //! Where the ranks of a call meet: what a rank that waits inside of NCCL, which knows no names, asks the side.
 
 use crate::{
-    comm::{Call, Communicator, Step},
+    comm::{Call, Communicator, Lookout, Step},
     device::Cpu,
     error::{Error, Result},
 };
@@ -23,7 +23,12 @@ pub(super) struct Meeting {
 }
 
 impl Meeting {
-    fn steps(&self) -> impl Iterator<Item = Step> {
+    /// Whether it is the same one.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        (self.step.work, self.step.number) == (other.step.work, other.step.number)
+    }
+
+    pub(super) fn steps(&self) -> impl Iterator<Item = Step> {
         [Some(self.step), self.other].into_iter().flatten()
     }
 
@@ -37,6 +42,11 @@ impl Meeting {
         self.steps().find_map(|step| side.obstacle_beside(&self.call, step))
     }
 
+    /// As `obstacle`, for another thread.
+    pub(super) fn obstacle_for(&self, lookout: &dyn Lookout) -> Option<Error> {
+        self.steps().find_map(|step| lookout.obstacle_beside(&self.call, step))
+    }
+
     /// The end of the wait for those that have not come for so long.
     pub(super) fn give_up(&self, side: &dyn Communicator<Cpu>, after: Duration) -> Error {
         side.give_up(&self.call, &self.steps().collect::<Vec<_>>(), after)
@@ -44,8 +54,11 @@ impl Meeting {
 
     /// The loss that made NCCL fail, of which word comes on the side, perhaps a little later; else NCCL's own words.
     pub(super) fn explain(&self, side: &dyn Communicator<Cpu>, error: Error) -> Error {
-        if !matches!(error, Error::Library { .. }) {
-            return error;
+        match error {
+            Error::Library { .. } => {}
+            // Another thread may have learned it: the side has to know that this rank was told.
+            Error::PeerLost { .. } | Error::Deadline { .. } => return self.obstacle(side).unwrap_or(error),
+            _ => return error,
         }
         let begin = Instant::now();
         while begin.elapsed() < WORD {

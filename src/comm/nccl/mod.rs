@@ -12,15 +12,18 @@
 //!   are inside of is known to be needed, and one that does not come can be named.
 //! * While a rank waits for its device, it looks around: where a rank is lost, NCCL reports an error, or a collective has been
 //!   at work for longer than the deadline, the communicator is aborted, and the error is that of the waiting call and of every
-//!   later one.
+//!   later one. For a rank that is inside of a call of NCCL's or the driver's a thread of the process does so.
+//! * A rank's collectives of all communicators run one after another, in the order of its calls: where kernels of two start in
+//!   another order on another rank, and do not fit on a device together, each waits for what the other keeps from starting.
 
 mod api;
 mod cuda;
 mod device;
 mod meeting;
 mod raw;
+mod watch;
 
-pub use device::NcclDevice;
+pub use device::{Enter, NcclDevice};
 
 use super::{
     Call, Collective, Communicator, Group, InFlight, Incoming, Outgoing, Parts, ReduceOp, Step, call::hash,
@@ -37,11 +40,16 @@ use half::{bf16, f16};
 use meeting::Meeting;
 use raw::Raw;
 use std::{
+    any::Any,
     cell::{Cell, OnceCell, RefCell},
     collections::{HashMap, HashSet, VecDeque},
-    rc::Rc,
+    ffi::c_void,
+    ptr::null_mut,
+    rc::{Rc, Weak},
+    sync::Arc,
     time::{Duration, Instant},
 };
+use watch::Watch;
 
 /// Runs generic code on a pair of run-time views of one element.
 macro_rules! each_pair {
@@ -82,11 +90,17 @@ pub struct Options {
     pub check_every: usize,
     /// How long a collective may be at work, and how long a rank waits for the others to create a communicator.
     pub deadline: Duration,
+    /// Whether NCCL's calls wait inside of NCCL for what they need of other ranks: connections, at the first call of a kind or
+    /// of a size for which NCCL takes another algorithm.
+    ///
+    /// If so a call costs microseconds. Otherwise NCCL makes a thread for every call, and the rank asks until it is done, some
+    /// tens of microseconds; in return the rank looks around by itself all the time. Either way no lost rank is waited for.
+    pub blocking: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { order: Order::Any, check_every: 64, deadline: Duration::from_secs(120) }
+        Self { order: Order::Any, check_every: 64, deadline: Duration::from_secs(120), blocking: true }
     }
 }
 
@@ -126,9 +140,15 @@ pub struct Nccl<B: NcclDevice> {
     options: Options,
 }
 
+thread_local! {
+    /// The stream of this rank's last collective, and the collective, where that is not known to be finished.
+    static LAST: RefCell<(*mut c_void, Weak<dyn Any>)> = RefCell::new((null_mut(), Weak::<()>::new()));
+}
+
 /// What a rank looks at while it waits.
 struct State<B: NcclDevice> {
     raw: Raw,
+    watch: Arc<Watch>,
     side: Rc<dyn Communicator<Cpu>>,
     /// The device's handle on which collectives run.
     lane: B,
@@ -142,6 +162,7 @@ struct State<B: NcclDevice> {
 /// A collective that the device has not finished.
 struct UnderWay<B: NcclDevice> {
     at: Meeting,
+    /// Reached when it can be at work, if what the lane did before is finished.
     begin: B::Mark,
     /// Not there before all of it was handed over.
     end: OnceCell<B::Mark>,
@@ -180,6 +201,7 @@ impl<B: NcclDevice> State<B> {
     fn seek(&self) -> Result<()> {
         loop {
             let oldest = self.under_way.borrow().front().cloned();
+            self.watch.looked(oldest.as_ref().map(|oldest| oldest.at));
             let Some(oldest) = oldest else { return self.raw.check() };
             if let Some(end) = oldest.end.get()
                 && self.lane.is_reached(end)?
@@ -246,8 +268,14 @@ impl<B: NcclDevice> Nccl<B> {
         let step = Step { work, number: 0, with: None };
         let at = Meeting { call: *call, step, other: None };
         at.come(&*side);
-        let raw = Raw::join(bytes, side.rank(), side.size(), &at.patience(&*side, options.deadline));
-        let raw = raw.map_err(|error| at.explain(&*side, error))?;
+        let raw = {
+            let (here, ranks, poll) = (side.rank(), side.size(), at.patience(&*side, options.deadline));
+            let raw = match options.blocking {
+                true => Raw::join_blocking(bytes, here, ranks, device.elsewhere(), &poll),
+                false => Raw::join(bytes, here, ranks, &poll),
+            };
+            raw.map_err(|error| at.explain(&*side, error))?
+        };
         Self::new(raw, side, device, work, options)
     }
 
@@ -260,6 +288,7 @@ impl<B: NcclDevice> Nccl<B> {
         options: Options,
     ) -> Result<Self> {
         let state = Rc::new(State {
+            watch: Watch::over(raw.shared(), &*side, options.deadline),
             raw,
             side: Rc::clone(&side),
             lane: device.beside()?,
@@ -291,7 +320,8 @@ impl<B: NcclDevice> Nccl<B> {
         self.side.rank()
     }
 
-    /// Compares the call, and lets the lane wait for what was computed, by strangers too. Returns the mark behind that.
+    /// Compares the call, and lets the lane wait for what was computed, by strangers too, and for the rank's collectives of other
+    /// communicators. Returns the mark behind that.
     fn enter(&self, call: &Call, strangers: &[Option<B>]) -> Result<B::Mark> {
         self.state.is_well()?;
         self.compare(call)?;
@@ -300,9 +330,17 @@ impl<B: NcclDevice> Nccl<B> {
 
     fn wait_for(&self, strangers: &[Option<B>]) -> Result<B::Mark> {
         self.device.make_current()?;
-        self.state.lane.after(&self.device.mark()?)?;
-        strangers.iter().flatten().try_for_each(|stranger| self.state.lane.after(&stranger.mark()?))?;
-        self.state.lane.mark()
+        let (lane, computed) = (self.lane(), self.device.mark()?);
+        lane.after(&computed)?;
+        let last = LAST.with_borrow(|(stream, last)| last.upgrade().filter(|_| *stream != lane.stream()));
+        let last = last.and_then(|last| last.downcast::<UnderWay<B>>().ok());
+        if last.is_none() && strangers.iter().flatten().next().is_none() {
+            // What the lane did before is known to be finished when this collective is the oldest.
+            return Ok(computed);
+        }
+        last.map_or(Ok(()), |last| last.hold(lane))?;
+        strangers.iter().flatten().try_for_each(|stranger| lane.after(&stranger.mark()?))?;
+        lane.mark()
     }
 
     /// The handle of a view's memory, where that has to be waited for by itself.
@@ -364,7 +402,10 @@ impl<B: NcclDevice> Nccl<B> {
         let under_way = Rc::new(UnderWay { at, begin, end: OnceCell::new(), since: Cell::new(None) });
         // It is watched from here on: it may wait for the device itself.
         self.state.under_way.borrow_mut().push_back(Rc::clone(&under_way));
-        let acted = act(&at).map_err(|error| self.state.abort(at.explain(&*self.side, error)));
+        let oldest = self.state.under_way.borrow().front().map(|oldest| oldest.at);
+        self.state.watch.looked(oldest);
+        let acted = self.state.watch.inside(at, || act(&at));
+        let acted = acted.map_err(|error| self.state.abort(at.explain(&*self.side, error)));
         // Part of it may be with the device, also where it failed: the tensors go back after that.
         let end = self.state.lane.mark()?;
         strangers.iter().flatten().try_for_each(|stranger| stranger.after(&end))?;
@@ -372,6 +413,8 @@ impl<B: NcclDevice> Nccl<B> {
             self.device.after(&end)?;
         }
         under_way.end.get_or_init(|| end);
+        let last: Weak<dyn Any> = Rc::downgrade(&(Rc::clone(&under_way) as Rc<dyn Any>));
+        LAST.set((self.lane().stream(), last));
         acted.map(|()| under_way)
     }
 
@@ -384,6 +427,12 @@ impl<B: NcclDevice> Nccl<B> {
     ) -> Result<()> {
         let done = self.run(call, strangers, collective)?;
         done.hold(&self.device)
+    }
+
+    /// One call of NCCL.
+    fn alone(&self, at: &Meeting, call: impl FnOnce() -> Result<()>) -> Result<()> {
+        let poll = at.patience(&*self.side, self.options.deadline);
+        self.state.raw.alone(&poll, call)
     }
 
     /// Several calls of NCCL as one.
@@ -406,7 +455,7 @@ impl<B: NcclDevice> Nccl<B> {
     ) -> Result<()> {
         let raw = &self.state.raw;
         if is_even(lens) {
-            return self.grouped(at, || raw.all_gather::<T, B>(self.lane(), lens.parts(), send, &mut recv));
+            return self.alone(at, || raw.all_gather::<T, B>(self.lane(), lens.parts(), send, &mut recv));
         }
         self.grouped(at, || {
             for root in (0..lens.parts()).filter(|&root| lens.size(root) > 0) {
@@ -430,7 +479,7 @@ impl<B: NcclDevice> Nccl<B> {
         let (raw, here, ranks) = (&self.state.raw, self.here(), lens.parts());
         if op == ReduceOp::Sum && self.options.order == Order::Any {
             if is_even(lens) {
-                return self.grouped(at, || raw.reduce_scatter::<T, B>(self.lane(), ranks, send, &mut recv));
+                return self.alone(at, || raw.reduce_scatter::<T, B>(self.lane(), ranks, send, &mut recv));
             }
             return self.grouped(at, || {
                 for root in (0..ranks).filter(|&root| lens.size(root) > 0) {
@@ -471,7 +520,7 @@ impl<B: NcclDevice> Nccl<B> {
             return Ok(());
         }
         if op == ReduceOp::Sum && self.options.order == Order::Any {
-            return self.grouped(at, || self.state.raw.all_reduce::<T, B>(self.lane(), &mut x));
+            return self.alone(at, || self.state.raw.all_reduce::<T, B>(self.lane(), &mut x));
         }
         let lens = Partition::even(len, self.side.size());
         let mut part = self.lane().empty::<T>(lens.size(self.here()))?;
@@ -650,7 +699,7 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
             if B::len_mut::<T>(&x) == 0 {
                 return Ok(());
             }
-            nccl.grouped(at, || nccl.state.raw.broadcast::<T, B>(nccl.lane(), root, None, &mut x))
+            nccl.alone(at, || nccl.state.raw.broadcast::<T, B>(nccl.lane(), root, None, &mut x))
         }
         let strangers = [self.stranger(x.shared())?];
         self.run_now(call, &strangers, |at| each_dtype!(AnyMut, x, x => broadcast(self, at, root, x)))
@@ -727,7 +776,7 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         let at = self.meeting(call);
         at.come(&*self.side);
         let poll = at.patience(&*self.side, self.options.deadline);
-        let raw = self.state.raw.split(color, key, &poll);
+        let raw = self.state.watch.inside(at, || self.state.raw.split(color, key, &poll));
         let raw = raw.map_err(|error| self.state.abort(at.explain(&*self.side, error)))?;
         let (Some(raw), Some(side)) = (raw, side) else { return Ok(None) };
         let work = hash((self.work, call.seq, color));

@@ -5,26 +5,97 @@
 use super::{
     NcclDevice,
     api::{Api, Config, Handle, IN_PROGRESS, NO_COLOR, SUCCESS, SUM, UniqueId},
+    device::Enter,
 };
 use crate::{
     device::{DType, Element},
     error::{Error, Result, same_size},
 };
 use std::{
-    cell::Cell,
     ffi::{c_int, c_void},
     ptr::null_mut,
-    sync::atomic::{AtomicPtr, Ordering},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicPtr, Ordering},
+        mpsc::{RecvTimeoutError, channel},
+    },
+    time::{Duration, Instant},
 };
 
-/// A communicator. It is created without blocking; `settle` waits, and looks around while it does.
+/// A communicator of one rank.
 pub(super) struct Raw {
     api: &'static Api,
-    handle: Cell<Handle>,
+    shared: Arc<Shared>,
+    blocking: bool,
 }
 
 /// Called while NCCL is at work: an error ends the wait.
 pub(super) type Poll<'a> = &'a dyn Fn() -> Result<()>;
+
+/// The part of a communicator that other threads than the rank's may touch: they can end it.
+pub(super) struct Shared {
+    api: &'static Api,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Null once it has ended.
+    handle: AtomicPtr<c_void>,
+    /// Since when the rank's thread is inside of NCCL with the handle.
+    inside: Option<Instant>,
+    /// Why another thread has ended it.
+    reason: Option<Error>,
+}
+
+/// How long a call has to be inside of NCCL before another thread may end the communicator: one that is about to enter or to leave
+/// is not to meet the end of its handle.
+const MOMENT: Duration = Duration::from_millis(100);
+
+impl Shared {
+    fn new(api: &'static Api, handle: Handle) -> Arc<Self> {
+        let handle = AtomicPtr::new(handle);
+        Arc::new(Self { api, state: Mutex::new(State { handle, inside: None, reason: None }) })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No critical section leaves its data half changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the communicator for the rank's thread, which may be inside of a call of NCCL, or of the driver: it gets this reason.
+    /// Returns whether that is done; else the thread has only just entered a call.
+    ///
+    /// NCCL takes an abort while another thread is inside of a blocking call: that is what ends the call.
+    pub(super) fn end(&self, reason: &Error) -> bool {
+        let mut state = self.state();
+        if state.inside.is_some_and(|since| since.elapsed() < MOMENT) {
+            return false;
+        }
+        let handle = std::mem::take(&mut state.handle);
+        if handle.load(Ordering::Relaxed).is_null() {
+            return true;
+        }
+        state.reason = Some(reason.clone());
+        drop(state);
+        let api = self.api;
+        // On a thread of its own: the driver may keep an abort waiting, for a rank that holds its lock.
+        std::thread::spawn(move || {
+            // SAFETY: the handle was live, and whoever asks for it from now on finds none.
+            #[allow(unsafe_code)]
+            let _ = unsafe { (api.abort)(handle.into_inner()) };
+        });
+        true
+    }
+}
+
+/// The rank's thread is inside of NCCL.
+struct Inside<'a>(&'a Shared);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.state().inside = None;
+    }
+}
 
 impl Raw {
     /// What the ranks of a new communicator have to know.
@@ -39,18 +110,55 @@ impl Raw {
         }
     }
 
+    fn new(api: &'static Api, handle: Handle, blocking: bool) -> Self {
+        Self { api, shared: Shared::new(api, handle), blocking }
+    }
+
     /// Joins the communicator of this id, on the device that is current.
     pub(super) fn join(id: [u8; 128], rank: usize, size: usize, poll: Poll<'_>) -> Result<Self> {
-        let raw = Self { api: Api::get()?, handle: Cell::new(null_mut()) };
-        let (rank, size) = (number("the rank", rank)?, number("the number of ranks", size)?);
-        let mut handle = null_mut();
-        // SAFETY: `handle` is a place for a communicator, the configuration is of the size that it states, and NCCL copies it.
-        #[allow(unsafe_code)]
-        let code =
-            unsafe { (raw.api.init)(&mut handle, size, UniqueId(id), rank, &mut Config::non_blocking()) };
-        raw.handle.set(handle);
+        let api = Api::get()?;
+        let (handle, code) = initialize(api, id, rank, size, false)?;
+        let raw = Self::new(api, handle, false);
         raw.settle("ncclCommInitRankConfig", code, poll)?;
         Ok(raw)
+    }
+
+    /// The same, where every call waits for the other ranks. The call that joins is made by a thread of its own, on which `enter`
+    /// makes the device current: a call for ranks that never come does not end, and that thread is left to it.
+    pub(super) fn join_blocking(
+        id: [u8; 128],
+        rank: usize,
+        size: usize,
+        enter: Enter,
+        poll: Poll<'_>,
+    ) -> Result<Self> {
+        let api = Api::get()?;
+        let (outcome, joined) = channel();
+        let join = move || {
+            let made = enter().and_then(|()| initialize(api, id, rank, size, true));
+            let made = made.and_then(|(handle, code)| match code {
+                SUCCESS => Ok(Self::new(api, handle, true)),
+                code => Err(api.error("ncclCommInitRankConfig", code, null_mut())),
+            });
+            // Where nobody waits any more, it is aborted.
+            let _ = outcome.send(made);
+        };
+        let thread = std::thread::Builder::new().name("NCCL joins".into()).spawn(join);
+        thread.map_err(|error| Error::invalid("NCCL", format!("no thread can be started: {error}")))?;
+        loop {
+            match joined.recv_timeout(Duration::from_micros(100)) {
+                Ok(made) => return made,
+                Err(RecvTimeoutError::Timeout) => poll()?,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Error::invalid("NCCL", "the thread that joins has panicked"));
+                }
+            }
+        }
+    }
+
+    /// What other threads may touch.
+    pub(super) fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.shared)
     }
 
     /// The communicator of the ranks of one color, in order of `key`.
@@ -58,6 +166,7 @@ impl Raw {
         let wanted = color.is_some();
         let color = color.map_or(Ok(NO_COLOR), |color| number("the color", color))?;
         let key = number("the key", key)?;
+        let inside = self.enter()?;
         let parent = self.alive()?;
         // A thread of NCCL writes the part's handle here at any time until the parent has left `IN_PROGRESS`, also where there
         // is no color. Where that is not waited for, the place has to stay for ever: `settle` returning an error leaks it.
@@ -65,8 +174,9 @@ impl Raw {
         // SAFETY: the parent is live; `place` is laid out as a handle, and is freed below only when NCCL is done with it.
         #[allow(unsafe_code)]
         let code = unsafe {
-            (self.api.split)(parent, color, key, place.cast::<Handle>(), &mut Config::non_blocking())
+            (self.api.split)(parent, color, key, place.cast::<Handle>(), &mut Config::new(self.blocking))
         };
+        drop(inside);
         // Without blocking the call returns success and not `IN_PROGRESS` while it goes on: the parent has to be asked.
         let code = if code == SUCCESS { IN_PROGRESS } else { code };
         self.settle("ncclCommSplit", code, poll)?;
@@ -77,34 +187,53 @@ impl Raw {
         if !wanted {
             return Ok(None);
         }
-        let part = Self { api: self.api, handle: Cell::new(handle) };
+        let part = Self::new(self.api, handle, self.blocking);
         part.settle("ncclCommSplit", IN_PROGRESS, poll)?;
         Ok(Some(part))
     }
 
+    /// The handle, which no other thread ends while this one is inside.
     fn alive(&self) -> Result<Handle> {
-        let handle = self.handle.get();
+        let state = self.shared.state();
+        let handle = state.handle.load(Ordering::Relaxed);
         if handle.is_null() {
-            return Err(Error::invalid("NCCL", "the communicator was aborted"));
+            let reason = state.reason.clone();
+            return Err(reason.unwrap_or_else(|| Error::invalid("NCCL", "the communicator was aborted")));
         }
         Ok(handle)
+    }
+
+    fn enter(&self) -> Result<Inside<'_>> {
+        self.shared.state().inside = Some(Instant::now());
+        let inside = Inside(&self.shared);
+        self.alive()?;
+        Ok(inside)
+    }
+
+    /// The error of a call that returned a code; where another thread has ended the communicator, why.
+    fn error(&self, call: &'static str, code: c_int) -> Error {
+        match self.alive() {
+            Ok(handle) => self.api.error(call, code, handle),
+            Err(reason) => reason,
+        }
     }
 
     /// An error that NCCL has met beside its calls.
     pub(super) fn check(&self) -> Result<()> {
         match self.state()? {
             SUCCESS | IN_PROGRESS => Ok(()),
-            code => Err(self.api.error("ncclCommGetAsyncError", code, self.handle.get())),
+            code => Err(self.error("ncclCommGetAsyncError", code)),
         }
     }
 
     fn state(&self) -> Result<c_int> {
+        let _inside = self.enter()?;
         let mut state = SUCCESS;
         // SAFETY: the handle is that of a live communicator, and `state` is a place for a result.
         #[allow(unsafe_code)]
         match unsafe { (self.api.async_error)(self.alive()?, &mut state) } {
             SUCCESS => Ok(state),
-            code => Err(self.api.error("ncclCommGetAsyncError", code, self.handle.get())),
+            code => Err(self.error("ncclCommGetAsyncError", code)),
         }
     }
 
@@ -114,7 +243,7 @@ impl Raw {
             match code {
                 SUCCESS => return Ok(()),
                 IN_PROGRESS => {}
-                code => return Err(self.api.error(call, code, self.handle.get())),
+                code => return Err(self.error(call, code)),
             }
             // First: a rank that is lost after it has done its part is no obstacle to what is done.
             code = self.state()?;
@@ -125,9 +254,13 @@ impl Raw {
         }
     }
 
+    fn take(&self) -> Handle {
+        std::mem::take(&mut self.shared.state().handle).into_inner()
+    }
+
     /// Ends what the communicator is doing, on the device too, and the communicator.
     pub(super) fn abort(&self) {
-        let handle = self.handle.replace(null_mut());
+        let handle = self.take();
         if !handle.is_null() {
             // SAFETY: the handle was live and is not used again. A failed abort leaves nothing to be done.
             #[allow(unsafe_code)]
@@ -137,7 +270,7 @@ impl Raw {
 
     /// Ends the communicator, whose work is done.
     pub(super) fn destroy(&self) {
-        let handle = self.handle.replace(null_mut());
+        let handle = self.take();
         if !handle.is_null() {
             // SAFETY: as in `abort`.
             #[allow(unsafe_code)]
@@ -145,9 +278,19 @@ impl Raw {
         }
     }
 
+    /// One call.
+    pub(super) fn alone(&self, poll: Poll<'_>, call: impl FnOnce() -> Result<()>) -> Result<()> {
+        let inside = self.enter()?;
+        let result = call();
+        drop(inside);
+        result?;
+        // Without blocking it goes on in the background.
+        if self.blocking { Ok(()) } else { self.settle("a call", IN_PROGRESS, poll) }
+    }
+
     /// Several calls as one.
     pub(super) fn grouped(&self, poll: Poll<'_>, calls: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.alive()?;
+        let inside = self.enter()?;
         // SAFETY: every start has its end below.
         #[allow(unsafe_code)]
         let started = unsafe { (self.api.group_start)() };
@@ -156,15 +299,16 @@ impl Raw {
         // SAFETY: as above.
         #[allow(unsafe_code)]
         let ended = unsafe { (self.api.group_end)() };
+        drop(inside);
         result?;
         self.settle("ncclGroupEnd", ended, poll)
     }
 
-    /// Accepts a call that is done, or goes on in the background inside a group.
+    /// Accepts a call that is done, or goes on in the background.
     fn returned(&self, call: &'static str, code: c_int) -> Result<()> {
         match code {
             SUCCESS | IN_PROGRESS => Ok(()),
-            code => Err(self.api.error(call, code, self.handle.get())),
+            code => Err(self.error(call, code)),
         }
     }
 
@@ -298,6 +442,16 @@ impl Drop for Raw {
     fn drop(&mut self) {
         self.abort();
     }
+}
+
+/// Makes a communicator's handle on the device that is current, and returns what NCCL said.
+fn initialize(api: &Api, id: [u8; 128], rank: usize, size: usize, blocking: bool) -> Result<(Handle, c_int)> {
+    let (rank, size) = (number("the rank", rank)?, number("the number of ranks", size)?);
+    let mut handle = null_mut();
+    // SAFETY: `handle` is a place for a communicator, the configuration is of the size that it states, and NCCL copies it.
+    #[allow(unsafe_code)]
+    let code = unsafe { (api.init)(&mut handle, size, UniqueId(id), rank, &mut Config::new(blocking)) };
+    Ok((handle, code))
 }
 
 /// NCCL's number of an element.

@@ -15,7 +15,7 @@ mod sync;
 pub(crate) use shared::{Presence, Seat};
 
 use super::{
-    Call, Collective, Communicator, InFlight, Incoming, Outgoing, Parts, ReduceOp, Step,
+    Call, Collective, Communicator, InFlight, Incoming, Lookout, Outgoing, Parts, ReduceOp, Step,
     combine::{self, BLOCK},
     host,
 };
@@ -167,6 +167,34 @@ macro_rules! each_pair {
 }
 use each_pair;
 
+/// What is known of a group to who has no seat in it, on behalf of a rank.
+struct Outlook {
+    shared: Arc<Shared>,
+    rank: usize,
+}
+
+impl Outlook {
+    fn of(seat: &Seat) -> Self {
+        Self { shared: Arc::clone(&seat.shared), rank: seat.rank }
+    }
+}
+
+impl Lookout for Outlook {
+    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
+        self.shared.obstacle(call, || self.shared.absent(step))
+    }
+
+    fn absent(&self, step: Step) -> Vec<usize> {
+        self.shared.absent(step)
+    }
+
+    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+        let absent = steps.iter().flat_map(|step| self.shared.absent(*step)).collect();
+        let missing = Step::missing(steps, absent, self.rank, self.shared.size());
+        self.shared.give_up(call, missing, after)
+    }
+}
+
 impl Communicator<Cpu> for ThreadComm {
     fn rank(&self) -> usize {
         self.seat.rank
@@ -263,15 +291,15 @@ impl Communicator<Cpu> for ThreadComm {
     }
 
     fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
-        let shared = &self.seat.shared;
-        shared.obstacle(call, || shared.absent(step))
+        Outlook::of(&self.seat).obstacle_beside(call, step)
     }
 
     fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
-        let shared = &self.seat.shared;
-        let absent = steps.iter().flat_map(|step| shared.absent(*step)).collect();
-        let missing = Step::missing(steps, absent, self.seat.rank, shared.size());
-        shared.give_up(call, missing, after)
+        Outlook::of(&self.seat).give_up(call, steps, after)
+    }
+
+    fn lookout(&self) -> Option<Box<dyn Lookout>> {
+        Some(Box::new(Outlook::of(&self.seat)))
     }
 
     fn is_near(&self) -> bool {

@@ -214,6 +214,13 @@ impl Cuda {
         self.0.context.make_current()
     }
 
+    /// What makes the GPU the current one of another thread.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn elsewhere(&self) -> Box<dyn FnOnce() -> Result<()> + Send> {
+        let context = self.0.context;
+        Box::new(move || context.make_current())
+    }
+
     /// Lets the other GPUs reach this one's memory, as far as they are connected.
     #[cfg(feature = "nccl")]
     pub(crate) fn open_memory(&self) -> Result<()> {

@@ -25,6 +25,10 @@ const JOIN: u64 = 1;
 const OPS: u64 = 2;
 const SPLIT: u64 = 3;
 
+/// What a rank is told when all have come.
+const JOINED: u64 = 1;
+const REFUSED: u64 = 2;
+
 /// Where a process listens: a name that goes with it, not a file.
 fn address(process: u32) -> io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(format!("cuda-standin-{process}"))
@@ -103,20 +107,21 @@ pub fn serves() -> bool {
 
 /// Stands in for a rank of another process.
 fn serve(mut line: UnixStream) -> io::Result<()> {
-    let [tag, number, rank, size] = get(&mut line)?;
+    let [tag, number, rank, device, size] = get(&mut line)?;
     let (rank, size) = (rank as usize, size as usize);
     let world = match tag {
         JOIN => {
             let world = world(number, size);
             SERVES.store(true, SeqCst);
-            join(&world, rank);
+            world.is_met_from_afar();
+            join(&world, rank, device as i32);
             world
         }
         _ => return Ok(()),
     };
     let never = AtomicBool::new(false);
     world.wait_until_joined(&never);
-    put(&mut line, &[1])?;
+    put(&mut line, &[if world.duplicate().is_none() { JOINED } else { REFUSED }])?;
     let mut rounds = 0;
     loop {
         let [tag, count] = get(&mut line)?;
@@ -164,37 +169,49 @@ pub struct Line {
     stream: Mutex<UnixStream>,
     breaker: UnixStream,
     process: u32,
-    joined: AtomicBool,
+    /// The answer to its joining, once there is one.
+    joined: AtomicU64,
+    device: i32,
     /// Divisions that the rank has asked for.
     divisions: AtomicU64,
 }
 
 impl Line {
     /// Connects, and waits in the background until all ranks have come.
-    pub fn join(process: u32, number: u64, rank: usize, size: usize) -> io::Result<Arc<Self>> {
+    pub fn join(
+        process: u32,
+        number: u64,
+        (rank, device): (usize, i32),
+        size: usize,
+    ) -> io::Result<Arc<Self>> {
         let mut stream = UnixStream::connect_addr(&address(process)?)?;
-        put(&mut stream, &[JOIN, number, rank as u64, size as u64])?;
+        put(&mut stream, &[JOIN, number, rank as u64, device as u64, size as u64])?;
         let breaker = stream.try_clone()?;
         let line = Arc::new(Self {
             stream: Mutex::new(stream),
             breaker,
             process,
-            joined: AtomicBool::new(false),
+            joined: AtomicU64::new(0),
+            device,
             divisions: AtomicU64::new(0),
         });
         let waiting = Arc::clone(&line);
         let stream = lock(&line.stream).try_clone()?;
         std::thread::spawn(move || {
             let mut stream = stream;
-            if get::<1>(&mut stream).is_ok() {
-                waiting.joined.store(true, SeqCst);
+            if let Ok([answer]) = get(&mut stream) {
+                waiting.joined.store(answer, SeqCst);
             }
         });
         Ok(line)
     }
 
-    pub fn has_joined(&self) -> bool {
-        self.joined.load(SeqCst)
+    /// Whether all ranks have come, and then whether they may be ranks of one communicator.
+    pub fn joined(&self) -> Option<bool> {
+        match self.joined.load(SeqCst) {
+            0 => None,
+            answer => Some(answer == JOINED),
+        }
     }
 
     /// Ends what the rank is waiting for.
@@ -235,7 +252,7 @@ impl Line {
         match reply {
             [0, ..] => Ok(None),
             [number, size, place] => {
-                let line = Self::join(self.process, number, place as usize, size as usize)?;
+                let line = Self::join(self.process, number, (place as usize, self.device), size as usize)?;
                 Ok(Some((line, size as usize, place as usize)))
             }
         }
