@@ -335,13 +335,9 @@ fn main() -> ExitCode {
 }
 
 fn check(args: &Args, failures: &mut Failures) {
-    for library in cuda::versions() {
-        match library {
-            Ok(library) => println!("{} {} ({})", library.library, library.version, library.path.display()),
-            Err(error) => println!("{error}"),
-        }
+    for library in cuda::versions().into_iter().chain([nccl::version()]) {
+        println!("{}", library.map_or_else(|error| error.to_string(), |library| library.to_string()));
     }
-    println!("{}", nccl::version().unwrap_or_else(|error| error.to_string()));
     let begin = Instant::now();
     let cuda = match Cuda::new(args.gpu) {
         Ok(cuda) => cuda,

@@ -1,7 +1,7 @@
 //! NCCL's functions, found when they are first asked for.
 
 use crate::{
-    device::cuda::libraries::{FOLDER, python_folders, sites},
+    device::cuda::libraries::{FOLDER, Version, file_at, python_folders, sites},
     error::{Error, Result},
 };
 use libloading::Library;
@@ -157,11 +157,10 @@ impl Api {
     }
 
     /// The version, and the file that its functions are in: which of several files was loaded is the loader's choice.
-    pub(super) fn description(&self) -> String {
+    pub(super) fn describe(&self) -> Version {
         let number = self.number;
         let version = format!("{}.{}.{}", number / 10_000, number / 100 % 100, number % 100);
-        let path = mapped(self.version as usize).unwrap_or_else(|| "unknown file".into());
-        format!("NCCL {version} ({path})")
+        Version { library: "NCCL", version, path: file_at(self.version as usize).unwrap_or_default() }
     }
 
     /// The error of a call that returned a code.
@@ -186,18 +185,6 @@ unsafe fn copy(text: *const c_char) -> String {
     }
     // SAFETY: the caller's promise.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_string()
-}
-
-/// The file that is mapped at an address of this process.
-fn mapped(address: usize) -> Option<String> {
-    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    maps.lines().find_map(|line| {
-        let (range, rest) = line.split_once(' ')?;
-        let (from, to) = range.split_once('-')?;
-        let bound = |text| usize::from_str_radix(text, 16).ok();
-        let holds = (bound(from)?..bound(to)?).contains(&address);
-        holds.then(|| rest.find('/').map(|at| rest[at..].to_string())).flatten()
-    })
 }
 
 /// Where NCCL may be: what `SHARDWISE_NCCL` names and nothing else, or in the folder of NVIDIA's libraries, on the loader's path,
@@ -226,7 +213,7 @@ mod tests {
         match Api::load() {
             Ok(api) => {
                 assert!(api.number >= OLDEST);
-                let words = api.description();
+                let words = api.describe().to_string();
                 assert!(words.starts_with("NCCL 2.") && words.contains('/'), "{words}");
                 let error = api.error("ncclAllReduce", 4, std::ptr::null_mut()).to_string();
                 assert!(error.starts_with("ncclAllReduce: NCCL error 4: invalid argument"), "{error}");

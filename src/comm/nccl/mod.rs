@@ -29,7 +29,7 @@ use super::{
     Call, Collective, Communicator, Group, InFlight, Incoming, Outgoing, Parts, ReduceOp, Step, call::hash,
 };
 use crate::{
-    device::{AnyBuffer, AnyMut, AnyRef, Cpu, DType, Element, each_dtype},
+    device::{AnyBuffer, AnyMut, AnyRef, Cpu, DType, Element, cuda::Version, each_dtype},
     error::{Error, Loss, Result},
     kernels::{MatMut, MatRef},
     shard::Partition,
@@ -61,12 +61,12 @@ macro_rules! each_pair {
     };
 }
 
-/// The version of the NCCL that is used, and its file, for a report.
+/// The NCCL that is used, loaded if it was not. The other libraries are [`crate::device::cuda::versions`].
 ///
 /// # Errors
 /// When there is none of version 2.18 or later.
-pub fn version() -> Result<String> {
-    Ok(Api::get()?.description())
+pub fn version() -> Result<Version> {
+    Ok(Api::get()?.describe())
 }
 
 /// How sums are made.

@@ -14,6 +14,7 @@ use cudarc::{
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use std::{
     ffi::{c_char, c_int, c_void},
+    fmt,
     path::{Path, PathBuf},
     sync::OnceLock,
 };
@@ -219,6 +220,12 @@ pub struct Version {
     pub version: String,
     /// Its file.
     pub path: PathBuf,
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} ({})", self.library, self.version, self.path.display())
+    }
 }
 
 /// The driver, NVRTC and cuBLASLt, loaded if they were not. NCCL's is [`crate::comm::nccl`]'s to say.
