@@ -2,7 +2,7 @@
 
 use crate::{
     device::{Device, Element},
-    error::{Error, Result, same_shape, same_size},
+    error::{Result, same_shape, same_size},
     kernels::{AttentionSpec, Backend, CacheSpec, MatRef},
     shard::Sequences,
     tensor::Tensor,
@@ -170,34 +170,10 @@ pub fn append_to_cache<T: Element, B: Backend>(
     same_size(OP, "the number of slots", slots.len(), "that of sequences", sequences.len())?;
     same_size(OP, "rows of the sequences", sequences.rows(), "rows of [q | k | v]", qkv.shape().rows())?;
     same_size(OP, "key/value heads", heads.kv_heads, "those of the cache", cache.kv_heads)?;
-    let (device, dim, capacity) = (qkv.device(), heads.head_dim, cache.capacity);
-    let (spec, room) = (heads.spec(sequences), CacheSpec { slots, capacity });
-    for (at, rows) in sequences.iter().enumerate() {
-        let (start, end) = (sequences.start(at), sequences.start(at) + rows.len());
-        if end > capacity {
-            return Err(Error::sizes(OP, format!("the end of sequence {at}"), end, "the capacity", capacity));
-        }
-        let last = room.row(&spec, slots[at], heads.kv_heads);
-        if last > cache.keys.shape().rows() {
-            return Err(Error::sizes(
-                OP,
-                format!("the end of slot {}", slots[at]),
-                last,
-                "rows",
-                cache.keys.shape().rows(),
-            ));
-        }
-        for kv in 0..heads.kv_heads {
-            let first = room.row(&spec, slots[at], kv);
-            let to = first + start..first + end;
-            let columns = kv * dim..(kv + 1) * dim;
-            // q has at least as many columns as k and v.
-            let [_, k, v] = heads.parts(qkv).map(|all| all.block(rows.clone(), columns.clone()));
-            device.copy(k, cache.keys.mat_mut()?.block(to.clone(), 0..dim))?;
-            device.copy(v, cache.values.mat_mut()?.block(to, 0..dim))?;
-        }
-    }
-    Ok(())
+    let spec = CacheSpec { slots, capacity: cache.capacity };
+    let [_, k, v] = heads.parts(qkv);
+    let (keys, values) = (cache.keys.mat_mut()?, cache.values.mat_mut()?);
+    qkv.device().append_cached(&heads.spec(sequences), &spec, k, v, keys, values)
 }
 
 /// Attention of the queries of new tokens to a cache that has their keys and values: see

@@ -584,6 +584,40 @@ fn tiles<T: Element, B: Backend>(
     Ok(results)
 }
 
+/// Keys and values of new tokens in a cache, one sequence longer than a block's run, and one slot twice.
+fn appended<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
+    let dim = [3, 8, 33, 64, 128, 130][draw.cols % 6];
+    let (kv_heads, capacity) = (draw.more % 3 + 1, 60);
+    let lengths = [draw.rows, 0, 37, 1, 3];
+    let starts = [5, 7, 20, capacity - 1, 19];
+    let rows: usize = lengths.iter().sum();
+    let sequences = Sequences::packed(lengths).starting_at(&starts)?;
+    let cols = kv_heads * dim;
+    let from = Place { rows, cols, start: draw.start, stride: cols + draw.gap };
+    let to = Place { rows: 4 * kv_heads * capacity, cols: dim, start: draw.start, stride: dim + draw.gap };
+    let memory = |seed: u64, place| Memory::<T, B>::new(device, draw.seed ^ seed, place);
+    let (k, v, mut keys, mut values) = (memory(1, from), memory(2, from), memory(3, to), memory(4, to));
+    let spec = AttentionSpec {
+        kv_of_query: &[0],
+        kv_heads,
+        head_dim: dim,
+        scale: 1.0,
+        causal: true,
+        window: None,
+        sequences: &sequences,
+    };
+    let cache = CacheSpec { slots: &[3, 1, 0, 2, 0], capacity };
+    device.append_cached(&spec, &cache, k.mat(), v.mat(), keys.mat_mut(), values.mat_mut())?;
+    let results = vec![keys.values(), values.values()];
+    // What does not fit is an error, and nothing is written.
+    let slots = CacheSpec { slots: &[3, 1, 0, 2, 4], capacity };
+    assert!(device.append_cached(&spec, &slots, v.mat(), k.mat(), keys.mat_mut(), values.mat_mut()).is_err());
+    let short = CacheSpec { capacity: capacity - 1, ..cache };
+    assert!(device.append_cached(&spec, &short, v.mat(), k.mat(), keys.mat_mut(), values.mat_mut()).is_err());
+    assert_eq!([keys.values(), values.values()], results[..]);
+    Ok(results)
+}
+
 /// Attention of the same numbers, wherever they lie.
 fn placed<T: Element, B: Backend>(device: &B, start: usize) -> Result<Vec<f64>> {
     let place = |start| Place { rows: 80, cols: 64, start, stride: 72 };
@@ -661,4 +695,5 @@ families! {
     products_are_the_cpus, 24, products;
     linear_operators_are_the_cpus, 24, linear;
     attention_is_the_cpus, 12, attention;
+    attention_appends_to_a_cache_as_the_cpu, 12, appended;
 }

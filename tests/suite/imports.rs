@@ -47,6 +47,7 @@ const UNSAFE: [&str; 29] = [
     "src/device/cuda/status.rs",
     "src/device/cuda/stream.rs",
     "src/kernels/attention/cuda.rs",
+    "src/kernels/attention/decode.rs",
     "src/kernels/dropout/cuda.rs",
     "src/kernels/gather/cuda.rs",
     "src/kernels/gemm/blocked/mod.rs",

@@ -152,6 +152,9 @@ kernels! {
         Gather "gather" Each,
         ScatterAdd "scatter_add" Each,
     }
+    "decode" (large_shared_memory: true, contracts: false) {
+        Append "append" Each,
+    }
     "rope" (large_shared_memory: false, contracts: false) {
         Rope "rope" Each,
     }

@@ -7,7 +7,7 @@
 //! part are copied as zeros, and where a number is not finite, causal tiles are single queries, which see every key that
 //! they are multiplied with.
 
-use super::{Attention, AttentionSpec, CacheSpec, cached, check, check_cached};
+use super::{Attention, AttentionSpec, CacheSpec, cached, check, check_append, check_cached};
 use crate::{
     device::{Accumulator, Cpu, CpuBuffer, Device, Element, vectorized},
     error::{Result, same_size},
@@ -188,6 +188,30 @@ impl Attention for Cpu {
                     let (dk_at, dv_at) = ((heads + kv) * dim, (heads + spec.kv_heads + kv) * dim);
                     narrow(dk, &mut row[dk_at..dk_at + dim]);
                     narrow(dv, &mut row[dv_at..dv_at + dim]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn append_cached<T: Element>(
+        &self,
+        spec: &AttentionSpec<'_>,
+        cache: &CacheSpec<'_>,
+        k: MatRef<'_, T, Self>,
+        v: MatRef<'_, T, Self>,
+        mut keys: MatMut<'_, T, Self>,
+        mut values: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        let from = [("k", k.dims()), ("v", v.dims())];
+        check_append(spec, cache, from, [("the keys", keys.dims()), ("the values", values.dims())])?;
+        for (at, rows) in spec.sequences.iter().enumerate() {
+            for kv in 0..spec.kv_heads {
+                let columns = kv * spec.head_dim..(kv + 1) * spec.head_dim;
+                let first = cache.row(spec, cache.slots[at], kv) + spec.sequences.start(at);
+                for (to, row) in (first..).zip(rows.clone()) {
+                    keys.row(to).copy_from_slice(&k.row(row)[columns.clone()]);
+                    values.row(to).copy_from_slice(&v.row(row)[columns.clone()]);
                 }
             }
         }

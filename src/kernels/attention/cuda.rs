@@ -1,6 +1,6 @@
 //! Attention on NVIDIA GPUs: `cuda/attention.cu`, and on tensor cores `cuda/flash.cu`.
 
-use super::{Attention, AttentionSpec, CacheSpec, check, check_cached};
+use super::{Attention, AttentionSpec, CacheSpec, check, check_append, check_cached, decode};
 use crate::{
     device::{
         DType, Device, Element,
@@ -231,6 +231,20 @@ impl Attention for Cuda {
             }
         }
         Ok(())
+    }
+
+    fn append_cached<T: Element>(
+        &self,
+        spec: &AttentionSpec<'_>,
+        cache: &CacheSpec<'_>,
+        k: MatRef<'_, T, Self>,
+        v: MatRef<'_, T, Self>,
+        keys: MatMut<'_, T, Self>,
+        values: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        let from = [("k", k.dims()), ("v", v.dims())];
+        check_append(spec, cache, from, [("the keys", keys.dims()), ("the values", values.dims())])?;
+        decode::append(self, spec, cache, k, v, keys, values)
     }
 
     fn attention_cached<T: Element>(

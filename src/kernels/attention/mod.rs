@@ -4,6 +4,8 @@ mod cached;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod decode;
 
 use super::{
     MatMut, MatRef,
@@ -63,6 +65,11 @@ impl CacheSpec<'_> {
     pub(crate) fn row(&self, spec: &AttentionSpec<'_>, slot: usize, kv_head: usize) -> usize {
         (slot * spec.kv_heads + kv_head) * self.capacity
     }
+
+    /// The row of the cache behind a slot.
+    fn end(&self, spec: &AttentionSpec<'_>, slot: usize) -> usize {
+        slot.saturating_add(1).saturating_mul(spec.kv_heads * self.capacity)
+    }
 }
 
 /// Attention over all heads of a rank.
@@ -111,6 +118,23 @@ pub trait Attention: Device {
         dqkv: MatMut<'_, T, Self>,
     ) -> Result<()>;
 
+    /// `keys`, `values` ← the rows of `k` and `v`, those of each sequence in its slot, from its start on.
+    ///
+    /// * `k`, `v`: `[rows, kv_heads · head_dim]`; `keys`, `values`: see [`CacheSpec`].
+    /// * Where two sequences have the same slot and overlap there, the later one's rows remain.
+    ///
+    /// # Errors
+    /// When sizes disagree, or a sequence goes beyond the capacity; nothing is written then.
+    fn append_cached<T: Element>(
+        &self,
+        spec: &AttentionSpec<'_>,
+        cache: &CacheSpec<'_>,
+        k: MatRef<'_, T, Self>,
+        v: MatRef<'_, T, Self>,
+        keys: MatMut<'_, T, Self>,
+        values: MatMut<'_, T, Self>,
+    ) -> Result<()>;
+
     /// `out` ← attention of `q` to a cache: row i of a sequence that starts at position p sees the positions 0 to p + i of
     /// its slot, or with a window the last of them. The cache already holds the keys and values of these rows.
     ///
@@ -131,6 +155,39 @@ pub trait Attention: Device {
     ) -> Result<()>;
 }
 
+fn check_append(
+    spec: &AttentionSpec<'_>,
+    cache: &CacheSpec<'_>,
+    from: [(&str, Dims); 2],
+    to: [(&str, Dims); 2],
+) -> Result<()> {
+    const OP: &str = "append to cache";
+    let sequences = spec.sequences;
+    same_size(OP, "the number of slots", cache.slots.len(), "that of sequences", sequences.len())?;
+    for (name, dims) in from {
+        unit_columns(OP, dims)?;
+        same_size(OP, "rows of the sequences", sequences.rows(), &format!("rows of {name}"), dims.rows)?;
+        let width = spec.kv_heads * spec.head_dim;
+        same_size(OP, &format!("columns of {name}"), dims.cols, "kv_heads · head_dim", width)?;
+    }
+    for (name, dims) in to {
+        unit_columns(OP, dims)?;
+        same_size(OP, &format!("columns of {name}"), dims.cols, "head_dim", spec.head_dim)?;
+        for (at, (rows, &slot)) in sequences.iter().zip(cache.slots).enumerate() {
+            let end = sequences.start(at) + rows.len();
+            if end > cache.capacity {
+                let what = format!("the end of sequence {at}");
+                return Err(Error::sizes(OP, what, end, "the capacity", cache.capacity));
+            }
+            let end = cache.end(spec, slot);
+            if end > dims.rows {
+                return Err(Error::sizes(OP, format!("the end of slot {slot}"), end, "rows", dims.rows));
+            }
+        }
+    }
+    Ok(())
+}
+
 fn check_cached(
     spec: &AttentionSpec<'_>,
     cache: &CacheSpec<'_>,
@@ -144,12 +201,11 @@ fn check_cached(
         return Err(Error::invalid(OP, "is causal and knows no padding"));
     }
     same_size(OP, "the number of slots", cache.slots.len(), "that of sequences", spec.sequences.len())?;
-    let slot_rows = spec.kv_heads * cache.capacity;
     for (name, dims) in kv_like {
         unit_columns(OP, *dims)?;
         same_size(OP, &format!("columns of {name}"), dims.cols, "head_dim", spec.head_dim)?;
-        for (sequence, &slot) in cache.slots.iter().enumerate() {
-            let end = slot.saturating_add(1).saturating_mul(slot_rows);
+        for (sequence, (rows, &slot)) in spec.sequences.iter().zip(cache.slots).enumerate() {
+            let end = cache.end(spec, slot);
             if end > dims.rows {
                 return Err(Error::sizes(
                     OP,
@@ -159,8 +215,7 @@ fn check_cached(
                     dims.rows,
                 ));
             }
-            let len = spec.sequences.iter().nth(sequence).map_or(0, |rows| rows.len());
-            let end = spec.sequences.start(sequence) + len;
+            let end = spec.sequences.start(sequence) + rows.len();
             if end > cache.capacity {
                 let what = format!("the end of sequence {sequence}");
                 return Err(Error::sizes(OP, what, end, "the capacity of the cache", cache.capacity));
