@@ -1,4 +1,4 @@
-// Rotary position embedding. A thread turns the same pairs of every head of a row: sine and cosine are computed once for all heads.
+// Rotary position embedding. A thread turns the same pairs of several heads of a row: sine and cosine are computed once for them.
 #include "element.cuh"
 
 // Cosine and sine of an angle, in units of pi, of which whole turns are taken off exactly: without the tables in local memory
@@ -12,12 +12,14 @@ __device__ __forceinline__ void turn(double angle, double& cosine, double& sine)
   sine = sinpi(left);
 }
 
-// N pairs at a time. They lie in two packs: of first and of second features, or, interleaved, one behind the other.
+// N pairs at a time, of every `parts`-th head. They lie in two packs: of first and of second features, or, interleaved, one
+// behind the other.
 template <int N, class T>
-__device__ __forceinline__ void rope(i64 rows, i64 pairs, i64 heads, i64 head_dim, bool interleaved, double magnitude,
+__device__ __forceinline__ void rope(i64 rows, i64 parts, i64 pairs, i64 heads, i64 head_dim, bool interleaved, double magnitude,
     double direction, const double* frequencies, const u32* positions, T* x, i64 sx) {
   typedef Acc<T> A;
-  each<N>(rows, pairs, [&](i64 row, i64 at) {
+  each<N>(rows * parts, pairs, [&](i64 line, i64 at) {
+    const i64 row = line / parts;
     A c[N], s[N];
 #pragma unroll
     for (int k = 0; k < N; k++) {
@@ -27,7 +29,7 @@ __device__ __forceinline__ void rope(i64 rows, i64 pairs, i64 heads, i64 head_di
       s[k] = (A)(magnitude * direction * sine);
     }
     const i64 first = interleaved ? 2 * at : at, second = interleaved ? first + N : at + pairs;
-    for (i64 head = 0; head < heads; head++) {
+    for (i64 head = line - row * parts; head < heads; head += parts) {
       T* turned = x + row * sx + head * head_dim;
       Pack<T, N> packs[2] = {load<N>(turned + first), load<N>(turned + second)};
       const auto pair = [&](int k, T& left, T& right) {
@@ -48,9 +50,9 @@ __device__ __forceinline__ void rope(i64 rows, i64 pairs, i64 heads, i64 head_di
 }
 
 #define ROPE(T, name) \
-  extern "C" __global__ void rope_##name(i64 packed, i64 rows, i64 pairs, i64 heads, i64 head_dim, i64 interleaved, \
+  extern "C" __global__ void rope_##name(i64 packed, i64 rows, i64 parts, i64 pairs, i64 heads, i64 head_dim, i64 interleaved, \
       double magnitude, double direction, const double* frequencies, const u32* positions, T* x, i64 sx) { \
     WITH_PACKS(packed, Width<T>::value, \
-      (rope<N>(rows, pairs, heads, head_dim, interleaved, magnitude, direction, frequencies, positions, x, sx))) \
+      (rope<N>(rows, parts, pairs, heads, head_dim, interleaved, magnitude, direction, frequencies, positions, x, sx))) \
   }
 EACH_ELEMENT(ROPE)

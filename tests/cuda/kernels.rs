@@ -618,6 +618,91 @@ fn appended<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f
     Ok(results)
 }
 
+/// Attention of few rows a sequence to caches of one span and of several, and of many rows beside them. What lies in the cache
+/// behind a sequence's end, or in front of the window, may be anything.
+fn decoded<T: Element, B: Backend>(device: &B, dim: usize, gap: usize) -> Result<Vec<Vec<f64>>> {
+    let (capacity, kv_heads, kv) = (700, 2, [1, 0, 0, 1, 0, 0, 0]);
+    let (lengths, starts, slots) =
+        ([1, 3, 8, 0, 1, 11, 2], [640, 0, 250, 0, 300, 30, 511], [6, 2, 0, 5, 1, 3, 4]);
+    let sequences = Sequences::packed(lengths).starting_at(&starts)?;
+    let cols = kv.len() * dim;
+    let place = Place { rows: sequences.rows(), cols, start: gap, stride: cols + gap };
+    let rows = 7 * kv_heads * capacity;
+    let cache =
+        |seed| Memory::<T, B>::new(device, seed, Place { rows, cols: dim, start: gap, stride: dim + gap });
+    let (q, mut keys, mut values) = (Memory::<T, B>::new(device, 1, place), cache(2), cache(3));
+    let room = CacheSpec { slots: &slots, capacity };
+    let mut results = Vec::new();
+    for window in [None, Some(280), Some(2)] {
+        for ((start, len), slot) in starts.into_iter().zip(lengths).zip(slots) {
+            for head in 0..kv_heads {
+                let first = (slot * kv_heads + head) * capacity;
+                let hidden = window.map_or(0, |window| (start + 1_usize).saturating_sub(window));
+                for rows in [first..first + hidden, first + start + len..first + capacity] {
+                    device.fill(f64::NAN, keys.mat_mut().block(rows.clone(), 0..dim))?;
+                    device.fill(f64::NAN, values.mat_mut().block(rows, 0..dim))?;
+                }
+            }
+        }
+        let spec = AttentionSpec {
+            kv_of_query: &kv,
+            kv_heads,
+            head_dim: dim,
+            scale: 1.5 / (dim as f64).sqrt(),
+            causal: true,
+            window,
+            sequences: &sequences,
+        };
+        let mut out = Memory::<T, B>::new(device, 4, place);
+        device.attention_cached(&spec, &room, q.mat(), keys.mat(), values.mat(), out.mat_mut())?;
+        results.push(out.values());
+        // The row of a sequence alone: the same bits as beside the others.
+        let alone = Sequences::one(1).starting_at(&starts[..1])?;
+        let spec = AttentionSpec { sequences: &alone, ..spec };
+        let room = CacheSpec { slots: &slots[..1], capacity };
+        let row = out.mat_mut().block(0..1, 0..cols);
+        device.fill(0.0, row)?;
+        let (query, row) = (q.mat().block(0..1, 0..cols), out.mat_mut().block(0..1, 0..cols));
+        device.attention_cached(&spec, &room, query, keys.mat(), values.mat(), row)?;
+        assert_eq!(out.values()[gap..gap + cols], results[results.len() - 1][gap..gap + cols]);
+    }
+    // What is seen has its influence: the last row of the third sequence alone sees its last position.
+    let at = kv_heads * capacity * slots[2] + 257;
+    device.fill(f64::INFINITY, values.mat_mut().block(at..at + 1, 0..dim))?;
+    device.fill(f64::NAN, keys.mat_mut().block(at + capacity..at + capacity + 1, 0..dim))?;
+    let spec = AttentionSpec {
+        kv_of_query: &kv,
+        kv_heads,
+        head_dim: dim,
+        scale: 0.1,
+        causal: true,
+        window: Some(2),
+        sequences: &sequences,
+    };
+    let mut out = Memory::<T, B>::new(device, 5, place);
+    device.attention_cached(&spec, &room, q.mat(), keys.mat(), values.mat(), out.mat_mut())?;
+    results.push(out.values());
+    Ok(results)
+}
+
+#[test]
+fn attention_of_few_rows_to_a_cache_is_the_cpus() {
+    fn one<T: Element>(cuda: &Dev, cpu: &Cpu) {
+        for (dim, gap) in [(8, 0), (64, 8), (128, 0), (33, 1), (130, 3), (256, 0)] {
+            let got = decoded::<T, _>(cuda, dim, gap).unwrap();
+            let want = decoded::<T, _>(cpu, dim, gap).unwrap();
+            for (at, (got, want)) in got.iter().zip(&want).enumerate() {
+                same::<T>(&format!("heads of {dim}, gap {gap}, result {at}"), got, want);
+            }
+        }
+    }
+    let (cuda, cpu) = (dev::poisoned(), Cpu::poisoned());
+    one::<f64>(&cuda, &cpu);
+    one::<f32>(&cuda, &cpu);
+    one::<bf16>(&cuda, &cpu);
+    one::<f16>(&cuda, &cpu);
+}
+
 /// Attention of the same numbers, wherever they lie.
 fn placed<T: Element, B: Backend>(device: &B, start: usize) -> Result<Vec<f64>> {
     let place = |start| Place { rows: 80, cols: 64, start, stride: 72 };

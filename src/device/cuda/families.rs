@@ -152,7 +152,11 @@ kernels! {
         Gather "gather" Each,
         ScatterAdd "scatter_add" Each,
     }
-    "decode" (large_shared_memory: true, contracts: false) {
+    "decode" (large_shared_memory: false, contracts: false) {
+        Decode64 "decode_64" Each,
+        Decode128 "decode_128" Each,
+        Decode256 "decode_256" Each,
+        Combine "combine" Each,
         Append "append" Each,
     }
     "rope" (large_shared_memory: false, contracts: false) {
@@ -189,7 +193,11 @@ mod tests {
         for family in FAMILIES {
             let declared = family.source.split("__global__ void ").skip(1);
             let names = declared
-                .map(|rest| rest.trim_start_matches("__launch_bounds__(128, 2) ").split('(').next().unwrap());
+                .map(|rest| {
+                    rest.strip_prefix("__launch_bounds__(")
+                        .map_or(rest, |rest| rest.split_once(") ").unwrap().1)
+                })
+                .map(|rest| rest.split('(').next().unwrap());
             let stems: HashSet<&str> = names.map(|name| name.split("_##").next().unwrap()).collect();
             for stem in &stems {
                 let known = family.kernels.iter().any(|(_, known, _)| {

@@ -38,6 +38,7 @@
 //! * Kernels add in a fixed order, which does not depend on how memory is aligned; there are no atomic sums.
 //! * Attention of bf16 and f16 with heads of at most 128 features is made by tensor cores where every row begins at 16 bytes (heads of
 //!   a multiple of 8 features, tensors that are no odd views): weights are then rounded to the element before they meet the values.
+//!   Attention of at most 8 rows of a sequence to a cache is made without them.
 //! * The collectives' order is [`crate::comm::nccl::Order`].
 //!
 //! # Without a GPU

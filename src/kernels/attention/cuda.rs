@@ -137,7 +137,7 @@ impl Cuda {
 }
 
 /// A window that hides nothing.
-fn window(spec: &AttentionSpec<'_>) -> usize {
+pub(super) fn window(spec: &AttentionSpec<'_>) -> usize {
     spec.window.unwrap_or(usize::MAX).min(1 << 40)
 }
 
@@ -254,17 +254,29 @@ impl Attention for Cuda {
         q: MatRef<'_, T, Self>,
         k: MatRef<'_, T, Self>,
         v: MatRef<'_, T, Self>,
-        out: MatMut<'_, T, Self>,
+        mut out: MatMut<'_, T, Self>,
     ) -> Result<()> {
         let kv_like = [("the keys", k.dims()), ("the values", v.dims())];
         check_cached(spec, cache, &[("q", q.dims()), ("out", out.dims())], &kv_like)?;
+        decode::attention(self, spec, cache, q, k, v, out.reborrow())?;
+        // Longer parts of sequences, as prompts are.
         let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
         let kind = Kernels::new::<T>(dim, &[q.operand(), k.operand(), v.operand(), out.operand()])?;
-        let keys = |sequence: usize, rows: &std::ops::Range<usize>| {
+        let mut tiles: Vec<i64> = Vec::new();
+        for (sequence, rows) in spec.sequences.iter().enumerate().filter(|(_, rows)| rows.len() > decode::FEW)
+        {
             let start = spec.sequences.start(sequence);
-            [start, cache.row(spec, cache.slots[sequence], 0), start + rows.len()]
-        };
-        let (count, tiles, kv, _) = self.tables(spec, kind.tile, keys)?;
+            let (key_row, end) = (cache.row(spec, cache.slots[sequence], 0), start + rows.len());
+            for at in (0..rows.len()).step_by(kind.tile) {
+                let own = kind.tile.min(rows.len() - at);
+                tiles.extend([rows.start + at, own, start + at, key_row, end].map(|number| number as i64));
+            }
+        }
+        if tiles.is_empty() {
+            return Ok(());
+        }
+        let kv: Vec<i64> = spec.kv_of_query.iter().map(|&kv| kv as i64).collect();
+        let (count, tiles, kv) = (tiles.len() / 5, self.table(&tiles)?, self.table(&kv)?);
         let so = out.dims().row_stride;
         let out = out.into_data();
         let launch = self.kernel(kind.forward, T::DTYPE);

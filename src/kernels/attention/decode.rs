@@ -1,18 +1,28 @@
 //! Decoding on NVIDIA GPUs: appending to a cache, and attention of few queries to it: `cuda/decode.cu`.
 
-use super::{AttentionSpec, CacheSpec};
+use super::{AttentionSpec, CacheSpec, cuda::window};
 use crate::{
     device::{
-        Element,
+        Device, Element,
         cuda::{Cuda, Grid, Kernel},
     },
-    error::Result,
+    error::{Error, Result},
     kernels::{MatMut, MatRef, packs::Walk},
 };
 use std::collections::HashSet;
 
 /// Rows that a block appends.
 const RUN: usize = 16;
+
+/// The most rows of a sequence whose attention is decoding.
+pub(super) const FEW: usize = 8;
+
+/// The fewest keys of a span, and the most spans of a sequence.
+const SPAN: usize = 256;
+const SPANS: usize = 64;
+
+/// Warps of a block that attends.
+const WARPS: usize = 8;
 
 /// [`super::Attention::append_cached`], of what its check has seen.
 pub(super) fn append<T: Element>(
@@ -57,4 +67,128 @@ pub(super) fn append<T: Element>(
         }
     }
     Ok(())
+}
+
+/// [`super::Attention::attention_cached`] of the sequences of at most [`FEW`] rows.
+pub(super) fn attention<T: Element>(
+    cuda: &Cuda,
+    spec: &AttentionSpec<'_>,
+    cache: &CacheSpec<'_>,
+    q: MatRef<'_, T, Cuda>,
+    k: MatRef<'_, T, Cuda>,
+    v: MatRef<'_, T, Cuda>,
+    out: MatMut<'_, T, Cuda>,
+) -> Result<()> {
+    let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
+    let (kernel, features) = match dim {
+        0..=64 => (Kernel::Decode64, 64),
+        65..=128 => (Kernel::Decode128, 128),
+        129..=256 => (Kernel::Decode256, 256),
+        _ => {
+            let reason = format!("heads of {dim} features; the kernels are for 256 at most");
+            return Err(Error::Unsupported { op: "attention", reason });
+        }
+    };
+    let size = size_of::<T>();
+    // As TOGETHER in the kernel.
+    let together = if size == 8 { 2 } else { 4 } / if size > 2 && features == 256 { 2 } else { 1 };
+    let plan = Plan::new(spec, cache);
+    if plan.spans.is_empty() {
+        return Ok(());
+    }
+    let packed = Walk::by_rows(&[k.operand(), v.operand()], k.rows(), dim).packed;
+    let chunks = plan.queries.div_ceil(together);
+    let mut words = plan.heads;
+    words.extend(&plan.sequences);
+    words.extend(&plan.spans);
+    let rows_at = words.len();
+    words.extend(&plan.rows);
+    let table = cuda.table(&words)?;
+    let sums = plan.partials * dim;
+    let mut scratch = cuda.empty::<T::Acc>(sums + 2 * plan.partials)?;
+    let so = out.dims().row_stride;
+    let out = out.into_data();
+    let launch = cuda.kernel(kernel, T::DTYPE);
+    let launch =
+        launch.ints([usize::from(packed), heads, dim, spec.kv_heads, plan.sequences.len() / 8, chunks]);
+    let launch = launch.ints([cache.capacity, window(spec)]).floats([spec.scale]).table(&table);
+    let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
+    let launch = launch.read(v.data()).int(v.dims().row_stride).write(&out).int(so);
+    let launch = launch.write(&Cuda::narrow_mut(Cuda::slice_mut(&mut scratch), 0..sums));
+    let launch =
+        launch.write(&Cuda::narrow_mut(Cuda::slice_mut(&mut scratch), sums..sums + 2 * plan.partials));
+    let shared = together * (features + WARPS * (features + 2)) * size_of::<T::Acc>();
+    let blocks = [plan.spans.len() * chunks, spec.kv_heads];
+    // SAFETY: the arguments are decode's; `check_cached` has seen that q and out have the rows of the sequences and the
+    // columns of the heads, that the slots lie in the cache and the sequences end in their slots. There are as many partial
+    // results as `plan` has numbered.
+    #[allow(unsafe_code)]
+    unsafe {
+        launch.run(Grid { blocks, threads: [32, WARPS as u32], shared })?;
+    }
+    let launch = cuda.kernel(Kernel::Combine, T::DTYPE).ints([dim, rows_at]).table(&table);
+    let launch = launch.read(Cuda::narrow(Cuda::slice(&scratch), 0..sums));
+    let launch = launch.read(Cuda::narrow(Cuda::slice(&scratch), sums..sums + 2 * plan.partials));
+    // SAFETY: the arguments are combine's; the rows are those of `out`, and what they are made of was just written.
+    #[allow(unsafe_code)]
+    unsafe {
+        let blocks = [plan.rows.len() / 4, heads];
+        launch.write(&out).int(so).run(Grid { blocks, threads: [32, 4], shared: 0 })
+    }
+}
+
+/// What the kernels read of a call, as `cuda/decode.cu` describes it.
+struct Plan {
+    /// Where each key/value head's query heads are listed, and the list.
+    heads: Vec<i64>,
+    sequences: Vec<i64>,
+    spans: Vec<i64>,
+    /// The rows whose results are put together from several spans.
+    rows: Vec<i64>,
+    /// How many results of one span, query and head there are.
+    partials: usize,
+    /// The most queries of a sequence and key/value head.
+    queries: usize,
+}
+
+impl Plan {
+    fn new(spec: &AttentionSpec<'_>, cache: &CacheSpec<'_>) -> Self {
+        let heads = spec.kv_of_query.len();
+        let (mut bounds, mut list, mut sharing) = (vec![0], Vec::with_capacity(heads), 0);
+        for kv in 0..spec.kv_heads {
+            let before = list.len();
+            list.extend((0..heads).filter(|&head| spec.kv_of_query[head] == kv).map(|head| head as i64));
+            sharing = sharing.max(list.len() - before);
+            bounds.push(list.len() as i64);
+        }
+        bounds.extend(list);
+        let (sequences, spans, rows) = (Vec::new(), Vec::new(), Vec::new());
+        let mut this = Self { heads: bounds, sequences, spans, rows, partials: 0, queries: 0 };
+        for (sequence, own) in spec.sequences.iter().enumerate() {
+            if own.is_empty() || own.len() > FEW {
+                continue;
+            }
+            let place = spec.sequences.start(sequence);
+            let (begin, end) = (spec.first_key(place), place + own.len());
+            // Of the length alone, so that the bits do not depend on the rest of the batch.
+            let span = SPAN.max((end - begin).div_ceil(SPANS).next_multiple_of(SPAN / 8));
+            let count = (end - begin).div_ceil(span);
+            let key_row = cache.row(spec, cache.slots[sequence], 0);
+            let number = this.sequences.len() / 8;
+            let about = [own.start, own.len(), place, key_row, begin, end, span].map(|number| number as i64);
+            this.sequences.extend(about);
+            this.sequences.push(if count > 1 { this.partials as i64 } else { -1 });
+            this.spans.extend((0..count).map(|at| (number * SPANS + at) as i64));
+            this.queries = this.queries.max(own.len() * sharing);
+            if count > 1 {
+                let step = own.len() * heads;
+                for row in 0..own.len() {
+                    let about = [own.start + row, this.partials + row * heads, count, step];
+                    this.rows.extend(about.map(|number| number as i64));
+                }
+                this.partials += count * step;
+            }
+        }
+        this
+    }
 }

@@ -14,6 +14,9 @@ use crate::{
     },
 };
 
+/// Threads that keep a GPU busy: with fewer, the heads of a row are divided among more of them.
+const THREADS: usize = 1 << 16;
+
 impl Rope for Cuda {
     fn rope<T: Element>(
         &self,
@@ -32,17 +35,16 @@ impl Rope for Cuda {
         let (frequencies, positions) = (self.table_f64(spec.frequencies)?, self.table_u32(positions)?);
         let interleaved = usize::from(spec.pairs == RopePairs::Interleaved);
         let launch = self.kernel(Kernel::Rope, T::DTYPE);
-        let launch = launch.ints([usize::from(walk.packed), rows, pairs, heads, spec.head_dim, interleaved]);
+        // Those that it takes if each turns all heads.
+        let threads = walk.steps / heads.max(1);
+        let parts = (THREADS / threads.max(1)).clamp(1, heads.max(1));
+        let launch = launch.ints([usize::from(walk.packed), rows, parts, pairs, heads]);
+        let launch = launch.ints([spec.head_dim, interleaved]);
         let launch = launch.floats([spec.magnitude, if transposed { -1.0 } else { 1.0 }]);
         // SAFETY: the arguments are rope's; `check` has seen that x has a row a position, and whole heads that have the pairs.
         #[allow(unsafe_code)]
         unsafe {
-            launch
-                .table(&frequencies)
-                .table(&positions)
-                .write(&x)
-                .int(sx)
-                .run(Grid::over(walk.steps / heads.max(1)))
+            launch.table(&frequencies).table(&positions).write(&x).int(sx).run(Grid::over(threads * parts))
         }
     }
 }
