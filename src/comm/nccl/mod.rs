@@ -15,6 +15,7 @@
 //!   later one. For a rank that is inside of a call of NCCL's or the driver's a thread of the process does so.
 //! * A rank's collectives of all communicators run one after another, in the order of its calls: where kernels of two start in
 //!   another order on another rank, and do not fit on a device together, each waits for what the other keeps from starting.
+//!   Messages, which only two ranks make, wait for what their own communicator does.
 
 mod api;
 mod cuda;
@@ -44,8 +45,7 @@ use std::{
     cell::{Cell, OnceCell, RefCell},
     collections::{HashMap, HashSet, VecDeque},
     ffi::c_void,
-    ptr::null_mut,
-    rc::{Rc, Weak},
+    rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -140,9 +140,12 @@ pub struct Nccl<B: NcclDevice> {
     options: Options,
 }
 
+/// A collective of some communicator of a rank, and the stream that it runs on.
+type Last = Option<(*mut c_void, Rc<dyn Any>)>;
+
 thread_local! {
-    /// The stream of this rank's last collective, and the collective, where that is not known to be finished.
-    static LAST: RefCell<(*mut c_void, Weak<dyn Any>)> = RefCell::new((null_mut(), Weak::<()>::new()));
+    /// This rank's last collective. It is kept when it is finished too: the next waits for it in any case.
+    static LAST: RefCell<Last> = const { RefCell::new(None) };
 }
 
 /// What a rank looks at while it waits.
@@ -325,15 +328,16 @@ impl<B: NcclDevice> Nccl<B> {
     fn enter(&self, call: &Call, strangers: &[Option<B>]) -> Result<B::Mark> {
         self.state.is_well()?;
         self.compare(call)?;
-        self.wait_for(strangers)
+        let lane = self.lane().stream();
+        let last = LAST.with_borrow(|last| last.clone()).filter(|(stream, _)| *stream != lane);
+        self.wait_for(strangers, last.and_then(|(_, last)| last.downcast().ok()))
     }
 
-    fn wait_for(&self, strangers: &[Option<B>]) -> Result<B::Mark> {
+    /// Lets the lane wait for what was computed, and for a collective on another lane. Returns the mark behind that.
+    fn wait_for(&self, strangers: &[Option<B>], last: Option<Rc<UnderWay<B>>>) -> Result<B::Mark> {
         self.device.make_current()?;
         let (lane, computed) = (self.lane(), self.device.mark()?);
         lane.after(&computed)?;
-        let last = LAST.with_borrow(|(stream, last)| last.upgrade().filter(|_| *stream != lane.stream()));
-        let last = last.and_then(|last| last.downcast::<UnderWay<B>>().ok());
         if last.is_none() && strangers.iter().flatten().next().is_none() {
             // What the lane did before is known to be finished when this collective is the oldest.
             return Ok(computed);
@@ -372,7 +376,9 @@ impl<B: NcclDevice> Nccl<B> {
         collective: impl FnOnce(&Meeting) -> Result<()>,
     ) -> Result<Rc<UnderWay<B>>> {
         let begin = self.enter(call, strangers)?;
-        self.go(self.meeting(call), begin, strangers, collective)
+        let under_way = self.go(self.meeting(call), begin, strangers, collective)?;
+        LAST.set(Some((self.lane().stream(), Rc::clone(&under_way) as Rc<dyn Any>)));
+        Ok(under_way)
     }
 
     /// Where all ranks meet next.
@@ -413,8 +419,6 @@ impl<B: NcclDevice> Nccl<B> {
             self.device.after(&end)?;
         }
         under_way.end.get_or_init(|| end);
-        let last: Weak<dyn Any> = Rc::downgrade(&(Rc::clone(&under_way) as Rc<dyn Any>));
-        LAST.set((self.lane().stream(), last));
         acted.map(|()| under_way)
     }
 
@@ -734,7 +738,7 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         let mut steps = [sending, receiving].into_iter().flatten();
         let Some(step) = steps.next() else { return Ok(()) };
         let at = Meeting { call: *call, step, other: steps.next() };
-        let begin = self.wait_for(&strangers)?;
+        let begin = self.wait_for(&strangers, None)?;
         let done = self.go(at, begin, &strangers, |at| {
             self.grouped(at, || {
                 if let Some(send) = send {
