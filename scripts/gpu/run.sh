@@ -80,7 +80,7 @@ tests() {
     STEP=$name UNDER="$*" step "$name" "$limit" xargs -a "$out/logs/$name.names" -P "$jobs" -I{} bash -c 'one_test {}'
 }
 
-run_check() { step check 60 ./example-gpu_check; }
+run_check() { step check 120 ./example-gpu_check; }
 run_kernels() { tests kernels 60 '^(kernels|device)::'; }
 run_bench() { step bench 60 ./bench-gpu --bench --json "$out/bench.jsonl" ${QUICK:+--quick}; }
 run_torch() {
