@@ -106,23 +106,16 @@ template <bool PACKED, class T> __device__ __forceinline__ Part<T> part(const T*
 }
 
 // What a group of lanes has seen for each query: the largest score, the sums of weights and of weighted values; and the
-// queries' places.
+// queries' places, counted from the span's begin.
 template <int R, int F, class A> struct Seen {
   A sum[R][F], most[R], total[R];
-  u32 place[R];
+  int place[R];
 };
 
-// Adds the keys first, first + step, ... of a group of lanes, which have loaded their parts. A query sees the keys of the window
-// that ends at its place; with ALL_SEEN every query sees every key. What was loaded for a key from `end` on is not that key's.
-template <bool ALL_SEEN, int U, int PER, int LANES, int N, int R, class T, class A>
-__device__ __forceinline__ void attend(Seen<R, N * PER, A>& at, const Pack<A, 16 / sizeof(A)>* queries,
-    const Part<T> (&keys)[U][PER], const Part<T> (&values)[U][PER], i64 first, i64 step, i64 end, i64 window) {
+// The scores of keys of which the lanes of a group have loaded parts.
+template <int LANES, int N, int U, int PER, int R, class T, class A>
+__device__ __forceinline__ void scores(A (&score)[U][R], const Pack<A, 16 / sizeof(A)>* queries, const Part<T> (&keys)[U][PER]) {
   constexpr int W = 16 / sizeof(A);
-  const auto seen = [&](int u, int r) {
-    const i64 key = first + u * step;
-    return ALL_SEEN || (key < end && key <= at.place[r] && key + window > at.place[r]);
-  };
-  A score[U][R];
 #pragma unroll
   for (int u = 0; u < U; u++)
 #pragma unroll
@@ -144,13 +137,31 @@ __device__ __forceinline__ void attend(Seen<R, N * PER, A>& at, const Pack<A, 16
         }
     }
 #pragma unroll
-  for (int u = 0; u < U; u++)
+  for (int o = LANES / 2; o; o >>= 1)
 #pragma unroll
-    for (int r = 0; r < R; r++) {
+    for (int u = 0; u < U; u++)
 #pragma unroll
-      for (int o = LANES / 2; o; o >>= 1) score[u][r] += __shfl_xor_sync(ALL, score[u][r], o);
-      if (!seen(u, r)) score[u][r] = -infinity<A>();
-    }
+      for (int r = 0; r < R; r++) score[u][r] += __shfl_xor_sync(ALL, score[u][r], o);
+}
+
+// Adds the values of the keys first, first + step, ... of a group of lanes. A query sees the keys of the window that ends at its
+// place; with ALL_SEEN every query sees every key. What was loaded for a key from `end` on is not that key's.
+template <bool ALL_SEEN, int N, int U, int PER, int R, class T, class A>
+__device__ __forceinline__ void add(Seen<R, N * PER, A>& at, A (&score)[U][R], const Part<T> (&values)[U][PER], int first,
+    int step, int end, int window) {
+  // A bit a key and query.
+  u32 hidden = 0;
+  if (!ALL_SEEN) {
+#pragma unroll
+    for (int u = 0; u < U; u++)
+#pragma unroll
+      for (int r = 0; r < R; r++) {
+        const int key = first + u * step;
+        if (key < end && key <= at.place[r] && key + window > at.place[r]) continue;
+        hidden |= 1u << (u * R + r);
+        score[u][r] = -infinity<A>();
+      }
+  }
   A largest[R];
   bool moved = false;
 #pragma unroll
@@ -187,7 +198,7 @@ __device__ __forceinline__ void attend(Seen<R, N * PER, A>& at, const Pack<A, 16
         for (int r = 0; r < R; r++) {
           const A more = fma_of(weight[r], value, at.sum[r][p * N + n]);
           // What is not seen is not multiplied with: NaN and infinity there do no harm.
-          at.sum[r][p * N + n] = seen(u, r) ? more : at.sum[r][p * N + n];
+          at.sum[r][p * N + n] = hidden >> (u * R + r) & 1 ? at.sum[r][p * N + n] : more;
         }
       }
   }
@@ -207,7 +218,8 @@ __device__ void decode(i64 heads, i64 dim, i64 kv_heads, i64 sequences, i64 chun
   const int sharing = (int)(table[kv + 1] - table[kv]), rows = (int)sequence[1], count = rows * sharing;
   const i64 first = sequence[0], place = sequence[2], key_row = sequence[3] + kv * capacity;
   const i64 begin = sequence[4] + span % SPANS * sequence[6];
-  const i64 end = begin + sequence[6] < sequence[5] ? begin + sequence[6] : sequence[5];
+  // Of the span. No place in it, and no distance in a window that hides something, comes near to FAR.
+  const int end = (int)(begin + sequence[6] < sequence[5] ? sequence[6] : sequence[5] - begin);
   const i64 partial = sequence[7] < 0 ? -1 : sequence[7] + span % SPANS * rows * heads;
   list += table[kv];
   if (chunk * R >= count) return;
@@ -217,14 +229,16 @@ __device__ void decode(i64 heads, i64 dim, i64 kv_heads, i64 sequences, i64 chun
   A *queries = shared, *all_sums = queries + R * D, *all_stats = all_sums + WARPS * R * D;
   Seen<R, F, A> at;
   // What the queries see together.
-  i64 from = 0, to = end;
+  constexpr int FAR = 1 << 30;
+  const int near = (int)(window < FAR ? window : FAR);
+  int from = 0, to = end;
 #pragma unroll
   for (int r = 0; r < R; r++) {
     // A query too many is the last once more.
-    const i64 row = place + (chunk * R + r < count ? chunk * R + r : count - 1) / sharing;
-    at.place[r] = (u32)row;
-    if (row + 1 < to) to = row + 1;
-    if (row + 1 - window > from) from = row + 1 - window;
+    const i64 row = place - begin + (chunk * R + r < count ? chunk * R + r : count - 1) / sharing;
+    at.place[r] = (int)(row < FAR - 1 ? row : FAR - 1);
+    if (at.place[r] + 1 < to) to = at.place[r] + 1;
+    if (at.place[r] + 1 - near > from) from = at.place[r] + 1 - near;
     at.most[r] = -infinity<A>();
     at.total[r] = 0;
 #pragma unroll
@@ -234,28 +248,37 @@ __device__ void decode(i64 heads, i64 dim, i64 kv_heads, i64 sequences, i64 chun
     const int r = here / D, d = here % D, p = d / (N * LANES), n = d % N;
     const int query = chunk * R + r < count ? chunk * R + r : count - 1, row = query / sharing;
     const T x = q[(first + row) * sq + list[query - row * sharing] * dim + (d < dim ? d : 0)];
-    const int to = (((r * PER + p) * (N / W) + n / W) * LANES + d / N % LANES) * W + n % W;
-    queries[to] = d < dim ? widen(x) * (A)(scale * 1.4426950408889634) : (A)0;
+    const int goes = (((r * PER + p) * (N / W) + n / W) * LANES + d / N % LANES) * W + n % W;
+    queries[goes] = d < dim ? widen(x) * (A)(scale * 1.4426950408889634) : (A)0;
   }
   __syncthreads();
-  constexpr i64 TILE = U * SIDE;
+  constexpr int TILE = U * SIDE;
   const auto* own_queries = reinterpret_cast<const Pack<A, W>*>(queries) + own;
-  for (i64 tile = begin + warp * TILE; tile < end; tile += WARPS * TILE) {
-    Part<T> keys[U][PER], values[U][PER];
-    // Queries are read anew for every tile: registers for all of them would halve the number of warps.
-    __syncwarp();
+  k += (key_row + begin) * sk;
+  v += (key_row + begin) * sv;
+  const auto load = [&](Part<T> (&to)[U][PER], const T* from, i64 stride, int tile) {
 #pragma unroll
     for (int u = 0; u < U; u++) {
-      const i64 key = tile + u * SIDE + side, row = key_row + (key < end ? key : end - 1);
+      const int key = tile + u * SIDE + side;
+      const T* row = from + (key < end ? key : end - 1) * stride;
 #pragma unroll
-      for (int p = 0; p < PER; p++) {
-        keys[u][p] = part<PACKED>(k + row * sk, (p * LANES + own) * N, dim);
-        values[u][p] = part<PACKED>(v + row * sv, (p * LANES + own) * N, dim);
-      }
+      for (int p = 0; p < PER; p++) to[u][p] = part<PACKED>(row, (p * LANES + own) * N, dim);
     }
+  };
+  // The next tile's parts are on their way while this one is computed.
+  Part<T> keys[U][PER], values[U][PER];
+  load(keys, k, sk, warp * TILE);
+  load(values, v, sv, warp * TILE);
+  for (int tile = warp * TILE; tile < end; tile += WARPS * TILE) {
+    // Queries are read anew for every tile: registers for all of them would halve the number of warps.
+    __syncwarp();
+    A score[U][R];
+    scores<LANES, N>(score, own_queries, keys);
+    load(keys, k, sk, tile + WARPS * TILE);
     const bool all = tile >= from && tile + TILE <= to;
-    if (all) attend<true, U, PER, LANES, N>(at, own_queries, keys, values, tile + side, SIDE, end, window);
-    else attend<false, U, PER, LANES, N>(at, own_queries, keys, values, tile + side, SIDE, end, window);
+    if (all) add<true, N>(at, score, values, tile + side, SIDE, end, near);
+    else add<false, N>(at, score, values, tile + side, SIDE, end, near);
+    load(values, v, sv, tile + WARPS * TILE);
   }
   // The groups of a warp, then the warps.
 #pragma unroll

@@ -688,7 +688,7 @@ fn decoded<T: Element, B: Backend>(device: &B, dim: usize, gap: usize) -> Result
 #[test]
 fn attention_of_few_rows_to_a_cache_is_the_cpus() {
     fn one<T: Element>(cuda: &Dev, cpu: &Cpu) {
-        for (dim, gap) in [(8, 0), (64, 8), (128, 0), (33, 1), (130, 3), (256, 0)] {
+        for (dim, gap) in [(8, 0), (33, 1), (128, 0), (136, 8)] {
             let got = decoded::<T, _>(cuda, dim, gap).unwrap();
             let want = decoded::<T, _>(cpu, dim, gap).unwrap();
             for (at, (got, want)) in got.iter().zip(&want).enumerate() {
