@@ -123,15 +123,17 @@ fn attention<T: Element, B: Backend>(device: &B, head_dim: usize) -> Result<Vec<
         dqkv.mat_mut()?,
     )?;
 
-    let capacity = 100;
+    // One token more for two sequences, one of which is long enough to be split.
+    let capacity = 600;
     let [keys, values] =
         [11, 12].map(|seed| random::<T, B>(device, seed, [2 * kv_heads * capacity, head_dim]));
-    let (keys, values) = (keys?, values?);
-    let sequences = Sequences::packed([1, 1]).starting_at(&[70, 99])?;
+    let (mut keys, mut values) = (keys?, values?);
+    let sequences = Sequences::packed([1, 1]).starting_at(&[70, 599])?;
     let spec = AttentionSpec { sequences: &sequences, ..spec };
-    let q = random::<T, B>(device, 13, [2, width])?;
+    let [q, k] = [random::<T, B>(device, 13, [2, width])?, random(device, 14, [2, kv_width])?];
     let mut step = Tensor::<T, B>::empty(device, [2, width])?;
     let cache = CacheSpec { slots: &[1, 0], capacity };
+    device.append_cached(&spec, &cache, k.mat(), k.mat(), keys.mat_mut()?, values.mat_mut()?)?;
     device.attention_cached(&spec, &cache, q.mat(), keys.mat(), values.mat(), step.mat_mut()?)?;
     Ok([numbers(&out)?, numbers(&lse)?, numbers(&dqkv)?, numbers(&step)?].concat())
 }
@@ -218,7 +220,7 @@ fn gemm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     device.gemm_activate((left, right), bias.slice(), Activation::GeluTanh, pre.mat_mut()?, c.mat_mut()?)?;
     results.push(numbers(&c)?);
     let batch = Batch { count: 3, a: 8 * k, b: 16 * k, c: 8 * n };
-    let mut parts = Tensor::<T, B>::empty(device, [24, n])?;
+    let mut parts = Tensor::<T, B>::zeros(device, [24, n])?;
     device.gemm_batched(
         batch,
         0.5,
@@ -227,7 +229,7 @@ fn gemm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
         0.0,
         parts.mat_mut()?.block(0..8, 0..16),
     )?;
-    results.push(numbers(&c)?);
+    results.push(numbers(&parts)?);
     Ok(results.concat())
 }
 

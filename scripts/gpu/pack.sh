@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # scripts/gpu/pack.sh FILE.tar.xz - makes one archive with all that run.sh needs on a machine with a GPU: the programs, the test
-# data, and a kernel cache. That machine needs a driver, cuBLASLt and NVRTC (pip's torch brings them), xz, and Python.
+# data, and a kernel cache. That machine needs a driver, cuBLASLt and NVRTC (pip's torch brings them), xz, and Python 3.10.
 #   PRECOMPILE="9.0 10.0"  the compute capabilities that the cache is filled for; empty for none. Needs pip's NVRTC, which
 #                          scripts/compile_kernels.sh fetches.
 set -euo pipefail

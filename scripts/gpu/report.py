@@ -4,6 +4,8 @@
     report.py FOLDER                           writes both, and prints the second
     report.py FOLDER --step NAME CODE SECONDS  notes how a step has ended, and writes both
     report.py FOLDER --end                     as the first; fails if a step or a test has failed
+
+Needs Python 3.10.
 """
 
 import datetime

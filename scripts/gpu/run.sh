@@ -103,9 +103,8 @@ run_ranks() {
         report --step ranks needs-NCCL-2.30 0
         return
     fi
-    export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=2 NCCL_NVLS_ENABLE=0 NCCL_CGA_CLUSTER_SIZE=0
-    export NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1
-    tests ranks 60 '^nccl::'
+    NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_MAX_CTAS=2 NCCL_NVLS_ENABLE=0 NCCL_CGA_CLUSTER_SIZE=0 \
+        NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 tests ranks 60 '^nccl::'
 }
 run_invariant() { tests invariant 90 '^invariant::'; }
 

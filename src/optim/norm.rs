@@ -140,12 +140,13 @@ impl<B: Backend> Terms<B> {
         for piece in param.pieces().iter().filter(|piece| piece.owned) {
             let end = piece.row + piece.region.extent().len().checked_div(width).unwrap_or(0);
             let rows = rows.start.max(piece.row)..rows.end.min(end);
-            if rows.is_empty() {
+            if rows.is_empty() || cols.is_empty() {
                 continue;
             }
             let data = B::narrow(grad.slice(), rows.start * width..rows.end * width);
-            // A vector is one row.
-            let part = match width {
+            // A vector is one row. A matrix of one column is not: the sum over a block of columns must not depend on how many
+            // of them this rank has.
+            let part = match grad.shape().rank() {
                 1 => MatRef::<T::Acc, B>::new(data, 1, rows.len())?,
                 _ => MatRef::<T::Acc, B>::new(data, rows.len(), width)?.columns(cols.clone()),
             };
@@ -174,8 +175,9 @@ impl<B: Backend> Terms<B> {
     fn into_sums(self, count: usize) -> Result<Vec<f64>> {
         let mut terms = Vec::new();
         for (rows, taken) in &self.rows {
-            let all = rows.to_vec()?;
-            terms.extend_from_slice(&all[..*taken]);
+            let at = terms.len();
+            terms.resize(at + taken, 0.0);
+            rows.device().download(B::narrow(rows.slice(), 0..*taken), &mut terms[at..])?;
         }
         let (mut sums, mut rest) = (vec![0.0; count], &terms[..]);
         for (count, sum) in self.pieces {

@@ -291,7 +291,7 @@ impl<B: NcclDevice> Nccl<B> {
         options: Options,
     ) -> Result<Self> {
         let state = Rc::new(State {
-            watch: Watch::over(raw.shared(), &*side, options.deadline),
+            watch: Watch::over(raw.shared(), &*side, options.deadline)?,
             raw,
             side: Rc::clone(&side),
             lane: device.beside()?,

@@ -77,13 +77,19 @@ impl Shared {
         }
         state.reason = Some(reason.clone());
         drop(state);
-        let api = self.api;
-        // On a thread of its own: the driver may keep an abort waiting, for a rank that holds its lock.
-        std::thread::spawn(move || {
+        let (api, handle) = (self.api, Arc::new(handle));
+        let abort = {
+            let handle = Arc::clone(&handle);
             // SAFETY: the handle was live, and whoever asks for it from now on finds none.
             #[allow(unsafe_code)]
-            let _ = unsafe { (api.abort)(handle.into_inner()) };
-        });
+            move || {
+                let _ = unsafe { (api.abort)(handle.load(Ordering::Relaxed)) };
+            }
+        };
+        // On a thread of its own: the driver may keep an abort waiting, for a rank that holds its lock.
+        if std::thread::Builder::new().spawn(abort.clone()).is_err() {
+            abort();
+        }
         true
     }
 }

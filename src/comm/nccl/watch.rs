@@ -10,7 +10,7 @@ use super::{meeting::Meeting, raw::Shared};
 use crate::{
     comm::{Communicator, Lookout},
     device::Cpu,
-    error::Error,
+    error::{Error, Result},
 };
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
@@ -54,14 +54,28 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Watch {
     /// Watches over a communicator as long as what is returned lives.
-    pub(super) fn over(comm: Arc<Shared>, side: &dyn Communicator<Cpu>, deadline: Duration) -> Arc<Self> {
+    ///
+    /// # Errors
+    /// When the system has no thread left for it.
+    pub(super) fn over(
+        comm: Arc<Shared>,
+        side: &dyn Communicator<Cpu>,
+        deadline: Duration,
+    ) -> Result<Arc<Self>> {
         let rank = Mutex::new(Rank { inside: None, oldest: None, looked: Instant::now() });
         let watch = Arc::new(Self { comm, lookout: side.lookout().map(Mutex::new), deadline, rank });
-        static THREAD: std::sync::Once = std::sync::Once::new();
-        THREAD.call_once(|| drop(thread::Builder::new().name("NCCL watch".into()).spawn(run)));
+        static RUNS: Mutex<bool> = Mutex::new(false);
+        let mut runs = lock(&RUNS);
+        if !*runs {
+            let spawned = thread::Builder::new().name("NCCL watch".into()).spawn(run);
+            spawned
+                .map_err(|error| Error::invalid("NCCL", format!("no thread to watch over ranks: {error}")))?;
+            *runs = true;
+        }
+        drop(runs);
         lock(&WATCHED).push(Arc::downgrade(&watch));
         SOME.notify_all();
-        watch
+        Ok(watch)
     }
 
     /// The rank hands a call to NCCL, and may stay in there.

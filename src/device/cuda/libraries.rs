@@ -281,10 +281,10 @@ pub(crate) fn file_at(address: usize) -> Option<PathBuf> {
 pub(super) fn load_function(function: CUfunction) -> Result<()> {
     type Load = unsafe extern "C" fn(CUfunction) -> CUresult;
     static LOAD: OnceLock<Option<Load>> = OnceLock::new();
-    // SAFETY: the type is that of `cuFuncLoad` in `cuda.h`. The driver, which `need` has opened for all, stays.
+    let library = cuda()?;
+    // SAFETY: the type is that of `cuFuncLoad` in `cuda.h`; the driver is never unloaded.
     #[allow(unsafe_code)]
-    let load =
-        *LOAD.get_or_init(|| unsafe { Library::this().get::<Load>(b"cuFuncLoad").ok().map(|load| *load) });
+    let load = *LOAD.get_or_init(|| unsafe { library.get::<Load>(b"cuFuncLoad").ok().map(|load| *load) });
     match load {
         // SAFETY: the function was found in a loaded module; a context is current.
         #[allow(unsafe_code)]

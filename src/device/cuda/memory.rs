@@ -1,7 +1,10 @@
 //! The device's memory: buffers, views of them, and host memory that the device can reach.
 
 use super::{Cuda, Handle, context::Context, lock, status::driver, stream::Mark};
-use crate::{device::Element, error::Result};
+use crate::{
+    device::Element,
+    error::{Error, Result},
+};
 use cudarc::driver::sys::{self, CUdeviceptr, CUstream};
 use std::{fmt, marker::PhantomData, ops::Range, rc::Rc};
 
@@ -17,8 +20,13 @@ impl<T: Element> CudaBuffer<T> {
     pub(super) fn new(cuda: &Cuda, len: usize) -> Result<Self> {
         let owner = &cuda.0;
         owner.context.make_current()?;
+        let Some(bytes) = len.checked_mul(size_of::<T>()) else {
+            let reason = format!("{len} elements of {} are more bytes than can be counted", T::DTYPE);
+            return Err(Error::invalid("CUDA memory", reason));
+        };
         let mut buffer = Self { address: 0, len, owner: Rc::clone(owner), element: PhantomData };
-        let bytes = len * size_of::<T>();
+        // Counted before anything can fail: the buffer is dropped then.
+        owner.memory.taken(bytes);
         if bytes > 0 {
             // SAFETY: `address` is a place for one; the stream is of the current context.
             #[allow(unsafe_code)]
@@ -32,7 +40,6 @@ impl<T: Element> CudaBuffer<T> {
             let code = unsafe { sys::cuMemsetD8Async(buffer.address, 0xff, bytes, owner.stream.handle) };
             driver("cuMemsetD8Async", code)?;
         }
-        owner.memory.taken(bytes);
         Ok(buffer)
     }
 
@@ -234,9 +241,10 @@ impl Staging {
             let half = self.at / HALF;
             if self.at.is_multiple_of(HALF) {
                 // What the device still reads here is older than a whole half.
-                if let Some(mark) = self.read[half].take() {
-                    cuda.wait_for(&mark)?;
+                if let Some(mark) = &self.read[half] {
+                    cuda.wait_for(mark)?;
                 }
+                self.read[half] = None;
             }
             let (now, rest) = from.split_at(from.len().min(HALF - self.at % HALF));
             // SAFETY: `at` and as many bytes behind it as are copied lie in one half of the memory, which the device is not

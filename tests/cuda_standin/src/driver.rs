@@ -258,6 +258,11 @@ fn elapsed(from: Handle, to: Handle) -> Result<f32, Code> {
     Ok(to.saturating_duration_since(from).as_secs_f32() * 1e3)
 }
 
+/// Without eager loading a kernel is loaded by `cuFuncLoad`, or by its first launch.
+fn loads(function: &kernel::Function, call: &str) -> Result<(), Code> {
+    if function.is_first_use() && !is_eager() { drain(call) } else { Ok(()) }
+}
+
 fn is_eager() -> bool {
     std::env::var("CUDA_MODULE_LOADING").is_ok_and(|mode| mode == "EAGER")
 }
@@ -632,12 +637,9 @@ exports! {
     fn cuModuleGetFunction(out: *mut Handle, module: Handle, name: *const c_char) {
         if name.is_null() { return Err(INVALID_VALUE); }
         let name = unsafe { CStr::from_ptr(name) };
-        let (function, is_new) = kernel::find(module, name)?;
-        // Without eager loading a kernel is loaded when it is first asked for.
-        if is_new && !is_eager() { drain("cuModuleGetFunction")?; }
-        unsafe { put(out, function) }
+        unsafe { put(out, kernel::find(module, name)?) }
     }
-    fn cuFuncLoad(function: Handle) { kernel::function(function).map(drop) }
+    fn cuFuncLoad(function: Handle) { loads(kernel::function(function)?, "cuFuncLoad") }
     fn cuFuncIsLoaded(out: *mut c_int, function: Handle) { kernel::function(function)?; unsafe { put(out, 1) } }
     fn cuFuncSetAttribute(function: Handle, attribute: c_int, value: c_int) { kernel::function(function)?.set(attribute, value) }
     fn cuFuncGetAttribute(out: *mut c_int, attribute: c_int, function: Handle) {
@@ -650,6 +652,7 @@ exports! {
         let stream = stream(handle)?;
         let function = kernel::function(function)?;
         if function.device() != stream.device { return Err(INVALID_HANDLE); }
+        loads(function, "cuLaunchKernel")?;
         function.fits([gx, gy, gz], [bx, by, bz], shared)?;
         counts::add(stream.device, Count::Launch);
         let launch = unsafe { kernel::Launch::new(function, [gx, gy, gz], [bx, by, bz], shared, arguments) };

@@ -107,19 +107,20 @@ pub struct Function {
     dynamic: AtomicU32,
     /// The threads of a block that it was compiled for.
     threads: u32,
+    is_loaded: AtomicBool,
 }
 
-/// A kernel of a module, and whether it was asked for for the first time.
-pub fn find(handle: usize, name: &CStr) -> Result<(usize, bool), Code> {
+/// A kernel of a module.
+pub fn find(handle: usize, name: &CStr) -> Result<usize, Code> {
     let module = lock(&MODULES).loaded.get(&handle).cloned().ok_or(INVALID_HANDLE)?;
     let mut functions = lock(&module.functions);
     if let Some(function) = functions.get(name) {
-        return Ok((*function, false));
+        return Ok(*function);
     }
     let function = Function::new(Arc::clone(&module), name).ok_or(NOT_FOUND)?;
     let function = Box::into_raw(Box::new(function)) as usize;
     functions.insert(name.to_owned(), function);
-    Ok((function, true))
+    Ok(function)
 }
 
 /// The function of a handle, if its module is still loaded.
@@ -137,6 +138,11 @@ pub fn function(handle: usize) -> Result<&'static Function, Code> {
 }
 
 impl Function {
+    /// Whether this is the first use, which loads the kernel unless it came with its module.
+    pub fn is_first_use(&self) -> bool {
+        !self.is_loaded.swap(true, SeqCst)
+    }
+
     fn new(module: Arc<Module>, name: &CStr) -> Option<Self> {
         let symbol = |suffix: &str| {
             let name = CString::new([name.to_bytes(), suffix.as_bytes()].concat()).ok()?;
@@ -154,7 +160,16 @@ impl Function {
         };
         let name = name.to_string_lossy().into_owned();
         let dynamic = AtomicU32::new(SHARED.saturating_sub(declared));
-        Some(Self { name, body, arguments, module, declared, dynamic, threads })
+        Some(Self {
+            name,
+            body,
+            arguments,
+            module,
+            declared,
+            dynamic,
+            threads,
+            is_loaded: AtomicBool::new(false),
+        })
     }
 
     pub fn device(&self) -> usize {

@@ -69,17 +69,25 @@ fn pinned_memory_made_or_freed_beside_a_collective_is_a_deadlock() {
 }
 
 #[test]
-fn a_kernel_first_asked_for_beside_a_collective_is_a_deadlock() {
+fn a_kernel_loaded_beside_a_collective_is_a_deadlock() {
     hurry();
     let (stream, _) = streams(4);
     let image = image();
     let (known, other) = (kernels::load(&image), kernels::load(&image));
-    kernels::function(known, c"nothing");
+    let (known, other) = (kernels::function(known, c"nothing"), kernels::find(other, c"nothing"));
     let held = hold(stream);
     // It was loaded before.
-    kernels::function(known, c"nothing");
+    assert_eq!(unsafe { cuFuncLoad(known) }, SUCCESS);
     drop(held);
-    is_found(4, "cuModuleGetFunction", || unsafe { cuModuleGetFunction(&mut 0, other, c"nothing".as_ptr()) });
+    is_found(4, "cuFuncLoad", || unsafe { cuFuncLoad(other) });
+}
+
+#[test]
+fn a_kernel_first_launched_beside_a_collective_is_a_deadlock() {
+    hurry();
+    let (_, other) = streams(7);
+    let function = kernels::find(kernels::load(&image()), c"nothing");
+    is_found(7, "cuLaunchKernel", || kernels::launch(function, other, [1, 1, 0], &mut [0]));
 }
 
 #[test]

@@ -38,9 +38,16 @@ pub fn load(image: &CStr) -> usize {
     module
 }
 
-pub fn function(module: usize, name: &CStr) -> usize {
+/// A kernel that is not loaded yet.
+pub fn find(module: usize, name: &CStr) -> usize {
     let mut function = 0;
     assert_eq!(unsafe { cuModuleGetFunction(&mut function, module, name.as_ptr()) }, SUCCESS);
+    function
+}
+
+pub fn function(module: usize, name: &CStr) -> usize {
+    let function = find(module, name);
+    assert_eq!(unsafe { cuFuncLoad(function) }, SUCCESS);
     function
 }
 
