@@ -80,9 +80,9 @@ impl Shared {
         let (api, handle) = (self.api, Arc::new(handle));
         let abort = {
             let handle = Arc::clone(&handle);
-            // SAFETY: the handle was live, and whoever asks for it from now on finds none.
-            #[allow(unsafe_code)]
             move || {
+                // SAFETY: the handle was live, and whoever asks for it from now on finds none.
+                #[allow(unsafe_code)]
                 let _ = unsafe { (api.abort)(handle.load(Ordering::Relaxed)) };
             }
         };
