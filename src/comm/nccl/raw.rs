@@ -29,6 +29,9 @@ pub(super) struct Raw {
     blocking: bool,
 }
 
+/// How much later than on another rank a call that joins may end.
+const SOON: Duration = Duration::from_millis(500);
+
 /// Called while NCCL is at work: an error ends the wait.
 pub(super) type Poll<'a> = &'a dyn Fn() -> Result<()>;
 
@@ -154,7 +157,12 @@ impl Raw {
         loop {
             match joined.recv_timeout(Duration::from_micros(100)) {
                 Ok(made) => return made,
-                Err(RecvTimeoutError::Timeout) => poll()?,
+                Err(RecvTimeoutError::Timeout) => {
+                    if let Err(error) = poll() {
+                        // A rank that is lost after it has joined is no obstacle: the call ends here too, soon after.
+                        return joined.recv_timeout(SOON).ok().and_then(Result::ok).ok_or(error);
+                    }
+                }
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(Error::invalid("NCCL", "the thread that joins has panicked"));
                 }
