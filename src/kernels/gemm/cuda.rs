@@ -81,7 +81,7 @@ impl Gemm for Cuda {
     }
 
     /// cuBLASLt chooses an algorithm by how operands are aligned and how far apart their rows are, and its bits are the algorithm's.
-    /// So what does not lie as [`canonical`] has it is copied there first, and the result back.
+    /// So what does not lie as `canonical` has it is copied there first, and the result back.
     fn gemm_block<T: Element, C: Element<Acc = T::Acc>>(
         &self,
         a: MatRef<'_, T, Self>,
