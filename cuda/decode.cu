@@ -1,12 +1,13 @@
 // Decoding: keys and values of new tokens go into a cache, and few queries a sequence attend to it.
 //
-// The cache holds, for each slot and key/value head, the vectors of `capacity` positions one below the other.
+// The cache holds, for each slot and key/value head, the vectors of `capacity` positions one below
+// the other.
 #include "element.cuh"
 
 // keys, values <- rows of k and v: a block a run of rows and key/value head.
 //
-// runs: 3 numbers a run: its first row, how many there are, and the row of the cache where the first goes for the
-// first key/value head; those of the other heads are `capacity` rows apart.
+// runs: 3 numbers a run: its first row, how many there are, and the row of the cache where the
+// first goes for the first key/value head; those of the other heads are `capacity` rows apart.
 template <int N, class T>
 __device__ __forceinline__ void append(i64 dim, i64 capacity, const i64* runs, const T* k, i64 sk, const T* v, i64 sv,
     T* keys, i64 skeys, T* values, i64 svalues) {
@@ -24,19 +25,23 @@ __device__ __forceinline__ void append(i64 dim, i64 capacity, const i64* runs, c
 
 // ---- attention of few queries ----
 //
-// What takes time is reading the cache. So a block takes a span of the positions of one sequence and key/value head, and all
-// queries of that head, up to TOGETHER of them: keys and values are read once. Its spans' results, each with its largest score
-// and its sum of weights, are put together by a second kernel, in order (Flash-Decoding). A span depends on nothing but the
-// sequence's length, so the bits of a sequence do not depend on what else is in the batch, or on how heads are divided.
+// What takes time is reading the cache. So a block takes a span of the positions of one sequence
+// and key/value head, and all queries of that head, up to TOGETHER of them: keys and values are
+// read once. Its spans' results, each with its largest score and its sum of weights, are put
+// together by a second kernel, in order (Flash-Decoding). A span depends on nothing but the
+// sequence's length, so the bits of a sequence do not depend on what else is in the batch, or on
+// how heads are divided.
 //
-// LANES lanes of a warp share a key, with PER packs of its features each, and several keys stand side by side in a warp. Such
-// a group of lanes goes through its keys with sums of its own. Scores are in powers of 2.
+// LANES lanes of a warp share a key, with PER packs of its features each, and several keys stand
+// side by side in a warp. Such a group of lanes goes through its keys with sums of its own. Scores
+// are in powers of 2.
 //
-// table: kv_heads + 1 numbers, where the list of each key/value head's query heads begins; that list; 8 numbers a sequence: the
-// row of its first query, how many there are, the position of the first, the row of the cache of position 0 for the first
-// key/value head, the first position that is seen, the one behind the last, the length of a span, and the number of the first
-// partial result, or -1 where there is one span; then a number a span: SPANS times its sequence's place among these, plus its
-// own in the sequence.
+// table: kv_heads + 1 numbers, where the list of each key/value head's query heads begins; that
+// list; 8 numbers a sequence: the row of its first query, how many there are, the position of the
+// first, the row of the cache of position 0 for the first key/value head, the first position that
+// is seen, the one behind the last, the length of a span, and the number of the first partial
+// result, or -1 where there is one span; then a number a span: SPANS times its sequence's place
+// among these, plus its own in the sequence.
 
 constexpr u32 ALL = 0xffffffffu;
 constexpr int WARPS = 8, SPANS = 64;
@@ -105,8 +110,8 @@ template <bool PACKED, class T> __device__ __forceinline__ Part<T> part(const T*
   return some;
 }
 
-// What a group of lanes has seen for each query: the largest score, the sums of weights and of weighted values; and the
-// queries' places, counted from the span's begin.
+// What a group of lanes has seen for each query: the largest score, the sums of weights and of
+// weighted values; and the queries' places, counted from the span's begin.
 template <int R, int F, class A> struct Seen {
   A sum[R][F], most[R], total[R];
   int place[R];
@@ -144,8 +149,9 @@ __device__ __forceinline__ void scores(A (&score)[U][R], const Pack<A, 16 / size
       for (int r = 0; r < R; r++) score[u][r] += __shfl_xor_sync(ALL, score[u][r], o);
 }
 
-// Adds the values of the keys first, first + step, ... of a group of lanes. A query sees the keys of the window that ends at its
-// place; with ALL_SEEN every query sees every key. What was loaded for a key from `end` on is not that key's.
+// Adds the values of the keys first, first + step, ... of a group of lanes. A query sees the keys
+// of the window that ends at its place; with ALL_SEEN every query sees every key. What was loaded
+// for a key from `end` on is not that key's.
 template <bool ALL_SEEN, int N, int U, int PER, int R, class T, class A>
 __device__ __forceinline__ void add(Seen<R, N * PER, A>& at, A (&score)[U][R], const Part<T> (&values)[U][PER], int first,
     int step, int end, int window) {
@@ -218,7 +224,8 @@ __device__ void decode(i64 heads, i64 dim, i64 kv_heads, i64 sequences, i64 chun
   const int sharing = (int)(table[kv + 1] - table[kv]), rows = (int)sequence[1], count = rows * sharing;
   const i64 first = sequence[0], place = sequence[2], key_row = sequence[3] + kv * capacity;
   const i64 begin = sequence[4] + span % SPANS * sequence[6];
-  // Of the span. No place in it, and no distance in a window that hides something, comes near to FAR.
+  // Of the span. No place in it, and no distance in a window that hides something, comes near to
+  // FAR.
   const int end = (int)(begin + sequence[6] < sequence[5] ? sequence[6] : sequence[5] - begin);
   const i64 partial = sequence[7] < 0 ? -1 : sequence[7] + span % SPANS * rows * heads;
   list += table[kv];
@@ -270,7 +277,8 @@ __device__ void decode(i64 heads, i64 dim, i64 kv_heads, i64 sequences, i64 chun
   load(keys, k, sk, warp * TILE);
   load(values, v, sv, warp * TILE);
   for (int tile = warp * TILE; tile < end; tile += WARPS * TILE) {
-    // Queries are read anew for every tile: registers for all of them would halve the number of warps.
+    // Queries are read anew for every tile: registers for all of them would halve the number of
+    // warps.
     __syncwarp();
     A score[U][R];
     scores<LANES, N>(score, own_queries, keys);
@@ -331,8 +339,9 @@ __device__ void decode(i64 heads, i64 dim, i64 kv_heads, i64 sequences, i64 chun
 
 // out <- the spans' results put together: a block a row, at blockIdx.x, and head, at blockIdx.y.
 //
-// table: from number `at` on 4 numbers a row: the row, the number of its first partial result for the first head, how many spans
-// there are, at most SPANS, and how far apart the numbers of two spans are.
+// table: from number `at` on 4 numbers a row: the row, the number of its first partial result for
+// the first head, how many spans there are, at most SPANS, and how far apart the numbers of two
+// spans are.
 constexpr int PARTS = 4;
 template <class T>
 __device__ void combine(i64 dim, i64 at, const i64* table, const Acc<T>* sums, const Acc<T>* stats, T* out, i64 so) {

@@ -1,9 +1,10 @@
 // Scaled dot-product attention on tensor cores, forward and backward, of bf16 and f16 (Dao, 2023: FlashAttention-2).
 //
-// A block is 4 warps. In the forward a warp has 32 queries, so that a part of the keys and values that it loads from shared memory is
-// multiplied twice; in the backward 16 queries or keys. One tile of the others is multiplied while the next one comes to shared memory.
-// Scores, weights and sums are f32; what is multiplied next is rounded to the element. tiles as in attention.cu. Every row of a matrix
-// begins at 16 bytes, and heads have a multiple of 8 features.
+// A block is 4 warps. In the forward a warp has 32 queries, so that a part of the keys and values
+// that it loads from shared memory is multiplied twice; in the backward 16 queries or keys. One
+// tile of the others is multiplied while the next one comes to shared memory. Scores, weights and
+// sums are f32; what is multiplied next is rounded to the element. tiles as in attention.cu. Every
+// row of a matrix begins at 16 bytes, and heads have a multiple of 8 features.
 //
 // A product cannot leave out what a mask hides: weights of 0 do. Rows of padding are 0 in shared memory; where a causal mask hides
 // some rows of a tile from some of the others, and a number of it is infinite or NaN, products are made one by one.
@@ -16,12 +17,13 @@ constexpr u32 ALL = 0xffffffffu;
 // Powers of 2: scores come with log2 e in them.
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// Rows in shared memory are D elements, in packs of 8. Pack p of row r lies where pack p ^ r % 8 would: eight rows of a column of
-// packs lie in different banks.
+// Rows in shared memory are D elements, in packs of 8. Pack p of row r lies where pack p ^ r % 8
+// would: eight rows of a column of packs lie in different banks.
 template <int D> __device__ __forceinline__ int place_of(int row, int col) { return row * D + (col ^ row % 8 * 8); }
 
-// Where this lane begins to load: of 16 x 16 elements for `load_matrices` as the left side of a product, or `load_transposed` as its
-// right; and for `load_matrices` as the transposed right side. A place `rows` rows on, a multiple of 8, is 2 D rows bytes on.
+// Where this lane begins to load: of 16 x 16 elements for `load_matrices` as the left side of a
+// product, or `load_transposed` as its right; and for `load_matrices` as the transposed right side.
+// A place `rows` rows on, a multiple of 8, is 2 D rows bytes on.
 template <int D, class T> __device__ __forceinline__ Address lane_of(const T* tile) {
   return shared_address(tile + place_of<D>(threadIdx.x % 16, threadIdx.x / 16 * 8));
 }
@@ -38,8 +40,8 @@ template <int D, class T> __device__ __forceinline__ const T* thread_part(const 
   return rows + thread / (D / 8) * stride + thread % (D / 8) * 8;
 }
 
-// to <- N rows of a matrix, 0 beyond the rows and features that there are, and in rows of padding. `part` is this thread's part of
-// them, and then of the rows behind them.
+// to <- N rows of a matrix, 0 beyond the rows and features that there are, and in rows of padding.
+// `part` is this thread's part of them, and then of the rows behind them.
 template <int D, int N = TILE, class T>
 __device__ __forceinline__ void stage_part(T* to, int count, int dim, const T*& part, i64 stride, const u8* valid = nullptr) {
   constexpr int ROWS = WARPS * 32 / (D / 8);
@@ -60,7 +62,8 @@ __device__ __forceinline__ void stage(T* to, int count, int dim, const T* from, 
   stage_part<D, N>(to, count, dim, part, stride);
 }
 
-// Whether an element of 16 bits, or either of two, is infinite or NaN: its exponent is all ones, and one more is carried into the sign.
+// Whether an element of 16 bits, or either of two, is infinite or NaN: its exponent is all ones,
+// and one more is carried into the sign.
 template <class T> struct Exponent;
 template <> struct Exponent<bf16> { static constexpr u32 ONES = 0x7f807f80u, ONE = 0x00800080u; };
 template <> struct Exponent<f16> { static constexpr u32 ONES = 0x7c007c00u, ONE = 0x04000400u; };
@@ -148,7 +151,8 @@ template <int N> struct Seen {
   }
 };
 
-// sum += weight rows, one by one, without what is not seen. The weights pass through 16 x N elements of this warp's shared memory.
+// sum += weight rows, one by one, without what is not seen. The weights pass through 16 x N
+// elements of this warp's shared memory.
 template <int D, int N, class T>
 __device__ __forceinline__ void add_rows_apart(float (&sum)[D / 8][4], const float (&weight)[N / 8][4], T* weights, int here,
     const T* rows, const Seen<N>& seen) {
@@ -208,7 +212,8 @@ __device__ __forceinline__ float row_most(float x) {
 // No sequence is as long as this window, and sums with it are numbers of 32 bits.
 __device__ __forceinline__ int reach(i64 window) { return window < 1 << 30 ? (int)window : 1 << 30; }
 
-// What the N queries of a warp see of KEYS keys, of which there are `here`. The first query is `ahead` places behind the first key.
+// What the N queries of a warp see of KEYS keys, of which there are `here`. The first query is
+// `ahead` places behind the first key.
 template <int N, int KEYS = TILE> struct Sight {
   int ahead, window;
   bool causal, some, all;
@@ -263,13 +268,14 @@ __device__ __forceinline__ void forward(i64 heads, i64 dim, i64 row_step, i64 co
   const int mine = OWN * threadIdx.y;
   T* own = queries + mine * D;
   const float by = (float)scale * LOG2_E;
-  // Of each row: the largest score, as a power of 2; the sum of the weights, and of the values by them; a bit, whether it has seen
-  // a key.
+  // Of each row: the largest score, as a power of 2; the sum of the weights, and of the values by
+  // them; a bit, whether it has seen a key.
   float most[PARTS][2], total[PARTS][2] = {}, sum[PARTS][D / 8][4] = {};
   u32 any = 0;
 #pragma unroll
   for (int m = 0; m < PARTS; m++) most[m][0] = most[m][1] = -infinity<float>();
-  // Scores beyond this are scaled before they are compared: with one rounding less, differences would be off by too much.
+  // Scores beyond this are scaled before they are compared: with one rounding less, differences
+  // would be off by too much.
   constexpr float LARGE = 1 << 16;
   bool large = false;
 
@@ -277,7 +283,8 @@ __device__ __forceinline__ void forward(i64 heads, i64 dim, i64 row_step, i64 co
   const int end = causal && place + count < key_count ? place + count : key_count;
   const T* k_part = thread_part<D>(k + (key_row + begin) * sk + kv * col_step, sk);
   const T* v_part = thread_part<D>(v + (key_row + begin) * sv + kv * col_step, sv);
-  // Of the tiles to come; and of the first query of the block, how many places it is behind the first key of the tile.
+  // Of the tiles to come; and of the first query of the block, how many places it is behind the
+  // first key of the tile.
   int left = end - begin, ahead = place - begin;
   const u8* flags = valid ? valid + key_row + begin : nullptr;
   const auto fetch = [&](int buffer, int here, const u8* flags) {
@@ -537,7 +544,8 @@ __device__ __forceinline__ void backward_keys(i64 heads, i64 kv_heads, i64 dim, 
     while (head < heads && kv_of_query[head] != kv);
     return head;
   };
-  // The first two warps each take one of these arrays. The next tile's numbers come while products are made.
+  // The first two warps each take one of these arrays. The next tile's numbers come while products
+  // are made.
   const bool second = threadIdx.y == 1;
   float next_number = 0;
   const auto fetch = [&](int head, int base, int buffer) {
@@ -568,7 +576,8 @@ __device__ __forceinline__ void backward_keys(i64 heads, i64 kv_heads, i64 dim, 
     const int next_base = again ? base + QUERIES : 0;
     head = again ? head : next_head(head);
     if (head < heads) fetch(head, next_base, buffer ^ 1);
-    // Key `mine + g + 8 half` is seen by the queries of its columns from `low + 8 half` on, `window` of them.
+    // Key `mine + g + 8 half` is seen by the queries of its columns from `low + 8 half` on,
+    // `window` of them.
     const int ahead = mine - base;
     const bool some = mine < count && (!causal || (here - 1 >= ahead && 0 < ahead + 15 + window));
     const bool all = here == QUERIES && (!causal || (ahead + 15 <= 0 && here - 1 < ahead + window));

@@ -85,8 +85,8 @@ __device__ __forceinline__ void load_transposed(u32 (&r)[4], Address row) {
       : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
 
-// 16 bytes to shared memory, zeros where they are not there: then `from` is not read. This thread sees them after `await_copies`, and
-// others after a barrier behind that.
+// 16 bytes to shared memory, zeros where they are not there: then `from` is not read. This thread
+// sees them after `await_copies`, and others after a barrier behind that.
 __device__ __forceinline__ void copy_async(Address to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }

@@ -1,4 +1,5 @@
-// Rotary position embedding. A thread turns the same pairs of several heads of a row: sine and cosine are computed once for them.
+// Rotary position embedding. A thread turns the same pairs of several heads of a row: sine and
+// cosine are computed once for them.
 #include "element.cuh"
 
 // Cosine and sine of an angle, in units of pi, of which whole turns are taken off exactly: without the tables in local memory
@@ -12,8 +13,8 @@ __device__ __forceinline__ void turn(double angle, double& cosine, double& sine)
   sine = sinpi(left);
 }
 
-// N pairs at a time, of every `parts`-th head. They lie in two packs: of first and of second features, or, interleaved, one
-// behind the other.
+// N pairs at a time, of every `parts`-th head. They lie in two packs: of first and of second
+// features, or, interleaved, one behind the other.
 template <int N, class T>
 __device__ __forceinline__ void rope(i64 rows, i64 parts, i64 pairs, i64 heads, i64 head_dim, bool interleaved, double magnitude,
     double direction, const double* frequencies, const u32* positions, T* x, i64 sx) {

@@ -1,12 +1,14 @@
-//! Checks whether this machine's GPU can be used: the libraries, one call of every kernel family, one product of each element
-//! type, and NCCL with one rank. Every result is compared with the CPU's.
+//! Checks whether this machine's GPU can be used: the libraries, one call of every kernel family,
+//! one product of each element type, and NCCL with one rank. Every result is compared with the
+//! CPU's.
 //!
 //! ```text
 //! cargo run --release --features nccl --example gpu_check
 //! cargo run --release --features nccl --example gpu_check -- --precompile 9.0 --precompile 10.0
 //! ```
 //!
-//! `--precompile` needs NVRTC but no GPU: it fills the kernel cache (`SHARDWISE_CACHE`) for another machine.
+//! `--precompile` needs NVRTC but no GPU: it fills the kernel cache (`SHARDWISE_CACHE`) for another
+//! machine.
 
 use clap::Parser;
 use half::{bf16, f16};
@@ -33,7 +35,8 @@ struct Args {
     /// Only the kernels: not NCCL, which tools that watch memory slow down.
     #[arg(long)]
     kernels: bool,
-    /// Compiles the kernels for a compute capability, such as 9.0, into the cache, and does nothing else.
+    /// Compiles the kernels for a compute capability, such as 9.0, into the cache, and does nothing
+    /// else.
     #[arg(long, value_parser = capability)]
     precompile: Vec<(u32, u32)>,
 }
@@ -90,7 +93,8 @@ fn softmax<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     numbers(&y)
 }
 
-/// Causal attention of two sequences, forward and backward, and one step from a cache: bf16 and f16 on tensor cores.
+/// Causal attention of two sequences, forward and backward, and one step from a cache: bf16 and f16
+/// on tensor cores.
 fn attention<T: Element, B: Backend>(device: &B, head_dim: usize) -> Result<Vec<f64>> {
     let (heads, kv_heads, kv_of_query) = (4, 2, [0, 0, 1, 1]);
     let sequences = Sequences::packed([ROWS - 20, 20]);
@@ -202,7 +206,8 @@ fn update<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     Ok([numbers(&weight)?, numbers(&master)?, numbers(&second)?].concat())
 }
 
-/// Products with both operands in either order, a batch, a bias and a gelu behind one, and column sums.
+/// Products with both operands in either order, a batch, a bias and a gelu behind one, and column
+/// sums.
 fn gemm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     let (m, k, n) = (72, 96, 128);
     let (a, b) = (random::<T, B>(device, 21, [m, k])?, random::<T, B>(device, 22, [n, k])?);
@@ -236,7 +241,7 @@ fn gemm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
 /// The largest difference of two results, in parts of the largest number or 1.
 fn difference(got: &[f64], want: &[f64]) -> f64 {
     let scale = want.iter().fold(1.0_f64, |scale, value| scale.max(value.abs()));
-    if got.len() != want.len() {
+    if got.len() != want.len() || got.is_empty() {
         return f64::NAN;
     }
     // A NaN has to stay.

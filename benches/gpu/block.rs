@@ -116,7 +116,8 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
         let got = part(y.local().mat().block(0..few, 0..hidden), &cuda)?;
         bench.expect(&forward, &got, &close(&want))?;
 
-        // The slope of Σ y dy along the gradient itself, between two points that lie as far apart as their rounding says.
+        // The slope of Σ y dy along the gradient itself, between two points that lie as far apart
+        // as their rounding says.
         let Some(dx) = dx else { return Ok(()) };
         let along = |sign: f64| -> Result<(Tensor<bf16, Cuda>, f64)> {
             let mut moved = dx.local().convert::<bf16>()?;
@@ -131,7 +132,8 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
     })
 }
 
-/// How far along the gradient the points are: the error is of third order, and 6 % at four times the step.
+/// How far along the gradient the points are: the error is of third order, and 6 % at four times
+/// the step.
 const STEP: f64 = 0.0078125;
 
 fn inner(a: &Tensor<bf16, Cuda>, b: &Tensor<bf16, Cuda>) -> Result<f64> {

@@ -77,6 +77,8 @@ tests() {
     shift 3
     [ -n "${QUICK:-}" ] && pick='awk NR%9==1'
     ./test-cuda --list --format terse 2> /dev/null | sed -n 's/: test$//p' | grep -E "$pattern" | $pick > "$out/logs/$name.names"
+    # Nothing to run is no success.
+    [ -s "$out/logs/$name.names" ] || { report --step "$name" no-tests 0; return 1; }
     STEP=$name UNDER="$*" step "$name" "$limit" xargs -a "$out/logs/$name.names" -P "$jobs" -I{} bash -c 'one_test {}'
 }
 

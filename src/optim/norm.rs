@@ -111,8 +111,8 @@ fn along(tree: &Tree, counts: &Partition, all: &[f64]) -> Result<f64> {
     Ok(sum.values().into_iter().sum::<f64>() + rest)
 }
 
-/// Sums of squares of rows, on the device, each a term of one of several sums. They are downloaded together: a download
-/// waits until the device has nothing left to do.
+/// Sums of squares of rows, on the device, each a term of one of several sums. They are downloaded
+/// together: a download waits until the device has nothing left to do.
 struct Terms<B: Backend> {
     /// The terms, and how many of each tensor's places are taken.
     rows: Vec<(Tensor<f64, B>, usize)>,
@@ -144,8 +144,8 @@ impl<B: Backend> Terms<B> {
                 continue;
             }
             let data = B::narrow(grad.slice(), rows.start * width..rows.end * width);
-            // A vector is one row. A matrix of one column is not: the sum over a block of columns must not depend on how many
-            // of them this rank has.
+            // A vector is one row. A matrix of one column is not: the sum over a block of columns
+            // must not depend on how many of them this rank has.
             let part = match grad.shape().rank() {
                 1 => MatRef::<T::Acc, B>::new(data, 1, rows.len())?,
                 _ => MatRef::<T::Acc, B>::new(data, rows.len(), width)?.columns(cols.clone()),

@@ -133,7 +133,8 @@ impl<T: Element, B: Backend> Attention<T, B> {
         [0..query, query..keys, keys..width]
     }
 
-    /// `[q | k | v]` with the heads of q and k normalized and turned: in its own memory, where nothing else uses that.
+    /// `[q | k | v]` with the heads of q and k normalized and turned: in its own memory, where
+    /// nothing else uses that.
     fn prepare(
         &self,
         x: DTensor<Shard<1>, T, B>,

@@ -8,9 +8,10 @@
 //!   on their neighbours ([`crate::kernels::Gemm::splits_exactly`]): [`by_columns`], [`by_rows`]. A key/value head that
 //!   several blocks hold is a run by itself.
 //!
-//! A kernel is called with the same numbers, in the same shapes, whichever rank owns the block, and products are
-//! [`crate::kernels::Gemm::gemm_block`], which does not depend on the tensor that the block is a part of. Without blocks
-//! ([`Reduction::Fast`]) these functions compute everything at once.
+//! A kernel is called with the same numbers, in the same shapes, whichever rank owns the block, and
+//! products are [`crate::kernels::Gemm::gemm_block`], which does not depend on the tensor that the
+//! block is a part of. Without blocks ([`Reduction::Fast`]) these functions compute everything at
+//! once.
 
 use super::DTensor;
 use crate::{

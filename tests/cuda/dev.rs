@@ -32,8 +32,8 @@ pub(crate) fn beside(device: &Dev) -> Dev {
     Cuda::poisoned(device.ordinal()).unwrap()
 }
 
-/// The number of GPUs. Without one the process ends, having said that nothing was run: with success, or with failure where
-/// `SHARDWISE_REQUIRE_GPU` is 1.
+/// The number of GPUs. Without one the process ends, having said that nothing was run: with
+/// success, or with failure where `SHARDWISE_REQUIRE_GPU` is 1.
 pub(crate) fn needed() -> usize {
     match Cuda::count() {
         Ok(count) if count > 0 => count,
@@ -74,8 +74,9 @@ impl Ranks {
     }
 }
 
-/// The ranks of a host's group with a GPU each. Sums are made in rank order, because tests compare their bits: NCCL's own order
-/// differs between an all-reduce and a reduce-scatter, and with the size.
+/// The ranks of a host's group with a GPU each. Sums are made in rank order, because tests compare
+/// their bits: NCCL's own order differs between an all-reduce and a reduce-scatter, and with the
+/// size.
 pub(crate) fn group(host: &Group<Cpu>) -> Result<Group<Dev>> {
     let cuda = of_rank(host)?;
     if !has(host.size()) {
@@ -90,7 +91,8 @@ pub(crate) fn of_rank(host: &Group<Cpu>) -> Result<Dev> {
     Cuda::poisoned(host.rank() % needed())
 }
 
-/// Whether so many ranks can have NCCL between them here: several on one GPU are not for every NCCL.
+/// Whether so many ranks can have NCCL between them here: several on one GPU are not for every
+/// NCCL.
 fn has(world: usize) -> bool {
     world <= needed() || std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some()
 }

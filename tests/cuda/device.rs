@@ -81,7 +81,8 @@ fn what_is_not_there_is_an_error() {
     let said = format!("the number of the GPU is {count}, but the number of GPUs is {count}");
     assert!(error.contains(&said), "{error}");
     let cuda = dev::fresh();
-    // Several times what the GPU has: a driver takes what there is before it refuses a little more, and other processes want some.
+    // Several times what the GPU has: a driver takes what there is before it refuses a little more,
+    // and other processes want some.
     let error = Tensor::<f64, _>::empty(&cuda, [cuda.total_memory() / 2]).unwrap_err();
     assert!(matches!(error, Error::Library { library: "CUDA driver", code: 2, .. }), "{error}");
     // The device is none the worse for it.

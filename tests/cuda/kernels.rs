@@ -584,7 +584,8 @@ fn tiles<T: Element, B: Backend>(
     Ok(results)
 }
 
-/// Keys and values of new tokens in a cache, one sequence longer than a block's run, and one slot twice.
+/// Keys and values of new tokens in a cache, one sequence longer than a block's run, and one slot
+/// twice.
 fn appended<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
     let dim = [3, 8, 33, 64, 128, 130][draw.cols % 6];
     let (kv_heads, capacity) = (draw.more % 3 + 1, 60);
@@ -618,8 +619,9 @@ fn appended<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f
     Ok(results)
 }
 
-/// Attention of few rows a sequence to caches of one span and of several, and of many rows beside them. What lies in the cache
-/// behind a sequence's end, or in front of the window, may be anything.
+/// Attention of few rows a sequence to caches of one span and of several, and of many rows beside
+/// them. What lies in the cache behind a sequence's end, or in front of the window, may be
+/// anything.
 fn decoded<T: Element, B: Backend>(device: &B, dim: usize, gap: usize) -> Result<Vec<Vec<f64>>> {
     let (capacity, kv_heads, kv) = (700, 2, [1, 0, 0, 1, 0, 0, 0]);
     let (lengths, starts, slots) =
@@ -666,7 +668,8 @@ fn decoded<T: Element, B: Backend>(device: &B, dim: usize, gap: usize) -> Result
         device.attention_cached(&spec, &room, query, keys.mat(), values.mat(), row)?;
         assert_eq!(out.values()[gap..gap + cols], results[results.len() - 1][gap..gap + cols]);
     }
-    // What is seen has its influence: the last row of the third sequence alone sees its last position.
+    // What is seen has its influence: the last row of the third sequence alone sees its last
+    // position.
     let at = kv_heads * capacity * slots[2] + 257;
     device.fill(f64::INFINITY, values.mat_mut().block(at..at + 1, 0..dim))?;
     device.fill(f64::NAN, keys.mat_mut().block(at + capacity..at + capacity + 1, 0..dim))?;

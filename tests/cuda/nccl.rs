@@ -157,7 +157,8 @@ fn an_unexpected_message_is_a_disagreement() {
                 let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
                 let x = Tensor::<f32>::zeros(nccl.device(), [6])?;
                 if group.rank() == 0 {
-                    // The message is never fetched: the sender hears of it here, or at its next call.
+                    // The message is never fetched: the sender hears of it here, or at its next
+                    // call.
                     let sent = nccl.exchange(Some((1, &x)), None);
                     return Ok(sent.and_then(|_| nccl.barrier()).unwrap_err());
                 }
@@ -416,7 +417,8 @@ fn collectives_run_in_the_order_of_a_rank_s_calls() {
     }
 }
 
-/// The sender is inside of NCCL, for a connection to a rank that does not come, and cannot leave by itself.
+/// The sender is inside of NCCL, for a connection to a rank that does not come, and cannot leave by
+/// itself.
 #[test]
 fn a_rank_inside_of_a_blocking_call_is_told_whom_it_waits_for() {
     for (world, fails) in dev::worlds([2]).flat_map(|world| [false, true].map(|fails| (world, fails))) {
@@ -440,7 +442,8 @@ fn a_rank_inside_of_a_blocking_call_is_told_whom_it_waits_for() {
     }
 }
 
-/// A rank that does not look around, as one inside of the driver, and whose collective waits for one that does not come.
+/// A rank that does not look around, as one inside of the driver, and whose collective waits for
+/// one that does not come.
 #[test]
 fn the_deadline_of_a_rank_that_cannot_look_around_holds() {
     for (world, blocking) in dev::worlds([2]).flat_map(|world| WAYS.map(|way| (world, way))) {

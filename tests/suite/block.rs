@@ -231,7 +231,8 @@ fn narrow<T: Element>(draw: &Draw, world: usize) {
     close("y", &got.y.into_dyn(), &want_y, bound);
     close("dx", &got.dx.into_dyn(), &want.dx, 2.0 * bound);
     for (name, want) in want.weights.named() {
-        // What is added to all keys alike changes no weight: this gradient is rounding, of as many terms as there are tokens.
+        // What is added to all keys alike changes no weight: this gradient is rounding, of as many
+        // terms as there are tokens.
         let terms = if name.ends_with("k.bias") { x.nrows() as f64 } else { 1.0 };
         let error = difference(&got.grads[name], &want) / terms;
         assert!(error <= 2.0 * bound, "{name} in {} on {world}: {error:e}", T::DTYPE);

@@ -156,7 +156,8 @@ impl Api {
         Err(Error::Unsupported { op: "NCCL", reason })
     }
 
-    /// The version, and the file that its functions are in: which of several files was loaded is the loader's choice.
+    /// The version, and the file that its functions are in: which of several files was loaded is
+    /// the loader's choice.
     pub(super) fn describe(&self) -> Version {
         let number = self.number;
         let version = format!("{}.{}.{}", number / 10_000, number / 100 % 100, number % 100);

@@ -53,8 +53,8 @@ unsafe impl NcclDevice for Cuda {
         Cuda::while_waiting(self, look);
     }
 
-    fn stranger<T: Element>(&self, slice: CudaSlice<'_, T>) -> Result<Option<Self>> {
-        Cuda::stranger(self, &slice.owner())
+    fn foreign<T: Element>(&self, slice: CudaSlice<'_, T>) -> Result<Option<Self>> {
+        Cuda::foreign(self, &slice.owner())
     }
 
     fn combine<T: Element>(

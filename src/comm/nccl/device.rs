@@ -50,7 +50,7 @@ pub unsafe trait NcclDevice: Pointwise {
     ///
     /// # Errors
     /// When the memory is another device's.
-    fn stranger<T: Element>(&self, slice: Self::Slice<'_, T>) -> Result<Option<Self>>;
+    fn foreign<T: Element>(&self, slice: Self::Slice<'_, T>) -> Result<Option<Self>>;
 
     /// to ← the reduction of `ranks` terms that lie one after another, in rank order, in the accumulator: the bits of thread
     /// ranks.

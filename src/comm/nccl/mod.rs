@@ -10,12 +10,14 @@
 //!   for: the thread waits for nobody but in a comparison.
 //! * Ranks note on the side which collective they have come to, so that one which leaves before a collective that the others
 //!   are inside of is known to be needed, and one that does not come can be named.
-//! * While a rank waits for its device, it looks around: where a rank is lost, NCCL reports an error, or a collective has been
-//!   at work for longer than the deadline, the communicator is aborted, and the error is that of the waiting call and of every
-//!   later one. For a rank that is inside of a call of NCCL's or the driver's a thread of the process does so.
-//! * A rank's collectives of all communicators run one after another, in the order of its calls: where kernels of two start in
-//!   another order on another rank, and do not fit on a device together, each waits for what the other keeps from starting.
-//!   Messages, which only two ranks make, wait for what their own communicator does.
+//! * While a rank waits for its device, it looks around: where a rank is lost, NCCL reports an
+//!   error, or a collective has been at work for longer than the deadline, the communicator is
+//!   aborted, and the error is that of the waiting call and of every later one. For a rank that is
+//!   inside of a call of NCCL's or the driver's a thread of the process does so.
+//! * A rank's collectives of all communicators run one after another, in the order of its calls:
+//!   where kernels of two start in another order on another rank, and do not fit on a device
+//!   together, each waits for what the other keeps from starting. Messages, which only two ranks
+//!   make, wait for what their own communicator does.
 
 mod api;
 mod cuda;
@@ -61,7 +63,8 @@ macro_rules! each_pair {
     };
 }
 
-/// The NCCL that is used, loaded if it was not. The other libraries are [`crate::device::cuda::versions`].
+/// The NCCL that is used, loaded if it was not. The other libraries are
+/// [`crate::device::cuda::versions`].
 ///
 /// # Errors
 /// When there is none of version 2.18 or later.
@@ -90,11 +93,12 @@ pub struct Options {
     pub check_every: usize,
     /// How long a collective may be at work, and how long a rank waits for the others to create a communicator.
     pub deadline: Duration,
-    /// Whether NCCL's calls wait inside of NCCL for what they need of other ranks: connections, at the first call of a kind or
-    /// of a size for which NCCL takes another algorithm.
+    /// Whether NCCL's calls wait inside of NCCL for what they need of other ranks: connections, at
+    /// the first call of a kind or of a size for which NCCL takes another algorithm.
     ///
-    /// If so a call costs microseconds. Otherwise NCCL makes a thread for every call, and the rank asks until it is done, some
-    /// tens of microseconds; in return the rank looks around by itself all the time. Either way no lost rank is waited for.
+    /// If so a call costs microseconds. Otherwise NCCL makes a thread for every call, and the rank
+    /// asks until it is done, some tens of microseconds; in return the rank looks around by itself
+    /// all the time. Either way no lost rank is waited for.
     pub blocking: bool,
 }
 
@@ -144,7 +148,8 @@ pub struct Nccl<B: NcclDevice> {
 type Last = Option<(*mut c_void, Rc<dyn Any>)>;
 
 thread_local! {
-    /// This rank's last collective. It is kept when it is finished too: the next waits for it in any case.
+    /// This rank's last collective. It is kept when it is finished too: the next waits for it in
+    /// any case.
     static LAST: RefCell<Last> = const { RefCell::new(None) };
 }
 
@@ -323,33 +328,34 @@ impl<B: NcclDevice> Nccl<B> {
         self.side.rank()
     }
 
-    /// Compares the call, and lets the lane wait for what was computed, by strangers too, and for the rank's collectives of other
-    /// communicators. Returns the mark behind that.
-    fn enter(&self, call: &Call, strangers: &[Option<B>]) -> Result<B::Mark> {
+    /// Compares the call. Makes the lane wait for what was computed, on `foreign` handles too, and
+    /// for the rank's collectives of other communicators. Returns the mark behind that.
+    fn enter(&self, call: &Call, foreign: &[Option<B>]) -> Result<B::Mark> {
         self.state.is_well()?;
         self.compare(call)?;
         let lane = self.lane().stream();
         let last = LAST.with_borrow(|last| last.clone()).filter(|(stream, _)| *stream != lane);
-        self.wait_for(strangers, last.and_then(|(_, last)| last.downcast().ok()))
+        self.wait_for(foreign, last.and_then(|(_, last)| last.downcast().ok()))
     }
 
-    /// Lets the lane wait for what was computed, and for a collective on another lane. Returns the mark behind that.
-    fn wait_for(&self, strangers: &[Option<B>], last: Option<Rc<UnderWay<B>>>) -> Result<B::Mark> {
+    /// Lets the lane wait for what was computed, and for a collective on another lane. Returns the
+    /// mark behind that.
+    fn wait_for(&self, foreign: &[Option<B>], last: Option<Rc<UnderWay<B>>>) -> Result<B::Mark> {
         self.device.make_current()?;
         let (lane, computed) = (self.lane(), self.device.mark()?);
         lane.after(&computed)?;
-        if last.is_none() && strangers.iter().flatten().next().is_none() {
+        if last.is_none() && foreign.iter().flatten().next().is_none() {
             // What the lane did before is known to be finished when this collective is the oldest.
             return Ok(computed);
         }
         last.map_or(Ok(()), |last| last.hold(lane))?;
-        strangers.iter().flatten().try_for_each(|stranger| lane.after(&stranger.mark()?))?;
+        foreign.iter().flatten().try_for_each(|foreign| lane.after(&foreign.mark()?))?;
         lane.mark()
     }
 
     /// The handle of a view's memory, where that has to be waited for by itself.
-    fn stranger(&self, view: AnyRef<'_, B>) -> Result<Option<B>> {
-        each_dtype!(AnyRef, view, view => self.device.stranger(view))
+    fn foreign(&self, view: AnyRef<'_, B>) -> Result<Option<B>> {
+        each_dtype!(AnyRef, view, view => self.device.foreign(view))
     }
 
     fn compare(&self, call: &Call) -> Result<()> {
@@ -372,11 +378,11 @@ impl<B: NcclDevice> Nccl<B> {
     fn run(
         &self,
         call: &Call,
-        strangers: &[Option<B>],
+        foreign: &[Option<B>],
         collective: impl FnOnce(&Meeting) -> Result<()>,
     ) -> Result<Rc<UnderWay<B>>> {
-        let begin = self.enter(call, strangers)?;
-        let under_way = self.go(self.meeting(call), begin, strangers, collective)?;
+        let begin = self.enter(call, foreign)?;
+        let under_way = self.go(self.meeting(call), begin, foreign, collective)?;
         LAST.set(Some((self.lane().stream(), Rc::clone(&under_way) as Rc<dyn Any>)));
         Ok(under_way)
     }
@@ -401,7 +407,7 @@ impl<B: NcclDevice> Nccl<B> {
         &self,
         at: Meeting,
         begin: B::Mark,
-        strangers: &[Option<B>],
+        foreign: &[Option<B>],
         act: impl FnOnce(&Meeting) -> Result<()>,
     ) -> Result<Rc<UnderWay<B>>> {
         at.come(&*self.side);
@@ -414,7 +420,7 @@ impl<B: NcclDevice> Nccl<B> {
         let acted = acted.map_err(|error| self.state.abort(at.explain(&*self.side, error)));
         // Part of it may be with the device, also where it failed: the tensors go back after that.
         let end = self.state.lane.mark()?;
-        strangers.iter().flatten().try_for_each(|stranger| stranger.after(&end))?;
+        foreign.iter().flatten().try_for_each(|foreign| foreign.after(&end))?;
         if acted.is_err() {
             self.device.after(&end)?;
         }
@@ -426,10 +432,10 @@ impl<B: NcclDevice> Nccl<B> {
     fn run_now(
         &self,
         call: &Call,
-        strangers: &[Option<B>],
+        foreign: &[Option<B>],
         collective: impl FnOnce(&Meeting) -> Result<()>,
     ) -> Result<()> {
-        let done = self.run(call, strangers, collective)?;
+        let done = self.run(call, foreign, collective)?;
         done.hold(&self.device)
     }
 
@@ -664,15 +670,15 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, B>) -> Result<()> {
-        let strangers = [self.stranger(x.shared())?];
-        self.run_now(call, &strangers, |at| each_dtype!(AnyMut, x, x => self.reduce(at, op, x)))
+        let foreign = [self.foreign(x.shared())?];
+        self.run_now(call, &foreign, |at| each_dtype!(AnyMut, x, x => self.reduce(at, op, x)))
     }
 
     fn all_gather(&self, call: &Call, parts: &Parts, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()> {
-        let strangers = [self.stranger(send)?, self.stranger(recv.shared())?];
+        let foreign = [self.foreign(send)?, self.foreign(recv.shared())?];
         self.run_now(
             call,
-            &strangers,
+            &foreign,
             |at| each_pair!(send, recv, (send, recv) => self.gather(at, parts, send, recv)),
         )
     }
@@ -685,10 +691,10 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         send: AnyRef<'_, B>,
         recv: AnyMut<'_, B>,
     ) -> Result<()> {
-        let strangers = [self.stranger(send)?, self.stranger(recv.shared())?];
+        let foreign = [self.foreign(send)?, self.foreign(recv.shared())?];
         self.run_now(
             call,
-            &strangers,
+            &foreign,
             |at| each_pair!(send, recv, (send, recv) => self.scatter(at, op, parts, send, recv)),
         )
     }
@@ -705,8 +711,8 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
             }
             nccl.alone(at, || nccl.state.raw.broadcast::<T, B>(nccl.lane(), root, None, &mut x))
         }
-        let strangers = [self.stranger(x.shared())?];
-        self.run_now(call, &strangers, |at| each_dtype!(AnyMut, x, x => broadcast(self, at, root, x)))
+        let foreign = [self.foreign(x.shared())?];
+        self.run_now(call, &foreign, |at| each_dtype!(AnyMut, x, x => broadcast(self, at, root, x)))
     }
 
     fn exchange(
@@ -730,16 +736,16 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
             }
             nccl.state.raw.recv::<T, B>(nccl.lane(), from, &mut data)
         }
-        let sent = send.as_ref().map_or(Ok(None), |send| self.stranger(send.data))?;
-        let received = recv.as_ref().map_or(Ok(None), |recv| self.stranger(recv.data.shared()))?;
-        let strangers = [sent, received];
+        let sent = send.as_ref().map_or(Ok(None), |send| self.foreign(send.data))?;
+        let received = recv.as_ref().map_or(Ok(None), |recv| self.foreign(recv.data.shared()))?;
+        let foreign = [sent, received];
         let sending = send.as_ref().map(|send| self.message(self.here(), send.to));
         let receiving = recv.as_ref().map(|recv| self.message(recv.from, self.here()));
         let mut steps = [sending, receiving].into_iter().flatten();
         let Some(step) = steps.next() else { return Ok(()) };
         let at = Meeting { call: *call, step, other: steps.next() };
-        let begin = self.wait_for(&strangers, None)?;
-        let done = self.go(at, begin, &strangers, |at| {
+        let begin = self.wait_for(&foreign, None)?;
+        let done = self.go(at, begin, &foreign, |at| {
             self.grouped(at, || {
                 if let Some(send) = send {
                     each_dtype!(AnyRef, send.data, data => offer(self, send.to, data))?;
@@ -795,8 +801,8 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         mut send: AnyBuffer<B>,
         mut recv: AnyBuffer<B>,
     ) -> Result<Box<dyn InFlight<B>>> {
-        let strangers = [self.stranger(send.as_ref())?, self.stranger(recv.as_ref())?];
-        let under_way = self.run(call, &strangers, |at| self.work(at, &collective, &mut send, &mut recv))?;
+        let foreign = [self.foreign(send.as_ref())?, self.foreign(recv.as_ref())?];
+        let under_way = self.run(call, &foreign, |at| self.work(at, &collective, &mut send, &mut recv))?;
         let (result, used) = match collective {
             Collective::AllReduce(_) => (send, recv),
             _ => (recv, send),

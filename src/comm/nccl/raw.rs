@@ -50,8 +50,8 @@ struct State {
     reason: Option<Error>,
 }
 
-/// How long a call has to be inside of NCCL before another thread may end the communicator: one that is about to enter or to leave
-/// is not to meet the end of its handle.
+/// How long a call has to be inside of NCCL before another thread may end the communicator: one
+/// that is about to enter or to leave is not to meet the end of its handle.
 const MOMENT: Duration = Duration::from_millis(100);
 
 impl Shared {
@@ -65,10 +65,12 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the communicator for the rank's thread, which may be inside of a call of NCCL, or of the driver: it gets this reason.
-    /// Returns whether that is done; else the thread has only just entered a call.
+    /// Ends the communicator for the rank's thread, which may be inside of a call of NCCL, or of
+    /// the driver: it gets this reason. Returns whether that is done; else the thread has only just
+    /// entered a call.
     ///
-    /// NCCL takes an abort while another thread is inside of a blocking call: that is what ends the call.
+    /// NCCL takes an abort while another thread is inside of a blocking call: that is what ends the
+    /// call.
     pub(super) fn end(&self, reason: &Error) -> bool {
         let mut state = self.state();
         if state.inside.is_some_and(|since| since.elapsed() < MOMENT) {
@@ -89,7 +91,8 @@ impl Shared {
                 let _ = unsafe { (api.abort)(handle.load(Ordering::Relaxed)) };
             }
         };
-        // On a thread of its own: the driver may keep an abort waiting, for a rank that holds its lock.
+        // On a thread of its own: the driver may keep an abort waiting, for a rank that holds its
+        // lock.
         if std::thread::Builder::new().spawn(abort.clone()).is_err() {
             abort();
         }
@@ -132,8 +135,9 @@ impl Raw {
         Ok(raw)
     }
 
-    /// The same, where every call waits for the other ranks. The call that joins is made by a thread of its own, on which `enter`
-    /// makes the device current: a call for ranks that never come does not end, and that thread is left to it.
+    /// The same, where every call waits for the other ranks. The call that joins is made by a
+    /// thread of its own, on which `enter` makes the device current: a call for ranks that never
+    /// come does not end, and that thread is left to it.
     pub(super) fn join_blocking(
         id: [u8; 128],
         rank: usize,
@@ -159,7 +163,8 @@ impl Raw {
                 Ok(made) => return made,
                 Err(RecvTimeoutError::Timeout) => {
                     if let Err(error) = poll() {
-                        // A rank that is lost after it has joined is no obstacle: the call ends here too, soon after.
+                        // A rank that is lost after it has joined is no obstacle: the call ends
+                        // here too, soon after.
                         return joined.recv_timeout(SOON).ok().and_then(Result::ok).ok_or(error);
                     }
                 }
@@ -182,16 +187,19 @@ impl Raw {
         let key = number("the key", key)?;
         let inside = self.enter()?;
         let parent = self.alive()?;
-        // A thread of NCCL writes the part's handle here at any time until the parent has left `IN_PROGRESS`, also where there
-        // is no color. Where that is not waited for, the place has to stay for ever: `settle` returning an error leaks it.
+        // A thread of NCCL writes the part's handle here at any time until the parent has left
+        // `IN_PROGRESS`, also where there is no color. Where that is not waited for, the place has
+        // to stay for ever: `settle` returning an error leaks it.
         let place = Box::into_raw(Box::new(AtomicPtr::<c_void>::new(null_mut())));
-        // SAFETY: the parent is live; `place` is laid out as a handle, and is freed below only when NCCL is done with it.
+        // SAFETY: the parent is live; `place` is laid out as a handle, and is freed below only when
+        // NCCL is done with it.
         #[allow(unsafe_code)]
         let code = unsafe {
             (self.api.split)(parent, color, key, place.cast::<Handle>(), &mut Config::new(self.blocking))
         };
         drop(inside);
-        // Without blocking the call returns success and not `IN_PROGRESS` while it goes on: the parent has to be asked.
+        // Without blocking the call returns success and not `IN_PROGRESS` while it goes on: the
+        // parent has to be asked.
         let code = if code == SUCCESS { IN_PROGRESS } else { code };
         self.settle("ncclCommSplit", code, poll)?;
         // SAFETY: `place` came from `Box::into_raw`, and NCCL does not use it any more.
@@ -224,7 +232,8 @@ impl Raw {
         Ok(inside)
     }
 
-    /// The error of a call that returned a code; where another thread has ended the communicator, why.
+    /// The error of a call that returned a code; where another thread has ended the communicator,
+    /// why.
     fn error(&self, call: &'static str, code: c_int) -> Error {
         match self.alive() {
             Ok(handle) => self.api.error(call, code, handle),
@@ -462,7 +471,8 @@ impl Drop for Raw {
 fn initialize(api: &Api, id: [u8; 128], rank: usize, size: usize, blocking: bool) -> Result<(Handle, c_int)> {
     let (rank, size) = (number("the rank", rank)?, number("the number of ranks", size)?);
     let mut handle = null_mut();
-    // SAFETY: `handle` is a place for a communicator, the configuration is of the size that it states, and NCCL copies it.
+    // SAFETY: `handle` is a place for a communicator, the configuration is of the size that it
+    // states, and NCCL copies it.
     #[allow(unsafe_code)]
     let code = unsafe { (api.init)(&mut handle, size, UniqueId(id), rank, &mut Config::new(blocking)) };
     Ok((handle, code))

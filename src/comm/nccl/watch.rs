@@ -1,10 +1,12 @@
 //! The thread that watches over ranks which cannot look around themselves.
 //!
-//! A rank looks around while it waits for its device. It cannot inside of a call of NCCL's that waits for peers, or of the driver's
-//! that waits for the device while a collective on it waits for peers. One thread of the process looks around for all its ranks:
-//! where a rank is lost, or has not come for the deadline, it ends the communicator, which ends the call.
+//! A rank looks around while it waits for its device. It cannot inside of a call of NCCL's that
+//! waits for peers, or of the driver's that waits for the device while a collective on it waits for
+//! peers. One thread of the process looks around for all its ranks: where a rank is lost, or has
+//! not come for the deadline, it ends the communicator, which ends the call.
 //!
-//! It makes no call of the driver's: who holds the driver's lock may be the rank that it watches over.
+//! It makes no call of the driver's: who holds the driver's lock may be the rank that it watches
+//! over.
 
 use super::{meeting::Meeting, raw::Shared};
 use crate::{
@@ -36,7 +38,8 @@ pub(super) struct Watch {
 struct Rank {
     /// The call that it hands to NCCL, and since when.
     inside: Option<(Meeting, Instant)>,
-    /// The oldest collective that it does not know to be finished, and since when that was to be expected.
+    /// The oldest collective that it does not know to be finished, and since when that was to be
+    /// expected.
     oldest: Option<(Meeting, Instant)>,
     looked: Instant,
 }
@@ -110,7 +113,8 @@ impl Watch {
     fn reason(&self, at: Meeting, since: Instant, inside: bool) -> Option<Error> {
         let late = since.elapsed() > self.deadline;
         let Some(lookout) = &self.lookout else {
-            // Only the time is known, and of a collective on the device not even whether it is finished.
+            // Only the time is known, and of a collective on the device not even whether it is
+            // finished.
             let error =
                 || Error::invalid("NCCL", format!("{:?} have passed inside of a call", self.deadline));
             return (late && inside).then(error);

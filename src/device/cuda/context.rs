@@ -1,8 +1,9 @@
 //! One GPU as a process sees it: its primary context, what it can do, and all kernels, loaded.
 //!
-//! A context is made once a process and GPU, and stays. Loading a module, allocating pinned memory and their counterparts may
-//! wait until the GPU is idle, and it is not while a collective waits there for another rank. So all of it is done before there
-//! are collectives, and nothing is given back.
+//! A context is made once a process and GPU, and stays. Loading a module, allocating pinned memory
+//! and their counterparts may wait until the GPU is idle, and it is not while a collective waits
+//! there for another rank. So all of it is done before there are collectives, and nothing is given
+//! back.
 
 use super::{
     families::{FAMILIES, Family, Kernel, PLACES},
@@ -51,7 +52,8 @@ pub(super) struct Context {
     pub(super) spare_lt: Mutex<Vec<cublasLtHandle_t>>,
 }
 
-// SAFETY: every pointer is a handle of the driver or cuBLASLt, which any thread may use, or memory that belongs to who takes it.
+// SAFETY: every pointer is a handle of the driver or cuBLASLt, which any thread may use, or memory
+// that belongs to who takes it.
 #[allow(unsafe_code)]
 unsafe impl Send for Context {}
 // SAFETY: as above; what changes is behind a mutex.
@@ -97,7 +99,8 @@ impl Context {
     fn new(ordinal: usize) -> Result<Self> {
         let (mut version, mut device, mut handle, mut total_memory) = (0, 0, std::ptr::null_mut(), 0);
         let mut name = [0_u8; 256];
-        // SAFETY: every pointer is a place of the type that the driver writes; `name` has the length that is stated.
+        // SAFETY: every pointer is a place of the type that the driver writes; `name` has the
+        // length that is stated.
         #[allow(unsafe_code)]
         unsafe {
             driver("cuDriverGetVersion", sys::cuDriverGetVersion(&mut version))?;
@@ -185,9 +188,9 @@ impl Context {
         Ok(pool)
     }
 
-    /// Lets the device's pool keep what is freed: by default it goes back to the system at every synchronization. And lets no
-    /// allocation wait for another stream: memory that was freed behind a collective would make the work that takes it wait
-    /// for other ranks.
+    /// Lets the device's pool keep what is freed: by default it goes back to the system at every
+    /// synchronization. And lets no allocation wait for another stream: memory that was freed
+    /// behind a collective would make the work that takes it wait for other ranks.
     fn set_pool(&self) -> Result<()> {
         use CUmemPool_attribute as Is;
         let pool = self.pool()?;
@@ -250,7 +253,8 @@ impl Context {
         }
     }
 
-    /// A kernel of a module, by its name, and ready: a driver that loads lazily loads it now. The context is current.
+    /// A kernel of a module, by its name, and ready: a driver that loads lazily loads it now. The
+    /// context is current.
     fn find(&self, family: &Family, module: CUmodule, name: &str) -> Result<CUfunction> {
         let symbol = CString::new(name).map_err(|_| Error::invalid("kernel", "its name has a zero"))?;
         let mut function = std::ptr::null_mut();

@@ -1,4 +1,5 @@
-//! The kernels of `cuda/*.cu`, by family: what is compiled, loaded and found when a GPU is first used.
+//! The kernels of `cuda/*.cu`, by family: what is compiled, loaded and found when a GPU is first
+//! used.
 
 use crate::device::DType;
 
@@ -9,8 +10,8 @@ pub(crate) struct Family {
     pub(super) source: &'static str,
     /// Whether its kernels ask for more than 48 KiB of shared memory.
     pub(super) large_shared_memory: bool,
-    /// Whether a product and a sum may become one operation, rounded once. This is faster, but the compiler chooses where it is
-    /// done, so the bits may differ between two forms of one loop.
+    /// Whether a product and a sum may become one operation, rounded once. This is faster, but the
+    /// compiler chooses where it is done, so the bits may differ between two forms of one loop.
     pub(super) contracts: bool,
     pub(super) kernels: &'static [(Kernel, &'static str, Elements)],
 }

@@ -140,7 +140,8 @@ impl Launch<'_> {
     /// that it writes are borrowed exclusively.
     ///
     /// # Errors
-    /// When the kernel is not there for the elements, memory of another GPU is used, or the driver refuses.
+    /// When the kernel is not there for the elements, memory of another GPU is used, or the driver
+    /// refuses.
     #[allow(unsafe_code)]
     pub(crate) unsafe fn run(mut self, grid: Grid) -> Result<()> {
         if grid.blocks.contains(&0) {

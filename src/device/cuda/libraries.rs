@@ -1,8 +1,10 @@
 //! Finding NVIDIA's libraries before the first call into them.
 //!
-//! Each library is looked for here, also where pip and conda put it, and every function that is used is asked for once: what is
-//! missing becomes an [`Error`] that says what was tried. The driver's functions are called by way of bindings, which look on the
-//! loader's path alone and panic where something is missing; NVRTC's and cuBLASLt's by way of tables, from the file found here.
+//! Each library is looked for here, also where pip and conda put it, and every function that is
+//! used is asked for once: what is missing becomes an [`Error`] that says what was tried. The
+//! driver's functions are called by way of bindings, which look on the loader's path alone and
+//! panic where something is missing; NVRTC's and cuBLASLt's by way of tables, from the file found
+//! here.
 
 use super::status::{compiler, driver};
 use crate::error::{Error, Result};
@@ -92,7 +94,8 @@ macro_rules! table {
             /// The functions of a library, which stays loaded. It has them all.
             fn of(library: Library) -> Result<Self> {
                 let missing = |error: libloading::Error| Error::invalid(stringify!($table), error.to_string());
-                // SAFETY: the types are those that NVIDIA's headers declare for these names, unchanged from CUDA 12.0 on.
+                // SAFETY: the types are those that NVIDIA's headers declare for these names,
+                // unchanged from CUDA 12.0 on.
                 #[allow(unsafe_code)]
                 let table = unsafe {
                     Self { $($field: *library.get($name.as_bytes()).map_err(missing)?,)* }
@@ -228,7 +231,8 @@ impl fmt::Display for Version {
     }
 }
 
-/// The driver, NVRTC and cuBLASLt, loaded if they were not. NCCL's is [`crate::comm::nccl`]'s to say.
+/// The driver, NVRTC and cuBLASLt, loaded if they were not. NCCL's is [`crate::comm::nccl`]'s to
+/// say.
 pub fn versions() -> [Result<Version>; 3] {
     let of = |library, version, address: *const c_void| {
         let path = file_at(address as usize).unwrap_or_default();
@@ -237,7 +241,8 @@ pub fn versions() -> [Result<Version>; 3] {
     let driver = || {
         let mut version = 0;
         let library = cuda()?;
-        // SAFETY: the function is there, and `version` is a place for an int; the symbol is only looked up.
+        // SAFETY: the function is there, and `version` is a place for an int; the symbol is only
+        // looked up.
         #[allow(unsafe_code)]
         let address = unsafe {
             driver("cuDriverGetVersion", cuDriverGetVersion(&mut version))?;
@@ -276,8 +281,8 @@ pub(crate) fn file_at(address: usize) -> Option<PathBuf> {
     })
 }
 
-/// Loads a function that a driver which loads lazily has only found. Drivers before CUDA 12.4 load it when they find it, and have
-/// no call for this.
+/// Loads a function that a driver which loads lazily has only found. Drivers before CUDA 12.4 load
+/// it when they find it, and have no call for this.
 pub(super) fn load_function(function: CUfunction) -> Result<()> {
     type Load = unsafe extern "C" fn(CUfunction) -> CUresult;
     static LOAD: OnceLock<Option<Load>> = OnceLock::new();
@@ -328,7 +333,8 @@ impl Needed {
         Err(Error::Unsupported { op: self.name, reason })
     }
 
-    /// The library, if the bindings get the same: they ask the loader, which knows a library by the name in it once it is loaded.
+    /// The library, if the bindings get the same: they ask the loader, which knows a library by the
+    /// name in it once it is loaded.
     fn is_bound(&self, (library, place): (Library, PathBuf)) -> Result<Library> {
         let function = self.functions.first().copied().unwrap_or_default();
         // SAFETY: the symbol is only looked up.
@@ -366,8 +372,9 @@ impl Needed {
 
     /// Where the library may be: in the folder that the user names; on the loader's path; where pip and conda put it; in a toolkit.
     ///
-    /// The folders of `LD_LIBRARY_PATH` are looked into one by one: pip's packages have versioned names alone, and a toolkit that
-    /// the loader knows besides would have the name without a version.
+    /// The folders of `LD_LIBRARY_PATH` are looked into one by one: pip's packages have versioned
+    /// names alone, and a toolkit that the loader knows besides would have the name without a
+    /// version.
     fn places(&self) -> Vec<PathBuf> {
         let in_folder = |folder: &Path| {
             self.files.iter().map(|file| folder.join(file)).filter(|path| path.exists()).collect::<Vec<_>>()

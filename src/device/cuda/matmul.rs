@@ -81,8 +81,8 @@ pub(crate) struct Operands {
     pub(crate) saved: u64,
 }
 
-/// cuBLASLt for one stream: its handle, workspace and plans. Handles are not destroyed, for which cuBLASLt would wait for the
-/// device, but kept for the next stream.
+/// cuBLASLt for one stream: its handle, workspace and plans. Handles are not destroyed, for which
+/// cuBLASLt would wait for the device, but kept for the next stream.
 pub(crate) struct Lt {
     api: &'static CublasLt,
     handle: cublasLtHandle_t,
@@ -92,10 +92,12 @@ pub(crate) struct Lt {
     workspace: RefCell<Option<StreamMemory>>,
 }
 
-/// What a plan depends on: the product, whether f32 keeps all its bits, and how A, B and D are aligned, in bytes.
+/// What a plan depends on: the product, whether f32 keeps all its bits, and how A, B and D are
+/// aligned, in bytes.
 type Key = (Matmul, bool, [u32; 3]);
 
-/// How many plans are kept. A server that sees ever new lengths makes ever new plans; they are all forgotten then.
+/// How many plans are kept. A server that sees ever new lengths makes ever new plans; they are all
+/// forgotten then.
 const PLANS: usize = 1024;
 
 /// What an algorithm may ask for: NVIDIA's advice for Hopper, and enough for others.

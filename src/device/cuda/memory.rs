@@ -70,7 +70,8 @@ impl<T: Element> fmt::Debug for CudaBuffer<T> {
     }
 }
 
-/// Memory for the work of one stream, held by the handle of the stream. A buffer would hold the handle that holds it.
+/// Memory for the work of one stream, held by the handle of the stream. A buffer would hold the
+/// handle that holds it.
 pub(super) struct StreamMemory {
     address: CUdeviceptr,
     bytes: usize,
@@ -102,8 +103,9 @@ impl StreamMemory {
 impl Drop for StreamMemory {
     fn drop(&mut self) {
         if self.address != 0 && self.context.make_current().is_ok() {
-            // SAFETY: the memory came from `cuMemAllocAsync` on this stream, which lives: the handle drops what it holds before its
-            // stream, and others hold the memory while they borrow the handle. The pool waits for what was asked of the stream.
+            // SAFETY: the memory came from `cuMemAllocAsync` on this stream, which lives: the
+            // handle drops what it holds before its stream, and others hold the memory while they
+            // borrow the handle. The pool waits for what was asked of the stream.
             #[allow(unsafe_code)]
             let _ = unsafe { sys::cuMemFreeAsync(self.address, self.stream) };
         }
@@ -182,8 +184,9 @@ pub(super) fn bytes_mut<T: Element>(elements: &mut [T]) -> &mut [u8] {
     }
 }
 
-/// Host memory that the device reads and writes by itself, while the host goes on: two halves. Blocks are not given back to the
-/// driver, which may wait for the device then, but kept for the next handle.
+/// Host memory that the device reads and writes by itself, while the host goes on: two halves.
+/// Blocks are not given back to the driver, which may wait for the device then, but kept for the
+/// next handle.
 struct Pinned {
     address: *mut u8,
     context: &'static Context,
@@ -269,8 +272,8 @@ impl Staging {
         Ok(())
     }
 
-    /// Copies from the device, and waits for it. The source has as many bytes. While the host takes what is in one half the device
-    /// fills the other.
+    /// Copies from the device, and waits for it. The source has as many bytes. While the host takes
+    /// what is in one half the device fills the other.
     pub(super) fn download(&mut self, cuda: &Handle, mut from: CUdeviceptr, to: &mut [u8]) -> Result<()> {
         if to.is_empty() {
             return Ok(());
@@ -282,8 +285,8 @@ impl Staging {
         for (chunk, to) in to.chunks_mut(HALF).map(Some).chain([None]).enumerate() {
             let half = chunk % 2;
             if let Some(to) = &to {
-                // SAFETY: the half has room for a chunk, and the host has taken what was in it. What was uploaded from it is read
-                // by the same stream before it is written here.
+                // SAFETY: the half has room for a chunk, and the host has taken what was in it.
+                // What was uploaded from it is read by the same stream before it is written here.
                 #[allow(unsafe_code)]
                 unsafe {
                     let place = pinned.add(half * HALF).cast();
@@ -298,7 +301,8 @@ impl Staging {
                 if let Some(mark) = &self.read[half] {
                     cuda.wait_for(mark)?;
                 }
-                // SAFETY: the device has written as many bytes there, and does nothing else with the half.
+                // SAFETY: the device has written as many bytes there, and does nothing else with
+                // the half.
                 #[allow(unsafe_code)]
                 unsafe {
                     std::ptr::copy_nonoverlapping(pinned.add(half * HALF), to.as_mut_ptr(), to.len());

@@ -4,9 +4,10 @@
 //! for, while the rank's thread goes on; it waits where values come back to the host. The driver, NVRTC and cuBLASLt are loaded
 //! when they are first needed; no toolkit is needed to build, and none to run.
 //!
-//! The first handle of a GPU in a process loads all kernels, and they stay loaded: a load may wait until the GPU is idle, which
-//! it is not while a collective waits there for another rank. Kernels that are not on disk yet (`SHARDWISE_CACHE`, or `shardwise`
-//! in the user's cache folder) are compiled for the GPU at hand, in parallel; [`precompile`] does that beforehand.
+//! The first handle of a GPU in a process loads all kernels, and they stay loaded: a load may wait
+//! until the GPU is idle, which it is not while a collective waits there for another rank. Kernels
+//! that are not on disk yet (`SHARDWISE_CACHE`, or `shardwise` in the user's cache folder) are
+//! compiled for the GPU at hand, in parallel; [`precompile`] does that beforehand.
 //!
 //! # What is needed
 //!
@@ -93,15 +94,15 @@ pub(crate) struct Handle {
     stream: Stream,
     staging: RefCell<Staging>,
     context: &'static Context,
-    /// The same for handles whose owner orders their work by marks.
-    kin: Rc<()>,
+    /// Shared by the handles whose owner orders their work by marks.
+    order: Rc<()>,
     looks: RefCell<Vec<Weak<dyn Fn() -> Result<()>>>>,
     memory: Rc<Counters>,
     poison: bool,
     exact: Cell<bool>,
 }
 
-/// Bytes in use by the tensors of handles of one kin.
+/// Bytes in use by the tensors of handles that share an `order`.
 #[derive(Default)]
 struct Counters {
     live: Cell<usize>,
@@ -119,7 +120,8 @@ impl Counters {
     }
 }
 
-/// Locks, also what a thread that panicked had locked: what is behind these locks is whole at any time.
+/// Locks, also what a thread that panicked had locked: what is behind these locks is whole at any
+/// time.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -151,7 +153,7 @@ impl Cuda {
 
     fn on(
         context: &'static Context,
-        kin: Rc<()>,
+        order: Rc<()>,
         memory: Rc<Counters>,
         poison: bool,
         urgent: bool,
@@ -162,7 +164,7 @@ impl Cuda {
             tables: RefCell::default(),
             lt: OnceCell::new(),
             context,
-            kin,
+            order,
             looks: RefCell::default(),
             memory,
             poison,
@@ -198,13 +200,13 @@ impl Cuda {
         self.0.exact.set(!allow);
     }
 
-    /// Another handle of the same GPU and memory, with a stream of its own, whose work goes first where both could run. The caller
-    /// orders what the two do by marks.
+    /// Another handle of the same GPU and memory, with a stream of its own, whose work goes first
+    /// where both could run. The caller orders what the two do by marks.
     #[cfg(feature = "nccl")]
     pub(crate) fn beside(&self) -> Result<Self> {
         let handle = &self.0;
-        let (kin, memory) = (Rc::clone(&handle.kin), Rc::clone(&handle.memory));
-        let beside = Self::on(handle.context, kin, memory, handle.poison, true)?;
+        let (order, memory) = (Rc::clone(&handle.order), Rc::clone(&handle.memory));
+        let beside = Self::on(handle.context, order, memory, handle.poison, true)?;
         beside.0.exact.set(handle.exact.get());
         Ok(beside)
     }
@@ -273,19 +275,19 @@ impl Cuda {
     /// Runs `work`, which is asked of this handle and uses memory of `others`: behind what they were asked for before, and before
     /// what they are asked for later.
     pub(crate) fn joins(&self, others: &[Rc<Handle>], work: impl FnOnce() -> Result<()>) -> Result<()> {
-        let strangers = others.iter().map(|other| self.stranger(other));
-        let strangers = strangers.filter_map(Result::transpose).collect::<Result<Vec<_>>>()?;
-        strangers.iter().try_for_each(|other| self.after(&other.mark()?))?;
+        let foreign = others.iter().map(|other| self.foreign(other));
+        let foreign = foreign.filter_map(Result::transpose).collect::<Result<Vec<_>>>()?;
+        foreign.iter().try_for_each(|other| self.after(&other.mark()?))?;
         work()?;
-        if strangers.is_empty() {
+        if foreign.is_empty() {
             return Ok(());
         }
         let done = self.mark()?;
-        strangers.iter().try_for_each(|other| other.after(&done))
+        foreign.iter().try_for_each(|other| other.after(&done))
     }
 
-    /// The other handle, where marks of this one do not order what is done with its memory.
-    pub(crate) fn stranger(&self, other: &Rc<Handle>) -> Result<Option<Self>> {
+    /// The other handle, if marks of this one do not order the work on its memory.
+    pub(crate) fn foreign(&self, other: &Rc<Handle>) -> Result<Option<Self>> {
         if Rc::ptr_eq(other, &self.0) {
             return Ok(None);
         }
@@ -293,7 +295,7 @@ impl Cuda {
         if here != there {
             return Err(Error::invalid("CUDA", format!("a tensor of GPU {there} is used on GPU {here}")));
         }
-        Ok((!Rc::ptr_eq(&other.kin, &self.0.kin)).then(|| Self(Rc::clone(other))))
+        Ok((!Rc::ptr_eq(&other.order, &self.0.order)).then(|| Self(Rc::clone(other))))
     }
 }
 

@@ -38,8 +38,8 @@ pub(super) struct Image {
     stored: bool,
 }
 
-/// The images of all families, in their order. The first who asks compiles what the cache does not have; the others wait. No
-/// call of the driver is made meanwhile.
+/// The images of all families, in their order. The first who asks compiles what the cache does not
+/// have; the others wait. No call of the driver is made meanwhile.
 pub(super) fn images(capability: (i32, i32)) -> Result<Arc<Vec<Image>>> {
     static MADE: Mutex<BTreeMap<(i32, i32), Arc<Vec<Image>>>> = Mutex::new(BTreeMap::new());
     let mut made = lock(&MADE);
@@ -51,11 +51,12 @@ pub(super) fn images(capability: (i32, i32)) -> Result<Arc<Vec<Image>>> {
     Ok(images)
 }
 
-/// Compiles all kernels for GPUs of a compute capability, `(9, 0)` for Hopper, and keeps them on disk: see [`crate::device::cuda`].
-/// Returns the folder.
+/// Compiles all kernels for GPUs of a compute capability, `(9, 0)` for Hopper, and keeps them on
+/// disk: see [`crate::device::cuda`]. Returns the folder.
 ///
-/// Neither a GPU nor a driver is needed, so a build machine can fill the folder that `SHARDWISE_CACHE` names. A machine finds the
-/// kernels there if its NVRTC has the same version and the program is of the same source.
+/// Neither a GPU nor a driver is needed, so a build machine can fill the folder that
+/// `SHARDWISE_CACHE` names. A machine finds the kernels there if its NVRTC has the same version and
+/// the program is of the same source.
 ///
 /// # Errors
 /// When NVRTC is missing or does not know the capability, or the folder cannot be written.
@@ -124,8 +125,8 @@ impl Image {
         // PTX is text that ends with a zero; a cubin knows its length and does not mind.
         let bytes = [&self.bytes[..], &[0]].concat();
         let mut module = std::ptr::null_mut();
-        // SAFETY: the image is what NVRTC gave, whole (its hash was compared) and with a zero behind it, and is copied by the
-        // driver; a context is current.
+        // SAFETY: the image is what NVRTC gave, whole (its hash was compared) and with a zero
+        // behind it, and is copied by the driver; a context is current.
         #[allow(unsafe_code)]
         driver("cuModuleLoadData", unsafe { cuModuleLoadData(&mut module, bytes.as_ptr().cast()) })?;
         Ok(module)

@@ -11,13 +11,15 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// A stream that does not wait for the default one. Blocks of an `urgent` one go before those of others that wait for a
-    /// place on the GPU: a collective does not stand behind all of a product's blocks.
+    /// A stream that does not wait for the default one. Blocks of an `urgent` one go before those
+    /// of others that wait for a place on the GPU: a collective does not stand behind all of a
+    /// product's blocks.
     pub(super) fn new(context: &'static Context, urgent: bool) -> Result<Self> {
         const NON_BLOCKING: u32 = 1;
         context.make_current()?;
         let (mut handle, mut least, mut greatest) = (std::ptr::null_mut(), 0, 0);
-        // SAFETY: `handle` is a place for a stream, the others are places for an int; the context is current.
+        // SAFETY: `handle` is a place for a stream, the others are places for an int; the context
+        // is current.
         #[allow(unsafe_code)]
         unsafe {
             let code = sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest);
@@ -40,8 +42,8 @@ impl Stream {
             driver("cuEventCreate", unsafe { sys::cuEventCreate(&mut event, DISABLE_TIMING) })?;
         }
         let mark = Mark { event, context: self.context };
-        // SAFETY: stream and event are of the current context. What waits for the event already waits for what it was recorded
-        // behind when it began to wait.
+        // SAFETY: stream and event are of the current context. What waits for the event already
+        // waits for what it was recorded behind when it began to wait.
         #[allow(unsafe_code)]
         driver("cuEventRecord", unsafe { sys::cuEventRecord(mark.event, self.handle) })?;
         Ok(mark)

@@ -1,5 +1,5 @@
-//! Small tables of numbers and flags that kernels read. They stay on the device by their contents: the layers of a model, and often
-//! its steps, ask for the same ones.
+//! Small tables of numbers and flags that kernels read. They stay on the device by their contents:
+//! the layers of a model, and often its steps, ask for the same ones.
 
 use super::{Cuda, memory::StreamMemory};
 use crate::error::Result;
@@ -23,9 +23,11 @@ pub(super) struct Tables {
 }
 
 impl Tables {
-    /// The bytes of the largest table that is kept: looking for it has to take less than the upload.
+    /// The bytes of the largest table that is kept: looking for it has to take less than the
+    /// upload.
     const LARGEST: usize = 16 << 10;
-    /// The bytes of all tables, beyond which they are forgotten. Kernels that read them come first in the stream.
+    /// The bytes of all tables, beyond which they are forgotten. Kernels that read them come first
+    /// in the stream.
     const TOGETHER: usize = 4 << 20;
 
     fn keep(&mut self, contents: Vec<u8>, table: &Rc<StreamMemory>) {

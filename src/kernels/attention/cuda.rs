@@ -69,8 +69,9 @@ struct Kernels {
 }
 
 impl Kernels {
-    /// Tensor cores where they know the element and 16 bytes can be taken of every row: two tiles of queries, keys and values
-    /// each lie in shared memory; backward, one of queries and one of their gradients.
+    /// Tensor cores where they know the element and 16 bytes can be taken of every row: two tiles
+    /// of queries, keys and values each lie in shared memory; backward, one of queries and one of
+    /// their gradients.
     fn new<T: Element>(head_dim: usize, operands: &[Operand]) -> Result<Self> {
         let rows = operands.iter().map(|operand| operand.dims.rows).max().unwrap_or(0);
         let fits = Walk::by_rows(operands, rows, head_dim).packed && head_dim <= 128;

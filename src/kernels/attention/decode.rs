@@ -1,4 +1,5 @@
-//! Decoding on NVIDIA GPUs: appending to a cache, and attention of few queries to it: `cuda/decode.cu`.
+//! Decoding on NVIDIA GPUs: appending to a cache, and attention of few queries to it:
+//! `cuda/decode.cu`.
 
 use super::{AttentionSpec, CacheSpec, cuda::window};
 use crate::{
@@ -59,8 +60,9 @@ pub(super) fn append<T: Element>(
         let launch = launch.ints([usize::from(walk.packed), spec.head_dim, cache.capacity]).table(&table);
         let launch = launch.read(k.data()).int(sk).read(v.data()).int(sv);
         let launch = launch.write(&keys).int(skeys).write(&values).int(svalues);
-        // SAFETY: the arguments are append's; `check_append` has seen that k and v have the rows of the sequences and
-        // the columns of the heads, and that the sequences end in their slots and these in the cache.
+        // SAFETY: the arguments are append's; `check_append` has seen that k and v have the rows of
+        // the sequences and the columns of the heads, and that the sequences end in their slots and
+        // these in the cache.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid { blocks: [blocks, spec.kv_heads], threads: [128, 1], shared: 0 })?;
@@ -119,9 +121,9 @@ pub(super) fn attention<T: Element>(
         launch.write(&Cuda::narrow_mut(Cuda::slice_mut(&mut scratch), sums..sums + 2 * plan.partials));
     let shared = together * (features + WARPS * (features + 2)) * size_of::<T::Acc>();
     let blocks = [plan.spans.len() * chunks, spec.kv_heads];
-    // SAFETY: the arguments are decode's; `check_cached` has seen that q and out have the rows of the sequences and the
-    // columns of the heads, that the slots lie in the cache and the sequences end in their slots. There are as many partial
-    // results as `plan` has numbered.
+    // SAFETY: the arguments are decode's; `check_cached` has seen that q and out have the rows of
+    // the sequences and the columns of the heads, that the slots lie in the cache and the sequences
+    // end in their slots. There are as many partial results as `plan` has numbered.
     #[allow(unsafe_code)]
     unsafe {
         launch.run(Grid { blocks, threads: [32, WARPS as u32], shared })?;
@@ -129,7 +131,8 @@ pub(super) fn attention<T: Element>(
     let launch = cuda.kernel(Kernel::Combine, T::DTYPE).ints([dim, rows_at]).table(&table);
     let launch = launch.read(Cuda::narrow(Cuda::slice(&scratch), 0..sums));
     let launch = launch.read(Cuda::narrow(Cuda::slice(&scratch), sums..sums + 2 * plan.partials));
-    // SAFETY: the arguments are combine's; the rows are those of `out`, and what they are made of was just written.
+    // SAFETY: the arguments are combine's; the rows are those of `out`, and what they are made of
+    // was just written.
     #[allow(unsafe_code)]
     unsafe {
         let blocks = [plan.rows.len() / 4, heads];

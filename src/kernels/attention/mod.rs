@@ -118,7 +118,8 @@ pub trait Attention: Device {
         dqkv: MatMut<'_, T, Self>,
     ) -> Result<()>;
 
-    /// `keys`, `values` ← the rows of `k` and `v`, those of each sequence in its slot, from its start on.
+    /// `keys`, `values` ← the rows of `k` and `v`, those of each sequence in its slot, from its
+    /// start on.
     ///
     /// * `k`, `v`: `[rows, kv_heads · head_dim]`; `keys`, `values`: see [`CacheSpec`].
     /// * Where two sequences have the same slot and overlap there, the later one's rows remain.

@@ -80,8 +80,9 @@ impl Gemm for Cuda {
         self.multiply(batch, (alpha, beta), a, b, c, Beside::Nothing).map(drop)
     }
 
-    /// cuBLASLt chooses an algorithm by how operands are aligned and how far apart their rows are, and its bits are the algorithm's.
-    /// So what does not lie as `canonical` has it is copied there first, and the result back.
+    /// cuBLASLt chooses an algorithm by how operands are aligned and how far apart their rows are,
+    /// and its bits are the algorithm's. So what does not lie as `canonical` has it is copied there
+    /// first, and the result back.
     fn gemm_block<T: Element, C: Element<Acc = T::Acc>>(
         &self,
         a: MatRef<'_, T, Self>,
@@ -189,8 +190,9 @@ impl Gemm for Cuda {
     }
 }
 
-/// The strides of a matrix as far as its dimensions, and whether its columns lie together, tell: rows (or columns) one after
-/// another, each beginning at 16 bytes. A vector lies together either way.
+/// The strides of a matrix as far as its dimensions, and whether its columns lie together, tell:
+/// rows (or columns) one after another, each beginning at 16 bytes. A vector lies together either
+/// way.
 fn canonical<T: Element>(dims: Dims) -> Dims {
     let Dims { rows, cols, .. } = dims;
     let whole = |len: usize| len.next_multiple_of(16 / size_of::<T>());
@@ -199,7 +201,8 @@ fn canonical<T: Element>(dims: Dims) -> Dims {
     Dims { rows, cols, row_stride, col_stride }
 }
 
-/// Whether a matrix lies as [`canonical`] has it, from an address with the alignment of fresh memory.
+/// Whether a matrix lies as [`canonical`] has it, from an address with the alignment of fresh
+/// memory.
 fn is_canonical<T: Element>(matrix: &MatRef<'_, T, Cuda>) -> bool {
     matrix.dims() == canonical::<T>(matrix.dims()) && matrix.data().address().is_multiple_of(256)
 }

@@ -168,8 +168,9 @@ pub trait Gemm: Device {
         self.sum_rows::<T>(a, sums)
     }
 
-    /// [`Gemm::gemm`], with α = 1, of a block of a product: the bits follow from the elements, the dimensions and which operands
-    /// are transposed, not from where the operands lie or how far apart their rows are.
+    /// [`Gemm::gemm`], with α = 1, of a block of a product: the bits follow from the elements, the
+    /// dimensions and which operands are transposed, not from where the operands lie or how far
+    /// apart their rows are.
     ///
     /// # Errors
     /// As there.
@@ -194,8 +195,8 @@ pub trait Gemm: Device {
     /// Sums wait on a stack. A term comes on top of it; then, `merges` times, the two on top are replaced by their sum, the lower
     /// one first. So ((t₀ + t₁) + t₂) has terms with 0, 1 and 1 merges. One sum is left.
     ///
-    /// A term without products, or whose products have no depth, is 0. The bits are those of [`Gemm::gemm_block`] for every product
-    /// and an addition for every merge.
+    /// A term without products, or whose products have no depth, is 0. The bits are those of
+    /// [`Gemm::gemm_block`] for every product and an addition for every merge.
     ///
     /// # Errors
     /// As [`Gemm::gemm`], and when not one sum is left.

@@ -67,7 +67,7 @@ struct Allocation {
     freed: bool,
     /// Whether it is a graph's, and lives again with each launch.
     of_graph: bool,
-    /// The how manieth it is: the next at its address is another.
+    /// Its serial number: memory given out later at the same address has another.
     serial: u64,
     accesses: Vec<Access>,
     /// Kernels that have not run yet.

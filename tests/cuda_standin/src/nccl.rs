@@ -9,8 +9,8 @@
 //! * A split returns success, and its thread stores the part's handle a while later.
 //! * Every other call on a communicator that is in progress is refused.
 //!
-//! Calls on a blocking one wait: for all ranks at its creation and at a split, and for the peers at the first call of each kind,
-//! where the real one sets up connections.
+//! Calls on a blocking one wait: for all ranks at its creation and at a split, and for the peers at
+//! the first call of each kind, where the real one sets up connections.
 
 use crate::{
     driver::{self, illegal, stream_now},
@@ -225,7 +225,8 @@ impl World {
         Some(INVALID_USAGE)
     }
 
-    /// Whether all those whom a rank's calls need have once made the like: connections are set up then.
+    /// Whether all those whom a rank's calls need have once made the like: connections are set up
+    /// then.
     fn is_connected(&self, rank: usize, ops: &[Op]) -> bool {
         if self.line.is_some() || self.far.load(SeqCst) {
             return true;
@@ -409,8 +410,8 @@ fn rounded(value: f64, dtype: c_int) -> f64 {
 /// Up to so many bytes an all-reduce goes up and down a tree.
 const TREE: usize = 256;
 
-/// Sums term by term, each rounded to the element, in an order that depends on what is done and of how much: along a tree, or round
-/// a ring which a part enters behind its own rank.
+/// Sums term by term, each rounded to the element, in an order that depends on what is done and of
+/// how much: along a tree, or round a ring which a part enters behind its own rank.
 unsafe fn sum(ops: &[Op], len: usize) -> Vec<f64> {
     let (first, ranks) = (ops[0], ops.len());
     let tree = first.kind == Kind::AllReduce && len * width(first.dtype).unwrap_or(1) <= TREE;
@@ -655,8 +656,8 @@ thread_local! {
     static SAID: RefCell<CString> = RefCell::default();
 }
 
-/// Kernels of two communicators wait for peers, and may not both fit on a device: all ranks have to start them in one order, which
-/// only the order of a rank's streams can give.
+/// Kernels of two communicators wait for peers, and may not both fit on a device: all ranks have to
+/// start them in one order, which only the order of a rank's streams can give.
 fn in_order(last: &Last, who: &Accessor) -> Result<(), String> {
     let before = lock(last).replace((who.device, who.stream, who.tick));
     match before {
@@ -808,7 +809,8 @@ fn split(parent: &Arc<Comm>, (color, key): (c_int, c_int), blocking: bool, out: 
             }
             hand_out(Comm::new(world, rank, blocking, Background::Nothing))
         });
-        // SAFETY: a place that the caller keeps until the parent is not in progress any more, or is aborted.
+        // SAFETY: a place that the caller keeps until the parent is not in progress any more, or is
+        // aborted.
         unsafe { (*(out as *const AtomicUsize)).store(part, SeqCst) };
         *lock(&parent.background) = Background::Nothing;
         SUCCESS

@@ -66,7 +66,8 @@ fn open(device: c_int) -> usize {
     a
 }
 
-/// Runs ranks on devices: 2 to 5 are those of tests that end in an error of the device, which stays.
+/// Runs ranks on devices: 2 to 5 are those of tests that end in an error of the device, which
+/// stays.
 fn ranks(devices: &[c_int], blocking: c_int, rank: impl Fn(c_int, usize, usize) + Sync) {
     let (id, world) = (unique_id(), devices.len() as c_int);
     thread::scope(|scope| {
@@ -106,7 +107,8 @@ fn found(words: &str) -> usize {
     reports().iter().filter(|report| report.contains(words)).count()
 }
 
-/// The handle of a part is there when the parent is not in progress any more; of a rank without a color it is null.
+/// The handle of a part is there when the parent is not in progress any more; of a rank without a
+/// color it is null.
 #[test]
 fn a_split_returns_success_before_it_is_done() {
     ranks(&[0, 1], 0, |rank, comm, _| {
@@ -135,7 +137,8 @@ fn a_blocking_split_is_done_when_it_returns() {
     });
 }
 
-/// A mark that is made before the launch has settled comes too early: what waits for it races with the collective.
+/// A mark that is made before the launch has settled comes too early: what waits for it races with
+/// the collective.
 #[test]
 fn a_launch_that_nobody_looked_at_has_not_reached_its_stream() {
     ranks(&[4, 5], 0, |rank, comm, lane| {
@@ -187,7 +190,8 @@ fn a_communicator_that_has_ended_is_not_used() {
     });
 }
 
-/// The first call of each kind on a blocking communicator returns when the peers have come, or it is aborted.
+/// The first call of each kind on a blocking communicator returns when the peers have come, or it
+/// is aborted.
 #[test]
 fn the_first_call_of_a_blocking_communicator_waits_for_the_peers() {
     ranks(&[0, 1], 1, |rank, comm, lane| {
@@ -245,7 +249,8 @@ fn two_ranks_on_one_device_are_refused() {
     });
 }
 
-/// Ranks that start kernels of two communicators in different orders wait for each other: every rank's streams have to order them.
+/// Ranks that start kernels of two communicators in different orders wait for each other: every
+/// rank's streams have to order them.
 #[test]
 fn kernels_of_two_communicators_have_to_be_ordered() {
     let id = unique_id();
