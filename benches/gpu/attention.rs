@@ -58,6 +58,17 @@ pub(crate) fn weighted<'a>(
     sums.into_iter().map(near).collect()
 }
 
+/// Causal attention with scores over √dim.
+pub(crate) fn causal<'a>(
+    kv_of_query: &'a [usize],
+    kv_heads: usize,
+    head_dim: usize,
+    sequences: &'a Sequences,
+) -> AttentionSpec<'a> {
+    let scale = 1.0 / (head_dim as f64).sqrt();
+    AttentionSpec { kv_of_query, kv_heads, head_dim, scale, causal: true, window: None, sequences }
+}
+
 fn attend(bench: &mut Bench, dim: usize, length: usize, count: usize) -> Result<()> {
     let shape = format!("D {dim} S {length} x {count}");
     bench.case(&format!("attention bf16 {shape}"), |bench| {
@@ -66,16 +77,8 @@ fn attend(bench: &mut Bench, dim: usize, length: usize, count: usize) -> Result<
         let (rows, sharing) = (length * count, heads / kv_heads);
         let kv_of_query: Vec<usize> = (0..heads).map(|head| head / sharing).collect();
         let sequences = Sequences::packed(vec![length; count]);
-        let scale = 1.0 / (dim as f64).sqrt();
-        let spec = AttentionSpec {
-            kv_of_query: &kv_of_query,
-            kv_heads,
-            head_dim: dim,
-            scale,
-            causal: true,
-            window: None,
-            sequences: &sequences,
-        };
+        let spec = causal(&kv_of_query, kv_heads, dim, &sequences);
+        let scale = spec.scale;
         // Side by side, as one projection makes them.
         let qkv = data.fill::<bf16>([rows, (heads + 2 * kv_heads) * dim], 1.0)?;
         let (k_at, v_at) = (heads * dim, (heads + kv_heads) * dim);

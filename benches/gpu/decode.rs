@@ -1,7 +1,7 @@
 //! One token a sequence: attention to a cache, and a layer of Llama 8B's sizes.
 
 use crate::{
-    attention::{heads, weighted, weights},
+    attention::{causal, heads, weighted, weights},
     block::{self, Sizes},
     data::part,
     report::{Bench, Cost},
@@ -10,7 +10,7 @@ use half::bf16;
 use shardwise::{
     Result, Tensor,
     comm::Group,
-    kernels::{Attention, AttentionSpec, CacheSpec, Pointwise},
+    kernels::{Attention, CacheSpec, Pointwise},
     parallel::{DTensor, KvCache, Layer},
     shard::{Replicated, Sequences},
 };
@@ -35,16 +35,8 @@ fn attend(bench: &mut Bench, dim: usize, context: usize, batch: usize) -> Result
         let kv_of_query: Vec<usize> = (0..heads).map(|head| head / sharing).collect();
         let sequences = Sequences::packed(vec![1; batch]).starting_at(&vec![context - 1; batch])?;
         let slots: Vec<usize> = (0..batch).collect();
-        let scale = 1.0 / (dim as f64).sqrt();
-        let spec = AttentionSpec {
-            kv_of_query: &kv_of_query,
-            kv_heads,
-            head_dim: dim,
-            scale,
-            causal: true,
-            window: None,
-            sequences: &sequences,
-        };
+        let spec = causal(&kv_of_query, kv_heads, dim, &sequences);
+        let scale = spec.scale;
         let cache = CacheSpec { slots: &slots, capacity: context };
         let bytes = 4 * rows * dim;
         let copies = bench.copies(bytes);

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# run.sh - on a machine with a GPU, where the archive of pack.sh was unpacked: checks that anything runs, then the kernels' tests,
-# the benches beside torch, compute-sanitizer on small cases, and the suite, a process a test. After every step it writes
-# $OUT/result.json and result.md anew, so that a run which is ended early has left all that was found until then.
+# run.sh - runs what pack.sh has packed, on a machine with a GPU: a check that anything runs, the
+# kernels' tests, the benches beside torch, compute-sanitizer on small cases, and the suite, one
+# process a test. It writes $OUT/result.json and result.md after every step, so that a run that is
+# ended early leaves all results up to then.
 #   OUT=FOLDER   where results go (./results)
 #   DEADLINE=n   seconds for all of it (280; 60 with QUICK)
 #   QUICK=1      small shapes, and a few tests of each kind: to see whether all of it runs
@@ -37,7 +38,8 @@ finish() {
 trap finish EXIT TERM INT
 left() { echo $((deadline - SECONDS)); }
 
-# step NAME LIMIT COMMAND... : runs it for at most LIMIT seconds and no longer than is left; keeps its output and how it ended.
+# step NAME LIMIT COMMAND... : runs it for at most LIMIT seconds, and no longer than is left. Keeps
+# its output and its exit code.
 step() {
     local name=$1 limit=$2 code
     shift 2

@@ -18,6 +18,12 @@ use crate::{
 const KEYS: usize = 32;
 const WARPS: usize = 4;
 
+/// The error for heads of more features than any kernel is for.
+pub(super) fn too_wide(head_dim: usize) -> Error {
+    let reason = format!("heads of {head_dim} features; the kernels are for 256 at most");
+    Error::Unsupported { op: "attention", reason }
+}
+
 /// What heads of some size ask of a kernel.
 struct Heads {
     /// Forward, backward to the queries, and to the keys and values.
@@ -42,10 +48,7 @@ impl Heads {
                 kernels: [Is::Attention256, Is::AttentionBackwardQueries256, Is::AttentionBackwardKeys256],
                 tile: 2 * WARPS,
             }),
-            _ => {
-                let reason = format!("heads of {head_dim} features; the kernels are for 256 at most");
-                Err(Error::Unsupported { op: "attention", reason })
-            }
+            _ => Err(too_wide(head_dim)),
         }
     }
 

@@ -1,13 +1,16 @@
 //! Decoding on NVIDIA GPUs: appending to a cache, and attention of few queries to it:
 //! `cuda/decode.cu`.
 
-use super::{AttentionSpec, CacheSpec, cuda::window};
+use super::{
+    AttentionSpec, CacheSpec,
+    cuda::{too_wide, window},
+};
 use crate::{
     device::{
         Device, Element,
         cuda::{Cuda, Grid, Kernel},
     },
-    error::{Error, Result},
+    error::Result,
     kernels::{MatMut, MatRef, packs::Walk},
 };
 use std::collections::HashSet;
@@ -86,10 +89,7 @@ pub(super) fn attention<T: Element>(
         0..=64 => (Kernel::Decode64, 64),
         65..=128 => (Kernel::Decode128, 128),
         129..=256 => (Kernel::Decode256, 256),
-        _ => {
-            let reason = format!("heads of {dim} features; the kernels are for 256 at most");
-            return Err(Error::Unsupported { op: "attention", reason });
-        }
+        _ => return Err(too_wide(dim)),
     };
     let size = size_of::<T>();
     // As TOGETHER in the kernel.

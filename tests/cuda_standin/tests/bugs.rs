@@ -2,8 +2,11 @@
 
 #[path = "common/kernels.rs"]
 mod kernels;
+#[path = "common/multiply.rs"]
+mod multiply;
 
 use cuda_standin::{driver::*, error::*, lt::*, nccl::*};
+use multiply::multiply;
 use std::{
     ffi::{CStr, c_int, c_uint, c_void},
     ptr::null_mut,
@@ -230,25 +233,8 @@ fn a_product_beyond_its_memory_is_found() {
         if found != 0 {
             return found;
         }
-        let (one, zero) = (1.0_f32, 0.0_f32);
-        cublasLtMatmul(
-            handle,
-            desc,
-            (&raw const one).cast(),
-            a,
-            a_layout,
-            b,
-            b_layout,
-            (&raw const zero).cast(),
-            c,
-            c_layout,
-            c,
-            c_layout,
-            result.as_ptr().cast(),
-            workspace,
-            2048,
-            stream,
-        )
+        let algorithm = result.as_ptr().cast();
+        multiply([handle, desc], [a, b, c], *layouts, algorithm, (workspace, 2048), stream)
     };
     unsafe {
         assert_eq!(cublasLtCreate(&mut handle), 0);

@@ -2,9 +2,12 @@
 //! not every algorithm that is found can be used.
 
 mod common;
+#[path = "common/multiply.rs"]
+mod multiply;
 
 use common::{allocate, streams};
 use cuda_standin::{driver::*, error::*, lt::*};
+use multiply::multiply;
 use std::{collections::HashSet, ffi::c_int, sync::Once};
 
 fn vary() {
@@ -45,7 +48,7 @@ fn found(leading: i64, alignment: u32, wanted: c_int) -> (Vec<Heuristic>, [usize
 fn product(stream: usize, leading: i64, alignment: u32, shift: usize) -> Result<u32, c_int> {
     let (results, [handle, desc, a_layout, b_layout]) = found(leading, alignment, 8);
     let valid = results.iter().find(|result| result.state == 0).expect("one is valid");
-    let (mut c_layout, mut got, one, zero) = (0, 0_f32, 1.0_f32, 0.0_f32);
+    let (mut c_layout, mut got) = (0, 0_f32);
     let numbers: Vec<f32> = (0..K).map(|i| (i as f32 - 100.3) * 3_f32.powi(i as i32 % 13)).collect();
     let [a, b, c] = [4 * K * leading as usize + 256, 4 * K, 4].map(|bytes| allocate(bytes, stream));
     let a = a + shift;
@@ -57,24 +60,8 @@ fn product(stream: usize, leading: i64, alignment: u32, shift: usize) -> Result<
         }
         assert_eq!(cuMemcpyHtoDAsync_v2(b, numbers.as_ptr().cast(), 4 * K, stream), SUCCESS);
         // What is between a's columns is no part of it, but memory.
-        let code = cublasLtMatmul(
-            handle,
-            desc,
-            (&raw const one).cast(),
-            a,
-            a_layout,
-            b,
-            b_layout,
-            (&raw const zero).cast(),
-            c,
-            c_layout,
-            c,
-            c_layout,
-            &raw const valid.algorithm,
-            0,
-            0,
-            stream,
-        );
+        let layouts = [a_layout, b_layout, c_layout];
+        let code = multiply([handle, desc], [a, b, c], layouts, &raw const valid.algorithm, (0, 0), stream);
         if code != 0 {
             return Err(code);
         }
