@@ -16,7 +16,11 @@ use shardwise::{
     shard::{Partition, Shape},
     trace::{Record, blame},
 };
-use std::{panic::resume_unwind, thread, time::Duration};
+use std::{
+    panic::resume_unwind,
+    thread,
+    time::{Duration, Instant},
+};
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -464,5 +468,58 @@ fn the_deadline_of_a_rank_that_cannot_look_around_holds() {
             let Err(Error::Deadline { missing, .. }) = outcome else { panic!("{blocking}: {outcomes:?}") };
             assert_eq!(missing, &[1]);
         }
+    }
+}
+
+/// As above, where all ranks have come to the oldest of its collectives.
+#[test]
+fn a_collective_behind_others_has_its_deadline_too() {
+    for (world, blocking) in dev::worlds([2]).flat_map(|world| WAYS.map(|way| (world, way))) {
+        let outcomes = processes(world, |group| {
+            let options = Options { deadline: Duration::from_secs(1), blocking, ..options(Order::Any) };
+            let nccl = group.over_nccl(&dev::of_rank(&group)?, options)?;
+            // The second time their kind is known, and is not compared.
+            let here = nccl.rank();
+            for calls in [3, if here == 0 { 3 } else { 2 }] {
+                for _ in 0..calls {
+                    nccl.all_reduce(ReduceOp::Sum, &mut Tensor::<f32>::zeros(nccl.device(), [6])?)?;
+                }
+                if here == 0 {
+                    thread::sleep(Duration::from_millis(100));
+                }
+            }
+            if here == 0 {
+                thread::sleep(Duration::from_secs(7));
+                return nccl.device().synchronize();
+            }
+            thread::sleep(Duration::from_secs(5));
+            known(&nccl, ReduceOp::Sum)
+        });
+        for outcome in &outcomes {
+            let Err(Error::Deadline { missing, .. }) = outcome else { panic!("{blocking}: {outcomes:?}") };
+            assert_eq!(missing, &[1]);
+        }
+    }
+}
+
+/// NCCL destroys a communicator when all ranks of a node do so.
+#[test]
+fn a_rank_that_leaves_a_group_does_not_wait_for_those_that_stay() {
+    for (world, over_sockets) in dev::worlds([2]).flat_map(|world| [(world, false), (world, true)]) {
+        let rank = |group: Group<Cpu>| {
+            let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
+            known(&nccl, ReduceOp::Sum)?;
+            if nccl.rank() == 1 {
+                thread::sleep(Duration::from_secs(3));
+                return Ok(());
+            }
+            let begin = Instant::now();
+            drop(nccl);
+            assert!(begin.elapsed() < Duration::from_secs(2), "it waited for {:?}", begin.elapsed());
+            Ok(())
+        };
+        let outcomes =
+            if over_sockets { processes(world, rank) } else { ranks(world).run_each(rank).unwrap() };
+        assert_eq!(outcomes, [Ok(()), Ok(())]);
     }
 }

@@ -31,6 +31,9 @@ pub(super) struct Wires {
     news: Condvar,
     /// How many steps of what this rank has come to beside its groups, by work.
     came: Mutex<HashMap<u64, u64>>,
+    /// Held while others are asked what they have come to: one asks at a time, and waits for answers
+    /// to its own question.
+    asks: Mutex<()>,
     /// The first loss that this rank was told of. It is why this rank may leave, too: who needs this rank then is told of that loss.
     told: Mutex<Option<(usize, Loss)>>,
     /// By rank: of rank 0 to all others, of another to rank 0.
@@ -291,6 +294,7 @@ impl Wires {
     /// Those of some ranks that have not come to a number of steps, or do not answer. A rank answers while its program computes,
     /// but not if it is stopped.
     pub(super) fn behind(&self, work: u64, steps: u64, ranks: &[usize]) -> Vec<usize> {
+        let _asks = lock(&self.asks);
         self.look(|inbox| inbox.answers.retain(|(of, _), _| *of != work));
         for &rank in ranks {
             self.send(Frame::new(Kind::Ask, work, 0, (self.rank, rank), Vec::new()));
@@ -355,8 +359,8 @@ impl Line {
         }
         let world = peers.len();
         let peers = peers.into_iter().map(|stream| stream.map(Mutex::new)).collect();
-        let (inbox, news, came, told, hub) = Default::default();
-        let wires = Arc::new(Wires { rank, world, deadline, inbox, news, came, told, peers, hub });
+        let (inbox, news, came, asks, told, hub) = Default::default();
+        let wires = Arc::new(Wires { rank, world, deadline, inbox, news, came, asks, told, peers, hub });
         for (peer, stream) in readers {
             let wires = Arc::clone(&wires);
             thread::Builder::new()
@@ -404,5 +408,29 @@ impl Line {
 impl Drop for Line {
     fn drop(&mut self) {
         self.close(if thread::panicking() { Loss::Panicked } else { Loss::Left });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    /// The rank's thread and the one that watches over it.
+    #[test]
+    fn two_threads_of_a_rank_may_ask_at_once() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let there = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (here, _) = listener.accept().unwrap();
+        let line = |rank, peers| Line::new(rank, Duration::from_secs(60), peers).unwrap();
+        let (first, second) = (line(0, vec![None, Some(here)]), line(1, vec![Some(there), None]));
+        second.wires().came(7, 3);
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| (0..500).for_each(|_| assert!(first.wires().behind(7, 3, &[1]).is_empty())));
+            }
+        });
+        assert_eq!(first.wires().behind(7, 4, &[1]), [1]);
+        second.close(Loss::Left);
     }
 }

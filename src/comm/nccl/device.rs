@@ -1,10 +1,10 @@
 //! What NCCL has to know of a device.
 
 use crate::{comm::ReduceOp, device::Element, error::Result, kernels::Pointwise};
-use std::{ffi::c_void, rc::Rc};
+use std::{ffi::c_void, rc::Rc, sync::Arc};
 
 /// Makes a device the current one of the thread that calls it.
-pub type Enter = Box<dyn FnOnce() -> Result<()> + Send>;
+pub type Enter = Arc<dyn Fn() -> Result<()> + Send + Sync>;
 
 /// A device whose memory and streams NCCL can use.
 ///

@@ -52,6 +52,11 @@ impl Meeting {
         side.give_up(&self.call, &self.steps().collect::<Vec<_>>(), after)
     }
 
+    /// As `give_up`, for another thread.
+    pub(super) fn give_up_for(&self, lookout: &dyn Lookout, after: Duration) -> Error {
+        lookout.give_up(&self.call, &self.steps().collect::<Vec<_>>(), after)
+    }
+
     /// The loss that made NCCL fail, of which word comes on the side, perhaps a little later; else NCCL's own words.
     pub(super) fn explain(&self, side: &dyn Communicator<Cpu>, error: Error) -> Error {
         match error {

@@ -13,7 +13,7 @@
 //! * While a rank waits for its device, it looks around: where a rank is lost, NCCL reports an
 //!   error, or a collective has been at work for longer than the deadline, the communicator is
 //!   aborted, and the error is that of the waiting call and of every later one. For a rank that is
-//!   inside of a call of NCCL's or the driver's a thread of the process does so.
+//!   inside of a call of NCCL's or the driver's a thread of the process does so (`watch.rs`).
 //! * A rank's collectives of all communicators run one after another, in the order of its calls:
 //!   where kernels of two start in another order on another rank, and do not fit on a device
 //!   together, each waits for what the other keeps from starting. Messages, which only two ranks
@@ -209,7 +209,7 @@ impl<B: NcclDevice> State<B> {
     fn seek(&self) -> Result<()> {
         loop {
             let oldest = self.under_way.borrow().front().cloned();
-            self.watch.looked(oldest.as_ref().map(|oldest| oldest.at));
+            self.watch.looked(oldest.as_ref().map(|oldest| &oldest.at));
             let Some(oldest) = oldest else { return self.raw.check() };
             if let Some(end) = oldest.end.get()
                 && self.lane.is_reached(end)?
@@ -278,10 +278,8 @@ impl<B: NcclDevice> Nccl<B> {
         at.come(&*side);
         let raw = {
             let (here, ranks, poll) = (side.rank(), side.size(), at.patience(&*side, options.deadline));
-            let raw = match options.blocking {
-                true => Raw::join_blocking(bytes, here, ranks, device.elsewhere(), &poll),
-                false => Raw::join(bytes, here, ranks, &poll),
-            };
+            let join = if options.blocking { Raw::join_blocking } else { Raw::join };
+            let raw = join(bytes, here, ranks, device.elsewhere(), &poll);
             raw.map_err(|error| at.explain(&*side, error))?
         };
         Self::new(raw, side, device, work, options)
@@ -296,7 +294,7 @@ impl<B: NcclDevice> Nccl<B> {
         options: Options,
     ) -> Result<Self> {
         let state = Rc::new(State {
-            watch: Watch::over(raw.shared(), &*side, options.deadline)?,
+            watch: Watch::over(raw.shared(), &*side, &options)?,
             raw,
             side: Rc::clone(&side),
             lane: device.beside()?,
@@ -414,8 +412,7 @@ impl<B: NcclDevice> Nccl<B> {
         let under_way = Rc::new(UnderWay { at, begin, end: OnceCell::new(), since: Cell::new(None) });
         // It is watched from here on: it may wait for the device itself.
         self.state.under_way.borrow_mut().push_back(Rc::clone(&under_way));
-        let oldest = self.state.under_way.borrow().front().map(|oldest| oldest.at);
-        self.state.watch.looked(oldest);
+        self.state.watch.started(at);
         let acted = self.state.watch.inside(at, || act(&at));
         let acted = acted.map_err(|error| self.state.abort(at.explain(&*self.side, error)));
         // Part of it may be with the device, also where it failed: the tensors go back after that.

@@ -29,7 +29,7 @@ pub(super) struct Raw {
     blocking: bool,
 }
 
-/// How much later than on another rank a call that joins may end.
+/// How much later than on another rank a call that joins or ends a communicator may end.
 const SOON: Duration = Duration::from_millis(500);
 
 /// Called while NCCL is at work: an error ends the wait.
@@ -38,26 +38,39 @@ pub(super) type Poll<'a> = &'a dyn Fn() -> Result<()>;
 /// The part of a communicator that other threads than the rank's may touch: they can end it.
 pub(super) struct Shared {
     api: &'static Api,
+    enter: Enter,
     state: Mutex<State>,
 }
 
 struct State {
     /// Null once it has ended.
     handle: AtomicPtr<c_void>,
-    /// Since when the rank's thread is inside of NCCL with the handle.
-    inside: Option<Instant>,
+    uses: Uses,
     /// Why another thread has ended it.
     reason: Option<Error>,
 }
 
-/// How long a call has to be inside of NCCL before another thread may end the communicator: one
-/// that is about to enter or to leave is not to meet the end of its handle.
+/// What the rank's thread does with the handle.
+enum Uses {
+    Nothing,
+    /// Calls that do not wait for peers, such as those of a group before its end.
+    Briefly,
+    /// A call that may wait for peers, since then.
+    Waits(Instant),
+}
+
+/// How long a call has to wait before another thread may end the communicator: one that is about to
+/// enter or to leave is not to meet the end of its handle.
 const MOMENT: Duration = Duration::from_millis(100);
 
+/// What ends a communicator: `ncclCommAbort` or `ncclCommDestroy`.
+type End = unsafe extern "C" fn(Handle) -> c_int;
+
 impl Shared {
-    fn new(api: &'static Api, handle: Handle) -> Arc<Self> {
+    fn new(api: &'static Api, handle: Handle, enter: Enter) -> Arc<Self> {
         let handle = AtomicPtr::new(handle);
-        Arc::new(Self { api, state: Mutex::new(State { handle, inside: None, reason: None }) })
+        let state = Mutex::new(State { handle, uses: Uses::Nothing, reason: None });
+        Arc::new(Self { api, enter, state })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -65,47 +78,88 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the communicator for the rank's thread, which may be inside of a call of NCCL, or of
-    /// the driver: it gets this reason. Returns whether that is done; else the thread has only just
-    /// entered a call.
+    /// Ends the communicator for the rank's thread, which may be inside of a call of NCCL that waits
+    /// for peers, or of the driver: it gets this reason. Where the thread is in the middle of other
+    /// calls nothing is done yet.
     ///
     /// NCCL takes an abort while another thread is inside of a blocking call: that is what ends the
     /// call.
-    pub(super) fn end(&self, reason: &Error) -> bool {
+    pub(super) fn abort_for(&self, reason: &Error) {
         let mut state = self.state();
-        if state.inside.is_some_and(|since| since.elapsed() < MOMENT) {
-            return false;
+        match state.uses {
+            Uses::Briefly => return,
+            Uses::Waits(since) if since.elapsed() < MOMENT => return,
+            Uses::Nothing | Uses::Waits(_) => {}
         }
-        let handle = std::mem::take(&mut state.handle);
-        if handle.load(Ordering::Relaxed).is_null() {
-            return true;
+        if state.handle.get_mut().is_null() {
+            return;
         }
         state.reason = Some(reason.clone());
+        let handle = std::mem::take(&mut state.handle);
         drop(state);
-        let (api, handle) = (self.api, Arc::new(handle));
-        let abort = {
-            let handle = Arc::clone(&handle);
-            move || {
-                // SAFETY: the handle was live, and whoever asks for it from now on finds none.
-                #[allow(unsafe_code)]
-                let _ = unsafe { (api.abort)(handle.load(Ordering::Relaxed)) };
-            }
-        };
-        // On a thread of its own: the driver may keep an abort waiting, for a rank that holds its
-        // lock.
-        if std::thread::Builder::new().spawn(abort.clone()).is_err() {
-            abort();
+        self.end(handle, self.api.abort, Duration::ZERO);
+    }
+
+    /// An error that NCCL has met beside its calls, for another thread than the rank's. Only of a
+    /// blocking communicator: asking another one goes on with its calls.
+    pub(super) fn check(&self) -> Result<()> {
+        let mut state = self.state();
+        let (handle, mut code) = (*state.handle.get_mut(), SUCCESS);
+        if !handle.is_null() {
+            // SAFETY: the handle is live as long as the state is locked, and `code` is a place for a
+            // result.
+            #[allow(unsafe_code)]
+            let _ = unsafe { (self.api.async_error)(handle, &mut code) };
         }
-        true
+        match code {
+            SUCCESS | IN_PROGRESS => Ok(()),
+            code => Err(self.api.error("ncclCommGetAsyncError", code, handle)),
+        }
+    }
+
+    /// Ends the communicator of a handle that nobody finds any more, if there is one, and waits for
+    /// that no longer than `patience`.
+    ///
+    /// It is done by a thread of its own, which is left to the call where that takes longer:
+    /// destroying waits for the other ranks to do the same, and the driver may keep an abort waiting
+    /// for a rank that holds its lock.
+    fn end(&self, handle: AtomicPtr<c_void>, call: End, patience: Duration) {
+        if handle.load(Ordering::Relaxed).is_null() {
+            return;
+        }
+        let (handle, enter, (done, ended)) = (Arc::new(handle), Arc::clone(&self.enter), channel());
+        let end = move || {
+            // NCCL leaves the thread on the device on which it was: not on one that nobody uses.
+            let _ = enter();
+            // SAFETY: the handle was live, and whoever asks for it from then on finds none. A failure
+            // leaves nothing to be done.
+            #[allow(unsafe_code)]
+            let _ = unsafe { call(handle.load(Ordering::Relaxed)) };
+            let _ = done.send(());
+        };
+        match std::thread::Builder::new().name("NCCL ends".into()).spawn(end.clone()) {
+            Ok(_) => drop(ended.recv_timeout(patience)),
+            Err(_) => end(),
+        }
     }
 }
 
-/// The rank's thread is inside of NCCL.
+/// The rank's thread uses the handle.
 struct Inside<'a>(&'a Shared);
+
+impl Inside<'_> {
+    /// Makes a call that may wait for peers, from which another thread can free it.
+    fn wait<R>(&self, call: impl FnOnce() -> R) -> R {
+        self.0.state().uses = Uses::Waits(Instant::now());
+        let result = call();
+        self.0.state().uses = Uses::Briefly;
+        result
+    }
+}
 
 impl Drop for Inside<'_> {
     fn drop(&mut self) {
-        self.0.state().inside = None;
+        self.0.state().uses = Uses::Nothing;
     }
 }
 
@@ -122,15 +176,21 @@ impl Raw {
         }
     }
 
-    fn new(api: &'static Api, handle: Handle, blocking: bool) -> Self {
-        Self { api, shared: Shared::new(api, handle), blocking }
+    fn new(api: &'static Api, handle: Handle, enter: Enter, blocking: bool) -> Self {
+        Self { api, shared: Shared::new(api, handle, enter), blocking }
     }
 
-    /// Joins the communicator of this id, on the device that is current.
-    pub(super) fn join(id: [u8; 128], rank: usize, size: usize, poll: Poll<'_>) -> Result<Self> {
+    /// Joins the communicator of this id, on the device that `enter` makes current, as it is.
+    pub(super) fn join(
+        id: [u8; 128],
+        rank: usize,
+        size: usize,
+        enter: Enter,
+        poll: Poll<'_>,
+    ) -> Result<Self> {
         let api = Api::get()?;
         let (handle, code) = initialize(api, id, rank, size, false)?;
-        let raw = Self::new(api, handle, false);
+        let raw = Self::new(api, handle, enter, false);
         raw.settle("ncclCommInitRankConfig", code, poll)?;
         Ok(raw)
     }
@@ -150,7 +210,7 @@ impl Raw {
         let join = move || {
             let made = enter().and_then(|()| initialize(api, id, rank, size, true));
             let made = made.and_then(|(handle, code)| match code {
-                SUCCESS => Ok(Self::new(api, handle, true)),
+                SUCCESS => Ok(Self::new(api, handle, enter, true)),
                 code => Err(api.error("ncclCommInitRankConfig", code, null_mut())),
             });
             // Where nobody waits any more, it is aborted.
@@ -191,12 +251,12 @@ impl Raw {
         // `IN_PROGRESS`, also where there is no color. Where that is not waited for, the place has
         // to stay for ever: `settle` returning an error leaks it.
         let place = Box::into_raw(Box::new(AtomicPtr::<c_void>::new(null_mut())));
+        let mut config = Config::new(self.blocking);
         // SAFETY: the parent is live; `place` is laid out as a handle, and is freed below only when
         // NCCL is done with it.
         #[allow(unsafe_code)]
-        let code = unsafe {
-            (self.api.split)(parent, color, key, place.cast::<Handle>(), &mut Config::new(self.blocking))
-        };
+        let split = || unsafe { (self.api.split)(parent, color, key, place.cast::<Handle>(), &mut config) };
+        let code = inside.wait(split);
         drop(inside);
         // Without blocking the call returns success and not `IN_PROGRESS` while it goes on: the
         // parent has to be asked.
@@ -209,12 +269,12 @@ impl Raw {
         if !wanted {
             return Ok(None);
         }
-        let part = Self::new(self.api, handle, self.blocking);
+        let part = Self::new(self.api, handle, Arc::clone(&self.shared.enter), self.blocking);
         part.settle("ncclCommSplit", IN_PROGRESS, poll)?;
         Ok(Some(part))
     }
 
-    /// The handle, which no other thread ends while this one is inside.
+    /// The handle, which no other thread ends while this one uses it briefly.
     fn alive(&self) -> Result<Handle> {
         let state = self.shared.state();
         let handle = state.handle.load(Ordering::Relaxed);
@@ -226,7 +286,7 @@ impl Raw {
     }
 
     fn enter(&self) -> Result<Inside<'_>> {
-        self.shared.state().inside = Some(Instant::now());
+        self.shared.state().uses = Uses::Briefly;
         let inside = Inside(&self.shared);
         self.alive()?;
         Ok(inside)
@@ -277,34 +337,24 @@ impl Raw {
         }
     }
 
-    fn take(&self) -> Handle {
-        std::mem::take(&mut self.shared.state().handle).into_inner()
+    fn take(&self) -> AtomicPtr<c_void> {
+        std::mem::take(&mut self.shared.state().handle)
     }
 
     /// Ends what the communicator is doing, on the device too, and the communicator.
     pub(super) fn abort(&self) {
-        let handle = self.take();
-        if !handle.is_null() {
-            // SAFETY: the handle was live and is not used again. A failed abort leaves nothing to be done.
-            #[allow(unsafe_code)]
-            let _ = unsafe { (self.api.abort)(handle) };
-        }
+        self.shared.end(self.take(), self.api.abort, SOON);
     }
 
-    /// Ends the communicator, whose work is done.
+    /// Ends the communicator, whose work is done: with the other ranks, if they do so soon.
     pub(super) fn destroy(&self) {
-        let handle = self.take();
-        if !handle.is_null() {
-            // SAFETY: as in `abort`.
-            #[allow(unsafe_code)]
-            let _ = unsafe { (self.api.destroy)(handle) };
-        }
+        self.shared.end(self.take(), self.api.destroy, SOON);
     }
 
     /// One call.
     pub(super) fn alone(&self, poll: Poll<'_>, call: impl FnOnce() -> Result<()>) -> Result<()> {
         let inside = self.enter()?;
-        let result = call();
+        let result = inside.wait(call);
         drop(inside);
         result?;
         // Without blocking it goes on in the background.
@@ -321,7 +371,7 @@ impl Raw {
         let result = calls();
         // SAFETY: as above.
         #[allow(unsafe_code)]
-        let ended = unsafe { (self.api.group_end)() };
+        let ended = inside.wait(|| unsafe { (self.api.group_end)() });
         drop(inside);
         result?;
         self.settle("ncclGroupEnd", ended, poll)

@@ -3,18 +3,21 @@
 //! A rank looks around while it waits for its device. It cannot inside of a call of NCCL's that
 //! waits for peers, or of the driver's that waits for the device while a collective on it waits for
 //! peers. One thread of the process looks around for all its ranks: where a rank is lost, or has
-//! not come for the deadline, it ends the communicator, which ends the call.
+//! not come for the deadline, it aborts the communicator, which ends the call.
 //!
 //! It makes no call of the driver's: who holds the driver's lock may be the rank that it watches
-//! over.
+//! over. So it cannot see what the device has finished, and goes by who has come: a collective can
+//! run when all ranks have come to it and to those before it. Where they have come to all, it only
+//! asks NCCL for errors: a rank that does not look around may as well compute.
 
-use super::{meeting::Meeting, raw::Shared};
+use super::{Options, meeting::Meeting, raw::Shared};
 use crate::{
     comm::{Communicator, Lookout},
     device::Cpu,
     error::{Error, Result},
 };
 use std::{
+    collections::VecDeque,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
     thread,
     time::{Duration, Instant},
@@ -31,6 +34,7 @@ pub(super) struct Watch {
     comm: Arc<Shared>,
     lookout: Option<Mutex<Box<dyn Lookout>>>,
     deadline: Duration,
+    blocking: bool,
     rank: Mutex<Rank>,
 }
 
@@ -38,10 +42,22 @@ pub(super) struct Watch {
 struct Rank {
     /// The call that it hands to NCCL, and since when.
     inside: Option<(Meeting, Instant)>,
-    /// The oldest collective that it does not know to be finished, and since when that was to be
-    /// expected.
-    oldest: Option<(Meeting, Instant)>,
+    /// The collectives that it does not know to be finished, without those at the front to which
+    /// all ranks were seen to have come.
+    under_way: VecDeque<Meeting>,
+    /// Since when the first of them is the first.
+    since: Instant,
     looked: Instant,
+    /// When the others were last asked whether they have come.
+    asked: Instant,
+}
+
+impl Rank {
+    /// The first collective is finished, or can be.
+    fn pass(&mut self) {
+        self.under_way.pop_front();
+        self.since = Instant::now();
+    }
 }
 
 /// The communicators of this process.
@@ -63,10 +79,12 @@ impl Watch {
     pub(super) fn over(
         comm: Arc<Shared>,
         side: &dyn Communicator<Cpu>,
-        deadline: Duration,
+        options: &Options,
     ) -> Result<Arc<Self>> {
-        let rank = Mutex::new(Rank { inside: None, oldest: None, looked: Instant::now() });
-        let watch = Arc::new(Self { comm, lookout: side.lookout().map(Mutex::new), deadline, rank });
+        let (lookout, now) = (side.lookout().map(Mutex::new), Instant::now());
+        let rank = Rank { inside: None, under_way: VecDeque::new(), since: now, looked: now, asked: now };
+        let (rank, deadline, blocking) = (Mutex::new(rank), options.deadline, options.blocking);
+        let watch = Arc::new(Self { comm, lookout, deadline, blocking, rank });
         static RUNS: Mutex<bool> = Mutex::new(false);
         let mut runs = lock(&RUNS);
         if !*runs {
@@ -89,56 +107,94 @@ impl Watch {
         result
     }
 
-    /// The rank has looked around; the oldest collective that is not finished.
-    pub(super) fn looked(&self, oldest: Option<Meeting>) {
+    /// The rank comes to a collective.
+    pub(super) fn started(&self, at: Meeting) {
         let (mut rank, now) = (lock(&self.rank), Instant::now());
-        let same = |(at, _): &(Meeting, Instant)| oldest.is_some_and(|oldest| oldest.is(at));
-        rank.oldest = rank.oldest.take().filter(same).or(oldest.map(|oldest| (oldest, now)));
+        if rank.under_way.is_empty() {
+            rank.since = now;
+        }
+        rank.under_way.push_back(at);
         rank.looked = now;
+    }
+
+    /// The rank has looked around; the oldest collective that is not finished.
+    pub(super) fn looked(&self, oldest: Option<&Meeting>) {
+        let mut rank = lock(&self.rank);
+        rank.looked = Instant::now();
+        match oldest {
+            None => rank.under_way.clear(),
+            // Where it is not among them it was passed, and so were those before it.
+            Some(oldest) => {
+                let finished = rank.under_way.iter().position(|at| at.is(oldest)).unwrap_or(0);
+                (0..finished).for_each(|_| rank.pass());
+            }
+        }
     }
 
     /// Looks around for the rank, if it cannot.
     fn look(&self) {
-        let (inside, oldest) = {
-            let rank = lock(&self.rank);
-            (rank.inside, rank.oldest.filter(|_| rank.looked.elapsed() > STILL))
+        let rank = lock(&self.rank);
+        let is_still = rank.looked.elapsed() > STILL;
+        if rank.inside.is_none() && (!is_still || rank.under_way.is_empty()) {
+            return;
+        }
+        let (inside, under_way) = (rank.inside, rank.under_way.clone());
+        drop(rank);
+        let reason = match &self.lookout {
+            Some(lookout) => self.reason(&**lock(lookout), inside, &under_way),
+            // Only the time is known, and of a collective on the device not even whether it is
+            // finished.
+            None => inside
+                .filter(|(_, since)| since.elapsed() > self.deadline)
+                .map(|_| Error::invalid("NCCL", format!("{:?} have passed inside of a call", self.deadline))),
         };
-        let Some((at, since)) = inside.or(oldest) else { return };
-        if let Some(reason) = self.reason(at, since, inside.is_some()) {
-            self.comm.end(&reason);
+        if let Some(reason) = reason {
+            self.comm.abort_for(&reason);
         }
     }
 
     /// Why what the rank waits for has to end.
-    fn reason(&self, at: Meeting, since: Instant, inside: bool) -> Option<Error> {
-        let late = since.elapsed() > self.deadline;
-        let Some(lookout) = &self.lookout else {
-            // Only the time is known, and of a collective on the device not even whether it is
-            // finished.
-            let error =
-                || Error::invalid("NCCL", format!("{:?} have passed inside of a call", self.deadline));
-            return (late && inside).then(error);
-        };
-        let lookout = lock(lookout);
-        if let Some(error) = at.obstacle_for(&**lookout) {
+    fn reason(
+        &self,
+        lookout: &dyn Lookout,
+        inside: Option<(Meeting, Instant)>,
+        under_way: &VecDeque<Meeting>,
+    ) -> Option<Error> {
+        let all = inside.iter().map(|(at, _)| at).chain(under_way);
+        if let Some(error) = all.into_iter().find_map(|at| at.obstacle_for(lookout)) {
             return Some(error);
         }
-        if !late {
-            return None;
+        if self.blocking
+            && let Err(error) = self.comm.check()
+        {
+            return Some(error);
         }
-        // A collective to which all have come may be finished, and the rank compute on its own.
-        if !inside && at.steps().all(|step| lookout.absent(step).is_empty()) {
-            self.expect_again();
-            return None;
+        match inside {
+            Some((at, since)) => (since.elapsed() > self.deadline).then_some(at),
+            None => self.late(lookout),
         }
-        Some(lookout.give_up(&at.call, &at.steps().collect::<Vec<_>>(), self.deadline))
+        .map(|at| at.give_up_for(lookout, self.deadline))
     }
 
-    /// The oldest collective is given its time once more.
-    fn expect_again(&self) {
-        if let Some((_, since)) = &mut lock(&self.rank).oldest {
-            *since = Instant::now();
+    /// The first collective to which not all ranks have come, if they are late for it.
+    fn late(&self, lookout: &dyn Lookout) -> Option<Meeting> {
+        let mut rank = lock(&self.rank);
+        if rank.asked.elapsed() < STILL {
+            return None;
         }
+        rank.asked = Instant::now();
+        while let (Some(at), since) = (rank.under_way.front().copied(), rank.since) {
+            // The rank goes on while the others are asked.
+            drop(rank);
+            if at.steps().any(|step| !lookout.absent(step).is_empty()) {
+                return (since.elapsed() > self.deadline).then_some(at);
+            }
+            rank = lock(&self.rank);
+            if rank.under_way.front().is_some_and(|front| front.is(&at)) {
+                rank.pass();
+            }
+        }
+        None
     }
 }
 

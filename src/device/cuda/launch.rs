@@ -8,6 +8,9 @@ use crate::{
 use cudarc::driver::sys;
 use std::{ffi::c_void, rc::Rc};
 
+/// At most so many arguments has a kernel.
+const ARGUMENTS: usize = 32;
+
 /// A kernel's launch in preparation: its arguments, each a word of 8 bytes.
 pub(crate) struct Launch<'a> {
     cuda: &'a Cuda,
@@ -54,7 +57,7 @@ impl Cuda {
     }
 
     fn launch(&self, kernel: Kernel, elements: (DType, Option<DType>)) -> Launch<'_> {
-        Launch { cuda: self, kernel, elements, words: Vec::with_capacity(32), others: Vec::new() }
+        Launch { cuda: self, kernel, elements, words: Vec::with_capacity(ARGUMENTS), others: Vec::new() }
     }
 }
 
@@ -162,8 +165,13 @@ impl Launch<'_> {
         let shared = number("bytes of shared memory", grid.shared)?;
         handle.context.make_current()?;
         let function = handle.context.function(self.kernel, self.elements.0, self.elements.1)?;
-        let mut pointers: Vec<*mut c_void> =
-            self.words.iter_mut().map(|word| (word as *mut u64).cast()).collect();
+        if self.words.len() > ARGUMENTS {
+            let reason =
+                format!("{} arguments, of {ARGUMENTS} at most: please report this", self.words.len());
+            return Err(Error::invalid(self.kernel.family(), reason));
+        }
+        let mut pointers = [std::ptr::null_mut::<c_void>(); ARGUMENTS];
+        pointers.iter_mut().zip(&mut self.words).for_each(|(to, word)| *to = (word as *mut u64).cast());
         self.cuda.joins(&self.others, || {
             // SAFETY: every pointer is that of a word that lives until the call returns, by when the driver has copied it; the
             // rest is the caller's promise. Function and stream are of the current context.

@@ -219,9 +219,9 @@ impl Cuda {
 
     /// What makes the GPU the current one of another thread.
     #[cfg(feature = "nccl")]
-    pub(crate) fn elsewhere(&self) -> Box<dyn FnOnce() -> Result<()> + Send> {
+    pub(crate) fn elsewhere(&self) -> std::sync::Arc<dyn Fn() -> Result<()> + Send + Sync> {
         let context = self.0.context;
-        Box::new(move || context.make_current())
+        std::sync::Arc::new(move || context.make_current())
     }
 
     /// Lets the other GPUs reach this one's memory, as far as they are connected.

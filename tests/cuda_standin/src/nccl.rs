@@ -10,7 +10,8 @@
 //! * Every other call on a communicator that is in progress is refused.
 //!
 //! Calls on a blocking one wait: for all ranks at its creation and at a split, and for the peers at
-//! the first call of each kind, where the real one sets up connections.
+//! the first call of each kind, where the real one sets up connections. A communicator's destruction
+//! waits, of either kind, until all ranks have destroyed or aborted theirs.
 
 use crate::{
     driver::{self, illegal, stream_now},
@@ -134,6 +135,8 @@ struct Comm {
     fault: Arc<AtomicI32>,
     /// What was handed to streams and is not done.
     under_way: Arc<AtomicUsize>,
+    /// Its calls in groups that have not ended.
+    grouped: AtomicUsize,
     /// What a call goes on with in the background.
     background: Mutex<Background>,
 }
@@ -251,15 +254,25 @@ impl World {
         self.news.notify_all();
     }
 
-    /// A rank of this process has ended its communicator: the last frees what they share.
-    fn end(&self) {
+    /// A rank has ended its communicator: the last frees what they share.
+    pub fn end(&self) {
         let mut state = lock(&self.state);
         state.ended += 1;
-        if state.ended == self.size {
+        let is_last = state.ended == self.size;
+        if is_last {
             (state.rounds, state.mail) = Default::default();
-            drop(state);
+        }
+        drop(state);
+        self.news.notify_all();
+        if is_last {
             lock(worlds()).retain(|_, world| world.number != self.number);
         }
+    }
+
+    /// Waits until all ranks have ended their communicators.
+    pub fn wait_until_ended(&self) {
+        let never = AtomicBool::new(false);
+        self.wait(&never, |state| (state.ended >= self.size).then_some(()));
     }
 
     pub fn number(&self) -> u64 {
@@ -488,6 +501,7 @@ impl Comm {
             aborted: Arc::default(),
             fault: Arc::default(),
             under_way: Arc::default(),
+            grouped: AtomicUsize::new(0),
             background: Mutex::new(background),
         })
     }
@@ -767,6 +781,7 @@ fn launch_all(calls: Vec<(Handle, Op, Handle)>) -> Result<Code, Code> {
     let mut outcome = SUCCESS;
     for (handle, streams) in batches {
         let comm = ready(handle)?;
+        comm.grouped.store(0, SeqCst);
         let launches = streams.into_iter().map(|(on, ops)| launch(&comm, ops, on));
         match comm.start(launches.collect::<Result<_, _>>()?) {
             SUCCESS => {}
@@ -867,9 +882,10 @@ pub fn do_ops(world: &World, rank: usize, first: u64, ops: &[Op], aborted: &Atom
 }
 
 fn enqueue(handle: Handle, op: Op, on: driver::Handle) -> Result<Code, Code> {
-    ready(handle)?;
+    let comm = ready(handle)?;
     let grouped = GROUP.with_borrow_mut(|(depth, ops)| {
         if *depth > 0 {
+            comm.grouped.fetch_add(1, SeqCst);
             ops.push((handle, op, on));
         }
         *depth > 0
@@ -959,10 +975,18 @@ exports! {
             error::report("NCCL: a communicator is destroyed while its work is under way".into());
         }
         take_back(handle);
+        // All ranks of a node have to call it.
+        match &comm.world.line {
+            Some(line) => line.end(),
+            None => comm.world.wait_until_ended(),
+        }
         Ok(SUCCESS)
     }
     fn ncclCommAbort(handle: Handle) {
         let comm = comm(handle)?;
+        if comm.grouped.load(SeqCst) > 0 {
+            error::report("NCCL: a communicator is aborted in the middle of a group with calls on it".into());
+        }
         comm.aborted.store(true, SeqCst);
         if let Some(line) = &comm.world.line { line.cut(); }
         comm.world.news.notify_all();

@@ -24,6 +24,7 @@ use std::{
 const JOIN: u64 = 1;
 const OPS: u64 = 2;
 const SPLIT: u64 = 3;
+const END: u64 = 4;
 
 /// What a rank is told when all have come.
 const JOINED: u64 = 1;
@@ -119,26 +120,40 @@ fn serve(mut line: UnixStream) -> io::Result<()> {
         }
         _ => return Ok(()),
     };
+    let outcome = obey(&mut line, &world, rank);
+    world.end();
+    if matches!(outcome, Ok(END)) {
+        world.wait_until_ended();
+        put(&mut line, &[END])?;
+    }
+    Ok(())
+}
+
+/// Does a rank's calls until it ends its communicator, by a word or by cutting the line.
+fn obey(line: &mut UnixStream, world: &Arc<World>, rank: usize) -> io::Result<u64> {
     let never = AtomicBool::new(false);
     world.wait_until_joined(&never);
-    put(&mut line, &[if world.duplicate().is_none() { JOINED } else { REFUSED }])?;
+    put(line, &[if world.duplicate().is_none() { JOINED } else { REFUSED }])?;
     let mut rounds = 0;
     loop {
-        let [tag, count] = get(&mut line)?;
+        let [tag, count] = get(line)?;
+        if tag == END {
+            return Ok(END);
+        }
         if tag == SPLIT {
-            let [color, key] = get(&mut line)?;
-            let part = wish(&world, rank, (count as i64, color as i64 as i32, key as i64 as i32));
+            let [color, key] = get(line)?;
+            let part = wish(world, rank, (count as i64, color as i64 as i32, key as i64 as i32));
             let part = part.map(|(part, place)| (part.number(), part.size() as u64, place as u64, part));
             let reply = part.as_ref().map_or([0; 3], |(number, size, place, _)| [*number, *size, *place]);
             if let Some((number, _, _, part)) = &part {
                 publish(*number, part);
             }
-            put(&mut line, &reply)?;
+            put(line, &reply)?;
             continue;
         }
         let (mut ops, mut memory) = (Vec::new(), Vec::new());
         for _ in 0..count {
-            let [kind, len, dtype, root] = get(&mut line)?;
+            let [kind, len, dtype, root] = get(line)?;
             let op = Op {
                 kind: Kind::of(kind),
                 send: 0,
@@ -156,7 +171,7 @@ fn serve(mut line: UnixStream) -> io::Result<()> {
             ops.push(Op { send: send.as_mut_ptr() as usize, recv: recv.as_mut_ptr() as usize, ..op });
             memory.push((send, recv, received));
         }
-        rounds = do_ops(&world, rank, rounds, &ops, &never);
+        rounds = do_ops(world, rank, rounds, &ops, &never);
         for (_, recv, received) in &memory {
             // SAFETY: the words have at least as many bytes.
             line.write_all(unsafe { std::slice::from_raw_parts(recv.as_ptr().cast::<u8>(), *received) })?;
@@ -217,6 +232,12 @@ impl Line {
     /// Ends what the rank is waiting for.
     pub fn cut(&self) {
         let _ = self.breaker.shutdown(Shutdown::Both);
+    }
+
+    /// Ends the rank's communicator, and waits until all have ended theirs, or are gone.
+    pub fn end(&self) {
+        let mut line = lock(&self.stream);
+        let _ = put(&mut line, &[END, 0]).and_then(|()| get::<1>(&mut line));
     }
 
     /// Does a rank's calls; an error is a line that was cut.

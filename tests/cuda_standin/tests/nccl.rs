@@ -137,6 +137,37 @@ fn a_blocking_split_is_done_when_it_returns() {
     });
 }
 
+/// Destroyed or aborted, in whichever order.
+#[test]
+fn a_communicator_is_destroyed_when_all_ranks_have_ended_theirs() {
+    for how in [ncclCommDestroy, ncclCommAbort] {
+        ranks(&[6, 7], 1, |rank, comm, _| {
+            let begin = Instant::now();
+            if rank == 1 {
+                thread::sleep(Duration::from_millis(200));
+                assert_eq!(unsafe { how(comm) }, 0);
+                return;
+            }
+            assert_eq!(unsafe { ncclCommDestroy(comm) }, 0);
+            assert!(begin.elapsed() > Duration::from_millis(150), "it did not wait");
+        });
+    }
+}
+
+#[test]
+fn an_abort_in_the_middle_of_a_group_is_found() {
+    const WORDS: &str = "in the middle of a group";
+    ranks(&[6, 7], 1, |_, comm, stream| {
+        let x = floats(stream, &[1.0]);
+        unsafe {
+            assert_eq!(ncclGroupStart(), 0);
+            assert_eq!(all_reduce(x, 1, comm, stream), 0);
+            assert_eq!(ncclCommAbort(comm), 0);
+        }
+    });
+    assert_eq!(found(WORDS), 2);
+}
+
 /// A mark that is made before the launch has settled comes too early: what waits for it races with
 /// the collective.
 #[test]
