@@ -1,4 +1,4 @@
-//! What a call of NCCL costs: sums over one rank, which move nothing.
+//! What a call of NCCL costs, whether NCCL blocks or not: sums over one rank, which move nothing.
 
 use crate::{
     data::Data,
@@ -17,15 +17,17 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
         let lines = launch::threads(1, |rank| {
             let cuda = Cuda::new(0)?;
             let data = Data::new(&cuda, quick)?;
-            let group = rank.over_nccl(&cuda, Options::default())?;
             let mut lines = Vec::new();
             let large = if quick { ("16 KiB", 1 << 12) } else { ("64 MiB", 1 << 24) };
-            for (name, len) in [("4 KiB", 1 << 10), large] {
+            let ways = [("", true), (", not blocking", false)];
+            let cases = ways.into_iter().flat_map(|way| [("4 KiB", 1 << 10), large].map(|size| (way, size)));
+            for ((way, blocking), (name, len)) in cases {
+                let group = rank.over_nccl(&cuda, Options { blocking, ..Options::default() })?;
                 let mut x = data.fill::<f32>([len], 1.0)?;
                 let before = x.to_vec()?;
                 let times = timed(&cuda, quick, |_| group.all_reduce(ReduceOp::Sum, &mut x))?;
                 let same = x.to_vec()?.iter().zip(&before).filter(|(x, before)| x == before).count();
-                lines.push((format!("all-reduce f32 {name}, one rank"), times, same, len));
+                lines.push((format!("all-reduce f32 {name}, one rank{way}"), times, same, len));
             }
             Ok(lines)
         })?;

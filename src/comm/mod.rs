@@ -52,3 +52,9 @@ pub use parts::Parts;
 pub use recorded::{Record, Recorded, Transfer};
 pub use solo::Solo;
 pub use staged::HostStaged;
+
+/// Waits until the communicators that this thread's rank has left are ended, or half a second.
+pub(crate) fn settle() {
+    #[cfg(feature = "nccl")]
+    nccl::settle();
+}

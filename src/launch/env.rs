@@ -2,7 +2,7 @@
 
 use super::rendezvous::Rendezvous;
 use crate::{
-    comm::{Group, Link},
+    comm::{self, Group, Link},
     device::Cpu,
     error::{Error, Loss, Result},
     trace,
@@ -198,6 +198,7 @@ impl Env {
             Ok(Err(_)) => Loss::Failed,
             Err(_) => Loss::Panicked,
         });
+        comm::settle();
         result.unwrap_or_else(|panic| resume_unwind(panic))
     }
 }

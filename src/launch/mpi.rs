@@ -1,7 +1,7 @@
 //! Ranks that an MPI launcher has started.
 
 use crate::{
-    comm::{Communicator, Group, Universe},
+    comm::{self, Communicator, Group, Universe},
     device::Cpu,
     error::{Loss, Result},
     trace,
@@ -72,6 +72,7 @@ impl Mpi {
             Ok(Err(error)) => universe.end(Loss::Failed, Some(error)),
             Err(_) => universe.end(Loss::Panicked, None),
         }
+        comm::settle();
         result.unwrap_or_else(|panic| resume_unwind(panic))
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     comm::{
-        Group,
+        self, Group,
         threads::{Presence, Seat, ThreadComm},
     },
     device::Cpu,
@@ -116,6 +116,7 @@ impl Threads {
                 Ok(Err(_)) => Loss::Failed,
                 Err(_) => Loss::Panicked,
             });
+            comm::settle();
             result
                 .unwrap_or_else(|panic| Err(Error::RankPanicked { rank: number, message: message(&*panic) }))
         };

@@ -31,8 +31,7 @@ pub(super) struct Wires {
     news: Condvar,
     /// How many steps of what this rank has come to beside its groups, by work.
     came: Mutex<HashMap<u64, u64>>,
-    /// Held while others are asked what they have come to: one asks at a time, and waits for answers
-    /// to its own question.
+    /// Held while others are asked what they have come to: an answer is that to the last question.
     asks: Mutex<()>,
     /// The first loss that this rank was told of. It is why this rank may leave, too: who needs this rank then is told of that loss.
     told: Mutex<Option<(usize, Loss)>>,
@@ -84,6 +83,17 @@ impl Inbox {
     /// Whether a rank was waited for in vain.
     fn is_late(&self, late: usize) -> bool {
         self.news.iter().any(|news| matches!(news, News::Late { missing, .. } if missing.contains(&late)))
+    }
+
+    /// To how many steps of a work a rank has come, as far as it has said: in an answer, or when it
+    /// left.
+    fn steps(&self, work: u64, rank: usize) -> Option<u64> {
+        let last_words = self.news.iter().find_map(|news| match news {
+            News::Lost { rank: lost, taken, .. } if *lost == rank => Some(taken),
+            _ => None,
+        });
+        let answer = self.answers.get(&(work, rank)).copied();
+        answer.or_else(|| last_words.map(|taken| taken.get(&work).copied().unwrap_or(0)))
     }
 
     /// Whether a rank is lost.
@@ -299,15 +309,15 @@ impl Wires {
         for &rank in ranks {
             self.send(Frame::new(Kind::Ask, work, 0, (self.rank, rank), Vec::new()));
         }
-        let answer = |inbox: &Inbox, rank: usize| inbox.answers.get(&(work, rank)).copied();
-        let all = |inbox: &mut Inbox| ranks.iter().all(|&rank| answer(inbox, rank).is_some()).then_some(());
+        let all =
+            |inbox: &mut Inbox| ranks.iter().all(|&rank| inbox.steps(work, rank).is_some()).then_some(());
         self.wait(self.moment(), all);
         self.look(|inbox| {
             // Where rank 0 does not answer, nobody else's answer comes either.
-            if self.rank != 0 && ranks.contains(&0) && answer(inbox, 0).is_none() {
+            if self.rank != 0 && ranks.contains(&0) && inbox.steps(work, 0).is_none() {
                 return vec![0];
             }
-            let behind = |rank: &usize| answer(inbox, *rank).is_none_or(|count| count < steps);
+            let behind = |rank: &usize| inbox.steps(work, *rank).is_none_or(|count| count < steps);
             ranks.iter().copied().filter(behind).collect()
         })
     }
@@ -431,6 +441,10 @@ mod tests {
             }
         });
         assert_eq!(first.wires().behind(7, 4, &[1]), [1]);
+        // What it had come to when it left still counts.
         second.close(Loss::Left);
+        first.wires().wait(Duration::from_secs(60), |inbox| inbox.has_lost(1).then_some(()));
+        assert!(first.wires().behind(7, 3, &[1]).is_empty());
+        assert_eq!(first.wires().behind(7, 4, &[1]), [1]);
     }
 }

@@ -27,7 +27,7 @@ pub unsafe trait NcclDevice: Pointwise {
     /// Makes the device the calling thread's current one.
     fn make_current(&self) -> Result<()>;
 
-    /// What makes the device current on another thread, as long as a handle of it lives.
+    /// What makes the device current on another thread, also when no handle of it lives any more.
     fn elsewhere(&self) -> Enter;
 
     /// The stream, as the driver knows it.

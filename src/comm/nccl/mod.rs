@@ -42,6 +42,7 @@ use api::Api;
 use half::{bf16, f16};
 use meeting::Meeting;
 use raw::Raw;
+pub(super) use raw::settle;
 use std::{
     any::Any,
     cell::{Cell, OnceCell, RefCell},
@@ -98,7 +99,8 @@ pub struct Options {
     ///
     /// If so a call costs microseconds. Otherwise NCCL makes a thread for every call, and the rank
     /// asks until it is done, some tens of microseconds; in return the rank looks around by itself
-    /// all the time. Either way no lost rank is waited for.
+    /// all the time. Either way no lost rank is waited for: an abort on another thread ends a call
+    /// that waits inside of NCCL, as in PyTorch. NCCL's guide advises against that.
     pub blocking: bool,
 }
 
@@ -211,13 +213,14 @@ impl<B: NcclDevice> State<B> {
             let oldest = self.under_way.borrow().front().cloned();
             self.watch.looked(oldest.as_ref().map(|oldest| &oldest.at));
             let Some(oldest) = oldest else { return self.raw.check() };
-            if let Some(end) = oldest.end.get()
-                && self.lane.is_reached(end)?
-            {
+            let reached = oldest.end.get().map_or(Ok(false), |end| self.lane.is_reached(end));
+            // An abort by the watch lets the device pass what it has aborted.
+            let lives = self.raw.lives().map_err(|error| oldest.at.explain(&*self.side, error));
+            if let (Ok(true), Ok(())) = (&reached, &lives) {
                 self.under_way.borrow_mut().pop_front();
                 continue;
             }
-            return self.wait_on(&oldest).inspect_err(|error| {
+            return reached.and(lives).and_then(|()| self.wait_on(&oldest)).inspect_err(|error| {
                 trace::leave(trace::enter(oldest.at.call.operation()), Some(error));
             });
         }

@@ -12,13 +12,15 @@ use crate::{
     error::{Error, Result, same_size},
 };
 use std::{
+    cell::RefCell,
     ffi::{c_int, c_void},
     ptr::null_mut,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicPtr, Ordering},
-        mpsc::{RecvTimeoutError, channel},
+        mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel},
     },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -29,7 +31,7 @@ pub(super) struct Raw {
     blocking: bool,
 }
 
-/// How much later than on another rank a call that joins or ends a communicator may end.
+/// How much later than on another rank a call that joins may end.
 const SOON: Duration = Duration::from_millis(500);
 
 /// Called while NCCL is at work: an error ends the wait.
@@ -48,6 +50,8 @@ struct State {
     uses: Uses,
     /// Why another thread has ended it.
     reason: Option<Error>,
+    /// Hears when that thread's call is done.
+    ended: Option<Receiver<()>>,
 }
 
 /// What the rank's thread does with the handle.
@@ -55,21 +59,25 @@ enum Uses {
     Nothing,
     /// Calls that do not wait for peers, such as those of a group before its end.
     Briefly,
-    /// A call that may wait for peers, since then.
-    Waits(Instant),
+    /// A call that may wait for peers, and how often another thread has asked for its end.
+    Waits(u32),
 }
 
-/// How long a call has to wait before another thread may end the communicator: one that is about to
-/// enter or to leave is not to meet the end of its handle.
-const MOMENT: Duration = Duration::from_millis(100);
+/// How often an end has to be asked for before a call is ended: until then it may not have reached
+/// NCCL, or may be returning.
+const TIMES: u32 = 5;
 
-/// What ends a communicator: `ncclCommAbort` or `ncclCommDestroy`.
-type End = unsafe extern "C" fn(Handle) -> c_int;
+/// How a communicator ends.
+#[derive(Clone, Copy)]
+enum End {
+    Abort,
+    Destroy,
+}
 
 impl Shared {
     fn new(api: &'static Api, handle: Handle, enter: Enter) -> Arc<Self> {
         let handle = AtomicPtr::new(handle);
-        let state = Mutex::new(State { handle, uses: Uses::Nothing, reason: None });
+        let state = Mutex::new(State { handle, uses: Uses::Nothing, reason: None, ended: None });
         Arc::new(Self { api, enter, state })
     }
 
@@ -78,26 +86,31 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the communicator for the rank's thread, which may be inside of a call of NCCL that waits
-    /// for peers, or of the driver: it gets this reason. Where the thread is in the middle of other
-    /// calls nothing is done yet.
+    /// Aborts the communicator for the rank's thread, which may be inside of a call of NCCL that
+    /// waits for peers, or of the driver: it gets this reason. Does nothing yet where the thread is
+    /// in the middle of other calls, or has only just made this one.
     ///
-    /// NCCL takes an abort while another thread is inside of a blocking call: that is what ends the
-    /// call.
+    /// The abort ends the call. NCCL's guide asks for communicators that do not block where they
+    /// may be aborted, since a call that returns at that moment still uses what the abort frees. To
+    /// wait for a lost rank without end is worse; `Options::blocking` leaves the choice.
     pub(super) fn abort_for(&self, reason: &Error) {
         let mut state = self.state();
-        match state.uses {
+        match &mut state.uses {
+            Uses::Nothing => {}
             Uses::Briefly => return,
-            Uses::Waits(since) if since.elapsed() < MOMENT => return,
-            Uses::Nothing | Uses::Waits(_) => {}
+            Uses::Waits(times) => {
+                *times += 1;
+                if *times < TIMES {
+                    return;
+                }
+            }
         }
         if state.handle.get_mut().is_null() {
             return;
         }
         state.reason = Some(reason.clone());
         let handle = std::mem::take(&mut state.handle);
-        drop(state);
-        self.end(handle, self.api.abort, Duration::ZERO);
+        state.ended = Some(self.end(handle, End::Abort));
     }
 
     /// An error that NCCL has met beside its calls, for another thread than the rank's. Only of a
@@ -117,30 +130,49 @@ impl Shared {
         }
     }
 
-    /// Ends the communicator of a handle that nobody finds any more, if there is one, and waits for
-    /// that no longer than `patience`.
+    /// Ends the communicator of a handle that nobody finds any more. What is returned hears when
+    /// that is done.
     ///
-    /// It is done by a thread of its own, which is left to the call where that takes longer:
-    /// destroying waits for the other ranks to do the same, and the driver may keep an abort waiting
-    /// for a rank that holds its lock.
-    fn end(&self, handle: AtomicPtr<c_void>, call: End, patience: Duration) {
-        if handle.load(Ordering::Relaxed).is_null() {
-            return;
-        }
-        let (handle, enter, (done, ended)) = (Arc::new(handle), Arc::clone(&self.enter), channel());
+    /// A thread of its own does it: destroying waits for the other ranks to do the same, and the
+    /// driver may keep an abort waiting for a rank that holds its lock.
+    fn end(&self, handle: AtomicPtr<c_void>, how: End) -> Receiver<()> {
+        let ((done, ended), handle, enter) = (channel(), Arc::new(handle), Arc::clone(&self.enter));
+        let api = self.api;
         let end = move || {
-            // NCCL leaves the thread on the device on which it was: not on one that nobody uses.
-            let _ = enter();
+            let handle = handle.load(Ordering::Relaxed);
             // SAFETY: the handle was live, and whoever asks for it from then on finds none. A failure
             // leaves nothing to be done.
             #[allow(unsafe_code)]
-            let _ = unsafe { call(handle.load(Ordering::Relaxed)) };
+            let _ = unsafe {
+                match how {
+                    // Before any call into the driver, which may wait for what the abort ends.
+                    End::Abort => (api.abort)(handle),
+                    // NCCL restores the device that was current. Without this it is device 0, on
+                    // which that makes a context.
+                    End::Destroy => enter().map_or(SUCCESS, |()| (api.destroy)(handle)),
+                }
+            };
             let _ = done.send(());
         };
-        match std::thread::Builder::new().name("NCCL ends".into()).spawn(end.clone()) {
-            Ok(_) => drop(ended.recv_timeout(patience)),
-            Err(_) => end(),
+        if thread::Builder::new().name("NCCL ends".into()).spawn(end.clone()).is_err() {
+            end();
         }
+        ended
+    }
+}
+
+thread_local! {
+    /// The communicators of this rank that are being ended.
+    static ENDING: RefCell<Vec<Receiver<()>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Waits until this thread's communicators are ended, or two seconds: the process is not to end
+/// while NCCL is at work in it.
+pub(in crate::comm) fn settle() {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let begin = Instant::now();
+    for ended in ENDING.take() {
+        let _ = ended.recv_timeout(PATIENCE.saturating_sub(begin.elapsed()));
     }
 }
 
@@ -150,7 +182,7 @@ struct Inside<'a>(&'a Shared);
 impl Inside<'_> {
     /// Makes a call that may wait for peers, from which another thread can free it.
     fn wait<R>(&self, call: impl FnOnce() -> R) -> R {
-        self.0.state().uses = Uses::Waits(Instant::now());
+        self.0.state().uses = Uses::Waits(0);
         let result = call();
         self.0.state().uses = Uses::Briefly;
         result
@@ -180,7 +212,7 @@ impl Raw {
         Self { api, shared: Shared::new(api, handle, enter), blocking }
     }
 
-    /// Joins the communicator of this id, on the device that `enter` makes current, as it is.
+    /// Joins the communicator of this id, on the device that is current, which is that of `enter`.
     pub(super) fn join(
         id: [u8; 128],
         rank: usize,
@@ -216,7 +248,7 @@ impl Raw {
             // Where nobody waits any more, it is aborted.
             let _ = outcome.send(made);
         };
-        let thread = std::thread::Builder::new().name("NCCL joins".into()).spawn(join);
+        let thread = thread::Builder::new().name("NCCL joins".into()).spawn(join);
         thread.map_err(|error| Error::invalid("NCCL", format!("no thread can be started: {error}")))?;
         loop {
             match joined.recv_timeout(Duration::from_micros(100)) {
@@ -292,6 +324,11 @@ impl Raw {
         Ok(inside)
     }
 
+    /// Whether no other thread has ended it; if one has, why.
+    pub(super) fn lives(&self) -> Result<()> {
+        self.alive().map(drop)
+    }
+
     /// The error of a call that returned a code; where another thread has ended the communicator,
     /// why.
     fn error(&self, call: &'static str, code: c_int) -> Error {
@@ -332,23 +369,41 @@ impl Raw {
             code = self.state()?;
             if code == IN_PROGRESS {
                 poll()?;
-                std::thread::yield_now();
+                thread::yield_now();
             }
         }
     }
 
-    fn take(&self) -> AtomicPtr<c_void> {
-        std::mem::take(&mut self.shared.state().handle)
-    }
-
     /// Ends what the communicator is doing, on the device too, and the communicator.
     pub(super) fn abort(&self) {
-        self.shared.end(self.take(), self.api.abort, SOON);
+        self.end(End::Abort);
     }
 
-    /// Ends the communicator, whose work is done: with the other ranks, if they do so soon.
+    /// Ends the communicator, whose work is done, when the other ranks do the same.
     pub(super) fn destroy(&self) {
-        self.shared.end(self.take(), self.api.destroy, SOON);
+        self.end(End::Destroy);
+    }
+
+    /// Does not wait: the other ranks may have to hear first that this one leaves.
+    fn end(&self, how: End) {
+        let mut state = self.shared.state();
+        let mut handle = std::mem::take(&mut state.handle);
+        let ended = match (handle.get_mut().is_null(), how) {
+            (true, _) => state.ended.take(),
+            // NCCL keeps a call that goes on in the background with the thread that made it.
+            (false, End::Abort) if !self.blocking => {
+                drop(state);
+                // SAFETY: the handle was live, and is not used again.
+                #[allow(unsafe_code)]
+                let _ = unsafe { (self.api.abort)(handle.into_inner()) };
+                return;
+            }
+            (false, how) => Some(self.shared.end(handle, how)),
+        };
+        ENDING.with_borrow_mut(|ending| {
+            ending.retain(|ended| matches!(ended.try_recv(), Err(TryRecvError::Empty)));
+            ending.extend(ended);
+        });
     }
 
     /// One call.

@@ -42,22 +42,15 @@ pub(super) struct Watch {
 struct Rank {
     /// The call that it hands to NCCL, and since when.
     inside: Option<(Meeting, Instant)>,
-    /// The collectives that it does not know to be finished, without those at the front to which
-    /// all ranks were seen to have come.
+    /// The collectives that it does not know to be finished.
     under_way: VecDeque<Meeting>,
-    /// Since when the first of them is the first.
+    /// To how many of them, from the oldest on, all ranks were seen to have come.
+    met: usize,
+    /// Since when the next is awaited.
     since: Instant,
     looked: Instant,
     /// When the others were last asked whether they have come.
     asked: Instant,
-}
-
-impl Rank {
-    /// The first collective is finished, or can be.
-    fn pass(&mut self) {
-        self.under_way.pop_front();
-        self.since = Instant::now();
-    }
 }
 
 /// The communicators of this process.
@@ -82,7 +75,8 @@ impl Watch {
         options: &Options,
     ) -> Result<Arc<Self>> {
         let (lookout, now) = (side.lookout().map(Mutex::new), Instant::now());
-        let rank = Rank { inside: None, under_way: VecDeque::new(), since: now, looked: now, asked: now };
+        let rank =
+            Rank { inside: None, under_way: VecDeque::new(), met: 0, since: now, looked: now, asked: now };
         let (rank, deadline, blocking) = (Mutex::new(rank), options.deadline, options.blocking);
         let watch = Arc::new(Self { comm, lookout, deadline, blocking, rank });
         static RUNS: Mutex<bool> = Mutex::new(false);
@@ -110,7 +104,7 @@ impl Watch {
     /// The rank comes to a collective.
     pub(super) fn started(&self, at: Meeting) {
         let (mut rank, now) = (lock(&self.rank), Instant::now());
-        if rank.under_way.is_empty() {
+        if rank.met == rank.under_way.len() {
             rank.since = now;
         }
         rank.under_way.push_back(at);
@@ -119,15 +113,14 @@ impl Watch {
 
     /// The rank has looked around; the oldest collective that is not finished.
     pub(super) fn looked(&self, oldest: Option<&Meeting>) {
-        let mut rank = lock(&self.rank);
-        rank.looked = Instant::now();
-        match oldest {
-            None => rank.under_way.clear(),
-            // Where it is not among them it was passed, and so were those before it.
-            Some(oldest) => {
-                let finished = rank.under_way.iter().position(|at| at.is(oldest)).unwrap_or(0);
-                (0..finished).for_each(|_| rank.pass());
+        let (mut rank, now) = (lock(&self.rank), Instant::now());
+        rank.looked = now;
+        while rank.under_way.front().is_some_and(|front| oldest.is_none_or(|oldest| !front.is(oldest))) {
+            rank.under_way.pop_front();
+            if rank.met == 0 {
+                rank.since = now;
             }
+            rank.met = rank.met.saturating_sub(1);
         }
     }
 
@@ -140,14 +133,15 @@ impl Watch {
         }
         let (inside, under_way) = (rank.inside, rank.under_way.clone());
         drop(rank);
-        let reason = match &self.lookout {
+        let failed = self.blocking.then(|| self.comm.check()).and_then(Result::err);
+        let reason = failed.or_else(|| match &self.lookout {
             Some(lookout) => self.reason(&**lock(lookout), inside, &under_way),
             // Only the time is known, and of a collective on the device not even whether it is
             // finished.
             None => inside
                 .filter(|(_, since)| since.elapsed() > self.deadline)
                 .map(|_| Error::invalid("NCCL", format!("{:?} have passed inside of a call", self.deadline))),
-        };
+        });
         if let Some(reason) = reason {
             self.comm.abort_for(&reason);
         }
@@ -164,11 +158,6 @@ impl Watch {
         if let Some(error) = all.into_iter().find_map(|at| at.obstacle_for(lookout)) {
             return Some(error);
         }
-        if self.blocking
-            && let Err(error) = self.comm.check()
-        {
-            return Some(error);
-        }
         match inside {
             Some((at, since)) => (since.elapsed() > self.deadline).then_some(at),
             None => self.late(lookout),
@@ -183,15 +172,18 @@ impl Watch {
             return None;
         }
         rank.asked = Instant::now();
-        while let (Some(at), since) = (rank.under_way.front().copied(), rank.since) {
+        while let Some(at) = rank.under_way.get(rank.met).copied() {
+            let is_late = rank.since.elapsed() > self.deadline;
             // The rank goes on while the others are asked.
             drop(rank);
-            if at.steps().any(|step| !lookout.absent(step).is_empty()) {
-                return (since.elapsed() > self.deadline).then_some(at);
+            let is_absent = || at.steps().any(|step| !lookout.absent(step).is_empty());
+            if is_absent() {
+                // A rank whose answer was slow has another chance.
+                return (is_late && is_absent()).then_some(at);
             }
             rank = lock(&self.rank);
-            if rank.under_way.front().is_some_and(|front| front.is(&at)) {
-                rank.pass();
+            if rank.under_way.get(rank.met).is_some_and(|next| next.is(&at)) {
+                (rank.met, rank.since) = (rank.met + 1, Instant::now());
             }
         }
         None
