@@ -19,12 +19,16 @@ use std::{
         Arc, Mutex, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
+    time::Duration,
 };
 
 const JOIN: u64 = 1;
 const OPS: u64 = 2;
 const SPLIT: u64 = 3;
 const END: u64 = 4;
+
+/// What a rank is told when its calls are done: what was received follows.
+const DONE: u64 = 5;
 
 /// What a rank is told when all have come.
 const JOINED: u64 = 1;
@@ -131,8 +135,8 @@ fn serve(mut line: UnixStream) -> io::Result<()> {
 
 /// Does a rank's calls until it ends its communicator, by a word or by cutting the line.
 fn obey(line: &mut UnixStream, world: &Arc<World>, rank: usize) -> io::Result<u64> {
-    let never = AtomicBool::new(false);
-    world.wait_until_joined(&never);
+    let gone = AtomicBool::new(false);
+    world.wait_until_joined(&gone);
     put(line, &[if world.duplicate().is_none() { JOINED } else { REFUSED }])?;
     let mut rounds = 0;
     loop {
@@ -171,12 +175,37 @@ fn obey(line: &mut UnixStream, world: &Arc<World>, rank: usize) -> io::Result<u6
             ops.push(Op { send: send.as_mut_ptr() as usize, recv: recv.as_mut_ptr() as usize, ..op });
             memory.push((send, recv, received));
         }
-        rounds = do_ops(world, rank, rounds, &ops, &never);
+        rounds = unless_gone(line, &gone, || do_ops(world, rank, rounds, &ops, &gone))?;
+        put(line, &[DONE])?;
         for (_, recv, received) in &memory {
             // SAFETY: the words have at least as many bytes.
             line.write_all(unsafe { std::slice::from_raw_parts(recv.as_ptr().cast::<u8>(), *received) })?;
         }
     }
+}
+
+/// Waits for others on behalf of a rank, which sends nothing meanwhile: where its line ends, the
+/// wait does.
+fn unless_gone<R: Send>(
+    line: &mut UnixStream,
+    gone: &AtomicBool,
+    wait: impl FnOnce() -> R + Send,
+) -> io::Result<R> {
+    line.set_nonblocking(true)?;
+    let result = std::thread::scope(|scope| {
+        let waiting = scope.spawn(wait);
+        while !waiting.is_finished() {
+            let ended = match line.read(&mut [0]) {
+                Ok(read) => read == 0,
+                Err(error) => error.kind() != io::ErrorKind::WouldBlock,
+            };
+            gone.fetch_or(ended, SeqCst);
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        waiting.join().map_err(|_| io::Error::other("a call has panicked"))
+    });
+    line.set_nonblocking(false)?;
+    result
 }
 
 /// A rank's line to a world in another process.
@@ -252,6 +281,7 @@ impl Line {
                 line.write_all(unsafe { std::slice::from_raw_parts(op.send as *const u8, sent) })?;
             }
         }
+        let [_done] = get(&mut line)?;
         for op in ops {
             let (_, received) = sizes(op, rank, ranks);
             let mut bytes = vec![0; received];
