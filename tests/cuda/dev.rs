@@ -11,6 +11,9 @@ use shardwise::{
 };
 use std::{io::Write, time::Duration};
 
+/// The numbers of ranks on which a test that takes long is run.
+pub(crate) const WORLDS: &[usize] = &[1, 3, 8];
+
 pub(crate) type Dev = Cuda;
 pub(crate) type Tensor<T = f32> = shardwise::Tensor<T, Dev>;
 pub(crate) type DTensor<P, T = f32> = shardwise::parallel::DTensor<P, T, Dev>;

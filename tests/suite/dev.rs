@@ -4,6 +4,9 @@
 use shardwise::{device::Cpu, launch::Threads};
 use std::time::Duration;
 
+/// The numbers of ranks on which a test that takes long is run.
+pub(crate) const WORLDS: &[usize] = &[1, 2, 3, 4, 5, 6, 7, 8];
+
 pub(crate) type Dev = Cpu;
 pub(crate) type Tensor<T = f32> = shardwise::Tensor<T, Dev>;
 pub(crate) type DTensor<P, T = f32> = shardwise::parallel::DTensor<P, T, Dev>;

@@ -534,7 +534,7 @@ fn stories_are_those_of_llama2c() {
     let first: Vec<f64> = serde_json::from_value(json["logits_pos0_bos"].clone()).unwrap();
     let ModelConfig::Decoder(config) = ModelConfig::read(target.path()).unwrap() else { panic!("llama") };
     let checkpoint = Checkpoint::open(target.path()).unwrap();
-    for world in 1..=8 {
+    for &world in dev::WORLDS {
         let texts = ranks(world).run(|group| {
             let model = Decoder::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?;
             let (mut cache, sampler) = (model.cache(1, want.len())?, Sampler::greedy());
