@@ -10,7 +10,7 @@ use shardwise::{
     Result, Tensor,
     comm::Group,
     device::{Cpu, Element},
-    kernels::{Backend, Product},
+    kernels::{Backend, Gemm, Product},
     ops,
     parallel::{Bias, ColumnLinear, ColumnParallelLinear, Columns, ForkedColumnLinear, QkvLayout, Stream},
     shard::{Heads, Replicated, Shard},
@@ -52,7 +52,10 @@ fn agree<S: Stream + crate::support::Spread>(
         ForkedColumnLinear::<S, f64, Dev>::new(columns.iter().map(load).collect::<Result<Vec<_>>>()?)
     };
     let (want, got) = (run::<f64, _>(&case, merged).unwrap(), run::<f64, _>(&case, forked).unwrap());
-    assert_eq!(got.y, want.y, "each output is the same product");
+    if dev::fresh().splits_exactly() {
+        assert_eq!(got.y, want.y, "each output is the same product");
+    }
+    close("y", &got.y.into_dyn(), &want.y, 1e-12);
     close("dx", &got.dx.into_dyn(), &want.dx, 1e-12);
     assert_eq!(got.grads.keys().collect::<Vec<_>>(), want.grads.keys().collect::<Vec<_>>());
     for (name, want) in &want.grads {
