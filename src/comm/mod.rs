@@ -53,7 +53,7 @@ pub use recorded::{Record, Recorded, Transfer};
 pub use solo::Solo;
 pub use staged::HostStaged;
 
-/// Waits until the communicators that this thread's rank has left are ended, or half a second.
+/// Waits until the communicators that this thread's rank has left are ended, or two seconds.
 pub(crate) fn settle() {
     #[cfg(feature = "nccl")]
     nccl::settle();

@@ -550,3 +550,29 @@ fn a_rank_that_cannot_look_around_is_freed_when_another_fails() {
         };
     }
 }
+
+/// Neither without the group nor by way of another handle of the GPU.
+#[test]
+fn what_an_aborted_collective_did_not_do_is_never_read() {
+    for (world, drops) in dev::worlds([2]).flat_map(|world| [(world, true), (world, false)]) {
+        let outcomes = processes(world, |group| {
+            let device = dev::of_rank(&group)?;
+            let nccl = group.over_nccl(&device, options(Order::Any))?;
+            known(&nccl, ReduceOp::Sum)?;
+            if nccl.rank() == 1 {
+                thread::sleep(Duration::from_secs(3));
+                return Err(Error::Invalid { op: "test", reason: "fails".into() });
+            }
+            let of = if drops { device } else { dev::beside(&device) };
+            let mut x = Tensor::<f32>::full(&of, [6], 3.0)?;
+            nccl.all_reduce(ReduceOp::Sum, &mut x)?;
+            if drops {
+                drop(nccl);
+            }
+            x.to_vec().map(drop)
+        });
+        let Err(Error::PeerLost { rank: 1, reason: Loss::Failed, .. }) = outcomes[0] else {
+            panic!("{drops}: {outcomes:?}")
+        };
+    }
+}

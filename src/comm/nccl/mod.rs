@@ -99,8 +99,8 @@ pub struct Options {
     ///
     /// If so a call costs microseconds. Otherwise NCCL makes a thread for every call, and the rank
     /// asks until it is done, some tens of microseconds; in return the rank looks around by itself
-    /// all the time. Either way no lost rank is waited for: an abort on another thread ends a call
-    /// that waits inside of NCCL, as in PyTorch. NCCL's guide advises against that.
+    /// all the time. Either way no lost rank is waited for. Where calls wait inside of NCCL, an abort
+    /// on another thread ends them, as in PyTorch; NCCL's guide advises against that.
     pub blocking: bool,
 }
 
@@ -113,6 +113,10 @@ impl Default for Options {
 impl Group<Cpu> {
     /// This group for tensors on each rank's `device`, over NCCL. This group goes on beside it: the ranks compare their calls
     /// on it. Every rank calls it.
+    ///
+    /// Where a collective is aborted, whatever waits for `device` fails as long as the group is
+    /// there: tensors may hold what was not done. Where the group is dropped before any call has
+    /// returned that error, it goes on failing: go on with a new device.
     ///
     /// # Errors
     /// When there is no NCCL of version 2.18 or later (`SHARDWISE_NCCL` may name its file), NCCL refuses, or a rank calls
@@ -130,8 +134,8 @@ impl Group<Cpu> {
 /// One rank's end of a group over NCCL.
 pub struct Nccl<B: NcclDevice> {
     state: Rc<State<B>>,
-    /// What the device calls while this rank waits for it, as long as it is held here.
-    _look: Rc<dyn Fn() -> Result<()>>,
+    /// What devices call while this rank waits for them, as long as it is held here.
+    look: Rc<dyn Fn() -> Result<()>>,
     side: Rc<dyn Communicator<Cpu>>,
     device: B,
     /// The kinds of calls that all ranks have made.
@@ -215,7 +219,7 @@ impl<B: NcclDevice> State<B> {
             let Some(oldest) = oldest else { return self.raw.check() };
             let reached = oldest.end.get().map_or(Ok(false), |end| self.lane.is_reached(end));
             // An abort by the watch lets the device pass what it has aborted.
-            let lives = self.raw.lives().map_err(|error| oldest.at.explain(&*self.side, error));
+            let lives = self.raw.lives().map_err(|error| self.named(&oldest.at, error));
             if let (Ok(true), Ok(())) = (&reached, &lives) {
                 self.under_way.borrow_mut().pop_front();
                 continue;
@@ -224,6 +228,13 @@ impl<B: NcclDevice> State<B> {
                 trace::leave(trace::enter(oldest.at.call.operation()), Some(error));
             });
         }
+    }
+
+    /// The loss for which the watch has aborted, be it of a rank that a later collective needs.
+    fn named(&self, oldest: &Meeting, error: Error) -> Error {
+        let under_way = self.under_way.borrow();
+        let loss = under_way.iter().find_map(|under_way| under_way.at.obstacle(&*self.side));
+        loss.unwrap_or_else(|| oldest.explain(&*self.side, error))
     }
 
     /// Whether a collective that is not finished may still be.
@@ -312,7 +323,7 @@ impl<B: NcclDevice> Nccl<B> {
         state.lane.while_waiting(&look);
         Ok(Self {
             state,
-            _look: look,
+            look,
             side,
             device: device.clone(),
             known: RefCell::default(),
@@ -416,6 +427,7 @@ impl<B: NcclDevice> Nccl<B> {
         // It is watched from here on: it may wait for the device itself.
         self.state.under_way.borrow_mut().push_back(Rc::clone(&under_way));
         self.state.watch.started(at);
+        foreign.iter().flatten().for_each(|foreign| foreign.while_waiting(&self.look));
         let acted = self.state.watch.inside(at, || act(&at));
         let acted = acted.map_err(|error| self.state.abort(at.explain(&*self.side, error)));
         // Part of it may be with the device, also where it failed: the tensors go back after that.
@@ -817,6 +829,7 @@ impl<B: NcclDevice> Drop for Nccl<B> {
     /// What is under way is finished first: others may need this rank's part.
     fn drop(&mut self) {
         let state = &self.state;
+        let told = state.failed.borrow().is_some();
         let goes_on =
             || !std::thread::panicking() && state.look().is_ok() && !state.under_way.borrow().is_empty();
         while goes_on() {
@@ -829,6 +842,10 @@ impl<B: NcclDevice> Drop for Nccl<B> {
         } else {
             state.raw.abort();
             state.spoiled.set(!finished);
+        }
+        if state.spoiled.get() && !told {
+            // No call has returned it, and what the device holds stays wrong without the group.
+            std::mem::forget(Rc::clone(&self.look));
         }
         let over = Error::invalid("NCCL", "the group has ended");
         state.failed.borrow_mut().get_or_insert(over);

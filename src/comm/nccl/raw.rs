@@ -110,17 +110,24 @@ impl Shared {
         }
         state.reason = Some(reason.clone());
         let handle = std::mem::take(&mut state.handle);
-        state.ended = Some(self.end(handle, End::Abort));
+        drop(state);
+        let ended = self.end(handle, End::Abort);
+        self.state().ended = Some(ended);
+    }
+
+    /// Whether it has ended.
+    pub(super) fn is_over(&self) -> bool {
+        self.state().handle.get_mut().is_null()
     }
 
     /// An error that NCCL has met beside its calls, for another thread than the rank's. Only of a
-    /// blocking communicator: asking another one goes on with its calls.
+    /// blocking communicator: another one goes on with its calls when it is asked.
     pub(super) fn check(&self) -> Result<()> {
         let mut state = self.state();
         let (handle, mut code) = (*state.handle.get_mut(), SUCCESS);
         if !handle.is_null() {
-            // SAFETY: the handle is live as long as the state is locked, and `code` is a place for a
-            // result.
+            // SAFETY: the handle is live as long as the state is locked, and `code` is a place for
+            // a result.
             #[allow(unsafe_code)]
             let _ = unsafe { (self.api.async_error)(handle, &mut code) };
         }
@@ -140,8 +147,8 @@ impl Shared {
         let api = self.api;
         let end = move || {
             let handle = handle.load(Ordering::Relaxed);
-            // SAFETY: the handle was live, and whoever asks for it from then on finds none. A failure
-            // leaves nothing to be done.
+            // SAFETY: the handle was live, and whoever asks for it from then on finds none. A
+            // failure leaves nothing to be done.
             #[allow(unsafe_code)]
             let _ = unsafe {
                 match how {
@@ -348,6 +355,11 @@ impl Raw {
 
     fn state(&self) -> Result<c_int> {
         let _inside = self.enter()?;
+        self.ask()
+    }
+
+    /// What NCCL says of the communicator, to a thread that is inside.
+    fn ask(&self) -> Result<c_int> {
         let mut state = SUCCESS;
         // SAFETY: the handle is that of a live communicator, and `state` is a place for a result.
         #[allow(unsafe_code)]
@@ -359,6 +371,8 @@ impl Raw {
 
     /// Waits until a call that goes on in the background is done.
     fn settle(&self, call: &'static str, mut code: c_int, poll: Poll<'_>) -> Result<()> {
+        // No other thread ends it meanwhile: NCCL keeps such a call with the thread that made it.
+        let _inside = self.enter()?;
         loop {
             match code {
                 SUCCESS => return Ok(()),
@@ -366,7 +380,7 @@ impl Raw {
                 code => return Err(self.error(call, code)),
             }
             // First: a rank that is lost after it has done its part is no obstacle to what is done.
-            code = self.state()?;
+            code = self.ask()?;
             if code == IN_PROGRESS {
                 poll()?;
                 thread::yield_now();
@@ -400,7 +414,9 @@ impl Raw {
             }
             (false, how) => Some(self.shared.end(handle, how)),
         };
-        ENDING.with_borrow_mut(|ending| {
+        // It is gone where the thread ends, and a group with it.
+        let _ = ENDING.try_with(|ending| {
+            let mut ending = ending.borrow_mut();
             ending.retain(|ended| matches!(ended.try_recv(), Err(TryRecvError::Empty)));
             ending.extend(ended);
         });
@@ -448,7 +464,7 @@ impl Raw {
     ) -> Result<()> {
         let (len, x) = (B::len_mut::<T>(x), B::address_mut::<T>(x));
         // SAFETY: `x` is `len` elements of the device, borrowed exclusively; the lane orders the work before whatever the
-        // borrower does with it next (`Nccl::enter`, `Nccl::leave`). The handle is live.
+        // borrower does with it next (`Nccl::go`). The handle is live.
         #[allow(unsafe_code)]
         let code = unsafe {
             (self.api.all_reduce)(x.cast_const(), x, len, dtype(T::DTYPE), SUM, self.alive()?, lane.stream())
@@ -508,7 +524,7 @@ impl Raw {
         let recv = recv.map_or(null_mut(), |recv| B::address_mut::<T>(recv));
         let (send, root) = (B::address::<T>(send), number("the root", root)?);
         // SAFETY: as in `all_reduce`; the lengths were checked. Ranks that are not the root may pass null: a rank passes
-        // `recv` if it is the root, see `Nccl::reduce_flat`.
+        // `recv` if it is the root, see `Nccl::scatter_flat`.
         #[allow(unsafe_code)]
         let code = unsafe {
             (self.api.reduce)(send, recv, len, dtype(T::DTYPE), SUM, root, self.alive()?, lane.stream())

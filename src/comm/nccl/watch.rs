@@ -7,8 +7,9 @@
 //!
 //! It makes no call of the driver's: who holds the driver's lock may be the rank that it watches
 //! over. So it cannot see what the device has finished, and goes by who has come: a collective can
-//! run when all ranks have come to it and to those before it. Where they have come to all, it only
-//! asks NCCL for errors: a rank that does not look around may as well compute.
+//! run when all ranks have come to it and to those before it. Where they have come to all, it waits
+//! for the loss of a rank, or an error of NCCL's where calls block: a rank that does not look
+//! around may as well compute.
 
 use super::{Options, meeting::Meeting, raw::Shared};
 use crate::{
@@ -128,7 +129,8 @@ impl Watch {
     fn look(&self) {
         let rank = lock(&self.rank);
         let is_still = rank.looked.elapsed() > STILL;
-        if rank.inside.is_none() && (!is_still || rank.under_way.is_empty()) {
+        let waits = rank.inside.is_some() || (is_still && !rank.under_way.is_empty());
+        if !waits || self.comm.is_over() {
             return;
         }
         let (inside, under_way) = (rank.inside, rank.under_way.clone());

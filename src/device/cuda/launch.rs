@@ -8,7 +8,7 @@ use crate::{
 use cudarc::driver::sys;
 use std::{ffi::c_void, rc::Rc};
 
-/// At most so many arguments has a kernel.
+/// A kernel has at most so many arguments.
 const ARGUMENTS: usize = 32;
 
 /// A kernel's launch in preparation: its arguments, each a word of 8 bytes.

@@ -257,7 +257,10 @@ impl Cuda {
     pub(crate) fn while_waiting(&self, look: &Rc<dyn Fn() -> Result<()>>) {
         let mut looks = self.0.looks.borrow_mut();
         looks.retain(|look| look.strong_count() > 0);
-        looks.push(Rc::downgrade(look));
+        let look = Rc::downgrade(look);
+        if !looks.iter().any(|known| known.ptr_eq(&look)) {
+            looks.push(look);
+        }
     }
 
     /// Whether products of f32 keep all their bits.

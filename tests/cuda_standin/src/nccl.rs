@@ -10,8 +10,9 @@
 //! * Every other call on a communicator that is in progress is refused.
 //!
 //! Calls on a blocking one wait: for all ranks at its creation and at a split, and for the peers at
-//! the first call of each kind, where the real one sets up connections. A communicator's destruction
-//! waits, of either kind, until all ranks have destroyed or aborted theirs.
+//! the first call of each kind, where the real one sets up connections.
+//!
+//! Destroying a communicator of either kind waits until all ranks have destroyed or aborted theirs.
 
 use crate::{
     driver::{self, illegal, stream_now},
@@ -530,6 +531,8 @@ impl Comm {
         };
         if code != IN_PROGRESS {
             *background = Background::Nothing;
+        }
+        if code != IN_PROGRESS && code != SUCCESS {
             self.fault.store(code, SeqCst);
         }
         code
