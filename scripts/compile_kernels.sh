@@ -15,16 +15,25 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$(dirname "$report")"
 echo "kernels by architecture, $("$tools/nvidia/cu13/bin/nvcc" --version | tail -n 2 | head -n 1)" > "$report"
 printf '%-28s %8s %14s %14s %14s %14s\n' file kernels 'most registers' 'spilled bytes' 'stack bytes' 'shared bytes' >> "$report"
+export tools work
+
+# compile ARCH FILE : compiles a file for an architecture, and keeps what the compiler says of it.
+compile() {
+    local arch=$1 file=$2 contracts=false log
+    log=$work/$arch.$(basename "$file")
+    # As program.rs has them compiled: attention alone may contract products and sums.
+    case $file in cuda/attention.cu | cuda/flash.cu) contracts=true ;; esac
+    "$tools/nvidia/cu13/bin/nvcc" -arch="$arch" -std=c++17 --fmad=$contracts -cubin -Xptxas -v -o "$log.cubin" "$file" \
+        > "$log" 2>&1 || { cat "$log"; return 1; }
+}
+export -f compile
+for arch in sm_80 sm_90 sm_100; do printf "$arch %s\n" cuda/*.cu; done |
+    xargs -P "$(nproc)" -L 1 bash -c 'compile "$@"' compile
+
 bad=0
 for arch in sm_80 sm_90 sm_100; do
     for file in cuda/*.cu; do
-        log="$work/log"
-        # As program.rs has them compiled: attention alone may contract products and sums.
-        contracts=$([[ $file = cuda/attention.cu || $file = cuda/flash.cu ]] && echo true || echo false)
-        if ! "$tools/nvidia/cu13/bin/nvcc" -arch=$arch -std=c++17 --fmad=$contracts -cubin -Xptxas -v -o "$work/out.cubin" "$file" > "$log" 2>&1; then
-            cat "$log"
-            exit 1
-        fi
+        log=$work/$arch.$(basename "$file")
         largest() { grep -oE "$1" "$log" | grep -oE '[0-9]+' | sort -n | tail -n 1 || true; }
         kernels=$(grep -c 'Compiling entry function' "$log")
         spilled=$(largest '[0-9]+ bytes spill (stores|loads)')
