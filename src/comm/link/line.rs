@@ -73,11 +73,15 @@ pub(super) enum News {
 impl Inbox {
     /// How rank 0 was lost, if its connection is closed.
     pub(super) fn way_lost(&self) -> Option<Loss> {
-        let lost = self.news.iter().find_map(|news| match news {
-            News::Lost { rank: 0, reason, .. } => Some(*reason),
+        self.lost(0).map(|(reason, _)| reason).filter(|_| self.gone)
+    }
+
+    /// How a rank was lost, and to what it had come, if it is lost.
+    fn lost(&self, lost: usize) -> Option<(Loss, &HashMap<u64, u64>)> {
+        self.news.iter().find_map(|news| match news {
+            News::Lost { rank, reason, taken, .. } if *rank == lost => Some((*reason, taken)),
             _ => None,
-        });
-        lost.filter(|_| self.gone)
+        })
     }
 
     /// Whether a rank was waited for in vain.
@@ -88,17 +92,13 @@ impl Inbox {
     /// To how many steps of a work a rank has come, as far as it has said: in an answer, or when it
     /// left.
     fn steps(&self, work: u64, rank: usize) -> Option<u64> {
-        let last_words = self.news.iter().find_map(|news| match news {
-            News::Lost { rank: lost, taken, .. } if *lost == rank => Some(taken),
-            _ => None,
-        });
-        let answer = self.answers.get(&(work, rank)).copied();
-        answer.or_else(|| last_words.map(|taken| taken.get(&work).copied().unwrap_or(0)))
+        let last_words = || Some(self.lost(rank)?.1.get(&work).copied().unwrap_or(0));
+        self.answers.get(&(work, rank)).copied().or_else(last_words)
     }
 
     /// Whether a rank is lost.
     fn has_lost(&self, lost: usize) -> bool {
-        self.news.iter().any(|news| matches!(news, News::Lost { rank, .. } if *rank == lost))
+        self.lost(lost).is_some()
     }
 }
 

@@ -41,8 +41,8 @@ use crate::{
 use api::Api;
 use half::{bf16, f16};
 use meeting::Meeting;
-use raw::Raw;
 pub(super) use raw::settle;
+use raw::{Raw, Seat};
 use std::{
     any::Any,
     cell::{Cell, OnceCell, RefCell},
@@ -291,9 +291,10 @@ impl<B: NcclDevice> Nccl<B> {
         let at = Meeting { call: *call, step, other: None };
         at.come(&*side);
         let raw = {
-            let (here, ranks, poll) = (side.rank(), side.size(), at.patience(&*side, options.deadline));
+            let seat = Seat { id: bytes, rank: side.rank(), size: side.size() };
+            let poll = at.patience(&*side, options.deadline);
             let join = if options.blocking { Raw::join_blocking } else { Raw::join };
-            let raw = join(bytes, here, ranks, device.elsewhere(), &poll);
+            let raw = join(seat, device.elsewhere(), &poll);
             raw.map_err(|error| at.explain(&*side, error))?
         };
         Self::new(raw, side, device, work, options)

@@ -202,6 +202,14 @@ impl Drop for Inside<'_> {
     }
 }
 
+/// A rank's place in a new communicator.
+#[derive(Clone, Copy)]
+pub(super) struct Seat {
+    pub(super) id: [u8; 128],
+    pub(super) rank: usize,
+    pub(super) size: usize,
+}
+
 impl Raw {
     /// What the ranks of a new communicator have to know.
     pub(super) fn unique_id() -> Result<[u8; 128]> {
@@ -219,16 +227,10 @@ impl Raw {
         Self { api, shared: Shared::new(api, handle, enter), blocking }
     }
 
-    /// Joins the communicator of this id, on the device that is current, which is that of `enter`.
-    pub(super) fn join(
-        id: [u8; 128],
-        rank: usize,
-        size: usize,
-        enter: Enter,
-        poll: Poll<'_>,
-    ) -> Result<Self> {
+    /// Joins a communicator, on the device that is current, which is that of `enter`.
+    pub(super) fn join(seat: Seat, enter: Enter, poll: Poll<'_>) -> Result<Self> {
         let api = Api::get()?;
-        let (handle, code) = initialize(api, id, rank, size, false)?;
+        let (handle, code) = initialize(api, seat, false)?;
         let raw = Self::new(api, handle, enter, false);
         raw.settle("ncclCommInitRankConfig", code, poll)?;
         Ok(raw)
@@ -237,17 +239,11 @@ impl Raw {
     /// The same, where every call waits for the other ranks. The call that joins is made by a
     /// thread of its own, on which `enter` makes the device current: a call for ranks that never
     /// come does not end, and that thread is left to it.
-    pub(super) fn join_blocking(
-        id: [u8; 128],
-        rank: usize,
-        size: usize,
-        enter: Enter,
-        poll: Poll<'_>,
-    ) -> Result<Self> {
+    pub(super) fn join_blocking(seat: Seat, enter: Enter, poll: Poll<'_>) -> Result<Self> {
         let api = Api::get()?;
         let (outcome, joined) = channel();
         let join = move || {
-            let made = enter().and_then(|()| initialize(api, id, rank, size, true));
+            let made = enter().and_then(|()| initialize(api, seat, true));
             let made = made.and_then(|(handle, code)| match code {
                 SUCCESS => Ok(Self::new(api, handle, enter, true)),
                 code => Err(api.error("ncclCommInitRankConfig", code, null_mut())),
@@ -589,13 +585,13 @@ impl Drop for Raw {
 }
 
 /// Makes a communicator's handle on the device that is current, and returns what NCCL said.
-fn initialize(api: &Api, id: [u8; 128], rank: usize, size: usize, blocking: bool) -> Result<(Handle, c_int)> {
-    let (rank, size) = (number("the rank", rank)?, number("the number of ranks", size)?);
+fn initialize(api: &Api, seat: Seat, blocking: bool) -> Result<(Handle, c_int)> {
+    let (rank, size) = (number("the rank", seat.rank)?, number("the number of ranks", seat.size)?);
     let mut handle = null_mut();
     // SAFETY: `handle` is a place for a communicator, the configuration is of the size that it
     // states, and NCCL copies it.
     #[allow(unsafe_code)]
-    let code = unsafe { (api.init)(&mut handle, size, UniqueId(id), rank, &mut Config::new(blocking)) };
+    let code = unsafe { (api.init)(&mut handle, size, UniqueId(seat.id), rank, &mut Config::new(blocking)) };
     Ok((handle, code))
 }
 

@@ -175,10 +175,10 @@ pub fn wish(
     world: &World,
     rank: usize,
     (count, color, key): (i64, c_int, c_int),
+    aborted: &AtomicBool,
 ) -> Option<(Arc<World>, usize)> {
     world.divide(rank, color, key);
-    let never = AtomicBool::new(false);
-    world.wait(&never, |state| (state.divisions > count as u64).then(|| state.parts[rank].clone())).flatten()
+    world.wait(aborted, |state| (state.divisions > count as u64).then(|| state.parts[rank].clone())).flatten()
 }
 
 impl World {

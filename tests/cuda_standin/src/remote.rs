@@ -146,7 +146,8 @@ fn obey(line: &mut UnixStream, world: &Arc<World>, rank: usize) -> io::Result<u6
         }
         if tag == SPLIT {
             let [color, key] = get(line)?;
-            let part = wish(world, rank, (count as i64, color as i64 as i32, key as i64 as i32));
+            let wanted = (count as i64, color as i64 as i32, key as i64 as i32);
+            let part = unless_gone(line, &gone, || wish(world, rank, wanted, &gone))?;
             let part = part.map(|(part, place)| (part.number(), part.size() as u64, place as u64, part));
             let reply = part.as_ref().map_or([0; 3], |(number, size, place, _)| [*number, *size, *place]);
             if let Some((number, _, _, part)) = &part {
