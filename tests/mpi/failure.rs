@@ -130,7 +130,9 @@ pub(crate) fn scenario() -> Option<ExitCode> {
     let done = Mpi::new().deadline(PATIENCE).run(|world| {
         let mut x = Tensor::<f32>::full(world.device(), [100_000], 1.0)?;
         world.all_reduce(ReduceOp::Sum, &mut x)?;
-        if world.rank() + 1 == world.size() {
+        let last = world.size() - 1;
+        let started = Tensor::<f32>::full(world.device(), [1], 1.0)?;
+        if world.rank() == last {
             match way.as_str() {
                 "none" => {}
                 "return" => return Ok(()),
@@ -139,14 +141,18 @@ pub(crate) fn scenario() -> Option<ExitCode> {
                 "exit" => std::process::exit(3),
                 "kill" => signal_self("-KILL"),
                 "stop" => signal_self("-STOP"),
-                // The others go on to the data, which does not come.
+                // The others go on to the data, which does not come. They call after this rank's last call of MPI: had they
+                // called before, its data could have gone out with its own call, and the sum would be complete.
                 "stop within" => {
                     let pending = world.start_all_reduce(ReduceOp::Sum, x)?;
+                    (0..last).try_for_each(|peer| world.exchange(Some((peer, &started)), None).map(drop))?;
                     signal_self("-STOP");
                     return pending.wait().map(drop);
                 }
                 other => return Err(Error::invalid("scenario", format!("there is no way `{other}`"))),
             }
+        } else if way == "stop within" {
+            world.exchange::<f32>(None, Some((last, started.shape())))?;
         }
         world.start_all_reduce(ReduceOp::Sum, x)?.wait().map(drop)
     });
