@@ -13,6 +13,8 @@ use std::{io::Write, time::Duration};
 
 /// The numbers of ranks on which a test that takes long is run.
 pub(crate) const WORLDS: &[usize] = &[1, 3, 8];
+/// By what the number of random cases of a test that takes long is divided.
+pub(crate) const FEWER: u32 = 3;
 
 pub(crate) type Dev = Cuda;
 pub(crate) type Tensor<T = f32> = shardwise::Tensor<T, Dev>;

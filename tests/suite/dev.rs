@@ -6,6 +6,8 @@ use std::time::Duration;
 
 /// The numbers of ranks on which a test that takes long is run.
 pub(crate) const WORLDS: &[usize] = &[1, 2, 3, 4, 5, 6, 7, 8];
+/// By what the number of random cases of a test that takes long is divided.
+pub(crate) const FEWER: u32 = 1;
 
 pub(crate) type Dev = Cpu;
 pub(crate) type Tensor<T = f32> = shardwise::Tensor<T, Dev>;

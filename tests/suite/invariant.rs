@@ -36,7 +36,7 @@ fn bits<D: ndarray::Dimension>(array: &ndarray::Array<f64, D>) -> Vec<u64> {
 
 /// Those of these numbers of ranks on which tests that take long are run on this device, and the
 /// last.
-fn tried(worlds: &[usize]) -> impl Iterator<Item = usize> {
+pub(crate) fn tried(worlds: &[usize]) -> impl Iterator<Item = usize> {
     let last = worlds.last();
     worlds.iter().filter(move |&world| dev::WORLDS.contains(world) || Some(world) == last).copied()
 }

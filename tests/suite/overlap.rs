@@ -2,8 +2,8 @@
 
 use crate::{
     block::{self, Draw},
-    dev::{DTensor, Dev, Tensor, fresh, ranks},
-    invariant::same_bits,
+    dev::{self, DTensor, Dev, Tensor, fresh, ranks},
+    invariant::{same_bits, tried},
     support::{Case, Outcome, Spread, arrays, matrix, random, run, uneven},
 };
 use half::bf16;
@@ -102,7 +102,7 @@ fn mlps_agree<T: Element>(sizes: &Sizes) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24 / dev::FEWER, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Any sizes on 1 to 8 ranks, fewer tokens than ranks and none on some, features of depth 1, uneven cuts, both streams,
     /// elements and reductions.
@@ -163,7 +163,7 @@ fn blocks_agree() {
     for draw in [draw, Draw { gated: true, post: true, ..draw }] {
         let (x, dy) = block::inputs(&draw, &sequences);
         let weights = block::named(&draw.weights());
-        for world in [2, 5] {
+        for world in tried(&[2, 5]) {
             for reduction in [Reduction::Fast, Reduction::Invariant { blocks: 8 }] {
                 let case = Case { reduction, ..Case::new(world, &x, &dy, &weights) };
                 let case = Case { sequences: sequences.clone(), ..case };

@@ -116,7 +116,7 @@ fn same(got: &Trained, want: &Trained, tolerance: f64) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 12 / dev::FEWER, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// Random models on dp x pp x tp meshes, with uneven batches and cuts, dropout and clipping: 20 steps as on one device.
     #[test]
