@@ -11,9 +11,9 @@ use shardwise::{
 };
 use std::{io::Write, time::Duration};
 
-/// The numbers of ranks on which a test that takes long is run.
+/// The group sizes that slow tests run on.
 pub(crate) const WORLDS: &[usize] = &[1, 3, 8];
-/// By what the number of random cases of a test that takes long is divided.
+/// Divides the number of random cases of slow tests.
 pub(crate) const FEWER: u32 = 3;
 
 pub(crate) type Dev = Cuda;

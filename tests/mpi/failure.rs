@@ -141,8 +141,9 @@ pub(crate) fn scenario() -> Option<ExitCode> {
                 "exit" => std::process::exit(3),
                 "kill" => signal_self("-KILL"),
                 "stop" => signal_self("-STOP"),
-                // The others go on to the data, which does not come. They call after this rank's last call of MPI: had they
-                // called before, its data could have gone out with its own call, and the sum would be complete.
+                // The others go on to the data, which does not come. They start the collective after
+                // this rank's last call into MPI: otherwise its data could go out with its call, and
+                // the sum would be complete before the rank stops.
                 "stop within" => {
                     let pending = world.start_all_reduce(ReduceOp::Sum, x)?;
                     (0..last).try_for_each(|peer| world.exchange(Some((peer, &started)), None).map(drop))?;

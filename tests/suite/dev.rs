@@ -4,9 +4,9 @@
 use shardwise::{device::Cpu, launch::Threads};
 use std::time::Duration;
 
-/// The numbers of ranks on which a test that takes long is run.
+/// The group sizes that slow tests run on.
 pub(crate) const WORLDS: &[usize] = &[1, 2, 3, 4, 5, 6, 7, 8];
-/// By what the number of random cases of a test that takes long is divided.
+/// Divides the number of random cases of slow tests.
 pub(crate) const FEWER: u32 = 1;
 
 pub(crate) type Dev = Cpu;

@@ -34,8 +34,7 @@ fn bits<D: ndarray::Dimension>(array: &ndarray::Array<f64, D>) -> Vec<u64> {
     array.iter().map(|value| value.to_bits()).collect()
 }
 
-/// Those of these numbers of ranks on which tests that take long are run on this device, and the
-/// last.
+/// Keeps the group sizes that slow tests run on with this device, and the last one in any case.
 pub(crate) fn tried(worlds: &[usize]) -> impl Iterator<Item = usize> {
     let last = worlds.last();
     worlds.iter().filter(move |&world| dev::WORLDS.contains(world) || Some(world) == last).copied()
