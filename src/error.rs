@@ -136,13 +136,15 @@ pub enum Error {
         /// What it returned.
         source: Box<Error>,
     },
-    /// A tensor that all ranks of a group hold has other bits on one of them.
-    #[error("rank {rank} of group `{group}` has drifted: its `{tensor}` differs from rank 0's")]
+    /// Elements of a tensor that several ranks of a group hold have other bits on one of them.
+    #[error("rank {rank} of group `{group}` has drifted: its `{tensor}` differs from rank {other}'s")]
     Drift {
         /// The tensor's name.
         tensor: String,
-        /// The first rank that differs from rank 0.
+        /// The first rank that differs from one before it.
         rank: usize,
+        /// The first rank that holds the same elements.
+        other: usize,
         /// The name of the group.
         group: String,
     },

@@ -40,6 +40,7 @@ fn call(seq: u64) -> Call {
         parts: 0x1234_5678,
         history: 0,
         group: 7,
+        messages: [0; 2],
         site: Site(Location::caller()),
     }
 }

@@ -231,8 +231,10 @@ fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
                 if world.rank() == 0 {
                     bar.suspend(|| println!("step {step}: validation loss {loss:.4}"));
                 }
-                // Replicas that should be equal are.
-                check_replicas(|f| model.visit(f), mesh.group(Axis::Data), |_| true)?;
+                // What several ranks hold is equal.
+                for axis in [Axis::Data, Axis::Tensor] {
+                    check_replicas(|f| model.visit(f), mesh.group(axis))?;
+                }
             }
             if step == args.steps {
                 break;

@@ -2,7 +2,7 @@
 
 use crate::{
     device::DType,
-    error::{Mismatch, Site},
+    error::{Error, Mismatch, Site},
     shard::Shape,
     trace::Operation,
 };
@@ -91,6 +91,8 @@ pub struct Call {
     pub history: u64,
     /// The group's number: the same on all its ranks, and different from other groups'.
     pub group: u64,
+    /// How many messages of the group this rank has sent to others, and received from them.
+    pub messages: [u64; 2],
     /// Where the call was made. Not compared: ranks may reach the same call on different paths.
     pub site: Site,
 }
@@ -130,9 +132,36 @@ impl Call {
     /// The disagreement between the calls of all ranks, in rank order, if there is one.
     pub(crate) fn disagreement<'a>(calls: impl Iterator<Item = &'a Self> + Clone) -> Option<Mismatch> {
         let left = calls.clone().next()?;
-        let (right_rank, right) = calls.enumerate().find(|(_, call)| !left.agrees(call))?;
-        Some(Mismatch { left_rank: 0, left: left.to_string(), right_rank, right: right.to_string() })
+        match calls.clone().enumerate().find(|(_, call)| !left.agrees(call)) {
+            Some((right_rank, right)) => {
+                Some(Mismatch { left_rank: 0, left: left.to_string(), right_rank, right: right.to_string() })
+            }
+            None => left.unreceived(calls.map(|call| call.messages)),
+        }
     }
+
+    /// The disagreement of ranks that have come to this call with so many messages sent and received, in rank order, if not
+    /// every message was received. A call that is started is no meeting: messages may go by until it is waited for. It names the rank that has sent the most beyond what it received, and the one with the
+    /// fewest.
+    pub(crate) fn unreceived(&self, messages: impl Iterator<Item = [u64; 2]> + Clone) -> Option<Mismatch> {
+        let excess = |[sent, received]: [u64; 2]| i128::from(sent) - i128::from(received);
+        if self.started || messages.clone().map(excess).sum::<i128>() == 0 {
+            return None;
+        }
+        let call = self.to_string();
+        let call = call.rsplit_once(" at ").map_or(&*call, |(call, _)| call);
+        let words = |[sent, received]: [u64; 2]| {
+            format!("{call} with {sent} messages sent and {received} received before")
+        };
+        let (right_rank, right) = messages.clone().enumerate().min_by_key(|(_, counts)| excess(*counts))?;
+        let (left_rank, left) = messages.enumerate().max_by_key(|(_, counts)| excess(*counts))?;
+        Some(Mismatch { left_rank, left: words(left), right_rank, right: words(right) })
+    }
+}
+
+/// The error of a rank of the world that has left all groups without receiving a message that another one had sent.
+pub(crate) fn never_received(from: usize, to: usize, what: &str) -> Error {
+    Error::invalid("exchange", format!("rank {to} never received a message of rank {from}: {what}"))
 }
 
 /// The standard hasher with its fixed keys: the same in every process of one program.

@@ -88,8 +88,14 @@ pub trait Communicator<B: Device> {
     }
 
     /// Divides the group: the ranks of one `color` form a new one, in order of `key` and then of rank; those without a
-    /// color belong to none.
-    fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<B>>>>;
+    /// color belong to none. Errors call the new group `name`.
+    fn split(
+        &self,
+        call: &Call,
+        color: Option<u64>,
+        key: u64,
+        name: &str,
+    ) -> Result<Option<Box<dyn Communicator<B>>>>;
 
     /// Starts a collective whose result is asked for later. `send` is what it reads; `recv`, of the result's length, is
     /// memory that it may use for the result.

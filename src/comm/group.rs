@@ -41,9 +41,22 @@ pub struct Group<B: Device> {
 struct Shared<B: Device> {
     communicator: Rc<dyn Communicator<B>>,
     device: B,
+    identity: Rc<Identity>,
+}
+
+/// What all handles of the same ranks have in common, whatever carries their data.
+struct Identity {
     name: String,
     id: u64,
     calls: Cell<u64>,
+    /// How many messages this rank has sent to others, and received from them.
+    messages: Cell<[u64; 2]>,
+}
+
+impl Identity {
+    fn new(name: String, id: u64) -> Rc<Self> {
+        Rc::new(Self { name, id, calls: Cell::new(0), messages: Cell::new([0; 2]) })
+    }
 }
 
 impl<B: Device> Clone for Group<B> {
@@ -61,12 +74,12 @@ impl<B: Device> fmt::Debug for Group<B> {
 impl<B: Device> Group<B> {
     /// The group over a communicator; tensors that it makes are on `device`.
     pub fn new(communicator: Rc<dyn Communicator<B>>, device: &B) -> Self {
-        Self::named(communicator, device, "world".into(), 0)
+        Self::of(communicator, device, Identity::new("world".into(), 0))
     }
 
-    fn named(communicator: Rc<dyn Communicator<B>>, device: &B, name: String, id: u64) -> Self {
-        trace::join(id, &name, communicator.rank(), communicator.size());
-        let shared = Shared { communicator, device: device.clone(), name, id, calls: Cell::new(0) };
+    fn of(communicator: Rc<dyn Communicator<B>>, device: &B, identity: Rc<Identity>) -> Self {
+        trace::join(identity.id, &identity.name, communicator.rank(), communicator.size());
+        let shared = Shared { communicator, device: device.clone(), identity };
         Self { shared: Rc::new(shared), reduction: Reduction::Fast, overlap: Overlap::Off }
     }
 
@@ -83,8 +96,7 @@ impl<B: Device> Group<B> {
     /// This group with a record of what it moves from now on. Every rank calls it.
     pub fn recorded(&self) -> (Self, Record) {
         let (communicator, record) = Recorded::new(Rc::clone(&self.shared.communicator));
-        let group = Self::named(Rc::new(communicator), self.device(), self.name().into(), self.shared.id);
-        group.shared.calls.set(self.shared.calls.get());
+        let group = Self::of(Rc::new(communicator), self.device(), Rc::clone(&self.shared.identity));
         (group.like(self), record)
     }
 
@@ -110,20 +122,20 @@ impl<B: Device> Group<B> {
 
     /// The group's name: `world`, or where it was split from.
     pub fn name(&self) -> &str {
-        &self.shared.name
+        &self.shared.identity.name
     }
 
-    /// Whether two handles are of the same group.
+    /// Whether two handles are of the same ranks: of one group, however it reduces, overlaps or is recorded. All groups that
+    /// consist of this rank alone are the same.
     pub fn is_same(&self, other: &Self) -> bool {
-        Rc::ptr_eq(&self.shared, &other.shared)
+        Rc::ptr_eq(&self.shared.identity, &other.shared.identity) || (self.size() == 1 && other.size() == 1)
     }
 
     /// The group's next call.
     #[track_caller]
     fn call(&self, op: Op) -> Call {
-        let seq = self.shared.calls.get();
-        self.shared.calls.set(seq + 1);
-        self.describe(op, seq)
+        let calls = &self.shared.identity.calls;
+        self.describe(op, calls.replace(calls.get() + 1))
     }
 
     #[track_caller]
@@ -138,7 +150,8 @@ impl<B: Device> Group<B> {
             shape: Shape::new(&[]),
             parts: 0,
             history: 0,
-            group: self.shared.id,
+            group: self.shared.identity.id,
+            messages: self.shared.identity.messages.get(),
             site: Site(Location::caller()),
         }
     }
@@ -187,14 +200,19 @@ impl<B: Device> Group<B> {
     /// When a rank calls something else, or is lost.
     #[track_caller]
     pub fn split(&self, color: Option<u64>, key: u64) -> Result<Option<Self>> {
-        let call = self.call(Op::Split);
-        let part = self.noted(&call, |communicator| communicator.split(&call, color, key))?;
+        self.split_named(color, key, &color.unwrap_or_default().to_string())
+    }
+
+    /// [`Group::split`], where the new group's name is this one's and `part`.
+    #[track_caller]
+    pub(super) fn split_named(&self, color: Option<u64>, key: u64, part: &str) -> Result<Option<Self>> {
+        let (call, name) = (self.call(Op::Split), format!("{}/{part}", self.name()));
+        let part = self.noted(&call, |communicator| communicator.split(&call, color, key, &name))?;
         Ok(part.map(|communicator| {
-            let color = color.unwrap_or_default();
             let mut id = DefaultHasher::new();
-            (self.shared.id, call.seq, color).hash(&mut id);
-            let name = format!("{}/{color}", self.name());
-            Self::named(communicator.into(), self.device(), name, id.finish()).like(self)
+            (self.shared.identity.id, call.seq, color.unwrap_or_default()).hash(&mut id);
+            let identity = Identity::new(name, id.finish());
+            Self::of(communicator.into(), self.device(), identity).like(self)
         }))
     }
 
@@ -204,7 +222,12 @@ impl<B: Device> Group<B> {
     /// When a rank calls something else, or is lost.
     #[track_caller]
     pub fn split_all(&self, color: u64) -> Result<Self> {
-        let part = self.split(Some(color), 0)?;
+        self.split_all_named(color, &color.to_string())
+    }
+
+    #[track_caller]
+    pub(super) fn split_all_named(&self, color: u64, part: &str) -> Result<Self> {
+        let part = self.split_named(Some(color), 0, part)?;
         part.ok_or_else(|| Error::invalid("split", "the communicator returned no group for a color"))
     }
 }
@@ -239,9 +262,7 @@ impl Group<Cpu> {
 
     /// The same group and call numbers over another communicator of the same ranks.
     pub(super) fn carried<B: Device>(&self, by: Rc<dyn Communicator<B>>, device: &B) -> Group<B> {
-        let group = Group::named(by, device, self.name().into(), self.shared.id);
-        group.shared.calls.set(self.shared.calls.get());
-        group.like(self)
+        Group::of(by, device, Rc::clone(&self.shared.identity)).like(self)
     }
 }
 
@@ -312,6 +333,9 @@ impl<B: Pointwise> Group<B> {
     /// device until it is received, and what is asked of the group later waits behind it: ranks that send by one call and
     /// receive by a later one must not do so in a circle.
     ///
+    /// Every message has to be received before the group's next call of all ranks, but for those that are started: there the
+    /// ranks compare how many they have sent and received, and disagree if one is missing. A message that is left at the end is an error of its receiver.
+    ///
     /// # Errors
     /// When there is no such rank, what arrives is of another element or shape, or a rank is lost.
     #[track_caller]
@@ -325,7 +349,8 @@ impl<B: Pointwise> Group<B> {
         }
         // Pairs of ranks exchange, not the group: it is no call of the group's that all would have to make. What a
         // receiver expects is compared with the message when that arrives.
-        let call = Call { dtype: Some(T::DTYPE), ..self.describe(Op::Exchange, self.shared.calls.get()) };
+        let call =
+            Call { dtype: Some(T::DTYPE), ..self.describe(Op::Exchange, self.shared.identity.calls.get()) };
         let mut arrived = match recv {
             Some((_, shape)) => Some(Tensor::empty(self.device(), shape)?),
             None => None,
@@ -337,7 +362,10 @@ impl<B: Pointwise> Group<B> {
             }
             _ => None,
         };
+        let counts = [outgoing.is_some(), incoming.is_some()].map(u64::from);
         self.noted(&call, |communicator| communicator.exchange(&call, outgoing, incoming))?;
+        let messages = &self.shared.identity.messages;
+        messages.set([0, 1].map(|at| messages.get()[at] + counts[at]));
         Ok(arrived)
     }
 

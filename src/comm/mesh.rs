@@ -20,14 +20,18 @@ pub struct DeviceMesh<B: Device> {
 }
 
 impl<B: Pointwise> DeviceMesh<B> {
-    /// Divides a group into the lines of a mesh. Every rank of the group calls it.
+    /// Divides a group into the lines of a mesh, which are called `world/dp0`, `world/pp0`, `world/tp0` and so on: the axis
+    /// and the line's number ([`Mesh::line`]). Every rank of the group calls it.
     ///
     /// # Errors
     /// When the group does not have as many ranks as the mesh.
     #[track_caller]
     pub fn new(world: &Group<B>, mesh: Mesh) -> Result<Self> {
         same_size("mesh", "the ranks of the mesh", mesh.len(), "the ranks of the group", world.size())?;
-        let line = |axis| world.split_all(mesh.line(world.rank(), axis) as u64);
+        let line = |axis| {
+            let line = mesh.line(world.rank(), axis);
+            world.split_all_named(line as u64, &format!("{axis}{line}"))
+        };
         let axes = [line(Axis::Data)?, line(Axis::Pipeline)?, line(Axis::Tensor)?];
         Ok(Self { mesh, world: world.clone(), axes })
     }

@@ -37,6 +37,7 @@ mod staged;
 pub mod threads;
 mod tree;
 
+pub(crate) use call::hash;
 pub use call::{Call, Op, ReduceOp};
 pub use communicator::{Collective, Communicator, InFlight, Incoming, Lookout, Outgoing, Step};
 pub use group::{Group, Pending};

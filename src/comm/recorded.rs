@@ -144,8 +144,14 @@ impl<B: Device> Communicator<B> for Recorded<B> {
         self.inner.is_near()
     }
 
-    fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<B>>>> {
-        let part = self.inner.split(call, color, key)?;
+    fn split(
+        &self,
+        call: &Call,
+        color: Option<u64>,
+        key: u64,
+        name: &str,
+    ) -> Result<Option<Box<dyn Communicator<B>>>> {
+        let part = self.inner.split(call, color, key, name)?;
         let record = self.record.clone();
         Ok(part.map(|inner| Box::new(Self { inner: inner.into(), record }) as Box<dyn Communicator<B>>))
     }

@@ -89,7 +89,13 @@ impl<B: Device> Communicator<B> for Solo<B> {
         Ok(())
     }
 
-    fn split(&self, _: &Call, color: Option<u64>, _: u64) -> Result<Option<Box<dyn Communicator<B>>>> {
+    fn split(
+        &self,
+        _: &Call,
+        color: Option<u64>,
+        _: u64,
+        _: &str,
+    ) -> Result<Option<Box<dyn Communicator<B>>>> {
         Ok(color.map(|_| Box::new(self.clone()) as Box<dyn Communicator<B>>))
     }
 }

@@ -146,8 +146,14 @@ impl<B: Device> Communicator<B> for HostStaged<B> {
         self.host.is_near()
     }
 
-    fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<B>>>> {
-        let part = self.host.split(call, color, key)?;
+    fn split(
+        &self,
+        call: &Call,
+        color: Option<u64>,
+        key: u64,
+        name: &str,
+    ) -> Result<Option<Box<dyn Communicator<B>>>> {
+        let part = self.host.split(call, color, key, name)?;
         let staging = self.staging.clone();
         Ok(part.map(|host| Box::new(Self { host: host.into(), staging }) as Box<dyn Communicator<B>>))
     }

@@ -57,7 +57,7 @@ impl Mpi {
     /// numbers on stderr: a stopped process holds up nobody.
     ///
     /// # Errors
-    /// What `rank` returns. MPI's own errors end the process, as is MPI's way.
+    /// What `rank` returns, and when another rank has sent a message to this one that it did not receive. MPI's own errors end the process, as is MPI's way.
     pub fn run<R>(self, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
         let universe = Universe::start(self.deadline, self.piece)?;
         let comm = universe.world();
@@ -67,12 +67,16 @@ impl Mpi {
         let world = Group::new(Rc::new(comm), &Cpu::new());
         let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
         trace::end(&result);
-        match &result {
+        let unread = match &result {
             Ok(Ok(_)) => universe.end(Loss::Left, None),
             Ok(Err(error)) => universe.end(Loss::Failed, Some(error)),
             Err(_) => universe.end(Loss::Panicked, None),
-        }
+        };
         comm::settle();
-        result.unwrap_or_else(|panic| resume_unwind(panic))
+        match result {
+            Ok(Ok(result)) => unread.map_or(Ok(result), Err),
+            Ok(Err(error)) => Err(error),
+            Err(panic) => resume_unwind(panic),
+        }
     }
 }

@@ -93,7 +93,8 @@ impl Threads {
         outcomes.into_iter().collect()
     }
 
-    /// Runs the ranks and returns what became of each, in rank order.
+    /// Runs the ranks and returns what became of each, in rank order. A rank that has left without receiving a message which
+    /// another one sent to it has an error.
     ///
     /// # Errors
     /// When there are no ranks, or a thread cannot be started.
@@ -120,10 +121,12 @@ impl Threads {
             result
                 .unwrap_or_else(|panic| Err(Error::RankPanicked { rank: number, message: message(&*panic) }))
         };
-        thread::scope(|scope| {
+        let seats = ThreadComm::group(self.ranks, self.deadline);
+        let unread = seats[0].unread();
+        let mut outcomes = thread::scope(|scope| {
             let mut started = Vec::with_capacity(self.ranks);
             // If a thread cannot be started, its seat is dropped and the ranks that were started do not wait for it.
-            for (number, seat) in ThreadComm::group(self.ranks, self.deadline).into_iter().enumerate() {
+            for (number, seat) in seats.into_iter().enumerate() {
                 let run = &run;
                 let thread = thread::Builder::new()
                     .name(format!("rank {number}"))
@@ -138,8 +141,14 @@ impl Threads {
                     Err(Error::RankPanicked { rank: number, message: message(&*panic) })
                 })
             });
-            Ok(joined.collect())
-        })
+            Ok::<Vec<_>, Error>(joined.collect())
+        })?;
+        if outcomes.iter().all(Result::is_ok) {
+            for (rank, error) in unread.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).drain(..) {
+                outcomes[rank] = Err(error);
+            }
+        }
+        Ok(outcomes)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The norm of a sharded gradient.
 
 use crate::{
-    comm::{Group, ReduceOp},
+    comm::{Group, hash},
     device::Element,
     error::{Error, Result},
     kernels::{Backend, MatRef},
@@ -10,44 +10,121 @@ use crate::{
 };
 use std::ops::Range;
 
+const OP: &str = "gradient norm";
+
 /// √ Σ g² over the gradient of the whole model, wherever its parts are: what one device would find.
 ///
 /// Every element counts once: it is owned by one rank ([`crate::tensor::Piece::owned`]), however many hold a copy
 /// (norms' scales, key/value heads that ranks share). `groups` are those over which the model is spread: tensor and
 /// pipeline parallel; not the data-parallel one, over which gradients are equal by now. Sums are made in f64.
 ///
-/// Collectives: an all-reduce of one number over each group; for the group with [`Reduction::Invariant`] an all-gather of
-/// one number a canonical block. Only one group of several ranks may have it, the tensor-parallel one.
+/// Collectives: an all-gather of three numbers over each group; for the group with [`Reduction::Invariant`] also of one number
+/// a canonical block. Only one group of several ranks may have it, the tensor-parallel one.
 ///
 /// Not finite if any gradient is not, so that it also says whether a scaled loss overflowed.
 ///
 /// # Errors
-/// When a collective fails, or sums that are to be invariant cannot be.
+/// When the ranks of the groups do not hold every element of the visited tensors exactly once: a group is missing, or is one
+/// whose ranks hold the same parts. When a collective fails, or sums that are to be invariant cannot be.
 #[track_caller]
 pub fn grad_norm<T: Element, B: Backend>(mut visit: impl Visit<T, B>, groups: &[&Group<B>]) -> Result<f64> {
     let invariant = |group: &&&Group<B>| group.reduction() != Reduction::Fast;
     if let Some(group) = groups.iter().find(invariant) {
         return invariant_norm(visit, group, groups);
     }
-    let mut terms = Terms::default();
+    let (mut terms, mut shares) = (Terms::default(), Shares::default());
     visit(&mut |param| {
         param.settle()?;
+        shares.count(param);
         let Some(grad) = param.grad() else { return Ok(()) };
         let (rows, width) = (grad.shape().dims()[0], grad.shape().split_at(0).1);
         terms.push(param, grad, 0..rows, 0..width, 0)
     })?;
     let sum = terms.into_sums(1)?[0];
-    Ok(sum_over(groups.iter().copied(), sum)?.sqrt())
+    Ok(sum_over(groups.iter().copied(), sum, shares)?.sqrt())
 }
 
+/// The sum over groups, in rank order, of a number of each rank, whose shares of the model have to make up all of it.
 #[track_caller]
-fn sum_over<'a, B: Backend>(groups: impl Iterator<Item = &'a Group<B>>, mut sum: f64) -> Result<f64> {
+fn sum_over<'a, B: Backend>(
+    groups: impl Iterator<Item = &'a Group<B>>,
+    mut sum: f64,
+    mut shares: Shares,
+) -> Result<f64> {
     for group in groups {
-        let mut total = Tensor::from_slice(group.device(), [1], &[sum])?;
-        group.all_reduce(ReduceOp::Sum, &mut total)?;
-        sum = total.to_vec()?[0];
+        let own =
+            Tensor::from_slice(group.device(), [1, 3], &[sum, shares.excess as f64, shares.parts as f64])?;
+        let all = group.all_gather(&own, 0, &Partition::even(group.size(), group.size()))?.to_vec()?;
+        let all: Vec<[f64; 3]> = all.as_chunks().0.to_vec();
+        shares.add_up(group, all.iter().map(|&[_, excess, parts]| [excess as u64, parts as u64]))?;
+        sum = all.iter().map(|[sum, ..]| sum).sum();
     }
+    shares.are_whole()?;
     Ok(sum)
+}
+
+/// Which part of the visited tensors a rank owns, in numbers that are summed over groups.
+#[derive(Debug, Default)]
+struct Shares {
+    /// Owned elements less those of all tensors whose first element is owned, each tensor's times a number of its own, modulo
+    /// 2⁴⁰: 0 where every element is owned once.
+    excess: u64,
+    /// A hash of the parts that this rank owns; 0 for none.
+    parts: u64,
+    /// A tensor of which other ranks have the rest.
+    cut: Option<String>,
+}
+
+/// Sums of so many numbers below this are exact in f64.
+const MODULUS: u64 = 1 << 40;
+
+impl Shares {
+    fn count<T: Element, B: Backend>(&mut self, param: &Param<T, B>) {
+        for piece in param.pieces().iter().filter(|piece| piece.owned) {
+            let (region, factor) = (&piece.region, hash(&piece.tensor) >> 44 | 1);
+            let (own, whole) = (region.extent().len() as u64, region.shape().len() as u64);
+            if own == 0 {
+                continue;
+            }
+            self.parts = hash((self.parts, &piece.tensor, region)) >> 24 | 1;
+            let first = region.ranges().iter().all(|range| range.start == 0);
+            let less = if first { whole } else { 0 };
+            self.excess = self.excess.wrapping_add(factor.wrapping_mul(own.wrapping_sub(less))) % MODULUS;
+            if own < whole {
+                self.cut.get_or_insert_with(|| piece.tensor.clone());
+            }
+        }
+    }
+
+    /// Adds up what the ranks of a group own, each `[excess, parts]`.
+    fn add_up<B: Backend>(
+        &mut self,
+        group: &Group<B>,
+        all: impl Iterator<Item = [u64; 2]> + Clone,
+    ) -> Result<()> {
+        for (rank, [_, parts]) in all.clone().enumerate().filter(|(_, [_, parts])| *parts != 0) {
+            if let Some(other) = all.clone().take(rank).position(|[_, earlier]| earlier == parts) {
+                let reason = format!(
+                    "ranks {other} and {rank} of {group:?} own the same parts of the model: is it the data-parallel group?"
+                );
+                return Err(Error::invalid(OP, reason));
+            }
+        }
+        self.excess = all.map(|[excess, _]| excess).sum::<u64>() % MODULUS;
+        Ok(())
+    }
+
+    fn are_whole(&self) -> Result<()> {
+        if self.excess == 0 {
+            return Ok(());
+        }
+        let cut =
+            self.cut.as_ref().map_or_else(String::new, |tensor| format!(", such as the rest of `{tensor}`"));
+        let reason = format!(
+            "the given groups do not hold every element of the model once{cut}: give all groups over which it is spread"
+        );
+        Err(Error::invalid(OP, reason))
+    }
 }
 
 /// The norm with sums of squares block by block over all parameters, and then along the tree over the blocks.
@@ -57,7 +134,6 @@ fn invariant_norm<T: Element, B: Backend>(
     group: &Group<B>,
     groups: &[&Group<B>],
 ) -> Result<f64> {
-    const OP: &str = "gradient norm";
     let unsupported = |reason: String| Error::Unsupported { op: OP, reason };
     let others = groups.iter().copied().filter(|other| !other.is_same(group));
     if let Some(other) = others.clone().find(|other| other.size() > 1 && other.reduction() != Reduction::Fast)
@@ -70,9 +146,10 @@ fn invariant_norm<T: Element, B: Backend>(
     let Some(tree) = group.tree()? else { return Err(unsupported(format!("{group:?} has no blocks"))) };
     // This rank's blocks, and what all ranks hold, which rank 0 counts.
     let own = tree.owned(group.rank()).len();
-    let mut terms = Terms::default();
+    let (mut terms, mut shares) = (Terms::default(), Shares::default());
     visit(&mut |param| {
         param.settle()?;
+        shares.count(param);
         let Some(grad) = param.grad() else { return Ok(()) };
         let rows = grad.shape().dims()[0];
         match param.blocks() {
@@ -92,7 +169,9 @@ fn invariant_norm<T: Element, B: Backend>(
     let sums = Tensor::<f64, B>::from_slice(group.device(), [own + 1], &sums)?;
     let all = group.all_gather(&sums, 0, &counts)?.to_vec()?;
     let sum = along(&tree, &counts, &all)?;
-    Ok(sum_over(others, sum)?.sqrt())
+    // Every rank of the group has the sum: the first one's counts.
+    sum_over([group].into_iter().chain(others), if group.rank() == 0 { sum } else { 0.0 }, shares)
+        .map(f64::sqrt)
 }
 
 /// The sum along the tree of each rank's numbers but the last, and of those.
@@ -197,9 +276,7 @@ impl<B: Backend> Terms<B> {
 pub fn require_finite(norm: f64) -> Result<f64> {
     match norm.is_finite() {
         true => Ok(norm),
-        false => {
-            Err(Error::invalid("gradient norm", format!("the gradient is not finite: its norm is {norm}")))
-        }
+        false => Err(Error::invalid(OP, format!("the gradient is not finite: its norm is {norm}"))),
     }
 }
 

@@ -71,6 +71,7 @@ impl<T: Element, B: Backend> Layer<T, B> for Gate {
     type Saved = Tensor<T, B>;
 
     fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
+        x.check_rows("gate")?;
         let y = ops::gate(self.f, x.local())?;
         let cut = x.cut().map(|cut| cut.shrunk(2));
         Ok((x.derive(y, x.shape().cols() / 2, cut), x.local().clone()))

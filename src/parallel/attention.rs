@@ -139,6 +139,7 @@ impl<T: Element, B: Backend> Attention<T, B> {
         &self,
         x: DTensor<Shard<1>, T, B>,
     ) -> Result<(DTensor<Shard<1>, T, B>, Option<NormSaved<T, B>>)> {
+        x.check("attention", &self.group)?;
         let (have, want) = (x.shape().cols(), self.qkv_cut.total());
         same_size("attention", "features of [q | k | v] on all ranks", have, "those of the heads", want)?;
         let [q, k, v] = self.parts();
@@ -216,6 +217,7 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
         saved: Self::Saved,
         dy: &DTensor<Shard<1>, T, B>,
     ) -> Result<DTensor<Shard<1>, T, B>> {
+        dy.check("attention backward", &self.group)?;
         let mut dx = ops::attention_backward(&self.heads, &saved.context, dy.local())?;
         let [q, k, v] = self.parts();
         if let Some(rotary) = &self.rotary {

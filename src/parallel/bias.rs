@@ -49,10 +49,12 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for AddBias<S, T, B> {
     type Saved = ();
 
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, ())> {
+        x.check("bias", &self.group)?;
         Ok((self.add_to(x.clone())?, ()))
     }
 
     fn backward(&mut self, (): (), dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+        dy.check("bias backward", &self.group)?;
         let (dy_mat, device, features) = (dy.local().mat(), self.group.device(), dy.shape().cols());
         let db = S::sum_tokens(&self.group, dy, [features].into(), &mut |rows, db| {
             device.sum_rows(dy_mat.block(rows, 0..features), db.slice_mut()?)

@@ -17,6 +17,9 @@ use crate::{
 };
 use std::ops::Range;
 
+const OP: &str = "column linear";
+const OP_BACKWARD: &str = "column linear backward";
+
 /// Yᵣ = X Wᵣᵀ + bᵣ: each rank computes its own output features. Copied → Shard<1>.
 ///
 /// * X: `[tokens, inputs]`; W: `[outputs, inputs]`, of which rank r holds the rows Wᵣ; Y: `[tokens, outputs]`.
@@ -56,7 +59,7 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         if copies.is_some() && bias == Bias::Skip {
             let reason = "a bias that is skipped, of key/value heads that several canonical blocks hold: it has fewer \
                           elements than the output has columns";
-            return Err(Error::Unsupported { op: "column linear", reason: reason.into() });
+            return Err(Error::Unsupported { op: OP, reason: reason.into() });
         }
         let pieces = columns.pieces(weights, "weight", Some(inputs));
         let mut weight = Param::load(device, weights, "weight", Role::Weight, [rows, inputs], pieces)?;
@@ -73,6 +76,11 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         };
         let shared = columns.shared().cloned();
         Ok(Self { group: group.clone(), weight, bias: vector, bias_mode: bias, cut, blocks, shared, copies })
+    }
+
+    /// The ranks that share the layer.
+    pub(super) fn group(&self) -> &Group<B> {
+        &self.group
     }
 
     /// This rank's rows of the weight.
@@ -176,7 +184,7 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
 
     fn param_grads(&mut self, x: &Tensor<T, B>, dy: &DTensor<Shard<1>, T, B>) -> Result<()> {
         let dy = dy.local();
-        same_size("column linear backward", "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
+        same_size(OP_BACKWARD, "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
         match self.shared {
             None if self.blocks.is_none() && self.added_bias().is_some() => {
                 let mut db = Tensor::empty(x.device(), [dy.shape().cols()])?;
@@ -262,10 +270,12 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
     type Saved = Tensor<T, B>;
 
     fn forward(&self, x: &DTensor<Copied, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
+        x.check(OP, &self.group)?;
         Ok((self.output(x)?, x.local().clone()))
     }
 
     fn backward(&mut self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
+        dy.check(OP_BACKWARD, &self.group)?;
         let dy = self.merged(dy)?;
         let dx = self.input_grad(&dy)?;
         self.param_grads(&x, &dy)?;
@@ -332,6 +342,7 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
         x: &DTensor<S, T, B>,
     ) -> Result<(DTensor<Shard<1>, T, B>, Tensor<T, B>, Tensor<T, B>)> {
         let (linear, inputs) = (&self.linear, self.linear.weight().shape().cols());
+        x.check(OP, &linear.group)?;
         let splits = invariant::splits(linear.group.device(), None, inputs);
         // A product of some rows has no function behind it: what that was given is wanted as a whole.
         let (mut pre, tokens) = (None, x.shape().rows());
@@ -373,6 +384,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ColumnParallelLinear<S, 
 
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
         let (linear, inputs) = (&self.linear, self.linear.weight().shape().cols());
+        x.check(OP, &linear.group)?;
         let splits = invariant::splits(linear.group.device(), None, inputs);
         let features = linear.cut.total();
         let (x, y) = S::enter_to(x, RowMap { features, splits, map: &mut |x| linear.output(x) })?;
@@ -384,6 +396,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ColumnParallelLinear<S, 
         x: Self::Saved,
         dy: &DTensor<Shard<1>, T, B>,
     ) -> Result<DTensor<<S as Placement>::Dual, T, B>> {
+        dy.check(OP_BACKWARD, &self.linear.group)?;
         let dy = &self.linear.merged(dy)?;
         let (linear, [outputs, features]) =
             (&self.linear, [0, 1].map(|dim| self.linear.weight().shape().dims()[dim]));

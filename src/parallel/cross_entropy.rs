@@ -115,6 +115,7 @@ impl VocabParallelCrossEntropy {
         logits: &DTensor<Shard<1>, T, B>,
         targets: &[u32],
     ) -> Result<(Losses<T::Acc, B>, CrossEntropySaved<T, B>)> {
+        logits.check_rows("cross entropy")?;
         let (group, device, x) = (logits.group(), logits.group().device(), logits.local().mat());
         let tokens = logits.shape().rows();
         let spec = self.targets(targets, logits.shape().cols(), logits.local_range(1).start)?;

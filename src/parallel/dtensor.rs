@@ -14,8 +14,11 @@ use std::{fmt, marker::PhantomData, ops::Range};
 
 /// A tensor spread over the ranks of a group as placement `P` says: what this rank holds, and what the whole is.
 ///
-/// The whole has rows (tokens) in dimension 0 and features in dimension 1. Which rows make up a sequence travels with it
-/// ([`DTensor::with_sequences`]), so that attention finds it wherever the tensor went.
+/// The whole has rows (tokens) in dimension 0 and features in dimension 1. Layers refuse a third dimension: a batch is more
+/// rows. Which rows make up a sequence travels with it ([`DTensor::with_sequences`]), so that attention finds it wherever
+/// the tensor went; unless it is said, all rows are one sequence.
+///
+/// A layer, its input and its gradient belong to the same ranks: [`DTensor::check`].
 pub struct DTensor<P: Placement, T: Element = f32, B: Device = Cpu> {
     local: Tensor<T, B>,
     group: Group<B>,
@@ -96,6 +99,39 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
     /// The ranks that hold the tensor.
     pub fn group(&self) -> &Group<B> {
         &self.group
+    }
+
+    /// What a layer asks of its input, and of its gradient, before anything else: `[tokens, features]`, over the ranks that
+    /// share the layer, with its reduction.
+    ///
+    /// # Errors
+    /// When it has another number of dimensions, or belongs to another group.
+    pub fn check(&self, op: &'static str, group: &Group<B>) -> Result<()> {
+        self.check_rows(op)?;
+        if !self.group.is_same(group) {
+            let reason = format!("the tensor is spread over {:?}, but the layer over {group:?}", self.group);
+            return Err(Error::invalid(op, reason));
+        }
+        if self.group.reduction() != group.reduction() {
+            let (here, there) = (self.group.reduction(), group.reduction());
+            let reason = format!("the tensor's group has reduction {here:?}, but the layer's has {there:?}");
+            return Err(Error::invalid(op, reason));
+        }
+        Ok(())
+    }
+
+    /// That the tensor is `[tokens, features]`.
+    pub(super) fn check_rows(&self, op: &'static str) -> Result<()> {
+        let shape = self.layout.shape;
+        if shape.rank() == 2 {
+            return Ok(());
+        }
+        let (rows, cols) = (shape.rows(), shape.cols());
+        let reason = format!(
+            "the tensor has shape {shape}, but layers take [tokens, features]: reshape it to [{rows}, {cols}], and \
+             say which rows belong together by `with_sequences`"
+        );
+        Err(Error::invalid(op, reason))
     }
 
     /// The shape of the whole.
@@ -232,9 +268,13 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
     /// The sum of two tensors that are held in the same way.
     ///
     /// # Errors
-    /// When they have different shapes, or are cut differently.
+    /// When they have different shapes, belong to different groups, or are cut differently.
     pub fn add(&self, other: &Self) -> Result<Self> {
         same_shape("add", "a", self.shape().dims(), "b", other.shape().dims())?;
+        if !self.group.is_same(&other.group) {
+            let reason = format!("a is spread over {:?}, but b over {:?}", self.group, other.group);
+            return Err(Error::invalid("add", reason));
+        }
         if self.layout.cut != other.layout.cut {
             return Err(Error::invalid("add", "the two tensors are cut differently"));
         }

@@ -76,6 +76,7 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
     /// # Errors
     /// When dy has another shape than the embeddings, or a collective fails.
     pub fn backward(&mut self, rows: &[u32], dy: &DTensor<S, T, B>) -> Result<()> {
+        dy.check("embedding backward", self.table.group())?;
         let dy = S::enter(dy)?;
         let table = self.table.weight_mut();
         let grad = ops::embedding_backward(rows, table.value().shape().rows(), dy.local())?;
@@ -140,6 +141,7 @@ impl<S: Stream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
         x: &DTensor<S, T, B>,
         rows: impl Iterator<Item = u32>,
     ) -> Result<(DTensor<S, T, B>, Vec<u32>)> {
+        x.check("position embedding", &self.group)?;
         let own = x.local_range(0);
         let rows: Vec<u32> = rows.skip(own.start).take(own.len()).collect();
         let added = ops::embedding(self.table.value(), &rows)?;
@@ -157,6 +159,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
     }
 
     fn backward(&mut self, positions: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+        dy.check("position embedding backward", &self.group)?;
         let (table, device, cols) = (self.table.value().shape(), self.group.device(), dy.shape().cols());
         same_size(
             "embedding",

@@ -35,11 +35,11 @@ impl<S: Stream, T: Element, B: Backend> ForkedColumnLinear<S, T, B> {
     /// These layers, of as many inputs each.
     ///
     /// # Errors
-    /// When there is none, or their inputs or ranks differ in number.
+    /// When there is none, their inputs differ in number, or they belong to different groups.
     pub fn new(layers: Vec<ColumnLinear<T, B>>) -> Result<Self> {
         const OP: &str = "forked linear";
         let Some(first) = layers.first() else { return Err(Error::invalid(OP, "there is no layer")) };
-        let (inputs, ranks) = (first.weight().shape().cols(), first.cut().parts());
+        let inputs = first.weight().shape().cols();
         for layer in &layers {
             same_size(
                 OP,
@@ -48,7 +48,11 @@ impl<S: Stream, T: Element, B: Backend> ForkedColumnLinear<S, T, B> {
                 "those of the first",
                 inputs,
             )?;
-            same_size(OP, "the ranks of a layer", layer.cut().parts(), "those of the first", ranks)?;
+            if !layer.group().is_same(first.group()) {
+                let reason =
+                    format!("a layer is spread over {:?}, the first over {:?}", layer.group(), first.group());
+                return Err(Error::invalid(OP, reason));
+            }
         }
         let cut = beside(&layers.iter().map(ColumnLinear::cut).collect::<Vec<_>>());
         Ok(Self { layers, cut, stream: PhantomData })
@@ -145,6 +149,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T,
     type Saved = Tensor<T, B>;
 
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
+        x.check("forked linear", self.layers[0].group())?;
         let (device, inputs) = (x.local().device(), self.layers[0].weight().shape().cols());
         let splits = invariant::splits(device, None, inputs);
         let map = RowMap { features: self.cut.total(), splits, map: &mut |x| self.output(x) };
@@ -158,6 +163,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T,
         dy: &DTensor<Shard<1>, T, B>,
     ) -> Result<DTensor<<S as Placement>::Dual, T, B>> {
         const OP: &str = "forked linear backward";
+        dy.check(OP, self.layers[0].group())?;
         let width = self.cut.size(dy.group().rank());
         same_size(OP, "columns of dy", dy.local().shape().cols(), "outputs of this rank", width)?;
         let dy = &self.merged(dy)?;

@@ -51,12 +51,14 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
     type Saved = NormContext<T, B>;
 
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
+        x.check("normalize", &self.group)?;
         let beta = self.beta.as_ref().map(Param::value);
         let (y, context) = ops::normalize(self.kind, x.local(), self.gamma.value(), beta)?;
         Ok((x.with_local(y), context))
     }
 
     fn backward(&mut self, context: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+        dy.check("normalize backward", &self.group)?;
         let (device, cols) = (self.group.device(), dy.shape().cols());
         let vectors = if self.beta.is_some() { 2 } else { 1 };
         let mut dx = Tensor::empty(device, dy.local().shape())?;

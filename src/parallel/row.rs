@@ -15,6 +15,9 @@ use crate::{
 };
 use std::marker::PhantomData;
 
+const OP: &str = "row linear";
+const OP_BACKWARD: &str = "row linear backward";
+
 /// Y = Σᵣ Xᵣ Wᵣᵀ: each rank multiplies its own input features. Shard<1> → Partial.
 ///
 /// * X: `[tokens, inputs]`, of which rank r holds the columns Xᵣ; W: `[outputs, inputs]`, of which it holds the columns Wᵣ.
@@ -24,6 +27,7 @@ use std::marker::PhantomData;
 /// Source: Shoeybi et al., 2019: Megatron-LM, section 3. As a layer with its collectives and bias: [`RowParallelLinear`].
 #[derive(Debug)]
 pub struct RowLinear<T: Element, B: Device> {
+    group: Group<B>,
     weight: Param<T, B>,
     cut: Partition,
     blocks: Option<Blocks>,
@@ -42,12 +46,12 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
         outputs: usize,
     ) -> Result<Self> {
         let (parts, ranks) = (input_cut.parts(), group.size());
-        same_size("row linear", "the parts of the cut", parts, "the ranks of the group", ranks)?;
+        same_size(OP, "the parts of the cut", parts, "the ranks of the group", ranks)?;
         let region = Region::whole([outputs, input_cut.total()]).cut(1, input_cut.range(group.rank()));
-        let blocks = invariant::blocks("row linear", group, input_cut)?;
+        let blocks = invariant::blocks(OP, group, input_cut)?;
         let mut weight = Param::load_region(group.device(), weights, "weight", Role::Weight, region, true)?;
         invariant::cut_columns(&mut weight, group, blocks.as_ref());
-        Ok(Self { weight, cut: input_cut.clone(), blocks, outputs })
+        Ok(Self { group: group.clone(), weight, cut: input_cut.clone(), blocks, outputs })
     }
 }
 
@@ -63,7 +67,7 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
                 sizes(x.cut()).unwrap_or_default(),
                 sizes(Some(&self.cut)).unwrap_or_default()
             );
-            return Err(Error::invalid("row linear", reason));
+            return Err(Error::invalid(OP, reason));
         }
         match &self.blocks {
             None => Ok(x.derive(ops::linear(x.local(), self.weight.value(), None)?, self.outputs, None)),
@@ -76,7 +80,7 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
 
     fn input_grad(&self, dy: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         let (w, device, shape) = (self.weight.value(), self.weight.value().device(), dy.local().shape());
-        same_size("row linear backward", "columns of dy", shape.cols(), "rows of w", w.shape().rows())?;
+        same_size(OP_BACKWARD, "columns of dy", shape.cols(), "rows of w", w.shape().rows())?;
         let mut dx = Tensor::empty(device, shape.with(shape.rank() - 1, w.shape().cols()))?;
         let runs = invariant::runs(self.blocks.as_ref());
         by_columns(device, runs, (dy.local().mat(), w.mat()), 0.0, dx.mat_mut()?)?;
@@ -98,7 +102,7 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
     }
 
     fn weight_grad(&mut self, x: &Tensor<T, B>, dy: &Tensor<T, B>) -> Result<()> {
-        same_size("row linear backward", "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
+        same_size(OP_BACKWARD, "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
         let (device, runs) = (x.device(), invariant::runs(self.blocks.as_ref()));
         let product = (dy.mat().t(), x.mat());
         self.weight.accumulate_grad(|beta, dw| by_columns(device, runs, product, beta, dw))
@@ -111,10 +115,12 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
     type Saved = Tensor<T, B>;
 
     fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<Partial, T, B>, Self::Saved)> {
+        x.check(OP, &self.group)?;
         Ok((self.output(x)?, x.local().clone()))
     }
 
     fn backward(&mut self, x: Self::Saved, dy: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+        dy.check(OP_BACKWARD, &self.group)?;
         let dx = self.input_grad(dy)?;
         self.weight_grad(&x, dy.local())?;
         Ok(dx)
@@ -174,6 +180,7 @@ impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
         saved: Tensor<T, B>,
         dy: &DTensor<S, T, B>,
     ) -> Result<DTensor<Shard<1>, T, B>> {
+        dy.check(OP_BACKWARD, &self.linear.group)?;
         if let Some(bias) = &mut self.bias {
             bias.backward((), dy)?;
         }
@@ -205,6 +212,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, 
 
     fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
         let linear = &self.linear;
+        x.check(OP, &linear.group)?;
         let (device, depth) = (x.local().device(), linear.weight.value().shape().cols());
         let splits = invariant::splits(device, linear.blocks.as_ref(), depth);
         let map = RowMap { features: linear.outputs, splits, map: &mut |x| linear.output(x) };

@@ -66,6 +66,7 @@ impl Sampler {
     ) -> Result<Vec<u32>> {
         const OP: &str = "sample";
         let (group, rows, cols) = (logits.group(), logits.shape().rows(), logits.local().shape().cols());
+        logits.check_rows(OP)?;
         let missing = || Error::invalid(OP, "logits without their cut: please report this");
         let cut = logits.cut().ok_or_else(missing)?;
         same_size(OP, "the number of draws", draws.len(), "that of rows", rows)?;

@@ -13,7 +13,7 @@ use ndarray::{ArrayD, Slice};
 use std::{collections::BTreeMap, ops::Range};
 
 /// A rectangular part of a tensor, in the coordinates of the whole.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Region {
     shape: Shape,
     ranges: Vec<Range<usize>>,

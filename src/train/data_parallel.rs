@@ -1,8 +1,11 @@
 //! Data parallelism: replicas of a model that see different samples.
 
-use super::buckets::{Buckets, Target};
+use super::{
+    buckets::{Buckets, Target},
+    drift::exact,
+};
 use crate::{
-    comm::{Group, ReduceOp},
+    comm::{Group, ReduceOp, hash},
     device::Element,
     error::{Error, Result},
     kernels::Backend,
@@ -45,7 +48,7 @@ pub enum GradReduce {
 /// one with 4. Buckets are as above where two replicas have one sub-tree each; else each parameter is reduced in
 /// [`DataParallel::finish`].
 ///
-/// Collectives: a broadcast a parameter at the start; an all-reduce a bucket (reduce-scatter with one receiver, and a
+/// Collectives: an all-gather of one number a parameter and a broadcast of each at the start; an all-reduce a bucket (reduce-scatter with one receiver, and a
 /// broadcast a parameter, with the aggregator); with [`GradReduce::Mean`] one of a number.
 ///
 /// Source: Li et al., 2020: PyTorch Distributed, section 3.2.
@@ -62,7 +65,8 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     /// Gives every rank of the group rank 0's parameters, and watches over the model's gradients from now on.
     ///
     /// # Errors
-    /// When the ranks' models differ in their parameters' shapes, or a collective fails.
+    /// When the ranks hold different parameters, or different parts of one, as over a tensor-parallel group; or a collective
+    /// fails.
     #[track_caller]
     pub fn new(group: &Group<B>, visit: impl Visit<T, B>) -> Result<Self> {
         Self::with(group, visit, None, BUCKET)
@@ -97,6 +101,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         aggregator: Option<usize>,
         bytes: usize,
     ) -> Result<Self> {
+        check_parts(group, &mut visit)?;
         broadcast(group, &mut visit, 0)?;
         let (mut lengths, mut trees) = (Vec::new(), Vec::new());
         visit(&mut |param| {
@@ -198,6 +203,31 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     pub fn publish(&self, mut visit: impl Visit<T, B>) -> Result<()> {
         self.aggregator.map_or(Ok(()), |root| broadcast(&self.group, &mut visit, root))
     }
+}
+
+/// Refuses ranks whose parameters are not the same parts of the same tensors. Collective: an all-gather.
+#[track_caller]
+fn check_parts<T: Element, B: Backend>(group: &Group<B>, visit: &mut impl Visit<T, B>) -> Result<()> {
+    let (mut parts, mut names) = (Vec::new(), Vec::new());
+    visit(&mut |param| {
+        let pieces = param.pieces().iter().map(|piece| (&piece.tensor, &piece.region, piece.row));
+        let part = hash((param.value().shape(), pieces.collect::<Vec<_>>()));
+        parts.push(exact(part));
+        names.push(param.name().to_string());
+        Ok(())
+    })?;
+    let own = Tensor::from_slice(group.device(), [1, parts.len()], &parts)?;
+    let all = group.all_gather(&own, 0, &Partition::even(group.size(), group.size()))?.to_vec()?;
+    for (rank, theirs) in all.chunks_exact(parts.len().max(1)).enumerate() {
+        if let Some(at) = (0..parts.len()).find(|&at| theirs[at] != all[at]) {
+            let reason = format!(
+                "ranks 0 and {rank} of {group:?} hold different parts of `{}`: is it the tensor-parallel group?",
+                names[at]
+            );
+            return Err(Error::invalid("data parallel", reason));
+        }
+    }
+    Ok(())
 }
 
 #[track_caller]

@@ -1,51 +1,126 @@
 //! Replicas that should be equal, and whether they are.
 
 use crate::{
-    comm::Group,
+    comm::{Group, hash},
     device::Element,
     error::{Error, Result},
     kernels::Backend,
     shard::Partition,
-    tensor::{Param, Tensor, Visit},
+    tensor::{Region, Tensor, Visit},
 };
-use std::hash::{DefaultHasher, Hasher};
+use std::{
+    collections::{BTreeSet, HashMap},
+    hash::{DefaultHasher, Hasher},
+    ops::Range,
+};
 
-/// Compares the bits of parameters that all ranks of a group should hold alike: all of them over a data-parallel group,
-/// those that are not cut (norms, positions) over a tensor-parallel one.
+/// Compares the bits of every element of the parameters that several ranks of a group hold: over a data-parallel group all
+/// of them; over a tensor-parallel one norms, positions, row biases and the key/value heads that ranks share; over a
+/// pipeline's a table that both ends hold.
 ///
-/// Collectives: an all-gather of one number a parameter. Cheap enough for every so many steps; silent drift of replicas is
-/// a bug that training survives and results do not.
+/// Which ranks hold the same elements follows from the parameters' pieces ([`crate::tensor::Piece`]).
+///
+/// Collectives: three all-gathers, of a few numbers a parameter. Cheap enough for every so many steps; silent drift of
+/// replicas is a bug that training survives and results do not.
 ///
 /// # Errors
 /// [`Error::Drift`], with the first tensor and rank that differ, on every rank.
 #[track_caller]
-pub fn check_replicas<T: Element, B: Backend>(
-    mut visit: impl Visit<T, B>,
-    group: &Group<B>,
-    is_replica: impl Fn(&Param<T, B>) -> bool,
-) -> Result<()> {
-    let (mut names, mut hashes) = (Vec::new(), Vec::<f64>::new());
+pub fn check_replicas<T: Element, B: Backend>(mut visit: impl Visit<T, B>, group: &Group<B>) -> Result<()> {
+    let mut own = Vec::new();
     visit(&mut |param| {
-        if is_replica(param) {
-            let mut hash = DefaultHasher::new();
-            for value in param.value().to_vec()? {
-                hash.write_u64(value.to_f64().to_bits());
+        own.extend(param.pieces().iter().map(|piece| Held::new(&piece.tensor, &piece.region)));
+        Ok(())
+    })?;
+    let flat: Vec<f64> = own.iter().flat_map(Held::numbers).collect();
+    let all: Vec<Vec<Held>> =
+        gather(group, &flat)?.iter().map(|flat| flat.as_chunks().0.iter().map(Held::of).collect()).collect();
+
+    // Pieces of different ranks may overlap in part: the bounds of all of them cut each into runs that are equal or disjoint.
+    let mut bounds: HashMap<u64, BTreeSet<usize>> = HashMap::new();
+    for held in all.iter().flatten() {
+        bounds.entry(held.part).or_default().extend([held.rows.start, held.rows.end]);
+    }
+    let runs = |held: &Held| -> Vec<Range<usize>> {
+        let bounds: Vec<usize> = bounds[&held.part].range(held.rows.clone()).copied().collect();
+        let ends = bounds.iter().skip(1).copied().chain([held.rows.end]);
+        bounds.iter().copied().zip(ends).map(|(start, end)| start..end).collect()
+    };
+    let (mut hashes, mut next) = (Vec::new(), own.iter());
+    visit(&mut |param| {
+        let (values, width) = (param.value().to_vec()?, param.value().shape().split_at(0).1);
+        for (piece, held) in param.pieces().iter().zip(&mut next) {
+            let (first, inner) = (piece.row * width, piece.region.extent().split_at(0).1);
+            for run in runs(held) {
+                let mut hash = DefaultHasher::new();
+                let [start, end] = [run.start, run.end].map(|row| first + (row - held.rows.start) * inner);
+                values[start..end].iter().for_each(|value| hash.write_u64(value.to_f64().to_bits()));
+                hashes.push(exact(hash.finish()));
             }
-            names.push(param.name().to_string());
-            // As many bits as an f64 holds exactly.
-            hashes.push((hash.finish() >> 11) as f64);
         }
         Ok(())
     })?;
-    let own = Tensor::from_slice(group.device(), [1, hashes.len()], &hashes)?;
-    let cut = Partition::even(group.size(), group.size());
-    let all = group.all_gather(&own, 0, &cut)?.to_vec()?;
-    for (at, tensor) in names.into_iter().enumerate() {
-        for rank in 1..group.size() {
-            if all[rank * hashes.len() + at] != all[at] {
-                return Err(Error::Drift { tensor, rank, group: group.name().to_string() });
+    let hashes = gather(group, &hashes)?;
+
+    let mut first: HashMap<(u64, usize), (usize, f64)> = HashMap::new();
+    for (rank, (held, hashes)) in all.iter().zip(&hashes).enumerate() {
+        let runs = held.iter().flat_map(|held| runs(held).into_iter().map(|run| (held.part, run.start)));
+        for (run, &hash) in runs.zip(hashes) {
+            let (other, known) = *first.entry(run).or_insert((rank, hash));
+            if known != hash {
+                let tensor = name(group, rank, own.iter().find(|held| held.part == run.0))?;
+                return Err(Error::Drift { tensor, rank, other, group: group.name().to_string() });
             }
         }
     }
     Ok(())
+}
+
+/// The rows of a tensor that a piece of a parameter holds.
+struct Held {
+    tensor: String,
+    /// The tensor and the indices of the other dimensions: as many bits as an f64 holds exactly.
+    part: u64,
+    rows: Range<usize>,
+}
+
+impl Held {
+    fn new(tensor: &str, region: &Region) -> Self {
+        let (rows, others) =
+            region.ranges().split_first().map_or((0..1, &[][..]), |(rows, others)| (rows.clone(), others));
+        let part = exact(hash((tensor, region.shape(), others))) as u64;
+        Self { tensor: tensor.into(), part, rows }
+    }
+
+    fn numbers(&self) -> [f64; 3] {
+        [self.part as f64, self.rows.start as f64, self.rows.end as f64]
+    }
+
+    /// What another rank holds, of a tensor whose name it knows.
+    fn of(numbers: &[f64; 3]) -> Self {
+        let [part, start, end] = *numbers;
+        Self { tensor: String::new(), part: part as u64, rows: start as usize..end as usize }
+    }
+}
+
+/// As many bits of a hash as an f64 holds exactly.
+pub(super) fn exact(hash: u64) -> f64 {
+    (hash >> 11) as f64
+}
+
+/// Every rank's numbers, of which each may have another count.
+fn gather<B: Backend>(group: &Group<B>, own: &[f64]) -> Result<Vec<Vec<f64>>> {
+    let count = Tensor::from_slice(group.device(), [1], &[own.len() as f64])?;
+    let counts = group.all_gather(&count, 0, &Partition::even(group.size(), group.size()))?.to_vec()?;
+    let cut = Partition::from_sizes(counts.into_iter().map(|count: f64| count as usize));
+    let all = group.all_gather(&Tensor::from_slice(group.device(), [own.len()], own)?, 0, &cut)?.to_vec()?;
+    Ok((0..group.size()).map(|rank| all[cut.range(rank)].to_vec()).collect())
+}
+
+/// The name of a tensor that rank `rank` holds, on every rank.
+fn name<B: Backend>(group: &Group<B>, rank: usize, held: Option<&Held>) -> Result<String> {
+    let name = held.map_or("", |held| &held.tensor);
+    let bytes: Vec<f64> = name.bytes().map(f64::from).collect();
+    let bytes: Vec<u8> = gather(group, &bytes)?[rank].iter().map(|&byte| byte as u8).collect();
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }

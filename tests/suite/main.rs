@@ -9,6 +9,7 @@ mod disagree;
 mod errors;
 mod exact;
 mod fork;
+mod groups;
 mod imports;
 mod invariant;
 mod kernels;

@@ -336,7 +336,7 @@ fn data_parallel_equals_the_big_batch() {
                     replicas.publish(|f| model.visit(f))?;
                 }
             }
-            check_replicas(|f| model.visit(f), &group, |_| true)?;
+            check_replicas(|f| model.visit(f), &group)?;
             params(&mut model)
         });
         let all = all.unwrap();
@@ -399,7 +399,7 @@ fn misuse_of_replicas_is_named() {
                 Ok(())
             })?;
         }
-        check_replicas(|f| model.visit(f), group, |_| true)
+        check_replicas(|f| model.visit(f), group)
     });
     assert_eq!(drift, "rank 1 of group `world` has drifted: its `bias` differs from rank 0's");
 }

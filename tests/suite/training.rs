@@ -76,7 +76,9 @@ fn train<S: Stream, T: Element>(
             optimizer.step(|f| model.visit(f), RATE, clip_scale(norm, clip))?;
             curve.push((loss, norm));
         }
-        check_replicas(|f| model.visit(f), mesh.group(Axis::Data), |_| true)?;
+        for axis in [Axis::Data, Axis::Tensor, Axis::Pipeline] {
+            check_replicas(|f| model.visit(f), mesh.group(axis))?;
+        }
         let mut params = Vec::new();
         model.visit(&mut |param| {
             let values: Vec<f64> = param.value().to_vec()?.into_iter().map(Element::to_f64).collect();

@@ -4,8 +4,11 @@
 //! rank had given still counts: rank 0 says how many rounds of each group it took part in, and only who waits for a later
 //! one gives up.
 
-use super::frame::{Frame, Kind, Words, from_loss, to_loss, to_mismatch};
-use crate::error::{Loss, Mismatch};
+use super::frame::{Frame, Kind, Strings, Words, from_loss, to_loss, to_mismatch};
+use crate::{
+    comm::call::never_received,
+    error::{Error, Loss, Mismatch},
+};
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     io::BufReader,
@@ -412,6 +415,24 @@ impl Line {
         for peer in wires.peers.iter().flatten() {
             let _ = lock(peer).shutdown(Shutdown::Both);
         }
+    }
+}
+
+impl Line {
+    /// After [`Line::close`] of a rank that has left: the error of a message which it has never received.
+    pub(crate) fn unread(&self) -> Option<Error> {
+        self.wires.look(|inbox| {
+            let ended_well = inbox
+                .news
+                .iter()
+                .all(|news| matches!(news, News::Lost { reason: Loss::Left, root: None, .. }));
+            let ((_, from), letters) =
+                inbox.letters.iter().filter(|_| ended_well).find(|(_, letters)| !letters.is_empty())?;
+            let letter = Strings::all(letters.front()?)?;
+            let [what, site] =
+                [0, 1].map(|at| letter.get(at).map_or("?".into(), |text| String::from_utf8_lossy(text)));
+            Some(never_received(*from, self.wires.rank, &format!("{what}, sent at {site}")))
+        })
     }
 }
 

@@ -140,7 +140,9 @@ impl Link {
         let round = self.rounds.get();
         self.rounds.set(round + 1);
         let mut part = Strings::default();
+        let [sent, received] = call.messages;
         part.push(&call.fingerprint().to_le_bytes());
+        part.push(&[sent, received].map(u64::to_le_bytes).concat());
         part.push(call.to_string().as_bytes());
         part.push(words);
         let place = (self.rank, self.members.len());
@@ -161,14 +163,20 @@ impl Link {
         let parts = Strings::all(&parts).unwrap_or_default();
         let parts: Option<Vec<_>> = parts.into_iter().map(Strings::all).collect();
         let parts = parts
-            .filter(|parts| parts.len() == self.members.len() && parts.iter().all(|part| part.len() == 3));
+            .filter(|parts| parts.len() == self.members.len() && parts.iter().all(|part| part.len() == 4));
         let parts = parts.ok_or_else(|| damaged(call))?;
         if let Some(right_rank) = parts.iter().position(|part| part[0] != parts[0][0]) {
-            let words = |rank: usize| String::from_utf8_lossy(parts[rank][1]).into_owned();
+            let words = |rank: usize| String::from_utf8_lossy(parts[rank][2]).into_owned();
             let mismatch = Mismatch { left_rank: 0, left: words(0), right_rank, right: words(right_rank) };
             return Err(self.fail(call, Cause::Disagreement(Box::new(mismatch))));
         }
-        Ok(parts.into_iter().map(|part| part[2].to_vec()).collect())
+        let counts: Option<Vec<[u64; 2]>> =
+            parts.iter().map(|part| Words(part[1]).collect::<Vec<_>>().try_into().ok()).collect();
+        let counts = counts.ok_or_else(|| damaged(call))?;
+        if let Some(mismatch) = call.unreceived(counts.into_iter()) {
+            return Err(self.fail(call, Cause::Disagreement(Box::new(mismatch))));
+        }
+        Ok(parts.into_iter().map(|part| part[3].to_vec()).collect())
     }
 
     /// All ranks' tensors, of lengths that `len` gives.
@@ -373,7 +381,13 @@ impl Communicator<Cpu> for Link {
         Some(Box::new(Self::new(wires, self.group, self.name.clone(), members, self.rank)))
     }
 
-    fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
+    fn split(
+        &self,
+        call: &Call,
+        color: Option<u64>,
+        key: u64,
+        name: &str,
+    ) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
         let round = self.rounds.get();
         let wish = [color.is_some() as u64, color.unwrap_or(0), key];
         let wishes = self.gather(call, &wish.map(u64::to_le_bytes).concat())?;
@@ -385,7 +399,7 @@ impl Communicator<Cpu> for Link {
         let rank = places.iter().position(|&rank| rank == self.rank).ok_or_else(|| damaged(call))?;
         let members = places.into_iter().map(|rank| self.members[rank]).collect();
         let group = hash((self.group, round, color));
-        let part = Self::new(Arc::clone(&self.wires), group, format!("{}/{color}", self.name), members, rank);
+        let part = Self::new(Arc::clone(&self.wires), group, name.into(), members, rank);
         Ok(Some(Box::new(part)))
     }
 }

@@ -61,7 +61,7 @@ pub(super) struct Flight<T> {
 struct State<T> {
     stage: Stage,
     /// What the other ranks have said in the meeting.
-    calls: Vec<Option<(u64, Message)>>,
+    calls: Vec<Option<(u64, [u64; 2], Message)>>,
     /// What they have sent in this stage.
     parts: Vec<Option<Message>>,
     result: Vec<T>,
@@ -237,11 +237,11 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
     }
 
     /// The result of data that came with the calls, or an error if some of it has another length than it should.
-    fn finish_eager(&self, calls: &[Option<(u64, Message)>], result: &mut [T]) -> Result<()> {
+    fn finish_eager(&self, calls: &[Option<(u64, [u64; 2], Message)>], result: &mut [T]) -> Result<()> {
         let mut inputs: Vec<&[T]> = Vec::with_capacity(self.size());
         for (rank, call) in calls.iter().enumerate() {
             let input = match call {
-                Some((_, message)) => message.data(1).ok_or_else(|| self.damaged())?,
+                Some((.., message)) => message.data(1).ok_or_else(|| self.damaged())?,
                 None => &self.own,
             };
             let len = match &self.task {
@@ -348,7 +348,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
     fn compare(&self, post: &Post, state: &mut State<T>) -> Result<Stage> {
         let own = self.call.fingerprint();
         let prints: Vec<u64> =
-            state.calls.iter().map(|call| call.as_ref().map_or(own, |(print, _)| *print)).collect();
+            state.calls.iter().map(|call| call.as_ref().map_or(own, |(print, ..)| *print)).collect();
         if let Some(right) = prints.iter().position(|print| *print != prints[0]) {
             self.members.disputed.set(true);
             if [0, right].contains(&self.members.rank) {
@@ -356,6 +356,12 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
                 self.members.peers().for_each(|peer| self.members.send(post, peer, WORDS, &words));
             }
             return Ok(Stage::Dispute(right));
+        }
+        let own = self.call.messages;
+        let counts = state.calls.iter().map(|call| call.as_ref().map_or(own, |(_, counts, _)| *counts));
+        if let Some(mismatch) = self.call.unreceived(counts) {
+            let cause = Cause::Disagreement(Box::new(mismatch));
+            return Err(self.members.fail(post, &self.call, cause));
         }
         if self.is_eager() {
             self.finish_eager(&state.calls, &mut state.result)?;

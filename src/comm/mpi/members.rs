@@ -76,20 +76,23 @@ impl Members {
 
     /// Tells all others of a call, with what it carries.
     pub(super) fn call(&self, post: &Post, call: &Call, payload: &[u8]) {
-        let words = pack(&[bytemuck::cast_slice(&[A_CALL, call.fingerprint()]), payload]);
+        let words = pack(&[
+            bytemuck::cast_slice(&[A_CALL, call.fingerprint(), call.messages[0], call.messages[1]]),
+            payload,
+        ]);
         self.peers().for_each(|peer| self.send(post, peer, CALL, &words));
     }
 
-    /// The next call of a rank, and its fingerprint.
-    pub(super) fn hear(&self, post: &Post, peer: usize) -> Option<(u64, Message)> {
+    /// The next call of a rank: its fingerprint, and the numbers of messages sent and received before it.
+    pub(super) fn hear(&self, post: &Post, peer: usize) -> Option<(u64, [u64; 2], Message)> {
         // A fate is the last message: it is looked at, and stays.
-        let calls = |words: &[u64]| Some(head::<2>(words)?[0] == A_CALL);
+        let calls = |words: &[u64]| Some(head::<4>(words)?[0] == A_CALL);
         if !post.first(self.ranks[peer], self.tag(CALL), calls)? {
             return None;
         }
         let message = self.take(post, peer, CALL)?;
-        let [_, fingerprint] = head(&message.0)?;
-        Some((fingerprint, message))
+        let [_, fingerprint, sent, received] = head(&message.0)?;
+        Some((fingerprint, [sent, received], message))
     }
 
     /// Tells all others that this rank leaves, once, and of the first loss that it was told of.

@@ -67,12 +67,13 @@ impl Universe {
     }
 
     /// Leaves all groups, and ends MPI when all ranks have. If they do not, ends the job: `error` is why, if that is known.
-    pub(crate) fn end(self, loss: Loss, error: Option<&Error>) {
+    /// Returns the error of a message that this rank has never received.
+    pub(crate) fn end(self, loss: Loss, error: Option<&Error>) -> Option<Error> {
         // Who is known to be missing is not waited for once more; the others have a moment to say what they know.
         let known = matches!(error, Some(Error::Deadline { .. }));
         let patience = known.then_some(Duration::from_millis(50));
         let MpiComm { post, members } = &self.world;
-        let Err(staying) = post.leave(members, loss, patience) else { return };
+        let Err(staying) = post.leave(members, loss, patience) else { return post.unread() };
         let missing =
             Error::invalid("leave", format!("ranks {staying:?} did not leave within {:?}", post.deadline));
         post.abort(error.unwrap_or(&missing));
@@ -214,7 +215,13 @@ impl Communicator<Cpu> for MpiComm {
         Some(self.members.fail(&self.post, call, cause))
     }
 
-    fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
+    fn split(
+        &self,
+        call: &Call,
+        color: Option<u64>,
+        key: u64,
+        name: &str,
+    ) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
         let (used, all) = self.post.blocks();
         let wish = [color.is_some() as u64, color.unwrap_or(0), key, used];
         // The numbers travel as bits of f64, which nobody computes with.
@@ -236,8 +243,7 @@ impl Communicator<Cpu> for MpiComm {
         places.sort_by_key(|&rank| (wishes[rank][2], rank));
         let rank = places.iter().position(|&rank| rank == self.rank()).unwrap_or_default();
         let ranks = places.into_iter().map(|rank| self.members.ranks[rank]).collect();
-        let name = format!("{}/{color}", self.members.name);
-        let members = Members::new(&self.post, name, ranks, rank, block);
+        let members = Members::new(&self.post, name.into(), ranks, rank, block);
         Ok(Some(Box::new(Self { post: Rc::clone(&self.post), members })))
     }
 

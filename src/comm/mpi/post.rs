@@ -8,7 +8,10 @@ use super::{
     message::{self, Message},
     raw::{Moving, Wire},
 };
-use crate::error::{Error, Loss};
+use crate::{
+    comm::call::never_received,
+    error::{Error, Loss},
+};
 use std::{
     cell::RefCell,
     collections::{HashMap, HashSet, VecDeque},
@@ -59,6 +62,8 @@ struct State {
     /// The first loss that this rank was told of, a rank of the world. It is why this rank may leave, too; who waits for it
     /// then is told of that loss.
     told: Option<(usize, Loss)>,
+    /// The senders of messages that nobody will read any more.
+    unread: Vec<usize>,
 }
 
 /// A message in its pieces: the last one is shorter than a piece.
@@ -143,6 +148,9 @@ impl Post {
             let block = (tag / TAGS) as u64;
             if block < state.blocks && !state.live.contains(&block) {
                 // For a group that is no more, here: nobody will read it.
+                if tag % TAGS == LETTER {
+                    state.unread.push(from);
+                }
                 state.leaving.push(moving);
                 continue;
             }
@@ -214,12 +222,23 @@ impl Post {
     pub(super) fn forget(&self, block: u64) {
         let mut state = self.state.borrow_mut();
         state.live.remove(&block);
-        let old: Vec<_> = state
-            .inbox
-            .extract_if(|(_, tag), _| (*tag / TAGS) as u64 == block)
-            .map(|(_, queue)| queue)
-            .collect();
-        state.leaving.extend(old.into_iter().flatten().flat_map(|mail| mail.pieces));
+        let old: Vec<_> = state.inbox.extract_if(|(_, tag), _| (*tag / TAGS) as u64 == block).collect();
+        for ((from, tag), queue) in old {
+            if tag % TAGS == LETTER {
+                state.unread.extend(vec![from; queue.len()]);
+            }
+            state.leaving.extend(queue.into_iter().flat_map(|mail| mail.pieces));
+        }
+    }
+
+    /// The error of a message that this rank has never received, when all have left.
+    pub(super) fn unread(&self) -> Option<Error> {
+        let state = self.state.borrow();
+        let waiting = |((from, tag), queue): (&(usize, i32), &VecDeque<Mail>)| {
+            (tag % TAGS == LETTER && !queue.is_empty()).then_some(*from)
+        };
+        let from = state.unread.first().copied().or_else(|| state.inbox.iter().find_map(waiting))?;
+        Some(never_received(from, self.rank(), "it arrived, and no `exchange` asked for it"))
     }
 
     /// Notes that this rank is told of a loss; returns what it was told of first.

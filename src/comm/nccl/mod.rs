@@ -785,9 +785,15 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         self.side.is_near()
     }
 
-    fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<B>>>> {
+    fn split(
+        &self,
+        call: &Call,
+        color: Option<u64>,
+        key: u64,
+        name: &str,
+    ) -> Result<Option<Box<dyn Communicator<B>>>> {
         self.state.is_well()?;
-        let side = self.side.split(call, color, key).map_err(|error| self.state.fail(error))?;
+        let side = self.side.split(call, color, key, name).map_err(|error| self.state.fail(error))?;
         // NCCL's colors are small numbers: the rank, in this group, of a part's first.
         let mut first = [self.here() as f64];
         if let Some(side) = &side {

@@ -29,6 +29,7 @@ pub(super) fn call(op: Op, seq: u64, len: usize) -> Call {
         parts: 0,
         history: 0,
         group: 0,
+        messages: [0; 2],
         site: Site(Location::caller()),
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{host::HostVec, shared::Shared};
 use crate::{
-    comm::{Call, Incoming, Outgoing},
+    comm::{Call, Incoming, Outgoing, call::never_received},
     device::{Cpu, each_dtype},
     error::{Error, Mismatch, Result},
     shard::Shape,
@@ -14,6 +14,25 @@ pub(super) struct Letter {
     call: Call,
     shape: Shape,
     data: HostVec,
+}
+
+impl Drop for Shared {
+    /// Notes what was sent and never received, unless the group was broken, which explains it.
+    fn drop(&mut self) {
+        if !self.ended_well() {
+            return;
+        }
+        let size = self.size();
+        for (place, queue) in self.mail.iter_mut().enumerate() {
+            let queue = queue.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let [from, to] = [place / size, place % size].map(|rank| self.members[rank]);
+            for Letter { call, shape, data } in queue.drain(..) {
+                let what = format!("{} {shape}, sent at {}", data.as_ref().dtype(), call.site);
+                let mut unread = self.unread.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                unread.push((to, never_received(from, to, &what)));
+            }
+        }
+    }
 }
 
 impl Shared {

@@ -306,10 +306,16 @@ impl Communicator<Cpu> for ThreadComm {
         true
     }
 
-    fn split(&self, call: &Call, color: Option<u64>, key: u64) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
+    fn split(
+        &self,
+        call: &Call,
+        color: Option<u64>,
+        key: u64,
+        name: &str,
+    ) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
         // Every rank tells its color and key; whoever is first of its color makes the group, and the others find it.
         let wish = (color, key, self.seat.rank);
-        let part = self.seat.shared.part_of(call, wish, || self.barrier(call))?;
+        let part = self.seat.shared.part_of(call, wish, name, || self.barrier(call))?;
         Ok(part.map(|(shared, rank)| {
             Box::new(Self::join(Seat { shared, rank }, self.presence())) as Box<dyn Communicator<Cpu>>
         }))

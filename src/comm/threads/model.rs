@@ -80,7 +80,7 @@ fn collectives_messages_flights_and_splits_are_right() {
         sum(&comm, 1, 4200).unwrap();
         let flight = start(&comm, 2).unwrap();
         receive(&comm, (rank + size - 1) % size).unwrap();
-        let half = comm.split(&call(Op::Split, 3, 0), Some(rank as u64 % 2), 0).unwrap().unwrap();
+        let half = comm.split(&call(Op::Split, 3, 0), Some(rank as u64 % 2), 0, "half").unwrap().unwrap();
         let mut x = [rank as f32];
         half.all_reduce(&call(Op::AllReduce, 0, 1), ReduceOp::Sum, AnyMut::F32(x.as_mut_slice())).unwrap();
         assert_eq!(x[0], if rank % 2 == 0 { 12.0 } else { 16.0 });

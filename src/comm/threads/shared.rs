@@ -67,7 +67,7 @@ pub(super) struct Shared {
     /// How many steps each rank has come to of what the ranks do beside the group.
     beside: Mutex<Vec<HashMap<u64, u64>>>,
     /// The ranks of the world that are the group's.
-    members: Vec<usize>,
+    pub(super) members: Vec<usize>,
     /// How often waiters spin: the world's number, also in the groups that were split from it.
     spins: u32,
     /// What happened to the group, in order: the first broke it.
@@ -77,7 +77,12 @@ pub(super) struct Shared {
     stood: AtomicUsize,
     /// Whether a rank has panicked between two meetings: what they were for is not complete.
     torn: AtomicBool,
+    /// The world's list of messages that were never received, by receiver.
+    pub(super) unread: Unread,
 }
+
+/// Messages that were never received, by the receiver's rank in the world.
+pub(crate) type Unread = Arc<std::sync::Mutex<Vec<(usize, Error)>>>;
 
 /// A rank's color and key, and the rank itself.
 pub(super) type Wish = (Option<u64>, u64, usize);
@@ -114,10 +119,10 @@ impl Shared {
         // Spinning pays where every rank has a processor; elsewhere it keeps one from a rank that has to arrive.
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let spins = if size <= processors { SPINS } else { 0 };
-        Self::new("world".into(), (0..size).collect(), deadline, spins)
+        Self::new("world".into(), (0..size).collect(), deadline, spins, Unread::default())
     }
 
-    fn new(name: String, members: Vec<usize>, deadline: Duration, spins: u32) -> Self {
+    fn new(name: String, members: Vec<usize>, deadline: Duration, spins: u32, unread: Unread) -> Self {
         let size = members.len();
         Self {
             name,
@@ -136,6 +141,7 @@ impl Shared {
             standing: Mutex::new(vec![None; size]),
             stood: AtomicUsize::new(0),
             torn: AtomicBool::new(false),
+            unread,
         }
     }
 
@@ -284,6 +290,12 @@ impl Shared {
         self.torn.store(true, Ordering::Release);
     }
 
+    /// Whether nothing has happened to the group but that ranks have left it.
+    pub(super) fn ended_well(&mut self) -> bool {
+        let causes = self.causes.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
+        causes.iter().all(|cause| matches!(cause, Cause::Lost { reason: Loss::Left, root: None, .. }))
+    }
+
     /// After a second meeting: whether all ranks have done their parts. No later operation begins before this rank has looked.
     pub(super) fn is_whole(&self, call: &Call) -> Result<()> {
         if self.torn.load(Ordering::Acquire) { Err(self.failure(call)) } else { Ok(()) }
@@ -329,6 +341,7 @@ impl Shared {
         &self,
         call: &Call,
         wish: Wish,
+        name: &str,
         barrier: impl Fn() -> Result<()>,
     ) -> Result<Option<(Arc<Shared>, usize)>> {
         let (color, _, rank) = wish;
@@ -346,7 +359,7 @@ impl Shared {
             .ok_or_else(|| Error::invalid(call.op.name(), "this rank's color is not among the ranks'"))?;
         let part = Arc::clone(self.lock(&self.parts).entry(color).or_insert_with(|| {
             let ranks = members.iter().map(|&(.., member)| self.members[member]).collect();
-            Arc::new(Self::new(format!("{}/{color}", self.name), ranks, self.deadline, self.spins))
+            Arc::new(Self::new(name.into(), ranks, self.deadline, self.spins, Arc::clone(&self.unread)))
         }));
         // Who forms a new group with this rank has left another group only.
         tell(told().filter(|(root, _)| !part.members.contains(root)));
@@ -386,6 +399,13 @@ impl Drop for Standing<'_> {
 pub(crate) struct Seat {
     pub(super) shared: Arc<Shared>,
     pub(super) rank: usize,
+}
+
+impl Seat {
+    /// The messages that were never received in any group of the world, when all ranks have left.
+    pub(crate) fn unread(&self) -> Unread {
+        Arc::clone(&self.shared.unread)
+    }
 }
 
 impl Drop for Seat {
