@@ -223,6 +223,42 @@ fn cross_entropy_of_extreme_logits() {
     }
 }
 
+/// e^x of the softmax is unchanged by an offset, and so is the gradient: in f32 of 1e8 (Δ = 8 between neighbours), too.
+#[test]
+fn cross_entropy_of_logits_with_a_large_common_offset_is_right() {
+    fn shifted<T: Element>(offsets: &[f64], bound: f64) {
+        for (&offset, world) in offsets.iter().flat_map(|offset| [1, 2, 3].map(|world| (offset, world))) {
+            // The offset and the steps are numbers of the element.
+            let offset = T::from_f64(offset).to_f64();
+            let spacing = 2f64.powi(offset.log2().floor() as i32) * T::EPSILON.to_f64();
+            let step = spacing.max(0.5);
+            let steps = ndarray::array![[0.0, 0.0, 0.0, 0.0], [0.0, -1.0, 0.0, -2.0], [-3.0, 0.0, -1.0, 0.0]];
+            let (x, targets) = (steps.mapv(|at| offset + at * step), [1, 1, 3]);
+            assert!(x.iter().all(|&x| T::from_f64(x).to_f64() == x));
+            let plain = (Smoothing::None, 0.0);
+            for (smoothing, z) in [
+                plain,
+                (Smoothing::OverAll(0.1), 0.0),
+                (Smoothing::None, 1e-3),
+                (Smoothing::OverOthers(0.2), 1e-3),
+            ] {
+                let (loss, same) = options(smoothing, None, z);
+                let (losses, dx) = entropy::<T>(world, &loss, &x, &targets).unwrap();
+                let what = format!("{} + {offset:e} on {world}, {smoothing:?}, z {z}", T::DTYPE);
+                // The reference has the offset's rounding in f64; without z-loss it need not see the offset at all.
+                let seen = if z == 0.0 { steps.mapv(|at| at * step) } else { x.clone() };
+                close(&what, &losses, &same.losses(&seen, &targets), bound);
+                close(&what, &dx.into_dyn(), &same.backward(&seen, &targets, 0.5), bound);
+            }
+        }
+    }
+    let offsets = [1e4, 1e6, 1e8];
+    shifted::<f64>(&offsets, 1e-7);
+    shifted::<f32>(&offsets, 1e-6);
+    shifted::<half::bf16>(&offsets, half::bf16::EPSILON.to_f64());
+    shifted::<half::f16>(&[1e4], half::f16::EPSILON.to_f64());
+}
+
 /// The two conventions of smoothing differ, as PyTorch's and Megatron-LM's do.
 #[test]
 fn smoothing_conventions_differ() {

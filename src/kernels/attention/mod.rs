@@ -103,6 +103,9 @@ pub trait Attention: Device {
     /// key/value head are summed over its query heads. `dqkv` is `[rows, (heads + 2 kv_heads) · head_dim]`: the three
     /// side by side, as a fused projection made q, k and v.
     ///
+    /// P = e^(score − lse) has the rounding of lse as its relative error, as in FlashAttention: in f32 up to 3e-5 at scores
+    /// of 1e3.
+    ///
     /// # Errors
     /// When sizes disagree.
     #[allow(clippy::too_many_arguments)]
