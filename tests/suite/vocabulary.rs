@@ -347,6 +347,43 @@ proptest! {
     }
 }
 
+/// A tensor of more than two dimensions draws the mask of the matrix of its rows, whichever dimension is cut.
+#[test]
+fn dropout_of_any_rank_draws_by_the_index_in_the_whole() {
+    fn part<const D: usize>(group: &Group<Dev>, whole: &ArrayD<f64>) -> Result<ArrayD<f64>> {
+        let cut = Partition::even(whole.shape()[D], group.size());
+        let own = |x: &ArrayD<f64>| {
+            x.slice_axis(ndarray::Axis(D), ndarray::Slice::from(cut.range(group.rank()))).to_owned()
+        };
+        let ones = Tensor::from_array(group.device(), &own(&ArrayD::ones(whole.raw_dim())))?;
+        let x = DTensor::<Shard<D>, f64>::shard(group, ones, &cut)?.with_draw(Draw { step: 7, row: 3 });
+        let mut layer = Dropout::<Shard<D>>::new(0.5, 1, "d");
+        let (y, saved) = layer.forward(&x)?;
+        let dx: DTensor<Shard<D>, f64> = layer.backward(saved, &x)?;
+        assert_eq!(y.local().to_array()?, own(whole), "cut along {D}");
+        assert_eq!(dx.local().to_array()?, own(whole), "the gradient, cut along {D}");
+        Ok(own(whole))
+    }
+    for dims in [vec![4, 2, 3], vec![5, 3, 4, 3], vec![2, 1, 5], vec![3, 0, 2]] {
+        let (rows, cols) = (dims[..dims.len() - 1].iter().product(), dims[dims.len() - 1]);
+        let whole = mask(&Dropout::new(0.5, 1, "d"), rows, cols, Draw { step: 7, row: 3 });
+        let whole = whole.into_dyn().into_shape_with_order(ndarray::IxDyn(&dims)).unwrap();
+        for world in 1..4 {
+            ranks(world)
+                .run(|group| {
+                    part::<0>(&group, &whole)?;
+                    part::<1>(&group, &whole)?;
+                    part::<2>(&group, &whole)?;
+                    if dims.len() > 3 {
+                        part::<3>(&group, &whole)?;
+                    }
+                    Ok(())
+                })
+                .unwrap();
+        }
+    }
+}
+
 #[test]
 fn dropout_drops_as_often_as_asked_and_anew_at_each_step() {
     let dropout = Dropout::new(0.3, 1, "d");
@@ -358,17 +395,19 @@ fn dropout_drops_as_often_as_asked_and_anew_at_each_step() {
     // The mask is Philox's words, whoever draws them.
     let mask = DropoutMask { probability: 0.5, stream: Philox::stream(1, 2), row: 0, column: 1, width: 3 };
     let x = Tensor::<f64>::full(&dev::poisoned(), [4, 2], 1.0).unwrap();
-    let y = wide(&ops::dropout(&mask, &x).unwrap());
+    let y = wide(&ops::dropout(&[(4, mask)], &x).unwrap());
     for ((row, col), &y) in y.indexed_iter() {
         let kept = Philox::stream(1, 2).uniform((row * 3 + col + 1) as u64) >= 0.5;
         assert_eq!(y, if kept { 2.0 } else { 0.0 });
     }
-    let error = |mask| ops::dropout(&mask, &x).unwrap_err().to_string();
+    let error = |mask| ops::dropout(&[(1, mask), (3, mask)], &x).unwrap_err().to_string();
     assert_eq!(error(DropoutMask { probability: 1.0, ..mask }), "dropout: 1 is no probability less than 1");
     assert_eq!(
         error(DropoutMask { column: 2, ..mask }),
         "dropout: the column after the part's last is 4, but the whole's columns is 3"
     );
+    let error = ops::dropout(&[(1, mask), (2, mask)], &x).unwrap_err().to_string();
+    assert_eq!(error, "dropout: rows of the masks is 3, but rows of x is 4");
 }
 
 /// Lists, boxes and recomputation around a feed-forward layer: its bits, and its traffic, the forward's twice.
