@@ -25,8 +25,8 @@ impl Sequences {
     /// Sequences of these lengths, one after the other, nothing between them.
     pub fn packed(lengths: impl IntoIterator<Item = usize>) -> Self {
         let mut bounds = vec![0];
-        bounds.extend(lengths.into_iter().scan(0, |end, length| {
-            *end += length;
+        bounds.extend(lengths.into_iter().scan(0_usize, |end, length| {
+            *end = end.saturating_add(length);
             Some(*end)
         }));
         Self { bounds: bounds.into(), valid: None, starts: None }
@@ -35,7 +35,7 @@ impl Sequences {
     /// A `[lengths.len(), width]` batch: each sequence is `width` rows, of which the first `length` are tokens.
     ///
     /// # Errors
-    /// When a length exceeds the width.
+    /// When a length exceeds the width, or there is no memory left for a flag a row.
     pub fn padded(lengths: &[usize], width: usize) -> Result<Self> {
         if let Some(length) = lengths.iter().find(|&&length| length > width) {
             return Err(Error::invalid(
@@ -43,8 +43,11 @@ impl Sequences {
                 format!("a sequence of {length} tokens does not fit a batch padded to {width}"),
             ));
         }
-        let valid = lengths.iter().flat_map(|&length| (0..width).map(move |at| at < length)).collect();
-        Ok(Self { valid: Some(valid), ..Self::packed(lengths.iter().map(|_| width)) })
+        let rows = lengths.len().saturating_mul(width);
+        let mut valid: Vec<bool> = Vec::new();
+        valid.try_reserve_exact(rows).map_err(|_| Error::Memory { len: rows, size: size_of::<bool>() })?;
+        valid.extend(lengths.iter().flat_map(|&length| (0..width).map(move |at| at < length)));
+        Ok(Self { valid: Some(valid.into()), ..Self::packed(lengths.iter().map(|_| width)) })
     }
 
     /// The same sequences, with an attention mask of one flag a row: `false` rows are attended to by nobody.

@@ -68,7 +68,7 @@ impl CacheSpec<'_> {
 
     /// The row of the cache behind a slot.
     fn end(&self, spec: &AttentionSpec<'_>, slot: usize) -> usize {
-        slot.saturating_add(1).saturating_mul(spec.kv_heads * self.capacity)
+        slot.saturating_add(1).saturating_mul(spec.kv_heads.saturating_mul(self.capacity))
     }
 }
 
