@@ -197,7 +197,7 @@ impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
     /// When the device has no memory left.
     pub fn cache(&self, slots: usize, capacity: usize) -> Result<KvCache<T, B>> {
         let layers = self.blocks.iter().map(|block| block.cache(slots, capacity)).collect::<Result<_>>()?;
-        Ok(KvCache::new(layers, slots, capacity))
+        KvCache::new(layers, slots, capacity)
     }
 
     /// Appends tokens to slots of the cache, `counts[i]` of `ids` to slot `slots[i]`, and gives the logits of what follows

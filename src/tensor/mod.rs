@@ -10,7 +10,7 @@ pub(crate) use source::missing;
 pub use source::{Arrays, Random, Region, Role, WeightSource, Weights};
 
 use crate::{
-    device::{Cpu, Device, Element},
+    device::{Cpu, Device, Element, zeroed},
     error::{Result, same_size},
     kernels::{MatMut, MatRef, Pointwise},
     shard::Shape,
@@ -54,7 +54,7 @@ impl<T: Element, B: Device> Tensor<T, B> {
     /// A tensor whose elements are arbitrary.
     ///
     /// # Errors
-    /// When the device has no memory left, or the elements are more than can be counted.
+    /// When the device has no memory left ([`crate::Error::Memory`] on the CPU), or the elements are more than can be counted.
     pub fn empty(device: &B, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         Self::from_buffer(device, shape, device.empty(shape.checked_len(OP)?)?)
@@ -87,9 +87,9 @@ impl<T: Element, B: Device> Tensor<T, B> {
     /// The elements, in row-major order, on the host.
     ///
     /// # Errors
-    /// When the device fails.
+    /// When the device fails, or the host has no memory left.
     pub fn to_vec(&self) -> Result<Vec<T>> {
-        let mut host = vec![T::default(); self.shape.len()];
+        let mut host = zeroed(self.shape.len())?;
         self.device.download::<T>(self.slice(), &mut host)?;
         Ok(host)
     }

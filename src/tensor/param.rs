@@ -2,7 +2,7 @@
 
 use super::{Region, Role, Tensor, Weights};
 use crate::{
-    device::{AnyMut, Cpu, Device, Element},
+    device::{AnyMut, Cpu, Device, Element, zeroed},
     error::{Error, Result, same_shape},
     kernels::{Backend, MatMut},
     shard::{Node, Shape, TreeSum},
@@ -105,7 +105,7 @@ impl<T: Element, B: Backend> Param<T, B> {
         for piece in &pieces {
             weights.source().check(&piece.tensor, &piece.region)?;
         }
-        let mut host = vec![T::default(); shape.checked_len(OP)?];
+        let mut host = zeroed::<T>(shape.checked_len(OP)?)?;
         let width = shape.split_at(0).1;
         for piece in &pieces {
             let (start, len) = (piece.row.saturating_mul(width), host.len());

@@ -5,7 +5,7 @@ use crate::support::{Case, arrays, matrix, random, run};
 use shardwise::{
     Error, Result, Tensor,
     comm::Group,
-    device::Cpu,
+    device::{Cpu, Device},
     kernels::MatRef,
     parallel::{
         AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, CopyTo, DTensor, Layer,
@@ -303,4 +303,23 @@ fn a_cut_that_cannot_be_counted_is_an_error_on_every_rank() {
             })
             .unwrap();
     }
+}
+
+/// More memory than there is: an error with the number of elements, and the rank goes on.
+#[test]
+fn memory_that_cannot_be_had_is_an_error() {
+    const MANY: usize = 1 << 50;
+    let cpu = Cpu::new();
+    for len in [MANY, 1 << 60, usize::MAX / 8, usize::MAX] {
+        let error = Tensor::<f32>::zeros(&cpu, [len]).unwrap_err().to_string();
+        assert_eq!(error, format!("memory: no room for {len} elements of 4 bytes"));
+        assert!(Tensor::<half::bf16>::empty(&cpu, [len]).is_err());
+        let weights = Random::normal(1, 1.0);
+        let whole = Region::whole([len]);
+        let weights = Weights::new(&weights);
+        assert!(Param::<f32, Cpu>::load_region(&cpu, &weights, "w", Role::Weight, whole, true).is_err());
+    }
+    assert_eq!(cpu.memory().live, 0);
+    let x = Tensor::<f32>::full(&cpu, [3], 2.0).unwrap();
+    assert_eq!(x.to_vec().unwrap(), [2.0; 3]);
 }

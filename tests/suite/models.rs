@@ -649,3 +649,26 @@ fn the_corpus_of_attacks_does_no_harm() {
         }
     }
 }
+
+#[test]
+fn a_cache_that_memory_cannot_hold_is_an_error() {
+    let (checkpoint, config) = decoder("llama");
+    let results = ranks(2).run(|group| {
+        let model = Decoder::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?;
+        for (slots, capacity) in [
+            (1, 1 << 50),
+            (1, usize::MAX),
+            (usize::MAX, 1),
+            (usize::MAX, usize::MAX),
+            (1 << 32, 1 << 32),
+            (1 << 60, 0),
+        ] {
+            let error = model.cache(slots, capacity).map(drop).unwrap_err().to_string();
+            assert!(error.contains("memory") || error.contains("elements"), "{error}");
+        }
+        // The rank and its model are as before.
+        let mut cache = model.cache(1, 4)?;
+        model.step(&[1, 2], &[0], &[2], &mut cache).map(drop)
+    });
+    results.unwrap();
+}
