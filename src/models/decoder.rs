@@ -106,14 +106,7 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
 
     fn check_context(&self, sequences: &Sequences) -> Result<()> {
         let Some(positions) = self.config.positions else { return Ok(()) };
-        for (at, rows) in sequences.iter().enumerate() {
-            let end = sequences.start(at) + rows.len();
-            if end > positions {
-                let what = format!("the end of sequence {at}");
-                return Err(Error::sizes("decoder", what, end, "the learned positions", positions));
-            }
-        }
-        Ok(())
+        check_positions("decoder", sequences, positions)
     }
 
     /// The logits of the tokens that follow each of `ids`, which make up these sequences, and what the backward needs.
@@ -182,6 +175,17 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
         let transposed = self.config.transposed;
         let stored_transposed = |name: &str| transposed && is_in(name, &in_block);
         save(&group, |f| self.visit(f), folder.as_ref(), &json, stored_transposed, MAX_SHARD)
+    }
+}
+
+/// Every row of the sequences has a learned position.
+pub(super) fn check_positions(op: &'static str, sequences: &Sequences, positions: usize) -> Result<()> {
+    match (0..sequences.len()).find(|&at| sequences.end(at) > positions) {
+        Some(at) => {
+            let what = format!("the end of sequence {at}");
+            Err(Error::sizes(op, what, sequences.end(at), "the learned positions", positions))
+        }
+        None => Ok(()),
     }
 }
 

@@ -650,6 +650,100 @@ fn the_corpus_of_attacks_does_no_harm() {
     }
 }
 
+/// Texts in a batch that is padded on the left have the logits and the gradients that they have without padding: their
+/// positions count tokens, and what the padding holds is of no account.
+#[test]
+fn texts_padded_on_the_left_are_the_texts_alone() {
+    fn run<S: Stream>(
+        world: usize,
+        (checkpoint, config): (&Checkpoint, &DecoderConfig),
+        ids: &[u32],
+        targets: &[u32],
+        sequences: &Sequences,
+    ) -> (Array2<f64>, BTreeMap<String, f64>) {
+        let outcomes = ranks(world).run(|group| {
+            let mut model = Decoder::<S, f64, Dev>::load(&group, checkpoint, config)?;
+            let (logits, saved) = model.forward(ids, sequences.clone())?;
+            let entropy =
+                VocabParallelCrossEntropy { ignored: Some(9999), ..VocabParallelCrossEntropy::default() };
+            let (_, kept) = entropy.forward(&logits, targets)?;
+            model.backward(saved, &entropy.backward(&kept, 1.0)?)?;
+            let logits = (logits.local().shape().cols(), logits.local().to_vec()?);
+            Ok((logits, own_slopes(|f| model.visit(f))?))
+        });
+        let (parts, slopes): (Vec<_>, Vec<_>) = outcomes.unwrap().into_iter().unzip();
+        (together(parts), total(slopes))
+    }
+    let dynamic = |config: &mut DecoderConfig| {
+        let rope = config.block.attention.rope.as_mut().unwrap();
+        rope.scaling = RopeScaling::DynamicNtk { factor: 2.0, trained: 5 };
+    };
+    for (name, change) in DECODERS.map(|name| (name, false)).into_iter().chain([("llama", true)]) {
+        let (checkpoint, mut config) = decoder(name);
+        if change {
+            dynamic(&mut config);
+        }
+        let prompts = reference(name, "logits").prompts;
+        let ids = prompts.concat();
+        let targets: Vec<u32> = ids.iter().map(|id| (id * 7 + 1) % 591).collect();
+        let alone = Sequences::packed(prompts.iter().map(Vec::len));
+        // GPT-2 has as many positions: a batch may be wider.
+        let width = config.positions.unwrap_or(12) + 2;
+        let (mut padded, mut padded_targets, mut valid, mut at) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        for prompt in &prompts {
+            let padding = width - prompt.len();
+            padded.extend((0..padding as u32).chain(prompt.iter().copied()));
+            padded_targets.extend(vec![9999; padding].iter().chain(&targets[at..at + prompt.len()]));
+            valid.extend((0..width).map(|row| row >= padding));
+            at += prompt.len();
+        }
+        let sequences = Sequences::packed(vec![width; prompts.len()]).masked(&valid).unwrap();
+        let model = (&checkpoint, &config);
+        let (want, slopes) = run::<Replicated>(1, model, &ids, &targets, &alone);
+        for world in [1, 2] {
+            for (got, got_slopes) in [
+                run::<Replicated>(world, model, &padded, &padded_targets, &sequences),
+                run::<Shard<0>>(world, model, &padded, &padded_targets, &sequences),
+            ] {
+                let rows: Vec<usize> = (0..valid.len()).filter(|&row| valid[row]).collect();
+                let got = got.select(ndarray::Axis(0), &rows);
+                close(&format!("{name} on {world}"), &got.into_dyn(), &want, 1e-12);
+                assert_eq!(got_slopes.len(), slopes.len());
+                for (tensor, slope) in &slopes {
+                    let error = (got_slopes[tensor] - slope).abs() / slope.abs().max(1.0);
+                    assert!(error < 1e-10, "{name} on {world}, {tensor}: {error:e}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bert_padded_on_the_left_is_the_text_alone() {
+    let ModelConfig::Bert(config) = ModelConfig::read(folder("bert")).unwrap() else { panic!("bert") };
+    let (checkpoint, reference) = (Checkpoint::open(folder("bert")).unwrap(), reference("bert", "hidden"));
+    // More rows than positions.
+    let width = config.positions + 2;
+    let (mut padded, mut valid) = (Vec::new(), Vec::new());
+    for prompt in &reference.prompts {
+        let padding = width - prompt.len();
+        padded.extend(vec![0; padding].iter().chain(prompt));
+        valid.extend((0..width).map(|row| row >= padding));
+    }
+    let sequences = Sequences::packed(vec![width; reference.prompts.len()]).masked(&valid).unwrap();
+    for world in [1, 2] {
+        let hidden = ranks(world).run(|group| {
+            let model = Bert::<Shard<0>, f32, Dev>::load(&group, &checkpoint, &config)?;
+            model.forward(&padded, None, sequences.clone())?.0.all_gather()?.local().to_array()
+        });
+        let hidden = hidden.unwrap()[0].mapv(f64::from).into_dimensionality::<ndarray::Ix2>().unwrap();
+        for (at, want) in reference.outputs.iter().enumerate() {
+            let rows = hidden.slice(ndarray::s![(at + 1) * width - want.nrows()..(at + 1) * width, ..]);
+            close("bert padded on the left", &rows.to_owned().into_dyn(), want, 1e-5);
+        }
+    }
+}
+
 #[test]
 fn a_cache_that_memory_cannot_hold_is_an_error() {
     let (checkpoint, config) = decoder("llama");

@@ -30,7 +30,8 @@ pub struct AttentionSpec<'a> {
     pub scale: f64,
     /// Whether a token sees only itself and those before it in its sequence.
     pub causal: bool,
-    /// With causal attention, how many tokens a token sees at most, itself and those just before it; all if not given.
+    /// With causal attention, how many rows a token sees at most, itself and those just before it; all if not given.
+    /// Padding among them takes its place, as in transformers.
     pub window: Option<usize>,
     /// Which rows belong together, and which are padding.
     pub sequences: &'a Sequences,
