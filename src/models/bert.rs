@@ -54,7 +54,8 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
         let layers = weights.at("encoder").at("layer");
         let block = |layer: usize| Block::load(group, &layers.at(&layer.to_string()), &config.block);
         Ok(Self {
-            words: VocabParallelEmbedding::load(group, &words, config.vocabulary, hidden)?,
+            words: VocabParallelEmbedding::load(group, &words, config.vocabulary, hidden)?
+                .with_padding(config.padding)?,
             positions: table("position_embeddings", config.positions)?,
             types: table("token_type_embeddings", config.types)?,
             norm: Normalize::load(group, &embeddings.at("LayerNorm"), config.block.norm, hidden)?,

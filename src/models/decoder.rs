@@ -61,7 +61,8 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
         let bare = source.contains(&format!("{embedding}.weight"));
         let model = if bare { weights.clone() } else { weights.at(prefix) };
         let (vocabulary, hidden) = (config.vocabulary, config.block.attention.hidden);
-        let mut embedding = VocabParallelEmbedding::load(group, &model.at(embedding), vocabulary, hidden)?;
+        let mut embedding = VocabParallelEmbedding::load(group, &model.at(embedding), vocabulary, hidden)?
+            .with_padding(config.padding)?;
         let positions = match config.positions {
             Some(count) => Some(PositionEmbedding::load(group, &model.at(positions), count, hidden)?),
             None => None,

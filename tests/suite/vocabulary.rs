@@ -42,10 +42,13 @@ fn embeds<S: Stream>(world: usize, vocabulary: usize, hidden: usize, tokens: usi
     let source = arrays([("weight", table.clone())]);
     let (ids, dy) = (ids(seed, tokens, vocabulary), matrix(seed, "dy", tokens, hidden));
     let dlogits = matrix(seed, "dlogits", tokens, vocabulary);
+    // A word without gradient, which does occur.
+    let padding = ids.first().copied().filter(|_| seed.is_multiple_of(2));
     let outcomes = ranks(world).run(|world| {
         let (group, record) = world.recorded();
         let weights = Weights::new(&source);
-        let mut layer = VocabParallelEmbedding::<S, f64, Dev>::load(&group, &weights, vocabulary, hidden)?;
+        let layer = VocabParallelEmbedding::<S, f64, Dev>::load(&group, &weights, vocabulary, hidden)?;
+        let mut layer = layer.with_padding(padding)?;
         record.take();
         let (y, rows) = layer.forward(&ids, Sequences::one(tokens))?;
         assert_eq!(record.take(), layer.traffic(tokens).forward);
@@ -86,7 +89,11 @@ fn embeds<S: Stream>(world: usize, vocabulary: usize, hidden: usize, tokens: usi
     let logits = ndarray::concatenate(ndarray::Axis(1), &logits).unwrap();
     close("logits", &logits.into_dyn(), &reference::linear(&want, &table, None), EXACT);
     let head = reference::linear_backward(&want, &table, &dlogits);
-    let dtable = reference::embedding_backward(&index, vocabulary, &(&dy + &head.dx)) + head.dw;
+    let mut looked_up = reference::embedding_backward(&index, vocabulary, &(&dy + &head.dx));
+    if let Some(padding) = padding {
+        looked_up.row_mut(padding as usize).fill(0.0);
+    }
+    let dtable = looked_up + head.dw;
     close("dtable", &grads.finish()["weight"], &dtable, EXACT);
 }
 
@@ -291,6 +298,8 @@ fn bad_targets_and_ids_are_named() {
         VocabParallelEmbedding::<Replicated, f32, Dev>::load(&group, &Weights::new(&source), 5, 2).unwrap();
     let error = table.forward(&[0, 5], Sequences::one(2)).unwrap_err();
     assert_eq!(error.to_string(), "embedding: id 5 is beyond a vocabulary of 5 words");
+    let error = table.with_padding(Some(5)).unwrap_err();
+    assert_eq!(error.to_string(), "embedding: the padding 5 is beyond a vocabulary of 5 words");
 }
 
 /// What dropout does to ones on one device.
