@@ -34,12 +34,14 @@
     } \
   } \
   extern "C" __global__ void cross_entropy_backward_##name(i64 packed, i64 rows, i64 cols, double on, double off, double z, \
-      double scale, const i64* columns, const u8* ignored, const T* x, i64 sx, const Acc<T>* lse, T* dx, i64 sdx) { \
+      double scale, const i64* columns, const u8* ignored, const T* x, i64 sx, const Acc<T>* most, \
+      const Acc<T>* logs, T* dx, i64 sdx) { \
     typedef Acc<T> A; \
     constexpr int N = Width<T>::value; \
     const i64 row = own_row(); \
     if (row >= rows) return; \
-    const A log_sum = lse[row], weight = (A)1 + (A)(2 * z) * log_sum, by = (A)scale; \
+    /* Apart: the sum of the two is rounded at the size of what the logits have in common. */ \
+    const A m = most[row], log_sum = logs[row], weight = (A)1 + (A)(2 * z) * (m + log_sum), by = (A)scale; \
     const i64 target = columns[row]; \
     const bool counts = !ignored[row]; \
     for (i64 i = (i64)threadIdx.x * N; i < cols; i += (i64)blockDim.x * N) { \
@@ -48,7 +50,7 @@
       _Pragma("unroll") for (int k = 0; k < N; k++) { \
         A d = 0; \
         if (counts) { \
-          const A p = exp_of(widen(in.at[k]) - log_sum) * weight; \
+          const A p = exp_of((widen(in.at[k]) - m) - log_sum) * weight; \
           d = by * (i + k == target ? p - (A)off - (A)on : p - (A)off); \
         } \
         out.at[k] = narrow<T>(d); \
@@ -77,10 +79,10 @@ EACH_ELEMENT(LOSS)
 // One thread a row: the losses from the maxima and the sums over all classes.
 #define CROSS_ENTROPY(A, name) \
   extern "C" __global__ void cross_entropy_##name(i64 rows, double on, double off, double z, const u8* ignored, const A* most, \
-      const A* sums, A* losses, A* lse) { \
+      const A* sums, A* losses, A* logs) { \
     each<1>(1, rows, [&](i64, i64 row) { \
       const A log_sum = log_of(sums[3 * row]), whole = most[row] + log_sum; \
-      lse[row] = whole; \
+      logs[row] = log_sum; \
       losses[row] = ignored[row] ? (A)0 \
         : log_sum - (A)on * sums[3 * row + 1] - (A)off * sums[3 * row + 2] + (A)z * whole * whole; \
     }); \

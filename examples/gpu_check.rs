@@ -168,12 +168,12 @@ fn loss<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
         Targets { classes: &classes, ignored: Some(31), count: COLS, first: 0, on: 0.9, off: 4e-4, z: 1e-3 };
     let mut max = Tensor::<T::Acc, B>::empty(device, [ROWS])?;
     let mut sums = Tensor::<T::Acc, B>::empty(device, [ROWS, 3])?;
-    let [mut losses, mut lse] = [Tensor::<T::Acc, B>::empty(device, [ROWS])?, Tensor::empty(device, [ROWS])?];
+    let [mut losses, mut log] = [Tensor::<T::Acc, B>::empty(device, [ROWS])?, Tensor::empty(device, [ROWS])?];
     let mut dx = Tensor::<T, B>::empty(device, [ROWS, COLS])?;
     device.row_max(x.mat(), max.slice_mut()?)?;
     device.exp_sums(&targets, x.mat(), max.slice(), sums.slice_mut()?)?;
-    device.cross_entropy(&targets, max.slice(), sums.slice(), losses.slice_mut()?, lse.slice_mut()?)?;
-    device.cross_entropy_backward(&targets, 1.0, x.mat(), lse.slice(), dx.mat_mut()?)?;
+    device.cross_entropy(&targets, max.slice(), sums.slice(), losses.slice_mut()?, log.slice_mut()?)?;
+    device.cross_entropy_backward(&targets, 1.0, x.mat(), max.slice(), log.slice(), dx.mat_mut()?)?;
     Ok([numbers(&losses)?, numbers(&dx)?].concat())
 }
 

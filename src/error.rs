@@ -61,6 +61,14 @@ pub enum Error {
         /// What is wrong with the argument, with its value.
         reason: String,
     },
+    /// The host has no memory for a tensor, or no address space.
+    #[error("memory: no room for {len} elements of {size} bytes")]
+    Memory {
+        /// The number of elements.
+        len: usize,
+        /// The bytes of one.
+        size: usize,
+    },
     /// A library that was loaded at run time returned an error.
     #[error("{call}: {library} error {code}: {message}")]
     Library {

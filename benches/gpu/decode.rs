@@ -77,7 +77,7 @@ fn layer(bench: &mut Bench) -> Result<()> {
         let (context, hidden) = (bench.pick(16, 1024), sizes.hidden);
         for batch in bench.pick([1, 2], [1, 64]) {
             let slots: Vec<usize> = (0..batch).collect();
-            let mut cache = KvCache::new(vec![block.cache(batch, context + 1)?], batch, context + 1);
+            let mut cache = KvCache::new(vec![block.cache(batch, context + 1)?], batch, context + 1)?;
             let mut prompts = Vec::new();
             for slot in 0..batch {
                 let x = data.fill::<bf16>([context, hidden], 1.0)?;

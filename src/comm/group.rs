@@ -180,6 +180,8 @@ impl<B: Device> Group<B> {
         }
         same_size(op, "the parts of the cut", cut.parts(), "the ranks of the group", self.size())?;
         same_size(op, "the size that is cut", cut.total(), "that of the dimension", shape.dims()[dim])?;
+        // What the parts' sizes are made of: no product of them is cut off.
+        shape.checked_len(op)?;
         Ok(Parts::along(shape, dim, cut))
     }
 

@@ -23,19 +23,19 @@ impl Parts {
         Self { rows, cuts: partition.scaled(inner) }
     }
 
-    /// The number of elements of the whole tensor.
+    /// The number of elements of the whole tensor; `usize::MAX` where there would be more, as for the numbers below.
     pub fn total(&self) -> usize {
-        self.rows * self.cuts.total()
+        self.rows.saturating_mul(self.cuts.total())
     }
 
     /// The number of elements of one rank's part.
     pub fn len(&self, rank: usize) -> usize {
-        self.rows * self.cuts.size(rank)
+        self.rows.saturating_mul(self.cuts.size(rank))
     }
 
     /// The number of elements of the largest part.
     pub fn longest(&self) -> usize {
-        self.rows * self.cuts.sizes().max().unwrap_or(0)
+        self.rows.saturating_mul(self.cuts.sizes().max().unwrap_or(0))
     }
 
     /// A number that differs where the parts do. Never 0.

@@ -2,7 +2,7 @@
 
 use super::{Call, Communicator, Incoming, Outgoing, Parts, ReduceOp};
 use crate::{
-    device::{AnyMut, AnyRef, Device, Element, each_dtype},
+    device::{AnyMut, AnyRef, Device, Element, each_dtype, zeroed},
     error::{Error, Result, same_shape},
 };
 
@@ -25,7 +25,7 @@ impl<B: Device> Solo<B> {
             send: B::Slice<'_, T>,
             recv: B::SliceMut<'_, T>,
         ) -> Result<()> {
-            let mut host = vec![T::default(); B::len::<T>(send)];
+            let mut host = zeroed(B::len::<T>(send))?;
             device.download::<T>(send, &mut host)?;
             device.upload::<T>(&host, recv)
         }

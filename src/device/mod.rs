@@ -13,7 +13,7 @@ mod element;
 pub(crate) use any::each_dtype;
 pub use any::{AnyBuffer, AnyMut, AnyRef};
 pub use cpu::{Cpu, CpuBuffer, MemoryUse};
-pub(crate) use cpu::{Kernel, vectorized, widest};
+pub(crate) use cpu::{Kernel, vectorized, widest, zeroed};
 #[cfg(feature = "cuda")]
 pub use cuda::Cuda;
 pub use element::{Accumulator, DType, Element};
@@ -33,6 +33,9 @@ pub trait Device: Clone + fmt::Debug + 'static {
     type SliceMut<'a, T: Element>;
 
     /// Memory for `len` elements, whose values are arbitrary.
+    ///
+    /// # Errors
+    /// When there is no such memory left.
     fn empty<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>>;
 
     /// The whole of a buffer.

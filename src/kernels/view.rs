@@ -70,7 +70,9 @@ impl Dims {
             self.rows,
             self.cols
         );
-        let start = rows.start * self.row_stride + cols.start * self.col_stride;
+        // An empty block may begin beyond any memory.
+        let row = rows.start.saturating_mul(self.row_stride);
+        let start = row.saturating_add(cols.start.saturating_mul(self.col_stride));
         (start, Self { rows: rows.len(), cols: cols.len(), ..self })
     }
 }

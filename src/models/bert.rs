@@ -1,10 +1,10 @@
 //! BERT's encoder.
 
-use super::{BertConfig, save, save::MAX_SHARD};
+use super::{BertConfig, decoder::check_positions, save, save::MAX_SHARD};
 use crate::{
     comm::Group,
     device::{Device, Element},
-    error::{Error, Result, same_size},
+    error::{Result, same_size},
     kernels::Backend,
     parallel::{
         DTensor, Layer, Normalize, ParallelMlp, PositionEmbedding, Stream, TransformerBlock,
@@ -54,7 +54,8 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
         let layers = weights.at("encoder").at("layer");
         let block = |layer: usize| Block::load(group, &layers.at(&layer.to_string()), &config.block);
         Ok(Self {
-            words: VocabParallelEmbedding::load(group, &words, config.vocabulary, hidden)?,
+            words: VocabParallelEmbedding::load(group, &words, config.vocabulary, hidden)?
+                .with_padding(config.padding)?,
             positions: table("position_embeddings", config.positions)?,
             types: table("token_type_embeddings", config.types)?,
             norm: Normalize::load(group, &embeddings.at("LayerNorm"), config.block.norm, hidden)?,
@@ -83,16 +84,7 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
         if let Some(types) = types {
             same_size("bert", "the number of token types", types.len(), "that of ids", ids.len())?;
         }
-        if let Some(rows) = sequences.iter().find(|rows| rows.len() > self.config.positions) {
-            let (len, positions) = (rows.len(), self.config.positions);
-            return Err(Error::sizes(
-                "bert",
-                "the length of a sequence",
-                len,
-                "the learned positions",
-                positions,
-            ));
-        }
+        check_positions("bert", &sequences, self.config.positions)?;
         let (x, rows) = self.words.forward(ids, sequences)?;
         let (x, positions) = self.positions.forward(&x)?;
         let type_of = |at: usize| types.map_or(0, |types| types[at]);

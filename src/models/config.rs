@@ -49,6 +49,8 @@ pub struct DecoderConfig {
     pub names: DecoderNames,
     /// Whether the blocks' matrices are stored as `[in, out]` (GPT-2's `Conv1D`).
     pub transposed: bool,
+    /// The word whose embedding gets no gradient by being looked up (`pad_token_id`), if there is one.
+    pub padding: Option<u32>,
     /// The tokens that end a text.
     pub ends: Vec<u32>,
     /// The configuration as it was read; a saved model gets it.
@@ -83,6 +85,8 @@ pub struct BertConfig {
     pub positions: usize,
     /// The number of token types.
     pub types: usize,
+    /// The word whose embedding gets no gradient by being looked up (`pad_token_id`), if there is one.
+    pub padding: Option<u32>,
     /// The blocks.
     pub block: BlockConfig,
     /// The configuration as it was read; a saved model gets it.
@@ -176,6 +180,7 @@ fn llama(kind: &str, json: &Json<'_>, text: &str) -> Result<DecoderConfig, Strin
             head: "lm_head",
         },
         transposed: false,
+        padding: padding(json, None)?,
         ends: ends(json)?,
         json: text.into(),
     })
@@ -226,6 +231,8 @@ fn gpt2(json: &Json<'_>, text: &str) -> Result<DecoderConfig, String> {
             head: "lm_head",
         },
         transposed: true,
+        // transformers' GPT-2 does not give it to the embedding.
+        padding: None,
         ends: ends(json)?,
         json: text.into(),
     })
@@ -252,6 +259,7 @@ fn bert(json: &Json<'_>, text: &str) -> Result<BertConfig, String> {
         layers: json.size("num_hidden_layers", MANY)?,
         positions: json.size("max_position_embeddings", HUGE)?,
         types: json.optional_size("type_vocab_size", HUGE)?.unwrap_or(2),
+        padding: padding(json, Some(0))?,
         block: checked(block)?,
         json: text.into(),
     })
@@ -380,6 +388,19 @@ fn activation(json: &Json<'_>, key: &str, usual: &str) -> Result<Activation, Str
         "relu" => Ok(Activation::Relu),
         other => Err(format!("the activation `{}` is not known", other.escape_debug())),
     }
+}
+
+/// `pad_token_id`: null for none, or else `usual`; a negative one counts from the end of the vocabulary, as in torch.
+fn padding(json: &Json<'_>, usual: Option<u32>) -> Result<Option<u32>, String> {
+    let Some(value) = json.0.get("pad_token_id") else { return Ok(usual) };
+    if value.is_null() {
+        return Ok(None);
+    }
+    let words = json.size("vocab_size", HUGE)?;
+    let id = value.as_i64().ok_or("`pad_token_id` is not a whole number")?;
+    let word = u32::try_from(if id < 0 { words as i64 + id } else { id });
+    let word = word.ok().filter(|&word| (word as usize) < words);
+    word.map(Some).ok_or_else(|| format!("`pad_token_id` is {id}, but the vocabulary has {words} words"))
 }
 
 /// `eos_token_id`: a number or a list of them.

@@ -61,7 +61,8 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
         let bare = source.contains(&format!("{embedding}.weight"));
         let model = if bare { weights.clone() } else { weights.at(prefix) };
         let (vocabulary, hidden) = (config.vocabulary, config.block.attention.hidden);
-        let mut embedding = VocabParallelEmbedding::load(group, &model.at(embedding), vocabulary, hidden)?;
+        let mut embedding = VocabParallelEmbedding::load(group, &model.at(embedding), vocabulary, hidden)?
+            .with_padding(config.padding)?;
         let positions = match config.positions {
             Some(count) => Some(PositionEmbedding::load(group, &model.at(positions), count, hidden)?),
             None => None,
@@ -106,14 +107,7 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
 
     fn check_context(&self, sequences: &Sequences) -> Result<()> {
         let Some(positions) = self.config.positions else { return Ok(()) };
-        for (at, rows) in sequences.iter().enumerate() {
-            let end = sequences.start(at) + rows.len();
-            if end > positions {
-                let what = format!("the end of sequence {at}");
-                return Err(Error::sizes("decoder", what, end, "the learned positions", positions));
-            }
-        }
-        Ok(())
+        check_positions("decoder", sequences, positions)
     }
 
     /// The logits of the tokens that follow each of `ids`, which make up these sequences, and what the backward needs.
@@ -185,6 +179,17 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
     }
 }
 
+/// Every row of the sequences has a learned position.
+pub(super) fn check_positions(op: &'static str, sequences: &Sequences, positions: usize) -> Result<()> {
+    match (0..sequences.len()).find(|&at| sequences.end(at) > positions) {
+        Some(at) => {
+            let what = format!("the end of sequence {at}");
+            Err(Error::sizes(op, what, sequences.end(at), "the learned positions", positions))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Whether a name has a part such as `.h.`, at its beginning too.
 fn is_in(name: &str, part: &str) -> bool {
     name.contains(part) || name.starts_with(&part[1..])
@@ -197,7 +202,7 @@ impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
     /// When the device has no memory left.
     pub fn cache(&self, slots: usize, capacity: usize) -> Result<KvCache<T, B>> {
         let layers = self.blocks.iter().map(|block| block.cache(slots, capacity)).collect::<Result<_>>()?;
-        Ok(KvCache::new(layers, slots, capacity))
+        KvCache::new(layers, slots, capacity)
     }
 
     /// Appends tokens to slots of the cache, `counts[i]` of `ids` to slot `slots[i]`, and gives the logits of what follows

@@ -127,8 +127,11 @@ impl<T: Element, B: Backend> CachedKeys<T, B> {
     /// # Errors
     /// When the device has no memory left.
     pub fn new(device: &B, heads: &QkvHeads, slots: usize, capacity: usize) -> Result<Self> {
-        let (kv_heads, rows) = (heads.kv_heads, slots * heads.kv_heads * capacity);
-        let room = || Tensor::zeros(device, [rows, heads.head_dim]);
+        let (kv_heads, head_dim) = (heads.kv_heads, heads.head_dim);
+        let room = || {
+            let room = Tensor::zeros(device, [slots, kv_heads, capacity, head_dim])?;
+            room.reshape([slots * kv_heads * capacity, head_dim])
+        };
         Ok(Self { keys: room()?, values: room()?, kv_heads, capacity })
     }
 

@@ -2,17 +2,32 @@
 
 use crate::{
     device::Element,
-    error::Result,
+    error::{Result, same_size},
     kernels::{Backend, DropoutMask},
     tensor::Tensor,
 };
 
 /// y = x / (1 − p) where the mask keeps an element, 0 elsewhere; of dy, the gradient.
 ///
+/// `masks`: for runs of x's rows, one after another, how many rows and their mask.
+///
 /// # Errors
-/// When the part lies outside the whole of the mask, or p is no probability less than 1.
-pub fn dropout<T: Element, B: Backend>(mask: &DropoutMask, x: &Tensor<T, B>) -> Result<Tensor<T, B>> {
+/// When the masks are not for as many rows as x has, a part lies outside the whole of its mask, or p is no probability less
+/// than 1.
+pub fn dropout<T: Element, B: Backend>(
+    masks: &[(usize, DropoutMask)],
+    x: &Tensor<T, B>,
+) -> Result<Tensor<T, B>> {
+    let (rows, cols) = (x.shape().rows(), x.shape().cols());
+    let masked = masks.iter().fold(0_usize, |sum, (rows, _)| sum.saturating_add(*rows));
+    same_size("dropout", "rows of the masks", masked, "rows of x", rows)?;
     let mut y = Tensor::empty(x.device(), x.shape())?;
-    x.device().dropout(mask, x.mat(), y.mat_mut()?)?;
+    let mut start = 0;
+    for (rows, mask) in masks {
+        let run = start..start + rows;
+        start = run.end;
+        let to = y.mat_mut()?.block(run.clone(), 0..cols);
+        x.device().dropout(mask, x.mat().block(run, 0..cols), to)?;
+    }
     Ok(y)
 }

@@ -199,7 +199,7 @@ impl Rotary {
         };
         same_size("rope", "rows of the sequences", positions.len(), "rows of x", x.shape().rows())?;
         for (at, rows) in sequences.iter().enumerate() {
-            let length = sequences.start(at) + rows.len();
+            let length = sequences.end(at);
             let longer = (length > trained).then(|| self.config.frequencies(length));
             let frequencies = longer.as_ref().unwrap_or(&self.frequencies);
             let part = x.mat_mut()?.block(rows.clone(), columns.clone());

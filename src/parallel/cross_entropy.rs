@@ -27,7 +27,8 @@ pub enum Smoothing {
 ///
 /// With lse = log Σₖ e^xₖ over all classes: L = lse − Σₖ qₖ xₖ + z lse², where q is 1 for the target and 0 elsewhere, or
 /// smoothed ([`Smoothing`]), and z is the weight of the z-loss (Chowdhery et al., 2022: PaLM, section 5).
-/// ∂L/∂xₖ = e^(xₖ − lse) (1 + 2 z lse) − qₖ.
+/// ∂L/∂xₖ = e^(xₖ − lse) (1 + 2 z lse) − qₖ. Both use xₖ − max x, so that an offset that the logits of a token have in
+/// common costs no precision.
 ///
 /// * Logits: [`Shard<1>`], `[tokens, classes]`, any number of classes on any number of ranks; never gathered.
 /// * Arithmetic in the accumulator: f32, or f64 for f64 logits. The losses are equal on every rank.
@@ -84,7 +85,9 @@ impl<A: Element, B: Device> Losses<A, B> {
 pub struct CrossEntropySaved<T: Element, B: Device> {
     logits: DTensor<Shard<1>, T, B>,
     targets: Vec<u32>,
-    lse: Tensor<T::Acc, B>,
+    /// lse = `max` + `log`: the largest logit of a token, and log Σ e^(x − max).
+    max: Tensor<T::Acc, B>,
+    log: Tensor<T::Acc, B>,
 }
 
 impl VocabParallelCrossEntropy {
@@ -146,10 +149,10 @@ impl VocabParallelCrossEntropy {
             }
         };
         let mut rows = Tensor::empty(device, [tokens])?;
-        let mut lse = Tensor::empty(device, [tokens])?;
-        device.cross_entropy(&spec, max.slice(), sums.slice(), rows.slice_mut()?, lse.slice_mut()?)?;
+        let mut log = Tensor::empty(device, [tokens])?;
+        device.cross_entropy(&spec, max.slice(), sums.slice(), rows.slice_mut()?, log.slice_mut()?)?;
         let counted = targets.iter().filter(|class| self.ignored != Some(**class)).count();
-        let saved = CrossEntropySaved { logits: logits.clone(), targets: targets.to_vec(), lse };
+        let saved = CrossEntropySaved { logits: logits.clone(), targets: targets.to_vec(), max, log };
         Ok((Losses { rows, counted }, saved))
     }
 
@@ -162,11 +165,12 @@ impl VocabParallelCrossEntropy {
         saved: &CrossEntropySaved<T, B>,
         scale: f64,
     ) -> Result<DTensor<Shard<1>, T, B>> {
-        let CrossEntropySaved { logits, targets, lse } = saved;
+        let CrossEntropySaved { logits, targets, max, log } = saved;
         let spec = self.targets(targets, logits.shape().cols(), logits.local_range(1).start)?;
         let mut dx = Tensor::empty(logits.group().device(), logits.local().shape())?;
         let device = logits.group().device();
-        device.cross_entropy_backward(&spec, scale, logits.local().mat(), lse.slice(), dx.mat_mut()?)?;
+        let x = logits.local().mat();
+        device.cross_entropy_backward(&spec, scale, x, max.slice(), log.slice(), dx.mat_mut()?)?;
         Ok(logits.with_local(dx))
     }
 

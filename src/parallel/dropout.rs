@@ -15,9 +15,10 @@ use std::marker::PhantomData;
 /// y = x / (1 − p) where the mask keeps an element, 0 where it drops it: P → P. No collectives.
 ///
 /// The mask is a function of the layer's seed and name, of the tensor's [`Draw`](super::Draw), and of the element's
-/// index in the whole tensor: every placement and every number of ranks drops the same elements. (Frameworks that seed a
-/// generator a rank need another seed inside and outside of sharded regions, and get another mask at every
-/// tensor-parallel size.) A tensor without a draw is not in training, and passes unchanged.
+/// index in the whole tensor: every placement and every number of ranks drops the same elements. A tensor of more than two
+/// dimensions has the mask of the matrix whose rows are all its dimensions but the last. (Frameworks that seed a generator
+/// a rank need another seed inside and outside of sharded regions, and get another mask at every tensor-parallel size.) A
+/// tensor without a draw is not in training, and passes unchanged.
 ///
 /// Backward: dx = dy under the same mask, drawn anew.
 ///
@@ -29,42 +30,53 @@ pub struct Dropout<P> {
     placement: PhantomData<P>,
 }
 
+/// How many rows, and their mask.
+type Masks = Vec<(usize, DropoutMask)>;
+
 impl<P: Elementwise> Dropout<P> {
     /// Drops elements with this probability. Layers of one model have different names.
     pub fn new(probability: f64, seed: u64, name: &str) -> Self {
         Self { probability, stream: Philox::named(seed, name), placement: PhantomData }
     }
 
-    fn mask<Q: Placement, T: Element, B: Backend>(&self, x: &DTensor<Q, T, B>) -> Option<DropoutMask> {
+    /// The masks of the runs of this rank's rows that lie together in the whole; none where nothing is dropped.
+    fn masks<Q: Placement, T: Element, B: Backend>(&self, x: &DTensor<Q, T, B>) -> Option<Masks> {
         let draw = x.draw().filter(|_| self.probability != 0.0)?;
-        let last = x.shape().rank() - 1;
-        Some(DropoutMask {
+        let (shape, last) = (x.shape(), x.shape().rank() - 1);
+        let mask = |first: usize| DropoutMask {
             probability: self.probability,
             stream: self.stream.substream(draw.step),
-            row: draw.row + x.local_range(0).start as u64,
+            row: draw.row.wrapping_add(first as u64),
             column: x.local_range(last).start,
-            width: x.shape().cols(),
-        })
+            width: shape.cols(),
+        };
+        let Some(dim) = Q::CUT.filter(|&dim| dim < last) else {
+            return Some(vec![(shape.rows(), mask(0))]);
+        };
+        // A run for each index of the dimensions before the cut one.
+        let (runs, inner) = Shape::new(&shape.dims()[..last]).split_at(dim);
+        let (own, all) = (x.local_range(dim), shape.dims()[dim]);
+        Some((0..runs).map(|run| (own.len() * inner, mask((run * all + own.start) * inner))).collect())
     }
 }
 
 impl<P: Elementwise, T: Element, B: Backend> Layer<T, B> for Dropout<P> {
     type In = P;
     type Out = P;
-    type Saved = Option<DropoutMask>;
+    type Saved = Option<Masks>;
 
     fn forward(&self, x: &DTensor<P, T, B>) -> Result<(DTensor<P, T, B>, Self::Saved)> {
-        let Some(mask) = self.mask(x) else { return Ok((x.clone(), None)) };
-        Ok((x.with_local(ops::dropout(&mask, x.local())?), Some(mask)))
+        let Some(masks) = self.masks(x) else { return Ok((x.clone(), None)) };
+        Ok((x.with_local(ops::dropout(&masks, x.local())?), Some(masks)))
     }
 
     fn backward(
         &mut self,
-        mask: Self::Saved,
+        masks: Self::Saved,
         dy: &DTensor<<P as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<P as Placement>::Dual, T, B>> {
-        let Some(mask) = mask else { return Ok(dy.clone()) };
-        Ok(dy.with_local(ops::dropout(&mask, dy.local())?))
+        let Some(masks) = masks else { return Ok(dy.clone()) };
+        Ok(dy.with_local(ops::dropout(&masks, dy.local())?))
     }
 
     fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {

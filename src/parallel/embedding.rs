@@ -17,7 +17,8 @@ use std::marker::PhantomData;
 ///
 /// * Forward: each rank looks up the ids that it holds; the others' rows are 0. Leaving collective of `S`: all-reduce, or
 ///   reduce-scatter over tokens. A sum with zeros: exact.
-/// * Backward: entering the stream with dy (nothing, or an all-gather); row r of dW sums the dyᵢ with idᵢ = r.
+/// * Backward: entering the stream with dy (nothing, or an all-gather); row r of dW sums the dyᵢ with idᵢ = r. That of
+///   [`VocabParallelEmbedding::with_padding`] gets nothing.
 ///
 /// The output head of a model with tied weights is [`VocabParallelEmbedding::head`].
 ///
@@ -25,6 +26,7 @@ use std::marker::PhantomData;
 #[derive(Debug)]
 pub struct VocabParallelEmbedding<S: Stream, T: Element, B: Device> {
     table: ColumnParallelLinear<S, T, B>,
+    padding: Option<u32>,
 }
 
 impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
@@ -35,7 +37,23 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
     pub fn load(group: &Group<B>, weights: &Weights<'_>, vocabulary: usize, hidden: usize) -> Result<Self> {
         let columns = Columns::even(group, vocabulary)?;
         let table = ColumnParallelLinear::load(group, weights, hidden, &columns, Bias::None)?;
-        Ok(Self { table })
+        Ok(Self { table, padding: None })
+    }
+
+    /// The same embedding, where looking up this word adds nothing to the gradient of its row, as `padding_idx` of
+    /// `torch.nn.Embedding`. The row is looked up as any other; as a row of a tied head it gets its gradient.
+    ///
+    /// # Errors
+    /// When there is no such word.
+    pub fn with_padding(self, padding: Option<u32>) -> Result<Self> {
+        let words = self.vocabulary();
+        match padding.filter(|&id| id as usize >= words) {
+            Some(id) => Err(Error::invalid(
+                "embedding",
+                format!("the padding {id} is beyond a vocabulary of {words} words"),
+            )),
+            None => Ok(Self { padding, ..self }),
+        }
     }
 
     /// The number of words.
@@ -60,13 +78,18 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
             true => id - own.start as u32,
             false => NO_ROW,
         };
-        let rows: Vec<u32> = ids.iter().map(local).collect();
+        let mut rows: Vec<u32> = ids.iter().map(local).collect();
         let mut part = ops::embedding(self.table.weight().value(), &rows)?;
         if group.reduction() != Reduction::Fast {
             // A weight of −0 has become +0 once another rank's zero was added: it does where there is no other rank, too.
             let zeros = Tensor::<T, B>::zeros(group.device(), [part.shape().cols()])?;
             group.device().add_bias::<T>(zeros.slice(), part.mat_mut()?)?;
         }
+        // The rows are the backward's from here on.
+        rows.iter_mut()
+            .zip(ids)
+            .filter(|(_, id)| self.padding == Some(**id))
+            .for_each(|(row, _)| *row = NO_ROW);
         let part = DTensor::<Partial, T, B>::partial(group, part)?.with_sequences(sequences)?;
         Ok((S::leave(part.exact())?, rows))
     }

@@ -1,7 +1,7 @@
 //! The keys and values of past tokens, so that the next ones need not compute them again.
 
 use crate::{
-    device::{Device, Element},
+    device::{Device, Element, zeroed},
     error::{Error, Result, same_size},
     kernels::Backend,
     ops::CachedKeys,
@@ -28,8 +28,11 @@ pub struct KvCache<T: Element, B: Device> {
 
 impl<T: Element, B: Backend> KvCache<T, B> {
     /// A cache of these layers, all made for `slots` slots of `capacity` positions.
-    pub fn new(layers: Vec<LayerCache<T, B>>, slots: usize, capacity: usize) -> Self {
-        Self { layers, lengths: vec![0; slots], capacity }
+    ///
+    /// # Errors
+    /// When there is no memory left for a number a slot.
+    pub fn new(layers: Vec<LayerCache<T, B>>, slots: usize, capacity: usize) -> Result<Self> {
+        Ok(Self { layers, lengths: zeroed(slots)?, capacity })
     }
 
     /// The positions that a slot has room for.

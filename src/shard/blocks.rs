@@ -29,8 +29,9 @@ pub enum Reduction {
 /// # Panics
 /// When `count` is 0.
 pub fn blocks(units: usize, unit_len: usize, count: usize) -> Partition {
-    let bound = |block: usize| block * units / count;
-    Partition::from_sizes((0..count).map(|block| (bound(block + 1) - bound(block)) * unit_len))
+    // At most `units`; the product is not.
+    let bound = |block: usize| (block as u128 * units as u128 / count as u128) as usize;
+    Partition::from_sizes((0..count).map(|block| (bound(block + 1) - bound(block)).saturating_mul(unit_len)))
 }
 
 /// A fixed binary tree over leaves 0, 1, 2, …, of which each rank owns a contiguous run.

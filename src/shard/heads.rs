@@ -168,10 +168,8 @@ impl Heads {
     /// The sizes of the ranks' `[q | k | v]` parts, as a cut of all of them laid side by side. A key/value head that
     /// two ranks, or two blocks, hold is there twice.
     pub fn qkv_features(&self) -> Partition {
-        Partition::from_sizes(
-            (0..self.ranks())
-                .map(|rank| (self.query_range(rank).len() + 2 * self.kv_held(rank).len()) * self.head_dim),
-        )
+        let heads = |rank: usize| self.query_range(rank).len() + 2 * self.kv_held(rank).len();
+        Partition::from_sizes((0..self.ranks()).map(|rank| heads(rank).saturating_mul(self.head_dim)))
     }
 }
 

@@ -35,10 +35,14 @@ impl Mesh {
     /// A grid of `dp × pp × tp` ranks.
     ///
     /// # Errors
-    /// When a size is 0.
+    /// When a size is 0, or there are more ranks than can be counted.
     pub fn new(dp: usize, pp: usize, tp: usize) -> Result<Self> {
-        if dp * pp * tp == 0 {
+        if [dp, pp, tp].contains(&0) {
             return Err(Error::invalid("mesh", format!("an axis of a {dp} x {pp} x {tp} mesh is empty")));
+        }
+        if dp.checked_mul(pp).and_then(|ranks| ranks.checked_mul(tp)).is_none() {
+            let reason = format!("a {dp} x {pp} x {tp} mesh has more ranks than can be counted");
+            return Err(Error::invalid("mesh", reason));
         }
         Ok(Self { sizes: [dp, pp, tp] })
     }
@@ -98,5 +102,7 @@ mod tests {
             }
         }
         assert!(Mesh::new(2, 0, 1).is_err());
+        let error = Mesh::new(1 << 32, 1 << 32, 1).unwrap_err().to_string();
+        assert!(error.ends_with("has more ranks than can be counted"), "{error}");
     }
 }

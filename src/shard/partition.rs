@@ -7,6 +7,7 @@ use std::{ops::Range, sync::Arc};
 ///
 /// `part(r) = bounds[r] .. bounds[r + 1]`, with `bounds[0] = 0` and `bounds[parts] = len`.
 /// An even cut gives the first `len mod parts` parts one unit more than the others. Cloning shares the boundaries.
+/// A boundary beyond `usize::MAX` is there: no tensor has such a dimension.
 ///
 /// ```
 /// use shardwise::shard::Partition;
@@ -93,8 +94,8 @@ impl Partition {
     /// When there is no part.
     pub fn from_sizes(sizes: impl IntoIterator<Item = usize>) -> Self {
         let mut bounds = vec![0];
-        bounds.extend(sizes.into_iter().scan(0, |end, size| {
-            *end += size;
+        bounds.extend(sizes.into_iter().scan(0_usize, |end, size| {
+            *end = end.saturating_add(size);
             Some(*end)
         }));
         assert!(bounds.len() > 1, "a partition has at least one part");
@@ -103,7 +104,8 @@ impl Partition {
 
     fn of_units(units: usize, unit_len: usize, parts: usize) -> Self {
         let (each, extra) = (units / parts, units % parts);
-        Self::from_sizes((0..parts).map(|part| (each + usize::from(part < extra)) * unit_len))
+        let size = |part: usize| (each + usize::from(part < extra)).saturating_mul(unit_len);
+        Self::from_sizes((0..parts).map(size))
     }
 
     /// The size of the whole dimension.
@@ -136,7 +138,7 @@ impl Partition {
 
     /// The same cut when every index stands for `inner` elements.
     pub fn scaled(&self, inner: usize) -> Self {
-        let scaled = |bounds: &Arc<[usize]>| bounds.iter().map(|bound| bound * inner).collect();
+        let scaled = |bounds: &Arc<[usize]>| bounds.iter().map(|bound| bound.saturating_mul(inner)).collect();
         Self { bounds: scaled(&self.bounds), blocks: self.blocks.as_ref().map(scaled) }
     }
 

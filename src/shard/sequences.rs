@@ -7,8 +7,9 @@ use std::{ops::Range, sync::Arc};
 ///
 /// Each sequence is a contiguous run of rows; a token attends only within its own. Sequences may differ in length, so
 /// that a batch needs no padding ([`Sequences::packed`]); where a batch comes padded, the padding rows are computed like
-/// any other but no token attends to them ([`Sequences::padded`], [`Sequences::masked`]). A sequence may be the
-/// continuation of one that was computed before ([`Sequences::starting_at`]). Cloning shares the data.
+/// any other but no token attends to them ([`Sequences::padded`], [`Sequences::masked`]). Positions count tokens, not
+/// padding ([`Sequences::positions`]), so that a text padded on the left or on the right is computed as it is alone. A
+/// sequence may be the continuation of one that was computed before ([`Sequences::starting_at`]). Cloning shares the data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sequences {
     bounds: Arc<[usize]>,
@@ -25,8 +26,8 @@ impl Sequences {
     /// Sequences of these lengths, one after the other, nothing between them.
     pub fn packed(lengths: impl IntoIterator<Item = usize>) -> Self {
         let mut bounds = vec![0];
-        bounds.extend(lengths.into_iter().scan(0, |end, length| {
-            *end += length;
+        bounds.extend(lengths.into_iter().scan(0_usize, |end, length| {
+            *end = end.saturating_add(length);
             Some(*end)
         }));
         Self { bounds: bounds.into(), valid: None, starts: None }
@@ -35,7 +36,7 @@ impl Sequences {
     /// A `[lengths.len(), width]` batch: each sequence is `width` rows, of which the first `length` are tokens.
     ///
     /// # Errors
-    /// When a length exceeds the width.
+    /// When a length exceeds the width, or there is no memory left for a flag a row.
     pub fn padded(lengths: &[usize], width: usize) -> Result<Self> {
         if let Some(length) = lengths.iter().find(|&&length| length > width) {
             return Err(Error::invalid(
@@ -43,8 +44,11 @@ impl Sequences {
                 format!("a sequence of {length} tokens does not fit a batch padded to {width}"),
             ));
         }
-        let valid = lengths.iter().flat_map(|&length| (0..width).map(move |at| at < length)).collect();
-        Ok(Self { valid: Some(valid), ..Self::packed(lengths.iter().map(|_| width)) })
+        let rows = lengths.len().saturating_mul(width);
+        let mut valid: Vec<bool> = Vec::new();
+        valid.try_reserve_exact(rows).map_err(|_| Error::Memory { len: rows, size: size_of::<bool>() })?;
+        valid.extend(lengths.iter().flat_map(|&length| (0..width).map(move |at| at < length)));
+        Ok(Self { valid: Some(valid.into()), ..Self::packed(lengths.iter().map(|_| width)) })
     }
 
     /// The same sequences, with an attention mask of one flag a row: `false` rows are attended to by nobody.
@@ -76,13 +80,39 @@ impl Sequences {
         self.starts.as_ref().map_or(0, |starts| starts[sequence])
     }
 
-    /// The position of every row in its sequence.
+    /// The position of every row in its sequence: the number of tokens before it, counted from the sequence's start.
+    ///
+    /// Padding has the position of the next token. Padding behind the last token goes on counting.
     pub fn positions(&self) -> impl Iterator<Item = u32> + '_ {
         let of = |(sequence, rows): (usize, Range<usize>)| {
-            let start = self.start(sequence);
-            (start..start + rows.len()).map(|position| position as u32)
+            let mut next = self.start(sequence);
+            self.counted(rows).map(move |counts| {
+                let position = next;
+                next += usize::from(counts);
+                position as u32
+            })
         };
         self.iter().enumerate().flat_map(of)
+    }
+
+    /// The position behind the last row of a sequence: how long a table of positions has to be.
+    pub fn end(&self, sequence: usize) -> usize {
+        let rows = self.bounds[sequence]..self.bounds[sequence + 1];
+        match self.valid {
+            None => self.start(sequence) + rows.len(),
+            Some(_) => self.start(sequence) + self.counted(rows).filter(|&counts| counts).count(),
+        }
+    }
+
+    /// For each row of a sequence whether the next one's position is higher: padding before the last token has none of its
+    /// own.
+    fn counted(&self, rows: Range<usize>) -> impl Iterator<Item = bool> + '_ {
+        let valid = self.valid.as_ref().map(|valid| &valid[rows.clone()]);
+        let last = valid.and_then(|valid| valid.iter().rposition(|&valid| valid));
+        (0..rows.len()).map(move |at| match (valid, last) {
+            (Some(valid), Some(last)) => at > last || valid[at],
+            _ => true,
+        })
     }
 
     /// The number of rows of all sequences.
@@ -131,7 +161,26 @@ mod tests {
         assert_eq!(rows.positions().collect::<Vec<_>>(), [0, 1, 0, 1, 2]);
         let later = rows.clone().starting_at(&[7, 5, 0]).unwrap();
         assert_eq!(later.positions().collect::<Vec<_>>(), [7, 8, 0, 1, 2]);
+        assert_eq!([0, 1, 2].map(|sequence| later.end(sequence)), [9, 5, 3]);
         assert!(rows.clone().starting_at(&[1]).is_err());
         assert!(rows.starting_at(&[usize::MAX, 0, 0]).is_err());
+    }
+
+    #[test]
+    fn positions_do_not_count_the_padding_before_a_token() {
+        let of = |rows: Sequences, valid: &[u8]| {
+            let valid: Vec<bool> = valid.iter().map(|&valid| valid == 1).collect();
+            let rows = rows.masked(&valid).unwrap();
+            let ends: Vec<usize> = (0..rows.len()).map(|sequence| rows.end(sequence)).collect();
+            (rows.positions().collect::<Vec<_>>(), ends)
+        };
+        assert_eq!(of(Sequences::packed([4, 2]), &[0, 0, 1, 1, 0, 1]), (vec![0, 0, 0, 1, 0, 0], vec![2, 1]));
+        assert_eq!(of(Sequences::one(5), &[1, 0, 1, 0, 1]), (vec![0, 1, 1, 2, 2], vec![3]));
+        // On the right, or nothing but padding: as if it were text.
+        assert_eq!(of(Sequences::one(4), &[1, 1, 0, 0]), (vec![0, 1, 2, 3], vec![4]));
+        assert_eq!(of(Sequences::one(4), &[0, 1, 0, 0]), (vec![0, 0, 1, 2], vec![3]));
+        assert_eq!(of(Sequences::one(3), &[0, 0, 0]), (vec![0, 1, 2], vec![3]));
+        let later = Sequences::one(3).starting_at(&[5]).unwrap();
+        assert_eq!(of(later, &[0, 1, 1]), (vec![5, 5, 6], vec![7]));
     }
 }

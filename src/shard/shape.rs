@@ -1,5 +1,6 @@
 //! The dimensions of a tensor, kept inline.
 
+use crate::error::{Error, Result};
 use std::fmt;
 
 /// The dimensions of a row-major tensor: at most [`Shape::MAX_RANK`] of them, `Copy`, never on the heap.
@@ -34,9 +35,25 @@ impl Shape {
         self.rank
     }
 
-    /// The number of elements.
+    /// The number of elements; `usize::MAX` where there would be more. No tensor has such a shape:
+    /// [`Shape::checked_len`].
     pub fn len(&self) -> usize {
-        self.dims().iter().product()
+        product(self.dims())
+    }
+
+    /// The number of elements of a tensor, for whoever makes one.
+    ///
+    /// # Errors
+    /// When the product of the dimensions, those of 0 left out, is beyond `usize`: so products of some of them never are.
+    pub(crate) fn checked_len(&self, op: &'static str) -> Result<usize> {
+        let mut sizes = self.dims().iter().filter(|&&size| size > 0);
+        match sizes.try_fold(1_usize, |product, &size| product.checked_mul(size)) {
+            Some(_) => Ok(self.len()),
+            None => {
+                let reason = format!("a tensor of shape {self} has more elements than can be counted");
+                Err(Error::invalid(op, reason))
+            }
+        }
     }
 
     /// Whether there are no elements.
@@ -46,7 +63,7 @@ impl Shape {
 
     /// The number of rows when all dimensions but the last are taken as one.
     pub fn rows(&self) -> usize {
-        self.dims().split_last().map_or(1, |(_, outer)| outer.iter().product())
+        self.dims().split_last().map_or(1, |(_, outer)| product(outer))
     }
 
     /// The last dimension, or 1 for a scalar.
@@ -64,8 +81,13 @@ impl Shape {
     /// The number of elements before and inside one index of `dim`: a row-major tensor is
     /// `outer` rows of `size(dim) · inner` elements.
     pub fn split_at(&self, dim: usize) -> (usize, usize) {
-        (self.dims()[..dim].iter().product(), self.dims()[dim + 1..].iter().product())
+        (product(&self.dims()[..dim]), product(&self.dims()[dim + 1..]))
     }
+}
+
+/// The product of sizes; `usize::MAX` where it is larger, so that it fits no memory.
+fn product(sizes: &[usize]) -> usize {
+    sizes.iter().fold(1, |product, &size| product.saturating_mul(size))
 }
 
 impl<const N: usize> From<[usize; N]> for Shape {

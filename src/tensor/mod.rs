@@ -10,12 +10,15 @@ pub(crate) use source::missing;
 pub use source::{Arrays, Random, Region, Role, WeightSource, Weights};
 
 use crate::{
-    device::{Cpu, Device, Element},
+    device::{Cpu, Device, Element, zeroed},
     error::{Result, same_size},
     kernels::{MatMut, MatRef, Pointwise},
     shard::Shape,
 };
 use std::{fmt, rc::Rc};
+
+/// What messages call the making of a tensor.
+const OP: &str = "tensor";
 
 /// A dense row-major tensor of one rank.
 ///
@@ -51,10 +54,10 @@ impl<T: Element, B: Device> Tensor<T, B> {
     /// A tensor whose elements are arbitrary.
     ///
     /// # Errors
-    /// When the device has no memory left.
+    /// When the device has no memory left ([`crate::Error::Memory`] on the CPU), or the elements are more than can be counted.
     pub fn empty(device: &B, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
-        Self::from_buffer(device, shape, device.empty(shape.len())?)
+        Self::from_buffer(device, shape, device.empty(shape.checked_len(OP)?)?)
     }
 
     /// A tensor with the elements of a host slice, in row-major order.
@@ -63,14 +66,9 @@ impl<T: Element, B: Device> Tensor<T, B> {
     /// When the slice does not have as many elements as the shape.
     pub fn from_slice(device: &B, shape: impl Into<Shape>, elements: &[T]) -> Result<Self> {
         let shape = shape.into();
-        same_size(
-            "tensor",
-            "the number of elements given",
-            elements.len(),
-            "that of the shape",
-            shape.len(),
-        )?;
-        let mut buffer = device.empty(shape.len())?;
+        let len = shape.checked_len(OP)?;
+        same_size(OP, "the number of elements given", elements.len(), "that of the shape", len)?;
+        let mut buffer = device.empty(len)?;
         device.upload(elements, B::slice_mut(&mut buffer))?;
         Self::from_buffer(device, shape, buffer)
     }
@@ -81,17 +79,17 @@ impl<T: Element, B: Device> Tensor<T, B> {
     /// When the buffer does not have as many elements as the shape.
     pub fn from_buffer(device: &B, shape: impl Into<Shape>, buffer: B::Buffer<T>) -> Result<Self> {
         let shape = shape.into();
-        let len = B::len::<T>(B::slice(&buffer));
-        same_size("tensor", "the number of elements of the buffer", len, "that of the shape", shape.len())?;
+        let (len, wanted) = (B::len::<T>(B::slice(&buffer)), shape.checked_len(OP)?);
+        same_size(OP, "the number of elements of the buffer", len, "that of the shape", wanted)?;
         Ok(Self { buffer: Rc::new(buffer), shape, device: device.clone() })
     }
 
     /// The elements, in row-major order, on the host.
     ///
     /// # Errors
-    /// When the device fails.
+    /// When the device fails, or the host has no memory left.
     pub fn to_vec(&self) -> Result<Vec<T>> {
-        let mut host = vec![T::default(); self.shape.len()];
+        let mut host = zeroed(self.shape.len())?;
         self.device.download::<T>(self.slice(), &mut host)?;
         Ok(host)
     }
@@ -121,8 +119,9 @@ impl<T: Element, B: Device> Tensor<T, B> {
     /// # Errors
     /// When the number of elements differs.
     pub fn reshape(self, shape: impl Into<Shape>) -> Result<Self> {
+        const OP: &str = "reshape";
         let shape = shape.into();
-        same_size("reshape", "the number of elements", self.len(), "that of the new shape", shape.len())?;
+        same_size(OP, "the number of elements", self.len(), "that of the new shape", shape.checked_len(OP)?)?;
         Ok(Self { shape, ..self })
     }
 

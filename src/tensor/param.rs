@@ -2,7 +2,7 @@
 
 use super::{Region, Role, Tensor, Weights};
 use crate::{
-    device::{AnyMut, Cpu, Device, Element},
+    device::{AnyMut, Cpu, Device, Element, zeroed},
     error::{Error, Result, same_shape},
     kernels::{Backend, MatMut},
     shard::{Node, Shape, TreeSum},
@@ -84,11 +84,15 @@ impl<T: Element, B: Device> fmt::Debug for Param<T, B> {
     }
 }
 
+/// What messages call the loading of a parameter.
+const OP: &str = "parameter";
+
 impl<T: Element, B: Backend> Param<T, B> {
     /// Reads a parameter whose pieces lie one below the other in its rows.
     ///
     /// # Errors
-    /// When the source lacks one of the tensors, or it has another shape.
+    /// When the source lacks one of the tensors, or it has another shape; when a piece lies beyond the parameter, or there is
+    /// no memory left.
     pub fn load(
         device: &B,
         weights: &Weights<'_>,
@@ -101,12 +105,17 @@ impl<T: Element, B: Backend> Param<T, B> {
         for piece in &pieces {
             weights.source().check(&piece.tensor, &piece.region)?;
         }
-        let mut host = vec![T::default(); shape.len()];
+        let mut host = zeroed::<T>(shape.checked_len(OP)?)?;
         let width = shape.split_at(0).1;
         for piece in &pieces {
-            let extent = piece.region.extent();
-            let start = piece.row * width;
-            let out: AnyMut<'_, Cpu> = T::any_mut(&mut host[start..start + extent.len()]);
+            let (start, len) = (piece.row.saturating_mul(width), host.len());
+            let end = start.saturating_add(piece.region.extent().len());
+            let beyond = || {
+                let what = format!("the end of the piece of `{}`", piece.tensor);
+                Error::sizes(OP, what, end, "the elements of the parameter", len)
+            };
+            let out = host.get_mut(start..end).ok_or_else(beyond)?;
+            let out: AnyMut<'_, Cpu> = T::any_mut(out);
             weights.source().read(&piece.tensor, role, &piece.region, out)?;
         }
         Ok(Self {

@@ -56,7 +56,7 @@ impl Region {
     }
 
     /// The runs of consecutive elements that make up the region in a row-major tensor, as ranges of element indices,
-    /// in order; each as long as it can be.
+    /// in order; each as long as it can be. The tensor's elements can be counted: [`Shape::len`] is below `usize::MAX`.
     pub fn runs(&self) -> Vec<Range<usize>> {
         // Dimensions from the last that are taken whole merge into one run with the first that is not.
         let dims = self.shape.dims();
@@ -64,26 +64,28 @@ impl Region {
         let mut depth = dims.len();
         while depth > 0 && self.ranges[depth - 1] == (0..dims[depth - 1]) {
             depth -= 1;
-            inner *= dims[depth];
+            inner = dims[depth].saturating_mul(inner);
         }
         let Some(last) = depth.checked_sub(1) else {
             // The whole tensor is one run.
             return std::iter::once(0..inner).collect();
         };
-        let (first, len) = (self.ranges[last].start * inner, self.ranges[last].len() * inner);
+        let len = self.ranges[last].len().saturating_mul(inner);
         if len == 0 {
             return Vec::new();
         }
-        let mut starts = vec![first];
-        let mut stride = dims[last] * inner;
+        let mut starts = vec![self.ranges[last].start.saturating_mul(inner)];
+        let mut stride = dims[last].saturating_mul(inner);
         for dim in (0..last).rev() {
             starts = self.ranges[dim]
                 .clone()
-                .flat_map(|index| starts.iter().map(move |start| index * stride + start))
+                .flat_map(|index| {
+                    starts.iter().map(move |start| index.saturating_mul(stride).saturating_add(*start))
+                })
                 .collect();
-            stride *= dims[dim];
+            stride = stride.saturating_mul(dims[dim]);
         }
-        starts.into_iter().map(|start| start..start + len).collect()
+        starts.into_iter().map(|start| start..start.saturating_add(len)).collect()
     }
 }
 
@@ -214,6 +216,7 @@ impl Random {
 
 impl WeightSource for Random {
     fn read(&self, name: &str, role: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
+        region.shape().checked_len("weights")?;
         let stream = Philox::named(self.seed, name);
         let indices = region.runs().into_iter().flatten();
         match role {

@@ -1,7 +1,7 @@
 //! A source whose matrices are stored the other way round.
 
 use crate::{
-    device::{AnyMut, Cpu, Element, each_dtype},
+    device::{AnyMut, Cpu, Element, each_dtype, zeroed},
     error::{Result, same_size},
     tensor::{Region, Role, WeightSource},
 };
@@ -32,9 +32,9 @@ impl<'a, S: WeightSource + ?Sized, F: Fn(&str) -> bool> Transposed<'a, S, F> {
         [height, width]: [usize; 2],
         out: &mut [T],
     ) -> Result<()> {
-        let len = rows.len() * cols.len();
+        let len = rows.len().saturating_mul(cols.len());
         same_size("weights", "elements of the region", len, "elements to fill", out.len())?;
-        let mut stored = vec![T::default(); len];
+        let mut stored = zeroed::<T>(len)?;
         let region = Region::whole([width, height]).cut(0, cols.clone()).cut(1, rows.clone());
         self.source.read(name, role, &region, T::any_mut(stored.as_mut_slice()))?;
         for row in 0..rows.len() {

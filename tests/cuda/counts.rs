@@ -90,7 +90,7 @@ fn decode(layers: usize) -> Option<Counts> {
     let group = Group::solo(&dev::fresh());
     let block = block(&group);
     let caches = (0..layers).map(|_| block.cache(1, 16).unwrap()).collect();
-    let mut cache = KvCache::new(caches, 1, 16);
+    let mut cache = KvCache::new(caches, 1, 16).unwrap();
     let mut step = |rows: usize| {
         let sequences = cache.step(&[0], &[rows]).unwrap();
         let mut x = tokens(&group, rows).with_sequences(sequences).unwrap();

@@ -239,16 +239,17 @@ fn losses<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64
             off,
             z: off,
         };
-        let (mut max, mut sums, mut values, mut lse) = (wide(rows), wide(3 * rows), wide(rows), wide(rows));
+        let (mut max, mut sums, mut values, mut log) = (wide(rows), wide(3 * rows), wide(rows), wide(rows));
         device.row_max(x.mat(), B::slice_mut(&mut max.buffer))?;
         let max_slice = B::slice::<T::Acc>(&max.buffer);
         device.exp_sums(&targets, x.mat(), max_slice, B::slice_mut(&mut sums.buffer))?;
         let sums_slice = B::slice::<T::Acc>(&sums.buffer);
-        let (values_mut, lse_mut) = (B::slice_mut(&mut values.buffer), B::slice_mut(&mut lse.buffer));
-        device.cross_entropy::<T::Acc>(&targets, max_slice, sums_slice, values_mut, lse_mut)?;
+        let (values_mut, log_mut) = (B::slice_mut(&mut values.buffer), B::slice_mut(&mut log.buffer));
+        device.cross_entropy::<T::Acc>(&targets, max_slice, sums_slice, values_mut, log_mut)?;
         let mut dx = memory(3);
-        device.cross_entropy_backward(&targets, 0.3, x.mat(), B::slice(&lse.buffer), dx.mat_mut())?;
-        results.extend([max.values(), sums.values(), values.values(), lse.values(), dx.values()]);
+        let log_slice = B::slice::<T::Acc>(&log.buffer);
+        device.cross_entropy_backward(&targets, 0.3, x.mat(), max_slice, log_slice, dx.mat_mut())?;
+        results.extend([max.values(), sums.values(), values.values(), log.values(), dx.values()]);
     }
     let (mut sums, mut dx) = (wide(rows), memory(3));
     device.squared_error(x.mat(), y.mat(), B::slice_mut(&mut sums.buffer))?;

@@ -5,13 +5,14 @@ use crate::support::{Case, arrays, matrix, random, run};
 use shardwise::{
     Error, Result, Tensor,
     comm::Group,
-    device::Cpu,
+    device::{Cpu, Device},
+    kernels::MatRef,
     parallel::{
         AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, CopyTo, DTensor, Layer,
         ParallelAttention, QkvLayout, RowLinear, RowParallelLinear,
     },
-    shard::{Heads, Partition, Replicated, Sequences, Shard},
-    tensor::{Arrays, Random, Weights},
+    shard::{Heads, Partition, Replicated, Sequences, Shape, Shard},
+    tensor::{Arrays, Param, Random, Region, Role, Weights},
 };
 
 /// The message of what `build` fails with on `world` ranks.
@@ -221,4 +222,104 @@ fn random_weights_are_the_same_at_every_size() {
     for world in 2..=6 {
         assert_eq!(sums(world), one, "{world} ranks");
     }
+}
+
+/// Sizes whose product is beyond `usize`: 2³² · 2³² wraps to 0.
+#[test]
+fn sizes_whose_product_cannot_be_counted_are_errors() {
+    const HALF: usize = 1 << 32;
+    let cpu = Cpu::new();
+    for shape in
+        [vec![HALF, HALF], vec![HALF, HALF, 2], vec![2, usize::MAX], vec![HALF, HALF, 0], vec![0, HALF, HALF]]
+    {
+        let dims = shape.as_slice();
+        for error in [
+            Tensor::<f32>::empty(&cpu, dims).unwrap_err(),
+            Tensor::<f32>::zeros(&cpu, dims).unwrap_err(),
+            Tensor::<f64>::full(&cpu, dims, 1.0).unwrap_err(),
+            Tensor::<f32>::from_slice(&cpu, dims, &[]).unwrap_err(),
+            Tensor::<f32>::empty(&cpu, [0]).unwrap().reshape(dims).unwrap_err(),
+        ] {
+            let wanted = format!("a tensor of shape {shape:?} has more elements than can be counted");
+            assert!(error.to_string().ends_with(&wanted), "{error}");
+        }
+        let weights = Random::normal(1, 1.0);
+        let weights = Weights::new(&weights);
+        let loaded = Param::<f32, Cpu>::load(&cpu, &weights, "w", Role::Weight, dims, vec![]);
+        assert!(loaded.is_err(), "{shape:?}");
+        let whole = Region::whole(dims);
+        assert!(
+            Param::<f32, Cpu>::load_region(&cpu, &weights, "w", Role::Weight, whole.clone(), true).is_err()
+        );
+        // A small part of a tensor that has no element numbers.
+        let ranges =
+            dims.iter().enumerate().fold(whole, |region, (dim, &size)| region.cut(dim, 0..size.min(1)));
+        assert!(Param::<f32, Cpu>::load_region(&cpu, &weights, "w", Role::Weight, ranges, true).is_err());
+    }
+    assert_eq!((Shape::new(&[HALF, HALF]).len(), Shape::new(&[HALF, HALF, 0]).len()), (usize::MAX, 0));
+    assert_eq!(Shape::new(&[HALF, HALF, HALF]).rows(), usize::MAX);
+    assert_eq!(Shape::new(&[HALF, HALF, 3, HALF,][..]).split_at(2), (usize::MAX, HALF));
+    // Cuts and sequences of such sizes end at the largest number.
+    assert_eq!(Partition::from_sizes([3, usize::MAX, 2]).range(2), usize::MAX..usize::MAX);
+    assert_eq!(Partition::even(5, 2).scaled(usize::MAX).range(0), 0..usize::MAX);
+    assert_eq!(Partition::by_unit("test", "units", 5, usize::MAX, 2).unwrap().total(), usize::MAX);
+    assert_eq!(Sequences::packed([3, usize::MAX, 2]).rows(), usize::MAX);
+    let blocks = shardwise::shard::blocks(usize::MAX, 1, 4);
+    assert!(blocks.sizes().all(|size| size.abs_diff(1 << 62) <= 1), "{blocks:?}");
+    assert!(Sequences::padded(&[1], 1 << 60).is_err() && Sequences::padded(&[0, 0], usize::MAX).is_err());
+    // Views whose blocks lie beyond any memory are empty ones.
+    let none: [f32; 0] = [];
+    let view = MatRef::<f32, Cpu>::strided(&none, 3, 0, usize::MAX, 1).unwrap();
+    assert_eq!(view.block(2..3, 0..0).rows(), 1);
+}
+
+/// A cut whose parts' sizes wrap to 0, given to a collective: no rank reads what another has freed.
+#[test]
+fn a_cut_that_cannot_be_counted_is_an_error_on_every_rank() {
+    const PART: usize = 1 << 62;
+    for started in [false, true] {
+        ranks(2)
+            .run(|group| {
+                let cut = Partition::from_sizes([20_000, PART]);
+                let rows = 4;
+                let own = match group.rank() {
+                    0 => Tensor::<f64>::zeros(group.device(), [rows, 20_000])?,
+                    _ => {
+                        let own = Tensor::<f64>::zeros(group.device(), [rows, PART]).map(drop);
+                        assert!(own.unwrap_err().to_string().contains("[4, 4611686018427387904]"));
+                        return Ok(());
+                    }
+                };
+                let error = match started {
+                    false => group.all_gather(&own, 1, &cut).map(drop),
+                    true => group.start_all_gather(own, 1, &cut).map(drop),
+                };
+                let error = error.unwrap_err().to_string();
+                assert!(
+                    error.contains("all_gather") && error.contains("[4, 4611686018427407904]"),
+                    "{error}"
+                );
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+/// More memory than there is: an error with the number of elements, and the rank goes on.
+#[test]
+fn memory_that_cannot_be_had_is_an_error() {
+    const MANY: usize = 1 << 50;
+    let cpu = Cpu::new();
+    for len in [MANY, 1 << 60, usize::MAX / 8, usize::MAX] {
+        let error = Tensor::<f32>::zeros(&cpu, [len]).unwrap_err().to_string();
+        assert_eq!(error, format!("memory: no room for {len} elements of 4 bytes"));
+        assert!(Tensor::<half::bf16>::empty(&cpu, [len]).is_err());
+        let weights = Random::normal(1, 1.0);
+        let whole = Region::whole([len]);
+        let weights = Weights::new(&weights);
+        assert!(Param::<f32, Cpu>::load_region(&cpu, &weights, "w", Role::Weight, whole, true).is_err());
+    }
+    assert_eq!(cpu.memory().live, 0);
+    let x = Tensor::<f32>::full(&cpu, [3], 2.0).unwrap();
+    assert_eq!(x.to_vec().unwrap(), [2.0; 3]);
 }

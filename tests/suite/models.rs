@@ -3,7 +3,7 @@
 
 use crate::dev::{self, Dev, Tensor, ranks};
 use crate::support::close;
-use ndarray::Array2;
+use ndarray::{Array1, Array2};
 use serde_json::Value;
 use shardwise::{
     Error, Result,
@@ -12,8 +12,8 @@ use shardwise::{
     kernels::RopePairs,
     models::{Bert, BertConfig, Decoder, DecoderConfig, ModelConfig, save},
     ops::{RopeConfig, RopeScaling},
-    parallel::{Sampler, Stream, VocabParallelCrossEntropy},
-    shard::{Replicated, Sequences, Shard},
+    parallel::{DTensor, Sampler, Stream, VocabParallelCrossEntropy},
+    shard::{Reduction, Replicated, Sequences, Shard},
     tensor::{Arrays, Region, Role, Visit, WeightSource},
     weights::Checkpoint,
 };
@@ -648,4 +648,235 @@ fn the_corpus_of_attacks_does_no_harm() {
             }
         }
     }
+}
+
+/// Texts in a batch that is padded on the left have the logits and the gradients that they have without padding: their
+/// positions count tokens, and what the padding holds is of no account.
+#[test]
+fn texts_padded_on_the_left_are_the_texts_alone() {
+    fn run<S: Stream>(
+        world: usize,
+        (checkpoint, config): (&Checkpoint, &DecoderConfig),
+        ids: &[u32],
+        targets: &[u32],
+        sequences: &Sequences,
+    ) -> (Array2<f64>, BTreeMap<String, f64>) {
+        let outcomes = ranks(world).run(|group| {
+            let mut model = Decoder::<S, f64, Dev>::load(&group, checkpoint, config)?;
+            let (logits, saved) = model.forward(ids, sequences.clone())?;
+            let entropy =
+                VocabParallelCrossEntropy { ignored: Some(9999), ..VocabParallelCrossEntropy::default() };
+            let (_, kept) = entropy.forward(&logits, targets)?;
+            model.backward(saved, &entropy.backward(&kept, 1.0)?)?;
+            let logits = (logits.local().shape().cols(), logits.local().to_vec()?);
+            Ok((logits, own_slopes(|f| model.visit(f))?))
+        });
+        let (parts, slopes): (Vec<_>, Vec<_>) = outcomes.unwrap().into_iter().unzip();
+        (together(parts), total(slopes))
+    }
+    let dynamic = |config: &mut DecoderConfig| {
+        let rope = config.block.attention.rope.as_mut().unwrap();
+        rope.scaling = RopeScaling::DynamicNtk { factor: 2.0, trained: 5 };
+    };
+    for (name, change) in DECODERS.map(|name| (name, false)).into_iter().chain([("llama", true)]) {
+        let (checkpoint, mut config) = decoder(name);
+        if change {
+            dynamic(&mut config);
+        }
+        let prompts = reference(name, "logits").prompts;
+        let ids = prompts.concat();
+        let targets: Vec<u32> = ids.iter().map(|id| (id * 7 + 1) % 591).collect();
+        let alone = Sequences::packed(prompts.iter().map(Vec::len));
+        // GPT-2 has as many positions: a batch may be wider.
+        let width = config.positions.unwrap_or(12) + 2;
+        let (mut padded, mut padded_targets, mut valid, mut at) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        for prompt in &prompts {
+            let padding = width - prompt.len();
+            padded.extend((0..padding as u32).chain(prompt.iter().copied()));
+            padded_targets.extend(vec![9999; padding].iter().chain(&targets[at..at + prompt.len()]));
+            valid.extend((0..width).map(|row| row >= padding));
+            at += prompt.len();
+        }
+        let sequences = Sequences::packed(vec![width; prompts.len()]).masked(&valid).unwrap();
+        let model = (&checkpoint, &config);
+        let (want, slopes) = run::<Replicated>(1, model, &ids, &targets, &alone);
+        for world in [1, 2] {
+            for (got, got_slopes) in [
+                run::<Replicated>(world, model, &padded, &padded_targets, &sequences),
+                run::<Shard<0>>(world, model, &padded, &padded_targets, &sequences),
+            ] {
+                let rows: Vec<usize> = (0..valid.len()).filter(|&row| valid[row]).collect();
+                let got = got.select(ndarray::Axis(0), &rows);
+                close(&format!("{name} on {world}"), &got.into_dyn(), &want, 1e-12);
+                assert_eq!(got_slopes.len(), slopes.len());
+                for (tensor, slope) in &slopes {
+                    let error = (got_slopes[tensor] - slope).abs() / slope.abs().max(1.0);
+                    assert!(error < 1e-10, "{name} on {world}, {tensor}: {error:e}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bert_padded_on_the_left_is_the_text_alone() {
+    let ModelConfig::Bert(config) = ModelConfig::read(folder("bert")).unwrap() else { panic!("bert") };
+    let (checkpoint, reference) = (Checkpoint::open(folder("bert")).unwrap(), reference("bert", "hidden"));
+    // More rows than positions.
+    let width = config.positions + 2;
+    let (mut padded, mut valid) = (Vec::new(), Vec::new());
+    for prompt in &reference.prompts {
+        let padding = width - prompt.len();
+        padded.extend(vec![0; padding].iter().chain(prompt));
+        valid.extend((0..width).map(|row| row >= padding));
+    }
+    let sequences = Sequences::packed(vec![width; reference.prompts.len()]).masked(&valid).unwrap();
+    for world in [1, 2] {
+        let hidden = ranks(world).run(|group| {
+            let model = Bert::<Shard<0>, f32, Dev>::load(&group, &checkpoint, &config)?;
+            model.forward(&padded, None, sequences.clone())?.0.all_gather()?.local().to_array()
+        });
+        let hidden = hidden.unwrap()[0].mapv(f64::from).into_dimensionality::<ndarray::Ix2>().unwrap();
+        for (at, want) in reference.outputs.iter().enumerate() {
+            let rows = hidden.slice(ndarray::s![(at + 1) * width - want.nrows()..(at + 1) * width, ..]);
+            close("bert padded on the left", &rows.to_owned().into_dyn(), want, 1e-5);
+        }
+    }
+}
+
+/// The gradient of the rows of a word table.
+fn table_rows(visit: impl Visit<f64, Dev>, name: &str) -> Result<Vec<(usize, Vec<f64>)>> {
+    let (mut visit, mut rows) = (visit, Vec::new());
+    visit(&mut |param| {
+        for piece in param.pieces().iter().filter(|piece| piece.tensor == name) {
+            let (grad, width) = (param.grad().unwrap().to_vec()?, param.value().shape().cols());
+            let first = piece.region.ranges()[0].start;
+            rows.extend(grad.chunks(width).enumerate().map(|(row, grad)| (first + row, grad.to_vec())));
+        }
+        Ok(())
+    })?;
+    Ok(rows)
+}
+
+/// As `padding_idx` of torch's `nn.Embedding`: the row of `pad_token_id` is looked up as any other and gets no gradient by
+/// that; as a row of a tied head it does.
+#[test]
+fn the_word_embedding_of_padding_has_no_gradient() {
+    let ModelConfig::Bert(config) = ModelConfig::read(folder("bert")).unwrap() else { panic!("bert") };
+    let checkpoint = Checkpoint::open(folder("bert")).unwrap();
+    let ids = [5, 0, 7, 0, 590, 5];
+    let bert = |config: &BertConfig, world: usize, reduction: Reduction| {
+        let rows = ranks(world).run(|group| {
+            let group = group.with_reduction(reduction);
+            let mut model = Bert::<Replicated, f64, Dev>::load(&group, &checkpoint, config)?;
+            let (hidden, saved) = model.forward(&ids, None, Sequences::one(ids.len()))?;
+            let dy = crate::support::matrix(1, "dy", ids.len(), config.block.attention.hidden);
+            let dy = DTensor::replicated(&group, Tensor::from_array(group.device(), &dy)?)?;
+            model.backward(saved, &dy)?;
+            let rows = table_rows(|f| model.visit(f), "embeddings.word_embeddings.weight")?;
+            Ok((hidden.local().to_vec()?, rows))
+        });
+        let (hidden, rows): (Vec<_>, Vec<_>) = rows.unwrap().into_iter().unzip();
+        (hidden.into_iter().next().unwrap(), rows.concat())
+    };
+    let text = fs::read_to_string(folder("bert").join("config.json")).unwrap();
+    let with = |padding: &str| {
+        let text = text.replace("\"pad_token_id\": 0", padding);
+        assert!(padding == "\"pad_token_id\": 0" || text.contains(padding));
+        ModelConfig::parse(&text)
+    };
+    let of = |padding: &str| match with(padding) {
+        Ok(ModelConfig::Bert(config)) => config,
+        other => panic!("{other:?}"),
+    };
+    let none = bert(&of("\"pad_token_id\": null"), 1, Reduction::Fast);
+    assert!(none.1[0].1.iter().any(|grad| *grad != 0.0), "without `padding_idx` the row has a gradient");
+    let absent = of("\"pad\": 0");
+    let last = of("\"pad_token_id\": -1");
+    for (config, row) in [(&config, 0), (&absent, 0), (&last, 590), (&of("\"pad_token_id\": 5"), 5)] {
+        for world in [1, 2, 3, 8] {
+            for reduction in [Reduction::Fast, Reduction::Invariant { blocks: 8 }] {
+                let (hidden, rows) = bert(config, world, reduction);
+                if world == 1 && reduction == Reduction::Fast {
+                    assert_eq!(hidden, none.0, "the forward is as without");
+                }
+                assert_eq!(rows.len(), 591);
+                for ((at, got), (_, want)) in rows.iter().zip(&none.1) {
+                    let (got, mut want) = (Array1::from(got.clone()), Array1::from(want.clone()));
+                    if *at == row {
+                        want.fill(0.0);
+                        assert!(got.iter().all(|grad| *grad == 0.0), "row {at} on {world}");
+                    }
+                    close(&format!("row {at} on {world}"), &got.into_dyn(), &want, 1e-11);
+                }
+            }
+        }
+    }
+    let error = with("\"pad_token_id\": 591").unwrap_err();
+    assert_eq!(error, "`pad_token_id` is 591, but the vocabulary has 591 words");
+}
+
+/// Decoders: as transformers, which gives the embeddings of Llama, Mistral and Qwen their `pad_token_id`, and GPT-2's none.
+#[test]
+fn decoders_have_the_padding_of_transformers() {
+    let ids = [5, 3, 7, 3, 590, 5];
+    for name in DECODERS {
+        let (checkpoint, _) = decoder(name);
+        let text = fs::read_to_string(folder(name).join("config.json")).unwrap();
+        let padded = text.replace("\"pad_token_id\": null", "\"pad_token_id\": 3");
+        assert_ne!(text, padded);
+        let table = |text: &str, world: usize, with_head: bool| {
+            let Ok(ModelConfig::Decoder(config)) = ModelConfig::parse(text) else { panic!("{name}") };
+            let tensor = match name {
+                "gpt2" => "transformer.wte.weight",
+                _ => "model.embed_tokens.weight",
+            };
+            let rows = ranks(world).run(|group| {
+                let mut model = Decoder::<Replicated, f64, Dev>::load(&group, &checkpoint, &config)?;
+                let (logits, saved) = model.forward(&ids, Sequences::one(ids.len()))?;
+                let entropy = VocabParallelCrossEntropy::default();
+                let (_, kept) = entropy.forward(&logits, &[1, 2, 4, 6, 8, 9])?;
+                model.backward(saved, &entropy.backward(&kept, 1.0)?)?;
+                table_rows(|f| model.visit(f), tensor)
+            });
+            assert_eq!(config.tied, with_head);
+            rows.unwrap().concat()
+        };
+        let tied = ["qwen2", "qwen3", "gpt2"].contains(&name);
+        let (none, two) = (table(&text, 1, tied), table(&padded, 2, tied));
+        let one = table(&padded, 1, tied);
+        for (((at, none), (_, one)), (_, two)) in none.iter().zip(&one).zip(&two) {
+            let [none, one, two] = [none, one, two].map(|row| Array1::from(row.clone()).into_dyn());
+            close(name, &two, &one, 1e-11);
+            match (*at == 3 && name != "gpt2", tied) {
+                (false, _) => close(&format!("{name}, row {at}"), &one, &none, 1e-11),
+                (true, false) => assert!(one.iter().all(|grad| *grad == 0.0), "{name}"),
+                // The head's part alone.
+                (true, true) => assert!(one != none && one.iter().all(|grad| *grad != 0.0), "{name}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_cache_that_memory_cannot_hold_is_an_error() {
+    let (checkpoint, config) = decoder("llama");
+    let results = ranks(2).run(|group| {
+        let model = Decoder::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?;
+        for (slots, capacity) in [
+            (1, 1 << 50),
+            (1, usize::MAX),
+            (usize::MAX, 1),
+            (usize::MAX, usize::MAX),
+            (1 << 32, 1 << 32),
+            (1 << 60, 0),
+        ] {
+            let error = model.cache(slots, capacity).map(drop).unwrap_err().to_string();
+            assert!(error.contains("memory") || error.contains("elements"), "{error}");
+        }
+        // The rank and its model are as before.
+        let mut cache = model.cache(1, 4)?;
+        model.step(&[1, 2], &[0], &[2], &mut cache).map(drop)
+    });
+    results.unwrap();
 }

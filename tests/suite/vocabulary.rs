@@ -42,10 +42,13 @@ fn embeds<S: Stream>(world: usize, vocabulary: usize, hidden: usize, tokens: usi
     let source = arrays([("weight", table.clone())]);
     let (ids, dy) = (ids(seed, tokens, vocabulary), matrix(seed, "dy", tokens, hidden));
     let dlogits = matrix(seed, "dlogits", tokens, vocabulary);
+    // A word without gradient, which does occur.
+    let padding = ids.first().copied().filter(|_| seed.is_multiple_of(2));
     let outcomes = ranks(world).run(|world| {
         let (group, record) = world.recorded();
         let weights = Weights::new(&source);
-        let mut layer = VocabParallelEmbedding::<S, f64, Dev>::load(&group, &weights, vocabulary, hidden)?;
+        let layer = VocabParallelEmbedding::<S, f64, Dev>::load(&group, &weights, vocabulary, hidden)?;
+        let mut layer = layer.with_padding(padding)?;
         record.take();
         let (y, rows) = layer.forward(&ids, Sequences::one(tokens))?;
         assert_eq!(record.take(), layer.traffic(tokens).forward);
@@ -86,7 +89,11 @@ fn embeds<S: Stream>(world: usize, vocabulary: usize, hidden: usize, tokens: usi
     let logits = ndarray::concatenate(ndarray::Axis(1), &logits).unwrap();
     close("logits", &logits.into_dyn(), &reference::linear(&want, &table, None), EXACT);
     let head = reference::linear_backward(&want, &table, &dlogits);
-    let dtable = reference::embedding_backward(&index, vocabulary, &(&dy + &head.dx)) + head.dw;
+    let mut looked_up = reference::embedding_backward(&index, vocabulary, &(&dy + &head.dx));
+    if let Some(padding) = padding {
+        looked_up.row_mut(padding as usize).fill(0.0);
+    }
+    let dtable = looked_up + head.dw;
     close("dtable", &grads.finish()["weight"], &dtable, EXACT);
 }
 
@@ -223,6 +230,42 @@ fn cross_entropy_of_extreme_logits() {
     }
 }
 
+/// e^x of the softmax is unchanged by an offset, and so is the gradient: in f32 of 1e8 (Δ = 8 between neighbours), too.
+#[test]
+fn cross_entropy_of_logits_with_a_large_common_offset_is_right() {
+    fn shifted<T: Element>(offsets: &[f64], bound: f64) {
+        for (&offset, world) in offsets.iter().flat_map(|offset| [1, 2, 3].map(|world| (offset, world))) {
+            // The offset and the steps are numbers of the element.
+            let offset = T::from_f64(offset).to_f64();
+            let spacing = 2f64.powi(offset.log2().floor() as i32) * T::EPSILON.to_f64();
+            let step = spacing.max(0.5);
+            let steps = ndarray::array![[0.0, 0.0, 0.0, 0.0], [0.0, -1.0, 0.0, -2.0], [-3.0, 0.0, -1.0, 0.0]];
+            let (x, targets) = (steps.mapv(|at| offset + at * step), [1, 1, 3]);
+            assert!(x.iter().all(|&x| T::from_f64(x).to_f64() == x));
+            let plain = (Smoothing::None, 0.0);
+            for (smoothing, z) in [
+                plain,
+                (Smoothing::OverAll(0.1), 0.0),
+                (Smoothing::None, 1e-3),
+                (Smoothing::OverOthers(0.2), 1e-3),
+            ] {
+                let (loss, same) = options(smoothing, None, z);
+                let (losses, dx) = entropy::<T>(world, &loss, &x, &targets).unwrap();
+                let what = format!("{} + {offset:e} on {world}, {smoothing:?}, z {z}", T::DTYPE);
+                // The reference has the offset's rounding in f64; without z-loss it need not see the offset at all.
+                let seen = if z == 0.0 { steps.mapv(|at| at * step) } else { x.clone() };
+                close(&what, &losses, &same.losses(&seen, &targets), bound);
+                close(&what, &dx.into_dyn(), &same.backward(&seen, &targets, 0.5), bound);
+            }
+        }
+    }
+    let offsets = [1e4, 1e6, 1e8];
+    shifted::<f64>(&offsets, 1e-7);
+    shifted::<f32>(&offsets, 1e-6);
+    shifted::<half::bf16>(&offsets, half::bf16::EPSILON.to_f64());
+    shifted::<half::f16>(&[1e4], half::f16::EPSILON.to_f64());
+}
+
 /// The two conventions of smoothing differ, as PyTorch's and Megatron-LM's do.
 #[test]
 fn smoothing_conventions_differ() {
@@ -255,6 +298,8 @@ fn bad_targets_and_ids_are_named() {
         VocabParallelEmbedding::<Replicated, f32, Dev>::load(&group, &Weights::new(&source), 5, 2).unwrap();
     let error = table.forward(&[0, 5], Sequences::one(2)).unwrap_err();
     assert_eq!(error.to_string(), "embedding: id 5 is beyond a vocabulary of 5 words");
+    let error = table.with_padding(Some(5)).unwrap_err();
+    assert_eq!(error.to_string(), "embedding: the padding 5 is beyond a vocabulary of 5 words");
 }
 
 /// What dropout does to ones on one device.
@@ -311,6 +356,43 @@ proptest! {
     }
 }
 
+/// A tensor of more than two dimensions draws the mask of the matrix of its rows, whichever dimension is cut.
+#[test]
+fn dropout_of_any_rank_draws_by_the_index_in_the_whole() {
+    fn part<const D: usize>(group: &Group<Dev>, whole: &ArrayD<f64>) -> Result<ArrayD<f64>> {
+        let cut = Partition::even(whole.shape()[D], group.size());
+        let own = |x: &ArrayD<f64>| {
+            x.slice_axis(ndarray::Axis(D), ndarray::Slice::from(cut.range(group.rank()))).to_owned()
+        };
+        let ones = Tensor::from_array(group.device(), &own(&ArrayD::ones(whole.raw_dim())))?;
+        let x = DTensor::<Shard<D>, f64>::shard(group, ones, &cut)?.with_draw(Draw { step: 7, row: 3 });
+        let mut layer = Dropout::<Shard<D>>::new(0.5, 1, "d");
+        let (y, saved) = layer.forward(&x)?;
+        let dx: DTensor<Shard<D>, f64> = layer.backward(saved, &x)?;
+        assert_eq!(y.local().to_array()?, own(whole), "cut along {D}");
+        assert_eq!(dx.local().to_array()?, own(whole), "the gradient, cut along {D}");
+        Ok(own(whole))
+    }
+    for dims in [vec![4, 2, 3], vec![5, 3, 4, 3], vec![2, 1, 5], vec![3, 0, 2]] {
+        let (rows, cols) = (dims[..dims.len() - 1].iter().product(), dims[dims.len() - 1]);
+        let whole = mask(&Dropout::new(0.5, 1, "d"), rows, cols, Draw { step: 7, row: 3 });
+        let whole = whole.into_dyn().into_shape_with_order(ndarray::IxDyn(&dims)).unwrap();
+        for world in 1..4 {
+            ranks(world)
+                .run(|group| {
+                    part::<0>(&group, &whole)?;
+                    part::<1>(&group, &whole)?;
+                    part::<2>(&group, &whole)?;
+                    if dims.len() > 3 {
+                        part::<3>(&group, &whole)?;
+                    }
+                    Ok(())
+                })
+                .unwrap();
+        }
+    }
+}
+
 #[test]
 fn dropout_drops_as_often_as_asked_and_anew_at_each_step() {
     let dropout = Dropout::new(0.3, 1, "d");
@@ -322,17 +404,19 @@ fn dropout_drops_as_often_as_asked_and_anew_at_each_step() {
     // The mask is Philox's words, whoever draws them.
     let mask = DropoutMask { probability: 0.5, stream: Philox::stream(1, 2), row: 0, column: 1, width: 3 };
     let x = Tensor::<f64>::full(&dev::poisoned(), [4, 2], 1.0).unwrap();
-    let y = wide(&ops::dropout(&mask, &x).unwrap());
+    let y = wide(&ops::dropout(&[(4, mask)], &x).unwrap());
     for ((row, col), &y) in y.indexed_iter() {
         let kept = Philox::stream(1, 2).uniform((row * 3 + col + 1) as u64) >= 0.5;
         assert_eq!(y, if kept { 2.0 } else { 0.0 });
     }
-    let error = |mask| ops::dropout(&mask, &x).unwrap_err().to_string();
+    let error = |mask| ops::dropout(&[(1, mask), (3, mask)], &x).unwrap_err().to_string();
     assert_eq!(error(DropoutMask { probability: 1.0, ..mask }), "dropout: 1 is no probability less than 1");
     assert_eq!(
         error(DropoutMask { column: 2, ..mask }),
         "dropout: the column after the part's last is 4, but the whole's columns is 3"
     );
+    let error = ops::dropout(&[(1, mask), (2, mask)], &x).unwrap_err().to_string();
+    assert_eq!(error, "dropout: rows of the masks is 3, but rows of x is 4");
 }
 
 /// Lists, boxes and recomputation around a feed-forward layer: its bits, and its traffic, the forward's twice.

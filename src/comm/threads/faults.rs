@@ -87,6 +87,40 @@ mod tests {
         is_told(act(&comm, op, len));
     }
 
+    /// Whether data are published by reference depends on the parts: data that are longer would be read after their owner
+    /// has gone on.
+    #[test]
+    fn data_longer_than_the_parts_say_are_refused_on_every_rank() {
+        static DATA: [f32; 70_000] = [1.0; 70_000];
+        let rank = |seat: Seat| {
+            let comm = ThreadComm::join(seat, Rc::new(Presence::default()));
+            let parts = Parts { rows: 1, cuts: Partition::even(8, 2) };
+            let (mut whole, mut part) = ([0_f32; 8], [0_f32; 4]);
+            let gather = call(Op::AllGather, 0, 8);
+            let gathered =
+                comm.all_gather(&gather, &parts, AnyRef::F32(&DATA[..]), AnyMut::F32(&mut whole[..]));
+            let scatter = call(Op::ReduceScatter, 1, 8);
+            let recv = AnyMut::F32(&mut part[..]);
+            let scattered =
+                comm.reduce_scatter(&scatter, ReduceOp::Sum, &parts, AnyRef::F32(&DATA[..]), recv);
+            let messages = [gathered, scattered].map(|result| result.unwrap_err().to_string());
+            assert_eq!(
+                messages,
+                [
+                    "all_gather: bytes of the data is 280000, but the most of any rank is 16",
+                    "reduce_scatter: bytes of the data is 280000, but the most of any rank is 32",
+                ]
+            );
+            // No rank has met another: the group is as before.
+            comm.barrier(&call(Op::Barrier, 2, 0)).unwrap();
+        };
+        thread::scope(|scope| {
+            for seat in ThreadComm::group(2, Duration::from_secs(60)) {
+                scope.spawn(move || rank(seat));
+            }
+        });
+    }
+
     #[test]
     fn who_panics_between_the_meetings_is_named_by_the_same_call() {
         for (size, op, len) in [2, 3, 4, 8]

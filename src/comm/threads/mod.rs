@@ -70,7 +70,7 @@ impl ThreadComm {
     /// Publishes `data`, meets the others and lets `combine` make this rank's result from all ranks' data.
     ///
     /// `longest` is the most bytes that any rank publishes: the same number on every rank, so that all agree on whether
-    /// there is a second meeting.
+    /// there is a second meeting. An error if `data` are more.
     fn collect<'a, T: Element>(
         &'a self,
         call: &Call,
@@ -79,9 +79,19 @@ impl ThreadComm {
         combine: impl FnOnce(&dyn Fn(usize) -> &'a [T]),
     ) -> Result<()> {
         let slots = &self.seat.shared.slots;
+        let bytes = size_of_val(data);
+        if bytes > longest {
+            return Err(Error::sizes(
+                call.op.name(),
+                "bytes of the data",
+                bytes,
+                "the most of any rank",
+                longest,
+            ));
+        }
         // SAFETY: this rank owns its slot and has passed the first meeting of the operation before: its number was counted
         // there. `data` is borrowed until this function returns, which is after the second meeting if it is not copied:
-        // `longest` is at least its size.
+        // `longest` is at least its size, as was just checked, and the same number on every rank.
         #[allow(unsafe_code)]
         let at = self.meet(call, |at| unsafe { slots[self.seat.rank].publish_ref(at, call, data) })?;
         let second = (longest > EAGER).then(|| Second::of(&self.seat));
@@ -232,7 +242,7 @@ impl Communicator<Cpu> for ThreadComm {
         send: AnyRef<'_, Cpu>,
         recv: AnyMut<'_, Cpu>,
     ) -> Result<()> {
-        let longest = parts.longest() * send.dtype().size();
+        let longest = parts.longest().saturating_mul(send.dtype().size());
         each_pair!(send, recv, (send, recv) => {
             self.collect(call, longest, send, |part| combine::gather(parts, part, recv))
         })
@@ -246,7 +256,7 @@ impl Communicator<Cpu> for ThreadComm {
         send: AnyRef<'_, Cpu>,
         recv: AnyMut<'_, Cpu>,
     ) -> Result<()> {
-        let longest = parts.total() * send.dtype().size();
+        let longest = parts.total().saturating_mul(send.dtype().size());
         each_pair!(send, recv, (send, recv) => {
             self.collect(call, longest, send, |whole| combine::reduce_part(op, parts, self.seat.rank, whole, recv))
         })

@@ -4,6 +4,7 @@ pub(super) mod math;
 mod pool;
 mod simd;
 
+pub(crate) use pool::zeroed;
 pub use pool::{CpuBuffer, MemoryUse};
 pub(super) use pool::{Pool, Shelf};
 pub(crate) use simd::{Kernel, vectorized, widest};
@@ -67,7 +68,7 @@ impl Device for Cpu {
     type SliceMut<'a, T: Element> = &'a mut [T];
 
     fn empty<T: Element>(&self, len: usize) -> Result<CpuBuffer<T>> {
-        Ok(self.pool.take(len))
+        self.pool.take(len)
     }
 
     fn slice<T: Element>(buffer: &CpuBuffer<T>) -> &[T] {

@@ -1,11 +1,13 @@
 //! Host memory that is used again: freed buffers wait on shelves, one for each element and size class.
 
 use super::super::Element;
+use crate::error::{Error, Result};
 use half::{bf16, f16};
 use std::{
     cell::{Cell, RefCell},
     collections::BTreeMap,
     fmt,
+    hint::black_box,
     ops::{Deref, DerefMut},
     rc::Rc,
 };
@@ -46,7 +48,7 @@ impl Pool {
         Self { poison, ..Self::default() }
     }
 
-    pub(super) fn take<T: Element>(self: &Rc<Self>, len: usize) -> CpuBuffer<T> {
+    pub(super) fn take<T: Element>(self: &Rc<Self>, len: usize) -> Result<CpuBuffer<T>> {
         let class = size_class(len);
         let idle = T::shelf(self).borrow_mut().0.get_mut(&class).and_then(Vec::pop);
         let mut data = match idle {
@@ -55,8 +57,8 @@ impl Pool {
                 data
             }
             None => {
-                // Zeroed memory of this size comes untouched from the system: pages are made when first written.
-                let mut data = vec![T::default(); class];
+                let none = |_| Error::Memory { len, size: size_of::<T>() };
+                let mut data = zeroed(class).map_err(none)?;
                 data.truncate(len);
                 data
             }
@@ -66,7 +68,7 @@ impl Pool {
         }
         self.live.set(self.live.get() + len * size_of::<T>());
         self.peak.set(self.peak.get().max(self.live.get()));
-        CpuBuffer { data, pool: Rc::clone(self) }
+        Ok(CpuBuffer { data, pool: Rc::clone(self) })
     }
 
     fn give_back<T: Element>(&self, data: Vec<T>) {
@@ -90,8 +92,21 @@ impl Pool {
 
 /// The capacity given to a buffer of `len` elements: at most an eighth more, so that similar sizes share shelves.
 fn size_class(len: usize) -> usize {
-    let step = (len.next_power_of_two() / 16).max(16);
-    len.next_multiple_of(step)
+    let step = (len.checked_next_power_of_two().unwrap_or(usize::MAX) / 16).max(16);
+    len.checked_next_multiple_of(step).unwrap_or(len)
+}
+
+/// A vector of so many default values.
+///
+/// # Errors
+/// When there is no memory for them.
+pub(crate) fn zeroed<T: Clone + Default>(len: usize) -> Result<Vec<T>> {
+    // Zeroed memory comes untouched from the system, its pages made when first written; but `vec!` aborts where there is
+    // none. So it is asked for once before, without a page of it being touched; `black_box` lest that be optimized away.
+    let mut room = Vec::<T>::new();
+    room.try_reserve_exact(len).map_err(|_| Error::Memory { len, size: size_of::<T>() })?;
+    drop(black_box(room));
+    Ok(vec![T::default(); len])
 }
 
 /// Host memory that returns to its rank's pool when dropped.
@@ -141,21 +156,21 @@ mod tests {
     #[test]
     fn freed_memory_is_used_again_and_counted() {
         let pool = Rc::new(Pool::new(false));
-        let first = pool.take::<f32>(1000);
+        let first = pool.take::<f32>(1000).unwrap();
         let at = first.as_ptr();
         assert_eq!(pool.memory(), MemoryUse { live: 4000, peak: 4000 });
         drop(first);
-        let second = pool.take::<f32>(990);
+        let second = pool.take::<f32>(990).unwrap();
         assert_eq!((second.as_ptr(), second.len()), (at, 990), "a similar size comes from the same shelf");
         assert_eq!(pool.memory(), MemoryUse { live: 3960, peak: 4000 });
-        assert_eq!(pool.take::<f32>(0).len(), 0);
+        assert_eq!(pool.take::<f32>(0).unwrap().len(), 0);
     }
 
     #[test]
     fn a_poisoned_pool_hands_out_nan() {
         let pool = Rc::new(Pool::new(true));
-        drop(pool.take::<f64>(8));
-        assert!(pool.take::<f64>(8).iter().all(|value| value.is_nan()));
+        drop(pool.take::<f64>(8).unwrap());
+        assert!(pool.take::<f64>(8).unwrap().iter().all(|value| value.is_nan()));
     }
 
     #[test]
@@ -164,5 +179,6 @@ mod tests {
             let class = size_class(len);
             assert!(class >= len && class <= len.max(16) + len / 8 + 16, "{len} -> {class}");
         }
+        assert_eq!(size_class(usize::MAX), usize::MAX);
     }
 }

@@ -30,7 +30,8 @@ pub struct AttentionSpec<'a> {
     pub scale: f64,
     /// Whether a token sees only itself and those before it in its sequence.
     pub causal: bool,
-    /// With causal attention, how many tokens a token sees at most, itself and those just before it; all if not given.
+    /// With causal attention, how many rows a token sees at most, itself and those just before it; all if not given.
+    /// Padding among them takes its place, as in transformers.
     pub window: Option<usize>,
     /// Which rows belong together, and which are padding.
     pub sequences: &'a Sequences,
@@ -68,7 +69,7 @@ impl CacheSpec<'_> {
 
     /// The row of the cache behind a slot.
     fn end(&self, spec: &AttentionSpec<'_>, slot: usize) -> usize {
-        slot.saturating_add(1).saturating_mul(spec.kv_heads * self.capacity)
+        slot.saturating_add(1).saturating_mul(spec.kv_heads.saturating_mul(self.capacity))
     }
 }
 
@@ -102,6 +103,9 @@ pub trait Attention: Device {
     /// With D = rowsum(dO ∘ O): dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − D), dQ = scale dS K, dK = scale dSᵀ Q; the gradients of a
     /// key/value head are summed over its query heads. `dqkv` is `[rows, (heads + 2 kv_heads) · head_dim]`: the three
     /// side by side, as a fused projection made q, k and v.
+    ///
+    /// P = e^(score − lse) has the rounding of lse as its relative error, as in FlashAttention: in f32 up to 3e-5 at scores
+    /// of 1e3.
     ///
     /// # Errors
     /// When sizes disagree.

@@ -55,7 +55,7 @@ impl Loss for Cpu {
         max: &[A],
         sums: &[A],
         losses: &mut [A],
-        lse: &mut [A],
+        log: &mut [A],
     ) -> Result<()> {
         const OP: &str = "cross entropy";
         let rows = targets.classes.len();
@@ -63,15 +63,15 @@ impl Loss for Cpu {
         check_rows(OP, "the maxima", max.len(), 1, rows)?;
         check_rows(OP, "the sums", sums.len(), 3, rows)?;
         check_rows(OP, "the losses", losses.len(), 1, rows)?;
-        check_rows(OP, "the log-sum-exps", lse.len(), 1, rows)?;
+        check_rows(OP, "the logs of sums", log.len(), 1, rows)?;
         let [on, off, z] = [targets.on, targets.off, targets.z].map(A::from_f64);
-        for (row, (loss, lse)) in losses.iter_mut().zip(lse).enumerate() {
+        for (row, (loss, log)) in losses.iter_mut().zip(log).enumerate() {
             let sums = &sums[3 * row..3 * row + 3];
-            let log = sums[0].ln();
-            *lse = max[row] + log;
+            *log = sums[0].ln();
+            let lse = max[row] + *log;
             *loss = match targets.is_ignored(row) {
                 true => A::ZERO,
-                false => log - on * sums[1] - off * sums[2] + z * *lse * *lse,
+                false => *log - on * sums[1] - off * sums[2] + z * lse * lse,
             };
         }
         Ok(())
@@ -82,28 +82,30 @@ impl Loss for Cpu {
         targets: &Targets<'_>,
         scale: f64,
         x: MatRef<'_, T, Self>,
-        lse: &[T::Acc],
+        max: &[T::Acc],
+        log: &[T::Acc],
         mut dx: MatMut<'_, T, Self>,
     ) -> Result<()> {
         const OP: &str = "cross entropy backward";
         check_same(OP, x.dims(), &[("dx", dx.dims())])?;
         check_targets(OP, targets, x.rows(), x.cols())?;
-        check_rows(OP, "the log-sum-exps", lse.len(), 1, x.rows())?;
+        check_rows(OP, "the maxima", max.len(), 1, x.rows())?;
+        check_rows(OP, "the logs of sums", log.len(), 1, x.rows())?;
         let [on, off, z, scale] = [targets.on, targets.off, 2.0 * targets.z, scale].map(T::Acc::from_f64);
         vectorized(|| {
-            for (row, &lse) in lse.iter().enumerate() {
+            for (row, (&max, &log)) in max.iter().zip(log).enumerate() {
                 let (x, dx) = (x.row(row), dx.row(row));
                 if targets.is_ignored(row) {
                     dx.fill(T::narrow(T::Acc::ZERO));
                     continue;
                 }
-                let weight = T::Acc::ONE + z * lse;
+                let weight = T::Acc::ONE + z * (max + log);
                 for (dx, x) in dx.iter_mut().zip(x) {
-                    *dx = T::narrow(scale * ((x.widen() - lse).exp() * weight - off));
+                    *dx = T::narrow(scale * (((x.widen() - max) - log).exp() * weight - off));
                 }
                 if let Some(column) = targets.column(row, x.len()) {
                     // Once more from the logit: what stands there was rounded.
-                    let p = (x[column].widen() - lse).exp() * weight;
+                    let p = ((x[column].widen() - max) - log).exp() * weight;
                     dx[column] = T::narrow(scale * (p - off - on));
                 }
             }

@@ -66,7 +66,7 @@ impl Loss for Cuda {
         max: CudaSlice<'_, A>,
         sums: CudaSlice<'_, A>,
         losses: CudaSliceMut<'_, A>,
-        lse: CudaSliceMut<'_, A>,
+        log: CudaSliceMut<'_, A>,
     ) -> Result<()> {
         const OP: &str = "cross entropy";
         let rows = targets.classes.len();
@@ -74,14 +74,14 @@ impl Loss for Cuda {
         check_rows(OP, "the maxima", Self::len(max), 1, rows)?;
         check_rows(OP, "the sums", Self::len(sums), 3, rows)?;
         check_rows(OP, "the losses", Self::len_mut(&losses), 1, rows)?;
-        check_rows(OP, "the log-sum-exps", Self::len_mut(&lse), 1, rows)?;
+        check_rows(OP, "the logs of sums", Self::len_mut(&log), 1, rows)?;
         let ignored = self.ignored(targets)?;
         let launch = self.kernel(Kernel::CrossEntropy, A::DTYPE).int(rows);
         let launch = launch.floats([targets.on, targets.off, targets.z]).table(&ignored);
         // SAFETY: the arguments are cross_entropy's; the sizes were checked.
         #[allow(unsafe_code)]
         unsafe {
-            launch.read(max).read(sums).write(&losses).write(&lse).run(Grid::over(rows))
+            launch.read(max).read(sums).write(&losses).write(&log).run(Grid::over(rows))
         }
     }
 
@@ -90,13 +90,15 @@ impl Loss for Cuda {
         targets: &Targets<'_>,
         scale: f64,
         x: MatRef<'_, T, Self>,
-        lse: CudaSlice<'_, T::Acc>,
+        max: CudaSlice<'_, T::Acc>,
+        log: CudaSlice<'_, T::Acc>,
         dx: MatMut<'_, T, Self>,
     ) -> Result<()> {
         const OP: &str = "cross entropy backward";
         check_same(OP, x.dims(), &[("dx", dx.dims())])?;
         check_targets(OP, targets, x.rows(), x.cols())?;
-        check_rows(OP, "the log-sum-exps", Self::len(lse), 1, x.rows())?;
+        check_rows(OP, "the maxima", Self::len(max), 1, x.rows())?;
+        check_rows(OP, "the logs of sums", Self::len(log), 1, x.rows())?;
         let (columns, ignored) = (self.columns(targets, x.cols())?, self.ignored(targets)?);
         let walk = Walk::by_rows(&[x.operand(), dx.operand()], x.rows(), x.cols());
         let sdx = dx.dims().row_stride;
@@ -104,7 +106,8 @@ impl Loss for Cuda {
         let launch = self.kernel(Kernel::CrossEntropyBackward, T::DTYPE).ints(walk.words());
         let launch =
             launch.floats([targets.on, targets.off, targets.z, scale]).table(&columns).table(&ignored);
-        let launch = launch.read(x.data()).int(x.dims().row_stride).read(lse).write(&dx).int(sdx);
+        let launch = launch.read(x.data()).int(x.dims().row_stride);
+        let launch = launch.read(max).read(log).write(&dx).int(sdx);
         // SAFETY: the arguments are cross_entropy_backward's; the sizes were checked.
         #[allow(unsafe_code)]
         unsafe {

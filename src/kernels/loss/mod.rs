@@ -76,7 +76,7 @@ pub trait Loss: Device {
         sums: Self::SliceMut<'_, T::Acc>,
     ) -> Result<()>;
 
-    /// The losses of the rows, from the maxima and the sums over all classes; 0 for ignored rows. `lse` ← log Σ e^x.
+    /// The losses of the rows, from the maxima m and the sums over all classes; 0 for ignored rows. `log` ← log Σ e^(x − m).
     ///
     /// # Errors
     /// When sizes disagree, or a target is no class.
@@ -86,10 +86,14 @@ pub trait Loss: Device {
         max: Self::Slice<'_, A>,
         sums: Self::Slice<'_, A>,
         losses: Self::SliceMut<'_, A>,
-        lse: Self::SliceMut<'_, A>,
+        log: Self::SliceMut<'_, A>,
     ) -> Result<()>;
 
-    /// dx ← scale · ∂(Σ over rows of L)/∂x = scale · (e^(x − lse) (1 + 2 z lse) − q); 0 for ignored rows.
+    /// dx ← scale · ∂(Σ over rows of L)/∂x = scale · (p (1 + 2 z lse) − q), with p = e^((x − m) − log) and lse = m + log;
+    /// 0 for ignored rows.
+    ///
+    /// The maximum and the log of the sum come apart: where logits have a large offset in common, m + log is rounded at the
+    /// size of the offset, and e^(x − lse) is no probability any more. x − m is exact there.
     ///
     /// # Errors
     /// When sizes disagree, or a target is no class.
@@ -98,7 +102,8 @@ pub trait Loss: Device {
         targets: &Targets<'_>,
         scale: f64,
         x: MatRef<'_, T, Self>,
-        lse: Self::Slice<'_, T::Acc>,
+        max: Self::Slice<'_, T::Acc>,
+        log: Self::Slice<'_, T::Acc>,
         dx: MatMut<'_, T, Self>,
     ) -> Result<()>;
 
@@ -153,7 +158,7 @@ fn check_rows(op: &'static str, name: &str, len: usize, each: usize, rows: usize
         1 => "the number of rows".to_string(),
         each => format!("{each} times the number of rows"),
     };
-    same_size(op, name, len, &what, each * rows)
+    same_size(op, name, len, &what, each.saturating_mul(rows))
 }
 
 /// Operands of one shape, with unit column stride.
