@@ -1,6 +1,6 @@
 //! AdamW.
 
-use super::state::{State, States};
+use super::state::States;
 use crate::{
     device::{Cpu, Device, Element},
     error::Result,
@@ -36,13 +36,12 @@ impl Default for AdamWConfig {
 #[derive(Debug)]
 pub struct AdamW<T: Element = f32, B: Device = Cpu> {
     config: AdamWConfig,
-    steps: u64,
-    states: States<T, B, 2>,
+    states: States<T, B>,
 }
 
 impl<T: Element, B: Device> Default for AdamW<T, B> {
     fn default() -> Self {
-        Self { config: AdamWConfig::default(), steps: 0, states: States::default() }
+        Self { config: AdamWConfig::default(), states: States::new("adamw", &["m", "v"]) }
     }
 }
 
@@ -52,29 +51,29 @@ impl<T: Element, B: Backend> AdamW<T, B> {
         Self { config, ..Self::default() }
     }
 
-    /// The number of steps made.
+    /// The number of steps made: the largest of any parameter.
     pub fn steps(&self) -> u64 {
-        self.steps
+        self.states.steps()
     }
 
     /// One step on every parameter that has a gradient, which is multiplied with `grad_scale` first.
     ///
+    /// Moments belong to a parameter's name, and t is the number of the parameter's own steps, as in PyTorch: any
+    /// parameters may be visited, in any order.
+    ///
     /// # Errors
-    /// When `visit` passes other parameters than at the first step, or the device fails.
+    /// When a name is visited twice or has another shape or other pieces than before, or the device fails. Nothing has
+    /// changed after the former.
     pub fn step(&mut self, visit: impl Visit<T, B>, lr: f64, grad_scale: f64) -> Result<()> {
-        self.steps += 1;
         let AdamWConfig { beta1, beta2, eps, weight_decay, decay_vectors } = self.config;
-        let all = AdamWStep { step: self.steps, lr, beta1, beta2, eps, weight_decay, grad_scale };
-        self.states.each(
-            "adamw",
-            visit,
-            |device, grad, value, State { master, sums: [first, second], .. }| {
-                let decays = decay_vectors || value.shape().rank() > 1;
-                let step = AdamWStep { weight_decay: if decays { weight_decay } else { 0.0 }, ..all };
-                let master = State::<T, B, 2>::master(master)?;
-                let moments = [first.slice_mut()?, second.slice_mut()?];
-                device.adamw(&step, grad.slice(), value.slice_mut()?, master, moments)
-            },
-        )
+        self.states.each(visit, |param, grad, state| {
+            let decays = decay_vectors || param.value().shape().rank() > 1;
+            let weight_decay = if decays { weight_decay } else { 0.0 };
+            let step = AdamWStep { step: state.steps, lr, beta1, beta2, eps, weight_decay, grad_scale };
+            let (master, moments) = state.slices()?;
+            let moments = moments.try_into().ok().expect("the state has both moments");
+            let weight = param.update_mut().slice_mut()?;
+            grad.device().adamw(&step, grad.slice(), weight, master, moments)
+        })
     }
 }

@@ -1,6 +1,6 @@
 //! Stochastic gradient descent.
 
-use super::state::{State, States};
+use super::state::States;
 use crate::{
     device::{Cpu, Device, Element},
     error::Result,
@@ -26,38 +26,36 @@ pub struct SgdConfig {
 #[derive(Debug)]
 pub struct Sgd<T: Element = f32, B: Device = Cpu> {
     config: SgdConfig,
-    plain: States<T, B, 0>,
-    moving: States<T, B, 1>,
+    states: States<T, B>,
 }
 
 impl<T: Element, B: Device> Default for Sgd<T, B> {
     fn default() -> Self {
-        Self { config: SgdConfig::default(), plain: States::default(), moving: States::default() }
+        Self { config: SgdConfig::default(), states: States::new("sgd", &[]) }
     }
 }
 
 impl<T: Element, B: Backend> Sgd<T, B> {
     /// With these choices.
     pub fn new(config: SgdConfig) -> Self {
-        Self { config, ..Self::default() }
+        let sums: &[&str] = if config.momentum == 0.0 { &[] } else { &["velocity"] };
+        Self { config, states: States::new("sgd", sums) }
     }
 
     /// One step on every parameter that has a gradient, which is multiplied with `grad_scale` first.
     ///
+    /// Velocities belong to a parameter's name: any parameters may be visited, in any order.
+    ///
     /// # Errors
-    /// When `visit` passes other parameters than at the first step, or the device fails.
+    /// When a name is visited twice or has another shape or other pieces than before, or the device fails. Nothing has
+    /// changed after the former.
     pub fn step(&mut self, visit: impl Visit<T, B>, lr: f64, grad_scale: f64) -> Result<()> {
         let SgdConfig { momentum, nesterov, weight_decay } = self.config;
         let step = SgdStep { lr, momentum, nesterov, weight_decay, grad_scale };
-        if momentum == 0.0 {
-            return self.plain.each("sgd", visit, |device, grad, value, State { master, .. }| {
-                let master = State::<T, B, 0>::master(master)?;
-                device.sgd(&step, grad.slice(), value.slice_mut()?, master, None)
-            });
-        }
-        self.moving.each("sgd", visit, |device, grad, value, State { master, sums: [velocity], .. }| {
-            let master = State::<T, B, 1>::master(master)?;
-            device.sgd(&step, grad.slice(), value.slice_mut()?, master, Some(velocity.slice_mut()?))
+        self.states.each(visit, |param, grad, state| {
+            let (master, mut velocity) = state.slices()?;
+            let weight = param.update_mut().slice_mut()?;
+            grad.device().sgd(&step, grad.slice(), weight, master, velocity.pop())
         })
     }
 }

@@ -206,5 +206,9 @@ fn broadcast<T: Element, B: Backend>(
     visit: &mut impl Visit<T, B>,
     root: usize,
 ) -> Result<()> {
-    visit(&mut |param| group.broadcast(root, param.value_mut()))
+    visit(&mut |param| {
+        // The sender's value is not a new one: its master weights are more than the value's.
+        let value = if group.rank() == root { param.update_mut() } else { param.value_mut() };
+        group.broadcast(root, value)
+    })
 }
