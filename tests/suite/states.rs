@@ -5,11 +5,14 @@ use crate::support::{arrays, close, random};
 use half::{bf16, f16};
 use ndarray::ArrayD;
 use shardwise::{
+    comm::Group,
     device::Element,
     optim::{AdamW, AdamWConfig, Sgd, SgdConfig},
+    parallel::BoxLayer,
     reference,
+    shard::{Reduction, Replicated},
     tensor::{Param, Region, Role, Weights},
-    train::{DataParallel, GradReduce},
+    train::{DataParallel, GradReduce, Pipeline, Schedule},
 };
 
 /// A whole parameter with random values.
@@ -239,4 +242,122 @@ fn a_broadcast_leaves_the_senders_masters_alone() {
     let device = dev::poisoned();
     let begin = values(&param::<bf16>(&device, "w", &[3, 5]));
     assert!(one[0].iter().zip(&begin).any(|(got, before)| (f64::from_bits(*got) - before).abs() > 0.01));
+}
+
+/// A parameter without a gradient on any replica has none after the reduction, so that nothing decays it; where some
+/// replica has one, zeros stand in for the others'.
+#[test]
+fn absent_gradients_stay_absent_through_every_reduction() {
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum How {
+        Sum,
+        SmallBuckets,
+        Mean,
+        Central,
+        Invariant,
+    }
+    for (world, how) in (1..=4).flat_map(|world| {
+        [How::Sum, How::SmallBuckets, How::Mean, How::Central, How::Invariant].map(|how| (world, how))
+    }) {
+        let all = ranks(world).run(|group| {
+            let group = match how {
+                How::Invariant => group.with_reduction(Reduction::Invariant { blocks: 4 }),
+                _ => group,
+            };
+            let names = ["first", "idle", "last", "some"];
+            let mut params = names.map(|name| param::<f64>(group.device(), name, &[3, 2]));
+            let before = bits(&params[1]);
+            let mut adamw = AdamW::<f64, Dev>::new(adamw_config());
+            let replicas = match how {
+                How::SmallBuckets => {
+                    DataParallel::with_buckets(&group, |f| params.iter_mut().try_for_each(f), 100)?
+                }
+                How::Central => {
+                    DataParallel::central(&group, |f| params.iter_mut().try_for_each(f), world - 1)?
+                }
+                _ => DataParallel::new(&group, |f| params.iter_mut().try_for_each(f))?,
+            };
+            let some = group.rank() == 0;
+            for step in 0..3 {
+                params.iter_mut().for_each(Param::zero_grad);
+                let weight = group.rank() as f64;
+                replicas.begin(match how {
+                    How::Mean if world > 1 => GradReduce::Mean { weight },
+                    _ => GradReduce::Sum,
+                })?;
+                for name in if some { vec![3, 2, 0] } else { vec![2, 0] } {
+                    give(&mut params[name], step);
+                }
+                replicas.finish(|f| params.iter_mut().try_for_each(f))?;
+                let here = replicas.steps();
+                let present: Vec<_> = params.iter().map(|param| param.grad().is_some()).collect();
+                assert_eq!(present, [here, false, here, here], "{world} ranks, {how:?}");
+                if here {
+                    let ones = if how == How::Mean { 1.0 } else { world as f64 };
+                    let some = if how == How::Mean && world > 1 { 0.0 } else { 1.0 };
+                    for (param, times) in params.iter().zip([ones, 0.0, ones, some]) {
+                        let Some(grad) = param.grad() else { continue };
+                        let want = random(100 + step, param.name(), &[3, 2]) * times;
+                        close(param.name(), &grad.to_array()?, &want, 1e-14);
+                    }
+                    adamw.step(|f| params.iter_mut().try_for_each(f), LR, 1.0)?;
+                }
+                replicas.publish(|f| params.iter_mut().try_for_each(f))?;
+            }
+            assert_eq!(bits(&params[1]), before, "{world} ranks, {how:?}");
+            Ok(params.map(|param| bits(&param)))
+        });
+        let all: Vec<_> = all.unwrap();
+        assert!(all.iter().all(|own| *own == all[0]));
+    }
+}
+
+/// Two backwards to one parameter of a bucket leave out no other, whose gradient is from before.
+#[test]
+fn a_gradient_that_is_completed_twice_does_not_stand_for_another() {
+    let all = ranks(2).run(|group| {
+        let mut params = ["a", "b"].map(|name| param::<f64>(group.device(), name, &[3, 2]));
+        let replicas = DataParallel::new(&group, |f| params.iter_mut().try_for_each(f))?;
+        give(&mut params[1], 0);
+        replicas.begin(GradReduce::Sum)?;
+        give(&mut params[0], 0);
+        give(&mut params[0], 0);
+        replicas.finish(|f| params.iter_mut().try_for_each(f))?;
+        for param in &params {
+            let want = random(100, param.name(), &[3, 2]) * 2.0;
+            close(param.name(), &param.grad().unwrap().to_array()?, &want, 1e-15);
+        }
+        Ok(())
+    });
+    all.unwrap();
+}
+
+/// The ends of a pipeline sum the gradients of a parameter that both hold.
+#[test]
+fn absent_gradients_stay_absent_where_the_ends_of_a_pipeline_share_a_parameter() {
+    for (given, want) in
+        [([false; 2], None), ([true, false], Some(1.0)), ([false, true], Some(1.0)), ([true; 2], Some(2.0))]
+    {
+        let all = ranks(3).run(|group| {
+            let chunks = [Vec::<BoxLayer<Replicated, Replicated, f64, Dev>>::new()];
+            let alone = Group::solo(group.device());
+            let pipeline = Pipeline::new(&group, &alone, Schedule::gpipe(3, 1), &chunks, 2)?;
+            if !pipeline.is_first() && !pipeline.is_last() {
+                return Ok(None);
+            }
+            let mut table = param::<f64>(group.device(), "table", &[3, 2]);
+            if given[usize::from(pipeline.is_last())] {
+                give(&mut table, 0);
+            }
+            pipeline.sum_tied(&mut table)?;
+            table.grad().map(Tensor::to_array).transpose()
+        });
+        let all = all.unwrap();
+        for got in [&all[0], &all[2]] {
+            assert_eq!(got.is_some(), want.is_some());
+            if let (Some(got), Some(times)) = (got, want) {
+                close("table", got, &(random(100, "table", &[3, 2]) * times), 1e-15);
+            }
+        }
+    }
 }
