@@ -3,7 +3,7 @@
 //! An optimizer is given the way to a model's parameters, which every layer and model has as `visit`:
 //!
 //! ```
-//! # use shardwise::{Result, device::Cpu, comm::Group, optim::{AdamW, grad_norm}, parallel::*, tensor::{Random, Weights}};
+//! # use shardwise::{Result, device::Cpu, comm::Group, optim::{AdamW, clip_scale, grad_norm}, parallel::*, tensor::{Random, Weights}};
 //! # fn main() -> Result<()> {
 //! # let world = Group::solo(&Cpu::new());
 //! # let source = Random::normal(1, 0.02);
@@ -12,7 +12,7 @@
 //! let mut optimizer = AdamW::default();
 //! // after a backward …
 //! let norm = grad_norm(|f| model.visit(f), &[&world])?;
-//! optimizer.step(|f| model.visit(f), 1e-3, (1.0 / norm).min(1.0))?;
+//! optimizer.step(|f| model.visit(f), 1e-3, clip_scale(norm, 1.0)?)?;
 //! # Ok(())
 //! # }
 //! # use shardwise::parallel::Layer;

@@ -7,7 +7,7 @@ use ndarray::ArrayD;
 use shardwise::{
     comm::Group,
     device::Element,
-    optim::{AdamW, AdamWConfig, Sgd, SgdConfig},
+    optim::{AdamW, AdamWConfig, LossScale, Sgd, SgdConfig, clip_scale},
     parallel::BoxLayer,
     reference,
     shard::{Reduction, Replicated},
@@ -359,5 +359,46 @@ fn absent_gradients_stay_absent_where_the_ends_of_a_pipeline_share_a_parameter()
                 close("table", got, &(random(100, "table", &[3, 2]) * times), 1e-15);
             }
         }
+    }
+}
+
+#[test]
+fn a_loss_scale_stays_within_what_f32_holds() {
+    let mut scale = LossScale::new(1.0, 1).unwrap();
+    (0..1100).for_each(|_| assert!(scale.update(0.0)));
+    assert_eq!(scale.scale(), 2f64.powi(127));
+    assert!(!scale.update(f64::NAN));
+    assert_eq!(scale.scale(), 2f64.powi(126));
+    (0..1100).for_each(|_| assert!(!scale.update(f64::INFINITY)));
+    assert_eq!(scale.scale(), f64::from(f32::MIN_POSITIVE));
+    assert!(scale.update(0.0));
+    assert_eq!(scale.scale(), 2.0 * f64::from(f32::MIN_POSITIVE));
+    for (scale, interval, says) in [
+        (0.0, 1, "loss scale: 0 is not in 1.1754943508222875e-38..=3.4028234663852886e38"),
+        (-1.0, 1, "loss scale: -1 is not in 1.1754943508222875e-38..=3.4028234663852886e38"),
+        (f64::NAN, 1, "loss scale: NaN is not in 1.1754943508222875e-38..=3.4028234663852886e38"),
+        (f64::INFINITY, 1, "loss scale: inf is not in 1.1754943508222875e-38..=3.4028234663852886e38"),
+        (1.0, 0, "loss scale: it cannot grow after every 0 steps"),
+    ] {
+        assert_eq!(LossScale::new(scale, interval).unwrap_err().to_string(), says);
+    }
+}
+
+#[test]
+fn a_norm_that_cannot_be_clipped_is_an_error_and_no_factor() {
+    assert_eq!(
+        [(0.5, 1.0), (4.0 - 1e-6, 1.0)].map(|(norm, max)| clip_scale(norm, max).unwrap()),
+        [1.0, 0.25]
+    );
+    assert_eq!(
+        [(0.0, 0.0), (3.0, f64::INFINITY)].map(|(norm, max)| clip_scale(norm, max).unwrap()),
+        [0.0, 1.0]
+    );
+    let (nan, infinite) = (f64::NAN, f64::INFINITY);
+    for (norm, max) in
+        [(nan, 1.0), (infinite, 1.0), (infinite, infinite), (-1.0, 1.0), (1.0, -1.0), (1.0, nan)]
+    {
+        let says = format!("clip scale: a gradient of norm {norm} cannot be clipped to a norm of {max}");
+        assert_eq!(clip_scale(norm, max).unwrap_err().to_string(), says);
     }
 }
