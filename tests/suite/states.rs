@@ -1,19 +1,27 @@
 //! What outlives a step: optimizers' states, masters, absent gradients and scales.
 
 use crate::dev::{self, Dev, Tensor, ranks};
-use crate::support::{arrays, close, random};
+use crate::support::{Assembled, arrays, close, random};
+use crate::training::{
+    batch,
+    model::{Config, Gpt},
+};
 use half::{bf16, f16};
 use ndarray::ArrayD;
 use shardwise::{
-    comm::Group,
+    Result,
+    comm::{DeviceMesh, Group},
     device::Element,
-    optim::{AdamW, AdamWConfig, LossScale, Sgd, SgdConfig, clip_scale},
+    models::save,
+    optim::{AdamW, AdamWConfig, LossScale, ParamGroup, Sgd, SgdConfig, clip_scale},
     parallel::BoxLayer,
     reference,
-    shard::{Reduction, Replicated},
-    tensor::{Param, Region, Role, Weights},
+    shard::{Axis, Mesh, Reduction, Replicated},
+    tensor::{Arrays, Param, Piece, Random, Region, Role, WeightSource, Weights},
     train::{DataParallel, GradReduce, Pipeline, Schedule},
+    weights::Checkpoint,
 };
+use std::{collections::BTreeMap, ops::Range, path::Path};
 
 /// A whole parameter with random values.
 fn param<T: Element>(device: &Dev, name: &str, shape: &[usize]) -> Param<T, Dev> {
@@ -145,7 +153,7 @@ fn a_name_visited_twice_or_with_other_pieces_is_refused_before_anything_changes(
         );
     }
     let mut again = cut(0..3, true);
-    let says = "w is visited twice in one step";
+    let says = "w is visited twice";
     assert_eq!(
         step(&mut [&mut w, &mut first, &mut again], 3),
         [format!("adamw: {says}"), format!("sgd: {says}")]
@@ -401,4 +409,342 @@ fn a_norm_that_cannot_be_clipped_is_an_error_and_no_factor() {
         let says = format!("clip scale: a gradient of norm {norm} cannot be clipped to a norm of {max}");
         assert_eq!(clip_scale(norm, max).unwrap_err().to_string(), says);
     }
+}
+
+/// Decay and rate by name, late gradients, and what the configuration says of all others: PyTorch's `param_groups`.
+#[test]
+fn groups_have_rates_and_decays_of_their_own() {
+    let device = dev::poisoned();
+    let group = |name: &str, shape: usize, otherwise: f64| match name {
+        "plain" => (1.0, 0.0),
+        "slow" => (0.25, 0.3),
+        "frozen" => (0.0, 0.3),
+        _ => (1.0, if shape > 1 { DECAY } else { otherwise }),
+    };
+    let rule = |param: &Param<f64, Dev>| match param.name() {
+        "plain" => ParamGroup { weight_decay: Some(0.0), ..ParamGroup::default() },
+        "slow" => ParamGroup { lr_scale: 0.25, weight_decay: Some(0.3) },
+        "frozen" => ParamGroup { lr_scale: 0.0, weight_decay: Some(0.3) },
+        _ => ParamGroup::default(),
+    };
+    let names: [(&str, &[usize]); 5] =
+        [("plain", &[3, 5]), ("slow", &[4]), ("frozen", &[2, 2]), ("matrix", &[2, 3]), ("vector", &[3])];
+    let load = || names.map(|(name, shape)| param::<f64>(&device, name, shape));
+    let (mut params, mut moved) = (load(), load());
+    let (mut want, mut want_moved) = (params.each_ref().map(values), moved.each_ref().map(values));
+    let config = AdamWConfig { weight_decay: DECAY, ..AdamWConfig::default() };
+    let mut adamw = AdamW::<f64, Dev>::new(config).groups(rule);
+    let mut sgd = Sgd::<f64, Dev>::new(sgd_config()).groups(rule);
+    let mut plain = names.map(|(name, shape)| {
+        let (scale, decay) = group(name, shape.len(), 0.0);
+        plain_adamw(LR * scale, decay)
+    });
+    let mut plain_moved = names.map(|(name, shape)| {
+        let (scale, decay) = group(name, shape.len(), DECAY);
+        plain_sgd(LR * scale, decay)
+    });
+    for step in 0..8 {
+        // Each has its first gradient a step later than the one before.
+        for at in 0..names.len().min(step as usize + 1) {
+            let grad = give(&mut params[at], step);
+            plain[at].step(&mut want[at], &(&grad * 0.5));
+            give(&mut moved[at], step);
+            plain_moved[at].step(&mut want_moved[at], &(&grad * 0.5));
+        }
+        adamw.step(|f| params.iter_mut().try_for_each(f), LR, 0.5).unwrap();
+        sgd.step(|f| moved.iter_mut().try_for_each(f), LR, 0.5).unwrap();
+        for at in 0..names.len() {
+            close(&format!("adamw, {} at {step}", names[at].0), &values(&params[at]), &want[at], 1e-12);
+            close(&format!("sgd, {} at {step}", names[at].0), &values(&moved[at]), &want_moved[at], 1e-12);
+        }
+    }
+    assert_eq!(adamw.steps(), 8);
+}
+
+#[test]
+fn numbers_that_make_no_sense_are_refused_before_anything_changes() {
+    let (nan, infinite) = (f64::NAN, f64::INFINITY);
+    let device = dev::poisoned();
+    let mut w = param::<f32>(&device, "w", &[3]);
+    give(&mut w, 0);
+    let before = bits(&w);
+    let mut refused = |step: &mut dyn FnMut(&mut Param<f32, Dev>) -> Result<()>, says: &str| {
+        let error = step(&mut w).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}: {says}");
+        assert_eq!(bits(&w), before, "{says}");
+    };
+    for (lr, scale, says) in [
+        (nan, 1.0, "lr is NaN, which is not in 0.0..inf"),
+        (-0.1, 1.0, "lr is -0.1, which is not in 0.0..inf"),
+        (infinite, 1.0, "lr is inf, which"),
+        (0.1, nan, "grad_scale is NaN, which"),
+        (0.1, infinite, "grad_scale is inf, which"),
+        (0.1, -infinite, "grad_scale is -inf, which"),
+    ] {
+        refused(&mut |w| AdamW::default().step(|f| f(w), lr, scale), &format!("adamw: {says}"));
+        refused(&mut |w| Sgd::default().step(|f| f(w), lr, scale), &format!("sgd: {says}"));
+    }
+    let adamw = AdamWConfig::default();
+    for (config, says) in [
+        (AdamWConfig { beta1: 1.0, ..adamw }, "adamw: beta1 is 1, which is not in 0.0..1.0"),
+        (AdamWConfig { beta1: -0.1, ..adamw }, "adamw: beta1 is -0.1, which"),
+        (AdamWConfig { beta2: 1.0, ..adamw }, "adamw: beta2 is 1, which"),
+        (AdamWConfig { beta2: nan, ..adamw }, "adamw: beta2 is NaN, which"),
+        (AdamWConfig { eps: 0.0, ..adamw }, "adamw: eps is 0, which"),
+        (AdamWConfig { eps: -1e-8, ..adamw }, "adamw: eps is -0.00000001, which"),
+        (AdamWConfig { weight_decay: -0.1, ..adamw }, "adamw: weight_decay is -0.1, which"),
+    ] {
+        refused(&mut |w| AdamW::new(config).step(|f| f(w), 0.1, 1.0), says);
+    }
+    let sgd = SgdConfig::default();
+    for (config, says) in [
+        (SgdConfig { momentum: nan, ..sgd }, "sgd: momentum is NaN, which"),
+        (SgdConfig { momentum: -0.9, ..sgd }, "sgd: momentum is -0.9, which"),
+        (SgdConfig { weight_decay: infinite, ..sgd }, "sgd: weight_decay is inf, which"),
+    ] {
+        refused(&mut |w| Sgd::new(config).step(|f| f(w), 0.1, 1.0), says);
+    }
+    for (group, says) in [
+        (ParamGroup { lr_scale: nan, weight_decay: None }, "lr_scale of w is NaN, which"),
+        (ParamGroup { lr_scale: 1.0, weight_decay: Some(-1.0) }, "weight_decay of w is -1, which"),
+    ] {
+        refused(&mut |w| AdamW::default().groups(move |_| group).step(|f| f(w), 0.1, 1.0), says);
+        refused(&mut |w| Sgd::default().groups(move |_| group).step(|f| f(w), 0.1, 1.0), says);
+    }
+}
+
+/// Heads, vocabulary and features that two and three ranks cut unevenly.
+const GPT: Config = Config {
+    vocabulary: 11,
+    context: 5,
+    hidden: 12,
+    heads: 3,
+    ffn: 7,
+    layers: 1,
+    dropout: 0.2,
+    recompute: false,
+};
+
+/// With an ε that bounds what rounding makes of the gradient of a key's bias, which is 0 but for that.
+fn gpt_config() -> AdamWConfig {
+    AdamWConfig { eps: 1e-3, ..adamw_config() }
+}
+
+/// A model on a mesh, and its optimizer.
+struct Training<T: Element, O> {
+    mesh: DeviceMesh<Dev>,
+    model: Gpt<Replicated, T, Dev>,
+    optimizer: O,
+}
+
+/// What the tests ask of an optimizer.
+trait Optimizer<T: Element>: Sized {
+    fn fresh() -> Self;
+    fn load(source: &dyn WeightSource, model: &mut Gpt<Replicated, T, Dev>) -> Result<Self>;
+    fn step(&mut self, model: &mut Gpt<Replicated, T, Dev>, scale: f64) -> Result<()>;
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, Dev>) -> Result<()>) -> Result<()>;
+}
+
+impl<T: Element> Optimizer<T> for AdamW<T, Dev> {
+    fn fresh() -> Self {
+        Self::new(gpt_config())
+    }
+
+    fn load(source: &dyn WeightSource, model: &mut Gpt<Replicated, T, Dev>) -> Result<Self> {
+        Self::load(gpt_config(), source, |f| model.visit(f))
+    }
+
+    fn step(&mut self, model: &mut Gpt<Replicated, T, Dev>, scale: f64) -> Result<()> {
+        self.step(|f| model.visit(f), LR, scale)
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, Dev>) -> Result<()>) -> Result<()> {
+        self.visit_state(f)
+    }
+}
+
+impl<T: Element> Optimizer<T> for Sgd<T, Dev> {
+    fn fresh() -> Self {
+        Self::new(sgd_config())
+    }
+
+    fn load(source: &dyn WeightSource, model: &mut Gpt<Replicated, T, Dev>) -> Result<Self> {
+        Self::load(sgd_config(), source, |f| model.visit(f))
+    }
+
+    fn step(&mut self, model: &mut Gpt<Replicated, T, Dev>, scale: f64) -> Result<()> {
+        self.step(|f| model.visit(f), LR, scale)
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, Dev>) -> Result<()>) -> Result<()> {
+        self.visit_state(f)
+    }
+}
+
+impl<T: Element, O: Optimizer<T>> Training<T, O> {
+    fn new(world: &Group<Dev>, [dp, tp]: [usize; 2], source: &dyn WeightSource) -> Result<Self> {
+        let mesh = DeviceMesh::new(world, Mesh::new(dp, 1, tp)?)?;
+        let model = Gpt::load(&mesh, &Weights::new(source), &GPT, Schedule::gpipe(1, 1))?;
+        Ok(Self { mesh, model, optimizer: O::fresh() })
+    }
+
+    fn open(world: &Group<Dev>, mesh: [usize; 2], folder: &Path) -> Result<Self> {
+        let mut training = Self::new(world, mesh, &Checkpoint::open(folder.join("model"))?)?;
+        let states = Checkpoint::open(folder.join("states"))?;
+        training.optimizer = O::load(&states, &mut training.model)?;
+        Ok(training)
+    }
+
+    fn save(&mut self, folder: &Path) -> Result<()> {
+        // The replicas hold the same.
+        if self.mesh.group(Axis::Data).rank() > 0 {
+            return Ok(());
+        }
+        let group = self.mesh.group(Axis::Tensor);
+        save(group, |f| self.model.visit(f), &folder.join("model"), "{}", |_| false, usize::MAX)?;
+        save(group, |f| self.optimizer.visit(f), &folder.join("states"), "{}", |_| false, 2000)
+    }
+
+    fn steps(&mut self, steps: Range<u64>) -> Result<()> {
+        for step in steps {
+            let (_, norm) = self.model.gradients(&batch(&GPT, step, 4), step, 1.0)?;
+            self.optimizer.step(&mut self.model, clip_scale(norm, 1.0)?)?;
+        }
+        Ok(())
+    }
+
+    /// Every tensor of the model and of the states, and what this rank holds of it.
+    fn held(&mut self) -> Result<Held> {
+        let mut held = Vec::new();
+        self.model.visit(&mut |param| hold(&mut held, param))?;
+        self.optimizer.visit(&mut |param| hold(&mut held, param))?;
+        let replica = self.mesh.group(Axis::Data).rank();
+        Ok(if replica == 0 { held } else { Vec::new() })
+    }
+}
+
+type Held = Vec<(Vec<Piece>, Vec<usize>, Vec<f64>)>;
+
+fn hold<T: Element>(held: &mut Held, param: &mut Param<T, Dev>) -> Result<()> {
+    let values = param.value().to_vec()?.into_iter().map(T::to_f64).collect();
+    held.push((param.pieces().to_vec(), param.value().shape().dims().to_vec(), values));
+    Ok(())
+}
+
+fn together(ranks: Result<Vec<Held>>) -> BTreeMap<String, ArrayD<f64>> {
+    let mut whole = Assembled::default();
+    let all = ranks.unwrap().into_iter().flatten();
+    all.for_each(|(pieces, shape, values)| whole.add(&pieces, &shape, &values));
+    whole.finish()
+}
+
+/// The run that is never stopped, and those that go on from its fourth step on some meshes.
+fn stopped_and_not<T: Element, O: Optimizer<T>>(
+    mesh: [usize; 2],
+    others: &[[usize; 2]],
+) -> (BTreeMap<String, ArrayD<f64>>, Vec<BTreeMap<String, ArrayD<f64>>>) {
+    let folder = tempfile::tempdir().unwrap();
+    let size = |mesh: [usize; 2]| mesh.iter().product();
+    let never = together(ranks(size(mesh)).run(|world| {
+        let mut training = Training::<T, O>::new(&world, mesh, &Random::normal(3, 0.3))?;
+        training.steps(0..4)?;
+        training.save(folder.path())?;
+        training.steps(4..8)?;
+        training.held()
+    }));
+    let go_on = |&mesh: &[usize; 2]| {
+        together(ranks(size(mesh)).run(|world| {
+            let mut training = Training::<T, O>::open(&world, mesh, folder.path())?;
+            training.steps(4..8)?;
+            training.held()
+        }))
+    };
+    (never, others.iter().map(go_on).collect())
+}
+
+#[test]
+fn training_goes_on_from_saved_states_on_any_mesh() {
+    fn case<O: Optimizer<f64>>(state: &str) {
+        let meshes = [[2, 2], [1, 3], [1, 1], [3, 1]];
+        let (never, others) = stopped_and_not::<f64, O>([2, 2], &meshes);
+        assert!(never.contains_key(state));
+        for (mesh, other) in meshes.iter().zip(others) {
+            assert!(other.keys().eq(never.keys()));
+            for (name, want) in &never {
+                close(&format!("{mesh:?}: {name}"), &other[name], want, 1e-12);
+            }
+        }
+    }
+    case::<AdamW<f64, Dev>>("adamw.step.layers.0.attention.k.weight");
+    case::<Sgd<f64, Dev>>("sgd.velocity.layers.0.attention.k.weight");
+}
+
+#[test]
+fn training_goes_on_bit_for_bit_on_the_same_mesh_with_masters_too() {
+    fn case<T: Element, O: Optimizer<T>>(state: &str) {
+        let (never, others) = stopped_and_not::<T, O>([2, 2], &[[2, 2]]);
+        assert!(never.contains_key(state));
+        assert!(others[0].keys().eq(never.keys()));
+        let bits = |array: &ArrayD<f64>| array.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        never.iter().for_each(|(name, want)| assert!(bits(&others[0][name]) == bits(want), "{name}"));
+    }
+    case::<bf16, AdamW<bf16, Dev>>("adamw.master.embedding.weight");
+    case::<bf16, Sgd<bf16, Dev>>("sgd.master.embedding.weight");
+    case::<f64, AdamW<f64, Dev>>("adamw.step.embedding.weight");
+}
+
+/// A source that lacks some of a parameter's state names what is there and what is not; one that has nothing of a
+/// parameter lets it begin anew; one that is no count of steps is none.
+#[test]
+fn states_are_read_whole_or_not_at_all() {
+    let device = dev::poisoned();
+    let of = |kind: &str, value: f64, shape: &[usize]| {
+        (format!("adamw.{kind}.w"), ArrayD::from_elem(shape, value))
+    };
+    let whole = [of("m", 0.5, &[3]), of("v", 0.25, &[3]), of("master", 1.0, &[3]), of("step", 7.0, &[1])];
+    let load = |tensors: &[(String, ArrayD<f64>)]| {
+        let source = Arrays(tensors.iter().cloned().collect());
+        let mut params = ["other", "w"].map(|name| param::<bf16>(&device, name, &[3]));
+        AdamW::<bf16, Dev>::load(adamw_config(), &source, |f| params.iter_mut().try_for_each(f))
+    };
+    let mut states = load(&whole).unwrap();
+    assert_eq!(states.steps(), 7);
+    let mut names = Vec::new();
+    states
+        .visit_state(&mut |param| {
+            names.push(param.name().to_string());
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(names, ["adamw.m.w", "adamw.v.w", "adamw.master.w", "adamw.step.w"]);
+    assert_eq!(load(&[]).unwrap().steps(), 0);
+    for at in 0..whole.len() {
+        let mut part = whole.to_vec();
+        let (absent, _) = part.remove(at);
+        let there = if at == 0 { "adamw.v.w" } else { "adamw.m.w" };
+        let says = format!("adamw: the source has `{there}`, but not `{absent}`");
+        assert_eq!(load(&part).unwrap_err().to_string(), says);
+    }
+    for count in [-1.0, 0.5, f64::NAN] {
+        let mut wrong = whole.to_vec();
+        wrong[3] = of("step", count, &[1]);
+        let says = format!("adamw: adamw.step.w is [{count:?}], which is no number of steps");
+        assert_eq!(load(&wrong).unwrap_err().to_string(), says);
+    }
+    let mut wrong = whole.to_vec();
+    wrong[1] = of("v", 0.0, &[4]);
+    assert!(load(&wrong).unwrap_err().to_string().contains("`adamw.v.w` has shape [4]"));
+    // What a visitor writes counts: another rank's steps, for example.
+    let write = |value: f64| {
+        load(&whole).unwrap().visit_state(&mut |param| {
+            let shape = param.value().shape();
+            *param.value_mut() = Tensor::full(&device, shape, value)?;
+            Ok(())
+        })
+    };
+    write(9.0).unwrap();
+    assert_eq!(
+        write(9.5).unwrap_err().to_string(),
+        "adamw: adamw.step.w is [9.5], which is no number of steps"
+    );
 }
