@@ -66,7 +66,7 @@ fn step([dp, pp, tp]: [usize; 3]) -> Result<(f64, f64)> {
         // The first step warms up.
         for number in 0..=STEPS {
             let (loss, norm) = model.gradients(&batch, number, 1.0)?;
-            adamw.step(|f| model.visit(f), 1e-4, clip_scale(norm, 1.0))?;
+            adamw.step(|f| model.visit(f), 1e-4, clip_scale(norm, 1.0)?)?;
             world.barrier()?;
             if number == 0 {
                 start = Instant::now();

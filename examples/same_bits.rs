@@ -67,7 +67,7 @@ fn train<S: Stream>(ranks: usize, reduction: Reduction) -> Result<u64> {
             // The gradient of y · target.
             block.backward(saved, &target)?;
             let norm = grad_norm(|f| block.visit(f), &[&world])?;
-            optimizer.step(|f| block.visit(f), 1e-2, clip_scale(norm, 1.0))?;
+            optimizer.step(|f| block.visit(f), 1e-2, clip_scale(norm, 1.0)?)?;
             outputs.push(y.into_local().to_vec()?);
             norms.push(norm.to_bits());
         }

@@ -214,7 +214,7 @@ fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
         // Only f16 needs it.
         let mut scale = match args.dtype {
             Dtype::F16 => LossScale::default(),
-            _ => LossScale::new(1.0, u32::MAX),
+            _ => LossScale::new(1.0, u32::MAX)?,
         };
         let bar = match world.rank() {
             0 => ProgressBar::new(args.steps),
@@ -243,7 +243,7 @@ fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
             let (loss, norm) = model.gradients(&batch, step, scale.scale())?;
             let undo = 1.0 / scale.scale();
             if scale.update(norm) {
-                adamw.step(|f| model.visit(f), rate.at(step), undo * clip_scale(norm * undo, 1.0))?;
+                adamw.step(|f| model.visit(f), rate.at(step), undo * clip_scale(norm * undo, 1.0)?)?;
             } else if args.dtype != Dtype::F16 {
                 require_finite(norm)?;
             }

@@ -1,11 +1,15 @@
 //! AdamW.
 
-use super::state::{State, States};
+use super::{
+    ParamGroup,
+    state::{Layout, States},
+    within,
+};
 use crate::{
     device::{Cpu, Device, Element},
     error::Result,
     kernels::{AdamWStep, Backend},
-    tensor::Visit,
+    tensor::{Param, Visit, WeightSource},
 };
 
 /// The choices of an [`AdamW`]. The defaults are PyTorch's, but for [`AdamWConfig::decay_vectors`].
@@ -36,13 +40,15 @@ impl Default for AdamWConfig {
 #[derive(Debug)]
 pub struct AdamW<T: Element = f32, B: Device = Cpu> {
     config: AdamWConfig,
-    steps: u64,
-    states: States<T, B, 2>,
+    states: States<T, B>,
 }
+
+const OP: &str = "adamw";
+const LAYOUT: Layout = Layout { op: OP, sums: &["m", "v"], counts: true };
 
 impl<T: Element, B: Device> Default for AdamW<T, B> {
     fn default() -> Self {
-        Self { config: AdamWConfig::default(), steps: 0, states: States::default() }
+        Self { config: AdamWConfig::default(), states: States::new(LAYOUT) }
     }
 }
 
@@ -52,29 +58,76 @@ impl<T: Element, B: Backend> AdamW<T, B> {
         Self { config, ..Self::default() }
     }
 
-    /// The number of steps made.
+    /// With the states that a source has of the parameters that `visit` visits, such as a checkpoint of what
+    /// [`AdamW::visit_state`] passes, of any mesh. Parameters of which it has none begin anew.
+    ///
+    /// A master weight that does not round to the parameter's value is taken from the value: load the model first.
+    ///
+    /// # Errors
+    /// When the source has a part of a parameter's state only, or of another shape, or visits a name twice.
+    pub fn load(config: AdamWConfig, source: &dyn WeightSource, visit: impl Visit<T, B>) -> Result<Self> {
+        Ok(Self { config, states: States::load(LAYOUT, source, visit)? })
+    }
+
+    /// With a rate and a decay that `groups` gives each parameter, at every step.
+    ///
+    /// ```
+    /// use shardwise::optim::{AdamW, ParamGroup};
+    /// let adamw = AdamW::<f32>::default().groups(|param| match param.name() {
+    ///     name if name.ends_with("norm.weight") => ParamGroup { weight_decay: Some(0.0), ..ParamGroup::default() },
+    ///     "embedding.weight" => ParamGroup { lr_scale: 0.1, ..ParamGroup::default() },
+    ///     _ => ParamGroup::default(),
+    /// });
+    /// ```
+    pub fn groups(mut self, groups: impl Fn(&Param<T, B>) -> ParamGroup + 'static) -> Self {
+        self.states.set_groups(groups);
+        self
+    }
+
+    /// Calls `f` on what is kept for each parameter that has had a gradient, in the order of their first gradients, which
+    /// is the same on every rank.
+    ///
+    /// That is, for a tensor `w` of the model, `adamw.m.w`, `adamw.v.w`, of bf16 and f16 `adamw.master.w`, and
+    /// `adamw.step.w`, the number of steps, exact up to 2²⁴ in f32. The last has one element, and is owned by the rank
+    /// that owns the first of `w`; the others are cut and owned as `w` is. What `f` writes there is used from then on.
+    ///
+    /// # Errors
+    /// The first of `f`; when it writes what is no number of steps, or the device has no memory left.
+    pub fn visit_state(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, B>) -> Result<()>) -> Result<()> {
+        self.states.visit(f)
+    }
+
+    /// The number of steps made: the largest of any parameter.
     pub fn steps(&self) -> u64 {
-        self.steps
+        self.states.steps()
     }
 
     /// One step on every parameter that has a gradient, which is multiplied with `grad_scale` first.
     ///
+    /// Moments belong to a parameter's name, and t is the number of the parameter's own steps, as in PyTorch: any
+    /// parameters may be visited, in any order.
+    ///
     /// # Errors
-    /// When `visit` passes other parameters than at the first step, or the device fails.
+    /// When a number makes no sense (a negative or infinite rate or decay, a β outside [0, 1), an ε that is not
+    /// positive, a `grad_scale` that is not finite), or a name is visited twice or has another shape or other pieces than
+    /// before: nothing has changed then. When the device fails.
     pub fn step(&mut self, visit: impl Visit<T, B>, lr: f64, grad_scale: f64) -> Result<()> {
-        self.steps += 1;
         let AdamWConfig { beta1, beta2, eps, weight_decay, decay_vectors } = self.config;
-        let all = AdamWStep { step: self.steps, lr, beta1, beta2, eps, weight_decay, grad_scale };
-        self.states.each(
-            "adamw",
-            visit,
-            |device, grad, value, State { master, sums: [first, second], .. }| {
-                let decays = decay_vectors || value.shape().rank() > 1;
-                let step = AdamWStep { weight_decay: if decays { weight_decay } else { 0.0 }, ..all };
-                let master = State::<T, B, 2>::master(master)?;
-                let moments = [first.slice_mut()?, second.slice_mut()?];
-                device.adamw(&step, grad.slice(), value.slice_mut()?, master, moments)
-            },
-        )
+        within(OP, "lr", lr, 0.0..f64::INFINITY)?;
+        within(OP, "grad_scale", grad_scale, f64::MIN..f64::INFINITY)?;
+        within(OP, "beta1", beta1, 0.0..1.0)?;
+        within(OP, "beta2", beta2, 0.0..1.0)?;
+        within(OP, "eps", eps, f64::MIN_POSITIVE..f64::INFINITY)?;
+        within(OP, "weight_decay", weight_decay, 0.0..f64::INFINITY)?;
+        self.states.each(visit, |param, grad, group, state| {
+            let decays = decay_vectors || param.value().shape().rank() > 1;
+            let weight_decay = group.weight_decay.unwrap_or(if decays { weight_decay } else { 0.0 });
+            let lr = lr * group.lr_scale;
+            let step = AdamWStep { step: state.steps, lr, beta1, beta2, eps, weight_decay, grad_scale };
+            let (master, moments) = state.slices()?;
+            let moments = moments.try_into().ok().expect("the state has both moments");
+            let weight = param.update_mut().slice_mut()?;
+            grad.device().adamw(&step, grad.slice(), weight, master, moments)
+        })
     }
 }

@@ -3,7 +3,7 @@
 //! An optimizer is given the way to a model's parameters, which every layer and model has as `visit`:
 //!
 //! ```
-//! # use shardwise::{Result, device::Cpu, comm::Group, optim::{AdamW, grad_norm}, parallel::*, tensor::{Random, Weights}};
+//! # use shardwise::{Result, device::Cpu, comm::Group, optim::{AdamW, clip_scale, grad_norm}, parallel::*, tensor::{Random, Weights}};
 //! # fn main() -> Result<()> {
 //! # let world = Group::solo(&Cpu::new());
 //! # let source = Random::normal(1, 0.02);
@@ -12,13 +12,17 @@
 //! let mut optimizer = AdamW::default();
 //! // after a backward …
 //! let norm = grad_norm(|f| model.visit(f), &[&world])?;
-//! optimizer.step(|f| model.visit(f), 1e-3, (1.0 / norm).min(1.0))?;
+//! optimizer.step(|f| model.visit(f), 1e-3, clip_scale(norm, 1.0)?)?;
 //! # Ok(())
 //! # }
 //! # use shardwise::parallel::Layer;
 //! ```
 //!
-//! Gradients are kept in the accumulator; parameters of bf16 and f16 have master weights there, too.
+//! Gradients are kept in the accumulator; parameters of bf16 and f16 have master weights there, too. A master follows a
+//! value that is set after it.
+//!
+//! What an optimizer keeps belongs to a parameter's name. [`AdamW::visit_state`] passes it like parameters, which are
+//! saved as a model's are, and [`AdamW::load`] reads it on any other mesh.
 
 mod adamw;
 mod learning_rate;
@@ -32,3 +36,29 @@ pub use learning_rate::{Decay, LearningRate};
 pub use norm::{clip_scale, grad_norm, require_finite};
 pub use scale::LossScale;
 pub use sgd::{Sgd, SgdConfig};
+
+use crate::error::{Error, Result};
+use std::ops::Range;
+
+/// How an optimizer treats one parameter; by default as its configuration says.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ParamGroup {
+    /// Multiplied with the learning rate.
+    pub lr_scale: f64,
+    /// The decay instead of the configuration's, of vectors too.
+    pub weight_decay: Option<f64>,
+}
+
+impl Default for ParamGroup {
+    fn default() -> Self {
+        Self { lr_scale: 1.0, weight_decay: None }
+    }
+}
+
+/// `Ok` if a choice lies in a range, which NaN does not.
+fn within(op: &'static str, name: &str, value: f64, range: Range<f64>) -> Result<()> {
+    match range.contains(&value) {
+        true => Ok(()),
+        false => Err(Error::invalid(op, format!("{name} is {value}, which is not in {range:?}"))),
+    }
+}

@@ -280,7 +280,16 @@ pub fn require_finite(norm: f64) -> Result<f64> {
     }
 }
 
-/// What to multiply a gradient of norm `norm` with so that its norm is `max` at most: min(1, max / (norm + 10⁻⁶)).
-pub fn clip_scale(norm: f64, max: f64) -> f64 {
-    (max / (norm + 1e-6)).min(1.0)
+/// What to multiply a gradient of norm `norm` with so that its norm is `max` at most: min(1, max / (norm + 10⁻⁶)), as
+/// `torch.nn.utils.clip_grad_norm_` with `error_if_nonfinite`. An infinite `max` clips nothing.
+///
+/// # Errors
+/// When the norm is NaN, infinite or negative, or `max` is NaN or negative: no factor makes such a gradient one of norm
+/// `max`.
+pub fn clip_scale(norm: f64, max: f64) -> Result<f64> {
+    if !(0.0..f64::INFINITY).contains(&norm) || !(0.0..=f64::INFINITY).contains(&max) {
+        let reason = format!("a gradient of norm {norm} cannot be clipped to a norm of {max}");
+        return Err(Error::invalid("clip scale", reason));
+    }
+    Ok((max / (norm + 1e-6)).min(1.0))
 }

@@ -1,11 +1,15 @@
 //! Stochastic gradient descent.
 
-use super::state::{State, States};
+use super::{
+    ParamGroup,
+    state::{Layout, States},
+    within,
+};
 use crate::{
     device::{Cpu, Device, Element},
     error::Result,
     kernels::{Backend, SgdStep},
-    tensor::Visit,
+    tensor::{Param, Visit, WeightSource},
 };
 
 /// The choices of an [`Sgd`]; by default plain gradient descent.
@@ -26,38 +30,74 @@ pub struct SgdConfig {
 #[derive(Debug)]
 pub struct Sgd<T: Element = f32, B: Device = Cpu> {
     config: SgdConfig,
-    plain: States<T, B, 0>,
-    moving: States<T, B, 1>,
+    states: States<T, B>,
+}
+
+const OP: &str = "sgd";
+
+/// Without momentum there is no velocity.
+fn layout(config: &SgdConfig) -> Layout {
+    let sums: &[&str] = if config.momentum == 0.0 { &[] } else { &["velocity"] };
+    Layout { op: OP, sums, counts: false }
 }
 
 impl<T: Element, B: Device> Default for Sgd<T, B> {
     fn default() -> Self {
-        Self { config: SgdConfig::default(), plain: States::default(), moving: States::default() }
+        let config = SgdConfig::default();
+        Self { config, states: States::new(layout(&config)) }
     }
 }
 
 impl<T: Element, B: Backend> Sgd<T, B> {
     /// With these choices.
     pub fn new(config: SgdConfig) -> Self {
-        Self { config, ..Self::default() }
+        Self { config, states: States::new(layout(&config)) }
+    }
+
+    /// With the states that a source has of the parameters that `visit` visits, as [`super::AdamW::load`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load(config: SgdConfig, source: &dyn WeightSource, visit: impl Visit<T, B>) -> Result<Self> {
+        Ok(Self { config, states: States::load(layout(&config), source, visit)? })
+    }
+
+    /// With a rate and a decay that `groups` gives each parameter, at every step, as [`super::AdamW::groups`].
+    pub fn groups(mut self, groups: impl Fn(&Param<T, B>) -> ParamGroup + 'static) -> Self {
+        self.states.set_groups(groups);
+        self
+    }
+
+    /// Calls `f` on what is kept for each parameter that has had a gradient, as [`super::AdamW::visit_state`]: for a tensor
+    /// `w` of the model, with momentum `sgd.velocity.w`, and of bf16 and f16 `sgd.master.w`.
+    ///
+    /// # Errors
+    /// The first of `f`.
+    pub fn visit_state(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, B>) -> Result<()>) -> Result<()> {
+        self.states.visit(f)
     }
 
     /// One step on every parameter that has a gradient, which is multiplied with `grad_scale` first.
     ///
+    /// Velocities belong to a parameter's name: any parameters may be visited, in any order.
+    ///
     /// # Errors
-    /// When `visit` passes other parameters than at the first step, or the device fails.
+    /// When a number makes no sense (a negative or infinite rate, momentum or decay, a `grad_scale` that is not finite),
+    /// or a name is visited twice or has another shape or other pieces than before: nothing has changed then. When the
+    /// device fails.
     pub fn step(&mut self, visit: impl Visit<T, B>, lr: f64, grad_scale: f64) -> Result<()> {
         let SgdConfig { momentum, nesterov, weight_decay } = self.config;
-        let step = SgdStep { lr, momentum, nesterov, weight_decay, grad_scale };
-        if momentum == 0.0 {
-            return self.plain.each("sgd", visit, |device, grad, value, State { master, .. }| {
-                let master = State::<T, B, 0>::master(master)?;
-                device.sgd(&step, grad.slice(), value.slice_mut()?, master, None)
-            });
-        }
-        self.moving.each("sgd", visit, |device, grad, value, State { master, sums: [velocity], .. }| {
-            let master = State::<T, B, 1>::master(master)?;
-            device.sgd(&step, grad.slice(), value.slice_mut()?, master, Some(velocity.slice_mut()?))
+        within(OP, "lr", lr, 0.0..f64::INFINITY)?;
+        within(OP, "grad_scale", grad_scale, f64::MIN..f64::INFINITY)?;
+        within(OP, "momentum", momentum, 0.0..f64::INFINITY)?;
+        within(OP, "weight_decay", weight_decay, 0.0..f64::INFINITY)?;
+        self.states.each(visit, |param, grad, group, state| {
+            let weight_decay = group.weight_decay.unwrap_or(weight_decay);
+            let lr = lr * group.lr_scale;
+            let step = SgdStep { lr, momentum, nesterov, weight_decay, grad_scale };
+            let (master, mut velocity) = state.slices()?;
+            let weight = param.update_mut().slice_mut()?;
+            grad.device().sgd(&step, grad.slice(), weight, master, velocity.pop())
         })
     }
 }

@@ -1,76 +1,327 @@
 //! What an optimizer keeps for each parameter.
 
+use super::{ParamGroup, within};
 use crate::{
     device::{Device, Element},
-    error::{Result, same_shape},
+    error::{Error, Result, same_shape},
     kernels::Backend,
     shard::Shape,
-    tensor::{Param, Tensor, Visit},
+    tensor::{Param, Piece, Region, Role, Tensor, Visit, WeightSource, Weights},
+};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
 };
 
-/// `N` tensors in the accumulator for each parameter, 0 at first, and a master weight where the element is narrower.
-#[derive(Debug)]
-pub(super) struct States<T: Element, B: Device, const N: usize>(Vec<State<T, B, N>>);
-
-#[derive(Debug)]
-pub(super) struct State<T: Element, B: Device, const N: usize> {
-    shape: Shape,
-    pub(super) master: Option<Tensor<T::Acc, B>>,
-    pub(super) sums: [Tensor<T::Acc, B>; N],
+/// Which tensors an optimizer keeps for each parameter.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layout {
+    /// The optimizer.
+    pub(super) op: &'static str,
+    /// Its sums in the accumulator, 0 at first.
+    pub(super) sums: &'static [&'static str],
+    /// Whether it counts a parameter's steps.
+    pub(super) counts: bool,
 }
 
-impl<T: Element, B: Device, const N: usize> Default for States<T, B, N> {
-    fn default() -> Self {
-        Self(Vec::new())
+const MASTER: &str = "master";
+const STEP: &str = "step";
+
+impl Layout {
+    /// What there is for a parameter of this element.
+    fn kinds<T: Element>(&self) -> impl Iterator<Item = &'static str> + use<T> {
+        let master = (T::DTYPE != T::Acc::DTYPE).then_some(MASTER);
+        self.sums.iter().copied().chain(master).chain(self.counts.then_some(STEP))
+    }
+
+    fn name(&self, kind: &str, of: &str) -> String {
+        format!("{}.{kind}.{of}", self.op)
     }
 }
 
-impl<T: Element, B: Backend, const N: usize> States<T, B, N> {
-    /// Calls `update` on every parameter that has a gradient, with its state. `visit` passes them in the same order at
-    /// every call.
+/// The state of each parameter that has had a gradient, by the parameter's name.
+pub(super) struct States<T: Element, B: Device> {
+    layout: Layout,
+    /// In the order of the parameters' first gradients, which is the same on every rank.
+    all: Vec<State<T, B>>,
+    places: HashMap<String, usize>,
+    groups: Option<Box<dyn Fn(&Param<T, B>) -> ParamGroup>>,
+}
+
+/// The state of one parameter. Its tensors are parameters of the same pieces, renamed.
+#[derive(Debug)]
+pub(super) struct State<T: Element, B: Device> {
+    /// What the parameter holds.
+    pieces: Vec<Piece>,
+    /// The value that the master belongs to ([`Param::revision`]).
+    revision: u64,
+    /// The number of the parameter's steps.
+    pub(super) steps: u64,
+    sums: Vec<Param<T::Acc, B>>,
+    /// The weight in the accumulator, where the element is narrower.
+    master: Option<Param<T::Acc, B>>,
+    /// Where `steps` is written for a visitor: one element for each of the parameter's tensors.
+    count: Option<Param<T::Acc, B>>,
+}
+
+/// An exclusive view of a tensor of a state.
+type SliceMut<'a, T, B> = <B as Device>::SliceMut<'a, <T as Element>::Acc>;
+
+impl<T: Element, B: Device> fmt::Debug for States<T, B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("States").field("layout", &self.layout).field("all", &self.all).finish_non_exhaustive()
+    }
+}
+
+impl<T: Element, B: Device> States<T, B> {
+    /// None so far.
+    pub(super) fn new(layout: Layout) -> Self {
+        Self { layout, all: Vec::new(), places: HashMap::new(), groups: None }
+    }
+
+    /// With what differs between parameters.
+    pub(super) fn set_groups(&mut self, groups: impl Fn(&Param<T, B>) -> ParamGroup + 'static) {
+        self.groups = Some(Box::new(groups));
+    }
+
+    fn group(&self, param: &Param<T, B>) -> ParamGroup {
+        self.groups.as_ref().map_or(ParamGroup::default(), |groups| groups(param))
+    }
+
+    /// The largest number of steps of a parameter.
+    pub(super) fn steps(&self) -> u64 {
+        self.all.iter().map(|state| state.steps).max().unwrap_or(0)
+    }
+}
+
+impl<T: Element, B: Backend> States<T, B> {
+    /// The states that a source has of some parameters.
+    pub(super) fn load(
+        layout: Layout,
+        source: &dyn WeightSource,
+        mut visit: impl Visit<T, B>,
+    ) -> Result<Self> {
+        let mut states = Self::new(layout);
+        states.check(&mut visit)?;
+        visit(&mut |param| {
+            if let Some(state) = State::load(layout, source, param)? {
+                states.push(param, state);
+            }
+            Ok(())
+        })?;
+        Ok(states)
+    }
+
+    /// Calls `f` on every tensor of every state.
+    pub(super) fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, B>) -> Result<()>) -> Result<()> {
+        self.all.iter_mut().try_for_each(|state| state.visit(self.layout.op, f))
+    }
+
+    /// Calls `update` on every parameter that has a gradient, with its state, if all parameters fit their states.
     pub(super) fn each(
         &mut self,
-        op: &'static str,
         mut visit: impl Visit<T, B>,
-        update: impl Fn(&B, &Tensor<T::Acc, B>, &mut Tensor<T, B>, &mut State<T, B, N>) -> Result<()>,
+        update: impl Fn(&mut Param<T, B>, &Tensor<T::Acc, B>, ParamGroup, &mut State<T, B>) -> Result<()>,
     ) -> Result<()> {
-        let mut at = 0;
+        self.check(&mut visit)?;
         visit(&mut |param| {
-            if at == self.0.len() {
-                self.0.push(State::new(param)?);
-            }
-            let (state, shape) = (&mut self.0[at], param.value().shape());
-            same_shape(op, param.name(), shape.dims(), "its state", state.shape.dims())?;
-            at += 1;
             // Shares memory with the parameter's; it is only read.
-            param.settle()?;
             let Some(grad) = param.grad().cloned() else { return Ok(()) };
-            let device = param.value().device().clone();
-            update(&device, &grad, param.value_mut(), state)
+            let (group, state) = (self.group(param), self.of(param)?);
+            if state.revision != param.revision() {
+                state.follow(param)?;
+            }
+            state.steps += 1;
+            update(param, &grad, group, state)
         })
+    }
+
+    /// Looks at all parameters before any of them is changed.
+    fn check(&self, visit: &mut impl Visit<T, B>) -> Result<()> {
+        let (op, mut seen) = (self.layout.op, HashSet::new());
+        visit(&mut |param| {
+            param.settle()?;
+            let name = param.name();
+            if !seen.insert(name.to_string()) {
+                return Err(Error::invalid(op, format!("{name} is visited twice")));
+            }
+            let ParamGroup { lr_scale, weight_decay } = self.group(param);
+            within(op, &format!("lr_scale of {name}"), lr_scale, 0.0..f64::INFINITY)?;
+            let weight_decay = weight_decay.unwrap_or_default();
+            within(op, &format!("weight_decay of {name}"), weight_decay, 0.0..f64::INFINITY)?;
+            match self.places.get(name) {
+                Some(&at) => self.all[at].check(op, param),
+                None => Ok(()),
+            }
+        })
+    }
+
+    /// The state of a parameter, which is made if there is none.
+    fn of(&mut self, param: &Param<T, B>) -> Result<&mut State<T, B>> {
+        let at = match self.places.get(param.name()) {
+            Some(&at) => at,
+            None => self.push(param, State::new(self.layout, param)?),
+        };
+        Ok(&mut self.all[at])
+    }
+
+    fn push(&mut self, param: &Param<T, B>, state: State<T, B>) -> usize {
+        let at = self.all.len();
+        self.places.insert(param.name().to_string(), at);
+        self.all.push(state);
+        at
     }
 }
 
-impl<T: Element, B: Backend, const N: usize> State<T, B, N> {
-    fn new(param: &Param<T, B>) -> Result<Self> {
-        let (value, shape) = (param.value(), param.value().shape());
-        let master = match T::DTYPE == T::Acc::DTYPE {
-            true => None,
-            false => Some(value.convert()?),
-        };
-        let sums = [(); N].map(|()| Tensor::zeros(value.device(), shape));
-        let mut all = Vec::with_capacity(N);
-        for sum in sums {
-            all.push(sum?);
+impl<T: Element, B: Backend> State<T, B> {
+    /// The state of a parameter, of tensors that `make` makes by their kind, name, shape and pieces.
+    fn of(
+        layout: Layout,
+        param: &Param<T, B>,
+        make: impl Fn(&str, String, Shape, Vec<Piece>) -> Result<Param<T::Acc, B>>,
+    ) -> Result<Self> {
+        let (mut sums, mut master, mut count) = (Vec::new(), None, None);
+        for kind in layout.kinds::<T>() {
+            let (mut shape, mut pieces) = (param.value().shape(), param.pieces().to_vec());
+            if kind == STEP {
+                pieces = firsts(&pieces);
+                shape = [pieces.len()].into();
+            }
+            pieces.iter_mut().for_each(|piece| piece.tensor = layout.name(kind, &piece.tensor));
+            let tensor = make(kind, layout.name(kind, param.name()), shape, pieces)?;
+            match kind {
+                MASTER => master = Some(tensor),
+                STEP => count = Some(tensor),
+                _ => sums.push(tensor),
+            }
         }
-        let sums = all.try_into().expect("as many as there were");
-        Ok(Self { shape, master, sums })
+        let (pieces, revision) = (param.pieces().to_vec(), param.revision());
+        Ok(Self { pieces, revision, steps: 0, sums, master, count })
     }
 
-    /// The master weights, to be written.
-    pub(super) fn master(
-        master: &mut Option<Tensor<T::Acc, B>>,
-    ) -> Result<Option<<B as Device>::SliceMut<'_, T::Acc>>> {
-        master.as_mut().map(Tensor::slice_mut).transpose()
+    /// The state before the first step.
+    fn new(layout: Layout, param: &Param<T, B>) -> Result<Self> {
+        Self::of(layout, param, |kind, name, shape, pieces| {
+            let value = match kind {
+                MASTER => param.value().convert()?,
+                _ => Tensor::zeros(param.value().device(), shape)?,
+            };
+            Ok(Param::new(name, value, pieces))
+        })
     }
+
+    /// The state that a source has of a parameter; none where the source has nothing of it.
+    fn load(layout: Layout, source: &dyn WeightSource, param: &Param<T, B>) -> Result<Option<Self>> {
+        let of = |kind| param.pieces().iter().map(move |piece| layout.name(kind, &piece.tensor));
+        let names = layout.kinds::<T>().flat_map(of);
+        let (there, absent): (Vec<_>, Vec<_>) = names.partition(|name| source.contains(name));
+        match (there.first(), absent.first()) {
+            (None, _) => return Ok(None),
+            (Some(there), Some(absent)) => {
+                let reason = format!("the source has `{there}`, but not `{absent}`");
+                return Err(Error::invalid(layout.op, reason));
+            }
+            (Some(_), None) => {}
+        }
+        let (device, weights) = (param.value().device(), Weights::new(source));
+        let mut state = Self::of(layout, param, |_, name, shape, pieces| {
+            Param::load(device, &weights, &name, Role::Bias, shape, pieces)
+        })?;
+        state.steps = state.counted(layout.op)?;
+        state.follow(param)?;
+        Ok(Some(state))
+    }
+
+    fn visit(
+        &mut self,
+        op: &'static str,
+        f: &mut dyn FnMut(&mut Param<T::Acc, B>) -> Result<()>,
+    ) -> Result<()> {
+        self.sums.iter_mut().chain(&mut self.master).try_for_each(&mut *f)?;
+        let Some(count) = &mut self.count else { return Ok(()) };
+        let (device, shape) = (count.value().device().clone(), count.value().shape());
+        *count.update_mut() = Tensor::full(&device, shape, self.steps as f64)?;
+        let written = count.revision();
+        f(count)?;
+        if count.revision() != written {
+            self.steps = self.counted(op)?;
+        }
+        Ok(())
+    }
+
+    /// The number of steps that is written in `count`.
+    fn counted(&self, op: &'static str) -> Result<u64> {
+        let Some(count) = &self.count else { return Ok(0) };
+        let values: Vec<_> = count.value().to_vec()?.into_iter().map(Element::to_f64).collect();
+        let first = values.first().copied().unwrap_or(0.0);
+        if first >= 0.0 && first.fract() == 0.0 && values.iter().all(|&value| value == first) {
+            return Ok(first as u64);
+        }
+        Err(Error::invalid(op, format!("{} is {values:?}, which is no number of steps", count.name())))
+    }
+
+    /// Whether the state is that of this parameter.
+    fn check(&self, op: &'static str, param: &Param<T, B>) -> Result<()> {
+        let (shape, name) = (param.value().shape(), param.name());
+        if let Some(own) = self.sums.iter().chain(&self.master).next() {
+            same_shape(op, name, shape.dims(), "its state", own.value().shape().dims())?;
+        }
+        if param.pieces() == self.pieces {
+            return Ok(());
+        }
+        let (now, then) = (describe(param.pieces()), describe(&self.pieces));
+        Err(Error::invalid(op, format!("{name} holds {now}, but its state is of {then}")))
+    }
+
+    /// Takes the master from a value that was set after it. One that still rounds to the value is kept: the value was
+    /// put back, or read beside it.
+    fn follow(&mut self, param: &Param<T, B>) -> Result<()> {
+        if let Some(master) = &mut self.master
+            && !rounds_to(master.value(), param.value())?
+        {
+            *master.update_mut() = param.value().convert()?;
+        }
+        self.revision = param.revision();
+        Ok(())
+    }
+
+    /// What a step writes: the master weight, and the sums.
+    pub(super) fn slices(&mut self) -> Result<(Option<SliceMut<'_, T, B>>, Vec<SliceMut<'_, T, B>>)> {
+        let master = self.master.as_mut().map(|master| master.update_mut().slice_mut()).transpose()?;
+        let sums = self.sums.iter_mut().map(|sum| sum.update_mut().slice_mut());
+        Ok((master, sums.collect::<Result<_>>()?))
+    }
+}
+
+/// A piece of one element for each tensor of some pieces, owned together with the tensor's first element.
+fn firsts(pieces: &[Piece]) -> Vec<Piece> {
+    let mut firsts: Vec<Piece> = Vec::new();
+    for piece in pieces {
+        let is_first = piece.region.ranges().iter().all(|range| range.start == 0 && range.end > 0);
+        let owned = piece.owned && is_first;
+        match firsts.iter_mut().find(|first| first.tensor == piece.tensor) {
+            Some(first) => first.owned |= owned,
+            None => {
+                let (tensor, row) = (piece.tensor.clone(), firsts.len());
+                firsts.push(Piece { tensor, region: Region::whole([1]), row, owned });
+            }
+        }
+    }
+    firsts
+}
+
+/// Whether the master weights, rounded, are these values.
+fn rounds_to<T: Element, B: Backend>(master: &Tensor<T::Acc, B>, value: &Tensor<T, B>) -> Result<bool> {
+    let (rounded, value) = (master.convert::<T>()?.to_vec()?, value.to_vec()?);
+    let bits = |value: &T| value.to_f64().to_bits();
+    Ok(rounded.iter().map(bits).eq(value.iter().map(bits)))
+}
+
+/// The pieces of a parameter, in words.
+fn describe(pieces: &[Piece]) -> String {
+    let piece = |piece: &Piece| {
+        let copy = if piece.owned { "" } else { " (not owned)" };
+        format!("{} {:?}{copy}", piece.tensor, piece.region.ranges())
+    };
+    pieces.iter().map(piece).collect::<Vec<_>>().join(", ")
 }

@@ -7,7 +7,12 @@ use crate::{
     kernels::{Backend, MatMut},
     shard::{Node, Shape, TreeSum},
 };
-use std::{fmt, ops::Range, rc::Rc};
+use std::{
+    fmt,
+    ops::Range,
+    rc::Rc,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 /// A part of a parameter that comes from one region of one tensor of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,6 +72,8 @@ struct TreeGrad<A: Element, B: Device> {
 pub struct Param<T: Element, B: Device> {
     name: String,
     value: Tensor<T, B>,
+    /// Which of all values of the process this is; an optimizer's step changes the value and keeps the number.
+    revision: u64,
     grad: Option<Tensor<T::Acc, B>>,
     pieces: Vec<Piece>,
     /// How often a backward adds to the gradient, and how often this one has.
@@ -87,7 +94,29 @@ impl<T: Element, B: Device> fmt::Debug for Param<T, B> {
 /// What messages call the loading of a parameter.
 const OP: &str = "parameter";
 
+/// A number that no value of a parameter has had so far.
+fn next_revision() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
 impl<T: Element, B: Backend> Param<T, B> {
+    /// A parameter of this value, whose rows are these pieces.
+    pub(crate) fn new(name: String, value: Tensor<T, B>, pieces: Vec<Piece>) -> Self {
+        Self {
+            name,
+            value,
+            revision: next_revision(),
+            grad: None,
+            pieces,
+            uses: 1,
+            used: 0,
+            watch: None,
+            tree: None,
+            blocks: None,
+        }
+    }
+
     /// Reads a parameter whose pieces lie one below the other in its rows.
     ///
     /// # Errors
@@ -118,17 +147,7 @@ impl<T: Element, B: Backend> Param<T, B> {
             let out: AnyMut<'_, Cpu> = T::any_mut(out);
             weights.source().read(&piece.tensor, role, &piece.region, out)?;
         }
-        Ok(Self {
-            name: weights.name(name),
-            value: Tensor::from_slice(device, shape, &host)?,
-            grad: None,
-            pieces,
-            uses: 1,
-            used: 0,
-            watch: None,
-            tree: None,
-            blocks: None,
-        })
+        Ok(Self::new(weights.name(name), Tensor::from_slice(device, shape, &host)?, pieces))
     }
 
     /// Reads a parameter that is one region of one tensor, called the same.
@@ -158,9 +177,21 @@ impl<T: Element, B: Backend> Param<T, B> {
         &self.value
     }
 
-    /// The value, to be updated.
+    /// The value, to be replaced or written. Optimizers notice a new value at their next step, and take their master
+    /// weights from it unless they still round to it.
     pub fn value_mut(&mut self) -> &mut Tensor<T, B> {
+        self.revision = next_revision();
         &mut self.value
+    }
+
+    /// The value, for whoever keeps what belongs to it: an optimizer's step, the sender of a broadcast.
+    pub(crate) fn update_mut(&mut self) -> &mut Tensor<T, B> {
+        &mut self.value
+    }
+
+    /// Which value this is: another number after [`Param::value_mut`], and in another parameter.
+    pub(crate) fn revision(&self) -> u64 {
+        self.revision
     }
 
     /// Says that the terms of the gradient, one a use ([`Param::set_uses`]), are added along the tree over all uses of all

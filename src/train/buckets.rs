@@ -2,7 +2,7 @@
 
 use crate::{
     comm::{Group, Pending, ReduceOp},
-    device::{Device, Element},
+    device::{Accumulator, Device, Element},
     error::{Error, Result},
     kernels::{Backend, MatMut, MatRef},
     shard::{Partition, Tree},
@@ -22,8 +22,9 @@ pub(super) enum Target {
 /// The buckets of a model's gradients.
 ///
 /// A bucket holds the gradients of some parameters, one after the other; the first has those that the backward finishes
-/// first. Buckets are started in order on every rank, whatever the order in which they fill: the order of readiness may
-/// differ between ranks, and a collective must not.
+/// first. Behind them it has an element for each of these parameters, 1 where the rank has a gradient and 0 where not: the
+/// sum says how many ranks have one. Buckets are started in order on every rank, whatever the order in which they fill:
+/// the order of readiness may differ between ranks, and a collective must not.
 pub(super) struct Buckets<T: Element, B: Device> {
     group: Group<B>,
     target: Target,
@@ -39,6 +40,8 @@ pub(super) struct Buckets<T: Element, B: Device> {
 struct Round<T: Element, B: Device> {
     /// What this rank's gradients are multiplied with.
     weight: f64,
+    /// The parameters that have a gradient on this rank.
+    present: Vec<bool>,
     filling: Vec<Filling<T, B>>,
     started: Vec<Pending<T::Acc, B>>,
 }
@@ -82,10 +85,21 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         if self.group.size() == 1 {
             return;
         }
-        let members = |bucket| self.places.iter().filter(|place| place.0 == bucket).count();
-        let filling =
-            (0..self.lengths.len()).map(|bucket| Filling { flat: None, missing: members(bucket) }).collect();
-        *self.round.borrow_mut() = Some(Round { weight, filling, started: Vec::new() });
+        let filling = (0..self.lengths.len())
+            .map(|bucket| Filling { flat: None, missing: self.members(bucket).count() })
+            .collect();
+        let present = vec![false; self.places.len()];
+        *self.round.borrow_mut() = Some(Round { weight, present, filling, started: Vec::new() });
+    }
+
+    /// The numbers of a bucket's parameters, in the order in which they lie there.
+    fn members(&self, bucket: usize) -> impl Iterator<Item = usize> {
+        (0..self.places.len()).rev().filter(move |&number| self.places[number].0 == bucket)
+    }
+
+    /// A bucket of zeros.
+    fn empty(&self, bucket: usize) -> Result<Tensor<T::Acc, B>> {
+        Tensor::zeros(self.group.device(), [1, self.lengths[bucket] + self.members(bucket).count()])
     }
 
     /// The trees, where the sum along them is not that of two numbers, which has one order.
@@ -96,12 +110,22 @@ impl<T: Element, B: Backend> Buckets<T, B> {
 
     /// Gives the parameters their gradients, each the sum along its tree over the terms of all replicas.
     fn finish_trees(&self, trees: &[Tree], mut visit: impl Visit<T, B>) -> Result<()> {
-        let (group, mut number) = (&self.group, 0);
+        let (group, mut own) = (&self.group, Vec::new());
         visit(&mut |param| {
-            let tree = trees.get(number).ok_or_else(|| more(number))?;
-            number += 1;
             param.settle()?;
-            let mut terms = param.take_terms();
+            own.push(param.take_terms());
+            Ok(())
+        })?;
+        let present: Vec<_> = own.iter().map(|terms| flag::<T>(!terms.is_empty())).collect();
+        let mut present = Tensor::<T::Acc, B>::from_slice(group.device(), [own.len()], &present)?;
+        group.all_reduce(ReduceOp::Max, &mut present)?;
+        let present = present.to_vec()?;
+        let mut all = trees.iter().zip(own).zip(present);
+        visit(&mut |param| {
+            let ((tree, mut terms), present) = all.next().ok_or_else(|| more(trees.len()))?;
+            if present == flag::<T>(false) {
+                return Ok(());
+            }
             if terms.is_empty() {
                 // A replica without samples takes part with zeros.
                 let zeros = |_| Tensor::zeros(group.device(), param.value().shape());
@@ -124,13 +148,16 @@ impl<T: Element, B: Backend> Buckets<T, B> {
             if next.missing > 0 && !all {
                 break;
             }
-            let mut flat = match next.flat.take() {
-                Some(flat) => flat,
-                None => Tensor::zeros(self.group.device(), [1, self.lengths[round.started.len()]])?,
-            };
+            let (device, bucket) = (self.group.device(), round.started.len());
+            let mut flat = next.flat.take().map_or_else(|| self.empty(bucket), Ok)?;
+            let (len, end) = (self.lengths[bucket], flat.len());
             if round.weight != 1.0 {
-                self.group.device().scale(round.weight, flat.mat_mut()?)?;
+                device.scale(round.weight, flat.mat_mut()?.columns(0..len))?;
             }
+            let present: Vec<_> =
+                self.members(bucket).map(|number| flag::<T>(round.present[number])).collect();
+            let present = Tensor::<T::Acc, B>::from_slice(device, [present.len()], &present)?;
+            device.copy(present.mat(), flat.mat_mut()?.columns(len..end))?;
             round.started.push(match self.target {
                 Target::All => self.group.start_all_reduce(ReduceOp::Sum, flat)?,
                 Target::Root(root) => {
@@ -144,10 +171,26 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         Ok(())
     }
 
-    /// Waits for all buckets and gives the parameters their reduced gradients, or none where another rank has them.
+    /// How many ranks have a gradient of each parameter. The counts are downloaded together: a download waits until the
+    /// device has nothing left to do.
+    fn counts(&self, reduced: &[Tensor<T::Acc, B>]) -> Result<Vec<T::Acc>> {
+        let (device, count) = (self.group.device(), self.places.len());
+        let (mut all, mut at) = (Tensor::<T::Acc, B>::empty(device, [count])?, 0);
+        for (flat, &len) in reduced.iter().zip(&self.lengths) {
+            let own = flat.mat().columns(len..flat.len());
+            let next = at + own.cols();
+            device.copy(own, all.mat_mut()?.columns(at..next))?;
+            at = next;
+        }
+        // Buckets have the last parameters first.
+        Ok(all.to_vec()?.into_iter().rev().collect())
+    }
+
+    /// Waits for all buckets and gives the parameters their reduced gradients, or none where another rank has them, or
+    /// no rank has one.
     ///
-    /// Gradients that did not become ready since `begin` count as what they are, or 0 if there are none: a rank without
-    /// samples takes part with zeros.
+    /// Gradients that did not become ready since `begin` count as what they are. A rank that has none, as one without
+    /// samples, takes part with zeros.
     pub(super) fn finish(&self, mut visit: impl Visit<T, B>) -> Result<()> {
         const OP: &str = "data parallel";
         if self.group.size() == 1 {
@@ -175,12 +218,16 @@ impl<T: Element, B: Backend> Buckets<T, B> {
             Target::All => true,
             Target::Root(root) => self.group.rank() == root,
         };
+        let counts = if here { self.counts(&reduced)? } else { Vec::new() };
         number = 0;
         visit(&mut |param| {
             let &(bucket, start, len) = self.places.get(number).ok_or_else(|| more(number))?;
             number += 1;
             if !here {
                 param.zero_grad();
+                return Ok(());
+            }
+            if counts[number - 1] == flag::<T>(false) {
                 return Ok(());
             }
             let device = self.group.device();
@@ -196,15 +243,23 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         let (bucket, start, len) = self.places[number];
         let device = self.group.device();
         let filling = &mut round.filling[bucket];
+        if !std::mem::replace(&mut round.present[number], true) {
+            filling.missing -= 1;
+        }
         let flat = match &mut filling.flat {
             Some(flat) => flat,
-            none => none.insert(Tensor::zeros(device, [1, self.lengths[bucket]])?),
+            none => none.insert(self.empty(bucket)?),
         };
         device.copy(
             MatRef::<T::Acc, B>::new(grad.slice(), 1, len)?,
             flat.mat_mut()?.block(0..1, start..start + len),
         )
     }
+}
+
+/// What stands for a parameter that has a gradient on this rank, or has none.
+fn flag<T: Element>(present: bool) -> T::Acc {
+    if present { T::Acc::ONE } else { T::Acc::ZERO }
 }
 
 fn more(number: usize) -> Error {
@@ -227,7 +282,6 @@ impl<T: Element, B: Backend> Watch<T, B> for Buckets<T, B> {
             ));
         }
         self.fill(round, number, grad)?;
-        round.filling[bucket].missing = round.filling[bucket].missing.saturating_sub(1);
         self.start(round, false)
     }
 }

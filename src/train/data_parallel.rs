@@ -48,8 +48,12 @@ pub enum GradReduce {
 /// one with 4. Buckets are as above where two replicas have one sub-tree each; else each parameter is reduced in
 /// [`DataParallel::finish`].
 ///
-/// Collectives: an all-gather of one number a parameter and a broadcast of each at the start; an all-reduce a bucket (reduce-scatter with one receiver, and a
-/// broadcast a parameter, with the aggregator); with [`GradReduce::Mean`] one of a number.
+/// A parameter that has a gradient on some replicas counts as 0 on the others. One that has none on any replica has none
+/// afterwards, so that optimizers leave it alone, as on one device.
+///
+/// Collectives: at the start an all-gather of one number a parameter and a broadcast of each; an all-reduce a bucket, with a
+/// number for each of its parameters (reduce-scatter with one receiver, and a broadcast a parameter, with the aggregator);
+/// with [`GradReduce::Mean`] one of a number. Where parameters are reduced one by one, an all-reduce of a number for each comes first.
 ///
 /// Source: Li et al., 2020: PyTorch Distributed, section 3.2.
 pub struct DataParallel<T: Element, B: Backend> {
@@ -151,7 +155,8 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         Ok(())
     }
 
-    /// Waits for the reductions. The parameters have the reduced gradients then; with an aggregator, only its own.
+    /// Waits for the reductions. The parameters have the reduced gradients then; with an aggregator, only its own. Those
+    /// without a gradient on any rank have none.
     ///
     /// A rank that had no sample for this step calls `begin` and `finish` without a backward.
     ///
@@ -236,5 +241,9 @@ fn broadcast<T: Element, B: Backend>(
     visit: &mut impl Visit<T, B>,
     root: usize,
 ) -> Result<()> {
-    visit(&mut |param| group.broadcast(root, param.value_mut()))
+    visit(&mut |param| {
+        // The sender's value is not a new one: its master weights are more than the value's.
+        let value = if group.rank() == root { param.update_mut() } else { param.value_mut() };
+        group.broadcast(root, value)
+    })
 }

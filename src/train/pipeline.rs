@@ -2,7 +2,7 @@
 
 use super::schedule::{Action, Compute, Message, Pass, Schedule};
 use crate::{
-    comm::Group,
+    comm::{Group, ReduceOp},
     device::Element,
     error::{Error, Result, same_size},
     kernels::Backend,
@@ -125,16 +125,25 @@ impl<B: Backend> Pipeline<B> {
     /// The gradients of a parameter of which the first and the last stage hold a copy (a tied embedding) become their sum,
     /// on both. Other stages have no such parameter, and call nothing.
     ///
-    /// Collectives: an all-reduce over the two ranks.
+    /// A rank without a gradient takes part with zeros, and if neither has one there is none.
+    ///
+    /// Collectives: all-reduces over the two ranks, one of a number and one of the gradient.
     ///
     /// # Errors
-    /// When the parameter has no gradient, or a collective fails.
+    /// When a collective fails.
     #[track_caller]
     pub fn sum_tied<T: Element>(&self, param: &mut Param<T, B>) -> Result<()> {
         let (Some(ends), false) = (&self.ends, self.is_first() && self.is_last()) else { return Ok(()) };
-        let name = param.name().to_string();
-        let none = || Error::invalid("tied parameter", format!("{name} has no gradient"));
-        ends.all_reduce(crate::comm::ReduceOp::Sum, param.grad_mut().ok_or_else(none)?)
+        let present = f64::from(u8::from(param.grad().is_some()));
+        let mut present = Tensor::from_slice(ends.device(), [1], &[present])?;
+        ends.all_reduce(ReduceOp::Max, &mut present)?;
+        if present.to_vec()? == [0.0] {
+            return Ok(());
+        }
+        if param.grad().is_none() {
+            param.set_grad(Tensor::zeros(ends.device(), param.value().shape())?)?;
+        }
+        param.grad_mut().map_or(Ok(()), |grad| ends.all_reduce(ReduceOp::Sum, grad))
     }
 
     /// Runs all microbatches forward and backward. Parameters have the sum of their gradients then.

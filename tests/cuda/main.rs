@@ -28,6 +28,8 @@ mod nccl;
 mod optim;
 #[path = "../suite/overlap.rs"]
 mod overlap;
+#[path = "../suite/states.rs"]
+mod states;
 #[path = "../suite/support.rs"]
 mod support;
 #[path = "../suite/training.rs"]

@@ -60,7 +60,7 @@ fn train<S: Stream, T: Element>(world: &Group<Cpu>, dp: usize, overlap: Overlap)
     let (mut curve, mut held) = (Vec::new(), BTreeMap::new());
     for step in 0..3 {
         let (loss, norm) = model.gradients(&batch(step), step, 1.0)?;
-        optimizer.step(|f| model.visit(f), 1e-2, clip_scale(norm, 0.5))?;
+        optimizer.step(|f| model.visit(f), 1e-2, clip_scale(norm, 0.5)?)?;
         curve.push((loss.to_bits(), norm.to_bits()));
     }
     model.visit(&mut |param| {

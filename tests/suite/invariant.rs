@@ -579,7 +579,7 @@ fn train<S: Stream, T: Element>(
         let mut curve = Vec::new();
         for step in 0..4 {
             let (loss, norm) = model.gradients(&batch(config, step, sequences), step, 1.0)?;
-            optimizer.step(|f| model.visit(f), 1e-2, clip_scale(norm, 0.5))?;
+            optimizer.step(|f| model.visit(f), 1e-2, clip_scale(norm, 0.5)?)?;
             curve.push((loss.to_bits(), norm.to_bits()));
         }
         let mut params = Vec::new();

@@ -19,6 +19,7 @@ mod models;
 mod optim;
 mod oracle;
 mod overlap;
+mod states;
 mod support;
 mod trace;
 mod training;

@@ -73,7 +73,7 @@ fn train<S: Stream, T: Element>(
         let mut curve = Vec::new();
         for step in 0..steps {
             let (loss, norm) = model.gradients(&batch(config, step, sequences), step, 1.0)?;
-            optimizer.step(|f| model.visit(f), RATE, clip_scale(norm, clip))?;
+            optimizer.step(|f| model.visit(f), RATE, clip_scale(norm, clip)?)?;
             curve.push((loss, norm));
         }
         for axis in [Axis::Data, Axis::Tensor, Axis::Pipeline] {
@@ -256,7 +256,7 @@ fn a_mesh_trains_as_the_reference_does() {
         let norm = grads.values().flatten().map(|grad| grad * grad).sum::<f64>().sqrt();
         curve.push((loss, norm));
         for (name, weight) in &mut model.0 {
-            adamw.get_mut(name).unwrap().step(weight, &(&grads[name] * clip_scale(norm, 1.0)));
+            adamw.get_mut(name).unwrap().step(weight, &(&grads[name] * clip_scale(norm, 1.0).unwrap()));
         }
     }
     let got = train::<Shard<0>, f64>(&config, [2, 2, 2], alternating(2, 3), sequences, steps, 1.0).unwrap();
@@ -299,7 +299,7 @@ fn faulty(
                 spoil(world.rank(), &mut model, &mut batch)?;
             }
             let (_, norm) = model.gradients(&batch, step, 1.0)?;
-            optimizer.step(|f| model.visit(f), 1e-2, clip_scale(require_finite(norm)?, 1.0))?;
+            optimizer.step(|f| model.visit(f), 1e-2, clip_scale(require_finite(norm)?, 1.0)?)?;
         }
         Ok(())
     });
@@ -364,13 +364,13 @@ fn loss_scaling_finds_a_scale_that_fits() {
             &CONFIG,
             alternating(1, 1)()?,
         )?;
-        let (mut adamw, mut scale) = (AdamW::default(), LossScale::new(2f64.powi(24), 4));
+        let (mut adamw, mut scale) = (AdamW::default(), LossScale::new(2f64.powi(24), 4)?);
         let (mut losses, mut left_out) = (Vec::new(), 0);
         for step in 0..40 {
             let (loss, norm) = model.gradients(&batch(&CONFIG, 0, 8), step, scale.scale())?;
             let undo = 1.0 / scale.scale();
             match scale.update(norm) {
-                true => adamw.step(|f| model.visit(f), 1e-2, undo * clip_scale(norm * undo, 1.0))?,
+                true => adamw.step(|f| model.visit(f), 1e-2, undo * clip_scale(norm * undo, 1.0)?)?,
                 false => left_out += 1,
             }
             losses.push(loss);

@@ -1,0 +1,750 @@
+//! What outlives a step: optimizers' states, masters, absent gradients and scales.
+
+use crate::dev::{self, Dev, Tensor, ranks};
+use crate::support::{Assembled, arrays, close, random};
+use crate::training::{
+    batch,
+    model::{Config, Gpt},
+};
+use half::{bf16, f16};
+use ndarray::ArrayD;
+use shardwise::{
+    Result,
+    comm::{DeviceMesh, Group},
+    device::Element,
+    models::save,
+    optim::{AdamW, AdamWConfig, LossScale, ParamGroup, Sgd, SgdConfig, clip_scale},
+    parallel::BoxLayer,
+    reference,
+    shard::{Axis, Mesh, Reduction, Replicated},
+    tensor::{Arrays, Param, Piece, Random, Region, Role, WeightSource, Weights},
+    train::{DataParallel, GradReduce, Pipeline, Schedule},
+    weights::Checkpoint,
+};
+use std::{collections::BTreeMap, ops::Range, path::Path};
+
+/// A whole parameter with random values.
+fn param<T: Element>(device: &Dev, name: &str, shape: &[usize]) -> Param<T, Dev> {
+    let source = arrays([(name, random(1, name, shape))]);
+    let region = Region::whole(shape);
+    Param::load_region(device, &Weights::new(&source), name, Role::Weight, region, true).unwrap()
+}
+
+/// Its gradient of a step, and the parameter has it.
+fn give<T: Element>(param: &mut Param<T, Dev>, step: u64) -> ArrayD<f64> {
+    let grad =
+        random(100 + step, param.name(), param.value().shape().dims()).mapv(|g| T::Acc::from_f64(g).to_f64());
+    param.zero_grad();
+    let device = dev::beside(param.value().device());
+    param.add_grad(Tensor::from_array(&device, &grad.mapv(T::Acc::from_f64)).unwrap()).unwrap();
+    grad
+}
+
+fn values<T: Element>(param: &Param<T, Dev>) -> ArrayD<f64> {
+    param.value().to_array().unwrap().mapv(T::to_f64)
+}
+
+fn bits<T: Element>(param: &Param<T, Dev>) -> Vec<u64> {
+    values(param).iter().map(|value| value.to_bits()).collect()
+}
+
+fn set<T: Element>(param: &mut Param<T, Dev>, value: &ArrayD<f64>) {
+    let device = dev::beside(param.value().device());
+    *param.value_mut() = Tensor::from_array(&device, &value.mapv(T::from_f64)).unwrap();
+}
+
+const LR: f64 = 0.01;
+const DECAY: f64 = 0.1;
+
+fn adamw_config() -> AdamWConfig {
+    AdamWConfig { weight_decay: DECAY, decay_vectors: true, ..AdamWConfig::default() }
+}
+
+fn plain_adamw(lr: f64, weight_decay: f64) -> reference::AdamW {
+    reference::AdamW { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay, steps: 0, moments: None }
+}
+
+fn plain_sgd(lr: f64, weight_decay: f64) -> reference::Sgd {
+    reference::Sgd { lr, momentum: 0.9, nesterov: false, weight_decay, velocity: None }
+}
+
+fn sgd_config() -> SgdConfig {
+    SgdConfig { momentum: 0.9, nesterov: false, weight_decay: DECAY }
+}
+
+/// Parameters of one shape and of others, which come and go, in any order: each is stepped as if it were alone, and its
+/// bias correction counts its own steps.
+fn each_as_if_alone<T: Element>(tolerance: f64) {
+    let device = dev::poisoned();
+    let names = ["a", "b", "c"];
+    let shapes: [&[usize]; 3] = [&[3, 5], &[3, 5], &[4]];
+    let mut params: Vec<_> =
+        names.iter().zip(shapes).map(|(name, shape)| param::<T>(&device, name, shape)).collect();
+    let mut moved: Vec<_> =
+        names.iter().zip(shapes).map(|(name, shape)| param::<T>(&device, name, shape)).collect();
+    let mut want: Vec<_> = params.iter().map(values).collect();
+    let mut want_moved = want.clone();
+    let (mut adamw, mut sgd) = (AdamW::<T, Dev>::new(adamw_config()), Sgd::<T, Dev>::new(sgd_config()));
+    let mut one: Vec<_> = names.map(|_| plain_adamw(LR, DECAY)).into();
+    let mut other: Vec<_> = names.map(|_| plain_sgd(LR, DECAY)).into();
+    let visits: [&[usize]; 6] = [&[0, 1], &[1], &[1, 0], &[2, 0, 1], &[2], &[1, 2, 0]];
+    for (step, visited) in visits.into_iter().enumerate() {
+        for &at in visited {
+            // One that is visited without a gradient is left alone.
+            if step == 3 && at == 0 {
+                params[at].zero_grad();
+                moved[at].zero_grad();
+                continue;
+            }
+            let grad = give(&mut params[at], step as u64);
+            one[at].step(&mut want[at], &grad);
+            give(&mut moved[at], step as u64);
+            other[at].step(&mut want_moved[at], &grad);
+        }
+        adamw.step(|f| visited.iter().try_for_each(|&at| f(&mut params[at])), LR, 1.0).unwrap();
+        sgd.step(|f| visited.iter().try_for_each(|&at| f(&mut moved[at])), LR, 1.0).unwrap();
+        for at in 0..names.len() {
+            close(&format!("adamw, {} at {step}", names[at]), &values(&params[at]), &want[at], tolerance);
+            close(&format!("sgd, {} at {step}", names[at]), &values(&moved[at]), &want_moved[at], tolerance);
+        }
+    }
+}
+
+#[test]
+fn state_follows_the_name_whatever_is_visited_and_in_which_order() {
+    each_as_if_alone::<f64>(1e-12);
+    each_as_if_alone::<f32>(1e-5);
+    each_as_if_alone::<bf16>(bf16::EPSILON.to_f64());
+    each_as_if_alone::<f16>(f16::EPSILON.to_f64());
+}
+
+#[test]
+fn a_name_visited_twice_or_with_other_pieces_is_refused_before_anything_changes() {
+    let device = dev::poisoned();
+    let cut = |rows: std::ops::Range<usize>, owned: bool| {
+        let source = arrays([("w", random(1, "w", &[6, 5]))]);
+        let region = Region::whole([6, 5]).cut(0, rows);
+        let weights = Weights::new(&source);
+        Param::<bf16, Dev>::load_region(&device, &weights, "w", Role::Weight, region, owned).unwrap()
+    };
+    let mut first = param::<bf16>(&device, "first", &[2]);
+    let (mut adamw, mut sgd) = (AdamW::<bf16, Dev>::default(), Sgd::<bf16, Dev>::default());
+    let mut step = |params: &mut [&mut Param<bf16, Dev>], step: u64| {
+        params.iter_mut().for_each(|param| drop(give(param, step)));
+        let before: Vec<_> = params.iter().map(|param| bits(param)).collect();
+        let outcomes = [
+            adamw.step(|f| params.iter_mut().try_for_each(|param| f(param)), LR, 1.0),
+            sgd.step(|f| params.iter_mut().try_for_each(|param| f(param)), LR, 1.0),
+        ];
+        let after: Vec<_> = params.iter().map(|param| bits(param)).collect();
+        assert_eq!(outcomes[0].is_err(), after == before);
+        outcomes.map(|outcome| outcome.map_or_else(|error| error.to_string(), |()| String::new()))
+    };
+    let mut w = cut(0..3, true);
+    assert_eq!(step(&mut [&mut first, &mut w], 1), ["", ""]);
+    for (mut other, says) in [
+        (cut(0..2, true), "w has shape [2, 5], but its state has shape [3, 5]"),
+        (cut(1..4, true), "w holds w [1..4, 0..5], but its state is of w [0..3, 0..5]"),
+        (cut(0..3, false), "w holds w [0..3, 0..5] (not owned), but its state is of w [0..3, 0..5]"),
+    ] {
+        assert_eq!(
+            step(&mut [&mut first, &mut other], 2),
+            [format!("adamw: {says}"), format!("sgd: {says}")]
+        );
+    }
+    let mut again = cut(0..3, true);
+    let says = "w is visited twice";
+    assert_eq!(
+        step(&mut [&mut w, &mut first, &mut again], 3),
+        [format!("adamw: {says}"), format!("sgd: {says}")]
+    );
+    assert_eq!(step(&mut [&mut w, &mut first], 4), ["", ""]);
+}
+
+/// A value that is set between steps, in place or by another parameter of that name, is what the next step begins with.
+fn sets_values<T: Element>() {
+    let device = dev::poisoned();
+    let mut param = param::<T>(&device, "w", &[3, 5]);
+    let (mut adamw, mut plain) = (AdamW::<T, Dev>::new(adamw_config()), plain_adamw(LR, DECAY));
+    let mut want = values(&param);
+    for step in 0..6 {
+        if step > 0 {
+            let loaded = random(step, "loaded", &[3, 5]).mapv(|value| T::from_f64(value).to_f64());
+            if step % 2 == 0 {
+                param = self::param::<T>(&device, "w", &[3, 5]);
+            }
+            set(&mut param, &loaded);
+            give(&mut param, step);
+            let before = bits(&param);
+            adamw.step(|f| f(&mut param), 0.0, 1.0).unwrap();
+            assert_eq!(bits(&param), before, "{} at {step}: a step of rate 0", T::DTYPE);
+            plain.lr = 0.0;
+            want = loaded;
+            let grad = give(&mut param, step);
+            plain.step(&mut want, &grad);
+            plain.lr = LR;
+        }
+        let grad = give(&mut param, step);
+        adamw.step(|f| f(&mut param), LR, 1.0).unwrap();
+        plain.step(&mut want, &grad);
+        close(&format!("{} at {step}", T::DTYPE), &values(&param), &want, T::EPSILON);
+    }
+}
+
+#[test]
+fn masters_are_taken_anew_from_values_set_after_them_and_moments_are_kept() {
+    sets_values::<bf16>();
+    sets_values::<f16>();
+    sets_values::<f32>();
+}
+
+/// Values that are taken away for a while, such as for an average of weights, and put back: masters keep what bf16 cannot.
+#[test]
+fn masters_are_kept_where_values_are_still_their_rounding() {
+    let device = dev::poisoned();
+    let train = |swaps: bool| {
+        let mut param = param::<bf16>(&device, "w", &[3, 5]);
+        let mut sgd = Sgd::<bf16, Dev>::default();
+        for _ in 0..100 {
+            param.zero_grad();
+            param.add_grad(Tensor::full(&device, [3, 5], 1.0).unwrap()).unwrap();
+            sgd.step(|f| f(&mut param), 1e-4, 1.0).unwrap();
+            if swaps {
+                let kept = param.value().clone();
+                set(&mut param, &ArrayD::ones(vec![3, 5]));
+                *param.value_mut() = kept;
+            }
+        }
+        bits(&param)
+    };
+    assert_eq!(train(true), train(false));
+}
+
+/// The aggregator sends its values after each step and keeps its masters: the bits of replicas that all step.
+#[test]
+fn a_broadcast_leaves_the_senders_masters_alone() {
+    let train = |central: bool| {
+        let all = ranks(3).run(|group| {
+            let mut param = param::<bf16>(group.device(), "w", &[3, 5]);
+            let replicas = match central {
+                true => DataParallel::central(&group, |f| f(&mut param), 1)?,
+                false => DataParallel::new(&group, |f| f(&mut param))?,
+            };
+            let mut sgd = Sgd::<bf16, Dev>::default();
+            for _ in 0..50 {
+                param.zero_grad();
+                replicas.begin(GradReduce::Sum)?;
+                param.add_grad(Tensor::full(group.device(), [3, 5], 1.0)?)?;
+                replicas.finish(|f| f(&mut param))?;
+                if replicas.steps() {
+                    sgd.step(|f| f(&mut param), 1e-4, 1.0)?;
+                }
+                replicas.publish(|f| f(&mut param))?;
+            }
+            Ok(bits(&param))
+        });
+        all.unwrap()
+    };
+    let (one, all) = (train(true), train(false));
+    assert_eq!(one, all);
+    let device = dev::poisoned();
+    let begin = values(&param::<bf16>(&device, "w", &[3, 5]));
+    assert!(one[0].iter().zip(&begin).any(|(got, before)| (f64::from_bits(*got) - before).abs() > 0.01));
+}
+
+/// A parameter without a gradient on any replica has none after the reduction, so that nothing decays it; where some
+/// replica has one, zeros stand in for the others'.
+#[test]
+fn absent_gradients_stay_absent_through_every_reduction() {
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum How {
+        Sum,
+        SmallBuckets,
+        Mean,
+        Central,
+        Invariant,
+    }
+    for (world, how) in (1..=4).flat_map(|world| {
+        [How::Sum, How::SmallBuckets, How::Mean, How::Central, How::Invariant].map(|how| (world, how))
+    }) {
+        let all = ranks(world).run(|group| {
+            let group = match how {
+                How::Invariant => group.with_reduction(Reduction::Invariant { blocks: 4 }),
+                _ => group,
+            };
+            let names = ["first", "idle", "last", "some"];
+            let mut params = names.map(|name| param::<f64>(group.device(), name, &[3, 2]));
+            let before = bits(&params[1]);
+            let mut adamw = AdamW::<f64, Dev>::new(adamw_config());
+            let replicas = match how {
+                How::SmallBuckets => {
+                    DataParallel::with_buckets(&group, |f| params.iter_mut().try_for_each(f), 100)?
+                }
+                How::Central => {
+                    DataParallel::central(&group, |f| params.iter_mut().try_for_each(f), world - 1)?
+                }
+                _ => DataParallel::new(&group, |f| params.iter_mut().try_for_each(f))?,
+            };
+            let some = group.rank() == 0;
+            for step in 0..3 {
+                params.iter_mut().for_each(Param::zero_grad);
+                let weight = group.rank() as f64;
+                replicas.begin(match how {
+                    How::Mean if world > 1 => GradReduce::Mean { weight },
+                    _ => GradReduce::Sum,
+                })?;
+                for name in if some { vec![3, 2, 0] } else { vec![2, 0] } {
+                    give(&mut params[name], step);
+                }
+                replicas.finish(|f| params.iter_mut().try_for_each(f))?;
+                let here = replicas.steps();
+                let present: Vec<_> = params.iter().map(|param| param.grad().is_some()).collect();
+                assert_eq!(present, [here, false, here, here], "{world} ranks, {how:?}");
+                if here {
+                    let ones = if how == How::Mean { 1.0 } else { world as f64 };
+                    let some = if how == How::Mean && world > 1 { 0.0 } else { 1.0 };
+                    for (param, times) in params.iter().zip([ones, 0.0, ones, some]) {
+                        let Some(grad) = param.grad() else { continue };
+                        let want = random(100 + step, param.name(), &[3, 2]) * times;
+                        close(param.name(), &grad.to_array()?, &want, 1e-14);
+                    }
+                    adamw.step(|f| params.iter_mut().try_for_each(f), LR, 1.0)?;
+                }
+                replicas.publish(|f| params.iter_mut().try_for_each(f))?;
+            }
+            assert_eq!(bits(&params[1]), before, "{world} ranks, {how:?}");
+            Ok(params.map(|param| bits(&param)))
+        });
+        let all: Vec<_> = all.unwrap();
+        assert!(all.iter().all(|own| *own == all[0]));
+    }
+}
+
+/// Two backwards to one parameter of a bucket leave out no other, whose gradient is from before.
+#[test]
+fn a_gradient_that_is_completed_twice_does_not_stand_for_another() {
+    let all = ranks(2).run(|group| {
+        let mut params = ["a", "b"].map(|name| param::<f64>(group.device(), name, &[3, 2]));
+        let replicas = DataParallel::new(&group, |f| params.iter_mut().try_for_each(f))?;
+        give(&mut params[1], 0);
+        replicas.begin(GradReduce::Sum)?;
+        give(&mut params[0], 0);
+        give(&mut params[0], 0);
+        replicas.finish(|f| params.iter_mut().try_for_each(f))?;
+        for param in &params {
+            let want = random(100, param.name(), &[3, 2]) * 2.0;
+            close(param.name(), &param.grad().unwrap().to_array()?, &want, 1e-15);
+        }
+        Ok(())
+    });
+    all.unwrap();
+}
+
+/// The ends of a pipeline sum the gradients of a parameter that both hold.
+#[test]
+fn absent_gradients_stay_absent_where_the_ends_of_a_pipeline_share_a_parameter() {
+    for (given, want) in
+        [([false; 2], None), ([true, false], Some(1.0)), ([false, true], Some(1.0)), ([true; 2], Some(2.0))]
+    {
+        let all = ranks(3).run(|group| {
+            let chunks = [Vec::<BoxLayer<Replicated, Replicated, f64, Dev>>::new()];
+            let alone = Group::solo(group.device());
+            let pipeline = Pipeline::new(&group, &alone, Schedule::gpipe(3, 1), &chunks, 2)?;
+            if !pipeline.is_first() && !pipeline.is_last() {
+                return Ok(None);
+            }
+            let mut table = param::<f64>(group.device(), "table", &[3, 2]);
+            if given[usize::from(pipeline.is_last())] {
+                give(&mut table, 0);
+            }
+            pipeline.sum_tied(&mut table)?;
+            table.grad().map(Tensor::to_array).transpose()
+        });
+        let all = all.unwrap();
+        for got in [&all[0], &all[2]] {
+            assert_eq!(got.is_some(), want.is_some());
+            if let (Some(got), Some(times)) = (got, want) {
+                close("table", got, &(random(100, "table", &[3, 2]) * times), 1e-15);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_loss_scale_stays_within_what_f32_holds() {
+    let mut scale = LossScale::new(1.0, 1).unwrap();
+    (0..1100).for_each(|_| assert!(scale.update(0.0)));
+    assert_eq!(scale.scale(), 2f64.powi(127));
+    assert!(!scale.update(f64::NAN));
+    assert_eq!(scale.scale(), 2f64.powi(126));
+    (0..1100).for_each(|_| assert!(!scale.update(f64::INFINITY)));
+    assert_eq!(scale.scale(), f64::from(f32::MIN_POSITIVE));
+    assert!(scale.update(0.0));
+    assert_eq!(scale.scale(), 2.0 * f64::from(f32::MIN_POSITIVE));
+    for (scale, interval, says) in [
+        (0.0, 1, "loss scale: 0 is not in 1.1754943508222875e-38..=3.4028234663852886e38"),
+        (-1.0, 1, "loss scale: -1 is not in 1.1754943508222875e-38..=3.4028234663852886e38"),
+        (f64::NAN, 1, "loss scale: NaN is not in 1.1754943508222875e-38..=3.4028234663852886e38"),
+        (f64::INFINITY, 1, "loss scale: inf is not in 1.1754943508222875e-38..=3.4028234663852886e38"),
+        (1.0, 0, "loss scale: it cannot grow after every 0 steps"),
+    ] {
+        assert_eq!(LossScale::new(scale, interval).unwrap_err().to_string(), says);
+    }
+}
+
+#[test]
+fn a_norm_that_cannot_be_clipped_is_an_error_and_no_factor() {
+    assert_eq!(
+        [(0.5, 1.0), (4.0 - 1e-6, 1.0)].map(|(norm, max)| clip_scale(norm, max).unwrap()),
+        [1.0, 0.25]
+    );
+    assert_eq!(
+        [(0.0, 0.0), (3.0, f64::INFINITY)].map(|(norm, max)| clip_scale(norm, max).unwrap()),
+        [0.0, 1.0]
+    );
+    let (nan, infinite) = (f64::NAN, f64::INFINITY);
+    for (norm, max) in
+        [(nan, 1.0), (infinite, 1.0), (infinite, infinite), (-1.0, 1.0), (1.0, -1.0), (1.0, nan)]
+    {
+        let says = format!("clip scale: a gradient of norm {norm} cannot be clipped to a norm of {max}");
+        assert_eq!(clip_scale(norm, max).unwrap_err().to_string(), says);
+    }
+}
+
+/// Decay and rate by name, late gradients, and what the configuration says of all others: PyTorch's `param_groups`.
+#[test]
+fn groups_have_rates_and_decays_of_their_own() {
+    let device = dev::poisoned();
+    let group = |name: &str, shape: usize, otherwise: f64| match name {
+        "plain" => (1.0, 0.0),
+        "slow" => (0.25, 0.3),
+        "frozen" => (0.0, 0.3),
+        _ => (1.0, if shape > 1 { DECAY } else { otherwise }),
+    };
+    let rule = |param: &Param<f64, Dev>| match param.name() {
+        "plain" => ParamGroup { weight_decay: Some(0.0), ..ParamGroup::default() },
+        "slow" => ParamGroup { lr_scale: 0.25, weight_decay: Some(0.3) },
+        "frozen" => ParamGroup { lr_scale: 0.0, weight_decay: Some(0.3) },
+        _ => ParamGroup::default(),
+    };
+    let names: [(&str, &[usize]); 5] =
+        [("plain", &[3, 5]), ("slow", &[4]), ("frozen", &[2, 2]), ("matrix", &[2, 3]), ("vector", &[3])];
+    let load = || names.map(|(name, shape)| param::<f64>(&device, name, shape));
+    let (mut params, mut moved) = (load(), load());
+    let (mut want, mut want_moved) = (params.each_ref().map(values), moved.each_ref().map(values));
+    let config = AdamWConfig { weight_decay: DECAY, ..AdamWConfig::default() };
+    let mut adamw = AdamW::<f64, Dev>::new(config).groups(rule);
+    let mut sgd = Sgd::<f64, Dev>::new(sgd_config()).groups(rule);
+    let mut plain = names.map(|(name, shape)| {
+        let (scale, decay) = group(name, shape.len(), 0.0);
+        plain_adamw(LR * scale, decay)
+    });
+    let mut plain_moved = names.map(|(name, shape)| {
+        let (scale, decay) = group(name, shape.len(), DECAY);
+        plain_sgd(LR * scale, decay)
+    });
+    for step in 0..8 {
+        // Each has its first gradient a step later than the one before.
+        for at in 0..names.len().min(step as usize + 1) {
+            let grad = give(&mut params[at], step);
+            plain[at].step(&mut want[at], &(&grad * 0.5));
+            give(&mut moved[at], step);
+            plain_moved[at].step(&mut want_moved[at], &(&grad * 0.5));
+        }
+        adamw.step(|f| params.iter_mut().try_for_each(f), LR, 0.5).unwrap();
+        sgd.step(|f| moved.iter_mut().try_for_each(f), LR, 0.5).unwrap();
+        for at in 0..names.len() {
+            close(&format!("adamw, {} at {step}", names[at].0), &values(&params[at]), &want[at], 1e-12);
+            close(&format!("sgd, {} at {step}", names[at].0), &values(&moved[at]), &want_moved[at], 1e-12);
+        }
+    }
+    assert_eq!(adamw.steps(), 8);
+}
+
+#[test]
+fn numbers_that_make_no_sense_are_refused_before_anything_changes() {
+    let (nan, infinite) = (f64::NAN, f64::INFINITY);
+    let device = dev::poisoned();
+    let mut w = param::<f32>(&device, "w", &[3]);
+    give(&mut w, 0);
+    let before = bits(&w);
+    let mut refused = |step: &mut dyn FnMut(&mut Param<f32, Dev>) -> Result<()>, says: &str| {
+        let error = step(&mut w).unwrap_err().to_string();
+        assert!(error.contains(says), "{error}: {says}");
+        assert_eq!(bits(&w), before, "{says}");
+    };
+    for (lr, scale, says) in [
+        (nan, 1.0, "lr is NaN, which is not in 0.0..inf"),
+        (-0.1, 1.0, "lr is -0.1, which is not in 0.0..inf"),
+        (infinite, 1.0, "lr is inf, which"),
+        (0.1, nan, "grad_scale is NaN, which"),
+        (0.1, infinite, "grad_scale is inf, which"),
+        (0.1, -infinite, "grad_scale is -inf, which"),
+    ] {
+        refused(&mut |w| AdamW::default().step(|f| f(w), lr, scale), &format!("adamw: {says}"));
+        refused(&mut |w| Sgd::default().step(|f| f(w), lr, scale), &format!("sgd: {says}"));
+    }
+    let adamw = AdamWConfig::default();
+    for (config, says) in [
+        (AdamWConfig { beta1: 1.0, ..adamw }, "adamw: beta1 is 1, which is not in 0.0..1.0"),
+        (AdamWConfig { beta1: -0.1, ..adamw }, "adamw: beta1 is -0.1, which"),
+        (AdamWConfig { beta2: 1.0, ..adamw }, "adamw: beta2 is 1, which"),
+        (AdamWConfig { beta2: nan, ..adamw }, "adamw: beta2 is NaN, which"),
+        (AdamWConfig { eps: 0.0, ..adamw }, "adamw: eps is 0, which"),
+        (AdamWConfig { eps: -1e-8, ..adamw }, "adamw: eps is -0.00000001, which"),
+        (AdamWConfig { weight_decay: -0.1, ..adamw }, "adamw: weight_decay is -0.1, which"),
+    ] {
+        refused(&mut |w| AdamW::new(config).step(|f| f(w), 0.1, 1.0), says);
+    }
+    let sgd = SgdConfig::default();
+    for (config, says) in [
+        (SgdConfig { momentum: nan, ..sgd }, "sgd: momentum is NaN, which"),
+        (SgdConfig { momentum: -0.9, ..sgd }, "sgd: momentum is -0.9, which"),
+        (SgdConfig { weight_decay: infinite, ..sgd }, "sgd: weight_decay is inf, which"),
+    ] {
+        refused(&mut |w| Sgd::new(config).step(|f| f(w), 0.1, 1.0), says);
+    }
+    for (group, says) in [
+        (ParamGroup { lr_scale: nan, weight_decay: None }, "lr_scale of w is NaN, which"),
+        (ParamGroup { lr_scale: 1.0, weight_decay: Some(-1.0) }, "weight_decay of w is -1, which"),
+    ] {
+        refused(&mut |w| AdamW::default().groups(move |_| group).step(|f| f(w), 0.1, 1.0), says);
+        refused(&mut |w| Sgd::default().groups(move |_| group).step(|f| f(w), 0.1, 1.0), says);
+    }
+}
+
+/// Heads, vocabulary and features that two and three ranks cut unevenly.
+const GPT: Config = Config {
+    vocabulary: 11,
+    context: 5,
+    hidden: 12,
+    heads: 3,
+    ffn: 7,
+    layers: 1,
+    dropout: 0.2,
+    recompute: false,
+};
+
+/// With an ε that bounds what rounding makes of the gradient of a key's bias, which is 0 but for that.
+fn gpt_config() -> AdamWConfig {
+    AdamWConfig { eps: 1e-3, ..adamw_config() }
+}
+
+/// A model on a mesh, and its optimizer.
+struct Training<T: Element, O> {
+    mesh: DeviceMesh<Dev>,
+    model: Gpt<Replicated, T, Dev>,
+    optimizer: O,
+}
+
+/// What the tests ask of an optimizer.
+trait Optimizer<T: Element>: Sized {
+    fn fresh() -> Self;
+    fn load(source: &dyn WeightSource, model: &mut Gpt<Replicated, T, Dev>) -> Result<Self>;
+    fn step(&mut self, model: &mut Gpt<Replicated, T, Dev>, scale: f64) -> Result<()>;
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, Dev>) -> Result<()>) -> Result<()>;
+}
+
+impl<T: Element> Optimizer<T> for AdamW<T, Dev> {
+    fn fresh() -> Self {
+        Self::new(gpt_config())
+    }
+
+    fn load(source: &dyn WeightSource, model: &mut Gpt<Replicated, T, Dev>) -> Result<Self> {
+        Self::load(gpt_config(), source, |f| model.visit(f))
+    }
+
+    fn step(&mut self, model: &mut Gpt<Replicated, T, Dev>, scale: f64) -> Result<()> {
+        self.step(|f| model.visit(f), LR, scale)
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, Dev>) -> Result<()>) -> Result<()> {
+        self.visit_state(f)
+    }
+}
+
+impl<T: Element> Optimizer<T> for Sgd<T, Dev> {
+    fn fresh() -> Self {
+        Self::new(sgd_config())
+    }
+
+    fn load(source: &dyn WeightSource, model: &mut Gpt<Replicated, T, Dev>) -> Result<Self> {
+        Self::load(sgd_config(), source, |f| model.visit(f))
+    }
+
+    fn step(&mut self, model: &mut Gpt<Replicated, T, Dev>, scale: f64) -> Result<()> {
+        self.step(|f| model.visit(f), LR, scale)
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, Dev>) -> Result<()>) -> Result<()> {
+        self.visit_state(f)
+    }
+}
+
+impl<T: Element, O: Optimizer<T>> Training<T, O> {
+    fn new(world: &Group<Dev>, [dp, tp]: [usize; 2], source: &dyn WeightSource) -> Result<Self> {
+        let mesh = DeviceMesh::new(world, Mesh::new(dp, 1, tp)?)?;
+        let model = Gpt::load(&mesh, &Weights::new(source), &GPT, Schedule::gpipe(1, 1))?;
+        Ok(Self { mesh, model, optimizer: O::fresh() })
+    }
+
+    fn open(world: &Group<Dev>, mesh: [usize; 2], folder: &Path) -> Result<Self> {
+        let mut training = Self::new(world, mesh, &Checkpoint::open(folder.join("model"))?)?;
+        let states = Checkpoint::open(folder.join("states"))?;
+        training.optimizer = O::load(&states, &mut training.model)?;
+        Ok(training)
+    }
+
+    fn save(&mut self, folder: &Path) -> Result<()> {
+        // The replicas hold the same.
+        if self.mesh.group(Axis::Data).rank() > 0 {
+            return Ok(());
+        }
+        let group = self.mesh.group(Axis::Tensor);
+        save(group, |f| self.model.visit(f), &folder.join("model"), "{}", |_| false, usize::MAX)?;
+        save(group, |f| self.optimizer.visit(f), &folder.join("states"), "{}", |_| false, 2000)
+    }
+
+    fn steps(&mut self, steps: Range<u64>) -> Result<()> {
+        for step in steps {
+            let (_, norm) = self.model.gradients(&batch(&GPT, step, 4), step, 1.0)?;
+            self.optimizer.step(&mut self.model, clip_scale(norm, 1.0)?)?;
+        }
+        Ok(())
+    }
+
+    /// Every tensor of the model and of the states, and what this rank holds of it.
+    fn held(&mut self) -> Result<Held> {
+        let mut held = Vec::new();
+        self.model.visit(&mut |param| hold(&mut held, param))?;
+        self.optimizer.visit(&mut |param| hold(&mut held, param))?;
+        let replica = self.mesh.group(Axis::Data).rank();
+        Ok(if replica == 0 { held } else { Vec::new() })
+    }
+}
+
+type Held = Vec<(Vec<Piece>, Vec<usize>, Vec<f64>)>;
+
+fn hold<T: Element>(held: &mut Held, param: &mut Param<T, Dev>) -> Result<()> {
+    let values = param.value().to_vec()?.into_iter().map(T::to_f64).collect();
+    held.push((param.pieces().to_vec(), param.value().shape().dims().to_vec(), values));
+    Ok(())
+}
+
+fn together(ranks: Result<Vec<Held>>) -> BTreeMap<String, ArrayD<f64>> {
+    let mut whole = Assembled::default();
+    let all = ranks.unwrap().into_iter().flatten();
+    all.for_each(|(pieces, shape, values)| whole.add(&pieces, &shape, &values));
+    whole.finish()
+}
+
+/// The run that is never stopped, and those that go on from its fourth step on some meshes.
+fn stopped_and_not<T: Element, O: Optimizer<T>>(
+    mesh: [usize; 2],
+    others: &[[usize; 2]],
+) -> (BTreeMap<String, ArrayD<f64>>, Vec<BTreeMap<String, ArrayD<f64>>>) {
+    let folder = tempfile::tempdir().unwrap();
+    let size = |mesh: [usize; 2]| mesh.iter().product();
+    let never = together(ranks(size(mesh)).run(|world| {
+        let mut training = Training::<T, O>::new(&world, mesh, &Random::normal(3, 0.3))?;
+        training.steps(0..4)?;
+        training.save(folder.path())?;
+        training.steps(4..8)?;
+        training.held()
+    }));
+    let go_on = |&mesh: &[usize; 2]| {
+        together(ranks(size(mesh)).run(|world| {
+            let mut training = Training::<T, O>::open(&world, mesh, folder.path())?;
+            training.steps(4..8)?;
+            training.held()
+        }))
+    };
+    (never, others.iter().map(go_on).collect())
+}
+
+#[test]
+fn training_goes_on_from_saved_states_on_any_mesh() {
+    fn case<O: Optimizer<f64>>(state: &str) {
+        let meshes = [[2, 2], [1, 3], [1, 1], [3, 1]];
+        let (never, others) = stopped_and_not::<f64, O>([2, 2], &meshes);
+        assert!(never.contains_key(state));
+        for (mesh, other) in meshes.iter().zip(others) {
+            assert!(other.keys().eq(never.keys()));
+            for (name, want) in &never {
+                close(&format!("{mesh:?}: {name}"), &other[name], want, 1e-12);
+            }
+        }
+    }
+    case::<AdamW<f64, Dev>>("adamw.step.layers.0.attention.k.weight");
+    case::<Sgd<f64, Dev>>("sgd.velocity.layers.0.attention.k.weight");
+}
+
+#[test]
+fn training_goes_on_bit_for_bit_on_the_same_mesh_with_masters_too() {
+    fn case<T: Element, O: Optimizer<T>>(state: &str) {
+        let (never, others) = stopped_and_not::<T, O>([2, 2], &[[2, 2]]);
+        assert!(never.contains_key(state));
+        assert!(others[0].keys().eq(never.keys()));
+        let bits = |array: &ArrayD<f64>| array.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+        never.iter().for_each(|(name, want)| assert!(bits(&others[0][name]) == bits(want), "{name}"));
+    }
+    case::<bf16, AdamW<bf16, Dev>>("adamw.master.embedding.weight");
+    case::<bf16, Sgd<bf16, Dev>>("sgd.master.embedding.weight");
+    case::<f64, AdamW<f64, Dev>>("adamw.step.embedding.weight");
+}
+
+/// A source that lacks some of a parameter's state names what is there and what is not; one that has nothing of a
+/// parameter lets it begin anew; one that is no count of steps is none.
+#[test]
+fn states_are_read_whole_or_not_at_all() {
+    let device = dev::poisoned();
+    let of = |kind: &str, value: f64, shape: &[usize]| {
+        (format!("adamw.{kind}.w"), ArrayD::from_elem(shape, value))
+    };
+    let whole = [of("m", 0.5, &[3]), of("v", 0.25, &[3]), of("master", 1.0, &[3]), of("step", 7.0, &[1])];
+    let load = |tensors: &[(String, ArrayD<f64>)]| {
+        let source = Arrays(tensors.iter().cloned().collect());
+        let mut params = ["other", "w"].map(|name| param::<bf16>(&device, name, &[3]));
+        AdamW::<bf16, Dev>::load(adamw_config(), &source, |f| params.iter_mut().try_for_each(f))
+    };
+    let mut states = load(&whole).unwrap();
+    assert_eq!(states.steps(), 7);
+    let mut names = Vec::new();
+    states
+        .visit_state(&mut |param| {
+            names.push(param.name().to_string());
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(names, ["adamw.m.w", "adamw.v.w", "adamw.master.w", "adamw.step.w"]);
+    assert_eq!(load(&[]).unwrap().steps(), 0);
+    for at in 0..whole.len() {
+        let mut part = whole.to_vec();
+        let (absent, _) = part.remove(at);
+        let there = if at == 0 { "adamw.v.w" } else { "adamw.m.w" };
+        let says = format!("adamw: the source has `{there}`, but not `{absent}`");
+        assert_eq!(load(&part).unwrap_err().to_string(), says);
+    }
+    for count in [-1.0, 0.5, f64::NAN] {
+        let mut wrong = whole.to_vec();
+        wrong[3] = of("step", count, &[1]);
+        let says = format!("adamw: adamw.step.w is [{count:?}], which is no number of steps");
+        assert_eq!(load(&wrong).unwrap_err().to_string(), says);
+    }
+    let mut wrong = whole.to_vec();
+    wrong[1] = of("v", 0.0, &[4]);
+    assert!(load(&wrong).unwrap_err().to_string().contains("`adamw.v.w` has shape [4]"));
+    // What a visitor writes counts: another rank's steps, for example.
+    let write = |value: f64| {
+        load(&whole).unwrap().visit_state(&mut |param| {
+            let shape = param.value().shape();
+            *param.value_mut() = Tensor::full(&device, shape, value)?;
+            Ok(())
+        })
+    };
+    write(9.0).unwrap();
+    assert_eq!(
+        write(9.5).unwrap_err().to_string(),
+        "adamw: adamw.step.w is [9.5], which is no number of steps"
+    );
+}
