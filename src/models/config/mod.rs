@@ -1,14 +1,29 @@
 //! Hugging Face's `config.json`: what a model is. It comes from elsewhere, so that nothing in it is believed: every number
-//! has a limit, and what is not understood is refused rather than ignored where it would change the result.
+//! has a limit, and every key is read, or known to have no influence (`ignored.rs`), or refused by its name. A file for each
+//! family; what a configuration leaves out is what transformers' class of that family takes.
+
+mod bert;
+mod gpt2;
+mod ignored;
+mod json;
+mod llama;
+mod rope;
 
 use crate::{
     error::{Error, Result},
-    kernels::{Activation, NormKind, RopePairs},
-    ops::{RopeConfig, RopeScaling},
-    parallel::{AttentionConfig, BlockConfig, BlockNames, NormPlacement, QkNorm},
+    kernels::Activation,
+    parallel::{AttentionConfig, BlockConfig},
 };
+use json::Json;
 use serde_json::{Map, Value};
-use std::{fs, io::Read, path::Path};
+use std::{
+    fs,
+    io::{self, Read},
+    path::Path,
+};
+
+/// The families, by `model_type`.
+const KNOWN: [&str; 7] = ["llama", "mistral", "ministral", "qwen2", "qwen3", "gpt2", "bert"];
 
 /// The longest configuration that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
@@ -28,7 +43,7 @@ pub enum ModelConfig {
     Bert(BertConfig),
 }
 
-/// What a [`super::Decoder`] is: Llama, Mistral, Qwen2, Qwen3 and GPT-2 differ in these choices alone.
+/// What a [`super::Decoder`] is: Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2 differ in these choices alone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderConfig {
     /// The number of words.
@@ -49,7 +64,7 @@ pub struct DecoderConfig {
     pub names: DecoderNames,
     /// Whether the blocks' matrices are stored as `[in, out]` (GPT-2's `Conv1D`).
     pub transposed: bool,
-    /// The tokens that end a text.
+    /// The tokens that end a text, by `config.json` and `generation_config.json`.
     pub ends: Vec<u32>,
     /// The configuration as it was read; a saved model gets it.
     pub json: String,
@@ -90,25 +105,29 @@ pub struct BertConfig {
 }
 
 impl ModelConfig {
-    /// Reads `config.json` of a checkpoint's folder, or the file itself.
+    /// Reads `config.json` of a checkpoint's folder, or the file itself. In a folder, the tokens that end a text are those of
+    /// `config.json` and those of `generation_config.json`, where that is there.
+    ///
+    /// Keys that change nothing are passed over. Among them are the probabilities of dropout: the models here have none, and
+    /// are trained without. A key that is not known is refused, since it may change what the model computes.
     ///
     /// # Errors
-    /// [`Error::Io`] when it cannot be read; [`Error::Checkpoint`] when it is longer than 1 MiB, is no such
-    /// configuration, or is of a model that this crate does not have.
+    /// [`Error::Io`] when a file cannot be read; [`Error::Config`] when it is longer than 1 MiB, is no such configuration,
+    /// has a key or a value that is not known and may change the result, or is of a model that this crate does not have.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let path = if path.is_dir() { path.join("config.json") } else { path.into() };
-        let io = |error: std::io::Error| Error::Io { path: path.clone(), reason: error.to_string() };
-        let bad = |reason: String| Error::Checkpoint { path: path.clone(), reason };
-        if !fs::metadata(&path).map_err(io)?.is_file() {
-            return Err(Error::Io { path: path.clone(), reason: "not a regular file".into() });
-        }
-        let mut text = String::new();
-        fs::File::open(&path).map_err(io)?.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(io)?;
-        if text.len() as u64 > MAX_BYTES {
-            return Err(bad(format!("a configuration of more than {MAX_BYTES} bytes")));
-        }
-        Self::parse(&text).map_err(bad)
+        let (config, generation) = match path.is_dir() {
+            true => (path.join("config.json"), Some(path.join("generation_config.json"))),
+            false => (path.into(), None),
+        };
+        let ends = match generation.filter(|path| path.exists()) {
+            Some(path) => {
+                let ends = |text: &str| Json::new("", &object(text)?).tokens("eos_token_id");
+                ends(&text(&path)?).map_err(|reason| Error::Config { path, reason })?.unwrap_or_default()
+            }
+            None => Vec::new(),
+        };
+        Self::with_ends(&text(&config)?, ends).map_err(|reason| Error::Config { path: config, reason })
     }
 
     /// The model that a configuration describes.
@@ -116,145 +135,91 @@ impl ModelConfig {
     /// # Errors
     /// What is wrong with it, in words.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let value: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
-        let json = Json(value.as_object().ok_or("the configuration is not a JSON object")?);
-        match json.text("model_type")?.ok_or("`model_type` is missing")? {
-            kind @ ("llama" | "mistral" | "qwen2" | "qwen3") => Ok(Self::Decoder(llama(kind, &json, text)?)),
-            "gpt2" => Ok(Self::Decoder(gpt2(&json, text)?)),
-            "bert" => Ok(Self::Bert(bert(&json, text)?)),
-            other => Err(format!("a model of type `{}` is not known", other.escape_debug())),
+        Self::with_ends(text, Vec::new())
+    }
+
+    /// The same, with more tokens that end a text. Where these are all that is said, the class's own does not count.
+    fn with_ends(text: &str, more: Vec<u32>) -> Result<Self, String> {
+        let map = object(text)?;
+        let kind = match map.get("model_type") {
+            Some(kind) => kind.as_str().ok_or("`model_type` is not a text")?,
+            None => return Err("`model_type` is missing".into()),
+        };
+        let json = Json::new(kind, &map);
+        let mut model = match kind {
+            "llama" | "mistral" | "ministral" | "qwen2" | "qwen3" => {
+                Self::Decoder(llama::read(kind, &json, text)?)
+            }
+            "gpt2" => Self::Decoder(gpt2::read(&json, text)?),
+            "bert" => Self::Bert(bert::read(&json, text)?),
+            other => {
+                let (other, known) = (other.escape_debug(), KNOWN.join(", "));
+                return Err(format!("a model of type `{other}` is not known; known are {known}"));
+            }
+        };
+        if let (Self::Decoder(config), false) = (&mut model, more.is_empty()) {
+            if json.raw("eos_token_id").is_none() {
+                config.ends.clear();
+            }
+            let new = more.into_iter().filter(|end| !config.ends.contains(end)).collect::<Vec<_>>();
+            config.ends.extend(new);
         }
+        Ok(model)
     }
 }
 
-fn llama(kind: &str, json: &Json<'_>, text: &str) -> Result<DecoderConfig, String> {
-    let (hidden, heads) = (json.size("hidden_size", HUGE)?, json.size("num_attention_heads", MANY)?);
-    let layers = json.size("num_hidden_layers", MANY)?;
-    let head_dim = match json.optional_size("head_dim", MANY)? {
-        Some(dim) => dim,
-        None if hidden.is_multiple_of(heads) && hidden / heads <= MANY => hidden / heads,
-        None => return Err(format!("{hidden} features are not a multiple of {heads} heads")),
-    };
-    let context = json.optional_size("max_position_embeddings", HUGE)?;
-    let bias = json.flag("attention_bias")?.unwrap_or(false);
-    let qk_norm = |name: &str| format!("self_attn.{name}_norm");
-    let eps = json.number("rms_norm_eps")?.unwrap_or(1e-6);
-    let norm = NormKind::RmsNorm { eps: positive("rms_norm_eps", eps)? };
-    let attention = AttentionConfig {
-        kv_heads: json.optional_size("num_key_value_heads", MANY)?.unwrap_or(heads),
-        head_dim,
-        causal: true,
-        rope: Some(rope(json, head_dim, context)?),
-        qk_norm: (kind == "qwen3").then(|| QkNorm { eps, q: qk_norm("q"), k: qk_norm("k") }),
-        qkv_bias: bias || kind == "qwen2",
-        out_bias: bias,
-        ..AttentionConfig::new(hidden, heads)
-    };
-    let block = BlockConfig {
-        attention,
-        ffn: json.size("intermediate_size", HUGE)?,
-        activation: activation(json, "hidden_act", "silu")?,
-        mlp_bias: json.flag("mlp_bias")?.unwrap_or(false),
-        norm,
-        placement: NormPlacement::Pre,
-        names: BlockNames::llama(),
-    };
-    Ok(DecoderConfig {
-        vocabulary: json.size("vocab_size", HUGE)?,
-        layers,
-        positions: None,
-        context,
-        tied: json.flag("tie_word_embeddings")?.unwrap_or(false),
-        block: checked(block)?,
-        windows: windows(kind, json, layers)?,
-        names: DecoderNames {
-            prefix: "model",
-            embedding: "embed_tokens",
-            positions: "",
-            blocks: "layers",
-            norm: "norm",
-            head: "lm_head",
-        },
-        transposed: false,
-        ends: ends(json)?,
-        json: text.into(),
-    })
+/// The text of a configuration.
+fn text(path: &Path) -> Result<String> {
+    let io = |error: io::Error| Error::Io { path: path.into(), reason: error.to_string() };
+    let bad = |reason: String| Error::Config { path: path.into(), reason };
+    // Before opening: to open a pipe waits for its writer.
+    if !fs::metadata(path).map_err(io)?.is_file() {
+        return Err(Error::Io { path: path.into(), reason: "not a regular file".into() });
+    }
+    let mut bytes = Vec::new();
+    fs::File::open(path).map_err(io)?.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
+    let no_config =
+        |what: &str| bad(format!("this is {what}, and no config.json; a model is read from its folder"));
+    if bytes.starts_with(b"GGUF") {
+        return Err(no_config("a GGUF file"));
+    }
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(no_config(&format!("more than {MAX_BYTES} bytes")));
+    }
+    String::from_utf8(bytes).map_err(|_| no_config("no text"))
 }
 
-fn gpt2(json: &Json<'_>, text: &str) -> Result<DecoderConfig, String> {
-    let (hidden, heads) = (json.size("n_embd", HUGE)?, json.size("n_head", MANY)?);
-    let layers = json.size("n_layer", MANY)?;
-    for (key, usual) in [
-        ("scale_attn_weights", true),
-        ("scale_attn_by_inverse_layer_idx", false),
-        ("add_cross_attention", false),
-    ] {
-        if json.flag(key)?.unwrap_or(usual) != usual {
-            return Err(format!("`{key}` as {} is not known", !usual));
-        }
+/// The object that a text describes.
+fn object(text: &str) -> Result<Map<String, Value>, String> {
+    let value = serde_json::from_str(text).map_err(|error| {
+        // Python writes numbers that JSON does not have.
+        let line = text.lines().nth(error.line().saturating_sub(1)).unwrap_or_default();
+        let from = error.column().saturating_sub(2);
+        let here = line.get(from..).unwrap_or_default().trim_start_matches([':', ' ', '[', ',']);
+        let word = ["-Infinity", "Infinity", "NaN"].into_iter().find(|word| here.starts_with(word));
+        word.map_or_else(|| error.to_string(), |word| format!("JSON has no {word}: {error}"))
+    })?;
+    match value {
+        Value::Object(map) => Ok(map),
+        _ => Err("the configuration is not a JSON object".into()),
     }
-    let context = json.size("n_positions", HUGE)?;
-    let eps = json.number("layer_norm_epsilon")?.unwrap_or(1e-5);
-    let block = BlockConfig {
-        attention: AttentionConfig {
-            causal: true,
-            qkv_bias: true,
-            out_bias: true,
-            ..AttentionConfig::new(hidden, heads)
-        },
-        ffn: json.optional_size("n_inner", HUGE)?.unwrap_or(4 * hidden),
-        activation: activation(json, "activation_function", "gelu_new")?,
-        mlp_bias: true,
-        norm: NormKind::LayerNorm { eps: positive("layer_norm_epsilon", eps)? },
-        placement: NormPlacement::Pre,
-        names: BlockNames::gpt2(),
-    };
-    Ok(DecoderConfig {
-        vocabulary: json.size("vocab_size", HUGE)?,
-        layers,
-        positions: Some(context),
-        context: Some(context),
-        tied: json.flag("tie_word_embeddings")?.unwrap_or(true),
-        block: checked(block)?,
-        windows: vec![None; layers],
-        names: DecoderNames {
-            prefix: "transformer",
-            embedding: "wte",
-            positions: "wpe",
-            blocks: "h",
-            norm: "ln_f",
-            head: "lm_head",
-        },
-        transposed: true,
-        ends: ends(json)?,
-        json: text.into(),
-    })
 }
 
-fn bert(json: &Json<'_>, text: &str) -> Result<BertConfig, String> {
-    let (hidden, heads) = (json.size("hidden_size", HUGE)?, json.size("num_attention_heads", MANY)?);
-    let positions = json.text("position_embedding_type")?.unwrap_or("absolute");
-    if positions != "absolute" || json.flag("is_decoder")?.unwrap_or(false) {
-        return Err("only BERT encoders with absolute positions are known".into());
+/// What every family's configuration is asked for.
+fn common(json: &Json<'_>, causal: bool, architectures: &[&str]) -> Result<(), String> {
+    json.raw("model_type");
+    if let Some(quantized) = json.object("quantization_config")? {
+        let method = quantized.text("quant_method")?.unwrap_or("a method without a name").escape_debug();
+        return Err(format!("`quantization_config`: weights quantized by `{method}` are not known"));
     }
-    let eps = json.number("layer_norm_eps")?.unwrap_or(1e-12);
-    let block = BlockConfig {
-        attention: AttentionConfig { qkv_bias: true, out_bias: true, ..AttentionConfig::new(hidden, heads) },
-        ffn: json.size("intermediate_size", HUGE)?,
-        activation: activation(json, "hidden_act", "gelu")?,
-        mlp_bias: true,
-        norm: NormKind::LayerNorm { eps: positive("layer_norm_eps", eps)? },
-        placement: NormPlacement::Post,
-        names: BlockNames::bert(),
-    };
-    Ok(BertConfig {
-        vocabulary: json.size("vocab_size", HUGE)?,
-        layers: json.size("num_hidden_layers", MANY)?,
-        positions: json.size("max_position_embeddings", HUGE)?,
-        types: json.optional_size("type_vocab_size", HUGE)?.unwrap_or(2),
-        block: checked(block)?,
-        json: text.into(),
-    })
+    // Other classes put other heads on the model, and some attend in another way.
+    let known = |name: &Value| architectures.iter().any(|known| name == known);
+    json.each("architectures", |value| value.as_array().is_some_and(|all| all.iter().all(known)))?;
+    json.only("is_causal", causal)?;
+    for key in ["add_cross_attention", "is_encoder_decoder", "tie_encoder_decoder"] {
+        json.only(key, false)?;
+    }
+    json.only("pruned_heads", Map::new())
 }
 
 /// Refuses sizes that no attention has.
@@ -272,106 +237,6 @@ fn checked(block: BlockConfig) -> Result<BlockConfig, String> {
     Ok(block)
 }
 
-/// The rotary embedding: `rope_parameters`, or as it was before that, `rope_theta` and `rope_scaling`.
-fn rope(json: &Json<'_>, head_dim: usize, context: Option<usize>) -> Result<RopeConfig, String> {
-    let nested = match json.object("rope_parameters")? {
-        Some(nested) => Some(nested),
-        None => json.object("rope_scaling")?,
-    };
-    let empty = Map::new();
-    let inner = Json(nested.map_or(&empty, |nested| nested.0));
-    let either = |key: &str| Ok::<_, String>(inner.number(key)?.or(json.number(key)?));
-    let base = positive("rope_theta", either("rope_theta")?.unwrap_or(10000.0))?;
-    let share = either("partial_rotary_factor")?.unwrap_or(1.0);
-    if !(0.0..=1.0).contains(&share) {
-        return Err(format!("`partial_rotary_factor` is {share}"));
-    }
-    let dim = (head_dim as f64 * share) as usize;
-    let kind = match inner.text("rope_type")? {
-        Some(kind) => Some(kind),
-        None => inner.text("type")?,
-    };
-    let kind = kind.unwrap_or("default");
-    let factor = || {
-        let factor = inner.number("factor")?;
-        positive("factor", factor.ok_or_else(|| format!("rope of type `{kind}` without a `factor`"))?)
-    };
-    let trained = || {
-        let key = "original_max_position_embeddings";
-        let own = inner.optional_size(key, HUGE)?;
-        let trained = if own.is_some() { own } else { json.optional_size(key, HUGE)?.or(context) };
-        trained.ok_or_else(|| format!("rope of type `{kind}` without the training's length"))
-    };
-    let number = |key: &str, usual: f64| Ok::<_, String>(inner.number(key)?.unwrap_or(usual));
-    let scaling = match kind {
-        "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: factor()? },
-        "dynamic" => {
-            let trained = context.ok_or("rope of type `dynamic` without `max_position_embeddings`")?;
-            RopeScaling::DynamicNtk { factor: factor()?, trained }
-        }
-        "llama3" => RopeScaling::Llama3 {
-            factor: factor()?,
-            low: number("low_freq_factor", 1.0)?,
-            high: number("high_freq_factor", 4.0)?,
-            trained: trained()?,
-        },
-        "yarn" => {
-            let trained = trained()?;
-            let factor = match (inner.number("factor")?, context) {
-                (None, Some(context)) => context as f64 / trained as f64,
-                _ => factor()?,
-            };
-            let scale = |weight: f64| if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 };
-            let magnitude = match (
-                inner.number("attention_factor")?,
-                inner.number("mscale")?.filter(|scale| *scale != 0.0),
-                inner.number("mscale_all_dim")?.filter(|scale| *scale != 0.0),
-            ) {
-                (Some(magnitude), ..) => magnitude,
-                (None, Some(one), Some(all)) => scale(one) / scale(all),
-                _ => RopeScaling::yarn_magnitude(factor),
-            };
-            RopeScaling::Yarn {
-                factor,
-                trained,
-                fast: number("beta_fast", 32.0)?,
-                slow: number("beta_slow", 1.0)?,
-                truncate: inner.flag("truncate")?.unwrap_or(true),
-                magnitude,
-            }
-        }
-        other => return Err(format!("rope of type `{}` is not known", other.escape_debug())),
-    };
-    Ok(RopeConfig { dim, base, pairs: RopePairs::Halves, scaling })
-}
-
-/// Each layer's window.
-fn windows(kind: &str, json: &Json<'_>, layers: usize) -> Result<Vec<Option<usize>>, String> {
-    let window = json.optional_size("sliding_window", HUGE)?;
-    let used = match kind {
-        "mistral" => true,
-        "qwen2" | "qwen3" => json.flag("use_sliding_window")?.unwrap_or(false),
-        _ => false,
-    };
-    let Some(window) = window.filter(|_| used) else { return Ok(vec![None; layers]) };
-    if let Some(types) = json.0.get("layer_types").filter(|types| !types.is_null()) {
-        let types = types.as_array().filter(|types| types.len() == layers);
-        let types = types.ok_or_else(|| format!("`layer_types` is not a list of {layers} layers"))?;
-        let of = |of: &Value| match of.as_str() {
-            Some("full_attention") => Ok(None),
-            Some("sliding_attention") => Ok(Some(window)),
-            _ => Err(format!("a layer of type {of} is not known")),
-        };
-        return types.iter().map(of).collect();
-    }
-    let first = match kind {
-        "mistral" => 0,
-        _ => json.optional_number_of("max_window_layers")?.unwrap_or(28),
-    };
-    Ok((0..layers).map(|layer| (layer >= first).then_some(window)).collect())
-}
-
 fn activation(json: &Json<'_>, key: &str, usual: &str) -> Result<Activation, String> {
     match json.text(key)?.unwrap_or(usual) {
         "silu" | "swish" => Ok(Activation::Silu),
@@ -382,74 +247,9 @@ fn activation(json: &Json<'_>, key: &str, usual: &str) -> Result<Activation, Str
     }
 }
 
-/// `eos_token_id`: a number or a list of them.
-fn ends(json: &Json<'_>) -> Result<Vec<u32>, String> {
-    let one = |value: &Value| {
-        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
-        id.ok_or_else(|| "`eos_token_id` is not a token".to_string())
-    };
-    match json.0.get("eos_token_id") {
-        None | Some(Value::Null) => Ok(Vec::new()),
-        Some(Value::Array(all)) => all.iter().map(one).collect(),
-        Some(value) => Ok(vec![one(value)?]),
-    }
-}
-
 fn positive(key: &str, value: f64) -> Result<f64, String> {
     if value.is_finite() && value > 0.0 {
         return Ok(value);
     }
     Err(format!("`{key}` is {value}"))
-}
-
-/// An object whose entries are looked up by name and kind. `null` is as good as absent.
-struct Json<'a>(&'a Map<String, Value>);
-
-impl<'a> Json<'a> {
-    fn get<R>(
-        &self,
-        key: &str,
-        what: &str,
-        read: impl Fn(&'a Value) -> Option<R>,
-    ) -> Result<Option<R>, String> {
-        match self.0.get(key) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => read(value).map(Some).ok_or_else(|| format!("`{key}` is not {what}")),
-        }
-    }
-
-    fn text(&self, key: &str) -> Result<Option<&'a str>, String> {
-        self.get(key, "a text", Value::as_str)
-    }
-
-    fn flag(&self, key: &str) -> Result<Option<bool>, String> {
-        self.get(key, "true or false", Value::as_bool)
-    }
-
-    fn number(&self, key: &str) -> Result<Option<f64>, String> {
-        self.get(key, "a number", |value| value.as_f64().filter(|value| value.is_finite()))
-    }
-
-    fn object(&self, key: &str) -> Result<Option<Self>, String> {
-        self.get(key, "an object", |value| value.as_object().map(Json))
-    }
-
-    /// A number from 0 on.
-    fn optional_number_of(&self, key: &str) -> Result<Option<usize>, String> {
-        self.get(key, "a whole number", |value| value.as_u64().and_then(|value| usize::try_from(value).ok()))
-    }
-
-    /// A size from 1 to a limit.
-    fn optional_size(&self, key: &str, limit: usize) -> Result<Option<usize>, String> {
-        match self.optional_number_of(key)? {
-            Some(size) if size == 0 || size > limit => {
-                Err(format!("`{key}` is {size}; it may be from 1 to {limit}"))
-            }
-            size => Ok(size),
-        }
-    }
-
-    fn size(&self, key: &str, limit: usize) -> Result<usize, String> {
-        self.optional_size(key, limit)?.ok_or_else(|| format!("`{key}` is missing"))
-    }
 }
