@@ -7,6 +7,8 @@
 //! The folder has config.json, tokenizer.json and model.safetensors (or several files with their index), as the hub has
 //! them for Llama, Mistral, Qwen2, Qwen3 and GPT-2. Each rank reads only its part. At temperature 0 the text does not
 //! depend on the number of ranks, as long as no two words are equally likely but for rounding.
+//!
+//! The prompt is taken as it is. A model that was trained to answer expects it in its chat template.
 
 use clap::{Parser, ValueEnum};
 use half::{bf16, f16};
@@ -16,13 +18,14 @@ use shardwise::{
     device::{Cpu, Device, Element},
     launch,
     models::{Decoder, DecoderConfig, ModelConfig},
-    parallel::Sampler,
-    shard::Replicated,
+    ops::{RopeConfig, RopeScaling},
+    parallel::{DTensor, KvCache, Sampler},
+    shard::{Replicated, Shard},
     weights::Checkpoint,
 };
 use std::{
     io::Write,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -42,7 +45,7 @@ struct Args {
     /// The element of weights, activations and cache.
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     dtype: Dtype,
-    /// The most tokens to write.
+    /// The most tokens to write. Beyond the length that a model was made for, a text is likely to be worse.
     #[arg(long, default_value_t = 200)]
     tokens: usize,
     /// 0 for the likeliest token each time.
@@ -86,13 +89,24 @@ fn run(args: &Args) -> Result<()> {
     let ModelConfig::Decoder(config) = ModelConfig::read(&args.model)? else {
         return Err(fail("the model is not one that writes"));
     };
+    // Before there are groups: their size grows with the square of the ranks.
+    let heads = config.block.attention.heads;
+    if args.ranks > heads {
+        return Err(Error::TooManyRanks {
+            op: "generate",
+            ranks: args.ranks,
+            units: heads,
+            unit: "query heads",
+        });
+    }
+    if args.chunk == 0 {
+        return Err(fail("--chunk is 0, but a step reads at least one token"));
+    }
     let checkpoint = Checkpoint::open(&args.model)?;
-    let words = args.model.join("tokenizer.json");
-    let tokenizer =
-        Tokenizer::from_file(&words).map_err(|error| fail(format!("{}: {error}", words.display())))?;
+    let tokenizer = tokenizer(&args.model)?;
     let prompt = tokenizer.encode(args.prompt.as_str(), true).map_err(fail)?.get_ids().to_vec();
-    if prompt.is_empty() || args.chunk == 0 {
-        return Err(fail("nothing to begin with"));
+    if prompt.is_empty() {
+        return Err(fail("the prompt has no tokens, and the tokenizer adds none"));
     }
     let task =
         Task { args, config: &config, checkpoint: &checkpoint, tokenizer: &tokenizer, prompt: &prompt };
@@ -105,13 +119,13 @@ fn run(args: &Args) -> Result<()> {
     if ranks.iter().any(|rank| rank.tokens != ranks[0].tokens) {
         return Err(fail("the ranks wrote different texts"));
     }
-    let Written { tokens, loading, reading, writing, .. } = &ranks[0];
+    let Written { tokens, stopped, loading, reading, writing, .. } = &ranks[0];
     let rate = |count: usize, time: &Duration| count as f64 / time.as_secs_f64().max(1e-9);
     let memory: Vec<String> =
         ranks.iter().map(|rank| format!("{:.1}", rank.peak as f64 / (1 << 20) as f64)).collect();
     eprintln!(
-        "\n\n{} ranks, {:?}: loaded in {loading:.0?}; read {} tokens at {:.0} a second; wrote {} at {:.0} a second; \
-         peak MiB a rank: {}",
+        "\n\n{} ranks, {:?}: loaded in {loading:.0?}; read {} tokens at {:.0} a second; wrote {} at {:.0} a second, up to \
+         {stopped}; peak MiB a rank: {}",
         args.ranks,
         args.dtype,
         prompt.len(),
@@ -120,7 +134,30 @@ fn run(args: &Args) -> Result<()> {
         rate(tokens.len().saturating_sub(1), writing),
         memory.join(" ")
     );
+    if tokens.is_empty() && args.tokens > 0 {
+        eprintln!(
+            "note: the model ended the text at once; if it was trained to answer, it needs its chat template"
+        );
+    }
+    let length = prompt.len() + tokens.len();
+    if let (None, Some(context)) = (config.positions, config.context.filter(|context| length > *context)) {
+        eprintln!("note: {length} tokens are more than the {context} that the model was made for");
+    }
     Ok(())
+}
+
+/// The tokenizer of a checkpoint's folder.
+fn tokenizer(folder: &Path) -> Result<Tokenizer> {
+    let path = folder.join("tokenizer.json");
+    let other =
+        ["tokenizer.model", "vocab.json", "vocab.txt"].into_iter().find(|other| folder.join(other).exists());
+    match other.filter(|_| !path.exists()) {
+        Some(other) => Err(fail(format!(
+            "{}: there is no tokenizer.json, but {other}: transformers' AutoTokenizer makes the one of the other",
+            folder.display()
+        ))),
+        None => Tokenizer::from_file(&path).map_err(|error| fail(format!("{}: {error}", path.display()))),
+    }
 }
 
 struct Task<'a> {
@@ -134,6 +171,8 @@ struct Task<'a> {
 /// What a rank has to tell.
 struct Written {
     tokens: Vec<u32>,
+    /// Why there are no more.
+    stopped: String,
     loading: Duration,
     reading: Duration,
     writing: Duration,
@@ -147,35 +186,72 @@ impl Task<'_> {
             Sampler { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
         let start = Instant::now();
         let model = Decoder::<Replicated, T, Cpu>::load(world, self.checkpoint, config)?;
-        let room = prompt.len() + args.tokens;
-        let room = config.context.map_or(room, |context| room.min(context.max(prompt.len())));
-        let mut cache = model.cache(1, room)?;
+        // Where positions are learned, a text ends with them. Else it goes on, in a larger cache when this one is full.
+        let room = prompt.len().saturating_add(args.tokens);
+        let room = config.positions.map_or(room, |positions| room.min(positions.max(prompt.len())));
+        let made_for = match config.block.attention.rope {
+            Some(RopeConfig { scaling: RopeScaling::DynamicNtk { factor, trained }, .. }) => {
+                (factor * trained as f64) as usize
+            }
+            _ => config.context.unwrap_or(0),
+        };
+        let mut cache = model.cache(1, room.min(made_for.max(prompt.len())))?;
         let (loading, start) = (start.elapsed(), Instant::now());
 
         let mut printed =
             Printer { tokenizer: self.tokenizer, ids: prompt.to_vec(), shown: 0, on: world.rank() == 0 };
         printed.show()?;
-        let mut logits = None;
-        for ids in prompt.chunks(args.chunk) {
-            logits = Some(model.step(ids, &[0], &[ids.len()], &mut cache)?);
-        }
+        let mut logits = self.read(&model, prompt, &mut cache)?;
         let (reading, start) = (start.elapsed(), Instant::now());
 
         let mut tokens = Vec::new();
-        while let Some(scores) = logits.take().filter(|_| tokens.len() < args.tokens) {
-            let token = sampler.sample(&scores, &[cache.len(0) as u64])?[0];
+        let stopped = loop {
+            if tokens.len() == args.tokens {
+                break format!("--tokens {}", args.tokens);
+            }
+            let token = sampler.sample(&logits, &[cache.len(0) as u64])?[0];
             if config.ends.contains(&token) {
-                break;
+                break format!("the token {token}, which ends a text");
             }
             tokens.push(token);
             printed.ids.push(token);
             printed.show()?;
-            if cache.len(0) < cache.capacity() {
-                logits = Some(model.step(&[token], &[0], &[1], &mut cache)?);
+            if tokens.len() == args.tokens {
+                continue;
             }
-        }
+            let text = &printed.ids;
+            if text.len() > room {
+                break format!("the model's {room} positions");
+            }
+            if cache.len(0) == cache.capacity() {
+                cache = model.cache(1, room.min(2 * text.len()))?;
+                logits = self.read(&model, text, &mut cache)?;
+            } else {
+                logits = model.step(&[token], &[0], &[1], &mut cache)?;
+            }
+        };
         let peak = world.device().memory().peak;
-        Ok(Written { tokens, loading, reading, writing: start.elapsed(), peak })
+        Ok(Written { tokens, stopped, loading, reading, writing: start.elapsed(), peak })
+    }
+
+    /// Reads a text into an empty cache, in chunks; the logits of what follows.
+    fn read<T: Element>(
+        &self,
+        model: &Decoder<Replicated, T, Cpu>,
+        text: &[u32],
+        cache: &mut KvCache<T, Cpu>,
+    ) -> Result<DTensor<Shard<1>, T, Cpu>> {
+        // By dynamic NTK a text is turned as one of its length: it is read at once.
+        let rope = &self.config.block.attention.rope;
+        let dynamic =
+            rope.as_ref().is_some_and(|rope| matches!(rope.scaling, RopeScaling::DynamicNtk { .. }));
+        let chunk = if dynamic { text.len() } else { self.args.chunk };
+        let (first, rest) = text.split_at(chunk.min(text.len()));
+        let mut logits = model.step(first, &[0], &[first.len()], cache)?;
+        for ids in rest.chunks(chunk) {
+            logits = model.step(ids, &[0], &[ids.len()], cache)?;
+        }
+        Ok(logits)
     }
 }
 

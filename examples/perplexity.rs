@@ -55,8 +55,27 @@ fn run(args: &Args) -> Result<()> {
     let ModelConfig::Decoder(config) = ModelConfig::read(&args.model)? else {
         return Err(fail("the model is not one that writes".into()));
     };
+    // Before there are groups: their size grows with the square of the ranks.
+    let heads = config.block.attention.heads;
+    if args.ranks > heads {
+        return Err(Error::TooManyRanks {
+            op: "perplexity",
+            ranks: args.ranks,
+            units: heads,
+            unit: "query heads",
+        });
+    }
     let checkpoint = Checkpoint::open(&args.model)?;
     let words = args.model.join("tokenizer.json");
+    let others = ["tokenizer.model", "vocab.json", "vocab.txt"];
+    if let (false, Some(other)) =
+        (words.exists(), others.iter().find(|other| args.model.join(other).exists()))
+    {
+        return Err(fail(format!(
+            "{}: there is no tokenizer.json, but {other}: transformers' AutoTokenizer makes the one of the other",
+            args.model.display()
+        )));
+    }
     let tokenizer =
         Tokenizer::from_file(&words).map_err(|error| fail(format!("{}: {error}", words.display())))?;
     let text = std::fs::read_to_string(&args.text)

@@ -166,7 +166,12 @@ fn embed<T: Element>(
     let ModelConfig::Bert(config) = ModelConfig::parse(CONFIG).expect("a configuration of ours") else {
         unreachable!("it says so");
     };
-    let features = config.block.attention.hidden;
+    let (features, heads) = (config.block.attention.hidden, config.block.attention.heads);
+    // Before there are groups: their size grows with the square of the ranks.
+    if args.ranks > heads {
+        let op = "sentence_embedding";
+        return Err(Error::TooManyRanks { op, ranks: args.ranks, units: heads, unit: "query heads" });
+    }
     launch::threads(args.ranks, |group| {
         let encoder = Bert::<Replicated, T, Cpu>::load(&group, checkpoint, &config)?;
         let width = tokens.iter().map(Vec::len).max().unwrap_or(0);

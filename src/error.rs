@@ -172,6 +172,14 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+    /// A model's configuration cannot be read, or says something that is not known.
+    #[error("{}: {reason}", .path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, or what is not known.
+        reason: String,
+    },
     /// A source of weights does not have a tensor.
     #[error("tensor `{name}` is not in {place}{hint}")]
     MissingTensor {

@@ -1,9 +1,9 @@
 //! BERT's encoder.
 
-use super::{BertConfig, decoder::check_positions, save, save::MAX_SHARD};
+use super::{BertConfig, decoder::check_positions, save, save::MAX_SHARD, unread::refuse_unread};
 use crate::{
     comm::Group,
-    device::{Device, Element},
+    device::{AnyMut, Cpu, Device, Element},
     error::{Result, same_size},
     kernels::Backend,
     parallel::{
@@ -11,7 +11,7 @@ use crate::{
         VocabParallelEmbedding,
     },
     shard::Sequences,
-    tensor::{Param, WeightSource, Weights},
+    tensor::{Param, Region, Role, WeightSource, Weights},
 };
 use std::path::Path;
 
@@ -40,11 +40,14 @@ pub struct BertSaved<S: Stream, T: Element, B: Backend> {
 }
 
 impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
-    /// Reads this rank's part of a checkpoint, whose names may begin with `bert.`.
+    /// Reads this rank's part of a checkpoint, whose names may begin with `bert.`. A `LayerNorm` may have `gamma` and `beta`,
+    /// as in the first checkpoints, in place of `weight` and `bias`.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, or there are fewer heads, features or words than ranks.
+    /// When a tensor is missing or has another shape, the source has tensors of the embeddings or the encoder that nothing
+    /// has read, or there are fewer heads, features or words than ranks.
     pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &BertConfig) -> Result<Self> {
+        let source = &Renamed(source);
         let weights = Weights::new(source);
         let bare = source.contains("embeddings.word_embeddings.weight");
         let weights = if bare { weights } else { weights.at("bert") };
@@ -53,7 +56,7 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
         let words = embeddings.at("word_embeddings");
         let layers = weights.at("encoder").at("layer");
         let block = |layer: usize| Block::load(group, &layers.at(&layer.to_string()), &config.block);
-        Ok(Self {
+        let mut model = Self {
             words: VocabParallelEmbedding::load(group, &words, config.vocabulary, hidden)?
                 .with_padding(config.padding)?,
             positions: table("position_embeddings", config.positions)?,
@@ -62,7 +65,11 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
             blocks: (0..config.layers).map(block).collect::<Result<_>>()?,
             group: group.clone(),
             config: config.clone(),
-        })
+        };
+        let roots = ["embeddings", "encoder"].map(|root| weights.name(root));
+        let harmless = |name: &str| name.ends_with("embeddings.position_ids");
+        refuse_unread("bert", source, |f| model.visit(f), &roots, harmless)?;
+        Ok(model)
     }
 
     /// What the model is.
@@ -125,5 +132,44 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
     pub fn save(&mut self, folder: impl AsRef<Path>) -> Result<()> {
         let (group, json) = (self.group.clone(), self.config.json.clone());
         save(&group, |f| self.visit(f), folder.as_ref(), &json, |_| false, MAX_SHARD)
+    }
+}
+
+/// A source whose `LayerNorm`s may have the names that BERT's first checkpoints have; the names of today are asked for.
+struct Renamed<'a>(&'a dyn WeightSource);
+
+/// The name of today and the first one.
+const NAMES: [(&str, &str); 2] =
+    [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")];
+
+impl Renamed<'_> {
+    /// A tensor's name in the source.
+    fn stored(&self, name: &str) -> String {
+        let first = |(today, first): (&str, &str)| Some(format!("{}{first}", name.strip_suffix(today)?));
+        let stored = NAMES.into_iter().find_map(first).filter(|first| self.0.contains(first));
+        stored.filter(|_| !self.0.contains(name)).unwrap_or_else(|| name.into())
+    }
+}
+
+impl WeightSource for Renamed<'_> {
+    fn read(&self, name: &str, role: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
+        self.0.read(&self.stored(name), role, region, out)
+    }
+
+    fn check(&self, name: &str, region: &Region) -> Result<()> {
+        self.0.check(&self.stored(name), region)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.0.contains(&self.stored(name))
+    }
+
+    fn names(&self) -> Option<Vec<String>> {
+        let today = |name: String| {
+            let today = |(today, first): (&str, &str)| Some(format!("{}{today}", name.strip_suffix(first)?));
+            let today = NAMES.into_iter().find_map(today).filter(|today| self.stored(today) == name);
+            today.unwrap_or(name)
+        };
+        Some(self.0.names()?.into_iter().map(today).collect())
     }
 }

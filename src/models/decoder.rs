@@ -1,21 +1,24 @@
 //! Causal language models.
 
-use super::{DecoderConfig, DecoderNames, save, save::MAX_SHARD};
+use super::{DecoderConfig, DecoderNames, save, save::MAX_SHARD, unread::refuse_unread};
 use crate::{
-    comm::Group,
+    comm::{Group, ReduceOp},
     device::{Device, Element},
     error::{Error, Result, same_size},
     kernels::Backend,
-    ops,
+    ops::{self, RopeConfig, RopeScaling},
     parallel::{
         Bias, BlockConfig, ColumnParallelLinear, Columns, DTensor, FeedForward, KvCache, Layer, Normalize,
         PositionEmbedding, Stream, TransformerBlock, VocabParallelEmbedding,
     },
     shard::{Replicated, Sequences, Shard},
-    tensor::{Param, Tensor, WeightSource, Weights},
+    tensor::{Param, Role, Tensor, WeightSource, Weights},
     weights::Transposed,
 };
 use std::path::Path;
+
+/// The ends of names that old checkpoints have for what is no parameter: frequencies and masks.
+const BUFFERS: [&str; 3] = [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
 
 /// A causal language model: logits = head(norm(blocks(embedding(ids)))), with learned positions added where the model has
 /// them. Llama, Mistral, Qwen2, Qwen3 and GPT-2, by [`DecoderConfig`].
@@ -50,8 +53,13 @@ pub struct DecoderSaved<S: Stream, T: Element, B: Backend> {
 impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
     /// Reads this rank's part of a checkpoint of a language model, or of the bare model without its head.
     ///
+    /// A tied model may come with a head, if that is the embedding's table once more. Collectives: an all-reduce of one
+    /// element where that is so.
+    ///
     /// # Errors
-    /// When a tensor is missing or has another shape, or there are fewer heads, features or words than ranks.
+    /// When a tensor is missing or has another shape, the source has tensors of the model that nothing has read or a head
+    /// that is not the tied table (each names them), there are fewer heads, features or words than ranks, or a collective
+    /// fails.
     pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &DecoderConfig) -> Result<Self> {
         let in_block = format!(".{}.", config.names.blocks);
         let stored_transposed = |name: &str| config.transposed && is_in(name, &in_block);
@@ -60,9 +68,18 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
         let DecoderNames { prefix, embedding, positions, blocks, norm, head } = config.names;
         let bare = source.contains(&format!("{embedding}.weight"));
         let model = if bare { weights.clone() } else { weights.at(prefix) };
+        let roots = match bare {
+            true => vec![embedding, positions, blocks, norm, head],
+            false => vec![prefix, head],
+        };
+        let head_name = weights.at(head).name("weight");
+        let other_head = config.tied && source.contains(&head_name);
         let (vocabulary, hidden) = (config.vocabulary, config.block.attention.hidden);
         let mut embedding = VocabParallelEmbedding::load(group, &model.at(embedding), vocabulary, hidden)?
             .with_padding(config.padding)?;
+        if other_head {
+            refuse_another_head(group, &source, &head_name, &mut embedding)?;
+        }
         let positions = match config.positions {
             Some(count) => Some(PositionEmbedding::load(group, &model.at(positions), count, hidden)?),
             None => None,
@@ -88,7 +105,13 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
                 Some(ColumnParallelLinear::load(group, &weights.at(head), hidden, &columns, Bias::None)?)
             }
         };
-        Ok(Self { group: group.clone(), config: config.clone(), embedding, positions, blocks, norm, head })
+        let mut model =
+            Self { group: group.clone(), config: config.clone(), embedding, positions, blocks, norm, head };
+        let harmless = |name: &str| {
+            BUFFERS.iter().any(|buffer| name.ends_with(buffer)) || (other_head && name == head_name)
+        };
+        refuse_unread("decoder", &source, |f| model.visit(f), &roots, harmless)?;
+        Ok(model)
     }
 
     /// What the model is.
@@ -184,10 +207,47 @@ pub(super) fn check_positions(op: &'static str, sequences: &Sequences, positions
     match (0..sequences.len()).find(|&at| sequences.end(at) > positions) {
         Some(at) => {
             let what = format!("the end of sequence {at}");
-            Err(Error::sizes(op, what, sequences.end(at), "the learned positions", positions))
+            Err(Error::sizes(op, what, sequences.end(at), "the number of learned positions", positions))
         }
         None => Ok(()),
     }
+}
+
+/// Refuses a head that is not the embedding's table, to which the configuration ties it. Each rank compares its own rows;
+/// one that differs, or cannot be read, is an error on all.
+fn refuse_another_head<S: Stream, T: Element, B: Backend>(
+    group: &Group<B>,
+    source: &dyn WeightSource,
+    head: &str,
+    embedding: &mut VocabParallelEmbedding<S, T, B>,
+) -> Result<()> {
+    let (mut table, mut same) = (String::new(), true);
+    let compared = embedding.visit(&mut |param| {
+        let own = param.value().to_vec()?;
+        let width = param.value().shape().cols();
+        for piece in param.pieces() {
+            source.check(head, &piece.region)?;
+            let mut other = vec![T::default(); piece.region.extent().len()];
+            source.read(head, Role::Weight, &piece.region, T::any_mut(other.as_mut_slice()))?;
+            let equal =
+                |(a, b): (&T, &T)| a.to_f64() == b.to_f64() || (a.to_f64().is_nan() && b.to_f64().is_nan());
+            same &= own[piece.row * width..].iter().zip(&other).all(equal);
+            table.clone_from(&piece.tensor);
+        }
+        Ok(())
+    });
+    let differs = f64::from(u8::from(compared.is_err() || !same));
+    let mut differs = Tensor::<f64, B>::full(group.device(), [1], differs)?;
+    group.all_reduce(ReduceOp::Max, &mut differs)?;
+    compared?;
+    if differs.to_vec()?[0] == 0.0 {
+        return Ok(());
+    }
+    let reason = format!(
+        "the head is tied to the embedding, but `{head}` is not `{table}`; to use it, set `tie_word_embeddings` to false in \
+         config.json"
+    );
+    Err(Error::invalid("decoder", reason))
 }
 
 /// Whether a name has a part such as `.h.`, at its beginning too.
@@ -196,6 +256,27 @@ fn is_in(name: &str, part: &str) -> bool {
 }
 
 impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
+    /// Refuses the second part of a prompt that should have been computed by other frequencies than the first.
+    fn check_dynamic(&self, sequences: &Sequences) -> Result<()> {
+        let Some(RopeConfig { scaling: RopeScaling::DynamicNtk { trained, .. }, .. }) =
+            self.config.block.attention.rope
+        else {
+            return Ok(());
+        };
+        for (at, rows) in sequences.iter().enumerate() {
+            let (start, count) = (sequences.start(at), rows.len());
+            let end = start + count;
+            if start > 0 && count > 1 && end > trained {
+                let reason = format!(
+                    "{count} tokens after {start} of sequence {at} end at {end}, beyond the trained length of {trained}: \
+                     where RoPE is scaled by dynamic NTK, a prompt has to come in one step"
+                );
+                return Err(Error::invalid("decoder", reason));
+            }
+        }
+        Ok(())
+    }
+
     /// An empty cache for `slots` sequences of up to `capacity` tokens.
     ///
     /// # Errors
@@ -211,9 +292,13 @@ impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
     /// A long prompt may come in several steps, so that the memory of one is bounded; the result is the same up to
     /// rounding.
     ///
+    /// With [`RopeScaling::DynamicNtk`] that holds up to the trained length. Beyond it, a step computes by the frequencies
+    /// of the length that it reaches, and keys and values of earlier steps stay as they were made, as in transformers with
+    /// a cache. So a prompt that is longer has to come in one step; then the text goes on token by token.
+    ///
     /// # Errors
-    /// When a slot gets no token, tokens do not fit, an id is beyond the vocabulary, or a collective fails. The cache is
-    /// then as before.
+    /// When a slot gets no token, tokens do not fit, an id is beyond the vocabulary, several tokens continue a text beyond
+    /// the trained length of dynamic NTK scaling, or a collective fails. The cache is then as before.
     pub fn step(
         &self,
         ids: &[u32],
@@ -226,6 +311,7 @@ impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
         }
         let sequences = cache.step(slots, counts)?;
         self.check_context(&sequences)?;
+        self.check_dynamic(&sequences)?;
         same_size("decoder", "layers of the cache", cache.layers_mut().len(), "blocks", self.blocks.len())?;
         let (mut x, _) = self.embedding.forward(ids, sequences.clone())?;
         if let Some(table) = &self.positions {

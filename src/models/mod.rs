@@ -3,7 +3,7 @@
 //!
 //! | `model_type` | model |
 //! |---|---|
-//! | `llama`, `mistral`, `qwen2`, `qwen3`, `gpt2` | [`Decoder`] |
+//! | `llama`, `mistral`, `ministral`, `qwen2`, `qwen3`, `gpt2` | [`Decoder`] |
 //! | `bert` | [`Bert`] |
 //!
 //! ```no_run
@@ -31,6 +31,7 @@ mod bert;
 mod config;
 mod decoder;
 mod save;
+mod unread;
 
 pub use bert::{Bert, BertSaved};
 pub use config::{BertConfig, DecoderConfig, DecoderNames, ModelConfig};

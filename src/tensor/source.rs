@@ -111,6 +111,11 @@ pub trait WeightSource {
     /// Whether there is a tensor of that name.
     fn contains(&self, name: &str) -> bool;
 
+    /// The names of all tensors, where their number is limited.
+    fn names(&self) -> Option<Vec<String>> {
+        None
+    }
+
     /// Looks whether a region of a tensor could be read, so that nobody makes room for one that is not there. Sources that
     /// have everything need not say more than that.
     ///
@@ -179,9 +184,14 @@ impl WeightSource for Arrays {
     fn contains(&self, name: &str) -> bool {
         self.0.contains_key(name)
     }
+
+    fn names(&self) -> Option<Vec<String>> {
+        Some(self.0.keys().cloned().collect())
+    }
 }
 
-/// [`Error::MissingTensor`] with the most similar name as a hint.
+/// [`Error::MissingTensor`] with the most similar name as a hint. What is missing from one layer is not to be found in
+/// another: the numbers in the two names are the same.
 pub(crate) fn missing<'a>(
     name: &str,
     place: impl Into<String>,
@@ -192,7 +202,11 @@ pub(crate) fn missing<'a>(
         name.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count()
             + name.bytes().rev().zip(other.bytes().rev()).take_while(|(a, b)| a == b).count()
     };
-    let hint = names.filter(|other| other.ends_with(last)).max_by_key(|other| common(other));
+    fn numbers(name: &str) -> impl Iterator<Item = &str> {
+        name.split('.').filter(|part| part.bytes().all(|byte| byte.is_ascii_digit()))
+    }
+    let likely = |other: &&String| other.ends_with(last) && numbers(other).eq(numbers(name));
+    let hint = names.filter(likely).max_by_key(|other| common(other));
     let hint = hint.map_or_else(String::new, |hint| format!("; did you mean `{hint}`?"));
     Error::MissingTensor { name: name.into(), place: place.into(), hint }
 }

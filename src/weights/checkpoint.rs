@@ -76,10 +76,11 @@ impl Checkpoint {
             _ if !path.is_dir() => Self::open_file(path),
             _ if single.exists() => Self::open_file(&single),
             _ if index.exists() => Self::open_index(&index),
-            _ => Err(Error::Checkpoint {
-                path: path.into(),
-                reason: "the folder has neither model.safetensors nor model.safetensors.index.json".into(),
-            }),
+            _ => {
+                let neither = "the folder has neither model.safetensors nor model.safetensors.index.json";
+                let reason = format!("{neither}{}", others(path));
+                Err(Error::Checkpoint { path: path.into(), reason })
+            }
         }
     }
 
@@ -190,6 +191,22 @@ impl Checkpoint {
     }
 }
 
+/// What a folder has in place of the files of a checkpoint, as the end of a sentence.
+fn others(folder: &Path) -> String {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    let ending = |endings: &[&str]| {
+        let found = |name: &&String| endings.iter().any(|ending| name.ends_with(ending));
+        names.iter().find(found).map(|name| name.escape_debug())
+    };
+    match (ending(&[".bin", ".gguf", ".h5", ".msgpack", ".pt", ".pth"]), ending(&[".safetensors"])) {
+        (Some(name), _) => format!("; it has {name}, which has to be converted to safetensors first"),
+        (None, Some(name)) => format!("; it has {name}, which can be opened by its own path"),
+        (None, None) => String::new(),
+    }
+}
+
 impl WeightSource for Checkpoint {
     /// # Errors
     /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::TensorElement`]; [`Error::Sizes`] when `out` does not
@@ -215,6 +232,10 @@ impl WeightSource for Checkpoint {
 
     fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
+    }
+
+    fn names(&self) -> Option<Vec<String>> {
+        Some(self.tensors.keys().cloned().collect())
     }
 
     fn check(&self, name: &str, region: &Region) -> Result<()> {

@@ -53,6 +53,9 @@ pub(super) fn read(file: &DataFile) -> Result<BTreeMap<String, Entry>> {
     file.read_at(&mut len, 0)?;
     let len = u64::from_le_bytes(len);
     if len > after.min(MAX_HEADER) {
+        if let Some(what) = other_format(file)? {
+            return Err(file.bad(format!("this is {what}")));
+        }
         let reason = format!(
             "the header is said to have {len} bytes; {after} follow, and the format allows {MAX_HEADER}"
         );
@@ -71,6 +74,23 @@ pub(super) fn read(file: &DataFile) -> Result<BTreeMap<String, Entry>> {
     Ok(infos.into_iter().map(|(name, info)| (name, entry(info))).collect())
 }
 
+/// What a file is by its first bytes, if it is none that begins with the length of a header.
+fn other_format(file: &DataFile) -> Result<Option<&'static str>> {
+    let mut first = [0; 16];
+    let len = first.len().min(file.len() as usize);
+    file.read_at(&mut first[..len], 0)?;
+    first.make_ascii_lowercase();
+    let known: [(&[u8], _); 6] = [
+        (b"version https://", "a Git LFS pointer, not the file itself: `git lfs pull` fetches that"),
+        (b"<!doctype html", "a web page, not the file"),
+        (b"<html", "a web page, not the file"),
+        (b"gguf", "a GGUF file; safetensors can be read"),
+        (b"pk\x03\x04", "a PyTorch or zip file; safetensors can be read"),
+        (b"\x80\x02", "a Python pickle; safetensors can be read"),
+    ];
+    Ok(known.into_iter().find(|(magic, _)| first.starts_with(magic)).map(|(_, what)| what))
+}
+
 fn parse(text: &[u8]) -> Result<BTreeMap<String, TensorInfo>, String> {
     let mut infos = BTreeMap::new();
     let mut metadata = false;
@@ -79,7 +99,11 @@ fn parse(text: &[u8]) -> Result<BTreeMap<String, TensorInfo>, String> {
             // Free text, which nothing here uses.
             let is_duplicate = std::mem::replace(&mut metadata, true);
             let strings = |_, text: &[u8]| Ok(value!(String, text, usize::MAX)?.1);
-            return if is_duplicate { Err(duplicate(&key)) } else { object(text, strings) };
+            return match is_duplicate {
+                true => Err(duplicate(&key)),
+                false if text.starts_with(b"null") => Ok(4),
+                false => object(text, strings),
+            };
         }
         let (info, len) = value!(TensorInfo, text, LIMIT).map_err(|reason| about(&key, &reason))?;
         if info.shape.len() > MAX_RANK {

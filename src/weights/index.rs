@@ -17,6 +17,9 @@ use std::{
 /// The longest index that is read, in bytes: some hundred thousand tensors.
 const MAX_INDEX: u64 = 32_000_000;
 
+/// The longest value beside the map, in bytes: free text, such as the recipe of a merge.
+const MAX_BESIDE: usize = 1 << 20;
+
 /// The most files of a checkpoint. All are open at once.
 const MAX_FILES: usize = 10_000;
 
@@ -40,9 +43,13 @@ pub(super) fn read(file: &DataFile) -> Result<Index> {
 
 fn parse(text: &[u8]) -> Result<Index, String> {
     let mut index: Option<Index> = None;
+    let mut config = "";
     whole_object(text, |key, text| {
+        if key == "model_type" {
+            config = ": this is a model's configuration, and a checkpoint is opened by its folder";
+        }
         if key != "weight_map" {
-            return match value!(serde_json::Value, text, LIMIT) {
+            return match value!(serde_json::Value, text, MAX_BESIDE) {
                 Ok((_, len)) => Ok(len),
                 Err(reason) => Err(format!("`{}`: {reason}", key.escape_debug())),
             };
@@ -52,7 +59,7 @@ fn parse(text: &[u8]) -> Result<Index, String> {
         }
         weight_map(text, index.insert(Index::default()))
     })?;
-    index.ok_or_else(|| "it has no `weight_map`".into())
+    index.ok_or_else(|| format!("it has no `weight_map`{config}"))
 }
 
 fn weight_map(text: &[u8], index: &mut Index) -> Result<usize, String> {

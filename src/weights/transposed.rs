@@ -71,4 +71,8 @@ impl<S: WeightSource + ?Sized, F: Fn(&str) -> bool> WeightSource for Transposed<
     fn contains(&self, name: &str) -> bool {
         self.source.contains(name)
     }
+
+    fn names(&self) -> Option<Vec<String>> {
+        self.source.names()
+    }
 }

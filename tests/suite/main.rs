@@ -3,6 +3,7 @@
 mod block;
 mod comm;
 mod compile_fail;
+mod configs;
 mod decoding;
 mod dev;
 mod disagree;

@@ -433,10 +433,7 @@ fn a_read_that_cannot_be_is_refused() {
         fails("layer.0.weight", &[2, 1]),
         "tensor `layer.0.weight` has shape [1, 2] in m.safetensors, but the layer needs [2, 1]"
     );
-    assert_eq!(
-        fails("layer.1.weight", &[1, 2]),
-        "tensor `layer.1.weight` is not in m.safetensors; did you mean `layer.0.weight`?"
-    );
+    assert_eq!(fails("layer.1.weight", &[1, 2]), "tensor `layer.1.weight` is not in m.safetensors");
     assert_eq!(text(checkpoint.dtype("ids").unwrap_err(), folder.path()), fails("ids", &[1]));
     assert!(matches!(checkpoint.shape("none"), Err(Error::MissingTensor { .. })));
     let short = checkpoint.read(
@@ -486,4 +483,88 @@ fn writing_refuses_what_could_not_be_read() {
     let nowhere = folder.path().join("none/m.safetensors");
     let error = weights::write(&nowhere, [("a", [1], view::<f32>(&[1.0]))]).unwrap_err();
     assert!(matches!(error, Error::Io { path, .. } if path == nowhere));
+}
+
+#[test]
+fn free_text_of_headers_and_indices_may_be_absent_or_long() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.safetensors");
+    let header = r#"{"__metadata__": null, "w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}"#;
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.bytes().chain([0; 4]));
+    fs::write(&file, bytes).unwrap();
+    assert!(Checkpoint::open(&file).unwrap().names().eq(["w"]));
+    let recipe = "x".repeat(5000);
+    let index =
+        format!(r#"{{"metadata": {{"recipe": "{recipe}"}}, "weight_map": {{"w": "model.safetensors"}}}}"#);
+    let at = folder.path().join("model.safetensors.index.json");
+    fs::write(&at, index).unwrap();
+    assert!(Checkpoint::open(&at).unwrap().names().eq(["w"]));
+}
+
+#[test]
+fn what_is_no_checkpoint_is_called_by_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let open = |path: &Path| {
+        let error = Checkpoint::open(path).map(|_| ()).unwrap_err().to_string();
+        error.replace(folder.path().to_str().unwrap(), "DIR")
+    };
+    let of = |name: &str, bytes: &[u8]| {
+        fs::write(folder.path().join(name), bytes).unwrap();
+        open(&folder.path().join(name))
+    };
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 268435456\n";
+    for (name, bytes, what) in [
+        (
+            "a.safetensors",
+            &pointer[..],
+            "this is a Git LFS pointer, not the file itself: `git lfs pull` fetches that",
+        ),
+        ("b.safetensors", b"<!DOCTYPE html><html><head>", "this is a web page, not the file"),
+        ("c.gguf", b"GGUF\x03\0\0\0\x22\x01\0\0", "this is a GGUF file; safetensors can be read"),
+        ("d.bin", b"PK\x03\x04\x14\0\x08\x08\0\0", "this is a PyTorch or zip file; safetensors can be read"),
+        (
+            "e.bin",
+            b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9",
+            "this is a Python pickle; safetensors can be read",
+        ),
+    ] {
+        assert_eq!(of(name, bytes), format!("DIR/{name}: bad checkpoint: {what}"));
+        fs::remove_file(folder.path().join(name)).unwrap();
+    }
+    let config = of("config.json", br#"{"model_type": "llama", "vocab_size": 7}"#);
+    assert_eq!(
+        config,
+        "DIR/config.json: bad checkpoint: index: it has no `weight_map`: this is a model's configuration, and a checkpoint \
+         is opened by its folder"
+    );
+    let neither =
+        "DIR: bad checkpoint: the folder has neither model.safetensors nor model.safetensors.index.json";
+    assert_eq!(open(folder.path()), neither);
+    fs::write(folder.path().join("adapter_model.safetensors"), b"").unwrap();
+    assert_eq!(
+        open(folder.path()),
+        format!("{neither}; it has adapter_model.safetensors, which can be opened by its own path")
+    );
+    fs::write(folder.path().join("pytorch_model.bin"), b"").unwrap();
+    assert_eq!(
+        open(folder.path()),
+        format!("{neither}; it has pytorch_model.bin, which has to be converted to safetensors first")
+    );
+}
+
+/// A tensor that is missing from a layer is not to be found in another layer.
+#[test]
+fn a_hint_stays_in_the_layer() {
+    let mut arrays = Arrays::default();
+    for name in ["layers.0.q_proj.weight", "layers.1.o_proj.weight", "layers.10.q_proj.weight"] {
+        arrays.0.insert(name.into(), ndarray::ArrayD::zeros(vec![1]));
+    }
+    let hint = |name: &str| match arrays.check(name, &Region::whole([1])) {
+        Err(Error::MissingTensor { hint, .. }) => hint,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(hint("layers.1.q_proj.weight"), "; did you mean `layers.1.o_proj.weight`?");
+    assert_eq!(hint("layers.2.q_proj.weight"), "");
+    assert_eq!(hint("model.layers.10.q_proj.weight"), "; did you mean `layers.10.q_proj.weight`?");
 }

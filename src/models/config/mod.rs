@@ -1,0 +1,272 @@
+//! Hugging Face's `config.json`: what a model is. It comes from elsewhere, so that nothing in it is believed: every number
+//! has a limit, and every key is read, or known to have no influence (`ignored.rs`), or refused by its name. A file for each
+//! family; what a configuration leaves out is what transformers' class of that family takes.
+
+mod bert;
+mod gpt2;
+mod ignored;
+mod json;
+mod llama;
+mod rope;
+
+use crate::{
+    error::{Error, Result},
+    kernels::Activation,
+    parallel::{AttentionConfig, BlockConfig},
+};
+use json::Json;
+use serde_json::{Map, Value};
+use std::{
+    fs,
+    io::{self, Read},
+    path::Path,
+};
+
+/// The families, by `model_type`.
+const KNOWN: [&str; 7] = ["llama", "mistral", "ministral", "qwen2", "qwen3", "gpt2", "bert"];
+
+/// The longest configuration that is read, in bytes.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// The most layers, heads, and features of a head.
+const MANY: usize = 1 << 16;
+
+/// The most features, words and positions. Products of two are far from overflow.
+const HUGE: usize = 1 << 28;
+
+/// A model that this crate has.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ModelConfig {
+    /// A causal language model: [`super::Decoder`].
+    Decoder(DecoderConfig),
+    /// An encoder: [`super::Bert`].
+    Bert(BertConfig),
+}
+
+/// What a [`super::Decoder`] is: Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2 differ in these choices alone.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DecoderConfig {
+    /// The number of words.
+    pub vocabulary: usize,
+    /// The number of blocks.
+    pub layers: usize,
+    /// The rows of the table of learned positions, if there is one.
+    pub positions: Option<usize>,
+    /// The most tokens of a sequence that the model was made for, if it says.
+    pub context: Option<usize>,
+    /// Whether the output head is the embedding's table.
+    pub tied: bool,
+    /// The blocks, but for their windows.
+    pub block: BlockConfig,
+    /// The window of each layer's attention.
+    pub windows: Vec<Option<usize>>,
+    /// What the tensors around the blocks are called.
+    pub names: DecoderNames,
+    /// Whether the blocks' matrices are stored as `[in, out]` (GPT-2's `Conv1D`).
+    pub transposed: bool,
+    /// The word whose embedding gets no gradient by being looked up (`pad_token_id`), if there is one.
+    pub padding: Option<u32>,
+    /// The tokens that end a text, by `config.json` and `generation_config.json`.
+    pub ends: Vec<u32>,
+    /// The configuration as it was read; a saved model gets it.
+    pub json: String,
+}
+
+/// What the tensors around the blocks of a decoder are called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DecoderNames {
+    /// What stands before all names but the head's, in checkpoints of whole language models. Those of bare models lack it.
+    pub prefix: &'static str,
+    /// The embedding.
+    pub embedding: &'static str,
+    /// The learned positions.
+    pub positions: &'static str,
+    /// The blocks, numbered from 0 under this name.
+    pub blocks: &'static str,
+    /// The last normalization.
+    pub norm: &'static str,
+    /// The head, where it is not tied.
+    pub head: &'static str,
+}
+
+/// What a [`super::Bert`] is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BertConfig {
+    /// The number of words.
+    pub vocabulary: usize,
+    /// The number of blocks.
+    pub layers: usize,
+    /// The number of learned positions.
+    pub positions: usize,
+    /// The number of token types.
+    pub types: usize,
+    /// The word whose embedding gets no gradient by being looked up (`pad_token_id`), if there is one.
+    pub padding: Option<u32>,
+    /// The blocks.
+    pub block: BlockConfig,
+    /// The configuration as it was read; a saved model gets it.
+    pub json: String,
+}
+
+impl ModelConfig {
+    /// Reads `config.json` of a checkpoint's folder, or the file itself. In a folder, the tokens that end a text are those of
+    /// `config.json` and those of `generation_config.json`, where that is there.
+    ///
+    /// Keys that change nothing are passed over. Among them are the probabilities of dropout: the models here have none, and
+    /// are trained without. A key that is not known is refused, since it may change what the model computes.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when a file cannot be read; [`Error::Config`] when it is longer than 1 MiB, is no such configuration,
+    /// has a key or a value that is not known and may change the result, or is of a model that this crate does not have.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let (config, generation) = match path.is_dir() {
+            true => (path.join("config.json"), Some(path.join("generation_config.json"))),
+            false => (path.into(), None),
+        };
+        let ends = match generation.filter(|path| path.exists()) {
+            Some(path) => {
+                let ends = |text: &str| Json::new("", &object(text)?).tokens("eos_token_id");
+                ends(&text(&path)?).map_err(|reason| Error::Config { path, reason })?.unwrap_or_default()
+            }
+            None => Vec::new(),
+        };
+        Self::with_ends(&text(&config)?, ends).map_err(|reason| Error::Config { path: config, reason })
+    }
+
+    /// The model that a configuration describes.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        Self::with_ends(text, Vec::new())
+    }
+
+    /// The same, with more tokens that end a text. Where these are all that is said, the class's own does not count.
+    fn with_ends(text: &str, more: Vec<u32>) -> Result<Self, String> {
+        let map = object(text)?;
+        let kind = match map.get("model_type") {
+            Some(kind) => kind.as_str().ok_or("`model_type` is not a text")?,
+            None => return Err("`model_type` is missing".into()),
+        };
+        let json = Json::new(kind, &map);
+        let mut model = match kind {
+            "llama" | "mistral" | "ministral" | "qwen2" | "qwen3" => {
+                Self::Decoder(llama::read(kind, &json, text)?)
+            }
+            "gpt2" => Self::Decoder(gpt2::read(&json, text)?),
+            "bert" => Self::Bert(bert::read(&json, text)?),
+            other => {
+                let (other, known) = (other.escape_debug(), KNOWN.join(", "));
+                return Err(format!("a model of type `{other}` is not known; known are {known}"));
+            }
+        };
+        if let (Self::Decoder(config), false) = (&mut model, more.is_empty()) {
+            if json.raw("eos_token_id").is_none() {
+                config.ends.clear();
+            }
+            let new = more.into_iter().filter(|end| !config.ends.contains(end)).collect::<Vec<_>>();
+            config.ends.extend(new);
+        }
+        Ok(model)
+    }
+}
+
+/// The text of a configuration.
+fn text(path: &Path) -> Result<String> {
+    let io = |error: io::Error| Error::Io { path: path.into(), reason: error.to_string() };
+    let bad = |reason: String| Error::Config { path: path.into(), reason };
+    // Before opening: to open a pipe waits for its writer.
+    if !fs::metadata(path).map_err(io)?.is_file() {
+        return Err(Error::Io { path: path.into(), reason: "not a regular file".into() });
+    }
+    let mut bytes = Vec::new();
+    fs::File::open(path).map_err(io)?.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;
+    let no_config =
+        |what: &str| bad(format!("this is {what}, and no config.json; a model is read from its folder"));
+    if bytes.starts_with(b"GGUF") {
+        return Err(no_config("a GGUF file"));
+    }
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(no_config(&format!("more than {MAX_BYTES} bytes")));
+    }
+    String::from_utf8(bytes).map_err(|_| no_config("no text"))
+}
+
+/// The object that a text describes.
+fn object(text: &str) -> Result<Map<String, Value>, String> {
+    let value = serde_json::from_str(text).map_err(|error| {
+        // Python writes numbers that JSON does not have.
+        let line = text.lines().nth(error.line().saturating_sub(1)).unwrap_or_default();
+        let from = error.column().saturating_sub(2);
+        let here = line.get(from..).unwrap_or_default().trim_start_matches([':', ' ', '[', ',']);
+        let word = ["-Infinity", "Infinity", "NaN"].into_iter().find(|word| here.starts_with(word));
+        word.map_or_else(|| error.to_string(), |word| format!("JSON has no {word}: {error}"))
+    })?;
+    match value {
+        Value::Object(map) => Ok(map),
+        _ => Err("the configuration is not a JSON object".into()),
+    }
+}
+
+/// What every family's configuration is asked for.
+fn common(json: &Json<'_>, causal: bool, architectures: &[&str]) -> Result<(), String> {
+    json.raw("model_type");
+    if let Some(quantized) = json.object("quantization_config")? {
+        let method = quantized.text("quant_method")?.unwrap_or("a method without a name").escape_debug();
+        return Err(format!("`quantization_config`: weights quantized by `{method}` are not known"));
+    }
+    // Other classes put other heads on the model, and some attend in another way.
+    let known = |name: &Value| architectures.iter().any(|known| name == known);
+    json.each("architectures", |value| value.as_array().is_some_and(|all| all.iter().all(known)))?;
+    json.only("is_causal", causal)?;
+    for key in ["add_cross_attention", "is_encoder_decoder", "tie_encoder_decoder"] {
+        json.only(key, false)?;
+    }
+    json.only("pruned_heads", Map::new())
+}
+
+/// Refuses sizes that no attention has.
+fn checked(block: BlockConfig) -> Result<BlockConfig, String> {
+    let AttentionConfig { hidden, heads, kv_heads, head_dim, .. } = block.attention;
+    if kv_heads > heads || !heads.is_multiple_of(kv_heads) {
+        return Err(format!("{heads} query heads are not a multiple of {kv_heads} key/value heads"));
+    }
+    if head_dim == 0 || head_dim > MANY || heads * head_dim > HUGE || block.ffn > HUGE {
+        return Err(format!("{heads} heads of {head_dim} features and {} between are no sizes", block.ffn));
+    }
+    if block.attention.rope.is_none() && heads * head_dim != hidden {
+        return Err(format!("{hidden} features are not a multiple of {heads} heads"));
+    }
+    Ok(block)
+}
+
+fn activation(json: &Json<'_>, key: &str, usual: &str) -> Result<Activation, String> {
+    match json.text(key)?.unwrap_or(usual) {
+        "silu" | "swish" => Ok(Activation::Silu),
+        "gelu" => Ok(Activation::GeluErf),
+        "gelu_new" | "gelu_pytorch_tanh" => Ok(Activation::GeluTanh),
+        "relu" => Ok(Activation::Relu),
+        other => Err(format!("the activation `{}` is not known", other.escape_debug())),
+    }
+}
+
+fn positive(key: &str, value: f64) -> Result<f64, String> {
+    if value.is_finite() && value > 0.0 {
+        return Ok(value);
+    }
+    Err(format!("`{key}` is {value}"))
+}
+
+/// `pad_token_id`: null for none, or else `usual`; a negative one counts from the end of the vocabulary, as in torch.
+fn padding(json: &Json<'_>, usual: Option<u32>) -> Result<Option<u32>, String> {
+    let Some(value) = json.raw("pad_token_id") else { return Ok(usual) };
+    if value.is_null() {
+        return Ok(None);
+    }
+    let words = json.size("vocab_size", HUGE)?;
+    let id = value.as_i64().ok_or("`pad_token_id` is not a whole number")?;
+    let word = u32::try_from(if id < 0 { words as i64 + id } else { id });
+    let word = word.ok().filter(|&word| (word as usize) < words);
+    word.map(Some).ok_or_else(|| format!("`pad_token_id` is {id}, but the vocabulary has {words} words"))
+}

@@ -1,0 +1,47 @@
+//! Tensors of a checkpoint that no parameter of a model has read.
+
+use crate::{
+    device::Element,
+    error::{Error, Result},
+    kernels::Backend,
+    tensor::{Visit, WeightSource},
+};
+use std::collections::BTreeSet;
+
+/// How many names an error lists.
+const LISTED: usize = 3;
+
+/// Refuses a source that has tensors under one of `roots` which the model `op`, whose parameters `visit` visits, has not
+/// read: it is the source of another model than the configuration's. Those for which `harmless` is true do not count.
+pub(super) fn refuse_unread<T: Element, B: Backend>(
+    op: &'static str,
+    source: &dyn WeightSource,
+    mut visit: impl Visit<T, B>,
+    roots: &[impl AsRef<str>],
+    harmless: impl Fn(&str) -> bool,
+) -> Result<()> {
+    let Some(names) = source.names() else { return Ok(()) };
+    let mut read = BTreeSet::new();
+    visit(&mut |param| {
+        read.extend(param.pieces().iter().map(|piece| piece.tensor.clone()));
+        Ok(())
+    })?;
+    let below = |name: &str, root: &str| name.strip_prefix(root).is_some_and(|rest| rest.starts_with('.'));
+    let unread = |name: &String| {
+        roots.iter().any(|root| below(name, root.as_ref())) && !read.contains(name) && !harmless(name)
+    };
+    let unread: Vec<String> = names.into_iter().filter(unread).collect();
+    if unread.is_empty() {
+        return Ok(());
+    }
+    let mut listed: Vec<String> =
+        unread.iter().take(LISTED).map(|name| format!("`{}`", name.escape_debug())).collect();
+    if unread.len() > LISTED {
+        listed.push("…".into());
+    }
+    let (count, s, listed) = (unread.len(), if unread.len() == 1 { "" } else { "s" }, listed.join(", "));
+    let reason = format!(
+        "the model of this configuration has no place for {count} tensor{s} of the checkpoint: {listed}"
+    );
+    Err(Error::invalid(op, reason))
+}
