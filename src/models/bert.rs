@@ -1,6 +1,6 @@
 //! BERT's encoder.
 
-use super::{BertConfig, decoder::check_positions, save, save::MAX_SHARD, unread::refuse_unread};
+use super::{BertConfig, config, decoder::check_positions, unread::refuse_unread};
 use crate::{
     comm::Group,
     device::{AnyMut, Cpu, Device, Element},
@@ -12,6 +12,7 @@ use crate::{
     },
     shard::Sequences,
     tensor::{Param, Region, Role, WeightSource, Weights},
+    weights::Save,
 };
 use std::path::Path;
 
@@ -40,12 +41,12 @@ pub struct BertSaved<S: Stream, T: Element, B: Backend> {
 }
 
 impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
-    /// Reads this rank's part of a checkpoint, whose names may begin with `bert.`. A `LayerNorm` may have `gamma` and `beta`,
-    /// as in the first checkpoints, in place of `weight` and `bias`.
+    /// Reads this rank's part of a checkpoint, whose names may begin with `bert.`. A `LayerNorm`
+    /// may have `gamma` and `beta`, as in the first checkpoints, in place of `weight` and `bias`.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, the source has tensors of the embeddings or the encoder that nothing
-    /// has read, or there are fewer heads, features or words than ranks.
+    /// When a tensor is missing or has another shape, the source has tensors of the embeddings or
+    /// the encoder that nothing has read, or there are fewer heads, features or words than ranks.
     pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &BertConfig) -> Result<Self> {
         let source = &Renamed(source);
         let weights = Weights::new(source);
@@ -125,17 +126,18 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
         self.blocks.visit(f)
     }
 
-    /// Writes the model to a folder as transformers would, without a pooler: see [`super::Decoder::save`].
+    /// Saves the model to a folder, without a pooler: see [`super::Decoder::save`].
     ///
     /// # Errors
-    /// When a file cannot be written, or a collective fails.
+    /// As [`Save::write`].
     pub fn save(&mut self, folder: impl AsRef<Path>) -> Result<()> {
-        let (group, json) = (self.group.clone(), self.config.json.clone());
-        save(&group, |f| self.visit(f), folder.as_ref(), &json, |_| false, MAX_SHARD)
+        let (group, json) = (self.group.clone(), config::stored_as(&self.config.json, T::DTYPE));
+        Save::new(folder).config(json).write(&group, |f| self.visit(f))
     }
 }
 
-/// A source whose `LayerNorm`s may have the names that BERT's first checkpoints have; the names of today are asked for.
+/// A source whose `LayerNorm`s may have the names that BERT's first checkpoints have; the names of
+/// today are asked for.
 struct Renamed<'a>(&'a dyn WeightSource);
 
 /// The name of today and the first one.

@@ -1,6 +1,6 @@
 //! Causal language models.
 
-use super::{DecoderConfig, DecoderNames, save, save::MAX_SHARD, unread::refuse_unread};
+use super::{DecoderConfig, DecoderNames, config, unread::refuse_unread};
 use crate::{
     comm::{Group, ReduceOp},
     device::{Device, Element},
@@ -13,7 +13,7 @@ use crate::{
     },
     shard::{Replicated, Sequences, Shard},
     tensor::{Param, Role, Tensor, WeightSource, Weights},
-    weights::Transposed,
+    weights::{Save, Transposed},
 };
 use std::path::Path;
 
@@ -53,13 +53,13 @@ pub struct DecoderSaved<S: Stream, T: Element, B: Backend> {
 impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
     /// Reads this rank's part of a checkpoint of a language model, or of the bare model without its head.
     ///
-    /// A tied model may come with a head, if that is the embedding's table once more. Collectives: an all-reduce of one
-    /// element where that is so.
+    /// A tied model may come with a head, if that is the embedding's table once more. Collectives:
+    /// an all-reduce of one element where that is so.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, the source has tensors of the model that nothing has read or a head
-    /// that is not the tied table (each names them), there are fewer heads, features or words than ranks, or a collective
-    /// fails.
+    /// When a tensor is missing or has another shape, the source has tensors of the model that
+    /// nothing has read or a head that is not the tied table (each names them), there are fewer
+    /// heads, features or words than ranks, or a collective fails.
     pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &DecoderConfig) -> Result<Self> {
         let in_block = format!(".{}.", config.names.blocks);
         let stored_transposed = |name: &str| config.transposed && is_in(name, &in_block);
@@ -188,17 +188,19 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
         self.head.as_mut().map_or(Ok(()), |head| head.visit(f))
     }
 
-    /// Writes the model to a folder as transformers would: `config.json` and `model.safetensors`, or several files with
-    /// an index. Every rank calls it, and the first one writes. Tensors go by one at a time: see [`save()`].
+    /// Saves the model to a folder, to be read here and by transformers: `config.json`, whose
+    /// `dtype` is that of the weights, and `model.safetensors`, or several files with an index.
+    /// Every rank calls it, and the first one writes. An older checkpoint there is replaced whole
+    /// or not at all: see [`Save`].
     ///
     /// # Errors
-    /// When a file cannot be written, or a collective fails.
+    /// As [`Save::write`].
     pub fn save(&mut self, folder: impl AsRef<Path>) -> Result<()> {
-        let (group, json) = (self.group.clone(), self.config.json.clone());
+        let (group, json) = (self.group.clone(), config::stored_as(&self.config.json, T::DTYPE));
         let in_block = format!(".{}.", self.config.names.blocks);
         let transposed = self.config.transposed;
         let stored_transposed = |name: &str| transposed && is_in(name, &in_block);
-        save(&group, |f| self.visit(f), folder.as_ref(), &json, stored_transposed, MAX_SHARD)
+        Save::new(folder).config(json).transposed(stored_transposed).write(&group, |f| self.visit(f))
     }
 }
 
@@ -213,8 +215,8 @@ pub(super) fn check_positions(op: &'static str, sequences: &Sequences, positions
     }
 }
 
-/// Refuses a head that is not the embedding's table, to which the configuration ties it. Each rank compares its own rows;
-/// one that differs, or cannot be read, is an error on all.
+/// Refuses a head that is not the embedding's table, to which the configuration ties it. Each rank
+/// compares its own rows; one that differs, or cannot be read, is an error on all.
 fn refuse_another_head<S: Stream, T: Element, B: Backend>(
     group: &Group<B>,
     source: &dyn WeightSource,
@@ -256,7 +258,8 @@ fn is_in(name: &str, part: &str) -> bool {
 }
 
 impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
-    /// Refuses the second part of a prompt that should have been computed by other frequencies than the first.
+    /// Refuses the second part of a prompt that should have been computed by other frequencies than
+    /// the first.
     fn check_dynamic(&self, sequences: &Sequences) -> Result<()> {
         let Some(RopeConfig { scaling: RopeScaling::DynamicNtk { trained, .. }, .. }) =
             self.config.block.attention.rope
@@ -292,13 +295,15 @@ impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
     /// A long prompt may come in several steps, so that the memory of one is bounded; the result is the same up to
     /// rounding.
     ///
-    /// With [`RopeScaling::DynamicNtk`] that holds up to the trained length. Beyond it, a step computes by the frequencies
-    /// of the length that it reaches, and keys and values of earlier steps stay as they were made, as in transformers with
-    /// a cache. So a prompt that is longer has to come in one step; then the text goes on token by token.
+    /// With [`RopeScaling::DynamicNtk`] that holds up to the trained length. Beyond it, a step
+    /// computes by the frequencies of the length that it reaches, and keys and values of earlier
+    /// steps stay as they were made, as in transformers with a cache. So a prompt that is longer
+    /// has to come in one step; then the text goes on token by token.
     ///
     /// # Errors
-    /// When a slot gets no token, tokens do not fit, an id is beyond the vocabulary, several tokens continue a text beyond
-    /// the trained length of dynamic NTK scaling, or a collective fails. The cache is then as before.
+    /// When a slot gets no token, tokens do not fit, an id is beyond the vocabulary, several tokens
+    /// continue a text beyond the trained length of dynamic NTK scaling, or a collective fails. The
+    /// cache is then as before.
     pub fn step(
         &self,
         ids: &[u32],

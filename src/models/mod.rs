@@ -30,10 +30,8 @@
 mod bert;
 mod config;
 mod decoder;
-mod save;
 mod unread;
 
 pub use bert::{Bert, BertSaved};
 pub use config::{BertConfig, DecoderConfig, DecoderNames, ModelConfig};
 pub use decoder::{Decoder, DecoderSaved};
-pub use save::save;

@@ -58,18 +58,21 @@ impl<T: Element, B: Backend> AdamW<T, B> {
         Self { config, ..Self::default() }
     }
 
-    /// With the states that a source has of the parameters that `visit` visits, such as a checkpoint of what
-    /// [`AdamW::visit_state`] passes, of any mesh. Parameters of which it has none begin anew.
+    /// Reads the states of the parameters that `visit` visits from a source, such as a checkpoint of
+    /// what [`AdamW::visit_state`] passes, saved on any mesh. Parameters of which it has nothing
+    /// begin anew.
     ///
-    /// A master weight that does not round to the parameter's value is taken from the value: load the model first.
+    /// Load the model first: a master weight that does not round to the parameter's value is taken
+    /// from the value.
     ///
     /// # Errors
-    /// When the source has a part of a parameter's state only, or of another shape, or visits a name twice.
+    /// When the source has a part of a parameter's state only, or of another shape, or visits a
+    /// name twice.
     pub fn load(config: AdamWConfig, source: &dyn WeightSource, visit: impl Visit<T, B>) -> Result<Self> {
         Ok(Self { config, states: States::load(LAYOUT, source, visit)? })
     }
 
-    /// With a rate and a decay that `groups` gives each parameter, at every step.
+    /// Gives each parameter the rate and the decay that `groups` says, which is asked at every step.
     ///
     /// ```
     /// use shardwise::optim::{AdamW, ParamGroup};
@@ -84,15 +87,17 @@ impl<T: Element, B: Backend> AdamW<T, B> {
         self
     }
 
-    /// Calls `f` on what is kept for each parameter that has had a gradient, in the order of their first gradients, which
-    /// is the same on every rank.
+    /// Calls `f` on what is kept for each parameter that has had a gradient, in the order of their
+    /// first gradients, which is the same on every rank.
     ///
-    /// That is, for a tensor `w` of the model, `adamw.m.w`, `adamw.v.w`, of bf16 and f16 `adamw.master.w`, and
-    /// `adamw.step.w`, the number of steps, exact up to 2²⁴ in f32. The last has one element, and is owned by the rank
-    /// that owns the first of `w`; the others are cut and owned as `w` is. What `f` writes there is used from then on.
+    /// That is, for a tensor `w` of the model, `adamw.m.w`, `adamw.v.w`, of bf16 and f16
+    /// `adamw.master.w`, and `adamw.step.w`, the number of steps, exact up to 2²⁴ in f32. The last
+    /// has one element, and is owned by the rank that owns the first element of `w`; the others are
+    /// cut and owned as `w` is. What `f` writes there is used from then on.
     ///
     /// # Errors
-    /// The first of `f`; when it writes what is no number of steps, or the device has no memory left.
+    /// The first of `f`; when it writes what is no number of steps, or the device has no memory
+    /// left.
     pub fn visit_state(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, B>) -> Result<()>) -> Result<()> {
         self.states.visit(f)
     }
@@ -104,13 +109,13 @@ impl<T: Element, B: Backend> AdamW<T, B> {
 
     /// One step on every parameter that has a gradient, which is multiplied with `grad_scale` first.
     ///
-    /// Moments belong to a parameter's name, and t is the number of the parameter's own steps, as in PyTorch: any
-    /// parameters may be visited, in any order.
+    /// Moments belong to a parameter's name, and t is the number of the parameter's own steps, as
+    /// in PyTorch: any parameters may be visited, in any order.
     ///
     /// # Errors
-    /// When a number makes no sense (a negative or infinite rate or decay, a β outside [0, 1), an ε that is not
-    /// positive, a `grad_scale` that is not finite), or a name is visited twice or has another shape or other pieces than
-    /// before: nothing has changed then. When the device fails.
+    /// When a number makes no sense (a negative or infinite rate or decay, a β outside [0, 1), an ε
+    /// that is not positive, a `grad_scale` that is not finite), or a name is visited twice or has
+    /// another shape or other pieces than before: nothing has changed then. When the device fails.
     pub fn step(&mut self, visit: impl Visit<T, B>, lr: f64, grad_scale: f64) -> Result<()> {
         let AdamWConfig { beta1, beta2, eps, weight_decay, decay_vectors } = self.config;
         within(OP, "lr", lr, 0.0..f64::INFINITY)?;
@@ -124,10 +129,11 @@ impl<T: Element, B: Backend> AdamW<T, B> {
             let weight_decay = group.weight_decay.unwrap_or(if decays { weight_decay } else { 0.0 });
             let lr = lr * group.lr_scale;
             let step = AdamWStep { step: state.steps, lr, beta1, beta2, eps, weight_decay, grad_scale };
+            let device = param.value().device().clone();
             let (master, moments) = state.slices()?;
             let moments = moments.try_into().ok().expect("the state has both moments");
             let weight = param.update_mut().slice_mut()?;
-            grad.device().adamw(&step, grad.slice(), weight, master, moments)
+            device.adamw(&step, grad.slice(), weight, master, moments)
         })
     }
 }

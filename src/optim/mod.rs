@@ -18,11 +18,11 @@
 //! # use shardwise::parallel::Layer;
 //! ```
 //!
-//! Gradients are kept in the accumulator; parameters of bf16 and f16 have master weights there, too. A master follows a
-//! value that is set after it.
+//! Gradients are kept in the accumulator; parameters of bf16 and f16 have master weights there,
+//! too. A master follows a value that is set after it.
 //!
-//! What an optimizer keeps belongs to a parameter's name. [`AdamW::visit_state`] passes it like parameters, which are
-//! saved as a model's are, and [`AdamW::load`] reads it on any other mesh.
+//! What an optimizer keeps belongs to a parameter's name. [`AdamW::visit_state`] passes it like
+//! parameters, which are saved as a model's are, and [`AdamW::load`] reads it on any other mesh.
 
 mod adamw;
 mod learning_rate;
@@ -38,7 +38,7 @@ pub use scale::LossScale;
 pub use sgd::{Sgd, SgdConfig};
 
 use crate::error::{Error, Result};
-use std::ops::Range;
+use std::{fmt::Display, ops::Range};
 
 /// How an optimizer treats one parameter; by default as its configuration says.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,7 +56,7 @@ impl Default for ParamGroup {
 }
 
 /// `Ok` if a choice lies in a range, which NaN does not.
-fn within(op: &'static str, name: &str, value: f64, range: Range<f64>) -> Result<()> {
+fn within(op: &'static str, name: impl Display, value: f64, range: Range<f64>) -> Result<()> {
     match range.contains(&value) {
         true => Ok(()),
         false => Err(Error::invalid(op, format!("{name} is {value}, which is not in {range:?}"))),

@@ -280,12 +280,13 @@ pub fn require_finite(norm: f64) -> Result<f64> {
     }
 }
 
-/// What to multiply a gradient of norm `norm` with so that its norm is `max` at most: min(1, max / (norm + 10⁻⁶)), as
-/// `torch.nn.utils.clip_grad_norm_` with `error_if_nonfinite`. An infinite `max` clips nothing.
+/// min(1, max / (norm + 10⁻⁶)): the factor of a gradient of norm `norm` that makes its norm `max`
+/// at most, as in `torch.nn.utils.clip_grad_norm_` with `error_if_nonfinite`. An infinite `max`
+/// clips nothing.
 ///
 /// # Errors
-/// When the norm is NaN, infinite or negative, or `max` is NaN or negative: no factor makes such a gradient one of norm
-/// `max`.
+/// When the norm is NaN, infinite or negative, or `max` is NaN or negative: no factor makes such a
+/// gradient one of norm `max`.
 pub fn clip_scale(norm: f64, max: f64) -> Result<f64> {
     if !(0.0..f64::INFINITY).contains(&norm) || !(0.0..=f64::INFINITY).contains(&max) {
         let reason = format!("a gradient of norm {norm} cannot be clipped to a norm of {max}");

@@ -23,8 +23,8 @@ impl Default for LossScale {
     }
 }
 
-/// What f32 holds without loss: gradients of the loss are multiplied with the scale in f32. Below, the gradient itself,
-/// not its scale, is at fault.
+/// What f32 holds without loss: gradients of the loss are multiplied with the scale in f32. Below,
+/// the gradient itself, not its scale, is at fault.
 const SCALES: RangeInclusive<f64> = f32::MIN_POSITIVE as f64..=f32::MAX as f64;
 
 impl LossScale {
@@ -46,8 +46,8 @@ impl LossScale {
         self.scale
     }
 
-    /// Takes note of a gradient norm, which is not finite after an overflow, and says whether to make the step. The scale
-    /// stays a positive normal number of f32.
+    /// Takes note of a gradient norm, which is not finite after an overflow, and says whether to
+    /// make the step. The scale stays a positive normal number of f32.
     ///
     /// The norm is the same on every rank that shares the model, and so is the answer.
     pub fn update(&mut self, norm: f64) -> bool {

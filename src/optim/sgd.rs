@@ -54,7 +54,8 @@ impl<T: Element, B: Backend> Sgd<T, B> {
         Self { config, states: States::new(layout(&config)) }
     }
 
-    /// With the states that a source has of the parameters that `visit` visits, as [`super::AdamW::load`].
+    /// Reads the states of the parameters that `visit` visits from a source, as
+    /// [`super::AdamW::load`].
     ///
     /// # Errors
     /// As there.
@@ -62,14 +63,15 @@ impl<T: Element, B: Backend> Sgd<T, B> {
         Ok(Self { config, states: States::load(layout(&config), source, visit)? })
     }
 
-    /// With a rate and a decay that `groups` gives each parameter, at every step, as [`super::AdamW::groups`].
+    /// Gives each parameter the rate and the decay that `groups` says, as [`super::AdamW::groups`].
     pub fn groups(mut self, groups: impl Fn(&Param<T, B>) -> ParamGroup + 'static) -> Self {
         self.states.set_groups(groups);
         self
     }
 
-    /// Calls `f` on what is kept for each parameter that has had a gradient, as [`super::AdamW::visit_state`]: for a tensor
-    /// `w` of the model, with momentum `sgd.velocity.w`, and of bf16 and f16 `sgd.master.w`.
+    /// Calls `f` on what is kept for each parameter that has had a gradient, as
+    /// [`super::AdamW::visit_state`]: for a tensor `w` of the model, with momentum
+    /// `sgd.velocity.w`, and of bf16 and f16 `sgd.master.w`.
     ///
     /// # Errors
     /// The first of `f`.
@@ -82,9 +84,9 @@ impl<T: Element, B: Backend> Sgd<T, B> {
     /// Velocities belong to a parameter's name: any parameters may be visited, in any order.
     ///
     /// # Errors
-    /// When a number makes no sense (a negative or infinite rate, momentum or decay, a `grad_scale` that is not finite),
-    /// or a name is visited twice or has another shape or other pieces than before: nothing has changed then. When the
-    /// device fails.
+    /// When a number makes no sense (a negative or infinite rate, momentum or decay, a `grad_scale`
+    /// that is not finite), or a name is visited twice or has another shape or other pieces than
+    /// before: nothing has changed then. When the device fails.
     pub fn step(&mut self, visit: impl Visit<T, B>, lr: f64, grad_scale: f64) -> Result<()> {
         let SgdConfig { momentum, nesterov, weight_decay } = self.config;
         within(OP, "lr", lr, 0.0..f64::INFINITY)?;
@@ -95,9 +97,10 @@ impl<T: Element, B: Backend> Sgd<T, B> {
             let weight_decay = group.weight_decay.unwrap_or(weight_decay);
             let lr = lr * group.lr_scale;
             let step = SgdStep { lr, momentum, nesterov, weight_decay, grad_scale };
+            let device = param.value().device().clone();
             let (master, mut velocity) = state.slices()?;
             let weight = param.update_mut().slice_mut()?;
-            grad.device().sgd(&step, grad.slice(), weight, master, velocity.pop())
+            device.sgd(&step, grad.slice(), weight, master, velocity.pop())
         })
     }
 }

@@ -117,7 +117,8 @@ impl<T: Element, B: Backend> States<T, B> {
         self.all.iter_mut().try_for_each(|state| state.visit(self.layout.op, f))
     }
 
-    /// Calls `update` on every parameter that has a gradient, with its state, if all parameters fit their states.
+    /// Calls `update` on every parameter that has a gradient, with its state, if all parameters fit
+    /// their states.
     pub(super) fn each(
         &mut self,
         mut visit: impl Visit<T, B>,
@@ -146,9 +147,9 @@ impl<T: Element, B: Backend> States<T, B> {
                 return Err(Error::invalid(op, format!("{name} is visited twice")));
             }
             let ParamGroup { lr_scale, weight_decay } = self.group(param);
-            within(op, &format!("lr_scale of {name}"), lr_scale, 0.0..f64::INFINITY)?;
+            within(op, format_args!("lr_scale of {name}"), lr_scale, 0.0..f64::INFINITY)?;
             let weight_decay = weight_decay.unwrap_or_default();
-            within(op, &format!("weight_decay of {name}"), weight_decay, 0.0..f64::INFINITY)?;
+            within(op, format_args!("weight_decay of {name}"), weight_decay, 0.0..f64::INFINITY)?;
             match self.places.get(name) {
                 Some(&at) => self.all[at].check(op, param),
                 None => Ok(()),
@@ -174,7 +175,8 @@ impl<T: Element, B: Backend> States<T, B> {
 }
 
 impl<T: Element, B: Backend> State<T, B> {
-    /// The state of a parameter, of tensors that `make` makes by their kind, name, shape and pieces.
+    /// The state of a parameter, of tensors that `make` makes by their kind, name, shape and
+    /// pieces.
     fn of(
         layout: Layout,
         param: &Param<T, B>,
@@ -273,8 +275,8 @@ impl<T: Element, B: Backend> State<T, B> {
         Err(Error::invalid(op, format!("{name} holds {now}, but its state is of {then}")))
     }
 
-    /// Takes the master from a value that was set after it. One that still rounds to the value is kept: the value was
-    /// put back, or read beside it.
+    /// Takes the master from a value that was set after it. One that still rounds to the value is
+    /// kept: the value was put back, or read beside it.
     fn follow(&mut self, param: &Param<T, B>) -> Result<()> {
         if let Some(master) = &mut self.master
             && !rounds_to(master.value(), param.value())?
@@ -293,7 +295,8 @@ impl<T: Element, B: Backend> State<T, B> {
     }
 }
 
-/// A piece of one element for each tensor of some pieces, owned together with the tensor's first element.
+/// A piece of one element for each tensor of some pieces, owned together with the tensor's first
+/// element.
 fn firsts(pieces: &[Piece]) -> Vec<Piece> {
     let mut firsts: Vec<Piece> = Vec::new();
     for piece in pieces {

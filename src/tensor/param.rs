@@ -72,7 +72,8 @@ struct TreeGrad<A: Element, B: Device> {
 pub struct Param<T: Element, B: Device> {
     name: String,
     value: Tensor<T, B>,
-    /// Which of all values of the process this is; an optimizer's step changes the value and keeps the number.
+    /// Which of all values of the process this is; an optimizer's step changes the value and keeps
+    /// the number.
     revision: u64,
     grad: Option<Tensor<T::Acc, B>>,
     pieces: Vec<Piece>,
@@ -177,14 +178,15 @@ impl<T: Element, B: Backend> Param<T, B> {
         &self.value
     }
 
-    /// The value, to be replaced or written. Optimizers notice a new value at their next step, and take their master
-    /// weights from it unless they still round to it.
+    /// The value, to be replaced or written. Optimizers notice a new value at their next step, and
+    /// take their master weights from it unless they still round to it.
     pub fn value_mut(&mut self) -> &mut Tensor<T, B> {
         self.revision = next_revision();
         &mut self.value
     }
 
-    /// The value, for whoever keeps what belongs to it: an optimizer's step, the sender of a broadcast.
+    /// The value, for whoever keeps what belongs to it: an optimizer's step, the sender of a
+    /// broadcast.
     pub(crate) fn update_mut(&mut self) -> &mut Tensor<T, B> {
         &mut self.value
     }

@@ -21,10 +21,11 @@ pub(super) enum Target {
 
 /// The buckets of a model's gradients.
 ///
-/// A bucket holds the gradients of some parameters, one after the other; the first has those that the backward finishes
-/// first. Behind them it has an element for each of these parameters, 1 where the rank has a gradient and 0 where not: the
-/// sum says how many ranks have one. Buckets are started in order on every rank, whatever the order in which they fill:
-/// the order of readiness may differ between ranks, and a collective must not.
+/// A bucket holds the gradients of some parameters, one after the other; the first has those that
+/// the backward finishes first. Behind them it has an element for each of these parameters, 1 where
+/// the rank has a gradient and 0 where not: the sum says how many ranks have one. Buckets are
+/// started in order on every rank, whatever the order in which they fill: the order of readiness
+/// may differ between ranks, and a collective must not.
 pub(super) struct Buckets<T: Element, B: Device> {
     group: Group<B>,
     target: Target,
@@ -171,8 +172,8 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         Ok(())
     }
 
-    /// How many ranks have a gradient of each parameter. The counts are downloaded together: a download waits until the
-    /// device has nothing left to do.
+    /// How many ranks have a gradient of each parameter. The counts are downloaded together: a
+    /// download waits until the device has nothing left to do.
     fn counts(&self, reduced: &[Tensor<T::Acc, B>]) -> Result<Vec<T::Acc>> {
         let (device, count) = (self.group.device(), self.places.len());
         let (mut all, mut at) = (Tensor::<T::Acc, B>::empty(device, [count])?, 0);
@@ -186,11 +187,11 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         Ok(all.to_vec()?.into_iter().rev().collect())
     }
 
-    /// Waits for all buckets and gives the parameters their reduced gradients, or none where another rank has them, or
-    /// no rank has one.
+    /// Waits for all buckets and gives the parameters their reduced gradients, or none where
+    /// another rank has them, or no rank has one.
     ///
-    /// Gradients that did not become ready since `begin` count as what they are. A rank that has none, as one without
-    /// samples, takes part with zeros.
+    /// Gradients that did not become ready since `begin` count as what they are. A rank that has
+    /// none, as one without samples, takes part with zeros.
     pub(super) fn finish(&self, mut visit: impl Visit<T, B>) -> Result<()> {
         const OP: &str = "data parallel";
         if self.group.size() == 1 {

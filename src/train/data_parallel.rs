@@ -48,12 +48,13 @@ pub enum GradReduce {
 /// one with 4. Buckets are as above where two replicas have one sub-tree each; else each parameter is reduced in
 /// [`DataParallel::finish`].
 ///
-/// A parameter that has a gradient on some replicas counts as 0 on the others. One that has none on any replica has none
-/// afterwards, so that optimizers leave it alone, as on one device.
+/// A parameter that has a gradient on some replicas counts as 0 on the others. One that has none on
+/// any replica has none afterwards, so that optimizers leave it alone, as on one device.
 ///
-/// Collectives: at the start an all-gather of one number a parameter and a broadcast of each; an all-reduce a bucket, with a
-/// number for each of its parameters (reduce-scatter with one receiver, and a broadcast a parameter, with the aggregator);
-/// with [`GradReduce::Mean`] one of a number. Where parameters are reduced one by one, an all-reduce of a number for each comes first.
+/// Collectives: at the start an all-gather of one number a parameter and a broadcast of each; an
+/// all-reduce a bucket, with a number for each of its parameters (reduce-scatter with one receiver,
+/// and a broadcast a parameter, with the aggregator); with [`GradReduce::Mean`] one of a number.
+/// Where parameters are reduced one by one, an all-reduce of a number for each comes first.
 ///
 /// Source: Li et al., 2020: PyTorch Distributed, section 3.2.
 pub struct DataParallel<T: Element, B: Backend> {
@@ -155,8 +156,8 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         Ok(())
     }
 
-    /// Waits for the reductions. The parameters have the reduced gradients then; with an aggregator, only its own. Those
-    /// without a gradient on any rank have none.
+    /// Waits for the reductions. The parameters have the reduced gradients then; with an
+    /// aggregator, only its own. Those without a gradient on any rank have none.
     ///
     /// A rank that had no sample for this step calls `begin` and `finish` without a backward.
     ///

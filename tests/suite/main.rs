@@ -20,6 +20,7 @@ mod models;
 mod optim;
 mod oracle;
 mod overlap;
+mod saving;
 mod states;
 mod support;
 mod trace;

@@ -12,14 +12,13 @@ use shardwise::{
     Result,
     comm::{DeviceMesh, Group},
     device::Element,
-    models::save,
     optim::{AdamW, AdamWConfig, LossScale, ParamGroup, Sgd, SgdConfig, clip_scale},
     parallel::BoxLayer,
     reference,
     shard::{Axis, Mesh, Reduction, Replicated},
     tensor::{Arrays, Param, Piece, Random, Region, Role, WeightSource, Weights},
     train::{DataParallel, GradReduce, Pipeline, Schedule},
-    weights::Checkpoint,
+    weights::{self, Checkpoint, Save},
 };
 use std::{collections::BTreeMap, ops::Range, path::Path};
 
@@ -72,8 +71,8 @@ fn sgd_config() -> SgdConfig {
     SgdConfig { momentum: 0.9, nesterov: false, weight_decay: DECAY }
 }
 
-/// Parameters of one shape and of others, which come and go, in any order: each is stepped as if it were alone, and its
-/// bias correction counts its own steps.
+/// Parameters of one shape and of others, which come and go, in any order: each is stepped as if it
+/// were alone, and its bias correction counts its own steps.
 fn each_as_if_alone<T: Element>(tolerance: f64) {
     let device = dev::poisoned();
     let names = ["a", "b", "c"];
@@ -161,7 +160,8 @@ fn a_name_visited_twice_or_with_other_pieces_is_refused_before_anything_changes(
     assert_eq!(step(&mut [&mut w, &mut first], 4), ["", ""]);
 }
 
-/// A value that is set between steps, in place or by another parameter of that name, is what the next step begins with.
+/// A value that is set between steps, in place or by another parameter of that name, is what the
+/// next step begins with.
 fn sets_values<T: Element>() {
     let device = dev::poisoned();
     let mut param = param::<T>(&device, "w", &[3, 5]);
@@ -198,7 +198,8 @@ fn masters_are_taken_anew_from_values_set_after_them_and_moments_are_kept() {
     sets_values::<f32>();
 }
 
-/// Values that are taken away for a while, such as for an average of weights, and put back: masters keep what bf16 cannot.
+/// Values that are taken away for a while, such as for an average of weights, and put back: masters
+/// keep what bf16 cannot.
 #[test]
 fn masters_are_kept_where_values_are_still_their_rounding() {
     let device = dev::poisoned();
@@ -220,7 +221,8 @@ fn masters_are_kept_where_values_are_still_their_rounding() {
     assert_eq!(train(true), train(false));
 }
 
-/// The aggregator sends its values after each step and keeps its masters: the bits of replicas that all step.
+/// The aggregator sends its values after each step and keeps its masters: the bits of replicas that
+/// all step.
 #[test]
 fn a_broadcast_leaves_the_senders_masters_alone() {
     let train = |central: bool| {
@@ -252,8 +254,8 @@ fn a_broadcast_leaves_the_senders_masters_alone() {
     assert!(one[0].iter().zip(&begin).any(|(got, before)| (f64::from_bits(*got) - before).abs() > 0.01));
 }
 
-/// A parameter without a gradient on any replica has none after the reduction, so that nothing decays it; where some
-/// replica has one, zeros stand in for the others'.
+/// A parameter without a gradient on any replica has none after the reduction, so that nothing
+/// decays it; where some replica has one, zeros stand in for the others'.
 #[test]
 fn absent_gradients_stay_absent_through_every_reduction() {
     #[derive(Clone, Copy, Debug, PartialEq)]
@@ -411,7 +413,8 @@ fn a_norm_that_cannot_be_clipped_is_an_error_and_no_factor() {
     }
 }
 
-/// Decay and rate by name, late gradients, and what the configuration says of all others: PyTorch's `param_groups`.
+/// Decay and rate by name, late gradients, and what the configuration says of all others: PyTorch's
+/// `param_groups`.
 #[test]
 fn groups_have_rates_and_decays_of_their_own() {
     let device = dev::poisoned();
@@ -525,7 +528,8 @@ const GPT: Config = Config {
     recompute: false,
 };
 
-/// With an ε that bounds what rounding makes of the gradient of a key's bias, which is 0 but for that.
+/// With an ε that bounds what rounding makes of the gradient of a key's bias, which is 0 but for
+/// that.
 fn gpt_config() -> AdamWConfig {
     AdamWConfig { eps: 1e-3, ..adamw_config() }
 }
@@ -601,8 +605,8 @@ impl<T: Element, O: Optimizer<T>> Training<T, O> {
             return Ok(());
         }
         let group = self.mesh.group(Axis::Tensor);
-        save(group, |f| self.model.visit(f), &folder.join("model"), "{}", |_| false, usize::MAX)?;
-        save(group, |f| self.optimizer.visit(f), &folder.join("states"), "{}", |_| false, 2000)
+        weights::save(group, |f| self.model.visit(f), folder.join("model"))?;
+        Save::new(folder.join("states")).max_shard(2000).write(group, |f| self.optimizer.visit(f))
     }
 
     fn steps(&mut self, steps: Range<u64>) -> Result<()> {
@@ -693,8 +697,8 @@ fn training_goes_on_bit_for_bit_on_the_same_mesh_with_masters_too() {
     case::<f64, AdamW<f64, Dev>>("adamw.step.embedding.weight");
 }
 
-/// A source that lacks some of a parameter's state names what is there and what is not; one that has nothing of a
-/// parameter lets it begin anew; one that is no count of steps is none.
+/// A source that lacks some of a parameter's state names what is there and what is not; one that
+/// has nothing of a parameter lets it begin anew; one that is no count of steps is none.
 #[test]
 fn states_are_read_whole_or_not_at_all() {
     let device = dev::poisoned();

@@ -1,6 +1,7 @@
-//! Hugging Face's `config.json`: what a model is. It comes from elsewhere, so that nothing in it is believed: every number
-//! has a limit, and every key is read, or known to have no influence (`ignored.rs`), or refused by its name. A file for each
-//! family; what a configuration leaves out is what transformers' class of that family takes.
+//! Hugging Face's `config.json`: what a model is. It comes from elsewhere, so that nothing in it is
+//! believed: every number has a limit, and every key is read, or known to have no influence
+//! (`ignored.rs`), or refused by its name. A file for each family; what a configuration leaves out
+//! is what transformers' class of that family takes.
 
 mod bert;
 mod gpt2;
@@ -10,9 +11,11 @@ mod llama;
 mod rope;
 
 use crate::{
+    device::DType,
     error::{Error, Result},
     kernels::Activation,
     parallel::{AttentionConfig, BlockConfig},
+    weights,
 };
 use json::Json;
 use serde_json::{Map, Value};
@@ -43,7 +46,8 @@ pub enum ModelConfig {
     Bert(BertConfig),
 }
 
-/// What a [`super::Decoder`] is: Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2 differ in these choices alone.
+/// What a [`super::Decoder`] is: Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2 differ in these
+/// choices alone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderConfig {
     /// The number of words.
@@ -68,14 +72,15 @@ pub struct DecoderConfig {
     pub padding: Option<u32>,
     /// The tokens that end a text, by `config.json` and `generation_config.json`.
     pub ends: Vec<u32>,
-    /// The configuration as it was read; a saved model gets it.
+    /// The configuration as it was read; a saved model gets it, with the `dtype` of its weights.
     pub json: String,
 }
 
 /// What the tensors around the blocks of a decoder are called.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DecoderNames {
-    /// What stands before all names but the head's, in checkpoints of whole language models. Those of bare models lack it.
+    /// What stands before all names but the head's, in checkpoints of whole language models. Those
+    /// of bare models lack it.
     pub prefix: &'static str,
     /// The embedding.
     pub embedding: &'static str,
@@ -104,24 +109,28 @@ pub struct BertConfig {
     pub padding: Option<u32>,
     /// The blocks.
     pub block: BlockConfig,
-    /// The configuration as it was read; a saved model gets it.
+    /// The configuration as it was read; a saved model gets it, with the `dtype` of its weights.
     pub json: String,
 }
 
 impl ModelConfig {
-    /// Reads `config.json` of a checkpoint's folder, or the file itself. In a folder, the tokens that end a text are those of
-    /// `config.json` and those of `generation_config.json`, where that is there.
+    /// Reads `config.json` of a checkpoint's folder, or the file itself. In a folder, the tokens
+    /// that end a text are those of `config.json` and those of `generation_config.json`, where that
+    /// is there. Where a save was killed, it is the configuration of the weights that are there: see
+    /// [`crate::weights::Save`].
     ///
-    /// Keys that change nothing are passed over. Among them are the probabilities of dropout: the models here have none, and
-    /// are trained without. A key that is not known is refused, since it may change what the model computes.
+    /// Keys that change nothing are passed over. Among them are the probabilities of dropout: the
+    /// models here have none, and are trained without. A key that is not known is refused, since it
+    /// may change what the model computes.
     ///
     /// # Errors
-    /// [`Error::Io`] when a file cannot be read; [`Error::Config`] when it is longer than 1 MiB, is no such configuration,
-    /// has a key or a value that is not known and may change the result, or is of a model that this crate does not have.
+    /// [`Error::Io`] when a file cannot be read; [`Error::Config`] when it is longer than 1 MiB, is
+    /// no such configuration, has a key or a value that is not known and may change the result, or
+    /// is of a model that this crate does not have.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let (config, generation) = match path.is_dir() {
-            true => (path.join("config.json"), Some(path.join("generation_config.json"))),
+            true => (weights::config(path), Some(path.join("generation_config.json"))),
             false => (path.into(), None),
         };
         let ends = match generation.filter(|path| path.exists()) {
@@ -142,7 +151,8 @@ impl ModelConfig {
         Self::with_ends(text, Vec::new())
     }
 
-    /// The same, with more tokens that end a text. Where these are all that is said, the class's own does not count.
+    /// The same, with more tokens that end a text. Where these are all that is said, the class's
+    /// own does not count.
     fn with_ends(text: &str, more: Vec<u32>) -> Result<Self, String> {
         let map = object(text)?;
         let kind = match map.get("model_type") {
@@ -170,6 +180,27 @@ impl ModelConfig {
         }
         Ok(model)
     }
+}
+
+/// A configuration that says in which element the weights are stored: under `torch_dtype` where it has only that key, which is
+/// the older one, else under `dtype`. Unchanged if it says so already, or is no JSON object.
+pub(super) fn stored_as(text: &str, dtype: DType) -> String {
+    let Ok(Value::Object(mut json)) = serde_json::from_str(text) else { return text.into() };
+    let name = Value::from(match dtype {
+        DType::F64 => "float64",
+        DType::F32 => "float32",
+        DType::BF16 => "bfloat16",
+        DType::F16 => "float16",
+    });
+    let older = json.contains_key("torch_dtype");
+    let mut changed = false;
+    for (key, is_used) in [("torch_dtype", older), ("dtype", !older || json.contains_key("dtype"))] {
+        if is_used && json.get(key) != Some(&name) {
+            json.insert(key.into(), name.clone());
+            changed = true;
+        }
+    }
+    if changed { format!("{:#}\n", Value::Object(json)) } else { text.into() }
 }
 
 /// The text of a configuration.
