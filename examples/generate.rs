@@ -8,7 +8,8 @@
 //! them for Llama, Mistral, Qwen2, Qwen3 and GPT-2. Each rank reads only its part. At temperature 0 the text does not
 //! depend on the number of ranks, as long as no two words are equally likely but for rounding.
 //!
-//! The prompt is taken as it is. A model that was trained to answer expects it in its chat template.
+//! The prompt is taken as it is. A model that was trained to answer expects it in its chat
+//! template.
 
 use clap::{Parser, ValueEnum};
 use half::{bf16, f16};
@@ -45,7 +46,8 @@ struct Args {
     /// The element of weights, activations and cache.
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     dtype: Dtype,
-    /// The most tokens to write. Beyond the length that a model was made for, a text is likely to be worse.
+    /// The most tokens to write. Beyond the length that a model was made for, a text is likely to
+    /// be worse.
     #[arg(long, default_value_t = 200)]
     tokens: usize,
     /// 0 for the likeliest token each time.
@@ -186,7 +188,8 @@ impl Task<'_> {
             Sampler { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
         let start = Instant::now();
         let model = Decoder::<Replicated, T, Cpu>::load(world, self.checkpoint, config)?;
-        // Where positions are learned, a text ends with them. Else it goes on, in a larger cache when this one is full.
+        // Where positions are learned, a text ends with them. Else it goes on, in a larger cache
+        // when this one is full.
         let room = prompt.len().saturating_add(args.tokens);
         let room = config.positions.map_or(room, |positions| room.min(positions.max(prompt.len())));
         let made_for = match config.block.attention.rope {

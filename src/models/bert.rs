@@ -40,12 +40,12 @@ pub struct BertSaved<S: Stream, T: Element, B: Backend> {
 }
 
 impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
-    /// Reads this rank's part of a checkpoint, whose names may begin with `bert.`. A `LayerNorm` may have `gamma` and `beta`,
-    /// as in the first checkpoints, in place of `weight` and `bias`.
+    /// Reads this rank's part of a checkpoint, whose names may begin with `bert.`. A `LayerNorm`
+    /// may have `gamma` and `beta`, as in the first checkpoints, in place of `weight` and `bias`.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, the source has tensors of the embeddings or the encoder that nothing
-    /// has read, or there are fewer heads, features or words than ranks.
+    /// When a tensor is missing or has another shape, the source has tensors of the embeddings or
+    /// the encoder that nothing has read, or there are fewer heads, features or words than ranks.
     pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &BertConfig) -> Result<Self> {
         let source = &Renamed(source);
         let weights = Weights::new(source);
@@ -143,7 +143,8 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
     }
 }
 
-/// A source whose `LayerNorm`s may have the names that BERT's first checkpoints have; the names of today are asked for.
+/// A source whose `LayerNorm`s may have the names that BERT's first checkpoints have; the names of
+/// today are asked for.
 struct Renamed<'a>(&'a dyn WeightSource);
 
 /// The name of today and the first one.

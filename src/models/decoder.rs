@@ -53,13 +53,13 @@ pub struct DecoderSaved<S: Stream, T: Element, B: Backend> {
 impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
     /// Reads this rank's part of a checkpoint of a language model, or of the bare model without its head.
     ///
-    /// A tied model may come with a head, if that is the embedding's table once more. Collectives: an all-reduce of one
-    /// element where that is so.
+    /// A tied model may come with a head, if that is the embedding's table once more. Collectives:
+    /// an all-reduce of one element where that is so.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, the source has tensors of the model that nothing has read or a head
-    /// that is not the tied table (each names them), there are fewer heads, features or words than ranks, or a collective
-    /// fails.
+    /// When a tensor is missing or has another shape, the source has tensors of the model that
+    /// nothing has read or a head that is not the tied table (each names them), there are fewer
+    /// heads, features or words than ranks, or a collective fails.
     pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &DecoderConfig) -> Result<Self> {
         let in_block = format!(".{}.", config.names.blocks);
         let stored_transposed = |name: &str| config.transposed && is_in(name, &in_block);
@@ -208,8 +208,8 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
     }
 }
 
-/// Refuses a head that is not the embedding's table, to which the configuration ties it. Each rank compares its own rows;
-/// one that differs, or cannot be read, is an error on all.
+/// Refuses a head that is not the embedding's table, to which the configuration ties it. Each rank
+/// compares its own rows; one that differs, or cannot be read, is an error on all.
 fn refuse_another_head<S: Stream, T: Element, B: Backend>(
     group: &Group<B>,
     source: &dyn WeightSource,
@@ -251,7 +251,8 @@ fn is_in(name: &str, part: &str) -> bool {
 }
 
 impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
-    /// Refuses the second part of a prompt that should have been computed by other frequencies than the first.
+    /// Refuses the second part of a prompt that should have been computed by other frequencies than
+    /// the first.
     fn check_dynamic(&self, sequences: &Sequences) -> Result<()> {
         let Some(RopeConfig { scaling: RopeScaling::DynamicNtk { trained, .. }, .. }) =
             self.config.block.attention.rope
@@ -287,13 +288,15 @@ impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
     /// A long prompt may come in several steps, so that the memory of one is bounded; the result is the same up to
     /// rounding.
     ///
-    /// With [`RopeScaling::DynamicNtk`] that holds up to the trained length. Beyond it, a step computes by the frequencies
-    /// of the length that it reaches, and keys and values of earlier steps stay as they were made, as in transformers with
-    /// a cache. So a prompt that is longer has to come in one step; then the text goes on token by token.
+    /// With [`RopeScaling::DynamicNtk`] that holds up to the trained length. Beyond it, a step
+    /// computes by the frequencies of the length that it reaches, and keys and values of earlier
+    /// steps stay as they were made, as in transformers with a cache. So a prompt that is longer
+    /// has to come in one step; then the text goes on token by token.
     ///
     /// # Errors
-    /// When a slot gets no token, tokens do not fit, an id is beyond the vocabulary, several tokens continue a text beyond
-    /// the trained length of dynamic NTK scaling, or a collective fails. The cache is then as before.
+    /// When a slot gets no token, tokens do not fit, an id is beyond the vocabulary, several tokens
+    /// continue a text beyond the trained length of dynamic NTK scaling, or a collective fails. The
+    /// cache is then as before.
     pub fn step(
         &self,
         ids: &[u32],

@@ -11,8 +11,9 @@ use std::collections::BTreeSet;
 /// How many names an error lists.
 const LISTED: usize = 3;
 
-/// Refuses a source that has tensors under one of `roots` which the model `op`, whose parameters `visit` visits, has not
-/// read: it is the source of another model than the configuration's. Those for which `harmless` is true do not count.
+/// Refuses a source that has tensors under one of `roots` which the model `op`, whose parameters
+/// `visit` visits, has not read: it is the source of another model than the configuration's. Those
+/// for which `harmless` is true do not count.
 pub(super) fn refuse_unread<T: Element, B: Backend>(
     op: &'static str,
     source: &dyn WeightSource,

@@ -188,8 +188,8 @@ impl WeightSource for Arrays {
     }
 }
 
-/// [`Error::MissingTensor`] with the most similar name as a hint. What is missing from one layer is not to be found in
-/// another: the numbers in the two names are the same.
+/// [`Error::MissingTensor`] with the most similar name as a hint. What is missing from one layer is
+/// not to be found in another: the numbers in the two names are the same.
 pub(crate) fn missing<'a>(
     name: &str,
     place: impl Into<String>,

@@ -3,7 +3,8 @@
 //! `serde_json` parses the keys and the values; what it does with a whole object is not what a careful reader wants: of
 //! entries with the same key it keeps the last, in silence, and a tree of values takes many times the text's memory.
 
-/// The most bytes that a key may take, and a value that is parsed as a tree where nothing else is said.
+/// The most bytes that a key may take, and a value that is parsed as a tree where nothing else is
+/// said.
 pub(super) const LIMIT: usize = 4096;
 
 /// Parses the JSON value that the text begins with, of at most so many bytes; gives it and its length in the text.

@@ -1,4 +1,5 @@
-//! Configurations and checkpoints as they are found on the hub: what is read, and what is refused rather than read wrongly.
+//! Configurations and checkpoints as they are found on the hub: what is read, and what is refused
+//! rather than read wrongly.
 
 use crate::dev::{self, Dev, ranks};
 use crate::support::close;
@@ -693,8 +694,8 @@ fn a_tied_model_with_another_head_is_refused() {
     }
 }
 
-/// With dynamic NTK scaling a step computes by the frequencies of the length that it reaches: a text beyond the trained
-/// length goes on token by token, but a prompt is read at once.
+/// With dynamic NTK scaling a step computes by the frequencies of the length that it reaches: a
+/// text beyond the trained length goes on token by token, but a prompt is read at once.
 #[test]
 fn dynamic_rope_refuses_a_prompt_in_parts() {
     let rope = json!({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0});

@@ -461,7 +461,8 @@ fn rope_has_the_frequencies_of_transformers() {
         for (key, value) in [("num_hidden_layers", 1), ("intermediate_size", 4), ("vocab_size", 7)] {
             json[key] = value.into();
         }
-        // Transformers' functions know a share of a head's features; its models of these families do not.
+        // Transformers' functions know a share of a head's features; its models of these families
+        // do not.
         let share = json["rope_parameters"].as_object_mut().unwrap().remove("partial_rotary_factor");
         let ModelConfig::Decoder(config) = ModelConfig::parse(&json.to_string()).unwrap() else { panic!() };
         let mut rope = config.block.attention.rope.unwrap();

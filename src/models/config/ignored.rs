@@ -1,4 +1,5 @@
-//! Keys that say nothing about what a model computes: transformers writes them, and nothing here reads them.
+//! Keys that say nothing about what a model computes: transformers writes them, and nothing here
+//! reads them.
 
 /// What the file is, where it comes from, and how it is to be run.
 const ORIGIN: &[&str] = &[
@@ -85,7 +86,8 @@ const GENERATION: &[&str] = &[
     "unk_token_id",
 ];
 
-/// Dropout is not a part of these models: they compute as transformers' do after `eval()`, also when they are trained.
+/// Dropout is not a part of these models: they compute as transformers' do after `eval()`, also
+/// when they are trained.
 const DROPOUT: &[&str] = &[
     "attention_dropout",
     "attention_probs_dropout_prob",
@@ -101,8 +103,8 @@ const DROPOUT: &[&str] = &[
 /// Of every family.
 pub(super) const COMMON: &[&[&str]] = &[ORIGIN, OUTPUTS, TASKS, GENERATION, DROPOUT];
 
-/// Of Llama and its relatives: Hugging Face's own training, files from before transformers had the model, and what tensors
-/// say better (Qwen2's biases).
+/// Of Llama and its relatives: Hugging Face's own training, files from before transformers had the
+/// model, and what tensors say better (Qwen2's biases).
 pub(super) const LLAMA: &[&str] = &["attention_bias", "is_decoder", "is_llama_config", "max_sequence_length"];
 
 /// Of GPT-2: its heads for other tasks, and how sums are made in half precision.

@@ -1,4 +1,5 @@
-//! A JSON object whose keys are looked up by name and kind, and which knows those that nobody asked for.
+//! A JSON object whose keys are looked up by name and kind, and which knows those that nobody asked
+//! for.
 
 use serde_json::{Map, Value};
 use std::{cell::RefCell, collections::BTreeSet};
@@ -6,11 +7,13 @@ use std::{cell::RefCell, collections::BTreeSet};
 /// The most bytes of a key or a value that an error shows.
 const SHOWN: usize = 60;
 
-/// An object whose entries are looked up by name and kind. `null` is as good as absent, unless a method says otherwise.
+/// An object whose entries are looked up by name and kind. `null` is as good as absent, unless a
+/// method says otherwise.
 pub(super) struct Json<'a> {
     /// The type of the model.
     pub(super) kind: &'a str,
-    /// What stands before the keys in errors: the name of the object, where it is inside of another.
+    /// What stands before the keys in errors: the name of the object, where it is inside of
+    /// another.
     pub(super) path: &'static str,
     map: &'a Map<String, Value>,
     asked: RefCell<BTreeSet<String>>,
@@ -121,7 +124,8 @@ impl<'a> Json<'a> {
         }
     }
 
-    /// Refuses the first key that nobody has asked for and that is not among those without influence.
+    /// Refuses the first key that nobody has asked for and that is not among those without
+    /// influence.
     pub(super) fn finish(&self, ignored: &[&[&str]]) -> Result<(), String> {
         let asked = self.asked.borrow();
         let known = |key: &str| asked.contains(key) || ignored.iter().any(|keys| keys.contains(&key));

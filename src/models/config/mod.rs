@@ -1,6 +1,7 @@
-//! Hugging Face's `config.json`: what a model is. It comes from elsewhere, so that nothing in it is believed: every number
-//! has a limit, and every key is read, or known to have no influence (`ignored.rs`), or refused by its name. A file for each
-//! family; what a configuration leaves out is what transformers' class of that family takes.
+//! Hugging Face's `config.json`: what a model is. It comes from elsewhere, so that nothing in it is
+//! believed: every number has a limit, and every key is read, or known to have no influence
+//! (`ignored.rs`), or refused by its name. A file for each family; what a configuration leaves out
+//! is what transformers' class of that family takes.
 
 mod bert;
 mod gpt2;
@@ -43,7 +44,8 @@ pub enum ModelConfig {
     Bert(BertConfig),
 }
 
-/// What a [`super::Decoder`] is: Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2 differ in these choices alone.
+/// What a [`super::Decoder`] is: Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2 differ in these
+/// choices alone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderConfig {
     /// The number of words.
@@ -73,7 +75,8 @@ pub struct DecoderConfig {
 /// What the tensors around the blocks of a decoder are called.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DecoderNames {
-    /// What stands before all names but the head's, in checkpoints of whole language models. Those of bare models lack it.
+    /// What stands before all names but the head's, in checkpoints of whole language models. Those
+    /// of bare models lack it.
     pub prefix: &'static str,
     /// The embedding.
     pub embedding: &'static str,
@@ -105,15 +108,18 @@ pub struct BertConfig {
 }
 
 impl ModelConfig {
-    /// Reads `config.json` of a checkpoint's folder, or the file itself. In a folder, the tokens that end a text are those of
-    /// `config.json` and those of `generation_config.json`, where that is there.
+    /// Reads `config.json` of a checkpoint's folder, or the file itself. In a folder, the tokens
+    /// that end a text are those of `config.json` and those of `generation_config.json`, where that
+    /// is there.
     ///
-    /// Keys that change nothing are passed over. Among them are the probabilities of dropout: the models here have none, and
-    /// are trained without. A key that is not known is refused, since it may change what the model computes.
+    /// Keys that change nothing are passed over. Among them are the probabilities of dropout: the
+    /// models here have none, and are trained without. A key that is not known is refused, since it
+    /// may change what the model computes.
     ///
     /// # Errors
-    /// [`Error::Io`] when a file cannot be read; [`Error::Config`] when it is longer than 1 MiB, is no such configuration,
-    /// has a key or a value that is not known and may change the result, or is of a model that this crate does not have.
+    /// [`Error::Io`] when a file cannot be read; [`Error::Config`] when it is longer than 1 MiB, is
+    /// no such configuration, has a key or a value that is not known and may change the result, or
+    /// is of a model that this crate does not have.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let (config, generation) = match path.is_dir() {
@@ -138,7 +144,8 @@ impl ModelConfig {
         Self::with_ends(text, Vec::new())
     }
 
-    /// The same, with more tokens that end a text. Where these are all that is said, the class's own does not count.
+    /// The same, with more tokens that end a text. Where these are all that is said, the class's
+    /// own does not count.
     fn with_ends(text: &str, more: Vec<u32>) -> Result<Self, String> {
         let map = object(text)?;
         let kind = match map.get("model_type") {

@@ -7,10 +7,11 @@ use crate::{
 };
 use serde_json::Map;
 
-/// The rotary embedding: `rope_parameters`, or as it was before that, `rope_theta` and `rope_scaling`. Of both, transformers
-/// takes `rope_scaling`.
+/// The rotary embedding: `rope_parameters`, or as it was before that, `rope_theta` and
+/// `rope_scaling`. Of both, transformers takes `rope_scaling`.
 ///
-/// `partial_rotary_factor` may be 1 only: transformers' models of these families turn all features of a head, or fail.
+/// `partial_rotary_factor` may be 1 only: transformers' models of these families turn all features
+/// of a head, or fail.
 pub(super) fn rope(json: &Json<'_>, head_dim: usize, context: usize) -> Result<RopeConfig, String> {
     let (new, old) = (json.object("rope_parameters")?, json.object("rope_scaling")?);
     let empty = Map::new();
@@ -35,7 +36,8 @@ fn scaling(json: &Json<'_>, inner: &Json<'_>, kind: &str, context: usize) -> Res
         let factor = inner.number("factor")?;
         positive("factor", factor.ok_or_else(|| format!("rope of type `{kind}` without a `factor`"))?)
     };
-    // The length of the training, which only some types look at: beside the parameters, in them, or the model's.
+    // The length of the training, which only some types look at: beside the parameters, in them, or
+    // the model's.
     let key = "original_max_position_embeddings";
     let (beside, own) = (json.optional_size(key, HUGE)?, inner.optional_size(key, HUGE)?);
     let trained = beside.or(own).unwrap_or(context);
