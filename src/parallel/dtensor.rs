@@ -47,7 +47,7 @@ enum Terms<A: Element, B: Device> {
 pub struct Draw {
     /// The number of the training step.
     pub step: u64,
-    /// The tensor's first row, counted from the start of the step's batch.
+    /// The tensor's first row, counted from the start of the step's batch; the rows are all dimensions but the last.
     pub row: u64,
 }
 
