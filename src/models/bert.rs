@@ -1,6 +1,6 @@
 //! BERT's encoder.
 
-use super::{BertConfig, save, save::MAX_SHARD};
+use super::{BertConfig, config};
 use crate::{
     comm::Group,
     device::{Device, Element},
@@ -12,6 +12,7 @@ use crate::{
     },
     shard::Sequences,
     tensor::{Param, WeightSource, Weights},
+    weights::Save,
 };
 use std::path::Path;
 
@@ -126,12 +127,12 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
         self.blocks.visit(f)
     }
 
-    /// Writes the model to a folder as transformers would, without a pooler: see [`super::Decoder::save`].
+    /// Saves the model to a folder, without a pooler: see [`super::Decoder::save`].
     ///
     /// # Errors
-    /// When a file cannot be written, or a collective fails.
+    /// As [`Save::write`].
     pub fn save(&mut self, folder: impl AsRef<Path>) -> Result<()> {
-        let (group, json) = (self.group.clone(), self.config.json.clone());
-        save(&group, |f| self.visit(f), folder.as_ref(), &json, |_| false, MAX_SHARD)
+        let (group, json) = (self.group.clone(), config::stored_as(&self.config.json, T::DTYPE));
+        Save::new(folder).config(json).write(&group, |f| self.visit(f))
     }
 }

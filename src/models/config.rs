@@ -2,10 +2,12 @@
 //! has a limit, and what is not understood is refused rather than ignored where it would change the result.
 
 use crate::{
+    device::DType,
     error::{Error, Result},
     kernels::{Activation, NormKind, RopePairs},
     ops::{RopeConfig, RopeScaling},
     parallel::{AttentionConfig, BlockConfig, BlockNames, NormPlacement, QkNorm},
+    weights,
 };
 use serde_json::{Map, Value};
 use std::{fs, io::Read, path::Path};
@@ -51,7 +53,7 @@ pub struct DecoderConfig {
     pub transposed: bool,
     /// The tokens that end a text.
     pub ends: Vec<u32>,
-    /// The configuration as it was read; a saved model gets it.
+    /// The configuration as it was read; a saved model gets it, with the `dtype` of its weights.
     pub json: String,
 }
 
@@ -85,19 +87,20 @@ pub struct BertConfig {
     pub types: usize,
     /// The blocks.
     pub block: BlockConfig,
-    /// The configuration as it was read; a saved model gets it.
+    /// The configuration as it was read; a saved model gets it, with the `dtype` of its weights.
     pub json: String,
 }
 
 impl ModelConfig {
-    /// Reads `config.json` of a checkpoint's folder, or the file itself.
+    /// Reads `config.json` of a checkpoint's folder, or the file itself. Where a save was killed, a
+    /// folder's configuration is that of its weights: see [`crate::weights::Save`].
     ///
     /// # Errors
     /// [`Error::Io`] when it cannot be read; [`Error::Checkpoint`] when it is longer than 1 MiB, is no such
     /// configuration, or is of a model that this crate does not have.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let path = if path.is_dir() { path.join("config.json") } else { path.into() };
+        let path = if path.is_dir() { weights::config(path) } else { path.into() };
         let io = |error: std::io::Error| Error::Io { path: path.clone(), reason: error.to_string() };
         let bad = |reason: String| Error::Checkpoint { path: path.clone(), reason };
         if !fs::metadata(&path).map_err(io)?.is_file() {
@@ -125,6 +128,28 @@ impl ModelConfig {
             other => Err(format!("a model of type `{}` is not known", other.escape_debug())),
         }
     }
+}
+
+/// A configuration that says in which element the weights are stored: under `torch_dtype`, the older
+/// key, where it has only that one, else under `dtype`. Unchanged if it says so already, or is no
+/// JSON object.
+pub(super) fn stored_as(text: &str, dtype: DType) -> String {
+    let Ok(Value::Object(mut json)) = serde_json::from_str(text) else { return text.into() };
+    let name = Value::from(match dtype {
+        DType::F64 => "float64",
+        DType::F32 => "float32",
+        DType::BF16 => "bfloat16",
+        DType::F16 => "float16",
+    });
+    let older = json.contains_key("torch_dtype");
+    let mut changed = false;
+    for (key, is_used) in [("torch_dtype", older), ("dtype", !older || json.contains_key("dtype"))] {
+        if is_used && json.get(key) != Some(&name) {
+            json.insert(key.into(), name.clone());
+            changed = true;
+        }
+    }
+    if changed { format!("{:#}\n", Value::Object(json)) } else { text.into() }
 }
 
 fn llama(kind: &str, json: &Json<'_>, text: &str) -> Result<DecoderConfig, String> {

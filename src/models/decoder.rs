@@ -1,6 +1,6 @@
 //! Causal language models.
 
-use super::{DecoderConfig, DecoderNames, save, save::MAX_SHARD};
+use super::{DecoderConfig, DecoderNames, config};
 use crate::{
     comm::Group,
     device::{Device, Element},
@@ -13,7 +13,7 @@ use crate::{
     },
     shard::{Replicated, Sequences, Shard},
     tensor::{Param, Tensor, WeightSource, Weights},
-    weights::Transposed,
+    weights::{Save, Transposed},
 };
 use std::path::Path;
 
@@ -171,17 +171,19 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
         self.head.as_mut().map_or(Ok(()), |head| head.visit(f))
     }
 
-    /// Writes the model to a folder as transformers would: `config.json` and `model.safetensors`, or several files with
-    /// an index. Every rank calls it, and the first one writes. Tensors go by one at a time: see [`save()`].
+    /// Saves the model to a folder, to be read here and by transformers: `config.json`, whose
+    /// `dtype` is that of the weights, and `model.safetensors`, or several files with an index.
+    /// Every rank calls it, and the first one writes. An older checkpoint there is replaced whole
+    /// or not at all: see [`Save`].
     ///
     /// # Errors
-    /// When a file cannot be written, or a collective fails.
+    /// As [`Save::write`].
     pub fn save(&mut self, folder: impl AsRef<Path>) -> Result<()> {
-        let (group, json) = (self.group.clone(), self.config.json.clone());
+        let (group, json) = (self.group.clone(), config::stored_as(&self.config.json, T::DTYPE));
         let in_block = format!(".{}.", self.config.names.blocks);
         let transposed = self.config.transposed;
         let stored_transposed = |name: &str| transposed && is_in(name, &in_block);
-        save(&group, |f| self.visit(f), folder.as_ref(), &json, stored_transposed, MAX_SHARD)
+        Save::new(folder).config(json).transposed(stored_transposed).write(&group, |f| self.visit(f))
     }
 }
 

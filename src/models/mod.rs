@@ -30,9 +30,7 @@
 mod bert;
 mod config;
 mod decoder;
-mod save;
 
 pub use bert::{Bert, BertSaved};
 pub use config::{BertConfig, DecoderConfig, DecoderNames, ModelConfig};
 pub use decoder::{Decoder, DecoderSaved};
-pub use save::save;

@@ -2,6 +2,7 @@
 
 use super::{
     file::DataFile,
+    folder::{self, Form},
     header::{self, Entry},
     index,
     stored::decode,
@@ -26,6 +27,9 @@ const GAP: usize = 4096;
 
 /// The most bytes of one read, and of the buffer between file and tensor.
 const CHUNK: usize = 1 << 20;
+
+/// How often a folder is opened at most.
+const TRIES: usize = 4;
 
 /// A checkpoint in the safetensors format: one file, or several with an index.
 ///
@@ -58,25 +62,42 @@ pub struct Checkpoint {
 
 impl Checkpoint {
     /// Opens a checkpoint and reads its headers, but none of its tensors. The path is that of a `.safetensors` file, of
-    /// an index (`….json`), or of a folder with `model.safetensors` or else `model.safetensors.index.json`.
+    /// an index (`….json`), or of a folder with `model.safetensors` or
+    /// `model.safetensors.index.json`.
+    ///
+    /// The files stay open, so that a later save into the folder changes nothing of what is read.
     ///
     /// # Errors
     /// * [`Error::Io`]: a file is missing or cannot be read.
     /// * [`Error::Checkpoint`]: a file is damaged or is not a checkpoint. A header longer than its file or than
     ///   100 MB, a key that occurs twice, a shape whose size overflows, offsets that are not those of shape and
-    ///   element, data that overlap, leave gaps or are not all of the file; an index that leads out of its folder.
+    ///   element, data that overlap, leave gaps or are not all of the file; an index that leads out of its folder;
+    ///   a folder with both `model.safetensors` and an index, which may be of different models.
     /// * [`Error::MissingTensor`]: a file does not have a tensor that the index says it has.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let (single, index) = (path.join("model.safetensors"), path.join("model.safetensors.index.json"));
         match path {
-            _ if !path.is_dir() && path.extension().is_some_and(|extension| extension == "json") => {
-                Self::open_index(path)
+            _ if path.is_dir() => {
+                // A save may remove files between the look at the folder and their opening. Then
+                // the files of the new checkpoint are there.
+                let mut opened = Self::open_folder(path);
+                for _ in 1..TRIES {
+                    if matches!(opened, Err(Error::Io { .. })) {
+                        opened = Self::open_folder(path);
+                    }
+                }
+                opened
             }
-            _ if !path.is_dir() => Self::open_file(path),
-            _ if single.exists() => Self::open_file(&single),
-            _ if index.exists() => Self::open_index(&index),
-            _ => Err(Error::Checkpoint {
+            _ if path.extension().is_some_and(|extension| extension == "json") => Self::open_index(path),
+            _ => Self::open_file(path),
+        }
+    }
+
+    fn open_folder(path: &Path) -> Result<Self> {
+        match folder::form(path)? {
+            Some(Form::Single(file)) => Self::open_file(&file),
+            Some(Form::Index(index)) => Self::open_index(&index),
+            None => Err(Error::Checkpoint {
                 path: path.into(),
                 reason: "the folder has neither model.safetensors nor model.safetensors.index.json".into(),
             }),

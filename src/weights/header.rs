@@ -11,6 +11,7 @@
 
 use super::{
     file::DataFile,
+    folder::ID,
     json::{LIMIT, duplicate, object, value, whole_object},
 };
 use crate::{device::DType, error::Result};
@@ -44,8 +45,8 @@ impl Entry {
     }
 }
 
-/// Reads a file's header: the only bytes of the file that this reads.
-pub(super) fn read(file: &DataFile) -> Result<BTreeMap<String, Entry>> {
+/// The text of a file's header, and the number of bytes behind its length.
+fn text(file: &DataFile) -> Result<(Vec<u8>, u64)> {
     let Some(after) = file.len().checked_sub(8) else {
         return Err(file.bad(format!("{} bytes are too few for a safetensors file", file.len())));
     };
@@ -60,6 +61,13 @@ pub(super) fn read(file: &DataFile) -> Result<BTreeMap<String, Entry>> {
     }
     let mut text = vec![0; len as usize];
     file.read_at(&mut text, 8)?;
+    Ok((text, after))
+}
+
+/// Reads a file's header: the only bytes of the file that this reads.
+pub(super) fn read(file: &DataFile) -> Result<BTreeMap<String, Entry>> {
+    let (text, after) = text(file)?;
+    let len = text.len() as u64;
     let infos = parse(&text).map_err(|reason| file.bad(format!("header: {reason}")))?;
     drop(text);
     check(&infos, after - len).map_err(|reason| file.bad(reason))?;
@@ -69,6 +77,26 @@ pub(super) fn read(file: &DataFile) -> Result<BTreeMap<String, Entry>> {
         start: 8 + len + info.data_offsets.0 as u64,
     };
     Ok(infos.into_iter().map(|(name, info)| (name, entry(info))).collect())
+}
+
+/// The id of the save that wrote a file, where a save of ours did: see [`super::folder`].
+pub(super) fn id(file: &DataFile) -> Result<Option<String>> {
+    let (text, _) = text(file)?;
+    let mut id = None;
+    let read = whole_object(&text, |key, text| {
+        if key != "__metadata__" {
+            return Ok(value!(serde_json::Value, text, LIMIT)?.1);
+        }
+        object(text, |key, text| {
+            let (value, len) = value!(String, text, usize::MAX)?;
+            if key == ID {
+                id = Some(value);
+            }
+            Ok(len)
+        })
+    });
+    read.map_err(|reason| file.bad(format!("header: {reason}")))?;
+    Ok(id)
 }
 
 fn parse(text: &[u8]) -> Result<BTreeMap<String, TensorInfo>, String> {

@@ -6,6 +6,7 @@
 
 use super::{
     file::DataFile,
+    folder::ID,
     json::{LIMIT, duplicate, object, value, whole_object},
 };
 use crate::error::Result;
@@ -26,6 +27,8 @@ pub(super) struct Index {
     /// Paths below the index's folder, each once.
     pub(super) files: Vec<String>,
     pub(super) tensors: BTreeMap<String, usize>,
+    /// The id of the save that wrote it, where a save of ours did: see [`super::folder`].
+    pub(super) id: Option<String>,
 }
 
 /// Reads an index.
@@ -40,10 +43,16 @@ pub(super) fn read(file: &DataFile) -> Result<Index> {
 
 fn parse(text: &[u8]) -> Result<Index, String> {
     let mut index: Option<Index> = None;
+    let mut id = None;
     whole_object(text, |key, text| {
         if key != "weight_map" {
             return match value!(serde_json::Value, text, LIMIT) {
-                Ok((_, len)) => Ok(len),
+                Ok((value, len)) => {
+                    if key == "metadata" {
+                        id = value.get(ID).and_then(serde_json::Value::as_str).map(String::from);
+                    }
+                    Ok(len)
+                }
                 Err(reason) => Err(format!("`{}`: {reason}", key.escape_debug())),
             };
         }
@@ -52,7 +61,7 @@ fn parse(text: &[u8]) -> Result<Index, String> {
         }
         weight_map(text, index.insert(Index::default()))
     })?;
-    index.ok_or_else(|| "it has no `weight_map`".into())
+    index.map(|index| Index { id, ..index }).ok_or_else(|| "it has no `weight_map`".into())
 }
 
 fn weight_map(text: &[u8], index: &mut Index) -> Result<usize, String> {

@@ -1,28 +1,75 @@
-//! Writing a checkpoint.
+//! Writing a safetensors file.
 
-use super::stored::encode;
+use super::{
+    disk::Disk,
+    folder::{ID, new_id},
+    stored::encode,
+};
 use crate::{
     device::{AnyRef, Cpu, DType, each_dtype},
     error::{Error, Result, same_size},
     shard::Shape,
 };
-use safetensors::{Dtype, SafeTensorError, View, serialize_to_file};
-use std::{borrow::Cow, collections::HashSet, path::Path};
+use safetensors::{
+    Dtype,
+    tensor::{Metadata, TensorInfo},
+};
+use std::{
+    cmp::Reverse,
+    collections::{HashMap, HashSet},
+    path::Path,
+};
+
+/// The most elements of which bytes are made at once.
+const CHUNK: usize = 1 << 16;
+
+/// The longest header that the format allows, in bytes.
+const MAX_HEADER: usize = 100_000_000;
 
 /// Writes tensors to a safetensors file, each a name, a shape and its elements in row-major order.
 ///
-/// The file appears complete or not at all, replaces one of the same name, and only its owner may read it.
+/// The file appears complete or not at all, and replaces one of the same name; if that is a link,
+/// the link. Its mode is what the umask leaves. When this returns it is on the disk.
 ///
 /// # Errors
-/// [`Error::Sizes`] when a tensor does not have as many elements as its shape; [`Error::Invalid`] when two have the same
-/// name, or one has a name that the format keeps for itself; [`Error::Io`] when the file cannot be written.
+/// [`Error::Sizes`] when a tensor does not have as many elements as its shape; [`Error::Invalid`]
+/// when two have the same name, or one has a name that the format keeps for itself; [`Error::Io`]
+/// when the file cannot be written.
 pub fn write<'a, N: Into<String>, D: Into<Shape>>(
     path: impl AsRef<Path>,
     tensors: impl IntoIterator<Item = (N, D, AnyRef<'a, Cpu>)>,
 ) -> Result<()> {
     let path = path.as_ref();
+    let Some(name) = path.file_name() else {
+        return Err(Error::Io { path: path.into(), reason: "not the name of a file".into() });
+    };
+    // Not the name of a save's file: a save into the folder removes those.
+    let temporary = path.with_file_name(format!(".write-{}-{}", new_id()?, name.to_string_lossy()));
+    let disk = Disk::default();
+    let written = write_tensors(&disk, &temporary, None, tensors)
+        .and_then(|()| disk.rename(&temporary, path))
+        .and_then(|()| {
+            disk.sync_folder(path.parent().filter(|folder| *folder != "").unwrap_or(Path::new(".")))
+        });
+    written.map_err(|error| {
+        // Best effort: the file may not have been made.
+        let _ = disk.remove(&temporary);
+        match error {
+            Error::Io { reason, .. } => Error::Io { path: path.into(), reason },
+            other => other,
+        }
+    })
+}
+
+/// Makes a file of tensors; its header has the id of a save, if one is given.
+pub(super) fn write_tensors<'a, N: Into<String>, D: Into<Shape>>(
+    disk: &Disk,
+    path: &Path,
+    id: Option<&str>,
+    tensors: impl IntoIterator<Item = (N, D, AnyRef<'a, Cpu>)>,
+) -> Result<()> {
     let mut names = HashSet::new();
-    let mut views = Vec::new();
+    let mut all = Vec::new();
     for (name, shape, elements) in tensors {
         let (name, shape) = (name.into(), shape.into());
         if name == "__metadata__" || !names.insert(name.clone()) {
@@ -35,40 +82,50 @@ pub fn write<'a, N: Into<String>, D: Into<Shape>>(
             "elements of its shape",
             shape.len(),
         )?;
-        views.push((name, Host { shape, elements }));
+        all.push((name, shape, elements));
     }
-    serialize_to_file(views, None, path).map_err(|error| match error {
-        SafeTensorError::IoError(error) => Error::Io { path: path.into(), reason: error.to_string() },
-        other => Error::Checkpoint { path: path.into(), reason: other.to_string() },
+    // The widest first, so that all are aligned.
+    all.sort_by(|(a, _, x), (b, _, y)| (Reverse(x.dtype().size()), a).cmp(&(Reverse(y.dtype().size()), b)));
+    let header = header(id, &all).map_err(|reason| Error::Checkpoint { path: path.into(), reason })?;
+    disk.write(path, |out| {
+        out.write_all(&(header.len() as u64).to_le_bytes())?;
+        out.write_all(&header)?;
+        for (_, _, elements) in all {
+            each_dtype!(AnyRef, elements, elements => {
+                for chunk in elements.chunks(CHUNK) {
+                    out.write_all(&encode(chunk))?;
+                }
+            });
+        }
+        Ok(())
     })
 }
 
-/// A tensor on the host as the format's crate wants to see it. Its bytes are made when they are written, one tensor at a
-/// time.
-struct Host<'a> {
-    shape: Shape,
-    elements: AnyRef<'a, Cpu>,
-}
-
-impl View for Host<'_> {
-    fn dtype(&self) -> Dtype {
-        match self.elements.dtype() {
+fn header(id: Option<&str>, tensors: &[(String, Shape, AnyRef<'_, Cpu>)]) -> Result<Vec<u8>, String> {
+    let mut end = 0;
+    let info = |(name, shape, elements): &(String, Shape, AnyRef<'_, Cpu>)| {
+        let start = end;
+        end += elements.len() * elements.dtype().size();
+        let dtype = match elements.dtype() {
             DType::F64 => Dtype::F64,
             DType::F32 => Dtype::F32,
             DType::BF16 => Dtype::BF16,
             DType::F16 => Dtype::F16,
+        };
+        (name.clone(), TensorInfo { dtype, shape: shape.dims().to_vec(), data_offsets: (start, end) })
+    };
+    let infos = tensors.iter().map(info).collect();
+    // Older versions of transformers read no file without a format.
+    let mut free = HashMap::from([("format".to_string(), "pt".to_string())]);
+    free.extend(id.map(|id| (ID.to_string(), id.to_string())));
+    let metadata = Metadata::new(Some(free), infos).map_err(|error| error.to_string())?;
+    let mut text = serde_json::to_vec(&metadata).map_err(|error| error.to_string())?;
+    // Aligned for the data behind it.
+    text.resize(text.len().next_multiple_of(8), b' ');
+    match text.len() {
+        len if len > MAX_HEADER => {
+            Err(format!("a header of {len} bytes, but the format allows {MAX_HEADER}"))
         }
-    }
-
-    fn shape(&self) -> &[usize] {
-        self.shape.dims()
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(each_dtype!(AnyRef, self.elements, elements => encode(elements)))
-    }
-
-    fn data_len(&self) -> usize {
-        self.elements.len() * self.elements.dtype().size()
+        _ => Ok(text),
     }
 }

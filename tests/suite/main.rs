@@ -18,6 +18,7 @@ mod models;
 mod optim;
 mod oracle;
 mod overlap;
+mod saving;
 mod support;
 mod trace;
 mod training;

@@ -10,12 +10,12 @@ use shardwise::{
     comm::Group,
     device::{AnyMut, Device, Element},
     kernels::RopePairs,
-    models::{Bert, BertConfig, Decoder, DecoderConfig, ModelConfig, save},
+    models::{Bert, BertConfig, Decoder, DecoderConfig, ModelConfig},
     ops::{RopeConfig, RopeScaling},
     parallel::{Sampler, Stream, VocabParallelCrossEntropy},
     shard::{Replicated, Sequences, Shard},
     tensor::{Arrays, Region, Role, Visit, WeightSource},
-    weights::Checkpoint,
+    weights::{Checkpoint, Save},
 };
 use std::{
     collections::BTreeMap,
@@ -413,7 +413,8 @@ fn large_models_are_saved_in_several_files() {
     let folder = tempfile::tempdir().unwrap();
     let saved = ranks(3).run(|group| {
         let mut model = Decoder::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?;
-        save(&group, |f| model.visit(f), folder.path(), &config.json, |_| false, 40_000)
+        let save = Save::new(folder.path()).config(&config.json).max_shard(40_000);
+        save.write(&group, |f| model.visit(f))
     });
     saved.unwrap();
     let mut files: Vec<_> = fs::read_dir(folder.path())
@@ -423,7 +424,9 @@ fn large_models_are_saved_in_several_files() {
     files.sort();
     let count = files.len() - 2;
     assert!(count > 2, "{files:?}");
-    let parts = (1..=count).map(|at| format!("model-{at:05}-of-{count:05}.safetensors"));
+    // The save's own id is part of the names.
+    let id = files[1].split('-').nth(1).unwrap().to_string();
+    let parts = (1..=count).map(|at| format!("model-{id}-{at:05}-of-{count:05}.safetensors"));
     let others = ["model.safetensors.index.json".to_string()];
     assert_eq!(files, ["config.json".to_string()].into_iter().chain(parts).chain(others).collect::<Vec<_>>());
     let again = Checkpoint::open(folder.path()).unwrap();
