@@ -21,8 +21,9 @@ use shardwise::{
     parallel::Stream,
     rng::Philox,
     shard::{Axis, Mesh, Reduction, Replicated, Shard},
-    tensor::{Arrays, Piece, Random, Weights},
+    tensor::{Random, Weights},
     train::{Schedule, check_replicas},
+    weights::{self, Checkpoint},
 };
 use std::{path::PathBuf, time::Instant};
 
@@ -160,16 +161,12 @@ impl Text {
     }
 }
 
-/// A parameter of one rank: what it is of the model, and its values.
-type Held = (Vec<Piece>, Vec<usize>, Vec<f64>);
-
 /// What a training run gave.
 struct Trained {
     /// Step, training loss.
     curve: Vec<(u64, f64)>,
     /// Step, validation loss.
     validation: Vec<(u64, f64)>,
-    weights: Arrays,
 }
 
 fn config(args: &Args, text: &Text) -> Config {
@@ -194,7 +191,7 @@ fn schedule(args: &Args) -> Result<Schedule> {
     }
 }
 
-/// Trains on a mesh. Only rank 0 shows progress.
+/// Trains on a mesh, and saves the model. Only rank 0 shows progress.
 fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
     let rate = LearningRate {
         peak: args.lr,
@@ -203,7 +200,7 @@ fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
         steps: args.steps,
         decay: Decay::Cosine,
     };
-    let ranks = launch::threads(args.dp * args.pp * args.tp, |world| {
+    let mut ranks = launch::threads(args.dp * args.pp * args.tp, |world| {
         let reduction = args.invariant.map_or(Reduction::Fast, |blocks| Reduction::Invariant { blocks });
         let world = world.with_reduction(reduction);
         let mesh = DeviceMesh::new(&world, Mesh::new(args.dp, args.pp, args.tp)?)?;
@@ -251,28 +248,15 @@ fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
             bar.inc(1);
         }
         bar.finish();
-        let mut held: Vec<Held> = Vec::new();
-        // The replicas hold the same.
-        if mesh.group(Axis::Data).rank() == 0 {
-            model.visit(&mut |param| {
-                let values = param.value().to_vec()?.into_iter().map(T::to_f64).collect();
-                held.push((param.pieces().to_vec(), param.value().shape().dims().to_vec(), values));
-                Ok(())
-            })?;
+        // The replicas hold the same: the ranks of the first one save it.
+        let number = mesh.group(Axis::Data).rank();
+        let replica = world.split_all(number as u64)?;
+        if number == 0 {
+            weights::save(&replica, |f| model.visit(f), &args.out)?;
         }
-        Ok((curve, validation, held))
+        Ok(Trained { curve, validation })
     })?;
-    let mut weights = Arrays::default();
-    let (mut curve, mut validation) = (Vec::new(), Vec::new());
-    for (rank, (own_curve, own_validation, held)) in ranks.into_iter().enumerate() {
-        if rank == 0 {
-            (curve, validation) = (own_curve, own_validation);
-        }
-        for (pieces, shape, values) in held {
-            output::put_together(&mut weights, &pieces, &shape, &values);
-        }
-    }
-    Ok(Trained { curve, validation, weights })
+    Ok(ranks.swap_remove(0))
 }
 
 fn dispatch(args: &Args, text: &Text) -> Result<Trained> {
@@ -288,13 +272,14 @@ fn dispatch(args: &Args, text: &Text) -> Result<Trained> {
     }
 }
 
-/// Text from a checkpoint, on one device in f32, whatever it was trained on.
-fn sample(args: &Args, text: &Text, weights: &Arrays, length: usize) -> Result<String> {
+/// Text from the saved model, on one device in f32, whatever it was trained on.
+fn sample(args: &Args, text: &Text, length: usize) -> Result<String> {
+    let checkpoint = Checkpoint::open(&args.out)?;
     let mut all = launch::threads(1, |world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(1, 1, 1)?)?;
         let one = Schedule::one_forward_one_backward(1, 1);
         let mut model =
-            Gpt::<Replicated, f32>::load(&mesh, &Weights::new(weights), &config(args, text), one)?;
+            Gpt::<Replicated, f32>::load(&mesh, &Weights::new(&checkpoint), &config(args, text), one)?;
         let draws = Philox::named(args.seed, "sample");
         // A line's end begins a speech.
         let mut tokens = vec![text.characters.binary_search(&'\n').unwrap_or(0) as u32];
@@ -336,9 +321,7 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     }
     output::plot(&args.out.join("loss.png"), &runs)?;
     output::table(&args.out.join("loss.csv"), &runs)?;
-    let weights = &runs[0].1.weights;
-    output::checkpoint(&args.out.join("model.safetensors"), weights)?;
     println!("wrote loss.png, loss.csv and model.safetensors to {}", args.out.display());
-    println!("{}", sample(&args, &text, weights, 300)?);
+    println!("{}", sample(&args, &text, 300)?);
     Ok(())
 }

@@ -1,44 +1,11 @@
-//! What comes out of a training run: the curve, the checkpoint, a next character.
+//! What comes out of a training run: the curve, a next character.
 
 use super::Trained;
-use ndarray::{ArrayD, IxDyn, Slice};
 use plotters::{
     prelude::*,
     style::{FontStyle, register_font},
 };
-use shardwise::{
-    device::{AnyRef, Cpu},
-    tensor::{Arrays, Piece},
-    weights,
-};
 use std::{error::Error, fmt::Write, path::Path};
-
-/// Writes the pieces of one rank's parameter into the tensors of the model.
-pub(crate) fn put_together(model: &mut Arrays, pieces: &[Piece], shape: &[usize], values: &[f64]) {
-    let width: usize = shape[1..].iter().product();
-    for piece in pieces.iter().filter(|piece| piece.owned) {
-        let (whole, extent) = (piece.region.shape(), piece.region.extent());
-        let tensor =
-            model.0.entry(piece.tensor.clone()).or_insert_with(|| ArrayD::zeros(IxDyn(whole.dims())));
-        let ranges = piece.region.ranges();
-        let mut place = tensor.slice_each_axis_mut(|axis| Slice::from(ranges[axis.axis.index()].clone()));
-        let start = piece.row * width;
-        place.iter_mut().zip(&values[start..start + extent.len()]).for_each(|(to, from)| *to = *from);
-    }
-}
-
-/// The weights in f32, with their names.
-pub(crate) fn checkpoint(path: &Path, model: &Arrays) -> shardwise::Result<()> {
-    let tensors: Vec<_> =
-        model.0.iter().map(|(name, array)| (name, array.shape(), array.mapv(|x| x as f32))).collect();
-    weights::write(
-        path,
-        tensors.iter().map(|(name, shape, values)| {
-            let values = values.as_slice().unwrap_or_default();
-            (name.as_str(), *shape, AnyRef::<Cpu>::F32(values))
-        }),
-    )
-}
 
 /// Draws a class: the one at which the sum of the probabilities passes `uniform`.
 pub(crate) fn draw(logits: &[f32], temperature: f64, uniform: f64) -> u32 {

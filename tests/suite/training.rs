@@ -18,8 +18,9 @@ use shardwise::{
     reference,
     rng::Philox,
     shard::{Axis, Mesh, Replicated, Shard},
-    tensor::{Random, Weights},
+    tensor::{Random, WeightSource, Weights},
     train::{Schedule, check_replicas},
+    weights::{self, Checkpoint},
 };
 use std::collections::BTreeMap;
 
@@ -380,4 +381,45 @@ fn loss_scaling_finds_a_scale_that_fits() {
     let (losses, left_out) = &outcomes[0];
     assert!(*left_out > 2 && *left_out < 20, "{left_out} steps were left out");
     assert!(losses.iter().all(|loss| loss.is_finite()) && losses[39] < 0.7 * losses[0], "{losses:?}");
+}
+
+/// The ranks of a replica, which hold stages and parts of tensors, save it together. One rank reads
+/// it.
+#[test]
+fn a_model_on_a_mesh_is_saved_whole() {
+    let source = Random::normal(5, 0.5);
+    let whole = |source: &(dyn WeightSource + Sync)| {
+        let read = ranks(1).run(|group| {
+            let mesh = DeviceMesh::new(&group, Mesh::new(1, 1, 1)?)?;
+            let schedule = Schedule::one_forward_one_backward(1, 1);
+            let mut model =
+                Gpt::<Replicated, f32, Dev>::load(&mesh, &Weights::new(source), &CONFIG, schedule)?;
+            let mut all = BTreeMap::new();
+            model.visit(&mut |param| {
+                let bits: Vec<_> = param.value().to_vec()?.into_iter().map(f32::to_bits).collect();
+                all.insert(param.name().to_string(), bits);
+                Ok(())
+            })?;
+            Ok(all)
+        });
+        read.unwrap().remove(0)
+    };
+    for (dp, pp, tp) in [(1, 2, 1), (2, 2, 2)] {
+        let folder = tempfile::tempdir().unwrap();
+        let saved = ranks(dp * pp * tp).run(|world| {
+            let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
+            let schedule = Schedule::one_forward_one_backward(pp, pp);
+            let mut model =
+                Gpt::<Replicated, f32, Dev>::load(&mesh, &Weights::new(&source), &CONFIG, schedule)?;
+            let number = mesh.group(Axis::Data).rank();
+            let replica = world.split_all(number as u64)?;
+            match number {
+                0 => weights::save(&replica, |f| model.visit(f), folder.path()),
+                _ => Ok(()),
+            }
+        });
+        saved.unwrap();
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        assert_eq!(whole(&checkpoint), whole(&source), "{dp}, {pp}, {tp}");
+    }
 }
