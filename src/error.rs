@@ -156,7 +156,7 @@ pub enum Error {
         /// The name of the group.
         group: String,
     },
-    /// A file could not be opened or read.
+    /// A file could not be opened, read or written.
     #[error("{}: {reason}", .path.display())]
     Io {
         /// The file.
