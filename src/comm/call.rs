@@ -129,8 +129,9 @@ impl Call {
         Operation { op, started, reduce, root, dtype, shape, parts, call, site }
     }
 
-    /// The disagreement between the calls of all ranks, in rank order, if there is one.
-    pub(crate) fn disagreement<'a>(calls: impl Iterator<Item = &'a Self> + Clone) -> Option<Mismatch> {
+    /// The disagreement between the calls of all ranks, in rank order, if there is one: of calls that do not agree, or of
+    /// messages that were sent and not received.
+    pub fn disagreement<'a>(calls: impl Iterator<Item = &'a Self> + Clone) -> Option<Mismatch> {
         let left = calls.clone().next()?;
         match calls.clone().enumerate().find(|(_, call)| !left.agrees(call)) {
             Some((right_rank, right)) => {

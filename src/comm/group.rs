@@ -336,7 +336,8 @@ impl<B: Pointwise> Group<B> {
     /// receive by a later one must not do so in a circle.
     ///
     /// Every message has to be received before the group's next call of all ranks, but for those that are started: there the
-    /// ranks compare how many they have sent and received, and disagree if one is missing. A message that is left at the end is an error of its receiver.
+    /// ranks compare how many they have sent and received, and disagree if one is missing (over NCCL where they compare their
+    /// calls: `nccl::Options::check_every`). A message that is left at the end is an error of its receiver.
     ///
     /// # Errors
     /// When there is no such rank, what arrives is of another element or shape, or a rank is lost.

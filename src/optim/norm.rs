@@ -24,8 +24,8 @@ const OP: &str = "gradient norm";
 /// Not finite if any gradient is not, so that it also says whether a scaled loss overflowed.
 ///
 /// # Errors
-/// When the ranks of the groups do not hold every element of the visited tensors exactly once: a group is missing, or is one
-/// whose ranks hold the same parts. When a collective fails, or sums that are to be invariant cannot be.
+/// When the ranks of the groups do not own every element of the visited tensors exactly once: a group over which tensors are
+/// cut is missing, or there is one whose ranks own the same parts. (That stages of a pipeline are missing cannot be seen.) When a collective fails, or sums that are to be invariant cannot be.
 #[track_caller]
 pub fn grad_norm<T: Element, B: Backend>(mut visit: impl Visit<T, B>, groups: &[&Group<B>]) -> Result<f64> {
     let invariant = |group: &&&Group<B>| group.reduction() != Reduction::Fast;
@@ -110,6 +110,9 @@ impl Shares {
                 return Err(Error::invalid(OP, reason));
             }
         }
+        // A second group whose ranks have added up the same is found on every one of them.
+        let parts: Vec<u64> = all.clone().map(|[_, parts]| parts).filter(|parts| *parts != 0).collect();
+        self.parts = if parts.is_empty() { 0 } else { hash(parts) >> 24 | 1 };
         self.excess = all.map(|[excess, _]| excess).sum::<u64>() % MODULUS;
         Ok(())
     }

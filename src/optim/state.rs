@@ -144,7 +144,11 @@ impl<T: Element, B: Backend> States<T, B> {
             param.settle()?;
             let name = param.name();
             if !seen.insert(name.to_string()) {
-                return Err(Error::invalid(op, format!("{name} is visited twice")));
+                let reason = format!(
+                    "{name} is visited twice: state is kept by name, so parameters need names of their own \
+                     (`Weights::at`)"
+                );
+                return Err(Error::invalid(op, reason));
             }
             let ParamGroup { lr_scale, weight_decay } = self.group(param);
             within(op, format_args!("lr_scale of {name}"), lr_scale, 0.0..f64::INFINITY)?;
@@ -256,7 +260,9 @@ impl<T: Element, B: Backend> State<T, B> {
         let Some(count) = &self.count else { return Ok(0) };
         let values: Vec<_> = count.value().to_vec()?.into_iter().map(Element::to_f64).collect();
         let first = values.first().copied().unwrap_or(0.0);
-        if first >= 0.0 && first.fract() == 0.0 && values.iter().all(|&value| value == first) {
+        // Beyond, whole numbers of f64 are not counted one by one.
+        let countable = (0.0..9e15).contains(&first) && first.fract() == 0.0;
+        if countable && values.iter().all(|&value| value == first) {
             return Ok(first as u64);
         }
         Err(Error::invalid(op, format!("{} is {values:?}, which is no number of steps", count.name())))
@@ -275,13 +281,17 @@ impl<T: Element, B: Backend> State<T, B> {
         Err(Error::invalid(op, format!("{name} holds {now}, but its state is of {then}")))
     }
 
-    /// Takes the master from a value that was set after it. One that still rounds to the value is
-    /// kept: the value was put back, or read beside it.
+    /// Takes the master from a value that was set after it, element by element: one that still
+    /// rounds to the value is kept, so that parts of a tensor do not depend on one another.
     fn follow(&mut self, param: &Param<T, B>) -> Result<()> {
-        if let Some(master) = &mut self.master
-            && !rounds_to(master.value(), param.value())?
-        {
-            *master.update_mut() = param.value().convert()?;
+        if let Some(master) = &mut self.master {
+            let bits = |value: T| value.to_f64().to_bits();
+            let elements = master.value().to_vec()?.into_iter().zip(param.value().to_vec()?);
+            let elements: Vec<_> = elements
+                .map(|(own, value)| if bits(T::narrow(own)) == bits(value) { own } else { value.widen() })
+                .collect();
+            let (device, shape) = (param.value().device(), param.value().shape());
+            *master.update_mut() = Tensor::from_slice(device, shape, &elements)?;
         }
         self.revision = param.revision();
         Ok(())
@@ -311,13 +321,6 @@ fn firsts(pieces: &[Piece]) -> Vec<Piece> {
         }
     }
     firsts
-}
-
-/// Whether the master weights, rounded, are these values.
-fn rounds_to<T: Element, B: Backend>(master: &Tensor<T::Acc, B>, value: &Tensor<T, B>) -> Result<bool> {
-    let (rounded, value) = (master.convert::<T>()?.to_vec()?, value.to_vec()?);
-    let bits = |value: &T| value.to_f64().to_bits();
-    Ok(rounded.iter().map(bits).eq(value.iter().map(bits)))
 }
 
 /// The pieces of a parameter, in words.

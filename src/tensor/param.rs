@@ -223,6 +223,11 @@ impl<T: Element, B: Backend> Param<T, B> {
         self.blocks.as_deref()
     }
 
+    /// Whether there are sums of sub-trees of the gradient, which await those of other replicas.
+    pub(crate) fn has_terms(&self) -> bool {
+        self.tree.as_ref().is_some_and(|tree| !tree.terms.is_empty())
+    }
+
     /// How often a backward adds to the gradient.
     pub(crate) fn uses(&self) -> usize {
         self.uses

@@ -20,7 +20,7 @@ use std::{
 ///
 /// Which ranks hold the same elements follows from the parameters' pieces ([`crate::tensor::Piece`]).
 ///
-/// Collectives: three all-gathers, of a few numbers a parameter. Cheap enough for every so many steps; silent drift of
+/// Collectives: four all-gathers, of a few numbers a parameter. Cheap enough for every so many steps; silent drift of
 /// replicas is a bug that training survives and results do not.
 ///
 /// # Errors

@@ -130,14 +130,29 @@ impl<B: Backend> Pipeline<B> {
     /// Collectives: all-reduces over the two ranks, one of a number and one of the gradient.
     ///
     /// # Errors
-    /// When a collective fails.
+    /// When terms of an invariant reduction are missing, or not summed over the replicas yet; when a collective fails.
     #[track_caller]
     pub fn sum_tied<T: Element>(&self, param: &mut Param<T, B>) -> Result<()> {
         let (Some(ends), false) = (&self.ends, self.is_first() && self.is_last()) else { return Ok(()) };
-        let present = f64::from(u8::from(param.grad().is_some()));
-        let mut present = Tensor::from_slice(ends.device(), [1], &[present])?;
-        ends.all_reduce(ReduceOp::Max, &mut present)?;
-        if present.to_vec()? == [0.0] {
+        const NONE: f64 = 0.0;
+        const SOME: f64 = 1.0;
+        const OPEN: f64 = 2.0;
+        let settled = param.settle();
+        let own = match (&settled, param.grad()) {
+            (Err(_), _) => OPEN,
+            (Ok(()), _) if param.has_terms() => OPEN,
+            (Ok(()), Some(_)) => SOME,
+            (Ok(()), None) => NONE,
+        };
+        let mut state = Tensor::from_slice(ends.device(), [1], &[own])?;
+        ends.all_reduce(ReduceOp::Max, &mut state)?;
+        let state: f64 = state.to_vec()?[0];
+        settled?;
+        if state == OPEN {
+            let reason = format!("terms of {} are not summed over its replicas yet", param.name());
+            return Err(Error::invalid("tied parameter", reason));
+        }
+        if state == NONE {
             return Ok(());
         }
         if param.grad().is_none() {

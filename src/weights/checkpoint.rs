@@ -78,11 +78,16 @@ impl Checkpoint {
         let path = path.as_ref();
         match path {
             _ if path.is_dir() => {
-                // A save may remove files between the look at the folder and their opening. Then
-                // the files of the new checkpoint are there.
+                // A save may remove files between two looks at the folder, or before they are opened.
+                // Then the files of the new checkpoint are there.
+                let again = |opened: &Result<Self>| match opened {
+                    Err(Error::Io { .. }) => true,
+                    Err(Error::Checkpoint { path: of, .. }) => of == path,
+                    _ => false,
+                };
                 let mut opened = Self::open_folder(path);
                 for _ in 1..TRIES {
-                    if matches!(opened, Err(Error::Io { .. })) {
+                    if again(&opened) {
                         opened = Self::open_folder(path);
                     }
                 }

@@ -162,7 +162,11 @@ enum State {
 impl Folder {
     /// Makes the folder, if it is not there, and locks it.
     pub(super) fn begin(path: &Path, disk: Disk) -> Result<Self> {
-        disk.make_folder(path)?;
+        if !path.exists() {
+            disk.make_folder(path)?;
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            disk.sync_folder(parent.unwrap_or(Path::new(".")))?;
+        }
         let lock = lock(path)?;
         let folder = Self { path: path.into(), id: new_id()?, disk, state: State::Hidden, _lock: lock };
         if let Some(pending) = pending_config(path) {
@@ -222,6 +226,12 @@ impl Folder {
                 SINGLE
             }
         };
+        // What this crate would refuse does not take the place of anything.
+        let written = DataFile::open(&self.temporary(name))?;
+        match name {
+            INDEX => index::read(&written).map(drop)?,
+            _ => header::read(&written).map(drop)?,
+        }
         self.disk.sync_folder(&self.path)?;
         self.state = State::Tried;
         self.disk.rename(&self.temporary(name), &self.path.join(name))?;
@@ -244,23 +254,20 @@ impl Folder {
     }
 
     /// Gives an index of another program an id, so that a single file beside it is the checkpoint.
-    /// One that is damaged is none, and is removed.
+    ///
+    /// # Errors
+    /// Where it cannot be read: what it names is not to be lost.
     fn mark_index(&self) -> Result<()> {
         let path = self.path.join(INDEX);
         if !path.exists() {
             return Ok(());
         }
-        let file = DataFile::open(&path)?;
-        let marked = match index::read(&file) {
-            Ok(index) if index.id.is_some() => return Ok(()),
-            Ok(_) => {
-                let text = fs::read(&path).map_err(|error| failed(&path, &error))?;
-                serde_json::from_slice::<serde_json::Value>(&text).ok()
-            }
-            Err(Error::Io { path, reason }) => return Err(Error::Io { path, reason }),
-            Err(_) => None,
-        };
-        let Some(mut marked) = marked else { return self.disk.remove(&path) };
+        if index::read(&DataFile::open(&path)?)?.id.is_some() {
+            return Ok(());
+        }
+        let text = fs::read(&path).map_err(|error| failed(&path, &error))?;
+        let mut marked: serde_json::Value = serde_json::from_slice(&text)
+            .map_err(|error| Error::Checkpoint { path: path.clone(), reason: error.to_string() })?;
         match marked.get_mut("metadata").and_then(serde_json::Value::as_object_mut) {
             Some(metadata) => {
                 metadata.insert(ID.into(), new_id()?.into());
@@ -350,22 +357,24 @@ fn lock(folder: &Path) -> Result<File> {
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
             Err(TryLockError::Error(error)) => return Err(failed(&path, &error)),
         }
-        if !is_removed(&file) {
+        if is_current(&file, &path) {
             return Ok(file);
         }
     }
 }
 
-/// Whether another save, which had locked the file, has removed it since it was opened.
+/// Whether the file is the one at the path: another save, which had locked it, may have removed it
+/// since it was opened.
 #[cfg(unix)]
-fn is_removed(file: &File) -> bool {
+fn is_current(file: &File, path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
-    file.metadata().is_ok_and(|metadata| metadata.nlink() == 0)
+    let of = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    file.metadata().is_ok_and(|own| fs::metadata(path).is_ok_and(|there| of(own) == of(there)))
 }
 
 #[cfg(not(unix))]
-fn is_removed(_: &File) -> bool {
-    false
+fn is_current(_: &File, _: &Path) -> bool {
+    true
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use crate::{
 };
 use std::{
     collections::BTreeMap,
+    ops::Range,
     path::{Path, PathBuf},
     sync::mpsc::{RecvTimeoutError, channel},
     thread,
@@ -127,15 +128,15 @@ impl<'a> Save<'a> {
     /// owners, some rows of one tensor at a time, so that no rank but the first holds more of the
     /// model than its part, and that one at most the tensors of a file.
     ///
-    /// Collectives: a broadcast a rank of the names of its tensors; an all-reduce of every element,
+    /// Collectives: two broadcasts a rank of what it owns; an all-reduce of every element,
     /// which adds −0 to what is there and so keeps every bit; an all-reduce of one number at least
     /// every 50 ms while the first rank writes, so that a slow disk is no missed deadline.
     ///
     /// # Errors
     /// On every rank: [`Error::Io`], which names the file, when the first rank cannot write, or
-    /// another save is writing to the folder; [`Error::Sizes`] when an element is owned by no rank
-    /// or by several; [`Error::Shapes`] when ranks have the same tensor in different shapes; and
-    /// when a collective fails.
+    /// another save is writing to the folder; [`Error::Sizes`] when an element is owned by no rank,
+    /// [`Error::Invalid`] when it is owned by several, [`Error::Shapes`] when ranks have the same
+    /// tensor in different shapes; and when a collective fails.
     pub fn write<T: Element, B: Backend>(self, group: &Group<B>, mut visit: impl Visit<T, B>) -> Result<()> {
         let files = files::<T>(all_tensors(group, &mut visit)?, self.max_shard);
         let (path, disk) = (&self.folder, self.disk);
@@ -219,32 +220,35 @@ fn all_tensors<T: Element, B: Backend>(
     group: &Group<B>,
     visit: &mut impl Visit<T, B>,
 ) -> Result<Vec<(String, Shape)>> {
-    type Own = (String, Vec<usize>, usize);
+    /// A tensor, its shape, and the parts that a rank owns.
+    type Own = (String, Vec<usize>, Vec<Ranges>);
     let mut own: Vec<Own> = Vec::new();
     let mut places = BTreeMap::new();
     visit(&mut |param| {
         for piece in param.pieces() {
             let place = *places.entry(piece.tensor.clone()).or_insert_with(|| {
-                own.push((piece.tensor.clone(), piece.region.shape().dims().to_vec(), 0));
+                own.push((piece.tensor.clone(), piece.region.shape().dims().to_vec(), Vec::new()));
                 own.len() - 1
             });
-            own[place].2 += if piece.owned { piece.region.extent().len() } else { 0 };
+            if piece.owned && !piece.region.extent().is_empty() {
+                own[place].2.push(piece.region.ranges().to_vec());
+            }
         }
         Ok(())
     })?;
     let bad = |error: serde_json::Error| Error::invalid("save", format!("the names of tensors: {error}"));
     let text = serde_json::to_string(&own).map_err(bad)?;
-    let mut all: Vec<(String, Shape, usize)> = Vec::new();
+    let mut all: Vec<(String, Shape, Vec<Ranges>)> = Vec::new();
     let mut places = BTreeMap::new();
     for rank in 0..group.size() {
         for (name, dims, owned) in
             serde_json::from_str::<Vec<Own>>(&broadcast_text(group, rank, &text)?).map_err(bad)?
         {
             let place = *places.entry(name.clone()).or_insert_with(|| {
-                all.push((name, Shape::new(&dims), 0));
+                all.push((name, Shape::new(&dims), Vec::new()));
                 all.len() - 1
             });
-            let (name, shape, sum) = &mut all[place];
+            let (name, shape, parts) = &mut all[place];
             same_shape(
                 "save",
                 &format!("`{name}` of rank {rank}"),
@@ -252,19 +256,33 @@ fn all_tensors<T: Element, B: Backend>(
                 "that of a rank before it",
                 shape.dims(),
             )?;
-            *sum += owned;
+            let several =
+                |new: &&Ranges| parts.iter().any(|part| part.iter().zip(*new).all(|(a, b)| overlap(a, b)));
+            if let Some(new) = owned.iter().find(several) {
+                let reason = format!("{new:?} of `{name}` is owned by rank {rank} and by another one");
+                return Err(Error::invalid("save", reason));
+            }
+            parts.extend(owned);
         }
     }
-    for (name, shape, owned) in &all {
+    let len = |part: &Ranges| part.iter().map(ExactSizeIterator::len).product::<usize>();
+    for (name, shape, parts) in &all {
         same_size(
             "save",
             &format!("the elements of `{name}` that the ranks of the group own"),
-            *owned,
+            parts.iter().map(len).sum(),
             "those of its shape",
             shape.len(),
         )?;
     }
     Ok(all.into_iter().map(|(name, shape, _)| (name, shape)).collect())
+}
+
+/// A rectangular part of a tensor.
+type Ranges = Vec<Range<usize>>;
+
+fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
+    a.start < b.end && b.start < a.end
 }
 
 /// One tensor, some rows at a time, to the rank that gives a host vector.

@@ -380,15 +380,26 @@ fn a_gradient_norm_over_missing_or_wrong_groups_is_refused() {
             let mut model = with_gradients::<f64>(&tensor)?;
             let mut norm = |groups: &[&Group<Dev>]| grad_norm(|f| model.visit(f), groups);
             let data = mesh.group(Axis::Data);
-            Ok([norm(&[&tensor]), norm(&[]), norm(&[data]), norm(&[&tensor, data])]
-                .map(|norm| norm.map_err(|error| error.to_string())))
+            Ok([
+                norm(&[&tensor]),
+                norm(&[]),
+                norm(&[data]),
+                norm(&[&tensor, data]),
+                norm(&[&tensor, &tensor]),
+            ]
+            .map(|norm| norm.map_err(|error| error.to_string())))
         });
-        for [right, none, wrong, both] in norms.unwrap() {
+        for [right, none, wrong, both, twice] in norms.unwrap() {
             // 4 x 6 + 6 + 6 x 4 + 4 gradients of 1.
             assert!((right.unwrap() - 58_f64.sqrt()).abs() < 1e-12);
-            let (none, wrong, both) = (none.unwrap_err(), wrong.unwrap_err(), both.unwrap_err());
+            let none = none.unwrap_err();
             assert!(none.contains("such as the rest of `up.weight`: give all groups"), "{none}");
-            for error in [wrong, both] {
+            // An invariant sum is made over the group once, however often it is given.
+            let twice = match reduction {
+                Reduction::Fast => Some(twice.unwrap_err()),
+                _ => None,
+            };
+            for error in [wrong, both].map(Result::unwrap_err).into_iter().chain(twice) {
                 assert!(
                     error.contains("own the same parts of the model: is it the data-parallel"),
                     "{error}"

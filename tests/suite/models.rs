@@ -804,7 +804,7 @@ fn the_word_embedding_of_padding_has_no_gradient() {
     };
     let none = bert(&of("\"pad_token_id\": null"), 1, Reduction::Fast);
     assert!(none.1[0].1.iter().any(|grad| *grad != 0.0), "without `padding_idx` the row has a gradient");
-    let absent = of("\"pad\": 0");
+    let absent = of("\"unk_token_id\": 0");
     let last = of("\"pad_token_id\": -1");
     for (config, row) in [(&config, 0), (&absent, 0), (&last, 590), (&of("\"pad_token_id\": 5"), 5)] {
         for world in [1, 2, 3, 8] {

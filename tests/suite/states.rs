@@ -152,7 +152,8 @@ fn a_name_visited_twice_or_with_other_pieces_is_refused_before_anything_changes(
         );
     }
     let mut again = cut(0..3, true);
-    let says = "w is visited twice";
+    let says =
+        "w is visited twice: state is kept by name, so parameters need names of their own (`Weights::at`)";
     assert_eq!(
         step(&mut [&mut w, &mut first, &mut again], 3),
         [format!("adamw: {says}"), format!("sgd: {says}")]
@@ -219,6 +220,33 @@ fn masters_are_kept_where_values_are_still_their_rounding() {
         bits(&param)
     };
     assert_eq!(train(true), train(false));
+}
+
+/// A value that is set in one element is that element's master, and no other's: parts of a tensor on
+/// other ranks know nothing of it.
+#[test]
+fn a_value_set_in_one_element_leaves_the_masters_of_the_others() {
+    let device = dev::poisoned();
+    let train = |sets: bool| {
+        let mut param = param::<bf16>(&device, "w", &[3, 5]);
+        let mut sgd = Sgd::<bf16, Dev>::default();
+        for step in 0..100 {
+            param.zero_grad();
+            param.add_grad(Tensor::full(&device, [3, 5], 1.0).unwrap()).unwrap();
+            sgd.step(|f| f(&mut param), 1e-4, 1.0).unwrap();
+            if sets && step == 50 {
+                let mut all = param.value().to_vec().unwrap();
+                all[7] = bf16::from_f64(64.0);
+                *param.value_mut() = Tensor::from_slice(&device, [3, 5], &all).unwrap();
+            }
+        }
+        bits(&param)
+    };
+    let (mut set, mut kept) = (train(true), train(false));
+    assert_eq!(set[7], 64.0_f64.to_bits());
+    set[7] = 0;
+    kept[7] = 0;
+    assert_eq!(set, kept);
 }
 
 /// The aggregator sends its values after each step and keeps its masters: the bits of replicas that
@@ -729,7 +757,7 @@ fn states_are_read_whole_or_not_at_all() {
         let says = format!("adamw: the source has `{there}`, but not `{absent}`");
         assert_eq!(load(&part).unwrap_err().to_string(), says);
     }
-    for count in [-1.0, 0.5, f64::NAN] {
+    for count in [-1.0, 0.5, 2_f64.powi(70), f64::NAN] {
         let mut wrong = whole.to_vec();
         wrong[3] = of("step", count, &[1]);
         let says = format!("adamw: adamw.step.w is [{count:?}], which is no number of steps");

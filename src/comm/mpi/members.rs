@@ -39,7 +39,7 @@ impl Drop for Members {
     fn drop(&mut self) {
         if let Some(post) = self.post.upgrade() {
             self.leave(&post, if std::thread::panicking() { Loss::Panicked } else { Loss::Left });
-            post.forget(self.block);
+            post.forget(self.block, self.failed.borrow().is_some());
         }
     }
 }

@@ -64,6 +64,8 @@ struct State {
     told: Option<(usize, Loss)>,
     /// The senders of messages that nobody will read any more.
     unread: Vec<usize>,
+    /// The blocks of tags of groups that were broken.
+    broken: HashSet<u64>,
 }
 
 /// A message in its pieces: the last one is shorter than a piece.
@@ -148,7 +150,7 @@ impl Post {
             let block = (tag / TAGS) as u64;
             if block < state.blocks && !state.live.contains(&block) {
                 // For a group that is no more, here: nobody will read it.
-                if tag % TAGS == LETTER {
+                if tag % TAGS == LETTER && !state.broken.contains(&block) {
                     state.unread.push(from);
                 }
                 state.leaving.push(moving);
@@ -218,13 +220,16 @@ impl Post {
         state.live.insert(members.block);
     }
 
-    /// Forgets what has arrived for a group that is no more.
-    pub(super) fn forget(&self, block: u64) {
+    /// Forgets what has arrived for a group that is no more. Of one that was broken, messages are left as a matter of course.
+    pub(super) fn forget(&self, block: u64, broken: bool) {
         let mut state = self.state.borrow_mut();
         state.live.remove(&block);
+        if broken {
+            state.broken.insert(block);
+        }
         let old: Vec<_> = state.inbox.extract_if(|(_, tag), _| (*tag / TAGS) as u64 == block).collect();
         for ((from, tag), queue) in old {
-            if tag % TAGS == LETTER {
+            if tag % TAGS == LETTER && !broken {
                 state.unread.extend(vec![from; queue.len()]);
             }
             state.leaving.extend(queue.into_iter().flat_map(|mail| mail.pieces));

@@ -25,6 +25,7 @@ const ORIGIN: &[&str] = &[
     "gradient_checkpointing",
     "initializer_range",
     "use_cache",
+    "xla_device",
     "tf_legacy_loss",
 ];
 
