@@ -35,8 +35,7 @@ impl Shape {
         self.rank
     }
 
-    /// The number of elements; `usize::MAX` where there would be more. No tensor has such a shape:
-    /// [`Shape::checked_len`].
+    /// The number of elements; `usize::MAX` where there would be more. No tensor has such a shape.
     pub fn len(&self) -> usize {
         product(self.dims())
     }
