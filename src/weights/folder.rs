@@ -185,12 +185,15 @@ impl Folder {
         self.path.join(format!(".save-{}-{name}", self.id))
     }
 
-    /// Writes the tensors of the whole model.
+    /// Writes the tensors of the whole model. The file carries the id where a configuration has to be
+    /// found by it; else the same tensors are the same bytes.
     pub(super) fn write_single<'a>(
         &self,
+        has_config: bool,
         tensors: impl IntoIterator<Item = (String, Shape, AnyRef<'a, Cpu>)>,
     ) -> Result<()> {
-        write_tensors(&self.disk, &self.temporary(SINGLE), Some(&self.id), tensors)
+        let id = has_config.then_some(self.id.as_str());
+        write_tensors(&self.disk, &self.temporary(SINGLE), id, tensors)
     }
 
     /// Writes the tensors of one of several files.
@@ -424,7 +427,7 @@ mod tests {
             }
             Stored::Single => {
                 let mut folder = Folder::begin(path, Disk { fault })?;
-                folder.write_single(NAMES.map(tensor))?;
+                folder.write_single(true, NAMES.map(tensor))?;
                 folder.commit(None, Some(&config))?;
             }
             Stored::Index => {

@@ -156,9 +156,9 @@ impl<'a> Save<'a> {
             if let Some(part) = &part {
                 weight_map.extend(file.iter().map(|(name, _)| (name.clone(), part.clone().into())));
             }
-            let folder = &folder;
+            let (folder, has_config) = (&folder, self.config.is_some());
             on_first(group, || match folder {
-                Some(folder) => write_file(folder, part.as_deref(), tensors),
+                Some(folder) => write_file(folder, part.as_deref(), has_config, tensors),
                 None => Ok(()),
             })?;
         }
@@ -176,6 +176,7 @@ impl<'a> Save<'a> {
 fn write_file<T: Element>(
     folder: &Folder,
     part: Option<&str>,
+    has_config: bool,
     mut tensors: Vec<(String, Shape, Vec<T>, bool)>,
 ) -> Result<()> {
     for (_, shape, elements, transposed) in &mut tensors {
@@ -189,7 +190,7 @@ fn write_file<T: Element>(
         .map(|(name, shape, elements, _)| (name.clone(), *shape, T::any_ref::<Cpu>(elements.as_slice())));
     match part {
         Some(part) => folder.write_part(part, views),
-        None => folder.write_single(views),
+        None => folder.write_single(has_config, views),
     }
 }
 
