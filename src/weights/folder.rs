@@ -10,7 +10,8 @@
 //!    a temporary name; and the configuration, to `config-<id>.json`. No reader looks for these
 //!    names yet.
 //! 2. Rename: the one file to `model.safetensors`, or an index, written under a temporary name, to
-//!    its name. Both carry the id. This replaces the old checkpoint.
+//!    its name. Both carry the id, the one file only where there is a configuration. This replaces
+//!    the old checkpoint.
 //! 3. If the old checkpoint was one file and the new one has an index, remove `model.safetensors`.
 //!    While it is there it is the checkpoint, here and in transformers, so that here this step
 //!    replaces the old checkpoint.
