@@ -129,8 +129,8 @@ impl Call {
         Operation { op, started, reduce, root, dtype, shape, parts, call, site }
     }
 
-    /// The disagreement between the calls of all ranks, in rank order, if there is one: of calls that do not agree, or of
-    /// messages that were sent and not received.
+    /// The disagreement between the calls of all ranks, in rank order, if there is one: of calls
+    /// that do not agree, or of messages that were sent and not received.
     pub fn disagreement<'a>(calls: impl Iterator<Item = &'a Self> + Clone) -> Option<Mismatch> {
         let left = calls.clone().next()?;
         match calls.clone().enumerate().find(|(_, call)| !left.agrees(call)) {
@@ -141,9 +141,10 @@ impl Call {
         }
     }
 
-    /// The disagreement of ranks that have come to this call with so many messages sent and received, in rank order, if not
-    /// every message was received. A call that is started is no meeting: messages may go by until it is waited for. It names the rank that has sent the most beyond what it received, and the one with the
-    /// fewest.
+    /// The disagreement of ranks that have come to this call with so many messages sent and
+    /// received, in rank order, if not every message was received. A call that is started is no
+    /// meeting: messages may go by until it is waited for. It names the rank that has sent the most
+    /// beyond what it received, and the one with the fewest.
     pub(crate) fn unreceived(&self, messages: impl Iterator<Item = [u64; 2]> + Clone) -> Option<Mismatch> {
         let excess = |[sent, received]: [u64; 2]| i128::from(sent) - i128::from(received);
         if self.started || messages.clone().map(excess).sum::<i128>() == 0 {
@@ -160,7 +161,8 @@ impl Call {
     }
 }
 
-/// The error of a rank of the world that has left all groups without receiving a message that another one had sent.
+/// The error of a rank of the world that has left all groups without receiving a message that
+/// another one had sent.
 pub(crate) fn never_received(from: usize, to: usize, what: &str) -> Error {
     Error::invalid("exchange", format!("rank {to} never received a message of rank {from}: {what}"))
 }

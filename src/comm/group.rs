@@ -125,8 +125,8 @@ impl<B: Device> Group<B> {
         &self.shared.identity.name
     }
 
-    /// Whether two handles are of the same ranks: of one group, however it reduces, overlaps or is recorded. All groups that
-    /// consist of this rank alone are the same.
+    /// Whether two handles are of the same ranks: of one group, however it reduces, overlaps or is
+    /// recorded. All groups that consist of this rank alone are the same.
     pub fn is_same(&self, other: &Self) -> bool {
         Rc::ptr_eq(&self.shared.identity, &other.shared.identity) || (self.size() == 1 && other.size() == 1)
     }
@@ -335,9 +335,10 @@ impl<B: Pointwise> Group<B> {
     /// device until it is received, and what is asked of the group later waits behind it: ranks that send by one call and
     /// receive by a later one must not do so in a circle.
     ///
-    /// Every message has to be received before the group's next call of all ranks, but for those that are started: there the
-    /// ranks compare how many they have sent and received, and disagree if one is missing (over NCCL where they compare their
-    /// calls: `nccl::Options::check_every`). A message that is left at the end is an error of its receiver.
+    /// Every message has to be received before the group's next call of all ranks, but for those
+    /// that are started: there the ranks compare how many they have sent and received, and disagree
+    /// if one is missing (over NCCL where they compare their calls: `nccl::Options::check_every`).
+    /// A message that is left at the end is an error of its receiver.
     ///
     /// # Errors
     /// When there is no such rank, what arrives is of another element or shape, or a rank is lost.

@@ -20,8 +20,9 @@ pub struct DeviceMesh<B: Device> {
 }
 
 impl<B: Pointwise> DeviceMesh<B> {
-    /// Divides a group into the lines of a mesh, which are called `world/dp0`, `world/pp0`, `world/tp0` and so on: the axis
-    /// and the line's number ([`Mesh::line`]). Every rank of the group calls it.
+    /// Divides a group into the lines of a mesh, which are called `world/dp0`, `world/pp0`,
+    /// `world/tp0` and so on: the axis and the line's number ([`Mesh::line`]). Every rank of the
+    /// group calls it.
     ///
     /// # Errors
     /// When the group does not have as many ranks as the mesh.

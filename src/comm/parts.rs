@@ -23,7 +23,8 @@ impl Parts {
         Self { rows, cuts: partition.scaled(inner) }
     }
 
-    /// The number of elements of the whole tensor; `usize::MAX` where there would be more, as for the numbers below.
+    /// The number of elements of the whole tensor; `usize::MAX` where there would be more, as for
+    /// the numbers below.
     pub fn total(&self) -> usize {
         self.rows.saturating_mul(self.cuts.total())
     }

@@ -186,8 +186,8 @@ impl Env {
     /// Returns when all ranks have left the group. A rank that waits for others gives up after `deadline`.
     ///
     /// # Errors
-    /// When not all ranks come within the deadline, what `rank` returns, and when another rank has sent a message to this one
-    /// that it did not receive.
+    /// When not all ranks come within the deadline, what `rank` returns, and when another rank has
+    /// sent a message to this one that it did not receive.
     pub fn run<R>(&self, deadline: Duration, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
         let line = Rendezvous::new(self)?.join(deadline)?;
         trace::begin(format!("{}.{}", self.job, self.epoch), self.rank, self.world, trace::folder());

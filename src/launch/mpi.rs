@@ -57,7 +57,8 @@ impl Mpi {
     /// numbers on stderr: a stopped process holds up nobody.
     ///
     /// # Errors
-    /// What `rank` returns, and when another rank has sent a message to this one that it did not receive. MPI's own errors end the process, as is MPI's way.
+    /// What `rank` returns, and when another rank has sent a message to this one that it did not
+    /// receive. MPI's own errors end the process, as is MPI's way.
     pub fn run<R>(self, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
         let universe = Universe::start(self.deadline, self.piece)?;
         let comm = universe.world();

@@ -93,8 +93,8 @@ impl Threads {
         outcomes.into_iter().collect()
     }
 
-    /// Runs the ranks and returns what became of each, in rank order. A rank that has left without receiving a message which
-    /// another one sent to it has an error.
+    /// Runs the ranks and returns what became of each, in rank order. A rank that has left without
+    /// receiving a message which another one sent to it has an error.
     ///
     /// # Errors
     /// When there are no ranks, or a thread cannot be started.

@@ -12,8 +12,8 @@ use crate::{
 /// `masks`: for runs of x's rows, one after another, how many rows and their mask.
 ///
 /// # Errors
-/// When the masks are not for as many rows as x has, a part lies outside the whole of its mask, or p is no probability less
-/// than 1.
+/// When the masks are not for as many rows as x has, a part lies outside the whole of its mask, or
+/// p is no probability less than 1.
 pub fn dropout<T: Element, B: Backend>(
     masks: &[(usize, DropoutMask)],
     x: &Tensor<T, B>,

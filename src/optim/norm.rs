@@ -18,14 +18,17 @@ const OP: &str = "gradient norm";
 /// (norms' scales, key/value heads that ranks share). `groups` are those over which the model is spread: tensor and
 /// pipeline parallel; not the data-parallel one, over which gradients are equal by now. Sums are made in f64.
 ///
-/// Collectives: an all-gather of three numbers over each group; for the group with [`Reduction::Invariant`] also of one number
-/// a canonical block. Only one group of several ranks may have it, the tensor-parallel one.
+/// Collectives: an all-gather of three numbers over each group; for the group with
+/// [`Reduction::Invariant`] also of one number a canonical block. Only one group of several ranks
+/// may have it, the tensor-parallel one.
 ///
 /// Not finite if any gradient is not, so that it also says whether a scaled loss overflowed.
 ///
 /// # Errors
-/// When the ranks of the groups do not own every element of the visited tensors exactly once: a group over which tensors are
-/// cut is missing, or there is one whose ranks own the same parts. (That stages of a pipeline are missing cannot be seen.) When a collective fails, or sums that are to be invariant cannot be.
+/// When the ranks of the groups do not own every element of the visited tensors exactly once: a
+/// group over which tensors are cut is missing, or there is one whose ranks own the same parts.
+/// (That stages of a pipeline are missing cannot be seen.) When a collective fails, or sums that
+/// are to be invariant cannot be.
 #[track_caller]
 pub fn grad_norm<T: Element, B: Backend>(mut visit: impl Visit<T, B>, groups: &[&Group<B>]) -> Result<f64> {
     let invariant = |group: &&&Group<B>| group.reduction() != Reduction::Fast;
@@ -44,7 +47,8 @@ pub fn grad_norm<T: Element, B: Backend>(mut visit: impl Visit<T, B>, groups: &[
     Ok(sum_over(groups.iter().copied(), sum, shares)?.sqrt())
 }
 
-/// The sum over groups, in rank order, of a number of each rank, whose shares of the model have to make up all of it.
+/// The sum over groups, in rank order, of a number of each rank, whose shares of the model have to
+/// make up all of it.
 #[track_caller]
 fn sum_over<'a, B: Backend>(
     groups: impl Iterator<Item = &'a Group<B>>,
@@ -66,8 +70,8 @@ fn sum_over<'a, B: Backend>(
 /// Which part of the visited tensors a rank owns, in numbers that are summed over groups.
 #[derive(Debug, Default)]
 struct Shares {
-    /// Owned elements less those of all tensors whose first element is owned, each tensor's times a number of its own, modulo
-    /// 2⁴⁰: 0 where every element is owned once.
+    /// Owned elements less those of all tensors whose first element is owned, each tensor's times a
+    /// number of its own, modulo 2⁴⁰: 0 where every element is owned once.
     excess: u64,
     /// A hash of the parts that this rank owns; 0 for none.
     parts: u64,

@@ -297,8 +297,8 @@ pub struct AttentionConfig {
     pub head_dim: usize,
     /// Whether a token sees only itself and those before it.
     pub causal: bool,
-    /// How many rows a token sees at most, its own and those just before it, padding among them; all if not given. Causal
-    /// only.
+    /// How many rows a token sees at most, its own and those just before it, padding among them;
+    /// all if not given. Causal only.
     pub window: Option<usize>,
     /// How q and k are turned by their positions, if they are.
     pub rope: Option<RopeConfig>,

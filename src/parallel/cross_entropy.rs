@@ -27,8 +27,8 @@ pub enum Smoothing {
 ///
 /// With lse = log Σₖ e^xₖ over all classes: L = lse − Σₖ qₖ xₖ + z lse², where q is 1 for the target and 0 elsewhere, or
 /// smoothed ([`Smoothing`]), and z is the weight of the z-loss (Chowdhery et al., 2022: PaLM, section 5).
-/// ∂L/∂xₖ = e^(xₖ − lse) (1 + 2 z lse) − qₖ. Both use xₖ − max x, so that an offset that the logits of a token have in
-/// common costs no precision.
+/// ∂L/∂xₖ = e^(xₖ − lse) (1 + 2 z lse) − qₖ. Both use xₖ − max x, so that an offset that the logits
+/// of a token have in common costs no precision.
 ///
 /// * Logits: [`Shard<1>`], `[tokens, classes]`, any number of classes on any number of ranks; never gathered.
 /// * Arithmetic in the accumulator: f32, or f64 for f64 logits. The losses are equal on every rank.

@@ -15,10 +15,11 @@ use std::marker::PhantomData;
 /// y = x / (1 − p) where the mask keeps an element, 0 where it drops it: P → P. No collectives.
 ///
 /// The mask is a function of the layer's seed and name, of the tensor's [`Draw`](super::Draw), and of the element's
-/// index in the whole tensor: every placement and every number of ranks drops the same elements. A tensor of more than two
-/// dimensions has the mask of the matrix whose rows are all its dimensions but the last. (Frameworks that seed a generator
-/// a rank need another seed inside and outside of sharded regions, and get another mask at every tensor-parallel size.) A
-/// tensor without a draw is not in training, and passes unchanged.
+/// index in the whole tensor: every placement and every number of ranks drops the same elements. A
+/// tensor of more than two dimensions has the mask of the matrix whose rows are all its dimensions
+/// but the last. (Frameworks that seed a generator a rank need another seed inside and outside of
+/// sharded regions, and get another mask at every tensor-parallel size.) A tensor without a draw is
+/// not in training, and passes unchanged.
 ///
 /// Backward: dx = dy under the same mask, drawn anew.
 ///
@@ -39,7 +40,8 @@ impl<P: Elementwise> Dropout<P> {
         Self { probability, stream: Philox::named(seed, name), placement: PhantomData }
     }
 
-    /// The masks of the runs of this rank's rows that lie together in the whole; none where nothing is dropped.
+    /// The masks of the runs of this rank's rows that lie together in the whole; none where nothing
+    /// is dropped.
     fn masks<Q: Placement, T: Element, B: Backend>(&self, x: &DTensor<Q, T, B>) -> Option<Masks> {
         let draw = x.draw().filter(|_| self.probability != 0.0)?;
         let (shape, last) = (x.shape(), x.shape().rank() - 1);

@@ -14,9 +14,10 @@ use std::{fmt, marker::PhantomData, ops::Range};
 
 /// A tensor spread over the ranks of a group as placement `P` says: what this rank holds, and what the whole is.
 ///
-/// The whole has rows (tokens) in dimension 0 and features in dimension 1. Layers refuse a third dimension: a batch is more
-/// rows. Which rows make up a sequence travels with it ([`DTensor::with_sequences`]), so that attention finds it wherever
-/// the tensor went; unless it is said, all rows are one sequence.
+/// The whole has rows (tokens) in dimension 0 and features in dimension 1. Layers refuse a third
+/// dimension: a batch is more rows. Which rows make up a sequence travels with it
+/// ([`DTensor::with_sequences`]), so that attention finds it wherever the tensor went; unless it is
+/// said, all rows are one sequence.
 ///
 /// A layer, its input and its gradient belong to the same ranks: [`DTensor::check`].
 pub struct DTensor<P: Placement, T: Element = f32, B: Device = Cpu> {
@@ -50,7 +51,8 @@ enum Terms<A: Element, B: Device> {
 pub struct Draw {
     /// The number of the training step.
     pub step: u64,
-    /// The tensor's first row, counted from the start of the step's batch; the rows are all dimensions but the last.
+    /// The tensor's first row, counted from the start of the step's batch; the rows are all
+    /// dimensions but the last.
     pub row: u64,
 }
 
@@ -101,8 +103,8 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         &self.group
     }
 
-    /// What a layer asks of its input, and of its gradient, before anything else: `[tokens, features]`, over the ranks that
-    /// share the layer, with its reduction.
+    /// What a layer asks of its input, and of its gradient, before anything else: `[tokens,
+    /// features]`, over the ranks that share the layer, with its reduction.
     ///
     /// # Errors
     /// When it has another number of dimensions, or belongs to another group.

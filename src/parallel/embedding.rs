@@ -17,8 +17,8 @@ use std::marker::PhantomData;
 ///
 /// * Forward: each rank looks up the ids that it holds; the others' rows are 0. Leaving collective of `S`: all-reduce, or
 ///   reduce-scatter over tokens. A sum with zeros: exact.
-/// * Backward: entering the stream with dy (nothing, or an all-gather); row r of dW sums the dyᵢ with idᵢ = r. That of
-///   [`VocabParallelEmbedding::with_padding`] gets nothing.
+/// * Backward: entering the stream with dy (nothing, or an all-gather); row r of dW sums the dyᵢ
+///   with idᵢ = r. That of [`VocabParallelEmbedding::with_padding`] gets nothing.
 ///
 /// The output head of a model with tied weights is [`VocabParallelEmbedding::head`].
 ///
@@ -40,8 +40,9 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
         Ok(Self { table, padding: None })
     }
 
-    /// The same embedding, where looking up this word adds nothing to the gradient of its row, as `padding_idx` of
-    /// `torch.nn.Embedding`. The row is looked up as any other; as a row of a tied head it gets its gradient.
+    /// The same embedding, where looking up this word adds nothing to the gradient of its row, as
+    /// `padding_idx` of `torch.nn.Embedding`. The row is looked up as any other; as a row of a tied
+    /// head it gets its gradient.
     ///
     /// # Errors
     /// When there is no such word.

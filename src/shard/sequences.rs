@@ -7,9 +7,10 @@ use std::{ops::Range, sync::Arc};
 ///
 /// Each sequence is a contiguous run of rows; a token attends only within its own. Sequences may differ in length, so
 /// that a batch needs no padding ([`Sequences::packed`]); where a batch comes padded, the padding rows are computed like
-/// any other but no token attends to them ([`Sequences::padded`], [`Sequences::masked`]). Positions count tokens, not
-/// padding ([`Sequences::positions`]), so that a text padded on the left or on the right is computed as it is alone. A
-/// sequence may be the continuation of one that was computed before ([`Sequences::starting_at`]). Cloning shares the data.
+/// any other but no token attends to them ([`Sequences::padded`], [`Sequences::masked`]). Positions
+/// count tokens, not padding ([`Sequences::positions`]), so that a text padded on the left or on
+/// the right is computed as it is alone. A sequence may be the continuation of one that was
+/// computed before ([`Sequences::starting_at`]). Cloning shares the data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sequences {
     bounds: Arc<[usize]>,
@@ -80,7 +81,8 @@ impl Sequences {
         self.starts.as_ref().map_or(0, |starts| starts[sequence])
     }
 
-    /// The position of every row in its sequence: the number of tokens before it, counted from the sequence's start.
+    /// The position of every row in its sequence: the number of tokens before it, counted from the
+    /// sequence's start.
     ///
     /// Padding has the position of the next token. Padding behind the last token goes on counting.
     pub fn positions(&self) -> impl Iterator<Item = u32> + '_ {
@@ -104,8 +106,8 @@ impl Sequences {
         }
     }
 
-    /// For each row of a sequence whether the next one's position is higher: padding before the last token has none of its
-    /// own.
+    /// For each row of a sequence whether the next one's position is higher: padding before the
+    /// last token has none of its own.
     fn counted(&self, rows: Range<usize>) -> impl Iterator<Item = bool> + '_ {
         let valid = self.valid.as_ref().map(|valid| &valid[rows.clone()]);
         let last = valid.and_then(|valid| valid.iter().rposition(|&valid| valid));

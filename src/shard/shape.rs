@@ -43,7 +43,8 @@ impl Shape {
     /// The number of elements of a tensor, for whoever makes one.
     ///
     /// # Errors
-    /// When the product of the dimensions, those of 0 left out, is beyond `usize`: so products of some of them never are.
+    /// When the product of the dimensions, those of 0 left out, is beyond `usize`: so products of
+    /// some of them never are.
     pub(crate) fn checked_len(&self, op: &'static str) -> Result<usize> {
         let mut sizes = self.dims().iter().filter(|&&size| size > 0);
         match sizes.try_fold(1_usize, |product, &size| product.checked_mul(size)) {

@@ -54,7 +54,8 @@ impl<T: Element, B: Device> Tensor<T, B> {
     /// A tensor whose elements are arbitrary.
     ///
     /// # Errors
-    /// When the device has no memory left ([`crate::Error::Memory`] on the CPU), or the elements are more than can be counted.
+    /// When the device has no memory left ([`crate::Error::Memory`] on the CPU), or the elements
+    /// are more than can be counted.
     pub fn empty(device: &B, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         Self::from_buffer(device, shape, device.empty(shape.checked_len(OP)?)?)

@@ -121,8 +121,8 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// Reads a parameter whose pieces lie one below the other in its rows.
     ///
     /// # Errors
-    /// When the source lacks one of the tensors, or it has another shape; when a piece lies beyond the parameter, or there is
-    /// no memory left.
+    /// When the source lacks one of the tensors, or it has another shape; when a piece lies beyond
+    /// the parameter, or there is no memory left.
     pub fn load(
         device: &B,
         weights: &Weights<'_>,

@@ -56,7 +56,8 @@ impl Region {
     }
 
     /// The runs of consecutive elements that make up the region in a row-major tensor, as ranges of element indices,
-    /// in order; each as long as it can be. The tensor's elements can be counted: [`Shape::len`] is below `usize::MAX`.
+    /// in order; each as long as it can be. The tensor's elements can be counted: [`Shape::len`] is
+    /// below `usize::MAX`.
     pub fn runs(&self) -> Vec<Range<usize>> {
         // Dimensions from the last that are taken whole merge into one run with the first that is not.
         let dims = self.shape.dims();

@@ -70,8 +70,8 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     /// Gives every rank of the group rank 0's parameters, and watches over the model's gradients from now on.
     ///
     /// # Errors
-    /// When the ranks hold different parameters, or different parts of one, as over a tensor-parallel group; or a collective
-    /// fails.
+    /// When the ranks hold different parameters, or different parts of one, as over a
+    /// tensor-parallel group; or a collective fails.
     #[track_caller]
     pub fn new(group: &Group<B>, visit: impl Visit<T, B>) -> Result<Self> {
         Self::with(group, visit, None, BUCKET)

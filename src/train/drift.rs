@@ -14,14 +14,14 @@ use std::{
     ops::Range,
 };
 
-/// Compares the bits of every element of the parameters that several ranks of a group hold: over a data-parallel group all
-/// of them; over a tensor-parallel one norms, positions, row biases and the key/value heads that ranks share; over a
-/// pipeline's a table that both ends hold.
+/// Compares the bits of every element of the parameters that several ranks of a group hold: over a
+/// data-parallel group all of them; over a tensor-parallel one norms, positions, row biases and the
+/// key/value heads that ranks share; over a pipeline's a table that both ends hold.
 ///
 /// Which ranks hold the same elements follows from the parameters' pieces ([`crate::tensor::Piece`]).
 ///
-/// Collectives: four all-gathers, of a few numbers a parameter. Cheap enough for every so many steps; silent drift of
-/// replicas is a bug that training survives and results do not.
+/// Collectives: four all-gathers, of a few numbers a parameter. Cheap enough for every so many
+/// steps; silent drift of replicas is a bug that training survives and results do not.
 ///
 /// # Errors
 /// [`Error::Drift`], with the first tensor and rank that differ, on every rank.
@@ -36,7 +36,8 @@ pub fn check_replicas<T: Element, B: Backend>(mut visit: impl Visit<T, B>, group
     let all: Vec<Vec<Held>> =
         gather(group, &flat)?.iter().map(|flat| flat.as_chunks().0.iter().map(Held::of).collect()).collect();
 
-    // Pieces of different ranks may overlap in part: the bounds of all of them cut each into runs that are equal or disjoint.
+    // Pieces of different ranks may overlap in part: the bounds of all of them cut each into runs
+    // that are equal or disjoint.
     let mut bounds: HashMap<u64, BTreeSet<usize>> = HashMap::new();
     for held in all.iter().flatten() {
         bounds.entry(held.part).or_default().extend([held.rows.start, held.rows.end]);

@@ -130,7 +130,8 @@ impl<B: Backend> Pipeline<B> {
     /// Collectives: all-reduces over the two ranks, one of a number and one of the gradient.
     ///
     /// # Errors
-    /// When terms of an invariant reduction are missing, or not summed over the replicas yet; when a collective fails.
+    /// When terms of an invariant reduction are missing, or not summed over the replicas yet; when
+    /// a collective fails.
     #[track_caller]
     pub fn sum_tied<T: Element>(&self, param: &mut Param<T, B>) -> Result<()> {
         let (Some(ends), false) = (&self.ends, self.is_first() && self.is_last()) else { return Ok(()) };

@@ -71,8 +71,9 @@ impl Checkpoint {
     /// * [`Error::Io`]: a file is missing or cannot be read.
     /// * [`Error::Checkpoint`]: a file is damaged or is not a checkpoint. A header longer than its file or than
     ///   100 MB, a key that occurs twice, a shape whose size overflows, offsets that are not those of shape and
-    ///   element, data that overlap, leave gaps or are not all of the file; an index that leads out of its folder;
-    ///   a folder with both `model.safetensors` and an index, which may be of different models.
+    ///   element, data that overlap, leave gaps or are not all of the file; an index that leads out
+    ///   of its folder; a folder with both `model.safetensors` and an index, which may be of
+    ///   different models.
     /// * [`Error::MissingTensor`]: a file does not have a tensor that the index says it has.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();

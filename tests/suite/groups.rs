@@ -1,5 +1,5 @@
-//! Layers, tensors, gradients and checks over the wrong group: an error that names both, never wrong data. Messages that
-//! nobody receives.
+//! Layers, tensors, gradients and checks over the wrong group: an error that names both, never
+//! wrong data. Messages that nobody receives.
 
 use crate::dev::{DTensor, Dev, Tensor, ranks};
 use shardwise::{
@@ -409,7 +409,8 @@ fn a_gradient_norm_over_missing_or_wrong_groups_is_refused() {
     }
 }
 
-/// Uneven cuts with heads that ranks share, at every size: what is right passes, and the norm is that of one rank.
+/// Uneven cuts with heads that ranks share, at every size: what is right passes, and the norm is
+/// that of one rank.
 #[test]
 fn replicas_and_norms_of_shared_heads_are_right_at_every_size() {
     let norm = |world: usize| {

@@ -663,8 +663,8 @@ fn the_corpus_of_attacks_does_no_harm() {
     }
 }
 
-/// Texts in a batch that is padded on the left have the logits and the gradients that they have without padding: their
-/// positions count tokens, and what the padding holds is of no account.
+/// Texts in a batch that is padded on the left have the logits and the gradients that they have
+/// without padding: positions count tokens, and the padding's ids do not change the result.
 #[test]
 fn texts_padded_on_the_left_are_the_texts_alone() {
     fn run<S: Stream>(
@@ -771,8 +771,8 @@ fn table_rows(visit: impl Visit<f64, Dev>, name: &str) -> Result<Vec<(usize, Vec
     Ok(rows)
 }
 
-/// As `padding_idx` of torch's `nn.Embedding`: the row of `pad_token_id` is looked up as any other and gets no gradient by
-/// that; as a row of a tied head it does.
+/// As `padding_idx` of torch's `nn.Embedding`: the row of `pad_token_id` is looked up as any other
+/// and gets no gradient by that; as a row of a tied head it does.
 #[test]
 fn the_word_embedding_of_padding_has_no_gradient() {
     let ModelConfig::Bert(config) = ModelConfig::read(folder("bert")).unwrap() else { panic!("bert") };
@@ -813,7 +813,7 @@ fn the_word_embedding_of_padding_has_no_gradient() {
                 if world == 1 && reduction == Reduction::Fast {
                     assert_eq!(hidden, none.0, "the forward is as without");
                 }
-                assert_eq!(rows.len(), 591);
+                assert_eq!((rows.len(), none.1.len()), (591, 591));
                 for ((at, got), (_, want)) in rows.iter().zip(&none.1) {
                     let (got, mut want) = (Array1::from(got.clone()), Array1::from(want.clone()));
                     if *at == row {
@@ -829,7 +829,8 @@ fn the_word_embedding_of_padding_has_no_gradient() {
     assert_eq!(error, "`pad_token_id` is 591, but the vocabulary has 591 words");
 }
 
-/// Decoders: as transformers, which gives the embeddings of Llama, Mistral and Qwen their `pad_token_id`, and GPT-2's none.
+/// Decoders: as transformers, which gives the embeddings of Llama, Mistral and Qwen their
+/// `pad_token_id`, and GPT-2's none.
 #[test]
 fn decoders_have_the_padding_of_transformers() {
     let ids = [5, 3, 7, 3, 590, 5];
@@ -858,6 +859,7 @@ fn decoders_have_the_padding_of_transformers() {
         let tied = ["qwen2", "qwen3", "gpt2"].contains(&name);
         let (none, two) = (table(&text, 1, tied), table(&padded, 2, tied));
         let one = table(&padded, 1, tied);
+        assert_eq!((one.len(), two.len()), (none.len(), none.len()));
         for (((at, none), (_, one)), (_, two)) in none.iter().zip(&one).zip(&two) {
             let [none, one, two] = [none, one, two].map(|row| Array1::from(row.clone()).into_dyn());
             close(name, &two, &one, 1e-11);

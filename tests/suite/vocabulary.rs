@@ -230,7 +230,8 @@ fn cross_entropy_of_extreme_logits() {
     }
 }
 
-/// e^x of the softmax is unchanged by an offset, and so is the gradient: in f32 of 1e8 (Δ = 8 between neighbours), too.
+/// e^x of the softmax is unchanged by an offset, and so is the gradient: in f32 of 1e8 (Δ = 8
+/// between neighbours), too.
 #[test]
 fn cross_entropy_of_logits_with_a_large_common_offset_is_right() {
     fn shifted<T: Element>(offsets: &[f64], bound: f64) {
@@ -252,7 +253,8 @@ fn cross_entropy_of_logits_with_a_large_common_offset_is_right() {
                 let (loss, same) = options(smoothing, None, z);
                 let (losses, dx) = entropy::<T>(world, &loss, &x, &targets).unwrap();
                 let what = format!("{} + {offset:e} on {world}, {smoothing:?}, z {z}", T::DTYPE);
-                // The reference has the offset's rounding in f64; without z-loss it need not see the offset at all.
+                // The reference has the offset's rounding in f64; without z-loss it need not see
+                // the offset at all.
                 let seen = if z == 0.0 { steps.mapv(|at| at * step) } else { x.clone() };
                 close(&what, &losses, &same.losses(&seen, &targets), bound);
                 close(&what, &dx.into_dyn(), &same.backward(&seen, &targets, 0.5), bound);

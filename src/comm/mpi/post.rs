@@ -220,7 +220,8 @@ impl Post {
         state.live.insert(members.block);
     }
 
-    /// Forgets what has arrived for a group that is no more. Of one that was broken, messages are left as a matter of course.
+    /// Forgets what has arrived for a group that is no more. Of one that was broken, messages are
+    /// left as a matter of course.
     pub(super) fn forget(&self, block: u64, broken: bool) {
         let mut state = self.state.borrow_mut();
         state.live.remove(&block);

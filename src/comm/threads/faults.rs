@@ -87,8 +87,8 @@ mod tests {
         is_told(act(&comm, op, len));
     }
 
-    /// Whether data are published by reference depends on the parts: data that are longer would be read after their owner
-    /// has gone on.
+    /// Whether data are published by reference depends on the parts: data that are longer would be
+    /// read after their owner has gone on.
     #[test]
     fn data_longer_than_the_parts_say_are_refused_on_every_rank() {
         static DATA: [f32; 70_000] = [1.0; 70_000];

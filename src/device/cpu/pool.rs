@@ -101,9 +101,9 @@ fn size_class(len: usize) -> usize {
 /// # Errors
 /// When there is no memory for them.
 pub(crate) fn zeroed<T: Clone + Default>(len: usize) -> Result<Vec<T>> {
-    // Zeroed memory comes untouched from the system, its pages made when first written; but `vec!` aborts where there is
-    // none. So it is asked for once before, without a page of it being touched (another thread may take it in between);
-    // `black_box` lest that be optimized away.
+    // Zeroed memory comes untouched from the system, its pages made when first written; but `vec!`
+    // aborts where there is none. So it is asked for once before, without a page of it being
+    // touched (another thread may take it in between); `black_box` lest that be optimized away.
     let mut room = Vec::<T>::new();
     room.try_reserve_exact(len).map_err(|_| Error::Memory { len, size: size_of::<T>() })?;
     drop(black_box(room));

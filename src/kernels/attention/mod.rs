@@ -30,8 +30,8 @@ pub struct AttentionSpec<'a> {
     pub scale: f64,
     /// Whether a token sees only itself and those before it in its sequence.
     pub causal: bool,
-    /// With causal attention, how many rows a token sees at most, itself and those just before it; all if not given.
-    /// Padding among them takes its place, as in transformers.
+    /// With causal attention, how many rows a token sees at most, itself and those just before it;
+    /// all if not given. Padding among them takes its place, as in transformers.
     pub window: Option<usize>,
     /// Which rows belong together, and which are padding.
     pub sequences: &'a Sequences,
@@ -104,8 +104,8 @@ pub trait Attention: Device {
     /// key/value head are summed over its query heads. `dqkv` is `[rows, (heads + 2 kv_heads) · head_dim]`: the three
     /// side by side, as a fused projection made q, k and v.
     ///
-    /// P = e^(score − lse) has the rounding of lse as its relative error, as in FlashAttention: in f32 up to 3e-5 at scores
-    /// of 1e3.
+    /// P = e^(score − lse) has the rounding of lse as its relative error, as in FlashAttention: in
+    /// f32 up to 3e-5 at scores of 1e3.
     ///
     /// # Errors
     /// When sizes disagree.

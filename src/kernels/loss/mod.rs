@@ -76,7 +76,8 @@ pub trait Loss: Device {
         sums: Self::SliceMut<'_, T::Acc>,
     ) -> Result<()>;
 
-    /// The losses of the rows, from the maxima m and the sums over all classes; 0 for ignored rows. `log` ← log Σ e^(x − m).
+    /// The losses of the rows, from the maxima m and the sums over all classes; 0 for ignored rows.
+    /// `log` ← log Σ e^(x − m).
     ///
     /// # Errors
     /// When sizes disagree, or a target is no class.
@@ -89,11 +90,12 @@ pub trait Loss: Device {
         log: Self::SliceMut<'_, A>,
     ) -> Result<()>;
 
-    /// dx ← scale · ∂(Σ over rows of L)/∂x = scale · (p (1 + 2 z lse) − q), with p = e^((x − m) − log) and lse = m + log;
-    /// 0 for ignored rows.
+    /// dx ← scale · ∂(Σ over rows of L)/∂x = scale · (p (1 + 2 z lse) − q), with p = e^((x − m) −
+    /// log) and lse = m + log; 0 for ignored rows.
     ///
-    /// The maximum and the log of the sum come apart: where logits have a large offset in common, m + log is rounded at the
-    /// size of the offset, and e^(x − lse) is no probability any more. x − m is exact there.
+    /// The maximum and the log of the sum come apart: where logits have a large offset in common, m
+    /// + log is rounded at the size of the offset, and e^(x − lse) is no probability any more. x −
+    /// m is exact there.
     ///
     /// # Errors
     /// When sizes disagree, or a target is no class.

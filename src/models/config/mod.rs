@@ -182,8 +182,9 @@ impl ModelConfig {
     }
 }
 
-/// A configuration that says in which element the weights are stored: under `torch_dtype` where it has only that key, which is
-/// the older one, else under `dtype`. Unchanged if it says so already, or is no JSON object.
+/// A configuration that says in which element the weights are stored: under `torch_dtype` where it
+/// has only that key, which is the older one, else under `dtype`. Unchanged if it says so already,
+/// or is no JSON object.
 pub(super) fn stored_as(text: &str, dtype: DType) -> String {
     let Ok(Value::Object(mut json)) = serde_json::from_str(text) else { return text.into() };
     let name = Value::from(match dtype {
@@ -289,7 +290,8 @@ fn positive(key: &str, value: f64) -> Result<f64, String> {
     Err(format!("`{key}` is {value}"))
 }
 
-/// `pad_token_id`: null for none, or else `usual`; a negative one counts from the end of the vocabulary, as in torch.
+/// `pad_token_id`: null for none, or else `usual`; a negative one counts from the end of the
+/// vocabulary, as in torch.
 fn padding(json: &Json<'_>, usual: Option<u32>) -> Result<Option<u32>, String> {
     let Some(value) = json.raw("pad_token_id") else { return Ok(usual) };
     if value.is_null() {
