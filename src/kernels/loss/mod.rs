@@ -93,9 +93,9 @@ pub trait Loss: Device {
     /// dx ← scale · ∂(Σ over rows of L)/∂x = scale · (p (1 + 2 z lse) − q), with p = e^((x − m) −
     /// log) and lse = m + log; 0 for ignored rows.
     ///
-    /// The maximum and the log of the sum come apart: where logits have a large offset in common, m
-    /// + log is rounded at the size of the offset, and e^(x − lse) is no probability any more. x −
-    /// m is exact there.
+    /// The maximum and the log of the sum come apart: where logits have a large offset in common,
+    /// their sum lse is rounded at the size of the offset, and e^(x − lse) is no probability any
+    /// more. The difference x − m is exact there.
     ///
     /// # Errors
     /// When sizes disagree, or a target is no class.
