@@ -104,7 +104,7 @@ impl Call {
             && self.signature() == other.signature()
     }
 
-    /// What is asked, without the how-manieth call it is.
+    /// What is asked, whichever call of the group it is.
     fn signature(&self) -> impl Hash + PartialEq {
         (self.op, self.started, self.reduce, self.root, self.dtype, self.shape, self.parts)
     }

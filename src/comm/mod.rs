@@ -12,7 +12,7 @@
 //! | [`HostStaged`] | those of the host's communicator that it wraps, on any device |
 //! | [`Recorded`] | those of the communicator it wraps, with every transfer written down |
 //!
-//! Every call carries a [`Call`]: what is asked, of which element and shape, and the how-manieth call of its group it
+//! Every call carries a [`Call`]: what is asked, of which element and shape, and which call of its group it
 //! is. The ranks compare their calls before any data moves: where they disagree, all of them get
 //! [`crate::Error::Mismatch`] and no buffer changes. A rank that panics or leaves breaks the group for the others, who
 //! get [`crate::Error::PeerLost`] instead of waiting for it.
@@ -41,8 +41,8 @@ pub(crate) use call::hash;
 pub use call::{Call, Op, ReduceOp};
 pub use communicator::{Collective, Communicator, InFlight, Incoming, Lookout, Outgoing, Step};
 pub use group::{Group, Pending};
-pub(crate) use link::Line;
 pub use link::Link;
+pub(crate) use link::{Keyed, Line};
 pub use mesh::DeviceMesh;
 #[cfg(feature = "mpi")]
 pub use mpi::MpiComm;

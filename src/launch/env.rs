@@ -15,6 +15,12 @@ use std::{
 
 const OP: &str = "launch";
 
+/// More ranks than any job has: every one takes memory on each.
+const MAX_RANKS: usize = 1 << 16;
+
+/// Longer than any job lasts, and short enough to be added to a point in time.
+const FOREVER: Duration = Duration::from_secs(1 << 32);
+
 /// This process's place among the ranks, as its launcher gave it.
 ///
 /// | launcher | rank, world | on this machine | job and epoch | address |
@@ -45,7 +51,7 @@ pub struct Env {
     pub port: u16,
     /// The job's name.
     pub job: String,
-    /// The how-manieth start of the job it is.
+    /// How many times the job was started before.
     pub epoch: u64,
     /// What all ranks know and nobody else.
     pub token: String,
@@ -136,6 +142,10 @@ impl Env {
             }
             Err(Error::invalid(OP, format!("{left} is {left_value}, but {right} is only {right_value}")))
         };
+        if world > MAX_RANKS {
+            let reason = format!("{} is {world}, but there can be at most {MAX_RANKS} ranks", launcher.world);
+            return Err(Error::invalid(OP, reason));
+        }
         below(launcher.rank, rank, launcher.world, world)?;
         below(launcher.local_rank, local_rank, launcher.world, world)?;
         if let Some(local_world) = local_world {
@@ -189,7 +199,7 @@ impl Env {
     /// When not all ranks come within the deadline, what `rank` returns, and when another rank has
     /// sent a message to this one that it did not receive.
     pub fn run<R>(&self, deadline: Duration, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
-        let line = Rendezvous::new(self)?.join(deadline)?;
+        let line = Rendezvous::new(self)?.join(deadline.min(FOREVER))?;
         trace::begin(format!("{}.{}", self.job, self.epoch), self.rank, self.world, trace::folder());
         let world = Group::new(Rc::new(Link::world(&line)), &Cpu::new());
         let result = catch_unwind(AssertUnwindSafe(|| rank(world)));

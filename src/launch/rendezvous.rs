@@ -2,26 +2,25 @@
 //!
 //! Rank 0 sends a nonce. A rank answers with a hello (rank, world, job, epoch, a nonce of its own) and an HMAC-SHA-256 of
 //! nonce and hello under the shared token. Rank 0 answers with its verdict, authenticated in the same way: neither side can
-//! be imitated by who does not know the token, and nothing that was recorded is of use. The connections themselves are not
-//! encrypted.
+//! be imitated by who does not know the token, and nothing that was recorded is of use. What the connections carry later is
+//! authenticated with the token and both nonces, but not encrypted. Without a token nothing is proved: whoever can connect
+//! to rank 0, on loopback, can be a rank.
 //!
 //! Whoever else connects does no harm: every connection is examined by a thread of its own, for five seconds at most, and
-//! of those there are at most 64 at a time.
+//! of those there are at most 64 at a time. Where one more comes, the oldest has to go: a rank proves itself at once.
 
 use super::Env;
 use crate::{
-    comm::Line,
+    comm::{Keyed, Line},
     error::{Error, Result},
 };
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 use std::{
+    collections::VecDeque,
     io::{self, ErrorKind, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
-    },
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
+    sync::{Arc, Mutex, MutexGuard, Weak},
     thread,
     time::{Duration, Instant},
 };
@@ -34,11 +33,16 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const EXAMINED: usize = 64;
 
 type Bytes32 = [u8; 32];
+/// A connection to another rank, and what its frames are authenticated by.
+type Peer = (TcpStream, Keyed);
+type Seats = Mutex<Vec<Option<Peer>>>;
 
 /// A place and a secret by which the processes of a job find each other.
 #[derive(Clone, Debug)]
 pub(super) struct Rendezvous {
     address: SocketAddr,
+    /// Whether all ranks are on this machine.
+    alone: bool,
     rank: usize,
     world: usize,
     epoch: u64,
@@ -86,7 +90,9 @@ impl Rendezvous {
     pub(super) fn new(env: &Env) -> Result<Self> {
         let place = format!("{}:{}", env.host, env.port);
         let bad = |why: String| Error::invalid(OP, format!("rank 0 at {place}: {why}"));
-        let mut found = (env.host.as_str(), env.port).to_socket_addrs().map_err(|e| bad(e.to_string()))?;
+        // IPv6 addresses stand in brackets where a port may follow.
+        let host = env.host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(&env.host);
+        let mut found = (host, env.port).to_socket_addrs().map_err(|e| bad(e.to_string()))?;
         let address = found.next().ok_or_else(|| bad("the host has no address".into()))?;
         if !address.ip().is_loopback() && env.token.is_empty() {
             return Err(bad("ranks that talk over a network need a secret: set SHARDWISE_TOKEN".into()));
@@ -96,7 +102,8 @@ impl Rendezvous {
         }
         let job = Sha256::digest(env.job.as_bytes()).into();
         let token = env.token.clone().into_bytes();
-        Ok(Self { address, rank: env.rank, world: env.world, epoch: env.epoch, job, token })
+        let alone = env.local_world >= env.world;
+        Ok(Self { address, alone, rank: env.rank, world: env.world, epoch: env.epoch, job, token })
     }
 
     /// Returns when all ranks have come.
@@ -113,54 +120,74 @@ impl Rendezvous {
     }
 
     /// Rank 0: takes in all others.
-    fn host(&self, deadline: Duration) -> Result<Vec<Option<TcpStream>>> {
+    fn host(&self, deadline: Duration) -> Result<Vec<Option<Peer>>> {
         let begin = Instant::now();
-        let seats: Arc<Mutex<Vec<Option<TcpStream>>>> =
-            Arc::new(Mutex::new((0..self.world).map(|_| None).collect()));
-        let lock = || seats.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let seats: Arc<Seats> = Arc::new(Mutex::new((0..self.world).map(|_| None).collect()));
         if self.world > 1 {
             let listener = self.listen(begin, deadline)?;
-            let examined = Arc::new(AtomicUsize::new(0));
+            // Those who have not proved yet who they are, the oldest first, and how many had to go before they had.
+            let (mut examined, mut refused) = (VecDeque::<Weak<TcpStream>>::new(), 0_u64);
             loop {
-                let missing: Vec<_> = (1..self.world).filter(|&rank| lock()[rank].is_none()).collect();
+                let missing: Vec<_> = (1..self.world).filter(|&rank| lock(&seats)[rank].is_none()).collect();
                 if missing.is_empty() {
                     break;
                 }
                 if begin.elapsed() > deadline {
-                    return Err(
-                        self.failed(&format!("ranks {missing:?} did not come"), format!("{deadline:?}"))
-                    );
+                    examined.retain(|stream| stream.strong_count() > 0);
+                    let others = match refused + examined.len() as u64 {
+                        0 => String::new(),
+                        others => format!(" ({others} connections did not prove to be of a rank)"),
+                    };
+                    let what = format!("ranks {missing:?} did not come{others}");
+                    return Err(self.failed(&what, format!("{deadline:?}")));
                 }
-                match listener.accept() {
-                    Ok((stream, _)) if examined.load(Ordering::Relaxed) < EXAMINED => {
-                        examined.fetch_add(1, Ordering::Relaxed);
-                        let (this, seats, examined) =
-                            (self.clone(), Arc::clone(&seats), Arc::clone(&examined));
-                        // A stranger's connection that cannot be examined is closed.
-                        let _ = thread::Builder::new().name("rendezvous".into()).spawn(move || {
-                            let _ = this.examine(stream, &seats);
-                            examined.fetch_sub(1, Ordering::Relaxed);
-                        });
-                    }
-                    Ok(_) => {}
-                    Err(_) => thread::sleep(Duration::from_micros(500)),
+                let Ok((stream, _)) = listener.accept() else {
+                    thread::sleep(Duration::from_micros(500));
+                    continue;
+                };
+                examined.retain(|stream| stream.strong_count() > 0);
+                if examined.len() >= EXAMINED
+                    && let Some(oldest) = examined.pop_front().and_then(|stream| stream.upgrade())
+                {
+                    let _ = oldest.shutdown(Shutdown::Both);
+                    refused += 1;
                 }
+                let stream = Arc::new(stream);
+                examined.push_back(Arc::downgrade(&stream));
+                let (this, seats) = (self.clone(), Arc::clone(&seats));
+                // A connection that cannot be examined is closed.
+                let _ = thread::Builder::new().name("rendezvous".into()).spawn(move || {
+                    let _ = this.examine(stream, &seats);
+                });
             }
         }
-        let mut peers = std::mem::take(&mut *lock());
-        for peer in peers.iter_mut().flatten() {
+        let mut peers = std::mem::take(&mut *lock(&seats));
+        for (peer, _) in peers.iter_mut().flatten() {
             // All are here: go.
             peer.write_all(&[1]).map_err(|error| self.failed("a rank was lost at once", error))?;
         }
         Ok(peers)
     }
 
+    /// Listens at the address of rank 0. Where that is none of this machine, as the address of a service is, or loopback
+    /// although ranks are elsewhere, it listens at all addresses, if there is a token.
     fn listen(&self, begin: Instant, deadline: Duration) -> Result<TcpListener> {
+        let any = match self.address.ip() {
+            IpAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let any = SocketAddr::new(any, self.address.port());
+        let secret = !self.token.is_empty();
+        let mut address =
+            if secret && !self.alone && self.address.ip().is_loopback() { any } else { self.address };
         loop {
-            match TcpListener::bind(self.address) {
+            match TcpListener::bind(address) {
                 Ok(listener) => {
                     let ready = listener.set_nonblocking(true).map(|()| listener);
                     return ready.map_err(|error| self.failed("cannot listen", error));
+                }
+                Err(error) if error.kind() == ErrorKind::AddrNotAvailable && secret && address != any => {
+                    address = any;
                 }
                 // The rank 0 of an earlier start may not have ended yet.
                 Err(error) if error.kind() == ErrorKind::AddrInUse && begin.elapsed() < deadline => {
@@ -175,22 +202,23 @@ impl Rendezvous {
     }
 
     /// Rank 0: gives a connection its seat, if it has proved to be a rank of this job.
-    fn examine(&self, mut stream: TcpStream, seats: &Mutex<Vec<Option<TcpStream>>>) -> io::Result<()> {
+    fn examine(&self, connection: Arc<TcpStream>, seats: &Seats) -> io::Result<()> {
+        let stream = &*connection;
         stream.set_nonblocking(false)?;
         let until = Instant::now() + PATIENCE;
         let nonce = nonce()?;
-        write(&mut stream, &[MAGIC, &nonce], until)?;
+        write(stream, &[MAGIC, &nonce], until)?;
         let mut hello = [0; 96];
-        read(&mut stream, &mut hello, until)?;
+        read(stream, &mut hello, until)?;
         let mut proof = [0; 32];
-        read(&mut stream, &mut proof, until)?;
+        read(stream, &mut proof, until)?;
         if &hello[..8] != MAGIC || !self.proves(b"visitor", &[&nonce, &hello], &proof) {
             return Err(ErrorKind::PermissionDenied.into());
         }
         let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|byte| hello[at + byte]));
         let rank = usize::try_from(word(8)).unwrap_or(usize::MAX);
         let visitor = &hello[64..96];
-        let mut seats = seats.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut seats = lock(seats);
         let verdict = if hello[32..64] != self.job {
             Verdict::OtherJob
         } else if word(24) != self.epoch {
@@ -201,29 +229,31 @@ impl Rendezvous {
             match seats.get(rank) {
                 _ if rank == 0 => Verdict::NoSuchRank,
                 None => Verdict::NoSuchRank,
-                Some(Some(seated)) if is_open(seated) => Verdict::Taken,
+                Some(Some((seated, _))) if is_open(seated) => Verdict::Taken,
                 Some(_) => Verdict::Welcome,
             }
         };
         let answer = [verdict as u8];
         let proof = self.proof(b"host", &[visitor, &answer]);
-        write(&mut stream, &[&answer, &proof], until)?;
+        write(stream, &[&answer, &proof], until)?;
         if verdict == Verdict::Welcome {
-            seats[rank] = Some(stream);
+            // Who is being ended as the oldest is not seated: it comes again.
+            let stream = Arc::into_inner(connection).ok_or(ErrorKind::ConnectionAborted)?;
+            seats[rank] = Some((stream, self.mac(b"link", &[&nonce, visitor])));
         }
         Ok(())
     }
 
     /// Another rank: connects to rank 0 until that is there and all others are, too.
-    fn visit(&self, deadline: Duration) -> Result<Vec<Option<TcpStream>>> {
+    fn visit(&self, deadline: Duration) -> Result<Vec<Option<Peer>>> {
         let begin = Instant::now();
         let mut pause = Duration::from_millis(1);
         loop {
             let left = deadline.saturating_sub(begin.elapsed());
             let why = match self.knock(left) {
-                Ok(Ok(stream)) => {
+                Ok(Ok(peer)) => {
                     let mut peers: Vec<_> = (0..self.world).map(|_| None).collect();
-                    peers[0] = Some(stream);
+                    peers[0] = Some(peer);
                     return Ok(peers);
                 }
                 Ok(Err(verdict)) if !verdict.may_change() => {
@@ -239,6 +269,9 @@ impl Rendezvous {
                     "the connection was closed before all ranks were there (does SHARDWISE_TOKEN differ?)"
                         .into()
                 }
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    "what listens there says nothing".into()
+                }
                 Err(error) => error.to_string(),
             };
             if begin.elapsed() + pause > deadline {
@@ -249,11 +282,11 @@ impl Rendezvous {
         }
     }
 
-    fn knock(&self, left: Duration) -> io::Result<std::result::Result<TcpStream, Verdict>> {
+    fn knock(&self, left: Duration) -> io::Result<std::result::Result<Peer, Verdict>> {
         let until = Instant::now() + PATIENCE.min(left);
-        let mut stream = TcpStream::connect_timeout(&self.address, remaining(until)?)?;
+        let stream = TcpStream::connect_timeout(&self.address, remaining(until)?)?;
         let mut greeting = [0; 40];
-        read(&mut stream, &mut greeting, until)?;
+        read(&stream, &mut greeting, until)?;
         let (magic, nonce_there) = greeting.split_at(8);
         if magic != MAGIC {
             return Err(io::Error::new(ErrorKind::InvalidData, "something else listens there"));
@@ -267,9 +300,9 @@ impl Rendezvous {
         hello[32..64].copy_from_slice(&self.job);
         hello[64..96].copy_from_slice(&own);
         let proof = self.proof(b"visitor", &[nonce_there, &hello]);
-        write(&mut stream, &[&hello, &proof], until)?;
+        write(&stream, &[&hello, &proof], until)?;
         let mut answer = [0; 33];
-        read(&mut stream, &mut answer, until)?;
+        read(&stream, &mut answer, until)?;
         let (verdict, proof) = answer.split_at(1);
         if !self.proves(b"host", &[&own, verdict], proof) {
             return Err(ErrorKind::PermissionDenied.into());
@@ -280,11 +313,11 @@ impl Rendezvous {
             None => return Err(ErrorKind::InvalidData.into()),
         }
         // Rank 0 says when all are there.
-        read(&mut stream, &mut [0; 1], Instant::now() + left)?;
-        Ok(Ok(stream))
+        read(&stream, &mut [0; 1], Instant::now() + left)?;
+        Ok(Ok((stream, self.mac(b"link", &[nonce_there, &own]))))
     }
 
-    fn mac(&self, role: &[u8], parts: &[&[u8]]) -> Hmac<Sha256> {
+    fn mac(&self, role: &[u8], parts: &[&[u8]]) -> Keyed {
         // HMAC takes keys of any length; an empty one authenticates nothing, on loopback only.
         let mut mac =
             Hmac::<Sha256>::new_from_slice(&self.token).unwrap_or_else(|_| Hmac::new(&Default::default()));
@@ -303,6 +336,11 @@ impl Rendezvous {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A seat is given in one assignment.
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
 fn nonce() -> io::Result<Bytes32> {
     let mut nonce = [0; 32];
     getrandom::fill(&mut nonce).map_err(|error| io::Error::other(error.to_string()))?;
@@ -315,7 +353,7 @@ fn remaining(until: Instant) -> io::Result<Duration> {
 }
 
 /// Fills `buffer` before a point in time, however slowly the bytes come.
-fn read(stream: &mut TcpStream, mut buffer: &mut [u8], until: Instant) -> io::Result<()> {
+fn read(mut stream: &TcpStream, mut buffer: &mut [u8], until: Instant) -> io::Result<()> {
     while !buffer.is_empty() {
         stream.set_read_timeout(Some(remaining(until)?))?;
         match stream.read(buffer) {
@@ -328,7 +366,7 @@ fn read(stream: &mut TcpStream, mut buffer: &mut [u8], until: Instant) -> io::Re
     Ok(())
 }
 
-fn write(stream: &mut TcpStream, parts: &[&[u8]], until: Instant) -> io::Result<()> {
+fn write(mut stream: &TcpStream, parts: &[&[u8]], until: Instant) -> io::Result<()> {
     stream.set_write_timeout(Some(remaining(until)?))?;
     stream.write_all(&parts.concat())
 }

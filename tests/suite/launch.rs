@@ -1,11 +1,16 @@
 //! Environments and the rendezvous of processes. Threads play the processes: each has an environment of its own.
 
-use shardwise::{Error, Result, comm::Group, device::Cpu, launch::Env};
+use shardwise::{
+    Error, Loss, Result, Tensor,
+    comm::{Group, ReduceOp},
+    device::Cpu,
+    launch::Env,
+};
 use std::{
     collections::HashMap,
     io::{Read, Write},
-    net::{TcpListener, TcpStream},
-    sync::atomic::{AtomicBool, Ordering},
+    net::{Shutdown, TcpListener, TcpStream},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -290,4 +295,180 @@ fn jobs_are_killed_and_started_again_on_one_port() {
             }
         });
     }
+}
+
+/// What a relay does with the bytes that rank 0 sends to a rank (true) or gets from it (false); false ends the copying.
+type Watch<'a> = &'a (dyn Fn(bool, &mut [u8]) -> bool + Sync);
+
+/// Runs two or more ranks of which rank 1 is connected to rank 0 by way of a relay.
+fn relayed<R: Send>(
+    deadline: Duration,
+    world: usize,
+    watch: Watch<'_>,
+    rank: impl Fn(Group<Cpu>) -> Result<R> + Sync,
+) -> Vec<Result<R>> {
+    let (port, relay) = (free_port(), TcpListener::bind("127.0.0.1:0").unwrap());
+    let copy = |down: bool, mut from: TcpStream, mut to: TcpStream| {
+        let mut buffer = vec![0; 1 << 16];
+        while let Ok(len @ 1..) = from.read(&mut buffer) {
+            if !watch(down, &mut buffer[..len]) || to.write_all(&buffer[..len]).is_err() {
+                return;
+            }
+        }
+        let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+    };
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let address = relay.local_addr().unwrap();
+        let (copy, over) = (&copy, &over);
+        scope.spawn(move || {
+            for near in relay.incoming().map(Result::unwrap) {
+                if over.load(Ordering::SeqCst) {
+                    return;
+                }
+                let far = connect(port);
+                let clones = (near.try_clone().unwrap(), far.try_clone().unwrap());
+                scope.spawn(move || copy(false, near, far));
+                scope.spawn(move || copy(true, clones.1, clones.0));
+            }
+        });
+        let start = |number| {
+            let (rank, port) = (&rank, if number == 1 { address.port() } else { port });
+            scope.spawn(move || rank_env(number, world, port, |_| ()).run(deadline, rank))
+        };
+        let started: Vec<_> = (0..world).map(start).collect();
+        let outcomes = started.into_iter().map(|thread| thread.join().unwrap()).collect();
+        over.store(true, Ordering::SeqCst);
+        drop(TcpStream::connect(address));
+        outcomes
+    })
+}
+
+/// The ranks have proved to each other that they know the token; what somebody else writes afterwards is not believed.
+#[test]
+fn what_is_changed_on_the_way_is_never_data() {
+    for down in [false, true] {
+        let changed = AtomicBool::new(false);
+        let one = 1.0_f64.to_le_bytes();
+        let watch = |of: bool, bytes: &mut [u8]| {
+            let found = bytes.windows(8).position(|word| word == one);
+            if let Some(at) = found.filter(|_| of == down && !changed.load(Ordering::SeqCst)) {
+                bytes[at..at + 8].copy_from_slice(&3.0_f64.to_le_bytes());
+                changed.store(true, Ordering::SeqCst);
+            }
+            true
+        };
+        let outcomes = relayed(DEADLINE, 2, &watch, |group| {
+            let mut x = Tensor::<f64>::full(group.device(), [3], 1.0)?;
+            group.all_reduce(ReduceOp::Sum, &mut x)?;
+            group.barrier()?;
+            x.to_vec()
+        });
+        assert!(changed.load(Ordering::SeqCst));
+        for (rank, outcome) in outcomes.into_iter().enumerate() {
+            let error = outcome.unwrap_err();
+            assert!(
+                matches!(error, Error::PeerLost { rank: named, reason: Loss::Disconnected, .. } if named != rank),
+                "rank {rank}: {error}"
+            );
+        }
+    }
+}
+
+/// Rank 1 reads nothing any more, as if it were stopped, while large results go out to it and to those behind it.
+#[test]
+fn a_process_that_reads_nothing_is_named_to_all_others() {
+    let (stopped, over) = (AtomicBool::new(false), AtomicBool::new(false));
+    let watch = |down: bool, bytes: &mut [u8]| {
+        // The first large result: from then on nothing goes either way.
+        if down && bytes.len() == 1 << 16 {
+            stopped.store(true, Ordering::SeqCst);
+        }
+        while stopped.load(Ordering::SeqCst) && !over.load(Ordering::SeqCst) {
+            thread::sleep(Duration::from_millis(5));
+        }
+        true
+    };
+    let done = AtomicUsize::new(0);
+    let begin = Instant::now();
+    let outcomes = relayed(Duration::from_secs(2), 4, &watch, |group| {
+        let mut sums = || {
+            for _ in 0..3 {
+                let mut x = Tensor::<f64>::full(group.device(), [1 << 20], 1.0)?;
+                group.all_reduce(ReduceOp::Sum, &mut x)?;
+                assert!(x.to_vec()?.iter().all(|x| *x == 4.0));
+            }
+            Ok::<_, Error>(())
+        };
+        let result = sums();
+        if done.fetch_add(1, Ordering::SeqCst) == 2 {
+            over.store(true, Ordering::SeqCst);
+        }
+        result
+    });
+    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    for rank in [0, 2, 3] {
+        let Err(Error::Deadline { missing, .. }) = &outcomes[rank] else { panic!("{:?}", outcomes[rank]) };
+        assert_eq!(*missing, [1], "rank {rank}");
+    }
+}
+
+/// As many connections as are examined at a time, each made anew as soon as it is ended.
+#[test]
+fn connections_without_end_do_not_keep_a_group_from_forming() {
+    disturbed(|port, progress| {
+        let mut held: Vec<_> = (0..64).map(|_| connect(port)).collect();
+        thread::sleep(Duration::from_millis(100));
+        progress.enough.store(true, Ordering::SeqCst);
+        while !progress.done.load(Ordering::SeqCst) {
+            for stream in &mut held {
+                stream.set_nonblocking(true).unwrap();
+                // The nonce, nothing yet, or the end.
+                let ended = match stream.read(&mut [0; 64]) {
+                    Ok(len) => len == 0,
+                    Err(error) => error.kind() != std::io::ErrorKind::WouldBlock,
+                };
+                if ended && let Ok(again) = TcpStream::connect(("127.0.0.1", port)) {
+                    *stream = again;
+                }
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+    });
+}
+
+#[test]
+fn ranks_find_each_other_by_every_form_of_an_address() {
+    // IPv6 in brackets; an address that rank 0 does not have, as a service's is.
+    for hosts in [["[::1]", "[::1]"], ["::1", "[::1]"], ["192.0.2.1", "127.0.0.1"], ["[2001:db8::1]", "::1"]]
+    {
+        let port = free_port();
+        let outcomes = thread::scope(|scope| {
+            let ranks = [0, 1].map(|number| {
+                let env = rank_env(number, 2, port, |env| env.host = hosts[number].into());
+                scope.spawn(move || env.run(DEADLINE, |group| group.barrier()))
+            });
+            ranks.map(|rank| rank.join().unwrap())
+        });
+        assert_eq!(outcomes, [Ok(()), Ok(())], "{hosts:?}");
+    }
+}
+
+#[test]
+fn absurd_numbers_are_errors_or_waited_for() {
+    for world in ["1000000000000", "18446744073709551615"] {
+        let error = env(&[("RANK", "0"), ("WORLD_SIZE", world), ("LOCAL_RANK", "0")]).unwrap_err();
+        assert!(error.to_string().contains(world) && error.to_string().contains("65536"), "{error}");
+    }
+    let outcomes = processes_within(Duration::MAX, 2, |group| {
+        let mut x = Tensor::<f32>::full(group.device(), [1], 1.0)?;
+        group.all_reduce(ReduceOp::Sum, &mut x)?;
+        let shape = x.shape();
+        let y = match group.rank() {
+            0 => group.exchange(Some((1, &x)), None)?,
+            _ => group.exchange(None, Some((0, shape)))?,
+        };
+        y.map_or(Ok(vec![2.0]), |y| y.to_vec())
+    });
+    assert_eq!(outcomes, [Ok(vec![2.0]), Ok(vec![2.0])]);
 }

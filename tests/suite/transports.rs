@@ -260,3 +260,60 @@ fn a_process_that_has_done_its_part_may_leave() {
         }
     }
 }
+
+/// A rank that comes after the others have given up is told what they were told.
+#[test]
+fn a_process_that_comes_too_late_is_told_so() {
+    for late in 0..3 {
+        let outcomes = processes_within(Duration::from_millis(500), 3, |group| {
+            group.barrier()?;
+            if group.rank() == late {
+                std::thread::sleep(Duration::from_millis(1500));
+            }
+            let mut x = Tensor::<f64>::full(group.device(), [2], 1.0)?;
+            Ok(group.all_reduce(ReduceOp::Sum, &mut x).unwrap_err())
+        });
+        for outcome in outcomes {
+            let error = outcome.unwrap();
+            assert!(matches!(&error, Error::Deadline { missing, .. } if *missing == [late]), "{error}");
+        }
+    }
+}
+
+/// Neither waits for the deadline: both calls are known before.
+#[test]
+fn processes_that_wait_in_a_circle_disagree() {
+    for receiver in 0..3 {
+        for sender in (0..3).filter(|sender| *sender != receiver) {
+            let outcomes = processes(3, |group| {
+                let x = Tensor::<f32>::full(group.device(), [1], 1.0)?;
+                // A message that comes is no circle.
+                if group.rank() == sender {
+                    group.exchange(Some((receiver, &x)), None)?;
+                } else if group.rank() == receiver {
+                    group.exchange::<f32>(None, Some((sender, x.shape())))?;
+                }
+                group.barrier()?;
+                let begin = std::time::Instant::now();
+                let error = if group.rank() == receiver {
+                    group.exchange::<f32>(None, Some((sender, x.shape()))).map(drop)
+                } else {
+                    group.barrier()
+                };
+                Ok((error.unwrap_err(), begin.elapsed()))
+            });
+            for outcome in outcomes {
+                let (error, after) = outcome.unwrap();
+                assert!(after < Duration::from_secs(10), "{after:?}");
+                let Error::Mismatch(mismatch) = error else { panic!("{error}") };
+                let [left, right] =
+                    [(mismatch.left_rank, &mismatch.left), (mismatch.right_rank, &mismatch.right)];
+                assert!([left.0, right.0].contains(&receiver), "{mismatch:?}");
+                for (rank, call) in [left, right] {
+                    let op = if rank == receiver { "exchange(" } else { "barrier(" };
+                    assert!(call.starts_with(op) && call.contains("transports.rs:"), "{mismatch:?}");
+                }
+            }
+        }
+    }
+}

@@ -1,19 +1,22 @@
 //! One process's end of the connections, which all go to rank 0.
 //!
-//! A round of a group is complete when rank 0 has the parts of all its ranks; then each of them gets all parts. What a lost
-//! rank had given still counts: rank 0 says how many rounds of each group it took part in, and only who waits for a later
-//! one gives up.
+//! A thread reads from each connection. Rank 0 has a thread more for each that writes, so that a rank that does not read
+//! keeps nobody else from what is sent to it.
 
-use super::frame::{Frame, Kind, Strings, Words, from_loss, to_loss, to_mismatch};
+use super::{
+    frame::{Frame, Keyed, Kind, Seal, Strings, from_loss},
+    hub::{Hub, pairs},
+    inbox::Inbox,
+};
 use crate::{
     comm::call::never_received,
-    error::{Error, Loss, Mismatch},
+    error::{Error, Loss},
 };
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
-    io::BufReader,
+    collections::HashMap,
+    io::{self, BufReader, ErrorKind},
     net::{Shutdown, TcpStream},
-    sync::{Arc, Condvar, Mutex, MutexGuard},
+    sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -39,127 +42,39 @@ pub(super) struct Wires {
     /// The first loss that this rank was told of. It is why this rank may leave, too: who needs this rank then is told of that loss.
     told: Mutex<Option<(usize, Loss)>>,
     /// By rank: of rank 0 to all others, of another to rank 0.
-    peers: Vec<Option<Mutex<TcpStream>>>,
+    peers: Vec<Option<Peer>>,
     /// Only rank 0's is used.
     hub: Mutex<Hub>,
 }
 
-/// What has arrived.
-#[derive(Debug, Default)]
-pub(super) struct Inbox {
-    /// Complete rounds, by group and number.
-    pub(super) rounds: HashMap<(u64, u64), Vec<u8>>,
-    /// Letters, by group and sender.
-    pub(super) letters: HashMap<(u64, usize), VecDeque<Vec<u8>>>,
-    /// What has gone wrong, in the order in which rank 0 tells it: the first that concerns a call is its cause.
-    pub(super) news: Vec<News>,
-    absent: HashMap<(u64, u64), Vec<usize>>,
-    /// By work and rank.
-    answers: HashMap<(u64, usize), u64>,
-    /// The connections have ended: nothing arrives any more.
-    gone: bool,
-    closed: bool,
-}
-
-/// What has gone wrong.
+/// A connection to another rank.
 #[derive(Debug)]
-pub(super) enum News {
-    /// A rank was lost, after it had been told of the loss of `root`; in how many rounds of a group it took part, and to how many
-    /// steps of what it came beside them.
-    Lost { rank: usize, reason: Loss, root: Option<(usize, Loss)>, taken: HashMap<u64, u64> },
-    /// The ranks of a group disagree.
-    Broken { group: u64, mismatch: Mismatch },
-    /// Ranks were waited for for too long in a group. Nobody waits for them when it leaves.
-    Late { group: u64, missing: Vec<usize>, after: Duration },
+struct Peer {
+    stream: TcpStream,
+    /// Where frames are written, one at a time.
+    out: Mutex<(TcpStream, Seal)>,
+    /// What rank 0 has still to write; none when the connection is being closed, and at other ranks.
+    queue: Mutex<Option<Queue>>,
 }
 
-impl Inbox {
-    /// How rank 0 was lost, if its connection is closed.
-    pub(super) fn way_lost(&self) -> Option<Loss> {
-        self.lost(0).map(|(reason, _)| reason).filter(|_| self.gone)
-    }
-
-    /// How a rank was lost, and to what it had come, if it is lost.
-    fn lost(&self, lost: usize) -> Option<(Loss, &HashMap<u64, u64>)> {
-        self.news.iter().find_map(|news| match news {
-            News::Lost { rank, reason, taken, .. } if *rank == lost => Some((*reason, taken)),
-            _ => None,
-        })
-    }
-
-    /// Whether a rank was waited for in vain.
-    fn is_late(&self, late: usize) -> bool {
-        self.news.iter().any(|news| matches!(news, News::Late { missing, .. } if missing.contains(&late)))
-    }
-
-    /// To how many steps of a work a rank has come, as far as it has said: in an answer, or when it
-    /// left.
-    fn steps(&self, work: u64, rank: usize) -> Option<u64> {
-        let last_words = || Some(self.lost(rank)?.1.get(&work).copied().unwrap_or(0));
-        self.answers.get(&(work, rank)).copied().or_else(last_words)
-    }
-
-    /// Whether a rank is lost.
-    fn has_lost(&self, lost: usize) -> bool {
-        self.lost(lost).is_some()
-    }
+/// Frames that wait for the thread that writes them.
+#[derive(Debug)]
+struct Queue {
+    frames: mpsc::Sender<Frame>,
+    /// Ends when that thread does, after it has written what there was.
+    written: mpsc::Receiver<()>,
 }
 
-/// What rank 0 knows of all.
-#[derive(Debug, Default)]
-struct Hub {
-    /// The parts of rounds that are not complete: by place, with the rank that gave it.
-    parts: HashMap<(u64, u64), Vec<Option<(usize, Vec<u8>)>>>,
-    /// In how many rounds a rank took part, by group.
-    taken: HashMap<usize, HashMap<u64, u64>>,
-    lost: HashSet<usize>,
-}
-
-impl Hub {
-    /// What has to be sent to whom because of a frame from rank `from`.
-    fn take(&mut self, from: usize, frame: Frame) -> Vec<(usize, Frame)> {
-        let (group, round) = (frame.group, frame.round);
-        match frame.kind {
-            Kind::Part => {
-                let size = frame.to;
-                let parts = self.parts.entry((group, round)).or_insert_with(|| vec![None; size]);
-                let Some(place) = parts.get_mut(frame.from) else { return Vec::new() };
-                *place = Some((from, frame.body));
-                self.taken.entry(from).or_default().insert(group, round + 1);
-                if parts.iter().any(Option::is_none) {
-                    return Vec::new();
-                }
-                let mut all = super::frame::Strings::default();
-                let parts: Vec<_> =
-                    self.parts.remove(&(group, round)).unwrap_or_default().into_iter().flatten().collect();
-                parts.iter().for_each(|(_, part)| all.push(part));
-                let reply = Frame::new(Kind::Parts, group, round, (0, 0), all.0);
-                parts.iter().map(|(rank, _)| (*rank, reply.clone())).collect()
-            }
-            Kind::Letter | Kind::Ask | Kind::Answer => vec![(frame.to, Frame { from, ..frame })],
-            Kind::Who => {
-                let parts = self.parts.get(&(group, round));
-                let absent = parts.into_iter().flatten().enumerate().filter(|(_, part)| part.is_none());
-                let body = absent.flat_map(|(place, _)| (place as u64).to_le_bytes()).collect();
-                vec![(from, Frame::new(Kind::Absent, group, round, (0, 0), body))]
-            }
-            _ => Vec::new(),
+impl Peer {
+    fn write(&self, frame: &Frame) -> io::Result<()> {
+        let (stream, seal) = &mut *lock(&self.out);
+        let written = frame.write(stream, seal);
+        if written.is_err() {
+            // The thread that reads from there finds the end and says so to everybody.
+            let _ = self.stream.shutdown(Shutdown::Both);
         }
+        written
     }
-
-    /// The news of a lost rank, whose last words are given, once.
-    fn lose(&mut self, rank: usize, mut last: Frame) -> Option<Frame> {
-        if !self.lost.insert(rank) {
-            return None;
-        }
-        let taken = self.taken.get(&rank).into_iter().flatten();
-        last.body.extend(pairs(taken));
-        Some(Frame { from: rank, ..last })
-    }
-}
-
-fn pairs<'a>(counts: impl Iterator<Item = (&'a u64, &'a u64)>) -> Vec<u8> {
-    counts.flat_map(|(of, count)| [*of, *count]).flat_map(u64::to_le_bytes).collect()
 }
 
 /// A rank's last words, which others say for it if it cannot.
@@ -175,84 +90,59 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Wires {
     /// Sends a frame on its way: rank 0 hands it on itself.
     pub(super) fn send(&self, frame: Frame) {
-        if self.rank == 0 { self.hand_on(0, frame) } else { self.write(0, &frame) }
+        if self.rank == 0 {
+            self.hand_on(0, frame);
+        } else {
+            self.write(0, frame);
+        }
     }
 
-    fn hand_on(&self, from: usize, frame: Frame) {
-        if matches!(frame.kind, Kind::Broken | Kind::Late) {
-            (0..self.world).filter(|&rank| rank != from).for_each(|rank| self.deliver(rank, frame.clone()));
-            return;
+    /// Rank 0 does what a frame from a rank asks for; false if no rank sends such a frame.
+    fn hand_on(&self, from: usize, frame: Frame) -> bool {
+        if frame.kind == Kind::Ask && frame.to == 0 {
+            self.write(from, self.answer(from, &frame));
+            return true;
         }
-        let replies = lock(&self.hub).take(from, frame);
-        replies.into_iter().for_each(|(rank, reply)| self.deliver(rank, reply));
+        let mut hub = lock(&self.hub);
+        let post = hub.take(from, frame);
+        let known = post.is_some();
+        // Still under the lock: all ranks get what concerns several of them in one order.
+        post.into_iter().flatten().for_each(|(rank, frame)| self.deliver(rank, frame));
+        known
     }
 
     fn deliver(&self, rank: usize, frame: Frame) {
-        if rank == 0 { self.put(frame) } else { self.write(rank, &frame) }
+        if rank == 0 { self.put(frame) } else { self.write(rank, frame) }
     }
 
-    fn write(&self, rank: usize, frame: &Frame) {
+    fn write(&self, rank: usize, frame: Frame) {
         let Some(Some(peer)) = self.peers.get(rank) else { return };
-        let written = frame.write(&mut *lock(peer));
-        if written.is_err() {
-            // The thread that reads from there finds the end and says so to everybody.
-            let _ = lock(peer).shutdown(Shutdown::Both);
+        if self.rank != 0 {
+            // Who cannot be reached is heard of by the thread that reads.
+            let _ = peer.write(&frame);
+        } else if let Some(queue) = &*lock(&peer.queue) {
+            let _ = queue.frames.send(frame);
         }
     }
 
-    /// Rank 0 tells everybody else that a rank was lost.
+    /// Rank 0 says to everybody else that a rank was lost.
     fn lose(&self, rank: usize, last: Frame) {
-        let Some(news) = lock(&self.hub).lose(rank, last) else { return };
-        (0..self.world).filter(|&other| other != rank).for_each(|other| self.deliver(other, news.clone()));
+        let mut hub = lock(&self.hub);
+        hub.lose(rank, last).into_iter().for_each(|(other, news)| self.deliver(other, news));
+    }
+
+    /// How many steps of a work this rank has come to.
+    fn answer(&self, to: usize, ask: &Frame) -> Frame {
+        let steps = lock(&self.came).get(&ask.group).copied().unwrap_or(0);
+        Frame::new(Kind::Answer, ask.group, steps, (self.rank, to), Vec::new())
     }
 
     /// Takes in what was sent to this rank.
     pub(super) fn put(&self, frame: Frame) {
         if frame.kind == Kind::Ask {
-            let steps = lock(&self.came).get(&frame.group).copied().unwrap_or(0);
-            return self.send(Frame::new(
-                Kind::Answer,
-                frame.group,
-                steps,
-                (self.rank, frame.from),
-                Vec::new(),
-            ));
+            return self.send(self.answer(frame.from, &frame));
         }
-        let mut inbox = lock(&self.inbox);
-        let key = (frame.group, frame.round);
-        match frame.kind {
-            Kind::Parts => drop(inbox.rounds.insert(key, frame.body)),
-            Kind::Letter => {
-                inbox.letters.entry((frame.group, frame.from)).or_default().push_back(frame.body);
-            }
-            Kind::Lost => {
-                if !inbox.has_lost(frame.from) {
-                    let words: Vec<_> = Words(&frame.body).collect();
-                    let taken = words.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
-                    let root = frame.round.checked_sub(1);
-                    let root = root.map(|rank| (rank as usize, to_loss(frame.group as usize)));
-                    let (rank, reason) = (frame.from, to_loss(frame.to));
-                    inbox.news.push(News::Lost { rank, reason, root, taken });
-                }
-            }
-            Kind::Broken => {
-                let mismatch = to_mismatch(&frame.body);
-                let news = mismatch.map(|mismatch| News::Broken { group: frame.group, mismatch });
-                inbox.news.extend(news);
-            }
-            Kind::Late => {
-                let missing = Words(&frame.body).map(|rank| rank as usize).collect();
-                let after = Duration::from_nanos(frame.round);
-                inbox.news.push(News::Late { group: frame.group, missing, after });
-            }
-            Kind::Answer => drop(inbox.answers.insert((frame.group, frame.from), frame.round)),
-            Kind::Absent => {
-                drop(inbox.absent.insert(key, Words(&frame.body).map(|rank| rank as usize).collect()))
-            }
-            Kind::Bye => inbox.gone = true,
-            Kind::Part | Kind::Who | Kind::Ask => {}
-        }
-        drop(inbox);
+        lock(&self.inbox).take(frame);
         self.news.notify_all();
     }
 
@@ -282,16 +172,8 @@ impl Wires {
     }
 
     /// How long an answer is waited for that may never come.
-    fn moment(&self) -> Duration {
+    pub(super) fn moment(&self) -> Duration {
         (self.deadline / 10).clamp(Duration::from_millis(50), Duration::from_secs(1))
-    }
-
-    /// The ranks of a group that have not come to a round, as far as rank 0 says.
-    pub(super) fn absent(&self, group: u64, round: u64) -> Vec<usize> {
-        self.send(Frame::new(Kind::Who, group, round, (0, 0), Vec::new()));
-        let reply = self.wait(self.moment(), |inbox| inbox.absent.remove(&(group, round)));
-        // Rank 0 itself does not answer.
-        reply.unwrap_or_else(|| vec![0])
     }
 
     /// Notes that this rank has come to a number of steps.
@@ -325,18 +207,41 @@ impl Wires {
         })
     }
 
+    /// Waits a moment for what rank 0 has still to write to those who read it.
+    fn flush(&self) {
+        let end = Instant::now() + self.moment();
+        let late = |rank: &usize| self.look(|inbox| inbox.is_late(*rank));
+        for peer in (1..self.world).filter(|rank| !late(rank)).filter_map(|rank| self.peers[rank].as_ref()) {
+            let Some(Queue { frames, written }) = lock(&peer.queue).take() else { continue };
+            drop(frames);
+            // Nothing comes: the thread ends.
+            let _ = written.recv_timeout(end.saturating_duration_since(Instant::now()));
+        }
+    }
+
     /// Reads what a peer sends until the connection ends.
-    fn listen(&self, peer: usize, from: TcpStream) {
+    fn listen(&self, peer: usize, from: TcpStream, mut seal: Seal) {
         let mut from = BufReader::new(from);
-        while let Ok(frame) = Frame::read(&mut from) {
-            if self.rank != 0 {
-                self.put(frame);
-            } else if frame.kind == Kind::Lost {
-                self.lose(peer, frame);
-                self.write(peer, &Frame::new(Kind::Bye, 0, 0, (0, 0), Vec::new()));
-            } else {
-                self.hand_on(peer, frame);
+        let ended = loop {
+            match Frame::read(&mut from, &mut seal) {
+                Err(error) => break error,
+                Ok(frame) if self.rank != 0 => self.put(frame),
+                Ok(frame) if frame.kind == Kind::Lost => {
+                    self.lose(peer, frame);
+                    self.write(peer, Frame::new(Kind::Bye, 0, 0, (0, 0), Vec::new()));
+                }
+                Ok(frame) => {
+                    let kind = frame.kind;
+                    if !self.hand_on(peer, frame) {
+                        let what = format!("a frame that no rank of {} sends: {kind:?}", self.world);
+                        break io::Error::new(ErrorKind::InvalidData, what);
+                    }
+                }
             }
+        };
+        if ended.kind() == ErrorKind::InvalidData {
+            tracing::error!(target: "shardwise", rank = self.rank, peer, error = %ended, "a connection is ended");
+            let _ = from.get_ref().shutdown(Shutdown::Both);
         }
         if self.rank == 0 {
             // Where this rank has ended the connection, its own loss is what the others are to know.
@@ -352,35 +257,55 @@ impl Wires {
 }
 
 impl Line {
-    /// The line of rank `rank` over its connections: rank 0's to all others, by rank; another's to rank 0.
+    /// The line of rank `rank` over its connections: rank 0's to all others, by rank; another's to rank 0. Each comes with
+    /// what its frames are authenticated by.
     ///
     /// # Errors
     /// When a connection cannot be used, or a thread not be started.
     pub(crate) fn new(
         rank: usize,
         deadline: Duration,
-        peers: Vec<Option<TcpStream>>,
-    ) -> std::io::Result<Self> {
-        let mut readers = Vec::new();
-        for (peer, stream) in peers.iter().enumerate() {
-            let Some(stream) = stream else { continue };
+        peers: Vec<Option<(TcpStream, Keyed)>>,
+    ) -> io::Result<Self> {
+        let (mut readers, mut writers) = (Vec::new(), Vec::new());
+        let world = peers.len();
+        let connection = |(number, peer): (usize, Option<(TcpStream, Keyed)>)| {
+            let Some((stream, nonces)) = peer else { return Ok(None) };
             stream.set_nodelay(true)?;
             stream.set_nonblocking(false)?;
             stream.set_read_timeout(None)?;
-            stream.set_write_timeout(Some(deadline.max(Duration::from_millis(1))))?;
-            readers.push((peer, stream.try_clone()?));
+            // A thread of rank 0 that writes may wait for as long as there is a connection.
+            stream.set_write_timeout((rank != 0).then_some(deadline.max(Duration::from_millis(1))))?;
+            readers.push((number, stream.try_clone()?, Seal::new(&nonces, number)));
+            let queue = (rank == 0).then(|| {
+                let ((frames, queued), (writing, written)) = (mpsc::channel(), mpsc::channel());
+                writers.push((number, queued, writing));
+                Queue { frames, written }
+            });
+            let out = Mutex::new((stream.try_clone()?, Seal::new(&nonces, rank)));
+            Ok(Some(Peer { stream, out, queue: Mutex::new(queue) }))
+        };
+        let peers = peers.into_iter().enumerate().map(connection).collect::<io::Result<_>>()?;
+        let (inbox, news, came, asks, told) = Default::default();
+        let hub = Mutex::new(Hub::new(world));
+        let line = Self {
+            wires: Arc::new(Wires { rank, world, deadline, inbox, news, came, asks, told, peers, hub }),
+        };
+        for (peer, queued, writing) in writers {
+            let wires = line.wires();
+            thread::Builder::new().name(format!("link, writing to rank {peer}")).spawn(move || {
+                let _writing: mpsc::Sender<()> = writing;
+                let Some(to) = &wires.peers[peer] else { return };
+                let _ = queued.into_iter().try_for_each(|frame| to.write(&frame));
+            })?;
         }
-        let world = peers.len();
-        let peers = peers.into_iter().map(|stream| stream.map(Mutex::new)).collect();
-        let (inbox, news, came, asks, told, hub) = Default::default();
-        let wires = Arc::new(Wires { rank, world, deadline, inbox, news, came, asks, told, peers, hub });
-        for (peer, stream) in readers {
-            let wires = Arc::clone(&wires);
+        for (peer, stream, seal) in readers {
+            let wires = line.wires();
             thread::Builder::new()
                 .name(format!("link to rank {peer}"))
-                .spawn(move || wires.listen(peer, stream))?;
+                .spawn(move || wires.listen(peer, stream, seal))?;
         }
-        Ok(Self { wires })
+        Ok(line)
     }
 
     pub(super) fn wires(&self) -> Arc<Wires> {
@@ -396,7 +321,7 @@ impl Line {
             return;
         }
         let mut last = last_words(loss);
-        last.body = pairs(lock(&wires.came).iter());
+        last.body = pairs(lock(&wires.came).iter()).into();
         if let Some((root, how)) = *lock(&wires.told) {
             (last.round, last.group) = (root as u64 + 1, from_loss(how) as u64);
         }
@@ -407,31 +332,25 @@ impl Line {
                 (1..wires.world).all(|rank| inbox.is_late(rank) || inbox.has_lost(rank)).then_some(())
             };
             wires.wait(patience, over);
+            wires.flush();
         } else {
-            wires.write(0, &last);
+            wires.write(0, last);
             wires.wait(wires.moment(), |inbox| (inbox.gone || inbox.is_late(0)).then_some(()));
         }
         wires.look(|inbox| inbox.gone = true);
         for peer in wires.peers.iter().flatten() {
-            let _ = lock(peer).shutdown(Shutdown::Both);
+            let _ = peer.stream.shutdown(Shutdown::Both);
         }
     }
-}
 
-impl Line {
     /// After [`Line::close`] of a rank that has left: the error of a message which it has never received.
     pub(crate) fn unread(&self) -> Option<Error> {
         self.wires.look(|inbox| {
-            let ended_well = inbox
-                .news
-                .iter()
-                .all(|news| matches!(news, News::Lost { reason: Loss::Left, root: None, .. }));
-            let ((_, from), letters) =
-                inbox.letters.iter().filter(|_| ended_well).find(|(_, letters)| !letters.is_empty())?;
-            let letter = Strings::all(letters.front()?)?;
+            let (from, letter) = inbox.unread()?;
+            let letter = Strings::all(letter)?;
             let [what, site] =
                 [0, 1].map(|at| letter.get(at).map_or("?".into(), |text| String::from_utf8_lossy(text)));
-            Some(never_received(*from, self.wires.rank, &format!("{what}, sent at {site}")))
+            Some(never_received(from, self.wires.rank, &format!("{what}, sent at {site}")))
         })
     }
 }
@@ -445,6 +364,7 @@ impl Drop for Line {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hmac::KeyInit;
     use std::net::TcpListener;
 
     /// The rank's thread and the one that watches over it.
@@ -453,8 +373,10 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let there = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (here, _) = listener.accept().unwrap();
+        let nonces = Keyed::new_from_slice(b"token and nonces").unwrap();
         let line = |rank, peers| Line::new(rank, Duration::from_secs(60), peers).unwrap();
-        let (first, second) = (line(0, vec![None, Some(here)]), line(1, vec![Some(there), None]));
+        let first = line(0, vec![None, Some((here, nonces.clone()))]);
+        let second = line(1, vec![Some((there, nonces)), None]);
         second.wires().came(7, 3);
         thread::scope(|scope| {
             for _ in 0..2 {

@@ -1,9 +1,11 @@
 //! Ranks that are processes, over the connections by which they found each other: [`crate::launch::Env`].
 
 mod frame;
+mod hub;
+mod inbox;
 mod line;
 
-pub(crate) use line::Line;
+pub(crate) use {frame::Keyed, line::Line};
 
 use super::{
     Call, Communicator, Incoming, Lookout, Outgoing, Parts, ReduceOp, Step,
@@ -16,13 +18,20 @@ use crate::{
     device::{AnyMut, AnyRef, Cpu, each_dtype},
     error::{Error, Loss, Mismatch, Result},
 };
-use frame::{Frame, Kind, Strings, Words, from_mismatch};
-use line::{Inbox, News, Wires};
+use frame::{Body, Frame, Kind, Strings, Words, from_mismatch};
+use inbox::{Inbox, News};
+use line::Wires;
 use std::{
     cell::{Cell, RefCell},
     sync::Arc,
     time::Duration,
 };
+
+/// The most bytes of tensors in one message of the link. Longer tensors go in several.
+const MOST: usize = if cfg!(test) { 1 << 10 } else { 1 << 27 };
+
+/// How long a rank waits for a message before it says so to rank 0, which compares that with what the others wait for.
+const STANDS: Duration = Duration::from_millis(10);
 
 /// One process's end of a group whose messages all go by way of the world's first rank.
 ///
@@ -54,17 +63,28 @@ impl Link {
         Self { wires, group, name, members, rank, rounds: Cell::new(0), failed: RefCell::new(None) }
     }
 
+    /// The place in the group of a rank of the world.
+    fn place(&self, rank: usize) -> Option<usize> {
+        self.members.iter().position(|member| *member == rank)
+    }
+
     fn fail(&self, call: &Call, cause: Cause) -> Error {
         let error = self.error(call, &cause);
         self.failed.borrow_mut().get_or_insert(cause);
         error
     }
 
+    /// What rank 0 is to decide when this rank has waited for a round for too long.
+    fn giving_up(&self, round: u64) -> Frame {
+        let mut body = nanoseconds(self.wires.deadline).to_le_bytes().to_vec();
+        body.extend(self.members.iter().flat_map(|&rank| (rank as u64).to_le_bytes()));
+        Frame::new(Kind::GiveUp, self.group, round, (0, 0), body)
+    }
+
     /// This rank has waited for the missing ones for too long, and all are told so.
     fn late(&self, call: &Call, missing: Vec<usize>, after: Duration) -> Error {
         let body = missing.iter().flat_map(|&rank| (self.members[rank] as u64).to_le_bytes()).collect();
-        let nanoseconds = u64::try_from(after.as_nanos()).unwrap_or(u64::MAX);
-        let news = Frame::new(Kind::Late, self.group, nanoseconds, (0, 0), body);
+        let news = Frame::new(Kind::Late, self.group, nanoseconds(after), (0, 0), body);
         self.wires.put(news.clone());
         self.wires.send(news);
         self.fail(call, Cause::Deadline { missing, after })
@@ -93,7 +113,7 @@ impl Link {
         inbox: &Inbox,
         stops: impl Fn(usize, Loss, &dyn Fn(u64) -> u64) -> bool,
     ) -> Option<Cause> {
-        let place = |rank: usize| self.members.iter().position(|member| *member == rank);
+        let place = |rank| self.place(rank);
         let first = inbox.news.iter().find_map(|news| match news {
             News::Broken { group, mismatch } if *group == self.group => {
                 Some(Cause::Disagreement(Box::new(mismatch.clone())))
@@ -129,8 +149,26 @@ impl Link {
         cause.map(|cause| self.error(call, &cause))
     }
 
-    /// All ranks' words, after a comparison of their calls.
-    fn gather(&self, call: &Call, words: &[u8]) -> Result<Vec<Vec<u8>>> {
+    /// All ranks' words, of which none has more than `longest` bytes, after a comparison of their calls.
+    fn gather(&self, call: &Call, words: &[u8], longest: usize) -> Result<Vec<Vec<u8>>> {
+        let mut whole = vec![Vec::new(); self.members.len()];
+        // Rank 0 sends the pieces of all ranks at once.
+        let piece = (MOST / whole.len()).max(1);
+        for begin in (0..longest.max(1)).step_by(piece) {
+            let end = words.len().min(begin + piece);
+            let parts = self.round(call, words.get(begin..end).unwrap_or_default())?;
+            for (whole, part) in whole.iter_mut().zip(parts) {
+                match whole.is_empty() {
+                    true => *whole = part,
+                    false => whole.extend(part),
+                }
+            }
+        }
+        Ok(whole)
+    }
+
+    /// A part of each rank.
+    fn round(&self, call: &Call, words: &[u8]) -> Result<Vec<Vec<u8>>> {
         if let Some(cause) = &*self.failed.borrow() {
             return Err(self.error(call, cause));
         }
@@ -147,18 +185,23 @@ impl Link {
         part.push(words);
         let place = (self.rank, self.members.len());
         self.wires.send(Frame::new(Kind::Part, self.group, round, place, part.0));
-        let found = self.wires.wait(self.wires.deadline, |inbox| {
+        let mut found = |inbox: &mut Inbox| {
             let complete = inbox.rounds.remove(&(self.group, round)).map(Ok);
             // What a lost rank had given counts.
             complete.or_else(|| self.cause(inbox, |_, _, rounds| rounds(self.group) <= round).map(Err))
+        };
+        let parts = self.wires.wait(self.wires.deadline, &mut found).or_else(|| {
+            self.wires.send(self.giving_up(round));
+            self.wires.wait(self.wires.moment(), found)
         });
-        let parts = match found {
+        let parts = match parts {
             Some(Ok(parts)) => parts,
             Some(Err(cause)) => return Err(self.fail(call, cause)),
-            None => {
-                let missing = self.wires.absent(self.group, round);
-                return Err(self.late(call, missing, self.wires.deadline));
-            }
+            // Rank 0 itself does not answer.
+            None => match self.place(0) {
+                Some(rank) => return Err(self.late(call, vec![rank], self.wires.deadline)),
+                None => return Err(self.fail(call, Cause::Way { reason: Loss::Disconnected })),
+            },
         };
         let parts = Strings::all(&parts).unwrap_or_default();
         let parts: Option<Vec<_>> = parts.into_iter().map(Strings::all).collect();
@@ -186,7 +229,9 @@ impl Link {
         data: AnyRef<'_, Cpu>,
         len: impl Fn(usize) -> usize,
     ) -> Result<Vec<HostVec>> {
-        let parts = self.gather(call, &to_bytes(data))?;
+        let longest =
+            (0..self.members.len()).map(&len).max().unwrap_or(0).saturating_mul(data.dtype().size());
+        let parts = self.gather(call, &to_bytes(data), longest)?;
         let tensor = |(rank, bytes): (usize, Vec<u8>)| {
             let tensor = HostVec::from_bytes(data.dtype(), &bytes);
             tensor.filter(|tensor| tensor.as_ref().len() == len(rank)).ok_or_else(|| damaged(call))
@@ -199,47 +244,77 @@ impl Link {
         if let Some(cause) = obstacle {
             return Err(self.error(call, &cause));
         }
-        let mut letter = Strings::default();
-        letter.push(format!("{} {}", send.data.dtype(), send.shape).as_bytes());
-        letter.push(call.site.to_string().as_bytes());
-        letter.push(&to_bytes(send.data));
+        let (what, site) = (format!("{} {}", send.data.dtype(), send.shape), call.site.to_string());
         let route = (self.members[self.rank], self.members[send.to]);
-        self.wires.send(Frame::new(Kind::Letter, self.group, 0, route, letter.0));
+        let bytes = to_bytes(send.data);
+        for begin in (0..bytes.len().max(1)).step_by(MOST) {
+            let mut letter = Strings::default();
+            letter.push(what.as_bytes());
+            letter.push(site.as_bytes());
+            letter.push(&bytes[begin..bytes.len().min(begin + MOST)]);
+            self.wires.send(Frame::new(Kind::Letter, self.group, 0, route, letter.0));
+        }
         Ok(())
     }
 
     fn receive(&self, call: &Call, recv: Incoming<'_, Cpu>) -> Result<()> {
-        let queue = (self.group, self.members[recv.from]);
-        let found = self.wires.wait(self.wires.deadline, |inbox| {
-            let letter = inbox.letters.get_mut(&queue).and_then(|letters| letters.pop_front());
-            letter.map(Ok).or_else(|| {
-                let stops = |rank, reason, _: &dyn Fn(u64) -> u64| rank == recv.from || reason != Loss::Left;
-                self.cause(inbox, stops).map(Err)
-            })
-        });
-        let letter = match found {
-            Some(Ok(letter)) => letter,
-            Some(Err(cause)) => return Err(self.error(call, &cause)),
-            None => {
-                return Err(self.late(call, vec![recv.from], self.wires.deadline));
-            }
-        };
-        let letter = Strings::all(&letter).filter(|letter| letter.len() == 3).ok_or_else(|| damaged(call))?;
         let expected = format!("{} {}", recv.data.dtype(), recv.shape);
-        if letter[0] != expected.as_bytes() {
-            let words = |bytes| String::from_utf8_lossy(bytes);
-            let mismatch = Mismatch {
-                left_rank: recv.from,
-                left: format!("exchange, sending {} at {}", words(letter[0]), words(letter[1])),
-                right_rank: self.rank,
-                right: format!("exchange, expecting {expected} at {}", call.site),
-            };
-            self.wires.send(Frame::new(Kind::Broken, self.group, 0, (0, 0), from_mismatch(&mismatch)));
-            return Err(self.fail(call, Cause::Disagreement(Box::new(mismatch))));
+        let len = recv.data.len().saturating_mul(recv.data.dtype().size());
+        let mut bytes = Vec::new();
+        for _ in (0..len.max(1)).step_by(MOST) {
+            let letter = self.letter(call, recv.from)?;
+            let letter =
+                Strings::all(&letter).filter(|letter| letter.len() == 3).ok_or_else(|| damaged(call))?;
+            if letter[0] != expected.as_bytes() {
+                let words = |bytes| String::from_utf8_lossy(bytes);
+                let mismatch = Mismatch {
+                    left_rank: recv.from,
+                    left: format!("exchange, sending {} at {}", words(letter[0]), words(letter[1])),
+                    right_rank: self.rank,
+                    right: format!("exchange, expecting {expected} at {}", call.site),
+                };
+                self.wires.send(Frame::new(Kind::Broken, self.group, 0, (0, 0), from_mismatch(&mismatch)));
+                return Err(self.fail(call, Cause::Disagreement(Box::new(mismatch))));
+            }
+            bytes.extend(letter[2]);
         }
-        let data = HostVec::from_bytes(recv.data.dtype(), letter[2]).ok_or_else(|| damaged(call))?;
+        let data = HostVec::from_bytes(recv.data.dtype(), &bytes).ok_or_else(|| damaged(call))?;
         put(call, &data, recv.data)
     }
+
+    /// The next letter of a rank of the group.
+    fn letter(&self, call: &Call, from: usize) -> Result<Body> {
+        let sender = self.members[from];
+        let mut found = |inbox: &mut Inbox| {
+            inbox.letter(self.group, sender).map(Ok).or_else(|| {
+                let stops = |rank, reason, _: &dyn Fn(u64) -> u64| rank == from || reason != Loss::Left;
+                self.cause(inbox, stops).map(Err)
+            })
+        };
+        let deadline = self.wires.deadline;
+        let letter = self.wires.wait(deadline.min(STANDS), &mut found).or_else(|| {
+            self.wires.send(self.standing(call, from));
+            self.wires.wait(deadline.saturating_sub(STANDS), found)
+        });
+        match letter {
+            Some(Ok(letter)) => Ok(letter),
+            Some(Err(cause)) => Err(self.error(call, &cause)),
+            None => Err(self.late(call, vec![from], deadline)),
+        }
+    }
+
+    /// What rank 0 is to know of a rank that waits for a message.
+    fn standing(&self, call: &Call, from: usize) -> Frame {
+        let sender = self.members[from];
+        let received = self.wires.look(|inbox| inbox.received(self.group, sender));
+        let mut body = [self.rank, from].map(|place| (place as u64).to_le_bytes()).concat();
+        body.extend(call.to_string().as_bytes());
+        Frame::new(Kind::Stand, self.group, received, (self.wires.rank, sender), body)
+    }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn damaged(call: &Call) -> Error {
@@ -330,7 +405,7 @@ impl Communicator<Cpu> for Link {
 
     fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, Cpu>) -> Result<()> {
         let own = if self.rank == root { to_bytes(x.shared()) } else { Vec::new() };
-        let words = self.gather(call, &own)?;
+        let words = self.gather(call, &own, x.len().saturating_mul(x.dtype().size()))?;
         let data = HostVec::from_bytes(x.dtype(), &words[root]).ok_or_else(|| damaged(call))?;
         put(call, &data, x)
     }
@@ -351,7 +426,7 @@ impl Communicator<Cpu> for Link {
     }
 
     fn barrier(&self, call: &Call) -> Result<()> {
-        self.gather(call, &[]).map(drop)
+        self.gather(call, &[], 0).map(drop)
     }
 
     fn obstacle(&self, call: &Call) -> Option<Error> {
@@ -390,7 +465,8 @@ impl Communicator<Cpu> for Link {
     ) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
         let round = self.rounds.get();
         let wish = [color.is_some() as u64, color.unwrap_or(0), key];
-        let wishes = self.gather(call, &wish.map(u64::to_le_bytes).concat())?;
+        let wish = wish.map(u64::to_le_bytes).concat();
+        let wishes = self.gather(call, &wish, wish.len())?;
         let wishes: Vec<Vec<u64>> = wishes.iter().map(|words| Words(words).collect()).collect();
         let Some(color) = color else { return Ok(None) };
         let mut places: Vec<usize> =
@@ -401,5 +477,62 @@ impl Communicator<Cpu> for Link {
         let group = hash((self.group, round, color));
         let part = Self::new(Arc::clone(&self.wires), group, name.into(), members, rank);
         Ok(Some(Box::new(part)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{comm::Group, device::Cpu, launch::Env, shard::Partition, tensor::Tensor};
+
+    /// Runs ranks that are processes, as far as they know.
+    fn processes<R: Send>(world: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Vec<R> {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let run = |number: usize| {
+            let numbers = [number, world, number, world, port as usize].map(|number| number.to_string());
+            let names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SHARDWISE_PORT"];
+            let value = |name: &str| Some(numbers[names.iter().position(|known| *known == name)?].clone());
+            Env::of(value).unwrap().run(Duration::from_secs(60), &rank).unwrap()
+        };
+        std::thread::scope(|scope| {
+            let started: Vec<_> = (0..world).map(|number| scope.spawn(move || run(number))).collect();
+            started.into_iter().map(|rank| rank.join().unwrap()).collect()
+        })
+    }
+
+    /// In tests a message takes 1024 bytes.
+    #[test]
+    fn tensors_that_are_longer_than_a_message_go_in_several() {
+        let len = 3 * MOST;
+        let values = |rank: usize, len: usize| (0..len).map(|at| (at * 7 + rank) as f64).collect::<Vec<_>>();
+        let sum = |at: usize| (0..3).map(|rank| (at * 7 + rank) as f64).sum::<f64>();
+        processes(3, |group| {
+            let (rank, device) = (group.rank(), group.device().clone());
+            let mut x = Tensor::from_slice(&device, [len], &values(rank, len))?;
+            group.all_reduce(ReduceOp::Sum, &mut x)?;
+            assert!(x.to_vec()?.into_iter().enumerate().all(|(at, x)| x == sum(at)));
+
+            // Some ranks have a piece less.
+            let cut = Partition::from_sizes([1, MOST, 200]);
+            let part = Tensor::from_slice(&device, [cut.size(rank)], &values(rank, cut.size(rank)))?;
+            let whole = group.all_gather(&part, 0, &cut)?.to_vec()?;
+            assert_eq!(whole, (0..3).flat_map(|rank| values(rank, cut.size(rank))).collect::<Vec<_>>());
+
+            let x = Tensor::from_slice(&device, [cut.total()], &values(rank, cut.total()))?;
+            let part = group.reduce_scatter(ReduceOp::Sum, &x, 0, &cut)?.to_vec()?;
+            assert_eq!(part, cut.range(rank).map(sum).collect::<Vec<_>>());
+
+            let mut x = Tensor::from_slice(&device, [len], &values(rank, len))?;
+            group.broadcast(1, &mut x)?;
+            assert_eq!(x.to_vec()?, values(1, len));
+
+            let (to, from) = ((rank + 1) % 3, (rank + 2) % 3);
+            for len in [0, 1, MOST / 8, MOST / 8 + 1, len] {
+                let x = Tensor::from_slice(&device, [len], &values(rank, len))?;
+                let y = group.exchange(Some((to, &x)), Some((from, x.shape())))?.unwrap();
+                assert_eq!(y.to_vec()?, values(from, len));
+            }
+            Ok(())
+        });
     }
 }
