@@ -30,10 +30,12 @@ const FOREVER: Duration = Duration::from_secs(1 << 32);
 /// | MPICH, Intel MPI | `PMI_RANK`, `PMI_SIZE` | `MPI_LOCALRANKID`, `MPI_LOCALNRANKS` | `PMI_JOBID` | |
 /// | Slurm | `SLURM_PROCID`, `SLURM_NTASKS` | `SLURM_LOCALID`, `SLURM_NTASKS_PER_NODE` | `SLURM_JOB_ID` and `_STEP_ID`, `SLURM_RESTART_COUNT` | |
 ///
-/// The first launcher of the table whose rank is set counts. Where it gives no address, `MASTER_ADDR` does, or, if all ranks
-/// are on this machine, loopback. `SHARDWISE_PORT` sets the port at which rank 0 listens; otherwise it is the one after
-/// `MASTER_PORT`, because torchrun's agent listens on that itself, or follows from the job's name. `SHARDWISE_TOKEN` is what
-/// ranks prove to each other that they know; it has to be set where they do not talk over loopback.
+/// The first launcher of the table whose rank is set counts. Ranks that are all on this machine meet over loopback;
+/// otherwise `MASTER_ADDR` says where rank 0 is: a name, an IPv4 or an IPv6 address, in brackets or not. `SHARDWISE_PORT` sets
+/// the port at which rank 0 listens; otherwise it is the one after `MASTER_PORT`, because torchrun's agent listens on that
+/// itself, or follows from the job's name. `SHARDWISE_TOKEN` is what ranks prove to each other that they know, and what
+/// authenticates all that they send; it has to be set where they do not talk over loopback. Then rank 0 may have another
+/// address than `MASTER_ADDR`, such as behind a service: it listens at all of its addresses. Nothing is encrypted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Env {

@@ -83,15 +83,18 @@ impl Verdict {
 }
 
 impl Rendezvous {
-    /// The meeting place that an environment names.
+    /// The meeting place that an environment names. Ranks that are all on this machine meet at a loopback address.
     ///
     /// # Errors
     /// When the host of rank 0 is not known, or is another than this one and there is no token.
     pub(super) fn new(env: &Env) -> Result<Self> {
         let place = format!("{}:{}", env.host, env.port);
         let bad = |why: String| Error::invalid(OP, format!("rank 0 at {place}: {why}"));
+        let alone = env.local_world >= env.world;
         // IPv6 addresses stand in brackets where a port may follow.
         let host = env.host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(&env.host);
+        let is_loopback = host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+        let host = if alone && !is_loopback { "127.0.0.1" } else { host };
         let mut found = (host, env.port).to_socket_addrs().map_err(|e| bad(e.to_string()))?;
         let address = found.next().ok_or_else(|| bad("the host has no address".into()))?;
         if !address.ip().is_loopback() && env.token.is_empty() {
@@ -102,7 +105,6 @@ impl Rendezvous {
         }
         let job = Sha256::digest(env.job.as_bytes()).into();
         let token = env.token.clone().into_bytes();
-        let alone = env.local_world >= env.world;
         Ok(Self { address, alone, rank: env.rank, world: env.world, epoch: env.epoch, job, token })
     }
 

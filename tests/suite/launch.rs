@@ -392,7 +392,7 @@ fn a_process_that_reads_nothing_is_named_to_all_others() {
     let done = AtomicUsize::new(0);
     let begin = Instant::now();
     let outcomes = relayed(Duration::from_secs(2), 4, &watch, |group| {
-        let mut sums = || {
+        let sums = || {
             for _ in 0..3 {
                 let mut x = Tensor::<f64>::full(group.device(), [1 << 20], 1.0)?;
                 group.all_reduce(ReduceOp::Sum, &mut x)?;
@@ -439,18 +439,28 @@ fn connections_without_end_do_not_keep_a_group_from_forming() {
 
 #[test]
 fn ranks_find_each_other_by_every_form_of_an_address() {
-    // IPv6 in brackets; an address that rank 0 does not have, as a service's is.
-    for hosts in [["[::1]", "[::1]"], ["::1", "[::1]"], ["192.0.2.1", "127.0.0.1"], ["[2001:db8::1]", "::1"]]
-    {
+    let meet = |here: usize, hosts: [&'static str; 2]| {
         let port = free_port();
+        let run = |number: usize| {
+            let host = hosts[number].to_string();
+            let env = rank_env(number, 2, port, |env| (env.host, env.local_world) = (host, here));
+            env.run(DEADLINE, |group| group.barrier())
+        };
         let outcomes = thread::scope(|scope| {
-            let ranks = [0, 1].map(|number| {
-                let env = rank_env(number, 2, port, |env| env.host = hosts[number].into());
-                scope.spawn(move || env.run(DEADLINE, |group| group.barrier()))
-            });
-            ranks.map(|rank| rank.join().unwrap())
+            [0, 1].map(|number| scope.spawn(move || run(number))).map(|rank| rank.join().unwrap())
         });
-        assert_eq!(outcomes, [Ok(()), Ok(())], "{hosts:?}");
+        assert_eq!(outcomes, [Ok(()), Ok(())], "{here} on this machine, {hosts:?}");
+    };
+    // All ranks are on this machine, wherever the address leads, or nowhere.
+    for host in ["::1", "[::1]", "127.0.0.1", "192.0.2.1", "no.such.host.invalid"] {
+        meet(2, [host, host]);
+    }
+    // Ranks are elsewhere, as far as they know. IPv6 in brackets; an address that rank 0 does not have, as a service's is; a
+    // name that is a loopback address where rank 0 is.
+    for hosts in
+        [["[::1]", "::1"], ["192.0.2.1", "127.0.0.1"], ["[2001:db8::1]", "::1"], ["127.0.1.1", "127.0.0.1"]]
+    {
+        meet(1, hosts);
     }
 }
 
