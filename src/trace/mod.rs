@@ -139,48 +139,48 @@ impl Recorder {
         Ticket(number)
     }
 
-    fn leave(&mut self, ticket: Ticket, error: Option<&Error>) {
+    fn leave(&mut self, ticket: Ticket, failed: bool) {
         let now = self.now();
         // It may have been overwritten.
         if self.next - ticket.0 <= CAPACITY as u64
             && let Some(event) = self.events.get_mut(ticket.0 as usize % CAPACITY)
         {
             event.end = now;
-            event.state = if error.is_some() { State::Failed } else { State::Done };
-        }
-        if let Some(error) = error {
-            self.fail(ticket, error);
+            event.state = if failed { State::Failed } else { State::Done };
         }
     }
 
-    #[cold]
-    fn fail(&mut self, ticket: Ticket, error: &Error) {
-        let (kind, named) = match error {
-            Error::Mismatch(mismatch) => ("mismatch", vec![mismatch.left_rank, mismatch.right_rank]),
-            Error::PeerLost { rank, .. } => ("lost", vec![*rank]),
-            Error::Deadline { missing, .. } => ("deadline", missing.clone()),
-            _ => ("error", Vec::new()),
-        };
-        tracing::error!(target: "shardwise", rank = self.rank, %error);
+    /// Notes a failure, and returns what has to be written.
+    fn fail(&mut self, failure: Failure) -> Option<Page> {
         if self.failures.len() < FEW {
-            self.failures.push(Failure { number: ticket.0, kind, words: error.to_string(), named });
+            self.failures.push(failure);
         }
-        if self.writes < WRITES {
-            self.writes += 1;
-            self.write(Ended::NotYet);
-        }
+        self.writes += 1;
+        (self.writes <= WRITES).then(|| self.page(Ended::NotYet)).flatten()
     }
 
-    /// Writes the record, if there is a folder for it.
-    #[cold]
-    fn write(&self, ended: Ended) {
-        let Some(folder) = &self.folder else { return };
-        if let Err(error) = self.record(ended).write(folder) {
-            tracing::warn!(target: "shardwise", rank = self.rank, %error, "the flight record cannot be written");
+    /// What has to be written, if there is a folder for it.
+    fn page(&self, ended: Ended) -> Option<Page> {
+        Some(Page { folder: self.folder.clone()?, record: self.record(ended) })
+    }
+}
+
+/// A record that is to be written.
+struct Page {
+    folder: PathBuf,
+    record: Record,
+}
+
+impl Page {
+    fn write(&self) {
+        if let Err(error) = self.record.write(&self.folder) {
+            let rank = self.record.rank;
+            tracing::warn!(target: "shardwise", rank, %error, "the flight record cannot be written");
         }
     }
 }
 
+// A subscriber of `tracing` may ask for a snapshot: nothing is told while the recorder is borrowed.
 thread_local! {
     static RECORDER: RefCell<Recorder> = RefCell::new(Recorder::new());
 }
@@ -205,10 +205,12 @@ pub(crate) fn end<R>(result: &std::thread::Result<Result<R>>) {
         Ok(Err(_)) => Ended::Failed,
         Err(_) => Ended::Panicked,
     };
-    RECORDER.with_borrow_mut(|recorder| {
-        recorder.write(ended);
+    let page = RECORDER.with_borrow_mut(|recorder| {
+        let page = recorder.page(ended);
         recorder.folder = None;
+        page
     });
+    page.iter().for_each(Page::write);
 }
 
 /// This rank is in a group.
@@ -235,7 +237,24 @@ pub(crate) fn wait(operation: Operation) -> Ticket {
 
 /// Notes how an operation ended.
 pub(crate) fn leave(ticket: Ticket, error: Option<&Error>) {
-    RECORDER.with_borrow_mut(|recorder| recorder.leave(ticket, error));
+    RECORDER.with_borrow_mut(|recorder| recorder.leave(ticket, error.is_some()));
+    if let Some(error) = error {
+        fail(ticket, error);
+    }
+}
+
+#[cold]
+fn fail(ticket: Ticket, error: &Error) {
+    let (kind, named) = match error {
+        Error::Mismatch(mismatch) => ("mismatch", vec![mismatch.left_rank, mismatch.right_rank]),
+        Error::PeerLost { rank, .. } => ("lost", vec![*rank]),
+        Error::Deadline { missing, .. } => ("deadline", missing.clone()),
+        _ => ("error", Vec::new()),
+    };
+    let failure = Failure { number: ticket.0, kind, words: error.to_string(), named };
+    let (rank, page) = RECORDER.with_borrow_mut(|recorder| (recorder.rank, recorder.fail(failure)));
+    tracing::error!(target: "shardwise", rank, %error);
+    page.iter().for_each(Page::write);
 }
 
 /// Notes something that a rank computes by itself.

@@ -243,7 +243,7 @@ fn time_lines_show_products_and_collectives_of_each_rank() {
     }
 }
 
-/// Takes in what is said.
+/// Takes in what is said, and looks at what was noted then.
 #[derive(Clone, Default)]
 struct Listener(Arc<Mutex<Vec<String>>>);
 
@@ -274,6 +274,9 @@ impl Subscriber for Listener {
     fn event(&self, event: &Event<'_>) {
         let mut words = Words(event.metadata().level().to_string());
         event.record(&mut words);
+        if let Some(failure) = snapshot().entries.into_iter().find_map(|entry| entry.failure) {
+            words.0 += &format!(" noted={failure}");
+        }
         self.0.lock().unwrap().push(words.0);
     }
 
@@ -298,4 +301,21 @@ fn the_same_events_are_spans_of_tracing() {
     );
     assert!(said.contains("ERROR rank=0 error=exchange: a group of one"), "{said}");
     assert!(!said.contains("12345"), "{said}");
+}
+
+/// A subscriber may look at the record of the rank that tells it something.
+#[test]
+fn subscribers_that_take_snapshots_fail_no_rank() {
+    let listener = Listener::default();
+    let outcomes = Threads::new(2).flight("/dev/null/no/folder").run_each(|group| {
+        tracing::subscriber::with_default(listener.clone(), || all_reduce(&group, group.rank()))
+    });
+    for outcome in outcomes.unwrap() {
+        assert!(matches!(outcome, Err(Error::Mismatch(_))), "{outcome:?}");
+    }
+    let said = listener.0.lock().unwrap();
+    let told = |level: &str| {
+        said.iter().filter(|words| words.starts_with(level) && words.ends_with("noted=mismatch")).count()
+    };
+    assert_eq!((told("ERROR rank="), told("WARN message=the flight record")), (2, 2), "{said:?}");
 }
