@@ -195,6 +195,10 @@ pub(crate) fn folder() -> Option<PathBuf> {
 
 /// This thread becomes a rank.
 pub(crate) fn begin(job: String, rank: usize, world: usize, folder: Option<PathBuf>) {
+    if let Some(folder) = &folder {
+        // A record of an earlier start of the same name says nothing of this one.
+        let _ = std::fs::remove_file(Record::path(folder, &job, rank));
+    }
     RECORDER.with_borrow_mut(|recorder| *recorder = Recorder { job, rank, world, folder, ..Recorder::new() });
 }
 
@@ -275,4 +279,21 @@ pub(crate) fn compute<R>(
 /// What this thread's rank has done last.
 pub fn snapshot() -> Record {
     RECORDER.with_borrow(|recorder| recorder.record(Ended::NotYet))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_of_an_earlier_start_of_the_same_name_is_not_taken_for_the_new_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let start = || begin("job.0".into(), 3, 8, Some(folder.path().into()));
+        let path = Record::path(folder.path(), "job.0", 3);
+        start();
+        end(&Ok(Ok(())));
+        assert_eq!(Record::read(&path).unwrap().ended, Ended::Well);
+        start();
+        assert!(!path.exists());
+    }
 }

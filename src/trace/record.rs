@@ -155,12 +155,17 @@ impl Recorder {
 }
 
 impl Record {
+    /// The file of a rank of a job in a folder of records.
+    pub fn path(folder: &Path, job: &str, rank: usize) -> PathBuf {
+        let job: String =
+            job.chars().map(|letter| if letter.is_alphanumeric() { letter } else { '-' }).collect();
+        folder.join(format!("{job}-rank{rank}.jsonl"))
+    }
+
     /// Writes a file of its own for this rank into a folder, which is made if it is not there.
     pub(super) fn write(&self, folder: &Path) -> std::io::Result<()> {
         fs::create_dir_all(folder)?;
-        let job: String =
-            self.job.chars().map(|letter| if letter.is_alphanumeric() { letter } else { '-' }).collect();
-        let path = folder.join(format!("{job}-rank{}.jsonl", self.rank));
+        let path = Self::path(folder, &self.job, self.rank);
         // Whole, or not at all: a reader may come at any time.
         let part = path.with_extension(format!("part{}", self.rank));
         fs::write(&part, self.to_lines())?;
