@@ -7,8 +7,12 @@ use std::{
     collections::BTreeMap,
     fmt::Write,
     fs,
+    io::Read,
     path::{Path, PathBuf},
 };
+
+/// A longer file is not read: records have some hundred bytes an operation.
+const LONGEST: u64 = 1 << 26;
 
 /// How a rank ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -213,7 +217,11 @@ impl Record {
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let io = |reason: String| Error::Io { path: path.into(), reason };
-        let text = fs::read_to_string(path).map_err(|error| io(error.to_string()))?;
+        let mut text = String::new();
+        let file = fs::File::open(path).and_then(|file| file.take(LONGEST + 1).read_to_string(&mut text));
+        if file.map_err(|error| io(error.to_string()))? as u64 > LONGEST {
+            return Err(io(format!("not the record of a rank: longer than {LONGEST} bytes")));
+        }
         Self::parse(&text).ok_or_else(|| io("not the record of a rank".into()))
     }
 
@@ -244,7 +252,7 @@ impl Record {
                 named: named.filter_map(|rank| Some(number(rank)? as usize)).collect(),
             })
         };
-        Some(Self {
+        let record = Self {
             job: text(&head["job"])?,
             rank: number(&head["rank"])? as usize,
             world: number(&head["world"])? as usize,
@@ -254,7 +262,8 @@ impl Record {
             groups: groups.collect::<Option<_>>()?,
             forgotten: number(&head["forgotten"])?,
             entries: lines.map(entry).collect::<Option<_>>()?,
-        })
+        };
+        (record.rank < record.world).then_some(record)
     }
 
     /// Reads the records of the job that was started last, of these files and of those in these folders, by rank.

@@ -1,5 +1,6 @@
 //! What ranks note, what is read from it, and who is blamed.
 
+use proptest::{collection::vec, prelude::*};
 use shardwise::{
     Error, Result, Tensor,
     comm::{Group, ReduceOp},
@@ -14,11 +15,11 @@ use shardwise::{
 use std::{
     panic::resume_unwind,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
     thread::sleep,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tracing::{Event, Metadata, Subscriber, field::Visit, span};
 
@@ -240,6 +241,65 @@ fn time_lines_show_products_and_collectives_of_each_rank() {
     }
     for event in events.iter().filter(|event| event["ph"] == "X") {
         assert!(event["ts"].as_f64().unwrap() >= 0.0 && event["dur"].as_f64().unwrap() >= 0.0);
+    }
+}
+
+/// Numbers of a damaged file cost no time and no memory.
+#[test]
+fn absurd_numbers_in_records_are_named_or_refused_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = Threads::new(3).flight(folder.path()).run(|group| all_reduce(&group, group.rank().min(1)));
+    run.unwrap_err();
+    let mut records = Record::read_all([folder.path()]).unwrap();
+    let last = records[2].entries.last_mut().unwrap();
+    (last.failure, last.named) = (Some("lost".into()), vec![0, usize::MAX]);
+    for record in &mut records[..2] {
+        (record.ended, record.entries) = (Ended::NotYet, Vec::new());
+    }
+    for world in [1 << 20, usize::MAX] {
+        records[2].world = world;
+        let begin = Instant::now();
+        let verdict = blame(&records);
+        assert_eq!(verdict.ranks[..3], [3, 4, 5]);
+        let words = verdict.to_string();
+        let more = world - 3 - verdict.ranks.len();
+        assert!(words.starts_with("ranks [3, 4, 5, 6, 7, 8, 9, 10] and 4088 more: no record: "), "{words}");
+        assert!(words.contains(&format!(", like {more} more\n")) && words.len() < 1000, "{words}");
+        assert!(begin.elapsed() < Duration::from_secs(1));
+    }
+    // What is longer than any record is not read to its end.
+    assert!(matches!(Record::read("/dev/zero"), Err(Error::Io { .. })));
+}
+
+proptest! {
+    /// Whatever the numbers of a record are, it is refused, or read, judged and drawn.
+    #[test]
+    fn any_numbers_in_records_are_judged_or_refused(
+        numbers in vec((any::<prop::sample::Index>(), any::<u64>(), 0..64_u32), 1..6),
+    ) {
+        static LINES: OnceLock<String> = OnceLock::new();
+        let lines = LINES.get_or_init(|| {
+            let folder = tempfile::tempdir().unwrap();
+            let run = Threads::new(2).flight(folder.path()).run(|group| {
+                all_reduce(&group, 3)?;
+                if group.rank() == 0 { Ok(()) } else { group.barrier() }
+            });
+            run.unwrap_err();
+            Record::read_all([folder.path()]).unwrap()[1].to_lines()
+        });
+        let pieces: Vec<_> = lines.split_inclusive(|letter: char| !letter.is_ascii_digit()).collect();
+        let places: Vec<_> = (0..pieces.len()).filter(|at| pieces[*at].len() > 1).collect();
+        let mut pieces: Vec<_> = pieces.into_iter().map(str::to_string).collect();
+        for (place, number, shift) in numbers {
+            let piece = &mut pieces[*place.get(&places)];
+            *piece = format!("{}{}", number >> shift, piece.chars().last().unwrap_or_default());
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), pieces.concat()).unwrap();
+        if let Ok(record) = Record::read(file.path()) {
+            prop_assert!(blame(std::slice::from_ref(&record)).to_string().len() < 10_000);
+            chrome(&[record]);
+        }
     }
 }
 
