@@ -131,6 +131,18 @@ fn the_others_have_time_for_last_words_and_are_killed_if_they_stay() {
     assert!(text(&output.stdout).contains("[1] last words"), "{output:?}");
 }
 
+#[test]
+fn a_grace_of_any_length_is_kept_and_what_is_no_time_refused() {
+    let output = run(script(2, &["--grace", "1e19"], "[ $RANK = 1 ] && exit 3; exec sleep 100"));
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    for wrong in ["nan", "inf", "-1", "1e20", "soon", ""] {
+        let output = run(script(2, &["--grace", wrong], "exit 3"));
+        assert_eq!(output.status.code(), Some(2), "{wrong}: {output:?}");
+        let words = text(&output.stderr);
+        assert!(words.contains(&format!("invalid value '{wrong}' for '--grace <GRACE>': ")), "{words}");
+    }
+}
+
 /// The number of processes that carry a mark in their environment.
 fn marked(mark: &str) -> usize {
     let entry = format!("MARK={mark}").into_bytes();

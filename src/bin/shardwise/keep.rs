@@ -132,7 +132,8 @@ impl Ranks {
     }
 
     fn schedule(&mut self, after: Duration, signal: Signal) {
-        let at = Instant::now() + after;
+        // What is too far away never comes.
+        let Some(at) = Instant::now().checked_add(after) else { return };
         if self.next.is_none_or(|(next, _)| at < next) {
             self.next = Some((at, signal));
         }
@@ -196,11 +197,9 @@ pub(crate) fn keep(job: &Job) -> io::Result<u8> {
         let _ = events.send(Event::Alone);
     });
 
-    let grace = Duration::try_from_secs_f64(job.grace)
-        .map_err(|error| io::Error::other(format!("--grace {}: {error}", job.grace)))?;
     let mut ranks = Ranks {
         ranks: Vec::new(),
-        grace,
+        grace: job.grace,
         failed: None,
         left: Vec::new(),
         stopped: Vec::new(),

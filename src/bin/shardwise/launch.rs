@@ -18,6 +18,7 @@ use std::{
     path::PathBuf,
     process::{Command, Stdio},
     thread,
+    time::Duration,
 };
 
 /// What is to be started, and how.
@@ -27,14 +28,19 @@ pub(crate) struct Job {
     #[arg(short = 'n', long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) ranks: u32,
     /// How many seconds a rank has, from SIGTERM on, until it is killed.
-    #[arg(long, default_value_t = 5.0)]
-    pub(crate) grace: f64,
+    #[arg(long, default_value = "5", value_parser = seconds, allow_negative_numbers = true)]
+    pub(crate) grace: Duration,
     /// A folder where ranks that fail write their last operations (SHARDWISE_FLIGHT_DIR).
     #[arg(long)]
     pub(crate) flight: Option<PathBuf>,
     /// The program that every rank runs, with its arguments.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) program: Vec<OsString>,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
 }
 
 /// The signals that are handed on to the ranks.
