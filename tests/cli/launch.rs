@@ -5,6 +5,7 @@ use std::{
     collections::BTreeSet,
     fs,
     io::{BufRead, BufReader, Read},
+    path::Path,
     process::{Child, Command, Output, Stdio},
     sync::atomic::{AtomicUsize, Ordering},
     thread::sleep,
@@ -156,9 +157,10 @@ fn marked(mark: &str) -> usize {
 }
 
 /// Starts a job of long-lived ranks with children, and waits until all are there. Its processes carry `mark`.
-fn long_job(mark: &str, body: &str) -> Child {
+fn long_job(mark: &str, body: &str, temporary: &Path) -> Child {
     let mut command = script(2, &["--grace", "1"], body);
-    let mut child = command.env("MARK", mark).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    command.env("MARK", mark).env("TMPDIR", temporary);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap());
     for _ in 0..2 {
         lines.read_line(&mut String::new()).unwrap();
@@ -193,11 +195,12 @@ const CHILDREN: &str =
 
 #[test]
 fn signals_are_forwarded() {
+    let temporary = tempfile::tempdir().unwrap();
     for (signal, name) in [("-INT", "SIGINT"), ("-TERM", "SIGTERM"), ("-HUP", "SIGHUP")] {
         let mark = fresh_mark();
         let body =
             format!("{CHILDREN} trap 'exit 0' {}; echo ready; while :; do sleep 0.01; done", &signal[1..]);
-        let mut job = long_job(&mark, &body);
+        let mut job = long_job(&mark, &body, temporary.path());
         kill(job.id(), signal);
         let mut words = String::new();
         job.stderr.take().unwrap().read_to_string(&mut words).unwrap();
@@ -207,11 +210,12 @@ fn signals_are_forwarded() {
     }
     // Ranks that do not handle it die of it.
     let mark = fresh_mark();
-    let mut job = long_job(&mark, "echo ready; exec sleep 1000");
+    let mut job = long_job(&mark, "echo ready; exec sleep 1000", temporary.path());
     kill(job.id(), "-TERM");
     assert_eq!(job.wait().unwrap().code(), Some(128 + 15));
     // One that means nothing special arrives, and nothing ends.
-    let mut job = long_job(&mark, "trap 'exit 7' USR1; echo ready; while :; do sleep 0.01; done");
+    let body = "trap 'exit 7' USR1; echo ready; while :; do sleep 0.01; done";
+    let mut job = long_job(&mark, body, temporary.path());
     kill(job.id(), "-USR1");
     assert_eq!(job.wait().unwrap().code(), Some(7));
 }
@@ -223,7 +227,9 @@ fn a_killed_launcher_leaves_no_orphans() {
     let mut slowest = Duration::ZERO;
     for round in 0..kills {
         let mark = fresh_mark();
-        let mut job = long_job(&mark, &format!("{CHILDREN} echo ready; wait; sleep 1000"));
+        let temporary = tempfile::tempdir().unwrap();
+        let body = format!("{CHILDREN} echo ready; wait; sleep 1000");
+        let mut job = long_job(&mark, &body, temporary.path());
         let launcher = job.id();
         let keeper = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
         assert!(marked(&mark) >= 8, "launcher, keeper, ranks and their children");
@@ -232,6 +238,8 @@ fn a_killed_launcher_leaves_no_orphans() {
         // Reaped at once, as a shell does.
         let status = job.wait().unwrap();
         slowest = slowest.max(gone_after(&mark, Duration::from_secs(2)));
+        // Whichever is left removes the folder of records.
+        assert_eq!(fs::read_dir(temporary.path()).unwrap().count(), 0);
         assert!(!status.success());
     }
     println!("{kills} kills, the last process was gone after {slowest:?}");

@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, getpid, kill_process, set_child_subreaper};
 use signal_hook::{consts::signal, iterator::Signals};
 use std::{
     env,
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     io,
     os::unix::process::{CommandExt, ExitStatusExt},
     path::PathBuf,
@@ -30,12 +30,21 @@ pub(crate) struct Job {
     /// How many seconds a rank has, from SIGTERM on, until it is killed.
     #[arg(long, default_value = "5", value_parser = seconds, allow_negative_numbers = true)]
     pub(crate) grace: Duration,
-    /// A folder where ranks that fail write their last operations (SHARDWISE_FLIGHT_DIR).
+    /// A folder where the records of the ranks' last operations are kept. Without it, and without
+    /// the variable SHARDWISE_FLIGHT_DIR, they are removed at the end.
     #[arg(long)]
     pub(crate) flight: Option<PathBuf>,
     /// The program that every rank runs, with its arguments.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) program: Vec<OsString>,
+}
+
+impl Job {
+    /// The folder that the user has named for records.
+    pub(crate) fn records(&self) -> Option<PathBuf> {
+        let named = || env::var_os("SHARDWISE_FLIGHT_DIR").filter(|folder| !folder.is_empty());
+        self.flight.clone().or_else(|| named().map(PathBuf::from))
+    }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -47,12 +56,20 @@ fn seconds(text: &str) -> Result<Duration, String> {
 pub(crate) const FORWARDED: [i32; 6] =
     [signal::SIGINT, signal::SIGTERM, signal::SIGHUP, signal::SIGQUIT, signal::SIGUSR1, signal::SIGUSR2];
 
-pub(crate) fn launch(_: &Job) -> io::Result<u8> {
+pub(crate) fn launch(job: &Job) -> io::Result<u8> {
+    // The ranks' records say who failed first. The keeper removes them; if it is killed, this does.
+    let private = if job.records().is_none() {
+        let folder = tempfile::Builder::new().prefix("shardwise-").tempdir();
+        folder.inspect_err(|error| eprintln!("shardwise: no folder for the ranks' records: {error}")).ok()
+    } else {
+        None
+    };
     set_child_subreaper(Some(getpid()))?;
     let mut signals = Signals::new(FORWARDED)?;
     // In a group of its own: what a terminal sends to this process's group comes to the ranks once, by way of this process.
     let mut keeper = Command::new(env::current_exe()?)
         .arg("keep")
+        .args(private.iter().flat_map(|folder| [OsStr::new("--private"), folder.path().as_os_str()]))
         .args(env::args_os().skip(2))
         .stdin(Stdio::piped())
         .process_group(0)
@@ -68,8 +85,8 @@ pub(crate) fn launch(_: &Job) -> io::Result<u8> {
     let status = keeper.wait()?;
     drop(lifeline);
     if let Some(signal) = status.signal() {
-        eprintln!("shardwise: the process that keeps the ranks was killed by {}", name(signal));
         tree::kill_descendants();
+        eprintln!("shardwise: the process that keeps the ranks was killed by {}", name(signal));
         return Ok(128 + signal as u8);
     }
     Ok(status.code().unwrap_or(1) as u8)
