@@ -245,6 +245,46 @@ fn a_killed_launcher_leaves_no_orphans() {
     println!("{kills} kills, the last process was gone after {slowest:?}");
 }
 
+/// A pipe that is full and not read takes no line, of a rank or of the launcher.
+#[test]
+fn a_job_ends_though_nobody_reads_its_output() {
+    for (signal, both) in [("-TERM", false), ("-KILL", false), ("-TERM", true), ("-KILL", true)] {
+        let mark = fresh_mark();
+        let (unread, to) = std::io::pipe().unwrap();
+        let mut job = script(2, &["--grace", "0.5"], "echo x > $FIFO; exec yes");
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("started");
+        assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        job.env("MARK", &mark).env("FIFO", &fifo).stdout(to.try_clone().unwrap());
+        job.stderr(if both { to.into() } else { Stdio::null() });
+        let mut child = job.spawn().unwrap();
+        drop(job);
+        let mut started = BufReader::new(fs::File::open(&fifo).unwrap()).lines();
+        assert!(started.all(|line| line.is_ok()));
+        sleep(Duration::from_millis(200));
+        kill(child.id(), signal);
+        let begin = Instant::now();
+        while child.try_wait().unwrap().is_none() {
+            assert!(begin.elapsed() < Duration::from_secs(4), "{signal}: the launcher has not ended");
+            sleep(Duration::from_millis(5));
+        }
+        assert!(!child.wait().unwrap().success());
+        gone_after(&mark, Duration::from_secs(4));
+        drop(unread);
+    }
+}
+
+/// Who reads slowly gets all.
+#[test]
+fn a_job_that_ends_by_itself_waits_for_its_reader() {
+    let mut job = script(1, &["--grace", "0.1"], "seq 100000; exit 3");
+    let mut child = job.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    sleep(Duration::from_secs(1));
+    let output = child.stdout.take().map(BufReader::new).unwrap().lines();
+    assert_eq!(output.map(|line| line.unwrap()).last().unwrap(), "[0] 100000");
+    assert_eq!(child.wait().unwrap().code(), Some(3));
+}
+
 #[test]
 fn a_job_leaves_nothing_of_what_its_ranks_started() {
     for (end, code) in [("exit 0", 0), ("[ $RANK = 0 ] && exit 4; wait", 4)] {

@@ -29,7 +29,7 @@ use std::{
 };
 
 /// What the other ranks have, when one has failed, to say what they know of it.
-const LAST_WORDS: Duration = Duration::from_millis(300);
+pub(crate) const LAST_WORDS: Duration = Duration::from_millis(300);
 /// What ranks have to end when the launcher was killed.
 const ORPHANED: Duration = Duration::from_millis(500);
 
@@ -37,6 +37,17 @@ enum Event {
     Signal(i32),
     /// The launcher has died.
     Alone,
+    /// A step of the output is written.
+    Written(Step),
+}
+
+/// What is written when the ranks are over.
+#[derive(Clone, Copy, PartialEq)]
+enum Step {
+    /// The rest of what they have printed.
+    Ranks,
+    /// What became of them.
+    Report,
 }
 
 /// How a process ended.
@@ -323,7 +334,7 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
                     ranks.send(Signal::TERM, &[]);
                     ranks.schedule(ORPHANED, Signal::KILL);
                 }
-                None => {}
+                Some(Event::Written(_)) | None => {}
             }
             ranks.escalate();
         }
@@ -334,11 +345,22 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
         Ok(()) => ranks.report(),
         Err(error) => (format!("shardwise: {error}\n"), 1),
     };
+    let over = Instant::now().checked_add(job.grace);
+    let mut limit = over.filter(|_| ranks.is_to_end());
     // The launcher does it as well, in case this process is killed.
     private.iter().for_each(|folder| drop(fs::remove_dir_all(folder)));
-    outputs.into_iter().for_each(|output| drop(output.join()));
-    // Perhaps nobody reads it any more.
-    let _ = io::stderr().write_all(words.as_bytes());
+    let (copied, said) = (events.clone(), events);
+    thread::spawn(move || {
+        outputs.into_iter().for_each(|output| drop(output.join()));
+        copied.send(Event::Written(Step::Ranks))
+    });
+    wait_for_reader(&news, Step::Ranks, &mut limit, job.grace);
+    thread::spawn(move || {
+        // Perhaps nobody reads it any more.
+        let _ = io::stderr().write_all(words.as_bytes());
+        said.send(Event::Written(Step::Report))
+    });
+    wait_for_reader(&news, Step::Report, &mut limit, job.grace);
     Ok(code)
 }
 
@@ -346,6 +368,21 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
 fn next(news: &Receiver<Event>, limit: Option<Instant>) -> Option<Event> {
     let patience = limit.map_or(Duration::from_secs(3600), |limit| limit - Instant::now());
     news.recv_timeout(patience).ok()
+}
+
+/// Waits until a step is written: as long as the reader of the output takes, but once the job is to
+/// end, until `limit` at most.
+fn wait_for_reader(news: &Receiver<Event>, step: Step, limit: &mut Option<Instant>, grace: Duration) {
+    *limit = limit.map(|limit| limit.max(Instant::now() + LAST_WORDS));
+    while limit.is_none_or(|limit| limit > Instant::now()) {
+        match next(news, *limit) {
+            Some(Event::Written(done)) if done == step => return,
+            Some(Event::Signal(SIGCHLD | SIGUSR1 | SIGUSR2) | Event::Written(_)) | None => {}
+            Some(Event::Signal(_) | Event::Alone) => {
+                *limit = limit.or_else(|| Instant::now().checked_add(grace));
+            }
+        }
+    }
 }
 
 fn start(job: &Job, id: &str, ranks: &mut Ranks, outputs: &mut Vec<JoinHandle<()>>) -> io::Result<()> {

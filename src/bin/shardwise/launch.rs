@@ -6,17 +6,18 @@
 //! (`PR_SET_PDEATHSIG`), and what they have started becomes this process's children (`PR_SET_CHILD_SUBREAPER`), which
 //! kills them.
 
-use crate::tree;
+use crate::{keep::LAST_WORDS, tree};
 use clap::Args;
 use rustix::process::{Pid, Signal, getpid, kill_process, set_child_subreaper};
 use signal_hook::{consts::signal, iterator::Signals};
 use std::{
     env,
     ffi::{OsStr, OsString},
-    io,
+    io::{self, Write},
     os::unix::process::{CommandExt, ExitStatusExt},
     path::PathBuf,
     process::{Command, Stdio},
+    sync::mpsc,
     thread,
     time::Duration,
 };
@@ -27,7 +28,8 @@ pub(crate) struct Job {
     /// The number of ranks.
     #[arg(short = 'n', long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) ranks: u32,
-    /// How many seconds a rank has, from SIGTERM on, until it is killed.
+    /// How many seconds a rank has, from SIGTERM on, until it is killed; then as many for whoever
+    /// reads its output, until that is cut off.
     #[arg(long, default_value = "5", value_parser = seconds, allow_negative_numbers = true)]
     pub(crate) grace: Duration,
     /// A folder where the records of the ranks' last operations are kept. Without it, and without
@@ -86,7 +88,14 @@ pub(crate) fn launch(job: &Job) -> io::Result<u8> {
     drop(lifeline);
     if let Some(signal) = status.signal() {
         tree::kill_descendants();
-        eprintln!("shardwise: the process that keeps the ranks was killed by {}", name(signal));
+        let words = format!("shardwise: the process that keeps the ranks was killed by {}\n", name(signal));
+        // Perhaps nobody reads it.
+        let (said, over) = mpsc::channel();
+        thread::spawn(move || {
+            let _ = io::stderr().write_all(words.as_bytes());
+            said.send(())
+        });
+        let _ = over.recv_timeout(LAST_WORDS);
         return Ok(128 + signal as u8);
     }
     Ok(status.code().unwrap_or(1) as u8)
