@@ -5,6 +5,9 @@
 //! SIGKILL, the keeper finds the pipe's end and ends the ranks. When the keeper dies, the kernel kills the ranks
 //! (`PR_SET_PDEATHSIG`), and what they have started becomes this process's children (`PR_SET_CHILD_SUBREAPER`), which
 //! kills them.
+//!
+//! When both are killed at once, the kernel kills the ranks, but not what they have started. A
+//! further process beside each rank could find that, and could itself be killed.
 
 use crate::{keep::LAST_WORDS, tree};
 use clap::Args;
