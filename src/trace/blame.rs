@@ -1,7 +1,10 @@
 //! Who broke a job, by the records of its ranks.
 
 use super::{Ended, Entry, Record};
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 /// The ranks that broke a job, and why they are thought to have.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,12 +17,27 @@ pub struct Blame {
     pub waited: Option<String>,
 }
 
+/// So many ranks without a record are named.
+const NAMED: usize = 4096;
+/// So many ranks are printed.
+const PRINTED: usize = 8;
+
+impl Blame {
+    /// The ranks in words; of many, the first and a count.
+    pub fn who(&self) -> String {
+        match self.ranks.as_slice() {
+            [] => "no rank".into(),
+            [rank] => format!("rank {rank}"),
+            ranks if ranks.len() <= PRINTED => format!("ranks {ranks:?}"),
+            ranks => format!("ranks {:?} and {} more", &ranks[..PRINTED], ranks.len() - PRINTED),
+        }
+    }
+}
+
 impl fmt::Display for Blame {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.ranks.as_slice() {
-            [] => {}
-            [rank] => write!(f, "rank {rank}: ")?,
-            ranks => write!(f, "ranks {ranks:?}: ")?,
+        if !self.ranks.is_empty() {
+            write!(f, "{}: ", self.who())?;
         }
         f.write_str(&self.reason)?;
         self.waited.as_ref().map_or(Ok(()), |waited| write!(f, "\n{waited}"))
@@ -82,10 +100,15 @@ pub fn blame(records: &[Record]) -> Blame {
         return verdict(Vec::new(), "no call of a group has failed".into());
     };
     let world = records.iter().map(|record| record.world).max().unwrap_or(0);
-    let silent: Vec<_> =
-        (0..world).filter(|rank| records.iter().all(|record| record.rank != *rank)).collect();
-    if !silent.is_empty() {
-        return verdict(silent, "no record: killed, stopped, or gone without a word".into());
+    let written: BTreeSet<_> =
+        records.iter().map(|record| record.rank).filter(|rank| *rank < world).collect();
+    let silent = world - written.len();
+    if silent > 0 {
+        // The number is a file's, which may be damaged.
+        let ranks: Vec<_> = (0..world).filter(|rank| !written.contains(rank)).take(NAMED).collect();
+        let more = silent - ranks.len();
+        let more = if more > 0 { format!(", like {more} more") } else { String::new() };
+        return verdict(ranks, format!("no record: killed, stopped, or gone without a word{more}"));
     }
     let named = named(records, &first);
     let left: Vec<_> = named

@@ -139,48 +139,48 @@ impl Recorder {
         Ticket(number)
     }
 
-    fn leave(&mut self, ticket: Ticket, error: Option<&Error>) {
+    fn leave(&mut self, ticket: Ticket, failed: bool) {
         let now = self.now();
         // It may have been overwritten.
         if self.next - ticket.0 <= CAPACITY as u64
             && let Some(event) = self.events.get_mut(ticket.0 as usize % CAPACITY)
         {
             event.end = now;
-            event.state = if error.is_some() { State::Failed } else { State::Done };
-        }
-        if let Some(error) = error {
-            self.fail(ticket, error);
+            event.state = if failed { State::Failed } else { State::Done };
         }
     }
 
-    #[cold]
-    fn fail(&mut self, ticket: Ticket, error: &Error) {
-        let (kind, named) = match error {
-            Error::Mismatch(mismatch) => ("mismatch", vec![mismatch.left_rank, mismatch.right_rank]),
-            Error::PeerLost { rank, .. } => ("lost", vec![*rank]),
-            Error::Deadline { missing, .. } => ("deadline", missing.clone()),
-            _ => ("error", Vec::new()),
-        };
-        tracing::error!(target: "shardwise", rank = self.rank, %error);
+    /// Notes a failure, and returns what has to be written.
+    fn fail(&mut self, failure: Failure) -> Option<Page> {
         if self.failures.len() < FEW {
-            self.failures.push(Failure { number: ticket.0, kind, words: error.to_string(), named });
+            self.failures.push(failure);
         }
-        if self.writes < WRITES {
-            self.writes += 1;
-            self.write(Ended::NotYet);
-        }
+        self.writes += 1;
+        (self.writes <= WRITES).then(|| self.page(Ended::NotYet)).flatten()
     }
 
-    /// Writes the record, if there is a folder for it.
-    #[cold]
-    fn write(&self, ended: Ended) {
-        let Some(folder) = &self.folder else { return };
-        if let Err(error) = self.record(ended).write(folder) {
-            tracing::warn!(target: "shardwise", rank = self.rank, %error, "the flight record cannot be written");
+    /// What has to be written, if there is a folder for it.
+    fn page(&self, ended: Ended) -> Option<Page> {
+        Some(Page { folder: self.folder.clone()?, record: self.record(ended) })
+    }
+}
+
+/// A record that is to be written.
+struct Page {
+    folder: PathBuf,
+    record: Record,
+}
+
+impl Page {
+    fn write(&self) {
+        if let Err(error) = self.record.write(&self.folder) {
+            let rank = self.record.rank;
+            tracing::warn!(target: "shardwise", rank, %error, "the flight record cannot be written");
         }
     }
 }
 
+// A subscriber of `tracing` may ask for a snapshot: nothing is told while the recorder is borrowed.
 thread_local! {
     static RECORDER: RefCell<Recorder> = RefCell::new(Recorder::new());
 }
@@ -195,6 +195,10 @@ pub(crate) fn folder() -> Option<PathBuf> {
 
 /// This thread becomes a rank.
 pub(crate) fn begin(job: String, rank: usize, world: usize, folder: Option<PathBuf>) {
+    if let Some(folder) = &folder {
+        // A record of an earlier start of the same name says nothing of this one.
+        let _ = std::fs::remove_file(Record::path(folder, &job, rank));
+    }
     RECORDER.with_borrow_mut(|recorder| *recorder = Recorder { job, rank, world, folder, ..Recorder::new() });
 }
 
@@ -205,10 +209,12 @@ pub(crate) fn end<R>(result: &std::thread::Result<Result<R>>) {
         Ok(Err(_)) => Ended::Failed,
         Err(_) => Ended::Panicked,
     };
-    RECORDER.with_borrow_mut(|recorder| {
-        recorder.write(ended);
+    let page = RECORDER.with_borrow_mut(|recorder| {
+        let page = recorder.page(ended);
         recorder.folder = None;
+        page
     });
+    page.iter().for_each(Page::write);
 }
 
 /// This rank is in a group.
@@ -235,7 +241,24 @@ pub(crate) fn wait(operation: Operation) -> Ticket {
 
 /// Notes how an operation ended.
 pub(crate) fn leave(ticket: Ticket, error: Option<&Error>) {
-    RECORDER.with_borrow_mut(|recorder| recorder.leave(ticket, error));
+    RECORDER.with_borrow_mut(|recorder| recorder.leave(ticket, error.is_some()));
+    if let Some(error) = error {
+        fail(ticket, error);
+    }
+}
+
+#[cold]
+fn fail(ticket: Ticket, error: &Error) {
+    let (kind, named) = match error {
+        Error::Mismatch(mismatch) => ("mismatch", vec![mismatch.left_rank, mismatch.right_rank]),
+        Error::PeerLost { rank, .. } => ("lost", vec![*rank]),
+        Error::Deadline { missing, .. } => ("deadline", missing.clone()),
+        _ => ("error", Vec::new()),
+    };
+    let failure = Failure { number: ticket.0, kind, words: error.to_string(), named };
+    let (rank, page) = RECORDER.with_borrow_mut(|recorder| (recorder.rank, recorder.fail(failure)));
+    tracing::error!(target: "shardwise", rank, %error);
+    page.iter().for_each(Page::write);
 }
 
 /// Notes something that a rank computes by itself.
@@ -256,4 +279,21 @@ pub(crate) fn compute<R>(
 /// What this thread's rank has done last.
 pub fn snapshot() -> Record {
     RECORDER.with_borrow(|recorder| recorder.record(Ended::NotYet))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_of_an_earlier_start_of_the_same_name_is_not_taken_for_the_new_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let start = || begin("job.0".into(), 3, 8, Some(folder.path().into()));
+        let path = Record::path(folder.path(), "job.0", 3);
+        start();
+        end(&Ok(Ok(())));
+        assert_eq!(Record::read(&path).unwrap().ended, Ended::Well);
+        start();
+        assert!(!path.exists());
+    }
 }

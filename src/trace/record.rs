@@ -7,8 +7,12 @@ use std::{
     collections::BTreeMap,
     fmt::Write,
     fs,
+    io::Read,
     path::{Path, PathBuf},
 };
+
+/// A longer file is not read: records have some hundred bytes an operation.
+const LONGEST: u64 = 1 << 26;
 
 /// How a rank ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,12 +159,17 @@ impl Recorder {
 }
 
 impl Record {
+    /// The file of a rank of a job in a folder of records.
+    pub fn path(folder: &Path, job: &str, rank: usize) -> PathBuf {
+        let job: String =
+            job.chars().map(|letter| if letter.is_alphanumeric() { letter } else { '-' }).collect();
+        folder.join(format!("{job}-rank{rank}.jsonl"))
+    }
+
     /// Writes a file of its own for this rank into a folder, which is made if it is not there.
     pub(super) fn write(&self, folder: &Path) -> std::io::Result<()> {
         fs::create_dir_all(folder)?;
-        let job: String =
-            self.job.chars().map(|letter| if letter.is_alphanumeric() { letter } else { '-' }).collect();
-        let path = folder.join(format!("{job}-rank{}.jsonl", self.rank));
+        let path = Self::path(folder, &self.job, self.rank);
         // Whole, or not at all: a reader may come at any time.
         let part = path.with_extension(format!("part{}", self.rank));
         fs::write(&part, self.to_lines())?;
@@ -208,7 +217,11 @@ impl Record {
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let io = |reason: String| Error::Io { path: path.into(), reason };
-        let text = fs::read_to_string(path).map_err(|error| io(error.to_string()))?;
+        let mut text = String::new();
+        let file = fs::File::open(path).and_then(|file| file.take(LONGEST + 1).read_to_string(&mut text));
+        if file.map_err(|error| io(error.to_string()))? as u64 > LONGEST {
+            return Err(io(format!("not the record of a rank: longer than {LONGEST} bytes")));
+        }
         Self::parse(&text).ok_or_else(|| io("not the record of a rank".into()))
     }
 
@@ -239,7 +252,7 @@ impl Record {
                 named: named.filter_map(|rank| Some(number(rank)? as usize)).collect(),
             })
         };
-        Some(Self {
+        let record = Self {
             job: text(&head["job"])?,
             rank: number(&head["rank"])? as usize,
             world: number(&head["world"])? as usize,
@@ -249,7 +262,8 @@ impl Record {
             groups: groups.collect::<Option<_>>()?,
             forgotten: number(&head["forgotten"])?,
             entries: lines.map(entry).collect::<Option<_>>()?,
-        })
+        };
+        (record.rank < record.world).then_some(record)
     }
 
     /// Reads the records of the job that was started last, of these files and of those in these folders, by rank.

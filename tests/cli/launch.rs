@@ -5,6 +5,7 @@ use std::{
     collections::BTreeSet,
     fs,
     io::{BufRead, BufReader, Read},
+    path::Path,
     process::{Child, Command, Output, Stdio},
     sync::atomic::{AtomicUsize, Ordering},
     thread::sleep,
@@ -131,6 +132,18 @@ fn the_others_have_time_for_last_words_and_are_killed_if_they_stay() {
     assert!(text(&output.stdout).contains("[1] last words"), "{output:?}");
 }
 
+#[test]
+fn a_grace_of_any_length_is_kept_and_what_is_no_time_refused() {
+    let output = run(script(2, &["--grace", "1e19"], "[ $RANK = 1 ] && exit 3; exec sleep 100"));
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    for wrong in ["nan", "inf", "-1", "1e20", "soon", ""] {
+        let output = run(script(2, &["--grace", wrong], "exit 3"));
+        assert_eq!(output.status.code(), Some(2), "{wrong}: {output:?}");
+        let words = text(&output.stderr);
+        assert!(words.contains(&format!("invalid value '{wrong}' for '--grace <GRACE>': ")), "{words}");
+    }
+}
+
 /// The number of processes that carry a mark in their environment.
 fn marked(mark: &str) -> usize {
     let entry = format!("MARK={mark}").into_bytes();
@@ -144,9 +157,10 @@ fn marked(mark: &str) -> usize {
 }
 
 /// Starts a job of long-lived ranks with children, and waits until all are there. Its processes carry `mark`.
-fn long_job(mark: &str, body: &str) -> Child {
+fn long_job(mark: &str, body: &str, temporary: &Path) -> Child {
     let mut command = script(2, &["--grace", "1"], body);
-    let mut child = command.env("MARK", mark).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    command.env("MARK", mark).env("TMPDIR", temporary);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap());
     for _ in 0..2 {
         lines.read_line(&mut String::new()).unwrap();
@@ -181,11 +195,12 @@ const CHILDREN: &str =
 
 #[test]
 fn signals_are_forwarded() {
+    let temporary = tempfile::tempdir().unwrap();
     for (signal, name) in [("-INT", "SIGINT"), ("-TERM", "SIGTERM"), ("-HUP", "SIGHUP")] {
         let mark = fresh_mark();
         let body =
             format!("{CHILDREN} trap 'exit 0' {}; echo ready; while :; do sleep 0.01; done", &signal[1..]);
-        let mut job = long_job(&mark, &body);
+        let mut job = long_job(&mark, &body, temporary.path());
         kill(job.id(), signal);
         let mut words = String::new();
         job.stderr.take().unwrap().read_to_string(&mut words).unwrap();
@@ -195,11 +210,12 @@ fn signals_are_forwarded() {
     }
     // Ranks that do not handle it die of it.
     let mark = fresh_mark();
-    let mut job = long_job(&mark, "echo ready; exec sleep 1000");
+    let mut job = long_job(&mark, "echo ready; exec sleep 1000", temporary.path());
     kill(job.id(), "-TERM");
     assert_eq!(job.wait().unwrap().code(), Some(128 + 15));
     // One that means nothing special arrives, and nothing ends.
-    let mut job = long_job(&mark, "trap 'exit 7' USR1; echo ready; while :; do sleep 0.01; done");
+    let body = "trap 'exit 7' USR1; echo ready; while :; do sleep 0.01; done";
+    let mut job = long_job(&mark, body, temporary.path());
     kill(job.id(), "-USR1");
     assert_eq!(job.wait().unwrap().code(), Some(7));
 }
@@ -211,7 +227,9 @@ fn a_killed_launcher_leaves_no_orphans() {
     let mut slowest = Duration::ZERO;
     for round in 0..kills {
         let mark = fresh_mark();
-        let mut job = long_job(&mark, &format!("{CHILDREN} echo ready; wait; sleep 1000"));
+        let temporary = tempfile::tempdir().unwrap();
+        let body = format!("{CHILDREN} echo ready; wait; sleep 1000");
+        let mut job = long_job(&mark, &body, temporary.path());
         let launcher = job.id();
         let keeper = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
         assert!(marked(&mark) >= 8, "launcher, keeper, ranks and their children");
@@ -220,9 +238,51 @@ fn a_killed_launcher_leaves_no_orphans() {
         // Reaped at once, as a shell does.
         let status = job.wait().unwrap();
         slowest = slowest.max(gone_after(&mark, Duration::from_secs(2)));
+        // Whichever is left removes the folder of records.
+        assert_eq!(fs::read_dir(temporary.path()).unwrap().count(), 0);
         assert!(!status.success());
     }
     println!("{kills} kills, the last process was gone after {slowest:?}");
+}
+
+/// A pipe that is full and not read takes no line, of a rank or of the launcher.
+#[test]
+fn a_job_ends_though_nobody_reads_its_output() {
+    for (signal, both) in [("-TERM", false), ("-KILL", false), ("-TERM", true), ("-KILL", true)] {
+        let mark = fresh_mark();
+        let (unread, to) = std::io::pipe().unwrap();
+        let mut job = script(2, &["--grace", "0.5"], "echo x > $FIFO; exec yes");
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("started");
+        assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        job.env("MARK", &mark).env("FIFO", &fifo).stdout(to.try_clone().unwrap());
+        job.stderr(if both { to.into() } else { Stdio::null() });
+        let mut child = job.spawn().unwrap();
+        drop(job);
+        let mut started = BufReader::new(fs::File::open(&fifo).unwrap()).lines();
+        assert!(started.all(|line| line.is_ok()));
+        sleep(Duration::from_millis(200));
+        kill(child.id(), signal);
+        let begin = Instant::now();
+        while child.try_wait().unwrap().is_none() {
+            assert!(begin.elapsed() < Duration::from_secs(4), "{signal}: the launcher has not ended");
+            sleep(Duration::from_millis(5));
+        }
+        assert!(!child.wait().unwrap().success());
+        gone_after(&mark, Duration::from_secs(4));
+        drop(unread);
+    }
+}
+
+/// Who reads slowly gets all.
+#[test]
+fn a_job_that_ends_by_itself_waits_for_its_reader() {
+    let mut job = script(1, &["--grace", "0.1"], "seq 100000; exit 3");
+    let mut child = job.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    sleep(Duration::from_secs(1));
+    let output = child.stdout.take().map(BufReader::new).unwrap().lines();
+    assert_eq!(output.map(|line| line.unwrap()).last().unwrap(), "[0] 100000");
+    assert_eq!(child.wait().unwrap().code(), Some(3));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! What ranks note, what is read from it, and who is blamed.
 
+use proptest::{collection::vec, prelude::*};
 use shardwise::{
     Error, Result, Tensor,
     comm::{Group, ReduceOp},
@@ -14,11 +15,11 @@ use shardwise::{
 use std::{
     panic::resume_unwind,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
     thread::sleep,
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tracing::{Event, Metadata, Subscriber, field::Visit, span};
 
@@ -243,7 +244,66 @@ fn time_lines_show_products_and_collectives_of_each_rank() {
     }
 }
 
-/// Takes in what is said.
+/// Numbers of a damaged file cost no time and no memory.
+#[test]
+fn absurd_numbers_in_records_are_named_or_refused_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = Threads::new(3).flight(folder.path()).run(|group| all_reduce(&group, group.rank().min(1)));
+    run.unwrap_err();
+    let mut records = Record::read_all([folder.path()]).unwrap();
+    let last = records[2].entries.last_mut().unwrap();
+    (last.failure, last.named) = (Some("lost".into()), vec![0, usize::MAX]);
+    for record in &mut records[..2] {
+        (record.ended, record.entries) = (Ended::NotYet, Vec::new());
+    }
+    for world in [1 << 20, usize::MAX] {
+        records[2].world = world;
+        let begin = Instant::now();
+        let verdict = blame(&records);
+        assert_eq!(verdict.ranks[..3], [3, 4, 5]);
+        let words = verdict.to_string();
+        let more = world - 3 - verdict.ranks.len();
+        assert!(words.starts_with("ranks [3, 4, 5, 6, 7, 8, 9, 10] and 4088 more: no record: "), "{words}");
+        assert!(words.contains(&format!(", like {more} more\n")) && words.len() < 1000, "{words}");
+        assert!(begin.elapsed() < Duration::from_secs(1));
+    }
+    // What is longer than any record is not read to its end.
+    assert!(matches!(Record::read("/dev/zero"), Err(Error::Io { .. })));
+}
+
+proptest! {
+    /// Whatever the numbers of a record are, it is refused, or read, judged and drawn.
+    #[test]
+    fn any_numbers_in_records_are_judged_or_refused(
+        numbers in vec((any::<prop::sample::Index>(), any::<u64>(), 0..64_u32), 1..6),
+    ) {
+        static LINES: OnceLock<String> = OnceLock::new();
+        let lines = LINES.get_or_init(|| {
+            let folder = tempfile::tempdir().unwrap();
+            let run = Threads::new(2).flight(folder.path()).run(|group| {
+                all_reduce(&group, 3)?;
+                if group.rank() == 0 { Ok(()) } else { group.barrier() }
+            });
+            run.unwrap_err();
+            Record::read_all([folder.path()]).unwrap()[1].to_lines()
+        });
+        let pieces: Vec<_> = lines.split_inclusive(|letter: char| !letter.is_ascii_digit()).collect();
+        let places: Vec<_> = (0..pieces.len()).filter(|at| pieces[*at].len() > 1).collect();
+        let mut pieces: Vec<_> = pieces.into_iter().map(str::to_string).collect();
+        for (place, number, shift) in numbers {
+            let piece = &mut pieces[*place.get(&places)];
+            *piece = format!("{}{}", number >> shift, piece.chars().last().unwrap_or_default());
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), pieces.concat()).unwrap();
+        if let Ok(record) = Record::read(file.path()) {
+            prop_assert!(blame(std::slice::from_ref(&record)).to_string().len() < 10_000);
+            chrome(&[record]);
+        }
+    }
+}
+
+/// Takes in what is said, and looks at what was noted then.
 #[derive(Clone, Default)]
 struct Listener(Arc<Mutex<Vec<String>>>);
 
@@ -274,6 +334,9 @@ impl Subscriber for Listener {
     fn event(&self, event: &Event<'_>) {
         let mut words = Words(event.metadata().level().to_string());
         event.record(&mut words);
+        if let Some(failure) = snapshot().entries.into_iter().find_map(|entry| entry.failure) {
+            words.0 += &format!(" noted={failure}");
+        }
         self.0.lock().unwrap().push(words.0);
     }
 
@@ -298,4 +361,21 @@ fn the_same_events_are_spans_of_tracing() {
     );
     assert!(said.contains("ERROR rank=0 error=exchange: a group of one"), "{said}");
     assert!(!said.contains("12345"), "{said}");
+}
+
+/// A subscriber may look at the record of the rank that tells it something.
+#[test]
+fn subscribers_that_take_snapshots_fail_no_rank() {
+    let listener = Listener::default();
+    let outcomes = Threads::new(2).flight("/dev/null/no/folder").run_each(|group| {
+        tracing::subscriber::with_default(listener.clone(), || all_reduce(&group, group.rank()))
+    });
+    for outcome in outcomes.unwrap() {
+        assert!(matches!(outcome, Err(Error::Mismatch(_))), "{outcome:?}");
+    }
+    let said = listener.0.lock().unwrap();
+    let told = |level: &str| {
+        said.iter().filter(|words| words.starts_with(level) && words.ends_with("noted=mismatch")).count()
+    };
+    assert_eq!((told("ERROR rank="), told("WARN message=the flight record")), (2, 2), "{said:?}");
 }

@@ -9,7 +9,7 @@ use rustix::process::{
     Pid, Signal, WaitOptions, WaitStatus, getpid, getppid, kill_process_group, set_child_subreaper,
     set_parent_process_death_signal, wait,
 };
-use shardwise::trace::{Record, blame};
+use shardwise::trace::{Blame, Ended, Record, blame};
 use signal_hook::{
     consts::signal::{SIGCHLD, SIGUSR1, SIGUSR2},
     iterator::Signals,
@@ -17,18 +17,19 @@ use signal_hook::{
 use std::{
     env,
     ffi::OsString,
-    fmt, io,
-    io::Read,
+    fmt, fs, io,
+    io::{Read, Write},
     net::TcpListener,
     os::unix::process::CommandExt,
+    path::PathBuf,
     process::{Command, Stdio},
-    sync::mpsc::{self, RecvTimeoutError},
+    sync::mpsc::{self, Receiver},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 /// What the other ranks have, when one has failed, to say what they know of it.
-const LAST_WORDS: Duration = Duration::from_millis(300);
+pub(crate) const LAST_WORDS: Duration = Duration::from_millis(300);
 /// What ranks have to end when the launcher was killed.
 const ORPHANED: Duration = Duration::from_millis(500);
 
@@ -36,6 +37,17 @@ enum Event {
     Signal(i32),
     /// The launcher has died.
     Alone,
+    /// A step of the output is written.
+    Written(Step),
+}
+
+/// What is written when the ranks are over.
+#[derive(Clone, Copy, PartialEq)]
+enum Step {
+    /// The rest of what they have printed.
+    Ranks,
+    /// What became of them.
+    Report,
 }
 
 /// How a process ended.
@@ -74,19 +86,48 @@ impl fmt::Display for End {
 struct Rank {
     pid: Pid,
     end: Option<End>,
+    /// The signals by which the launcher was to end it.
+    sent: Vec<Signal>,
+}
+
+impl Rank {
+    /// Whether the launcher has ended it.
+    fn was_ended(&self) -> bool {
+        self.sent.iter().any(|signal| self.end == Some(End::Signal(signal.as_raw())))
+    }
+
+    /// Whether it was gone before the launcher asked it to end.
+    fn had_gone(&self) -> bool {
+        self.end.is_some() && self.sent.is_empty()
+    }
+}
+
+/// What the launcher asks of its keeper.
+#[derive(Args)]
+pub(crate) struct Keep {
+    /// A folder for the ranks' records that is removed when they are over.
+    #[arg(long)]
+    private: Option<PathBuf>,
+    #[command(flatten)]
+    job: Job,
 }
 
 /// The ranks, and how far their end has come.
 struct Ranks {
     ranks: Vec<Rank>,
+    /// The job as its records name it, and their folder.
+    job: String,
+    folder: Option<PathBuf>,
     grace: Duration,
-    /// The first that failed.
+    /// The first whose failure was seen.
     failed: Option<usize>,
     /// Those that had ended well before, and those that were stopped then.
     left: Vec<usize>,
     stopped: Vec<usize>,
     /// The signal by which the user ended the job.
     asked: Option<i32>,
+    /// The launcher has died.
+    alone: bool,
     next: Option<(Instant, Signal)>,
 }
 
@@ -95,15 +136,25 @@ impl Ranks {
         self.ranks.iter().filter(|rank| rank.end.is_none())
     }
 
+    /// Whether somebody else than a rank has ended the job.
+    fn is_to_end(&self) -> bool {
+        self.asked.is_some() || self.alone
+    }
+
     fn is_over(&self) -> bool {
         self.living().next().is_none()
     }
 
-    /// Signals all living ranks, and what they have started, as far as it is in their groups.
-    fn send(&self, signal: Signal) {
-        for rank in self.living() {
-            // It may have ended.
-            let _ = kill_process_group(rank.pid, signal);
+    /// Signals the living ranks but some, and what they have started, if it is in their groups.
+    fn send(&mut self, signal: Signal, spared: &[usize]) {
+        for (at, rank) in self.ranks.iter_mut().enumerate() {
+            if rank.end.is_none() && !spared.contains(&at) {
+                // It may have ended.
+                let _ = kill_process_group(rank.pid, signal);
+                if ![Signal::USR1, Signal::USR2].contains(&signal) {
+                    rank.sent.push(signal);
+                }
+            }
         }
     }
 
@@ -114,7 +165,7 @@ impl Ranks {
             let Some(at) = self.ranks.iter().position(|rank| rank.pid == pid) else { continue };
             let end = End::of(status);
             self.ranks[at].end = Some(end);
-            if end != End::Code(0) && self.failed.is_none() && self.asked.is_none() {
+            if end != End::Code(0) && self.failed.is_none() && !self.is_to_end() {
                 self.failed = Some(at);
                 let all = || self.ranks.iter().enumerate();
                 self.left =
@@ -132,7 +183,8 @@ impl Ranks {
     }
 
     fn schedule(&mut self, after: Duration, signal: Signal) {
-        let at = Instant::now() + after;
+        // What is too far away never comes.
+        let Some(at) = Instant::now().checked_add(after) else { return };
         if self.next.is_none_or(|(next, _)| at < next) {
             self.next = Some((at, signal));
         }
@@ -141,7 +193,7 @@ impl Ranks {
     /// Hands a signal on.
     fn forward(&mut self, signal: i32) {
         let Some(known) = Signal::from_named_raw(signal) else { return };
-        self.send(known);
+        self.send(known, &[]);
         if ![SIGUSR1, SIGUSR2].contains(&signal) {
             self.asked = self.asked.or(Some(signal));
             self.schedule(self.grace, Signal::KILL);
@@ -151,99 +203,191 @@ impl Ranks {
     /// Does what is due.
     fn escalate(&mut self) {
         let Some((_, signal)) = self.next.take_if(|(at, _)| *at <= Instant::now()) else { return };
-        self.send(signal);
         if signal == Signal::TERM {
+            let leaving = if self.failed.is_some() { self.leaving() } else { Vec::new() };
+            self.send(signal, &leaving);
             // Who is stopped cannot end by itself.
-            for rank in self.living().filter(|rank| tree::is_stopped(rank.pid)) {
+            for rank in self.ranks.iter_mut().filter(|rank| rank.end.is_none() && tree::is_stopped(rank.pid))
+            {
                 let _ = kill_process_group(rank.pid, Signal::KILL);
+                rank.sent.push(Signal::KILL);
             }
             self.schedule(self.grace, Signal::KILL);
+        } else {
+            self.send(signal, &[]);
         }
     }
 
-    /// Says what became of the job, and returns its exit code.
-    fn report(&self) -> u8 {
-        if let Some(end) = self.failed.and_then(|at| self.ranks[at].end) {
-            eprintln!("shardwise: rank {} failed first: {end}", self.failed.unwrap_or_default());
-            if !self.left.is_empty() {
-                eprintln!("shardwise: ranks {:?} had ended before, with exit code 0", self.left);
-            }
-            if !self.stopped.is_empty() {
-                eprintln!("shardwise: ranks {:?} were stopped by a signal", self.stopped);
-            }
-            return end.code();
+    /// The ranks' records, as far as they can be read.
+    fn records(&self) -> Vec<Record> {
+        let all = || 0..self.ranks.len();
+        let paths =
+            self.folder.iter().flat_map(|folder| all().map(|rank| Record::path(folder, &self.job, rank)));
+        paths.filter_map(|path| Record::read(path).ok()).collect()
+    }
+
+    /// Culprits that have left their group and end by themselves, perhaps after all others. The
+    /// job's exit code is theirs.
+    fn leaving(&self) -> Vec<usize> {
+        let records = self.records();
+        let culprits = self.blame(&records).map_or(Vec::new(), |blame| blame.ranks);
+        let left = records.iter().filter(|record| record.ended != Ended::NotYet);
+        left.map(|record| record.rank).filter(|rank| culprits.contains(rank)).collect()
+    }
+
+    /// Who broke the job, by the ranks' records; none if these name nobody.
+    fn blame(&self, records: &[Record]) -> Option<Blame> {
+        let mut blame = blame(records);
+        blame.ranks.retain(|rank| *rank < self.ranks.len());
+        // A rank that the launcher has ended has no record either: those that went before count.
+        let gone =
+            |rank: &usize| self.ranks[*rank].had_gone() && records.iter().all(|record| record.rank != *rank);
+        if blame.ranks.iter().any(gone) {
+            blame.ranks.retain(gone);
         }
-        let Some(signal) = self.asked else { return 0 };
-        eprintln!("shardwise: ended by {}", name(signal));
+        (!blame.ranks.is_empty()).then_some(blame)
+    }
+
+    /// What became of the job, in words, and its exit code.
+    fn report(&self) -> (String, u8) {
+        let Some(first) = self.failed else { return self.report_without_failure() };
+        // Survivors often end before the culprit: the records count before the order of the ends.
+        // Ranks that fail before they meet, or that do not use this crate, have none.
+        let blame = self.blame(&self.records());
+        let culprits = blame.as_ref().map_or(vec![first], |blame| blame.ranks.clone());
+        let who = blame.as_ref().map_or(format!("rank {first}"), Blame::who);
+        let end = |rank: usize| self.ranks[rank].end.unwrap_or(End::Code(1));
+        let failed = |rank: &usize| end(*rank) != End::Code(0) && !self.ranks[*rank].was_ended();
+        // A culprit that ended well, or was ended, has no exit code for the job. Who needed it has.
+        let decisive = culprits.iter().copied().find(failed).unwrap_or(first);
+
+        let mut lines = Vec::new();
+        lines.push(match culprits[..] {
+            [rank] if self.ranks[rank].was_ended() => {
+                format!("{who} failed first: {}, sent by the launcher", end(rank))
+            }
+            [rank] => format!("{who} failed first: {}", end(rank)),
+            _ => format!("{who} failed first"),
+        });
+        if culprits != [decisive] {
+            lines.push(format!("the job ends like rank {decisive}: {}", end(decisive)));
+        }
+        if let Some(blame) = blame {
+            lines.push(format!("by the ranks' records: {}", blame.reason));
+            lines.extend(blame.waited);
+        }
+        if !self.left.is_empty() {
+            lines.push(format!("ranks {:?} had ended before, with exit code 0", self.left));
+        }
+        if !self.stopped.is_empty() {
+            lines.push(format!("ranks {:?} were stopped by a signal", self.stopped));
+        }
+        (lines.iter().map(|line| format!("shardwise: {line}\n")).collect(), end(decisive).code())
+    }
+
+    fn report_without_failure(&self) -> (String, u8) {
+        let Some(signal) = self.asked else { return (String::new(), 0) };
         // Ranks that took the signal for a request, and ended well, have done what was asked.
-        if self.ranks.iter().all(|rank| rank.end == Some(End::Code(0))) {
-            0
-        } else {
-            End::Signal(signal).code()
-        }
+        let well = self.ranks.iter().all(|rank| rank.end == Some(End::Code(0)));
+        let code = if well { 0 } else { End::Signal(signal).code() };
+        (format!("shardwise: ended by {}\n", name(signal)), code)
     }
 }
 
-pub(crate) fn keep(job: &Job) -> io::Result<u8> {
+pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
     set_child_subreaper(Some(getpid()))?;
     let (events, news) = mpsc::channel();
     let mut signals = Signals::new(FORWARDED.iter().chain(&[SIGCHLD]))?;
     let sender = events.clone();
     thread::spawn(move || signals.forever().try_for_each(|signal| sender.send(Event::Signal(signal))));
+    let sender = events.clone();
     thread::spawn(move || {
         // Nobody writes: this ends when the launcher does.
         let _ = io::stdin().lock().read_to_end(&mut Vec::new());
-        let _ = events.send(Event::Alone);
+        let _ = sender.send(Event::Alone);
     });
 
-    let grace = Duration::try_from_secs_f64(job.grace)
-        .map_err(|error| io::Error::other(format!("--grace {}: {error}", job.grace)))?;
+    // No earlier job has this name, whose records may be in the same folder.
+    let id = random::<8>()?;
     let mut ranks = Ranks {
         ranks: Vec::new(),
-        grace,
+        // By its name, and the number of its start.
+        job: format!("{id}.0"),
+        folder: private.clone().or_else(|| job.records()),
+        grace: job.grace,
         failed: None,
         left: Vec::new(),
         stopped: Vec::new(),
         asked: None,
+        alone: false,
         next: None,
     };
     let mut outputs = Vec::new();
-    let started = start(job, &mut ranks.ranks, &mut outputs);
+    let started = start(job, &id, &mut ranks, &mut outputs);
     if started.is_ok() {
         while !ranks.is_over() {
-            let patience = ranks.next.map_or(Duration::from_secs(3600), |(at, _)| at - Instant::now());
-            match news.recv_timeout(patience) {
-                Ok(Event::Signal(SIGCHLD)) => ranks.reap(),
-                Ok(Event::Signal(signal)) => ranks.forward(signal),
-                Ok(Event::Alone) => {
-                    ranks.send(Signal::TERM);
+            match next(&news, ranks.next.map(|(at, _)| at)) {
+                Some(Event::Signal(SIGCHLD)) => ranks.reap(),
+                Some(Event::Signal(signal)) => ranks.forward(signal),
+                Some(Event::Alone) => {
+                    ranks.alone = true;
+                    ranks.send(Signal::TERM, &[]);
                     ranks.schedule(ORPHANED, Signal::KILL);
                 }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Err(io::Error::other("no more events")),
+                Some(Event::Written(_)) | None => {}
             }
             ranks.escalate();
         }
     }
     // What the ranks have left behind, if anything, keeps their output open, too.
     tree::kill_descendants();
-    outputs.into_iter().for_each(|output| drop(output.join()));
-    started?;
-    let code = ranks.report();
-    if let (Some(_), Some(folder)) = (ranks.failed, &job.flight)
-        && let Ok(records) = Record::read_all([folder])
-        && records[0].job.starts_with(&format!("{}.", getpid().as_raw_nonzero()))
-    {
-        eprintln!("shardwise: by the ranks' records, {}", blame(&records));
-    }
+    let (words, code) = match started {
+        Ok(()) => ranks.report(),
+        Err(error) => (format!("shardwise: {error}\n"), 1),
+    };
+    let over = Instant::now().checked_add(job.grace);
+    let mut limit = over.filter(|_| ranks.is_to_end());
+    // The launcher does it as well, in case this process is killed.
+    private.iter().for_each(|folder| drop(fs::remove_dir_all(folder)));
+    let (copied, said) = (events.clone(), events);
+    thread::spawn(move || {
+        outputs.into_iter().for_each(|output| drop(output.join()));
+        copied.send(Event::Written(Step::Ranks))
+    });
+    wait_for_reader(&news, Step::Ranks, &mut limit, job.grace);
+    thread::spawn(move || {
+        // Perhaps nobody reads it any more.
+        let _ = io::stderr().write_all(words.as_bytes());
+        said.send(Event::Written(Step::Report))
+    });
+    wait_for_reader(&news, Step::Report, &mut limit, job.grace);
     Ok(code)
 }
 
-fn start(job: &Job, ranks: &mut Vec<Rank>, outputs: &mut Vec<JoinHandle<()>>) -> io::Result<()> {
+/// The next event, if it comes in time.
+fn next(news: &Receiver<Event>, limit: Option<Instant>) -> Option<Event> {
+    let patience = limit.map_or(Duration::from_secs(3600), |limit| limit - Instant::now());
+    news.recv_timeout(patience).ok()
+}
+
+/// Waits until a step is written: as long as the reader of the output takes, but once the job is to
+/// end, until `limit` at most.
+fn wait_for_reader(news: &Receiver<Event>, step: Step, limit: &mut Option<Instant>, grace: Duration) {
+    *limit = limit.map(|limit| limit.max(Instant::now() + LAST_WORDS));
+    while limit.is_none_or(|limit| limit > Instant::now()) {
+        match next(news, *limit) {
+            Some(Event::Written(done)) if done == step => return,
+            Some(Event::Signal(SIGCHLD | SIGUSR1 | SIGUSR2) | Event::Written(_)) | None => {}
+            Some(Event::Signal(_) | Event::Alone) => {
+                *limit = limit.or_else(|| Instant::now().checked_add(grace));
+            }
+        }
+    }
+}
+
+fn start(job: &Job, id: &str, ranks: &mut Ranks, outputs: &mut Vec<JoinHandle<()>>) -> io::Result<()> {
     let (port, master) = free_ports()?;
-    let mut secret = [0; 32];
-    getrandom::fill(&mut secret).map_err(|error| io::Error::other(error.to_string()))?;
-    let token: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
+    let token = random::<32>()?;
     let keeper = getpid().as_raw_nonzero().to_string();
     for rank in 0..job.ranks as usize {
         let mut command = Command::new(env::current_exe()?);
@@ -253,15 +397,22 @@ fn start(job: &Job, ranks: &mut Vec<Rank>, outputs: &mut Vec<JoinHandle<()>>) ->
         command.envs([("WORLD_SIZE", &world), ("LOCAL_WORLD_SIZE", &world)]);
         command.envs([("MASTER_ADDR", "127.0.0.1"), ("TORCHELASTIC_RESTART_COUNT", "0")]);
         command.envs([("MASTER_PORT", master.to_string()), ("SHARDWISE_PORT", port.to_string())]);
-        command.envs([("SHARDWISE_TOKEN", &token), ("TORCHELASTIC_RUN_ID", &keeper)]);
-        command.envs(job.flight.iter().map(|folder| ("SHARDWISE_FLIGHT_DIR", folder)));
+        command.envs([("SHARDWISE_TOKEN", token.as_str()), ("TORCHELASTIC_RUN_ID", id)]);
+        command.envs(ranks.folder.iter().map(|folder| ("SHARDWISE_FLIGHT_DIR", folder)));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.process_group(0).spawn()?;
-        ranks.push(Rank { pid: Pid::from_child(&child), end: None });
+        ranks.ranks.push(Rank { pid: Pid::from_child(&child), end: None, sent: Vec::new() });
         outputs.extend(child.stdout.take().map(|from| output::copy(rank, from, io::stdout())).transpose()?);
         outputs.extend(child.stderr.take().map(|from| output::copy(rank, from, io::stderr())).transpose()?);
     }
     Ok(())
+}
+
+/// Random bytes in hexadecimal digits.
+fn random<const BYTES: usize>() -> io::Result<String> {
+    let mut bytes = [0; BYTES];
+    getrandom::fill(&mut bytes).map_err(io::Error::other)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Two ports that were free a moment ago.

@@ -29,7 +29,7 @@ enum Command {
     /// Keeps the ranks of `launch`, whose child it is.
     #[cfg(target_os = "linux")]
     #[command(hide = true)]
-    Keep(launch::Job),
+    Keep(keep::Keep),
     /// Becomes a rank's program. Started by `keep`.
     #[cfg(target_os = "linux")]
     #[command(hide = true)]
@@ -65,7 +65,7 @@ fn main() -> ExitCode {
         #[cfg(target_os = "linux")]
         Command::Launch(job) => launch::launch(&job),
         #[cfg(target_os = "linux")]
-        Command::Keep(job) => keep::keep(&job),
+        Command::Keep(keep) => keep::keep(&keep),
         #[cfg(target_os = "linux")]
         Command::Become(program) => program.run(),
         Command::Blame(records) => records.read().map(|records| {
