@@ -365,6 +365,14 @@ fn the_launcher_reports_what_went_wrong_first() {
 }
 
 #[test]
+fn more_ranks_than_there_can_be_are_refused_before_anything_is_made() {
+    for number in [65_537, usize::MAX] {
+        let error = Threads::new(number).run(|_| Ok(())).unwrap_err().to_string();
+        assert_eq!(error, format!("launch: {number} ranks: at most 65536 can be threads of one process"));
+    }
+}
+
+#[test]
 fn a_lost_rank_breaks_the_groups_it_was_split_into_too() {
     let outcomes = ranks(4)
         .run_each(|group| {

@@ -14,7 +14,7 @@ use crate::{
 };
 use std::{
     cell::{Cell, RefCell},
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -57,8 +57,8 @@ pub(super) struct Shared {
     pub(super) slots: Box<[Slot]>,
     /// Something was posted, sent or broken.
     pub(super) news: Event,
-    /// What was sent, for each sender and receiver.
-    pub(super) mail: Box<[Mutex<VecDeque<Letter>>]>,
+    /// What was sent, for each receiver by sender.
+    pub(super) mail: Box<[Mutex<BTreeMap<usize, VecDeque<Letter>>>]>,
     /// What was started and not yet posted by all, by number.
     pub(super) flights: Mutex<HashMap<u64, Arc<Flight>>>,
     /// What the ranks want of a split, and the groups that it made.
@@ -132,7 +132,7 @@ impl Shared {
             barrier: Barrier::new(size, spins),
             slots: (0..size).map(|_| Slot::new()).collect(),
             news: Event::new(spins),
-            mail: (0..size * size).map(|_| Mutex::default()).collect(),
+            mail: (0..size).map(|_| Mutex::default()).collect(),
             flights: Mutex::default(),
             wishes: Mutex::new(vec![None; size]),
             parts: Mutex::default(),
@@ -433,5 +433,15 @@ impl Presence {
                 group.leave(rank, reason);
             }
         }
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_grows_with_the_ranks_not_with_their_pairs() {
+        assert_eq!(Shared::world(100, Duration::MAX).mail.len(), 100);
     }
 }
