@@ -119,13 +119,14 @@ impl Threads {
             let end = ThreadComm::join(seat, Rc::clone(&presence));
             let world = Group::new(Rc::new(end), &(self.device)());
             let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
-            trace::end(&result);
-            // Whatever the function did with its groups, this rank is in none of them any more.
+            // Whatever the function did with its groups, this rank is in none of them any more. Before a
+            // record is written: the others wait to hear why.
             presence.end(match &result {
                 Ok(Ok(_)) => Loss::Left,
                 Ok(Err(_)) => Loss::Failed,
                 Err(_) => Loss::Panicked,
             });
+            trace::end(&result);
             comm::settle();
             result
                 .unwrap_or_else(|panic| Err(Error::RankPanicked { rank: number, message: message(&*panic) }))
