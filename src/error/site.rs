@@ -22,9 +22,9 @@ use std::{cell::Cell, collections::BTreeSet, fmt, marker::PhantomData, panic::Lo
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Site {
     /// In the layer of this path.
-    Layer(&'static str),
+    InLayer(&'static str),
     /// At this line.
-    Line(&'static Location<'static>),
+    AtLine(&'static Location<'static>),
 }
 
 thread_local! {
@@ -35,7 +35,7 @@ impl Site {
     /// What [`Site::enter`] has said on this thread, or else the caller's line.
     #[track_caller]
     pub fn here() -> Self {
-        CURRENT.get().unwrap_or(Self::Line(Location::caller()))
+        CURRENT.get().unwrap_or(Self::AtLine(Location::caller()))
     }
 
     /// Calls of this thread are made here, until the guard is dropped.
@@ -61,8 +61,8 @@ impl Drop for SiteGuard {
 impl fmt::Display for Site {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Layer(path) => write!(f, "layer `{}`", path.escape_debug()),
-            Self::Line(line) => write!(f, "{}:{}", line.file(), line.line()),
+            Self::InLayer(path) => write!(f, "layer `{}`", path.escape_debug()),
+            Self::AtLine(line) => write!(f, "{}:{}", line.file(), line.line()),
         }
     }
 }
@@ -108,16 +108,16 @@ mod tests {
     #[test]
     fn the_innermost_site_holds_until_its_guard_is_dropped_or_unwound() {
         let line = Site::here();
-        assert!(matches!(line, Site::Line(line) if line.file() == file!()));
-        let outer = Site::Layer("outer").enter();
+        assert!(matches!(line, Site::AtLine(line) if line.file() == file!()));
+        let outer = Site::InLayer("outer").enter();
         let inner = std::panic::catch_unwind(|| {
-            let _inner = Site::Layer("inner").enter();
-            assert_eq!(Site::here(), Site::Layer("inner"));
+            let _inner = Site::InLayer("inner").enter();
+            assert_eq!(Site::here(), Site::InLayer("inner"));
             std::panic::resume_unwind(Box::new("lost"));
         });
         assert!(inner.is_err());
-        assert_eq!(Site::here(), Site::Layer("outer"));
+        assert_eq!(Site::here(), Site::InLayer("outer"));
         drop(outer);
-        assert!(matches!(Site::here(), Site::Line(_)));
+        assert!(matches!(Site::here(), Site::AtLine(_)));
     }
 }

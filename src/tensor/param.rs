@@ -181,7 +181,7 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// without the last part, or what the names of its pieces have in common. The caller's line where that is empty.
     #[track_caller]
     pub fn site(&self) -> Site {
-        if self.layer.is_empty() { Site::here() } else { Site::Layer(self.layer) }
+        if self.layer.is_empty() { Site::here() } else { Site::InLayer(self.layer) }
     }
 
     /// The value.
