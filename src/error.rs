@@ -4,7 +4,12 @@
 //! Errors are `Clone` and `Send`: the first cause of a failed group is repeated by every later call on it, and a
 //! rank's error travels to the thread that launched it.
 
-use std::{fmt, panic::Location, path::PathBuf, time::Duration};
+mod site;
+
+pub(crate) use site::layer_of;
+pub use site::{Site, SiteGuard};
+
+use std::{fmt, path::PathBuf, time::Duration};
 
 /// `std::result::Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -303,15 +308,5 @@ impl fmt::Display for Loss {
             Self::Left => "it left the group",
             Self::Disconnected => "its process ended or its connection broke",
         })
-    }
-}
-
-/// Where a call was made: file, line and column.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Site(pub &'static Location<'static>);
-
-impl fmt::Display for Site {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.0.file(), self.0.line())
     }
 }

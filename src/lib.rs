@@ -84,5 +84,5 @@ pub mod trace;
 pub mod train;
 pub mod weights;
 
-pub use error::{Error, Loss, Mismatch, Result, Site};
+pub use error::{Error, Loss, Mismatch, Result, Site, SiteGuard};
 pub use tensor::Tensor;

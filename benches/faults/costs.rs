@@ -41,7 +41,7 @@ fn call(seq: u64) -> Call {
         history: 0,
         group: 7,
         messages: [0; 2],
-        site: Site(Location::caller()),
+        site: Site::AtLine(Location::caller()),
     }
 }
 

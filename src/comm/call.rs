@@ -150,9 +150,8 @@ impl Call {
         if self.started || messages.clone().map(excess).sum::<i128>() == 0 {
             return None;
         }
-        let call = self.to_string();
-        let call = call.rsplit_once(" at ").map_or(&*call, |(call, _)| call);
         let words = |[sent, received]: [u64; 2]| {
+            let call = Asked(self);
             format!("{call} with {sent} messages sent and {received} received before")
         };
         let (right_rank, right) = messages.clone().enumerate().min_by_key(|(_, counts)| excess(*counts))?;
@@ -176,32 +175,42 @@ pub(crate) fn hash(value: impl Hash) -> u64 {
 
 impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.started {
+        write!(f, "{} at {}", Asked(self), self.site)
+    }
+}
+
+/// A call without its site, in words.
+struct Asked<'a>(&'a Call);
+
+impl fmt::Display for Asked<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let call = self.0;
+        if call.started {
             f.write_str("start_")?;
         }
-        f.write_str(self.op.name())?;
+        f.write_str(call.op.name())?;
         let mut separator = "(";
         let mut argument = |name: &str, value: &dyn fmt::Display| {
             write!(f, "{separator}{name}{value}")?;
             separator = ", ";
             fmt::Result::Ok(())
         };
-        if let Some(reduce) = self.reduce {
+        if let Some(reduce) = call.reduce {
             argument("", &reduce.name())?;
         }
-        if let Some(root) = self.root {
+        if let Some(root) = call.root {
             argument("root ", &root)?;
         }
-        if let Some(dtype) = self.dtype {
-            argument("", &format!("{dtype} {}", self.shape))?;
+        if let Some(dtype) = call.dtype {
+            argument("", &format!("{dtype} {}", call.shape))?;
         }
-        if self.parts != 0 {
-            argument("cut ", &format!("{:08x}", self.parts as u32))?;
+        if call.parts != 0 {
+            argument("cut ", &format!("{:08x}", call.parts as u32))?;
         }
-        argument("call ", &self.seq)?;
-        if self.history != 0 {
-            argument("after calls ", &format!("{:08x}", self.history as u32))?;
+        argument("call ", &call.seq)?;
+        if call.history != 0 {
+            argument("after calls ", &format!("{:08x}", call.history as u32))?;
         }
-        write!(f, ") at {}", self.site)
+        f.write_str(")")
     }
 }

@@ -17,7 +17,6 @@ use std::{
     fmt,
     hash::{DefaultHasher, Hash, Hasher},
     marker::PhantomData,
-    panic::Location,
     rc::Rc,
 };
 
@@ -152,7 +151,7 @@ impl<B: Device> Group<B> {
             history: 0,
             group: self.shared.identity.id,
             messages: self.shared.identity.messages.get(),
-            site: Site(Location::caller()),
+            site: Site::here(),
         }
     }
 

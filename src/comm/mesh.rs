@@ -3,7 +3,7 @@
 use super::Group;
 use crate::{
     device::Device,
-    error::{Result, same_size},
+    error::{Result, Site, same_size},
     kernels::Pointwise,
     shard::{Axis, Mesh},
 };
@@ -29,6 +29,7 @@ impl<B: Pointwise> DeviceMesh<B> {
     #[track_caller]
     pub fn new(world: &Group<B>, mesh: Mesh) -> Result<Self> {
         same_size("mesh", "the ranks of the mesh", mesh.len(), "the ranks of the group", world.size())?;
+        let _site = Site::here().enter();
         let line = |axis| {
             let line = mesh.line(world.rank(), axis);
             world.split_all_named(line as u64, &format!("{axis}{line}"))

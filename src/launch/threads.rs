@@ -19,6 +19,10 @@ use std::{
     time::Duration,
 };
 
+/// The most ranks. Systems have fewer threads for a process; what a rank takes beside its thread is
+/// some 40 kB.
+const MOST: usize = 1 << 16;
+
 /// Runs `rank` on `ranks` threads at once, each with its own end of a group of all, and returns what they return, in rank
 /// order: [`Threads`] with its defaults.
 ///
@@ -73,7 +77,8 @@ impl Threads {
     ///
     /// # Errors
     /// What went wrong first: of all ranks' errors and panics one that is not the consequence of another's, named by its
-    /// rank. Also when there are no ranks, or a thread cannot be started.
+    /// rank. Also when there are no ranks or more than 65,536, or a
+    /// thread cannot be started.
     pub fn run<R: Send>(&self, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<R>> {
         let outcomes = self.run_each(rank)?;
         let failed = |consequence: bool| {
@@ -97,10 +102,14 @@ impl Threads {
     /// receiving a message which another one sent to it has an error.
     ///
     /// # Errors
-    /// When there are no ranks, or a thread cannot be started.
+    /// When there are no ranks or more than 65,536, or a thread cannot be started.
     pub fn run_each<R: Send>(&self, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<Result<R>>> {
         if self.ranks == 0 {
             return Err(Error::invalid("launch", "a group needs at least one rank"));
+        }
+        if self.ranks > MOST {
+            let reason = format!("{} ranks: at most {MOST} can be threads of one process", self.ranks);
+            return Err(Error::invalid("launch", reason));
         }
         static JOBS: AtomicUsize = AtomicUsize::new(0);
         let job = format!("{}-{}", std::process::id(), JOBS.fetch_add(1, Ordering::Relaxed));
@@ -110,13 +119,14 @@ impl Threads {
             let end = ThreadComm::join(seat, Rc::clone(&presence));
             let world = Group::new(Rc::new(end), &(self.device)());
             let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
-            trace::end(&result);
-            // Whatever the function did with its groups, this rank is in none of them any more.
+            // Whatever the function did with its groups, this rank is in none of them any more. Before a
+            // record is written: the others wait to hear why.
             presence.end(match &result {
                 Ok(Ok(_)) => Loss::Left,
                 Ok(Err(_)) => Loss::Failed,
                 Err(_) => Loss::Panicked,
             });
+            trace::end(&result);
             comm::settle();
             result
                 .unwrap_or_else(|panic| Err(Error::RankPanicked { rank: number, message: message(&*panic) }))

@@ -130,6 +130,7 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
     ///
     /// # Errors
     /// As [`Save::write`].
+    #[track_caller]
     pub fn save(&mut self, folder: impl AsRef<Path>) -> Result<()> {
         let (group, json) = (self.group.clone(), config::stored_as(&self.config.json, T::DTYPE));
         Save::new(folder).config(json).write(&group, |f| self.visit(f))

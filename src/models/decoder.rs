@@ -60,6 +60,7 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
     /// When a tensor is missing or has another shape, the source has tensors of the model that
     /// nothing has read or a head that is not the tied table (each names them), there are fewer
     /// heads, features or words than ranks, or a collective fails.
+    #[track_caller]
     pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &DecoderConfig) -> Result<Self> {
         let in_block = format!(".{}.", config.names.blocks);
         let stored_transposed = |name: &str| config.transposed && is_in(name, &in_block);
@@ -195,6 +196,7 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
     ///
     /// # Errors
     /// As [`Save::write`].
+    #[track_caller]
     pub fn save(&mut self, folder: impl AsRef<Path>) -> Result<()> {
         let (group, json) = (self.group.clone(), config::stored_as(&self.config.json, T::DTYPE));
         let in_block = format!(".{}.", self.config.names.blocks);
@@ -217,6 +219,7 @@ pub(super) fn check_positions(op: &'static str, sequences: &Sequences, positions
 
 /// Refuses a head that is not the embedding's table, to which the configuration ties it. Each rank
 /// compares its own rows; one that differs, or cannot be read, is an error on all.
+#[track_caller]
 fn refuse_another_head<S: Stream, T: Element, B: Backend>(
     group: &Group<B>,
     source: &dyn WeightSource,

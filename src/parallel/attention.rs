@@ -205,6 +205,7 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
     type Out = Shard<1>;
     type Saved = AttentionSaved<T, B>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
         let (x, norms) = self.prepare(x.clone())?;
         let (out, context) = ops::attention(&self.heads, x.local(), x.sequences())?;
@@ -212,6 +213,7 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
         Ok((self.output(&x, out), saved))
     }
 
+    #[track_caller]
     fn backward(
         &mut self,
         saved: Self::Saved,
@@ -224,6 +226,7 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
             rotary.turn(&mut dx, q.start..k.end, &saved.sequences, true)?;
         }
         if let (Some(norms), Some(context)) = (&mut self.norms, &saved.norms) {
+            let _site = norms.q.site().enter();
             let (device, dim, dy) = (dx.device().clone(), self.heads.head_dim, dx);
             dx = Tensor::empty(&device, dy.shape())?;
             let NormSaved { qkv, q: q_stats, k: k_stats } = context;
@@ -356,6 +359,7 @@ impl<S: Stream, T: Element, B: Backend> ParallelAttention<S, T, B> {
     ///
     /// # Errors
     /// As there, and when a collective fails.
+    #[track_caller]
     pub fn forward_cached(
         &self,
         x: &DTensor<S, T, B>,

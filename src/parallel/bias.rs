@@ -48,12 +48,15 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for AddBias<S, T, B> {
     type Out = S;
     type Saved = ();
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, ())> {
         x.check("bias", &self.group)?;
         Ok((self.add_to(x.clone())?, ()))
     }
 
+    #[track_caller]
     fn backward(&mut self, (): (), dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+        let _site = self.bias.site().enter();
         dy.check("bias backward", &self.group)?;
         let (dy_mat, device, features) = (dy.local().mat(), self.group.device(), dy.shape().cols());
         let db = S::sum_tokens(&self.group, dy, [features].into(), &mut |rows, db| {

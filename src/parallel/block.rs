@@ -190,6 +190,7 @@ where
     ///
     /// # Errors
     /// As there, and when a collective fails.
+    #[track_caller]
     pub fn forward_cached(
         &self,
         x: &DTensor<S, T, B>,
@@ -237,6 +238,7 @@ where
     type Out = S;
     type Saved = Saved<S, M, T, B>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
         match self.placement {
             NormPlacement::Pre => {
@@ -257,6 +259,7 @@ where
         }
     }
 
+    #[track_caller]
     fn backward(
         &mut self,
         (norm1, attention, norm2, mlp): Self::Saved,

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     comm::{Group, ReduceOp},
     device::{Device, Element},
-    error::{Error, Result, same_size},
+    error::{Error, Result, Site, same_size},
     kernels::{Activation, Backend},
     ops,
     shard::{Copied, Partial, Partition, Placement, Shape, Shard},
@@ -86,6 +86,12 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
     /// This rank's rows of the weight.
     pub(super) fn weight(&self) -> &Tensor<T, B> {
         self.weight.value()
+    }
+
+    /// Where the calls of the layer are made.
+    #[track_caller]
+    pub(super) fn site(&self) -> Site {
+        self.weight.site()
     }
 
     /// The bias to be added.
@@ -269,12 +275,15 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
     type Out = Shard<1>;
     type Saved = Tensor<T, B>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<Copied, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
         x.check(OP, &self.group)?;
         Ok((self.output(x)?, x.local().clone()))
     }
 
+    #[track_caller]
     fn backward(&mut self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
+        let _site = self.weight.site().enter();
         dy.check(OP_BACKWARD, &self.group)?;
         let dy = self.merged(dy)?;
         let dx = self.input_grad(&dy)?;
@@ -336,12 +345,14 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
     }
 
     /// f(Yᵣ), Yᵣ, and what the backward needs.
+    #[track_caller]
     pub(super) fn activated(
         &self,
         f: Activation,
         x: &DTensor<S, T, B>,
     ) -> Result<(DTensor<Shard<1>, T, B>, Tensor<T, B>, Tensor<T, B>)> {
         let (linear, inputs) = (&self.linear, self.linear.weight().shape().cols());
+        let _site = linear.weight.site().enter();
         x.check(OP, &linear.group)?;
         let splits = invariant::splits(linear.group.device(), None, inputs);
         // A product of some rows has no function behind it: what that was given is wanted as a whole.
@@ -382,8 +393,10 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ColumnParallelLinear<S, 
     type Out = Shard<1>;
     type Saved = Tensor<T, B>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
         let (linear, inputs) = (&self.linear, self.linear.weight().shape().cols());
+        let _site = linear.weight.site().enter();
         x.check(OP, &linear.group)?;
         let splits = invariant::splits(linear.group.device(), None, inputs);
         let features = linear.cut.total();
@@ -391,11 +404,13 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ColumnParallelLinear<S, 
         Ok((y, x.into_local()))
     }
 
+    #[track_caller]
     fn backward(
         &mut self,
         x: Self::Saved,
         dy: &DTensor<Shard<1>, T, B>,
     ) -> Result<DTensor<<S as Placement>::Dual, T, B>> {
+        let _site = self.linear.weight.site().enter();
         dy.check(OP_BACKWARD, &self.linear.group)?;
         let dy = &self.linear.merged(dy)?;
         let (linear, [outputs, features]) =

@@ -113,6 +113,7 @@ impl VocabParallelCrossEntropy {
     ///
     /// # Errors
     /// When there is not one target a token, a target is no class, or a collective fails.
+    #[track_caller]
     pub fn forward<T: Element, B: Backend>(
         &self,
         logits: &DTensor<Shard<1>, T, B>,

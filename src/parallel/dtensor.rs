@@ -486,6 +486,7 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     }
 
     /// The same for any cut of some rows of a tensor.
+    #[track_caller]
     pub(super) fn start_scatter<const D: usize>(
         self,
         cut: &Partition,

@@ -66,7 +66,9 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
     ///
     /// # Errors
     /// When an id is beyond the vocabulary, the sequences have another number of rows, or a collective fails.
+    #[track_caller]
     pub fn forward(&self, ids: &[u32], sequences: Sequences) -> Result<(DTensor<S, T, B>, Vec<u32>)> {
+        let _site = self.table.weight().site().enter();
         let (group, words) = (self.table.group(), self.vocabulary());
         if let Some(id) = ids.iter().find(|&&id| id as usize >= words) {
             return Err(Error::invalid(
@@ -99,7 +101,9 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
     ///
     /// # Errors
     /// When dy has another shape than the embeddings, or a collective fails.
+    #[track_caller]
     pub fn backward(&mut self, rows: &[u32], dy: &DTensor<S, T, B>) -> Result<()> {
+        let _site = self.table.weight().site().enter();
         dy.check("embedding backward", self.table.group())?;
         let dy = S::enter(dy)?;
         let table = self.table.weight_mut();
@@ -178,11 +182,14 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
     type Out = S;
     type Saved = Vec<u32>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
         self.add_rows(x, x.sequences().positions())
     }
 
+    #[track_caller]
     fn backward(&mut self, positions: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+        let _site = self.table.site().enter();
         dy.check("position embedding backward", &self.group)?;
         let (table, device, cols) = (self.table.value().shape(), self.group.device(), dy.shape().cols());
         same_size(

@@ -22,6 +22,7 @@ use std::{marker::PhantomData, ops::Range};
 /// merged layer does ([`super::Columns::merged`], [`super::Columns::qkv`]); the bits of the output are the same.
 ///
 /// * Forward: entering the stream, once for all.
+///   Errors of its collectives name the first layer.
 /// * Backward: dX = Σᵢ dYᵢ Wᵢ, summed in the layers' order; its leaving collective runs beside the products that give the
 ///   dWᵢ.
 #[derive(Debug)]
@@ -148,7 +149,9 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T,
     type Out = Shard<1>;
     type Saved = Tensor<T, B>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
+        let _site = self.layers[0].site().enter();
         x.check("forked linear", self.layers[0].group())?;
         let (device, inputs) = (x.local().device(), self.layers[0].weight().shape().cols());
         let splits = invariant::splits(device, None, inputs);
@@ -157,12 +160,14 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ForkedColumnLinear<S, T,
         Ok((y, x.into_local()))
     }
 
+    #[track_caller]
     fn backward(
         &mut self,
         x: Self::Saved,
         dy: &DTensor<Shard<1>, T, B>,
     ) -> Result<DTensor<<S as Placement>::Dual, T, B>> {
         const OP: &str = "forked linear backward";
+        let _site = self.layers[0].site().enter();
         dy.check(OP, self.layers[0].group())?;
         let width = self.cut.size(dy.group().rank());
         same_size(OP, "columns of dy", dy.local().shape().cols(), "outputs of this rank", width)?;

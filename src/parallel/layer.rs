@@ -15,6 +15,8 @@ use crate::{
 /// The backward maps the gradient, held as `Out`'s dual, to that of the input, held as `In`'s dual, and adds to the
 /// gradients of the layer's parameters. What it needs of the forward is handed back by value, so that many microbatches
 /// may be under way at once.
+///
+/// Errors of collectives name the layer ([`Site`](crate::Site)).
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a layer for these elements on this device",
     note = "layers are generic in the element and the device: `impl<T: Element, B: Backend> Layer<T, B> for …`"
@@ -73,12 +75,14 @@ impl<T: Element, B: Backend, A: Layer<T, B>, L: Layer<T, B, In = A::Out>> Layer<
     type Out = L::Out;
     type Saved = (A::Saved, L::Saved);
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<A::In, T, B>) -> Result<(DTensor<L::Out, T, B>, Self::Saved)> {
         let (middle, first) = self.0.forward(x)?;
         let (y, second) = self.1.forward(&middle)?;
         Ok((y, (first, second)))
     }
 
+    #[track_caller]
     fn backward(
         &mut self,
         (first, second): Self::Saved,

@@ -18,10 +18,12 @@ impl<T: Element, B: Backend> Layer<T, B> for CopyTo {
     type Out = Copied;
     type Saved = ();
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<Replicated, T, B>) -> Result<(DTensor<Copied, T, B>, ())> {
         Ok((x.clone().copy_to(), ()))
     }
 
+    #[track_caller]
     fn backward(&mut self, (): (), dy: &DTensor<Partial, T, B>) -> Result<DTensor<Replicated, T, B>> {
         dy.clone().all_reduce()
     }
@@ -41,10 +43,12 @@ impl<T: Element, B: Backend> Layer<T, B> for ReduceFrom {
     type Out = Replicated;
     type Saved = ();
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<Partial, T, B>) -> Result<(DTensor<Replicated, T, B>, ())> {
         Ok((x.clone().all_reduce()?, ()))
     }
 
+    #[track_caller]
     fn backward(&mut self, (): (), dy: &DTensor<Replicated, T, B>) -> Result<DTensor<Copied, T, B>> {
         Ok(dy.clone().copy_to())
     }
@@ -77,6 +81,7 @@ impl<const D: usize, T: Element, B: Backend> Layer<T, B> for ScatterTo<D> {
     type Out = Shard<D>;
     type Saved = ();
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<Replicated, T, B>) -> Result<(DTensor<Shard<D>, T, B>, ())> {
         let cut = match &self.cut {
             Some(cut) => cut.clone(),
@@ -85,6 +90,7 @@ impl<const D: usize, T: Element, B: Backend> Layer<T, B> for ScatterTo<D> {
         Ok((x.clone().scatter(&cut)?, ()))
     }
 
+    #[track_caller]
     fn backward(&mut self, (): (), dy: &DTensor<Shard<D>, T, B>) -> Result<DTensor<Replicated, T, B>> {
         dy.clone().all_gather()
     }
@@ -109,10 +115,12 @@ impl<const D: usize, T: Element, B: Backend> Layer<T, B> for GatherFrom<D> {
     type Out = Replicated;
     type Saved = Option<Partition>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<Shard<D>, T, B>) -> Result<(DTensor<Replicated, T, B>, Self::Saved)> {
         Ok((x.clone().all_gather()?, x.cut().cloned()))
     }
 
+    #[track_caller]
     fn backward(
         &mut self,
         cut: Self::Saved,
@@ -140,10 +148,12 @@ impl<T: Element, B: Backend> Layer<T, B> for GatherSequence {
     type Out = Copied;
     type Saved = ();
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<Shard<0>, T, B>) -> Result<(DTensor<Copied, T, B>, ())> {
         Ok((x.clone().all_gather()?.copy_to(), ()))
     }
 
+    #[track_caller]
     fn backward(&mut self, (): (), dy: &DTensor<Partial, T, B>) -> Result<DTensor<Shard<0>, T, B>> {
         dy.clone().reduce_scatter(&dy.token_cut()?)
     }
@@ -170,10 +180,12 @@ impl<T: Element, B: Backend> Layer<T, B> for ReduceScatterSequence {
     type Out = Shard<0>;
     type Saved = ();
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<Partial, T, B>) -> Result<(DTensor<Shard<0>, T, B>, ())> {
         Ok((x.clone().reduce_scatter(&x.token_cut()?)?, ()))
     }
 
+    #[track_caller]
     fn backward(&mut self, (): (), dy: &DTensor<Shard<0>, T, B>) -> Result<DTensor<Copied, T, B>> {
         Ok(dy.clone().all_gather()?.copy_to())
     }

@@ -4,7 +4,7 @@ use super::{Layer, MlpNames, ParallelMlp, Stream};
 use crate::{
     comm::{Group, Overlap, ReduceOp},
     device::Element,
-    error::Result,
+    error::{Result, Site},
     kernels::{Activation, Backend},
     rng::Philox,
     tensor::{Param, Random, Tensor, Weights},
@@ -46,11 +46,13 @@ impl MeasuredOverlap {
     ///
     /// # Errors
     /// When there are fewer features than ranks, or a collective fails.
+    #[track_caller]
     pub fn of<S: Stream, T: Element, B: Backend>(
         group: &Group<B>,
         (hidden, ffn): (usize, usize),
         tokens: usize,
     ) -> Result<Self> {
+        let _site = Site::here().enter();
         let source = Random::normal(1, 0.02);
         let load = |overlap| {
             let (group, weights) = (group.with_overlap(overlap), Weights::new(&source));

@@ -81,12 +81,14 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ParallelMlp<S, T, B> {
     type Out = S;
     type Saved = MlpSaved<T, B>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
         let (hidden, pre, x) = self.up.activated(self.f, x)?;
         let (y, hidden) = self.down.forward(&hidden)?;
         Ok((y, MlpSaved { x, pre, hidden }))
     }
 
+    #[track_caller]
     fn backward(&mut self, saved: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         let MlpSaved { x, pre, hidden } = saved;
         let dpre = self.down.backward_behind(Some((self.f, &pre)), hidden, dy)?;
@@ -149,6 +151,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for FeedForward<S, T, B> {
     type Out = S;
     type Saved = FeedForwardSaved<S, T, B>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
         Ok(match self {
             Self::Plain(mlp) => {
@@ -162,6 +165,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for FeedForward<S, T, B> {
         })
     }
 
+    #[track_caller]
     fn backward(&mut self, saved: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         match (self, saved) {
             (Self::Plain(mlp), FeedForwardSaved::Plain(saved)) => mlp.backward(saved, dy),

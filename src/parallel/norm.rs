@@ -50,6 +50,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
     type Out = S;
     type Saved = NormContext<T, B>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
         x.check("normalize", &self.group)?;
         let beta = self.beta.as_ref().map(Param::value);
@@ -57,7 +58,9 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
         Ok((x.with_local(y), context))
     }
 
+    #[track_caller]
     fn backward(&mut self, context: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+        let _site = self.gamma.site().enter();
         dy.check("normalize backward", &self.group)?;
         let (device, cols) = (self.group.device(), dy.shape().cols());
         let vectors = if self.beta.is_some() { 2 } else { 1 };

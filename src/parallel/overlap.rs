@@ -12,7 +12,7 @@ use super::{DTensor, PendingDTensor, Traffic, dtensor::is_one_collective};
 use crate::{
     comm::Group,
     device::{Device, Element},
-    error::Result,
+    error::{Result, Site},
     kernels::{Backend, MatMut, MatRef},
     shard::{Copied, Partial, Partition, Placement, Shape, Shard, deal},
     tensor::Tensor,
@@ -52,11 +52,13 @@ pub(super) fn traffic(chunks: Option<Partition>, shape: Shape, of: impl Fn(Shape
 }
 
 /// x on every rank, and a map of it.
+#[track_caller]
 pub(super) fn gather<T: Element, B: Backend>(
     x: &DTensor<Shard<0>, T, B>,
     chunks: &Partition,
     RowMap { splits, map, .. }: RowMap<'_, Copied, Shard<1>, T, B>,
 ) -> Result<(DTensor<Copied, T, B>, DTensor<Shard<1>, T, B>)> {
+    let _site = Site::here().enter();
     let (group, local, own) = (x.group(), x.local(), x.local_range(0));
     let dealt = deal(x.shard_cut()?, chunks);
     let start = |runs: &Vec<Range<usize>>| {
@@ -105,12 +107,14 @@ pub(super) fn gather<T: Element, B: Backend>(
 }
 
 /// Starts the reduction of a map of x, chunk by chunk: `dealt` says which rows of x each is made of, and `start` starts one.
+#[track_caller]
 pub(super) fn start_sum<S: Placement, T: Element, B: Backend>(
     x: &DTensor<Shard<1>, T, B>,
     dealt: &[Vec<Range<usize>>],
     RowMap { features, splits, map }: RowMap<'_, Shard<1>, Partial, T, B>,
     start: impl Fn(DTensor<Partial, T, B>, &[Range<usize>]) -> Result<PendingDTensor<S, T, B>>,
 ) -> Result<PendingDTensor<S, T, B>> {
+    let _site = Site::here().enter();
     let by_chunks = splits && are_many(dealt.iter().map(|runs| rows_of(runs)));
     let whole = if by_chunks { None } else { Some(map(x)?) };
     let flights = dealt.iter().map(|runs| {

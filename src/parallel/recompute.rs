@@ -22,10 +22,12 @@ impl<T: Element, B: Backend, L: Layer<T, B>> Layer<T, B> for Recompute<L> {
     type Out = L::Out;
     type Saved = DTensor<L::In, T, B>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<L::In, T, B>) -> Result<(DTensor<L::Out, T, B>, Self::Saved)> {
         Ok((self.0.forward(x)?.0, x.clone()))
     }
 
+    #[track_caller]
     fn backward(
         &mut self,
         x: Self::Saved,

@@ -114,11 +114,13 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
     type Out = Partial;
     type Saved = Tensor<T, B>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<Partial, T, B>, Self::Saved)> {
         x.check(OP, &self.group)?;
         Ok((self.output(x)?, x.local().clone()))
     }
 
+    #[track_caller]
     fn backward(&mut self, x: Self::Saved, dy: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         dy.check(OP_BACKWARD, &self.group)?;
         let dx = self.input_grad(dy)?;
@@ -174,12 +176,14 @@ impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
 
 impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
     /// The backward, and that of what is before the layer.
+    #[track_caller]
     pub(super) fn backward_behind(
         &mut self,
         before: Before<'_, T, B>,
         saved: Tensor<T, B>,
         dy: &DTensor<S, T, B>,
     ) -> Result<DTensor<Shard<1>, T, B>> {
+        let _site = self.linear.weight.site().enter();
         dy.check(OP_BACKWARD, &self.linear.group)?;
         if let Some(bias) = &mut self.bias {
             bias.backward((), dy)?;
@@ -210,8 +214,10 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, 
     type Out = S;
     type Saved = Tensor<T, B>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
         let linear = &self.linear;
+        let _site = linear.weight.site().enter();
         x.check(OP, &linear.group)?;
         let (device, depth) = (x.local().device(), linear.weight.value().shape().cols());
         let splits = invariant::splits(device, linear.blocks.as_ref(), depth);
@@ -223,6 +229,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, 
         Ok((y, x.local().clone()))
     }
 
+    #[track_caller]
     fn backward(&mut self, saved: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         self.backward_behind(None, saved, dy)
     }

@@ -4,7 +4,7 @@ use super::{DTensor, VocabParallelCrossEntropy};
 use crate::{
     comm::{Group, ReduceOp},
     device::{Device, Element},
-    error::{Error, Result, same_size},
+    error::{Error, Result, Site, same_size},
     kernels::Backend,
     rng::Philox,
     shard::{Partition, Reduction, Shard},
@@ -59,12 +59,14 @@ impl Sampler {
     /// # Errors
     /// When the sampler's numbers make no sense, a logit is NaN or all are −∞, or a collective fails. Every rank gets the
     /// error.
+    #[track_caller]
     pub fn sample<T: Element, B: Backend>(
         &self,
         logits: &DTensor<Shard<1>, T, B>,
         draws: &[u64],
     ) -> Result<Vec<u32>> {
         const OP: &str = "sample";
+        let _site = Site::here().enter();
         let (group, rows, cols) = (logits.group(), logits.shape().rows(), logits.local().shape().cols());
         logits.check_rows(OP)?;
         let missing = || Error::invalid(OP, "logits without their cut: please report this");
@@ -197,6 +199,7 @@ impl Sampler {
     ///
     /// # Errors
     /// When there is not one token a row, one is beyond the vocabulary, or a collective fails.
+    #[track_caller]
     pub fn log_probabilities<T: Element, B: Backend>(
         logits: &DTensor<Shard<1>, T, B>,
         tokens: &[u32],

@@ -4,7 +4,7 @@ use super::{DTensor, Layer, Traffic};
 use crate::{
     comm::Group,
     device::{Cpu, Element},
-    error::{Error, Result},
+    error::{Error, Result, Site},
     kernels::Backend,
     shard::{Placement, Shape},
     tensor::Param,
@@ -23,6 +23,7 @@ where
     type Out = P;
     type Saved = Vec<L::Saved>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<P, T, B>) -> Result<(DTensor<P, T, B>, Self::Saved)> {
         let (mut y, mut all) = (x.clone(), Vec::with_capacity(self.len()));
         for layer in self {
@@ -33,6 +34,7 @@ where
         Ok((y, all))
     }
 
+    #[track_caller]
     fn backward(&mut self, mut saved: Self::Saved, dy: &DTensor<P, T, B>) -> Result<DTensor<P, T, B>> {
         let mut dx = dy.clone();
         for layer in self.iter_mut().rev() {
@@ -58,7 +60,8 @@ fn foreign(what: &str) -> Error {
     Error::invalid("backward", format!("what was saved belongs to a forward of {what}"))
 }
 
-/// A layer of any type from `In` to `Out`: lists of different layers are made of these.
+/// A layer of any type from `In` to `Out`: lists of different layers are made of these. Errors name the line where the box
+/// was called in place of lines of the layer's own.
 pub struct BoxLayer<In: Placement, Out: Placement, T: Element = f32, B: Backend = Cpu>(
     Box<dyn Erased<In, Out, T, B>>,
 );
@@ -118,15 +121,19 @@ impl<In: Placement, Out: Placement, T: Element, B: Backend> Layer<T, B> for BoxL
     type Out = Out;
     type Saved = Box<dyn Any>;
 
+    #[track_caller]
     fn forward(&self, x: &DTensor<In, T, B>) -> Result<(DTensor<Out, T, B>, Self::Saved)> {
+        let _site = Site::here().enter();
         self.0.forward(x)
     }
 
+    #[track_caller]
     fn backward(
         &mut self,
         saved: Self::Saved,
         dy: &DTensor<Out::Dual, T, B>,
     ) -> Result<DTensor<In::Dual, T, B>> {
+        let _site = Site::here().enter();
         self.0.backward(saved, dy)
     }
 

@@ -29,24 +29,28 @@ pub trait Stream: Elementwise + Placement<Dual = Self> {
     ///
     /// # Errors
     /// When a collective fails.
+    #[track_caller]
     fn enter<T: Element, B: Backend>(x: &DTensor<Self, T, B>) -> Result<DTensor<Copied, T, B>>;
 
     /// Partial → S.
     ///
     /// # Errors
     /// When a collective fails.
+    #[track_caller]
     fn leave<T: Element, B: Backend>(y: DTensor<Partial, T, B>) -> Result<DTensor<Self, T, B>>;
 
     /// Starts [`Stream::leave`].
     ///
     /// # Errors
     /// When a collective fails.
+    #[track_caller]
     fn start_leave<T: Element, B: Backend>(y: DTensor<Partial, T, B>) -> Result<PendingDTensor<Self, T, B>>;
 
     /// [`Stream::enter`], and a map of the tensor's rows: as they arrive, where the group's [`crate::comm::Overlap`] says so.
     ///
     /// # Errors
     /// When a collective fails, and those of the map.
+    #[track_caller]
     fn enter_to<T: Element, B: Backend>(
         x: &DTensor<Self, T, B>,
         map: RowMap<'_, Copied, Shard<1>, T, B>,
@@ -60,6 +64,7 @@ pub trait Stream: Elementwise + Placement<Dual = Self> {
     ///
     /// # Errors
     /// When a collective fails, and those of the map.
+    #[track_caller]
     fn leave_of<T: Element, B: Backend>(
         x: &DTensor<Shard<1>, T, B>,
         map: RowMap<'_, Shard<1>, Partial, T, B>,
@@ -74,6 +79,7 @@ pub trait Stream: Elementwise + Placement<Dual = Self> {
     ///
     /// # Errors
     /// When a collective fails, and those of the map.
+    #[track_caller]
     fn start_leave_of<T: Element, B: Backend>(
         x: &DTensor<Shard<1>, T, B>,
         map: RowMap<'_, Shard<1>, Partial, T, B>,
@@ -85,6 +91,7 @@ pub trait Stream: Elementwise + Placement<Dual = Self> {
     ///
     /// # Errors
     /// Those of `term`, and when a collective fails.
+    #[track_caller]
     fn sum_tokens<T: Element, B: Backend>(
         group: &Group<B>,
         of: &DTensor<Self, T, B>,

@@ -3,7 +3,7 @@
 use super::{Region, Role, Tensor, Weights};
 use crate::{
     device::{AnyMut, Cpu, Device, Element, zeroed},
-    error::{Error, Result, same_shape},
+    error::{Error, Result, Site, layer_of, same_shape},
     kernels::{Backend, MatMut},
     shard::{Node, Shape, TreeSum},
 };
@@ -71,6 +71,8 @@ struct TreeGrad<A: Element, B: Device> {
 /// The gradient is kept in the element's accumulator: those of bf16 parameters are f32.
 pub struct Param<T: Element, B: Device> {
     name: String,
+    /// The path of its layer: empty where it has none.
+    layer: &'static str,
     value: Tensor<T, B>,
     /// Which of all values of the process this is; an optimizer's step changes the value and keeps
     /// the number.
@@ -104,7 +106,9 @@ fn next_revision() -> u64 {
 impl<T: Element, B: Backend> Param<T, B> {
     /// A parameter of this value, whose rows are these pieces.
     pub(crate) fn new(name: String, value: Tensor<T, B>, pieces: Vec<Piece>) -> Self {
+        let tensors = pieces.iter().map(|piece| piece.tensor.as_str());
         Self {
+            layer: if pieces.is_empty() { layer_of([&*name].into_iter()) } else { layer_of(tensors) },
             name,
             value,
             revision: next_revision(),
@@ -171,6 +175,13 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// The parameter's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Where the calls of groups are made that concern this parameter's layer: its path, which is the parameter's name
+    /// without the last part, or what the names of its pieces have in common. The caller's line where that is empty.
+    #[track_caller]
+    pub fn site(&self) -> Site {
+        if self.layer.is_empty() { Site::here() } else { Site::InLayer(self.layer) }
     }
 
     /// The value.

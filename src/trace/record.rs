@@ -64,7 +64,7 @@ pub struct Entry {
     pub group: Option<String>,
     /// How many calls of the group came before.
     pub seq: u64,
-    /// The file and line of the call.
+    /// The layer that made the call, or its file and line.
     pub site: String,
     /// When it began, in nanoseconds since 1970.
     pub begin: u64,

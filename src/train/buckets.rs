@@ -3,7 +3,7 @@
 use crate::{
     comm::{Group, Pending, ReduceOp},
     device::{Accumulator, Device, Element},
-    error::{Error, Result},
+    error::{Error, Result, Site},
     kernels::{Backend, MatMut, MatRef},
     shard::{Partition, Tree},
     tensor::{Tensor, Visit, Watch},
@@ -41,6 +41,8 @@ pub(super) struct Buckets<T: Element, B: Device> {
 struct Round<T: Element, B: Device> {
     /// What this rank's gradients are multiplied with.
     weight: f64,
+    /// Where it began. Buckets are started from within the backward of any layer.
+    site: Site,
     /// The parameters that have a gradient on this rank.
     present: Vec<bool>,
     filling: Vec<Filling<T, B>>,
@@ -81,7 +83,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
     }
 
     /// From now on gradients that become ready are reduced, multiplied with `weight`.
-    pub(super) fn begin(&self, weight: f64) {
+    pub(super) fn begin(&self, weight: f64, site: Site) {
         // Alone, a rank has the sum already.
         if self.group.size() == 1 {
             return;
@@ -90,7 +92,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
             .map(|bucket| Filling { flat: None, missing: self.members(bucket).count() })
             .collect();
         let present = vec![false; self.places.len()];
-        *self.round.borrow_mut() = Some(Round { weight, present, filling, started: Vec::new() });
+        *self.round.borrow_mut() = Some(Round { weight, site, present, filling, started: Vec::new() });
     }
 
     /// The numbers of a bucket's parameters, in the order in which they lie there.
@@ -145,6 +147,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
 
     /// Starts the buckets that are full, in order, up to the first that is not; with `all`, those, too.
     fn start(&self, round: &mut Round<T, B>, all: bool) -> Result<()> {
+        let _site = round.site.enter();
         while let Some(next) = round.filling.get_mut(round.started.len()) {
             if next.missing > 0 && !all {
                 break;

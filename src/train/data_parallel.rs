@@ -7,7 +7,7 @@ use super::{
 use crate::{
     comm::{Group, ReduceOp, hash},
     device::Element,
-    error::{Error, Result},
+    error::{Error, Result, Site},
     kernels::Backend,
     shard::{Node, Partition, Reduction, Tree, TreeSum},
     tensor::{Tensor, Visit},
@@ -152,7 +152,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
                 weight / sum
             }
         };
-        self.buckets.begin(weight);
+        self.buckets.begin(weight, Site::here());
         Ok(())
     }
 
@@ -163,7 +163,9 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     ///
     /// # Errors
     /// When the model has other parameters than it had, or a collective fails.
+    #[track_caller]
     pub fn finish(&self, visit: impl Visit<T, B>) -> Result<()> {
+        let _site = Site::here().enter();
         self.buckets.finish(visit)
     }
 
@@ -207,7 +209,10 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     /// When a collective fails.
     #[track_caller]
     pub fn publish(&self, mut visit: impl Visit<T, B>) -> Result<()> {
-        self.aggregator.map_or(Ok(()), |root| broadcast(&self.group, &mut visit, root))
+        match self.aggregator {
+            Some(root) => broadcast(&self.group, &mut visit, root),
+            None => Ok(()),
+        }
     }
 }
 
@@ -242,6 +247,7 @@ fn broadcast<T: Element, B: Backend>(
     visit: &mut impl Visit<T, B>,
     root: usize,
 ) -> Result<()> {
+    let _site = Site::here().enter();
     visit(&mut |param| {
         // The sender's value is not a new one: its master weights are more than the value's.
         let value = if group.rank() == root { param.update_mut() } else { param.value_mut() };

@@ -3,7 +3,7 @@
 use crate::{
     comm::{Group, hash},
     device::Element,
-    error::{Error, Result},
+    error::{Error, Result, Site},
     kernels::Backend,
     shard::Partition,
     tensor::{Region, Tensor, Visit},
@@ -27,6 +27,7 @@ use std::{
 /// [`Error::Drift`], with the first tensor and rank that differ, on every rank.
 #[track_caller]
 pub fn check_replicas<T: Element, B: Backend>(mut visit: impl Visit<T, B>, group: &Group<B>) -> Result<()> {
+    let _site = Site::here().enter();
     let mut own = Vec::new();
     visit(&mut |param| {
         own.extend(param.pieces().iter().map(|piece| Held::new(&piece.tensor, &piece.region)));

@@ -4,7 +4,7 @@ use super::schedule::{Action, Compute, Message, Pass, Schedule};
 use crate::{
     comm::{Group, ReduceOp},
     device::Element,
-    error::{Error, Result, same_size},
+    error::{Error, Result, Site, same_size},
     kernels::Backend,
     parallel::{DTensor, Draw, Layer, Stream},
     shard::{Reduction, Sequences, Shape},
@@ -138,6 +138,7 @@ impl<B: Backend> Pipeline<B> {
         const NONE: f64 = 0.0;
         const SOME: f64 = 1.0;
         const OPEN: f64 = 2.0;
+        let _site = Site::here().enter();
         let settled = param.settle();
         let own = match (&settled, param.grad()) {
             (Err(_), _) => OPEN,
@@ -245,6 +246,7 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
         self.tensors.remove(&(pass, stage, microbatch)).ok_or_else(missing)
     }
 
+    #[track_caller]
     fn exchange(&mut self, send: Option<Message>, receive: Option<Message>) -> Result<()> {
         let Pipeline { group, tensor, widths, .. } = self.pipeline;
         let outgoing = match send {
@@ -278,6 +280,7 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
         Ok(())
     }
 
+    #[track_caller]
     fn forward(
         &mut self,
         compute: Compute,
@@ -311,6 +314,7 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
         Ok(())
     }
 
+    #[track_caller]
     fn backward(&mut self, compute: Compute, layer: &mut L, ends: &mut impl Ends<S, T, B>) -> Result<()> {
         let Compute { pass, chunk, microbatch } = compute;
         let stage = self.pipeline.schedule.stage(self.pipeline.group.rank(), chunk);

@@ -69,11 +69,12 @@ impl Checkpoint {
     ///
     /// # Errors
     /// * [`Error::Io`]: a file is missing or cannot be read.
-    /// * [`Error::Checkpoint`]: a file is damaged or is not a checkpoint. A header longer than its file or than
-    ///   100 MB, a key that occurs twice, a shape whose size overflows, offsets that are not those of shape and
-    ///   element, data that overlap, leave gaps or are not all of the file; an index that leads out
-    ///   of its folder; a folder with both `model.safetensors` and an index, which may be of
-    ///   different models.
+    /// * [`Error::Checkpoint`]: a file is damaged or is not a checkpoint. A header longer than its
+    ///   file, or headers of more than 100 MB in all, a key that occurs twice, a shape whose size
+    ///   overflows, offsets that are not those of shape and element, data that overlap, leave gaps
+    ///   or are not all of the file; an index that leads out of its folder, or writes a path in
+    ///   another form than its shortest; a folder with both `model.safetensors` and an index, which
+    ///   may be of different models.
     /// * [`Error::MissingTensor`]: a file does not have a tensor that the index says it has.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
@@ -113,31 +114,33 @@ impl Checkpoint {
 
     fn open_file(path: &Path) -> Result<Self> {
         let file = DataFile::open(path)?;
-        let tensors = header::read(&file)?.into_iter().map(|(name, entry)| (name, (0, entry))).collect();
+        let tensors =
+            header::read(&file, &mut 0)?.into_iter().map(|(name, entry)| (name, (0, entry))).collect();
         Ok(Self { path: path.into(), files: vec![file], tensors, bytes_read: AtomicU64::new(0) })
     }
 
     fn open_index(path: &Path) -> Result<Self> {
         let index = index::read(&DataFile::open(path)?)?;
         let folder = path.parent().unwrap_or(Path::new(""));
-        let (mut files, mut headers) = (Vec::new(), Vec::new());
-        for name in &index.files {
+        let mut named = vec![Vec::new(); index.files.len()];
+        index.tensors.into_iter().for_each(|(tensor, file)| named[file].push(tensor));
+        let (mut files, mut tensors, mut headers) = (Vec::new(), BTreeMap::new(), 0);
+        for (at, (name, named)) in index.files.iter().zip(named).enumerate() {
             let file = DataFile::open(&folder.join(name)).map_err(|error| match error {
                 Error::Io { path: shard, reason } => {
                     Error::Io { path: shard, reason: format!("{reason}, but {} names it", path.display()) }
                 }
                 other => other,
             })?;
-            headers.push(header::read(&file)?);
+            let mut header = header::read(&file, &mut headers)?;
+            for name in named {
+                let Some(entry) = header.remove(&name) else {
+                    let place = format!("{}, where {} says it is", file.path().display(), path.display());
+                    return Err(missing(&name, place, header.keys()));
+                };
+                tensors.insert(name, (at, entry));
+            }
             files.push(file);
-        }
-        let mut tensors = BTreeMap::new();
-        for (name, file) in index.tensors {
-            let Some(entry) = headers[file].remove(&name) else {
-                let place = format!("{}, where {} says it is", files[file].path().display(), path.display());
-                return Err(missing(&name, place, headers[file].keys()));
-            };
-            tensors.insert(name, (file, entry));
         }
         Ok(Self { path: path.into(), files, tensors, bytes_read: AtomicU64::new(0) })
     }

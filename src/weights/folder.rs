@@ -234,7 +234,7 @@ impl Folder {
         let written = DataFile::open(&self.temporary(name))?;
         match name {
             INDEX => index::read(&written).map(drop)?,
-            _ => header::read(&written).map(drop)?,
+            _ => header::read(&written, &mut 0).map(drop)?,
         }
         self.disk.sync_folder(&self.path)?;
         self.state = State::Tried;

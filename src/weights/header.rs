@@ -18,7 +18,7 @@ use crate::{device::DType, error::Result};
 use safetensors::{Dtype, tensor::TensorInfo};
 use std::collections::BTreeMap;
 
-/// The longest header that the format allows, in bytes.
+/// The longest header that the format allows, in bytes; and the most of all headers of a folder.
 const MAX_HEADER: u64 = 100_000_000;
 
 /// The most dimensions that a tensor may have: as many as PyTorch and NumPy have. Few of them can be read.
@@ -45,8 +45,9 @@ impl Entry {
     }
 }
 
-/// The text of a file's header, and the number of bytes behind its length.
-fn text(file: &DataFile) -> Result<(Vec<u8>, u64)> {
+/// The text of a file's header, and the number of bytes behind its length. Headers of so many bytes
+/// were read `before`.
+fn text(file: &DataFile, before: u64) -> Result<(Vec<u8>, u64)> {
     let Some(after) = file.len().checked_sub(8) else {
         return Err(file.bad(format!("{} bytes are too few for a safetensors file", file.len())));
     };
@@ -62,15 +63,23 @@ fn text(file: &DataFile) -> Result<(Vec<u8>, u64)> {
         );
         return Err(file.bad(reason));
     }
+    if len.saturating_add(before) > MAX_HEADER {
+        let reason = format!(
+            "the header has {len} bytes and those before it {before}; together at most {MAX_HEADER} are read"
+        );
+        return Err(file.bad(reason));
+    }
     let mut text = vec![0; len as usize];
     file.read_at(&mut text, 8)?;
     Ok((text, after))
 }
 
-/// Reads a file's header: the only bytes of the file that this reads.
-pub(super) fn read(file: &DataFile) -> Result<BTreeMap<String, Entry>> {
-    let (text, after) = text(file)?;
+/// Reads a file's header: the only bytes of the file that this reads. `total` are the bytes of the
+/// headers of one checkpoint, to which it adds.
+pub(super) fn read(file: &DataFile, total: &mut u64) -> Result<BTreeMap<String, Entry>> {
+    let (text, after) = text(file, *total)?;
     let len = text.len() as u64;
+    *total += len;
     let infos = parse(&text).map_err(|reason| file.bad(format!("header: {reason}")))?;
     drop(text);
     check(&infos, after - len).map_err(|reason| file.bad(reason))?;
@@ -101,7 +110,7 @@ fn other_format(file: &DataFile) -> Result<Option<&'static str>> {
 
 /// The id of the save that wrote a file, where a save of ours did: see [`super::folder`].
 pub(super) fn id(file: &DataFile) -> Result<Option<String>> {
-    let (text, _) = text(file)?;
+    let (text, _) = text(file, 0)?;
     let mut id = None;
     let read = whole_object(&text, |key, text| {
         if key != "__metadata__" {

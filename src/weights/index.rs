@@ -81,16 +81,14 @@ fn weight_map(text: &[u8], index: &mut Index) -> Result<usize, String> {
             None if index.files.len() == MAX_FILES => {
                 return Err(format!("more than {MAX_FILES} files"));
             }
-            None if is_below(&file) => {
+            None => {
+                check(&file).map_err(|reason| {
+                    let (name, file) = (name.escape_debug(), file.escape_debug());
+                    format!("tensor `{name}` is said to be in `{file}`, which {reason}")
+                })?;
                 index.files.push(file.clone());
                 positions.insert(file, index.files.len() - 1);
                 index.files.len() - 1
-            }
-            None => {
-                let (name, file) = (name.escape_debug(), file.escape_debug());
-                return Err(format!(
-                    "tensor `{name}` is said to be in `{file}`, which is not a path below the index's folder"
-                ));
             }
         };
         if index.tensors.contains_key(&name) {
@@ -101,10 +99,22 @@ fn weight_map(text: &[u8], index: &mut Index) -> Result<usize, String> {
     })
 }
 
-/// Whether a path names something below the folder it is joined to. A link there may still lead elsewhere: the caches of
-/// model hubs consist of such links, and who can make one has the file system anyway.
-fn is_below(path: &str) -> bool {
-    !path.is_empty() && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
+/// Refuses a path that leads out of the folder it is joined to, or can be written shorter: a file is to have one name.
+/// A link there may still lead elsewhere: the caches of model hubs consist of such links, and who can make one has the
+/// file system anyway.
+fn check(path: &str) -> Result<(), String> {
+    let parts = Path::new(path).components().filter(|part| *part != Component::CurDir);
+    let parts = parts.map(|part| match part {
+        Component::Normal(part) => part.to_str(),
+        _ => None,
+    });
+    match parts.collect::<Option<Vec<_>>>() {
+        Some(parts) if !parts.is_empty() => match parts.join("/") {
+            shortest if shortest == path => Ok(()),
+            shortest => Err(format!("has to be written `{}`", shortest.escape_debug())),
+        },
+        _ => Err("is not a path below the index's folder".into()),
+    }
 }
 
 #[cfg(test)]
@@ -123,8 +133,16 @@ mod tests {
     }
 
     #[test]
-    fn paths_stay_below_the_folder() {
-        assert!(["a", "a/b", "a..b", "..."].iter().all(|path| is_below(path)));
-        assert!(["", "/a", "..", "../a", "a/../../b", "a/..", ".", "./a"].iter().all(|path| !is_below(path)));
+    fn paths_stay_below_the_folder_and_are_written_in_one_way() {
+        assert!(["a", "a/b", "a..b", "..."].iter().all(|path| check(path).is_ok()));
+        for (paths, reason) in [
+            (
+                &["", "/a", "..", "../a", "a/../../b", "a/..", "."][..],
+                "is not a path below the index's folder",
+            ),
+            (&["./a/b", "a//b", "a/./b", "a/b/", "a/b/."], "has to be written `a/b`"),
+        ] {
+            paths.iter().for_each(|path| assert_eq!(check(path).unwrap_err(), reason, "{path}"));
+        }
     }
 }

@@ -10,7 +10,8 @@
 //!
 //! A file comes from elsewhere, so its header is not believed: everything it says is checked against the file's length
 //! before it is used ([`Checkpoint::open`] lists what). Memory stays within a small multiple of the headers and the index,
-//! which are limited in length and by that of their files, and 1 MiB a read. Names are compared, never interpreted.
+//! and 1 MiB a read. Both are limited in length, a folder's headers together, and by that of their files. What of a header
+//! an index does not name is not kept. Names are compared, never interpreted.
 //!
 //! [`WeightSource`]: crate::tensor::WeightSource
 

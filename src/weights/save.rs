@@ -5,7 +5,7 @@ use super::{disk::Disk, folder::Folder};
 use crate::{
     comm::{Group, ReduceOp},
     device::{Cpu, Element},
-    error::{Error, Result, same_shape, same_size},
+    error::{Error, Result, Site, same_shape, same_size},
     kernels::Backend,
     shard::Shape,
     tensor::{Region, Tensor, Visit},
@@ -55,6 +55,7 @@ const PULSE: Duration = Duration::from_millis(50);
 ///
 /// # Errors
 /// As [`Save::write`].
+#[track_caller]
 pub fn save<T: Element, B: Backend>(
     group: &Group<B>,
     visit: impl Visit<T, B>,
@@ -137,7 +138,9 @@ impl<'a> Save<'a> {
     /// another save is writing to the folder; [`Error::Sizes`] when an element is owned by no rank,
     /// [`Error::Invalid`] when it is owned by several, [`Error::Shapes`] when ranks have the same
     /// tensor in different shapes; and when a collective fails.
+    #[track_caller]
     pub fn write<T: Element, B: Backend>(self, group: &Group<B>, mut visit: impl Visit<T, B>) -> Result<()> {
+        let _site = Site::here().enter();
         let files = files::<T>(all_tensors(group, &mut visit)?, self.max_shard);
         let (path, disk) = (&self.folder, self.disk);
         let mut folder = on_first(group, || Folder::begin(path, disk))?;

@@ -302,11 +302,40 @@ fn lose(world: usize, lost: usize, way: Way, before: usize, delay: Duration, wai
             assert!(*named == lost || *op == "exchange" && *reason == Loss::Left, "{what}: {error}");
             let right = match way {
                 Way::Panic | Way::LeakAndPanic => *reason == Loss::Panicked,
-                // It drops the group before the launcher knows that it returns an error.
-                Way::Fail => matches!(reason, Loss::Left | Loss::Failed),
+                Way::Fail => *reason == Loss::Failed,
                 _ => *reason == Loss::Left,
             };
             assert!(right, "{what}: {error}");
+        }
+    }
+}
+
+/// It drops its groups, also those it has split, before the launcher knows that it returns an error.
+#[test]
+fn who_is_lost_by_an_error_has_not_left() {
+    for world in [2, 4] {
+        for round in 0..300 {
+            let outcomes = ranks(world)
+                .run_each(|group| {
+                    let part = group.split_all(0)?;
+                    let call = |group: &Group<Cpu>| match round % 3 {
+                        0 => group.barrier(),
+                        1 => reduce::<f32>(group, ReduceOp::Sum, &[5000]),
+                        _ => started(group, ReduceOp::Sum, 5),
+                    };
+                    if group.rank() == round % world {
+                        return Err(Error::invalid("test", "fails"));
+                    }
+                    let used = if round % 2 == 0 { &part } else { &group };
+                    Ok(call(used).unwrap_err())
+                })
+                .unwrap();
+            for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != round % world)
+            {
+                let told = matches!(&outcome, Ok(Error::PeerLost { rank, reason: Loss::Failed, .. })
+                    if *rank == round % world);
+                assert!(told, "rank {rank} of {world}, round {round}: {outcome:?}");
+            }
         }
     }
 }
@@ -362,6 +391,14 @@ fn the_launcher_reports_what_went_wrong_first() {
     let Error::RankFailed { rank: 0, source } = run(|group| group.barrier()).unwrap_err() else { panic!() };
     assert!(matches!(*source, Error::PeerLost { rank: 2, reason: Loss::Left, seq: 1, .. }), "{source}");
     assert!(matches!(Threads::new(0).run(|_| Ok(())), Err(Error::Invalid { op: "launch", .. })));
+}
+
+#[test]
+fn more_ranks_than_there_can_be_are_refused_before_anything_is_made() {
+    for number in [65_537, usize::MAX] {
+        let error = Threads::new(number).run(|_| Ok(())).unwrap_err().to_string();
+        assert_eq!(error, format!("launch: {number} ranks: at most 65536 can be threads of one process"));
+    }
 }
 
 #[test]

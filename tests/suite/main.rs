@@ -21,6 +21,7 @@ mod optim;
 mod oracle;
 mod overlap;
 mod saving;
+mod sites;
 mod states;
 mod support;
 mod trace;

@@ -183,8 +183,7 @@ fn check(rank: usize, outcome: &Result<(), Error>, programs: &[Program], verdict
             assert!(gone.contains(named), "{rank}: {outcome:?}");
             let right = match programs[*named].end {
                 End::Returns => *reason == Loss::Left,
-                // It drops the group before the launcher knows that it has failed.
-                End::Fails => matches!(reason, Loss::Left | Loss::Failed),
+                End::Fails => *reason == Loss::Failed,
                 End::Panics => *reason == Loss::Panicked,
             };
             assert!(right, "{rank}: {outcome:?}");

@@ -253,6 +253,14 @@ fn an_index_that_lies_is_refused() {
             "model.safetensors.index.json: bad checkpoint: the header is said to have",
         ),
         (r#"{"a":"."}"#, "not a path below the index's folder"),
+        (
+            r#"{"a.weight":"model-00001-of-00002.safetensors","b.weight":"./model-00002-of-00002.safetensors"}"#,
+            "index: tensor `b.weight` is said to be in `./model-00002-of-00002.safetensors`, which has to be written \
+             `model-00002-of-00002.safetensors`",
+        ),
+        (r#"{"a":"s//x"}"#, "index: tensor `a` is said to be in `s//x`, which has to be written `s/x`"),
+        (r#"{"a":"s/./x"}"#, "index: tensor `a` is said to be in `s/./x`, which has to be written `s/x`"),
+        (r#"{"a":"s/x/"}"#, "index: tensor `a` is said to be in `s/x/`, which has to be written `s/x`"),
         (r#"{"a":"x\u0000y"}"#, "file name contained an unexpected NUL byte"),
         (
             r#"{"a.weight":"model-00001-of-00002.safetensors","a.weight":"model-00001-of-00002.safetensors"}"#,
@@ -276,6 +284,69 @@ fn an_index_that_lies_is_refused() {
     assert_eq!(Checkpoint::open(&index).unwrap().names().len(), 0);
     fs::File::create(&index).unwrap().set_len(33_000_000).unwrap();
     assert!(Checkpoint::open(&index).unwrap_err().to_string().contains("at most 32000000 are read"));
+}
+
+/// A folder whose index names one file `links` times, each time for another of its tensors.
+fn linked(header: &str, links: usize) -> TempDir {
+    let folder = tempdir().unwrap();
+    fs::write(folder.path().join("0"), file(header, 0)).unwrap();
+    let link =
+        |at: usize| fs::hard_link(folder.path().join("0"), folder.path().join(at.to_string())).unwrap();
+    (1..links).for_each(link);
+    let places: Vec<_> = (0..links).map(|at| format!(r#""t{at}":"{at}""#)).collect();
+    let index = format!(r#"{{"weight_map":{{{}}}}}"#, places.join(","));
+    fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
+    folder
+}
+
+/// The entries of a header with so many tensors without elements.
+fn empty_tensors(count: usize) -> String {
+    let entry = |at| format!(r#""t{at}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#);
+    (0..count).map(entry).collect::<Vec<_>>().join(",")
+}
+
+#[test]
+fn the_headers_of_a_folder_have_one_limit() {
+    let text = "x".repeat(9_000_000);
+    let header = format!(r#"{{"__metadata__":{{"text":"{text}"}},{}}}"#, empty_tensors(12));
+    let names = |links| Checkpoint::open(linked(&header, links).path()).map(|opened| opened.names().len());
+    assert_eq!(names(11).unwrap(), 11);
+    let before = 11 * header.len();
+    let error = names(12).unwrap_err().to_string();
+    let expected = format!(
+        "/11: bad checkpoint: the header has {} bytes and those before it {before}; together at most 100000000 are read",
+        header.len()
+    );
+    assert!(error.ends_with(&expected), "{error}");
+}
+
+/// In a process of its own, whose memory no other test takes.
+#[cfg(target_os = "linux")]
+#[test]
+fn what_an_index_does_not_name_takes_no_memory() {
+    const CHILD: &str = "SHARDWISE_TEST_OPENS";
+    if let Ok(folder) = std::env::var(CHILD) {
+        let peak = || {
+            let status = fs::read_to_string("/proc/self/status").unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+            line.trim().trim_end_matches(" kB").parse::<usize>().unwrap()
+        };
+        let before = peak();
+        assert_eq!(Checkpoint::open(folder).unwrap().names().len(), 60);
+        println!("grown by {} kB", peak() - before);
+        return;
+    }
+    let folder = linked(&format!("{{{}}}", empty_tensors(20_000)), 60);
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "weights::what_an_index_does_not_name_takes_no_memory", "--nocapture"])
+        .env(CHILD, folder.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let grown = text.lines().find_map(|line| line.split_once("grown by ")).map(|(_, rest)| rest);
+    let grown = grown.and_then(|rest| rest.strip_suffix(" kB")).unwrap_or_else(|| panic!("{text}"));
+    // A header has 1.2 MB. All of them were 170 MB.
+    assert!(grown.parse::<usize>().unwrap() < 30_000, "grown by {grown} kB");
 }
 
 /// A file with this header and so many bytes of data.

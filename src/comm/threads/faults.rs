@@ -30,7 +30,7 @@ pub(super) fn call(op: Op, seq: u64, len: usize) -> Call {
         history: 0,
         group: 0,
         messages: [0; 2],
-        site: Site(Location::caller()),
+        site: Site::AtLine(Location::caller()),
     }
 }
 

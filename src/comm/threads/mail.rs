@@ -22,11 +22,12 @@ impl Drop for Shared {
         if !self.ended_well() {
             return;
         }
-        let size = self.size();
-        for (place, queue) in self.mail.iter_mut().enumerate() {
-            let queue = queue.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
-            let [from, to] = [place / size, place % size].map(|rank| self.members[rank]);
-            for Letter { call, shape, data } in queue.drain(..) {
+        for (to, mail) in self.mail.iter_mut().enumerate() {
+            let mail = std::mem::take(mail.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()));
+            let letters =
+                mail.into_iter().flat_map(|(from, queue)| queue.into_iter().map(move |it| (from, it)));
+            for (from, Letter { call, shape, data }) in letters {
+                let [from, to] = [from, to].map(|rank| self.members[rank]);
                 let what = format!("{} {shape}, sent at {}", data.as_ref().dtype(), call.site);
                 let mut unread = self.unread.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
                 unread.push((to, never_received(from, to, &what)));
@@ -41,14 +42,14 @@ impl Shared {
             return Err(error);
         }
         let letter = Letter { call: *call, shape: send.shape, data: send.data.into() };
-        self.lock(&self.mail[from * self.size() + send.to]).push_back(letter);
+        self.lock(&self.mail[send.to]).entry(from).or_default().push_back(letter);
         self.news.notify();
         Ok(())
     }
 
     pub(super) fn receive(&self, call: &Call, to: usize, recv: Incoming<'_, Cpu>) -> Result<()> {
-        let queue = &self.mail[recv.from * self.size() + to];
-        let letter = self.wait_for(call, to, || self.lock(queue).pop_front(), || vec![recv.from])?;
+        let take = || self.lock(&self.mail[to]).get_mut(&recv.from)?.pop_front();
+        let letter = self.wait_for(call, to, take, || vec![recv.from])?;
         let (sent, expected) = (letter.data.as_ref().dtype(), recv.data.dtype());
         if sent != expected || letter.shape != recv.shape {
             let words = |verb, dtype, shape, site| format!("exchange, {verb} {dtype} {shape} at {site}");

@@ -14,7 +14,7 @@ use crate::{
 };
 use std::{
     cell::{Cell, RefCell},
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -24,6 +24,9 @@ const SPINS: u32 = if cfg!(shuttle) { 0 } else { 20_000 };
 
 /// A rank that has waited for this long at a meeting says so.
 const SOON: Duration = Duration::from_millis(1);
+
+/// A rank that has dropped a group says within this time why, if that is because it ends.
+const GRACE: Duration = Duration::from_millis(100);
 
 /// The first loss that this rank was told of: a rank of the world, and how it was lost. It is why this rank may leave, too; who
 /// waits for this rank then is told of that loss.
@@ -57,8 +60,8 @@ pub(super) struct Shared {
     pub(super) slots: Box<[Slot]>,
     /// Something was posted, sent or broken.
     pub(super) news: Event,
-    /// What was sent, for each sender and receiver.
-    pub(super) mail: Box<[Mutex<VecDeque<Letter>>]>,
+    /// What was sent, for each receiver by sender.
+    pub(super) mail: Box<[Mutex<BTreeMap<usize, VecDeque<Letter>>>]>,
     /// What was started and not yet posted by all, by number.
     pub(super) flights: Mutex<HashMap<u64, Arc<Flight>>>,
     /// What the ranks want of a split, and the groups that it made.
@@ -90,10 +93,11 @@ pub(super) type Wish = (Option<u64>, u64, usize);
 /// Why a group is broken.
 #[derive(Clone, Debug)]
 enum Cause {
-    /// A rank has left. If it had been told of a loss before, of a rank of the world, that is the `root`.
+    /// A rank has left. Without a reason it has dropped the group, and either ends or goes on. If it had been told of a loss
+    /// before, of a rank of the world, that is the `root`.
     Lost {
         rank: usize,
-        reason: Loss,
+        reason: Option<Loss>,
         root: Option<(usize, Loss)>,
     },
     Disagreement(Box<Mismatch>),
@@ -107,10 +111,18 @@ impl Cause {
     /// Whether nothing more can be expected of the `missing` ranks: see R7.
     fn stops(&self, missing: &[usize]) -> bool {
         match self {
-            Self::Lost { rank, reason: Loss::Left, .. } => missing.contains(rank),
+            Self::Lost { rank, reason: None | Some(Loss::Left), .. } => missing.contains(rank),
             _ => true,
         }
     }
+}
+
+/// Why a rank has left, if it has.
+fn reason_in(causes: &mut [Cause], rank: usize) -> Option<&mut Option<Loss>> {
+    causes.iter_mut().find_map(|cause| match cause {
+        Cause::Lost { rank: lost, reason, .. } if *lost == rank => Some(reason),
+        _ => None,
+    })
 }
 
 impl Shared {
@@ -132,7 +144,7 @@ impl Shared {
             barrier: Barrier::new(size, spins),
             slots: (0..size).map(|_| Slot::new()).collect(),
             news: Event::new(spins),
-            mail: (0..size * size).map(|_| Mutex::default()).collect(),
+            mail: (0..size).map(|_| Mutex::default()).collect(),
             flights: Mutex::default(),
             wishes: Mutex::new(vec![None; size]),
             parts: Mutex::default(),
@@ -206,29 +218,28 @@ impl Shared {
             if let Some(result) = done() {
                 return Some(Ok(result));
             }
-            if let Some(error) = self.obstacle(call, &missing) {
-                return Some(Err(Ok(error)));
+            if let Some(cause) = self.stop(&missing) {
+                return Some(Err(Ok(cause)));
             }
             let circle = self.circle(call, rank, &missing)?;
             // What its rank did before it came to the meeting is visible now.
             Some(done().ok_or(Err(circle)))
         });
+        // What came before a rank was lost counts.
         let error = match found {
             Some(Ok(result)) => return Ok(result),
-            Some(Err(Ok(error))) => error,
+            Some(Err(Ok(cause))) => return done().ok_or_else(|| self.error(call, cause)),
             Some(Err(Err(circle))) => return Err(self.disagree(circle)),
             None => self.give_up(call, missing(), self.deadline),
         };
-        // What came before a rank was lost counts.
         done().ok_or(error)
     }
 
     /// Breaks the group because the `missing` ranks have not come.
     pub(super) fn give_up(&self, call: &Call, missing: Vec<usize>, after: Duration) -> Error {
         let cause = Cause::Deadline { missing, after };
-        let error = self.error(call, &cause);
-        self.break_for(cause);
-        error
+        self.break_for(cause.clone());
+        self.error(call, cause)
     }
 
     /// Rank `rank` has come to a step beside the group.
@@ -264,16 +275,12 @@ impl Shared {
         self.news.notify();
     }
 
-    /// A rank has left or was lost. It may say so twice, and the second time know better why.
-    pub(super) fn leave(&self, rank: usize, reason: Loss) {
+    /// A rank has left or was lost. It may say so twice, and the second time know why.
+    pub(super) fn leave(&self, rank: usize, reason: Option<Loss>) {
         let mut causes = self.lock(&self.causes);
-        let known = causes.iter_mut().find_map(|cause| match cause {
-            Cause::Lost { rank: lost, reason, .. } if *lost == rank => Some(reason),
-            _ => None,
-        });
-        match known {
-            Some(Loss::Panicked) => {}
-            Some(known) => *known = reason,
+        match reason_in(&mut causes, rank) {
+            Some(Some(Loss::Panicked)) => {}
+            Some(known) => *known = reason.or(*known),
             None => {
                 let root = told().filter(|(root, _)| *root != self.members[rank]);
                 causes.push(Cause::Lost { rank, reason, root });
@@ -286,14 +293,16 @@ impl Shared {
 
     /// Rank `rank` panics between two meetings.
     pub(super) fn tear(&self, rank: usize) {
-        self.leave(rank, Loss::Panicked);
+        self.leave(rank, Some(Loss::Panicked));
         self.torn.store(true, Ordering::Release);
     }
 
     /// Whether nothing has happened to the group but that ranks have left it.
     pub(super) fn ended_well(&mut self) -> bool {
         let causes = self.causes.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
-        causes.iter().all(|cause| matches!(cause, Cause::Lost { reason: Loss::Left, root: None, .. }))
+        causes
+            .iter()
+            .all(|cause| matches!(cause, Cause::Lost { reason: None | Some(Loss::Left), root: None, .. }))
     }
 
     /// After a second meeting: whether all ranks have done their parts. No later operation begins before this rank has looked.
@@ -306,29 +315,45 @@ impl Shared {
         let cause = self.lock(&self.causes).first().cloned();
         cause.map_or_else(
             || Error::invalid(call.op.name(), "the group is broken, but nobody said why: please report this"),
-            |cause| self.error(call, &cause),
+            |cause| self.error(call, cause),
         )
     }
 
     /// The error of a call that needs the `missing` ranks only, if they cannot be expected any more: R7.
     pub(super) fn obstacle(&self, call: &Call, missing: impl Fn() -> Vec<usize>) -> Option<Error> {
+        self.stop(missing).map(|cause| self.error(call, cause))
+    }
+
+    /// Why the `missing` ranks cannot be expected any more.
+    fn stop(&self, missing: impl Fn() -> Vec<usize>) -> Option<Cause> {
         if !self.barrier.is_broken() {
             return None;
         }
         let missing = missing();
-        let cause = self.lock(&self.causes).iter().find(|cause| cause.stops(&missing)).cloned();
-        cause.map(|cause| self.error(call, &cause))
+        self.lock(&self.causes).iter().find(|cause| cause.stops(&missing)).cloned()
     }
 
-    fn error(&self, call: &Call, cause: &Cause) -> Error {
+    /// How a rank was lost that has left. A rank that returns an error drops its groups before that
+    /// is known, so that it is given a moment to say so; then it has left and goes on.
+    fn reason(&self, rank: usize) -> Loss {
+        let said = || *reason_in(&mut self.lock(&self.causes), rank)?;
+        let goes_on = || {
+            let mut causes = self.lock(&self.causes);
+            reason_in(&mut causes, rank).map_or(Loss::Left, |reason| *reason.get_or_insert(Loss::Left))
+        };
+        self.news.wait_until(Some(GRACE), said).unwrap_or_else(goes_on)
+    }
+
+    fn error(&self, call: &Call, cause: Cause) -> Error {
         let (op, seq, group, site) = (call.op.name(), call.seq, self.name.clone(), call.site);
-        match cause.clone() {
+        match cause {
             Cause::Disagreement(mismatch) => Error::Mismatch(mismatch),
             Cause::Lost { rank, reason, root } => {
                 let known = root.and_then(|(root, reason)| {
                     Some((self.members.iter().position(|member| *member == root)?, reason))
                 });
-                let (rank, reason) = known.unwrap_or((rank, reason));
+                let (rank, reason) =
+                    known.unwrap_or_else(|| (rank, reason.unwrap_or_else(|| self.reason(rank))));
                 tell(told().or(Some((self.members[rank], reason))));
                 Error::PeerLost { rank, reason, op, seq, group, site }
             }
@@ -410,12 +435,12 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        let reason = if std::thread::panicking() { Loss::Panicked } else { Loss::Left };
-        self.shared.leave(self.rank, reason);
+        self.shared.leave(self.rank, std::thread::panicking().then_some(Loss::Panicked));
     }
 }
 
-/// The groups that one thread takes part in. When the thread ends they all hear of it, even of an end that was leaked.
+/// The groups that one thread takes part in, or has left. When the thread ends they all hear of it and why, even of an end
+/// that was leaked.
 #[derive(Debug, Default)]
 pub(crate) struct Presence(RefCell<Vec<(Weak<Shared>, usize)>>);
 
@@ -430,8 +455,24 @@ impl Presence {
     pub(crate) fn end(&self, reason: Loss) {
         for (group, rank) in self.0.take() {
             if let Some(group) = group.upgrade() {
-                group.leave(rank, reason);
+                group.leave(rank, Some(reason));
             }
         }
+    }
+}
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.end(Loss::Left);
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_grows_with_the_ranks_not_with_their_pairs() {
+        assert_eq!(Shared::world(100, Duration::MAX).mail.len(), 100);
     }
 }

@@ -1,0 +1,519 @@
+//! What errors and records call the place of a call: the layer's path, or a line of the program, never one of the library.
+
+use shardwise::{
+    Error, Result, Site, Tensor,
+    comm::{DeviceMesh, Group, Overlap, ReduceOp},
+    device::Cpu,
+    kernels::{Activation, NormKind},
+    launch::Threads,
+    models::{Bert, Decoder, ModelConfig},
+    optim::grad_norm,
+    parallel::{
+        AddBias, AttentionConfig, Bias, BlockConfig, BlockNames, BoxLayer, Chain, ColumnLinear,
+        ColumnParallelLinear, Columns, CopyTo, CrossEntropySaved, DTensor, ForkedColumnLinear, GatedMlp,
+        GatherFrom, GatherSequence, Layer, MlpNames, NormPlacement, Normalize, ParallelAttention,
+        ParallelMlp, QkvLayout, Recompute, ReduceFrom, ReduceScatterSequence, RowParallelLinear, Sampler,
+        ScatterSequence, ScatterTo, Stream, Traffic, TransformerBlock, VocabParallelCrossEntropy,
+        VocabParallelEmbedding,
+    },
+    shard::{Copied, Mesh, Partial, Partition, Placement, Reduction, Replicated, Sequences, Shape, Shard},
+    tensor::{Param, Random, Weights},
+    trace,
+    train::{DataParallel, Ends, GradReduce, Microbatch, Pipeline, Schedule, check_replicas},
+    weights::{self, Checkpoint},
+};
+use std::{
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    thread::sleep,
+    time::Duration,
+};
+
+type Held<P> = DTensor<P, f32, Cpu>;
+
+const HIDDEN: usize = 12;
+const TOKENS: usize = 6;
+
+/// The sites of the collectives that this rank makes in `act`, each run of equal ones once.
+fn sites(act: impl FnOnce() -> Result<()>) -> Result<Vec<String>> {
+    let calls = || trace::snapshot().entries.into_iter().filter(|entry| entry.group.is_some());
+    let before = calls().count();
+    act()?;
+    let mut sites: Vec<_> = calls().skip(before).map(|entry| entry.site).collect();
+    sites.dedup();
+    Ok(sites)
+}
+
+fn layer(path: &str) -> String {
+    format!("layer `{path}`")
+}
+
+fn input<P: Placement>(
+    group: &Group<Cpu>,
+    rows: usize,
+    make: impl Fn(Tensor<f32>) -> Result<Held<P>>,
+) -> Result<Held<P>> {
+    make(Tensor::full(group.device(), [rows, HIDDEN], 0.5)?)
+}
+
+fn replicated(group: &Group<Cpu>) -> Result<Held<Replicated>> {
+    input(group, TOKENS, |x| DTensor::replicated(group, x))
+}
+
+fn stream<S: Stream>(group: &Group<Cpu>) -> Result<Held<S>> {
+    let rows = S::local_rows(group, TOKENS)?.len();
+    input(group, rows, |x| S::of_local(group, TOKENS, x))
+}
+
+/// Of features that are cut.
+fn features(group: &Group<Cpu>) -> Result<Held<Shard<1>>> {
+    replicated(group)?.scatter::<1>(&Partition::even(HIDDEN, group.size()))
+}
+
+/// What the last rank does in place of a pass.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fault {
+    Fails,
+    Differs,
+    IsLate,
+}
+
+/// Every rank that is told of a fault of the last rank, in the forward or the backward, is told by this layer's path.
+fn told<L: Layer<f32, Cpu>>(
+    path: &str,
+    forward: bool,
+    load: impl Fn(&Group<Cpu>, &Weights<'_>) -> Result<L> + Sync,
+    x: impl Fn(&Group<Cpu>) -> Result<Held<L::In>> + Sync,
+) where
+    L::Out: Placement<Dual = L::Out>,
+{
+    // A deadline takes its time: for the layers of a block only.
+    let faults = [(2, Fault::Fails), (3, Fault::Differs), (2, Fault::IsLate)];
+    let count = if path.contains("layers") { 3 } else { 2 };
+    for (world, fault) in faults.into_iter().take(count) {
+        let told = AtomicBool::new(false);
+        let source = Random::normal(1, 0.1);
+        let rank = |group: Group<Cpu>| {
+            let mut layer = load(&group, &Weights::new(&source).at("model"))?;
+            let x = x(&group)?;
+            let mut pass = |is_forward: bool, act: &mut dyn FnMut(&mut L) -> Result<()>| {
+                if group.rank() + 1 < group.size() || is_forward != forward {
+                    return act(&mut layer);
+                }
+                match fault {
+                    Fault::Fails => Err(Error::invalid("test", "fails")),
+                    Fault::Differs => group.barrier(),
+                    Fault::IsLate => {
+                        while !told.load(Ordering::SeqCst) {
+                            sleep(Duration::from_millis(1));
+                        }
+                        Err(Error::invalid("test", "is late"))
+                    }
+                }
+            };
+            let mut kept = None;
+            let forward = pass(true, &mut |layer| {
+                kept = Some(layer.forward(&x)?);
+                Ok(())
+            });
+            let outcome = forward.and_then(|()| {
+                let (y, saved) = kept.expect("there was a forward");
+                let mut saved = Some(saved);
+                pass(false, &mut |layer| layer.backward(saved.take().expect("once"), &y).map(drop))
+            });
+            told.store(true, Ordering::SeqCst);
+            outcome
+        };
+        let deadline = Duration::from_millis(if fault == Fault::IsLate { 500 } else { 60_000 });
+        let outcomes = Threads::new(world).deadline(deadline).run_each(rank).unwrap();
+        let expected = layer(path);
+        for (rank, outcome) in outcomes.into_iter().enumerate() {
+            if rank + 1 == world && fault != Fault::Differs {
+                continue;
+            }
+            let error = outcome.unwrap_err();
+            let right = match fault {
+                Fault::Fails => matches!(error, Error::PeerLost { .. }),
+                Fault::Differs => matches!(error, Error::Mismatch(_)),
+                Fault::IsLate => matches!(error, Error::Deadline { .. }),
+            };
+            let text = error.to_string();
+            assert!(right && text.contains(&expected), "{path}, {fault:?}, rank {rank}: {text}");
+            assert!(!text.contains("src/"), "{text}");
+        }
+    }
+}
+
+fn llama() -> BlockConfig {
+    let attention = AttentionConfig { causal: true, ..AttentionConfig::new(HIDDEN, 3) };
+    BlockConfig {
+        attention,
+        ffn: 10,
+        activation: Activation::Silu,
+        mlp_bias: false,
+        norm: NormKind::RmsNorm { eps: 1e-5 },
+        placement: NormPlacement::Pre,
+        names: BlockNames::llama(),
+    }
+}
+
+#[test]
+fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
+    type Column<S> = ColumnParallelLinear<S, f32, Cpu>;
+    fn column<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Column<S>> {
+        let columns = Columns::even(group, 9)?;
+        ColumnParallelLinear::load(group, &weights.at("up"), HIDDEN, &columns, Bias::Add)
+    }
+    told("model.up", false, column::<Replicated>, stream::<Replicated>);
+    told("model.up", true, column::<Shard<0>>, stream::<Shard<0>>);
+    told("model.up", false, column::<Shard<0>>, stream::<Shard<0>>);
+
+    fn row<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<RowParallelLinear<S, f32, Cpu>> {
+        let cut = Partition::even(HIDDEN, group.size());
+        RowParallelLinear::load(group, &weights.at("down"), &cut, 8, true)
+    }
+    told("model.down", true, row::<Replicated>, features);
+    told("model.down", true, row::<Shard<0>>, features);
+    told("model.down", false, row::<Shard<0>>, features);
+
+    fn norm<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Normalize<S, f32, Cpu>> {
+        Normalize::load(group, &weights.at("norm"), NormKind::LayerNorm { eps: 1e-5 }, HIDDEN)
+    }
+    told("model.norm", false, norm::<Shard<0>>, stream::<Shard<0>>);
+    fn bias<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<AddBias<S, f32, Cpu>> {
+        AddBias::load(group, &weights.at("add"), HIDDEN)
+    }
+    told("model.add", false, bias::<Shard<0>>, stream::<Shard<0>>);
+
+    fn attention<S: Stream>(
+        group: &Group<Cpu>,
+        weights: &Weights<'_>,
+    ) -> Result<ParallelAttention<S, f32, Cpu>> {
+        let layout = QkvLayout::separate("attn.q", "attn.k", "attn.v");
+        ParallelAttention::load(group, weights, &layout, "attn.o", &AttentionConfig::new(HIDDEN, 3))
+    }
+    told("model.attn.o", true, attention::<Replicated>, stream::<Replicated>);
+    told("model.attn", false, attention::<Replicated>, stream::<Replicated>);
+    told("model.attn", true, attention::<Shard<0>>, stream::<Shard<0>>);
+    told("model.attn.o", false, attention::<Shard<0>>, stream::<Shard<0>>);
+
+    fn mlp<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<ParallelMlp<S, f32, Cpu>> {
+        let (names, sizes) = (MlpNames::default(), (HIDDEN, 10));
+        ParallelMlp::load(group, &weights.at("mlp"), &names, sizes, Activation::GeluTanh, true)
+    }
+    told("model.mlp.down", true, mlp::<Replicated>, stream::<Replicated>);
+    told("model.mlp.up", false, mlp::<Replicated>, stream::<Replicated>);
+    told("model.mlp.up", true, mlp::<Shard<0>>, stream::<Shard<0>>);
+    told("model.mlp.down", false, mlp::<Shard<0>>, stream::<Shard<0>>);
+    fn gated<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<GatedMlp<S, f32, Cpu>> {
+        let (names, sizes) = (MlpNames::default(), (HIDDEN, 10));
+        GatedMlp::load_gated(group, &weights.at("mlp"), &names, sizes, Activation::Silu, false)
+    }
+    told("model.mlp", false, gated::<Replicated>, stream::<Replicated>);
+
+    fn forked<S: Stream>(
+        group: &Group<Cpu>,
+        weights: &Weights<'_>,
+    ) -> Result<ForkedColumnLinear<S, f32, Cpu>> {
+        let columns = Columns::even(group, 9)?;
+        let load = |name| ColumnLinear::load(group, &weights.at(name), HIDDEN, &columns, Bias::Add);
+        ForkedColumnLinear::new(vec![load("first")?, load("second")?])
+    }
+    told("model.first", true, forked::<Shard<0>>, stream::<Shard<0>>);
+    told("model.first", false, forked::<Replicated>, stream::<Replicated>);
+
+    type Block<S> = TransformerBlock<S, GatedMlp<S, f32, Cpu>, f32, Cpu>;
+    fn block<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Block<S>> {
+        TransformerBlock::load_gated(group, &weights.at("layers.3"), &llama())
+    }
+    told("model.layers.3.self_attn.o_proj", true, block::<Replicated>, stream::<Replicated>);
+    told("model.layers.3.mlp", false, block::<Replicated>, stream::<Replicated>);
+    told("model.layers.3.self_attn", true, block::<Shard<0>>, stream::<Shard<0>>);
+    told("model.layers.3.mlp.down_proj", false, block::<Shard<0>>, stream::<Shard<0>>);
+}
+
+fn folder(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+/// The calls of a model's forward and backward, on 2 ranks, in groups that reduce and overlap in other ways.
+fn of_model<S: Stream>(name: &str, change: impl Fn(Group<Cpu>) -> Group<Cpu> + Sync) -> Vec<String> {
+    let (config, checkpoint) =
+        (ModelConfig::read(folder(name)).unwrap(), Checkpoint::open(folder(name)).unwrap());
+    let ids: Vec<u32> = (0..300).map(|at| at % 30 + 3).collect();
+    let sequences = || Sequences::packed([30; 10]);
+    let rank = |group: Group<Cpu>| {
+        let group = change(group);
+        match &config {
+            ModelConfig::Decoder(config) => {
+                let mut model = Decoder::<S, f32, Cpu>::load(&group, &checkpoint, config)?;
+                sites(|| {
+                    let (logits, saved) = model.forward(&ids, sequences())?;
+                    model.backward(saved, &logits)
+                })
+            }
+            ModelConfig::Bert(config) => {
+                let mut model = Bert::<S, f32, Cpu>::load(&group, &checkpoint, config)?;
+                sites(|| {
+                    let (y, saved) = model.forward(&ids, None, sequences())?;
+                    model.backward(saved, &y)
+                })
+            }
+        }
+    };
+    let mut ranks = Threads::new(2).run(rank).unwrap();
+    let (second, first) = (ranks.pop().unwrap(), ranks.pop().unwrap());
+    assert_eq!(first, second, "{name}");
+    first
+}
+
+#[test]
+fn every_call_of_a_model_is_made_by_a_layer_of_the_checkpoint() {
+    for name in ["llama", "mistral", "qwen2", "qwen3", "gpt2", "bert"] {
+        let checkpoint = Checkpoint::open(folder(name)).unwrap();
+        let check = |sites: Vec<String>| {
+            assert!(sites.len() > 5, "{sites:?}");
+            for site in sites {
+                let path = site.strip_prefix("layer `").and_then(|rest| rest.strip_suffix('`'));
+                let path = format!("{}.", path.unwrap_or_else(|| panic!("{name}: {site}")));
+                assert!(checkpoint.names().any(|name| name.starts_with(&path)), "{name}: {site}");
+            }
+        };
+        check(of_model::<Replicated>(name, |group| group));
+        check(of_model::<Shard<0>>(name, |group| group));
+        check(of_model::<Shard<0>>(name, |group| group.with_overlap(Overlap::Chunks(2))));
+        check(of_model::<Replicated>(name, |group| group.with_overlap(Overlap::Chunks(2))));
+        check(of_model::<Shard<0>>(name, |group| group.with_reduction(Reduction::Invariant { blocks: 4 })));
+        check(of_model::<Replicated>(name, |group| group.with_reduction(Reduction::Invariant { blocks: 4 })));
+    }
+    let layers = |paths: &[&str]| -> Vec<String> { paths.iter().map(|path| layer(path)).collect() };
+    assert_eq!(
+        of_model::<Replicated>("llama", |group| group),
+        layers(&[
+            "model.embed_tokens",
+            "model.layers.0.self_attn.o_proj",
+            "model.layers.0.mlp.down_proj",
+            "model.layers.1.self_attn.o_proj",
+            "model.layers.1.mlp.down_proj",
+            "lm_head",
+            "model.layers.1.mlp",
+            "model.layers.1.self_attn",
+            "model.layers.0.mlp",
+            "model.layers.0.self_attn",
+        ])
+    );
+}
+
+/// A layer that calls its group by itself, and by way of its stream.
+struct Own;
+
+impl Layer<f32, Cpu> for Own {
+    type In = Shard<0>;
+    type Out = Shard<0>;
+    type Saved = ();
+
+    fn forward(&self, x: &Held<Shard<0>>) -> Result<(Held<Shard<0>>, ())> {
+        let mut sum = x.local().clone();
+        x.group().all_reduce(ReduceOp::Sum, &mut sum)?;
+        let entered = Shard::<0>::enter(x)?;
+        let partial = DTensor::<Partial, f32, Cpu>::partial(x.group(), entered.into_local())?;
+        Ok((Shard::<0>::leave(partial)?, ()))
+    }
+
+    fn backward(&mut self, (): (), dy: &Held<Shard<0>>) -> Result<Held<Shard<0>>> {
+        Ok(self.forward(dy)?.0)
+    }
+
+    fn traffic(&self, _: &Group<Cpu>, x: Shape) -> (Traffic, Shape) {
+        (Traffic::default(), x)
+    }
+}
+
+fn pass<L: Layer<f32, Cpu>>(
+    mut layer: L,
+    x: &Held<L::In>,
+    dy: impl FnOnce(&Held<L::Out>) -> Result<Held<<L::Out as Placement>::Dual>>,
+) -> Result<()> {
+    let (y, saved) = layer.forward(x)?;
+    layer.backward(saved, &dy(&y)?).map(drop)
+}
+
+fn same<P: Placement<Dual = P>>(y: &Held<P>) -> Result<Held<P>> {
+    Ok(y.clone())
+}
+
+/// All of what a program calls directly: on a group of 2, each with the place of the call.
+fn calls(group: &Group<Cpu>, act: fn(&Group<Cpu>) -> Result<()>) -> Result<()> {
+    let found = sites(|| act(group))?;
+    assert!(!found.is_empty(), "there was no call");
+    for site in found {
+        assert!(site.starts_with("tests/suite/sites.rs:"), "{site}");
+    }
+    Ok(())
+}
+
+#[test]
+fn calls_without_a_layer_are_told_by_the_programs_line() {
+    let run = |group: Group<Cpu>| {
+        // Mappings, alone, in chains, lists and boxes, and recomputed.
+        calls(&group, |group| {
+            pass(CopyTo.then(AsTerm).then(ReduceFrom), &replicated(group)?, same)?;
+            pass(Recompute(CopyTo.then(AsTerm).then(ReduceFrom)), &replicated(group)?, same)?;
+            pass(Chain(ScatterTo::<1>::even(), GatherFrom::<1>), &replicated(group)?, same)?;
+            let rows = Chain(GatherSequence, AsTerm).then(ReduceScatterSequence);
+            pass(Chain(ScatterSequence::even(), rows), &replicated(group)?, same)?;
+            pass(vec![CopyTo.then(AsTerm).then(ReduceFrom)], &replicated(group)?, same)?;
+            let boxed = BoxLayer::<Replicated, Replicated>::new(CopyTo.then(AsTerm).then(ReduceFrom));
+            pass(vec![boxed], &replicated(group)?, same)
+        })?;
+        calls(&group, |group| pass(Own, &stream(group)?, same))?;
+        // Sums and parts of distributed tensors.
+        calls(&group, |group| {
+            let x = replicated(group)?;
+            let x = x.scatter::<0>(&group.even_cut(TOKENS)?)?.all_gather()?;
+            DTensor::<Partial, f32, Cpu>::partial(group, x.into_local())?.start_all_reduce()?.wait().map(drop)
+        })?;
+        // Losses and samples.
+        calls(&group, |group| {
+            let loss = VocabParallelCrossEntropy::default();
+            let (_, saved): (_, CrossEntropySaved<f32, Cpu>) =
+                loss.forward(&features(group)?, &[1; TOKENS])?;
+            loss.backward(&saved, 1.0)?;
+            let random = Sampler { temperature: 1.0, ..Sampler::greedy() };
+            for sampler in [
+                Sampler::greedy(),
+                Sampler { top_k: Some(3), ..random.clone() },
+                Sampler { top_p: Some(0.5), ..random },
+            ] {
+                sampler.sample(&features(group)?, &[0; TOKENS])?;
+            }
+            Sampler::log_probabilities(&features(group)?, &[1; TOKENS]).map(drop)
+        })?;
+        // Training.
+        for group in [group.clone(), group.with_reduction(Reduction::Invariant { blocks: 4 })] {
+            calls(&group, |group| {
+                let (source, weights) = (Random::normal(1, 0.1), |source| Weights::new(source).at("l"));
+                let solo = Group::solo(group.device()).with_reduction(group.reduction());
+                let columns = Columns::even(&solo, 8)?;
+                let mut model =
+                    ColumnLinear::<f32, Cpu>::load(&solo, &weights(&source), HIDDEN, &columns, Bias::Add)?;
+                let replicas = DataParallel::new(group, |f| Layer::<f32, Cpu>::visit(&mut model, f))?;
+                replicas.begin(GradReduce::Sum)?;
+                let x = replicated(&solo)?.copy_to();
+                let (y, saved) = model.forward(&x)?;
+                model.backward(saved, &y)?;
+                replicas.finish(|f| Layer::<f32, Cpu>::visit(&mut model, f))?;
+                replicas.sum(&[1.0])?;
+                check_replicas(|f| Layer::<f32, Cpu>::visit(&mut model, f), group)
+            })?;
+            calls(&group, |group| {
+                let (source, columns) = (Random::normal(1, 0.1), Columns::even(group, 8)?);
+                let weights = Weights::new(&source).at("l");
+                let mut model = ColumnLinear::<f32, Cpu>::load(group, &weights, HIDDEN, &columns, Bias::Add)?;
+                grad_norm(|f| Layer::<f32, Cpu>::visit(&mut model, f), &[group])?;
+                let folder = if group.rank() == 0 { Some(tempfile::tempdir().unwrap()) } else { None };
+                let path = folder.as_ref().map_or(Path::new("none"), |folder| folder.path());
+                weights::save(group, |f| Layer::<f32, Cpu>::visit(&mut model, f), path)
+            })?;
+        }
+        calls(&group, |group| {
+            let central =
+                |param: &mut Param<f32, Cpu>, f: &mut dyn FnMut(&mut Param<f32, Cpu>) -> Result<()>| f(param);
+            let source = Random::normal(1, 0.1);
+            let weights = Weights::new(&source).at("l");
+            let region = shardwise::tensor::Region::whole([3]);
+            let mut param = Param::load_region(
+                group.device(),
+                &weights,
+                "bias",
+                shardwise::tensor::Role::Bias,
+                region,
+                true,
+            )?;
+            let replicas = DataParallel::central(group, |f| central(&mut param, f), 1)?;
+            replicas.begin(GradReduce::Mean { weight: 1.0 })?;
+            replicas.finish(|f| central(&mut param, f))?;
+            replicas.publish(|f| central(&mut param, f))
+        })?;
+        calls(&group, |group| {
+            let mut chunks = [Vec::<BoxLayer<Replicated, Replicated>>::new()];
+            let schedule = Schedule::gpipe(group.size(), 2);
+            let solo = Group::solo(group.device());
+            let pipeline = Pipeline::new::<Replicated, f32, _>(group, &solo, schedule, &chunks, HIDDEN)?;
+            pipeline.run(
+                &mut chunks,
+                &[Microbatch::rows(TOKENS), Microbatch::rows(TOKENS)],
+                &mut Through(solo),
+            )
+        })?;
+        calls(&group, |group| DeviceMesh::new(group, Mesh::new(1, 1, 2)?).map(drop))?;
+        Ok(())
+    };
+    Threads::new(2).run(run).unwrap();
+}
+
+/// Takes what every rank has for its term of a sum.
+struct AsTerm;
+
+impl Layer<f32, Cpu> for AsTerm {
+    type In = Copied;
+    type Out = Partial;
+    type Saved = ();
+
+    fn forward(&self, x: &Held<Copied>) -> Result<(Held<Partial>, ())> {
+        Ok((DTensor::partial(x.group(), x.local().clone())?, ()))
+    }
+
+    fn backward(&mut self, (): (), dy: &Held<Copied>) -> Result<Held<Partial>> {
+        Ok(self.forward(dy)?.0)
+    }
+
+    fn traffic(&self, _: &Group<Cpu>, x: Shape) -> (Traffic, Shape) {
+        (Traffic::default(), x)
+    }
+}
+
+/// Ends of a pipeline through which the input goes on as the gradient.
+struct Through(Group<Cpu>);
+
+impl Ends<Replicated, f32, Cpu> for Through {
+    fn input(&mut self, _: usize) -> Result<Held<Replicated>> {
+        replicated(&self.0)
+    }
+
+    fn input_grad(&mut self, _: usize, _: Held<Replicated>) -> Result<()> {
+        Ok(())
+    }
+
+    fn loss(&mut self, _: usize, y: Held<Replicated>) -> Result<Option<Held<Replicated>>> {
+        Ok(Some(y))
+    }
+}
+
+#[test]
+fn own_layers_and_embeddings_say_where_they_are() {
+    let source = Random::normal(1, 0.1);
+    let run = |group: Group<Cpu>| {
+        let weights = Weights::new(&source).at("model.wte");
+        let mut table = VocabParallelEmbedding::<Shard<0>, f32, Cpu>::load(&group, &weights, 11, HIDDEN)?;
+        let found = sites(|| {
+            let (y, rows) = table.forward(&[3; TOKENS], Sequences::one(TOKENS))?;
+            table.backward(&rows, &y)
+        })?;
+        assert_eq!(found, [layer("model.wte")]);
+        let found = sites(|| {
+            let _site = Site::InLayer("mine").enter();
+            pass(Own, &stream(&group)?, same)
+        })?;
+        assert_eq!(found, [layer("mine")]);
+        // What is started keeps the place of its start.
+        let x = Tensor::<f32>::zeros(group.device(), [2 + group.rank()])?;
+        let site = Site::InLayer("start").enter();
+        let pending = group.start_all_reduce(ReduceOp::Sum, x)?;
+        drop(site);
+        let error = pending.wait().unwrap_err().to_string();
+        assert_eq!(error.matches("at layer `start`").count(), 2, "{error}");
+        Ok(())
+    };
+    Threads::new(2).run(run).unwrap();
+}
