@@ -1,6 +1,6 @@
 //! What a launcher tells a process by environment variables.
 
-use super::rendezvous::Rendezvous;
+use super::{MAX_RANKS, rendezvous::Rendezvous};
 use crate::{
     comm::{self, Group, Link},
     device::Cpu,
@@ -14,9 +14,6 @@ use std::{
 };
 
 const OP: &str = "launch";
-
-/// More ranks than any job has: every one takes memory on each.
-const MAX_RANKS: usize = 1 << 16;
 
 /// Longer than any job lasts, and short enough to be added to a point in time.
 const FOREVER: Duration = Duration::from_secs(1 << 32);

@@ -10,3 +10,6 @@ pub use env::Env;
 #[cfg(feature = "mpi")]
 pub use mpi::{Mpi, mpi};
 pub use threads::{Threads, threads};
+
+/// More ranks than any job has. Each takes memory on all others, or some 40 kB and a thread.
+const MAX_RANKS: usize = 1 << 16;

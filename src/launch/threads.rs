@@ -1,5 +1,6 @@
 //! N ranks as threads of this process: nothing to install, nothing to configure.
 
+use super::MAX_RANKS;
 use crate::{
     comm::{
         self, Group,
@@ -18,10 +19,6 @@ use std::{
     thread,
     time::Duration,
 };
-
-/// The most ranks. Systems have fewer threads for a process; what a rank takes beside its thread is
-/// some 40 kB.
-const MOST: usize = 1 << 16;
 
 /// Runs `rank` on `ranks` threads at once, each with its own end of a group of all, and returns what they return, in rank
 /// order: [`Threads`] with its defaults.
@@ -107,8 +104,8 @@ impl Threads {
         if self.ranks == 0 {
             return Err(Error::invalid("launch", "a group needs at least one rank"));
         }
-        if self.ranks > MOST {
-            let reason = format!("{} ranks: at most {MOST} can be threads of one process", self.ranks);
+        if self.ranks > MAX_RANKS {
+            let reason = format!("{} ranks: at most {MAX_RANKS} can be threads of one process", self.ranks);
             return Err(Error::invalid("launch", reason));
         }
         static JOBS: AtomicUsize = AtomicUsize::new(0);
