@@ -27,12 +27,14 @@ const FOREVER: Duration = Duration::from_secs(1 << 32);
 /// | MPICH, Intel MPI | `PMI_RANK`, `PMI_SIZE` | `MPI_LOCALRANKID`, `MPI_LOCALNRANKS` | `PMI_JOBID` | |
 /// | Slurm | `SLURM_PROCID`, `SLURM_NTASKS` | `SLURM_LOCALID`, `SLURM_NTASKS_PER_NODE` | `SLURM_JOB_ID` and `_STEP_ID`, `SLURM_RESTART_COUNT` | |
 ///
-/// The first launcher of the table whose rank is set counts. Ranks that are all on this machine meet over loopback;
-/// otherwise `MASTER_ADDR` says where rank 0 is: a name, an IPv4 or an IPv6 address, in brackets or not. `SHARDWISE_PORT` sets
-/// the port at which rank 0 listens; otherwise it is the one after `MASTER_PORT`, because torchrun's agent listens on that
-/// itself, or follows from the job's name. `SHARDWISE_TOKEN` is what ranks prove to each other that they know, and what
-/// authenticates all that they send; it has to be set where they do not talk over loopback. Then rank 0 may have another
-/// address than `MASTER_ADDR`, such as behind a service: it listens at all of its addresses. Nothing is encrypted.
+/// The first launcher of the table whose rank is set counts. Ranks that are all on this machine
+/// meet at 127.0.0.1; otherwise `MASTER_ADDR` says where rank 0 is: a name, an IPv4 or an IPv6
+/// address, in brackets or not. `SHARDWISE_PORT` sets the port at which rank 0 listens; otherwise
+/// it is the one after `MASTER_PORT`, because torchrun's agent listens on that itself, or follows
+/// from the job's name. `SHARDWISE_TOKEN` is what ranks prove to each other that they know, and
+/// what authenticates all that they send; it has to be set where they do not talk over loopback.
+/// Then rank 0 may have another address than `MASTER_ADDR`, such as behind a service: it listens at
+/// all of its addresses. Nothing is encrypted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Env {
@@ -64,6 +66,8 @@ struct Launcher {
     local_world: &'static str,
     job: &'static [&'static str],
     epoch: &'static str,
+    /// The number of machines, where the launcher says it beside the ranks that it wanted on each.
+    nodes: &'static [&'static str],
 }
 
 const LAUNCHERS: [Launcher; 4] = [
@@ -74,6 +78,7 @@ const LAUNCHERS: [Launcher; 4] = [
         local_world: "LOCAL_WORLD_SIZE",
         job: &["TORCHELASTIC_RUN_ID"],
         epoch: "TORCHELASTIC_RESTART_COUNT",
+        nodes: &[],
     },
     Launcher {
         rank: "OMPI_COMM_WORLD_RANK",
@@ -82,6 +87,7 @@ const LAUNCHERS: [Launcher; 4] = [
         local_world: "OMPI_COMM_WORLD_LOCAL_SIZE",
         job: &["PMIX_NAMESPACE"],
         epoch: "SHARDWISE_EPOCH",
+        nodes: &[],
     },
     Launcher {
         rank: "PMI_RANK",
@@ -90,6 +96,7 @@ const LAUNCHERS: [Launcher; 4] = [
         local_world: "MPI_LOCALNRANKS",
         job: &["PMI_JOBID"],
         epoch: "SHARDWISE_EPOCH",
+        nodes: &[],
     },
     Launcher {
         rank: "SLURM_PROCID",
@@ -98,6 +105,7 @@ const LAUNCHERS: [Launcher; 4] = [
         local_world: "SLURM_NTASKS_PER_NODE",
         job: &["SLURM_JOB_ID", "SLURM_STEP_ID"],
         epoch: "SLURM_RESTART_COUNT",
+        nodes: &["SLURM_STEP_NUM_NODES", "SLURM_NNODES"],
     },
 ];
 
@@ -105,8 +113,8 @@ impl Env {
     /// What this process's environment says.
     ///
     /// # Errors
-    /// When no launcher's variables are set, one of them is missing or is no number, or they contradict each other: the
-    /// variables are named.
+    /// When no launcher's variables are set, one of them is missing or is no number, or they
+    /// contradict each other: the variables are named.
     pub fn read() -> Result<Self> {
         Self::of(|name| std::env::var(name).ok())
     }
@@ -151,6 +159,10 @@ impl Env {
             below(launcher.local_rank, local_rank, launcher.local_world, local_world)?;
             below(launcher.local_world, local_world, launcher.world, world + 1)?;
         }
+        // So many ranks may have been wanted on each of several machines that all would have room
+        // on one.
+        let nodes = launcher.nodes.iter().find_map(|name| number(name).transpose()).transpose()?;
+        let local_world = local_world.filter(|local| *local < world || nodes.is_none_or(|nodes| nodes < 2));
         let alone = local_world.unwrap_or(0) == world || world == 1;
         let host = match text("MASTER_ADDR") {
             Some(host) => host,
@@ -189,10 +201,12 @@ impl Env {
         Ok(Self { rank, world, local_rank, local_world, host, port, job, epoch, token })
     }
 
-    /// Finds the other processes and runs `rank` with this process's end of a group of all: [`crate::launch::threads`] for
-    /// processes that something else has started. The group is a [`Link`].
+    /// Finds the other processes and runs `rank` with this process's end of a group of all:
+    /// [`crate::launch::threads`] for processes that something else has started. The group is a
+    /// [`Link`].
     ///
-    /// Returns when all ranks have left the group. A rank that waits for others gives up after `deadline`.
+    /// Returns when all ranks have left the group. A rank that waits for others gives up after
+    /// `deadline`.
     ///
     /// # Errors
     /// When not all ranks come within the deadline, what `rank` returns, and when another rank has

@@ -1,13 +1,15 @@
 //! How processes find each other: rank 0 listens, and the others prove who they are.
 //!
-//! Rank 0 sends a nonce. A rank answers with a hello (rank, world, job, epoch, a nonce of its own) and an HMAC-SHA-256 of
-//! nonce and hello under the shared token. Rank 0 answers with its verdict, authenticated in the same way: neither side can
-//! be imitated by who does not know the token, and nothing that was recorded is of use. What the connections carry later is
-//! authenticated with the token and both nonces, but not encrypted. Without a token nothing is proved: whoever can connect
+//! Rank 0 sends a nonce. A rank answers with a hello (rank, world, job, epoch, a nonce of its own)
+//! and an HMAC-SHA-256 of nonce and hello under the shared token. Rank 0 answers with its verdict,
+//! authenticated in the same way: neither side can be imitated by who does not know the token, and
+//! nothing that was recorded is of use. What the connections carry later is authenticated with the
+//! token and both nonces, but not encrypted. Without a token nothing is proved: whoever can connect
 //! to rank 0, on loopback, can be a rank.
 //!
-//! Whoever else connects does no harm: every connection is examined by a thread of its own, for five seconds at most, and
-//! of those there are at most 64 at a time. Where one more comes, the oldest has to go: a rank proves itself at once.
+//! Whoever else connects keeps no group from forming: every connection is examined by a thread of
+//! its own, for five seconds at most, and of those there are at most 64 more than ranks at a time.
+//! Where one more comes, the oldest has to go: a rank proves itself at once, or comes again.
 
 use super::Env;
 use crate::{
@@ -20,7 +22,10 @@ use std::{
     collections::VecDeque,
     io::{self, ErrorKind, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
-    sync::{Arc, Mutex, MutexGuard, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -29,7 +34,7 @@ const OP: &str = "rendezvous";
 const MAGIC: &[u8; 8] = b"SHWISE01";
 /// How long one connection may take to say who it is.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How many connections are examined at a time.
+/// How many connections are examined at a time, beside as many as there are ranks.
 const EXAMINED: usize = 64;
 
 type Bytes32 = [u8; 32];
@@ -40,9 +45,10 @@ type Seats = Mutex<Vec<Option<Peer>>>;
 /// A place and a secret by which the processes of a job find each other.
 #[derive(Clone, Debug)]
 pub(super) struct Rendezvous {
-    address: SocketAddr,
-    /// Whether all ranks are on this machine.
-    alone: bool,
+    /// Where rank 0 is: the first one counts that answers.
+    addresses: Vec<SocketAddr>,
+    /// Where rank 0 listens: at the first of these that can be had.
+    listens: Vec<SocketAddr>,
     rank: usize,
     world: usize,
     epoch: u64,
@@ -65,7 +71,8 @@ impl Verdict {
     const ALL: [Self; 6] =
         [Self::Welcome, Self::OtherJob, Self::OtherEpoch, Self::OtherWorld, Self::NoSuchRank, Self::Taken];
 
-    /// Whether another try may end otherwise: what listens there may be the rest of an earlier start.
+    /// Whether another try may end otherwise: what listens there may be the rest of an earlier
+    /// start.
     fn may_change(self) -> bool {
         matches!(self, Self::OtherJob | Self::OtherEpoch | Self::Taken)
     }
@@ -83,29 +90,39 @@ impl Verdict {
 }
 
 impl Rendezvous {
-    /// The meeting place that an environment names. Ranks that are all on this machine meet at a loopback address.
+    /// The meeting place that an environment names. Ranks that are all on this machine meet at a
+    /// loopback address.
     ///
     /// # Errors
     /// When the host of rank 0 is not known, or is another than this one and there is no token.
     pub(super) fn new(env: &Env) -> Result<Self> {
         let place = format!("{}:{}", env.host, env.port);
         let bad = |why: String| Error::invalid(OP, format!("rank 0 at {place}: {why}"));
-        let alone = env.local_world >= env.world;
         // IPv6 addresses stand in brackets where a port may follow.
         let host = env.host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(&env.host);
-        let is_loopback = host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
-        let host = if alone && !is_loopback { "127.0.0.1" } else { host };
-        let mut found = (host, env.port).to_socket_addrs().map_err(|e| bad(e.to_string()))?;
-        let address = found.next().ok_or_else(|| bad("the host has no address".into()))?;
-        if !address.ip().is_loopback() && env.token.is_empty() {
+        let host = if env.local_world >= env.world { "127.0.0.1" } else { host };
+        let found = (host, env.port).to_socket_addrs().map_err(|e| bad(e.to_string()))?;
+        let addresses: Vec<_> = found.collect();
+        let here = *addresses.first().ok_or_else(|| bad("the host has no address".into()))?;
+        if addresses.iter().any(|address| !address.ip().is_loopback()) && env.token.is_empty() {
             return Err(bad("ranks that talk over a network need a secret: set SHARDWISE_TOKEN".into()));
+        }
+        let mut listens = vec![here];
+        if !env.token.is_empty() {
+            let any = [IpAddr::from(Ipv6Addr::UNSPECIFIED), Ipv4Addr::UNSPECIFIED.into()];
+            listens.extend(any.map(|any| SocketAddr::new(any, env.port)));
+        }
+        // Other machines do not reach the loopback address that the host's own name may have there.
+        let is_name = host.parse::<IpAddr>().is_err();
+        if is_name && here.ip().is_loopback() && listens.len() > 1 {
+            listens.remove(0);
         }
         if env.rank >= env.world {
             return Err(Error::sizes(OP, "the rank", env.rank, "the number of ranks", env.world));
         }
         let job = Sha256::digest(env.job.as_bytes()).into();
         let token = env.token.clone().into_bytes();
-        Ok(Self { address, alone, rank: env.rank, world: env.world, epoch: env.epoch, job, token })
+        Ok(Self { addresses, listens, rank: env.rank, world: env.world, epoch: env.epoch, job, token })
     }
 
     /// Returns when all ranks have come.
@@ -117,7 +134,7 @@ impl Rendezvous {
     fn failed(&self, what: &str, error: impl std::fmt::Display) -> Error {
         Error::invalid(
             OP,
-            format!("rank {} of {}, at {}: {what}: {error}", self.rank, self.world, self.address),
+            format!("rank {} of {}, at {}: {what}: {error}", self.rank, self.world, self.addresses[0]),
         )
     }
 
@@ -127,18 +144,20 @@ impl Rendezvous {
         let seats: Arc<Seats> = Arc::new(Mutex::new((0..self.world).map(|_| None).collect()));
         if self.world > 1 {
             let listener = self.listen(begin, deadline)?;
-            // Those who have not proved yet who they are, the oldest first, and how many had to go before they had.
-            let (mut examined, mut refused) = (VecDeque::<Weak<TcpStream>>::new(), 0_u64);
+            // Connections that have not proved yet to be of a rank, the oldest first; how many
+            // ended without a proof.
+            let (mut examined, refused) = (VecDeque::<Weak<TcpStream>>::new(), Arc::new(AtomicU64::new(0)));
             loop {
                 let missing: Vec<_> = (1..self.world).filter(|&rank| lock(&seats)[rank].is_none()).collect();
                 if missing.is_empty() {
                     break;
                 }
                 if begin.elapsed() > deadline {
-                    examined.retain(|stream| stream.strong_count() > 0);
-                    let others = match refused + examined.len() as u64 {
+                    let others = match refused.load(Ordering::Relaxed) {
                         0 => String::new(),
-                        others => format!(" ({others} connections did not prove to be of a rank)"),
+                        others => format!(
+                            " ({others} connections did not prove to be of a rank: does SHARDWISE_TOKEN differ?)"
+                        ),
                     };
                     let what = format!("ranks {missing:?} did not come{others}");
                     return Err(self.failed(&what, format!("{deadline:?}")));
@@ -148,18 +167,20 @@ impl Rendezvous {
                     continue;
                 };
                 examined.retain(|stream| stream.strong_count() > 0);
-                if examined.len() >= EXAMINED
-                    && let Some(oldest) = examined.pop_front().and_then(|stream| stream.upgrade())
-                {
-                    let _ = oldest.shutdown(Shutdown::Both);
-                    refused += 1;
+                if examined.len() >= EXAMINED + self.world {
+                    // Under the lock no connection is given a seat.
+                    let _seats = lock(&seats);
+                    let oldest = examined.pop_front().and_then(|stream| stream.upgrade());
+                    oldest.inspect(|oldest| drop(oldest.shutdown(Shutdown::Both)));
                 }
                 let stream = Arc::new(stream);
                 examined.push_back(Arc::downgrade(&stream));
-                let (this, seats) = (self.clone(), Arc::clone(&seats));
+                let (this, seats, refused) = (self.clone(), Arc::clone(&seats), Arc::clone(&refused));
                 // A connection that cannot be examined is closed.
                 let _ = thread::Builder::new().name("rendezvous".into()).spawn(move || {
-                    let _ = this.examine(stream, &seats);
+                    if this.examine(stream, &seats).is_err() {
+                        refused.fetch_add(1, Ordering::Relaxed);
+                    }
                 });
             }
         }
@@ -171,34 +192,28 @@ impl Rendezvous {
         Ok(peers)
     }
 
-    /// Listens at the address of rank 0. Where that is none of this machine, as the address of a service is, or loopback
-    /// although ranks are elsewhere, it listens at all addresses, if there is a token.
+    /// Listens at the address of rank 0; with a token at all addresses of this machine, where that
+    /// is none of them, as the address of a service is.
     fn listen(&self, begin: Instant, deadline: Duration) -> Result<TcpListener> {
-        let any = match self.address.ip() {
-            IpAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
-            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-        };
-        let any = SocketAddr::new(any, self.address.port());
-        let secret = !self.token.is_empty();
-        let mut address =
-            if secret && !self.alone && self.address.ip().is_loopback() { any } else { self.address };
+        let mut places = self.listens.iter().peekable();
         loop {
-            match TcpListener::bind(address) {
+            let Some(place) = places.peek() else {
+                return Err(self.failed("cannot listen", "there is no address"));
+            };
+            match TcpListener::bind(place) {
                 Ok(listener) => {
                     let ready = listener.set_nonblocking(true).map(|()| listener);
                     return ready.map_err(|error| self.failed("cannot listen", error));
-                }
-                Err(error) if error.kind() == ErrorKind::AddrNotAvailable && secret && address != any => {
-                    address = any;
                 }
                 // The rank 0 of an earlier start may not have ended yet.
                 Err(error) if error.kind() == ErrorKind::AddrInUse && begin.elapsed() < deadline => {
                     thread::sleep(Duration::from_millis(5));
                 }
-                Err(error) => {
+                Err(error) if error.kind() == ErrorKind::AddrInUse || places.len() == 1 => {
                     let hint = "cannot listen (SHARDWISE_PORT chooses another port)";
                     return Err(self.failed(hint, error));
                 }
+                Err(_) => drop(places.next()),
             }
         }
     }
@@ -229,8 +244,9 @@ impl Rendezvous {
             Verdict::OtherWorld
         } else {
             match seats.get(rank) {
-                _ if rank == 0 => Verdict::NoSuchRank,
-                None => Verdict::NoSuchRank,
+                _ if rank == 0 || rank >= self.world => Verdict::NoSuchRank,
+                // All ranks have come.
+                None => Verdict::Taken,
                 Some(Some((seated, _))) if is_open(seated) => Verdict::Taken,
                 Some(_) => Verdict::Welcome,
             }
@@ -239,7 +255,7 @@ impl Rendezvous {
         let proof = self.proof(b"host", &[visitor, &answer]);
         write(stream, &[&answer, &proof], until)?;
         if verdict == Verdict::Welcome {
-            // Who is being ended as the oldest is not seated: it comes again.
+            // Nobody else has it: whoever was ended as the oldest could not be written to.
             let stream = Arc::into_inner(connection).ok_or(ErrorKind::ConnectionAborted)?;
             seats[rank] = Some((stream, self.mac(b"link", &[&nonce, visitor])));
         }
@@ -250,9 +266,9 @@ impl Rendezvous {
     fn visit(&self, deadline: Duration) -> Result<Vec<Option<Peer>>> {
         let begin = Instant::now();
         let mut pause = Duration::from_millis(1);
-        loop {
+        for address in self.addresses.iter().cycle() {
             let left = deadline.saturating_sub(begin.elapsed());
-            let why = match self.knock(left) {
+            let why = match self.knock(address, left) {
                 Ok(Ok(peer)) => {
                     let mut peers: Vec<_> = (0..self.world).map(|_| None).collect();
                     peers[0] = Some(peer);
@@ -282,11 +298,12 @@ impl Rendezvous {
             thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(100));
         }
+        Err(self.failed("no rank 0", "it has no address"))
     }
 
-    fn knock(&self, left: Duration) -> io::Result<std::result::Result<Peer, Verdict>> {
+    fn knock(&self, address: &SocketAddr, left: Duration) -> io::Result<std::result::Result<Peer, Verdict>> {
         let until = Instant::now() + PATIENCE.min(left);
-        let stream = TcpStream::connect_timeout(&self.address, remaining(until)?)?;
+        let stream = TcpStream::connect_timeout(address, remaining(until)?)?;
         let mut greeting = [0; 40];
         read(&stream, &mut greeting, until)?;
         let (magic, nonce_there) = greeting.split_at(8);

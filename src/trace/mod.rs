@@ -257,8 +257,9 @@ fn fail(ticket: Ticket, error: &Error) {
     };
     let failure = Failure { number: ticket.0, kind, words: error.to_string(), named };
     let (rank, page) = RECORDER.with_borrow_mut(|recorder| (recorder.rank, recorder.fail(failure)));
-    tracing::error!(target: "shardwise", rank, %error);
+    // A subscriber may write to an output that nobody reads: the record is there before.
     page.iter().for_each(Page::write);
+    tracing::error!(target: "shardwise", rank, %error);
 }
 
 /// Notes something that a rank computes by itself.

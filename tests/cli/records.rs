@@ -108,15 +108,16 @@ fn lost_processes_are_blamed() {
                 let begin = Instant::now();
                 let output = run(lose(victim, ranks, way, 1, &["--flight", path]));
                 let what = format!("rank {victim} of {ranks}, {way}: {}", text(&output.stderr));
-                // The deadline of a second, and a second.
-                let limit = if ["-STOP", "hang"].contains(&way) { 2000 } else { 1000 };
+                // The deadline of a second, and a second; or a rank that takes its time to end.
+                let limit = if ["-STOP", "hang", "linger"].contains(&way) { 2000 } else { 1000 };
                 assert!(begin.elapsed() < Duration::from_millis(limit), "{:?}: {what}", begin.elapsed());
                 check_verdict(&output, victim, (way, end, code));
                 assert!(shardwise(&["blame", path]).starts_with(&format!("rank {victim}: ")), "{what}");
                 let line = folder.path().join("line.json");
                 shardwise(&["trace", path, "-o", line.to_str().unwrap()]);
                 let line: serde_json::Value = serde_json::from_slice(&std::fs::read(line).unwrap()).unwrap();
-                // A rank and an operation each of those that are left: one may be told in its first call.
+                // A rank and an operation each of those that are left: one may be told in its first
+                // call.
                 let survivors = ranks - 1;
                 assert!(line["traceEvents"].as_array().unwrap().len() >= 2 * survivors, "{what}");
             }

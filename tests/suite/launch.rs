@@ -1,4 +1,5 @@
-//! Environments and the rendezvous of processes. Threads play the processes: each has an environment of its own.
+//! Environments and the rendezvous of processes. Threads play the processes: each has an
+//! environment of its own.
 
 use shardwise::{
     Error, Loss, Result, Tensor,
@@ -118,6 +119,18 @@ fn launchers_are_understood() {
     ])
     .unwrap();
     assert_eq!((slurm.rank, slurm.local_rank, slurm.job.as_str()), (3, 1, "77.2"));
+    // Slurm says how many ranks were wanted on a machine, not how many there are.
+    for (nodes, here) in [("2", 1), ("1", 4)] {
+        let slurm = env(&[
+            ("SLURM_PROCID", "3"),
+            ("SLURM_NTASKS", "4"),
+            ("SLURM_LOCALID", "1"),
+            ("SLURM_NTASKS_PER_NODE", "4"),
+            ("SLURM_NNODES", nodes),
+            ("MASTER_ADDR", "10.0.0.1"),
+        ]);
+        assert_eq!(slurm.unwrap().local_world, here, "{nodes} nodes");
+    }
     assert_eq!(env(&[("RANK", "0"), ("WORLD_SIZE", "1")]).unwrap().local_world, 1);
 }
 
@@ -158,7 +171,8 @@ struct Progress {
     done: AtomicBool,
 }
 
-/// A group of three that is disturbed while it forms. The last rank comes when `disturb` has returned, or says that it may.
+/// A group of three that is disturbed while it forms. The last rank comes when `disturb` has
+/// returned, or says that it may.
 fn disturbed(disturb: impl FnOnce(u16, &Progress) + Send) {
     let (port, progress) = (free_port(), Progress::default());
     thread::scope(|scope| {
@@ -232,7 +246,8 @@ fn connections_that_say_nothing_do_no_harm() {
 /// What becomes of a fourth process that comes to a group of three while that forms.
 fn intruder(change: impl Fn(&mut Env) + Send + Sync, words: &str) {
     disturbed(|port, _| {
-        // Rank 1 has come by then; some are refused again and again, in case that what listens there is the rest of an earlier start.
+        // Rank 1 has come by then; some are refused again and again, in case that what listens
+        // there is the rest of an earlier start.
         thread::sleep(Duration::from_millis(200));
         let patience = Duration::from_secs(1);
         let error = rank_env(1, 3, port, change).run(patience, |_| Ok(())).unwrap_err();
@@ -297,8 +312,8 @@ fn jobs_are_killed_and_started_again_on_one_port() {
     }
 }
 
-/// What a relay does with the bytes that rank 0 sends to a rank (true) or gets from it (false); false ends the copying.
-type Watch<'a> = &'a (dyn Fn(bool, &mut [u8]) -> bool + Sync);
+/// What a relay does with the bytes that rank 0 sends to a rank (true) or gets from it (false).
+type Watch<'a> = &'a (dyn Fn(bool, &mut [u8]) + Sync);
 
 /// Runs two or more ranks of which rank 1 is connected to rank 0 by way of a relay.
 fn relayed<R: Send>(
@@ -311,7 +326,8 @@ fn relayed<R: Send>(
     let copy = |down: bool, mut from: TcpStream, mut to: TcpStream| {
         let mut buffer = vec![0; 1 << 16];
         while let Ok(len @ 1..) = from.read(&mut buffer) {
-            if !watch(down, &mut buffer[..len]) || to.write_all(&buffer[..len]).is_err() {
+            watch(down, &mut buffer[..len]);
+            if to.write_all(&buffer[..len]).is_err() {
                 return;
             }
         }
@@ -344,7 +360,8 @@ fn relayed<R: Send>(
     })
 }
 
-/// The ranks have proved to each other that they know the token; what somebody else writes afterwards is not believed.
+/// The ranks have proved to each other that they know the token; what somebody else writes
+/// afterwards is not believed.
 #[test]
 fn what_is_changed_on_the_way_is_never_data() {
     for down in [false, true] {
@@ -356,7 +373,6 @@ fn what_is_changed_on_the_way_is_never_data() {
                 bytes[at..at + 8].copy_from_slice(&3.0_f64.to_le_bytes());
                 changed.store(true, Ordering::SeqCst);
             }
-            true
         };
         let outcomes = relayed(DEADLINE, 2, &watch, |group| {
             let mut x = Tensor::<f64>::full(group.device(), [3], 1.0)?;
@@ -375,7 +391,8 @@ fn what_is_changed_on_the_way_is_never_data() {
     }
 }
 
-/// Rank 1 reads nothing any more, as if it were stopped, while large results go out to it and to those behind it.
+/// Rank 1 reads nothing any more, as if it were stopped, while large results go out to it and to
+/// those behind it.
 #[test]
 fn a_process_that_reads_nothing_is_named_to_all_others() {
     let (stopped, over) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -387,7 +404,6 @@ fn a_process_that_reads_nothing_is_named_to_all_others() {
         while stopped.load(Ordering::SeqCst) && !over.load(Ordering::SeqCst) {
             thread::sleep(Duration::from_millis(5));
         }
-        true
     };
     let done = AtomicUsize::new(0);
     let begin = Instant::now();
@@ -451,17 +467,25 @@ fn ranks_find_each_other_by_every_form_of_an_address() {
         });
         assert_eq!(outcomes, [Ok(()), Ok(())], "{here} on this machine, {hosts:?}");
     };
-    // All ranks are on this machine, wherever the address leads, or nowhere.
-    for host in ["::1", "[::1]", "127.0.0.1", "192.0.2.1", "no.such.host.invalid"] {
-        meet(2, [host, host]);
+    // All ranks are on this machine, wherever the addresses lead, or nowhere.
+    for hosts in [["::1", "[::1]"], ["127.0.0.1", "localhost"], ["192.0.2.1", "no.such.host.invalid"]] {
+        meet(2, hosts);
     }
-    // Ranks are elsewhere, as far as they know. IPv6 in brackets; an address that rank 0 does not have, as a service's is; a
-    // name that is a loopback address where rank 0 is.
-    for hosts in
-        [["[::1]", "::1"], ["192.0.2.1", "127.0.0.1"], ["[2001:db8::1]", "::1"], ["127.0.1.1", "127.0.0.1"]]
-    {
-        meet(1, hosts);
+    // Ranks are elsewhere, as far as they know. An address that rank 0 does not have, as a
+    // service's is; a name that is a loopback address where rank 0 is.
+    meet(1, ["192.0.2.1", "127.0.0.1"]);
+    meet(1, ["localhost", "127.0.0.1"]);
+    if TcpListener::bind("[::1]:0").is_ok() {
+        meet(1, ["[::1]", "::1"]);
+        meet(1, ["[2001:db8::1]", "[::1]"]);
     }
+}
+
+/// As many as connect at once: each proves itself, though not at once.
+#[test]
+fn a_large_group_forms() {
+    let outcomes = processes(150, |group| group.barrier());
+    assert!(outcomes.into_iter().all(|outcome| outcome == Ok(())));
 }
 
 #[test]

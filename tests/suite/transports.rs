@@ -264,8 +264,8 @@ fn a_process_that_has_done_its_part_may_leave() {
 /// A rank that comes after the others have given up is told what they were told.
 #[test]
 fn a_process_that_comes_too_late_is_told_so() {
-    for late in 0..3 {
-        let outcomes = processes_within(Duration::from_millis(500), 3, |group| {
+    for (world, late) in [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)] {
+        let outcomes = processes_within(Duration::from_millis(500), world, |group| {
             group.barrier()?;
             if group.rank() == late {
                 std::thread::sleep(Duration::from_millis(1500));
@@ -315,5 +315,27 @@ fn processes_that_wait_in_a_circle_disagree() {
                 }
             }
         }
+    }
+}
+
+/// All wait for the one that does not come, along a chain, and give up at the same time.
+#[test]
+fn the_end_of_a_chain_of_waiting_processes_is_named_to_all() {
+    let outcomes = processes_within(Duration::from_secs(1), 4, |group| {
+        group.barrier()?;
+        let x = Tensor::<f32>::full(group.device(), [1], 1.0)?;
+        match group.rank() {
+            1 => {
+                std::thread::sleep(Duration::from_secs(3));
+                group.exchange(Some((2, &x)), None)?;
+            }
+            0 => drop(group.exchange::<f32>(None, Some((3, x.shape())))?),
+            rank => drop(group.exchange::<f32>(None, Some((rank - 1, x.shape())))?),
+        }
+        Ok(())
+    });
+    for (rank, outcome) in outcomes.into_iter().enumerate() {
+        let error = outcome.unwrap_err();
+        assert!(matches!(&error, Error::Deadline { missing, .. } if *missing == [1]), "rank {rank}: {error}");
     }
 }

@@ -30,6 +30,8 @@ use std::{
 
 /// What the other ranks have, when one has failed, to say what they know of it.
 pub(crate) const LAST_WORDS: Duration = Duration::from_millis(300);
+/// What a rank that failed first and says so has to end, before it is asked to.
+const LEAVING: Duration = Duration::from_secs(2);
 /// What ranks have to end when the launcher was killed.
 const ORPHANED: Duration = Duration::from_millis(500);
 
@@ -128,6 +130,8 @@ struct Ranks {
     asked: Option<i32>,
     /// The launcher has died.
     alone: bool,
+    /// A culprit has time to end by itself.
+    waits: bool,
     next: Option<(Instant, Signal)>,
 }
 
@@ -203,18 +207,24 @@ impl Ranks {
     /// Does what is due.
     fn escalate(&mut self) {
         let Some((_, signal)) = self.next.take_if(|(at, _)| *at <= Instant::now()) else { return };
-        if signal == Signal::TERM {
-            let leaving = if self.failed.is_some() { self.leaving() } else { Vec::new() };
-            self.send(signal, &leaving);
-            // Who is stopped cannot end by itself.
-            for rank in self.ranks.iter_mut().filter(|rank| rank.end.is_none() && tree::is_stopped(rank.pid))
-            {
-                let _ = kill_process_group(rank.pid, Signal::KILL);
-                rank.sent.push(Signal::KILL);
-            }
-            self.schedule(self.grace, Signal::KILL);
-        } else {
-            self.send(signal, &[]);
+        if signal != Signal::TERM {
+            return self.send(signal, &[]);
+        }
+        let mut spared: Vec<_> =
+            (0..self.ranks.len()).filter(|&rank| self.ranks[rank].sent.contains(&signal)).collect();
+        // Culprits that are leaving have some more time, once.
+        let leaving = if self.failed.is_some() && !self.waits { self.leaving() } else { Vec::new() };
+        self.waits = !leaving.is_empty();
+        spared.extend(leaving);
+        self.send(signal, &spared);
+        // Who is stopped cannot end by itself.
+        for rank in self.ranks.iter_mut().filter(|rank| rank.end.is_none() && tree::is_stopped(rank.pid)) {
+            let _ = kill_process_group(rank.pid, Signal::KILL);
+            rank.sent.push(Signal::KILL);
+        }
+        match self.waits {
+            true => self.schedule(LEAVING, Signal::TERM),
+            false => self.schedule(if self.alone { ORPHANED } else { self.grace }, Signal::KILL),
         }
     }
 
@@ -320,6 +330,7 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
         stopped: Vec::new(),
         asked: None,
         alone: false,
+        waits: false,
         next: None,
     };
     let mut outputs = Vec::new();

@@ -1,9 +1,10 @@
 //! What goes over a connection.
 //!
-//! A frame is six words (kind, group, round, from, to, length of the body; 8 bytes each, little endian), a tag of 16 bytes,
-//! and the body. The tag is a truncated HMAC-SHA-256 under the job's token, of the nonces of both ends, the rank that
-//! sends, the frame's number on the connection, the six words, and the SHA-256 of the body. A frame that was changed,
-//! repeated, left out or moved ends the connection.
+//! A frame is six words (kind, group, round, from, to, length of the body; 8 bytes each, little
+//! endian), a tag of 16 bytes, and the body. The tag is a truncated HMAC-SHA-256 under the job's
+//! token, of the nonces of both ends, the rank that sends, the frame's number on the connection,
+//! the six words, and the SHA-256 of the body. A frame that was changed, repeated, left out or
+//! moved ends the connection.
 
 use crate::error::{Loss, Mismatch};
 use hmac::{Hmac, Mac};
@@ -14,8 +15,8 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-/// No frame is longer: the link is not for bulk data. Twice what a collective or a message puts into one, which leaves the
-/// other half to descriptions of calls.
+/// No frame is longer: the link is not for bulk data. Twice what a collective or a message puts
+/// into one, which leaves the other half to descriptions of calls.
 const LONGEST: u64 = 2 * super::MOST as u64 + (1 << 20);
 
 /// The bytes of a tag.
@@ -30,24 +31,26 @@ pub(super) enum Kind {
     Parts,
     /// From one rank to another.
     Letter,
-    /// Rank `from` was lost, how: `to`. The body says how many rounds of which group it took part in, and steps beside it. If it
-    /// had been told of a loss before, `round` is the rank that was lost then and one, and `group` how.
+    /// Rank `from` was lost, how: `to`. The body says how many rounds of which group it took part
+    /// in, and steps beside it. If it had been told of a loss before, `round` is the rank that was
+    /// lost then and one, and `group` how.
     Lost,
     /// To a rank that said that it leaves: nothing more will be sent.
     Bye,
     /// The ranks of a group disagree.
     Broken,
-    /// To the first rank: rank `from` waits for this round no longer. The body says for how long it has, in nanoseconds, and
-    /// whom the group consists of.
+    /// To the first rank: its sender waits for this round no longer. The body says for how long it
+    /// has, in nanoseconds, and of which ranks of the world the group consists.
     GiveUp,
-    /// To all: a rank of the group has waited for others for too long.
+    /// To all: a rank of the group has waited for others for too long: for `round` nanoseconds, for
+    /// the ranks of the world that the body names.
     Late,
     /// From rank `from` to rank `to`: how many steps of this work has it come to?
     Ask,
     /// The answer: `round`.
     Answer,
-    /// To the first rank: rank `from` waits for a message of rank `to`, of whom it has received `round` in this group. The
-    /// body says their places in the group, and what call waits.
+    /// To the first rank: rank `from` waits for a message of rank `to`, of whom it has received
+    /// `round` in this group. The body says their places in the group, and what call waits.
     Stand,
 }
 

@@ -1,8 +1,10 @@
-//! What rank 0 knows of all ranks, and what it sends to whom because of a frame. It sends nothing itself.
+//! What rank 0 knows of all ranks, and what it sends to whom because of a frame. It sends nothing
+//! itself.
 //!
-//! A round of a group is complete when the parts of all its ranks are there, or the group is broken before: rank 0 decides
-//! which came first, so that all ranks are told the same. What a lost rank had given still counts: its last words say in how
-//! many rounds of each group it took part, and only who waits for a later one gives up.
+//! A round of a group is complete when the parts of all its ranks are there, or the group is broken
+//! before: rank 0 decides which came first, so that all ranks are told the same. What a lost rank
+//! had given still counts: its last words say in how many rounds of each group it took part, and
+//! only who waits for a later one gives up.
 
 use super::frame::{Body, Frame, Kind, Strings, Words, from_mismatch};
 use crate::error::Mismatch;
@@ -47,7 +49,8 @@ impl Hub {
         Self { world, rounds, taken, letters, stands, broken, lost }
     }
 
-    /// What has to be sent because of a frame from rank `from`; none if no rank of this world sends such a frame.
+    /// What has to be sent because of a frame from rank `from`; none if no rank of this world sends
+    /// such a frame.
     pub(super) fn take(&mut self, from: usize, frame: Frame) -> Option<Post> {
         match frame.kind {
             Kind::Part => self.part(from, frame),
@@ -59,7 +62,12 @@ impl Hub {
                 }
                 Some(vec![(frame.to, Frame { from, ..frame })])
             }
-            Kind::Broken | Kind::Late => Some(self.break_for(frame)),
+            Kind::Broken => Some(self.break_for(frame)),
+            Kind::Late => {
+                let missing = Words(&frame.body).map(|rank| self.first_of(frame.group, rank as usize) as u64);
+                let body = missing.flat_map(u64::to_le_bytes).collect::<Vec<_>>().into();
+                Some(self.break_for(Frame { body, ..frame }))
+            }
             _ => None,
         }
     }
@@ -90,7 +98,8 @@ impl Hub {
         Some(parts.iter().map(|(rank, _)| (*rank, reply.clone())).collect())
     }
 
-    /// A rank waits no longer for a round: that breaks the group, unless the round is complete or something else was quicker.
+    /// A rank waits no longer for a round: that breaks the group, unless the round is complete or
+    /// something else was quicker.
     fn give_up(&mut self, frame: Frame) -> Option<Post> {
         let Some(round) = self.rounds.get(&(frame.group, frame.round)) else { return Some(Vec::new()) };
         let mut words = Words(&frame.body);
@@ -107,18 +116,36 @@ impl Hub {
     fn stand(&mut self, from: usize, frame: Frame) -> Option<Post> {
         let stand = Stand { sender: frame.to, received: frame.round, words: frame.body };
         stand.places()?;
-        self.stands.insert((frame.group, from), stand);
+        if !self.broken.contains(&frame.group) {
+            self.stands.insert((frame.group, from), stand);
+        }
         Some(self.circle(frame.group))
     }
 
-    /// Where a rank waits for a message of one that waits for all, for this one among others, neither can go on: they
-    /// disagree.
-    fn circle(&mut self, group: u64) -> Post {
-        let found = self.stands.iter().find_map(|((of, waits), stand)| {
-            let sent = self.letters.get(&(group, stand.sender, *waits)).copied().unwrap_or(0);
-            if *of != group || sent != stand.received {
-                return None;
+    /// Whether a rank still waits for a message that was not sent.
+    fn waits(&self, group: u64, rank: usize) -> Option<&Stand> {
+        let stand = self.stands.get(&(group, rank))?;
+        let sent = self.letters.get(&(group, stand.sender, rank)).copied().unwrap_or(0);
+        (sent == stand.received).then_some(stand)
+    }
+
+    /// The rank that a rank waits for, or the one that this one waits for, and so on to the last.
+    fn first_of(&self, group: u64, rank: usize) -> usize {
+        let mut last = rank;
+        for _ in 0..self.world {
+            match self.waits(group, last) {
+                Some(stand) => last = stand.sender,
+                None => return last,
             }
+        }
+        // All of them wait.
+        rank
+    }
+
+    /// A waits for a message of B, while B waits in a round that needs A: they disagree.
+    fn circle(&mut self, group: u64) -> Post {
+        let found = self.stands.keys().filter(|(of, _)| *of == group).find_map(|(_, rank)| {
+            let stand = self.waits(group, *rank).filter(|stand| !self.lost.contains(&stand.sender))?;
             let mut parts =
                 self.rounds.iter().filter(|((of, _), _)| *of == group).flat_map(|(_, round)| round);
             let (_, part) = parts.find_map(|part| part.as_ref().filter(|(rank, _)| *rank == stand.sender))?;
@@ -149,6 +176,7 @@ impl Hub {
         if !self.lost.insert(rank) {
             return Vec::new();
         }
+        self.stands.retain(|(_, waits), _| *waits != rank);
         let mut body = last.body.to_vec();
         body.extend(pairs(self.taken.get(&rank).into_iter().flatten()));
         let news = Frame { from: rank, body: body.into(), ..last };

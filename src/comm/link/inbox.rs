@@ -16,7 +16,8 @@ pub(super) struct Inbox {
     letters: HashMap<(u64, usize), VecDeque<Body>>,
     /// How many letters were taken out, by group and sender.
     received: HashMap<(u64, usize), u64>,
-    /// What has gone wrong, in the order in which rank 0 tells it: the first that concerns a call is its cause.
+    /// What has gone wrong, in the order in which rank 0 tells it: the first that concerns a call
+    /// is its cause.
     pub(super) news: Vec<News>,
     /// By work and rank.
     pub(super) answers: HashMap<(u64, usize), u64>,
@@ -28,8 +29,8 @@ pub(super) struct Inbox {
 /// What has gone wrong.
 #[derive(Debug)]
 pub(super) enum News {
-    /// A rank was lost, after it had been told of the loss of `root`; in how many rounds of a group it took part, and to how many
-    /// steps of what it came beside them.
+    /// A rank was lost, after it had been told of the loss of `root`; in how many rounds of a group
+    /// it took part, and to how many steps of what it came beside them.
     Lost { rank: usize, reason: Loss, root: Option<(usize, Loss)>, taken: HashMap<u64, u64> },
     /// The ranks of a group disagree.
     Broken { group: u64, mismatch: Mismatch },

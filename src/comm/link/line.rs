@@ -1,7 +1,7 @@
 //! One process's end of the connections, which all go to rank 0.
 //!
-//! A thread reads from each connection. Rank 0 has a thread more for each that writes, so that a rank that does not read
-//! keeps nobody else from what is sent to it.
+//! A thread reads from each connection. Rank 0 has a thread more for each that writes, so that a
+//! rank that does not read keeps nobody else from what is sent to it.
 
 use super::{
     frame::{Frame, Keyed, Kind, Seal, Strings, from_loss},
@@ -21,13 +21,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// How long a rank that others have given up has to read why.
+const LATE: Duration = Duration::from_millis(50);
+
 /// A process's connections. Closed by [`Line::close`], at the latest when dropped.
 #[derive(Debug)]
 pub(crate) struct Line {
     wires: Arc<Wires>,
 }
 
-/// What the threads that read share with the rank.
+/// What the threads that read and write share with the rank.
 #[derive(Debug)]
 pub(super) struct Wires {
     pub(super) rank: usize,
@@ -39,7 +42,8 @@ pub(super) struct Wires {
     came: Mutex<HashMap<u64, u64>>,
     /// Held while others are asked what they have come to: an answer is that to the last question.
     asks: Mutex<()>,
-    /// The first loss that this rank was told of. It is why this rank may leave, too: who needs this rank then is told of that loss.
+    /// The first loss that this rank was told of. It is why this rank may leave, too: who needs
+    /// this rank then is told of that loss.
     told: Mutex<Option<(usize, Loss)>>,
     /// By rank: of rank 0 to all others, of another to rank 0.
     peers: Vec<Option<Peer>>,
@@ -51,9 +55,10 @@ pub(super) struct Wires {
 #[derive(Debug)]
 struct Peer {
     stream: TcpStream,
-    /// Where frames are written, one at a time.
-    out: Mutex<(TcpStream, Seal)>,
-    /// What rank 0 has still to write; none when the connection is being closed, and at other ranks.
+    /// Held while a frame is written.
+    seal: Mutex<Seal>,
+    /// What rank 0 has still to write; none once the connection is being closed, and at other
+    /// ranks.
     queue: Mutex<Option<Queue>>,
 }
 
@@ -67,8 +72,7 @@ struct Queue {
 
 impl Peer {
     fn write(&self, frame: &Frame) -> io::Result<()> {
-        let (stream, seal) = &mut *lock(&self.out);
-        let written = frame.write(stream, seal);
+        let written = frame.write(&mut &self.stream, &mut lock(&self.seal));
         if written.is_err() {
             // The thread that reads from there finds the end and says so to everybody.
             let _ = self.stream.shutdown(Shutdown::Both);
@@ -171,8 +175,14 @@ impl Wires {
         }
     }
 
+    /// How long rank 0 is waited for, which decides what a group is broken for: it answers at once,
+    /// unless it is stopped. A machine that has much to do may take its time.
+    pub(super) fn verdict(&self) -> Duration {
+        self.moment().max(Duration::from_millis(500))
+    }
+
     /// How long an answer is waited for that may never come.
-    pub(super) fn moment(&self) -> Duration {
+    fn moment(&self) -> Duration {
         (self.deadline / 10).clamp(Duration::from_millis(50), Duration::from_secs(1))
     }
 
@@ -186,8 +196,8 @@ impl Wires {
         lock(&self.told).get_or_insert((rank, loss));
     }
 
-    /// Those of some ranks that have not come to a number of steps, or do not answer. A rank answers while its program computes,
-    /// but not if it is stopped.
+    /// Those of some ranks that have not come to a number of steps, or do not answer. A rank
+    /// answers while its program computes, but not if it is stopped.
     pub(super) fn behind(&self, work: u64, steps: u64, ranks: &[usize]) -> Vec<usize> {
         let _asks = lock(&self.asks);
         self.look(|inbox| inbox.answers.retain(|(of, _), _| *of != work));
@@ -207,20 +217,23 @@ impl Wires {
         })
     }
 
-    /// Waits a moment for what rank 0 has still to write to those who read it.
+    /// Ends the threads of rank 0 that write, when they have written what there is: waits a moment
+    /// for those who read it, and a shorter one for those who do not.
     fn flush(&self) {
-        let end = Instant::now() + self.moment();
-        let late = |rank: &usize| self.look(|inbox| inbox.is_late(*rank));
-        for peer in (1..self.world).filter(|rank| !late(rank)).filter_map(|rank| self.peers[rank].as_ref()) {
-            let Some(Queue { frames, written }) = lock(&peer.queue).take() else { continue };
-            drop(frames);
-            // Nothing comes: the thread ends.
-            let _ = written.recv_timeout(end.saturating_duration_since(Instant::now()));
+        let take = |rank: usize| Some((rank, lock(&self.peers[rank].as_ref()?.queue).take()?.written));
+        let (late, reading): (Vec<_>, Vec<_>) =
+            (1..self.world).filter_map(take).partition(|(rank, _)| self.look(|inbox| inbox.is_late(*rank)));
+        for (peers, patience) in [(reading, self.moment()), (late, LATE)] {
+            let end = Instant::now() + patience;
+            for (_, written) in peers {
+                // Nothing comes: the thread ends.
+                let _ = written.recv_timeout(end.saturating_duration_since(Instant::now()));
+            }
         }
     }
 
     /// Reads what a peer sends until the connection ends.
-    fn listen(&self, peer: usize, from: TcpStream, mut seal: Seal) {
+    fn listen(&self, peer: usize, from: &TcpStream, mut seal: Seal) {
         let mut from = BufReader::new(from);
         let ended = loop {
             match Frame::read(&mut from, &mut seal) {
@@ -244,7 +257,8 @@ impl Wires {
             let _ = from.get_ref().shutdown(Shutdown::Both);
         }
         if self.rank == 0 {
-            // Where this rank has ended the connection, its own loss is what the others are to know.
+            // Where this rank has ended the connection, its own loss is what the others are to
+            // know.
             if !self.look(|inbox| inbox.gone) {
                 self.lose(peer, last_words(Loss::Disconnected));
             }
@@ -257,8 +271,8 @@ impl Wires {
 }
 
 impl Line {
-    /// The line of rank `rank` over its connections: rank 0's to all others, by rank; another's to rank 0. Each comes with
-    /// what its frames are authenticated by.
+    /// The line of rank `rank` over its connections: rank 0's to all others, by rank; another's to
+    /// rank 0. Each comes with what its frames are authenticated by.
     ///
     /// # Errors
     /// When a connection cannot be used, or a thread not be started.
@@ -276,14 +290,14 @@ impl Line {
             stream.set_read_timeout(None)?;
             // A thread of rank 0 that writes may wait for as long as there is a connection.
             stream.set_write_timeout((rank != 0).then_some(deadline.max(Duration::from_millis(1))))?;
-            readers.push((number, stream.try_clone()?, Seal::new(&nonces, number)));
+            readers.push((number, Seal::new(&nonces, number)));
             let queue = (rank == 0).then(|| {
                 let ((frames, queued), (writing, written)) = (mpsc::channel(), mpsc::channel());
                 writers.push((number, queued, writing));
                 Queue { frames, written }
             });
-            let out = Mutex::new((stream.try_clone()?, Seal::new(&nonces, rank)));
-            Ok(Some(Peer { stream, out, queue: Mutex::new(queue) }))
+            let seal = Mutex::new(Seal::new(&nonces, rank));
+            Ok(Some(Peer { stream, seal, queue: Mutex::new(queue) }))
         };
         let peers = peers.into_iter().enumerate().map(connection).collect::<io::Result<_>>()?;
         let (inbox, news, came, asks, told) = Default::default();
@@ -291,19 +305,26 @@ impl Line {
         let line = Self {
             wires: Arc::new(Wires { rank, world, deadline, inbox, news, came, asks, told, peers, hub }),
         };
-        for (peer, queued, writing) in writers {
+        let start = |name: String, act: Box<dyn FnOnce(&Wires) + Send>| {
             let wires = line.wires();
-            thread::Builder::new().name(format!("link, writing to rank {peer}")).spawn(move || {
+            let started = thread::Builder::new().name(name).spawn(move || act(&wires));
+            // Nobody is there yet who could be waited for.
+            started.map(drop).inspect_err(|_| line.close(Loss::Failed))
+        };
+        for (peer, queued, writing) in writers {
+            let write = move |wires: &Wires| {
                 let _writing: mpsc::Sender<()> = writing;
                 let Some(to) = &wires.peers[peer] else { return };
                 let _ = queued.into_iter().try_for_each(|frame| to.write(&frame));
-            })?;
+            };
+            start(format!("link, writing to rank {peer}"), Box::new(write))?;
         }
-        for (peer, stream, seal) in readers {
-            let wires = line.wires();
-            thread::Builder::new()
-                .name(format!("link to rank {peer}"))
-                .spawn(move || wires.listen(peer, stream, seal))?;
+        for (peer, seal) in readers {
+            let read = move |wires: &Wires| {
+                let Some(from) = &wires.peers[peer] else { return };
+                wires.listen(peer, &from.stream, seal);
+            };
+            start(format!("link to rank {peer}"), Box::new(read))?;
         }
         Ok(line)
     }
@@ -314,7 +335,8 @@ impl Line {
 
     /// Tells the other ranks that this one leaves, and how.
     ///
-    /// Every message goes by way of rank 0: unless it failed it stays until all have left, or for the deadline.
+    /// Every message goes by way of rank 0: unless it failed it stays until all have left, or for
+    /// the deadline.
     pub(crate) fn close(&self, loss: Loss) {
         let wires = &self.wires;
         if std::mem::replace(&mut lock(&wires.inbox).closed, true) {
@@ -343,7 +365,8 @@ impl Line {
         }
     }
 
-    /// After [`Line::close`] of a rank that has left: the error of a message which it has never received.
+    /// After [`Line::close`] of a rank that has left: the error of a message which it has never
+    /// received.
     pub(crate) fn unread(&self) -> Option<Error> {
         self.wires.look(|inbox| {
             let (from, letter) = inbox.unread()?;

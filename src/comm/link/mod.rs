@@ -1,4 +1,5 @@
-//! Ranks that are processes, over the connections by which they found each other: [`crate::launch::Env`].
+//! Ranks that are processes, over the connections by which they found each other:
+//! [`crate::launch::Env`].
 
 mod frame;
 mod hub;
@@ -30,14 +31,16 @@ use std::{
 /// The most bytes of tensors in one message of the link. Longer tensors go in several.
 const MOST: usize = if cfg!(test) { 1 << 10 } else { 1 << 27 };
 
-/// How long a rank waits for a message before it says so to rank 0, which compares that with what the others wait for.
+/// How long a rank waits for a message before it says so to rank 0, which compares that with what
+/// the others wait for.
 const STANDS: Duration = Duration::from_millis(10);
 
 /// One process's end of a group whose messages all go by way of the world's first rank.
 ///
-/// It carries what ranks have to agree on (their calls, NCCL's unique id, how a group is divided) and small tensors: a
-/// collective takes one message to rank 0 and one back, of all ranks' inputs. Bulk data are NCCL's, or MPI's. Sums are made
-/// in rank order, as thread ranks make them. A collective that is started is done at once.
+/// It carries what ranks have to agree on (their calls, NCCL's unique id, how a group is divided)
+/// and small tensors: a collective takes a message to rank 0 and one back, of all ranks' inputs, or
+/// several where they are long. Bulk data are NCCL's, or MPI's. Sums are made in rank order, as
+/// thread ranks make them. A collective that is started is done at once.
 #[derive(Debug)]
 pub struct Link {
     wires: Arc<Wires>,
@@ -85,9 +88,15 @@ impl Link {
     fn late(&self, call: &Call, missing: Vec<usize>, after: Duration) -> Error {
         let body = missing.iter().flat_map(|&rank| (self.members[rank] as u64).to_le_bytes()).collect();
         let news = Frame::new(Kind::Late, self.group, nanoseconds(after), (0, 0), body);
-        self.wires.put(news.clone());
+        self.break_for(call, news, Cause::Deadline { missing, after })
+    }
+
+    /// Breaks the group: for what rank 0 was told first, as for all its ranks, or for `cause` if it
+    /// says nothing.
+    fn break_for(&self, call: &Call, news: Frame, cause: Cause) -> Error {
         self.wires.send(news);
-        self.fail(call, Cause::Deadline { missing, after })
+        let first = self.wires.wait(self.wires.verdict(), |inbox| self.cause(inbox, |_, _, _| false));
+        self.fail(call, first.unwrap_or(cause))
     }
 
     /// The ranks that have not come to a step, or do not answer.
@@ -107,7 +116,8 @@ impl Link {
         cause.error(call, &self.name)
     }
 
-    /// What broke the group, of what is in the inbox: the first of it; a lost rank if `stops` says so of it.
+    /// What broke the group, of what is in the inbox: the first of it; a lost rank if `stops` says
+    /// so of it.
     fn cause(
         &self,
         inbox: &Inbox,
@@ -139,7 +149,8 @@ impl Link {
         })
     }
 
-    /// What broke the group for a call that needs ranks of whom `needs` says, of those that have left, so.
+    /// What broke the group for a call that needs ranks of whom `needs` says, of those that have
+    /// left, so.
     fn obstacle_if(&self, call: &Call, needs: impl Fn(usize, &dyn Fn(u64) -> u64) -> bool) -> Option<Error> {
         if let Some(cause) = &*self.failed.borrow() {
             return Some(self.error(call, cause));
@@ -149,7 +160,8 @@ impl Link {
         cause.map(|cause| self.error(call, &cause))
     }
 
-    /// All ranks' words, of which none has more than `longest` bytes, after a comparison of their calls.
+    /// All ranks' words, of which none has more than `longest` bytes, after a comparison of their
+    /// calls.
     fn gather(&self, call: &Call, words: &[u8], longest: usize) -> Result<Vec<Vec<u8>>> {
         let mut whole = vec![Vec::new(); self.members.len()];
         // Rank 0 sends the pieces of all ranks at once.
@@ -192,7 +204,7 @@ impl Link {
         };
         let parts = self.wires.wait(self.wires.deadline, &mut found).or_else(|| {
             self.wires.send(self.giving_up(round));
-            self.wires.wait(self.wires.moment(), found)
+            self.wires.wait(self.wires.verdict(), found)
         });
         let parts = match parts {
             Some(Ok(parts)) => parts,
@@ -273,8 +285,8 @@ impl Link {
                     right_rank: self.rank,
                     right: format!("exchange, expecting {expected} at {}", call.site),
                 };
-                self.wires.send(Frame::new(Kind::Broken, self.group, 0, (0, 0), from_mismatch(&mismatch)));
-                return Err(self.fail(call, Cause::Disagreement(Box::new(mismatch))));
+                let news = Frame::new(Kind::Broken, self.group, 0, (0, 0), from_mismatch(&mismatch));
+                return Err(self.break_for(call, news, Cause::Disagreement(Box::new(mismatch))));
             }
             bytes.extend(letter[2]);
         }
