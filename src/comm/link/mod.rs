@@ -86,17 +86,26 @@ impl Link {
 
     /// This rank has waited for the missing ones for too long, and all are told so.
     fn late(&self, call: &Call, missing: Vec<usize>, after: Duration) -> Error {
-        let body = missing.iter().flat_map(|&rank| (self.members[rank] as u64).to_le_bytes()).collect();
-        let news = Frame::new(Kind::Late, self.group, nanoseconds(after), (0, 0), body);
-        self.break_for(call, news, Cause::Deadline { missing, after })
+        let ranks: Vec<_> = missing.iter().map(|&rank| self.members[rank]).collect();
+        self.break_for(call, self.late_news(&ranks, after), Cause::Deadline { missing, after })
+    }
+
+    /// The news that ranks of the world were waited for too long.
+    fn late_news(&self, ranks: &[usize], after: Duration) -> Frame {
+        let body = ranks.iter().flat_map(|&rank| (rank as u64).to_le_bytes()).collect();
+        Frame::new(Kind::Late, self.group, nanoseconds(after), (0, 0), body)
     }
 
     /// Breaks the group: for what rank 0 was told first, as for all its ranks, or for `cause` if it
     /// says nothing.
     fn break_for(&self, call: &Call, news: Frame, cause: Cause) -> Error {
-        self.wires.send(news);
+        self.wires.send(news.clone());
         let first = self.wires.wait(self.wires.verdict(), |inbox| self.cause(inbox, |_, _, _| false));
-        self.fail(call, first.unwrap_or(cause))
+        let cause = first.unwrap_or_else(|| {
+            self.wires.put(news);
+            cause
+        });
+        self.fail(call, cause)
     }
 
     /// The ranks that have not come to a step, or do not answer.
@@ -210,10 +219,12 @@ impl Link {
             Some(Ok(parts)) => parts,
             Some(Err(cause)) => return Err(self.fail(call, cause)),
             // Rank 0 itself does not answer.
-            None => match self.place(0) {
-                Some(rank) => return Err(self.late(call, vec![rank], self.wires.deadline)),
-                None => return Err(self.fail(call, Cause::Way { reason: Loss::Disconnected })),
-            },
+            None => {
+                let after = self.wires.deadline;
+                self.wires.put(self.late_news(&[0], after));
+                let missing = self.place(0).map(|rank| Cause::Deadline { missing: vec![rank], after });
+                return Err(self.fail(call, missing.unwrap_or(Cause::Way { reason: Loss::Disconnected })));
+            }
         };
         let parts = Strings::all(&parts).unwrap_or_default();
         let parts: Option<Vec<_>> = parts.into_iter().map(Strings::all).collect();
