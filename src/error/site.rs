@@ -4,8 +4,9 @@ use std::{cell::Cell, collections::BTreeSet, fmt, marker::PhantomData, panic::Lo
 
 /// Where a call of a group was made: the layer that made it, or a line of the program.
 ///
-/// A layer is known by its path in the model, as in a checkpoint: ``layer `model.layers.3.mlp.down_proj` ``. A layer of your own
-/// is, too, if it says so where its `forward` and `backward` begin; else its calls have their lines.
+/// A layer is known by its path in the model, as in a checkpoint: ``layer
+/// `model.layers.3.mlp.down_proj` ``. A layer of your own is, too, if it says so where its
+/// `forward` and `backward` begin; else its calls have their lines.
 ///
 /// ```
 /// use shardwise::{Error, Result, Tensor, comm::ReduceOp, launch, tensor::{Param, Random, Role, Weights}};
@@ -38,7 +39,8 @@ impl Site {
         CURRENT.get().unwrap_or(Self::AtLine(Location::caller()))
     }
 
-    /// Calls of this thread are made here, until the guard is dropped.
+    /// Calls of this thread are made here, until the guard is dropped. Guards have to be dropped in
+    /// the reverse of the order in which they were made, as variables of nested blocks are.
     pub fn enter(self) -> SiteGuard {
         SiteGuard { before: CURRENT.replace(Some(self)), thread: PhantomData }
     }
@@ -67,7 +69,8 @@ impl fmt::Display for Site {
     }
 }
 
-/// The path of the layer of these tensors: what their names have in common, without each one's last part.
+/// The path of the layer of these tensors: what their names have in common, without each one's last
+/// part.
 ///
 /// Each path is kept once, as long as the process runs: errors carry it anywhere.
 pub(crate) fn layer_of<'a>(tensors: impl Iterator<Item = &'a str>) -> &'static str {

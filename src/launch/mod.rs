@@ -11,5 +11,6 @@ pub use env::Env;
 pub use mpi::{Mpi, mpi};
 pub use threads::{Threads, threads};
 
-/// More ranks than any job has. Each takes memory on all others, or some 40 kB and a thread.
+/// More ranks than any job has. Every process keeps a list of all ranks; a thread rank takes some
+/// 40 kB and a thread.
 const MAX_RANKS: usize = 1 << 16;

@@ -20,8 +20,8 @@ use std::{
     time::Duration,
 };
 
-/// Runs `rank` on `ranks` threads at once, each with its own end of a group of all, and returns what they return, in rank
-/// order: [`Threads`] with its defaults.
+/// Runs `rank` on `ranks` threads at once, each with its own end of a group of all, and returns
+/// what they return, in rank order: [`Threads`] with its defaults.
 ///
 /// ```
 /// use shardwise::{Tensor, comm::ReduceOp, launch};
@@ -50,7 +50,8 @@ pub struct Threads {
 }
 
 impl Threads {
-    /// This many ranks. A rank that is not joined by the others in a collective within two minutes gives up.
+    /// This many ranks. A rank that is not joined by the others in a collective within two minutes
+    /// gives up.
     pub fn new(ranks: usize) -> Self {
         Self { ranks, deadline: Duration::from_secs(120), device: Cpu::new, flight: trace::folder() }
     }
@@ -65,7 +66,8 @@ impl Threads {
         Self { device, ..self }
     }
 
-    /// A folder where the ranks write what they did last: see [`trace`]. By default the one that `SHARDWISE_FLIGHT_DIR` names.
+    /// A folder where the ranks write what they did last: see [`trace`]. By default the one that
+    /// `SHARDWISE_FLIGHT_DIR` names.
     pub fn flight(self, folder: impl Into<PathBuf>) -> Self {
         Self { flight: Some(folder.into()), ..self }
     }
@@ -73,9 +75,9 @@ impl Threads {
     /// Runs the ranks and returns what they return, in rank order.
     ///
     /// # Errors
-    /// What went wrong first: of all ranks' errors and panics one that is not the consequence of another's, named by its
-    /// rank. Also when there are no ranks or more than 65,536, or a
-    /// thread cannot be started.
+    /// What went wrong first: of all ranks' errors and panics one that is not the consequence of
+    /// another's, named by its rank. Also when there are no ranks or more than 65,536, or a thread
+    /// cannot be started.
     pub fn run<R: Send>(&self, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<R>> {
         let outcomes = self.run_each(rank)?;
         let failed = |consequence: bool| {
@@ -116,8 +118,8 @@ impl Threads {
             let end = ThreadComm::join(seat, Rc::clone(&presence));
             let world = Group::new(Rc::new(end), &(self.device)());
             let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
-            // Whatever the function did with its groups, this rank is in none of them any more. Before a
-            // record is written: the others wait to hear why.
+            // Whatever the function did with its groups, this rank is in none of them any more.
+            // Before a record is written: the others wait to hear why.
             presence.end(match &result {
                 Ok(Ok(_)) => Loss::Left,
                 Ok(Err(_)) => Loss::Failed,
@@ -132,7 +134,8 @@ impl Threads {
         let unread = seats[0].unread();
         let mut outcomes = thread::scope(|scope| {
             let mut started = Vec::with_capacity(self.ranks);
-            // If a thread cannot be started, its seat is dropped and the ranks that were started do not wait for it.
+            // If a thread cannot be started, its seat is dropped and the ranks that were started do
+            // not wait for it.
             for (number, seat) in seats.into_iter().enumerate() {
                 let run = &run;
                 let thread = thread::Builder::new()

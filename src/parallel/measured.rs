@@ -55,7 +55,7 @@ impl MeasuredOverlap {
         let _site = Site::here().enter();
         let source = Random::normal(1, 0.02);
         let load = |overlap| {
-            let (group, weights) = (group.with_overlap(overlap), Weights::new(&source));
+            let (group, weights) = (group.with_overlap(overlap), Weights::new(&source).at("MeasuredOverlap"));
             let (names, f) = (MlpNames::default(), Activation::Relu);
             ParallelMlp::<S, T, B>::load(&group, &weights, &names, (hidden, ffn), f, false)
         };

@@ -60,8 +60,8 @@ fn foreign(what: &str) -> Error {
     Error::invalid("backward", format!("what was saved belongs to a forward of {what}"))
 }
 
-/// A layer of any type from `In` to `Out`: lists of different layers are made of these. Errors name the line where the box
-/// was called in place of lines of the layer's own.
+/// A layer of any type from `In` to `Out`: lists of different layers are made of these. Errors name
+/// the line where the box was called in place of lines of the layer's own.
 pub struct BoxLayer<In: Placement, Out: Placement, T: Element = f32, B: Backend = Cpu>(
     Box<dyn Erased<In, Out, T, B>>,
 );

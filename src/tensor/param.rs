@@ -23,13 +23,13 @@ pub struct Piece {
     pub region: Region,
     /// The first row of the parameter that it fills.
     pub row: usize,
-    /// Whether this rank is the one that counts it: each element of the model is owned by exactly one rank, however
-    /// many hold a copy.
+    /// Whether this rank is the one that counts it: each element of the model is owned by exactly
+    /// one rank, however many hold a copy.
     pub owned: bool,
 }
 
-/// The way to a model's parameters, `|f| model.visit(f)`: calls what it is given on every parameter, in the same order on
-/// every rank and at every call.
+/// The way to a model's parameters, `|f| model.visit(f)`: calls what it is given on every
+/// parameter, in the same order on every rank and at every call.
 pub trait Visit<T: Element, B: Device>:
     FnMut(&mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>
 {
@@ -43,7 +43,8 @@ where
 {
 }
 
-/// Who is told when the gradient of a parameter is complete: data parallelism, which then reduces it.
+/// Who is told when the gradient of a parameter is complete: data parallelism, which then reduces
+/// it.
 pub(crate) trait Watch<T: Element, B: Device> {
     /// The gradient of the parameter of this number has got all it gets from this backward.
     fn ready(&self, number: usize, grad: &Tensor<T::Acc, B>) -> Result<()>;
@@ -84,7 +85,8 @@ pub struct Param<T: Element, B: Device> {
     used: usize,
     watch: Option<(Rc<dyn Watch<T, B>>, usize)>,
     tree: Option<TreeGrad<T::Acc, B>>,
-    /// What of it belongs to each of this rank's canonical blocks; none where every rank holds all of it.
+    /// What of it belongs to each of this rank's canonical blocks; none where every rank holds all
+    /// of it.
     blocks: Option<Vec<Vec<Patch>>>,
 }
 
@@ -177,8 +179,9 @@ impl<T: Element, B: Backend> Param<T, B> {
         &self.name
     }
 
-    /// Where the calls of groups are made that concern this parameter's layer: its path, which is the parameter's name
-    /// without the last part, or what the names of its pieces have in common. The caller's line where that is empty.
+    /// Where the calls of groups are made that concern this parameter's layer: its path, which is
+    /// the parameter's name without the last part, or what the names of its pieces have in common.
+    /// The caller's line where that is empty.
     #[track_caller]
     pub fn site(&self) -> Site {
         if self.layer.is_empty() { Site::here() } else { Site::InLayer(self.layer) }
@@ -207,8 +210,9 @@ impl<T: Element, B: Backend> Param<T, B> {
         self.revision
     }
 
-    /// Says that the terms of the gradient, one a use ([`Param::set_uses`]), are added along the tree over all uses of all
-    /// replicas, and which parts of the parameter belong to canonical blocks, if it is cut.
+    /// Says that the terms of the gradient, one a use ([`Param::set_uses`]), are added along the
+    /// tree over all uses of all replicas, and which parts of the parameter belong to canonical
+    /// blocks, if it is cut.
     pub(crate) fn sum_in_tree(&mut self, blocks: Option<Vec<Vec<Patch>>>) {
         self.tree.get_or_insert(TreeGrad { replica: 0, replicas: 1, sum: None, terms: Vec::new() });
         if blocks.is_some() {
@@ -244,15 +248,16 @@ impl<T: Element, B: Backend> Param<T, B> {
         self.uses
     }
 
-    /// The sums of this replica's sub-trees of the gradient, which are forgotten; none before the first backward.
+    /// The sums of this replica's sub-trees of the gradient, which are forgotten; none before the
+    /// first backward.
     pub(crate) fn take_terms(&mut self) -> Vec<Tensor<T::Acc, B>> {
         let terms = self.tree.as_mut().map_or(Vec::new(), |tree| std::mem::take(&mut tree.terms));
         if terms.is_empty() { self.grad.take().into_iter().collect() } else { terms }
     }
 
-    /// The sum of the gradients since the last [`Param::zero_grad`]; none before the first backward. With
-    /// [`crate::shard::Reduction::Invariant`] none before as many backwards as [`Param::set_uses`] says, or before
-    /// [`Param::settle`].
+    /// The sum of the gradients since the last [`Param::zero_grad`]; none before the first
+    /// backward. With [`crate::shard::Reduction::Invariant`] none before as many backwards as
+    /// [`Param::set_uses`] says, or before [`Param::settle`].
     pub fn grad(&self) -> Option<&Tensor<T::Acc, B>> {
         self.grad.as_ref()
     }
@@ -262,12 +267,14 @@ impl<T: Element, B: Backend> Param<T, B> {
         &self.pieces
     }
 
-    /// Says that this rank's copy does not count: another one, on another pipeline stage, owns the tensor.
+    /// Says that this rank's copy does not count: another one, on another pipeline stage, owns the
+    /// tensor.
     pub fn disown(&mut self) {
         self.pieces.iter_mut().for_each(|piece| piece.owned = false);
     }
 
-    /// Says that a backward adds to the gradient this often: twice for a table that is also the output head.
+    /// Says that a backward adds to the gradient this often: twice for a table that is also the
+    /// output head.
     pub fn set_uses(&mut self, uses: usize) {
         self.uses = uses;
     }
@@ -295,7 +302,8 @@ impl<T: Element, B: Backend> Param<T, B> {
         self.add_to_grad(grad)
     }
 
-    /// Tells `watch`, under this number, from now on whenever a backward has completed the gradient.
+    /// Tells `watch`, under this number, from now on whenever a backward has completed the
+    /// gradient.
     pub(crate) fn watch(&mut self, watch: Rc<dyn Watch<T, B>>, number: usize) {
         self.watch = Some((watch, number));
     }
@@ -348,7 +356,8 @@ impl<T: Element, B: Backend> Param<T, B> {
         if self.used < uses { Ok(()) } else { self.finish_round() }
     }
 
-    /// The terms so far are all: they become the gradient, or where other replicas have the rest, this replica's sub-trees.
+    /// The terms so far are all: they become the gradient, or where other replicas have the rest,
+    /// this replica's sub-trees.
     fn finish_round(&mut self) -> Result<()> {
         self.used = 0;
         let Some(tree) = &mut self.tree else { return Ok(()) };
@@ -368,8 +377,8 @@ impl<T: Element, B: Backend> Param<T, B> {
         self.ready()
     }
 
-    /// Adds up the terms of the gradient, where fewer backwards than [`Param::set_uses`] says have added to it. Optimizers
-    /// and norms do so.
+    /// Adds up the terms of the gradient, where fewer backwards than [`Param::set_uses`] says have
+    /// added to it. Optimizers and norms do so.
     ///
     /// # Errors
     /// When the terms of other replicas would be missing.
@@ -401,8 +410,8 @@ impl<T: Element, B: Backend> Param<T, B> {
         }
     }
 
-    /// Lets `write` add to the gradient in place: it gets the gradient as a matrix and the β with which to keep what is
-    /// there, which is 0 the first time, when there is nothing yet.
+    /// Lets `write` add to the gradient in place: it gets the gradient as a matrix and the β with
+    /// which to keep what is there, which is 0 the first time, when there is nothing yet.
     pub(crate) fn accumulate_grad(
         &mut self,
         write: impl FnOnce(f64, MatMut<'_, T::Acc, B>) -> Result<()>,

@@ -45,8 +45,8 @@ impl Entry {
     }
 }
 
-/// The text of a file's header, and the number of bytes behind its length. Headers of so many bytes
-/// were read `before`.
+/// The text of a file's header, and the number of bytes behind its length. `before` is how many bytes
+/// of headers of this checkpoint have been read already.
 fn text(file: &DataFile, before: u64) -> Result<(Vec<u8>, u64)> {
     let Some(after) = file.len().checked_sub(8) else {
         return Err(file.bad(format!("{} bytes are too few for a safetensors file", file.len())));
@@ -74,8 +74,8 @@ fn text(file: &DataFile, before: u64) -> Result<(Vec<u8>, u64)> {
     Ok((text, after))
 }
 
-/// Reads a file's header: the only bytes of the file that this reads. `total` are the bytes of the
-/// headers of one checkpoint, to which it adds.
+/// Reads a file's header: the only bytes of the file that this reads. Adds its length to `total`, the
+/// bytes of headers of this checkpoint.
 pub(super) fn read(file: &DataFile, total: &mut u64) -> Result<BTreeMap<String, Entry>> {
     let (text, after) = text(file, *total)?;
     let len = text.len() as u64;

@@ -99,9 +99,9 @@ fn weight_map(text: &[u8], index: &mut Index) -> Result<usize, String> {
     })
 }
 
-/// Refuses a path that leads out of the folder it is joined to, or can be written shorter: a file is to have one name.
-/// A link there may still lead elsewhere: the caches of model hubs consist of such links, and who can make one has the
-/// file system anyway.
+/// Refuses a path that leads out of the folder it is joined to, or can be written shorter: a file
+/// is to have one name. A link there may still lead elsewhere: the caches of model hubs consist of
+/// such links, and who can make one has the file system anyway.
 fn check(path: &str) -> Result<(), String> {
     let parts = Path::new(path).components().filter(|part| *part != Component::CurDir);
     let parts = parts.map(|part| match part {

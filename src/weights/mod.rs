@@ -1,6 +1,6 @@
-//! Checkpoints on disk, in the safetensors format: a rank reads its part of each tensor, and nothing else of the file.
-//! Used by whoever makes layers; uses tensors, shapes, devices and errors. Only `save` knows of
-//! ranks.
+//! Checkpoints on disk, in the safetensors format: a rank reads its part of each tensor, and
+//! nothing else of the file. Used by whoever makes layers; uses tensors, shapes, devices and
+//! errors. Only `save` knows of ranks.
 //!
 //! * [`Checkpoint`]: a file, or a folder of shards with an index, as a [`WeightSource`].
 //! * [`Transposed`]: another source, some of whose matrices are stored as `[in, out]`.
@@ -8,10 +8,11 @@
 //! * [`save()`], [`Save`]: writes a sharded model as one checkpoint, which replaces an older one
 //!   whole or not at all.
 //!
-//! A file comes from elsewhere, so its header is not believed: everything it says is checked against the file's length
-//! before it is used ([`Checkpoint::open`] lists what). Memory stays within a small multiple of the headers and the index,
-//! and 1 MiB a read. Both are limited in length, a folder's headers together, and by that of their files. What of a header
-//! an index does not name is not kept. Names are compared, never interpreted.
+//! A file comes from elsewhere, so its header is not believed: everything it says is checked against
+//! the file's length before it is used ([`Checkpoint::open`] lists what). Memory stays within a small
+//! multiple of the headers and the index, and 1 MiB a read. Headers and index are limited in length;
+//! the headers of one folder share one limit. Entries that the index does not name are dropped. Names
+//! are compared, never interpreted.
 //!
 //! [`WeightSource`]: crate::tensor::WeightSource
 

@@ -1,4 +1,5 @@
-//! What errors and records call the place of a call: the layer's path, or a line of the program, never one of the library.
+//! What errors and records call the place of a call: the layer's path, or a line of the program,
+//! never one of the library.
 
 use shardwise::{
     Error, Result, Site, Tensor,
@@ -78,7 +79,8 @@ enum Fault {
     IsLate,
 }
 
-/// Every rank that is told of a fault of the last rank, in the forward or the backward, is told by this layer's path.
+/// Every rank that is told of a fault of the last rank, in the forward or the backward, is told by
+/// this layer's path.
 fn told<L: Layer<f32, Cpu>>(
     path: &str,
     forward: bool,
@@ -236,7 +238,8 @@ fn folder(name: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
 }
 
-/// The calls of a model's forward and backward, on 2 ranks, in groups that reduce and overlap in other ways.
+/// The calls of a model's forward and backward, on 2 ranks, in groups that reduce and overlap in
+/// other ways.
 fn of_model<S: Stream>(name: &str, change: impl Fn(Group<Cpu>) -> Group<Cpu> + Sync) -> Vec<String> {
     let (config, checkpoint) =
         (ModelConfig::read(folder(name)).unwrap(), Checkpoint::open(folder(name)).unwrap());

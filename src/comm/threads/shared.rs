@@ -16,7 +16,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::{BTreeMap, HashMap, VecDeque},
     sync::{Arc, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Waiters spin this often before they yield, if every rank has a processor.
@@ -93,34 +93,42 @@ pub(super) type Wish = (Option<u64>, u64, usize);
 /// Why a group is broken.
 #[derive(Clone, Debug)]
 enum Cause {
-    /// A rank has left. Without a reason it has dropped the group, and either ends or goes on. If it had been told of a loss
-    /// before, of a rank of the world, that is the `root`.
-    Lost {
-        rank: usize,
-        reason: Option<Loss>,
-        root: Option<(usize, Loss)>,
-    },
+    Lost(Departure),
     Disagreement(Box<Mismatch>),
-    Deadline {
-        missing: Vec<usize>,
-        after: Duration,
-    },
+    Deadline { missing: Vec<usize>, after: Duration },
+}
+
+/// A rank has left.
+#[derive(Clone, Debug)]
+struct Departure {
+    rank: usize,
+    since: Instant,
+    /// Without one it has dropped the group, and either ends or goes on.
+    reason: Option<Loss>,
+    /// The loss of a rank of the world that it had been told of before.
+    root: Option<(usize, Loss)>,
+}
+
+impl Departure {
+    fn in_order(&self) -> bool {
+        matches!(self.reason, None | Some(Loss::Left))
+    }
 }
 
 impl Cause {
     /// Whether nothing more can be expected of the `missing` ranks: see R7.
     fn stops(&self, missing: &[usize]) -> bool {
         match self {
-            Self::Lost { rank, reason: None | Some(Loss::Left), .. } => missing.contains(rank),
+            Self::Lost(departure) if departure.in_order() => missing.contains(&departure.rank),
             _ => true,
         }
     }
 }
 
-/// Why a rank has left, if it has.
-fn reason_in(causes: &mut [Cause], rank: usize) -> Option<&mut Option<Loss>> {
+/// That a rank has left, if it has.
+fn departure(causes: &mut [Cause], rank: usize) -> Option<&mut Departure> {
     causes.iter_mut().find_map(|cause| match cause {
-        Cause::Lost { rank: lost, reason, .. } if *lost == rank => Some(reason),
+        Cause::Lost(departure) if departure.rank == rank => Some(departure),
         _ => None,
     })
 }
@@ -278,13 +286,14 @@ impl Shared {
     /// A rank has left or was lost. It may say so twice, and the second time know why.
     pub(super) fn leave(&self, rank: usize, reason: Option<Loss>) {
         let mut causes = self.lock(&self.causes);
-        match reason_in(&mut causes, rank) {
-            Some(Some(Loss::Panicked)) => {}
-            Some(known) => *known = reason.or(*known),
-            None => {
-                let root = told().filter(|(root, _)| *root != self.members[rank]);
-                causes.push(Cause::Lost { rank, reason, root });
+        let root = told().filter(|(root, _)| *root != self.members[rank]);
+        match departure(&mut causes, rank) {
+            Some(Departure { reason: Some(Loss::Panicked), .. }) => {}
+            Some(departure) => {
+                departure.reason = reason.or(departure.reason);
+                departure.root = departure.root.or(root);
             }
+            None => causes.push(Cause::Lost(Departure { rank, since: Instant::now(), reason, root })),
         }
         self.barrier.break_now();
         drop(causes);
@@ -300,9 +309,11 @@ impl Shared {
     /// Whether nothing has happened to the group but that ranks have left it.
     pub(super) fn ended_well(&mut self) -> bool {
         let causes = self.causes.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
-        causes
-            .iter()
-            .all(|cause| matches!(cause, Cause::Lost { reason: None | Some(Loss::Left), root: None, .. }))
+        let in_order = |cause: &Cause| match cause {
+            Cause::Lost(departure) => departure.in_order() && departure.root.is_none(),
+            _ => false,
+        };
+        causes.iter().all(in_order)
     }
 
     /// After a second meeting: whether all ranks have done their parts. No later operation begins before this rank has looked.
@@ -333,27 +344,24 @@ impl Shared {
         self.lock(&self.causes).iter().find(|cause| cause.stops(&missing)).cloned()
     }
 
-    /// How a rank was lost that has left. A rank that returns an error drops its groups before that
-    /// is known, so that it is given a moment to say so; then it has left and goes on.
-    fn reason(&self, rank: usize) -> Loss {
-        let said = || *reason_in(&mut self.lock(&self.causes), rank)?;
-        let goes_on = || {
-            let mut causes = self.lock(&self.causes);
-            reason_in(&mut causes, rank).map_or(Loss::Left, |reason| *reason.get_or_insert(Loss::Left))
-        };
-        self.news.wait_until(Some(GRACE), said).unwrap_or_else(goes_on)
+    /// How a rank was lost. One that returns an error drops its groups before that is known: it has
+    /// a moment, from then on, to say so. After that it has left and goes on.
+    fn reason(&self, lost: &Departure) -> Loss {
+        let said = || departure(&mut self.lock(&self.causes), lost.rank)?.reason;
+        let moment = GRACE.min(self.deadline).saturating_sub(lost.since.elapsed());
+        self.news.wait_until(Some(moment), said).unwrap_or(Loss::Left)
     }
 
     fn error(&self, call: &Call, cause: Cause) -> Error {
         let (op, seq, group, site) = (call.op.name(), call.seq, self.name.clone(), call.site);
         match cause {
             Cause::Disagreement(mismatch) => Error::Mismatch(mismatch),
-            Cause::Lost { rank, reason, root } => {
-                let known = root.and_then(|(root, reason)| {
+            Cause::Lost(lost) => {
+                let known = lost.root.and_then(|(root, reason)| {
                     Some((self.members.iter().position(|member| *member == root)?, reason))
                 });
                 let (rank, reason) =
-                    known.unwrap_or_else(|| (rank, reason.unwrap_or_else(|| self.reason(rank))));
+                    known.unwrap_or_else(|| (lost.rank, lost.reason.unwrap_or_else(|| self.reason(&lost))));
                 tell(told().or(Some((self.members[rank], reason))));
                 Error::PeerLost { rank, reason, op, seq, group, site }
             }
