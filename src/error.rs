@@ -286,6 +286,15 @@ pub struct Mismatch {
     pub right: String,
 }
 
+impl Mismatch {
+    /// The calls of two ranks.
+    pub(crate) fn between(one: (usize, String), other: (usize, String)) -> Self {
+        let ((left_rank, left), (right_rank, right)) =
+            if one.0 < other.0 { (one, other) } else { (other, one) };
+        Self { left_rank, left, right_rank, right }
+    }
+}
+
 /// How a rank was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

@@ -1,7 +1,8 @@
-//! Groups of ranks and the collectives between them. Knows tensors and cuts, but no mathematics beyond sum, max and min.
+//! Groups of ranks and the collectives between them. Knows tensors and cuts, but no mathematics
+//! beyond sum, max and min.
 //!
-//! [`Group`] is what operators hold: typed, with shapes, partitions and sequence numbers. Behind it stands a
-//! [`Communicator`], the object-safe transport:
+//! [`Group`] is what operators hold: typed, with shapes, partitions and sequence numbers. Behind it
+//! stands a [`Communicator`], the object-safe transport:
 //!
 //! | communicator | ranks |
 //! |---|---|
@@ -12,10 +13,10 @@
 //! | [`HostStaged`] | those of the host's communicator that it wraps, on any device |
 //! | [`Recorded`] | those of the communicator it wraps, with every transfer written down |
 //!
-//! Every call carries a [`Call`]: what is asked, of which element and shape, and which call of its group it
-//! is. The ranks compare their calls before any data moves: where they disagree, all of them get
-//! [`crate::Error::Mismatch`] and no buffer changes. A rank that panics or leaves breaks the group for the others, who
-//! get [`crate::Error::PeerLost`] instead of waiting for it.
+//! Every call carries a [`Call`]: the operation, element and shape, and its number in the group.
+//! The ranks compare their calls before any data moves: where they disagree, all of them get
+//! [`crate::Error::Mismatch`] and no buffer changes. A rank that panics or leaves breaks the group
+//! for the others, who get [`crate::Error::PeerLost`] instead of waiting for it.
 
 mod call;
 mod cause;
@@ -42,7 +43,7 @@ pub use call::{Call, Op, ReduceOp};
 pub use communicator::{Collective, Communicator, InFlight, Incoming, Lookout, Outgoing, Step};
 pub use group::{Group, Pending};
 pub use link::Link;
-pub(crate) use link::{Keyed, Line};
+pub(crate) use link::{Keyed, Line, lock};
 pub use mesh::DeviceMesh;
 #[cfg(feature = "mpi")]
 pub use mpi::MpiComm;

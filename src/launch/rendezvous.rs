@@ -13,7 +13,7 @@
 
 use super::Env;
 use crate::{
-    comm::{Keyed, Line},
+    comm::{Keyed, Line, lock},
     error::{Error, Result},
 };
 use hmac::{Hmac, KeyInit, Mac};
@@ -23,7 +23,7 @@ use std::{
     io::{self, ErrorKind, Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
     sync::{
-        Arc, Mutex, MutexGuard, Weak,
+        Arc, Mutex, Weak,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -353,11 +353,6 @@ impl Rendezvous {
         // In constant time.
         self.mac(role, parts).verify_slice(proof).is_ok()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A seat is given in one assignment.
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 fn nonce() -> io::Result<Bytes32> {

@@ -154,7 +154,7 @@ impl Threads {
             Ok::<Vec<_>, Error>(joined.collect())
         })?;
         if outcomes.iter().all(Result::is_ok) {
-            for (rank, error) in unread.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).drain(..) {
+            for (rank, error) in comm::lock(&unread).drain(..) {
                 outcomes[rank] = Err(error);
             }
         }

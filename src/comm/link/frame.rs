@@ -201,6 +201,11 @@ impl Iterator for Words<'_> {
     }
 }
 
+/// The bytes of numbers one after another: see [`Words`].
+pub(super) fn from_words(words: impl IntoIterator<Item = u64>) -> Vec<u8> {
+    words.into_iter().flat_map(u64::to_le_bytes).collect()
+}
+
 /// Byte strings one after another, each after its length.
 #[derive(Default)]
 pub(super) struct Strings(pub(super) Vec<u8>);

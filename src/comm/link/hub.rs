@@ -6,7 +6,7 @@
 //! had given still counts: its last words say in how many rounds of each group it took part, and
 //! only who waits for a later one gives up.
 
-use super::frame::{Body, Frame, Kind, Strings, Words, from_mismatch};
+use super::frame::{Body, Frame, Kind, Strings, Words, from_mismatch, from_words};
 use crate::error::Mismatch;
 use std::collections::{HashMap, HashSet};
 
@@ -65,7 +65,7 @@ impl Hub {
             Kind::Broken => Some(self.break_for(frame)),
             Kind::Late => {
                 let missing = Words(&frame.body).map(|rank| self.first_of(frame.group, rank as usize) as u64);
-                let body = missing.flat_map(u64::to_le_bytes).collect::<Vec<_>>().into();
+                let body = from_words(missing).into();
                 Some(self.break_for(Frame { body, ..frame }))
             }
             _ => None,
@@ -108,7 +108,7 @@ impl Hub {
             return None;
         }
         let missing = members.iter().zip(round).filter(|(_, part)| part.is_none());
-        let body = missing.flat_map(|(rank, _)| rank.to_le_bytes()).collect();
+        let body = from_words(missing.map(|(rank, _)| *rank));
         Some(self.break_for(Frame::new(Kind::Late, frame.group, after, (0, 0), body)))
     }
 
@@ -152,10 +152,8 @@ impl Hub {
             let words =
                 |bytes: Option<&&[u8]>| String::from_utf8_lossy(bytes.unwrap_or(&&[][..])).into_owned();
             let ([waits, sender], call) = stand.places()?;
-            let (waits, sender) = ((waits, words(Some(&call))), (sender, words(Strings::all(part)?.get(2))));
-            let ((left_rank, left), (right_rank, right)) =
-                if waits.0 < sender.0 { (waits, sender) } else { (sender, waits) };
-            Some(Mismatch { left_rank, left, right_rank, right })
+            let their_call = words(Strings::all(part)?.get(2));
+            Some(Mismatch::between((waits, words(Some(&call))), (sender, their_call)))
         });
         let news = |mismatch| Frame::new(Kind::Broken, group, 0, (0, 0), from_mismatch(&mismatch));
         found.map_or_else(Vec::new, |mismatch| self.break_for(news(mismatch)))
@@ -194,7 +192,7 @@ impl Stand {
 }
 
 pub(super) fn pairs<'a>(counts: impl Iterator<Item = (&'a u64, &'a u64)>) -> Vec<u8> {
-    counts.flat_map(|(of, count)| [*of, *count]).flat_map(u64::to_le_bytes).collect()
+    from_words(counts.flat_map(|(of, count)| [*of, *count]))
 }
 
 #[cfg(test)]
@@ -208,7 +206,7 @@ mod tests {
     }
 
     fn give_up(round: u64, members: &[u64]) -> Frame {
-        let body = [1_000].iter().chain(members).flat_map(|word: &u64| word.to_le_bytes()).collect();
+        let body = from_words([1_000].iter().chain(members).copied());
         Frame::new(Kind::GiveUp, 7, round, (0, 0), body)
     }
 
@@ -218,7 +216,7 @@ mod tests {
 
     /// The rank at `place` waits for a message of rank `sender`, whose place is its number.
     fn stand(place: u64, sender: usize, received: u64) -> Frame {
-        let mut body = [place, sender as u64].map(u64::to_le_bytes).concat();
+        let mut body = from_words([place, sender as u64]);
         body.extend(b"exchange");
         Frame::new(Kind::Stand, 7, received, (0, sender), body)
     }

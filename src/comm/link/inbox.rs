@@ -104,7 +104,7 @@ impl Inbox {
         })
     }
 
-    /// Whether a rank was waited for in vain.
+    /// Whether a rank has missed a deadline.
     pub(super) fn is_late(&self, late: usize) -> bool {
         self.news.iter().any(|news| matches!(news, News::Late { missing, .. } if missing.contains(&late)))
     }

@@ -86,7 +86,7 @@ fn last_words(loss: Loss) -> Frame {
     Frame::new(Kind::Lost, 0, 0, (0, from_loss(loss)), Vec::new())
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // No critical section leaves its data half changed.
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }

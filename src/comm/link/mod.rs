@@ -6,7 +6,10 @@ mod hub;
 mod inbox;
 mod line;
 
-pub(crate) use {frame::Keyed, line::Line};
+pub(crate) use {
+    frame::Keyed,
+    line::{Line, lock},
+};
 
 use super::{
     Call, Communicator, Incoming, Lookout, Outgoing, Parts, ReduceOp, Step,
@@ -19,7 +22,7 @@ use crate::{
     device::{AnyMut, AnyRef, Cpu, each_dtype},
     error::{Error, Loss, Mismatch, Result},
 };
-use frame::{Body, Frame, Kind, Strings, Words, from_mismatch};
+use frame::{Body, Frame, Kind, Strings, Words, from_mismatch, from_words};
 use inbox::{Inbox, News};
 use line::Wires;
 use std::{
@@ -79,8 +82,8 @@ impl Link {
 
     /// What rank 0 is to decide when this rank has waited for a round for too long.
     fn giving_up(&self, round: u64) -> Frame {
-        let mut body = nanoseconds(self.wires.deadline).to_le_bytes().to_vec();
-        body.extend(self.members.iter().flat_map(|&rank| (rank as u64).to_le_bytes()));
+        let members = self.members.iter().map(|&rank| rank as u64);
+        let body = from_words([nanoseconds(self.wires.deadline)].into_iter().chain(members));
         Frame::new(Kind::GiveUp, self.group, round, (0, 0), body)
     }
 
@@ -92,7 +95,7 @@ impl Link {
 
     /// The news that ranks of the world were waited for too long.
     fn late_news(&self, ranks: &[usize], after: Duration) -> Frame {
-        let body = ranks.iter().flat_map(|&rank| (rank as u64).to_le_bytes()).collect();
+        let body = from_words(ranks.iter().map(|&rank| rank as u64));
         Frame::new(Kind::Late, self.group, nanoseconds(after), (0, 0), body)
     }
 
@@ -201,7 +204,7 @@ impl Link {
         let mut part = Strings::default();
         let [sent, received] = call.messages;
         part.push(&call.fingerprint().to_le_bytes());
-        part.push(&[sent, received].map(u64::to_le_bytes).concat());
+        part.push(&from_words([sent, received]));
         part.push(call.to_string().as_bytes());
         part.push(words);
         let place = (self.rank, self.members.len());
@@ -330,7 +333,7 @@ impl Link {
     fn standing(&self, call: &Call, from: usize) -> Frame {
         let sender = self.members[from];
         let received = self.wires.look(|inbox| inbox.received(self.group, sender));
-        let mut body = [self.rank, from].map(|place| (place as u64).to_le_bytes()).concat();
+        let mut body = from_words([self.rank, from].map(|place| place as u64));
         body.extend(call.to_string().as_bytes());
         Frame::new(Kind::Stand, self.group, received, (self.wires.rank, sender), body)
     }
@@ -488,7 +491,7 @@ impl Communicator<Cpu> for Link {
     ) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
         let round = self.rounds.get();
         let wish = [color.is_some() as u64, color.unwrap_or(0), key];
-        let wish = wish.map(u64::to_le_bytes).concat();
+        let wish = from_words(wish);
         let wishes = self.gather(call, &wish, wish.len())?;
         let wishes: Vec<Vec<u64>> = wishes.iter().map(|words| Words(words).collect()).collect();
         let Some(color) = color else { return Ok(None) };
@@ -533,7 +536,7 @@ mod tests {
             let (rank, device) = (group.rank(), group.device().clone());
             let mut x = Tensor::from_slice(&device, [len], &values(rank, len))?;
             group.all_reduce(ReduceOp::Sum, &mut x)?;
-            assert!(x.to_vec()?.into_iter().enumerate().all(|(at, x)| x == sum(at)));
+            assert_eq!(x.to_vec()?, (0..len).map(sum).collect::<Vec<_>>());
 
             // Some ranks have a piece less.
             let cut = Partition::from_sizes([1, MOST, 200]);

@@ -270,9 +270,7 @@ impl Shared {
         let standing = self.lock(&self.standing);
         let waits = |other: usize| standing[other].filter(|(_, meeting)| !self.barrier.is_complete(*meeting));
         let (other, theirs) = missing().into_iter().find_map(|other| Some((other, waits(other)?.0)))?;
-        let ((left_rank, left), (right_rank, right)) =
-            if rank < other { ((rank, call), (other, &theirs)) } else { ((other, &theirs), (rank, call)) };
-        Some(Mismatch { left_rank, left: left.to_string(), right_rank, right: right.to_string() })
+        Some(Mismatch::between((rank, call.to_string()), (other, theirs.to_string())))
     }
 
     fn break_for(&self, cause: Cause) {
@@ -447,8 +445,8 @@ impl Drop for Seat {
     }
 }
 
-/// The groups that one thread takes part in, or has left. When the thread ends they all hear of it and why, even of an end
-/// that was leaked.
+/// The groups that one thread takes part in, or has left. When the thread ends, all of them are told
+/// so and why, also where its end of a group was leaked.
 #[derive(Debug, Default)]
 pub(crate) struct Presence(RefCell<Vec<(Weak<Shared>, usize)>>);
 
@@ -481,6 +479,8 @@ mod tests {
 
     #[test]
     fn memory_grows_with_the_ranks_not_with_their_pairs() {
-        assert_eq!(Shared::world(100, Duration::MAX).mail.len(), 100);
+        let world = Shared::world(100, Duration::MAX);
+        assert_eq!(world.mail.len(), 100);
+        assert!(world.mail.iter().all(|mail| world.lock(mail).is_empty()));
     }
 }
