@@ -1,0 +1,313 @@
+//! Prints hashes of the outputs and gradients of every layer, a line for each layer, residual stream, element and
+//! reduction, with a hash for each of 1 to 8 ranks. A change that only moves code leaves the listing as it was; hashes
+//! differ between processors, as sums do.
+//!
+//! `cargo run --release --example layer_bits > after.txt`, or `scripts/same_layers.sh COMMIT`, which compares with a commit.
+
+use half::bf16;
+use shardwise::{
+    Error, Result, Tensor,
+    comm::{Group, Overlap},
+    device::{Cpu, Element},
+    kernels::{Activation, NormKind, RopePairs},
+    launch,
+    ops::{RopeConfig, RopeScaling},
+    optim::grad_norm,
+    parallel::{
+        AttentionConfig, Bias, BlockConfig, BlockNames, ColumnLinear, ColumnParallelLinear, Columns, DTensor,
+        ForkedColumnLinear, GatedMlp, Layer, MlpNames, NormPlacement, Normalize, ParallelAttention,
+        ParallelMlp, PositionEmbedding, QkNorm, QkvLayout, RowParallelLinear, Stream, TransformerBlock,
+        VocabParallelCrossEntropy, VocabParallelEmbedding,
+    },
+    rng::Philox,
+    shard::{Heads, Reduction, Replicated, Sequences, Shard},
+    tensor::{Param, Random, Weights},
+};
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+const RANKS: usize = 8;
+
+/// The sizes of one set of layers.
+#[derive(Clone, Copy)]
+struct Sizes {
+    tokens: usize,
+    hidden: usize,
+    ffn: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    words: usize,
+}
+
+/// Uneven cuts and key/value heads that several ranks hold; products large enough for blocked kernels.
+const SIZES: [(&str, Sizes); 2] = [
+    ("small", Sizes { tokens: 37, hidden: 24, ffn: 41, heads: 9, kv_heads: 3, head_dim: 6, words: 29 }),
+    ("large", Sizes { tokens: 150, hidden: 96, ffn: 260, heads: 12, kv_heads: 4, head_dim: 16, words: 130 }),
+];
+
+/// The bits of everything that a rank has computed.
+#[derive(Default)]
+struct Bits {
+    hash: DefaultHasher,
+    count: usize,
+}
+
+impl Bits {
+    fn push<T: Element>(&mut self, tensor: &Tensor<T>) -> Result<()> {
+        for value in tensor.to_vec()? {
+            let value = value.to_f64();
+            if !value.is_finite() {
+                return Err(Error::Invalid { op: "layer_bits", reason: format!("a value is {value}") });
+            }
+            value.to_bits().hash(&mut self.hash);
+            self.count += usize::from(value != 0.0);
+        }
+        Ok(())
+    }
+
+    fn push_grad<T: Element>(&mut self, param: &mut Param<T, Cpu>) -> Result<()> {
+        param.name().hash(&mut self.hash);
+        param.settle()?;
+        param.grad().map_or(Ok(()), |grad| self.push(grad))
+    }
+}
+
+/// The rows of a random tensor that a rank holds.
+fn random<S: Stream, T: Element>(
+    group: &Group<Cpu>,
+    name: &str,
+    tokens: usize,
+    cols: usize,
+) -> Result<DTensor<S, T>> {
+    let (stream, rows) = (Philox::named(1, name), S::local_rows(group, tokens)?);
+    let value = |at: usize| T::from_f64(stream.normal(at as u64));
+    let values: Vec<T> = (rows.start * cols..rows.end * cols).map(value).collect();
+    let lens = [tokens / 3, tokens - tokens / 3];
+    S::of_local(group, tokens, Tensor::from_slice(group.device(), [rows.len(), cols], &values)?)?
+        .with_sequences(Sequences::packed(lens))
+}
+
+/// Two backwards of a layer S → S, so that gradients are accumulated.
+fn stream_layer<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
+    group: &Group<Cpu>,
+    sizes: &Sizes,
+    mut layer: L,
+) -> Result<Bits> {
+    let mut bits = Bits::default();
+    for name in ["first", "second"] {
+        let x = random::<S, T>(group, name, sizes.tokens, sizes.hidden)?;
+        let (y, saved) = layer.forward(&x)?;
+        bits.push(y.local())?;
+        bits.push(layer.backward(saved, &y)?.local())?;
+    }
+    layer.visit(&mut |param| bits.push_grad(param))?;
+    let norm = grad_norm(|f| layer.visit(f), &[group])?;
+    norm.to_bits().hash(&mut bits.hash);
+    Ok(bits)
+}
+
+/// As [`stream_layer`], for a layer S → Shard<1>, whose output is its own gradient.
+fn column_layer<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = Shard<1>>>(
+    group: &Group<Cpu>,
+    sizes: &Sizes,
+    mut layer: L,
+) -> Result<Bits> {
+    let mut bits = Bits::default();
+    for name in ["first", "second"] {
+        let x = random::<S, T>(group, name, sizes.tokens, sizes.hidden)?;
+        let (y, saved) = layer.forward(&x)?;
+        bits.push(y.local())?;
+        bits.push(layer.backward(saved, &y)?.local())?;
+    }
+    layer.visit(&mut |param| bits.push_grad(param))?;
+    Ok(bits)
+}
+
+fn attention_config(sizes: &Sizes) -> AttentionConfig {
+    let (dim, pairs) = (sizes.head_dim, RopePairs::Halves);
+    let rope = RopeConfig { dim, base: 1e4, pairs, scaling: RopeScaling::None };
+    let qk_norm = QkNorm { eps: 1e-6, q: "q_norm".into(), k: "k_norm".into() };
+    AttentionConfig {
+        kv_heads: sizes.kv_heads,
+        head_dim: sizes.head_dim,
+        causal: true,
+        rope: Some(rope),
+        qk_norm: Some(qk_norm),
+        qkv_bias: true,
+        ..AttentionConfig::new(sizes.hidden, sizes.heads)
+    }
+}
+
+fn block_config(sizes: &Sizes, placement: NormPlacement) -> BlockConfig {
+    BlockConfig {
+        attention: AttentionConfig { qk_norm: None, out_bias: true, ..attention_config(sizes) },
+        ffn: sizes.ffn,
+        activation: Activation::GeluTanh,
+        mlp_bias: true,
+        norm: NormKind::LayerNorm { eps: 1e-5 },
+        placement,
+        names: BlockNames::default(),
+    }
+}
+
+/// Ids through a tied embedding and head with positions, to a loss.
+fn vocabulary<S: Stream, T: Element>(
+    group: &Group<Cpu>,
+    weights: &Weights<'_>,
+    sizes: &Sizes,
+) -> Result<Bits> {
+    let (mut bits, hidden) = (Bits::default(), sizes.hidden);
+    let mut embedding = VocabParallelEmbedding::<S, T, Cpu>::load(group, weights, sizes.words, hidden)?;
+    embedding.visit(&mut |param| {
+        param.set_uses(2);
+        Ok(())
+    })?;
+    let mut positions =
+        PositionEmbedding::<S, T, Cpu>::load(group, &weights.at("positions"), sizes.tokens, hidden)?;
+    let ids: Vec<u32> = (0..sizes.tokens).map(|at| ((at * 7 + 3) % sizes.words) as u32).collect();
+    let sequences = Sequences::packed([sizes.tokens / 3, sizes.tokens - sizes.tokens / 3]);
+    let (x, rows) = embedding.forward(&ids, sequences)?;
+    let (x, places) = positions.forward(&x)?;
+    let (logits, saved) = embedding.head().forward(&x)?;
+    let loss = VocabParallelCrossEntropy { z: 1e-4, ..Default::default() };
+    let (losses, context) = loss.forward(&logits, &ids)?;
+    bits.push(losses.rows())?;
+    let dlogits = loss.backward(&context, 1.0 / sizes.tokens as f64)?;
+    let dx = embedding.head_mut().backward(saved, &dlogits)?;
+    let dx = positions.backward(places, &dx)?;
+    bits.push(dx.local())?;
+    embedding.backward(&rows, &dx)?;
+    embedding.visit(&mut |param| bits.push_grad(param))?;
+    positions.visit(&mut |param| bits.push_grad(param))?;
+    Ok(bits)
+}
+
+/// What is computed by one layer of these sizes, on one rank.
+fn layer<S: Stream, T: Element>(name: &str, group: &Group<Cpu>, sizes: &Sizes) -> Result<Bits> {
+    let source = Random::normal(1, 0.1);
+    let weights = &Weights::new(&source);
+    let (hidden, ffn, f) = (sizes.hidden, sizes.ffn, Activation::GeluTanh);
+    let (names, layout) = (MlpNames::default(), QkvLayout::separate("q", "k", "v"));
+    let heads = || -> Result<Heads> {
+        let query = group.cut("attention", "query heads", sizes.heads, 1)?;
+        Heads::with_cut(query, sizes.kv_heads, sizes.head_dim)
+    };
+    match name {
+        "column" | "column, chunks" => {
+            let columns = Columns::even(group, ffn)?;
+            let layer = ColumnParallelLinear::<S, T, Cpu>::load(group, weights, hidden, &columns, Bias::Add)?;
+            column_layer(group, sizes, layer)
+        }
+        "merged" => {
+            let columns = Columns::merged(group, &["a", "b"], ffn)?;
+            let layer =
+                ColumnParallelLinear::<S, T, Cpu>::load(group, weights, hidden, &columns, Bias::None)?;
+            column_layer(group, sizes, layer)
+        }
+        "qkv" => {
+            let columns = Columns::qkv(group, &heads()?, &layout)?;
+            let layer = ColumnParallelLinear::<S, T, Cpu>::load(group, weights, hidden, &columns, Bias::Add)?;
+            column_layer(group, sizes, layer)
+        }
+        "fork" => {
+            let columns = Columns::separate_qkv(group, &heads()?, &layout)?;
+            let load = |columns| ColumnLinear::<T, Cpu>::load(group, weights, hidden, columns, Bias::Add);
+            let layers = columns.iter().map(load).collect::<Result<_>>()?;
+            column_layer(group, sizes, ForkedColumnLinear::<S, T, Cpu>::new(layers)?)
+        }
+        "row" => {
+            let cut = group.cut("row", "features", hidden, 1)?;
+            let mut row = RowParallelLinear::<S, T, Cpu>::load(group, weights, &cut, ffn, true)?;
+            let mut bits = Bits::default();
+            for name in ["first", "second"] {
+                let x = random::<Replicated, T>(group, name, sizes.tokens, hidden)?.scatter::<1>(&cut)?;
+                let (y, saved) = row.forward(&x)?;
+                bits.push(y.local())?;
+                bits.push(row.backward(saved, &y)?.local())?;
+            }
+            row.visit(&mut |param| bits.push_grad(param))?;
+            Ok(bits)
+        }
+        "norm" => {
+            let kind = NormKind::LayerNorm { eps: 1e-5 };
+            stream_layer(group, sizes, Normalize::<S, T, Cpu>::load(group, weights, kind, hidden)?)
+        }
+        "attention" => {
+            let config = attention_config(sizes);
+            let layer = ParallelAttention::<S, T, Cpu>::load(group, weights, &layout, "o", &config)?;
+            stream_layer(group, sizes, layer)
+        }
+        "mlp" | "mlp, chunks" => {
+            let layer = ParallelMlp::<S, T, Cpu>::load(group, weights, &names, (hidden, ffn), f, true)?;
+            stream_layer(group, sizes, layer)
+        }
+        "gated mlp" => {
+            let f = Activation::Silu;
+            let layer = GatedMlp::<S, T, Cpu>::load_gated(group, weights, &names, (hidden, ffn), f, true)?;
+            stream_layer(group, sizes, layer)
+        }
+        "pre block" | "post block" => {
+            let pre = name == "pre block";
+            let config = block_config(sizes, if pre { NormPlacement::Pre } else { NormPlacement::Post });
+            type Block<S, T> = TransformerBlock<S, ParallelMlp<S, T, Cpu>, T, Cpu>;
+            stream_layer(group, sizes, Block::<S, T>::load(group, weights, &config)?)
+        }
+        _ => vocabulary::<S, T>(group, weights, sizes),
+    }
+}
+
+const LAYERS: [&str; 14] = [
+    "column",
+    "column, chunks",
+    "merged",
+    "qkv",
+    "fork",
+    "row",
+    "norm",
+    "attention",
+    "mlp",
+    "mlp, chunks",
+    "gated mlp",
+    "pre block",
+    "post block",
+    "vocabulary",
+];
+
+/// The hashes of one layer on 1 to 8 ranks, of what all ranks have.
+fn print<S: Stream, T: Element>(name: &str, what: &str, sizes: &Sizes, reduction: Reduction) -> Result<()> {
+    let mut line = format!("{what:<5} {name:<14} {:<9} {:<4}", S::CUT.map_or("whole", |_| "rows"), T::DTYPE);
+    line += if reduction == Reduction::Fast { " fast     " } else { " invariant" };
+    for ranks in 1..=RANKS {
+        let overlap = if name.ends_with("chunks") { Overlap::Chunks(2) } else { Overlap::Off };
+        let all = launch::threads(ranks, |world| {
+            let bits = layer::<S, T>(name, &world.with_reduction(reduction).with_overlap(overlap), sizes)?;
+            Ok((bits.hash.finish(), bits.count))
+        })?;
+        if all.iter().any(|(_, count)| *count == 0) {
+            return Err(Error::Invalid { op: "layer_bits", reason: format!("{name} computed zeros only") });
+        }
+        let mut hash = DefaultHasher::new();
+        all.hash(&mut hash);
+        line += &format!(" {:016x}", hash.finish());
+    }
+    println!("{line}");
+    Ok(())
+}
+
+fn all<T: Element>() -> Result<()> {
+    for (what, sizes) in &SIZES {
+        for name in LAYERS {
+            for reduction in [Reduction::Fast, Reduction::Invariant { blocks: RANKS }] {
+                print::<Replicated, T>(name, what, sizes, reduction)?;
+                print::<Shard<0>, T>(name, what, sizes, reduction)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    all::<f32>()?;
+    all::<bf16>()?;
+    all::<f64>()
+}

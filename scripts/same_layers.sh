@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Compares the bits of every layer's outputs and gradients (examples/layer_bits.rs) with those of another commit, on this
+# machine: prints the lines that differ, and fails if there are any.
+#   scripts/same_layers.sh COMMIT
+set -euo pipefail
+cd "$(dirname "$0")/.."
+base=$(mktemp -d)
+trap 'git worktree remove --force "$base/tree"; rm -rf "$base"' EXIT
+git worktree add --quiet --detach "$base/tree" "$1"
+# A commit that is older than the example gets it.
+test -e "$base/tree/examples/layer_bits.rs" || cp examples/layer_bits.rs "$base/tree/examples/"
+target=$PWD/${CARGO_TARGET_DIR:-target}
+(cd "$base/tree" && CARGO_TARGET_DIR=$target/same_layers cargo run --quiet --release --example layer_bits > "$base/before")
+cargo run --quiet --release --example layer_bits > "$base/after"
+diff "$base/before" "$base/after" && echo "$(wc -l < "$base/after") lines of hashes: the same bits"
