@@ -2,11 +2,10 @@
 
 use super::{
     Bias, Chain, ColumnParallelLinear, Columns, DTensor, Layer, LayerCache, QkvLayout, RowParallelLinear,
-    Stream, Traffic,
-    invariant::{self, whole},
+    Stream, Traffic, sums::Sums,
 };
 use crate::{
-    comm::{Group, ReduceOp},
+    comm::Group,
     device::{Device, Element},
     error::{Result, same_size},
     kernels::{Backend, NormKind},
@@ -30,7 +29,7 @@ use std::ops::Range;
 /// Memory is linear in the sequence length: see [`crate::kernels::Attention`].
 #[derive(Debug)]
 pub struct Attention<T: Element, B: Device> {
-    group: Group<B>,
+    sums: Sums<B>,
     heads: QkvHeads,
     qkv_cut: Partition,
     query_cut: Partition,
@@ -87,7 +86,7 @@ impl<T: Element, B: Backend> Attention<T, B> {
         heads: &Heads,
         config: &AttentionConfig,
     ) -> Result<Self> {
-        let rank = group.rank();
+        let (rank, sums) = (group.rank(), Sums::of(group)?);
         let own = QkvHeads {
             kv_of_query: heads.kv_of_query(rank),
             kv_heads: heads.kv_held(rank).len(),
@@ -100,7 +99,7 @@ impl<T: Element, B: Backend> Attention<T, B> {
         let gamma = |name: &str| -> Result<Param<T, B>> {
             let region = Region::whole([own.head_dim]);
             let (device, weights, owned) = (group.device(), weights.at(name), rank == 0);
-            Ok(whole(Param::load_region(device, &weights, "weight", Role::Scale, region, owned)?, group))
+            Ok(sums.whole(Param::load_region(device, &weights, "weight", Role::Scale, region, owned)?))
         };
         let norms = match &config.qk_norm {
             Some(QkNorm { eps, q, k }) => {
@@ -116,7 +115,7 @@ impl<T: Element, B: Backend> Attention<T, B> {
         });
         let holding = holding.collect();
         Ok(Self {
-            group: group.clone(),
+            sums,
             heads: own,
             qkv_cut: heads.qkv_features(),
             query_cut: heads.query_features(),
@@ -139,7 +138,7 @@ impl<T: Element, B: Backend> Attention<T, B> {
         &self,
         x: DTensor<Shard<1>, T, B>,
     ) -> Result<(DTensor<Shard<1>, T, B>, Option<NormSaved<T, B>>)> {
-        x.check("attention", &self.group)?;
+        x.check("attention", self.sums.group())?;
         let (have, want) = (x.shape().cols(), self.qkv_cut.total());
         same_size("attention", "features of [q | k | v] on all ranks", have, "those of the heads", want)?;
         let [q, k, v] = self.parts();
@@ -188,7 +187,7 @@ impl<T: Element, B: Backend> Attention<T, B> {
     /// # Errors
     /// When the device has no memory left.
     pub fn cache(&self, slots: usize, capacity: usize) -> Result<LayerCache<T, B>> {
-        LayerCache::new(self.group.device(), &self.heads, slots, capacity)
+        LayerCache::new(self.sums.group().device(), &self.heads, slots, capacity)
     }
 }
 
@@ -219,7 +218,7 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
         saved: Self::Saved,
         dy: &DTensor<Shard<1>, T, B>,
     ) -> Result<DTensor<Shard<1>, T, B>> {
-        dy.check("attention backward", &self.group)?;
+        dy.check("attention backward", self.sums.group())?;
         let mut dx = ops::attention_backward(&self.heads, &saved.context, dy.local())?;
         let [q, k, v] = self.parts();
         if let Some(rotary) = &self.rotary {
@@ -232,29 +231,16 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
             let NormSaved { qkv, q: q_stats, k: k_stats } = context;
             let of = [(q, q_stats, norms.q.value()), (k, k_stats, norms.k.value())];
             let holding = &self.holding;
-            let sum = |part: usize, grads: &mut Tensor<T::Acc, B>| {
+            let grads = self.sums.total::<T::Acc>([2, dim], |leaf, grads| {
                 for (row, (columns, stats, gamma)) in of.iter().enumerate() {
-                    let (x, heads) = ((qkv, *stats), holding[part][row].clone());
+                    let (x, heads) = ((qkv, *stats), holding[leaf][row].clone());
                     let first = columns.start;
                     let grad =
                         ops::normalize_heads_backward(norms.kind, x, gamma, (first, heads), &dy, &mut dx)?;
                     device.copy(grad.mat(), grads.mat_mut()?.block(row..row + 1, 0..dim))?;
                 }
                 Ok(())
-            };
-            let grads = match self.group.tree()? {
-                None => {
-                    let mut grads = Tensor::empty(&device, [2, dim])?;
-                    let mut sum = sum;
-                    sum(0, &mut grads)?;
-                    self.group.all_reduce(ReduceOp::Sum, &mut grads)?;
-                    grads
-                }
-                Some(tree) => {
-                    let terms = invariant::own_terms(&self.group, &tree, [2, dim], sum)?;
-                    self.group.tree_all_reduce(&tree, terms)?
-                }
-            };
+            })?;
             copy_columns(&dy, v, &mut dx)?;
             for (row, param) in [&mut norms.q, &mut norms.k].into_iter().enumerate() {
                 let mut grad = Tensor::<T::Acc, B>::empty(&device, [dim])?;

@@ -1,6 +1,6 @@
 //! A bias on the residual stream.
 
-use super::{DTensor, Layer, Stream, Traffic, invariant::whole};
+use super::{DTensor, Layer, Stream, Traffic, sums::Sums};
 use crate::{
     comm::Group,
     device::{Device, Element},
@@ -18,7 +18,7 @@ use std::marker::PhantomData;
 #[derive(Debug)]
 pub struct AddBias<S: Stream, T: Element, B: Device> {
     bias: Param<T, B>,
-    group: Group<B>,
+    sums: Sums<B>,
     stream: PhantomData<S>,
 }
 
@@ -30,7 +30,8 @@ impl<S: Stream, T: Element, B: Backend> AddBias<S, T, B> {
     pub fn load(group: &Group<B>, weights: &Weights<'_>, features: usize) -> Result<Self> {
         let (region, owned) = (Region::whole([features]), group.rank() == 0);
         let bias = Param::load_region(group.device(), weights, "bias", Role::Bias, region, owned)?;
-        Ok(Self { bias: whole(bias, group), group: group.clone(), stream: PhantomData })
+        let sums = Sums::of(group)?;
+        Ok(Self { bias: sums.whole(bias), sums, stream: PhantomData })
     }
 
     /// x + b, in x's memory if nobody shares it.
@@ -50,16 +51,16 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for AddBias<S, T, B> {
 
     #[track_caller]
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, ())> {
-        x.check("bias", &self.group)?;
+        x.check("bias", self.sums.group())?;
         Ok((self.add_to(x.clone())?, ()))
     }
 
     #[track_caller]
     fn backward(&mut self, (): (), dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         let _site = self.bias.site().enter();
-        dy.check("bias backward", &self.group)?;
-        let (dy_mat, device, features) = (dy.local().mat(), self.group.device(), dy.shape().cols());
-        let db = S::sum_tokens(&self.group, dy, [features].into(), &mut |rows, db| {
+        dy.check("bias backward", self.sums.group())?;
+        let (dy_mat, device, features) = (dy.local().mat(), dy.local().device(), dy.shape().cols());
+        let db = self.sums.over_tokens(dy, [features], |rows, db| {
             device.sum_rows(dy_mat.block(rows, 0..features), db.slice_mut()?)
         })?;
         self.bias.add_grad(db)?;

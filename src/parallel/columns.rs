@@ -1,15 +1,16 @@
 //! Which output features of a column-sharded linear layer a rank computes, and where their weights are in a checkpoint.
 
 use super::{
-    copies::Copies,
-    invariant::{self, Blocks},
+    Traffic,
+    sums::{Holders, Leaves, Sums},
 };
 use crate::{
     comm::Group,
-    device::Device,
+    device::{Device, Element},
     error::{Error, Result, same_size},
+    kernels::{Backend, MatMut, MatRef},
     shard::{Heads, Partition},
-    tensor::{Piece, Region, Weights},
+    tensor::{Piece, Region, Tensor, Weights},
 };
 use std::ops::Range;
 
@@ -87,9 +88,10 @@ enum Part {
 pub struct Columns {
     cut: Partition,
     rows: Vec<Rows>,
-    blocks: Option<Blocks>,
-    shared: Option<SharedRows>,
-    copies: Option<Copies>,
+    /// Where the leaves of the group's sums are among the rows of the weight.
+    leaves: Leaves,
+    /// Key/value heads that several leaves hold, if there are any.
+    holders: Option<Holders>,
 }
 
 /// Rows of one tensor of the checkpoint.
@@ -102,15 +104,6 @@ struct Rows {
     range: Range<usize>,
     /// Whether this rank counts them.
     owned: bool,
-}
-
-/// Rows that several ranks hold, with [`crate::shard::Reduction::Fast`]: their gradient is the sum over the holders.
-#[derive(Clone, Debug)]
-pub(super) struct SharedRows {
-    /// The number of such rows in the whole layer.
-    pub(super) total: usize,
-    /// This rank's rows, and where they stand among all shared ones.
-    pub(super) mine: Vec<(Range<usize>, usize)>,
 }
 
 impl Columns {
@@ -137,8 +130,8 @@ impl Columns {
         )?;
         let range = cut.range(group.rank());
         let rows = Rows { tensor: String::new(), of: cut.total(), range, owned: true };
-        let blocks = invariant::blocks("column linear", group, &cut)?;
-        Ok(Self { cut, rows: vec![rows], blocks, shared: None, copies: None })
+        let leaves = Sums::of(group)?.leaves("column linear", &cut)?;
+        Ok(Self { cut, rows: vec![rows], leaves, holders: None })
     }
 
     /// Several layers of the same input and `outputs` features each, computed as one: rank r holds `[part r of the first |
@@ -149,12 +142,9 @@ impl Columns {
     pub fn merged<B: Device>(group: &Group<B>, tensors: &[&str], outputs: usize) -> Result<Self> {
         let cut = group.cut("merged linear", "features", outputs, 1)?;
         let range = cut.range(group.rank());
-        let mut blocks = invariant::blocks("merged linear", group, &cut)?;
-        for block in blocks.iter_mut().flatten() {
-            let own = block[0].clone();
-            let of = |at: usize| own.start + at * range.len()..own.end + at * range.len();
-            *block = (0..tensors.len()).map(of).collect();
-        }
+        let sums = Sums::of(group)?;
+        let one = sums.leaves("merged linear", &cut)?;
+        let leaves = Leaves::beside((0..tensors.len()).map(|at| one.shifted(at * range.len())));
         let rows = |tensor: &&str| Rows {
             tensor: tensor.to_string(),
             of: outputs,
@@ -162,25 +152,8 @@ impl Columns {
             owned: true,
         };
         let rows = tensors.iter().map(rows).collect();
-        Ok(Self { rows, cut: cut.scaled(tensors.len()), blocks, shared: None, copies: None })
-    }
-
-    /// As [`Columns::merged`], from one tensor of `[all of the first | all of the second | …]` (Phi-3's `gate_up_proj`).
-    ///
-    /// # Errors
-    /// [`Error::TooManyRanks`] when there are fewer features than ranks.
-    pub fn merged_from_one<B: Device>(
-        group: &Group<B>,
-        tensor: &str,
-        count: usize,
-        outputs: usize,
-    ) -> Result<Self> {
-        let mut merged = Self::merged(group, &vec![tensor; count], outputs)?;
-        for (at, rows) in merged.rows.iter_mut().enumerate() {
-            rows.of = count * outputs;
-            rows.range = rows.range.start + at * outputs..rows.range.end + at * outputs;
-        }
-        Ok(merged)
+        let leaves = sums.checked("merged linear", leaves)?;
+        Ok(Self { rows, cut: cut.scaled(tensors.len()), leaves, holders: None })
     }
 
     /// The projection to q, k and v: rank r holds `[q of its query heads | k | v of the key/value heads they use]`.
@@ -200,17 +173,13 @@ impl Columns {
         }
         let rank = group.rank();
         let (query, held) = (heads.query_range(rank).len(), heads.kv_range(rank).len());
-        let all = [Part::Q, Part::K, Part::V].map(|part| Self::heads_of(heads, layout, part, rank)).concat();
-        let blocks = [Part::Q, Part::K, Part::V].into_iter().zip([0, query, query + held]);
-        let blocks = blocks.map(|(part, base)| Self::blocks_of(heads, part, rank, base));
-        let blocks = group.tree()?.map(|_| {
-            blocks.reduce(|mut all: Blocks, part| {
-                all.iter_mut().zip(part).for_each(|(block, part)| block.extend(part));
-                all
-            })
-        });
-        let (shared, copies) = Self::sharing(group, heads, true, 2)?;
-        Ok(Self { cut: heads.qkv_features(), rows: join(all), blocks: blocks.flatten(), shared, copies })
+        let parts = [(Part::Q, 0), (Part::K, query), (Part::V, query + held)];
+        let rows = parts.iter().flat_map(|(part, _)| Self::heads_of(heads, layout, *part, rank)).collect();
+        let leaves =
+            parts.map(|(part, base)| Self::leaves_of(heads, part, rank).shifted(base * heads.head_dim()));
+        let leaves = Sums::of(group)?.checked(OP, Leaves::beside(leaves))?;
+        let holders = Holders::of(heads, rank, true, 2);
+        Ok(Self { cut: heads.qkv_features(), rows: join(rows), leaves, holders })
     }
 
     /// The projection to q, k and v as three layers: for [`crate::parallel::ForkedColumnLinear`].
@@ -219,33 +188,19 @@ impl Columns {
     /// As [`Columns::qkv`].
     pub fn separate_qkv<B: Device>(group: &Group<B>, heads: &Heads, layout: &QkvLayout) -> Result<[Self; 3]> {
         Self::qkv(group, heads, layout)?;
-        let rank = group.rank();
+        let (rank, sums) = (group.rank(), Sums::of(group)?);
         let kv = Partition::from_sizes((0..heads.ranks()).map(|rank| heads.kv_held(rank).len()));
         let kv = kv.scaled(heads.head_dim());
-        let tree = group.tree()?;
-        let of = |part, cut, (shared, copies)| {
-            let blocks = tree.as_ref().map(|_| Self::blocks_of(heads, part, rank, 0));
-            Self { cut, rows: join(Self::heads_of(heads, layout, part, rank)), blocks, shared, copies }
+        let of = |part, cut, holders| {
+            let leaves = sums.checked("qkv linear", Self::leaves_of(heads, part, rank))?;
+            Ok(Self { cut, rows: join(Self::heads_of(heads, layout, part, rank)), leaves, holders })
         };
+        let shared = Holders::of(heads, rank, false, 1);
         Ok([
-            of(Part::Q, heads.query_features(), (None, None)),
-            of(Part::K, kv.clone(), Self::sharing(group, heads, false, 1)?),
-            of(Part::V, kv, Self::sharing(group, heads, false, 1)?),
+            of(Part::Q, heads.query_features(), None)?,
+            of(Part::K, kv.clone(), shared.clone())?,
+            of(Part::V, kv, shared)?,
         ])
-    }
-
-    /// What is to be done about key/value heads that several ranks, or blocks, hold: in a layer with the query heads, if
-    /// `query`, and `kv` times the key/value heads.
-    fn sharing<B: Device>(
-        group: &Group<B>,
-        heads: &Heads,
-        query: bool,
-        kv: usize,
-    ) -> Result<(Option<SharedRows>, Option<Copies>)> {
-        Ok(match group.tree()? {
-            None => (SharedRows::of(heads, group.rank(), query, kv), None),
-            Some(_) => (None, Copies::of(heads, group.rank(), query, kv)),
-        })
     }
 
     /// The rows of one part of a rank's heads.
@@ -263,21 +218,21 @@ impl Columns {
         }
     }
 
-    /// The rows of one part of a rank's heads that belong to each of its canonical blocks, the first of them `base` heads behind
-    /// the rank's first row. Key/value heads belong to the block that owns them; one with several holders makes a run of its
-    /// own, as it is multiplied by each rank that holds it, with whatever neighbours.
-    fn blocks_of(heads: &Heads, part: Part, rank: usize, base: usize) -> Blocks {
-        let (first, runs): (_, Blocks) = match part {
+    /// The rows of one part of a rank's heads that belong to each of its leaves. Key/value heads belong to the leaf that owns
+    /// them; one with several holders makes a run of its own, as each rank that holds it multiplies it, with whatever
+    /// neighbours.
+    fn leaves_of(heads: &Heads, part: Part, rank: usize) -> Leaves {
+        let (first, runs, others): (_, Vec<Vec<Range<usize>>>, _) = match part {
             Part::Q => {
                 let runs = heads.holding(rank).into_iter().map(|held| vec![held]);
-                (heads.query_range(rank).start, runs.collect())
+                (heads.query_range(rank).start, runs.collect(), Vec::new())
             }
             Part::K | Part::V => {
-                let shared = heads.shared();
+                let (held, shared) = (heads.kv_range(rank), heads.shared());
                 let shares = |head: usize| shared.binary_search(&head).is_ok();
-                let owned = |(block, held): (usize, Range<usize>)| {
+                let owned = |(leaf, held): (usize, Range<usize>)| {
                     let mut runs: Vec<Range<usize>> = Vec::new();
-                    for head in held.filter(|head| heads.owns(rank, block, *head)) {
+                    for head in held.filter(|head| heads.owns(rank, leaf, *head)) {
                         match runs.last_mut() {
                             Some(last) if !shares(head) && !shares(last.start) => last.end = head + 1,
                             _ => runs.push(head..head + 1),
@@ -285,18 +240,89 @@ impl Columns {
                     }
                     runs
                 };
-                let runs = heads.kv_ranges(rank).into_iter().enumerate().map(owned);
-                (heads.kv_range(rank).start, runs.collect())
+                let runs = heads.kv_ranges(rank).into_iter().enumerate().map(owned).collect();
+                let others =
+                    held.clone().filter(|head| heads.owner(*head) != rank).map(|head| head..head + 1);
+                (held.start, runs, others.collect())
             }
         };
-        let row = |head: usize| (base + head - first) * heads.head_dim();
-        let rows = |run: &Range<usize>| row(run.start)..row(run.end);
-        runs.iter().map(|runs| runs.iter().map(rows).collect()).collect()
+        let row = |head: usize| (head - first) * heads.head_dim();
+        let rows = |runs: &Vec<Range<usize>>| runs.iter().map(|run| row(run.start)..row(run.end)).collect();
+        Leaves::new(runs.iter().map(rows).collect(), rows(&others))
     }
 
-    /// Where this rank's canonical blocks are among the rows of its weight, if there are any.
-    pub(super) fn blocks(&self) -> Option<&Blocks> {
-        self.blocks.as_ref()
+    /// Where the leaves of the group's sums are among the rows of the weight.
+    pub(super) fn leaves(&self) -> &Leaves {
+        &self.leaves
+    }
+
+    /// Whether several leaves of the group hold the same rows.
+    pub(super) fn are_shared(&self) -> bool {
+        self.holders.is_some()
+    }
+
+    /// How the weight's rows are cut over the ranks.
+    pub(super) fn row_cut(&self) -> &Partition {
+        self.holders.as_ref().map_or(&self.cut, Holders::rows)
+    }
+
+    /// That a bias can be used so.
+    ///
+    /// # Errors
+    /// When it is to be skipped, and has fewer elements than the output has columns.
+    pub(super) fn allow<B: Device>(&self, op: &'static str, bias: Bias, sums: &Sums<B>) -> Result<()> {
+        if bias == Bias::Skip && self.holders.is_some() && sums.are_ordered() {
+            let reason = "a bias that is skipped, of key/value heads that several canonical blocks hold: it has fewer \
+                          elements than the output has columns";
+            return Err(Error::Unsupported { op, reason: reason.into() });
+        }
+        Ok(())
+    }
+
+    /// The output, given the product with the weight's rows.
+    pub(super) fn spread<T: Element, B: Backend>(&self, y: Tensor<T, B>) -> Result<Tensor<T, B>> {
+        self.holders.as_ref().map_or_else(|| Ok(y.clone()), |holders| holders.spread(&y))
+    }
+
+    /// The gradient of the product, given that of the output. Collective: an all-reduce, if several ranks hold a head.
+    ///
+    /// # Errors
+    /// When sizes disagree, or the collective fails.
+    #[track_caller]
+    pub(super) fn merge<T: Element, B: Backend>(
+        &self,
+        sums: &Sums<B>,
+        dy: &Tensor<T, B>,
+    ) -> Result<Tensor<T, B>> {
+        if self.holders.is_none() {
+            return Ok(dy.clone());
+        }
+        let mut merged = Tensor::empty(dy.device(), [dy.shape().rows(), self.rows()])?;
+        self.merge_to(sums, dy.mat(), merged.mat_mut()?)?;
+        Ok(merged)
+    }
+
+    /// [`Columns::merge`] of some columns of a matrix.
+    ///
+    /// # Errors
+    /// As there.
+    #[track_caller]
+    pub(super) fn merge_to<T: Element, B: Backend>(
+        &self,
+        sums: &Sums<B>,
+        dy: MatRef<'_, T, B>,
+        merged: MatMut<'_, T, B>,
+    ) -> Result<()> {
+        match &self.holders {
+            Some(holders) => holders.merge(sums, dy, merged),
+            None => sums.group().device().copy(dy, merged),
+        }
+    }
+
+    /// The traffic of [`Columns::merge`], in the backward.
+    pub(super) fn merge_traffic<T: Element, B: Backend>(&self, group: &Group<B>, tokens: usize) -> Traffic {
+        let holders = self.holders.as_ref();
+        holders.map_or_else(Traffic::default, |holders| holders.traffic::<T, B>(group, tokens))
     }
 
     /// How the features are cut over the ranks. Features that several ranks, or blocks, hold count for each.
@@ -307,14 +333,6 @@ impl Columns {
     /// The number of rows of this rank's weight.
     pub(super) fn rows(&self) -> usize {
         self.rows.iter().map(|rows| rows.range.len()).sum()
-    }
-
-    pub(super) fn shared(&self) -> Option<&SharedRows> {
-        self.shared.as_ref()
-    }
-
-    pub(super) fn copies(&self) -> Option<&Copies> {
-        self.copies.as_ref()
     }
 
     /// The pieces of the layer's `.weight` or `.bias` (`suffix`), whose rows have `width` elements; none for vectors.
@@ -353,24 +371,4 @@ fn join(rows: Vec<Rows>) -> Vec<Rows> {
         }
     }
     joined
-}
-
-impl SharedRows {
-    /// The rows of the key/value heads that more than one rank holds, `kv` times; before them the rank has the rows of its query
-    /// heads, if `query`.
-    fn of(heads: &Heads, rank: usize, query: bool, kv: usize) -> Option<Self> {
-        let (shared, dim) = (heads.shared(), heads.head_dim());
-        if shared.is_empty() {
-            return None;
-        }
-        let (base, held) = (if query { heads.query_range(rank).len() } else { 0 }, heads.kv_range(rank));
-        let mut mine = Vec::new();
-        for part in 0..kv {
-            for (at, head) in shared.iter().enumerate().filter(|(_, head)| held.contains(head)) {
-                let local = base + part * held.len() + head - held.start;
-                mine.push((local * dim..(local + 1) * dim, (part * shared.len() + at) * dim));
-            }
-        }
-        Some(Self { total: kv * shared.len() * dim, mine })
-    }
 }

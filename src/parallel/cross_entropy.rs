@@ -1,6 +1,6 @@
 //! Cross entropy over classes that are cut over the ranks.
 
-use super::{DTensor, Traffic, invariant};
+use super::{DTensor, Traffic, sums::Sums};
 use crate::{
     comm::{Group, Op, ReduceOp},
     device::{Device, Element},
@@ -126,29 +126,16 @@ impl VocabParallelCrossEntropy {
         let mut max = Tensor::<T::Acc, B>::empty(device, [tokens])?;
         device.row_max(x, max.slice_mut()?)?;
         group.all_reduce(ReduceOp::Max, &mut max)?;
-        let sums = match group.tree()? {
-            None => {
-                let mut sums = Tensor::<T::Acc, B>::empty(device, [tokens, 3])?;
-                device.exp_sums(&spec, x, max.slice(), sums.slice_mut()?)?;
-                group.all_reduce(ReduceOp::Sum, &mut sums)?;
-                sums
+        let sums = Sums::of(group)?;
+        let leaves = sums.leaves("cross entropy", logits.shard_cut()?)?;
+        let sums = sums.total::<T::Acc>([tokens, 3], |leaf, sums| {
+            let classes = leaves.range(leaf);
+            if classes.is_empty() {
+                return device.fill(0.0, sums.mat_mut()?);
             }
-            Some(tree) => {
-                let missing =
-                    || Error::invalid("cross entropy", "logits without their cut: please report this");
-                let cut = logits.cut().ok_or_else(missing)?;
-                let blocks = invariant::blocks("cross entropy", group, cut)?.ok_or_else(missing)?;
-                let terms = invariant::own_terms(group, &tree, [tokens, 3], |block, sums| {
-                    let classes = blocks[block][0].clone();
-                    if classes.is_empty() {
-                        return device.fill(0.0, sums.mat_mut()?);
-                    }
-                    let spec = Targets { first: spec.first + classes.start, ..spec };
-                    device.exp_sums(&spec, x.columns(classes), max.slice(), sums.slice_mut()?)
-                })?;
-                group.tree_all_reduce(&tree, terms)?
-            }
-        };
+            let spec = Targets { first: spec.first + classes.start, ..spec };
+            device.exp_sums(&spec, x.columns(classes), max.slice(), sums.slice_mut()?)
+        })?;
         let mut rows = Tensor::empty(device, [tokens])?;
         let mut log = Tensor::empty(device, [tokens])?;
         device.cross_entropy(&spec, max.slice(), sums.slice(), rows.slice_mut()?, log.slice_mut()?)?;

@@ -1,13 +1,13 @@
 //! A tensor spread over the ranks of a group.
 
-use super::overlap::{place_rows, take_rows};
+use super::{overlap::take_rows, partial::Addends};
 use crate::{
-    comm::{Group, Pending, ReduceOp},
+    comm::Group,
     device::{Cpu, Device, Element},
     error::{Error, Result, same_shape, same_size},
     kernels::{Backend, MatRef},
     ops,
-    shard::{Copied, Partial, Partition, Placement, Replicated, Sequences, Shape, Shard, Tree},
+    shard::{Copied, Partial, Partition, Placement, Replicated, Sequences, Shape, Shard},
     tensor::Tensor,
 };
 use std::{fmt, marker::PhantomData, ops::Range};
@@ -21,25 +21,12 @@ use std::{fmt, marker::PhantomData, ops::Range};
 ///
 /// A layer, its input and its gradient belong to the same ranks: [`DTensor::check`].
 pub struct DTensor<P: Placement, T: Element = f32, B: Device = Cpu> {
-    local: Tensor<T, B>,
-    group: Group<B>,
-    layout: Layout,
+    pub(super) local: Tensor<T, B>,
+    pub(super) group: Group<B>,
+    pub(super) layout: Layout,
     /// What a `Partial` tensor is the sum of.
-    terms: Terms<T::Acc, B>,
+    pub(super) addends: Addends<T::Acc, B>,
     placement: PhantomData<P>,
-}
-
-/// What is added up to a tensor held as `Partial`.
-#[derive(Clone)]
-enum Terms<A: Element, B: Device> {
-    /// Every rank's local tensor.
-    Ranks,
-    /// The same, of which at most one is not +0 in each element: the order of the sum is of no account.
-    Exact,
-    /// Every rank's sums of its sub-trees of the group's tree. The local tensor is the only one, in the accumulator.
-    Node,
-    /// The same, of any number.
-    Nodes(Vec<Tensor<A, B>>),
 }
 
 /// Where in a training run a tensor stands: what dropout draws its masks by.
@@ -58,14 +45,14 @@ pub struct Draw {
 
 /// What a rank knows of the whole tensor.
 #[derive(Clone, Debug)]
-struct Layout {
-    shape: Shape,
+pub(super) struct Layout {
+    pub(super) shape: Shape,
     /// How the cut dimension is cut, under `Shard`.
-    cut: Option<Partition>,
+    pub(super) cut: Option<Partition>,
     /// How tokens are cut where this tensor came from or goes to with sequence parallelism.
-    tokens: Option<Partition>,
-    sequences: Sequences,
-    draw: Option<Draw>,
+    pub(super) tokens: Option<Partition>,
+    pub(super) sequences: Sequences,
+    pub(super) draw: Option<Draw>,
 }
 
 impl<P: Placement, T: Element, B: Device> Clone for DTensor<P, T, B> {
@@ -74,7 +61,7 @@ impl<P: Placement, T: Element, B: Device> Clone for DTensor<P, T, B> {
             local: self.local.clone(),
             group: self.group.clone(),
             layout: self.layout.clone(),
-            terms: self.terms.clone(),
+            addends: self.addends.clone(),
             placement: PhantomData,
         }
     }
@@ -146,6 +133,11 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         self.layout.cut.as_ref()
     }
 
+    pub(super) fn shard_cut(&self) -> Result<&Partition> {
+        let missing = || Error::invalid("shard", "a sharded tensor without its cut: please report this");
+        self.layout.cut.as_ref().ok_or_else(missing)
+    }
+
     /// Which rows of the whole belong together; all of them, unless said otherwise.
     pub fn sequences(&self) -> &Sequences {
         &self.layout.sequences
@@ -181,8 +173,8 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         }
     }
 
-    fn new(local: Tensor<T, B>, group: &Group<B>, layout: Layout) -> Self {
-        Self { local, group: group.clone(), layout, terms: Terms::Ranks, placement: PhantomData }
+    pub(super) fn new(local: Tensor<T, B>, group: &Group<B>, layout: Layout) -> Self {
+        Self { local, group: group.clone(), layout, addends: Addends::Ranks, placement: PhantomData }
     }
 
     /// The same rows with other features, held as `Q` says. The caller vouches for the placement.
@@ -201,38 +193,14 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         Self::new(local, &self.group, self.layout.clone())
     }
 
+    /// The same tensor as the sum of these terms.
+    pub(super) fn with_addends(self, addends: Addends<T::Acc, B>) -> Self {
+        Self { addends, ..self }
+    }
+
     /// The same whole, held in the same way, with values made of the old ones. The caller vouches for the shape.
     pub(super) fn map_local(self, f: impl FnOnce(Tensor<T, B>) -> Result<Tensor<T, B>>) -> Result<Self> {
         Ok(Self { local: f(self.local)?, ..self })
-    }
-
-    /// The sum over all ranks of their sub-trees' terms, with the same rows and other features.
-    pub(super) fn derive_sum(
-        &self,
-        mut terms: Vec<Tensor<T::Acc, B>>,
-        features: usize,
-    ) -> Result<DTensor<Partial, T, B>>
-    where
-        B: Backend,
-    {
-        let shape = self.local.shape().with(self.local.shape().rank() - 1, features);
-        for term in &mut terms {
-            *term = term.clone().reshape(shape)?;
-        }
-        if T::DTYPE == T::Acc::DTYPE && terms.len() == 1 {
-            let local = terms.remove(0).into_element()?;
-            return Ok(DTensor { terms: Terms::Node, ..self.derive(local, features, None) });
-        }
-        let mut sum: Option<Tensor<T::Acc, B>> = None;
-        for term in &terms {
-            match &mut sum {
-                Some(sum) => sum.accumulate(term)?,
-                none => *none = Some(term.clone()),
-            }
-        }
-        let empty = || Error::invalid("partial sum", "a rank has no blocks: please report this");
-        let local = sum.ok_or_else(empty)?.into_element()?;
-        Ok(DTensor { terms: Terms::Nodes(terms), ..self.derive(local, features, None) })
     }
 
     /// Some rows of the whole by themselves, held in the same way. The caller vouches that every rank has all of them.
@@ -244,16 +212,11 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         let shape = self.layout.shape.with(0, local.shape().dims()[0]);
         let sequences = Sequences::one(shape.rows());
         let layout = Layout { shape, cut: self.layout.cut.clone(), tokens: None, sequences, draw: None };
-        let terms = match &self.terms {
-            Terms::Nodes(terms) => {
-                Terms::Nodes(terms.iter().map(|term| take_rows(term, runs)).collect::<Result<_>>()?)
-            }
-            terms => terms.clone(),
-        };
-        Ok(Self { terms, ..Self::new(local, &self.group, layout) })
+        let addends = self.addends.map(|node| take_rows(node, runs))?;
+        Ok(Self { addends, ..Self::new(local, &self.group, layout) })
     }
 
-    fn place<Q: Placement>(self, local: Tensor<T, B>, cut: Option<Partition>) -> DTensor<Q, T, B> {
+    pub(super) fn place<Q: Placement>(self, local: Tensor<T, B>, cut: Option<Partition>) -> DTensor<Q, T, B> {
         DTensor::new(local, &self.group, Layout { cut, ..self.layout })
     }
 
@@ -280,23 +243,17 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
         if self.layout.cut != other.layout.cut {
             return Err(Error::invalid("add", "the two tensors are cut differently"));
         }
-        let terms = match (&self.terms, &other.terms) {
-            (Terms::Ranks, Terms::Ranks) => Terms::Ranks,
-            (Terms::Node, Terms::Node) => Terms::Node,
-            (Terms::Nodes(a), Terms::Nodes(b)) => {
-                Terms::Nodes(a.iter().zip(b).map(|(a, b)| ops::add(a, b)).collect::<Result<_>>()?)
-            }
-            _ => {
-                let reason = "the terms of the two sums are not those of the same canonical blocks".into();
-                return Err(Error::Unsupported { op: "add", reason });
-            }
-        };
-        Ok(Self { terms, ..self.with_local(ops::add(&self.local, &other.local)?) })
+        if P::NAME == Partial::NAME && self.group.tree()?.is_some() {
+            // Sub-trees of two sums would be added at a height that depends on the number of ranks.
+            let reason = "two sums that are not reduced yet, with an invariant reduction: reduce both first";
+            return Err(Error::Unsupported { op: "add", reason: reason.into() });
+        }
+        Ok(self.with_local(ops::add(&self.local, &other.local)?))
     }
 }
 
 /// A tensor of `[tokens, …]` without any cut.
-fn uncut<T: Element, B: Device>(local: &Tensor<T, B>, op: &'static str) -> Result<Layout> {
+pub(super) fn uncut<T: Element, B: Device>(local: &Tensor<T, B>, op: &'static str) -> Result<Layout> {
     let shape = local.shape();
     if shape.rank() < 2 {
         return Err(Error::invalid(
@@ -379,11 +336,6 @@ impl<const D: usize, T: Element, B: Backend> DTensor<Shard<D>, T, B> {
         Ok(Self::new(local, group, layout))
     }
 
-    pub(super) fn shard_cut(&self) -> Result<&Partition> {
-        let missing = || Error::invalid("shard", "a sharded tensor without its cut: please report this");
-        self.layout.cut.as_ref().ok_or_else(missing)
-    }
-
     /// The whole on every rank. Collective: all-gather.
     ///
     /// # Errors
@@ -395,197 +347,8 @@ impl<const D: usize, T: Element, B: Backend> DTensor<Shard<D>, T, B> {
     }
 }
 
-impl<T: Element, B: Backend> DTensor<Partial, T, B> {
-    /// A tensor that is the sum of what the ranks hold.
-    ///
-    /// With [`crate::shard::Reduction::Invariant`] such a sum cannot be reduced: what its terms are depends on the number of
-    /// ranks. Layers give it terms that do not.
-    ///
-    /// # Errors
-    /// When it has fewer than two dimensions.
-    pub fn partial(group: &Group<B>, local: Tensor<T, B>) -> Result<Self> {
-        let layout = uncut(&local, "partial")?;
-        Ok(Self::new(local, group, layout))
-    }
-
-    /// A sum of which every rank but one at most has +0 in each element.
-    pub(super) fn exact(self) -> Self {
-        Self { terms: Terms::Exact, ..self }
-    }
-
-    /// The terms along the group's tree; none where the order of the sum is of no account.
-    fn tree_terms(&mut self) -> Result<Option<(Tree, Vec<Tensor<T::Acc, B>>)>> {
-        let Some(tree) = self.group.tree()? else { return Ok(None) };
-        match std::mem::replace(&mut self.terms, Terms::Ranks) {
-            Terms::Exact => Ok(None),
-            Terms::Nodes(terms) => Ok(Some((tree, terms))),
-            Terms::Node => {
-                let none = Tensor::empty(self.group.device(), [0])?;
-                let term = std::mem::replace(&mut self.local, none).into_element()?;
-                Ok(Some((tree, vec![term])))
-            }
-            Terms::Ranks => {
-                let reason =
-                    "an invariant reduction of a sum whose terms are those of ranks, not of canonical blocks";
-                Err(Error::Unsupported { op: "partial sum", reason: reason.into() })
-            }
-        }
-    }
-
-    /// The sum on every rank. Collective: all-reduce.
-    ///
-    /// # Errors
-    /// When the ranks disagree, or one is lost.
-    #[track_caller]
-    pub fn all_reduce(mut self) -> Result<DTensor<Replicated, T, B>> {
-        match self.tree_terms()? {
-            None => self.group.all_reduce(ReduceOp::Sum, &mut self.local)?,
-            Some((tree, terms)) => self.local = self.group.tree_all_reduce(&tree, terms)?,
-        }
-        Ok(DTensor::new(self.local, &self.group, self.layout))
-    }
-
-    /// Each rank's part of the sum along dimension `D`. Collective: reduce-scatter.
-    ///
-    /// # Errors
-    /// When the cut is not one of that dimension, the ranks disagree, or one is lost.
-    #[track_caller]
-    pub fn reduce_scatter<const D: usize>(mut self, cut: &Partition) -> Result<DTensor<Shard<D>, T, B>> {
-        let cut = &canonical("reduce_scatter", &self.group, D, cut)?;
-        let part = match self.tree_terms()? {
-            None => self.group.reduce_scatter(ReduceOp::Sum, &self.local, D, cut)?,
-            Some((tree, terms)) => self.group.tree_reduce_scatter(&tree, terms, D, cut)?,
-        };
-        Ok(self.place(part, Some(cut.clone())))
-    }
-
-    /// Starts [`DTensor::all_reduce`].
-    ///
-    /// # Errors
-    /// As there.
-    #[track_caller]
-    pub fn start_all_reduce(self) -> Result<PendingDTensor<Replicated, T, B>> {
-        if !self.can_start()? {
-            return Ok(PendingDTensor(Progress::Done(self.all_reduce()?)));
-        }
-        let pending = self.group.start_all_reduce(ReduceOp::Sum, self.local)?;
-        Ok(PendingDTensor(Progress::Started { pending, group: self.group, layout: self.layout }))
-    }
-
-    /// Starts [`DTensor::reduce_scatter`].
-    ///
-    /// # Errors
-    /// As there.
-    #[track_caller]
-    pub fn start_reduce_scatter<const D: usize>(
-        self,
-        cut: &Partition,
-    ) -> Result<PendingDTensor<Shard<D>, T, B>> {
-        let cut = canonical("reduce_scatter", &self.group, D, cut)?;
-        self.start_scatter(&cut)
-    }
-
-    /// The same for any cut of some rows of a tensor.
-    #[track_caller]
-    pub(super) fn start_scatter<const D: usize>(
-        self,
-        cut: &Partition,
-    ) -> Result<PendingDTensor<Shard<D>, T, B>> {
-        if !self.can_start()? {
-            return Ok(PendingDTensor(Progress::Done(self.reduce_scatter(cut)?)));
-        }
-        let pending = self.group.start_reduce_scatter(ReduceOp::Sum, self.local, D, cut)?;
-        let layout = Layout { cut: Some(cut.clone()), ..self.layout };
-        Ok(PendingDTensor(Progress::Started { pending, group: self.group, layout }))
-    }
-
-    /// Whether one collective makes the sum, which may be started then: sums along a tree are made of several, at once.
-    fn can_start(&self) -> Result<bool> {
-        Ok(match &self.terms {
-            Terms::Exact => true,
-            Terms::Ranks => self.group.tree()?.is_none(),
-            Terms::Node => is_one_collective::<T, B>(&self.group)?,
-            Terms::Nodes(_) => false,
-        })
-    }
-}
-
-/// Whether one collective makes the sum over a group of what its ranks have computed.
-pub(super) fn is_one_collective<T: Element, B: Device>(group: &Group<B>) -> Result<bool> {
-    Ok(match group.tree()? {
-        None => true,
-        Some(tree) => {
-            let pair = group.size() == 2 && (0..2).all(|rank| tree.nodes(rank).len() == 1);
-            pair && T::DTYPE == T::Acc::DTYPE
-        }
-    })
-}
-
-/// A tensor whose collective was started.
-#[must_use = "a collective that is started has to be waited for"]
-pub struct PendingDTensor<P: Placement, T: Element, B: Device>(Progress<P, T, B>);
-
-enum Progress<P: Placement, T: Element, B: Device> {
-    Started {
-        pending: Pending<T, B>,
-        group: Group<B>,
-        layout: Layout,
-    },
-    Done(DTensor<P, T, B>),
-    /// Chunks of the rank's rows, one after another.
-    Stacked {
-        chunks: Vec<PendingDTensor<P, T, B>>,
-        group: Group<B>,
-        layout: Layout,
-    },
-}
-
-impl<P: Placement, T: Element, B: Backend> PendingDTensor<P, T, B> {
-    /// Chunks of this rank's rows of a tensor that has the rows of `x` and other features.
-    pub(super) fn stacked<Q: Placement>(
-        x: &DTensor<Q, T, B>,
-        features: usize,
-        chunks: Vec<Self>,
-    ) -> Result<Self> {
-        let cut = match P::CUT {
-            Some(dim) => Some(canonical("reduce_scatter", &x.group, dim, &x.token_cut()?)?),
-            None => None,
-        };
-        let shape = x.layout.shape.with(x.layout.shape.rank() - 1, features);
-        let layout = Layout { shape, cut, ..x.layout.clone() };
-        Ok(Self(Progress::Stacked { chunks, group: x.group.clone(), layout }))
-    }
-
-    /// The tensor.
-    ///
-    /// # Errors
-    /// When the ranks disagreed, or one was lost.
-    pub fn wait(self) -> Result<DTensor<P, T, B>> {
-        match self.0 {
-            Progress::Started { pending, group, layout } => Ok(DTensor::new(pending.wait()?, &group, layout)),
-            Progress::Done(tensor) => Ok(tensor),
-            Progress::Stacked { chunks, group, layout } => {
-                let chunks = chunks.into_iter().map(|chunk| Ok(chunk.wait()?.into_local()));
-                let chunks = chunks.collect::<Result<Vec<_>>>()?;
-                let ends = chunks.iter().scan(0, |end, chunk| {
-                    *end += chunk.shape().dims()[0];
-                    Some(*end - chunk.shape().dims()[0]..*end)
-                });
-                let runs: Vec<_> = ends.collect();
-                let shape = chunks.first().map_or(Shape::new(&[0]), Tensor::shape);
-                let rows = runs.last().map_or(0, |run| run.end);
-                let mut local = Tensor::empty(group.device(), shape.with(0, rows))?;
-                for (chunk, run) in chunks.iter().zip(runs) {
-                    place_rows(chunk, &mut local, &[run])?;
-                }
-                Ok(DTensor::new(local, &group, layout))
-            }
-        }
-    }
-}
-
 /// The cut itself, or for tokens under an invariant reduction, the same one by canonical blocks.
-fn canonical<B: Device>(
+pub(super) fn canonical<B: Device>(
     op: &'static str,
     group: &Group<B>,
     dim: usize,

@@ -1,6 +1,6 @@
 //! Embeddings: of tokens, with the vocabulary cut over the ranks, and of positions.
 
-use super::{Bias, ColumnParallelLinear, Columns, DTensor, Layer, Stream, Traffic, invariant::whole};
+use super::{Bias, ColumnParallelLinear, Columns, DTensor, Layer, Stream, Traffic, sums::Sums};
 use crate::{
     comm::{Group, Overlap},
     device::{Device, Element},
@@ -94,7 +94,7 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
             .filter(|(_, id)| self.padding == Some(**id))
             .for_each(|(row, _)| *row = NO_ROW);
         let part = DTensor::<Partial, T, B>::partial(group, part)?.with_sequences(sequences)?;
-        Ok((S::leave(part.exact())?, rows))
+        Ok((part.exact().leave()?, rows))
     }
 
     /// Adds to the table's gradient.
@@ -105,7 +105,7 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
     pub fn backward(&mut self, rows: &[u32], dy: &DTensor<S, T, B>) -> Result<()> {
         let _site = self.table.weight().site().enter();
         dy.check("embedding backward", self.table.group())?;
-        let dy = S::enter(dy)?;
+        let dy = dy.enter()?;
         let table = self.table.weight_mut();
         let grad = ops::embedding_backward(rows, table.value().shape().rows(), dy.local())?;
         table.add_grad(grad)
@@ -145,7 +145,7 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
 #[derive(Debug)]
 pub struct PositionEmbedding<S: Stream, T: Element, B: Device> {
     table: Param<T, B>,
-    group: Group<B>,
+    sums: Sums<B>,
     stream: PhantomData<S>,
 }
 
@@ -157,7 +157,8 @@ impl<S: Stream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
     pub fn load(group: &Group<B>, weights: &Weights<'_>, positions: usize, hidden: usize) -> Result<Self> {
         let (region, owned) = (Region::whole([positions, hidden]), group.rank() == 0);
         let table = Param::load_region(group.device(), weights, "weight", Role::Weight, region, owned)?;
-        Ok(Self { table: whole(table, group), group: group.clone(), stream: PhantomData })
+        let sums = Sums::of(group)?;
+        Ok(Self { table: sums.whole(table), sums, stream: PhantomData })
     }
 
     /// yᵢ = xᵢ + `P[rowsᵢ]`, and what the backward needs. `rows` has an index for every token, the same on every rank.
@@ -169,7 +170,7 @@ impl<S: Stream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
         x: &DTensor<S, T, B>,
         rows: impl Iterator<Item = u32>,
     ) -> Result<(DTensor<S, T, B>, Vec<u32>)> {
-        x.check("position embedding", &self.group)?;
+        x.check("position embedding", self.sums.group())?;
         let own = x.local_range(0);
         let rows: Vec<u32> = rows.skip(own.start).take(own.len()).collect();
         let added = ops::embedding(self.table.value(), &rows)?;
@@ -190,8 +191,8 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
     #[track_caller]
     fn backward(&mut self, positions: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         let _site = self.table.site().enter();
-        dy.check("position embedding backward", &self.group)?;
-        let (table, device, cols) = (self.table.value().shape(), self.group.device(), dy.shape().cols());
+        dy.check("position embedding backward", self.sums.group())?;
+        let (table, device, cols) = (self.table.value().shape(), dy.local().device(), dy.shape().cols());
         same_size(
             "embedding",
             "the number of positions",
@@ -199,7 +200,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
             "rows of dy",
             dy.local().shape().rows(),
         )?;
-        let grad = S::sum_tokens(&self.group, dy, table, &mut |rows, grad| {
+        let grad = self.sums.over_tokens(dy, table, |rows, grad| {
             device.fill(0.0, grad.mat_mut()?)?;
             device.scatter_add(
                 &positions[rows.clone()],

@@ -160,14 +160,8 @@ impl<T: Element, B: Backend> Layer<T, B> for GatherSequence {
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
         let gather = Traffic::forward::<T>(Op::AllGather, x.len());
-        (gather.then(sum_rows::<T, B>(group, x).in_backward()), x)
+        (gather.then(Traffic::sum_rows::<T, B>(group, x).in_backward()), x)
     }
-}
-
-/// The traffic of a sum of which each rank gets its tokens.
-pub(super) fn sum_rows<T: Element, B: Backend>(group: &Group<B>, x: Shape) -> Traffic {
-    let cut = group.even_cut(x.dims()[0]).unwrap_or_else(|_| Partition::even(x.dims()[0], group.size()));
-    Traffic::sum_rows::<T, B>(group, x, &cut)
 }
 
 /// Partial → Shard<0>. Forward: reduce-scatter. Backward: all-gather. Where a tensor-parallel region ends under sequence
@@ -191,6 +185,6 @@ impl<T: Element, B: Backend> Layer<T, B> for ReduceScatterSequence {
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        (sum_rows::<T, B>(group, x).then(Traffic::backward::<T>(Op::AllGather, x.len())), x)
+        (Traffic::sum_rows::<T, B>(group, x).then(Traffic::backward::<T>(Op::AllGather, x.len())), x)
     }
 }

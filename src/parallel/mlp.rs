@@ -91,7 +91,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ParallelMlp<S, T, B> {
     #[track_caller]
     fn backward(&mut self, saved: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         let MlpSaved { x, pre, hidden } = saved;
-        let dpre = self.down.backward_behind(Some((self.f, &pre)), hidden, dy)?;
+        let dpre = self.down.backward_through(Some((self.f, &pre)), hidden, dy)?;
         self.up.backward(x, &dpre)
     }
 

@@ -1,6 +1,6 @@
 //! LayerNorm and RMSNorm on the residual stream.
 
-use super::{DTensor, Layer, Stream, Traffic, invariant::whole};
+use super::{DTensor, Layer, Stream, Traffic, sums::Sums};
 use crate::{
     comm::Group,
     device::{Device, Element},
@@ -25,7 +25,7 @@ pub struct Normalize<S: Stream, T: Element, B: Device> {
     kind: NormKind,
     gamma: Param<T, B>,
     beta: Option<Param<T, B>>,
-    group: Group<B>,
+    sums: Sums<B>,
     stream: PhantomData<S>,
 }
 
@@ -35,13 +35,14 @@ impl<S: Stream, T: Element, B: Backend> Normalize<S, T, B> {
     /// # Errors
     /// When a tensor is missing or has another shape.
     pub fn load(group: &Group<B>, weights: &Weights<'_>, kind: NormKind, features: usize) -> Result<Self> {
+        let sums = Sums::of(group)?;
         let load = |name, role| {
             let (region, owned) = (Region::whole([features]), group.rank() == 0);
-            Ok(whole(Param::load_region(group.device(), weights, name, role, region, owned)?, group))
+            Ok(sums.whole(Param::load_region(group.device(), weights, name, role, region, owned)?))
         };
         let gamma: Param<T, B> = load("weight", Role::Scale)?;
         let beta = if kind.centers() { Some(load("bias", Role::Bias)?) } else { None };
-        Ok(Self { kind, gamma, beta, group: group.clone(), stream: PhantomData })
+        Ok(Self { kind, gamma, beta, sums, stream: PhantomData })
     }
 }
 
@@ -52,7 +53,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
 
     #[track_caller]
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
-        x.check("normalize", &self.group)?;
+        x.check("normalize", self.sums.group())?;
         let beta = self.beta.as_ref().map(Param::value);
         let (y, context) = ops::normalize(self.kind, x.local(), self.gamma.value(), beta)?;
         Ok((x.with_local(y), context))
@@ -61,13 +62,12 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
     #[track_caller]
     fn backward(&mut self, context: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         let _site = self.gamma.site().enter();
-        dy.check("normalize backward", &self.group)?;
-        let (device, cols) = (self.group.device(), dy.shape().cols());
+        dy.check("normalize backward", self.sums.group())?;
+        let (device, cols) = (dy.local().device(), dy.shape().cols());
         let vectors = if self.beta.is_some() { 2 } else { 1 };
         let mut dx = Tensor::empty(device, dy.local().shape())?;
         // dγ and dβ of all tokens, in one collective.
-        let shape = [vectors, cols].into();
-        let sums = S::sum_tokens(&self.group, dy, shape, &mut |rows, sums: &mut Tensor<T::Acc, B>| {
+        let sums = self.sums.over_tokens(dy, [vectors, cols], |rows, sums| {
             let gamma = self.gamma.value();
             let (dgamma, dbeta) =
                 ops::normalize_backward_rows(self.kind, &context, gamma, dy.local(), rows, &mut dx)?;

@@ -1,20 +1,25 @@
-//! Collectives beside the products that need or make what they carry, in chunks of tokens ([`Overlap`]).
+//! Linear layers with collectives in chunks of tokens ([`Overlap`](crate::comm::Overlap)), beside the products that need or
+//! make what they carry.
 //!
 //! * Entering a region ([`gather`]): the chunks of the all-gather are started; the rank's own rows are multiplied first, then
 //!   those of the others as they arrive.
 //! * Leaving it ([`start_sum`]): the rows of one chunk are multiplied and their reduction is started; then the next.
 //!
 //! Only tokens are cut, over which neither product nor sum adds anything up: the bits are those of the whole. A rank whose
-//! device or rows do not allow that ([`RowMap::splits`]) multiplies all rows at once, between collectives that are cut alike
-//! on every rank.
+//! device or rows do not allow that ([`splits`]) multiplies all rows at once, between collectives that are cut alike on
+//! every rank.
 
-use super::{DTensor, PendingDTensor, Traffic, dtensor::is_one_collective};
+use super::{
+    DTensor, Linear, Stream, Traffic,
+    dtensor::canonical,
+    partial::{PendingDTensor, is_one_collective},
+};
 use crate::{
     comm::Group,
     device::{Device, Element},
-    error::{Result, Site},
+    error::Result,
     kernels::{Backend, MatMut, MatRef},
-    shard::{Copied, Partial, Partition, Placement, Shape, Shard, deal},
+    shard::{Copied, Partial, Partition, Shape, Shard, deal},
     tensor::Tensor,
 };
 use std::ops::Range;
@@ -23,14 +28,20 @@ use std::ops::Range;
 /// bits; and each product reads the whole weight.
 const ROWS: usize = 64;
 
-/// A map of the rows of a tensor, each by itself: what may be computed chunk by chunk.
-pub struct RowMap<'a, P: Placement, Q: Placement, T: Element, B: Backend> {
-    /// The features of the result's whole.
-    pub features: usize,
-    /// Whether many rows have the same bits together with others and without them.
-    pub splits: bool,
-    /// The map of some rows.
-    pub map: &'a mut dyn FnMut(&DTensor<P, T, B>) -> Result<DTensor<Q, T, B>>,
+/// A map of the rows of a tensor, each by itself.
+type RowMap<'a, P, Q, T, B> = &'a dyn Fn(&DTensor<P, T, B>) -> Result<DTensor<Q, T, B>>;
+
+/// The chunks in which a tensor enters a region; none if at once, or without a collective.
+pub(super) fn entering<S: Stream, T: Element, B: Device>(x: &DTensor<S, T, B>) -> Option<Partition> {
+    S::CUT.and_then(|_| gathering::<T, B>(x.group(), x.shape()))
+}
+
+/// The chunks in which a map of x to `features` features leaves a region; none if at once.
+pub(super) fn leaving<T: Element, B: Device>(
+    x: &DTensor<Shard<1>, T, B>,
+    features: usize,
+) -> Result<Option<Partition>> {
+    reducing::<T, B>(x.group(), x.shape().with(x.shape().rank() - 1, features))
 }
 
 /// The chunks of a tensor of this shape that is gathered; none if it is gathered at once.
@@ -51,14 +62,91 @@ pub(super) fn traffic(chunks: Option<Partition>, shape: Shape, of: impl Fn(Shape
     chunks.sizes().map(|tokens| of(shape.with(0, tokens))).fold(Traffic::default(), Traffic::then)
 }
 
+/// Whether products of these depths have the same bits row by row. A depth of 1 leaves room for another sign of a zero.
+pub(super) fn splits<B: Backend>(device: &B, depths: impl IntoIterator<Item = usize>) -> bool {
+    device.splits_exactly() && depths.into_iter().all(|depth| depth != 1)
+}
+
+/// The forward of [`super::Enter`].
+#[track_caller]
+pub(super) fn enter<S, T, B, L>(
+    layer: &L,
+    x: &DTensor<S, T, B>,
+    chunks: &Partition,
+) -> Result<(DTensor<Shard<1>, T, B>, Tensor<T, B>)>
+where
+    S: Stream,
+    T: Element,
+    B: Backend,
+    L: Linear<T, B, In = Copied, Out = Shard<1>>,
+{
+    let (x, y) = gather(x, chunks, layer.splits()[0], &|x| Ok(layer.forward(x)?.0))?;
+    Ok((y, x.into_local()))
+}
+
+/// The backward of [`super::Enter`].
+#[track_caller]
+pub(super) fn enter_backward<S, T, B, L>(
+    layer: &mut L,
+    x: &Tensor<T, B>,
+    dy: &DTensor<Shard<1>, T, B>,
+    chunks: &Partition,
+) -> Result<DTensor<S, T, B>>
+where
+    S: Stream,
+    T: Element,
+    B: Backend,
+    L: Linear<T, B, In = Copied, Out = Shard<1>>,
+{
+    let flights = start_sum(dy, chunks, layer.splits()[1], &|dy| layer.input_grad(dy))?;
+    layer.param_grads(x, dy)?;
+    stacked(dy, layer.features()[0], flights)
+}
+
+/// The forward of [`super::Leave`].
+#[track_caller]
+pub(super) fn leave<S, T, B, L>(
+    layer: &L,
+    x: &DTensor<Shard<1>, T, B>,
+    chunks: &Partition,
+) -> Result<(DTensor<S, T, B>, Tensor<T, B>)>
+where
+    S: Stream,
+    T: Element,
+    B: Backend,
+    L: Linear<T, B, In = Shard<1>, Out = Partial>,
+{
+    let flights = start_sum(x, chunks, layer.splits()[0], &|x| Ok(layer.forward(x)?.0))?;
+    Ok((stacked(x, layer.features()[1], flights)?, x.local().clone()))
+}
+
+/// The backward of [`super::Leave`].
+#[track_caller]
+pub(super) fn leave_backward<S, T, B, L>(
+    layer: &mut L,
+    x: &Tensor<T, B>,
+    dy: &DTensor<S, T, B>,
+    chunks: &Partition,
+) -> Result<DTensor<Shard<1>, T, B>>
+where
+    S: Stream,
+    T: Element,
+    B: Backend,
+    L: Linear<T, B, In = Shard<1>, Out = Partial>,
+{
+    let (dy, dx) = gather(dy, chunks, layer.splits()[1], &|dy| layer.input_grad(dy))?;
+    layer.param_grads(x, &dy)?;
+    Ok(dx)
+}
+
 /// x on every rank, and a map of it.
 #[track_caller]
-pub(super) fn gather<T: Element, B: Backend>(
-    x: &DTensor<Shard<0>, T, B>,
+fn gather<S: Stream, T: Element, B: Backend>(
+    x: &DTensor<S, T, B>,
     chunks: &Partition,
-    RowMap { splits, map, .. }: RowMap<'_, Copied, Shard<1>, T, B>,
+    splits: bool,
+    map: RowMap<'_, Copied, Shard<1>, T, B>,
 ) -> Result<(DTensor<Copied, T, B>, DTensor<Shard<1>, T, B>)> {
-    let _site = Site::here().enter();
     let (group, local, own) = (x.group(), x.local(), x.local_range(0));
     let dealt = deal(x.shard_cut()?, chunks);
     let start = |runs: &Vec<Range<usize>>| {
@@ -97,34 +185,53 @@ pub(super) fn gather<T: Element, B: Backend>(
         compute(take_rows(&whole, &runs)?, &runs)?;
     }
     let whole = x.derive(whole, x.shape().cols(), None);
-    match y {
-        Some(y) => Ok((whole, y)),
-        None => {
-            let y = map(&whole)?;
-            Ok((whole, y))
-        }
-    }
+    let y = y.map_or_else(|| map(&whole), Ok)?;
+    Ok((whole, y))
 }
 
-/// Starts the reduction of a map of x, chunk by chunk: `dealt` says which rows of x each is made of, and `start` starts one.
+/// Starts the reduction of a map of x, chunk by chunk.
 #[track_caller]
-pub(super) fn start_sum<S: Placement, T: Element, B: Backend>(
+fn start_sum<S: Stream, T: Element, B: Backend>(
     x: &DTensor<Shard<1>, T, B>,
-    dealt: &[Vec<Range<usize>>],
-    RowMap { features, splits, map }: RowMap<'_, Shard<1>, Partial, T, B>,
-    start: impl Fn(DTensor<Partial, T, B>, &[Range<usize>]) -> Result<PendingDTensor<S, T, B>>,
-) -> Result<PendingDTensor<S, T, B>> {
-    let _site = Site::here().enter();
+    chunks: &Partition,
+    splits: bool,
+    map: RowMap<'_, Shard<1>, Partial, T, B>,
+) -> Result<Vec<PendingDTensor<S, T, B>>> {
+    let dealt = match S::CUT {
+        None => (0..chunks.parts()).map(|chunk| vec![chunks.range(chunk)]).collect(),
+        Some(_) => deal(&x.token_cut()?, chunks),
+    };
     let by_chunks = splits && are_many(dealt.iter().map(|runs| rows_of(runs)));
     let whole = if by_chunks { None } else { Some(map(x)?) };
-    let flights = dealt.iter().map(|runs| {
+    let mut flights = Vec::with_capacity(dealt.len());
+    for runs in &dealt {
         let part = match &whole {
             Some(whole) => whole.rows(runs)?,
             None => map(&x.rows(runs)?)?,
         };
-        start(part, runs)
-    });
-    PendingDTensor::stacked(x, features, flights.collect::<Result<_>>()?)
+        let cut = |dim| (dim, Partition::from_sizes(runs.iter().map(|run| run.len())));
+        flights.push(part.start(S::CUT.map(cut))?);
+    }
+    Ok(flights)
+}
+
+/// The chunks of this rank's rows of a tensor with the rows of `x` and other features, as one.
+fn stacked<S: Stream, T: Element, B: Backend>(
+    x: &DTensor<Shard<1>, T, B>,
+    features: usize,
+    chunks: Vec<PendingDTensor<S, T, B>>,
+) -> Result<DTensor<S, T, B>> {
+    let cut = |dim| canonical("reduce_scatter", x.group(), dim, &x.token_cut()?);
+    let cut = S::CUT.map(cut).transpose()?;
+    let rows = cut.as_ref().map_or(x.shape().rows(), |cut| cut.size(x.group().rank()));
+    let (mut local, mut at) = (Tensor::empty(x.group().device(), [rows, features])?, 0);
+    for chunk in chunks {
+        let chunk = chunk.wait()?.into_local();
+        let end = at + chunk.shape().rows();
+        place_rows(&chunk, &mut local, &[at..end])?;
+        at = end;
+    }
+    Ok(x.derive(local, features, cut))
 }
 
 /// Whether products of so many rows each are worth being made by themselves, and are treated as that of all rows.

@@ -4,7 +4,7 @@ use crate::{
     comm::{Group, Op, Transfer},
     device::Element,
     kernels::Backend,
-    shard::{Partition, Shape},
+    shard::Shape,
 };
 
 /// The collectives of a layer in the order in which it calls them. What [`crate::comm::Recorded`] writes down is equal.
@@ -35,9 +35,10 @@ impl Traffic {
     }
 
     /// Each rank's rows of such a sum.
-    pub(super) fn sum_rows<T: Element, B: Backend>(group: &Group<B>, shape: Shape, cut: &Partition) -> Self {
-        let forward = match group.tree() {
-            Ok(Some(tree)) => group.tree_transfers::<T>(&tree, shape, Some((0, cut))),
+    pub(super) fn sum_rows<T: Element, B: Backend>(group: &Group<B>, shape: Shape) -> Self {
+        let forward = match group.tree().and_then(|tree| Ok(tree.zip(Some(group.even_cut(shape.dims()[0])?))))
+        {
+            Ok(Some((tree, cut))) => group.tree_transfers::<T>(&tree, shape, Some((0, &cut))),
             _ => vec![transfer::<T>(Op::ReduceScatter, shape.len())],
         };
         Self { forward, backward: Vec::new() }

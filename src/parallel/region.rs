@@ -1,0 +1,178 @@
+//! Linear layers at the edges of a tensor-parallel region, with their collectives.
+
+use super::{DTensor, Layer, Stream, Traffic, overlap};
+use crate::{
+    comm::Group,
+    device::Element,
+    error::{Result, Site},
+    kernels::Backend,
+    shard::{Copied, Partial, Placement, Shape, Shard},
+    tensor::{Param, Tensor},
+};
+use std::marker::PhantomData;
+
+type Dual<P> = <P as Placement>::Dual;
+
+/// A linear layer, which saves its input, with its backward in two halves: the collective of the first half's result runs
+/// beside the second half.
+pub trait Linear<T: Element, B: Backend>: Layer<T, B, Saved = Tensor<T, B>> {
+    /// What errors call the forward and the backward.
+    const OPS: [&'static str; 2];
+
+    /// The ranks that share the layer.
+    fn group(&self) -> &Group<B>;
+
+    /// Where the calls of the layer are made.
+    #[track_caller]
+    fn site(&self) -> Site;
+
+    /// The features of the whole input, and of the whole output.
+    fn features(&self) -> [usize; 2];
+
+    /// Whether the forward, and the gradient of the input, have the same bits row by row.
+    fn splits(&self) -> [bool; 2];
+
+    /// The gradient of the output as both halves need it.
+    ///
+    /// # Errors
+    /// When sizes disagree, or a collective fails.
+    #[track_caller]
+    fn merged(&self, dy: &DTensor<Dual<Self::Out>, T, B>) -> Result<DTensor<Dual<Self::Out>, T, B>>;
+
+    /// The first half: the gradient of the input.
+    ///
+    /// # Errors
+    /// When sizes disagree.
+    fn input_grad(&self, dy: &DTensor<Dual<Self::Out>, T, B>) -> Result<DTensor<Dual<Self::In>, T, B>>;
+
+    /// The second half: adds to the parameters' gradients.
+    ///
+    /// # Errors
+    /// When sizes disagree.
+    fn param_grads(&mut self, x: &Tensor<T, B>, dy: &DTensor<Dual<Self::Out>, T, B>) -> Result<()>;
+}
+
+/// The residual stream enters a region, and then a linear layer L: S → Copied → Shard<1>.
+///
+/// The same as [`DTensor::enter`] and then L, bit for bit; but in the backward the reduction of dX runs beside the products
+/// that give the parameters' gradients, and with the group's [`Overlap`](crate::comm::Overlap) collectives run in chunks.
+///
+/// * Forward: nothing for `Replicated`, an all-gather of X for `Shard<0>`.
+/// * Backward: an all-reduce of dX, or a reduce-scatter.
+#[derive(Debug)]
+pub struct Enter<S, L> {
+    pub(super) layer: L,
+    stream: PhantomData<S>,
+}
+
+impl<S, L> Enter<S, L> {
+    /// This layer behind the entrance.
+    pub(super) fn to(layer: L) -> Self {
+        Self { layer, stream: PhantomData }
+    }
+}
+
+impl<S, T, B, L> Layer<T, B> for Enter<S, L>
+where
+    S: Stream,
+    T: Element,
+    B: Backend,
+    L: Linear<T, B, In = Copied, Out = Shard<1>>,
+{
+    type In = S;
+    type Out = Shard<1>;
+    type Saved = Tensor<T, B>;
+
+    #[track_caller]
+    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
+        let _site = self.layer.site().enter();
+        x.check(L::OPS[0], self.layer.group())?;
+        if let Some(chunks) = overlap::entering(x) {
+            return overlap::enter(&self.layer, x, &chunks);
+        }
+        self.layer.forward(&x.enter()?)
+    }
+
+    #[track_caller]
+    fn backward(&mut self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<S, T, B>> {
+        let _site = self.layer.site().enter();
+        dy.check(L::OPS[1], self.layer.group())?;
+        let dy = self.layer.merged(dy)?;
+        if let Some(chunks) = overlap::leaving(&dy, self.layer.features()[0])? {
+            return overlap::enter_backward(&mut self.layer, &x, &dy, &chunks);
+        }
+        let dx = self.layer.input_grad(&dy)?.start_leave::<S>()?;
+        self.layer.param_grads(&x, &dy)?;
+        dx.wait()
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        self.layer.visit(f)
+    }
+
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        let (traffic, y) = self.layer.traffic(group, x);
+        (S::enter_traffic::<T, B>(group, x).then(traffic), y)
+    }
+}
+
+/// A linear layer L, and then its sum leaves the region: Shard<1> → Partial → S.
+///
+/// The same as L and then [`DTensor::leave`], bit for bit, with the group's [`Overlap`](crate::comm::Overlap) in chunks.
+///
+/// * Forward: an all-reduce of Y for `Replicated`, a reduce-scatter for `Shard<0>`.
+/// * Backward: nothing, or an all-gather of dY.
+#[derive(Debug)]
+pub struct Leave<S, L> {
+    pub(super) layer: L,
+    stream: PhantomData<S>,
+}
+
+impl<S, L> Leave<S, L> {
+    /// This layer before the exit.
+    pub(super) fn from(layer: L) -> Self {
+        Self { layer, stream: PhantomData }
+    }
+}
+
+impl<S, T, B, L> Layer<T, B> for Leave<S, L>
+where
+    S: Stream,
+    T: Element,
+    B: Backend,
+    L: Linear<T, B, In = Shard<1>, Out = Partial>,
+{
+    type In = Shard<1>;
+    type Out = S;
+    type Saved = Tensor<T, B>;
+
+    #[track_caller]
+    fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
+        let _site = self.layer.site().enter();
+        x.check(L::OPS[0], self.layer.group())?;
+        if let Some(chunks) = overlap::leaving(x, self.layer.features()[1])? {
+            return overlap::leave(&self.layer, x, &chunks);
+        }
+        let (y, saved) = self.layer.forward(x)?;
+        Ok((y.leave()?, saved))
+    }
+
+    #[track_caller]
+    fn backward(&mut self, x: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+        let _site = self.layer.site().enter();
+        dy.check(L::OPS[1], self.layer.group())?;
+        if let Some(chunks) = overlap::entering(dy) {
+            return overlap::leave_backward(&mut self.layer, &x, dy, &chunks);
+        }
+        self.layer.backward(x, &dy.enter()?)
+    }
+
+    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
+        self.layer.visit(f)
+    }
+
+    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
+        let (traffic, y) = self.layer.traffic(group, x);
+        (traffic.then(S::leave_traffic::<T, B>(group, y)), y)
+    }
+}

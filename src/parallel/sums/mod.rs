@@ -1,0 +1,274 @@
+//! One kind of sum: layers say *what* is summed over the ranks of a group, the group says *how*.
+//!
+//! A sum has terms, one for each *leaf*:
+//!
+//! * [`Reduction::Fast`](crate::shard::Reduction::Fast): a leaf is a rank. The communicator adds them in its order.
+//! * [`Reduction::Invariant`](crate::shard::Reduction::Invariant): a leaf is a canonical block, of which a rank owns a run.
+//!   Terms are made block by block and added along the group's [`Tree`], in the accumulator, and rounded once. So the bits
+//!   do not depend on the number of ranks.
+//!
+//! What layers sum:
+//!
+//! * products whose inner dimension is cut ([`Sums::product`]: a row linear layer, the gradient of a column linear layer's
+//!   input);
+//! * terms of tokens, which sequence parallelism cuts ([`Sums::over_tokens`]: gradients of parameters that all ranks hold);
+//! * the gradients of key/value heads that several leaves hold ([`Holders`]);
+//! * anything else, leaf by leaf ([`Sums::total`]).
+//!
+//! Products that are cut and not summed ([`Sums::outputs`], [`Sums::inputs`], [`Sums::weight_grad`]) are computed leaf by
+//! leaf as well where the order is fixed, unless the device computes elements that do not depend on their neighbours
+//! ([`Gemm::splits_exactly`](crate::kernels::Gemm::splits_exactly)). A kernel then gets the same numbers, in the same
+//! shapes, whichever rank owns the leaf ([`Gemm::gemm_block`](crate::kernels::Gemm::gemm_block)).
+
+mod holders;
+mod products;
+
+pub(super) use {
+    holders::Holders,
+    products::{Affine, AffineMut, Factors, Through},
+};
+
+use super::{DTensor, Stream};
+use crate::{
+    comm::{Group, ReduceOp},
+    device::{Device, Element},
+    error::{Error, Result},
+    kernels::Backend,
+    shard::{Node, Partition, Shape, Tree, TreeSum, blocks},
+    tensor::{Param, Patch, Tensor},
+};
+use std::ops::Range;
+
+/// How a group adds: decided once, when a layer is loaded.
+#[derive(Clone, Debug)]
+pub(super) struct Sums<B: Device> {
+    group: Group<B>,
+    /// The fixed order, if there is one.
+    tree: Option<Tree>,
+}
+
+/// Where a rank's leaves lie in one dimension of its tensors.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Leaves {
+    /// The runs of each leaf: such as its rows of q, of k and of v.
+    own: Vec<Vec<Range<usize>>>,
+    /// Runs that a leaf of another rank owns, and this rank holds as well.
+    others: Vec<Range<usize>>,
+}
+
+impl Leaves {
+    /// Leaves of which each has these runs.
+    pub(super) fn new(own: Vec<Vec<Range<usize>>>, others: Vec<Range<usize>>) -> Self {
+        Self { own, others }
+    }
+
+    /// The same leaves in tensors that lie one behind another: each leaf has the runs of all.
+    pub(super) fn beside(parts: impl IntoIterator<Item = Self>) -> Self {
+        let join = |mut all: Self, part: Self| {
+            all.own.iter_mut().zip(part.own).for_each(|(leaf, runs)| leaf.extend(runs));
+            all.others.extend(part.others);
+            all
+        };
+        parts.into_iter().reduce(join).unwrap_or_default()
+    }
+
+    /// The same leaves `by` indices further on.
+    pub(super) fn shifted(&self, by: usize) -> Self {
+        let shift = |runs: &Vec<Range<usize>>| runs.iter().map(|run| run.start + by..run.end + by).collect();
+        Self { own: self.own.iter().map(shift).collect(), others: shift(&self.others) }
+    }
+
+    /// The indices of one of the rank's leaves, from its first run to its last.
+    pub(super) fn range(&self, leaf: usize) -> Range<usize> {
+        let runs = &self.own[leaf];
+        runs.first().map_or(0, |run| run.start)..runs.last().map_or(0, |run| run.end)
+    }
+
+    /// The lengths of the rank's own runs: the depths of the products whose inner dimension they are.
+    pub(super) fn depths(&self) -> impl Iterator<Item = usize> {
+        self.own.iter().flatten().map(|run| run.len())
+    }
+
+    /// All runs that this rank holds.
+    fn runs(&self) -> impl Iterator<Item = &Range<usize>> {
+        self.own.iter().flatten().chain(&self.others)
+    }
+}
+
+impl<B: Device> Sums<B> {
+    /// How this group adds.
+    ///
+    /// # Errors
+    /// When there are fewer canonical blocks than ranks.
+    pub(super) fn of(group: &Group<B>) -> Result<Self> {
+        Ok(Self { group: group.clone(), tree: group.tree()? })
+    }
+
+    /// The ranks that add.
+    pub(super) fn group(&self) -> &Group<B> {
+        &self.group
+    }
+
+    /// Whether the order of the sum is fixed.
+    pub(super) fn are_ordered(&self) -> bool {
+        self.tree.is_some()
+    }
+
+    /// The number of leaves of all ranks.
+    fn count(&self) -> usize {
+        self.tree.as_ref().map_or(self.group.size(), Tree::leaves)
+    }
+
+    /// This rank's leaves.
+    fn own(&self) -> Range<usize> {
+        let rank = self.group.rank();
+        self.tree.as_ref().map_or(rank..rank + 1, |tree| tree.owned(rank))
+    }
+
+    /// This rank's leaves of a dimension that is cut over the ranks.
+    ///
+    /// # Errors
+    /// When the order is fixed, and the cut is not one of canonical blocks.
+    pub(super) fn leaves(&self, op: &'static str, cut: &Partition) -> Result<Leaves> {
+        let rank = self.group.rank();
+        let own = match &self.tree {
+            None => Some(vec![0..cut.size(rank)]),
+            Some(tree) => cut.blocks(rank).filter(|own| own.len() == tree.owned(rank).len()),
+        };
+        let own = own.unwrap_or_default().into_iter().map(|leaf| vec![leaf]).collect();
+        self.checked(op, Leaves::new(own, Vec::new()))
+    }
+
+    /// These leaves, if they are as many as this rank has.
+    ///
+    /// # Errors
+    /// When the order is fixed, and the cut that they come from is not one of canonical blocks.
+    pub(super) fn checked(&self, op: &'static str, leaves: Leaves) -> Result<Leaves> {
+        if leaves.own.len() == self.own().len() {
+            return Ok(self.joined(leaves));
+        }
+        let reason = "an invariant reduction needs features that are cut by canonical blocks: take them from `Group::cut`";
+        Err(Error::Unsupported { op, reason: reason.into() })
+    }
+
+    /// The same leaves, where the order is free with neighbouring runs as one.
+    fn joined(&self, mut leaves: Leaves) -> Leaves {
+        if self.tree.is_none() {
+            for leaf in &mut leaves.own {
+                let mut joined: Vec<Range<usize>> = Vec::new();
+                for run in leaf.drain(..) {
+                    match joined.last_mut() {
+                        Some(last) if last.end == run.start => last.end = run.end,
+                        _ => joined.push(run),
+                    }
+                }
+                *leaf = joined;
+            }
+        }
+        leaves
+    }
+}
+
+impl<B: Backend> Sums<B> {
+    /// A parameter that every rank holds.
+    pub(super) fn whole<T: Element>(&self, mut param: Param<T, B>) -> Param<T, B> {
+        if self.tree.is_some() {
+            param.sum_in_tree(None);
+        }
+        param
+    }
+
+    /// A parameter whose dimension `dim` is cut into these leaves.
+    pub(super) fn cut<T: Element>(&self, mut param: Param<T, B>, dim: usize, leaves: &Leaves) -> Param<T, B> {
+        if self.tree.is_some() {
+            let (rows, cols) = (param.value().shape().rows(), param.value().shape().cols());
+            let patch = |run: &Range<usize>| match dim {
+                0 => Patch { rows: run.clone(), cols: 0..cols },
+                _ => Patch { rows: 0..rows, cols: run.clone() },
+            };
+            let patches = leaves.own.iter().map(|leaf| leaf.iter().map(patch).collect());
+            param.sum_in_tree(Some(patches.collect()));
+        }
+        param
+    }
+
+    /// Σ over the leaves of all ranks, on every rank. `term` writes that of the rank's leaf of this number, in the
+    /// accumulator; the sum is rounded once. Collective: an all-reduce.
+    ///
+    /// # Errors
+    /// Those of `term`, and when the collective fails.
+    #[track_caller]
+    pub(super) fn total<T: Element>(
+        &self,
+        shape: impl Into<Shape>,
+        mut term: impl FnMut(usize, &mut Tensor<T::Acc, B>) -> Result<()>,
+    ) -> Result<Tensor<T, B>> {
+        let own = self.own();
+        let device = self.group.device();
+        let mut nodes =
+            nodes(device, self.count(), own.clone(), shape.into(), |leaf, out| term(leaf - own.start, out))?;
+        match &self.tree {
+            Some(tree) => self.group.tree_all_reduce(tree, nodes),
+            None => {
+                let mut sum = nodes.swap_remove(0).into_element()?;
+                self.group.all_reduce(ReduceOp::Sum, &mut sum)?;
+                Ok(sum)
+            }
+        }
+    }
+
+    /// Σ over all tokens of a tensor, such as the gradient of a parameter that every rank holds. `term` writes that over
+    /// some of the rows which this rank has. Collective: none where every rank has all tokens, else an all-reduce.
+    ///
+    /// # Errors
+    /// Those of `term`, and when the collective fails.
+    #[track_caller]
+    pub(super) fn over_tokens<S: Stream, T: Element>(
+        &self,
+        of: &DTensor<S, T, B>,
+        shape: impl Into<Shape>,
+        mut term: impl FnMut(Range<usize>, &mut Tensor<T::Acc, B>) -> Result<()>,
+    ) -> Result<Tensor<T::Acc, B>> {
+        let (rank, shape) = (self.group.rank(), shape.into());
+        let cut = match (&self.tree, S::CUT) {
+            (None, _) => Partition::from_sizes([of.local().shape().rows()]),
+            (Some(tree), _) => blocks(of.shape().rows(), 1, tree.leaves()),
+        };
+        let first = match (&self.tree, S::CUT) {
+            (Some(tree), Some(_)) => tree.owned(rank).start,
+            _ => 0,
+        };
+        let offset = cut.range(first).start;
+        let rows = |leaf: usize, out: &mut Tensor<T::Acc, B>| {
+            let rows = cut.range(first + leaf);
+            match rows.is_empty() {
+                true => self.group.device().fill(0.0, out.mat_mut()?),
+                false => term(rows.start - offset..rows.end - offset, out),
+            }
+        };
+        match S::CUT {
+            Some(_) => self.total(shape, rows),
+            None => {
+                let leaves = cut.parts();
+                Ok(nodes(self.group.device(), leaves, 0..leaves, shape, rows)?.swap_remove(0))
+            }
+        }
+    }
+}
+
+/// The sums of the largest sub-trees over some of `count` leaves, of which `term` writes each.
+fn nodes<A: Element<Acc = A>, B: Backend>(
+    device: &B,
+    count: usize,
+    leaves: Range<usize>,
+    shape: Shape,
+    mut term: impl FnMut(usize, &mut Tensor<A, B>) -> Result<()>,
+) -> Result<Vec<Tensor<A, B>>> {
+    let mut sum = TreeSum::new(count);
+    for leaf in leaves {
+        let mut next = Tensor::empty(device, shape)?;
+        term(leaf, &mut next)?;
+        sum.push(Node::leaf(leaf), next, |left, right| left.accumulate(&right))?;
+    }
+    Ok(sum.values())
+}

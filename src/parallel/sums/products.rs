@@ -1,0 +1,249 @@
+//! The products of linear layers, of which a dimension is cut into leaves.
+
+use super::{super::DTensor, Leaves, Sums};
+use crate::{
+    device::Element,
+    error::{Result, same_size},
+    kernels::{Activation, Backend, MatMut, MatRef, Term},
+    ops,
+    shard::{Node, Partial, Placement, TreeSum},
+    tensor::{Param, Tensor},
+    trace,
+};
+
+/// The activation in front of a layer and its input, to go on through f′ with the gradient of the layer's input.
+pub(in super::super) type Through<'a, T, B> = Option<(Activation, &'a Tensor<T, B>)>;
+
+/// A weight, and a bias to be added.
+pub(in super::super) type Affine<'a, T, B> = (&'a Param<T, B>, Option<&'a Param<T, B>>);
+
+/// The same, to get gradients.
+pub(in super::super) type AffineMut<'a, T, B> = (&'a mut Param<T, B>, Option<&'a mut Param<T, B>>);
+
+/// The factors a b of a term, whose inner dimension is cut into leaves.
+pub(in super::super) struct Factors<'a, T: Element, B: Backend> {
+    pub(in super::super) a: MatRef<'a, T, B>,
+    pub(in super::super) b: MatRef<'a, T, B>,
+    pub(in super::super) leaves: &'a Leaves,
+}
+
+impl<B: Backend> Sums<B> {
+    /// Σ a b over all ranks, with the rows of `x` and `features` columns.
+    pub(in super::super) fn product<P: Placement, T: Element>(
+        &self,
+        x: &DTensor<P, T, B>,
+        features: usize,
+        factors: &[Factors<'_, T, B>],
+    ) -> Result<DTensor<Partial, T, B>> {
+        let (device, rows, own) = (self.group.device(), x.local().shape().rows(), self.own());
+        let depth = factors.iter().map(|factors| factors.a.cols()).sum();
+        let products = |leaf: usize| {
+            let mut products = Vec::new();
+            for Factors { a, b, leaves } in factors {
+                for run in leaves.own[leaf].iter().filter(|run| !run.is_empty()) {
+                    products.push((a.columns(run.clone()), b.block(run.clone(), 0..features)));
+                }
+            }
+            products
+        };
+        trace::compute("gemm", T::DTYPE, &[rows, depth, features], || {
+            // One product in a free order needs no accumulator behind it.
+            if let (None, [(a, b)]) = (&self.tree, &products(0)[..]) {
+                let shape = x.local().shape().with(x.local().shape().rank() - 1, features);
+                let mut y = Tensor::empty(device, shape)?;
+                device.gemm(1.0, *a, *b, 0.0, y.mat_mut()?)?;
+                return Ok(x.derive(y, features, None));
+            }
+            let mut sums = TreeSum::new(self.count());
+            for leaf in own.clone() {
+                let term = Term { products: products(leaf - own.start), merges: 0 };
+                sums.push(Node::leaf(leaf), vec![term], |left, right| {
+                    left.extend(right);
+                    left.last_mut().expect("there are two").merges += 1;
+                    Ok(())
+                })?;
+            }
+            let sum = |terms: Vec<Term<'_, T, B>>| {
+                let mut sum = Tensor::empty(device, [rows, features])?;
+                device.gemm_tree(&terms, sum.mat_mut()?)?;
+                Ok(sum)
+            };
+            let nodes = sums.values().into_iter().map(sum).collect::<Result<_>>()?;
+            x.derive_sum(nodes, features, self.tree.is_some())
+        })
+    }
+
+    /// f(pre) and pre = x wᵀ + b, whose outputs are cut into leaves; without f, pre twice.
+    pub(in super::super) fn outputs<T: Element>(
+        &self,
+        x: &Tensor<T, B>,
+        (w, bias): Affine<'_, T, B>,
+        f: Option<Activation>,
+        leaves: &Leaves,
+    ) -> Result<(Tensor<T, B>, Tensor<T, B>)> {
+        let (w, bias, device) = (w.value(), bias.map(Param::value), x.device());
+        let pre = match (&self.tree, f, bias) {
+            (None, Some(f), Some(bias)) => return ops::linear_activate(x, w, bias, f),
+            (None, ..) => ops::linear(x, w, bias)?,
+            (Some(_), ..) => {
+                same_size("linear", "columns of x", x.shape().cols(), "columns of w", w.shape().cols())?;
+                let shape = x.shape().with(x.shape().rank() - 1, w.shape().rows());
+                let mut y = Tensor::empty(device, shape)?;
+                self.by_columns(leaves, (x.mat(), w.mat().t()), 0.0, y.mat_mut()?)?;
+                if let Some(bias) = bias {
+                    device.add_bias::<T>(bias.slice(), y.mat_mut()?)?;
+                }
+                y
+            }
+        };
+        let y = f.map_or_else(|| Ok(pre.clone()), |f| ops::activate(f, &pre))?;
+        Ok((y, pre))
+    }
+
+    /// dx = dy w, and on through f′; the columns of w are cut into leaves.
+    pub(in super::super) fn inputs<T: Element>(
+        &self,
+        dy: &Tensor<T, B>,
+        w: &Param<T, B>,
+        through: Through<'_, T, B>,
+        leaves: &Leaves,
+    ) -> Result<Tensor<T, B>> {
+        let w = w.value();
+        if let (None, Some((f, pre))) = (&self.tree, through) {
+            return ops::linear_activate_backward(dy, w, f, pre);
+        }
+        let shape = dy.shape();
+        let mut dx = Tensor::empty(dy.device(), shape.with(shape.rank() - 1, w.shape().cols()))?;
+        self.by_columns(leaves, (dy.mat(), w.mat()), 0.0, dx.mat_mut()?)?;
+        match through {
+            Some((f, pre)) => ops::activate_backward(f, pre, &dx),
+            None => Ok(dx),
+        }
+    }
+
+    /// [`Sums::outputs`] of several layers with one input, at the same time where the device can.
+    pub(in super::super) fn all_outputs<T: Element>(
+        &self,
+        x: &Tensor<T, B>,
+        all: Vec<(Affine<'_, T, B>, &Leaves)>,
+    ) -> Result<Vec<Tensor<T, B>>> {
+        if self.tree.is_some() {
+            return all
+                .into_iter()
+                .map(|(params, leaves)| Ok(self.outputs(x, params, None, leaves)?.0))
+                .collect();
+        }
+        let pairs = all.iter().map(|((w, _), _)| (x.mat(), w.value().mat().t())).collect();
+        let mut parts = ops::products::<T, T, B>(x.device(), pairs)?;
+        for (((_, bias), _), part) in all.iter().zip(&mut parts) {
+            if let Some(bias) = bias {
+                x.device().add_bias::<T>(bias.value().slice(), part.mat_mut()?)?;
+            }
+        }
+        Ok(parts)
+    }
+
+    /// dw += dyᵀ x and db += Σ over the rows of dy, the rows of dw cut into leaves.
+    pub(in super::super) fn row_grads<T: Element>(
+        &self,
+        ((w, bias), leaves): (AffineMut<'_, T, B>, &Leaves),
+        dy: MatRef<'_, T, B>,
+        x: &Tensor<T, B>,
+    ) -> Result<()> {
+        let Some(bias) = bias else {
+            return w.accumulate_grad(|beta, dw| self.by_rows(leaves, (dy.t(), x.mat()), beta, dw));
+        };
+        let mut db = Tensor::empty(x.device(), [dy.cols()])?;
+        if self.tree.is_none() {
+            let dims = [dy.cols(), dy.rows(), x.shape().cols()];
+            w.accumulate_grad(|beta, dw| {
+                trace::compute("gemm", T::DTYPE, &dims, || {
+                    x.device().gemm_column_sums(dy, x.mat(), beta, dw, db.slice_mut()?)
+                })
+            })?;
+        } else {
+            self.row_grads(((w, None), leaves), dy, x)?;
+            x.device().sum_rows(dy, db.slice_mut()?)?;
+        }
+        bias.add_grad(db)
+    }
+
+    /// [`Sums::row_grads`] of several layers with one input, at the same time where the device can.
+    pub(in super::super) fn all_row_grads<'a, T: Element>(
+        &self,
+        all: Vec<((AffineMut<'a, T, B>, &'a Leaves), MatRef<'a, T, B>)>,
+        x: &'a Tensor<T, B>,
+    ) -> Result<()> {
+        if self.tree.is_some() {
+            return all.into_iter().try_for_each(|(params, dy)| self.row_grads(params, dy, x));
+        }
+        let pairs = all.iter().map(|(_, dy)| (dy.t(), x.mat())).collect();
+        let products = ops::products::<T, T::Acc, B>(x.device(), pairs)?;
+        for ((((w, bias), _), dy), dw) in all.into_iter().zip(products) {
+            w.add_grad(dw)?;
+            if let Some(bias) = bias {
+                let mut db = Tensor::empty(x.device(), [dy.cols()])?;
+                x.device().sum_rows(dy, db.slice_mut()?)?;
+                bias.add_grad(db)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// dw += dyᵀ x, the columns of dw cut into leaves.
+    pub(in super::super) fn column_grads<T: Element>(
+        &self,
+        w: &mut Param<T, B>,
+        dy: &Tensor<T, B>,
+        x: &Tensor<T, B>,
+        leaves: &Leaves,
+    ) -> Result<()> {
+        w.accumulate_grad(|beta, dw| self.by_columns(leaves, (dy.mat().t(), x.mat()), beta, dw))
+    }
+
+    /// Whether elements of a product with `a` are computed leaf by leaf.
+    fn is_by_leaves<T: Element>(&self, a: MatRef<'_, T, B>) -> bool {
+        // A depth of 1 leaves room for another sign of a zero.
+        self.tree.is_some() && !(self.group.device().splits_exactly() && a.cols() > 1)
+    }
+
+    /// c ← a b + β c by runs of b's and c's columns.
+    fn by_columns<T: Element, C: Element<Acc = T::Acc>>(
+        &self,
+        leaves: &Leaves,
+        (a, b): (MatRef<'_, T, B>, MatRef<'_, T, B>),
+        beta: f64,
+        mut c: MatMut<'_, C, B>,
+    ) -> Result<()> {
+        let (device, rows) = (self.group.device(), c.rows());
+        trace::compute("gemm", T::DTYPE, &[a.rows(), a.cols(), b.cols()], || {
+            if !self.is_by_leaves(a) {
+                return device.gemm(1.0, a, b, beta, c);
+            }
+            leaves.runs().try_for_each(|run| {
+                let part = c.reborrow().block(0..rows, run.clone());
+                device.gemm_block(a, b.columns(run.clone()), beta, part)
+            })
+        })
+    }
+
+    /// c ← a b + β c by runs of a's and c's rows.
+    fn by_rows<T: Element, C: Element<Acc = T::Acc>>(
+        &self,
+        leaves: &Leaves,
+        (a, b): (MatRef<'_, T, B>, MatRef<'_, T, B>),
+        beta: f64,
+        mut c: MatMut<'_, C, B>,
+    ) -> Result<()> {
+        let (device, depth, cols) = (self.group.device(), a.cols(), c.cols());
+        trace::compute("gemm", T::DTYPE, &[a.rows(), a.cols(), b.cols()], || {
+            if !self.is_by_leaves(a) {
+                return device.gemm(1.0, a, b, beta, c);
+            }
+            leaves.runs().try_for_each(|run| {
+                let part = c.reborrow().block(run.clone(), 0..cols);
+                device.gemm_block(a.block(run.clone(), 0..depth), b, beta, part)
+            })
+        })
+    }
+}
