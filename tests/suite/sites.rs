@@ -318,9 +318,9 @@ impl Layer<f32, Cpu> for Own {
     fn forward(&self, x: &Held<Shard<0>>) -> Result<(Held<Shard<0>>, ())> {
         let mut sum = x.local().clone();
         x.group().all_reduce(ReduceOp::Sum, &mut sum)?;
-        let entered = Shard::<0>::enter(x)?;
+        let entered = x.enter()?;
         let partial = DTensor::<Partial, f32, Cpu>::partial(x.group(), entered.into_local())?;
-        Ok((Shard::<0>::leave(partial)?, ()))
+        Ok((partial.leave()?, ()))
     }
 
     fn backward(&mut self, (): (), dy: &Held<Shard<0>>) -> Result<Held<Shard<0>>> {
