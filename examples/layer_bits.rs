@@ -213,7 +213,7 @@ fn layer<S: Stream, T: Element>(name: &str, group: &Group<Cpu>, sizes: &Sizes) -
             let columns = Columns::separate_qkv(group, &heads()?, &layout)?;
             let load = |columns| ColumnLinear::<T, Cpu>::load(group, weights, hidden, columns, Bias::Add);
             let layers = columns.iter().map(load).collect::<Result<_>>()?;
-            column_layer(group, sizes, ForkedColumnLinear::<S, T, Cpu>::new(layers)?)
+            column_layer(group, sizes, ForkedColumnLinear::<S, T, Cpu>::forked(layers)?)
         }
         "row" => {
             let cut = group.cut("row", "features", hidden, 1)?;

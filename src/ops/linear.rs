@@ -77,15 +77,15 @@ pub fn linear_activate_backward<T: Element, B: Backend>(
 /// # Errors
 /// When sizes disagree.
 pub fn linear_param_grads<T: Element, B: Backend>(
-    dy: &Tensor<T, B>,
-    x: &Tensor<T, B>,
+    dy: MatRef<'_, T, B>,
+    x: MatRef<'_, T, B>,
     beta: f64,
     dw: MatMut<'_, T::Acc, B>,
     db: &mut Tensor<T::Acc, B>,
 ) -> Result<()> {
-    let dims = [dy.mat().cols(), x.mat().rows(), x.mat().cols()];
-    trace::compute("gemm", T::DTYPE, &dims, || {
-        x.device().gemm_column_sums(dy.mat(), x.mat(), beta, dw, db.slice_mut()?)
+    let device = db.device().clone();
+    trace::compute("gemm", T::DTYPE, &[dy.cols(), x.rows(), x.cols()], || {
+        device.gemm_column_sums(dy, x, beta, dw, db.slice_mut()?)
     })
 }
 
@@ -144,8 +144,8 @@ pub fn products<'a, T: Element, C: Element<Acc = T::Acc>, B: Backend>(
 ///
 /// # Errors
 /// When the device fails.
-pub fn bias_grad<T: Element, B: Backend>(dy: &Tensor<T, B>) -> Result<Tensor<T::Acc, B>> {
-    let mut db = Tensor::empty(dy.device(), [dy.shape().cols()])?;
-    dy.device().sum_rows(dy.mat(), db.slice_mut()?)?;
+pub fn bias_grad<T: Element, B: Backend>(device: &B, dy: MatRef<'_, T, B>) -> Result<Tensor<T::Acc, B>> {
+    let mut db = Tensor::empty(device, [dy.cols()])?;
+    device.sum_rows(dy, db.slice_mut()?)?;
     Ok(db)
 }

@@ -18,7 +18,7 @@ const OP: &str = "gradient norm";
 /// (norms' scales, key/value heads that ranks share). `groups` are those over which the model is spread: tensor and
 /// pipeline parallel; not the data-parallel one, over which gradients are equal by now. Sums are made in f64.
 ///
-/// Collectives: an all-gather of three numbers over each group; for the group with
+/// Collectives: an all-gather of three numbers over each group; over the group with
 /// [`Reduction::Invariant`] also of one number a canonical block. Only one group of several ranks
 /// may have it, the tensor-parallel one.
 ///
@@ -31,40 +31,50 @@ const OP: &str = "gradient norm";
 /// are to be invariant cannot be.
 #[track_caller]
 pub fn grad_norm<T: Element, B: Backend>(mut visit: impl Visit<T, B>, groups: &[&Group<B>]) -> Result<f64> {
-    let invariant = |group: &&&Group<B>| group.reduction() != Reduction::Fast;
-    if let Some(group) = groups.iter().find(invariant) {
-        return invariant_norm(visit, group, groups);
+    let unsupported = |reason: String| Error::Unsupported { op: OP, reason };
+    let ordered = groups.iter().copied().find(|group| group.reduction() != Reduction::Fast);
+    let others = groups.iter().copied().filter(|other| !ordered.is_some_and(|group| other.is_same(group)));
+    let depends = |other: &&Group<B>| other.size() > 1 && other.reduction() != Reduction::Fast;
+    if let Some(other) = others.clone().find(depends) {
+        return Err(unsupported(format!(
+            "the sum over {other:?} depends on its number of ranks: give that group `Reduction::Fast`"
+        )));
     }
+    let (tree, own) = match ordered {
+        None => (None, 0),
+        Some(group) => {
+            let tree = group.tree()?.ok_or_else(|| unsupported(format!("{group:?} has no blocks")))?;
+            let own = tree.owned(group.rank()).len();
+            (Some(tree), own)
+        }
+    };
+    // The sum over each of this rank's leaves, and over what belongs to none.
     let (mut terms, mut shares) = (Terms::default(), Shares::default());
     visit(&mut |param| {
         param.settle()?;
         shares.count(param);
         let Some(grad) = param.grad() else { return Ok(()) };
+        if tree.is_some() && !param.is_in_tree() {
+            let name = param.name();
+            return Err(unsupported(format!("{name} was loaded on a group without canonical blocks")));
+        }
         let (rows, width) = (grad.shape().dims()[0], grad.shape().split_at(0).1);
-        terms.push(param, grad, 0..rows, 0..width, 0)
+        match param.blocks().filter(|_| tree.is_some()) {
+            None => terms.push(param, grad, 0..rows, 0..width, own),
+            Some(blocks) => blocks.iter().enumerate().try_for_each(|(block, patches)| {
+                patches.iter().try_for_each(|patch| {
+                    terms.push(param, grad, patch.rows.clone(), patch.cols.clone(), block)
+                })
+            }),
+        }
     })?;
-    let sum = terms.into_sums(1)?[0];
-    Ok(sum_over(groups.iter().copied(), sum, shares)?.sqrt())
-}
-
-/// The sum over groups, in rank order, of a number of each rank, whose shares of the model have to
-/// make up all of it.
-#[track_caller]
-fn sum_over<'a, B: Backend>(
-    groups: impl Iterator<Item = &'a Group<B>>,
-    mut sum: f64,
-    mut shares: Shares,
-) -> Result<f64> {
-    for group in groups {
-        let own =
-            Tensor::from_slice(group.device(), [1, 3], &[sum, shares.excess as f64, shares.parts as f64])?;
-        let all = group.all_gather(&own, 0, &Partition::even(group.size(), group.size()))?.to_vec()?;
-        let all: Vec<[f64; 3]> = all.as_chunks().0.to_vec();
-        shares.add_up(group, all.iter().map(|&[_, excess, parts]| [excess as u64, parts as u64]))?;
-        sum = all.iter().map(|[sum, ..]| sum).sum();
+    let mut sums = terms.into_sums(own + 1)?;
+    for group in ordered.into_iter().chain(others) {
+        let tree = tree.as_ref().filter(|_| ordered.is_some_and(|ordered| group.is_same(ordered)));
+        sums = vec![shares.total(group, tree, &sums)?];
     }
     shares.are_whole()?;
-    Ok(sum)
+    Ok(sums[0].sqrt())
 }
 
 /// Which part of the visited tensors a rank owns, in numbers that are summed over groups.
@@ -100,6 +110,31 @@ impl Shares {
         }
     }
 
+    /// The sum over a group of each rank's sums: of its leaves along the tree, and then of the last of every rank in rank
+    /// order. The ranks' shares are added up, too.
+    #[track_caller]
+    fn total<B: Backend>(&mut self, group: &Group<B>, tree: Option<&Tree>, sums: &[f64]) -> Result<f64> {
+        let own = [sums, &[self.excess as f64, self.parts as f64]].concat();
+        let leaves = |rank: usize| tree.map_or(0, |tree| tree.owned(rank).len());
+        let counts = Partition::from_sizes((0..group.size()).map(|rank| leaves(rank) + 3));
+        let own = Tensor::<f64, B>::from_slice(group.device(), [own.len()], &own)?;
+        let all = group.all_gather(&own, 0, &counts)?.to_vec()?;
+        let of = |rank: usize| all[counts.range(rank)].split_at(leaves(rank));
+        self.add_up(group, (0..group.size()).map(|rank| [of(rank).1[1] as u64, of(rank).1[2] as u64]))?;
+        let (mut sum, mut rest) = (TreeSum::new(tree.map_or(0, Tree::leaves)), 0.0);
+        for rank in 0..group.size() {
+            let (terms, others) = of(rank);
+            for (leaf, term) in tree.map_or(0..0, |tree| tree.owned(rank)).zip(terms) {
+                sum.push(Node::leaf(leaf), *term, |left, right| {
+                    *left += right;
+                    Ok(())
+                })?;
+            }
+            rest += others[0];
+        }
+        Ok(sum.values().into_iter().sum::<f64>() + rest)
+    }
+
     /// Adds up what the ranks of a group own, each `[excess, parts]`.
     fn add_up<B: Backend>(
         &mut self,
@@ -132,69 +167,6 @@ impl Shares {
         );
         Err(Error::invalid(OP, reason))
     }
-}
-
-/// The norm with sums of squares block by block over all parameters, and then along the tree over the blocks.
-#[track_caller]
-fn invariant_norm<T: Element, B: Backend>(
-    mut visit: impl Visit<T, B>,
-    group: &Group<B>,
-    groups: &[&Group<B>],
-) -> Result<f64> {
-    let unsupported = |reason: String| Error::Unsupported { op: OP, reason };
-    let others = groups.iter().copied().filter(|other| !other.is_same(group));
-    if let Some(other) = others.clone().find(|other| other.size() > 1 && other.reduction() != Reduction::Fast)
-    {
-        let reason = format!(
-            "the sum over {other:?} depends on its number of ranks: give that group `Reduction::Fast`"
-        );
-        return Err(unsupported(reason));
-    }
-    let Some(tree) = group.tree()? else { return Err(unsupported(format!("{group:?} has no blocks"))) };
-    // This rank's blocks, and what all ranks hold, which rank 0 counts.
-    let own = tree.owned(group.rank()).len();
-    let (mut terms, mut shares) = (Terms::default(), Shares::default());
-    visit(&mut |param| {
-        param.settle()?;
-        shares.count(param);
-        let Some(grad) = param.grad() else { return Ok(()) };
-        let rows = grad.shape().dims()[0];
-        match param.blocks() {
-            _ if !param.is_in_tree() => {
-                Err(unsupported(format!("{} was loaded on a group without canonical blocks", param.name())))
-            }
-            None => terms.push(param, grad, 0..rows, 0..grad.shape().cols(), own),
-            Some(blocks) => blocks.iter().enumerate().try_for_each(|(block, patches)| {
-                patches.iter().try_for_each(|patch| {
-                    terms.push(param, grad, patch.rows.clone(), patch.cols.clone(), block)
-                })
-            }),
-        }
-    })?;
-    let sums = terms.into_sums(own + 1)?;
-    let counts = Partition::from_sizes((0..group.size()).map(|rank| tree.owned(rank).len() + 1));
-    let sums = Tensor::<f64, B>::from_slice(group.device(), [own + 1], &sums)?;
-    let all = group.all_gather(&sums, 0, &counts)?.to_vec()?;
-    let sum = along(&tree, &counts, &all)?;
-    // Every rank of the group has the sum: the first one's counts.
-    sum_over([group].into_iter().chain(others), if group.rank() == 0 { sum } else { 0.0 }, shares)
-        .map(f64::sqrt)
-}
-
-/// The sum along the tree of each rank's numbers but the last, and of those.
-fn along(tree: &Tree, counts: &Partition, all: &[f64]) -> Result<f64> {
-    let (mut sum, mut rest) = (TreeSum::new(tree.leaves()), 0.0);
-    for rank in 0..tree.ranks() {
-        let own = &all[counts.range(rank)];
-        for (leaf, value) in tree.owned(rank).zip(own) {
-            sum.push(Node::leaf(leaf), *value, |left, right| {
-                *left += right;
-                Ok(())
-            })?;
-        }
-        rest += own[own.len() - 1];
-    }
-    Ok(sum.values().into_iter().sum::<f64>() + rest)
 }
 
 /// Sums of squares of rows, on the device, each a term of one of several sums. They are downloaded

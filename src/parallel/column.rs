@@ -7,12 +7,13 @@ use super::{
 use crate::{
     comm::Group,
     device::{Device, Element},
-    error::{Result, Site, same_size},
-    kernels::{Activation, Backend, MatRef},
+    error::{Error, Result, Site, same_size},
+    kernels::{Activation, Backend},
     ops,
     shard::{Copied, Partial, Partition, Shape, Shard},
     tensor::{Param, Role, Tensor, Weights},
 };
+use std::ops::Range;
 
 const OP: &str = "column linear";
 const OP_BACKWARD: &str = "column linear backward";
@@ -30,10 +31,32 @@ const OP_BACKWARD: &str = "column linear backward";
 #[derive(Debug)]
 pub struct ColumnLinear<T: Element, B: Device> {
     sums: Sums<B>,
+    parts: Vec<Part<T, B>>,
+    /// How the output features are cut over the ranks.
+    cut: Partition,
+}
+
+/// A weight and a bias: all of a layer, or one of those of a [`ForkedColumnLinear`].
+#[derive(Debug)]
+struct Part<T: Element, B: Device> {
     columns: Columns,
     weight: Param<T, B>,
     bias: Option<Param<T, B>>,
     bias_mode: Bias,
+}
+
+impl<T: Element, B: Backend> Part<T, B> {
+    /// The weight and the bias to be added, and where their leaves are.
+    fn params(&self) -> (Affine<'_, T, B>, &Leaves) {
+        let bias = self.bias.as_ref().filter(|_| self.bias_mode == Bias::Add);
+        ((&self.weight, bias), self.columns.leaves())
+    }
+
+    /// The same, to get gradients.
+    fn trained(&mut self) -> (AffineMut<'_, T, B>, &Leaves) {
+        let bias = self.bias.as_mut().filter(|_| self.bias_mode == Bias::Add);
+        ((&mut self.weight, bias), self.columns.leaves())
+    }
 }
 
 /// Yᵣ = X Wᵣᵀ + bᵣ with its collectives: S → Shard<1>.
@@ -41,6 +64,17 @@ pub struct ColumnLinear<T: Element, B: Device> {
 /// Loaded with [`Columns::merged`] this is the field's `MergedColumnParallelLinear` (gate and up of a gated MLP), with
 /// [`Columns::qkv`] its `QKVParallelLinear`. For `gather_output`, chain [`crate::parallel::GatherFrom`]`::<1>`.
 pub type ColumnParallelLinear<S, T, B> = Enter<S, ColumnLinear<T, B>>;
+
+/// `[X W₁ᵀ | X W₂ᵀ | …]`: S → Shard<1>. Several column-sharded layers of one input that are not merged into one weight
+/// ([`ColumnParallelLinear::forked`]).
+///
+/// Operator parallelism inside a device: the products run at the same time, on the threads that a rank's
+/// [`Cpu`](crate::device::Cpu) may use. Rank r holds its features of the first layer, then of the second, and so on, as a
+/// merged layer does ([`Columns::merged`], [`Columns::qkv`]); the bits of the output are the same.
+///
+/// * Forward: entering the stream, once for all. Errors of its collectives name the first layer.
+/// * Backward: dX = Σᵢ dYᵢ Wᵢ; its leaving collective runs beside the products that give the dWᵢ.
+pub type ForkedColumnLinear<S, T, B> = ColumnParallelLinear<S, T, B>;
 
 impl<T: Element, B: Backend> ColumnLinear<T, B> {
     /// Reads this rank's rows of `weight`, and of `bias` if there is one.
@@ -67,30 +101,20 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
             Bias::None => None,
             Bias::Add | Bias::Skip => Some(load("bias", Role::Bias, &[rows], None)?),
         };
-        Ok(Self { sums, columns: columns.clone(), weight, bias, bias_mode })
-    }
-
-    /// How the output features, and the weight's rows, are cut.
-    pub(super) fn columns(&self) -> &Columns {
-        &self.columns
-    }
-
-    /// The weight and the bias to be added, and where their leaves are.
-    pub(super) fn params(&self) -> (Affine<'_, T, B>, &Leaves) {
-        let bias = self.bias.as_ref().filter(|_| self.bias_mode == Bias::Add);
-        ((&self.weight, bias), self.columns.leaves())
-    }
-
-    /// The same, to get gradients.
-    pub(super) fn trained(&mut self) -> (AffineMut<'_, T, B>, &Leaves) {
-        let bias = self.bias.as_mut().filter(|_| self.bias_mode == Bias::Add);
-        ((&mut self.weight, bias), self.columns.leaves())
+        let part = Part { columns: columns.clone(), weight, bias, bias_mode };
+        Ok(Self { sums, parts: vec![part], cut: columns.partition().clone() })
     }
 
     /// The bias of this rank's rows, if there is one. With [`Bias::Skip`] adding it is up to the caller, and so is
     /// adding to its gradient.
     pub fn bias_mut(&mut self) -> Option<&mut Param<T, B>> {
-        self.bias.as_mut()
+        self.parts[0].bias.as_mut()
+    }
+
+    /// The rank's columns of each part, which has so many.
+    fn runs(&self, size: impl Fn(&Columns) -> usize) -> Vec<Range<usize>> {
+        let cut = Partition::from_sizes(self.parts.iter().map(|part| size(&part.columns)));
+        (0..cut.parts()).map(|part| cut.range(part)).collect()
     }
 
     /// f(Yᵣ) and Yᵣ; without f, Yᵣ twice.
@@ -99,16 +123,33 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         x: &DTensor<Copied, T, B>,
         f: Option<Activation>,
     ) -> Result<(DTensor<Shard<1>, T, B>, Tensor<T, B>)> {
-        let (params, leaves) = self.params();
-        let (y, pre) = self.sums.outputs(x.local(), params, f, leaves)?;
-        let cut = self.columns.partition();
-        Ok((x.derive(self.columns.spread(y)?, cut.total(), Some(cut.clone())), pre))
+        let local = x.local();
+        let (y, pre) = match &self.parts[..] {
+            [part] => {
+                let (params, leaves) = part.params();
+                let (y, pre) = self.sums.outputs(local, params, f, leaves)?;
+                (part.columns.spread(y)?, pre)
+            }
+            parts => {
+                let all = self.sums.all_outputs(local, parts.iter().map(Part::params).collect())?;
+                let rank = self.sums.group().rank();
+                let mut y = Tensor::empty(local.device(), [local.shape().rows(), self.cut.size(rank)])?;
+                let runs = self.runs(|columns| columns.partition().size(rank));
+                for ((part, one), run) in parts.iter().zip(all).zip(runs) {
+                    let one = part.columns.spread(one)?;
+                    local.device().copy(one.mat(), y.mat_mut()?.columns(run))?;
+                }
+                (f.map_or_else(|| Ok(y.clone()), |f| ops::activate(f, &y))?, y)
+            }
+        };
+        Ok((x.derive(y, self.cut.total(), Some(self.cut.clone())), pre))
     }
+}
 
-    /// The term of dX, whose inner dimension is cut.
-    pub(super) fn factors<'a>(&'a self, dy: MatRef<'a, T, B>) -> Factors<'a, T, B> {
-        Factors { a: dy, b: self.weight.value().mat(), leaves: self.columns.leaves() }
-    }
+/// The cut of features of several cuts that every rank holds side by side.
+fn beside<'a>(cuts: impl Iterator<Item = &'a Partition> + Clone) -> Partition {
+    let ranks = cuts.clone().next().map_or(0, Partition::parts);
+    Partition::from_sizes((0..ranks).map(|rank| cuts.clone().map(|cut| cut.size(rank)).sum()))
 }
 
 impl<T: Element, B: Backend> Linear<T, B> for ColumnLinear<T, B> {
@@ -119,38 +160,53 @@ impl<T: Element, B: Backend> Linear<T, B> for ColumnLinear<T, B> {
     }
 
     fn site(&self) -> Site {
-        self.weight.site()
+        self.parts[0].weight.site()
     }
 
     fn features(&self) -> [usize; 2] {
-        [self.weight.value().shape().cols(), self.columns.partition().total()]
+        [self.parts[0].weight.value().shape().cols(), self.cut.total()]
     }
 
     fn splits(&self) -> [bool; 2] {
         let device = self.sums.group().device();
-        [
-            overlap::splits(device, [self.features()[0]]),
-            overlap::splits(device, self.columns.leaves().depths()),
-        ]
+        let depths = self.parts.iter().flat_map(|part| part.columns.leaves().depths());
+        [overlap::splits(device, [self.features()[0]]), overlap::splits(device, depths)]
     }
 
     fn merged(&self, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
-        let cut = self.columns.row_cut();
-        let merged = self.columns.merge(&self.sums, dy.local())?;
-        Ok(dy.derive(merged, cut.total(), Some(cut.clone())))
+        if !self.parts.iter().any(|part| part.columns.are_shared()) {
+            return Ok(dy.clone());
+        }
+        let (grad, rank) = (dy.local(), self.sums.group().rank());
+        let (columns, width) = (grad.shape().cols(), self.cut.size(rank));
+        same_size(OP_BACKWARD, "columns of dy", columns, "features of this rank", width)?;
+        let cut = beside(self.parts.iter().map(|part| part.columns.row_cut()));
+        let mut merged = Tensor::empty(grad.device(), [grad.shape().rows(), cut.size(rank)])?;
+        let from = self.runs(|columns| columns.partition().size(rank));
+        for ((part, from), to) in self.parts.iter().zip(from).zip(self.runs(Columns::rows)) {
+            let (from, to) = (grad.mat().columns(from), merged.mat_mut()?.columns(to));
+            part.columns.merge(&self.sums, from, to)?;
+        }
+        Ok(dy.derive(merged, cut.total(), Some(cut)))
     }
 
     fn input_grad(&self, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
-        let (columns, shape) = (dy.local().shape().cols(), self.weight.value().shape());
-        same_size("linear backward", "columns of dy", columns, "rows of w", shape.rows())?;
-        self.sums.product(dy, shape.cols(), &[self.factors(dy.local().mat())])
+        let (columns, runs) = (dy.local().shape().cols(), self.runs(Columns::rows));
+        let rows = runs.last().map_or(0, |run| run.end);
+        same_size("linear backward", "columns of dy", columns, "rows of w", rows)?;
+        let factors = self.parts.iter().zip(runs).map(|(part, run)| Factors {
+            a: dy.local().mat().columns(run),
+            b: part.weight.value().mat(),
+            leaves: part.columns.leaves(),
+        });
+        self.sums.product(dy, self.features()[0], &factors.collect::<Vec<_>>())
     }
 
     fn param_grads(&mut self, x: &Tensor<T, B>, dy: &DTensor<Shard<1>, T, B>) -> Result<()> {
-        let dy = dy.local();
+        let (dy, runs) = (dy.local(), self.runs(Columns::rows));
         same_size(OP_BACKWARD, "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
-        let sums = self.sums.clone();
-        sums.row_grads(self.trained(), dy.mat(), x)
+        let parts = self.parts.iter_mut().zip(runs);
+        self.sums.row_grads(parts.map(|(part, run)| (part.trained(), dy.mat().columns(run))).collect(), x)
     }
 }
 
@@ -167,7 +223,7 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
 
     #[track_caller]
     fn backward(&mut self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
-        let _site = self.weight.site().enter();
+        let _site = self.site().enter();
         dy.check(OP_BACKWARD, self.group())?;
         let dy = self.merged(dy)?;
         let dx = self.input_grad(&dy)?;
@@ -176,13 +232,16 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        f(&mut self.weight)?;
-        self.bias.as_mut().map_or(Ok(()), f)
+        self.parts.iter_mut().try_for_each(|part| {
+            f(&mut part.weight)?;
+            part.bias.as_mut().map_or(Ok(()), &mut *f)
+        })
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let traffic = self.columns.merge_traffic::<T, B>(group, x.rows());
-        (traffic, x.with(x.rank() - 1, self.columns.partition().total()))
+        let merges = self.parts.iter().flat_map(|part| part.columns.merge_traffic::<T, B>(group, x.rows()));
+        let traffic = Traffic { forward: Vec::new(), backward: merges.collect() };
+        (traffic, x.with(x.rank() - 1, self.cut.total()))
     }
 }
 
@@ -201,6 +260,29 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
         Ok(Self::to(ColumnLinear::load(group, weights, inputs, columns, bias)?))
     }
 
+    /// These layers, of as many inputs each, side by side.
+    ///
+    /// # Errors
+    /// When there is none, their inputs differ in number, or they belong to different groups.
+    pub fn forked(layers: Vec<ColumnLinear<T, B>>) -> Result<Self> {
+        const OP: &str = "forked linear";
+        let cut = beside(layers.iter().map(|layer| &layer.cut));
+        let join = |mut all: ColumnLinear<T, B>, layer: ColumnLinear<T, B>| {
+            let [[inputs, _], [of, _]] = [layer.features(), all.features()];
+            same_size(OP, "the inputs of a layer", inputs, "those of the first", of)?;
+            if !layer.group().is_same(all.group()) {
+                let (this, first) = (layer.group(), all.group());
+                let reason = format!("a layer is spread over {this:?}, the first over {first:?}");
+                return Err(Error::invalid(OP, reason));
+            }
+            all.parts.extend(layer.parts);
+            Ok(all)
+        };
+        let mut layers = layers.into_iter();
+        let first = layers.next().ok_or_else(|| Error::invalid(OP, "there is no layer"))?;
+        Ok(Self::to(ColumnLinear { cut, ..layers.try_fold(first, join)? }))
+    }
+
     /// See [`ColumnLinear::bias_mut`].
     pub fn bias_mut(&mut self) -> Option<&mut Param<T, B>> {
         self.layer.bias_mut()
@@ -208,7 +290,7 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
 
     /// How the output features are cut.
     pub fn cut(&self) -> &Partition {
-        self.layer.columns.partition()
+        &self.layer.cut
     }
 
     /// The ranks that share the layer.
@@ -218,12 +300,12 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
 
     /// This rank's rows of the weight.
     pub fn weight(&self) -> &Param<T, B> {
-        &self.layer.weight
+        &self.layer.parts[0].weight
     }
 
     /// This rank's rows of the weight, to be trained.
     pub fn weight_mut(&mut self) -> &mut Param<T, B> {
-        &mut self.layer.weight
+        &mut self.layer.parts[0].weight
     }
 
     /// f(Yᵣ), Yᵣ, and what the backward needs.

@@ -1,11 +1,8 @@
 //! Which output features of a column-sharded linear layer a rank computes, and where their weights are in a checkpoint.
 
-use super::{
-    Traffic,
-    sums::{Holders, Leaves, Sums},
-};
+use super::sums::{Holders, Leaves, Sums};
 use crate::{
-    comm::Group,
+    comm::{Group, Transfer},
     device::{Device, Element},
     error::{Error, Result, same_size},
     kernels::{Backend, MatMut, MatRef},
@@ -292,24 +289,6 @@ impl Columns {
     pub(super) fn merge<T: Element, B: Backend>(
         &self,
         sums: &Sums<B>,
-        dy: &Tensor<T, B>,
-    ) -> Result<Tensor<T, B>> {
-        if self.holders.is_none() {
-            return Ok(dy.clone());
-        }
-        let mut merged = Tensor::empty(dy.device(), [dy.shape().rows(), self.rows()])?;
-        self.merge_to(sums, dy.mat(), merged.mat_mut()?)?;
-        Ok(merged)
-    }
-
-    /// [`Columns::merge`] of some columns of a matrix.
-    ///
-    /// # Errors
-    /// As there.
-    #[track_caller]
-    pub(super) fn merge_to<T: Element, B: Backend>(
-        &self,
-        sums: &Sums<B>,
         dy: MatRef<'_, T, B>,
         merged: MatMut<'_, T, B>,
     ) -> Result<()> {
@@ -319,10 +298,13 @@ impl Columns {
         }
     }
 
-    /// The traffic of [`Columns::merge`], in the backward.
-    pub(super) fn merge_traffic<T: Element, B: Backend>(&self, group: &Group<B>, tokens: usize) -> Traffic {
-        let holders = self.holders.as_ref();
-        holders.map_or_else(Traffic::default, |holders| holders.traffic::<T, B>(group, tokens))
+    /// What [`Columns::merge`] moves.
+    pub(super) fn merge_traffic<T: Element, B: Backend>(
+        &self,
+        group: &Group<B>,
+        tokens: usize,
+    ) -> Vec<Transfer> {
+        self.holders.as_ref().map_or_else(Vec::new, |holders| holders.traffic::<T, B>(group, tokens))
     }
 
     /// How the features are cut over the ranks. Features that several ranks, or blocks, hold count for each.

@@ -10,7 +10,7 @@
 //! every rank.
 
 use super::{
-    DTensor, Linear, Stream, Traffic,
+    DTensor, Stream, Traffic,
     dtensor::canonical,
     partial::{PendingDTensor, is_one_collective},
 };
@@ -67,81 +67,9 @@ pub(super) fn splits<B: Backend>(device: &B, depths: impl IntoIterator<Item = us
     device.splits_exactly() && depths.into_iter().all(|depth| depth != 1)
 }
 
-/// The forward of [`super::Enter`].
-#[track_caller]
-pub(super) fn enter<S, T, B, L>(
-    layer: &L,
-    x: &DTensor<S, T, B>,
-    chunks: &Partition,
-) -> Result<(DTensor<Shard<1>, T, B>, Tensor<T, B>)>
-where
-    S: Stream,
-    T: Element,
-    B: Backend,
-    L: Linear<T, B, In = Copied, Out = Shard<1>>,
-{
-    let (x, y) = gather(x, chunks, layer.splits()[0], &|x| Ok(layer.forward(x)?.0))?;
-    Ok((y, x.into_local()))
-}
-
-/// The backward of [`super::Enter`].
-#[track_caller]
-pub(super) fn enter_backward<S, T, B, L>(
-    layer: &mut L,
-    x: &Tensor<T, B>,
-    dy: &DTensor<Shard<1>, T, B>,
-    chunks: &Partition,
-) -> Result<DTensor<S, T, B>>
-where
-    S: Stream,
-    T: Element,
-    B: Backend,
-    L: Linear<T, B, In = Copied, Out = Shard<1>>,
-{
-    let flights = start_sum(dy, chunks, layer.splits()[1], &|dy| layer.input_grad(dy))?;
-    layer.param_grads(x, dy)?;
-    stacked(dy, layer.features()[0], flights)
-}
-
-/// The forward of [`super::Leave`].
-#[track_caller]
-pub(super) fn leave<S, T, B, L>(
-    layer: &L,
-    x: &DTensor<Shard<1>, T, B>,
-    chunks: &Partition,
-) -> Result<(DTensor<S, T, B>, Tensor<T, B>)>
-where
-    S: Stream,
-    T: Element,
-    B: Backend,
-    L: Linear<T, B, In = Shard<1>, Out = Partial>,
-{
-    let flights = start_sum(x, chunks, layer.splits()[0], &|x| Ok(layer.forward(x)?.0))?;
-    Ok((stacked(x, layer.features()[1], flights)?, x.local().clone()))
-}
-
-/// The backward of [`super::Leave`].
-#[track_caller]
-pub(super) fn leave_backward<S, T, B, L>(
-    layer: &mut L,
-    x: &Tensor<T, B>,
-    dy: &DTensor<S, T, B>,
-    chunks: &Partition,
-) -> Result<DTensor<Shard<1>, T, B>>
-where
-    S: Stream,
-    T: Element,
-    B: Backend,
-    L: Linear<T, B, In = Shard<1>, Out = Partial>,
-{
-    let (dy, dx) = gather(dy, chunks, layer.splits()[1], &|dy| layer.input_grad(dy))?;
-    layer.param_grads(x, &dy)?;
-    Ok(dx)
-}
-
 /// x on every rank, and a map of it.
 #[track_caller]
-fn gather<S: Stream, T: Element, B: Backend>(
+pub(super) fn gather<S: Stream, T: Element, B: Backend>(
     x: &DTensor<S, T, B>,
     chunks: &Partition,
     splits: bool,
@@ -191,7 +119,7 @@ fn gather<S: Stream, T: Element, B: Backend>(
 
 /// Starts the reduction of a map of x, chunk by chunk.
 #[track_caller]
-fn start_sum<S: Stream, T: Element, B: Backend>(
+pub(super) fn start_sum<S: Stream, T: Element, B: Backend>(
     x: &DTensor<Shard<1>, T, B>,
     chunks: &Partition,
     splits: bool,
@@ -216,7 +144,7 @@ fn start_sum<S: Stream, T: Element, B: Backend>(
 }
 
 /// The chunks of this rank's rows of a tensor with the rows of `x` and other features, as one.
-fn stacked<S: Stream, T: Element, B: Backend>(
+pub(super) fn stacked<S: Stream, T: Element, B: Backend>(
     x: &DTensor<Shard<1>, T, B>,
     features: usize,
     chunks: Vec<PendingDTensor<S, T, B>>,

@@ -32,12 +32,14 @@ pub trait Linear<T: Element, B: Backend>: Layer<T, B, Saved = Tensor<T, B>> {
     /// Whether the forward, and the gradient of the input, have the same bits row by row.
     fn splits(&self) -> [bool; 2];
 
-    /// The gradient of the output as both halves need it.
+    /// The gradient of the output as both halves need it: that of features which several ranks hold, summed over them.
     ///
     /// # Errors
     /// When sizes disagree, or a collective fails.
     #[track_caller]
-    fn merged(&self, dy: &DTensor<Dual<Self::Out>, T, B>) -> Result<DTensor<Dual<Self::Out>, T, B>>;
+    fn merged(&self, dy: &DTensor<Dual<Self::Out>, T, B>) -> Result<DTensor<Dual<Self::Out>, T, B>> {
+        Ok(dy.clone())
+    }
 
     /// The first half: the gradient of the input.
     ///
@@ -88,7 +90,9 @@ where
         let _site = self.layer.site().enter();
         x.check(L::OPS[0], self.layer.group())?;
         if let Some(chunks) = overlap::entering(x) {
-            return overlap::enter(&self.layer, x, &chunks);
+            let map = |x: &_| Ok(self.layer.forward(x)?.0);
+            let (x, y) = overlap::gather(x, &chunks, self.layer.splits()[0], &map)?;
+            return Ok((y, x.into_local()));
         }
         self.layer.forward(&x.enter()?)
     }
@@ -99,7 +103,10 @@ where
         dy.check(L::OPS[1], self.layer.group())?;
         let dy = self.layer.merged(dy)?;
         if let Some(chunks) = overlap::leaving(&dy, self.layer.features()[0])? {
-            return overlap::enter_backward(&mut self.layer, &x, &dy, &chunks);
+            let map = |dy: &_| self.layer.input_grad(dy);
+            let started = overlap::start_sum(&dy, &chunks, self.layer.splits()[1], &map)?;
+            self.layer.param_grads(&x, &dy)?;
+            return overlap::stacked(&dy, self.layer.features()[0], started);
         }
         let dx = self.layer.input_grad(&dy)?.start_leave::<S>()?;
         self.layer.param_grads(&x, &dy)?;
@@ -151,7 +158,9 @@ where
         let _site = self.layer.site().enter();
         x.check(L::OPS[0], self.layer.group())?;
         if let Some(chunks) = overlap::leaving(x, self.layer.features()[1])? {
-            return overlap::leave(&self.layer, x, &chunks);
+            let map = |x: &_| Ok(self.layer.forward(x)?.0);
+            let started = overlap::start_sum(x, &chunks, self.layer.splits()[0], &map)?;
+            return Ok((overlap::stacked(x, self.layer.features()[1], started)?, x.local().clone()));
         }
         let (y, saved) = self.layer.forward(x)?;
         Ok((y.leave()?, saved))
@@ -162,7 +171,10 @@ where
         let _site = self.layer.site().enter();
         dy.check(L::OPS[1], self.layer.group())?;
         if let Some(chunks) = overlap::entering(dy) {
-            return overlap::leave_backward(&mut self.layer, &x, dy, &chunks);
+            let map = |dy: &_| self.layer.input_grad(dy);
+            let (dy, dx) = overlap::gather(dy, &chunks, self.layer.splits()[1], &map)?;
+            self.layer.param_grads(&x, &dy)?;
+            return Ok(dx);
         }
         self.layer.backward(x, &dy.enter()?)
     }

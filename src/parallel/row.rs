@@ -86,10 +86,6 @@ impl<T: Element, B: Backend> Linear<T, B> for RowLinear<T, B> {
         [overlap::splits(device, self.leaves.depths()), overlap::splits(device, [self.features()[1]])]
     }
 
-    fn merged(&self, dy: &DTensor<Copied, T, B>) -> Result<DTensor<Copied, T, B>> {
-        Ok(dy.clone())
-    }
-
     fn input_grad(&self, dy: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         self.input_grad_through(dy, None)
     }

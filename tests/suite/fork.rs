@@ -49,7 +49,7 @@ fn agree<S: Stream + crate::support::Spread>(
     let forked = |ranks: &Group<Dev>, weights: &Weights<'_>| {
         let columns = Columns::separate_qkv(ranks, &assigned, &layout)?;
         let load = |columns: &Columns| ColumnLinear::load(ranks, weights, hidden, columns, Bias::Add);
-        ForkedColumnLinear::<S, f64, Dev>::new(columns.iter().map(load).collect::<Result<Vec<_>>>()?)
+        ForkedColumnLinear::<S, f64, Dev>::forked(columns.iter().map(load).collect::<Result<Vec<_>>>()?)
     };
     let (want, got) = (run::<f64, _>(&case, merged).unwrap(), run::<f64, _>(&case, forked).unwrap());
     if dev::fresh().splits_exactly() {
@@ -126,7 +126,7 @@ fn what_does_not_fit_is_named() {
         let columns = Columns::even(&group, 2)?;
         ColumnLinear::<f32, Dev>::load(&group, &Weights::new(&source), inputs, &columns, Bias::None)
     };
-    let fork = |layers| ForkedColumnLinear::<Replicated, f32, Dev>::new(layers).unwrap_err().to_string();
+    let fork = |layers| ForkedColumnLinear::<Replicated, f32, Dev>::forked(layers).unwrap_err().to_string();
     assert_eq!(fork(vec![]), "forked linear: there is no layer");
     assert_eq!(
         fork(vec![load(3).unwrap(), load(4).unwrap()]),

@@ -118,7 +118,7 @@ fn a_layer_refuses_inputs_and_gradients_of_another_group() {
                     let layer = |name: &str| {
                         ColumnLinear::load(group, &weights.at(name), 4, &columns(group)?, Bias::Add)
                     };
-                    ForkedColumnLinear::<Replicated, _, _>::new(vec![layer("a")?, layer("b")?])
+                    ForkedColumnLinear::<Replicated, _, _>::forked(vec![layer("a")?, layer("b")?])
                 },
                 replicated(4),
                 sharded(4),

@@ -301,7 +301,7 @@ fn attention<S: Stream + Spread, T: Element>(
         let load = |columns: &Columns| ColumnLinear::load(group, weights, config.hidden, columns, Bias::Add);
         let layers =
             Columns::separate_qkv(group, &heads, &layout)?.iter().map(load).collect::<Result<_>>()?;
-        let qkv = ForkedColumnLinear::<S, T, Dev>::new(layers)?;
+        let qkv = ForkedColumnLinear::<S, T, Dev>::forked(layers)?;
         let core = Attention::load(group, weights, &heads, config)?;
         let cut = heads.query_features();
         let out = RowParallelLinear::<S, T, Dev>::load(group, &weights.at("o"), &cut, config.hidden, false)?;

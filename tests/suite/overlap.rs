@@ -183,7 +183,7 @@ fn forked<S: Stream + Spread, T: Element>(case: &Case<'_>, heads: usize) -> Resu
         let load = |columns: &Columns| ColumnLinear::load(group, weights, 7, columns, Bias::Add);
         let layers =
             Columns::separate_qkv(group, &heads, &layout)?.iter().map(load).collect::<Result<_>>()?;
-        ForkedColumnLinear::<S, T, Dev>::new(layers)
+        ForkedColumnLinear::<S, T, Dev>::forked(layers)
     })
 }
 

@@ -219,7 +219,7 @@ fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
     ) -> Result<ForkedColumnLinear<S, f32, Cpu>> {
         let columns = Columns::even(group, 9)?;
         let load = |name| ColumnLinear::load(group, &weights.at(name), HIDDEN, &columns, Bias::Add);
-        ForkedColumnLinear::new(vec![load("first")?, load("second")?])
+        ForkedColumnLinear::forked(vec![load("first")?, load("second")?])
     }
     told("model.first", true, forked::<Shard<0>>, stream::<Shard<0>>);
     told("model.first", false, forked::<Replicated>, stream::<Replicated>);

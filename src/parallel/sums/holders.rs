@@ -2,7 +2,7 @@
 
 use super::{Sums, nodes};
 use crate::{
-    comm::Group,
+    comm::{Group, Transfer},
     device::Element,
     error::{Result, same_size},
     kernels::{Backend, MatMut, MatRef},
@@ -140,15 +140,15 @@ impl Holders {
         sum.map(Some)
     }
 
-    /// The traffic of [`Holders::merge`], in the backward.
+    /// What [`Holders::merge`] moves.
     pub(in super::super) fn traffic<T: Element, B: Backend>(
         &self,
         group: &Group<B>,
         tokens: usize,
-    ) -> Traffic {
+    ) -> Vec<Transfer> {
         match self.moved {
-            0 => Traffic::default(),
-            moved => Traffic::sum::<T, B>(group, [tokens, moved].into()).in_backward(),
+            0 => Vec::new(),
+            moved => Traffic::sum::<T, B>(group, [tokens, moved].into()).forward,
         }
     }
 }

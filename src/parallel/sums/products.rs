@@ -143,51 +143,43 @@ impl<B: Backend> Sums<B> {
         Ok(parts)
     }
 
-    /// dw += dyᵀ x and db += Σ over the rows of dy, the rows of dw cut into leaves.
-    pub(in super::super) fn row_grads<T: Element>(
+    /// dw += dyᵀ x and db += Σ over the rows of dy for each of some layers with one input, at the same time where the device
+    /// can; the rows of dw are cut into leaves.
+    pub(in super::super) fn row_grads<'a, T: Element>(
+        &self,
+        layers: Vec<((AffineMut<'a, T, B>, &'a Leaves), MatRef<'a, T, B>)>,
+        x: &'a Tensor<T, B>,
+    ) -> Result<()> {
+        if self.tree.is_some() || layers.len() == 1 {
+            return layers.into_iter().try_for_each(|(params, dy)| self.row_grad(params, dy, x));
+        }
+        let pairs = layers.iter().map(|(_, dy)| (dy.t(), x.mat())).collect();
+        let products = ops::products::<T, T::Acc, B>(x.device(), pairs)?;
+        for ((((w, bias), _), dy), dw) in layers.into_iter().zip(products) {
+            w.add_grad(dw)?;
+            bias.map_or(Ok(()), |bias| bias.add_grad(ops::bias_grad(x.device(), dy)?))?;
+        }
+        Ok(())
+    }
+
+    /// [`Sums::row_grads`] of one layer.
+    fn row_grad<T: Element>(
         &self,
         ((w, bias), leaves): (AffineMut<'_, T, B>, &Leaves),
         dy: MatRef<'_, T, B>,
         x: &Tensor<T, B>,
     ) -> Result<()> {
-        let Some(bias) = bias else {
-            return w.accumulate_grad(|beta, dw| self.by_rows(leaves, (dy.t(), x.mat()), beta, dw));
-        };
-        let mut db = Tensor::empty(x.device(), [dy.cols()])?;
-        if self.tree.is_none() {
-            let dims = [dy.cols(), dy.rows(), x.shape().cols()];
-            w.accumulate_grad(|beta, dw| {
-                trace::compute("gemm", T::DTYPE, &dims, || {
-                    x.device().gemm_column_sums(dy, x.mat(), beta, dw, db.slice_mut()?)
-                })
-            })?;
-        } else {
-            self.row_grads(((w, None), leaves), dy, x)?;
-            x.device().sum_rows(dy, db.slice_mut()?)?;
-        }
-        bias.add_grad(db)
-    }
-
-    /// [`Sums::row_grads`] of several layers with one input, at the same time where the device can.
-    pub(in super::super) fn all_row_grads<'a, T: Element>(
-        &self,
-        all: Vec<((AffineMut<'a, T, B>, &'a Leaves), MatRef<'a, T, B>)>,
-        x: &'a Tensor<T, B>,
-    ) -> Result<()> {
-        if self.tree.is_some() {
-            return all.into_iter().try_for_each(|(params, dy)| self.row_grads(params, dy, x));
-        }
-        let pairs = all.iter().map(|(_, dy)| (dy.t(), x.mat())).collect();
-        let products = ops::products::<T, T::Acc, B>(x.device(), pairs)?;
-        for ((((w, bias), _), dy), dw) in all.into_iter().zip(products) {
-            w.add_grad(dw)?;
-            if let Some(bias) = bias {
+        match bias {
+            Some(bias) if self.tree.is_none() => {
                 let mut db = Tensor::empty(x.device(), [dy.cols()])?;
-                x.device().sum_rows(dy, db.slice_mut()?)?;
-                bias.add_grad(db)?;
+                w.accumulate_grad(|beta, dw| ops::linear_param_grads(dy, x.mat(), beta, dw, &mut db))?;
+                bias.add_grad(db)
+            }
+            bias => {
+                w.accumulate_grad(|beta, dw| self.by_rows(leaves, (dy.t(), x.mat()), beta, dw))?;
+                bias.map_or(Ok(()), |bias| bias.add_grad(ops::bias_grad(x.device(), dy)?))
             }
         }
-        Ok(())
     }
 
     /// dw += dyᵀ x, the columns of dw cut into leaves.
