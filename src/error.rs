@@ -66,6 +66,14 @@ pub enum Error {
         /// What is wrong with the argument, with its value.
         reason: String,
     },
+    /// The library contradicts itself: not the caller's fault.
+    #[error("{op}: {reason}: this is a bug in shardwise, please report it")]
+    Internal {
+        /// The operator that was asked.
+        op: &'static str,
+        /// What cannot be, and is.
+        reason: String,
+    },
     /// The host has no memory for a tensor, or no address space.
     #[error("memory: no room for {len} elements of {size} bytes")]
     Memory {
@@ -234,6 +242,11 @@ impl Error {
     /// An argument makes no sense by itself.
     pub fn invalid(op: &'static str, reason: impl Into<String>) -> Self {
         Self::Invalid { op, reason: reason.into() }
+    }
+
+    /// The library contradicts itself.
+    pub(crate) fn internal(op: &'static str, reason: impl Into<String>) -> Self {
+        Self::Internal { op, reason: reason.into() }
     }
 
     /// Whether this error says that another rank failed, rather than what went wrong first.

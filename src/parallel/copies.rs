@@ -106,7 +106,7 @@ impl Copies {
         const OP: &str = "shared key/value heads";
         same_size(OP, "columns of dy", dy.cols(), "features of this rank", self.columns)?;
         let Some(tree) = group.tree()? else {
-            return Err(Error::invalid(OP, "the group has no blocks: please report this"));
+            return Err(Error::internal(OP, "the group has no blocks"));
         };
         let (device, moved) = (group.device(), self.moved(group, &tree, dy)?);
         for Held { rows, holders, at } in &self.held {

@@ -134,8 +134,7 @@ impl VocabParallelCrossEntropy {
                 sums
             }
             Some(tree) => {
-                let missing =
-                    || Error::invalid("cross entropy", "logits without their cut: please report this");
+                let missing = || Error::internal("cross entropy", "logits without their cut");
                 let cut = logits.cut().ok_or_else(missing)?;
                 let blocks = invariant::blocks("cross entropy", group, cut)?.ok_or_else(missing)?;
                 let terms = invariant::own_terms(group, &tree, [tokens, 3], |block, sums| {

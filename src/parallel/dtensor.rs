@@ -230,7 +230,7 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
                 none => *none = Some(term.clone()),
             }
         }
-        let empty = || Error::invalid("partial sum", "a rank has no blocks: please report this");
+        let empty = || Error::internal("partial sum", "a rank has no blocks");
         let local = sum.ok_or_else(empty)?.into_element()?;
         Ok(DTensor { terms: Terms::Nodes(terms), ..self.derive(local, features, None) })
     }
@@ -380,7 +380,7 @@ impl<const D: usize, T: Element, B: Backend> DTensor<Shard<D>, T, B> {
     }
 
     pub(super) fn shard_cut(&self) -> Result<&Partition> {
-        let missing = || Error::invalid("shard", "a sharded tensor without its cut: please report this");
+        let missing = || Error::internal("shard", "a sharded tensor without its cut");
         self.layout.cut.as_ref().ok_or_else(missing)
     }
 

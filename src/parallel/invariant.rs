@@ -184,7 +184,7 @@ pub(super) fn product<P: Placement, T: Element, B: Backend>(
 ) -> Result<DTensor<Partial, T, B>> {
     let group = x.group();
     let Some(tree) = group.tree()? else {
-        return Err(Error::invalid("invariant product", "the group has no blocks: please report this"));
+        return Err(Error::internal("invariant product", "the group has no blocks"));
     };
     let (device, rows, own) = (group.device(), x.local().shape().rows(), tree.owned(group.rank()));
     let mut sums = TreeSum::new(tree.leaves());

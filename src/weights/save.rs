@@ -378,7 +378,7 @@ fn on_first<R: Send, B: Backend>(
                 };
             }
             let _ = writer.join();
-            Ok(Err(Error::invalid("save", "the thread that writes panicked")))
+            Ok(Err(Error::internal("save", "the thread that writes panicked")))
         })?),
         _ => None,
     };

@@ -874,7 +874,7 @@ impl<B: NcclDevice> InFlight<B> for Started<B> {
         self.under_way.hold(&self.device)?;
         match self.memory.take() {
             Some((result, _)) => Ok(result),
-            None => Err(Error::invalid("wait", "a collective was waited for twice: please report this")),
+            None => Err(Error::internal("wait", "a collective was waited for twice")),
         }
     }
 }

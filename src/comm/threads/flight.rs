@@ -52,10 +52,7 @@ impl Shared {
         let flight = flights.entry(number).or_insert_with(|| Arc::new(Flight::new(self.size())));
         let flight = Arc::clone(flight);
         if flight.posted[rank].set((*call, input)).is_err() {
-            return Err(Error::invalid(
-                call.op.name(),
-                "a rank started one collective twice: please report this",
-            ));
+            return Err(Error::internal(call.op.name(), "a rank started one collective twice"));
         }
         if flight.count.fetch_add(1, Ordering::AcqRel) + 1 == self.size() {
             flights.remove(&number);
