@@ -9,7 +9,7 @@ mod site;
 pub(crate) use site::layer_of;
 pub use site::{Site, SiteGuard};
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{fmt, io, path::PathBuf, time::Duration};
 
 /// `std::result::Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -174,6 +174,8 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
+        /// What kind of failure it was.
+        kind: io::ErrorKind,
         /// The operating system's words.
         reason: String,
     },
@@ -242,6 +244,16 @@ impl Error {
     /// An argument makes no sense by itself.
     pub fn invalid(op: &'static str, reason: impl Into<String>) -> Self {
         Self::Invalid { op, reason: reason.into() }
+    }
+
+    /// A file could not be opened, read or written.
+    pub fn io(path: impl Into<PathBuf>, error: &io::Error) -> Self {
+        Self::Io { path: path.into(), kind: error.kind(), reason: error.to_string() }
+    }
+
+    /// [`Error::Io`] of a path that names something else than a file.
+    pub(crate) fn no_file(path: impl Into<PathBuf>) -> Self {
+        Self::io(path, &io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"))
     }
 
     /// The library contradicts itself.
