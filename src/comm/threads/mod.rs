@@ -71,12 +71,12 @@ impl ThreadComm {
     ///
     /// `longest` is the most bytes that any rank publishes: the same number on every rank, so that all agree on whether
     /// there is a second meeting. An error if `data` are more.
-    fn collect<'a, T: Element>(
-        &'a self,
+    fn collect<T: Element>(
+        &self,
         call: &Call,
         longest: usize,
         data: &[T],
-        combine: impl FnOnce(&dyn Fn(usize) -> &'a [T]),
+        combine: impl for<'s> FnOnce(&dyn Fn(usize) -> &'s [T]),
     ) -> Result<()> {
         let slots = &self.seat.shared.slots;
         let bytes = size_of_val(data);
@@ -97,8 +97,8 @@ impl ThreadComm {
         let second = (longest > EAGER).then(|| Second::of(&self.seat));
         #[cfg(test)]
         faults::strike();
-        // SAFETY: the first meeting is complete, and this rank arrives at no other operation before `combine` returns, which
-        // keeps no slice. No rank writes data that was published by `publish_ref`.
+        // SAFETY: the first meeting is complete, and this rank arrives at no other operation before `combine` returns,
+        // which cannot keep a slice: it takes slices of any lifetime. No rank writes data that was published by `publish_ref`.
         #[allow(unsafe_code)]
         combine(&|rank| unsafe { slots[rank].data::<T>(at) });
         second.map_or(Ok(()), |second| second.attend(call))
