@@ -88,7 +88,7 @@ impl MpiComm {
         own: Vec<T>,
         to: &mut [T],
     ) -> Result<()> {
-        Flight::start(&self.post, &self.members, call, task, own, to.len())?.wait(&self.post, to)
+        Flight::start(&self.post, &self.members, call, task, own.into(), to.len())?.wait(&self.post, to)
     }
 
     fn send(&self, call: &Call, send: &Outgoing<'_, Cpu>) -> Result<()> {
@@ -262,7 +262,7 @@ impl Communicator<Cpu> for MpiComm {
         let len = recv.as_ref().len();
         let post = Rc::clone(&self.post);
         each_dtype!(AnyBuffer, send, send => {
-            let flight = Flight::start(&post, &self.members, call, task, send.into_vec(), len)?;
+            let flight = Flight::start(&post, &self.members, call, task, send.lend(), len)?;
             Ok(Box::new(Started { flight, post, recv }))
         })
     }
