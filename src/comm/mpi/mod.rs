@@ -10,7 +10,7 @@ mod post;
 mod raw;
 
 use super::{
-    Call, Collective, Communicator, InFlight, Incoming, Outgoing, Parts, ReduceOp, cause::Cause,
+    Call, Collective, Communicator, InFlight, Incoming, Outgoing, Parts, ReduceOp, cause::Cause, each_pair,
     host::to_bytes,
 };
 use crate::{
@@ -139,16 +139,6 @@ impl MpiComm {
             _ => Err(Error::invalid("exchange", "a message of another rank is damaged: do all run the same program?")),
         })
     }
-}
-
-/// Runs code on two run-time views of one element.
-macro_rules! each_pair {
-    ($send:expr, $recv:expr, ($a:ident, $b:ident) => $body:expr) => {
-        each_dtype!(AnyRef, $send, $a => match $recv.of() {
-            Some($b) => $body,
-            None => Err(Error::invalid("collective", "send and receive have different elements")),
-        })
-    };
 }
 
 impl Communicator<Cpu> for MpiComm {

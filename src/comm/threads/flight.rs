@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     comm::{Call, Collective, InFlight},
-    device::{AnyBuffer, AnyRef, Cpu, Element, each_dtype},
+    device::{AnyBuffer, AnyRef, Cpu, Element},
     error::{Error, Result},
 };
 use std::sync::{Arc, OnceLock};

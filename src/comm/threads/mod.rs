@@ -17,7 +17,7 @@ pub(crate) use shared::{Presence, Seat};
 use super::{
     Call, Collective, Communicator, InFlight, Incoming, Lookout, Outgoing, Parts, ReduceOp, Step,
     combine::{self, BLOCK},
-    host,
+    each_pair, host,
 };
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, Element, each_dtype},
@@ -165,17 +165,6 @@ impl Drop for Second<'_> {
         self.seat.shared.barrier.finish();
     }
 }
-
-/// Runs generic code on a pair of run-time views, which the callers have made of one element.
-macro_rules! each_pair {
-    ($send:expr, $recv:expr, ($a:ident, $b:ident) => $body:expr) => {
-        each_dtype!(AnyRef, $send, $a => match $recv.of() {
-            Some($b) => $body,
-            None => Err(Error::invalid("collective", "send and receive have different elements")),
-        })
-    };
-}
-use each_pair;
 
 /// What is known of a group to who has no seat in it, on behalf of a rank.
 struct Outlook {
