@@ -256,5 +256,5 @@ fn report(
     let written = fs::OpenOptions::new().create(true).append(true).open(path);
     written
         .and_then(|mut file| file.write_all(line.as_bytes()))
-        .map_err(|error| shardwise::Error::Io { path: path.into(), reason: error.to_string() })
+        .map_err(|error| shardwise::Error::io(path, &error))
 }

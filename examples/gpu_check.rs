@@ -17,8 +17,8 @@ use shardwise::{
     comm::{ReduceOp, nccl},
     device::{Cpu, Cuda, Device, Element, cuda},
     kernels::{
-        Activation, AdamWStep, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask, Mask, NormKind,
-        RopePairs, RopeSpec, Targets,
+        Activation, AdamWStep, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask, NormKind, RopePairs,
+        RopeSpec, Targets,
     },
     launch,
     rng::Philox,
@@ -84,13 +84,6 @@ fn norm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     let (stats, dgammas) = (stats.slice(), dgamma.slice_mut()?);
     device.normalize_backward(kind, x.mat(), gamma.slice(), stats, dy.mat(), dx.mat_mut()?, dgammas, None)?;
     Ok([numbers(&y)?, numbers(&dx)?, numbers(&dgamma)?].concat())
-}
-
-fn softmax<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
-    let x = random::<T, B>(device, 6, [ROWS, COLS])?;
-    let mut y = Tensor::<T, B>::empty(device, [ROWS, COLS])?;
-    device.softmax(Mask { causal: Some(0), valid: None }, x.mat(), y.mat_mut()?)?;
-    numbers(&y)
 }
 
 /// Causal attention of two sequences, forward and backward, and one step from a cache: bf16 and f16
@@ -292,7 +285,6 @@ fn kernels(cuda: &Cuda, failures: &mut Failures) {
         "pointwise" => pointwise(),
         "gemm" => gemm(),
         "norm" => norm(),
-        "softmax" => softmax(),
         "rope" => rope(),
         "gather" => gather(),
         "loss" => loss(),

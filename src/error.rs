@@ -9,7 +9,7 @@ mod site;
 pub(crate) use site::layer_of;
 pub use site::{Site, SiteGuard};
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{fmt, io, path::PathBuf, time::Duration};
 
 /// `std::result::Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -66,7 +66,15 @@ pub enum Error {
         /// What is wrong with the argument, with its value.
         reason: String,
     },
-    /// The host has no memory for a tensor, or no address space.
+    /// The library contradicts itself: not the caller's fault.
+    #[error("{op}: {reason}: this is a bug in shardwise, please report it")]
+    Internal {
+        /// The operator that was asked.
+        op: &'static str,
+        /// What cannot be, and is.
+        reason: String,
+    },
+    /// The host has no memory for a tensor, or no device has an address for each of its bytes.
     #[error("memory: no room for {len} elements of {size} bytes")]
     Memory {
         /// The number of elements.
@@ -166,6 +174,8 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
+        /// What kind of failure it was.
+        kind: io::ErrorKind,
         /// The operating system's words.
         reason: String,
     },
@@ -234,6 +244,21 @@ impl Error {
     /// An argument makes no sense by itself.
     pub fn invalid(op: &'static str, reason: impl Into<String>) -> Self {
         Self::Invalid { op, reason: reason.into() }
+    }
+
+    /// A file could not be opened, read or written.
+    pub fn io(path: impl Into<PathBuf>, error: &io::Error) -> Self {
+        Self::Io { path: path.into(), kind: error.kind(), reason: error.to_string() }
+    }
+
+    /// [`Error::Io`] of a path that names something else than a file.
+    pub(crate) fn no_file(path: impl Into<PathBuf>) -> Self {
+        Self::io(path, &io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"))
+    }
+
+    /// The library contradicts itself.
+    pub(crate) fn internal(op: &'static str, reason: impl Into<String>) -> Self {
+        Self::Internal { op, reason: reason.into() }
     }
 
     /// Whether this error says that another rank failed, rather than what went wrong first.

@@ -43,7 +43,7 @@ fn now() -> Duration {
 /// Loses this process in the way `how`. Returns true if its program is to return.
 fn strike(how: &str, struck: &Path) -> Result<bool> {
     let time = now().as_nanos().to_string();
-    fs::write(struck, time).map_err(|error| Error::Io { path: struck.into(), reason: error.to_string() })?;
+    fs::write(struck, time).map_err(|error| Error::io(struck, &error))?;
     match how {
         "panic" => panic!("injected"),
         "return" => Ok(true),

@@ -99,7 +99,7 @@ impl Bench {
         });
         let open = |path: &Path| match OpenOptions::new().create(true).append(true).open(path) {
             Ok(file) => Ok((path.to_owned(), file)),
-            Err(error) => Err(Error::Io { path: path.to_owned(), reason: error.to_string() }),
+            Err(error) => Err(Error::io(path, &error)),
         };
         let data = Rc::new(Data::new(&cuda, quick)?);
         let (end, json) = (end.transpose()?, json.map(open).transpose()?);
@@ -222,6 +222,6 @@ impl Bench {
     fn emit(&mut self, line: Value) -> Result<()> {
         let Some((path, file)) = &mut self.json else { return Ok(()) };
         let written = writeln!(file, "{line}").and_then(|()| file.flush());
-        written.map_err(|error| Error::Io { path: path.clone(), reason: error.to_string() })
+        written.map_err(|error| Error::io(&*path, &error))
     }
 }

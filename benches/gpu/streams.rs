@@ -10,7 +10,7 @@ use shardwise::{
     Result, Tensor,
     comm::Group,
     device::Cuda,
-    kernels::{Activation, Norm, NormKind, Pointwise, Softmax},
+    kernels::{Activation, Norm, NormKind, Pointwise},
     parallel::{DTensor, VocabParallelCrossEntropy},
     shard::{Partition, Shard},
 };
@@ -36,7 +36,6 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
     let (rows, cols) = bench.pick((16, 64), (8192, 8192));
     elementwise(bench, rows, cols)?;
     norms(bench, rows, cols)?;
-    softmax(bench, rows, cols)?;
     let (tokens, classes) = bench.pick((16, 64), (4096, 32768));
     cross_entropy(bench, tokens, classes)
 }
@@ -117,22 +116,6 @@ fn norms(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
         let (sum, size): (f64, f64) = (terms().sum(), terms().map(f64::abs).sum());
         let got = part(dgamma.mat(), &cuda)?[column.start];
         bench.expect(&name, &[got], &[(sum, 1e-5 * size)])
-    })
-}
-
-fn softmax(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
-    let name = format!("softmax bf16 {rows} x {cols}");
-    bench.case(&name, |bench| {
-        let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
-        let x = data.fill::<bf16>([rows, cols], 1.0)?;
-        let mut y = Tensor::<bf16, _>::empty(&cuda, [rows, cols])?;
-        let cost = Cost::bytes(4.0 * (rows * cols) as f64);
-        bench.time(&name, cost, |_| cuda.softmax(Default::default(), x.mat(), y.mat_mut()?))?;
-        let row = rows / 3..rows / 3 + 1;
-        let host = part(x.mat().block(row.clone(), 0..cols), &cuda)?;
-        let sum: f64 = host.iter().map(|x| x.exp()).sum();
-        let got = part(y.mat().block(row, 0..cols), &cuda)?;
-        bench.expect(&name, &got, &rounded(host.iter().map(|x| x.exp() / sum)))
     })
 }
 

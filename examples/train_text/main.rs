@@ -109,8 +109,7 @@ struct Text {
 
 impl Text {
     fn read(path: &PathBuf) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| Error::Io { path: path.clone(), reason: error.to_string() })?;
+        let text = std::fs::read_to_string(path).map_err(|error| Error::io(&*path, &error))?;
         let mut characters: Vec<char> = text.chars().collect();
         characters.sort_unstable();
         characters.dedup();

@@ -159,10 +159,6 @@ def streams(bench):
         back = lambda _: torch.autograd.grad(y, (x, gamma), dy, retain_graph=True)
         bench.time(f"RMSNorm backward bf16 {shape}", back)
 
-    def softmax():
-        x = rand(rows, cols)
-        bench.time(f"softmax bf16 {shape}", lambda _: torch.softmax(x, 1))
-
     def cross_entropy():
         tokens, classes = bench.pick((16, 64), (4096, 32768))
         logits = rand(tokens, classes).requires_grad_()
@@ -173,7 +169,7 @@ def streams(bench):
         both = lambda _: torch.autograd.grad(loss(), logits)
         bench.time(f"cross entropy forward and backward bf16 {tokens} x {classes}", both)
 
-    for run in (elementwise, norms, softmax, cross_entropy):
+    for run in (elementwise, norms, cross_entropy):
         bench.case(run.__name__, run)
 
 

@@ -2,14 +2,15 @@
 
 use crate::device::{AnyBuffer, AnyRef, Cpu, DType};
 use half::{bf16, f16};
+use std::sync::Arc;
 
-/// Host memory whose element is known at run time; unlike a rank's buffers it may go to other threads.
+/// Host memory whose element is known at run time; unlike a rank's buffers other threads may read it.
 #[derive(Debug)]
 pub(super) enum HostVec {
-    F64(Vec<f64>),
-    F32(Vec<f32>),
-    BF16(Vec<bf16>),
-    F16(Vec<f16>),
+    F64(Arc<Vec<f64>>),
+    F32(Arc<Vec<f32>>),
+    BF16(Arc<Vec<bf16>>),
+    F16(Arc<Vec<f16>>),
 }
 
 impl HostVec {
@@ -30,7 +31,7 @@ impl HostVec {
             ($variant:ident, $element:ty) => {{
                 let (elements, rest) = bytes.as_chunks::<{ size_of::<$element>() }>();
                 let data = elements.iter().map(|bytes| <$element>::from_le_bytes(*bytes)).collect();
-                rest.is_empty().then_some(Self::$variant(data))
+                rest.is_empty().then_some(Self::$variant(Arc::new(data)))
             }};
         }
         match dtype {
@@ -56,22 +57,22 @@ pub(super) fn to_bytes(data: AnyRef<'_, Cpu>) -> Vec<u8> {
 impl From<AnyRef<'_, Cpu>> for HostVec {
     fn from(data: AnyRef<'_, Cpu>) -> Self {
         match data {
-            AnyRef::F64(data) => Self::F64(data.to_vec()),
-            AnyRef::F32(data) => Self::F32(data.to_vec()),
-            AnyRef::BF16(data) => Self::BF16(data.to_vec()),
-            AnyRef::F16(data) => Self::F16(data.to_vec()),
+            AnyRef::F64(data) => Self::F64(data.to_vec().into()),
+            AnyRef::F32(data) => Self::F32(data.to_vec().into()),
+            AnyRef::BF16(data) => Self::BF16(data.to_vec().into()),
+            AnyRef::F16(data) => Self::F16(data.to_vec().into()),
         }
     }
 }
 
-/// The buffer's own memory.
+/// The buffer's own memory, which returns to its pool when this is dropped.
 impl From<AnyBuffer<Cpu>> for HostVec {
     fn from(buffer: AnyBuffer<Cpu>) -> Self {
         match buffer {
-            AnyBuffer::F64(buffer) => Self::F64(buffer.into_vec()),
-            AnyBuffer::F32(buffer) => Self::F32(buffer.into_vec()),
-            AnyBuffer::BF16(buffer) => Self::BF16(buffer.into_vec()),
-            AnyBuffer::F16(buffer) => Self::F16(buffer.into_vec()),
+            AnyBuffer::F64(buffer) => Self::F64(buffer.lend()),
+            AnyBuffer::F32(buffer) => Self::F32(buffer.lend()),
+            AnyBuffer::BF16(buffer) => Self::BF16(buffer.lend()),
+            AnyBuffer::F16(buffer) => Self::F16(buffer.lend()),
         }
     }
 }

@@ -55,6 +55,19 @@ pub use recorded::{Record, Recorded, Transfer};
 pub use solo::Solo;
 pub use staged::HostStaged;
 
+/// Runs generic code on a pair of run-time views, which the callers have made of one element.
+macro_rules! each_pair {
+    ($send:expr, $recv:expr, ($a:ident, $b:ident) => $body:expr) => {
+        $crate::device::each_dtype!(AnyRef, $send, $a => match $recv.of() {
+            Some($b) => $body,
+            None => {
+                Err($crate::Error::invalid("collective", "send and receive have different elements"))
+            }
+        })
+    };
+}
+use each_pair;
+
 /// Waits until the communicators that this thread's rank has left are ended, or two seconds.
 pub(crate) fn settle() {
     #[cfg(feature = "nccl")]

@@ -355,7 +355,7 @@ fn one<A: Element, B: Device>(terms: Vec<Tensor<A, B>>) -> Result<Tensor<A, B>> 
     let mut terms = terms.into_iter();
     match (terms.next(), terms.next()) {
         (Some(term), None) => Ok(term),
-        _ => Err(Error::invalid("tree sum", "the sub-trees are not one tree: please report this")),
+        _ => Err(Error::internal("tree sum", "the sub-trees are not one tree")),
     }
 }
 

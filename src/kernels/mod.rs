@@ -9,7 +9,6 @@
 //! | [`Gemm`] | C ← α A B + β C, any strides, strided batches |
 //! | [`Pointwise`] | activations, gates, sums, bias, column sums, copies and conversions |
 //! | [`Norm`] | LayerNorm, RMSNorm |
-//! | [`Softmax`] | row softmax with causal and padding masks |
 //! | [`Attention`] | scaled dot-product attention, memory linear in the sequence length |
 //! | [`Rope`] | rotary position embedding |
 //! | [`Gather`] | rows of a table by index, and its transpose |
@@ -28,7 +27,6 @@ mod norm;
 mod packs;
 mod pointwise;
 mod rope;
-mod softmax;
 mod update;
 mod view;
 
@@ -40,7 +38,6 @@ pub use loss::{Loss, Targets};
 pub use norm::{Norm, NormKind};
 pub use pointwise::{Activation, Pointwise};
 pub use rope::{Rope, RopePairs, RopeSpec};
-pub use softmax::{Mask, Softmax};
 pub use update::{AdamWStep, SgdStep, Update};
 pub use view::{MatMut, MatRef};
 
@@ -48,11 +45,11 @@ use crate::device::Device;
 
 /// A device with every kernel family: the one bound of operators and layers.
 pub trait Backend:
-    Device + Gemm + Pointwise + Norm + Softmax + Attention + Rope + Gather + Loss + Dropout + Update
+    Device + Gemm + Pointwise + Norm + Attention + Rope + Gather + Loss + Dropout + Update
 {
 }
 
-impl<B: Device + Gemm + Pointwise + Norm + Softmax + Attention + Rope + Gather + Loss + Dropout + Update>
-    Backend for B
+impl<B: Device + Gemm + Pointwise + Norm + Attention + Rope + Gather + Loss + Dropout + Update> Backend
+    for B
 {
 }

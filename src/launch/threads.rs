@@ -91,7 +91,7 @@ impl Threads {
             return Err(match source {
                 Some(Error::RankPanicked { rank, message }) => Error::RankPanicked { rank, message },
                 Some(source) => Error::RankFailed { rank, source: Box::new(source) },
-                None => Error::invalid("launch", "a failed rank has no error: please report this"),
+                None => Error::internal("launch", "a failed rank has no error"),
             });
         }
         outcomes.into_iter().collect()

@@ -9,7 +9,6 @@ mod head_norm;
 mod linear;
 mod norm;
 mod rope;
-mod softmax;
 mod squared_error;
 
 pub use activation::{activate, activate_backward, add, gate, gate_backward};
@@ -25,5 +24,4 @@ pub use linear::{
 };
 pub use norm::{NormContext, NormGrads, normalize, normalize_backward, normalize_backward_rows};
 pub use rope::{RopeConfig, RopeScaling, Rotary};
-pub use softmax::{softmax, softmax_backward};
 pub use squared_error::{squared_error, squared_error_backward};

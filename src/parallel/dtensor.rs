@@ -134,7 +134,7 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
     }
 
     pub(super) fn shard_cut(&self) -> Result<&Partition> {
-        let missing = || Error::invalid("shard", "a sharded tensor without its cut: please report this");
+        let missing = || Error::internal("shard", "a sharded tensor without its cut");
         self.layout.cut.as_ref().ok_or_else(missing)
     }
 

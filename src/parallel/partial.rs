@@ -56,7 +56,7 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
                 none => *none = Some(node.clone()),
             }
         }
-        let empty = || Error::invalid("partial sum", "a rank has no blocks: please report this");
+        let empty = || Error::internal("partial sum", "a rank has no blocks");
         let local = sum.ok_or_else(empty)?.into_element()?;
         Ok(self.derive(local, features, None).with_addends(Addends::Nodes(nodes)))
     }

@@ -7,6 +7,9 @@
 
 /// How the ranks of one group hold one tensor; implemented by the four markers of this module.
 ///
+/// Sealed, since what layers prove rests on these four: what asks for more than a placement ([`Elementwise`], a residual
+/// stream) cannot be implemented elsewhere either.
+///
 /// | placement | the ranks hold | `Dual`, the placement of its gradient |
 /// |---|---|---|
 /// | [`Replicated`] | the same value, used in the same way | `Replicated` |
@@ -17,13 +20,26 @@
     message = "`{Self}` is not a placement",
     note = "a placement is `Replicated`, `Copied`, `Shard<D>` or `Partial`"
 )]
-pub trait Placement: Sized + 'static {
+pub trait Placement: sealed::Sealed + Sized + 'static {
     /// How the ranks hold the gradient of a tensor that is held like this.
     type Dual: Placement<Dual = Self>;
     /// The dimension that is cut, if one is.
     const CUT: Option<usize> = None;
     /// The name that messages use.
     const NAME: &'static str;
+}
+
+mod sealed {
+    /// The placements.
+    #[diagnostic::on_unimplemented(
+        message = "`{Self}` cannot be made a placement: there are only those of `shard`"
+    )]
+    pub trait Sealed {}
+
+    impl Sealed for super::Replicated {}
+    impl Sealed for super::Copied {}
+    impl<const D: usize> Sealed for super::Shard<D> {}
+    impl Sealed for super::Partial {}
 }
 
 /// Equal on every rank, and so is its gradient.

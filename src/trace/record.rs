@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     fmt::Write,
     fs,
-    io::Read,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -167,7 +167,7 @@ impl Record {
     }
 
     /// Writes a file of its own for this rank into a folder, which is made if it is not there.
-    pub(super) fn write(&self, folder: &Path) -> std::io::Result<()> {
+    pub(super) fn write(&self, folder: &Path) -> io::Result<()> {
         fs::create_dir_all(folder)?;
         let path = Self::path(folder, &self.job, self.rank);
         // Whole, or not at all: a reader may come at any time.
@@ -216,13 +216,13 @@ impl Record {
     /// When the file cannot be read, or is not a record.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let io = |reason: String| Error::Io { path: path.into(), reason };
+        let other = |what: String| Error::io(path, &io::Error::new(io::ErrorKind::InvalidData, what));
         let mut text = String::new();
         let file = fs::File::open(path).and_then(|file| file.take(LONGEST + 1).read_to_string(&mut text));
-        if file.map_err(|error| io(error.to_string()))? as u64 > LONGEST {
-            return Err(io(format!("not the record of a rank: longer than {LONGEST} bytes")));
+        if file.map_err(|error| Error::io(path, &error))? as u64 > LONGEST {
+            return Err(other(format!("not the record of a rank: longer than {LONGEST} bytes")));
         }
-        Self::parse(&text).ok_or_else(|| io("not the record of a rank".into()))
+        Self::parse(&text).ok_or_else(|| other("not the record of a rank".into()))
     }
 
     fn parse(text: &str) -> Option<Self> {
@@ -278,9 +278,9 @@ impl Record {
                 records.push(Self::read(path)?);
                 continue;
             }
-            let io = |error: std::io::Error| Error::Io { path: path.into(), reason: error.to_string() };
+            let io = |error: io::Error| Error::io(path, &error);
             let files = fs::read_dir(path).map_err(io)?.map(|entry| entry.map(|entry| entry.path()));
-            let files: Vec<PathBuf> = files.collect::<std::io::Result<_>>().map_err(io)?;
+            let files: Vec<PathBuf> = files.collect::<io::Result<_>>().map_err(io)?;
             for file in files.iter().filter(|file| file.extension().is_some_and(|end| end == "jsonl")) {
                 records.push(Self::read(file)?);
             }

@@ -239,9 +239,8 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
 
     fn take(&mut self, pass: Pass, stage: usize, microbatch: usize) -> Result<DTensor<S, T, B>> {
         let missing = || {
-            let reason =
-                format!("{pass:?} of microbatch {microbatch} is not at stage {stage}: please report this");
-            Error::invalid("pipeline", reason)
+            let reason = format!("{pass:?} of microbatch {microbatch} is not at stage {stage}");
+            Error::internal("pipeline", reason)
         };
         self.tensors.remove(&(pass, stage, microbatch)).ok_or_else(missing)
     }

@@ -127,8 +127,9 @@ impl Checkpoint {
         let (mut files, mut tensors, mut headers) = (Vec::new(), BTreeMap::new(), 0);
         for (at, (name, named)) in index.files.iter().zip(named).enumerate() {
             let file = DataFile::open(&folder.join(name)).map_err(|error| match error {
-                Error::Io { path: shard, reason } => {
-                    Error::Io { path: shard, reason: format!("{reason}, but {} names it", path.display()) }
+                Error::Io { path: shard, kind, reason } => {
+                    let reason = format!("{reason}, but {} names it", path.display());
+                    Error::Io { path: shard, kind, reason }
                 }
                 other => other,
             })?;

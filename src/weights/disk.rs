@@ -27,7 +27,7 @@ impl Disk {
     }
 
     fn step<R>(&self, path: &Path, act: impl FnOnce() -> io::Result<R>) -> Result<R> {
-        self.admit().and_then(|()| act()).map_err(|error| failed(path, &error))
+        self.admit().and_then(|()| act()).map_err(|error| Error::io(path, &error))
     }
 
     pub(super) fn make_folder(&self, path: &Path) -> Result<()> {
@@ -43,7 +43,7 @@ impl Disk {
     ) -> Result<()> {
         let file = self.step(path, || File::create_new(path))?;
         let mut out = BufWriter::with_capacity(BUFFER, Admitted { disk: self, file: &file });
-        content(&mut out).and_then(|()| out.flush()).map_err(|error| failed(path, &error))?;
+        content(&mut out).and_then(|()| out.flush()).map_err(|error| Error::io(path, &error))?;
         self.step(path, || file.sync_all())
     }
 
@@ -71,11 +71,6 @@ impl Disk {
             false => Ok(()),
         })
     }
-}
-
-/// [`Error::Io`] about a file.
-pub(super) fn failed(path: &Path, error: &io::Error) -> Error {
-    Error::Io { path: path.into(), reason: error.to_string() }
 }
 
 struct Admitted<'a> {

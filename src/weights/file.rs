@@ -16,10 +16,10 @@ pub(super) struct DataFile {
 
 impl DataFile {
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let io = |error: io::Error| Error::Io { path: path.into(), reason: error.to_string() };
+        let io = |error: io::Error| Error::io(path, &error);
         // Before opening: to open a pipe waits for its writer.
         if !fs::metadata(path).map_err(io)?.is_file() {
-            return Err(Error::Io { path: path.into(), reason: "not a regular file".into() });
+            return Err(Error::no_file(path));
         }
         let file = File::open(path).map_err(io)?;
         let len = file.metadata().map_err(io)?.len();
@@ -38,6 +38,7 @@ impl DataFile {
     pub(super) fn read_at(&self, bytes: &mut [u8], start: u64) -> Result<()> {
         read_exact_at(&self.file, bytes, start).map_err(|error| Error::Io {
             path: self.path.clone(),
+            kind: error.kind(),
             reason: format!("{} bytes at position {start}: {error}", bytes.len()),
         })
     }

@@ -27,12 +27,7 @@
 //!
 //! A lock keeps a second save out. The system releases it when the process ends.
 
-use super::{
-    disk::{Disk, failed},
-    file::DataFile,
-    header, index,
-    write::write_tensors,
-};
+use super::{disk::Disk, file::DataFile, header, index, write::write_tensors};
 use crate::{
     device::{AnyRef, Cpu},
     error::{Error, Result},
@@ -269,7 +264,7 @@ impl Folder {
         if index::read(&DataFile::open(&path)?)?.id.is_some() {
             return Ok(());
         }
-        let text = fs::read(&path).map_err(|error| failed(&path, &error))?;
+        let text = fs::read(&path).map_err(|error| Error::io(&path, &error))?;
         let mut marked: serde_json::Value = serde_json::from_slice(&text)
             .map_err(|error| Error::Checkpoint { path: path.clone(), reason: error.to_string() })?;
         match marked.get_mut("metadata").and_then(serde_json::Value::as_object_mut) {
@@ -350,16 +345,16 @@ fn lock(folder: &Path) -> Result<File> {
     let path = folder.join(LOCK);
     loop {
         let file = File::options().create(true).truncate(false).write(true).open(&path);
-        let file = file.map_err(|error| failed(&path, &error))?;
+        let file = file.map_err(|error| Error::io(&path, &error))?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                let reason = "another save is writing to this folder".into();
-                return Err(Error::Io { path: folder.into(), reason });
+                let busy = "another save is writing to this folder";
+                return Err(Error::io(folder, &io::Error::new(io::ErrorKind::ResourceBusy, busy)));
             }
             // A file system without locks.
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
-            Err(TryLockError::Error(error)) => return Err(failed(&path, &error)),
+            Err(TryLockError::Error(error)) => return Err(Error::io(&path, &error)),
         }
         if is_current(&file, &path) {
             return Ok(file);

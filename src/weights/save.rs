@@ -135,7 +135,7 @@ impl<'a> Save<'a> {
     ///
     /// # Errors
     /// On every rank: [`Error::Io`], which names the file, when the first rank cannot write, or
-    /// another save is writing to the folder; [`Error::Sizes`] when an element is owned by no rank,
+    /// another save is writing to the folder (its `kind` is the first rank's alone); [`Error::Sizes`] when an element is owned by no rank,
     /// [`Error::Invalid`] when it is owned by several, [`Error::Shapes`] when ranks have the same
     /// tensor in different shapes; and when a collective fails.
     #[track_caller]
@@ -378,7 +378,7 @@ fn on_first<R: Send, B: Backend>(
                 };
             }
             let _ = writer.join();
-            Ok(Err(Error::invalid("save", "the thread that writes panicked")))
+            Ok(Err(Error::internal("save", "the thread that writes panicked")))
         })?),
         _ => None,
     };
@@ -390,7 +390,7 @@ fn on_first<R: Send, B: Backend>(
         return result.transpose();
     }
     let text = match &result {
-        Some(Err(Error::Io { path, reason })) => format!("{}\0{reason}", path.display()),
+        Some(Err(Error::Io { path, reason, .. })) => format!("{}\0{reason}", path.display()),
         Some(Err(error)) => format!("\0{error}"),
         _ => String::new(),
     };
@@ -399,7 +399,7 @@ fn on_first<R: Send, B: Backend>(
     let (path, reason) = text.split_once('\0').unwrap_or(("", &text));
     Err(match path {
         "" => Error::invalid("save", format!("rank 0 failed: {reason}")),
-        path => Error::Io { path: path.into(), reason: format!("rank 0 failed: {reason}") },
+        path => Error::io(path, &std::io::Error::other(format!("rank 0 failed: {reason}"))),
     })
 }
 
@@ -464,7 +464,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         for (at, file) in [(0, "-00001-of-00002.safetensors"), (5, "-00002-of-00002.safetensors")] {
             for outcome in saved(3, folder.path(), &Fault::new(Kind::Fails, at)) {
-                let Err(Error::Io { path, reason }) = outcome else { panic!("{outcome:?}") };
+                let Err(Error::Io { path, reason, .. }) = outcome else { panic!("{outcome:?}") };
                 assert!(path.to_string_lossy().ends_with(file), "{}", path.display());
                 assert!(reason.contains("no storage space"), "{reason}");
             }

@@ -17,6 +17,7 @@ use safetensors::{
 use std::{
     cmp::Reverse,
     collections::{HashMap, HashSet},
+    io,
     path::Path,
 };
 
@@ -41,7 +42,7 @@ pub fn write<'a, N: Into<String>, D: Into<Shape>>(
 ) -> Result<()> {
     let path = path.as_ref();
     let Some(name) = path.file_name() else {
-        return Err(Error::Io { path: path.into(), reason: "not the name of a file".into() });
+        return Err(Error::io(path, &io::Error::new(io::ErrorKind::InvalidInput, "not the name of a file")));
     };
     // Not the name of a save's file: a save into the folder removes those.
     let temporary = path.with_file_name(format!(".write-{}-{}", new_id()?, name.to_string_lossy()));
@@ -55,7 +56,7 @@ pub fn write<'a, N: Into<String>, D: Into<Shape>>(
         // Best effort: the file may not have been made.
         let _ = disk.remove(&temporary);
         match error {
-            Error::Io { reason, .. } => Error::Io { path: path.into(), reason },
+            Error::Io { kind, reason, .. } => Error::Io { path: path.into(), kind, reason },
             other => other,
         }
     })

@@ -85,6 +85,11 @@ fn what_is_not_there_is_an_error() {
     // and other processes want some.
     let error = Tensor::<f64, _>::empty(&cuda, [cuda.total_memory() / 2]).unwrap_err();
     assert!(matches!(error, Error::Library { library: "CUDA driver", code: 2, .. }), "{error}");
+    // More bytes than can be counted: what wraps would be a short buffer with a long view.
+    for len in [usize::MAX, usize::MAX / 8 + 2] {
+        let error = Tensor::<f64, _>::empty(&cuda, [len]).unwrap_err();
+        assert_eq!(error, Error::Memory { len, size: 8 });
+    }
     // The device is none the worse for it.
     assert_eq!(Tensor::<f64, _>::full(&cuda, [3], 1.5).unwrap().to_vec().unwrap(), [1.5; 3]);
 }

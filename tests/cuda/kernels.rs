@@ -8,8 +8,8 @@ use shardwise::{
     Result,
     device::{Cpu, Device, Element},
     kernels::{
-        Activation, AdamWStep, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask, Mask, MatMut, MatRef,
-        NO_ROW, NormKind, RopePairs, RopeSpec, SgdStep, Targets, Term,
+        Activation, AdamWStep, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask, MatMut, MatRef, NO_ROW,
+        NormKind, RopePairs, RopeSpec, SgdStep, Targets, Term,
     },
     rng::Philox,
     shard::Sequences,
@@ -202,17 +202,6 @@ fn rows<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>
         )?;
         results.push(y.values());
         results.extend(grads.iter().map(Memory::values));
-    }
-    let valid: Vec<bool> = (0..draw.cols).map(|at| !(at + draw.rows).is_multiple_of(3)).collect();
-    for causal in [None, Some(0), Some(draw.more)] {
-        for valid in [None, Some(&valid[..])] {
-            let mut y = memory(9, place);
-            device.softmax(Mask { causal, valid }, x.mat(), y.mat_mut())?;
-            results.push(y.values());
-            let mut dx = memory(10, place);
-            device.softmax_backward(y.mat(), dy.mat(), dx.mat_mut())?;
-            results.push(dx.values());
-        }
     }
     let mut sums = Memory::<f64, B>::new(device, 1, vector(draw.rows));
     device.square_sums(x.mat(), B::slice_mut(&mut sums.buffer))?;

@@ -12,8 +12,8 @@ use shardwise::{
     Error, Result, Tensor,
     device::{Cpu, DType, Device, Element, MemoryUse},
     kernels::{
-        Activation, Attention, AttentionSpec, Batch, Gather, Gemm, Mask, MatMut, MatRef, NO_ROW, Norm,
-        NormKind, Pointwise, Softmax,
+        Activation, Attention, AttentionSpec, Batch, Gather, Gemm, MatMut, MatRef, NO_ROW, Norm, NormKind,
+        Pointwise,
     },
     ops::{self, QkvHeads},
     reference,
@@ -795,12 +795,6 @@ fn kernels_name_the_shapes_that_disagree() {
     disagree(ops::linear(&x, &x, Some(&row(3))), "bias: the bias is 3, but the number of columns is 2");
     disagree(ops::linear_input_grad(&wide, &x), "linear backward: columns of dy is 5, but rows of w is 2");
     disagree(ops::linear_weight_grad(&x, &zeros(3, 4)), "gemm: columns of A is 2, but rows of B is 3");
-    let mask = Mask { valid: Some(&[true; 3]), ..Mask::default() };
-    disagree(ops::softmax(mask, &x), "softmax: the mask is 3, but the number of columns is 4");
-    disagree(
-        ops::softmax_backward(&x, &wide),
-        "softmax backward: y has shape [2, 4], but dy has shape [2, 5]",
-    );
     let kind = NormKind::LayerNorm { eps: 1e-5 };
     disagree(ops::normalize(kind, &x, &row(3), None), "norm: gamma is 3, but the number of columns is 4");
     disagree(
@@ -839,8 +833,6 @@ fn kernels_of_rows_take_no_column_stride() {
     invalid(cpu.accumulate(t, memory.mat_mut().unwrap()), &column("accumulate"));
     invalid(cpu.copy(t, memory.mat_mut().unwrap()), &column("copy"));
     invalid(cpu.sum_rows(t, &mut [0.0; 4]), &column("bias gradient"));
-    invalid(cpu.softmax(Mask::default(), t, memory.mat_mut().unwrap()), &column("softmax"));
-    invalid(cpu.softmax_backward(m, t, memory.mat_mut().unwrap()), &column("softmax backward"));
     let kind = NormKind::RmsNorm { eps: 0.0 };
     invalid(
         cpu.normalize(kind, t, &[1.0; 4], None, memory.mat_mut().unwrap(), &mut [0.0; 8]),
@@ -1027,109 +1019,6 @@ fn norm_keeps_nan_in_its_row_and_does_not_cancel() {
     let got = ops::normalize_backward(kind, &context, &ones, &tensor(&cpu, &dy)).unwrap();
     let want = reference::layer_norm_backward(&x, &array![1.0, 1.0], 0.0, &dy);
     within("dx", &wide(&got.dx), &want.dx, &Array2::from_elem((4, 2), 1e-6));
-}
-
-// Softmax.
-
-/// The mask as the reference takes it.
-fn allowed(mask: Mask<'_>, rows: usize, cols: usize) -> Array2<bool> {
-    Array2::from_shape_fn((rows, cols), |(row, col)| {
-        mask.causal.is_none_or(|offset| col <= row.saturating_add(offset))
-            && mask.valid.is_none_or(|valid| valid[col])
-    })
-}
-
-/// e^(x − max) errs by 4 v and by the rounding of x − max, |x − max| v, relative to itself; the sum of n of them by n v
-/// more, the quotient by 2 v. So |δy| ≤ y v (n + 10 + 2 · range), and u y for the rounding.
-fn softmaxes<T: Element>(mask: Mask<'_>, x: &Array2<f64>, dy: &Array2<f64>) {
-    let cpu = Cpu::poisoned();
-    let (x, dy) = (rounded::<T, _>(x.clone()), rounded::<T, _>(dy.clone()));
-    let (cols, v) = (x.ncols() as f64, unit::<T>().1);
-    let range = x.iter().filter(|x| x.is_finite()).fold(0.0, |range: f64, x| range.max(2.0 * x.abs()));
-    let want = reference::softmax(&x, Some(&allowed(mask, x.nrows(), x.ncols())));
-    let got = ops::softmax::<T, _>(mask, &tensor(&cpu, &x)).unwrap();
-    let error = want.mapv(|y| if y.is_nan() { 0.0 } else { y * v * (cols + 10.0 + 2.0 * range) });
-    within((T::DTYPE, mask, &x), &wide(&got), &want, &rounding::<T>(&want, error));
-
-    // The sum errs by n v Σ|y dy|, and |dy| and the sum by two roundings more.
-    let y = rounded::<T, _>(want);
-    let want = reference::softmax_backward(&y, &dy);
-    let got = ops::softmax_backward::<T, _>(&tensor(&cpu, &y), &tensor(&cpu, &dy)).unwrap();
-    let sums = (&y * &dy).mapv(f64::abs).sum_axis(Axis(1)).insert_axis(Axis(1));
-    let error = (sums * (cols + 2.0) + dy.mapv(f64::abs) * 2.0) * &y * v;
-    within((T::DTYPE, mask, "dx"), &wide(&got), &want, &rounding::<T>(&want, error));
-}
-
-proptest! {
-    #![proptest_config(cases(32))]
-
-    #[test]
-    fn softmax_agrees_with_the_reference(
-        rows in 0..6usize, valid in prop::collection::vec(prop::bool::weighted(0.7), 0..40),
-        causal in prop::option::of(0..20usize), masked: bool, special in 0..5usize, at in 0.0..1.0, seed: u64,
-    ) {
-        let cols = valid.len();
-        let mut x = matrix(seed, "x", rows, cols) * 3.0;
-        let dy = matrix(seed, "dy", rows, cols);
-        // A NaN or infinity, seen or masked as it comes.
-        let at = (at * x.len() as f64) as usize;
-        let special = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY].get(special);
-        if let (Some(x), Some(special)) = (x.iter_mut().nth(at), special) {
-            *x = *special;
-        }
-        let mask = Mask { causal, valid: masked.then_some(&valid) };
-        softmaxes::<f64>(mask, &x, &dy);
-        softmaxes::<f32>(mask, &x, &dy);
-        softmaxes::<bf16>(mask, &x, &dy);
-        softmaxes::<f16>(mask, &x, &dy);
-    }
-}
-
-#[test]
-fn softmax_of_special_rows() {
-    let (nan, inf) = (f64::NAN, f64::INFINITY);
-    // The last two columns are masked, and whatever they hold is not seen.
-    let x = array![
-        [nan, 1.0, 2.0, 0.0],
-        [inf, 1.0, 2.0, 0.0],
-        [-inf, 1.0, inf, nan],
-        [-inf, -inf, 2.0, 0.0],
-        [1.0, 1.0, nan, -inf],
-        [3e38, -3e38, 3e38, inf],
-    ];
-    let want = array![
-        [nan, nan, 0.0, 0.0],
-        [nan, nan, 0.0, 0.0],
-        [0.0, 1.0, 0.0, 0.0],
-        [nan, nan, 0.0, 0.0],
-        [0.5, 0.5, 0.0, 0.0],
-        [1.0, 0.0, 0.0, 0.0],
-    ];
-    let none = Array2::zeros(want.dim());
-    let cpu = Cpu::poisoned();
-    let valid = Mask { valid: Some(&[true, true, false, false]), ..Mask::default() };
-    within("f64", &wide(&ops::softmax(valid, &tensor::<f64, _>(&cpu, &x)).unwrap()), &want, &none);
-    within("f32", &wide(&ops::softmax(valid, &tensor::<f32, _>(&cpu, &x)).unwrap()), &want, &none);
-    let nothing = Mask { valid: Some(&[false; 4]), ..Mask::default() };
-    assert_eq!(wide(&ops::softmax(nothing, &tensor::<f32, _>(&cpu, &x)).unwrap()), none.into_dyn());
-    // An offset beyond all columns hides none.
-    let last = Mask { causal: Some(usize::MAX), ..Mask::default() };
-    assert_eq!(
-        wide(&ops::softmax(last, &Tensor::<f64>::zeros(&cpu, [2, 4]).unwrap()).unwrap()),
-        Array2::from_elem((2, 4), 0.25).into_dyn()
-    );
-}
-
-#[test]
-fn softmax_does_not_change_when_its_row_is_shifted() {
-    let cpu = Cpu::poisoned();
-    let x = integers(1, "x", 4, 21);
-    let softmax = |shift: f64| {
-        bits(ops::softmax(Mask::default(), &tensor::<f32, _>(&cpu, &(&x + shift))).unwrap().slice())
-    };
-    for shift in [1e3, -1e3, 1e6, -1e6] {
-        assert_eq!(softmax(shift), softmax(0.0));
-    }
 }
 
 // Attention.

@@ -20,6 +20,7 @@ mod models;
 mod optim;
 mod oracle;
 mod overlap;
+mod safety;
 mod saving;
 mod sites;
 mod states;

@@ -8,7 +8,7 @@ use shardwise::{
     tensor::{Arrays, Region, Role, WeightSource},
     weights::{self, Checkpoint, Transposed},
 };
-use std::{fs, ops::Range, path::Path};
+use std::{fs, io::ErrorKind, ops::Range, path::Path};
 use tempfile::{TempDir, tempdir};
 
 /// Runs of a region that lie closer than this are read at once.
@@ -537,6 +537,19 @@ fn a_path_that_is_no_checkpoint_is_refused() {
     assert_eq!(fails(Path::new("/dev/zero")), "/dev/zero: not a regular file");
     fs::create_dir(folder.path().join("model.safetensors")).unwrap();
     assert!(fails(folder.path()).contains("not a regular file"));
+}
+
+#[test]
+fn a_missing_file_is_told_from_one_that_may_not_be_read() {
+    let folder = tempdir().unwrap();
+    let kind = |path: &str| match Checkpoint::open(folder.path().join(path)).map(drop) {
+        Err(Error::Io { kind, .. }) => kind,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(kind("x.safetensors"), ErrorKind::NotFound);
+    assert_eq!(kind("x.json"), ErrorKind::NotFound);
+    fs::create_dir(folder.path().join("model.safetensors")).unwrap();
+    assert_eq!(kind("model.safetensors"), ErrorKind::InvalidInput);
 }
 
 #[test]

@@ -22,6 +22,7 @@ use crate::{
 use std::{
     cell::{Cell, RefCell},
     rc::Rc,
+    sync::Arc,
     time::Instant,
 };
 
@@ -53,7 +54,7 @@ pub(super) struct Flight<T> {
     task: Task,
     number: u64,
     /// This rank's data: empty if nobody reads it.
-    own: Vec<T>,
+    own: Arc<Vec<T>>,
     state: RefCell<State<T>>,
     moved: Cell<Instant>,
 }
@@ -75,7 +76,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         members: &Rc<Members>,
         call: &Call,
         task: Task,
-        own: Vec<T>,
+        own: Arc<Vec<T>>,
         len: usize,
     ) -> Result<Rc<Self>> {
         members.check(call)?;

@@ -10,7 +10,7 @@ mod post;
 mod raw;
 
 use super::{
-    Call, Collective, Communicator, InFlight, Incoming, Outgoing, Parts, ReduceOp, cause::Cause,
+    Call, Collective, Communicator, InFlight, Incoming, Outgoing, Parts, ReduceOp, cause::Cause, each_pair,
     host::to_bytes,
 };
 use crate::{
@@ -88,7 +88,7 @@ impl MpiComm {
         own: Vec<T>,
         to: &mut [T],
     ) -> Result<()> {
-        Flight::start(&self.post, &self.members, call, task, own, to.len())?.wait(&self.post, to)
+        Flight::start(&self.post, &self.members, call, task, own.into(), to.len())?.wait(&self.post, to)
     }
 
     fn send(&self, call: &Call, send: &Outgoing<'_, Cpu>) -> Result<()> {
@@ -139,16 +139,6 @@ impl MpiComm {
             _ => Err(Error::invalid("exchange", "a message of another rank is damaged: do all run the same program?")),
         })
     }
-}
-
-/// Runs code on two run-time views of one element.
-macro_rules! each_pair {
-    ($send:expr, $recv:expr, ($a:ident, $b:ident) => $body:expr) => {
-        each_dtype!(AnyRef, $send, $a => match $recv.of() {
-            Some($b) => $body,
-            None => Err(Error::invalid("collective", "send and receive have different elements")),
-        })
-    };
 }
 
 impl Communicator<Cpu> for MpiComm {
@@ -262,7 +252,7 @@ impl Communicator<Cpu> for MpiComm {
         let len = recv.as_ref().len();
         let post = Rc::clone(&self.post);
         each_dtype!(AnyBuffer, send, send => {
-            let flight = Flight::start(&post, &self.members, call, task, send.into_vec(), len)?;
+            let flight = Flight::start(&post, &self.members, call, task, send.lend(), len)?;
             Ok(Box::new(Started { flight, post, recv }))
         })
     }

@@ -30,6 +30,7 @@ pub use device::{Enter, NcclDevice};
 
 use super::{
     Call, Collective, Communicator, Group, InFlight, Incoming, Outgoing, Parts, ReduceOp, Step, call::hash,
+    each_pair,
 };
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, DType, Element, cuda::Version, each_dtype},
@@ -53,16 +54,6 @@ use std::{
     time::{Duration, Instant},
 };
 use watch::Watch;
-
-/// Runs generic code on a pair of run-time views of one element.
-macro_rules! each_pair {
-    ($send:expr, $recv:expr, ($a:ident, $b:ident) => $body:expr) => {
-        each_dtype!(AnyRef, $send, $a => match $recv.of() {
-            Some($b) => $body,
-            None => Err(Error::invalid("collective", "send and receive have different elements")),
-        })
-    };
-}
 
 /// The NCCL that is used, loaded if it was not. The other libraries are
 /// [`crate::device::cuda::versions`].
@@ -874,7 +865,7 @@ impl<B: NcclDevice> InFlight<B> for Started<B> {
         self.under_way.hold(&self.device)?;
         match self.memory.take() {
             Some((result, _)) => Ok(result),
-            None => Err(Error::invalid("wait", "a collective was waited for twice: please report this")),
+            None => Err(Error::internal("wait", "a collective was waited for twice")),
         }
     }
 }

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     comm::{Call, Collective, InFlight},
-    device::{AnyBuffer, AnyRef, Cpu, Element, each_dtype},
+    device::{AnyBuffer, AnyRef, Cpu, Element},
     error::{Error, Result},
 };
 use std::sync::{Arc, OnceLock};
@@ -52,10 +52,7 @@ impl Shared {
         let flight = flights.entry(number).or_insert_with(|| Arc::new(Flight::new(self.size())));
         let flight = Arc::clone(flight);
         if flight.posted[rank].set((*call, input)).is_err() {
-            return Err(Error::invalid(
-                call.op.name(),
-                "a rank started one collective twice: please report this",
-            ));
+            return Err(Error::internal(call.op.name(), "a rank started one collective twice"));
         }
         if flight.count.fetch_add(1, Ordering::AcqRel) + 1 == self.size() {
             flights.remove(&number);
@@ -107,4 +104,53 @@ fn finish<'a, T: Element>(
         Collective::ReduceScatter(op, parts) => combine::reduce_part(*op, parts, rank, input, recv),
     }
     Ok(())
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use crate::{
+        comm::{Group, ReduceOp},
+        device::{Cpu, Device},
+        launch::Threads,
+        shard::Partition,
+        tensor::Tensor,
+    };
+
+    #[test]
+    fn a_warm_started_collective_asks_the_system_for_no_memory() {
+        const SIZE: usize = 3;
+        let rank = |group: Group<Cpu>| {
+            let (cpu, cut) = (group.device(), Partition::even(50 * SIZE, SIZE));
+            let x = |rows: usize| Tensor::<f32>::full(cpu, [rows, 20], 1.0);
+            let step = || {
+                drop(group.start_all_reduce(ReduceOp::Sum, x(50)?)?.wait()?);
+                group.barrier()?;
+                drop(group.start_all_gather(x(50)?, 0, &cut)?.wait()?);
+                group.barrier()?;
+                drop(group.start_reduce_scatter(ReduceOp::Sum, x(50 * SIZE)?, 0, &cut)?.wait()?);
+                group.barrier()
+            };
+            step()?;
+            let warm = (cpu.made(), cpu.memory());
+            assert_eq!(warm.1.live, 0);
+            for _ in 0..5 {
+                step()?;
+                assert_eq!((cpu.made(), cpu.memory()), warm);
+            }
+            Ok(())
+        };
+        Threads::new(SIZE).run(rank).unwrap();
+    }
+
+    #[test]
+    fn what_a_started_collective_reads_counts_as_memory_in_use() {
+        let rank = |group: Group<Cpu>| {
+            let pending =
+                group.start_all_reduce(ReduceOp::Sum, Tensor::<f64>::zeros(group.device(), [100])?)?;
+            assert_eq!(group.device().memory().live, 1600);
+            pending.wait().map(drop)
+        };
+        Threads::new(1).run(rank).unwrap();
+        Threads::new(2).run(rank).unwrap();
+    }
 }

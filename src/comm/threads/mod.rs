@@ -17,7 +17,7 @@ pub(crate) use shared::{Presence, Seat};
 use super::{
     Call, Collective, Communicator, InFlight, Incoming, Lookout, Outgoing, Parts, ReduceOp, Step,
     combine::{self, BLOCK},
-    host,
+    each_pair, host,
 };
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, Element, each_dtype},
@@ -71,12 +71,12 @@ impl ThreadComm {
     ///
     /// `longest` is the most bytes that any rank publishes: the same number on every rank, so that all agree on whether
     /// there is a second meeting. An error if `data` are more.
-    fn collect<'a, T: Element>(
-        &'a self,
+    fn collect<T: Element>(
+        &self,
         call: &Call,
         longest: usize,
         data: &[T],
-        combine: impl FnOnce(&dyn Fn(usize) -> &'a [T]),
+        combine: impl for<'s> FnOnce(&dyn Fn(usize) -> &'s [T]),
     ) -> Result<()> {
         let slots = &self.seat.shared.slots;
         let bytes = size_of_val(data);
@@ -97,8 +97,8 @@ impl ThreadComm {
         let second = (longest > EAGER).then(|| Second::of(&self.seat));
         #[cfg(test)]
         faults::strike();
-        // SAFETY: the first meeting is complete, and this rank arrives at no other operation before `combine` returns, which
-        // keeps no slice. No rank writes data that was published by `publish_ref`.
+        // SAFETY: the first meeting is complete, and this rank arrives at no other operation before `combine` returns,
+        // which cannot keep a slice: it takes slices of any lifetime. No rank writes data that was published by `publish_ref`.
         #[allow(unsafe_code)]
         combine(&|rank| unsafe { slots[rank].data::<T>(at) });
         second.map_or(Ok(()), |second| second.attend(call))
@@ -165,17 +165,6 @@ impl Drop for Second<'_> {
         self.seat.shared.barrier.finish();
     }
 }
-
-/// Runs generic code on a pair of run-time views, which the callers have made of one element.
-macro_rules! each_pair {
-    ($send:expr, $recv:expr, ($a:ident, $b:ident) => $body:expr) => {
-        each_dtype!(AnyRef, $send, $a => match $recv.of() {
-            Some($b) => $body,
-            None => Err(Error::invalid("collective", "send and receive have different elements")),
-        })
-    };
-}
-use each_pair;
 
 /// What is known of a group to who has no seat in it, on behalf of a rank.
 struct Outlook {

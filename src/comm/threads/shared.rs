@@ -323,7 +323,7 @@ impl Shared {
     pub(super) fn failure(&self, call: &Call) -> Error {
         let cause = self.lock(&self.causes).first().cloned();
         cause.map_or_else(
-            || Error::invalid(call.op.name(), "the group is broken, but nobody said why: please report this"),
+            || Error::internal(call.op.name(), "the group is broken, but nobody said why"),
             |cause| self.error(call, cause),
         )
     }

@@ -44,6 +44,12 @@ impl Cpu {
         self.threads.get()
     }
 
+    /// How often the system was asked for memory.
+    #[cfg(test)]
+    pub(crate) fn made(&self) -> usize {
+        self.pool.made.get()
+    }
+
     /// Gives the pool's idle memory back to the system.
     pub fn trim(&self) {
         self.pool.trim();

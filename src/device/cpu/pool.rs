@@ -10,6 +10,7 @@ use std::{
     hint::black_box,
     ops::{Deref, DerefMut},
     rc::Rc,
+    sync::Arc,
 };
 
 /// Bytes in use by the tensors of one rank.
@@ -31,15 +32,23 @@ pub struct Pool {
     poison: bool,
     live: Cell<usize>,
     peak: Cell<usize>,
+    /// How often the system was asked for memory.
+    #[cfg(test)]
+    pub(super) made: Cell<usize>,
 }
 
-/// Idle vectors of one element by their capacity.
+/// Vectors of one element that no tensor of the rank holds.
 #[derive(Debug)]
-pub struct Shelf<T>(BTreeMap<usize, Vec<Vec<T>>>);
+pub struct Shelf<T> {
+    /// By their capacity.
+    idle: BTreeMap<usize, Vec<Vec<T>>>,
+    /// Those that other ranks may still read.
+    lent: Vec<Arc<Vec<T>>>,
+}
 
 impl<T> Default for Shelf<T> {
     fn default() -> Self {
-        Self(BTreeMap::new())
+        Self { idle: BTreeMap::new(), lent: Vec::new() }
     }
 }
 
@@ -50,7 +59,8 @@ impl Pool {
 
     pub(super) fn take<T: Element>(self: &Rc<Self>, len: usize) -> Result<CpuBuffer<T>> {
         let class = size_class(len);
-        let idle = T::shelf(self).borrow_mut().0.get_mut(&class).and_then(Vec::pop);
+        self.take_back::<T>();
+        let idle = T::shelf(self).borrow_mut().idle.get_mut(&class).and_then(Vec::pop);
         let mut data = match idle {
             Some(mut data) => {
                 data.resize(len, T::default());
@@ -60,6 +70,8 @@ impl Pool {
                 let none = |_| Error::Memory { len, size: size_of::<T>() };
                 let mut data = zeroed(class).map_err(none)?;
                 data.truncate(len);
+                #[cfg(test)]
+                self.made.set(self.made.get() + 1);
                 data
             }
         };
@@ -74,18 +86,35 @@ impl Pool {
     fn give_back<T: Element>(&self, data: Vec<T>) {
         self.live.set(self.live.get() - data.len() * size_of::<T>());
         if data.capacity() > 0 {
-            T::shelf(self).borrow_mut().0.entry(data.capacity()).or_default().push(data);
+            T::shelf(self).borrow_mut().idle.entry(data.capacity()).or_default().push(data);
         }
     }
 
+    /// Takes back what was lent and nobody reads any more.
+    fn take_back<T: Element>(&self) {
+        let mut shelf = T::shelf(self).borrow_mut();
+        let read: Vec<_> = shelf.lent.extract_if(.., |data| Arc::get_mut(data).is_some()).collect();
+        drop(shelf);
+        read.into_iter().filter_map(Arc::into_inner).for_each(|data| self.give_back(data));
+    }
+
+    fn take_all_back(&self) {
+        self.take_back::<f64>();
+        self.take_back::<f32>();
+        self.take_back::<bf16>();
+        self.take_back::<f16>();
+    }
+
     pub(super) fn trim(&self) {
-        self.f64.take();
-        self.f32.take();
-        self.bf16.take();
-        self.f16.take();
+        self.take_all_back();
+        self.f64.borrow_mut().idle.clear();
+        self.f32.borrow_mut().idle.clear();
+        self.bf16.borrow_mut().idle.clear();
+        self.f16.borrow_mut().idle.clear();
     }
 
     pub(super) fn memory(&self) -> MemoryUse {
+        self.take_all_back();
         MemoryUse { live: self.live.get(), peak: self.peak.get() }
     }
 }
@@ -117,10 +146,10 @@ pub struct CpuBuffer<T: Element> {
 }
 
 impl<T: Element> CpuBuffer<T> {
-    /// The memory itself, to be shared with other threads. It does not return to the pool.
-    pub(crate) fn into_vec(mut self) -> Vec<T> {
-        let data = std::mem::take(&mut self.data);
-        self.pool.live.set(self.pool.live.get() - data.len() * size_of::<T>());
+    /// The memory itself, for other threads to read. It is the tensor's until nobody but the pool holds it.
+    pub(crate) fn lend(mut self) -> Arc<Vec<T>> {
+        let data = Arc::new(std::mem::take(&mut self.data));
+        T::shelf(&self.pool).borrow_mut().lent.push(Arc::clone(&data));
         data
     }
 }
@@ -165,6 +194,19 @@ mod tests {
         assert_eq!((second.as_ptr(), second.len()), (at, 990), "a similar size comes from the same shelf");
         assert_eq!(pool.memory(), MemoryUse { live: 3960, peak: 4000 });
         assert_eq!(pool.take::<f32>(0).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn lent_memory_is_live_until_nobody_reads_it() {
+        let pool = Rc::new(Pool::new(false));
+        let buffer = pool.take::<f32>(1000).unwrap();
+        let at = buffer.as_ptr();
+        let lent = buffer.lend();
+        assert_eq!(pool.memory().live, 4000);
+        assert_ne!(pool.take::<f32>(1000).unwrap().as_ptr(), at);
+        std::thread::spawn(move || drop(lent)).join().unwrap();
+        assert_eq!(pool.memory().live, 0);
+        assert_eq!((pool.take::<f32>(1000).unwrap().as_ptr(), pool.made.get()), (at, 2));
     }
 
     #[test]

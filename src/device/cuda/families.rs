@@ -137,10 +137,6 @@ kernels! {
         NormalizeBackward "normalize_backward" Each,
         NormalizeColumns "normalize_columns" Each,
     }
-    "softmax" (large_shared_memory: false, contracts: false) {
-        Softmax "softmax" Each,
-        SoftmaxBackward "softmax_backward" Each,
-    }
     "update" (large_shared_memory: false, contracts: false) {
         Sgd "sgd" Each,
         AdamW "adamw" Each,

@@ -166,9 +166,8 @@ impl Launch<'_> {
         handle.context.make_current()?;
         let function = handle.context.function(self.kernel, self.elements.0, self.elements.1)?;
         if self.words.len() > ARGUMENTS {
-            let reason =
-                format!("{} arguments, of {ARGUMENTS} at most: please report this", self.words.len());
-            return Err(Error::invalid(self.kernel.family(), reason));
+            let reason = format!("{} arguments, of {ARGUMENTS} at most", self.words.len());
+            return Err(Error::internal(self.kernel.family(), reason));
         }
         let mut pointers = [std::ptr::null_mut::<c_void>(); ARGUMENTS];
         pointers.iter_mut().zip(&mut self.words).for_each(|(to, word)| *to = (word as *mut u64).cast());

@@ -20,10 +20,8 @@ impl<T: Element> CudaBuffer<T> {
     pub(super) fn new(cuda: &Cuda, len: usize) -> Result<Self> {
         let owner = &cuda.0;
         owner.context.make_current()?;
-        let Some(bytes) = len.checked_mul(size_of::<T>()) else {
-            let reason = format!("{len} elements of {} are more bytes than can be counted", T::DTYPE);
-            return Err(Error::invalid("CUDA memory", reason));
-        };
+        let size = size_of::<T>();
+        let bytes = len.checked_mul(size).ok_or(Error::Memory { len, size })?;
         let mut buffer = Self { address: 0, len, owner: Rc::clone(owner), element: PhantomData };
         // Counted before anything can fail: the buffer is dropped then.
         owner.memory.taken(bytes);

@@ -272,7 +272,7 @@ impl Cuda {
         if self.0.lt.get().is_none() {
             let _ = self.0.lt.set(Lt::new(self)?);
         }
-        self.0.lt.get().ok_or_else(|| Error::invalid("cuBLASLt", "it was not made: please report this"))
+        self.0.lt.get().ok_or_else(|| Error::internal("cuBLASLt", "it was not made"))
     }
 
     /// Runs `work`, which is asked of this handle and uses memory of `others`: behind what they were asked for before, and before

@@ -3,7 +3,7 @@
 //! Few queries are multiplied with the cache where it lies: all heads that share a key/value head read it together, once.
 //! Many queries, as of a prompt, go in tiles as in training.
 
-use super::{AttentionSpec, CacheSpec};
+use super::{AttentionSpec, CacheSpec, cpu::softmax_row};
 use crate::{
     device::{Accumulator, Cpu, CpuBuffer, Device, Element, vectorized},
     error::Result,
@@ -13,7 +13,6 @@ use crate::{
             cpu::by_blocks,
             few::{self, FEW, Scale},
         },
-        softmax::softmax_row,
         view::{mat, mat_mut},
     },
 };

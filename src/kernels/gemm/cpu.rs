@@ -150,7 +150,7 @@ impl Gemm for Cpu {
                 .map(|share| scope.spawn(move || run(&Cpu::new().with_threads(threads), share)))
                 .collect();
             let first = run(&self.clone().with_threads(threads), own);
-            let lost = |_| Error::invalid("gemm", "a thread panicked: please report this");
+            let lost = |_| Error::internal("gemm", "a thread panicked");
             others.into_iter().fold(first, |all, one| all.and(one.join().map_err(lost).and_then(|one| one)))
         })
     }
@@ -253,7 +253,7 @@ fn wide<T: Element>(
         (DType::F16, AnyMut::F32(c)) => shared::<f16>(cpu, &of(steps), scale, (c, cd), finish),
         (a, c) => {
             let c = c.dtype();
-            Err(Error::invalid("gemm", format!("{c} is not the accumulator of {a}: please report this")))
+            Err(Error::internal("gemm", format!("{c} is not the accumulator of {a}")))
         }
     }
 }
@@ -287,7 +287,7 @@ fn shared<T: Element<Acc: Real>>(
             .map(|(steps, c)| scope.spawn(move || product(&Cpu::new(), &steps, scale, c, None)))
             .collect();
         let first = own.map_or(Ok(()), |(steps, c)| product(cpu, &steps, scale, c, None));
-        let lost = |_| Error::invalid("gemm", "a thread panicked: please report this");
+        let lost = |_| Error::internal("gemm", "a thread panicked");
         others.into_iter().fold(first, |all, one| all.and(one.join().map_err(lost).and_then(|one| one)))
     })?;
     // It belongs to this thread.

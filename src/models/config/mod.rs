@@ -206,11 +206,11 @@ pub(super) fn stored_as(text: &str, dtype: DType) -> String {
 
 /// The text of a configuration.
 fn text(path: &Path) -> Result<String> {
-    let io = |error: io::Error| Error::Io { path: path.into(), reason: error.to_string() };
+    let io = |error: io::Error| Error::io(path, &error);
     let bad = |reason: String| Error::Config { path: path.into(), reason };
     // Before opening: to open a pipe waits for its writer.
     if !fs::metadata(path).map_err(io)?.is_file() {
-        return Err(Error::Io { path: path.into(), reason: "not a regular file".into() });
+        return Err(Error::no_file(path));
     }
     let mut bytes = Vec::new();
     fs::File::open(path).map_err(io)?.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(io)?;

@@ -118,12 +118,15 @@ pub(super) fn multiply<T: Element<Acc: Real>>(job: Job<'_, '_, T>) -> Result<()>
     if let Some(kind) = x86_64::Kind::best() {
         return x86_64::multiply(kind, job);
     }
-    blocks::<<T::Acc as Real>::Portable, T, 4>(job)
+    // SAFETY: arrays need no instructions.
+    #[allow(unsafe_code)]
+    let zero = unsafe { <T::Acc as Real>::Portable::zero() };
+    blocks::<_, T, 4>(zero, job)
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {
-    use super::{Job, Real, blocks};
+    use super::{Job, Real, blocks, vector::Vector};
     use crate::{device::Element, error::Result};
     use std::arch::is_x86_feature_detected;
 
@@ -158,11 +161,17 @@ mod x86_64 {
     pub(super) fn multiply<T: Element<Acc: Real>>(kind: Kind, job: Job<'_, '_, T>) -> Result<()> {
         #[target_feature(enable = "avx512f,avx2,fma,f16c")]
         fn with_avx512<T: Element<Acc: Real>>(job: Job<'_, '_, T>) -> Result<()> {
-            blocks::<<T::Acc as Real>::Avx512, T, 8>(job)
+            // SAFETY: `Kind::all` has detected what this function, too, is compiled for.
+            #[allow(unsafe_code)]
+            let zero = unsafe { <T::Acc as Real>::Avx512::zero() };
+            blocks::<_, T, 8>(zero, job)
         }
         #[target_feature(enable = "avx2,fma,f16c")]
         fn with_avx2<T: Element<Acc: Real>>(job: Job<'_, '_, T>) -> Result<()> {
-            blocks::<<T::Acc as Real>::Avx2, T, 6>(job)
+            // SAFETY: as above.
+            #[allow(unsafe_code)]
+            let zero = unsafe { <T::Acc as Real>::Avx2::zero() };
+            blocks::<_, T, 6>(zero, job)
         }
         // SAFETY: the processor has the features that the function enables: `Kind::all` has detected them.
         #[allow(unsafe_code)]
@@ -176,10 +185,10 @@ mod x86_64 {
 }
 
 #[inline(always)]
-fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, '_, T>) -> Result<()> {
+fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(zero: S, job: Job<'_, '_, T>) -> Result<()> {
     let Job { steps, alpha, beta, c: (c, cd), mut finish, room: [room_a, room_b, waiting] } = job;
     let loops = Loops::of(steps, cd);
-    let (room_b, wide) = (S::in_memory(room_b), V * S::LANES);
+    let (room_b, wide) = (zero.in_memory(room_b), V * S::LANES);
     for many in (0..cd.rows).step_by(MANY) {
         let many_rows = MANY.min(cd.rows - many);
         for first_col in (0..cd.cols).step_by(loops.cols) {
@@ -213,16 +222,16 @@ fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, '_
                         if first_row == 0 {
                             let b = (&b[(first_col + col) * bd.col_stride..], bd);
                             if bd.col_stride != 1 {
-                                pack_panel(b, place.1, &mut room[..depth]);
+                                pack_panel(zero, b, place.1, &mut room[..depth]);
                             } else if col == 0 {
-                                pack_panels(b, cols, depth, room);
+                                pack_panels(zero, b, cols, depth, room);
                             }
                         }
                         if loops.shallow {
                             continue;
                         }
                         for row in (0..rows).step_by(MR) {
-                            tiles.compute::<S, MR>(row, place, &room[..depth], &mut stack);
+                            tiles.compute::<S, MR>(zero, row, place, &room[..depth], &mut stack);
                         }
                     }
                     if !loops.shallow {
@@ -232,7 +241,7 @@ fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(job: Job<'_, '_
                         for (at, col) in (0..cols).step_by(wide).enumerate() {
                             let place = (col, wide.min(cols - col));
                             let panel = &room_b.as_chunks().0[at * depth..][..depth];
-                            tiles.compute::<S, MR>(row, place, panel, &mut stack);
+                            tiles.compute::<S, MR>(zero, row, place, panel, &mut stack);
                         }
                     }
                 }
@@ -261,6 +270,7 @@ impl<T: Element> Tiles<'_, T> {
     #[inline(always)]
     fn compute<S: Vector<Real = T::Acc>, const MR: usize>(
         &self,
+        zero: S,
         row: usize,
         (col, cols): (usize, usize),
         panel: &[[S; V]],
@@ -270,9 +280,13 @@ impl<T: Element> Tiles<'_, T> {
         let (place, size) = ((first + row, col), (MR.min(rows - row), cols));
         c_ahead::<S>(&stack.tile(step.level - step.merges, place, size));
         let sums = if step.by_rows() {
-            sums_by_rows(&self.a.as_chunks().0.as_chunks::<MR>().0[row / MR], panel)
+            sums_by_rows(zero, &self.a.as_chunks().0.as_chunks::<MR>().0[row / MR], panel)
         } else {
-            sums_by_columns::<S, MR>(&self.a.as_chunks().0[row / MR * panel.len()..][..panel.len()], panel)
+            sums_by_columns::<S, MR>(
+                zero,
+                &self.a.as_chunks().0[row / MR * panel.len()..][..panel.len()],
+                panel,
+            )
         };
         if step.merges == 0 {
             return store(&sums, alpha, beta, stack.tile(step.level, place, size));
@@ -354,9 +368,9 @@ mod tests {
 
     #[test]
     fn products_of_whole_numbers_are_exact_on_all_vectors() {
-        whole::<f32>(blocks::<[f32; 4], f32, 4>);
-        whole::<f64>(blocks::<[f64; 2], f64, 4>);
-        whole::<bf16>(blocks::<[f32; 4], bf16, 4>);
+        whole::<f32>(|job| blocks::<_, _, 4>([0.0_f32; 4], job));
+        whole::<f64>(|job| blocks::<_, _, 4>([0.0_f64; 2], job));
+        whole::<bf16>(|job| blocks::<_, _, 4>([0.0_f32; 4], job));
         #[cfg(target_arch = "x86_64")]
         for kind in x86_64::Kind::all() {
             whole::<f32>(|job| x86_64::multiply(kind, job));

@@ -60,27 +60,27 @@ pub(super) fn pack_columns<T: Element, const MR: usize>(
 /// A panel of B, row by row; columns that it does not have are zeros.
 #[inline(always)]
 pub(super) fn pack_panel<S: Vector, T: Element<Acc = S::Real>>(
+    zero: S,
     (b, dims): (&[T], Dims),
     cols: usize,
     panel: &mut [[S; V]],
 ) {
     let lanes = S::LANES;
-    let zero = S::splat(S::Real::ZERO);
     for v in 0..V {
         let first = v * lanes;
         let have = cols.saturating_sub(first).min(lanes);
         if have == 0 {
             panel.iter_mut().for_each(|row| row[v] = zero);
         } else if dims.row_stride == 1 && have == lanes {
-            turn(&b[first * dims.col_stride..], dims.col_stride, v, panel);
+            turn(zero, &b[first * dims.col_stride..], dims.col_stride, v, panel);
         } else {
             let from = &b[first * dims.col_stride..];
             for (depth, row) in panel.iter_mut().enumerate() {
                 let from = &from[depth * dims.row_stride..];
                 row[v] = if dims.col_stride == 1 && have == lanes {
-                    load(from)
+                    load(zero, from)
                 } else {
-                    gather((0..have).map(|col| from[col * dims.col_stride].widen()))
+                    gather(zero, (0..have).map(|col| from[col * dims.col_stride].widen()))
                 };
             }
         }
@@ -90,6 +90,7 @@ pub(super) fn pack_panel<S: Vector, T: Element<Acc = S::Real>>(
 /// All panels of a block of B whose rows lie side by side, each row at once: rows may be far apart.
 #[inline(always)]
 pub(super) fn pack_panels<S: Vector, T: Element<Acc = S::Real>>(
+    zero: S,
     (b, dims): (&[T], Dims),
     cols: usize,
     depth: usize,
@@ -99,28 +100,34 @@ pub(super) fn pack_panels<S: Vector, T: Element<Acc = S::Real>>(
     for row in 0..depth {
         let from = &b[row * dims.row_stride..][..cols];
         for (panel, from) in from.chunks_exact(V * lanes).enumerate() {
-            panels[panel * depth + row] = std::array::from_fn(|v| load(&from[v * lanes..]));
+            panels[panel * depth + row] = std::array::from_fn(|v| load(zero, &from[v * lanes..]));
         }
     }
     if cols > whole * V * lanes {
         let rest = (&b[whole * V * lanes..], dims);
-        pack_panel(rest, cols - whole * V * lanes, &mut panels[whole * depth..][..depth]);
+        pack_panel(zero, rest, cols - whole * V * lanes, &mut panels[whole * depth..][..depth]);
     }
 }
 
 /// A vector of columns, each of which lies side by side, `stride` elements from one to the next: squares of a vector of
 /// vectors are transposed in registers, by as many perfect shuffles of its rows as the number of lanes has bits.
 #[inline(always)]
-fn turn<S: Vector, T: Element<Acc = S::Real>>(b: &[T], stride: usize, v: usize, panel: &mut [[S; V]]) {
+fn turn<S: Vector, T: Element<Acc = S::Real>>(
+    zero: S,
+    b: &[T],
+    stride: usize,
+    v: usize,
+    panel: &mut [[S; V]],
+) {
     let lanes = S::LANES;
     let mut depth = 0;
     while depth + lanes <= panel.len() {
         // More than any kind of vector has lanes.
-        let mut square = [S::splat(S::Real::ZERO); 16];
+        let mut square = [zero; 16];
         for (col, vector) in square.iter_mut().enumerate().take(lanes) {
             let from = &b[col * stride + depth..];
             prefetch(from.as_ptr().wrapping_add(V * lanes * stride));
-            *vector = load(from);
+            *vector = load(zero, from);
         }
         for _ in 0..lanes.ilog2() {
             let before = square;
@@ -135,27 +142,27 @@ fn turn<S: Vector, T: Element<Acc = S::Real>>(b: &[T], stride: usize, v: usize, 
         depth += lanes;
     }
     for (depth, row) in panel.iter_mut().enumerate().skip(depth) {
-        row[v] = gather((0..lanes).map(|col| b[col * stride + depth].widen()));
+        row[v] = gather(zero, (0..lanes).map(|col| b[col * stride + depth].widen()));
     }
 }
 
 /// The first elements of a slice, widened.
 #[inline(always)]
-fn load<S: Vector, T: Element<Acc = S::Real>>(from: &[T]) -> S {
+fn load<S: Vector, T: Element<Acc = S::Real>>(zero: S, from: &[T]) -> S {
     let from = &from[..S::LANES];
     let mut wide = [S::Real::ZERO; 16];
     for (wide, from) in wide.iter_mut().zip(from) {
         *wide = from.widen();
     }
-    S::load(&wide)
+    zero.load(&wide)
 }
 
 /// A vector of at most as many numbers as it has lanes, then zeros.
 #[inline(always)]
-fn gather<S: Vector>(numbers: impl Iterator<Item = S::Real>) -> S {
+fn gather<S: Vector>(zero: S, numbers: impl Iterator<Item = S::Real>) -> S {
     let mut all = [S::Real::ZERO; 16];
     for (to, number) in all.iter_mut().zip(numbers) {
         *to = number;
     }
-    S::load(&all)
+    zero.load(&all)
 }

@@ -45,11 +45,12 @@ impl<R> Stack<'_, R> {
 /// Sums of the products of a tile's rows, of a panel's depth, with a panel.
 #[inline(always)]
 pub(super) fn sums_by_rows<S: Vector, const MR: usize>(
+    zero: S,
     a: &[[S::Real; KC]; MR],
     panel: &[[S; V]],
 ) -> [[S; V]; MR] {
     assert!(panel.len() <= KC);
-    let mut sums = [[S::splat(S::Real::ZERO); V]; MR];
+    let mut sums = [[zero; V]; MR];
     let mut first = 0;
     while first < panel.len() {
         a.iter().for_each(|row| prefetch(row.as_ptr().wrapping_add(first + LINE)));
@@ -57,7 +58,7 @@ pub(super) fn sums_by_rows<S: Vector, const MR: usize>(
         for depth in first..end {
             let b = panel[depth];
             for (sums, row) in sums.iter_mut().zip(a) {
-                let a = S::splat(row[depth]);
+                let a = zero.splat(row[depth]);
                 sums.iter_mut().zip(b).for_each(|(sum, b)| *sum = sum.add_product(a, b));
             }
         }
@@ -69,19 +70,20 @@ pub(super) fn sums_by_rows<S: Vector, const MR: usize>(
 /// Sums of the products of a tile's columns with a panel of the same depth.
 #[inline(always)]
 pub(super) fn sums_by_columns<S: Vector, const MR: usize>(
+    zero: S,
     a: &[[S::Real; MR]],
     panel: &[[S; V]],
 ) -> [[S; V]; MR] {
     /// How many columns of the next tile are asked for at a time.
     const STEP: usize = 4;
-    let mut sums = [[S::splat(S::Real::ZERO); V]; MR];
+    let mut sums = [[zero; V]; MR];
     for (a, panel) in a.chunks(STEP).zip(panel.chunks(STEP)) {
         let next = a.as_ptr().wrapping_add(KC).cast::<S::Real>();
         prefetch(next);
         prefetch(next.wrapping_add(2 * MR));
         for (a, b) in a.iter().zip(panel) {
             for (sums, a) in sums.iter_mut().zip(a) {
-                let a = S::splat(*a);
+                let a = zero.splat(*a);
                 sums.iter_mut().zip(b).for_each(|(sum, b)| *sum = sum.add_product(a, *b));
             }
         }
@@ -110,12 +112,12 @@ pub(super) fn store<S: Vector, const MR: usize>(
     (c, dims): (&mut [S::Real], Dims),
 ) {
     if is_whole::<S, MR>(dims) {
-        let (alpha, factor) = (S::splat(alpha), S::splat(beta));
+        let (alpha, factor) = (sums[0][0].splat(alpha), sums[0][0].splat(beta));
         for (row, sums) in sums.iter().enumerate() {
             let c = &mut c[row * dims.row_stride..];
             for (v, sum) in sums.iter().enumerate() {
                 let (c, sum) = (&mut c[v * S::LANES..], alpha.times(*sum));
-                if beta == S::Real::ZERO { sum } else { factor.times(S::load(c)).plus(sum) }.store(c);
+                if beta == S::Real::ZERO { sum } else { factor.times(sum.load(c)).plus(sum) }.store(c);
             }
         }
         return;
@@ -137,7 +139,7 @@ pub(super) fn merge<S: Vector, T, const MR: usize>(
     stack: &mut Stack<'_, S::Real>,
     (place, size): ((usize, usize), (usize, usize)),
 ) {
-    let alpha = S::splat(alpha);
+    let alpha = sums[0][0].splat(alpha);
     sums.as_flattened_mut().iter_mut().for_each(|sum| *sum = alpha.times(*sum));
     let to = step.level - step.merges;
     let above = if step.goes_on { step.level + 1 } else { step.level };
@@ -153,7 +155,7 @@ pub(super) fn merge<S: Vector, T, const MR: usize>(
                 below = &ragged;
             }
             for (v, sum) in sums.iter_mut().enumerate() {
-                *sum = S::load(&below[v * S::LANES..]).plus(*sum);
+                *sum = sum.load(&below[v * S::LANES..]).plus(*sum);
             }
         }
     }

@@ -5,19 +5,30 @@ use std::slice;
 
 /// A vector of f32 or f64.
 ///
-/// The types of x86-64 may only be used in code that is compiled for them and runs after they were detected: below the two
-/// entry points in `blocked`.
-pub(in super::super) trait Vector: Copy {
+/// Only [`Vector::zero`] makes a vector of nothing, and asks for the processor's instructions. What else makes vectors or
+/// computes with them takes one: that there is one says that the processor has them.
+///
+/// # Safety
+/// The type is [`Vector::LANES`] of its reals without padding, of which any bits are a value. Where the processor has what
+/// `zero` asks for, no other function needs more than that. Safe code has no other way to a first vector.
+#[allow(unsafe_code)]
+pub(in super::super) unsafe trait Vector: Copy {
     /// What it is a vector of: [`Vector::LANES`] of them without padding.
     type Real: Accumulator;
     /// How many there are.
     const LANES: usize;
 
+    /// 0 in every lane.
+    ///
+    /// # Safety
+    /// The processor has been found to have the instructions of this kind of vector; an array needs none.
+    unsafe fn zero() -> Self;
+
     /// `x` in every lane.
-    fn splat(x: Self::Real) -> Self;
+    fn splat(self, x: Self::Real) -> Self;
 
     /// The first lanes of a slice.
-    fn load(from: &[Self::Real]) -> Self;
+    fn load(self, from: &[Self::Real]) -> Self;
 
     /// Becomes the first lanes of a slice.
     fn store(self, to: &mut [Self::Real]);
@@ -46,8 +57,8 @@ pub(in super::super) trait Vector: Copy {
 
     /// As many vectors as lie, aligned, in some memory.
     #[inline(always)]
-    fn in_memory(memory: &mut [Self::Real]) -> &mut [Self] {
-        // SAFETY: a vector is `LANES` reals without padding, as this trait demands, and any bits are a real.
+    fn in_memory(self, memory: &mut [Self::Real]) -> &mut [Self] {
+        // SAFETY: a vector is `LANES` reals without padding, as this trait demands, and any bits are one.
         #[allow(unsafe_code)]
         unsafe {
             memory.align_to_mut().1
@@ -72,17 +83,24 @@ pub(in super::super) fn prefetch<T>(address: *const T) {
 /// Vectors without instructions of their own: the compiler uses what the target has at least.
 macro_rules! portable {
     ($real:ty, $lanes:literal) => {
-        impl Vector for [$real; $lanes] {
+        // SAFETY: an array has no padding, and no function here needs an instruction that the target lacks.
+        #[allow(unsafe_code)]
+        unsafe impl Vector for [$real; $lanes] {
             type Real = $real;
             const LANES: usize = $lanes;
 
             #[inline(always)]
-            fn splat(x: $real) -> Self {
+            unsafe fn zero() -> Self {
+                [0.0; $lanes]
+            }
+
+            #[inline(always)]
+            fn splat(self, x: $real) -> Self {
                 [x; $lanes]
             }
 
             #[inline(always)]
-            fn load(from: &[$real]) -> Self {
+            fn load(self, from: &[$real]) -> Self {
                 *from.first_chunk().expect("a vector's lanes")
             }
 
@@ -131,13 +149,25 @@ mod x86_64 {
     /// One type of vector; `$interleave` makes two vectors of two.
     macro_rules! vector {
         ($vector:ty, $real:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident, $add:ident, $mul:ident, $fma:ident, $interleave:expr) => {
-            impl Vector for $vector {
+            // SAFETY: the type is so many reals without padding. Every function but `zero` takes a vector, which is only made where
+            // the processor has AVX2 and FMA, or AVX-512: no function needs more.
+            #[allow(unsafe_code)]
+            unsafe impl Vector for $vector {
                 type Real = $real;
                 const LANES: usize = $lanes;
 
                 #[inline(always)]
-                fn splat(x: $real) -> Self {
-                    // SAFETY: the processor has the instruction, as the trait demands.
+                unsafe fn zero() -> Self {
+                    // SAFETY: the caller has found that the processor has the instruction.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        $splat(0.0)
+                    }
+                }
+
+                #[inline(always)]
+                fn splat(self, x: $real) -> Self {
+                    // SAFETY: there is a vector, `self`, so that the processor has the instruction.
                     #[allow(unsafe_code)]
                     unsafe {
                         $splat(x)
@@ -145,9 +175,9 @@ mod x86_64 {
                 }
 
                 #[inline(always)]
-                fn load(from: &[$real]) -> Self {
+                fn load(self, from: &[$real]) -> Self {
                     let from: &[$real; $lanes] = from.first_chunk().expect("a vector's lanes");
-                    // SAFETY: the processor has the instruction, as the trait demands, and `from` is as long as a vector.
+                    // SAFETY: there is a vector, `self`, so that the processor has the instruction; `from` is as long as a vector.
                     #[allow(unsafe_code)]
                     unsafe {
                         $load(from.as_ptr())
@@ -157,7 +187,7 @@ mod x86_64 {
                 #[inline(always)]
                 fn store(self, to: &mut [$real]) {
                     let to: &mut [$real; $lanes] = to.first_chunk_mut().expect("a vector's lanes");
-                    // SAFETY: the processor has the instruction, as the trait demands, and `to` is as long as a vector.
+                    // SAFETY: there is a vector, `self`, so that the processor has the instruction; `to` is as long as a vector.
                     #[allow(unsafe_code)]
                     unsafe {
                         $store(to.as_mut_ptr(), self)
@@ -166,7 +196,7 @@ mod x86_64 {
 
                 #[inline(always)]
                 fn plus(self, other: Self) -> Self {
-                    // SAFETY: the processor has the instruction, as the trait demands.
+                    // SAFETY: there is a vector, `self`, so that the processor has the instruction.
                     #[allow(unsafe_code)]
                     unsafe {
                         $add(self, other)
@@ -175,7 +205,7 @@ mod x86_64 {
 
                 #[inline(always)]
                 fn times(self, other: Self) -> Self {
-                    // SAFETY: the processor has the instruction, as the trait demands.
+                    // SAFETY: there is a vector, `self`, so that the processor has the instruction.
                     #[allow(unsafe_code)]
                     unsafe {
                         $mul(self, other)
@@ -184,7 +214,7 @@ mod x86_64 {
 
                 #[inline(always)]
                 fn add_product(self, a: Self, b: Self) -> Self {
-                    // SAFETY: the processor has the instruction, as the trait demands.
+                    // SAFETY: there is a vector, `self`, so that the processor has the instruction.
                     #[allow(unsafe_code)]
                     unsafe {
                         $fma(a, b, self)
@@ -193,7 +223,7 @@ mod x86_64 {
 
                 #[inline(always)]
                 fn interleave(self, other: Self) -> (Self, Self) {
-                    // SAFETY: the processor has the instructions, as the trait demands.
+                    // SAFETY: there is a vector, `self`, so that the processor has the instructions.
                     #[allow(unsafe_code)]
                     unsafe {
                         $interleave(self, other)
@@ -272,15 +302,15 @@ mod tests {
     use super::*;
     use crate::device::Element;
 
-    fn holds<S: Vector>() {
+    fn holds<S: Vector>(zero: S) {
         let real = |at: usize| S::Real::from_f64(at as f64);
         let numbers: Vec<S::Real> = (0..64).map(real).collect();
-        let (a, b) = (S::load(&numbers), S::load(&numbers[S::LANES..]));
+        let (a, b) = (zero.load(&numbers), zero.load(&numbers[S::LANES..]));
         let (low, high) = a.interleave(b);
         let want: Vec<S::Real> =
             (0..2 * S::LANES).map(|i| real(i / 2 + if i % 2 == 0 { 0 } else { S::LANES })).collect();
         assert_eq!(S::lanes(&[low, high]), want);
-        let sum = S::splat(real(1)).add_product(a, b);
+        let sum = zero.splat(real(1)).add_product(a, b);
         let want: Vec<S::Real> = (0..S::LANES).map(|i| real(1 + i * (i + S::LANES))).collect();
         assert_eq!(S::lanes(&[sum]), want);
         let mut memory = numbers.clone();
@@ -289,23 +319,27 @@ mod tests {
         let (plus, times) = (|i: usize| real(2 * i + S::LANES), |i: usize| real(i * (i + S::LANES)));
         let want: Vec<S::Real> = (0..S::LANES).map(plus).chain((0..S::LANES).map(times)).collect();
         assert_eq!((memory[0], &memory[1..1 + want.len()]), (numbers[0], &want[..]));
-        assert!(S::in_memory(&mut memory).len() >= 64 / S::LANES - 1);
+        assert!(zero.in_memory(&mut memory).len() >= 64 / S::LANES - 1);
     }
 
     #[test]
     fn vectors_do_what_they_say() {
-        holds::<[f32; 4]>();
-        holds::<[f64; 2]>();
+        holds([0.0_f32; 4]);
+        holds([0.0_f64; 2]);
         #[cfg(target_arch = "x86_64")]
         {
-            use std::arch::x86_64::*;
-            if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
-                holds::<__m256>();
-                holds::<__m256d>();
-            }
-            if std::arch::is_x86_feature_detected!("avx512f") {
-                holds::<__m512>();
-                holds::<__m512d>();
+            use std::arch::{is_x86_feature_detected, x86_64::*};
+            // SAFETY: each kind of vector is made after its instructions were detected.
+            #[allow(unsafe_code)]
+            unsafe {
+                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                    holds(__m256::zero());
+                    holds(__m256d::zero());
+                }
+                if is_x86_feature_detected!("avx512f") {
+                    holds(__m512::zero());
+                    holds(__m512d::zero());
+                }
             }
         }
     }
