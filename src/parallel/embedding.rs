@@ -8,7 +8,7 @@ use crate::{
     kernels::{Backend, NO_ROW},
     ops,
     shard::{Partial, Reduction, Sequences, Shape},
-    tensor::{Param, Region, Role, Tensor, Weights},
+    tensor::{Param, Region, Role, Weights},
 };
 use std::marker::PhantomData;
 
@@ -82,19 +82,14 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
             false => NO_ROW,
         };
         let mut rows: Vec<u32> = ids.iter().map(local).collect();
-        let mut part = ops::embedding(self.table.weight().value(), &rows)?;
-        if group.reduction() != Reduction::Fast {
-            // A weight of −0 has become +0 once another rank's zero was added: it does where there is no other rank, too.
-            let zeros = Tensor::<T, B>::zeros(group.device(), [part.shape().cols()])?;
-            group.device().add_bias::<T>(zeros.slice(), part.mat_mut()?)?;
-        }
+        let part = ops::embedding(self.table.weight().value(), &rows)?;
         // The rows are the backward's from here on.
         rows.iter_mut()
             .zip(ids)
             .filter(|(_, id)| self.padding == Some(**id))
             .for_each(|(row, _)| *row = NO_ROW);
         let part = DTensor::<Partial, T, B>::partial(group, part)?.with_sequences(sequences)?;
-        Ok((part.exact().leave()?, rows))
+        Ok((part.exact()?.leave()?, rows))
     }
 
     /// Adds to the table's gradient.

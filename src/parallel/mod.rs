@@ -13,11 +13,12 @@
 //! | [`GatherSequence`] | Shard<0> → Copied | all-gather / reduce-scatter |
 //! | [`ReduceScatterSequence`] | Partial → Shard<0> | reduce-scatter / all-gather |
 //! | [`ScatterSequence`] | Replicated → Shard<0> | none / all-gather |
-//! | [`ColumnLinear`] | Copied → Shard<1> | none / none (with shared key/value heads: all-reduce of their gradients) |
+//! | [`ColumnLinear`] | Copied → Shard<1> | none / none (with key/value heads that several ranks hold: all-reduce of their dY) |
 //! | [`RowLinear`] | Shard<1> → Partial | none / none |
 //! | [`ColumnParallelLinear<S>`](ColumnParallelLinear) | S → Shard<1> | those of S entering |
 //! | [`ForkedColumnLinear<S>`](ForkedColumnLinear) | S → Shard<1> | those of S entering |
 //! | [`RowParallelLinear<S>`](RowParallelLinear) | Shard<1> → S | those of S leaving |
+//! | [`Enter<S, L>`](Enter), [`Leave<S, L>`](Leave) of a [`Linear`] layer | S → Shard<1>, Shard<1> → S | those of S entering, leaving |
 //! | [`Activate<P>`](Activate), [`Gate`] | P → P, Shard<1> → Shard<1> | none |
 //! | [`Attention`] | Shard<1> → Shard<1> | none / none (with normalized heads: all-reduce of their dγ) |
 //! | [`Normalize<S>`](Normalize) | S → S | none / none, or all-reduce of dγ and dβ with sequence parallelism |

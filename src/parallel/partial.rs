@@ -76,8 +76,13 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     }
 
     /// A sum of which every rank but one at most has +0 in each element.
-    pub(super) fn exact(self) -> Self {
-        self.with_addends(Addends::Exact)
+    pub(super) fn exact(mut self) -> Result<Self> {
+        if self.group.tree()?.is_some() {
+            // −0 becomes +0 where another rank's zero is added: so it does where there is no other rank, too.
+            let zeros = Tensor::<T, B>::zeros(self.group.device(), [self.local.shape().cols()])?;
+            self.group.device().add_bias::<T>(zeros.slice(), self.local.mat_mut()?)?;
+        }
+        Ok(self.with_addends(Addends::Exact))
     }
 
     /// The sum on every rank. Collective: all-reduce.

@@ -681,6 +681,32 @@ fn refused(world: usize, blocks: usize, what: impl Fn(&Group<Dev>) -> Result<()>
     }
 }
 
+/// A row linear layer of 6 inputs and 5 outputs.
+fn row_of_columns(group: &Group<Dev>) -> Result<RowLinear<f32, Dev>> {
+    let cut = group.cut("test", "features", 6, 1)?;
+    RowLinear::load(group, &Weights::new(&Random::normal(1, 1.0)), &cut, 5)
+}
+
+/// With a free order the sum of two sums is one sum: one collective for both.
+#[test]
+fn two_sums_are_reduced_as_one() {
+    let sums = ranks(3).run(|world| {
+        let (group, record) = world.recorded();
+        let layer = row_of_columns(&group)?;
+        let x = matrix(1, "x", 4, 6);
+        let x = Tensor::from_array(group.device(), &x.mapv(|value| value as f32))?;
+        let x = DTensor::replicated(&group, x)?.scatter::<1>(&group.cut("test", "features", 6, 1)?)?;
+        let one = layer.forward(&x)?.0.all_reduce()?.into_local().to_vec()?;
+        record.take();
+        let two = layer.forward(&x)?.0.add(&layer.forward(&x)?.0)?.all_reduce()?.into_local().to_vec()?;
+        assert_eq!(record.take().len(), 1);
+        Ok((one, two))
+    });
+    for (one, two) in sums.unwrap() {
+        assert_eq!(one.iter().map(|value| 2.0 * value).collect::<Vec<_>>(), two);
+    }
+}
+
 #[test]
 fn what_cannot_be_invariant_is_refused() {
     let x = |group: &Group<Dev>| DTensor::replicated(group, Tensor::<f32>::zeros(group.device(), [4, 6])?);
@@ -689,6 +715,24 @@ fn what_cannot_be_invariant_is_refused() {
             DTensor::partial(group, Tensor::<f32>::zeros(group.device(), [4, 6])?)?.all_reduce().map(drop)
         }),
         "partial sum: not supported: an invariant reduction of a sum whose terms are those of ranks, not of canonical blocks"
+    );
+    assert_eq!(
+        refused(2, 4, |group| {
+            let layer = row_of_columns(group)?;
+            let x = x(group)?.scatter::<1>(&group.cut("test", "features", 6, 1)?)?;
+            let (a, b) = (layer.forward(&x)?.0, layer.forward(&x)?.0);
+            a.add(&b).map(drop)
+        }),
+        "add: not supported: two sums that are not reduced yet, with an invariant reduction: reduce both first"
+    );
+    assert_eq!(
+        refused(2, 4, |group| {
+            // As many heads on each rank, but not cut by blocks.
+            let heads = Heads::new(8, 2, 2, 2)?;
+            Columns::qkv(group, &heads, &QkvLayout::separate("q", "k", "v")).map(drop)
+        }),
+        "qkv linear: not supported: an invariant reduction needs features that are cut by canonical blocks: take them \
+         from `Group::cut`"
     );
     let uneven = shardwise::shard::Partition::from_sizes([1, 3]);
     assert_eq!(
