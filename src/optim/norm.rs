@@ -32,7 +32,8 @@ const OP: &str = "gradient norm";
 #[track_caller]
 pub fn grad_norm<T: Element, B: Backend>(mut visit: impl Visit<T, B>, groups: &[&Group<B>]) -> Result<f64> {
     let unsupported = |reason: String| Error::Unsupported { op: OP, reason };
-    let ordered = groups.iter().copied().find(|group| group.reduction() != Reduction::Fast);
+    let fixed = groups.iter().copied().filter(|group| group.reduction() != Reduction::Fast);
+    let ordered = fixed.clone().find(|group| group.size() > 1).or(fixed.clone().next());
     let others = groups.iter().copied().filter(|other| !ordered.is_some_and(|group| other.is_same(group)));
     let depends = |other: &&Group<B>| other.size() > 1 && other.reduction() != Reduction::Fast;
     if let Some(other) = others.clone().find(depends) {
@@ -61,6 +62,10 @@ pub fn grad_norm<T: Element, B: Backend>(mut visit: impl Visit<T, B>, groups: &[
         let (rows, width) = (grad.shape().dims()[0], grad.shape().split_at(0).1);
         match param.blocks().filter(|_| tree.is_some()) {
             None => terms.push(param, grad, 0..rows, 0..width, own),
+            Some(blocks) if blocks.len() != own => {
+                let (name, count) = (param.name(), blocks.len());
+                Err(unsupported(format!("{name} has {count} canonical blocks on this rank, its group {own}")))
+            }
             Some(blocks) => blocks.iter().enumerate().try_for_each(|(block, patches)| {
                 patches.iter().try_for_each(|patch| {
                     terms.push(param, grad, patch.rows.clone(), patch.cols.clone(), block)

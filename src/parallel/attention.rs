@@ -79,7 +79,7 @@ impl<T: Element, B: Backend> Attention<T, B> {
     /// normalizations, if there are any.
     ///
     /// # Errors
-    /// When the rotary embedding does not fit the heads, or a tensor is missing or has another shape.
+    /// When the heads were cut for another group, the rotary embedding does not fit them, or a tensor is missing or has another shape.
     pub fn load(
         group: &Group<B>,
         weights: &Weights<'_>,
@@ -87,6 +87,14 @@ impl<T: Element, B: Backend> Attention<T, B> {
         config: &AttentionConfig,
     ) -> Result<Self> {
         let (rank, sums) = (group.rank(), Sums::of(group)?);
+        same_size(
+            "attention",
+            "the ranks of the heads",
+            heads.ranks(),
+            "the ranks of the group",
+            group.size(),
+        )?;
+        sums.check_heads("attention", heads)?;
         let own = QkvHeads {
             kv_of_query: heads.kv_of_query(rank),
             kv_heads: heads.kv_held(rank).len(),

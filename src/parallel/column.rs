@@ -22,8 +22,8 @@ const OP_BACKWARD: &str = "column linear backward";
 ///
 /// * X: `[tokens, inputs]`; W: `[outputs, inputs]`, of which rank r holds the rows Wᵣ; Y: `[tokens, outputs]`.
 /// * Backward: dX is the [`Partial`] sum of dYᵣ Wᵣ; dWᵣ = dYᵣᵀ X; dbᵣ = Σ over tokens of dYᵣ.
-/// * Collectives: none. With key/value heads that several ranks hold, the backward begins with an all-reduce of their columns
-///   of dY: the sum over the holders is the gradient of a head. With
+/// * Collectives: none, but with key/value heads that several ranks hold. The backward then begins with an all-reduce of their
+///   columns of dY: the sum over the holders is the gradient of a head. With
 ///   [`Reduction::Invariant`](crate::shard::Reduction::Invariant) it is canonical blocks that hold such heads. W and b have a
 ///   head once, Y once for each of the rank's blocks that holds it.
 ///
@@ -31,21 +31,21 @@ const OP_BACKWARD: &str = "column linear backward";
 #[derive(Debug)]
 pub struct ColumnLinear<T: Element, B: Device> {
     sums: Sums<B>,
-    parts: Vec<Part<T, B>>,
+    branches: Vec<Branch<T, B>>,
     /// How the output features are cut over the ranks.
     cut: Partition,
 }
 
 /// A weight and a bias: all of a layer, or one of those of a [`ForkedColumnLinear`].
 #[derive(Debug)]
-struct Part<T: Element, B: Device> {
+struct Branch<T: Element, B: Device> {
     columns: Columns,
     weight: Param<T, B>,
     bias: Option<Param<T, B>>,
     bias_mode: Bias,
 }
 
-impl<T: Element, B: Backend> Part<T, B> {
+impl<T: Element, B: Backend> Branch<T, B> {
     /// The weight and the bias to be added, and where their leaves are.
     fn params(&self) -> (Affine<'_, T, B>, &Leaves) {
         let bias = self.bias.as_ref().filter(|_| self.bias_mode == Bias::Add);
@@ -80,8 +80,8 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
     /// Reads this rank's rows of `weight`, and of `bias` if there is one.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, or the bias is to be skipped where it has fewer elements than the output
-    /// has columns.
+    /// When a tensor is missing or has another shape, or `columns` were made for another group. When an invariant reduction shares
+    /// key/value heads whose bias is to be skipped.
     pub fn load(
         group: &Group<B>,
         weights: &Weights<'_>,
@@ -90,7 +90,7 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         bias_mode: Bias,
     ) -> Result<Self> {
         let (device, sums, rows) = (group.device(), Sums::of(group)?, columns.rows());
-        columns.allow(OP, bias_mode, &sums)?;
+        columns.check(OP, bias_mode, group)?;
         let load = |name: &str, role, shape: &[usize], width| {
             let pieces = columns.pieces(weights, name, width);
             let param = Param::load(device, weights, name, role, Shape::new(shape), pieces)?;
@@ -101,19 +101,19 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
             Bias::None => None,
             Bias::Add | Bias::Skip => Some(load("bias", Role::Bias, &[rows], None)?),
         };
-        let part = Part { columns: columns.clone(), weight, bias, bias_mode };
-        Ok(Self { sums, parts: vec![part], cut: columns.partition().clone() })
+        let branch = Branch { columns: columns.clone(), weight, bias, bias_mode };
+        Ok(Self { sums, branches: vec![branch], cut: columns.partition().clone() })
     }
 
     /// The bias of this rank's rows, if there is one. With [`Bias::Skip`] adding it is up to the caller, and so is
     /// adding to its gradient.
     pub fn bias_mut(&mut self) -> Option<&mut Param<T, B>> {
-        self.parts[0].bias.as_mut()
+        self.branches[0].bias.as_mut()
     }
 
-    /// The rank's columns of each part, which has so many.
+    /// The rank's columns of each branch, which has so many.
     fn runs(&self, size: impl Fn(&Columns) -> usize) -> Vec<Range<usize>> {
-        let cut = Partition::from_sizes(self.parts.iter().map(|part| size(&part.columns)));
+        let cut = Partition::from_sizes(self.branches.iter().map(|part| size(&part.columns)));
         (0..cut.parts()).map(|part| cut.range(part)).collect()
     }
 
@@ -124,14 +124,14 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         f: Option<Activation>,
     ) -> Result<(DTensor<Shard<1>, T, B>, Tensor<T, B>)> {
         let local = x.local();
-        let (y, pre) = match &self.parts[..] {
+        let (y, pre) = match &self.branches[..] {
             [part] => {
                 let (params, leaves) = part.params();
                 let (y, pre) = self.sums.outputs(local, params, f, leaves)?;
                 (part.columns.spread(y)?, pre)
             }
             parts => {
-                let all = self.sums.all_outputs(local, parts.iter().map(Part::params).collect())?;
+                let all = self.sums.all_outputs(local, parts.iter().map(Branch::params).collect())?;
                 let rank = self.sums.group().rank();
                 let mut y = Tensor::empty(local.device(), [local.shape().rows(), self.cut.size(rank)])?;
                 let runs = self.runs(|columns| columns.partition().size(rank));
@@ -160,30 +160,38 @@ impl<T: Element, B: Backend> Linear<T, B> for ColumnLinear<T, B> {
     }
 
     fn site(&self) -> Site {
-        self.parts[0].weight.site()
+        self.branches[0].weight.site()
     }
 
     fn features(&self) -> [usize; 2] {
-        [self.parts[0].weight.value().shape().cols(), self.cut.total()]
+        [self.branches[0].weight.value().shape().cols(), self.cut.total()]
     }
 
     fn splits(&self) -> [bool; 2] {
         let device = self.sums.group().device();
-        let depths = self.parts.iter().flat_map(|part| part.columns.leaves().depths());
+        let depths = self.branches.iter().flat_map(|part| part.columns.leaves().depths());
         [overlap::splits(device, [self.features()[0]]), overlap::splits(device, depths)]
     }
 
     fn merged(&self, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
-        if !self.parts.iter().any(|part| part.columns.are_shared()) {
+        // On every rank alike: the collective below is not for some of them.
+        if !dy.cut().is_some_and(|cut| cut.sizes().eq(self.cut.sizes())) {
+            let sizes = |cut: Option<&Partition>| cut.map(|cut| cut.sizes().collect::<Vec<_>>());
+            let reason = format!(
+                "the gradient's features are cut into {:?}, but the output's into {:?}",
+                sizes(dy.cut()).unwrap_or_default(),
+                sizes(Some(&self.cut)).unwrap_or_default()
+            );
+            return Err(Error::invalid(OP_BACKWARD, reason));
+        }
+        if !self.branches.iter().any(|part| part.columns.are_shared()) {
             return Ok(dy.clone());
         }
         let (grad, rank) = (dy.local(), self.sums.group().rank());
-        let (columns, width) = (grad.shape().cols(), self.cut.size(rank));
-        same_size(OP_BACKWARD, "columns of dy", columns, "features of this rank", width)?;
-        let cut = beside(self.parts.iter().map(|part| part.columns.row_cut()));
+        let cut = beside(self.branches.iter().map(|part| part.columns.row_cut()));
         let mut merged = Tensor::empty(grad.device(), [grad.shape().rows(), cut.size(rank)])?;
         let from = self.runs(|columns| columns.partition().size(rank));
-        for ((part, from), to) in self.parts.iter().zip(from).zip(self.runs(Columns::rows)) {
+        for ((part, from), to) in self.branches.iter().zip(from).zip(self.runs(Columns::rows)) {
             let (from, to) = (grad.mat().columns(from), merged.mat_mut()?.columns(to));
             part.columns.merge(&self.sums, from, to)?;
         }
@@ -194,7 +202,7 @@ impl<T: Element, B: Backend> Linear<T, B> for ColumnLinear<T, B> {
         let (columns, runs) = (dy.local().shape().cols(), self.runs(Columns::rows));
         let rows = runs.last().map_or(0, |run| run.end);
         same_size("linear backward", "columns of dy", columns, "rows of w", rows)?;
-        let factors = self.parts.iter().zip(runs).map(|(part, run)| Factors {
+        let factors = self.branches.iter().zip(runs).map(|(part, run)| Factors {
             a: dy.local().mat().columns(run),
             b: part.weight.value().mat(),
             leaves: part.columns.leaves(),
@@ -205,7 +213,7 @@ impl<T: Element, B: Backend> Linear<T, B> for ColumnLinear<T, B> {
     fn param_grads(&mut self, x: &Tensor<T, B>, dy: &DTensor<Shard<1>, T, B>) -> Result<()> {
         let (dy, runs) = (dy.local(), self.runs(Columns::rows));
         same_size(OP_BACKWARD, "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
-        let parts = self.parts.iter_mut().zip(runs);
+        let parts = self.branches.iter_mut().zip(runs);
         self.sums.row_grads(parts.map(|(part, run)| (part.trained(), dy.mat().columns(run))).collect(), x)
     }
 }
@@ -232,14 +240,15 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
     }
 
     fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        self.parts.iter_mut().try_for_each(|part| {
+        self.branches.iter_mut().try_for_each(|part| {
             f(&mut part.weight)?;
             part.bias.as_mut().map_or(Ok(()), &mut *f)
         })
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let merges = self.parts.iter().flat_map(|part| part.columns.merge_traffic::<T, B>(group, x.rows()));
+        let merges =
+            self.branches.iter().flat_map(|part| part.columns.merge_traffic::<T, B>(group, x.rows()));
         let traffic = Traffic { forward: Vec::new(), backward: merges.collect() };
         (traffic, x.with(x.rank() - 1, self.cut.total()))
     }
@@ -257,7 +266,7 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
         columns: &Columns,
         bias: Bias,
     ) -> Result<Self> {
-        Ok(Self::to(ColumnLinear::load(group, weights, inputs, columns, bias)?))
+        Ok(Self::new(ColumnLinear::load(group, weights, inputs, columns, bias)?))
     }
 
     /// These layers, of as many inputs each, side by side.
@@ -266,21 +275,24 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
     /// When there is none, their inputs differ in number, or they belong to different groups.
     pub fn forked(layers: Vec<ColumnLinear<T, B>>) -> Result<Self> {
         const OP: &str = "forked linear";
-        let cut = beside(layers.iter().map(|layer| &layer.cut));
         let join = |mut all: ColumnLinear<T, B>, layer: ColumnLinear<T, B>| {
             let [[inputs, _], [of, _]] = [layer.features(), all.features()];
             same_size(OP, "the inputs of a layer", inputs, "those of the first", of)?;
-            if !layer.group().is_same(all.group()) {
-                let (this, first) = (layer.group(), all.group());
-                let reason = format!("a layer is spread over {this:?}, the first over {first:?}");
+            let (this, first) = (layer.group(), all.group());
+            if !this.is_same(first) || this.reduction() != first.reduction() {
+                let reduction = (this.reduction(), first.reduction());
+                let reason =
+                    format!("a layer is spread over {this:?}, the first over {first:?}, with {reduction:?}");
                 return Err(Error::invalid(OP, reason));
             }
-            all.parts.extend(layer.parts);
+            all.branches.extend(layer.branches);
             Ok(all)
         };
         let mut layers = layers.into_iter();
         let first = layers.next().ok_or_else(|| Error::invalid(OP, "there is no layer"))?;
-        Ok(Self::to(ColumnLinear { cut, ..layers.try_fold(first, join)? }))
+        let all = layers.try_fold(first, join)?;
+        let cut = beside(all.branches.iter().map(|branch| branch.columns.partition()));
+        Ok(Self::new(ColumnLinear { cut, ..all }))
     }
 
     /// See [`ColumnLinear::bias_mut`].
@@ -300,12 +312,12 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
 
     /// This rank's rows of the weight.
     pub fn weight(&self) -> &Param<T, B> {
-        &self.layer.parts[0].weight
+        &self.layer.branches[0].weight
     }
 
     /// This rank's rows of the weight, to be trained.
     pub fn weight_mut(&mut self) -> &mut Param<T, B> {
-        &mut self.layer.parts[0].weight
+        &mut self.layer.branches[0].weight
     }
 
     /// f(Yᵣ), Yᵣ, and what the backward needs.
@@ -317,12 +329,17 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
     ) -> Result<(DTensor<Shard<1>, T, B>, Tensor<T, B>, Tensor<T, B>)> {
         let _site = self.layer.site().enter();
         x.check(OP, self.group())?;
-        if overlap::entering(x).is_some() {
-            let (pre, x) = self.forward(x)?;
-            return Ok((pre.with_local(ops::activate(f, pre.local())?), pre.into_local(), x));
+        let (layer, chunks) = (&self.layer, overlap::entering(x));
+        let (x, chunked) = match &chunks {
+            Some(chunks) => overlap::gather(x, chunks, layer.splits()[0], &|x| Ok(layer.output(x, None)?.0))?,
+            None => (x.enter()?, None),
+        };
+        match chunked {
+            Some(y) => Ok((y.with_local(ops::activate(f, y.local())?), y.into_local(), x.into_local())),
+            None => {
+                let (y, pre) = layer.output(&x, Some(f))?;
+                Ok((y, pre, x.into_local()))
+            }
         }
-        let x = x.enter()?;
-        let (y, pre) = self.layer.output(&x, Some(f))?;
-        Ok((y, pre, x.into_local()))
     }
 }

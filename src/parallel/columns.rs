@@ -6,7 +6,7 @@ use crate::{
     device::{Device, Element},
     error::{Error, Result, same_size},
     kernels::{Backend, MatMut, MatRef},
-    shard::{Heads, Partition},
+    shard::{Heads, Partition, Reduction},
     tensor::{Piece, Region, Tensor, Weights},
 };
 use std::ops::Range;
@@ -85,6 +85,7 @@ enum Part {
 pub struct Columns {
     cut: Partition,
     rows: Vec<Rows>,
+    reduction: Reduction,
     /// Where the leaves of the group's sums are among the rows of the weight.
     leaves: Leaves,
     /// Key/value heads that several leaves hold, if there are any.
@@ -128,7 +129,7 @@ impl Columns {
         let range = cut.range(group.rank());
         let rows = Rows { tensor: String::new(), of: cut.total(), range, owned: true };
         let leaves = Sums::of(group)?.leaves("column linear", &cut)?;
-        Ok(Self { cut, rows: vec![rows], leaves, holders: None })
+        Ok(Self { cut, rows: vec![rows], reduction: group.reduction(), leaves, holders: None })
     }
 
     /// Several layers of the same input and `outputs` features each, computed as one: rank r holds `[part r of the first |
@@ -149,8 +150,8 @@ impl Columns {
             owned: true,
         };
         let rows = tensors.iter().map(rows).collect();
-        let leaves = sums.checked("merged linear", leaves)?;
-        Ok(Self { rows, cut: cut.scaled(tensors.len()), leaves, holders: None })
+        let leaves = sums.joined(leaves);
+        Ok(Self { rows, cut: cut.scaled(tensors.len()), reduction: group.reduction(), leaves, holders: None })
     }
 
     /// The projection to q, k and v: rank r holds `[q of its query heads | k | v of the key/value heads they use]`.
@@ -158,6 +159,52 @@ impl Columns {
     /// # Errors
     /// When the heads were assigned to another number of ranks, or the layout cannot hold shared key/value heads.
     pub fn qkv<B: Device>(group: &Group<B>, heads: &Heads, layout: &QkvLayout) -> Result<Self> {
+        let sums = Self::check_heads(group, heads, layout)?;
+        let rank = group.rank();
+        let (query, held) = (heads.query_range(rank).len(), heads.kv_range(rank).len());
+        let parts = [(Part::Q, 0), (Part::K, query), (Part::V, query + held)];
+        let rows = parts.iter().flat_map(|(part, _)| Self::heads_of(heads, layout, *part, rank)).collect();
+        let leaves =
+            parts.map(|(part, base)| Self::leaves_of(heads, part, rank).shifted(base * heads.head_dim()));
+        let leaves = sums.joined(Leaves::beside(leaves));
+        let holders = Holders::of(heads, rank, true, 2);
+        Ok(Self {
+            cut: heads.qkv_features(),
+            rows: join(rows),
+            reduction: group.reduction(),
+            leaves,
+            holders,
+        })
+    }
+
+    /// The projection to q, k and v as three layers: for [`crate::parallel::ForkedColumnLinear`].
+    ///
+    /// # Errors
+    /// As [`Columns::qkv`].
+    pub fn separate_qkv<B: Device>(group: &Group<B>, heads: &Heads, layout: &QkvLayout) -> Result<[Self; 3]> {
+        let (rank, sums) = (group.rank(), Self::check_heads(group, heads, layout)?);
+        let kv = Partition::from_sizes((0..heads.ranks()).map(|rank| heads.kv_held(rank).len()));
+        let kv = kv.scaled(heads.head_dim());
+        let of = |part, cut, holders| {
+            let leaves = sums.joined(Self::leaves_of(heads, part, rank));
+            Self {
+                cut,
+                rows: join(Self::heads_of(heads, layout, part, rank)),
+                reduction: group.reduction(),
+                leaves,
+                holders,
+            }
+        };
+        let shared = Holders::of(heads, rank, false, 1);
+        Ok([
+            of(Part::Q, heads.query_features(), None),
+            of(Part::K, kv.clone(), shared.clone()),
+            of(Part::V, kv, shared),
+        ])
+    }
+
+    /// How the group adds, if it can have these heads in this layout.
+    fn check_heads<B: Device>(group: &Group<B>, heads: &Heads, layout: &QkvLayout) -> Result<Sums<B>> {
         const OP: &str = "qkv linear";
         same_size(OP, "the ranks of the heads", heads.ranks(), "the ranks of the group", group.size())?;
         if matches!(layout, QkvLayout::PerHead(_)) && heads.group() != 1 {
@@ -168,36 +215,9 @@ impl Columns {
             );
             return Err(Error::invalid(OP, reason));
         }
-        let rank = group.rank();
-        let (query, held) = (heads.query_range(rank).len(), heads.kv_range(rank).len());
-        let parts = [(Part::Q, 0), (Part::K, query), (Part::V, query + held)];
-        let rows = parts.iter().flat_map(|(part, _)| Self::heads_of(heads, layout, *part, rank)).collect();
-        let leaves =
-            parts.map(|(part, base)| Self::leaves_of(heads, part, rank).shifted(base * heads.head_dim()));
-        let leaves = Sums::of(group)?.checked(OP, Leaves::beside(leaves))?;
-        let holders = Holders::of(heads, rank, true, 2);
-        Ok(Self { cut: heads.qkv_features(), rows: join(rows), leaves, holders })
-    }
-
-    /// The projection to q, k and v as three layers: for [`crate::parallel::ForkedColumnLinear`].
-    ///
-    /// # Errors
-    /// As [`Columns::qkv`].
-    pub fn separate_qkv<B: Device>(group: &Group<B>, heads: &Heads, layout: &QkvLayout) -> Result<[Self; 3]> {
-        Self::qkv(group, heads, layout)?;
-        let (rank, sums) = (group.rank(), Sums::of(group)?);
-        let kv = Partition::from_sizes((0..heads.ranks()).map(|rank| heads.kv_held(rank).len()));
-        let kv = kv.scaled(heads.head_dim());
-        let of = |part, cut, holders| {
-            let leaves = sums.checked("qkv linear", Self::leaves_of(heads, part, rank))?;
-            Ok(Self { cut, rows: join(Self::heads_of(heads, layout, part, rank)), leaves, holders })
-        };
-        let shared = Holders::of(heads, rank, false, 1);
-        Ok([
-            of(Part::Q, heads.query_features(), None)?,
-            of(Part::K, kv.clone(), shared.clone())?,
-            of(Part::V, kv, shared)?,
-        ])
+        let sums = Sums::of(group)?;
+        sums.check_heads(OP, heads)?;
+        Ok(sums)
     }
 
     /// The rows of one part of a rank's heads.
@@ -263,12 +283,20 @@ impl Columns {
         self.holders.as_ref().map_or(&self.cut, Holders::rows)
     }
 
-    /// That a bias can be used so.
+    /// That a layer of this group can have these columns, and use a bias so.
     ///
     /// # Errors
-    /// When it is to be skipped, and has fewer elements than the output has columns.
-    pub(super) fn allow<B: Device>(&self, op: &'static str, bias: Bias, sums: &Sums<B>) -> Result<()> {
-        if bias == Bias::Skip && self.holders.is_some() && sums.are_ordered() {
+    /// When they were made for another group, or the bias is to be skipped and has fewer elements than the output has columns.
+    pub(super) fn check<B: Device>(&self, op: &'static str, bias: Bias, group: &Group<B>) -> Result<()> {
+        same_size(op, "the ranks of the columns", self.cut.parts(), "the ranks of the group", group.size())?;
+        if self.reduction != group.reduction() {
+            let (columns, group) = (self.reduction, group.reduction());
+            let reason = format!(
+                "the columns were made for reduction {columns:?}, but the layer's group has {group:?}"
+            );
+            return Err(Error::invalid(op, reason));
+        }
+        if bias == Bias::Skip && self.holders.is_some() && self.reduction != Reduction::Fast {
             let reason = "a bias that is skipped, of key/value heads that several canonical blocks hold: it has fewer \
                           elements than the output has columns";
             return Err(Error::Unsupported { op, reason: reason.into() });
@@ -278,7 +306,10 @@ impl Columns {
 
     /// The output, given the product with the weight's rows.
     pub(super) fn spread<T: Element, B: Backend>(&self, y: Tensor<T, B>) -> Result<Tensor<T, B>> {
-        self.holders.as_ref().map_or_else(|| Ok(y.clone()), |holders| holders.spread(&y))
+        match &self.holders {
+            Some(holders) => holders.spread(y),
+            None => Ok(y),
+        }
     }
 
     /// The gradient of the product, given that of the output. Collective: an all-reduce, if several ranks hold a head.

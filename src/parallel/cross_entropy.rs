@@ -5,7 +5,7 @@ use crate::{
     comm::{Group, Op, ReduceOp},
     device::{Device, Element},
     error::{Error, Result},
-    kernels::{Backend, Targets},
+    kernels::{Backend, Targets, check_targets},
     shard::{Shape, Shard},
     tensor::Tensor,
 };
@@ -123,6 +123,9 @@ impl VocabParallelCrossEntropy {
         let (group, device, x) = (logits.group(), logits.group().device(), logits.local().mat());
         let tokens = logits.shape().rows();
         let spec = self.targets(targets, logits.shape().cols(), logits.local_range(1).start)?;
+        // Before the first collective: a rank without classes does not look at targets.
+        let all = self.targets(targets, logits.shape().cols(), 0)?;
+        check_targets("cross entropy", &all, tokens, logits.shape().cols())?;
         let mut max = Tensor::<T::Acc, B>::empty(device, [tokens])?;
         device.row_max(x, max.slice_mut()?)?;
         group.all_reduce(ReduceOp::Max, &mut max)?;

@@ -195,6 +195,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
             "rows of dy",
             dy.local().shape().rows(),
         )?;
+        same_size("position embedding backward", "features of dy", cols, "those of the table", table.cols())?;
         let grad = self.sums.over_tokens(dy, table, |rows, grad| {
             device.fill(0.0, grad.mat_mut()?)?;
             device.scatter_add(

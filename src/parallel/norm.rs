@@ -4,7 +4,7 @@ use super::{DTensor, Layer, Stream, Traffic, sums::Sums};
 use crate::{
     comm::Group,
     device::{Device, Element},
-    error::Result,
+    error::{Result, same_size},
     kernels::{Backend, NormKind},
     ops::{self, NormContext},
     shard::Shape,
@@ -64,6 +64,8 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
         let _site = self.gamma.site().enter();
         dy.check("normalize backward", self.sums.group())?;
         let (device, cols) = (dy.local().device(), dy.shape().cols());
+        let features = self.gamma.value().len();
+        same_size("normalize backward", "features of dy", cols, "those of the layer", features)?;
         let vectors = if self.beta.is_some() { 2 } else { 1 };
         let mut dx = Tensor::empty(device, dy.local().shape())?;
         // dγ and dβ of all tokens, in one collective.

@@ -67,14 +67,14 @@ pub(super) fn splits<B: Backend>(device: &B, depths: impl IntoIterator<Item = us
     device.splits_exactly() && depths.into_iter().all(|depth| depth != 1)
 }
 
-/// x on every rank, and a map of it.
+/// x on every rank, and a map of it if that could be made in chunks.
 #[track_caller]
 pub(super) fn gather<S: Stream, T: Element, B: Backend>(
     x: &DTensor<S, T, B>,
     chunks: &Partition,
     splits: bool,
     map: RowMap<'_, Copied, Shard<1>, T, B>,
-) -> Result<(DTensor<Copied, T, B>, DTensor<Shard<1>, T, B>)> {
+) -> Result<(DTensor<Copied, T, B>, Option<DTensor<Shard<1>, T, B>>)> {
     let (group, local, own) = (x.group(), x.local(), x.local_range(0));
     let dealt = deal(x.shard_cut()?, chunks);
     let start = |runs: &Vec<Range<usize>>| {
@@ -112,9 +112,7 @@ pub(super) fn gather<S: Stream, T: Element, B: Backend>(
         let runs = others(runs);
         compute(take_rows(&whole, &runs)?, &runs)?;
     }
-    let whole = x.derive(whole, x.shape().cols(), None);
-    let y = y.map_or_else(|| map(&whole), Ok)?;
-    Ok((whole, y))
+    Ok((x.derive(whole, x.shape().cols(), None), y))
 }
 
 /// Starts the reduction of a map of x, chunk by chunk.

@@ -18,7 +18,7 @@ use crate::{
 pub(super) enum Addends<A: Element, B: Device> {
     /// Every rank's local tensor, in any order.
     Ranks,
-    /// The same. At most one rank's element is not +0, so that every order gives the same bits.
+    /// As `Ranks`. In each element all ranks but one have +0, so that every order gives the same bits.
     Exact,
     /// Every rank's sums of its sub-trees of the group's tree. The local tensor is the only one, in the accumulator.
     Node,

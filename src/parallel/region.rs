@@ -69,7 +69,7 @@ pub struct Enter<S, L> {
 
 impl<S, L> Enter<S, L> {
     /// This layer behind the entrance.
-    pub(super) fn to(layer: L) -> Self {
+    pub fn new(layer: L) -> Self {
         Self { layer, stream: PhantomData }
     }
 }
@@ -92,7 +92,7 @@ where
         if let Some(chunks) = overlap::entering(x) {
             let map = |x: &_| Ok(self.layer.forward(x)?.0);
             let (x, y) = overlap::gather(x, &chunks, self.layer.splits()[0], &map)?;
-            return Ok((y, x.into_local()));
+            return y.map_or_else(|| self.layer.forward(&x), |y| Ok((y, x.local().clone())));
         }
         self.layer.forward(&x.enter()?)
     }
@@ -137,7 +137,7 @@ pub struct Leave<S, L> {
 
 impl<S, L> Leave<S, L> {
     /// This layer before the exit.
-    pub(super) fn from(layer: L) -> Self {
+    pub fn new(layer: L) -> Self {
         Self { layer, stream: PhantomData }
     }
 }
@@ -173,6 +173,7 @@ where
         if let Some(chunks) = overlap::entering(dy) {
             let map = |dy: &_| self.layer.input_grad(dy);
             let (dy, dx) = overlap::gather(dy, &chunks, self.layer.splits()[1], &map)?;
+            let dx = dx.map_or_else(|| map(&dy), Ok)?;
             self.layer.param_grads(&x, &dy)?;
             return Ok(dx);
         }

@@ -163,7 +163,7 @@ impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
         outputs: usize,
         bias: bool,
     ) -> Result<Self> {
-        let linear = Leave::from(RowLinear::load(group, weights, input_cut, outputs)?);
+        let linear = Leave::new(RowLinear::load(group, weights, input_cut, outputs)?);
         let bias = if bias { Some(AddBias::load(group, weights, outputs)?) } else { None };
         Ok(Self { linear, bias })
     }
@@ -181,13 +181,18 @@ impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
         if let Some(bias) = &mut self.bias {
             bias.backward((), dy)?;
         }
-        if through.is_none() || overlap::entering(dy).is_some() {
-            let dx = self.linear.backward(x, dy)?;
-            let Some((f, pre)) = through else { return Ok(dx) };
-            return dx.map_local(|dx| ops::activate_backward(f, pre, &dx));
+        if through.is_none() {
+            return self.linear.backward(x, dy);
         }
-        let (layer, dy) = (&mut self.linear.layer, dy.enter()?);
-        let dx = layer.input_grad_through(&dy, through)?;
+        let layer = &mut self.linear.layer;
+        let (dy, chunked) = match overlap::entering(dy) {
+            Some(chunks) => overlap::gather(dy, &chunks, layer.splits()[1], &|dy| layer.input_grad(dy))?,
+            None => (dy.enter()?, None),
+        };
+        let dx = match (chunked, through) {
+            (Some(dx), Some((f, pre))) => dx.map_local(|dx| ops::activate_backward(f, pre, &dx))?,
+            _ => layer.input_grad_through(&dy, through)?,
+        };
         layer.param_grads(&x, &dy)?;
         Ok(dx)
     }

@@ -113,7 +113,7 @@ fn a_layer_refuses_inputs_and_gradients_of_another_group() {
                 sharded(2),
             )?;
             mixed.layer(
-                "forked linear",
+                "column linear",
                 |group| {
                     let layer = |name: &str| {
                         ColumnLinear::load(group, &weights.at(name), 4, &columns(group)?, Bias::Add)

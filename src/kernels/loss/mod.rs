@@ -134,7 +134,7 @@ pub trait Loss: Device {
 }
 
 /// The rows have one target each, and it is a class; the columns are classes.
-fn check_targets(op: &'static str, targets: &Targets<'_>, rows: usize, cols: usize) -> Result<()> {
+pub(crate) fn check_targets(op: &'static str, targets: &Targets<'_>, rows: usize, cols: usize) -> Result<()> {
     same_size(op, "the number of targets", targets.classes.len(), "the number of rows", rows)?;
     if targets.first.saturating_add(cols) > targets.count {
         return Err(Error::sizes(

@@ -16,9 +16,8 @@ use std::ops::Range;
 /// leaves that touches it, the weight once.
 ///
 /// * Forward: a head is multiplied once, and copied ([`Holders::spread`]).
-/// * Backward: the gradients of all copies are summed before anything else ([`Holders::merge`]). With that sum everything is
-///   as if a head had one holder: the leaf that owns it multiplies it for dX, and every rank that holds it computes the same
-///   gradient of its rows.
+/// * Backward: the gradients of all copies are summed before anything else ([`Holders::merge`]). The leaf that owns a head
+///   multiplies the sum for dX; every rank that holds the head computes the same gradient of its rows from it.
 ///
 /// Only heads that several ranks hold are moved.
 #[derive(Clone, Debug)]
@@ -82,9 +81,9 @@ impl Holders {
     }
 
     /// The output, given the product with the weight's rows: each column is copied to all its holders.
-    pub(in super::super) fn spread<T: Element, B: Backend>(&self, y: &Tensor<T, B>) -> Result<Tensor<T, B>> {
+    pub(in super::super) fn spread<T: Element, B: Backend>(&self, y: Tensor<T, B>) -> Result<Tensor<T, B>> {
         if y.shape().cols() == self.columns {
-            return Ok(y.clone());
+            return Ok(y);
         }
         let device = y.device();
         let mut spread = Tensor::empty(device, y.shape().with(y.shape().rank() - 1, self.columns))?;

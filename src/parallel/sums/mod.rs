@@ -15,7 +15,7 @@
 //! * the gradients of key/value heads that several leaves hold ([`Holders`]);
 //! * anything else, leaf by leaf ([`Sums::total`]).
 //!
-//! Products that are cut and not summed ([`Sums::outputs`], [`Sums::inputs`], [`Sums::weight_grad`]) are computed leaf by
+//! Products that are cut and not summed ([`Sums::outputs`], [`Sums::inputs`], [`Sums::row_grads`]) are computed leaf by
 //! leaf as well where the order is fixed, unless the device computes elements that do not depend on their neighbours
 //! ([`Gemm::splits_exactly`](crate::kernels::Gemm::splits_exactly)). A kernel then gets the same numbers, in the same
 //! shapes, whichever rank owns the leaf ([`Gemm::gemm_block`](crate::kernels::Gemm::gemm_block)).
@@ -34,7 +34,7 @@ use crate::{
     device::{Device, Element},
     error::{Error, Result},
     kernels::Backend,
-    shard::{Node, Partition, Shape, Tree, TreeSum, blocks},
+    shard::{Heads, Node, Partition, Shape, Tree, TreeSum, blocks},
     tensor::{Param, Patch, Tensor},
 };
 use std::ops::Range;
@@ -109,11 +109,6 @@ impl<B: Device> Sums<B> {
         &self.group
     }
 
-    /// Whether the order of the sum is fixed.
-    pub(super) fn are_ordered(&self) -> bool {
-        self.tree.is_some()
-    }
-
     /// The number of leaves of all ranks.
     fn count(&self) -> usize {
         self.tree.as_ref().map_or(self.group.size(), Tree::leaves)
@@ -128,31 +123,40 @@ impl<B: Device> Sums<B> {
     /// This rank's leaves of a dimension that is cut over the ranks.
     ///
     /// # Errors
-    /// When the order is fixed, and the cut is not one of canonical blocks.
+    /// When the order is fixed, and the cut is not one of canonical blocks: on every rank.
     pub(super) fn leaves(&self, op: &'static str, cut: &Partition) -> Result<Leaves> {
         let rank = self.group.rank();
-        let own = match &self.tree {
-            None => Some(vec![0..cut.size(rank)]),
-            Some(tree) => cut.blocks(rank).filter(|own| own.len() == tree.owned(rank).len()),
+        let Some(tree) = &self.tree else {
+            return Ok(Leaves::new(vec![vec![0..cut.size(rank)]], Vec::new()));
         };
-        let own = own.unwrap_or_default().into_iter().map(|leaf| vec![leaf]).collect();
-        self.checked(op, Leaves::new(own, Vec::new()))
+        let blocks = |rank: usize| cut.blocks(rank).filter(|own| own.len() == tree.owned(rank).len());
+        match blocks(rank).filter(|_| (0..tree.ranks()).all(|rank| blocks(rank).is_some())) {
+            Some(own) => Ok(Leaves::new(own.into_iter().map(|leaf| vec![leaf]).collect(), Vec::new())),
+            None => {
+                let reason = "an invariant reduction needs features that are cut by canonical blocks: take them from \
+                              `Group::cut`";
+                Err(Error::Unsupported { op, reason: reason.into() })
+            }
+        }
     }
 
-    /// These leaves, if they are as many as this rank has.
+    /// That these heads belong to the leaves of this group.
     ///
     /// # Errors
-    /// When the order is fixed, and the cut that they come from is not one of canonical blocks.
-    pub(super) fn checked(&self, op: &'static str, leaves: Leaves) -> Result<Leaves> {
-        if leaves.own.len() == self.own().len() {
-            return Ok(self.joined(leaves));
+    /// When the query heads are cut into other blocks, or into blocks where the order is free: on every rank.
+    pub(super) fn check_heads(&self, op: &'static str, heads: &Heads) -> Result<()> {
+        let query = heads.query_features();
+        self.leaves(op, &query)?;
+        if self.tree.is_none() && query.blocks(0).is_some() {
+            let reason =
+                "heads that are cut by canonical blocks belong to a group with an invariant reduction";
+            return Err(Error::Unsupported { op, reason: reason.into() });
         }
-        let reason = "an invariant reduction needs features that are cut by canonical blocks: take them from `Group::cut`";
-        Err(Error::Unsupported { op, reason: reason.into() })
+        Ok(())
     }
 
     /// The same leaves, where the order is free with neighbouring runs as one.
-    fn joined(&self, mut leaves: Leaves) -> Leaves {
+    pub(super) fn joined(&self, mut leaves: Leaves) -> Leaves {
         if self.tree.is_none() {
             for leaf in &mut leaves.own {
                 let mut joined: Vec<Range<usize>> = Vec::new();

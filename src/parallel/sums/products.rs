@@ -46,31 +46,37 @@ impl<B: Backend> Sums<B> {
             }
             products
         };
-        trace::compute("gemm", T::DTYPE, &[rows, depth, features], || {
-            // One product in a free order needs no accumulator behind it.
-            if let (None, [(a, b)]) = (&self.tree, &products(0)[..]) {
-                let shape = x.local().shape().with(x.local().shape().rank() - 1, features);
-                let mut y = Tensor::empty(device, shape)?;
-                device.gemm(1.0, *a, *b, 0.0, y.mat_mut()?)?;
+        if self.tree.is_none() {
+            let terms = products(0);
+            if let [(a, b)] = terms[..] {
+                let mut y = Tensor::empty(device, [rows, features])?;
+                trace::compute("gemm", T::DTYPE, &[rows, depth, features], || {
+                    device.gemm(1.0, a, b, 0.0, y.mat_mut()?)
+                })?;
                 return Ok(x.derive(y, features, None));
             }
-            let mut sums = TreeSum::new(self.count());
-            for leaf in own.clone() {
-                let term = Term { products: products(leaf - own.start), merges: 0 };
-                sums.push(Node::leaf(leaf), vec![term], |left, right| {
-                    left.extend(right);
-                    left.last_mut().expect("there are two").merges += 1;
-                    Ok(())
-                })?;
-            }
-            let sum = |terms: Vec<Term<'_, T, B>>| {
-                let mut sum = Tensor::empty(device, [rows, features])?;
-                device.gemm_tree(&terms, sum.mat_mut()?)?;
-                Ok(sum)
-            };
-            let nodes = sums.values().into_iter().map(sum).collect::<Result<_>>()?;
-            x.derive_sum(nodes, features, self.tree.is_some())
-        })
+            let mut terms = ops::products::<T, T::Acc, B>(device, terms)?.into_iter();
+            let mut sum = terms.next().map_or_else(|| Tensor::zeros(device, [rows, features]), Ok)?;
+            terms.try_for_each(|term| sum.accumulate(&term))?;
+            return x.derive_sum(vec![sum], features, false);
+        }
+        let mut sums = TreeSum::new(self.count());
+        for leaf in own.clone() {
+            let term = Term { products: products(leaf - own.start), merges: 0 };
+            sums.push(Node::leaf(leaf), vec![term], |left, right| {
+                left.extend(right);
+                left.last_mut().expect("there are two").merges += 1;
+                Ok(())
+            })?;
+        }
+        let sum = |terms: Vec<Term<'_, T, B>>| {
+            let mut sum = Tensor::empty(device, [rows, features])?;
+            device.gemm_tree(&terms, sum.mat_mut()?)?;
+            Ok(sum)
+        };
+        let nodes = || sums.values().into_iter().map(sum).collect::<Result<_>>();
+        let nodes = trace::compute("gemm", T::DTYPE, &[rows, depth, features], nodes)?;
+        x.derive_sum(nodes, features, true)
     }
 
     /// f(pre) and pre = x wᵀ + b, whose outputs are cut into leaves; without f, pre twice.
