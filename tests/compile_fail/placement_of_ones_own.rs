@@ -1,7 +1,12 @@
-//! What layers prove by placements rests on there being four of them.
+//! What layers prove by placements rests on there being four of them: nobody adds a fifth, which could then be passed
+//! to a layer as if it were one.
 
-use shardwise::shard::Placement;
+use shardwise::{
+    Result,
+    shard::Placement,
+};
 
+#[derive(Debug)]
 enum Half {}
 
 impl Placement for Half {
@@ -9,4 +14,6 @@ impl Placement for Half {
     const NAME: &'static str = "Half";
 }
 
-fn main() {}
+fn main() -> Result<()> {
+    Ok(())
+}
