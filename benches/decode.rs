@@ -20,6 +20,7 @@ use shardwise::{
         AttentionConfig, BlockConfig, BlockNames, DTensor, FeedForward, LayerCache, MlpNames, NormPlacement,
         TransformerBlock,
     },
+    reference::worst_relative,
     shard::{Replicated, Sequences},
     tensor::{Region, Role, WeightSource, Weights},
 };
@@ -56,13 +57,22 @@ fn main() -> Result<()> {
     let mut cases =
         [("f32", 1, Vec::new()), ("f32", 2, Vec::new()), ("bf16", 1, Vec::new()), ("bf16", 2, Vec::new())];
     for round in 0..=args.rounds {
+        let mut one = Vec::new();
         for (dtype, ranks, times) in &mut cases {
-            let time = match *dtype {
+            let (time, outputs, epsilon) = match *dtype {
                 "f32" => round_of::<f32>(*ranks, args.tokens)?,
                 _ => round_of::<bf16>(*ranks, args.tokens)?,
             };
             if round > 0 {
                 times.push(time);
+            }
+            if *ranks == 1 {
+                one = outputs.clone();
+            }
+            let apart = worst_relative(&outputs, &one.repeat(*ranks));
+            if apart > 16.0 * epsilon {
+                let reason = format!("{dtype} on {ranks} ranks: an output is {apart:.1e} from one rank's");
+                return Err(shardwise::Error::Invalid { op: "bench", reason });
             }
         }
     }
@@ -90,21 +100,23 @@ fn main() -> Result<()> {
 
 type Block<T> = TransformerBlock<Replicated, FeedForward<Replicated, T, Cpu>, T, Cpu>;
 
-/// The mean time of a token, in seconds, with weights that are new to the processor's cache.
-fn round_of<T: Element>(ranks: usize, tokens: usize) -> Result<f64> {
+/// The mean time of a token, in seconds, with weights that are new to the processor's cache. The
+/// ranks' outputs. The element's ε.
+fn round_of<T: Element>(ranks: usize, tokens: usize) -> Result<(f64, Vec<f64>, f64)> {
     let source = Ramp;
     let measured = Threads::new(ranks).run(|world| {
         let (blocks, mut caches) = load::<T>(&world, &Weights::new(&source))?;
-        let x = DTensor::replicated(&world, Tensor::full(world.device(), [1, HIDDEN], 0.5)?)?;
+        let values: Vec<T> = (0..HIDDEN).map(|at| T::from_f64((at % 7) as f64 / 4.0 - 0.5)).collect();
+        let x = DTensor::replicated(&world, Tensor::from_slice(world.device(), [1, HIDDEN], &values)?)?;
         let x = x.with_sequences(Sequences::one(1).starting_at(&[CACHED])?)?;
-        let mut token = || -> Result<()> {
+        let mut token = || -> Result<_> {
             let mut y = x.clone();
             for (block, cache) in blocks.iter().zip(&mut caches) {
                 y = block.forward_cached(&y, cache, &[0])?;
             }
-            Ok(())
+            Ok(y)
         };
-        token()?;
+        let y = token()?.local().to_vec()?;
         let live = world.device().memory();
         world.barrier()?;
         let start = Instant::now();
@@ -114,9 +126,10 @@ fn round_of<T: Element>(ranks: usize, tokens: usize) -> Result<f64> {
         world.barrier()?;
         let time = start.elapsed().as_secs_f64() / tokens as f64;
         assert_eq!(world.device().memory(), live, "a token takes no memory that the one before did not");
-        Ok(time)
+        Ok((time, y))
     })?;
-    Ok(measured[0])
+    let outputs = measured.iter().flat_map(|(_, y)| y.iter().map(|value| value.to_f64())).collect();
+    Ok((measured[0].0, outputs, T::EPSILON))
 }
 
 fn load<T: Element>(
@@ -150,21 +163,22 @@ fn load<T: Element>(
     Ok((blocks, caches))
 }
 
-/// Small numbers that cost nothing to make: what they are does not change what a product costs.
+/// Small numbers that cost little to make: what they are does not change what a product costs.
+/// They do not depend on the number of ranks.
 struct Ramp;
 
 impl WeightSource for Ramp {
-    fn read(&self, _: &str, _: Role, _: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
-        fn fill<T: Element>(out: &mut [T]) {
-            for (at, value) in out.iter_mut().enumerate() {
+    fn read(&self, _: &str, _: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
+        fn fill<T: Element>(region: &Region, out: &mut [T]) {
+            for (value, at) in out.iter_mut().zip(region.runs().into_iter().flatten()) {
                 *value = T::narrow(T::Acc::from_f64((at % 15) as f64 / 256.0 - 0.03));
             }
         }
         match out {
-            AnyMut::F64(out) => fill(out),
-            AnyMut::F32(out) => fill(out),
-            AnyMut::BF16(out) => fill(out),
-            AnyMut::F16(out) => fill(out),
+            AnyMut::F64(out) => fill(region, out),
+            AnyMut::F32(out) => fill(region, out),
+            AnyMut::BF16(out) => fill(region, out),
+            AnyMut::F16(out) => fill(region, out),
         }
         Ok(())
     }

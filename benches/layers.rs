@@ -2,8 +2,9 @@
 //!
 //! `cargo bench --bench layers [-- --filter mlp] [--json FILE]`
 //!
-//! "of peak" is the part of the fused multiply-adds that the cores can do, as measured at the start; "wrong" counts elements of
-//! the output that differ from those of one rank by more than 1e-4 of the largest, and has to be 0.
+//! "of peak" is the part of the fused multiply-adds that the cores can do, as measured at the
+//! start. "apart" is how far any rank's output or gradient is from that of one rank, in parts of
+//! the largest number or 1: at most 1e-4.
 //!
 //! The modes of a case run in turn, a short batch each, for several rounds; the median over the rounds counts, and ratios
 //! are taken round by round, because the machine's speed changes from second to second.
@@ -20,6 +21,7 @@ use shardwise::{
         AttentionConfig, BlockConfig, BlockNames, DTensor, GatedMlp, Layer, MlpNames, NormPlacement,
         ParallelMlp, TransformerBlock,
     },
+    reference::worst_relative,
     rng::Philox,
     shard::{Reduction, Replicated},
     tensor::{Param, Random, Weights},
@@ -53,8 +55,8 @@ fn main() -> Result<()> {
     let peak = *args.peak.get_or_insert_with(limits::fused);
     println!("one core: {peak:.0} GFLOP/s of fused multiply-adds");
     println!(
-        "{:<34} {:>6} {:>10} {:>10} {:>9} {:>8} {:>6}",
-        "case", "ranks", "median ms", "min ms", "GFLOP/s", "of peak", "wrong"
+        "{:<34} {:>6} {:>10} {:>10} {:>9} {:>8} {:>8}",
+        "case", "ranks", "median ms", "min ms", "GFLOP/s", "of peak", "apart"
     );
     for (m, n, k) in
         [(1024, 1024, 1024), (2048, 2048, 2048), (512, 4096, 1024), (16, 4096, 4096), (1, 4096, 4096)]
@@ -136,23 +138,15 @@ fn gemm(args: &Args, m: usize, n: usize, k: usize) -> Result<()> {
         }
         times.push(start.elapsed().as_secs_f64() / batch as f64);
     }
-    // A few elements by hand: 1e-4 of the largest is far more than rounding, and less than a product that is missing.
+    // A few elements by hand.
     let (x, w, y) = (x.to_vec()?, w.to_vec()?, y.to_vec()?);
     let by_hand = |at: usize| {
         let (row, col) = (at / n, at % n);
-        (0..k).map(|i| f64::from(x[row * k + i]) * f64::from(w[col * k + i])).sum::<f64>() as f32
+        (0..k).map(|i| f64::from(x[row * k + i]) * f64::from(w[col * k + i])).sum::<f64>()
     };
     let some: Vec<usize> = (0..y.len()).step_by((y.len() / 997).max(1)).collect();
     let (got, want): (Vec<_>, Vec<_>) = some.into_iter().map(|at| (y[at], by_hand(at))).unzip();
-    report(args, &name, (1, flops, wrong(&got, &want)), &mut times[1..])
-}
-
-/// Elements that are not nearly the same.
-fn wrong(got: &[f32], want: &[f32]) -> usize {
-    let scale = want.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
-    // Not `>`: NaN is wrong as well.
-    let near = |(got, want): &(&f32, &f32)| (*got - *want).abs() <= 1e-4 * scale;
-    got.iter().zip(want).filter(|pair| !near(pair)).count() + got.len().abs_diff(want.len())
+    report(args, &name, (1, flops, worst_relative(&got, &want)), &mut times[1..])
 }
 
 /// A layer's forward, and forward and backward, on one rank and on two in turn.
@@ -169,7 +163,7 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
     }
     let source = Random::normal(1, 0.02);
     let mut times = [(); 6].map(|()| Vec::new());
-    let mut outputs: Vec<Vec<f32>> = Vec::new();
+    let mut results: Vec<[Vec<f32>; 2]> = Vec::new();
     let mut modes = vec![(0, 1, Reduction::Fast), (2, 2, Reduction::Fast)];
     modes.extend(args.invariant.map(|blocks| (4, 2, Reduction::Invariant { blocks })));
     for round in 0..=args.rounds {
@@ -188,25 +182,25 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
                 }
                 world.barrier()?;
                 let forward = start.elapsed().as_secs_f64() / batch as f64;
-                let mut step = || -> Result<()> {
+                let mut step = || {
                     layer.visit(&mut |param: &mut Param<f32, Cpu>| {
                         param.zero_grad();
                         Ok(())
                     })?;
                     let (y, saved) = layer.forward(&x)?;
-                    layer.backward(saved, &y).map(|_| ())
+                    layer.backward(saved, &y)
                 };
-                step()?;
+                let dx = step()?.local().to_vec()?;
                 world.barrier()?;
                 let start = Instant::now();
                 for _ in 0..batch {
                     step()?;
                 }
                 world.barrier()?;
-                Ok((forward, start.elapsed().as_secs_f64() / batch as f64, y))
+                Ok((forward, start.elapsed().as_secs_f64() / batch as f64, [y, dx]))
             })?;
             if round == 0 {
-                outputs.push(measured[0].2.clone());
+                results.push([0, 1].map(|of| measured.iter().flat_map(|rank| rank.2[of].clone()).collect()));
             } else {
                 times[slot].push(measured[0].0);
                 times[slot + 1].push(measured[0].1);
@@ -219,11 +213,12 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
         ratios.get(ratios.len() / 2).map(|ratio| (ratio - 1.0) * 100.0)
     };
     let costs = [cost(0), cost(1)];
-    for ((slot, ranks, reduction), y) in modes.into_iter().zip(&outputs) {
+    let [y, dx] = &results[0];
+    for ((slot, ranks, reduction), [got_y, got_dx]) in modes.into_iter().zip(&results) {
         let kind = if reduction == Reduction::Fast { "" } else { " invariant" };
-        let wrong = wrong(y, &outputs[0]);
-        report(args, &format!("{name}{kind} f"), (ranks, flops, wrong), &mut times[slot])?;
-        report(args, &format!("{name}{kind} f+b"), (ranks, 3.0 * flops, wrong), &mut times[slot + 1])?;
+        let apart = [worst_relative(got_y, &y.repeat(ranks)), worst_relative(got_dx, &dx.repeat(ranks))];
+        report(args, &format!("{name}{kind} f"), (ranks, flops, apart[0]), &mut times[slot])?;
+        report(args, &format!("{name}{kind} f+b"), (ranks, 3.0 * flops, apart[1]), &mut times[slot + 1])?;
     }
     if let [Some(forward), Some(both)] = costs {
         println!("{name}: invariant sums cost {forward:.1} % forward, {both:.1} % with the backward");
@@ -235,19 +230,18 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
 fn report(
     args: &Args,
     name: &str,
-    (ranks, flops, wrong): (usize, f64, usize),
+    (ranks, flops, apart): (usize, f64, f64),
     times: &mut [f64],
 ) -> Result<()> {
     times.sort_by(f64::total_cmp);
     let (median, min) = (times[times.len() / 2] * 1e3, times[0] * 1e3);
     let rate = flops / median / 1e6;
     let share = rate / (args.peak.unwrap_or(f64::NAN) * ranks as f64) * 100.0;
-    println!("{name:<34} {ranks:>6} {median:>10.3} {min:>10.3} {rate:>9.1} {share:>6.0} % {wrong:>6}");
-    if wrong > 0 {
-        return Err(shardwise::Error::Invalid {
-            op: "bench",
-            reason: format!("{name}: {wrong} wrong elements"),
-        });
+    println!("{name:<34} {ranks:>6} {median:>10.3} {min:>10.3} {rate:>9.1} {share:>6.0} % {apart:>8.1e}");
+    // Far more than rounding, and less than a product that is missing.
+    if apart > 1e-4 {
+        let reason = format!("{name}: a number is {apart:.1e} from what it has to be");
+        return Err(shardwise::Error::Invalid { op: "bench", reason });
     }
     let Some(path) = &args.json else { return Ok(()) };
     let line = format!(

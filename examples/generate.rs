@@ -11,6 +11,8 @@
 //! The prompt is taken as it is. A model that was trained to answer expects it in its chat
 //! template.
 
+mod checkpoint;
+
 use clap::{Parser, ValueEnum};
 use half::{bf16, f16};
 use shardwise::{
@@ -26,7 +28,7 @@ use shardwise::{
 };
 use std::{
     io::Write,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -91,21 +93,12 @@ fn run(args: &Args) -> Result<()> {
     let ModelConfig::Decoder(config) = ModelConfig::read(&args.model)? else {
         return Err(fail("the model is not one that writes"));
     };
-    // Before there are groups: their size grows with the square of the ranks.
-    let heads = config.block.attention.heads;
-    if args.ranks > heads {
-        return Err(Error::TooManyRanks {
-            op: "generate",
-            ranks: args.ranks,
-            units: heads,
-            unit: "query heads",
-        });
-    }
+    checkpoint::check_ranks("generate", args.ranks, config.block.attention.heads)?;
     if args.chunk == 0 {
         return Err(fail("--chunk is 0, but a step reads at least one token"));
     }
     let checkpoint = Checkpoint::open(&args.model)?;
-    let tokenizer = tokenizer(&args.model)?;
+    let tokenizer = checkpoint::tokenizer(&args.model).map_err(fail)?;
     let prompt = tokenizer.encode(args.prompt.as_str(), true).map_err(fail)?.get_ids().to_vec();
     if prompt.is_empty() {
         return Err(fail("the prompt has no tokens, and the tokenizer adds none"));
@@ -146,20 +139,6 @@ fn run(args: &Args) -> Result<()> {
         eprintln!("note: {length} tokens are more than the {context} that the model was made for");
     }
     Ok(())
-}
-
-/// The tokenizer of a checkpoint's folder.
-fn tokenizer(folder: &Path) -> Result<Tokenizer> {
-    let path = folder.join("tokenizer.json");
-    let other =
-        ["tokenizer.model", "vocab.json", "vocab.txt"].into_iter().find(|other| folder.join(other).exists());
-    match other.filter(|_| !path.exists()) {
-        Some(other) => Err(fail(format!(
-            "{}: there is no tokenizer.json, but {other}: transformers' AutoTokenizer makes the one of the other",
-            folder.display()
-        ))),
-        None => Tokenizer::from_file(&path).map_err(|error| fail(format!("{}: {error}", path.display()))),
-    }
 }
 
 struct Task<'a> {

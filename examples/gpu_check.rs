@@ -21,6 +21,7 @@ use shardwise::{
         RopeSpec, Targets,
     },
     launch,
+    reference::worst_relative,
     rng::Philox,
     shard::Sequences,
 };
@@ -231,17 +232,6 @@ fn gemm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     Ok(results.concat())
 }
 
-/// The largest difference of two results, in parts of the largest number or 1.
-fn difference(got: &[f64], want: &[f64]) -> f64 {
-    let scale = want.iter().fold(1.0_f64, |scale, value| scale.max(value.abs()));
-    if got.len() != want.len() || got.is_empty() {
-        return f64::NAN;
-    }
-    // A NaN has to stay.
-    let differences = got.iter().zip(want).map(|(got, want)| (got - want).abs() / scale);
-    differences.fold(0.0, |most, one| if one > most || one.is_nan() { one } else { most })
-}
-
 /// What has failed.
 #[derive(Default)]
 struct Failures(usize);
@@ -270,7 +260,7 @@ macro_rules! compare {
     (@one $failures:ident, $cuda:ident, $name:literal, $family:ident, ($($more:expr),*), $element:ident, $most:literal) => {
         let begin = Instant::now();
         let outcome = $family::<$element, _>(&$cuda $(, $more)*).and_then(|got| {
-            let far = difference(&got, &$family::<$element, _>(&Cpu::new() $(, $more)*)?);
+            let far = worst_relative(&got, &$family::<$element, _>(&Cpu::new() $(, $more)*)?);
             let detail = format!("differs from the CPU by {far:.1e}, at most {:.0e} expected", $most);
             if far <= $most { Ok(detail) } else { Err(Error::invalid($name, detail)) }
         });

@@ -7,6 +7,8 @@
 //! The text is cut into windows, and each token is predicted from those before it in its window. The logits are never
 //! gathered: each rank has those of its own part of the vocabulary.
 
+mod checkpoint;
+
 use clap::Parser;
 use shardwise::{
     Error, Result,
@@ -19,7 +21,6 @@ use shardwise::{
     weights::Checkpoint,
 };
 use std::{path::PathBuf, process::ExitCode, time::Instant};
-use tokenizers::Tokenizer;
 
 /// Prints the perplexity of a text.
 #[derive(Parser, Debug)]
@@ -55,29 +56,9 @@ fn run(args: &Args) -> Result<()> {
     let ModelConfig::Decoder(config) = ModelConfig::read(&args.model)? else {
         return Err(fail("the model is not one that writes".into()));
     };
-    // Before there are groups: their size grows with the square of the ranks.
-    let heads = config.block.attention.heads;
-    if args.ranks > heads {
-        return Err(Error::TooManyRanks {
-            op: "perplexity",
-            ranks: args.ranks,
-            units: heads,
-            unit: "query heads",
-        });
-    }
+    checkpoint::check_ranks("perplexity", args.ranks, config.block.attention.heads)?;
     let checkpoint = Checkpoint::open(&args.model)?;
-    let words = args.model.join("tokenizer.json");
-    let others = ["tokenizer.model", "vocab.json", "vocab.txt"];
-    if let (false, Some(other)) =
-        (words.exists(), others.iter().find(|other| args.model.join(other).exists()))
-    {
-        return Err(fail(format!(
-            "{}: there is no tokenizer.json, but {other}: transformers' AutoTokenizer makes the one of the other",
-            args.model.display()
-        )));
-    }
-    let tokenizer =
-        Tokenizer::from_file(&words).map_err(|error| fail(format!("{}: {error}", words.display())))?;
+    let tokenizer = checkpoint::tokenizer(&args.model).map_err(fail)?;
     let text = std::fs::read_to_string(&args.text)
         .map_err(|error| fail(format!("{}: {error}", args.text.display())))?;
     let ids = tokenizer.encode(text, true).map_err(|error| fail(error.to_string()))?.get_ids().to_vec();

@@ -11,6 +11,7 @@ use shardwise::{
     launch, ops,
     optim::Sgd,
     parallel::{Activate, Bias, BoxLayer, ColumnParallelLinear, Columns, DTensor, GatherFrom, Layer},
+    reference::worst,
     rng::Philox,
     shard::{Partition, Replicated},
     tensor::{Random, Weights},
@@ -152,7 +153,7 @@ fn main() -> Result<()> {
     for step in (0..STEPS as usize).step_by(7) {
         println!("{step:>6} {:>22.16} {:>22.16}", one[step], many[step]);
     }
-    let difference = one.iter().zip(&many).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    let difference = worst(&many, &one);
     println!("largest difference of a loss over {STEPS} steps: {difference:.1e}");
     if difference > 1e-12 {
         return Err(Error::Invalid { op: "pipeline_parallel", reason: "the losses differ".into() });

@@ -4,7 +4,7 @@
 //! `cargo run --release --example same_bits`
 
 use shardwise::{
-    Result, Tensor,
+    Error, Result, Tensor,
     comm::Group,
     device::Cpu,
     kernels::{Activation, NormKind},
@@ -14,6 +14,7 @@ use shardwise::{
         AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, ParallelMlp, Stream,
         TransformerBlock,
     },
+    reference::worst,
     rng::Philox,
     shard::{Reduction, Replicated, Shard},
     tensor::{Random, Weights},
@@ -46,7 +47,12 @@ fn random<S: Stream>(world: &Group<Cpu>, name: &str) -> Result<DTensor<S>> {
     S::of_local(world, TOKENS, Tensor::from_slice(world.device(), [rows.len(), HIDDEN], &values)?)
 }
 
-/// The hash of the outputs and gradient norms of some steps of training.
+fn fail(reason: &str) -> Error {
+    Error::Invalid { op: "same_bits", reason: reason.into() }
+}
+
+/// The hash of the outputs and gradient norms of some steps of training. Each has to move the
+/// outputs.
 fn train<S: Stream>(ranks: usize, reduction: Reduction) -> Result<u64> {
     let outcomes = launch::threads(ranks, |world| {
         let world = world.with_reduction(reduction);
@@ -69,19 +75,30 @@ fn train<S: Stream>(ranks: usize, reduction: Reduction) -> Result<u64> {
             let norm = grad_norm(|f| block.visit(f), &[&world])?;
             optimizer.step(|f| block.visit(f), 1e-2, clip_scale(norm, 1.0)?)?;
             outputs.push(y.into_local().to_vec()?);
-            norms.push(norm.to_bits());
+            norms.push(norm);
         }
         Ok((outputs, norms))
     })?;
     let mut hash = DefaultHasher::new();
-    outcomes[0].1.hash(&mut hash);
-    for step in 0..outcomes[0].0.len() {
+    let mut before = vec![0.0; TOKENS * HIDDEN];
+    for (step, norm) in outcomes[0].1.iter().enumerate() {
         // With sequence parallelism the ranks have the rows of one tensor; without, each has all of them.
-        let rows: Vec<u32> = outcomes
-            .iter()
-            .flat_map(|(outputs, _)| outputs[step].iter().map(|value| value.to_bits()))
-            .collect();
-        rows[..TOKENS * HIDDEN].hash(&mut hash);
+        let mut rows: Vec<f32> = outcomes.iter().flat_map(|(outputs, _)| &outputs[step]).copied().collect();
+        let copies = rows.split_off(TOKENS * HIDDEN);
+        if outcomes.iter().any(|(_, norms)| norms[step] != *norm)
+            || copies.chunks(rows.len()).any(|copy| copy != rows)
+        {
+            return Err(fail("the ranks' numbers differ"));
+        }
+        let moved = worst(&rows, &before);
+        if !(norm.is_normal() && moved.is_normal()) {
+            return Err(fail(&format!(
+                "step {step} moved the outputs by {moved:e}, with a gradient of {norm:e}"
+            )));
+        }
+        norm.to_bits().hash(&mut hash);
+        rows.iter().for_each(|value| value.to_bits().hash(&mut hash));
+        before = rows;
     }
     Ok(hash.finish())
 }
@@ -89,16 +106,21 @@ fn train<S: Stream>(ranks: usize, reduction: Reduction) -> Result<u64> {
 fn main() -> Result<()> {
     let invariant = Reduction::Invariant { blocks: BLOCKS };
     println!("{:>5}  {:<16}  {:<16}  {:<16}", "ranks", "invariant", "with Shard<0>", "fast");
-    let mut hashes = Vec::new();
+    let (mut hashes, mut fasts) = (Vec::new(), Vec::new());
     for ranks in 1..=BLOCKS {
         let own = [train::<Replicated>(ranks, invariant)?, train::<Shard<0>>(ranks, invariant)?];
         let fast = train::<Replicated>(ranks, Reduction::Fast)?;
         println!("{ranks:>5}  {:016x}  {:016x}  {fast:016x}", own[0], own[1]);
         hashes.extend(own);
+        fasts.push(fast);
     }
-    match hashes.iter().all(|hash| *hash == hashes[0]) {
-        true => println!("the same bits at every size"),
-        false => return Err(shardwise::Error::Invalid { op: "same_bits", reason: "the bits differ".into() }),
+    if hashes.iter().any(|hash| *hash != hashes[0]) {
+        return Err(fail("the bits differ"));
     }
+    // A comparison that cannot fail says nothing.
+    if fasts.iter().all(|hash| *hash == fasts[0]) {
+        return Err(fail("fast sums have the same bits at every size, too: nothing was compared"));
+    }
+    println!("the same bits at every size");
     Ok(())
 }

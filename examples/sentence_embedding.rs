@@ -7,6 +7,8 @@
 //!
 //! Each rank reads only its part of the checkpoint's attention and feed-forward weights.
 
+mod checkpoint;
+
 use clap::{Parser, ValueEnum};
 use half::{bf16, f16};
 use shardwise::{
@@ -14,11 +16,11 @@ use shardwise::{
     device::{Cpu, Device, Element},
     launch,
     models::{Bert, ModelConfig},
+    reference::worst,
     shard::{Replicated, Sequences},
     weights::Checkpoint,
 };
 use std::{path::PathBuf, process::ExitCode, time::Instant};
-use tokenizers::Tokenizer;
 
 /// Prints the embeddings of sentences and their pairwise cosines.
 #[derive(Parser, Debug)]
@@ -67,15 +69,13 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let fail = |reason: String| Error::Invalid { op: "sentence_embedding", reason };
-    let known = reference(args).map_err(fail)?;
+    let known = known(args).map_err(fail)?;
     let sentences = match args.sentences.is_empty() {
         true => known.iter().map(|(sentence, _)| sentence.clone()).collect(),
         false => args.sentences.clone(),
     };
-    let path = args.model.join("tokenizer.json");
-    let mut tokenizer = Tokenizer::from_file(&path).map_err(|error| {
-        fail(format!("{}: {error}; scripts/fetch_minilm.sh fetches the model", path.display()))
-    })?;
+    let mut tokenizer = checkpoint::tokenizer(&args.model)
+        .map_err(|error| fail(format!("{error}; scripts/fetch_minilm.sh fetches the model")))?;
     // Padding is the batch's business, below.
     tokenizer.with_padding(None);
     let tokens: Vec<Vec<u32>> = sentences
@@ -119,32 +119,36 @@ fn run(args: &Args) -> Result<()> {
         peaks.join(" ")
     );
 
-    let mut compared = 0;
-    let mut worst = 0.0_f64;
-    for (sentence, embedding) in sentences.iter().zip(embeddings) {
-        let Some((_, want)) = known.iter().find(|(known, _)| known == sentence) else { continue };
-        compared += 1;
-        worst = embedding.iter().zip(want).fold(worst, |max, (a, b)| max.max((a - b).abs()));
-    }
-    if compared > 0 {
-        let bound = 64.0
-            * match args.dtype {
-                Dtype::F64 | Dtype::F32 => f64::from(f32::EPSILON),
-                Dtype::Bf16 => bf16::EPSILON.to_f64(),
-                Dtype::F16 => f16::EPSILON.to_f64(),
-            };
-        println!(
-            "largest difference from PyTorch's f64 on {compared} sentences: {worst:.1e} (bound {bound:.1e})"
-        );
-        if worst > bound {
-            return Err(fail("the embeddings differ from the reference".into()));
+    let of = |sentence: &String| known.iter().find(|(known, _)| known == sentence).map(|(_, want)| want);
+    let pairs = sentences.iter().zip(embeddings).filter_map(|(sentence, got)| Some((got, of(sentence)?)));
+    let (got, want): (Vec<_>, Vec<_>) = pairs.unzip();
+    if got.is_empty() {
+        let reason = "none of the sentences is in the reference: nothing was compared";
+        if args.sentences.is_empty() {
+            return Err(fail(reason.into()));
         }
+        // One's own may be new to it.
+        println!("{reason}");
+        return Ok(());
+    }
+    let bound = 64.0
+        * match args.dtype {
+            Dtype::F64 | Dtype::F32 => f64::from(f32::EPSILON),
+            Dtype::Bf16 => bf16::EPSILON.to_f64(),
+            Dtype::F16 => f16::EPSILON.to_f64(),
+        };
+    let (compared, worst) = (got.len(), worst(got.into_iter().flatten(), want.into_iter().flatten()));
+    println!(
+        "largest difference from PyTorch's f64 on {compared} sentences: {worst:.1e} (bound {bound:.1e})"
+    );
+    if worst > bound {
+        return Err(fail("the embeddings differ from the reference".into()));
     }
     Ok(())
 }
 
 /// The sentences of the reference with their embeddings.
-fn reference(args: &Args) -> Result<Vec<(String, Vec<f64>)>, String> {
+fn known(args: &Args) -> Result<Vec<(String, Vec<f64>)>, String> {
     let named = |error: &dyn std::fmt::Display| format!("{}: {error}", args.reference.display());
     let text = std::fs::read_to_string(&args.reference).map_err(|error| named(&error))?;
     let json: serde_json::Value = serde_json::from_str(&text).map_err(|error| named(&error))?;
@@ -167,11 +171,7 @@ fn embed<T: Element>(
         unreachable!("it says so");
     };
     let (features, heads) = (config.block.attention.hidden, config.block.attention.heads);
-    // Before there are groups: their size grows with the square of the ranks.
-    if args.ranks > heads {
-        let op = "sentence_embedding";
-        return Err(Error::TooManyRanks { op, ranks: args.ranks, units: heads, unit: "query heads" });
-    }
+    checkpoint::check_ranks("sentence_embedding", args.ranks, heads)?;
     launch::threads(args.ranks, |group| {
         let encoder = Bert::<Replicated, T, Cpu>::load(&group, checkpoint, &config)?;
         let width = tokens.iter().map(Vec::len).max().unwrap_or(0);

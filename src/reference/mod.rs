@@ -23,6 +23,7 @@
 //! | `loss` | [`CrossEntropy`], [`mean_squared_error`] |
 //! | `optim` | [`Sgd`], [`AdamW`] on one tensor |
 //! | `block` | [`block()`]: the transformer block, and the names of its parameters |
+//! | `compare` | [`worst`], [`worst_relative`]: how far results are apart |
 //!
 //! ```
 //! use ndarray::array;
@@ -41,6 +42,7 @@
 mod activation;
 mod attention;
 mod block;
+mod compare;
 mod embedding;
 mod linear;
 mod loss;
@@ -59,6 +61,7 @@ pub use activation::{
 };
 pub use attention::{AttentionGrads, AttentionSpec, attention, attention_backward};
 pub use block::{BlockGrads, BlockWeights, NormPlacement, block, block_backward};
+pub use compare::{worst, worst_relative};
 pub use embedding::{embedding, embedding_backward};
 pub use linear::{LinearGrads, linear, linear_backward};
 pub use loss::{CrossEntropy, mean_squared_error};

@@ -1,5 +1,6 @@
 //! Inputs and checks for the unit tests of the reference: pseudo-random arrays, comparison, and finite differences.
 
+use super::worst_relative;
 use ndarray::{Array, Array2, Dimension, ShapeBuilder};
 use std::ops::Range;
 
@@ -32,10 +33,8 @@ pub(super) fn assert_close<D: Dimension>(
     tolerance: f64,
 ) {
     assert_eq!(actual.shape(), expected.shape(), "{what}: shapes");
-    let scale = expected.iter().fold(1.0, |scale: f64, value| scale.max(value.abs()));
-    for (i, (a, e)) in actual.iter().zip(expected).enumerate() {
-        assert!((a - e).abs() <= tolerance * scale, "{what}[{i}]: {a} where {e} is expected");
-    }
+    let worst = worst_relative(actual, expected);
+    assert!(worst <= tolerance, "{what}: {actual} where {expected} is expected, {worst:e} apart");
 }
 
 /// Asserts that `gradient` is that of the scalar function `f` at `at`.
@@ -68,7 +67,7 @@ fn check_gradient_accepts_the_gradient_of_a_cube() {
 }
 
 #[test]
-#[should_panic(expected = "cube[0]")]
+#[should_panic(expected = "cube")]
 fn check_gradient_rejects_an_error_of_one_in_ten_million() {
     let x = random((2, 3), 1);
     check_gradient("cube", &x, &x.mapv(|x| 3.0 * x * x + 1e-7), |x| x.mapv(|x| x.powi(3)).sum());

@@ -1,5 +1,6 @@
 //! The device of this binary: GPUs, one for each rank in turn, with groups over NCCL.
 
+use crate::support::say;
 use shardwise::{
     Result,
     comm::{
@@ -9,7 +10,7 @@ use shardwise::{
     device::{Cpu, Cuda},
     launch::Threads,
 };
-use std::{io::Write, time::Duration};
+use std::time::Duration;
 
 /// The group sizes that slow tests run on.
 pub(crate) const WORLDS: &[usize] = &[1, 3, 8];
@@ -51,11 +52,6 @@ pub(crate) fn needed() -> usize {
             std::process::exit(i32::from(required));
         }
     }
-}
-
-/// Writes past libtest, which keeps what a test that passes prints.
-fn say(words: &str) {
-    let _ = std::io::stderr().write_all(format!("\n{words}\n").as_bytes());
 }
 
 /// Thread ranks with a GPU each, over NCCL; where there are fewer GPUs than ranks, by way of the host.

@@ -684,6 +684,7 @@ fn attention_of_few_rows_to_a_cache_is_the_cpus() {
         for (dim, gap) in [(8, 0), (33, 1), (128, 0), (136, 8)] {
             let got = decoded::<T, _>(cuda, dim, gap).unwrap();
             let want = decoded::<T, _>(cpu, dim, gap).unwrap();
+            assert_eq!(got.len(), want.len());
             for (at, (got, want)) in got.iter().zip(&want).enumerate() {
                 same::<T>(&format!("heads of {dim}, gap {gap}, result {at}"), got, want);
             }
@@ -727,6 +728,7 @@ fn attention_on_tensor_cores_is_the_cpus() {
         for (dim, heads) in [(8, (2, 2)), (72, (4, 2)), (128, (3, 1))] {
             let got = tiles::<T, _>(cuda, dim, heads).unwrap();
             let want = tiles::<T, _>(cpu, dim, heads).unwrap();
+            assert_eq!(got.len(), want.len());
             for (at, (got, want)) in got.iter().zip(&want).enumerate() {
                 same::<T>(&format!("heads of {dim}, result {at}"), got, want);
             }

@@ -1,17 +1,84 @@
 //! Placement mistakes do not compile, and the compiler's words help.
 
-use std::process::Command;
+use crate::support::say;
+use serde_json::Value;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// The programs, and how their errors begin with every compiler.
+const MISTAKES: [(&str, &str); 6] = [
+    ("chain_does_not_fit", "error[E0271]: "),
+    ("group_leaves_its_rank", "error[E0277]: `Rc<"),
+    (
+        "partial_into_activation",
+        "error[E0277]: a non-linear operator cannot act on a `Partial` tensor: it would see one rank's term, not the sum\n",
+    ),
+    ("partial_stream", "error[E0277]: a residual stream cannot be held as `Partial`\n"),
+    ("replicated_for_copied", "error[E0308]: mismatched types\n"),
+    ("shard_for_whole", "error[E0308]: mismatched types\n"),
+];
 
 /// The compiler whose messages the `.stderr` files hold. Others word them differently.
 const COMPILER: &str = "rustc 1.95.";
 
 #[test]
 fn mistakes_do_not_compile() {
+    let programs = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/compile_fail");
+    let files = fs::read_dir(&programs).unwrap().map(|file| file.unwrap().path());
+    let found = files.filter(|file| file.extension().is_some_and(|end| end == "rs"));
+    let mistakes: Vec<_> = MISTAKES.map(|(name, _)| (name, programs.join(format!("{name}.rs")))).into();
+    assert_eq!(found.collect::<BTreeSet<_>>(), mistakes.iter().map(|(_, file)| file.clone()).collect());
+
     let version = Command::new("rustc").arg("--version").output().unwrap();
     let version = String::from_utf8_lossy(&version.stdout).into_owned();
-    if !version.starts_with(COMPILER) {
-        println!("skipped: the messages are those of {COMPILER}x, this is {version}");
-        return;
+    if version.starts_with(COMPILER) {
+        return trybuild::TestCases::new().compile_fail("tests/compile_fail/*.rs");
     }
-    trybuild::TestCases::new().compile_fail("tests/compile_fail/*.rs");
+    say(&format!("the compiler's whole messages are NOT RUN: they are of {COMPILER}x, this is {version}"));
+    let (errors, why) = errors(mistakes);
+    assert_eq!(errors.get("right"), Some(&Vec::new()), "the right program does not compile: {why}");
+    for (name, words) in MISTAKES {
+        let of = errors.get(name).unwrap_or_else(|| panic!("{name} was not compiled: {why}"));
+        assert!(of.first().is_some_and(|error| error.starts_with(words)), "{name}: {of:?}");
+    }
+}
+
+/// The compiler's errors for each program and for one that is right, and what cargo says. Without
+/// the right one, all could fail for another reason.
+fn errors(mut programs: Vec<(&str, PathBuf)>) -> (BTreeMap<String, Vec<String>>, String) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    programs.push(("right", root.join("examples/mlp.rs")));
+    let mut manifest = format!(
+        "[package]\nname = 'mistakes'\nedition = '2024'\n[workspace]\n[dependencies]\nshardwise.path = {root:?}\n"
+    );
+    for (name, file) in programs {
+        manifest += &format!("[[bin]]\nname = {name:?}\npath = {file:?}\n");
+    }
+    let package = Path::new(env!("CARGO_TARGET_TMPDIR")).join("compile_fail");
+    fs::create_dir_all(&package).unwrap();
+    fs::copy(root.join("Cargo.lock"), package.join("Cargo.lock")).unwrap();
+    fs::write(package.join("Cargo.toml"), manifest).unwrap();
+    let checked = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()))
+        .args(["check", "--offline", "--quiet", "--keep-going", "--message-format=json"])
+        .current_dir(&package)
+        .env("CARGO_TARGET_DIR", package.join("target"))
+        .env_remove("RUSTFLAGS")
+        .output()
+        .unwrap();
+    let mut errors = BTreeMap::<_, Vec<_>>::new();
+    for line in String::from_utf8(checked.stdout).unwrap().lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        let text = |value: &Value| value.as_str().unwrap().to_string();
+        let compiled = line["reason"] == "compiler-artifact";
+        let error = line["message"]["level"] == "error";
+        if compiled || error {
+            let of = errors.entry(text(&line["target"]["name"])).or_default();
+            of.extend(error.then(|| text(&line["message"]["rendered"])));
+        }
+    }
+    (errors, String::from_utf8_lossy(&checked.stderr).into_owned())
 }

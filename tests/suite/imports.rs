@@ -73,6 +73,86 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
+/// Some code without its comments and without what its literals hold.
+fn bare(text: &str) -> String {
+    let mut code = String::new();
+    let mut rest = text;
+    while let Some(letter) = rest.chars().next() {
+        let raw = rest.strip_prefix('r').map(|after| after.len() - after.trim_start_matches('#').len());
+        let before = code.rsplit(|letter: char| !letter.is_alphanumeric() && letter != '_').next();
+        let begins = matches!(before, None | Some("" | "b" | "c"));
+        let end =
+            |from: usize, mark: &str| rest[from..].find(mark).map_or(rest.len(), |at| from + at + mark.len());
+        let skipped = if rest.starts_with("//") {
+            rest.find('\n').unwrap_or(rest.len())
+        } else if rest.starts_with("/*") {
+            end(2, "*/")
+        } else if let Some(marks) = raw.filter(|marks| begins && rest[1 + marks..].starts_with('"')) {
+            end(2 + marks, &format!("\"{}", "#".repeat(marks)))
+        } else if letter == '"' {
+            quoted(rest, '"')
+        } else if letter == '\'' && (rest[1..].starts_with('\\') || rest.chars().nth(2) == Some('\'')) {
+            // Else it begins a lifetime.
+            quoted(rest, '\'')
+        } else {
+            code.push(letter);
+            letter.len_utf8()
+        };
+        rest = &rest[skipped..];
+    }
+    code
+}
+
+/// The length of a literal with its quotes.
+fn quoted(text: &str, quote: char) -> usize {
+    let mut escaped = true;
+    let end = text.char_indices().find(|(_, letter)| {
+        let ends = *letter == quote && !escaped;
+        escaped = *letter == '\\' && !escaped;
+        ends
+    });
+    end.map_or(text.len(), |(at, _)| at + 1)
+}
+
+/// Bare code without what only tests have.
+fn without_tests(code: &str) -> String {
+    match ["#[cfg(test)]", "#[cfg(all(test,"].iter().filter_map(|cfg| code.find(cfg)).min() {
+        Some(at) => format!("{}{}", &code[..at], without_tests(&code[at + item(&code[at..])..])),
+        None => code.to_string(),
+    }
+}
+
+/// The length of the item, statement or field that bare code begins with: up to its `;`, its `,` or
+/// its last brace.
+fn item(code: &str) -> usize {
+    let mut depth = 0;
+    for (at, letter) in code.char_indices() {
+        match letter {
+            '(' | '[' | '{' => depth += 1,
+            // What is around it ends with it.
+            ')' | ']' | '}' if depth == 0 => return at,
+            ')' | ']' | '}' => depth -= 1,
+            _ => {}
+        }
+        if depth == 0 && matches!(letter, ';' | ',' | '}') {
+            return at + 1;
+        }
+    }
+    code.len()
+}
+
+/// Bare code in which a path that climbs from the file's module to the root begins with `crate`.
+fn from_the_root(file: &str, code: &str) -> String {
+    let module = file.strip_suffix("/mod").unwrap_or(file);
+    let climb = "super::".repeat(module.split('/').count());
+    let nested = code.match_indices("super::{").any(|(at, _)| {
+        let list = &code[at..];
+        list[..list.find(';').unwrap_or(list.len())][1..].contains("super")
+    });
+    assert!(!nested, "{file}: `super` in a list of `super` cannot be followed");
+    code.replace(&climb, "crate::")
+}
+
 /// Every file of the library: its path from the root, its module, and its code without comments and tests.
 fn files() -> Vec<(String, String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -82,10 +162,11 @@ fn files() -> Vec<(String, String, String)> {
     let describe = |path: PathBuf| {
         let name = path.strip_prefix(root).unwrap().to_string_lossy().replace('\\', "/");
         let module = name["src/".len()..].split(['/', '.']).next().unwrap().to_string();
-        let text = fs::read_to_string(path).unwrap();
-        let code = text.split("#[cfg(test)]").next().unwrap().split("#[cfg(all(test").next().unwrap();
-        let lines = code.lines().map(|line| line.split("//").next().unwrap_or(""));
-        (name, module, lines.collect::<Vec<_>>().join("\n"))
+        let code = without_tests(&bare(&fs::read_to_string(path).unwrap()));
+        let file = &name["src/".len()..name.len() - ".rs".len()];
+        // The program's `crate` is not the library, and the root is its own parent.
+        let code = if module == "bin" || module == "lib" { code } else { from_the_root(file, &code) };
+        (name, module, code)
     };
     found.into_iter().map(describe).collect()
 }
@@ -130,6 +211,13 @@ fn word(text: &str) -> String {
 #[test]
 fn modules_import_only_what_the_table_allows() {
     assert_eq!(imported("use crate::{a::{b, c}, d, e::f}; crate::g::h()"), ["a", "d", "e", "g"]);
+    let tested = r##"
+        #[cfg(test)] use crate::a; #[cfg(test)] mod b; /* " */ const C: [&str; 2] = [br#"{""#, "\"{ crate::d"];
+        struct E<'e> { #[cfg(test)] f: crate::g::H, #[cfg(all(test, i))] j: &'e crate::k::L }
+        fn m() { #[cfg(test)] n({ '{' }); super::o(super::super::p()) } // crate::q
+        #[cfg(test)] #[cfg(r)] mod s { use crate::t; } use crate::u;"##;
+    assert_eq!(imported(&from_the_root("v/w", &without_tests(&bare(tested)))), ["p", "u"]);
+    assert_eq!(imported(&from_the_root("v/mod", &without_tests(&bare(tested)))), ["o", "crate", "p", "u"]);
     let allowed: BTreeMap<_, _> = ALLOWED.into_iter().collect();
     // What the root re-exports belongs to these modules.
     let home = |name: &str| match name {

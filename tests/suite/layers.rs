@@ -557,6 +557,7 @@ fn rounding<T: Element>(world: usize) {
         absolute * ((2.0 * u + terms as f64 * v + 2.0 * u) * 1.01)
     };
     let check = |what: &str, got: &Array2<f64>, want: Array2<f64>, bound: Array2<f64>| {
+        assert_eq!((got.dim(), bound.dim()), (want.dim(), want.dim()), "{what}: shapes");
         for ((got, want), bound) in got.iter().zip(&want).zip(&bound) {
             assert!((got - want).abs() <= *bound, "{what} {}: |{got} - {want}| > {bound}", T::DTYPE);
         }

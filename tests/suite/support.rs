@@ -8,11 +8,17 @@ use shardwise::{
     comm::{Group, Overlap},
     device::Element,
     parallel::Layer,
+    reference::worst_relative,
     rng::Philox,
     shard::{Copied, Partial, Partition, Placement, Reduction, Replicated, Sequences, Shard},
     tensor::{Arrays, Piece, Weights},
 };
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io::Write};
+
+/// Writes past libtest, which keeps what a test that passes prints.
+pub(crate) fn say(words: &str) {
+    let _ = std::io::stderr().write_all(format!("\n{words}\n").as_bytes());
+}
 
 /// Normally distributed numbers, a function of the name and the seed.
 pub(crate) fn random(seed: u64, name: &str, shape: &[usize]) -> ArrayD<f64> {
@@ -37,11 +43,8 @@ pub(crate) fn integers(seed: u64, name: &str, rows: usize, cols: usize) -> Array
 /// The largest difference, relative to the largest number of `want` (or 1).
 pub(crate) fn difference(got: &ArrayD<f64>, want: &ArrayD<f64>) -> f64 {
     assert_eq!(got.shape(), want.shape());
-    let scale = want.iter().fold(1.0_f64, |max, value| max.max(value.abs()));
-    got.iter().zip(want).fold(0.0_f64, |max, (got, want)| {
-        let difference = (got - want).abs() / scale;
-        if difference.is_nan() { f64::INFINITY } else { max.max(difference) }
-    })
+    // A random size may be 0.
+    if want.is_empty() { 0.0 } else { worst_relative(got, want) }
 }
 
 /// Holds `got` to `want` within a relative difference.

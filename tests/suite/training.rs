@@ -110,6 +110,7 @@ fn same(got: &Trained, want: &Trained, tolerance: f64) {
         let error = difference(&got.params[name], want);
         assert!(error <= tolerance, "{name}: {error:e}");
     }
+    assert_eq!(got.curve.len(), want.curve.len());
     for (got, want) in got.curve.iter().zip(&want.curve) {
         assert!(
             (got.0 - want.0).abs() <= tolerance && (got.1 - want.1).abs() <= tolerance * want.1,
