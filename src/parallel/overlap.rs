@@ -154,7 +154,7 @@ pub(super) fn stacked<S: Stream, T: Element, B: Backend>(
     for chunk in chunks {
         let chunk = chunk.wait()?.into_local();
         let end = at + chunk.shape().rows();
-        place_rows(&chunk, &mut local, &[at..end])?;
+        place_rows(&chunk, &mut local, std::slice::from_ref(&(at..end)))?;
         at = end;
     }
     Ok(x.derive(local, features, cut))

@@ -10,7 +10,7 @@ use std::{
 };
 
 /// The programs, and how their errors begin with every compiler.
-const MISTAKES: [(&str, &str); 6] = [
+const MISTAKES: [(&str, &str); 7] = [
     ("chain_does_not_fit", "error[E0271]: "),
     ("group_leaves_its_rank", "error[E0277]: `Rc<"),
     (
@@ -18,6 +18,10 @@ const MISTAKES: [(&str, &str); 6] = [
         "error[E0277]: a non-linear operator cannot act on a `Partial` tensor: it would see one rank's term, not the sum\n",
     ),
     ("partial_stream", "error[E0277]: a residual stream cannot be held as `Partial`\n"),
+    (
+        "placement_of_ones_own",
+        "error[E0277]: `Half` cannot be made a placement: there are only those of `shard`\n",
+    ),
     ("replicated_for_copied", "error[E0308]: mismatched types\n"),
     ("shard_for_whole", "error[E0308]: mismatched types\n"),
 ];
