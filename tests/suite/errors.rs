@@ -6,12 +6,13 @@ use shardwise::{
     Error, Result, Tensor,
     comm::Group,
     device::{Cpu, Device},
-    kernels::MatRef,
+    kernels::{MatRef, NormKind},
     parallel::{
         AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, CopyTo, DTensor, Layer,
-        ParallelAttention, QkvLayout, RowLinear, RowParallelLinear,
+        Normalize, ParallelAttention, QkvLayout, RowLinear, RowParallelLinear, Stream,
+        VocabParallelCrossEntropy,
     },
-    shard::{Heads, Partition, Replicated, Sequences, Shape, Shard},
+    shard::{Heads, Partition, Reduction, Replicated, Sequences, Shape, Shard},
     tensor::{Arrays, Param, Random, Region, Role, Weights},
 };
 
@@ -322,4 +323,100 @@ fn memory_that_cannot_be_had_is_an_error() {
     assert_eq!(cpu.memory().live, 0);
     let x = Tensor::<f32>::full(&cpu, [3], 2.0).unwrap();
     assert_eq!(x.to_vec().unwrap(), [2.0; 3]);
+}
+
+/// Every rank gets an error of its own, though some have no part of what is wrong: none is left in a collective.
+fn refused_everywhere(what: &str, world: usize, act: impl Fn(&Group<Cpu>) -> Result<()> + Sync) -> String {
+    let outcomes = ranks(world).run_each(|group| act(&group)).unwrap().into_iter();
+    let messages: Vec<String> = outcomes
+        .map(|outcome| match outcome {
+            Err(error) if !error.is_consequence() => error.to_string(),
+            other => panic!("{what}: {other:?}"),
+        })
+        .collect();
+    assert!(messages.iter().all(|message| *message == messages[0]), "{what}: {messages:?}");
+    messages[0].clone()
+}
+
+#[test]
+fn what_only_some_ranks_hold_is_refused_on_all() {
+    let zeros = |group: &Group<Cpu>, rows, cols| Tensor::<f64>::zeros(group.device(), [rows, cols]);
+    let random = Random::normal(1, 0.1);
+    let weights = || Weights::new(&random);
+    let five = Reduction::Invariant { blocks: 5 };
+
+    // Three tokens on four ranks: one has none.
+    for reduction in [Reduction::Fast, five] {
+        let message = refused_everywhere("norm", 4, |group| {
+            let group = &group.with_reduction(reduction);
+            let kind = NormKind::RmsNorm { eps: 1e-5 };
+            let mut norm = Normalize::<Shard<0>, f64, Cpu>::load(group, &weights(), kind, 6)?;
+            let rows = Shard::<0>::local_rows(group, 3)?.len();
+            let input = |cols| Shard::<0>::of_local(group, 3, zeros(group, rows, cols)?);
+            let (_, saved) = norm.forward(&input(6)?)?;
+            norm.backward(saved, &input(7)?).map(drop)
+        });
+        assert_eq!(message, "normalize backward: features of dy is 7, but those of the layer is 6");
+    }
+
+    // All classes on the first rank.
+    let message = refused_everywhere("cross entropy", 2, |group| {
+        let classes = if group.rank() == 0 { 3 } else { 0 };
+        let logits = DTensor::shard(group, zeros(group, 2, classes)?, &Partition::from_sizes([3, 0]))?;
+        VocabParallelCrossEntropy::default().forward(&logits, &[0, 3]).map(drop)
+    });
+    assert_eq!(message, "cross entropy: target 3 is none of the 3 classes");
+
+    // Six query heads over two key/value heads on four ranks: the second rank holds both.
+    let qkv = |group: &Group<Cpu>, heads: &Heads| {
+        let columns = Columns::qkv(group, heads, &QkvLayout::separate("q", "k", "v"))?;
+        ColumnLinear::<f64, Cpu>::load(group, &weights(), 4, &columns, Bias::None)
+    };
+    let message = refused_everywhere("a gradient that is cut otherwise", 4, |group| {
+        let mut layer = qkv(group, &Heads::new(6, 2, 1, 4)?)?;
+        let (y, saved) = layer.forward(&DTensor::copied(group, zeros(group, 3, 4)?)?)?;
+        let sizes: Vec<usize> = y.cut().unwrap().sizes().collect();
+        // The first two ranks have as many columns as they should.
+        let other = Partition::from_sizes([sizes[0], sizes[1], sizes[2] + 1, sizes[3] - 1]);
+        let part = zeros(group, 3, other.size(group.rank()))?;
+        layer.backward(saved, &DTensor::shard(group, part, &other)?).map(drop)
+    });
+    assert!(
+        message.starts_with("column linear backward: the gradient's features are cut into ["),
+        "{message}"
+    );
+
+    // Five blocks on four ranks: the first has two, the others one, as if they were cut without blocks.
+    let message = refused_everywhere("heads without blocks", 4, |group| {
+        qkv(&group.with_reduction(five), &Heads::new(6, 2, 1, 4)?).map(drop)
+    });
+    assert!(
+        message.starts_with("qkv linear: not supported: an invariant reduction needs features"),
+        "{message}"
+    );
+    let message = refused_everywhere("heads in blocks", 2, |group| {
+        let query = group.with_reduction(five).cut("test", "heads", 6, 1)?;
+        qkv(group, &Heads::with_cut(query, 2, 1)?).map(drop)
+    });
+    assert_eq!(
+        message,
+        "qkv linear: not supported: heads that are cut by canonical blocks belong to a group with an invariant reduction"
+    );
+    let message = refused_everywhere("columns of another reduction", 2, |group| {
+        let columns = Columns::even(&group.with_reduction(five), 6)?;
+        ColumnLinear::<f64, Cpu>::load(group, &weights(), 4, &columns, Bias::None).map(drop)
+    });
+    assert_eq!(
+        message,
+        "column linear: the columns were made for reduction Invariant { blocks: 5 }, but the layer's group has Fast"
+    );
+    let message = refused_everywhere("a fork of two reductions", 2, |group| {
+        let layer = |group: &Group<Cpu>| {
+            let columns = Columns::even(group, 6)?;
+            ColumnLinear::<f64, Cpu>::load(group, &weights(), 4, &columns, Bias::None)
+        };
+        let layers = vec![layer(group)?, layer(&group.with_reduction(five))?];
+        ColumnParallelLinear::<Replicated, f64, Cpu>::forked(layers).map(drop)
+    });
+    assert!(message.starts_with("forked linear: a layer is spread over"), "{message}");
 }
