@@ -329,8 +329,11 @@ fn memory_that_cannot_be_had_is_an_error() {
 fn refused_everywhere(what: &str, world: usize, act: impl Fn(&Group<Cpu>) -> Result<()> + Sync) -> String {
     let outcomes = ranks(world).run_each(|group| act(&group)).unwrap().into_iter();
     let messages: Vec<String> = outcomes
-        .map(|outcome| match outcome {
-            Err(error) if !error.is_consequence() => error.to_string(),
+        .enumerate()
+        .map(|(rank, outcome)| match outcome {
+            Err(error) if !error.is_consequence() => {
+                error.to_string().replace(&format!("rank {rank} of"), "a rank of")
+            }
             other => panic!("{what}: {other:?}"),
         })
         .collect();
