@@ -260,7 +260,12 @@ macro_rules! compare {
     (@one $failures:ident, $cuda:ident, $name:literal, $family:ident, ($($more:expr),*), $element:ident, $most:literal) => {
         let begin = Instant::now();
         let outcome = $family::<$element, _>(&$cuda $(, $more)*).and_then(|got| {
-            let far = worst_relative(&got, &$family::<$element, _>(&Cpu::new() $(, $more)*)?);
+            let want = $family::<$element, _>(&Cpu::new() $(, $more)*)?;
+            if got.len() != want.len() || want.is_empty() {
+                let detail = format!("{} numbers on the GPU, but {} on the CPU", got.len(), want.len());
+                return Err(Error::invalid($name, detail));
+            }
+            let far = worst_relative(&got, &want);
             let detail = format!("differs from the CPU by {far:.1e}, at most {:.0e} expected", $most);
             if far <= $most { Ok(detail) } else { Err(Error::invalid($name, detail)) }
         });

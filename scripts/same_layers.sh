@@ -5,11 +5,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 base=$(mktemp -d)
-trap 'git worktree remove --force "$base/tree"; rm -rf "$base"' EXIT
+trap 'git worktree remove --force "$base/tree" 2> /dev/null || true; rm -rf "$base"' EXIT
 git worktree add --quiet --detach "$base/tree" "$1"
-# A commit that is older than the example gets it.
-test -e "$base/tree/examples/layer_bits.rs" || cp examples/layer_bits.rs "$base/tree/examples/"
-target=$PWD/${CARGO_TARGET_DIR:-target}
+# A commit that is older than the example gets it, with the name that forks had then.
+test -e "$base/tree/examples/layer_bits.rs" \
+    || sed 's/>::forked(/>::new(/' examples/layer_bits.rs > "$base/tree/examples/layer_bits.rs"
+target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 (cd "$base/tree" && CARGO_TARGET_DIR=$target/same_layers cargo run --quiet --release --example layer_bits > "$base/before")
 cargo run --quiet --release --example layer_bits > "$base/after"
 diff "$base/before" "$base/after" && echo "$(wc -l < "$base/after") lines of hashes: the same bits"

@@ -74,7 +74,7 @@ pub enum Error {
         /// What cannot be, and is.
         reason: String,
     },
-    /// The host has no memory for a tensor, or no device has an address for each of its bytes.
+    /// The host has no memory for a tensor, or its bytes are more than can be counted.
     #[error("memory: no room for {len} elements of {size} bytes")]
     Memory {
         /// The number of elements.

@@ -20,7 +20,7 @@ pub(crate) fn tokenizer(folder: &Path) -> std::result::Result<Tokenizer, String>
         ["tokenizer.model", "vocab.json", "vocab.txt"].into_iter().find(|other| folder.join(other).exists());
     match other.filter(|_| !path.exists()) {
         Some(other) => Err(format!(
-            "{}: there is no tokenizer.json, but {other}: transformers' AutoTokenizer makes the one of the other",
+            "{}: there is no tokenizer.json, but {other}: transformers' AutoTokenizer can convert it",
             folder.display()
         )),
         None => Tokenizer::from_file(&path).map_err(|error| format!("{}: {error}", path.display())),

@@ -4,7 +4,7 @@ use crate::device::{AnyBuffer, AnyRef, Cpu, DType};
 use half::{bf16, f16};
 use std::sync::Arc;
 
-/// Host memory whose element is known at run time; unlike a rank's buffers other threads may read it.
+/// Host memory whose element is known at run time. Other threads may read it, unlike a rank's buffers.
 #[derive(Debug)]
 pub(super) enum HostVec {
     F64(Arc<Vec<f64>>),
@@ -65,7 +65,7 @@ impl From<AnyRef<'_, Cpu>> for HostVec {
     }
 }
 
-/// The buffer's own memory, which returns to its pool when this is dropped.
+/// The buffer's own memory, which its pool takes back once nobody holds it.
 impl From<AnyBuffer<Cpu>> for HostVec {
     fn from(buffer: AnyBuffer<Cpu>) -> Self {
         match buffer {

@@ -1,4 +1,4 @@
-//! The reference softmax and log-sum-exp of rows. Tests compare the softmax kernels and the vocabulary-parallel cross
+//! The reference softmax and log-sum-exp of rows. Tests compare the vocabulary-parallel cross
 //! entropy with them, and the reference attention uses them.
 
 use ndarray::{Array1, Array2, Zip};

@@ -264,7 +264,7 @@ impl Raw {
                     }
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Error::invalid("NCCL", "the thread that joins has panicked"));
+                    return Err(Error::internal("NCCL", "the thread that joins has panicked"));
                 }
             }
         }

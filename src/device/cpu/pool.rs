@@ -16,9 +16,9 @@ use std::{
 /// Bytes in use by the tensors of one rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryUse {
-    /// Bytes that tensors hold now.
+    /// Bytes that tensors hold now, and those that other ranks still read for a started collective.
     pub live: usize,
-    /// The most bytes that tensors have held at one time.
+    /// The most bytes at one time. With started collectives it depends on the progress of other ranks.
     pub peak: usize,
 }
 
@@ -59,7 +59,7 @@ impl Pool {
 
     pub(super) fn take<T: Element>(self: &Rc<Self>, len: usize) -> Result<CpuBuffer<T>> {
         let class = size_class(len);
-        self.take_back::<T>();
+        self.take_all_back();
         let idle = T::shelf(self).borrow_mut().idle.get_mut(&class).and_then(Vec::pop);
         let mut data = match idle {
             Some(mut data) => {
@@ -146,7 +146,8 @@ pub struct CpuBuffer<T: Element> {
 }
 
 impl<T: Element> CpuBuffer<T> {
-    /// The memory itself, for other threads to read. It is the tensor's until nobody but the pool holds it.
+    /// The memory itself, for other threads to read. It counts as live until
+    /// all readers have dropped it.
     pub(crate) fn lend(mut self) -> Arc<Vec<T>> {
         let data = Arc::new(std::mem::take(&mut self.data));
         T::shelf(&self.pool).borrow_mut().lent.push(Arc::clone(&data));
@@ -207,6 +208,14 @@ mod tests {
         std::thread::spawn(move || drop(lent)).join().unwrap();
         assert_eq!(pool.memory().live, 0);
         assert_eq!((pool.take::<f32>(1000).unwrap().as_ptr(), pool.made.get()), (at, 2));
+    }
+
+    #[test]
+    fn memory_that_was_read_does_not_count_beside_that_of_another_element() {
+        let pool = Rc::new(Pool::new(false));
+        drop(pool.take::<bf16>(1000).unwrap().lend());
+        let _next = pool.take::<f32>(1000).unwrap();
+        assert_eq!(pool.memory(), MemoryUse { live: 4000, peak: 4000 });
     }
 
     #[test]

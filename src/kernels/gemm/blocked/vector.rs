@@ -5,12 +5,13 @@ use std::slice;
 
 /// A vector of f32 or f64.
 ///
-/// Only [`Vector::zero`] makes a vector of nothing, and asks for the processor's instructions. What else makes vectors or
-/// computes with them takes one: that there is one says that the processor has them.
+/// A vector is the proof that the processor has its instructions. Kernels get the first one from the unsafe
+/// [`Vector::zero`]; every other function takes a vector.
 ///
 /// # Safety
 /// The type is [`Vector::LANES`] of its reals without padding, of which any bits are a value. Where the processor has what
-/// `zero` asks for, no other function needs more than that. Safe code has no other way to a first vector.
+/// `zero` asks for, no other function needs more than that. Whoever makes a vector in another way (the
+/// standard library can, where a function has its target feature) has to know that the processor has all of them.
 #[allow(unsafe_code)]
 pub(in super::super) unsafe trait Vector: Copy {
     /// What it is a vector of: [`Vector::LANES`] of them without padding.
