@@ -1,11 +1,12 @@
 //! The products of linear layers, of which a dimension is cut into leaves.
 
-use super::{super::DTensor, Leaves, Sums};
+use super::{Leaves, Sums};
 use crate::{
     device::Element,
     error::{Result, same_size},
     kernels::{Activation, Backend, MatMut, MatRef, Term},
     ops,
+    parallel::DTensor,
     shard::{Node, Partial, Placement, TreeSum},
     tensor::{Param, Tensor},
     trace,
