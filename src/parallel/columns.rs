@@ -265,7 +265,8 @@ impl Columns {
         };
         let row = |head: usize| (head - first) * heads.head_dim();
         let rows = |runs: &Vec<Range<usize>>| runs.iter().map(|run| row(run.start)..row(run.end)).collect();
-        Leaves::new(runs.iter().map(rows).collect(), rows(&others))
+        let shared = !matches!(part, Part::Q) && !heads.shared().is_empty();
+        Leaves::new(runs.iter().map(rows).collect(), rows(&others), shared)
     }
 
     /// Where the leaves of the group's sums are among the rows of the weight.

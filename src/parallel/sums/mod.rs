@@ -52,21 +52,25 @@ pub(super) struct Sums<B: Device> {
 pub(super) struct Leaves {
     /// The runs of each leaf: such as its rows of q, of k and of v.
     own: Vec<Vec<Range<usize>>>,
-    /// Runs that a leaf of another rank owns, and this rank holds as well.
-    others: Vec<Range<usize>>,
+    /// All runs that the rank holds, those that a leaf of another rank owns among them. What several leaves hold is a run
+    /// of its own.
+    held: Vec<Range<usize>>,
+    /// Whether several leaves of the group hold the same indices.
+    shared: bool,
 }
 
 impl Leaves {
-    /// Leaves of which each has these runs.
-    pub(super) fn new(own: Vec<Vec<Range<usize>>>, others: Vec<Range<usize>>) -> Self {
-        Self { own, others }
+    /// Leaves of which each has these runs, and of which a rank holds others as well.
+    pub(super) fn new(own: Vec<Vec<Range<usize>>>, others: Vec<Range<usize>>, shared: bool) -> Self {
+        Self { held: own.iter().flatten().chain(&others).cloned().collect(), own, shared }
     }
 
     /// The same leaves in tensors that lie one behind another: each leaf has the runs of all.
     pub(super) fn beside(parts: impl IntoIterator<Item = Self>) -> Self {
         let join = |mut all: Self, part: Self| {
             all.own.iter_mut().zip(part.own).for_each(|(leaf, runs)| leaf.extend(runs));
-            all.others.extend(part.others);
+            all.held.extend(part.held);
+            all.shared |= part.shared;
             all
         };
         parts.into_iter().reduce(join).unwrap_or_default()
@@ -75,7 +79,7 @@ impl Leaves {
     /// The same leaves `by` indices further on.
     pub(super) fn shifted(&self, by: usize) -> Self {
         let shift = |runs: &Vec<Range<usize>>| runs.iter().map(|run| run.start + by..run.end + by).collect();
-        Self { own: self.own.iter().map(shift).collect(), others: shift(&self.others) }
+        Self { own: self.own.iter().map(shift).collect(), held: shift(&self.held), shared: self.shared }
     }
 
     /// The indices of one of the rank's leaves, from its first run to its last.
@@ -87,11 +91,6 @@ impl Leaves {
     /// The lengths of the rank's own runs: the depths of the products whose inner dimension they are.
     pub(super) fn depths(&self) -> impl Iterator<Item = usize> {
         self.own.iter().flatten().map(|run| run.len())
-    }
-
-    /// All runs that this rank holds.
-    fn runs(&self) -> impl Iterator<Item = &Range<usize>> {
-        self.own.iter().flatten().chain(&self.others)
     }
 }
 
@@ -127,11 +126,11 @@ impl<B: Device> Sums<B> {
     pub(super) fn leaves(&self, op: &'static str, cut: &Partition) -> Result<Leaves> {
         let rank = self.group.rank();
         let Some(tree) = &self.tree else {
-            return Ok(Leaves::new(vec![vec![0..cut.size(rank)]], Vec::new()));
+            return Ok(Leaves::new(vec![vec![0..cut.size(rank)]], Vec::new(), false));
         };
         let blocks = |rank: usize| cut.blocks(rank).filter(|own| own.len() == tree.owned(rank).len());
         match blocks(rank).filter(|_| (0..tree.ranks()).all(|rank| blocks(rank).is_some())) {
-            Some(own) => Ok(Leaves::new(own.into_iter().map(|leaf| vec![leaf]).collect(), Vec::new())),
+            Some(own) => Ok(Leaves::new(own.into_iter().map(|leaf| vec![leaf]).collect(), Vec::new(), false)),
             None => {
                 let reason = "an invariant reduction needs features that are cut by canonical blocks: take them from \
                               `Group::cut`";
@@ -155,7 +154,7 @@ impl<B: Device> Sums<B> {
         Ok(())
     }
 
-    /// The same leaves, where the order is free with neighbouring runs as one.
+    /// The same leaves. Where the order is free, a sum has one term for neighbouring runs.
     pub(super) fn joined(&self, mut leaves: Leaves) -> Leaves {
         if self.tree.is_none() {
             for leaf in &mut leaves.own {

@@ -157,7 +157,8 @@ impl<B: Backend> Sums<B> {
         layers: Vec<((AffineMut<'a, T, B>, &'a Leaves), MatRef<'a, T, B>)>,
         x: &'a Tensor<T, B>,
     ) -> Result<()> {
-        if self.tree.is_some() || layers.len() == 1 {
+        let by_leaves = self.tree.is_some() || layers.iter().any(|((_, leaves), _)| leaves.shared);
+        if by_leaves || layers.len() == 1 {
             return layers.into_iter().try_for_each(|(params, dy)| self.row_grad(params, dy, x));
         }
         let pairs = layers.iter().map(|(_, dy)| (dy.t(), x.mat())).collect();
@@ -177,7 +178,7 @@ impl<B: Backend> Sums<B> {
         x: &Tensor<T, B>,
     ) -> Result<()> {
         match bias {
-            Some(bias) if self.tree.is_none() => {
+            Some(bias) if self.tree.is_none() && !leaves.shared => {
                 let mut db = Tensor::empty(x.device(), [dy.cols()])?;
                 w.accumulate_grad(|beta, dw| ops::linear_param_grads(dy, x.mat(), beta, dw, &mut db))?;
                 bias.add_grad(db)
@@ -200,10 +201,11 @@ impl<B: Backend> Sums<B> {
         w.accumulate_grad(|beta, dw| self.by_columns(leaves, (dy.mat().t(), x.mat()), beta, dw))
     }
 
-    /// Whether elements of a product with `a` are computed leaf by leaf.
-    fn is_by_leaves<T: Element>(&self, a: MatRef<'_, T, B>) -> bool {
+    /// Whether elements of a product with `a` are computed run by run: in a fixed order, and where several ranks hold the
+    /// same rows of a weight, whose gradients have to have the same bits on each.
+    fn is_by_leaves<T: Element>(&self, a: MatRef<'_, T, B>, leaves: &Leaves) -> bool {
         // A depth of 1 leaves room for another sign of a zero.
-        self.tree.is_some() && !(self.group.device().splits_exactly() && a.cols() > 1)
+        (self.tree.is_some() || leaves.shared) && !(self.group.device().splits_exactly() && a.cols() > 1)
     }
 
     /// c ← a b + β c by runs of b's and c's columns.
@@ -216,10 +218,10 @@ impl<B: Backend> Sums<B> {
     ) -> Result<()> {
         let (device, rows) = (self.group.device(), c.rows());
         trace::compute("gemm", T::DTYPE, &[a.rows(), a.cols(), b.cols()], || {
-            if !self.is_by_leaves(a) {
+            if !self.is_by_leaves(a, leaves) {
                 return device.gemm(1.0, a, b, beta, c);
             }
-            leaves.runs().try_for_each(|run| {
+            leaves.held.iter().try_for_each(|run| {
                 let part = c.reborrow().block(0..rows, run.clone());
                 device.gemm_block(a, b.columns(run.clone()), beta, part)
             })
@@ -236,10 +238,10 @@ impl<B: Backend> Sums<B> {
     ) -> Result<()> {
         let (device, depth, cols) = (self.group.device(), a.cols(), c.cols());
         trace::compute("gemm", T::DTYPE, &[a.rows(), a.cols(), b.cols()], || {
-            if !self.is_by_leaves(a) {
+            if !self.is_by_leaves(a, leaves) {
                 return device.gemm(1.0, a, b, beta, c);
             }
-            leaves.runs().try_for_each(|run| {
+            leaves.held.iter().try_for_each(|run| {
                 let part = c.reborrow().block(run.clone(), 0..cols);
                 device.gemm_block(a.block(run.clone(), 0..depth), b, beta, part)
             })
