@@ -1,8 +1,9 @@
-//! Prints hashes of the outputs and gradients of every layer, a line for each layer, residual stream, element and
-//! reduction, with a hash for each of 1 to 8 ranks. A change that only moves code leaves the listing as it was; hashes
-//! differ between processors, as sums do.
+//! Prints hashes of the outputs and gradients of every layer, a line for each layer, residual
+//! stream, element and reduction, with a hash for each of 1 to 8 ranks. A change that only moves
+//! code leaves the listing as it was; hashes differ between processors, as sums do.
 //!
-//! `cargo run --release --example layer_bits > after.txt`, or `scripts/same_layers.sh COMMIT`, which compares with a commit.
+//! `cargo run --release --example layer_bits > after.txt`, or `scripts/same_layers.sh COMMIT`,
+//! which compares with a commit.
 
 use half::bf16;
 use shardwise::{
@@ -39,7 +40,8 @@ struct Sizes {
     words: usize,
 }
 
-/// Uneven cuts and key/value heads that several ranks hold; products large enough for blocked kernels.
+/// Uneven cuts and key/value heads that several ranks hold; products large enough for blocked
+/// kernels.
 const SIZES: [(&str, Sizes); 2] = [
     ("small", Sizes { tokens: 37, hidden: 24, ffn: 41, heads: 9, kv_heads: 3, head_dim: 6, words: 29 }),
     ("large", Sizes { tokens: 150, hidden: 96, ffn: 260, heads: 12, kv_heads: 4, head_dim: 16, words: 130 }),

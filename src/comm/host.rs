@@ -4,7 +4,8 @@ use crate::device::{AnyBuffer, AnyRef, Cpu, DType};
 use half::{bf16, f16};
 use std::sync::Arc;
 
-/// Host memory whose element is known at run time. Other threads may read it, unlike a rank's buffers.
+/// Host memory whose element is known at run time. Other threads may read it, unlike a rank's
+/// buffers.
 #[derive(Debug)]
 pub(super) enum HostVec {
     F64(Arc<Vec<f64>>),

@@ -115,8 +115,8 @@ impl Shares {
         }
     }
 
-    /// The sum over a group of each rank's sums: of its leaves along the tree, and then of the last of every rank in rank
-    /// order. The ranks' shares are added up, too.
+    /// The sum over a group of each rank's sums: of its leaves along the tree, and then of the last
+    /// of every rank in rank order. The ranks' shares are added up, too.
     #[track_caller]
     fn total<B: Backend>(&mut self, group: &Group<B>, tree: Option<&Tree>, sums: &[f64]) -> Result<f64> {
         let own = [sums, &[self.excess as f64, self.parts as f64]].concat();

@@ -79,7 +79,8 @@ impl<T: Element, B: Backend> Attention<T, B> {
     /// normalizations, if there are any.
     ///
     /// # Errors
-    /// When the heads were cut for another group, the rotary embedding does not fit them, or a tensor is missing or has another shape.
+    /// When the heads were cut for another group, the rotary embedding does not fit them, or a
+    /// tensor is missing or has another shape.
     pub fn load(
         group: &Group<B>,
         weights: &Weights<'_>,

@@ -22,10 +22,10 @@ const OP_BACKWARD: &str = "column linear backward";
 ///
 /// * X: `[tokens, inputs]`; W: `[outputs, inputs]`, of which rank r holds the rows Wᵣ; Y: `[tokens, outputs]`.
 /// * Backward: dX is the [`Partial`] sum of dYᵣ Wᵣ; dWᵣ = dYᵣᵀ X; dbᵣ = Σ over tokens of dYᵣ.
-/// * Collectives: none, but with key/value heads that several ranks hold. The backward then begins with an all-reduce of their
-///   columns of dY: the sum over the holders is the gradient of a head. With
-///   [`Reduction::Invariant`](crate::shard::Reduction::Invariant) it is canonical blocks that hold such heads. W and b have a
-///   head once, Y once for each of the rank's blocks that holds it.
+/// * Collectives: none, but with key/value heads that several ranks hold. The backward then begins
+///   with an all-reduce of their columns of dY: the sum over the holders is the gradient of a head.
+///   With [`Reduction::Invariant`](crate::shard::Reduction::Invariant) it is canonical blocks that
+///   hold such heads. W and b have a head once, Y once for each of the rank's blocks that holds it.
 ///
 /// Source: Shoeybi et al., 2019: Megatron-LM, section 3. As a layer with its collectives: [`ColumnParallelLinear`].
 #[derive(Debug)]
@@ -61,16 +61,18 @@ impl<T: Element, B: Backend> Branch<T, B> {
 
 /// Yᵣ = X Wᵣᵀ + bᵣ with its collectives: S → Shard<1>.
 ///
-/// Loaded with [`Columns::merged`] this is the field's `MergedColumnParallelLinear` (gate and up of a gated MLP), with
-/// [`Columns::qkv`] its `QKVParallelLinear`. For `gather_output`, chain [`crate::parallel::GatherFrom`]`::<1>`.
+/// Loaded with [`Columns::merged`] this is the field's `MergedColumnParallelLinear` (gate and up of
+/// a gated MLP), with [`Columns::qkv`] its `QKVParallelLinear`. For `gather_output`, chain
+/// [`crate::parallel::GatherFrom`]`::<1>`.
 pub type ColumnParallelLinear<S, T, B> = Enter<S, ColumnLinear<T, B>>;
 
-/// `[X W₁ᵀ | X W₂ᵀ | …]`: S → Shard<1>. Several column-sharded layers of one input that are not merged into one weight
-/// ([`ColumnParallelLinear::forked`]).
+/// `[X W₁ᵀ | X W₂ᵀ | …]`: S → Shard<1>. Several column-sharded layers of one input that are not
+/// merged into one weight ([`ColumnParallelLinear::forked`]).
 ///
-/// Operator parallelism inside a device: the products run at the same time, on the threads that a rank's
-/// [`Cpu`](crate::device::Cpu) may use. Rank r holds its features of the first layer, then of the second, and so on, as a
-/// merged layer does ([`Columns::merged`], [`Columns::qkv`]); the bits of the output are the same.
+/// Operator parallelism inside a device: the products run at the same time, on the threads that a
+/// rank's [`Cpu`](crate::device::Cpu) may use. Rank r holds its features of the first layer, then
+/// of the second, and so on, as a merged layer does ([`Columns::merged`], [`Columns::qkv`]); the
+/// bits of the output are the same.
 ///
 /// * Forward: entering the stream, once for all. Errors of its collectives name the first layer.
 /// * Backward: dX = Σᵢ dYᵢ Wᵢ; its leaving collective runs beside the products that give the dWᵢ.
@@ -80,8 +82,8 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
     /// Reads this rank's rows of `weight`, and of `bias` if there is one.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, or `columns` were made for another group. When an invariant reduction shares
-    /// key/value heads whose bias is to be skipped.
+    /// When a tensor is missing or has another shape, or `columns` were made for another group.
+    /// When an invariant reduction shares key/value heads whose bias is to be skipped.
     pub fn load(
         group: &Group<B>,
         weights: &Weights<'_>,

@@ -235,9 +235,9 @@ impl Columns {
         }
     }
 
-    /// The rows of one part of a rank's heads that belong to each of its leaves. Key/value heads belong to the leaf that owns
-    /// them; one with several holders makes a run of its own, as each rank that holds it multiplies it, with whatever
-    /// neighbours.
+    /// The rows of one part of a rank's heads that belong to each of its leaves. Key/value heads
+    /// belong to the leaf that owns them; one with several holders makes a run of its own, as each
+    /// rank that holds it multiplies it, with whatever neighbours.
     fn leaves_of(heads: &Heads, part: Part, rank: usize) -> Leaves {
         let (first, runs, others): (_, Vec<Vec<Range<usize>>>, _) = match part {
             Part::Q => {
@@ -287,7 +287,8 @@ impl Columns {
     /// That a layer of this group can have these columns, and use a bias so.
     ///
     /// # Errors
-    /// When they were made for another group, or the bias is to be skipped and has fewer elements than the output has columns.
+    /// When they were made for another group, or the bias is to be skipped and has fewer elements
+    /// than the output has columns.
     pub(super) fn check<B: Device>(&self, op: &'static str, bias: Bias, group: &Group<B>) -> Result<()> {
         same_size(op, "the ranks of the columns", self.cut.parts(), "the ranks of the group", group.size())?;
         if self.reduction != group.reduction() {
@@ -313,7 +314,8 @@ impl Columns {
         }
     }
 
-    /// The gradient of the product, given that of the output. Collective: an all-reduce, if several ranks hold a head.
+    /// The gradient of the product, given that of the output. Collective: an all-reduce, if several
+    /// ranks hold a head.
     ///
     /// # Errors
     /// When sizes disagree, or the collective fails.

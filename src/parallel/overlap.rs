@@ -1,13 +1,13 @@
-//! Linear layers with collectives in chunks of tokens ([`Overlap`](crate::comm::Overlap)), beside the products that need or
-//! make what they carry.
+//! Linear layers with collectives in chunks of tokens ([`Overlap`](crate::comm::Overlap)), beside
+//! the products that need or make what they carry.
 //!
 //! * Entering a region ([`gather`]): the chunks of the all-gather are started; the rank's own rows are multiplied first, then
 //!   those of the others as they arrive.
 //! * Leaving it ([`start_sum`]): the rows of one chunk are multiplied and their reduction is started; then the next.
 //!
-//! Only tokens are cut, over which neither product nor sum adds anything up: the bits are those of the whole. A rank whose
-//! device or rows do not allow that ([`splits`]) multiplies all rows at once, between collectives that are cut alike on
-//! every rank.
+//! Only tokens are cut, over which neither product nor sum adds anything up: the bits are those of
+//! the whole. A rank whose device or rows do not allow that ([`splits`]) multiplies all rows at
+//! once, between collectives that are cut alike on every rank.
 
 use super::{
     DTensor, Stream, Traffic,
@@ -62,7 +62,8 @@ pub(super) fn traffic(chunks: Option<Partition>, shape: Shape, of: impl Fn(Shape
     chunks.sizes().map(|tokens| of(shape.with(0, tokens))).fold(Traffic::default(), Traffic::then)
 }
 
-/// Whether products of these depths have the same bits row by row. A depth of 1 leaves room for another sign of a zero.
+/// Whether products of these depths have the same bits row by row. A depth of 1 leaves room for
+/// another sign of a zero.
 pub(super) fn splits<B: Backend>(device: &B, depths: impl IntoIterator<Item = usize>) -> bool {
     device.splits_exactly() && depths.into_iter().all(|depth| depth != 1)
 }

@@ -18,9 +18,11 @@ use crate::{
 pub(super) enum Addends<A: Element, B: Device> {
     /// Every rank's local tensor, in any order.
     Ranks,
-    /// As `Ranks`. In each element all ranks but one have +0, so that every order gives the same bits.
+    /// As `Ranks`. In each element all ranks but one have +0, so that every order gives the same
+    /// bits.
     Exact,
-    /// Every rank's sums of its sub-trees of the group's tree. The local tensor is the only one, in the accumulator.
+    /// Every rank's sums of its sub-trees of the group's tree. The local tensor is the only one, in
+    /// the accumulator.
     Node,
     /// The same, of any number.
     Nodes(Vec<Tensor<A, B>>),
@@ -37,8 +39,8 @@ impl<A: Element, B: Device> Addends<A, B> {
 }
 
 impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
-    /// The sum over all ranks of these nodes: one a rank in any order, or where it is fixed, those of its sub-trees. It has
-    /// the rows of `self`, and other features.
+    /// The sum over all ranks of these nodes: one a rank in any order, or where it is fixed, those
+    /// of its sub-trees. It has the rows of `self`, and other features.
     pub(super) fn derive_sum(
         &self,
         mut nodes: Vec<Tensor<T::Acc, B>>,
@@ -65,8 +67,8 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
 impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// A tensor that is the sum of what the ranks hold.
     ///
-    /// With [`crate::shard::Reduction::Invariant`] such a sum cannot be reduced: what its terms are depends on the number of
-    /// ranks. Layers give it terms that do not.
+    /// With [`crate::shard::Reduction::Invariant`] such a sum cannot be reduced: what its terms are
+    /// depends on the number of ranks. Layers give it terms that do not.
     ///
     /// # Errors
     /// When it has fewer than two dimensions.
@@ -78,7 +80,8 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// A sum of which every rank but one at most has +0 in each element.
     pub(super) fn exact(mut self) -> Result<Self> {
         if self.group.tree()?.is_some() {
-            // −0 becomes +0 where another rank's zero is added: so it does where there is no other rank, too.
+            // −0 becomes +0 where another rank's zero is added: so it does where there is no other
+            // rank, too.
             let zeros = Tensor::<T, B>::zeros(self.group.device(), [self.local.shape().cols()])?;
             self.group.device().add_bias::<T>(zeros.slice(), self.local.mat_mut()?)?;
         }
@@ -104,7 +107,8 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
         self.sum(Some((D, cut)))
     }
 
-    /// The sum as the residual stream holds it: Partial → S. Collective: all-reduce, or reduce-scatter over tokens.
+    /// The sum as the residual stream holds it: Partial → S. Collective: all-reduce, or
+    /// reduce-scatter over tokens.
     ///
     /// # Errors
     /// When the ranks disagree, or one is lost.

@@ -13,8 +13,8 @@ use std::marker::PhantomData;
 
 type Dual<P> = <P as Placement>::Dual;
 
-/// A linear layer, which saves its input, with its backward in two halves: the collective of the first half's result runs
-/// beside the second half.
+/// A linear layer, which saves its input, with its backward in two halves: the collective of the
+/// first half's result runs beside the second half.
 pub trait Linear<T: Element, B: Backend>: Layer<T, B, Saved = Tensor<T, B>> {
     /// What errors call the forward and the backward.
     const OPS: [&'static str; 2];
@@ -32,7 +32,8 @@ pub trait Linear<T: Element, B: Backend>: Layer<T, B, Saved = Tensor<T, B>> {
     /// Whether the forward, and the gradient of the input, have the same bits row by row.
     fn splits(&self) -> [bool; 2];
 
-    /// The gradient of the output as both halves need it: that of features which several ranks hold, summed over them.
+    /// The gradient of the output as both halves need it: that of features which several ranks
+    /// hold, summed over them.
     ///
     /// # Errors
     /// When sizes disagree, or a collective fails.
@@ -56,8 +57,9 @@ pub trait Linear<T: Element, B: Backend>: Layer<T, B, Saved = Tensor<T, B>> {
 
 /// The residual stream enters a region, and then a linear layer L: S → Copied → Shard<1>.
 ///
-/// The same as [`DTensor::enter`] and then L, bit for bit; but in the backward the reduction of dX runs beside the products
-/// that give the parameters' gradients, and with the group's [`Overlap`](crate::comm::Overlap) collectives run in chunks.
+/// The same as [`DTensor::enter`] and then L, bit for bit; but in the backward the reduction of dX
+/// runs beside the products that give the parameters' gradients, and with the group's
+/// [`Overlap`](crate::comm::Overlap) collectives run in chunks.
 ///
 /// * Forward: nothing for `Replicated`, an all-gather of X for `Shard<0>`.
 /// * Backward: an all-reduce of dX, or a reduce-scatter.
@@ -125,7 +127,8 @@ where
 
 /// A linear layer L, and then its sum leaves the region: Shard<1> → Partial → S.
 ///
-/// The same as L and then [`DTensor::leave`], bit for bit, with the group's [`Overlap`](crate::comm::Overlap) in chunks.
+/// The same as L and then [`DTensor::leave`], bit for bit, with the group's
+/// [`Overlap`](crate::comm::Overlap) in chunks.
 ///
 /// * Forward: an all-reduce of Y for `Replicated`, a reduce-scatter for `Shard<0>`.
 /// * Backward: nothing, or an all-gather of dY.

@@ -138,8 +138,8 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
 
 /// Y = Σᵣ Xᵣ Wᵣᵀ + b with its collectives: Shard<1> → S.
 ///
-/// The same as [`RowLinear`], then [`DTensor::leave`], then [`AddBias`], bit for bit, with the group's
-/// [`Overlap`](crate::comm::Overlap) in chunks. The bias is added once, after the sum.
+/// The same as [`RowLinear`], then [`DTensor::leave`], then [`AddBias`], bit for bit, with the
+/// group's [`Overlap`](crate::comm::Overlap) in chunks. The bias is added once, after the sum.
 ///
 /// * Forward: leaving the region: an all-reduce of Y for `Replicated`, a reduce-scatter for `Shard<0>`.
 /// * Backward: entering it: nothing, or an all-gather of dY; with `Shard<0>` also an all-reduce of db.

@@ -13,9 +13,9 @@ use std::ops::Range;
 
 /// How activations are held between tensor-parallel regions: [`Replicated`], or [`Shard<0>`] with sequence parallelism.
 ///
-/// A region is entered by S → Copied ([`DTensor::enter`]) and left by Partial → S ([`DTensor::leave`]). The two are each
-/// other's dual: the backward of entering is leaving, and the other way round. So layers that take S as a parameter serve
-/// both, and no layer has a flag.
+/// A region is entered by S → Copied ([`DTensor::enter`]) and left by Partial → S
+/// ([`DTensor::leave`]). The two are each other's dual: the backward of entering is leaving, and
+/// the other way round. So layers that take S as a parameter serve both, and no layer has a flag.
 #[diagnostic::on_unimplemented(
     message = "a residual stream cannot be held as `{Self}`",
     note = "it is `Replicated`, or `Shard<0>` for sequence parallelism"
@@ -42,8 +42,8 @@ pub trait Stream: Elementwise + Placement<Dual = Self> {
         })
     }
 
-    /// The traffic of a layer that enters, for an input of this shape: [`DTensor::enter`], and [`DTensor::leave`] in the
-    /// backward.
+    /// The traffic of a layer that enters, for an input of this shape: [`DTensor::enter`], and
+    /// [`DTensor::leave`] in the backward.
     fn enter_traffic<T: Element, B: Backend>(group: &Group<B>, x: Shape) -> Traffic {
         let gather = match Self::CUT {
             None => Traffic::default(),
@@ -70,7 +70,8 @@ pub trait Stream: Elementwise + Placement<Dual = Self> {
         })
     }
 
-    /// The traffic of a sum over tokens in a backward: the gradient of a parameter that all ranks hold.
+    /// The traffic of a sum over tokens in a backward: the gradient of a parameter that all ranks
+    /// hold.
     fn sum_tokens_traffic<A: Element, B: Backend>(group: &Group<B>, shape: Shape) -> Traffic {
         match Self::CUT {
             None => Traffic::default(),
@@ -101,7 +102,8 @@ impl Stream for Shard<0> {
 }
 
 impl<S: Stream, T: Element, B: Backend> DTensor<S, T, B> {
-    /// The tensor in a tensor-parallel region: S → Copied. Collective: none, or an all-gather of the tokens.
+    /// The tensor in a tensor-parallel region: S → Copied. Collective: none, or an all-gather of
+    /// the tokens.
     ///
     /// # Errors
     /// When the ranks disagree, or one is lost.

@@ -7,8 +7,8 @@
 
 /// How the ranks of one group hold one tensor; implemented by the four markers of this module.
 ///
-/// Sealed: what the types of layers prove rests on there being these four. So [`Elementwise`] and a residual stream are
-/// closed, too.
+/// Sealed: what the types of layers prove rests on there being these four. So [`Elementwise`] and a
+/// residual stream are closed, too.
 ///
 /// | placement | the ranks hold | `Dual`, the placement of its gradient |
 /// |---|---|---|

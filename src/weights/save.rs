@@ -136,8 +136,9 @@ impl<'a> Save<'a> {
     /// # Errors
     /// On every rank: [`Error::Io`], which names the file, when the first rank cannot write, or
     /// another save is writing to the folder (its `kind` is `Other` on the others);
-    /// [`Error::Sizes`] when an element is owned by no rank, [`Error::Invalid`] when it is owned by several, [`Error::Shapes`] when ranks have the same
-    /// tensor in different shapes; and when a collective fails.
+    /// [`Error::Sizes`] when an element is owned by no rank, [`Error::Invalid`] when it is owned by
+    /// several, [`Error::Shapes`] when ranks have the same tensor in different shapes; and when a
+    /// collective fails.
     #[track_caller]
     pub fn write<T: Element, B: Backend>(self, group: &Group<B>, mut visit: impl Visit<T, B>) -> Result<()> {
         let _site = Site::here().enter();

@@ -325,7 +325,8 @@ fn memory_that_cannot_be_had_is_an_error() {
     assert_eq!(x.to_vec().unwrap(), [2.0; 3]);
 }
 
-/// Every rank gets an error of its own, though some have no part of what is wrong: none is left in a collective.
+/// Every rank gets an error of its own, though some have no part of what is wrong: none is left in
+/// a collective.
 fn refused_everywhere(what: &str, world: usize, act: impl Fn(&Group<Cpu>) -> Result<()> + Sync) -> String {
     let outcomes = ranks(world).run_each(|group| act(&group)).unwrap().into_iter();
     let messages: Vec<String> = outcomes
@@ -389,7 +390,8 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
         "{message}"
     );
 
-    // Five blocks on four ranks: the first has two, the others one, as if they were cut without blocks.
+    // Five blocks on four ranks: the first has two, the others one, as if they were cut without
+    // blocks.
     let message = refused_everywhere("heads without blocks", 4, |group| {
         qkv(&group.with_reduction(five), &Heads::new(6, 2, 1, 4)?).map(drop)
     });

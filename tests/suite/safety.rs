@@ -29,7 +29,8 @@ fn a_fault_of_the_library_is_not_told_as_misuse() {
     assert_eq!(error.to_string(), "gemm: a thread panicked: this is a bug in shardwise, please report it");
 }
 
-/// An argument for safety that cites what is gone argues nothing: every name in it stands in the code.
+/// An argument for safety that cites what is gone argues nothing: every name in it stands in the
+/// code.
 #[test]
 fn arguments_for_safety_cite_what_exists() {
     let text = library();

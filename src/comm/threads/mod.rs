@@ -97,8 +97,9 @@ impl ThreadComm {
         let second = (longest > EAGER).then(|| Second::of(&self.seat));
         #[cfg(test)]
         faults::strike();
-        // SAFETY: the first meeting is complete, and this rank arrives at no other operation before `combine` returns,
-        // which cannot keep a slice: it takes slices of any lifetime. No rank writes data that was published by `publish_ref`.
+        // SAFETY: the first meeting is complete, and this rank arrives at no other operation before
+        // `combine` returns, which cannot keep a slice: it takes slices of any lifetime. No rank
+        // writes data that was published by `publish_ref`.
         #[allow(unsafe_code)]
         combine(&|rank| unsafe { slots[rank].data::<T>(at) });
         second.map_or(Ok(()), |second| second.attend(call))

@@ -445,8 +445,8 @@ impl Drop for Seat {
     }
 }
 
-/// The groups that one thread takes part in, or has left. When the thread ends, all of them are told
-/// so and why, also where its end of a group was leaked.
+/// The groups that one thread takes part in, or has left. When the thread ends, all of them are
+/// told so and why, also where its end of a group was leaked.
 #[derive(Debug, Default)]
 pub(crate) struct Presence(RefCell<Vec<(Weak<Shared>, usize)>>);
 

@@ -18,7 +18,8 @@ use std::{
 pub struct MemoryUse {
     /// Bytes that tensors hold now, and those that other ranks still read for a started collective.
     pub live: usize,
-    /// The most bytes at one time. With started collectives it depends on the progress of other ranks.
+    /// The most bytes at one time. With started collectives it depends on the progress of other
+    /// ranks.
     pub peak: usize,
 }
 

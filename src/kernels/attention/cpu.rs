@@ -327,8 +327,9 @@ fn narrow<T: Element>(from: &[T::Acc], to: &mut [T]) {
     }
 }
 
-/// Softmax of one row in place, of which the first `visible` columns, and of those the `valid` ones, are seen.
-/// Returns log Σ e^x over the seen columns; +∞ where none is seen, so that e^(x − that) is 0.
+/// Softmax of one row in place, of which the first `visible` columns, and of those the `valid`
+/// ones, are seen. Returns log Σ e^x over the seen columns; +∞ where none is seen, so that e^(x −
+/// that) is 0.
 #[inline(always)]
 pub(super) fn softmax_row<A: Accumulator>(row: &mut [A], visible: usize, valid: Option<&[bool]>) -> A {
     let (seen, hidden) = row.split_at_mut(visible);

@@ -12,17 +12,19 @@ use crate::{
 };
 use std::ops::Range;
 
-/// The columns of a projection to key/value heads that leaves share. The output has a head once for each of the rank's
-/// leaves that touches it, the weight once.
+/// The columns of a projection to key/value heads that leaves share. The output has a head once for
+/// each of the rank's leaves that touches it, the weight once.
 ///
 /// * Forward: a head is multiplied once, and copied ([`Holders::spread`]).
-/// * Backward: the gradients of all copies are summed before anything else ([`Holders::merge`]). The leaf that owns a head
-///   multiplies the sum for dX; every rank that holds the head computes the same gradient of its rows from it.
+/// * Backward: the gradients of all copies are summed before anything else ([`Holders::merge`]).
+///   The leaf that owns a head multiplies the sum for dX; every rank that holds the head computes
+///   the same gradient of its rows from it.
 ///
 /// Only heads that several ranks hold are moved.
 #[derive(Clone, Debug)]
 pub(in super::super) struct Holders {
-    /// How the weight's rows are cut over the ranks. A head that several ranks hold counts for each.
+    /// How the weight's rows are cut over the ranks. A head that several ranks hold counts for
+    /// each.
     rows: Partition,
     /// The rank's heads of k and v, and its columns of q as if they were one.
     held: Vec<Held>,
@@ -43,8 +45,8 @@ struct Held {
 }
 
 impl Holders {
-    /// The columns of a rank: its query heads, if `query`, then `kv` times (as keys, as values) the key/value heads that its
-    /// leaves hold. None if no head of the layer has several holders.
+    /// The columns of a rank: its query heads, if `query`, then `kv` times (as keys, as values) the
+    /// key/value heads that its leaves hold. None if no head of the layer has several holders.
     pub(in super::super) fn of(heads: &Heads, rank: usize, query: bool, kv: usize) -> Option<Self> {
         if heads.shared().is_empty() {
             return None;
@@ -80,7 +82,8 @@ impl Holders {
         &self.rows
     }
 
-    /// The output, given the product with the weight's rows: each column is copied to all its holders.
+    /// The output, given the product with the weight's rows: each column is copied to all its
+    /// holders.
     pub(in super::super) fn spread<T: Element, B: Backend>(&self, y: Tensor<T, B>) -> Result<Tensor<T, B>> {
         if y.shape().cols() == self.columns {
             return Ok(y);
@@ -95,7 +98,8 @@ impl Holders {
         Ok(spread)
     }
 
-    /// The gradient of the product, given that of the output: columns that have several holders get the sum over these.
+    /// The gradient of the product, given that of the output: columns that have several holders get
+    /// the sum over these.
     pub(in super::super) fn merge<T: Element, B: Backend>(
         &self,
         sums: &Sums<B>,
@@ -152,7 +156,8 @@ impl Holders {
     }
 }
 
-/// The sum over the holders of a head that no other rank holds: what [`Holders::moved`] gives, were they on several.
+/// The sum over the holders of a head that no other rank holds: what [`Holders::moved`] gives, were
+/// they on several.
 fn sum<T: Element, B: Backend>(
     sums: &Sums<B>,
     dy: MatRef<'_, T, B>,

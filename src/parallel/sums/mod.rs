@@ -2,23 +2,27 @@
 //!
 //! A sum has terms, one for each *leaf*:
 //!
-//! * [`Reduction::Fast`](crate::shard::Reduction::Fast): a leaf is a rank. The communicator adds them in its order.
-//! * [`Reduction::Invariant`](crate::shard::Reduction::Invariant): a leaf is a canonical block, of which a rank owns a run.
-//!   Terms are made block by block and added along the group's [`Tree`], in the accumulator, and rounded once. So the bits
-//!   do not depend on the number of ranks.
+//! * [`Reduction::Fast`](crate::shard::Reduction::Fast): a leaf is a rank. The communicator adds
+//!   them in its order.
+//! * [`Reduction::Invariant`](crate::shard::Reduction::Invariant): a leaf is a canonical block, of
+//!   which a rank owns a run. Terms are made block by block and added along the group's [`Tree`],
+//!   in the accumulator, and rounded once. So the bits do not depend on the number of ranks.
 //!
 //! What layers sum:
 //!
-//! * products whose inner dimension is cut ([`Sums::product`]: a row linear layer, the gradient of a column linear layer's
-//!   input);
-//! * terms of tokens, which sequence parallelism cuts ([`Sums::over_tokens`]: gradients of parameters that all ranks hold);
+//! * products whose inner dimension is cut ([`Sums::product`]: a row linear layer, the gradient of
+//!   a column linear layer's input);
+//! * terms of tokens, which sequence parallelism cuts ([`Sums::over_tokens`]: gradients of
+//!   parameters that all ranks hold);
 //! * the gradients of key/value heads that several leaves hold ([`Holders`]);
 //! * anything else, leaf by leaf ([`Sums::total`]).
 //!
-//! Products that are cut and not summed ([`Sums::outputs`], [`Sums::inputs`], [`Sums::row_grads`]) are computed leaf by
-//! leaf as well where the order is fixed, unless the device computes elements that do not depend on their neighbours
-//! ([`Gemm::splits_exactly`](crate::kernels::Gemm::splits_exactly)). A kernel then gets the same numbers, in the same
-//! shapes, whichever rank owns the leaf ([`Gemm::gemm_block`](crate::kernels::Gemm::gemm_block)).
+//! Products that are cut and not summed ([`Sums::outputs`], [`Sums::inputs`], [`Sums::row_grads`])
+//! are computed leaf by leaf as well where the order is fixed, unless the device computes elements
+//! that do not depend on their neighbours
+//! ([`Gemm::splits_exactly`](crate::kernels::Gemm::splits_exactly)). A kernel then gets the same
+//! numbers, in the same shapes, whichever rank owns the leaf
+//! ([`Gemm::gemm_block`](crate::kernels::Gemm::gemm_block)).
 
 mod holders;
 mod products;
@@ -52,8 +56,8 @@ pub(super) struct Sums<B: Device> {
 pub(super) struct Leaves {
     /// The runs of each leaf: such as its rows of q, of k and of v.
     own: Vec<Vec<Range<usize>>>,
-    /// All runs that the rank holds, those that a leaf of another rank owns among them. What several leaves hold is a run
-    /// of its own.
+    /// All runs that the rank holds, those that a leaf of another rank owns among them. What
+    /// several leaves hold is a run of its own.
     held: Vec<Range<usize>>,
     /// Whether several leaves of the group hold the same indices.
     shared: bool,
@@ -88,7 +92,8 @@ impl Leaves {
         runs.first().map_or(0, |run| run.start)..runs.last().map_or(0, |run| run.end)
     }
 
-    /// The lengths of the rank's own runs: the depths of the products whose inner dimension they are.
+    /// The lengths of the rank's own runs: the depths of the products whose inner dimension they
+    /// are.
     pub(super) fn depths(&self) -> impl Iterator<Item = usize> {
         self.own.iter().flatten().map(|run| run.len())
     }
@@ -142,7 +147,8 @@ impl<B: Device> Sums<B> {
     /// That these heads belong to the leaves of this group.
     ///
     /// # Errors
-    /// When the query heads are cut into other blocks, or into blocks where the order is free: on every rank.
+    /// When the query heads are cut into other blocks, or into blocks where the order is free: on
+    /// every rank.
     pub(super) fn check_heads(&self, op: &'static str, heads: &Heads) -> Result<()> {
         let query = heads.query_features();
         self.leaves(op, &query)?;
@@ -195,8 +201,8 @@ impl<B: Backend> Sums<B> {
         param
     }
 
-    /// Σ over the leaves of all ranks, on every rank. `term` writes that of the rank's leaf of this number, in the
-    /// accumulator; the sum is rounded once. Collective: an all-reduce.
+    /// Σ over the leaves of all ranks, on every rank. `term` writes that of the rank's leaf of this
+    /// number, in the accumulator; the sum is rounded once. Collective: an all-reduce.
     ///
     /// # Errors
     /// Those of `term`, and when the collective fails.
@@ -220,8 +226,9 @@ impl<B: Backend> Sums<B> {
         }
     }
 
-    /// Σ over all tokens of a tensor, such as the gradient of a parameter that every rank holds. `term` writes that over
-    /// some of the rows which this rank has. Collective: none where every rank has all tokens, else an all-reduce.
+    /// Σ over all tokens of a tensor, such as the gradient of a parameter that every rank holds.
+    /// `term` writes that over some of the rows which this rank has. Collective: none where every
+    /// rank has all tokens, else an all-reduce.
     ///
     /// # Errors
     /// Those of `term`, and when the collective fails.

@@ -12,7 +12,8 @@ use crate::{
     trace,
 };
 
-/// The activation in front of a layer and its input, to go on through f′ with the gradient of the layer's input.
+/// The activation in front of a layer and its input, to go on through f′ with the gradient of the
+/// layer's input.
 pub(in super::super) type Through<'a, T, B> = Option<(Activation, &'a Tensor<T, B>)>;
 
 /// A weight, and a bias to be added.
@@ -150,8 +151,8 @@ impl<B: Backend> Sums<B> {
         Ok(parts)
     }
 
-    /// dw += dyᵀ x and db += Σ over the rows of dy for each of some layers with one input, at the same time where the device
-    /// can; the rows of dw are cut into leaves.
+    /// dw += dyᵀ x and db += Σ over the rows of dy for each of some layers with one input, at the
+    /// same time where the device can; the rows of dw are cut into leaves.
     pub(in super::super) fn row_grads<'a, T: Element>(
         &self,
         layers: Vec<((AffineMut<'a, T, B>, &'a Leaves), MatRef<'a, T, B>)>,
@@ -201,8 +202,9 @@ impl<B: Backend> Sums<B> {
         w.accumulate_grad(|beta, dw| self.by_columns(leaves, (dy.mat().t(), x.mat()), beta, dw))
     }
 
-    /// Whether elements of a product with `a` are computed run by run: in a fixed order, and where several ranks hold the
-    /// same rows of a weight, whose gradients have to have the same bits on each.
+    /// Whether elements of a product with `a` are computed run by run: in a fixed order, and where
+    /// several ranks hold the same rows of a weight, whose gradients have to have the same bits on
+    /// each.
     fn is_by_leaves<T: Element>(&self, a: MatRef<'_, T, B>, leaves: &Leaves) -> bool {
         // A depth of 1 leaves room for another sign of a zero.
         (self.tree.is_some() || leaves.shared) && !(self.group.device().splits_exactly() && a.cols() > 1)

@@ -5,13 +5,14 @@ use std::slice;
 
 /// A vector of f32 or f64.
 ///
-/// A vector is the proof that the processor has its instructions. Kernels get the first one from the unsafe
-/// [`Vector::zero`]; every other function takes a vector.
+/// A vector is the proof that the processor has its instructions. Kernels get the first one from
+/// the unsafe [`Vector::zero`]; every other function takes a vector.
 ///
 /// # Safety
-/// The type is [`Vector::LANES`] of its reals without padding, of which any bits are a value. Where the processor has what
-/// `zero` asks for, no other function needs more than that. Whoever makes a vector in another way (the
-/// standard library can, where a function has its target feature) has to know that the processor has all of them.
+/// The type is [`Vector::LANES`] of its reals without padding, of which any bits are a value. Where
+/// the processor has what `zero` asks for, no other function needs more than that. Whoever makes a
+/// vector in another way (the standard library can, where a function has its target feature) has to
+/// know that the processor has all of them.
 #[allow(unsafe_code)]
 pub(in super::super) unsafe trait Vector: Copy {
     /// What it is a vector of: [`Vector::LANES`] of them without padding.
@@ -22,7 +23,8 @@ pub(in super::super) unsafe trait Vector: Copy {
     /// 0 in every lane.
     ///
     /// # Safety
-    /// The processor has been found to have the instructions of this kind of vector; an array needs none.
+    /// The processor has been found to have the instructions of this kind of vector; an array needs
+    /// none.
     unsafe fn zero() -> Self;
 
     /// `x` in every lane.
@@ -59,7 +61,8 @@ pub(in super::super) unsafe trait Vector: Copy {
     /// As many vectors as lie, aligned, in some memory.
     #[inline(always)]
     fn in_memory(self, memory: &mut [Self::Real]) -> &mut [Self] {
-        // SAFETY: a vector is `LANES` reals without padding, as this trait demands, and any bits are one.
+        // SAFETY: a vector is `LANES` reals without padding, as this trait demands, and any bits
+        // are one.
         #[allow(unsafe_code)]
         unsafe {
             memory.align_to_mut().1
@@ -84,7 +87,8 @@ pub(in super::super) fn prefetch<T>(address: *const T) {
 /// Vectors without instructions of their own: the compiler uses what the target has at least.
 macro_rules! portable {
     ($real:ty, $lanes:literal) => {
-        // SAFETY: an array has no padding, and no function here needs an instruction that the target lacks.
+        // SAFETY: an array has no padding, and no function here needs an instruction that the
+        // target lacks.
         #[allow(unsafe_code)]
         unsafe impl Vector for [$real; $lanes] {
             type Real = $real;
@@ -150,8 +154,9 @@ mod x86_64 {
     /// One type of vector; `$interleave` makes two vectors of two.
     macro_rules! vector {
         ($vector:ty, $real:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident, $add:ident, $mul:ident, $fma:ident, $interleave:expr) => {
-            // SAFETY: the type is so many reals without padding. Every function but `zero` takes a vector, which is only made where
-            // the processor has AVX2 and FMA, or AVX-512: no function needs more.
+            // SAFETY: the type is so many reals without padding. Every function but `zero` takes a
+            // vector, which is only made where the processor has AVX2 and FMA, or AVX-512: no
+            // function needs more.
             #[allow(unsafe_code)]
             unsafe impl Vector for $vector {
                 type Real = $real;
@@ -178,7 +183,8 @@ mod x86_64 {
                 #[inline(always)]
                 fn load(self, from: &[$real]) -> Self {
                     let from: &[$real; $lanes] = from.first_chunk().expect("a vector's lanes");
-                    // SAFETY: there is a vector, `self`, so that the processor has the instruction; `from` is as long as a vector.
+                    // SAFETY: there is a vector, `self`, so that the processor has the instruction;
+                    // `from` is as long as a vector.
                     #[allow(unsafe_code)]
                     unsafe {
                         $load(from.as_ptr())
@@ -188,7 +194,8 @@ mod x86_64 {
                 #[inline(always)]
                 fn store(self, to: &mut [$real]) {
                     let to: &mut [$real; $lanes] = to.first_chunk_mut().expect("a vector's lanes");
-                    // SAFETY: there is a vector, `self`, so that the processor has the instruction; `to` is as long as a vector.
+                    // SAFETY: there is a vector, `self`, so that the processor has the instruction;
+                    // `to` is as long as a vector.
                     #[allow(unsafe_code)]
                     unsafe {
                         $store(to.as_mut_ptr(), self)
@@ -224,7 +231,8 @@ mod x86_64 {
 
                 #[inline(always)]
                 fn interleave(self, other: Self) -> (Self, Self) {
-                    // SAFETY: there is a vector, `self`, so that the processor has the instructions.
+                    // SAFETY: there is a vector, `self`, so that the processor has the
+                    // instructions.
                     #[allow(unsafe_code)]
                     unsafe {
                         $interleave(self, other)
