@@ -1,7 +1,9 @@
 //! Linear layers whose output features are cut over the ranks.
 
 use super::{
-    Bias, Columns, DTensor, Enter, Layer, Linear, Stream, Traffic, overlap,
+    Bias, Columns, DTensor, Enter, Layer, Linear, Stream, Traffic,
+    dtensor::other_cut,
+    overlap,
     sums::{Affine, AffineMut, Factors, Leaves, Sums},
 };
 use crate::{
@@ -178,13 +180,8 @@ impl<T: Element, B: Backend> Linear<T, B> for ColumnLinear<T, B> {
     fn merged(&self, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         // On every rank alike: the collective below is not for some of them.
         if !dy.cut().is_some_and(|cut| cut.sizes().eq(self.cut.sizes())) {
-            let sizes = |cut: Option<&Partition>| cut.map(|cut| cut.sizes().collect::<Vec<_>>());
-            let reason = format!(
-                "the gradient's features are cut into {:?}, but the output's into {:?}",
-                sizes(dy.cut()).unwrap_or_default(),
-                sizes(Some(&self.cut)).unwrap_or_default()
-            );
-            return Err(Error::invalid(OP_BACKWARD, reason));
+            let (dy, y) = (("gradient's features", dy.cut()), ("output's", &self.cut));
+            return Err(other_cut(OP_BACKWARD, dy, y));
         }
         if !self.branches.iter().any(|part| part.columns.are_shared()) {
             return Ok(dy.clone());

@@ -370,6 +370,17 @@ pub(super) fn canonical<B: Device>(
     Ok(canonical)
 }
 
+/// The error of two cuts that should be the same.
+pub(super) fn other_cut(
+    op: &'static str,
+    (what, cut): (&str, Option<&Partition>),
+    (than, expected): (&str, &Partition),
+) -> Error {
+    let have: Vec<usize> = cut.into_iter().flat_map(Partition::sizes).collect();
+    let want: Vec<usize> = expected.sizes().collect();
+    Error::invalid(op, format!("the {what} are cut into {have:?}, but the {than} into {want:?}"))
+}
+
 fn check_cut(op: &'static str, shape: Shape, dim: usize, cut: &Partition, ranks: usize) -> Result<()> {
     if dim >= shape.rank() {
         return Err(Error::invalid(op, format!("dimension {dim} of a tensor of shape {shape}")));

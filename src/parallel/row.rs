@@ -1,13 +1,15 @@
 //! Linear layers whose input features are cut over the ranks.
 
 use super::{
-    AddBias, DTensor, Layer, Leave, Linear, Stream, Traffic, overlap,
+    AddBias, DTensor, Layer, Leave, Linear, Stream, Traffic,
+    dtensor::other_cut,
+    overlap,
     sums::{Factors, Leaves, Sums, Through},
 };
 use crate::{
     comm::Group,
     device::{Device, Element},
-    error::{Error, Result, Site, same_size},
+    error::{Result, Site, same_size},
     kernels::Backend,
     ops,
     shard::{Copied, Partial, Partition, Shape, Shard},
@@ -106,13 +108,8 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
     fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<Partial, T, B>, Self::Saved)> {
         x.check(OP, self.group())?;
         if x.cut() != Some(&self.cut) {
-            let sizes = |cut: Option<&Partition>| cut.map(|cut| cut.sizes().collect::<Vec<_>>());
-            let reason = format!(
-                "the input's features are cut into {:?}, but the weight's columns into {:?}",
-                sizes(x.cut()).unwrap_or_default(),
-                sizes(Some(&self.cut)).unwrap_or_default()
-            );
-            return Err(Error::invalid(OP, reason));
+            let (x, w) = (("input's features", x.cut()), ("weight's columns", &self.cut));
+            return Err(other_cut(OP, x, w));
         }
         let (a, b) = (x.local().mat(), self.weight.value().mat().t());
         let y = self.sums.product(x, self.features()[1], &[Factors { a, b, leaves: &self.leaves }])?;

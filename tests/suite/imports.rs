@@ -62,7 +62,8 @@ const UNSAFE: [&str; 29] = [
     "src/kernels/update/cuda.rs",
 ];
 
-fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+/// All source files in a folder and those below it.
+pub(crate) fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {

@@ -1,24 +1,14 @@
 //! What the sources say about themselves.
 
+use crate::imports::sources;
 use shardwise::Error;
 use std::{collections::HashSet, fs, path::Path};
 
 /// All sources of the library in one text.
-fn sources(folder: &Path, text: &mut String) {
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            sources(&path, text);
-        } else if path.extension().is_some_and(|end| end == "rs") {
-            *text += &fs::read_to_string(&path).unwrap();
-        }
-    }
-}
-
 fn library() -> String {
-    let mut text = String::new();
-    sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut text);
-    text
+    let mut files = Vec::new();
+    sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut files);
+    files.into_iter().map(|file| fs::read_to_string(file).unwrap()).collect()
 }
 
 /// `Error::Invalid` blames the caller, so that a fault of the library has a variant of its own.

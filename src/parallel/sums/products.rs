@@ -97,7 +97,7 @@ impl<B: Backend> Sums<B> {
                 same_size("linear", "columns of x", x.shape().cols(), "columns of w", w.shape().cols())?;
                 let shape = x.shape().with(x.shape().rank() - 1, w.shape().rows());
                 let mut y = Tensor::empty(device, shape)?;
-                self.by_columns(leaves, (x.mat(), w.mat().t()), 0.0, y.mat_mut()?)?;
+                self.by_runs((1, leaves), (x.mat(), w.mat().t()), 0.0, y.mat_mut()?)?;
                 if let Some(bias) = bias {
                     device.add_bias::<T>(bias.slice(), y.mat_mut()?)?;
                 }
@@ -122,7 +122,7 @@ impl<B: Backend> Sums<B> {
         }
         let shape = dy.shape();
         let mut dx = Tensor::empty(dy.device(), shape.with(shape.rank() - 1, w.shape().cols()))?;
-        self.by_columns(leaves, (dy.mat(), w.mat()), 0.0, dx.mat_mut()?)?;
+        self.by_runs((1, leaves), (dy.mat(), w.mat()), 0.0, dx.mat_mut()?)?;
         match through {
             Some((f, pre)) => ops::activate_backward(f, pre, &dx),
             None => Ok(dx),
@@ -185,7 +185,7 @@ impl<B: Backend> Sums<B> {
                 bias.add_grad(db)
             }
             bias => {
-                w.accumulate_grad(|beta, dw| self.by_rows(leaves, (dy.t(), x.mat()), beta, dw))?;
+                w.accumulate_grad(|beta, dw| self.by_runs((0, leaves), (dy.t(), x.mat()), beta, dw))?;
                 bias.map_or(Ok(()), |bias| bias.add_grad(ops::bias_grad(x.device(), dy)?))
             }
         }
@@ -199,7 +199,7 @@ impl<B: Backend> Sums<B> {
         x: &Tensor<T, B>,
         leaves: &Leaves,
     ) -> Result<()> {
-        w.accumulate_grad(|beta, dw| self.by_columns(leaves, (dy.mat().t(), x.mat()), beta, dw))
+        w.accumulate_grad(|beta, dw| self.by_runs((1, leaves), (dy.mat().t(), x.mat()), beta, dw))
     }
 
     /// Whether elements of a product with `a` are computed run by run: in a fixed order, and where
@@ -210,42 +210,25 @@ impl<B: Backend> Sums<B> {
         (self.tree.is_some() || leaves.shared) && !(self.group.device().splits_exactly() && a.cols() > 1)
     }
 
-    /// c ← a b + β c by runs of b's and c's columns.
-    fn by_columns<T: Element, C: Element<Acc = T::Acc>>(
+    /// c ← a b + β c by runs of dimension `dim` of c: of a's rows, or of b's columns.
+    fn by_runs<T: Element, C: Element<Acc = T::Acc>>(
         &self,
-        leaves: &Leaves,
+        (dim, leaves): (usize, &Leaves),
         (a, b): (MatRef<'_, T, B>, MatRef<'_, T, B>),
         beta: f64,
         mut c: MatMut<'_, C, B>,
     ) -> Result<()> {
-        let (device, rows) = (self.group.device(), c.rows());
-        trace::compute("gemm", T::DTYPE, &[a.rows(), a.cols(), b.cols()], || {
+        let (device, [rows, depth, cols]) = (self.group.device(), [a.rows(), a.cols(), b.cols()]);
+        trace::compute("gemm", T::DTYPE, &[rows, depth, cols], || {
             if !self.is_by_leaves(a, leaves) {
                 return device.gemm(1.0, a, b, beta, c);
             }
-            leaves.held.iter().try_for_each(|run| {
-                let part = c.reborrow().block(0..rows, run.clone());
-                device.gemm_block(a, b.columns(run.clone()), beta, part)
-            })
-        })
-    }
-
-    /// c ← a b + β c by runs of a's and c's rows.
-    fn by_rows<T: Element, C: Element<Acc = T::Acc>>(
-        &self,
-        leaves: &Leaves,
-        (a, b): (MatRef<'_, T, B>, MatRef<'_, T, B>),
-        beta: f64,
-        mut c: MatMut<'_, C, B>,
-    ) -> Result<()> {
-        let (device, depth, cols) = (self.group.device(), a.cols(), c.cols());
-        trace::compute("gemm", T::DTYPE, &[a.rows(), a.cols(), b.cols()], || {
-            if !self.is_by_leaves(a, leaves) {
-                return device.gemm(1.0, a, b, beta, c);
-            }
-            leaves.held.iter().try_for_each(|run| {
-                let part = c.reborrow().block(run.clone(), 0..cols);
-                device.gemm_block(a.block(run.clone(), 0..depth), b, beta, part)
+            leaves.held.iter().cloned().try_for_each(|run| {
+                let (a, b, part) = match dim {
+                    0 => (a.block(run.clone(), 0..depth), b, c.reborrow().block(run, 0..cols)),
+                    _ => (a, b.columns(run.clone()), c.reborrow().block(0..rows, run)),
+                };
+                device.gemm_block(a, b, beta, part)
             })
         })
     }
