@@ -21,7 +21,7 @@ use shardwise::{
         VocabParallelCrossEntropy, VocabParallelEmbedding,
     },
     rng::Philox,
-    shard::{Heads, Reduction, Replicated, Sequences, Shard},
+    shard::{Heads, Placement, Reduction, Replicated, Sequences, Shard},
     tensor::{Param, Random, Weights},
 };
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -70,7 +70,9 @@ impl Bits {
     fn push_grad<T: Element>(&mut self, param: &mut Param<T, Cpu>) -> Result<()> {
         param.name().hash(&mut self.hash);
         param.settle()?;
-        param.grad().map_or(Ok(()), |grad| self.push(grad))
+        let name = param.name();
+        let missing = || Error::Invalid { op: "layer_bits", reason: format!("{name} has no gradient") };
+        self.push(param.grad().ok_or_else(missing)?)
     }
 }
 
@@ -89,39 +91,23 @@ fn random<S: Stream, T: Element>(
         .with_sequences(Sequences::packed(lens))
 }
 
-/// Two backwards of a layer S → S, so that gradients are accumulated.
-fn stream_layer<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
+/// Two backwards of a layer, so that gradients are accumulated. The output is its own gradient.
+fn two_steps<T: Element, L: Layer<T, Cpu>>(
     group: &Group<Cpu>,
-    sizes: &Sizes,
     mut layer: L,
-) -> Result<Bits> {
+    input: impl Fn(&str) -> Result<DTensor<L::In, T>>,
+) -> Result<Bits>
+where
+    L::Out: Placement<Dual = L::Out>,
+{
     let mut bits = Bits::default();
     for name in ["first", "second"] {
-        let x = random::<S, T>(group, name, sizes.tokens, sizes.hidden)?;
-        let (y, saved) = layer.forward(&x)?;
+        let (y, saved) = layer.forward(&input(name)?)?;
         bits.push(y.local())?;
         bits.push(layer.backward(saved, &y)?.local())?;
     }
     layer.visit(&mut |param| bits.push_grad(param))?;
-    let norm = grad_norm(|f| layer.visit(f), &[group])?;
-    norm.to_bits().hash(&mut bits.hash);
-    Ok(bits)
-}
-
-/// As [`stream_layer`], for a layer S → Shard<1>, whose output is its own gradient.
-fn column_layer<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = Shard<1>>>(
-    group: &Group<Cpu>,
-    sizes: &Sizes,
-    mut layer: L,
-) -> Result<Bits> {
-    let mut bits = Bits::default();
-    for name in ["first", "second"] {
-        let x = random::<S, T>(group, name, sizes.tokens, sizes.hidden)?;
-        let (y, saved) = layer.forward(&x)?;
-        bits.push(y.local())?;
-        bits.push(layer.backward(saved, &y)?.local())?;
-    }
-    layer.visit(&mut |param| bits.push_grad(param))?;
+    grad_norm(|f| layer.visit(f), &[group])?.to_bits().hash(&mut bits.hash);
     Ok(bits)
 }
 
@@ -189,6 +175,7 @@ fn layer<S: Stream, T: Element>(name: &str, group: &Group<Cpu>, sizes: &Sizes) -
     let source = Random::normal(1, 0.1);
     let weights = &Weights::new(&source);
     let (hidden, ffn, f) = (sizes.hidden, sizes.ffn, Activation::GeluTanh);
+    let input = |name: &str| random::<S, T>(group, name, sizes.tokens, hidden);
     let (names, layout) = (MlpNames::default(), QkvLayout::separate("q", "k", "v"));
     let heads = || -> Result<Heads> {
         let query = group.cut("attention", "query heads", sizes.heads, 1)?;
@@ -198,61 +185,54 @@ fn layer<S: Stream, T: Element>(name: &str, group: &Group<Cpu>, sizes: &Sizes) -
         "column" | "column, chunks" => {
             let columns = Columns::even(group, ffn)?;
             let layer = ColumnParallelLinear::<S, T, Cpu>::load(group, weights, hidden, &columns, Bias::Add)?;
-            column_layer(group, sizes, layer)
+            two_steps(group, layer, input)
         }
         "merged" => {
             let columns = Columns::merged(group, &["a", "b"], ffn)?;
             let layer =
                 ColumnParallelLinear::<S, T, Cpu>::load(group, weights, hidden, &columns, Bias::None)?;
-            column_layer(group, sizes, layer)
+            two_steps(group, layer, input)
         }
         "qkv" => {
             let columns = Columns::qkv(group, &heads()?, &layout)?;
             let layer = ColumnParallelLinear::<S, T, Cpu>::load(group, weights, hidden, &columns, Bias::Add)?;
-            column_layer(group, sizes, layer)
+            two_steps(group, layer, input)
         }
         "fork" => {
             let columns = Columns::separate_qkv(group, &heads()?, &layout)?;
             let load = |columns| ColumnLinear::<T, Cpu>::load(group, weights, hidden, columns, Bias::Add);
             let layers = columns.iter().map(load).collect::<Result<_>>()?;
-            column_layer(group, sizes, ForkedColumnLinear::<S, T, Cpu>::forked(layers)?)
+            two_steps(group, ForkedColumnLinear::<S, T, Cpu>::forked(layers)?, input)
         }
         "row" => {
             let cut = group.cut("row", "features", hidden, 1)?;
-            let mut row = RowParallelLinear::<S, T, Cpu>::load(group, weights, &cut, ffn, true)?;
-            let mut bits = Bits::default();
-            for name in ["first", "second"] {
-                let x = random::<Replicated, T>(group, name, sizes.tokens, hidden)?.scatter::<1>(&cut)?;
-                let (y, saved) = row.forward(&x)?;
-                bits.push(y.local())?;
-                bits.push(row.backward(saved, &y)?.local())?;
-            }
-            row.visit(&mut |param| bits.push_grad(param))?;
-            Ok(bits)
+            let row = RowParallelLinear::<S, T, Cpu>::load(group, weights, &cut, ffn, true)?;
+            let whole = |name: &str| random::<Replicated, T>(group, name, sizes.tokens, hidden);
+            two_steps(group, row, |name| whole(name)?.scatter::<1>(&cut))
         }
         "norm" => {
             let kind = NormKind::LayerNorm { eps: 1e-5 };
-            stream_layer(group, sizes, Normalize::<S, T, Cpu>::load(group, weights, kind, hidden)?)
+            two_steps(group, Normalize::<S, T, Cpu>::load(group, weights, kind, hidden)?, input)
         }
         "attention" => {
             let config = attention_config(sizes);
             let layer = ParallelAttention::<S, T, Cpu>::load(group, weights, &layout, "o", &config)?;
-            stream_layer(group, sizes, layer)
+            two_steps(group, layer, input)
         }
         "mlp" | "mlp, chunks" => {
             let layer = ParallelMlp::<S, T, Cpu>::load(group, weights, &names, (hidden, ffn), f, true)?;
-            stream_layer(group, sizes, layer)
+            two_steps(group, layer, input)
         }
         "gated mlp" => {
             let f = Activation::Silu;
             let layer = GatedMlp::<S, T, Cpu>::load_gated(group, weights, &names, (hidden, ffn), f, true)?;
-            stream_layer(group, sizes, layer)
+            two_steps(group, layer, input)
         }
         "pre block" | "post block" => {
             let pre = name == "pre block";
             let config = block_config(sizes, if pre { NormPlacement::Pre } else { NormPlacement::Post });
             type Block<S, T> = TransformerBlock<S, ParallelMlp<S, T, Cpu>, T, Cpu>;
-            stream_layer(group, sizes, Block::<S, T>::load(group, weights, &config)?)
+            two_steps(group, Block::<S, T>::load(group, weights, &config)?, input)
         }
         _ => vocabulary::<S, T>(group, weights, sizes),
     }
