@@ -17,8 +17,7 @@ use shardwise::{
     kernels::{Activation, NormKind},
     launch::Threads,
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, FeedForward, LayerCache, MlpNames, NormPlacement,
-        TransformerBlock,
+        AttentionConfig, BlockConfig, BlockNames, DTensor, LayerCache, NormPlacement, TransformerBlock,
     },
     reference::worst_relative,
     shard::{Replicated, Sequences},
@@ -98,7 +97,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-type Block<T> = TransformerBlock<Replicated, FeedForward<Replicated, T, Cpu>, T, Cpu>;
+type Block<T> = TransformerBlock<Replicated, T, Cpu>;
 
 /// The mean time of a token, in seconds, with weights that are new to the processor's cache. The
 /// ranks' outputs. The element's ε.
@@ -148,15 +147,12 @@ fn load<T: Element>(
         mlp_bias: true,
         norm: NormKind::LayerNorm { eps: 1e-5 },
         placement: NormPlacement::Pre,
-        names: BlockNames {
-            mlp: MlpNames { gate: String::new(), ..BlockNames::default().mlp },
-            ..BlockNames::default()
-        },
+        names: BlockNames::default(),
     };
     let mut blocks = Vec::new();
     let mut caches = Vec::new();
     for layer in 0..LAYERS {
-        let block = Block::load_any(world, &weights.at(&layer.to_string()), &config)?;
+        let block = Block::load(world, &weights.at(&layer.to_string()), &config)?;
         caches.push(block.cache(1, CACHED + 8)?);
         blocks.push(block);
     }

@@ -18,13 +18,13 @@ use shardwise::{
     kernels::{Activation, Gemm, NormKind},
     launch::Threads,
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, GatedMlp, Layer, MlpNames, NormPlacement,
-        ParallelMlp, TransformerBlock,
+        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, MlpNames, NormPlacement, ParallelMlp,
+        TransformerBlock,
     },
     reference::worst_relative,
     rng::Philox,
     shard::{Reduction, Replicated},
-    tensor::{Param, Random, Weights},
+    tensor::{Random, Weights},
 };
 use std::{fs, io::Write, time::Instant};
 
@@ -80,17 +80,13 @@ fn main() -> Result<()> {
     let gpt2 = block(768, 12, 12, 3072, false);
     let flops = 2.0 * 512.0 * 768.0 * (3.0 * 768.0 + 768.0 + 2.0 * 3072.0) + 2.0 * 512.0 * 512.0 * 768.0;
     layer(&args, "gpt2 block 1x512", 512, 768, flops, |group, weights| {
-        TransformerBlock::<Replicated, ParallelMlp<Replicated, f32, Cpu>, f32, Cpu>::load(
-            group, weights, &gpt2,
-        )
+        TransformerBlock::<Replicated, f32, Cpu>::load(group, weights, &gpt2)
     })?;
     let llama = block(1024, 16, 4, 2816, true);
     let flops =
         2.0 * 512.0 * 1024.0 * (1024.0 + 512.0 + 1024.0 + 3.0 * 2816.0) + 2.0 * 512.0 * 512.0 * 1024.0;
     layer(&args, "llama block 1x512", 512, 1024, flops, |group, weights| {
-        TransformerBlock::<Replicated, GatedMlp<Replicated, f32, Cpu>, f32, Cpu>::load_gated(
-            group, weights, &llama,
-        )
+        TransformerBlock::<Replicated, f32, Cpu>::load_gated(group, weights, &llama)
     })
 }
 
@@ -170,7 +166,7 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
         for &(slot, ranks, reduction) in &modes {
             let measured = Threads::new(ranks).run(|world| {
                 let world = world.with_reduction(reduction);
-                let mut layer = load(&world, &Weights::new(&source))?;
+                let layer = load(&world, &Weights::new(&source))?;
                 let x = DTensor::replicated(&world, random(world.device(), "x", tokens, hidden)?)?;
                 let batch = (2e9 / flops).ceil().min(50.0) as usize;
                 let forward = || layer.forward(&x).map(|(y, _)| y);
@@ -182,11 +178,10 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
                 }
                 world.barrier()?;
                 let forward = start.elapsed().as_secs_f64() / batch as f64;
-                let mut step = || {
-                    layer.visit(&mut |param: &mut Param<f32, Cpu>| {
+                let step = || {
+                    for param in layer.params() {
                         param.zero_grad();
-                        Ok(())
-                    })?;
+                    }
                     let (y, saved) = layer.forward(&x)?;
                     layer.backward(saved, &y)
                 };

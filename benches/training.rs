@@ -56,7 +56,7 @@ fn step([dp, pp, tp]: [usize; 3]) -> Result<Vec<(f64, f64)>> {
         let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
         let (source, schedule) =
             (Random::normal(1, 0.02), Schedule::one_forward_one_backward(pp, microbatches));
-        let mut model = Gpt::<Replicated, f32>::load(&mesh, &Weights::new(&source), &CONFIG, schedule)?;
+        let model = Gpt::<Replicated, f32>::load(&mesh, &Weights::new(&source), &CONFIG, schedule)?;
         let mut adamw = AdamW::default();
         let draws = Philox::stream(1, 1);
         let token = |at: usize| (draws.uniform(at as u64) * CONFIG.vocabulary as f64) as u32;
@@ -67,7 +67,7 @@ fn step([dp, pp, tp]: [usize; 3]) -> Result<Vec<(f64, f64)>> {
         // The first step warms up.
         for number in 0..=STEPS {
             let (loss, norm) = model.gradients(&batch, number, 1.0)?;
-            adamw.step(|f| model.visit(f), 1e-4, clip_scale(norm, 1.0)?)?;
+            adamw.step(&model.params(), 1e-4, clip_scale(norm, 1.0)?)?;
             world.barrier()?;
             if number == 0 {
                 start = Instant::now();

@@ -45,16 +45,17 @@ fn train(ranks: usize, central: bool) -> Result<Vec<(Vec<f64>, Vec<f64>)>> {
     launch::threads(ranks, |world| {
         let (alone, source) = (Group::solo(world.device()), Random::normal(1, 0.1));
         let columns = Columns::even(&alone, 1)?;
-        let mut model = ColumnParallelLinear::<Replicated, f64, Cpu>::load(
+        let model = ColumnParallelLinear::<Replicated, f64, Cpu>::load(
             &alone,
             &Weights::new(&source),
             FEATURES,
             &columns,
             Bias::Add,
         )?;
+        let params = model.params();
         let replicas = match central {
-            true => DataParallel::central(&world, |f| model.visit(f), 0)?,
-            false => DataParallel::new(&world, |f| model.visit(f))?,
+            true => DataParallel::central(&world, &params, 0)?,
+            false => DataParallel::new(&world, &params)?,
         };
         let mut sgd = Sgd::default();
         let sampler = ShardedSampler { samples: SAMPLES, batch: 256, shuffle: Some(1) };
@@ -70,28 +71,29 @@ fn train(ranks: usize, central: bool) -> Result<Vec<(Vec<f64>, Vec<f64>)>> {
                 let x = Tensor::from_slice(world.device(), [own.len(), FEATURES], &x)?;
                 let y = Tensor::from_slice(world.device(), [own.len(), 1], &y)?;
 
-                model.visit(&mut |param| {
+                for param in &params {
                     param.zero_grad();
-                    Ok(())
-                })?;
+                }
                 let (out, saved) = model.forward(&DTensor::replicated(&alone, x)?)?;
                 sum += ops::squared_error(out.local(), &y)?;
                 // Each rank divides by the size of the whole batch; the ranks' gradients are summed.
                 let dout = ops::squared_error_backward(out.local(), &y, 1.0 / size)?;
                 replicas.begin(GradReduce::Sum)?;
                 model.backward(saved, &DTensor::shard(&alone, dout, &Partition::even(1, 1))?)?;
-                replicas.finish(|f| model.visit(f))?;
+                replicas.finish()?;
                 if replicas.steps() {
-                    sgd.step(|f| model.visit(f), 0.01, 1.0)?;
+                    sgd.step(&params, 0.01, 1.0)?;
                 }
-                replicas.publish(|f| model.visit(f))?;
+                replicas.publish()?;
             }
             let mut sum = Tensor::from_slice(world.device(), [1], &[sum])?;
             world.all_reduce(shardwise::comm::ReduceOp::Sum, &mut sum)?;
             curve.push(sum.to_vec()?[0] / SAMPLES as f64);
         }
         let mut weights = Vec::new();
-        model.visit(&mut |param| param.value().to_vec().map(|values| weights.extend(values)))?;
+        for param in &params {
+            weights.extend(param.value()?.to_vec()?);
+        }
         Ok((curve, weights))
     })
 }

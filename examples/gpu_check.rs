@@ -17,8 +17,8 @@ use shardwise::{
     comm::{ReduceOp, nccl},
     device::{Cpu, Cuda, Device, Element, cuda},
     kernels::{
-        Activation, AdamWStep, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask, NormKind, RopePairs,
-        RopeSpec, Targets,
+        Activation, AdamWStep, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask, Epilogue, NormKind,
+        RopePairs, RopeSpec, Targets,
     },
     launch,
     reference::worst_relative,
@@ -212,11 +212,11 @@ fn gemm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     let mut gradient = Tensor::<T::Acc, B>::empty(device, [n, k])?;
     device.gemm(1.0, c.mat().t(), a.mat(), 0.0, gradient.mat_mut()?)?;
     results.push(numbers(&gradient)?);
-    device.gemm_bias(a.mat(), b.mat().t(), bias.slice(), c.mat_mut()?)?;
+    device.linear(a.mat(), b.mat(), Epilogue { bias: Some(bias.slice()), activation: None }, c.mat_mut()?)?;
     results.push(numbers(&c)?);
     let mut pre = Tensor::<T, B>::empty(device, [m, n])?;
-    let (left, right) = (a.mat(), b.mat().t());
-    device.gemm_activate((left, right), bias.slice(), Activation::GeluTanh, pre.mat_mut()?, c.mat_mut()?)?;
+    let activation = Some((Activation::GeluTanh, pre.mat_mut()?));
+    device.linear(a.mat(), b.mat(), Epilogue { bias: Some(bias.slice()), activation }, c.mat_mut()?)?;
     results.push(numbers(&c)?);
     let batch = Batch { count: 3, a: 8 * k, b: 16 * k, c: 8 * n };
     let mut parts = Tensor::<T, B>::zeros(device, [24, n])?;

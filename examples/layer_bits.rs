@@ -16,8 +16,8 @@ use shardwise::{
     optim::grad_norm,
     parallel::{
         AttentionConfig, Bias, BlockConfig, BlockNames, ColumnLinear, ColumnParallelLinear, Columns, DTensor,
-        ForkedColumnLinear, GatedMlp, Layer, MlpNames, NormPlacement, Normalize, ParallelAttention,
-        ParallelMlp, PositionEmbedding, QkNorm, QkvLayout, RowParallelLinear, Stream, TransformerBlock,
+        ForkedColumnLinear, Layer, MlpNames, NormPlacement, Normalize, ParallelAttention, ParallelMlp,
+        PositionEmbedding, QkNorm, QkvLayout, RowParallelLinear, Stream, TransformerBlock,
         VocabParallelCrossEntropy, VocabParallelEmbedding,
     },
     rng::Philox,
@@ -67,12 +67,12 @@ impl Bits {
         Ok(())
     }
 
-    fn push_grad<T: Element>(&mut self, param: &mut Param<T, Cpu>) -> Result<()> {
+    fn push_grad<T: Element>(&mut self, param: &Param<T, Cpu>) -> Result<()> {
         param.name().hash(&mut self.hash);
         param.settle()?;
         let name = param.name();
         let missing = || Error::Invalid { op: "layer_bits", reason: format!("{name} has no gradient") };
-        self.push(param.grad().ok_or_else(missing)?)
+        self.push(&param.grad().ok_or_else(missing)?)
     }
 }
 
@@ -94,7 +94,7 @@ fn random<S: Stream, T: Element>(
 /// Two backwards of a layer, so that gradients are accumulated. The output is its own gradient.
 fn two_steps<T: Element, L: Layer<T, Cpu>>(
     group: &Group<Cpu>,
-    mut layer: L,
+    layer: L,
     input: impl Fn(&str) -> Result<DTensor<L::In, T>>,
 ) -> Result<Bits>
 where
@@ -106,8 +106,9 @@ where
         bits.push(y.local())?;
         bits.push(layer.backward(saved, &y)?.local())?;
     }
-    layer.visit(&mut |param| bits.push_grad(param))?;
-    grad_norm(|f| layer.visit(f), &[group])?.to_bits().hash(&mut bits.hash);
+    let params = layer.params();
+    params.iter().try_for_each(|param| bits.push_grad(param))?;
+    grad_norm(&params, &[group])?.to_bits().hash(&mut bits.hash);
     Ok(bits)
 }
 
@@ -145,28 +146,25 @@ fn vocabulary<S: Stream, T: Element>(
     sizes: &Sizes,
 ) -> Result<Bits> {
     let (mut bits, hidden) = (Bits::default(), sizes.hidden);
-    let mut embedding = VocabParallelEmbedding::<S, T, Cpu>::load(group, weights, sizes.words, hidden)?;
-    embedding.visit(&mut |param| {
-        param.set_uses(2);
-        Ok(())
-    })?;
-    let mut positions =
+    let embedding = VocabParallelEmbedding::<S, T, Cpu>::load(group, weights, sizes.words, hidden)?;
+    let head = embedding.tied_head();
+    let positions =
         PositionEmbedding::<S, T, Cpu>::load(group, &weights.at("positions"), sizes.tokens, hidden)?;
     let ids: Vec<u32> = (0..sizes.tokens).map(|at| ((at * 7 + 3) % sizes.words) as u32).collect();
     let sequences = Sequences::packed([sizes.tokens / 3, sizes.tokens - sizes.tokens / 3]);
     let (x, rows) = embedding.forward(&ids, sequences)?;
     let (x, places) = positions.forward(&x)?;
-    let (logits, saved) = embedding.head().forward(&x)?;
+    let (logits, saved) = head.forward(&x)?;
     let loss = VocabParallelCrossEntropy { z: 1e-4, ..Default::default() };
     let (losses, context) = loss.forward(&logits, &ids)?;
     bits.push(losses.rows())?;
     let dlogits = loss.backward(&context, 1.0 / sizes.tokens as f64)?;
-    let dx = embedding.head_mut().backward(saved, &dlogits)?;
+    let dx = head.backward(saved, &dlogits)?;
     let dx = positions.backward(places, &dx)?;
     bits.push(dx.local())?;
     embedding.backward(&rows, &dx)?;
-    embedding.visit(&mut |param| bits.push_grad(param))?;
-    positions.visit(&mut |param| bits.push_grad(param))?;
+    embedding.params().iter().try_for_each(|param| bits.push_grad(param))?;
+    positions.params().iter().try_for_each(|param| bits.push_grad(param))?;
     Ok(bits)
 }
 
@@ -225,13 +223,13 @@ fn layer<S: Stream, T: Element>(name: &str, group: &Group<Cpu>, sizes: &Sizes) -
         }
         "gated mlp" => {
             let f = Activation::Silu;
-            let layer = GatedMlp::<S, T, Cpu>::load_gated(group, weights, &names, (hidden, ffn), f, true)?;
+            let layer = ParallelMlp::<S, T, Cpu>::load_gated(group, weights, &names, (hidden, ffn), f, true)?;
             two_steps(group, layer, input)
         }
         "pre block" | "post block" => {
             let pre = name == "pre block";
             let config = block_config(sizes, if pre { NormPlacement::Pre } else { NormPlacement::Post });
-            type Block<S, T> = TransformerBlock<S, ParallelMlp<S, T, Cpu>, T, Cpu>;
+            type Block<S, T> = TransformerBlock<S, T, Cpu>;
             two_steps(group, Block::<S, T>::load(group, weights, &config)?, input)
         }
         _ => vocabulary::<S, T>(group, weights, sizes),

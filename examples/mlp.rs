@@ -18,7 +18,7 @@ fn main() -> Result<()> {
         let columns = Columns::even(&world, 1024)?;
         let up = ColumnLinear::<f32, Cpu>::load(&world, &weights.at("up"), 256, &columns, Bias::Add)?;
         let down = RowLinear::load(&world, &weights.at("down"), columns.partition(), 256)?;
-        let mut mlp = CopyTo.then(up).then(Activate::new(Activation::GeluErf)).then(down).then(ReduceFrom);
+        let mlp = CopyTo.then(up).then(Activate::new(Activation::GeluErf)).then(down).then(ReduceFrom);
 
         let x = DTensor::replicated(&world, Tensor::full(world.device(), [64, 256], 1.0)?)?;
         let (y, saved) = mlp.forward(&x)?;

@@ -41,7 +41,7 @@ fn external(ranks: usize) -> Result<Vec<(Vec<f32>, Vec<f32>, f64)>> {
             &columns,
             Bias::None,
         )?;
-        let mut layer = Layer::<f32, Cpu>::then(linear, GatherFrom::<1>);
+        let layer = Layer::<f32, Cpu>::then(linear, GatherFrom::<1>);
         let values: Vec<f32> = (0..ROWS * INPUTS).map(|at| (at % 17) as f32 / 17.0).collect();
         let x = DTensor::replicated(&world, Tensor::from_slice(world.device(), [ROWS, INPUTS], &values)?)?;
         let mut best = f64::INFINITY;

@@ -121,7 +121,7 @@ fn train(ranks: usize, microbatches: usize, order: Order) -> Result<Vec<f64>> {
         // Each stage is one device: its operators are not sharded.
         let alone = Group::solo(world.device());
         let layers = Partition::balanced("pipeline", "layers", &[50.0, 5.0, 5.0], ranks)?;
-        let mut model = [stage(layers.range(world.rank()), &alone)?];
+        let model = [stage(layers.range(world.rank()), &alone)?];
         let schedule = match order {
             Order::Gpipe => Schedule::gpipe(ranks, microbatches),
             Order::OneForwardOneBackward => Schedule::one_forward_one_backward(ranks, microbatches),
@@ -131,13 +131,12 @@ fn train(ranks: usize, microbatches: usize, order: Order) -> Result<Vec<f64>> {
         let described: Vec<_> = cut.sizes().map(Microbatch::rows).collect();
         let (mut sgd, mut curve) = (Sgd::default(), Vec::new());
         for _ in 0..STEPS {
-            model[0].visit(&mut |param| {
+            for param in model[0].params() {
                 param.zero_grad();
-                Ok(())
-            })?;
+            }
             let mut data = Data { group: alone.clone(), cut: cut.clone(), loss: 0.0 };
-            pipeline.run(&mut model, &described, &mut data)?;
-            sgd.step(|f| model[0].visit(f), 0.1, 1.0)?;
+            pipeline.run(&model, &described, &mut data)?;
+            sgd.step(&model[0].params(), 0.1, 1.0)?;
             curve.push(data.loss);
         }
         Ok(curve)

@@ -39,7 +39,7 @@ enum On {
 fn rank<B: Backend>(world: &Group<B>) -> Result<()> {
     let source = Random::normal(1, 0.02);
     let (weights, names) = (Weights::new(&source), MlpNames::default());
-    let mut mlp = ParallelMlp::<Replicated, f64, B>::load(
+    let mlp = ParallelMlp::<Replicated, f64, B>::load(
         world,
         &weights,
         &names,

@@ -11,8 +11,7 @@ use shardwise::{
     launch,
     optim::{AdamW, clip_scale, grad_norm},
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, ParallelMlp, Stream,
-        TransformerBlock,
+        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, Stream, TransformerBlock,
     },
     reference::worst,
     rng::Philox,
@@ -57,23 +56,19 @@ fn train<S: Stream>(ranks: usize, reduction: Reduction) -> Result<u64> {
     let outcomes = launch::threads(ranks, |world| {
         let world = world.with_reduction(reduction);
         let source = Random::normal(1, 0.1);
-        let mut block = TransformerBlock::<S, ParallelMlp<S, f32, Cpu>, f32, Cpu>::load(
-            &world,
-            &Weights::new(&source),
-            &config(),
-        )?;
+        let block = TransformerBlock::<S, f32, Cpu>::load(&world, &Weights::new(&source), &config())?;
         let (x, target) = (random::<S>(&world, "x")?, random::<S>(&world, "target")?);
         let (mut optimizer, mut outputs, mut norms) = (AdamW::default(), Vec::new(), Vec::new());
+        let params = block.params();
         for _ in 0..5 {
-            block.visit(&mut |param| {
+            for param in &params {
                 param.zero_grad();
-                Ok(())
-            })?;
+            }
             let (y, saved) = block.forward(&x)?;
             // The gradient of y · target.
             block.backward(saved, &target)?;
-            let norm = grad_norm(|f| block.visit(f), &[&world])?;
-            optimizer.step(|f| block.visit(f), 1e-2, clip_scale(norm, 1.0)?)?;
+            let norm = grad_norm(&params, &[&world])?;
+            optimizer.step(&params, 1e-2, clip_scale(norm, 1.0)?)?;
             outputs.push(y.into_local().to_vec()?);
             norms.push(norm);
         }

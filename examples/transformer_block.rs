@@ -11,8 +11,8 @@ use shardwise::{
     kernels::{Activation, Backend, NormKind},
     launch,
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, GatedMlp, Layer, NormPlacement, ParallelMlp,
-        ScatterSequence, Stream, Traffic, TransformerBlock,
+        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, ScatterSequence, Stream,
+        Traffic, TransformerBlock,
     },
     reference::worst,
     rng::Philox,
@@ -288,11 +288,11 @@ fn run<S: Stream, T: Element, B: Backend>(
         let (world, weights) = (place(&host)?, Weights::new(&source));
         match args.gated {
             true => {
-                let load = TransformerBlock::<S, GatedMlp<S, T, B>, T, B>::load_gated;
+                let load = TransformerBlock::<S, T, B>::load_gated;
                 rank::<S, T, B, _>(args, &world, spread, |group| load(group, &weights, config))
             }
             false => {
-                let load = TransformerBlock::<S, ParallelMlp<S, T, B>, T, B>::load;
+                let load = TransformerBlock::<S, T, B>::load;
                 rank::<S, T, B, _>(args, &world, spread, |group| load(group, &weights, config))
             }
         }
@@ -306,7 +306,7 @@ fn rank<S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>>(
     load: impl Fn(&Group<B>) -> Result<L>,
 ) -> Result<Report> {
     let (group, record) = world.recorded();
-    let mut block = load(&group)?;
+    let block = load(&group)?;
     let random = |name: &str| {
         let (rows, stream) = (args.batch * args.tokens, Philox::named(2, name));
         let values: Vec<T> =
@@ -320,10 +320,9 @@ fn rank<S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>>(
     let (mut forwards, mut steps) = (Vec::new(), Vec::new());
     let mut results = None;
     for _ in 0..=args.repeat {
-        block.visit(&mut |param| {
+        for param in block.params() {
             param.zero_grad();
-            Ok(())
-        })?;
+        }
         record.take();
         group.barrier()?;
         let start = Instant::now();
@@ -341,20 +340,19 @@ fn rank<S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>>(
     };
     let mut parameters = 0;
     let mut grads = Vec::new();
-    block.visit(&mut |param| {
-        parameters += param.value().len();
+    for param in block.params() {
+        parameters += param.shape().len();
         let grad = param.grad().ok_or_else(|| Error::Invalid {
             op: "transformer_block",
             reason: format!("{} has no gradient", param.name()),
         })?;
         let width: usize = grad.shape().dims()[1..].iter().product();
         let values: Vec<f64> = grad.to_vec()?.into_iter().map(Element::to_f64).collect();
-        for piece in param.pieces() {
+        for piece in param.pieces().iter() {
             let start = piece.row * width;
             grads.push((piece.clone(), values[start..start + piece.region.extent().len()].to_vec()));
         }
-        Ok(())
-    })?;
+    }
     let wide = |tensor: &Tensor<T, B>| -> Result<Vec<f64>> {
         Ok(tensor.to_vec()?.into_iter().map(Element::to_f64).collect())
     };

@@ -11,9 +11,7 @@ use shardwise::{
     device::{Cpu, Cuda},
     kernels::{Activation, Backend, NormKind, Pointwise, RopePairs},
     ops::{RopeConfig, RopeScaling},
-    parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, GatedMlp, Layer, NormPlacement, TransformerBlock,
-    },
+    parallel::{AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, TransformerBlock},
     shard::Replicated,
     tensor::Weights,
 };
@@ -41,7 +39,7 @@ impl Sizes {
     }
 }
 
-type Block<B> = TransformerBlock<Replicated, GatedMlp<Replicated, bf16, B>, bf16, B>;
+type Block<B> = TransformerBlock<Replicated, bf16, B>;
 
 /// A block, with or without positions.
 pub(crate) fn load<B: Backend>(
@@ -82,7 +80,7 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
         let group = Group::solo(&cuda);
         let (sizes, tokens) = (Sizes::of(bench), bench.pick(32, 4096));
         let (hidden, source) = (sizes.hidden, data.weights(0.02));
-        let mut block = load(&group, &source, &sizes, false)?;
+        let block = load(&group, &source, &sizes, false)?;
         let x = data.fill::<bf16>([tokens, hidden], 1.0)?;
         let x = DTensor::<Replicated, _, _>::replicated(&group, x)?;
         // Half of the attention's scores are hidden. The backward has two products a weight, and

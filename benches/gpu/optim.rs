@@ -31,7 +31,7 @@ where
     let weights = Weights::new(&source);
     let load = |at: usize| {
         let (name, region) = (format!("weight{at}"), Region::whole([side, side]));
-        let mut param = Param::load_region(&bench.cuda, &weights, &name, Role::Weight, region, true)?;
+        let param = Param::load_region(&bench.cuda, &weights, &name, Role::Weight, region, true)?;
         param.add_grad(bench.data.fill([side, side], 1.0)?)?;
         Ok(param)
     };
@@ -44,13 +44,11 @@ fn adamw<T: Element>(bench: &mut Bench, kind: &str, each: usize, count: usize, s
     let name = format!("AdamW {kind}, {elements} elements");
     bench.case(&name, |bench| {
         let cuda = bench.cuda.clone();
-        let mut params = params::<T>(bench, count, side)?;
+        let params = params::<T>(bench, count, side)?;
         let (first, lr) = (0..1, 1e-3);
-        let before = part(params[0].value().mat().block(first.clone(), 0..side), &cuda)?;
+        let before = part(params[0].value()?.mat().block(first.clone(), 0..side), &cuda)?;
         let mut adamw = AdamW::<T, Cuda>::default();
-        bench.time(&name, Cost::bytes((each * elements) as f64), |_| {
-            adamw.step(|f| params.iter_mut().try_for_each(f), lr, 1.0)
-        })?;
+        bench.time(&name, Cost::bytes((each * elements) as f64), |_| adamw.step(&params, lr, 1.0))?;
         let Some(grad) = params[0].grad() else { return Ok(()) };
         let grad = part(grad.mat().block(first.clone(), 0..side), &cuda)?;
         let AdamWConfig { eps, weight_decay, .. } = AdamWConfig::default();
@@ -60,7 +58,7 @@ fn adamw<T: Element>(bench: &mut Bench, kind: &str, each: usize, count: usize, s
             (end, T::EPSILON * end.abs() + 1e-4)
         };
         let want: Vec<_> = before.iter().zip(&grad).map(end).collect();
-        bench.expect(&name, &part(params[0].value().mat().block(first, 0..side), &cuda)?, &want)
+        bench.expect(&name, &part(params[0].value()?.mat().block(first, 0..side), &cuda)?, &want)
     })
 }
 
@@ -70,13 +68,13 @@ fn norm(bench: &mut Bench, count: usize, side: usize) -> Result<()> {
     bench.case(&name, |bench| {
         let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
         let group = Group::solo(&cuda);
-        let mut params = params::<bf16>(bench, count, side)?;
+        let params = params::<bf16>(bench, count, side)?;
         // Another scale for one: each must count.
         params[count / 2].zero_grad();
         params[count / 2].add_grad(data.fill([side, side], 30.0)?)?;
         let mut found = 0.0;
         bench.time(&name, Cost::bytes((4 * count * side * side) as f64), |_| {
-            found = grad_norm(|f| params.iter_mut().try_for_each(f), &[&group])?;
+            found = grad_norm(&params, &[&group])?;
             Ok(())
         })?;
         let mut sum = 0.0;

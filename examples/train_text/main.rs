@@ -205,8 +205,7 @@ fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
         let world = world.with_reduction(reduction);
         let mesh = DeviceMesh::new(&world, Mesh::new(args.dp, args.pp, args.tp)?)?;
         let source = Random::normal(args.seed, 0.02);
-        let mut model =
-            Gpt::<S, T>::load(&mesh, &Weights::new(&source), &config(args, text), schedule(args)?)?;
+        let model = Gpt::<S, T>::load(&mesh, &Weights::new(&source), &config(args, text), schedule(args)?)?;
         let mut adamw = AdamW::new(AdamWConfig { beta2: 0.99, weight_decay: 0.1, ..AdamWConfig::default() });
         // Only f16 needs it.
         let mut scale = match args.dtype {
@@ -230,7 +229,7 @@ fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
                 }
                 // What several ranks hold is equal.
                 for axis in [Axis::Data, Axis::Tensor] {
-                    check_replicas(|f| model.visit(f), mesh.group(axis))?;
+                    check_replicas(&model.params(), mesh.group(axis))?;
                 }
             }
             if step == args.steps {
@@ -240,7 +239,7 @@ fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
             let (loss, norm) = model.gradients(&batch, step, scale.scale())?;
             let undo = 1.0 / scale.scale();
             if scale.update(norm) {
-                adamw.step(|f| model.visit(f), rate.at(step), undo * clip_scale(norm * undo, 1.0)?)?;
+                adamw.step(&model.params(), rate.at(step), undo * clip_scale(norm * undo, 1.0)?)?;
             } else if args.dtype != Dtype::F16 {
                 require_finite(norm)?;
             }
@@ -254,7 +253,7 @@ fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
         let number = mesh.group(Axis::Data).rank();
         let replica = world.split_all(number as u64)?;
         if number == 0 {
-            weights::save(&replica, |f| model.visit(f), &args.out)?;
+            weights::save(&replica, &model.params(), &args.out)?;
         }
         Ok(Trained { curve, validation })
     })?;
@@ -280,7 +279,7 @@ fn sample(args: &Args, text: &Text, length: usize) -> Result<String> {
     let mut all = launch::threads(1, |world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(1, 1, 1)?)?;
         let one = Schedule::one_forward_one_backward(1, 1);
-        let mut model =
+        let model =
             Gpt::<Replicated, f32>::load(&mesh, &Weights::new(&checkpoint), &config(args, text), one)?;
         let draws = Philox::named(args.seed, "sample");
         // A line's end begins a speech.

@@ -7,9 +7,9 @@ use shardwise::{
     kernels::{Activation, Backend, NormKind},
     optim::grad_norm,
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, BoxLayer, DTensor, Draw, Dropout, Layer, NormPlacement,
-        Normalize, ParallelMlp, PositionEmbedding, Recompute, Stream, TransformerBlock,
-        VocabParallelCrossEntropy, VocabParallelEmbedding,
+        AttentionConfig, Bias, BlockConfig, BlockNames, BoxLayer, ColumnParallelLinear, Columns, DTensor,
+        Draw, Dropout, Layer, NormPlacement, Normalize, PositionEmbedding, Recompute, Stream,
+        TransformerBlock, VocabParallelCrossEntropy, VocabParallelEmbedding,
     },
     shard::{Axis, Partition, Sequences, Shard, blocks},
     tensor::{Param, Weights},
@@ -38,13 +38,14 @@ pub(crate) struct Gpt<S: Stream, T: Element, B: Backend = Cpu> {
     head_and_tail: HeadAndTail<S, T, B>,
     chunks: Vec<Vec<Block<S, T, B>>>,
     pipeline: Pipeline<B>,
-    replicas: Option<DataParallel<T, B>>,
+    replicas: DataParallel<T, B>,
 }
 
 /// The layers before the first block and behind the last, where this rank has them.
 struct HeadAndTail<S: Stream, T: Element, B: Backend> {
-    /// At both ends; the first one's counts.
     table: Option<VocabParallelEmbedding<S, T, B>>,
+    /// It shares the table where this rank has one. Elsewhere it has a copy, which does not count.
+    head: Option<ColumnParallelLinear<S, T, B>>,
     positions: Option<PositionEmbedding<S, T, B>>,
     dropout: Dropout<S>,
     norm: Option<Normalize<S, T, B>>,
@@ -105,7 +106,7 @@ impl<S: Stream, T: Element, B: Backend> Gpt<S, T, B> {
             let layers = cut.range(chunk * pp.size() + pp.rank());
             let load = |layer: usize| {
                 let weights = weights.at(&format!("layers.{layer}"));
-                let block = TransformerBlock::<S, ParallelMlp<S, T, B>, T, B>::load(tp, &weights, &block)?;
+                let block = TransformerBlock::<S, T, B>::load(tp, &weights, &block)?;
                 Ok(if config.recompute { BoxLayer::new(Recompute(block)) } else { BoxLayer::new(block) })
             };
             layers.map(load).collect::<Result<Vec<_>>>()
@@ -115,81 +116,71 @@ impl<S: Stream, T: Element, B: Backend> Gpt<S, T, B> {
         let pipeline = Pipeline::new(pp, tp, schedule, &chunks, hidden)?;
         let mut head_and_tail = HeadAndTail {
             table: None,
+            head: None,
             positions: None,
             dropout: Dropout::new(dropout, 0, "embedding"),
             norm: None,
         };
-        if first || last {
-            let mut table = VocabParallelEmbedding::load(tp, &weights.at("embedding"), vocabulary, hidden)?;
-            table.visit(&mut |table| {
-                if !first {
-                    table.disown();
-                }
-                Ok(())
-            })?;
-            head_and_tail.table = Some(table);
-        }
         if first {
+            let table = VocabParallelEmbedding::load(tp, &weights.at("embedding"), vocabulary, hidden)?;
+            head_and_tail.table = Some(table);
             let positions = PositionEmbedding::load(tp, &weights.at("positions"), context, hidden)?;
             head_and_tail.positions = Some(positions);
         }
         if last {
+            let head = match &head_and_tail.table {
+                Some(table) => table.tied_head(),
+                None => {
+                    let (weights, columns) = (weights.at("embedding"), Columns::even(tp, vocabulary)?);
+                    let head =
+                        ColumnParallelLinear::<S, T, B>::load(tp, &weights, hidden, &columns, Bias::None)?;
+                    head.weight().disown();
+                    head
+                }
+            };
+            head_and_tail.head = Some(head);
             head_and_tail.norm = Some(Normalize::load(tp, &weights.at("norm"), norm, hidden)?);
         }
-        let mut model = Self { mesh: mesh.clone(), head_and_tail, chunks, pipeline, replicas: None };
-        // A step adds to every gradient once a microbatch, and to a table that is also the head twice.
-        model.visit(&mut |param| {
-            param.set_uses(
-                microbatches * if first && last && param.name() == "embedding.weight" { 2 } else { 1 },
-            );
-            Ok(())
-        })?;
-        let replicas = DataParallel::new(mesh.group(Axis::Data), |f| model.visit(f))?;
-        model.replicas = Some(replicas);
-        Ok(model)
+        let params = params(&head_and_tail, &chunks);
+        for param in &params {
+            param.set_microbatches(microbatches);
+        }
+        let replicas = DataParallel::new(mesh.group(Axis::Data), &params)?;
+        Ok(Self { mesh: mesh.clone(), head_and_tail, chunks, pipeline, replicas })
     }
 
-    pub(crate) fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        let HeadAndTail { table, positions, norm, .. } = &mut self.head_and_tail;
-        table.as_mut().map_or(Ok(()), |table| table.visit(f))?;
-        positions.as_mut().map_or(Ok(()), |positions| positions.visit(f))?;
-        self.chunks.iter_mut().try_for_each(|chunk| chunk.visit(f))?;
-        norm.as_mut().map_or(Ok(()), |norm| norm.visit(f))
+    pub(crate) fn params(&self) -> Vec<Param<T, B>> {
+        params(&self.head_and_tail, &self.chunks)
     }
 
     /// Leaves the gradient of `scale` times the mean loss over the whole batch in the parameters, and returns the loss and
     /// the norm of what was left, the same on every rank. Every rank is given the same batch.
-    pub(crate) fn gradients(&mut self, batch: &Batch, step: u64, scale: f64) -> Result<(f64, f64)> {
-        self.visit(&mut |param| {
+    pub(crate) fn gradients(&self, batch: &Batch, step: u64, scale: f64) -> Result<(f64, f64)> {
+        let params = self.params();
+        for param in &params {
             param.zero_grad();
-            Ok(())
-        })?;
-        let replicas = self.replicas.take().ok_or_else(|| invalid("an earlier step failed"))?;
-        replicas.begin(GradReduce::Sum)?;
-        let loss = self.pass(&replicas, batch, Some(step), Some(scale))?;
-        replicas.finish(|f| self.visit(f))?;
-        self.replicas = Some(replicas);
-        if let Some(table) = &mut self.head_and_tail.table {
-            table.visit(&mut |table| self.pipeline.sum_tied(table))?;
+        }
+        self.replicas.begin(GradReduce::Sum)?;
+        let loss = self.pass(batch, Some(step), Some(scale))?;
+        self.replicas.finish()?;
+        if let Some(table) = self.head_and_tail.tied() {
+            self.pipeline.sum_tied(&table)?;
         }
         let groups = [self.mesh.group(Axis::Tensor).clone(), self.mesh.group(Axis::Pipeline).clone()];
-        let norm = grad_norm(|f| self.visit(f), &groups.each_ref())?;
+        let norm = grad_norm(&params, &groups.each_ref())?;
         Ok((loss, norm))
     }
 
     /// The mean loss over a batch, without dropout.
-    pub(crate) fn loss(&mut self, batch: &Batch) -> Result<f64> {
-        let replicas = self.replicas.take().ok_or_else(|| invalid("an earlier step failed"))?;
-        let loss = self.pass(&replicas, batch, None, None)?;
-        self.replicas = Some(replicas);
-        Ok(loss)
+    pub(crate) fn loss(&self, batch: &Batch) -> Result<f64> {
+        self.pass(batch, None, None)
     }
 
     /// The logits of the token behind the last one, on a mesh of one rank.
-    pub(crate) fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+    pub(crate) fn logits(&self, tokens: &[u32]) -> Result<Vec<f32>> {
         let described = [Microbatch { sequences: Sequences::one(tokens.len()), draw: None }];
         let batch = Batch { tokens: tokens.to_vec(), targets: Vec::new(), length: tokens.len() };
-        let mut ends = Pass::new(&mut self.head_and_tail, &described, vec![batch], 1.0, None);
+        let mut ends = Pass::new(&self.head_and_tail, &described, vec![batch], 1.0, None);
         self.pipeline.evaluate(&self.chunks, &described, &mut ends)?;
         let logits = ends.logits.take().ok_or_else(|| invalid("the last stage is elsewhere"))?;
         let all = logits.into_local().to_vec()?;
@@ -198,13 +189,7 @@ impl<S: Stream, T: Element, B: Backend> Gpt<S, T, B> {
         Ok(all[last..].iter().map(|x| x.to_f64() as f32).collect())
     }
 
-    fn pass(
-        &mut self,
-        replicas: &DataParallel<T, B>,
-        batch: &Batch,
-        step: Option<u64>,
-        train: Option<f64>,
-    ) -> Result<f64> {
+    fn pass(&self, batch: &Batch, step: Option<u64>, train: Option<f64>) -> Result<f64> {
         let dp = self.mesh.group(Axis::Data);
         // The microbatches of all replicas, of which each has a run: the same for as many in all.
         let count = self.pipeline.schedule().microbatches();
@@ -218,15 +203,15 @@ impl<S: Stream, T: Element, B: Backend> Gpt<S, T, B> {
             microbatches.push(batch.sequences(range));
         }
         let part = 1.0 / batch.tokens.len().max(1) as f64;
-        let mut ends = Pass::new(&mut self.head_and_tail, &described, microbatches, part, train);
+        let mut ends = Pass::new(&self.head_and_tail, &described, microbatches, part, train);
         match train {
-            Some(_) => self.pipeline.run(&mut self.chunks, &described, &mut ends)?,
+            Some(_) => self.pipeline.run(&self.chunks, &described, &mut ends)?,
             None => self.pipeline.evaluate(&self.chunks, &described, &mut ends)?,
         }
         // The last stage of each replica knows its part of the sum. Replicas that were given other batches notice here.
         let losses = std::mem::take(&mut ends.losses);
         let tokens: Vec<f64> = ends.microbatches.iter().map(|part| part.tokens.len() as f64).collect();
-        let own = [replicas.sum(&losses)?, replicas.sum(&tokens)?];
+        let own = [self.replicas.sum(&losses)?, self.replicas.sum(&tokens)?];
         let own = if self.pipeline.is_last() { own } else { [0.0; 2] };
         let mut sum = Tensor::from_slice(dp.device(), [2], &own)?;
         self.mesh.group(Axis::Pipeline).all_reduce(shardwise::comm::ReduceOp::Sum, &mut sum)?;
@@ -243,13 +228,37 @@ impl<S: Stream, T: Element, B: Backend> Gpt<S, T, B> {
     }
 }
 
+impl<S: Stream, T: Element, B: Backend> HeadAndTail<S, T, B> {
+    /// The weight of the table and the head, where this rank has either.
+    fn tied(&self) -> Option<Param<T, B>> {
+        match (&self.table, &self.head) {
+            (_, Some(head)) => Some(head.weight().clone()),
+            (Some(table), None) => table.params().pop(),
+            (None, None) => None,
+        }
+    }
+}
+
+/// Every parameter once, in the order of a forward.
+fn params<S: Stream, T: Element, B: Backend>(
+    head_and_tail: &HeadAndTail<S, T, B>,
+    chunks: &[Vec<Block<S, T, B>>],
+) -> Vec<Param<T, B>> {
+    let HeadAndTail { positions, norm, .. } = head_and_tail;
+    let mut params: Vec<_> = head_and_tail.tied().into_iter().collect();
+    params.extend(positions.iter().flat_map(Layer::params));
+    params.extend(chunks.iter().flat_map(Layer::params));
+    params.extend(norm.iter().flat_map(Layer::params));
+    params
+}
+
 fn invalid(reason: &str) -> Error {
     Error::Invalid { op: "gpt", reason: reason.into() }
 }
 
 /// A batch on its way through the ends of the model.
 struct Pass<'a, S: Stream, T: Element, B: Backend> {
-    model: &'a mut HeadAndTail<S, T, B>,
+    model: &'a HeadAndTail<S, T, B>,
     described: &'a [Microbatch],
     microbatches: Vec<Batch>,
     embedded: Vec<Option<Embedded<S, T, B>>>,
@@ -265,7 +274,7 @@ struct Pass<'a, S: Stream, T: Element, B: Backend> {
 
 impl<'a, S: Stream, T: Element, B: Backend> Pass<'a, S, T, B> {
     fn new(
-        model: &'a mut HeadAndTail<S, T, B>,
+        model: &'a HeadAndTail<S, T, B>,
         described: &'a [Microbatch],
         microbatches: Vec<Batch>,
         part: f64,
@@ -287,7 +296,7 @@ struct Embedded<S: Stream, T: Element, B: Backend> {
 impl<S: Stream, T: Element, B: Backend> Ends<S, T, B> for Pass<'_, S, T, B> {
     fn input(&mut self, at: usize) -> Result<DTensor<S, T, B>> {
         let Microbatch { sequences, draw } = &self.described[at];
-        let HeadAndTail { table: Some(table), positions: Some(positions), dropout, .. } = &self.model else {
+        let HeadAndTail { table: Some(table), positions: Some(positions), dropout, .. } = self.model else {
             return Err(invalid("the first stage lacks its embeddings"));
         };
         let (x, rows) = table.forward(&self.microbatches[at].tokens, sequences.clone())?;
@@ -304,7 +313,7 @@ impl<S: Stream, T: Element, B: Backend> Ends<S, T, B> for Pass<'_, S, T, B> {
     fn input_grad(&mut self, at: usize, dx: DTensor<S, T, B>) -> Result<()> {
         let saved = self.embedded[at].take().ok_or_else(|| invalid("a gradient without its input"))?;
         let dx = self.model.dropout.backward(saved.dropout, &dx)?;
-        if let HeadAndTail { table: Some(table), positions: Some(positions), .. } = &mut *self.model {
+        if let HeadAndTail { table: Some(table), positions: Some(positions), .. } = self.model {
             let dx = positions.backward(saved.positions, &dx)?;
             table.backward(&saved.rows, &dx)?;
         }
@@ -312,11 +321,11 @@ impl<S: Stream, T: Element, B: Backend> Ends<S, T, B> for Pass<'_, S, T, B> {
     }
 
     fn loss(&mut self, at: usize, y: DTensor<S, T, B>) -> Result<Option<DTensor<S, T, B>>> {
-        let HeadAndTail { table: Some(table), norm: Some(norm), .. } = &mut *self.model else {
+        let HeadAndTail { head: Some(head), norm: Some(norm), .. } = self.model else {
             return Err(invalid("the last stage lacks its head"));
         };
         let (normed, saved_norm) = norm.forward(&y)?;
-        let (logits, saved_head) = table.head().forward(&normed)?;
+        let (logits, saved_head) = head.forward(&normed)?;
         if self.microbatches[at].targets.is_empty() && self.train.is_none() {
             self.logits = Some(logits);
             return Ok(None);
@@ -326,7 +335,7 @@ impl<S: Stream, T: Element, B: Backend> Ends<S, T, B> for Pass<'_, S, T, B> {
         self.losses[at] = losses.sum()? * self.part;
         let Some(scale) = self.train else { return Ok(None) };
         let dlogits = entropy.backward(&saved, scale * self.part)?;
-        let dnormed = table.head_mut().backward(saved_head, &dlogits)?;
+        let dnormed = head.backward(saved_head, &dlogits)?;
         Ok(Some(norm.backward(saved_norm, &dnormed)?))
     }
 }

@@ -33,7 +33,7 @@ mod view;
 pub use attention::{Attention, AttentionSpec, CacheSpec};
 pub use dropout::{Dropout, DropoutMask};
 pub use gather::{Gather, NO_ROW};
-pub use gemm::{Batch, Gemm, Product, Term};
+pub use gemm::{Batch, Epilogue, Gemm, Product, Term};
 pub(crate) use loss::check_targets;
 pub use loss::{Loss, Targets};
 pub use norm::{Norm, NormKind};

@@ -7,8 +7,7 @@ use crate::{
     error::{Result, same_size},
     kernels::Backend,
     parallel::{
-        DTensor, Layer, Normalize, ParallelMlp, PositionEmbedding, Stream, TransformerBlock,
-        VocabParallelEmbedding,
+        DTensor, Layer, Normalize, PositionEmbedding, Stream, TransformerBlock, VocabParallelEmbedding,
     },
     shard::Sequences,
     tensor::{Param, Region, Role, WeightSource, Weights},
@@ -26,10 +25,8 @@ pub struct Bert<S: Stream, T: Element, B: Device> {
     positions: PositionEmbedding<S, T, B>,
     types: PositionEmbedding<S, T, B>,
     norm: Normalize<S, T, B>,
-    blocks: Vec<Block<S, T, B>>,
+    blocks: Vec<TransformerBlock<S, T, B>>,
 }
-
-type Block<S, T, B> = TransformerBlock<S, ParallelMlp<S, T, B>, T, B>;
 
 /// What the backward of a [`Bert`] needs.
 pub struct BertSaved<S: Stream, T: Element, B: Backend> {
@@ -37,7 +34,7 @@ pub struct BertSaved<S: Stream, T: Element, B: Backend> {
     positions: Vec<u32>,
     types: Vec<u32>,
     norm: <Normalize<S, T, B> as Layer<T, B>>::Saved,
-    blocks: Vec<<Block<S, T, B> as Layer<T, B>>::Saved>,
+    blocks: Vec<<TransformerBlock<S, T, B> as Layer<T, B>>::Saved>,
 }
 
 impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
@@ -56,8 +53,9 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
         let table = |name: &str, rows| PositionEmbedding::load(group, &embeddings.at(name), rows, hidden);
         let words = embeddings.at("word_embeddings");
         let layers = weights.at("encoder").at("layer");
-        let block = |layer: usize| Block::load(group, &layers.at(&layer.to_string()), &config.block);
-        let mut model = Self {
+        let block =
+            |layer: usize| TransformerBlock::load(group, &layers.at(&layer.to_string()), &config.block);
+        let model = Self {
             words: VocabParallelEmbedding::load(group, &words, config.vocabulary, hidden)?
                 .with_padding(config.padding)?,
             positions: table("position_embeddings", config.positions)?,
@@ -69,7 +67,7 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
         };
         let roots = ["embeddings", "encoder"].map(|root| weights.name(root));
         let harmless = |name: &str| name.ends_with("embeddings.position_ids");
-        refuse_unread("bert", source, |f| model.visit(f), &roots, harmless)?;
+        refuse_unread("bert", source, &model.params(), &roots, harmless)?;
         Ok(model)
     }
 
@@ -106,7 +104,7 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
     ///
     /// # Errors
     /// When sizes disagree, or a collective fails.
-    pub fn backward(&mut self, saved: BertSaved<S, T, B>, dy: &DTensor<S, T, B>) -> Result<()> {
+    pub fn backward(&self, saved: BertSaved<S, T, B>, dy: &DTensor<S, T, B>) -> Result<()> {
         let dx = self.blocks.backward(saved.blocks, dy)?;
         let dx = self.norm.backward(saved.norm, &dx)?;
         let dx = self.types.backward(saved.types, &dx)?;
@@ -114,16 +112,10 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
         self.words.backward(&saved.rows, &dx)
     }
 
-    /// Calls `f` on every parameter, in the same order on every rank.
-    ///
-    /// # Errors
-    /// The first of `f`.
-    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        self.words.visit(f)?;
-        self.positions.visit(f)?;
-        self.types.visit(f)?;
-        self.norm.visit(f)?;
-        self.blocks.visit(f)
+    /// The parameters, in the same order on every rank.
+    pub fn params(&self) -> Vec<Param<T, B>> {
+        let tables = [self.words.params(), self.positions.params(), self.types.params()].concat();
+        [tables, self.norm.params(), self.blocks.params()].concat()
     }
 
     /// Saves the model to a folder, without a pooler: see [`super::Decoder::save`].
@@ -131,9 +123,9 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
     /// # Errors
     /// As [`Save::write`].
     #[track_caller]
-    pub fn save(&mut self, folder: impl AsRef<Path>) -> Result<()> {
-        let (group, json) = (self.group.clone(), config::stored_as(&self.config.json, T::DTYPE));
-        Save::new(folder).config(json).write(&group, |f| self.visit(f))
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let json = config::stored_as(&self.config.json, T::DTYPE);
+        Save::new(folder).config(json).write(&self.group, &self.params())
     }
 }
 

@@ -6,9 +6,9 @@ use crate::{
     device::{Device, Element},
     error::{Error, Result, same_size},
     kernels::Backend,
-    ops::{self, RopeConfig, RopeScaling},
+    ops::{RopeConfig, RopeScaling},
     parallel::{
-        Bias, BlockConfig, ColumnParallelLinear, Columns, DTensor, FeedForward, KvCache, Layer, Normalize,
+        Bias, BlockConfig, ColumnParallelLinear, Columns, DTensor, KvCache, Layer, Normalize,
         PositionEmbedding, Stream, TransformerBlock, VocabParallelEmbedding,
     },
     shard::{Replicated, Sequences, Shard},
@@ -34,18 +34,16 @@ pub struct Decoder<S: Stream, T: Element, B: Device> {
     config: DecoderConfig,
     embedding: VocabParallelEmbedding<S, T, B>,
     positions: Option<PositionEmbedding<S, T, B>>,
-    blocks: Vec<Block<S, T, B>>,
+    blocks: Vec<TransformerBlock<S, T, B>>,
     norm: Normalize<S, T, B>,
-    head: Option<ColumnParallelLinear<S, T, B>>,
+    head: ColumnParallelLinear<S, T, B>,
 }
-
-type Block<S, T, B> = TransformerBlock<S, FeedForward<S, T, B>, T, B>;
 
 /// What the backward of a [`Decoder`] needs.
 pub struct DecoderSaved<S: Stream, T: Element, B: Backend> {
     rows: Vec<u32>,
     positions: Option<Vec<u32>>,
-    blocks: Vec<<Block<S, T, B> as Layer<T, B>>::Saved>,
+    blocks: Vec<<TransformerBlock<S, T, B> as Layer<T, B>>::Saved>,
     norm: <Normalize<S, T, B> as Layer<T, B>>::Saved,
     head: Tensor<T, B>,
 }
@@ -76,10 +74,10 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
         let head_name = weights.at(head).name("weight");
         let other_head = config.tied && source.contains(&head_name);
         let (vocabulary, hidden) = (config.vocabulary, config.block.attention.hidden);
-        let mut embedding = VocabParallelEmbedding::load(group, &model.at(embedding), vocabulary, hidden)?
+        let embedding = VocabParallelEmbedding::load(group, &model.at(embedding), vocabulary, hidden)?
             .with_padding(config.padding)?;
         if other_head {
-            refuse_another_head(group, &source, &head_name, &mut embedding)?;
+            refuse_another_head(group, &source, &head_name, &embedding)?;
         }
         let positions = match config.positions {
             Some(count) => Some(PositionEmbedding::load(group, &model.at(positions), count, hidden)?),
@@ -89,29 +87,28 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
         let block = |layer: usize| {
             let mut block: BlockConfig = config.block.clone();
             block.attention.window = config.windows[layer];
-            Block::load_any(group, &model.at(blocks).at(&layer.to_string()), &block)
+            let load = if block.names.mlp.gate.is_empty() {
+                TransformerBlock::load
+            } else {
+                TransformerBlock::load_gated
+            };
+            load(group, &model.at(blocks).at(&layer.to_string()), &block)
         };
         let blocks = (0..config.layers).map(block).collect::<Result<_>>()?;
         let norm = Normalize::load(group, &model.at(norm), config.block.norm, hidden)?;
         let head = match config.tied {
-            true => {
-                embedding.visit(&mut |table| {
-                    table.set_uses(2);
-                    Ok(())
-                })?;
-                None
-            }
+            true => embedding.tied_head(),
             false => {
                 let columns = Columns::even(group, vocabulary)?;
-                Some(ColumnParallelLinear::load(group, &weights.at(head), hidden, &columns, Bias::None)?)
+                ColumnParallelLinear::load(group, &weights.at(head), hidden, &columns, Bias::None)?
             }
         };
-        let mut model =
+        let model =
             Self { group: group.clone(), config: config.clone(), embedding, positions, blocks, norm, head };
         let harmless = |name: &str| {
             BUFFERS.iter().any(|buffer| name.ends_with(buffer)) || (other_head && name == head_name)
         };
-        refuse_unread("decoder", &source, |f| model.visit(f), &roots, harmless)?;
+        refuse_unread("decoder", &source, &model.params(), &roots, harmless)?;
         Ok(model)
     }
 
@@ -123,10 +120,6 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
     /// The ranks that share the model.
     pub fn group(&self) -> &Group<B> {
         &self.group
-    }
-
-    fn head(&self) -> &ColumnParallelLinear<S, T, B> {
-        self.head.as_ref().unwrap_or_else(|| self.embedding.head())
     }
 
     fn check_context(&self, sequences: &Sequences) -> Result<()> {
@@ -152,7 +145,7 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
         }
         let (x, blocks) = self.blocks.forward(&x)?;
         let (x, norm) = self.norm.forward(&x)?;
-        let (logits, head) = self.head().forward(&x)?;
+        let (logits, head) = self.head.forward(&x)?;
         Ok((logits, DecoderSaved { rows, positions, blocks, norm, head }))
     }
 
@@ -160,33 +153,21 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
     ///
     /// # Errors
     /// When sizes disagree, or a collective fails.
-    pub fn backward(
-        &mut self,
-        saved: DecoderSaved<S, T, B>,
-        dlogits: &DTensor<Shard<1>, T, B>,
-    ) -> Result<()> {
-        let head = self.head.as_mut().unwrap_or_else(|| self.embedding.head_mut());
-        let dx = head.backward(saved.head, dlogits)?;
+    pub fn backward(&self, saved: DecoderSaved<S, T, B>, dlogits: &DTensor<Shard<1>, T, B>) -> Result<()> {
+        let dx = self.head.backward(saved.head, dlogits)?;
         let dx = self.norm.backward(saved.norm, &dx)?;
         let mut dx = self.blocks.backward(saved.blocks, &dx)?;
-        if let (Some(table), Some(rows)) = (&mut self.positions, saved.positions) {
+        if let (Some(table), Some(rows)) = (&self.positions, saved.positions) {
             dx = table.backward(rows, &dx)?;
         }
         self.embedding.backward(&saved.rows, &dx)
     }
 
-    /// Calls `f` on every parameter, in the same order on every rank; on a tied table once.
-    ///
-    /// # Errors
-    /// The first of `f`.
-    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        self.embedding.visit(f)?;
-        if let Some(positions) = &mut self.positions {
-            positions.visit(f)?;
-        }
-        self.blocks.visit(f)?;
-        self.norm.visit(f)?;
-        self.head.as_mut().map_or(Ok(()), |head| head.visit(f))
+    /// The parameters, in the same order on every rank; a tied table once.
+    pub fn params(&self) -> Vec<Param<T, B>> {
+        let positions = self.positions.as_ref().map_or(Vec::new(), Layer::params);
+        let head = if self.config.tied { Vec::new() } else { self.head.params() };
+        [self.embedding.params(), positions, self.blocks.params(), self.norm.params(), head].concat()
     }
 
     /// Saves the model to a folder, to be read here and by transformers: `config.json`, whose
@@ -197,12 +178,12 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
     /// # Errors
     /// As [`Save::write`].
     #[track_caller]
-    pub fn save(&mut self, folder: impl AsRef<Path>) -> Result<()> {
-        let (group, json) = (self.group.clone(), config::stored_as(&self.config.json, T::DTYPE));
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        let json = config::stored_as(&self.config.json, T::DTYPE);
         let in_block = format!(".{}.", self.config.names.blocks);
         let transposed = self.config.transposed;
         let stored_transposed = |name: &str| transposed && is_in(name, &in_block);
-        Save::new(folder).config(json).transposed(stored_transposed).write(&group, |f| self.visit(f))
+        Save::new(folder).config(json).transposed(stored_transposed).write(&self.group, &self.params())
     }
 }
 
@@ -224,13 +205,13 @@ fn refuse_another_head<S: Stream, T: Element, B: Backend>(
     group: &Group<B>,
     source: &dyn WeightSource,
     head: &str,
-    embedding: &mut VocabParallelEmbedding<S, T, B>,
+    embedding: &VocabParallelEmbedding<S, T, B>,
 ) -> Result<()> {
     let (mut table, mut same) = (String::new(), true);
-    let compared = embedding.visit(&mut |param| {
-        let own = param.value().to_vec()?;
-        let width = param.value().shape().cols();
-        for piece in param.pieces() {
+    let compared = embedding.params().iter().try_for_each(|param| {
+        let own = param.value()?.to_vec()?;
+        let width = param.shape().cols();
+        for piece in param.pieces().iter() {
             source.check(head, &piece.region)?;
             let mut other = vec![T::default(); piece.region.extent().len()];
             source.read(head, Role::Weight, &piece.region, T::any_mut(other.as_mut_slice()))?;
@@ -331,9 +312,9 @@ impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
         // The last tokens are all that is asked for.
         if counts.iter().any(|&count| count > 1) {
             let last: Vec<u32> = sequences.iter().map(|rows| rows.end as u32 - 1).collect();
-            x = DTensor::replicated(&self.group, ops::embedding(x.local(), &last)?)?;
+            x = DTensor::replicated(&self.group, x.local().rows(&last)?)?;
         }
-        let logits = self.head().forward(&self.norm.forward(&x)?.0)?.0;
+        let logits = self.head.forward(&self.norm.forward(&x)?.0)?.0;
         cache.advance(slots, counts)?;
         Ok(logits)
     }

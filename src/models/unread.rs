@@ -4,29 +4,28 @@ use crate::{
     device::Element,
     error::{Error, Result},
     kernels::Backend,
-    tensor::{Visit, WeightSource},
+    tensor::{Param, WeightSource},
 };
 use std::collections::BTreeSet;
 
 /// How many names an error lists.
 const LISTED: usize = 3;
 
-/// Refuses a source that has tensors under one of `roots` which the model `op`, whose parameters
-/// `visit` visits, has not read: it is the source of another model than the configuration's. Those
+/// Refuses a source that has tensors under one of `roots` which the model `op` with these
+/// parameters has not read: it is the source of another model than the configuration's. Those
 /// for which `harmless` is true do not count.
 pub(super) fn refuse_unread<T: Element, B: Backend>(
     op: &'static str,
     source: &dyn WeightSource,
-    mut visit: impl Visit<T, B>,
+    params: &[Param<T, B>],
     roots: &[impl AsRef<str>],
     harmless: impl Fn(&str) -> bool,
 ) -> Result<()> {
     let Some(names) = source.names() else { return Ok(()) };
     let mut read = BTreeSet::new();
-    visit(&mut |param| {
+    for param in params {
         read.extend(param.pieces().iter().map(|piece| piece.tensor.clone()));
-        Ok(())
-    })?;
+    }
     let below = |name: &str, root: &str| name.strip_prefix(root).is_some_and(|rest| rest.starts_with('.'));
     let unread = |name: &String| {
         roots.iter().any(|root| below(name, root.as_ref())) && !read.contains(name) && !harmless(name)

@@ -1,16 +1,17 @@
-//! y = x wᵀ + b.
+//! The three products of a linear operator y = x wᵀ + b: forward, gradient of x, gradients of w
+//! and b.
 
 use crate::{
     device::Element,
     error::{Result, same_size},
-    kernels::{Activation, Backend, MatMut, MatRef, Product},
+    kernels::{Activation, Backend, Epilogue, MatMut, MatRef, Product},
     tensor::Tensor,
     trace,
 };
 
-/// y = x wᵀ + b.
+/// y = x wᵀ + b; or pre = x wᵀ + b and y = f(pre), with pre, which the backward needs.
 ///
-/// `x`: `[…, in]`, `w`: `[out, in]`, `b`: `[out]`; `y`: `[…, out]`.
+/// `x`: `[…, in]`, `w`: `[out, in]`, `b`: `[out]`; `y`, `pre`: `[…, out]`.
 ///
 /// # Errors
 /// When sizes disagree.
@@ -18,108 +19,56 @@ pub fn linear<T: Element, B: Backend>(
     x: &Tensor<T, B>,
     w: &Tensor<T, B>,
     bias: Option<&Tensor<T, B>>,
-) -> Result<Tensor<T, B>> {
+    f: Option<Activation>,
+) -> Result<(Tensor<T, B>, Option<Tensor<T, B>>)> {
     same_size("linear", "columns of x", x.shape().cols(), "columns of w", w.shape().cols())?;
     let shape = x.shape().with(x.shape().rank() - 1, w.shape().rows());
-    let mut y = Tensor::empty(x.device(), shape)?;
+    let (mut y, mut pre) = (Tensor::empty(x.device(), shape)?, None);
+    let activation = match f {
+        Some(f) => Some((f, pre.insert(Tensor::empty(x.device(), shape)?).mat_mut()?)),
+        None => None,
+    };
+    let epilogue = Epilogue { bias: bias.map(Tensor::slice), activation };
     let dims = [x.mat().rows(), w.mat().cols(), w.mat().rows()];
-    let (a, b) = (x.mat(), w.mat().t());
-    trace::compute("gemm", T::DTYPE, &dims, || match bias {
-        Some(bias) => x.device().gemm_bias::<T>(a, b, bias.slice(), y.mat_mut()?),
-        None => x.device().gemm(1.0, a, b, 0.0, y.mat_mut()?),
-    })?;
-    Ok(y)
-}
-
-/// y = f(pre) of pre = x wᵀ + b: y and pre, which the backward needs.
-///
-/// # Errors
-/// When sizes disagree.
-pub fn linear_activate<T: Element, B: Backend>(
-    x: &Tensor<T, B>,
-    w: &Tensor<T, B>,
-    bias: &Tensor<T, B>,
-    f: Activation,
-) -> Result<(Tensor<T, B>, Tensor<T, B>)> {
-    same_size("linear", "columns of x", x.shape().cols(), "columns of w", w.shape().cols())?;
-    let shape = x.shape().with(x.shape().rank() - 1, w.shape().rows());
-    let (mut y, mut pre) = (Tensor::empty(x.device(), shape)?, Tensor::empty(x.device(), shape)?);
-    let dims = [x.mat().rows(), w.mat().cols(), w.mat().rows()];
-    trace::compute("gemm", T::DTYPE, &dims, || {
-        let (product, bias) = ((x.mat(), w.mat().t()), bias.slice());
-        x.device().gemm_activate::<T>(product, bias, f, pre.mat_mut()?, y.mat_mut()?)
-    })?;
+    trace::compute("gemm", T::DTYPE, &dims, || x.device().linear(x.mat(), w.mat(), epilogue, y.mat_mut()?))?;
     Ok((y, pre))
 }
 
-/// (dy w) f′(pre): the gradient of pre, where y = f(pre) wᵀ.
+/// dx = dy w; or, where x = f(pre), the gradient of pre: (dy w) f′(pre).
 ///
 /// # Errors
 /// When sizes disagree.
-pub fn linear_activate_backward<T: Element, B: Backend>(
+pub fn linear_dx<T: Element, B: Backend>(
     dy: &Tensor<T, B>,
     w: &Tensor<T, B>,
-    f: Activation,
-    pre: &Tensor<T, B>,
-) -> Result<Tensor<T, B>> {
-    const OP: &str = "linear backward";
-    same_size(OP, "columns of dy", dy.shape().cols(), "rows of w", w.shape().rows())?;
-    let mut dx = Tensor::empty(dy.device(), pre.shape())?;
-    let dims = [dy.mat().rows(), w.mat().rows(), w.mat().cols()];
-    trace::compute("gemm", T::DTYPE, &dims, || {
-        dy.device().gemm_activate_backward((dy.mat(), w.mat()), f, pre.mat(), dx.mat_mut()?)
-    })?;
-    Ok(dx)
-}
-
-/// dw ← dyᵀ x + β dw, db ← Σ over the rows of dy, both in the accumulator.
-///
-/// # Errors
-/// When sizes disagree.
-pub fn linear_param_grads<T: Element, B: Backend>(
-    dy: MatRef<'_, T, B>,
-    x: MatRef<'_, T, B>,
-    beta: f64,
-    dw: MatMut<'_, T::Acc, B>,
-    db: &mut Tensor<T::Acc, B>,
-) -> Result<()> {
-    let device = db.device().clone();
-    trace::compute("gemm", T::DTYPE, &[dy.cols(), x.rows(), x.cols()], || {
-        device.gemm_column_sums(dy, x, beta, dw, db.slice_mut()?)
-    })
-}
-
-/// dx = dy w.
-///
-/// # Errors
-/// When sizes disagree.
-pub fn linear_input_grad<T: Element, B: Backend>(
-    dy: &Tensor<T, B>,
-    w: &Tensor<T, B>,
+    through: Option<(Activation, &Tensor<T, B>)>,
 ) -> Result<Tensor<T, B>> {
     const OP: &str = "linear backward";
     same_size(OP, "columns of dy", dy.shape().cols(), "rows of w", w.shape().rows())?;
     let shape = dy.shape().with(dy.shape().rank() - 1, w.shape().cols());
     let mut dx = Tensor::empty(dy.device(), shape)?;
     let dims = [dy.mat().rows(), w.mat().rows(), w.mat().cols()];
-    trace::compute("gemm", T::DTYPE, &dims, || dy.device().gemm(1.0, dy.mat(), w.mat(), 0.0, dx.mat_mut()?))?;
+    trace::compute("gemm", T::DTYPE, &dims, || {
+        let through = through.map(|(f, pre)| (f, pre.mat()));
+        dy.device().linear_dx(dy.mat(), w.mat(), through, dx.mat_mut()?)
+    })?;
     Ok(dx)
 }
 
-/// dw = dyᵀ x, in the accumulator.
+/// dw ← dyᵀ x + β dw, and db ← Σ over the rows of dy if it is asked for, in the accumulator.
 ///
 /// # Errors
 /// When sizes disagree.
-pub fn linear_weight_grad<T: Element, B: Backend>(
-    dy: &Tensor<T, B>,
-    x: &Tensor<T, B>,
-) -> Result<Tensor<T::Acc, B>> {
-    let mut dw = Tensor::empty(x.device(), [dy.shape().cols(), x.shape().cols()])?;
-    let dims = [dy.mat().cols(), x.mat().rows(), x.mat().cols()];
-    trace::compute("gemm", T::DTYPE, &dims, || {
-        x.device().gemm(1.0, dy.mat().t(), x.mat(), 0.0, dw.mat_mut()?)
-    })?;
-    Ok(dw)
+pub fn linear_dw<T: Element, B: Backend>(
+    device: &B,
+    (dy, x): (MatRef<'_, T, B>, MatRef<'_, T, B>),
+    beta: f64,
+    dw: MatMut<'_, T::Acc, B>,
+    db: Option<&mut Tensor<T::Acc, B>>,
+) -> Result<()> {
+    trace::compute("gemm", T::DTYPE, &[dy.cols(), x.rows(), x.cols()], || {
+        device.linear_dw(dy, x, beta, dw, db.map(Tensor::slice_mut).transpose()?)
+    })
 }
 
 /// The products of pairs of matrices, at the same time where the device can.

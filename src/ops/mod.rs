@@ -16,12 +16,9 @@ pub use attention::{
     AttentionContext, CachedKeys, QkvHeads, append_to_cache, attention, attention_backward, attention_cached,
 };
 pub use dropout::dropout;
-pub use embedding::{embedding, embedding_backward};
+pub use embedding::embedding_backward;
 pub use head_norm::{normalize_heads, normalize_heads_backward};
-pub use linear::{
-    bias_grad, linear, linear_activate, linear_activate_backward, linear_input_grad, linear_param_grads,
-    linear_weight_grad, products,
-};
+pub use linear::{bias_grad, linear, linear_dw, linear_dx, products};
 pub use norm::{NormContext, NormGrads, normalize, normalize_backward, normalize_backward_rows};
 pub use rope::{RopeConfig, RopeScaling, Rotary};
 pub use squared_error::{squared_error, squared_error_backward};

@@ -9,7 +9,7 @@ use crate::{
     device::{Cpu, Device, Element},
     error::Result,
     kernels::{AdamWStep, Backend},
-    tensor::{Param, Visit, WeightSource},
+    tensor::{Param, WeightSource},
 };
 
 /// The choices of an [`AdamW`]. The defaults are PyTorch's, but for [`AdamWConfig::decay_vectors`].
@@ -58,18 +58,17 @@ impl<T: Element, B: Backend> AdamW<T, B> {
         Self { config, ..Self::default() }
     }
 
-    /// Reads the states of the parameters that `visit` visits from a source, such as a checkpoint of
-    /// what [`AdamW::visit_state`] passes, saved on any mesh. Parameters of which it has nothing
-    /// begin anew.
+    /// Reads the states of some parameters from a source, such as a checkpoint of [`AdamW::state`],
+    /// saved on any mesh. Parameters of which it has nothing begin anew.
     ///
     /// Load the model first: a master weight that does not round to the parameter's value is taken
     /// from the value.
     ///
     /// # Errors
-    /// When the source has a part of a parameter's state only, or of another shape, or visits a
-    /// name twice.
-    pub fn load(config: AdamWConfig, source: &dyn WeightSource, visit: impl Visit<T, B>) -> Result<Self> {
-        Ok(Self { config, states: States::load(LAYOUT, source, visit)? })
+    /// When the source has a part of a parameter's state only, or of another shape, or a name is
+    /// there twice.
+    pub fn load(config: AdamWConfig, source: &dyn WeightSource, params: &[Param<T, B>]) -> Result<Self> {
+        Ok(Self { config, states: States::load(LAYOUT, source, params)? })
     }
 
     /// Gives each parameter the rate and the decay that `groups` says, which is asked at every step.
@@ -87,19 +86,18 @@ impl<T: Element, B: Backend> AdamW<T, B> {
         self
     }
 
-    /// Calls `f` on what is kept for each parameter that has had a gradient, in the order of their
-    /// first gradients, which is the same on every rank.
+    /// What is kept for each parameter that has had a gradient, in the order of their first
+    /// gradients, which is the same on every rank.
     ///
     /// That is, for a tensor `w` of the model, `adamw.m.w`, `adamw.v.w`, of bf16 and f16
     /// `adamw.master.w`, and `adamw.step.w`, the number of steps, exact up to 2²⁴ in f32. The last
     /// has one element, and is owned by the rank that owns the first element of `w`; the others are
-    /// cut and owned as `w` is. What `f` writes there is used from then on.
+    /// cut and owned as `w` is. What is written there is used from the next step on.
     ///
     /// # Errors
-    /// The first of `f`; when it writes what is no number of steps, or the device has no memory
-    /// left.
-    pub fn visit_state(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, B>) -> Result<()>) -> Result<()> {
-        self.states.visit(f)
+    /// When a number of steps was written that is none, or the device has no memory left.
+    pub fn state(&mut self) -> Result<Vec<Param<T::Acc, B>>> {
+        self.states.params()
     }
 
     /// The number of steps made: the largest of any parameter.
@@ -110,13 +108,15 @@ impl<T: Element, B: Backend> AdamW<T, B> {
     /// One step on every parameter that has a gradient, which is multiplied with `grad_scale` first.
     ///
     /// Moments belong to a parameter's name, and t is the number of the parameter's own steps, as
-    /// in PyTorch: any parameters may be visited, in any order.
+    /// in PyTorch: any parameters may be given, in any order.
     ///
     /// # Errors
     /// When a number makes no sense (a negative or infinite rate or decay, a β outside [0, 1), an ε
-    /// that is not positive, a `grad_scale` that is not finite), or a name is visited twice or has
-    /// another shape or other pieces than before: nothing has changed then. When the device fails.
-    pub fn step(&mut self, visit: impl Visit<T, B>, lr: f64, grad_scale: f64) -> Result<()> {
+    /// that is not positive, a `grad_scale` that is not finite), or a name is there twice or has
+    /// another shape or other pieces than before, or has a gradient and is not kept as a dense
+    /// tensor, or one that is not summed over its replicas yet: nothing has changed then. When the
+    /// device fails.
+    pub fn step(&mut self, params: &[Param<T, B>], lr: f64, grad_scale: f64) -> Result<()> {
         let AdamWConfig { beta1, beta2, eps, weight_decay, decay_vectors } = self.config;
         within(OP, "lr", lr, 0.0..f64::INFINITY)?;
         within(OP, "grad_scale", grad_scale, f64::MIN..f64::INFINITY)?;
@@ -124,16 +124,16 @@ impl<T: Element, B: Backend> AdamW<T, B> {
         within(OP, "beta2", beta2, 0.0..1.0)?;
         within(OP, "eps", eps, f64::MIN_POSITIVE..f64::INFINITY)?;
         within(OP, "weight_decay", weight_decay, 0.0..f64::INFINITY)?;
-        self.states.each(visit, |param, grad, group, state| {
-            let decays = decay_vectors || param.value().shape().rank() > 1;
+        self.states.each(params, |param, grad, group, state| {
+            let decays = decay_vectors || param.shape().rank() > 1;
             let weight_decay = group.weight_decay.unwrap_or(if decays { weight_decay } else { 0.0 });
             let lr = lr * group.lr_scale;
             let step = AdamWStep { step: state.steps, lr, beta1, beta2, eps, weight_decay, grad_scale };
-            let device = param.value().device().clone();
-            let (master, moments) = state.slices()?;
-            let moments = moments.try_into().ok().expect("the state has both moments");
-            let weight = param.update_mut().slice_mut()?;
-            device.adamw(&step, grad.slice(), weight, master, moments)
+            let device = param.device();
+            state.write(|master, moments| {
+                let moments = moments.try_into().ok().expect("the state has both moments");
+                device.adamw(&step, grad.slice(), param.value_mut()?.slice_mut()?, master, moments)
+            })
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Optimizers, gradient norms, loss scales and learning rates. Know parameters, and groups only to sum norms over.
 //!
-//! An optimizer is given the way to a model's parameters, which every layer and model has as `visit`:
+//! An optimizer is given a model's parameters, which every layer and model lists as `params`:
 //!
 //! ```
 //! # use shardwise::{Result, device::Cpu, comm::Group, optim::{AdamW, clip_scale, grad_norm}, parallel::*, tensor::{Random, Weights}};
@@ -8,11 +8,11 @@
 //! # let world = Group::solo(&Cpu::new());
 //! # let source = Random::normal(1, 0.02);
 //! # let columns = Columns::even(&world, 8)?;
-//! # let mut model = ColumnLinear::<f32, Cpu>::load(&world, &Weights::new(&source), 4, &columns, Bias::Add)?;
+//! # let model = ColumnLinear::<f32, Cpu>::load(&world, &Weights::new(&source), 4, &columns, Bias::Add)?;
 //! let mut optimizer = AdamW::default();
 //! // after a backward …
-//! let norm = grad_norm(|f| model.visit(f), &[&world])?;
-//! optimizer.step(|f| model.visit(f), 1e-3, clip_scale(norm, 1.0)?)?;
+//! let norm = grad_norm(&model.params(), &[&world])?;
+//! optimizer.step(&model.params(), 1e-3, clip_scale(norm, 1.0)?)?;
 //! # Ok(())
 //! # }
 //! # use shardwise::parallel::Layer;
@@ -21,7 +21,7 @@
 //! Gradients are kept in the accumulator; parameters of bf16 and f16 have master weights there,
 //! too. A master follows a value that is set after it.
 //!
-//! What an optimizer keeps belongs to a parameter's name. [`AdamW::visit_state`] passes it like
+//! What an optimizer keeps belongs to a parameter's name. [`AdamW::state`] lists it as
 //! parameters, which are saved as a model's are, and [`AdamW::load`] reads it on any other mesh.
 
 mod adamw;

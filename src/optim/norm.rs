@@ -6,7 +6,7 @@ use crate::{
     error::{Error, Result},
     kernels::{Backend, MatRef},
     shard::{Node, Partition, Reduction, Tree, TreeSum},
-    tensor::{Param, Tensor, Visit},
+    tensor::{Param, Tensor, check_once},
 };
 use std::ops::Range;
 
@@ -25,12 +25,12 @@ const OP: &str = "gradient norm";
 /// Not finite if any gradient is not, so that it also says whether a scaled loss overflowed.
 ///
 /// # Errors
-/// When the ranks of the groups do not own every element of the visited tensors exactly once: a
+/// When the ranks of the groups do not own every element of the given tensors exactly once: a
 /// group over which tensors are cut is missing, or there is one whose ranks own the same parts.
 /// (That stages of a pipeline are missing cannot be seen.) When a collective fails, or sums that
 /// are to be invariant cannot be.
 #[track_caller]
-pub fn grad_norm<T: Element, B: Backend>(mut visit: impl Visit<T, B>, groups: &[&Group<B>]) -> Result<f64> {
+pub fn grad_norm<T: Element, B: Backend>(params: &[Param<T, B>], groups: &[&Group<B>]) -> Result<f64> {
     let unsupported = |reason: String| Error::Unsupported { op: OP, reason };
     let fixed = groups.iter().copied().filter(|group| group.reduction() != Reduction::Fast);
     let ordered = fixed.clone().find(|group| group.size() > 1).or(fixed.clone().next());
@@ -51,28 +51,35 @@ pub fn grad_norm<T: Element, B: Backend>(mut visit: impl Visit<T, B>, groups: &[
     };
     // The sum over each of this rank's leaves, and over what belongs to none.
     let (mut terms, mut shares) = (Terms::default(), Shares::default());
-    visit(&mut |param| {
-        param.settle()?;
+    check_once(OP, params)?;
+    for param in params {
+        param.check_complete(OP)?;
         shares.count(param);
-        let Some(grad) = param.grad() else { return Ok(()) };
-        if tree.is_some() && !param.is_in_tree() {
-            let name = param.name();
-            return Err(unsupported(format!("{name} was loaded on a group without canonical blocks")));
-        }
-        let (rows, width) = (grad.shape().dims()[0], grad.shape().split_at(0).1);
-        match param.blocks().filter(|_| tree.is_some()) {
-            None => terms.push(param, grad, 0..rows, 0..width, own),
-            Some(blocks) if blocks.len() != own => {
-                let (name, count) = (param.name(), blocks.len());
-                Err(unsupported(format!("{name} has {count} canonical blocks on this rank, its group {own}")))
+        let Some(grad) = &param.grad() else { continue };
+        let name = param.name();
+        let blocks = match (&tree, param.blocks()) {
+            (None, _) => None,
+            (Some(_), Some(blocks)) => blocks,
+            (Some(_), None) => {
+                return Err(unsupported(format!("{name} was loaded on a group without canonical blocks")));
             }
-            Some(blocks) => blocks.iter().enumerate().try_for_each(|(block, patches)| {
-                patches.iter().try_for_each(|patch| {
-                    terms.push(param, grad, patch.rows.clone(), patch.cols.clone(), block)
-                })
-            }),
+        };
+        let (rows, width) = (grad.shape().dims()[0], grad.shape().split_at(0).1);
+        let Some(blocks) = blocks else {
+            terms.push(param, grad, 0..rows, 0..width, own)?;
+            continue;
+        };
+        if blocks.len() != own {
+            let count = blocks.len();
+            let reason = format!("{name} has {count} canonical blocks on this rank, its group {own}");
+            return Err(unsupported(reason));
         }
-    })?;
+        for (block, patches) in blocks.iter().enumerate() {
+            for patch in patches {
+                terms.push(param, grad, patch.rows.clone(), patch.cols.clone(), block)?;
+            }
+        }
+    }
     let mut sums = terms.into_sums(own + 1)?;
     for group in ordered.into_iter().chain(others) {
         let tree = tree.as_ref().filter(|_| ordered.is_some_and(|ordered| group.is_same(ordered)));
@@ -82,7 +89,7 @@ pub fn grad_norm<T: Element, B: Backend>(mut visit: impl Visit<T, B>, groups: &[
     Ok(sums[0].sqrt())
 }
 
-/// Which part of the visited tensors a rank owns, in numbers that are summed over groups.
+/// Which part of the given tensors a rank owns, in numbers that are summed over groups.
 #[derive(Debug, Default)]
 struct Shares {
     /// Owned elements less those of all tensors whose first element is owned, each tensor's times a

@@ -9,7 +9,7 @@ use crate::{
     device::{Cpu, Device, Element},
     error::Result,
     kernels::{Backend, SgdStep},
-    tensor::{Param, Visit, WeightSource},
+    tensor::{Param, WeightSource},
 };
 
 /// The choices of an [`Sgd`]; by default plain gradient descent.
@@ -54,13 +54,12 @@ impl<T: Element, B: Backend> Sgd<T, B> {
         Self { config, states: States::new(layout(&config)) }
     }
 
-    /// Reads the states of the parameters that `visit` visits from a source, as
-    /// [`super::AdamW::load`].
+    /// Reads the states of some parameters from a source, as [`super::AdamW::load`].
     ///
     /// # Errors
     /// As there.
-    pub fn load(config: SgdConfig, source: &dyn WeightSource, visit: impl Visit<T, B>) -> Result<Self> {
-        Ok(Self { config, states: States::load(layout(&config), source, visit)? })
+    pub fn load(config: SgdConfig, source: &dyn WeightSource, params: &[Param<T, B>]) -> Result<Self> {
+        Ok(Self { config, states: States::load(layout(&config), source, params)? })
     }
 
     /// Gives each parameter the rate and the decay that `groups` says, as [`super::AdamW::groups`].
@@ -69,38 +68,38 @@ impl<T: Element, B: Backend> Sgd<T, B> {
         self
     }
 
-    /// Calls `f` on what is kept for each parameter that has had a gradient, as
-    /// [`super::AdamW::visit_state`]: for a tensor `w` of the model, with momentum
-    /// `sgd.velocity.w`, and of bf16 and f16 `sgd.master.w`.
+    /// What is kept for each parameter that has had a gradient, as [`super::AdamW::state`]: for a
+    /// tensor `w` of the model, with momentum `sgd.velocity.w`, and of bf16 and f16 `sgd.master.w`.
     ///
     /// # Errors
-    /// The first of `f`.
-    pub fn visit_state(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, B>) -> Result<()>) -> Result<()> {
-        self.states.visit(f)
+    /// When the device has no memory left.
+    pub fn state(&mut self) -> Result<Vec<Param<T::Acc, B>>> {
+        self.states.params()
     }
 
     /// One step on every parameter that has a gradient, which is multiplied with `grad_scale` first.
     ///
-    /// Velocities belong to a parameter's name: any parameters may be visited, in any order.
+    /// Velocities belong to a parameter's name: any parameters may be given, in any order.
     ///
     /// # Errors
     /// When a number makes no sense (a negative or infinite rate, momentum or decay, a `grad_scale`
-    /// that is not finite), or a name is visited twice or has another shape or other pieces than
-    /// before: nothing has changed then. When the device fails.
-    pub fn step(&mut self, visit: impl Visit<T, B>, lr: f64, grad_scale: f64) -> Result<()> {
+    /// that is not finite), or a name is there twice or has another shape or other pieces than
+    /// before, or has a gradient and is not kept as a dense tensor, or one that is not summed over
+    /// its replicas yet: nothing has changed then. When the device fails.
+    pub fn step(&mut self, params: &[Param<T, B>], lr: f64, grad_scale: f64) -> Result<()> {
         let SgdConfig { momentum, nesterov, weight_decay } = self.config;
         within(OP, "lr", lr, 0.0..f64::INFINITY)?;
         within(OP, "grad_scale", grad_scale, f64::MIN..f64::INFINITY)?;
         within(OP, "momentum", momentum, 0.0..f64::INFINITY)?;
         within(OP, "weight_decay", weight_decay, 0.0..f64::INFINITY)?;
-        self.states.each(visit, |param, grad, group, state| {
+        self.states.each(params, |param, grad, group, state| {
             let weight_decay = group.weight_decay.unwrap_or(weight_decay);
             let lr = lr * group.lr_scale;
             let step = SgdStep { lr, momentum, nesterov, weight_decay, grad_scale };
-            let device = param.value().device().clone();
-            let (master, mut velocity) = state.slices()?;
-            let weight = param.update_mut().slice_mut()?;
-            device.sgd(&step, grad.slice(), weight, master, velocity.pop())
+            let device = param.device();
+            state.write(|master, mut velocity| {
+                device.sgd(&step, grad.slice(), param.value_mut()?.slice_mut()?, master, velocity.pop())
+            })
         })
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     error::{Error, Result, same_shape},
     kernels::Backend,
     shard::Shape,
-    tensor::{Param, Piece, Region, Role, Tensor, Visit, WeightSource, Weights},
+    tensor::{Param, Piece, Region, Role, Tensor, WeightSource, Weights, check_once},
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -60,8 +60,10 @@ pub(super) struct State<T: Element, B: Device> {
     sums: Vec<Param<T::Acc, B>>,
     /// The weight in the accumulator, where the element is narrower.
     master: Option<Param<T::Acc, B>>,
-    /// Where `steps` is written for a visitor: one element for each of the parameter's tensors.
+    /// Where `steps` is written to be listed: one element for each of the parameter's tensors. And
+    /// which value it had then.
     count: Option<Param<T::Acc, B>>,
+    listed: Option<u64>,
 }
 
 /// An exclusive view of a tensor of a state.
@@ -87,65 +89,76 @@ impl<T: Element, B: Device> States<T, B> {
     fn group(&self, param: &Param<T, B>) -> ParamGroup {
         self.groups.as_ref().map_or(ParamGroup::default(), |groups| groups(param))
     }
-
-    /// The largest number of steps of a parameter.
-    pub(super) fn steps(&self) -> u64 {
-        self.all.iter().map(|state| state.steps).max().unwrap_or(0)
-    }
 }
 
 impl<T: Element, B: Backend> States<T, B> {
+    /// The largest number of steps of a parameter.
+    pub(super) fn steps(&self) -> u64 {
+        // A number that was written and is none is an error of the next step.
+        let steps = |state: &State<T, B>| match state.is_counted_anew() {
+            true => state.counted(self.layout.op).unwrap_or(state.steps),
+            false => state.steps,
+        };
+        self.all.iter().map(steps).max().unwrap_or(0)
+    }
+
     /// The states that a source has of some parameters.
-    pub(super) fn load(
-        layout: Layout,
-        source: &dyn WeightSource,
-        mut visit: impl Visit<T, B>,
-    ) -> Result<Self> {
+    pub(super) fn load(layout: Layout, source: &dyn WeightSource, params: &[Param<T, B>]) -> Result<Self> {
         let mut states = Self::new(layout);
-        states.check(&mut visit)?;
-        visit(&mut |param| {
+        states.check(params)?;
+        for param in params {
             if let Some(state) = State::load(layout, source, param)? {
                 states.push(param, state);
             }
-            Ok(())
-        })?;
+        }
         Ok(states)
     }
 
-    /// Calls `f` on every tensor of every state.
-    pub(super) fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, B>) -> Result<()>) -> Result<()> {
-        self.all.iter_mut().try_for_each(|state| state.visit(self.layout.op, f))
+    /// Every tensor of every state.
+    pub(super) fn params(&mut self) -> Result<Vec<Param<T::Acc, B>>> {
+        let mut all = Vec::new();
+        for state in &mut self.all {
+            state.list(self.layout.op, &mut all)?;
+        }
+        Ok(all)
     }
 
     /// Calls `update` on every parameter that has a gradient, with its state, if all parameters fit
     /// their states.
     pub(super) fn each(
         &mut self,
-        mut visit: impl Visit<T, B>,
-        update: impl Fn(&mut Param<T, B>, &Tensor<T::Acc, B>, ParamGroup, &mut State<T, B>) -> Result<()>,
+        params: &[Param<T, B>],
+        update: impl Fn(&Param<T, B>, &Tensor<T::Acc, B>, ParamGroup, &State<T, B>) -> Result<()>,
     ) -> Result<()> {
-        self.check(&mut visit)?;
-        visit(&mut |param| {
-            // Shares memory with the parameter's; it is only read.
-            let Some(grad) = param.grad().cloned() else { return Ok(()) };
+        self.check(params)?;
+        let op = self.layout.op;
+        for param in params {
+            let Some(grad) = param.grad() else { continue };
             let (group, state) = (self.group(param), self.of(param)?);
             if state.revision != param.revision() {
                 state.follow(param)?;
             }
+            state.take_count(op)?;
             state.steps += 1;
-            update(param, &grad, group, state)
-        })
+            update(param, &grad, group, state)?;
+            // Who has listed the state sees the step.
+            if state.count.as_ref().is_some_and(Param::is_shared) {
+                state.write_count()?;
+            }
+        }
+        Ok(())
     }
 
     /// Looks at all parameters before any of them is changed.
-    fn check(&self, visit: &mut impl Visit<T, B>) -> Result<()> {
+    fn check(&self, params: &[Param<T, B>]) -> Result<()> {
         let (op, mut seen) = (self.layout.op, HashSet::new());
-        visit(&mut |param| {
-            param.settle()?;
+        check_once(op, params)?;
+        for param in params {
+            param.check_complete(op)?;
             let name = param.name();
             if !seen.insert(name.to_string()) {
                 let reason = format!(
-                    "{name} is visited twice: state is kept by name, so parameters need names of their own \
+                    "{name} is listed twice: state is kept by name, so parameters need names of their own \
                      (`Weights::at`)"
                 );
                 return Err(Error::invalid(op, reason));
@@ -154,11 +167,14 @@ impl<T: Element, B: Backend> States<T, B> {
             within(op, format_args!("lr_scale of {name}"), lr_scale, 0.0..f64::INFINITY)?;
             let weight_decay = weight_decay.unwrap_or_default();
             within(op, format_args!("weight_decay of {name}"), weight_decay, 0.0..f64::INFINITY)?;
-            match self.places.get(name) {
-                Some(&at) => self.all[at].check(op, param),
-                None => Ok(()),
+            if param.grad().is_some() {
+                drop(param.value_mut()?);
             }
-        })
+            if let Some(&at) = self.places.get(name) {
+                self.all[at].check(op, param)?;
+            }
+        }
+        Ok(())
     }
 
     /// The state of a parameter, which is made if there is none.
@@ -188,7 +204,7 @@ impl<T: Element, B: Backend> State<T, B> {
     ) -> Result<Self> {
         let (mut sums, mut master, mut count) = (Vec::new(), None, None);
         for kind in layout.kinds::<T>() {
-            let (mut shape, mut pieces) = (param.value().shape(), param.pieces().to_vec());
+            let (mut shape, mut pieces) = (param.shape(), param.pieces().to_vec());
             if kind == STEP {
                 pieces = firsts(&pieces);
                 shape = [pieces.len()].into();
@@ -202,15 +218,16 @@ impl<T: Element, B: Backend> State<T, B> {
             }
         }
         let (pieces, revision) = (param.pieces().to_vec(), param.revision());
-        Ok(Self { pieces, revision, steps: 0, sums, master, count })
+        let listed = count.as_ref().map(Param::revision);
+        Ok(Self { pieces, revision, steps: 0, sums, master, count, listed })
     }
 
     /// The state before the first step.
     fn new(layout: Layout, param: &Param<T, B>) -> Result<Self> {
         Self::of(layout, param, |kind, name, shape, pieces| {
             let value = match kind {
-                MASTER => param.value().convert()?,
-                _ => Tensor::zeros(param.value().device(), shape)?,
+                MASTER => param.value()?.convert()?,
+                _ => Tensor::zeros(param.device(), shape)?,
             };
             Ok(Param::new(name, value, pieces))
         })
@@ -218,7 +235,8 @@ impl<T: Element, B: Backend> State<T, B> {
 
     /// The state that a source has of a parameter; none where the source has nothing of it.
     fn load(layout: Layout, source: &dyn WeightSource, param: &Param<T, B>) -> Result<Option<Self>> {
-        let of = |kind| param.pieces().iter().map(move |piece| layout.name(kind, &piece.tensor));
+        let pieces = param.pieces();
+        let of = |kind| pieces.iter().map(move |piece| layout.name(kind, &piece.tensor));
         let names = layout.kinds::<T>().flat_map(of);
         let (there, absent): (Vec<_>, Vec<_>) = names.partition(|name| source.contains(name));
         match (there.first(), absent.first()) {
@@ -229,7 +247,7 @@ impl<T: Element, B: Backend> State<T, B> {
             }
             (Some(_), None) => {}
         }
-        let (device, weights) = (param.value().device(), Weights::new(source));
+        let (device, weights) = (param.device(), Weights::new(source));
         let mut state = Self::of(layout, param, |_, name, shape, pieces| {
             Param::load(device, &weights, &name, Role::Bias, shape, pieces)
         })?;
@@ -238,19 +256,32 @@ impl<T: Element, B: Backend> State<T, B> {
         Ok(Some(state))
     }
 
-    fn visit(
-        &mut self,
-        op: &'static str,
-        f: &mut dyn FnMut(&mut Param<T::Acc, B>) -> Result<()>,
-    ) -> Result<()> {
-        self.sums.iter_mut().chain(&mut self.master).try_for_each(&mut *f)?;
-        let Some(count) = &mut self.count else { return Ok(()) };
-        let (device, shape) = (count.value().device().clone(), count.value().shape());
-        *count.update_mut() = Tensor::full(&device, shape, self.steps as f64)?;
-        let written = count.revision();
-        f(count)?;
-        if count.revision() != written {
+    /// Lists its tensors.
+    fn list(&mut self, op: &'static str, all: &mut Vec<Param<T::Acc, B>>) -> Result<()> {
+        self.take_count(op)?;
+        self.write_count()?;
+        all.extend(self.sums.iter().chain(&self.master).chain(&self.count).cloned());
+        Ok(())
+    }
+
+    /// Writes the number of steps to `count`.
+    fn write_count(&mut self) -> Result<()> {
+        let Some(count) = &self.count else { return Ok(()) };
+        count.set(Tensor::full(count.device(), count.shape(), self.steps as f64)?)?;
+        self.listed = Some(count.revision());
+        Ok(())
+    }
+
+    /// Whether `count` was written since it was listed.
+    fn is_counted_anew(&self) -> bool {
+        self.count.as_ref().map(Param::revision) != self.listed
+    }
+
+    /// Takes the number of steps from `count`, if it was written since it was listed.
+    fn take_count(&mut self, op: &'static str) -> Result<()> {
+        if self.is_counted_anew() {
             self.steps = self.counted(op)?;
+            self.listed = self.count.as_ref().map(Param::revision);
         }
         Ok(())
     }
@@ -258,7 +289,7 @@ impl<T: Element, B: Backend> State<T, B> {
     /// The number of steps that is written in `count`.
     fn counted(&self, op: &'static str) -> Result<u64> {
         let Some(count) = &self.count else { return Ok(0) };
-        let values: Vec<_> = count.value().to_vec()?.into_iter().map(Element::to_f64).collect();
+        let values: Vec<_> = count.value()?.to_vec()?.into_iter().map(Element::to_f64).collect();
         let first = values.first().copied().unwrap_or(0.0);
         // Beyond, whole numbers of f64 are not counted one by one.
         let countable = (0.0..9e15).contains(&first) && first.fract() == 0.0;
@@ -270,38 +301,47 @@ impl<T: Element, B: Backend> State<T, B> {
 
     /// Whether the state is that of this parameter.
     fn check(&self, op: &'static str, param: &Param<T, B>) -> Result<()> {
-        let (shape, name) = (param.value().shape(), param.name());
+        let (shape, name) = (param.shape(), param.name());
         if let Some(own) = self.sums.iter().chain(&self.master).next() {
-            same_shape(op, name, shape.dims(), "its state", own.value().shape().dims())?;
+            same_shape(op, name, shape.dims(), "its state", own.shape().dims())?;
         }
-        if param.pieces() == self.pieces {
+        for own in self.sums.iter().chain(&self.master) {
+            drop(own.value_mut()?);
+        }
+        if self.is_counted_anew() {
+            self.counted(op)?;
+        }
+        if *param.pieces() == *self.pieces {
             return Ok(());
         }
-        let (now, then) = (describe(param.pieces()), describe(&self.pieces));
+        let (now, then) = (describe(&param.pieces()), describe(&self.pieces));
         Err(Error::invalid(op, format!("{name} holds {now}, but its state is of {then}")))
     }
 
     /// Takes the master from a value that was set after it, element by element: one that still
     /// rounds to the value is kept, so that parts of a tensor do not depend on one another.
     fn follow(&mut self, param: &Param<T, B>) -> Result<()> {
-        if let Some(master) = &mut self.master {
+        if let Some(master) = &self.master {
             let bits = |value: T| value.to_f64().to_bits();
-            let elements = master.value().to_vec()?.into_iter().zip(param.value().to_vec()?);
+            let elements = master.value()?.to_vec()?.into_iter().zip(param.value()?.to_vec()?);
             let elements: Vec<_> = elements
                 .map(|(own, value)| if bits(T::narrow(own)) == bits(value) { own } else { value.widen() })
                 .collect();
-            let (device, shape) = (param.value().device(), param.value().shape());
-            *master.update_mut() = Tensor::from_slice(device, shape, &elements)?;
+            master.set(Tensor::from_slice(param.device(), param.shape(), &elements)?)?;
         }
         self.revision = param.revision();
         Ok(())
     }
 
-    /// What a step writes: the master weight, and the sums.
-    pub(super) fn slices(&mut self) -> Result<(Option<SliceMut<'_, T, B>>, Vec<SliceMut<'_, T, B>>)> {
-        let master = self.master.as_mut().map(|master| master.update_mut().slice_mut()).transpose()?;
-        let sums = self.sums.iter_mut().map(|sum| sum.update_mut().slice_mut());
-        Ok((master, sums.collect::<Result<_>>()?))
+    /// Lets a step write the master weight and the sums.
+    pub(super) fn write(
+        &self,
+        step: impl FnOnce(Option<SliceMut<'_, T, B>>, Vec<SliceMut<'_, T, B>>) -> Result<()>,
+    ) -> Result<()> {
+        let mut master = self.master.as_ref().map(Param::value_mut).transpose()?;
+        let mut sums = self.sums.iter().map(Param::value_mut).collect::<Result<Vec<_>>>()?;
+        let master = master.as_mut().map(|master| master.slice_mut()).transpose()?;
+        step(master, sums.iter_mut().map(|sum| sum.slice_mut()).collect::<Result<_>>()?)
     }
 }
 

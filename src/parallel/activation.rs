@@ -38,7 +38,7 @@ impl<P: Elementwise, T: Element, B: Backend> Layer<T, B> for Activate<P> {
     }
 
     fn backward(
-        &mut self,
+        &self,
         x: Self::Saved,
         dy: &DTensor<<P as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<P as Placement>::Dual, T, B>> {
@@ -77,7 +77,7 @@ impl<T: Element, B: Backend> Layer<T, B> for Gate {
         Ok((x.derive(y, x.shape().cols() / 2, cut), x.local().clone()))
     }
 
-    fn backward(&mut self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+    fn backward(&self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         let dx = ops::gate_backward(self.f, &x, dy.local())?;
         Ok(dy.derive(dx, 2 * dy.shape().cols(), dy.cut().map(|cut| cut.scaled(2))))
     }

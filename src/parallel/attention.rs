@@ -155,9 +155,9 @@ impl<T: Element, B: Backend> Attention<T, B> {
         let x = x.map_local(|mut qkv| {
             if let Some(norms) = &self.norms {
                 let mut normed = Tensor::empty(qkv.device(), qkv.shape())?;
-                let (kind, q_gamma, k_gamma) = (norms.kind, norms.q.value(), norms.k.value());
-                let q = ops::normalize_heads(kind, &qkv, q_gamma, q.clone(), &mut normed)?;
-                let k = ops::normalize_heads(kind, &qkv, k_gamma, k.clone(), &mut normed)?;
+                let (kind, q_gamma, k_gamma) = (norms.kind, norms.q.value()?, norms.k.value()?);
+                let q = ops::normalize_heads(kind, &qkv, &q_gamma, q.clone(), &mut normed)?;
+                let k = ops::normalize_heads(kind, &qkv, &k_gamma, k.clone(), &mut normed)?;
                 copy_columns(&qkv, v, &mut normed)?;
                 saved = Some(NormSaved { qkv, q, k });
                 qkv = normed;
@@ -222,23 +222,19 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
     }
 
     #[track_caller]
-    fn backward(
-        &mut self,
-        saved: Self::Saved,
-        dy: &DTensor<Shard<1>, T, B>,
-    ) -> Result<DTensor<Shard<1>, T, B>> {
+    fn backward(&self, saved: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         dy.check("attention backward", self.sums.group())?;
         let mut dx = ops::attention_backward(&self.heads, &saved.context, dy.local())?;
         let [q, k, v] = self.parts();
         if let Some(rotary) = &self.rotary {
             rotary.turn(&mut dx, q.start..k.end, &saved.sequences, true)?;
         }
-        if let (Some(norms), Some(context)) = (&mut self.norms, &saved.norms) {
+        if let (Some(norms), Some(context)) = (&self.norms, &saved.norms) {
             let _site = norms.q.site().enter();
             let (device, dim, dy) = (dx.device().clone(), self.heads.head_dim, dx);
             dx = Tensor::empty(&device, dy.shape())?;
             let NormSaved { qkv, q: q_stats, k: k_stats } = context;
-            let of = [(q, q_stats, norms.q.value()), (k, k_stats, norms.k.value())];
+            let of = [(q, q_stats, norms.q.value()?), (k, k_stats, norms.k.value()?)];
             let holding = &self.holding;
             let grads = self.sums.total::<T::Acc>([2, dim], |leaf, grads| {
                 for (row, (columns, stats, gamma)) in of.iter().enumerate() {
@@ -251,7 +247,7 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
                 Ok(())
             })?;
             copy_columns(&dy, v, &mut dx)?;
-            for (row, param) in [&mut norms.q, &mut norms.k].into_iter().enumerate() {
+            for (row, param) in [&norms.q, &norms.k].into_iter().enumerate() {
                 let mut grad = Tensor::<T::Acc, B>::empty(&device, [dim])?;
                 device.copy(grads.mat().block(row..row + 1, 0..dim), grad.mat_mut()?)?;
                 param.add_grad(grad)?;
@@ -260,11 +256,8 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
         Ok(dy.derive(dx, self.qkv_cut.total(), Some(self.qkv_cut.clone())))
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        match &mut self.norms {
-            Some(norms) => [&mut norms.q, &mut norms.k].into_iter().try_for_each(f),
-            None => Ok(()),
-        }
+    fn params(&self) -> Vec<Param<T, B>> {
+        self.norms.iter().flat_map(|norms| [norms.q.clone(), norms.k.clone()]).collect()
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {

@@ -4,7 +4,7 @@ use super::{DTensor, Layer, Stream, Traffic, sums::Sums};
 use crate::{
     comm::Group,
     device::{Device, Element},
-    error::Result,
+    error::{Result, same_size},
     kernels::Backend,
     shard::Shape,
     tensor::{Param, Region, Role, Weights},
@@ -38,7 +38,7 @@ impl<S: Stream, T: Element, B: Backend> AddBias<S, T, B> {
     pub(super) fn add_to(&self, x: DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         x.map_local(|mut local| {
             let device = local.device().clone();
-            device.add_bias::<T>(self.bias.value().slice(), local.mat_mut()?)?;
+            device.add_bias::<T>(self.bias.value()?.slice(), local.mat_mut()?)?;
             Ok(local)
         })
     }
@@ -56,19 +56,25 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for AddBias<S, T, B> {
     }
 
     #[track_caller]
-    fn backward(&mut self, (): (), dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+    fn backward(&self, (): (), dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         let _site = self.bias.site().enter();
         dy.check("bias backward", self.sums.group())?;
         let (dy_mat, device, features) = (dy.local().mat(), dy.local().device(), dy.shape().cols());
-        let db = self.sums.over_tokens(dy, [features], |rows, db| {
+        same_size(
+            "bias backward",
+            "features of dy",
+            features,
+            "those of the bias",
+            self.bias.shape().cols(),
+        )?;
+        self.sums.add_over_tokens(&self.bias, dy, |rows, db| {
             device.sum_rows(dy_mat.block(rows, 0..features), db.slice_mut()?)
         })?;
-        self.bias.add_grad(db)?;
         Ok(dy.clone())
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        f(&mut self.bias)
+    fn params(&self) -> Vec<Param<T, B>> {
+        vec![self.bias.clone()]
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {

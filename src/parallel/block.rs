@@ -1,8 +1,8 @@
 //! A transformer block.
 
 use super::{
-    AttentionConfig, DTensor, FeedForward, GatedMlp, Layer, LayerCache, MlpNames, Normalize,
-    ParallelAttention, ParallelMlp, QkvLayout, Stream, Traffic,
+    AttentionConfig, DTensor, Layer, LayerCache, MlpNames, Normalize, ParallelAttention, ParallelMlp,
+    QkvLayout, Stream, Traffic,
 };
 use crate::{
     comm::Group,
@@ -113,75 +113,44 @@ impl BlockNames {
 
 /// Attention and a feed-forward layer, each with a residual sum and a normalization: S → S.
 ///
-/// `M` is the feed-forward layer: [`ParallelMlp`] or [`GatedMlp`]. Collectives: two entering and two leaving the
-/// tensor-parallel region each way; with `S = Shard<0>` also those of the normalizations' and biases' gradients.
+/// Collectives: two entering and two leaving the tensor-parallel region each way; with
+/// `S = Shard<0>` also those of the normalizations' and biases' gradients.
 #[derive(Debug)]
-pub struct TransformerBlock<S: Stream, M, T: Element, B: Device> {
+pub struct TransformerBlock<S: Stream, T: Element, B: Device> {
     norm1: Normalize<S, T, B>,
     attention: ParallelAttention<S, T, B>,
     norm2: Normalize<S, T, B>,
-    mlp: M,
+    mlp: ParallelMlp<S, T, B>,
     placement: NormPlacement,
 }
 
-impl<S: Stream, T: Element, B: Backend> TransformerBlock<S, ParallelMlp<S, T, B>, T, B> {
-    /// Reads this rank's part of a block with a plain feed-forward layer.
+impl<S: Stream, T: Element, B: Backend> TransformerBlock<S, T, B> {
+    /// Reads this rank's part of a block whose feed-forward layer has no gate.
     ///
     /// # Errors
     /// When a tensor is missing or has another shape, or there are fewer heads or features than ranks.
     pub fn load(group: &Group<B>, weights: &Weights<'_>, config: &BlockConfig) -> Result<Self> {
-        let sizes = (config.attention.hidden, config.ffn);
-        let names = &config.names.mlp;
-        let mlp = ParallelMlp::load(group, weights, names, sizes, config.activation, config.mlp_bias)?;
-        Self::with_mlp(group, weights, config, mlp)
+        Self::with_mlp(group, weights, config, false)
     }
-}
 
-impl<S: Stream, T: Element, B: Backend> TransformerBlock<S, GatedMlp<S, T, B>, T, B> {
     /// Reads this rank's part of a block with a gated feed-forward layer.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, or there are fewer heads or features than ranks.
+    /// As [`TransformerBlock::load`].
     pub fn load_gated(group: &Group<B>, weights: &Weights<'_>, config: &BlockConfig) -> Result<Self> {
-        let sizes = (config.attention.hidden, config.ffn);
-        let names = &config.names.mlp;
-        let mlp = GatedMlp::load_gated(group, weights, names, sizes, config.activation, config.mlp_bias)?;
-        Self::with_mlp(group, weights, config, mlp)
+        Self::with_mlp(group, weights, config, true)
     }
-}
 
-impl<S: Stream, T: Element, B: Backend> TransformerBlock<S, FeedForward<S, T, B>, T, B> {
-    /// Reads this rank's part of a block whose feed-forward layer has a gate if it has a name for one.
-    ///
-    /// # Errors
-    /// When a tensor is missing or has another shape, or there are fewer heads or features than ranks.
-    pub fn load_any(group: &Group<B>, weights: &Weights<'_>, config: &BlockConfig) -> Result<Self> {
-        let (sizes, names) = ((config.attention.hidden, config.ffn), &config.names.mlp);
-        let (f, bias) = (config.activation, config.mlp_bias);
-        let mlp = match names.gate.is_empty() {
-            true => FeedForward::Plain(ParallelMlp::load(group, weights, names, sizes, f, bias)?),
-            false => FeedForward::Gated(GatedMlp::load_gated(group, weights, names, sizes, f, bias)?),
-        };
-        Self::with_mlp(group, weights, config, mlp)
-    }
-}
-
-impl<S, M, T, B> TransformerBlock<S, M, T, B>
-where
-    S: Stream,
-    T: Element,
-    B: Backend,
-    M: Layer<T, B, In = S, Out = S>,
-{
-    fn with_mlp(group: &Group<B>, weights: &Weights<'_>, config: &BlockConfig, mlp: M) -> Result<Self> {
-        let names = &config.names;
+    fn with_mlp(group: &Group<B>, weights: &Weights<'_>, config: &BlockConfig, gated: bool) -> Result<Self> {
+        let (names, sizes) = (&config.names, (config.attention.hidden, config.ffn));
+        let load = if gated { ParallelMlp::load_gated } else { ParallelMlp::load };
         let norm =
             |name: &str| Normalize::load(group, &weights.at(name), config.norm, config.attention.hidden);
         Ok(Self {
             norm1: norm(&names.norm1)?,
             attention: ParallelAttention::load(group, weights, &names.qkv, &names.out, &config.attention)?,
             norm2: norm(&names.norm2)?,
-            mlp,
+            mlp: load(group, weights, &names.mlp, sizes, config.activation, config.mlp_bias)?,
             placement: config.placement,
         })
     }
@@ -220,23 +189,17 @@ where
 }
 
 /// What the backward of each part needs: first normalization, attention, second normalization, feed-forward layer.
-type Saved<S, M, T, B> = (
+type Saved<S, T, B> = (
     <Normalize<S, T, B> as Layer<T, B>>::Saved,
     <ParallelAttention<S, T, B> as Layer<T, B>>::Saved,
     <Normalize<S, T, B> as Layer<T, B>>::Saved,
-    <M as Layer<T, B>>::Saved,
+    <ParallelMlp<S, T, B> as Layer<T, B>>::Saved,
 );
 
-impl<S, M, T, B> Layer<T, B> for TransformerBlock<S, M, T, B>
-where
-    S: Stream,
-    T: Element,
-    B: Backend,
-    M: Layer<T, B, In = S, Out = S>,
-{
+impl<S: Stream, T: Element, B: Backend> Layer<T, B> for TransformerBlock<S, T, B> {
     type In = S;
     type Out = S;
-    type Saved = Saved<S, M, T, B>;
+    type Saved = Saved<S, T, B>;
 
     #[track_caller]
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
@@ -261,7 +224,7 @@ where
 
     #[track_caller]
     fn backward(
-        &mut self,
+        &self,
         (norm1, attention, norm2, mlp): Self::Saved,
         dy: &DTensor<S, T, B>,
     ) -> Result<DTensor<S, T, B>> {
@@ -281,11 +244,9 @@ where
         }
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        self.norm1.visit(f)?;
-        self.attention.visit(f)?;
-        self.norm2.visit(f)?;
-        self.mlp.visit(f)
+    fn params(&self) -> Vec<Param<T, B>> {
+        let (norm1, attention) = (self.norm1.params(), self.attention.params());
+        [norm1, attention, self.norm2.params(), self.mlp.params()].concat()
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {

@@ -4,7 +4,7 @@ use super::{
     Bias, Columns, DTensor, Enter, Layer, Linear, Stream, Traffic,
     dtensor::other_cut,
     overlap,
-    sums::{Affine, AffineMut, Factors, Leaves, Sums},
+    sums::{Affine, Factors, Leaves, Sums},
 };
 use crate::{
     comm::Group,
@@ -49,15 +49,9 @@ struct Branch<T: Element, B: Device> {
 
 impl<T: Element, B: Backend> Branch<T, B> {
     /// The weight and the bias to be added, and where their leaves are.
-    fn params(&self) -> (Affine<'_, T, B>, &Leaves) {
+    fn affine(&self) -> (Affine<'_, T, B>, &Leaves) {
         let bias = self.bias.as_ref().filter(|_| self.bias_mode == Bias::Add);
         ((&self.weight, bias), self.columns.leaves())
-    }
-
-    /// The same, to get gradients.
-    fn trained(&mut self) -> (AffineMut<'_, T, B>, &Leaves) {
-        let bias = self.bias.as_mut().filter(|_| self.bias_mode == Bias::Add);
-        ((&mut self.weight, bias), self.columns.leaves())
     }
 }
 
@@ -111,8 +105,20 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
 
     /// The bias of this rank's rows, if there is one. With [`Bias::Skip`] adding it is up to the caller, and so is
     /// adding to its gradient.
-    pub fn bias_mut(&mut self) -> Option<&mut Param<T, B>> {
-        self.branches[0].bias.as_mut()
+    pub fn bias(&self) -> Option<&Param<T, B>> {
+        self.branches[0].bias.as_ref()
+    }
+
+    /// Another layer with the same parameters.
+    fn tied(&self) -> Self {
+        let tied = |part: &Branch<T, B>| Branch {
+            columns: part.columns.clone(),
+            weight: part.weight.tie(),
+            bias: part.bias.as_ref().map(Param::tie),
+            bias_mode: part.bias_mode,
+        };
+        let branches = self.branches.iter().map(tied).collect();
+        Self { sums: self.sums.clone(), branches, cut: self.cut.clone() }
     }
 
     /// The rank's columns of each branch, which has so many.
@@ -130,12 +136,12 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         let local = x.local();
         let (y, pre) = match &self.branches[..] {
             [part] => {
-                let (params, leaves) = part.params();
+                let (params, leaves) = part.affine();
                 let (y, pre) = self.sums.outputs(local, params, f, leaves)?;
                 (part.columns.spread(y)?, pre)
             }
             parts => {
-                let all = self.sums.all_outputs(local, parts.iter().map(Branch::params).collect())?;
+                let all = self.sums.all_outputs(local, parts.iter().map(Branch::affine).collect())?;
                 let rank = self.sums.group().rank();
                 let mut y = Tensor::empty(local.device(), [local.shape().rows(), self.cut.size(rank)])?;
                 let runs = self.runs(|columns| columns.partition().size(rank));
@@ -168,7 +174,7 @@ impl<T: Element, B: Backend> Linear<T, B> for ColumnLinear<T, B> {
     }
 
     fn features(&self) -> [usize; 2] {
-        [self.branches[0].weight.value().shape().cols(), self.cut.total()]
+        [self.branches[0].weight.shape().cols(), self.cut.total()]
     }
 
     fn splits(&self) -> [bool; 2] {
@@ -201,19 +207,21 @@ impl<T: Element, B: Backend> Linear<T, B> for ColumnLinear<T, B> {
         let (columns, runs) = (dy.local().shape().cols(), self.runs(Columns::rows));
         let rows = runs.last().map_or(0, |run| run.end);
         same_size("linear backward", "columns of dy", columns, "rows of w", rows)?;
-        let factors = self.branches.iter().zip(runs).map(|(part, run)| Factors {
+        let weights = self.branches.iter().map(|part| part.weight.value()).collect::<Result<Vec<_>>>()?;
+        let parts = self.branches.iter().zip(&weights).zip(runs);
+        let factors = parts.map(|((part, weight), run)| Factors {
             a: dy.local().mat().columns(run),
-            b: part.weight.value().mat(),
+            b: weight.mat(),
             leaves: part.columns.leaves(),
         });
         self.sums.product(dy, self.features()[0], &factors.collect::<Vec<_>>())
     }
 
-    fn param_grads(&mut self, x: &Tensor<T, B>, dy: &DTensor<Shard<1>, T, B>) -> Result<()> {
+    fn param_grads(&self, x: &Tensor<T, B>, dy: &DTensor<Shard<1>, T, B>) -> Result<()> {
         let (dy, runs) = (dy.local(), self.runs(Columns::rows));
         same_size(OP_BACKWARD, "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
-        let parts = self.branches.iter_mut().zip(runs);
-        self.sums.row_grads(parts.map(|(part, run)| (part.trained(), dy.mat().columns(run))).collect(), x)
+        let parts = self.branches.iter().zip(runs);
+        self.sums.row_grads(parts.map(|(part, run)| (part.affine(), dy.mat().columns(run))).collect(), x)
     }
 }
 
@@ -229,7 +237,7 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
     }
 
     #[track_caller]
-    fn backward(&mut self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
+    fn backward(&self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
         let _site = self.site().enter();
         dy.check(OP_BACKWARD, self.group())?;
         let dy = self.merged(dy)?;
@@ -238,11 +246,8 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
         Ok(dx)
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        self.branches.iter_mut().try_for_each(|part| {
-            f(&mut part.weight)?;
-            part.bias.as_mut().map_or(Ok(()), &mut *f)
-        })
+    fn params(&self) -> Vec<Param<T, B>> {
+        self.branches.iter().flat_map(|part| [&part.weight].into_iter().chain(&part.bias)).cloned().collect()
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
@@ -294,9 +299,15 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
         Ok(Self::new(ColumnLinear { cut, ..all }))
     }
 
-    /// See [`ColumnLinear::bias_mut`].
-    pub fn bias_mut(&mut self) -> Option<&mut Param<T, B>> {
-        self.layer.bias_mut()
+    /// Another layer with the same weight, such as an output head: as long as it is there, a
+    /// backward adds to the gradient once more ([`Param::tie`]).
+    pub fn tied(&self) -> Self {
+        Self::new(self.layer.tied())
+    }
+
+    /// See [`ColumnLinear::bias`].
+    pub fn bias(&self) -> Option<&Param<T, B>> {
+        self.layer.bias()
     }
 
     /// How the output features are cut.
@@ -312,11 +323,6 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
     /// This rank's rows of the weight.
     pub fn weight(&self) -> &Param<T, B> {
         &self.layer.branches[0].weight
-    }
-
-    /// This rank's rows of the weight, to be trained.
-    pub fn weight_mut(&mut self) -> &mut Param<T, B> {
-        &mut self.layer.branches[0].weight
     }
 
     /// f(Yᵣ), Yᵣ, and what the backward needs.

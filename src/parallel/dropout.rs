@@ -73,7 +73,7 @@ impl<P: Elementwise, T: Element, B: Backend> Layer<T, B> for Dropout<P> {
     }
 
     fn backward(
-        &mut self,
+        &self,
         masks: Self::Saved,
         dy: &DTensor<<P as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<P as Placement>::Dual, T, B>> {

@@ -20,7 +20,7 @@ use std::marker::PhantomData;
 /// * Backward: entering the stream with dy (nothing, or an all-gather); row r of dW sums the dyᵢ
 ///   with idᵢ = r. That of [`VocabParallelEmbedding::with_padding`] gets nothing.
 ///
-/// The output head of a model with tied weights is [`VocabParallelEmbedding::head`].
+/// The output head of a model with tied weights is [`VocabParallelEmbedding::tied_head`].
 ///
 /// Source: Shoeybi et al., 2019: Megatron-LM, section 3.
 #[derive(Debug)]
@@ -82,7 +82,7 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
             false => NO_ROW,
         };
         let mut rows: Vec<u32> = ids.iter().map(local).collect();
-        let part = ops::embedding(self.table.weight().value(), &rows)?;
+        let part = self.table.weight().rows(&rows)?;
         // The rows are the backward's from here on.
         rows.iter_mut()
             .zip(ids)
@@ -97,38 +97,37 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
     /// # Errors
     /// When dy has another shape than the embeddings, or a collective fails.
     #[track_caller]
-    pub fn backward(&mut self, rows: &[u32], dy: &DTensor<S, T, B>) -> Result<()> {
-        let _site = self.table.weight().site().enter();
+    pub fn backward(&self, rows: &[u32], dy: &DTensor<S, T, B>) -> Result<()> {
+        let (table, _site) = (self.table.weight(), self.table.weight().site().enter());
         dy.check("embedding backward", self.table.group())?;
+        let (words, cols) = (table.shape().rows(), table.shape().cols());
+        same_size("embedding backward", "features of dy", dy.shape().cols(), "those of the table", cols)?;
         let dy = dy.enter()?;
-        let table = self.table.weight_mut();
-        let grad = ops::embedding_backward(rows, table.value().shape().rows(), dy.local())?;
-        table.add_grad(grad)
+        let dy = dy.local();
+        same_size("embedding backward", "the number of ids", rows.len(), "rows of dy", dy.shape().rows())?;
+        table.add_grad_over(rows.len(), |tokens| {
+            let dy_mat = dy.mat().block(tokens.clone(), 0..cols);
+            ops::embedding_backward(dy.device(), &rows[tokens], words, dy_mat)
+        })
     }
 
-    /// Calls `f` on the table.
-    ///
-    /// # Errors
-    /// That of `f`.
-    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        f(self.table.weight_mut())
+    /// The table.
+    pub fn params(&self) -> Vec<Param<T, B>> {
+        self.table.params()
     }
 
     /// The collectives for this number of tokens.
     pub fn traffic(&self, tokens: usize) -> Traffic {
         // A sum with zeros is the same in any order; there is no product beside which to make it in chunks.
         let group = self.table.group().with_reduction(Reduction::Fast).with_overlap(Overlap::Off);
-        S::leave_traffic::<T, B>(&group, [tokens, self.table.weight().value().shape().cols()].into())
+        S::leave_traffic::<T, B>(&group, [tokens, self.table.weight().shape().cols()].into())
     }
 
-    /// The head with the same weight, logits = X Wᵀ, as a layer S → Shard<1>.
-    pub fn head(&self) -> &ColumnParallelLinear<S, T, B> {
-        &self.table
-    }
-
-    /// The head, for its backward.
-    pub fn head_mut(&mut self) -> &mut ColumnParallelLinear<S, T, B> {
-        &mut self.table
+    /// The output head with the same weight, logits = X Wᵀ, as a layer S → Shard<1>. To be made
+    /// once: as long as it is there, a backward adds to the table's gradient once for the head, too
+    /// ([`Param::tie`]).
+    pub fn tied_head(&self) -> ColumnParallelLinear<S, T, B> {
+        self.table.tied()
     }
 }
 
@@ -168,7 +167,7 @@ impl<S: Stream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
         x.check("position embedding", self.sums.group())?;
         let own = x.local_range(0);
         let rows: Vec<u32> = rows.skip(own.start).take(own.len()).collect();
-        let added = ops::embedding(self.table.value(), &rows)?;
+        let added = self.table.rows(&rows)?;
         Ok((x.with_local(ops::add(x.local(), &added)?), rows))
     }
 }
@@ -184,10 +183,10 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
     }
 
     #[track_caller]
-    fn backward(&mut self, positions: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+    fn backward(&self, positions: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         let _site = self.table.site().enter();
         dy.check("position embedding backward", self.sums.group())?;
-        let (table, device, cols) = (self.table.value().shape(), dy.local().device(), dy.shape().cols());
+        let (table, device, cols) = (self.table.shape(), dy.local().device(), dy.shape().cols());
         same_size(
             "embedding",
             "the number of positions",
@@ -196,7 +195,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
             dy.local().shape().rows(),
         )?;
         same_size("position embedding backward", "features of dy", cols, "those of the table", table.cols())?;
-        let grad = self.sums.over_tokens(dy, table, |rows, grad| {
+        self.sums.add_over_tokens(&self.table, dy, |rows, grad| {
             device.fill(0.0, grad.mat_mut()?)?;
             device.scatter_add(
                 &positions[rows.clone()],
@@ -204,15 +203,14 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
                 grad.mat_mut()?,
             )
         })?;
-        self.table.add_grad(grad)?;
         Ok(dy.clone())
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        f(&mut self.table)
+    fn params(&self) -> Vec<Param<T, B>> {
+        vec![self.table.clone()]
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        (S::sum_tokens_traffic::<T::Acc, B>(group, self.table.value().shape()), x)
+        (S::sum_tokens_traffic::<T::Acc, B>(group, self.table.shape()), x)
     }
 }

@@ -40,18 +40,15 @@ pub trait Layer<T: Element, B: Backend> {
     /// # Errors
     /// When sizes disagree, or a collective fails.
     fn backward(
-        &mut self,
+        &self,
         saved: Self::Saved,
         dy: &DTensor<<Self::Out as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<Self::In as Placement>::Dual, T, B>>;
 
-    /// Calls `f` on every parameter, in the same order on every rank.
-    ///
-    /// # Errors
-    /// The first of `f`.
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        let _ = f;
-        Ok(())
+    /// The parameters, in the same order on every rank. Layers that share one each list it;
+    /// optimizers and norms take a list that has it once.
+    fn params(&self) -> Vec<Param<T, B>> {
+        Vec::new()
     }
 
     /// The collectives for an input whose whole has this shape, and the shape of the output's whole.
@@ -84,7 +81,7 @@ impl<T: Element, B: Backend, A: Layer<T, B>, L: Layer<T, B, In = A::Out>> Layer<
 
     #[track_caller]
     fn backward(
-        &mut self,
+        &self,
         (first, second): Self::Saved,
         dy: &DTensor<<L::Out as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<A::In as Placement>::Dual, T, B>> {
@@ -92,9 +89,8 @@ impl<T: Element, B: Backend, A: Layer<T, B>, L: Layer<T, B, In = A::Out>> Layer<
         self.0.backward(first, &middle)
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        self.0.visit(f)?;
-        self.1.visit(f)
+    fn params(&self) -> Vec<Param<T, B>> {
+        [self.0.params(), self.1.params()].concat()
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {

@@ -24,7 +24,7 @@ impl<T: Element, B: Backend> Layer<T, B> for CopyTo {
     }
 
     #[track_caller]
-    fn backward(&mut self, (): (), dy: &DTensor<Partial, T, B>) -> Result<DTensor<Replicated, T, B>> {
+    fn backward(&self, (): (), dy: &DTensor<Partial, T, B>) -> Result<DTensor<Replicated, T, B>> {
         dy.clone().all_reduce()
     }
 
@@ -49,7 +49,7 @@ impl<T: Element, B: Backend> Layer<T, B> for ReduceFrom {
     }
 
     #[track_caller]
-    fn backward(&mut self, (): (), dy: &DTensor<Replicated, T, B>) -> Result<DTensor<Copied, T, B>> {
+    fn backward(&self, (): (), dy: &DTensor<Replicated, T, B>) -> Result<DTensor<Copied, T, B>> {
         Ok(dy.clone().copy_to())
     }
 
@@ -91,7 +91,7 @@ impl<const D: usize, T: Element, B: Backend> Layer<T, B> for ScatterTo<D> {
     }
 
     #[track_caller]
-    fn backward(&mut self, (): (), dy: &DTensor<Shard<D>, T, B>) -> Result<DTensor<Replicated, T, B>> {
+    fn backward(&self, (): (), dy: &DTensor<Shard<D>, T, B>) -> Result<DTensor<Replicated, T, B>> {
         dy.clone().all_gather()
     }
 
@@ -121,11 +121,7 @@ impl<const D: usize, T: Element, B: Backend> Layer<T, B> for GatherFrom<D> {
     }
 
     #[track_caller]
-    fn backward(
-        &mut self,
-        cut: Self::Saved,
-        dy: &DTensor<Replicated, T, B>,
-    ) -> Result<DTensor<Shard<D>, T, B>> {
+    fn backward(&self, cut: Self::Saved, dy: &DTensor<Replicated, T, B>) -> Result<DTensor<Shard<D>, T, B>> {
         let cut = match cut {
             Some(cut) => cut,
             None => dy.group().even_cut(dy.shape().dims()[D])?,
@@ -154,7 +150,7 @@ impl<T: Element, B: Backend> Layer<T, B> for GatherSequence {
     }
 
     #[track_caller]
-    fn backward(&mut self, (): (), dy: &DTensor<Partial, T, B>) -> Result<DTensor<Shard<0>, T, B>> {
+    fn backward(&self, (): (), dy: &DTensor<Partial, T, B>) -> Result<DTensor<Shard<0>, T, B>> {
         dy.clone().reduce_scatter(&dy.token_cut()?)
     }
 
@@ -180,7 +176,7 @@ impl<T: Element, B: Backend> Layer<T, B> for ReduceScatterSequence {
     }
 
     #[track_caller]
-    fn backward(&mut self, (): (), dy: &DTensor<Shard<0>, T, B>) -> Result<DTensor<Copied, T, B>> {
+    fn backward(&self, (): (), dy: &DTensor<Shard<0>, T, B>) -> Result<DTensor<Copied, T, B>> {
         Ok(dy.clone().all_gather()?.copy_to())
     }
 

@@ -59,11 +59,11 @@ impl MeasuredOverlap {
             let (names, f) = (MlpNames::default(), Activation::Relu);
             ParallelMlp::<S, T, B>::load(&group, &weights, &names, (hidden, ffn), f, false)
         };
-        let mut layers = [load(Overlap::Off)?, load(Overlap::Chunks(2))?];
+        let layers = [load(Overlap::Off)?, load(Overlap::Chunks(2))?];
         let sizes = std::iter::successors(Some(64 * group.size()), |count| count.checked_mul(2));
         let (mut times, mut least) = (Vec::new(), None);
         for count in sizes.take_while(|&count| count <= tokens) {
-            let [at_once, chunked] = step_times::<S, T, B>(group, &mut layers, count, hidden)?;
+            let [at_once, chunked] = step_times::<S, T, B>(group, &layers, count, hidden)?;
             times.push((count, at_once, chunked));
             let pays = chunked.as_secs_f64() < (1.0 - WORTH) * at_once.as_secs_f64();
             least = if pays { least.or(Some(count)) } else { None };
@@ -76,7 +76,7 @@ impl MeasuredOverlap {
 /// The median times of some layers' steps, one after the other in every round.
 fn step_times<S: Stream, T: Element, B: Backend>(
     group: &Group<B>,
-    layers: &mut [ParallelMlp<S, T, B>; 2],
+    layers: &[ParallelMlp<S, T, B>; 2],
     tokens: usize,
     hidden: usize,
 ) -> Result<[Duration; 2]> {
@@ -86,11 +86,8 @@ fn step_times<S: Stream, T: Element, B: Backend>(
     let x = S::of_local(group, tokens, Tensor::from_slice(group.device(), [rows, hidden], &x)?)?;
     let mut seconds = [[0.0; ROUNDS + 1]; 2];
     for round in 0..=ROUNDS {
-        for (layer, seconds) in layers.iter_mut().zip(&mut seconds) {
-            layer.visit(&mut |param: &mut Param<T, B>| {
-                param.zero_grad();
-                Ok(())
-            })?;
+        for (layer, seconds) in layers.iter().zip(&mut seconds) {
+            layer.params().iter().for_each(Param::zero_grad);
             group.device().synchronize()?;
             group.barrier()?;
             let start = Instant::now();

@@ -1,41 +1,39 @@
 //! Feed-forward layers: one column-parallel and one row-parallel linear layer with a non-linear function between.
 
-use super::{
-    Bias, Chain, ColumnParallelLinear, Columns, DTensor, Gate, Layer, RowParallelLinear, Stream, Traffic,
-};
+use super::{Bias, ColumnParallelLinear, Columns, DTensor, Gate, Layer, RowParallelLinear, Stream, Traffic};
 use crate::{
     comm::Group,
     device::{Device, Element},
-    error::{Error, Result},
+    error::Result,
     kernels::{Activation, Backend},
     shard::Shape,
     tensor::{Param, Tensor, Weights},
 };
 
-/// Y = f(X Upᵀ + b₁) Downᵀ + b₂: S → S, cut over the features between the two.
+/// Y = f(X Upᵀ + b₁) Downᵀ + b₂, or with a gate Y = (f(X Gateᵀ) · (X Upᵀ)) Downᵀ: S → S, cut over
+/// the features between. With SiLU the gated layer is SwiGLU (Shazeer, 2020).
 ///
-/// Up: `[ffn, hidden]`, Down: `[hidden, ffn]`. One entering and one leaving collective each way: Shoeybi et al., 2019.
+/// Gate and Up: `[ffn, hidden]`, merged into one product; Down: `[hidden, ffn]`. One entering and
+/// one leaving collective each way: Shoeybi et al., 2019.
 ///
-/// The same as the two linear layers with [`crate::parallel::Activate`] between them. Where the device can, bias and f come with the first
-/// product, and f′ with that of the second one's backward: without rounding between.
+/// The same as the linear layers with [`crate::parallel::Activate`] or [`Gate`] between them. Where
+/// the device can, bias and f come with the first product, and f′ with that of the second one's
+/// backward: without rounding between.
 #[derive(Debug)]
 pub struct ParallelMlp<S: Stream, T: Element, B: Device> {
     up: ColumnParallelLinear<S, T, B>,
     f: Activation,
+    gated: bool,
     down: RowParallelLinear<S, T, B>,
 }
 
-/// What the backward of a [`ParallelMlp`] needs: what went into Up, into f, and into Down.
+/// What the backward of a [`ParallelMlp`] needs: what went into Up, into f or the gate, and into
+/// Down.
 pub struct MlpSaved<T: Element, B: Device> {
     x: Tensor<T, B>,
     pre: Tensor<T, B>,
     hidden: Tensor<T, B>,
 }
-
-/// Y = (f(X Gateᵀ) · (X Upᵀ)) Downᵀ: S → S, cut over the features between. With SiLU, SwiGLU (Shazeer, 2020).
-///
-/// Gate and Up: `[ffn, hidden]`, merged into one product; Down: `[hidden, ffn]`.
-pub type GatedMlp<S, T, B> = Chain<Chain<ColumnParallelLinear<S, T, B>, Gate>, RowParallelLinear<S, T, B>>;
 
 /// What the tensors of a feed-forward layer are called, relative to the layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,7 +53,7 @@ impl Default for MlpNames {
 }
 
 impl<S: Stream, T: Element, B: Backend> ParallelMlp<S, T, B> {
-    /// Reads this rank's part of a feed-forward layer.
+    /// Reads this rank's part of a feed-forward layer without a gate.
     ///
     /// # Errors
     /// When a tensor is missing or has another shape, or there are fewer features than ranks.
@@ -72,46 +70,13 @@ impl<S: Stream, T: Element, B: Backend> ParallelMlp<S, T, B> {
         let up = ColumnParallelLinear::load(group, &weights.at(&names.up), hidden, &columns, mode)?;
         let down =
             RowParallelLinear::load(group, &weights.at(&names.down), columns.partition(), hidden, bias)?;
-        Ok(Self { up, f, down })
-    }
-}
-
-impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ParallelMlp<S, T, B> {
-    type In = S;
-    type Out = S;
-    type Saved = MlpSaved<T, B>;
-
-    #[track_caller]
-    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
-        let (hidden, pre, x) = self.up.activated(self.f, x)?;
-        let (y, hidden) = self.down.forward(&hidden)?;
-        Ok((y, MlpSaved { x, pre, hidden }))
+        Ok(Self { up, f, gated: false, down })
     }
 
-    #[track_caller]
-    fn backward(&mut self, saved: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
-        let MlpSaved { x, pre, hidden } = saved;
-        let dpre = self.down.backward_through(Some((self.f, &pre)), hidden, dy)?;
-        self.up.backward(x, &dpre)
-    }
-
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        self.up.visit(f)?;
-        self.down.visit(f)
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let (first, middle) = self.up.traffic(group, x);
-        let (second, y) = self.down.traffic(group, middle);
-        (first.then(second), y)
-    }
-}
-
-impl<S: Stream, T: Element, B: Backend> GatedMlp<S, T, B> {
     /// Reads this rank's part of a gated feed-forward layer.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, or there are fewer features than ranks.
+    /// As [`ParallelMlp::load`].
     pub fn load_gated(
         group: &Group<B>,
         weights: &Weights<'_>,
@@ -125,66 +90,46 @@ impl<S: Stream, T: Element, B: Backend> GatedMlp<S, T, B> {
         let up = ColumnParallelLinear::load(group, weights, hidden, &columns, mode)?;
         let cut = group.cut("gated mlp", "features", ffn, 1)?;
         let down = RowParallelLinear::load(group, &weights.at(&names.down), &cut, hidden, bias)?;
-        Ok(Layer::<T, B>::then(Layer::<T, B>::then(up, Gate::new(f)), down))
+        Ok(Self { up, f, gated: true, down })
     }
 }
 
-/// A feed-forward layer of either kind, for models that know only at run time which: S → S.
-#[derive(Debug)]
-pub enum FeedForward<S: Stream, T: Element, B: Device> {
-    /// Without a gate.
-    Plain(ParallelMlp<S, T, B>),
-    /// With one.
-    Gated(GatedMlp<S, T, B>),
-}
-
-/// What the backward of a [`FeedForward`] needs.
-pub enum FeedForwardSaved<S: Stream, T: Element, B: Backend> {
-    /// Without a gate.
-    Plain(<ParallelMlp<S, T, B> as Layer<T, B>>::Saved),
-    /// With one.
-    Gated(<GatedMlp<S, T, B> as Layer<T, B>>::Saved),
-}
-
-impl<S: Stream, T: Element, B: Backend> Layer<T, B> for FeedForward<S, T, B> {
+impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ParallelMlp<S, T, B> {
     type In = S;
     type Out = S;
-    type Saved = FeedForwardSaved<S, T, B>;
+    type Saved = MlpSaved<T, B>;
 
     #[track_caller]
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
-        Ok(match self {
-            Self::Plain(mlp) => {
-                let (y, saved) = mlp.forward(x)?;
-                (y, FeedForwardSaved::Plain(saved))
-            }
-            Self::Gated(mlp) => {
-                let (y, saved) = mlp.forward(x)?;
-                (y, FeedForwardSaved::Gated(saved))
-            }
-        })
+        let (hidden, pre, x) = if self.gated {
+            let (pre, x) = self.up.forward(x)?;
+            let (hidden, pre) = Gate::new(self.f).forward(&pre)?;
+            (hidden, pre, x)
+        } else {
+            self.up.activated(self.f, x)?
+        };
+        let (y, hidden) = self.down.forward(&hidden)?;
+        Ok((y, MlpSaved { x, pre, hidden }))
     }
 
     #[track_caller]
-    fn backward(&mut self, saved: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
-        match (self, saved) {
-            (Self::Plain(mlp), FeedForwardSaved::Plain(saved)) => mlp.backward(saved, dy),
-            (Self::Gated(mlp), FeedForwardSaved::Gated(saved)) => mlp.backward(saved, dy),
-            _ => Err(Error::invalid("mlp backward", "what was saved belongs to a layer of the other kind")),
-        }
+    fn backward(&self, saved: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+        let MlpSaved { x, pre, hidden } = saved;
+        let dpre = if self.gated {
+            Gate::new(self.f).backward(pre, &self.down.backward(hidden, dy)?)?
+        } else {
+            self.down.backward_through(Some((self.f, &pre)), hidden, dy)?
+        };
+        self.up.backward(x, &dpre)
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        match self {
-            Self::Plain(mlp) => mlp.visit(f),
-            Self::Gated(mlp) => mlp.visit(f),
-        }
+    fn params(&self) -> Vec<Param<T, B>> {
+        [self.up.params(), self.down.params()].concat()
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        match self {
-            Self::Plain(mlp) => mlp.traffic(group, x),
-            Self::Gated(mlp) => mlp.traffic(group, x),
-        }
+        let (first, middle) = self.up.traffic(group, x);
+        let (second, y) = self.down.traffic(group, middle);
+        (first.then(second), y)
     }
 }

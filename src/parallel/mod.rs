@@ -27,7 +27,7 @@
 //! | [`PositionEmbedding<S>`](PositionEmbedding) | S → S | as [`Normalize<S>`](Normalize) |
 //! | [`VocabParallelCrossEntropy`] | Shard<1> → losses | two all-reduces of a few numbers a token / none |
 //! | [`Vec<L>`](Layer), [`Recompute<L>`](Recompute), [`BoxLayer`] | those of L | those of L; recomputed ones twice |
-//! | [`ParallelMlp`], [`GatedMlp`], [`FeedForward`], [`ParallelAttention`], [`TransformerBlock`] | S → S | entering and leaving |
+//! | [`ParallelMlp`], [`ParallelAttention`], [`TransformerBlock`] | S → S | entering and leaving |
 //!
 //! S is the placement of the residual stream ([`Stream`]): `Replicated` (entering: none / all-reduce; leaving: all-reduce /
 //! none), or `Shard<0>` for sequence parallelism (entering: all-gather / reduce-scatter; leaving: reduce-scatter /
@@ -76,7 +76,7 @@ pub use mappings::{
     CopyTo, GatherFrom, GatherSequence, ReduceFrom, ReduceScatterSequence, ScatterSequence, ScatterTo,
 };
 pub use measured::MeasuredOverlap;
-pub use mlp::{FeedForward, FeedForwardSaved, GatedMlp, MlpNames, MlpSaved, ParallelMlp};
+pub use mlp::{MlpNames, MlpSaved, ParallelMlp};
 pub use norm::Normalize;
 pub use partial::PendingDTensor;
 pub use recompute::Recompute;

@@ -54,25 +54,24 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
     #[track_caller]
     fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
         x.check("normalize", self.sums.group())?;
-        let beta = self.beta.as_ref().map(Param::value);
-        let (y, context) = ops::normalize(self.kind, x.local(), self.gamma.value(), beta)?;
+        let (gamma, beta) = (self.gamma.value()?, self.beta.as_ref().map(Param::value).transpose()?);
+        let (y, context) = ops::normalize(self.kind, x.local(), &gamma, beta.as_ref())?;
         Ok((x.with_local(y), context))
     }
 
     #[track_caller]
-    fn backward(&mut self, context: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+    fn backward(&self, context: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         let _site = self.gamma.site().enter();
         dy.check("normalize backward", self.sums.group())?;
         let (device, cols) = (dy.local().device(), dy.shape().cols());
-        let features = self.gamma.value().len();
-        same_size("normalize backward", "features of dy", cols, "those of the layer", features)?;
+        let gamma = self.gamma.value()?;
+        same_size("normalize backward", "features of dy", cols, "those of the layer", gamma.len())?;
         let vectors = if self.beta.is_some() { 2 } else { 1 };
         let mut dx = Tensor::empty(device, dy.local().shape())?;
         // dγ and dβ of all tokens, in one collective.
         let sums = self.sums.over_tokens(dy, [vectors, cols], |rows, sums| {
-            let gamma = self.gamma.value();
             let (dgamma, dbeta) =
-                ops::normalize_backward_rows(self.kind, &context, gamma, dy.local(), rows, &mut dx)?;
+                ops::normalize_backward_rows(self.kind, &context, &gamma, dy.local(), rows, &mut dx)?;
             for (at, grad) in [Some(dgamma), dbeta].into_iter().flatten().enumerate() {
                 device.copy(grad.mat(), sums.mat_mut()?.block(at..at + 1, 0..cols))?;
             }
@@ -84,15 +83,14 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
             Ok(row)
         };
         self.gamma.add_grad(row(0)?)?;
-        if let Some(beta) = &mut self.beta {
+        if let Some(beta) = &self.beta {
             beta.add_grad(row(1)?)?;
         }
         Ok(dy.with_local(dx))
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        f(&mut self.gamma)?;
-        self.beta.as_mut().map_or(Ok(()), f)
+    fn params(&self) -> Vec<Param<T, B>> {
+        [&self.gamma].into_iter().chain(&self.beta).cloned().collect()
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {

@@ -29,7 +29,7 @@ impl<T: Element, B: Backend, L: Layer<T, B>> Layer<T, B> for Recompute<L> {
 
     #[track_caller]
     fn backward(
-        &mut self,
+        &self,
         x: Self::Saved,
         dy: &DTensor<<L::Out as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<L::In as Placement>::Dual, T, B>> {
@@ -37,8 +37,8 @@ impl<T: Element, B: Backend, L: Layer<T, B>> Layer<T, B> for Recompute<L> {
         self.0.backward(saved, dy)
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        self.0.visit(f)
+    fn params(&self) -> Vec<Param<T, B>> {
+        self.0.params()
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {

@@ -52,7 +52,7 @@ pub trait Linear<T: Element, B: Backend>: Layer<T, B, Saved = Tensor<T, B>> {
     ///
     /// # Errors
     /// When sizes disagree.
-    fn param_grads(&mut self, x: &Tensor<T, B>, dy: &DTensor<Dual<Self::Out>, T, B>) -> Result<()>;
+    fn param_grads(&self, x: &Tensor<T, B>, dy: &DTensor<Dual<Self::Out>, T, B>) -> Result<()>;
 }
 
 /// The residual stream enters a region, and then a linear layer L: S → Copied → Shard<1>.
@@ -100,7 +100,7 @@ where
     }
 
     #[track_caller]
-    fn backward(&mut self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<S, T, B>> {
+    fn backward(&self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<S, T, B>> {
         let _site = self.layer.site().enter();
         dy.check(L::OPS[1], self.layer.group())?;
         let dy = self.layer.merged(dy)?;
@@ -115,8 +115,8 @@ where
         dx.wait()
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        self.layer.visit(f)
+    fn params(&self) -> Vec<Param<T, B>> {
+        self.layer.params()
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
@@ -170,7 +170,7 @@ where
     }
 
     #[track_caller]
-    fn backward(&mut self, x: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+    fn backward(&self, x: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         let _site = self.layer.site().enter();
         dy.check(L::OPS[1], self.layer.group())?;
         if let Some(chunks) = overlap::entering(dy) {
@@ -183,8 +183,8 @@ where
         self.layer.backward(x, &dy.enter()?)
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        self.layer.visit(f)
+    fn params(&self) -> Vec<Param<T, B>> {
+        self.layer.params()
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {

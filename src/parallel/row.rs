@@ -61,7 +61,7 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
         dy: &DTensor<Copied, T, B>,
         through: Through<'_, T, B>,
     ) -> Result<DTensor<Shard<1>, T, B>> {
-        let (columns, rows) = (dy.local().shape().cols(), self.weight.value().shape().rows());
+        let (columns, rows) = (dy.local().shape().cols(), self.weight.shape().rows());
         same_size(OP_BACKWARD, "columns of dy", columns, "rows of w", rows)?;
         let dx = self.sums.inputs(dy.local(), &self.weight, through, &self.leaves)?;
         Ok(dy.derive(dx, self.cut.total(), Some(self.cut.clone())))
@@ -80,7 +80,7 @@ impl<T: Element, B: Backend> Linear<T, B> for RowLinear<T, B> {
     }
 
     fn features(&self) -> [usize; 2] {
-        [self.cut.total(), self.weight.value().shape().rows()]
+        [self.cut.total(), self.weight.shape().rows()]
     }
 
     fn splits(&self) -> [bool; 2] {
@@ -92,10 +92,10 @@ impl<T: Element, B: Backend> Linear<T, B> for RowLinear<T, B> {
         self.input_grad_through(dy, None)
     }
 
-    fn param_grads(&mut self, x: &Tensor<T, B>, dy: &DTensor<Copied, T, B>) -> Result<()> {
+    fn param_grads(&self, x: &Tensor<T, B>, dy: &DTensor<Copied, T, B>) -> Result<()> {
         let dy = dy.local();
         same_size(OP_BACKWARD, "rows of dy", dy.shape().rows(), "rows of x", x.shape().rows())?;
-        self.sums.column_grads(&mut self.weight, dy, x, &self.leaves)
+        self.sums.grads(&self.weight, (dy.mat(), x.mat()), (1, &self.leaves))
     }
 }
 
@@ -111,21 +111,22 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
             let (x, w) = (("input's features", x.cut()), ("weight's columns", &self.cut));
             return Err(other_cut(OP, x, w));
         }
-        let (a, b) = (x.local().mat(), self.weight.value().mat().t());
-        let y = self.sums.product(x, self.features()[1], &[Factors { a, b, leaves: &self.leaves }])?;
+        let weight = self.weight.value()?;
+        let factors = Factors { a: x.local().mat(), b: weight.mat().t(), leaves: &self.leaves };
+        let y = self.sums.product(x, self.features()[1], &[factors])?;
         Ok((y, x.local().clone()))
     }
 
     #[track_caller]
-    fn backward(&mut self, x: Self::Saved, dy: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+    fn backward(&self, x: Self::Saved, dy: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         dy.check(OP_BACKWARD, self.group())?;
         let dx = self.input_grad(dy)?;
         self.param_grads(&x, dy)?;
         Ok(dx)
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        f(&mut self.weight)
+    fn params(&self) -> Vec<Param<T, B>> {
+        vec![self.weight.clone()]
     }
 
     fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
@@ -168,20 +169,20 @@ impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
     /// The backward, and on through the activation in front of the layer.
     #[track_caller]
     pub(super) fn backward_through(
-        &mut self,
+        &self,
         through: Through<'_, T, B>,
         x: Tensor<T, B>,
         dy: &DTensor<S, T, B>,
     ) -> Result<DTensor<Shard<1>, T, B>> {
         let _site = self.linear.layer.site().enter();
         dy.check(OP_BACKWARD, self.linear.layer.group())?;
-        if let Some(bias) = &mut self.bias {
+        if let Some(bias) = &self.bias {
             bias.backward((), dy)?;
         }
         if through.is_none() {
             return self.linear.backward(x, dy);
         }
-        let layer = &mut self.linear.layer;
+        let layer = &self.linear.layer;
         let (dy, chunked) = match overlap::entering(dy) {
             Some(chunks) => overlap::gather(dy, &chunks, layer.splits()[1], &|dy| layer.input_grad(dy))?,
             None => (dy.enter()?, None),
@@ -210,13 +211,12 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, 
     }
 
     #[track_caller]
-    fn backward(&mut self, x: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+    fn backward(&self, x: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         self.backward_through(None, x, dy)
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        self.linear.visit(f)?;
-        self.bias.as_mut().map_or(Ok(()), |bias| bias.visit(f))
+    fn params(&self) -> Vec<Param<T, B>> {
+        self.linear.params().into_iter().chain(self.bias.iter().flat_map(Layer::params)).collect()
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {

@@ -35,17 +35,17 @@ where
     }
 
     #[track_caller]
-    fn backward(&mut self, mut saved: Self::Saved, dy: &DTensor<P, T, B>) -> Result<DTensor<P, T, B>> {
+    fn backward(&self, mut saved: Self::Saved, dy: &DTensor<P, T, B>) -> Result<DTensor<P, T, B>> {
         let mut dx = dy.clone();
-        for layer in self.iter_mut().rev() {
+        for layer in self.iter().rev() {
             let saved = saved.pop().ok_or_else(|| foreign("fewer layers"))?;
             dx = layer.backward(saved, &dx)?;
         }
         Ok(dx)
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        self.iter_mut().try_for_each(|layer| layer.visit(f))
+    fn params(&self) -> Vec<Param<T, B>> {
+        self.iter().flat_map(Layer::params).collect()
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
@@ -80,12 +80,9 @@ impl<In: Placement, Out: Placement, T: Element, B: Backend> BoxLayer<In, Out, T,
 /// A layer without the type of what it saves.
 trait Erased<In: Placement, Out: Placement, T: Element, B: Backend> {
     fn forward(&self, x: &DTensor<In, T, B>) -> Result<(DTensor<Out, T, B>, Box<dyn Any>)>;
-    fn backward(
-        &mut self,
-        saved: Box<dyn Any>,
-        dy: &DTensor<Out::Dual, T, B>,
-    ) -> Result<DTensor<In::Dual, T, B>>;
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()>;
+    fn backward(&self, saved: Box<dyn Any>, dy: &DTensor<Out::Dual, T, B>)
+    -> Result<DTensor<In::Dual, T, B>>;
+    fn params(&self) -> Vec<Param<T, B>>;
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape);
 }
 
@@ -99,7 +96,7 @@ where
     }
 
     fn backward(
-        &mut self,
+        &self,
         saved: Box<dyn Any>,
         dy: &DTensor<<L::Out as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<L::In as Placement>::Dual, T, B>> {
@@ -107,8 +104,8 @@ where
         Layer::backward(self, *saved, dy)
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        Layer::visit(self, f)
+    fn params(&self) -> Vec<Param<T, B>> {
+        Layer::params(self)
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
@@ -128,17 +125,13 @@ impl<In: Placement, Out: Placement, T: Element, B: Backend> Layer<T, B> for BoxL
     }
 
     #[track_caller]
-    fn backward(
-        &mut self,
-        saved: Self::Saved,
-        dy: &DTensor<Out::Dual, T, B>,
-    ) -> Result<DTensor<In::Dual, T, B>> {
+    fn backward(&self, saved: Self::Saved, dy: &DTensor<Out::Dual, T, B>) -> Result<DTensor<In::Dual, T, B>> {
         let _site = Site::here().enter();
         self.0.backward(saved, dy)
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T, B>) -> Result<()>) -> Result<()> {
-        self.0.visit(f)
+    fn params(&self) -> Vec<Param<T, B>> {
+        self.0.params()
     }
 
     fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {

@@ -4,15 +4,16 @@ mod array;
 mod param;
 mod source;
 
-pub use param::{Param, Piece, Visit};
-pub(crate) use param::{Patch, Watch};
+pub(crate) use param::Patch;
+pub(crate) use param::check_once;
+pub use param::{Accumulate, GradSink, GradSum, GradTerm, Param, Piece, Store};
 pub(crate) use source::missing;
 pub use source::{Arrays, Random, Region, Role, WeightSource, Weights};
 
 use crate::{
     device::{Cpu, Device, Element, zeroed},
     error::{Result, same_size},
-    kernels::{MatMut, MatRef, Pointwise},
+    kernels::{Gather, MatMut, MatRef, Pointwise},
     shard::Shape,
 };
 use std::{fmt, rc::Rc};
@@ -178,6 +179,20 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
         let (shape, device) = (self.shape, self.device.clone());
         let buffer = T::any_buffer::<B>(self.into_buffer()?).of::<U>();
         Tensor::from_buffer(&device, shape, buffer.expect("the elements are the same"))
+    }
+
+    /// yᵢ = the row `idsᵢ` of a table: `[ids.len(), cols]`; 0 where `idsᵢ` is
+    /// [`NO_ROW`](crate::kernels::NO_ROW).
+    ///
+    /// # Errors
+    /// When another id is beyond the table.
+    pub fn rows(&self, ids: &[u32]) -> Result<Self>
+    where
+        B: Gather,
+    {
+        let mut y = Self::empty(&self.device, [ids.len(), self.shape.cols()])?;
+        self.device.gather(self.mat(), ids, y.mat_mut()?)?;
+        Ok(y)
     }
 
     /// Adds another tensor of the same shape.

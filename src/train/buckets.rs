@@ -6,9 +6,12 @@ use crate::{
     error::{Error, Result, Site},
     kernels::{Backend, MatMut, MatRef},
     shard::{Partition, Tree},
-    tensor::{Tensor, Visit, Watch},
+    tensor::{GradSink, GradSum, GradTerm, Param, Tensor},
 };
-use std::cell::RefCell;
+use std::{
+    cell::RefCell,
+    rc::{Rc, Weak},
+};
 
 /// How full buckets are reduced.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +35,8 @@ pub(super) struct Buckets<T: Element, B: Device> {
     /// The bucket of each parameter, where it begins there, and its length.
     places: Vec<(usize, usize, usize)>,
     lengths: Vec<usize>,
-    /// The tree over all replicas' terms of each parameter, with an invariant reduction.
+    /// The tree over all replicas' terms of each parameter, with an invariant reduction whose sums
+    /// are not of two numbers each.
     trees: Option<Vec<Tree>>,
     round: RefCell<Option<Round<T, B>>>,
 }
@@ -45,6 +49,8 @@ struct Round<T: Element, B: Device> {
     site: Site,
     /// The parameters that have a gradient on this rank.
     present: Vec<bool>,
+    /// Those whose backward is complete.
+    ready: Vec<bool>,
     filling: Vec<Filling<T, B>>,
     started: Vec<Pending<T::Acc, B>>,
 }
@@ -79,6 +85,9 @@ impl<T: Element, B: Backend> Buckets<T, B> {
                 }
             }
         }
+        // A sum of two numbers has one order.
+        let pair = |tree: &Tree| tree.ranks() == 2 && (0..2).all(|rank| tree.nodes(rank).len() == 1);
+        let trees = trees.filter(|trees| !trees.iter().all(pair));
         Self { group: group.clone(), target, places, lengths: filled, trees, round: RefCell::new(None) }
     }
 
@@ -91,8 +100,9 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         let filling = (0..self.lengths.len())
             .map(|bucket| Filling { flat: None, missing: self.members(bucket).count() })
             .collect();
-        let present = vec![false; self.places.len()];
-        *self.round.borrow_mut() = Some(Round { weight, site, present, filling, started: Vec::new() });
+        let (present, ready) = (vec![false; self.places.len()], vec![false; self.places.len()]);
+        let round = Round { weight, site, present, ready, filling, started: Vec::new() };
+        *self.round.borrow_mut() = Some(round);
     }
 
     /// The numbers of a bucket's parameters, in the order in which they lie there.
@@ -105,44 +115,55 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         Tensor::zeros(self.group.device(), [1, self.lengths[bucket] + self.members(bucket).count()])
     }
 
-    /// The trees, where the sum along them is not that of two numbers, which has one order.
-    fn trees(&self) -> Option<&[Tree]> {
-        let pair = |tree: &Tree| tree.ranks() == 2 && (0..2).all(|rank| tree.nodes(rank).len() == 1);
-        self.trees.as_deref().filter(|trees| !trees.iter().all(pair))
-    }
-
     /// Gives the parameters their gradients, each the sum along its tree over the terms of all replicas.
-    fn finish_trees(&self, trees: &[Tree], mut visit: impl Visit<T, B>) -> Result<()> {
+    fn finish_trees(&self, trees: &[Tree], params: &[Param<T, B>]) -> Result<()> {
         let (group, mut own) = (&self.group, Vec::new());
-        visit(&mut |param| {
-            param.settle()?;
+        for param in params {
             own.push(param.take_terms());
-            Ok(())
-        })?;
+        }
         let present: Vec<_> = own.iter().map(|terms| flag::<T>(!terms.is_empty())).collect();
         let mut present = Tensor::<T::Acc, B>::from_slice(group.device(), [own.len()], &present)?;
         group.all_reduce(ReduceOp::Max, &mut present)?;
         let present = present.to_vec()?;
-        let mut all = trees.iter().zip(own).zip(present);
-        visit(&mut |param| {
-            let ((tree, mut terms), present) = all.next().ok_or_else(|| more(trees.len()))?;
+        // One each, by construction.
+        for ((param, tree), (mut terms, present)) in
+            params.iter().zip(trees).zip(own.into_iter().zip(present))
+        {
             if present == flag::<T>(false) {
-                return Ok(());
+                continue;
             }
             if terms.is_empty() {
                 // A replica without samples takes part with zeros.
-                let zeros = |_| Tensor::zeros(group.device(), param.value().shape());
+                let zeros = |_| Tensor::zeros(group.device(), param.shape());
                 terms = tree.nodes(group.rank()).into_iter().map(zeros).collect::<Result<_>>()?;
             }
             let sum = group.tree_all_reduce(tree, terms)?;
             match self.target {
-                Target::Root(root) if root != group.rank() => {
-                    param.zero_grad();
-                    Ok(())
-                }
-                _ => param.set_grad(sum),
+                Target::Root(root) if root != group.rank() => param.zero_grad(),
+                _ => param.set_grad(sum)?,
             }
-        })
+        }
+        Ok(())
+    }
+
+    /// The gradient of the parameter of this number has got all it gets from this backward, if
+    /// anything.
+    fn ready(&self, number: usize, grad: Option<&Tensor<T::Acc, B>>) -> Result<()> {
+        let open = &mut *self.round.borrow_mut();
+        // No reduction is under way: gradients accumulate.
+        let Some(mut round) = open.take_if(|_| self.trees.is_none()) else { return Ok(()) };
+        let bucket = self.places[number].0;
+        if round.started.len() > bucket {
+            return Err(Error::invalid(
+                "data parallel",
+                "a gradient was added to after its reduction had started: one backward between `begin` and `finish`",
+            ));
+        }
+        self.fill(&mut round, number, grad)?;
+        self.start(&mut round, false)?;
+        // After an error there is none: `finish` says so.
+        *open = Some(round);
+        Ok(())
     }
 
     /// Starts the buckets that are full, in order, up to the first that is not; with `all`, those, too.
@@ -195,27 +216,26 @@ impl<T: Element, B: Backend> Buckets<T, B> {
     ///
     /// Gradients that did not become ready since `begin` count as what they are. A rank that has
     /// none, as one without samples, takes part with zeros.
-    pub(super) fn finish(&self, mut visit: impl Visit<T, B>) -> Result<()> {
+    pub(super) fn finish(&self, params: &[Param<T, B>]) -> Result<()> {
         const OP: &str = "data parallel";
+        // A step with fewer microbatches than were said ends here, and its gradients become ready.
+        let settled = params.iter().try_for_each(Param::settle);
+        let round = self.round.borrow_mut().take();
+        settled?;
         if self.group.size() == 1 {
             return Ok(());
         }
-        let round = self.round.borrow_mut().take();
         let mut round =
             round.ok_or_else(|| Error::invalid(OP, "`finish` without `begin`, or after an error"))?;
-        if let Some(trees) = self.trees() {
-            return self.finish_trees(trees, visit);
+        if let Some(trees) = &self.trees {
+            return self.finish_trees(trees, params);
         }
-        let mut number = 0;
-        visit(&mut |param| {
-            let &(bucket, ..) = self.places.get(number).ok_or_else(|| more(number))?;
+        for (number, (param, &(bucket, ..))) in params.iter().zip(&self.places).enumerate() {
             let late = bucket >= round.started.len() && round.filling[bucket].missing > 0;
-            if let (true, Some(grad)) = (late, param.grad()) {
-                self.fill(&mut round, number, grad)?;
+            if late {
+                self.fill(&mut round, number, param.grad().as_ref())?;
             }
-            number += 1;
-            Ok(())
-        })?;
+        }
         self.start(&mut round, true)?;
         let reduced = round.started.into_iter().map(Pending::wait).collect::<Result<Vec<_>>>()?;
         let here = match self.target {
@@ -223,33 +243,33 @@ impl<T: Element, B: Backend> Buckets<T, B> {
             Target::Root(root) => self.group.rank() == root,
         };
         let counts = if here { self.counts(&reduced)? } else { Vec::new() };
-        number = 0;
-        visit(&mut |param| {
-            let &(bucket, start, len) = self.places.get(number).ok_or_else(|| more(number))?;
-            number += 1;
+        for (number, (param, &(bucket, start, len))) in params.iter().zip(&self.places).enumerate() {
             if !here {
                 param.zero_grad();
-                return Ok(());
+                continue;
             }
-            if counts[number - 1] == flag::<T>(false) {
-                return Ok(());
+            if counts[number] == flag::<T>(false) {
+                continue;
             }
             let device = self.group.device();
-            let mut grad = Tensor::<T::Acc, B>::empty(device, param.value().shape())?;
+            let mut grad = Tensor::<T::Acc, B>::empty(device, param.shape())?;
             let part = MatRef::new(B::narrow(reduced[bucket].slice(), start..start + len), 1, len)?;
             device.copy(part, MatMut::<T::Acc, B>::new(grad.slice_mut()?, 1, len)?)?;
-            param.set_grad(grad)
-        })
+            param.set_grad(grad)?;
+        }
+        Ok(())
     }
 
     /// Writes a gradient to its place. Twice is no harm: the second time it is the whole gradient, too.
-    fn fill(&self, round: &mut Round<T, B>, number: usize, grad: &Tensor<T::Acc, B>) -> Result<()> {
+    fn fill(&self, round: &mut Round<T, B>, number: usize, grad: Option<&Tensor<T::Acc, B>>) -> Result<()> {
         let (bucket, start, len) = self.places[number];
         let device = self.group.device();
         let filling = &mut round.filling[bucket];
-        if !std::mem::replace(&mut round.present[number], true) {
+        if !std::mem::replace(&mut round.ready[number], true) {
             filling.missing -= 1;
         }
+        let Some(grad) = grad else { return Ok(()) };
+        round.present[number] = true;
         let flat = match &mut filling.flat {
             Some(flat) => flat,
             none => none.insert(self.empty(bucket)?),
@@ -266,26 +286,42 @@ fn flag<T: Element>(present: bool) -> T::Acc {
     if present { T::Acc::ONE } else { T::Acc::ZERO }
 }
 
-fn more(number: usize) -> Error {
-    Error::invalid(
-        "data parallel",
-        format!("the model had {number} parameters when it was wrapped, and has more now"),
-    )
+/// Sums a parameter's gradient as another sink does, and sends it to its bucket when it is
+/// complete.
+pub(super) struct Bucket<T: Element, B: Backend> {
+    sum: Box<dyn GradSink<T::Acc, B>>,
+    /// Gone where the model was wrapped anew.
+    buckets: Weak<Buckets<T, B>>,
+    /// The parameter's.
+    number: usize,
 }
 
-impl<T: Element, B: Backend> Watch<T, B> for Buckets<T, B> {
-    fn ready(&self, number: usize, grad: &Tensor<T::Acc, B>) -> Result<()> {
-        let mut round = self.round.borrow_mut();
-        // No reduction is under way: gradients accumulate.
-        let Some(round) = round.as_mut().filter(|_| self.trees().is_none()) else { return Ok(()) };
-        let bucket = self.places[number].0;
-        if round.started.len() > bucket {
-            return Err(Error::invalid(
-                "data parallel",
-                "a gradient was added to after its reduction had started: one backward between `begin` and `finish`",
-            ));
-        }
-        self.fill(round, number, grad)?;
-        self.start(round, false)
+impl<T: Element, B: Backend> Bucket<T, B> {
+    pub(super) fn new(sum: Box<dyn GradSink<T::Acc, B>>, buckets: &Rc<Buckets<T, B>>, number: usize) -> Self {
+        Self { sum, buckets: Rc::downgrade(buckets), number }
+    }
+}
+
+impl<T: Element, B: Backend> GradSink<T::Acc, B> for Bucket<T, B> {
+    fn add(&mut self, grad: GradTerm<'_, T::Acc, B>, sum: &mut GradSum<T::Acc, B>) -> Result<()> {
+        self.sum.add(grad, sum)
+    }
+
+    fn finish(&mut self, sum: &mut GradSum<T::Acc, B>) -> Result<()> {
+        self.sum.finish(sum)?;
+        self.buckets.upgrade().map_or(Ok(()), |buckets| buckets.ready(self.number, sum.total.as_ref()))
+    }
+
+    fn clear(&mut self) {
+        self.sum.clear();
+    }
+
+    fn replicated(
+        &self,
+        param: &str,
+        replica: usize,
+        replicas: usize,
+    ) -> Result<Box<dyn GradSink<T::Acc, B>>> {
+        self.sum.replicated(param, replica, replicas)
     }
 }

@@ -1,7 +1,7 @@
 //! Data parallelism: replicas of a model that see different samples.
 
 use super::{
-    buckets::{Buckets, Target},
+    buckets::{Bucket, Buckets, Target},
     drift::exact,
 };
 use crate::{
@@ -10,7 +10,7 @@ use crate::{
     error::{Error, Result, Site},
     kernels::Backend,
     shard::{Node, Partition, Reduction, Tree, TreeSum},
-    tensor::{Tensor, Visit},
+    tensor::{Accumulate, Param, Tensor},
 };
 use std::rc::Rc;
 
@@ -36,16 +36,17 @@ pub enum GradReduce {
 /// ```text
 /// replicas.begin(GradReduce::Sum)?;       // the backward between `begin` and `finish` is the one that is reduced;
 /// model.backward(…)?;                     // earlier ones only accumulate (PyTorch's `no_sync`)
-/// replicas.finish(|f| model.visit(f))?;
-/// optimizer.step(|f| model.visit(f), lr, 1.0)?;
+/// replicas.finish()?;
+/// optimizer.step(&model.params(), lr, 1.0)?;
 /// ```
 ///
 /// With a *central aggregator* ([`DataParallel::central`]) gradients are reduced to one rank; that one steps, and
 /// [`DataParallel::publish`] sends its parameters to the others. The results are the same, bit for bit.
 ///
-/// With [`Reduction::Invariant`] on the group, the terms of a gradient, one a use ([`crate::tensor::Param::set_uses`], set
-/// before the model is wrapped), of all replicas are summed along one tree: 2 replicas of 2 microbatches give the bits of
-/// one with 4. Buckets are as above where two replicas have one sub-tree each; else each parameter is reduced in
+/// With [`Reduction::Invariant`] on the group, the terms of a gradient, one a microbatch and use
+/// ([`crate::tensor::Param::set_microbatches`], set before the model is wrapped), of all replicas
+/// are summed along one tree: 2 replicas of 2 microbatches give the bits of one with 4. Buckets are
+/// as above where two replicas have one sub-tree each; else each parameter is reduced in
 /// [`DataParallel::finish`].
 ///
 /// A parameter that has a gradient on some replicas counts as 0 on the others. One that has none on
@@ -59,6 +60,7 @@ pub enum GradReduce {
 /// Source: Li et al., 2020: PyTorch Distributed, section 3.2.
 pub struct DataParallel<T: Element, B: Backend> {
     group: Group<B>,
+    params: Vec<Param<T, B>>,
     buckets: Rc<Buckets<T, B>>,
     aggregator: Option<usize>,
 }
@@ -67,14 +69,17 @@ pub struct DataParallel<T: Element, B: Backend> {
 const BUCKET: usize = 25 << 20;
 
 impl<T: Element, B: Backend> DataParallel<T, B> {
-    /// Gives every rank of the group rank 0's parameters, and watches over the model's gradients from now on.
+    /// Gives every rank of the group rank 0's values of these parameters, whose gradients go into
+    /// buckets from now on. When it is dropped, gradients stay on their ranks; with an invariant
+    /// reduction their sinks await the other replicas until they are replicated anew.
     ///
     /// # Errors
     /// When the ranks hold different parameters, or different parts of one, as over a
-    /// tensor-parallel group; or a collective fails.
+    /// tensor-parallel group; when one is not kept as a dense tensor (list the others), or has a
+    /// sink that does not sum along a tree; or a collective fails.
     #[track_caller]
-    pub fn new(group: &Group<B>, visit: impl Visit<T, B>) -> Result<Self> {
-        Self::with(group, visit, None, BUCKET)
+    pub fn new(group: &Group<B>, params: &[Param<T, B>]) -> Result<Self> {
+        Self::with(group, params, None, BUCKET)
     }
 
     /// As [`DataParallel::new`], with buckets of at most so many bytes.
@@ -82,8 +87,8 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     /// # Errors
     /// As there.
     #[track_caller]
-    pub fn with_buckets(group: &Group<B>, visit: impl Visit<T, B>, bytes: usize) -> Result<Self> {
-        Self::with(group, visit, None, bytes)
+    pub fn with_buckets(group: &Group<B>, params: &[Param<T, B>], bytes: usize) -> Result<Self> {
+        Self::with(group, params, None, bytes)
     }
 
     /// With gradients reduced to the rank `aggregator`, which alone has them after [`DataParallel::finish`].
@@ -91,49 +96,55 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     /// # Errors
     /// When there is no such rank, and as [`DataParallel::new`].
     #[track_caller]
-    pub fn central(group: &Group<B>, visit: impl Visit<T, B>, aggregator: usize) -> Result<Self> {
+    pub fn central(group: &Group<B>, params: &[Param<T, B>], aggregator: usize) -> Result<Self> {
         if aggregator >= group.size() {
             let reason = format!("aggregator {aggregator} of a group of {}", group.size());
             return Err(Error::invalid("data parallel", reason));
         }
-        Self::with(group, visit, Some(aggregator), BUCKET)
+        Self::with(group, params, Some(aggregator), BUCKET)
     }
 
     #[track_caller]
     fn with(
         group: &Group<B>,
-        mut visit: impl Visit<T, B>,
+        params: &[Param<T, B>],
         aggregator: Option<usize>,
         bytes: usize,
     ) -> Result<Self> {
-        check_parts(group, &mut visit)?;
-        broadcast(group, &mut visit, 0)?;
-        let (mut lengths, mut trees) = (Vec::new(), Vec::new());
-        visit(&mut |param| {
-            lengths.push(param.value().len());
-            if group.reduction() != Reduction::Fast {
-                let (replica, replicas) = (group.rank(), group.size());
-                param.replicate(replica, replicas);
-                trees.push(Tree::new("data parallel", "terms", replicas * param.uses(), replicas)?);
+        // What a parameter refuses, it refuses before any of them is changed.
+        params.iter().try_for_each(Param::settle)?;
+        let (replica, replicas) = (group.rank(), group.size());
+        let in_tree = |param: &Param<T, B>| {
+            let tree = Tree::new("data parallel", "terms", replicas * param.uses(), replicas)?;
+            Ok((tree, param.replicated_sink(replica, replicas)?))
+        };
+        let (trees, sinks) = match group.reduction() {
+            Reduction::Fast => (None, Vec::new()),
+            Reduction::Invariant { .. } => {
+                let (trees, sinks) =
+                    params.iter().map(in_tree).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+                (Some(trees), sinks)
             }
-            Ok(())
-        })?;
+        };
+        check_parts(group, params)?;
+        broadcast(group, params, 0)?;
         let target = aggregator.map_or(Target::All, Target::Root);
-        let trees = (group.reduction() != Reduction::Fast).then_some(trees);
+        let lengths: Vec<usize> = params.iter().map(|param| param.shape().len()).collect();
         let buckets = Rc::new(Buckets::new(group, target, &lengths, trees, bytes));
-        let mut number = 0;
-        visit(&mut |param| {
-            param.watch(buckets.clone(), number);
-            number += 1;
-            Ok(())
-        })?;
-        Ok(Self { group: group.clone(), buckets, aggregator })
+        let mut sinks = sinks.into_iter();
+        for (number, param) in params.iter().enumerate() {
+            let own = param.set_sink(Box::new(Accumulate))?;
+            let sum = sinks.next().unwrap_or(own);
+            drop(param.set_sink(Box::new(Bucket::new(sum, &buckets, number)))?);
+        }
+        Ok(Self { group: group.clone(), params: params.to_vec(), buckets, aggregator })
     }
 
     /// The gradients of the backward that follows, with what has accumulated before, are reduced.
     ///
     /// # Errors
-    /// When the weights' sum is not positive, or a collective fails.
+    /// When the weights' sum is not positive, terms of an earlier step are missing, or a collective
+    /// fails.
     #[track_caller]
     pub fn begin(&self, reduce: GradReduce) -> Result<()> {
         let weight = match reduce {
@@ -152,6 +163,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
                 weight / sum
             }
         };
+        self.params.iter().try_for_each(Param::settle)?;
         self.buckets.begin(weight, Site::here());
         Ok(())
     }
@@ -162,11 +174,11 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     /// A rank that had no sample for this step calls `begin` and `finish` without a backward.
     ///
     /// # Errors
-    /// When the model has other parameters than it had, or a collective fails.
+    /// When `begin` was not called, or a collective fails.
     #[track_caller]
-    pub fn finish(&self, visit: impl Visit<T, B>) -> Result<()> {
+    pub fn finish(&self) -> Result<()> {
         let _site = Site::here().enter();
-        self.buckets.finish(visit)
+        self.buckets.finish(&self.params)
     }
 
     /// The sum over all replicas of a number for each of their microbatches, such as its loss, on every rank. With an
@@ -208,9 +220,9 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     /// # Errors
     /// When a collective fails.
     #[track_caller]
-    pub fn publish(&self, mut visit: impl Visit<T, B>) -> Result<()> {
+    pub fn publish(&self) -> Result<()> {
         match self.aggregator {
-            Some(root) => broadcast(&self.group, &mut visit, root),
+            Some(root) => broadcast(&self.group, &self.params, root),
             None => Ok(()),
         }
     }
@@ -218,21 +230,22 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
 
 /// Refuses ranks whose parameters are not the same parts of the same tensors. Collective: an all-gather.
 #[track_caller]
-fn check_parts<T: Element, B: Backend>(group: &Group<B>, visit: &mut impl Visit<T, B>) -> Result<()> {
+fn check_parts<T: Element, B: Backend>(group: &Group<B>, params: &[Param<T, B>]) -> Result<()> {
     let (mut parts, mut names) = (Vec::new(), Vec::new());
-    visit(&mut |param| {
-        let pieces = param.pieces().iter().map(|piece| (&piece.tensor, &piece.region, piece.row));
-        let part = hash((param.value().shape(), pieces.collect::<Vec<_>>()));
-        parts.push(exact(part));
-        names.push(param.name().to_string());
-        Ok(())
-    })?;
+    for param in params {
+        let pieces = param.pieces();
+        let pieces = pieces.iter().map(|piece| (&piece.tensor, &piece.region, piece.row));
+        let is_dense = param.value_mut().is_ok();
+        parts.push(exact(hash((param.shape(), pieces.collect::<Vec<_>>(), is_dense))));
+        names.push(param.name());
+    }
     let own = Tensor::from_slice(group.device(), [1, parts.len()], &parts)?;
     let all = group.all_gather(&own, 0, &Partition::even(group.size(), group.size()))?.to_vec()?;
     for (rank, theirs) in all.chunks_exact(parts.len().max(1)).enumerate() {
         if let Some(at) = (0..parts.len()).find(|&at| theirs[at] != all[at]) {
             let reason = format!(
-                "ranks 0 and {rank} of {group:?} hold different parts of `{}`: is it the tensor-parallel group?",
+                "ranks 0 and {rank} of {group:?} hold different parts of `{}`, or one holds it in a store that is not dense: is it \
+                 the tensor-parallel group?",
                 names[at]
             );
             return Err(Error::invalid("data parallel", reason));
@@ -242,15 +255,13 @@ fn check_parts<T: Element, B: Backend>(group: &Group<B>, visit: &mut impl Visit<
 }
 
 #[track_caller]
-fn broadcast<T: Element, B: Backend>(
-    group: &Group<B>,
-    visit: &mut impl Visit<T, B>,
-    root: usize,
-) -> Result<()> {
+fn broadcast<T: Element, B: Backend>(group: &Group<B>, params: &[Param<T, B>], root: usize) -> Result<()> {
     let _site = Site::here().enter();
-    visit(&mut |param| {
+    params.iter().try_for_each(|param| {
         // The sender's value is not a new one: its master weights are more than the value's.
-        let value = if group.rank() == root { param.update_mut() } else { param.value_mut() };
-        group.broadcast(root, value)
+        if group.rank() != root {
+            param.renew();
+        }
+        group.broadcast(root, &mut *param.value_mut()?)
     })
 }

@@ -6,7 +6,7 @@ use crate::{
     error::{Error, Result, Site},
     kernels::Backend,
     shard::Partition,
-    tensor::{Region, Tensor, Visit},
+    tensor::{Param, Region, Tensor},
 };
 use std::{
     collections::{BTreeSet, HashMap},
@@ -26,13 +26,12 @@ use std::{
 /// # Errors
 /// [`Error::Drift`], with the first tensor and rank that differ, on every rank.
 #[track_caller]
-pub fn check_replicas<T: Element, B: Backend>(mut visit: impl Visit<T, B>, group: &Group<B>) -> Result<()> {
+pub fn check_replicas<T: Element, B: Backend>(params: &[Param<T, B>], group: &Group<B>) -> Result<()> {
     let _site = Site::here().enter();
     let mut own = Vec::new();
-    visit(&mut |param| {
+    for param in params {
         own.extend(param.pieces().iter().map(|piece| Held::new(&piece.tensor, &piece.region)));
-        Ok(())
-    })?;
+    }
     let flat: Vec<f64> = own.iter().flat_map(Held::numbers).collect();
     let all: Vec<Vec<Held>> =
         gather(group, &flat)?.iter().map(|flat| flat.as_chunks().0.iter().map(Held::of).collect()).collect();
@@ -49,8 +48,8 @@ pub fn check_replicas<T: Element, B: Backend>(mut visit: impl Visit<T, B>, group
         bounds.iter().copied().zip(ends).map(|(start, end)| start..end).collect()
     };
     let (mut hashes, mut next) = (Vec::new(), own.iter());
-    visit(&mut |param| {
-        let (values, width) = (param.value().to_vec()?, param.value().shape().split_at(0).1);
+    for param in params {
+        let (values, width) = (param.value()?.to_vec()?, param.shape().split_at(0).1);
         for (piece, held) in param.pieces().iter().zip(&mut next) {
             let (first, inner) = (piece.row * width, piece.region.extent().split_at(0).1);
             for run in runs(held) {
@@ -60,8 +59,7 @@ pub fn check_replicas<T: Element, B: Backend>(mut visit: impl Visit<T, B>, group
                 hashes.push(exact(hash.finish()));
             }
         }
-        Ok(())
-    })?;
+    }
     let hashes = gather(group, &hashes)?;
 
     let mut first: HashMap<(u64, usize), (usize, f64)> = HashMap::new();

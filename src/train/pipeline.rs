@@ -125,7 +125,9 @@ impl<B: Backend> Pipeline<B> {
     /// The gradients of a parameter of which the first and the last stage hold a copy (a tied embedding) become their sum,
     /// on both. Other stages have no such parameter, and call nothing.
     ///
-    /// A rank without a gradient takes part with zeros, and if neither has one there is none.
+    /// A rank without a gradient takes part with zeros, and if neither has one there is none. With
+    /// data parallelism this comes after [`DataParallel::finish`](super::DataParallel::finish),
+    /// which would overwrite the sum.
     ///
     /// Collectives: all-reduces over the two ranks, one of a number and one of the gradient.
     ///
@@ -133,23 +135,22 @@ impl<B: Backend> Pipeline<B> {
     /// When terms of an invariant reduction are missing, or not summed over the replicas yet; when
     /// a collective fails.
     #[track_caller]
-    pub fn sum_tied<T: Element>(&self, param: &mut Param<T, B>) -> Result<()> {
+    pub fn sum_tied<T: Element>(&self, param: &Param<T, B>) -> Result<()> {
         let (Some(ends), false) = (&self.ends, self.is_first() && self.is_last()) else { return Ok(()) };
         const NONE: f64 = 0.0;
         const SOME: f64 = 1.0;
         const OPEN: f64 = 2.0;
         let _site = Site::here().enter();
-        let settled = param.settle();
-        let own = match (&settled, param.grad()) {
+        let complete = param.check_complete("tied parameter");
+        let own = match (&complete, param.grad()) {
             (Err(_), _) => OPEN,
-            (Ok(()), _) if param.has_terms() => OPEN,
             (Ok(()), Some(_)) => SOME,
             (Ok(()), None) => NONE,
         };
         let mut state = Tensor::from_slice(ends.device(), [1], &[own])?;
         ends.all_reduce(ReduceOp::Max, &mut state)?;
         let state: f64 = state.to_vec()?[0];
-        settled?;
+        complete?;
         if state == OPEN {
             let reason = format!("terms of {} are not summed over its replicas yet", param.name());
             return Err(Error::invalid("tied parameter", reason));
@@ -157,10 +158,13 @@ impl<B: Backend> Pipeline<B> {
         if state == NONE {
             return Ok(());
         }
-        if param.grad().is_none() {
-            param.set_grad(Tensor::zeros(ends.device(), param.value().shape())?)?;
-        }
-        param.grad_mut().map_or(Ok(()), |grad| ends.all_reduce(ReduceOp::Sum, grad))
+        let mut grad = match param.take_grad() {
+            Some(grad) => grad,
+            None => Tensor::zeros(ends.device(), param.shape())?,
+        };
+        let reduced = ends.all_reduce(ReduceOp::Sum, &mut grad);
+        param.set_grad(grad)?;
+        reduced
     }
 
     /// Runs all microbatches forward and backward. Parameters have the sum of their gradients then.
@@ -171,7 +175,7 @@ impl<B: Backend> Pipeline<B> {
     #[track_caller]
     pub fn run<S: Stream, T: Element, L: Layer<T, B, In = S, Out = S>>(
         &self,
-        chunks: &mut [L],
+        chunks: &[L],
         microbatches: &[Microbatch],
         ends: &mut impl Ends<S, T, B>,
     ) -> Result<()> {
@@ -181,7 +185,7 @@ impl<B: Backend> Pipeline<B> {
                 Action::Exchange { send, receive } => run.exchange(send, receive)?,
                 Action::Compute(compute) => match compute.pass {
                     Pass::Forward => run.forward(compute, &chunks[compute.chunk], ends, true)?,
-                    Pass::Backward => run.backward(compute, &mut chunks[compute.chunk], ends)?,
+                    Pass::Backward => run.backward(compute, &chunks[compute.chunk], ends)?,
                 },
             }
         }
@@ -314,7 +318,7 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
     }
 
     #[track_caller]
-    fn backward(&mut self, compute: Compute, layer: &mut L, ends: &mut impl Ends<S, T, B>) -> Result<()> {
+    fn backward(&mut self, compute: Compute, layer: &L, ends: &mut impl Ends<S, T, B>) -> Result<()> {
         let Compute { pass, chunk, microbatch } = compute;
         let stage = self.pipeline.schedule.stage(self.pipeline.group.rank(), chunk);
         let dy = self.take(pass, stage, microbatch)?;

@@ -8,7 +8,7 @@ use crate::{
     error::{Error, Result, Site, same_shape, same_size},
     kernels::Backend,
     shard::Shape,
-    tensor::{Region, Tensor, Visit},
+    tensor::{Param, Region, Tensor},
 };
 use std::{
     collections::BTreeMap,
@@ -30,7 +30,7 @@ const MAX_SHARD: usize = 4 << 30;
 /// How often the first rank shows that it is alive while it writes.
 const PULSE: Duration = Duration::from_millis(50);
 
-/// Saves the parameters that `visit` visits to a folder: [`Save`] with its defaults, and without a
+/// Saves parameters to a folder: [`Save`] with its defaults, and without a
 /// configuration.
 ///
 /// ```
@@ -46,8 +46,8 @@ const PULSE: Duration = Duration::from_millis(50);
 ///     let (source, columns) = (Random::normal(1, 0.02), Columns::even(&world, 6)?);
 ///     let weights = Weights::new(&source);
 ///     let fc = weights.at("fc");
-///     let mut layer = ColumnLinear::<f32, _>::load(&world, &fc, 4, &columns, Bias::None)?;
-///     weights::save(&world, |f| layer.visit(f), &folder)
+///     let layer = ColumnLinear::<f32, _>::load(&world, &fc, 4, &columns, Bias::None)?;
+///     weights::save(&world, &layer.params(), &folder)
 /// })?;
 /// assert_eq!(Checkpoint::open(&folder)?.shape("fc.weight")?, [6, 4]);
 /// # Ok::<(), shardwise::Error>(())
@@ -58,10 +58,10 @@ const PULSE: Duration = Duration::from_millis(50);
 #[track_caller]
 pub fn save<T: Element, B: Backend>(
     group: &Group<B>,
-    visit: impl Visit<T, B>,
+    params: &[Param<T, B>],
     folder: impl AsRef<Path>,
 ) -> Result<()> {
-    Save::new(folder).write(group, visit)
+    Save::new(folder).write(group, params)
 }
 
 /// Saves a sharded model as one checkpoint, which any number of ranks can read.
@@ -122,7 +122,7 @@ impl<'a> Save<'a> {
         Self { max_shard: bytes, ..self }
     }
 
-    /// Saves the parameters that `visit` visits. Every rank calls it; the first one writes.
+    /// Saves these parameters. Every rank calls it; the first one writes.
     ///
     /// Each element of the model is owned by one rank of the group, which may be a tensor-parallel
     /// group or that of a whole pipeline, but not of several replicas. Elements go by from their
@@ -140,9 +140,9 @@ impl<'a> Save<'a> {
     /// several, [`Error::Shapes`] when ranks have the same tensor in different shapes; and when a
     /// collective fails.
     #[track_caller]
-    pub fn write<T: Element, B: Backend>(self, group: &Group<B>, mut visit: impl Visit<T, B>) -> Result<()> {
+    pub fn write<T: Element, B: Backend>(self, group: &Group<B>, params: &[Param<T, B>]) -> Result<()> {
         let _site = Site::here().enter();
-        let files = files::<T>(all_tensors(group, &mut visit)?, self.max_shard);
+        let files = files::<T>(all_tensors(group, params)?, self.max_shard);
         let (path, disk) = (&self.folder, self.disk);
         let mut folder = on_first(group, || Folder::begin(path, disk))?;
         let mut weight_map = serde_json::Map::new();
@@ -152,7 +152,7 @@ impl<'a> Save<'a> {
             for (name, shape) in file {
                 bytes += shape.len() * size_of::<T>();
                 let mut host = Vec::new();
-                gather(group, &mut visit, name, *shape, folder.is_some().then_some(&mut host))?;
+                gather(group, params, name, *shape, folder.is_some().then_some(&mut host))?;
                 tensors.push((name.clone(), *shape, host, (self.transposed)(name)));
             }
             let part =
@@ -219,18 +219,18 @@ fn files<T>(tensors: Vec<(String, Shape)>, max: usize) -> Vec<Vec<(String, Shape
     files
 }
 
-/// The tensors of the model, in the order in which the ranks visit them: those of the first rank,
+/// The tensors of the model, in the order in which the ranks list them: those of the first rank,
 /// then those that only others have. Each element has one owner.
 fn all_tensors<T: Element, B: Backend>(
     group: &Group<B>,
-    visit: &mut impl Visit<T, B>,
+    params: &[Param<T, B>],
 ) -> Result<Vec<(String, Shape)>> {
     /// A tensor, its shape, and the parts that a rank owns.
     type Own = (String, Vec<usize>, Vec<Ranges>);
     let mut own: Vec<Own> = Vec::new();
     let mut places = BTreeMap::new();
-    visit(&mut |param| {
-        for piece in param.pieces() {
+    for param in params {
+        for piece in param.pieces().iter() {
             let place = *places.entry(piece.tensor.clone()).or_insert_with(|| {
                 own.push((piece.tensor.clone(), piece.region.shape().dims().to_vec(), Vec::new()));
                 own.len() - 1
@@ -239,8 +239,7 @@ fn all_tensors<T: Element, B: Backend>(
                 own[place].2.push(piece.region.ranges().to_vec());
             }
         }
-        Ok(())
-    })?;
+    }
     let bad = |error: serde_json::Error| Error::invalid("save", format!("the names of tensors: {error}"));
     let text = serde_json::to_string(&own).map_err(bad)?;
     let mut all: Vec<(String, Shape, Vec<Ranges>)> = Vec::new();
@@ -293,25 +292,24 @@ fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
 /// One tensor, some rows at a time, to the rank that gives a host vector.
 fn gather<T: Element, B: Backend>(
     group: &Group<B>,
-    visit: &mut impl Visit<T, B>,
+    params: &[Param<T, B>],
     name: &str,
     shape: Shape,
     mut host: Option<&mut Vec<T>>,
 ) -> Result<()> {
     let mut own: Vec<(Region, Vec<T>)> = Vec::new();
-    visit(&mut |param| {
-        let pieces = param.pieces().iter().filter(|piece| piece.owned && piece.tensor == name);
-        let pieces: Vec<_> = pieces.collect();
+    for param in params {
+        let pieces = param.pieces();
+        let pieces: Vec<_> = pieces.iter().filter(|piece| piece.owned && piece.tensor == *name).collect();
         if pieces.is_empty() {
-            return Ok(());
+            continue;
         }
-        let (all, width) = (param.value().to_vec()?, param.value().shape().split_at(0).1);
+        let (all, width) = (param.value()?.to_vec()?, param.shape().split_at(0).1);
         for piece in pieces {
             let start = piece.row * width;
             own.push((piece.region.clone(), all[start..start + piece.region.extent().len()].to_vec()));
         }
-        Ok(())
-    })?;
+    }
     let rows = shape.dims().first().copied().unwrap_or(1);
     let width = shape.len().checked_div(rows).unwrap_or(0);
     let chunk = CHUNK.min(CHUNK_BYTES / size_of::<T>() / group.size());
@@ -439,9 +437,9 @@ mod tests {
         let run = |group: Group<Cpu>| {
             let (source, columns) = (Random::normal(1, 0.5), Columns::even(&group, 6)?);
             let weights = Weights::new(&source);
-            let mut layer = ColumnLinear::<f32, _>::load(&group, &weights.at("fc"), 4, &columns, Bias::Add)?;
+            let layer = ColumnLinear::<f32, _>::load(&group, &weights.at("fc"), 4, &columns, Bias::Add)?;
             let save = Save { disk: Disk { fault: fault.clone() }, ..Save::new(folder).max_shard(90) };
-            save.write(&group, |f| layer.visit(f))
+            save.write(&group, &layer.params())
         };
         Threads::new(world).deadline(Duration::from_millis(200)).run_each(run).unwrap()
     }

@@ -9,9 +9,7 @@ use shardwise::{
     comm::Group,
     kernels::{Activation, NormKind, RopePairs},
     ops::{RopeConfig, RopeScaling},
-    parallel::{
-        AttentionConfig, BlockConfig, BlockNames, GatedMlp, KvCache, Layer, NormPlacement, TransformerBlock,
-    },
+    parallel::{AttentionConfig, BlockConfig, BlockNames, KvCache, Layer, NormPlacement, TransformerBlock},
     shard::{Replicated, Sequences},
     tensor::{Random, Weights},
 };
@@ -57,7 +55,7 @@ impl Counts {
     }
 }
 
-type Block = TransformerBlock<Replicated, GatedMlp<Replicated, bf16, dev::Dev>, bf16, dev::Dev>;
+type Block = TransformerBlock<Replicated, bf16, dev::Dev>;
 
 /// Llama's block with 32 query and 8 key/value heads, small otherwise.
 fn block(group: &Group<dev::Dev>) -> Block {
@@ -116,20 +114,17 @@ fn layer(count: impl Fn(usize) -> Option<Counts>) -> Option<Counts> {
 
 fn training(layers: usize) -> Option<Counts> {
     let group = Group::solo(&dev::fresh());
-    let mut blocks: Vec<Block> = (0..layers).map(|_| block(&group)).collect();
+    let blocks: Vec<Block> = (0..layers).map(|_| block(&group)).collect();
     let x = tokens(&group, 40).with_sequences(Sequences::packed([25, 15])).unwrap();
-    let mut step = || {
+    let step = || {
         let before = Counts::now();
         let (y, saved) = blocks.forward(&x).unwrap();
         drop(blocks.backward(saved, &y).unwrap());
         drop(y);
         let after = Counts::now();
-        blocks
-            .visit(&mut |param| {
-                param.zero_grad();
-                Ok(())
-            })
-            .unwrap();
+        for param in blocks.params() {
+            param.zero_grad();
+        }
         Some(after?.since(before?))
     };
     step();

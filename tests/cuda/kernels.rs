@@ -8,8 +8,8 @@ use shardwise::{
     Result,
     device::{Cpu, Device, Element},
     kernels::{
-        Activation, AdamWStep, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask, MatMut, MatRef, NO_ROW,
-        NormKind, RopePairs, RopeSpec, SgdStep, Targets, Term,
+        Activation, AdamWStep, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask, Epilogue, MatMut,
+        MatRef, NO_ROW, NormKind, RopePairs, RopeSpec, SgdStep, Targets, Term,
     },
     rng::Philox,
     shard::Sequences,
@@ -381,21 +381,31 @@ fn linear<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64
     let bias = B::slice::<T>(&bias.buffer);
     let mut results = Vec::new();
     let mut y = memory(4, place(m, n));
-    device.gemm_bias(x.mat(), w.mat().t(), bias, y.mat_mut())?;
-    results.push(y.values());
+    for bias in [Some(bias), None] {
+        device.linear(x.mat(), w.mat(), Epilogue { bias, activation: None }, y.mat_mut())?;
+        results.push(y.values());
+    }
     // Slopes at the same numbers: a relu's has a jump, and what was computed differs in rounding.
     let (dy, v, at) = (memory(5, place(m, k)), memory(6, place(k, n)), memory(10, place(m, n)));
     for f in KINDS {
         let (mut pre, mut y) = (memory(7, place(m, n)), memory(8, place(m, n)));
-        device.gemm_activate((x.mat(), w.mat().t()), bias, f, pre.mat_mut(), y.mat_mut())?;
-        results.extend([pre.values(), y.values()]);
-        device.gemm_activate_backward((dy.mat(), v.mat()), f, at.mat(), y.mat_mut())?;
+        for bias in [Some(bias), None] {
+            let epilogue = Epilogue { bias, activation: Some((f, pre.mat_mut())) };
+            device.linear(x.mat(), w.mat(), epilogue, y.mat_mut())?;
+            results.extend([pre.values(), y.values()]);
+        }
+        device.linear_dx(dy.mat(), v.mat(), Some((f, at.mat())), y.mat_mut())?;
         results.push(y.values());
     }
+    device.linear_dx(dy.mat(), v.mat(), None, y.mat_mut())?;
+    results.push(y.values());
     for beta in [0.0, 1.0] {
         let mut dw = Memory::<T::Acc, B>::new(device, draw.seed, place(k, n));
+        device.linear_dw(dy.mat(), y.mat(), beta, dw.mat_mut(), None)?;
+        results.push(dw.values());
+        let mut dw = Memory::<T::Acc, B>::new(device, draw.seed, place(k, n));
         let mut db = Memory::<T::Acc, B>::new(device, 9, vector(k));
-        device.gemm_column_sums(dy.mat(), y.mat(), beta, dw.mat_mut(), B::slice_mut(&mut db.buffer))?;
+        device.linear_dw(dy.mat(), y.mat(), beta, dw.mat_mut(), Some(B::slice_mut(&mut db.buffer)))?;
         results.extend([dw.values(), db.values()]);
     }
     let mut sum = Memory::<T::Acc, B>::new(device, draw.seed, place(m, n));

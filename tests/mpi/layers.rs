@@ -9,8 +9,8 @@ use shardwise::{
     launch,
     models::{Decoder, ModelConfig},
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, GatedMlp, Layer, NormPlacement, ParallelMlp,
-        ScatterSequence, Stream, TransformerBlock,
+        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, ScatterSequence, Stream,
+        TransformerBlock,
     },
     rng::Philox,
     shard::{Reduction, Replicated, Sequences, Shard},
@@ -23,7 +23,7 @@ fn bits<T: Element>(tensor: &Tensor<T>, to: &mut Vec<u64>) -> Result<()> {
     Ok(())
 }
 
-fn gradient_bits<T: Element>(param: &mut Param<T, Cpu>, to: &mut Vec<u64>) -> Result<()> {
+fn gradient_bits<T: Element>(param: &Param<T, Cpu>, to: &mut Vec<u64>) -> Result<()> {
     if let Some(gradient) = param.grad() {
         to.extend(gradient.to_vec()?.into_iter().map(|value| Element::to_f64(value).to_bits()));
     }
@@ -64,7 +64,7 @@ fn config(gated: bool) -> BlockConfig {
 /// Forward and backward of a layer on 700 tokens: payloads on both sides of the size that travels with the call.
 fn step<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
     group: &Group<Cpu>,
-    mut layer: L,
+    layer: L,
     spread: impl Fn(&DTensor<Replicated, T>) -> Result<DTensor<S, T>>,
 ) -> Result<Vec<u64>> {
     let random = |name| {
@@ -78,7 +78,7 @@ fn step<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
     let dx = layer.backward(saved, &dy)?;
     bits(y.local(), &mut all)?;
     bits(dx.local(), &mut all)?;
-    layer.visit(&mut |param| gradient_bits(param, &mut all))?;
+    layer.params().iter().try_for_each(|param| gradient_bits(param, &mut all))?;
     Ok(all)
 }
 
@@ -90,10 +90,10 @@ fn block<S: Stream, T: Element>(
     let source = Random::normal(1, 0.3);
     let (weights, config) = (Weights::new(&source), config(gated));
     if gated {
-        let layer = TransformerBlock::<S, GatedMlp<S, T, Cpu>, T, Cpu>::load_gated(group, &weights, &config)?;
+        let layer = TransformerBlock::<S, T, Cpu>::load_gated(group, &weights, &config)?;
         return step(group, layer, spread);
     }
-    let layer = TransformerBlock::<S, ParallelMlp<S, T, Cpu>, T, Cpu>::load(group, &weights, &config)?;
+    let layer = TransformerBlock::<S, T, Cpu>::load(group, &weights, &config)?;
     step(group, layer, spread)
 }
 
@@ -160,13 +160,13 @@ pub(crate) fn models(world: &Group<Cpu>) -> Result<()> {
     let ModelConfig::Decoder(config) = ModelConfig::read(folder)? else { panic!("llama is a decoder") };
     as_threads(world, |group| {
         let checkpoint = Checkpoint::open(folder)?;
-        let mut model = Decoder::<Replicated, f32, Cpu>::load(group, &checkpoint, &config)?;
+        let model = Decoder::<Replicated, f32, Cpu>::load(group, &checkpoint, &config)?;
         let ids: Vec<u32> = (0..24).map(|at| at * 23 % 591).collect();
         let mut all = Vec::new();
         let (logits, saved) = model.forward(&ids, Sequences::one(24))?;
         bits(logits.local(), &mut all)?;
         model.backward(saved, &logits)?;
-        model.visit(&mut |param| gradient_bits(param, &mut all))?;
+        model.params().iter().try_for_each(|param| gradient_bits(param, &mut all))?;
         Ok(all)
     })
 }

@@ -55,17 +55,17 @@ fn train<S: Stream, T: Element>(world: &Group<Cpu>, dp: usize, overlap: Overlap)
     let world = world.with_reduction(Reduction::Invariant { blocks: 8 }).with_overlap(overlap);
     let mesh = DeviceMesh::new(&world, Mesh::new(dp, 1, world.size() / dp)?)?;
     let (source, schedule) = (Random::normal(3, 0.3), Schedule::one_forward_one_backward(1, 4 / dp));
-    let mut model = Gpt::<S, T>::load(&mesh, &Weights::new(&source), &CONFIG, schedule)?;
+    let model = Gpt::<S, T>::load(&mesh, &Weights::new(&source), &CONFIG, schedule)?;
     let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() });
     let (mut curve, mut held) = (Vec::new(), BTreeMap::new());
     for step in 0..3 {
         let (loss, norm) = model.gradients(&batch(step), step, 1.0)?;
-        optimizer.step(|f| model.visit(f), 1e-2, clip_scale(norm, 0.5)?)?;
+        optimizer.step(&model.params(), 1e-2, clip_scale(norm, 0.5)?)?;
         curve.push((loss.to_bits(), norm.to_bits()));
     }
-    model.visit(&mut |param| {
-        let (values, width) = (param.value().to_vec()?, param.value().shape().split_at(0).1);
-        for piece in param.pieces() {
+    for param in model.params() {
+        let (values, width) = (param.value()?.to_vec()?, param.shape().split_at(0).1);
+        for piece in param.pieces().iter() {
             let (ranges, extent) = (piece.region.ranges(), piece.region.extent());
             for (at, value) in values[piece.row * width..][..extent.len()].iter().enumerate() {
                 let inner: usize = extent.dims()[1..].iter().product();
@@ -74,8 +74,7 @@ fn train<S: Stream, T: Element>(world: &Group<Cpu>, dp: usize, overlap: Overlap)
                 held.insert((piece.tensor.clone(), index), value.to_f64().to_bits());
             }
         }
-        Ok(())
-    })?;
+    }
     assert_eq!(mesh.group(Axis::Data).size(), dp);
     Ok(Trained { curve, held })
 }

@@ -9,10 +9,7 @@ use shardwise::{
     comm::Group,
     device::Element,
     kernels::{Activation, NormKind},
-    parallel::{
-        AttentionConfig, BlockConfig, BlockNames, GatedMlp, NormPlacement, ParallelMlp, Stream,
-        TransformerBlock,
-    },
+    parallel::{AttentionConfig, BlockConfig, BlockNames, NormPlacement, Stream, TransformerBlock},
     reference,
     shard::{Replicated, Sequences, Shard},
     tensor::{Arrays, Weights},
@@ -117,8 +114,8 @@ impl Draw {
     }
 }
 
-type Plain<S, T> = TransformerBlock<S, ParallelMlp<S, T, Dev>, T, Dev>;
-type Gated<S, T> = TransformerBlock<S, GatedMlp<S, T, Dev>, T, Dev>;
+type Plain<S, T> = TransformerBlock<S, T, Dev>;
+type Gated<S, T> = TransformerBlock<S, T, Dev>;
 
 pub(crate) fn outcome<S: Stream + Spread, T: Element>(
     draw: &Draw,

@@ -739,7 +739,7 @@ fn bert_with_the_first_names_of_its_norms_is_read() {
     let hidden = |folder: &Path, to: Option<&Path>| {
         let (checkpoint, config) = bert(folder);
         let hidden = ranks(2).run(|group| {
-            let mut model = Bert::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?;
+            let model = Bert::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?;
             if let Some(to) = to {
                 model.save(to)?;
             }

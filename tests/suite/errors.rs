@@ -102,7 +102,7 @@ fn running() {
     );
     assert_eq!(
         failure(2, |group, weights| {
-            let mut layer = column(group, weights)?;
+            let layer = column(group, weights)?;
             let (_, saved) = layer.forward(&x(group, 3, 4)?)?;
             let dy = x(group, 2, 6)?.scatter(&Partition::even(6, 2))?;
             layer.backward(saved, &dy).map(|_| ())
@@ -145,7 +145,7 @@ fn ranks_with_different_shapes() {
     let outcomes = ranks(3).run_each(|group| {
         let rows = if group.rank() == 1 { 4 } else { 3 };
         let dy = DTensor::partial(&group, Tensor::<f32>::zeros(group.device(), [rows, 2])?)?;
-        Layer::<f32, Cpu>::backward(&mut CopyTo, (), &dy).map(|_| ())
+        Layer::<f32, Cpu>::backward(&CopyTo, (), &dy).map(|_| ())
     });
     for outcome in outcomes.unwrap() {
         let Err(Error::Mismatch(mismatch)) = outcome else { panic!("{outcome:?}") };
@@ -164,9 +164,9 @@ fn a_skipped_bias_is_left_to_the_caller() {
         let case = Case::new(2, &x, &dy, &weights);
         run::<f64, _>(&case, move |group, weights| {
             let columns = Columns::even(group, 6)?;
-            let mut layer =
+            let layer =
                 ColumnParallelLinear::<Replicated, f64, Cpu>::load(group, weights, 4, &columns, mode)?;
-            assert_eq!(layer.bias_mut().is_some(), mode != Bias::None);
+            assert_eq!(layer.bias().is_some(), mode != Bias::None);
             Ok(layer)
         })
     };
@@ -196,18 +196,12 @@ fn random_weights_are_the_same_at_every_size() {
         let parts = ranks(world).run(|group| {
             let heads = Heads::new(6, 2, 3, group.size())?;
             let columns = Columns::qkv(&group, &heads, &QkvLayout::separate("q", "k", "v"))?;
-            let mut layer =
+            let layer =
                 ColumnLinear::<f64, Cpu>::load(&group, &Weights::new(&source), 4, &columns, Bias::Add)?;
-            let mut params = Vec::new();
-            layer.visit(&mut |param| {
-                params.push((
-                    param.pieces().to_vec(),
-                    param.value().shape().dims().to_vec(),
-                    param.value().to_vec()?,
-                ));
-                Ok(())
-            })?;
-            Ok(params)
+            let held = |param: Param<f64, Cpu>| {
+                Ok((param.pieces().to_vec(), param.shape().dims().to_vec(), param.value()?.to_vec()?))
+            };
+            layer.params().into_iter().map(held).collect::<Result<Vec<_>>>()
         });
         let mut whole = crate::support::Assembled::default();
         for (pieces, shape, values) in parts.unwrap().into_iter().flatten() {
@@ -354,7 +348,7 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
         let message = refused_everywhere("norm", 4, |group| {
             let group = &group.with_reduction(reduction);
             let kind = NormKind::RmsNorm { eps: 1e-5 };
-            let mut norm = Normalize::<Shard<0>, f64, Cpu>::load(group, &weights(), kind, 6)?;
+            let norm = Normalize::<Shard<0>, f64, Cpu>::load(group, &weights(), kind, 6)?;
             let rows = Shard::<0>::local_rows(group, 3)?.len();
             let input = |cols| Shard::<0>::of_local(group, 3, zeros(group, rows, cols)?);
             let (_, saved) = norm.forward(&input(6)?)?;
@@ -377,7 +371,7 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
         ColumnLinear::<f64, Cpu>::load(group, &weights(), 4, &columns, Bias::None)
     };
     let message = refused_everywhere("a gradient that is cut otherwise", 4, |group| {
-        let mut layer = qkv(group, &Heads::new(6, 2, 1, 4)?)?;
+        let layer = qkv(group, &Heads::new(6, 2, 1, 4)?)?;
         let (y, saved) = layer.forward(&DTensor::copied(group, zeros(group, 3, 4)?)?)?;
         let sizes: Vec<usize> = y.cut().unwrap().sizes().collect();
         // The first two ranks have as many columns as they should.

@@ -17,7 +17,7 @@ use shardwise::{
     shard::{
         Axis, Copied, Heads, Mesh, Partition, Placement, Reduction, Replicated, Sequences, Shape, Shard,
     },
-    tensor::{Param, Random, Region, Role, Weights},
+    tensor::{Param, Piece, Random, Region, Role, Weights},
     train::{DataParallel, check_replicas},
 };
 
@@ -45,7 +45,7 @@ impl Mixed<'_> {
         x: impl Fn(&Group<Dev>) -> Result<DTensor<L::In, f64>>,
         dy: impl Fn(&Group<Dev>) -> Result<DTensor<<L::Out as Placement>::Dual, f64>>,
     ) -> Result<()> {
-        let mut layer = make(self.layers)?;
+        let layer = make(self.layers)?;
         self.outcomes.push((name, layer.forward(&x(self.tensors)?).map(drop)));
         let saved = layer.forward(&x(self.layers)?)?.1;
         self.outcomes.push((name, layer.backward(saved, &dy(self.tensors)?).map(drop)));
@@ -177,7 +177,7 @@ fn a_layer_refuses_inputs_and_gradients_of_another_group() {
                 replicated(4),
             )?;
             // Not a layer: ids have no group.
-            let mut table = VocabParallelEmbedding::<Replicated, f64, Dev>::load(layers, &weights, 9, 4)?;
+            let table = VocabParallelEmbedding::<Replicated, f64, Dev>::load(layers, &weights, 9, 4)?;
             let rows = table.forward(&[1, 2, 3, 8], Sequences::one(4))?.1;
             mixed.outcomes.push(("embedding", table.backward(&rows, &replicated(4)(tensors)?)));
             let sum = replicated(4)(layers)?.add(&replicated(4)(tensors)?);
@@ -322,7 +322,7 @@ fn layers_refuse_three_dimensions_and_say_what_to_reshape_to() {
         .unwrap();
 }
 
-type Mlp<T = f64> = ParallelMlp<Replicated, T, Dev>;
+type Mlp<T> = ParallelMlp<Replicated, T, Dev>;
 
 fn mlp<T: Element>(group: &Group<Dev>) -> Result<Mlp<T>> {
     let source = Random::normal(1, 0.3);
@@ -330,10 +330,10 @@ fn mlp<T: Element>(group: &Group<Dev>) -> Result<Mlp<T>> {
 }
 
 fn with_gradients<T: Element>(group: &Group<Dev>) -> Result<Mlp<T>> {
-    let mut mlp = mlp(group)?;
-    mlp.visit(&mut |param: &mut Param<T, Dev>| {
-        param.add_grad(Tensor::full(group.device(), param.value().shape(), 1.0)?)
-    })?;
+    let mlp: Mlp<T> = mlp(group)?;
+    for param in mlp.params() {
+        param.add_grad(Tensor::full(group.device(), param.shape(), 1.0)?)?;
+    }
     Ok(mlp)
 }
 
@@ -341,26 +341,22 @@ fn with_gradients<T: Element>(group: &Group<Dev>) -> Result<Mlp<T>> {
 fn data_parallelism_over_the_tensor_parallel_axis_is_refused_and_changes_nothing() {
     let failed = ranks(4).run_each(|world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(2, 1, 2)?)?;
-        let mut model = mlp::<f64>(mesh.group(Axis::Tensor))?;
-        let values = |model: &mut Mlp| {
+        let params = mlp::<f64>(mesh.group(Axis::Tensor))?.params();
+        let values = || {
             let mut all = Vec::new();
-            model.visit(&mut |param| {
-                all.extend(param.value().to_vec()?);
-                Ok(())
-            })?;
+            for param in &params {
+                all.extend(param.value()?.to_vec()?);
+            }
             Ok::<_, Error>(all)
         };
-        let before = values(&mut model)?;
-        let failed = DataParallel::new(mesh.group(Axis::Tensor), |f| model.visit(f)).map(drop).unwrap_err();
-        assert_eq!(values(&mut model)?, before);
-        DataParallel::new(mesh.group(Axis::Data), |f| model.visit(f))?;
+        let before = values()?;
+        let failed = DataParallel::new(mesh.group(Axis::Tensor), &params).map(drop).unwrap_err();
+        assert_eq!(values()?, before);
+        DataParallel::new(mesh.group(Axis::Data), &params)?;
         // A replica without one of the parameters.
-        let skip = |model: &mut Mlp, f: &mut dyn FnMut(&mut Param<f64, Dev>) -> Result<()>| {
-            model.visit(&mut |param| {
-                if world.rank() == 0 && param.name() == "down.bias" { Ok(()) } else { f(param) }
-            })
-        };
-        let missing = DataParallel::new(mesh.group(Axis::Data), |f| skip(&mut model, f)).map(drop);
+        let mut fewer = params.clone();
+        fewer.retain(|param| world.rank() > 0 || param.name() != "down.bias");
+        let missing = DataParallel::new(mesh.group(Axis::Data), &fewer).map(drop);
         assert!(missing.is_err() == (mesh.group(Axis::Tensor).rank() == 0));
         Ok(failed.to_string())
     });
@@ -377,8 +373,8 @@ fn a_gradient_norm_over_missing_or_wrong_groups_is_refused() {
         let norms = ranks(4).run(|world| {
             let mesh = DeviceMesh::new(&world, Mesh::new(2, 1, 2)?)?;
             let tensor = mesh.group(Axis::Tensor).with_reduction(reduction);
-            let mut model = with_gradients::<f64>(&tensor)?;
-            let mut norm = |groups: &[&Group<Dev>]| grad_norm(|f| model.visit(f), groups);
+            let model = with_gradients::<f64>(&tensor)?;
+            let norm = |groups: &[&Group<Dev>]| grad_norm(&model.params(), groups);
             let data = mesh.group(Axis::Data);
             Ok([
                 norm(&[&tensor]),
@@ -415,12 +411,12 @@ fn a_gradient_norm_over_missing_or_wrong_groups_is_refused() {
 fn replicas_and_norms_of_shared_heads_are_right_at_every_size() {
     let norm = |world: usize| {
         let norms = ranks(world).run(|group| {
-            let mut layer = attention(&group)?;
-            layer.visit(&mut |param| {
-                param.add_grad(Tensor::full(group.device(), param.value().shape(), 1.0)?)
-            })?;
-            check_replicas(|f| layer.visit(f), &group)?;
-            grad_norm(|f| layer.visit(f), &[&group])
+            let params = attention(&group)?.params();
+            for param in &params {
+                param.add_grad(Tensor::full(group.device(), param.shape(), 1.0)?)?;
+            }
+            check_replicas(&params, &group)?;
+            grad_norm(&params, &[&group])
         });
         norms.unwrap()[0]
     };
@@ -449,22 +445,20 @@ fn a_copy_of_a_shared_head_that_drifts_is_named() {
     for world in [2, 3, 5, 7] {
         for tensor in ["k.weight", "v.bias", "o.bias"] {
             let seen = ranks(world).run(|group| {
-                let mut layer = attention(&group)?;
+                let params = attention(&group)?.params();
                 // The last rank that holds a copy and does not own it.
                 let mut hurt = false;
-                layer.visit(&mut |param| {
-                    let copy = param.pieces().iter().find(|piece| !piece.owned && piece.tensor == tensor);
-                    if let (Some(copy), true) = (copy, group.rank() + 1 == group.size()) {
-                        let mut values = param.value().to_vec()?;
-                        let width = param.value().shape().split_at(0).1;
-                        values[copy.row * width] += 1e-9;
-                        let values = Tensor::from_slice(group.device(), param.value().shape(), &values)?;
-                        *param.value_mut() = values;
+                for param in &params {
+                    let is_copy = |piece: &&Piece| !piece.owned && piece.tensor == tensor;
+                    let row = param.pieces().iter().find(is_copy).map(|copy| copy.row);
+                    if let (Some(row), true) = (row, group.rank() + 1 == group.size()) {
+                        let (shape, mut values) = (param.shape(), param.value()?.to_vec()?);
+                        values[row * shape.split_at(0).1] += 1e-9;
+                        param.set(Tensor::from_slice(group.device(), shape, &values)?)?;
                         hurt = true;
                     }
-                    Ok(())
-                })?;
-                Ok((hurt, check_replicas(|f| layer.visit(f), &group).map_err(|error| error.to_string())))
+                }
+                Ok((hurt, check_replicas(&params, &group).map_err(|error| error.to_string())))
             });
             let seen = seen.unwrap();
             if !seen[world - 1].0 {
@@ -495,7 +489,7 @@ fn copies_are_compared_where_regions_overlap() {
             let rows = [0..5, 3..7, 0..0, 4..9][group.rank()].clone();
             let source = Random::normal(1, 0.3);
             let region = Region::whole([9, 2]).cut(0, rows.clone());
-            let mut param = Param::<f64, Dev>::load_region(
+            let param = Param::<f64, Dev>::load_region(
                 group.device(),
                 &Weights::new(&source),
                 "w",
@@ -504,12 +498,12 @@ fn copies_are_compared_where_regions_overlap() {
                 true,
             )?;
             if let Some((rank, row)) = hurt.filter(|(rank, _)| *rank == group.rank()) {
-                let mut values = param.value().to_vec()?;
+                let mut values = param.value()?.to_vec()?;
                 values[(row - rows.start) * 2 + 1] += 1.0;
                 assert!(rows.contains(&row), "{rank}");
-                *param.value_mut() = Tensor::from_slice(group.device(), [rows.len(), 2], &values)?;
+                param.set(Tensor::from_slice(group.device(), [rows.len(), 2], &values)?)?;
             }
-            Ok(check_replicas(|f| f(&mut param), &group).map_err(|error| error.to_string()))
+            Ok(check_replicas(&[param], &group).map_err(|error| error.to_string()))
         });
         outcomes.unwrap()
     };

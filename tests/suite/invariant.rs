@@ -472,15 +472,11 @@ fn shared_heads_are_held_once_and_counted_once() {
                 let group = world.with_reduction(Reduction::Invariant { blocks });
                 let layout = QkvLayout::separate("q", "k", "v");
                 let weights = Weights::new(&weights);
-                let mut layer =
+                let layer =
                     ParallelAttention::<Replicated, f32, Dev>::load(&group, &weights, &layout, "o", &config)?;
                 let query = Heads::with_cut(group.cut("test", "heads", heads, 1)?, kv, dim)?;
                 let (own, held) = (query.query_range(group.rank()), query.kv_range(group.rank()));
-                let mut rows = Vec::new();
-                layer.visit(&mut |param| {
-                    rows.push(param.value().shape().dims()[0]);
-                    Ok(())
-                })?;
+                let rows: Vec<_> = layer.params().iter().map(|param| param.shape().dims()[0]).collect();
                 assert_eq!(
                     rows,
                     [(own.len() + 2 * held.len()) * dim; 2].into_iter().chain([hidden]).collect::<Vec<_>>()
@@ -489,7 +485,7 @@ fn shared_heads_are_held_once_and_counted_once() {
                 let x = DTensor::replicated(&group, Tensor::from_array(group.device(), &x)?)?;
                 let (y, saved) = layer.forward(&x)?;
                 layer.backward(saved, &y)?;
-                grad_norm(|f| layer.visit(f), &[&group])
+                grad_norm(&layer.params(), &[&group])
             });
             norms.unwrap()[0].to_bits()
         };
@@ -574,20 +570,19 @@ fn train<S: Stream, T: Element>(
         let mesh = DeviceMesh::new(&world, Mesh::new(dp, 1, tp)?)?;
         let source = Random::normal(3, 0.3);
         let schedule = Schedule::one_forward_one_backward(1, microbatches);
-        let mut model = Gpt::<S, T, Dev>::load(&mesh, &Weights::new(&source), config, schedule)?;
+        let model = Gpt::<S, T, Dev>::load(&mesh, &Weights::new(&source), config, schedule)?;
         let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() });
         let mut curve = Vec::new();
         for step in 0..4 {
             let (loss, norm) = model.gradients(&batch(config, step, sequences), step, 1.0)?;
-            optimizer.step(|f| model.visit(f), 1e-2, clip_scale(norm, 0.5)?)?;
+            optimizer.step(&model.params(), 1e-2, clip_scale(norm, 0.5)?)?;
             curve.push((loss.to_bits(), norm.to_bits()));
         }
         let mut params = Vec::new();
-        model.visit(&mut |param| {
-            let values: Vec<f64> = param.value().to_vec()?.into_iter().map(Element::to_f64).collect();
-            params.push((param.pieces().to_vec(), param.value().shape().dims().to_vec(), values));
-            Ok(())
-        })?;
+        for param in model.params() {
+            let values: Vec<f64> = param.value()?.to_vec()?.into_iter().map(Element::to_f64).collect();
+            params.push((param.pieces().to_vec(), param.shape().dims().to_vec(), values));
+        }
         Ok((mesh.group(Axis::Data).rank(), curve, params))
     });
     let outcomes = outcomes.unwrap_or_else(|error| panic!("dp {dp}, tp {tp}: {error}"));
@@ -773,8 +768,8 @@ fn what_cannot_be_invariant_is_refused() {
     };
     assert_eq!(
         refused(2, 4, |group| {
-            let mut model = model(&Group::solo(group.device()))?;
-            DataParallel::new(group, |f| model.visit(f))?.begin(GradReduce::Mean { weight: 1.0 })
+            let model = model(&Group::solo(group.device()))?;
+            DataParallel::new(group, &model.params())?.begin(GradReduce::Mean { weight: 1.0 })
         }),
         "data parallel: not supported: a mean over replicas under an invariant reduction: divide the loss by the size of \
          the whole batch"
@@ -783,23 +778,23 @@ fn what_cannot_be_invariant_is_refused() {
     assert_eq!(
         refused(2, 4, |group| {
             let alone = Group::solo(group.device()).with_reduction(group.reduction());
-            let mut model = model(&alone)?;
-            let _replicas = DataParallel::new(group, |f| model.visit(f))?;
+            let model = model(&alone)?;
+            let _replicas = DataParallel::new(group, &model.params())?;
             for _ in 0..2 {
                 let (y, saved) = model.forward(&x(&alone)?)?;
                 model.backward(saved, &y)?;
             }
             Ok(())
         }),
-        "gradient: not supported: an invariant reduction adds 1 terms to weight a step, as `set_uses` says, and a replica \
-         has added more"
+        "gradient: not supported: an invariant reduction adds 1 terms to weight a step, as `set_microbatches` \
+         says, and a replica has added more"
     );
     assert_eq!(
         refused(2, 4, |group| {
-            let mut model = model(&Group::solo(group.device()))?;
+            let model = model(&Group::solo(group.device()))?;
             let (y, saved) = model.forward(&x(&Group::solo(group.device()))?)?;
             model.backward(saved, &y)?;
-            grad_norm(|f| model.visit(f), &[group]).map(drop)
+            grad_norm(&model.params(), &[group]).map(drop)
         }),
         "gradient norm: not supported: weight was loaded on a group without canonical blocks"
     );
@@ -811,20 +806,18 @@ fn a_step_may_end_early() {
     let outcomes = ranks(1).run(|world| {
         let world = world.with_reduction(Reduction::Invariant { blocks: 2 });
         let source = Random::normal(1, 1.0);
-        let mut bias = AddBias::<Replicated, f32, Dev>::load(&world, &Weights::new(&source), 3)?;
-        bias.visit(&mut |param| {
-            param.set_uses(5);
-            Ok(())
-        })?;
+        let bias = AddBias::<Replicated, f32, Dev>::load(&world, &Weights::new(&source), 3)?;
+        for param in bias.params() {
+            param.set_microbatches(5);
+        }
         for _ in 0..3 {
             bias.backward((), &DTensor::replicated(&world, Tensor::full(world.device(), [2, 3], 1.0)?)?)?;
         }
-        let norm = grad_norm(|f| bias.visit(f), &[&world])?;
+        let norm = grad_norm(&bias.params(), &[&world])?;
         let mut grads = Vec::new();
-        bias.visit(&mut |param| {
-            grads.extend(param.grad().map(Tensor::to_vec).transpose()?.unwrap_or_default());
-            Ok(())
-        })?;
+        for param in bias.params() {
+            grads.extend(param.grad().map(|grad| grad.to_vec()).transpose()?.unwrap_or_default());
+        }
         Ok((norm, grads))
     });
     let (norm, grads) = outcomes.unwrap().swap_remove(0);

@@ -12,8 +12,8 @@ use shardwise::{
     Error, Result, Tensor,
     device::{Cpu, DType, Device, Element, MemoryUse},
     kernels::{
-        Activation, Attention, AttentionSpec, Batch, Gather, Gemm, MatMut, MatRef, NO_ROW, Norm, NormKind,
-        Pointwise,
+        Activation, Attention, AttentionSpec, Batch, Epilogue, Gather, Gemm, MatMut, MatRef, NO_ROW, Norm,
+        NormKind, Pointwise,
     },
     ops::{self, QkvHeads},
     reference,
@@ -277,7 +277,7 @@ fn part_of_a_product<T: Element>(seed: u64, (m, k, n): (usize, usize, usize), at
     let cpu = Cpu::poisoned();
     let (x, w) = (matrix(seed, "x", m, k), matrix(seed, "w", n, k));
     let linear = |x: &Array2<f64>, w: &Array2<f64>| {
-        wide2(&ops::linear::<T, _>(&tensor(&cpu, x), &tensor(&cpu, w), None).unwrap())
+        wide2(&ops::linear::<T, _>(&tensor(&cpu, x), &tensor(&cpu, w), None, None).unwrap().0)
     };
     let whole = linear(&x, &w);
     for axis in [0, 1] {
@@ -345,28 +345,33 @@ fn behind_a_product<T: Element>(cpu: &Cpu, (m, k, n): (usize, usize, usize), gap
     let (x, w) = (tensor::<T, _>(cpu, &matrix(1, "x", m, k)), tensor::<T, _>(cpu, &matrix(2, "w", n, k)));
     let (bias, at) =
         (tensor::<T, _>(cpu, &matrix(3, "b", 1, n)), tensor::<T, _>(cpu, &matrix(4, "at", m, n)));
-    let (a, b, bias, f, strides) = (x.mat(), w.mat().t(), bias.slice(), Activation::GeluErf, (n + gap, 1));
+    let (a, b, bias, f, strides) = (x.mat(), w.mat(), bias.slice(), Activation::GeluErf, (n + gap, 1));
     let new = || vec![T::NAN; m * (n + gap)];
     let same = |what: &str, got: &[T], want: &[T]| {
         let bits = |y: &[T]| displace(y, m, n, strides).mapv(f64::to_bits);
         assert!(bits(got) == bits(want), "{what}: {}, {m} x {k} x {n}", T::DTYPE);
     };
-    let (mut product, mut active, mut backward) = (new(), new(), new());
-    cpu.gemm(1.0, a, b, 0.0, view_mut(&mut product, m, n, strides)).unwrap();
-    let mut pre = product.clone();
-    cpu.add_bias::<T>(bias, view_mut(&mut pre, m, n, strides)).unwrap();
-    cpu.activate(f, view(&pre, m, n, strides), view_mut(&mut active, m, n, strides)).unwrap();
+    let (mut product, mut backward, mut got, mut before) = (new(), new(), new(), new());
+    cpu.gemm(1.0, a, b.t(), 0.0, view_mut(&mut product, m, n, strides)).unwrap();
+    for bias in [Some(bias), None] {
+        let (mut pre, mut active) = (product.clone(), new());
+        if let Some(bias) = bias {
+            cpu.add_bias::<T>(bias, view_mut(&mut pre, m, n, strides)).unwrap();
+        }
+        cpu.activate(f, view(&pre, m, n, strides), view_mut(&mut active, m, n, strides)).unwrap();
+        let epilogue = Epilogue { bias, activation: None };
+        cpu.linear(a, b, epilogue, view_mut(&mut got, m, n, strides)).unwrap();
+        same("bias", &got, &pre);
+        let (before_mat, got_mat) = (view_mut(&mut before, m, n, strides), view_mut(&mut got, m, n, strides));
+        cpu.linear(a, b, Epilogue { bias, activation: Some((f, before_mat)) }, got_mat).unwrap();
+        same("before the activation", &before, &pre);
+        same("activation", &got, &active);
+    }
     let dy = view(&product, m, n, strides);
     cpu.activate_backward(f, at.mat(), dy, view_mut(&mut backward, m, n, strides)).unwrap();
-
-    let (mut got, mut before) = (new(), new());
-    cpu.gemm_bias(a, b, bias, view_mut(&mut got, m, n, strides)).unwrap();
-    same("bias", &got, &pre);
-    let (before_mat, got_mat) = (view_mut(&mut before, m, n, strides), view_mut(&mut got, m, n, strides));
-    cpu.gemm_activate((a, b), bias, f, before_mat, got_mat).unwrap();
-    same("before the activation", &before, &pre);
-    same("activation", &got, &active);
-    cpu.gemm_activate_backward((a, b), f, at.mat(), view_mut(&mut got, m, n, strides)).unwrap();
+    cpu.linear_dx(a, b.t(), None, view_mut(&mut got, m, n, strides)).unwrap();
+    same("the product's backward", &got, &product);
+    cpu.linear_dx(a, b.t(), Some((f, at.mat())), view_mut(&mut got, m, n, strides)).unwrap();
     same("the activation's backward", &got, &backward);
 }
 
@@ -385,14 +390,16 @@ fn what_is_behind_a_product_is_made_by_blocks() {
     let cpu = Cpu::new();
     let (x, mut y) =
         (Tensor::<f32>::zeros(&cpu, [20, 20]).unwrap(), Tensor::<f32>::zeros(&cpu, [20, 20]).unwrap());
-    let short = cpu.gemm_bias(x.mat(), x.mat(), &x.slice()[..19], y.mat_mut().unwrap());
+    let epilogue = Epilogue { bias: Some(&x.slice()[..19]), activation: None };
+    let short = cpu.linear(x.mat(), x.mat(), epilogue, y.mat_mut().unwrap());
     disagree(short, "bias: the bias is 19, but the number of columns is 20");
     let mut small = Tensor::<f32>::zeros(&cpu, [19, 20]).unwrap();
-    let (product, bias, f) = ((x.mat(), x.mat()), &x.slice()[..20], Activation::Relu);
-    let rows = cpu.gemm_activate(product, bias, f, y.mat_mut().unwrap(), small.mat_mut().unwrap());
-    disagree(rows, "activation: rows of x is 20, but rows of y is 19");
-    let rows = cpu.gemm_activate_backward(product, f, small.mat(), y.mat_mut().unwrap());
-    disagree(rows, "activation backward: rows of x is 19, but rows of dx is 20");
+    let (bias, f) = (Some(&x.slice()[..20]), Activation::Relu);
+    let epilogue = Epilogue { bias, activation: Some((f, y.mat_mut().unwrap())) };
+    let rows = cpu.linear(x.mat(), x.mat(), epilogue, small.mat_mut().unwrap());
+    disagree(rows, "activation: rows of pre is 20, but rows of y is 19");
+    let rows = cpu.linear_dx(x.mat(), x.mat(), Some((f, small.mat())), y.mat_mut().unwrap());
+    disagree(rows, "activation backward: rows of pre is 19, but rows of dx is 20");
 }
 
 #[test]
@@ -791,10 +798,13 @@ fn kernels_name_the_shapes_that_disagree() {
         cpu.sum_rows(x.mat(), row(3).slice_mut().unwrap()),
         "bias gradient: the gradient is 3, but the number of columns is 4",
     );
-    disagree(ops::linear(&x, &wide, None), "linear: columns of x is 4, but columns of w is 5");
-    disagree(ops::linear(&x, &x, Some(&row(3))), "bias: the bias is 3, but the number of columns is 2");
-    disagree(ops::linear_input_grad(&wide, &x), "linear backward: columns of dy is 5, but rows of w is 2");
-    disagree(ops::linear_weight_grad(&x, &zeros(3, 4)), "gemm: columns of A is 2, but rows of B is 3");
+    disagree(ops::linear(&x, &wide, None, None), "linear: columns of x is 4, but columns of w is 5");
+    disagree(ops::linear(&x, &x, Some(&row(3)), None), "bias: the bias is 3, but the number of columns is 2");
+    disagree(ops::linear_dx(&wide, &x, None), "linear backward: columns of dy is 5, but rows of w is 2");
+    disagree(
+        ops::linear_dw(&cpu, (x.mat(), zeros(3, 4).mat()), 0.0, zeros(4, 4).mat_mut().unwrap(), None),
+        "gemm: columns of A is 2, but rows of B is 3",
+    );
     let kind = NormKind::LayerNorm { eps: 1e-5 };
     disagree(ops::normalize(kind, &x, &row(3), None), "norm: gamma is 3, but the number of columns is 4");
     disagree(
@@ -853,12 +863,15 @@ proptest! {
         let (x, w, dy) = (matrix(seed, "x", rows, inputs), matrix(seed, "w", outputs, inputs), matrix(seed, "dy", rows, outputs));
         let b: Array1<f64> = random(seed, "b", &[outputs]).into_dimensionality().unwrap();
         let [tx, tw, tdy] = [&x, &w, &dy].map(|x| tensor::<f64, _>(&cpu, x));
-        let biased = ops::linear(&tx, &tw, Some(&tensor(&cpu, &b))).unwrap();
+        let (biased, _) = ops::linear(&tx, &tw, Some(&tensor(&cpu, &b)), None).unwrap();
         close("y + b", &wide(&biased), &reference::linear(&x, &w, Some(&b)), EXACT);
-        close("y", &wide(&ops::linear(&tx, &tw, None).unwrap()), &reference::linear(&x, &w, None), EXACT);
+        let (y, _) = ops::linear(&tx, &tw, None, None).unwrap();
+        close("y", &wide(&y), &reference::linear(&x, &w, None), EXACT);
         let want = reference::linear_backward(&x, &w, &dy);
-        close("dx", &wide(&ops::linear_input_grad(&tdy, &tw).unwrap()), &want.dx, EXACT);
-        close("dw", &wide(&ops::linear_weight_grad(&tdy, &tx).unwrap()), &want.dw, EXACT);
+        close("dx", &wide(&ops::linear_dx(&tdy, &tw, None).unwrap()), &want.dx, EXACT);
+        let mut dw = Tensor::<f64>::empty(&cpu, [outputs, inputs]).unwrap();
+        ops::linear_dw(&cpu, (tdy.mat(), tx.mat()), 0.0, dw.mat_mut().unwrap(), None).unwrap();
+        close("dw", &wide(&dw), &want.dw, EXACT);
         close("db", &wide(&ops::bias_grad(&cpu, tdy.mat()).unwrap()), &want.db, EXACT);
     }
 
@@ -877,9 +890,9 @@ fn embedding<T: Element>(ids: &[u32], cols: usize, seed: u64) {
     let (table, dy) = (matrix(seed, "table", 5, cols), integers(seed, "dy", ids.len(), cols));
     let table = rounded::<T, _>(table);
     let wanted: Vec<_> = ids.iter().map(|&id| id as usize).collect();
-    let y = ops::embedding::<T, _>(&tensor(&cpu, &table), ids).unwrap();
+    let y = tensor::<T, _>(&cpu, &table).rows(ids).unwrap();
     assert_eq!(wide(&y), reference::embedding(&wanted, &table).into_dyn());
-    let dtable = ops::embedding_backward::<T, _>(ids, 5, &tensor(&cpu, &dy)).unwrap();
+    let dtable = ops::embedding_backward(&cpu, ids, 5, tensor::<T, _>(&cpu, &dy).mat()).unwrap();
     assert_eq!(wide(&dtable), reference::embedding_backward(&wanted, 5, &dy).into_dyn());
     // What the table's gradient held before is kept.
     let mut sum = dtable.clone();
@@ -892,26 +905,27 @@ fn embedding_refuses_ids_beyond_the_table() {
     let cpu = Cpu::new();
     let (table, dy) =
         (Tensor::<f32>::zeros(&cpu, [5, 2]).unwrap(), Tensor::<f32>::zeros(&cpu, [3, 2]).unwrap());
-    invalid(ops::embedding(&table, &[0, 5, 1]), "gather: id 5 is beyond a table of 5 rows");
+    invalid(table.rows(&[0, 5, 1]), "gather: id 5 is beyond a table of 5 rows");
     invalid(
-        ops::embedding_backward(&[0, u32::MAX - 1, 1], 5, &dy),
+        ops::embedding_backward(&cpu, &[0, u32::MAX - 1, 1], 5, dy.mat()),
         "scatter_add: id 4294967294 is beyond a table of 5 rows",
     );
     // The row that nobody has.
     let ones = Tensor::<f32>::full(&Cpu::poisoned(), [5, 2], 1.0).unwrap();
-    let y = wide(&ops::embedding(&ones, &[NO_ROW, 4, NO_ROW]).unwrap());
+    let y = wide(&ones.rows(&[NO_ROW, 4, NO_ROW]).unwrap());
     assert_eq!(y, array![[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]].into_dyn());
     let dtable = wide(
         &ops::embedding_backward(
+            &cpu,
             &[NO_ROW, 1, NO_ROW],
             2,
-            &Tensor::<f32>::full(dy.device(), dy.shape(), 1.0).unwrap(),
+            Tensor::<f32>::full(&cpu, dy.shape(), 1.0).unwrap().mat(),
         )
         .unwrap(),
     );
     assert_eq!(dtable, array![[0.0, 0.0], [1.0, 1.0]].into_dyn());
     disagree(
-        ops::embedding_backward(&[0, 1], 5, &dy),
+        ops::embedding_backward(&cpu, &[0, 1], 5, dy.mat()),
         "scatter_add: the number of ids is 2, but the number of rows is 3",
     );
     disagree(

@@ -10,9 +10,8 @@ use shardwise::{
     kernels::{Activation, NormKind},
     parallel::{
         Activate, AddBias, AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, CopyTo,
-        GatedMlp, GatherFrom, GatherSequence, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp,
-        QkvLayout, ReduceFrom, ReduceScatterSequence, RowLinear, RowParallelLinear, ScatterSequence,
-        ScatterTo, Stream,
+        GatherFrom, GatherSequence, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp, QkvLayout,
+        ReduceFrom, ReduceScatterSequence, RowLinear, RowParallelLinear, ScatterSequence, ScatterTo, Stream,
     },
     reference,
     shard::{Copied, Elementwise, Partition, Placement, Replicated, Sequences, Shard},
@@ -308,7 +307,7 @@ fn mlp<S: Stream + Spread>(world: usize, rows: usize, hidden: usize, ffn: usize,
     };
     for (f, act) in ACTIVATIONS {
         let got = run::<f64, _>(&case, |group, weights| {
-            GatedMlp::<S, f64, Dev>::load_gated(group, weights, &names, (hidden, ffn), f, false)
+            ParallelMlp::<S, f64, Dev>::load_gated(group, weights, &names, (hidden, ffn), f, false)
         })
         .unwrap();
         let want = reference::gated_mlp_backward(&gated, act, &x, &dy);

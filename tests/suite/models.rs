@@ -15,7 +15,7 @@ use shardwise::{
     parallel::{DTensor, Sampler, Stream, VocabParallelCrossEntropy},
     reference::worst,
     shard::{Reduction, Replicated, Sequences, Shard},
-    tensor::{Arrays, Region, Role, Visit, WeightSource},
+    tensor::{Arrays, Param, Region, Role, WeightSource},
     weights::{Checkpoint, Save},
 };
 use std::{
@@ -236,26 +236,24 @@ fn direction(region: &Region) -> impl Iterator<Item = f64> {
 fn slopes<S: Stream>(group: &Group<Dev>, name: &str, targets: &[u32]) -> Result<(f64, Vec<(String, f64)>)> {
     let ((checkpoint, config), reference) = (decoder(name), reference(name, "logits"));
     let (ids, sequences, _) = reference.packed();
-    let mut model = Decoder::<S, f64, Dev>::load(group, &checkpoint, &config)?;
+    let model = Decoder::<S, f64, Dev>::load(group, &checkpoint, &config)?;
     let (logits, saved) = model.forward(&ids, sequences)?;
     let entropy = VocabParallelCrossEntropy::default();
     let (losses, kept) = entropy.forward(&logits, targets)?;
     model.backward(saved, &entropy.backward(&kept, 1.0)?)?;
-    Ok((losses.sum()?, own_slopes(|f| model.visit(f))?))
+    Ok((losses.sum()?, own_slopes(&model.params())?))
 }
 
 /// Σ gradient · direction of every tensor of which this rank owns a part.
-fn own_slopes(mut visit: impl Visit<f64, Dev>) -> Result<Vec<(String, f64)>> {
+fn own_slopes(params: &[Param<f64, Dev>]) -> Result<Vec<(String, f64)>> {
     let mut own = Vec::new();
-    visit(&mut |param| {
-        let (shape, grad) = (param.value().shape(), param.grad().unwrap().to_vec()?);
-        let width = shape.split_at(0).1;
+    for param in params {
+        let (width, grad) = (param.shape().split_at(0).1, param.grad().unwrap().to_vec()?);
         for piece in param.pieces().iter().filter(|piece| piece.owned) {
             let grad = &grad[piece.row * width..][..piece.region.extent().len()];
             own.push((piece.tensor.clone(), direction(&piece.region).zip(grad).map(|(a, b)| a * b).sum()));
         }
-        Ok(())
-    })?;
+    }
     Ok(own)
 }
 
@@ -275,9 +273,9 @@ fn measured(mut loss: impl FnMut(f64) -> f64) -> f64 {
 }
 
 /// Moves one tensor of a model along its direction.
-fn shift(mut visit: impl Visit<f64, Dev>, tensor: &str, step: f64) -> Result<()> {
-    visit(&mut |param| {
-        let (shape, mut values) = (param.value().shape(), param.value().to_vec()?);
+fn shift(params: &[Param<f64, Dev>], tensor: &str, step: f64) -> Result<()> {
+    for param in params {
+        let (shape, mut values) = (param.shape(), param.value()?.to_vec()?);
         let width = shape.split_at(0).1;
         for piece in param.pieces().iter().filter(|piece| piece.tensor == tensor) {
             let values = &mut values[piece.row * width..][..piece.region.extent().len()];
@@ -285,9 +283,9 @@ fn shift(mut visit: impl Visit<f64, Dev>, tensor: &str, step: f64) -> Result<()>
                 *value += step * along;
             }
         }
-        *param.value_mut() = Tensor::from_slice(param.value().device(), shape, &values)?;
-        Ok(())
-    })
+        param.set(Tensor::from_slice(param.device(), shape, &values)?)?;
+    }
+    Ok(())
 }
 
 /// What a model computes on one device is differentiated numerically along a direction for each tensor; the sharded
@@ -302,14 +300,14 @@ fn gradients_of_models_are_those_of_their_losses() {
         let parallel = all(ranks(world).run(|group| slopes::<Shard<0>>(&group, name, &targets)).unwrap());
         let (checkpoint, config) = decoder(name);
         let solo = Group::solo(&dev::fresh());
-        let mut model = Decoder::<Replicated, f64, Dev>::load(&solo, &checkpoint, &config).unwrap();
+        let model = Decoder::<Replicated, f64, Dev>::load(&solo, &checkpoint, &config).unwrap();
         assert_eq!(replicated.len(), checkpoint.names().len(), "every tensor has a gradient");
         for (tensor, slope) in &replicated {
             let numeric = measured(|step| {
-                shift(|f| model.visit(f), tensor, step).unwrap();
+                shift(&model.params(), tensor, step).unwrap();
                 let (logits, _) = model.forward(&ids, sequences.clone()).unwrap();
                 let (losses, _) = VocabParallelCrossEntropy::default().forward(&logits, &targets).unwrap();
-                shift(|f| model.visit(f), tensor, -step).unwrap();
+                shift(&model.params(), tensor, -step).unwrap();
                 losses.sum().unwrap()
             });
             for slope in [slope, &parallel[tensor]] {
@@ -334,24 +332,24 @@ fn bert_trains_and_is_saved() {
         (ids, types, sequences): (&[u32], &[u32], &Sequences),
         dy: &Array2<f64>,
     ) -> Result<Vec<(String, f64)>> {
-        let mut model = Bert::<S, f64, Dev>::load(group, checkpoint, config)?;
+        let model = Bert::<S, f64, Dev>::load(group, checkpoint, config)?;
         let (_, saved) = model.forward(ids, Some(types), sequences.clone())?;
         let own = dy.slice(ndarray::s![S::local_rows(group, ids.len())?, ..]).to_owned();
         let dy = S::of_local(group, ids.len(), Tensor::from_array(group.device(), &own)?)?;
         model.backward(saved, &dy)?;
-        own_slopes(|f| model.visit(f))
+        own_slopes(&model.params())
     }
     let (model, batch) = ((&checkpoint, &config), (ids.as_slice(), types.as_slice(), &sequences));
     let replicated = total(ranks(3).run(|group| slopes::<Replicated>(&group, model, batch, &dy)).unwrap());
     let parallel = total(ranks(4).run(|group| slopes::<Shard<0>>(&group, model, batch, &dy)).unwrap());
-    let mut alone =
+    let alone =
         Bert::<Replicated, f64, Dev>::load(&Group::solo(&dev::fresh()), &checkpoint, &config).unwrap();
     assert_eq!(replicated.keys().collect::<Vec<_>>(), parallel.keys().collect::<Vec<_>>());
     for (tensor, slope) in &replicated {
         let numeric = measured(|step| {
-            shift(|f| alone.visit(f), tensor, step).unwrap();
+            shift(&alone.params(), tensor, step).unwrap();
             let (hidden, _) = alone.forward(&ids, Some(&types), sequences.clone()).unwrap();
-            shift(|f| alone.visit(f), tensor, -step).unwrap();
+            shift(&alone.params(), tensor, -step).unwrap();
             (hidden.local().to_array().unwrap() * &dy).sum()
         });
         for slope in [slope, &parallel[tensor]] {
@@ -414,9 +412,9 @@ fn large_models_are_saved_in_several_files() {
     let (checkpoint, config) = decoder("qwen2");
     let folder = tempfile::tempdir().unwrap();
     let saved = ranks(3).run(|group| {
-        let mut model = Decoder::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?;
+        let model = Decoder::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?;
         let save = Save::new(folder.path()).config(&config.json).max_shard(40_000);
-        save.write(&group, |f| model.visit(f))
+        save.write(&group, &model.params())
     });
     saved.unwrap();
     let mut files: Vec<_> = fs::read_dir(folder.path())
@@ -676,14 +674,14 @@ fn texts_padded_on_the_left_are_the_texts_alone() {
         sequences: &Sequences,
     ) -> (Array2<f64>, BTreeMap<String, f64>) {
         let outcomes = ranks(world).run(|group| {
-            let mut model = Decoder::<S, f64, Dev>::load(&group, checkpoint, config)?;
+            let model = Decoder::<S, f64, Dev>::load(&group, checkpoint, config)?;
             let (logits, saved) = model.forward(ids, sequences.clone())?;
             let entropy =
                 VocabParallelCrossEntropy { ignored: Some(9999), ..VocabParallelCrossEntropy::default() };
             let (_, kept) = entropy.forward(&logits, targets)?;
             model.backward(saved, &entropy.backward(&kept, 1.0)?)?;
             let logits = (logits.local().shape().cols(), logits.local().to_vec()?);
-            Ok((logits, own_slopes(|f| model.visit(f))?))
+            Ok((logits, own_slopes(&model.params())?))
         });
         let (parts, slopes): (Vec<_>, Vec<_>) = outcomes.unwrap().into_iter().unzip();
         (together(parts), total(slopes))
@@ -759,16 +757,15 @@ fn bert_padded_on_the_left_is_the_text_alone() {
 }
 
 /// The gradient of the rows of a word table.
-fn table_rows(visit: impl Visit<f64, Dev>, name: &str) -> Result<Vec<(usize, Vec<f64>)>> {
-    let (mut visit, mut rows) = (visit, Vec::new());
-    visit(&mut |param| {
+fn table_rows(params: &[Param<f64, Dev>], name: &str) -> Result<Vec<(usize, Vec<f64>)>> {
+    let mut rows = Vec::new();
+    for param in params {
         for piece in param.pieces().iter().filter(|piece| piece.tensor == name) {
-            let (grad, width) = (param.grad().unwrap().to_vec()?, param.value().shape().cols());
+            let (grad, width) = (param.grad().unwrap().to_vec()?, param.shape().cols());
             let first = piece.region.ranges()[0].start;
             rows.extend(grad.chunks(width).enumerate().map(|(row, grad)| (first + row, grad.to_vec())));
         }
-        Ok(())
-    })?;
+    }
     Ok(rows)
 }
 
@@ -782,12 +779,12 @@ fn the_word_embedding_of_padding_has_no_gradient() {
     let bert = |config: &BertConfig, world: usize, reduction: Reduction| {
         let rows = ranks(world).run(|group| {
             let group = group.with_reduction(reduction);
-            let mut model = Bert::<Replicated, f64, Dev>::load(&group, &checkpoint, config)?;
+            let model = Bert::<Replicated, f64, Dev>::load(&group, &checkpoint, config)?;
             let (hidden, saved) = model.forward(&ids, None, Sequences::one(ids.len()))?;
             let dy = crate::support::matrix(1, "dy", ids.len(), config.block.attention.hidden);
             let dy = DTensor::replicated(&group, Tensor::from_array(group.device(), &dy)?)?;
             model.backward(saved, &dy)?;
-            let rows = table_rows(|f| model.visit(f), "embeddings.word_embeddings.weight")?;
+            let rows = table_rows(&model.params(), "embeddings.word_embeddings.weight")?;
             Ok((hidden.local().to_vec()?, rows))
         });
         let (hidden, rows): (Vec<_>, Vec<_>) = rows.unwrap().into_iter().unzip();
@@ -847,12 +844,12 @@ fn decoders_have_the_padding_of_transformers() {
                 _ => "model.embed_tokens.weight",
             };
             let rows = ranks(world).run(|group| {
-                let mut model = Decoder::<Replicated, f64, Dev>::load(&group, &checkpoint, &config)?;
+                let model = Decoder::<Replicated, f64, Dev>::load(&group, &checkpoint, &config)?;
                 let (logits, saved) = model.forward(&ids, Sequences::one(ids.len()))?;
                 let entropy = VocabParallelCrossEntropy::default();
                 let (_, kept) = entropy.forward(&logits, &[1, 2, 4, 6, 8, 9])?;
                 model.backward(saved, &entropy.backward(&kept, 1.0)?)?;
-                table_rows(|f| model.visit(f), tensor)
+                table_rows(&model.params(), tensor)
             });
             assert_eq!(config.tied, with_head);
             rows.unwrap().concat()

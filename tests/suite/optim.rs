@@ -19,7 +19,7 @@ use shardwise::{
     },
     reference,
     shard::{Partition, Replicated, Shard},
-    tensor::{Arrays, Random, Weights},
+    tensor::{Arrays, Param, Random, Weights},
     train::{DataParallel, GradReduce, ShardedSampler, check_replicas},
 };
 
@@ -42,41 +42,28 @@ fn layer<T: Element>(seed: u64) -> ColumnLinear<T, Dev> {
 /// Steps a layer and the reference alike; the reference's numbers are f64 throughout.
 fn steps<T: Element>(
     seed: u64,
-    mut step: impl FnMut(&mut ColumnLinear<T, Dev>) -> Result<()>,
+    mut step: impl FnMut(&ColumnLinear<T, Dev>) -> Result<()>,
     mut reference: impl FnMut(usize, &mut ArrayD<f64>, &ArrayD<f64>),
     tolerance: f64,
 ) {
-    let mut layer = layer::<T>(seed);
-    let mut want = Vec::new();
-    layer
-        .visit(&mut |param| {
-            want.push(param.value().to_array()?.mapv(T::to_f64));
-            Ok(())
-        })
-        .unwrap();
+    let layer = layer::<T>(seed);
+    let params = layer.params();
+    let value = |param: &Param<T, Dev>| param.value().unwrap().to_array().unwrap().mapv(T::to_f64);
+    let mut want: Vec<_> = params.iter().map(value).collect();
     for at in 0..6 {
-        let mut number = 0;
-        layer
-            .visit(&mut |param| {
-                let grad = random(seed + at, param.name(), param.value().shape().dims())
-                    .mapv(|g| T::Acc::from_f64(g).to_f64());
-                reference(number, &mut want[number], &grad);
-                number += 1;
-                param.zero_grad();
-                let device = param.value().device().clone();
-                param.add_grad(Tensor::from_array(&device, &grad.mapv(T::Acc::from_f64))?)
-            })
-            .unwrap();
-        step(&mut layer).unwrap();
+        for (number, param) in params.iter().enumerate() {
+            let grad =
+                random(seed + at, param.name(), param.shape().dims()).mapv(|g| T::Acc::from_f64(g).to_f64());
+            reference(number, &mut want[number], &grad);
+            param.zero_grad();
+            let grad = Tensor::from_array(param.device(), &grad.mapv(T::Acc::from_f64)).unwrap();
+            param.add_grad(grad).unwrap();
+        }
+        step(&layer).unwrap();
     }
-    let mut number = 0;
-    layer
-        .visit(&mut |param| {
-            close(param.name(), &param.value().to_array()?.mapv(T::to_f64), &want[number], tolerance);
-            number += 1;
-            Ok(())
-        })
-        .unwrap();
+    for (param, want) in params.iter().zip(&want) {
+        close(param.name(), &value(param), want, tolerance);
+    }
 }
 
 fn sgd_agrees<T: Element>(config: SgdConfig, seed: u64, tolerance: f64) {
@@ -87,7 +74,7 @@ fn sgd_agrees<T: Element>(config: SgdConfig, seed: u64, tolerance: f64) {
     // Gradients are scaled by 0.5 on the way.
     steps(
         seed,
-        |layer: &mut ColumnLinear<T, Dev>| sgd.step(|f| layer.visit(f), 0.1, 0.5),
+        |layer: &ColumnLinear<T, Dev>| sgd.step(&layer.params(), 0.1, 0.5),
         |at, w, g| all[at].step(w, &(g * 0.5)),
         tolerance,
     );
@@ -108,7 +95,7 @@ fn adamw_agrees<T: Element>(decay_vectors: bool, seed: u64, tolerance: f64) {
     let mut all = [same(0.1), same(if decay_vectors { 0.1 } else { 0.0 })];
     steps(
         seed,
-        |layer: &mut ColumnLinear<T, Dev>| adamw.step(|f| layer.visit(f), 0.01, 0.5),
+        |layer: &ColumnLinear<T, Dev>| adamw.step(&layer.params(), 0.01, 0.5),
         |at, w, g| all[at].step(w, &(g * 0.5)),
         tolerance,
     );
@@ -139,24 +126,18 @@ proptest! {
 /// A thousand steps, each too small for bf16 to see, still move the weight.
 #[test]
 fn master_weights_keep_what_bf16_cannot() {
-    let (mut layer, mut sgd) = (layer::<bf16>(1), Sgd::<bf16, Dev>::default());
-    let value = |layer: &mut ColumnLinear<bf16, Dev>| {
-        let mut values = Vec::new();
-        layer.visit(&mut |param| param.value().to_vec().map(|all| values.extend(all))).unwrap();
-        values[0].to_f64()
-    };
-    let before = value(&mut layer);
+    let (layer, mut sgd) = (layer::<bf16>(1), Sgd::<bf16, Dev>::default());
+    let params = layer.params();
+    let value = || params[0].value().unwrap().to_vec().unwrap()[0].to_f64();
+    let before = value();
     for _ in 0..1000 {
-        layer
-            .visit(&mut |param| {
-                param.zero_grad();
-                let device = param.value().device().clone();
-                param.add_grad(Tensor::full(&device, param.value().shape(), 1.0)?)
-            })
-            .unwrap();
-        sgd.step(|f| layer.visit(f), 1e-4, 1.0).unwrap();
+        for param in &params {
+            param.zero_grad();
+            param.add_grad(Tensor::full(param.device(), param.shape(), 1.0).unwrap()).unwrap();
+        }
+        sgd.step(&params, 1e-4, 1.0).unwrap();
     }
-    assert!((value(&mut layer) - (before - 0.1)).abs() <= bf16::EPSILON.to_f64() * before.abs().max(0.1));
+    assert!((value() - (before - 0.1)).abs() <= bf16::EPSILON.to_f64() * before.abs().max(0.1));
 }
 
 #[test]
@@ -203,13 +184,13 @@ fn gradient_norms_are_those_of_one_device() {
                 let layout = QkvLayout::separate("q", "k", "v");
                 let attention =
                     ParallelAttention::<S, f64, Dev>::load(group, &weights, &layout, "o", config)?;
-                let mut model = Layer::<f64, Dev>::then(norm, attention);
+                let model = Layer::<f64, Dev>::then(norm, attention);
                 let own = S::local_rows(group, x.nrows())?;
                 let part = Tensor::from_array(group.device(), &x.slice(ndarray::s![own, ..]))?;
                 let x = S::of_local(group, x.nrows(), part)?;
                 let (y, saved) = model.forward(&x)?;
                 model.backward(saved, &y)?;
-                grad_norm(|f| model.visit(f), &[group])
+                grad_norm(&model.params(), &[group])
             }
             let config = AttentionConfig {
                 kv_heads,
@@ -245,13 +226,8 @@ fn model(device: &Dev, source: &Arrays) -> Result<Model> {
 }
 
 /// Adds the gradient of `scale` · Σ (y − t)² over some samples.
-fn backward(model: &mut Model, x: &Array2<f64>, t: &Array2<f64>, rows: &[usize], scale: f64) -> Result<()> {
-    let mut device = None;
-    model.visit(&mut |param| {
-        device = Some(dev::beside(param.value().device()));
-        Ok(())
-    })?;
-    let alone = Group::solo(&device.unwrap());
+fn backward(model: &Model, x: &Array2<f64>, t: &Array2<f64>, rows: &[usize], scale: f64) -> Result<()> {
+    let alone = Group::solo(&dev::beside(model.weight().device()));
     let pick = |x: &Array2<f64>| Tensor::from_array(alone.device(), &x.select(ndarray::Axis(0), rows));
     let (y, saved) = model.forward(&DTensor::replicated(&alone, pick(x)?)?)?;
     let dy = ops::squared_error_backward(y.local(), &pick(t)?, scale)?;
@@ -259,9 +235,11 @@ fn backward(model: &mut Model, x: &Array2<f64>, t: &Array2<f64>, rows: &[usize],
     Ok(())
 }
 
-fn params(model: &mut Model) -> Result<Vec<f64>> {
+fn values(model: &Model) -> Result<Vec<f64>> {
     let mut all = Vec::new();
-    model.visit(&mut |param| param.value().to_vec().map(|values| all.extend(values)))?;
+    for param in model.params() {
+        all.extend(param.value()?.to_vec()?);
+    }
     Ok(all)
 }
 
@@ -281,11 +259,11 @@ fn data_parallel_equals_the_big_batch() {
                     arrays([("weight", random(rank as u64, "?", &[2, 3])), ("bias", random(9, "?", &[2]))])
                 }
             };
-            let mut model = model(group.device(), &own)?;
+            let model = model(group.device(), &own)?;
             let replicas = match how {
-                1 => DataParallel::with_buckets(&group, |f| model.visit(f), 8)?,
-                4 => DataParallel::central(&group, |f| model.visit(f), group.size() - 1)?,
-                _ => DataParallel::new(&group, |f| model.visit(f))?,
+                1 => DataParallel::with_buckets(&group, &model.params(), 8)?,
+                4 => DataParallel::central(&group, &model.params(), group.size() - 1)?,
+                _ => DataParallel::new(&group, &model.params())?,
             };
             let mut sgd = Sgd::new(SgdConfig { momentum: 0.9, ..SgdConfig::default() });
             for epoch in 0..2 {
@@ -293,43 +271,40 @@ fn data_parallel_equals_the_big_batch() {
                 for batch in 0..sampler.batches() {
                     let size = sampler.range(batch, 0, 1).len() as f64;
                     let mine = &order[sampler.range(batch, group.rank(), group.size())];
-                    model.visit(&mut |param| {
-                        param.zero_grad();
-                        Ok(())
-                    })?;
+                    model.params().iter().for_each(Param::zero_grad);
                     match how {
                         // The mean over the own samples, weighted with their number.
                         2 => {
                             replicas.begin(GradReduce::Mean { weight: mine.len() as f64 })?;
                             if !mine.is_empty() {
-                                backward(&mut model, &x, &t, mine, 1.0 / mine.len() as f64)?;
+                                backward(&model, &x, &t, mine, 1.0 / mine.len() as f64)?;
                             }
                         }
                         // One sample at a time: only the last backward is reduced.
                         3 => {
                             let last = mine.len().saturating_sub(1);
                             for sample in &mine[..last] {
-                                backward(&mut model, &x, &t, &[*sample], 1.0 / size)?;
+                                backward(&model, &x, &t, &[*sample], 1.0 / size)?;
                             }
                             replicas.begin(GradReduce::Sum)?;
                             if !mine.is_empty() {
-                                backward(&mut model, &x, &t, &mine[last..], 1.0 / size)?;
+                                backward(&model, &x, &t, &mine[last..], 1.0 / size)?;
                             }
                         }
                         _ => {
                             replicas.begin(GradReduce::Sum)?;
-                            backward(&mut model, &x, &t, mine, 1.0 / size)?;
+                            backward(&model, &x, &t, mine, 1.0 / size)?;
                         }
                     }
-                    replicas.finish(|f| model.visit(f))?;
+                    replicas.finish()?;
                     if replicas.steps() {
-                        sgd.step(|f| model.visit(f), 0.05, 1.0)?;
+                        sgd.step(&model.params(), 0.05, 1.0)?;
                     }
-                    replicas.publish(|f| model.visit(f))?;
+                    replicas.publish()?;
                 }
             }
-            check_replicas(|f| model.visit(f), &group)?;
-            params(&mut model)
+            check_replicas(&model.params(), &group)?;
+            values(&model)
         });
         let all = all.unwrap();
         assert!(all.iter().all(|own| *own == all[0]));
@@ -361,36 +336,35 @@ fn misuse_of_replicas_is_named() {
     };
     let (x, t) = (matrix(1, "x", 2, 3), matrix(1, "t", 2, 2));
     assert_eq!(
-        run(&|group, mut model| DataParallel::new(group, |f| model.visit(f))?.finish(|f| model.visit(f))),
+        run(&|group, model| DataParallel::new(group, &model.params())?.finish()),
         "data parallel: `finish` without `begin`, or after an error"
     );
     assert_eq!(
-        run(&|group, mut model| DataParallel::new(group, |f| model.visit(f))?
+        run(&|group, model| DataParallel::new(group, &model.params())?
             .begin(GradReduce::Mean { weight: 0.0 })),
         "data parallel: the ranks' weights sum to 0"
     );
     assert_eq!(
-        run(&|group, mut model| DataParallel::central(group, |f| model.visit(f), 2).map(drop)),
+        run(&|group, model| DataParallel::central(group, &model.params(), 2).map(drop)),
         "data parallel: aggregator 2 of a group of 2"
     );
-    let twice = run(&|group, mut model| {
-        let replicas = DataParallel::new(group, |f| model.visit(f))?;
+    let twice = run(&|group, model| {
+        let replicas = DataParallel::new(group, &model.params())?;
         replicas.begin(GradReduce::Sum)?;
-        backward(&mut model, &x, &t, &[0], 1.0)?;
-        backward(&mut model, &x, &t, &[1], 1.0)
+        backward(&model, &x, &t, &[0], 1.0)?;
+        backward(&model, &x, &t, &[1], 1.0)
     });
     assert!(twice.contains("a gradient was added to after its reduction had started"), "{twice}");
     // A replica that drifts is named, on every rank.
-    let drift = run(&|group, mut model| {
-        DataParallel::new(group, |f| model.visit(f))?;
+    let drift = run(&|group, model| {
+        DataParallel::new(group, &model.params())?;
         if group.rank() == 1 {
-            model.visit(&mut |param| {
-                let one = Tensor::full(group.device(), param.value().shape(), 1.0)?;
-                *param.value_mut() = if param.name() == "bias" { one } else { param.value().clone() };
-                Ok(())
-            })?;
+            for param in model.params() {
+                let one = Tensor::full(group.device(), param.shape(), 1.0)?;
+                param.set(if param.name() == "bias" { one } else { param.value()? })?;
+            }
         }
-        check_replicas(|f| model.visit(f), group)
+        check_replicas(&model.params(), group)
     });
     assert_eq!(drift, "rank 1 of group `world` has drifted: its `bias` differs from rank 0's");
 }

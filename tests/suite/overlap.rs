@@ -15,8 +15,8 @@ use shardwise::{
     device::Element,
     kernels::{Activation, Gemm},
     parallel::{
-        Bias, ColumnLinear, ColumnParallelLinear, Columns, ForkedColumnLinear, GatedMlp, Layer,
-        MeasuredOverlap, MlpNames, ParallelMlp, QkvLayout, RowParallelLinear, Stream,
+        Bias, ColumnLinear, ColumnParallelLinear, Columns, ForkedColumnLinear, Layer, MeasuredOverlap,
+        MlpNames, ParallelMlp, QkvLayout, RowParallelLinear, Stream,
     },
     shard::{Heads, Partition, Reduction, Replicated, Sequences, Shard},
     tensor::{Arrays, Random, Weights},
@@ -37,7 +37,7 @@ fn mlp<S: Stream + Spread, T: Element>(
             ParallelMlp::<S, T, Dev>::load(group, weights, &names, sizes, f, true)
         }),
         true => run::<T, _>(case, |group: &Group<Dev>, weights: &Weights<'_>| {
-            GatedMlp::<S, T, Dev>::load_gated(group, weights, &names, sizes, f, true)
+            ParallelMlp::<S, T, Dev>::load_gated(group, weights, &names, sizes, f, true)
         }),
     }
 }
@@ -233,7 +233,7 @@ fn products_run_between_starts_and_waits() {
     let splits = fresh().splits_exactly();
     let records = ranks(2).run(|world| {
         let group = world.with_overlap(Overlap::Chunks(2));
-        let (mut column, mut row) = column_and_row(&group)?;
+        let (column, row) = column_and_row(&group)?;
         let x = ones(&group, 512)?;
         let mut seen = snapshot().entries.len();
         let mut step = || {

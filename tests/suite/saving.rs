@@ -9,7 +9,7 @@ use shardwise::{
     models::{Decoder, DecoderConfig, ModelConfig},
     parallel::{Bias, ColumnLinear, Columns, Layer},
     shard::{Axis, Mesh, Replicated},
-    tensor::{Random, Region, Role, WeightSource, Weights},
+    tensor::{Param, Random, Region, Role, WeightSource, Weights},
     weights::{self, Checkpoint},
 };
 use std::{
@@ -30,12 +30,10 @@ fn data() -> (Checkpoint, DecoderConfig) {
 /// A model all of whose weights are `version`.
 fn model<T: Element>(group: &Group<Dev>, version: f64) -> Result<Model<T>> {
     let (checkpoint, config) = data();
-    let mut model = Model::<T>::load(group, &checkpoint, &config)?;
-    model.visit(&mut |param| {
-        let shape = param.value().shape();
-        *param.value_mut() = Tensor::full(group.device(), shape, version)?;
-        Ok(())
-    })?;
+    let model = Model::<T>::load(group, &checkpoint, &config)?;
+    for param in model.params() {
+        param.set(Tensor::full(group.device(), param.shape(), version)?)?;
+    }
     Ok(model)
 }
 
@@ -46,7 +44,7 @@ fn config(version: f64) -> String {
 
 /// Saves a version, in files of at most so many bytes.
 fn put(group: &Group<Dev>, version: f64, folder: &Path, max_shard: usize) -> Result<()> {
-    put_model(group, &mut model::<f32>(group, version)?, version, folder, max_shard)
+    put_model(group, &model::<f32>(group, version)?, version, folder, max_shard)
 }
 
 fn save(world: usize, version: f64, folder: &Path, max_shard: usize) -> Result<()> {
@@ -251,14 +249,11 @@ fn a_group_that_does_not_own_each_element_once_is_refused_on_every_rank() {
     for (owners, says) in [(2, twice), (0, "the ranks of the group own is 0, ")] {
         let outcomes = ranks(2)
             .run_each(|group| {
-                let mut model = model::<f32>(&Group::solo(group.device()), 1.0)?;
-                model.visit(&mut |param| {
-                    if owners == 0 {
-                        param.disown();
-                    }
-                    Ok(())
-                })?;
-                weights::save(&group, |f| model.visit(f), folder.path())
+                let params = model::<f32>(&Group::solo(group.device()), 1.0)?.params();
+                if owners == 0 {
+                    params.iter().for_each(Param::disown);
+                }
+                weights::save(&group, &params, folder.path())
             })
             .unwrap();
         for outcome in outcomes {
@@ -278,9 +273,8 @@ fn replicas_of_a_part_are_not_taken_for_the_whole() {
         let mesh = DeviceMesh::new(&world, Mesh::new(2, 1, 2)?)?;
         let (tensor, source) = (mesh.group(Axis::Tensor), Random::normal(1, 0.1));
         let columns = Columns::even(tensor, 4)?;
-        let mut layer =
-            ColumnLinear::<f32, Dev>::load(tensor, &Weights::new(&source), 3, &columns, Bias::Add)?;
-        weights::save(mesh.group(Axis::Data), |f| layer.visit(f), folder.path())
+        let layer = ColumnLinear::<f32, Dev>::load(tensor, &Weights::new(&source), 3, &columns, Bias::Add)?;
+        weights::save(mesh.group(Axis::Data), &layer.params(), folder.path())
     });
     for outcome in outcomes.unwrap() {
         let error = outcome.unwrap_err().to_string();
@@ -298,12 +292,11 @@ fn a_killed_process_leaves_the_old_or_the_new() {
         let folder = PathBuf::from(folder);
         let several = folder.ends_with("several");
         let outcome = ranks(1).run(|group| {
-            let mut models = [model::<f32>(&group, 1.0)?, model::<f32>(&group, 2.0)?];
+            let models = [model::<f32>(&group, 1.0)?, model::<f32>(&group, 2.0)?];
             for at in 0.. {
                 let max = [40_000, usize::MAX, 20_000][if several { at % 3 } else { 1 }];
                 let version = (at % 2 + 1) as f64;
-                let model = &mut models[at % 2];
-                put_model(&group, model, version, &folder, max)?;
+                put_model(&group, &models[at % 2], version, &folder, max)?;
             }
             Ok(())
         });
@@ -346,13 +339,7 @@ fn a_killed_process_leaves_the_old_or_the_new() {
     }
 }
 
-fn put_model(
-    group: &Group<Dev>,
-    model: &mut Model<f32>,
-    version: f64,
-    folder: &Path,
-    max: usize,
-) -> Result<()> {
+fn put_model(group: &Group<Dev>, model: &Model<f32>, version: f64, folder: &Path, max: usize) -> Result<()> {
     let save = weights::Save::new(folder).config(config(version)).max_shard(max);
-    save.write(group, |f| model.visit(f))
+    save.write(group, &model.params())
 }

@@ -11,11 +11,10 @@ use shardwise::{
     optim::grad_norm,
     parallel::{
         AddBias, AttentionConfig, Bias, BlockConfig, BlockNames, BoxLayer, Chain, ColumnLinear,
-        ColumnParallelLinear, Columns, CopyTo, CrossEntropySaved, DTensor, ForkedColumnLinear, GatedMlp,
-        GatherFrom, GatherSequence, Layer, MlpNames, NormPlacement, Normalize, ParallelAttention,
-        ParallelMlp, QkvLayout, Recompute, ReduceFrom, ReduceScatterSequence, RowParallelLinear, Sampler,
-        ScatterSequence, ScatterTo, Stream, Traffic, TransformerBlock, VocabParallelCrossEntropy,
-        VocabParallelEmbedding,
+        ColumnParallelLinear, Columns, CopyTo, CrossEntropySaved, DTensor, ForkedColumnLinear, GatherFrom,
+        GatherSequence, Layer, MlpNames, NormPlacement, Normalize, ParallelAttention, ParallelMlp, QkvLayout,
+        Recompute, ReduceFrom, ReduceScatterSequence, RowParallelLinear, Sampler, ScatterSequence, ScatterTo,
+        Stream, Traffic, TransformerBlock, VocabParallelCrossEntropy, VocabParallelEmbedding,
     },
     shard::{Copied, Mesh, Partial, Partition, Placement, Reduction, Replicated, Sequences, Shape, Shard},
     tensor::{Param, Random, Weights},
@@ -96,11 +95,11 @@ fn told<L: Layer<f32, Cpu>>(
         let told = AtomicBool::new(false);
         let source = Random::normal(1, 0.1);
         let rank = |group: Group<Cpu>| {
-            let mut layer = load(&group, &Weights::new(&source).at("model"))?;
+            let layer = load(&group, &Weights::new(&source).at("model"))?;
             let x = x(&group)?;
-            let mut pass = |is_forward: bool, act: &mut dyn FnMut(&mut L) -> Result<()>| {
+            let pass = |is_forward: bool, act: &mut dyn FnMut(&L) -> Result<()>| {
                 if group.rank() + 1 < group.size() || is_forward != forward {
-                    return act(&mut layer);
+                    return act(&layer);
                 }
                 match fault {
                     Fault::Fails => Err(Error::invalid("test", "fails")),
@@ -207,9 +206,9 @@ fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
     told("model.mlp.up", false, mlp::<Replicated>, stream::<Replicated>);
     told("model.mlp.up", true, mlp::<Shard<0>>, stream::<Shard<0>>);
     told("model.mlp.down", false, mlp::<Shard<0>>, stream::<Shard<0>>);
-    fn gated<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<GatedMlp<S, f32, Cpu>> {
+    fn gated<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<ParallelMlp<S, f32, Cpu>> {
         let (names, sizes) = (MlpNames::default(), (HIDDEN, 10));
-        GatedMlp::load_gated(group, &weights.at("mlp"), &names, sizes, Activation::Silu, false)
+        ParallelMlp::load_gated(group, &weights.at("mlp"), &names, sizes, Activation::Silu, false)
     }
     told("model.mlp", false, gated::<Replicated>, stream::<Replicated>);
 
@@ -224,7 +223,7 @@ fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
     told("model.first", true, forked::<Shard<0>>, stream::<Shard<0>>);
     told("model.first", false, forked::<Replicated>, stream::<Replicated>);
 
-    type Block<S> = TransformerBlock<S, GatedMlp<S, f32, Cpu>, f32, Cpu>;
+    type Block<S> = TransformerBlock<S, f32, Cpu>;
     fn block<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Block<S>> {
         TransformerBlock::load_gated(group, &weights.at("layers.3"), &llama())
     }
@@ -249,14 +248,14 @@ fn of_model<S: Stream>(name: &str, change: impl Fn(Group<Cpu>) -> Group<Cpu> + S
         let group = change(group);
         match &config {
             ModelConfig::Decoder(config) => {
-                let mut model = Decoder::<S, f32, Cpu>::load(&group, &checkpoint, config)?;
+                let model = Decoder::<S, f32, Cpu>::load(&group, &checkpoint, config)?;
                 sites(|| {
                     let (logits, saved) = model.forward(&ids, sequences())?;
                     model.backward(saved, &logits)
                 })
             }
             ModelConfig::Bert(config) => {
-                let mut model = Bert::<S, f32, Cpu>::load(&group, &checkpoint, config)?;
+                let model = Bert::<S, f32, Cpu>::load(&group, &checkpoint, config)?;
                 sites(|| {
                     let (y, saved) = model.forward(&ids, None, sequences())?;
                     model.backward(saved, &y)
@@ -323,7 +322,7 @@ impl Layer<f32, Cpu> for Own {
         Ok((partial.leave()?, ()))
     }
 
-    fn backward(&mut self, (): (), dy: &Held<Shard<0>>) -> Result<Held<Shard<0>>> {
+    fn backward(&self, (): (), dy: &Held<Shard<0>>) -> Result<Held<Shard<0>>> {
         Ok(self.forward(dy)?.0)
     }
 
@@ -333,7 +332,7 @@ impl Layer<f32, Cpu> for Own {
 }
 
 fn pass<L: Layer<f32, Cpu>>(
-    mut layer: L,
+    layer: L,
     x: &Held<L::In>,
     dy: impl FnOnce(&Held<L::Out>) -> Result<Held<<L::Out as Placement>::Dual>>,
 ) -> Result<()> {
@@ -398,34 +397,32 @@ fn calls_without_a_layer_are_told_by_the_programs_line() {
                 let (source, weights) = (Random::normal(1, 0.1), |source| Weights::new(source).at("l"));
                 let solo = Group::solo(group.device()).with_reduction(group.reduction());
                 let columns = Columns::even(&solo, 8)?;
-                let mut model =
+                let model =
                     ColumnLinear::<f32, Cpu>::load(&solo, &weights(&source), HIDDEN, &columns, Bias::Add)?;
-                let replicas = DataParallel::new(group, |f| Layer::<f32, Cpu>::visit(&mut model, f))?;
+                let replicas = DataParallel::new(group, &model.params())?;
                 replicas.begin(GradReduce::Sum)?;
                 let x = replicated(&solo)?.copy_to();
                 let (y, saved) = model.forward(&x)?;
                 model.backward(saved, &y)?;
-                replicas.finish(|f| Layer::<f32, Cpu>::visit(&mut model, f))?;
+                replicas.finish()?;
                 replicas.sum(&[1.0])?;
-                check_replicas(|f| Layer::<f32, Cpu>::visit(&mut model, f), group)
+                check_replicas(&model.params(), group)
             })?;
             calls(&group, |group| {
                 let (source, columns) = (Random::normal(1, 0.1), Columns::even(group, 8)?);
                 let weights = Weights::new(&source).at("l");
-                let mut model = ColumnLinear::<f32, Cpu>::load(group, &weights, HIDDEN, &columns, Bias::Add)?;
-                grad_norm(|f| Layer::<f32, Cpu>::visit(&mut model, f), &[group])?;
+                let model = ColumnLinear::<f32, Cpu>::load(group, &weights, HIDDEN, &columns, Bias::Add)?;
+                grad_norm(&model.params(), &[group])?;
                 let folder = if group.rank() == 0 { Some(tempfile::tempdir().unwrap()) } else { None };
                 let path = folder.as_ref().map_or(Path::new("none"), |folder| folder.path());
-                weights::save(group, |f| Layer::<f32, Cpu>::visit(&mut model, f), path)
+                weights::save(group, &model.params(), path)
             })?;
         }
         calls(&group, |group| {
-            let central =
-                |param: &mut Param<f32, Cpu>, f: &mut dyn FnMut(&mut Param<f32, Cpu>) -> Result<()>| f(param);
             let source = Random::normal(1, 0.1);
             let weights = Weights::new(&source).at("l");
             let region = shardwise::tensor::Region::whole([3]);
-            let mut param = Param::load_region(
+            let param = Param::<f32, Cpu>::load_region(
                 group.device(),
                 &weights,
                 "bias",
@@ -433,21 +430,17 @@ fn calls_without_a_layer_are_told_by_the_programs_line() {
                 region,
                 true,
             )?;
-            let replicas = DataParallel::central(group, |f| central(&mut param, f), 1)?;
+            let replicas = DataParallel::central(group, &[param], 1)?;
             replicas.begin(GradReduce::Mean { weight: 1.0 })?;
-            replicas.finish(|f| central(&mut param, f))?;
-            replicas.publish(|f| central(&mut param, f))
+            replicas.finish()?;
+            replicas.publish()
         })?;
         calls(&group, |group| {
-            let mut chunks = [Vec::<BoxLayer<Replicated, Replicated>>::new()];
+            let chunks = [Vec::<BoxLayer<Replicated, Replicated>>::new()];
             let schedule = Schedule::gpipe(group.size(), 2);
             let solo = Group::solo(group.device());
             let pipeline = Pipeline::new::<Replicated, f32, _>(group, &solo, schedule, &chunks, HIDDEN)?;
-            pipeline.run(
-                &mut chunks,
-                &[Microbatch::rows(TOKENS), Microbatch::rows(TOKENS)],
-                &mut Through(solo),
-            )
+            pipeline.run(&chunks, &[Microbatch::rows(TOKENS), Microbatch::rows(TOKENS)], &mut Through(solo))
         })?;
         calls(&group, |group| DeviceMesh::new(group, Mesh::new(1, 1, 2)?).map(drop))?;
         Ok(())
@@ -467,7 +460,7 @@ impl Layer<f32, Cpu> for AsTerm {
         Ok((DTensor::partial(x.group(), x.local().clone())?, ()))
     }
 
-    fn backward(&mut self, (): (), dy: &Held<Copied>) -> Result<Held<Partial>> {
+    fn backward(&self, (): (), dy: &Held<Copied>) -> Result<Held<Partial>> {
         Ok(self.forward(dy)?.0)
     }
 
@@ -498,7 +491,7 @@ fn own_layers_and_embeddings_say_where_they_are() {
     let source = Random::normal(1, 0.1);
     let run = |group: Group<Cpu>| {
         let weights = Weights::new(&source).at("model.wte");
-        let mut table = VocabParallelEmbedding::<Shard<0>, f32, Cpu>::load(&group, &weights, 11, HIDDEN)?;
+        let table = VocabParallelEmbedding::<Shard<0>, f32, Cpu>::load(&group, &weights, 11, HIDDEN)?;
         let found = sites(|| {
             let (y, rows) = table.forward(&[3; TOKENS], Sequences::one(TOKENS))?;
             table.backward(&rows, &y)

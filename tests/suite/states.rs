@@ -20,7 +20,7 @@ use shardwise::{
     train::{DataParallel, GradReduce, Pipeline, Schedule},
     weights::{self, Checkpoint, Save},
 };
-use std::{collections::BTreeMap, ops::Range, path::Path};
+use std::{collections::BTreeMap, ops::Range, path::Path, slice};
 
 /// A whole parameter with random values.
 fn param<T: Element>(device: &Dev, name: &str, shape: &[usize]) -> Param<T, Dev> {
@@ -30,26 +30,25 @@ fn param<T: Element>(device: &Dev, name: &str, shape: &[usize]) -> Param<T, Dev>
 }
 
 /// Its gradient of a step, and the parameter has it.
-fn give<T: Element>(param: &mut Param<T, Dev>, step: u64) -> ArrayD<f64> {
-    let grad =
-        random(100 + step, param.name(), param.value().shape().dims()).mapv(|g| T::Acc::from_f64(g).to_f64());
+fn give<T: Element>(param: &Param<T, Dev>, step: u64) -> ArrayD<f64> {
+    let grad = random(100 + step, param.name(), param.shape().dims()).mapv(|g| T::Acc::from_f64(g).to_f64());
     param.zero_grad();
-    let device = dev::beside(param.value().device());
+    let device = dev::beside(param.device());
     param.add_grad(Tensor::from_array(&device, &grad.mapv(T::Acc::from_f64)).unwrap()).unwrap();
     grad
 }
 
 fn values<T: Element>(param: &Param<T, Dev>) -> ArrayD<f64> {
-    param.value().to_array().unwrap().mapv(T::to_f64)
+    param.value().unwrap().to_array().unwrap().mapv(T::to_f64)
 }
 
 fn bits<T: Element>(param: &Param<T, Dev>) -> Vec<u64> {
     values(param).iter().map(|value| value.to_bits()).collect()
 }
 
-fn set<T: Element>(param: &mut Param<T, Dev>, value: &ArrayD<f64>) {
-    let device = dev::beside(param.value().device());
-    *param.value_mut() = Tensor::from_array(&device, &value.mapv(T::from_f64)).unwrap();
+fn set<T: Element>(param: &Param<T, Dev>, value: &ArrayD<f64>) {
+    let device = dev::beside(param.device());
+    param.set(Tensor::from_array(&device, &value.mapv(T::from_f64)).unwrap()).unwrap();
 }
 
 const LR: f64 = 0.01;
@@ -77,9 +76,9 @@ fn each_as_if_alone<T: Element>(tolerance: f64) {
     let device = dev::poisoned();
     let names = ["a", "b", "c"];
     let shapes: [&[usize]; 3] = [&[3, 5], &[3, 5], &[4]];
-    let mut params: Vec<_> =
+    let params: Vec<_> =
         names.iter().zip(shapes).map(|(name, shape)| param::<T>(&device, name, shape)).collect();
-    let mut moved: Vec<_> =
+    let moved: Vec<_> =
         names.iter().zip(shapes).map(|(name, shape)| param::<T>(&device, name, shape)).collect();
     let mut want: Vec<_> = params.iter().map(values).collect();
     let mut want_moved = want.clone();
@@ -95,13 +94,15 @@ fn each_as_if_alone<T: Element>(tolerance: f64) {
                 moved[at].zero_grad();
                 continue;
             }
-            let grad = give(&mut params[at], step as u64);
+            let grad = give(&params[at], step as u64);
             one[at].step(&mut want[at], &grad);
-            give(&mut moved[at], step as u64);
+            give(&moved[at], step as u64);
             other[at].step(&mut want_moved[at], &grad);
         }
-        adamw.step(|f| visited.iter().try_for_each(|&at| f(&mut params[at])), LR, 1.0).unwrap();
-        sgd.step(|f| visited.iter().try_for_each(|&at| f(&mut moved[at])), LR, 1.0).unwrap();
+        let pick =
+            |params: &[Param<T, Dev>]| -> Vec<_> { visited.iter().map(|&at| params[at].clone()).collect() };
+        adamw.step(&pick(&params), LR, 1.0).unwrap();
+        sgd.step(&pick(&moved), LR, 1.0).unwrap();
         for at in 0..names.len() {
             close(&format!("adamw, {} at {step}", names[at]), &values(&params[at]), &want[at], tolerance);
             close(&format!("sgd, {} at {step}", names[at]), &values(&moved[at]), &want_moved[at], tolerance);
@@ -126,39 +127,31 @@ fn a_name_visited_twice_or_with_other_pieces_is_refused_before_anything_changes(
         let weights = Weights::new(&source);
         Param::<bf16, Dev>::load_region(&device, &weights, "w", Role::Weight, region, owned).unwrap()
     };
-    let mut first = param::<bf16>(&device, "first", &[2]);
+    let first = param::<bf16>(&device, "first", &[2]);
     let (mut adamw, mut sgd) = (AdamW::<bf16, Dev>::default(), Sgd::<bf16, Dev>::default());
-    let mut step = |params: &mut [&mut Param<bf16, Dev>], step: u64| {
-        params.iter_mut().for_each(|param| drop(give(param, step)));
+    let mut step = |params: &[&Param<bf16, Dev>], step: u64| {
+        params.iter().for_each(|param| drop(give(param, step)));
         let before: Vec<_> = params.iter().map(|param| bits(param)).collect();
-        let outcomes = [
-            adamw.step(|f| params.iter_mut().try_for_each(|param| f(param)), LR, 1.0),
-            sgd.step(|f| params.iter_mut().try_for_each(|param| f(param)), LR, 1.0),
-        ];
+        let all: Vec<_> = params.iter().map(|&param| param.clone()).collect();
+        let outcomes = [adamw.step(&all, LR, 1.0), sgd.step(&all, LR, 1.0)];
         let after: Vec<_> = params.iter().map(|param| bits(param)).collect();
         assert_eq!(outcomes[0].is_err(), after == before);
         outcomes.map(|outcome| outcome.map_or_else(|error| error.to_string(), |()| String::new()))
     };
-    let mut w = cut(0..3, true);
-    assert_eq!(step(&mut [&mut first, &mut w], 1), ["", ""]);
-    for (mut other, says) in [
+    let w = cut(0..3, true);
+    assert_eq!(step(&[&first, &w], 1), ["", ""]);
+    for (other, says) in [
         (cut(0..2, true), "w has shape [2, 5], but its state has shape [3, 5]"),
         (cut(1..4, true), "w holds w [1..4, 0..5], but its state is of w [0..3, 0..5]"),
         (cut(0..3, false), "w holds w [0..3, 0..5] (not owned), but its state is of w [0..3, 0..5]"),
     ] {
-        assert_eq!(
-            step(&mut [&mut first, &mut other], 2),
-            [format!("adamw: {says}"), format!("sgd: {says}")]
-        );
+        assert_eq!(step(&[&first, &other], 2), [format!("adamw: {says}"), format!("sgd: {says}")]);
     }
-    let mut again = cut(0..3, true);
+    let again = cut(0..3, true);
     let says =
-        "w is visited twice: state is kept by name, so parameters need names of their own (`Weights::at`)";
-    assert_eq!(
-        step(&mut [&mut w, &mut first, &mut again], 3),
-        [format!("adamw: {says}"), format!("sgd: {says}")]
-    );
-    assert_eq!(step(&mut [&mut w, &mut first], 4), ["", ""]);
+        "w is listed twice: state is kept by name, so parameters need names of their own (`Weights::at`)";
+    assert_eq!(step(&[&w, &first, &again], 3), [format!("adamw: {says}"), format!("sgd: {says}")]);
+    assert_eq!(step(&[&w, &first], 4), ["", ""]);
 }
 
 /// A value that is set between steps, in place or by another parameter of that name, is what the
@@ -174,19 +167,19 @@ fn sets_values<T: Element>() {
             if step % 2 == 0 {
                 param = self::param::<T>(&device, "w", &[3, 5]);
             }
-            set(&mut param, &loaded);
-            give(&mut param, step);
+            set(&param, &loaded);
+            give(&param, step);
             let before = bits(&param);
-            adamw.step(|f| f(&mut param), 0.0, 1.0).unwrap();
+            adamw.step(slice::from_ref(&param), 0.0, 1.0).unwrap();
             assert_eq!(bits(&param), before, "{} at {step}: a step of rate 0", T::DTYPE);
             plain.lr = 0.0;
             want = loaded;
-            let grad = give(&mut param, step);
+            let grad = give(&param, step);
             plain.step(&mut want, &grad);
             plain.lr = LR;
         }
-        let grad = give(&mut param, step);
-        adamw.step(|f| f(&mut param), LR, 1.0).unwrap();
+        let grad = give(&param, step);
+        adamw.step(slice::from_ref(&param), LR, 1.0).unwrap();
         plain.step(&mut want, &grad);
         close(&format!("{} at {step}", T::DTYPE), &values(&param), &want, T::EPSILON);
     }
@@ -205,16 +198,16 @@ fn masters_are_taken_anew_from_values_set_after_them_and_moments_are_kept() {
 fn masters_are_kept_where_values_are_still_their_rounding() {
     let device = dev::poisoned();
     let train = |swaps: bool| {
-        let mut param = param::<bf16>(&device, "w", &[3, 5]);
+        let param = param::<bf16>(&device, "w", &[3, 5]);
         let mut sgd = Sgd::<bf16, Dev>::default();
         for _ in 0..100 {
             param.zero_grad();
             param.add_grad(Tensor::full(&device, [3, 5], 1.0).unwrap()).unwrap();
-            sgd.step(|f| f(&mut param), 1e-4, 1.0).unwrap();
+            sgd.step(slice::from_ref(&param), 1e-4, 1.0).unwrap();
             if swaps {
-                let kept = param.value().clone();
-                set(&mut param, &ArrayD::ones(vec![3, 5]));
-                *param.value_mut() = kept;
+                let kept = param.value().unwrap();
+                set(&param, &ArrayD::ones(vec![3, 5]));
+                param.set(kept).unwrap();
             }
         }
         bits(&param)
@@ -228,16 +221,16 @@ fn masters_are_kept_where_values_are_still_their_rounding() {
 fn a_value_set_in_one_element_leaves_the_masters_of_the_others() {
     let device = dev::poisoned();
     let train = |sets: bool| {
-        let mut param = param::<bf16>(&device, "w", &[3, 5]);
+        let param = param::<bf16>(&device, "w", &[3, 5]);
         let mut sgd = Sgd::<bf16, Dev>::default();
         for step in 0..100 {
             param.zero_grad();
             param.add_grad(Tensor::full(&device, [3, 5], 1.0).unwrap()).unwrap();
-            sgd.step(|f| f(&mut param), 1e-4, 1.0).unwrap();
+            sgd.step(slice::from_ref(&param), 1e-4, 1.0).unwrap();
             if sets && step == 50 {
-                let mut all = param.value().to_vec().unwrap();
+                let mut all = param.value().unwrap().to_vec().unwrap();
                 all[7] = bf16::from_f64(64.0);
-                *param.value_mut() = Tensor::from_slice(&device, [3, 5], &all).unwrap();
+                param.set(Tensor::from_slice(&device, [3, 5], &all).unwrap()).unwrap();
             }
         }
         bits(&param)
@@ -255,21 +248,21 @@ fn a_value_set_in_one_element_leaves_the_masters_of_the_others() {
 fn a_broadcast_leaves_the_senders_masters_alone() {
     let train = |central: bool| {
         let all = ranks(3).run(|group| {
-            let mut param = param::<bf16>(group.device(), "w", &[3, 5]);
+            let param = param::<bf16>(group.device(), "w", &[3, 5]);
             let replicas = match central {
-                true => DataParallel::central(&group, |f| f(&mut param), 1)?,
-                false => DataParallel::new(&group, |f| f(&mut param))?,
+                true => DataParallel::central(&group, slice::from_ref(&param), 1)?,
+                false => DataParallel::new(&group, slice::from_ref(&param))?,
             };
             let mut sgd = Sgd::<bf16, Dev>::default();
             for _ in 0..50 {
                 param.zero_grad();
                 replicas.begin(GradReduce::Sum)?;
                 param.add_grad(Tensor::full(group.device(), [3, 5], 1.0)?)?;
-                replicas.finish(|f| f(&mut param))?;
+                replicas.finish()?;
                 if replicas.steps() {
-                    sgd.step(|f| f(&mut param), 1e-4, 1.0)?;
+                    sgd.step(slice::from_ref(&param), 1e-4, 1.0)?;
                 }
-                replicas.publish(|f| f(&mut param))?;
+                replicas.publish()?;
             }
             Ok(bits(&param))
         });
@@ -303,30 +296,26 @@ fn absent_gradients_stay_absent_through_every_reduction() {
                 _ => group,
             };
             let names = ["first", "idle", "last", "some"];
-            let mut params = names.map(|name| param::<f64>(group.device(), name, &[3, 2]));
+            let params = names.map(|name| param::<f64>(group.device(), name, &[3, 2]));
             let before = bits(&params[1]);
             let mut adamw = AdamW::<f64, Dev>::new(adamw_config());
             let replicas = match how {
-                How::SmallBuckets => {
-                    DataParallel::with_buckets(&group, |f| params.iter_mut().try_for_each(f), 100)?
-                }
-                How::Central => {
-                    DataParallel::central(&group, |f| params.iter_mut().try_for_each(f), world - 1)?
-                }
-                _ => DataParallel::new(&group, |f| params.iter_mut().try_for_each(f))?,
+                How::SmallBuckets => DataParallel::with_buckets(&group, &params, 100)?,
+                How::Central => DataParallel::central(&group, &params, world - 1)?,
+                _ => DataParallel::new(&group, &params)?,
             };
             let some = group.rank() == 0;
             for step in 0..3 {
-                params.iter_mut().for_each(Param::zero_grad);
+                params.iter().for_each(Param::zero_grad);
                 let weight = group.rank() as f64;
                 replicas.begin(match how {
                     How::Mean if world > 1 => GradReduce::Mean { weight },
                     _ => GradReduce::Sum,
                 })?;
                 for name in if some { vec![3, 2, 0] } else { vec![2, 0] } {
-                    give(&mut params[name], step);
+                    give(&params[name], step);
                 }
-                replicas.finish(|f| params.iter_mut().try_for_each(f))?;
+                replicas.finish()?;
                 let here = replicas.steps();
                 let present: Vec<_> = params.iter().map(|param| param.grad().is_some()).collect();
                 assert_eq!(present, [here, false, here, here], "{world} ranks, {how:?}");
@@ -338,9 +327,9 @@ fn absent_gradients_stay_absent_through_every_reduction() {
                         let want = random(100 + step, param.name(), &[3, 2]) * times;
                         close(param.name(), &grad.to_array()?, &want, 1e-14);
                     }
-                    adamw.step(|f| params.iter_mut().try_for_each(f), LR, 1.0)?;
+                    adamw.step(&params, LR, 1.0)?;
                 }
-                replicas.publish(|f| params.iter_mut().try_for_each(f))?;
+                replicas.publish()?;
             }
             assert_eq!(bits(&params[1]), before, "{world} ranks, {how:?}");
             Ok(params.map(|param| bits(&param)))
@@ -354,13 +343,13 @@ fn absent_gradients_stay_absent_through_every_reduction() {
 #[test]
 fn a_gradient_that_is_completed_twice_does_not_stand_for_another() {
     let all = ranks(2).run(|group| {
-        let mut params = ["a", "b"].map(|name| param::<f64>(group.device(), name, &[3, 2]));
-        let replicas = DataParallel::new(&group, |f| params.iter_mut().try_for_each(f))?;
-        give(&mut params[1], 0);
+        let params = ["a", "b"].map(|name| param::<f64>(group.device(), name, &[3, 2]));
+        let replicas = DataParallel::new(&group, &params)?;
+        give(&params[1], 0);
         replicas.begin(GradReduce::Sum)?;
-        give(&mut params[0], 0);
-        give(&mut params[0], 0);
-        replicas.finish(|f| params.iter_mut().try_for_each(f))?;
+        give(&params[0], 0);
+        give(&params[0], 0);
+        replicas.finish()?;
         for param in &params {
             let want = random(100, param.name(), &[3, 2]) * 2.0;
             close(param.name(), &param.grad().unwrap().to_array()?, &want, 1e-15);
@@ -383,12 +372,12 @@ fn absent_gradients_stay_absent_where_the_ends_of_a_pipeline_share_a_parameter()
             if !pipeline.is_first() && !pipeline.is_last() {
                 return Ok(None);
             }
-            let mut table = param::<f64>(group.device(), "table", &[3, 2]);
+            let table = param::<f64>(group.device(), "table", &[3, 2]);
             if given[usize::from(pipeline.is_last())] {
-                give(&mut table, 0);
+                give(&table, 0);
             }
-            pipeline.sum_tied(&mut table)?;
-            table.grad().map(Tensor::to_array).transpose()
+            pipeline.sum_tied(&table)?;
+            table.grad().map(|grad| grad.to_array()).transpose()
         });
         let all = all.unwrap();
         for got in [&all[0], &all[2]] {
@@ -461,7 +450,7 @@ fn groups_have_rates_and_decays_of_their_own() {
     let names: [(&str, &[usize]); 5] =
         [("plain", &[3, 5]), ("slow", &[4]), ("frozen", &[2, 2]), ("matrix", &[2, 3]), ("vector", &[3])];
     let load = || names.map(|(name, shape)| param::<f64>(&device, name, shape));
-    let (mut params, mut moved) = (load(), load());
+    let (params, moved) = (load(), load());
     let (mut want, mut want_moved) = (params.each_ref().map(values), moved.each_ref().map(values));
     let config = AdamWConfig { weight_decay: DECAY, ..AdamWConfig::default() };
     let mut adamw = AdamW::<f64, Dev>::new(config).groups(rule);
@@ -477,13 +466,13 @@ fn groups_have_rates_and_decays_of_their_own() {
     for step in 0..8 {
         // Each has its first gradient a step later than the one before.
         for at in 0..names.len().min(step as usize + 1) {
-            let grad = give(&mut params[at], step);
+            let grad = give(&params[at], step);
             plain[at].step(&mut want[at], &(&grad * 0.5));
-            give(&mut moved[at], step);
+            give(&moved[at], step);
             plain_moved[at].step(&mut want_moved[at], &(&grad * 0.5));
         }
-        adamw.step(|f| params.iter_mut().try_for_each(f), LR, 0.5).unwrap();
-        sgd.step(|f| moved.iter_mut().try_for_each(f), LR, 0.5).unwrap();
+        adamw.step(&params, LR, 0.5).unwrap();
+        sgd.step(&moved, LR, 0.5).unwrap();
         for at in 0..names.len() {
             close(&format!("adamw, {} at {step}", names[at].0), &values(&params[at]), &want[at], 1e-12);
             close(&format!("sgd, {} at {step}", names[at].0), &values(&moved[at]), &want_moved[at], 1e-12);
@@ -496,13 +485,13 @@ fn groups_have_rates_and_decays_of_their_own() {
 fn numbers_that_make_no_sense_are_refused_before_anything_changes() {
     let (nan, infinite) = (f64::NAN, f64::INFINITY);
     let device = dev::poisoned();
-    let mut w = param::<f32>(&device, "w", &[3]);
-    give(&mut w, 0);
-    let before = bits(&w);
-    let mut refused = |step: &mut dyn FnMut(&mut Param<f32, Dev>) -> Result<()>, says: &str| {
-        let error = step(&mut w).unwrap_err().to_string();
+    let w = [param::<f32>(&device, "w", &[3])];
+    give(&w[0], 0);
+    let before = bits(&w[0]);
+    let refused = |step: Result<()>, says: &str| {
+        let error = step.unwrap_err().to_string();
         assert!(error.contains(says), "{error}: {says}");
-        assert_eq!(bits(&w), before, "{says}");
+        assert_eq!(bits(&w[0]), before, "{says}");
     };
     for (lr, scale, says) in [
         (nan, 1.0, "lr is NaN, which is not in 0.0..inf"),
@@ -512,8 +501,8 @@ fn numbers_that_make_no_sense_are_refused_before_anything_changes() {
         (0.1, infinite, "grad_scale is inf, which"),
         (0.1, -infinite, "grad_scale is -inf, which"),
     ] {
-        refused(&mut |w| AdamW::default().step(|f| f(w), lr, scale), &format!("adamw: {says}"));
-        refused(&mut |w| Sgd::default().step(|f| f(w), lr, scale), &format!("sgd: {says}"));
+        refused(AdamW::default().step(&w, lr, scale), &format!("adamw: {says}"));
+        refused(Sgd::default().step(&w, lr, scale), &format!("sgd: {says}"));
     }
     let adamw = AdamWConfig::default();
     for (config, says) in [
@@ -525,7 +514,7 @@ fn numbers_that_make_no_sense_are_refused_before_anything_changes() {
         (AdamWConfig { eps: -1e-8, ..adamw }, "adamw: eps is -0.00000001, which"),
         (AdamWConfig { weight_decay: -0.1, ..adamw }, "adamw: weight_decay is -0.1, which"),
     ] {
-        refused(&mut |w| AdamW::new(config).step(|f| f(w), 0.1, 1.0), says);
+        refused(AdamW::new(config).step(&w, 0.1, 1.0), says);
     }
     let sgd = SgdConfig::default();
     for (config, says) in [
@@ -533,14 +522,14 @@ fn numbers_that_make_no_sense_are_refused_before_anything_changes() {
         (SgdConfig { momentum: -0.9, ..sgd }, "sgd: momentum is -0.9, which"),
         (SgdConfig { weight_decay: infinite, ..sgd }, "sgd: weight_decay is inf, which"),
     ] {
-        refused(&mut |w| Sgd::new(config).step(|f| f(w), 0.1, 1.0), says);
+        refused(Sgd::new(config).step(&w, 0.1, 1.0), says);
     }
     for (group, says) in [
         (ParamGroup { lr_scale: nan, weight_decay: None }, "lr_scale of w is NaN, which"),
         (ParamGroup { lr_scale: 1.0, weight_decay: Some(-1.0) }, "weight_decay of w is -1, which"),
     ] {
-        refused(&mut |w| AdamW::default().groups(move |_| group).step(|f| f(w), 0.1, 1.0), says);
-        refused(&mut |w| Sgd::default().groups(move |_| group).step(|f| f(w), 0.1, 1.0), says);
+        refused(AdamW::default().groups(move |_| group).step(&w, 0.1, 1.0), says);
+        refused(Sgd::default().groups(move |_| group).step(&w, 0.1, 1.0), says);
     }
 }
 
@@ -572,9 +561,9 @@ struct Training<T: Element, O> {
 /// What the tests ask of an optimizer.
 trait Optimizer<T: Element>: Sized {
     fn fresh() -> Self;
-    fn load(source: &dyn WeightSource, model: &mut Gpt<Replicated, T, Dev>) -> Result<Self>;
-    fn step(&mut self, model: &mut Gpt<Replicated, T, Dev>, scale: f64) -> Result<()>;
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, Dev>) -> Result<()>) -> Result<()>;
+    fn load(source: &dyn WeightSource, model: &Gpt<Replicated, T, Dev>) -> Result<Self>;
+    fn step(&mut self, model: &Gpt<Replicated, T, Dev>, scale: f64) -> Result<()>;
+    fn state(&mut self) -> Result<Vec<Param<T::Acc, Dev>>>;
 }
 
 impl<T: Element> Optimizer<T> for AdamW<T, Dev> {
@@ -582,16 +571,16 @@ impl<T: Element> Optimizer<T> for AdamW<T, Dev> {
         Self::new(gpt_config())
     }
 
-    fn load(source: &dyn WeightSource, model: &mut Gpt<Replicated, T, Dev>) -> Result<Self> {
-        Self::load(gpt_config(), source, |f| model.visit(f))
+    fn load(source: &dyn WeightSource, model: &Gpt<Replicated, T, Dev>) -> Result<Self> {
+        Self::load(gpt_config(), source, &model.params())
     }
 
-    fn step(&mut self, model: &mut Gpt<Replicated, T, Dev>, scale: f64) -> Result<()> {
-        self.step(|f| model.visit(f), LR, scale)
+    fn step(&mut self, model: &Gpt<Replicated, T, Dev>, scale: f64) -> Result<()> {
+        self.step(&model.params(), LR, scale)
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, Dev>) -> Result<()>) -> Result<()> {
-        self.visit_state(f)
+    fn state(&mut self) -> Result<Vec<Param<T::Acc, Dev>>> {
+        Self::state(self)
     }
 }
 
@@ -600,16 +589,16 @@ impl<T: Element> Optimizer<T> for Sgd<T, Dev> {
         Self::new(sgd_config())
     }
 
-    fn load(source: &dyn WeightSource, model: &mut Gpt<Replicated, T, Dev>) -> Result<Self> {
-        Self::load(sgd_config(), source, |f| model.visit(f))
+    fn load(source: &dyn WeightSource, model: &Gpt<Replicated, T, Dev>) -> Result<Self> {
+        Self::load(sgd_config(), source, &model.params())
     }
 
-    fn step(&mut self, model: &mut Gpt<Replicated, T, Dev>, scale: f64) -> Result<()> {
-        self.step(|f| model.visit(f), LR, scale)
+    fn step(&mut self, model: &Gpt<Replicated, T, Dev>, scale: f64) -> Result<()> {
+        self.step(&model.params(), LR, scale)
     }
 
-    fn visit(&mut self, f: &mut dyn FnMut(&mut Param<T::Acc, Dev>) -> Result<()>) -> Result<()> {
-        self.visit_state(f)
+    fn state(&mut self) -> Result<Vec<Param<T::Acc, Dev>>> {
+        Self::state(self)
     }
 }
 
@@ -623,7 +612,7 @@ impl<T: Element, O: Optimizer<T>> Training<T, O> {
     fn open(world: &Group<Dev>, mesh: [usize; 2], folder: &Path) -> Result<Self> {
         let mut training = Self::new(world, mesh, &Checkpoint::open(folder.join("model"))?)?;
         let states = Checkpoint::open(folder.join("states"))?;
-        training.optimizer = O::load(&states, &mut training.model)?;
+        training.optimizer = O::load(&states, &training.model)?;
         Ok(training)
     }
 
@@ -633,34 +622,35 @@ impl<T: Element, O: Optimizer<T>> Training<T, O> {
             return Ok(());
         }
         let group = self.mesh.group(Axis::Tensor);
-        weights::save(group, |f| self.model.visit(f), folder.join("model"))?;
-        Save::new(folder.join("states")).max_shard(2000).write(group, |f| self.optimizer.visit(f))
+        weights::save(group, &self.model.params(), folder.join("model"))?;
+        Save::new(folder.join("states")).max_shard(2000).write(group, &self.optimizer.state()?)
     }
 
     fn steps(&mut self, steps: Range<u64>) -> Result<()> {
         for step in steps {
             let (_, norm) = self.model.gradients(&batch(&GPT, step, 4), step, 1.0)?;
-            self.optimizer.step(&mut self.model, clip_scale(norm, 1.0)?)?;
+            self.optimizer.step(&self.model, clip_scale(norm, 1.0)?)?;
         }
         Ok(())
     }
 
     /// Every tensor of the model and of the states, and what this rank holds of it.
     fn held(&mut self) -> Result<Held> {
-        let mut held = Vec::new();
-        self.model.visit(&mut |param| hold(&mut held, param))?;
-        self.optimizer.visit(&mut |param| hold(&mut held, param))?;
+        let mut held = self.model.params().iter().map(hold).collect::<Result<Held>>()?;
+        for param in self.optimizer.state()? {
+            held.push(hold(&param)?);
+        }
         let replica = self.mesh.group(Axis::Data).rank();
         Ok(if replica == 0 { held } else { Vec::new() })
     }
 }
 
-type Held = Vec<(Vec<Piece>, Vec<usize>, Vec<f64>)>;
+type Part = (Vec<Piece>, Vec<usize>, Vec<f64>);
+type Held = Vec<Part>;
 
-fn hold<T: Element>(held: &mut Held, param: &mut Param<T, Dev>) -> Result<()> {
-    let values = param.value().to_vec()?.into_iter().map(T::to_f64).collect();
-    held.push((param.pieces().to_vec(), param.value().shape().dims().to_vec(), values));
-    Ok(())
+fn hold<T: Element>(param: &Param<T, Dev>) -> Result<Part> {
+    let values = param.value()?.to_vec()?.into_iter().map(T::to_f64).collect();
+    Ok((param.pieces().to_vec(), param.shape().dims().to_vec(), values))
 }
 
 fn together(ranks: Result<Vec<Held>>) -> BTreeMap<String, ArrayD<f64>> {
@@ -736,18 +726,13 @@ fn states_are_read_whole_or_not_at_all() {
     let whole = [of("m", 0.5, &[3]), of("v", 0.25, &[3]), of("master", 1.0, &[3]), of("step", 7.0, &[1])];
     let load = |tensors: &[(String, ArrayD<f64>)]| {
         let source = Arrays(tensors.iter().cloned().collect());
-        let mut params = ["other", "w"].map(|name| param::<bf16>(&device, name, &[3]));
-        AdamW::<bf16, Dev>::load(adamw_config(), &source, |f| params.iter_mut().try_for_each(f))
+        let params = ["other", "w"].map(|name| param::<bf16>(&device, name, &[3]));
+        AdamW::<bf16, Dev>::load(adamw_config(), &source, &params)
     };
     let mut states = load(&whole).unwrap();
     assert_eq!(states.steps(), 7);
-    let mut names = Vec::new();
-    states
-        .visit_state(&mut |param| {
-            names.push(param.name().to_string());
-            Ok(())
-        })
-        .unwrap();
+    let tensors = states.state().unwrap();
+    let names: Vec<_> = tensors.iter().map(Param::name).collect();
     assert_eq!(names, ["adamw.m.w", "adamw.v.w", "adamw.master.w", "adamw.step.w"]);
     assert_eq!(load(&[]).unwrap().steps(), 0);
     for at in 0..whole.len() {
@@ -766,15 +751,33 @@ fn states_are_read_whole_or_not_at_all() {
     let mut wrong = whole.to_vec();
     wrong[1] = of("v", 0.0, &[4]);
     assert!(load(&wrong).unwrap_err().to_string().contains("`adamw.v.w` has shape [4]"));
-    // What a visitor writes counts: another rank's steps, for example.
+    // What is written to the tensors counts: another rank's steps, for example.
     let write = |value: f64| {
-        load(&whole).unwrap().visit_state(&mut |param| {
-            let shape = param.value().shape();
-            *param.value_mut() = Tensor::full(&device, shape, value)?;
-            Ok(())
-        })
+        let mut states = load(&whole).unwrap();
+        for param in states.state()? {
+            param.set(Tensor::full(&device, param.shape(), value)?)?;
+        }
+        states.state().map(drop)
     };
     write(9.0).unwrap();
+    let mut states = load(&whole).unwrap();
+    let listed = states.state().unwrap();
+    let count = listed.iter().find(|param| param.name() == "adamw.step.w").unwrap();
+    let number = || count.value().unwrap().to_vec().unwrap()[0];
+    let full = |value| Tensor::full(&device, count.shape(), value).unwrap();
+    count.set(full(9.0)).unwrap();
+    assert_eq!(states.steps(), 9);
+    // What is listed is the state, after the next step too.
+    let weight = &param::<bf16>(&device, "w", &[3]);
+    let params = std::slice::from_ref(weight);
+    weight.set_grad(Tensor::full(&device, weight.shape(), 1.0).unwrap()).unwrap();
+    states.step(params, 0.1, 1.0).unwrap();
+    assert_eq!((states.steps(), number()), (10, 10.0));
+    let before = weight.value().unwrap().to_vec().unwrap();
+    count.set(full(9.5)).unwrap();
+    let refused = states.step(params, 0.1, 1.0).unwrap_err().to_string();
+    assert_eq!(refused, "adamw: adamw.step.w is [9.5], which is no number of steps");
+    assert_eq!(weight.value().unwrap().to_vec().unwrap(), before);
     assert_eq!(
         write(9.5).unwrap_err().to_string(),
         "adamw: adamw.step.w is [9.5], which is no number of steps"

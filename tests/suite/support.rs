@@ -206,7 +206,7 @@ where
 {
     let outcomes = ranks(case.world).run(|world| {
         let (group, record) = world.with_reduction(case.reduction).with_overlap(case.overlap).recorded();
-        let mut layer = build(&group, &Weights::new(case.weights))?;
+        let layer = build(&group, &Weights::new(case.weights))?;
         let mut steps = Vec::new();
         for _ in 0..2 {
             let x = L::In::spread::<T>(&group, case.x, case.x_cut.as_ref())?;
@@ -230,18 +230,17 @@ where
         };
         assert_eq!(bits(&steps[0]), bits(&steps[1]), "the second run's bits");
         let mut grads: Vec<(Vec<Piece>, Vec<usize>, Vec<f64>)> = Vec::new();
-        layer.visit(&mut |param| {
+        for param in layer.params() {
             let grad = param.grad().ok_or_else(|| Error::Invalid {
                 op: "test",
                 reason: format!("{} has no gradient", param.name()),
             })?;
-            assert_eq!(grad.shape(), param.value().shape());
+            assert_eq!(grad.shape(), param.shape());
             let values = grad.to_vec()?.into_iter().map(|value| value.to_f64() / 2.0).collect();
             grads.push((param.pieces().to_vec(), grad.shape().dims().to_vec(), values));
             param.zero_grad();
             assert!(param.grad().is_none());
-            Ok(())
-        })?;
+        }
         let (y, dx) = steps.swap_remove(0);
         Ok((y, dx, grads))
     })?;

@@ -213,7 +213,7 @@ fn time_lines_show_products_and_collectives_of_each_rank() {
         .flight(folder.path())
         .run(|world| {
             let (weights, names) = (Weights::new(&source), MlpNames::default());
-            let mut mlp = ParallelMlp::<Replicated, f32, Cpu>::load(
+            let mlp = ParallelMlp::<Replicated, f32, Cpu>::load(
                 &world,
                 &weights,
                 &names,

@@ -69,23 +69,22 @@ fn train<S: Stream, T: Element>(
     let outcomes = ranks(dp * pp * tp).run(|world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
         let source = Random::normal(3, 0.3);
-        let mut model = Gpt::<S, T, Dev>::load(&mesh, &Weights::new(&source), config, schedule()?)?;
+        let model = Gpt::<S, T, Dev>::load(&mesh, &Weights::new(&source), config, schedule()?)?;
         let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.1, eps: EPS, ..AdamWConfig::default() });
         let mut curve = Vec::new();
         for step in 0..steps {
             let (loss, norm) = model.gradients(&batch(config, step, sequences), step, 1.0)?;
-            optimizer.step(|f| model.visit(f), RATE, clip_scale(norm, clip)?)?;
+            optimizer.step(&model.params(), RATE, clip_scale(norm, clip)?)?;
             curve.push((loss, norm));
         }
         for axis in [Axis::Data, Axis::Tensor, Axis::Pipeline] {
-            check_replicas(|f| model.visit(f), mesh.group(axis))?;
+            check_replicas(&model.params(), mesh.group(axis))?;
         }
         let mut params = Vec::new();
-        model.visit(&mut |param| {
-            let values: Vec<f64> = param.value().to_vec()?.into_iter().map(Element::to_f64).collect();
-            params.push((param.pieces().to_vec(), param.value().shape().dims().to_vec(), values));
-            Ok(())
-        })?;
+        for param in model.params() {
+            let values: Vec<f64> = param.value()?.to_vec()?.into_iter().map(Element::to_f64).collect();
+            params.push((param.pieces().to_vec(), param.shape().dims().to_vec(), values));
+        }
         Ok((mesh.group(Axis::Data).rank(), curve, params))
     })?;
     let mut whole = Assembled::default();
@@ -287,21 +286,20 @@ fn schedules_give_the_same_bits() {
 /// What each rank of a mesh is told after `spoil` has had its way with a rank's model or batch before step 2.
 fn faulty(
     [dp, pp, tp]: [usize; 3],
-    spoil: impl Fn(usize, &mut Gpt<Replicated, f32, Dev>, &mut Batch) -> Result<()> + Sync,
+    spoil: impl Fn(usize, &Gpt<Replicated, f32, Dev>, &mut Batch) -> Result<()> + Sync,
 ) -> Vec<Error> {
     let outcomes = ranks(dp * pp * tp).run_each(|world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
         let source = Random::normal(3, 0.3);
-        let mut model =
-            Gpt::<_, _, Dev>::load(&mesh, &Weights::new(&source), &CONFIG, alternating(pp, 2)()?)?;
+        let model = Gpt::<_, _, Dev>::load(&mesh, &Weights::new(&source), &CONFIG, alternating(pp, 2)()?)?;
         let mut optimizer = AdamW::default();
         for step in 0..4 {
             let mut batch = batch(&CONFIG, step, 8);
             if step == 2 {
-                spoil(world.rank(), &mut model, &mut batch)?;
+                spoil(world.rank(), &model, &mut batch)?;
             }
             let (_, norm) = model.gradients(&batch, step, 1.0)?;
-            optimizer.step(|f| model.visit(f), 1e-2, clip_scale(require_finite(norm)?, 1.0)?)?;
+            optimizer.step(&model.params(), 1e-2, clip_scale(require_finite(norm)?, 1.0)?)?;
         }
         Ok(())
     });
@@ -322,10 +320,8 @@ fn faults_are_typed_errors_on_every_rank() {
             }
         }
         let nan = faulty(mesh, |rank, model, _| match rank {
-            0 => model.visit(&mut |param| {
-                *param.value_mut() =
-                    Tensor::full(&dev::beside(param.value().device()), param.value().shape(), f64::NAN)?;
-                Ok(())
+            0 => model.params().iter().try_for_each(|param| {
+                param.set(Tensor::full(&dev::beside(param.device()), param.shape(), f64::NAN)?)
             }),
             _ => Ok(()),
         });
@@ -360,7 +356,7 @@ fn loss_scaling_finds_a_scale_that_fits() {
     let outcomes = ranks(2).run(|world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(1, 1, 2)?)?;
         let source = Random::normal(3, 0.3);
-        let mut model = Gpt::<Replicated, half::f16, Dev>::load(
+        let model = Gpt::<Replicated, half::f16, Dev>::load(
             &mesh,
             &Weights::new(&source),
             &CONFIG,
@@ -372,7 +368,7 @@ fn loss_scaling_finds_a_scale_that_fits() {
             let (loss, norm) = model.gradients(&batch(&CONFIG, 0, 8), step, scale.scale())?;
             let undo = 1.0 / scale.scale();
             match scale.update(norm) {
-                true => adamw.step(|f| model.visit(f), 1e-2, undo * clip_scale(norm * undo, 1.0)?)?,
+                true => adamw.step(&model.params(), 1e-2, undo * clip_scale(norm * undo, 1.0)?)?,
                 false => left_out += 1,
             }
             losses.push(loss);
@@ -395,14 +391,12 @@ fn a_model_on_a_mesh_is_saved_whole() {
         let read = ranks(1).run(|group| {
             let mesh = DeviceMesh::new(&group, Mesh::new(1, 1, 1)?)?;
             let schedule = Schedule::one_forward_one_backward(1, 1);
-            let mut model =
-                Gpt::<Replicated, f32, Dev>::load(&mesh, &Weights::new(source), &CONFIG, schedule)?;
+            let model = Gpt::<Replicated, f32, Dev>::load(&mesh, &Weights::new(source), &CONFIG, schedule)?;
             let mut all = BTreeMap::new();
-            model.visit(&mut |param| {
-                let bits: Vec<_> = param.value().to_vec()?.into_iter().map(f32::to_bits).collect();
+            for param in model.params() {
+                let bits: Vec<_> = param.value()?.to_vec()?.into_iter().map(f32::to_bits).collect();
                 all.insert(param.name().to_string(), bits);
-                Ok(())
-            })?;
+            }
             Ok(all)
         });
         read.unwrap().remove(0)
@@ -412,12 +406,11 @@ fn a_model_on_a_mesh_is_saved_whole() {
         let saved = ranks(dp * pp * tp).run(|world| {
             let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
             let schedule = Schedule::one_forward_one_backward(pp, pp);
-            let mut model =
-                Gpt::<Replicated, f32, Dev>::load(&mesh, &Weights::new(&source), &CONFIG, schedule)?;
+            let model = Gpt::<Replicated, f32, Dev>::load(&mesh, &Weights::new(&source), &CONFIG, schedule)?;
             let number = mesh.group(Axis::Data).rank();
             let replica = world.split_all(number as u64)?;
             match number {
-                0 => weights::save(&replica, |f| model.visit(f), folder.path()),
+                0 => weights::save(&replica, &model.params(), folder.path()),
                 _ => Ok(()),
             }
         });

@@ -48,7 +48,8 @@ fn embeds<S: Stream>(world: usize, vocabulary: usize, hidden: usize, tokens: usi
         let (group, record) = world.recorded();
         let weights = Weights::new(&source);
         let layer = VocabParallelEmbedding::<S, f64, Dev>::load(&group, &weights, vocabulary, hidden)?;
-        let mut layer = layer.with_padding(padding)?;
+        let layer = layer.with_padding(padding)?;
+        let head = layer.tied_head();
         record.take();
         let (y, rows) = layer.forward(&ids, Sequences::one(tokens))?;
         assert_eq!(record.take(), layer.traffic(tokens).forward);
@@ -57,21 +58,20 @@ fn embeds<S: Stream>(world: usize, vocabulary: usize, hidden: usize, tokens: usi
             let part = whole.slice(ndarray::s![own.clone(), ..]).to_owned();
             S::of_local(&group, tokens, Tensor::from_array(group.device(), &part)?)
         };
-        let (logits, saved) = layer.head().forward(&y)?;
+        let (logits, saved) = head.forward(&y)?;
         let words = logits.local_range(1);
         let dlogits = dlogits.slice(ndarray::s![.., words]).to_owned();
         let dlogits =
             DTensor::shard(&group, Tensor::from_array(group.device(), &dlogits)?, logits.cut().unwrap())?;
-        let dx = layer.head_mut().backward(saved, &dlogits)?;
+        let dx = head.backward(saved, &dlogits)?;
         record.take();
         layer.backward(&rows, &part(&dy)?.add(&dx)?)?;
         assert_eq!(record.take(), layer.traffic(tokens).backward);
         let mut grad = Vec::new();
-        layer.visit(&mut |table| {
+        for table in layer.params() {
             let values = table.grad().unwrap().to_vec()?;
-            grad.push((table.pieces().to_vec(), table.value().shape().dims().to_vec(), values));
-            Ok(())
-        })?;
+            grad.push((table.pieces().to_vec(), table.shape().dims().to_vec(), values));
+        }
         Ok((wide(y.local()), own, wide(logits.local()), grad))
     });
     let outcomes = outcomes.unwrap();
@@ -329,7 +329,7 @@ proptest! {
         ranks(world).run(|group| {
             let tensor = |part: ndarray::ArrayView2<'_, f64>| Tensor::from_array(group.device(), &part.to_owned());
             fn both<P: shardwise::shard::Elementwise + shardwise::shard::Placement<Dual = P>>(
-                mut layer: Dropout<P>, x: DTensor<P, f64>, dy: DTensor<P, f64>, draw: Draw,
+                layer: Dropout<P>, x: DTensor<P, f64>, dy: DTensor<P, f64>, draw: Draw,
             ) -> Result<(Array2<f64>, Array2<f64>)> {
                 let (same, _) = layer.forward(&x)?;
                 assert_eq!(wide(same.local()), wide(x.local()), "nothing is dropped outside of training");
@@ -368,7 +368,7 @@ fn dropout_of_any_rank_draws_by_the_index_in_the_whole() {
         };
         let ones = Tensor::from_array(group.device(), &own(&ArrayD::ones(whole.raw_dim())))?;
         let x = DTensor::<Shard<D>, f64>::shard(group, ones, &cut)?.with_draw(Draw { step: 7, row: 3 });
-        let mut layer = Dropout::<Shard<D>>::new(0.5, 1, "d");
+        let layer = Dropout::<Shard<D>>::new(0.5, 1, "d");
         let (y, saved) = layer.forward(&x)?;
         let dx: DTensor<Shard<D>, f64> = layer.backward(saved, &x)?;
         assert_eq!(y.local().to_array()?, own(whole), "cut along {D}");
@@ -459,7 +459,7 @@ fn wrapped_layers_give_the_bits_of_the_layer() {
     assert_eq!((&nothing.y, &nothing.dx), (&x, &dy));
     // What one layer saved is no other's.
     let group = Group::solo(&dev::fresh());
-    let mut boxed = BoxLayer::<Replicated, shardwise::shard::Copied, f64, Dev>::new(CopyTo);
+    let boxed = BoxLayer::<Replicated, shardwise::shard::Copied, f64, Dev>::new(CopyTo);
     let x = DTensor::replicated(&group, Tensor::from_array(group.device(), &x).unwrap()).unwrap();
     let error =
         boxed.backward(Box::new(1_u8), &DTensor::partial(&group, x.local().clone()).unwrap()).unwrap_err();

@@ -1,7 +1,7 @@
 //! GEMM on the CPU: by blocks (`blocked`), and streamed where there are few rows (`few`).
 
 use super::{
-    Batch, Gemm, Product, Term,
+    Batch, Epilogue, Gemm, Product, Term,
     blocked::{self, Finish, Job, NC, Real, Step, Steps},
     check, check_terms,
     few::{self, Scale},
@@ -74,50 +74,50 @@ impl Gemm for Cpu {
         wide(self, &steps.list(), (1.0, 0.0), (c.into_data(), dims), None)
     }
 
-    fn gemm_bias<T: Element>(
+    fn linear<T: Element>(
         &self,
-        a: MatRef<'_, T, Self>,
-        b: MatRef<'_, T, Self>,
-        bias: &[T],
-        c: MatMut<'_, T, Self>,
-    ) -> Result<()> {
-        check_row("bias", "the bias", bias.len(), c.cols())?;
-        finished(self, (a, b), c, &mut |_, cols, c| self.add_bias::<T>(&bias[cols], c))
-    }
-
-    fn gemm_activate<T: Element>(
-        &self,
-        product: (MatRef<'_, T, Self>, MatRef<'_, T, Self>),
-        bias: &[T],
-        f: Activation,
-        pre: MatMut<'_, T, Self>,
-        mut c: MatMut<'_, T, Self>,
+        x: MatRef<'_, T, Self>,
+        w: MatRef<'_, T, Self>,
+        Epilogue { bias, activation }: Epilogue<'_, '_, T, Self>,
+        mut y: MatMut<'_, T, Self>,
     ) -> Result<()> {
         const OP: &str = "activation";
-        check_row("bias", "the bias", bias.len(), pre.cols())?;
-        same_size(OP, "rows of x", pre.rows(), "rows of y", c.rows())?;
-        same_size(OP, "columns of x", pre.cols(), "columns of y", c.cols())?;
-        finished(self, product, pre, &mut |rows, cols, mut pre| {
-            self.add_bias::<T>(&bias[cols.clone()], pre.reborrow())?;
-            self.activate(f, pre.read(), c.reborrow().block(rows, cols))
+        if let Some(bias) = bias {
+            check_row("bias", "the bias", bias.len(), y.cols())?;
+        }
+        let add = |cols: Range<usize>, to: MatMut<'_, T, Self>| {
+            bias.map_or(Ok(()), |bias| self.add_bias::<T>(&bias[cols], to))
+        };
+        let Some((f, pre)) = activation else {
+            return match bias {
+                Some(_) => finished(self, (x, w.t()), y, &mut |_, cols, y| add(cols, y)),
+                None => self.gemm(1.0, x, w.t(), 0.0, y),
+            };
+        };
+        same_size(OP, "rows of pre", pre.rows(), "rows of y", y.rows())?;
+        same_size(OP, "columns of pre", pre.cols(), "columns of y", y.cols())?;
+        finished(self, (x, w.t()), pre, &mut |rows, cols, mut pre| {
+            add(cols.clone(), pre.reborrow())?;
+            self.activate(f, pre.read(), y.reborrow().block(rows, cols))
         })
     }
 
-    fn gemm_activate_backward<T: Element>(
+    fn linear_dx<T: Element>(
         &self,
-        product: (MatRef<'_, T, Self>, MatRef<'_, T, Self>),
-        f: Activation,
-        pre: MatRef<'_, T, Self>,
-        mut c: MatMut<'_, T, Self>,
+        dy: MatRef<'_, T, Self>,
+        w: MatRef<'_, T, Self>,
+        through: Option<(Activation, MatRef<'_, T, Self>)>,
+        mut dx: MatMut<'_, T, Self>,
     ) -> Result<()> {
         const OP: &str = "activation backward";
-        same_size(OP, "rows of x", pre.rows(), "rows of dx", c.rows())?;
-        same_size(OP, "columns of x", pre.cols(), "columns of dx", c.cols())?;
-        let mut gradient = self.empty::<T>(c.rows() * c.cols())?;
-        let gradient = MatMut::<T, Self>::new(&mut gradient, c.rows(), c.cols())?;
-        finished(self, product, gradient, &mut |rows, cols, gradient| {
-            let (pre, c) = (pre.block(rows.clone(), cols.clone()), c.reborrow().block(rows, cols));
-            self.activate_backward(f, pre, gradient.read(), c)
+        let Some((f, pre)) = through else { return self.gemm(1.0, dy, w, 0.0, dx) };
+        same_size(OP, "rows of pre", pre.rows(), "rows of dx", dx.rows())?;
+        same_size(OP, "columns of pre", pre.cols(), "columns of dx", dx.cols())?;
+        let mut gradient = self.empty::<T>(dx.rows() * dx.cols())?;
+        let gradient = MatMut::<T, Self>::new(&mut gradient, dx.rows(), dx.cols())?;
+        finished(self, (dy, w), gradient, &mut |rows, cols, gradient| {
+            let (pre, dx) = (pre.block(rows.clone(), cols.clone()), dx.reborrow().block(rows, cols));
+            self.activate_backward(f, pre, gradient.read(), dx)
         })
     }
 

@@ -3,11 +3,11 @@
 //! cuBLASLt's matrices are column-major. A row-major C is the column-major Cᵀ = Bᵀ Aᵀ; an operand with unit stride in one
 //! dimension is itself or its transpose. What has unit stride in none is copied first.
 
-use super::{Batch, Gemm, check};
+use super::{Batch, Epilogue, Gemm, check};
 use crate::{
     device::{
         DType, Device, Element,
-        cuda::{Cuda, CudaBuffer, CudaSlice, CudaSliceMut, Epilogue, Layout, Matmul, Operands},
+        cuda::{self, Cuda, CudaBuffer, CudaSlice, CudaSliceMut, Layout, Matmul, Operands},
     },
     error::{Result, same_size},
     kernels::{
@@ -108,85 +108,79 @@ impl Gemm for Cuda {
         self.copy_block(result.view()?, c)
     }
 
-    fn gemm_bias<T: Element>(
+    fn linear<T: Element>(
         &self,
-        a: MatRef<'_, T, Self>,
-        b: MatRef<'_, T, Self>,
-        bias: CudaSlice<'_, T>,
-        mut c: MatMut<'_, T, Self>,
+        x: MatRef<'_, T, Self>,
+        w: MatRef<'_, T, Self>,
+        Epilogue { bias, activation }: Epilogue<'_, '_, T, Self>,
+        mut y: MatMut<'_, T, Self>,
     ) -> Result<()> {
-        check(Batch::ONE, &a, &b, &c)?;
-        same_size("gemm", "the bias", Self::len(bias), "columns of C", c.cols())?;
-        let c_mut = c.reborrow();
-        if fuses::<T>(&[a.dims(), b.dims()], c_mut.dims())
-            && self.multiply(Batch::ONE, PLAIN, a, b, c_mut, Beside::Bias(bias))?
-        {
-            return Ok(());
+        check(Batch::ONE, &x, &w.t(), &y)?;
+        if let Some(bias) = bias {
+            same_size("linear", "the bias", Self::len(bias), "columns of y", y.cols())?;
         }
-        self.gemm(1.0, a, b, 0.0, c.reborrow())?;
-        self.add_bias(bias, c)
+        let fuses = fuses::<T>(&[x.dims(), w.dims()], y.dims());
+        let Some((f, mut pre)) = activation else {
+            if let Some(bias) = bias.filter(|_| fuses)
+                && self.multiply(Batch::ONE, PLAIN, x, w.t(), y.reborrow(), Beside::Bias(bias))?
+            {
+                return Ok(());
+            }
+            self.gemm(1.0, x, w.t(), 0.0, y.reborrow())?;
+            return bias.map_or(Ok(()), |bias| self.add_bias(bias, y));
+        };
+        same_dims("linear", "pre", pre.dims(), "y", y.dims())?;
+        if let Some(bias) = bias.filter(|_| fuses && gelu_fuses(f, &pre.read())) {
+            let beside = Beside::BiasGelu(bias, pre.reborrow());
+            if self.multiply(Batch::ONE, PLAIN, x, w.t(), y.reborrow(), beside)? {
+                return Ok(());
+            }
+        }
+        self.linear(x, w, Epilogue { bias, activation: None }, pre.reborrow())?;
+        self.activate(f, pre.read(), y)
     }
 
-    fn gemm_activate<T: Element>(
+    fn linear_dx<T: Element>(
         &self,
-        (a, b): (MatRef<'_, T, Self>, MatRef<'_, T, Self>),
-        bias: CudaSlice<'_, T>,
-        f: Activation,
-        mut pre: MatMut<'_, T, Self>,
-        mut c: MatMut<'_, T, Self>,
+        dy: MatRef<'_, T, Self>,
+        w: MatRef<'_, T, Self>,
+        through: Option<(Activation, MatRef<'_, T, Self>)>,
+        mut dx: MatMut<'_, T, Self>,
     ) -> Result<()> {
-        check(Batch::ONE, &a, &b, &c)?;
-        same_size("gemm", "the bias", Self::len(bias), "columns of C", c.cols())?;
-        same_dims("gemm", "pre", pre.dims(), "C", c.dims())?;
-        if gelu_fuses(f, &pre.read())
-            && fuses::<T>(&[a.dims(), b.dims()], c.dims())
-            && self.multiply(Batch::ONE, PLAIN, a, b, c.reborrow(), Beside::BiasGelu(bias, pre.reborrow()))?
-        {
-            return Ok(());
-        }
-        self.gemm_bias(a, b, bias, pre.reborrow())?;
-        self.activate(f, pre.read(), c)
-    }
-
-    fn gemm_activate_backward<T: Element>(
-        &self,
-        (a, b): (MatRef<'_, T, Self>, MatRef<'_, T, Self>),
-        f: Activation,
-        pre: MatRef<'_, T, Self>,
-        mut c: MatMut<'_, T, Self>,
-    ) -> Result<()> {
-        check(Batch::ONE, &a, &b, &c)?;
-        same_dims("gemm", "pre", pre.dims(), "C", c.dims())?;
+        let Some((f, pre)) = through else { return self.gemm(1.0, dy, w, 0.0, dx) };
+        check(Batch::ONE, &dy, &w, &dx)?;
+        same_dims("linear backward", "pre", pre.dims(), "dx", dx.dims())?;
         if gelu_fuses(f, &pre)
-            && fuses::<T>(&[a.dims(), b.dims()], c.dims())
-            && self.multiply(Batch::ONE, PLAIN, a, b, c.reborrow(), Beside::GeluSlope(pre))?
+            && fuses::<T>(&[dy.dims(), w.dims()], dx.dims())
+            && self.multiply(Batch::ONE, PLAIN, dy, w, dx.reborrow(), Beside::GeluSlope(pre))?
         {
             return Ok(());
         }
-        let (rows, cols) = (c.rows(), c.cols());
+        let (rows, cols) = (dx.rows(), dx.cols());
         let mut product = self.empty::<T>(rows * cols)?;
-        self.gemm(1.0, a, b, 0.0, MatMut::<T, Self>::new(Self::slice_mut(&mut product), rows, cols)?)?;
-        self.activate_backward(f, pre, MatRef::new(Self::slice(&product), rows, cols)?, c)
+        self.gemm(1.0, dy, w, 0.0, MatMut::<T, Self>::new(Self::slice_mut(&mut product), rows, cols)?)?;
+        self.activate_backward(f, pre, MatRef::new(Self::slice(&product), rows, cols)?, dx)
     }
 
-    fn gemm_column_sums<T: Element>(
+    fn linear_dw<T: Element>(
         &self,
-        a: MatRef<'_, T, Self>,
-        b: MatRef<'_, T, Self>,
+        dy: MatRef<'_, T, Self>,
+        x: MatRef<'_, T, Self>,
         beta: f64,
-        mut c: MatMut<'_, T::Acc, Self>,
-        mut sums: CudaSliceMut<'_, T::Acc>,
+        mut dw: MatMut<'_, T::Acc, Self>,
+        db: Option<CudaSliceMut<'_, T::Acc>>,
     ) -> Result<()> {
-        check(Batch::ONE, &a.t(), &b, &c)?;
-        same_size("gemm", "the sums", Self::len_mut(&sums), "columns of A", a.cols())?;
-        let beside = Beside::ColumnSums(Self::reborrow(&mut sums));
-        if fuses::<T>(&[a.dims(), b.dims()], c.dims())
-            && self.multiply(Batch::ONE, (1.0, beta), a.t(), b, c.reborrow(), beside)?
+        let Some(mut db) = db else { return self.gemm(1.0, dy.t(), x, beta, dw) };
+        check(Batch::ONE, &dy.t(), &x, &dw)?;
+        same_size("linear backward", "the elements of db", Self::len_mut(&db), "columns of dy", dy.cols())?;
+        let beside = Beside::ColumnSums(Self::reborrow(&mut db));
+        if fuses::<T>(&[dy.dims(), x.dims()], dw.dims())
+            && self.multiply(Batch::ONE, (1.0, beta), dy.t(), x, dw.reborrow(), beside)?
         {
             return Ok(());
         }
-        self.gemm(1.0, a.t(), b, beta, c)?;
-        self.sum_rows(a, sums)
+        self.gemm(1.0, dy.t(), x, beta, dw)?;
+        self.sum_rows(dy, db)
     }
 }
 
@@ -233,7 +227,8 @@ impl<T: Element> Canonical<T> {
 /// α and β of A B.
 const PLAIN: (f64, f64) = (1.0, 0.0);
 
-/// What a product has beside its operands: see [`Epilogue`]. The type of what is stored is C's.
+/// What a product has beside its operands: see [`cuda::Epilogue`]. The type of what is stored is
+/// C's.
 enum Beside<'a, T: Element, C: Element> {
     Nothing,
     Bias(CudaSlice<'a, T>),
@@ -272,22 +267,22 @@ impl Cuda {
         let mut owners = vec![a.data().owner(), b.data().owner(), c.shared().owner()];
         let saved = |pre: &MatRef<'_, T, Self>| column_major(pre.dims()).map_or(0, |seen| seen.leading);
         let (epilogue, vector, matrix) = match &beside {
-            Beside::Nothing => (Epilogue::None, 0, 0),
+            Beside::Nothing => (cuda::Epilogue::None, 0, 0),
             Beside::Bias(bias) => {
                 owners.push(bias.owner());
-                (Epilogue::Bias, bias.address(), 0)
+                (cuda::Epilogue::Bias, bias.address(), 0)
             }
             Beside::BiasGelu(bias, pre) => {
                 owners.extend([bias.owner(), pre.shared().owner()]);
-                (Epilogue::BiasGelu(saved(&pre.read())), bias.address(), pre.shared().address())
+                (cuda::Epilogue::BiasGelu(saved(&pre.read())), bias.address(), pre.shared().address())
             }
             Beside::GeluSlope(pre) => {
                 owners.push(pre.data().owner());
-                (Epilogue::GeluSlope(saved(pre)), 0, pre.data().address())
+                (cuda::Epilogue::GeluSlope(saved(pre)), 0, pre.data().address())
             }
             Beside::ColumnSums(sums) => {
                 owners.push(Self::shared(sums).owner());
-                (Epilogue::ColumnSums, sums.address(), 0)
+                (cuda::Epilogue::ColumnSums, sums.address(), 0)
             }
         };
         let a = Side { dims: a.dims(), address: a.data().address(), stride: batch.a };
@@ -310,9 +305,10 @@ impl Cuda {
         let at = Operands { a: left.address, b: right.address, d: c_side.address, vector, saved: matrix };
         let mut done = false;
         self.joins(&owners, || {
-            // SAFETY: `check` has seen that every matrix of the batch lies in its memory and that the dimensions agree; the
-            // layouts are those of the views. What is beside has been compared with them by the callers: a bias has an element a
-            // row of the result as it is seen, sums one a column of B, and a saved matrix the result's dimensions. What is
+            // SAFETY: `check` has seen that every matrix of the batch lies in its memory and that
+            // the dimensions agree; the layouts are those of the views. What is beside has been
+            // compared with them by the callers: a bias has an element a row of the result as it is
+            // seen, sums one a row of A, and a saved matrix the result's dimensions. What is
             // written is borrowed exclusively.
             #[allow(unsafe_code)]
             unsafe {

@@ -50,7 +50,15 @@ pub struct Term<'a, T: Element, B: Device> {
     pub merges: usize,
 }
 
-/// C ← α A B + β C.
+/// What follows the product of a linear operator.
+pub struct Epilogue<'b, 'p, T: Element, B: Device> {
+    /// Added to each row of the product.
+    pub bias: Option<B::Slice<'b, T>>,
+    /// A function of the sum, and where the sum is stored, which the backward needs.
+    pub activation: Option<(Activation, MatMut<'p, T, B>)>,
+}
+
+/// C ← α A B + β C, and the products of linear operators.
 pub trait Gemm: Device {
     /// C ← α A B + β C for one product: [`Gemm::gemm_batched`] with [`Batch::ONE`].
     ///
@@ -88,84 +96,55 @@ pub trait Gemm: Device {
         c: MatMut<'_, C, Self>,
     ) -> Result<()>;
 
-    /// C ← A B + bias, `bias` having one element a column of C: a linear operator. Where the device can, the bias is added
-    /// before the result is rounded.
+    /// y ← x wᵀ, and then the epilogue: the forward of a linear operator. Where the device can, the
+    /// epilogue is computed before y is rounded.
+    ///
+    /// `x`: `[tokens, in]`, `w`: `[out, in]`, `y`: `[tokens, out]`.
     ///
     /// # Errors
-    /// As [`Gemm::gemm`], and when the bias does not fit.
-    fn gemm_bias<T: Element>(
+    /// As [`Gemm::gemm`], and when the bias or pre does not fit y.
+    fn linear<T: Element>(
         &self,
-        a: MatRef<'_, T, Self>,
-        b: MatRef<'_, T, Self>,
-        bias: Self::Slice<'_, T>,
-        mut c: MatMut<'_, T, Self>,
+        x: MatRef<'_, T, Self>,
+        w: MatRef<'_, T, Self>,
+        epilogue: Epilogue<'_, '_, T, Self>,
+        y: MatMut<'_, T, Self>,
     ) -> Result<()>
     where
-        Self: Pointwise,
-    {
-        self.gemm(1.0, a, b, 0.0, c.reborrow())?;
-        self.add_bias::<T>(bias, c)
-    }
+        Self: Pointwise;
 
-    /// pre ← A B + bias, C ← f(pre): a linear operator and the function behind it, with what the backward needs of it. Where the
-    /// device can, in one go: C is then f of what was not rounded yet.
+    /// dx ← dy w. With `through` = (f, pre), where x = f(pre): the gradient of pre, (dy w) f′(pre).
     ///
     /// # Errors
-    /// As [`Gemm::gemm_bias`], and when pre has not the dimensions of C.
-    fn gemm_activate<T: Element>(
+    /// As [`Gemm::gemm`], and when pre has not the dimensions of dx.
+    fn linear_dx<T: Element>(
         &self,
-        (a, b): (MatRef<'_, T, Self>, MatRef<'_, T, Self>),
-        bias: Self::Slice<'_, T>,
-        f: Activation,
-        mut pre: MatMut<'_, T, Self>,
-        c: MatMut<'_, T, Self>,
+        dy: MatRef<'_, T, Self>,
+        w: MatRef<'_, T, Self>,
+        through: Option<(Activation, MatRef<'_, T, Self>)>,
+        dx: MatMut<'_, T, Self>,
     ) -> Result<()>
     where
-        Self: Pointwise,
-    {
-        self.gemm_bias(a, b, bias, pre.reborrow())?;
-        self.activate(f, pre.read(), c)
-    }
+        Self: Pointwise;
 
-    /// C ← (A B) f′(pre), element by element: the gradient of what [`Gemm::gemm_activate`] gave, of which the layer behind it
-    /// makes A B.
+    /// dw ← dyᵀ x + β dw, and db ← the sums of dy's columns, in the accumulator. Where the device
+    /// can, dy is read once.
     ///
     /// # Errors
-    /// As [`Gemm::gemm`], and when pre has not the dimensions of C.
-    fn gemm_activate_backward<T: Element>(
+    /// As [`Gemm::gemm`], and when db has not an element a column of dy.
+    fn linear_dw<T: Element>(
         &self,
-        (a, b): (MatRef<'_, T, Self>, MatRef<'_, T, Self>),
-        f: Activation,
-        pre: MatRef<'_, T, Self>,
-        c: MatMut<'_, T, Self>,
-    ) -> Result<()>
-    where
-        Self: Pointwise,
-    {
-        let (rows, cols) = (c.rows(), c.cols());
-        let mut product = self.empty::<T>(rows * cols)?;
-        self.gemm(1.0, a, b, 0.0, MatMut::<T, Self>::new(Self::slice_mut(&mut product), rows, cols)?)?;
-        self.activate_backward(f, pre, MatRef::<T, Self>::new(Self::slice(&product), rows, cols)?, c)
-    }
-
-    /// C ← Aᵀ B + β C, and sums ← the sums of A's columns, in the accumulator: the gradients of a linear operator's weight and
-    /// bias, of which A is the gradient of the result. Where the device can, A is read once.
-    ///
-    /// # Errors
-    /// As [`Gemm::gemm`], and when there is not a sum a column of A.
-    fn gemm_column_sums<T: Element>(
-        &self,
-        a: MatRef<'_, T, Self>,
-        b: MatRef<'_, T, Self>,
+        dy: MatRef<'_, T, Self>,
+        x: MatRef<'_, T, Self>,
         beta: f64,
-        c: MatMut<'_, T::Acc, Self>,
-        sums: Self::SliceMut<'_, T::Acc>,
+        dw: MatMut<'_, T::Acc, Self>,
+        db: Option<Self::SliceMut<'_, T::Acc>>,
     ) -> Result<()>
     where
         Self: Pointwise,
     {
-        self.gemm(1.0, a.t(), b, beta, c)?;
-        self.sum_rows::<T>(a, sums)
+        self.gemm(1.0, dy.t(), x, beta, dw)?;
+        db.map_or(Ok(()), |db| self.sum_rows::<T>(dy, db))
     }
 
     /// [`Gemm::gemm`], with α = 1, of a block of a product: the bits follow from the elements, the

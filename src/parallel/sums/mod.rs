@@ -29,7 +29,7 @@ mod products;
 
 pub(super) use {
     holders::Holders,
-    products::{Affine, AffineMut, Factors, Through},
+    products::{Affine, Factors, Through},
 };
 
 use super::{DTensor, Stream};
@@ -180,7 +180,7 @@ impl<B: Device> Sums<B> {
 
 impl<B: Backend> Sums<B> {
     /// A parameter that every rank holds.
-    pub(super) fn whole<T: Element>(&self, mut param: Param<T, B>) -> Param<T, B> {
+    pub(super) fn whole<T: Element>(&self, param: Param<T, B>) -> Param<T, B> {
         if self.tree.is_some() {
             param.sum_in_tree(None);
         }
@@ -188,9 +188,9 @@ impl<B: Backend> Sums<B> {
     }
 
     /// A parameter whose dimension `dim` is cut into these leaves.
-    pub(super) fn cut<T: Element>(&self, mut param: Param<T, B>, dim: usize, leaves: &Leaves) -> Param<T, B> {
+    pub(super) fn cut<T: Element>(&self, param: Param<T, B>, dim: usize, leaves: &Leaves) -> Param<T, B> {
         if self.tree.is_some() {
-            let (rows, cols) = (param.value().shape().rows(), param.value().shape().cols());
+            let (rows, cols) = (param.shape().rows(), param.shape().cols());
             let patch = |run: &Range<usize>| match dim {
                 0 => Patch { rows: run.clone(), cols: 0..cols },
                 _ => Patch { rows: 0..rows, cols: run.clone() },
@@ -263,6 +263,28 @@ impl<B: Backend> Sums<B> {
                 Ok(nodes(self.group.device(), leaves, 0..leaves, shape, rows)?.swap_remove(0))
             }
         }
+    }
+
+    /// Adds [`Sums::over_tokens`] to the gradient of a parameter. Where every rank has all tokens
+    /// and their order is free, the parameter's sink may ask for some of them.
+    ///
+    /// # Errors
+    /// As there, and when the sink refuses the gradient.
+    #[track_caller]
+    pub(super) fn add_over_tokens<S: Stream, T: Element>(
+        &self,
+        param: &Param<T, B>,
+        of: &DTensor<S, T, B>,
+        mut term: impl FnMut(Range<usize>, &mut Tensor<T::Acc, B>) -> Result<()>,
+    ) -> Result<()> {
+        if self.tree.is_some() || S::CUT.is_some() {
+            return param.add_grad(self.over_tokens(of, param.shape(), term)?);
+        }
+        param.add_grad_over(of.local().shape().rows(), |tokens| {
+            let mut grad = Tensor::empty(self.group.device(), param.shape())?;
+            term(tokens, &mut grad)?;
+            Ok(grad)
+        })
     }
 }
 

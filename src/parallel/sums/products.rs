@@ -11,6 +11,7 @@ use crate::{
     tensor::{Param, Tensor},
     trace,
 };
+use std::ops::Range;
 
 /// The activation in front of a layer and its input, to go on through f′ with the gradient of the
 /// layer's input.
@@ -18,9 +19,6 @@ pub(in super::super) type Through<'a, T, B> = Option<(Activation, &'a Tensor<T, 
 
 /// A weight, and a bias to be added.
 pub(in super::super) type Affine<'a, T, B> = (&'a Param<T, B>, Option<&'a Param<T, B>>);
-
-/// The same, to get gradients.
-pub(in super::super) type AffineMut<'a, T, B> = (&'a mut Param<T, B>, Option<&'a mut Param<T, B>>);
 
 /// The factors a b of a term, whose inner dimension is cut into leaves.
 pub(in super::super) struct Factors<'a, T: Element, B: Backend> {
@@ -89,23 +87,18 @@ impl<B: Backend> Sums<B> {
         f: Option<Activation>,
         leaves: &Leaves,
     ) -> Result<(Tensor<T, B>, Tensor<T, B>)> {
-        let (w, bias, device) = (w.value(), bias.map(Param::value), x.device());
-        let pre = match (&self.tree, f, bias) {
-            (None, Some(f), Some(bias)) => return ops::linear_activate(x, w, bias, f),
-            (None, ..) => ops::linear(x, w, bias)?,
-            (Some(_), ..) => {
-                same_size("linear", "columns of x", x.shape().cols(), "columns of w", w.shape().cols())?;
-                let shape = x.shape().with(x.shape().rank() - 1, w.shape().rows());
-                let mut y = Tensor::empty(device, shape)?;
-                self.by_runs((1, leaves), (x.mat(), w.mat().t()), 0.0, y.mat_mut()?)?;
-                if let Some(bias) = bias {
-                    device.add_bias::<T>(bias.slice(), y.mat_mut()?)?;
-                }
-                y
-            }
-        };
-        let y = f.map_or_else(|| Ok(pre.clone()), |f| ops::activate(f, &pre))?;
-        Ok((y, pre))
+        let (w, bias, device) = (w.value()?, bias.map(Param::value).transpose()?, x.device());
+        if !self.is_by_leaves(x.mat(), false) {
+            let (y, pre) = ops::linear(x, &w, bias.as_ref(), f)?;
+            return Ok((y.clone(), pre.unwrap_or(y)));
+        }
+        same_size("linear", "columns of x", x.shape().cols(), "columns of w", w.shape().cols())?;
+        let mut pre = Tensor::empty(device, x.shape().with(x.shape().rank() - 1, w.shape().rows()))?;
+        self.by_runs((1, leaves), (x.mat(), w.mat().t()), 0.0, pre.mat_mut()?)?;
+        if let Some(bias) = bias {
+            device.add_bias::<T>(bias.slice(), pre.mat_mut()?)?;
+        }
+        Ok((f.map_or_else(|| Ok(pre.clone()), |f| ops::activate(f, &pre))?, pre))
     }
 
     /// dx = dy w, and on through f′; the columns of w are cut into leaves.
@@ -116,9 +109,9 @@ impl<B: Backend> Sums<B> {
         through: Through<'_, T, B>,
         leaves: &Leaves,
     ) -> Result<Tensor<T, B>> {
-        let w = w.value();
-        if let (None, Some((f, pre))) = (&self.tree, through) {
-            return ops::linear_activate_backward(dy, w, f, pre);
+        let w = w.value()?;
+        if !self.is_by_leaves(dy.mat(), false) {
+            return ops::linear_dx(dy, &w, through);
         }
         let shape = dy.shape();
         let mut dx = Tensor::empty(dy.device(), shape.with(shape.rank() - 1, w.shape().cols()))?;
@@ -136,16 +129,15 @@ impl<B: Backend> Sums<B> {
         all: Vec<(Affine<'_, T, B>, &Leaves)>,
     ) -> Result<Vec<Tensor<T, B>>> {
         if self.tree.is_some() {
-            return all
-                .into_iter()
-                .map(|(params, leaves)| Ok(self.outputs(x, params, None, leaves)?.0))
-                .collect();
+            let output = |(params, leaves)| Ok(self.outputs(x, params, None, leaves)?.0);
+            return all.into_iter().map(output).collect();
         }
-        let pairs = all.iter().map(|((w, _), _)| (x.mat(), w.value().mat().t())).collect();
+        let weights = all.iter().map(|((w, _), _)| w.value()).collect::<Result<Vec<_>>>()?;
+        let pairs = weights.iter().map(|w| (x.mat(), w.mat().t())).collect();
         let mut parts = ops::products::<T, T, B>(x.device(), pairs)?;
         for (((_, bias), _), part) in all.iter().zip(&mut parts) {
             if let Some(bias) = bias {
-                x.device().add_bias::<T>(bias.value().slice(), part.mat_mut()?)?;
+                x.device().add_bias::<T>(bias.value()?.slice(), part.mat_mut()?)?;
             }
         }
         Ok(parts)
@@ -155,7 +147,7 @@ impl<B: Backend> Sums<B> {
     /// same time where the device can; the rows of dw are cut into leaves.
     pub(in super::super) fn row_grads<'a, T: Element>(
         &self,
-        layers: Vec<((AffineMut<'a, T, B>, &'a Leaves), MatRef<'a, T, B>)>,
+        layers: Vec<((Affine<'a, T, B>, &'a Leaves), MatRef<'a, T, B>)>,
         x: &'a Tensor<T, B>,
     ) -> Result<()> {
         let by_leaves = self.tree.is_some() || layers.iter().any(|((_, leaves), _)| leaves.shared);
@@ -165,8 +157,17 @@ impl<B: Backend> Sums<B> {
         let pairs = layers.iter().map(|(_, dy)| (dy.t(), x.mat())).collect();
         let products = ops::products::<T, T::Acc, B>(x.device(), pairs)?;
         for ((((w, bias), _), dy), dw) in layers.into_iter().zip(products) {
-            w.add_grad(dw)?;
-            bias.map_or(Ok(()), |bias| bias.add_grad(ops::bias_grad(x.device(), dy)?))?;
+            let mut whole = Some(dw);
+            w.add_grad_over(dy.rows(), |tokens| match whole.take() {
+                Some(dw) if tokens == (0..dy.rows()) => Ok(dw),
+                _ => {
+                    let mut dw = Tensor::empty(x.device(), w.shape())?;
+                    let of = (some(dy, tokens.clone()), some(x.mat(), tokens));
+                    ops::linear_dw(x.device(), of, 0.0, dw.mat_mut()?, None)?;
+                    Ok(dw)
+                }
+            })?;
+            bias.map_or(Ok(()), |bias| self.bias_grad(bias, dy))?;
         }
         Ok(())
     }
@@ -174,40 +175,57 @@ impl<B: Backend> Sums<B> {
     /// [`Sums::row_grads`] of one layer.
     fn row_grad<T: Element>(
         &self,
-        ((w, bias), leaves): (AffineMut<'_, T, B>, &Leaves),
+        ((w, bias), leaves): (Affine<'_, T, B>, &Leaves),
         dy: MatRef<'_, T, B>,
         x: &Tensor<T, B>,
     ) -> Result<()> {
-        match bias {
-            Some(bias) if self.tree.is_none() && !leaves.shared => {
-                let mut db = Tensor::empty(x.device(), [dy.cols()])?;
-                w.accumulate_grad(|beta, dw| ops::linear_param_grads(dy, x.mat(), beta, dw, &mut db))?;
-                bias.add_grad(db)
-            }
-            bias => {
-                w.accumulate_grad(|beta, dw| self.by_runs((0, leaves), (dy.t(), x.mat()), beta, dw))?;
-                bias.map_or(Ok(()), |bias| bias.add_grad(ops::bias_grad(x.device(), dy)?))
-            }
-        }
+        let device = self.group.device();
+        let Some(bias) = bias.filter(|_| self.tree.is_none() && !leaves.shared) else {
+            self.grads(w, (dy, x.mat()), (0, leaves))?;
+            return bias.map_or(Ok(()), |bias| self.bias_grad(bias, dy));
+        };
+        // Both gradients come of one product, if the weight's sink wants that over all tokens.
+        let mut sums = None;
+        w.add_product_over(dy.rows(), |tokens, beta, dw| {
+            let (dy, x) = (some(dy, tokens.clone()), some(x.mat(), tokens.clone()));
+            let mut db = Tensor::empty(device, [dy.cols()])?;
+            ops::linear_dw(device, (dy, x), beta, dw, Some(&mut db))?;
+            sums = Some((tokens, db));
+            Ok(())
+        })?;
+        bias.add_grad_over(dy.rows(), |tokens| match sums.take() {
+            Some((of, db)) if of == tokens => Ok(db),
+            _ => ops::bias_grad(device, some(dy, tokens)),
+        })
     }
 
-    /// dw += dyᵀ x, the columns of dw cut into leaves.
-    pub(in super::super) fn column_grads<T: Element>(
+    /// db += Σ over the rows of dy.
+    fn bias_grad<T: Element>(&self, bias: &Param<T, B>, dy: MatRef<'_, T, B>) -> Result<()> {
+        bias.add_grad_over(dy.rows(), |tokens| ops::bias_grad(self.group.device(), some(dy, tokens)))
+    }
+
+    /// dw += dyᵀ x, of which dimension `dim` is cut into leaves.
+    pub(in super::super) fn grads<T: Element>(
         &self,
-        w: &mut Param<T, B>,
-        dy: &Tensor<T, B>,
-        x: &Tensor<T, B>,
-        leaves: &Leaves,
+        w: &Param<T, B>,
+        (dy, x): (MatRef<'_, T, B>, MatRef<'_, T, B>),
+        (dim, leaves): (usize, &Leaves),
     ) -> Result<()> {
-        w.accumulate_grad(|beta, dw| self.by_runs((1, leaves), (dy.mat().t(), x.mat()), beta, dw))
+        w.add_product_over(dy.rows(), |tokens, beta, dw| {
+            let (dy, x) = (some(dy, tokens.clone()), some(x, tokens));
+            if !self.is_by_leaves(dy.t(), leaves.shared) {
+                return ops::linear_dw(self.group.device(), (dy, x), beta, dw, None);
+            }
+            self.by_runs((dim, leaves), (dy.t(), x), beta, dw)
+        })
     }
 
     /// Whether elements of a product with `a` are computed run by run: in a fixed order, and where
     /// several ranks hold the same rows of a weight, whose gradients have to have the same bits on
     /// each.
-    fn is_by_leaves<T: Element>(&self, a: MatRef<'_, T, B>, leaves: &Leaves) -> bool {
+    fn is_by_leaves<T: Element>(&self, a: MatRef<'_, T, B>, shared: bool) -> bool {
         // A depth of 1 leaves room for another sign of a zero.
-        (self.tree.is_some() || leaves.shared) && !(self.group.device().splits_exactly() && a.cols() > 1)
+        (self.tree.is_some() || shared) && !(self.group.device().splits_exactly() && a.cols() > 1)
     }
 
     /// c ← a b + β c by runs of dimension `dim` of c: of a's rows, or of b's columns.
@@ -220,9 +238,6 @@ impl<B: Backend> Sums<B> {
     ) -> Result<()> {
         let (device, [rows, depth, cols]) = (self.group.device(), [a.rows(), a.cols(), b.cols()]);
         trace::compute("gemm", T::DTYPE, &[rows, depth, cols], || {
-            if !self.is_by_leaves(a, leaves) {
-                return device.gemm(1.0, a, b, beta, c);
-            }
             leaves.held.iter().cloned().try_for_each(|run| {
                 let (a, b, part) = match dim {
                     0 => (a.block(run.clone(), 0..depth), b, c.reborrow().block(run, 0..cols)),
@@ -232,4 +247,9 @@ impl<B: Backend> Sums<B> {
             })
         })
     }
+}
+
+/// Some rows.
+fn some<T: Element, B: Backend>(matrix: MatRef<'_, T, B>, rows: Range<usize>) -> MatRef<'_, T, B> {
+    matrix.block(rows, 0..matrix.cols())
 }
