@@ -28,6 +28,8 @@ mod nccl;
 mod optim;
 #[path = "../suite/overlap.rs"]
 mod overlap;
+#[path = "../suite/params.rs"]
+mod params;
 #[path = "../suite/states.rs"]
 mod states;
 #[path = "../suite/support.rs"]

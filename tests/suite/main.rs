@@ -20,6 +20,8 @@ mod models;
 mod optim;
 mod oracle;
 mod overlap;
+mod own_layers;
+mod params;
 mod safety;
 mod saving;
 mod sites;

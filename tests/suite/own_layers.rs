@@ -1,0 +1,167 @@
+//! Linear layers of a user's own, made of the public parts, at the edges of a tensor-parallel
+//! region.
+
+use crate::{
+    dev::{DTensor, Dev, Tensor},
+    invariant::same_bits,
+    support::{Case, Spread, arrays, matrix, random, run},
+};
+use shardwise::{
+    Result, Site,
+    comm::{Group, Overlap},
+    ops,
+    parallel::{
+        Bias, ColumnParallelLinear, Columns, Enter, Layer, Leave, Linear, RowParallelLinear, Stream, Traffic,
+    },
+    shard::{Copied, Partial, Partition, Replicated, Shape, Shard},
+    tensor::{Param, Region, Role, Weights},
+};
+
+/// A weight of which dimension `dim` is cut over the ranks.
+struct Cut {
+    group: Group<Dev>,
+    weight: Param<f64, Dev>,
+    cut: Partition,
+    features: [usize; 2],
+}
+
+impl Cut {
+    fn load(
+        group: &Group<Dev>,
+        weights: &Weights<'_>,
+        [inputs, outputs]: [usize; 2],
+        dim: usize,
+    ) -> Result<Self> {
+        let cut = group.even_cut([outputs, inputs][dim])?;
+        let region = Region::whole([outputs, inputs]).cut(dim, cut.range(group.rank()));
+        let weight = Param::load_region(group.device(), weights, "weight", Role::Weight, region, true)?;
+        Ok(Self { group: group.clone(), weight, cut, features: [inputs, outputs] })
+    }
+
+    fn product(&self, x: &Tensor<f64>) -> Result<Tensor<f64>> {
+        Ok(ops::linear(x, &self.weight.value()?, None, None)?.0)
+    }
+
+    fn back(&self, dy: &Tensor<f64>) -> Result<Tensor<f64>> {
+        ops::linear_dx(dy, &self.weight.value()?, None)
+    }
+
+    fn grad(&self, x: &Tensor<f64>, dy: &Tensor<f64>) -> Result<()> {
+        let mut dw = Tensor::empty(x.device(), self.weight.shape())?;
+        ops::linear_dw(x.device(), (dy.mat(), x.mat()), 0.0, dw.mat_mut()?, None)?;
+        self.weight.add_grad(dw)
+    }
+}
+
+/// Makes of a [`Cut`] a linear layer between two placements.
+macro_rules! own {
+    ($name:ident, $from:ty => $to:ty, |$layer:ident, $local:ident| $output:expr, $input_grad:expr) => {
+        struct $name(Cut);
+
+        impl Layer<f64, Dev> for $name {
+            type In = $from;
+            type Out = $to;
+            type Saved = Tensor<f64>;
+
+            fn forward(&self, x: &DTensor<$from, f64>) -> Result<(DTensor<$to, f64>, Tensor<f64>)> {
+                x.check("own", &self.0.group)?;
+                let ($layer, $local) = (&self.0, self.0.product(x.local())?);
+                Ok(($output?, x.local().clone()))
+            }
+
+            fn backward(
+                &self,
+                x: Tensor<f64>,
+                dy: &DTensor<Dual<$to>, f64>,
+            ) -> Result<DTensor<Dual<$from>, f64>> {
+                let dx = self.input_grad(dy)?;
+                self.param_grads(&x, dy)?;
+                Ok(dx)
+            }
+
+            fn params(&self) -> Vec<Param<f64, Dev>> {
+                vec![self.0.weight.clone()]
+            }
+
+            fn traffic(&self, _: &Group<Dev>, x: Shape) -> (Traffic, Shape) {
+                (Traffic::default(), x.with(1, self.0.features[1]))
+            }
+        }
+
+        impl Linear<f64, Dev> for $name {
+            const OPS: [&'static str; 2] = ["own", "own backward"];
+
+            fn group(&self) -> &Group<Dev> {
+                &self.0.group
+            }
+
+            fn site(&self) -> Site {
+                self.0.weight.site()
+            }
+
+            fn features(&self) -> [usize; 2] {
+                self.0.features
+            }
+
+            fn splits(&self) -> [bool; 2] {
+                [false; 2]
+            }
+
+            fn input_grad(&self, dy: &DTensor<Dual<$to>, f64>) -> Result<DTensor<Dual<$from>, f64>> {
+                let ($layer, $local) = (&self.0, self.0.back(dy.local())?);
+                $input_grad
+            }
+
+            fn param_grads(&self, x: &Tensor<f64>, dy: &DTensor<Dual<$to>, f64>) -> Result<()> {
+                self.0.grad(x, dy.local())
+            }
+        }
+    };
+}
+
+type Dual<P> = <P as shardwise::shard::Placement>::Dual;
+
+own!(
+    OwnColumn, Copied => Shard<1>,
+    |layer, local| DTensor::shard(&layer.group, local, &layer.cut),
+    DTensor::partial(&layer.group, local)
+);
+own!(
+    OwnRow, Shard<1> => Partial,
+    |layer, local| DTensor::partial(&layer.group, local),
+    DTensor::shard(&layer.group, local, &layer.cut)
+);
+
+/// The edges of a region do for any linear layer what they do for the crate's, at once and in
+/// chunks.
+fn agree<S: Stream + Spread>(world: usize, overlap: Overlap) {
+    let (tokens, inputs, outputs) = (9, 8, 11);
+    let source = arrays([("weight", random(world as u64, "w", &[outputs, inputs]))]);
+    let (x, dy) = (matrix(1, "x", tokens, inputs), matrix(1, "dy", tokens, outputs));
+    let case = Case { overlap, ..Case::new(world, &x, &dy, &source) };
+    let own = run::<f64, _>(&case, |group, weights| {
+        Ok(Enter::<S, _>::new(OwnColumn(Cut::load(group, weights, [inputs, outputs], 0)?)))
+    });
+    let crates = run::<f64, _>(&case, |group, weights| {
+        let columns = Columns::even(group, outputs)?;
+        ColumnParallelLinear::<S, f64, Dev>::load(group, weights, inputs, &columns, Bias::None)
+    });
+    same_bits("a column", &own.unwrap(), &crates.unwrap());
+    let own = run::<f64, _>(&case, |group, weights| {
+        Ok(Leave::<S, _>::new(OwnRow(Cut::load(group, weights, [inputs, outputs], 1)?)))
+    });
+    let crates = run::<f64, _>(&case, |group, weights| {
+        RowParallelLinear::<S, f64, Dev>::load(group, weights, &group.even_cut(inputs)?, outputs, false)
+    });
+    same_bits("a row", &own.unwrap(), &crates.unwrap());
+}
+
+#[test]
+fn a_linear_layer_of_ones_own_works_at_the_edges_of_a_region() {
+    for world in [1, 2, 3, 5, 8] {
+        for overlap in [Overlap::Off, Overlap::Chunks(3)] {
+            agree::<Replicated>(world, overlap);
+            agree::<Shard<0>>(world, overlap);
+        }
+    }
+}

@@ -1,0 +1,793 @@
+//! Parameters as handles: stores that are not dense, sinks of gradients, ties.
+
+use crate::{
+    dev::{self, Dev, Tensor, ranks},
+    invariant::same_bits,
+    support::{Case, Spread, arrays, matrix, random, run},
+};
+use ndarray::{Array2, ArrayD, s};
+use proptest::prelude::*;
+use shardwise::{
+    Result,
+    comm::{Group, ReduceOp},
+    device::Element,
+    kernels::{Activation, NormKind, Pointwise},
+    optim::{AdamW, grad_norm},
+    parallel::{
+        AddBias, AttentionConfig, Bias, BlockConfig, BlockNames, ColumnLinear, ColumnParallelLinear, Columns,
+        ForkedColumnLinear, Layer, NormPlacement, PositionEmbedding, QkvLayout, RowParallelLinear, Stream,
+        TransformerBlock, VocabParallelEmbedding,
+    },
+    reference::worst,
+    shard::{Copied, Heads, Placement, Reduction, Replicated, Sequences, Shape, Shard},
+    tensor::{Arrays, GradSink, GradSum, GradTerm, Param, Piece, Random, Region, Role, Store, Weights},
+    train::{DataParallel, GradReduce},
+};
+use std::{cell::RefCell, ops::Range, rc::Rc};
+
+/// A matrix of bytes, with a scale a row.
+struct Bytes {
+    codes: Vec<u8>,
+    scales: Vec<f64>,
+    device: Dev,
+    /// The rows that were decoded, and whether the whole was.
+    decoded: Rc<RefCell<(Vec<u32>, bool)>>,
+}
+
+/// What byte 128 means is 0.
+const ZERO: f64 = 128.0;
+
+impl Bytes {
+    /// The scale of a row of the tests' weights.
+    fn scale(row: &[f64]) -> f64 {
+        let largest = row.iter().fold(0.0, |largest, value| f64::max(largest, value.abs()));
+        (largest / 127.0).log2().ceil().exp2().max(f64::MIN_POSITIVE)
+    }
+
+    fn of<T: Element>(param: &Param<T, Dev>) -> Result<Self> {
+        let (values, cols) = (param.value()?.to_vec()?, param.shape().cols());
+        let values: Vec<f64> = values.into_iter().map(T::to_f64).collect();
+        let rows = || values.chunks_exact(cols.max(1));
+        let scales: Vec<f64> = rows().map(Self::scale).collect();
+        let coded = rows().zip(&scales).flat_map(|(row, scale)| row.iter().map(move |x| x / scale + ZERO));
+        let codes = coded.map(|code| {
+            assert!(code.fract() == 0.0 && (0.0..256.0).contains(&code), "{code} is not a byte");
+            code as u8
+        });
+        Ok(Self { codes: codes.collect(), scales, device: param.device().clone(), decoded: Rc::default() })
+    }
+
+    fn decode<T: Element>(&self, rows: impl ExactSizeIterator<Item = usize>) -> Result<Tensor<T>> {
+        let (count, cols) = (rows.len(), self.codes.len() / self.scales.len().max(1));
+        let row = |row: usize| {
+            let codes = self.codes[row * cols..(row + 1) * cols].iter();
+            codes.map(move |&code| T::from_f64((f64::from(code) - ZERO) * self.scales[row]))
+        };
+        Tensor::from_slice(&self.device, [count, cols], &rows.flat_map(row).collect::<Vec<_>>())
+    }
+}
+
+impl<T: Element> Store<T, Dev> for Bytes {
+    fn value(&self) -> Result<Tensor<T>> {
+        self.decoded.borrow_mut().1 = true;
+        self.decode(0..self.scales.len())
+    }
+
+    fn rows(&self, ids: &[u32]) -> Result<Tensor<T>> {
+        self.decoded.borrow_mut().0.extend(ids);
+        let zero = vec![T::default(); self.codes.len() / self.scales.len().max(1)];
+        let rows: Vec<usize> = ids.iter().map(|&id| id as usize).collect();
+        // A row of another rank's is zero, as `NO_ROW` says.
+        let mut all = Vec::new();
+        for row in rows {
+            match row < self.scales.len() {
+                true => all.extend(self.decode::<T>(std::iter::once(row))?.to_vec()?),
+                false => all.extend(&zero),
+            }
+        }
+        Tensor::from_slice(&self.device, [ids.len(), zero.len()], &all)
+    }
+}
+
+/// Keeps the matrices of a layer as bytes.
+fn keep_bytes<T: Element>(params: &[Param<T, Dev>]) -> Result<()> {
+    let mut kept = 0;
+    for param in params.iter().filter(|param| param.shape().rank() == 2) {
+        param.set_store(Bytes::of(param)?)?;
+        kept += 1;
+    }
+    assert!(kept > 0);
+    Ok(())
+}
+
+/// A weight that bytes and scales hold exactly, with another scale for each row.
+fn coded(seed: u64, name: &str, shape: &[usize]) -> ArrayD<f64> {
+    let mut weight = random(seed, name, shape).mapv(|x| (40.0 * x).round().clamp(-127.0, 127.0));
+    for (at, mut row) in weight.outer_iter_mut().enumerate() {
+        row.mapv_inplace(|x| x * [0.5, 0.125, 0.25][at % 3] / 16.0);
+    }
+    weight
+}
+
+/// A layer whose weights are bytes has the bits of the same layer whose weights are dense,
+/// gradients included.
+fn same_on_bytes<T: Element, L: Layer<T, Dev>>(
+    case: &Case<'_>,
+    load: impl Fn(&Group<Dev>, &Weights<'_>) -> Result<L> + Sync,
+) where
+    L::In: Spread,
+    L::Out: Spread,
+    <L::In as Placement>::Dual: Spread,
+    <L::Out as Placement>::Dual: Spread,
+{
+    let dense = run::<T, L>(case, &load).unwrap();
+    let bytes = run::<T, L>(case, |group, weights| {
+        let layer = load(group, weights)?;
+        keep_bytes(&layer.params())?;
+        Ok(layer)
+    });
+    assert!(dense.y.iter().chain(&dense.dx).all(|value| value.is_finite()));
+    same_bits("weights kept as bytes", &bytes.unwrap(), &dense);
+}
+
+/// [`same_on_bytes`] with either reduction.
+fn in_any_order<T: Element, L: Layer<T, Dev>>(
+    case: &Case<'_>,
+    load: impl Fn(&Group<Dev>, &Weights<'_>) -> Result<L> + Sync,
+) where
+    L::In: Spread,
+    L::Out: Spread,
+    <L::In as Placement>::Dual: Spread,
+    <L::Out as Placement>::Dual: Spread,
+{
+    same_on_bytes::<T, L>(case, &load);
+    let sequences = case.sequences.clone();
+    let reduction = Reduction::Invariant { blocks: 8 };
+    same_on_bytes::<T, L>(&Case { reduction, sequences, x_cut: None, dy_cut: None, ..*case }, &load);
+}
+
+fn linear_layers<S: Stream + Spread, T: Element>(world: usize, seed: u64) {
+    let (tokens, hidden, features) = (5, 7, world + 8);
+    let up =
+        arrays([("weight", coded(seed, "w", &[features, hidden])), ("bias", random(seed, "b", &[features]))]);
+    let (x, dy) = (matrix(seed, "x", tokens, hidden), matrix(seed, "dy", tokens, features));
+    in_any_order::<T, _>(&Case::new(world, &x, &dy, &up), |group, weights| {
+        let columns = Columns::even(group, features)?;
+        ColumnParallelLinear::<S, T, Dev>::load(group, weights, hidden, &columns, Bias::Add)
+    });
+    let down =
+        arrays([("weight", coded(seed, "w", &[hidden, features])), ("bias", random(seed, "b", &[hidden]))]);
+    in_any_order::<T, _>(&Case::new(world, &dy, &x, &down), |group, weights| {
+        let cut = group.cut("test", "features", features, 1)?;
+        RowParallelLinear::<S, T, Dev>::load(group, weights, &cut, hidden, true)
+    });
+    let positions = arrays([("weight", coded(seed, "p", &[tokens + 2, hidden]))]);
+    in_any_order::<T, _>(&Case::new(world, &x, &x, &positions), |group, weights| {
+        PositionEmbedding::<S, T, Dev>::load(group, weights, tokens + 2, hidden)
+    });
+    let config = BlockConfig {
+        attention: AttentionConfig {
+            kv_heads: 4,
+            head_dim: 2,
+            qkv_bias: true,
+            ..AttentionConfig::new(hidden, 8)
+        },
+        ffn: 9,
+        activation: Activation::Silu,
+        mlp_bias: false,
+        norm: NormKind::RmsNorm { eps: 1e-5 },
+        placement: NormPlacement::Pre,
+        names: BlockNames::default(),
+    };
+    let vector = |name: &str, len: usize| (name.to_string(), random(seed, name, &[len]));
+    let weight = |name: &str, rows: usize, cols: usize| (name.to_string(), coded(seed, name, &[rows, cols]));
+    let block = Arrays(
+        [
+            vector("norm1.weight", hidden),
+            vector("norm2.weight", hidden),
+            vector("attention.q.bias", 16),
+            vector("attention.k.bias", 8),
+            vector("attention.v.bias", 8),
+            weight("attention.q.weight", 16, hidden),
+            weight("attention.k.weight", 8, hidden),
+            weight("attention.v.weight", 8, hidden),
+            weight("attention.o.weight", hidden, 16),
+            weight("mlp.gate.weight", 9, hidden),
+            weight("mlp.up.weight", 9, hidden),
+            weight("mlp.down.weight", hidden, 9),
+        ]
+        .into(),
+    );
+    let dy = matrix(seed, "dh", tokens, hidden);
+    in_any_order::<T, _>(&Case::new(world, &x, &dy, &block), |group, weights| {
+        TransformerBlock::<S, T, Dev>::load_gated(group, weights, &config)
+    });
+}
+
+/// q, k and v, merged and as three layers; neighbouring ranks hold the same key/value heads.
+fn qkv<S: Stream + Spread>(world: usize, seed: u64) {
+    let (tokens, hidden, layout) = (4, 5, QkvLayout::separate("q", "k", "v"));
+    let source = arrays([
+        ("q.weight", coded(seed, "q", &[18, hidden])),
+        ("k.weight", coded(seed, "k", &[6, hidden])),
+        ("v.weight", coded(seed, "v", &[6, hidden])),
+    ]);
+    let heads = Heads::new(9, 3, 2, world).unwrap();
+    let cut = heads.qkv_features();
+    let (x, dy) = (matrix(seed, "x", tokens, hidden), matrix(seed, "dy", tokens, cut.total()));
+    let case = Case { dy_cut: Some(cut), ..Case::new(world, &x, &dy, &source) };
+    same_on_bytes::<f64, _>(&case, |group, weights| {
+        let columns = Columns::qkv(group, &heads, &layout)?;
+        ColumnParallelLinear::<S, f64, Dev>::load(group, weights, hidden, &columns, Bias::None)
+    });
+    same_on_bytes::<f64, _>(&case, |group, weights| {
+        let columns = Columns::separate_qkv(group, &heads, &layout)?;
+        let load = |columns: &Columns| ColumnLinear::load(group, weights, hidden, columns, Bias::None);
+        ForkedColumnLinear::<S, f64, Dev>::forked(columns.iter().map(load).collect::<Result<Vec<_>>>()?)
+    });
+}
+
+/// What a rank has of an embedding and its tied head: embeddings, logits, dx, and the table's
+/// gradient.
+type Embedded = [Vec<u64>; 4];
+
+/// An embedding and its tied head on a table of bytes, or a dense one.
+fn embeds<S: Stream>(world: usize, seed: u64, bytes: bool) -> Vec<Embedded> {
+    let (vocabulary, hidden, ids) = (world + 5, 3, [0_u32, 4, 2, 4, 1, 5]);
+    let source = arrays([("weight", coded(seed, "table", &[vocabulary, hidden]))]);
+    let bits = |tensor: &Tensor<f64>| -> Result<Vec<u64>> {
+        Ok(tensor.to_vec()?.into_iter().map(f64::to_bits).collect())
+    };
+    let outcomes = ranks(world).run(|group| {
+        let weights = Weights::new(&source);
+        let table = VocabParallelEmbedding::<S, f64, Dev>::load(&group, &weights, vocabulary, hidden)?;
+        let head = table.tied_head();
+        let params = table.params();
+        assert!(params.len() == 1 && head.weight().is_same(&params[0]));
+        let decoded = match bytes {
+            true => {
+                let store = Bytes::of(&params[0])?;
+                let decoded = store.decoded.clone();
+                params[0].set_store(store)?;
+                *decoded.borrow_mut() = (Vec::new(), false);
+                Some(decoded)
+            }
+            false => None,
+        };
+        let (y, rows) = table.forward(&ids, Sequences::one(ids.len()))?;
+        if let Some(decoded) = decoded {
+            let (asked, whole) = &*decoded.borrow();
+            assert!(asked.len() == ids.len() && !whole, "a lookup decodes rows, not the table");
+        }
+        let (logits, saved) = head.forward(&y)?;
+        let dx = head.backward(saved, &logits)?;
+        assert!(params[0].grad().is_some());
+        table.backward(&rows, &dx)?;
+        let grad = params[0].grad().expect("two uses have added to it");
+        Ok([bits(y.local())?, bits(logits.local())?, bits(dx.local())?, bits(&grad)?])
+    });
+    outcomes.unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 8 / dev::FEWER, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn layers_run_on_weights_that_are_kept_as_bytes(world in 1..9usize, seed: u64) {
+        linear_layers::<Replicated, f64>(world, seed);
+        linear_layers::<Shard<0>, f32>(world, seed);
+        qkv::<Replicated>(world, seed);
+        qkv::<Shard<0>>(world, seed);
+        assert_eq!(embeds::<Replicated>(world, seed, true), embeds::<Replicated>(world, seed, false));
+        assert_eq!(embeds::<Shard<0>>(world, seed, true), embeds::<Shard<0>>(world, seed, false));
+    }
+}
+
+/// What is not dense is neither replaced nor trained, and says so; nothing has changed then.
+#[test]
+fn a_store_that_is_not_dense_is_not_written() {
+    let outcomes = ranks(1).run(|group| {
+        let source = arrays([("w.weight", coded(1, "w", &[4, 3])), ("w.bias", coded(1, "b", &[4]))]);
+        let (columns, weights) = (Columns::even(&group, 4)?, Weights::new(&source));
+        let layer = ColumnLinear::<f64, Dev>::load(&group, &weights.at("w"), 3, &columns, Bias::Add)?;
+        let params = layer.params();
+        let [weight, bias] = &params[..] else { panic!("{params:?}") };
+        let other = Tensor::<f64>::zeros(group.device(), [4, 2])?;
+        let set = weight.set(other.clone()).unwrap_err().to_string();
+        let stored = weight.set_store(other).unwrap_err().to_string();
+        let values = || -> Result<_> { Ok([weight.value()?.to_vec()?, bias.value()?.to_vec()?]) };
+        let before = values()?;
+        weight.set_store(Bytes::of(weight)?)?;
+        assert_eq!(values()?, before);
+        let replaced = weight.set(Tensor::zeros(group.device(), [4, 3])?).unwrap_err().to_string();
+        for param in &params {
+            param.set_grad(Tensor::full(group.device(), param.shape(), 1.0)?)?;
+        }
+        let mut optimizer = AdamW::default();
+        // The bias could be trained, and comes first.
+        let listed = [bias.clone(), weight.clone()];
+        let stepped = optimizer.step(&listed, 0.1, 1.0).unwrap_err().to_string();
+        assert_eq!((values()?, optimizer.steps()), (before, 0));
+        weight.zero_grad();
+        optimizer.step(&listed, 0.1, 1.0)?;
+        assert_eq!(optimizer.steps(), 1);
+        Ok([set, stored, replaced, stepped])
+    });
+    let read = "parameter: not supported: w.weight is not kept as a dense tensor: it is read, not written";
+    assert_eq!(
+        outcomes.unwrap()[0],
+        [
+            "parameter: w.weight has shape [4, 3], but its new value has shape [4, 2]",
+            "parameter: w.weight has shape [4, 3], but its new store has shape [4, 2]",
+            read,
+            read,
+        ]
+    );
+}
+
+/// The gradient of an embedding has as many features as its table.
+#[test]
+fn an_embedding_refuses_a_gradient_of_another_width() {
+    let outcomes = ranks(2).run(|group| {
+        let source = Random::normal(1, 1.0);
+        let weights = Weights::new(&source).at("table");
+        let table = VocabParallelEmbedding::<Replicated, f64, Dev>::load(&group, &weights, 5, 4)?;
+        let (_, rows) = table.forward(&[1, 4], Sequences::one(2))?;
+        let dy = Replicated::spread(&group, &matrix(1, "dy", 2, 6), None)?;
+        let refused = table.backward(&rows, &dy).unwrap_err().to_string();
+        assert!(table.params()[0].grad().is_none());
+        Ok(refused)
+    });
+    let says = "embedding backward: features of dy is 6, but those of the table is 4";
+    assert_eq!(outcomes.unwrap(), [says, says]);
+}
+
+fn linear<S: Stream>(group: &Group<Dev>, source: &Arrays) -> Result<ColumnParallelLinear<S, f64, Dev>> {
+    let (columns, weights) = (Columns::even(group, 4)?, Weights::new(source));
+    ColumnParallelLinear::load(group, &weights.at("w"), 3, &columns, Bias::None)
+}
+
+/// Adds the gradients of samples, each scaled to a norm of `max` at most, and remembers their
+/// norms.
+#[derive(Clone)]
+struct Clip {
+    max: f64,
+    norms: Rc<RefCell<Vec<f64>>>,
+}
+
+fn norm(values: &[f64]) -> f64 {
+    values.iter().map(|value| value * value).sum::<f64>().sqrt()
+}
+
+fn clipped(values: &[f64], max: f64) -> Vec<f64> {
+    let scale = (max / norm(values)).min(1.0);
+    values.iter().map(|value| value * scale).collect()
+}
+
+impl GradSink<f64, Dev> for Clip {
+    fn add(&mut self, mut grad: GradTerm<'_, f64, Dev>, sum: &mut GradSum<f64, Dev>) -> Result<()> {
+        let tokens = grad.tokens();
+        assert!(tokens.is_none_or(|tokens| tokens == 6 || tokens == 7), "{}: {tokens:?}", grad.name());
+        for sample in SAMPLES {
+            let mut one = None;
+            grad.add_tokens(sample, &mut one)?;
+            let one = one.expect("the term has added to it");
+            let values = one.to_vec()?;
+            self.norms.borrow_mut().push(norm(&values));
+            let one = Tensor::from_slice(one.device(), one.shape(), &clipped(&values, self.max))?;
+            sum.total = Some(match sum.total.take() {
+                Some(sum) => shardwise::ops::add(&sum, &one)?,
+                None => one,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Takes no gradient: the parameter is frozen.
+struct Frozen;
+
+impl GradSink<f64, Dev> for Frozen {
+    fn add(&mut self, _: GradTerm<'_, f64, Dev>, _: &mut GradSum<f64, Dev>) -> Result<()> {
+        Ok(())
+    }
+}
+
+const SAMPLES: [Range<usize>; 3] = [0..2, 2..3, 3..7];
+
+/// Gradients that a sink clips sample by sample are those of samples that come one at a time. How
+/// many of them were clipped.
+fn clips<L: Layer<f64, Dev>>(
+    group: &Group<Dev>,
+    load: impl Fn() -> Result<L>,
+    (x, dy): (&Array2<f64>, &Array2<f64>),
+) -> Result<usize>
+where
+    L::In: Spread,
+    <L::Out as Placement>::Dual: Spread,
+{
+    const MAX: f64 = 3.0;
+    let backward = |layer: &L, rows: Range<usize>| {
+        let part = |whole: &Array2<f64>| whole.slice(s![rows.clone(), ..]).to_owned();
+        // A sample is a sequence of its own.
+        let samples = SAMPLES.iter().filter(|sample| rows.contains(&sample.start)).map(Range::len);
+        let x = L::In::spread(group, &part(x), None)?.with_sequences(Sequences::packed(samples))?;
+        let (_, saved) = layer.forward(&x)?;
+        layer.backward(saved, &<L::Out as Placement>::Dual::spread(group, &part(dy), None)?)
+    };
+    let (layer, one) = (load()?, load()?);
+    let norms = Rc::new(RefCell::new(Vec::new()));
+    for param in layer.params() {
+        drop(param.set_sink(Box::new(Clip { max: MAX, norms: norms.clone() }))?);
+    }
+    backward(&layer, 0..x.nrows())?;
+    let (mut clipped_samples, mut wanted) = (0, Vec::<Vec<f64>>::new());
+    for sample in SAMPLES {
+        one.params().iter().for_each(Param::zero_grad);
+        backward(&one, sample)?;
+        for (at, param) in one.params().iter().enumerate() {
+            let grad = param.grad().expect("a gradient").to_vec()?;
+            clipped_samples += usize::from(norm(&grad) > MAX);
+            let grad = clipped(&grad, MAX);
+            match wanted.get_mut(at) {
+                Some(sum) => *sum = Vec::from_iter(std::iter::zip(sum.iter(), &grad).map(|(a, b)| a + b)),
+                None => wanted.push(grad),
+            }
+        }
+    }
+    assert_eq!(norms.borrow().len(), SAMPLES.len() * layer.params().len());
+    assert_eq!(wanted.len(), layer.params().len());
+    for (param, want) in layer.params().iter().zip(&wanted) {
+        let got = param.grad().expect("a gradient").to_vec()?;
+        let worst = worst(&got, want);
+        assert!(worst <= 1e-12, "{} on {group:?}: {worst:e}", param.name());
+    }
+    Ok(clipped_samples)
+}
+
+#[test]
+fn a_sink_clips_the_gradient_of_each_sample() {
+    for world in [1, 2, 3] {
+        let outcomes = ranks(world).run(|group| {
+            let (source, cut) = (Random::normal(3, 1.0), group.even_cut(7)?);
+            let weights = Weights::new(&source);
+            let [x, h] = [("x", 5), ("h", 7)].map(|(name, width)| matrix(5, name, 7, width));
+            let columns = Columns::even(&group, 7)?;
+            let up = || {
+                ColumnParallelLinear::<Replicated, f64, Dev>::load(&group, &weights, 5, &columns, Bias::Add)
+            };
+            let mut clipped = clips(&group, up, (&x, &h))?;
+            let down = || RowParallelLinear::<Replicated, f64, Dev>::load(&group, &weights, &cut, 5, true);
+            clipped += clips(&group, down, (&h, &x))?;
+            let positions = || PositionEmbedding::<Replicated, f64, Dev>::load(&group, &weights, 9, 5);
+            clipped += clips(&group, positions, (&x, &x))?;
+            let forked = || {
+                let load = |name: &str| {
+                    ColumnLinear::<f64, Dev>::load(&group, &weights.at(name), 5, &columns, Bias::Add)
+                };
+                ForkedColumnLinear::<Replicated, f64, Dev>::forked(vec![load("a")?, load("b")?])
+            };
+            let both = ndarray::concatenate![ndarray::Axis(1), h, h];
+            if world == 1 {
+                clipped += clips(&group, forked, (&x, &both))?;
+            }
+            Ok(clipped)
+        });
+        assert!(outcomes.unwrap().into_iter().all(|clipped| clipped > 5), "too few samples were clipped");
+    }
+}
+
+/// What is summed over the tokens of all ranks has no gradient of a sample.
+#[test]
+fn a_sum_over_ranks_is_not_split() {
+    let outcomes = ranks(2).run(|group| {
+        let source = Random::normal(1, 1.0);
+        let layer = AddBias::<Shard<0>, f64, Dev>::load(&group, &Weights::new(&source).at("row"), 3)?;
+        let sink = Clip { max: 1.0, norms: Rc::default() };
+        for param in layer.params() {
+            drop(param.set_sink(Box::new(sink.clone()))?);
+        }
+        let (y, saved) = layer.forward(&Shard::<0>::spread(&group, &matrix(1, "x", 7, 3), None)?)?;
+        Ok(layer.backward(saved, &y).map(drop).unwrap_err().to_string())
+    });
+    let refused = "gradient: not supported: the gradient of row.bias cannot be split by tokens";
+    assert_eq!(outcomes.unwrap(), [refused, refused]);
+}
+
+/// A sink may take nothing; other parameters get their gradients all the same, and so does the
+/// input.
+#[test]
+fn a_frozen_weight_gets_no_gradient() {
+    let outcomes = ranks(2).run(|group| {
+        let (source, columns) = (Random::normal(1, 1.0), Columns::even(&group, 5)?);
+        let load = || {
+            let weights = Weights::new(&source);
+            ColumnParallelLinear::<Replicated, f64, Dev>::load(&group, &weights, 3, &columns, Bias::Add)
+        };
+        let run = |layer: &ColumnParallelLinear<Replicated, f64, Dev>| -> Result<_> {
+            let (y, saved) = layer.forward(&Replicated::spread(&group, &matrix(1, "x", 9, 3), None)?)?;
+            let dx = layer.backward(saved, &y)?.into_local().to_vec()?;
+            let grads = [Some(layer.weight()), layer.bias()].map(|param| param.and_then(Param::grad));
+            Ok((dx, grads.map(|grad| grad.map(|grad| grad.to_vec().unwrap()))))
+        };
+        let (trained, frozen) = (load()?, load()?);
+        let before = frozen.weight().set_sink(Box::new(Frozen))?;
+        let ((dx, [weight, bias]), (frozen_dx, [none, frozen_bias])) = (run(&trained)?, run(&frozen)?);
+        assert!(weight.is_some() && none.is_none());
+        assert_eq!((dx, bias), (frozen_dx, frozen_bias));
+        // Thawed.
+        drop(frozen.weight().set_sink(before)?);
+        assert_eq!(run(&frozen)?.1[0], weight);
+        Ok(())
+    });
+    outcomes.unwrap();
+}
+
+/// A sink is told which tokens there are.
+#[test]
+fn tokens_beyond_a_gradient_are_refused() {
+    let outcomes = ranks(1).run(|group| {
+        let layer = linear::<Replicated>(&group, &arrays([("w.weight", coded(1, "w", &[4, 3]))]))?;
+        drop(layer.weight().set_sink(Box::new(Clip { max: 1.0, norms: Rc::default() }))?);
+        let (y, saved) = layer.forward(&Replicated::spread(&group, &matrix(1, "x", 6, 3), None)?)?;
+        Ok(layer.backward(saved, &y).map(drop).unwrap_err().to_string())
+    });
+    assert_eq!(outcomes.unwrap()[0], "gradient: tokens 3..7 of 6 of the gradient of w.weight");
+}
+
+/// Replicas leave a frozen weight alone, and train the others; what cannot sum along a tree is
+/// refused where that is asked for.
+#[test]
+fn replicas_keep_a_sink() {
+    let outcomes = ranks(2).run(|group| {
+        let source = Random::normal(1, 1.0);
+        let load = |alone: &Group<Dev>| {
+            let (columns, weights) = (Columns::even(alone, 4)?, Weights::new(&source).at("w"));
+            let layer = ColumnLinear::<f64, Dev>::load(alone, &weights, 3, &columns, Bias::Add)?;
+            drop(layer.params()[0].set_sink(Box::new(Frozen))?);
+            Ok(layer)
+        };
+        let alone = Group::solo(group.device());
+        let layer = load(&alone)?;
+        let replicas = DataParallel::with_buckets(&group, &layer.params(), 1)?;
+        let x = Copied::spread(&alone, &matrix(group.rank() as u64, "x", 5, 3), None)?;
+        replicas.begin(GradReduce::Sum)?;
+        let (y, saved) = layer.forward(&x)?;
+        layer.backward(saved, &y)?;
+        replicas.finish()?;
+        let [weight, bias] = [0, 1].map(|at| layer.params()[at].grad());
+        assert!(weight.is_none());
+        // The output was its own gradient, on both ranks.
+        let mut sum = Tensor::zeros(group.device(), [4])?;
+        group.device().sum_rows(y.local().mat(), sum.slice_mut()?)?;
+        group.all_reduce(ReduceOp::Sum, &mut sum)?;
+        assert_eq!(bias.expect("a gradient").to_vec()?, sum.to_vec()?);
+        let fixed = group.with_reduction(Reduction::Invariant { blocks: 4 });
+        Ok(DataParallel::new(&fixed, &load(&alone)?.params()).map(drop).unwrap_err().to_string())
+    });
+    let refused = "gradient: not supported: w.weight has a sink that does not sum along a tree, as an invariant reduction does";
+    assert_eq!(outcomes.unwrap(), [refused, refused]);
+}
+
+/// A step that was begun and not finished does not stand in the way of replicas that are made anew.
+#[test]
+fn replicas_may_be_made_anew() {
+    let outcomes = ranks(2).run(|group| {
+        let alone = Group::solo(group.device());
+        let layer = linear::<Replicated>(&alone, &arrays([("w.weight", coded(1, "w", &[4, 3]))]))?;
+        let backward = || {
+            let (y, saved) = layer.forward(&Replicated::spread(&alone, &matrix(1, "x", 6, 3), None)?)?;
+            layer.backward(saved, &y).map(drop)
+        };
+        backward()?;
+        let one = layer.weight().grad().expect("a gradient").to_vec()?;
+        layer.weight().zero_grad();
+        let lost = DataParallel::new(&group, &layer.params())?;
+        lost.begin(GradReduce::Sum)?;
+        drop(lost);
+        let replicas = DataParallel::new(&group, &layer.params())?;
+        for _ in 0..2 {
+            layer.weight().zero_grad();
+            replicas.begin(GradReduce::Sum)?;
+            backward()?;
+            replicas.finish()?;
+            let sum = layer.weight().grad().expect("a gradient").to_vec()?;
+            assert_eq!(sum, one.iter().map(|grad| 2.0 * grad).collect::<Vec<_>>());
+        }
+        Ok(())
+    });
+    outcomes.unwrap();
+}
+
+/// A clone is the same use of the same parameter, a tie another one: with an invariant reduction
+/// the gradient is there when all uses have added to it.
+#[test]
+fn a_tie_is_another_use() {
+    let outcomes = ranks(1).run(|group| {
+        let group = group.with_reduction(Reduction::Invariant { blocks: 2 });
+        let layer = linear::<Replicated>(&group, &arrays([("w.weight", coded(1, "w", &[4, 3]))]))?;
+        let x = Replicated::spread(&group, &matrix(1, "x", 6, 3), None)?;
+        let backward = |layer: &ColumnParallelLinear<Replicated, f64, Dev>| {
+            let (y, saved) = layer.forward(&x)?;
+            layer.backward(saved, &y)
+        };
+        let grads = || layer.weight().grad().map(|grad| grad.to_vec().unwrap());
+        let handle = layer.weight().clone();
+        backward(&layer)?;
+        let once = grads().expect("one use is all there is");
+        handle.zero_grad();
+        assert_eq!(grads(), None);
+        let tied = layer.tied();
+        assert!(tied.weight().is_same(&handle));
+        backward(&tied)?;
+        assert_eq!(grads(), None);
+        backward(&layer)?;
+        assert_eq!(grads().unwrap(), once.iter().map(|grad| 2.0 * grad).collect::<Vec<_>>());
+        // A use that is gone is not waited for.
+        handle.zero_grad();
+        backward(&layer)?;
+        assert_eq!(grads(), None);
+        handle.zero_grad();
+        let again = layer.tied();
+        drop((tied, again));
+        backward(&layer)?;
+        assert_eq!(grads().as_ref(), Some(&once));
+        // What is written by one handle is read by all.
+        let tied = layer.tied();
+        handle.set(Tensor::zeros(group.device(), [4, 3])?)?;
+        assert!(tied.forward(&x)?.0.into_local().to_vec()?.iter().all(|y| *y == 0.0));
+        Ok(())
+    });
+    outcomes.unwrap();
+}
+
+/// A parameter of ones, of this shape.
+fn ones(group: &Group<Dev>, shape: [usize; 2]) -> Result<Param<f64, Dev>> {
+    let source = arrays([("w", ArrayD::ones(shape.to_vec()))]);
+    let (weights, region) = (Weights::new(&source), Region::whole(shape));
+    Param::load_region(group.device(), &weights, "w", Role::Weight, region, true)
+}
+
+fn add_ones(param: &Param<f64, Dev>, times: usize) -> Result<()> {
+    (0..times).try_for_each(|_| param.add_grad(Tensor::full(param.device(), param.shape(), 1.0)?))
+}
+
+/// Passes everything on, and counts the gradients.
+struct Wrap(Box<dyn GradSink<f64, Dev>>, Rc<RefCell<usize>>);
+
+impl GradSink<f64, Dev> for Wrap {
+    fn add(&mut self, grad: GradTerm<'_, f64, Dev>, sum: &mut GradSum<f64, Dev>) -> Result<()> {
+        *self.1.borrow_mut() += 1;
+        self.0.add(grad, sum)
+    }
+
+    fn finish(&mut self, sum: &mut GradSum<f64, Dev>) -> Result<()> {
+        self.0.finish(sum)
+    }
+
+    fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    fn replicated(&self, param: &str, rank: usize, size: usize) -> Result<Box<dyn GradSink<f64, Dev>>> {
+        Ok(Box::new(Self(self.0.replicated(param, rank, size)?, self.1.clone())))
+    }
+}
+
+/// A sink around another one changes nothing, whether put there before or after the replicas are
+/// made.
+#[test]
+fn replicas_sum_through_a_sink_around_theirs() {
+    for (world, microbatches) in [(2, 1), (2, 3), (3, 2), (4, 3)] {
+        for reduction in [Reduction::Fast, Reduction::Invariant { blocks: 8 }] {
+            for before in [true, false] {
+                let outcomes = ranks(world).run(|group| {
+                    let (group, param) = (group.with_reduction(reduction), ones(&group, [2, 3])?);
+                    let count = Rc::new(RefCell::new(0));
+                    let wrap = || -> Result<()> {
+                        let inner = param.set_sink(Box::new(Frozen))?;
+                        param.set_sink(Box::new(Wrap(inner, count.clone()))).map(drop)
+                    };
+                    param.set_microbatches(microbatches);
+                    if before {
+                        wrap()?;
+                    }
+                    let replicas = DataParallel::new(&group, std::slice::from_ref(&param))?;
+                    if !before {
+                        wrap()?;
+                    }
+                    replicas.begin(GradReduce::Sum)?;
+                    add_ones(&param, microbatches)?;
+                    replicas.finish()?;
+                    assert_eq!(*count.borrow(), microbatches);
+                    param.grad().expect("all have added").to_vec()
+                });
+                let sum = vec![(world * microbatches) as f64; 6];
+                assert!(outcomes.unwrap().iter().all(|grad| *grad == sum), "{world} x {microbatches}");
+            }
+        }
+    }
+}
+
+/// A replica with fewer microbatches than were said has its gradient all the same, or is an error.
+#[test]
+fn a_step_of_replicas_may_end_early() {
+    let run = |reduction: Reduction| {
+        ranks(2).run(|group| {
+            let (group, param) = (group.with_reduction(reduction), ones(&group, [2, 3])?);
+            param.set_microbatches(2);
+            let replicas = DataParallel::new(&group, std::slice::from_ref(&param))?;
+            replicas.begin(GradReduce::Sum)?;
+            add_ones(&param, 2 - group.rank())?;
+            replicas.finish()?;
+            param.grad().expect("a gradient").to_vec()
+        })
+    };
+    assert_eq!(run(Reduction::Fast).unwrap(), [[3.0; 6], [3.0; 6]]);
+    let error = run(Reduction::Invariant { blocks: 4 }).unwrap_err().to_string();
+    assert!(error.contains("w has got 1 of 2 terms of an invariant reduction"), "{error}");
+}
+
+/// What awaits other replicas is not taken for no gradient; what is listed twice, or of another
+/// shape, is named.
+#[test]
+fn gradients_that_are_no_gradient_are_refused() {
+    let outcomes = ranks(2).run(|group| {
+        let group = group.with_reduction(Reduction::Invariant { blocks: 8 });
+        let param = ones(&group, [2, 3])?;
+        param.set_microbatches(3);
+        drop(DataParallel::new(&group, std::slice::from_ref(&param))?);
+        param.zero_grad();
+        add_ones(&param, 3)?;
+        let listed = [param.clone()];
+        let open = [
+            grad_norm(&listed, &[]).unwrap_err().to_string(),
+            AdamW::default().step(&listed, 0.1, 1.0).unwrap_err().to_string(),
+        ];
+        let other = ones(&group, [2, 3])?;
+        let twice = [other.clone(), other.clone()];
+        let double = [
+            grad_norm(&twice, &[]).unwrap_err().to_string(),
+            AdamW::default().step(&twice, 0.1, 1.0).unwrap_err().to_string(),
+        ];
+        drop(other.set_sink(Box::new(Replace))?);
+        let shape = add_ones(&other, 1).unwrap_err().to_string();
+        let wide = Piece { tensor: "w".into(), region: Region::whole([2, 2]), row: 0, owned: true };
+        let source = arrays([("w", ArrayD::ones(vec![2, 2]))]);
+        let load = |shape: &[usize], pieces: Vec<Piece>| {
+            let (weights, shape) = (Weights::new(&source), Shape::new(shape));
+            let load = Param::<f64, Dev>::load(group.device(), &weights, "w", Role::Weight, shape, pieces);
+            load.unwrap_err().to_string()
+        };
+        Ok([open, double, [shape, load(&[2, 3], vec![wide])], [load(&[], Vec::new()), String::new()]])
+    });
+    let says = [
+        [
+            "gradient norm: terms of w are not summed over its replicas yet",
+            "adamw: terms of w are not summed over its replicas yet",
+        ],
+        [
+            "gradient norm: w is listed twice: of layers that share a parameter, list that of one",
+            "adamw: w is listed twice: of layers that share a parameter, list that of one",
+        ],
+        [
+            "gradient: w has shape [2, 3], but its gradient has shape [3, 2]",
+            "parameter: the width of the piece of `w` is 2, but that of the parameter is 3",
+        ],
+        ["parameter: `w` has no dimension: give it one of size 1", ""],
+    ];
+    outcomes.unwrap().iter().for_each(|outcome| assert_eq!(*outcome, says));
+}
+
+/// Makes a gradient of another shape.
+struct Replace;
+
+impl GradSink<f64, Dev> for Replace {
+    fn add(&mut self, grad: GradTerm<'_, f64, Dev>, sum: &mut GradSum<f64, Dev>) -> Result<()> {
+        let mut own = None;
+        grad.add_to(&mut own)?;
+        let own = own.expect("the term has added to it");
+        sum.total = Some(own.reshape([3, 2])?);
+        Ok(())
+    }
+}
