@@ -1,15 +1,12 @@
 #!/usr/bin/env bash
-# Compares the bits of every layer's outputs and gradients (examples/layer_bits.rs) with those of another commit, on this
-# machine: prints the lines that differ, and fails if there are any.
+# Compares the bits of every layer's outputs and gradients (examples/layer_bits.rs) with those of another commit that has the
+# example, on this machine: prints the lines that differ, and fails if there are any.
 #   scripts/same_layers.sh COMMIT
 set -euo pipefail
 cd "$(dirname "$0")/.."
 base=$(mktemp -d)
 trap 'git worktree remove --force "$base/tree" 2> /dev/null || true; rm -rf "$base"' EXIT
 git worktree add --quiet --detach "$base/tree" "$1"
-# A commit that is older than the example gets it, with the name that forks had then.
-test -e "$base/tree/examples/layer_bits.rs" \
-    || sed 's/>::forked(/>::new(/' examples/layer_bits.rs > "$base/tree/examples/layer_bits.rs"
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 (cd "$base/tree" && CARGO_TARGET_DIR=$target/same_layers cargo run --quiet --release --example layer_bits > "$base/before")
 cargo run --quiet --release --example layer_bits > "$base/after"
