@@ -60,9 +60,9 @@ pub(super) struct State<T: Element, B: Device> {
     sums: Vec<Param<T::Acc, B>>,
     /// The weight in the accumulator, where the element is narrower.
     master: Option<Param<T::Acc, B>>,
-    /// Where `steps` is written to be listed: one element for each of the parameter's tensors. And
-    /// which value it had then.
+    /// Where `steps` is written to be listed: one element for each of the parameter's tensors.
     count: Option<Param<T::Acc, B>>,
+    /// The value that `count` had when it was written here ([`Param::revision`]).
     listed: Option<u64>,
 }
 

@@ -6,13 +6,12 @@ use ndarray::{Array1, Array2};
 use proptest::prelude::*;
 use shardwise::{
     Result,
-    comm::Group,
     device::Element,
     kernels::{Activation, NormKind},
     parallel::{AttentionConfig, BlockConfig, BlockNames, NormPlacement, Stream, TransformerBlock},
     reference,
     shard::{Replicated, Sequences, Shard},
-    tensor::{Arrays, Weights},
+    tensor::Arrays,
 };
 
 const EXACT: f64 = 1e-12;
@@ -114,18 +113,16 @@ impl Draw {
     }
 }
 
-type Plain<S, T> = TransformerBlock<S, T, Dev>;
-type Gated<S, T> = TransformerBlock<S, T, Dev>;
-
 pub(crate) fn outcome<S: Stream + Spread, T: Element>(
     draw: &Draw,
     case: &Case<'_>,
 ) -> Result<crate::support::Outcome> {
     let config = draw.config();
-    let load = |group: &Group<Dev>, weights: &Weights<'_>| Plain::<S, T>::load(group, weights, &config);
-    let gated =
-        |group: &Group<Dev>, weights: &Weights<'_>| Gated::<S, T>::load_gated(group, weights, &config);
-    if draw.gated { run::<T, _>(case, gated) } else { run::<T, _>(case, load) }
+    let load = match draw.gated {
+        true => TransformerBlock::<S, T, Dev>::load_gated,
+        false => TransformerBlock::<S, T, Dev>::load,
+    };
+    run::<T, _>(case, |group, weights| load(group, weights, &config))
 }
 
 pub(crate) fn named(weights: &reference::BlockWeights) -> Arrays {

@@ -351,10 +351,10 @@ fn behind_a_product<T: Element>(cpu: &Cpu, (m, k, n): (usize, usize, usize), gap
         let bits = |y: &[T]| displace(y, m, n, strides).mapv(f64::to_bits);
         assert!(bits(got) == bits(want), "{what}: {}, {m} x {k} x {n}", T::DTYPE);
     };
-    let (mut product, mut backward, mut got, mut before) = (new(), new(), new(), new());
+    let (mut product, mut backward) = (new(), new());
     cpu.gemm(1.0, a, b.t(), 0.0, view_mut(&mut product, m, n, strides)).unwrap();
     for bias in [Some(bias), None] {
-        let (mut pre, mut active) = (product.clone(), new());
+        let (mut pre, mut active, mut got, mut before) = (product.clone(), new(), new(), new());
         if let Some(bias) = bias {
             cpu.add_bias::<T>(bias, view_mut(&mut pre, m, n, strides)).unwrap();
         }
@@ -362,6 +362,7 @@ fn behind_a_product<T: Element>(cpu: &Cpu, (m, k, n): (usize, usize, usize), gap
         let epilogue = Epilogue { bias, activation: None };
         cpu.linear(a, b, epilogue, view_mut(&mut got, m, n, strides)).unwrap();
         same("bias", &got, &pre);
+        got = new();
         let (before_mat, got_mat) = (view_mut(&mut before, m, n, strides), view_mut(&mut got, m, n, strides));
         cpu.linear(a, b, Epilogue { bias, activation: Some((f, before_mat)) }, got_mat).unwrap();
         same("before the activation", &before, &pre);
@@ -369,8 +370,10 @@ fn behind_a_product<T: Element>(cpu: &Cpu, (m, k, n): (usize, usize, usize), gap
     }
     let dy = view(&product, m, n, strides);
     cpu.activate_backward(f, at.mat(), dy, view_mut(&mut backward, m, n, strides)).unwrap();
+    let mut got = new();
     cpu.linear_dx(a, b.t(), None, view_mut(&mut got, m, n, strides)).unwrap();
     same("the product's backward", &got, &product);
+    got = new();
     cpu.linear_dx(a, b.t(), Some((f, at.mat())), view_mut(&mut got, m, n, strides)).unwrap();
     same("the activation's backward", &got, &backward);
 }

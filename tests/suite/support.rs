@@ -168,6 +168,7 @@ pub(crate) struct Outcome {
 }
 
 /// A case for [`run`].
+#[derive(Clone)]
 pub(crate) struct Case<'a> {
     pub(crate) world: usize,
     pub(crate) x: &'a Array2<f64>,

@@ -22,6 +22,13 @@ pub struct GradSum<A: Element, B: Device> {
     pub(super) open: Vec<Tensor<A, B>>,
 }
 
+impl<A: Element, B: Device> GradSum<A, B> {
+    /// A sum that awaits nothing.
+    pub(super) fn of(total: Option<Tensor<A, B>>) -> Self {
+        Self { total, open: Vec::new() }
+    }
+}
+
 /// Adds to a sum the gradient over some of the tokens.
 pub(super) type AddTokens<'a, A, B> = &'a mut dyn FnMut(Range<usize>, &mut Sum<A, B>) -> Result<()>;
 

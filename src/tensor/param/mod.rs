@@ -108,8 +108,8 @@ impl<T: Element, B: Backend> Param<T, B> {
     pub(crate) fn new(name: String, value: Tensor<T, B>, pieces: Vec<Piece>) -> Self {
         let tensors = pieces.iter().map(|piece| piece.tensor.as_str());
         let layer = if pieces.is_empty() { layer_of([&*name].into_iter()) } else { layer_of(tensors) };
-        let sum = GradSum { total: None, open: Vec::new() };
-        let grad = Gradient { sum, sink: Box::new(Accumulate), microbatches: 1, added: 0 };
+        let (sum, sink) = (GradSum::of(None), Box::new(Accumulate));
+        let grad = Gradient { sum, sink, microbatches: 1, added: 0 };
         Self(Rc::new(Use(Rc::new(Shared {
             name,
             layer,
@@ -363,14 +363,14 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// When the shape is another than the parameter's.
     pub fn set_grad(&self, grad: Tensor<T::Acc, B>) -> Result<()> {
         self.check_grad(&grad)?;
-        self.0.0.grad.borrow_mut().sum = GradSum { total: Some(grad), open: Vec::new() };
+        self.0.0.grad.borrow_mut().sum = GradSum::of(Some(grad));
         Ok(())
     }
 
     /// Forgets the gradient.
     pub fn zero_grad(&self) {
         let mut grad = self.0.0.grad.borrow_mut();
-        (grad.sum, grad.added) = (GradSum { total: None, open: Vec::new() }, 0);
+        (grad.sum, grad.added) = (GradSum::of(None), 0);
         grad.sink.clear();
     }
 
@@ -462,24 +462,19 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// As [`Param::settle`], and when sums of sub-trees are not reduced over the replicas yet.
     pub(crate) fn check_complete(&self, op: &'static str) -> Result<()> {
         self.settle()?;
-        if self.is_open() {
+        if !self.0.0.grad.borrow().sum.open.is_empty() {
             let reason = format!("terms of {} are not summed over its replicas yet", self.name());
             return Err(Error::invalid(op, reason));
         }
         Ok(())
     }
 
-    /// Whether there are sums of sub-trees of the gradient, which await those of other replicas.
-    fn is_open(&self) -> bool {
-        !self.0.0.grad.borrow().sum.open.is_empty()
-    }
-
     /// The sums of this replica's sub-trees of the gradient, which are forgotten; none before the
     /// first backward.
     pub(crate) fn take_terms(&self) -> Vec<Tensor<T::Acc, B>> {
-        let grad = &mut *self.0.0.grad.borrow_mut();
-        let open = std::mem::take(&mut grad.sum.open);
-        if open.is_empty() { grad.sum.total.take().into_iter().collect() } else { open }
+        let sum = &mut self.0.0.grad.borrow_mut().sum;
+        let open = std::mem::take(&mut sum.open);
+        if open.is_empty() { sum.total.take().into_iter().collect() } else { open }
     }
 }
 
