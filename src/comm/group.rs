@@ -1,11 +1,11 @@
 //! The typed front of a communicator.
 
 use super::{
-    Call, Collective, Communicator, HostStaged, InFlight, Incoming, Op, Outgoing, Overlap, Parts, Record,
-    Recorded, ReduceOp, Solo,
+    Call, Collective, Communicator, HostStaged, InFlight, Incoming, Op, Outgoing, Overlap, Parts, Planned,
+    Record, Recorded, ReduceOp, Solo,
 };
 use crate::{
-    device::{Cpu, DType, Device, Element},
+    device::{Cpu, DType, Device, Element, Meta},
     error::{Error, Result, Site, same_shape, same_size},
     kernels::Pointwise,
     shard::{Partition, Reduction, Shape},
@@ -267,6 +267,42 @@ impl Group<Cpu> {
     }
 }
 
+impl Group<Meta> {
+    /// Rank `rank` of a group of `size` without the other ranks, and the record of what this rank
+    /// would move: every call checks its arguments, is written down, and returns at once.
+    ///
+    /// Layers, norms and optimizers on it have the shapes and take the memory of that rank. Reduced
+    /// tensors are 0, as all values of [`Meta`]; of numbers that the ranks reduce on the host
+    /// ([`Group::all_reduce_host`]), this rank's own stand for all.
+    ///
+    /// ```
+    /// use shardwise::{Tensor, comm::{Group, Op, ReduceOp}, device::{Device, Meta}};
+    /// let device = Meta::new();
+    /// let (group, record) = Group::planned(&device, 5, 64)?;
+    /// let mut x = Tensor::<f32, _>::empty(&device, [1 << 20, 1 << 14])?;
+    /// group.all_reduce(ReduceOp::Sum, &mut x)?;
+    /// let moved = record.take();
+    /// assert_eq!((moved[0].op, moved[0].bytes()), (Op::AllReduce, 1 << 36));
+    /// assert_eq!(moved[0].wire_bytes(64), 2 * (1 << 36) / 64 * 63);
+    /// assert_eq!(device.memory().live, 1 << 36); // counted, not allocated
+    /// # Ok::<(), shardwise::Error>(())
+    /// ```
+    ///
+    /// What compares or stores values is not planned: `check_replicas` and saves are refused, and
+    /// the step counts of optimizer states that are loaded are 0. A planned group cannot be split.
+    /// For a mesh, plan one group for each axis, with this rank's number along it; a
+    /// [`Pipeline`](crate::train::Pipeline), which splits its group, cannot be planned. Nothing of a
+    /// plan is in the flight record ([`trace`]).
+    ///
+    /// # Errors
+    /// When there is no such rank.
+    pub fn planned(device: &Meta, rank: usize, size: usize) -> Result<(Self, Record)> {
+        let (communicator, record) = Recorded::new(Rc::new(Planned::new(rank, size)?));
+        let identity = Identity::new("planned".into(), trace::UNNOTED);
+        Ok((Self::of(Rc::new(communicator), device, identity), record))
+    }
+}
+
 impl<B: Pointwise> Group<B> {
     /// x ← Σ, max or min over the ranks of x, the same bits on every rank.
     ///
@@ -277,6 +313,18 @@ impl<B: Pointwise> Group<B> {
         let call = Call { reduce: Some(op), ..self.data_call(Op::AllReduce, T::DTYPE, x.shape()) };
         let x = T::any_mut(x.slice_mut()?);
         self.noted(&call, |communicator| communicator.all_reduce(&call, op, x))
+    }
+
+    /// Σ, max or min over the ranks of numbers that each has on the host. On a device without
+    /// values, as [`Meta`], the other ranks' numbers are unknown: the result is this rank's own.
+    ///
+    /// # Errors
+    /// When a rank calls something else, or is lost.
+    #[track_caller]
+    pub fn all_reduce_host<T: Element>(&self, op: ReduceOp, own: &[T]) -> Result<Vec<T>> {
+        let mut x = Tensor::from_slice(self.device(), [own.len()], own)?;
+        self.all_reduce(op, &mut x)?;
+        if B::HAS_VALUES { x.to_vec() } else { Ok(own.to_vec()) }
     }
 
     /// All ranks' parts along dimension `dim`, side by side. `x` is this rank's part; `cut` says how large each is.

@@ -12,6 +12,7 @@
 #![cfg_attr(feature = "mpi", doc = "| [`MpiComm`] | processes, over an MPI library |")]
 //! | [`HostStaged`] | those of the host's communicator that it wraps, on any device |
 //! | [`Recorded`] | those of the communicator it wraps, with every transfer written down |
+//! | [`Planned`] | one of any number, without the others, on a device without values |
 //!
 //! Every call carries a [`Call`]: the operation, element and shape, and its number in the group.
 //! The ranks compare their calls before any data moves: where they disagree, all of them get
@@ -32,6 +33,7 @@ mod mpi;
 pub mod nccl;
 mod overlap;
 mod parts;
+mod planned;
 mod recorded;
 mod solo;
 mod staged;
@@ -51,6 +53,7 @@ pub use mpi::MpiComm;
 pub(crate) use mpi::Universe;
 pub use overlap::Overlap;
 pub use parts::Parts;
+pub use planned::Planned;
 pub use recorded::{Record, Recorded, Transfer};
 pub use solo::Solo;
 pub use staged::HostStaged;

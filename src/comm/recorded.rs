@@ -21,15 +21,17 @@ pub struct Transfer {
 impl Transfer {
     /// The size of the whole tensor in bytes.
     pub fn bytes(&self) -> usize {
-        self.elements * self.dtype.size()
+        self.elements.saturating_mul(self.dtype.size())
     }
 
     /// The bytes that each of `ranks` ranks has to send at least: 2 (n − 1) / n of the tensor for an all-reduce,
     /// (n − 1) / n for an all-gather or a reduce-scatter (the factors of nccl-tests' bus bandwidth).
     pub fn wire_bytes(&self, ranks: usize) -> usize {
-        let once = self.bytes() * (ranks - 1) / ranks;
+        // In u128: the tensors and the size of a planned group have no limit.
+        let once = self.bytes() as u128 * ranks.saturating_sub(1) as u128 / ranks.max(1) as u128;
+        let once = usize::try_from(once).unwrap_or(usize::MAX);
         match self.op {
-            Op::AllReduce => 2 * once,
+            Op::AllReduce => once.saturating_mul(2),
             Op::AllGather | Op::ReduceScatter => once,
             Op::Broadcast | Op::Exchange => self.bytes(),
             Op::Barrier | Op::Split => 0,

@@ -18,13 +18,17 @@ impl<B: Device> Solo<B> {
         Self { device: device.clone() }
     }
 
-    /// recv ← send, by way of the host: a group of one copies only where a caller asks it to gather one part.
+    /// recv ← send, by way of the host, if there are values: a group of one copies only where a
+    /// caller asks it to gather one part.
     fn copy(&self, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()> {
         fn copy<T: Element, B: Device>(
             device: &B,
             send: B::Slice<'_, T>,
             recv: B::SliceMut<'_, T>,
         ) -> Result<()> {
+            if !B::HAS_VALUES {
+                return Ok(());
+            }
             let mut host = zeroed(B::len::<T>(send))?;
             device.download::<T>(send, &mut host)?;
             device.upload::<T>(&host, recv)

@@ -4,7 +4,7 @@
 //! tree's order, and the parts, rounded once, are gathered. Where every rank has one sub-tree, that is as many bytes as a
 //! reduce-scatter and an all-gather, for elements that are their own accumulators.
 
-use super::{Group, Op, ReduceOp, Transfer};
+use super::{Group, ReduceOp};
 use crate::{
     device::{Device, Element},
     error::{Error, Result, same_size},
@@ -114,8 +114,8 @@ impl<B: Device> Group<B> {
 impl<B: Pointwise> Group<B> {
     /// The sum over the leaves of a tree, of which this rank gives those of its sub-trees ([`Tree::nodes`]), rounded once.
     ///
-    /// Collectives: none on one rank; else an all-reduce, an all-gather, or exchanges with every rank and an all-gather
-    /// ([`Group::tree_transfers`]).
+    /// Collectives: none on one rank; else an all-reduce, an all-gather, or exchanges with every
+    /// rank and an all-gather.
     ///
     /// # Errors
     /// When the terms are not those of this rank's sub-trees, a rank calls something else, or is lost.
@@ -180,45 +180,6 @@ impl<B: Pointwise> Group<B> {
             Way::Exchange => {
                 let parts = self.exchange_terms(tree, &terms, &columns)?;
                 rounded(add_up(tree, 0..self.size(), parts)?)?.reshape(part)
-            }
-        }
-    }
-
-    /// What [`Group::tree_all_reduce`] moves for a tensor of this shape; with a cut of one of its dimensions, what
-    /// [`Group::tree_reduce_scatter`] does. A transfer of the exchange is what this rank sends to another.
-    pub fn tree_transfers<T: Element>(
-        &self,
-        tree: &Tree,
-        shape: Shape,
-        scatter: Option<(usize, &Partition)>,
-    ) -> Vec<Transfer> {
-        let transfer = |op, elements| Transfer { op, dtype: T::Acc::DTYPE, elements };
-        let own = tree.nodes(self.rank()).len();
-        match Way::of(tree, shape.len()) {
-            Way::Alone => Vec::new(),
-            Way::Pair => match scatter {
-                None => vec![transfer(Op::AllReduce, shape.len())],
-                Some(_) => vec![transfer(Op::ReduceScatter, shape.len())],
-            },
-            Way::Gather => {
-                let nodes: usize = (0..tree.ranks()).map(|rank| tree.nodes(rank).len()).sum();
-                vec![transfer(Op::AllGather, nodes * shape.len())]
-            }
-            Way::Exchange => {
-                let even = Partition::even(shape.len(), self.size());
-                let (cut, outer) = match scatter {
-                    None => (even, 1),
-                    Some((dim, cut)) => {
-                        let (outer, inner) = shape.split_at(dim);
-                        (cut.scaled(inner), outer)
-                    }
-                };
-                let sizes = self.others().map(|(to, _)| own * outer * cut.size(to)).filter(|size| *size > 0);
-                let mut all: Vec<_> = sizes.map(|size| transfer(Op::Exchange, size)).collect();
-                if scatter.is_none() {
-                    all.push(Transfer { op: Op::AllGather, dtype: T::DTYPE, elements: shape.len() });
-                }
-                all
             }
         }
     }

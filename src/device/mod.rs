@@ -9,6 +9,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod element;
+mod meta;
 
 pub(crate) use any::each_dtype;
 pub use any::{AnyBuffer, AnyMut, AnyRef};
@@ -17,6 +18,7 @@ pub(crate) use cpu::{Kernel, vectorized, widest, zeroed};
 #[cfg(feature = "cuda")]
 pub use cuda::Cuda;
 pub use element::{Accumulator, DType, Element};
+pub use meta::{Meta, MetaBuffer, MetaSlice, MetaSliceMut};
 
 use crate::error::Result;
 use std::{fmt, ops::Range};
@@ -31,6 +33,10 @@ pub trait Device: Clone + fmt::Debug + 'static {
     type Slice<'a, T: Element>: Copy;
     /// An exclusive view of elements.
     type SliceMut<'a, T: Element>;
+
+    /// Whether memory holds values. Where it does not, as on [`Meta`], parameters are not read from
+    /// their source, and every value that is read is 0.
+    const HAS_VALUES: bool = true;
 
     /// Memory for `len` elements, whose values are arbitrary.
     ///

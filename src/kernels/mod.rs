@@ -30,7 +30,7 @@ mod rope;
 mod update;
 mod view;
 
-pub use attention::{Attention, AttentionSpec, CacheSpec};
+pub use attention::{Attention, AttentionChoices, AttentionSpec, CacheSpec, QkvHeads};
 pub use dropout::{Dropout, DropoutMask};
 pub use gather::{Gather, NO_ROW};
 pub use gemm::{Batch, Epilogue, Gemm, Product, Term};

@@ -17,6 +17,12 @@ use crate::{
 };
 use std::{fmt, rc::Rc};
 
+#[cfg(test)]
+thread_local! {
+    /// How many tensors this thread has copied because they were shared when written.
+    pub(crate) static COPIES: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
 /// What messages call the making of a tensor.
 const OP: &str = "tensor";
 
@@ -115,6 +121,11 @@ impl<T: Element, B: Device> Tensor<T, B> {
         self.len() == 0
     }
 
+    /// Whether another tensor shares the memory: a write then copies it first.
+    pub fn is_shared(&self) -> bool {
+        Rc::strong_count(&self.buffer) > 1
+    }
+
     /// The same elements under other dimensions.
     ///
     /// # Errors
@@ -206,6 +217,8 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
     /// When the device has no memory left for the copy.
     pub fn slice_mut(&mut self) -> Result<B::SliceMut<'_, T>> {
         if Rc::get_mut(&mut self.buffer).is_none() {
+            #[cfg(test)]
+            COPIES.set(COPIES.get() + 1);
             self.buffer = self.convert::<T>()?.buffer;
         }
         let buffer = Rc::get_mut(&mut self.buffer).expect("the buffer was just made, and is not shared");

@@ -3,6 +3,7 @@
 //! Every call of a group, every wait for one that was started and every product of matrices is noted, on the thread of its
 //! rank, always: the operation, its number in the group, element and shape, call site, begin, end and state of the last
 //! [`CAPACITY`] of them; never an element's value.
+//! What runs on no data ([`crate::comm::Group::planned`]) is not noted.
 //! It costs a fraction of a microsecond. Where `SHARDWISE_FLIGHT_DIR` names a folder (or [`crate::launch::Threads::flight`]),
 //! each rank writes its record there when a call fails, and when it ends, as lines of JSON.
 //!
@@ -19,7 +20,7 @@ pub use chrome::chrome;
 pub use record::{Ended, Entry, Record, Span};
 
 use crate::{
-    device::DType,
+    device::{DType, Device},
     error::{Error, Result, Site},
     shard::Shape,
 };
@@ -36,6 +37,9 @@ use std::{
 pub const CAPACITY: usize = 2048;
 /// How many groups and failures are kept.
 const FEW: usize = 256;
+/// The id of groups whose calls are not noted, as planned ones: no rank waits in them, and they
+/// would push the calls that ranks make together out of the record.
+pub(crate) const UNNOTED: u64 = u64::MAX;
 /// A rank that goes on after failures does not write for ever.
 const WRITES: usize = 8;
 
@@ -55,6 +59,12 @@ pub(crate) struct Operation {
     pub(crate) site: Option<Site>,
 }
 
+impl Operation {
+    fn is_noted(&self) -> bool {
+        self.call.is_none_or(|(group, _)| group != UNNOTED)
+    }
+}
+
 /// How far an operation has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -72,8 +82,13 @@ struct Event {
 }
 
 /// An operation that was entered: its number on this rank.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Ticket(u64);
+
+impl Ticket {
+    /// The ticket of an operation that is not noted.
+    const NONE: Self = Self(u64::MAX);
+}
 
 #[derive(Clone, Debug)]
 struct GroupOf {
@@ -219,6 +234,9 @@ pub(crate) fn end<R>(result: &std::thread::Result<Result<R>>) {
 
 /// This rank is in a group.
 pub(crate) fn join(id: u64, name: &str, rank: usize, size: usize) {
+    if id == UNNOTED {
+        return;
+    }
     RECORDER.with_borrow_mut(|recorder| {
         if recorder.groups.len() >= FEW {
             let used = recorder.events.iter().filter_map(|event| event.operation.call);
@@ -231,16 +249,25 @@ pub(crate) fn join(id: u64, name: &str, rank: usize, size: usize) {
 
 /// Notes that an operation begins.
 pub(crate) fn enter(operation: Operation) -> Ticket {
+    if !operation.is_noted() {
+        return Ticket::NONE;
+    }
     RECORDER.with_borrow_mut(|recorder| recorder.enter(operation))
 }
 
 /// Notes that a rank begins to wait for an operation that it has started. How that ends is noted with the operation.
 pub(crate) fn wait(operation: Operation) -> Ticket {
+    if !operation.is_noted() {
+        return Ticket::NONE;
+    }
     enter(Operation { op: "wait", started: false, call: None, ..operation })
 }
 
 /// Notes how an operation ended.
 pub(crate) fn leave(ticket: Ticket, error: Option<&Error>) {
+    if ticket == Ticket::NONE {
+        return;
+    }
     RECORDER.with_borrow_mut(|recorder| recorder.leave(ticket, error.is_some()));
     if let Some(error) = error {
         fail(ticket, error);
@@ -263,12 +290,15 @@ fn fail(ticket: Ticket, error: &Error) {
 }
 
 /// Notes something that a rank computes by itself.
-pub(crate) fn compute<R>(
+pub(crate) fn compute<B: Device, R>(
     op: &'static str,
     dtype: DType,
     dims: &[usize],
     act: impl FnOnce() -> Result<R>,
 ) -> Result<R> {
+    if !B::HAS_VALUES {
+        return act();
+    }
     let shape = Shape::new(dims);
     let (started, reduce, root, parts, call, site) = Default::default();
     let ticket = enter(Operation { op, started, reduce, root, dtype: Some(dtype), shape, parts, call, site });

@@ -142,6 +142,10 @@ impl<'a> Save<'a> {
     #[track_caller]
     pub fn write<T: Element, B: Backend>(self, group: &Group<B>, params: &[Param<T, B>]) -> Result<()> {
         let _site = Site::here().enter();
+        if !B::HAS_VALUES {
+            let reason = "a device without values has nothing to save";
+            return Err(Error::Unsupported { op: "save", reason: reason.into() });
+        }
         let files = files::<T>(all_tensors(group, params)?, self.max_shard);
         let (path, disk) = (&self.folder, self.disk);
         let mut folder = on_first(group, || Folder::begin(path, disk))?;

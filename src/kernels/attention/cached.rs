@@ -30,7 +30,7 @@ pub(super) fn attention<T: Element>(
     v: MatRef<'_, T, Cpu>,
     mut out: MatMut<'_, T, Cpu>,
 ) -> Result<()> {
-    let dim = spec.head_dim;
+    let dim = spec.heads.head_dim;
     for (sequence, rows) in spec.sequences.iter().enumerate() {
         if rows.is_empty() {
             continue;
@@ -38,10 +38,10 @@ pub(super) fn attention<T: Element>(
         let start = spec.sequences.start(sequence);
         let end = start + rows.len();
         let mut head = 0;
-        while head < spec.kv_of_query.len() {
+        while head < spec.heads.kv_of_query.len() {
             // Heads of one key/value head stand side by side.
-            let kv = spec.kv_of_query[head];
-            let sharing = spec.kv_of_query[head..].iter().take_while(|&&other| other == kv).count();
+            let kv = spec.heads.kv_of_query[head];
+            let sharing = spec.heads.kv_of_query[head..].iter().take_while(|&&other| other == kv).count();
             let first = cache.row(spec, cache.slots[sequence], kv);
             let seen = spec.first_key(start)..end;
             let in_cache = first + seen.start..first + seen.end;
@@ -73,13 +73,13 @@ fn one_token<T: Element>(
     v: MatRef<'_, T, Cpu>,
     out: &mut [T],
 ) -> Result<()> {
-    let (seen, dim) = (k.rows(), spec.head_dim);
+    let (seen, dim) = (k.rows(), spec.heads.head_dim);
     for (q, out) in q.row(0).chunks(FEW * dim).zip(out.chunks_mut(FEW * dim)) {
         let heads = q.len() / dim;
         // As much as the longest text needs, so that a text that grows takes no other memory from token to token.
         let mut scores = cpu.empty::<T::Acc>(heads * capacity)?;
         let scores = &mut scores[..heads * seen];
-        let score = Scale { alpha: T::Acc::from_f64(spec.scale), beta: T::Acc::ZERO };
+        let score = Scale { alpha: T::Acc::from_f64(spec.heads.scale()), beta: T::Acc::ZERO };
         let q = mat(q, heads, dim)?;
         let dims = mat_mut(scores, heads, seen)?.dims();
         few::multiply((q.dims(), q.data()), (k.t().dims(), k.data()), (dims, scores), score, &mut []);
@@ -116,7 +116,7 @@ fn tiles<T: Element>(
     out: &mut MatMut<'_, T, Cpu>,
 ) -> Result<()> {
     let Queries { start, rows, columns, seen } = queries;
-    let dim = spec.head_dim;
+    let dim = spec.heads.head_dim;
     // 0 · NaN is NaN: where not all is finite, a query meets only what it sees.
     let finite =
         vectorized(|| values.iter().fold(T::Acc::ZERO, |sum, x| sum + *x * T::Acc::ZERO)) == T::Acc::ZERO;
@@ -137,7 +137,7 @@ fn tiles<T: Element>(
         let len = end - first;
         let (keys, values) = (mat(&keys[first * dim..], len, dim)?, mat(&values[first * dim..], len, dim)?);
         let scores_mat = mat_mut(&mut scores, count, len)?;
-        by_blocks(cpu, spec.scale, mat(&wide, count, dim)?, keys.t(), 0.0, scores_mat)?;
+        by_blocks(cpu, spec.heads.scale(), mat(&wide, count, dim)?, keys.t(), 0.0, scores_mat)?;
         vectorized(|| {
             for (row, scores) in scores[..count * len].chunks_exact_mut(len).enumerate() {
                 let query = start + tile + row;

@@ -35,12 +35,12 @@ impl Attention for Cpu {
     ) -> Result<()> {
         let kv_like = [("k", k.dims()), ("v", v.dims())];
         check("attention", spec, &[("q", q.dims()), ("out", out.dims())], &kv_like, lse.len())?;
-        let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
+        let (heads, dim) = (spec.heads.kv_of_query.len(), spec.heads.head_dim);
         let longest = spec.sequences.iter().map(|rows| rows.len()).max().unwrap_or(0);
         let mut scores = self.empty::<T::Acc>(TILE.min(longest) * longest)?;
         let mut result = self.empty::<T::Acc>(TILE.min(longest) * dim)?;
         for rows in spec.sequences.iter() {
-            for kv in 0..spec.kv_heads {
+            for kv in 0..spec.heads.kv_heads {
                 let attended = |row: usize| spec.attended(row);
                 let keys = widened(self, k, rows.clone(), kv, dim, attended)?;
                 let values = widened(self, v, rows.clone(), kv, dim, attended)?;
@@ -54,7 +54,7 @@ impl Attention for Cpu {
                         let (keys, values) =
                             (mat(&keys[first..], seen, dim)?, mat(&values[first..], seen, dim)?);
                         let scores_mat = mat_mut(&mut scores, tile.len(), seen)?;
-                        by_blocks(self, spec.scale, queries, keys.t(), 0.0, scores_mat)?;
+                        by_blocks(self, spec.heads.scale(), queries, keys.t(), 0.0, scores_mat)?;
                         vectorized(|| {
                             for (at, row) in scores[..tile.len() * seen].chunks_exact_mut(seen).enumerate() {
                                 lse[(rows.start + tile.start + at) * heads + head] = view.softmax(at, row);
@@ -88,10 +88,10 @@ impl Attention for Cpu {
         const OP: &str = "attention backward";
         let query_like = [("q", q.dims()), ("out", out.dims()), ("dout", dout.dims())];
         check(OP, spec, &query_like, &[("k", k.dims()), ("v", v.dims())], lse.len())?;
-        let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
+        let (heads, dim) = (spec.heads.kv_of_query.len(), spec.heads.head_dim);
         unit_columns(OP, dqkv.dims())?;
         same_size(OP, "rows of the gradient", dqkv.rows(), "rows of q", q.rows())?;
-        let width = (heads + 2 * spec.kv_heads) * dim;
+        let width = (heads + 2 * spec.heads.kv_heads) * dim;
         same_size(OP, "columns of the gradient", dqkv.cols(), "those of q, k and v", width)?;
         let longest = spec.sequences.iter().map(|rows| rows.len()).max().unwrap_or(0);
         let tile_rows = TILE.min(longest);
@@ -101,7 +101,7 @@ impl Attention for Cpu {
         let mut dkeys = self.empty::<T::Acc>(longest * dim)?;
         let mut dvalues = self.empty::<T::Acc>(longest * dim)?;
         for rows in spec.sequences.iter() {
-            for kv in 0..spec.kv_heads {
+            for kv in 0..spec.heads.kv_heads {
                 let attended = |row: usize| spec.attended(row);
                 let keys = widened(self, k, rows.clone(), kv, dim, attended)?;
                 let values = widened(self, v, rows.clone(), kv, dim, attended)?;
@@ -124,7 +124,7 @@ impl Attention for Cpu {
                         // P = e^(score − log Σ), from the same scores as in the forward.
                         by_blocks(
                             self,
-                            spec.scale,
+                            spec.heads.scale(),
                             queries,
                             keys.t(),
                             0.0,
@@ -162,10 +162,17 @@ impl Attention for Cpu {
                             }
                         });
                         let ds = mat(&weights, tile.len(), seen)?;
-                        by_blocks(self, spec.scale, ds, keys, 0.0, mat_mut(&mut dqueries, tile.len(), dim)?)?;
                         by_blocks(
                             self,
-                            spec.scale,
+                            spec.heads.scale(),
+                            ds,
+                            keys,
+                            0.0,
+                            mat_mut(&mut dqueries, tile.len(), dim)?,
+                        )?;
+                        by_blocks(
+                            self,
+                            spec.heads.scale(),
                             ds.t(),
                             queries,
                             1.0,
@@ -184,7 +191,7 @@ impl Attention for Cpu {
                         dv.fill(T::Acc::ZERO);
                     }
                     let row = dqkv.row(row);
-                    let (dk_at, dv_at) = ((heads + kv) * dim, (heads + spec.kv_heads + kv) * dim);
+                    let (dk_at, dv_at) = ((heads + kv) * dim, (heads + spec.heads.kv_heads + kv) * dim);
                     narrow(dk, &mut row[dk_at..dk_at + dim]);
                     narrow(dv, &mut row[dv_at..dv_at + dim]);
                 }
@@ -205,8 +212,8 @@ impl Attention for Cpu {
         let from = [("k", k.dims()), ("v", v.dims())];
         check_append(spec, cache, from, [("the keys", keys.dims()), ("the values", values.dims())])?;
         for (at, rows) in spec.sequences.iter().enumerate() {
-            for kv in 0..spec.kv_heads {
-                let columns = kv * spec.head_dim..(kv + 1) * spec.head_dim;
+            for kv in 0..spec.heads.kv_heads {
+                let columns = kv * spec.heads.head_dim..(kv + 1) * spec.heads.head_dim;
                 let first = cache.row(spec, cache.slots[at], kv) + spec.sequences.start(at);
                 for (to, row) in (first..).zip(rows.clone()) {
                     keys.row(to).copy_from_slice(&k.row(row)[columns.clone()]);
@@ -234,7 +241,7 @@ impl Attention for Cpu {
 
 /// The query heads that use a key/value head.
 fn heads_of<'a>(spec: &AttentionSpec<'a>, kv: usize) -> impl Iterator<Item = usize> + 'a {
-    let kv_of_query = spec.kv_of_query;
+    let kv_of_query = &spec.heads.kv_of_query;
     (0..kv_of_query.len()).filter(move |&head| kv_of_query[head] == kv)
 }
 
@@ -247,7 +254,7 @@ fn tiles(len: usize, tile: usize) -> impl Iterator<Item = Range<usize>> {
 fn tile_len<A: Accumulator>(spec: &AttentionSpec<'_>, factors: &[&[A]]) -> usize {
     // 0 · x is 0, or NaN if x is not finite.
     let finite = |factor: &&[A]| vectorized(|| lane_sum([*factor], |[x]| x * A::ZERO)) == A::ZERO;
-    if !spec.causal || factors.iter().all(finite) { TILE } else { 1 }
+    if !spec.heads.choices.causal || factors.iter().all(finite) { TILE } else { 1 }
 }
 
 /// What the queries of a tile see.
@@ -264,11 +271,11 @@ struct View<'a> {
 
 impl<'a> View<'a> {
     fn of(spec: &AttentionSpec<'a>, rows: &Range<usize>, tile: &Range<usize>) -> Self {
-        let keys = spec.first_key(tile.start)..if spec.causal { tile.end } else { rows.len() };
+        let keys = spec.first_key(tile.start)..if spec.heads.choices.causal { tile.end } else { rows.len() };
         let valid =
             spec.sequences.valid().map(|valid| &valid[rows.start + keys.start..rows.start + keys.end]);
-        let causal = spec.causal.then_some(tile.start - keys.start);
-        Self { keys, causal, window: spec.window.unwrap_or(usize::MAX), valid }
+        let causal = spec.heads.choices.causal.then_some(tile.start - keys.start);
+        Self { keys, causal, window: spec.heads.choices.window.unwrap_or(usize::MAX), valid }
     }
 
     /// The keys that the query in this row of the tile sees, but for padding, as places among `keys`.

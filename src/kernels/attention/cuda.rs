@@ -133,7 +133,7 @@ impl Cuda {
                     .extend([rows.start + at, own, place + at, first_key, count].map(|number| number as i64));
             }
         }
-        let kv: Vec<i64> = spec.kv_of_query.iter().map(|&kv| kv as i64).collect();
+        let kv: Vec<i64> = spec.heads.kv_of_query.iter().map(|&kv| kv as i64).collect();
         let valid =
             spec.sequences.valid().map(|valid| self.table_of_flags(valid.iter().copied())).transpose()?;
         Ok((tiles.len() / 5, self.table(&tiles)?, self.table(&kv)?, valid))
@@ -142,7 +142,7 @@ impl Cuda {
 
 /// A window that hides nothing.
 pub(super) fn window(spec: &AttentionSpec<'_>) -> usize {
-    spec.window.unwrap_or(usize::MAX).min(1 << 40)
+    spec.heads.choices.window.unwrap_or(usize::MAX).min(1 << 40)
 }
 
 impl Attention for Cuda {
@@ -158,15 +158,16 @@ impl Attention for Cuda {
         let (query_like, kv_like) =
             ([("q", q.dims()), ("out", out.dims())], [("k", k.dims()), ("v", v.dims())]);
         check("attention", spec, &query_like, &kv_like, Self::len_mut(&lse))?;
-        let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
+        let (heads, dim) = (spec.heads.kv_of_query.len(), spec.heads.head_dim);
         let kind = Kernels::new::<T>(dim, &[q.operand(), k.operand(), v.operand(), out.operand()])?;
         let (count, tiles, kv, valid) =
             self.tables(spec, kind.tile, |_, rows| [0, rows.start, rows.len()])?;
         let so = out.dims().row_stride;
         let out = out.into_data();
         let launch = self.kernel(kind.forward, T::DTYPE);
-        let launch =
-            launch.ints([heads, dim, 0, dim, usize::from(spec.causal), window(spec)]).floats([spec.scale]);
+        let launch = launch
+            .ints([heads, dim, 0, dim, usize::from(spec.heads.choices.causal), window(spec)])
+            .floats([spec.heads.scale()]);
         let launch = launch.table(&tiles).table(&kv).table_if(valid.as_ref());
         let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
         let launch = launch.read(v.data()).int(v.dims().row_stride).write(&out).int(so).write(&lse);
@@ -192,10 +193,10 @@ impl Attention for Cuda {
         const OP: &str = "attention backward";
         let query_like = [("q", q.dims()), ("out", out.dims()), ("dout", dout.dims())];
         check(OP, spec, &query_like, &[("k", k.dims()), ("v", v.dims())], Self::len(lse))?;
-        let (rows, heads, dim) = (q.rows(), spec.kv_of_query.len(), spec.head_dim);
+        let (rows, heads, dim) = (q.rows(), spec.heads.kv_of_query.len(), spec.heads.head_dim);
         unit_columns(OP, dqkv.dims())?;
         same_size(OP, "rows of the gradient", dqkv.rows(), "rows of q", rows)?;
-        let width = (heads + 2 * spec.kv_heads) * dim;
+        let width = (heads + 2 * spec.heads.kv_heads) * dim;
         same_size(OP, "columns of the gradient", dqkv.cols(), "those of q, k and v", width)?;
         let operands = [q.operand(), k.operand(), v.operand(), dout.operand(), dqkv.operand()];
         let kind = Kernels::new::<T>(dim, &operands)?;
@@ -217,11 +218,13 @@ impl Attention for Cuda {
         let dqkv = dqkv.into_data();
         for (kernel, numbers, blocks) in [
             (kind.backward_queries, vec![heads, dim], heads),
-            (kind.backward_keys, vec![heads, spec.kv_heads, dim], spec.kv_heads),
+            (kind.backward_keys, vec![heads, spec.heads.kv_heads, dim], spec.heads.kv_heads),
         ] {
             let launch = self.kernel(kernel, T::DTYPE);
             let launch = numbers.into_iter().fold(launch, |launch, number| launch.int(number));
-            let launch = launch.ints([usize::from(spec.causal), window(spec)]).floats([spec.scale]);
+            let launch = launch
+                .ints([usize::from(spec.heads.choices.causal), window(spec)])
+                .floats([spec.heads.scale()]);
             let launch = launch.table(&tiles).table(&kv).table_if(valid.as_ref());
             let launch =
                 launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
@@ -264,7 +267,7 @@ impl Attention for Cuda {
         check_cached(spec, cache, &[("q", q.dims()), ("out", out.dims())], &kv_like)?;
         decode::attention(self, spec, cache, q, k, v, out.reborrow())?;
         // Longer parts of sequences, as prompts are.
-        let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
+        let (heads, dim) = (spec.heads.kv_of_query.len(), spec.heads.head_dim);
         let kind = Kernels::new::<T>(dim, &[q.operand(), k.operand(), v.operand(), out.operand()])?;
         let mut tiles: Vec<i64> = Vec::new();
         for (sequence, rows) in spec.sequences.iter().enumerate().filter(|(_, rows)| rows.len() > decode::FEW)
@@ -279,12 +282,13 @@ impl Attention for Cuda {
         if tiles.is_empty() {
             return Ok(());
         }
-        let kv: Vec<i64> = spec.kv_of_query.iter().map(|&kv| kv as i64).collect();
+        let kv: Vec<i64> = spec.heads.kv_of_query.iter().map(|&kv| kv as i64).collect();
         let (count, tiles, kv) = (tiles.len() / 5, self.table(&tiles)?, self.table(&kv)?);
         let so = out.dims().row_stride;
         let out = out.into_data();
         let launch = self.kernel(kind.forward, T::DTYPE);
-        let launch = launch.ints([heads, dim, cache.capacity, 0, 1, window(spec)]).floats([spec.scale]);
+        let launch =
+            launch.ints([heads, dim, cache.capacity, 0, 1, window(spec)]).floats([spec.heads.scale()]);
         let launch = launch.table(&tiles).table(&kv).null();
         let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
         let launch = launch.read(v.data()).int(v.dims().row_stride).write(&out).int(so).null();

@@ -39,7 +39,7 @@ pub(super) fn append<T: Element>(
     values: MatMut<'_, T, Cuda>,
 ) -> Result<()> {
     let operands = [k.operand(), v.operand(), keys.operand(), values.operand()];
-    let walk = Walk::by_rows(&operands, keys.rows(), spec.head_dim);
+    let walk = Walk::by_rows(&operands, keys.rows(), spec.heads.head_dim);
     let (sk, sv) = (k.dims().row_stride, v.dims().row_stride);
     let (skeys, svalues) = (keys.dims().row_stride, values.dims().row_stride);
     let (keys, values) = (keys.into_data(), values.into_data());
@@ -60,7 +60,8 @@ pub(super) fn append<T: Element>(
         let blocks = runs.len() / 3;
         let table = cuda.table(&runs)?;
         let launch = cuda.kernel(Kernel::Append, T::DTYPE);
-        let launch = launch.ints([usize::from(walk.packed), spec.head_dim, cache.capacity]).table(&table);
+        let launch =
+            launch.ints([usize::from(walk.packed), spec.heads.head_dim, cache.capacity]).table(&table);
         let launch = launch.read(k.data()).int(sk).read(v.data()).int(sv);
         let launch = launch.write(&keys).int(skeys).write(&values).int(svalues);
         // SAFETY: the arguments are append's; `check_append` has seen that k and v have the rows of
@@ -68,7 +69,7 @@ pub(super) fn append<T: Element>(
         // these in the cache.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(Grid { blocks: [blocks, spec.kv_heads], threads: [128, 1], shared: 0 })?;
+            launch.run(Grid { blocks: [blocks, spec.heads.kv_heads], threads: [128, 1], shared: 0 })?;
         }
     }
     Ok(())
@@ -84,7 +85,7 @@ pub(super) fn attention<T: Element>(
     v: MatRef<'_, T, Cuda>,
     out: MatMut<'_, T, Cuda>,
 ) -> Result<()> {
-    let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
+    let (heads, dim) = (spec.heads.kv_of_query.len(), spec.heads.head_dim);
     let (kernel, features) = match dim {
         0..=64 => (Kernel::Decode64, 64),
         65..=128 => (Kernel::Decode128, 128),
@@ -112,15 +113,15 @@ pub(super) fn attention<T: Element>(
     let out = out.into_data();
     let launch = cuda.kernel(kernel, T::DTYPE);
     let launch =
-        launch.ints([usize::from(packed), heads, dim, spec.kv_heads, plan.sequences.len() / 8, chunks]);
-    let launch = launch.ints([cache.capacity, window(spec)]).floats([spec.scale]).table(&table);
+        launch.ints([usize::from(packed), heads, dim, spec.heads.kv_heads, plan.sequences.len() / 8, chunks]);
+    let launch = launch.ints([cache.capacity, window(spec)]).floats([spec.heads.scale()]).table(&table);
     let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
     let launch = launch.read(v.data()).int(v.dims().row_stride).write(&out).int(so);
     let launch = launch.write(&Cuda::narrow_mut(Cuda::slice_mut(&mut scratch), 0..sums));
     let launch =
         launch.write(&Cuda::narrow_mut(Cuda::slice_mut(&mut scratch), sums..sums + 2 * plan.partials));
     let shared = together * (features + WARPS * (features + 2)) * size_of::<T::Acc>();
-    let blocks = [plan.spans.len() * chunks, spec.kv_heads];
+    let blocks = [plan.spans.len() * chunks, spec.heads.kv_heads];
     // SAFETY: the arguments are decode's; `check_cached` has seen that q and out have the rows of
     // the sequences and the columns of the heads, that the slots lie in the cache and the sequences
     // end in their slots. There are as many partial results as `plan` has numbered.
@@ -156,11 +157,13 @@ struct Plan {
 
 impl Plan {
     fn new(spec: &AttentionSpec<'_>, cache: &CacheSpec<'_>) -> Self {
-        let heads = spec.kv_of_query.len();
+        let heads = spec.heads.kv_of_query.len();
         let (mut bounds, mut list, mut sharing) = (vec![0], Vec::with_capacity(heads), 0);
-        for kv in 0..spec.kv_heads {
+        for kv in 0..spec.heads.kv_heads {
             let before = list.len();
-            list.extend((0..heads).filter(|&head| spec.kv_of_query[head] == kv).map(|head| head as i64));
+            list.extend(
+                (0..heads).filter(|&head| spec.heads.kv_of_query[head] == kv).map(|head| head as i64),
+            );
             sharing = sharing.max(list.len() - before);
             bounds.push(list.len() as i64);
         }

@@ -6,6 +6,7 @@ mod cpu;
 mod cuda;
 #[cfg(feature = "cuda")]
 mod decode;
+mod meta;
 
 use super::{
     MatMut, MatRef,
@@ -17,30 +18,72 @@ use crate::{
     shard::Sequences,
 };
 
-/// The heads that one call computes, and how.
-#[derive(Clone, Copy, Debug)]
-pub struct AttentionSpec<'a> {
+/// The mask of attention and the scale of its scores: one struct from the configuration of a layer
+/// down to a kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AttentionChoices {
+    /// Whether a token sees only itself and those before it.
+    pub causal: bool,
+    /// With causal attention, how many rows a token sees at most, itself and those just before it,
+    /// padding among them; all if not given.
+    pub window: Option<usize>,
+    /// What scores are multiplied with; 1 / √head_dim if not given.
+    pub scale: Option<f64>,
+}
+
+impl AttentionChoices {
+    /// A token sees itself and all before it.
+    pub const CAUSAL: Self = Self { causal: true, window: None, scale: None };
+}
+
+/// The heads in the columns of `[q | k | v]`, and how they attend.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QkvHeads {
     /// For each query head, the key/value head that it uses.
-    pub kv_of_query: &'a [usize],
+    pub kv_of_query: Vec<usize>,
     /// The number of key/value heads.
     pub kv_heads: usize,
     /// The features of one head.
     pub head_dim: usize,
-    /// What scores are multiplied with, usually 1 / √head_dim.
-    pub scale: f64,
-    /// Whether a token sees only itself and those before it in its sequence.
-    pub causal: bool,
-    /// With causal attention, how many rows a token sees at most, itself and those just before it;
-    /// all if not given. Padding among them takes its place, as in transformers.
-    pub window: Option<usize>,
-    /// Which rows belong together, and which are padding.
+    /// How they attend.
+    pub choices: AttentionChoices,
+}
+
+impl QkvHeads {
+    /// The number of columns of q.
+    pub fn query_width(&self) -> usize {
+        self.kv_of_query.len() * self.head_dim
+    }
+
+    /// The number of columns of k, and of v.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// The number of columns of `[q | k | v]`.
+    pub fn width(&self) -> usize {
+        self.query_width() + 2 * self.kv_width()
+    }
+
+    /// What scores are multiplied with.
+    pub fn scale(&self) -> f64 {
+        self.choices.scale.unwrap_or_else(|| 1.0 / (self.head_dim as f64).sqrt())
+    }
+}
+
+/// The heads that one call computes, and the sequences of its rows.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionSpec<'a> {
+    /// The heads, and how they attend.
+    pub heads: &'a QkvHeads,
+    /// Which rows belong together.
     pub sequences: &'a Sequences,
 }
 
 impl AttentionSpec<'_> {
     /// The first key of its sequence that the query at this place in it may see.
     pub(crate) fn first_key(&self, query: usize) -> usize {
-        self.window.map_or(0, |window| (query + 1).saturating_sub(window))
+        self.heads.choices.window.map_or(0, |window| (query + 1).saturating_sub(window))
     }
 
     /// Whether a row may be attended to: whether it is not padding.
@@ -64,12 +107,12 @@ pub struct CacheSpec<'a> {
 impl CacheSpec<'_> {
     /// The first row of the cache that belongs to a slot's head.
     pub(crate) fn row(&self, spec: &AttentionSpec<'_>, slot: usize, kv_head: usize) -> usize {
-        (slot * spec.kv_heads + kv_head) * self.capacity
+        (slot * spec.heads.kv_heads + kv_head) * self.capacity
     }
 
     /// The row of the cache behind a slot.
     fn end(&self, spec: &AttentionSpec<'_>, slot: usize) -> usize {
-        slot.saturating_add(1).saturating_mul(spec.kv_heads.saturating_mul(self.capacity))
+        slot.saturating_add(1).saturating_mul(spec.heads.kv_heads.saturating_mul(self.capacity))
     }
 }
 
@@ -172,12 +215,12 @@ fn check_append(
     for (name, dims) in from {
         unit_columns(OP, dims)?;
         same_size(OP, "rows of the sequences", sequences.rows(), &format!("rows of {name}"), dims.rows)?;
-        let width = spec.kv_heads * spec.head_dim;
+        let width = spec.heads.kv_heads.saturating_mul(spec.heads.head_dim);
         same_size(OP, &format!("columns of {name}"), dims.cols, "kv_heads · head_dim", width)?;
     }
     for (name, dims) in to {
         unit_columns(OP, dims)?;
-        same_size(OP, &format!("columns of {name}"), dims.cols, "head_dim", spec.head_dim)?;
+        same_size(OP, &format!("columns of {name}"), dims.cols, "head_dim", spec.heads.head_dim)?;
         for (at, (rows, &slot)) in sequences.iter().zip(cache.slots).enumerate() {
             let end = sequences.start(at) + rows.len();
             if end > cache.capacity {
@@ -201,14 +244,17 @@ fn check_cached(
 ) -> Result<()> {
     const OP: &str = "cached attention";
     let rows = spec.sequences.rows();
-    check(OP, spec, query_like, &[], rows * spec.kv_of_query.len())?;
-    if !spec.causal || spec.sequences.valid().is_some() {
-        return Err(Error::invalid(OP, "is causal and knows no padding"));
+    check(OP, spec, query_like, &[], rows.saturating_mul(spec.heads.kv_of_query.len()))?;
+    if !spec.heads.choices.causal || spec.sequences.valid().is_some() {
+        return Err(Error::invalid(
+            OP,
+            "attention to a cache has to be causal (`AttentionChoices`), and to sequences without padding",
+        ));
     }
     same_size(OP, "the number of slots", cache.slots.len(), "that of sequences", spec.sequences.len())?;
     for (name, dims) in kv_like {
         unit_columns(OP, *dims)?;
-        same_size(OP, &format!("columns of {name}"), dims.cols, "head_dim", spec.head_dim)?;
+        same_size(OP, &format!("columns of {name}"), dims.cols, "head_dim", spec.heads.head_dim)?;
         for (sequence, (rows, &slot)) in spec.sequences.iter().zip(cache.slots).enumerate() {
             let end = cache.end(spec, slot);
             if end > dims.rows {
@@ -237,25 +283,36 @@ fn check(
     kv_like: &[(&str, Dims)],
     lse: usize,
 ) -> Result<()> {
-    let (rows, heads) = (spec.sequences.rows(), spec.kv_of_query.len());
-    if spec.head_dim == 0 {
+    let (rows, heads) = (spec.sequences.rows(), spec.heads.kv_of_query.len());
+    if spec.heads.head_dim == 0 {
         return Err(Error::invalid(op, "heads have no features"));
     }
-    if spec.window.is_some_and(|window| window == 0 || !spec.causal) {
+    if !spec.heads.scale().is_finite() {
+        return Err(Error::invalid(op, format!("scores are multiplied with {}", spec.heads.scale())));
+    }
+    if spec.heads.choices.window.is_some_and(|window| window == 0 || !spec.heads.choices.causal) {
         return Err(Error::invalid(op, "a window is of one token at least, and needs causal attention"));
     }
-    if let Some(kv) = spec.kv_of_query.iter().find(|&&kv| kv >= spec.kv_heads) {
+    if let Some(kv) = spec.heads.kv_of_query.iter().find(|&&kv| kv >= spec.heads.kv_heads) {
         return Err(Error::invalid(
             op,
-            format!("a query head uses key/value head {kv} of {}", spec.kv_heads),
+            format!("a query head uses key/value head {kv} of {}", spec.heads.kv_heads),
         ));
     }
     let one = |name: &str, dims: Dims, heads: usize, what: &str| {
         unit_columns(op, dims)?;
         same_size(op, &format!("rows of {name}"), dims.rows, "rows of the sequences", rows)?;
-        same_size(op, &format!("columns of {name}"), dims.cols, what, heads * spec.head_dim)
+        same_size(
+            op,
+            &format!("columns of {name}"),
+            dims.cols,
+            what,
+            heads.saturating_mul(spec.heads.head_dim),
+        )
     };
     query_like.iter().try_for_each(|(name, dims)| one(name, *dims, heads, "heads · head_dim"))?;
-    kv_like.iter().try_for_each(|(name, dims)| one(name, *dims, spec.kv_heads, "kv_heads · head_dim"))?;
-    same_size(op, "the log-sum-exps", lse, "rows · heads", rows * heads)
+    kv_like
+        .iter()
+        .try_for_each(|(name, dims)| one(name, *dims, spec.heads.kv_heads, "kv_heads · head_dim"))?;
+    same_size(op, "the log-sum-exps", lse, "rows · heads", rows.saturating_mul(heads))
 }

@@ -3,6 +3,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod meta;
 
 use super::{MatMut, MatRef, view::unit_columns};
 use crate::{

@@ -5,6 +5,7 @@ pub(super) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 pub(super) mod few;
+mod meta;
 
 use super::{Activation, MatMut, MatRef, Pointwise, view::Dims};
 use crate::{

@@ -3,6 +3,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod meta;
 
 use super::{
     MatMut, MatRef,
@@ -10,7 +11,7 @@ use super::{
 };
 use crate::{
     device::{Device, Element},
-    error::{Result, same_size},
+    error::{Error, Result, same_size},
 };
 
 /// Which normalization, and the ε under its root.
@@ -34,6 +35,14 @@ impl NormKind {
         match self {
             Self::LayerNorm { eps } | Self::RmsNorm { eps } => eps,
         }
+    }
+
+    /// Refuses an ε under whose root is no number.
+    pub(crate) fn check(self) -> Result<()> {
+        if self.eps().is_finite() && self.eps() >= 0.0 {
+            return Ok(());
+        }
+        Err(Error::invalid("normalize", format!("ε is {}", self.eps())))
     }
 
     /// Whether the mean is taken off first.
@@ -97,5 +106,5 @@ fn check(
     for (name, len) in rows {
         same_size(op, name, *len, "the number of columns", y.cols)?;
     }
-    same_size(op, "the statistics", stats, "twice the number of rows", 2 * y.rows)
+    same_size(op, "the statistics", stats, "twice the number of rows", y.rows.saturating_mul(2))
 }

@@ -3,6 +3,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 pub(in crate::kernels) mod cuda;
+mod meta;
 
 use super::{
     MatMut, MatRef,
@@ -115,7 +116,7 @@ fn check_gate_backward(gate: Dims, up: Dims, dy: Dims, d: Dims) -> Result<()> {
     [gate, up, dy, d].iter().try_for_each(|dims| unit_columns(OP, *dims))?;
     same_dims(OP, "up", up, "gate", gate)?;
     same_dims(OP, "dy", dy, "gate", gate)?;
-    same_size(OP, "columns of d", d.cols, "twice the columns of gate", 2 * gate.cols)?;
+    same_size(OP, "columns of d", d.cols, "twice the columns of gate", gate.cols.saturating_mul(2))?;
     same_size(OP, "rows of d", d.rows, "rows of gate", gate.rows)
 }
 

@@ -97,6 +97,31 @@ impl<T: Element, B: Device> fmt::Debug for Param<T, B> {
 /// What messages call the loading of a parameter.
 const OP: &str = "parameter";
 
+/// The name of a parameter with rows of these tensors: their common name, with the parts that
+/// differ side by side, as in `attention.q|k|v.weight`. None without tensors.
+fn joined<'a>(tensors: impl Iterator<Item = &'a str>) -> Option<String> {
+    let mut names: Vec<Vec<&str>> = Vec::new();
+    for tensor in tensors {
+        let name: Vec<&str> = tensor.split('.').collect();
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    let shortest = names.iter().map(Vec::len).min()?;
+    if names.len() == 1 {
+        return Some(names[0].join("."));
+    }
+    let first = names[0].clone();
+    let before = (0..shortest).take_while(|&at| names.iter().all(|name| name[at] == first[at])).count();
+    let last = |name: &[&'a str], at: usize| name[name.len() - 1 - at];
+    let alike = |&at: &usize| names.iter().all(|name| last(name, at) == last(&first, at));
+    let behind = (0..shortest - before).take_while(alike).count();
+    let between: Vec<String> = names.iter().map(|name| name[before..name.len() - behind].join(".")).collect();
+    let between = between.join("|");
+    let ends = [&first[..before], &[&between], &first[first.len() - behind..]];
+    Some(ends.concat().join("."))
+}
+
 /// A number that no value of a parameter has had so far.
 fn next_revision() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -123,7 +148,8 @@ impl<T: Element, B: Backend> Param<T, B> {
         }))))
     }
 
-    /// Reads a parameter whose pieces lie one below the other in its rows.
+    /// Reads a parameter whose pieces lie one below the other in its rows; on a device without
+    /// values ([`Device::HAS_VALUES`]), only checks them.
     ///
     /// # Errors
     /// When the source lacks one of the tensors, or it has another shape; when a piece lies beyond
@@ -143,23 +169,29 @@ impl<T: Element, B: Backend> Param<T, B> {
         for piece in &pieces {
             weights.source().check(&piece.tensor, &piece.region)?;
         }
-        let mut host = zeroed::<T>(shape.checked_len(OP)?)?;
-        let width = shape.split_at(0).1;
+        let (len, width) = (shape.checked_len(OP)?, shape.split_at(0).1);
+        let mut host = zeroed::<T>(if B::HAS_VALUES { len } else { 0 })?;
         for piece in &pieces {
             let own = piece.region.extent().split_at(0).1;
             let what = format!("the width of the piece of `{}`", piece.tensor);
             same_size(OP, &what, own, "that of the parameter", width)?;
-            let (start, len) = (piece.row.saturating_mul(width), host.len());
+            let start = piece.row.saturating_mul(width);
             let end = start.saturating_add(piece.region.extent().len());
-            let beyond = || {
+            if end > len {
                 let what = format!("the end of the piece of `{}`", piece.tensor);
-                Error::sizes(OP, what, end, "the elements of the parameter", len)
-            };
-            let out = host.get_mut(start..end).ok_or_else(beyond)?;
-            let out: AnyMut<'_, Cpu> = T::any_mut(out);
-            weights.source().read(&piece.tensor, role, &piece.region, out)?;
+                return Err(Error::sizes(OP, what, end, "the elements of the parameter", len));
+            }
+            if B::HAS_VALUES {
+                let out: AnyMut<'_, Cpu> = T::any_mut(&mut host[start..end]);
+                weights.source().read(&piece.tensor, role, &piece.region, out)?;
+            }
         }
-        Ok(Self::new(weights.name(name), Tensor::from_slice(device, shape, &host)?, pieces))
+        let value = match B::HAS_VALUES {
+            true => Tensor::from_slice(device, shape, &host)?,
+            false => Tensor::empty(device, shape)?,
+        };
+        let tensors = pieces.iter().map(|piece| piece.tensor.as_str());
+        Ok(Self::new(joined(tensors).unwrap_or_else(|| weights.name(name)), value, pieces))
     }
 
     /// Reads a parameter that is one region of one tensor, called the same.
@@ -493,5 +525,20 @@ pub(crate) fn check_once<T: Element, B: Backend>(op: &'static str, params: &[Par
             );
             Err(Error::invalid(op, reason))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::joined;
+
+    #[test]
+    fn merged_parameters_have_the_names_of_all_their_tensors() {
+        let of = |tensors: &[&str]| joined(tensors.iter().copied());
+        assert_eq!(of(&[]), None);
+        assert_eq!(of(&["h.0.attn.c_attn.weight"; 3]).unwrap(), "h.0.attn.c_attn.weight");
+        assert_eq!(of(&["a.0.q.weight", "a.0.k.weight", "a.0.k.weight"]).unwrap(), "a.0.q|k.weight");
+        assert_eq!(of(&["gate", "up"]).unwrap(), "gate|up");
+        assert_eq!(of(&["x.weight", "x.y.weight"]).unwrap(), "x.|y.weight");
     }
 }

@@ -1,0 +1,309 @@
+//! A device without memory: a tensor there is its length, as on PyTorch's meta device.
+
+use super::{Device, Element, MemoryUse};
+use crate::error::{Error, Result};
+use std::{cell::Cell, fmt, marker::PhantomData, ops::Range, rc::Rc};
+
+/// A device that holds no values and computes none: it counts the bytes that tensors would take and
+/// the operations that products would.
+///
+/// Layers and optimizers run on it unchanged, so that a model of any size tells its shapes, memory
+/// and FLOPs without taking them. On a [planned group](crate::comm::Group::planned) these are those
+/// of any rank of a group of any size, and the group records the rank's collectives.
+///
+/// * Kernels check their operands as on every device, and fail with the same errors.
+/// * Values that are read are 0, whatever was written; parameters are not read from their source.
+/// * [`Device::memory`] counts tensors as [`Cpu`](super::Cpu) does, and those temporaries of its
+///   kernels that are as large as a result. Packed blocks and tiles of scores are not counted.
+///
+/// ```
+/// use shardwise::{Tensor, device::{Device, Meta}, kernels::Gemm};
+/// let device = Meta::new();
+/// let (m, k, n) = (1 << 14, 1 << 16, 1 << 15);
+/// let a = Tensor::<f32, _>::empty(&device, [m, k])?;
+/// let b = Tensor::<f32, _>::empty(&device, [k, n])?;
+/// let mut c = Tensor::<f32, _>::empty(&device, [m, n])?;
+/// device.gemm(1.0, a.mat(), b.mat(), 0.0, c.mat_mut()?)?;
+/// assert_eq!(device.memory().live, 4 * (m * k + k * n + m * n)); // 14 GiB
+/// assert_eq!(device.flops(), 2 * (m * n * k) as u64);
+/// # Ok::<(), shardwise::Error>(())
+/// ```
+#[derive(Clone, Default)]
+pub struct Meta(Rc<Counts>);
+
+/// The counts that all handles of a device share.
+#[derive(Default)]
+struct Counts {
+    live: Cell<usize>,
+    peak: Cell<usize>,
+    flops: Cell<u64>,
+}
+
+impl Meta {
+    /// A device that has counted nothing so far.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The floating-point operations of matrix products and attention since the device was made;
+    /// `u64::MAX` where there are more.
+    ///
+    /// As PyTorch's `FlopCounterMode` counts:
+    ///
+    /// * 2 m n k for `[m, k]` times `[k, n]`;
+    /// * for each query head of d features and each (query, key) pair, 4 d in attention's forward
+    ///   (two products) and 10 d in its backward (five);
+    /// * none for element-wise kernels, normalizations and losses.
+    ///
+    /// Unlike there, pairs that the masks hide do not count.
+    pub fn flops(&self) -> u64 {
+        self.0.flops.get()
+    }
+
+    /// Adds the operations of a kernel.
+    pub(crate) fn count(&self, flops: u128) {
+        let flops = u64::try_from(flops).unwrap_or(u64::MAX);
+        self.0.flops.set(self.flops().saturating_add(flops));
+    }
+}
+
+impl fmt::Debug for Meta {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Meta")
+    }
+}
+
+/// The length of what would be memory, counted while it lives.
+pub struct MetaBuffer<T: Element> {
+    len: usize,
+    counts: Rc<Counts>,
+    element: PhantomData<T>,
+}
+
+impl<T: Element> Drop for MetaBuffer<T> {
+    fn drop(&mut self) {
+        self.counts.live.set(self.counts.live.get() - self.len * size_of::<T>());
+    }
+}
+
+impl<T: Element> fmt::Debug for MetaBuffer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MetaBuffer<{}>({})", T::DTYPE, self.len)
+    }
+}
+
+/// A shared view of a [`MetaBuffer`]: a length, as long as the buffer lives.
+#[derive(Clone, Copy, Debug)]
+pub struct MetaSlice<'a, T: Element> {
+    len: usize,
+    of: PhantomData<&'a [T]>,
+}
+
+/// An exclusive view of a [`MetaBuffer`].
+#[derive(Debug)]
+pub struct MetaSliceMut<'a, T: Element> {
+    len: usize,
+    of: PhantomData<&'a mut [T]>,
+}
+
+/// The length of a part of a view.
+fn part(len: usize, range: Range<usize>) -> usize {
+    assert!(range.start <= range.end && range.end <= len, "elements {range:?} of {len}");
+    range.len()
+}
+
+impl Device for Meta {
+    type Buffer<T: Element> = MetaBuffer<T>;
+    type Slice<'a, T: Element> = MetaSlice<'a, T>;
+    type SliceMut<'a, T: Element> = MetaSliceMut<'a, T>;
+
+    const HAS_VALUES: bool = false;
+
+    /// # Errors
+    /// When more than `isize::MAX` bytes would be live, which no address space has.
+    fn empty<T: Element>(&self, len: usize) -> Result<MetaBuffer<T>> {
+        let Counts { live, peak, .. } = &*self.0;
+        let after = len.checked_mul(size_of::<T>()).and_then(|bytes| live.get().checked_add(bytes));
+        let after = after.filter(|&bytes| bytes <= isize::MAX as usize);
+        live.set(after.ok_or(Error::Memory { len, size: size_of::<T>() })?);
+        peak.set(peak.get().max(live.get()));
+        Ok(MetaBuffer { len, counts: Rc::clone(&self.0), element: PhantomData })
+    }
+
+    fn slice<T: Element>(buffer: &MetaBuffer<T>) -> MetaSlice<'_, T> {
+        MetaSlice { len: buffer.len, of: PhantomData }
+    }
+
+    fn slice_mut<T: Element>(buffer: &mut MetaBuffer<T>) -> MetaSliceMut<'_, T> {
+        MetaSliceMut { len: buffer.len, of: PhantomData }
+    }
+
+    fn shared<'a, T: Element>(slice: &'a MetaSliceMut<'_, T>) -> MetaSlice<'a, T> {
+        MetaSlice { len: slice.len, of: PhantomData }
+    }
+
+    fn reborrow<'a, T: Element>(slice: &'a mut MetaSliceMut<'_, T>) -> MetaSliceMut<'a, T> {
+        MetaSliceMut { len: slice.len, of: PhantomData }
+    }
+
+    fn len<T: Element>(slice: MetaSlice<'_, T>) -> usize {
+        slice.len
+    }
+
+    fn len_mut<T: Element>(slice: &MetaSliceMut<'_, T>) -> usize {
+        slice.len
+    }
+
+    fn narrow<'a, T: Element>(slice: Self::Slice<'a, T>, range: Range<usize>) -> Self::Slice<'a, T> {
+        MetaSlice { len: part(slice.len, range), ..slice }
+    }
+
+    fn narrow_mut<'a, T: Element>(
+        slice: Self::SliceMut<'a, T>,
+        range: Range<usize>,
+    ) -> Self::SliceMut<'a, T> {
+        MetaSliceMut { len: part(slice.len, range), ..slice }
+    }
+
+    fn upload<T: Element>(&self, _: &[T], _: MetaSliceMut<'_, T>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Zeros.
+    fn download<T: Element>(&self, _: MetaSlice<'_, T>, to: &mut [T]) -> Result<()> {
+        to.fill(T::default());
+        Ok(())
+    }
+
+    fn memory(&self) -> MemoryUse {
+        MemoryUse { live: self.0.live.get(), peak: self.0.peak.get() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        device::Cpu,
+        tensor::{Param, Piece, Random, Region, Role, Tensor, WeightSource, Weights},
+    };
+    use half::bf16;
+
+    #[test]
+    fn tensors_take_the_bytes_that_they_take_on_a_cpu() {
+        fn steps<B: crate::kernels::Backend>(device: &B) -> Result<Vec<MemoryUse>> {
+            let mut seen = Vec::new();
+            let mut note = || seen.push(device.memory());
+            let first = Tensor::<f32, B>::empty(device, [10, 100])?;
+            note();
+            let mut copy = first.clone();
+            note();
+            copy.slice_mut()?;
+            note();
+            drop(first);
+            note();
+            let half = copy.convert::<bf16>()?;
+            drop(copy);
+            note();
+            let empty = Tensor::<f64, B>::zeros(device, [7, 0])?;
+            note();
+            drop((half, empty));
+            note();
+            Ok(seen)
+        }
+        let device = Meta::new();
+        let seen = steps(&device.clone()).unwrap();
+        assert_eq!(seen, steps(&Cpu::new()).unwrap());
+        assert_eq!(seen[2], MemoryUse { live: 8000, peak: 8000 });
+        assert_eq!(device.memory(), MemoryUse { live: 0, peak: 8000 }, "clones count together");
+    }
+
+    #[test]
+    fn memory_ends_where_pointers_do() {
+        let (device, most) = (Meta::new(), isize::MAX as usize);
+        let whole = device.empty::<f64>(most / 8).unwrap();
+        assert_eq!(device.memory().live, most / 8 * 8);
+        let none = |result: Result<MetaBuffer<f64>>, len| {
+            assert_eq!(result.unwrap_err(), Error::Memory { len, size: 8 });
+        };
+        none(device.empty(1), 1);
+        none(device.empty(usize::MAX), usize::MAX);
+        none(device.empty(usize::MAX / 8), usize::MAX / 8);
+        drop(whole);
+        assert_eq!(device.memory(), MemoryUse { live: 0, peak: most / 8 * 8 });
+    }
+
+    #[test]
+    fn operations_beyond_u64_are_its_largest_number() {
+        let device = Meta::new();
+        device.count(u128::from(u64::MAX) - 1);
+        assert_eq!(device.flops(), u64::MAX - 1);
+        device.count(5);
+        device.count(u128::MAX);
+        assert_eq!(device.flops(), u64::MAX);
+    }
+
+    #[test]
+    fn values_that_are_read_are_0() {
+        let device = Meta::new();
+        let x = Tensor::<f32, _>::from_slice(&device, [2], &[1.0, f32::NAN]).unwrap();
+        assert_eq!(x.to_vec().unwrap(), [0.0; 2]);
+    }
+
+    /// A source of one tensor of 2⁴⁰ rows, of which nothing can be read.
+    struct Unreadable;
+
+    impl WeightSource for Unreadable {
+        fn read(&self, _: &str, _: Role, _: &Region, _: crate::device::AnyMut<'_, Cpu>) -> Result<()> {
+            Err(Error::invalid("test", "was read"))
+        }
+
+        fn contains(&self, _: &str) -> bool {
+            true
+        }
+
+        fn check(&self, name: &str, _: &Region) -> Result<()> {
+            if name == "w" { Ok(()) } else { Err(Error::invalid("test", format!("no `{name}`"))) }
+        }
+    }
+
+    #[test]
+    fn parameters_are_checked_and_not_read() {
+        let device = Meta::new();
+        let load = |tensor: &str, row, width, shape: [usize; 2]| {
+            let region = Region::whole([1 << 40, width]);
+            let piece = Piece { tensor: tensor.into(), region, row, owned: true };
+            let weights = Weights::new(&Unreadable);
+            Param::<f32, Meta>::load(&device, &weights, "w", Role::Weight, shape, vec![piece])
+        };
+        let param = load("w", 0, 8, [1 << 40, 8]).unwrap();
+        assert_eq!((param.shape().dims(), device.memory().live), (&[1 << 40, 8][..], 1 << 45));
+        drop(param);
+        // What is wrong is said as where values are read.
+        let cpu = |tensor: &str, row, width, shape: [usize; 2]| {
+            let piece = Piece { tensor: tensor.into(), region: Region::whole([4, width]), row, owned: true };
+            let source = Random::normal(1, 1.0);
+            Param::<f32, Cpu>::load(
+                &Cpu::new(),
+                &Weights::new(&source),
+                "w",
+                Role::Weight,
+                shape,
+                vec![piece],
+            )
+        };
+        let words = |result: Result<()>| result.unwrap_err().to_string();
+        assert_eq!(words(load("v", 0, 8, [1 << 40, 8]).map(drop)), "test: no `v`");
+        let width = "parameter: the width of the piece of `w` is 7, but that of the parameter is 8";
+        assert_eq!(words(load("w", 0, 7, [1 << 40, 8]).map(drop)), width);
+        assert_eq!(words(cpu("w", 0, 7, [4, 8]).map(drop)), width);
+        let beyond = |elements: usize, end: usize| {
+            format!(
+                "parameter: the end of the piece of `w` is {end}, but the elements of the parameter is {elements}"
+            )
+        };
+        assert_eq!(words(load("w", 1, 8, [1 << 40, 8]).map(drop)), beyond(1 << 43, (1 << 43) + 8));
+        assert_eq!(words(cpu("w", 1, 8, [4, 8]).map(drop)), beyond(32, 40));
+        assert_eq!(device.memory().live, 0);
+    }
+}

@@ -1,0 +1,28 @@
+//! Gather and scatter-add on a device without memory.
+
+use super::{Gather, check};
+use crate::{
+    device::{Element, Meta},
+    error::Result,
+    kernels::{MatMut, MatRef},
+};
+
+impl Gather for Meta {
+    fn gather<T: Element>(
+        &self,
+        table: MatRef<'_, T, Self>,
+        ids: &[u32],
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check("gather", ids, y.dims(), table.dims())
+    }
+
+    fn scatter_add<T: Element>(
+        &self,
+        ids: &[u32],
+        dy: MatRef<'_, T, Self>,
+        dtable: MatMut<'_, T::Acc, Self>,
+    ) -> Result<()> {
+        check("scatter_add", ids, dy.dims(), dtable.dims())
+    }
+}

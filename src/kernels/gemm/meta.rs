@@ -1,0 +1,206 @@
+//! Matrix products on a device without memory: 2 m n k operations each.
+
+use super::{Batch, Epilogue, Gemm, Term, check, check_terms};
+use crate::{
+    device::{Device, Element, Meta},
+    error::{Result, same_size},
+    kernels::{Activation, MatMut, MatRef, Pointwise, pointwise::check_row},
+};
+
+impl Meta {
+    /// Counts `count` products of `[rows, depth]` times `[depth, cols]`.
+    fn count_products(&self, count: usize, [rows, depth, cols]: [usize; 3]) {
+        let factors = [count, rows, depth, cols].map(|factor| factor as u128);
+        self.count(factors.into_iter().fold(2, u128::saturating_mul));
+    }
+}
+
+impl Gemm for Meta {
+    fn gemm_batched<T: Element, C: Element<Acc = T::Acc>>(
+        &self,
+        batch: Batch,
+        _: f64,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        _: f64,
+        c: MatMut<'_, C, Self>,
+    ) -> Result<()> {
+        check(batch, &a, &b, &c)?;
+        self.count_products(batch.count, [a.rows(), a.cols(), b.cols()]);
+        Ok(())
+    }
+
+    /// True, as on the CPU, so that layers take the same code paths and hold the same tensors as
+    /// there.
+    fn splits_exactly(&self) -> bool {
+        true
+    }
+
+    /// Partial sums of the tree take no memory of their own, as on the CPU, where they are blocks
+    /// in the cache.
+    fn gemm_tree<T: Element>(&self, terms: &[Term<'_, T, Self>], c: MatMut<'_, T::Acc, Self>) -> Result<()> {
+        check_terms(terms, &c)?;
+        for (a, b) in terms.iter().flat_map(|term| &term.products) {
+            self.count_products(1, [a.rows(), a.cols(), b.cols()]);
+        }
+        Ok(())
+    }
+
+    fn linear<T: Element>(
+        &self,
+        x: MatRef<'_, T, Self>,
+        w: MatRef<'_, T, Self>,
+        Epilogue { bias, activation }: Epilogue<'_, '_, T, Self>,
+        mut y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        const OP: &str = "activation";
+        if let Some(bias) = bias {
+            check_row("bias", "the bias", Self::len(bias), y.cols())?;
+        }
+        let Some((f, mut pre)) = activation else {
+            self.gemm(1.0, x, w.t(), 0.0, y.reborrow())?;
+            return bias.map_or(Ok(()), |bias| self.add_bias(bias, y));
+        };
+        same_size(OP, "rows of pre", pre.rows(), "rows of y", y.rows())?;
+        same_size(OP, "columns of pre", pre.cols(), "columns of y", y.cols())?;
+        self.linear(x, w, Epilogue { bias, activation: None }, pre.reborrow())?;
+        self.activate(f, pre.read(), y)
+    }
+
+    fn linear_dx<T: Element>(
+        &self,
+        dy: MatRef<'_, T, Self>,
+        w: MatRef<'_, T, Self>,
+        through: Option<(Activation, MatRef<'_, T, Self>)>,
+        dx: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        const OP: &str = "activation backward";
+        let Some((f, pre)) = through else { return self.gemm(1.0, dy, w, 0.0, dx) };
+        same_size(OP, "rows of pre", pre.rows(), "rows of dx", dx.rows())?;
+        same_size(OP, "columns of pre", pre.cols(), "columns of dx", dx.cols())?;
+        // The one temporary of the CPU's kernel that is as large as its result.
+        let mut product = self.empty::<T>(dx.rows() * dx.cols())?;
+        let mut product = MatMut::<T, Self>::new(Self::slice_mut(&mut product), dx.rows(), dx.cols())?;
+        self.gemm(1.0, dy, w, 0.0, product.reborrow())?;
+        self.activate_backward(f, pre, product.read(), dx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        device::Cpu,
+        kernels::{Backend, Product},
+        tensor::Tensor,
+    };
+
+    fn mat<B: Device>(device: &B, rows: usize, cols: usize) -> Tensor<f32, B> {
+        Tensor::empty(device, [rows, cols]).unwrap()
+    }
+
+    /// What a call counts.
+    fn flops(device: &Meta, call: impl FnOnce() -> Result<()>) -> u64 {
+        let before = device.flops();
+        call().unwrap();
+        device.flops() - before
+    }
+
+    #[test]
+    fn a_product_counts_two_operations_an_element_and_depth() {
+        let device = Meta::new();
+        let (x, w, dy) = (mat(&device, 5, 7), mat(&device, 11, 7), mat(&device, 5, 11));
+        let (mut y, mut pre, mut dx) = (mat(&device, 5, 11), mat(&device, 5, 11), mat(&device, 5, 7));
+        let (mut dw, mut db) = (mat(&device, 11, 7), mat(&device, 1, 11));
+        let one = 2 * 5 * 7 * 11;
+        let gemm = || device.gemm(1.0, x.mat(), w.mat().t(), 0.0, y.mat_mut()?);
+        assert_eq!(flops(&device, gemm), one);
+        let bias = Meta::narrow(dy.slice(), 0..11);
+        let activation = Some((Activation::Silu, pre.mat_mut().unwrap()));
+        let epilogue = Epilogue { bias: Some(bias), activation };
+        let linear = || device.linear(x.mat(), w.mat(), epilogue, y.mat_mut()?);
+        assert_eq!(flops(&device, linear), one);
+        let through = Some((Activation::Silu, x.mat()));
+        let backward = || device.linear_dx(dy.mat(), w.mat(), through, dx.mat_mut()?);
+        assert_eq!(flops(&device, backward), one);
+        let sums = db.slice_mut().unwrap();
+        let weights = || device.linear_dw(dy.mat(), x.mat(), 1.0, dw.mat_mut()?, Some(sums));
+        assert_eq!(flops(&device, weights), one);
+
+        let batch = Batch { count: 3, a: 5, b: 0, c: 5 };
+        let (a, b, mut c) = (mat(&device, 3, 5), mat(&device, 5, 5), mat(&device, 3, 5));
+        let batched = || {
+            let a = MatRef::<f32, Meta>::new(a.slice(), 1, 5)?;
+            device.gemm_batched(batch, 1.0, a, b.mat(), 0.0, MatMut::<f32, Meta>::new(c.slice_mut()?, 1, 5)?)
+        };
+        assert_eq!(flops(&device, batched), 3 * 2 * 5 * 5);
+        let products = vec![Product { a: a.mat(), b: b.mat(), beta: 0.0, c: c.mat_mut().unwrap() }];
+        assert_eq!(flops(&device, || device.gemm_all(products)), 2 * 3 * 5 * 5);
+    }
+
+    #[test]
+    fn a_tree_counts_its_products_and_takes_no_memory() {
+        let device = Meta::new();
+        let (a, b, mut c) = (mat(&device, 9, 6), mat(&device, 6, 20), mat(&device, 9, 20));
+        let before = device.memory();
+        let term = |range: std::ops::Range<usize>, merges| {
+            let pair = (a.mat().columns(range.clone()), b.mat().block(range, 0..20));
+            Term { products: vec![pair], merges }
+        };
+        let terms = [term(0..1, 0), term(1..3, 1), Term { products: vec![], merges: 0 }, term(3..6, 2)];
+        let tree = || device.gemm_tree(&terms, c.mat_mut()?);
+        assert_eq!(flops(&device, tree), 2 * 9 * 6 * 20);
+        assert_eq!(device.memory(), before);
+    }
+
+    #[test]
+    fn the_largest_products_do_not_overflow() {
+        let device = Meta::new();
+        let (a, b) = (mat(&device, usize::MAX, 0), mat(&device, 0, usize::MAX));
+        // No tensor is so large: the count is tested by itself.
+        device.count_products(usize::MAX, [usize::MAX; 3]);
+        assert_eq!(device.flops(), u64::MAX);
+        assert!(Tensor::<f32, Meta>::empty(&device, [usize::MAX, usize::MAX]).is_err());
+        assert!(device.gemm(1.0, a.mat(), b.mat(), 0.0, mat(&device, 0, 0).mat_mut().unwrap()).is_err());
+    }
+
+    #[test]
+    fn operands_that_disagree_are_the_error_of_a_cpu() {
+        fn errors<B: Backend>(device: &B) -> Vec<String> {
+            let of = |rows, cols| mat(device, rows, cols);
+            let (x, w, mut y, mut pre) = (of(5, 7), of(11, 7), of(5, 11), of(4, 11));
+            let short = of(1, 10);
+            let batch = Batch { count: 2, a: 35, b: 0, c: 0 };
+            let term = |merges| Term { products: vec![(x.mat(), w.mat().t())], merges };
+            let results = [
+                device.gemm(1.0, x.mat(), w.mat(), 0.0, y.mat_mut().unwrap()),
+                device.gemm(1.0, x.mat(), w.mat().t(), 0.0, pre.mat_mut().unwrap()),
+                device.gemm_batched(batch, 1.0, x.mat(), w.mat().t(), 0.0, y.mat_mut().unwrap()),
+                device.gemm_tree(&[term(1)], y.mat_mut().unwrap()),
+                device.gemm_tree(&[term(0), term(0)], y.mat_mut().unwrap()),
+                device.linear(
+                    x.mat(),
+                    w.mat(),
+                    Epilogue { bias: Some(short.slice()), activation: None },
+                    y.mat_mut().unwrap(),
+                ),
+                device.linear(
+                    x.mat(),
+                    w.mat(),
+                    Epilogue { bias: None, activation: Some((Activation::Relu, pre.mat_mut().unwrap())) },
+                    y.mat_mut().unwrap(),
+                ),
+                device.linear_dx(
+                    x.mat(),
+                    w.mat(),
+                    Some((Activation::Relu, short.mat())),
+                    y.mat_mut().unwrap(),
+                ),
+                device.add(x.mat(), w.mat(), y.mat_mut().unwrap()),
+                device.gather(w.mat(), &[0, 1, 2, 3, 11], of(5, 7).mat_mut().unwrap()),
+            ];
+            results.into_iter().map(|result| result.unwrap_err().to_string()).collect()
+        }
+        assert_eq!(errors(&Meta::new()), errors(&Cpu::new()));
+    }
+}

@@ -1,0 +1,89 @@
+//! Element-wise kernels on a device without memory.
+
+use super::{Activation, Pointwise, check, check_gate_backward, check_row};
+use crate::{
+    device::{Device, Element, Meta, MetaSlice, MetaSliceMut},
+    error::Result,
+    kernels::{MatMut, MatRef, view::unit_columns},
+};
+
+impl Pointwise for Meta {
+    fn activate<T: Element>(
+        &self,
+        _: Activation,
+        x: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check("activation", &[("x", x.dims())], ("y", y.dims()))
+    }
+
+    fn activate_backward<T: Element>(
+        &self,
+        _: Activation,
+        x: MatRef<'_, T, Self>,
+        dy: MatRef<'_, T, Self>,
+        dx: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check("activation backward", &[("x", x.dims()), ("dy", dy.dims())], ("dx", dx.dims()))
+    }
+
+    fn gate<T: Element>(
+        &self,
+        _: Activation,
+        gate: MatRef<'_, T, Self>,
+        up: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check("gate", &[("gate", gate.dims()), ("up", up.dims())], ("y", y.dims()))
+    }
+
+    fn gate_backward<T: Element>(
+        &self,
+        _: Activation,
+        gate: MatRef<'_, T, Self>,
+        up: MatRef<'_, T, Self>,
+        dy: MatRef<'_, T, Self>,
+        d: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check_gate_backward(gate.dims(), up.dims(), dy.dims(), d.dims())
+    }
+
+    fn add<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check("add", &[("a", a.dims()), ("b", b.dims())], ("y", y.dims()))
+    }
+
+    fn accumulate<T: Element, Y: Element<Acc = T::Acc>>(
+        &self,
+        x: MatRef<'_, T, Self>,
+        y: MatMut<'_, Y, Self>,
+    ) -> Result<()> {
+        check("accumulate", &[("x", x.dims())], ("y", y.dims()))
+    }
+
+    fn add_bias<T: Element>(&self, bias: MetaSlice<'_, T>, y: MatMut<'_, T, Self>) -> Result<()> {
+        unit_columns("bias", y.dims())?;
+        check_row("bias", "the bias", Self::len(bias), y.cols())
+    }
+
+    fn sum_rows<T: Element>(&self, x: MatRef<'_, T, Self>, sums: MetaSliceMut<'_, T::Acc>) -> Result<()> {
+        unit_columns("bias gradient", x.dims())?;
+        check_row("bias gradient", "the gradient", Self::len_mut(&sums), x.cols())
+    }
+
+    fn copy<T: Element, Y: Element>(&self, x: MatRef<'_, T, Self>, y: MatMut<'_, Y, Self>) -> Result<()> {
+        check("copy", &[("x", x.dims())], ("y", y.dims()))
+    }
+
+    fn scale<T: Element>(&self, _: f64, y: MatMut<'_, T, Self>) -> Result<()> {
+        unit_columns("scale", y.dims())
+    }
+
+    fn fill<T: Element>(&self, _: f64, y: MatMut<'_, T, Self>) -> Result<()> {
+        unit_columns("fill", y.dims())
+    }
+}
