@@ -24,8 +24,8 @@
 //!         &world, &weights, &names, (16, 64), Activation::GeluErf, true,
 //!     )?;
 //!     let x = DTensor::replicated(&world, Tensor::full(world.device(), [4, 16], 1.0)?)?;
-//!     let (y, saved) = mlp.forward(&x)?;
-//!     let dx = mlp.backward(saved, &y)?;
+//!     let (y, saved) = mlp.forward(x)?;
+//!     let dx = mlp.backward(saved, y.clone())?;
 //!     Ok((y.local().to_vec()?, dx.local().to_vec()?))
 //! })?;
 //! assert_eq!(outputs[0], outputs[2]); // the same bits on every rank

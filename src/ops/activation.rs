@@ -68,12 +68,16 @@ fn half<T: Element, B: Backend>(op: &'static str, x: &Tensor<T, B>) -> Result<us
     }
 }
 
-/// a + b.
+/// a + b, in the memory of a if no other tensor shares it.
 ///
 /// # Errors
 /// When shapes disagree.
-pub fn add<T: Element, B: Backend>(a: &Tensor<T, B>, b: &Tensor<T, B>) -> Result<Tensor<T, B>> {
+pub fn add<T: Element, B: Backend>(mut a: Tensor<T, B>, b: &Tensor<T, B>) -> Result<Tensor<T, B>> {
     same_shape("add", "a", a.shape().dims(), "b", b.shape().dims())?;
+    if !a.is_shared() {
+        a.accumulate(b)?;
+        return Ok(a);
+    }
     let mut y = Tensor::empty(a.device(), a.shape())?;
     a.device().add(a.mat(), b.mat(), y.mat_mut()?)?;
     Ok(y)

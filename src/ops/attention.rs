@@ -3,56 +3,15 @@
 use crate::{
     device::{Device, Element},
     error::{Result, same_shape, same_size},
-    kernels::{AttentionSpec, Backend, CacheSpec, MatRef},
+    kernels::{AttentionSpec, Backend, CacheSpec, MatRef, QkvHeads},
     shard::Sequences,
     tensor::Tensor,
 };
 
-/// The heads in the columns of a `[q | k | v]` tensor, and how they attend.
-#[derive(Clone, Debug, PartialEq)]
-pub struct QkvHeads {
-    /// For each query head, the key/value head that it uses.
-    pub kv_of_query: Vec<usize>,
-    /// The number of key/value heads.
-    pub kv_heads: usize,
-    /// The features of one head.
-    pub head_dim: usize,
-    /// What scores are multiplied with, usually 1 / √head_dim.
-    pub scale: f64,
-    /// Whether a token sees only itself and those before it.
-    pub causal: bool,
-    /// How many tokens a token sees at most, itself and those just before it; all if not given.
-    pub window: Option<usize>,
-}
-
-impl QkvHeads {
-    /// The number of columns of q.
-    pub fn query_width(&self) -> usize {
-        self.kv_of_query.len() * self.head_dim
-    }
-
-    /// The number of columns of `[q | k | v]`.
-    pub fn width(&self) -> usize {
-        self.query_width() + 2 * self.kv_heads * self.head_dim
-    }
-
-    fn spec<'a>(&'a self, sequences: &'a Sequences) -> AttentionSpec<'a> {
-        AttentionSpec {
-            kv_of_query: &self.kv_of_query,
-            kv_heads: self.kv_heads,
-            head_dim: self.head_dim,
-            scale: self.scale,
-            causal: self.causal,
-            window: self.window,
-            sequences,
-        }
-    }
-
-    fn parts<'a, T: Element, B: Backend>(&self, qkv: &'a Tensor<T, B>) -> [MatRef<'a, T, B>; 3] {
-        let (query, kv) = (self.query_width(), self.kv_heads * self.head_dim);
-        let mat = qkv.mat();
-        [mat.columns(0..query), mat.columns(query..query + kv), mat.columns(query + kv..query + 2 * kv)]
-    }
+/// The columns of q, k and v.
+fn parts<'a, T: Element, B: Backend>(heads: &QkvHeads, qkv: &'a Tensor<T, B>) -> [MatRef<'a, T, B>; 3] {
+    let (query, kv, mat) = (heads.query_width(), heads.kv_width(), qkv.mat());
+    [mat.columns(0..query), mat.columns(query..query + kv), mat.columns(query + kv..query + 2 * kv)]
 }
 
 /// What the backward of attention needs.
@@ -85,8 +44,8 @@ pub fn attention<T: Element, B: Backend>(
     let rows = qkv.shape().rows();
     let mut out = Tensor::empty(qkv.device(), [rows, heads.query_width()])?;
     let mut lse = Tensor::empty(qkv.device(), [rows, heads.kv_of_query.len()])?;
-    let [q, k, v] = heads.parts(qkv);
-    let spec = heads.spec(sequences);
+    let [q, k, v] = parts(heads, qkv);
+    let spec = AttentionSpec { heads, sequences };
     qkv.device().attention::<T>(&spec, q, k, v, out.mat_mut()?, lse.slice_mut()?)?;
     let context = AttentionContext { qkv: qkv.clone(), out: out.clone(), lse, sequences: sequences.clone() };
     Ok((out, context))
@@ -104,8 +63,8 @@ pub fn attention_backward<T: Element, B: Backend>(
     let AttentionContext { qkv, out, lse, sequences } = context;
     same_shape("attention backward", "the output", out.shape().dims(), "its gradient", dout.shape().dims())?;
     let mut dqkv = Tensor::empty(qkv.device(), qkv.shape())?;
-    let [q, k, v] = heads.parts(qkv);
-    let spec = heads.spec(sequences);
+    let [q, k, v] = parts(heads, qkv);
+    let spec = AttentionSpec { heads, sequences };
     let device = qkv.device();
     device.attention_backward::<T>(&spec, q, k, v, out.mat(), lse.slice(), dout.mat(), dqkv.mat_mut()?)?;
     Ok(dqkv)
@@ -133,6 +92,11 @@ impl<T: Element, B: Backend> CachedKeys<T, B> {
             room.reshape([slots * kv_heads * capacity, head_dim])
         };
         Ok(Self { keys: room()?, values: room()?, kv_heads, capacity })
+    }
+
+    /// Whether there is room for the keys of these heads.
+    pub fn is_for(&self, heads: &QkvHeads) -> bool {
+        self.kv_heads == heads.kv_heads && self.keys.shape().cols() == heads.head_dim
     }
 
     /// Copies the first `len` positions of one slot to another.
@@ -174,9 +138,9 @@ pub fn append_to_cache<T: Element, B: Backend>(
     same_size(OP, "rows of the sequences", sequences.rows(), "rows of [q | k | v]", qkv.shape().rows())?;
     same_size(OP, "key/value heads", heads.kv_heads, "those of the cache", cache.kv_heads)?;
     let spec = CacheSpec { slots, capacity: cache.capacity };
-    let [_, k, v] = heads.parts(qkv);
+    let [_, k, v] = parts(heads, qkv);
     let (keys, values) = (cache.keys.mat_mut()?, cache.values.mat_mut()?);
-    qkv.device().append_cached(&heads.spec(sequences), &spec, k, v, keys, values)
+    qkv.device().append_cached(&AttentionSpec { heads, sequences }, &spec, k, v, keys, values)
 }
 
 /// Attention of the queries of new tokens to a cache that has their keys and values: see
@@ -192,9 +156,16 @@ pub fn attention_cached<T: Element, B: Backend>(
     cache: &CachedKeys<T, B>,
 ) -> Result<Tensor<T, B>> {
     let mut out = Tensor::empty(qkv.device(), [qkv.shape().rows(), heads.query_width()])?;
-    let [q, _, _] = heads.parts(qkv);
+    let [q, _, _] = parts(heads, qkv);
     let spec = CacheSpec { slots, capacity: cache.capacity };
     let (keys, values) = (cache.keys.mat(), cache.values.mat());
-    qkv.device().attention_cached(&heads.spec(sequences), &spec, q, keys, values, out.mat_mut()?)?;
+    qkv.device().attention_cached(
+        &AttentionSpec { heads, sequences },
+        &spec,
+        q,
+        keys,
+        values,
+        out.mat_mut()?,
+    )?;
     Ok(out)
 }

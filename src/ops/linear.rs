@@ -30,7 +30,9 @@ pub fn linear<T: Element, B: Backend>(
     };
     let epilogue = Epilogue { bias: bias.map(Tensor::slice), activation };
     let dims = [x.mat().rows(), w.mat().cols(), w.mat().rows()];
-    trace::compute("gemm", T::DTYPE, &dims, || x.device().linear(x.mat(), w.mat(), epilogue, y.mat_mut()?))?;
+    trace::compute::<B, _>("gemm", T::DTYPE, &dims, || {
+        x.device().linear(x.mat(), w.mat(), epilogue, y.mat_mut()?)
+    })?;
     Ok((y, pre))
 }
 
@@ -48,7 +50,7 @@ pub fn linear_dx<T: Element, B: Backend>(
     let shape = dy.shape().with(dy.shape().rank() - 1, w.shape().cols());
     let mut dx = Tensor::empty(dy.device(), shape)?;
     let dims = [dy.mat().rows(), w.mat().rows(), w.mat().cols()];
-    trace::compute("gemm", T::DTYPE, &dims, || {
+    trace::compute::<B, _>("gemm", T::DTYPE, &dims, || {
         let through = through.map(|(f, pre)| (f, pre.mat()));
         dy.device().linear_dx(dy.mat(), w.mat(), through, dx.mat_mut()?)
     })?;
@@ -66,7 +68,7 @@ pub fn linear_dw<T: Element, B: Backend>(
     dw: MatMut<'_, T::Acc, B>,
     db: Option<&mut Tensor<T::Acc, B>>,
 ) -> Result<()> {
-    trace::compute("gemm", T::DTYPE, &[dy.cols(), x.rows(), x.cols()], || {
+    trace::compute::<B, _>("gemm", T::DTYPE, &[dy.cols(), x.rows(), x.cols()], || {
         device.linear_dw(dy, x, beta, dw, db.map(Tensor::slice_mut).transpose()?)
     })
 }
@@ -85,7 +87,7 @@ pub fn products<'a, T: Element, C: Element<Acc = T::Acc>, B: Backend>(
     for ((a, b), c) in pairs.into_iter().zip(&mut results) {
         all.push(Product { a, b, beta: 0.0, c: c.mat_mut()? });
     }
-    trace::compute("gemm_all", T::DTYPE, &[all.len()], || device.gemm_all(all))?;
+    trace::compute::<B, _>("gemm_all", T::DTYPE, &[all.len()], || device.gemm_all(all))?;
     Ok(results)
 }
 

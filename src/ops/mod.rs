@@ -13,7 +13,7 @@ mod squared_error;
 
 pub use activation::{activate, activate_backward, add, gate, gate_backward};
 pub use attention::{
-    AttentionContext, CachedKeys, QkvHeads, append_to_cache, attention, attention_backward, attention_cached,
+    AttentionContext, CachedKeys, append_to_cache, attention, attention_backward, attention_cached,
 };
 pub use dropout::dropout;
 pub use embedding::embedding_backward;

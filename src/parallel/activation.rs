@@ -1,13 +1,12 @@
 //! Activations and gates on final values.
 
-use super::{DTensor, Layer, Traffic};
+use super::{DTensor, Layer};
 use crate::{
-    comm::Group,
     device::Element,
     error::Result,
     kernels::{self, Backend},
     ops,
-    shard::{Elementwise, Placement, Shape, Shard},
+    shard::{Elementwise, Placement, Shard},
     tensor::Tensor,
 };
 use std::marker::PhantomData;
@@ -33,20 +32,16 @@ impl<P: Elementwise, T: Element, B: Backend> Layer<T, B> for Activate<P> {
     type Out = P;
     type Saved = Tensor<T, B>;
 
-    fn forward(&self, x: &DTensor<P, T, B>) -> Result<(DTensor<P, T, B>, Self::Saved)> {
-        Ok((x.with_local(ops::activate(self.f, x.local())?), x.local().clone()))
+    fn forward(&self, x: DTensor<P, T, B>) -> Result<(DTensor<P, T, B>, Self::Saved)> {
+        Ok((x.with_local(ops::activate(self.f, x.local())?), x.into_local()))
     }
 
     fn backward(
         &self,
         x: Self::Saved,
-        dy: &DTensor<<P as Placement>::Dual, T, B>,
+        dy: DTensor<<P as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<P as Placement>::Dual, T, B>> {
         Ok(dy.with_local(ops::activate_backward(self.f, &x, dy.local())?))
-    }
-
-    fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        (Traffic::default(), x)
     }
 }
 
@@ -70,19 +65,15 @@ impl<T: Element, B: Backend> Layer<T, B> for Gate {
     type Out = Shard<1>;
     type Saved = Tensor<T, B>;
 
-    fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
+    fn forward(&self, x: DTensor<Shard<1>, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
         x.check_rows("gate")?;
         let y = ops::gate(self.f, x.local())?;
         let cut = x.cut().map(|cut| cut.shrunk(2));
-        Ok((x.derive(y, x.shape().cols() / 2, cut), x.local().clone()))
+        Ok((x.derive(y, x.shape().cols() / 2, cut), x.into_local()))
     }
 
-    fn backward(&self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+    fn backward(&self, x: Self::Saved, dy: DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         let dx = ops::gate_backward(self.f, &x, dy.local())?;
         Ok(dy.derive(dx, 2 * dy.shape().cols(), dy.cut().map(|cut| cut.scaled(2))))
-    }
-
-    fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        (Traffic::default(), x.with(x.rank() - 1, x.cols() / 2))
     }
 }

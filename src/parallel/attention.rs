@@ -1,16 +1,16 @@
 //! Attention whose heads are cut over the ranks.
 
 use super::{
-    Bias, Chain, ColumnParallelLinear, Columns, DTensor, Layer, LayerCache, QkvLayout, RowParallelLinear,
-    Stream, Traffic, sums::Sums,
+    Bias, Chain, ColumnParallelLinear, Columns, Context, DTensor, Layer, QkvLayout, RowParallelLinear,
+    Stream, sums::Sums,
 };
 use crate::{
     comm::Group,
     device::{Device, Element},
-    error::{Result, same_size},
-    kernels::{Backend, NormKind},
-    ops::{self, AttentionContext, QkvHeads, RopeConfig, Rotary},
-    shard::{Heads, Partition, Sequences, Shape, Shard},
+    error::{Error, Result, same_size},
+    kernels::{AttentionChoices, Backend, NormKind, QkvHeads},
+    ops::{self, AttentionContext, RopeConfig, Rotary},
+    shard::{Heads, Partition, Sequences, Shard},
     tensor::{Param, Region, Role, Tensor, Weights},
 };
 use std::ops::Range;
@@ -75,8 +75,8 @@ struct NormSaved<T: Element, B: Device> {
 }
 
 impl<T: Element, B: Backend> Attention<T, B> {
-    /// The attention of this rank's heads, with scores multiplied by 1 / √head_dim. Reads the weights of the head
-    /// normalizations, if there are any.
+    /// The attention of this rank's heads. Reads the weights of the head normalizations, if there
+    /// are any.
     ///
     /// # Errors
     /// When the heads were cut for another group, the rotary embedding does not fit them, or a
@@ -100,9 +100,7 @@ impl<T: Element, B: Backend> Attention<T, B> {
             kv_of_query: heads.kv_of_query(rank),
             kv_heads: heads.kv_held(rank).len(),
             head_dim: heads.head_dim(),
-            scale: 1.0 / (heads.head_dim() as f64).sqrt(),
-            causal: config.causal,
-            window: config.window,
+            choices: config.choices,
         };
         let rotary = config.rope.as_ref().map(|rope| Rotary::new(rope, own.head_dim)).transpose()?;
         let gamma = |name: &str| -> Result<Param<T, B>> {
@@ -112,7 +110,9 @@ impl<T: Element, B: Backend> Attention<T, B> {
         };
         let norms = match &config.qk_norm {
             Some(QkNorm { eps, q, k }) => {
-                Some(HeadNorms { kind: NormKind::RmsNorm { eps: *eps }, q: gamma(q)?, k: gamma(k)? })
+                let kind = NormKind::RmsNorm { eps: *eps };
+                kind.check()?;
+                Some(HeadNorms { kind, q: gamma(q)?, k: gamma(k)? })
             }
             None => None,
         };
@@ -173,31 +173,16 @@ impl<T: Element, B: Backend> Attention<T, B> {
     fn output(&self, x: &DTensor<Shard<1>, T, B>, out: Tensor<T, B>) -> DTensor<Shard<1>, T, B> {
         x.derive(out, self.query_cut.total(), Some(self.query_cut.clone()))
     }
+}
 
-    /// The forward for tokens that go on from a cache, which gets their keys and values: sequence i of x continues slot
-    /// `slots[i]` at its start ([`Sequences::starting_at`]). No backward.
-    ///
-    /// # Errors
-    /// When a sequence does not fit its slot, or sizes disagree.
-    pub fn forward_cached(
-        &self,
-        x: DTensor<Shard<1>, T, B>,
-        cache: &mut LayerCache<T, B>,
-        slots: &[usize],
-    ) -> Result<DTensor<Shard<1>, T, B>> {
-        let (x, _) = self.prepare(x)?;
-        ops::append_to_cache(&self.heads, x.local(), x.sequences(), slots, cache)?;
-        let out = ops::attention_cached(&self.heads, x.local(), x.sequences(), slots, cache)?;
-        Ok(self.output(&x, out))
+/// Refuses tokens of a cache's step without its context: they would not see what came before.
+fn check_uncached(sequences: &Sequences) -> Result<()> {
+    if !sequences.are_cached() {
+        return Ok(());
     }
-
-    /// An empty cache for this rank's key/value heads.
-    ///
-    /// # Errors
-    /// When the device has no memory left.
-    pub fn cache(&self, slots: usize, capacity: usize) -> Result<LayerCache<T, B>> {
-        LayerCache::new(self.sums.group().device(), &self.heads, slots, capacity)
-    }
+    let reason = "the tokens belong to a step of a cache, but its context is not here: a layer that holds others calls \
+                  `infer` of each in its own `infer`";
+    Err(Error::invalid("attention", reason))
 }
 
 fn copy_columns<T: Element, B: Backend>(
@@ -214,15 +199,33 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
     type Saved = AttentionSaved<T, B>;
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
-        let (x, norms) = self.prepare(x.clone())?;
+    fn forward(&self, x: DTensor<Shard<1>, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
+        let (x, norms) = self.prepare(x)?;
+        check_uncached(x.sequences())?;
         let (out, context) = ops::attention(&self.heads, x.local(), x.sequences())?;
         let saved = AttentionSaved { context, sequences: x.sequences().clone(), norms };
         Ok((self.output(&x, out), saved))
     }
 
     #[track_caller]
-    fn backward(&self, saved: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+    fn infer(
+        &self,
+        x: DTensor<Shard<1>, T, B>,
+        context: &mut Context<'_, T, B>,
+    ) -> Result<DTensor<Shard<1>, T, B>> {
+        let (x, _) = self.prepare(x)?;
+        let out = match context.attend(&self.heads, x.local(), x.sequences())? {
+            Some(out) => out,
+            None => {
+                check_uncached(x.sequences())?;
+                ops::attention(&self.heads, x.local(), x.sequences())?.0
+            }
+        };
+        Ok(self.output(&x, out))
+    }
+
+    #[track_caller]
+    fn backward(&self, saved: Self::Saved, dy: DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         dy.check("attention backward", self.sums.group())?;
         let mut dx = ops::attention_backward(&self.heads, &saved.context, dy.local())?;
         let [q, k, v] = self.parts();
@@ -259,14 +262,6 @@ impl<T: Element, B: Backend> Layer<T, B> for Attention<T, B> {
     fn params(&self) -> Vec<Param<T, B>> {
         self.norms.iter().flat_map(|norms| [norms.q.clone(), norms.k.clone()]).collect()
     }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let traffic = match self.norms {
-            Some(_) => Traffic::sum::<T::Acc, B>(group, [2, self.heads.head_dim].into()).in_backward(),
-            None => Traffic::default(),
-        };
-        (traffic, x.with(x.rank() - 1, self.query_cut.total()))
-    }
 }
 
 /// Multi-head, grouped-query or multi-query self-attention with its projections: S → S.
@@ -286,11 +281,8 @@ pub struct AttentionConfig {
     pub kv_heads: usize,
     /// The features of one head.
     pub head_dim: usize,
-    /// Whether a token sees only itself and those before it.
-    pub causal: bool,
-    /// How many rows a token sees at most, its own and those just before it, padding among them;
-    /// all if not given. Causal only.
-    pub window: Option<usize>,
+    /// What a token sees, and the scale of scores.
+    pub choices: AttentionChoices,
     /// How q and k are turned by their positions, if they are.
     pub rope: Option<RopeConfig>,
     /// How the heads of q and k are normalized, if they are.
@@ -310,8 +302,7 @@ impl AttentionConfig {
             heads,
             kv_heads: heads,
             head_dim: hidden.checked_div(heads).unwrap_or(0),
-            causal: false,
-            window: None,
+            choices: AttentionChoices::default(),
             rope: None,
             qk_norm: None,
             qkv_bias: false,
@@ -340,30 +331,6 @@ impl<S: Stream, T: Element, B: Backend> ParallelAttention<S, T, B> {
         let core = Attention::load(group, weights, &heads, config)?;
         let cut = heads.query_features();
         let out = RowParallelLinear::load(group, &weights.at(out), &cut, config.hidden, config.out_bias)?;
-        Ok(Layer::<T, B>::then(Layer::<T, B>::then(qkv, core), out))
-    }
-
-    /// The forward for tokens that go on from a cache: see [`Attention::forward_cached`].
-    ///
-    /// # Errors
-    /// As there, and when a collective fails.
-    #[track_caller]
-    pub fn forward_cached(
-        &self,
-        x: &DTensor<S, T, B>,
-        cache: &mut LayerCache<T, B>,
-        slots: &[usize],
-    ) -> Result<DTensor<S, T, B>> {
-        let (qkv, _) = self.0.0.forward(x)?;
-        let attended = self.0.1.forward_cached(qkv, cache, slots)?;
-        Ok(self.1.forward(&attended)?.0)
-    }
-
-    /// An empty cache for this rank's key/value heads.
-    ///
-    /// # Errors
-    /// When the device has no memory left.
-    pub fn cache(&self, slots: usize, capacity: usize) -> Result<LayerCache<T, B>> {
-        self.0.1.cache(slots, capacity)
+        Ok(Chain(Chain(qkv, core), out))
     }
 }

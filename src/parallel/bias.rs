@@ -1,12 +1,11 @@
 //! A bias on the residual stream.
 
-use super::{DTensor, Layer, Stream, Traffic, sums::Sums};
+use super::{DTensor, Layer, Stream, sums::Sums};
 use crate::{
     comm::Group,
     device::{Device, Element},
     error::{Result, same_size},
     kernels::Backend,
-    shard::Shape,
     tensor::{Param, Region, Role, Weights},
 };
 use std::marker::PhantomData;
@@ -50,13 +49,13 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for AddBias<S, T, B> {
     type Saved = ();
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, ())> {
+    fn forward(&self, x: DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, ())> {
         x.check("bias", self.sums.group())?;
-        Ok((self.add_to(x.clone())?, ()))
+        Ok((self.add_to(x)?, ()))
     }
 
     #[track_caller]
-    fn backward(&self, (): (), dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+    fn backward(&self, (): (), dy: DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         let _site = self.bias.site().enter();
         dy.check("bias backward", self.sums.group())?;
         let (dy_mat, device, features) = (dy.local().mat(), dy.local().device(), dy.shape().cols());
@@ -67,17 +66,13 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for AddBias<S, T, B> {
             "those of the bias",
             self.bias.shape().cols(),
         )?;
-        self.sums.add_over_tokens(&self.bias, dy, |rows, db| {
+        self.sums.add_over_tokens(&self.bias, &dy, |rows, db| {
             device.sum_rows(dy_mat.block(rows, 0..features), db.slice_mut()?)
         })?;
-        Ok(dy.clone())
+        Ok(dy)
     }
 
     fn params(&self) -> Vec<Param<T, B>> {
         vec![self.bias.clone()]
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        (S::sum_tokens_traffic::<T::Acc, B>(group, [x.cols()].into()), x)
     }
 }

@@ -1,15 +1,14 @@
 //! A transformer block.
 
 use super::{
-    AttentionConfig, DTensor, Layer, LayerCache, MlpNames, Normalize, ParallelAttention, ParallelMlp,
-    QkvLayout, Stream, Traffic,
+    AttentionConfig, Context, DTensor, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp, QkvLayout,
+    Stream,
 };
 use crate::{
     comm::Group,
     device::{Device, Element},
     error::Result,
     kernels::{Activation, Backend, NormKind},
-    shard::Shape,
     tensor::{Param, Weights},
 };
 
@@ -29,6 +28,8 @@ pub struct BlockConfig {
     pub attention: AttentionConfig,
     /// The features between the two projections of the feed-forward layer.
     pub ffn: usize,
+    /// Whether that has a gate: [`ParallelMlp::load_gated`].
+    pub gated: bool,
     /// Its non-linear function.
     pub activation: Activation,
     /// Whether its projections have biases.
@@ -125,25 +126,13 @@ pub struct TransformerBlock<S: Stream, T: Element, B: Device> {
 }
 
 impl<S: Stream, T: Element, B: Backend> TransformerBlock<S, T, B> {
-    /// Reads this rank's part of a block whose feed-forward layer has no gate.
+    /// Reads this rank's part of a block.
     ///
     /// # Errors
     /// When a tensor is missing or has another shape, or there are fewer heads or features than ranks.
     pub fn load(group: &Group<B>, weights: &Weights<'_>, config: &BlockConfig) -> Result<Self> {
-        Self::with_mlp(group, weights, config, false)
-    }
-
-    /// Reads this rank's part of a block with a gated feed-forward layer.
-    ///
-    /// # Errors
-    /// As [`TransformerBlock::load`].
-    pub fn load_gated(group: &Group<B>, weights: &Weights<'_>, config: &BlockConfig) -> Result<Self> {
-        Self::with_mlp(group, weights, config, true)
-    }
-
-    fn with_mlp(group: &Group<B>, weights: &Weights<'_>, config: &BlockConfig, gated: bool) -> Result<Self> {
         let (names, sizes) = (&config.names, (config.attention.hidden, config.ffn));
-        let load = if gated { ParallelMlp::load_gated } else { ParallelMlp::load };
+        let load = if config.gated { ParallelMlp::load_gated } else { ParallelMlp::load };
         let norm =
             |name: &str| Normalize::load(group, &weights.at(name), config.norm, config.attention.hidden);
         Ok(Self {
@@ -153,38 +142,6 @@ impl<S: Stream, T: Element, B: Backend> TransformerBlock<S, T, B> {
             mlp: load(group, weights, &names.mlp, sizes, config.activation, config.mlp_bias)?,
             placement: config.placement,
         })
-    }
-
-    /// The forward for tokens that go on from a cache, without a backward: see [`super::Attention::forward_cached`].
-    ///
-    /// # Errors
-    /// As there, and when a collective fails.
-    #[track_caller]
-    pub fn forward_cached(
-        &self,
-        x: &DTensor<S, T, B>,
-        cache: &mut LayerCache<T, B>,
-        slots: &[usize],
-    ) -> Result<DTensor<S, T, B>> {
-        let norm = |norm: &Normalize<S, T, B>, x: &DTensor<S, T, B>| Ok(norm.forward(x)?.0);
-        match self.placement {
-            NormPlacement::Pre => {
-                let h = x.add(&self.attention.forward_cached(&norm(&self.norm1, x)?, cache, slots)?)?;
-                h.add(&self.mlp.forward(&norm(&self.norm2, &h)?)?.0)
-            }
-            NormPlacement::Post => {
-                let h = norm(&self.norm1, &x.add(&self.attention.forward_cached(x, cache, slots)?)?)?;
-                norm(&self.norm2, &h.add(&self.mlp.forward(&h)?.0)?)
-            }
-        }
-    }
-
-    /// An empty cache for this rank's key/value heads.
-    ///
-    /// # Errors
-    /// When the device has no memory left.
-    pub fn cache(&self, slots: usize, capacity: usize) -> Result<LayerCache<T, B>> {
-        self.attention.cache(slots, capacity)
     }
 }
 
@@ -202,21 +159,21 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for TransformerBlock<S, T, B
     type Saved = Saved<S, T, B>;
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
+    fn forward(&self, x: DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
         match self.placement {
             NormPlacement::Pre => {
-                let (normed, norm1) = self.norm1.forward(x)?;
-                let (attended, attention) = self.attention.forward(&normed)?;
-                let h = x.add(&attended)?;
-                let (normed, norm2) = self.norm2.forward(&h)?;
-                let (fed, mlp) = self.mlp.forward(&normed)?;
-                Ok((h.add(&fed)?, (norm1, attention, norm2, mlp)))
+                let (normed, norm1) = self.norm1.forward(x.clone())?;
+                let (attended, attention) = self.attention.forward(normed)?;
+                let h = attended.add(&x)?;
+                let (normed, norm2) = self.norm2.forward(h.clone())?;
+                let (fed, mlp) = self.mlp.forward(normed)?;
+                Ok((fed.add(&h)?, (norm1, attention, norm2, mlp)))
             }
             NormPlacement::Post => {
-                let (attended, attention) = self.attention.forward(x)?;
-                let (h, norm1) = self.norm1.forward(&x.add(&attended)?)?;
-                let (fed, mlp) = self.mlp.forward(&h)?;
-                let (y, norm2) = self.norm2.forward(&h.add(&fed)?)?;
+                let (attended, attention) = self.attention.forward(x.clone())?;
+                let (h, norm1) = self.norm1.forward(attended.add(&x)?)?;
+                let (fed, mlp) = self.mlp.forward(h.clone())?;
+                let (y, norm2) = self.norm2.forward(fed.add(&h)?)?;
                 Ok((y, (norm1, attention, norm2, mlp)))
             }
         }
@@ -226,20 +183,41 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for TransformerBlock<S, T, B
     fn backward(
         &self,
         (norm1, attention, norm2, mlp): Self::Saved,
-        dy: &DTensor<S, T, B>,
+        dy: DTensor<S, T, B>,
     ) -> Result<DTensor<S, T, B>> {
         match self.placement {
             NormPlacement::Pre => {
-                let dfed = self.mlp.backward(mlp, dy)?;
-                let dh = dy.add(&self.norm2.backward(norm2, &dfed)?)?;
-                let dattended = self.attention.backward(attention, &dh)?;
-                dh.add(&self.norm1.backward(norm1, &dattended)?)
+                let dfed = self.mlp.backward(mlp, dy.clone())?;
+                let dh = self.norm2.backward(norm2, dfed)?.add(&dy)?;
+                let dattended = self.attention.backward(attention, dh.clone())?;
+                self.norm1.backward(norm1, dattended)?.add(&dh)
             }
             NormPlacement::Post => {
                 let dsum = self.norm2.backward(norm2, dy)?;
-                let dh = dsum.add(&self.mlp.backward(mlp, &dsum)?)?;
-                let dsum = self.norm1.backward(norm1, &dh)?;
-                dsum.add(&self.attention.backward(attention, &dsum)?)
+                let dh = self.mlp.backward(mlp, dsum.clone())?.add(&dsum)?;
+                let dsum = self.norm1.backward(norm1, dh)?;
+                self.attention.backward(attention, dsum.clone())?.add(&dsum)
+            }
+        }
+    }
+
+    #[track_caller]
+    fn infer(&self, x: DTensor<S, T, B>, context: &mut Context<'_, T, B>) -> Result<DTensor<S, T, B>> {
+        match self.placement {
+            NormPlacement::Pre => {
+                let normed = self.norm1.infer(x.clone(), context)?;
+                let h = self.attention.infer(normed, context)?.add(&x)?;
+                drop(x);
+                let normed = self.norm2.infer(h.clone(), context)?;
+                self.mlp.infer(normed, context)?.add(&h)
+            }
+            NormPlacement::Post => {
+                let attended = self.attention.infer(x.clone(), context)?.add(&x)?;
+                drop(x);
+                let h = self.norm1.infer(attended, context)?;
+                let fed = self.mlp.infer(h.clone(), context)?.add(&h)?;
+                drop(h);
+                self.norm2.infer(fed, context)
             }
         }
     }
@@ -248,16 +226,100 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for TransformerBlock<S, T, B
         let (norm1, attention) = (self.norm1.params(), self.attention.params());
         [norm1, attention, self.norm2.params(), self.mlp.params()].concat()
     }
+}
 
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let (norm1, _) = Layer::<T, B>::traffic(&self.norm1, group, x);
-        let (attention, _) = Layer::<T, B>::traffic(&self.attention, group, x);
-        let (norm2, _) = Layer::<T, B>::traffic(&self.norm2, group, x);
-        let (mlp, _) = self.mlp.traffic(group, x);
-        let traffic = match self.placement {
-            NormPlacement::Pre => norm1.then(attention).then(norm2).then(mlp),
-            NormPlacement::Post => attention.then(norm1).then(mlp).then(norm2),
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use crate::{
+        device::Cpu,
+        kernels::{AttentionChoices, RopePairs},
+        launch,
+        ops::{RopeConfig, RopeScaling},
+        parallel::KvCache,
+        shard::{Replicated, Shard},
+        tensor::{COPIES, Random, Tensor},
+    };
+
+    type Block<S> = TransformerBlock<S, f32, Cpu>;
+
+    fn block<S: Stream>(group: &Group<Cpu>, placement: NormPlacement) -> Result<Block<S>> {
+        let (pairs, scaling) = (RopePairs::Halves, RopeScaling::None);
+        let rope = RopeConfig { dim: 4, base: 1e4, pairs, scaling };
+        let config = BlockConfig {
+            attention: AttentionConfig {
+                kv_heads: 2,
+                choices: AttentionChoices::CAUSAL,
+                rope: Some(rope),
+                qkv_bias: true,
+                out_bias: true,
+                ..AttentionConfig::new(16, 4)
+            },
+            ffn: 24,
+            gated: true,
+            activation: Activation::Silu,
+            mlp_bias: true,
+            norm: NormKind::LayerNorm { eps: 1e-5 },
+            placement,
+            names: BlockNames::default(),
         };
-        (traffic, x)
+        Block::load(group, &Weights::new(&Random::normal(1, 0.1)), &config)
+    }
+
+    fn input<S: Stream>(group: &Group<Cpu>, tokens: usize) -> Result<DTensor<S, f32, Cpu>> {
+        let rows = S::local_rows(group, tokens)?.len();
+        S::of_local(group, tokens, Tensor::full(group.device(), [rows, 16], 0.5)?)
+    }
+
+    /// How many shared tensors a warm step copies to write them, and how often it allocates.
+    fn warm(group: &Group<Cpu>, mut step: impl FnMut() -> Result<()>) -> Result<[usize; 2]> {
+        for _ in 0..3 {
+            step()?;
+        }
+        // No rank still reads the buffers of started collectives.
+        group.barrier()?;
+        let before = [COPIES.get(), group.device().made()];
+        step()?;
+        Ok([COPIES.get() - before[0], group.device().made() - before[1]])
+    }
+
+    fn step<S: Stream>(group: &Group<Cpu>, placement: NormPlacement) -> Result<()> {
+        let block = block::<S>(group, placement)?;
+        let trained = warm(group, || {
+            let (y, saved) = block.forward(input(group, 10)?)?;
+            block.backward(saved, y)?;
+            block.params().iter().for_each(Param::zero_grad);
+            Ok(())
+        })?;
+        let inferred = warm(group, || {
+            block.infer(input(group, 10)?, &mut Context::default())?;
+            Ok(())
+        })?;
+        assert_eq!([trained, inferred], [[0; 2]; 2], "{placement:?}, copies and allocations");
+        Ok(())
+    }
+
+    /// Rotation, biases, residual sums and all-reduces write where their input was.
+    #[test]
+    fn a_warm_step_copies_nothing_and_allocates_nothing() {
+        for world in [1, 2, 3] {
+            launch::threads(world, |group| {
+                for placement in [NormPlacement::Pre, NormPlacement::Post] {
+                    step::<Replicated>(&group, placement)?;
+                    step::<Shard<0>>(&group, placement)?;
+                }
+                let block = block::<Replicated>(&group, NormPlacement::Pre)?;
+                let mut cache = KvCache::new(1, 8)?;
+                let decoded = warm(&group, || {
+                    cache.truncate(0, 0)?;
+                    let (sequences, mut step) = cache.step(&[0], &[3])?;
+                    block.infer(input(&group, 3)?.with_sequences(sequences)?, &mut step)?;
+                    step.finish()
+                })?;
+                assert_eq!(decoded, [0; 2], "decoding");
+                Ok(())
+            })
+            .unwrap();
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Linear layers whose output features are cut over the ranks.
 
 use super::{
-    Bias, Columns, DTensor, Enter, Layer, Linear, Stream, Traffic,
+    Bias, Columns, DTensor, Enter, Layer, Linear, Stream,
     dtensor::other_cut,
     overlap,
     sums::{Affine, Factors, Leaves, Sums},
@@ -183,14 +183,14 @@ impl<T: Element, B: Backend> Linear<T, B> for ColumnLinear<T, B> {
         [overlap::splits(device, [self.features()[0]]), overlap::splits(device, depths)]
     }
 
-    fn merged(&self, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+    fn merged(&self, dy: DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         // On every rank alike: the collective below is not for some of them.
         if !dy.cut().is_some_and(|cut| cut.sizes().eq(self.cut.sizes())) {
             let (dy, y) = (("gradient's features", dy.cut()), ("output's", &self.cut));
             return Err(other_cut(OP_BACKWARD, dy, y));
         }
         if !self.branches.iter().any(|part| part.columns.are_shared()) {
-            return Ok(dy.clone());
+            return Ok(dy);
         }
         let (grad, rank) = (dy.local(), self.sums.group().rank());
         let cut = beside(self.branches.iter().map(|part| part.columns.row_cut()));
@@ -231,13 +231,13 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
     type Saved = Tensor<T, B>;
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<Copied, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
+    fn forward(&self, x: DTensor<Copied, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
         x.check(OP, self.group())?;
-        Ok((self.output(x, None)?.0, x.local().clone()))
+        Ok((self.output(&x, None)?.0, x.into_local()))
     }
 
     #[track_caller]
-    fn backward(&self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
+    fn backward(&self, x: Self::Saved, dy: DTensor<Shard<1>, T, B>) -> Result<DTensor<Partial, T, B>> {
         let _site = self.site().enter();
         dy.check(OP_BACKWARD, self.group())?;
         let dy = self.merged(dy)?;
@@ -248,13 +248,6 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
 
     fn params(&self) -> Vec<Param<T, B>> {
         self.branches.iter().flat_map(|part| [&part.weight].into_iter().chain(&part.bias)).cloned().collect()
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let merges =
-            self.branches.iter().flat_map(|part| part.columns.merge_traffic::<T, B>(group, x.rows()));
-        let traffic = Traffic { forward: Vec::new(), backward: merges.collect() };
-        (traffic, x.with(x.rank() - 1, self.cut.total()))
     }
 }
 
@@ -330,13 +323,15 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
     pub(super) fn activated(
         &self,
         f: Activation,
-        x: &DTensor<S, T, B>,
+        x: DTensor<S, T, B>,
     ) -> Result<(DTensor<Shard<1>, T, B>, Tensor<T, B>, Tensor<T, B>)> {
         let _site = self.layer.site().enter();
         x.check(OP, self.group())?;
-        let (layer, chunks) = (&self.layer, overlap::entering(x));
+        let (layer, chunks) = (&self.layer, overlap::entering(&x));
         let (x, chunked) = match &chunks {
-            Some(chunks) => overlap::gather(x, chunks, layer.splits()[0], &|x| Ok(layer.output(x, None)?.0))?,
+            Some(chunks) => {
+                overlap::gather(&x, chunks, layer.splits()[0], &|x| Ok(layer.output(&x, None)?.0))?
+            }
             None => (x.enter()?, None),
         };
         match chunked {

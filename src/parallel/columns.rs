@@ -2,7 +2,7 @@
 
 use super::sums::{Holders, Leaves, Sums};
 use crate::{
-    comm::{Group, Transfer},
+    comm::Group,
     device::{Device, Element},
     error::{Error, Result, same_size},
     kernels::{Backend, MatMut, MatRef},
@@ -330,15 +330,6 @@ impl Columns {
             Some(holders) => holders.merge(sums, dy, merged),
             None => sums.group().device().copy(dy, merged),
         }
-    }
-
-    /// What [`Columns::merge`] moves.
-    pub(super) fn merge_traffic<T: Element, B: Backend>(
-        &self,
-        group: &Group<B>,
-        tokens: usize,
-    ) -> Vec<Transfer> {
-        self.holders.as_ref().map_or_else(Vec::new, |holders| holders.traffic::<T, B>(group, tokens))
     }
 
     /// How the features are cut over the ranks. Features that several ranks, or blocks, hold count for each.

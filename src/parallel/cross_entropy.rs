@@ -1,12 +1,12 @@
 //! Cross entropy over classes that are cut over the ranks.
 
-use super::{DTensor, Traffic, sums::Sums};
+use super::{DTensor, sums::Sums};
 use crate::{
-    comm::{Group, Op, ReduceOp},
+    comm::ReduceOp,
     device::{Device, Element},
     error::{Error, Result},
     kernels::{Backend, Targets, check_targets},
-    shard::{Shape, Shard},
+    shard::Shard,
     tensor::Tensor,
 };
 
@@ -116,7 +116,7 @@ impl VocabParallelCrossEntropy {
     #[track_caller]
     pub fn forward<T: Element, B: Backend>(
         &self,
-        logits: &DTensor<Shard<1>, T, B>,
+        logits: DTensor<Shard<1>, T, B>,
         targets: &[u32],
     ) -> Result<(Losses<T::Acc, B>, CrossEntropySaved<T, B>)> {
         logits.check_rows("cross entropy")?;
@@ -143,7 +143,7 @@ impl VocabParallelCrossEntropy {
         let mut log = Tensor::empty(device, [tokens])?;
         device.cross_entropy(&spec, max.slice(), sums.slice(), rows.slice_mut()?, log.slice_mut()?)?;
         let counted = targets.iter().filter(|class| self.ignored != Some(**class)).count();
-        let saved = CrossEntropySaved { logits: logits.clone(), targets: targets.to_vec(), max, log };
+        let saved = CrossEntropySaved { logits, targets: targets.to_vec(), max, log };
         Ok((Losses { rows, counted }, saved))
     }
 
@@ -153,22 +153,15 @@ impl VocabParallelCrossEntropy {
     /// When the device fails.
     pub fn backward<T: Element, B: Backend>(
         &self,
-        saved: &CrossEntropySaved<T, B>,
+        saved: CrossEntropySaved<T, B>,
         scale: f64,
     ) -> Result<DTensor<Shard<1>, T, B>> {
         let CrossEntropySaved { logits, targets, max, log } = saved;
-        let spec = self.targets(targets, logits.shape().cols(), logits.local_range(1).start)?;
+        let spec = self.targets(&targets, logits.shape().cols(), logits.local_range(1).start)?;
         let mut dx = Tensor::empty(logits.group().device(), logits.local().shape())?;
         let device = logits.group().device();
         let x = logits.local().mat();
         device.cross_entropy_backward(&spec, scale, x, max.slice(), log.slice(), dx.mat_mut()?)?;
         Ok(logits.with_local(dx))
-    }
-
-    /// The collectives for logits of this shape.
-    pub fn traffic<T: Element, B: Backend>(&self, group: &Group<B>, logits: Shape) -> Traffic {
-        let tokens = logits.rows();
-        let max = Traffic::forward::<T::Acc>(Op::AllReduce, tokens);
-        max.then(Traffic::sum::<T::Acc, B>(group, [tokens, 3].into()))
     }
 }

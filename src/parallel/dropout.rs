@@ -1,8 +1,7 @@
 //! Dropout that does not depend on the sharding.
 
-use super::{DTensor, Layer, Traffic};
+use super::{DTensor, Layer};
 use crate::{
-    comm::Group,
     device::Element,
     error::Result,
     kernels::{Backend, DropoutMask},
@@ -67,21 +66,17 @@ impl<P: Elementwise, T: Element, B: Backend> Layer<T, B> for Dropout<P> {
     type Out = P;
     type Saved = Option<Masks>;
 
-    fn forward(&self, x: &DTensor<P, T, B>) -> Result<(DTensor<P, T, B>, Self::Saved)> {
-        let Some(masks) = self.masks(x) else { return Ok((x.clone(), None)) };
+    fn forward(&self, x: DTensor<P, T, B>) -> Result<(DTensor<P, T, B>, Self::Saved)> {
+        let Some(masks) = self.masks(&x) else { return Ok((x, None)) };
         Ok((x.with_local(ops::dropout(&masks, x.local())?), Some(masks)))
     }
 
     fn backward(
         &self,
         masks: Self::Saved,
-        dy: &DTensor<<P as Placement>::Dual, T, B>,
+        dy: DTensor<<P as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<P as Placement>::Dual, T, B>> {
-        let Some(masks) = masks else { return Ok(dy.clone()) };
+        let Some(masks) = masks else { return Ok(dy) };
         Ok(dy.with_local(ops::dropout(&masks, dy.local())?))
-    }
-
-    fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        (Traffic::default(), x)
     }
 }

@@ -230,11 +230,13 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
 }
 
 impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
-    /// The sum of two tensors that are held in the same way.
+    /// The sum of two tensors that are held in the same way, in the memory of this one if no other
+    /// tensor shares it.
     ///
     /// # Errors
     /// When they have different shapes, belong to different groups, or are cut differently.
-    pub fn add(&self, other: &Self) -> Result<Self> {
+    #[expect(clippy::should_implement_trait, reason = "a sum may fail")]
+    pub fn add(self, other: &Self) -> Result<Self> {
         same_shape("add", "a", self.shape().dims(), "b", other.shape().dims())?;
         if !self.group.is_same(&other.group) {
             let reason = format!("a is spread over {:?}, but b over {:?}", self.group, other.group);
@@ -248,7 +250,7 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
             let reason = "two sums that are not reduced yet, with an invariant reduction: reduce both first";
             return Err(Error::Unsupported { op: "add", reason: reason.into() });
         }
-        Ok(self.with_local(ops::add(&self.local, &other.local)?))
+        self.map_local(|local| ops::add(local, &other.local))
     }
 }
 

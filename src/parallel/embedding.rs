@@ -1,13 +1,13 @@
 //! Embeddings: of tokens, with the vocabulary cut over the ranks, and of positions.
 
-use super::{Bias, ColumnParallelLinear, Columns, DTensor, Layer, Stream, Traffic, sums::Sums};
+use super::{Bias, ColumnParallelLinear, Columns, DTensor, Layer, Stream, sums::Sums};
 use crate::{
-    comm::{Group, Overlap},
+    comm::Group,
     device::{Device, Element},
     error::{Error, Result, same_size},
     kernels::{Backend, NO_ROW},
     ops,
-    shard::{Partial, Reduction, Sequences, Shape},
+    shard::{Partial, Sequences},
     tensor::{Param, Region, Role, Weights},
 };
 use std::marker::PhantomData;
@@ -35,6 +35,7 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
     /// # Errors
     /// When the tensor is missing or has another shape, or there are fewer words than ranks.
     pub fn load(group: &Group<B>, weights: &Weights<'_>, vocabulary: usize, hidden: usize) -> Result<Self> {
+        group.cut("embedding", "words", vocabulary, 1)?;
         let columns = Columns::even(group, vocabulary)?;
         let table = ColumnParallelLinear::load(group, weights, hidden, &columns, Bias::None)?;
         Ok(Self { table, padding: None })
@@ -97,7 +98,7 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
     /// # Errors
     /// When dy has another shape than the embeddings, or a collective fails.
     #[track_caller]
-    pub fn backward(&self, rows: &[u32], dy: &DTensor<S, T, B>) -> Result<()> {
+    pub fn backward(&self, rows: &[u32], dy: DTensor<S, T, B>) -> Result<()> {
         let (table, _site) = (self.table.weight(), self.table.weight().site().enter());
         dy.check("embedding backward", self.table.group())?;
         let (words, cols) = (table.shape().rows(), table.shape().cols());
@@ -114,13 +115,6 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
     /// The table.
     pub fn params(&self) -> Vec<Param<T, B>> {
         self.table.params()
-    }
-
-    /// The collectives for this number of tokens.
-    pub fn traffic(&self, tokens: usize) -> Traffic {
-        // A sum with zeros is the same in any order; there is no product beside which to make it in chunks.
-        let group = self.table.group().with_reduction(Reduction::Fast).with_overlap(Overlap::Off);
-        S::leave_traffic::<T, B>(&group, [tokens, self.table.weight().shape().cols()].into())
     }
 
     /// The output head with the same weight, logits = X Wᵀ, as a layer S → Shard<1>. To be made
@@ -161,14 +155,14 @@ impl<S: Stream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
     /// When there is not one index a token, or one is beyond the table.
     pub fn add_rows(
         &self,
-        x: &DTensor<S, T, B>,
+        x: DTensor<S, T, B>,
         rows: impl Iterator<Item = u32>,
     ) -> Result<(DTensor<S, T, B>, Vec<u32>)> {
         x.check("position embedding", self.sums.group())?;
         let own = x.local_range(0);
         let rows: Vec<u32> = rows.skip(own.start).take(own.len()).collect();
         let added = self.table.rows(&rows)?;
-        Ok((x.with_local(ops::add(x.local(), &added)?), rows))
+        Ok((x.map_local(|local| ops::add(local, &added))?, rows))
     }
 }
 
@@ -178,12 +172,13 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
     type Saved = Vec<u32>;
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
-        self.add_rows(x, x.sequences().positions())
+    fn forward(&self, x: DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
+        let sequences = x.sequences().clone();
+        self.add_rows(x, sequences.positions())
     }
 
     #[track_caller]
-    fn backward(&self, positions: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+    fn backward(&self, positions: Self::Saved, dy: DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         let _site = self.table.site().enter();
         dy.check("position embedding backward", self.sums.group())?;
         let (table, device, cols) = (self.table.shape(), dy.local().device(), dy.shape().cols());
@@ -195,7 +190,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
             dy.local().shape().rows(),
         )?;
         same_size("position embedding backward", "features of dy", cols, "those of the table", table.cols())?;
-        self.sums.add_over_tokens(&self.table, dy, |rows, grad| {
+        self.sums.add_over_tokens(&self.table, &dy, |rows, grad| {
             device.fill(0.0, grad.mat_mut()?)?;
             device.scatter_add(
                 &positions[rows.clone()],
@@ -203,14 +198,10 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, 
                 grad.mat_mut()?,
             )
         })?;
-        Ok(dy.clone())
+        Ok(dy)
     }
 
     fn params(&self) -> Vec<Param<T, B>> {
         vec![self.table.clone()]
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        (S::sum_tokens_traffic::<T::Acc, B>(group, self.table.shape()), x)
     }
 }

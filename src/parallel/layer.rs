@@ -1,20 +1,20 @@
 //! What a layer is, and how two become one.
 
-use super::{DTensor, Traffic};
-use crate::{
-    comm::Group,
-    device::Element,
-    error::Result,
-    kernels::Backend,
-    shard::{Placement, Shape},
-    tensor::Param,
-};
+use super::{Context, DTensor};
+use crate::{device::Element, error::Result, kernels::Backend, shard::Placement, tensor::Param};
 
 /// A differentiable map from a tensor held as `In` to one held as `Out`.
 ///
 /// The backward maps the gradient, held as `Out`'s dual, to that of the input, held as `In`'s dual, and adds to the
 /// gradients of the layer's parameters. What it needs of the forward is handed back by value, so that many microbatches
 /// may be under way at once.
+///
+/// Tensors are given by value: a layer may write its output into the memory of its input. A caller
+/// that needs its tensor afterwards clones it, which shares the memory; writing then copies it.
+///
+/// A layer does not declare its collectives. To see them, run it on
+/// [`Group::planned`](crate::comm::Group::planned), which records the calls of any rank without
+/// data.
 ///
 /// Errors of collectives name the layer ([`Site`](crate::Site)).
 #[diagnostic::on_unimplemented(
@@ -33,7 +33,7 @@ pub trait Layer<T: Element, B: Backend> {
     ///
     /// # Errors
     /// When sizes disagree, or a collective fails.
-    fn forward(&self, x: &DTensor<Self::In, T, B>) -> Result<(DTensor<Self::Out, T, B>, Self::Saved)>;
+    fn forward(&self, x: DTensor<Self::In, T, B>) -> Result<(DTensor<Self::Out, T, B>, Self::Saved)>;
 
     /// The gradient of the input from that of the output. Adds to the parameters' gradients.
     ///
@@ -42,17 +42,34 @@ pub trait Layer<T: Element, B: Backend> {
     fn backward(
         &self,
         saved: Self::Saved,
-        dy: &DTensor<<Self::Out as Placement>::Dual, T, B>,
+        dy: DTensor<<Self::Out as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<Self::In as Placement>::Dual, T, B>>;
+
+    /// The output, where no backward follows. If the context has a cache, tokens also attend to
+    /// those that it holds: see [`Context`].
+    ///
+    /// The default calls `forward`. A layer that contains others overrides it and calls their
+    /// `infer`; otherwise attention inside refuses a cached step. It knows such a step by the
+    /// sequences of its input, so a layer that makes a tensor anew hands them on
+    /// ([`DTensor::with_sequences`]).
+    ///
+    /// # Errors
+    /// When sizes disagree, or a collective fails.
+    #[track_caller]
+    fn infer(
+        &self,
+        x: DTensor<Self::In, T, B>,
+        context: &mut Context<'_, T, B>,
+    ) -> Result<DTensor<Self::Out, T, B>> {
+        let _ = context;
+        Ok(self.forward(x)?.0)
+    }
 
     /// The parameters, in the same order on every rank. Layers that share one each list it;
     /// optimizers and norms take a list that has it once.
     fn params(&self) -> Vec<Param<T, B>> {
         Vec::new()
     }
-
-    /// The collectives for an input whose whole has this shape, and the shape of the output's whole.
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape);
 
     /// This layer, and then another whose input is held as this one's output.
     fn then<L: Layer<T, B, In = Self::Out>>(self, next: L) -> Chain<Self, L>
@@ -73,9 +90,9 @@ impl<T: Element, B: Backend, A: Layer<T, B>, L: Layer<T, B, In = A::Out>> Layer<
     type Saved = (A::Saved, L::Saved);
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<A::In, T, B>) -> Result<(DTensor<L::Out, T, B>, Self::Saved)> {
+    fn forward(&self, x: DTensor<A::In, T, B>) -> Result<(DTensor<L::Out, T, B>, Self::Saved)> {
         let (middle, first) = self.0.forward(x)?;
-        let (y, second) = self.1.forward(&middle)?;
+        let (y, second) = self.1.forward(middle)?;
         Ok((y, (first, second)))
     }
 
@@ -83,19 +100,22 @@ impl<T: Element, B: Backend, A: Layer<T, B>, L: Layer<T, B, In = A::Out>> Layer<
     fn backward(
         &self,
         (first, second): Self::Saved,
-        dy: &DTensor<<L::Out as Placement>::Dual, T, B>,
+        dy: DTensor<<L::Out as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<A::In as Placement>::Dual, T, B>> {
         let middle = self.1.backward(second, dy)?;
-        self.0.backward(first, &middle)
+        self.0.backward(first, middle)
+    }
+
+    #[track_caller]
+    fn infer(
+        &self,
+        x: DTensor<A::In, T, B>,
+        context: &mut Context<'_, T, B>,
+    ) -> Result<DTensor<L::Out, T, B>> {
+        self.1.infer(self.0.infer(x, context)?, context)
     }
 
     fn params(&self) -> Vec<Param<T, B>> {
         [self.0.params(), self.1.params()].concat()
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let (first, middle) = self.0.traffic(group, x);
-        let (second, y) = self.1.traffic(group, middle);
-        (first.then(second), y)
     }
 }

@@ -1,12 +1,11 @@
 //! The seven mappings between placements. Each one's backward is the mapping between the duals.
 
-use super::{DTensor, Layer, Traffic};
+use super::{DTensor, Layer};
 use crate::{
-    comm::{Group, Op},
     device::Element,
     error::Result,
     kernels::Backend,
-    shard::{Copied, Partial, Partition, Replicated, Shape, Shard},
+    shard::{Copied, Partial, Partition, Replicated, Shard},
 };
 
 /// Replicated → Copied. Forward: none. Backward: all-reduce. Megatron-LM's *f*, `copy_to_tensor_model_parallel_region`.
@@ -19,17 +18,13 @@ impl<T: Element, B: Backend> Layer<T, B> for CopyTo {
     type Saved = ();
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<Replicated, T, B>) -> Result<(DTensor<Copied, T, B>, ())> {
-        Ok((x.clone().copy_to(), ()))
+    fn forward(&self, x: DTensor<Replicated, T, B>) -> Result<(DTensor<Copied, T, B>, ())> {
+        Ok((x.copy_to(), ()))
     }
 
     #[track_caller]
-    fn backward(&self, (): (), dy: &DTensor<Partial, T, B>) -> Result<DTensor<Replicated, T, B>> {
-        dy.clone().all_reduce()
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        (Traffic::sum::<T, B>(group, x).in_backward(), x)
+    fn backward(&self, (): (), dy: DTensor<Partial, T, B>) -> Result<DTensor<Replicated, T, B>> {
+        dy.all_reduce()
     }
 }
 
@@ -44,17 +39,13 @@ impl<T: Element, B: Backend> Layer<T, B> for ReduceFrom {
     type Saved = ();
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<Partial, T, B>) -> Result<(DTensor<Replicated, T, B>, ())> {
-        Ok((x.clone().all_reduce()?, ()))
+    fn forward(&self, x: DTensor<Partial, T, B>) -> Result<(DTensor<Replicated, T, B>, ())> {
+        Ok((x.all_reduce()?, ()))
     }
 
     #[track_caller]
-    fn backward(&self, (): (), dy: &DTensor<Replicated, T, B>) -> Result<DTensor<Copied, T, B>> {
-        Ok(dy.clone().copy_to())
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        (Traffic::sum::<T, B>(group, x), x)
+    fn backward(&self, (): (), dy: DTensor<Replicated, T, B>) -> Result<DTensor<Copied, T, B>> {
+        Ok(dy.copy_to())
     }
 }
 
@@ -82,21 +73,17 @@ impl<const D: usize, T: Element, B: Backend> Layer<T, B> for ScatterTo<D> {
     type Saved = ();
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<Replicated, T, B>) -> Result<(DTensor<Shard<D>, T, B>, ())> {
+    fn forward(&self, x: DTensor<Replicated, T, B>) -> Result<(DTensor<Shard<D>, T, B>, ())> {
         let cut = match &self.cut {
             Some(cut) => cut.clone(),
             None => x.group().even_cut(x.shape().dims().get(D).copied().unwrap_or(0))?,
         };
-        Ok((x.clone().scatter(&cut)?, ()))
+        Ok((x.scatter(&cut)?, ()))
     }
 
     #[track_caller]
-    fn backward(&self, (): (), dy: &DTensor<Shard<D>, T, B>) -> Result<DTensor<Replicated, T, B>> {
-        dy.clone().all_gather()
-    }
-
-    fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        (Traffic::backward::<T>(Op::AllGather, x.len()), x)
+    fn backward(&self, (): (), dy: DTensor<Shard<D>, T, B>) -> Result<DTensor<Replicated, T, B>> {
+        dy.all_gather()
     }
 }
 
@@ -116,21 +103,18 @@ impl<const D: usize, T: Element, B: Backend> Layer<T, B> for GatherFrom<D> {
     type Saved = Option<Partition>;
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<Shard<D>, T, B>) -> Result<(DTensor<Replicated, T, B>, Self::Saved)> {
-        Ok((x.clone().all_gather()?, x.cut().cloned()))
+    fn forward(&self, x: DTensor<Shard<D>, T, B>) -> Result<(DTensor<Replicated, T, B>, Self::Saved)> {
+        let cut = x.cut().cloned();
+        Ok((x.all_gather()?, cut))
     }
 
     #[track_caller]
-    fn backward(&self, cut: Self::Saved, dy: &DTensor<Replicated, T, B>) -> Result<DTensor<Shard<D>, T, B>> {
+    fn backward(&self, cut: Self::Saved, dy: DTensor<Replicated, T, B>) -> Result<DTensor<Shard<D>, T, B>> {
         let cut = match cut {
             Some(cut) => cut,
             None => dy.group().even_cut(dy.shape().dims()[D])?,
         };
-        dy.clone().scatter(&cut)
-    }
-
-    fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        (Traffic::forward::<T>(Op::AllGather, x.len()), x)
+        dy.scatter(&cut)
     }
 }
 
@@ -145,18 +129,13 @@ impl<T: Element, B: Backend> Layer<T, B> for GatherSequence {
     type Saved = ();
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<Shard<0>, T, B>) -> Result<(DTensor<Copied, T, B>, ())> {
-        Ok((x.clone().all_gather()?.copy_to(), ()))
+    fn forward(&self, x: DTensor<Shard<0>, T, B>) -> Result<(DTensor<Copied, T, B>, ())> {
+        Ok((x.all_gather()?.copy_to(), ()))
     }
 
     #[track_caller]
-    fn backward(&self, (): (), dy: &DTensor<Partial, T, B>) -> Result<DTensor<Shard<0>, T, B>> {
-        dy.clone().reduce_scatter(&dy.token_cut()?)
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let gather = Traffic::forward::<T>(Op::AllGather, x.len());
-        (gather.then(Traffic::sum_rows::<T, B>(group, x).in_backward()), x)
+    fn backward(&self, (): (), dy: DTensor<Partial, T, B>) -> Result<DTensor<Shard<0>, T, B>> {
+        dy.leave()
     }
 }
 
@@ -171,16 +150,12 @@ impl<T: Element, B: Backend> Layer<T, B> for ReduceScatterSequence {
     type Saved = ();
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<Partial, T, B>) -> Result<(DTensor<Shard<0>, T, B>, ())> {
-        Ok((x.clone().reduce_scatter(&x.token_cut()?)?, ()))
+    fn forward(&self, x: DTensor<Partial, T, B>) -> Result<(DTensor<Shard<0>, T, B>, ())> {
+        Ok((x.leave()?, ()))
     }
 
     #[track_caller]
-    fn backward(&self, (): (), dy: &DTensor<Shard<0>, T, B>) -> Result<DTensor<Copied, T, B>> {
-        Ok(dy.clone().all_gather()?.copy_to())
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        (Traffic::sum_rows::<T, B>(group, x).then(Traffic::backward::<T>(Op::AllGather, x.len())), x)
+    fn backward(&self, (): (), dy: DTensor<Shard<0>, T, B>) -> Result<DTensor<Copied, T, B>> {
+        Ok(dy.all_gather()?.copy_to())
     }
 }

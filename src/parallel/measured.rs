@@ -91,16 +91,14 @@ fn step_times<S: Stream, T: Element, B: Backend>(
             group.device().synchronize()?;
             group.barrier()?;
             let start = Instant::now();
-            let (y, saved) = layer.forward(&x)?;
-            layer.backward(saved, &y)?;
+            let (y, saved) = layer.forward(x.clone())?;
+            layer.backward(saved, y)?;
             group.device().synchronize()?;
             seconds[round] = start.elapsed().as_secs_f64();
         }
     }
     let flat = seconds.as_flattened();
-    let mut slowest = Tensor::<f64, B>::from_slice(group.device(), [flat.len()], flat)?;
-    group.all_reduce(ReduceOp::Max, &mut slowest)?;
-    let slowest = slowest.to_vec()?;
+    let slowest = group.all_reduce_host(ReduceOp::Max, flat)?;
     // The first round takes memory that the others find.
     let median = |kind: usize| {
         let mut times = slowest[kind * (ROUNDS + 1) + 1..][..ROUNDS].to_vec();

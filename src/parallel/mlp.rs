@@ -1,12 +1,11 @@
 //! Feed-forward layers: one column-parallel and one row-parallel linear layer with a non-linear function between.
 
-use super::{Bias, ColumnParallelLinear, Columns, DTensor, Gate, Layer, RowParallelLinear, Stream, Traffic};
+use super::{Bias, ColumnParallelLinear, Columns, Context, DTensor, Gate, Layer, RowParallelLinear, Stream};
 use crate::{
     comm::Group,
     device::{Device, Element},
     error::Result,
     kernels::{Activation, Backend},
-    shard::Shape,
     tensor::{Param, Tensor, Weights},
 };
 
@@ -100,36 +99,40 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ParallelMlp<S, T, B> {
     type Saved = MlpSaved<T, B>;
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
+    fn forward(&self, x: DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
         let (hidden, pre, x) = if self.gated {
             let (pre, x) = self.up.forward(x)?;
-            let (hidden, pre) = Gate::new(self.f).forward(&pre)?;
+            let (hidden, pre) = Gate::new(self.f).forward(pre)?;
             (hidden, pre, x)
         } else {
             self.up.activated(self.f, x)?
         };
-        let (y, hidden) = self.down.forward(&hidden)?;
+        let (y, hidden) = self.down.forward(hidden)?;
         Ok((y, MlpSaved { x, pre, hidden }))
     }
 
     #[track_caller]
-    fn backward(&self, saved: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+    fn infer(&self, x: DTensor<S, T, B>, context: &mut Context<'_, T, B>) -> Result<DTensor<S, T, B>> {
+        // Drops what only a backward needs before the second product.
+        let hidden = match self.gated {
+            true => Gate::new(self.f).infer(self.up.infer(x, context)?, context)?,
+            false => self.up.activated(self.f, x)?.0,
+        };
+        self.down.infer(hidden, context)
+    }
+
+    #[track_caller]
+    fn backward(&self, saved: Self::Saved, dy: DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         let MlpSaved { x, pre, hidden } = saved;
         let dpre = if self.gated {
-            Gate::new(self.f).backward(pre, &self.down.backward(hidden, dy)?)?
+            Gate::new(self.f).backward(pre, self.down.backward(hidden, dy)?)?
         } else {
             self.down.backward_through(Some((self.f, &pre)), hidden, dy)?
         };
-        self.up.backward(x, &dpre)
+        self.up.backward(x, dpre)
     }
 
     fn params(&self) -> Vec<Param<T, B>> {
         [self.up.params(), self.down.params()].concat()
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let (first, middle) = self.up.traffic(group, x);
-        let (second, y) = self.down.traffic(group, middle);
-        (first.then(second), y)
     }
 }

@@ -17,17 +17,18 @@
 //! | [`RowLinear`] | Shard<1> → Partial | none / none |
 //! | [`ColumnParallelLinear<S>`](ColumnParallelLinear) | S → Shard<1> | those of S entering |
 //! | [`ForkedColumnLinear<S>`](ForkedColumnLinear) | S → Shard<1> | those of S entering |
-//! | [`RowParallelLinear<S>`](RowParallelLinear) | Shard<1> → S | those of S leaving |
+//! | [`RowParallelLinear<S>`](RowParallelLinear) | Shard<1> → S | those of S leaving; a bias as [`AddBias`] |
 //! | [`Enter<S, L>`](Enter), [`Leave<S, L>`](Leave) of a [`Linear`] layer | S → Shard<1>, Shard<1> → S | those of S entering, leaving |
 //! | [`Activate<P>`](Activate), [`Gate`] | P → P, Shard<1> → Shard<1> | none |
 //! | [`Attention`] | Shard<1> → Shard<1> | none / none (with normalized heads: all-reduce of their dγ) |
 //! | [`Normalize<S>`](Normalize) | S → S | none / none, or all-reduce of dγ and dβ with sequence parallelism |
+//! | [`AddBias<S>`](AddBias) | S → S | none / none, or all-reduce of db with sequence parallelism |
 //! | [`Dropout<P>`](Dropout) | P → P | none |
 //! | [`VocabParallelEmbedding<S>`](VocabParallelEmbedding) | ids → S | those of S leaving |
 //! | [`PositionEmbedding<S>`](PositionEmbedding) | S → S | as [`Normalize<S>`](Normalize) |
 //! | [`VocabParallelCrossEntropy`] | Shard<1> → losses | two all-reduces of a few numbers a token / none |
 //! | [`Vec<L>`](Layer), [`Recompute<L>`](Recompute), [`BoxLayer`] | those of L | those of L; recomputed ones twice |
-//! | [`ParallelMlp`], [`ParallelAttention`], [`TransformerBlock`] | S → S | entering and leaving |
+//! | [`ParallelMlp`], [`ParallelAttention`], [`TransformerBlock`] | S → S | entering and leaving; biases and normalizations as there |
 //!
 //! S is the placement of the residual stream ([`Stream`]): `Replicated` (entering: none / all-reduce; leaving: all-reduce /
 //! none), or `Shard<0>` for sequence parallelism (entering: all-gather / reduce-scatter; leaving: reduce-scatter /
@@ -58,7 +59,6 @@ mod sample;
 mod stack;
 mod stream;
 mod sums;
-mod traffic;
 
 pub use activation::{Activate, Gate};
 pub use attention::{Attention, AttentionConfig, AttentionSaved, ParallelAttention, QkNorm};
@@ -70,7 +70,7 @@ pub use cross_entropy::{CrossEntropySaved, Losses, Smoothing, VocabParallelCross
 pub use dropout::Dropout;
 pub use dtensor::{DTensor, Draw};
 pub use embedding::{PositionEmbedding, VocabParallelEmbedding};
-pub use kv_cache::{KvCache, LayerCache};
+pub use kv_cache::{Context, KvCache};
 pub use layer::{Chain, Layer};
 pub use mappings::{
     CopyTo, GatherFrom, GatherSequence, ReduceFrom, ReduceScatterSequence, ScatterSequence, ScatterTo,
@@ -79,10 +79,9 @@ pub use measured::MeasuredOverlap;
 pub use mlp::{MlpNames, MlpSaved, ParallelMlp};
 pub use norm::Normalize;
 pub use partial::PendingDTensor;
-pub use recompute::Recompute;
+pub use recompute::{Recompute, RecomputeSaved};
 pub use region::{Enter, Leave, Linear};
 pub use row::{RowLinear, RowParallelLinear};
 pub use sample::Sampler;
 pub use stack::BoxLayer;
 pub use stream::Stream;
-pub use traffic::Traffic;

@@ -1,13 +1,12 @@
 //! LayerNorm and RMSNorm on the residual stream.
 
-use super::{DTensor, Layer, Stream, Traffic, sums::Sums};
+use super::{DTensor, Layer, Stream, sums::Sums};
 use crate::{
     comm::Group,
     device::{Device, Element},
     error::{Result, same_size},
     kernels::{Backend, NormKind},
     ops::{self, NormContext},
-    shard::Shape,
     tensor::{Param, Region, Role, Tensor, Weights},
 };
 use std::marker::PhantomData;
@@ -35,6 +34,7 @@ impl<S: Stream, T: Element, B: Backend> Normalize<S, T, B> {
     /// # Errors
     /// When a tensor is missing or has another shape.
     pub fn load(group: &Group<B>, weights: &Weights<'_>, kind: NormKind, features: usize) -> Result<Self> {
+        kind.check()?;
         let sums = Sums::of(group)?;
         let load = |name, role| {
             let (region, owned) = (Region::whole([features]), group.rank() == 0);
@@ -52,7 +52,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
     type Saved = NormContext<T, B>;
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
+    fn forward(&self, x: DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
         x.check("normalize", self.sums.group())?;
         let (gamma, beta) = (self.gamma.value()?, self.beta.as_ref().map(Param::value).transpose()?);
         let (y, context) = ops::normalize(self.kind, x.local(), &gamma, beta.as_ref())?;
@@ -60,7 +60,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
     }
 
     #[track_caller]
-    fn backward(&self, context: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+    fn backward(&self, context: Self::Saved, dy: DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
         let _site = self.gamma.site().enter();
         dy.check("normalize backward", self.sums.group())?;
         let (device, cols) = (dy.local().device(), dy.shape().cols());
@@ -69,7 +69,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
         let vectors = if self.beta.is_some() { 2 } else { 1 };
         let mut dx = Tensor::empty(device, dy.local().shape())?;
         // dγ and dβ of all tokens, in one collective.
-        let sums = self.sums.over_tokens(dy, [vectors, cols], |rows, sums| {
+        let sums = self.sums.over_tokens(&dy, [vectors, cols], |rows, sums| {
             let (dgamma, dbeta) =
                 ops::normalize_backward_rows(self.kind, &context, &gamma, dy.local(), rows, &mut dx)?;
             for (at, grad) in [Some(dgamma), dbeta].into_iter().flatten().enumerate() {
@@ -91,10 +91,5 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
 
     fn params(&self) -> Vec<Param<T, B>> {
         [&self.gamma].into_iter().chain(&self.beta).cloned().collect()
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let vectors = if self.beta.is_some() { 2 } else { 1 };
-        (S::sum_tokens_traffic::<T::Acc, B>(group, [vectors, x.cols()].into()), x)
     }
 }

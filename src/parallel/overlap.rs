@@ -10,7 +10,7 @@
 //! once, between collectives that are cut alike on every rank.
 
 use super::{
-    DTensor, Stream, Traffic,
+    DTensor, Stream,
     dtensor::canonical,
     partial::{PendingDTensor, is_one_collective},
 };
@@ -29,7 +29,7 @@ use std::ops::Range;
 const ROWS: usize = 64;
 
 /// A map of the rows of a tensor, each by itself.
-type RowMap<'a, P, Q, T, B> = &'a dyn Fn(&DTensor<P, T, B>) -> Result<DTensor<Q, T, B>>;
+type RowMap<'a, P, Q, T, B> = &'a dyn Fn(DTensor<P, T, B>) -> Result<DTensor<Q, T, B>>;
 
 /// The chunks in which a tensor enters a region; none if at once, or without a collective.
 pub(super) fn entering<S: Stream, T: Element, B: Device>(x: &DTensor<S, T, B>) -> Option<Partition> {
@@ -45,21 +45,15 @@ pub(super) fn leaving<T: Element, B: Device>(
 }
 
 /// The chunks of a tensor of this shape that is gathered; none if it is gathered at once.
-pub(super) fn gathering<T: Element, B: Device>(group: &Group<B>, shape: Shape) -> Option<Partition> {
+fn gathering<T: Element, B: Device>(group: &Group<B>, shape: Shape) -> Option<Partition> {
     let (_, features) = shape.split_at(0);
     group.chunks(shape.dims()[0], features * T::DTYPE.size())
 }
 
 /// The chunks of a sum of this shape; none if it is reduced at once.
-pub(super) fn reducing<T: Element, B: Device>(group: &Group<B>, shape: Shape) -> Result<Option<Partition>> {
+fn reducing<T: Element, B: Device>(group: &Group<B>, shape: Shape) -> Result<Option<Partition>> {
     // The exchanges of a sum along a tree cannot be started.
     Ok(if is_one_collective::<T, B>(group)? { gathering::<T, B>(group, shape) } else { None })
-}
-
-/// What is moved in chunks, or at once: `of` is the traffic of a tensor.
-pub(super) fn traffic(chunks: Option<Partition>, shape: Shape, of: impl Fn(Shape) -> Traffic) -> Traffic {
-    let Some(chunks) = chunks else { return of(shape) };
-    chunks.sizes().map(|tokens| of(shape.with(0, tokens))).fold(Traffic::default(), Traffic::then)
 }
 
 /// Whether products of these depths have the same bits row by row. A depth of 1 leaves room for
@@ -98,7 +92,7 @@ pub(super) fn gather<S: Stream, T: Element, B: Backend>(
         if !by_chunks || rows_of(runs) == 0 {
             return Ok(());
         }
-        let part = map(&DTensor::copied(group, rows)?)?;
+        let part = map(DTensor::copied(group, rows)?)?;
         let mut all = match y.take() {
             Some(y) => y.into_local(),
             None => Tensor::empty(group.device(), part.local().shape().with(0, chunks.total()))?,
@@ -129,12 +123,12 @@ pub(super) fn start_sum<S: Stream, T: Element, B: Backend>(
         Some(_) => deal(&x.token_cut()?, chunks),
     };
     let by_chunks = splits && are_many(dealt.iter().map(|runs| rows_of(runs)));
-    let whole = if by_chunks { None } else { Some(map(x)?) };
+    let whole = if by_chunks { None } else { Some(map(x.clone())?) };
     let mut flights = Vec::with_capacity(dealt.len());
     for runs in &dealt {
         let part = match &whole {
             Some(whole) => whole.rows(runs)?,
-            None => map(&x.rows(runs)?)?,
+            None => map(x.rows(runs)?)?,
         };
         let cut = |dim| (dim, Partition::from_sizes(runs.iter().map(|run| run.len())));
         flights.push(part.start(S::CUT.map(cut))?);

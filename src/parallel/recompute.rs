@@ -1,48 +1,81 @@
 //! Activation recomputation.
 
-use super::{DTensor, Layer, Traffic};
-use crate::{
-    comm::Group,
-    device::Element,
-    error::Result,
-    kernels::Backend,
-    shard::{Placement, Shape},
-    tensor::Param,
-};
+use super::{Context, DTensor, Layer};
+use crate::{device::Element, error::Result, kernels::Backend, shard::Placement, tensor::Param};
 
 /// A layer that keeps its input only, and computes the forward anew in the backward: memory for time.
 ///
 /// The same results, bit for bit, dropout included. Collectives: those of the layer; those of its forward once more in
 /// the backward. Source: Chen et al., 2016: Training Deep Nets with Sublinear Memory Cost.
 #[derive(Clone, Debug)]
-pub struct Recompute<L>(pub L);
+pub struct Recompute<L> {
+    layer: L,
+    on: bool,
+}
+
+impl<L> Recompute<L> {
+    /// Recomputes this layer.
+    pub fn new(layer: L) -> Self {
+        Self::when(true, layer)
+    }
+
+    /// Recomputes this layer if `on`; otherwise it is the layer itself.
+    pub fn when(on: bool, layer: L) -> Self {
+        Self { layer, on }
+    }
+
+    /// The layer.
+    pub fn layer(&self) -> &L {
+        &self.layer
+    }
+}
+
+/// What the backward of a [`Recompute`] needs.
+#[derive(Debug)]
+pub enum RecomputeSaved<X, Saved> {
+    /// The input.
+    Input(X),
+    /// What the layer saved, where it is not recomputed.
+    Saved(Saved),
+}
 
 impl<T: Element, B: Backend, L: Layer<T, B>> Layer<T, B> for Recompute<L> {
     type In = L::In;
     type Out = L::Out;
-    type Saved = DTensor<L::In, T, B>;
+    type Saved = RecomputeSaved<DTensor<L::In, T, B>, L::Saved>;
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<L::In, T, B>) -> Result<(DTensor<L::Out, T, B>, Self::Saved)> {
-        Ok((self.0.forward(x)?.0, x.clone()))
+    fn forward(&self, x: DTensor<L::In, T, B>) -> Result<(DTensor<L::Out, T, B>, Self::Saved)> {
+        if self.on {
+            return Ok((self.layer.forward(x.clone())?.0, RecomputeSaved::Input(x)));
+        }
+        let (y, saved) = self.layer.forward(x)?;
+        Ok((y, RecomputeSaved::Saved(saved)))
     }
 
     #[track_caller]
     fn backward(
         &self,
-        x: Self::Saved,
-        dy: &DTensor<<L::Out as Placement>::Dual, T, B>,
+        saved: Self::Saved,
+        dy: DTensor<<L::Out as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<L::In as Placement>::Dual, T, B>> {
-        let (_, saved) = self.0.forward(&x)?;
-        self.0.backward(saved, dy)
+        let saved = match saved {
+            RecomputeSaved::Input(x) => self.layer.forward(x)?.1,
+            RecomputeSaved::Saved(saved) => saved,
+        };
+        self.layer.backward(saved, dy)
+    }
+
+    #[track_caller]
+    fn infer(
+        &self,
+        x: DTensor<L::In, T, B>,
+        context: &mut Context<'_, T, B>,
+    ) -> Result<DTensor<L::Out, T, B>> {
+        self.layer.infer(x, context)
     }
 
     fn params(&self) -> Vec<Param<T, B>> {
-        self.0.params()
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let (Traffic { forward, backward }, y) = self.0.traffic(group, x);
-        (Traffic { backward: [forward.clone(), backward].concat(), forward }, y)
+        self.layer.params()
     }
 }

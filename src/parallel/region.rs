@@ -1,12 +1,12 @@
 //! Linear layers at the edges of a tensor-parallel region, with their collectives.
 
-use super::{DTensor, Layer, Stream, Traffic, overlap};
+use super::{DTensor, Layer, Stream, overlap};
 use crate::{
     comm::Group,
     device::Element,
     error::{Result, Site},
     kernels::Backend,
-    shard::{Copied, Partial, Placement, Shape, Shard},
+    shard::{Copied, Partial, Placement, Shard},
     tensor::{Param, Tensor},
 };
 use std::marker::PhantomData;
@@ -38,8 +38,8 @@ pub trait Linear<T: Element, B: Backend>: Layer<T, B, Saved = Tensor<T, B>> {
     /// # Errors
     /// When sizes disagree, or a collective fails.
     #[track_caller]
-    fn merged(&self, dy: &DTensor<Dual<Self::Out>, T, B>) -> Result<DTensor<Dual<Self::Out>, T, B>> {
-        Ok(dy.clone())
+    fn merged(&self, dy: DTensor<Dual<Self::Out>, T, B>) -> Result<DTensor<Dual<Self::Out>, T, B>> {
+        Ok(dy)
     }
 
     /// The first half: the gradient of the input.
@@ -88,24 +88,27 @@ where
     type Saved = Tensor<T, B>;
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<S, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
+    fn forward(&self, x: DTensor<S, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
         let _site = self.layer.site().enter();
         x.check(L::OPS[0], self.layer.group())?;
-        if let Some(chunks) = overlap::entering(x) {
-            let map = |x: &_| Ok(self.layer.forward(x)?.0);
-            let (x, y) = overlap::gather(x, &chunks, self.layer.splits()[0], &map)?;
-            return y.map_or_else(|| self.layer.forward(&x), |y| Ok((y, x.local().clone())));
+        if let Some(chunks) = overlap::entering(&x) {
+            let map = |x: DTensor<_, _, _>| Ok(self.layer.forward(x)?.0);
+            let (x, y) = overlap::gather(&x, &chunks, self.layer.splits()[0], &map)?;
+            return match y {
+                Some(y) => Ok((y, x.into_local())),
+                None => self.layer.forward(x),
+            };
         }
-        self.layer.forward(&x.enter()?)
+        self.layer.forward(x.enter()?)
     }
 
     #[track_caller]
-    fn backward(&self, x: Self::Saved, dy: &DTensor<Shard<1>, T, B>) -> Result<DTensor<S, T, B>> {
+    fn backward(&self, x: Self::Saved, dy: DTensor<Shard<1>, T, B>) -> Result<DTensor<S, T, B>> {
         let _site = self.layer.site().enter();
         dy.check(L::OPS[1], self.layer.group())?;
         let dy = self.layer.merged(dy)?;
         if let Some(chunks) = overlap::leaving(&dy, self.layer.features()[0])? {
-            let map = |dy: &_| self.layer.input_grad(dy);
+            let map = |dy: DTensor<_, _, _>| self.layer.input_grad(&dy);
             let started = overlap::start_sum(&dy, &chunks, self.layer.splits()[1], &map)?;
             self.layer.param_grads(&x, &dy)?;
             return overlap::stacked(&dy, self.layer.features()[0], started);
@@ -117,11 +120,6 @@ where
 
     fn params(&self) -> Vec<Param<T, B>> {
         self.layer.params()
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let (traffic, y) = self.layer.traffic(group, x);
-        (S::enter_traffic::<T, B>(group, x).then(traffic), y)
     }
 }
 
@@ -157,38 +155,33 @@ where
     type Saved = Tensor<T, B>;
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
+    fn forward(&self, x: DTensor<Shard<1>, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
         let _site = self.layer.site().enter();
         x.check(L::OPS[0], self.layer.group())?;
-        if let Some(chunks) = overlap::leaving(x, self.layer.features()[1])? {
-            let map = |x: &_| Ok(self.layer.forward(x)?.0);
-            let started = overlap::start_sum(x, &chunks, self.layer.splits()[0], &map)?;
-            return Ok((overlap::stacked(x, self.layer.features()[1], started)?, x.local().clone()));
+        if let Some(chunks) = overlap::leaving(&x, self.layer.features()[1])? {
+            let map = |x: DTensor<_, _, _>| Ok(self.layer.forward(x)?.0);
+            let started = overlap::start_sum(&x, &chunks, self.layer.splits()[0], &map)?;
+            return Ok((overlap::stacked(&x, self.layer.features()[1], started)?, x.into_local()));
         }
         let (y, saved) = self.layer.forward(x)?;
         Ok((y.leave()?, saved))
     }
 
     #[track_caller]
-    fn backward(&self, x: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+    fn backward(&self, x: Self::Saved, dy: DTensor<S, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         let _site = self.layer.site().enter();
         dy.check(L::OPS[1], self.layer.group())?;
-        if let Some(chunks) = overlap::entering(dy) {
-            let map = |dy: &_| self.layer.input_grad(dy);
-            let (dy, dx) = overlap::gather(dy, &chunks, self.layer.splits()[1], &map)?;
-            let dx = dx.map_or_else(|| map(&dy), Ok)?;
+        if let Some(chunks) = overlap::entering(&dy) {
+            let map = |dy: DTensor<_, _, _>| self.layer.input_grad(&dy);
+            let (dy, dx) = overlap::gather(&dy, &chunks, self.layer.splits()[1], &map)?;
+            let dx = dx.map_or_else(|| self.layer.input_grad(&dy), Ok)?;
             self.layer.param_grads(&x, &dy)?;
             return Ok(dx);
         }
-        self.layer.backward(x, &dy.enter()?)
+        self.layer.backward(x, dy.enter()?)
     }
 
     fn params(&self) -> Vec<Param<T, B>> {
         self.layer.params()
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let (traffic, y) = self.layer.traffic(group, x);
-        (traffic.then(S::leave_traffic::<T, B>(group, y)), y)
     }
 }

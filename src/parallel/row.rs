@@ -1,7 +1,7 @@
 //! Linear layers whose input features are cut over the ranks.
 
 use super::{
-    AddBias, DTensor, Layer, Leave, Linear, Stream, Traffic,
+    AddBias, DTensor, Layer, Leave, Linear, Stream,
     dtensor::other_cut,
     overlap,
     sums::{Factors, Leaves, Sums, Through},
@@ -12,7 +12,7 @@ use crate::{
     error::{Result, Site, same_size},
     kernels::Backend,
     ops,
-    shard::{Copied, Partial, Partition, Shape, Shard},
+    shard::{Copied, Partial, Partition, Shard},
     tensor::{Param, Region, Role, Tensor, Weights},
 };
 
@@ -105,7 +105,7 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
     type Saved = Tensor<T, B>;
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<Partial, T, B>, Self::Saved)> {
+    fn forward(&self, x: DTensor<Shard<1>, T, B>) -> Result<(DTensor<Partial, T, B>, Self::Saved)> {
         x.check(OP, self.group())?;
         if x.cut() != Some(&self.cut) {
             let (x, w) = (("input's features", x.cut()), ("weight's columns", &self.cut));
@@ -113,24 +113,20 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
         }
         let weight = self.weight.value()?;
         let factors = Factors { a: x.local().mat(), b: weight.mat().t(), leaves: &self.leaves };
-        let y = self.sums.product(x, self.features()[1], &[factors])?;
-        Ok((y, x.local().clone()))
+        let y = self.sums.product(&x, self.features()[1], &[factors])?;
+        Ok((y, x.into_local()))
     }
 
     #[track_caller]
-    fn backward(&self, x: Self::Saved, dy: &DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+    fn backward(&self, x: Self::Saved, dy: DTensor<Copied, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         dy.check(OP_BACKWARD, self.group())?;
-        let dx = self.input_grad(dy)?;
-        self.param_grads(&x, dy)?;
+        let dx = self.input_grad(&dy)?;
+        self.param_grads(&x, &dy)?;
         Ok(dx)
     }
 
     fn params(&self) -> Vec<Param<T, B>> {
         vec![self.weight.clone()]
-    }
-
-    fn traffic(&self, _: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        (Traffic::default(), x.with(x.rank() - 1, self.features()[1]))
     }
 }
 
@@ -172,19 +168,20 @@ impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
         &self,
         through: Through<'_, T, B>,
         x: Tensor<T, B>,
-        dy: &DTensor<S, T, B>,
+        dy: DTensor<S, T, B>,
     ) -> Result<DTensor<Shard<1>, T, B>> {
         let _site = self.linear.layer.site().enter();
         dy.check(OP_BACKWARD, self.linear.layer.group())?;
-        if let Some(bias) = &self.bias {
-            bias.backward((), dy)?;
-        }
+        let dy = match &self.bias {
+            Some(bias) => bias.backward((), dy)?,
+            None => dy,
+        };
         if through.is_none() {
             return self.linear.backward(x, dy);
         }
         let layer = &self.linear.layer;
-        let (dy, chunked) = match overlap::entering(dy) {
-            Some(chunks) => overlap::gather(dy, &chunks, layer.splits()[1], &|dy| layer.input_grad(dy))?,
+        let (dy, chunked) = match overlap::entering(&dy) {
+            Some(chunks) => overlap::gather(&dy, &chunks, layer.splits()[1], &|dy| layer.input_grad(&dy))?,
             None => (dy.enter()?, None),
         };
         let dx = match (chunked, through) {
@@ -202,7 +199,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, 
     type Saved = Tensor<T, B>;
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<Shard<1>, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
+    fn forward(&self, x: DTensor<Shard<1>, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
         let (y, saved) = self.linear.forward(x)?;
         match &self.bias {
             Some(bias) => Ok((bias.add_to(y)?, saved)),
@@ -211,16 +208,11 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, 
     }
 
     #[track_caller]
-    fn backward(&self, x: Self::Saved, dy: &DTensor<S, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
+    fn backward(&self, x: Self::Saved, dy: DTensor<S, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         self.backward_through(None, x, dy)
     }
 
     fn params(&self) -> Vec<Param<T, B>> {
         self.linear.params().into_iter().chain(self.bias.iter().flat_map(Layer::params)).collect()
-    }
-
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        let (traffic, y) = self.linear.traffic(group, x);
-        (self.bias.as_ref().map_or(traffic.clone(), |bias| traffic.then(bias.traffic(group, y).0)), y)
     }
 }

@@ -204,7 +204,7 @@ impl Sampler {
         logits: &DTensor<Shard<1>, T, B>,
         tokens: &[u32],
     ) -> Result<Vec<f64>> {
-        let (losses, _) = VocabParallelCrossEntropy::default().forward(logits, tokens)?;
+        let (losses, _) = VocabParallelCrossEntropy::default().forward(logits.clone(), tokens)?;
         Ok(losses.rows().to_vec()?.into_iter().map(|loss| -loss.to_f64()).collect())
     }
 }

@@ -1,12 +1,11 @@
 //! Lists of layers: of one type, or of any types behind a box.
 
-use super::{DTensor, Layer, Traffic};
+use super::{Context, DTensor, Layer};
 use crate::{
-    comm::Group,
     device::{Cpu, Element},
     error::{Error, Result, Site},
     kernels::Backend,
-    shard::{Placement, Shape},
+    shard::Placement,
     tensor::Param,
 };
 use std::any::Any;
@@ -24,10 +23,10 @@ where
     type Saved = Vec<L::Saved>;
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<P, T, B>) -> Result<(DTensor<P, T, B>, Self::Saved)> {
-        let (mut y, mut all) = (x.clone(), Vec::with_capacity(self.len()));
+    fn forward(&self, x: DTensor<P, T, B>) -> Result<(DTensor<P, T, B>, Self::Saved)> {
+        let (mut y, mut all) = (x, Vec::with_capacity(self.len()));
         for layer in self {
-            let (next, saved) = layer.forward(&y)?;
+            let (next, saved) = layer.forward(y)?;
             y = next;
             all.push(saved);
         }
@@ -35,24 +34,27 @@ where
     }
 
     #[track_caller]
-    fn backward(&self, mut saved: Self::Saved, dy: &DTensor<P, T, B>) -> Result<DTensor<P, T, B>> {
-        let mut dx = dy.clone();
+    fn backward(&self, mut saved: Self::Saved, dy: DTensor<P, T, B>) -> Result<DTensor<P, T, B>> {
+        let mut dx = dy;
         for layer in self.iter().rev() {
             let saved = saved.pop().ok_or_else(|| foreign("fewer layers"))?;
-            dx = layer.backward(saved, &dx)?;
+            dx = layer.backward(saved, dx)?;
         }
         Ok(dx)
     }
 
-    fn params(&self) -> Vec<Param<T, B>> {
-        self.iter().flat_map(Layer::params).collect()
+    #[track_caller]
+    fn infer(&self, x: DTensor<P, T, B>, context: &mut Context<'_, T, B>) -> Result<DTensor<P, T, B>> {
+        let mut y = x;
+        // Not a fold: inside a closure, errors would not name the caller's line.
+        for layer in self {
+            y = layer.infer(y, context)?;
+        }
+        Ok(y)
     }
 
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        self.iter().fold((Traffic::default(), x), |(traffic, x), layer| {
-            let (own, y) = layer.traffic(group, x);
-            (traffic.then(own), y)
-        })
+    fn params(&self) -> Vec<Param<T, B>> {
+        self.iter().flat_map(Layer::params).collect()
     }
 }
 
@@ -79,18 +81,17 @@ impl<In: Placement, Out: Placement, T: Element, B: Backend> BoxLayer<In, Out, T,
 
 /// A layer without the type of what it saves.
 trait Erased<In: Placement, Out: Placement, T: Element, B: Backend> {
-    fn forward(&self, x: &DTensor<In, T, B>) -> Result<(DTensor<Out, T, B>, Box<dyn Any>)>;
-    fn backward(&self, saved: Box<dyn Any>, dy: &DTensor<Out::Dual, T, B>)
-    -> Result<DTensor<In::Dual, T, B>>;
+    fn forward(&self, x: DTensor<In, T, B>) -> Result<(DTensor<Out, T, B>, Box<dyn Any>)>;
+    fn backward(&self, saved: Box<dyn Any>, dy: DTensor<Out::Dual, T, B>) -> Result<DTensor<In::Dual, T, B>>;
+    fn infer(&self, x: DTensor<In, T, B>, context: &mut Context<'_, T, B>) -> Result<DTensor<Out, T, B>>;
     fn params(&self) -> Vec<Param<T, B>>;
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape);
 }
 
 impl<T: Element, B: Backend, L: Layer<T, B>> Erased<L::In, L::Out, T, B> for L
 where
     L::Saved: 'static,
 {
-    fn forward(&self, x: &DTensor<L::In, T, B>) -> Result<(DTensor<L::Out, T, B>, Box<dyn Any>)> {
+    fn forward(&self, x: DTensor<L::In, T, B>) -> Result<(DTensor<L::Out, T, B>, Box<dyn Any>)> {
         let (y, saved) = Layer::forward(self, x)?;
         Ok((y, Box::new(saved)))
     }
@@ -98,18 +99,22 @@ where
     fn backward(
         &self,
         saved: Box<dyn Any>,
-        dy: &DTensor<<L::Out as Placement>::Dual, T, B>,
+        dy: DTensor<<L::Out as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<L::In as Placement>::Dual, T, B>> {
         let saved = saved.downcast::<L::Saved>().map_err(|_| foreign("another layer"))?;
         Layer::backward(self, *saved, dy)
     }
 
-    fn params(&self) -> Vec<Param<T, B>> {
-        Layer::params(self)
+    fn infer(
+        &self,
+        x: DTensor<L::In, T, B>,
+        context: &mut Context<'_, T, B>,
+    ) -> Result<DTensor<L::Out, T, B>> {
+        Layer::infer(self, x, context)
     }
 
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        Layer::traffic(self, group, x)
+    fn params(&self) -> Vec<Param<T, B>> {
+        Layer::params(self)
     }
 }
 
@@ -119,22 +124,24 @@ impl<In: Placement, Out: Placement, T: Element, B: Backend> Layer<T, B> for BoxL
     type Saved = Box<dyn Any>;
 
     #[track_caller]
-    fn forward(&self, x: &DTensor<In, T, B>) -> Result<(DTensor<Out, T, B>, Self::Saved)> {
+    fn forward(&self, x: DTensor<In, T, B>) -> Result<(DTensor<Out, T, B>, Self::Saved)> {
         let _site = Site::here().enter();
         self.0.forward(x)
     }
 
     #[track_caller]
-    fn backward(&self, saved: Self::Saved, dy: &DTensor<Out::Dual, T, B>) -> Result<DTensor<In::Dual, T, B>> {
+    fn backward(&self, saved: Self::Saved, dy: DTensor<Out::Dual, T, B>) -> Result<DTensor<In::Dual, T, B>> {
         let _site = Site::here().enter();
         self.0.backward(saved, dy)
     }
 
-    fn params(&self) -> Vec<Param<T, B>> {
-        self.0.params()
+    #[track_caller]
+    fn infer(&self, x: DTensor<In, T, B>, context: &mut Context<'_, T, B>) -> Result<DTensor<Out, T, B>> {
+        let _site = Site::here().enter();
+        self.0.infer(x, context)
     }
 
-    fn traffic(&self, group: &Group<B>, x: Shape) -> (Traffic, Shape) {
-        self.0.traffic(group, x)
+    fn params(&self) -> Vec<Param<T, B>> {
+        self.0.params()
     }
 }

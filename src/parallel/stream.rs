@@ -1,12 +1,12 @@
 //! The residual stream: how activations are held between tensor-parallel regions.
 
-use super::{DTensor, Traffic, overlap};
+use super::{DTensor, dtensor::Layout};
 use crate::{
-    comm::{Group, Op},
+    comm::Group,
     device::{Device, Element},
     error::{Result, same_size},
     kernels::Backend,
-    shard::{Copied, Elementwise, Placement, Replicated, Shape, Shard},
+    shard::{Copied, Elementwise, Placement, Replicated, Shard},
     tensor::Tensor,
 };
 use std::ops::Range;
@@ -41,43 +41,6 @@ pub trait Stream: Elementwise + Placement<Dual = Self> {
             Some(_) => group.even_cut(tokens)?.range(group.rank()),
         })
     }
-
-    /// The traffic of a layer that enters, for an input of this shape: [`DTensor::enter`], and
-    /// [`DTensor::leave`] in the backward.
-    fn enter_traffic<T: Element, B: Backend>(group: &Group<B>, x: Shape) -> Traffic {
-        let gather = match Self::CUT {
-            None => Traffic::default(),
-            Some(_) => overlap::traffic(overlap::gathering::<T, B>(group, x), x, |x| {
-                Traffic::forward::<T>(Op::AllGather, x.len())
-            }),
-        };
-        gather.then(Self::sum_traffic::<T, B>(group, x).in_backward())
-    }
-
-    /// The traffic of a layer that leaves, for an output of this shape: the other way round.
-    fn leave_traffic<T: Element, B: Backend>(group: &Group<B>, y: Shape) -> Traffic {
-        let Traffic { forward, backward } = Self::enter_traffic::<T, B>(group, y);
-        Traffic { forward: backward, backward: forward }
-    }
-
-    /// The traffic of [`DTensor::leave`].
-    #[doc(hidden)]
-    fn sum_traffic<T: Element, B: Backend>(group: &Group<B>, y: Shape) -> Traffic {
-        let chunks = overlap::reducing::<T, B>(group, y).unwrap_or_default();
-        overlap::traffic(chunks, y, |y| match Self::CUT {
-            None => Traffic::sum::<T, B>(group, y),
-            Some(_) => Traffic::sum_rows::<T, B>(group, y),
-        })
-    }
-
-    /// The traffic of a sum over tokens in a backward: the gradient of a parameter that all ranks
-    /// hold.
-    fn sum_tokens_traffic<A: Element, B: Backend>(group: &Group<B>, shape: Shape) -> Traffic {
-        match Self::CUT {
-            None => Traffic::default(),
-            Some(_) => Traffic::sum::<A, B>(group, shape).in_backward(),
-        }
-    }
 }
 
 impl Stream for Replicated {
@@ -108,11 +71,10 @@ impl<S: Stream, T: Element, B: Backend> DTensor<S, T, B> {
     /// # Errors
     /// When the ranks disagree, or one is lost.
     #[track_caller]
-    pub fn enter(&self) -> Result<DTensor<Copied, T, B>> {
-        let whole = match S::CUT {
-            None => self.local().clone(),
-            Some(dim) => self.group().all_gather(self.local(), dim, self.shard_cut()?)?,
-        };
-        Ok(self.derive(whole, self.shape().cols(), None))
+    pub fn enter(mut self) -> Result<DTensor<Copied, T, B>> {
+        if let Some(dim) = S::CUT {
+            self.local = self.group.all_gather(&self.local, dim, self.shard_cut()?)?;
+        }
+        Ok(DTensor::new(self.local, &self.group, Layout { cut: None, ..self.layout }))
     }
 }

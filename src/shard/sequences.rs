@@ -16,6 +16,8 @@ pub struct Sequences {
     bounds: Arc<[usize]>,
     valid: Option<Arc<[bool]>>,
     starts: Option<Arc<[usize]>>,
+    /// Whether the tokens that came before are in a cache.
+    cached: bool,
 }
 
 impl Sequences {
@@ -31,7 +33,7 @@ impl Sequences {
             *end = end.saturating_add(length);
             Some(*end)
         }));
-        Self { bounds: bounds.into(), valid: None, starts: None }
+        Self { bounds: bounds.into(), valid: None, starts: None, cached: false }
     }
 
     /// A `[lengths.len(), width]` batch: each sequence is `width` rows, of which the first `length` are tokens.
@@ -71,9 +73,21 @@ impl Sequences {
         let end = |(start, rows): (&usize, Range<usize>)| start.checked_add(rows.len());
         let fits = |end: Option<usize>| end.is_some_and(|end| u32::try_from(end).is_ok());
         if let Some(at) = starts.iter().zip(self.iter()).map(end).position(|end| !fits(end)) {
-            return Err(Error::invalid(OP, format!("sequence {at} starts at position {}", starts[at])));
+            let reason =
+                format!("sequence {at} starts at position {}, and ends beyond position 2³² − 1", starts[at]);
+            return Err(Error::invalid(OP, reason));
         }
         Ok(Self { starts: Some(starts.into()), ..self })
+    }
+
+    /// The same sequences, of which a cache has the tokens that came before.
+    pub(crate) fn in_cache(self) -> Self {
+        Self { cached: true, ..self }
+    }
+
+    /// Whether a cache has the tokens that came before: then attention has to read it.
+    pub(crate) fn are_cached(&self) -> bool {
+        self.cached
     }
 
     /// The position of a sequence's first row.

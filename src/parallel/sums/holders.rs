@@ -2,11 +2,9 @@
 
 use super::{Sums, nodes};
 use crate::{
-    comm::{Group, Transfer},
     device::Element,
     error::{Result, same_size},
     kernels::{Backend, MatMut, MatRef},
-    parallel::Traffic,
     shard::{Heads, Partition},
     tensor::Tensor,
 };
@@ -141,18 +139,6 @@ impl Holders {
             Ok(())
         });
         sum.map(Some)
-    }
-
-    /// What [`Holders::merge`] moves.
-    pub(in super::super) fn traffic<T: Element, B: Backend>(
-        &self,
-        group: &Group<B>,
-        tokens: usize,
-    ) -> Vec<Transfer> {
-        match self.moved {
-            0 => Vec::new(),
-            moved => Traffic::sum::<T, B>(group, [tokens, moved].into()).forward,
-        }
     }
 }
 

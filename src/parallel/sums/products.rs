@@ -50,7 +50,7 @@ impl<B: Backend> Sums<B> {
             let terms = products(0);
             if let [(a, b)] = terms[..] {
                 let mut y = Tensor::empty(device, [rows, features])?;
-                trace::compute("gemm", T::DTYPE, &[rows, depth, features], || {
+                trace::compute::<B, _>("gemm", T::DTYPE, &[rows, depth, features], || {
                     device.gemm(1.0, a, b, 0.0, y.mat_mut()?)
                 })?;
                 return Ok(x.derive(y, features, None));
@@ -75,7 +75,7 @@ impl<B: Backend> Sums<B> {
             Ok(sum)
         };
         let nodes = || sums.values().into_iter().map(sum).collect::<Result<_>>();
-        let nodes = trace::compute("gemm", T::DTYPE, &[rows, depth, features], nodes)?;
+        let nodes = trace::compute::<B, _>("gemm", T::DTYPE, &[rows, depth, features], nodes)?;
         x.derive_sum(nodes, features, true)
     }
 
@@ -237,7 +237,7 @@ impl<B: Backend> Sums<B> {
         mut c: MatMut<'_, C, B>,
     ) -> Result<()> {
         let (device, [rows, depth, cols]) = (self.group.device(), [a.rows(), a.cols(), b.cols()]);
-        trace::compute("gemm", T::DTYPE, &[rows, depth, cols], || {
+        trace::compute::<B, _>("gemm", T::DTYPE, &[rows, depth, cols], || {
             leaves.held.iter().cloned().try_for_each(|run| {
                 let (a, b, part) = match dim {
                     0 => (a.block(run.clone(), 0..depth), b, c.reborrow().block(run, 0..cols)),
