@@ -7,7 +7,8 @@ use crate::{
     error::{Result, same_size},
     kernels::Backend,
     parallel::{
-        DTensor, Layer, Normalize, PositionEmbedding, Stream, TransformerBlock, VocabParallelEmbedding,
+        Context, DTensor, Layer, Normalize, PositionEmbedding, Stream, TransformerBlock,
+        VocabParallelEmbedding,
     },
     shard::Sequences,
     tensor::{Param, Region, Role, WeightSource, Weights},
@@ -36,6 +37,11 @@ pub struct BertSaved<S: Stream, T: Element, B: Backend> {
     norm: <Normalize<S, T, B> as Layer<T, B>>::Saved,
     blocks: Vec<<TransformerBlock<S, T, B> as Layer<T, B>>::Saved>,
 }
+
+/// The embeddings of tokens; the rows of words, of positions and of types; and what their
+/// normalization saved.
+type Embedded<S, T, B> =
+    (DTensor<S, T, B>, Vec<u32>, [Vec<u32>; 2], <Normalize<S, T, B> as Layer<T, B>>::Saved);
 
 impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
     /// Reads this rank's part of a checkpoint, whose names may begin with `bert.`. A `LayerNorm`
@@ -87,29 +93,54 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
         types: Option<&[u32]>,
         sequences: Sequences,
     ) -> Result<(DTensor<S, T, B>, BertSaved<S, T, B>)> {
+        let (x, rows, [positions, types], norm) = self.embedded(ids, types, sequences)?;
+        let (x, blocks) = self.blocks.forward(x)?;
+        Ok((x, BertSaved { rows, positions, types, norm, blocks }))
+    }
+
+    /// The input of the first block, and what the backward of the embeddings needs.
+    fn embedded(
+        &self,
+        ids: &[u32],
+        types: Option<&[u32]>,
+        sequences: Sequences,
+    ) -> Result<Embedded<S, T, B>> {
         if let Some(types) = types {
             same_size("bert", "the number of token types", types.len(), "that of ids", ids.len())?;
         }
         check_positions("bert", &sequences, self.config.positions)?;
         let (x, rows) = self.words.forward(ids, sequences)?;
-        let (x, positions) = self.positions.forward(&x)?;
+        let (x, positions) = self.positions.forward(x)?;
         let type_of = |at: usize| types.map_or(0, |types| types[at]);
-        let (x, types) = self.types.add_rows(&x, (0..ids.len()).map(type_of))?;
-        let (x, norm) = self.norm.forward(&x)?;
-        let (x, blocks) = self.blocks.forward(&x)?;
-        Ok((x, BertSaved { rows, positions, types, norm, blocks }))
+        let (x, types) = self.types.add_rows(x, (0..ids.len()).map(type_of))?;
+        let (x, norm) = self.norm.forward(x)?;
+        Ok((x, rows, [positions, types], norm))
+    }
+
+    /// The hidden states of [`Bert::forward`] where no backward follows.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn infer(
+        &self,
+        ids: &[u32],
+        types: Option<&[u32]>,
+        sequences: Sequences,
+    ) -> Result<DTensor<S, T, B>> {
+        let (x, ..) = self.embedded(ids, types, sequences)?;
+        self.blocks.infer(x, &mut Context::default())
     }
 
     /// Adds to the gradients of all parameters, from the gradient of the hidden states.
     ///
     /// # Errors
     /// When sizes disagree, or a collective fails.
-    pub fn backward(&self, saved: BertSaved<S, T, B>, dy: &DTensor<S, T, B>) -> Result<()> {
+    pub fn backward(&self, saved: BertSaved<S, T, B>, dy: DTensor<S, T, B>) -> Result<()> {
         let dx = self.blocks.backward(saved.blocks, dy)?;
-        let dx = self.norm.backward(saved.norm, &dx)?;
-        let dx = self.types.backward(saved.types, &dx)?;
-        let dx = self.positions.backward(saved.positions, &dx)?;
-        self.words.backward(&saved.rows, &dx)
+        let dx = self.norm.backward(saved.norm, dx)?;
+        let dx = self.types.backward(saved.types, dx)?;
+        let dx = self.positions.backward(saved.positions, dx)?;
+        self.words.backward(&saved.rows, dx)
     }
 
     /// The parameters, in the same order on every rank.

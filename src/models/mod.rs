@@ -33,5 +33,5 @@ mod decoder;
 mod unread;
 
 pub use bert::{Bert, BertSaved};
-pub use config::{BertConfig, DecoderConfig, DecoderNames, ModelConfig};
-pub use decoder::{Decoder, DecoderSaved};
+pub use config::{BertConfig, DecoderConfig, DecoderNames, LayerChoices, ModelConfig};
+pub use decoder::{Decoder, DecoderEnds, DecoderSaved, Tokens};

@@ -122,9 +122,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
             own.push(param.take_terms());
         }
         let present: Vec<_> = own.iter().map(|terms| flag::<T>(!terms.is_empty())).collect();
-        let mut present = Tensor::<T::Acc, B>::from_slice(group.device(), [own.len()], &present)?;
-        group.all_reduce(ReduceOp::Max, &mut present)?;
-        let present = present.to_vec()?;
+        let present = group.all_reduce_host(ReduceOp::Max, &present)?;
         // One each, by construction.
         for ((param, tree), (mut terms, present)) in
             params.iter().zip(trees).zip(own.into_iter().zip(present))
@@ -198,7 +196,11 @@ impl<T: Element, B: Backend> Buckets<T, B> {
 
     /// How many ranks have a gradient of each parameter. The counts are downloaded together: a
     /// download waits until the device has nothing left to do.
-    fn counts(&self, reduced: &[Tensor<T::Acc, B>]) -> Result<Vec<T::Acc>> {
+    fn counts(&self, reduced: &[Tensor<T::Acc, B>], own: &[bool]) -> Result<Vec<T::Acc>> {
+        if !B::HAS_VALUES {
+            // The other ranks' are unknown: this rank's own stand for all.
+            return Ok(own.iter().map(|&present| flag::<T>(present)).collect());
+        }
         let (device, count) = (self.group.device(), self.places.len());
         let (mut all, mut at) = (Tensor::<T::Acc, B>::empty(device, [count])?, 0);
         for (flat, &len) in reduced.iter().zip(&self.lengths) {
@@ -242,7 +244,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
             Target::All => true,
             Target::Root(root) => self.group.rank() == root,
         };
-        let counts = if here { self.counts(&reduced)? } else { Vec::new() };
+        let counts = if here { self.counts(&reduced, &round.present)? } else { Vec::new() };
         for (number, (param, &(bucket, start, len))) in params.iter().zip(&self.places).enumerate() {
             if !here {
                 param.zero_grad();

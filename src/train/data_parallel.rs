@@ -154,9 +154,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
                 return Err(Error::Unsupported { op: "data parallel", reason: reason.into() });
             }
             GradReduce::Mean { weight } => {
-                let mut sum = Tensor::from_slice(self.group.device(), [1], &[weight])?;
-                self.group.all_reduce(ReduceOp::Sum, &mut sum)?;
-                let sum: f64 = sum.to_vec()?[0];
+                let sum = self.group.all_reduce_host(ReduceOp::Sum, &[weight])?[0];
                 if sum.is_nan() || sum <= 0.0 {
                     return Err(Error::invalid("data parallel", format!("the ranks' weights sum to {sum}")));
                 }
@@ -192,9 +190,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     pub fn sum(&self, microbatches: &[f64]) -> Result<f64> {
         let group = &self.group;
         if group.reduction() == Reduction::Fast {
-            let mut sum = Tensor::from_slice(group.device(), [1], &[microbatches.iter().sum::<f64>()])?;
-            group.all_reduce(ReduceOp::Sum, &mut sum)?;
-            return Ok(sum.to_vec()?[0]);
+            return Ok(group.all_reduce_host(ReduceOp::Sum, &[microbatches.iter().sum::<f64>()])?[0]);
         }
         let count = microbatches.len();
         let own = Tensor::from_slice(group.device(), [count], microbatches)?;

@@ -28,6 +28,10 @@ use std::{
 #[track_caller]
 pub fn check_replicas<T: Element, B: Backend>(params: &[Param<T, B>], group: &Group<B>) -> Result<()> {
     let _site = Site::here().enter();
+    if !B::HAS_VALUES {
+        let reason = "a device without values has none to compare";
+        return Err(Error::Unsupported { op: "check replicas", reason: reason.into() });
+    }
     let mut own = Vec::new();
     for param in params {
         own.extend(param.pieces().iter().map(|piece| Held::new(&piece.tensor, &piece.region)));

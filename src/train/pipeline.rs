@@ -6,7 +6,7 @@ use crate::{
     device::Element,
     error::{Error, Result, Site, same_size},
     kernels::Backend,
-    parallel::{DTensor, Draw, Layer, Stream},
+    parallel::{Context, DTensor, Draw, Layer, Stream},
     shard::{Reduction, Sequences, Shape},
     tensor::{Param, Tensor},
 };
@@ -30,11 +30,12 @@ impl Microbatch {
 
 /// The two ends of a pipelined model: what the first stage begins with, and the loss behind the last.
 pub trait Ends<S: Stream, T: Element, B: Backend> {
-    /// The input of the first stage for a microbatch. Called on the first rank only.
+    /// The input of the first stage for the microbatch of this number. Called on the first rank
+    /// only.
     ///
     /// # Errors
     /// Its own.
-    fn input(&mut self, microbatch: usize) -> Result<DTensor<S, T, B>>;
+    fn input(&mut self, number: usize, microbatch: &Microbatch) -> Result<DTensor<S, T, B>>;
 
     /// Takes the gradient of that input. Called on the first rank only.
     ///
@@ -62,49 +63,30 @@ pub struct Pipeline<B: Backend> {
     tensor: Group<B>,
     schedule: Schedule,
     actions: Vec<Action>,
-    /// The features of each stage's input, and of the last one's output.
-    widths: Vec<usize>,
+    /// The features between stages.
+    width: usize,
     ends: Option<Group<B>>,
 }
 
 impl<B: Backend> Pipeline<B> {
-    /// A pipeline over `group`, of which this rank holds `chunks`; the first stage takes `width` features. Every rank of
-    /// the group calls it.
+    /// A pipeline over `group`, whose stages hand on tensors of `width` features. Every rank of the
+    /// group calls it.
     ///
     /// # Errors
-    /// When the schedule is of another number of ranks or chunks, or cannot be run, or a collective fails.
+    /// When the schedule is of another number of ranks, or cannot be run, or a collective fails.
     #[track_caller]
-    pub fn new<S: Stream, T: Element, L: Layer<T, B, In = S, Out = S>>(
-        group: &Group<B>,
-        tensor: &Group<B>,
-        schedule: Schedule,
-        chunks: &[L],
-        width: usize,
-    ) -> Result<Self> {
+    pub fn new(group: &Group<B>, tensor: &Group<B>, schedule: Schedule, width: usize) -> Result<Self> {
         const OP: &str = "pipeline";
         let rank = group.rank();
         same_size(OP, "the ranks of the schedule", schedule.ranks(), "the ranks of the group", group.size())?;
-        same_size(OP, "the chunks of the schedule", schedule.chunks(), "the chunks given", chunks.len())?;
         if group.size() > 1 && group.reduction() != Reduction::Fast {
             let reason = "sums over the stages (norms, tied tables) depend on their number: give the pipeline's group `Reduction::Fast`";
             return Err(Error::Unsupported { op: OP, reason: reason.into() });
         }
         let actions = schedule.actions()?.swap_remove(rank);
-        // Every stage in turn says how many features it hands on.
-        let mut widths = vec![width];
-        for stage in 0..schedule.stages() {
-            let mut next = Tensor::<f64, B>::zeros(group.device(), [1])?;
-            if stage % group.size() == rank {
-                let out =
-                    chunks[stage / group.size()].traffic(tensor, Shape::from([1, widths[stage]])).1.cols();
-                next = Tensor::from_slice(group.device(), [1], &[out as f64])?;
-            }
-            group.broadcast(stage % group.size(), &mut next)?;
-            widths.push(next.to_vec()?[0] as usize);
-        }
         let at_end = rank == 0 || rank + 1 == group.size();
         let ends = group.split(at_end.then_some(0), 0)?;
-        Ok(Self { group: group.clone(), tensor: tensor.clone(), schedule, actions, widths, ends })
+        Ok(Self { group: group.clone(), tensor: tensor.clone(), schedule, actions, width, ends })
     }
 
     /// Whether this rank has the first stage.
@@ -147,9 +129,7 @@ impl<B: Backend> Pipeline<B> {
             (Ok(()), Some(_)) => SOME,
             (Ok(()), None) => NONE,
         };
-        let mut state = Tensor::from_slice(ends.device(), [1], &[own])?;
-        ends.all_reduce(ReduceOp::Max, &mut state)?;
-        let state: f64 = state.to_vec()?[0];
+        let state = ends.all_reduce_host(ReduceOp::Max, &[own])?[0];
         complete?;
         if state == OPEN {
             let reason = format!("terms of {} are not summed over its replicas yet", param.name());
@@ -251,7 +231,7 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
 
     #[track_caller]
     fn exchange(&mut self, send: Option<Message>, receive: Option<Message>) -> Result<()> {
-        let Pipeline { group, tensor, widths, .. } = self.pipeline;
+        let Pipeline { group, tensor, width, .. } = self.pipeline;
         let outgoing = match send {
             Some(message) => {
                 Some((message.peer, self.take(message.pass, message.stage, message.microbatch)?))
@@ -259,13 +239,8 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
             None => None,
         };
         let incoming = receive.map(|message| -> Result<_> {
-            // An activation is its stage's input, a gradient that of its stage's output.
-            let boundary = match message.pass {
-                Pass::Forward => message.stage,
-                Pass::Backward => message.stage + 1,
-            };
             let tokens = self.microbatches[message.microbatch].sequences.rows();
-            Ok((message, tokens, Shape::from([S::local_rows(tensor, tokens)?.len(), widths[boundary]])))
+            Ok((message, tokens, Shape::from([S::local_rows(tensor, tokens)?.len(), *width])))
         });
         let incoming = incoming.transpose()?;
         let arrived = group.exchange(
@@ -295,14 +270,19 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
         let schedule = &self.pipeline.schedule;
         let stage = schedule.stage(self.pipeline.group.rank(), chunk);
         let x = match stage {
-            0 => ends.input(microbatch)?,
+            0 => ends.input(microbatch, &self.microbatches[microbatch])?,
             _ => self.take(pass, stage, microbatch)?,
         };
-        let (y, saved) = layer.forward(&x)?;
-        if train {
+        let y = if train {
+            let (y, saved) = layer.forward(x)?;
             self.saved.insert((chunk, microbatch), saved);
-        }
+            y
+        } else {
+            layer.infer(x, &mut Context::default())?
+        };
         if stage + 1 < schedule.stages() {
+            let (have, want) = (y.shape().cols(), self.pipeline.width);
+            same_size("pipeline", "features of a stage's output", have, "those between stages", want)?;
             self.tensors.insert((pass, stage + 1, microbatch), y);
             return Ok(());
         }
@@ -324,7 +304,7 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
         let dy = self.take(pass, stage, microbatch)?;
         let missing = || Error::invalid("pipeline", "a backward before its forward");
         let saved = self.saved.remove(&(chunk, microbatch)).ok_or_else(missing)?;
-        let dx = layer.backward(saved, &dy)?;
+        let dx = layer.backward(saved, dy)?;
         match stage.checked_sub(1) {
             None => ends.input_grad(microbatch, dx),
             Some(before) => {

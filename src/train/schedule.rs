@@ -89,7 +89,8 @@ impl Schedule {
     /// # Errors
     /// When the number of microbatches is not a multiple of that of the ranks.
     pub fn interleaved(ranks: usize, chunks: usize, microbatches: usize) -> Result<Self> {
-        if ranks == 0 || chunks == 0 || !microbatches.is_multiple_of(ranks) {
+        let passes = ranks.checked_mul(chunks).and_then(|stages| stages.checked_mul(microbatches.max(2)));
+        if ranks == 0 || chunks == 0 || passes.is_none() || !microbatches.is_multiple_of(ranks) {
             let reason = format!(
                 "{microbatches} microbatches on {ranks} ranks with {chunks} chunks: they go round in groups of as many \
                  microbatches as ranks"
@@ -129,7 +130,7 @@ impl Schedule {
 
     /// The number of stages, those of all ranks.
     pub fn stages(&self) -> usize {
-        self.ranks * self.chunks
+        self.ranks.saturating_mul(self.chunks)
     }
 
     /// The number of microbatches.
@@ -189,7 +190,8 @@ impl Schedule {
         Some((next % self.ranks, next)).filter(|&(peer, _)| peer != rank)
     }
 
-    pub(super) fn stage(&self, rank: usize, chunk: usize) -> usize {
+    /// The stage that `rank` holds as its chunk of this number: chunk · ranks + rank.
+    pub fn stage(&self, rank: usize, chunk: usize) -> usize {
         chunk * self.ranks + rank
     }
 

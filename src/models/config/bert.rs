@@ -27,6 +27,7 @@ pub(super) fn read(json: &Json<'_>, text: &str) -> Result<BertConfig, String> {
     let block = BlockConfig {
         attention: AttentionConfig { qkv_bias: true, out_bias: true, ..AttentionConfig::new(hidden, heads) },
         ffn: json.size("intermediate_size", HUGE)?,
+        gated: false,
         activation: activation(json, "hidden_act", "gelu")?,
         mlp_bias: true,
         norm: NormKind::LayerNorm { eps: positive("layer_norm_eps", eps)? },

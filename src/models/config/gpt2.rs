@@ -1,10 +1,11 @@
 //! GPT-2.
 
 use super::{
-    DecoderConfig, DecoderNames, HUGE, MANY, activation, checked, common, ignored, json::Json, positive,
+    DecoderConfig, DecoderNames, HUGE, LayerChoices, MANY, activation, checked, common, ignored, json::Json,
+    positive,
 };
 use crate::{
-    kernels::NormKind,
+    kernels::{AttentionChoices, NormKind},
     parallel::{AttentionConfig, BlockConfig, BlockNames, NormPlacement},
 };
 
@@ -18,12 +19,13 @@ pub(super) fn read(json: &Json<'_>, text: &str) -> Result<DecoderConfig, String>
     let eps = json.number("layer_norm_epsilon")?.unwrap_or(1e-5);
     let block = BlockConfig {
         attention: AttentionConfig {
-            causal: true,
+            choices: AttentionChoices::CAUSAL,
             qkv_bias: true,
             out_bias: true,
             ..AttentionConfig::new(hidden, heads)
         },
         ffn: json.optional_size("n_inner", HUGE)?.unwrap_or(4 * hidden),
+        gated: false,
         activation: activation(json, "activation_function", "gelu_new")?,
         mlp_bias: true,
         norm: NormKind::LayerNorm { eps: positive("layer_norm_epsilon", eps)? },
@@ -32,12 +34,13 @@ pub(super) fn read(json: &Json<'_>, text: &str) -> Result<DecoderConfig, String>
     };
     let config = DecoderConfig {
         vocabulary: json.size("vocab_size", HUGE)?,
-        layers,
         positions: Some(context),
         context: Some(context),
         tied: json.flag("tie_word_embeddings")?.unwrap_or(true),
         block: checked(block)?,
-        windows: vec![None; layers],
+        layers: vec![LayerChoices { attention: AttentionChoices::CAUSAL, rope: None }; layers],
+        dropout: 0.0,
+        recomputed: 0,
         names: DecoderNames {
             prefix: "transformer",
             embedding: "wte",

@@ -1,11 +1,11 @@
 //! Llama and its relatives: Mistral, Ministral, Qwen2, Qwen3.
 
 use super::{
-    DecoderConfig, DecoderNames, HUGE, MANY, activation, checked, common, ignored, json::Json, padding,
-    positive, rope,
+    DecoderConfig, DecoderNames, HUGE, LayerChoices, MANY, activation, checked, common, ignored, json::Json,
+    padding, positive, rope,
 };
 use crate::{
-    kernels::NormKind,
+    kernels::{AttentionChoices, NormKind},
     parallel::{AttentionConfig, BlockConfig, BlockNames, NormPlacement, QkNorm},
 };
 use serde_json::Value;
@@ -79,16 +79,23 @@ pub(super) fn read(kind: &str, json: &Json<'_>, text: &str) -> Result<DecoderCon
     let attention = AttentionConfig {
         kv_heads,
         head_dim,
-        causal: true,
+        choices: AttentionChoices::CAUSAL,
         rope: Some(rope::rope(json, head_dim, context)?),
         qk_norm: (kind == "qwen3").then(|| QkNorm { eps, q: qk_norm("q"), k: qk_norm("k") }),
         qkv_bias: bias || kind == "qwen2",
         out_bias: bias,
         ..AttentionConfig::new(hidden, heads)
     };
+    let choices = |window| LayerChoices {
+        attention: AttentionChoices { window, ..AttentionChoices::CAUSAL },
+        rope: attention.rope.clone(),
+    };
+    let layers: Vec<_> = windows(kind, json, layers, usual.window)?.into_iter().map(choices).collect();
+    let first = layers.first().map_or(AttentionChoices::CAUSAL, |layer| layer.attention);
     let block = BlockConfig {
-        attention,
+        attention: AttentionConfig { choices: first, ..attention },
         ffn: json.size("intermediate_size", HUGE)?,
+        gated: true,
         activation: activation(json, "hidden_act", "silu")?,
         mlp_bias,
         norm,
@@ -97,12 +104,13 @@ pub(super) fn read(kind: &str, json: &Json<'_>, text: &str) -> Result<DecoderCon
     };
     let config = DecoderConfig {
         vocabulary: json.size("vocab_size", HUGE)?,
-        layers,
         positions: None,
         context: Some(context),
         tied: json.flag("tie_word_embeddings")?.unwrap_or(false),
         block: checked(block)?,
-        windows: windows(kind, json, layers, usual.window)?,
+        layers,
+        dropout: 0.0,
+        recomputed: 0,
         names: DecoderNames {
             prefix: "model",
             embedding: "embed_tokens",

@@ -13,7 +13,8 @@ mod rope;
 use crate::{
     device::DType,
     error::{Error, Result},
-    kernels::Activation,
+    kernels::{Activation, AttentionChoices},
+    ops::RopeConfig,
     parallel::{AttentionConfig, BlockConfig},
     weights,
 };
@@ -52,18 +53,23 @@ pub enum ModelConfig {
 pub struct DecoderConfig {
     /// The number of words.
     pub vocabulary: usize,
-    /// The number of blocks.
-    pub layers: usize,
     /// The rows of the table of learned positions, if there is one.
     pub positions: Option<usize>,
     /// The most tokens of a sequence that the model was made for, if it says.
     pub context: Option<usize>,
     /// Whether the output head is the embedding's table.
     pub tied: bool,
-    /// The blocks, but for their windows.
+    /// What all blocks have in common. Its attention's choices and rope must be those of a layer.
     pub block: BlockConfig,
-    /// The window of each layer's attention.
-    pub windows: Vec<Option<usize>>,
+    /// The choices of each block.
+    pub layers: Vec<LayerChoices>,
+    /// The probability of dropout on the embeddings, in training by [`super::DecoderEnds`]. 0 in
+    /// every configuration read from a file.
+    pub dropout: f64,
+    /// How many of the first blocks keep only their input and recompute their forward in the
+    /// backward ([`Recompute`](crate::parallel::Recompute)). 0 in every configuration read from a
+    /// file.
+    pub recomputed: usize,
     /// What the tensors around the blocks are called.
     pub names: DecoderNames,
     /// Whether the blocks' matrices are stored as `[in, out]` (GPT-2's `Conv1D`).
@@ -73,7 +79,67 @@ pub struct DecoderConfig {
     /// The tokens that end a text, by `config.json` and `generation_config.json`.
     pub ends: Vec<u32>,
     /// The configuration as it was read; a saved model gets it, with the `dtype` of its weights.
+    /// Empty if it was not read.
     pub json: String,
+}
+
+/// What may differ from one block of a decoder to the next.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerChoices {
+    /// What a token sees, and the scale of scores.
+    pub attention: AttentionChoices,
+    /// How q and k are turned by their positions, if they are.
+    pub rope: Option<RopeConfig>,
+}
+
+impl DecoderConfig {
+    /// A decoder that no file describes, of `layers` equal blocks: tied, with the default names,
+    /// without learned positions, padding or tokens that end a text.
+    pub fn new(vocabulary: usize, block: BlockConfig, layers: usize) -> Self {
+        let (attention, rope) = (block.attention.choices, block.attention.rope.clone());
+        Self {
+            vocabulary,
+            positions: None,
+            context: None,
+            tied: true,
+            block,
+            layers: vec![LayerChoices { attention, rope }; layers],
+            dropout: 0.0,
+            recomputed: 0,
+            names: DecoderNames::default(),
+            transposed: false,
+            padding: None,
+            ends: Vec::new(),
+            json: String::new(),
+        }
+    }
+
+    /// The features of the residual stream.
+    pub fn hidden(&self) -> usize {
+        self.block.attention.hidden
+    }
+
+    /// Refuses choices in `block` that no layer has: they would be ignored without a word.
+    pub(super) fn check_layers(&self) -> Result<()> {
+        let AttentionConfig { choices, rope, .. } = &self.block.attention;
+        let is_common = |layer: &LayerChoices| layer.attention == *choices && layer.rope == *rope;
+        if self.layers.is_empty() || self.layers.iter().any(is_common) {
+            return Ok(());
+        }
+        let reason = "the choices and the rope of `block.attention` are those of no layer: change both, it and `layers`";
+        Err(Error::invalid("decoder", reason))
+    }
+
+    /// The configuration of a layer's block: the common one with the choices of the layer.
+    ///
+    /// # Panics
+    /// When there is no such layer.
+    pub fn block(&self, layer: usize) -> BlockConfig {
+        let mut block = self.block.clone();
+        let LayerChoices { attention, rope } = &self.layers[layer];
+        (block.attention.choices, block.attention.rope) = (*attention, rope.clone());
+        block
+    }
 }
 
 /// What the tensors around the blocks of a decoder are called.
@@ -92,6 +158,20 @@ pub struct DecoderNames {
     pub norm: &'static str,
     /// The head, where it is not tied.
     pub head: &'static str,
+}
+
+impl Default for DecoderNames {
+    /// `embedding`, `positions`, `layers.0` and so on, `norm`, and `head`.
+    fn default() -> Self {
+        Self {
+            prefix: "",
+            embedding: "embedding",
+            positions: "positions",
+            blocks: "layers",
+            norm: "norm",
+            head: "head",
+        }
+    }
 }
 
 /// What a [`super::Bert`] is.

@@ -1,0 +1,95 @@
+//! A decoder in a pipeline.
+
+use super::{Decoder, embeddings::EmbeddingsSaved};
+use crate::{
+    device::Element,
+    error::{Error, Result},
+    kernels::Backend,
+    parallel::{Context, DTensor, Layer, Stream, VocabParallelCrossEntropy},
+    train::{Ends, Microbatch},
+};
+
+/// The two ends of a [`Decoder`] in a [`Pipeline`](crate::train::Pipeline): the first stage embeds
+/// ids, and behind the last one stand the head and a cross entropy.
+///
+/// The gradient is that of `scale` times the sum of all tokens' losses: with a scale of one over
+/// the number of tokens of the whole batch, that of their mean. Without a scale nothing is trained,
+/// and nothing dropped:
+/// [`Pipeline::evaluate`](crate::train::Pipeline::evaluate).
+pub struct DecoderEnds<'a, S: Stream, T: Element, B: Backend> {
+    model: &'a Decoder<S, T, B>,
+    tokens: Vec<Tokens<'a>>,
+    loss: VocabParallelCrossEntropy,
+    scale: Option<f64>,
+    saved: Vec<Option<EmbeddingsSaved<S, T, B>>>,
+    losses: Vec<f64>,
+}
+
+/// The ids of a microbatch and their targets.
+#[derive(Clone, Copy, Debug)]
+pub struct Tokens<'a> {
+    /// One id for each row.
+    pub ids: &'a [u32],
+    /// For each id, the one that should follow.
+    pub targets: &'a [u32],
+}
+
+impl<'a, S: Stream, T: Element, B: Backend> DecoderEnds<'a, S, T, B> {
+    /// The ends for microbatches of these tokens, which are the same on every rank of a replica.
+    pub fn new(
+        model: &'a Decoder<S, T, B>,
+        tokens: Vec<Tokens<'a>>,
+        loss: VocabParallelCrossEntropy,
+        scale: Option<f64>,
+    ) -> Self {
+        let (saved, losses) = (tokens.iter().map(|_| None).collect(), vec![0.0; tokens.len()]);
+        Self { model, tokens, loss, scale, saved, losses }
+    }
+
+    /// The sum of the losses of each microbatch's tokens; 0 where this rank does not hold the last
+    /// stage.
+    pub fn losses(&self) -> &[f64] {
+        &self.losses
+    }
+
+    fn tokens(&self, microbatch: usize) -> Result<Tokens<'a>> {
+        let count = self.tokens.len();
+        let (what, of) = ("the number of the microbatch", "the number of microbatches with tokens");
+        let missing = || Error::sizes("decoder", what, microbatch, of, count);
+        self.tokens.get(microbatch).copied().ok_or_else(missing)
+    }
+}
+
+impl<S: Stream, T: Element, B: Backend> Ends<S, T, B> for DecoderEnds<'_, S, T, B> {
+    #[track_caller]
+    fn input(&mut self, number: usize, microbatch: &Microbatch) -> Result<DTensor<S, T, B>> {
+        let Microbatch { sequences, draw } = microbatch;
+        self.model.check_context(sequences)?;
+        let ids = self.tokens(number)?.ids;
+        let (x, saved) =
+            self.model.first()?.forward(ids, sequences.clone(), draw.filter(|_| self.scale.is_some()))?;
+        self.saved[number] = self.scale.map(|_| saved);
+        Ok(x)
+    }
+
+    #[track_caller]
+    fn input_grad(&mut self, number: usize, dx: DTensor<S, T, B>) -> Result<()> {
+        let missing = || Error::internal("decoder", "a gradient of ids that were not embedded");
+        let saved = self.saved.get_mut(number).and_then(Option::take).ok_or_else(missing)?;
+        self.model.first()?.backward(saved, dx)
+    }
+
+    #[track_caller]
+    fn loss(&mut self, number: usize, y: DTensor<S, T, B>) -> Result<Option<DTensor<S, T, B>>> {
+        let (head, targets) = (self.model.last()?, self.tokens(number)?.targets);
+        let Some(scale) = self.scale else {
+            let logits = head.infer(y, &mut Context::default())?;
+            self.losses[number] = self.loss.forward(logits, targets)?.0.sum()?;
+            return Ok(None);
+        };
+        let (logits, saved) = head.forward(y)?;
+        let (losses, of_loss) = self.loss.forward(logits, targets)?;
+        self.losses[number] = losses.sum()?;
+        head.backward(saved, self.loss.backward(of_loss, scale)?).map(Some)
+    }
+}
