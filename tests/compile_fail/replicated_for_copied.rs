@@ -7,7 +7,7 @@ use shardwise::{
     shard::Replicated,
 };
 
-fn forgets_the_gradient(column: &ColumnLinear<f32, Cpu>, x: &DTensor<Replicated>) -> Result<()> {
+fn forgets_the_gradient(column: &ColumnLinear<f32, Cpu>, x: DTensor<Replicated>) -> Result<()> {
     column.forward(x).map(|_| ())
 }
 

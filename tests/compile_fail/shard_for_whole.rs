@@ -7,7 +7,7 @@ use shardwise::{
     shard::Shard,
 };
 
-fn feeds_a_part(column: &ColumnLinear<f32, Cpu>, x: &DTensor<Shard<1>>) -> Result<()> {
+fn feeds_a_part(column: &ColumnLinear<f32, Cpu>, x: DTensor<Shard<1>>) -> Result<()> {
     column.forward(x).map(|_| ())
 }
 

@@ -8,8 +8,8 @@ use shardwise::{
     Result,
     device::{Cpu, Device, Element},
     kernels::{
-        Activation, AdamWStep, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask, Epilogue, MatMut,
-        MatRef, NO_ROW, NormKind, RopePairs, RopeSpec, SgdStep, Targets, Term,
+        Activation, AdamWStep, AttentionChoices, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask,
+        Epilogue, MatMut, MatRef, NO_ROW, NormKind, QkvHeads, RopePairs, RopeSpec, SgdStep, Targets, Term,
     },
     rng::Philox,
     shard::Sequences,
@@ -418,6 +418,12 @@ fn linear<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64
     Ok(results)
 }
 
+/// Query heads that share the key/value heads, as many for each.
+fn grouped((heads, kv_heads): (usize, usize), head_dim: usize, choices: AttentionChoices) -> QkvHeads {
+    let kv_of_query = (0..heads).map(|head| head * kv_heads / heads).collect();
+    QkvHeads { kv_of_query, kv_heads, head_dim, choices }
+}
+
 /// The outputs of attention, their log-sum-exp, and the gradients of q, k and v, in memories that `memory` makes of a seed and columns.
 fn attended<T: Element, B: Backend>(
     device: &B,
@@ -425,9 +431,9 @@ fn attended<T: Element, B: Backend>(
     [q, k, v, dout]: [&Memory<T, B>; 4],
     memory: impl Fn(u64, usize) -> Memory<T, B>,
 ) -> Result<[Vec<f64>; 3]> {
-    let (heads, dim) = (spec.kv_of_query.len(), spec.head_dim);
-    let (mut out, mut dqkv) = (memory(5, heads * dim), memory(7, (heads + 2 * spec.kv_heads) * dim));
-    let mut lse = Memory::<T::Acc, B>::new(device, 6, vector(q.place.rows * heads));
+    let heads = spec.heads;
+    let (mut out, mut dqkv) = (memory(5, heads.query_width()), memory(7, heads.width()));
+    let mut lse = Memory::<T::Acc, B>::new(device, 6, vector(q.place.rows * heads.kv_of_query.len()));
     device.attention(spec, q.mat(), k.mat(), v.mat(), out.mat_mut(), B::slice_mut(&mut lse.buffer))?;
     let logs = B::slice::<T::Acc>(&lse.buffer);
     let (result, gradients) = (out.mat(), dqkv.mat_mut());
@@ -438,7 +444,9 @@ fn attended<T: Element, B: Backend>(
 fn attention<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
     let dim = [3, 8, 33, 64, 70, 128, 130][draw.cols % 7];
     let (heads, kv_heads) = [(2, 2), (4, 2), (3, 1)][draw.more % 3];
-    let kv: Vec<usize> = (0..heads).map(|head| head * kv_heads / heads).collect();
+    let attending = |causal, window| {
+        grouped((heads, kv_heads), dim, AttentionChoices { causal, window, scale: Some(0.3) })
+    };
     let lengths = [draw.rows, 0, 40 * (draw.seed % 2) as usize + 1];
     let rows: usize = lengths.iter().sum();
     let flags: Vec<bool> = (0..rows).map(|row| row % 5 != 2).collect();
@@ -470,15 +478,8 @@ fn attention<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<
                 }
             }
         }
-        let spec = AttentionSpec {
-            kv_of_query: &kv,
-            kv_heads,
-            head_dim: dim,
-            scale: 0.3,
-            causal,
-            window,
-            sequences: &sequences,
-        };
+        let seen = attending(causal, window);
+        let spec = AttentionSpec { heads: &seen, sequences: &sequences };
         results.extend(attended(device, &spec, [&q, &k, &v, &dout], memory)?);
     }
     // Two sequences that go on from 5 and 0 positions, in slots 2 and 0.
@@ -491,15 +492,8 @@ fn attention<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<
     let lengths = [draw.rows, 2];
     let sequences = Sequences::packed(lengths).starting_at(&[5, 0])?;
     for window in [None, Some(4)] {
-        let spec = AttentionSpec {
-            kv_of_query: &kv,
-            kv_heads,
-            head_dim: dim,
-            scale: 0.3,
-            causal: true,
-            window,
-            sequences: &sequences,
-        };
+        let seen = attending(true, window);
+        let spec = AttentionSpec { heads: &seen, sequences: &sequences };
         let place = Place {
             rows: draw.rows + 2,
             cols: heads * dim,
@@ -520,7 +514,6 @@ fn tiles<T: Element, B: Backend>(
     dim: usize,
     (heads, kv_heads): (usize, usize),
 ) -> Result<Vec<Vec<f64>>> {
-    let kv: Vec<usize> = (0..heads).map(|head| head * kv_heads / heads).collect();
     let lengths = [70, 0, 1, 130];
     let rows: usize = lengths.iter().sum();
     let place = |rows, cols| Place { rows, cols, start: 8, stride: cols + 8 };
@@ -528,44 +521,42 @@ fn tiles<T: Element, B: Backend>(
     let (q, mut k, mut v) = (memory(1, heads * dim), memory(2, kv_heads * dim), memory(3, kv_heads * dim));
     let mut dout = memory(6, heads * dim);
     let flags: Vec<bool> = (0..rows).map(|row| row % 7 != 3 && row != 70).collect();
-    let spec = AttentionSpec {
-        kv_of_query: &kv,
-        kv_heads,
-        head_dim: dim,
-        scale: 0.8 / (dim as f64).sqrt(),
-        causal: false,
-        window: None,
-        sequences: &Sequences::packed(lengths),
-    };
+    let scale = 0.8 / (dim as f64).sqrt();
+    let all = AttentionChoices { scale: Some(scale), ..AttentionChoices::default() };
+    let causal = AttentionChoices { causal: true, ..all };
+    let attending = |choices| grouped((heads, kv_heads), dim, choices);
+    let whole = Sequences::packed(lengths);
     let mut results = Vec::new();
-    let mut run = |spec: AttentionSpec<'_>, k: &Memory<T, B>, v: &Memory<T, B>, dout: &Memory<T, B>| {
+    let mut run = |choices, sequences: &Sequences, [k, v, dout]: [&Memory<T, B>; 3]| {
+        let seen = attending(choices);
+        let spec = AttentionSpec { heads: &seen, sequences };
         results.extend(attended(device, &spec, [&q, k, v, dout], memory)?);
         Ok(())
     };
-    run(spec, &k, &v, &dout)?;
+    run(all, &whole, [&k, &v, &dout])?;
     for window in [None, Some(50), Some(3)] {
-        run(AttentionSpec { causal: true, window, ..spec }, &k, &v, &dout)?;
+        run(AttentionChoices { window, ..causal }, &whole, [&k, &v, &dout])?;
     }
     // The largest product is not the largest score.
-    for scale in [-spec.scale, 0.0] {
-        run(AttentionSpec { scale, causal: true, ..spec }, &k, &v, &dout)?;
+    for scale in [-scale, 0.0] {
+        run(AttentionChoices { scale: Some(scale), ..causal }, &whole, [&k, &v, &dout])?;
     }
     let masked = Sequences::packed(lengths).masked(&flags)?;
-    run(AttentionSpec { sequences: &masked, ..spec }, &k, &v, &dout)?;
-    run(AttentionSpec { sequences: &masked, causal: true, ..spec }, &k, &v, &dout)?;
+    run(all, &masked, [&k, &v, &dout])?;
+    run(causal, &masked, [&k, &v, &dout])?;
     // One in the first tile, two at the end of another's.
     for (row, value) in [(40, f64::NAN), (71 + 127, f64::INFINITY), (71 + 128, f64::NEG_INFINITY)] {
         device.fill(value, v.mat_mut().block(row..row + 1, 0..dim))?;
     }
     for window in [None, Some(50)] {
-        run(AttentionSpec { causal: true, window, ..spec }, &k, &v, &dout)?;
+        run(AttentionChoices { window, ..causal }, &whole, [&k, &v, &dout])?;
     }
     let v = memory(3, kv_heads * dim);
     device.fill(f64::NAN, k.mat_mut().block(71 + 60..71 + 61, 0..dim))?;
     device.fill(f64::INFINITY, dout.mat_mut().block(30..31, 0..dim))?;
     device.fill(f64::NAN, dout.mat_mut().block(71 + 3..71 + 4, 0..dim))?;
     for window in [None, Some(50)] {
-        run(AttentionSpec { causal: true, window, ..spec }, &k, &v, &dout)?;
+        run(AttentionChoices { window, ..causal }, &whole, [&k, &v, &dout])?;
     }
     // Sequences that go on, from a cache.
     let (capacity, lengths) = (160, [70, 3]);
@@ -574,7 +565,8 @@ fn tiles<T: Element, B: Backend>(
     let (keys, values) = (cache(8), cache(9));
     let sequences = Sequences::packed(lengths).starting_at(&[5, 90])?;
     for window in [None, Some(20)] {
-        let spec = AttentionSpec { causal: true, window, sequences: &sequences, ..spec };
+        let seen = attending(AttentionChoices { window, ..causal });
+        let spec = AttentionSpec { heads: &seen, sequences: &sequences };
         let place = place(73, heads * dim);
         let (q, mut out) = (Memory::<T, B>::new(device, 1, place), Memory::<T, B>::new(device, 2, place));
         let slots = CacheSpec { slots: &[2, 0], capacity };
@@ -598,15 +590,9 @@ fn appended<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f
     let to = Place { rows: 4 * kv_heads * capacity, cols: dim, start: draw.start, stride: dim + draw.gap };
     let memory = |seed: u64, place| Memory::<T, B>::new(device, draw.seed ^ seed, place);
     let (k, v, mut keys, mut values) = (memory(1, from), memory(2, from), memory(3, to), memory(4, to));
-    let spec = AttentionSpec {
-        kv_of_query: &[0],
-        kv_heads,
-        head_dim: dim,
-        scale: 1.0,
-        causal: true,
-        window: None,
-        sequences: &sequences,
-    };
+    let choices = AttentionChoices { scale: Some(1.0), ..AttentionChoices::CAUSAL };
+    let heads = QkvHeads { kv_of_query: vec![0], kv_heads, head_dim: dim, choices };
+    let spec = AttentionSpec { heads: &heads, sequences: &sequences };
     let cache = CacheSpec { slots: &[3, 1, 0, 2, 0], capacity };
     device.append_cached(&spec, &cache, k.mat(), v.mat(), keys.mat_mut(), values.mat_mut())?;
     let results = vec![keys.values(), values.values()];
@@ -624,6 +610,10 @@ fn appended<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f
 /// anything.
 fn decoded<T: Element, B: Backend>(device: &B, dim: usize, gap: usize) -> Result<Vec<Vec<f64>>> {
     let (capacity, kv_heads, kv) = (700, 2, [1, 0, 0, 1, 0, 0, 0]);
+    let attending = |window, scale| {
+        let choices = AttentionChoices { causal: true, window, scale: Some(scale) };
+        QkvHeads { kv_of_query: kv.to_vec(), kv_heads, head_dim: dim, choices }
+    };
     let (lengths, starts, slots) =
         ([1, 3, 8, 0, 1, 11, 2], [640, 0, 250, 0, 300, 30, 511], [6, 2, 0, 5, 1, 3, 4]);
     let sequences = Sequences::packed(lengths).starting_at(&starts)?;
@@ -646,15 +636,8 @@ fn decoded<T: Element, B: Backend>(device: &B, dim: usize, gap: usize) -> Result
                 }
             }
         }
-        let spec = AttentionSpec {
-            kv_of_query: &kv,
-            kv_heads,
-            head_dim: dim,
-            scale: 1.5 / (dim as f64).sqrt(),
-            causal: true,
-            window,
-            sequences: &sequences,
-        };
+        let seen = attending(window, 1.5 / (dim as f64).sqrt());
+        let spec = AttentionSpec { heads: &seen, sequences: &sequences };
         let mut out = Memory::<T, B>::new(device, 4, place);
         device.attention_cached(&spec, &room, q.mat(), keys.mat(), values.mat(), out.mat_mut())?;
         results.push(out.values());
@@ -673,15 +656,8 @@ fn decoded<T: Element, B: Backend>(device: &B, dim: usize, gap: usize) -> Result
     let at = kv_heads * capacity * slots[2] + 257;
     device.fill(f64::INFINITY, values.mat_mut().block(at..at + 1, 0..dim))?;
     device.fill(f64::NAN, keys.mat_mut().block(at + capacity..at + capacity + 1, 0..dim))?;
-    let spec = AttentionSpec {
-        kv_of_query: &kv,
-        kv_heads,
-        head_dim: dim,
-        scale: 0.1,
-        causal: true,
-        window: Some(2),
-        sequences: &sequences,
-    };
+    let seen = attending(Some(2), 0.1);
+    let spec = AttentionSpec { heads: &seen, sequences: &sequences };
     let mut out = Memory::<T, B>::new(device, 5, place);
     device.attention_cached(&spec, &room, q.mat(), keys.mat(), values.mat(), out.mat_mut())?;
     results.push(out.values());
@@ -718,15 +694,9 @@ fn placed<T: Element, B: Backend>(device: &B, start: usize) -> Result<Vec<f64>> 
     };
     let (q, k, v) = (moved(1)?, moved(2)?, moved(3)?);
     let (mut out, mut lse) = (moved(4)?, Memory::<T::Acc, B>::new(device, 5, vector(80)));
-    let spec = AttentionSpec {
-        kv_of_query: &[0],
-        kv_heads: 1,
-        head_dim: 64,
-        scale: 0.1,
-        causal: true,
-        window: None,
-        sequences: &Sequences::packed([80]),
-    };
+    let choices = AttentionChoices { scale: Some(0.1), ..AttentionChoices::CAUSAL };
+    let (heads, sequences) = (grouped((1, 1), 64, choices), Sequences::packed([80]));
+    let spec = AttentionSpec { heads: &heads, sequences: &sequences };
     device.attention(&spec, q.mat(), k.mat(), v.mat(), out.mat_mut(), B::slice_mut(&mut lse.buffer))?;
     let values = out.values();
     Ok((0..80).flat_map(|row| values[start + 72 * row..][..64].to_vec()).collect())

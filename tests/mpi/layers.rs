@@ -5,7 +5,7 @@ use shardwise::{
     Result, Tensor,
     comm::{Group, Overlap},
     device::{Cpu, Element},
-    kernels::{Activation, NormKind},
+    kernels::{Activation, AttentionChoices, NormKind},
     launch,
     models::{Decoder, ModelConfig},
     parallel::{
@@ -47,12 +47,13 @@ fn config(gated: bool) -> BlockConfig {
         attention: AttentionConfig {
             kv_heads: 3,
             head_dim: 4,
-            causal: true,
+            choices: AttentionChoices::CAUSAL,
             qkv_bias: !gated,
             out_bias: !gated,
             ..AttentionConfig::new(10, 9)
         },
         ffn: 13,
+        gated,
         activation: if gated { Activation::Silu } else { Activation::GeluTanh },
         mlp_bias: !gated,
         norm: if gated { NormKind::RmsNorm { eps: 0.1 } } else { NormKind::LayerNorm { eps: 0.1 } },
@@ -65,17 +66,17 @@ fn config(gated: bool) -> BlockConfig {
 fn step<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
     group: &Group<Cpu>,
     layer: L,
-    spread: impl Fn(&DTensor<Replicated, T>) -> Result<DTensor<S, T>>,
+    spread: impl Fn(DTensor<Replicated, T>) -> Result<DTensor<S, T>>,
 ) -> Result<Vec<u64>> {
     let random = |name| {
         let stream = Philox::named(2, name);
         let values: Vec<T> = (0..7000).map(|at| T::from_f64(stream.normal(at))).collect();
-        spread(&DTensor::replicated(group, Tensor::from_slice(group.device(), [700, 10], &values)?)?)
+        spread(DTensor::replicated(group, Tensor::from_slice(group.device(), [700, 10], &values)?)?)
     };
     let (x, dy) = (random("x")?.with_sequences(Sequences::packed([300, 400]))?, random("dy")?);
     let mut all = Vec::new();
-    let (y, saved) = layer.forward(&x)?;
-    let dx = layer.backward(saved, &dy)?;
+    let (y, saved) = layer.forward(x)?;
+    let dx = layer.backward(saved, dy)?;
     bits(y.local(), &mut all)?;
     bits(dx.local(), &mut all)?;
     layer.params().iter().try_for_each(|param| gradient_bits(param, &mut all))?;
@@ -85,21 +86,17 @@ fn step<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
 fn block<S: Stream, T: Element>(
     group: &Group<Cpu>,
     gated: bool,
-    spread: impl Fn(&DTensor<Replicated, T>) -> Result<DTensor<S, T>>,
+    spread: impl Fn(DTensor<Replicated, T>) -> Result<DTensor<S, T>>,
 ) -> Result<Vec<u64>> {
     let source = Random::normal(1, 0.3);
     let (weights, config) = (Weights::new(&source), config(gated));
-    if gated {
-        let layer = TransformerBlock::<S, T, Cpu>::load_gated(group, &weights, &config)?;
-        return step(group, layer, spread);
-    }
     let layer = TransformerBlock::<S, T, Cpu>::load(group, &weights, &config)?;
     step(group, layer, spread)
 }
 
 fn blocks_of<T: Element>(world: &Group<Cpu>) -> Result<()> {
     for gated in [false, true] {
-        as_threads(world, |group| block::<Replicated, T>(group, gated, |x| Ok(x.clone())))?;
+        as_threads(world, |group| block::<Replicated, T>(group, gated, Ok))?;
         as_threads(world, |group| {
             block::<Shard<0>, T>(group, gated, |x| {
                 Ok(Layer::<T, Cpu>::forward(&ScatterSequence::even(), x)?.0)
@@ -134,9 +131,9 @@ pub(crate) fn invariant(world: &Group<Cpu>) -> Result<()> {
         let reduction = Reduction::Invariant { blocks: 8 };
         for gated in [false, true] {
             let one = launch::threads(1, |alone| {
-                block::<Replicated, T>(&alone.with_reduction(reduction), gated, |x| Ok(x.clone()))
+                block::<Replicated, T>(&alone.with_reduction(reduction), gated, Ok)
             })?;
-            let got = block::<Replicated, T>(&world.with_reduction(reduction), gated, |x| Ok(x.clone()))?;
+            let got = block::<Replicated, T>(&world.with_reduction(reduction), gated, Ok)?;
             // The gradients that follow are of this rank's part of the weights.
             assert_eq!(got[..14_000], one[0][..14_000], "{} on {world:?}", T::DTYPE);
             let group = world.with_reduction(reduction).with_overlap(Overlap::Chunks(2));
@@ -165,7 +162,7 @@ pub(crate) fn models(world: &Group<Cpu>) -> Result<()> {
         let mut all = Vec::new();
         let (logits, saved) = model.forward(&ids, Sequences::one(24))?;
         bits(logits.local(), &mut all)?;
-        model.backward(saved, &logits)?;
+        model.backward(saved, logits)?;
         model.params().iter().try_for_each(|param| gradient_bits(param, &mut all))?;
         Ok(all)
     })

@@ -16,7 +16,7 @@ use shardwise::{
     parallel::Stream,
     rng::Philox,
     shard::{Axis, Mesh, Reduction, Replicated, Shard},
-    tensor::{Random, Weights},
+    tensor::Random,
     train::Schedule,
 };
 use std::collections::BTreeMap;
@@ -55,7 +55,7 @@ fn train<S: Stream, T: Element>(world: &Group<Cpu>, dp: usize, overlap: Overlap)
     let world = world.with_reduction(Reduction::Invariant { blocks: 8 }).with_overlap(overlap);
     let mesh = DeviceMesh::new(&world, Mesh::new(dp, 1, world.size() / dp)?)?;
     let (source, schedule) = (Random::normal(3, 0.3), Schedule::one_forward_one_backward(1, 4 / dp));
-    let model = Gpt::<S, T>::load(&mesh, &Weights::new(&source), &CONFIG, schedule)?;
+    let model = Gpt::<S, T>::load(&mesh, &source, &CONFIG, schedule)?;
     let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() });
     let (mut curve, mut held) = (Vec::new(), BTreeMap::new());
     for step in 0..3 {

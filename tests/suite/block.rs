@@ -1,13 +1,13 @@
 //! The transformer block against the reference: pre- and post-norm, plain and gated, both streams, all worlds.
 
 use crate::dev::Dev;
-use crate::support::{Case, Spread, close, difference, grads_close, matrix, random, run};
+use crate::support::{Case, Spread, close, difference, grads_close, matrix, random, run, run_unplanned};
 use ndarray::{Array1, Array2};
 use proptest::prelude::*;
 use shardwise::{
     Result,
     device::Element,
-    kernels::{Activation, NormKind},
+    kernels::{Activation, AttentionChoices, NormKind},
     parallel::{AttentionConfig, BlockConfig, BlockNames, NormPlacement, Stream, TransformerBlock},
     reference,
     shard::{Replicated, Sequences, Shard},
@@ -98,12 +98,13 @@ impl Draw {
             attention: AttentionConfig {
                 kv_heads,
                 head_dim,
-                causal,
+                choices: AttentionChoices { causal, ..AttentionChoices::default() },
                 qkv_bias: !gated,
                 out_bias: !gated,
                 ..AttentionConfig::new(hidden, heads)
             },
             ffn,
+            gated,
             activation: if gated { Activation::Silu } else { Activation::GeluTanh },
             mlp_bias: !gated,
             norm: if gated { NormKind::RmsNorm { eps: EPS } } else { NormKind::LayerNorm { eps: EPS } },
@@ -118,11 +119,7 @@ pub(crate) fn outcome<S: Stream + Spread, T: Element>(
     case: &Case<'_>,
 ) -> Result<crate::support::Outcome> {
     let config = draw.config();
-    let load = match draw.gated {
-        true => TransformerBlock::<S, T, Dev>::load_gated,
-        false => TransformerBlock::<S, T, Dev>::load,
-    };
-    run::<T, _>(case, |group, weights| load(group, weights, &config))
+    run_unplanned!(T, case, |group, weights| TransformerBlock::<S, T, Dev>::load(group, weights, &config))
 }
 
 pub(crate) fn named(weights: &reference::BlockWeights) -> Arrays {
@@ -141,7 +138,10 @@ fn exact<S: Stream + Spread>(draw: &Draw, world: usize, sequences: &Sequences) {
     let want = reference::block_backward(&weights, &x, &ranges, sequences.valid(), &dy);
     let arrays = named(&weights);
     let case = Case { sequences: sequences.clone(), ..Case::new(world, &x, &dy, &arrays) };
-    let got = outcome::<S, f64>(draw, &case).unwrap();
+    let config = draw.config();
+    let got =
+        run!(f64, &case, |group, weights| TransformerBlock::<S, f64, Dev>::load(group, weights, &config));
+    let got = got.unwrap();
     close("block", &got.y.into_dyn(), &want_y, EXACT);
     close("block dx", &got.dx.into_dyn(), &want.dx, EXACT);
     grads_close(&got.grads, &want.weights.named(), EXACT);

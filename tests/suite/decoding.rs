@@ -7,12 +7,16 @@ use ndarray::{Array1, Array2, Axis, concatenate, s};
 use proptest::prelude::*;
 use shardwise::{
     Error,
+    comm::Group,
     device::Element,
-    kernels::{RopePairs, RopeSpec},
-    ops::{self, CachedKeys, QkvHeads, RopeConfig, RopeScaling, Rotary},
-    parallel::{Attention, AttentionConfig, QkNorm, Sampler},
+    kernels::{AttentionChoices, QkvHeads, RopePairs, RopeSpec},
+    ops::{self, CachedKeys, RopeConfig, RopeScaling, Rotary},
+    parallel::{
+        Attention, AttentionConfig, Context, KvCache, Layer, ParallelAttention, QkNorm, QkvLayout, Sampler,
+    },
     reference,
-    shard::{Heads, Partition, Sequences, Shard},
+    shard::{Heads, Partition, Placement, Replicated, Sequences, Shard},
+    tensor::{Random, Weights},
 };
 
 const EXACT: f64 = 1e-12;
@@ -113,8 +117,7 @@ impl Draw {
         AttentionConfig {
             kv_heads: self.kv_heads,
             head_dim: self.dim,
-            causal: true,
-            window: self.window,
+            choices: AttentionChoices { window: self.window, ..AttentionChoices::CAUSAL },
             rope: Some(rope_config(self.dim / 2 * 2, pairs)),
             qk_norm: Some(QkNorm { eps: 1e-5, q: "q_norm".into(), k: "k_norm".into() }),
             ..AttentionConfig::new(6, self.heads)
@@ -162,7 +165,7 @@ fn attention_agrees(draw: Draw, world: usize, sequences: &Sequences) {
         dy_cut: Some(plan.query_features()),
         ..Case::new(world, &x, &dy, &weights)
     };
-    let got = run::<f64, _>(&case, |group, weights| {
+    let got = run!(f64, &case, |group, weights| {
         Attention::<f64, Dev>::load(group, weights, &plan, &draw.config())
     })
     .unwrap();
@@ -201,8 +204,8 @@ fn cache_agrees<T: Element>(heads: &QkvHeads, lengths: &[usize], step: usize, se
         kv_heads: heads.kv_heads,
         head_dim: heads.head_dim,
         causal: true,
-        window: heads.window,
-        scale: heads.scale,
+        window: heads.choices.window,
+        scale: heads.scale(),
     };
     let columns = |range: std::ops::Range<usize>| qkv.slice(s![.., range]).to_owned();
     let (q, k, v) = (columns(0..query), columns(query..query + kv), columns(query + kv..query + 2 * kv));
@@ -276,9 +279,7 @@ proptest! {
             kv_of_query: (0..kv_heads * group).map(|head| head / group).collect(),
             kv_heads,
             head_dim: dim,
-            scale: 0.6,
-            causal: true,
-            window,
+            choices: AttentionChoices { causal: true, window, scale: Some(0.6) },
         };
         cache_agrees::<f64>(&heads, &lengths, step, seed, EXACT);
         cache_agrees::<f32>(&heads, &lengths, step, seed, 2e-5);
@@ -295,9 +296,7 @@ fn a_prompt_has_the_bits_of_training() {
             kv_of_query: vec![0, 0, 1],
             kv_heads: 2,
             head_dim: 5,
-            scale: 0.3,
-            causal: true,
-            window,
+            choices: AttentionChoices { causal: true, window, scale: Some(0.3) },
         };
         let qkv = tensor::<f32>(&cpu, &matrix(3, "qkv", 300, heads.width()));
         let sequences = Sequences::one(300);
@@ -317,9 +316,7 @@ fn a_cache_hides_what_is_not_seen() {
         kv_of_query: vec![0, 0],
         kv_heads: 1,
         head_dim: 3,
-        scale: 0.5,
-        causal: true,
-        window: Some(3),
+        choices: AttentionChoices { causal: true, window: Some(3), scale: Some(0.5) },
     };
     let clean = matrix(1, "qkv", 6, heads.width());
     let mut spoiled = clean.clone();
@@ -347,9 +344,7 @@ fn caches_and_rotations_name_what_disagrees() {
         kv_of_query: vec![0, 0],
         kv_heads: 1,
         head_dim: 3,
-        scale: 0.5,
-        causal: true,
-        window: None,
+        choices: AttentionChoices { scale: Some(0.5), ..AttentionChoices::CAUSAL },
     };
     let mut cache = CachedKeys::<f32, Dev>::new(&cpu, &heads, 2, 4).unwrap();
     let x = Tensor::<f32>::zeros(&cpu, [2, 12]).unwrap();
@@ -497,4 +492,99 @@ fn log_probabilities_are_those_of_the_softmax() {
             }
         }
     }
+}
+
+/// A layer around another that does not know of inference.
+struct Unaware<L>(L);
+
+impl<L: Layer<f64, Dev>> Layer<f64, Dev> for Unaware<L> {
+    type In = L::In;
+    type Out = L::Out;
+    type Saved = L::Saved;
+
+    fn forward(&self, x: DTensor<L::In, f64>) -> shardwise::Result<(DTensor<L::Out, f64>, L::Saved)> {
+        self.0.forward(x)
+    }
+
+    fn backward(
+        &self,
+        saved: L::Saved,
+        dy: DTensor<<L::Out as Placement>::Dual, f64>,
+    ) -> shardwise::Result<DTensor<<L::In as Placement>::Dual, f64>> {
+        self.0.backward(saved, dy)
+    }
+}
+
+/// A step that does not give every attention layer its part of the cache is an error, and leaves
+/// the cache as it was.
+#[test]
+fn a_step_that_is_not_done_right_is_refused() {
+    let group = Group::solo(&dev::fresh());
+    let config = AttentionConfig { choices: AttentionChoices::CAUSAL, ..AttentionConfig::new(6, 2) };
+    let layer = |name: &str| {
+        let (source, layout) = (Random::normal(1, 0.3), QkvLayout::separate("q", "k", "v"));
+        let weights = Weights::new(&source).at(name);
+        ParallelAttention::<Replicated, f64, Dev>::load(&group, &weights, &layout, "o", &config).unwrap()
+    };
+    let one = vec![layer("0")];
+    let two = vec![layer("0"), layer("1")];
+    let tokens = |count: usize, sequences: Sequences| {
+        let x = Tensor::full(group.device(), [count, 6], 0.5).unwrap();
+        DTensor::<Replicated, f64>::replicated(&group, x).unwrap().with_sequences(sequences).unwrap()
+    };
+    let mut cache = KvCache::new(2, 4).unwrap();
+    let attend = |layers: &Vec<_>, cache: &mut KvCache<f64, Dev>| {
+        let (sequences, mut step) = cache.step(&[1], &[2])?;
+        layers.infer(tokens(2, sequences), &mut step)?;
+        step.finish()
+    };
+    attend(&one, &mut cache).unwrap();
+    assert_eq!((cache.len(0), cache.len(1)), (0, 2));
+    let deeper = attend(&two, &mut cache).unwrap_err().to_string();
+    assert_eq!(
+        deeper,
+        "kv cache: slot 1 has 2 tokens, but no keys of attention layer 1: they went through fewer layers, or the context was used \
+         twice"
+    );
+    let mut of_two = KvCache::new(2, 4).unwrap();
+    attend(&two, &mut of_two).unwrap();
+    let shallower = attend(&one, &mut of_two).unwrap_err().to_string();
+    assert_eq!(
+        shallower,
+        "kv cache: the number of attention layers of the step is 1, but that of the cache is 2"
+    );
+
+    let (sequences, mut step) = cache.step(&[1], &[2]).unwrap();
+    let unaware = vec![Unaware(layer("0"))].infer(tokens(2, sequences.clone()), &mut step).unwrap_err();
+    let without = one.infer(tokens(2, sequences), &mut Context::default()).unwrap_err();
+    for error in [unaware, without] {
+        assert!(error.to_string().contains("its context is not here"), "{error}");
+    }
+    let other = one.infer(tokens(2, Sequences::one(2)), &mut step).unwrap_err().to_string();
+    assert!(other.contains("are not those of the cache's step"), "{other}");
+    let unused = step.finish().unwrap_err().to_string();
+    assert_eq!(unused, "kv cache: no attention layer was given the context of the step");
+
+    // Any model may begin where no slot has a token, after a context that was used twice, too.
+    for layers in [&two, &one, &two] {
+        of_two.truncate(1, 0).unwrap();
+        attend(layers, &mut of_two).unwrap();
+    }
+    of_two.truncate(1, 0).unwrap();
+    let (sequences, mut step) = of_two.step(&[1], &[2]).unwrap();
+    for _ in 0..2 {
+        one.infer(tokens(2, sequences.clone()), &mut step).unwrap();
+    }
+    step.finish().unwrap();
+    attend(&one, &mut of_two).unwrap_err();
+    of_two.truncate(1, 0).unwrap();
+    attend(&one, &mut of_two).unwrap();
+
+    // Not finished, not counted.
+    let (sequences, mut step) = cache.step(&[1], &[1]).unwrap();
+    one.infer(tokens(1, sequences), &mut step).unwrap();
+    drop(step);
+    assert_eq!((cache.len(0), cache.len(1), of_two.len(1)), (0, 2, 2));
+    attend(&one, &mut cache).unwrap();
+    assert_eq!(cache.len(1), 4);
 }

@@ -1,6 +1,6 @@
 //! Bad input gets an error that names the operator and what disagrees.
 
-use crate::dev::ranks;
+use crate::dev::{Dev, ranks};
 use crate::support::{Case, arrays, matrix, random, run};
 use shardwise::{
     Error, Result, Tensor,
@@ -97,15 +97,15 @@ fn running() {
         )
     };
     assert_eq!(
-        failure(2, |group, weights| column(group, weights)?.forward(&x(group, 3, 5)?).map(|_| ())),
+        failure(2, |group, weights| column(group, weights)?.forward(x(group, 3, 5)?).map(|_| ())),
         "linear: columns of x is 5, but columns of w is 4"
     );
     assert_eq!(
         failure(2, |group, weights| {
             let layer = column(group, weights)?;
-            let (_, saved) = layer.forward(&x(group, 3, 4)?)?;
+            let (_, saved) = layer.forward(x(group, 3, 4)?)?;
             let dy = x(group, 2, 6)?.scatter(&Partition::even(6, 2))?;
-            layer.backward(saved, &dy).map(|_| ())
+            layer.backward(saved, dy).map(|_| ())
         }),
         "column linear backward: rows of dy is 2, but rows of x is 3"
     );
@@ -114,7 +114,7 @@ fn running() {
             let cut = Partition::even(4, 2);
             let row = RowParallelLinear::<Replicated, f64, Cpu>::load(group, weights, &cut, 6, true)?;
             let x = x(group, 3, 4)?.scatter::<1>(&Partition::from_sizes([1, 3]))?;
-            row.forward(&x).map(|_| ())
+            row.forward(x).map(|_| ())
         }),
         "row linear: the input's features are cut into [1, 3], but the weight's columns into [2, 2]"
     );
@@ -145,7 +145,7 @@ fn ranks_with_different_shapes() {
     let outcomes = ranks(3).run_each(|group| {
         let rows = if group.rank() == 1 { 4 } else { 3 };
         let dy = DTensor::partial(&group, Tensor::<f32>::zeros(group.device(), [rows, 2])?)?;
-        Layer::<f32, Cpu>::backward(&CopyTo, (), &dy).map(|_| ())
+        Layer::<f32, Cpu>::backward(&CopyTo, (), dy).map(|_| ())
     });
     for outcome in outcomes.unwrap() {
         let Err(Error::Mismatch(mismatch)) = outcome else { panic!("{outcome:?}") };
@@ -162,10 +162,10 @@ fn a_skipped_bias_is_left_to_the_caller() {
     let weights = arrays([("weight", random(1, "w", &[6, 4])), ("bias", random(1, "b", &[6]))]);
     let loaded = |mode| {
         let case = Case::new(2, &x, &dy, &weights);
-        run::<f64, _>(&case, move |group, weights| {
+        run!(f64, &case, |group, weights| {
             let columns = Columns::even(group, 6)?;
             let layer =
-                ColumnParallelLinear::<Replicated, f64, Cpu>::load(group, weights, 4, &columns, mode)?;
+                ColumnParallelLinear::<Replicated, f64, Dev>::load(group, weights, 4, &columns, mode)?;
             assert_eq!(layer.bias().is_some(), mode != Bias::None);
             Ok(layer)
         })
@@ -181,7 +181,7 @@ fn a_skipped_bias_is_left_to_the_caller() {
         let layer =
             ColumnParallelLinear::<Replicated, f64, Cpu>::load(&group, &weights, 4, &columns, Bias::Skip)?;
         let x = DTensor::replicated(&group, Tensor::from_array(group.device(), &x)?)?;
-        layer.forward(&x)?.0.into_local().to_array()
+        layer.forward(x)?.0.into_local().to_array()
     });
     let skipped = skipped.unwrap();
     let views: Vec<_> = skipped.iter().map(|part| part.view()).collect();
@@ -351,8 +351,8 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
             let norm = Normalize::<Shard<0>, f64, Cpu>::load(group, &weights(), kind, 6)?;
             let rows = Shard::<0>::local_rows(group, 3)?.len();
             let input = |cols| Shard::<0>::of_local(group, 3, zeros(group, rows, cols)?);
-            let (_, saved) = norm.forward(&input(6)?)?;
-            norm.backward(saved, &input(7)?).map(drop)
+            let (_, saved) = norm.forward(input(6)?)?;
+            norm.backward(saved, input(7)?).map(drop)
         });
         assert_eq!(message, "normalize backward: features of dy is 7, but those of the layer is 6");
     }
@@ -361,7 +361,7 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
     let message = refused_everywhere("cross entropy", 2, |group| {
         let classes = if group.rank() == 0 { 3 } else { 0 };
         let logits = DTensor::shard(group, zeros(group, 2, classes)?, &Partition::from_sizes([3, 0]))?;
-        VocabParallelCrossEntropy::default().forward(&logits, &[0, 3]).map(drop)
+        VocabParallelCrossEntropy::default().forward(logits, &[0, 3]).map(drop)
     });
     assert_eq!(message, "cross entropy: target 3 is none of the 3 classes");
 
@@ -372,12 +372,12 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
     };
     let message = refused_everywhere("a gradient that is cut otherwise", 4, |group| {
         let layer = qkv(group, &Heads::new(6, 2, 1, 4)?)?;
-        let (y, saved) = layer.forward(&DTensor::copied(group, zeros(group, 3, 4)?)?)?;
+        let (y, saved) = layer.forward(DTensor::copied(group, zeros(group, 3, 4)?)?)?;
         let sizes: Vec<usize> = y.cut().unwrap().sizes().collect();
         // The first two ranks have as many columns as they should.
         let other = Partition::from_sizes([sizes[0], sizes[1], sizes[2] + 1, sizes[3] - 1]);
         let part = zeros(group, 3, other.size(group.rank()))?;
-        layer.backward(saved, &DTensor::shard(group, part, &other)?).map(drop)
+        layer.backward(saved, DTensor::shard(group, part, &other)?).map(drop)
     });
     assert!(
         message.starts_with("column linear backward: the gradient's features are cut into ["),

@@ -42,16 +42,16 @@ fn agree<S: Stream + crate::support::Spread>(
     let layout = QkvLayout::separate("q", "k", "v");
     let cut = Some(assigned.qkv_features());
     let case = Case { dy_cut: cut, ..Case::new(world, &x, &dy, &source) };
-    let merged = |ranks: &Group<Dev>, weights: &Weights<'_>| {
+    let want = run!(f64, &case, |ranks, weights| {
         let columns = Columns::qkv(ranks, &assigned, &layout)?;
         ColumnParallelLinear::<S, f64, Dev>::load(ranks, weights, hidden, &columns, Bias::Add)
-    };
-    let forked = |ranks: &Group<Dev>, weights: &Weights<'_>| {
+    });
+    let got = run!(f64, &case, |ranks, weights| {
         let columns = Columns::separate_qkv(ranks, &assigned, &layout)?;
         let load = |columns: &Columns| ColumnLinear::load(ranks, weights, hidden, columns, Bias::Add);
         ForkedColumnLinear::<S, f64, Dev>::forked(columns.iter().map(load).collect::<Result<Vec<_>>>()?)
-    };
-    let (want, got) = (run::<f64, _>(&case, merged).unwrap(), run::<f64, _>(&case, forked).unwrap());
+    });
+    let (want, got) = (want.unwrap(), got.unwrap());
     if dev::fresh().splits_exactly() {
         assert_eq!(got.y, want.y, "each output is the same product");
     }

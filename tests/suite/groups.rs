@@ -46,13 +46,13 @@ impl Mixed<'_> {
         dy: impl Fn(&Group<Dev>) -> Result<DTensor<<L::Out as Placement>::Dual, f64>>,
     ) -> Result<()> {
         let layer = make(self.layers)?;
-        self.outcomes.push((name, layer.forward(&x(self.tensors)?).map(drop)));
-        let saved = layer.forward(&x(self.layers)?)?.1;
-        self.outcomes.push((name, layer.backward(saved, &dy(self.tensors)?).map(drop)));
+        self.outcomes.push((name, layer.forward(x(self.tensors)?).map(drop)));
+        let saved = layer.forward(x(self.layers)?)?.1;
+        self.outcomes.push((name, layer.backward(saved, dy(self.tensors)?).map(drop)));
         // The same group is right, also where it is recorded.
         let recorded = self.layers.recorded().0;
-        let saved = layer.forward(&x(&recorded)?)?.1;
-        layer.backward(saved, &dy(self.layers)?).map(drop)
+        let saved = layer.forward(x(&recorded)?)?.1;
+        layer.backward(saved, dy(self.layers)?).map(drop)
     }
 }
 
@@ -179,7 +179,7 @@ fn a_layer_refuses_inputs_and_gradients_of_another_group() {
             // Not a layer: ids have no group.
             let table = VocabParallelEmbedding::<Replicated, f64, Dev>::load(layers, &weights, 9, 4)?;
             let rows = table.forward(&[1, 2, 3, 8], Sequences::one(4))?.1;
-            mixed.outcomes.push(("embedding", table.backward(&rows, &replicated(4)(tensors)?)));
+            mixed.outcomes.push(("embedding", table.backward(&rows, replicated(4)(tensors)?)));
             let sum = replicated(4)(layers)?.add(&replicated(4)(tensors)?);
             mixed.outcomes.push(("add", sum.map(drop)));
             let messages: Vec<(String, String)> = mixed
@@ -233,7 +233,7 @@ fn groups_of_one_rank_are_the_same() {
             let source = Random::normal(1, 0.1);
             let solo = Group::solo(world.device());
             let layer = AddBias::<Replicated, f64, Dev>::load(&solo, &Weights::new(&source), 4)?;
-            layer.forward(&replicated(4)(&world)?).map(drop)
+            layer.forward(replicated(4)(&world)?).map(drop)
         })
         .unwrap();
 }
@@ -245,7 +245,7 @@ fn a_layer_refuses_a_tensor_with_another_reduction() {
         let source = Random::normal(1, 0.1);
         let invariant = world.with_reduction(Reduction::Invariant { blocks: 4 });
         let layer = AddBias::<Replicated, f64, Dev>::load(&invariant, &Weights::new(&source), 4)?;
-        layer.forward(&replicated(4)(&world)?).map(drop)
+        layer.forward(replicated(4)(&world)?).map(drop)
     });
     let failed = message(failed.unwrap_err());
     assert!(failed.contains("bias: ") && failed.contains("Fast") && failed.contains("Invariant"), "{failed}");
@@ -266,13 +266,13 @@ fn layers_refuse_three_dimensions_and_say_what_to_reshape_to() {
     };
     failed("bias: ", &|group| {
         AddBias::<Replicated, f64, Dev>::load(group, &Weights::new(&Random::normal(1, 0.1)), 4)?
-            .forward(&cube(group)?)
+            .forward(cube(group)?)
             .map(drop)
     });
     failed("normalize: ", &|group| {
         let kind = NormKind::RmsNorm { eps: 1e-6 };
         Normalize::<Replicated, f64, Dev>::load(group, &Weights::new(&Random::normal(1, 0.1)), kind, 4)?
-            .forward(&cube(group)?)
+            .forward(cube(group)?)
             .map(drop)
     });
     failed("column linear: ", &|group| {
@@ -285,7 +285,7 @@ fn layers_refuse_three_dimensions_and_say_what_to_reshape_to() {
             f,
             true,
         )?
-        .forward(&cube(group)?)
+        .forward(cube(group)?)
         .map(drop)
     });
     failed("position embedding: ", &|group| {
@@ -295,29 +295,27 @@ fn layers_refuse_three_dimensions_and_say_what_to_reshape_to() {
             9,
             4,
         )?;
-        table.forward(&cube(group)?).map(drop)
+        table.forward(cube(group)?).map(drop)
     });
     let wide = |what: &str, run: &(dyn Fn(&Group<Dev>) -> Result<()> + Sync)| {
         let failed = message(ranks(2).run(|group| run(&group)).unwrap_err());
         assert!(failed.starts_with(what) && failed.contains("shape [2, 6, 4]"), "{what}: {failed}");
     };
-    wide("gate: ", &|group| {
-        Layer::<f64, Dev>::forward(&Gate::new(Activation::Silu), &half(group)?).map(drop)
-    });
+    wide("gate: ", &|group| Layer::<f64, Dev>::forward(&Gate::new(Activation::Silu), half(group)?).map(drop));
     wide("cross entropy: ", &|group| {
-        VocabParallelCrossEntropy::default().forward(&half(group)?, &[0; 12]).map(drop)
+        VocabParallelCrossEntropy::default().forward(half(group)?, &[0; 12]).map(drop)
     });
     wide("sample: ", &|group| Sampler::greedy().sample(&half(group)?, &[0; 12]).map(drop));
     wide("row linear: ", &|group| {
         RowLinear::<f64, Dev>::load(group, &Weights::new(&Random::normal(1, 0.1)), &Partition::even(8, 2), 4)?
-            .forward(&half(group)?)
+            .forward(half(group)?)
             .map(drop)
     });
     // Functions of single elements take tensors of any shape.
     ranks(2)
         .run(|group| {
             let dropout = Dropout::<Replicated>::new(0.5, 1, "d");
-            Layer::<f64, Dev>::forward(&dropout, &cube(&group)?).map(drop)
+            Layer::<f64, Dev>::forward(&dropout, cube(&group)?).map(drop)
         })
         .unwrap();
 }

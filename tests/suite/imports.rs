@@ -24,7 +24,7 @@ const ALLOWED: [(&str, &[&str]); 18] = [
     ("train", &["comm", "device", "kernels", "parallel", "rng", "tensor"]),
     ("weights", &["device", "tensor"]),
     ("weights/save", &["comm", "device", "kernels", "tensor"]),
-    ("models", &["comm", "device", "kernels", "ops", "parallel", "tensor", "weights"]),
+    ("models", &["comm", "device", "kernels", "ops", "parallel", "tensor", "train", "weights"]),
     ("reference", &["nothing: not even error and shard"]),
     ("lib", &["everything"]),
 ];

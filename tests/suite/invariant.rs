@@ -3,7 +3,9 @@
 use crate::{
     block::{self, Draw},
     dev::{self, DTensor, Dev, Tensor, ranks},
-    support::{Assembled, Case, Outcome, Spread, arrays, close, grads_close, integers, matrix, random, run},
+    support::{
+        Assembled, Case, Outcome, Spread, arrays, close, grads_close, integers, matrix, random, run_unplanned,
+    },
     training::{
         batch,
         model::{Config, Gpt},
@@ -14,9 +16,9 @@ use ndarray::{Array2, ArrayD};
 use proptest::prelude::*;
 use shardwise::{
     Error, Result,
-    comm::{DeviceMesh, Group},
+    comm::{DeviceMesh, Group, Op, Transfer},
     device::Element,
-    kernels::{Activation, NormKind},
+    kernels::{Activation, AttentionChoices, NormKind},
     optim::{AdamW, AdamWConfig, clip_scale, grad_norm},
     parallel::{
         Activate, AddBias, Attention, AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns,
@@ -24,7 +26,7 @@ use shardwise::{
         QkvLayout, ReduceFrom, RowLinear, RowParallelLinear, Stream, VocabParallelEmbedding,
     },
     reference,
-    shard::{Axis, Heads, Mesh, Reduction, Replicated, Sequences, Shard, Tree},
+    shard::{Axis, Heads, Mesh, Partition, Reduction, Replicated, Sequences, Shard, Tree},
     tensor::{Arrays, Random, Weights},
     train::{DataParallel, GradReduce, Schedule},
 };
@@ -59,7 +61,38 @@ fn in_blocks<'a>(case: Case<'a>, blocks: usize) -> Case<'a> {
 
 // Sums along the tree.
 
-/// What the ranks get of Σ over leaves of `terms`, whole and in parts, and that it is what is declared.
+/// What a sum along a tree moves: two ranks of one sub-tree each reduce; of few elements, all
+/// sub-trees are gathered; of more, every rank sends the others their parts, and the sum is
+/// gathered unless it stays cut.
+fn tree_moves<T: Element>(
+    (tree, rank): (&Tree, usize),
+    [rows, cols]: [usize; 2],
+    scatter: Option<&Partition>,
+) -> Vec<Transfer> {
+    let transfer = |op, elements| Transfer { op, dtype: T::Acc::DTYPE, elements };
+    let (ranks, all, own) = (tree.ranks(), rows * cols, tree.nodes(rank).len());
+    let nodes: usize = (0..ranks).map(|rank| tree.nodes(rank).len()).sum();
+    let op = if scatter.is_some() { Op::ReduceScatter } else { Op::AllReduce };
+    match ranks {
+        1 => return Vec::new(),
+        2 if nodes == 2 => return vec![transfer(op, all)],
+        _ if nodes * all <= 4096 => return vec![transfer(Op::AllGather, nodes * all)],
+        _ => {}
+    }
+    let part = |rank: usize| match scatter {
+        Some(cut) => rows * cut.size(rank),
+        None => Partition::even(all, ranks).size(rank),
+    };
+    let sent = (1..ranks).map(|step| own * part((rank + step) % ranks)).filter(|&sent| sent > 0);
+    let mut moved: Vec<_> = sent.map(|sent| transfer(Op::Exchange, sent)).collect();
+    if scatter.is_none() {
+        moved.push(Transfer { op: Op::AllGather, dtype: T::DTYPE, elements: all });
+    }
+    moved
+}
+
+/// What the ranks get of Σ over leaves of `terms`, whole and in parts, which moves what
+/// `tree_moves` says.
 fn tree_sums<T: Element>(leaves: usize, world: usize, terms: &[Array2<f64>]) -> (Vec<u64>, Vec<u64>) {
     let (rows, cols) = terms[0].dim();
     let parts = ranks(world).run(|world| {
@@ -78,18 +111,17 @@ fn tree_sums<T: Element>(leaves: usize, world: usize, terms: &[Array2<f64>]) -> 
         };
         record.take();
         let whole = group.tree_all_reduce::<T>(&tree, own()?)?;
-        assert_eq!(record.take(), group.tree_transfers::<T>(&tree, [rows, cols].into(), None));
+        assert_eq!(record.take(), tree_moves::<T>((&tree, group.rank()), [rows, cols], None));
         // All columns to the last rank but one.
         let last = |rank| if rank + 2 == group.size() || group.size() == 1 { cols } else { 0 };
         let cuts = [
             group.even_cut(cols)?,
-            shardwise::shard::Partition::from_sizes((0..group.size()).map(last).collect::<Vec<usize>>()),
+            Partition::from_sizes((0..group.size()).map(last).collect::<Vec<usize>>()),
         ];
         let mut parts = Vec::new();
         for cut in &cuts {
             let part = group.tree_reduce_scatter::<T>(&tree, own()?, 1, cut)?;
-            let declared = group.tree_transfers::<T>(&tree, [rows, cols].into(), Some((1, cut)));
-            assert_eq!(record.take(), declared);
+            assert_eq!(record.take(), tree_moves::<T>((&tree, group.rank()), [rows, cols], Some(cut)));
             parts.push(part.to_array()?.mapv(T::to_f64).into_dimensionality::<ndarray::Ix2>().unwrap());
         }
         Ok((whole.to_array()?.mapv(T::to_f64), parts))
@@ -249,7 +281,7 @@ fn agree<T: Element>(
 
 /// A chain of unfused layers with its mappings.
 fn chain<T: Element>(case: &Case<'_>) -> Result<Outcome> {
-    run::<T, _>(case, |group: &Group<Dev>, weights: &Weights<'_>| {
+    run_unplanned!(T, case, |group, weights| {
         let columns = Columns::even(group, 23)?;
         let up = ColumnLinear::<T, Dev>::load(group, &weights.at("up"), 6, &columns, Bias::Add)?;
         let down = RowLinear::<T, Dev>::load(group, &weights.at("down"), columns.partition(), 6)?;
@@ -281,7 +313,7 @@ fn config(heads: usize, kv_heads: usize) -> AttentionConfig {
     AttentionConfig {
         kv_heads,
         head_dim: 4,
-        causal: true,
+        choices: AttentionChoices::CAUSAL,
         qk_norm: Some(norm),
         qkv_bias: true,
         ..AttentionConfig::new(10, heads)
@@ -295,10 +327,12 @@ fn attention<S: Stream + Spread, T: Element>(
     forked: bool,
 ) -> Result<Outcome> {
     let layout = QkvLayout::separate("q", "k", "v");
-    let merged = |group: &Group<Dev>, weights: &Weights<'_>| -> Result<_> {
-        ParallelAttention::<S, T, Dev>::load(group, weights, &layout, "o", config)
-    };
-    let three = |group: &Group<Dev>, weights: &Weights<'_>| -> Result<_> {
+    if !forked {
+        return run_unplanned!(T, case, |group, weights| {
+            ParallelAttention::<S, T, Dev>::load(group, weights, &layout, "o", config)
+        });
+    }
+    run_unplanned!(T, case, |group, weights| {
         let query = group.cut("attention", "query heads", config.heads, 1)?;
         let heads = Heads::with_cut(query, config.kv_heads, config.head_dim)?;
         let load = |columns: &Columns| ColumnLinear::load(group, weights, config.hidden, columns, Bias::Add);
@@ -309,8 +343,7 @@ fn attention<S: Stream + Spread, T: Element>(
         let cut = heads.query_features();
         let out = RowParallelLinear::<S, T, Dev>::load(group, &weights.at("o"), &cut, config.hidden, false)?;
         Ok(Layer::<T, Dev>::then(Layer::<T, Dev>::then(qkv, core), out))
-    };
-    if forked { run::<T, _>(case, three) } else { run::<T, _>(case, merged) }
+    })
 }
 
 /// Those of [`attention`], with so many features of queries, and of keys, and of a head.
@@ -401,7 +434,7 @@ fn is_the_reference(got: &Outcome, config: &AttentionConfig, case: &Case<'_>) {
         heads: config.heads,
         kv_heads: config.kv_heads,
         head_dim: config.head_dim,
-        causal: config.causal,
+        causal: config.choices.causal,
         window: None,
         scale: 1.0 / (config.head_dim as f64).sqrt(),
     };
@@ -439,7 +472,7 @@ fn sums_of_shared_heads_have_the_same_zeros() {
             let cut = heads.qkv_features();
             let (x, dy) = (matrix(4, "x", 1, hidden), Array2::from_elem((1, cut.total()), -0.0));
             let case = Case { dy_cut: Some(cut), ..Case::new(world, &x, &dy, &weights) };
-            let got = run::<f32, _>(&in_blocks(case, blocks), |group, weights| {
+            let got = run_unplanned!(f32, &in_blocks(case, blocks), |group, weights| {
                 let columns = Columns::qkv(group, &heads, &QkvLayout::separate("q", "k", "v"))?;
                 ColumnParallelLinear::<Replicated, f32, Dev>::load(
                     group,
@@ -486,8 +519,8 @@ fn shared_heads_are_held_once_and_counted_once() {
                 );
                 let x = matrix(3, "x", 5, hidden).mapv(|x| x as f32);
                 let x = DTensor::replicated(&group, Tensor::from_array(group.device(), &x)?)?;
-                let (y, saved) = layer.forward(&x)?;
-                layer.backward(saved, &y)?;
+                let (y, saved) = layer.forward(x)?;
+                layer.backward(saved, y)?;
                 grad_norm(&layer.params(), &[&group])
             });
             norms.unwrap()[0].to_bits()
@@ -501,7 +534,7 @@ fn shared_heads_are_held_once_and_counted_once() {
 
 /// Sums over tokens: of positions, normalizations and biases.
 fn tokens<S: Stream + Spread, T: Element>(case: &Case<'_>) -> Result<Outcome> {
-    run::<T, _>(case, |group: &Group<Dev>, weights: &Weights<'_>| {
+    run_unplanned!(T, case, |group, weights| {
         let positions = PositionEmbedding::<S, T, Dev>::load(group, &weights.at("p"), 4, 6)?;
         let norm =
             Normalize::<S, T, Dev>::load(group, &weights.at("n"), NormKind::LayerNorm { eps: 1e-3 }, 6)?;
@@ -573,7 +606,7 @@ fn train<S: Stream, T: Element>(
         let mesh = DeviceMesh::new(&world, Mesh::new(dp, 1, tp)?)?;
         let source = Random::normal(3, 0.3);
         let schedule = Schedule::one_forward_one_backward(1, microbatches);
-        let model = Gpt::<S, T, Dev>::load(&mesh, &Weights::new(&source), config, schedule)?;
+        let model = Gpt::<S, T, Dev>::load(&mesh, &source, config, schedule)?;
         let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() });
         let mut curve = Vec::new();
         for step in 0..4 {
@@ -694,9 +727,10 @@ fn two_sums_are_reduced_as_one() {
         let x = matrix(1, "x", 4, 6);
         let x = Tensor::from_array(group.device(), &x.mapv(|value| value as f32))?;
         let x = DTensor::replicated(&group, x)?.scatter::<1>(&group.cut("test", "features", 6, 1)?)?;
-        let one = layer.forward(&x)?.0.all_reduce()?.into_local().to_vec()?;
+        let one = layer.forward(x.clone())?.0.all_reduce()?.into_local().to_vec()?;
         record.take();
-        let two = layer.forward(&x)?.0.add(&layer.forward(&x)?.0)?.all_reduce()?.into_local().to_vec()?;
+        let two =
+            layer.forward(x.clone())?.0.add(&layer.forward(x)?.0)?.all_reduce()?.into_local().to_vec()?;
         assert_eq!(record.take().len(), 1);
         Ok((one, two))
     });
@@ -718,7 +752,7 @@ fn what_cannot_be_invariant_is_refused() {
         refused(2, 4, |group| {
             let layer = row_of_columns(group)?;
             let x = x(group)?.scatter::<1>(&group.cut("test", "features", 6, 1)?)?;
-            let (a, b) = (layer.forward(&x)?.0, layer.forward(&x)?.0);
+            let (a, b) = (layer.forward(x.clone())?.0, layer.forward(x)?.0);
             a.add(&b).map(drop)
         }),
         "add: not supported: two sums that are not reduced yet, with an invariant reduction: reduce both first"
@@ -732,7 +766,7 @@ fn what_cannot_be_invariant_is_refused() {
         "qkv linear: not supported: an invariant reduction needs features that are cut by canonical blocks: take them \
          from `Group::cut`"
     );
-    let uneven = shardwise::shard::Partition::from_sizes([1, 3]);
+    let uneven = Partition::from_sizes([1, 3]);
     assert_eq!(
         refused(2, 4, |group| x(group)?.scatter::<0>(&uneven).map(drop)),
         "scatter: not supported: an invariant reduction cuts tokens into [2, 2], by canonical blocks, not into [1, 3]"
@@ -784,8 +818,8 @@ fn what_cannot_be_invariant_is_refused() {
             let model = model(&alone)?;
             let _replicas = DataParallel::new(group, &model.params())?;
             for _ in 0..2 {
-                let (y, saved) = model.forward(&x(&alone)?)?;
-                model.backward(saved, &y)?;
+                let (y, saved) = model.forward(x(&alone)?)?;
+                model.backward(saved, y)?;
             }
             Ok(())
         }),
@@ -795,8 +829,8 @@ fn what_cannot_be_invariant_is_refused() {
     assert_eq!(
         refused(2, 4, |group| {
             let model = model(&Group::solo(group.device()))?;
-            let (y, saved) = model.forward(&x(&Group::solo(group.device()))?)?;
-            model.backward(saved, &y)?;
+            let (y, saved) = model.forward(x(&Group::solo(group.device()))?)?;
+            model.backward(saved, y)?;
             grad_norm(&model.params(), &[group]).map(drop)
         }),
         "gradient norm: not supported: weight was loaded on a group without canonical blocks"
@@ -814,7 +848,7 @@ fn a_step_may_end_early() {
             param.set_microbatches(5);
         }
         for _ in 0..3 {
-            bias.backward((), &DTensor::replicated(&world, Tensor::full(world.device(), [2, 3], 1.0)?)?)?;
+            bias.backward((), DTensor::replicated(&world, Tensor::full(world.device(), [2, 3], 1.0)?)?)?;
         }
         let norm = grad_norm(&bias.params(), &[&world])?;
         let mut grads = Vec::new();

@@ -12,11 +12,10 @@ use shardwise::{
     Error, Result, Tensor,
     device::{Cpu, DType, Device, Element, MemoryUse},
     kernels::{
-        Activation, Attention, AttentionSpec, Batch, Epilogue, Gather, Gemm, MatMut, MatRef, NO_ROW, Norm,
-        NormKind, Pointwise,
+        Activation, Attention, AttentionChoices, AttentionSpec, Batch, Epilogue, Gather, Gemm, MatMut,
+        MatRef, NO_ROW, Norm, NormKind, Pointwise, QkvHeads,
     },
-    ops::{self, QkvHeads},
-    reference,
+    ops, reference,
     rng::Philox,
     shard::Sequences,
 };
@@ -652,7 +651,10 @@ fn sums<T: Element>() {
     let (a, b) = (tensor::<T, _>(&cpu, &inputs(1)), tensor::<T, _>(&cpu, &inputs(2)));
     let add = |(a, b): (&T, &T)| T::narrow(a.widen() + b.widen());
     let want: Vec<_> = a.slice().iter().zip(b.slice()).map(add).collect();
-    assert_eq!(bits(ops::add(&a, &b).unwrap().slice()), bits(&want));
+    // In the memory of a copy, and in that of a tensor of its own.
+    for x in [a.clone(), tensor(&cpu, &inputs(1))] {
+        assert_eq!(bits(ops::add(x, &b).unwrap().slice()), bits(&want));
+    }
 
     let bias = tensor::<T, _>(&cpu, &random(3, "bias", &[19]));
     let want: Vec<_> = a.slice().chunks(19).flat_map(|row| row.iter().zip(bias.slice()).map(add)).collect();
@@ -771,7 +773,7 @@ fn kernels_name_the_shapes_that_disagree() {
     let (x, wide) = (zeros(2, 4), zeros(2, 5));
     let row = |len| Tensor::<f32>::zeros(&cpu, [len]).unwrap();
     let relu = Activation::Relu;
-    disagree(ops::add(&x, &wide), "add: a has shape [2, 4], but b has shape [2, 5]");
+    disagree(ops::add(x.clone(), &wide), "add: a has shape [2, 4], but b has shape [2, 5]");
     disagree(
         ops::activate_backward(relu, &x, &wide),
         "activation backward: x has shape [2, 4], but dy has shape [2, 5]",
@@ -1056,9 +1058,7 @@ impl Heads {
             kv_of_query: (0..self.heads).map(|head| head * self.kv_heads / self.heads).collect(),
             kv_heads: self.kv_heads,
             head_dim: self.dim,
-            scale: 0.6,
-            causal: self.causal,
-            window: self.window,
+            choices: AttentionChoices { causal: self.causal, window: self.window, scale: Some(0.6) },
         }
     }
 
@@ -1302,9 +1302,7 @@ fn attention_with_key_value_heads_in_any_order() {
         kv_of_query,
         kv_heads,
         head_dim: dim,
-        scale: 0.6,
-        causal: true,
-        window: None,
+        choices: AttentionChoices { scale: Some(0.6), ..AttentionChoices::CAUSAL },
     };
     let sequences = Sequences::one(rows);
     let (out, grad) = attend::<f64>(&heads(vec![2, 0], 3), &qkv, &dout, &sequences);
@@ -1342,15 +1340,9 @@ fn attention_names_the_sizes_that_disagree() {
     );
 
     let sequences = Sequences::one(4);
-    let spec = AttentionSpec {
-        kv_of_query: &[0, 0],
-        kv_heads: 1,
-        head_dim: 3,
-        scale: 1.0,
-        causal: false,
-        window: None,
-        sequences: &sequences,
-    };
+    let choices = AttentionChoices { scale: Some(1.0), ..AttentionChoices::default() };
+    let heads = QkvHeads { choices, ..heads };
+    let spec = AttentionSpec { heads: &heads, sequences: &sequences };
     let (q, kv) = (zeros(4, 6), zeros(4, 3));
     let attention = |k: MatRef<'_, f32, Cpu>, v, lse| {
         let mut lse = vec![0.0; lse];

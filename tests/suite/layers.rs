@@ -2,12 +2,14 @@
 //! `support::run` adds what holds for all: traffic, run-to-run bits, replicas, ownership, NaN-poisoned memory.
 
 use crate::dev::Dev;
-use crate::support::{Case, Spread, arrays, close, grads_close, integers, matrix, random, run, uneven};
+use crate::support::{
+    Case, Spread, arrays, close, grads_close, integers, matrix, random, run, run_unplanned, uneven,
+};
 use ndarray::{Array1, Array2};
 use proptest::prelude::*;
 use shardwise::{
-    device::Element,
-    kernels::{Activation, NormKind},
+    device::{Element, Meta},
+    kernels::{Activation, AttentionChoices, NormKind},
     parallel::{
         Activate, AddBias, AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, CopyTo,
         GatherFrom, GatherSequence, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp, QkvLayout,
@@ -15,7 +17,7 @@ use shardwise::{
     },
     reference,
     shard::{Copied, Elementwise, Partition, Placement, Replicated, Sequences, Shard},
-    tensor::{Arrays, Weights},
+    tensor::Arrays,
 };
 
 const EXACT: f64 = 1e-12;
@@ -33,15 +35,15 @@ fn dot(a: &Array2<f64>, b: &Array2<f64>) -> f64 {
 }
 
 /// ⟨F x, y⟩ = ⟨x, F* y⟩ for a linear layer, and the forward is what `want` says.
-fn adjoint<L>(case: &Case<'_>, layer: impl Fn() -> L + Sync, want: &Array2<f64>)
+fn adjoint<In, Out, L>(case: &Case<'_>, layer: impl Fn() -> L + Sync, want: &Array2<f64>)
 where
-    L: Layer<f64, Dev>,
-    L::In: Spread,
-    L::Out: Spread,
-    <L::In as Placement>::Dual: Spread,
-    <L::Out as Placement>::Dual: Spread,
+    In: Spread + Placement<Dual: Spread>,
+    Out: Spread + Placement<Dual: Spread>,
+    L: Layer<f64, Dev, In = In, Out = Out, Saved: 'static>
+        + Layer<f64, Meta, In = In, Out = Out, Saved: 'static>
+        + 'static,
 {
-    let got = run::<f64, L>(case, |_, _| Ok(layer())).unwrap();
+    let got = run!(f64, case, |_, _| Ok(layer())).unwrap();
     close("the mapping", &got.y.clone().into_dyn(), want, EXACT);
     let (left, right) = (dot(&got.y, case.dy), dot(case.x, &got.dx));
     assert!((left - right).abs() <= EXACT * (1.0 + left.abs()), "{left} != {right}");
@@ -81,7 +83,7 @@ proptest! {
         let weights = arrays([("up.weight", eye()), ("down.weight", eye())]);
         let (x, dy) = (matrix(seed, "x", rows, cols), matrix(seed, "dy", rows, cols));
         let case = Case { x_cut: Some(cut.clone()), dy_cut: Some(cut), ..Case::new(world, &x, &dy, &weights) };
-        let got = run::<f64, _>(&case, |group, weights| {
+        let got = run!(f64, &case, |group, weights| {
             let columns = Columns::even(group, cols)?;
             let (up, down) = (weights.at("up"), weights.at("down"));
             let up = ColumnParallelLinear::<Shard<0>, f64, Dev>::load(group, &up, cols, &columns, Bias::None)?;
@@ -103,14 +105,14 @@ proptest! {
         // Y = X Wᵀ + b, the columns of Y cut.
         let want = reference::linear_backward(&x, &w, &dy);
         let case = Case { dy_cut: Some(cut.clone()), ..Case::new(world, &x, &dy, &weights) };
-        let got = run::<f64, _>(&case, |group, weights| {
+        let got = run!(f64, &case, |group, weights| {
             let columns = Columns::cut(group, cut.clone())?;
             ColumnLinear::load(group, weights, inputs, &columns, Bias::Add)
         }).unwrap();
         close("column", &got.y.into_dyn(), &reference::linear(&x, &w, Some(&b)), EXACT);
         close("column dx", &got.dx.into_dyn(), &want.dx, EXACT);
         grads_close(&got.grads, &[("weight", want.dw.clone().into_dyn()), ("bias", want.db.into_dyn())], EXACT);
-        let got = run::<f64, _>(&case, |group, weights| {
+        let got = run!(f64, &case, |group, weights| {
             let columns = Columns::cut(group, cut.clone())?;
             ColumnLinear::load(group, weights, inputs, &columns, Bias::None)
         }).unwrap();
@@ -124,7 +126,7 @@ proptest! {
         let weights = arrays([("weight", w.clone().into_dyn())]);
         let want = reference::linear_backward(&x, &w, &dy);
         let case = Case { x_cut: Some(cut.clone()), ..Case::new(world, &x, &dy, &weights) };
-        let got = run::<f64, _>(&case, |group, weights| RowLinear::load(group, weights, &cut, inputs)).unwrap();
+        let got = run!(f64, &case, |group, weights| RowLinear::load(group, weights, &cut, inputs)).unwrap();
         close("row", &got.y.clone().into_dyn(), &reference::linear(&x, &w, None), EXACT);
         close("row dx", &got.dx.clone().into_dyn(), &want.dx, EXACT);
         grads_close(&got.grads, &[("weight", want.dw.into_dyn())], EXACT);
@@ -169,7 +171,7 @@ fn parallel_linear<S: Stream + Spread>(world: usize, rows: usize, more: usize, i
     let (want, want_y) = (reference::linear_backward(&x, &w, &dy), reference::linear(&x, &w, Some(&b)));
     let want_grads = [("weight", want.dw.into_dyn()), ("bias", want.db.into_dyn())];
 
-    let got = run::<f64, _>(&Case::new(world, &x, &dy, &weights), |group, weights| {
+    let got = run!(f64, &Case::new(world, &x, &dy, &weights), |group, weights| {
         ColumnParallelLinear::<S, f64, Dev>::load(
             group,
             weights,
@@ -184,7 +186,7 @@ fn parallel_linear<S: Stream + Spread>(world: usize, rows: usize, more: usize, i
     grads_close(&got.grads, &want_grads, EXACT);
 
     // gather_output: the whole on every rank.
-    let got = run::<f64, _>(&Case::new(world, &x, &dy, &weights), |group, weights| {
+    let got = run!(f64, &Case::new(world, &x, &dy, &weights), |group, weights| {
         let columns = Columns::even(group, outputs)?;
         Ok(ColumnParallelLinear::<S, f64, Dev>::load(group, weights, inputs, &columns, Bias::Add)?
             .then(GatherFrom::<1>))
@@ -200,7 +202,7 @@ fn parallel_linear<S: Stream + Spread>(world: usize, rows: usize, more: usize, i
     let weights = arrays([("weight", w.clone().into_dyn()), ("bias", b.clone().into_dyn())]);
     let (want, want_y) = (reference::linear_backward(&x, &w, &dy), reference::linear(&x, &w, Some(&b)));
     let cut = Partition::even(outputs, world);
-    let got = run::<f64, _>(&Case::new(world, &x, &dy, &weights), |group, weights| {
+    let got = run!(f64, &Case::new(world, &x, &dy, &weights), |group, weights| {
         RowParallelLinear::<S, f64, Dev>::load(group, weights, &cut, inputs, true)
     })
     .unwrap();
@@ -209,7 +211,7 @@ fn parallel_linear<S: Stream + Spread>(world: usize, rows: usize, more: usize, i
     grads_close(&got.grads, &[("weight", want.dw.into_dyn()), ("bias", want.db.into_dyn())], EXACT);
 
     // Its input scattered first.
-    let got = run::<f64, _>(&Case::new(world, &x, &dy, &weights), |group, weights| {
+    let got = run!(f64, &Case::new(world, &x, &dy, &weights), |group, weights| {
         Ok(ScatterTo::<1>::new(cut.clone())
             .then(RowParallelLinear::<S, f64, Dev>::load(group, weights, &cut, inputs, true)?))
     })
@@ -230,7 +232,7 @@ fn elementwise<P: Elementwise + Spread<Dual: Spread>>(world: usize, rows: usize,
     let none = Arrays::default();
     for (f, reference) in ACTIVATIONS {
         let case = Case::new(world, &x, &dy, &none);
-        let got = run::<f64, _>(&case, |_, _| Ok(Activate::<P>::new(f))).unwrap();
+        let got = run!(f64, &case, |_, _| Ok(Activate::<P>::new(f))).unwrap();
         close("activation", &got.y.into_dyn(), &reference.apply(&x), EXACT);
         close("activation dx", &got.dx.into_dyn(), &reference.backward(&x, &dy), EXACT);
     }
@@ -242,9 +244,8 @@ fn norms<S: Stream + Spread>(world: usize, rows: usize, cols: usize, seed: u64) 
     let weights = arrays([("weight", gamma.clone().into_dyn()), ("bias", beta.clone().into_dyn())]);
     let case = Case::new(world, &x, &dy, &weights);
     let eps = 1e-3;
-    let load = |kind| {
-        run::<f64, _>(&case, |group, weights| Normalize::<S, f64, Dev>::load(group, weights, kind, cols))
-    };
+    let load =
+        |kind| run!(f64, &case, |group, weights| Normalize::<S, f64, Dev>::load(group, weights, kind, cols));
 
     let got = load(NormKind::LayerNorm { eps }).unwrap();
     let want = reference::layer_norm_backward(&x, &gamma, eps, &dy);
@@ -258,8 +259,7 @@ fn norms<S: Stream + Spread>(world: usize, rows: usize, cols: usize, seed: u64) 
     close("rms norm dx", &got.dx.into_dyn(), &want.dx, EXACT);
     grads_close(&got.grads, &[("weight", want.dgamma.into_dyn())], EXACT);
 
-    let got =
-        run::<f64, _>(&case, |group, weights| AddBias::<S, f64, Dev>::load(group, weights, cols)).unwrap();
+    let got = run!(f64, &case, |group, weights| AddBias::<S, f64, Dev>::load(group, weights, cols)).unwrap();
     close("bias", &got.y.into_dyn(), &(&x + &beta), EXACT);
     close("bias dx", &got.dx.into_dyn(), &dy, EXACT);
     grads_close(&got.grads, &[("bias", dy.sum_axis(ndarray::Axis(0)).into_dyn())], EXACT);
@@ -286,7 +286,7 @@ fn mlp<S: Stream + Spread>(world: usize, rows: usize, hidden: usize, ffn: usize,
     let names = MlpNames::default();
 
     let act = reference::Activation::GeluErf;
-    let got = run::<f64, _>(&case, |group, weights| {
+    let got = run!(f64, &case, |group, weights| {
         ParallelMlp::<S, f64, Dev>::load(group, weights, &names, (hidden, ffn), Activation::GeluErf, bias)
     })
     .unwrap();
@@ -306,7 +306,7 @@ fn mlp<S: Stream + Spread>(world: usize, rows: usize, hidden: usize, ffn: usize,
         down: weights.down.clone(),
     };
     for (f, act) in ACTIVATIONS {
-        let got = run::<f64, _>(&case, |group, weights| {
+        let got = run!(f64, &case, |group, weights| {
             ParallelMlp::<S, f64, Dev>::load_gated(group, weights, &names, (hidden, ffn), f, false)
         })
         .unwrap();
@@ -378,7 +378,7 @@ fn attend<S: Stream + Spread>(
     let config = AttentionConfig {
         kv_heads: kv,
         head_dim: dim,
-        causal,
+        choices: AttentionChoices { causal, ..AttentionChoices::default() },
         qkv_bias: true,
         out_bias: true,
         ..AttentionConfig::new(hidden, heads)
@@ -398,7 +398,7 @@ fn attend<S: Stream + Spread>(
             Some(fuse) => (fuse.apply(&given, kv, dim), fuse.apply(&want_grads, kv, dim)),
         };
         let case = Case { sequences: sequences.clone(), ..Case::new(world, &x, &dy, &given) };
-        let got = run::<f64, _>(&case, |group, weights: &Weights<'_>| {
+        let got = run!(f64, &case, |group, weights| {
             ParallelAttention::<S, f64, Dev>::load(group, weights, &layout, "o", &config)
         })
         .unwrap();
@@ -464,10 +464,10 @@ fn fused_on<T: Element>(world: usize) {
     ]);
     let (case, names, f) = (Case::new(world, &x, &dy, &weights), MlpNames::default(), Activation::Silu);
     let fused = |outcome: crate::support::Outcome| (outcome.y, outcome.dx, outcome.grads);
-    let plain = run::<T, _>(&case, |group, weights| {
+    let plain = run_unplanned!(T, &case, |group, weights| {
         ParallelMlp::<Replicated, T, Dev>::load(group, weights, &names, (hidden, ffn), f, true)
     });
-    let chain = run::<T, _>(&case, |group, weights| {
+    let chain = run_unplanned!(T, &case, |group, weights| {
         let columns = Columns::even(group, ffn)?;
         let up = ColumnLinear::<T, Dev>::load(group, &weights.at("up"), hidden, &columns, Bias::Add)?;
         let down = RowLinear::<T, Dev>::load(group, &weights.at("down"), columns.partition(), hidden)?;
@@ -476,10 +476,10 @@ fn fused_on<T: Element>(world: usize) {
         Ok(enter.then(Activate::new(f)).then(down).then(ReduceFrom).then(bias))
     });
     assert_eq!(fused(plain.unwrap()), fused(chain.unwrap()), "replicated stream");
-    let plain = run::<T, _>(&case, |group, weights| {
+    let plain = run_unplanned!(T, &case, |group, weights| {
         ParallelMlp::<Shard<0>, T, Dev>::load(group, weights, &names, (hidden, ffn), f, true)
     });
-    let chain = run::<T, _>(&case, |group, weights| {
+    let chain = run_unplanned!(T, &case, |group, weights| {
         let columns = Columns::even(group, ffn)?;
         let up = ColumnLinear::<T, Dev>::load(group, &weights.at("up"), hidden, &columns, Bias::Add)?;
         let down = RowLinear::<T, Dev>::load(group, &weights.at("down"), columns.partition(), hidden)?;
@@ -507,7 +507,7 @@ fn integers_on<T: Element>(world: usize) {
     let (up, down) = (integers(seed, "up", ffn, hidden), integers(seed, "down", hidden, ffn));
     let weights = arrays([("up.weight", up.clone().into_dyn()), ("down.weight", down.clone().into_dyn())]);
     let case = Case::new(world, &x, &dy, &weights);
-    let got = run::<T, _>(&case, |group, weights| {
+    let got = run_unplanned!(T, &case, |group, weights| {
         ParallelMlp::<Replicated, T, Dev>::load(
             group,
             weights,
@@ -547,7 +547,7 @@ fn rounding<T: Element>(world: usize) {
     let w = matrix(seed, "w", outputs, inputs);
     let weights = arrays([("weight", w.clone().into_dyn())]);
     let cut = Partition::even(inputs, world);
-    let got = run::<T, _>(&Case::new(world, &x, &dy, &weights), |group, weights| {
+    let got = run_unplanned!(T, &Case::new(world, &x, &dy, &weights), |group, weights| {
         RowParallelLinear::<Replicated, T, Dev>::load(group, weights, &cut, outputs, false)
     })
     .unwrap();

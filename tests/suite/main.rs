@@ -1,6 +1,7 @@
 //! The integration tests, in one binary: a module an area.
 
 mod block;
+mod collectives;
 mod comm;
 mod compile_fail;
 mod configs;
@@ -22,9 +23,11 @@ mod oracle;
 mod overlap;
 mod own_layers;
 mod params;
+mod plan;
 mod safety;
 mod saving;
 mod sites;
+mod stages;
 mod states;
 mod support;
 mod trace;

@@ -24,7 +24,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const DECODERS: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "gpt2"];
+pub(crate) const DECODERS: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "gpt2"];
 const WORLDS: [usize; 6] = [1, 2, 3, 4, 5, 8];
 
 fn folder(name: &str) -> PathBuf {
@@ -33,9 +33,14 @@ fn folder(name: &str) -> PathBuf {
     carried.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data")).join(name)
 }
 
-fn decoder(name: &str) -> (Checkpoint, DecoderConfig) {
+pub(crate) fn decoder(name: &str) -> (Checkpoint, DecoderConfig) {
     let ModelConfig::Decoder(config) = ModelConfig::read(folder(name)).unwrap() else { panic!("{name}") };
     (Checkpoint::open(folder(name)).unwrap(), config)
+}
+
+pub(crate) fn bert() -> (Checkpoint, BertConfig) {
+    let ModelConfig::Bert(config) = ModelConfig::read(folder("bert")).unwrap() else { panic!("bert") };
+    (Checkpoint::open(folder("bert")).unwrap(), config)
 }
 
 /// What transformers made of the model.
@@ -82,13 +87,21 @@ fn together<T: Element>(parts: Vec<(usize, Vec<T>)>) -> Array2<f64> {
     ndarray::concatenate(ndarray::Axis(1), &parts.iter().map(|part| part.view()).collect::<Vec<_>>()).unwrap()
 }
 
+fn bits<T: Element>(tensor: &Tensor<T>) -> Result<Vec<u64>> {
+    Ok(tensor.to_vec()?.into_iter().map(|value| value.to_f64().to_bits()).collect())
+}
+
 fn logits<S: Stream, T: Element>(name: &str, world: usize) -> Array2<f64> {
     let ((checkpoint, config), reference) = (decoder(name), reference(name, "logits"));
     let parts = ranks(world).run(|group| {
         let model = Decoder::<S, T, Dev>::load(&group, &checkpoint, &config)?;
         let (ids, sequences, _) = reference.packed();
-        let (logits, _) = model.forward(&ids, sequences)?;
+        let (logits, _) = model.forward(&ids, sequences.clone())?;
         assert_eq!(logits.shape().dims(), [ids.len(), 591]);
+        if world == 3 {
+            let inferred = model.infer(&ids, sequences)?;
+            assert_eq!(bits(inferred.local())?, bits(logits.local())?, "{name}: inference");
+        }
         Ok((logits.local().shape().cols(), logits.local().to_vec()?))
     });
     together(parts.unwrap())
@@ -193,13 +206,14 @@ fn the_cache_changes_nothing() {
 
 #[test]
 fn bert_has_the_hidden_states_of_transformers() {
-    let ModelConfig::Bert(config) = ModelConfig::read(folder("bert")).unwrap() else { panic!("bert") };
-    let (checkpoint, reference) = (Checkpoint::open(folder("bert")).unwrap(), reference("bert", "hidden"));
+    let ((checkpoint, config), reference) = (bert(), reference("bert", "hidden"));
     let (ids, sequences, want) = reference.packed();
     for world in WORLDS {
         let hidden = ranks(world).run(|group| {
             let model = Bert::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?;
             let (hidden, _) = model.forward(&ids, None, sequences.clone())?;
+            let inferred = model.infer(&ids, None, sequences.clone())?;
+            assert_eq!(bits(inferred.local())?, bits(hidden.local())?, "inference on {world}");
             hidden.local().to_array()
         });
         for hidden in hidden.unwrap() {
@@ -216,8 +230,10 @@ fn bert_has_the_hidden_states_of_transformers() {
         .collect();
     let hidden = ranks(2).run(|group| {
         let model = Bert::<Shard<0>, f32, Dev>::load(&group, &checkpoint, &config)?;
-        let types = vec![0; padded.len()];
-        let (hidden, _) = model.forward(&padded, Some(&types), Sequences::padded(&lengths, width)?)?;
+        let (types, sequences) = (vec![0; padded.len()], Sequences::padded(&lengths, width)?);
+        let (hidden, _) = model.forward(&padded, Some(&types), sequences.clone())?;
+        let inferred = model.infer(&padded, Some(&types), sequences)?;
+        assert_eq!(bits(inferred.local())?, bits(hidden.local())?, "inference of a padded batch");
         hidden.all_gather()?.local().to_array()
     });
     let hidden = hidden.unwrap()[0].mapv(f64::from).into_dimensionality::<ndarray::Ix2>().unwrap();
@@ -239,8 +255,8 @@ fn slopes<S: Stream>(group: &Group<Dev>, name: &str, targets: &[u32]) -> Result<
     let model = Decoder::<S, f64, Dev>::load(group, &checkpoint, &config)?;
     let (logits, saved) = model.forward(&ids, sequences)?;
     let entropy = VocabParallelCrossEntropy::default();
-    let (losses, kept) = entropy.forward(&logits, targets)?;
-    model.backward(saved, &entropy.backward(&kept, 1.0)?)?;
+    let (losses, kept) = entropy.forward(logits, targets)?;
+    model.backward(saved, entropy.backward(kept, 1.0)?)?;
     Ok((losses.sum()?, own_slopes(&model.params())?))
 }
 
@@ -306,7 +322,7 @@ fn gradients_of_models_are_those_of_their_losses() {
             let numeric = measured(|step| {
                 shift(&model.params(), tensor, step).unwrap();
                 let (logits, _) = model.forward(&ids, sequences.clone()).unwrap();
-                let (losses, _) = VocabParallelCrossEntropy::default().forward(&logits, &targets).unwrap();
+                let (losses, _) = VocabParallelCrossEntropy::default().forward(logits, &targets).unwrap();
                 shift(&model.params(), tensor, -step).unwrap();
                 losses.sum().unwrap()
             });
@@ -321,8 +337,7 @@ fn gradients_of_models_are_those_of_their_losses() {
 /// BERT's gradients of Σ hidden · dy, by the same measure, and what it writes.
 #[test]
 fn bert_trains_and_is_saved() {
-    let ModelConfig::Bert(config) = ModelConfig::read(folder("bert")).unwrap() else { panic!("bert") };
-    let checkpoint = Checkpoint::open(folder("bert")).unwrap();
+    let (checkpoint, config) = bert();
     let (ids, sequences, _) = reference("bert", "hidden").packed();
     let types: Vec<u32> = (0..ids.len() as u32).map(|at| at % 2).collect();
     let dy = crate::support::matrix(1, "dy", ids.len(), config.block.attention.hidden);
@@ -336,7 +351,7 @@ fn bert_trains_and_is_saved() {
         let (_, saved) = model.forward(ids, Some(types), sequences.clone())?;
         let own = dy.slice(ndarray::s![S::local_rows(group, ids.len())?, ..]).to_owned();
         let dy = S::of_local(group, ids.len(), Tensor::from_array(group.device(), &own)?)?;
-        model.backward(saved, &dy)?;
+        model.backward(saved, dy)?;
         own_slopes(&model.params())
     }
     let (model, batch) = ((&checkpoint, &config), (ids.as_slice(), types.as_slice(), &sequences));
@@ -468,7 +483,7 @@ fn rope_has_the_frequencies_of_transformers() {
         // do not.
         let share = json["rope_parameters"].as_object_mut().unwrap().remove("partial_rotary_factor");
         let ModelConfig::Decoder(config) = ModelConfig::parse(&json.to_string()).unwrap() else { panic!() };
-        let mut rope = config.block.attention.rope.unwrap();
+        let mut rope = config.layers[0].rope.clone().unwrap();
         if let Some(share) = share {
             rope.dim = (rope.dim as f64 * share.as_f64().unwrap()) as usize;
         }
@@ -495,7 +510,7 @@ fn rope_has_the_frequencies_of_transformers() {
         pairs: RopePairs::Halves,
         scaling: RopeScaling::Linear { factor: 4.0 },
     };
-    assert_eq!(config.block.attention.rope, Some(want));
+    assert_eq!(config.layers[0].rope, Some(want));
 }
 
 /// After the first tokens, a token takes no memory that the one before did not, however long the text becomes.
@@ -678,8 +693,8 @@ fn texts_padded_on_the_left_are_the_texts_alone() {
             let (logits, saved) = model.forward(ids, sequences.clone())?;
             let entropy =
                 VocabParallelCrossEntropy { ignored: Some(9999), ..VocabParallelCrossEntropy::default() };
-            let (_, kept) = entropy.forward(&logits, targets)?;
-            model.backward(saved, &entropy.backward(&kept, 1.0)?)?;
+            let (_, kept) = entropy.forward(logits.clone(), targets)?;
+            model.backward(saved, entropy.backward(kept, 1.0)?)?;
             let logits = (logits.local().shape().cols(), logits.local().to_vec()?);
             Ok((logits, own_slopes(&model.params())?))
         });
@@ -687,8 +702,11 @@ fn texts_padded_on_the_left_are_the_texts_alone() {
         (together(parts), total(slopes))
     }
     let dynamic = |config: &mut DecoderConfig| {
-        let rope = config.block.attention.rope.as_mut().unwrap();
-        rope.scaling = RopeScaling::DynamicNtk { factor: 2.0, trained: 5 };
+        for layer in &mut config.layers {
+            let rope = layer.rope.as_mut().unwrap();
+            rope.scaling = RopeScaling::DynamicNtk { factor: 2.0, trained: 5 };
+        }
+        config.block.attention.rope = config.layers[0].rope.clone();
     };
     for (name, change) in DECODERS.map(|name| (name, false)).into_iter().chain([("llama", true)]) {
         let (checkpoint, mut config) = decoder(name);
@@ -732,8 +750,7 @@ fn texts_padded_on_the_left_are_the_texts_alone() {
 
 #[test]
 fn bert_padded_on_the_left_is_the_text_alone() {
-    let ModelConfig::Bert(config) = ModelConfig::read(folder("bert")).unwrap() else { panic!("bert") };
-    let (checkpoint, reference) = (Checkpoint::open(folder("bert")).unwrap(), reference("bert", "hidden"));
+    let ((checkpoint, config), reference) = (bert(), reference("bert", "hidden"));
     // More rows than positions.
     let width = config.positions + 2;
     let (mut padded, mut valid) = (Vec::new(), Vec::new());
@@ -773,8 +790,7 @@ fn table_rows(params: &[Param<f64, Dev>], name: &str) -> Result<Vec<(usize, Vec<
 /// and gets no gradient by that; as a row of a tied head it does.
 #[test]
 fn the_word_embedding_of_padding_has_no_gradient() {
-    let ModelConfig::Bert(config) = ModelConfig::read(folder("bert")).unwrap() else { panic!("bert") };
-    let checkpoint = Checkpoint::open(folder("bert")).unwrap();
+    let (checkpoint, config) = bert();
     let ids = [5, 0, 7, 0, 590, 5];
     let bert = |config: &BertConfig, world: usize, reduction: Reduction| {
         let rows = ranks(world).run(|group| {
@@ -783,7 +799,7 @@ fn the_word_embedding_of_padding_has_no_gradient() {
             let (hidden, saved) = model.forward(&ids, None, Sequences::one(ids.len()))?;
             let dy = crate::support::matrix(1, "dy", ids.len(), config.block.attention.hidden);
             let dy = DTensor::replicated(&group, Tensor::from_array(group.device(), &dy)?)?;
-            model.backward(saved, &dy)?;
+            model.backward(saved, dy)?;
             let rows = table_rows(&model.params(), "embeddings.word_embeddings.weight")?;
             Ok((hidden.local().to_vec()?, rows))
         });
@@ -847,8 +863,8 @@ fn decoders_have_the_padding_of_transformers() {
                 let model = Decoder::<Replicated, f64, Dev>::load(&group, &checkpoint, &config)?;
                 let (logits, saved) = model.forward(&ids, Sequences::one(ids.len()))?;
                 let entropy = VocabParallelCrossEntropy::default();
-                let (_, kept) = entropy.forward(&logits, &[1, 2, 4, 6, 8, 9])?;
-                model.backward(saved, &entropy.backward(&kept, 1.0)?)?;
+                let (_, kept) = entropy.forward(logits, &[1, 2, 4, 6, 8, 9])?;
+                model.backward(saved, entropy.backward(kept, 1.0)?)?;
                 table_rows(&model.params(), tensor)
             });
             assert_eq!(config.tied, with_head);
@@ -881,10 +897,13 @@ fn a_cache_that_memory_cannot_hold_is_an_error() {
             (1, usize::MAX),
             (usize::MAX, 1),
             (usize::MAX, usize::MAX),
-            (1 << 32, 1 << 32),
+            (1 << 12, 1 << 52),
             (1 << 60, 0),
         ] {
-            let error = model.cache(slots, capacity).map(drop).unwrap_err().to_string().to_lowercase();
+            // The first step makes the room for keys and values.
+            let cache = model.cache(slots, capacity);
+            let stepped = cache.and_then(|mut cache| model.step(&[1], &[0], &[1], &mut cache));
+            let error = stepped.map(drop).unwrap_err().to_string().to_lowercase();
             assert!(error.contains("memory") || error.contains("elements"), "{error}");
         }
         // The rank and its model are as before.

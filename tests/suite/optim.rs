@@ -9,13 +9,12 @@ use shardwise::{
     Error, Result,
     comm::Group,
     device::Element,
-    kernels::NormKind,
-    kernels::{AdamWStep, SgdStep, Update},
+    kernels::{Activation, AdamWStep, AttentionChoices, NormKind, SgdStep, Update},
     ops,
     optim::{AdamW, AdamWConfig, Sgd, SgdConfig, grad_norm},
     parallel::{
-        AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, Layer, Normalize,
-        ParallelAttention, QkvLayout,
+        AttentionConfig, Bias, BlockConfig, BlockNames, ColumnLinear, ColumnParallelLinear, Columns, Layer,
+        NormPlacement, Normalize, ParallelAttention, QkvLayout, TransformerBlock,
     },
     reference,
     shard::{Partition, Replicated, Shard},
@@ -188,14 +187,14 @@ fn gradient_norms_are_those_of_one_device() {
                 let own = S::local_rows(group, x.nrows())?;
                 let part = Tensor::from_array(group.device(), &x.slice(ndarray::s![own, ..]))?;
                 let x = S::of_local(group, x.nrows(), part)?;
-                let (y, saved) = model.forward(&x)?;
-                model.backward(saved, &y)?;
+                let (y, saved) = model.forward(x)?;
+                model.backward(saved, y)?;
                 grad_norm(&model.params(), &[group])
             }
             let config = AttentionConfig {
                 kv_heads,
                 head_dim,
-                causal: true,
+                choices: AttentionChoices::CAUSAL,
                 qkv_bias: true,
                 out_bias: true,
                 ..AttentionConfig::new(hidden, heads)
@@ -229,9 +228,9 @@ fn model(device: &Dev, source: &Arrays) -> Result<Model> {
 fn backward(model: &Model, x: &Array2<f64>, t: &Array2<f64>, rows: &[usize], scale: f64) -> Result<()> {
     let alone = Group::solo(&dev::beside(model.weight().device()));
     let pick = |x: &Array2<f64>| Tensor::from_array(alone.device(), &x.select(ndarray::Axis(0), rows));
-    let (y, saved) = model.forward(&DTensor::replicated(&alone, pick(x)?)?)?;
+    let (y, saved) = model.forward(DTensor::replicated(&alone, pick(x)?)?)?;
     let dy = ops::squared_error_backward(y.local(), &pick(t)?, scale)?;
-    model.backward(saved, &DTensor::shard(&alone, dy, &Partition::even(2, 1))?)?;
+    model.backward(saved, DTensor::shard(&alone, dy, &Partition::even(2, 1))?)?;
     Ok(())
 }
 
@@ -367,4 +366,43 @@ fn misuse_of_replicas_is_named() {
         check_replicas(&model.params(), group)
     });
     assert_eq!(drift, "rank 1 of group `world` has drifted: its `bias` differs from rank 0's");
+}
+
+/// q, k and v are one parameter, gate and up another: each has the names of its tensors, so that
+/// their states are told apart.
+#[test]
+fn a_block_of_merged_weights_is_trained() {
+    let config = BlockConfig {
+        attention: AttentionConfig::new(6, 3),
+        ffn: 5,
+        gated: true,
+        activation: Activation::Silu,
+        mlp_bias: false,
+        norm: NormKind::RmsNorm { eps: 1e-5 },
+        placement: NormPlacement::Pre,
+        names: BlockNames::default(),
+    };
+    let trained = ranks(2).run(|group| {
+        let source = Random::normal(1, 0.5);
+        let block = TransformerBlock::<Replicated, f64, Dev>::load(&group, &Weights::new(&source), &config)?;
+        let params = block.params();
+        let before = params.iter().map(|param| param.value()?.to_vec()).collect::<Result<Vec<_>>>()?;
+        let x = DTensor::replicated(&group, Tensor::full(group.device(), [4, 6], 0.5)?)?;
+        let (y, saved) = block.forward(x)?;
+        block.backward(saved, y)?;
+        AdamW::default().step(&params, 0.1, 1.0)?;
+        for (param, before) in params.iter().zip(&before) {
+            assert_ne!(param.value()?.to_vec()?, *before, "{} has not moved", param.name());
+        }
+        Ok(params.iter().map(|param| param.name().to_string()).collect::<Vec<_>>())
+    });
+    let want = [
+        "norm1.weight",
+        "attention.q|k|v.weight",
+        "attention.o.weight",
+        "norm2.weight",
+        "mlp.gate|up.weight",
+        "mlp.down.weight",
+    ];
+    assert_eq!(trained.unwrap(), [want, want]);
 }

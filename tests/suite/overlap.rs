@@ -4,7 +4,7 @@ use crate::{
     block::{self, Draw},
     dev::{self, DTensor, Dev, Tensor, fresh, ranks},
     invariant::{same_bits, tried},
-    support::{Case, Outcome, Spread, arrays, matrix, random, run, uneven},
+    support::{Case, Outcome, Spread, arrays, matrix, random, run, run_unplanned, uneven},
 };
 use half::bf16;
 use ndarray::Array2;
@@ -33,10 +33,10 @@ fn mlp<S: Stream + Spread, T: Element>(
     let (names, f) = (MlpNames::default(), Activation::Silu);
     let sizes = (hidden, ffn);
     match gated {
-        false => run::<T, _>(case, |group: &Group<Dev>, weights: &Weights<'_>| {
+        false => run_unplanned!(T, case, |group, weights| {
             ParallelMlp::<S, T, Dev>::load(group, weights, &names, sizes, f, true)
         }),
-        true => run::<T, _>(case, |group: &Group<Dev>, weights: &Weights<'_>| {
+        true => run_unplanned!(T, case, |group, weights| {
             ParallelMlp::<S, T, Dev>::load_gated(group, weights, &names, sizes, f, true)
         }),
     }
@@ -53,7 +53,7 @@ fn mlp_weights(seed: u64, hidden: usize, ffn: usize) -> Arrays {
     ])
 }
 
-/// At once, which is returned, and in these chunks: `run` holds the traffic to what is declared.
+/// At once, which is returned, and in these chunks: `run!` holds the traffic to what is planned.
 fn agree(
     what: &str,
     case: &Case<'_>,
@@ -176,7 +176,7 @@ fn blocks_agree() {
 }
 
 fn forked<S: Stream + Spread, T: Element>(case: &Case<'_>, heads: usize) -> Result<Outcome> {
-    run::<T, _>(case, |group: &Group<Dev>, weights: &Weights<'_>| {
+    run_unplanned!(T, case, |group, weights| {
         let query = group.cut("attention", "query heads", heads, 1)?;
         let heads = Heads::with_cut(query, 2, 3)?;
         let layout = QkvLayout::separate("q", "k", "v");
@@ -241,23 +241,23 @@ fn products_run_between_starts_and_waits() {
             seen += entries.len();
             order(&entries)
         };
-        let (y, saved) = column.forward(&x)?;
+        let (y, saved) = column.forward(x)?;
         // The own rows first, then those of the other rank as they come.
         let gather = ["all_gather+", "all_gather+", "gemm", "wait", "gemm", "wait", "gemm"];
         let gather_whole = ["all_gather+", "all_gather+", "wait", "wait", "gemm"];
         let want: &[&str] = if splits { &gather } else { &gather_whole };
         assert_eq!(step(), want);
-        let (z, saved_row) = row.forward(&y)?;
+        let (z, saved_row) = row.forward(y)?;
         let scatter = ["gemm", "reduce_scatter+", "gemm", "reduce_scatter+", "wait", "wait"];
         let scatter_whole = ["gemm", "reduce_scatter+", "reduce_scatter+", "wait", "wait"];
         let want: &[&str] = if splits { &scatter } else { &scatter_whole };
         assert_eq!(step(), want);
-        let dy = row.backward(saved_row, &z)?;
+        let dy = row.backward(saved_row, z)?;
         // And dW of all rows.
         let mut want: Vec<_> = if splits { gather.to_vec() } else { gather_whole.to_vec() };
         want.push("gemm");
         assert_eq!(step(), want);
-        column.backward(saved, &dy)?;
+        column.backward(saved, dy)?;
         // dW runs beside what is left of the reduction of dX.
         let mut want: Vec<_> = if splits { scatter.to_vec() } else { scatter_whole.to_vec() };
         want.insert(want.len() - 2, "gemm");
@@ -285,7 +285,7 @@ fn a_rank_that_is_lost_between_chunks_is_named() {
         let group = world.with_overlap(Overlap::Chunks(3));
         if group.rank() < 2 {
             let (column, _) = column_and_row(&group)?;
-            return column.forward(&ones(&group, 6)?).map(drop);
+            return column.forward(ones(&group, 6)?).map(drop);
         }
         // The first chunk as the layer makes it, of one token of ranks 0 and 1 each.
         let none = Tensor::<f32>::zeros(group.device(), [0, 6])?;
@@ -305,7 +305,7 @@ fn ranks_that_make_other_chunks_disagree() {
     let outcomes = ranks(2).run_each(|world| {
         let group = world.with_overlap(Overlap::Chunks(2 + world.rank()));
         let (column, _) = column_and_row(&group)?;
-        column.forward(&ones(&group, 8)?).map(drop)
+        column.forward(ones(&group, 8)?).map(drop)
     });
     for outcome in outcomes.unwrap() {
         assert!(matches!(outcome, Err(Error::Mismatch(_))), "{outcome:?}");
@@ -357,13 +357,48 @@ fn ranks_agree_on_what_they_measured() {
     assert!(measured.iter().all(|other| *other == measured[0]));
 }
 
+/// What is moved in chunks, with any cut of the tokens, is what is planned; features of depth 1 are
+/// not split.
+#[test]
+fn chunks_move_what_is_planned() {
+    fn plan<S: Stream + Spread>(case: &Case<'_>, [hidden, ffn]: [usize; 2]) {
+        let (names, sizes, f) = (MlpNames::default(), (hidden, ffn), Activation::Silu);
+        run!(f64, case, |group, weights| {
+            ParallelMlp::<S, f64, Dev>::load(group, weights, &names, sizes, f, true)
+        })
+        .unwrap();
+        run!(f64, case, |group, weights| {
+            ParallelMlp::<S, f64, Dev>::load_gated(group, weights, &names, sizes, f, true)
+        })
+        .unwrap();
+    }
+    for &world in dev::WORLDS {
+        let (tokens, hidden, ffn) = (60 + 37 * world, 5, world + 3);
+        let (x, dy) = (matrix(1, "x", tokens, hidden), matrix(1, "dy", tokens, hidden));
+        let weights = mlp_weights(1, hidden, ffn);
+        let cut = uneven(world as u64, tokens, world);
+        for (reduction, cut) in [
+            (Reduction::Fast, Some(cut)),
+            (Reduction::Fast, None),
+            (Reduction::Invariant { blocks: 8 }, None),
+        ] {
+            for chunks in [1, 3] {
+                let overlap = Overlap::Chunks(chunks);
+                let case = Case { reduction, overlap, ..Case::new(world, &x, &dy, &weights) };
+                plan::<Replicated>(&case, [hidden, ffn]);
+                plan::<Shard<0>>(&Case { x_cut: cut.clone(), dy_cut: cut.clone(), ..case }, [hidden, ffn]);
+            }
+        }
+    }
+}
+
 /// The rows come out where they went in: two unit matrices' halves, forward and backward.
 #[test]
 fn rows_keep_their_places() {
     let x = Array2::from_shape_fn((300, 2), |(row, col)| (row * 2 + col) as f64);
     let weights = arrays([("weight", ndarray::array![[1.0, 0.0], [0.0, 1.0]].into_dyn())]);
     let case = Case { overlap: Overlap::Chunks(2), ..Case::new(2, &x, &x, &weights) };
-    let got = run::<f64, _>(&case, |group: &Group<Dev>, weights: &Weights<'_>| {
+    let got = run!(f64, &case, |group, weights| {
         let columns = Columns::even(group, 2)?;
         ColumnParallelLinear::<Shard<0>, f64, Dev>::load(group, weights, 2, &columns, Bias::None)
     });

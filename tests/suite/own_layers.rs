@@ -2,32 +2,33 @@
 //! region.
 
 use crate::{
-    dev::{DTensor, Dev, Tensor},
+    dev::Dev,
     invariant::same_bits,
     support::{Case, Spread, arrays, matrix, random, run},
 };
 use shardwise::{
-    Result, Site,
+    Result, Site, Tensor,
     comm::{Group, Overlap},
+    kernels::Backend,
     ops,
     parallel::{
-        Bias, ColumnParallelLinear, Columns, Enter, Layer, Leave, Linear, RowParallelLinear, Stream, Traffic,
+        Bias, ColumnParallelLinear, Columns, DTensor, Enter, Layer, Leave, Linear, RowParallelLinear, Stream,
     },
-    shard::{Copied, Partial, Partition, Replicated, Shape, Shard},
+    shard::{Copied, Partial, Partition, Replicated, Shard},
     tensor::{Param, Region, Role, Weights},
 };
 
 /// A weight of which dimension `dim` is cut over the ranks.
-struct Cut {
-    group: Group<Dev>,
-    weight: Param<f64, Dev>,
+struct Cut<B: Backend> {
+    group: Group<B>,
+    weight: Param<f64, B>,
     cut: Partition,
     features: [usize; 2],
 }
 
-impl Cut {
+impl<B: Backend> Cut<B> {
     fn load(
-        group: &Group<Dev>,
+        group: &Group<B>,
         weights: &Weights<'_>,
         [inputs, outputs]: [usize; 2],
         dim: usize,
@@ -38,15 +39,15 @@ impl Cut {
         Ok(Self { group: group.clone(), weight, cut, features: [inputs, outputs] })
     }
 
-    fn product(&self, x: &Tensor<f64>) -> Result<Tensor<f64>> {
+    fn product(&self, x: &Tensor<f64, B>) -> Result<Tensor<f64, B>> {
         Ok(ops::linear(x, &self.weight.value()?, None, None)?.0)
     }
 
-    fn back(&self, dy: &Tensor<f64>) -> Result<Tensor<f64>> {
+    fn back(&self, dy: &Tensor<f64, B>) -> Result<Tensor<f64, B>> {
         ops::linear_dx(dy, &self.weight.value()?, None)
     }
 
-    fn grad(&self, x: &Tensor<f64>, dy: &Tensor<f64>) -> Result<()> {
+    fn grad(&self, x: &Tensor<f64, B>, dy: &Tensor<f64, B>) -> Result<()> {
         let mut dw = Tensor::empty(x.device(), self.weight.shape())?;
         ops::linear_dw(x.device(), (dy.mat(), x.mat()), 0.0, dw.mat_mut()?, None)?;
         self.weight.add_grad(dw)
@@ -56,42 +57,38 @@ impl Cut {
 /// Makes of a [`Cut`] a linear layer between two placements.
 macro_rules! own {
     ($name:ident, $from:ty => $to:ty, |$layer:ident, $local:ident| $output:expr, $input_grad:expr) => {
-        struct $name(Cut);
+        struct $name<B: Backend>(Cut<B>);
 
-        impl Layer<f64, Dev> for $name {
+        impl<B: Backend> Layer<f64, B> for $name<B> {
             type In = $from;
             type Out = $to;
-            type Saved = Tensor<f64>;
+            type Saved = Tensor<f64, B>;
 
-            fn forward(&self, x: &DTensor<$from, f64>) -> Result<(DTensor<$to, f64>, Tensor<f64>)> {
+            fn forward(&self, x: DTensor<$from, f64, B>) -> Result<(DTensor<$to, f64, B>, Tensor<f64, B>)> {
                 x.check("own", &self.0.group)?;
                 let ($layer, $local) = (&self.0, self.0.product(x.local())?);
-                Ok(($output?, x.local().clone()))
+                Ok(($output?, x.into_local()))
             }
 
             fn backward(
                 &self,
-                x: Tensor<f64>,
-                dy: &DTensor<Dual<$to>, f64>,
-            ) -> Result<DTensor<Dual<$from>, f64>> {
-                let dx = self.input_grad(dy)?;
-                self.param_grads(&x, dy)?;
+                x: Tensor<f64, B>,
+                dy: DTensor<Dual<$to>, f64, B>,
+            ) -> Result<DTensor<Dual<$from>, f64, B>> {
+                let dx = self.input_grad(&dy)?;
+                self.param_grads(&x, &dy)?;
                 Ok(dx)
             }
 
-            fn params(&self) -> Vec<Param<f64, Dev>> {
+            fn params(&self) -> Vec<Param<f64, B>> {
                 vec![self.0.weight.clone()]
-            }
-
-            fn traffic(&self, _: &Group<Dev>, x: Shape) -> (Traffic, Shape) {
-                (Traffic::default(), x.with(1, self.0.features[1]))
             }
         }
 
-        impl Linear<f64, Dev> for $name {
+        impl<B: Backend> Linear<f64, B> for $name<B> {
             const OPS: [&'static str; 2] = ["own", "own backward"];
 
-            fn group(&self) -> &Group<Dev> {
+            fn group(&self) -> &Group<B> {
                 &self.0.group
             }
 
@@ -107,12 +104,12 @@ macro_rules! own {
                 [false; 2]
             }
 
-            fn input_grad(&self, dy: &DTensor<Dual<$to>, f64>) -> Result<DTensor<Dual<$from>, f64>> {
+            fn input_grad(&self, dy: &DTensor<Dual<$to>, f64, B>) -> Result<DTensor<Dual<$from>, f64, B>> {
                 let ($layer, $local) = (&self.0, self.0.back(dy.local())?);
                 $input_grad
             }
 
-            fn param_grads(&self, x: &Tensor<f64>, dy: &DTensor<Dual<$to>, f64>) -> Result<()> {
+            fn param_grads(&self, x: &Tensor<f64, B>, dy: &DTensor<Dual<$to>, f64, B>) -> Result<()> {
                 self.0.grad(x, dy.local())
             }
         }
@@ -139,18 +136,18 @@ fn agree<S: Stream + Spread>(world: usize, overlap: Overlap) {
     let source = arrays([("weight", random(world as u64, "w", &[outputs, inputs]))]);
     let (x, dy) = (matrix(1, "x", tokens, inputs), matrix(1, "dy", tokens, outputs));
     let case = Case { overlap, ..Case::new(world, &x, &dy, &source) };
-    let own = run::<f64, _>(&case, |group, weights| {
+    let own = run!(f64, &case, |group, weights| {
         Ok(Enter::<S, _>::new(OwnColumn(Cut::load(group, weights, [inputs, outputs], 0)?)))
     });
-    let crates = run::<f64, _>(&case, |group, weights| {
+    let crates = run!(f64, &case, |group, weights| {
         let columns = Columns::even(group, outputs)?;
         ColumnParallelLinear::<S, f64, Dev>::load(group, weights, inputs, &columns, Bias::None)
     });
     same_bits("a column", &own.unwrap(), &crates.unwrap());
-    let own = run::<f64, _>(&case, |group, weights| {
+    let own = run!(f64, &case, |group, weights| {
         Ok(Leave::<S, _>::new(OwnRow(Cut::load(group, weights, [inputs, outputs], 1)?)))
     });
-    let crates = run::<f64, _>(&case, |group, weights| {
+    let crates = run!(f64, &case, |group, weights| {
         RowParallelLinear::<S, f64, Dev>::load(group, weights, &group.even_cut(inputs)?, outputs, false)
     });
     same_bits("a row", &own.unwrap(), &crates.unwrap());

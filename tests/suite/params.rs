@@ -3,7 +3,7 @@
 use crate::{
     dev::{self, Dev, Tensor, ranks},
     invariant::same_bits,
-    support::{Case, Spread, arrays, matrix, random, run},
+    support::{Case, Spread, arrays, matrix, random, run_unplanned},
 };
 use ndarray::{Array2, ArrayD, s};
 use proptest::prelude::*;
@@ -11,7 +11,7 @@ use shardwise::{
     Result,
     comm::{Group, ReduceOp},
     device::Element,
-    kernels::{Activation, NormKind, Pointwise},
+    kernels::{Activation, Backend, NormKind, Pointwise},
     optim::{AdamW, grad_norm},
     parallel::{
         AddBias, AttentionConfig, Bias, BlockConfig, BlockNames, ColumnLinear, ColumnParallelLinear, Columns,
@@ -26,10 +26,10 @@ use shardwise::{
 use std::{cell::RefCell, ops::Range, rc::Rc};
 
 /// A matrix of bytes, with a scale a row.
-struct Bytes {
+struct Bytes<B> {
     codes: Vec<u8>,
     scales: Vec<f64>,
-    device: Dev,
+    device: B,
     /// The rows that were decoded, and whether the whole was.
     decoded: Rc<RefCell<(Vec<u32>, bool)>>,
 }
@@ -37,14 +37,14 @@ struct Bytes {
 /// What byte 128 means is 0.
 const ZERO: f64 = 128.0;
 
-impl Bytes {
+impl<B: Backend> Bytes<B> {
     /// The scale of a row of the tests' weights.
     fn scale(row: &[f64]) -> f64 {
         let largest = row.iter().fold(0.0, |largest, value| f64::max(largest, value.abs()));
         (largest / 127.0).log2().ceil().exp2().max(f64::MIN_POSITIVE)
     }
 
-    fn of<T: Element>(param: &Param<T, Dev>) -> Result<Self> {
+    fn of<T: Element>(param: &Param<T, B>) -> Result<Self> {
         let (values, cols) = (param.value()?.to_vec()?, param.shape().cols());
         let values: Vec<f64> = values.into_iter().map(T::to_f64).collect();
         let rows = || values.chunks_exact(cols.max(1));
@@ -57,23 +57,26 @@ impl Bytes {
         Ok(Self { codes: codes.collect(), scales, device: param.device().clone(), decoded: Rc::default() })
     }
 
-    fn decode<T: Element>(&self, rows: impl ExactSizeIterator<Item = usize>) -> Result<Tensor<T>> {
+    fn decode<T: Element>(
+        &self,
+        rows: impl ExactSizeIterator<Item = usize>,
+    ) -> Result<shardwise::Tensor<T, B>> {
         let (count, cols) = (rows.len(), self.codes.len() / self.scales.len().max(1));
         let row = |row: usize| {
             let codes = self.codes[row * cols..(row + 1) * cols].iter();
             codes.map(move |&code| T::from_f64((f64::from(code) - ZERO) * self.scales[row]))
         };
-        Tensor::from_slice(&self.device, [count, cols], &rows.flat_map(row).collect::<Vec<_>>())
+        shardwise::Tensor::from_slice(&self.device, [count, cols], &rows.flat_map(row).collect::<Vec<_>>())
     }
 }
 
-impl<T: Element> Store<T, Dev> for Bytes {
-    fn value(&self) -> Result<Tensor<T>> {
+impl<T: Element, B: Backend> Store<T, B> for Bytes<B> {
+    fn value(&self) -> Result<shardwise::Tensor<T, B>> {
         self.decoded.borrow_mut().1 = true;
         self.decode(0..self.scales.len())
     }
 
-    fn rows(&self, ids: &[u32]) -> Result<Tensor<T>> {
+    fn rows(&self, ids: &[u32]) -> Result<shardwise::Tensor<T, B>> {
         self.decoded.borrow_mut().0.extend(ids);
         let zero = vec![T::default(); self.codes.len() / self.scales.len().max(1)];
         let rows: Vec<usize> = ids.iter().map(|&id| id as usize).collect();
@@ -85,12 +88,12 @@ impl<T: Element> Store<T, Dev> for Bytes {
                 false => all.extend(&zero),
             }
         }
-        Tensor::from_slice(&self.device, [ids.len(), zero.len()], &all)
+        shardwise::Tensor::from_slice(&self.device, [ids.len(), zero.len()], &all)
     }
 }
 
 /// Keeps the matrices of a layer as bytes.
-fn keep_bytes<T: Element>(params: &[Param<T, Dev>]) -> Result<()> {
+fn keep_bytes<T: Element, B: Backend>(params: &[Param<T, B>]) -> Result<()> {
     let mut kept = 0;
     for param in params.iter().filter(|param| param.shape().rank() == 2) {
         param.set_store(Bytes::of(param)?)?;
@@ -110,29 +113,21 @@ fn coded(seed: u64, name: &str, shape: &[usize]) -> ArrayD<f64> {
 }
 
 /// A layer whose weights are bytes has the bits of the same layer whose weights are dense,
-/// gradients included, with each of these reductions.
-fn same_on_bytes<T: Element, L: Layer<T, Dev>>(
-    case: &Case<'_>,
-    reductions: &[Reduction],
-    load: impl Fn(&Group<Dev>, &Weights<'_>) -> Result<L> + Sync,
-) where
-    L::In: Spread,
-    L::Out: Spread,
-    <L::In as Placement>::Dual: Spread,
-    <L::Out as Placement>::Dual: Spread,
-{
-    assert!(!reductions.is_empty());
-    for &reduction in reductions {
-        let case = Case { reduction, ..case.clone() };
-        let dense = run::<T, L>(&case, &load).unwrap();
-        let bytes = run::<T, L>(&case, |group, weights| {
-            let layer = load(group, weights)?;
-            keep_bytes(&layer.params())?;
-            Ok(layer)
-        });
-        assert!(!dense.grads.is_empty());
-        same_bits("weights kept as bytes", &bytes.unwrap(), &dense);
-    }
+/// gradients included, with each of these reductions. The builder is that of [`run_unplanned`].
+macro_rules! same_on_bytes {
+    ($T:ty, $case:expr, $reductions:expr, |$group:pat_param, $weights:pat_param| $build:expr) => {
+        for &reduction in $reductions {
+            let case = Case { reduction, ..$case.clone() };
+            let dense = run_unplanned!($T, &case, |$group, $weights| $build).unwrap();
+            let bytes = run_unplanned!($T, &case, |$group, $weights| {
+                let layer = $build?;
+                keep_bytes(&layer.params())?;
+                Ok(layer)
+            });
+            assert!(!dense.grads.is_empty());
+            same_bits("weights kept as bytes", &bytes.unwrap(), &dense);
+        }
+    };
 }
 
 const EITHER: [Reduction; 2] = [Reduction::Fast, Reduction::Invariant { blocks: 8 }];
@@ -142,18 +137,18 @@ fn linear_layers<S: Stream + Spread, T: Element>(world: usize, seed: u64) {
     let up =
         arrays([("weight", coded(seed, "w", &[features, hidden])), ("bias", random(seed, "b", &[features]))]);
     let (x, dy) = (matrix(seed, "x", tokens, hidden), matrix(seed, "dy", tokens, features));
-    same_on_bytes::<T, _>(&Case::new(world, &x, &dy, &up), &EITHER, |group, weights| {
+    same_on_bytes!(T, &Case::new(world, &x, &dy, &up), &EITHER, |group, weights| {
         let columns = Columns::even(group, features)?;
         ColumnParallelLinear::<S, T, Dev>::load(group, weights, hidden, &columns, Bias::Add)
     });
     let down =
         arrays([("weight", coded(seed, "w", &[hidden, features])), ("bias", random(seed, "b", &[hidden]))]);
-    same_on_bytes::<T, _>(&Case::new(world, &dy, &x, &down), &EITHER, |group, weights| {
+    same_on_bytes!(T, &Case::new(world, &dy, &x, &down), &EITHER, |group, weights| {
         let cut = group.cut("test", "features", features, 1)?;
         RowParallelLinear::<S, T, Dev>::load(group, weights, &cut, hidden, true)
     });
     let positions = arrays([("weight", coded(seed, "p", &[tokens + 2, hidden]))]);
-    same_on_bytes::<T, _>(&Case::new(world, &x, &x, &positions), &EITHER, |group, weights| {
+    same_on_bytes!(T, &Case::new(world, &x, &x, &positions), &EITHER, |group, weights| {
         PositionEmbedding::<S, T, Dev>::load(group, weights, tokens + 2, hidden)
     });
     let config = BlockConfig {
@@ -164,6 +159,7 @@ fn linear_layers<S: Stream + Spread, T: Element>(world: usize, seed: u64) {
             ..AttentionConfig::new(hidden, 8)
         },
         ffn: 9,
+        gated: true,
         activation: Activation::Silu,
         mlp_bias: false,
         norm: NormKind::RmsNorm { eps: 1e-5 },
@@ -190,8 +186,8 @@ fn linear_layers<S: Stream + Spread, T: Element>(world: usize, seed: u64) {
         .into(),
     );
     let dy = matrix(seed, "dh", tokens, hidden);
-    same_on_bytes::<T, _>(&Case::new(world, &x, &dy, &block), &EITHER, |group, weights| {
-        TransformerBlock::<S, T, Dev>::load_gated(group, weights, &config)
+    same_on_bytes!(T, &Case::new(world, &x, &dy, &block), &EITHER, |group, weights| {
+        TransformerBlock::<S, T, Dev>::load(group, weights, &config)
     });
 }
 
@@ -207,11 +203,11 @@ fn qkv<S: Stream + Spread>(world: usize, seed: u64) {
     let cut = heads.qkv_features();
     let (x, dy) = (matrix(seed, "x", tokens, hidden), matrix(seed, "dy", tokens, cut.total()));
     let case = Case { dy_cut: Some(cut), ..Case::new(world, &x, &dy, &source) };
-    same_on_bytes::<f64, _>(&case, &[Reduction::Fast], |group, weights| {
+    same_on_bytes!(f64, &case, &[Reduction::Fast], |group, weights| {
         let columns = Columns::qkv(group, &heads, &layout)?;
         ColumnParallelLinear::<S, f64, Dev>::load(group, weights, hidden, &columns, Bias::None)
     });
-    same_on_bytes::<f64, _>(&case, &[Reduction::Fast], |group, weights| {
+    same_on_bytes!(f64, &case, &[Reduction::Fast], |group, weights| {
         let columns = Columns::separate_qkv(group, &heads, &layout)?;
         let load = |columns: &Columns| ColumnLinear::load(group, weights, hidden, columns, Bias::None);
         ForkedColumnLinear::<S, f64, Dev>::forked(columns.iter().map(load).collect::<Result<Vec<_>>>()?)
@@ -253,11 +249,11 @@ fn embeds<S: Stream>(world: usize, seed: u64, reduction: Reduction, bytes: bool)
             let (asked, whole) = &*decoded.borrow();
             assert!(asked.len() == ids.len() && !whole, "a lookup decodes rows, not the table");
         }
-        let (logits, saved) = head.forward(&y)?;
-        let dx = head.backward(saved, &logits)?;
+        let (logits, saved) = head.forward(y.clone())?;
+        let dx = head.backward(saved, logits.clone())?;
         // A sum along a tree is there when both uses have added to it.
         assert_eq!(params[0].grad().is_some(), reduction == Reduction::Fast);
-        table.backward(&rows, &dx)?;
+        table.backward(&rows, dx.clone())?;
         let grad = params[0].grad().expect("two uses have added to it");
         Ok([bits(y.local())?, bits(logits.local())?, bits(dx.local())?, bits(&grad)?])
     });
@@ -332,7 +328,7 @@ fn an_embedding_refuses_a_gradient_of_another_width() {
         let table = VocabParallelEmbedding::<Replicated, f64, Dev>::load(&group, &weights, 5, 4)?;
         let (_, rows) = table.forward(&[1, 4], Sequences::one(2))?;
         let dy = Replicated::spread(&group, &matrix(1, "dy", 2, 6), None)?;
-        let refused = table.backward(&rows, &dy).unwrap_err().to_string();
+        let refused = table.backward(&rows, dy).unwrap_err().to_string();
         assert!(table.params()[0].grad().is_none());
         Ok(refused)
     });
@@ -374,7 +370,7 @@ impl GradSink<f64, Dev> for Clip {
             self.norms.borrow_mut().push(norm(&values));
             let one = Tensor::from_slice(one.device(), one.shape(), &clipped(&values, self.max))?;
             sum.total = Some(match sum.total.take() {
-                Some(sum) => shardwise::ops::add(&sum, &one)?,
+                Some(sum) => shardwise::ops::add(sum, &one)?,
                 None => one,
             });
         }
@@ -410,8 +406,8 @@ where
         // A sample is a sequence of its own.
         let samples = SAMPLES.iter().filter(|sample| rows.contains(&sample.start)).map(Range::len);
         let x = L::In::spread(group, &part(x), None)?.with_sequences(Sequences::packed(samples))?;
-        let (_, saved) = layer.forward(&x)?;
-        layer.backward(saved, &<L::Out as Placement>::Dual::spread(group, &part(dy), None)?)
+        let (_, saved) = layer.forward(x)?;
+        layer.backward(saved, <L::Out as Placement>::Dual::spread(group, &part(dy), None)?)
     };
     let (layer, one) = (load()?, load()?);
     let norms = Rc::new(RefCell::new(Vec::new()));
@@ -486,8 +482,8 @@ fn a_sum_over_ranks_is_not_split() {
         for param in layer.params() {
             drop(param.set_sink(Box::new(sink.clone()))?);
         }
-        let (y, saved) = layer.forward(&Shard::<0>::spread(&group, &matrix(1, "x", 7, 3), None)?)?;
-        Ok(layer.backward(saved, &y).map(drop).unwrap_err().to_string())
+        let (y, saved) = layer.forward(Shard::<0>::spread(&group, &matrix(1, "x", 7, 3), None)?)?;
+        Ok(layer.backward(saved, y).map(drop).unwrap_err().to_string())
     });
     let refused = "gradient: not supported: the gradient of row.bias cannot be split by tokens";
     assert_eq!(outcomes.unwrap(), [refused, refused]);
@@ -504,8 +500,8 @@ fn a_frozen_weight_gets_no_gradient() {
             ColumnParallelLinear::<Replicated, f64, Dev>::load(&group, &weights, 3, &columns, Bias::Add)
         };
         let run = |layer: &ColumnParallelLinear<Replicated, f64, Dev>| -> Result<_> {
-            let (y, saved) = layer.forward(&Replicated::spread(&group, &matrix(1, "x", 9, 3), None)?)?;
-            let dx = layer.backward(saved, &y)?.into_local().to_vec()?;
+            let (y, saved) = layer.forward(Replicated::spread(&group, &matrix(1, "x", 9, 3), None)?)?;
+            let dx = layer.backward(saved, y)?.into_local().to_vec()?;
             let grads = [Some(layer.weight()), layer.bias()].map(|param| param.and_then(Param::grad));
             Ok((dx, grads.map(|grad| grad.map(|grad| grad.to_vec().unwrap()))))
         };
@@ -528,8 +524,8 @@ fn tokens_beyond_a_gradient_are_refused() {
     let outcomes = ranks(1).run(|group| {
         let layer = linear::<Replicated>(&group, &arrays([("w.weight", coded(1, "w", &[4, 3]))]))?;
         drop(layer.weight().set_sink(Box::new(Clip { max: 1.0, norms: Rc::default() }))?);
-        let (y, saved) = layer.forward(&Replicated::spread(&group, &matrix(1, "x", 6, 3), None)?)?;
-        Ok(layer.backward(saved, &y).map(drop).unwrap_err().to_string())
+        let (y, saved) = layer.forward(Replicated::spread(&group, &matrix(1, "x", 6, 3), None)?)?;
+        Ok(layer.backward(saved, y).map(drop).unwrap_err().to_string())
     });
     assert_eq!(outcomes.unwrap()[0], "gradient: tokens 3..7 of 6 of the gradient of w.weight");
 }
@@ -551,8 +547,8 @@ fn replicas_keep_a_sink() {
         let replicas = DataParallel::with_buckets(&group, &layer.params(), 1)?;
         let x = Copied::spread(&alone, &matrix(group.rank() as u64, "x", 5, 3), None)?;
         replicas.begin(GradReduce::Sum)?;
-        let (y, saved) = layer.forward(&x)?;
-        layer.backward(saved, &y)?;
+        let (y, saved) = layer.forward(x)?;
+        layer.backward(saved, y.clone())?;
         replicas.finish()?;
         let [weight, bias] = [0, 1].map(|at| layer.params()[at].grad());
         assert!(weight.is_none());
@@ -575,8 +571,8 @@ fn replicas_may_be_made_anew() {
         let alone = Group::solo(group.device());
         let layer = linear::<Replicated>(&alone, &arrays([("w.weight", coded(1, "w", &[4, 3]))]))?;
         let backward = || {
-            let (y, saved) = layer.forward(&Replicated::spread(&alone, &matrix(1, "x", 6, 3), None)?)?;
-            layer.backward(saved, &y).map(drop)
+            let (y, saved) = layer.forward(Replicated::spread(&alone, &matrix(1, "x", 6, 3), None)?)?;
+            layer.backward(saved, y).map(drop)
         };
         backward()?;
         let one = layer.weight().grad().expect("a gradient").to_vec()?;
@@ -607,8 +603,8 @@ fn a_tie_is_another_use() {
         let layer = linear::<Replicated>(&group, &arrays([("w.weight", coded(1, "w", &[4, 3]))]))?;
         let x = Replicated::spread(&group, &matrix(1, "x", 6, 3), None)?;
         let backward = |layer: &ColumnParallelLinear<Replicated, f64, Dev>| {
-            let (y, saved) = layer.forward(&x)?;
-            layer.backward(saved, &y)
+            let (y, saved) = layer.forward(x.clone())?;
+            layer.backward(saved, y)
         };
         let grads = || layer.weight().grad().map(|grad| grad.to_vec().unwrap());
         let handle = layer.weight().clone();
@@ -634,7 +630,7 @@ fn a_tie_is_another_use() {
         // What is written by one handle is read by all.
         let tied = layer.tied();
         handle.set(Tensor::zeros(group.device(), [4, 3])?)?;
-        assert_eq!(tied.forward(&x)?.0.into_local().to_vec()?, [0.0; 24]);
+        assert_eq!(tied.forward(x)?.0.into_local().to_vec()?, [0.0; 24]);
         Ok(())
     });
     outcomes.unwrap();

@@ -5,18 +5,19 @@ use shardwise::{
     Error, Result, Site, Tensor,
     comm::{DeviceMesh, Group, Overlap, ReduceOp},
     device::Cpu,
-    kernels::{Activation, NormKind},
+    kernels::{Activation, AttentionChoices, NormKind},
     launch::Threads,
     models::{Bert, Decoder, ModelConfig},
     optim::grad_norm,
     parallel::{
         AddBias, AttentionConfig, Bias, BlockConfig, BlockNames, BoxLayer, Chain, ColumnLinear,
-        ColumnParallelLinear, Columns, CopyTo, CrossEntropySaved, DTensor, ForkedColumnLinear, GatherFrom,
-        GatherSequence, Layer, MlpNames, NormPlacement, Normalize, ParallelAttention, ParallelMlp, QkvLayout,
-        Recompute, ReduceFrom, ReduceScatterSequence, RowParallelLinear, Sampler, ScatterSequence, ScatterTo,
-        Stream, Traffic, TransformerBlock, VocabParallelCrossEntropy, VocabParallelEmbedding,
+        ColumnParallelLinear, Columns, Context, CopyTo, CrossEntropySaved, DTensor, ForkedColumnLinear,
+        GatherFrom, GatherSequence, Layer, MlpNames, NormPlacement, Normalize, ParallelAttention,
+        ParallelMlp, QkvLayout, Recompute, ReduceFrom, ReduceScatterSequence, RowParallelLinear, Sampler,
+        ScatterSequence, ScatterTo, Stream, TransformerBlock, VocabParallelCrossEntropy,
+        VocabParallelEmbedding,
     },
-    shard::{Copied, Mesh, Partial, Partition, Placement, Reduction, Replicated, Sequences, Shape, Shard},
+    shard::{Copied, Mesh, Partial, Partition, Placement, Reduction, Replicated, Sequences, Shard},
     tensor::{Param, Random, Weights},
     trace,
     train::{DataParallel, Ends, GradReduce, Microbatch, Pipeline, Schedule, check_replicas},
@@ -114,13 +115,13 @@ fn told<L: Layer<f32, Cpu>>(
             };
             let mut kept = None;
             let forward = pass(true, &mut |layer| {
-                kept = Some(layer.forward(&x)?);
+                kept = Some(layer.forward(x.clone())?);
                 Ok(())
             });
             let outcome = forward.and_then(|()| {
                 let (y, saved) = kept.expect("there was a forward");
                 let mut saved = Some(saved);
-                pass(false, &mut |layer| layer.backward(saved.take().expect("once"), &y).map(drop))
+                pass(false, &mut |layer| layer.backward(saved.take().expect("once"), y.clone()).map(drop))
             });
             told.store(true, Ordering::SeqCst);
             outcome
@@ -146,10 +147,11 @@ fn told<L: Layer<f32, Cpu>>(
 }
 
 fn llama() -> BlockConfig {
-    let attention = AttentionConfig { causal: true, ..AttentionConfig::new(HIDDEN, 3) };
+    let attention = AttentionConfig { choices: AttentionChoices::CAUSAL, ..AttentionConfig::new(HIDDEN, 3) };
     BlockConfig {
         attention,
         ffn: 10,
+        gated: true,
         activation: Activation::Silu,
         mlp_bias: false,
         norm: NormKind::RmsNorm { eps: 1e-5 },
@@ -225,7 +227,7 @@ fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
 
     type Block<S> = TransformerBlock<S, f32, Cpu>;
     fn block<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Block<S>> {
-        TransformerBlock::load_gated(group, &weights.at("layers.3"), &llama())
+        TransformerBlock::load(group, &weights.at("layers.3"), &llama())
     }
     told("model.layers.3.self_attn.o_proj", true, block::<Replicated>, stream::<Replicated>);
     told("model.layers.3.mlp", false, block::<Replicated>, stream::<Replicated>);
@@ -251,14 +253,14 @@ fn of_model<S: Stream>(name: &str, change: impl Fn(Group<Cpu>) -> Group<Cpu> + S
                 let model = Decoder::<S, f32, Cpu>::load(&group, &checkpoint, config)?;
                 sites(|| {
                     let (logits, saved) = model.forward(&ids, sequences())?;
-                    model.backward(saved, &logits)
+                    model.backward(saved, logits)
                 })
             }
             ModelConfig::Bert(config) => {
                 let model = Bert::<S, f32, Cpu>::load(&group, &checkpoint, config)?;
                 sites(|| {
                     let (y, saved) = model.forward(&ids, None, sequences())?;
-                    model.backward(saved, &y)
+                    model.backward(saved, y)
                 })
             }
         }
@@ -314,34 +316,26 @@ impl Layer<f32, Cpu> for Own {
     type Out = Shard<0>;
     type Saved = ();
 
-    fn forward(&self, x: &Held<Shard<0>>) -> Result<(Held<Shard<0>>, ())> {
-        let mut sum = x.local().clone();
-        x.group().all_reduce(ReduceOp::Sum, &mut sum)?;
+    fn forward(&self, x: Held<Shard<0>>) -> Result<(Held<Shard<0>>, ())> {
+        let (group, mut sum) = (x.group().clone(), x.local().clone());
+        group.all_reduce(ReduceOp::Sum, &mut sum)?;
         let entered = x.enter()?;
-        let partial = DTensor::<Partial, f32, Cpu>::partial(x.group(), entered.into_local())?;
+        let partial = DTensor::<Partial, f32, Cpu>::partial(&group, entered.into_local())?;
         Ok((partial.leave()?, ()))
     }
 
-    fn backward(&self, (): (), dy: &Held<Shard<0>>) -> Result<Held<Shard<0>>> {
+    fn backward(&self, (): (), dy: Held<Shard<0>>) -> Result<Held<Shard<0>>> {
         Ok(self.forward(dy)?.0)
     }
-
-    fn traffic(&self, _: &Group<Cpu>, x: Shape) -> (Traffic, Shape) {
-        (Traffic::default(), x)
-    }
 }
 
-fn pass<L: Layer<f32, Cpu>>(
-    layer: L,
-    x: &Held<L::In>,
-    dy: impl FnOnce(&Held<L::Out>) -> Result<Held<<L::Out as Placement>::Dual>>,
-) -> Result<()> {
+fn pass<L: Layer<f32, Cpu>>(layer: L, x: Held<L::In>) -> Result<()>
+where
+    L::Out: Placement<Dual = L::Out>,
+{
+    layer.infer(x.clone(), &mut Context::default())?;
     let (y, saved) = layer.forward(x)?;
-    layer.backward(saved, &dy(&y)?).map(drop)
-}
-
-fn same<P: Placement<Dual = P>>(y: &Held<P>) -> Result<Held<P>> {
-    Ok(y.clone())
+    layer.backward(saved, y).map(drop)
 }
 
 /// All of what a program calls directly: on a group of 2, each with the place of the call.
@@ -359,16 +353,16 @@ fn calls_without_a_layer_are_told_by_the_programs_line() {
     let run = |group: Group<Cpu>| {
         // Mappings, alone, in chains, lists and boxes, and recomputed.
         calls(&group, |group| {
-            pass(CopyTo.then(AsTerm).then(ReduceFrom), &replicated(group)?, same)?;
-            pass(Recompute(CopyTo.then(AsTerm).then(ReduceFrom)), &replicated(group)?, same)?;
-            pass(Chain(ScatterTo::<1>::even(), GatherFrom::<1>), &replicated(group)?, same)?;
+            let sum = || CopyTo.then(AsTerm).then(ReduceFrom);
+            pass(sum(), replicated(group)?)?;
+            pass(Recompute::new(sum()), replicated(group)?)?;
+            pass(Chain(ScatterTo::<1>::even(), GatherFrom::<1>), replicated(group)?)?;
             let rows = Chain(GatherSequence, AsTerm).then(ReduceScatterSequence);
-            pass(Chain(ScatterSequence::even(), rows), &replicated(group)?, same)?;
-            pass(vec![CopyTo.then(AsTerm).then(ReduceFrom)], &replicated(group)?, same)?;
-            let boxed = BoxLayer::<Replicated, Replicated>::new(CopyTo.then(AsTerm).then(ReduceFrom));
-            pass(vec![boxed], &replicated(group)?, same)
+            pass(Chain(ScatterSequence::even(), rows), replicated(group)?)?;
+            pass(vec![sum()], replicated(group)?)?;
+            pass(vec![BoxLayer::<Replicated, Replicated>::new(sum())], replicated(group)?)
         })?;
-        calls(&group, |group| pass(Own, &stream(group)?, same))?;
+        calls(&group, |group| pass(Own, stream(group)?))?;
         // Sums and parts of distributed tensors.
         calls(&group, |group| {
             let x = replicated(group)?;
@@ -379,8 +373,8 @@ fn calls_without_a_layer_are_told_by_the_programs_line() {
         calls(&group, |group| {
             let loss = VocabParallelCrossEntropy::default();
             let (_, saved): (_, CrossEntropySaved<f32, Cpu>) =
-                loss.forward(&features(group)?, &[1; TOKENS])?;
-            loss.backward(&saved, 1.0)?;
+                loss.forward(features(group)?, &[1; TOKENS])?;
+            loss.backward(saved, 1.0)?;
             let random = Sampler { temperature: 1.0, ..Sampler::greedy() };
             for sampler in [
                 Sampler::greedy(),
@@ -402,8 +396,8 @@ fn calls_without_a_layer_are_told_by_the_programs_line() {
                 let replicas = DataParallel::new(group, &model.params())?;
                 replicas.begin(GradReduce::Sum)?;
                 let x = replicated(&solo)?.copy_to();
-                let (y, saved) = model.forward(&x)?;
-                model.backward(saved, &y)?;
+                let (y, saved) = model.forward(x)?;
+                model.backward(saved, y)?;
                 replicas.finish()?;
                 replicas.sum(&[1.0])?;
                 check_replicas(&model.params(), group)
@@ -439,7 +433,7 @@ fn calls_without_a_layer_are_told_by_the_programs_line() {
             let chunks = [Vec::<BoxLayer<Replicated, Replicated>>::new()];
             let schedule = Schedule::gpipe(group.size(), 2);
             let solo = Group::solo(group.device());
-            let pipeline = Pipeline::new::<Replicated, f32, _>(group, &solo, schedule, &chunks, HIDDEN)?;
+            let pipeline = Pipeline::new(group, &solo, schedule, HIDDEN)?;
             pipeline.run(&chunks, &[Microbatch::rows(TOKENS), Microbatch::rows(TOKENS)], &mut Through(solo))
         })?;
         calls(&group, |group| DeviceMesh::new(group, Mesh::new(1, 1, 2)?).map(drop))?;
@@ -456,16 +450,13 @@ impl Layer<f32, Cpu> for AsTerm {
     type Out = Partial;
     type Saved = ();
 
-    fn forward(&self, x: &Held<Copied>) -> Result<(Held<Partial>, ())> {
-        Ok((DTensor::partial(x.group(), x.local().clone())?, ()))
+    fn forward(&self, x: Held<Copied>) -> Result<(Held<Partial>, ())> {
+        let group = x.group().clone();
+        Ok((DTensor::partial(&group, x.into_local())?, ()))
     }
 
-    fn backward(&self, (): (), dy: &Held<Copied>) -> Result<Held<Partial>> {
+    fn backward(&self, (): (), dy: Held<Copied>) -> Result<Held<Partial>> {
         Ok(self.forward(dy)?.0)
-    }
-
-    fn traffic(&self, _: &Group<Cpu>, x: Shape) -> (Traffic, Shape) {
-        (Traffic::default(), x)
     }
 }
 
@@ -473,7 +464,7 @@ impl Layer<f32, Cpu> for AsTerm {
 struct Through(Group<Cpu>);
 
 impl Ends<Replicated, f32, Cpu> for Through {
-    fn input(&mut self, _: usize) -> Result<Held<Replicated>> {
+    fn input(&mut self, _: usize, _: &Microbatch) -> Result<Held<Replicated>> {
         replicated(&self.0)
     }
 
@@ -494,12 +485,12 @@ fn own_layers_and_embeddings_say_where_they_are() {
         let table = VocabParallelEmbedding::<Shard<0>, f32, Cpu>::load(&group, &weights, 11, HIDDEN)?;
         let found = sites(|| {
             let (y, rows) = table.forward(&[3; TOKENS], Sequences::one(TOKENS))?;
-            table.backward(&rows, &y)
+            table.backward(&rows, y)
         })?;
         assert_eq!(found, [layer("model.wte")]);
         let found = sites(|| {
             let _site = Site::InLayer("mine").enter();
-            pass(Own, &stream(&group)?, same)
+            pass(Own, stream(&group)?)
         })?;
         assert_eq!(found, [layer("mine")]);
         // What is started keeps the place of its start.

@@ -1,16 +1,17 @@
 //! What the tests of layers share: spreading whole tensors over ranks, running a layer there with every check that holds
 //! for all layers, and putting the results together again.
 
-use crate::dev::{DTensor, Dev, Tensor, ranks};
+use crate::dev::{Dev, FEWER, ranks};
 use ndarray::{Array2, ArrayD, Axis, IxDyn, Slice, concatenate};
 use shardwise::{
-    Error, Result,
-    comm::{Group, Overlap},
-    device::Element,
-    parallel::Layer,
+    Error, Result, Tensor,
+    comm::{Group, Overlap, Record, Transfer},
+    device::{Element, Meta},
+    kernels::Backend,
+    parallel::{BoxLayer, Context, DTensor, Layer},
     reference::worst_relative,
     rng::Philox,
-    shard::{Copied, Partial, Partition, Placement, Reduction, Replicated, Sequences, Shard},
+    shard::{Copied, Partial, Partition, Placement, Reduction, Replicated, Sequences, Shape, Shard},
     tensor::{Arrays, Piece, Weights},
 };
 use std::{collections::BTreeMap, io::Write};
@@ -72,32 +73,35 @@ pub(crate) fn uneven(seed: u64, len: usize, parts: usize) -> Partition {
 
 /// How a test makes a sharded tensor of a whole one, and a whole one of the ranks' parts.
 pub(crate) trait Spread: Placement {
-    fn spread<T: Element>(
-        group: &Group<Dev>,
+    fn spread<T: Element, B: Backend>(
+        group: &Group<B>,
         whole: &Array2<f64>,
         cut: Option<&Partition>,
-    ) -> Result<DTensor<Self, T>>;
+    ) -> Result<DTensor<Self, T, B>>;
 
     fn collect(parts: Vec<Array2<f64>>) -> Array2<f64>;
 }
 
-fn tensor<T: Element>(group: &Group<Dev>, array: &Array2<f64>) -> Result<Tensor<T>> {
+fn tensor<T: Element, B: Backend>(group: &Group<B>, array: &Array2<f64>) -> Result<Tensor<T, B>> {
     Tensor::from_array(group.device(), &array.mapv(T::from_f64))
 }
 
 /// All ranks hold the same bits.
 fn equal(parts: Vec<Array2<f64>>) -> Array2<f64> {
-    let bits = |array: &Array2<f64>| array.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
     assert!(parts.iter().all(|part| bits(part) == bits(&parts[0])), "the ranks' values differ");
     parts.into_iter().next().unwrap()
 }
 
+fn bits(array: &Array2<f64>) -> Vec<u64> {
+    array.iter().map(|value| value.to_bits()).collect()
+}
+
 impl Spread for Replicated {
-    fn spread<T: Element>(
-        group: &Group<Dev>,
+    fn spread<T: Element, B: Backend>(
+        group: &Group<B>,
         whole: &Array2<f64>,
         _: Option<&Partition>,
-    ) -> Result<DTensor<Self, T>> {
+    ) -> Result<DTensor<Self, T, B>> {
         DTensor::replicated(group, tensor(group, whole)?)
     }
 
@@ -107,11 +111,11 @@ impl Spread for Replicated {
 }
 
 impl Spread for Copied {
-    fn spread<T: Element>(
-        group: &Group<Dev>,
+    fn spread<T: Element, B: Backend>(
+        group: &Group<B>,
         whole: &Array2<f64>,
         _: Option<&Partition>,
-    ) -> Result<DTensor<Self, T>> {
+    ) -> Result<DTensor<Self, T, B>> {
         DTensor::copied(group, tensor(group, whole)?)
     }
 
@@ -121,11 +125,11 @@ impl Spread for Copied {
 }
 
 impl<const D: usize> Spread for Shard<D> {
-    fn spread<T: Element>(
-        group: &Group<Dev>,
+    fn spread<T: Element, B: Backend>(
+        group: &Group<B>,
         whole: &Array2<f64>,
         cut: Option<&Partition>,
-    ) -> Result<DTensor<Self, T>> {
+    ) -> Result<DTensor<Self, T, B>> {
         let even = group.even_cut(whole.shape()[D])?;
         let cut = cut.unwrap_or(&even);
         let part = whole.slice_axis(Axis(D), Slice::from(cut.range(group.rank()))).to_owned();
@@ -140,11 +144,11 @@ impl<const D: usize> Spread for Shard<D> {
 
 impl Spread for Partial {
     /// Every rank but the last holds whole numbers of its own; the last holds the rest.
-    fn spread<T: Element>(
-        group: &Group<Dev>,
+    fn spread<T: Element, B: Backend>(
+        group: &Group<B>,
         whole: &Array2<f64>,
         _: Option<&Partition>,
-    ) -> Result<DTensor<Self, T>> {
+    ) -> Result<DTensor<Self, T, B>> {
         let term = |rank: usize| integers(rank as u64, "term", whole.nrows(), whole.ncols());
         let last = group.size() - 1;
         let own = match group.rank() {
@@ -190,46 +194,140 @@ impl<'a> Case<'a> {
     }
 }
 
-/// Runs a layer forward and backward, twice over, on `case.world` ranks and checks what holds for every layer: recorded
-/// traffic equals declared traffic, a second run gives the same bits and adds the same gradients once more, replicated
-/// values are equal on all ranks, and every element of every tensor of the model is owned by exactly one rank.
-pub(crate) fn run<T, L>(
+/// Runs a layer on `case.world` ranks by [`run_on`], and holds what moves to what is planned. The
+/// builder is compiled twice, for the tests' device and for `Meta`; in it, `Dev` names the one that
+/// it is compiled for.
+macro_rules! run {
+    ($T:ty, $case:expr, |$group:pat_param, $weights:pat_param| $build:expr) => {
+        $crate::support::run_on::<$T, _, _>(
+            $case,
+            &|$group, $weights| $crate::support::boxed(|| $build),
+            Some(&{
+                #[allow(dead_code, reason = "a builder need not name its device")]
+                type Dev = shardwise::device::Meta;
+                |$group: &shardwise::comm::Group<Dev>, $weights: &shardwise::tensor::Weights<'_>| {
+                    $crate::support::boxed(|| $build)
+                }
+            }),
+        )
+    };
+}
+pub(crate) use run;
+
+/// As [`run`], without a plan: for layers of many elements, which are planned elsewhere in one.
+macro_rules! run_unplanned {
+    ($T:ty, $case:expr, |$group:pat_param, $weights:pat_param| $build:expr) => {
+        $crate::support::run_on::<$T, _, _>(
+            $case,
+            &|$group, $weights| $crate::support::boxed(|| $build),
+            None,
+        )
+    };
+}
+pub(crate) use run_unplanned;
+
+/// A layer without its type: what runs it is compiled once for all layers.
+pub(crate) fn boxed<T, L, B>(build: impl FnOnce() -> Result<L>) -> Result<BoxLayer<L::In, L::Out, T, B>>
+where
+    T: Element,
+    B: Backend,
+    L: Layer<T, B, Saved: 'static> + 'static,
+{
+    build().map(BoxLayer::new)
+}
+
+/// What makes a layer on a rank.
+pub(crate) type Build<'a, In, Out, T, B> =
+    &'a (dyn Fn(&Group<B>, &Weights<'_>) -> Result<BoxLayer<In, Out, T, B>> + Sync);
+
+/// What a rank moves, and the shapes that it gets.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Moves {
+    pub(crate) forward: Vec<Transfer>,
+    pub(crate) backward: Vec<Transfer>,
+    shapes: [Shape; 4],
+}
+
+/// A forward and a backward of a layer.
+pub(crate) struct Pass<L: Layer<T, B>, T: Element, B: Backend> {
+    y: DTensor<L::Out, T, B>,
+    dx: DTensor<<L::In as Placement>::Dual, T, B>,
+    pub(crate) moves: Moves,
+}
+
+impl<L, T, B> Pass<L, T, B>
+where
+    T: Element,
+    B: Backend,
+    L: Layer<T, B, In: Spread<Dual: Spread>, Out: Spread<Dual: Spread>>,
+{
+    fn input(case: &Case<'_>, group: &Group<B>) -> Result<DTensor<L::In, T, B>> {
+        let x = L::In::spread::<T, B>(group, case.x, case.x_cut.as_ref())?;
+        x.with_sequences(case.sequences.clone())
+    }
+
+    pub(crate) fn new(case: &Case<'_>, group: &Group<B>, record: &Record, layer: &L) -> Result<Self> {
+        let x = Self::input(case, group)?;
+        record.take();
+        let (y, saved) = layer.forward(x)?;
+        let forward = record.take();
+        let dy = <L::Out as Placement>::Dual::spread::<T, B>(group, case.dy, case.dy_cut.as_ref())?;
+        record.take();
+        let dx = layer.backward(saved, dy)?;
+        let shapes = [y.shape(), y.local().shape(), dx.shape(), dx.local().shape()];
+        let moves = Moves { forward, backward: record.take(), shapes };
+        Ok(Self { y, dx, moves })
+    }
+}
+
+/// Runs a layer forward and backward, twice over, on `case.world` ranks and checks what holds for
+/// every layer:
+///
+/// * what moves, and every shape, is what a plan derives without data, on each rank alone;
+/// * a second run gives the same bits and adds the same gradients once more;
+/// * inference gives the forward's bits and moves what it moves;
+/// * replicated values are equal on all ranks;
+/// * every element of every tensor of the model is owned by exactly one rank.
+pub(crate) fn run_on<T, In, Out>(
     case: &Case<'_>,
-    build: impl Fn(&Group<Dev>, &Weights<'_>) -> Result<L> + Sync,
+    build: Build<'_, In, Out, T, Dev>,
+    plan: Option<Build<'_, In, Out, T, Meta>>,
 ) -> Result<Outcome>
 where
     T: Element,
-    L: Layer<T, Dev>,
-    L::In: Spread,
-    L::Out: Spread,
-    <L::In as Placement>::Dual: Spread,
-    <L::Out as Placement>::Dual: Spread,
+    In: Spread<Dual: Spread>,
+    Out: Spread<Dual: Spread>,
 {
     let outcomes = ranks(case.world).run(|world| {
         let (group, record) = world.with_reduction(case.reduction).with_overlap(case.overlap).recorded();
-        let layer = build(&group, &Weights::new(case.weights))?;
+        let weights = Weights::new(case.weights);
+        let layer = build(&group, &weights)?;
         let mut steps = Vec::new();
         for _ in 0..2 {
-            let x = L::In::spread::<T>(&group, case.x, case.x_cut.as_ref())?;
-            let x = x.with_sequences(case.sequences.clone())?;
-            record.take();
-            let (y, saved) = layer.forward(&x)?;
-            let forward = record.take();
-            let dy = <L::Out as Placement>::Dual::spread::<T>(&group, case.dy, case.dy_cut.as_ref())?;
-            record.take();
-            let dx = layer.backward(saved, &dy)?;
-            let backward = record.take();
-            let (declared, shape) = layer.traffic(&group, x.shape());
-            assert_eq!(forward, declared.forward, "the forward's traffic");
-            assert_eq!(backward, declared.backward, "the backward's traffic");
-            assert_eq!(shape, y.shape(), "the shape of the output");
-            assert_eq!(x.shape(), dx.shape(), "the shape of the input's gradient");
-            steps.push((wide(y.local())?, wide(dx.local())?));
+            let pass = Pass::<_, T, Dev>::new(case, &group, &record, &layer)?;
+            assert_eq!(pass.dx.shape().dims(), case.x.shape(), "the shape of the input's gradient");
+            steps.push((wide(pass.y.local())?, wide(pass.dx.local())?, pass.moves));
         }
-        let bits = |(y, dx): &(Array2<f64>, Array2<f64>)| {
-            y.iter().chain(dx).map(|value| value.to_bits()).collect::<Vec<_>>()
-        };
-        assert_eq!(bits(&steps[0]), bits(&steps[1]), "the second run's bits");
+        let (y, dx, moves) = steps.swap_remove(0);
+        assert_eq!(bits(&y), bits(&steps[0].0), "the second run's output");
+        assert_eq!(bits(&dx), bits(&steps[0].1), "the second run's gradient");
+        assert_eq!(moves, steps[0].2, "what the second run moves");
+        // Where tests are slow, models do so.
+        if FEWER == 1 {
+            let x = Pass::<BoxLayer<In, Out, T, Dev>, T, Dev>::input(case, &group)?;
+            record.take();
+            let inferred = layer.infer(x, &mut Context::default())?;
+            assert_eq!(record.take(), moves.forward, "what inference moves");
+            assert_eq!(bits(&wide(inferred.local())?), bits(&y), "inference");
+        }
+
+        if let Some(plan) = plan {
+            let (alone, record) = Group::planned(&Meta::new(), group.rank(), group.size())?;
+            let alone = alone.with_reduction(case.reduction).with_overlap(case.overlap);
+            let planned = Pass::<_, T, Meta>::new(case, &alone, &record, &plan(&alone, &weights)?)?;
+            assert_eq!(moves, planned.moves, "what moves, and what was derived without data");
+        }
+
         let mut grads: Vec<(Vec<Piece>, Vec<usize>, Vec<f64>)> = Vec::new();
         for param in layer.params() {
             let grad = param.grad().ok_or_else(|| Error::Invalid {
@@ -242,7 +340,6 @@ where
             param.zero_grad();
             assert!(param.grad().is_none());
         }
-        let (y, dx) = steps.swap_remove(0);
         Ok((y, dx, grads))
     })?;
     let mut ys = Vec::new();
@@ -255,14 +352,10 @@ where
             grads.add(&pieces, &shape, &values);
         }
     }
-    Ok(Outcome {
-        y: L::Out::collect(ys),
-        dx: <L::In as Placement>::Dual::collect(dxs),
-        grads: grads.finish(),
-    })
+    Ok(Outcome { y: Out::collect(ys), dx: In::Dual::collect(dxs), grads: grads.finish() })
 }
 
-fn wide<T: Element>(tensor: &Tensor<T>) -> Result<Array2<f64>> {
+fn wide<T: Element>(tensor: &Tensor<T, Dev>) -> Result<Array2<f64>> {
     let array = tensor.to_array()?.mapv(T::to_f64);
     Ok(array.into_dimensionality().unwrap())
 }

@@ -222,8 +222,8 @@ fn time_lines_show_products_and_collectives_of_each_rank() {
                 true,
             )?;
             let x = DTensor::replicated(&world, Tensor::full(world.device(), [4, 8], 1.0)?)?;
-            let (y, saved) = mlp.forward(&x)?;
-            mlp.backward(saved, &y).map(drop)
+            let (y, saved) = mlp.forward(x)?;
+            mlp.backward(saved, y).map(drop)
         })
         .unwrap();
     let line = chrome(&Record::read_all([folder.path()]).unwrap());

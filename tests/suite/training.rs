@@ -18,7 +18,7 @@ use shardwise::{
     reference,
     rng::Philox,
     shard::{Axis, Mesh, Replicated, Shard},
-    tensor::{Random, WeightSource, Weights},
+    tensor::{Random, WeightSource},
     train::{Schedule, check_replicas},
     weights::{self, Checkpoint},
 };
@@ -69,7 +69,7 @@ fn train<S: Stream, T: Element>(
     let outcomes = ranks(dp * pp * tp).run(|world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
         let source = Random::normal(3, 0.3);
-        let model = Gpt::<S, T, Dev>::load(&mesh, &Weights::new(&source), config, schedule()?)?;
+        let model = Gpt::<S, T, Dev>::load(&mesh, &source, config, schedule()?)?;
         let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.1, eps: EPS, ..AdamWConfig::default() });
         let mut curve = Vec::new();
         for step in 0..steps {
@@ -291,7 +291,7 @@ fn faulty(
     let outcomes = ranks(dp * pp * tp).run_each(|world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
         let source = Random::normal(3, 0.3);
-        let model = Gpt::<_, _, Dev>::load(&mesh, &Weights::new(&source), &CONFIG, alternating(pp, 2)()?)?;
+        let model = Gpt::<_, _, Dev>::load(&mesh, &source, &CONFIG, alternating(pp, 2)()?)?;
         let mut optimizer = AdamW::default();
         for step in 0..4 {
             let mut batch = batch(&CONFIG, step, 8);
@@ -356,12 +356,7 @@ fn loss_scaling_finds_a_scale_that_fits() {
     let outcomes = ranks(2).run(|world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(1, 1, 2)?)?;
         let source = Random::normal(3, 0.3);
-        let model = Gpt::<Replicated, half::f16, Dev>::load(
-            &mesh,
-            &Weights::new(&source),
-            &CONFIG,
-            alternating(1, 1)()?,
-        )?;
+        let model = Gpt::<Replicated, half::f16, Dev>::load(&mesh, &source, &CONFIG, alternating(1, 1)()?)?;
         let (mut adamw, mut scale) = (AdamW::default(), LossScale::new(2f64.powi(24), 4)?);
         let (mut losses, mut left_out) = (Vec::new(), 0);
         for step in 0..40 {
@@ -391,7 +386,7 @@ fn a_model_on_a_mesh_is_saved_whole() {
         let read = ranks(1).run(|group| {
             let mesh = DeviceMesh::new(&group, Mesh::new(1, 1, 1)?)?;
             let schedule = Schedule::one_forward_one_backward(1, 1);
-            let model = Gpt::<Replicated, f32, Dev>::load(&mesh, &Weights::new(source), &CONFIG, schedule)?;
+            let model = Gpt::<Replicated, f32, Dev>::load(&mesh, source, &CONFIG, schedule)?;
             let mut all = BTreeMap::new();
             for param in model.params() {
                 let bits: Vec<_> = param.value()?.to_vec()?.into_iter().map(f32::to_bits).collect();
@@ -406,7 +401,7 @@ fn a_model_on_a_mesh_is_saved_whole() {
         let saved = ranks(dp * pp * tp).run(|world| {
             let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
             let schedule = Schedule::one_forward_one_backward(pp, pp);
-            let model = Gpt::<Replicated, f32, Dev>::load(&mesh, &Weights::new(&source), &CONFIG, schedule)?;
+            let model = Gpt::<Replicated, f32, Dev>::load(&mesh, &source, &CONFIG, schedule)?;
             let number = mesh.group(Axis::Data).rank();
             let replica = world.split_all(number as u64)?;
             match number {

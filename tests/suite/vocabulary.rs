@@ -1,24 +1,24 @@
 //! Embeddings, cross entropy and dropout over ranks, against the reference.
 
-use crate::dev::{self, DTensor, Dev, Tensor, ranks};
+use crate::dev::{self, Dev, Tensor, ranks};
 use crate::support::{Assembled, Case, arrays, close, difference, grads_close, matrix, random, run};
 use ndarray::{Array2, ArrayD};
 use proptest::prelude::*;
 use shardwise::{
     Error, Result,
-    comm::Group,
-    device::Element,
-    kernels::{Activation, DropoutMask},
+    comm::{Group, Record, Transfer},
+    device::{Element, Meta},
+    kernels::{Activation, Backend, DropoutMask},
     ops,
     parallel::{
-        Activate, Bias, BoxLayer, ColumnParallelLinear, Columns, CopyTo, Draw, Dropout, Layer,
-        PositionEmbedding, Recompute, ReduceFrom, RowLinear, Smoothing, Stream, VocabParallelCrossEntropy,
-        VocabParallelEmbedding,
+        Activate, Bias, BoxLayer, ColumnParallelLinear, Columns, CopyTo, DTensor, Draw, Dropout, Layer,
+        Losses, PositionEmbedding, Recompute, ReduceFrom, RowLinear, Smoothing, Stream,
+        VocabParallelCrossEntropy, VocabParallelEmbedding,
     },
     reference,
     rng::Philox,
     shard::{Partition, Replicated, Sequences, Shard},
-    tensor::Weights,
+    tensor::{Arrays, Param, Weights},
 };
 
 const EXACT: f64 = 1e-12;
@@ -36,7 +36,51 @@ fn wide<T: Element>(x: &Tensor<T>) -> Array2<f64> {
     x.to_array().unwrap().mapv(T::to_f64).into_dimensionality().unwrap()
 }
 
-/// Embeds, and runs the tied head, forward and backward; what the traffic says is what is recorded.
+/// What an embedding and its tied head give and take, whole.
+struct Embed<'a> {
+    source: &'a Arrays,
+    sizes: [usize; 2],
+    padding: Option<u32>,
+    ids: &'a [u32],
+    dy: &'a Array2<f64>,
+    dlogits: &'a Array2<f64>,
+}
+
+/// What a rank has of it.
+struct Embedded<S: Stream, B: Backend> {
+    y: DTensor<S, f64, B>,
+    logits: DTensor<Shard<1>, f64, B>,
+    table: Param<f64, B>,
+    /// Of the embedding, forward and backward.
+    moves: [Vec<Transfer>; 2],
+}
+
+impl Embed<'_> {
+    fn pass<S: Stream, B: Backend>(&self, group: &Group<B>, record: &Record) -> Result<Embedded<S, B>> {
+        let ([vocabulary, hidden], tokens) = (self.sizes, self.ids.len());
+        let weights = Weights::new(self.source);
+        let layer = VocabParallelEmbedding::<S, f64, B>::load(group, &weights, vocabulary, hidden)?;
+        let layer = layer.with_padding(self.padding)?;
+        let head = layer.tied_head();
+        record.take();
+        let (y, rows) = layer.forward(self.ids, Sequences::one(tokens))?;
+        let forward = record.take();
+        let own = S::local_rows(group, tokens)?;
+        let dy = self.dy.slice(ndarray::s![own, ..]).to_owned();
+        let dy = S::of_local(group, tokens, shardwise::Tensor::from_array(group.device(), &dy)?)?;
+        let (logits, saved) = head.forward(y.clone())?;
+        let dlogits = self.dlogits.slice(ndarray::s![.., logits.local_range(1)]).to_owned();
+        let dlogits = shardwise::Tensor::from_array(group.device(), &dlogits)?;
+        let dx = head.backward(saved, DTensor::shard(group, dlogits, logits.cut().unwrap())?)?;
+        record.take();
+        layer.backward(&rows, dy.add(&dx)?)?;
+        let table = layer.params().remove(0);
+        Ok(Embedded { y, logits, table, moves: [forward, record.take()] })
+    }
+}
+
+/// Embeds, and runs the tied head, forward and backward; what moves is what is derived without
+/// data.
 fn embeds<S: Stream>(world: usize, vocabulary: usize, hidden: usize, tokens: usize, seed: u64) {
     let table = random(seed, "table", &[vocabulary, hidden]);
     let source = arrays([("weight", table.clone())]);
@@ -44,35 +88,17 @@ fn embeds<S: Stream>(world: usize, vocabulary: usize, hidden: usize, tokens: usi
     let dlogits = matrix(seed, "dlogits", tokens, vocabulary);
     // A word without gradient, which does occur.
     let padding = ids.first().copied().filter(|_| seed.is_multiple_of(2));
+    let (source, sizes) = (&source, [vocabulary, hidden]);
+    let embed = Embed { source, sizes, padding, ids: &ids, dy: &dy, dlogits: &dlogits };
     let outcomes = ranks(world).run(|world| {
         let (group, record) = world.recorded();
-        let weights = Weights::new(&source);
-        let layer = VocabParallelEmbedding::<S, f64, Dev>::load(&group, &weights, vocabulary, hidden)?;
-        let layer = layer.with_padding(padding)?;
-        let head = layer.tied_head();
-        record.take();
-        let (y, rows) = layer.forward(&ids, Sequences::one(tokens))?;
-        assert_eq!(record.take(), layer.traffic(tokens).forward);
-        let own = S::local_rows(&group, tokens)?;
-        let part = |whole: &Array2<f64>| {
-            let part = whole.slice(ndarray::s![own.clone(), ..]).to_owned();
-            S::of_local(&group, tokens, Tensor::from_array(group.device(), &part)?)
-        };
-        let (logits, saved) = head.forward(&y)?;
-        let words = logits.local_range(1);
-        let dlogits = dlogits.slice(ndarray::s![.., words]).to_owned();
-        let dlogits =
-            DTensor::shard(&group, Tensor::from_array(group.device(), &dlogits)?, logits.cut().unwrap())?;
-        let dx = head.backward(saved, &dlogits)?;
-        record.take();
-        layer.backward(&rows, &part(&dy)?.add(&dx)?)?;
-        assert_eq!(record.take(), layer.traffic(tokens).backward);
-        let mut grad = Vec::new();
-        for table in layer.params() {
-            let values = table.grad().unwrap().to_vec()?;
-            grad.push((table.pieces().to_vec(), table.shape().dims().to_vec(), values));
-        }
-        Ok((wide(y.local()), own, wide(logits.local()), grad))
+        let got = embed.pass::<S, Dev>(&group, &record)?;
+        let (alone, record) = Group::planned(&Meta::new(), group.rank(), group.size())?;
+        assert_eq!(got.moves, embed.pass::<S, Meta>(&alone, &record)?.moves);
+        let table = got.table;
+        let values = table.grad().unwrap().to_vec()?;
+        let grad = (table.pieces().to_vec(), table.shape().dims().to_vec(), values);
+        Ok((wide(got.y.local()), S::local_rows(&group, tokens)?, wide(got.logits.local()), [grad]))
     });
     let outcomes = outcomes.unwrap();
     let table: Array2<f64> = table.into_dimensionality().unwrap();
@@ -120,13 +146,13 @@ proptest! {
         let want = &x + &reference::embedding(&places, &table);
         let dtable = reference::embedding_backward(&places, 5, &dy);
         let case = Case { sequences, ..Case::new(world, &x, &dy, &source) };
-        let replicated = |group: &Group<Dev>, weights: &Weights<'_>| {
+        let replicated = run!(f64, &case, |group, weights| {
             PositionEmbedding::<Replicated, f64, Dev>::load(group, weights, 5, hidden)
-        };
-        let sharded = |group: &Group<Dev>, weights: &Weights<'_>| {
+        });
+        let sharded = run!(f64, &case, |group, weights| {
             PositionEmbedding::<Shard<0>, f64, Dev>::load(group, weights, 5, hidden)
-        };
-        for outcome in [run::<f64, _>(&case, replicated).unwrap(), run::<f64, _>(&case, sharded).unwrap()] {
+        });
+        for outcome in [replicated.unwrap(), sharded.unwrap()] {
             close("y", &outcome.y.into_dyn(), &want, EXACT);
             close("dx", &outcome.dx.into_dyn(), &dy, 0.0);
             grads_close(&outcome.grads, &[("weight", dtable.clone().into_dyn())], EXACT);
@@ -151,24 +177,34 @@ fn options(
     )
 }
 
-/// The losses and the gradient on `world` ranks; the traffic is the declared one, the losses equal on every rank.
+/// The losses and the gradient on `world` ranks; what moves is what is derived without data, and
+/// the losses are equal on every rank.
 fn entropy<T: Element>(
     world: usize,
     loss: &VocabParallelCrossEntropy,
     x: &Array2<f64>,
     targets: &[u32],
 ) -> Result<(ArrayD<f64>, Array2<f64>)> {
-    let outcomes = ranks(world).run(|world| {
-        let (group, record) = world.recorded();
+    type Pass<T, B> = (Losses<<T as Element>::Acc, B>, DTensor<Shard<1>, T, B>, Vec<Transfer>);
+    fn pass<T: Element, B: Backend>(
+        (group, record): (&Group<B>, &Record),
+        loss: &VocabParallelCrossEntropy,
+        x: &Array2<f64>,
+        targets: &[u32],
+    ) -> Result<Pass<T, B>> {
         let cut = Partition::by_unit("test", "classes", x.ncols(), 1, group.size())?;
         let part = x.slice(ndarray::s![.., cut.range(group.rank())]).mapv(T::from_f64);
-        let logits = DTensor::<Shard<1>, T>::shard(&group, Tensor::from_array(group.device(), &part)?, &cut)?;
+        let part = shardwise::Tensor::<T, B>::from_array(group.device(), &part)?;
         record.take();
-        let (losses, saved) = loss.forward(&logits, targets)?;
-        let traffic = loss.traffic::<T, _>(&group, logits.shape());
-        assert_eq!(record.take(), traffic.forward);
-        let dx = loss.backward(&saved, 0.5)?;
-        assert_eq!(record.take(), traffic.backward);
+        let (losses, saved) = loss.forward(DTensor::shard(group, part, &cut)?, targets)?;
+        let dx = loss.backward(saved, 0.5)?;
+        Ok((losses, dx, record.take()))
+    }
+    let outcomes = ranks(world).run(|world| {
+        let (group, record) = world.recorded();
+        let (losses, dx, moves) = pass::<T, Dev>((&group, &record), loss, x, targets)?;
+        let (alone, record) = Group::planned(&Meta::new(), group.rank(), group.size())?;
+        assert_eq!(moves, pass::<T, Meta>((&alone, &record), loss, x, targets)?.2);
         Ok((losses.rows().to_array()?.mapv(Element::to_f64), wide(dx.local()), losses.mean()?))
     })?;
     let bits = |losses: &ArrayD<f64>| losses.iter().map(|loss| loss.to_bits()).collect::<Vec<_>>();
@@ -308,7 +344,7 @@ fn bad_targets_and_ids_are_named() {
 fn mask(dropout: &Dropout<Replicated>, rows: usize, cols: usize, draw: Draw) -> Array2<f64> {
     let group = Group::solo(&dev::fresh());
     let ones = DTensor::replicated(&group, Tensor::full(group.device(), [rows, cols], 1.0).unwrap()).unwrap();
-    wide(Layer::<f64, Dev>::forward(dropout, &ones.with_draw(draw)).unwrap().0.local())
+    wide(Layer::<f64, Dev>::forward(dropout, ones.with_draw(draw)).unwrap().0.local())
 }
 
 proptest! {
@@ -329,12 +365,12 @@ proptest! {
         ranks(world).run(|group| {
             let tensor = |part: ndarray::ArrayView2<'_, f64>| Tensor::from_array(group.device(), &part.to_owned());
             fn both<P: shardwise::shard::Elementwise + shardwise::shard::Placement<Dual = P>>(
-                layer: Dropout<P>, x: DTensor<P, f64>, dy: DTensor<P, f64>, draw: Draw,
+                layer: Dropout<P>, x: DTensor<P, f64, Dev>, dy: DTensor<P, f64, Dev>, draw: Draw,
             ) -> Result<(Array2<f64>, Array2<f64>)> {
-                let (same, _) = layer.forward(&x)?;
+                let (same, _) = layer.forward(x.clone())?;
                 assert_eq!(wide(same.local()), wide(x.local()), "nothing is dropped outside of training");
-                let (y, saved) = layer.forward(&x.with_draw(draw))?;
-                let dx: DTensor<P, f64> = layer.backward(saved, &dy)?;
+                let (y, saved) = layer.forward(x.with_draw(draw))?;
+                let dx: DTensor<P, f64, Dev> = layer.backward(saved, dy)?;
                 Ok((wide(y.local()), wide(dx.local())))
             }
             let near = |(y, dx): (Array2<f64>, Array2<f64>), rows: std::ops::Range<usize>, cols: std::ops::Range<usize>| {
@@ -347,11 +383,11 @@ proptest! {
             near(both(layer, whole(&x)?, whole(&dy)?, draw)?, 0..rows, 0..cols);
             let cut = Partition::even(rows, group.size());
             let own = cut.range(group.rank());
-            let part = |x: &Array2<f64>| DTensor::<Shard<0>, f64>::shard(&group, tensor(x.slice(ndarray::s![own.clone(), ..]))?, &cut);
+            let part = |x: &Array2<f64>| DTensor::<Shard<0>, f64, Dev>::shard(&group, tensor(x.slice(ndarray::s![own.clone(), ..]))?, &cut);
             near(both(Dropout::new(p, seed, "d"), part(&x)?, part(&dy)?, draw)?, own.clone(), 0..cols);
             let cut = Partition::even(cols, group.size());
             let own = cut.range(group.rank());
-            let part = |x: &Array2<f64>| DTensor::<Shard<1>, f64>::shard(&group, tensor(x.slice(ndarray::s![.., own.clone()]))?, &cut);
+            let part = |x: &Array2<f64>| DTensor::<Shard<1>, f64, Dev>::shard(&group, tensor(x.slice(ndarray::s![.., own.clone()]))?, &cut);
             near(both(Dropout::new(p, seed, "d"), part(&x)?, part(&dy)?, draw)?, 0..rows, own.clone());
             Ok(())
         }).unwrap();
@@ -367,10 +403,10 @@ fn dropout_of_any_rank_draws_by_the_index_in_the_whole() {
             x.slice_axis(ndarray::Axis(D), ndarray::Slice::from(cut.range(group.rank()))).to_owned()
         };
         let ones = Tensor::from_array(group.device(), &own(&ArrayD::ones(whole.raw_dim())))?;
-        let x = DTensor::<Shard<D>, f64>::shard(group, ones, &cut)?.with_draw(Draw { step: 7, row: 3 });
+        let x = DTensor::<Shard<D>, f64, Dev>::shard(group, ones, &cut)?.with_draw(Draw { step: 7, row: 3 });
         let layer = Dropout::<Shard<D>>::new(0.5, 1, "d");
-        let (y, saved) = layer.forward(&x)?;
-        let dx: DTensor<Shard<D>, f64> = layer.backward(saved, &x)?;
+        let (y, saved) = layer.forward(x.clone())?;
+        let dx: DTensor<Shard<D>, f64, Dev> = layer.backward(saved, x)?;
         assert_eq!(y.local().to_array()?, own(whole), "cut along {D}");
         assert_eq!(dx.local().to_array()?, own(whole), "the gradient, cut along {D}");
         Ok(own(whole))
@@ -431,10 +467,10 @@ fn wrapped_layers_give_the_bits_of_the_layer() {
         ("down.weight", random(1, "down", &[4, 6])),
         ("down.bias", random(1, "c", &[4])),
     ]);
-    type Plain = BoxLayer<Replicated, Replicated, f64, Dev>;
-    fn plain(group: &Group<Dev>, weights: &Weights<'_>) -> Result<Plain> {
+    type Plain<B> = BoxLayer<Replicated, Replicated, f64, B>;
+    fn plain<B: Backend>(group: &Group<B>, weights: &Weights<'_>) -> Result<Plain<B>> {
         let columns = Columns::even(group, 6)?;
-        let up = ColumnParallelLinear::<Replicated, f64, Dev>::load(
+        let up = ColumnParallelLinear::<Replicated, f64, B>::load(
             group,
             &weights.at("up"),
             4,
@@ -442,26 +478,26 @@ fn wrapped_layers_give_the_bits_of_the_layer() {
             Bias::Add,
         )?;
         let down = RowLinear::load(group, &weights.at("down"), columns.partition(), 4)?;
-        let layer = Layer::<f64, Dev>::then(up, Activate::new(Activation::Silu));
-        let layer = Layer::<f64, Dev>::then(layer, down);
-        Ok(BoxLayer::new(Layer::<f64, Dev>::then(layer, ReduceFrom)))
+        let layer = Layer::<f64, B>::then(up, Activate::new(Activation::Silu));
+        let layer = Layer::<f64, B>::then(layer, down);
+        Ok(BoxLayer::new(Layer::<f64, B>::then(layer, ReduceFrom)))
     }
     let source =
         shardwise::tensor::Arrays(source.0.into_iter().filter(|(name, _)| name != "down.bias").collect());
     let case = Case::new(2, &x, &dy, &source);
-    let want = run::<f64, _>(&case, plain).unwrap();
-    let recomputed = run::<f64, _>(&case, |group, weights| Ok(Recompute(plain(group, weights)?))).unwrap();
-    let listed = run::<f64, _>(&case, |group, weights| Ok(vec![plain(group, weights)?])).unwrap();
+    let want = run!(f64, &case, |group, weights| plain(group, weights)).unwrap();
+    let recomputed = run!(f64, &case, |group, weights| Ok(Recompute::new(plain(group, weights)?))).unwrap();
+    let listed = run!(f64, &case, |group, weights| Ok(vec![plain(group, weights)?])).unwrap();
     for got in [&recomputed, &listed] {
         assert_eq!((&got.y, &got.dx, &got.grads), (&want.y, &want.dx, &want.grads));
     }
-    let nothing = run::<f64, _>(&case, |_, _| Ok(Vec::<Plain>::new())).unwrap();
+    let nothing = run!(f64, &case, |_, _| Ok(Vec::<Plain<Dev>>::new())).unwrap();
     assert_eq!((&nothing.y, &nothing.dx), (&x, &dy));
     // What one layer saved is no other's.
     let group = Group::solo(&dev::fresh());
     let boxed = BoxLayer::<Replicated, shardwise::shard::Copied, f64, Dev>::new(CopyTo);
     let x = DTensor::replicated(&group, Tensor::from_array(group.device(), &x).unwrap()).unwrap();
     let error =
-        boxed.backward(Box::new(1_u8), &DTensor::partial(&group, x.local().clone()).unwrap()).unwrap_err();
+        boxed.backward(Box::new(1_u8), DTensor::partial(&group, x.local().clone()).unwrap()).unwrap_err();
     assert_eq!(error.to_string(), "backward: what was saved belongs to a forward of another layer");
 }

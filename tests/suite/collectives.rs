@@ -1,0 +1,287 @@
+//! The table of layers in `parallel`'s documentation: the collectives of each, written down by
+//! hand, on every rank of 1 to 8. [`run`](crate::support::run) holds ranks that compute to what is
+//! planned.
+
+use crate::support::{Case, Pass, Spread, uneven};
+use ndarray::Array2;
+use shardwise::{
+    Result,
+    comm::{
+        Group,
+        Op::{self, AllGather, AllReduce, ReduceScatter},
+        Transfer,
+    },
+    device::{DType, Element, Meta},
+    kernels::{Activation, AttentionChoices, NormKind},
+    parallel::{
+        Activate, AddBias, Attention, AttentionConfig, Bias, BlockConfig, BlockNames, BoxLayer, ColumnLinear,
+        ColumnParallelLinear, Columns, CopyTo, DTensor, Dropout, Gate, GatherFrom, GatherSequence, Layer,
+        MlpNames, NormPlacement, Normalize, ParallelMlp, PositionEmbedding, QkNorm, QkvLayout, Recompute,
+        ReduceFrom, ReduceScatterSequence, RowLinear, RowParallelLinear, ScatterSequence, ScatterTo, Stream,
+        TransformerBlock, VocabParallelCrossEntropy, VocabParallelEmbedding,
+    },
+    shard::{Heads, Partition, Replicated, Sequences, Shard},
+    tensor::{Arrays, Random, Weights},
+};
+
+type T = half::bf16;
+
+const TOKENS: usize = 24;
+const HIDDEN: usize = 16;
+const WIDE: usize = 40;
+
+/// A transfer of bf16.
+fn of(op: Op, elements: usize) -> Transfer {
+    Transfer { op, dtype: T::DTYPE, elements }
+}
+
+/// A transfer of its accumulator.
+fn wide(op: Op, elements: usize) -> Transfer {
+    Transfer { op, dtype: DType::F32, elements }
+}
+
+/// The collective of S entering; the backward of leaving.
+fn enters<S: Stream>(features: usize) -> Vec<Transfer> {
+    S::CUT.map(|_| of(AllGather, TOKENS * features)).into_iter().collect()
+}
+
+/// The collective of S leaving; the backward of entering.
+fn leaves<S: Stream>(features: usize) -> Vec<Transfer> {
+    vec![of(if S::CUT.is_some() { ReduceScatter } else { AllReduce }, TOKENS * features)]
+}
+
+/// A sum over tokens, where S cuts them, in the accumulator.
+fn over_tokens<S: Stream>(elements: usize) -> Vec<Transfer> {
+    S::CUT.map(|_| wide(AllReduce, elements)).into_iter().collect()
+}
+
+/// Features in, features out, and how the two are cut where a placement does.
+struct Features {
+    sizes: [usize; 2],
+    cuts: [Option<Partition>; 2],
+}
+
+impl Features {
+    fn new(inputs: usize, outputs: usize) -> Self {
+        Self { sizes: [inputs, outputs], cuts: [None, None] }
+    }
+}
+
+/// Holds a layer to its line of the table on every rank of a world.
+fn check<L>(
+    world: usize,
+    features: &Features,
+    layer: impl Fn(&Group<Meta>, &Weights<'_>) -> Result<L>,
+    forward: &[Transfer],
+    backward: &[Transfer],
+) where
+    L: Layer<T, Meta, In: Spread<Dual: Spread>, Out: Spread<Dual: Spread>>,
+{
+    let zeros = features.sizes.map(|features| Array2::zeros((TOKENS, features)));
+    let (none, source) = (Arrays::default(), Random::normal(1, 0.1));
+    let [x_cut, dy_cut] = features.cuts.clone();
+    let case = Case { x_cut, dy_cut, ..Case::new(world, &zeros[0], &zeros[1], &none) };
+    for rank in 0..world {
+        let (group, record) = Group::planned(&Meta::new(), rank, world).unwrap();
+        let layer = layer(&group, &Weights::new(&source)).unwrap();
+        let moves = Pass::<L, T, Meta>::new(&case, &group, &record, &layer).unwrap().moves;
+        let what = format!("{} on rank {rank} of {world}", std::any::type_name::<L>());
+        assert_eq!(moves.forward, forward, "forward of {what}");
+        assert_eq!(moves.backward, backward, "backward of {what}");
+    }
+}
+
+#[test]
+fn mappings_have_the_collectives_of_the_table() {
+    let (same, all) = (Features::new(HIDDEN, HIDDEN), TOKENS * HIDDEN);
+    for world in 1..=8 {
+        let (reduce, gather, scatter) =
+            ([of(AllReduce, all)], [of(AllGather, all)], [of(ReduceScatter, all)]);
+        check(world, &same, |_, _| Ok(CopyTo), &[], &reduce);
+        check(world, &same, |_, _| Ok(ReduceFrom), &reduce, &[]);
+        check(world, &same, |_, _| Ok(ScatterTo::<1>::even()), &[], &gather);
+        check(world, &same, |_, _| Ok(ScatterSequence::even()), &[], &gather);
+        check(world, &same, |_, _| Ok(GatherFrom::<1>), &gather, &[]);
+        check(world, &same, |_, _| Ok(GatherFrom::<0>), &gather, &[]);
+        check(world, &same, |_, _| Ok(GatherSequence), &gather, &scatter);
+        check(world, &same, |_, _| Ok(ReduceScatterSequence), &scatter, &gather);
+        check(world, &same, |_, _| Ok(Activate::<Replicated>::new(Activation::Silu)), &[], &[]);
+        check(world, &same, |_, _| Ok(Dropout::<Replicated>::new(0.5, 1, "d")), &[], &[]);
+        let cut = Partition::even(WIDE, world);
+        let gate = Features { sizes: [2 * WIDE, WIDE], cuts: [Some(cut.scaled(2)), Some(cut)] };
+        check(world, &gate, |_, _| Ok(Gate::new(Activation::Silu)), &[], &[]);
+    }
+}
+
+fn linear<S: Stream + Spread>(world: usize) {
+    let cut = uneven(world as u64, WIDE, world);
+    let up = Features { sizes: [HIDDEN, WIDE], cuts: [None, Some(cut.clone())] };
+    let down = Features { sizes: [WIDE, HIDDEN], cuts: [Some(cut.clone()), None] };
+    let (enter, leave) = (enters::<S>(HIDDEN), leaves::<S>(HIDDEN));
+    let columns = |group: &Group<Meta>| Columns::cut(group, cut.clone());
+    check(
+        world,
+        &up,
+        |group, weights| ColumnLinear::load(group, weights, HIDDEN, &columns(group)?, Bias::Add),
+        &[],
+        &[],
+    );
+    check(world, &down, |group, weights| RowLinear::load(group, weights, &cut, HIDDEN), &[], &[]);
+    check(
+        world,
+        &up,
+        |group, weights| {
+            ColumnParallelLinear::<S, _, _>::load(group, weights, HIDDEN, &columns(group)?, Bias::Add)
+        },
+        &enter,
+        &leave,
+    );
+    let biased = |group: &Group<Meta>, weights: &Weights<'_>| {
+        RowParallelLinear::load(group, weights, &cut, HIDDEN, true)
+    };
+    check::<RowParallelLinear<S, _, _>>(
+        world,
+        &down,
+        biased,
+        &leave,
+        &[over_tokens::<S>(HIDDEN), enter.clone()].concat(),
+    );
+}
+
+#[test]
+fn linear_layers_have_the_collectives_of_the_table() {
+    for world in 1..=8 {
+        linear::<Replicated>(world);
+        linear::<Shard<0>>(world);
+    }
+}
+
+/// Of two key/value heads, up to four ranks hold each: their columns of dY are summed first, keys
+/// and values together.
+#[test]
+fn shared_heads_are_summed() {
+    let (heads, kv_heads, dim) = (8, 2, 3);
+    for world in 1..=8 {
+        let plan = Heads::new(heads, kv_heads, dim, world).unwrap();
+        let shared = (0..kv_heads).filter(|&head| plan.holders(head).len() > 1).count();
+        let width = plan.qkv_features().total();
+        let features = Features { sizes: [HIDDEN, width], cuts: [None, Some(plan.qkv_features())] };
+        let sums = [of(AllReduce, TOKENS * 2 * shared * dim)];
+        let backward = if shared > 0 { &sums[..] } else { &[] };
+        check(
+            world,
+            &features,
+            |group, weights| {
+                let columns = Columns::qkv(group, &plan, &QkvLayout::separate("q", "k", "v"))?;
+                ColumnLinear::load(group, weights, HIDDEN, &columns, Bias::None)
+            },
+            &[],
+            backward,
+        );
+        let qk_norm = Some(QkNorm { eps: 1e-5, q: "q".into(), k: "k".into() });
+        let cuts = [Some(plan.qkv_features()), Some(plan.query_features())];
+        let features = Features { sizes: [width, heads * dim], cuts };
+        for (norm, backward) in [(None, vec![]), (qk_norm, vec![wide(AllReduce, 2 * dim)])] {
+            let config = AttentionConfig {
+                choices: AttentionChoices::CAUSAL,
+                kv_heads,
+                head_dim: dim,
+                qk_norm: norm,
+                ..AttentionConfig::new(HIDDEN, heads)
+            };
+            let load =
+                |group: &Group<Meta>, weights: &Weights<'_>| Attention::load(group, weights, &plan, &config);
+            check(world, &features, load, &[], &backward);
+        }
+    }
+}
+
+fn stream<S: Stream + Spread>(world: usize) {
+    let same = Features::new(HIDDEN, HIDDEN);
+    for (kind, vectors) in [(NormKind::LayerNorm { eps: 0.1 }, 2), (NormKind::RmsNorm { eps: 0.1 }, 1)] {
+        check(
+            world,
+            &same,
+            |group, weights| Normalize::<S, _, _>::load(group, weights, kind, HIDDEN),
+            &[],
+            &over_tokens::<S>(vectors * HIDDEN),
+        );
+    }
+    let bias = |group: &Group<Meta>, weights: &Weights<'_>| AddBias::<S, _, _>::load(group, weights, HIDDEN);
+    check(world, &same, bias, &[], &over_tokens::<S>(HIDDEN));
+    check(
+        world,
+        &same,
+        |group, weights| PositionEmbedding::<S, _, _>::load(group, weights, TOKENS, HIDDEN),
+        &[],
+        &over_tokens::<S>(TOKENS * HIDDEN),
+    );
+    let (enter, leave) = (enters::<S>(HIDDEN), leaves::<S>(HIDDEN));
+    let mlp = |group: &Group<Meta>, weights: &Weights<'_>| {
+        let (names, f) = (MlpNames::default(), Activation::Silu);
+        ParallelMlp::<S, _, _>::load_gated(group, weights, &names, (HIDDEN, WIDE), f, false)
+    };
+    let both = [enter.clone(), leave.clone()].concat();
+    check(world, &same, mlp, &both, &both);
+    check(world, &same, |group, weights| Ok(BoxLayer::new(mlp(group, weights)?)), &both, &both);
+    check(world, &same, |group, weights| Ok(vec![mlp(group, weights)?]), &both, &both);
+    let twice = [both.clone(), both.clone()].concat();
+    check(world, &same, |group, weights| Ok(Recompute::new(mlp(group, weights)?)), &both, &twice);
+    check(world, &same, |group, weights| Ok(Recompute::when(false, mlp(group, weights)?)), &both, &both);
+    let config = BlockConfig {
+        attention: AttentionConfig { qkv_bias: true, out_bias: true, ..AttentionConfig::new(HIDDEN, 8) },
+        ffn: WIDE,
+        gated: false,
+        activation: Activation::GeluErf,
+        mlp_bias: true,
+        norm: NormKind::LayerNorm { eps: 0.1 },
+        placement: NormPlacement::Pre,
+        names: BlockNames::default(),
+    };
+    // Each half backward: db of its second layer, entering, leaving, dγ and dβ.
+    let half = [over_tokens::<S>(HIDDEN), both.clone(), over_tokens::<S>(2 * HIDDEN)].concat();
+    check(
+        world,
+        &same,
+        |group, weights| TransformerBlock::<S, _, _>::load(group, weights, &config),
+        &twice,
+        &[half.clone(), half].concat(),
+    );
+}
+
+#[test]
+fn layers_of_the_stream_have_the_collectives_of_the_table() {
+    for world in 1..=8 {
+        stream::<Replicated>(world);
+        stream::<Shard<0>>(world);
+    }
+}
+
+/// The two ends of a language model, which take ids and targets.
+fn ends<S: Stream>(world: usize, rank: usize) -> Result<()> {
+    let (group, record) = Group::planned(&Meta::new(), rank, world)?;
+    let source = Random::normal(1, 0.1);
+    let table = VocabParallelEmbedding::<S, T, _>::load(&group, &Weights::new(&source), WIDE, HIDDEN)?;
+    let (x, rows) = table.forward(&[1; TOKENS], Sequences::one(TOKENS))?;
+    assert_eq!(record.take(), leaves::<S>(HIDDEN));
+    table.backward(&rows, x)?;
+    assert_eq!(record.take(), enters::<S>(HIDDEN));
+    let cut = group.even_cut(WIDE)?;
+    let logits = shardwise::Tensor::zeros(group.device(), [TOKENS, cut.size(rank)])?;
+    let loss = VocabParallelCrossEntropy::default();
+    let (_, saved) = loss.forward(DTensor::<Shard<1>, T, _>::shard(&group, logits, &cut)?, &[1; TOKENS])?;
+    assert_eq!(record.take(), [wide(AllReduce, TOKENS), wide(AllReduce, 3 * TOKENS)]);
+    loss.backward(saved, 1.0)?;
+    assert_eq!(record.take(), []);
+    Ok(())
+}
+
+#[test]
+fn the_ends_of_a_model_have_the_collectives_of_the_table() {
+    for world in 1..=8 {
+        for rank in 0..world {
+            ends::<Replicated>(world, rank).unwrap();
+            ends::<Shard<0>>(world, rank).unwrap();
+        }
+    }
+}

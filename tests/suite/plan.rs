@@ -1,0 +1,271 @@
+//! Models on no data: what one rank alone derives is what the ranks move and hold.
+
+use crate::dev::{self, Dev, ranks};
+use shardwise::{
+    Result, Tensor,
+    comm::{Group, Op, Record, Transfer},
+    device::{Device, Element, Meta},
+    kernels::{Activation, AttentionChoices, Backend, NormKind, RopePairs},
+    models::{Bert, BertConfig, Decoder, DecoderConfig},
+    ops::{RopeConfig, RopeScaling},
+    optim::{AdamW, clip_scale, grad_norm},
+    parallel::{
+        AttentionConfig, Bias, BlockConfig, BlockNames, ColumnLinear, Columns, Context, DTensor, Layer,
+        NormPlacement, Stream, TransformerBlock,
+    },
+    shard::{Reduction, Replicated, Sequences, Shard},
+    tensor::{Random, WeightSource, Weights},
+    train::{DataParallel, GradReduce},
+};
+
+/// What a rank has moved since the last look, and the bytes that it holds.
+type Seen = Vec<(Vec<Transfer>, usize)>;
+
+struct Watch<'a, B: Backend> {
+    group: &'a Group<B>,
+    record: &'a Record,
+    seen: Seen,
+}
+
+impl<'a, B: Backend> Watch<'a, B> {
+    fn new(group: &'a Group<B>, record: &'a Record) -> Self {
+        record.take();
+        Self { group, record, seen: Vec::new() }
+    }
+
+    fn look(&mut self) -> Result<()> {
+        let moved = self.record.take();
+        // Other ranks have read what was started.
+        self.group.barrier()?;
+        self.seen.push((moved, self.group.device().memory().live));
+        Ok(())
+    }
+}
+
+/// A step of training, and inference.
+fn trains<S: Stream, T: Element, B: Backend>(
+    group: &Group<B>,
+    record: &Record,
+    source: &dyn WeightSource,
+    config: &DecoderConfig,
+) -> Result<Seen> {
+    let mut watch = Watch::new(group, record);
+    let model = Decoder::<S, T, B>::load(group, source, config)?;
+    watch.look()?;
+    let ids: Vec<u32> = (0..11).map(|at| (at * 5 + 1) % config.vocabulary as u32).collect();
+    let sequences = Sequences::packed([7, 4]);
+    let inferred = model.infer(&ids, sequences.clone())?;
+    watch.look()?;
+    drop(inferred);
+    let (logits, saved) = model.forward(&ids, sequences)?;
+    watch.look()?;
+    model.backward(saved, logits)?;
+    watch.look()?;
+    let params = model.params();
+    let norm = grad_norm(&params, &[group])?;
+    AdamW::default().step(&params, 1e-3, clip_scale(norm, 1.0)?)?;
+    watch.look()?;
+    Ok(watch.seen)
+}
+
+/// A prompt in two slots, and a token more in each.
+fn generates<T: Element, B: Backend>(
+    group: &Group<B>,
+    record: &Record,
+    source: &dyn WeightSource,
+    config: &DecoderConfig,
+) -> Result<Seen> {
+    let model = Decoder::<Replicated, T, B>::load(group, source, config)?;
+    let mut watch = Watch::new(group, record);
+    let mut cache = model.cache(3, 9)?;
+    for (ids, counts) in [(&[1, 2, 3, 4, 5][..], [3, 2]), (&[6, 7], [1, 1])] {
+        let logits = model.step(ids, &[2, 0], &counts, &mut cache)?;
+        watch.look()?;
+        drop(logits);
+    }
+    Ok(watch.seen)
+}
+
+fn encodes<S: Stream, B: Backend>(
+    group: &Group<B>,
+    record: &Record,
+    source: &dyn WeightSource,
+    config: &BertConfig,
+) -> Result<Seen> {
+    let mut watch = Watch::new(group, record);
+    let model = Bert::<S, f32, B>::load(group, source, config)?;
+    watch.look()?;
+    let (ids, types, sequences) = ([2, 3, 4, 5, 6, 7], [0, 0, 1, 0, 1, 1], Sequences::packed([4, 2]));
+    drop(model.infer(&ids, Some(&types), sequences.clone())?);
+    watch.look()?;
+    let (y, saved) = model.forward(&ids, Some(&types), sequences)?;
+    model.backward(saved, y)?;
+    watch.look()?;
+    Ok(watch.seen)
+}
+
+/// Runs a function on the ranks, and on each rank without data.
+macro_rules! same {
+    ($what:expr, $world:expr, $reduction:expr, $pass:ident::<$($T:ty),*>($($given:expr),*)) => {
+        ranks($world)
+            .run(|world| {
+                let (group, record) = world.with_reduction($reduction).recorded();
+                let got = $pass::<$($T,)* Dev>(&group, &record, $($given),*)?;
+                let (alone, record) = Group::planned(&Meta::new(), group.rank(), group.size())?;
+                let planned = $pass::<$($T,)* Meta>(&alone.with_reduction($reduction), &record, $($given),*)?;
+                assert_eq!(got, planned, "{}, {:?}, rank {} of {}", $what, $reduction, group.rank(), $world);
+                Ok(())
+            })
+            .unwrap();
+    };
+}
+
+const EITHER: [Reduction; 2] = [Reduction::Fast, Reduction::Invariant { blocks: 8 }];
+
+#[test]
+fn models_move_and_hold_what_is_planned() {
+    for name in crate::models::DECODERS {
+        let (checkpoint, config) = crate::models::decoder(name);
+        for &world in dev::WORLDS {
+            for reduction in EITHER {
+                same!(name, world, reduction, trains::<Replicated, f32>(&checkpoint, &config));
+                same!(name, world, reduction, trains::<Shard<0>, half::bf16>(&checkpoint, &config));
+                same!(name, world, reduction, generates::<f32>(&checkpoint, &config));
+            }
+        }
+    }
+    let (checkpoint, config) = crate::models::bert();
+    for &world in dev::WORLDS {
+        for reduction in EITHER {
+            same!("bert", world, reduction, encodes::<Replicated>(&checkpoint, &config));
+            same!("bert", world, reduction, encodes::<Shard<0>>(&checkpoint, &config));
+        }
+    }
+}
+
+/// Gradients over replicas, whose presence a rank without data takes from its own.
+fn replicates<T: Element, B: Backend>(group: &Group<B>, record: &Record, reduce: GradReduce) -> Result<Seen> {
+    let (alone, source) = (Group::solo(group.device()), Random::normal(1, 0.5));
+    let alone = alone.with_reduction(group.reduction());
+    let (columns, weights) = (Columns::even(&alone, 5)?, Weights::new(&source));
+    let layer = ColumnLinear::<T, B>::load(&alone, &weights, 3, &columns, Bias::None)?;
+    let params = layer.params();
+    let replicas = DataParallel::new(group, &params)?;
+    let mut watch = Watch::new(group, record);
+    replicas.begin(reduce)?;
+    let x = DTensor::copied(&alone, Tensor::zeros(group.device(), [4, 3])?)?;
+    let (y, saved) = layer.forward(x)?;
+    layer.backward(saved, y)?;
+    replicas.finish()?;
+    watch.look()?;
+    assert!(params.iter().all(|param| param.grad().is_some()));
+    Ok(watch.seen)
+}
+
+#[test]
+fn replicas_move_and_hold_what_is_planned() {
+    for world in [1, 2, 3, 8] {
+        for reduction in EITHER {
+            same!("replicas", world, reduction, replicates::<f32>(GradReduce::Sum));
+        }
+        same!("replicas", world, Reduction::Fast, replicates::<f32>(GradReduce::Mean { weight: 1.0 }));
+    }
+}
+
+/// Llama 2 of 70 billion parameters, on any of 64 ranks: of eight key/value heads, eight ranks hold
+/// each.
+#[test]
+fn a_large_model_has_the_sizes_of_its_formulas() {
+    let (vocabulary, hidden, ffn, layers, ranks) = (32_000, 8_192, 28_672, 80, 64);
+    let (heads, kv_heads, head_dim) = (64, 8, 128);
+    let rope = RopeConfig { dim: head_dim, base: 1e4, pairs: RopePairs::Halves, scaling: RopeScaling::None };
+    let block = BlockConfig {
+        attention: AttentionConfig {
+            kv_heads,
+            choices: AttentionChoices::CAUSAL,
+            rope: Some(rope),
+            ..AttentionConfig::new(hidden, heads)
+        },
+        ffn,
+        gated: true,
+        activation: Activation::Silu,
+        mlp_bias: false,
+        norm: NormKind::RmsNorm { eps: 1e-5 },
+        placement: NormPlacement::Pre,
+        names: BlockNames::llama(),
+    };
+    let config = DecoderConfig { tied: false, ..DecoderConfig::new(vocabulary, block, layers) };
+    // One query and one key/value head a rank.
+    let of_layer = 4 * hidden * head_dim + 3 * hidden * ffn / ranks;
+    let matrices = layers * of_layer + hidden * vocabulary / ranks;
+    let parameters = matrices + hidden * vocabulary / ranks + (2 * layers + 1) * hidden;
+    let (tokens, source) = (4_096, Random::normal(1, 0.02));
+    let pairs = tokens * (tokens + 1) / 2;
+    let flops = 2 * tokens * matrices + 4 * layers * pairs * head_dim;
+    let moved = Transfer { op: Op::AllReduce, dtype: half::bf16::DTYPE, elements: tokens * hidden };
+    for rank in [0, 5, 63] {
+        let device = Meta::new();
+        let (group, record) = Group::planned(&device, rank, ranks).unwrap();
+        let model = Decoder::<Replicated, half::bf16, _>::load(&group, &source, &config).unwrap();
+        assert_eq!(device.memory().live, 2 * parameters);
+        let ids = vec![0; tokens];
+        let logits = model.infer(&ids, Sequences::one(tokens)).unwrap();
+        assert_eq!(logits.shape().dims(), [tokens, vocabulary]);
+        // The embedding leaves once, a block twice.
+        assert_eq!(record.take(), vec![moved; 1 + 2 * layers]);
+        assert_eq!(device.flops(), flops as u64);
+        drop(logits);
+        let inference = device.memory().peak;
+        let (logits, saved) = model.forward(&ids, Sequences::one(tokens)).unwrap();
+        model.backward(saved, logits).unwrap();
+        // Forward as before; backward the head, and of each block the mlp, the heads that ranks
+        // share, and the attention.
+        let shared = Transfer { elements: tokens * 2 * kv_heads * head_dim, ..moved };
+        let mut all = vec![moved; 2 + 2 * layers];
+        all.extend([moved, shared, moved].repeat(layers));
+        assert!(record.take() == all);
+        // Two products for one, and five of attention for two; but of a shared head only its owner
+        // goes on to dX.
+        let params = model.params();
+        let pieces: Vec<_> = params.iter().flat_map(|param| param.pieces().to_vec()).collect();
+        let keys = pieces.iter().filter(|piece| piece.tensor.contains("k_proj"));
+        let not_owned =
+            2 * keys.filter(|piece| !piece.owned).map(|piece| piece.region.extent().len()).sum::<usize>();
+        assert!(not_owned == 0 || not_owned == layers * 2 * hidden * head_dim);
+        let backward = 2 * tokens * (2 * matrices - not_owned) + 10 * layers * pairs * head_dim;
+        assert_eq!(device.flops(), (2 * flops + backward) as u64);
+        // What a block keeps is more than what it needs at one time.
+        assert!(inference < 2 * parameters + (1 << 30) && device.memory().peak > inference + (10 << 30));
+    }
+}
+
+/// The most that a block holds beside its input are the input and the output of the gate: the
+/// residual sum is written where the input was.
+#[test]
+fn a_block_infers_in_the_memory_of_its_widest_product() {
+    let (hidden, ffn, tokens) = (64, 168, 40);
+    let config = BlockConfig {
+        attention: AttentionConfig { choices: AttentionChoices::CAUSAL, ..AttentionConfig::new(hidden, 8) },
+        ffn,
+        gated: true,
+        activation: Activation::Silu,
+        mlp_bias: false,
+        norm: NormKind::RmsNorm { eps: 1e-5 },
+        placement: NormPlacement::Pre,
+        names: BlockNames::default(),
+    };
+    let device = Meta::new();
+    let (group, _) = Group::planned(&device, 1, 2).unwrap();
+    let weights = Random::normal(1, 0.1);
+    let block =
+        TransformerBlock::<Replicated, f32, _>::load(&group, &Weights::new(&weights), &config).unwrap();
+    let input = || DTensor::replicated(&group, Tensor::zeros(&device, [tokens, hidden]).unwrap()).unwrap();
+    let x = input();
+    let held = device.memory().live;
+    let y = block.infer(x, &mut Context::default()).unwrap();
+    assert_eq!(device.memory().live, held, "the output in the place of the input");
+    assert_eq!(device.memory().peak - held, 4 * tokens * (2 * ffn + ffn) / 2);
+    drop(y);
+    block.forward(input()).unwrap();
+    assert!(device.memory().peak - held > 2 * 4 * tokens * (2 * ffn + ffn) / 2, "a forward keeps more");
+}
