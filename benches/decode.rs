@@ -14,13 +14,13 @@ use shardwise::{
     Result, Tensor,
     comm::Group,
     device::{AnyMut, Cpu, Device, Element},
-    kernels::{Activation, NormKind},
+    kernels::{Activation, AttentionChoices, NormKind},
     launch::Threads,
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, LayerCache, NormPlacement, TransformerBlock,
+        AttentionConfig, BlockConfig, BlockNames, DTensor, KvCache, Layer, NormPlacement, TransformerBlock,
     },
     reference::worst_relative,
-    shard::{Replicated, Sequences},
+    shard::Replicated,
     tensor::{Region, Role, WeightSource, Weights},
 };
 use std::{fs, io::Write, time::Instant};
@@ -104,16 +104,21 @@ type Block<T> = TransformerBlock<Replicated, T, Cpu>;
 fn round_of<T: Element>(ranks: usize, tokens: usize) -> Result<(f64, Vec<f64>, f64)> {
     let source = Ramp;
     let measured = Threads::new(ranks).run(|world| {
-        let (blocks, mut caches) = load::<T>(&world, &Weights::new(&source))?;
-        let values: Vec<T> = (0..HIDDEN).map(|at| T::from_f64((at % 7) as f64 / 4.0 - 0.5)).collect();
-        let x = DTensor::replicated(&world, Tensor::from_slice(world.device(), [1, HIDDEN], &values)?)?;
-        let x = x.with_sequences(Sequences::one(1).starting_at(&[CACHED])?)?;
+        let blocks = load::<T>(&world, &Weights::new(&source))?;
+        let rows = |count: usize| -> Result<_> {
+            let value = |at: usize| T::from_f64((at % 7) as f64 / 4.0 - 0.5);
+            let values: Vec<T> = (0..count * HIDDEN).map(value).collect();
+            DTensor::replicated(&world, Tensor::from_slice(world.device(), [count, HIDDEN], &values)?)
+        };
+        let mut cache = KvCache::<T, Cpu>::new(1, CACHED + 8)?;
+        let (sequences, mut step) = cache.step(&[0], &[CACHED])?;
+        blocks.infer(rows(CACHED)?.with_sequences(sequences)?, &mut step)?;
+        step.finish()?;
+        let x = rows(1)?;
         let mut token = || -> Result<_> {
-            let mut y = x.clone();
-            for (block, cache) in blocks.iter().zip(&mut caches) {
-                y = block.forward_cached(&y, cache, &[0])?;
-            }
-            Ok(y)
+            // Not finished, so that every token finds as many in the cache.
+            let (sequences, mut step) = cache.step(&[0], &[1])?;
+            blocks.infer(x.clone().with_sequences(sequences)?, &mut step)
         };
         let y = token()?.local().to_vec()?;
         let live = world.device().memory();
@@ -131,32 +136,23 @@ fn round_of<T: Element>(ranks: usize, tokens: usize) -> Result<(f64, Vec<f64>, f
     Ok((measured[0].0, outputs, T::EPSILON))
 }
 
-fn load<T: Element>(
-    world: &Group<Cpu>,
-    weights: &Weights<'_>,
-) -> Result<(Vec<Block<T>>, Vec<LayerCache<T, Cpu>>)> {
+fn load<T: Element>(world: &Group<Cpu>, weights: &Weights<'_>) -> Result<Vec<Block<T>>> {
     let config = BlockConfig {
         attention: AttentionConfig {
-            causal: true,
+            choices: AttentionChoices::CAUSAL,
             qkv_bias: true,
             out_bias: true,
             ..AttentionConfig::new(HIDDEN, 12)
         },
         ffn: 4 * HIDDEN,
+        gated: false,
         activation: Activation::GeluTanh,
         mlp_bias: true,
         norm: NormKind::LayerNorm { eps: 1e-5 },
         placement: NormPlacement::Pre,
         names: BlockNames::default(),
     };
-    let mut blocks = Vec::new();
-    let mut caches = Vec::new();
-    for layer in 0..LAYERS {
-        let block = Block::load(world, &weights.at(&layer.to_string()), &config)?;
-        caches.push(block.cache(1, CACHED + 8)?);
-        blocks.push(block);
-    }
-    Ok((blocks, caches))
+    (0..LAYERS).map(|layer| Block::load(world, &weights.at(&layer.to_string()), &config)).collect()
 }
 
 /// Small numbers that cost little to make: what they are does not change what a product costs.

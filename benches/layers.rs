@@ -15,7 +15,7 @@ use clap::Parser;
 use shardwise::{
     Result, Tensor,
     device::Cpu,
-    kernels::{Activation, Gemm, NormKind},
+    kernels::{Activation, AttentionChoices, Gemm, NormKind},
     launch::Threads,
     parallel::{
         AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, MlpNames, NormPlacement, ParallelMlp,
@@ -86,14 +86,14 @@ fn main() -> Result<()> {
     let flops =
         2.0 * 512.0 * 1024.0 * (1024.0 + 512.0 + 1024.0 + 3.0 * 2816.0) + 2.0 * 512.0 * 512.0 * 1024.0;
     layer(&args, "llama block 1x512", 512, 1024, flops, |group, weights| {
-        TransformerBlock::<Replicated, f32, Cpu>::load_gated(group, weights, &llama)
+        TransformerBlock::<Replicated, f32, Cpu>::load(group, weights, &llama)
     })
 }
 
 fn block(hidden: usize, heads: usize, kv_heads: usize, ffn: usize, gated: bool) -> BlockConfig {
     let attention = AttentionConfig {
         kv_heads,
-        causal: true,
+        choices: AttentionChoices::CAUSAL,
         qkv_bias: !gated,
         out_bias: !gated,
         ..AttentionConfig::new(hidden, heads)
@@ -101,6 +101,7 @@ fn block(hidden: usize, heads: usize, kv_heads: usize, ffn: usize, gated: bool) 
     BlockConfig {
         attention,
         ffn,
+        gated,
         activation: if gated { Activation::Silu } else { Activation::GeluTanh },
         mlp_bias: !gated,
         norm: if gated { NormKind::RmsNorm { eps: 1e-5 } } else { NormKind::LayerNorm { eps: 1e-5 } },
@@ -169,7 +170,7 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
                 let layer = load(&world, &Weights::new(&source))?;
                 let x = DTensor::replicated(&world, random(world.device(), "x", tokens, hidden)?)?;
                 let batch = (2e9 / flops).ceil().min(50.0) as usize;
-                let forward = || layer.forward(&x).map(|(y, _)| y);
+                let forward = || layer.forward(x.clone()).map(|(y, _)| y);
                 let y = forward()?.local().to_vec()?;
                 world.barrier()?;
                 let start = Instant::now();
@@ -182,8 +183,8 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
                     for param in layer.params() {
                         param.zero_grad();
                     }
-                    let (y, saved) = layer.forward(&x)?;
-                    layer.backward(saved, &y)
+                    let (y, saved) = layer.forward(x.clone())?;
+                    layer.backward(saved, y)
                 };
                 let dx = step()?.local().to_vec()?;
                 world.barrier()?;

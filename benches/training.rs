@@ -17,7 +17,7 @@ use shardwise::{
     reference::worst,
     rng::Philox,
     shard::{Mesh, Replicated},
-    tensor::{Random, Weights},
+    tensor::Random,
     train::Schedule,
 };
 use std::time::Instant;
@@ -56,7 +56,7 @@ fn step([dp, pp, tp]: [usize; 3]) -> Result<Vec<(f64, f64)>> {
         let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
         let (source, schedule) =
             (Random::normal(1, 0.02), Schedule::one_forward_one_backward(pp, microbatches));
-        let model = Gpt::<Replicated, f32>::load(&mesh, &Weights::new(&source), &CONFIG, schedule)?;
+        let model = Gpt::<Replicated, f32>::load(&mesh, &source, &CONFIG, schedule)?;
         let mut adamw = AdamW::default();
         let draws = Philox::stream(1, 1);
         let token = |at: usize| (draws.uniform(at as u64) * CONFIG.vocabulary as f64) as u32;

@@ -74,12 +74,12 @@ fn train(ranks: usize, central: bool) -> Result<Vec<(Vec<f64>, Vec<f64>)>> {
                 for param in &params {
                     param.zero_grad();
                 }
-                let (out, saved) = model.forward(&DTensor::replicated(&alone, x)?)?;
+                let (out, saved) = model.forward(DTensor::replicated(&alone, x)?)?;
                 sum += ops::squared_error(out.local(), &y)?;
                 // Each rank divides by the size of the whole batch; the ranks' gradients are summed.
                 let dout = ops::squared_error_backward(out.local(), &y, 1.0 / size)?;
                 replicas.begin(GradReduce::Sum)?;
-                model.backward(saved, &DTensor::shard(&alone, dout, &Partition::even(1, 1))?)?;
+                model.backward(saved, DTensor::shard(&alone, dout, &Partition::even(1, 1))?)?;
                 replicas.finish()?;
                 if replicas.steps() {
                     sgd.step(&params, 0.01, 1.0)?;

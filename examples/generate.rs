@@ -141,6 +141,16 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// The factor and the trained length of dynamic NTK, if a layer's positions are scaled by it.
+fn dynamic(config: &DecoderConfig) -> Option<(f64, usize)> {
+    config.layers.iter().find_map(|layer| match layer.rope {
+        Some(RopeConfig { scaling: RopeScaling::DynamicNtk { factor, trained }, .. }) => {
+            Some((factor, trained))
+        }
+        _ => None,
+    })
+}
+
 struct Task<'a> {
     args: &'a Args,
     config: &'a DecoderConfig,
@@ -171,11 +181,9 @@ impl Task<'_> {
         // when this one is full.
         let room = prompt.len().saturating_add(args.tokens);
         let room = config.positions.map_or(room, |positions| room.min(positions.max(prompt.len())));
-        let made_for = match config.block.attention.rope {
-            Some(RopeConfig { scaling: RopeScaling::DynamicNtk { factor, trained }, .. }) => {
-                (factor * trained as f64) as usize
-            }
-            _ => config.context.unwrap_or(0),
+        let made_for = match dynamic(config) {
+            Some((factor, trained)) => (factor * trained as f64) as usize,
+            None => config.context.unwrap_or(0),
         };
         let mut cache = model.cache(1, room.min(made_for.max(prompt.len())))?;
         let (loading, start) = (start.elapsed(), Instant::now());
@@ -224,10 +232,7 @@ impl Task<'_> {
         cache: &mut KvCache<T, Cpu>,
     ) -> Result<DTensor<Shard<1>, T, Cpu>> {
         // By dynamic NTK a text is turned as one of its length: it is read at once.
-        let rope = &self.config.block.attention.rope;
-        let dynamic =
-            rope.as_ref().is_some_and(|rope| matches!(rope.scaling, RopeScaling::DynamicNtk { .. }));
-        let chunk = if dynamic { text.len() } else { self.args.chunk };
+        let chunk = if dynamic(self.config).is_some() { text.len() } else { self.args.chunk };
         let (first, rest) = text.split_at(chunk.min(text.len()));
         let mut logits = model.step(first, &[0], &[first.len()], cache)?;
         for ids in rest.chunks(chunk) {

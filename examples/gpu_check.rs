@@ -17,8 +17,8 @@ use shardwise::{
     comm::{ReduceOp, nccl},
     device::{Cpu, Cuda, Device, Element, cuda},
     kernels::{
-        Activation, AdamWStep, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask, Epilogue, NormKind,
-        RopePairs, RopeSpec, Targets,
+        Activation, AdamWStep, AttentionChoices, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask,
+        Epilogue, NormKind, QkvHeads, RopePairs, RopeSpec, Targets,
     },
     launch,
     reference::worst_relative,
@@ -90,24 +90,16 @@ fn norm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
 /// Causal attention of two sequences, forward and backward, and one step from a cache: bf16 and f16
 /// on tensor cores.
 fn attention<T: Element, B: Backend>(device: &B, head_dim: usize) -> Result<Vec<f64>> {
-    let (heads, kv_heads, kv_of_query) = (4, 2, [0, 0, 1, 1]);
+    let (kv_of_query, choices) = (vec![0, 0, 1, 1], AttentionChoices::CAUSAL);
+    let heads = QkvHeads { kv_of_query, kv_heads: 2, head_dim, choices };
     let sequences = Sequences::packed([ROWS - 20, 20]);
-    let scale = 1.0 / (head_dim as f64).sqrt();
-    let spec = AttentionSpec {
-        kv_of_query: &kv_of_query,
-        kv_heads,
-        head_dim,
-        scale,
-        causal: true,
-        window: None,
-        sequences: &sequences,
-    };
-    let (width, kv_width) = (heads * head_dim, kv_heads * head_dim);
+    let spec = AttentionSpec { heads: &heads, sequences: &sequences };
+    let (width, kv_width) = (heads.query_width(), heads.kv_width());
     let [q, dout] = [random::<T, B>(device, 7, [ROWS, width])?, random(device, 8, [ROWS, width])?];
     let [k, v] = [random::<T, B>(device, 9, [ROWS, kv_width])?, random(device, 10, [ROWS, kv_width])?];
     let mut out = Tensor::<T, B>::empty(device, [ROWS, width])?;
-    let mut lse = Tensor::<T::Acc, B>::empty(device, [ROWS, heads])?;
-    let mut dqkv = Tensor::<T, B>::empty(device, [ROWS, width + 2 * kv_width])?;
+    let mut lse = Tensor::<T::Acc, B>::empty(device, [ROWS, heads.kv_of_query.len()])?;
+    let mut dqkv = Tensor::<T, B>::empty(device, [ROWS, heads.width()])?;
     device.attention(&spec, q.mat(), k.mat(), v.mat(), out.mat_mut()?, lse.slice_mut()?)?;
     let (qkv, saved) = ([q.mat(), k.mat(), v.mat()], lse.slice());
     device.attention_backward(
@@ -124,7 +116,7 @@ fn attention<T: Element, B: Backend>(device: &B, head_dim: usize) -> Result<Vec<
     // One token more for two sequences, one of which is long enough to be split.
     let capacity = 600;
     let [keys, values] =
-        [11, 12].map(|seed| random::<T, B>(device, seed, [2 * kv_heads * capacity, head_dim]));
+        [11, 12].map(|seed| random::<T, B>(device, seed, [2 * heads.kv_heads * capacity, head_dim]));
     let (mut keys, mut values) = (keys?, values?);
     let sequences = Sequences::packed([1, 1]).starting_at(&[70, 599])?;
     let spec = AttentionSpec { sequences: &sequences, ..spec };

@@ -10,7 +10,7 @@ use shardwise::{
     Error, Result, Tensor,
     comm::{Group, Overlap},
     device::{Cpu, Element},
-    kernels::{Activation, NormKind, RopePairs},
+    kernels::{Activation, AttentionChoices, NormKind, RopePairs},
     launch,
     ops::{RopeConfig, RopeScaling},
     optim::grad_norm,
@@ -68,7 +68,6 @@ impl Bits {
     }
 
     fn push_grad<T: Element>(&mut self, param: &Param<T, Cpu>) -> Result<()> {
-        param.name().hash(&mut self.hash);
         param.settle()?;
         let name = param.name();
         let missing = || Error::Invalid { op: "layer_bits", reason: format!("{name} has no gradient") };
@@ -102,9 +101,9 @@ where
 {
     let mut bits = Bits::default();
     for name in ["first", "second"] {
-        let (y, saved) = layer.forward(&input(name)?)?;
+        let (y, saved) = layer.forward(input(name)?)?;
         bits.push(y.local())?;
-        bits.push(layer.backward(saved, &y)?.local())?;
+        bits.push(layer.backward(saved, y)?.local())?;
     }
     let params = layer.params();
     params.iter().try_for_each(|param| bits.push_grad(param))?;
@@ -119,7 +118,7 @@ fn attention_config(sizes: &Sizes) -> AttentionConfig {
     AttentionConfig {
         kv_heads: sizes.kv_heads,
         head_dim: sizes.head_dim,
-        causal: true,
+        choices: AttentionChoices::CAUSAL,
         rope: Some(rope),
         qk_norm: Some(qk_norm),
         qkv_bias: true,
@@ -131,6 +130,7 @@ fn block_config(sizes: &Sizes, placement: NormPlacement) -> BlockConfig {
     BlockConfig {
         attention: AttentionConfig { qk_norm: None, out_bias: true, ..attention_config(sizes) },
         ffn: sizes.ffn,
+        gated: false,
         activation: Activation::GeluTanh,
         mlp_bias: true,
         norm: NormKind::LayerNorm { eps: 1e-5 },
@@ -153,16 +153,16 @@ fn vocabulary<S: Stream, T: Element>(
     let ids: Vec<u32> = (0..sizes.tokens).map(|at| ((at * 7 + 3) % sizes.words) as u32).collect();
     let sequences = Sequences::packed([sizes.tokens / 3, sizes.tokens - sizes.tokens / 3]);
     let (x, rows) = embedding.forward(&ids, sequences)?;
-    let (x, places) = positions.forward(&x)?;
-    let (logits, saved) = head.forward(&x)?;
+    let (x, places) = positions.forward(x)?;
+    let (logits, saved) = head.forward(x)?;
     let loss = VocabParallelCrossEntropy { z: 1e-4, ..Default::default() };
-    let (losses, context) = loss.forward(&logits, &ids)?;
+    let (losses, context) = loss.forward(logits, &ids)?;
     bits.push(losses.rows())?;
-    let dlogits = loss.backward(&context, 1.0 / sizes.tokens as f64)?;
-    let dx = head.backward(saved, &dlogits)?;
-    let dx = positions.backward(places, &dx)?;
+    let dlogits = loss.backward(context, 1.0 / sizes.tokens as f64)?;
+    let dx = head.backward(saved, dlogits)?;
+    let dx = positions.backward(places, dx)?;
     bits.push(dx.local())?;
-    embedding.backward(&rows, &dx)?;
+    embedding.backward(&rows, dx)?;
     embedding.params().iter().try_for_each(|param| bits.push_grad(param))?;
     positions.params().iter().try_for_each(|param| bits.push_grad(param))?;
     Ok(bits)

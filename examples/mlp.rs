@@ -21,8 +21,8 @@ fn main() -> Result<()> {
         let mlp = CopyTo.then(up).then(Activate::new(Activation::GeluErf)).then(down).then(ReduceFrom);
 
         let x = DTensor::replicated(&world, Tensor::full(world.device(), [64, 256], 1.0)?)?;
-        let (y, saved) = mlp.forward(&x)?;
-        let dx = mlp.backward(saved, &y)?;
+        let (y, saved) = mlp.forward(x)?;
+        let dx = mlp.backward(saved, y.clone())?;
         Ok((y.local().as_array().map(|v| v * v).sum(), dx.local().as_array().map(|v| v * v).sum()))
     })?;
     println!("|y|² and |dx|² on each rank: {squares:?}");

@@ -49,8 +49,8 @@ fn external(ranks: usize) -> Result<Vec<(Vec<f32>, Vec<f32>, f64)>> {
         for _ in 0..5 {
             world.barrier()?;
             let start = Instant::now();
-            let (y, saved) = layer.forward(&x)?;
-            let dx = layer.backward(saved, &y)?;
+            let (y, saved) = layer.forward(x.clone())?;
+            let dx = layer.backward(saved, y.clone())?;
             best = best.min(start.elapsed().as_secs_f64());
             results = (y.local().to_vec()?, dx.local().to_vec()?);
         }

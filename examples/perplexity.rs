@@ -95,8 +95,8 @@ fn losses<T: Element>(
     let mut sum = 0.0;
     for ids in windows {
         let (targets, ids) = (&ids[1..], &ids[..ids.len() - 1]);
-        let (logits, _) = model.forward(ids, Sequences::one(ids.len()))?;
-        sum += VocabParallelCrossEntropy::default().forward(&logits, targets)?.0.sum()?;
+        let logits = model.infer(ids, Sequences::one(ids.len()))?;
+        sum += VocabParallelCrossEntropy::default().forward(logits, targets)?.0.sum()?;
     }
     Ok(sum)
 }

@@ -95,7 +95,7 @@ impl Data {
 }
 
 impl Ends<Replicated, f64, Cpu> for Data {
-    fn input(&mut self, microbatch: usize) -> Result<DTensor<Replicated, f64>> {
+    fn input(&mut self, microbatch: usize, _: &Microbatch) -> Result<DTensor<Replicated, f64>> {
         DTensor::replicated(&self.group, self.rows(microbatch, 10, |stream, column| stream.normal(column))?)
     }
 
@@ -126,7 +126,7 @@ fn train(ranks: usize, microbatches: usize, order: Order) -> Result<Vec<f64>> {
             Order::Gpipe => Schedule::gpipe(ranks, microbatches),
             Order::OneForwardOneBackward => Schedule::one_forward_one_backward(ranks, microbatches),
         };
-        let pipeline = Pipeline::new(&world, &alone, schedule, &model, 10)?;
+        let pipeline = Pipeline::new(&world, &alone, schedule, 10)?;
         let cut = Partition::even(SAMPLES, microbatches);
         let described: Vec<_> = cut.sizes().map(Microbatch::rows).collect();
         let (mut sgd, mut curve) = (Sgd::default(), Vec::new());

@@ -48,8 +48,8 @@ fn rank<B: Backend>(world: &Group<B>) -> Result<()> {
         true,
     )?;
     let x = DTensor::replicated(world, Tensor::full(world.device(), [16, 64], 1.0)?)?;
-    let (y, saved) = mlp.forward(&x)?;
-    let dx = mlp.backward(saved, &y)?;
+    let (y, saved) = mlp.forward(x)?;
+    let dx = mlp.backward(saved, y.clone())?;
     let squares =
         |tensor: &Tensor<f64, B>| Ok(tensor.to_vec()?.iter().map(|value| value * value).sum::<f64>());
     let (y, dx): (Result<f64>, Result<f64>) = (squares(y.local()), squares(dx.local()));

@@ -7,7 +7,7 @@ use shardwise::{
     Error, Result, Tensor,
     comm::Group,
     device::Cpu,
-    kernels::{Activation, NormKind},
+    kernels::{Activation, AttentionChoices, NormKind},
     launch,
     optim::{AdamW, clip_scale, grad_norm},
     parallel::{
@@ -27,8 +27,13 @@ const BLOCKS: usize = 8;
 
 fn config() -> BlockConfig {
     BlockConfig {
-        attention: AttentionConfig { causal: true, kv_heads: 4, ..AttentionConfig::new(HIDDEN, HEADS) },
+        attention: AttentionConfig {
+            kv_heads: 4,
+            choices: AttentionChoices::CAUSAL,
+            ..AttentionConfig::new(HIDDEN, HEADS)
+        },
         ffn: 4 * HIDDEN,
+        gated: false,
         activation: Activation::GeluTanh,
         mlp_bias: true,
         norm: NormKind::LayerNorm { eps: 1e-5 },
@@ -64,9 +69,9 @@ fn train<S: Stream>(ranks: usize, reduction: Reduction) -> Result<u64> {
             for param in &params {
                 param.zero_grad();
             }
-            let (y, saved) = block.forward(&x)?;
+            let (y, saved) = block.forward(x.clone())?;
             // The gradient of y · target.
-            block.backward(saved, &target)?;
+            block.backward(saved, target.clone())?;
             let norm = grad_norm(&params, &[&world])?;
             optimizer.step(&params, 1e-2, clip_scale(norm, 1.0)?)?;
             outputs.push(y.into_local().to_vec()?);

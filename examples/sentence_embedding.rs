@@ -184,7 +184,7 @@ fn embed<T: Element>(
                 (padded, Sequences::padded(&lengths, width)?)
             }
         };
-        let (hidden, _) = encoder.forward(&ids.concat(), None, sequences.clone())?;
+        let hidden = encoder.infer(&ids.concat(), None, sequences.clone())?;
         let hidden = hidden.into_local().to_vec()?;
         let mean = |(rows, length): (std::ops::Range<usize>, usize)| {
             let mut mean = vec![0.0; features];

@@ -7,12 +7,11 @@ use half::{bf16, f16};
 use shardwise::{
     Error, Result, Tensor,
     comm::{Group, Op, Transfer},
-    device::{Cpu, Element},
-    kernels::{Activation, Backend, NormKind},
+    device::{Cpu, Element, Meta},
+    kernels::{Activation, AttentionChoices, Backend, NormKind},
     launch,
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, ScatterSequence, Stream,
-        Traffic, TransformerBlock,
+        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, Stream, TransformerBlock,
     },
     reference::worst,
     rng::Philox,
@@ -141,8 +140,10 @@ struct Report {
     y: Vec<f64>,
     dx: Vec<f64>,
     grads: Vec<(Piece, Vec<f64>)>,
-    declared: Traffic,
-    recorded: Traffic,
+    /// What the rank has moved, forward and backward.
+    recorded: [Vec<Transfer>; 2],
+    /// What the same code calls without data.
+    planned: [Vec<Transfer>; 2],
     parameters: usize,
     peak: usize,
     forward: Duration,
@@ -152,12 +153,10 @@ struct Report {
 fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
     let config = config(args)?;
     let sharded = match args.sequence_parallel {
-        false => run::<Replicated, T, B>(args, &config, args.ranks, place, |x| Ok(x.clone()))?,
-        true => run::<Shard<0>, T, B>(args, &config, args.ranks, place, |x| {
-            Ok(Layer::<T, B>::forward(&ScatterSequence::even(), x)?.0)
-        })?,
+        false => run::<Replicated, T, B>(args, &config, args.ranks, place)?,
+        true => run::<Shard<0>, T, B>(args, &config, args.ranks, place)?,
     };
-    let one = run::<Replicated, T, B>(args, &config, 1, place, |x| Ok(x.clone()))?;
+    let one = run::<Replicated, T, B>(args, &config, 1, place)?;
     let (reports, one) = (sharded, &one[0]);
 
     let attention = &config.attention;
@@ -207,19 +206,18 @@ fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
     }
 
     println!("\ncollectives of one step (bytes a rank sends at least)");
-    let recorded = &reports[0].recorded;
-    for (title, recorded) in [("forward", &recorded.forward), ("backward", &recorded.backward)] {
+    for (title, recorded) in ["forward", "backward"].into_iter().zip(&reports[0].recorded) {
         for (op, (count, bytes)) in totals(recorded, args.ranks) {
             println!("  {title:<9} {count} x {:<15} {bytes:>12}", op.name());
         }
     }
-    for (rank, Report { declared, recorded, .. }) in reports.iter().enumerate() {
-        if declared != recorded {
-            let reason = format!("rank {rank} declared {declared:?}, recorded {recorded:?}");
-            return Err(Error::Invalid { op: "traffic", reason });
+    for (rank, Report { planned, recorded, .. }) in reports.iter().enumerate() {
+        if planned != recorded {
+            let reason = format!("rank {rank} planned {planned:?}, recorded {recorded:?}");
+            return Err(Error::Invalid { op: "transformer_block", reason });
         }
     }
-    println!("  declared = recorded on every rank");
+    println!("  planned = recorded on every rank");
 
     let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
     println!("\nper rank       parameters   peak memory");
@@ -260,12 +258,13 @@ fn config(args: &Args) -> Result<BlockConfig> {
         attention: AttentionConfig {
             kv_heads: args.kv_heads.unwrap_or(args.heads),
             head_dim,
-            causal: !args.bidirectional,
+            choices: AttentionChoices { causal: !args.bidirectional, ..AttentionChoices::default() },
             qkv_bias: !args.gated,
             out_bias: !args.gated,
             ..AttentionConfig::new(args.hidden, args.heads)
         },
         ffn: args.ffn,
+        gated: args.gated,
         activation: if args.gated { Activation::Silu } else { Activation::GeluTanh },
         mlp_bias: !args.gated,
         norm,
@@ -274,48 +273,62 @@ fn config(args: &Args) -> Result<BlockConfig> {
     })
 }
 
-type Spread<S, T, B> = fn(&DTensor<Replicated, T, B>) -> Result<DTensor<S, T, B>>;
-
 fn run<S: Stream, T: Element, B: Backend>(
     args: &Args,
     config: &BlockConfig,
     ranks: usize,
     place: Place<B>,
-    spread: Spread<S, T, B>,
 ) -> Result<Vec<Report>> {
-    let source = Random::normal(1, 1.0 / (args.hidden as f64).sqrt());
-    launch::threads(ranks, |host| {
-        let (world, weights) = (place(&host)?, Weights::new(&source));
-        match args.gated {
-            true => {
-                let load = TransformerBlock::<S, T, B>::load_gated;
-                rank::<S, T, B, _>(args, &world, spread, |group| load(group, &weights, config))
-            }
-            false => {
-                let load = TransformerBlock::<S, T, B>::load;
-                rank::<S, T, B, _>(args, &world, spread, |group| load(group, &weights, config))
-            }
-        }
-    })
+    launch::threads(ranks, |host| rank::<S, T, B>(args, config, &place(&host)?))
 }
 
-fn rank<S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>>(
+fn load<S: Stream, T: Element, B: Backend>(
     args: &Args,
+    config: &BlockConfig,
+    group: &Group<B>,
+) -> Result<TransformerBlock<S, T, B>> {
+    let source = Random::normal(1, 1.0 / (args.hidden as f64).sqrt());
+    TransformerBlock::load(group, &Weights::new(&source), config)
+}
+
+/// This rank's rows of a `[tokens, hidden]` tensor of random numbers.
+fn random<S: Stream, T: Element, B: Backend>(
+    args: &Args,
+    group: &Group<B>,
+    name: &str,
+) -> Result<DTensor<S, T, B>> {
+    let (tokens, stream) = (args.batch * args.tokens, Philox::named(2, name));
+    let rows = S::local_rows(group, tokens)?;
+    let elements = rows.start * args.hidden..rows.end * args.hidden;
+    let values: Vec<T> = elements.map(|index| T::from_f64(stream.normal(index as u64))).collect();
+    let local = Tensor::from_slice(group.device(), [rows.len(), args.hidden], &values)?;
+    S::of_local(group, tokens, local)?.with_sequences(Sequences::packed(vec![args.tokens; args.batch]))
+}
+
+/// What a rank moves in a step, forward and backward: the same code, without data or other ranks.
+fn plan<S: Stream, T: Element>(
+    args: &Args,
+    config: &BlockConfig,
+    rank: usize,
+    ranks: usize,
+) -> Result<[Vec<Transfer>; 2]> {
+    let (group, record) = Group::planned(&Meta::new(), rank, ranks)?;
+    let block = load::<S, T, Meta>(args, config, &group)?;
+    record.take();
+    let (_, saved) = block.forward(random(args, &group, "x")?)?;
+    let forward = record.take();
+    block.backward(saved, random(args, &group, "dy")?)?;
+    Ok([forward, record.take()])
+}
+
+fn rank<S: Stream, T: Element, B: Backend>(
+    args: &Args,
+    config: &BlockConfig,
     world: &Group<B>,
-    spread: Spread<S, T, B>,
-    load: impl Fn(&Group<B>) -> Result<L>,
 ) -> Result<Report> {
     let (group, record) = world.recorded();
-    let block = load(&group)?;
-    let random = |name: &str| {
-        let (rows, stream) = (args.batch * args.tokens, Philox::named(2, name));
-        let values: Vec<T> =
-            (0..(rows * args.hidden) as u64).map(|index| T::from_f64(stream.normal(index))).collect();
-        let whole = Tensor::from_slice(group.device(), [rows, args.hidden], &values)?;
-        spread(&DTensor::replicated(&group, whole)?)
-    };
-    let x = random("x")?.with_sequences(Sequences::packed(vec![args.tokens; args.batch]))?;
-    let dy = random("dy")?;
+    let block = load::<S, T, B>(args, config, &group)?;
+    let (x, dy) = (random::<S, T, B>(args, &group, "x")?, random::<S, T, B>(args, &group, "dy")?);
 
     let (mut forwards, mut steps) = (Vec::new(), Vec::new());
     let mut results = None;
@@ -326,14 +339,14 @@ fn rank<S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>>(
         record.take();
         group.barrier()?;
         let start = Instant::now();
-        let (y, saved) = block.forward(&x)?;
+        let (y, saved) = block.forward(x.clone())?;
         group.device().synchronize()?;
         forwards.push(start.elapsed());
         let forward = record.take();
-        let dx = block.backward(saved, &dy)?;
+        let dx = block.backward(saved, dy.clone())?;
         group.device().synchronize()?;
         steps.push(start.elapsed());
-        results = Some((y, dx, Traffic { forward, backward: record.take() }));
+        results = Some((y, dx, [forward, record.take()]));
     }
     let Some((y, dx, recorded)) = results else {
         return Err(Error::Invalid { op: "transformer_block", reason: "no repetition".into() });
@@ -360,8 +373,8 @@ fn rank<S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>>(
         y: wide(y.local())?,
         dx: wide(dx.local())?,
         grads,
-        declared: block.traffic(x.group(), x.shape()).0,
         recorded,
+        planned: plan::<S, T>(args, config, group.rank(), group.size())?,
         parameters,
         peak: group.device().memory().peak,
         forward: median(&mut forwards),

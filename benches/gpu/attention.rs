@@ -7,7 +7,7 @@ use crate::{
 use half::bf16;
 use shardwise::{
     Result, Tensor,
-    kernels::{Attention, AttentionSpec},
+    kernels::{Attention, AttentionChoices, AttentionSpec, QkvHeads},
     shard::Sequences,
 };
 use std::rc::Rc;
@@ -58,15 +58,10 @@ pub(crate) fn weighted<'a>(
     sums.into_iter().map(near).collect()
 }
 
-/// Causal attention with scores over √dim.
-pub(crate) fn causal<'a>(
-    kv_of_query: &'a [usize],
-    kv_heads: usize,
-    head_dim: usize,
-    sequences: &'a Sequences,
-) -> AttentionSpec<'a> {
-    let scale = 1.0 / (head_dim as f64).sqrt();
-    AttentionSpec { kv_of_query, kv_heads, head_dim, scale, causal: true, window: None, sequences }
+/// Heads of causal attention with scores over √dim, as many query heads to each key/value head.
+pub(crate) fn causal(heads: usize, kv_heads: usize, head_dim: usize) -> QkvHeads {
+    let kv_of_query = (0..heads).map(|head| head / (heads / kv_heads)).collect();
+    QkvHeads { kv_of_query, kv_heads, head_dim, choices: AttentionChoices::CAUSAL }
 }
 
 fn attend(bench: &mut Bench, dim: usize, length: usize, count: usize) -> Result<()> {
@@ -75,10 +70,9 @@ fn attend(bench: &mut Bench, dim: usize, length: usize, count: usize) -> Result<
         let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
         let (heads, kv_heads) = heads(bench);
         let (rows, sharing) = (length * count, heads / kv_heads);
-        let kv_of_query: Vec<usize> = (0..heads).map(|head| head / sharing).collect();
-        let sequences = Sequences::packed(vec![length; count]);
-        let spec = causal(&kv_of_query, kv_heads, dim, &sequences);
-        let scale = spec.scale;
+        let (attending, sequences) = (causal(heads, kv_heads, dim), Sequences::packed(vec![length; count]));
+        let spec = AttentionSpec { heads: &attending, sequences: &sequences };
+        let scale = attending.scale();
         // Side by side, as one projection makes them.
         let qkv = data.fill::<bf16>([rows, (heads + 2 * kv_heads) * dim], 1.0)?;
         let (k_at, v_at) = (heads * dim, (heads + kv_heads) * dim);

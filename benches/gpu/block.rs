@@ -9,7 +9,7 @@ use shardwise::{
     Result, Tensor,
     comm::Group,
     device::{Cpu, Cuda},
-    kernels::{Activation, Backend, NormKind, Pointwise, RopePairs},
+    kernels::{Activation, AttentionChoices, Backend, NormKind, Pointwise, RopePairs},
     ops::{RopeConfig, RopeScaling},
     parallel::{AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, TransformerBlock},
     shard::Replicated,
@@ -54,18 +54,19 @@ pub(crate) fn load<B: Backend>(
     let config = BlockConfig {
         attention: AttentionConfig {
             kv_heads,
-            causal: true,
+            choices: AttentionChoices::CAUSAL,
             rope: turned.then_some(rope),
             ..AttentionConfig::new(hidden, heads)
         },
         ffn,
+        gated: true,
         activation: Activation::Silu,
         mlp_bias: false,
         norm: NormKind::RmsNorm { eps: 1e-5 },
         placement: NormPlacement::Pre,
         names: BlockNames::default(),
     };
-    Block::<B>::load_gated(group, &Weights::new(source), &config)
+    Block::<B>::load(group, &Weights::new(source), &config)
 }
 
 /// What another path of bf16 should give: its roundings are others.
@@ -89,27 +90,27 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
         let attention = 2.0 * (tokens * tokens * hidden) as f64;
         let forward = format!("block forward bf16 {tokens} tokens");
         let cost = Cost { bytes: 0.0, flops: weights + attention };
-        bench.time(&forward, cost, |_| block.forward(&x).map(drop))?;
+        bench.time(&forward, cost, |_| block.forward(x.clone()).map(drop))?;
         let dy = data.fill::<bf16>([tokens, hidden], 1.0)?;
         let dy = DTensor::<Replicated, _, _>::replicated(&group, dy)?;
         let both = format!("block forward and backward bf16 {tokens} tokens");
         let cost = Cost { bytes: 0.0, flops: 3.0 * weights + 3.5 * attention };
         let mut dx = None;
         bench.time(&both, cost, |_| {
-            let (_, saved) = block.forward(&x)?;
-            dx = Some(block.backward(saved, &dy)?);
+            let (_, saved) = block.forward(x.clone())?;
+            dx = Some(block.backward(saved, dy.clone())?);
             Ok(())
         })?;
 
         // The first tokens see no others: the same block on the CPU.
-        let (y, _) = block.forward(&x)?;
+        let (y, _) = block.forward(x.clone())?;
         let few = 2;
         let host = Group::solo(&Cpu::new());
         let start = part(x.local().mat().block(0..few, 0..hidden), &cuda)?;
         let start: Vec<bf16> = start.into_iter().map(bf16::from_f64).collect();
         let start = Tensor::from_slice(host.device(), [few, hidden], &start)?;
         let there = load(&host, &source, &sizes, false)?;
-        let (want, _) = there.forward(&DTensor::<Replicated, _, _>::replicated(&host, start)?)?;
+        let (want, _) = there.forward(DTensor::<Replicated, _, _>::replicated(&host, start)?)?;
         let want: Vec<f64> = want.local().to_vec()?.into_iter().map(f64::from).collect();
         let got = part(y.local().mat().block(0..few, 0..hidden), &cuda)?;
         bench.expect(&forward, &got, &close(&want))?;
@@ -121,7 +122,7 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
             let mut moved = dx.local().convert::<bf16>()?;
             cuda.scale(sign * STEP, moved.mat_mut()?)?;
             cuda.accumulate(x.local().mat(), moved.mat_mut()?)?;
-            let (y, _) = block.forward(&DTensor::replicated(&group, moved.clone())?)?;
+            let (y, _) = block.forward(DTensor::replicated(&group, moved.clone())?)?;
             Ok((moved, inner(y.local(), dy.local())?))
         };
         let ((up, above), (down, below)) = (along(1.0)?, along(-1.0)?);

@@ -10,7 +10,7 @@ use half::bf16;
 use shardwise::{
     Result, Tensor,
     comm::Group,
-    kernels::{Attention, CacheSpec, Pointwise},
+    kernels::{Attention, AttentionSpec, CacheSpec, Pointwise},
     parallel::{DTensor, KvCache, Layer},
     shard::{Replicated, Sequences},
 };
@@ -32,11 +32,11 @@ fn attend(bench: &mut Bench, dim: usize, context: usize, batch: usize) -> Result
         let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
         let (heads, kv_heads) = heads(bench);
         let (sharing, rows) = (heads / kv_heads, batch * kv_heads * context);
-        let kv_of_query: Vec<usize> = (0..heads).map(|head| head / sharing).collect();
+        let attending = causal(heads, kv_heads, dim);
         let sequences = Sequences::packed(vec![1; batch]).starting_at(&vec![context - 1; batch])?;
         let slots: Vec<usize> = (0..batch).collect();
-        let spec = causal(&kv_of_query, kv_heads, dim, &sequences);
-        let scale = spec.scale;
+        let spec = AttentionSpec { heads: &attending, sequences: &sequences };
+        let scale = attending.scale();
         let cache = CacheSpec { slots: &slots, capacity: context };
         let bytes = 4 * rows * dim;
         let copies = bench.copies(bytes);
@@ -77,17 +77,14 @@ fn layer(bench: &mut Bench) -> Result<()> {
         let (context, hidden) = (bench.pick(16, 1024), sizes.hidden);
         for batch in bench.pick([1, 2], [1, 64]) {
             let slots: Vec<usize> = (0..batch).collect();
-            let mut cache = KvCache::new(vec![block.cache(batch, context + 1)?], batch, context + 1)?;
+            let mut cache = KvCache::new(batch, context + 1)?;
             let mut prompts = Vec::new();
             for slot in 0..batch {
                 let x = data.fill::<bf16>([context, hidden], 1.0)?;
-                let sequences = cache.step(&[slot], &[context])?;
+                let (sequences, mut step) = cache.step(&[slot], &[context])?;
                 let prompt = DTensor::<Replicated, _, _>::replicated(&group, x.clone())?;
-                let prompt = prompt.with_sequences(sequences)?;
-                for layer in cache.layers_mut() {
-                    block.forward_cached(&prompt, layer, &[slot])?;
-                }
-                cache.advance(&[slot], &[context])?;
+                block.infer(prompt.with_sequences(sequences)?, &mut step)?;
+                step.finish()?;
                 prompts = vec![x];
             }
             let token = data.fill::<bf16>([batch, hidden], 1.0)?;
@@ -100,11 +97,9 @@ fn layer(bench: &mut Bench) -> Result<()> {
                 Cost { bytes: (weights + kv) as f64, flops: (2 * batch * sizes.weights() + scores) as f64 };
             let mut y = None;
             bench.time(&name, cost, |_| {
-                let sequences = cache.step(&slots, &vec![1; batch])?;
-                let x = x.clone().with_sequences(sequences)?;
-                for layer in cache.layers_mut() {
-                    y = Some(block.forward_cached(&x, layer, &slots)?);
-                }
+                // Not finished, so that every call is the step behind the prompts.
+                let (sequences, mut step) = cache.step(&slots, &vec![1; batch])?;
+                y = Some(block.infer(x.clone().with_sequences(sequences)?, &mut step)?);
                 Ok(())
             })?;
             // The last sequence as a whole, without a cache.
@@ -117,7 +112,7 @@ fn layer(bench: &mut Bench) -> Result<()> {
                 x.local().mat().block(row.clone(), 0..hidden),
                 whole.mat_mut()?.block(last.clone(), 0..hidden),
             )?;
-            let (whole, _) = block.forward(&DTensor::replicated(&group, whole)?)?;
+            let (whole, _) = block.forward(DTensor::replicated(&group, whole)?)?;
             let want = part(whole.local().mat().block(last, 0..hidden), &cuda)?;
             let got = part(y.local().mat().block(row, 0..hidden), &cuda)?;
             bench.expect(&name, &got, &block::close(&want))?;

@@ -130,8 +130,8 @@ fn cross_entropy(bench: &mut Bench, tokens: usize, classes: usize) -> Result<()>
         let targets: Vec<u32> = (0..tokens).map(|token| (token * 7919 % classes) as u32).collect();
         let loss = VocabParallelCrossEntropy::default();
         let name = format!("cross entropy forward bf16 {tokens} x {classes}");
-        bench.time(&name, Cost::bytes(size), |_| loss.forward(&logits, &targets).map(drop))?;
-        let (losses, saved) = loss.forward(&logits, &targets)?;
+        bench.time(&name, Cost::bytes(size), |_| loss.forward(logits.clone(), &targets).map(drop))?;
+        let (losses, saved) = loss.forward(logits.clone(), &targets)?;
         let token = tokens - 1;
         let host = part(logits.local().mat().block(token..token + 1, 0..classes), &cuda)?;
         let lse = host.iter().map(|x| x.exp()).sum::<f64>().ln();
@@ -141,10 +141,10 @@ fn cross_entropy(bench: &mut Bench, tokens: usize, classes: usize) -> Result<()>
 
         let name = format!("cross entropy forward and backward bf16 {tokens} x {classes}");
         bench.time(&name, Cost::bytes(3.0 * size), |_| {
-            let (_, saved) = loss.forward(&logits, &targets)?;
-            loss.backward(&saved, 1.0).map(drop)
+            let (_, saved) = loss.forward(logits.clone(), &targets)?;
+            loss.backward(saved, 1.0).map(drop)
         })?;
-        let dx = loss.backward(&saved, 1.0)?;
+        let dx = loss.backward(saved, 1.0)?;
         let got = part(dx.local().mat().block(token..token + 1, 0..classes), &cuda)?;
         let one = |class: usize| if class == target { 1.0 } else { 0.0 };
         let want = host.iter().enumerate().map(|(class, x)| (x - lse).exp() - one(class));

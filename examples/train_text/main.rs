@@ -17,12 +17,13 @@ use shardwise::{
     comm::DeviceMesh,
     device::Element,
     launch,
+    models::Decoder,
     optim::{AdamW, AdamWConfig, Decay, LearningRate, LossScale, clip_scale, require_finite},
-    parallel::Stream,
+    parallel::{Sampler, Stream},
     reference::worst,
     rng::Philox,
     shard::{Axis, Mesh, Reduction, Replicated, Shard},
-    tensor::{Random, Weights},
+    tensor::Random,
     train::{Schedule, check_replicas},
     weights::{self, Checkpoint},
 };
@@ -205,7 +206,7 @@ fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
         let world = world.with_reduction(reduction);
         let mesh = DeviceMesh::new(&world, Mesh::new(args.dp, args.pp, args.tp)?)?;
         let source = Random::normal(args.seed, 0.02);
-        let model = Gpt::<S, T>::load(&mesh, &Weights::new(&source), &config(args, text), schedule(args)?)?;
+        let model = Gpt::<S, T>::load(&mesh, &source, &config(args, text), schedule(args)?)?;
         let mut adamw = AdamW::new(AdamWConfig { beta2: 0.99, weight_decay: 0.1, ..AdamWConfig::default() });
         // Only f16 needs it.
         let mut scale = match args.dtype {
@@ -277,16 +278,25 @@ fn dispatch(args: &Args, text: &Text) -> Result<Trained> {
 fn sample(args: &Args, text: &Text, length: usize) -> Result<String> {
     let checkpoint = Checkpoint::open(&args.out)?;
     let mut all = launch::threads(1, |world| {
-        let mesh = DeviceMesh::new(&world, Mesh::new(1, 1, 1)?)?;
-        let one = Schedule::one_forward_one_backward(1, 1);
-        let model =
-            Gpt::<Replicated, f32>::load(&mesh, &Weights::new(&checkpoint), &config(args, text), one)?;
-        let draws = Philox::named(args.seed, "sample");
+        let config = config(args, text).decoder();
+        let model = Decoder::<Replicated, f32, _>::load(&world, &checkpoint, &config)?;
+        let (sampler, mut cache) = (
+            Sampler { temperature: 0.8, seed: args.seed, ..Sampler::greedy() },
+            model.cache(1, args.context)?,
+        );
         // A line's end begins a speech.
         let mut tokens = vec![text.characters.binary_search(&'\n').unwrap_or(0) as u32];
         for at in 0..length {
-            let seen = &tokens[tokens.len().saturating_sub(args.context)..];
-            tokens.push(output::draw(&model.logits(seen)?, 0.8, draws.uniform(at as u64)));
+            // Learned positions end at the context: a longer text is read again from its last half.
+            let seen = match cache.len(0) < args.context {
+                true => &tokens[at..],
+                false => {
+                    cache.truncate(0, 0)?;
+                    &tokens[tokens.len() - args.context.div_ceil(2)..]
+                }
+            };
+            let logits = model.step(seen, &[0], &[seen.len()], &mut cache)?;
+            tokens.extend(sampler.sample(&logits, &[at as u64])?);
         }
         Ok(tokens.iter().map(|&token| text.characters[token as usize]).collect::<String>())
     })?;

@@ -1,4 +1,4 @@
-//! What comes out of a training run: the curve, a next character.
+//! What comes out of a training run: its curve.
 
 use super::Trained;
 use plotters::{
@@ -6,20 +6,6 @@ use plotters::{
     style::{FontStyle, register_font},
 };
 use std::{error::Error, fmt::Write, path::Path};
-
-/// Draws a class: the one at which the sum of the probabilities passes `uniform`.
-pub(crate) fn draw(logits: &[f32], temperature: f64, uniform: f64) -> u32 {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let weights: Vec<f64> = logits.iter().map(|x| (f64::from(x - largest) / temperature).exp()).collect();
-    let mut left = uniform * weights.iter().sum::<f64>();
-    for (class, weight) in weights.iter().enumerate() {
-        left -= weight;
-        if left < 0.0 {
-            return class as u32;
-        }
-    }
-    weights.len() as u32 - 1
-}
 
 /// The losses, a line a step and mesh.
 pub(crate) fn table(path: &Path, runs: &[(String, Trained)]) -> Result<(), Box<dyn Error>> {
