@@ -126,7 +126,9 @@ fn train(ranks: usize, microbatches: usize, order: Order) -> Result<Vec<f64>> {
             Order::Gpipe => Schedule::gpipe(ranks, microbatches),
             Order::OneForwardOneBackward => Schedule::one_forward_one_backward(ranks, microbatches),
         };
-        let pipeline = Pipeline::new(&world, &alone, schedule, 10)?;
+        // What goes into each layer.
+        let widths = (0..ranks).map(|stage| [10, 5, 5][layers.range(stage).start]).collect();
+        let pipeline = Pipeline::with_widths(&world, &alone, schedule, widths)?;
         let cut = Partition::even(SAMPLES, microbatches);
         let described: Vec<_> = cut.sizes().map(Microbatch::rows).collect();
         let (mut sgd, mut curve) = (Sgd::default(), Vec::new());

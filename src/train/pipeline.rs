@@ -63,8 +63,8 @@ pub struct Pipeline<B: Backend> {
     tensor: Group<B>,
     schedule: Schedule,
     actions: Vec<Action>,
-    /// The features between stages.
-    width: usize,
+    /// The features of each stage's input.
+    widths: Vec<usize>,
     ends: Option<Group<B>>,
 }
 
@@ -76,9 +76,26 @@ impl<B: Backend> Pipeline<B> {
     /// When the schedule is of another number of ranks, or cannot be run, or a collective fails.
     #[track_caller]
     pub fn new(group: &Group<B>, tensor: &Group<B>, schedule: Schedule, width: usize) -> Result<Self> {
+        let widths = vec![width; schedule.stages()];
+        Self::with_widths(group, tensor, schedule, widths)
+    }
+
+    /// The same for stages whose inputs have these numbers of features, one for each stage, equal on
+    /// every rank.
+    ///
+    /// # Errors
+    /// As [`Pipeline::new`], and when there are not as many numbers as stages.
+    #[track_caller]
+    pub fn with_widths(
+        group: &Group<B>,
+        tensor: &Group<B>,
+        schedule: Schedule,
+        widths: Vec<usize>,
+    ) -> Result<Self> {
         const OP: &str = "pipeline";
         let rank = group.rank();
         same_size(OP, "the ranks of the schedule", schedule.ranks(), "the ranks of the group", group.size())?;
+        same_size(OP, "the number of widths", widths.len(), "that of stages", schedule.stages())?;
         if group.size() > 1 && group.reduction() != Reduction::Fast {
             let reason = "sums over the stages (norms, tied tables) depend on their number: give the pipeline's group `Reduction::Fast`";
             return Err(Error::Unsupported { op: OP, reason: reason.into() });
@@ -86,7 +103,7 @@ impl<B: Backend> Pipeline<B> {
         let actions = schedule.actions()?.swap_remove(rank);
         let at_end = rank == 0 || rank + 1 == group.size();
         let ends = group.split(at_end.then_some(0), 0)?;
-        Ok(Self { group: group.clone(), tensor: tensor.clone(), schedule, actions, width, ends })
+        Ok(Self { group: group.clone(), tensor: tensor.clone(), schedule, actions, widths, ends })
     }
 
     /// Whether this rank has the first stage.
@@ -231,7 +248,7 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
 
     #[track_caller]
     fn exchange(&mut self, send: Option<Message>, receive: Option<Message>) -> Result<()> {
-        let Pipeline { group, tensor, width, .. } = self.pipeline;
+        let Pipeline { group, tensor, widths, .. } = self.pipeline;
         let outgoing = match send {
             Some(message) => {
                 Some((message.peer, self.take(message.pass, message.stage, message.microbatch)?))
@@ -239,8 +256,13 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
             None => None,
         };
         let incoming = receive.map(|message| -> Result<_> {
+            // An activation is its stage's input, a gradient that of its stage's output.
+            let boundary = match message.pass {
+                Pass::Forward => message.stage,
+                Pass::Backward => message.stage + 1,
+            };
             let tokens = self.microbatches[message.microbatch].sequences.rows();
-            Ok((message, tokens, Shape::from([S::local_rows(tensor, tokens)?.len(), *width])))
+            Ok((message, tokens, Shape::from([S::local_rows(tensor, tokens)?.len(), widths[boundary]])))
         });
         let incoming = incoming.transpose()?;
         let arrived = group.exchange(
@@ -281,8 +303,14 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
             layer.infer(x, &mut Context::default())?
         };
         if stage + 1 < schedule.stages() {
-            let (have, want) = (y.shape().cols(), self.pipeline.width);
-            same_size("pipeline", "features of a stage's output", have, "those between stages", want)?;
+            let (have, want) = (y.shape().cols(), self.pipeline.widths[stage + 1]);
+            same_size(
+                "pipeline",
+                "features of a stage's output",
+                have,
+                "those of the next one's input",
+                want,
+            )?;
             self.tensors.insert((pass, stage + 1, microbatch), y);
             return Ok(());
         }
