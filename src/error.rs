@@ -15,7 +15,9 @@ use std::{fmt, io, path::PathBuf, time::Duration};
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong, for every operation of the crate.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+///
+/// `Debug` reads as `Display`: it is what a `main` that returns an error, and `unwrap`, print.
+#[derive(Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// Two sizes that have to be equal are not.
@@ -227,6 +229,12 @@ pub enum Error {
         /// The element it has.
         found: String,
     },
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
 impl Error {

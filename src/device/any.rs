@@ -39,7 +39,14 @@ pub enum AnyBuffer<B: Device> {
     F16(B::Buffer<f16>),
 }
 
-/// Runs the same expression for whichever element a run-time view has: `each_dtype!(AnyRef, any, x => f(x))`.
+/// Runs the same expression for whichever element a run-time view has.
+///
+/// ```
+/// use shardwise::device::{AnyRef, Cpu, each_dtype};
+/// let any: AnyRef<'_, Cpu> = AnyRef::F32(&[1.0_f32, 2.0][..]);
+/// assert_eq!(each_dtype!(AnyRef, any, x => x.len()), 2);
+/// ```
+#[macro_export]
 macro_rules! each_dtype {
     ($kind:ident, $any:expr, $x:ident => $body:expr) => {
         match $any {
@@ -50,7 +57,6 @@ macro_rules! each_dtype {
         }
     };
 }
-pub(crate) use each_dtype;
 
 impl<'a, B: Device> Clone for AnyRef<'a, B> {
     fn clone(&self) -> Self {

@@ -2,7 +2,7 @@
 //!
 //! A [`Device`] owns memory; what it can compute is said by the kernel families in [`crate::kernels`]. The element of a
 //! tensor is a type ([`Element`]); where only run time knows it (a communicator's wire, a checkpoint), [`AnyRef`],
-//! [`AnyMut`] and [`AnyBuffer`] carry it as a value, and `each_dtype!` goes back to the type.
+//! [`AnyMut`] and [`AnyBuffer`] carry it as a value, and [`each_dtype!`] goes back to the type.
 
 mod any;
 mod cpu;
@@ -11,7 +11,7 @@ pub mod cuda;
 mod element;
 mod meta;
 
-pub(crate) use any::each_dtype;
+pub use crate::each_dtype;
 pub use any::{AnyBuffer, AnyMut, AnyRef};
 pub use cpu::{Cpu, CpuBuffer, MemoryUse};
 pub(crate) use cpu::{Kernel, vectorized, widest, zeroed};
@@ -43,6 +43,17 @@ pub trait Device: Clone + fmt::Debug + 'static {
     /// # Errors
     /// When there is no such memory left.
     fn empty<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>>;
+
+    /// Memory with the elements of a vector; the vector's own, where the device computes on host
+    /// memory.
+    ///
+    /// # Errors
+    /// When there is no such memory left.
+    fn adopt<T: Element>(&self, elements: Vec<T>) -> Result<Self::Buffer<T>> {
+        let mut buffer = self.empty(elements.len())?;
+        self.upload(&elements, Self::slice_mut(&mut buffer))?;
+        Ok(buffer)
+    }
 
     /// The whole of a buffer.
     fn slice<T: Element>(buffer: &Self::Buffer<T>) -> Self::Slice<'_, T>;

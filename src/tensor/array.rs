@@ -4,16 +4,32 @@ use super::Tensor;
 use crate::{
     device::{Cpu, Device, Element},
     error::Result,
+    shard::Shape,
 };
 use ndarray::{Array, ArrayBase, ArrayD, ArrayViewD, Data, Dimension, IxDyn};
 
 impl<T: Element, D: Dimension> From<Array<T, D>> for Tensor<T> {
-    /// A tensor on a CPU of its own. Ranks use [`Tensor::from_array`] with their group's device.
+    /// A tensor on a CPU of its own, in the array's memory if its elements are all of it and in
+    /// row-major order. Ranks use [`Tensor::from_array`] or [`Tensor::from_vec`] with their group's
+    /// device.
     ///
     /// # Panics
     /// When the array has more than four dimensions.
     fn from(array: Array<T, D>) -> Self {
-        Self::from_array(&Cpu::new(), &array).expect("an array has as many elements as its shape")
+        let (device, shape) = (Cpu::new(), Shape::from(array.shape()));
+        let made = match array.is_standard_layout() {
+            true => match array.into_raw_vec_and_offset() {
+                (elements, None | Some(0)) if elements.len() == shape.len() => {
+                    Self::from_vec(&device, shape, elements)
+                }
+                (elements, first) => {
+                    let first = first.unwrap_or(0);
+                    Self::from_slice(&device, shape, &elements[first..first + shape.len()])
+                }
+            },
+            false => Self::from_array(&device, &array),
+        };
+        made.expect("an array has as many elements as its shape")
     }
 }
 
@@ -47,5 +63,28 @@ impl<T: Element> Tensor<T, Cpu> {
     pub fn as_array(&self) -> ArrayViewD<'_, T> {
         ArrayViewD::from_shape(IxDyn(self.shape.dims()), self.slice())
             .expect("a tensor has as many elements as its shape")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::{Array2, s};
+
+    /// Whatever part of its memory an array shows, and in whatever order.
+    #[test]
+    fn arrays_come_in_without_a_copy_if_they_can() {
+        let whole = Array2::from_shape_fn((4, 6), |(row, col)| (6 * row + col) as f32);
+        let at = whole.as_ptr();
+        let tensor = Tensor::from(whole.clone());
+        assert_eq!(tensor.as_array(), whole.view().into_dyn());
+        let moved = whole.clone();
+        let (there, tensor) = (moved.as_ptr(), Tensor::from(moved));
+        assert!(std::ptr::eq(there, tensor.slice().as_ptr()) && !std::ptr::eq(there, at));
+        for part in [s![1..3, ..], s![.., 2..5], s![1..1, ..], s![..;-1, ..]] {
+            let part = whole.clone().slice_move(part);
+            assert_eq!(Tensor::from(part.clone()).as_array(), part.view().into_dyn());
+        }
+        assert_eq!(Tensor::from(whole.clone().reversed_axes()).as_array(), whole.t().into_dyn());
     }
 }

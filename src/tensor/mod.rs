@@ -80,6 +80,17 @@ impl<T: Element, B: Device> Tensor<T, B> {
         Self::from_buffer(device, shape, buffer)
     }
 
+    /// A tensor with the elements of a vector, in row-major order; on the CPU in the vector's memory.
+    ///
+    /// # Errors
+    /// When the vector does not have as many elements as the shape.
+    pub fn from_vec(device: &B, shape: impl Into<Shape>, elements: Vec<T>) -> Result<Self> {
+        let shape = shape.into();
+        let len = shape.checked_len(OP)?;
+        same_size(OP, "the number of elements given", elements.len(), "that of the shape", len)?;
+        Self::from_buffer(device, shape, device.adopt(elements)?)
+    }
+
     /// A tensor over a buffer of the device.
     ///
     /// # Errors

@@ -4,8 +4,8 @@
 //! need not know of ranks, and the value at a global index is the same however the tensor is cut.
 
 use crate::{
-    device::{AnyMut, Cpu, Device, Element, each_dtype},
-    error::{Error, Result},
+    device::{AnyMut, Cpu, Element, each_dtype},
+    error::{Error, Result, same_size},
     rng::Philox,
     shard::Shape,
 };
@@ -157,16 +157,22 @@ impl<'a> Weights<'a> {
     }
 }
 
-/// Weights in arrays, by name.
-#[derive(Clone, Debug, Default)]
-pub struct Arrays(pub BTreeMap<String, ArrayD<f64>>);
+/// Weights in arrays of one element, by name.
+#[derive(Clone, Debug)]
+pub struct Arrays<T = f64>(pub BTreeMap<String, ArrayD<T>>);
 
-impl WeightSource for Arrays {
+impl<T> Default for Arrays<T> {
+    fn default() -> Self {
+        Self(BTreeMap::new())
+    }
+}
+
+impl<T: Element> WeightSource for Arrays<T> {
     fn read(&self, name: &str, _: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
         self.check(name, region)?;
         let array = &self.0[name];
         let part = array.slice_each_axis(|axis| Slice::from(region.ranges()[axis.axis.index()].clone()));
-        fill(out, part.iter().copied())
+        out.fill(part.iter().map(|value| value.to_f64()))
     }
 
     fn check(&self, name: &str, region: &Region) -> Result<()> {
@@ -206,7 +212,12 @@ pub(crate) fn missing<'a>(
     fn numbers(name: &str) -> impl Iterator<Item = &str> {
         name.split('.').filter(|part| part.bytes().all(|byte| byte.is_ascii_digit()))
     }
-    let likely = |other: &&String| other.ends_with(last) && numbers(other).eq(numbers(name));
+    // The same last part, or all but two neighbouring letters in the same place.
+    let likely = |other: &&String| {
+        let (common, longest) = (common(other), name.len().max(other.len()));
+        let misspelt = common + 2 >= longest && 2 * common >= longest;
+        (other.ends_with(last) || misspelt) && numbers(other).eq(numbers(name))
+    };
     let hint = names.filter(likely).max_by_key(|other| common(other));
     let hint = hint.map_or_else(String::new, |hint| format!("; did you mean `{hint}`?"));
     Error::MissingTensor { name: name.into(), place: place.into(), hint }
@@ -235,9 +246,9 @@ impl WeightSource for Random {
         let stream = Philox::named(self.seed, name);
         let indices = region.runs().into_iter().flatten();
         match role {
-            Role::Weight => fill(out, indices.map(|index| self.std * stream.normal(index as u64))),
-            Role::Bias => fill(out, indices.map(|_| 0.0)),
-            Role::Scale => fill(out, indices.map(|_| 1.0)),
+            Role::Weight => out.fill(indices.map(|index| self.std * stream.normal(index as u64))),
+            Role::Bias => out.fill(indices.map(|_| 0.0)),
+            Role::Scale => out.fill(indices.map(|_| 1.0)),
         }
     }
 
@@ -246,18 +257,25 @@ impl WeightSource for Random {
     }
 }
 
-/// Writes values to a run-time view of as many elements.
-fn fill(out: AnyMut<'_, Cpu>, values: impl Iterator<Item = f64>) -> Result<()> {
-    fn each<T: Element>(out: &mut [T], values: impl Iterator<Item = f64>) -> Result<()> {
-        let len = Cpu::len_mut::<T>(&out);
-        let mut written = 0;
-        for (to, value) in out.iter_mut().zip(values) {
-            *to = T::from_f64(value);
-            written += 1;
+impl AnyMut<'_, Cpu> {
+    /// Writes as many values as there are elements, each rounded to the element: what a
+    /// [`WeightSource`] does with `out`. Values beyond that are not looked at.
+    ///
+    /// # Errors
+    /// When there are fewer values.
+    pub fn fill(self, values: impl IntoIterator<Item = f64>) -> Result<()> {
+        fn each<T: Element>(out: &mut [T], values: impl Iterator<Item = f64>) -> Result<()> {
+            let len = out.len();
+            let mut written = 0;
+            for (to, value) in out.iter_mut().zip(values) {
+                *to = T::from_f64(value);
+                written += 1;
+            }
+            same_size("weights", "the number of values", written, "the number of elements", len)
         }
-        crate::error::same_size("weights", "elements of the region", written, "elements to fill", len)
+        let values = values.into_iter();
+        each_dtype!(AnyMut, self, out => each(out, values))
     }
-    each_dtype!(AnyMut, out, out => each(out, values))
 }
 
 #[cfg(test)]
@@ -296,7 +314,7 @@ mod tests {
 
     #[test]
     fn a_missing_name_gets_a_hint() {
-        let mut arrays = Arrays::default();
+        let mut arrays = Arrays::<f64>::default();
         arrays.0.insert("layer.0.fc1.weight".into(), ArrayD::zeros(vec![2, 2]));
         let failure = |name| read(&arrays, name, &Region::whole([1])).unwrap_err().to_string();
         assert_eq!(

@@ -640,7 +640,7 @@ fn what_is_no_checkpoint_is_called_by_its_name() {
 /// A tensor that is missing from a layer is not to be found in another layer.
 #[test]
 fn a_hint_stays_in_the_layer() {
-    let mut arrays = Arrays::default();
+    let mut arrays = Arrays::<f64>::default();
     for name in ["layers.0.q_proj.weight", "layers.1.o_proj.weight", "layers.10.q_proj.weight"] {
         arrays.0.insert(name.into(), ndarray::ArrayD::zeros(vec![1]));
     }

@@ -77,6 +77,10 @@ impl Device for Cpu {
         self.pool.take(len)
     }
 
+    fn adopt<T: Element>(&self, elements: Vec<T>) -> Result<CpuBuffer<T>> {
+        Ok(self.pool.adopt(elements))
+    }
+
     fn slice<T: Element>(buffer: &CpuBuffer<T>) -> &[T] {
         buffer
     }

@@ -79,14 +79,20 @@ impl Pool {
         if self.poison {
             data.fill(T::NAN);
         }
-        self.live.set(self.live.get() + len * size_of::<T>());
+        Ok(self.adopt(data))
+    }
+
+    /// A buffer of a vector, which counts as the rank's from now on.
+    pub(super) fn adopt<T: Element>(self: &Rc<Self>, data: Vec<T>) -> CpuBuffer<T> {
+        self.live.set(self.live.get() + data.len() * size_of::<T>());
         self.peak.set(self.peak.get().max(self.live.get()));
-        Ok(CpuBuffer { data, pool: Rc::clone(self) })
+        CpuBuffer { data, pool: Rc::clone(self) }
     }
 
     fn give_back<T: Element>(&self, data: Vec<T>) {
         self.live.set(self.live.get() - data.len() * size_of::<T>());
-        if data.capacity() > 0 {
+        // A capacity that is no size class is an adopted vector's, and would never be asked for.
+        if data.capacity() > 0 && data.capacity() == size_class(data.capacity()) {
             T::shelf(self).borrow_mut().idle.entry(data.capacity()).or_default().push(data);
         }
     }
@@ -196,6 +202,20 @@ mod tests {
         assert_eq!((second.as_ptr(), second.len()), (at, 990), "a similar size comes from the same shelf");
         assert_eq!(pool.memory(), MemoryUse { live: 3960, peak: 4000 });
         assert_eq!(pool.take::<f32>(0).unwrap().len(), 0);
+    }
+
+    #[test]
+    fn adopted_memory_is_counted_and_kept_if_it_can_be_used_again() {
+        let pool = Rc::new(Pool::new(false));
+        let odd = Vec::<f32>::with_capacity(1001);
+        assert_ne!(size_class(odd.capacity()), odd.capacity());
+        drop(pool.adopt(odd));
+        assert!(pool.f32.borrow().idle.is_empty());
+        let kept = pool.adopt(vec![1.0_f32; 1024]);
+        let at = kept.as_ptr();
+        assert_eq!(pool.memory(), MemoryUse { live: 4096, peak: 4096 });
+        drop(kept);
+        assert_eq!((pool.take::<f32>(1000).unwrap().as_ptr(), pool.made.get()), (at, 0));
     }
 
     #[test]
