@@ -1,4 +1,4 @@
-// Element by element: activations, gates, sums, bias, copies and conversions; sums of columns.
+// Element by element: activations, gates, sums, products, bias, copies and conversions; sums of rows and columns.
 #include "element.cuh"
 
 // ---- activations, numbered as in kernels/pointwise ----
@@ -95,6 +95,27 @@ EACH_ELEMENT(ACTIVATE)
   extern "C" __global__ void add_##name(i64 packed, i64 rows, i64 cols, const T* a, i64 sa, const T* b, i64 sb, T* y, i64 sy) { \
     WITH_PACKS(packed, Width<T>::value, \
       (map<N>(rows, cols, a, sa, b, sb, y, sy, [](T a, T b) { return narrow<T>(widen(a) + widen(b)); }))) \
+  } \
+  extern "C" __global__ void mul_##name(i64 packed, i64 rows, i64 cols, const T* a, i64 sa, const T* b, i64 sb, T* y, i64 sy) { \
+    WITH_PACKS(packed, Width<T>::value, \
+      (map<N>(rows, cols, a, sa, b, sb, y, sy, [](T a, T b) { return narrow<T>(widen(a) * widen(b)); }))) \
+  } \
+  extern "C" __global__ void scale_rows_##name(i64 packed, i64 rows, i64 cols, const T* s, const T* x, i64 sx, T* y, i64 sy) { \
+    WITH_PACKS(packed, Width<T>::value, (each<N>(rows, cols, [&](i64 r, i64 c) { \
+      const Acc<T> by = widen(s[r]); \
+      const auto in = load<N>(x + r * sx + c); \
+      Pack<T, N> out; \
+      for (int i = 0; i < N; i++) out.at[i] = narrow<T>(by * widen(in.at[i])); \
+      store(y + r * sy + c, out); \
+    }))) \
+  } \
+  extern "C" __global__ void dot_rows_##name(i64 packed, i64 rows, i64 cols, const T* a, i64 sa, const T* b, i64 sb, T* s) { \
+    const i64 row = own_row(); \
+    if (row >= rows) return; \
+    Acc<T> sum = 0; \
+    each_of_row(packed, cols, a + row * sa, b + row * sb, [&](Acc<T> x, Acc<T> y, i64) { sum += x * y; }); \
+    sum = row_sum(sum); \
+    if (threadIdx.x == 0) s[row] = narrow<T>(sum); \
   } \
   extern "C" __global__ void add_bias_##name(i64 packed, i64 rows, i64 cols, const T* bias, T* y, i64 sy) { \
     WITH_PACKS(packed, Width<T>::value, \

@@ -17,6 +17,7 @@
 //! | [`Update`] | steps of SGD and AdamW, sums of squares |
 
 mod attention;
+mod compiled;
 mod dropout;
 mod gather;
 mod gemm;
@@ -31,6 +32,8 @@ mod update;
 mod view;
 
 pub use attention::{Attention, AttentionChoices, AttentionSpec, CacheSpec, QkvHeads};
+#[doc(hidden)]
+pub use compiled::compiled;
 pub use dropout::{Dropout, DropoutMask};
 pub use gather::{Gather, NO_ROW};
 pub use gemm::{Batch, Epilogue, Gemm, Product, Term};

@@ -12,8 +12,8 @@ use crate::{
 };
 use std::marker::PhantomData;
 
-/// yᵢ = `W[idᵢ]`: ids, the same on every rank, → S. W: `[vocabulary, hidden]`, cut by rows; any vocabulary on any number of
-/// ranks.
+/// yᵢ = `W[idᵢ]`: ids, the same on every rank, → S. W: `[vocabulary, hidden]`, cut by rows, of which
+/// each rank holds one at least.
 ///
 /// * Forward: each rank looks up the ids that it holds; the others' rows are 0. Leaving collective of `S`: all-reduce, or
 ///   reduce-scatter over tokens. A sum with zeros: exact.
@@ -108,7 +108,7 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
         same_size("embedding backward", "the number of ids", rows.len(), "rows of dy", dy.shape().rows())?;
         table.add_grad_over(rows.len(), |tokens| {
             let dy_mat = dy.mat().block(tokens.clone(), 0..cols);
-            ops::embedding_backward(dy.device(), &rows[tokens], words, dy_mat)
+            ops::scatter_rows(dy.device(), &rows[tokens], words, dy_mat)
         })
     }
 
@@ -161,6 +161,14 @@ impl<S: Stream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
         x.check("position embedding", self.sums.group())?;
         let own = x.local_range(0);
         let rows: Vec<u32> = rows.skip(own.start).take(own.len()).collect();
+        let table = self.table.shape().rows();
+        if let Some(row) = rows.iter().find(|&&row| row as usize >= table && row != NO_ROW) {
+            let reason = format!(
+                "a token at position {row} of its sequence, but a table of {table} positions; if the rows are \
+                 several sequences, say which by `with_sequences`"
+            );
+            return Err(Error::invalid("position embedding", reason));
+        }
         let added = self.table.rows(&rows)?;
         Ok((x.map_local(|local| ops::add(local, &added))?, rows))
     }

@@ -148,6 +148,14 @@ fn pointwise<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<
     let mut y = memory(6, place);
     device.add(a.mat(), b.mat(), y.mat_mut())?;
     results.push(y.values());
+    device.mul(a.mat(), b.mat(), y.mat_mut())?;
+    results.push(y.values());
+    let factors = memory(8, vector(draw.rows));
+    device.scale_rows(B::slice::<T>(&factors.buffer), a.mat(), y.mat_mut())?;
+    results.push(y.values());
+    let mut dots = memory(9, vector(draw.rows));
+    device.dot_rows(a.mat(), b.mat(), B::slice_mut(&mut dots.buffer))?;
+    results.push(dots.values());
     device.accumulate(c.mat(), y.mat_mut())?;
     let mut sum = Memory::<T::Acc, B>::new(device, draw.seed, place);
     device.accumulate(c.mat(), sum.mat_mut())?;

@@ -897,7 +897,7 @@ fn embedding<T: Element>(ids: &[u32], cols: usize, seed: u64) {
     let wanted: Vec<_> = ids.iter().map(|&id| id as usize).collect();
     let y = tensor::<T, _>(&cpu, &table).rows(ids).unwrap();
     assert_eq!(wide(&y), reference::embedding(&wanted, &table).into_dyn());
-    let dtable = ops::embedding_backward(&cpu, ids, 5, tensor::<T, _>(&cpu, &dy).mat()).unwrap();
+    let dtable = ops::scatter_rows(&cpu, ids, 5, tensor::<T, _>(&cpu, &dy).mat()).unwrap();
     assert_eq!(wide(&dtable), reference::embedding_backward(&wanted, 5, &dy).into_dyn());
     // What the table's gradient held before is kept.
     let mut sum = dtable.clone();
@@ -912,7 +912,7 @@ fn embedding_refuses_ids_beyond_the_table() {
         (Tensor::<f32>::zeros(&cpu, [5, 2]).unwrap(), Tensor::<f32>::zeros(&cpu, [3, 2]).unwrap());
     invalid(table.rows(&[0, 5, 1]), "gather: id 5 is beyond a table of 5 rows");
     invalid(
-        ops::embedding_backward(&cpu, &[0, u32::MAX - 1, 1], 5, dy.mat()),
+        ops::scatter_rows(&cpu, &[0, u32::MAX - 1, 1], 5, dy.mat()),
         "scatter_add: id 4294967294 is beyond a table of 5 rows",
     );
     // The row that nobody has.
@@ -920,7 +920,7 @@ fn embedding_refuses_ids_beyond_the_table() {
     let y = wide(&ones.rows(&[NO_ROW, 4, NO_ROW]).unwrap());
     assert_eq!(y, array![[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]].into_dyn());
     let dtable = wide(
-        &ops::embedding_backward(
+        &ops::scatter_rows(
             &cpu,
             &[NO_ROW, 1, NO_ROW],
             2,
@@ -930,7 +930,7 @@ fn embedding_refuses_ids_beyond_the_table() {
     );
     assert_eq!(dtable, array![[0.0, 0.0], [1.0, 1.0]].into_dyn());
     disagree(
-        ops::embedding_backward(&cpu, &[0, 1], 5, dy.mat()),
+        ops::scatter_rows(&cpu, &[0, 1], 5, dy.mat()),
         "scatter_add: the number of ids is 2, but the number of rows is 3",
     );
     disagree(

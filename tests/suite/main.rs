@@ -24,6 +24,7 @@ mod overlap;
 mod own_layers;
 mod params;
 mod plan;
+mod rows;
 mod safety;
 mod saving;
 mod sites;

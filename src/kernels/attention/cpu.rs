@@ -24,6 +24,7 @@ use std::ops::Range;
 const TILE: usize = 128;
 
 impl Attention for Cpu {
+    #[inline(never)]
     fn attention<T: Element>(
         &self,
         spec: &AttentionSpec<'_>,
@@ -74,6 +75,7 @@ impl Attention for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn attention_backward<T: Element>(
         &self,
         spec: &AttentionSpec<'_>,
@@ -200,6 +202,7 @@ impl Attention for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn append_cached<T: Element>(
         &self,
         spec: &AttentionSpec<'_>,
@@ -224,6 +227,7 @@ impl Attention for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn attention_cached<T: Element>(
         &self,
         spec: &AttentionSpec<'_>,

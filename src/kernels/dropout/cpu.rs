@@ -8,6 +8,7 @@ use crate::{
 };
 
 impl Dropout for Cpu {
+    #[inline(never)]
     fn dropout<T: Element>(
         &self,
         mask: &DropoutMask,

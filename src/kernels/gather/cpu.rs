@@ -8,6 +8,7 @@ use crate::{
 };
 
 impl Gather for Cpu {
+    #[inline(never)]
     fn gather<T: Element>(
         &self,
         table: MatRef<'_, T, Self>,
@@ -24,6 +25,7 @@ impl Gather for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn scatter_add<T: Element>(
         &self,
         ids: &[u32],

@@ -19,6 +19,7 @@ use std::{num::NonZeroUsize, ops::Range};
 const PARALLEL: usize = 1 << 22;
 
 impl Gemm for Cpu {
+    #[inline(never)]
     fn gemm_batched<T: Element, C: Element<Acc = T::Acc>>(
         &self,
         batch: Batch,
@@ -55,6 +56,7 @@ impl Gemm for Cpu {
     }
 
     /// The sums that wait for others are a block of C each, in the second cache.
+    #[inline(never)]
     fn gemm_tree<T: Element>(&self, terms: &[Term<'_, T, Self>], c: MatMut<'_, T::Acc, Self>) -> Result<()> {
         check_terms(terms, &c)?;
         let blocked = |(a, b): &(MatRef<'_, T, Self>, MatRef<'_, T, Self>)| {
@@ -74,6 +76,7 @@ impl Gemm for Cpu {
         wide(self, &steps.list(), (1.0, 0.0), (c.into_data(), dims), None)
     }
 
+    #[inline(never)]
     fn linear<T: Element>(
         &self,
         x: MatRef<'_, T, Self>,
@@ -102,6 +105,7 @@ impl Gemm for Cpu {
         })
     }
 
+    #[inline(never)]
     fn linear_dx<T: Element>(
         &self,
         dy: MatRef<'_, T, Self>,
@@ -121,6 +125,7 @@ impl Gemm for Cpu {
         })
     }
 
+    #[inline(never)]
     fn gemm_all<T: Element, C: Element<Acc = T::Acc>>(
         &self,
         products: Vec<Product<'_, '_, T, C, Self>>,

@@ -11,6 +11,7 @@ use crate::{
 };
 
 impl Loss for Cpu {
+    #[inline(never)]
     fn row_max<T: Element>(&self, x: MatRef<'_, T, Self>, max: &mut [T::Acc]) -> Result<()> {
         const OP: &str = "row maximum";
         check_same(OP, x.dims(), &[])?;
@@ -23,6 +24,7 @@ impl Loss for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn exp_sums<T: Element>(
         &self,
         targets: &Targets<'_>,
@@ -49,6 +51,7 @@ impl Loss for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn cross_entropy<A: Accumulator>(
         &self,
         targets: &Targets<'_>,
@@ -77,6 +80,7 @@ impl Loss for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn cross_entropy_backward<T: Element>(
         &self,
         targets: &Targets<'_>,
@@ -113,6 +117,7 @@ impl Loss for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn squared_error<T: Element>(
         &self,
         x: MatRef<'_, T, Self>,
@@ -133,6 +138,7 @@ impl Loss for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn squared_error_backward<T: Element>(
         &self,
         scale: f64,

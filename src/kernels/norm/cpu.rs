@@ -8,6 +8,7 @@ use crate::{
 };
 
 impl Norm for Cpu {
+    #[inline(never)]
     fn normalize<T: Element>(
         &self,
         kind: NormKind,
@@ -49,6 +50,7 @@ impl Norm for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn normalize_backward<T: Element>(
         &self,
         kind: NormKind,

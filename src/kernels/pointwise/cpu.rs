@@ -1,13 +1,14 @@
 //! Element-wise kernels on the CPU: rows of slices, widened to the accumulator, vectorized by the compiler.
 
-use super::{Activation, Pointwise, check, check_gate_backward, check_row};
+use super::{Activation, Pointwise, check, check_dot_rows, check_gate_backward, check_row, check_scale_rows};
 use crate::{
     device::{Accumulator, Cpu, Element, vectorized},
     error::Result,
-    kernels::{MatMut, MatRef, view::unit_columns},
+    kernels::{MatMut, MatRef, lanes::lane_sum, view::unit_columns},
 };
 
 impl Pointwise for Cpu {
+    #[inline(never)]
     fn activate<T: Element>(
         &self,
         f: Activation,
@@ -24,6 +25,7 @@ impl Pointwise for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn activate_backward<T: Element>(
         &self,
         f: Activation,
@@ -41,6 +43,7 @@ impl Pointwise for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn gate<T: Element>(
         &self,
         f: Activation,
@@ -58,6 +61,7 @@ impl Pointwise for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn gate_backward<T: Element>(
         &self,
         f: Activation,
@@ -76,6 +80,7 @@ impl Pointwise for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn add<T: Element>(
         &self,
         a: MatRef<'_, T, Self>,
@@ -87,6 +92,47 @@ impl Pointwise for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
+    fn mul<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check("mul", &[("a", a.dims()), ("b", b.dims())], ("y", y.dims()))?;
+        map2(a, b, y, |a, b| a * b);
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn scale_rows<T: Element>(&self, s: &[T], x: MatRef<'_, T, Self>, y: MatMut<'_, T, Self>) -> Result<()> {
+        check_scale_rows(s.len(), x.dims(), y.dims())?;
+        rows(y, |row, y| {
+            let s = s[row].widen();
+            for (y, x) in y.iter_mut().zip(x.row(row)) {
+                *y = T::narrow(s * x.widen());
+            }
+        });
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn dot_rows<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        s: &mut [T],
+    ) -> Result<()> {
+        check_dot_rows(a.dims(), b.dims(), s.len())?;
+        vectorized(|| {
+            for (row, s) in s.iter_mut().enumerate() {
+                *s = T::narrow(lane_sum([a.row(row), b.row(row)], |[a, b]| a.widen() * b.widen()));
+            }
+        });
+        Ok(())
+    }
+
+    #[inline(never)]
     fn accumulate<T: Element, Y: Element<Acc = T::Acc>>(
         &self,
         x: MatRef<'_, T, Self>,
@@ -101,6 +147,7 @@ impl Pointwise for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn add_bias<T: Element>(&self, bias: &[T], y: MatMut<'_, T, Self>) -> Result<()> {
         unit_columns("bias", y.dims())?;
         check_row("bias", "the bias", bias.len(), y.cols())?;
@@ -112,6 +159,7 @@ impl Pointwise for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn sum_rows<T: Element>(&self, x: MatRef<'_, T, Self>, sums: &mut [T::Acc]) -> Result<()> {
         unit_columns("bias gradient", x.dims())?;
         check_row("bias gradient", "the gradient", sums.len(), x.cols())?;
@@ -126,6 +174,7 @@ impl Pointwise for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn copy<T: Element, Y: Element>(&self, x: MatRef<'_, T, Self>, y: MatMut<'_, Y, Self>) -> Result<()> {
         check("copy", &[("x", x.dims())], ("y", y.dims()))?;
         if T::DTYPE == Y::DTYPE {
@@ -143,6 +192,7 @@ impl Pointwise for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn scale<T: Element>(&self, alpha: f64, y: MatMut<'_, T, Self>) -> Result<()> {
         unit_columns("scale", y.dims())?;
         let alpha = T::Acc::from_f64(alpha);
@@ -154,6 +204,7 @@ impl Pointwise for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn fill<T: Element>(&self, value: f64, y: MatMut<'_, T, Self>) -> Result<()> {
         unit_columns("fill", y.dims())?;
         rows(y, |_, y| y.fill(T::from_f64(value)));

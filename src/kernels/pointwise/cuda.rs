@@ -147,15 +147,53 @@ impl Pointwise for Cuda {
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check("add", &[("a", a.dims()), ("b", b.dims())], ("y", y.dims()))?;
-        let walk = Walk::through(&[a.operand(), b.operand(), y.operand()]);
-        let [sa, sb, sy] = [a.dims(), b.dims(), y.dims()].map(|dims| dims.row_stride);
+        self.of_two(Kernel::Add, a, b, y)
+    }
+
+    fn mul<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check("mul", &[("a", a.dims()), ("b", b.dims())], ("y", y.dims()))?;
+        self.of_two(Kernel::Mul, a, b, y)
+    }
+
+    fn scale_rows<T: Element>(
+        &self,
+        s: CudaSlice<'_, T>,
+        x: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        super::check_scale_rows(Self::len(s), x.dims(), y.dims())?;
+        let walk = Walk::by_rows(&[x.operand(), y.operand()], x.rows(), x.cols());
+        let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
-        let launch = self.kernel(Kernel::Add, T::DTYPE).ints(walk.words());
-        let launch = launch.read(a.data()).int(sa).read(b.data()).int(sb).write(&y).int(sy);
-        // SAFETY: the arguments are add's; `check` has seen that all have the same dimensions.
+        let launch = self.kernel(Kernel::ScaleRows, T::DTYPE).ints(walk.words());
+        let launch = launch.read(s).read(x.data()).int(sx).write(&y).int(sy);
+        // SAFETY: the arguments are scale_rows's; the check has seen that x has the dimensions of y, and one factor a row.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::over(walk.steps))
+        }
+    }
+
+    fn dot_rows<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        s: CudaSliceMut<'_, T>,
+    ) -> Result<()> {
+        super::check_dot_rows(a.dims(), b.dims(), Self::len_mut(&s))?;
+        let walk = Walk::by_rows(&[a.operand(), b.operand()], a.rows(), a.cols());
+        let (sa, sb) = (a.dims().row_stride, b.dims().row_stride);
+        let launch = self.kernel(Kernel::DotRows, T::DTYPE).ints(walk.words());
+        let launch = launch.read(a.data()).int(sa).read(b.data()).int(sb).write(&s);
+        // SAFETY: the arguments are dot_rows's; the check has seen that a has the dimensions of b, and s an element a row.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.run(Grid::rows(walk.rows, walk.cols))
         }
     }
 
@@ -247,6 +285,26 @@ pub(in crate::kernels) fn column_blocks(walk: Walk, runs: usize) -> Grid {
 }
 
 impl Cuda {
+    /// A kernel of two matrices, element by element. The caller has compared their dimensions.
+    fn of_two<T: Element>(
+        &self,
+        kernel: Kernel,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        let walk = Walk::through(&[a.operand(), b.operand(), y.operand()]);
+        let [sa, sb, sy] = [a.dims(), b.dims(), y.dims()].map(|dims| dims.row_stride);
+        let y = y.into_data();
+        let launch = self.kernel(kernel, T::DTYPE).ints(walk.words());
+        let launch = launch.read(a.data()).int(sa).read(b.data()).int(sb).write(&y).int(sy);
+        // SAFETY: add and mul take these arguments; both have seen by `check` that all have the same dimensions.
+        #[allow(unsafe_code)]
+        unsafe {
+            launch.run(Grid::over(walk.steps))
+        }
+    }
+
     /// A kernel of one number that changes y.
     fn in_place<T: Element>(&self, kernel: Kernel, value: f64, y: MatMut<'_, T, Self>) -> Result<()> {
         let walk = Walk::through(&[y.operand()]);

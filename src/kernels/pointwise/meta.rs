@@ -1,6 +1,6 @@
 //! Element-wise kernels on a device without memory.
 
-use super::{Activation, Pointwise, check, check_gate_backward, check_row};
+use super::{Activation, Pointwise, check, check_dot_rows, check_gate_backward, check_row, check_scale_rows};
 use crate::{
     device::{Device, Element, Meta, MetaSlice, MetaSliceMut},
     error::Result,
@@ -55,6 +55,33 @@ impl Pointwise for Meta {
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check("add", &[("a", a.dims()), ("b", b.dims())], ("y", y.dims()))
+    }
+
+    fn mul<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check("mul", &[("a", a.dims()), ("b", b.dims())], ("y", y.dims()))
+    }
+
+    fn scale_rows<T: Element>(
+        &self,
+        s: MetaSlice<'_, T>,
+        x: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()> {
+        check_scale_rows(Self::len(s), x.dims(), y.dims())
+    }
+
+    fn dot_rows<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        s: MetaSliceMut<'_, T>,
+    ) -> Result<()> {
+        check_dot_rows(a.dims(), b.dims(), Self::len_mut(&s))
     }
 
     fn accumulate<T: Element, Y: Element<Acc = T::Acc>>(

@@ -1,4 +1,4 @@
-//! Element by element: activations, gates, sums, bias, copies and conversions.
+//! Element by element: activations, gates, sums, products, bias, copies and conversions; sums over rows and columns.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -78,6 +78,30 @@ pub trait Pointwise: Device {
         y: MatMut<'_, T, Self>,
     ) -> Result<()>;
 
+    /// y ← a · b.
+    fn mul<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()>;
+
+    /// yᵢⱼ ← sᵢ xᵢⱼ; `s` has one element a row.
+    fn scale_rows<T: Element>(
+        &self,
+        s: Self::Slice<'_, T>,
+        x: MatRef<'_, T, Self>,
+        y: MatMut<'_, T, Self>,
+    ) -> Result<()>;
+
+    /// sᵢ ← Σⱼ aᵢⱼ bᵢⱼ, summed in the accumulator; `s` has one element a row.
+    fn dot_rows<T: Element>(
+        &self,
+        a: MatRef<'_, T, Self>,
+        b: MatRef<'_, T, Self>,
+        s: Self::SliceMut<'_, T>,
+    ) -> Result<()>;
+
     /// y ← y + x, in the accumulator.
     fn accumulate<T: Element, Y: Element<Acc = T::Acc>>(
         &self,
@@ -118,6 +142,18 @@ fn check_gate_backward(gate: Dims, up: Dims, dy: Dims, d: Dims) -> Result<()> {
     same_dims(OP, "dy", dy, "gate", gate)?;
     same_size(OP, "columns of d", d.cols, "twice the columns of gate", gate.cols.saturating_mul(2))?;
     same_size(OP, "rows of d", d.rows, "rows of gate", gate.rows)
+}
+
+/// The check of `scale_rows`.
+fn check_scale_rows(s: usize, x: Dims, y: Dims) -> Result<()> {
+    check("scale rows", &[("x", x)], ("y", y))?;
+    same_size("scale rows", "the number of factors", s, "the number of rows", x.rows)
+}
+
+/// The check of `dot_rows`.
+fn check_dot_rows(a: Dims, b: Dims, s: usize) -> Result<()> {
+    check("dot rows", &[("a", a)], ("b", b))?;
+    same_size("dot rows", "the number of products", s, "the number of rows", a.rows)
 }
 
 /// The check of `add_bias` and `sum_rows`: one element a column.

@@ -8,6 +8,7 @@ use crate::{
 };
 
 impl Rope for Cpu {
+    #[inline(never)]
     fn rope<T: Element>(
         &self,
         spec: &RopeSpec<'_>,

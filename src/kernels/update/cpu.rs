@@ -8,6 +8,7 @@ use crate::{
 };
 
 impl Update for Cpu {
+    #[inline(never)]
     fn sgd<T: Element>(
         &self,
         step: &SgdStep,
@@ -36,6 +37,7 @@ impl Update for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn adamw<T: Element>(
         &self,
         step: &AdamWStep,
@@ -76,6 +78,7 @@ impl Update for Cpu {
         Ok(())
     }
 
+    #[inline(never)]
     fn square_sums<T: Element>(&self, x: MatRef<'_, T, Self>, sums: &mut [f64]) -> Result<()> {
         check_square_sums(x.dims(), sums.len())?;
         vectorized(|| {

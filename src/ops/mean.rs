@@ -1,0 +1,52 @@
+//! The mean over each sequence.
+
+use crate::{
+    device::Element,
+    error::{Result, same_size},
+    kernels::{Backend, NO_ROW},
+    ops,
+    shard::Sequences,
+    tensor::Tensor,
+};
+
+/// The sequence of every row, or [`NO_ROW`] for padding, and 1 / the number of tokens of each
+/// sequence; 0 of one without tokens.
+fn members<A: Element, B: Backend>(device: &B, sequences: &Sequences) -> Result<(Vec<u32>, Tensor<A, B>)> {
+    let (mut ids, mut shares) = (vec![NO_ROW; sequences.rows()], Vec::with_capacity(sequences.len()));
+    for (sequence, rows) in sequences.iter().enumerate() {
+        let tokens = rows.filter(|&row| sequences.valid().is_none_or(|valid| valid[row]));
+        let count = tokens.map(|row| ids[row] = sequence as u32).count();
+        shares.push(A::from_f64(if count == 0 { 0.0 } else { 1.0 / count as f64 }));
+    }
+    Ok((ids, Tensor::from_vec(device, [sequences.len()], shares)?))
+}
+
+/// yₛ = the mean over the tokens of sequence s of their rows: `[sequences, features]`. Padding does
+/// not count; the mean of no tokens is 0.
+///
+/// # Errors
+/// When the sequences have another number of rows.
+pub fn mean_sequences<T: Element, B: Backend>(
+    x: &Tensor<T, B>,
+    sequences: &Sequences,
+) -> Result<Tensor<T, B>> {
+    const OP: &str = "mean of sequences";
+    same_size(OP, "rows of the sequences", sequences.rows(), "rows of x", x.shape().rows())?;
+    let (ids, shares) = members::<T::Acc, B>(x.device(), sequences)?;
+    let sums = ops::scatter_rows(x.device(), &ids, sequences.len(), x.mat())?;
+    ops::scale_rows(&shares, &sums)?.into_element()
+}
+
+/// The gradient of x: that of its sequence's mean, divided by the number of tokens; 0 of padding.
+///
+/// # Errors
+/// When dy has not one row a sequence.
+pub fn mean_sequences_backward<T: Element, B: Backend>(
+    sequences: &Sequences,
+    dy: &Tensor<T, B>,
+) -> Result<Tensor<T, B>> {
+    const OP: &str = "mean of sequences backward";
+    same_size(OP, "rows of dy", dy.shape().rows(), "the number of sequences", sequences.len())?;
+    let (ids, shares) = members::<T::Acc, B>(dy.device(), sequences)?;
+    ops::scale_rows(&shares, &dy.convert::<T::Acc>()?)?.rows(&ids)?.into_element()
+}

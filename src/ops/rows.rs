@@ -1,0 +1,89 @@
+//! Rows of a tensor: scaled, multiplied, chosen and put back. What routers and layers of one's own
+//! are made of; rows of a table by index are [`Tensor::rows`].
+
+use crate::{
+    device::Element,
+    error::{Error, Result, same_shape},
+    kernels::{Backend, MatRef},
+    tensor::Tensor,
+};
+use std::cmp::Ordering;
+
+/// a · b, element by element. Backward: da = dy · b, db = dy · a.
+///
+/// # Errors
+/// When shapes disagree.
+pub fn mul<T: Element, B: Backend>(a: &Tensor<T, B>, b: &Tensor<T, B>) -> Result<Tensor<T, B>> {
+    same_shape("mul", "a", a.shape().dims(), "b", b.shape().dims())?;
+    let mut y = Tensor::empty(a.device(), a.shape())?;
+    a.device().mul(a.mat(), b.mat(), y.mat_mut()?)?;
+    Ok(y)
+}
+
+/// yᵢ = sᵢ xᵢ, a factor for each row. Backward: dx = [`scale_rows`]`(s, dy)`, ds = [`dot_rows`]`(x, dy)`.
+///
+/// `s`: `[rows]`; `x`, `y`: `[rows, …]`, all dimensions but the last being rows.
+///
+/// # Errors
+/// When s has not one element a row.
+pub fn scale_rows<T: Element, B: Backend>(s: &Tensor<T, B>, x: &Tensor<T, B>) -> Result<Tensor<T, B>> {
+    let mut y = Tensor::empty(x.device(), x.shape())?;
+    x.device().scale_rows(s.slice(), x.mat(), y.mat_mut()?)?;
+    Ok(y)
+}
+
+/// sᵢ = Σⱼ aᵢⱼ bᵢⱼ, the product of each pair of rows: `[rows]`. Summed in the accumulator. Backward:
+/// da = [`scale_rows`]`(ds, b)`, db = [`scale_rows`]`(ds, a)`.
+///
+/// # Errors
+/// When shapes disagree.
+pub fn dot_rows<T: Element, B: Backend>(a: &Tensor<T, B>, b: &Tensor<T, B>) -> Result<Tensor<T, B>> {
+    same_shape("dot rows", "a", a.shape().dims(), "b", b.shape().dims())?;
+    let mut s = Tensor::empty(a.device(), [a.shape().rows()])?;
+    a.device().dot_rows(a.mat(), b.mat(), s.slice_mut()?)?;
+    Ok(s)
+}
+
+/// yᵣ = Σ over the i with idsᵢ = r of xᵢ, in the accumulator: `[rows, features]`. The gradient of
+/// [`Tensor::rows`], whose gradient this is in turn. [`NO_ROW`](crate::kernels::NO_ROW) is skipped.
+///
+/// # Errors
+/// When another id is beyond `rows`, or there is not one row of x an id.
+pub fn scatter_rows<T: Element, B: Backend>(
+    device: &B,
+    ids: &[u32],
+    rows: usize,
+    x: MatRef<'_, T, B>,
+) -> Result<Tensor<T::Acc, B>> {
+    let mut y = Tensor::zeros(device, [rows, x.cols()])?;
+    device.scatter_add(ids, x, y.mat_mut()?)?;
+    Ok(y)
+}
+
+/// The `k` largest elements of each row, the largest first, and their columns: `[rows, k]` each. Of
+/// equal ones the first. Chosen on the host.
+///
+/// # Errors
+/// When a row has fewer elements, or one that is NaN.
+pub fn top_k<T: Element, B: Backend>(x: &Tensor<T, B>, k: usize) -> Result<(Tensor<T, B>, Vec<u32>)> {
+    const OP: &str = "top k";
+    let (rows, cols) = (x.shape().rows(), x.shape().cols());
+    if k > cols {
+        return Err(Error::sizes(OP, "k", k, "the number of columns", cols));
+    }
+    let host = x.to_vec()?;
+    let (mut values, mut ids) = (Vec::with_capacity(rows * k), Vec::with_capacity(rows * k));
+    for row in 0..rows {
+        let row_of = &host[row * cols..(row + 1) * cols];
+        if let Some(at) = row_of.iter().position(|value| value.to_f64().is_nan()) {
+            return Err(Error::invalid(OP, format!("row {row} has NaN in column {at}")));
+        }
+        let mut order: Vec<u32> = (0..cols as u32).collect();
+        let value = |id: u32| row_of[id as usize].to_f64();
+        // Stable: of equal elements the first stays first.
+        order.sort_by(|&a, &b| value(b).partial_cmp(&value(a)).unwrap_or(Ordering::Equal));
+        ids.extend(&order[..k]);
+        values.extend(order[..k].iter().map(|&id| row_of[id as usize]));
+    }
+    Ok((Tensor::from_vec(x.device(), [rows, k], values)?, ids))
+}
