@@ -99,8 +99,8 @@ impl<B: Device> Group<B> {
         (group.like(self), record)
     }
 
-    /// What carries the group's data.
-    pub(super) fn communicator(&self) -> Rc<dyn Communicator<B>> {
+    /// What carries the group's data, such as to wrap it: see [`Group::new`].
+    pub fn communicator(&self) -> Rc<dyn Communicator<B>> {
         Rc::clone(&self.shared.communicator)
     }
 
@@ -315,18 +315,6 @@ impl<B: Pointwise> Group<B> {
         self.noted(&call, |communicator| communicator.all_reduce(&call, op, x))
     }
 
-    /// Σ, max or min over the ranks of numbers that each has on the host. On a device without
-    /// values, as [`Meta`], the other ranks' numbers are unknown: the result is this rank's own.
-    ///
-    /// # Errors
-    /// When a rank calls something else, or is lost.
-    #[track_caller]
-    pub fn all_reduce_host<T: Element>(&self, op: ReduceOp, own: &[T]) -> Result<Vec<T>> {
-        let mut x = Tensor::from_slice(self.device(), [own.len()], own)?;
-        self.all_reduce(op, &mut x)?;
-        if B::HAS_VALUES { x.to_vec() } else { Ok(own.to_vec()) }
-    }
-
     /// All ranks' parts along dimension `dim`, side by side. `x` is this rank's part; `cut` says how large each is.
     ///
     /// # Errors
@@ -519,7 +507,7 @@ impl<B: Pointwise> Group<B> {
         Ok((call, parts, x.shape().with(dim, cut.size(self.rank()))))
     }
 
-    fn check_rank(&self, op: &'static str, rank: usize) -> Result<()> {
+    pub(super) fn check_rank(&self, op: &'static str, rank: usize) -> Result<()> {
         if rank < self.size() {
             return Ok(());
         }

@@ -23,6 +23,7 @@ mod call;
 mod cause;
 mod combine;
 mod communicator;
+mod control;
 mod group;
 mod host;
 mod link;

@@ -484,6 +484,52 @@ fn a_flight_that_nobody_waits_for_does_no_harm() {
         .unwrap();
 }
 
+/// Rank `root` finds something after three times the deadline. The others wait that long, and get
+/// nothing; a rank that fails meanwhile ends the wait of all.
+#[test]
+fn a_rank_waits_for_another_beyond_the_deadline() {
+    let deadline = Duration::from_millis(300);
+    for (world, root) in [(1, 0), (3, 0), (4, 3)] {
+        let found = ranks(world).deadline(deadline).run(|group| {
+            let begun = Instant::now();
+            let poll = || {
+                sleep(deadline / 10);
+                Ok((begun.elapsed() > 3 * deadline).then_some("request"))
+            };
+            let found = group.wait_for(root, poll)?;
+            assert!(begun.elapsed() > 3 * deadline);
+            Ok(found)
+        });
+        let want = |rank| (rank == root).then_some("request");
+        assert_eq!(found.unwrap(), (0..world).map(want).collect::<Vec<_>>());
+    }
+    let failed = ranks(3).deadline(deadline).run(|group| {
+        group.wait_for(1, || Err::<Option<()>, _>(Error::Invalid { op: "poll", reason: "closed".into() }))
+    });
+    assert_eq!(failed.unwrap_err().to_string(), "rank 1: poll: closed");
+    let beyond = ranks(2).run(|group| group.wait_for(2, || Ok(Some(()))));
+    assert_eq!(beyond.unwrap_err().to_string(), "rank 0: wait for: rank 2 of a group of 2");
+}
+
+/// Bytes of any value and number come as they are, of one rank and of all.
+#[test]
+fn bytes_come_as_they_are() {
+    let bytes = |rank: usize| -> Vec<u8> { (0..=255).cycle().skip(rank).take(300 * rank).collect() };
+    for world in [1, 2, 3, 5] {
+        let run = ranks(world).run(|group| {
+            for root in 0..world {
+                assert_eq!(group.broadcast_bytes(root, &bytes(group.rank()))?, bytes(root));
+            }
+            assert_eq!(
+                group.all_gather_bytes(&bytes(group.rank()))?,
+                (0..world).map(bytes).collect::<Vec<_>>()
+            );
+            Ok(())
+        });
+        run.unwrap();
+    }
+}
+
 /// The errors of ranks that do different things under a deadline: of a second, by which ranks on their way are not late, however busy
 /// the machine is.
 fn late(world: usize, act: impl Fn(&Group<Cpu>) -> Result<()> + Sync) -> Vec<Error> {
