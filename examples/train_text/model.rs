@@ -126,7 +126,8 @@ impl<S: Stream, T: Element, B: Backend> Gpt<S, T, B> {
         for part in dp.rank() * count..(dp.rank() + 1) * count {
             let range = all.range(part);
             let sequences = Sequences::packed(range.clone().map(|_| length));
-            let draw = train.map(|(step, _)| Draw { step, row: (range.start * length) as u64 });
+            let (row, sequence) = ((range.start * length) as u64, range.start as u64);
+            let draw = train.map(|(step, _)| Draw { step, row, sequence });
             described.push(Microbatch { sequences, draw });
             let rows = range.start * length..range.end * length;
             tokens.push(Tokens { ids: &batch.tokens[rows.clone()], targets: &batch.targets[rows] });

@@ -9,7 +9,7 @@ mod threads;
 pub use env::Env;
 #[cfg(feature = "mpi")]
 pub use mpi::{Mpi, mpi};
-pub use threads::{Threads, threads};
+pub use threads::{Outcome, Threads, threads};
 
 /// More ranks than any job has. Every process keeps a list of all ranks; a thread rank takes some
 /// 40 kB and a thread.

@@ -36,9 +36,22 @@ use std::{
 ///
 /// # Errors
 /// What went wrong first: see [`Threads::run`].
-pub fn threads<R: Send>(ranks: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<R>> {
+pub fn threads<R: Outcome>(ranks: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<R>> {
     Threads::new(ranks).run(rank)
 }
+
+/// What a rank can return from its thread: everything that is [`Send`]. Tensors, parameters and
+/// groups are not; their elements are.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot leave the thread of its rank",
+    label = "what the ranks return has to be `Send`",
+    note = "a rank's tensors, parameters and groups share memory on its thread only",
+    note = "return the elements: `tensor.to_vec()?` or `tensor.to_array()?`, of a `DTensor` those of its `local()`"
+)]
+pub trait Outcome: Send {}
+
+#[diagnostic::do_not_recommend]
+impl<R: Send> Outcome for R {}
 
 /// How to run ranks as threads.
 #[derive(Clone, Debug)]
@@ -78,7 +91,7 @@ impl Threads {
     /// What went wrong first: of all ranks' errors and panics one that is not the consequence of
     /// another's, named by its rank. Also when there are no ranks or more than 65,536, or a thread
     /// cannot be started.
-    pub fn run<R: Send>(&self, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<R>> {
+    pub fn run<R: Outcome>(&self, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<R>> {
         let outcomes = self.run_each(rank)?;
         let failed = |consequence: bool| {
             let wanted = |outcome: &&Result<R>| {
@@ -102,7 +115,10 @@ impl Threads {
     ///
     /// # Errors
     /// When there are no ranks or more than 65,536, or a thread cannot be started.
-    pub fn run_each<R: Send>(&self, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<Result<R>>> {
+    pub fn run_each<R: Outcome>(
+        &self,
+        rank: impl Fn(Group<Cpu>) -> Result<R> + Sync,
+    ) -> Result<Vec<Result<R>>> {
         if self.ranks == 0 {
             return Err(Error::invalid("launch", "a group needs at least one rank"));
         }

@@ -49,7 +49,7 @@ impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
     ///
     /// # Errors
     /// When a tensor is missing or has another shape, the source has tensors of the embeddings or
-    /// the encoder that nothing has read, or there are fewer heads, features or words than ranks.
+    /// the encoder that nothing has read, or there are fewer heads or words than ranks.
     pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &BertConfig) -> Result<Self> {
         let source = &Renamed(source);
         let weights = Weights::new(source);

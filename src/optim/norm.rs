@@ -27,8 +27,9 @@ const OP: &str = "gradient norm";
 /// # Errors
 /// When the ranks of the groups do not own every element of the given tensors exactly once: a
 /// group over which tensors are cut is missing, or there is one whose ranks own the same parts.
-/// (That stages of a pipeline are missing cannot be seen.) When a collective fails, or sums that
-/// are to be invariant cannot be.
+/// Not seen are stages of a pipeline that are missing, tensors that no rank owns, and whole tensors
+/// that several own beside others of their own; a save ([`crate::weights::save`]) finds the last two.
+/// When a collective fails, or sums that are to be invariant cannot be.
 #[track_caller]
 pub fn grad_norm<T: Element, B: Backend>(params: &[Param<T, B>], groups: &[&Group<B>]) -> Result<f64> {
     let unsupported = |reason: String| Error::Unsupported { op: OP, reason };
@@ -61,7 +62,9 @@ pub fn grad_norm<T: Element, B: Backend>(params: &[Param<T, B>], groups: &[&Grou
             (None, _) => None,
             (Some(_), Some(blocks)) => blocks,
             (Some(_), None) => {
-                return Err(unsupported(format!("{name} was loaded on a group without canonical blocks")));
+                return Err(unsupported(format!(
+                    "{name} was not loaded by canonical blocks: on another group, or by a layer that knows none"
+                )));
             }
         };
         let (rows, width) = (grad.shape().dims()[0], grad.shape().split_at(0).1);

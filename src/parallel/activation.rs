@@ -33,7 +33,7 @@ impl<P: Elementwise, T: Element, B: Backend> Layer<T, B> for Activate<P> {
     type Saved = Tensor<T, B>;
 
     fn forward(&self, x: DTensor<P, T, B>) -> Result<(DTensor<P, T, B>, Self::Saved)> {
-        Ok((x.with_local(ops::activate(self.f, x.local())?), x.into_local()))
+        Ok((x.with_local(ops::activate(self.f, x.local())?)?, x.into_local()))
     }
 
     fn backward(
@@ -41,7 +41,7 @@ impl<P: Elementwise, T: Element, B: Backend> Layer<T, B> for Activate<P> {
         x: Self::Saved,
         dy: DTensor<<P as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<P as Placement>::Dual, T, B>> {
-        Ok(dy.with_local(ops::activate_backward(self.f, &x, dy.local())?))
+        dy.with_local(ops::activate_backward(self.f, &x, dy.local())?)
     }
 }
 

@@ -1,8 +1,8 @@
 //! A transformer block.
 
 use super::{
-    AttentionConfig, Context, DTensor, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp, QkvLayout,
-    Stream,
+    AttentionConfig, Context, DTensor, Fits, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp,
+    QkvLayout, Stream,
 };
 use crate::{
     comm::Group,
@@ -114,49 +114,69 @@ impl BlockNames {
 
 /// Attention and a feed-forward layer, each with a residual sum and a normalization: S → S.
 ///
+/// [`NormPlacement::Pre`] is `Residual(norm1.then(attention)).then(Residual(norm2.then(mlp)))`;
+/// `Post` is `Residual(attention).then(norm1).then(Residual(mlp)).then(norm2)`.
+///
 /// Collectives: two entering and two leaving the tensor-parallel region each way; with
 /// `S = Shard<0>` also those of the normalizations' and biases' gradients.
 #[derive(Debug)]
-pub struct TransformerBlock<S: Stream, T: Element, B: Device> {
+pub struct TransformerBlock<S: Stream, T: Element, B: Device, M = ParallelMlp<S, T, B>> {
     norm1: Normalize<S, T, B>,
     attention: ParallelAttention<S, T, B>,
     norm2: Normalize<S, T, B>,
-    mlp: ParallelMlp<S, T, B>,
+    mlp: M,
     placement: NormPlacement,
+}
+
+impl<S: Stream, T: Element, B: Backend, M: Layer<T, B, In = S>> TransformerBlock<S, T, B, M>
+where
+    M::Out: Fits<S>,
+{
+    /// A block of these layers; `mlp` is any layer S → S, such as one of experts.
+    pub fn new(
+        placement: NormPlacement,
+        (norm1, attention): (Normalize<S, T, B>, ParallelAttention<S, T, B>),
+        (norm2, mlp): (Normalize<S, T, B>, M),
+    ) -> Self {
+        Self { norm1, attention, norm2, mlp, placement }
+    }
 }
 
 impl<S: Stream, T: Element, B: Backend> TransformerBlock<S, T, B> {
     /// Reads this rank's part of a block.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, or there are fewer heads or features than ranks.
+    /// When a tensor is missing or has another shape, or there are fewer heads than ranks.
     pub fn load(group: &Group<B>, weights: &Weights<'_>, config: &BlockConfig) -> Result<Self> {
         let (names, sizes) = (&config.names, (config.attention.hidden, config.ffn));
         let load = if config.gated { ParallelMlp::load_gated } else { ParallelMlp::load };
         let norm =
             |name: &str| Normalize::load(group, &weights.at(name), config.norm, config.attention.hidden);
-        Ok(Self {
-            norm1: norm(&names.norm1)?,
-            attention: ParallelAttention::load(group, weights, &names.qkv, &names.out, &config.attention)?,
-            norm2: norm(&names.norm2)?,
-            mlp: load(group, weights, &names.mlp, sizes, config.activation, config.mlp_bias)?,
-            placement: config.placement,
-        })
+        let attention = ParallelAttention::load(group, weights, &names.qkv, &names.out, &config.attention)?;
+        let mlp = load(group, weights, &names.mlp, sizes, config.activation, config.mlp_bias)?;
+        Ok(Self::new(config.placement, (norm(&names.norm1)?, attention), (norm(&names.norm2)?, mlp)))
     }
 }
 
 /// What the backward of each part needs: first normalization, attention, second normalization, feed-forward layer.
-type Saved<S, T, B> = (
+type Saved<S, T, B, M> = (
     <Normalize<S, T, B> as Layer<T, B>>::Saved,
     <ParallelAttention<S, T, B> as Layer<T, B>>::Saved,
     <Normalize<S, T, B> as Layer<T, B>>::Saved,
-    <ParallelMlp<S, T, B> as Layer<T, B>>::Saved,
+    <M as Layer<T, B>>::Saved,
 );
 
-impl<S: Stream, T: Element, B: Backend> Layer<T, B> for TransformerBlock<S, T, B> {
+impl<S, T, B, M> Layer<T, B> for TransformerBlock<S, T, B, M>
+where
+    S: Stream,
+    T: Element,
+    B: Backend,
+    M: Layer<T, B, In = S>,
+    M::Out: Fits<S>,
+{
     type In = S;
     type Out = S;
-    type Saved = Saved<S, T, B>;
+    type Saved = Saved<S, T, B, M>;
 
     #[track_caller]
     fn forward(&self, x: DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
@@ -167,13 +187,13 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for TransformerBlock<S, T, B
                 let h = attended.add(&x)?;
                 let (normed, norm2) = self.norm2.forward(h.clone())?;
                 let (fed, mlp) = self.mlp.forward(normed)?;
-                Ok((fed.add(&h)?, (norm1, attention, norm2, mlp)))
+                Ok((M::Out::fit(fed).add(&h)?, (norm1, attention, norm2, mlp)))
             }
             NormPlacement::Post => {
                 let (attended, attention) = self.attention.forward(x.clone())?;
                 let (h, norm1) = self.norm1.forward(attended.add(&x)?)?;
                 let (fed, mlp) = self.mlp.forward(h.clone())?;
-                let (y, norm2) = self.norm2.forward(fed.add(&h)?)?;
+                let (y, norm2) = self.norm2.forward(M::Out::fit(fed).add(&h)?)?;
                 Ok((y, (norm1, attention, norm2, mlp)))
             }
         }
@@ -187,14 +207,14 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for TransformerBlock<S, T, B
     ) -> Result<DTensor<S, T, B>> {
         match self.placement {
             NormPlacement::Pre => {
-                let dfed = self.mlp.backward(mlp, dy.clone())?;
+                let dfed = self.mlp.backward(mlp, M::Out::fit_grad(dy.clone()))?;
                 let dh = self.norm2.backward(norm2, dfed)?.add(&dy)?;
                 let dattended = self.attention.backward(attention, dh.clone())?;
                 self.norm1.backward(norm1, dattended)?.add(&dh)
             }
             NormPlacement::Post => {
                 let dsum = self.norm2.backward(norm2, dy)?;
-                let dh = self.mlp.backward(mlp, dsum.clone())?.add(&dsum)?;
+                let dh = self.mlp.backward(mlp, M::Out::fit_grad(dsum.clone()))?.add(&dsum)?;
                 let dsum = self.norm1.backward(norm1, dh)?;
                 self.attention.backward(attention, dsum.clone())?.add(&dsum)
             }
@@ -209,13 +229,13 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for TransformerBlock<S, T, B
                 let h = self.attention.infer(normed, context)?.add(&x)?;
                 drop(x);
                 let normed = self.norm2.infer(h.clone(), context)?;
-                self.mlp.infer(normed, context)?.add(&h)
+                M::Out::fit(self.mlp.infer(normed, context)?).add(&h)
             }
             NormPlacement::Post => {
                 let attended = self.attention.infer(x.clone(), context)?.add(&x)?;
                 drop(x);
                 let h = self.norm1.infer(attended, context)?;
-                let fed = self.mlp.infer(h.clone(), context)?.add(&h)?;
+                let fed = M::Out::fit(self.mlp.infer(h.clone(), context)?).add(&h)?;
                 drop(h);
                 self.norm2.infer(fed, context)
             }

@@ -335,7 +335,7 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
             None => (x.enter()?, None),
         };
         match chunked {
-            Some(y) => Ok((y.with_local(ops::activate(f, y.local())?), y.into_local(), x.into_local())),
+            Some(y) => Ok((y.with_local(ops::activate(f, y.local())?)?, y.into_local(), x.into_local())),
             None => {
                 let (y, pre) = layer.output(&x, Some(f))?;
                 Ok((y, pre, x.into_local()))

@@ -105,12 +105,13 @@ struct Rows {
 }
 
 impl Columns {
-    /// `outputs` features over the ranks of a group, as evenly as whole features allow.
+    /// `outputs` features over the ranks of a group, as evenly as whole features allow; of few
+    /// features, such as the classes of a small head, some ranks hold none.
     ///
     /// # Errors
-    /// [`Error::TooManyRanks`] when there are fewer features than ranks.
+    /// When an invariant reduction has fewer blocks than ranks.
     pub fn even<B: Device>(group: &Group<B>, outputs: usize) -> Result<Self> {
-        Self::cut(group, group.cut("column linear", "features", outputs, 1)?)
+        Self::cut(group, group.even_cut(outputs)?)
     }
 
     /// Features cut as given.
@@ -136,9 +137,9 @@ impl Columns {
     /// part r of the second | …]`. Each tensor is named relative to the layer.
     ///
     /// # Errors
-    /// [`Error::TooManyRanks`] when there are fewer features than ranks.
+    /// As [`Columns::even`].
     pub fn merged<B: Device>(group: &Group<B>, tensors: &[&str], outputs: usize) -> Result<Self> {
-        let cut = group.cut("merged linear", "features", outputs, 1)?;
+        let cut = group.even_cut(outputs)?;
         let range = cut.range(group.rank());
         let sums = Sums::of(group)?;
         let one = sums.leaves("merged linear", &cut)?;

@@ -1,6 +1,6 @@
 //! Cross entropy over classes that are cut over the ranks.
 
-use super::{DTensor, sums::Sums};
+use super::{DTensor, Fits, sums::Sums};
 use crate::{
     comm::ReduceOp,
     device::{Device, Element},
@@ -114,11 +114,12 @@ impl VocabParallelCrossEntropy {
     /// # Errors
     /// When there is not one target a token, a target is no class, or a collective fails.
     #[track_caller]
-    pub fn forward<T: Element, B: Backend>(
+    pub fn forward<P: Fits<Shard<1>>, T: Element, B: Backend>(
         &self,
-        logits: DTensor<Shard<1>, T, B>,
+        logits: DTensor<P, T, B>,
         targets: &[u32],
     ) -> Result<(Losses<T::Acc, B>, CrossEntropySaved<T, B>)> {
+        let logits = P::fit(logits);
         logits.check_rows("cross entropy")?;
         let (group, device, x) = (logits.group(), logits.group().device(), logits.local().mat());
         let tokens = logits.shape().rows();
@@ -162,6 +163,6 @@ impl VocabParallelCrossEntropy {
         let device = logits.group().device();
         let x = logits.local().mat();
         device.cross_entropy_backward(&spec, scale, x, max.slice(), log.slice(), dx.mat_mut()?)?;
-        Ok(logits.with_local(dx))
+        logits.with_local(dx)
     }
 }

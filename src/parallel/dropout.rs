@@ -68,7 +68,7 @@ impl<P: Elementwise, T: Element, B: Backend> Layer<T, B> for Dropout<P> {
 
     fn forward(&self, x: DTensor<P, T, B>) -> Result<(DTensor<P, T, B>, Self::Saved)> {
         let Some(masks) = self.masks(&x) else { return Ok((x, None)) };
-        Ok((x.with_local(ops::dropout(&masks, x.local())?), Some(masks)))
+        Ok((x.with_local(ops::dropout(&masks, x.local())?)?, Some(masks)))
     }
 
     fn backward(
@@ -77,6 +77,6 @@ impl<P: Elementwise, T: Element, B: Backend> Layer<T, B> for Dropout<P> {
         dy: DTensor<<P as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<P as Placement>::Dual, T, B>> {
         let Some(masks) = masks else { return Ok(dy) };
-        Ok(dy.with_local(ops::dropout(&masks, dy.local())?))
+        dy.with_local(ops::dropout(&masks, dy.local())?)
     }
 }

@@ -1,11 +1,11 @@
 //! A tensor spread over the ranks of a group.
 
-use super::{overlap::take_rows, partial::Addends};
+use super::{Fits, overlap::take_rows, partial::Addends};
 use crate::{
     comm::Group,
     device::{Cpu, Device, Element},
     error::{Error, Result, same_shape, same_size},
-    kernels::{Backend, MatRef},
+    kernels::Backend,
     ops,
     shard::{Copied, Partial, Partition, Placement, Replicated, Sequences, Shape, Shard},
     tensor::Tensor,
@@ -32,8 +32,8 @@ pub struct DTensor<P: Placement, T: Element = f32, B: Device = Cpu> {
 /// Where in a training run a tensor stands: what dropout draws its masks by.
 ///
 /// Masks are functions of this and of global indices. So they are the same at every tensor-parallel size, in a backward
-/// that computes the forward anew, and, where `row` counts a microbatch's rows from the start of the global batch, on
-/// every data-parallel mesh.
+/// that computes the forward anew, and, where `row` and `sequence` count from the start of the
+/// global batch, on every data-parallel mesh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Draw {
     /// The number of the training step.
@@ -41,6 +41,9 @@ pub struct Draw {
     /// The tensor's first row, counted from the start of the step's batch; the rows are all
     /// dimensions but the last.
     pub row: u64,
+    /// The tensor's first sequence, counted likewise: its row behind
+    /// [`MeanPool`](super::MeanPool).
+    pub sequence: u64,
 }
 
 /// What a rank knows of the whole tensor.
@@ -188,9 +191,20 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         DTensor::new(local, &self.group, Layout { shape, cut, ..self.layout.clone() })
     }
 
-    /// The same whole, held in the same way, with other values. The caller vouches that `local` has the same shape.
-    pub(super) fn with_local(&self, local: Tensor<T, B>) -> Self {
-        Self::new(local, &self.group, self.layout.clone())
+    /// The same whole, held in the same way, with other values: with the same sequences, draw and
+    /// cut.
+    ///
+    /// # Errors
+    /// When `local` has another shape than this rank's tensor.
+    pub fn with_local(&self, local: Tensor<T, B>) -> Result<Self> {
+        same_shape(
+            "with local",
+            "the new one",
+            local.shape().dims(),
+            "the old one",
+            self.local.shape().dims(),
+        )?;
+        Ok(Self::new(local, &self.group, self.layout.clone()))
     }
 
     /// The same tensor as the sum of these terms.
@@ -236,7 +250,7 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
     /// # Errors
     /// When they have different shapes, belong to different groups, or are cut differently.
     #[expect(clippy::should_implement_trait, reason = "a sum may fail")]
-    pub fn add(self, other: &Self) -> Result<Self> {
+    pub fn add<Q: Fits<P>>(self, other: &DTensor<Q, T, B>) -> Result<Self> {
         same_shape("add", "a", self.shape().dims(), "b", other.shape().dims())?;
         if !self.group.is_same(&other.group) {
             let reason = format!("a is spread over {:?}, but b over {:?}", self.group, other.group);
@@ -298,7 +312,7 @@ impl<T: Element, B: Backend> DTensor<Replicated, T, B> {
     pub fn scatter<const D: usize>(self, cut: &Partition) -> Result<DTensor<Shard<D>, T, B>> {
         check_cut("scatter", self.shape(), D, cut, self.group.size())?;
         let cut = &canonical("scatter", &self.group, D, cut)?;
-        let part = own_part(&self.local, D, cut, self.group.rank())?;
+        let part = ops::slice(&self.local, D, cut.range(self.group.rank()))?;
         let tokens = (D == 0).then(|| cut.clone()).or(self.layout.tokens.clone());
         let mut sharded = self.place(part, Some(cut.clone()));
         sharded.layout.tokens = tokens;
@@ -389,21 +403,4 @@ fn check_cut(op: &'static str, shape: Shape, dim: usize, cut: &Partition, ranks:
     }
     same_size(op, "the parts of the cut", cut.parts(), "the ranks of the group", ranks)?;
     same_size(op, "the size that is cut", cut.total(), "that of the dimension", shape.dims()[dim])
-}
-
-/// A rank's part of a whole tensor.
-fn own_part<T: Element, B: Backend>(
-    whole: &Tensor<T, B>,
-    dim: usize,
-    cut: &Partition,
-    rank: usize,
-) -> Result<Tensor<T, B>> {
-    let shape = whole.shape();
-    let (outer, inner) = shape.split_at(dim);
-    let mut part = Tensor::empty(whole.device(), shape.with(dim, cut.size(rank)))?;
-    let (width, columns) = (shape.dims()[dim] * inner, cut.scaled(inner).range(rank));
-    let from = MatRef::<T, B>::new(whole.slice(), outer, width)?.columns(columns.clone());
-    let to = crate::kernels::MatMut::<T, B>::new(part.slice_mut()?, outer, columns.len())?;
-    whole.device().copy(from, to)?;
-    Ok(part)
 }

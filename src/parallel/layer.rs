@@ -1,6 +1,6 @@
 //! What a layer is, and how two become one.
 
-use super::{Context, DTensor};
+use super::{Context, DTensor, Fits, Follows};
 use crate::{device::Element, error::Result, kernels::Backend, shard::Placement, tensor::Param};
 
 /// A differentiable map from a tensor held as `In` to one held as `Out`.
@@ -17,6 +17,8 @@ use crate::{device::Element, error::Result, kernels::Backend, shard::Placement, 
 /// data.
 ///
 /// Errors of collectives name the layer ([`Site`](crate::Site)).
+///
+#[doc = include_str!("own_layers.md")]
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a layer for these elements on this device",
     note = "layers are generic in the element and the device: `impl<T: Element, B: Backend> Layer<T, B> for …`"
@@ -72,7 +74,7 @@ pub trait Layer<T: Element, B: Backend> {
     }
 
     /// This layer, and then another whose input is held as this one's output.
-    fn then<L: Layer<T, B, In = Self::Out>>(self, next: L) -> Chain<Self, L>
+    fn then<L: Follows<Self::Out, T, B>>(self, next: L) -> Chain<Self, L>
     where
         Self: Sized,
     {
@@ -84,7 +86,10 @@ pub trait Layer<T: Element, B: Backend> {
 #[derive(Clone, Debug)]
 pub struct Chain<A, L>(pub A, pub L);
 
-impl<T: Element, B: Backend, A: Layer<T, B>, L: Layer<T, B, In = A::Out>> Layer<T, B> for Chain<A, L> {
+impl<T: Element, B: Backend, A: Layer<T, B>, L: Layer<T, B>> Layer<T, B> for Chain<A, L>
+where
+    A::Out: Fits<L::In>,
+{
     type In = A::In;
     type Out = L::Out;
     type Saved = (A::Saved, L::Saved);
@@ -92,7 +97,7 @@ impl<T: Element, B: Backend, A: Layer<T, B>, L: Layer<T, B, In = A::Out>> Layer<
     #[track_caller]
     fn forward(&self, x: DTensor<A::In, T, B>) -> Result<(DTensor<L::Out, T, B>, Self::Saved)> {
         let (middle, first) = self.0.forward(x)?;
-        let (y, second) = self.1.forward(middle)?;
+        let (y, second) = self.1.forward(A::Out::fit(middle))?;
         Ok((y, (first, second)))
     }
 
@@ -103,7 +108,7 @@ impl<T: Element, B: Backend, A: Layer<T, B>, L: Layer<T, B, In = A::Out>> Layer<
         dy: DTensor<<L::Out as Placement>::Dual, T, B>,
     ) -> Result<DTensor<<A::In as Placement>::Dual, T, B>> {
         let middle = self.1.backward(second, dy)?;
-        self.0.backward(first, middle)
+        self.0.backward(first, A::Out::fit_grad(middle))
     }
 
     #[track_caller]
@@ -112,7 +117,7 @@ impl<T: Element, B: Backend, A: Layer<T, B>, L: Layer<T, B, In = A::Out>> Layer<
         x: DTensor<A::In, T, B>,
         context: &mut Context<'_, T, B>,
     ) -> Result<DTensor<L::Out, T, B>> {
-        self.1.infer(self.0.infer(x, context)?, context)
+        self.1.infer(A::Out::fit(self.0.infer(x, context)?), context)
     }
 
     fn params(&self) -> Vec<Param<T, B>> {

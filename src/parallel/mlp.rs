@@ -55,7 +55,7 @@ impl<S: Stream, T: Element, B: Backend> ParallelMlp<S, T, B> {
     /// Reads this rank's part of a feed-forward layer without a gate.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, or there are fewer features than ranks.
+    /// When a tensor is missing or has another shape.
     pub fn load(
         group: &Group<B>,
         weights: &Weights<'_>,
@@ -87,7 +87,7 @@ impl<S: Stream, T: Element, B: Backend> ParallelMlp<S, T, B> {
         let columns = Columns::merged(group, &[&names.gate, &names.up], ffn)?;
         let mode = if bias { Bias::Add } else { Bias::None };
         let up = ColumnParallelLinear::load(group, weights, hidden, &columns, mode)?;
-        let cut = group.cut("gated mlp", "features", ffn, 1)?;
+        let cut = group.even_cut(ffn)?;
         let down = RowParallelLinear::load(group, &weights.at(&names.down), &cut, hidden, bias)?;
         Ok(Self { up, f, gated: true, down })
     }

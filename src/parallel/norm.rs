@@ -56,7 +56,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
         x.check("normalize", self.sums.group())?;
         let (gamma, beta) = (self.gamma.value()?, self.beta.as_ref().map(Param::value).transpose()?);
         let (y, context) = ops::normalize(self.kind, x.local(), &gamma, beta.as_ref())?;
-        Ok((x.with_local(y), context))
+        Ok((x.with_local(y)?, context))
     }
 
     #[track_caller]
@@ -86,7 +86,7 @@ impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
         if let Some(beta) = &self.beta {
             beta.add_grad(row(1)?)?;
         }
-        Ok(dy.with_local(dx))
+        dy.with_local(dx)
     }
 
     fn params(&self) -> Vec<Param<T, B>> {

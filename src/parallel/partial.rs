@@ -7,9 +7,9 @@ use super::{
 use crate::{
     comm::{Group, Pending, ReduceOp},
     device::{Device, Element},
-    error::{Error, Result},
+    error::{Error, Result, same_shape},
     kernels::Backend,
-    shard::{Partial, Partition, Placement, Replicated, Shard, Tree},
+    shard::{Copied, Partial, Partition, Placement, Replicated, Shard, Tree},
     tensor::Tensor,
 };
 
@@ -61,6 +61,20 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
         let empty = || Error::internal("partial sum", "a rank has no blocks");
         let local = sum.ok_or_else(empty)?.into_element()?;
         Ok(self.derive(local, features, None).with_addends(Addends::Nodes(nodes)))
+    }
+}
+
+impl<T: Element, B: Backend> DTensor<Copied, T, B> {
+    /// The sum over the ranks of what each made of these tokens, with their sequences, their draw
+    /// and how they were cut; `term`, `[tokens, features]`, is this rank's. No communication.
+    ///
+    /// # Errors
+    /// When the term has another number of rows, or of dimensions.
+    pub fn term(&self, term: Tensor<T, B>) -> Result<DTensor<Partial, T, B>> {
+        let features = term.shape().cols();
+        let want = self.shape().with(self.shape().rank() - 1, features);
+        same_shape("term", "the term", term.shape().dims(), "the tensor, so wide,", want.dims())?;
+        Ok(self.derive(term, features, None))
     }
 }
 
@@ -208,8 +222,8 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
                 Ok(Some((tree, vec![node])))
             }
             Addends::Ranks => {
-                let reason =
-                    "an invariant reduction of a sum whose terms are those of ranks, not of canonical blocks";
+                let reason = "an invariant reduction of a sum whose terms are those of ranks, not of canonical blocks: \
+                     use the crate's linear layers, or `Reduction::Fast`";
                 Err(Error::Unsupported { op: "partial sum", reason: reason.into() })
             }
         }

@@ -1,6 +1,6 @@
 //! Lists of layers: of one type, or of any types behind a box.
 
-use super::{Context, DTensor, Layer};
+use super::{Context, DTensor, Fits, Layer};
 use crate::{
     device::{Cpu, Element},
     error::{Error, Result, Site},
@@ -16,7 +16,8 @@ where
     T: Element,
     B: Backend,
     P: Placement<Dual = P>,
-    L: Layer<T, B, In = P, Out = P>,
+    L: Layer<T, B, In = P>,
+    L::Out: Fits<P>,
 {
     type In = P;
     type Out = P;
@@ -27,7 +28,7 @@ where
         let (mut y, mut all) = (x, Vec::with_capacity(self.len()));
         for layer in self {
             let (next, saved) = layer.forward(y)?;
-            y = next;
+            y = L::Out::fit(next);
             all.push(saved);
         }
         Ok((y, all))
@@ -38,7 +39,7 @@ where
         let mut dx = dy;
         for layer in self.iter().rev() {
             let saved = saved.pop().ok_or_else(|| foreign("fewer layers"))?;
-            dx = layer.backward(saved, dx)?;
+            dx = layer.backward(saved, L::Out::fit_grad(dx))?;
         }
         Ok(dx)
     }
@@ -48,7 +49,7 @@ where
         let mut y = x;
         // Not a fold: inside a closure, errors would not name the caller's line.
         for layer in self {
-            y = layer.infer(y, context)?;
+            y = L::Out::fit(layer.infer(y, context)?);
         }
         Ok(y)
     }

@@ -18,7 +18,8 @@ use std::ops::Range;
 /// the other way round. So layers that take S as a parameter serve both, and no layer has a flag.
 #[diagnostic::on_unimplemented(
     message = "a residual stream cannot be held as `{Self}`",
-    note = "it is `Replicated`, or `Shard<0>` for sequence parallelism"
+    note = "it is `Replicated`, or `Shard<0>` for sequence parallelism",
+    note = "`GatherFrom::<1>` or a `RowParallelLinear` leads there from `Shard<1>`; `ReduceFrom` or `ReduceScatterSequence` from `Partial`"
 )]
 pub trait Stream: Elementwise + Placement<Dual = Self> {
     /// The tensor of `tokens` rows of which this rank holds `local`: all of it, or its part of an even cut.

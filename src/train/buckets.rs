@@ -154,7 +154,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         if round.started.len() > bucket {
             return Err(Error::invalid(
                 "data parallel",
-                "a gradient was added to after its reduction had started: one backward between `begin` and `finish`",
+                "a gradient was added to after its reduction had started: one backward between `begin` and `finish`, and in it one `add_grad` for each use",
             ));
         }
         self.fill(&mut round, number, grad)?;

@@ -1,6 +1,7 @@
 //! The transformer block against the reference: pre- and post-norm, plain and gated, both streams, all worlds.
 
 use crate::dev::Dev;
+use crate::invariant::same_bits;
 use crate::support::{Case, Spread, close, difference, grads_close, matrix, random, run, run_unplanned};
 use ndarray::{Array1, Array2};
 use proptest::prelude::*;
@@ -8,7 +9,10 @@ use shardwise::{
     Result,
     device::Element,
     kernels::{Activation, AttentionChoices, NormKind},
-    parallel::{AttentionConfig, BlockConfig, BlockNames, NormPlacement, Stream, TransformerBlock},
+    parallel::{
+        AttentionConfig, BlockConfig, BlockNames, BoxLayer, Layer, NormPlacement, Normalize,
+        ParallelAttention, ParallelMlp, Residual, Stream, TransformerBlock,
+    },
     reference,
     shard::{Replicated, Sequences, Shard},
     tensor::Arrays,
@@ -187,6 +191,50 @@ fn nine_heads_on_any_number_of_ranks() {
     for world in 1..=8 {
         exact::<Replicated>(&UNEVEN, world, &Sequences::packed([3, 4]));
         exact::<Shard<0>>(&UNEVEN, world, &Sequences::packed([3, 4]));
+    }
+}
+
+/// A block of layers made one by one is the block that its configuration makes, also with the
+/// layers of which it is composed, each with its residual sum.
+#[test]
+fn blocks_are_their_layers() {
+    let sequences = Sequences::packed([3, 4]);
+    for (world, post) in [(1, false), (3, false), (3, true)] {
+        let draw = Draw { gated: false, post, kv_heads: 9, ..UNEVEN };
+        let ((x, dy), weights, config) = (inputs(&draw, &sequences), draw.weights(), draw.config());
+        let arrays = named(&weights);
+        let case = Case { sequences: sequences.clone(), ..Case::new(world, &x, &dy, &arrays) };
+        let (names, f) = (&config.names, config.activation);
+        let loaded = run!(f64, &case, |group, weights| {
+            TransformerBlock::<Replicated, f64, Dev>::load(group, weights, &config)
+        });
+        let made = run!(f64, &case, |group, weights| {
+            let norm = |name: &str| Normalize::load(group, &weights.at(name), config.norm, draw.hidden);
+            let attention =
+                ParallelAttention::load(group, weights, &names.qkv, &names.out, &config.attention)?;
+            let sizes = (draw.hidden, draw.ffn);
+            let mlp = ParallelMlp::<Replicated, f64, Dev>::load(group, weights, &names.mlp, sizes, f, true)?;
+            let (first, second) = ((norm("norm1")?, attention), (norm("norm2")?, mlp));
+            Ok(TransformerBlock::new(config.placement, first, second))
+        });
+        same_bits("layers", &made.unwrap(), loaded.as_ref().unwrap());
+        let composed = run!(f64, &case, |group, weights| {
+            let norm = |name: &str| Normalize::load(group, &weights.at(name), config.norm, draw.hidden);
+            let attention =
+                ParallelAttention::load(group, weights, &names.qkv, &names.out, &config.attention)?;
+            let sizes = (draw.hidden, draw.ffn);
+            let mlp = ParallelMlp::<Replicated, f64, Dev>::load(group, weights, &names.mlp, sizes, f, true)?;
+            let (norm1, norm2) = (norm("norm1")?, norm("norm2")?);
+            Ok(match config.placement {
+                NormPlacement::Pre => {
+                    BoxLayer::new(Residual(norm1.then(attention)).then(Residual(norm2.then(mlp))))
+                }
+                NormPlacement::Post => {
+                    BoxLayer::new(Residual(attention).then(norm1).then(Residual(mlp)).then(norm2))
+                }
+            })
+        });
+        same_bits("residuals", &composed.unwrap(), &loaded.unwrap());
     }
 }
 

@@ -17,8 +17,9 @@ use shardwise::{
         Activate, AddBias, Attention, AttentionConfig, Bias, BlockConfig, BlockNames, BoxLayer, ColumnLinear,
         ColumnParallelLinear, Columns, CopyTo, DTensor, Dropout, Gate, GatherFrom, GatherSequence, Layer,
         MlpNames, NormPlacement, Normalize, ParallelMlp, PositionEmbedding, QkNorm, QkvLayout, Recompute,
-        ReduceFrom, ReduceScatterSequence, RowLinear, RowParallelLinear, ScatterSequence, ScatterTo, Stream,
-        TransformerBlock, VocabParallelCrossEntropy, VocabParallelEmbedding,
+        ReduceFrom, ReduceScatterSequence, ReplicatedLinear, Residual, RowLinear, RowParallelLinear,
+        ScatterSequence, ScatterTo, Stream, TransformerBlock, VocabParallelCrossEntropy,
+        VocabParallelEmbedding,
     },
     shard::{Heads, Partition, Replicated, Sequences, Shard},
     tensor::{Arrays, Random, Weights},
@@ -110,6 +111,10 @@ fn mappings_have_the_collectives_of_the_table() {
         let cut = Partition::even(WIDE, world);
         let gate = Features { sizes: [2 * WIDE, WIDE], cuts: [Some(cut.scaled(2)), Some(cut)] };
         check(world, &gate, |_, _| Ok(Gate::new(Activation::Silu)), &[], &[]);
+        let router = |group: &Group<Meta>, weights: &Weights<'_>| {
+            ReplicatedLinear::load(group, weights, (HIDDEN, WIDE), true)
+        };
+        check(world, &Features::new(HIDDEN, WIDE), router, &[], &[]);
     }
 }
 
@@ -223,6 +228,7 @@ fn stream<S: Stream + Spread>(world: usize) {
     };
     let both = [enter.clone(), leave.clone()].concat();
     check(world, &same, mlp, &both, &both);
+    check(world, &same, |group, weights| Ok(Residual(mlp(group, weights)?)), &both, &both);
     check(world, &same, |group, weights| Ok(BoxLayer::new(mlp(group, weights)?)), &both, &both);
     check(world, &same, |group, weights| Ok(vec![mlp(group, weights)?]), &both, &both);
     let twice = [both.clone(), both.clone()].concat();

@@ -2,6 +2,7 @@
 
 use crate::dev::{Dev, ranks};
 use crate::support::{Case, arrays, matrix, random, run};
+use ndarray::ArrayD;
 use shardwise::{
     Error, Result, Tensor,
     comm::Group,
@@ -38,10 +39,6 @@ fn loading() {
             ColumnLinear::<f64, Cpu>::load(group, weights, inputs, &columns, Bias::Add).map(|_| ())
         }
     };
-    assert_eq!(
-        failure(3, columns(2, 4)),
-        "column linear: 3 ranks cannot share 2 features: each rank needs at least one"
-    );
     assert_eq!(
         failure(2, columns(6, 5)),
         "tensor `weight` has shape [6, 4] in the given arrays, but the layer needs [6, 5]"
@@ -418,4 +415,56 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
         ColumnParallelLinear::<Replicated, f64, Cpu>::forked(layers).map(drop)
     });
     assert!(message.starts_with("forked linear: a layer is spread over"), "{message}");
+}
+
+/// What a `main` that returns an error prints is a sentence.
+#[test]
+fn errors_read_alike_in_debug() {
+    let error = Error::Invalid { op: "gate", reason: "no columns".into() };
+    assert_eq!(format!("{error:?}"), error.to_string());
+    let failed = ranks(2).run(|group| group.broadcast_bytes(2, b"").map(|_| ())).unwrap_err();
+    assert_eq!(format!("{failed:?}"), failed.to_string());
+}
+
+/// Arrays of any element are a source; each number is rounded once to the parameter's element.
+#[test]
+fn arrays_of_any_element_are_read() {
+    let numbers = [1.0 + 2f32.powi(-8) + 2f32.powi(-20), -0.0, 3.5, f32::MAX];
+    let array = ArrayD::from_shape_vec(vec![2, 2], numbers.to_vec()).unwrap();
+    let source = Arrays([("weight".to_string(), array.clone())].into());
+    let region = Region::whole([2, 2]);
+    let load = |cpu: &Cpu| {
+        Param::<f32, Cpu>::load_region(
+            cpu,
+            &Weights::new(&source),
+            "weight",
+            Role::Weight,
+            region.clone(),
+            true,
+        )
+    };
+    let same = load(&Cpu::poisoned()).unwrap().value().unwrap();
+    assert_eq!(same.as_array(), array.view());
+    let narrow = Param::<half::bf16, Cpu>::load_region(
+        &Cpu::poisoned(),
+        &Weights::new(&source),
+        "weight",
+        Role::Weight,
+        region.clone(),
+        true,
+    );
+    let want = numbers.map(half::bf16::from_f32);
+    assert_eq!(narrow.unwrap().value().unwrap().slice(), want);
+    let missing = Param::<f32, Cpu>::load_region(
+        &Cpu::new(),
+        &Weights::new(&source),
+        "weigth",
+        Role::Weight,
+        region,
+        true,
+    );
+    assert_eq!(
+        missing.unwrap_err().to_string(),
+        "tensor `weigth` is not in the given arrays; did you mean `weight`?"
+    );
 }

@@ -279,6 +279,27 @@ fn agree<T: Element>(
     }
 }
 
+/// A head of fewer classes than ranks, some of which hold none.
+#[test]
+fn small_heads_have_the_same_bits() {
+    let (rows, hidden, classes) = (5, 7, 3);
+    let (x, dy) = (matrix(1, "x", rows, hidden), matrix(1, "dy", rows, classes));
+    let weights =
+        arrays([("weight", random(1, "w", &[classes, hidden])), ("bias", random(1, "b", &[classes]))]);
+    let on = |world| {
+        let case = in_blocks(Case::new(world, &x, &dy, &weights), 8);
+        run_unplanned!(f32, &case, |group, weights| {
+            let columns = Columns::even(group, classes)?;
+            ColumnParallelLinear::<Replicated, f32, Dev>::load(group, weights, hidden, &columns, Bias::Add)
+        })
+        .unwrap()
+    };
+    let want = on(1);
+    for world in 2..=8 {
+        same_bits(&format!("{world} ranks"), &on(world), &want);
+    }
+}
+
 /// A chain of unfused layers with its mappings.
 fn chain<T: Element>(case: &Case<'_>) -> Result<Outcome> {
     run_unplanned!(T, case, |group, weights| {
@@ -746,7 +767,7 @@ fn what_cannot_be_invariant_is_refused() {
         refused(2, 4, |group| {
             DTensor::partial(group, Tensor::<f32>::zeros(group.device(), [4, 6])?)?.all_reduce().map(drop)
         }),
-        "partial sum: not supported: an invariant reduction of a sum whose terms are those of ranks, not of canonical blocks"
+        "partial sum: not supported: an invariant reduction of a sum whose terms are those of ranks, not of canonical blocks: use the crate's linear layers, or `Reduction::Fast`"
     );
     assert_eq!(
         refused(2, 4, |group| {
@@ -833,7 +854,7 @@ fn what_cannot_be_invariant_is_refused() {
             model.backward(saved, y)?;
             grad_norm(&model.params(), &[group]).map(drop)
         }),
-        "gradient norm: not supported: weight was loaded on a group without canonical blocks"
+        "gradient norm: not supported: weight was not loaded by canonical blocks: on another group, or by a layer that knows none"
     );
 }
 

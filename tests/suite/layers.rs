@@ -12,8 +12,9 @@ use shardwise::{
     kernels::{Activation, AttentionChoices, NormKind},
     parallel::{
         Activate, AddBias, AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, CopyTo,
-        GatherFrom, GatherSequence, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp, QkvLayout,
-        ReduceFrom, ReduceScatterSequence, RowLinear, RowParallelLinear, ScatterSequence, ScatterTo, Stream,
+        GatherFrom, GatherSequence, Layer, MeanPool, MlpNames, Normalize, ParallelAttention, ParallelMlp,
+        QkvLayout, ReduceFrom, ReduceScatterSequence, ReplicatedLinear, Residual, RowLinear,
+        RowParallelLinear, ScatterSequence, ScatterTo, Stream,
     },
     reference,
     shard::{Copied, Elementwise, Partition, Placement, Replicated, Sequences, Shard},
@@ -135,9 +136,9 @@ proptest! {
     }
 
     #[test]
-    fn parallel_linear_on_both_streams(world in 1..=8usize, rows in 1..12usize, more in 0..9usize, inputs in 1..9usize, seed: u64) {
-        parallel_linear::<Replicated>(world, rows, more, inputs, seed);
-        parallel_linear::<Shard<0>>(world, rows, more, inputs, seed);
+    fn parallel_linear_on_both_streams(world in 1..=8usize, rows in 1..12usize, outputs in 1..17usize, inputs in 1..9usize, seed: u64) {
+        parallel_linear::<Replicated>(world, rows, outputs, inputs, seed);
+        parallel_linear::<Shard<0>>(world, rows, outputs, inputs, seed);
     }
 
     #[test]
@@ -149,9 +150,17 @@ proptest! {
     }
 
     #[test]
-    fn mlps(world in 1..=8usize, rows in 1..9usize, hidden in 1..9usize, more in 0..7usize, bias: bool, seed: u64) {
-        mlp::<Replicated>(world, rows, hidden, world + more, bias, seed);
-        mlp::<Shard<0>>(world, rows, hidden, world + more, bias, seed);
+    fn mlps(world in 1..=8usize, rows in 1..9usize, hidden in 1..9usize, ffn in 1..15usize, bias: bool, seed: u64) {
+        mlp::<Replicated>(world, rows, hidden, ffn, bias, seed);
+        mlp::<Shard<0>>(world, rows, hidden, ffn, bias, seed);
+    }
+
+    #[test]
+    fn residuals_and_layers_without_collectives(world in 1..=8usize, inputs in 1..9usize, outputs in 1..9usize, masked: bool, seed: u64) {
+        residual::<Replicated>(world, inputs, outputs, seed);
+        residual::<Shard<0>>(world, inputs, outputs, seed);
+        replicated(world, inputs, outputs, seed);
+        pooled(world, inputs, &batch(masked, seed), seed);
     }
 
     #[test]
@@ -163,8 +172,8 @@ proptest! {
     }
 }
 
-fn parallel_linear<S: Stream + Spread>(world: usize, rows: usize, more: usize, inputs: usize, seed: u64) {
-    let outputs = world + more;
+/// Of fewer features than ranks, some ranks hold none.
+fn parallel_linear<S: Stream + Spread>(world: usize, rows: usize, outputs: usize, inputs: usize, seed: u64) {
     let (x, dy) = (matrix(seed, "x", rows, inputs), matrix(seed, "dy", rows, outputs));
     let (w, b) = (matrix(seed, "w", outputs, inputs), vector(seed, "b", outputs));
     let weights = arrays([("weight", w.clone().into_dyn()), ("bias", b.clone().into_dyn())]);
@@ -320,6 +329,78 @@ fn mlp<S: Stream + Spread>(world: usize, rows: usize, hidden: usize, ffn: usize,
         ];
         grads_close(&got.grads, &want, EXACT);
     }
+}
+
+/// x + f(x).
+fn residual<S: Stream + Spread>(world: usize, hidden: usize, ffn: usize, seed: u64) {
+    let (x, dy) = (matrix(seed, "x", 6, hidden), matrix(seed, "dy", 6, hidden));
+    let (up, down) = (matrix(seed, "up", ffn, hidden), matrix(seed, "down", hidden, ffn));
+    let named = arrays([("up.weight", up.clone().into_dyn()), ("down.weight", down.clone().into_dyn())]);
+    let (names, case) = (MlpNames::default(), Case::new(world, &x, &dy, &named));
+    let got = run!(f64, &case, |group, weights| {
+        let f = Activation::Relu;
+        Ok(Residual(ParallelMlp::<S, f64, Dev>::load(group, weights, &names, (hidden, ffn), f, false)?))
+    })
+    .unwrap();
+    let (weights, act) =
+        (reference::MlpWeights { up, up_bias: None, down, down_bias: None }, reference::Activation::Relu);
+    let want = reference::mlp_backward(&weights, act, &x, &dy);
+    close("residual", &got.y.into_dyn(), &(reference::mlp(&weights, act, &x) + &x), EXACT);
+    close("residual dx", &got.dx.into_dyn(), &(want.dx + &dy), EXACT);
+    let want = [("up.weight", want.weights.up.into_dyn()), ("down.weight", want.weights.down.into_dyn())];
+    grads_close(&got.grads, &want, EXACT);
+}
+
+/// The whole product on every rank, which one of them counts.
+fn replicated(world: usize, inputs: usize, outputs: usize, seed: u64) {
+    let (x, dy) = (matrix(seed, "x", 7, inputs), matrix(seed, "dy", 7, outputs));
+    let (w, b) = (matrix(seed, "w", outputs, inputs), vector(seed, "b", outputs));
+    let weights = arrays([("weight", w.clone().into_dyn()), ("bias", b.clone().into_dyn())]);
+    let want = reference::linear_backward(&x, &w, &dy);
+    let case = Case::new(world, &x, &dy, &weights);
+    let grads = [("weight", want.dw.into_dyn()), ("bias", want.db.into_dyn())];
+    for (bias, grads) in [(None, &grads[..1]), (Some(&b), &grads[..])] {
+        let got = run!(f64, &case, |group, weights| {
+            ReplicatedLinear::<f64, Dev>::load(group, weights, (inputs, outputs), bias.is_some())
+        })
+        .unwrap();
+        close("replicated", &got.y.into_dyn(), &reference::linear(&x, &w, bias), EXACT);
+        close("replicated dx", &got.dx.into_dyn(), &want.dx, EXACT);
+        grads_close(&got.grads, grads, EXACT);
+    }
+}
+
+/// A row a sequence, and behind it a layer whose ranks split those rows' features.
+fn pooled(world: usize, hidden: usize, sequences: &Sequences, seed: u64) {
+    let (x, dy) = (matrix(seed, "x", sequences.rows(), hidden), matrix(seed, "dy", sequences.len(), 2));
+    let w = matrix(seed, "w", 2, hidden);
+    let weights = arrays([("weight", w.clone().into_dyn())]);
+    let (mut means, mut shares) = (Array2::zeros((sequences.len(), hidden)), Vec::new());
+    for (sequence, rows) in sequences.iter().enumerate() {
+        let is_token = |row: &usize| sequences.valid().is_none_or(|valid| valid[*row]);
+        let count = rows.clone().filter(is_token).count() as f64;
+        for row in rows.filter(is_token) {
+            let mut mean = means.row_mut(sequence);
+            mean += &(&x.row(row) / count);
+            shares.push((sequence, row, 1.0 / count));
+        }
+    }
+    let want = reference::linear_backward(&means, &w, &dy);
+    let mut dx = Array2::zeros(x.raw_dim());
+    for (sequence, row, share) in shares {
+        dx.row_mut(row).assign(&(&want.dx.row(sequence) * share));
+    }
+    let case = Case { sequences: sequences.clone(), ..Case::new(world, &x, &dy, &weights) };
+    let got = run!(f64, &case, |group, weights| {
+        let columns = Columns::even(group, 2)?;
+        let head =
+            ColumnParallelLinear::<Replicated, f64, Dev>::load(group, weights, hidden, &columns, Bias::None)?;
+        Ok(MeanPool.then(head))
+    })
+    .unwrap();
+    close("pooled", &got.y.into_dyn(), &reference::linear(&means, &w, None), EXACT);
+    close("pooled dx", &got.dx.into_dyn(), &dx, EXACT);
+    grads_close(&got.grads, &[("weight", want.dw.into_dyn())], EXACT);
 }
 
 /// A batch of three sequences of different lengths; with `masked`, some rows are padding, one sequence wholly.

@@ -665,7 +665,7 @@ fn the_corpus_of_attacks_does_no_harm() {
     }
     for path in configs {
         let Ok(config) = ModelConfig::parse(&fs::read_to_string(&path).unwrap()) else { continue };
-        let (solo, nothing) = (Group::solo(&dev::fresh()), Arrays::default());
+        let (solo, nothing) = (Group::solo(&dev::fresh()), Arrays::<f64>::default());
         match config {
             ModelConfig::Decoder(config) => {
                 Decoder::<Replicated, f32, Dev>::load(&solo, &nothing, &config).map(|_| ()).unwrap_err();

@@ -11,8 +11,8 @@ use shardwise::{
     kernels::{Activation, Backend, DropoutMask},
     ops,
     parallel::{
-        Activate, Bias, BoxLayer, ColumnParallelLinear, Columns, CopyTo, DTensor, Draw, Dropout, Layer,
-        Losses, PositionEmbedding, Recompute, ReduceFrom, RowLinear, Smoothing, Stream,
+        Activate, Bias, BoxLayer, Chain, ColumnParallelLinear, Columns, CopyTo, DTensor, Draw, Dropout,
+        Layer, Losses, MeanPool, PositionEmbedding, Recompute, ReduceFrom, RowLinear, Smoothing, Stream,
         VocabParallelCrossEntropy, VocabParallelEmbedding,
     },
     reference,
@@ -355,7 +355,7 @@ proptest! {
     fn dropout_does_not_depend_on_the_sharding(
         world in 1..9usize, rows in 1..10usize, cols in 1..30usize, p in 0.0..0.9, step: u64, seed: u64,
     ) {
-        let draw = Draw { step, row: 3 };
+        let draw = Draw { step, row: 3, sequence: 0 };
         let want = mask(&Dropout::new(p, seed, "d"), rows, cols, draw);
         prop_assert!(want.iter().all(|&y| y == 0.0 || (y - 1.0 / (1.0 - p)).abs() < 1e-15));
         // Three rows earlier, three rows more: the same elements.
@@ -394,6 +394,27 @@ proptest! {
     }
 }
 
+/// Behind a mean over sequences, a replica's part of a batch has the masks of its sequences in the
+/// whole.
+#[test]
+fn dropout_of_means_does_not_depend_on_the_cut_of_the_batch() {
+    let lens = [3, 1, 4, 2];
+    let layer = || Chain(MeanPool, Dropout::<Replicated>::new(0.5, 1, "d"));
+    let masks = |sequences: std::ops::Range<usize>| {
+        let group = Group::solo(&dev::fresh());
+        let own = Sequences::packed(lens[sequences.clone()].iter().copied());
+        let (row, sequence) = (lens[..sequences.start].iter().sum::<usize>() as u64, sequences.start as u64);
+        let ones = Tensor::full(group.device(), [own.rows(), 40], 1.0).unwrap();
+        let x = DTensor::replicated(&group, ones).unwrap().with_sequences(own).unwrap();
+        let x = x.with_draw(Draw { step: 3, row, sequence });
+        wide(Layer::<f64, Dev>::forward(&layer(), x).unwrap().0.local())
+    };
+    let whole = masks(0..4);
+    assert!(whole.rows().into_iter().any(|row| row != whole.row(0)));
+    assert_eq!(masks(0..2), whole.slice(ndarray::s![..2, ..]));
+    assert_eq!(masks(2..4), whole.slice(ndarray::s![2.., ..]));
+}
+
 /// A tensor of more than two dimensions draws the mask of the matrix of its rows, whichever dimension is cut.
 #[test]
 fn dropout_of_any_rank_draws_by_the_index_in_the_whole() {
@@ -403,7 +424,11 @@ fn dropout_of_any_rank_draws_by_the_index_in_the_whole() {
             x.slice_axis(ndarray::Axis(D), ndarray::Slice::from(cut.range(group.rank()))).to_owned()
         };
         let ones = Tensor::from_array(group.device(), &own(&ArrayD::ones(whole.raw_dim())))?;
-        let x = DTensor::<Shard<D>, f64, Dev>::shard(group, ones, &cut)?.with_draw(Draw { step: 7, row: 3 });
+        let x = DTensor::<Shard<D>, f64, Dev>::shard(group, ones, &cut)?.with_draw(Draw {
+            step: 7,
+            row: 3,
+            sequence: 0,
+        });
         let layer = Dropout::<Shard<D>>::new(0.5, 1, "d");
         let (y, saved) = layer.forward(x.clone())?;
         let dx: DTensor<Shard<D>, f64, Dev> = layer.backward(saved, x)?;
@@ -413,7 +438,7 @@ fn dropout_of_any_rank_draws_by_the_index_in_the_whole() {
     }
     for dims in [vec![4, 2, 3], vec![5, 3, 4, 3], vec![2, 1, 5], vec![3, 0, 2]] {
         let (rows, cols) = (dims[..dims.len() - 1].iter().product(), dims[dims.len() - 1]);
-        let whole = mask(&Dropout::new(0.5, 1, "d"), rows, cols, Draw { step: 7, row: 3 });
+        let whole = mask(&Dropout::new(0.5, 1, "d"), rows, cols, Draw { step: 7, row: 3, sequence: 0 });
         let whole = whole.into_dyn().into_shape_with_order(ndarray::IxDyn(&dims)).unwrap();
         for world in 1..4 {
             ranks(world)
@@ -434,11 +459,14 @@ fn dropout_of_any_rank_draws_by_the_index_in_the_whole() {
 #[test]
 fn dropout_drops_as_often_as_asked_and_anew_at_each_step() {
     let dropout = Dropout::new(0.3, 1, "d");
-    let at = |step| mask(&dropout, 100, 100, Draw { step, row: 0 });
+    let at = |step| mask(&dropout, 100, 100, Draw { step, row: 0, sequence: 0 });
     let share = at(0).iter().filter(|&&y| y == 0.0).count() as f64 / 1e4;
     // Four standard deviations.
     assert!((share - 0.3).abs() < 4.0 * (0.3 * 0.7 / 1e4_f64).sqrt(), "{share}");
-    assert!(at(0) != at(1) && at(0) != mask(&Dropout::new(0.3, 1, "e"), 100, 100, Draw { step: 0, row: 0 }));
+    assert!(
+        at(0) != at(1)
+            && at(0) != mask(&Dropout::new(0.3, 1, "e"), 100, 100, Draw { step: 0, row: 0, sequence: 0 })
+    );
     // The mask is Philox's words, whoever draws them.
     let mask = DropoutMask { probability: 0.5, stream: Philox::stream(1, 2), row: 0, column: 1, width: 3 };
     let x = Tensor::<f64>::full(&dev::poisoned(), [4, 2], 1.0).unwrap();

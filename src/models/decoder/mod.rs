@@ -71,7 +71,7 @@ impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
     /// # Errors
     /// When a tensor is missing or has another shape, the source has tensors of the model that
     /// nothing has read or a head that is not the tied table (each names them), no layer has the
-    /// choices of the configuration's `block`, there are fewer heads, features or words than ranks,
+    /// choices of the configuration's `block`, there are fewer heads or words than ranks,
     /// or a collective fails.
     #[track_caller]
     pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &DecoderConfig) -> Result<Self> {

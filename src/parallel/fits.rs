@@ -1,0 +1,43 @@
+//! That one layer's output is what the next one takes, as a bound whose message names the mappings.
+
+use super::{DTensor, Layer};
+use crate::{
+    device::{Device, Element},
+    kernels::Backend,
+    shard::Placement,
+};
+
+/// `P: Fits<In>`: a tensor held as `P` can be given to what takes one held as `In`. Every placement
+/// fits itself, and no other.
+///
+/// What is asked for instead of equal types, so that the compiler says which mapping is missing.
+#[diagnostic::on_unimplemented(
+    message = "a tensor held as `{Self}` is given where one held as `{In}` is taken",
+    label = "takes `{In}`, but is given `{Self}`",
+    note = "a mapping between them changes the placement: `CopyTo` from `Replicated` to `Copied`; `ReduceFrom` from `Partial` to `Replicated`",
+    note = "`GatherFrom::<D>` from `Shard<D>` to `Replicated`; `ScatterTo::<D>::even()` from `Replicated` to `Shard<D>`",
+    note = "with sequence parallelism, `GatherSequence` from `Shard<0>` to `Copied`; `ReduceScatterSequence` from `Partial` to `Shard<0>`",
+    note = "a `RowParallelLinear` goes from `Shard<1>` back to a residual stream, a `ColumnParallelLinear` from there to `Shard<1>`"
+)]
+pub trait Fits<In: Placement>: Placement {
+    /// The tensor itself.
+    fn fit<T: Element, B: Device>(x: DTensor<Self, T, B>) -> DTensor<In, T, B>;
+
+    /// The gradient itself.
+    fn fit_grad<T: Element, B: Device>(dx: DTensor<In::Dual, T, B>) -> DTensor<Self::Dual, T, B>;
+}
+
+impl<P: Placement> Fits<P> for P {
+    fn fit<T: Element, B: Device>(x: DTensor<P, T, B>) -> DTensor<P, T, B> {
+        x
+    }
+
+    fn fit_grad<T: Element, B: Device>(dx: DTensor<P::Dual, T, B>) -> DTensor<P::Dual, T, B> {
+        dx
+    }
+}
+
+/// A layer that takes what one before it gives, a tensor held as `P`.
+pub trait Follows<P: Placement, T: Element, B: Backend>: Layer<T, B> {}
+
+impl<P: Fits<L::In>, T: Element, B: Backend, L: Layer<T, B>> Follows<P, T, B> for L {}
