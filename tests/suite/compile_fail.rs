@@ -10,9 +10,22 @@ use std::{
 };
 
 /// The programs, and how their errors begin with every compiler.
-const MISTAKES: [(&str, &str); 7] = [
-    ("chain_does_not_fit", "error[E0271]: "),
+const MISTAKES: [(&str, &str); 14] = [
+    ("chain_does_not_fit", "error[E0277]: a tensor held as `Shard<1>` is given where one held as `"),
     ("group_leaves_its_rank", "error[E0277]: `Rc<"),
+    (
+        "loss_of_whole_logits",
+        "error[E0277]: a tensor held as `Replicated` is given where one held as `Shard<1>` is taken\n",
+    ),
+    (
+        "method_of_a_wrong_chain",
+        "error[E0277]: a tensor held as `Shard<1>` is given where one held as `Replicated` is taken\n",
+    ),
+    (
+        "norm_after_column",
+        "error[E0277]: a tensor held as `Shard<1>` is given where one held as `Replicated` is taken\n",
+    ),
+    ("parameters_left_out", "error[E0283]: type annotations needed"),
     (
         "partial_into_activation",
         "error[E0277]: a non-linear operator cannot act on a `Partial` tensor: it would see one rank's term, not the sum\n",
@@ -24,6 +37,12 @@ const MISTAKES: [(&str, &str); 7] = [
     ),
     ("replicated_for_copied", "error[E0308]: mismatched types\n"),
     ("shard_for_whole", "error[E0308]: mismatched types\n"),
+    ("stream_cut_by_features", "error[E0277]: a residual stream cannot be held as `Shard<1>`\n"),
+    (
+        "sum_with_a_term",
+        "error[E0277]: a tensor held as `Partial` is given where one held as `Replicated` is taken\n",
+    ),
+    ("tensor_leaves_its_rank", "error[E0277]: "),
 ];
 
 /// The compiler whose messages the `.stderr` files hold. Others word them differently.
