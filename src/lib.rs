@@ -6,21 +6,13 @@
 //! of its type: a sum that was not reduced cannot be fed to a non-linear function, because that does not compile.
 //!
 //! ```
-//! use shardwise::{
-//!     Tensor,
-//!     device::Cpu,
-//!     kernels::Activation,
-//!     launch,
-//!     parallel::{DTensor, Layer, MlpNames, ParallelMlp},
-//!     shard::Replicated,
-//!     tensor::{Random, Weights},
-//! };
+//! use shardwise::prelude::*;
 //!
 //! let source = Random::normal(1, 0.02);
 //! let outputs = launch::threads(3, |world| {
 //!     // Each rank holds a third of the 64 hidden features: 22, 21 and 21.
 //!     let (weights, names) = (Weights::new(&source), MlpNames::default());
-//!     let mut mlp = ParallelMlp::<Replicated, f32, Cpu>::load(
+//!     let mlp = ParallelMlp::<Replicated, f32, Cpu>::load(
 //!         &world, &weights, &names, (16, 64), Activation::GeluErf, true,
 //!     )?;
 //!     let x = DTensor::replicated(&world, Tensor::full(world.device(), [4, 16], 1.0)?)?;
@@ -48,6 +40,7 @@
 //! | [`train`] | data parallelism, pipelines, checks | layers and groups |
 //! | [`trace`] | what each rank has done last, and who broke a job | elements and errors |
 //! | [`weights`] | Hugging Face checkpoints, read in parts | tensors |
+//! | [`prelude`] | the names that most programs use | all |
 //! | [`models`] | Llama, Mistral, Qwen, GPT-2 and BERT from checkpoints | layers and checkpoints |
 #![cfg_attr(
     feature = "reference",
@@ -66,6 +59,8 @@
 //! | `mpi` | no | ranks that an MPI library connects; it has to be installed |
 //! | `nccl` | no | groups of GPUs over NCCL |
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 pub mod comm;
 pub mod device;
 mod error;
@@ -75,6 +70,7 @@ pub mod models;
 pub mod ops;
 pub mod optim;
 pub mod parallel;
+pub mod prelude;
 #[cfg(feature = "reference")]
 pub mod reference;
 pub mod rng;

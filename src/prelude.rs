@@ -1,0 +1,19 @@
+//! What most programs name: `use shardwise::prelude::*`.
+//!
+//! Modules whose functions are called by path (`launch::threads`, `weights::save`) come with their
+//! names; layers, mappings and placements by themselves.
+
+pub use crate::{
+    Error, Result, Tensor,
+    comm::{DeviceMesh, Group, Overlap, ReduceOp},
+    device::{AnyMut, Cpu, DType, Device, Element, Meta},
+    kernels::{Activation, AttentionChoices, Backend, NO_ROW, NormKind},
+    launch, models, ops, optim,
+    parallel::*,
+    shard::{
+        Axis, Copied, Elementwise, Mesh, Partial, Partition, Placement, Reduction, Replicated, Sequences,
+        Shard,
+    },
+    tensor::{Arrays, Param, Piece, Random, Region, Role, WeightSource, Weights},
+    train, weights,
+};
