@@ -2,14 +2,7 @@
 //!
 //! `cargo run --release --example mlp`
 
-use shardwise::{
-    Result, Tensor,
-    device::Cpu,
-    kernels::Activation,
-    launch,
-    parallel::{Activate, Bias, ColumnLinear, Columns, CopyTo, DTensor, Layer, ReduceFrom, RowLinear},
-    tensor::{Random, Weights},
-};
+use shardwise::prelude::*;
 
 fn main() -> Result<()> {
     let source = Random::normal(1, 0.02);
