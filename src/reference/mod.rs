@@ -19,6 +19,7 @@
 //! | `rope` | [`rope()`] |
 //! | `self_attention` | [`self_attention()`]: the projections around it |
 //! | `embedding` | [`embedding()`] |
+//! | `pool` | [`mean_sequences`] |
 //! | `mlp` | [`mlp()`], [`gated_mlp`] and [`Mlp`], which chooses one |
 //! | `loss` | [`CrossEntropy`], [`mean_squared_error`] |
 //! | `optim` | [`Sgd`], [`AdamW`] on one tensor |
@@ -49,6 +50,7 @@ mod loss;
 mod mlp;
 mod norm;
 mod optim;
+mod pool;
 mod rope;
 mod self_attention;
 mod softmax;
@@ -73,6 +75,7 @@ pub use norm::{
     LayerNormGrads, Norm, RmsNormGrads, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward,
 };
 pub use optim::{AdamW, Sgd};
+pub use pool::{mean_sequences, mean_sequences_backward};
 pub use rope::{rope, rope_backward};
 pub use self_attention::{AttentionWeights, SelfAttentionGrads, self_attention, self_attention_backward};
 pub use softmax::{log_sum_exp, log_sum_exp_backward, softmax, softmax_backward};

@@ -375,21 +375,10 @@ fn pooled(world: usize, hidden: usize, sequences: &Sequences, seed: u64) {
     let (x, dy) = (matrix(seed, "x", sequences.rows(), hidden), matrix(seed, "dy", sequences.len(), 2));
     let w = matrix(seed, "w", 2, hidden);
     let weights = arrays([("weight", w.clone().into_dyn())]);
-    let (mut means, mut shares) = (Array2::zeros((sequences.len(), hidden)), Vec::new());
-    for (sequence, rows) in sequences.iter().enumerate() {
-        let is_token = |row: &usize| sequences.valid().is_none_or(|valid| valid[*row]);
-        let count = rows.clone().filter(is_token).count() as f64;
-        for row in rows.filter(is_token) {
-            let mut mean = means.row_mut(sequence);
-            mean += &(&x.row(row) / count);
-            shares.push((sequence, row, 1.0 / count));
-        }
-    }
+    let ranges: Vec<_> = sequences.iter().collect();
+    let means = reference::mean_sequences(&x, &ranges, sequences.valid());
     let want = reference::linear_backward(&means, &w, &dy);
-    let mut dx = Array2::zeros(x.raw_dim());
-    for (sequence, row, share) in shares {
-        dx.row_mut(row).assign(&(&want.dx.row(sequence) * share));
-    }
+    let dx = reference::mean_sequences_backward(x.nrows(), &ranges, sequences.valid(), &want.dx);
     let case = Case { sequences: sequences.clone(), ..Case::new(world, &x, &dy, &weights) };
     let got = run!(f64, &case, |group, weights| {
         let columns = Columns::even(group, 2)?;

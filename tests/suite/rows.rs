@@ -9,7 +9,7 @@ use shardwise::{
     Error, Result, Tensor,
     device::{Cpu, Element},
     kernels::{MatMut, MatRef, NO_ROW, Pointwise},
-    ops,
+    ops, reference,
     shard::Sequences,
 };
 use std::fmt::Debug;
@@ -82,16 +82,9 @@ fn rows_of<T: Element>(table: usize, ids: &[u32], cols: usize, seed: u64) {
 fn means<T: Element>(sequences: &Sequences, cols: usize, seed: u64) {
     let rounded = |name: &str, rows: usize| matrix(seed, name, rows, cols).mapv(|x| T::from_f64(x).to_f64());
     let (x, dy) = (rounded("x", sequences.rows()), rounded("dy", sequences.len()));
-    let (mut y, mut dx) = (Array2::zeros((sequences.len(), cols)), Array2::zeros(x.raw_dim()));
-    for (sequence, rows) in sequences.iter().enumerate() {
-        let tokens: Vec<usize> =
-            rows.filter(|&row| sequences.valid().is_none_or(|valid| valid[row])).collect();
-        for &row in &tokens {
-            let (mut mean, share) = (y.row_mut(sequence), 1.0 / tokens.len() as f64);
-            mean += &(&x.row(row) * share);
-            dx.row_mut(row).assign(&(&dy.row(sequence) * share));
-        }
-    }
+    let ranges: Vec<_> = sequences.iter().collect();
+    let y = reference::mean_sequences(&x, &ranges, sequences.valid());
+    let dx = reference::mean_sequences_backward(x.nrows(), &ranges, sequences.valid(), &dy);
     // Sums of unit normals in the accumulator, and one rounding of the result.
     let bound = EXACT.max(4.0 * T::EPSILON);
     let got = ops::mean_sequences(&tensor::<T>(&x.into_dyn()), sequences).unwrap();
