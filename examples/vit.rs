@@ -132,7 +132,13 @@ fn compare(name: &str, losses: &[f64], want: &[f64]) -> Result<()> {
 
 fn run(folder: &Path) -> Result<()> {
     let one = train([1, 1], 0..STEPS, None, None)?;
-    compare("1 x 1", &one, &one)?;
+    let [first, last] = [one[0], one[one.len() - 1]];
+    println!("1 x 1: loss {first:.4} to {last:.4}");
+    // Also what is compared with NaN, or with losses that do not fall, has to fail.
+    let falls = last < first / 2.0;
+    if !falls {
+        return Err(Error::invalid("vit", format!("the loss goes from {first} to {last}")));
+    }
     // 4 heads on 3 ranks, and 3 classes on 4: sizes need not divide.
     for mesh @ [dp, tp] in [[1, 2], [1, 3], [1, 4], [2, 2]] {
         compare(&format!("{dp} x {tp}"), &train(mesh, 0..STEPS, None, Some(folder))?, &one)?;
