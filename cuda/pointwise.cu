@@ -1,4 +1,5 @@
-// Element by element: activations, gates, sums, products, bias, copies and conversions; sums of rows and columns.
+// Element by element: activations, gates, sums, products, bias, copies and conversions.
+// Also sums over rows and over columns.
 #include "element.cuh"
 
 // ---- activations, numbered as in kernels/pointwise ----

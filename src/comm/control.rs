@@ -1,14 +1,14 @@
-//! What ranks tell one another on the host: numbers, bytes, and that something has come. For
-//! decisions, not for data: every call waits for the device.
+//! Collectives on host data: numbers, bytes, and waiting for an event on one rank. For control
+//! decisions, not for activations: every call synchronizes the device.
 
 use super::{Group, ReduceOp};
 use crate::{device::Element, error::Result, kernels::Pointwise, shard::Partition, tensor::Tensor};
 use half::f16;
 
 impl<B: Pointwise> Group<B> {
-    /// Σ, max or min over the ranks of numbers that each has on the host. On a device without
-    /// values, as [`Meta`](crate::device::Meta), the other ranks' numbers are unknown: the result is
-    /// this rank's own.
+    /// Reduces numbers on the host over the ranks: sum, max or min. Collective: all-reduce.
+    ///
+    /// On a device without values, such as [`Meta`](crate::device::Meta), returns `own`.
     ///
     /// # Errors
     /// When a rank calls something else, or is lost.
@@ -19,9 +19,10 @@ impl<B: Pointwise> Group<B> {
         if B::HAS_VALUES { x.to_vec() } else { Ok(own.to_vec()) }
     }
 
-    /// The root's bytes, on every rank, such as a request or the decisions of a scheduler; what the
-    /// others give is not looked at. Collectives: two broadcasts, of the number of bytes and of two
-    /// bytes for each. On a device without values it gives this rank's own.
+    /// Broadcasts the root's bytes, such as a request or a scheduler's decisions. Ignores the bytes
+    /// of the other ranks. Collectives: two broadcasts, of the length and of an f16 for each byte.
+    ///
+    /// On a device without values, returns `bytes`.
     ///
     /// ```
     /// use shardwise::launch;
@@ -48,9 +49,10 @@ impl<B: Pointwise> Group<B> {
         if B::HAS_VALUES { bytes_of(&all) } else { Ok(bytes.to_vec()) }
     }
 
-    /// The bytes of every rank, in rank order, on every rank; each may have another number of them.
-    /// Collectives: two all-gathers, of the numbers and of two bytes for each. On a device without
-    /// values the other ranks' bytes are missing.
+    /// Gathers the bytes of every rank, in rank order. Lengths may differ. Collectives: two
+    /// all-gathers, of the lengths and of an f16 for each byte.
+    ///
+    /// On a device without values, the other ranks' entries are empty.
     ///
     /// # Errors
     /// When a rank calls something else, or is lost.
@@ -67,17 +69,18 @@ impl<B: Pointwise> Group<B> {
         Ok(all)
     }
 
-    /// What `poll` finds on rank `root`, such as a request; nothing on the other ranks. Returns when
-    /// it has found something, however long that takes: no deadline passes meanwhile.
+    /// Waits until `poll` returns a value on rank `root`, such as a request. Returns it there, and
+    /// none on the other ranks. The group's deadline does not limit the wait.
     ///
-    /// `root` calls `poll` again and again, and the ranks meet after each call; so a call should
-    /// wait for a while, such as a tenth of a second, and for less than the group's deadline: what a
-    /// later one finds is lost with the error. The other ranks' `poll` is not called. Collective: a
-    /// broadcast of a number for each call. On a device without values it returns after the first.
+    /// Only `root` calls `poll`, repeatedly; the ranks meet after each call. A call should block for
+    /// a while, such as 100 ms, but less than the group's deadline: a value found later is lost with
+    /// the error. Collective: a broadcast of one number for each call.
+    ///
+    /// On a device without values, returns after the first call.
     ///
     /// # Errors
-    /// When `poll` fails, which the other ranks learn when `root` leaves or calls something else;
-    /// when there is no such root, a rank calls something else, or is lost.
+    /// When `poll` fails: the other ranks fail when `root` leaves or calls something else. When
+    /// there is no such root, a rank calls something else, or is lost.
     #[track_caller]
     pub fn wait_for<R>(&self, root: usize, mut poll: impl FnMut() -> Result<Option<R>>) -> Result<Option<R>> {
         self.check_rank("wait for", root)?;

@@ -1,8 +1,8 @@
 //! The CPU's kernels, compiled into this crate.
 //!
-//! A generic function is compiled by each crate that calls it, unless it is `#[inline(never)]` and a
-//! crate that it depends on has compiled it already. The kernels are, and this module makes them
-//! part of this crate for every element. A program that uses it only links to them.
+//! Each crate compiles the generic functions that it calls, except those that are
+//! `#[inline(never)]` and already compiled by a dependency. The kernels are `#[inline(never)]`, and
+//! this module compiles them for every element. Programs then only link to them.
 
 use super::{Attention, Dropout, Gather, Gemm, Loss, Norm, Pointwise, Rope, Update};
 use crate::device::{Accumulator, Cpu, Element};
@@ -12,7 +12,7 @@ macro_rules! pointers {
     ($($kernel:expr),* $(,)?) => { [$($kernel as *const ()),*] };
 }
 
-/// Where they are: public, so that they are compiled.
+/// The addresses of the kernels. Public, so that rustc has to compile them in this crate.
 #[doc(hidden)]
 pub fn compiled() -> Vec<*const ()> {
     let of = [of_element::<f64>(), of_element::<f32>(), of_element::<bf16>(), of_element::<f16>()];

@@ -1,5 +1,5 @@
-//! Rows of a tensor: scaled, multiplied, chosen and put back. What routers and layers of one's own
-//! are made of; rows of a table by index are [`Tensor::rows`].
+//! Row-wise operators for routers and other layers of one's own: product, scaling, dot product,
+//! scatter, top-k. [`Tensor::rows`] gathers rows by index.
 
 use crate::{
     device::Element,

@@ -41,8 +41,8 @@ pub struct Draw {
     /// The tensor's first row, counted from the start of the step's batch; the rows are all
     /// dimensions but the last.
     pub row: u64,
-    /// The tensor's first sequence, counted likewise: its row behind
-    /// [`MeanPool`](super::MeanPool).
+    /// The tensor's first sequence, counted likewise. [`MeanPool`](super::MeanPool) makes it the row
+    /// of its output.
     pub sequence: u64,
 }
 
@@ -191,8 +191,7 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         DTensor::new(local, &self.group, Layout { shape, cut, ..self.layout.clone() })
     }
 
-    /// The same whole, held in the same way, with other values: with the same sequences, draw and
-    /// cut.
+    /// Replaces the local values. Keeps the shape, sequences, draw and cut.
     ///
     /// # Errors
     /// When `local` has another shape than this rank's tensor.

@@ -1,4 +1,4 @@
-//! That one layer's output is what the next one takes, as a bound whose message names the mappings.
+//! The bound that two placements are equal. Its error message names the missing mapping.
 
 use super::{DTensor, Layer};
 use crate::{
@@ -7,10 +7,10 @@ use crate::{
     shard::Placement,
 };
 
-/// `P: Fits<In>`: a tensor held as `P` can be given to what takes one held as `In`. Every placement
-/// fits itself, and no other.
+/// `P: Fits<In>`: `P` and `In` are the same placement. Every placement fits itself, and no other.
 ///
-/// What is asked for instead of equal types, so that the compiler says which mapping is missing.
+/// Stands in place of an equality of types: where it does not hold, rustc prints this trait's
+/// message, which names the missing mapping.
 #[diagnostic::on_unimplemented(
     message = "a tensor held as `{Self}` is given where one held as `{In}` is taken",
     label = "takes `{In}`, but is given `{Self}`",
@@ -20,10 +20,10 @@ use crate::{
     note = "a `RowParallelLinear` goes from `Shard<1>` back to a residual stream, a `ColumnParallelLinear` from there to `Shard<1>`"
 )]
 pub trait Fits<In: Placement>: Placement {
-    /// The tensor itself.
+    /// Returns the tensor unchanged.
     fn fit<T: Element, B: Device>(x: DTensor<Self, T, B>) -> DTensor<In, T, B>;
 
-    /// The gradient itself.
+    /// Returns the gradient unchanged.
     fn fit_grad<T: Element, B: Device>(dx: DTensor<In::Dual, T, B>) -> DTensor<Self::Dual, T, B>;
 }
 
@@ -37,7 +37,7 @@ impl<P: Placement> Fits<P> for P {
     }
 }
 
-/// A layer that takes what one before it gives, a tensor held as `P`.
+/// A layer whose input is held as `P`: the bound of [`Layer::then`].
 pub trait Follows<P: Placement, T: Element, B: Backend>: Layer<T, B> {}
 
 impl<P: Fits<L::In>, T: Element, B: Backend, L: Layer<T, B>> Follows<P, T, B> for L {}

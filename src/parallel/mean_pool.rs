@@ -1,4 +1,4 @@
-//! One row a sequence.
+//! Mean pooling over sequences.
 
 use super::{DTensor, Draw, Layer};
 use crate::{

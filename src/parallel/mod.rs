@@ -2,8 +2,8 @@
 //!
 //! A [`DTensor`] carries its placement in its type. A [`Layer`] maps one placement to another, and its backward maps the
 //! dual of the second to the dual of the first; layers fit together ([`Layer::then`]) when the placements between them are
-//! the same. So a sum that was not reduced, or a part used for a whole, does not compile; [`Fits`] says in the message which
-//! mapping is missing.
+//! the same. So a sum that was not reduced, or a part used for a whole, does not compile. The
+//! message names the mapping that is missing ([`Fits`]).
 //!
 //! | layer | placements | collectives, forward / backward |
 //! |---|---|---|
@@ -31,7 +31,7 @@
 //! | [`VocabParallelCrossEntropy`] | Shard<1> → losses | two all-reduces of a few numbers a token / none |
 //! | [`Vec<L>`](Layer), [`Recompute<L>`](Recompute), [`BoxLayer`] | those of L | those of L; recomputed ones twice |
 //! | [`Residual<L>`](Residual) | S → S | those of L |
-//! | [`ParallelMlp`], [`ParallelAttention`], [`TransformerBlock`] | S → S | entering and leaving; biases and normalizations as there |
+//! | [`ParallelMlp`], [`ParallelAttention`], [`TransformerBlock`] | S → S | entering and leaving, and those of biases and norms |
 //!
 //! S is the placement of the residual stream ([`Stream`]): `Replicated` (entering: none / all-reduce; leaving: all-reduce /
 //! none), or `Shard<0>` for sequence parallelism (entering: all-gather / reduce-scatter; leaving: reduce-scatter /

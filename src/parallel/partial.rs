@@ -65,8 +65,8 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
 }
 
 impl<T: Element, B: Backend> DTensor<Copied, T, B> {
-    /// The sum over the ranks of what each made of these tokens, with their sequences, their draw
-    /// and how they were cut; `term`, `[tokens, features]`, is this rank's. No communication.
+    /// Makes a sum over the ranks, of which `term`, `[tokens, features]`, is this rank's term. Keeps
+    /// the sequences, draw and cut of these tokens. No communication.
     ///
     /// # Errors
     /// When the term has another number of rows, or of dimensions.

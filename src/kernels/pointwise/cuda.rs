@@ -172,7 +172,8 @@ impl Pointwise for Cuda {
         let y = y.into_data();
         let launch = self.kernel(Kernel::ScaleRows, T::DTYPE).ints(walk.words());
         let launch = launch.read(s).read(x.data()).int(sx).write(&y).int(sy);
-        // SAFETY: the arguments are scale_rows's; the check has seen that x has the dimensions of y, and one factor a row.
+        // SAFETY: the arguments are scale_rows's. `check_scale_rows` has compared the dimensions of x
+        // and y, and the number of factors with that of rows.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::over(walk.steps))
@@ -190,7 +191,8 @@ impl Pointwise for Cuda {
         let (sa, sb) = (a.dims().row_stride, b.dims().row_stride);
         let launch = self.kernel(Kernel::DotRows, T::DTYPE).ints(walk.words());
         let launch = launch.read(a.data()).int(sa).read(b.data()).int(sb).write(&s);
-        // SAFETY: the arguments are dot_rows's; the check has seen that a has the dimensions of b, and s an element a row.
+        // SAFETY: the arguments are dot_rows's. `check_dot_rows` has compared the dimensions of a and
+        // b, and the number of elements of s with that of rows.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::rows(walk.rows, walk.cols))
@@ -298,7 +300,8 @@ impl Cuda {
         let y = y.into_data();
         let launch = self.kernel(kernel, T::DTYPE).ints(walk.words());
         let launch = launch.read(a.data()).int(sa).read(b.data()).int(sb).write(&y).int(sy);
-        // SAFETY: add and mul take these arguments; both have seen by `check` that all have the same dimensions.
+        // SAFETY: the arguments are those of add and of mul. Both have compared the dimensions of a, b
+        // and y by `check`.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::over(walk.steps))
