@@ -105,7 +105,8 @@ fn keep_bytes<T: Element, B: Backend>(params: &[Param<T, B>]) -> Result<()> {
 
 /// A weight that bytes and scales hold exactly, with another scale for each row.
 fn coded(seed: u64, name: &str, shape: &[usize]) -> ArrayD<f64> {
-    let mut weight = random(seed, name, shape).mapv(|x| (40.0 * x).round().clamp(-127.0, 127.0));
+    // Bytes have one zero: adding 0 makes -0 the other.
+    let mut weight = random(seed, name, shape).mapv(|x| (40.0 * x).round().clamp(-127.0, 127.0) + 0.0);
     for (at, mut row) in weight.outer_iter_mut().enumerate() {
         row.mapv_inplace(|x| x * [0.5, 0.125, 0.25][at % 3] / 16.0);
     }
