@@ -56,11 +56,7 @@ pub(super) fn sums_by_rows<S: Vector, const MR: usize>(
         a.iter().for_each(|row| prefetch(row.as_ptr().wrapping_add(first + LINE)));
         let end = (first + LINE).min(panel.len());
         for depth in first..end {
-            let b = panel[depth];
-            for (sums, row) in sums.iter_mut().zip(a) {
-                let a = zero.splat(row[depth]);
-                sums.iter_mut().zip(b).for_each(|(sum, b)| *sum = sum.add_product(a, b));
-            }
+            add_products(&mut sums, |row| zero.splat(a[row][depth]), &panel[depth]);
         }
         first = end;
     }
@@ -82,13 +78,24 @@ pub(super) fn sums_by_columns<S: Vector, const MR: usize>(
         prefetch(next);
         prefetch(next.wrapping_add(2 * MR));
         for (a, b) in a.iter().zip(panel) {
-            for (sums, a) in sums.iter_mut().zip(a) {
-                let a = zero.splat(*a);
-                sums.iter_mut().zip(b).for_each(|(sum, b)| *sum = sum.add_product(a, *b));
-            }
+            add_products(&mut sums, |row| zero.splat(a[row]), b);
         }
     }
     sums
+}
+
+/// sums ← sums + a bᵀ, where `a(row)` has a row's element of A in every lane.
+///
+/// The inner loop counts, since `Zip::new` is not `#[inline]`: in a build without link-time
+/// optimization it would be a call, and the sums would leave the registers.
+#[inline(always)]
+fn add_products<S: Vector, const MR: usize>(sums: &mut [[S; V]; MR], a: impl Fn(usize) -> S, b: &[S; V]) {
+    for (row, sums) in sums.iter_mut().enumerate() {
+        let a = a(row);
+        for v in 0..V {
+            sums[v] = sums[v].add_product(a, b[v]);
+        }
+    }
 }
 
 /// Asks for the lines of C that a tile's sums go to, which are far apart: they come while the sums are made.
