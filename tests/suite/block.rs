@@ -7,15 +7,16 @@ use ndarray::{Array1, Array2};
 use proptest::prelude::*;
 use shardwise::{
     Result,
+    comm::Group,
     device::Element,
-    kernels::{Activation, AttentionChoices, NormKind},
+    kernels::{Activation, AttentionChoices, Backend, NormKind},
     parallel::{
         AttentionConfig, BlockConfig, BlockNames, BoxLayer, Layer, NormPlacement, Normalize,
         ParallelAttention, ParallelMlp, Residual, Stream, TransformerBlock,
     },
     reference,
     shard::{Replicated, Sequences, Shard},
-    tensor::Arrays,
+    tensor::{Arrays, Weights},
 };
 
 const EXACT: f64 = 1e-12;
@@ -194,6 +195,22 @@ fn nine_heads_on_any_number_of_ranks() {
     }
 }
 
+/// A layer and the normalization beside it.
+type Normed<L, B> = (Normalize<Replicated, f64, B>, L);
+
+/// The layers of a block without a gate, one by one.
+fn layers<B: Backend>(
+    group: &Group<B>,
+    weights: &Weights<'_>,
+    config: &BlockConfig,
+) -> Result<(Normed<ParallelAttention<Replicated, f64, B>, B>, Normed<ParallelMlp<Replicated, f64, B>, B>)> {
+    let (names, sizes) = (&config.names, (config.attention.hidden, config.ffn));
+    let norm = |name: &str| Normalize::load(group, &weights.at(name), config.norm, config.attention.hidden);
+    let attention = ParallelAttention::load(group, weights, &names.qkv, &names.out, &config.attention)?;
+    let mlp = ParallelMlp::load(group, weights, &names.mlp, sizes, config.activation, true)?;
+    Ok(((norm("norm1")?, attention), (norm("norm2")?, mlp)))
+}
+
 /// A block of layers made one by one is the block that its configuration makes, also with the
 /// layers of which it is composed, each with its residual sum.
 #[test]
@@ -204,27 +221,16 @@ fn blocks_are_their_layers() {
         let ((x, dy), weights, config) = (inputs(&draw, &sequences), draw.weights(), draw.config());
         let arrays = named(&weights);
         let case = Case { sequences: sequences.clone(), ..Case::new(world, &x, &dy, &arrays) };
-        let (names, f) = (&config.names, config.activation);
         let loaded = run!(f64, &case, |group, weights| {
             TransformerBlock::<Replicated, f64, Dev>::load(group, weights, &config)
         });
         let made = run!(f64, &case, |group, weights| {
-            let norm = |name: &str| Normalize::load(group, &weights.at(name), config.norm, draw.hidden);
-            let attention =
-                ParallelAttention::load(group, weights, &names.qkv, &names.out, &config.attention)?;
-            let sizes = (draw.hidden, draw.ffn);
-            let mlp = ParallelMlp::<Replicated, f64, Dev>::load(group, weights, &names.mlp, sizes, f, true)?;
-            let (first, second) = ((norm("norm1")?, attention), (norm("norm2")?, mlp));
+            let (first, second) = layers(group, weights, &config)?;
             Ok(TransformerBlock::new(config.placement, first, second))
         });
         same_bits("layers", &made.unwrap(), loaded.as_ref().unwrap());
         let composed = run!(f64, &case, |group, weights| {
-            let norm = |name: &str| Normalize::load(group, &weights.at(name), config.norm, draw.hidden);
-            let attention =
-                ParallelAttention::load(group, weights, &names.qkv, &names.out, &config.attention)?;
-            let sizes = (draw.hidden, draw.ffn);
-            let mlp = ParallelMlp::<Replicated, f64, Dev>::load(group, weights, &names.mlp, sizes, f, true)?;
-            let (norm1, norm2) = (norm("norm1")?, norm("norm2")?);
+            let ((norm1, attention), (norm2, mlp)) = layers(group, weights, &config)?;
             Ok(match config.placement {
                 NormPlacement::Pre => {
                     BoxLayer::new(Residual(norm1.then(attention)).then(Residual(norm2.then(mlp))))
