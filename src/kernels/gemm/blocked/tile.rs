@@ -86,8 +86,8 @@ pub(super) fn sums_by_columns<S: Vector, const MR: usize>(
 
 /// sums ← sums + a bᵀ, where `a(row)` has a row's element of A in every lane.
 ///
-/// The inner loop counts, since `Zip::new` is not `#[inline]`: in a build without link-time
-/// optimization it would be a call, and the sums would leave the registers.
+/// The inner loop indexes: `Zip::new` is not `#[inline]`, so that without link-time optimization it
+/// is a call, and the sums leave the registers.
 #[inline(always)]
 fn add_products<S: Vector, const MR: usize>(sums: &mut [[S; V]; MR], a: impl Fn(usize) -> S, b: &[S; V]) {
     for (row, sums) in sums.iter_mut().enumerate() {
