@@ -11,7 +11,7 @@ use shardwise::{
     comm::{Group, Overlap},
     device::{Cpu, Element},
     launch::Threads,
-    parallel::{MeasuredOverlap, Stream},
+    parallel::{MeasuredOverlap, ResidualStream},
     shard::{Replicated, Shard},
 };
 use std::time::Duration;
@@ -34,7 +34,7 @@ struct Args {
     bench: bool,
 }
 
-fn measure<S: Stream, T: Element>(world: &Group<Cpu>, args: Args, what: &str) -> Result<()> {
+fn measure<S: ResidualStream, T: Element>(world: &Group<Cpu>, args: Args, what: &str) -> Result<()> {
     let measured = MeasuredOverlap::of::<S, T, Cpu>(world, (args.hidden, args.ffn), args.tokens)?;
     if world.rank() > 0 {
         return Ok(());

@@ -36,7 +36,7 @@ struct Sizes {
 ///
 /// `Reduction::Invariant` is refused by the `leave` of the forward: the terms of the sum are those
 /// of ranks, so its bits depend on their number.
-struct Moe<S: Stream, T: Element, B: Backend> {
+struct Moe<S: ResidualStream, T: Element, B: Backend> {
     group: Group<B>,
     /// This rank by itself: that of its experts.
     solo: Group<B>,
@@ -70,7 +70,7 @@ struct Routed<T: Element, B: Backend> {
     saved: MlpSaved<T, B>,
 }
 
-impl<S: Stream, T: Element, B: Backend> Moe<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> Moe<S, T, B> {
     /// Reads `router.weight`, and `experts.N.{up,down}.weight` of this rank's experts.
     fn load(group: &Group<B>, weights: &Weights<'_>, sizes: Sizes) -> Result<Self> {
         let Sizes { hidden, ffn, experts, top_k } = sizes;
@@ -88,13 +88,13 @@ impl<S: Stream, T: Element, B: Backend> Moe<S, T, B> {
             Ok((number as u32, mlp))
         };
         // Refuses more ranks than experts.
-        let own = group.cut(OP, "experts", experts, 1)?.range(group.rank());
+        let own = group.partition(OP, "experts", experts, 1)?.range(group.rank());
         let experts = own.map(expert).collect::<Result<_>>()?;
         Ok(Self { group: group.clone(), solo, router, experts, top_k, stream: PhantomData })
     }
 }
 
-impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Moe<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for Moe<S, T, B> {
     type In = S;
     type Out = S;
     type Saved = MoeSaved<T, B>;
@@ -254,7 +254,7 @@ fn inputs(tokens: usize, features: usize) -> [Array2<f64>; 2] {
 }
 
 /// What each rank has after a forward and a backward.
-fn run<S: Stream, L: Layer<f64, Cpu, In = S, Out = S>>(
+fn run<S: ResidualStream, L: Layer<f64, Cpu, In = S, Out = S>>(
     ranks: usize,
     [x, dy]: &[Array2<f64>; 2],
     load: impl Fn(&Group<Cpu>) -> Result<L> + Sync,
@@ -285,7 +285,7 @@ fn run<S: Stream, L: Layer<f64, Cpu, In = S, Out = S>>(
 }
 
 /// An error, if what the ranks have is too far from what they should have.
-fn check<S: Stream, L: Layer<f64, Cpu, In = S, Out = S>>(
+fn check<S: ResidualStream, L: Layer<f64, Cpu, In = S, Out = S>>(
     case: &str,
     inputs: &[Array2<f64>; 2],
     load: impl Fn(&Group<Cpu>) -> Result<L> + Sync,
@@ -311,7 +311,7 @@ fn check<S: Stream, L: Layer<f64, Cpu, In = S, Out = S>>(
 }
 
 /// The layer by itself, against the reference.
-fn check_layer<S: Stream>(tokens: usize, sizes: Sizes) -> Result<()> {
+fn check_layer<S: ResidualStream>(tokens: usize, sizes: Sizes) -> Result<()> {
     let source = Random::normal(1, 0.3);
     let load = |group: &Group<Cpu>| Moe::<S, f64, Cpu>::load(group, &Weights::new(&source), sizes);
     let mut weights = Matrices::new();
@@ -326,7 +326,7 @@ fn check_layer<S: Stream>(tokens: usize, sizes: Sizes) -> Result<()> {
 }
 
 /// The layer in a transformer block, against the same block on one rank.
-fn check_block<S: Stream>(sizes: Sizes) -> Result<()> {
+fn check_block<S: ResidualStream>(sizes: Sizes) -> Result<()> {
     let load = |group: &Group<Cpu>| {
         let (source, names) = (Random::normal(1, 0.3), BlockNames::default());
         let weights = Weights::new(&source);

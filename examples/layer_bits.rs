@@ -16,9 +16,9 @@ use shardwise::{
     optim::grad_norm,
     parallel::{
         AttentionConfig, Bias, BlockConfig, BlockNames, ColumnLinear, ColumnParallelLinear, Columns, DTensor,
-        ForkedColumnLinear, Layer, MlpNames, NormPlacement, Normalize, ParallelAttention, ParallelMlp,
-        PositionEmbedding, QkNorm, QkvLayout, RowParallelLinear, Stream, TransformerBlock,
-        VocabParallelCrossEntropy, VocabParallelEmbedding,
+        Layer, MlpNames, NormPlacement, Normalize, ParallelAttention, ParallelMlp, PositionEmbedding, QkNorm,
+        QkvLayout, ResidualStream, RowParallelLinear, TransformerBlock, VocabParallelCrossEntropy,
+        VocabParallelEmbedding,
     },
     rng::Philox,
     shard::{Heads, Placement, Reduction, Replicated, Sequences, Shard},
@@ -76,7 +76,7 @@ impl Bits {
 }
 
 /// The rows of a random tensor that a rank holds.
-fn random<S: Stream, T: Element>(
+fn random<S: ResidualStream, T: Element>(
     group: &Group<Cpu>,
     name: &str,
     tokens: usize,
@@ -140,7 +140,7 @@ fn block_config(sizes: &Sizes, placement: NormPlacement) -> BlockConfig {
 }
 
 /// Ids through a tied embedding and head with positions, to a loss.
-fn vocabulary<S: Stream, T: Element>(
+fn vocabulary<S: ResidualStream, T: Element>(
     group: &Group<Cpu>,
     weights: &Weights<'_>,
     sizes: &Sizes,
@@ -169,15 +169,15 @@ fn vocabulary<S: Stream, T: Element>(
 }
 
 /// What is computed by one layer of these sizes, on one rank.
-fn layer<S: Stream, T: Element>(name: &str, group: &Group<Cpu>, sizes: &Sizes) -> Result<Bits> {
+fn layer<S: ResidualStream, T: Element>(name: &str, group: &Group<Cpu>, sizes: &Sizes) -> Result<Bits> {
     let source = Random::normal(1, 0.1);
     let weights = &Weights::new(&source);
     let (hidden, ffn, f) = (sizes.hidden, sizes.ffn, Activation::GeluTanh);
     let input = |name: &str| random::<S, T>(group, name, sizes.tokens, hidden);
     let (names, layout) = (MlpNames::default(), QkvLayout::separate("q", "k", "v"));
     let heads = || -> Result<Heads> {
-        let query = group.cut("attention", "query heads", sizes.heads, 1)?;
-        Heads::with_cut(query, sizes.kv_heads, sizes.head_dim)
+        let query = group.partition("attention", "query heads", sizes.heads, 1)?;
+        Heads::with_partition(query, sizes.kv_heads, sizes.head_dim)
     };
     match name {
         "column" | "column, chunks" => {
@@ -200,10 +200,10 @@ fn layer<S: Stream, T: Element>(name: &str, group: &Group<Cpu>, sizes: &Sizes) -
             let columns = Columns::separate_qkv(group, &heads()?, &layout)?;
             let load = |columns| ColumnLinear::<T, Cpu>::load(group, weights, hidden, columns, Bias::Add);
             let layers = columns.iter().map(load).collect::<Result<_>>()?;
-            two_steps(group, ForkedColumnLinear::<S, T, Cpu>::forked(layers)?, input)
+            two_steps(group, ColumnParallelLinear::<S, T, Cpu>::concat(layers)?, input)
         }
         "row" => {
-            let cut = group.cut("row", "features", hidden, 1)?;
+            let cut = group.partition("row", "features", hidden, 1)?;
             let row = RowParallelLinear::<S, T, Cpu>::load(group, weights, &cut, ffn, true)?;
             let whole = |name: &str| random::<Replicated, T>(group, name, sizes.tokens, hidden);
             two_steps(group, row, |name| whole(name)?.scatter::<1>(&cut))
@@ -254,7 +254,12 @@ const LAYERS: [&str; 14] = [
 ];
 
 /// The hashes of one layer on 1 to 8 ranks, of what all ranks have.
-fn print<S: Stream, T: Element>(name: &str, what: &str, sizes: &Sizes, reduction: Reduction) -> Result<()> {
+fn print<S: ResidualStream, T: Element>(
+    name: &str,
+    what: &str,
+    sizes: &Sizes,
+    reduction: Reduction,
+) -> Result<()> {
     let mut line = format!("{what:<5} {name:<14} {:<9} {:<4}", S::CUT.map_or("whole", |_| "rows"), T::DTYPE);
     line += if reduction == Reduction::Fast { " fast     " } else { " invariant" };
     for ranks in 1..=RANKS {

@@ -15,7 +15,7 @@ use shardwise::{
     rng::Philox,
     shard::{Partition, Replicated},
     tensor::{Random, Weights},
-    train::{Ends, Microbatch, Pipeline, Schedule},
+    train::{Microbatch, Pipeline, PipelineEnds, Schedule},
 };
 
 const SAMPLES: usize = 64;
@@ -94,7 +94,7 @@ impl Data {
     }
 }
 
-impl Ends<Replicated, f64, Cpu> for Data {
+impl PipelineEnds<Replicated, f64, Cpu> for Data {
     fn input(&mut self, microbatch: usize, _: &Microbatch) -> Result<DTensor<Replicated, f64>> {
         DTensor::replicated(&self.group, self.rows(microbatch, 10, |stream, column| stream.normal(column))?)
     }

@@ -11,7 +11,8 @@ use shardwise::{
     launch,
     optim::{AdamW, clip_scale, grad_norm},
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, Stream, TransformerBlock,
+        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, ResidualStream,
+        TransformerBlock,
     },
     reference::worst,
     rng::Philox,
@@ -43,7 +44,7 @@ fn config() -> BlockConfig {
 }
 
 /// The rows of a random tensor that a rank holds.
-fn random<S: Stream>(world: &Group<Cpu>, name: &str) -> Result<DTensor<S>> {
+fn random<S: ResidualStream>(world: &Group<Cpu>, name: &str) -> Result<DTensor<S>> {
     let stream = Philox::named(1, name);
     let rows = S::local_rows(world, TOKENS)?;
     let values: Vec<f32> =
@@ -57,7 +58,7 @@ fn fail(reason: &str) -> Error {
 
 /// The hash of the outputs and gradient norms of some steps of training. Each has to move the
 /// outputs.
-fn train<S: Stream>(ranks: usize, reduction: Reduction) -> Result<u64> {
+fn train<S: ResidualStream>(ranks: usize, reduction: Reduction) -> Result<u64> {
     let outcomes = launch::threads(ranks, |world| {
         let world = world.with_reduction(reduction);
         let source = Random::normal(1, 0.1);

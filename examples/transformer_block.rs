@@ -11,12 +11,13 @@ use shardwise::{
     kernels::{Activation, AttentionChoices, Backend, NormKind},
     launch,
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, Stream, TransformerBlock,
+        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, ResidualStream,
+        TransformerBlock,
     },
     reference::worst,
     rng::Philox,
     shard::{Replicated, Sequences, Shard},
-    tensor::{Piece, Random, Weights},
+    tensor::{ParamRegion, Random, Weights},
 };
 use std::{
     collections::BTreeMap,
@@ -136,10 +137,10 @@ fn on_cuda(_: &Args) -> Result<()> {
 
 /// What one rank reports.
 struct Report {
-    /// y, dx, and the gradients of the rank's pieces of the model's tensors, in f64.
+    /// y, dx, and the gradients of the rank's regions of the model's tensors, in f64.
     y: Vec<f64>,
     dx: Vec<f64>,
-    grads: Vec<(Piece, Vec<f64>)>,
+    grads: Vec<(ParamRegion, Vec<f64>)>,
     /// What the rank has moved, forward and backward.
     recorded: [Vec<Transfer>; 2],
     /// What the same code calls without data.
@@ -273,7 +274,7 @@ fn config(args: &Args) -> Result<BlockConfig> {
     })
 }
 
-fn run<S: Stream, T: Element, B: Backend>(
+fn run<S: ResidualStream, T: Element, B: Backend>(
     args: &Args,
     config: &BlockConfig,
     ranks: usize,
@@ -282,7 +283,7 @@ fn run<S: Stream, T: Element, B: Backend>(
     launch::threads(ranks, |host| rank::<S, T, B>(args, config, &place(&host)?))
 }
 
-fn load<S: Stream, T: Element, B: Backend>(
+fn load<S: ResidualStream, T: Element, B: Backend>(
     args: &Args,
     config: &BlockConfig,
     group: &Group<B>,
@@ -292,7 +293,7 @@ fn load<S: Stream, T: Element, B: Backend>(
 }
 
 /// This rank's rows of a `[tokens, hidden]` tensor of random numbers.
-fn random<S: Stream, T: Element, B: Backend>(
+fn random<S: ResidualStream, T: Element, B: Backend>(
     args: &Args,
     group: &Group<B>,
     name: &str,
@@ -306,7 +307,7 @@ fn random<S: Stream, T: Element, B: Backend>(
 }
 
 /// What a rank moves in a step, forward and backward: the same code, without data or other ranks.
-fn plan<S: Stream, T: Element>(
+fn plan<S: ResidualStream, T: Element>(
     args: &Args,
     config: &BlockConfig,
     rank: usize,
@@ -321,7 +322,7 @@ fn plan<S: Stream, T: Element>(
     Ok([forward, record.take()])
 }
 
-fn rank<S: Stream, T: Element, B: Backend>(
+fn rank<S: ResidualStream, T: Element, B: Backend>(
     args: &Args,
     config: &BlockConfig,
     world: &Group<B>,
@@ -361,9 +362,9 @@ fn rank<S: Stream, T: Element, B: Backend>(
         })?;
         let width: usize = grad.shape().dims()[1..].iter().product();
         let values: Vec<f64> = grad.to_vec()?.into_iter().map(Element::to_f64).collect();
-        for piece in param.pieces().iter() {
-            let start = piece.row * width;
-            grads.push((piece.clone(), values[start..start + piece.region.extent().len()].to_vec()));
+        for part in param.regions().iter() {
+            let start = part.row * width;
+            grads.push((part.clone(), values[start..start + part.region.extent().len()].to_vec()));
         }
     }
     let wide = |tensor: &Tensor<T, B>| -> Result<Vec<f64>> {
@@ -390,14 +391,14 @@ fn median(times: &mut [Duration]) -> Duration {
     times[times.len() / 2]
 }
 
-/// The gradients of the model's tensors, put together from the ranks' pieces. What no rank has is
+/// The gradients of the model's tensors, put together from the ranks' regions. What no rank has is
 /// NaN.
 fn whole(reports: &[Report]) -> BTreeMap<String, Vec<f64>> {
     let mut tensors = BTreeMap::new();
-    for (piece, values) in reports.iter().flat_map(|report| &report.grads) {
-        let tensor = tensors.entry(piece.tensor.clone());
-        let tensor = tensor.or_insert_with(|| vec![f64::NAN; piece.region.shape().len()]);
-        for (at, value) in piece.region.runs().into_iter().flatten().zip(values) {
+    for (part, values) in reports.iter().flat_map(|report| &report.grads) {
+        let tensor = tensors.entry(part.tensor.clone());
+        let tensor = tensor.or_insert_with(|| vec![f64::NAN; part.region.shape().len()]);
+        for (at, value) in part.region.runs().into_iter().flatten().zip(values) {
             tensor[at] = *value;
         }
     }

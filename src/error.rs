@@ -115,7 +115,7 @@ pub enum Error {
         /// The rank that was lost, counted in the group of the failed call.
         rank: usize,
         /// How it was lost.
-        reason: Loss,
+        reason: LostReason,
         /// The operation this rank was waiting in, or was about to start.
         op: &'static str,
         /// The sequence number of that call.
@@ -331,7 +331,7 @@ impl Mismatch {
 /// How a rank was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Loss {
+pub enum LostReason {
     /// Its thread panicked.
     Panicked,
     /// It returned an error.
@@ -342,7 +342,7 @@ pub enum Loss {
     Disconnected,
 }
 
-impl fmt::Display for Loss {
+impl fmt::Display for LostReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Panicked => "it panicked",

@@ -80,5 +80,5 @@ pub mod trace;
 pub mod train;
 pub mod weights;
 
-pub use error::{Error, Loss, Mismatch, Result, Site, SiteGuard};
+pub use error::{Error, LostReason, Mismatch, Result, Site, SiteGuard};
 pub use tensor::Tensor;

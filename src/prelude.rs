@@ -14,6 +14,6 @@ pub use crate::{
         Axis, Copied, Elementwise, Mesh, Partial, Partition, Placement, Reduction, Replicated, Sequences,
         Shard,
     },
-    tensor::{Arrays, Param, Piece, Random, Region, Role, WeightSource, Weights},
+    tensor::{Arrays, Param, ParamRegion, Random, Region, Role, WeightSource, Weights},
     train, weights,
 };

@@ -4,7 +4,7 @@
 //! `cargo bench --bench faults [-- --trials 10000] [--seed 1]`: thread ranks. A trial has 2, 3, 4 or 8 ranks, which make some random
 //! collectives. One of them panics, returns early, or returns an error: before a collective, between the start of one and
 //! its end, or after it. Every other rank must get `Error::PeerLost` with its number; the time from the fault to the
-//! error is taken. Ends with an error if a name is wrong, and by the deadline of ten seconds if a rank hangs.
+//! error is taken. PipelineEnds with an error if a name is wrong, and by the deadline of ten seconds if a rank hangs.
 //!
 //! After these come disagreements (each field of a call, in each collective that has it: the same error on every rank, and no buffer
 //! changed) and groups that are made, broken and dropped (descriptors, threads and memory stay flat). `--limits` holds times to their

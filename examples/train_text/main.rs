@@ -19,7 +19,7 @@ use shardwise::{
     launch,
     models::Decoder,
     optim::{AdamW, AdamWConfig, Decay, LearningRate, LossScale, clip_scale, require_finite},
-    parallel::{Sampler, Stream},
+    parallel::{ResidualStream, Sampler},
     reference::worst,
     rng::Philox,
     shard::{Axis, Mesh, Reduction, Replicated, Shard},
@@ -193,7 +193,7 @@ fn schedule(args: &Args) -> Result<Schedule> {
 }
 
 /// Trains on a mesh, and saves the model. Only rank 0 shows progress.
-fn train<S: Stream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
+fn train<S: ResidualStream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
     let rate = LearningRate {
         peak: args.lr,
         floor: args.lr / 10.0,

@@ -9,7 +9,8 @@ use shardwise::{
     models::{Decoder, DecoderConfig, DecoderEnds, Tokens},
     optim::grad_norm,
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, Draw, NormPlacement, Stream, VocabParallelCrossEntropy,
+        AttentionConfig, BlockConfig, BlockNames, DropoutState, NormPlacement, ResidualStream,
+        VocabParallelCrossEntropy,
     },
     shard::{Axis, Sequences, blocks},
     tensor::{Param, WeightSource},
@@ -60,7 +61,7 @@ impl Config {
 }
 
 /// This rank's part of the model, and what runs it.
-pub(crate) struct Gpt<S: Stream, T: Element, B: Backend = Cpu> {
+pub(crate) struct Gpt<S: ResidualStream, T: Element, B: Backend = Cpu> {
     mesh: DeviceMesh<B>,
     model: Decoder<S, T, B>,
     pipeline: Pipeline<B>,
@@ -75,7 +76,7 @@ pub(crate) struct Batch {
     pub(crate) length: usize,
 }
 
-impl<S: Stream, T: Element, B: Backend> Gpt<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> Gpt<S, T, B> {
     /// Reads or draws this rank's part of the weights.
     pub(crate) fn load(
         mesh: &DeviceMesh<B>,
@@ -127,8 +128,8 @@ impl<S: Stream, T: Element, B: Backend> Gpt<S, T, B> {
             let range = all.range(part);
             let sequences = Sequences::packed(range.clone().map(|_| length));
             let (row, sequence) = ((range.start * length) as u64, range.start as u64);
-            let draw = train.map(|(step, _)| Draw { step, row, sequence });
-            described.push(Microbatch { sequences, draw });
+            let dropout = train.map(|(step, _)| DropoutState { step, row, sequence });
+            described.push(Microbatch { sequences, dropout });
             let rows = range.start * length..range.end * length;
             tokens.push(Tokens { ids: &batch.tokens[rows.clone()], targets: &batch.targets[rows] });
         }

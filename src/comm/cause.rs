@@ -1,7 +1,7 @@
 //! Why a group of processes is broken.
 
 use super::Call;
-use crate::error::{Error, Loss, Mismatch};
+use crate::error::{Error, LostReason, Mismatch};
 use std::time::Duration;
 
 #[derive(Clone, Debug)]
@@ -9,11 +9,11 @@ pub(super) enum Cause {
     /// A rank of the group was lost.
     Lost {
         rank: usize,
-        reason: Loss,
+        reason: LostReason,
     },
     /// The first process was lost, by way of which all messages go; it is no rank of the group.
     Way {
-        reason: Loss,
+        reason: LostReason,
     },
     Disagreement(Box<Mismatch>),
     Deadline {

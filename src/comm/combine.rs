@@ -1,6 +1,6 @@
 //! What a rank computes from all ranks' inputs: safe functions of slices, the same for every way the inputs arrive.
 
-use super::{Parts, ReduceOp};
+use super::{ReduceOp, Shards};
 use crate::device::{Accumulator, Element, vectorized};
 use std::ops::Range;
 
@@ -8,10 +8,10 @@ use std::ops::Range;
 pub(super) const BLOCK: usize = 1024;
 
 /// recv ← all ranks' parts side by side. `part(r)` is rank r's `[rows, size(r)]`.
-pub(super) fn gather<'a, T: Element>(parts: &Parts, part: impl Fn(usize) -> &'a [T], recv: &mut [T]) {
-    let total = parts.cuts.total();
-    for rank in 0..parts.cuts.parts() {
-        let (from, columns) = (part(rank), parts.cuts.range(rank));
+pub(super) fn gather<'a, T: Element>(parts: &Shards, part: impl Fn(usize) -> &'a [T], recv: &mut [T]) {
+    let total = parts.partition.total();
+    for rank in 0..parts.partition.shards() {
+        let (from, columns) = (part(rank), parts.partition.range(rank));
         for row in 0..parts.rows {
             let width = columns.len();
             recv[row * total..][columns.clone()].copy_from_slice(&from[row * width..(row + 1) * width]);
@@ -22,18 +22,18 @@ pub(super) fn gather<'a, T: Element>(parts: &Parts, part: impl Fn(usize) -> &'a 
 /// recv ← rank `rank`'s part of the reduction. `whole(r)` is rank r's `[rows, total]`.
 pub(super) fn reduce_part<'a, T: Element>(
     op: ReduceOp,
-    parts: &Parts,
+    parts: &Shards,
     rank: usize,
     whole: impl Fn(usize) -> &'a [T],
     recv: &mut [T],
 ) {
-    let (total, columns) = (parts.cuts.total(), parts.cuts.range(rank));
+    let (total, columns) = (parts.partition.total(), parts.partition.range(rank));
     if columns.is_empty() {
         return;
     }
     for (row, recv) in recv.chunks_exact_mut(columns.len()).enumerate() {
         let start = row * total + columns.start;
-        reduce(op, parts.cuts.parts(), |rank| &whole(rank)[start..start + columns.len()], recv);
+        reduce(op, parts.partition.shards(), |rank| &whole(rank)[start..start + columns.len()], recv);
     }
 }
 

@@ -1,6 +1,6 @@
 //! The transport of a group.
 
-use super::{Call, Parts, ReduceOp, cause::Cause};
+use super::{Call, ReduceOp, Shards, cause::Cause};
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Device},
     error::{Error, Result},
@@ -24,7 +24,8 @@ pub trait Communicator<B: Device> {
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, B>) -> Result<()>;
 
     /// recv ← all ranks' parts. `send` is this rank's `[rows, size(rank)]`, `recv` is `[rows, total]`.
-    fn all_gather(&self, call: &Call, parts: &Parts, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()>;
+    fn all_gather(&self, call: &Call, parts: &Shards, send: AnyRef<'_, B>, recv: AnyMut<'_, B>)
+    -> Result<()>;
 
     /// recv ← this rank's part of the reduction of all ranks' `send`. `send` is `[rows, total]`, `recv` is
     /// `[rows, size(rank)]`.
@@ -32,7 +33,7 @@ pub trait Communicator<B: Device> {
         &self,
         call: &Call,
         op: ReduceOp,
-        parts: &Parts,
+        parts: &Shards,
         send: AnyRef<'_, B>,
         recv: AnyMut<'_, B>,
     ) -> Result<()>;
@@ -191,9 +192,9 @@ pub enum Collective {
     /// See [`Communicator::all_reduce`].
     AllReduce(ReduceOp),
     /// See [`Communicator::all_gather`].
-    AllGather(Parts),
+    AllGather(Shards),
     /// See [`Communicator::reduce_scatter`].
-    ReduceScatter(ReduceOp, Parts),
+    ReduceScatter(ReduceOp, Shards),
 }
 
 /// A collective that was started.

@@ -1,8 +1,8 @@
 //! The typed front of a communicator.
 
 use super::{
-    Call, Collective, Communicator, HostStaged, InFlight, Incoming, Op, Outgoing, Overlap, Parts, Planned,
-    Record, Recorded, ReduceOp, Solo,
+    Call, Collective, Communicator, HostStaged, InFlight, Incoming, Op, Outgoing, Overlap, Planned, Recorded,
+    ReduceOp, Shards, Solo, TransferLog,
 };
 use crate::{
     device::{Cpu, DType, Device, Element, Meta},
@@ -93,7 +93,7 @@ impl<B: Device> Group<B> {
     }
 
     /// This group with a record of what it moves from now on. Every rank calls it.
-    pub fn recorded(&self) -> (Self, Record) {
+    pub fn recorded(&self) -> (Self, TransferLog) {
         let (communicator, record) = Recorded::new(Rc::clone(&self.shared.communicator));
         let group = Self::of(Rc::new(communicator), self.device(), Rc::clone(&self.shared.identity));
         (group.like(self), record)
@@ -173,15 +173,15 @@ impl<B: Device> Group<B> {
     }
 
     /// The parts of a tensor cut along `dim`, after a look at whether the cut is one of this group and dimension.
-    fn parts(&self, op: &'static str, shape: Shape, dim: usize, cut: &Partition) -> Result<Parts> {
+    fn parts(&self, op: &'static str, shape: Shape, dim: usize, cut: &Partition) -> Result<Shards> {
         if dim >= shape.rank() {
             return Err(Error::invalid(op, format!("dimension {dim} of a tensor of shape {shape}")));
         }
-        same_size(op, "the parts of the cut", cut.parts(), "the ranks of the group", self.size())?;
+        same_size(op, "the number of shards", cut.shards(), "the number of ranks", self.size())?;
         same_size(op, "the size that is cut", cut.total(), "that of the dimension", shape.dims()[dim])?;
         // What the parts' sizes are made of: no product of them is cut off.
         shape.checked_len(op)?;
-        Ok(Parts::along(shape, dim, cut))
+        Ok(Shards::along(shape, dim, cut))
     }
 
     /// Returns when every rank has called it.
@@ -296,7 +296,7 @@ impl Group<Meta> {
     ///
     /// # Errors
     /// When there is no such rank.
-    pub fn planned(device: &Meta, rank: usize, size: usize) -> Result<(Self, Record)> {
+    pub fn planned(device: &Meta, rank: usize, size: usize) -> Result<(Self, TransferLog)> {
         let (communicator, record) = Recorded::new(Rc::new(Planned::new(rank, size)?));
         let identity = Identity::new("planned".into(), trace::UNNOTED);
         Ok((Self::of(Rc::new(communicator), device, identity), record))
@@ -480,7 +480,7 @@ impl<B: Pointwise> Group<B> {
         x: &Tensor<T, B>,
         dim: usize,
         cut: &Partition,
-    ) -> Result<(Call, Parts, Shape)> {
+    ) -> Result<(Call, Shards, Shape)> {
         const OP: &str = "all_gather";
         if dim >= x.shape().rank() {
             return Err(Error::invalid(OP, format!("dimension {dim} of a tensor of shape {}", x.shape())));
@@ -500,7 +500,7 @@ impl<B: Pointwise> Group<B> {
         x: &Tensor<T, B>,
         dim: usize,
         cut: &Partition,
-    ) -> Result<(Call, Parts, Shape)> {
+    ) -> Result<(Call, Shards, Shape)> {
         let parts = self.parts("reduce_scatter", x.shape(), dim, cut)?;
         let call = self.data_call(Op::ReduceScatter, T::DTYPE, x.shape());
         let call = Call { reduce: Some(op), parts: parts.fingerprint(), ..call };

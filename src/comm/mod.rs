@@ -33,9 +33,9 @@ mod mpi;
 #[cfg(feature = "nccl")]
 pub mod nccl;
 mod overlap;
-mod parts;
 mod planned;
 mod recorded;
+mod shards;
 mod solo;
 mod staged;
 pub mod threads;
@@ -53,9 +53,9 @@ pub use mpi::MpiComm;
 #[cfg(feature = "mpi")]
 pub(crate) use mpi::Universe;
 pub use overlap::Overlap;
-pub use parts::Parts;
 pub use planned::Planned;
-pub use recorded::{Record, Recorded, Transfer};
+pub use recorded::{Recorded, Transfer, TransferLog};
+pub use shards::Shards;
 pub use solo::Solo;
 pub use staged::HostStaged;
 

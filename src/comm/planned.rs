@@ -1,6 +1,6 @@
 //! A communicator without peers.
 
-use super::{Call, Communicator, Incoming, Outgoing, Parts, ReduceOp};
+use super::{Call, Communicator, Incoming, Outgoing, ReduceOp, Shards};
 use crate::{
     device::{AnyMut, AnyRef, Meta},
     error::{Error, Result},
@@ -44,7 +44,7 @@ impl Communicator<Meta> for Planned {
         Ok(())
     }
 
-    fn all_gather(&self, _: &Call, _: &Parts, _: AnyRef<'_, Meta>, _: AnyMut<'_, Meta>) -> Result<()> {
+    fn all_gather(&self, _: &Call, _: &Shards, _: AnyRef<'_, Meta>, _: AnyMut<'_, Meta>) -> Result<()> {
         Ok(())
     }
 
@@ -52,7 +52,7 @@ impl Communicator<Meta> for Planned {
         &self,
         _: &Call,
         _: ReduceOp,
-        _: &Parts,
+        _: &Shards,
         _: AnyRef<'_, Meta>,
         _: AnyMut<'_, Meta>,
     ) -> Result<()> {
@@ -98,7 +98,7 @@ mod tests {
         launch,
         optim::{AdamW, clip_scale, grad_norm},
         parallel::{
-            AttentionConfig, BlockConfig, BlockNames, Layer, NormPlacement, Stream, TransformerBlock,
+            AttentionConfig, BlockConfig, BlockNames, Layer, NormPlacement, ResidualStream, TransformerBlock,
         },
         shard::{Partition, Reduction, Replicated, Shape, Shard},
         tensor::{Random, Weights},
@@ -157,7 +157,7 @@ mod tests {
     }
 
     /// Live bytes after a block was loaded, a forward, a backward and a step.
-    fn step<S: Stream, B: Backend>(group: &Group<B>) -> crate::Result<[usize; 4]> {
+    fn step<S: ResidualStream, B: Backend>(group: &Group<B>) -> crate::Result<[usize; 4]> {
         let (device, source) = (group.device(), Random::normal(1, 0.1));
         let config = BlockConfig {
             attention: AttentionConfig {
@@ -191,7 +191,7 @@ mod tests {
 
     #[test]
     fn a_planned_rank_of_a_block_moves_and_holds_what_a_rank_does() {
-        fn same<S: Stream>(reduction: Reduction) {
+        fn same<S: ResidualStream>(reduction: Reduction) {
             let ranks = launch::threads(3, |world| {
                 let (group, record) = world.with_reduction(reduction).recorded();
                 Ok((step::<S, Cpu>(&group)?, record.take()))

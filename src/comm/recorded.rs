@@ -1,6 +1,6 @@
 //! A communicator that writes down what it moves.
 
-use super::{Call, Collective, Communicator, InFlight, Incoming, Op, Outgoing, Parts, ReduceOp, Step};
+use super::{Call, Collective, Communicator, InFlight, Incoming, Op, Outgoing, ReduceOp, Shards, Step};
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, DType, Device},
     error::{Error, Result},
@@ -47,9 +47,9 @@ impl fmt::Display for Transfer {
 
 /// What a [`Recorded`] communicator has moved, in order. Clones share the list.
 #[derive(Clone, Debug, Default)]
-pub struct Record(Rc<RefCell<Vec<Transfer>>>);
+pub struct TransferLog(Rc<RefCell<Vec<Transfer>>>);
 
-impl Record {
+impl TransferLog {
     /// The transfers since the last call, which are forgotten.
     pub fn take(&self) -> Vec<Transfer> {
         self.0.take()
@@ -63,13 +63,13 @@ impl Record {
 /// A communicator that writes down every transfer of the one it wraps.
 pub struct Recorded<B: Device> {
     inner: Rc<dyn Communicator<B>>,
-    record: Record,
+    record: TransferLog,
 }
 
 impl<B: Device> Recorded<B> {
     /// Wraps a communicator; the record fills as it is used.
-    pub fn new(inner: Rc<dyn Communicator<B>>) -> (Self, Record) {
-        let record = Record::default();
+    pub fn new(inner: Rc<dyn Communicator<B>>) -> (Self, TransferLog) {
+        let record = TransferLog::default();
         (Self { inner, record: record.clone() }, record)
     }
 }
@@ -88,7 +88,13 @@ impl<B: Device> Communicator<B> for Recorded<B> {
         self.inner.all_reduce(call, op, x)
     }
 
-    fn all_gather(&self, call: &Call, parts: &Parts, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()> {
+    fn all_gather(
+        &self,
+        call: &Call,
+        parts: &Shards,
+        send: AnyRef<'_, B>,
+        recv: AnyMut<'_, B>,
+    ) -> Result<()> {
         self.record.push(Op::AllGather, send.dtype(), parts.total());
         self.inner.all_gather(call, parts, send, recv)
     }
@@ -97,7 +103,7 @@ impl<B: Device> Communicator<B> for Recorded<B> {
         &self,
         call: &Call,
         op: ReduceOp,
-        parts: &Parts,
+        parts: &Shards,
         send: AnyRef<'_, B>,
         recv: AnyMut<'_, B>,
     ) -> Result<()> {

@@ -1,6 +1,6 @@
 //! A group of one.
 
-use super::{Call, Communicator, Incoming, Outgoing, Parts, ReduceOp};
+use super::{Call, Communicator, Incoming, Outgoing, ReduceOp, Shards};
 use crate::{
     device::{AnyMut, AnyRef, Device, Element, each_dtype, zeroed},
     error::{Error, Result, same_shape},
@@ -53,7 +53,7 @@ impl<B: Device> Communicator<B> for Solo<B> {
         Ok(())
     }
 
-    fn all_gather(&self, _: &Call, _: &Parts, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()> {
+    fn all_gather(&self, _: &Call, _: &Shards, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()> {
         self.copy(send, recv)
     }
 
@@ -61,7 +61,7 @@ impl<B: Device> Communicator<B> for Solo<B> {
         &self,
         _: &Call,
         _: ReduceOp,
-        _: &Parts,
+        _: &Shards,
         send: AnyRef<'_, B>,
         recv: AnyMut<'_, B>,
     ) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Collectives of any device's tensors by way of the host.
 
-use super::{Call, Collective, Communicator, InFlight, Incoming, Outgoing, Parts, ReduceOp};
+use super::{Call, Collective, Communicator, InFlight, Incoming, Outgoing, ReduceOp, Shards};
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, DType, Device, Element, each_dtype},
     error::{Error, Result},
@@ -80,7 +80,13 @@ impl<B: Device> Communicator<B> for HostStaged<B> {
         self.staging.upload(&host, x)
     }
 
-    fn all_gather(&self, call: &Call, parts: &Parts, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()> {
+    fn all_gather(
+        &self,
+        call: &Call,
+        parts: &Shards,
+        send: AnyRef<'_, B>,
+        recv: AnyMut<'_, B>,
+    ) -> Result<()> {
         let host = self.staging.download(send)?;
         let mut whole = self.staging.room(recv.dtype(), recv.len())?;
         self.host.all_gather(call, parts, host.as_ref(), whole.as_mut())?;
@@ -91,7 +97,7 @@ impl<B: Device> Communicator<B> for HostStaged<B> {
         &self,
         call: &Call,
         op: ReduceOp,
-        parts: &Parts,
+        parts: &Shards,
         send: AnyRef<'_, B>,
         recv: AnyMut<'_, B>,
     ) -> Result<()> {

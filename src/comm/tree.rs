@@ -86,7 +86,7 @@ impl<B: Device> Group<B> {
     /// # Errors
     /// [`Error::TooManyRanks`], naming `op` and `unit`, when there are fewer units than ranks; with
     /// [`Reduction::Invariant`] when a rank's blocks have no unit.
-    pub fn cut(
+    pub fn partition(
         &self,
         op: &'static str,
         unit: &'static str,
@@ -95,7 +95,7 @@ impl<B: Device> Group<B> {
     ) -> Result<Partition> {
         match self.tree()? {
             None => Partition::by_unit(op, unit, units, unit_len, self.size()),
-            Some(tree) => tree.cut(op, unit, units, unit_len, false),
+            Some(tree) => tree.partition(op, unit, units, unit_len, false),
         }
     }
 
@@ -103,10 +103,10 @@ impl<B: Device> Group<B> {
     ///
     /// # Errors
     /// When there are fewer blocks than ranks.
-    pub fn even_cut(&self, len: usize) -> Result<Partition> {
+    pub fn even_partition(&self, len: usize) -> Result<Partition> {
         match self.tree()? {
             None => Ok(Partition::even(len, self.size())),
-            Some(tree) => tree.cut("cut", "indices", len, 1, true),
+            Some(tree) => tree.partition("cut", "indices", len, 1, true),
         }
     }
 }
@@ -165,7 +165,7 @@ impl<B: Pointwise> Group<B> {
         if dim >= shape.rank() {
             return Err(Error::invalid(OP, format!("dimension {dim} of a tensor of shape {shape}")));
         }
-        same_size(OP, "the parts of the cut", cut.parts(), "the ranks of the group", self.size())?;
+        same_size(OP, "the number of shards", cut.shards(), "the number of ranks", self.size())?;
         same_size(OP, "the size that is cut", cut.total(), "that of the dimension", shape.dims()[dim])?;
         let part = shape.with(dim, cut.size(self.rank()));
         let (rows, inner) = shape.split_at(dim);

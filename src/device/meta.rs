@@ -185,7 +185,7 @@ mod tests {
     use super::*;
     use crate::{
         device::Cpu,
-        tensor::{Param, Piece, Random, Region, Role, Tensor, WeightSource, Weights},
+        tensor::{Param, ParamRegion, Random, Region, Role, Tensor, WeightSource, Weights},
     };
     use half::bf16;
 
@@ -272,34 +272,28 @@ mod tests {
         let device = Meta::new();
         let load = |tensor: &str, row, width, shape: [usize; 2]| {
             let region = Region::whole([1 << 40, width]);
-            let piece = Piece { tensor: tensor.into(), region, row, owned: true };
+            let part = ParamRegion { tensor: tensor.into(), region, row, owned: true };
             let weights = Weights::new(&Unreadable);
-            Param::<f32, Meta>::load(&device, &weights, "w", Role::Weight, shape, vec![piece])
+            Param::<f32, Meta>::load(&device, &weights, "w", Role::Weight, shape, vec![part])
         };
         let param = load("w", 0, 8, [1 << 40, 8]).unwrap();
         assert_eq!((param.shape().dims(), device.memory().live), (&[1 << 40, 8][..], 1 << 45));
         drop(param);
         // What is wrong is said as where values are read.
         let cpu = |tensor: &str, row, width, shape: [usize; 2]| {
-            let piece = Piece { tensor: tensor.into(), region: Region::whole([4, width]), row, owned: true };
+            let part =
+                ParamRegion { tensor: tensor.into(), region: Region::whole([4, width]), row, owned: true };
             let source = Random::normal(1, 1.0);
-            Param::<f32, Cpu>::load(
-                &Cpu::new(),
-                &Weights::new(&source),
-                "w",
-                Role::Weight,
-                shape,
-                vec![piece],
-            )
+            Param::<f32, Cpu>::load(&Cpu::new(), &Weights::new(&source), "w", Role::Weight, shape, vec![part])
         };
         let words = |result: Result<()>| result.unwrap_err().to_string();
         assert_eq!(words(load("v", 0, 8, [1 << 40, 8]).map(drop)), "test: no `v`");
-        let width = "parameter: the width of the piece of `w` is 7, but that of the parameter is 8";
+        let width = "parameter: the width of the part of `w` is 7, but that of the parameter is 8";
         assert_eq!(words(load("w", 0, 7, [1 << 40, 8]).map(drop)), width);
         assert_eq!(words(cpu("w", 0, 7, [4, 8]).map(drop)), width);
         let beyond = |elements: usize, end: usize| {
             format!(
-                "parameter: the end of the piece of `w` is {end}, but the elements of the parameter is {elements}"
+                "parameter: the end of the part of `w` is {end}, but the elements of the parameter is {elements}"
             )
         };
         assert_eq!(words(load("w", 1, 8, [1 << 40, 8]).map(drop)), beyond(1 << 43, (1 << 43) + 8));

@@ -46,7 +46,7 @@ impl Site {
     }
 }
 
-/// Ends what [`Site::enter`] has begun.
+/// PipelineEnds what [`Site::enter`] has begun.
 #[must_use = "calls are made here until this is dropped"]
 #[derive(Debug)]
 pub struct SiteGuard {

@@ -36,7 +36,7 @@ pub use attention::{Attention, AttentionChoices, AttentionSpec, CacheSpec, QkvHe
 pub use compiled::compiled;
 pub use dropout::{Dropout, DropoutMask};
 pub use gather::{Gather, NO_ROW};
-pub use gemm::{Batch, Epilogue, Gemm, Product, Term};
+pub use gemm::{Batch, Epilogue, Gemm, GemmTerm, Product};
 pub(crate) use loss::check_targets;
 pub use loss::{Loss, Targets};
 pub use norm::{Norm, NormKind};

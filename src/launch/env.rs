@@ -4,7 +4,7 @@ use super::{MAX_RANKS, rendezvous::Rendezvous};
 use crate::{
     comm::{self, Group, Link},
     device::Cpu,
-    error::{Error, Loss, Result},
+    error::{Error, LostReason, Result},
     trace,
 };
 use std::{
@@ -218,9 +218,9 @@ impl Env {
         let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
         trace::end(&result);
         line.close(match &result {
-            Ok(Ok(_)) => Loss::Left,
-            Ok(Err(_)) => Loss::Failed,
-            Err(_) => Loss::Panicked,
+            Ok(Ok(_)) => LostReason::Left,
+            Ok(Err(_)) => LostReason::Failed,
+            Err(_) => LostReason::Panicked,
         });
         comm::settle();
         match result {

@@ -3,7 +3,7 @@
 use crate::{
     comm::{self, Communicator, Group, Universe},
     device::Cpu,
-    error::{Loss, Result},
+    error::{LostReason, Result},
     trace,
 };
 use std::{
@@ -69,9 +69,9 @@ impl Mpi {
         let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
         trace::end(&result);
         let unread = match &result {
-            Ok(Ok(_)) => universe.end(Loss::Left, None),
-            Ok(Err(error)) => universe.end(Loss::Failed, Some(error)),
-            Err(_) => universe.end(Loss::Panicked, None),
+            Ok(Ok(_)) => universe.end(LostReason::Left, None),
+            Ok(Err(error)) => universe.end(LostReason::Failed, Some(error)),
+            Err(_) => universe.end(LostReason::Panicked, None),
         };
         comm::settle();
         match result {

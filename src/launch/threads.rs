@@ -7,7 +7,7 @@ use crate::{
         threads::{Presence, Seat, ThreadComm},
     },
     device::Cpu,
-    error::{Error, Loss, Result},
+    error::{Error, LostReason, Result},
     trace,
 };
 use std::{
@@ -137,9 +137,9 @@ impl Threads {
             // Whatever the function did with its groups, this rank is in none of them any more.
             // Before a record is written: the others wait to hear why.
             presence.end(match &result {
-                Ok(Ok(_)) => Loss::Left,
-                Ok(Err(_)) => Loss::Failed,
-                Err(_) => Loss::Panicked,
+                Ok(Ok(_)) => LostReason::Left,
+                Ok(Err(_)) => LostReason::Failed,
+                Err(_) => LostReason::Panicked,
             });
             trace::end(&result);
             comm::settle();

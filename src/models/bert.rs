@@ -7,7 +7,7 @@ use crate::{
     error::{Result, same_size},
     kernels::Backend,
     parallel::{
-        Context, DTensor, Layer, Normalize, PositionEmbedding, Stream, TransformerBlock,
+        Context, DTensor, Layer, Normalize, PositionEmbedding, ResidualStream, TransformerBlock,
         VocabParallelEmbedding,
     },
     shard::Sequences,
@@ -19,7 +19,7 @@ use std::path::Path;
 /// BERT's encoder: the normalized sum of three embeddings (words, positions, token types), then post-norm blocks
 /// (Devlin et al., 2019). Gives the hidden states of all tokens, held as the stream; no pooler.
 #[derive(Debug)]
-pub struct Bert<S: Stream, T: Element, B: Device> {
+pub struct Bert<S: ResidualStream, T: Element, B: Device> {
     group: Group<B>,
     config: BertConfig,
     words: VocabParallelEmbedding<S, T, B>,
@@ -30,7 +30,7 @@ pub struct Bert<S: Stream, T: Element, B: Device> {
 }
 
 /// What the backward of a [`Bert`] needs.
-pub struct BertSaved<S: Stream, T: Element, B: Backend> {
+pub struct BertSaved<S: ResidualStream, T: Element, B: Backend> {
     rows: Vec<u32>,
     positions: Vec<u32>,
     types: Vec<u32>,
@@ -43,7 +43,7 @@ pub struct BertSaved<S: Stream, T: Element, B: Backend> {
 type Embedded<S, T, B> =
     (DTensor<S, T, B>, Vec<u32>, [Vec<u32>; 2], <Normalize<S, T, B> as Layer<T, B>>::Saved);
 
-impl<S: Stream, T: Element, B: Backend> Bert<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
     /// Reads this rank's part of a checkpoint, whose names may begin with `bert.`. A `LayerNorm`
     /// may have `gamma` and `beta`, as in the first checkpoints, in place of `weight` and `bias`.
     ///

@@ -24,7 +24,7 @@ pub(super) fn refuse_unread<T: Element, B: Backend>(
     let Some(names) = source.names() else { return Ok(()) };
     let mut read = BTreeSet::new();
     for param in params {
-        read.extend(param.pieces().iter().map(|piece| piece.tensor.clone()));
+        read.extend(param.regions().iter().map(|part| part.tensor.clone()));
     }
     let below = |name: &str, root: &str| name.strip_prefix(root).is_some_and(|rest| rest.starts_with('.'));
     let unread = |name: &String| {

@@ -113,7 +113,7 @@ impl<T: Element, B: Backend> AdamW<T, B> {
     /// # Errors
     /// When a number makes no sense (a negative or infinite rate or decay, a β outside [0, 1), an ε
     /// that is not positive, a `grad_scale` that is not finite), or a name is there twice or has
-    /// another shape or other pieces than before, or has a gradient and is not kept as a dense
+    /// another shape or other regions than before, or has a gradient and is not kept as a dense
     /// tensor, or one that is not summed over its replicas yet: nothing has changed then. When the
     /// device fails.
     pub fn step(&mut self, params: &[Param<T, B>], lr: f64, grad_scale: f64) -> Result<()> {

@@ -14,7 +14,7 @@ const OP: &str = "gradient norm";
 
 /// √ Σ g² over the gradient of the whole model, wherever its parts are: what one device would find.
 ///
-/// Every element counts once: it is owned by one rank ([`crate::tensor::Piece::owned`]), however many hold a copy
+/// Every element counts once: it is owned by one rank ([`crate::tensor::ParamRegion::owned`]), however many hold a copy
 /// (norms' scales, key/value heads that ranks share). `groups` are those over which the model is spread: tensor and
 /// pipeline parallel; not the data-parallel one, over which gradients are equal by now. Sums are made in f64.
 ///
@@ -77,9 +77,9 @@ pub fn grad_norm<T: Element, B: Backend>(params: &[Param<T, B>], groups: &[&Grou
             let reason = format!("{name} has {count} canonical blocks on this rank, its group {own}");
             return Err(unsupported(reason));
         }
-        for (block, patches) in blocks.iter().enumerate() {
-            for patch in patches {
-                terms.push(param, grad, patch.rows.clone(), patch.cols.clone(), block)?;
+        for (block, regions) in blocks.iter().enumerate() {
+            for region in regions {
+                terms.push(param, grad, region.rows.clone(), region.cols.clone(), block)?;
             }
         }
     }
@@ -109,18 +109,18 @@ const MODULUS: u64 = 1 << 40;
 
 impl Shares {
     fn count<T: Element, B: Backend>(&mut self, param: &Param<T, B>) {
-        for piece in param.pieces().iter().filter(|piece| piece.owned) {
-            let (region, factor) = (&piece.region, hash(&piece.tensor) >> 44 | 1);
+        for part in param.regions().iter().filter(|part| part.owned) {
+            let (region, factor) = (&part.region, hash(&part.tensor) >> 44 | 1);
             let (own, whole) = (region.extent().len() as u64, region.shape().len() as u64);
             if own == 0 {
                 continue;
             }
-            self.parts = hash((self.parts, &piece.tensor, region)) >> 24 | 1;
+            self.parts = hash((self.parts, &part.tensor, region)) >> 24 | 1;
             let first = region.ranges().iter().all(|range| range.start == 0);
             let less = if first { whole } else { 0 };
             self.excess = self.excess.wrapping_add(factor.wrapping_mul(own.wrapping_sub(less))) % MODULUS;
             if own < whole {
-                self.cut.get_or_insert_with(|| piece.tensor.clone());
+                self.cut.get_or_insert_with(|| part.tensor.clone());
             }
         }
     }
@@ -189,13 +189,13 @@ impl Shares {
 struct Terms<B: Backend> {
     /// The terms, and how many of each tensor's places are taken.
     rows: Vec<(Tensor<f64, B>, usize)>,
-    /// The number of terms of each piece of a parameter, and the sum that they belong to.
-    pieces: Vec<(usize, usize)>,
+    /// The number of terms of each part of a parameter, and the sum that they belong to.
+    regions: Vec<(usize, usize)>,
 }
 
 impl<B: Backend> Default for Terms<B> {
     fn default() -> Self {
-        Self { rows: Vec::new(), pieces: Vec::new() }
+        Self { rows: Vec::new(), regions: Vec::new() }
     }
 }
 
@@ -210,9 +210,9 @@ impl<B: Backend> Terms<B> {
         sum: usize,
     ) -> Result<()> {
         let (device, width) = (grad.device(), grad.shape().split_at(0).1);
-        for piece in param.pieces().iter().filter(|piece| piece.owned) {
-            let end = piece.row + piece.region.extent().len().checked_div(width).unwrap_or(0);
-            let rows = rows.start.max(piece.row)..rows.end.min(end);
+        for part in param.regions().iter().filter(|part| part.owned) {
+            let end = part.row + part.region.extent().len().checked_div(width).unwrap_or(0);
+            let rows = rows.start.max(part.row)..rows.end.min(end);
             if rows.is_empty() || cols.is_empty() {
                 continue;
             }
@@ -226,7 +226,7 @@ impl<B: Backend> Terms<B> {
             let count = part.rows();
             let place = self.place(device, count)?;
             device.square_sums(part, place)?;
-            self.pieces.push((count, sum));
+            self.regions.push((count, sum));
         }
         Ok(())
     }
@@ -253,7 +253,7 @@ impl<B: Backend> Terms<B> {
             rows.device().download(B::narrow(rows.slice(), 0..*taken), &mut terms[at..])?;
         }
         let (mut sums, mut rest) = (vec![0.0; count], &terms[..]);
-        for (count, sum) in self.pieces {
+        for (count, sum) in self.regions {
             let (own, others) = rest.split_at(count);
             sums[sum] += own.iter().sum::<f64>();
             rest = others;

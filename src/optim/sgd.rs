@@ -83,7 +83,7 @@ impl<T: Element, B: Backend> Sgd<T, B> {
     ///
     /// # Errors
     /// When a number makes no sense (a negative or infinite rate, momentum or decay, a `grad_scale`
-    /// that is not finite), or a name is there twice or has another shape or other pieces than
+    /// that is not finite), or a name is there twice or has another shape or other regions than
     /// before, or has a gradient and is not kept as a dense tensor, or one that is not summed over
     /// its replicas yet: nothing has changed then. When the device fails.
     pub fn step(&mut self, params: &[Param<T, B>], lr: f64, grad_scale: f64) -> Result<()> {

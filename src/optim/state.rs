@@ -6,7 +6,7 @@ use crate::{
     error::{Error, Result, same_shape},
     kernels::Backend,
     shard::Shape,
-    tensor::{Param, Piece, Region, Role, Tensor, WeightSource, Weights, check_once},
+    tensor::{Param, ParamRegion, Region, Role, Tensor, WeightSource, Weights, check_once},
 };
 use std::{
     collections::{HashMap, HashSet},
@@ -48,11 +48,11 @@ pub(super) struct States<T: Element, B: Device> {
     groups: Option<Box<dyn Fn(&Param<T, B>) -> ParamGroup>>,
 }
 
-/// The state of one parameter. Its tensors are parameters of the same pieces, renamed.
+/// The state of one parameter. Its tensors are parameters of the same regions, renamed.
 #[derive(Debug)]
 pub(super) struct State<T: Element, B: Device> {
     /// What the parameter holds.
-    pieces: Vec<Piece>,
+    regions: Vec<ParamRegion>,
     /// The value that the master belongs to ([`Param::revision`]).
     revision: u64,
     /// The number of the parameter's steps.
@@ -196,47 +196,47 @@ impl<T: Element, B: Backend> States<T, B> {
 
 impl<T: Element, B: Backend> State<T, B> {
     /// The state of a parameter, of tensors that `make` makes by their kind, name, shape and
-    /// pieces.
+    /// regions.
     fn of(
         layout: Layout,
         param: &Param<T, B>,
-        make: impl Fn(&str, String, Shape, Vec<Piece>) -> Result<Param<T::Acc, B>>,
+        make: impl Fn(&str, String, Shape, Vec<ParamRegion>) -> Result<Param<T::Acc, B>>,
     ) -> Result<Self> {
         let (mut sums, mut master, mut count) = (Vec::new(), None, None);
         for kind in layout.kinds::<T>() {
-            let (mut shape, mut pieces) = (param.shape(), param.pieces().to_vec());
+            let (mut shape, mut regions) = (param.shape(), param.regions().to_vec());
             if kind == STEP {
-                pieces = firsts(&pieces);
-                shape = [pieces.len()].into();
+                regions = firsts(&regions);
+                shape = [regions.len()].into();
             }
-            pieces.iter_mut().for_each(|piece| piece.tensor = layout.name(kind, &piece.tensor));
-            let tensor = make(kind, layout.name(kind, param.name()), shape, pieces)?;
+            regions.iter_mut().for_each(|part| part.tensor = layout.name(kind, &part.tensor));
+            let tensor = make(kind, layout.name(kind, param.name()), shape, regions)?;
             match kind {
                 MASTER => master = Some(tensor),
                 STEP => count = Some(tensor),
                 _ => sums.push(tensor),
             }
         }
-        let (pieces, revision) = (param.pieces().to_vec(), param.revision());
+        let (regions, revision) = (param.regions().to_vec(), param.revision());
         let listed = count.as_ref().map(Param::revision);
-        Ok(Self { pieces, revision, steps: 0, sums, master, count, listed })
+        Ok(Self { regions, revision, steps: 0, sums, master, count, listed })
     }
 
     /// The state before the first step.
     fn new(layout: Layout, param: &Param<T, B>) -> Result<Self> {
-        Self::of(layout, param, |kind, name, shape, pieces| {
+        Self::of(layout, param, |kind, name, shape, regions| {
             let value = match kind {
                 MASTER => param.value()?.convert()?,
                 _ => Tensor::zeros(param.device(), shape)?,
             };
-            Ok(Param::new(name, value, pieces))
+            Ok(Param::new(name, value, regions))
         })
     }
 
     /// The state that a source has of a parameter; none where the source has nothing of it.
     fn load(layout: Layout, source: &dyn WeightSource, param: &Param<T, B>) -> Result<Option<Self>> {
-        let pieces = param.pieces();
-        let of = |kind| pieces.iter().map(move |piece| layout.name(kind, &piece.tensor));
+        let regions = param.regions();
+        let of = |kind| regions.iter().map(move |part| layout.name(kind, &part.tensor));
         let names = layout.kinds::<T>().flat_map(of);
         let (there, absent): (Vec<_>, Vec<_>) = names.partition(|name| source.contains(name));
         match (there.first(), absent.first()) {
@@ -248,8 +248,8 @@ impl<T: Element, B: Backend> State<T, B> {
             (Some(_), None) => {}
         }
         let (device, weights) = (param.device(), Weights::new(source));
-        let mut state = Self::of(layout, param, |_, name, shape, pieces| {
-            Param::load(device, &weights, &name, Role::Bias, shape, pieces)
+        let mut state = Self::of(layout, param, |_, name, shape, regions| {
+            Param::load(device, &weights, &name, Role::Bias, shape, regions)
         })?;
         state.steps = state.counted(layout.op)?;
         state.follow(param)?;
@@ -311,10 +311,10 @@ impl<T: Element, B: Backend> State<T, B> {
         if self.is_counted_anew() {
             self.counted(op)?;
         }
-        if *param.pieces() == *self.pieces {
+        if *param.regions() == *self.regions {
             return Ok(());
         }
-        let (now, then) = (describe(&param.pieces()), describe(&self.pieces));
+        let (now, then) = (describe(&param.regions()), describe(&self.regions));
         Err(Error::invalid(op, format!("{name} holds {now}, but its state is of {then}")))
     }
 
@@ -345,29 +345,29 @@ impl<T: Element, B: Backend> State<T, B> {
     }
 }
 
-/// A piece of one element for each tensor of some pieces, owned together with the tensor's first
+/// A part of one element for each tensor of some regions, owned together with the tensor's first
 /// element.
-fn firsts(pieces: &[Piece]) -> Vec<Piece> {
-    let mut firsts: Vec<Piece> = Vec::new();
-    for piece in pieces {
-        let is_first = piece.region.ranges().iter().all(|range| range.start == 0 && range.end > 0);
-        let owned = piece.owned && is_first;
-        match firsts.iter_mut().find(|first| first.tensor == piece.tensor) {
+fn firsts(regions: &[ParamRegion]) -> Vec<ParamRegion> {
+    let mut firsts: Vec<ParamRegion> = Vec::new();
+    for part in regions {
+        let is_first = part.region.ranges().iter().all(|range| range.start == 0 && range.end > 0);
+        let owned = part.owned && is_first;
+        match firsts.iter_mut().find(|first| first.tensor == part.tensor) {
             Some(first) => first.owned |= owned,
             None => {
-                let (tensor, row) = (piece.tensor.clone(), firsts.len());
-                firsts.push(Piece { tensor, region: Region::whole([1]), row, owned });
+                let (tensor, row) = (part.tensor.clone(), firsts.len());
+                firsts.push(ParamRegion { tensor, region: Region::whole([1]), row, owned });
             }
         }
     }
     firsts
 }
 
-/// The pieces of a parameter, in words.
-fn describe(pieces: &[Piece]) -> String {
-    let piece = |piece: &Piece| {
-        let copy = if piece.owned { "" } else { " (not owned)" };
-        format!("{} {:?}{copy}", piece.tensor, piece.region.ranges())
+/// The regions of a parameter, in words.
+fn describe(regions: &[ParamRegion]) -> String {
+    let part = |part: &ParamRegion| {
+        let copy = if part.owned { "" } else { " (not owned)" };
+        format!("{} {:?}{copy}", part.tensor, part.region.ranges())
     };
-    pieces.iter().map(piece).collect::<Vec<_>>().join(", ")
+    regions.iter().map(part).collect::<Vec<_>>().join(", ")
 }

@@ -68,12 +68,12 @@ impl<T: Element, B: Backend> Layer<T, B> for Gate {
     fn forward(&self, x: DTensor<Shard<1>, T, B>) -> Result<(DTensor<Shard<1>, T, B>, Self::Saved)> {
         x.check_rows("gate")?;
         let y = ops::gate(self.f, x.local())?;
-        let cut = x.cut().map(|cut| cut.shrunk(2));
+        let cut = x.partition().map(|cut| cut.shrunk(2));
         Ok((x.derive(y, x.shape().cols() / 2, cut), x.into_local()))
     }
 
     fn backward(&self, x: Self::Saved, dy: DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         let dx = ops::gate_backward(self.f, &x, dy.local())?;
-        Ok(dy.derive(dx, 2 * dy.shape().cols(), dy.cut().map(|cut| cut.scaled(2))))
+        Ok(dy.derive(dx, 2 * dy.shape().cols(), dy.partition().map(|cut| cut.scaled(2))))
     }
 }

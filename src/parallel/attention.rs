@@ -1,8 +1,8 @@
 //! Attention whose heads are cut over the ranks.
 
 use super::{
-    Bias, Chain, ColumnParallelLinear, Columns, Context, DTensor, Layer, QkvLayout, RowParallelLinear,
-    Stream, sums::Sums,
+    Bias, Chain, ColumnParallelLinear, Columns, Context, DTensor, Layer, QkvLayout, ResidualStream,
+    RowParallelLinear, sums::Sums,
 };
 use crate::{
     comm::Group,
@@ -311,7 +311,7 @@ impl AttentionConfig {
     }
 }
 
-impl<S: Stream, T: Element, B: Backend> ParallelAttention<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> ParallelAttention<S, T, B> {
     /// Reads this rank's part of an attention layer. `layout` says where q, k and v are; `out` names the output projection.
     ///
     /// # Errors
@@ -323,8 +323,8 @@ impl<S: Stream, T: Element, B: Backend> ParallelAttention<S, T, B> {
         out: &str,
         config: &AttentionConfig,
     ) -> Result<Self> {
-        let query = group.cut("attention", "query heads", config.heads, 1)?;
-        let heads = Heads::with_cut(query, config.kv_heads, config.head_dim)?;
+        let query = group.partition("attention", "query heads", config.heads, 1)?;
+        let heads = Heads::with_partition(query, config.kv_heads, config.head_dim)?;
         let columns = Columns::qkv(group, &heads, layout)?;
         let bias = if config.qkv_bias { Bias::Add } else { Bias::None };
         let qkv = ColumnParallelLinear::load(group, weights, config.hidden, &columns, bias)?;

@@ -1,6 +1,6 @@
 //! A bias on the residual stream.
 
-use super::{DTensor, Layer, Stream, sums::Sums};
+use super::{DTensor, Layer, ResidualStream, sums::Sums};
 use crate::{
     comm::Group,
     device::{Device, Element},
@@ -15,13 +15,13 @@ use std::marker::PhantomData;
 /// b: `[features]`, equal on every rank. Collectives: none forward; in the backward, with `Shard<0>`, an all-reduce of db =
 /// Σ over tokens of dy, because each rank sees its own tokens only.
 #[derive(Debug)]
-pub struct AddBias<S: Stream, T: Element, B: Device> {
+pub struct AddBias<S: ResidualStream, T: Element, B: Device> {
     bias: Param<T, B>,
     sums: Sums<B>,
     stream: PhantomData<S>,
 }
 
-impl<S: Stream, T: Element, B: Backend> AddBias<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> AddBias<S, T, B> {
     /// Reads `bias`.
     ///
     /// # Errors
@@ -43,7 +43,7 @@ impl<S: Stream, T: Element, B: Backend> AddBias<S, T, B> {
     }
 }
 
-impl<S: Stream, T: Element, B: Backend> Layer<T, B> for AddBias<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for AddBias<S, T, B> {
     type In = S;
     type Out = S;
     type Saved = ();

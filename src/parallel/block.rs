@@ -2,7 +2,7 @@
 
 use super::{
     AttentionConfig, Context, DTensor, Fits, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp,
-    QkvLayout, Stream,
+    QkvLayout, ResidualStream,
 };
 use crate::{
     comm::Group,
@@ -120,7 +120,7 @@ impl BlockNames {
 /// Collectives: two entering and two leaving the tensor-parallel region each way; with
 /// `S = Shard<0>` also those of the normalizations' and biases' gradients.
 #[derive(Debug)]
-pub struct TransformerBlock<S: Stream, T: Element, B: Device, M = ParallelMlp<S, T, B>> {
+pub struct TransformerBlock<S: ResidualStream, T: Element, B: Device, M = ParallelMlp<S, T, B>> {
     norm1: Normalize<S, T, B>,
     attention: ParallelAttention<S, T, B>,
     norm2: Normalize<S, T, B>,
@@ -128,7 +128,7 @@ pub struct TransformerBlock<S: Stream, T: Element, B: Device, M = ParallelMlp<S,
     placement: NormPlacement,
 }
 
-impl<S: Stream, T: Element, B: Backend, M: Layer<T, B, In = S>> TransformerBlock<S, T, B, M>
+impl<S: ResidualStream, T: Element, B: Backend, M: Layer<T, B, In = S>> TransformerBlock<S, T, B, M>
 where
     M::Out: Fits<S>,
 {
@@ -142,7 +142,7 @@ where
     }
 }
 
-impl<S: Stream, T: Element, B: Backend> TransformerBlock<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> TransformerBlock<S, T, B> {
     /// Reads this rank's part of a block.
     ///
     /// # Errors
@@ -168,7 +168,7 @@ type Saved<S, T, B, M> = (
 
 impl<S, T, B, M> Layer<T, B> for TransformerBlock<S, T, B, M>
 where
-    S: Stream,
+    S: ResidualStream,
     T: Element,
     B: Backend,
     M: Layer<T, B, In = S>,
@@ -263,7 +263,7 @@ mod tests {
 
     type Block<S> = TransformerBlock<S, f32, Cpu>;
 
-    fn block<S: Stream>(group: &Group<Cpu>, placement: NormPlacement) -> Result<Block<S>> {
+    fn block<S: ResidualStream>(group: &Group<Cpu>, placement: NormPlacement) -> Result<Block<S>> {
         let (pairs, scaling) = (RopePairs::Halves, RopeScaling::None);
         let rope = RopeConfig { dim: 4, base: 1e4, pairs, scaling };
         let config = BlockConfig {
@@ -286,7 +286,7 @@ mod tests {
         Block::load(group, &Weights::new(&Random::normal(1, 0.1)), &config)
     }
 
-    fn input<S: Stream>(group: &Group<Cpu>, tokens: usize) -> Result<DTensor<S, f32, Cpu>> {
+    fn input<S: ResidualStream>(group: &Group<Cpu>, tokens: usize) -> Result<DTensor<S, f32, Cpu>> {
         let rows = S::local_rows(group, tokens)?.len();
         S::of_local(group, tokens, Tensor::full(group.device(), [rows, 16], 0.5)?)
     }
@@ -303,7 +303,7 @@ mod tests {
         Ok([COPIES.get() - before[0], group.device().made() - before[1]])
     }
 
-    fn step<S: Stream>(group: &Group<Cpu>, placement: NormPlacement) -> Result<()> {
+    fn step<S: ResidualStream>(group: &Group<Cpu>, placement: NormPlacement) -> Result<()> {
         let block = block::<S>(group, placement)?;
         let trained = warm(group, || {
             let (y, saved) = block.forward(input(group, 10)?)?;

@@ -1,7 +1,7 @@
 //! Linear layers whose output features are cut over the ranks.
 
 use super::{
-    Bias, Columns, DTensor, Enter, Layer, Linear, Stream,
+    Bias, Columns, DTensor, Enter, Layer, Linear, ResidualStream,
     dtensor::other_cut,
     overlap,
     sums::{Affine, Factors, Leaves, Sums},
@@ -38,7 +38,7 @@ pub struct ColumnLinear<T: Element, B: Device> {
     cut: Partition,
 }
 
-/// A weight and a bias: all of a layer, or one of those of a [`ForkedColumnLinear`].
+/// A weight and a bias: all of a layer, or one of those of a [`ColumnParallelLinear`].
 #[derive(Debug)]
 struct Branch<T: Element, B: Device> {
     columns: Columns,
@@ -62,18 +62,6 @@ impl<T: Element, B: Backend> Branch<T, B> {
 /// [`crate::parallel::GatherFrom`]`::<1>`.
 pub type ColumnParallelLinear<S, T, B> = Enter<S, ColumnLinear<T, B>>;
 
-/// `[X W₁ᵀ | X W₂ᵀ | …]`: S → Shard<1>. Several column-sharded layers of one input that are not
-/// merged into one weight ([`ColumnParallelLinear::forked`]).
-///
-/// Operator parallelism inside a device: the products run at the same time, on the threads that a
-/// rank's [`Cpu`](crate::device::Cpu) may use. Rank r holds its features of the first layer, then
-/// of the second, and so on, as a merged layer does ([`Columns::merged`], [`Columns::qkv`]); the
-/// bits of the output are the same.
-///
-/// * Forward: entering the stream, once for all. Errors of its collectives name the first layer.
-/// * Backward: dX = Σᵢ dYᵢ Wᵢ; its leaving collective runs beside the products that give the dWᵢ.
-pub type ForkedColumnLinear<S, T, B> = ColumnParallelLinear<S, T, B>;
-
 impl<T: Element, B: Backend> ColumnLinear<T, B> {
     /// Reads this rank's rows of `weight`, and of `bias` if there is one.
     ///
@@ -90,8 +78,8 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
         let (device, sums, rows) = (group.device(), Sums::of(group)?, columns.rows());
         columns.check(OP, bias_mode, group)?;
         let load = |name: &str, role, shape: &[usize], width| {
-            let pieces = columns.pieces(weights, name, width);
-            let param = Param::load(device, weights, name, role, Shape::new(shape), pieces)?;
+            let regions = columns.regions(weights, name, width);
+            let param = Param::load(device, weights, name, role, Shape::new(shape), regions)?;
             Ok(sums.cut(param, 0, columns.leaves()))
         };
         let weight = load("weight", Role::Weight, &[rows, inputs], Some(inputs))?;
@@ -124,7 +112,7 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
     /// The rank's columns of each branch, which has so many.
     fn runs(&self, size: impl Fn(&Columns) -> usize) -> Vec<Range<usize>> {
         let cut = Partition::from_sizes(self.branches.iter().map(|part| size(&part.columns)));
-        (0..cut.parts()).map(|part| cut.range(part)).collect()
+        (0..cut.shards()).map(|part| cut.range(part)).collect()
     }
 
     /// f(Yᵣ) and Yᵣ; without f, Yᵣ twice.
@@ -158,7 +146,7 @@ impl<T: Element, B: Backend> ColumnLinear<T, B> {
 
 /// The cut of features of several cuts that every rank holds side by side.
 fn beside<'a>(cuts: impl Iterator<Item = &'a Partition> + Clone) -> Partition {
-    let ranks = cuts.clone().next().map_or(0, Partition::parts);
+    let ranks = cuts.clone().next().map_or(0, Partition::shards);
     Partition::from_sizes((0..ranks).map(|rank| cuts.clone().map(|cut| cut.size(rank)).sum()))
 }
 
@@ -185,8 +173,8 @@ impl<T: Element, B: Backend> Linear<T, B> for ColumnLinear<T, B> {
 
     fn merged(&self, dy: DTensor<Shard<1>, T, B>) -> Result<DTensor<Shard<1>, T, B>> {
         // On every rank alike: the collective below is not for some of them.
-        if !dy.cut().is_some_and(|cut| cut.sizes().eq(self.cut.sizes())) {
-            let (dy, y) = (("gradient's features", dy.cut()), ("output's", &self.cut));
+        if !dy.partition().is_some_and(|cut| cut.sizes().eq(self.cut.sizes())) {
+            let (dy, y) = (("gradient's features", dy.partition()), ("output's", &self.cut));
             return Err(other_cut(OP_BACKWARD, dy, y));
         }
         if !self.branches.iter().any(|part| part.columns.are_shared()) {
@@ -251,7 +239,7 @@ impl<T: Element, B: Backend> Layer<T, B> for ColumnLinear<T, B> {
     }
 }
 
-impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
     /// Reads this rank's rows of `weight`, and of `bias` if there is one.
     ///
     /// # Errors
@@ -266,12 +254,19 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
         Ok(Self::new(ColumnLinear::load(group, weights, inputs, columns, bias)?))
     }
 
-    /// These layers, of as many inputs each, side by side.
+    /// `[X W₁ᵀ | X W₂ᵀ | …]`: column-sharded layers of one input, without merging their weights.
+    ///
+    /// Operator parallelism on one device: the products run at the same time, on the threads that
+    /// this rank's [`Cpu`](crate::device::Cpu) may use. Rank r holds its features of the first
+    /// layer, then of the second, and so on, as a merged layer does ([`Columns::merged`]); the
+    /// bits of the output are the same. Errors of its collectives name the first layer.
+    ///
+    /// Backward: dX = Σᵢ dYᵢ Wᵢ; its leaving collective runs beside the products of the dWᵢ.
     ///
     /// # Errors
     /// When there is none, their inputs differ in number, or they belong to different groups.
-    pub fn forked(layers: Vec<ColumnLinear<T, B>>) -> Result<Self> {
-        const OP: &str = "forked linear";
+    pub fn concat(layers: Vec<ColumnLinear<T, B>>) -> Result<Self> {
+        const OP: &str = "concatenated linear";
         let join = |mut all: ColumnLinear<T, B>, layer: ColumnLinear<T, B>| {
             let [[inputs, _], [of, _]] = [layer.features(), all.features()];
             same_size(OP, "the inputs of a layer", inputs, "those of the first", of)?;
@@ -304,7 +299,7 @@ impl<S: Stream, T: Element, B: Backend> ColumnParallelLinear<S, T, B> {
     }
 
     /// How the output features are cut.
-    pub fn cut(&self) -> &Partition {
+    pub fn partition(&self) -> &Partition {
         &self.layer.cut
     }
 

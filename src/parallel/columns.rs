@@ -7,7 +7,7 @@ use crate::{
     error::{Error, Result, same_size},
     kernels::{Backend, MatMut, MatRef},
     shard::{Heads, Partition, Reduction},
-    tensor::{Piece, Region, Tensor, Weights},
+    tensor::{ParamRegion, Region, Tensor, Weights},
 };
 use std::ops::Range;
 
@@ -111,7 +111,7 @@ impl Columns {
     /// # Errors
     /// When an invariant reduction has fewer blocks than ranks.
     pub fn even<B: Device>(group: &Group<B>, outputs: usize) -> Result<Self> {
-        Self::cut(group, group.even_cut(outputs)?)
+        Self::from_partition(group, group.even_partition(outputs)?)
     }
 
     /// Features cut as given.
@@ -119,12 +119,12 @@ impl Columns {
     /// # Errors
     /// When the cut has not one part a rank, or with [`crate::shard::Reduction::Invariant`] is not one by canonical blocks
     /// ([`Group::cut`]).
-    pub fn cut<B: Device>(group: &Group<B>, cut: Partition) -> Result<Self> {
+    pub fn from_partition<B: Device>(group: &Group<B>, cut: Partition) -> Result<Self> {
         same_size(
             "column linear",
-            "the parts of the cut",
-            cut.parts(),
-            "the ranks of the group",
+            "the number of shards",
+            cut.shards(),
+            "the number of ranks",
             group.size(),
         )?;
         let range = cut.range(group.rank());
@@ -139,7 +139,7 @@ impl Columns {
     /// # Errors
     /// As [`Columns::even`].
     pub fn merged<B: Device>(group: &Group<B>, tensors: &[&str], outputs: usize) -> Result<Self> {
-        let cut = group.even_cut(outputs)?;
+        let cut = group.even_partition(outputs)?;
         let range = cut.range(group.rank());
         let sums = Sums::of(group)?;
         let one = sums.leaves("merged linear", &cut)?;
@@ -178,7 +178,7 @@ impl Columns {
         })
     }
 
-    /// The projection to q, k and v as three layers: for [`crate::parallel::ForkedColumnLinear`].
+    /// The projection to q, k and v as three layers: for [`crate::parallel::ColumnParallelLinear`].
     ///
     /// # Errors
     /// As [`Columns::qkv`].
@@ -291,7 +291,7 @@ impl Columns {
     /// When they were made for another group, or the bias is to be skipped and has fewer elements
     /// than the output has columns.
     pub(super) fn check<B: Device>(&self, op: &'static str, bias: Bias, group: &Group<B>) -> Result<()> {
-        same_size(op, "the ranks of the columns", self.cut.parts(), "the ranks of the group", group.size())?;
+        same_size(op, "the ranks of the columns", self.cut.shards(), "the ranks of the group", group.size())?;
         if self.reduction != group.reduction() {
             let (columns, group) = (self.reduction, group.reduction());
             let reason = format!(
@@ -343,10 +343,15 @@ impl Columns {
         self.rows.iter().map(|rows| rows.range.len()).sum()
     }
 
-    /// The pieces of the layer's `.weight` or `.bias` (`suffix`), whose rows have `width` elements; none for vectors.
-    pub(super) fn pieces(&self, weights: &Weights<'_>, suffix: &str, width: Option<usize>) -> Vec<Piece> {
+    /// The regions of the layer's `.weight` or `.bias` (`suffix`), whose rows have `width` elements; none for vectors.
+    pub(super) fn regions(
+        &self,
+        weights: &Weights<'_>,
+        suffix: &str,
+        width: Option<usize>,
+    ) -> Vec<ParamRegion> {
         let mut row = 0;
-        let piece = |rows: &Rows| {
+        let part = |rows: &Rows| {
             let whole = match width {
                 Some(width) => Region::whole([rows.of, width]),
                 None => Region::whole([rows.of]),
@@ -355,11 +360,12 @@ impl Columns {
                 "" => weights.name(suffix),
                 tensor => weights.at(tensor).name(suffix),
             };
-            let piece = Piece { tensor, region: whole.cut(0, rows.range.clone()), row, owned: rows.owned };
+            let part =
+                ParamRegion { tensor, region: whole.narrow(0, rows.range.clone()), row, owned: rows.owned };
             row += rows.range.len();
-            piece
+            part
         };
-        self.rows.iter().map(piece).collect()
+        self.rows.iter().map(part).collect()
     }
 }
 

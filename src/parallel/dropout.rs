@@ -13,7 +13,7 @@ use std::marker::PhantomData;
 
 /// y = x / (1 − p) where the mask keeps an element, 0 where it drops it: P → P. No collectives.
 ///
-/// The mask is a function of the layer's seed and name, of the tensor's [`Draw`](super::Draw), and of the element's
+/// The mask is a function of the layer's seed and name, of the tensor's [`DropoutState`](super::DropoutState), and of the element's
 /// index in the whole tensor: every placement and every number of ranks drops the same elements. A
 /// tensor of more than two dimensions has the mask of the matrix whose rows are all its dimensions
 /// but the last. (Frameworks that seed a generator a rank need another seed inside and outside of
@@ -42,12 +42,12 @@ impl<P: Elementwise> Dropout<P> {
     /// The masks of the runs of this rank's rows that lie together in the whole; none where nothing
     /// is dropped.
     fn masks<Q: Placement, T: Element, B: Backend>(&self, x: &DTensor<Q, T, B>) -> Option<Masks> {
-        let draw = x.draw().filter(|_| self.probability != 0.0)?;
+        let dropout = x.dropout_state().filter(|_| self.probability != 0.0)?;
         let (shape, last) = (x.shape(), x.shape().rank() - 1);
         let mask = |first: usize| DropoutMask {
             probability: self.probability,
-            stream: self.stream.substream(draw.step),
-            row: draw.row.wrapping_add(first as u64),
+            stream: self.stream.substream(dropout.step),
+            row: dropout.row.wrapping_add(first as u64),
             column: x.local_range(last).start,
             width: shape.cols(),
         };

@@ -35,7 +35,7 @@ pub struct DTensor<P: Placement, T: Element = f32, B: Device = Cpu> {
 /// that computes the forward anew, and, where `row` and `sequence` count from the start of the
 /// global batch, on every data-parallel mesh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Draw {
+pub struct DropoutState {
     /// The number of the training step.
     pub step: u64,
     /// The tensor's first row, counted from the start of the step's batch; the rows are all
@@ -55,7 +55,7 @@ pub(super) struct Layout {
     /// How tokens are cut where this tensor came from or goes to with sequence parallelism.
     pub(super) tokens: Option<Partition>,
     pub(super) sequences: Sequences,
-    pub(super) draw: Option<Draw>,
+    pub(super) dropout: Option<DropoutState>,
 }
 
 impl<P: Placement, T: Element, B: Device> Clone for DTensor<P, T, B> {
@@ -132,7 +132,7 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
     }
 
     /// How the cut dimension is cut; none unless the placement is `Shard`.
-    pub fn cut(&self) -> Option<&Partition> {
+    pub fn partition(&self) -> Option<&Partition> {
         self.layout.cut.as_ref()
     }
 
@@ -158,13 +158,13 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
     }
 
     /// Where in a training run the tensor stands; none outside of training, where dropout does nothing.
-    pub fn draw(&self) -> Option<Draw> {
-        self.layout.draw
+    pub fn dropout_state(&self) -> Option<DropoutState> {
+        self.layout.dropout
     }
 
     /// The same tensor in training, whose dropout masks are those of this draw.
-    pub fn with_draw(mut self, draw: Draw) -> Self {
-        self.layout.draw = Some(draw);
+    pub fn with_dropout_state(mut self, dropout: DropoutState) -> Self {
+        self.layout.dropout = Some(dropout);
         self
     }
 
@@ -224,7 +224,7 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
         let local = take_rows(&self.local, runs)?;
         let shape = self.layout.shape.with(0, local.shape().dims()[0]);
         let sequences = Sequences::one(shape.rows());
-        let layout = Layout { shape, cut: self.layout.cut.clone(), tokens: None, sequences, draw: None };
+        let layout = Layout { shape, cut: self.layout.cut.clone(), tokens: None, sequences, dropout: None };
         let addends = self.addends.map(|node| take_rows(node, runs))?;
         Ok(Self { addends, ..Self::new(local, &self.group, layout) })
     }
@@ -237,7 +237,7 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
     pub(super) fn token_cut(&self) -> Result<Partition> {
         match &self.layout.tokens {
             Some(tokens) => Ok(tokens.clone()),
-            None => self.group.even_cut(self.layout.shape.dims()[0]),
+            None => self.group.even_partition(self.layout.shape.dims()[0]),
         }
     }
 }
@@ -276,7 +276,7 @@ pub(super) fn uncut<T: Element, B: Device>(local: &Tensor<T, B>, op: &'static st
             format!("needs tokens and features, but the tensor has shape {shape}"),
         ));
     }
-    Ok(Layout { shape, cut: None, tokens: None, sequences: Sequences::one(shape.rows()), draw: None })
+    Ok(Layout { shape, cut: None, tokens: None, sequences: Sequences::one(shape.rows()), dropout: None })
 }
 
 impl<T: Element, B: Backend> DTensor<Replicated, T, B> {
@@ -372,7 +372,7 @@ pub(super) fn canonical<B: Device>(
     if dim != 0 || group.tree()?.is_none() {
         return Ok(cut.clone());
     }
-    let canonical = group.even_cut(cut.total())?;
+    let canonical = group.even_partition(cut.total())?;
     if !canonical.sizes().eq(cut.sizes()) {
         let sizes = |cut: &Partition| cut.sizes().collect::<Vec<_>>();
         let reason = format!(
@@ -400,6 +400,6 @@ fn check_cut(op: &'static str, shape: Shape, dim: usize, cut: &Partition, ranks:
     if dim >= shape.rank() {
         return Err(Error::invalid(op, format!("dimension {dim} of a tensor of shape {shape}")));
     }
-    same_size(op, "the parts of the cut", cut.parts(), "the ranks of the group", ranks)?;
+    same_size(op, "the number of shards", cut.shards(), "the number of ranks", ranks)?;
     same_size(op, "the size that is cut", cut.total(), "that of the dimension", shape.dims()[dim])
 }

@@ -1,6 +1,6 @@
 //! Embeddings: of tokens, with the vocabulary cut over the ranks, and of positions.
 
-use super::{Bias, ColumnParallelLinear, Columns, DTensor, Layer, Stream, sums::Sums};
+use super::{Bias, ColumnParallelLinear, Columns, DTensor, Layer, ResidualStream, sums::Sums};
 use crate::{
     comm::Group,
     device::{Device, Element},
@@ -24,18 +24,18 @@ use std::marker::PhantomData;
 ///
 /// Source: Shoeybi et al., 2019: Megatron-LM, section 3.
 #[derive(Debug)]
-pub struct VocabParallelEmbedding<S: Stream, T: Element, B: Device> {
+pub struct VocabParallelEmbedding<S: ResidualStream, T: Element, B: Device> {
     table: ColumnParallelLinear<S, T, B>,
     padding: Option<u32>,
 }
 
-impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
     /// Reads this rank's rows of `weight`.
     ///
     /// # Errors
     /// When the tensor is missing or has another shape, or there are fewer words than ranks.
     pub fn load(group: &Group<B>, weights: &Weights<'_>, vocabulary: usize, hidden: usize) -> Result<Self> {
-        group.cut("embedding", "words", vocabulary, 1)?;
+        group.partition("embedding", "words", vocabulary, 1)?;
         let columns = Columns::even(group, vocabulary)?;
         let table = ColumnParallelLinear::load(group, weights, hidden, &columns, Bias::None)?;
         Ok(Self { table, padding: None })
@@ -60,7 +60,7 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
 
     /// The number of words.
     pub fn vocabulary(&self) -> usize {
-        self.table.cut().total()
+        self.table.partition().total()
     }
 
     /// The embeddings of ids that make up these sequences, and what the backward needs.
@@ -77,7 +77,7 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
                 format!("id {id} is beyond a vocabulary of {words} words"),
             ));
         }
-        let own = self.table.cut().range(group.rank());
+        let own = self.table.partition().range(group.rank());
         let local = |&id: &u32| match own.contains(&(id as usize)) {
             true => id - own.start as u32,
             false => NO_ROW,
@@ -131,13 +131,13 @@ impl<S: Stream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
 ///
 /// Collectives: none forward. In the backward, with `Shard<0>`, an all-reduce of dP: each rank sees its own tokens only.
 #[derive(Debug)]
-pub struct PositionEmbedding<S: Stream, T: Element, B: Device> {
+pub struct PositionEmbedding<S: ResidualStream, T: Element, B: Device> {
     table: Param<T, B>,
     sums: Sums<B>,
     stream: PhantomData<S>,
 }
 
-impl<S: Stream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
     /// Reads `weight`.
     ///
     /// # Errors
@@ -174,7 +174,7 @@ impl<S: Stream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
     }
 }
 
-impl<S: Stream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, B> {
     type In = S;
     type Out = S;
     type Saved = Vec<u32>;

@@ -95,7 +95,7 @@ impl<T: Element, B: Backend> Context<'_, T, B> {
         Ok(Some(out))
     }
 
-    /// Ends a step: its tokens, whose keys and values every layer has appended, count from now on.
+    /// PipelineEnds a step: its tokens, whose keys and values every layer has appended, count from now on.
     /// Without a cache there is nothing to do.
     ///
     /// # Errors

@@ -76,7 +76,7 @@ impl<const D: usize, T: Element, B: Backend> Layer<T, B> for ScatterTo<D> {
     fn forward(&self, x: DTensor<Replicated, T, B>) -> Result<(DTensor<Shard<D>, T, B>, ())> {
         let cut = match &self.cut {
             Some(cut) => cut.clone(),
-            None => x.group().even_cut(x.shape().dims().get(D).copied().unwrap_or(0))?,
+            None => x.group().even_partition(x.shape().dims().get(D).copied().unwrap_or(0))?,
         };
         Ok((x.scatter(&cut)?, ()))
     }
@@ -104,7 +104,7 @@ impl<const D: usize, T: Element, B: Backend> Layer<T, B> for GatherFrom<D> {
 
     #[track_caller]
     fn forward(&self, x: DTensor<Shard<D>, T, B>) -> Result<(DTensor<Replicated, T, B>, Self::Saved)> {
-        let cut = x.cut().cloned();
+        let cut = x.partition().cloned();
         Ok((x.all_gather()?, cut))
     }
 
@@ -112,7 +112,7 @@ impl<const D: usize, T: Element, B: Backend> Layer<T, B> for GatherFrom<D> {
     fn backward(&self, cut: Self::Saved, dy: DTensor<Replicated, T, B>) -> Result<DTensor<Shard<D>, T, B>> {
         let cut = match cut {
             Some(cut) => cut,
-            None => dy.group().even_cut(dy.shape().dims()[D])?,
+            None => dy.group().even_partition(dy.shape().dims()[D])?,
         };
         dy.scatter(&cut)
     }

@@ -1,6 +1,6 @@
 //! Mean pooling over sequences.
 
-use super::{DTensor, Draw, Layer};
+use super::{DTensor, DropoutState, Layer};
 use crate::{
     device::Element,
     error::{Error, Result},
@@ -13,7 +13,7 @@ use crate::{
 /// collectives.
 ///
 /// `x`: `[tokens, features]`; `y`: `[sequences, features]`, a sequence of its own. Padding does not
-/// count. Behind it, dropout draws by the number of the sequence ([`Draw::sequence`]).
+/// count. Behind it, dropout draws by the number of the sequence ([`DropoutState::sequence`]).
 ///
 /// Backward: the gradient of a mean, divided by the number of tokens, for each of them.
 #[derive(Clone, Copy, Debug)]
@@ -32,8 +32,8 @@ impl<T: Element, B: Backend> Layer<T, B> for MeanPool {
             return Err(Error::Unsupported { op: OP, reason: reason.into() });
         }
         let means = DTensor::replicated(x.group(), ops::mean_sequences(x.local(), x.sequences())?)?;
-        let y = match x.draw() {
-            Some(draw) => means.with_draw(Draw { row: draw.sequence, ..draw }),
+        let y = match x.dropout_state() {
+            Some(dropout) => means.with_dropout_state(DropoutState { row: dropout.sequence, ..dropout }),
             None => means,
         };
         Ok((y, x.sequences().clone()))

@@ -1,6 +1,6 @@
 //! From how many tokens on collectives in chunks pay, on a group's transport and machine.
 
-use super::{Layer, MlpNames, ParallelMlp, Stream};
+use super::{Layer, MlpNames, ParallelMlp, ResidualStream};
 use crate::{
     comm::{Group, Overlap, ReduceOp},
     device::Element,
@@ -47,7 +47,7 @@ impl MeasuredOverlap {
     /// # Errors
     /// When there are fewer features than ranks, or a collective fails.
     #[track_caller]
-    pub fn of<S: Stream, T: Element, B: Backend>(
+    pub fn of<S: ResidualStream, T: Element, B: Backend>(
         group: &Group<B>,
         (hidden, ffn): (usize, usize),
         tokens: usize,
@@ -74,7 +74,7 @@ impl MeasuredOverlap {
 }
 
 /// The median times of some layers' steps, one after the other in every round.
-fn step_times<S: Stream, T: Element, B: Backend>(
+fn step_times<S: ResidualStream, T: Element, B: Backend>(
     group: &Group<B>,
     layers: &[ParallelMlp<S, T, B>; 2],
     tokens: usize,

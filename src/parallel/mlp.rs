@@ -1,6 +1,8 @@
 //! Feed-forward layers: one column-parallel and one row-parallel linear layer with a non-linear function between.
 
-use super::{Bias, ColumnParallelLinear, Columns, Context, DTensor, Gate, Layer, RowParallelLinear, Stream};
+use super::{
+    Bias, ColumnParallelLinear, Columns, Context, DTensor, Gate, Layer, ResidualStream, RowParallelLinear,
+};
 use crate::{
     comm::Group,
     device::{Device, Element},
@@ -19,7 +21,7 @@ use crate::{
 /// the device can, bias and f come with the first product, and f′ with that of the second one's
 /// backward: without rounding between.
 #[derive(Debug)]
-pub struct ParallelMlp<S: Stream, T: Element, B: Device> {
+pub struct ParallelMlp<S: ResidualStream, T: Element, B: Device> {
     up: ColumnParallelLinear<S, T, B>,
     f: Activation,
     gated: bool,
@@ -51,7 +53,7 @@ impl Default for MlpNames {
     }
 }
 
-impl<S: Stream, T: Element, B: Backend> ParallelMlp<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> ParallelMlp<S, T, B> {
     /// Reads this rank's part of a feed-forward layer without a gate.
     ///
     /// # Errors
@@ -87,13 +89,13 @@ impl<S: Stream, T: Element, B: Backend> ParallelMlp<S, T, B> {
         let columns = Columns::merged(group, &[&names.gate, &names.up], ffn)?;
         let mode = if bias { Bias::Add } else { Bias::None };
         let up = ColumnParallelLinear::load(group, weights, hidden, &columns, mode)?;
-        let cut = group.even_cut(ffn)?;
+        let cut = group.even_partition(ffn)?;
         let down = RowParallelLinear::load(group, &weights.at(&names.down), &cut, hidden, bias)?;
         Ok(Self { up, f, gated: true, down })
     }
 }
 
-impl<S: Stream, T: Element, B: Backend> Layer<T, B> for ParallelMlp<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for ParallelMlp<S, T, B> {
     type In = S;
     type Out = S;
     type Saved = MlpSaved<T, B>;

@@ -17,7 +17,6 @@
 //! | [`ColumnLinear`] | Copied → Shard<1> | none / none (with key/value heads that several ranks hold: all-reduce of their dY) |
 //! | [`RowLinear`] | Shard<1> → Partial | none / none |
 //! | [`ColumnParallelLinear<S>`](ColumnParallelLinear) | S → Shard<1> | those of S entering |
-//! | [`ForkedColumnLinear<S>`](ForkedColumnLinear) | S → Shard<1> | those of S entering |
 //! | [`RowParallelLinear<S>`](RowParallelLinear) | Shard<1> → S | those of S leaving; a bias as [`AddBias`] |
 //! | [`Enter<S, L>`](Enter), [`Leave<S, L>`](Leave) of a [`Linear`] layer | S → Shard<1>, Shard<1> → S | those of S entering, leaving |
 //! | [`ReplicatedLinear`], [`MeanPool`] | Replicated → Replicated | none |
@@ -33,7 +32,7 @@
 //! | [`Residual<L>`](Residual) | S → S | those of L |
 //! | [`ParallelMlp`], [`ParallelAttention`], [`TransformerBlock`] | S → S | entering and leaving, and those of biases and norms |
 //!
-//! S is the placement of the residual stream ([`Stream`]): `Replicated` (entering: none / all-reduce; leaving: all-reduce /
+//! S is the placement of the residual stream ([`ResidualStream`]): `Replicated` (entering: none / all-reduce; leaving: all-reduce /
 //! none), or `Shard<0>` for sequence parallelism (entering: all-gather / reduce-scatter; leaving: reduce-scatter /
 //! all-gather).
 
@@ -61,21 +60,21 @@ mod recompute;
 mod region;
 mod replicated;
 mod residual;
+mod residual_stream;
 mod row;
 mod sample;
 mod stack;
-mod stream;
 mod sums;
 
 pub use activation::{Activate, Gate};
 pub use attention::{Attention, AttentionConfig, AttentionSaved, ParallelAttention, QkNorm};
 pub use bias::AddBias;
 pub use block::{BlockConfig, BlockNames, NormPlacement, TransformerBlock};
-pub use column::{ColumnLinear, ColumnParallelLinear, ForkedColumnLinear};
+pub use column::{ColumnLinear, ColumnParallelLinear};
 pub use columns::{Bias, Columns, QkvLayout};
 pub use cross_entropy::{CrossEntropySaved, Losses, Smoothing, VocabParallelCrossEntropy};
 pub use dropout::Dropout;
-pub use dtensor::{DTensor, Draw};
+pub use dtensor::{DTensor, DropoutState};
 pub use embedding::{PositionEmbedding, VocabParallelEmbedding};
 pub use fits::{Fits, Follows};
 pub use kv_cache::{Context, KvCache};
@@ -92,7 +91,7 @@ pub use recompute::{Recompute, RecomputeSaved};
 pub use region::{Enter, Leave, Linear};
 pub use replicated::ReplicatedLinear;
 pub use residual::Residual;
+pub use residual_stream::ResidualStream;
 pub use row::{RowLinear, RowParallelLinear};
 pub use sample::Sampler;
 pub use stack::BoxLayer;
-pub use stream::Stream;

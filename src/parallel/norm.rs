@@ -1,6 +1,6 @@
 //! LayerNorm and RMSNorm on the residual stream.
 
-use super::{DTensor, Layer, Stream, sums::Sums};
+use super::{DTensor, Layer, ResidualStream, sums::Sums};
 use crate::{
     comm::Group,
     device::{Device, Element},
@@ -20,7 +20,7 @@ use std::marker::PhantomData;
 ///
 /// Sources: Ba, Kiros and Hinton, 2016; Zhang and Sennrich, 2019.
 #[derive(Debug)]
-pub struct Normalize<S: Stream, T: Element, B: Device> {
+pub struct Normalize<S: ResidualStream, T: Element, B: Device> {
     kind: NormKind,
     gamma: Param<T, B>,
     beta: Option<Param<T, B>>,
@@ -28,7 +28,7 @@ pub struct Normalize<S: Stream, T: Element, B: Device> {
     stream: PhantomData<S>,
 }
 
-impl<S: Stream, T: Element, B: Backend> Normalize<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> Normalize<S, T, B> {
     /// Reads `weight`, and `bias` for a LayerNorm.
     ///
     /// # Errors
@@ -46,7 +46,7 @@ impl<S: Stream, T: Element, B: Backend> Normalize<S, T, B> {
     }
 }
 
-impl<S: Stream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for Normalize<S, T, B> {
     type In = S;
     type Out = S;
     type Saved = NormContext<T, B>;

@@ -10,7 +10,7 @@
 //! once, between collectives that are cut alike on every rank.
 
 use super::{
-    DTensor, Stream,
+    DTensor, ResidualStream,
     dtensor::canonical,
     partial::{PendingDTensor, is_one_collective},
 };
@@ -32,7 +32,7 @@ const ROWS: usize = 64;
 type RowMap<'a, P, Q, T, B> = &'a dyn Fn(DTensor<P, T, B>) -> Result<DTensor<Q, T, B>>;
 
 /// The chunks in which a tensor enters a region; none if at once, or without a collective.
-pub(super) fn entering<S: Stream, T: Element, B: Device>(x: &DTensor<S, T, B>) -> Option<Partition> {
+pub(super) fn entering<S: ResidualStream, T: Element, B: Device>(x: &DTensor<S, T, B>) -> Option<Partition> {
     S::CUT.and_then(|_| gathering::<T, B>(x.group(), x.shape()))
 }
 
@@ -64,7 +64,7 @@ pub(super) fn splits<B: Backend>(device: &B, depths: impl IntoIterator<Item = us
 
 /// x on every rank, and a map of it if that could be made in chunks.
 #[track_caller]
-pub(super) fn gather<S: Stream, T: Element, B: Backend>(
+pub(super) fn gather<S: ResidualStream, T: Element, B: Backend>(
     x: &DTensor<S, T, B>,
     chunks: &Partition,
     splits: bool,
@@ -98,7 +98,7 @@ pub(super) fn gather<S: Stream, T: Element, B: Backend>(
             None => Tensor::empty(group.device(), part.local().shape().with(0, chunks.total()))?,
         };
         place_rows(part.local(), &mut all, runs)?;
-        y = Some(x.derive(all, part.shape().cols(), part.cut().cloned()));
+        y = Some(x.derive(all, part.shape().cols(), part.partition().cloned()));
         Ok(())
     };
     compute(local.clone(), &[own])?;
@@ -112,14 +112,14 @@ pub(super) fn gather<S: Stream, T: Element, B: Backend>(
 
 /// Starts the reduction of a map of x, chunk by chunk.
 #[track_caller]
-pub(super) fn start_sum<S: Stream, T: Element, B: Backend>(
+pub(super) fn start_sum<S: ResidualStream, T: Element, B: Backend>(
     x: &DTensor<Shard<1>, T, B>,
     chunks: &Partition,
     splits: bool,
     map: RowMap<'_, Shard<1>, Partial, T, B>,
 ) -> Result<Vec<PendingDTensor<S, T, B>>> {
     let dealt = match S::CUT {
-        None => (0..chunks.parts()).map(|chunk| vec![chunks.range(chunk)]).collect(),
+        None => (0..chunks.shards()).map(|chunk| vec![chunks.range(chunk)]).collect(),
         Some(_) => deal(&x.token_cut()?, chunks),
     };
     let by_chunks = splits && are_many(dealt.iter().map(|runs| rows_of(runs)));
@@ -137,7 +137,7 @@ pub(super) fn start_sum<S: Stream, T: Element, B: Backend>(
 }
 
 /// The chunks of this rank's rows of a tensor with the rows of `x` and other features, as one.
-pub(super) fn stacked<S: Stream, T: Element, B: Backend>(
+pub(super) fn stacked<S: ResidualStream, T: Element, B: Backend>(
     x: &DTensor<Shard<1>, T, B>,
     features: usize,
     chunks: Vec<PendingDTensor<S, T, B>>,

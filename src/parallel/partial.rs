@@ -1,7 +1,7 @@
 //! Sums over the ranks that are not made yet.
 
 use super::{
-    DTensor, Stream,
+    DTensor, ResidualStream,
     dtensor::{Layout, canonical, uncut},
 };
 use crate::{
@@ -127,7 +127,7 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// # Errors
     /// When the ranks disagree, or one is lost.
     #[track_caller]
-    pub fn leave<S: Stream>(self) -> Result<DTensor<S, T, B>> {
+    pub fn leave<S: ResidualStream>(self) -> Result<DTensor<S, T, B>> {
         let scatter = self.token_scatter::<S>()?;
         self.sum(scatter)
     }
@@ -159,13 +159,13 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// # Errors
     /// As there.
     #[track_caller]
-    pub fn start_leave<S: Stream>(self) -> Result<PendingDTensor<S, T, B>> {
+    pub fn start_leave<S: ResidualStream>(self) -> Result<PendingDTensor<S, T, B>> {
         let scatter = self.token_scatter::<S>()?;
         self.start(scatter)
     }
 
     /// The dimension and cut of which the residual stream S has parts.
-    fn token_scatter<S: Stream>(&self) -> Result<Option<(usize, Partition)>> {
+    fn token_scatter<S: ResidualStream>(&self) -> Result<Option<(usize, Partition)>> {
         let cut = |dim| Ok((dim, canonical("reduce_scatter", &self.group, dim, &self.token_cut()?)?));
         S::CUT.map(cut).transpose()
     }

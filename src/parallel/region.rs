@@ -1,6 +1,6 @@
 //! Linear layers at the edges of a tensor-parallel region, with their collectives.
 
-use super::{DTensor, Layer, Stream, overlap};
+use super::{DTensor, Layer, ResidualStream, overlap};
 use crate::{
     comm::Group,
     device::Element,
@@ -78,7 +78,7 @@ impl<S, L> Enter<S, L> {
 
 impl<S, T, B, L> Layer<T, B> for Enter<S, L>
 where
-    S: Stream,
+    S: ResidualStream,
     T: Element,
     B: Backend,
     L: Linear<T, B, In = Copied, Out = Shard<1>>,
@@ -145,7 +145,7 @@ impl<S, L> Leave<S, L> {
 
 impl<S, T, B, L> Layer<T, B> for Leave<S, L>
 where
-    S: Stream,
+    S: ResidualStream,
     T: Element,
     B: Backend,
     L: Linear<T, B, In = Shard<1>, Out = Partial>,

@@ -1,6 +1,6 @@
 //! A residual sum around a layer.
 
-use super::{Context, DTensor, Fits, Layer, Stream};
+use super::{Context, DTensor, Fits, Layer, ResidualStream};
 use crate::{device::Element, error::Result, kernels::Backend, tensor::Param};
 
 /// y = x + f(x): S → S. Collectives: those of f.
@@ -9,7 +9,7 @@ use crate::{device::Element, error::Result, kernels::Backend, tensor::Param};
 #[derive(Clone, Debug)]
 pub struct Residual<L>(pub L);
 
-impl<S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S>> Layer<T, B> for Residual<L>
+impl<S: ResidualStream, T: Element, B: Backend, L: Layer<T, B, In = S>> Layer<T, B> for Residual<L>
 where
     L::Out: Fits<S>,
 {

@@ -1,7 +1,7 @@
 //! Linear layers whose input features are cut over the ranks.
 
 use super::{
-    AddBias, DTensor, Layer, Leave, Linear, Stream,
+    AddBias, DTensor, Layer, Leave, Linear, ResidualStream,
     dtensor::other_cut,
     overlap,
     sums::{Factors, Leaves, Sums, Through},
@@ -45,9 +45,9 @@ impl<T: Element, B: Backend> RowLinear<T, B> {
         input_cut: &Partition,
         outputs: usize,
     ) -> Result<Self> {
-        let (parts, ranks) = (input_cut.parts(), group.size());
-        same_size(OP, "the parts of the cut", parts, "the ranks of the group", ranks)?;
-        let region = Region::whole([outputs, input_cut.total()]).cut(1, input_cut.range(group.rank()));
+        let (parts, ranks) = (input_cut.shards(), group.size());
+        same_size(OP, "the number of shards", parts, "the number of ranks", ranks)?;
+        let region = Region::whole([outputs, input_cut.total()]).narrow(1, input_cut.range(group.rank()));
         let sums = Sums::of(group)?;
         let leaves = sums.leaves(OP, input_cut)?;
         let weight = Param::load_region(group.device(), weights, "weight", Role::Weight, region, true)?;
@@ -107,8 +107,8 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
     #[track_caller]
     fn forward(&self, x: DTensor<Shard<1>, T, B>) -> Result<(DTensor<Partial, T, B>, Self::Saved)> {
         x.check(OP, self.group())?;
-        if x.cut() != Some(&self.cut) {
-            let (x, w) = (("input's features", x.cut()), ("weight's columns", &self.cut));
+        if x.partition() != Some(&self.cut) {
+            let (x, w) = (("input's features", x.partition()), ("weight's columns", &self.cut));
             return Err(other_cut(OP, x, w));
         }
         let weight = self.weight.value()?;
@@ -140,12 +140,12 @@ impl<T: Element, B: Backend> Layer<T, B> for RowLinear<T, B> {
 ///
 /// For an input that is not cut yet, put [`crate::parallel::ScatterTo`]`::<1>` before it.
 #[derive(Debug)]
-pub struct RowParallelLinear<S: Stream, T: Element, B: Device> {
+pub struct RowParallelLinear<S: ResidualStream, T: Element, B: Device> {
     linear: Leave<S, RowLinear<T, B>>,
     bias: Option<AddBias<S, T, B>>,
 }
 
-impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
     /// Reads this rank's columns of `weight`, and `bias` if there is one.
     ///
     /// # Errors
@@ -193,7 +193,7 @@ impl<S: Stream, T: Element, B: Backend> RowParallelLinear<S, T, B> {
     }
 }
 
-impl<S: Stream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for RowParallelLinear<S, T, B> {
     type In = Shard<1>;
     type Out = S;
     type Saved = Tensor<T, B>;

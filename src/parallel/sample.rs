@@ -70,7 +70,7 @@ impl Sampler {
         let (group, rows, cols) = (logits.group(), logits.shape().rows(), logits.local().shape().cols());
         logits.check_rows(OP)?;
         let missing = || Error::internal(OP, "logits without their cut");
-        let cut = logits.cut().ok_or_else(missing)?;
+        let cut = logits.partition().ok_or_else(missing)?;
         same_size(OP, "the number of draws", draws.len(), "that of rows", rows)?;
         let sound = self.temperature >= 0.0
             && self.temperature.is_finite()

@@ -62,7 +62,7 @@ impl Tree {
 
     /// The number of ranks.
     pub fn ranks(&self) -> usize {
-        self.owned.parts()
+        self.owned.shards()
     }
 
     /// The leaves of one rank.
@@ -85,7 +85,7 @@ impl Tree {
     ///
     /// # Errors
     /// When a rank's blocks have no unit, where `empty` does not allow it.
-    pub fn cut(
+    pub fn partition(
         &self,
         op: &'static str,
         unit: &'static str,
@@ -205,18 +205,18 @@ mod tests {
     #[test]
     fn ranks_own_whole_blocks() {
         let tree = Tree::new("sum", "blocks", 4, 3).unwrap();
-        let cut = tree.cut("sum", "features", 10, 2, false).unwrap();
+        let cut = tree.partition("sum", "features", 10, 2, false).unwrap();
         assert_eq!(cut.sizes().collect::<Vec<_>>(), [10, 4, 6]);
         assert_eq!(cut.blocks(0), Some(vec![0..4, 4..10]));
         let one = |block| Some(vec![block]);
         assert_eq!((cut.blocks(1), cut.blocks(2)), (one(0..4), one(0..6)));
         assert_eq!(cut.scaled(3).blocks(0), Some(vec![0..12, 12..30]));
         assert!(Tree::new("sum", "blocks", 4, 5).is_err());
-        let error = tree.cut("attention", "heads", 1, 64, false).unwrap_err();
+        let error = tree.partition("attention", "heads", 1, 64, false).unwrap_err();
         assert_eq!(
             error.to_string(),
             "attention: rank 0 of 3 owns none of the 1 heads, which are cut into 4 canonical blocks"
         );
-        assert!(tree.cut("sum", "tokens", 1, 1, true).is_ok());
+        assert!(tree.partition("sum", "tokens", 1, 1, true).is_ok());
     }
 }

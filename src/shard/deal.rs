@@ -18,14 +18,14 @@ pub(crate) fn deal(cut: &Partition, chunks: &Partition) -> Vec<Vec<Range<usize>>
         };
         ends.enumerate().map(run).collect()
     };
-    (0..chunks.parts()).map(dealt).collect()
+    (0..chunks.shards()).map(dealt).collect()
 }
 
 /// How many indices of each part are among the first `count` that are dealt.
 fn first(cut: &Partition, count: usize) -> Vec<usize> {
-    let (mut given, mut left) = (vec![0; cut.parts()], count);
+    let (mut given, mut left) = (vec![0; cut.shards()], count);
     loop {
-        let open: Vec<usize> = (0..cut.parts()).filter(|&part| given[part] < cut.size(part)).collect();
+        let open: Vec<usize> = (0..cut.shards()).filter(|&part| given[part] < cut.size(part)).collect();
         let Some(rounds) = open.iter().map(|&part| cut.size(part) - given[part]).min() else { return given };
         let rounds = rounds.min(left / open.len());
         if rounds == 0 {
@@ -52,7 +52,7 @@ mod tests {
                 let dealt = deal(&cut, &chunks);
                 let sizes_of = dealt.iter().map(|runs| runs.iter().map(|run| run.len()).sum::<usize>());
                 assert!(chunks.sizes().eq(sizes_of), "{sizes:?} in {count}: {dealt:?}");
-                for part in 0..cut.parts() {
+                for part in 0..cut.shards() {
                     let indices: Vec<usize> = dealt.iter().flat_map(|runs| runs[part].clone()).collect();
                     assert!(indices.into_iter().eq(cut.range(part)), "{sizes:?} in {count}: {dealt:?}");
                 }

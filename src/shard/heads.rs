@@ -30,14 +30,14 @@ impl Heads {
     /// When `query_heads` is not a multiple of `kv_heads`, or there are more ranks than query heads.
     pub fn new(query_heads: usize, kv_heads: usize, head_dim: usize, ranks: usize) -> Result<Self> {
         let query = Partition::by_unit("attention", "query heads", query_heads, 1, ranks)?;
-        Self::with_cut(query, kv_heads, head_dim)
+        Self::with_partition(query, kv_heads, head_dim)
     }
 
     /// As [`Heads::new`], with the query heads cut as given.
     ///
     /// # Errors
     /// When the number of query heads is not a multiple of `kv_heads`.
-    pub fn with_cut(query: Partition, kv_heads: usize, head_dim: usize) -> Result<Self> {
+    pub fn with_partition(query: Partition, kv_heads: usize, head_dim: usize) -> Result<Self> {
         let query_heads = query.total();
         if kv_heads == 0 || !query_heads.is_multiple_of(kv_heads) {
             return Err(Error::invalid(
@@ -68,7 +68,7 @@ impl Heads {
 
     /// The number of ranks.
     pub fn ranks(&self) -> usize {
-        self.query.parts()
+        self.query.shards()
     }
 
     /// The number of query heads that share one key/value head.
@@ -217,8 +217,8 @@ mod tests {
     fn blocks_hold_their_own_kv_heads() {
         let tree = |ranks| super::super::Tree::new("attention", "blocks", 4, ranks).unwrap();
         let heads = |ranks| {
-            let cut = tree(ranks).cut("attention", "heads", 6, 1, false).unwrap();
-            Heads::with_cut(cut, 2, 4).unwrap()
+            let cut = tree(ranks).partition("attention", "heads", 6, 1, false).unwrap();
+            Heads::with_partition(cut, 2, 4).unwrap()
         };
         // Blocks of 1, 2, 1 and 2 heads.
         let (one, two, four) = (heads(1), heads(2), heads(4));

@@ -110,11 +110,11 @@ impl Partition {
 
     /// The size of the whole dimension.
     pub fn total(&self) -> usize {
-        self.bounds[self.parts()]
+        self.bounds[self.shards()]
     }
 
     /// The number of parts.
-    pub fn parts(&self) -> usize {
+    pub fn shards(&self) -> usize {
         self.bounds.len() - 1
     }
 
@@ -158,7 +158,7 @@ impl Partition {
     /// See [`super::Tree::cut`]. A cut of blocks differs from one with the same parts and other blocks, or none.
     pub fn blocks(&self, part: usize) -> Option<Vec<Range<usize>>> {
         let blocks = self.blocks.as_ref()?;
-        let owned = Self::even(blocks.len() - 1, self.parts()).range(part);
+        let owned = Self::even(blocks.len() - 1, self.shards()).range(part);
         let start = self.bounds[part];
         Some(owned.map(|block| blocks[block] - start..blocks[block + 1] - start).collect())
     }
@@ -173,7 +173,7 @@ mod tests {
         for len in 0..40 {
             for parts in 1..9 {
                 let cut = Partition::even(len, parts);
-                assert_eq!((cut.total(), cut.parts()), (len, parts));
+                assert_eq!((cut.total(), cut.shards()), (len, parts));
                 let sizes: Vec<_> = cut.sizes().collect();
                 assert_eq!(sizes.iter().sum::<usize>(), len);
                 assert!(sizes.windows(2).all(|pair| pair[0] >= pair[1] && pair[0] - pair[1] <= 1));
@@ -201,7 +201,7 @@ mod tests {
             (vec![2.0], 1),
         ] {
             let cut = Partition::balanced("stages", "layers", &costs, parts).unwrap();
-            assert_eq!((cut.parts(), cut.total()), (parts, costs.len()));
+            assert_eq!((cut.shards(), cut.total()), (parts, costs.len()));
             assert!(cut.sizes().all(|size| size > 0));
             let got = (0..parts).map(|part| costs[cut.range(part)].iter().sum()).fold(0.0, f64::max);
             assert_eq!(got, worst(&costs, parts), "{costs:?} in {parts}");

@@ -4,8 +4,8 @@ mod array;
 mod param;
 mod source;
 
-pub use param::{Accumulate, GradSink, GradSum, GradTerm, Param, Piece, Store};
-pub(crate) use param::{Patch, check_once};
+pub use param::{Accumulate, GradSink, GradSum, GradTerm, Param, ParamRegion, Store};
+pub(crate) use param::{BlockRegion, check_once};
 pub(crate) use source::missing;
 pub use source::{Arrays, Random, Region, Role, WeightSource, Weights};
 

@@ -30,7 +30,7 @@ impl Region {
     ///
     /// # Panics
     /// When the tensor has no such indices.
-    pub fn cut(mut self, dim: usize, range: Range<usize>) -> Self {
+    pub fn narrow(mut self, dim: usize, range: Range<usize>) -> Self {
         assert!(
             range.start <= range.end && range.end <= self.shape.dims()[dim],
             "indices {range:?} of dimension {dim} of a tensor of shape {}",
@@ -286,12 +286,15 @@ mod tests {
     fn runs_are_the_elements_of_the_region() {
         let whole = Region::whole([3, 4, 5]);
         assert_eq!(whole.runs(), vec![0..60]);
-        assert_eq!(whole.clone().cut(0, 1..3).runs(), vec![20..60]);
-        assert_eq!(whole.clone().cut(1, 1..3).runs(), vec![5..15, 25..35, 45..55]);
-        assert_eq!(whole.clone().cut(0, 1..2).cut(2, 3..5).runs(), vec![23..25, 28..30, 33..35, 38..40]);
-        assert!(whole.clone().cut(1, 2..2).runs().is_empty());
+        assert_eq!(whole.clone().narrow(0, 1..3).runs(), vec![20..60]);
+        assert_eq!(whole.clone().narrow(1, 1..3).runs(), vec![5..15, 25..35, 45..55]);
+        assert_eq!(
+            whole.clone().narrow(0, 1..2).narrow(2, 3..5).runs(),
+            vec![23..25, 28..30, 33..35, 38..40]
+        );
+        assert!(whole.clone().narrow(1, 2..2).runs().is_empty());
         assert_eq!(Region::whole([0, 3]).runs(), vec![0..0]);
-        assert_eq!(whole.cut(1, 1..3).extent().dims(), [3, 2, 5]);
+        assert_eq!(whole.narrow(1, 1..3).extent().dims(), [3, 2, 5]);
     }
 
     fn read(source: &dyn WeightSource, name: &str, region: &Region) -> Result<Vec<f64>> {
@@ -304,7 +307,7 @@ mod tests {
     fn random_values_do_not_depend_on_the_cut() {
         let source = Random::normal(7, 0.5);
         let whole = read(&source, "w", &Region::whole([4, 6])).unwrap();
-        let region = Region::whole([4, 6]).cut(0, 1..4).cut(1, 2..4);
+        let region = Region::whole([4, 6]).narrow(0, 1..4).narrow(1, 2..4);
         let part = read(&source, "w", &region).unwrap();
         assert_eq!(part, [8, 9, 14, 15, 20, 21].map(|index| whole[index]));
         assert!(whole.iter().all(|value| value.abs() < 3.0 && *value != 0.0));

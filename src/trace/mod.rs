@@ -17,7 +17,7 @@ mod record;
 
 pub use blame::{Blame, blame};
 pub use chrome::chrome;
-pub use record::{Ended, Entry, Record, Span};
+pub use record::{Ended, Entry, GroupInfo, Record};
 
 use crate::{
     device::{DType, Device},

@@ -42,7 +42,7 @@ impl Ended {
 
 /// A group, as one of its ranks knows it.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Span {
+pub struct GroupInfo {
     /// Its name.
     pub name: String,
     /// The rank's number in it.
@@ -94,7 +94,7 @@ pub struct Record {
     /// How it ended.
     pub ended: Ended,
     /// Its groups, by number.
-    pub groups: BTreeMap<String, Span>,
+    pub groups: BTreeMap<String, GroupInfo>,
     /// How many older operations were forgotten.
     pub forgotten: u64,
     /// Its operations, oldest first.
@@ -141,7 +141,7 @@ impl Recorder {
             }
         };
         let span = |(id, group): (&u64, &super::GroupOf)| {
-            let span = Span { name: group.name.clone(), rank: group.rank, size: group.size };
+            let span = GroupInfo { name: group.name.clone(), rank: group.rank, size: group.size };
             (format!("{id:016x}"), span)
         };
         Record {
@@ -233,7 +233,7 @@ impl Record {
         let ended = text(&head["ended"])?;
         let groups = head["groups"].as_object()?.iter().map(|(id, group)| {
             let (rank, size) = (number(&group["rank"])? as usize, number(&group["size"])? as usize);
-            Some((id.clone(), Span { name: text(&group["name"])?, rank, size }))
+            Some((id.clone(), GroupInfo { name: text(&group["name"])?, rank, size }))
         });
         let entry = |line: Option<Value>| {
             let line = line?;

@@ -229,10 +229,10 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
 fn check_parts<T: Element, B: Backend>(group: &Group<B>, params: &[Param<T, B>]) -> Result<()> {
     let (mut parts, mut names) = (Vec::new(), Vec::new());
     for param in params {
-        let pieces = param.pieces();
-        let pieces = pieces.iter().map(|piece| (&piece.tensor, &piece.region, piece.row));
+        let regions = param.regions();
+        let regions = regions.iter().map(|part| (&part.tensor, &part.region, part.row));
         let is_dense = param.value_mut().is_ok();
-        parts.push(exact(hash((param.shape(), pieces.collect::<Vec<_>>(), is_dense))));
+        parts.push(exact(hash((param.shape(), regions.collect::<Vec<_>>(), is_dense))));
         names.push(param.name());
     }
     let own = Tensor::from_slice(group.device(), [1, parts.len()], &parts)?;

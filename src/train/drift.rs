@@ -18,7 +18,7 @@ use std::{
 /// data-parallel group all of them; over a tensor-parallel one norms, positions, row biases and the
 /// key/value heads that ranks share; over a pipeline's a table that both ends hold.
 ///
-/// Which ranks hold the same elements follows from the parameters' pieces ([`crate::tensor::Piece`]).
+/// Which ranks hold the same elements follows from the parameters' regions ([`crate::tensor::ParamRegion`]).
 ///
 /// Collectives: four all-gathers, of a few numbers a parameter. Cheap enough for every so many
 /// steps; silent drift of replicas is a bug that training survives and results do not.
@@ -34,7 +34,7 @@ pub fn check_replicas<T: Element, B: Backend>(params: &[Param<T, B>], group: &Gr
     }
     let mut own = Vec::new();
     for param in params {
-        own.extend(param.pieces().iter().map(|piece| Held::new(&piece.tensor, &piece.region)));
+        own.extend(param.regions().iter().map(|part| Held::new(&part.tensor, &part.region)));
     }
     let flat: Vec<f64> = own.iter().flat_map(Held::numbers).collect();
     let all: Vec<Vec<Held>> =
@@ -54,8 +54,8 @@ pub fn check_replicas<T: Element, B: Backend>(params: &[Param<T, B>], group: &Gr
     let (mut hashes, mut next) = (Vec::new(), own.iter());
     for param in params {
         let (values, width) = (param.value()?.to_vec()?, param.shape().split_at(0).1);
-        for (piece, held) in param.pieces().iter().zip(&mut next) {
-            let (first, inner) = (piece.row * width, piece.region.extent().split_at(0).1);
+        for (part, held) in param.regions().iter().zip(&mut next) {
+            let (first, inner) = (part.row * width, part.region.extent().split_at(0).1);
             for run in runs(held) {
                 let mut hash = DefaultHasher::new();
                 let [start, end] = [run.start, run.end].map(|row| first + (row - held.rows.start) * inner);
@@ -80,7 +80,7 @@ pub fn check_replicas<T: Element, B: Backend>(params: &[Param<T, B>], group: &Gr
     Ok(())
 }
 
-/// The rows of a tensor that a piece of a parameter holds.
+/// The rows of a tensor that a part of a parameter holds.
 struct Held {
     tensor: String,
     /// The tensor and the indices of the other dimensions: as many bits as an f64 holds exactly.

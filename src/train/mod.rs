@@ -17,6 +17,6 @@ mod schedule;
 
 pub use data_parallel::{DataParallel, GradReduce};
 pub use drift::check_replicas;
-pub use pipeline::{Ends, Microbatch, Pipeline};
+pub use pipeline::{Microbatch, Pipeline, PipelineEnds};
 pub use sampler::ShardedSampler;
 pub use schedule::{Action, Compute, Message, Pass, Schedule};

@@ -6,7 +6,7 @@ use crate::{
     device::Element,
     error::{Error, Result, Site, same_size},
     kernels::Backend,
-    parallel::{Context, DTensor, Draw, Layer, Stream},
+    parallel::{Context, DTensor, DropoutState, Layer, ResidualStream},
     shard::{Reduction, Sequences, Shape},
     tensor::{Param, Tensor},
 };
@@ -18,18 +18,18 @@ pub struct Microbatch {
     /// The sequences of its tokens.
     pub sequences: Sequences,
     /// Where it stands in training, for dropout.
-    pub draw: Option<Draw>,
+    pub dropout: Option<DropoutState>,
 }
 
 impl Microbatch {
     /// Rows without further structure.
     pub fn rows(rows: usize) -> Self {
-        Self { sequences: Sequences::one(rows), draw: None }
+        Self { sequences: Sequences::one(rows), dropout: None }
     }
 }
 
 /// The two ends of a pipelined model: what the first stage begins with, and the loss behind the last.
-pub trait Ends<S: Stream, T: Element, B: Backend> {
+pub trait PipelineEnds<S: ResidualStream, T: Element, B: Backend> {
     /// The input of the first stage for the microbatch of this number. Called on the first rank
     /// only.
     ///
@@ -170,11 +170,11 @@ impl<B: Backend> Pipeline<B> {
     /// When there are other numbers of microbatches or chunks than in the schedule, or a layer, an end or a collective
     /// fails.
     #[track_caller]
-    pub fn run<S: Stream, T: Element, L: Layer<T, B, In = S, Out = S>>(
+    pub fn run<S: ResidualStream, T: Element, L: Layer<T, B, In = S, Out = S>>(
         &self,
         chunks: &[L],
         microbatches: &[Microbatch],
-        ends: &mut impl Ends<S, T, B>,
+        ends: &mut impl PipelineEnds<S, T, B>,
     ) -> Result<()> {
         let mut run = Run::new(self, chunks, microbatches)?;
         for action in &self.actions {
@@ -194,11 +194,11 @@ impl<B: Backend> Pipeline<B> {
     /// # Errors
     /// As [`Pipeline::run`].
     #[track_caller]
-    pub fn evaluate<S: Stream, T: Element, L: Layer<T, B, In = S, Out = S>>(
+    pub fn evaluate<S: ResidualStream, T: Element, L: Layer<T, B, In = S, Out = S>>(
         &self,
         chunks: &[L],
         microbatches: &[Microbatch],
-        ends: &mut impl Ends<S, T, B>,
+        ends: &mut impl PipelineEnds<S, T, B>,
     ) -> Result<()> {
         let mut run = Run::new(self, chunks, microbatches)?;
         let forward = |message: &Message| message.pass == Pass::Forward;
@@ -221,7 +221,7 @@ impl<B: Backend> Pipeline<B> {
 }
 
 /// The tensors of a step under way.
-struct Run<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> {
+struct Run<'a, S: ResidualStream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> {
     pipeline: &'a Pipeline<B>,
     microbatches: &'a [Microbatch],
     /// What waits to be computed with or sent: by direction, the stage that takes it, and microbatch.
@@ -229,7 +229,7 @@ struct Run<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S
     saved: HashMap<(usize, usize), L::Saved>,
 }
 
-impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run<'a, S, T, B, L> {
+impl<'a, S: ResidualStream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run<'a, S, T, B, L> {
     fn new(pipeline: &'a Pipeline<B>, chunks: &[L], microbatches: &'a [Microbatch]) -> Result<Self> {
         const OP: &str = "pipeline";
         let (schedule, given) = (&pipeline.schedule, microbatches.len());
@@ -270,10 +270,10 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
             incoming.map(|(message, _, shape)| (message.peer, shape)),
         )?;
         if let (Some(local), Some((message, tokens, _))) = (arrived, incoming) {
-            let Microbatch { sequences, draw } = &self.microbatches[message.microbatch];
+            let Microbatch { sequences, dropout } = &self.microbatches[message.microbatch];
             let mut x = S::of_local(tensor, tokens, local)?.with_sequences(sequences.clone())?;
-            if let Some(draw) = draw {
-                x = x.with_draw(*draw);
+            if let Some(dropout) = dropout {
+                x = x.with_dropout_state(*dropout);
             }
             self.tensors.insert((message.pass, message.stage, message.microbatch), x);
         }
@@ -285,7 +285,7 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
         &mut self,
         compute: Compute,
         layer: &L,
-        ends: &mut impl Ends<S, T, B>,
+        ends: &mut impl PipelineEnds<S, T, B>,
         train: bool,
     ) -> Result<()> {
         let Compute { pass, chunk, microbatch } = compute;
@@ -326,7 +326,7 @@ impl<'a, S: Stream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> Run
     }
 
     #[track_caller]
-    fn backward(&mut self, compute: Compute, layer: &L, ends: &mut impl Ends<S, T, B>) -> Result<()> {
+    fn backward(&mut self, compute: Compute, layer: &L, ends: &mut impl PipelineEnds<S, T, B>) -> Result<()> {
         let Compute { pass, chunk, microbatch } = compute;
         let stage = self.pipeline.schedule.stage(self.pipeline.group.rank(), chunk);
         let dy = self.take(pass, stage, microbatch)?;

@@ -48,7 +48,7 @@ const TRIES: usize = 4;
 /// weights::write(&path, [("w", [2, 3], AnyRef::F32(elements.as_slice()))])?;
 /// let checkpoint = Checkpoint::open(&path)?;
 /// let mut row = [0.0; 3];
-/// let region = Region::whole([2, 3]).cut(0, 1..2);
+/// let region = Region::whole([2, 3]).narrow(0, 1..2);
 /// checkpoint.read("w", Role::Weight, &region, AnyMut::F64(row.as_mut_slice()))?;
 /// assert_eq!((row, checkpoint.bytes_read()), ([3., 4., 5.], 12));
 /// # Ok::<(), shardwise::Error>(())

@@ -234,13 +234,13 @@ fn all_tensors<T: Element, B: Backend>(
     let mut own: Vec<Own> = Vec::new();
     let mut places = BTreeMap::new();
     for param in params {
-        for piece in param.pieces().iter() {
-            let place = *places.entry(piece.tensor.clone()).or_insert_with(|| {
-                own.push((piece.tensor.clone(), piece.region.shape().dims().to_vec(), Vec::new()));
+        for part in param.regions().iter() {
+            let place = *places.entry(part.tensor.clone()).or_insert_with(|| {
+                own.push((part.tensor.clone(), part.region.shape().dims().to_vec(), Vec::new()));
                 own.len() - 1
             });
-            if piece.owned && !piece.region.extent().is_empty() {
-                own[place].2.push(piece.region.ranges().to_vec());
+            if part.owned && !part.region.extent().is_empty() {
+                own[place].2.push(part.region.ranges().to_vec());
             }
         }
     }
@@ -303,15 +303,15 @@ fn gather<T: Element, B: Backend>(
 ) -> Result<()> {
     let mut own: Vec<(Region, Vec<T>)> = Vec::new();
     for param in params {
-        let pieces = param.pieces();
-        let pieces: Vec<_> = pieces.iter().filter(|piece| piece.owned && piece.tensor == *name).collect();
-        if pieces.is_empty() {
+        let regions = param.regions();
+        let regions: Vec<_> = regions.iter().filter(|part| part.owned && part.tensor == *name).collect();
+        if regions.is_empty() {
             continue;
         }
         let (all, width) = (param.value()?.to_vec()?, param.shape().split_at(0).1);
-        for piece in pieces {
-            let start = piece.row * width;
-            own.push((piece.region.clone(), all[start..start + piece.region.extent().len()].to_vec()));
+        for part in regions {
+            let start = part.row * width;
+            own.push((part.region.clone(), all[start..start + part.region.extent().len()].to_vec()));
         }
     }
     let rows = shape.dims().first().copied().unwrap_or(1);

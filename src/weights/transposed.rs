@@ -35,7 +35,7 @@ impl<'a, S: WeightSource + ?Sized, F: Fn(&str) -> bool> Transposed<'a, S, F> {
         let len = rows.len().saturating_mul(cols.len());
         same_size("weights", "elements of the region", len, "elements to fill", out.len())?;
         let mut stored = zeroed::<T>(len)?;
-        let region = Region::whole([width, height]).cut(0, cols.clone()).cut(1, rows.clone());
+        let region = Region::whole([width, height]).narrow(0, cols.clone()).narrow(1, rows.clone());
         self.source.read(name, role, &region, T::any_mut(stored.as_mut_slice()))?;
         for row in 0..rows.len() {
             for col in 0..cols.len() {

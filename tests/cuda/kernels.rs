@@ -9,7 +9,8 @@ use shardwise::{
     device::{Cpu, Device, Element},
     kernels::{
         Activation, AdamWStep, AttentionChoices, AttentionSpec, Backend, Batch, CacheSpec, DropoutMask,
-        Epilogue, MatMut, MatRef, NO_ROW, NormKind, QkvHeads, RopePairs, RopeSpec, SgdStep, Targets, Term,
+        Epilogue, GemmTerm, MatMut, MatRef, NO_ROW, NormKind, QkvHeads, RopePairs, RopeSpec, SgdStep,
+        Targets,
     },
     rng::Philox,
     shard::Sequences,
@@ -419,7 +420,7 @@ fn linear<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64
     let mut sum = Memory::<T::Acc, B>::new(device, draw.seed, place(m, n));
     let (half, term) = (k / 2, |depth: Range<usize>, merges| {
         let products = vec![(x.mat().columns(depth.clone()), w.mat().t().block(depth, 0..n))];
-        Term { products, merges }
+        GemmTerm { products, merges }
     });
     device.gemm_tree(&[term(0..half, 0), term(half..k, 0), term(0..k, 2)], sum.mat_mut())?;
     results.push(sum.values());

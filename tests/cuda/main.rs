@@ -5,6 +5,8 @@
 
 #[path = "../suite/block.rs"]
 mod block;
+#[path = "../suite/concat.rs"]
+mod concat;
 mod counts;
 #[path = "../suite/decoding.rs"]
 mod decoding;
@@ -14,8 +16,6 @@ mod device;
 mod disagree;
 #[path = "../suite/exact.rs"]
 mod exact;
-#[path = "../suite/fork.rs"]
-mod fork;
 #[path = "../suite/invariant.rs"]
 mod invariant;
 mod kernels;

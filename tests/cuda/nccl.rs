@@ -6,7 +6,7 @@ use crate::{
     exact::{DTYPES, all_exact, all_in_flight, nan_wins, sums_in_rank_order, with_element},
 };
 use shardwise::{
-    Error, Loss, Result,
+    Error, LostReason, Result,
     comm::{
         Group, ReduceOp,
         nccl::{Options, Order},
@@ -201,7 +201,7 @@ fn a_lost_rank_is_an_error_on_every_other() {
                         panic!("rank {rank} of {world}: {error:?}")
                     };
                     assert!(named == lost, "rank {rank} of {world} names {named}, not {lost} ({reason:?})");
-                    assert!(way != 0 || reason == Loss::Panicked);
+                    assert!(way != 0 || reason == LostReason::Panicked);
                 }
             }
         }
@@ -356,7 +356,7 @@ fn a_process_that_is_lost_inside_of_a_collective_ends_it_for_the_others() {
                     let Err(Error::PeerLost { rank: named, reason, .. }) = outcome else {
                         panic!("rank {rank} of {world}: {outcome:?}")
                     };
-                    let expected = if fails { Loss::Failed } else { Loss::Left };
+                    let expected = if fails { LostReason::Failed } else { LostReason::Left };
                     assert_eq!((named, reason), (lost, expected), "rank {rank} of {world}");
                 }
             }
@@ -385,7 +385,7 @@ fn a_message_that_nobody_fetches_any_more_is_an_error_of_its_sender_only() {
             };
             let outcomes =
                 if over_sockets { processes(world, rank) } else { ranks(world).run_each(rank).unwrap() };
-            let Err(Error::PeerLost { rank: 2, reason: Loss::Left, .. }) = outcomes[0] else {
+            let Err(Error::PeerLost { rank: 2, reason: LostReason::Left, .. }) = outcomes[0] else {
                 panic!("{:?}", outcomes[0])
             };
             assert_eq!(outcomes[1..], [Ok(()), Ok(())]);
@@ -439,7 +439,7 @@ fn a_rank_inside_of_a_blocking_call_is_told_whom_it_waits_for() {
             if fails { Err(Error::Invalid { op: "test", reason: "fails".into() }) } else { Ok(()) }
         });
         match &outcomes[0] {
-            Err(Error::PeerLost { rank: 1, reason: Loss::Failed, .. }) if fails => {}
+            Err(Error::PeerLost { rank: 1, reason: LostReason::Failed, .. }) if fails => {}
             Err(Error::Deadline { missing, .. }) if !fails => assert_eq!(missing, &[1]),
             outcome => panic!("{outcome:?}"),
         }
@@ -545,7 +545,7 @@ fn a_rank_that_cannot_look_around_is_freed_when_another_fails() {
             assert_eq!(x.to_vec().map(drop), told);
             told
         });
-        let Err(Error::PeerLost { rank: 1, reason: Loss::Failed, .. }) = outcomes[0] else {
+        let Err(Error::PeerLost { rank: 1, reason: LostReason::Failed, .. }) = outcomes[0] else {
             panic!("{outcomes:?}")
         };
     }
@@ -571,7 +571,7 @@ fn what_an_aborted_collective_did_not_do_is_never_read() {
             }
             x.to_vec().map(drop)
         });
-        let Err(Error::PeerLost { rank: 1, reason: Loss::Failed, .. }) = outcomes[0] else {
+        let Err(Error::PeerLost { rank: 1, reason: LostReason::Failed, .. }) = outcomes[0] else {
             panic!("{drops}: {outcomes:?}")
         };
     }

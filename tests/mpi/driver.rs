@@ -55,7 +55,7 @@ pub(crate) fn drive() {
         );
     }
     for processes in [2, 3] {
-        println!("messages in pieces:");
+        println!("messages in regions:");
         assert!(mpirun(processes, &[("SHARDWISE_PIECES", "1")]).status().unwrap().success());
     }
     // How long a job takes by itself: MPI's start and end.

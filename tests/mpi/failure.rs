@@ -2,7 +2,7 @@
 
 use crate::disagree::DISAGREEMENTS;
 use shardwise::{
-    Error, Loss, Result, Tensor,
+    Error, LostReason, Result, Tensor,
     comm::{Group, ReduceOp},
     device::Cpu,
     launch::Mpi,
@@ -87,7 +87,7 @@ pub(crate) fn lost_rank(world: &Group<Cpu>) -> Result<()> {
             assert_eq!(pending.wait()?.to_vec()?, vec![world.size() as f32; len]);
             let error = group.all_reduce(ReduceOp::Sum, &mut x).unwrap_err();
             let Error::PeerLost { rank, reason, .. } = error else { panic!("{error}") };
-            assert_eq!((rank, reason), (lost, Loss::Left));
+            assert_eq!((rank, reason), (lost, LostReason::Left));
             assert_eq!(x.to_vec()?, vec![1.0; len]);
             world.barrier()?;
         }

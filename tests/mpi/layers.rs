@@ -9,8 +9,8 @@ use shardwise::{
     launch,
     models::{Decoder, ModelConfig},
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, ScatterSequence, Stream,
-        TransformerBlock,
+        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, ResidualStream,
+        ScatterSequence, TransformerBlock,
     },
     rng::Philox,
     shard::{Reduction, Replicated, Sequences, Shard},
@@ -63,7 +63,7 @@ fn config(gated: bool) -> BlockConfig {
 }
 
 /// Forward and backward of a layer on 700 tokens: payloads on both sides of the size that travels with the call.
-fn step<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
+fn step<S: ResidualStream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
     group: &Group<Cpu>,
     layer: L,
     spread: impl Fn(DTensor<Replicated, T>) -> Result<DTensor<S, T>>,
@@ -83,7 +83,7 @@ fn step<S: Stream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
     Ok(all)
 }
 
-fn block<S: Stream, T: Element>(
+fn block<S: ResidualStream, T: Element>(
     group: &Group<Cpu>,
     gated: bool,
     spread: impl Fn(DTensor<Replicated, T>) -> Result<DTensor<S, T>>,

@@ -13,7 +13,7 @@ use shardwise::{
     device::{Cpu, Element},
     launch,
     optim::{AdamW, AdamWConfig, clip_scale},
-    parallel::Stream,
+    parallel::ResidualStream,
     rng::Philox,
     shard::{Axis, Mesh, Reduction, Replicated, Shard},
     tensor::Random,
@@ -51,7 +51,7 @@ struct Trained {
 }
 
 /// AdamW with dropout, clipping and decay on `dp` replicas of the rest of the ranks, four microbatches together.
-fn train<S: Stream, T: Element>(world: &Group<Cpu>, dp: usize, overlap: Overlap) -> Result<Trained> {
+fn train<S: ResidualStream, T: Element>(world: &Group<Cpu>, dp: usize, overlap: Overlap) -> Result<Trained> {
     let world = world.with_reduction(Reduction::Invariant { blocks: 8 }).with_overlap(overlap);
     let mesh = DeviceMesh::new(&world, Mesh::new(dp, 1, world.size() / dp)?)?;
     let (source, schedule) = (Random::normal(3, 0.3), Schedule::one_forward_one_backward(1, 4 / dp));
@@ -65,13 +65,13 @@ fn train<S: Stream, T: Element>(world: &Group<Cpu>, dp: usize, overlap: Overlap)
     }
     for param in model.params() {
         let (values, width) = (param.value()?.to_vec()?, param.shape().split_at(0).1);
-        for piece in param.pieces().iter() {
-            let (ranges, extent) = (piece.region.ranges(), piece.region.extent());
-            for (at, value) in values[piece.row * width..][..extent.len()].iter().enumerate() {
+        for part in param.regions().iter() {
+            let (ranges, extent) = (part.region.ranges(), part.region.extent());
+            for (at, value) in values[part.row * width..][..extent.len()].iter().enumerate() {
                 let inner: usize = extent.dims()[1..].iter().product();
                 let rest = ranges.get(1).map(|range| range.start + at % inner);
                 let index = std::iter::once(ranges[0].start + at / inner).chain(rest).collect();
-                held.insert((piece.tensor.clone(), index), value.to_f64().to_bits());
+                held.insert((part.tensor.clone(), index), value.to_f64().to_bits());
             }
         }
     }

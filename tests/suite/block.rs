@@ -12,7 +12,7 @@ use shardwise::{
     kernels::{Activation, AttentionChoices, Backend, NormKind},
     parallel::{
         AttentionConfig, BlockConfig, BlockNames, BoxLayer, Layer, NormPlacement, Normalize,
-        ParallelAttention, ParallelMlp, Residual, Stream, TransformerBlock,
+        ParallelAttention, ParallelMlp, Residual, ResidualStream, TransformerBlock,
     },
     reference,
     shard::{Replicated, Sequences, Shard},
@@ -119,7 +119,7 @@ impl Draw {
     }
 }
 
-pub(crate) fn outcome<S: Stream + Spread, T: Element>(
+pub(crate) fn outcome<S: ResidualStream + Spread, T: Element>(
     draw: &Draw,
     case: &Case<'_>,
 ) -> Result<crate::support::Outcome> {
@@ -136,7 +136,7 @@ pub(crate) fn inputs(draw: &Draw, sequences: &Sequences) -> (Array2<f64>, Array2
     (matrix(draw.seed, "x", rows, draw.hidden), matrix(draw.seed, "dy", rows, draw.hidden))
 }
 
-fn exact<S: Stream + Spread>(draw: &Draw, world: usize, sequences: &Sequences) {
+fn exact<S: ResidualStream + Spread>(draw: &Draw, world: usize, sequences: &Sequences) {
     let ((x, dy), weights) = (inputs(draw, sequences), draw.weights());
     let ranges: Vec<_> = sequences.iter().collect();
     let want_y = reference::block(&weights, &x, &ranges, sequences.valid());

@@ -17,8 +17,8 @@ use shardwise::{
         Activate, AddBias, Attention, AttentionConfig, Bias, BlockConfig, BlockNames, BoxLayer, ColumnLinear,
         ColumnParallelLinear, Columns, CopyTo, DTensor, Dropout, Gate, GatherFrom, GatherSequence, Layer,
         MlpNames, NormPlacement, Normalize, ParallelMlp, PositionEmbedding, QkNorm, QkvLayout, Recompute,
-        ReduceFrom, ReduceScatterSequence, ReplicatedLinear, Residual, RowLinear, RowParallelLinear,
-        ScatterSequence, ScatterTo, Stream, TransformerBlock, VocabParallelCrossEntropy,
+        ReduceFrom, ReduceScatterSequence, ReplicatedLinear, Residual, ResidualStream, RowLinear,
+        RowParallelLinear, ScatterSequence, ScatterTo, TransformerBlock, VocabParallelCrossEntropy,
         VocabParallelEmbedding,
     },
     shard::{Heads, Partition, Replicated, Sequences, Shard},
@@ -42,17 +42,17 @@ fn wide(op: Op, elements: usize) -> Transfer {
 }
 
 /// The collective of S entering; the backward of leaving.
-fn enters<S: Stream>(features: usize) -> Vec<Transfer> {
+fn enters<S: ResidualStream>(features: usize) -> Vec<Transfer> {
     S::CUT.map(|_| of(AllGather, TOKENS * features)).into_iter().collect()
 }
 
 /// The collective of S leaving; the backward of entering.
-fn leaves<S: Stream>(features: usize) -> Vec<Transfer> {
+fn leaves<S: ResidualStream>(features: usize) -> Vec<Transfer> {
     vec![of(if S::CUT.is_some() { ReduceScatter } else { AllReduce }, TOKENS * features)]
 }
 
 /// A sum over tokens, where S cuts them, in the accumulator.
-fn over_tokens<S: Stream>(elements: usize) -> Vec<Transfer> {
+fn over_tokens<S: ResidualStream>(elements: usize) -> Vec<Transfer> {
     S::CUT.map(|_| wide(AllReduce, elements)).into_iter().collect()
 }
 
@@ -118,12 +118,12 @@ fn mappings_have_the_collectives_of_the_table() {
     }
 }
 
-fn linear<S: Stream + Spread>(world: usize) {
+fn linear<S: ResidualStream + Spread>(world: usize) {
     let cut = uneven(world as u64, WIDE, world);
     let up = Features { sizes: [HIDDEN, WIDE], cuts: [None, Some(cut.clone())] };
     let down = Features { sizes: [WIDE, HIDDEN], cuts: [Some(cut.clone()), None] };
     let (enter, leave) = (enters::<S>(HIDDEN), leaves::<S>(HIDDEN));
-    let columns = |group: &Group<Meta>| Columns::cut(group, cut.clone());
+    let columns = |group: &Group<Meta>| Columns::from_partition(group, cut.clone());
     check(
         world,
         &up,
@@ -201,7 +201,7 @@ fn shared_heads_are_summed() {
     }
 }
 
-fn stream<S: Stream + Spread>(world: usize) {
+fn stream<S: ResidualStream + Spread>(world: usize) {
     let same = Features::new(HIDDEN, HIDDEN);
     for (kind, vectors) in [(NormKind::LayerNorm { eps: 0.1 }, 2), (NormKind::RmsNorm { eps: 0.1 }, 1)] {
         check(
@@ -264,7 +264,7 @@ fn layers_of_the_stream_have_the_collectives_of_the_table() {
 }
 
 /// The two ends of a language model, which take ids and targets.
-fn ends<S: Stream>(world: usize, rank: usize) -> Result<()> {
+fn ends<S: ResidualStream>(world: usize, rank: usize) -> Result<()> {
     let (group, record) = Group::planned(&Meta::new(), rank, world)?;
     let source = Random::normal(1, 0.1);
     let table = VocabParallelEmbedding::<S, T, _>::load(&group, &Weights::new(&source), WIDE, HIDDEN)?;
@@ -272,7 +272,7 @@ fn ends<S: Stream>(world: usize, rank: usize) -> Result<()> {
     assert_eq!(record.take(), leaves::<S>(HIDDEN));
     table.backward(&rows, x)?;
     assert_eq!(record.take(), enters::<S>(HIDDEN));
-    let cut = group.even_cut(WIDE)?;
+    let cut = group.even_partition(WIDE)?;
     let logits = shardwise::Tensor::zeros(group.device(), [TOKENS, cut.size(rank)])?;
     let loss = VocabParallelCrossEntropy::default();
     let (_, saved) = loss.forward(DTensor::<Shard<1>, T, _>::shard(&group, logits, &cut)?, &[1; TOKENS])?;

@@ -13,7 +13,7 @@ use half::{bf16, f16};
 use ndarray::{ArrayD, IxDyn};
 use proptest::{collection::vec, prelude::*};
 use shardwise::{
-    Error, Loss, Mismatch, Result, Tensor,
+    Error, LostReason, Mismatch, Result, Tensor,
     comm::{Group, Op, ReduceOp, Transfer},
     device::{Cpu, DType},
     launch::Threads,
@@ -299,11 +299,11 @@ fn lose(world: usize, lost: usize, way: Way, before: usize, delay: Duration, wai
         for error in [&first, &later] {
             let Error::PeerLost { rank: named, op, reason, .. } = error else { panic!("{what}: {error}") };
             // A rank of the ring may need a neighbour that has heard of it and has left, too.
-            assert!(*named == lost || *op == "exchange" && *reason == Loss::Left, "{what}: {error}");
+            assert!(*named == lost || *op == "exchange" && *reason == LostReason::Left, "{what}: {error}");
             let right = match way {
-                Way::Panic | Way::LeakAndPanic => *reason == Loss::Panicked,
-                Way::Fail => *reason == Loss::Failed,
-                _ => *reason == Loss::Left,
+                Way::Panic | Way::LeakAndPanic => *reason == LostReason::Panicked,
+                Way::Fail => *reason == LostReason::Failed,
+                _ => *reason == LostReason::Left,
             };
             assert!(right, "{what}: {error}");
         }
@@ -332,7 +332,7 @@ fn who_is_lost_by_an_error_has_not_left() {
                 .unwrap();
             for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != round % world)
             {
-                let told = matches!(&outcome, Ok(Error::PeerLost { rank, reason: Loss::Failed, .. })
+                let told = matches!(&outcome, Ok(Error::PeerLost { rank, reason: LostReason::Failed, .. })
                     if *rank == round % world);
                 assert!(told, "rank {rank} of {world}, round {round}: {outcome:?}");
             }
@@ -389,7 +389,7 @@ fn the_launcher_reports_what_went_wrong_first() {
     let failed = Error::RankFailed { rank: 2, source };
     assert_eq!(run(|_| Err(Error::invalid("test", "fails"))).unwrap_err(), failed);
     let Error::RankFailed { rank: 0, source } = run(|group| group.barrier()).unwrap_err() else { panic!() };
-    assert!(matches!(*source, Error::PeerLost { rank: 2, reason: Loss::Left, seq: 1, .. }), "{source}");
+    assert!(matches!(*source, Error::PeerLost { rank: 2, reason: LostReason::Left, seq: 1, .. }), "{source}");
     assert!(matches!(Threads::new(0).run(|_| Ok(())), Err(Error::Invalid { op: "launch", .. })));
 }
 
@@ -422,7 +422,10 @@ fn a_lost_rank_breaks_the_groups_it_was_split_into_too() {
             panic!("{:?}", outcomes[rank])
         };
         // Ranks are counted in the group of the call.
-        assert_eq!((*lost, *reason, group.as_str()), (if rank == 0 { 3 } else { 1 }, Loss::Panicked, name));
+        assert_eq!(
+            (*lost, *reason, group.as_str()),
+            (if rank == 0 { 3 } else { 1 }, LostReason::Panicked, name)
+        );
     }
 }
 

@@ -400,7 +400,7 @@ fn sample(
     cut: &Partition,
     draws: &[u64],
 ) -> Result<Vec<u32>, Error> {
-    let all = ranks(cut.parts()).run(|group| {
+    let all = ranks(cut.shards()).run(|group| {
         let part = logits.slice(s![.., cut.range(group.rank())]).to_owned();
         let part = Tensor::<f32>::from_array(group.device(), &part.mapv(|x| x as f32))?;
         sampler.sample(&DTensor::<Shard<1>, f32>::shard(&group, part, cut)?, draws)

@@ -10,7 +10,7 @@ use shardwise::{
     kernels::{MatRef, NormKind},
     parallel::{
         AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, CopyTo, DTensor, Layer,
-        Normalize, ParallelAttention, QkvLayout, RowLinear, RowParallelLinear, Stream,
+        Normalize, ParallelAttention, QkvLayout, ResidualStream, RowLinear, RowParallelLinear,
         VocabParallelCrossEntropy,
     },
     shard::{Heads, Partition, Reduction, Replicated, Sequences, Shape, Shard},
@@ -53,7 +53,7 @@ fn loading() {
         failure(2, |group, weights| {
             RowLinear::<f64, Cpu>::load(group, weights, &Partition::even(4, 3), 6).map(|_| ())
         }),
-        "row linear: the parts of the cut is 3, but the ranks of the group is 2"
+        "row linear: the number of shards is 3, but the number of ranks is 2"
     );
     let layer = |config: AttentionConfig, layout: QkvLayout| {
         move |group: &Group<Cpu>, weights: &Weights<'_>| {
@@ -196,13 +196,13 @@ fn random_weights_are_the_same_at_every_size() {
             let layer =
                 ColumnLinear::<f64, Cpu>::load(&group, &Weights::new(&source), 4, &columns, Bias::Add)?;
             let held = |param: Param<f64, Cpu>| {
-                Ok((param.pieces().to_vec(), param.shape().dims().to_vec(), param.value()?.to_vec()?))
+                Ok((param.regions().to_vec(), param.shape().dims().to_vec(), param.value()?.to_vec()?))
             };
             layer.params().into_iter().map(held).collect::<Result<Vec<_>>>()
         });
         let mut whole = crate::support::Assembled::default();
-        for (pieces, shape, values) in parts.unwrap().into_iter().flatten() {
-            whole.add(&pieces, &shape, &values);
+        for (regions, shape, values) in parts.unwrap().into_iter().flatten() {
+            whole.add(&regions, &shape, &values);
         }
         Arrays(whole.finish()).0
     };
@@ -245,7 +245,7 @@ fn sizes_whose_product_cannot_be_counted_are_errors() {
         );
         // A small part of a tensor that has no element numbers.
         let ranges =
-            dims.iter().enumerate().fold(whole, |region, (dim, &size)| region.cut(dim, 0..size.min(1)));
+            dims.iter().enumerate().fold(whole, |region, (dim, &size)| region.narrow(dim, 0..size.min(1)));
         assert!(Param::<f32, Cpu>::load_region(&cpu, &weights, "w", Role::Weight, ranges, true).is_err());
     }
     assert_eq!((Shape::new(&[HALF, HALF]).len(), Shape::new(&[HALF, HALF, 0]).len()), (usize::MAX, 0));
@@ -370,7 +370,7 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
     let message = refused_everywhere("a gradient that is cut otherwise", 4, |group| {
         let layer = qkv(group, &Heads::new(6, 2, 1, 4)?)?;
         let (y, saved) = layer.forward(DTensor::copied(group, zeros(group, 3, 4)?)?)?;
-        let sizes: Vec<usize> = y.cut().unwrap().sizes().collect();
+        let sizes: Vec<usize> = y.partition().unwrap().sizes().collect();
         // The first two ranks have as many columns as they should.
         let other = Partition::from_sizes([sizes[0], sizes[1], sizes[2] + 1, sizes[3] - 1]);
         let part = zeros(group, 3, other.size(group.rank()))?;
@@ -391,8 +391,8 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
         "{message}"
     );
     let message = refused_everywhere("heads in blocks", 2, |group| {
-        let query = group.with_reduction(five).cut("test", "heads", 6, 1)?;
-        qkv(group, &Heads::with_cut(query, 2, 1)?).map(drop)
+        let query = group.with_reduction(five).partition("test", "heads", 6, 1)?;
+        qkv(group, &Heads::with_partition(query, 2, 1)?).map(drop)
     });
     assert_eq!(
         message,
@@ -412,9 +412,9 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
             ColumnLinear::<f64, Cpu>::load(group, &weights(), 4, &columns, Bias::None)
         };
         let layers = vec![layer(group)?, layer(&group.with_reduction(five))?];
-        ColumnParallelLinear::<Replicated, f64, Cpu>::forked(layers).map(drop)
+        ColumnParallelLinear::<Replicated, f64, Cpu>::concat(layers).map(drop)
     });
-    assert!(message.starts_with("forked linear: a layer is spread over"), "{message}");
+    assert!(message.starts_with("concatenated linear: a layer is spread over"), "{message}");
 }
 
 /// What a `main` that returns an error prints is a sentence.

@@ -10,14 +10,13 @@ use shardwise::{
     optim::grad_norm,
     parallel::{
         AddBias, Attention, AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, Dropout,
-        ForkedColumnLinear, Gate, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp,
-        PositionEmbedding, QkvLayout, RowLinear, RowParallelLinear, Sampler, VocabParallelCrossEntropy,
-        VocabParallelEmbedding,
+        Gate, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp, PositionEmbedding, QkvLayout,
+        RowLinear, RowParallelLinear, Sampler, VocabParallelCrossEntropy, VocabParallelEmbedding,
     },
     shard::{
         Axis, Copied, Heads, Mesh, Partition, Placement, Reduction, Replicated, Sequences, Shape, Shard,
     },
-    tensor::{Param, Piece, Random, Region, Role, Weights},
+    tensor::{Param, ParamRegion, Random, Region, Role, Weights},
     train::{DataParallel, check_replicas},
 };
 
@@ -118,7 +117,7 @@ fn a_layer_refuses_inputs_and_gradients_of_another_group() {
                     let layer = |name: &str| {
                         ColumnLinear::load(group, &weights.at(name), 4, &columns(group)?, Bias::Add)
                     };
-                    ForkedColumnLinear::<Replicated, _, _>::forked(vec![layer("a")?, layer("b")?])
+                    ColumnParallelLinear::<Replicated, _, _>::concat(vec![layer("a")?, layer("b")?])
                 },
                 replicated(4),
                 sharded(4),
@@ -447,8 +446,8 @@ fn a_copy_of_a_shared_head_that_drifts_is_named() {
                 // The last rank that holds a copy and does not own it.
                 let mut hurt = false;
                 for param in &params {
-                    let is_copy = |piece: &&Piece| !piece.owned && piece.tensor == tensor;
-                    let row = param.pieces().iter().find(is_copy).map(|copy| copy.row);
+                    let is_copy = |part: &&ParamRegion| !part.owned && part.tensor == tensor;
+                    let row = param.regions().iter().find(is_copy).map(|copy| copy.row);
                     if let (Some(row), true) = (row, group.rank() + 1 == group.size()) {
                         let (shape, mut values) = (param.shape(), param.value()?.to_vec()?);
                         values[row * shape.split_at(0).1] += 1e-9;
@@ -486,7 +485,7 @@ fn copies_are_compared_where_regions_overlap() {
         let outcomes = ranks(4).run(|group| {
             let rows = [0..5, 3..7, 0..0, 4..9][group.rank()].clone();
             let source = Random::normal(1, 0.3);
-            let region = Region::whole([9, 2]).cut(0, rows.clone());
+            let region = Region::whole([9, 2]).narrow(0, rows.clone());
             let param = Param::<f64, Dev>::load_region(
                 group.device(),
                 &Weights::new(&source),

@@ -22,8 +22,8 @@ use shardwise::{
     optim::{AdamW, AdamWConfig, clip_scale, grad_norm},
     parallel::{
         Activate, AddBias, Attention, AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns,
-        CopyTo, ForkedColumnLinear, Layer, Normalize, ParallelAttention, PositionEmbedding, QkNorm,
-        QkvLayout, ReduceFrom, RowLinear, RowParallelLinear, Stream, VocabParallelEmbedding,
+        CopyTo, Layer, Normalize, ParallelAttention, PositionEmbedding, QkNorm, QkvLayout, ReduceFrom,
+        ResidualStream, RowLinear, RowParallelLinear, VocabParallelEmbedding,
     },
     reference,
     shard::{Axis, Heads, Mesh, Partition, Reduction, Replicated, Sequences, Shard, Tree},
@@ -115,7 +115,7 @@ fn tree_sums<T: Element>(leaves: usize, world: usize, terms: &[Array2<f64>]) -> 
         // All columns to the last rank but one.
         let last = |rank| if rank + 2 == group.size() || group.size() == 1 { cols } else { 0 };
         let cuts = [
-            group.even_cut(cols)?,
+            group.even_partition(cols)?,
             Partition::from_sizes((0..group.size()).map(last).collect::<Vec<usize>>()),
         ];
         let mut parts = Vec::new();
@@ -342,7 +342,7 @@ fn config(heads: usize, kv_heads: usize) -> AttentionConfig {
 }
 
 /// Attention with normalized heads; its projections merged, or forked into three layers.
-fn attention<S: Stream + Spread, T: Element>(
+fn attention<S: ResidualStream + Spread, T: Element>(
     case: &Case<'_>,
     config: &AttentionConfig,
     forked: bool,
@@ -354,12 +354,12 @@ fn attention<S: Stream + Spread, T: Element>(
         });
     }
     run_unplanned!(T, case, |group, weights| {
-        let query = group.cut("attention", "query heads", config.heads, 1)?;
-        let heads = Heads::with_cut(query, config.kv_heads, config.head_dim)?;
+        let query = group.partition("attention", "query heads", config.heads, 1)?;
+        let heads = Heads::with_partition(query, config.kv_heads, config.head_dim)?;
         let load = |columns: &Columns| ColumnLinear::load(group, weights, config.hidden, columns, Bias::Add);
         let layers =
             Columns::separate_qkv(group, &heads, &layout)?.iter().map(load).collect::<Result<_>>()?;
-        let qkv = ForkedColumnLinear::<S, T, Dev>::forked(layers)?;
+        let qkv = ColumnParallelLinear::<S, T, Dev>::concat(layers)?;
         let core = Attention::load(group, weights, &heads, config)?;
         let cut = heads.query_features();
         let out = RowParallelLinear::<S, T, Dev>::load(group, &weights.at("o"), &cut, config.hidden, false)?;
@@ -488,8 +488,8 @@ fn sums_of_shared_heads_have_the_same_zeros() {
         let weights = attention_weights(heads * dim, kv * dim, dim, hidden);
         let outcome = |world: usize| {
             let tree = Tree::new("test", "blocks", blocks, world).unwrap();
-            let query = tree.cut("test", "heads", heads, 1, false).unwrap();
-            let heads = Heads::with_cut(query, kv, dim).unwrap();
+            let query = tree.partition("test", "heads", heads, 1, false).unwrap();
+            let heads = Heads::with_partition(query, kv, dim).unwrap();
             let cut = heads.qkv_features();
             let (x, dy) = (matrix(4, "x", 1, hidden), Array2::from_elem((1, cut.total()), -0.0));
             let case = Case { dy_cut: Some(cut), ..Case::new(world, &x, &dy, &weights) };
@@ -531,7 +531,7 @@ fn shared_heads_are_held_once_and_counted_once() {
                 let weights = Weights::new(&weights);
                 let layer =
                     ParallelAttention::<Replicated, f32, Dev>::load(&group, &weights, &layout, "o", &config)?;
-                let query = Heads::with_cut(group.cut("test", "heads", heads, 1)?, kv, dim)?;
+                let query = Heads::with_partition(group.partition("test", "heads", heads, 1)?, kv, dim)?;
                 let (own, held) = (query.query_range(group.rank()), query.kv_range(group.rank()));
                 let rows: Vec<_> = layer.params().iter().map(|param| param.shape().dims()[0]).collect();
                 assert_eq!(
@@ -554,7 +554,7 @@ fn shared_heads_are_held_once_and_counted_once() {
 }
 
 /// Sums over tokens: of positions, normalizations and biases.
-fn tokens<S: Stream + Spread, T: Element>(case: &Case<'_>) -> Result<Outcome> {
+fn tokens<S: ResidualStream + Spread, T: Element>(case: &Case<'_>) -> Result<Outcome> {
     run_unplanned!(T, case, |group, weights| {
         let positions = PositionEmbedding::<S, T, Dev>::load(group, &weights.at("p"), 4, 6)?;
         let norm =
@@ -616,7 +616,7 @@ struct Trained {
 }
 
 /// AdamW with dropout, clipping and decay on a dp x tp mesh, each replica in so many microbatches.
-fn train<S: Stream, T: Element>(
+fn train<S: ResidualStream, T: Element>(
     config: &Config,
     [dp, tp, microbatches]: [usize; 3],
     blocks: usize,
@@ -638,7 +638,7 @@ fn train<S: Stream, T: Element>(
         let mut params = Vec::new();
         for param in model.params() {
             let values: Vec<f64> = param.value()?.to_vec()?.into_iter().map(Element::to_f64).collect();
-            params.push((param.pieces().to_vec(), param.shape().dims().to_vec(), values));
+            params.push((param.regions().to_vec(), param.shape().dims().to_vec(), values));
         }
         Ok((mesh.group(Axis::Data).rank(), curve, params))
     });
@@ -648,7 +648,7 @@ fn train<S: Stream, T: Element>(
     for (replica, own, params) in outcomes {
         assert_eq!(own, curve, "every rank knows the same losses and norms");
         if replica == 0 {
-            params.iter().for_each(|(pieces, shape, values)| whole.add(pieces, shape, values));
+            params.iter().for_each(|(regions, shape, values)| whole.add(regions, shape, values));
         }
     }
     let bits_of = |(name, array): (String, ArrayD<f64>)| (name, bits(&array));
@@ -735,7 +735,7 @@ fn refused(world: usize, blocks: usize, what: impl Fn(&Group<Dev>) -> Result<()>
 
 /// A row linear layer of 6 inputs and 5 outputs.
 fn row_of_columns(group: &Group<Dev>) -> Result<RowLinear<f32, Dev>> {
-    let cut = group.cut("test", "features", 6, 1)?;
+    let cut = group.partition("test", "features", 6, 1)?;
     RowLinear::load(group, &Weights::new(&Random::normal(1, 1.0)), &cut, 5)
 }
 
@@ -747,7 +747,7 @@ fn two_sums_are_reduced_as_one() {
         let layer = row_of_columns(&group)?;
         let x = matrix(1, "x", 4, 6);
         let x = Tensor::from_array(group.device(), &x.mapv(|value| value as f32))?;
-        let x = DTensor::replicated(&group, x)?.scatter::<1>(&group.cut("test", "features", 6, 1)?)?;
+        let x = DTensor::replicated(&group, x)?.scatter::<1>(&group.partition("test", "features", 6, 1)?)?;
         let one = layer.forward(x.clone())?.0.all_reduce()?.into_local().to_vec()?;
         record.take();
         let two =
@@ -772,7 +772,7 @@ fn what_cannot_be_invariant_is_refused() {
     assert_eq!(
         refused(2, 4, |group| {
             let layer = row_of_columns(group)?;
-            let x = x(group)?.scatter::<1>(&group.cut("test", "features", 6, 1)?)?;
+            let x = x(group)?.scatter::<1>(&group.partition("test", "features", 6, 1)?)?;
             let (a, b) = (layer.forward(x.clone())?.0, layer.forward(x)?.0);
             a.add(&b).map(drop)
         }),
@@ -793,7 +793,8 @@ fn what_cannot_be_invariant_is_refused() {
         "scatter: not supported: an invariant reduction cuts tokens into [2, 2], by canonical blocks, not into [1, 3]"
     );
     assert_eq!(
-        refused(2, 4, |group| Columns::cut(group, shardwise::shard::Partition::even(6, 2)).map(drop)),
+        refused(2, 4, |group| Columns::from_partition(group, shardwise::shard::Partition::even(6, 2))
+            .map(drop)),
         "column linear: not supported: an invariant reduction needs features that are cut by canonical blocks: take them \
          from `Group::cut`"
     );
@@ -802,13 +803,13 @@ fn what_cannot_be_invariant_is_refused() {
         "invariant reduction: 3 ranks cannot share 2 canonical blocks: each rank needs at least one"
     );
     assert_eq!(
-        refused(2, 4, |group| group.cut("attention", "query heads", 1, 1).map(drop)),
+        refused(2, 4, |group| group.partition("attention", "query heads", 1, 1).map(drop)),
         "attention: rank 0 of 2 owns none of the 1 query heads, which are cut into 4 canonical blocks"
     );
     assert_eq!(
         refused(2, 4, |group| {
             let source = Random::normal(1, 1.0);
-            let heads = Heads::with_cut(group.cut("attention", "query heads", 4, 1)?, 1, 2)?;
+            let heads = Heads::with_partition(group.partition("attention", "query heads", 4, 1)?, 1, 2)?;
             let columns = Columns::qkv(group, &heads, &QkvLayout::separate("q", "k", "v"))?;
             let weights = Weights::new(&source);
             ColumnLinear::<f32, Dev>::load(group, &weights, 6, &columns, Bias::Skip).map(drop)

@@ -3,7 +3,7 @@
 
 use crate::support::say;
 use shardwise::{
-    Error, Loss, Result, Tensor,
+    Error, LostReason, Result, Tensor,
     comm::{Group, ReduceOp},
     device::Cpu,
     launch::Env,
@@ -385,7 +385,7 @@ fn what_is_changed_on_the_way_is_never_data() {
         for (rank, outcome) in outcomes.into_iter().enumerate() {
             let error = outcome.unwrap_err();
             assert!(
-                matches!(error, Error::PeerLost { rank: named, reason: Loss::Disconnected, .. } if named != rank),
+                matches!(error, Error::PeerLost { rank: named, reason: LostReason::Disconnected, .. } if named != rank),
                 "rank {rank}: {error}"
             );
         }

@@ -13,8 +13,8 @@ use shardwise::{
     parallel::{
         Activate, AddBias, AttentionConfig, Bias, ColumnLinear, ColumnParallelLinear, Columns, CopyTo,
         GatherFrom, GatherSequence, Layer, MeanPool, MlpNames, Normalize, ParallelAttention, ParallelMlp,
-        QkvLayout, ReduceFrom, ReduceScatterSequence, ReplicatedLinear, Residual, RowLinear,
-        RowParallelLinear, ScatterSequence, ScatterTo, Stream,
+        QkvLayout, ReduceFrom, ReduceScatterSequence, ReplicatedLinear, Residual, ResidualStream, RowLinear,
+        RowParallelLinear, ScatterSequence, ScatterTo,
     },
     reference,
     shard::{Copied, Elementwise, Partition, Placement, Replicated, Sequences, Shard},
@@ -107,14 +107,14 @@ proptest! {
         let want = reference::linear_backward(&x, &w, &dy);
         let case = Case { dy_cut: Some(cut.clone()), ..Case::new(world, &x, &dy, &weights) };
         let got = run!(f64, &case, |group, weights| {
-            let columns = Columns::cut(group, cut.clone())?;
+            let columns = Columns::from_partition(group, cut.clone())?;
             ColumnLinear::load(group, weights, inputs, &columns, Bias::Add)
         }).unwrap();
         close("column", &got.y.into_dyn(), &reference::linear(&x, &w, Some(&b)), EXACT);
         close("column dx", &got.dx.into_dyn(), &want.dx, EXACT);
         grads_close(&got.grads, &[("weight", want.dw.clone().into_dyn()), ("bias", want.db.into_dyn())], EXACT);
         let got = run!(f64, &case, |group, weights| {
-            let columns = Columns::cut(group, cut.clone())?;
+            let columns = Columns::from_partition(group, cut.clone())?;
             ColumnLinear::load(group, weights, inputs, &columns, Bias::None)
         }).unwrap();
         close("column without bias", &got.y.clone().into_dyn(), &reference::linear(&x, &w, None), EXACT);
@@ -173,7 +173,13 @@ proptest! {
 }
 
 /// Of fewer features than ranks, some ranks hold none.
-fn parallel_linear<S: Stream + Spread>(world: usize, rows: usize, outputs: usize, inputs: usize, seed: u64) {
+fn parallel_linear<S: ResidualStream + Spread>(
+    world: usize,
+    rows: usize,
+    outputs: usize,
+    inputs: usize,
+    seed: u64,
+) {
     let (x, dy) = (matrix(seed, "x", rows, inputs), matrix(seed, "dy", rows, outputs));
     let (w, b) = (matrix(seed, "w", outputs, inputs), vector(seed, "b", outputs));
     let weights = arrays([("weight", w.clone().into_dyn()), ("bias", b.clone().into_dyn())]);
@@ -247,7 +253,7 @@ fn elementwise<P: Elementwise + Spread<Dual: Spread>>(world: usize, rows: usize,
     }
 }
 
-fn norms<S: Stream + Spread>(world: usize, rows: usize, cols: usize, seed: u64) {
+fn norms<S: ResidualStream + Spread>(world: usize, rows: usize, cols: usize, seed: u64) {
     let (x, dy) = (matrix(seed, "x", rows, cols), matrix(seed, "dy", rows, cols));
     let (gamma, beta) = (vector(seed, "gamma", cols), vector(seed, "beta", cols));
     let weights = arrays([("weight", gamma.clone().into_dyn()), ("bias", beta.clone().into_dyn())]);
@@ -274,7 +280,14 @@ fn norms<S: Stream + Spread>(world: usize, rows: usize, cols: usize, seed: u64) 
     grads_close(&got.grads, &[("bias", dy.sum_axis(ndarray::Axis(0)).into_dyn())], EXACT);
 }
 
-fn mlp<S: Stream + Spread>(world: usize, rows: usize, hidden: usize, ffn: usize, bias: bool, seed: u64) {
+fn mlp<S: ResidualStream + Spread>(
+    world: usize,
+    rows: usize,
+    hidden: usize,
+    ffn: usize,
+    bias: bool,
+    seed: u64,
+) {
     let (x, dy) = (matrix(seed, "x", rows, hidden), matrix(seed, "dy", rows, hidden));
     let weights = reference::MlpWeights {
         up: matrix(seed, "up", ffn, hidden),
@@ -332,7 +345,7 @@ fn mlp<S: Stream + Spread>(world: usize, rows: usize, hidden: usize, ffn: usize,
 }
 
 /// x + f(x).
-fn residual<S: Stream + Spread>(world: usize, hidden: usize, ffn: usize, seed: u64) {
+fn residual<S: ResidualStream + Spread>(world: usize, hidden: usize, ffn: usize, seed: u64) {
     let (x, dy) = (matrix(seed, "x", 6, hidden), matrix(seed, "dy", 6, hidden));
     let (up, down) = (matrix(seed, "up", ffn, hidden), matrix(seed, "down", hidden, ffn));
     let named = arrays([("up.weight", up.clone().into_dyn()), ("down.weight", down.clone().into_dyn())]);
@@ -403,7 +416,7 @@ fn batch(masked: bool, seed: u64) -> Sequences {
     sequences.masked(&valid).unwrap()
 }
 
-fn attend<S: Stream + Spread>(
+fn attend<S: ResidualStream + Spread>(
     world: usize,
     heads: usize,
     kv: usize,

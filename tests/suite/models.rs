@@ -12,7 +12,7 @@ use shardwise::{
     kernels::RopePairs,
     models::{Bert, BertConfig, Decoder, DecoderConfig, ModelConfig},
     ops::{RopeConfig, RopeScaling},
-    parallel::{DTensor, Sampler, Stream, VocabParallelCrossEntropy},
+    parallel::{DTensor, ResidualStream, Sampler, VocabParallelCrossEntropy},
     reference::worst,
     shard::{Reduction, Replicated, Sequences, Shard},
     tensor::{Arrays, Param, Region, Role, WeightSource},
@@ -91,7 +91,7 @@ fn bits<T: Element>(tensor: &Tensor<T>) -> Result<Vec<u64>> {
     Ok(tensor.to_vec()?.into_iter().map(|value| value.to_f64().to_bits()).collect())
 }
 
-fn logits<S: Stream, T: Element>(name: &str, world: usize) -> Array2<f64> {
+fn logits<S: ResidualStream, T: Element>(name: &str, world: usize) -> Array2<f64> {
     let ((checkpoint, config), reference) = (decoder(name), reference(name, "logits"));
     let parts = ranks(world).run(|group| {
         let model = Decoder::<S, T, Dev>::load(&group, &checkpoint, &config)?;
@@ -249,7 +249,11 @@ fn direction(region: &Region) -> impl Iterator<Item = f64> {
 }
 
 /// Σ gradient · direction of every tensor, over what this rank owns.
-fn slopes<S: Stream>(group: &Group<Dev>, name: &str, targets: &[u32]) -> Result<(f64, Vec<(String, f64)>)> {
+fn slopes<S: ResidualStream>(
+    group: &Group<Dev>,
+    name: &str,
+    targets: &[u32],
+) -> Result<(f64, Vec<(String, f64)>)> {
     let ((checkpoint, config), reference) = (decoder(name), reference(name, "logits"));
     let (ids, sequences, _) = reference.packed();
     let model = Decoder::<S, f64, Dev>::load(group, &checkpoint, &config)?;
@@ -265,9 +269,9 @@ fn own_slopes(params: &[Param<f64, Dev>]) -> Result<Vec<(String, f64)>> {
     let mut own = Vec::new();
     for param in params {
         let (width, grad) = (param.shape().split_at(0).1, param.grad().unwrap().to_vec()?);
-        for piece in param.pieces().iter().filter(|piece| piece.owned) {
-            let grad = &grad[piece.row * width..][..piece.region.extent().len()];
-            own.push((piece.tensor.clone(), direction(&piece.region).zip(grad).map(|(a, b)| a * b).sum()));
+        for part in param.regions().iter().filter(|part| part.owned) {
+            let grad = &grad[part.row * width..][..part.region.extent().len()];
+            own.push((part.tensor.clone(), direction(&part.region).zip(grad).map(|(a, b)| a * b).sum()));
         }
     }
     Ok(own)
@@ -293,9 +297,9 @@ fn shift(params: &[Param<f64, Dev>], tensor: &str, step: f64) -> Result<()> {
     for param in params {
         let (shape, mut values) = (param.shape(), param.value()?.to_vec()?);
         let width = shape.split_at(0).1;
-        for piece in param.pieces().iter().filter(|piece| piece.tensor == tensor) {
-            let values = &mut values[piece.row * width..][..piece.region.extent().len()];
-            for (value, along) in values.iter_mut().zip(direction(&piece.region)) {
+        for part in param.regions().iter().filter(|part| part.tensor == tensor) {
+            let values = &mut values[part.row * width..][..part.region.extent().len()];
+            for (value, along) in values.iter_mut().zip(direction(&part.region)) {
                 *value += step * along;
             }
         }
@@ -341,7 +345,7 @@ fn bert_trains_and_is_saved() {
     let (ids, sequences, _) = reference("bert", "hidden").packed();
     let types: Vec<u32> = (0..ids.len() as u32).map(|at| at % 2).collect();
     let dy = crate::support::matrix(1, "dy", ids.len(), config.block.attention.hidden);
-    fn slopes<S: Stream>(
+    fn slopes<S: ResidualStream>(
         group: &Group<Dev>,
         (checkpoint, config): (&Checkpoint, &BertConfig),
         (ids, types, sequences): (&[u32], &[u32], &Sequences),
@@ -681,7 +685,7 @@ fn the_corpus_of_attacks_does_no_harm() {
 /// without padding: positions count tokens, and the padding's ids do not change the result.
 #[test]
 fn texts_padded_on_the_left_are_the_texts_alone() {
-    fn run<S: Stream>(
+    fn run<S: ResidualStream>(
         world: usize,
         (checkpoint, config): (&Checkpoint, &DecoderConfig),
         ids: &[u32],
@@ -777,9 +781,9 @@ fn bert_padded_on_the_left_is_the_text_alone() {
 fn table_rows(params: &[Param<f64, Dev>], name: &str) -> Result<Vec<(usize, Vec<f64>)>> {
     let mut rows = Vec::new();
     for param in params {
-        for piece in param.pieces().iter().filter(|piece| piece.tensor == name) {
+        for part in param.regions().iter().filter(|part| part.tensor == name) {
             let (grad, width) = (param.grad().unwrap().to_vec()?, param.shape().cols());
-            let first = piece.region.ranges()[0].start;
+            let first = part.region.ranges()[0].start;
             rows.extend(grad.chunks(width).enumerate().map(|(row, grad)| (first + row, grad.to_vec())));
         }
     }

@@ -167,7 +167,7 @@ fn gradient_norms_are_those_of_one_device() {
     let x = matrix(1, "x", tokens, hidden);
     let norm_on = |world: usize| {
         let norms = ranks(world).run(|group| {
-            fn grads<S: shardwise::parallel::Stream>(
+            fn grads<S: shardwise::parallel::ResidualStream>(
                 group: &Group<Dev>,
                 source: &Random,
                 config: &AttentionConfig,

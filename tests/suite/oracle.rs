@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use proptest::{collection::vec, prelude::*};
 use shardwise::{
-    Error, Loss, Result, Tensor,
+    Error, LostReason, Result, Tensor,
     comm::{Group, ReduceOp},
     device::{Cpu, DType, Element},
     launch::Threads,
@@ -182,9 +182,9 @@ fn check(rank: usize, outcome: &Result<(), Error>, programs: &[Program], verdict
             };
             assert!(gone.contains(named), "{rank}: {outcome:?}");
             let right = match programs[*named].end {
-                End::Returns => *reason == Loss::Left,
-                End::Fails => *reason == Loss::Failed,
-                End::Panics => *reason == Loss::Panicked,
+                End::Returns => *reason == LostReason::Left,
+                End::Fails => *reason == LostReason::Failed,
+                End::Panics => *reason == LostReason::Panicked,
             };
             assert!(right, "{rank}: {outcome:?}");
         }

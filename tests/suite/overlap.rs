@@ -10,13 +10,13 @@ use half::bf16;
 use ndarray::Array2;
 use proptest::prelude::*;
 use shardwise::{
-    Error, Loss, Result,
+    Error, LostReason, Result,
     comm::{Group, Overlap},
     device::Element,
     kernels::{Activation, Gemm},
     parallel::{
-        Bias, ColumnLinear, ColumnParallelLinear, Columns, ForkedColumnLinear, Layer, MeasuredOverlap,
-        MlpNames, ParallelMlp, QkvLayout, RowParallelLinear, Stream,
+        Bias, ColumnLinear, ColumnParallelLinear, Columns, Layer, MeasuredOverlap, MlpNames, ParallelMlp,
+        QkvLayout, ResidualStream, RowParallelLinear,
     },
     shard::{Heads, Partition, Reduction, Replicated, Sequences, Shard},
     tensor::{Arrays, Random, Weights},
@@ -24,7 +24,7 @@ use shardwise::{
 };
 
 /// A feed-forward layer: a column and a row layer.
-fn mlp<S: Stream + Spread, T: Element>(
+fn mlp<S: ResidualStream + Spread, T: Element>(
     case: &Case<'_>,
     hidden: usize,
     ffn: usize,
@@ -175,15 +175,15 @@ fn blocks_agree() {
     }
 }
 
-fn forked<S: Stream + Spread, T: Element>(case: &Case<'_>, heads: usize) -> Result<Outcome> {
+fn forked<S: ResidualStream + Spread, T: Element>(case: &Case<'_>, heads: usize) -> Result<Outcome> {
     run_unplanned!(T, case, |group, weights| {
-        let query = group.cut("attention", "query heads", heads, 1)?;
-        let heads = Heads::with_cut(query, 2, 3)?;
+        let query = group.partition("attention", "query heads", heads, 1)?;
+        let heads = Heads::with_partition(query, 2, 3)?;
         let layout = QkvLayout::separate("q", "k", "v");
         let load = |columns: &Columns| ColumnLinear::load(group, weights, 7, columns, Bias::Add);
         let layers =
             Columns::separate_qkv(group, &heads, &layout)?.iter().map(load).collect::<Result<_>>()?;
-        ForkedColumnLinear::<S, T, Dev>::forked(layers)
+        ColumnParallelLinear::<S, T, Dev>::concat(layers)
     })
 }
 
@@ -208,7 +208,7 @@ fn forks_agree() {
 
 /// A rank's part of a tensor of ones, and layers of two linear operators.
 fn ones(group: &Group<Dev>, tokens: usize) -> Result<DTensor<Shard<0>>> {
-    let own = <Shard<0> as Stream>::local_rows(group, tokens)?.len();
+    let own = <Shard<0> as ResidualStream>::local_rows(group, tokens)?.len();
     Shard::<0>::of_local(group, tokens, Tensor::full(group.device(), [own, 6], 1.0)?)
 }
 
@@ -294,7 +294,7 @@ fn a_rank_that_is_lost_between_chunks_is_named() {
     let outcomes = outcomes.unwrap();
     assert!(outcomes[2].is_ok(), "{:?}", outcomes[2]);
     for outcome in &outcomes[..2] {
-        let lost = matches!(outcome, Err(Error::PeerLost { rank: 2, reason: Loss::Left, .. }));
+        let lost = matches!(outcome, Err(Error::PeerLost { rank: 2, reason: LostReason::Left, .. }));
         assert!(lost, "{outcome:?}");
     }
 }
@@ -361,7 +361,7 @@ fn ranks_agree_on_what_they_measured() {
 /// not split.
 #[test]
 fn chunks_move_what_is_planned() {
-    fn plan<S: Stream + Spread>(case: &Case<'_>, [hidden, ffn]: [usize; 2]) {
+    fn plan<S: ResidualStream + Spread>(case: &Case<'_>, [hidden, ffn]: [usize; 2]) {
         let (names, sizes, f) = (MlpNames::default(), (hidden, ffn), Activation::Silu);
         run!(f64, case, |group, weights| {
             ParallelMlp::<S, f64, Dev>::load(group, weights, &names, sizes, f, true)

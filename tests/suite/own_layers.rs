@@ -12,7 +12,8 @@ use shardwise::{
     kernels::Backend,
     ops,
     parallel::{
-        Bias, ColumnParallelLinear, Columns, DTensor, Enter, Layer, Leave, Linear, RowParallelLinear, Stream,
+        Bias, ColumnParallelLinear, Columns, DTensor, Enter, Layer, Leave, Linear, ResidualStream,
+        RowParallelLinear,
     },
     shard::{Copied, Partial, Partition, Replicated, Shard},
     tensor::{Param, Region, Role, Weights},
@@ -33,8 +34,8 @@ impl<B: Backend> Cut<B> {
         [inputs, outputs]: [usize; 2],
         dim: usize,
     ) -> Result<Self> {
-        let cut = group.even_cut([outputs, inputs][dim])?;
-        let region = Region::whole([outputs, inputs]).cut(dim, cut.range(group.rank()));
+        let cut = group.even_partition([outputs, inputs][dim])?;
+        let region = Region::whole([outputs, inputs]).narrow(dim, cut.range(group.rank()));
         let weight = Param::load_region(group.device(), weights, "weight", Role::Weight, region, true)?;
         Ok(Self { group: group.clone(), weight, cut, features: [inputs, outputs] })
     }
@@ -131,7 +132,7 @@ own!(
 
 /// The edges of a region do for any linear layer what they do for the crate's, at once and in
 /// chunks.
-fn agree<S: Stream + Spread>(world: usize, overlap: Overlap) {
+fn agree<S: ResidualStream + Spread>(world: usize, overlap: Overlap) {
     let (tokens, inputs, outputs) = (9, 8, 11);
     let source = arrays([("weight", random(world as u64, "w", &[outputs, inputs]))]);
     let (x, dy) = (matrix(1, "x", tokens, inputs), matrix(1, "dy", tokens, outputs));
@@ -148,7 +149,7 @@ fn agree<S: Stream + Spread>(world: usize, overlap: Overlap) {
         Ok(Leave::<S, _>::new(OwnRow(Cut::load(group, weights, [inputs, outputs], 1)?)))
     });
     let crates = run!(f64, &case, |group, weights| {
-        RowParallelLinear::<S, f64, Dev>::load(group, weights, &group.even_cut(inputs)?, outputs, false)
+        RowParallelLinear::<S, f64, Dev>::load(group, weights, &group.even_partition(inputs)?, outputs, false)
     });
     same_bits("a row", &own.unwrap(), &crates.unwrap());
 }

@@ -15,12 +15,12 @@ use shardwise::{
     optim::{AdamW, grad_norm},
     parallel::{
         AddBias, AttentionConfig, Bias, BlockConfig, BlockNames, ColumnLinear, ColumnParallelLinear, Columns,
-        ForkedColumnLinear, Layer, NormPlacement, PositionEmbedding, QkvLayout, RowParallelLinear, Stream,
+        Layer, NormPlacement, PositionEmbedding, QkvLayout, ResidualStream, RowParallelLinear,
         TransformerBlock, VocabParallelEmbedding,
     },
     reference::worst,
     shard::{Copied, Heads, Placement, Reduction, Replicated, Sequences, Shape, Shard},
-    tensor::{Arrays, GradSink, GradSum, GradTerm, Param, Piece, Random, Region, Role, Store, Weights},
+    tensor::{Arrays, GradSink, GradSum, GradTerm, Param, ParamRegion, Random, Region, Role, Store, Weights},
     train::{DataParallel, GradReduce},
 };
 use std::{cell::RefCell, ops::Range, rc::Rc};
@@ -133,7 +133,7 @@ macro_rules! same_on_bytes {
 
 const EITHER: [Reduction; 2] = [Reduction::Fast, Reduction::Invariant { blocks: 8 }];
 
-fn linear_layers<S: Stream + Spread, T: Element>(world: usize, seed: u64) {
+fn linear_layers<S: ResidualStream + Spread, T: Element>(world: usize, seed: u64) {
     let (tokens, hidden, features) = (5, 7, world + 8);
     let up =
         arrays([("weight", coded(seed, "w", &[features, hidden])), ("bias", random(seed, "b", &[features]))]);
@@ -145,7 +145,7 @@ fn linear_layers<S: Stream + Spread, T: Element>(world: usize, seed: u64) {
     let down =
         arrays([("weight", coded(seed, "w", &[hidden, features])), ("bias", random(seed, "b", &[hidden]))]);
     same_on_bytes!(T, &Case::new(world, &dy, &x, &down), &EITHER, |group, weights| {
-        let cut = group.cut("test", "features", features, 1)?;
+        let cut = group.partition("test", "features", features, 1)?;
         RowParallelLinear::<S, T, Dev>::load(group, weights, &cut, hidden, true)
     });
     let positions = arrays([("weight", coded(seed, "p", &[tokens + 2, hidden]))]);
@@ -193,7 +193,7 @@ fn linear_layers<S: Stream + Spread, T: Element>(world: usize, seed: u64) {
 }
 
 /// q, k and v, merged and as three layers; neighbouring ranks hold the same key/value heads.
-fn qkv<S: Stream + Spread>(world: usize, seed: u64) {
+fn qkv<S: ResidualStream + Spread>(world: usize, seed: u64) {
     let (tokens, hidden, layout) = (4, 5, QkvLayout::separate("q", "k", "v"));
     let source = arrays([
         ("q.weight", coded(seed, "q", &[18, hidden])),
@@ -211,7 +211,7 @@ fn qkv<S: Stream + Spread>(world: usize, seed: u64) {
     same_on_bytes!(f64, &case, &[Reduction::Fast], |group, weights| {
         let columns = Columns::separate_qkv(group, &heads, &layout)?;
         let load = |columns: &Columns| ColumnLinear::load(group, weights, hidden, columns, Bias::None);
-        ForkedColumnLinear::<S, f64, Dev>::forked(columns.iter().map(load).collect::<Result<Vec<_>>>()?)
+        ColumnParallelLinear::<S, f64, Dev>::concat(columns.iter().map(load).collect::<Result<Vec<_>>>()?)
     });
 }
 
@@ -220,7 +220,7 @@ fn qkv<S: Stream + Spread>(world: usize, seed: u64) {
 type Embedded = [Vec<u64>; 4];
 
 /// An embedding and its tied head on a table of bytes, or a dense one.
-fn embeds<S: Stream>(world: usize, seed: u64, reduction: Reduction, bytes: bool) -> Vec<Embedded> {
+fn embeds<S: ResidualStream>(world: usize, seed: u64, reduction: Reduction, bytes: bool) -> Vec<Embedded> {
     let (vocabulary, hidden, ids) = (world + 5, 3, [0_u32, 4, 2, 4, 1, 5]);
     let source = arrays([("weight", coded(seed, "table", &[vocabulary, hidden]))]);
     let bits = |tensor: &Tensor<f64>| -> Result<Vec<u64>> {
@@ -337,7 +337,10 @@ fn an_embedding_refuses_a_gradient_of_another_width() {
     assert_eq!(outcomes.unwrap(), [says, says]);
 }
 
-fn linear<S: Stream>(group: &Group<Dev>, source: &Arrays) -> Result<ColumnParallelLinear<S, f64, Dev>> {
+fn linear<S: ResidualStream>(
+    group: &Group<Dev>,
+    source: &Arrays,
+) -> Result<ColumnParallelLinear<S, f64, Dev>> {
     let (columns, weights) = (Columns::even(group, 4)?, Weights::new(source));
     ColumnParallelLinear::load(group, &weights.at("w"), 3, &columns, Bias::None)
 }
@@ -444,7 +447,7 @@ where
 fn a_sink_clips_the_gradient_of_each_sample() {
     for world in [1, 2, 3] {
         let outcomes = ranks(world).run(|group| {
-            let (source, cut) = (Random::normal(3, 1.0), group.even_cut(7)?);
+            let (source, cut) = (Random::normal(3, 1.0), group.even_partition(7)?);
             let weights = Weights::new(&source);
             let [x, h] = [("x", 5), ("h", 7)].map(|(name, width)| matrix(5, name, 7, width));
             let columns = Columns::even(&group, 7)?;
@@ -460,7 +463,7 @@ fn a_sink_clips_the_gradient_of_each_sample() {
                 let load = |name: &str| {
                     ColumnLinear::<f64, Dev>::load(&group, &weights.at(name), 5, &columns, Bias::Add)
                 };
-                ForkedColumnLinear::<Replicated, f64, Dev>::forked(vec![load("a")?, load("b")?])
+                ColumnParallelLinear::<Replicated, f64, Dev>::concat(vec![load("a")?, load("b")?])
             };
             let both = ndarray::concatenate![ndarray::Axis(1), h, h];
             if world == 1 {
@@ -748,11 +751,11 @@ fn gradients_that_are_no_gradient_are_refused() {
         ];
         drop(other.set_sink(Box::new(Replace))?);
         let shape = add_ones(&other, 1).unwrap_err().to_string();
-        let wide = Piece { tensor: "w".into(), region: Region::whole([2, 2]), row: 0, owned: true };
+        let wide = ParamRegion { tensor: "w".into(), region: Region::whole([2, 2]), row: 0, owned: true };
         let source = arrays([("w", ArrayD::ones(vec![2, 2]))]);
-        let load = |shape: &[usize], pieces: Vec<Piece>| {
+        let load = |shape: &[usize], regions: Vec<ParamRegion>| {
             let (weights, shape) = (Weights::new(&source), Shape::new(shape));
-            let load = Param::<f64, Dev>::load(group.device(), &weights, "w", Role::Weight, shape, pieces);
+            let load = Param::<f64, Dev>::load(group.device(), &weights, "w", Role::Weight, shape, regions);
             load.unwrap_err().to_string()
         };
         Ok([open, double, [shape, load(&[2, 3], vec![wide])], [load(&[], Vec::new()), String::new()]])
@@ -768,7 +771,7 @@ fn gradients_that_are_no_gradient_are_refused() {
         ],
         [
             "gradient: w has shape [2, 3], but its gradient has shape [3, 2]",
-            "parameter: the width of the piece of `w` is 2, but that of the parameter is 3",
+            "parameter: the width of the part of `w` is 2, but that of the parameter is 3",
         ],
         ["parameter: `w` has no dimension: give it one of size 1", ""],
     ];

@@ -3,7 +3,7 @@
 use crate::dev::{self, Dev, ranks};
 use shardwise::{
     Result, Tensor,
-    comm::{Group, Op, Record, Transfer},
+    comm::{Group, Op, Transfer, TransferLog},
     device::{Device, Element, Meta},
     kernels::{Activation, AttentionChoices, Backend, NormKind, RopePairs},
     models::{Bert, BertConfig, Decoder, DecoderConfig},
@@ -11,7 +11,7 @@ use shardwise::{
     optim::{AdamW, clip_scale, grad_norm},
     parallel::{
         AttentionConfig, Bias, BlockConfig, BlockNames, ColumnLinear, Columns, Context, DTensor, Layer,
-        NormPlacement, Stream, TransformerBlock,
+        NormPlacement, ResidualStream, TransformerBlock,
     },
     shard::{Reduction, Replicated, Sequences, Shard},
     tensor::{Random, WeightSource, Weights},
@@ -23,12 +23,12 @@ type Seen = Vec<(Vec<Transfer>, usize)>;
 
 struct Watch<'a, B: Backend> {
     group: &'a Group<B>,
-    record: &'a Record,
+    record: &'a TransferLog,
     seen: Seen,
 }
 
 impl<'a, B: Backend> Watch<'a, B> {
-    fn new(group: &'a Group<B>, record: &'a Record) -> Self {
+    fn new(group: &'a Group<B>, record: &'a TransferLog) -> Self {
         record.take();
         Self { group, record, seen: Vec::new() }
     }
@@ -43,9 +43,9 @@ impl<'a, B: Backend> Watch<'a, B> {
 }
 
 /// A step of training, and inference.
-fn trains<S: Stream, T: Element, B: Backend>(
+fn trains<S: ResidualStream, T: Element, B: Backend>(
     group: &Group<B>,
-    record: &Record,
+    record: &TransferLog,
     source: &dyn WeightSource,
     config: &DecoderConfig,
 ) -> Result<Seen> {
@@ -71,7 +71,7 @@ fn trains<S: Stream, T: Element, B: Backend>(
 /// A prompt in two slots, and a token more in each.
 fn generates<T: Element, B: Backend>(
     group: &Group<B>,
-    record: &Record,
+    record: &TransferLog,
     source: &dyn WeightSource,
     config: &DecoderConfig,
 ) -> Result<Seen> {
@@ -86,9 +86,9 @@ fn generates<T: Element, B: Backend>(
     Ok(watch.seen)
 }
 
-fn encodes<S: Stream, B: Backend>(
+fn encodes<S: ResidualStream, B: Backend>(
     group: &Group<B>,
-    record: &Record,
+    record: &TransferLog,
     source: &dyn WeightSource,
     config: &BertConfig,
 ) -> Result<Seen> {
@@ -144,7 +144,11 @@ fn models_move_and_hold_what_is_planned() {
 }
 
 /// Gradients over replicas, whose presence a rank without data takes from its own.
-fn replicates<T: Element, B: Backend>(group: &Group<B>, record: &Record, reduce: GradReduce) -> Result<Seen> {
+fn replicates<T: Element, B: Backend>(
+    group: &Group<B>,
+    record: &TransferLog,
+    reduce: GradReduce,
+) -> Result<Seen> {
     let (alone, source) = (Group::solo(group.device()), Random::normal(1, 0.5));
     let alone = alone.with_reduction(group.reduction());
     let (columns, weights) = (Columns::even(&alone, 5)?, Weights::new(&source));
@@ -227,10 +231,10 @@ fn a_large_model_has_the_sizes_of_its_formulas() {
         // Two products for one, and five of attention for two; but of a shared head only its owner
         // goes on to dX.
         let params = model.params();
-        let pieces: Vec<_> = params.iter().flat_map(|param| param.pieces().to_vec()).collect();
-        let keys = pieces.iter().filter(|piece| piece.tensor.contains("k_proj"));
+        let regions: Vec<_> = params.iter().flat_map(|param| param.regions().to_vec()).collect();
+        let keys = regions.iter().filter(|part| part.tensor.contains("k_proj"));
         let not_owned =
-            2 * keys.filter(|piece| !piece.owned).map(|piece| piece.region.extent().len()).sum::<usize>();
+            2 * keys.filter(|part| !part.owned).map(|part| part.region.extent().len()).sum::<usize>();
         assert!(not_owned == 0 || not_owned == layers * 2 * hidden * head_dim);
         let backward = 2 * tokens * (2 * matrices - not_owned) + 10 * layers * pairs * head_dim;
         assert_eq!(device.flops(), (2 * flops + backward) as u64);

@@ -11,16 +11,15 @@ use shardwise::{
     optim::grad_norm,
     parallel::{
         AddBias, AttentionConfig, Bias, BlockConfig, BlockNames, BoxLayer, Chain, ColumnLinear,
-        ColumnParallelLinear, Columns, Context, CopyTo, CrossEntropySaved, DTensor, ForkedColumnLinear,
-        GatherFrom, GatherSequence, Layer, MlpNames, NormPlacement, Normalize, ParallelAttention,
-        ParallelMlp, QkvLayout, Recompute, ReduceFrom, ReduceScatterSequence, RowParallelLinear, Sampler,
-        ScatterSequence, ScatterTo, Stream, TransformerBlock, VocabParallelCrossEntropy,
-        VocabParallelEmbedding,
+        ColumnParallelLinear, Columns, Context, CopyTo, CrossEntropySaved, DTensor, GatherFrom,
+        GatherSequence, Layer, MlpNames, NormPlacement, Normalize, ParallelAttention, ParallelMlp, QkvLayout,
+        Recompute, ReduceFrom, ReduceScatterSequence, ResidualStream, RowParallelLinear, Sampler,
+        ScatterSequence, ScatterTo, TransformerBlock, VocabParallelCrossEntropy, VocabParallelEmbedding,
     },
     shard::{Copied, Mesh, Partial, Partition, Placement, Reduction, Replicated, Sequences, Shard},
     tensor::{Param, Random, Weights},
     trace,
-    train::{DataParallel, Ends, GradReduce, Microbatch, Pipeline, Schedule, check_replicas},
+    train::{DataParallel, GradReduce, Microbatch, Pipeline, PipelineEnds, Schedule, check_replicas},
     weights::{self, Checkpoint},
 };
 use std::{
@@ -61,7 +60,7 @@ fn replicated(group: &Group<Cpu>) -> Result<Held<Replicated>> {
     input(group, TOKENS, |x| DTensor::replicated(group, x))
 }
 
-fn stream<S: Stream>(group: &Group<Cpu>) -> Result<Held<S>> {
+fn stream<S: ResidualStream>(group: &Group<Cpu>) -> Result<Held<S>> {
     let rows = S::local_rows(group, TOKENS)?.len();
     input(group, rows, |x| S::of_local(group, TOKENS, x))
 }
@@ -163,7 +162,7 @@ fn llama() -> BlockConfig {
 #[test]
 fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
     type Column<S> = ColumnParallelLinear<S, f32, Cpu>;
-    fn column<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Column<S>> {
+    fn column<S: ResidualStream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Column<S>> {
         let columns = Columns::even(group, 9)?;
         ColumnParallelLinear::load(group, &weights.at("up"), HIDDEN, &columns, Bias::Add)
     }
@@ -171,7 +170,10 @@ fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
     told("model.up", true, column::<Shard<0>>, stream::<Shard<0>>);
     told("model.up", false, column::<Shard<0>>, stream::<Shard<0>>);
 
-    fn row<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<RowParallelLinear<S, f32, Cpu>> {
+    fn row<S: ResidualStream>(
+        group: &Group<Cpu>,
+        weights: &Weights<'_>,
+    ) -> Result<RowParallelLinear<S, f32, Cpu>> {
         let cut = Partition::even(HIDDEN, group.size());
         RowParallelLinear::load(group, &weights.at("down"), &cut, 8, true)
     }
@@ -179,16 +181,16 @@ fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
     told("model.down", true, row::<Shard<0>>, features);
     told("model.down", false, row::<Shard<0>>, features);
 
-    fn norm<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Normalize<S, f32, Cpu>> {
+    fn norm<S: ResidualStream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Normalize<S, f32, Cpu>> {
         Normalize::load(group, &weights.at("norm"), NormKind::LayerNorm { eps: 1e-5 }, HIDDEN)
     }
     told("model.norm", false, norm::<Shard<0>>, stream::<Shard<0>>);
-    fn bias<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<AddBias<S, f32, Cpu>> {
+    fn bias<S: ResidualStream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<AddBias<S, f32, Cpu>> {
         AddBias::load(group, &weights.at("add"), HIDDEN)
     }
     told("model.add", false, bias::<Shard<0>>, stream::<Shard<0>>);
 
-    fn attention<S: Stream>(
+    fn attention<S: ResidualStream>(
         group: &Group<Cpu>,
         weights: &Weights<'_>,
     ) -> Result<ParallelAttention<S, f32, Cpu>> {
@@ -200,7 +202,7 @@ fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
     told("model.attn", true, attention::<Shard<0>>, stream::<Shard<0>>);
     told("model.attn.o", false, attention::<Shard<0>>, stream::<Shard<0>>);
 
-    fn mlp<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<ParallelMlp<S, f32, Cpu>> {
+    fn mlp<S: ResidualStream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<ParallelMlp<S, f32, Cpu>> {
         let (names, sizes) = (MlpNames::default(), (HIDDEN, 10));
         ParallelMlp::load(group, &weights.at("mlp"), &names, sizes, Activation::GeluTanh, true)
     }
@@ -208,25 +210,28 @@ fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
     told("model.mlp.up", false, mlp::<Replicated>, stream::<Replicated>);
     told("model.mlp.up", true, mlp::<Shard<0>>, stream::<Shard<0>>);
     told("model.mlp.down", false, mlp::<Shard<0>>, stream::<Shard<0>>);
-    fn gated<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<ParallelMlp<S, f32, Cpu>> {
+    fn gated<S: ResidualStream>(
+        group: &Group<Cpu>,
+        weights: &Weights<'_>,
+    ) -> Result<ParallelMlp<S, f32, Cpu>> {
         let (names, sizes) = (MlpNames::default(), (HIDDEN, 10));
         ParallelMlp::load_gated(group, &weights.at("mlp"), &names, sizes, Activation::Silu, false)
     }
     told("model.mlp", false, gated::<Replicated>, stream::<Replicated>);
 
-    fn forked<S: Stream>(
+    fn forked<S: ResidualStream>(
         group: &Group<Cpu>,
         weights: &Weights<'_>,
-    ) -> Result<ForkedColumnLinear<S, f32, Cpu>> {
+    ) -> Result<ColumnParallelLinear<S, f32, Cpu>> {
         let columns = Columns::even(group, 9)?;
         let load = |name| ColumnLinear::load(group, &weights.at(name), HIDDEN, &columns, Bias::Add);
-        ForkedColumnLinear::forked(vec![load("first")?, load("second")?])
+        ColumnParallelLinear::concat(vec![load("first")?, load("second")?])
     }
     told("model.first", true, forked::<Shard<0>>, stream::<Shard<0>>);
     told("model.first", false, forked::<Replicated>, stream::<Replicated>);
 
     type Block<S> = TransformerBlock<S, f32, Cpu>;
-    fn block<S: Stream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Block<S>> {
+    fn block<S: ResidualStream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Block<S>> {
         TransformerBlock::load(group, &weights.at("layers.3"), &llama())
     }
     told("model.layers.3.self_attn.o_proj", true, block::<Replicated>, stream::<Replicated>);
@@ -241,7 +246,7 @@ fn folder(name: &str) -> std::path::PathBuf {
 
 /// The calls of a model's forward and backward, on 2 ranks, in groups that reduce and overlap in
 /// other ways.
-fn of_model<S: Stream>(name: &str, change: impl Fn(Group<Cpu>) -> Group<Cpu> + Sync) -> Vec<String> {
+fn of_model<S: ResidualStream>(name: &str, change: impl Fn(Group<Cpu>) -> Group<Cpu> + Sync) -> Vec<String> {
     let (config, checkpoint) =
         (ModelConfig::read(folder(name)).unwrap(), Checkpoint::open(folder(name)).unwrap());
     let ids: Vec<u32> = (0..300).map(|at| at % 30 + 3).collect();
@@ -366,7 +371,7 @@ fn calls_without_a_layer_are_told_by_the_programs_line() {
         // Sums and parts of distributed tensors.
         calls(&group, |group| {
             let x = replicated(group)?;
-            let x = x.scatter::<0>(&group.even_cut(TOKENS)?)?.all_gather()?;
+            let x = x.scatter::<0>(&group.even_partition(TOKENS)?)?.all_gather()?;
             DTensor::<Partial, f32, Cpu>::partial(group, x.into_local())?.start_all_reduce()?.wait().map(drop)
         })?;
         // Losses and samples.
@@ -460,10 +465,10 @@ impl Layer<f32, Cpu> for AsTerm {
     }
 }
 
-/// Ends of a pipeline through which the input goes on as the gradient.
+/// PipelineEnds of a pipeline through which the input goes on as the gradient.
 struct Through(Group<Cpu>);
 
-impl Ends<Replicated, f32, Cpu> for Through {
+impl PipelineEnds<Replicated, f32, Cpu> for Through {
     fn input(&mut self, _: usize, _: &Microbatch) -> Result<Held<Replicated>> {
         replicated(&self.0)
     }

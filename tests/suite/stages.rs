@@ -12,10 +12,11 @@ use shardwise::{
     kernels::{Activation, AttentionChoices, NormKind},
     models::{Decoder, DecoderConfig, DecoderEnds, Tokens},
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, NormPlacement, Smoothing, Stream, VocabParallelCrossEntropy,
+        AttentionConfig, BlockConfig, BlockNames, NormPlacement, ResidualStream, Smoothing,
+        VocabParallelCrossEntropy,
     },
     shard::{Axis, Mesh, Replicated, Sequences, Shard},
-    tensor::{Arrays, Piece, Random, WeightSource},
+    tensor::{Arrays, ParamRegion, Random, WeightSource},
     train::{Microbatch, Pipeline, Schedule},
 };
 use std::collections::BTreeMap;
@@ -39,20 +40,20 @@ type Step = (Vec<f64>, BTreeMap<String, ArrayD<f64>>);
 
 fn gradients(
     params: &[shardwise::tensor::Param<f64, Dev>],
-) -> Result<Vec<(Vec<Piece>, Vec<usize>, Vec<f64>)>> {
+) -> Result<Vec<(Vec<ParamRegion>, Vec<usize>, Vec<f64>)>> {
     let grad = |param: &shardwise::tensor::Param<f64, Dev>| {
         let grad = param.grad().unwrap_or_else(|| panic!("{} has no gradient", param.name()));
-        Ok((param.pieces().to_vec(), param.shape().dims().to_vec(), grad.to_vec()?))
+        Ok((param.regions().to_vec(), param.shape().dims().to_vec(), grad.to_vec()?))
     };
     params.iter().map(grad).collect()
 }
 
 fn assembled(
-    ranks: impl IntoIterator<Item = Vec<(Vec<Piece>, Vec<usize>, Vec<f64>)>>,
+    ranks: impl IntoIterator<Item = Vec<(Vec<ParamRegion>, Vec<usize>, Vec<f64>)>>,
 ) -> BTreeMap<String, ArrayD<f64>> {
     let mut all = Assembled::default();
-    for (pieces, shape, values) in ranks.into_iter().flatten() {
-        all.add(&pieces, &shape, &values);
+    for (regions, shape, values) in ranks.into_iter().flatten() {
+        all.add(&regions, &shape, &values);
     }
     all.finish()
 }
@@ -78,7 +79,7 @@ fn whole(source: &(dyn WeightSource + Sync), config: &DecoderConfig, count: usiz
 }
 
 /// The stages are on `pp` ranks, each of which is `tp`.
-fn staged<S: Stream>(
+fn staged<S: ResidualStream>(
     source: &(dyn WeightSource + Sync),
     config: &DecoderConfig,
     (pp, tp): (usize, usize),
@@ -94,7 +95,7 @@ fn staged<S: Stream>(
         let batches: Vec<_> = (0..count).map(|at| batch(at as u32, config.vocabulary)).collect();
         let described: Vec<_> = batches
             .iter()
-            .map(|(.., sequences)| Microbatch { sequences: sequences.clone(), draw: None })
+            .map(|(.., sequences)| Microbatch { sequences: sequences.clone(), dropout: None })
             .collect();
         let tokens = || batches.iter().map(|(ids, targets, _)| Tokens { ids, targets }).collect();
         let mut seen = DecoderEnds::new(&model, tokens(), LOSS, None);

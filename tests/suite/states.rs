@@ -15,7 +15,7 @@ use shardwise::{
     optim::{AdamW, AdamWConfig, LossScale, ParamGroup, Sgd, SgdConfig, clip_scale},
     reference,
     shard::{Axis, Mesh, Reduction, Replicated},
-    tensor::{Arrays, Param, Piece, Random, Region, Role, WeightSource, Weights},
+    tensor::{Arrays, Param, ParamRegion, Random, Region, Role, WeightSource, Weights},
     train::{DataParallel, GradReduce, Pipeline, Schedule},
     weights::{self, Checkpoint, Save},
 };
@@ -122,7 +122,7 @@ fn a_name_visited_twice_or_with_other_pieces_is_refused_before_anything_changes(
     let device = dev::poisoned();
     let cut = |rows: std::ops::Range<usize>, owned: bool| {
         let source = arrays([("w", random(1, "w", &[6, 5]))]);
-        let region = Region::whole([6, 5]).cut(0, rows);
+        let region = Region::whole([6, 5]).narrow(0, rows);
         let weights = Weights::new(&source);
         Param::<bf16, Dev>::load_region(&device, &weights, "w", Role::Weight, region, owned).unwrap()
     };
@@ -643,18 +643,18 @@ impl<T: Element, O: Optimizer<T>> Training<T, O> {
     }
 }
 
-type Part = (Vec<Piece>, Vec<usize>, Vec<f64>);
+type Part = (Vec<ParamRegion>, Vec<usize>, Vec<f64>);
 type Held = Vec<Part>;
 
 fn hold<T: Element>(param: &Param<T, Dev>) -> Result<Part> {
     let values = param.value()?.to_vec()?.into_iter().map(T::to_f64).collect();
-    Ok((param.pieces().to_vec(), param.shape().dims().to_vec(), values))
+    Ok((param.regions().to_vec(), param.shape().dims().to_vec(), values))
 }
 
 fn together(ranks: Result<Vec<Held>>) -> BTreeMap<String, ArrayD<f64>> {
     let mut whole = Assembled::default();
     let all = ranks.unwrap().into_iter().flatten();
-    all.for_each(|(pieces, shape, values)| whole.add(&pieces, &shape, &values));
+    all.for_each(|(regions, shape, values)| whole.add(&regions, &shape, &values));
     whole.finish()
 }
 

@@ -5,14 +5,14 @@ use crate::dev::{Dev, FEWER, ranks};
 use ndarray::{Array2, ArrayD, Axis, IxDyn, Slice, concatenate};
 use shardwise::{
     Error, Result, Tensor,
-    comm::{Group, Overlap, Record, Transfer},
+    comm::{Group, Overlap, Transfer, TransferLog},
     device::{Element, Meta},
     kernels::Backend,
     parallel::{BoxLayer, Context, DTensor, Layer},
     reference::worst_relative,
     rng::Philox,
     shard::{Copied, Partial, Partition, Placement, Reduction, Replicated, Sequences, Shape, Shard},
-    tensor::{Arrays, Piece, Weights},
+    tensor::{Arrays, ParamRegion, Weights},
 };
 use std::{collections::BTreeMap, io::Write};
 
@@ -130,7 +130,7 @@ impl<const D: usize> Spread for Shard<D> {
         whole: &Array2<f64>,
         cut: Option<&Partition>,
     ) -> Result<DTensor<Self, T, B>> {
-        let even = group.even_cut(whole.shape()[D])?;
+        let even = group.even_partition(whole.shape()[D])?;
         let cut = cut.unwrap_or(&even);
         let part = whole.slice_axis(Axis(D), Slice::from(cut.range(group.rank()))).to_owned();
         DTensor::shard(group, tensor(group, &part)?, cut)
@@ -266,7 +266,7 @@ where
         x.with_sequences(case.sequences.clone())
     }
 
-    pub(crate) fn new(case: &Case<'_>, group: &Group<B>, record: &Record, layer: &L) -> Result<Self> {
+    pub(crate) fn new(case: &Case<'_>, group: &Group<B>, record: &TransferLog, layer: &L) -> Result<Self> {
         let x = Self::input(case, group)?;
         record.take();
         let (y, saved) = layer.forward(x)?;
@@ -328,7 +328,7 @@ where
             assert_eq!(moves, planned.moves, "what moves, and what was derived without data");
         }
 
-        let mut grads: Vec<(Vec<Piece>, Vec<usize>, Vec<f64>)> = Vec::new();
+        let mut grads: Vec<(Vec<ParamRegion>, Vec<usize>, Vec<f64>)> = Vec::new();
         for param in layer.params() {
             let grad = param.grad().ok_or_else(|| Error::Invalid {
                 op: "test",
@@ -336,7 +336,7 @@ where
             })?;
             assert_eq!(grad.shape(), param.shape());
             let values = grad.to_vec()?.into_iter().map(|value| value.to_f64() / 2.0).collect();
-            grads.push((param.pieces().to_vec(), grad.shape().dims().to_vec(), values));
+            grads.push((param.regions().to_vec(), grad.shape().dims().to_vec(), values));
             param.zero_grad();
             assert!(param.grad().is_none());
         }
@@ -348,8 +348,8 @@ where
     for (y, dx, params) in outcomes {
         ys.push(y);
         dxs.push(dx);
-        for (pieces, shape, values) in params {
-            grads.add(&pieces, &shape, &values);
+        for (regions, shape, values) in params {
+            grads.add(&regions, &shape, &values);
         }
     }
     Ok(Outcome { y: Out::collect(ys), dx: In::Dual::collect(dxs), grads: grads.finish() })
@@ -360,34 +360,34 @@ fn wide<T: Element>(tensor: &Tensor<T, Dev>) -> Result<Array2<f64>> {
     Ok(array.into_dimensionality().unwrap())
 }
 
-/// The tensors of the model, put together from the ranks' pieces.
+/// The tensors of the model, put together from the ranks' regions.
 #[derive(Default)]
 pub(crate) struct Assembled(BTreeMap<String, (ArrayD<f64>, ArrayD<u32>, ArrayD<u32>)>);
 
 impl Assembled {
-    pub(crate) fn add(&mut self, pieces: &[Piece], shape: &[usize], values: &[f64]) {
+    pub(crate) fn add(&mut self, regions: &[ParamRegion], shape: &[usize], values: &[f64]) {
         let width: usize = shape[1..].iter().product();
-        for piece in pieces {
-            let whole = piece.region.shape().dims().to_vec();
-            let (sum, held, owned) = self.0.entry(piece.tensor.clone()).or_insert_with(|| {
+        for part in regions {
+            let whole = part.region.shape().dims().to_vec();
+            let (sum, held, owned) = self.0.entry(part.tensor.clone()).or_insert_with(|| {
                 let zeros = ArrayD::zeros(IxDyn(&whole));
                 (ArrayD::zeros(IxDyn(&whole)), zeros.clone(), zeros)
             });
-            let extent = piece.region.extent();
-            let start = piece.row * width;
-            let part =
-                ArrayD::from_shape_vec(IxDyn(extent.dims()), values[start..start + extent.len()].to_vec());
-            let (part, ranges) = (part.unwrap(), piece.region.ranges());
+            let extent = part.region.extent();
+            let start = part.row * width;
+            let own = values[start..start + extent.len()].to_vec();
+            let own = ArrayD::from_shape_vec(IxDyn(extent.dims()), own).unwrap();
+            let ranges = part.region.ranges();
             let region = |axis: ndarray::AxisDescription| Slice::from(ranges[axis.axis.index()].clone());
             let mut at = sum.slice_each_axis_mut(region);
             let mut held = held.slice_each_axis_mut(region);
             // Whoever holds an element has the same gradient for it.
-            for ((sum, part), held) in at.iter_mut().zip(&part).zip(held.iter_mut()) {
-                assert!(*held == 0 || sum.to_bits() == part.to_bits(), "holders of {} differ", piece.tensor);
-                *sum = *part;
+            for ((sum, own), held) in at.iter_mut().zip(&own).zip(held.iter_mut()) {
+                assert!(*held == 0 || sum.to_bits() == own.to_bits(), "holders of {} differ", part.tensor);
+                *sum = *own;
                 *held += 1;
             }
-            if piece.owned {
+            if part.owned {
                 owned.slice_each_axis_mut(region).iter_mut().for_each(|owned| *owned += 1);
             }
         }

@@ -10,7 +10,7 @@ use shardwise::{
     parallel::{DTensor, Layer, MlpNames, ParallelMlp},
     shard::{Partition, Replicated},
     tensor::{Random, Weights},
-    trace::{CAPACITY, Ended, Entry, Record, Span, blame, chrome, snapshot},
+    trace::{CAPACITY, Ended, Entry, GroupInfo, Record, blame, chrome, snapshot},
 };
 use std::{
     panic::resume_unwind,
@@ -150,7 +150,7 @@ fn of_those_that_were_late_who_was_on_its_way_is_not_blamed() {
             began: 0,
             written: 2000,
             ended: Ended::Failed,
-            groups: [("0".to_string(), Span { name: "world".into(), rank, size: 3 })].into(),
+            groups: [("0".to_string(), GroupInfo { name: "world".into(), rank, size: 3 })].into(),
             forgotten: 0,
             entries: vec![failed.unwrap_or(call)],
         }

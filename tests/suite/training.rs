@@ -14,7 +14,7 @@ use shardwise::{
     comm::DeviceMesh,
     device::Element,
     optim::{AdamW, AdamWConfig, LossScale, clip_scale, require_finite},
-    parallel::Stream,
+    parallel::ResidualStream,
     reference,
     rng::Philox,
     shard::{Axis, Mesh, Replicated, Shard},
@@ -58,7 +58,7 @@ struct Trained {
     curve: Vec<(f64, f64)>,
 }
 
-fn train<S: Stream, T: Element>(
+fn train<S: ResidualStream, T: Element>(
     config: &Config,
     [dp, pp, tp]: [usize; 3],
     schedule: impl Fn() -> Result<Schedule> + Sync,
@@ -83,7 +83,7 @@ fn train<S: Stream, T: Element>(
         let mut params = Vec::new();
         for param in model.params() {
             let values: Vec<f64> = param.value()?.to_vec()?.into_iter().map(Element::to_f64).collect();
-            params.push((param.pieces().to_vec(), param.shape().dims().to_vec(), values));
+            params.push((param.regions().to_vec(), param.shape().dims().to_vec(), values));
         }
         Ok((mesh.group(Axis::Data).rank(), curve, params))
     })?;
@@ -92,7 +92,7 @@ fn train<S: Stream, T: Element>(
     for (replica, own, params) in outcomes {
         assert_eq!(own, curve, "every rank knows the same losses and norms");
         if replica == 0 {
-            params.iter().for_each(|(pieces, shape, values)| whole.add(pieces, shape, values));
+            params.iter().for_each(|(regions, shape, values)| whole.add(regions, shape, values));
         }
     }
     Ok(Trained { params: whole.finish(), curve })

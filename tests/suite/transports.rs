@@ -6,7 +6,7 @@ use crate::{
     launch::{processes, processes_within},
 };
 use shardwise::{
-    Error, Loss, Result, Tensor,
+    Error, LostReason, Result, Tensor,
     comm::{Group, ReduceOp},
     device::Cpu,
     kernels::Pointwise,
@@ -153,7 +153,7 @@ fn a_lost_process_is_an_error_on_every_other() {
                 };
                 // Who hears of the lost rank leaves, too.
                 assert!(
-                    *named == lost && *reason == Loss::Failed,
+                    *named == lost && *reason == LostReason::Failed,
                     "rank {rank} of {world}, {lost} lost: {error}"
                 );
             }
@@ -181,7 +181,7 @@ fn the_first_lost_process_is_the_one_that_is_named() {
     for rank in [0, 1, 3] {
         let error = outcomes[rank].as_ref().unwrap_err();
         assert!(
-            matches!(error, Error::PeerLost { rank: 2, reason: Loss::Failed, .. }),
+            matches!(error, Error::PeerLost { rank: 2, reason: LostReason::Failed, .. }),
             "rank {rank}: {error}"
         );
     }
@@ -214,7 +214,7 @@ fn the_loss_of_the_first_process_is_told_in_groups_without_it() {
     });
     assert_eq!(outcomes[3], Ok(None));
     for outcome in &outcomes[1..3] {
-        let Ok(Some(Error::PeerLost { rank: 0, reason: Loss::Failed, group, .. })) = outcome else {
+        let Ok(Some(Error::PeerLost { rank: 0, reason: LostReason::Failed, group, .. })) = outcome else {
             panic!("{outcome:?}")
         };
         assert_eq!(group, "world");

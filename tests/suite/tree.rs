@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use shardwise::{
     Error, Result,
     device::{Accumulator, Cpu, Element},
-    kernels::{Gemm, MatMut, MatRef, Term},
+    kernels::{Gemm, GemmTerm, MatMut, MatRef},
     rng::Philox,
 };
 use std::num::NonZeroUsize;
@@ -61,8 +61,10 @@ fn sums<T: Element>(
         };
         depths.iter().map(next).collect::<Vec<_>>()
     };
-    let terms: Vec<_> =
-        terms.iter().map(|(depths, merges)| Term { products: products(depths), merges: *merges }).collect();
+    let terms: Vec<_> = terms
+        .iter()
+        .map(|(depths, merges)| GemmTerm { products: products(depths), merges: *merges })
+        .collect();
     let stride = cols + gap;
     let mut c = vec![T::Acc::NAN; rows * stride];
     cpu.gemm_tree(&terms, MatMut::<T::Acc, Cpu>::strided(&mut c, rows, cols, stride, 1)?)?;
@@ -70,7 +72,7 @@ fn sums<T: Element>(
     assert!(c.iter().enumerate().all(|(at, c)| (at % stride < cols) != c.to_f64().is_nan()));
 
     let mut waiting: Vec<Vec<T::Acc>> = Vec::new();
-    for Term { products, merges } in &terms {
+    for GemmTerm { products, merges } in &terms {
         let mut sum = vec![T::Acc::ZERO; rows * cols];
         let deep = products.iter().filter(|(a, _)| a.cols() > 0);
         for (at, (a, b)) in deep.enumerate() {
@@ -122,7 +124,8 @@ fn sums_that_are_not_one_are_named() {
     let (cpu, a) = (Cpu::new(), [1.0_f32; 6]);
     let product = || (MatRef::<f32, Cpu>::new(&a, 2, 3).unwrap(), MatRef::<f32, Cpu>::new(&a, 3, 2).unwrap());
     let sum = |merges: &[usize], cols: usize| {
-        let terms: Vec<_> = merges.iter().map(|&merges| Term { products: vec![product()], merges }).collect();
+        let terms: Vec<_> =
+            merges.iter().map(|&merges| GemmTerm { products: vec![product()], merges }).collect();
         let mut c = [f32::NAN; 6];
         let result = cpu.gemm_tree(&terms, MatMut::<f32, Cpu>::new(&mut c, 2, cols).unwrap());
         result.map_err(|error: Error| error.to_string())

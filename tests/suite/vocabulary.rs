@@ -6,14 +6,14 @@ use ndarray::{Array2, ArrayD};
 use proptest::prelude::*;
 use shardwise::{
     Error, Result,
-    comm::{Group, Record, Transfer},
+    comm::{Group, Transfer, TransferLog},
     device::{Element, Meta},
     kernels::{Activation, Backend, DropoutMask},
     ops,
     parallel::{
-        Activate, Bias, BoxLayer, Chain, ColumnParallelLinear, Columns, CopyTo, DTensor, Draw, Dropout,
-        Layer, Losses, MeanPool, PositionEmbedding, Recompute, ReduceFrom, RowLinear, Smoothing, Stream,
-        VocabParallelCrossEntropy, VocabParallelEmbedding,
+        Activate, Bias, BoxLayer, Chain, ColumnParallelLinear, Columns, CopyTo, DTensor, Dropout,
+        DropoutState, Layer, Losses, MeanPool, PositionEmbedding, Recompute, ReduceFrom, ResidualStream,
+        RowLinear, Smoothing, VocabParallelCrossEntropy, VocabParallelEmbedding,
     },
     reference,
     rng::Philox,
@@ -47,7 +47,7 @@ struct Embed<'a> {
 }
 
 /// What a rank has of it.
-struct Embedded<S: Stream, B: Backend> {
+struct Embedded<S: ResidualStream, B: Backend> {
     y: DTensor<S, f64, B>,
     logits: DTensor<Shard<1>, f64, B>,
     table: Param<f64, B>,
@@ -56,7 +56,11 @@ struct Embedded<S: Stream, B: Backend> {
 }
 
 impl Embed<'_> {
-    fn pass<S: Stream, B: Backend>(&self, group: &Group<B>, record: &Record) -> Result<Embedded<S, B>> {
+    fn pass<S: ResidualStream, B: Backend>(
+        &self,
+        group: &Group<B>,
+        record: &TransferLog,
+    ) -> Result<Embedded<S, B>> {
         let ([vocabulary, hidden], tokens) = (self.sizes, self.ids.len());
         let weights = Weights::new(self.source);
         let layer = VocabParallelEmbedding::<S, f64, B>::load(group, &weights, vocabulary, hidden)?;
@@ -71,7 +75,7 @@ impl Embed<'_> {
         let (logits, saved) = head.forward(y.clone())?;
         let dlogits = self.dlogits.slice(ndarray::s![.., logits.local_range(1)]).to_owned();
         let dlogits = shardwise::Tensor::from_array(group.device(), &dlogits)?;
-        let dx = head.backward(saved, DTensor::shard(group, dlogits, logits.cut().unwrap())?)?;
+        let dx = head.backward(saved, DTensor::shard(group, dlogits, logits.partition().unwrap())?)?;
         record.take();
         layer.backward(&rows, dy.add(&dx)?)?;
         let table = layer.params().remove(0);
@@ -81,7 +85,7 @@ impl Embed<'_> {
 
 /// Embeds, and runs the tied head, forward and backward; what moves is what is derived without
 /// data.
-fn embeds<S: Stream>(world: usize, vocabulary: usize, hidden: usize, tokens: usize, seed: u64) {
+fn embeds<S: ResidualStream>(world: usize, vocabulary: usize, hidden: usize, tokens: usize, seed: u64) {
     let table = random(seed, "table", &[vocabulary, hidden]);
     let source = arrays([("weight", table.clone())]);
     let (ids, dy) = (ids(seed, tokens, vocabulary), matrix(seed, "dy", tokens, hidden));
@@ -97,7 +101,7 @@ fn embeds<S: Stream>(world: usize, vocabulary: usize, hidden: usize, tokens: usi
         assert_eq!(got.moves, embed.pass::<S, Meta>(&alone, &record)?.moves);
         let table = got.table;
         let values = table.grad().unwrap().to_vec()?;
-        let grad = (table.pieces().to_vec(), table.shape().dims().to_vec(), values);
+        let grad = (table.regions().to_vec(), table.shape().dims().to_vec(), values);
         Ok((wide(got.y.local()), S::local_rows(&group, tokens)?, wide(got.logits.local()), [grad]))
     });
     let outcomes = outcomes.unwrap();
@@ -109,7 +113,7 @@ fn embeds<S: Stream>(world: usize, vocabulary: usize, hidden: usize, tokens: usi
     for (y, own, part, grad) in &outcomes {
         // A sum with zeros: the table's own bits.
         assert_eq!(*y, want.slice(ndarray::s![own.clone(), ..]));
-        grad.iter().for_each(|(pieces, shape, values)| grads.add(pieces, shape, values));
+        grad.iter().for_each(|(regions, shape, values)| grads.add(regions, shape, values));
         logits.push(part.view());
     }
     let logits = ndarray::concatenate(ndarray::Axis(1), &logits).unwrap();
@@ -187,7 +191,7 @@ fn entropy<T: Element>(
 ) -> Result<(ArrayD<f64>, Array2<f64>)> {
     type Pass<T, B> = (Losses<<T as Element>::Acc, B>, DTensor<Shard<1>, T, B>, Vec<Transfer>);
     fn pass<T: Element, B: Backend>(
-        (group, record): (&Group<B>, &Record),
+        (group, record): (&Group<B>, &TransferLog),
         loss: &VocabParallelCrossEntropy,
         x: &Array2<f64>,
         targets: &[u32],
@@ -341,10 +345,10 @@ fn bad_targets_and_ids_are_named() {
 }
 
 /// What dropout does to ones on one device.
-fn mask(dropout: &Dropout<Replicated>, rows: usize, cols: usize, draw: Draw) -> Array2<f64> {
+fn mask(dropout: &Dropout<Replicated>, rows: usize, cols: usize, draw: DropoutState) -> Array2<f64> {
     let group = Group::solo(&dev::fresh());
     let ones = DTensor::replicated(&group, Tensor::full(group.device(), [rows, cols], 1.0).unwrap()).unwrap();
-    wide(Layer::<f64, Dev>::forward(dropout, ones.with_draw(draw)).unwrap().0.local())
+    wide(Layer::<f64, Dev>::forward(dropout, ones.with_dropout_state(draw)).unwrap().0.local())
 }
 
 proptest! {
@@ -355,21 +359,21 @@ proptest! {
     fn dropout_does_not_depend_on_the_sharding(
         world in 1..9usize, rows in 1..10usize, cols in 1..30usize, p in 0.0..0.9, step: u64, seed: u64,
     ) {
-        let draw = Draw { step, row: 3, sequence: 0 };
+        let draw = DropoutState { step, row: 3, sequence: 0 };
         let want = mask(&Dropout::new(p, seed, "d"), rows, cols, draw);
         prop_assert!(want.iter().all(|&y| y == 0.0 || (y - 1.0 / (1.0 - p)).abs() < 1e-15));
         // Three rows earlier, three rows more: the same elements.
-        let whole = mask(&Dropout::new(p, seed, "d"), rows + 3, cols, Draw { row: 0, ..draw });
+        let whole = mask(&Dropout::new(p, seed, "d"), rows + 3, cols, DropoutState { row: 0, ..draw });
         prop_assert_eq!(whole.slice(ndarray::s![3.., ..]), &want);
         let (x, dy) = (matrix(seed, "x", rows, cols), matrix(seed, "dy", rows, cols));
         ranks(world).run(|group| {
             let tensor = |part: ndarray::ArrayView2<'_, f64>| Tensor::from_array(group.device(), &part.to_owned());
             fn both<P: shardwise::shard::Elementwise + shardwise::shard::Placement<Dual = P>>(
-                layer: Dropout<P>, x: DTensor<P, f64, Dev>, dy: DTensor<P, f64, Dev>, draw: Draw,
+                layer: Dropout<P>, x: DTensor<P, f64, Dev>, dy: DTensor<P, f64, Dev>, draw: DropoutState,
             ) -> Result<(Array2<f64>, Array2<f64>)> {
                 let (same, _) = layer.forward(x.clone())?;
                 assert_eq!(wide(same.local()), wide(x.local()), "nothing is dropped outside of training");
-                let (y, saved) = layer.forward(x.with_draw(draw))?;
+                let (y, saved) = layer.forward(x.with_dropout_state(draw))?;
                 let dx: DTensor<P, f64, Dev> = layer.backward(saved, dy)?;
                 Ok((wide(y.local()), wide(dx.local())))
             }
@@ -406,7 +410,7 @@ fn dropout_of_means_does_not_depend_on_the_cut_of_the_batch() {
         let (row, sequence) = (lens[..sequences.start].iter().sum::<usize>() as u64, sequences.start as u64);
         let ones = Tensor::full(group.device(), [own.rows(), 40], 1.0).unwrap();
         let x = DTensor::replicated(&group, ones).unwrap().with_sequences(own).unwrap();
-        let x = x.with_draw(Draw { step: 3, row, sequence });
+        let x = x.with_dropout_state(DropoutState { step: 3, row, sequence });
         wide(Layer::<f64, Dev>::forward(&layer(), x).unwrap().0.local())
     };
     let whole = masks(0..4);
@@ -424,7 +428,7 @@ fn dropout_of_any_rank_draws_by_the_index_in_the_whole() {
             x.slice_axis(ndarray::Axis(D), ndarray::Slice::from(cut.range(group.rank()))).to_owned()
         };
         let ones = Tensor::from_array(group.device(), &own(&ArrayD::ones(whole.raw_dim())))?;
-        let x = DTensor::<Shard<D>, f64, Dev>::shard(group, ones, &cut)?.with_draw(Draw {
+        let x = DTensor::<Shard<D>, f64, Dev>::shard(group, ones, &cut)?.with_dropout_state(DropoutState {
             step: 7,
             row: 3,
             sequence: 0,
@@ -438,7 +442,8 @@ fn dropout_of_any_rank_draws_by_the_index_in_the_whole() {
     }
     for dims in [vec![4, 2, 3], vec![5, 3, 4, 3], vec![2, 1, 5], vec![3, 0, 2]] {
         let (rows, cols) = (dims[..dims.len() - 1].iter().product(), dims[dims.len() - 1]);
-        let whole = mask(&Dropout::new(0.5, 1, "d"), rows, cols, Draw { step: 7, row: 3, sequence: 0 });
+        let whole =
+            mask(&Dropout::new(0.5, 1, "d"), rows, cols, DropoutState { step: 7, row: 3, sequence: 0 });
         let whole = whole.into_dyn().into_shape_with_order(ndarray::IxDyn(&dims)).unwrap();
         for world in 1..4 {
             ranks(world)
@@ -459,13 +464,14 @@ fn dropout_of_any_rank_draws_by_the_index_in_the_whole() {
 #[test]
 fn dropout_drops_as_often_as_asked_and_anew_at_each_step() {
     let dropout = Dropout::new(0.3, 1, "d");
-    let at = |step| mask(&dropout, 100, 100, Draw { step, row: 0, sequence: 0 });
+    let at = |step| mask(&dropout, 100, 100, DropoutState { step, row: 0, sequence: 0 });
     let share = at(0).iter().filter(|&&y| y == 0.0).count() as f64 / 1e4;
     // Four standard deviations.
     assert!((share - 0.3).abs() < 4.0 * (0.3 * 0.7 / 1e4_f64).sqrt(), "{share}");
     assert!(
         at(0) != at(1)
-            && at(0) != mask(&Dropout::new(0.3, 1, "e"), 100, 100, Draw { step: 0, row: 0, sequence: 0 })
+            && at(0)
+                != mask(&Dropout::new(0.3, 1, "e"), 100, 100, DropoutState { step: 0, row: 0, sequence: 0 })
     );
     // The mask is Philox's words, whoever draws them.
     let mask = DropoutMask { probability: 0.5, stream: Philox::stream(1, 2), row: 0, column: 1, width: 3 };

@@ -30,7 +30,10 @@ fn pick<T: Copy>(whole: &[T], region: &Region) -> Vec<T> {
 }
 
 fn cut(dims: &[usize], ranges: &[Range<usize>]) -> Region {
-    ranges.iter().enumerate().fold(Region::whole(dims), |region, (dim, range)| region.cut(dim, range.clone()))
+    ranges
+        .iter()
+        .enumerate()
+        .fold(Region::whole(dims), |region, (dim, range)| region.narrow(dim, range.clone()))
 }
 
 /// Values that every element holds exactly.
@@ -128,25 +131,25 @@ fn single(name: &str, dims: &[usize], elements: AnyRef<'_, Cpu>) -> (TempDir, Ch
 
 #[test]
 fn a_row_range_costs_its_own_bytes_and_a_column_range_its_runs() {
-    // Larger than the buffer between file and tensor, so that runs are read in pieces.
+    // Larger than the buffer between file and tensor, so that runs are read in regions.
     let elements: Vec<f32> = (0..2048 * 3000).map(|index| index as f32).collect();
     let (_folder, checkpoint) = single("w", &[2048, 3000], view(&elements));
     assert_eq!(checkpoint.bytes_read(), 0, "opening reads no tensor");
     let whole = Region::whole([2048, 3000]);
 
-    let rows = whole.clone().cut(0, 1..1500);
+    let rows = whole.clone().narrow(0, 1..1500);
     assert_eq!(read::<f32>(&checkpoint, "w", &rows).unwrap(), pick(&elements, &rows));
     let row_bytes = 1499 * 3000 * 4;
     assert_eq!(checkpoint.bytes_read(), row_bytes);
 
     // 6000 bytes between the runs: too many to read along.
-    let cols = whole.clone().cut(1, 1500..3000);
+    let cols = whole.clone().narrow(1, 1500..3000);
     assert_eq!(read::<f32>(&checkpoint, "w", &cols).unwrap(), pick(&elements, &cols));
     let col_bytes = 2048 * 1500 * 4;
     assert_eq!(checkpoint.bytes_read(), row_bytes + col_bytes);
 
     // 4000 bytes between the runs: read along, but for the last row's.
-    let cols = whole.clone().cut(1, 500..2500);
+    let cols = whole.clone().narrow(1, 500..2500);
     assert_eq!(read::<f32>(&checkpoint, "w", &cols).unwrap(), pick(&elements, &cols));
     let gaps = checkpoint.bytes_read() - row_bytes - col_bytes - 2048 * 2000 * 4;
     assert!(gaps > 0 && gaps <= 2047 * 4000);
@@ -175,7 +178,7 @@ fn threads_share_a_checkpoint() {
         for rank in 0..4 {
             let (checkpoint, elements) = (&checkpoint, &elements);
             scope.spawn(move || {
-                let region = Region::whole([64, 32]).cut(0, rank * 16..(rank + 1) * 16);
+                let region = Region::whole([64, 32]).narrow(0, rank * 16..(rank + 1) * 16);
                 assert_eq!(read::<f32>(checkpoint, "w", &region).unwrap(), pick(elements, &region));
             });
         }

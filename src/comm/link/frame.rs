@@ -6,7 +6,7 @@
 //! the six words, and the SHA-256 of the body. A frame that was changed, repeated, left out or
 //! moved ends the connection.
 
-use crate::error::{Loss, Mismatch};
+use crate::error::{LostReason, Mismatch};
 use hmac::{Hmac, Mac};
 use sha2::{Digest, Sha256};
 use std::{
@@ -233,17 +233,20 @@ impl Strings {
     }
 }
 
-pub(super) fn from_loss(loss: Loss) -> usize {
+pub(super) fn from_loss(loss: LostReason) -> usize {
     match loss {
-        Loss::Left => 0,
-        Loss::Failed => 1,
-        Loss::Panicked => 2,
-        Loss::Disconnected => 3,
+        LostReason::Left => 0,
+        LostReason::Failed => 1,
+        LostReason::Panicked => 2,
+        LostReason::Disconnected => 3,
     }
 }
 
-pub(super) fn to_loss(code: usize) -> Loss {
-    [Loss::Left, Loss::Failed, Loss::Panicked].get(code).copied().unwrap_or(Loss::Disconnected)
+pub(super) fn to_loss(code: usize) -> LostReason {
+    [LostReason::Left, LostReason::Failed, LostReason::Panicked]
+        .get(code)
+        .copied()
+        .unwrap_or(LostReason::Disconnected)
 }
 
 pub(super) fn from_mismatch(mismatch: &Mismatch) -> Vec<u8> {

@@ -1,7 +1,7 @@
 //! What has arrived at a rank, and not been asked for yet.
 
 use super::frame::{Body, Frame, Kind, Words, to_loss, to_mismatch};
-use crate::error::{Loss, Mismatch};
+use crate::error::{LostReason, Mismatch};
 use std::{
     collections::{HashMap, VecDeque},
     time::Duration,
@@ -31,7 +31,7 @@ pub(super) struct Inbox {
 pub(super) enum News {
     /// A rank was lost, after it had been told of the loss of `root`; in how many rounds of a group
     /// it took part, and to how many steps of what it came beside them.
-    Lost { rank: usize, reason: Loss, root: Option<(usize, Loss)>, taken: HashMap<u64, u64> },
+    Lost { rank: usize, reason: LostReason, root: Option<(usize, LostReason)>, taken: HashMap<u64, u64> },
     /// The ranks of a group disagree.
     Broken { group: u64, mismatch: Mismatch },
     /// Ranks were waited for for too long in a group. Nobody waits for them when it leaves.
@@ -86,18 +86,18 @@ impl Inbox {
 
     /// A letter that was never taken out, and who sent it, where all ranks have left in order.
     pub(super) fn unread(&self) -> Option<(usize, &Body)> {
-        let in_order = |news: &News| matches!(news, News::Lost { reason: Loss::Left, root: None, .. });
+        let in_order = |news: &News| matches!(news, News::Lost { reason: LostReason::Left, root: None, .. });
         let mut letters = self.letters.iter().filter(|_| self.news.iter().all(in_order));
         letters.find_map(|((_, from), letters)| Some((*from, letters.front()?)))
     }
 
     /// How rank 0 was lost, if its connection is closed.
-    pub(super) fn way_lost(&self) -> Option<Loss> {
+    pub(super) fn way_lost(&self) -> Option<LostReason> {
         self.lost(0).map(|(reason, _)| reason).filter(|_| self.gone)
     }
 
     /// How a rank was lost, and to what it had come, if it is lost.
-    fn lost(&self, lost: usize) -> Option<(Loss, &HashMap<u64, u64>)> {
+    fn lost(&self, lost: usize) -> Option<(LostReason, &HashMap<u64, u64>)> {
         self.news.iter().find_map(|news| match news {
             News::Lost { rank, reason, taken, .. } if *rank == lost => Some((*reason, taken)),
             _ => None,

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     comm::call::never_received,
-    error::{Error, Loss},
+    error::{Error, LostReason},
 };
 use std::{
     collections::HashMap,
@@ -44,7 +44,7 @@ pub(super) struct Wires {
     asks: Mutex<()>,
     /// The first loss that this rank was told of. It is why this rank may leave, too: who needs
     /// this rank then is told of that loss.
-    told: Mutex<Option<(usize, Loss)>>,
+    told: Mutex<Option<(usize, LostReason)>>,
     /// By rank: of rank 0 to all others, of another to rank 0.
     peers: Vec<Option<Peer>>,
     /// Only rank 0's is used.
@@ -66,7 +66,7 @@ struct Peer {
 #[derive(Debug)]
 struct Queue {
     frames: mpsc::Sender<Frame>,
-    /// Ends when that thread does, after it has written what there was.
+    /// PipelineEnds when that thread does, after it has written what there was.
     written: mpsc::Receiver<()>,
 }
 
@@ -82,7 +82,7 @@ impl Peer {
 }
 
 /// A rank's last words, which others say for it if it cannot.
-fn last_words(loss: Loss) -> Frame {
+fn last_words(loss: LostReason) -> Frame {
     Frame::new(Kind::Lost, 0, 0, (0, from_loss(loss)), Vec::new())
 }
 
@@ -192,7 +192,7 @@ impl Wires {
     }
 
     /// Notes that this rank is told of a loss.
-    pub(super) fn tell(&self, rank: usize, loss: Loss) {
+    pub(super) fn tell(&self, rank: usize, loss: LostReason) {
         lock(&self.told).get_or_insert((rank, loss));
     }
 
@@ -217,7 +217,7 @@ impl Wires {
         })
     }
 
-    /// Ends the threads of rank 0 that write, when they have written what there is: waits a moment
+    /// PipelineEnds the threads of rank 0 that write, when they have written what there is: waits a moment
     /// for those who read it, and a shorter one for those who do not.
     fn flush(&self) {
         let take = |rank: usize| Some((rank, lock(&self.peers[rank].as_ref()?.queue).take()?.written));
@@ -260,10 +260,10 @@ impl Wires {
             // Where this rank has ended the connection, its own loss is what the others are to
             // know.
             if !self.look(|inbox| inbox.gone) {
-                self.lose(peer, last_words(Loss::Disconnected));
+                self.lose(peer, last_words(LostReason::Disconnected));
             }
         } else {
-            self.put(last_words(Loss::Disconnected));
+            self.put(last_words(LostReason::Disconnected));
             self.look(|inbox| inbox.gone = true);
             self.news.notify_all();
         }
@@ -309,7 +309,7 @@ impl Line {
             let wires = line.wires();
             let started = thread::Builder::new().name(name).spawn(move || act(&wires));
             // Nobody is there yet who could be waited for.
-            started.map(drop).inspect_err(|_| line.close(Loss::Failed))
+            started.map(drop).inspect_err(|_| line.close(LostReason::Failed))
         };
         for (peer, queued, writing) in writers {
             let write = move |wires: &Wires| {
@@ -337,7 +337,7 @@ impl Line {
     ///
     /// Every message goes by way of rank 0: unless it failed it stays until all have left, or for
     /// the deadline.
-    pub(crate) fn close(&self, loss: Loss) {
+    pub(crate) fn close(&self, loss: LostReason) {
         let wires = &self.wires;
         if std::mem::replace(&mut lock(&wires.inbox).closed, true) {
             return;
@@ -349,7 +349,7 @@ impl Line {
         }
         if wires.rank == 0 {
             wires.lose(0, last);
-            let patience = if loss == Loss::Left { wires.deadline } else { wires.moment() };
+            let patience = if loss == LostReason::Left { wires.deadline } else { wires.moment() };
             let over = |inbox: &mut Inbox| {
                 (1..wires.world).all(|rank| inbox.is_late(rank) || inbox.has_lost(rank)).then_some(())
             };
@@ -380,7 +380,7 @@ impl Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
-        self.close(if thread::panicking() { Loss::Panicked } else { Loss::Left });
+        self.close(if thread::panicking() { LostReason::Panicked } else { LostReason::Left });
     }
 }
 
@@ -408,7 +408,7 @@ mod tests {
         });
         assert_eq!(first.wires().behind(7, 4, &[1]), [1]);
         // What it had come to when it left still counts.
-        second.close(Loss::Left);
+        second.close(LostReason::Left);
         first.wires().wait(Duration::from_secs(60), |inbox| inbox.has_lost(1).then_some(()));
         assert!(first.wires().behind(7, 3, &[1]).is_empty());
         assert_eq!(first.wires().behind(7, 4, &[1]), [1]);

@@ -12,7 +12,7 @@ pub(crate) use {
 };
 
 use super::{
-    Call, Communicator, Incoming, Lookout, Outgoing, Parts, ReduceOp, Step,
+    Call, Communicator, Incoming, Lookout, Outgoing, ReduceOp, Shards, Step,
     call::hash,
     cause::Cause,
     combine,
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     device::{AnyMut, AnyRef, Cpu, each_dtype},
-    error::{Error, Loss, Mismatch, Result},
+    error::{Error, LostReason, Mismatch, Result},
 };
 use frame::{Body, Frame, Kind, Strings, Words, from_mismatch, from_words};
 use inbox::{Inbox, News};
@@ -133,7 +133,7 @@ impl Link {
     fn cause(
         &self,
         inbox: &Inbox,
-        stops: impl Fn(usize, Loss, &dyn Fn(u64) -> u64) -> bool,
+        stops: impl Fn(usize, LostReason, &dyn Fn(u64) -> u64) -> bool,
     ) -> Option<Cause> {
         let place = |rank| self.place(rank);
         let first = inbox.news.iter().find_map(|news| match news {
@@ -167,7 +167,8 @@ impl Link {
         if let Some(cause) = &*self.failed.borrow() {
             return Some(self.error(call, cause));
         }
-        let stops = |rank, reason, count: &dyn Fn(u64) -> u64| reason != Loss::Left || needs(rank, count);
+        let stops =
+            |rank, reason, count: &dyn Fn(u64) -> u64| reason != LostReason::Left || needs(rank, count);
         let cause = self.wires.look(|inbox| self.cause(inbox, stops));
         cause.map(|cause| self.error(call, &cause))
     }
@@ -226,7 +227,9 @@ impl Link {
                 let after = self.wires.deadline;
                 self.wires.put(self.late_news(&[0], after));
                 let missing = self.place(0).map(|rank| Cause::Deadline { missing: vec![rank], after });
-                return Err(self.fail(call, missing.unwrap_or(Cause::Way { reason: Loss::Disconnected })));
+                return Err(
+                    self.fail(call, missing.unwrap_or(Cause::Way { reason: LostReason::Disconnected }))
+                );
             }
         };
         let parts = Strings::all(&parts).unwrap_or_default();
@@ -313,7 +316,7 @@ impl Link {
         let sender = self.members[from];
         let mut found = |inbox: &mut Inbox| {
             inbox.letter(self.group, sender).map(Ok).or_else(|| {
-                let stops = |rank, reason, _: &dyn Fn(u64) -> u64| rank == from || reason != Loss::Left;
+                let stops = |rank, reason, _: &dyn Fn(u64) -> u64| rank == from || reason != LostReason::Left;
                 self.cause(inbox, stops).map(Err)
             })
         };
@@ -407,7 +410,7 @@ impl Communicator<Cpu> for Link {
     fn all_gather(
         &self,
         call: &Call,
-        parts: &Parts,
+        parts: &Shards,
         send: AnyRef<'_, Cpu>,
         recv: AnyMut<'_, Cpu>,
     ) -> Result<()> {
@@ -419,7 +422,7 @@ impl Communicator<Cpu> for Link {
         &self,
         call: &Call,
         op: ReduceOp,
-        parts: &Parts,
+        parts: &Shards,
         send: AnyRef<'_, Cpu>,
         recv: AnyMut<'_, Cpu>,
     ) -> Result<()> {

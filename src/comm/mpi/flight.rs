@@ -3,7 +3,7 @@
 //! 1. **Meeting**: every rank tells every other its call, and with it a payload of at most [`EAGER`] bytes. Nobody's data has
 //!    moved but these copies. If the calls differ, the first rank and the one that differs send theirs in words, and all get
 //!    the same error.
-//! 2. **Parts**: if the payload was longer, every rank sends each other what that needs of its data.
+//! 2. **Shards**: if the payload was longer, every rank sends each other what that needs of its data.
 //! 3. **Sums**: in an all-reduce every rank has reduced a part of the tensor, and sends it to the others.
 //!
 //! Sums are made in rank order, as thread ranks make them: the same bits.
@@ -14,7 +14,7 @@ use super::{
     post::{Advance, DATA, Post, TAGS, WORDS},
 };
 use crate::{
-    comm::{Call, Parts, ReduceOp, cause::Cause, combine},
+    comm::{Call, ReduceOp, Shards, cause::Cause, combine},
     device::Element,
     error::{Error, Mismatch, Result},
     shard::Partition,
@@ -32,8 +32,8 @@ const EAGER: usize = 4096;
 /// What is to be made of the ranks' data.
 pub(super) enum Task {
     AllReduce(ReduceOp),
-    AllGather(Parts),
-    ReduceScatter(ReduceOp, Parts),
+    AllGather(Shards),
+    ReduceScatter(ReduceOp, Shards),
     Broadcast(usize),
     Barrier,
 }
@@ -43,7 +43,7 @@ enum Stage {
     Meeting,
     /// The calls of the first rank and of this one differ.
     Dispute(usize),
-    Parts,
+    Shards,
     Sums,
     Done,
 }
@@ -112,7 +112,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
             let stage = self.state.borrow().stage;
             let cause = Cause::Deadline { missing: self.missing(), after: post.deadline };
             let error = self.members.fail(post, &self.call, cause);
-            if stage == Stage::Parts || stage == Stage::Sums {
+            if stage == Stage::Shards || stage == Stage::Sums {
                 // Data is under way that no one can call back.
                 post.abort(&error);
             }
@@ -187,9 +187,9 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
     }
 
     /// The columns of a rank, of this rank's `[rows, total]`.
-    fn columns(&self, parts: &Parts, rank: usize) -> Vec<T> {
-        let columns = parts.cuts.range(rank);
-        let rows = self.own.chunks_exact(parts.cuts.total().max(1));
+    fn columns(&self, parts: &Shards, rank: usize) -> Vec<T> {
+        let columns = parts.partition.range(rank);
+        let rows = self.own.chunks_exact(parts.partition.total().max(1));
         rows.flat_map(|row| &row[columns.clone()]).copied().collect()
     }
 
@@ -369,7 +369,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
             return Ok(Stage::Done);
         }
         self.send_parts(post);
-        Ok(Stage::Parts)
+        Ok(Stage::Shards)
     }
 
     /// The stage that follows, if this one is over.
@@ -402,7 +402,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
                 self.members.disputed.set(false);
                 Err(self.members.fail(post, &self.call, cause))
             }
-            Stage::Parts => {
+            Stage::Shards => {
                 if !self.collect(post, &mut state.parts, self.tag(0), |peer| self.is_sender(peer)) {
                     return Ok(None);
                 }

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     comm::{Call, cause::Cause},
-    error::{Error, Loss, Mismatch, Result},
+    error::{Error, LostReason, Mismatch, Result},
 };
 use std::{
     cell::{Cell, RefCell},
@@ -38,7 +38,7 @@ pub(super) struct Members {
 impl Drop for Members {
     fn drop(&mut self) {
         if let Some(post) = self.post.upgrade() {
-            self.leave(&post, if std::thread::panicking() { Loss::Panicked } else { Loss::Left });
+            self.leave(&post, if std::thread::panicking() { LostReason::Panicked } else { LostReason::Left });
             post.forget(self.block, self.failed.borrow().is_some());
         }
     }
@@ -96,7 +96,7 @@ impl Members {
     }
 
     /// Tells all others that this rank leaves, once, and of the first loss that it was told of.
-    pub(super) fn leave(&self, post: &Post, loss: Loss) {
+    pub(super) fn leave(&self, post: &Post, loss: LostReason) {
         if self.left.replace(true) {
             return;
         }
@@ -111,7 +111,7 @@ impl Members {
     }
 
     /// How a rank has left, and the first loss that it was told of.
-    fn loss(&self, post: &Post, rank: usize) -> Option<(Loss, Option<(usize, Loss)>)> {
+    fn loss(&self, post: &Post, rank: usize) -> Option<(LostReason, Option<(usize, LostReason)>)> {
         post.last(self.ranks[rank], self.tag(CALL), |words| {
             let [kind, loss, root, how] = head(words)?;
             let root = (root != NOBODY).then(|| (root as usize, loss_of(how)));
@@ -132,7 +132,7 @@ impl Members {
     /// for; or one was lost otherwise than by leaving.
     pub(super) fn obstacle(&self, post: &Post, missing: &[usize]) -> Option<Cause> {
         match &*self.failed.borrow() {
-            Some(Cause::Lost { rank, reason: Loss::Left }) if !missing.contains(rank) => {}
+            Some(Cause::Lost { rank, reason: LostReason::Left }) if !missing.contains(rank) => {}
             Some(cause) => return Some(cause.clone()),
             None => {}
         }
@@ -149,7 +149,7 @@ impl Members {
                 return Some(Cause::Disagreement(Box::new(mismatch)));
             }
             let (reason, root) = self.loss(post, peer)?;
-            if reason == Loss::Left && !missing.contains(&peer) {
+            if reason == LostReason::Left && !missing.contains(&peer) {
                 return None;
             }
             // Who was told of a loss usually leaves as well: the first loss is told.
@@ -169,9 +169,9 @@ impl Members {
         error
     }
 
-    /// Ends the group for this rank: MPI may be over.
+    /// PipelineEnds the group for this rank: MPI may be over.
     pub(super) fn close(&self) {
-        let gone = Cause::Lost { rank: self.rank, reason: Loss::Disconnected };
+        let gone = Cause::Lost { rank: self.rank, reason: LostReason::Disconnected };
         self.failed.borrow_mut().get_or_insert(gone);
     }
 

@@ -10,12 +10,12 @@ mod post;
 mod raw;
 
 use super::{
-    Call, Collective, Communicator, InFlight, Incoming, Outgoing, Parts, ReduceOp, cause::Cause, each_pair,
+    Call, Collective, Communicator, InFlight, Incoming, Outgoing, ReduceOp, Shards, cause::Cause, each_pair,
     host::to_bytes,
 };
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, each_dtype},
-    error::{Error, Loss, Mismatch, Result},
+    error::{Error, LostReason, Mismatch, Result},
 };
 use ::mpi::{Threading, environment};
 use flight::{Flight, Task};
@@ -68,7 +68,7 @@ impl Universe {
 
     /// Leaves all groups, and ends MPI when all ranks have. If they do not, ends the job: `error` is why, if that is known.
     /// Returns the error of a message that this rank has never received.
-    pub(crate) fn end(self, loss: Loss, error: Option<&Error>) -> Option<Error> {
+    pub(crate) fn end(self, loss: LostReason, error: Option<&Error>) -> Option<Error> {
         // Who is known to be missing is not waited for once more; the others have a moment to say what they know.
         let known = matches!(error, Some(Error::Deadline { .. }));
         let patience = known.then_some(Duration::from_millis(50));
@@ -157,7 +157,7 @@ impl Communicator<Cpu> for MpiComm {
     fn all_gather(
         &self,
         call: &Call,
-        parts: &Parts,
+        parts: &Shards,
         send: AnyRef<'_, Cpu>,
         recv: AnyMut<'_, Cpu>,
     ) -> Result<()> {
@@ -168,7 +168,7 @@ impl Communicator<Cpu> for MpiComm {
         &self,
         call: &Call,
         op: ReduceOp,
-        parts: &Parts,
+        parts: &Shards,
         send: AnyRef<'_, Cpu>,
         recv: AnyMut<'_, Cpu>,
     ) -> Result<()> {
@@ -217,7 +217,7 @@ impl Communicator<Cpu> for MpiComm {
         // The numbers travel as bits of f64, which nobody computes with.
         let cut = crate::shard::Partition::even(4 * self.size(), self.size());
         let mut wishes = vec![0.0_f64; 4 * self.size()];
-        let task = Task::AllGather(Parts { rows: 1, cuts: cut });
+        let task = Task::AllGather(Shards { rows: 1, partition: cut });
         self.run(call, task, wish.map(f64::from_bits).to_vec(), &mut wishes)?;
         let wishes: Vec<[u64; 4]> =
             wishes.as_chunks().0.iter().map(|wish: &[f64; 4]| wish.map(f64::to_bits)).collect();

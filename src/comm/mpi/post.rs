@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     comm::call::never_received,
-    error::{Error, Loss},
+    error::{Error, LostReason},
 };
 use std::{
     cell::RefCell,
@@ -61,7 +61,7 @@ struct State {
     blocks: u64,
     /// The first loss that this rank was told of, a rank of the world. It is why this rank may leave, too; who waits for it
     /// then is told of that loss.
-    told: Option<(usize, Loss)>,
+    told: Option<(usize, LostReason)>,
     /// The senders of messages that nobody will read any more.
     unread: Vec<usize>,
     /// The blocks of tags of groups that were broken.
@@ -248,12 +248,12 @@ impl Post {
     }
 
     /// Notes that this rank is told of a loss; returns what it was told of first.
-    pub(super) fn tell(&self, rank: usize, loss: Loss) {
+    pub(super) fn tell(&self, rank: usize, loss: LostReason) {
         self.state.borrow_mut().told.get_or_insert((rank, loss));
     }
 
     /// The first loss of another rank that this one was told of.
-    pub(super) fn told(&self) -> Option<(usize, Loss)> {
+    pub(super) fn told(&self) -> Option<(usize, LostReason)> {
         self.state.borrow().told
     }
 
@@ -268,10 +268,10 @@ impl Post {
     pub(super) fn leave(
         &self,
         world: &Members,
-        loss: Loss,
+        loss: LostReason,
         patience: Option<Duration>,
     ) -> Result<(), Vec<usize>> {
-        if loss == Loss::Left {
+        if loss == LostReason::Left {
             // What this rank has started, the others count on.
             self.wait(|| None, || self.state.borrow().flights.is_empty().then_some(()));
         }
@@ -295,24 +295,27 @@ impl Post {
         if staying.is_empty() && self.is_idle() { Ok(()) } else { Err(staying) }
     }
 
-    /// Ends all processes of the job, after it was said why.
+    /// PipelineEnds all processes of the job, after it was said why.
     pub(super) fn abort(&self, error: &Error) -> ! {
         eprintln!("shardwise: rank {} ends the job: {error}", self.rank());
         self.wire.abort(1)
     }
 }
 
-pub(super) fn code_of(loss: Loss) -> u64 {
+pub(super) fn code_of(loss: LostReason) -> u64 {
     match loss {
-        Loss::Left => 0,
-        Loss::Failed => 1,
-        Loss::Panicked => 2,
-        Loss::Disconnected => 3,
+        LostReason::Left => 0,
+        LostReason::Failed => 1,
+        LostReason::Panicked => 2,
+        LostReason::Disconnected => 3,
     }
 }
 
-pub(super) fn loss_of(code: u64) -> Loss {
-    [Loss::Left, Loss::Failed, Loss::Panicked].get(code as usize).copied().unwrap_or(Loss::Disconnected)
+pub(super) fn loss_of(code: u64) -> LostReason {
+    [LostReason::Left, LostReason::Failed, LostReason::Panicked]
+        .get(code as usize)
+        .copied()
+        .unwrap_or(LostReason::Disconnected)
 }
 
 /// The numbers at the head of a message.

@@ -88,7 +88,7 @@ impl Wire {
         Some((status.source_rank() as usize, status.tag(), moving))
     }
 
-    /// Ends all processes of the job.
+    /// PipelineEnds all processes of the job.
     pub(super) fn abort(&self, code: i32) -> ! {
         self.0.abort(code)
     }

@@ -75,7 +75,7 @@ impl Meeting {
         error
     }
 
-    /// Ends the wait for NCCL where a rank is lost or it takes too long.
+    /// PipelineEnds the wait for NCCL where a rank is lost or it takes too long.
     pub(super) fn patience<'a>(
         &'a self,
         side: &'a dyn Communicator<Cpu>,

@@ -29,12 +29,12 @@ mod watch;
 pub use device::{Enter, NcclDevice};
 
 use super::{
-    Call, Collective, Communicator, Group, InFlight, Incoming, Outgoing, Parts, ReduceOp, Step, call::hash,
+    Call, Collective, Communicator, Group, InFlight, Incoming, Outgoing, ReduceOp, Shards, Step, call::hash,
     each_pair,
 };
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, DType, Element, cuda::Version, each_dtype},
-    error::{Error, Loss, Result},
+    error::{Error, LostReason, Result},
     kernels::{MatMut, MatRef},
     shard::Partition,
     trace,
@@ -244,15 +244,15 @@ impl<B: NcclDevice> State<B> {
         Ok(())
     }
 
-    /// Ends the group. Where a rank has left after it had done its part, what is under way is still finished.
+    /// PipelineEnds the group. Where a rank has left after it had done its part, what is under way is still finished.
     fn fail(&self, error: Error) -> Error {
-        if matches!(error, Error::PeerLost { reason: Loss::Left, .. }) {
+        if matches!(error, Error::PeerLost { reason: LostReason::Left, .. }) {
             return self.failed.borrow_mut().get_or_insert(error).clone();
         }
         self.abort(error)
     }
 
-    /// Ends the group and what is under way.
+    /// PipelineEnds the group and what is under way.
     fn abort(&self, error: Error) -> Error {
         self.spoiled.set(self.spoiled.get() || !self.under_way.borrow().is_empty());
         self.raw.abort();
@@ -469,10 +469,10 @@ impl<B: NcclDevice> Nccl<B> {
     ) -> Result<()> {
         let raw = &self.state.raw;
         if is_even(lens) {
-            return self.alone(at, || raw.all_gather::<T, B>(self.lane(), lens.parts(), send, &mut recv));
+            return self.alone(at, || raw.all_gather::<T, B>(self.lane(), lens.shards(), send, &mut recv));
         }
         self.grouped(at, || {
-            for root in (0..lens.parts()).filter(|&root| lens.size(root) > 0) {
+            for root in (0..lens.shards()).filter(|&root| lens.size(root) > 0) {
                 let own = (root == self.here()).then_some(send);
                 let mut part = B::narrow_mut::<T>(B::reborrow::<T>(&mut recv), lens.range(root));
                 raw.broadcast::<T, B>(self.lane(), root, own, &mut part)?;
@@ -490,7 +490,7 @@ impl<B: NcclDevice> Nccl<B> {
         send: B::Slice<'_, T>,
         mut recv: B::SliceMut<'_, T>,
     ) -> Result<()> {
-        let (raw, here, ranks) = (&self.state.raw, self.here(), lens.parts());
+        let (raw, here, ranks) = (&self.state.raw, self.here(), lens.shards());
         if op == ReduceOp::Sum && self.options.order == Order::Any {
             if is_even(lens) {
                 return self.alone(at, || raw.reduce_scatter::<T, B>(self.lane(), ranks, send, &mut recv));
@@ -545,24 +545,24 @@ impl<B: NcclDevice> Nccl<B> {
     fn gather<T: Element>(
         &self,
         at: &Meeting,
-        parts: &Parts,
+        parts: &Shards,
         send: B::Slice<'_, T>,
         mut recv: B::SliceMut<'_, T>,
     ) -> Result<()> {
         if parts.total() == 0 {
             return Ok(());
         }
-        let (lens, cols) = (lens(parts), parts.cuts.total());
+        let (lens, cols) = (lens(parts), parts.partition.total());
         if parts.rows == 1 {
             return self.gather_flat::<T>(at, &lens, send, recv);
         }
         let mut flat = self.lane().empty::<T>(parts.total())?;
         self.gather_flat::<T>(at, &lens, send, B::slice_mut::<T>(&mut flat))?;
-        for rank in (0..lens.parts()).filter(|&rank| lens.size(rank) > 0) {
+        for rank in (0..lens.shards()).filter(|&rank| lens.size(rank) > 0) {
             let part = B::narrow::<T>(B::slice::<T>(&flat), lens.range(rank));
             let whole = MatMut::<T, B>::new(B::reborrow::<T>(&mut recv), parts.rows, cols)?;
-            let part = MatRef::new(part, parts.rows, parts.cuts.size(rank))?;
-            self.lane().copy::<T, T>(part, whole.columns(parts.cuts.range(rank)))?;
+            let part = MatRef::new(part, parts.rows, parts.partition.size(rank))?;
+            self.lane().copy::<T, T>(part, whole.columns(parts.partition.range(rank)))?;
         }
         Ok(())
     }
@@ -571,23 +571,23 @@ impl<B: NcclDevice> Nccl<B> {
         &self,
         at: &Meeting,
         op: ReduceOp,
-        parts: &Parts,
+        parts: &Shards,
         send: B::Slice<'_, T>,
         recv: B::SliceMut<'_, T>,
     ) -> Result<()> {
         if parts.total() == 0 {
             return Ok(());
         }
-        let (lens, cols) = (lens(parts), parts.cuts.total());
+        let (lens, cols) = (lens(parts), parts.partition.total());
         if parts.rows == 1 {
             return self.scatter_flat::<T>(at, op, &lens, send, recv);
         }
         let mut flat = self.lane().empty::<T>(parts.total())?;
         let whole = MatRef::<T, B>::new(send, parts.rows, cols)?;
-        for rank in (0..lens.parts()).filter(|&rank| lens.size(rank) > 0) {
+        for rank in (0..lens.shards()).filter(|&rank| lens.size(rank) > 0) {
             let part = B::narrow_mut::<T>(B::slice_mut::<T>(&mut flat), lens.range(rank));
-            let part = MatMut::new(part, parts.rows, parts.cuts.size(rank))?;
-            self.lane().copy::<T, T>(whole.columns(parts.cuts.range(rank)), part)?;
+            let part = MatMut::new(part, parts.rows, parts.partition.size(rank))?;
+            self.lane().copy::<T, T>(whole.columns(parts.partition.range(rank)), part)?;
         }
         self.scatter_flat::<T>(at, op, &lens, B::slice::<T>(&flat), recv)
     }
@@ -631,7 +631,7 @@ impl<B: NcclDevice> Nccl<B> {
         });
         self.side.exchange(call, outgoing, incoming).map_err(|error| match error {
             // Others may still be there.
-            Error::PeerLost { reason: Loss::Left, .. } => error,
+            Error::PeerLost { reason: LostReason::Left, .. } => error,
             error => self.state.fail(error),
         })
     }
@@ -656,8 +656,8 @@ fn nothing_mut<'a>(dtype: DType) -> AnyMut<'a, Cpu> {
 }
 
 /// The lengths of the parts, as they lie one after another.
-fn lens(parts: &Parts) -> Partition {
-    Partition::from_sizes((0..parts.cuts.parts()).map(|rank| parts.len(rank)))
+fn lens(parts: &Shards) -> Partition {
+    Partition::from_sizes((0..parts.partition.shards()).map(|rank| parts.len(rank)))
 }
 
 fn is_even(lens: &Partition) -> bool {
@@ -678,7 +678,13 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         self.run_now(call, &foreign, |at| each_dtype!(AnyMut, x, x => self.reduce(at, op, x)))
     }
 
-    fn all_gather(&self, call: &Call, parts: &Parts, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()> {
+    fn all_gather(
+        &self,
+        call: &Call,
+        parts: &Shards,
+        send: AnyRef<'_, B>,
+        recv: AnyMut<'_, B>,
+    ) -> Result<()> {
         let foreign = [self.foreign(send)?, self.foreign(recv.shared())?];
         self.run_now(
             call,
@@ -691,7 +697,7 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
         &self,
         call: &Call,
         op: ReduceOp,
-        parts: &Parts,
+        parts: &Shards,
         send: AnyRef<'_, B>,
         recv: AnyMut<'_, B>,
     ) -> Result<()> {

@@ -137,7 +137,7 @@ impl Shared {
         }
     }
 
-    /// Ends the communicator of a handle that nobody finds any more. What is returned hears when
+    /// PipelineEnds the communicator of a handle that nobody finds any more. What is returned hears when
     /// that is done.
     ///
     /// A thread of its own does it: destroying waits for the other ranks to do the same, and the
@@ -384,12 +384,12 @@ impl Raw {
         }
     }
 
-    /// Ends what the communicator is doing, on the device too, and the communicator.
+    /// PipelineEnds what the communicator is doing, on the device too, and the communicator.
     pub(super) fn abort(&self) {
         self.end(End::Abort);
     }
 
-    /// Ends the communicator, whose work is done, when the other ranks do the same.
+    /// PipelineEnds the communicator, whose work is done, when the other ranks do the same.
     pub(super) fn destroy(&self) {
         self.end(End::Destroy);
     }

@@ -37,7 +37,7 @@ pub(super) fn call(op: Op, seq: u64, len: usize) -> Call {
 #[cfg(not(any(loom, shuttle)))]
 mod tests {
     use super::*;
-    use crate::error::Loss;
+    use crate::error::LostReason;
     use std::{
         panic::{AssertUnwindSafe, catch_unwind},
         thread,
@@ -47,7 +47,7 @@ mod tests {
 
     fn act(comm: &ThreadComm, op: Op, len: usize) -> Result<()> {
         let call = call(op, 0, len);
-        let parts = Parts { rows: 1, cuts: Partition::even(len, comm.size()) };
+        let parts = Shards { rows: 1, partition: Partition::even(len, comm.size()) };
         let (mut whole, mut part) = (vec![1_f32; len], vec![1_f32; parts.len(comm.rank())]);
         let (whole_mut, part_mut) = (AnyMut::F32(whole.as_mut_slice()), AnyMut::F32(part.as_mut_slice()));
         match op {
@@ -68,11 +68,10 @@ mod tests {
         let outcome = catch_unwind(AssertUnwindSafe(|| act(&comm, op, len)));
         if here == lost {
             assert!(outcome.is_err(), "nobody struck");
-            return presence.end(Loss::Panicked);
+            return presence.end(LostReason::Panicked);
         }
         let is_told = |outcome: Result<()>| {
-            let told =
-                matches!(outcome, Err(Error::PeerLost { rank, reason: Loss::Panicked, .. }) if rank == lost);
+            let told = matches!(outcome, Err(Error::PeerLost { rank, reason: LostReason::Panicked, .. }) if rank == lost);
             assert!(told, "rank {here}, {lost} lost in {op:?} of {len}: {outcome:?}");
         };
         let outcome = outcome.unwrap_or_else(|panic| resume_unwind(panic));
@@ -94,7 +93,7 @@ mod tests {
         static DATA: [f32; 70_000] = [1.0; 70_000];
         let rank = |seat: Seat| {
             let comm = ThreadComm::join(seat, Rc::new(Presence::default()));
-            let parts = Parts { rows: 1, cuts: Partition::even(8, 2) };
+            let parts = Shards { rows: 1, partition: Partition::even(8, 2) };
             let (mut whole, mut part) = ([0_f32; 8], [0_f32; 4]);
             let gather = call(Op::AllGather, 0, 8);
             let gathered =

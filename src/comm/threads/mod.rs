@@ -15,7 +15,7 @@ mod sync;
 pub(crate) use shared::{Presence, Seat};
 
 use super::{
-    Call, Collective, Communicator, InFlight, Incoming, Lookout, Outgoing, Parts, ReduceOp, Step,
+    Call, Collective, Communicator, InFlight, Incoming, Lookout, Outgoing, ReduceOp, Shards, Step,
     combine::{self, BLOCK},
     each_pair, host,
 };
@@ -228,7 +228,7 @@ impl Communicator<Cpu> for ThreadComm {
     fn all_gather(
         &self,
         call: &Call,
-        parts: &Parts,
+        parts: &Shards,
         send: AnyRef<'_, Cpu>,
         recv: AnyMut<'_, Cpu>,
     ) -> Result<()> {
@@ -242,7 +242,7 @@ impl Communicator<Cpu> for ThreadComm {
         &self,
         call: &Call,
         op: ReduceOp,
-        parts: &Parts,
+        parts: &Shards,
         send: AnyRef<'_, Cpu>,
         recv: AnyMut<'_, Cpu>,
     ) -> Result<()> {

@@ -6,7 +6,7 @@ use super::{faults::call, *};
 use crate::{
     comm::{InFlight, Op},
     device::Device,
-    error::Loss,
+    error::LostReason,
     shard::Shape,
 };
 use shuttle::{
@@ -100,7 +100,7 @@ fn a_lost_rank_is_named_on_every_other() {
             }
             let flight = start(&comm, 1).unwrap();
             for outcome in [sum(&comm, 2, 2), comm.barrier(&call(Op::Barrier, 3, 0))] {
-                let is_told = |error| matches!(error, Error::PeerLost { rank, reason: Loss::Left, .. } if rank == size - 1);
+                let is_told = |error| matches!(error, Error::PeerLost { rank, reason: LostReason::Left, .. } if rank == size - 1);
                 assert!(outcome.clone().is_err_and(is_told), "{outcome:?}");
             }
             flight.wait().unwrap();

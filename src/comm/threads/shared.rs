@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     comm::{Call, Step},
-    error::{Error, Loss, Mismatch, Result},
+    error::{Error, LostReason, Mismatch, Result},
 };
 use std::{
     cell::{Cell, RefCell},
@@ -30,7 +30,7 @@ const GRACE: Duration = Duration::from_millis(100);
 
 /// The first loss that this rank was told of: a rank of the world, and how it was lost. It is why this rank may leave, too; who
 /// waits for this rank then is told of that loss.
-type Told = Cell<Option<(usize, Loss)>>;
+type Told = Cell<Option<(usize, LostReason)>>;
 
 #[cfg(not(shuttle))]
 thread_local! {
@@ -43,11 +43,11 @@ shuttle::thread_local! {
 }
 
 /// What this rank was told of.
-fn told() -> Option<(usize, Loss)> {
+fn told() -> Option<(usize, LostReason)> {
     TOLD.with(Cell::get)
 }
 
-fn tell(loss: Option<(usize, Loss)>) {
+fn tell(loss: Option<(usize, LostReason)>) {
     TOLD.with(|told| told.set(loss));
 }
 
@@ -104,14 +104,14 @@ struct Departure {
     rank: usize,
     since: Instant,
     /// Without one it has dropped the group, and either ends or goes on.
-    reason: Option<Loss>,
+    reason: Option<LostReason>,
     /// The loss of a rank of the world that it had been told of before.
-    root: Option<(usize, Loss)>,
+    root: Option<(usize, LostReason)>,
 }
 
 impl Departure {
     fn in_order(&self) -> bool {
-        matches!(self.reason, None | Some(Loss::Left))
+        matches!(self.reason, None | Some(LostReason::Left))
     }
 }
 
@@ -282,11 +282,11 @@ impl Shared {
     }
 
     /// A rank has left or was lost. It may say so twice, and the second time know why.
-    pub(super) fn leave(&self, rank: usize, reason: Option<Loss>) {
+    pub(super) fn leave(&self, rank: usize, reason: Option<LostReason>) {
         let mut causes = self.lock(&self.causes);
         let root = told().filter(|(root, _)| *root != self.members[rank]);
         match departure(&mut causes, rank) {
-            Some(Departure { reason: Some(Loss::Panicked), .. }) => {}
+            Some(Departure { reason: Some(LostReason::Panicked), .. }) => {}
             Some(departure) => {
                 departure.reason = reason.or(departure.reason);
                 departure.root = departure.root.or(root);
@@ -300,7 +300,7 @@ impl Shared {
 
     /// Rank `rank` panics between two meetings.
     pub(super) fn tear(&self, rank: usize) {
-        self.leave(rank, Some(Loss::Panicked));
+        self.leave(rank, Some(LostReason::Panicked));
         self.torn.store(true, Ordering::Release);
     }
 
@@ -344,10 +344,10 @@ impl Shared {
 
     /// How a rank was lost. One that returns an error drops its groups before that is known: it has
     /// a moment, from then on, to say so. After that it has left and goes on.
-    fn reason(&self, lost: &Departure) -> Loss {
+    fn reason(&self, lost: &Departure) -> LostReason {
         let said = || departure(&mut self.lock(&self.causes), lost.rank)?.reason;
         let moment = GRACE.min(self.deadline).saturating_sub(lost.since.elapsed());
-        self.news.wait_until(Some(moment), said).unwrap_or(Loss::Left)
+        self.news.wait_until(Some(moment), said).unwrap_or(LostReason::Left)
     }
 
     fn error(&self, call: &Call, cause: Cause) -> Error {
@@ -441,7 +441,7 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.shared.leave(self.rank, std::thread::panicking().then_some(Loss::Panicked));
+        self.shared.leave(self.rank, std::thread::panicking().then_some(LostReason::Panicked));
     }
 }
 
@@ -458,7 +458,7 @@ impl Presence {
     }
 
     /// Leaves every group.
-    pub(crate) fn end(&self, reason: Loss) {
+    pub(crate) fn end(&self, reason: LostReason) {
         for (group, rank) in self.0.take() {
             if let Some(group) = group.upgrade() {
                 group.leave(rank, Some(reason));
@@ -469,7 +469,7 @@ impl Presence {
 
 impl Drop for Presence {
     fn drop(&mut self) {
-        self.end(Loss::Left);
+        self.end(LostReason::Left);
     }
 }
 

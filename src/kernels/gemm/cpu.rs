@@ -1,7 +1,7 @@
 //! GEMM on the CPU: by blocks (`blocked`), and streamed where there are few rows (`few`).
 
 use super::{
-    Batch, Epilogue, Gemm, Product, Term,
+    Batch, Epilogue, Gemm, GemmTerm, Product,
     blocked::{self, Finish, Job, NC, Real, Step, Steps},
     check, check_terms,
     few::{self, Scale},
@@ -57,7 +57,11 @@ impl Gemm for Cpu {
 
     /// The sums that wait for others are a block of C each, in the second cache.
     #[inline(never)]
-    fn gemm_tree<T: Element>(&self, terms: &[Term<'_, T, Self>], c: MatMut<'_, T::Acc, Self>) -> Result<()> {
+    fn gemm_tree<T: Element>(
+        &self,
+        terms: &[GemmTerm<'_, T, Self>],
+        c: MatMut<'_, T::Acc, Self>,
+    ) -> Result<()> {
         check_terms(terms, &c)?;
         let blocked = |(a, b): &(MatRef<'_, T, Self>, MatRef<'_, T, Self>)| {
             a.cols() > 0 && !few::fits(a.dims(), b.dims())
@@ -69,7 +73,7 @@ impl Gemm for Cpu {
             return sum_terms(self, terms, c);
         }
         let mut steps = Steps::new();
-        for Term { products, merges } in terms {
+        for GemmTerm { products, merges } in terms {
             steps.push(products.iter().map(|(a, b)| ((a.data(), a.dims()), (b.data(), b.dims()))), *merges);
         }
         let dims = c.dims();

@@ -1,6 +1,6 @@
 //! Matrix products on a device without memory: 2 m n k operations each.
 
-use super::{Batch, Epilogue, Gemm, Term, check, check_terms};
+use super::{Batch, Epilogue, Gemm, GemmTerm, check, check_terms};
 use crate::{
     device::{Device, Element, Meta},
     error::{Result, same_size},
@@ -38,7 +38,11 @@ impl Gemm for Meta {
 
     /// Partial sums of the tree take no memory of their own, as on the CPU, where they are blocks
     /// in the cache.
-    fn gemm_tree<T: Element>(&self, terms: &[Term<'_, T, Self>], c: MatMut<'_, T::Acc, Self>) -> Result<()> {
+    fn gemm_tree<T: Element>(
+        &self,
+        terms: &[GemmTerm<'_, T, Self>],
+        c: MatMut<'_, T::Acc, Self>,
+    ) -> Result<()> {
         check_terms(terms, &c)?;
         for (a, b) in terms.iter().flat_map(|term| &term.products) {
             self.count_products(1, [a.rows(), a.cols(), b.cols()]);
@@ -145,9 +149,9 @@ mod tests {
         let before = device.memory();
         let term = |range: std::ops::Range<usize>, merges| {
             let pair = (a.mat().columns(range.clone()), b.mat().block(range, 0..20));
-            Term { products: vec![pair], merges }
+            GemmTerm { products: vec![pair], merges }
         };
-        let terms = [term(0..1, 0), term(1..3, 1), Term { products: vec![], merges: 0 }, term(3..6, 2)];
+        let terms = [term(0..1, 0), term(1..3, 1), GemmTerm { products: vec![], merges: 0 }, term(3..6, 2)];
         let tree = || device.gemm_tree(&terms, c.mat_mut()?);
         assert_eq!(flops(&device, tree), 2 * 9 * 6 * 20);
         assert_eq!(device.memory(), before);
@@ -171,7 +175,7 @@ mod tests {
             let (x, w, mut y, mut pre) = (of(5, 7), of(11, 7), of(5, 11), of(4, 11));
             let short = of(1, 10);
             let batch = Batch { count: 2, a: 35, b: 0, c: 0 };
-            let term = |merges| Term { products: vec![(x.mat(), w.mat().t())], merges };
+            let term = |merges| GemmTerm { products: vec![(x.mat(), w.mat().t())], merges };
             let results = [
                 device.gemm(1.0, x.mat(), w.mat(), 0.0, y.mat_mut().unwrap()),
                 device.gemm(1.0, x.mat(), w.mat().t(), 0.0, pre.mat_mut().unwrap()),

@@ -44,7 +44,7 @@ pub struct Product<'a, 'c, T: Element, C: Element, B: Device> {
 }
 
 /// A term of a sum of products along a tree ([`Gemm::gemm_tree`]).
-pub struct Term<'a, T: Element, B: Device> {
+pub struct GemmTerm<'a, T: Element, B: Device> {
     /// The products A B of which the term is the sum, from left to right.
     pub products: Vec<(MatRef<'a, T, B>, MatRef<'a, T, B>)>,
     /// How many sums before it are complete with this term.
@@ -180,7 +180,11 @@ pub trait Gemm: Device {
     ///
     /// # Errors
     /// As [`Gemm::gemm`], and when not one sum is left.
-    fn gemm_tree<T: Element>(&self, terms: &[Term<'_, T, Self>], c: MatMut<'_, T::Acc, Self>) -> Result<()>
+    fn gemm_tree<T: Element>(
+        &self,
+        terms: &[GemmTerm<'_, T, Self>],
+        c: MatMut<'_, T::Acc, Self>,
+    ) -> Result<()>
     where
         Self: Pointwise,
     {
@@ -226,10 +230,10 @@ fn check<B: Device, T: Element, C: Element>(
 }
 
 /// The terms leave one sum, of C's dimensions.
-fn check_terms<T: Element, B: Device>(terms: &[Term<'_, T, B>], c: &MatMut<'_, T::Acc, B>) -> Result<()> {
+fn check_terms<T: Element, B: Device>(terms: &[GemmTerm<'_, T, B>], c: &MatMut<'_, T::Acc, B>) -> Result<()> {
     const OP: &str = "gemm tree";
     let mut waiting = 0_usize;
-    for Term { products, merges } in terms {
+    for GemmTerm { products, merges } in terms {
         products.iter().try_for_each(|(a, b)| check(Batch::ONE, a, b, c))?;
         waiting = (waiting + 1).checked_sub(*merges).filter(|&waiting| waiting > 0).ok_or_else(|| {
             Error::sizes(OP, "the sums that a term completes", *merges, "those before it", waiting)
@@ -241,7 +245,7 @@ fn check_terms<T: Element, B: Device>(terms: &[Term<'_, T, B>], c: &MatMut<'_, T
 /// [`Gemm::gemm_tree`], a product and an addition at a time.
 fn sum_terms<T: Element, B: Gemm + Pointwise>(
     device: &B,
-    terms: &[Term<'_, T, B>],
+    terms: &[GemmTerm<'_, T, B>],
     mut c: MatMut<'_, T::Acc, B>,
 ) -> Result<()> {
     let (rows, cols) = (c.rows(), c.cols());
@@ -255,7 +259,7 @@ fn sum_terms<T: Element, B: Gemm + Pointwise>(
     };
     // C is the lowest of them.
     let mut waiting: Vec<B::Buffer<T::Acc>> = Vec::new();
-    for (at, Term { products, merges }) in terms.iter().enumerate() {
+    for (at, GemmTerm { products, merges }) in terms.iter().enumerate() {
         if at == 0 {
             write(products, c.reborrow())?;
         } else {

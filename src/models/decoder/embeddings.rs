@@ -5,7 +5,10 @@ use crate::{
     device::{Device, Element},
     error::Result,
     kernels::Backend,
-    parallel::{Context, DTensor, Draw, Dropout, Layer, PositionEmbedding, Stream, VocabParallelEmbedding},
+    parallel::{
+        Context, DTensor, Dropout, DropoutState, Layer, PositionEmbedding, ResidualStream,
+        VocabParallelEmbedding,
+    },
     shard::Sequences,
     tensor::{Param, Weights},
 };
@@ -14,20 +17,20 @@ use super::super::DecoderConfig;
 
 /// x = dropout(E\[ids\] + P\[positions\]): ids → S. P only where the model has learned positions.
 #[derive(Debug)]
-pub(super) struct Embeddings<S: Stream, T: Element, B: Device> {
+pub(super) struct Embeddings<S: ResidualStream, T: Element, B: Device> {
     pub(super) words: VocabParallelEmbedding<S, T, B>,
     positions: Option<PositionEmbedding<S, T, B>>,
     dropout: Dropout<S>,
 }
 
 /// What the backward of [`Embeddings`] needs.
-pub(super) struct EmbeddingsSaved<S: Stream, T: Element, B: Backend> {
+pub(super) struct EmbeddingsSaved<S: ResidualStream, T: Element, B: Backend> {
     rows: Vec<u32>,
     positions: Option<Vec<u32>>,
     dropout: <Dropout<S> as Layer<T, B>>::Saved,
 }
 
-impl<S: Stream, T: Element, B: Backend> Embeddings<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> Embeddings<S, T, B> {
     pub(super) fn load(group: &Group<B>, weights: &Weights<'_>, config: &DecoderConfig) -> Result<Self> {
         let (names, hidden) = (&config.names, config.hidden());
         let words = weights.at(names.embedding);
@@ -44,11 +47,11 @@ impl<S: Stream, T: Element, B: Backend> Embeddings<S, T, B> {
         &self,
         ids: &[u32],
         sequences: Sequences,
-        draw: Option<Draw>,
+        dropout: Option<DropoutState>,
     ) -> Result<(DTensor<S, T, B>, EmbeddingsSaved<S, T, B>)> {
         let (mut x, rows) = self.words.forward(ids, sequences)?;
-        if let Some(draw) = draw {
-            x = x.with_draw(draw);
+        if let Some(dropout) = dropout {
+            x = x.with_dropout_state(dropout);
         }
         let mut positions = None;
         if let Some(table) = &self.positions {

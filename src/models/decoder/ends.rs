@@ -5,8 +5,8 @@ use crate::{
     device::Element,
     error::{Error, Result},
     kernels::Backend,
-    parallel::{Context, DTensor, Layer, Stream, VocabParallelCrossEntropy},
-    train::{Ends, Microbatch},
+    parallel::{Context, DTensor, Layer, ResidualStream, VocabParallelCrossEntropy},
+    train::{Microbatch, PipelineEnds},
 };
 
 /// The two ends of a [`Decoder`] in a [`Pipeline`](crate::train::Pipeline): the first stage embeds
@@ -16,7 +16,7 @@ use crate::{
 /// the number of tokens of the whole batch, that of their mean. Without a scale nothing is trained,
 /// and nothing dropped:
 /// [`Pipeline::evaluate`](crate::train::Pipeline::evaluate).
-pub struct DecoderEnds<'a, S: Stream, T: Element, B: Backend> {
+pub struct DecoderEnds<'a, S: ResidualStream, T: Element, B: Backend> {
     model: &'a Decoder<S, T, B>,
     tokens: Vec<Tokens<'a>>,
     loss: VocabParallelCrossEntropy,
@@ -34,7 +34,7 @@ pub struct Tokens<'a> {
     pub targets: &'a [u32],
 }
 
-impl<'a, S: Stream, T: Element, B: Backend> DecoderEnds<'a, S, T, B> {
+impl<'a, S: ResidualStream, T: Element, B: Backend> DecoderEnds<'a, S, T, B> {
     /// The ends for microbatches of these tokens, which are the same on every rank of a replica.
     pub fn new(
         model: &'a Decoder<S, T, B>,
@@ -60,14 +60,14 @@ impl<'a, S: Stream, T: Element, B: Backend> DecoderEnds<'a, S, T, B> {
     }
 }
 
-impl<S: Stream, T: Element, B: Backend> Ends<S, T, B> for DecoderEnds<'_, S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> PipelineEnds<S, T, B> for DecoderEnds<'_, S, T, B> {
     #[track_caller]
     fn input(&mut self, number: usize, microbatch: &Microbatch) -> Result<DTensor<S, T, B>> {
-        let Microbatch { sequences, draw } = microbatch;
+        let Microbatch { sequences, dropout } = microbatch;
         self.model.check_context(sequences)?;
         let ids = self.tokens(number)?.ids;
         let (x, saved) =
-            self.model.first()?.forward(ids, sequences.clone(), draw.filter(|_| self.scale.is_some()))?;
+            self.model.first()?.forward(ids, sequences.clone(), dropout.filter(|_| self.scale.is_some()))?;
         self.saved[number] = self.scale.map(|_| saved);
         Ok(x)
     }

@@ -14,7 +14,7 @@ use crate::{
     ops::{RopeConfig, RopeScaling},
     parallel::{
         Bias, Chain, ColumnParallelLinear, Columns, Context, DTensor, KvCache, Layer, Normalize, Recompute,
-        Stream, TransformerBlock, VocabParallelEmbedding,
+        ResidualStream, TransformerBlock, VocabParallelEmbedding,
     },
     shard::{Partition, Replicated, Sequences, Shard},
     tensor::{Param, Role, WeightSource, Weights},
@@ -39,7 +39,7 @@ const BUFFERS: [&str; 3] = [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_
 /// * [`Decoder::load_stages`] reads the stages of one rank of a pipeline; [`DecoderEnds`] runs them
 ///   in a [`Pipeline`](crate::train::Pipeline).
 #[derive(Debug)]
-pub struct Decoder<S: Stream, T: Element, B: Device> {
+pub struct Decoder<S: ResidualStream, T: Element, B: Device> {
     group: Group<B>,
     config: DecoderConfig,
     /// On the rank of the first stage.
@@ -55,13 +55,13 @@ type Head<S, T, B> = Chain<Normalize<S, T, B>, ColumnParallelLinear<S, T, B>>;
 type HeadSaved<S, T, B> = <Head<S, T, B> as Layer<T, B>>::Saved;
 
 /// What the backward of a [`Decoder`] needs.
-pub struct DecoderSaved<S: Stream, T: Element, B: Backend> {
+pub struct DecoderSaved<S: ResidualStream, T: Element, B: Backend> {
     embeddings: EmbeddingsSaved<S, T, B>,
     chunks: <Vec<Blocks<S, T, B>> as Layer<T, B>>::Saved,
     head: HeadSaved<S, T, B>,
 }
 
-impl<S: Stream, T: Element, B: Backend> Decoder<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
     /// Reads this rank's part of a checkpoint of a language model, or of the bare model without its
     /// head.
     ///
@@ -348,7 +348,7 @@ impl Others {
 
 /// The last normalization and the head: the table's, a copy of it where another rank has the table,
 /// or a weight of its own.
-fn load_head<S: Stream, T: Element, B: Backend>(
+fn load_head<S: ResidualStream, T: Element, B: Backend>(
     group: &Group<B>,
     (weights, model): (&Weights<'_>, &Weights<'_>),
     config: &DecoderConfig,
@@ -388,14 +388,14 @@ fn refuse_another_head<T: Element, B: Backend>(
         }
         let own = param.value()?.to_vec()?;
         let width = param.shape().cols();
-        for piece in param.pieces().iter() {
-            source.check(head, &piece.region)?;
-            let mut other = vec![T::default(); piece.region.extent().len()];
-            source.read(head, Role::Weight, &piece.region, T::any_mut(other.as_mut_slice()))?;
+        for part in param.regions().iter() {
+            source.check(head, &part.region)?;
+            let mut other = vec![T::default(); part.region.extent().len()];
+            source.read(head, Role::Weight, &part.region, T::any_mut(other.as_mut_slice()))?;
             let equal =
                 |(a, b): (&T, &T)| a.to_f64() == b.to_f64() || (a.to_f64().is_nan() && b.to_f64().is_nan());
-            same &= own[piece.row * width..].iter().zip(&other).all(equal);
-            table.clone_from(&piece.tensor);
+            same &= own[part.row * width..].iter().zip(&other).all(equal);
+            table.clone_from(&part.tensor);
         }
         Ok(())
     };

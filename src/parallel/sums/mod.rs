@@ -32,14 +32,14 @@ pub(super) use {
     products::{Affine, Factors, Through},
 };
 
-use super::{DTensor, Stream};
+use super::{DTensor, ResidualStream};
 use crate::{
     comm::{Group, ReduceOp},
     device::{Device, Element},
     error::{Error, Result},
     kernels::Backend,
     shard::{Heads, Node, Partition, Shape, Tree, TreeSum, blocks},
-    tensor::{Param, Patch, Tensor},
+    tensor::{BlockRegion, Param, Tensor},
 };
 use std::ops::Range;
 
@@ -191,12 +191,12 @@ impl<B: Backend> Sums<B> {
     pub(super) fn cut<T: Element>(&self, param: Param<T, B>, dim: usize, leaves: &Leaves) -> Param<T, B> {
         if self.tree.is_some() {
             let (rows, cols) = (param.shape().rows(), param.shape().cols());
-            let patch = |run: &Range<usize>| match dim {
-                0 => Patch { rows: run.clone(), cols: 0..cols },
-                _ => Patch { rows: 0..rows, cols: run.clone() },
+            let region = |run: &Range<usize>| match dim {
+                0 => BlockRegion { rows: run.clone(), cols: 0..cols },
+                _ => BlockRegion { rows: 0..rows, cols: run.clone() },
             };
-            let patches = leaves.own.iter().map(|leaf| leaf.iter().map(patch).collect());
-            param.sum_in_tree(Some(patches.collect()));
+            let regions = leaves.own.iter().map(|leaf| leaf.iter().map(region).collect());
+            param.sum_in_tree(Some(regions.collect()));
         }
         param
     }
@@ -233,7 +233,7 @@ impl<B: Backend> Sums<B> {
     /// # Errors
     /// Those of `term`, and when the collective fails.
     #[track_caller]
-    pub(super) fn over_tokens<S: Stream, T: Element>(
+    pub(super) fn over_tokens<S: ResidualStream, T: Element>(
         &self,
         of: &DTensor<S, T, B>,
         shape: impl Into<Shape>,
@@ -259,7 +259,7 @@ impl<B: Backend> Sums<B> {
         match S::CUT {
             Some(_) => self.total(shape, rows),
             None => {
-                let leaves = cut.parts();
+                let leaves = cut.shards();
                 Ok(nodes(self.group.device(), leaves, 0..leaves, shape, rows)?.swap_remove(0))
             }
         }
@@ -271,7 +271,7 @@ impl<B: Backend> Sums<B> {
     /// # Errors
     /// As there, and when the sink refuses the gradient.
     #[track_caller]
-    pub(super) fn add_over_tokens<S: Stream, T: Element>(
+    pub(super) fn add_over_tokens<S: ResidualStream, T: Element>(
         &self,
         param: &Param<T, B>,
         of: &DTensor<S, T, B>,

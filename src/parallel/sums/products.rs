@@ -4,7 +4,7 @@ use super::{Leaves, Sums};
 use crate::{
     device::Element,
     error::{Result, same_size},
-    kernels::{Activation, Backend, MatMut, MatRef, Term},
+    kernels::{Activation, Backend, GemmTerm, MatMut, MatRef},
     ops,
     parallel::DTensor,
     shard::{Node, Partial, Placement, TreeSum},
@@ -62,14 +62,14 @@ impl<B: Backend> Sums<B> {
         }
         let mut sums = TreeSum::new(self.count());
         for leaf in own.clone() {
-            let term = Term { products: products(leaf - own.start), merges: 0 };
+            let term = GemmTerm { products: products(leaf - own.start), merges: 0 };
             sums.push(Node::leaf(leaf), vec![term], |left, right| {
                 left.extend(right);
                 left.last_mut().expect("there are two").merges += 1;
                 Ok(())
             })?;
         }
-        let sum = |terms: Vec<Term<'_, T, B>>| {
+        let sum = |terms: Vec<GemmTerm<'_, T, B>>| {
             let mut sum = Tensor::empty(device, [rows, features])?;
             device.gemm_tree(&terms, sum.mat_mut()?)?;
             Ok(sum)

@@ -24,7 +24,7 @@ use std::{
 
 /// A part of a parameter that comes from one region of one tensor of the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub struct ParamRegion {
     /// The tensor's name, as in a checkpoint.
     pub tensor: String,
     /// Which part of it.
@@ -38,7 +38,7 @@ pub struct Piece {
 
 /// A part of a parameter that belongs to a canonical block: some rows, and of those some columns.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Patch {
+pub(crate) struct BlockRegion {
     pub(crate) rows: Range<usize>,
     pub(crate) cols: Range<usize>,
 }
@@ -63,7 +63,7 @@ struct Shared<T: Element, B: Device> {
     layer: &'static str,
     device: B,
     shape: Shape,
-    pieces: RefCell<Rc<[Piece]>>,
+    regions: RefCell<Rc<[ParamRegion]>>,
     store: RefCell<Box<dyn Store<T, B>>>,
     /// Which of all values of the process this is; an optimizer's step changes the value and keeps
     /// the number.
@@ -71,7 +71,7 @@ struct Shared<T: Element, B: Device> {
     grad: RefCell<Gradient<T::Acc, B>>,
     /// What of it belongs to each of this rank's canonical blocks: set where sums have a fixed
     /// order; none where every rank holds all of it.
-    blocks: OnceCell<Option<Vec<Vec<Patch>>>>,
+    blocks: OnceCell<Option<Vec<Vec<BlockRegion>>>>,
 }
 
 struct Gradient<A: Element, B: Device> {
@@ -129,10 +129,10 @@ fn next_revision() -> u64 {
 }
 
 impl<T: Element, B: Backend> Param<T, B> {
-    /// A parameter of this value, whose rows are these pieces.
-    pub(crate) fn new(name: String, value: Tensor<T, B>, pieces: Vec<Piece>) -> Self {
-        let tensors = pieces.iter().map(|piece| piece.tensor.as_str());
-        let layer = if pieces.is_empty() { layer_of([&*name].into_iter()) } else { layer_of(tensors) };
+    /// A parameter of this value, whose rows are these regions.
+    pub(crate) fn new(name: String, value: Tensor<T, B>, regions: Vec<ParamRegion>) -> Self {
+        let tensors = regions.iter().map(|part| part.tensor.as_str());
+        let layer = if regions.is_empty() { layer_of([&*name].into_iter()) } else { layer_of(tensors) };
         let (sum, sink) = (GradSum::of(None), Box::new(Accumulate));
         let grad = Gradient { sum, sink, microbatches: 1, added: 0 };
         Self(Rc::new(Use(Rc::new(Shared {
@@ -140,7 +140,7 @@ impl<T: Element, B: Backend> Param<T, B> {
             layer,
             device: value.device().clone(),
             shape: value.shape(),
-            pieces: RefCell::new(pieces.into()),
+            regions: RefCell::new(regions.into()),
             store: RefCell::new(Box::new(value)),
             revision: Cell::new(next_revision()),
             grad: RefCell::new(grad),
@@ -148,11 +148,11 @@ impl<T: Element, B: Backend> Param<T, B> {
         }))))
     }
 
-    /// Reads a parameter whose pieces lie one below the other in its rows; on a device without
+    /// Reads a parameter whose regions lie one below the other in its rows; on a device without
     /// values ([`Device::HAS_VALUES`]), only checks them.
     ///
     /// # Errors
-    /// When the source lacks one of the tensors, or it has another shape; when a piece lies beyond
+    /// When the source lacks one of the tensors, or it has another shape; when a part lies beyond
     /// the parameter, or there is no memory left.
     pub fn load(
         device: &B,
@@ -160,38 +160,38 @@ impl<T: Element, B: Backend> Param<T, B> {
         name: &str,
         role: Role,
         shape: impl Into<Shape>,
-        pieces: Vec<Piece>,
+        regions: Vec<ParamRegion>,
     ) -> Result<Self> {
         let shape = shape.into();
         if shape.rank() == 0 {
             return Err(Error::invalid(OP, format!("`{name}` has no dimension: give it one of size 1")));
         }
-        for piece in &pieces {
-            weights.source().check(&piece.tensor, &piece.region)?;
+        for part in &regions {
+            weights.source().check(&part.tensor, &part.region)?;
         }
         let (len, width) = (shape.checked_len(OP)?, shape.split_at(0).1);
         let mut host = zeroed::<T>(if B::HAS_VALUES { len } else { 0 })?;
-        for piece in &pieces {
-            let own = piece.region.extent().split_at(0).1;
-            let what = format!("the width of the piece of `{}`", piece.tensor);
+        for part in &regions {
+            let own = part.region.extent().split_at(0).1;
+            let what = format!("the width of the part of `{}`", part.tensor);
             same_size(OP, &what, own, "that of the parameter", width)?;
-            let start = piece.row.saturating_mul(width);
-            let end = start.saturating_add(piece.region.extent().len());
+            let start = part.row.saturating_mul(width);
+            let end = start.saturating_add(part.region.extent().len());
             if end > len {
-                let what = format!("the end of the piece of `{}`", piece.tensor);
+                let what = format!("the end of the part of `{}`", part.tensor);
                 return Err(Error::sizes(OP, what, end, "the elements of the parameter", len));
             }
             if B::HAS_VALUES {
                 let out: AnyMut<'_, Cpu> = T::any_mut(&mut host[start..end]);
-                weights.source().read(&piece.tensor, role, &piece.region, out)?;
+                weights.source().read(&part.tensor, role, &part.region, out)?;
             }
         }
         let value = match B::HAS_VALUES {
             true => Tensor::from_slice(device, shape, &host)?,
             false => Tensor::empty(device, shape)?,
         };
-        let tensors = pieces.iter().map(|piece| piece.tensor.as_str());
-        Ok(Self::new(joined(tensors).unwrap_or_else(|| weights.name(name)), value, pieces))
+        let tensors = regions.iter().map(|part| part.tensor.as_str());
+        Ok(Self::new(joined(tensors).unwrap_or_else(|| weights.name(name)), value, regions))
     }
 
     /// Reads a parameter that is one region of one tensor, called the same.
@@ -207,8 +207,8 @@ impl<T: Element, B: Backend> Param<T, B> {
         owned: bool,
     ) -> Result<Self> {
         let shape = region.extent();
-        let piece = Piece { tensor: weights.name(name), region, row: 0, owned };
-        Self::load(device, weights, name, role, shape, vec![piece])
+        let part = ParamRegion { tensor: weights.name(name), region, row: 0, owned };
+        Self::load(device, weights, name, role, shape, vec![part])
     }
 
     /// The parameter's name.
@@ -247,7 +247,7 @@ impl<T: Element, B: Backend> Param<T, B> {
     }
 
     /// Where the calls of groups are made that concern this parameter's layer: its path, which is
-    /// the parameter's name without the last part, or what the names of its pieces have in common.
+    /// the parameter's name without the last part, or what the names of its regions have in common.
     /// The caller's line where that is empty.
     #[track_caller]
     pub fn site(&self) -> Site {
@@ -318,28 +318,28 @@ impl<T: Element, B: Backend> Param<T, B> {
     }
 
     /// Which parts of which tensors this parameter holds.
-    pub fn pieces(&self) -> Rc<[Piece]> {
-        self.0.0.pieces.borrow().clone()
+    pub fn regions(&self) -> Rc<[ParamRegion]> {
+        self.0.0.regions.borrow().clone()
     }
 
     /// Says that this rank's copy does not count: another one, on another pipeline stage, owns the
     /// tensor.
     pub fn disown(&self) {
-        let disowned = |piece: &Piece| Piece { owned: false, ..piece.clone() };
-        let pieces = self.pieces().iter().map(disowned).collect();
-        *self.0.0.pieces.borrow_mut() = pieces;
+        let disowned = |part: &ParamRegion| ParamRegion { owned: false, ..part.clone() };
+        let regions = self.regions().iter().map(disowned).collect();
+        *self.0.0.regions.borrow_mut() = regions;
     }
 
     /// Says which parts of the parameter belong to canonical blocks, if it is cut, and that its
     /// gradient is summed along a tree.
-    pub(crate) fn sum_in_tree(&self, blocks: Option<Vec<Vec<Patch>>>) {
+    pub(crate) fn sum_in_tree(&self, blocks: Option<Vec<Vec<BlockRegion>>>) {
         self.0.0.grad.borrow_mut().sink = Box::new(grad::Tree::new(self.name(), 0, 1));
         self.0.0.blocks.get_or_init(|| blocks);
     }
 
     /// What of it belongs to each of this rank's canonical blocks, if it was loaded on a group that
     /// has such.
-    pub(crate) fn blocks(&self) -> Option<Option<&[Vec<Patch>]>> {
+    pub(crate) fn blocks(&self) -> Option<Option<&[Vec<BlockRegion>]>> {
         self.0.0.blocks.get().map(Option::as_deref)
     }
 
@@ -478,7 +478,7 @@ impl<T: Element, B: Backend> Param<T, B> {
         checked
     }
 
-    /// Ends a step that has had fewer backwards than [`Param::set_microbatches`] says. Optimizers
+    /// PipelineEnds a step that has had fewer backwards than [`Param::set_microbatches`] says. Optimizers
     /// and norms do so.
     ///
     /// # Errors

@@ -21,7 +21,7 @@ use std::ops::Range;
     note = "it is `Replicated`, or `Shard<0>` for sequence parallelism",
     note = "`GatherFrom::<1>` or a `RowParallelLinear` leads there from `Shard<1>`; `ReduceFrom` or `ReduceScatterSequence` from `Partial`"
 )]
-pub trait Stream: Elementwise + Placement<Dual = Self> {
+pub trait ResidualStream: Elementwise + Placement<Dual = Self> {
     /// The tensor of `tokens` rows of which this rank holds `local`: all of it, or its part of an even cut.
     ///
     /// # Errors
@@ -39,12 +39,12 @@ pub trait Stream: Elementwise + Placement<Dual = Self> {
     fn local_rows<B: Device>(group: &Group<B>, tokens: usize) -> Result<Range<usize>> {
         Ok(match Self::CUT {
             None => 0..tokens,
-            Some(_) => group.even_cut(tokens)?.range(group.rank()),
+            Some(_) => group.even_partition(tokens)?.range(group.rank()),
         })
     }
 }
 
-impl Stream for Replicated {
+impl ResidualStream for Replicated {
     fn of_local<T: Element, B: Backend>(
         group: &Group<B>,
         tokens: usize,
@@ -55,17 +55,17 @@ impl Stream for Replicated {
     }
 }
 
-impl Stream for Shard<0> {
+impl ResidualStream for Shard<0> {
     fn of_local<T: Element, B: Backend>(
         group: &Group<B>,
         tokens: usize,
         local: Tensor<T, B>,
     ) -> Result<DTensor<Self, T, B>> {
-        DTensor::shard(group, local, &group.even_cut(tokens)?)
+        DTensor::shard(group, local, &group.even_partition(tokens)?)
     }
 }
 
-impl<S: Stream, T: Element, B: Backend> DTensor<S, T, B> {
+impl<S: ResidualStream, T: Element, B: Backend> DTensor<S, T, B> {
     /// The tensor in a tensor-parallel region: S → Copied. Collective: none, or an all-gather of
     /// the tokens.
     ///

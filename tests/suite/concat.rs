@@ -12,14 +12,14 @@ use shardwise::{
     device::{Cpu, Element},
     kernels::{Backend, Gemm, Product},
     ops,
-    parallel::{Bias, ColumnLinear, ColumnParallelLinear, Columns, ForkedColumnLinear, QkvLayout, Stream},
+    parallel::{Bias, ColumnLinear, ColumnParallelLinear, Columns, QkvLayout, ResidualStream},
     shard::{Heads, Replicated, Shard},
     tensor::Weights,
 };
 use std::num::NonZeroUsize;
 
 /// q, k and v as three layers at a time, and as one merged layer.
-fn agree<S: Stream + crate::support::Spread>(
+fn agree<S: ResidualStream + crate::support::Spread>(
     world: usize,
     kv_heads: usize,
     group: usize,
@@ -49,7 +49,7 @@ fn agree<S: Stream + crate::support::Spread>(
     let got = run!(f64, &case, |ranks, weights| {
         let columns = Columns::separate_qkv(ranks, &assigned, &layout)?;
         let load = |columns: &Columns| ColumnLinear::load(ranks, weights, hidden, columns, Bias::Add);
-        ForkedColumnLinear::<S, f64, Dev>::forked(columns.iter().map(load).collect::<Result<Vec<_>>>()?)
+        ColumnParallelLinear::<S, f64, Dev>::concat(columns.iter().map(load).collect::<Result<Vec<_>>>()?)
     });
     let (want, got) = (want.unwrap(), got.unwrap());
     if dev::fresh().splits_exactly() {
@@ -67,7 +67,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn forked_layers_are_the_merged_one(
+    fn concatenated_layers_equal_the_merged_one(
         kv_heads in 1..5usize, group in 1..4usize, world in 1..9usize, tokens in 1..6usize, seed: u64,
     ) {
         let world = world.min(kv_heads * group);
@@ -126,10 +126,10 @@ fn what_does_not_fit_is_named() {
         let columns = Columns::even(&group, 2)?;
         ColumnLinear::<f32, Dev>::load(&group, &Weights::new(&source), inputs, &columns, Bias::None)
     };
-    let fork = |layers| ForkedColumnLinear::<Replicated, f32, Dev>::forked(layers).unwrap_err().to_string();
-    assert_eq!(fork(vec![]), "forked linear: there is no layer");
+    let fork = |layers| ColumnParallelLinear::<Replicated, f32, Dev>::concat(layers).unwrap_err().to_string();
+    assert_eq!(fork(vec![]), "concatenated linear: there is no layer");
     assert_eq!(
         fork(vec![load(3).unwrap(), load(4).unwrap()]),
-        "forked linear: the inputs of a layer is 4, but those of the first is 3"
+        "concatenated linear: the inputs of a layer is 4, but those of the first is 3"
     );
 }
