@@ -30,7 +30,7 @@ const MISTAKES: [(&str, &str); 14] = [
         "partial_into_activation",
         "error[E0277]: a non-linear operator cannot act on a `Partial` tensor: it would see one rank's term, not the sum\n",
     ),
-    ("partial_stream", "error[E0277]: a residual stream cannot be held as `Partial`\n"),
+    ("partial_residual_stream", "error[E0277]: a residual stream cannot be held as `Partial`\n"),
     (
         "placement_of_ones_own",
         "error[E0277]: `Half` cannot be made a placement: there are only those of `shard`\n",
