@@ -1,9 +1,9 @@
-//! A training step of the GPT of `examples/train_text` on one rank, and on two along each axis of a mesh.
+//! A training step of the GPT of `train_text` on one rank, and on two along each axis of a mesh.
 //!
 //! `cargo bench --bench training [-- --rounds 9] [--json FILE]`. The meshes take turns, a few steps each, for several
 //! rounds; the median counts. `scripts/peers/gpt_ddp.py` trains the same model with PyTorch.
 
-#[path = "../examples/train_text/model.rs"]
+#[path = "../examples/text/train_text/model.rs"]
 #[allow(dead_code)]
 mod model;
 

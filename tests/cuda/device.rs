@@ -108,7 +108,7 @@ fn libraries_and_kernels_are_told() {
         files.filter(|name| name.to_string_lossy().ends_with(".bin")).count()
     };
     let folder = precompile((8, 0)).unwrap();
-    let sources = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/cuda")).unwrap();
+    let sources = std::fs::read_dir(shardwise_tests::root().join("cuda")).unwrap();
     let sources =
         sources.filter(|file| file.as_ref().unwrap().path().extension().is_some_and(|end| end == "cu"));
     assert!(images(&folder) >= sources.count());

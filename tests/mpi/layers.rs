@@ -153,10 +153,10 @@ pub(crate) fn invariant(world: &Group<Cpu>) -> Result<()> {
 }
 
 pub(crate) fn models(world: &Group<Cpu>) -> Result<()> {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/llama");
-    let ModelConfig::Decoder(config) = ModelConfig::read(folder)? else { panic!("llama is a decoder") };
+    let folder = shardwise_tests::root().join("tests/data/llama");
+    let ModelConfig::Decoder(config) = ModelConfig::read(&folder)? else { panic!("llama is a decoder") };
     as_threads(world, |group| {
-        let checkpoint = Checkpoint::open(folder)?;
+        let checkpoint = Checkpoint::open(&folder)?;
         let model = Decoder::<Replicated, f32, Cpu>::load(group, &checkpoint, &config)?;
         let ids: Vec<u32> = (0..24).map(|at| at * 23 % 591).collect();
         let mut all = Vec::new();

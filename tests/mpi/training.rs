@@ -1,7 +1,7 @@
 //! Training on MPI ranks: with an invariant reduction the losses, norms and parameters of one thread rank, bit for bit.
 
 // The example's model, of which training needs the most.
-#[path = "../../examples/train_text/model.rs"]
+#[path = "../../examples/text/train_text/model.rs"]
 #[allow(dead_code)]
 mod model;
 

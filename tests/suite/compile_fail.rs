@@ -50,7 +50,7 @@ const COMPILER: &str = "rustc 1.95.";
 
 #[test]
 fn mistakes_do_not_compile() {
-    let programs = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/compile_fail");
+    let programs = shardwise_tests::root().join("tests/compile_fail");
     let files = fs::read_dir(&programs).unwrap().map(|file| file.unwrap().path());
     let found = files.filter(|file| file.extension().is_some_and(|end| end == "rs"));
     let mistakes: Vec<_> = MISTAKES.map(|(name, _)| (name, programs.join(format!("{name}.rs")))).into();
@@ -59,7 +59,7 @@ fn mistakes_do_not_compile() {
     let version = Command::new("rustc").arg("--version").output().unwrap();
     let version = String::from_utf8_lossy(&version.stdout).into_owned();
     if version.starts_with(COMPILER) {
-        return trybuild::TestCases::new().compile_fail("tests/compile_fail/*.rs");
+        return trybuild::TestCases::new().compile_fail("compile_fail/*.rs");
     }
     say(&format!("the compiler's whole messages are NOT RUN: they are of {COMPILER}x, this is {version}"));
     let (errors, why) = errors(mistakes);
@@ -73,7 +73,7 @@ fn mistakes_do_not_compile() {
 /// The compiler's errors for each program and for one that is right, and what cargo says. Without
 /// the right one, all could fail for another reason.
 fn errors(mut programs: Vec<(&str, PathBuf)>) -> (BTreeMap<String, Vec<String>>, String) {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = shardwise_tests::root();
     programs.push(("right", root.join("examples/mlp.rs")));
     let mut manifest = format!(
         "[package]\nname = 'mistakes'\nedition = '2024'\n[workspace]\n[dependencies]\nshardwise.path = {root:?}\n"

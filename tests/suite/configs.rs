@@ -505,7 +505,7 @@ struct Variant {
 
 fn data(name: &str) -> PathBuf {
     let carried = std::env::var_os("SHARDWISE_TEST_DATA").map(PathBuf::from);
-    carried.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data")).join(name)
+    carried.unwrap_or_else(|| shardwise_tests::root().join("tests/data")).join(name)
 }
 
 impl Variant {

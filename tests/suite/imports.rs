@@ -156,7 +156,7 @@ fn from_the_root(file: &str, code: &str) -> String {
 
 /// Every file of the library: its path from the root, its module, and its code without comments and tests.
 fn files() -> Vec<(String, String, String)> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = shardwise_tests::root();
     let mut found = Vec::new();
     sources(&root.join("src"), &mut found);
     assert!(found.len() > 30, "the sources were not found");

@@ -2,12 +2,12 @@
 
 use crate::imports::sources;
 use shardwise::Error;
-use std::{collections::HashSet, fs, path::Path};
+use std::{collections::HashSet, fs};
 
 /// All sources of the library in one text.
 fn library() -> String {
     let mut files = Vec::new();
-    sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut files);
+    sources(&shardwise_tests::root().join("src"), &mut files);
     files.into_iter().map(|file| fs::read_to_string(file).unwrap()).collect()
 }
 

@@ -22,7 +22,7 @@ type Model<T> = Decoder<Replicated, T, Dev>;
 
 fn data() -> (Checkpoint, DecoderConfig) {
     let carried = std::env::var_os("SHARDWISE_TEST_DATA").map(PathBuf::from);
-    let data = carried.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data"));
+    let data = carried.unwrap_or_else(|| shardwise_tests::root().join("tests/data"));
     let ModelConfig::Decoder(config) = ModelConfig::read(data.join("qwen2")).unwrap() else { panic!() };
     (Checkpoint::open(data.join("qwen2")).unwrap(), config)
 }

@@ -241,7 +241,7 @@ fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
 }
 
 fn folder(name: &str) -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+    shardwise_tests::root().join("tests/data").join(name)
 }
 
 /// The calls of a model's forward and backward, on 2 ranks, in groups that reduce and overlap in

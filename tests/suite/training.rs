@@ -1,6 +1,6 @@
 //! Training on meshes against training on one device, and its parts against the reference.
 
-#[path = "../../examples/train_text/model.rs"]
+#[path = "../../examples/text/train_text/model.rs"]
 #[allow(dead_code)]
 pub(crate) mod model;
 

@@ -34,10 +34,10 @@ struct Args {
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     dtype: Dtype,
     /// The folder with model.safetensors and tokenizer.json.
-    #[arg(long, default_value = "examples/data/minilm")]
+    #[arg(long, default_value = "examples/text/data/minilm")]
     model: PathBuf,
     /// Embeddings to compare with, in f64 from PyTorch.
-    #[arg(long, default_value = "examples/data/minilm_reference.json")]
+    #[arg(long, default_value = "examples/text/data/minilm_reference.json")]
     reference: PathBuf,
     /// Put the sentences one after the other instead of padding them to the longest.
     #[arg(long)]

@@ -95,7 +95,7 @@ struct Args {
     #[arg(long)]
     compare: bool,
     /// The text.
-    #[arg(long, default_value = "examples/data/tinyshakespeare.txt")]
+    #[arg(long, default_value = "examples/text/data/tinyshakespeare.txt")]
     text: PathBuf,
     /// Where to write the curve and the weights.
     #[arg(long, default_value = "target/train_text")]
