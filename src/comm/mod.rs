@@ -46,7 +46,7 @@ pub use call::{Call, Op, ReduceOp};
 pub use communicator::{Collective, Communicator, InFlight, Incoming, Lookout, Outgoing, Step};
 pub use group::{Group, Pending};
 pub use link::Link;
-pub(crate) use link::{Keyed, Line, lock};
+pub(crate) use link::{Connections, Keyed, lock};
 pub use mesh::DeviceMesh;
 #[cfg(feature = "mpi")]
 pub use mpi::MpiComm;

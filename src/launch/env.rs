@@ -1,40 +1,47 @@
-//! What a launcher tells a process by environment variables.
+//! The environment variables by which a launcher describes a process.
 
-use super::{MAX_RANKS, rendezvous::Rendezvous};
-use crate::{
-    comm::{self, Group, Link},
-    device::Cpu,
-    error::{Error, LostReason, Result},
-    trace,
-};
-use std::{
-    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
-    rc::Rc,
-    time::Duration,
-};
+use super::MAX_RANKS;
+use crate::error::{Error, Result};
 
 const OP: &str = "launch";
 
-/// Longer than any job lasts, and short enough to be added to a point in time.
-const FOREVER: Duration = Duration::from_secs(1 << 32);
-
-/// This process's place among the ranks, as its launcher gave it.
+/// This process's place among the ranks, as its launcher set it.
 ///
-/// | launcher | rank, world | on this machine | job and epoch | address |
-/// |---|---|---|---|---|
-/// | torchrun | `RANK`, `WORLD_SIZE` | `LOCAL_RANK`, `LOCAL_WORLD_SIZE` | `TORCHELASTIC_RUN_ID`, `TORCHELASTIC_RESTART_COUNT` | `MASTER_ADDR`, `MASTER_PORT` + 1 |
-/// | Open MPI | `OMPI_COMM_WORLD_RANK`, `…_SIZE` | `OMPI_COMM_WORLD_LOCAL_RANK`, `…_LOCAL_SIZE` | `PMIX_NAMESPACE` | |
-/// | MPICH, Intel MPI | `PMI_RANK`, `PMI_SIZE` | `MPI_LOCALRANKID`, `MPI_LOCALNRANKS` | `PMI_JOBID` | |
-/// | Slurm | `SLURM_PROCID`, `SLURM_NTASKS` | `SLURM_LOCALID`, `SLURM_NTASKS_PER_NODE` | `SLURM_JOB_ID` and `_STEP_ID`, `SLURM_RESTART_COUNT` | |
+/// | launcher | rank, world | on this machine |
+/// |---|---|---|
+/// | torchrun | `RANK`, `WORLD_SIZE` | `LOCAL_RANK`, `LOCAL_WORLD_SIZE` |
+/// | Open MPI | `OMPI_COMM_WORLD_RANK`, `…_SIZE` | `OMPI_COMM_WORLD_LOCAL_RANK`, `…_SIZE` |
+/// | MPICH, Intel MPI | `PMI_RANK`, `PMI_SIZE` | `MPI_LOCALRANKID`, `MPI_LOCALNRANKS` |
+/// | Slurm | `SLURM_PROCID`, `SLURM_NTASKS` | `SLURM_LOCALID`, `SLURM_NTASKS_PER_NODE` |
 ///
-/// The first launcher of the table whose rank is set counts. Ranks that are all on this machine
-/// meet at 127.0.0.1; otherwise `MASTER_ADDR` says where rank 0 is: a name, an IPv4 or an IPv6
-/// address, in brackets or not. `SHARDWISE_PORT` sets the port at which rank 0 listens; otherwise
-/// it is the one after `MASTER_PORT`, because torchrun's agent listens on that itself, or follows
-/// from the job's name. `SHARDWISE_TOKEN` is what ranks prove to each other that they know, and
-/// what authenticates all that they send; it has to be set where they do not talk over loopback.
-/// Then rank 0 may have another address than `MASTER_ADDR`, such as behind a service: it listens at
-/// all of its addresses. Nothing is encrypted.
+/// | launcher | job and epoch |
+/// |---|---|
+/// | torchrun | `TORCHELASTIC_RUN_ID`, `TORCHELASTIC_RESTART_COUNT` |
+/// | Open MPI | `PMIX_NAMESPACE` |
+/// | MPICH, Intel MPI | `PMI_JOBID` |
+/// | Slurm | `SLURM_JOB_ID` and `SLURM_STEP_ID`, `SLURM_RESTART_COUNT` |
+///
+/// The first launcher in the table whose rank is set is used.
+///
+/// * Address: ranks that are all on this machine use 127.0.0.1. Otherwise `MASTER_ADDR` is the host
+///   of rank 0: a name, an IPv4 address, or an IPv6 address with or without brackets.
+/// * Port: rank 0 listens on `SHARDWISE_PORT`; else on `MASTER_PORT` + 1, since torchrun's agent
+///   listens on `MASTER_PORT`; else on a port derived from the job's name.
+/// * `SHARDWISE_TOKEN` is the secret that ranks prove to each other and that authenticates all they
+///   send. It is required unless they communicate over loopback. With it, rank 0 listens on all its
+///   addresses, so `MASTER_ADDR` may be another address, such as a service's. Nothing is encrypted.
+///
+/// ```
+/// use shardwise::prelude::*;
+/// // The variables that Slurm sets for the second of two processes on one machine.
+/// let env = launch::Env::of(|name| match name {
+///     "SLURM_PROCID" | "SLURM_LOCALID" => Some("1".into()),
+///     "SLURM_NTASKS" | "SLURM_NTASKS_PER_NODE" => Some("2".into()),
+///     _ => None,
+/// })?;
+/// assert_eq!((env.rank, env.world, env.local_world, &*env.host), (1, 2, 2, "127.0.0.1"));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Env {
@@ -42,19 +49,19 @@ pub struct Env {
     pub rank: usize,
     /// The number of ranks.
     pub world: usize,
-    /// Its number among the ranks on this machine: the number of its GPU.
+    /// Its index among the ranks on this machine: the index of its GPU.
     pub local_rank: usize,
     /// The number of ranks on this machine.
     pub local_world: usize,
     /// The host of rank 0.
     pub host: String,
-    /// The port at which rank 0 listens.
+    /// The port on which rank 0 listens.
     pub port: u16,
     /// The job's name.
     pub job: String,
     /// How many times the job was started before.
     pub epoch: u64,
-    /// What all ranks know and nobody else.
+    /// The secret that only the ranks know.
     pub token: String,
 }
 
@@ -66,7 +73,8 @@ struct Launcher {
     local_world: &'static str,
     job: &'static [&'static str],
     epoch: &'static str,
-    /// The number of machines, where the launcher says it beside the ranks that it wanted on each.
+    /// The number of machines, if the launcher sets it next to the number of ranks requested on
+    /// each.
     nodes: &'static [&'static str],
 }
 
@@ -110,16 +118,16 @@ const LAUNCHERS: [Launcher; 4] = [
 ];
 
 impl Env {
-    /// What this process's environment says.
+    /// Reads this process's environment.
     ///
     /// # Errors
-    /// When no launcher's variables are set, one of them is missing or is no number, or they
-    /// contradict each other: the variables are named.
+    /// When no launcher's variables are set, one of them is missing or not a number, or they
+    /// contradict each other. The error names the variables.
     pub fn read() -> Result<Self> {
         Self::of(|name| std::env::var(name).ok())
     }
 
-    /// What other variables say.
+    /// Reads other variables.
     ///
     /// # Errors
     /// See [`Env::read`].
@@ -139,7 +147,7 @@ impl Env {
                 .ok_or_else(|| Error::invalid(OP, format!("{} is set, but {name} is not", launcher.rank)))
         };
         let (rank, world) = (needed(launcher.rank)?, needed(launcher.world)?);
-        // A lone rank is the first of its machine.
+        // A single rank is the first of its machine.
         let local_rank =
             if world == 1 { number(launcher.local_rank)?.unwrap_or(0) } else { needed(launcher.local_rank)? };
         let local_world = number(launcher.local_world)?;
@@ -159,8 +167,8 @@ impl Env {
             below(launcher.local_rank, local_rank, launcher.local_world, local_world)?;
             below(launcher.local_world, local_world, launcher.world, world + 1)?;
         }
-        // So many ranks may have been wanted on each of several machines that all would have room
-        // on one.
+        // The number requested on each of several machines may be so large that one could hold all
+        // ranks.
         let nodes = launcher.nodes.iter().find_map(|name| number(name).transpose()).transpose()?;
         let local_world = local_world.filter(|local| *local < world || nodes.is_none_or(|nodes| nodes < 2));
         let alone = local_world.unwrap_or(0) == world || world == 1;
@@ -186,7 +194,7 @@ impl Env {
             (Some(port), _) => port,
             (None, Some(65535)) => 65534,
             (None, Some(port)) => port + 1,
-            // Below the ports that systems give out by themselves.
+            // Below the ports that systems assign by themselves.
             (None, None) => {
                 20_000 + job.bytes().fold(0, |sum: usize, byte| (sum * 31 + byte as usize) % 10_000)
             }
@@ -199,34 +207,5 @@ impl Env {
         let token = text("SHARDWISE_TOKEN").unwrap_or_default();
         let local_world = local_world.unwrap_or(if alone { world } else { 1 });
         Ok(Self { rank, world, local_rank, local_world, host, port, job, epoch, token })
-    }
-
-    /// Finds the other processes and runs `rank` with this process's end of a group of all:
-    /// [`crate::launch::threads`] for processes that something else has started. The group is a
-    /// [`Link`].
-    ///
-    /// Returns when all ranks have left the group. A rank that waits for others gives up after
-    /// `deadline`.
-    ///
-    /// # Errors
-    /// When not all ranks come within the deadline, what `rank` returns, and when another rank has
-    /// sent a message to this one that it did not receive.
-    pub fn run<R>(&self, deadline: Duration, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
-        let line = Rendezvous::new(self)?.join(deadline.min(FOREVER))?;
-        trace::begin(format!("{}.{}", self.job, self.epoch), self.rank, self.world, trace::folder());
-        let world = Group::new(Rc::new(Link::world(&line)), &Cpu::new());
-        let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
-        trace::end(&result);
-        line.close(match &result {
-            Ok(Ok(_)) => LostReason::Left,
-            Ok(Err(_)) => LostReason::Failed,
-            Err(_) => LostReason::Panicked,
-        });
-        comm::settle();
-        match result {
-            Ok(Ok(result)) => line.unread().map_or(Ok(result), Err),
-            Ok(Err(error)) => Err(error),
-            Err(panic) => resume_unwind(panic),
-        }
     }
 }

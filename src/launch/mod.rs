@@ -3,6 +3,7 @@
 mod env;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod processes;
 mod rendezvous;
 mod threads;
 
@@ -11,6 +12,6 @@ pub use env::Env;
 pub use mpi::{Mpi, mpi};
 pub use threads::{Outcome, Threads, threads};
 
-/// More ranks than any job has. Every process keeps a list of all ranks; a thread rank takes some
+/// More ranks than any job has. Every process keeps a list of all ranks; a thread rank takes about
 /// 40 kB and a thread.
 const MAX_RANKS: usize = 1 << 16;

@@ -12,20 +12,20 @@ use std::{
     time::Duration,
 };
 
-/// Runs this process's rank of a program that `mpirun` or `srun` has started: [`crate::launch::threads`] for MPI. Without a
-/// launcher it is one rank.
+/// Runs this process's rank of a program started by `mpirun` or `srun`: [`crate::launch::threads`]
+/// for MPI. Without a launcher it is the only rank.
 ///
 /// # Errors
-/// What `rank` returns: see [`Mpi::run`].
+/// The error of `rank`: see [`Mpi::run`].
 pub fn mpi<R>(rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
     Mpi::new().run(rank)
 }
 
-/// How to run a rank over MPI. The same on every process.
+/// Options for running a rank over MPI. The same on every process.
 #[derive(Clone, Copy, Debug)]
 pub struct Mpi {
     deadline: Duration,
-    piece: usize,
+    message_limit: usize,
 }
 
 impl Default for Mpi {
@@ -35,34 +35,37 @@ impl Default for Mpi {
 }
 
 impl Mpi {
-    /// A rank that is not joined by the others in a collective within two minutes gives up.
+    /// The defaults: a rank waits two minutes for the others in a collective, and messages of 64
+    /// MiB are split.
     pub fn new() -> Self {
-        Self { deadline: Duration::from_secs(120), piece: 64 << 20 }
+        Self { deadline: Duration::from_secs(120), message_limit: 64 << 20 }
     }
 
-    /// How long a rank waits for the others in one collective while nothing moves.
+    /// Sets how long a rank waits for the others in one collective while nothing moves.
     pub fn deadline(self, deadline: Duration) -> Self {
         Self { deadline, ..self }
     }
 
-    /// The length in bytes from which on messages go in pieces: MPI counts in `int`, and the deadline starts anew with each.
-    pub fn piece(self, bytes: usize) -> Self {
-        Self { piece: bytes, ..self }
+    /// Sets the length in bytes from which messages are split. MPI counts in `int`, and the
+    /// deadline restarts with each fragment.
+    pub fn message_limit(self, bytes: usize) -> Self {
+        Self { message_limit: bytes, ..self }
     }
 
-    /// Starts MPI, unless this program has, runs `rank` with the group of all processes, and ends MPI when every rank has
-    /// left. The group is a [`crate::comm::MpiComm`]; it stays on this thread.
+    /// Starts MPI, unless this program has, runs `rank` with the group of all processes, and ends
+    /// MPI when every rank has left. The group is a [`crate::comm::MpiComm`]; it stays on this
+    /// thread.
     ///
-    /// If ranks do not leave within the deadline, or this one gave up on them, the job is ended by `MPI_Abort`, with their
-    /// numbers on stderr: a stopped process holds up nobody.
+    /// If ranks do not leave within the deadline, or this one gave up on them, `MPI_Abort` ends the
+    /// job with their numbers on stderr. So a stopped process never blocks the others.
     ///
     /// # Errors
-    /// What `rank` returns, and when another rank has sent a message to this one that it did not
-    /// receive. MPI's own errors end the process, as is MPI's way.
+    /// The error of `rank`; also when another rank has sent this one a message that it did not
+    /// receive. MPI's own errors end the process, as usual with MPI.
     pub fn run<R>(self, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
-        let universe = Universe::start(self.deadline, self.piece)?;
+        let universe = Universe::start(self.deadline, self.message_limit)?;
         let comm = universe.world();
-        // The launcher's name of the job, or else nothing that all processes would know.
+        // The launcher's name of the job, else a constant: only these are known to all processes.
         let job = std::env::var("PMIX_NAMESPACE").or_else(|_| std::env::var("PMI_JOBID"));
         trace::begin(job.unwrap_or_else(|_| "mpi".into()), comm.rank(), comm.size(), trace::folder());
         let world = Group::new(Rc::new(comm), &Cpu::new());

@@ -2,18 +2,18 @@
 //!
 //! Rank 0 sends a nonce. A rank answers with a hello (rank, world, job, epoch, a nonce of its own)
 //! and an HMAC-SHA-256 of nonce and hello under the shared token. Rank 0 answers with its verdict,
-//! authenticated in the same way: neither side can be imitated by who does not know the token, and
-//! nothing that was recorded is of use. What the connections carry later is authenticated with the
-//! token and both nonces, but not encrypted. Without a token nothing is proved: whoever can connect
-//! to rank 0, on loopback, can be a rank.
+//! authenticated in the same way. So neither side can be imitated without the token, and a recorded
+//! handshake is useless. Frames are later authenticated with the token and both nonces, but not
+//! encrypted. Without a token nothing is proved: any program that can connect to rank 0, on
+//! loopback, can be a rank.
 //!
-//! Whoever else connects keeps no group from forming: every connection is examined by a thread of
-//! its own, for five seconds at most, and of those there are at most 64 more than ranks at a time.
-//! Where one more comes, the oldest has to go: a rank proves itself at once, or comes again.
+//! Other connections cannot block the group from forming. A thread of its own examines each
+//! connection, for at most five seconds, and at most 64 more than there are ranks at a time. If one
+//! more arrives, the oldest is closed: a rank proves itself at once, or connects again.
 
 use super::Env;
 use crate::{
-    comm::{Keyed, Line, lock},
+    comm::{Connections, Keyed, lock},
     error::{Error, Result},
 };
 use hmac::{Hmac, KeyInit, Mac};
@@ -32,22 +32,23 @@ use std::{
 
 const OP: &str = "rendezvous";
 const MAGIC: &[u8; 8] = b"SHWISE01";
-/// How long one connection may take to say who it is.
+/// How long one connection may take to prove itself.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How many connections are examined at a time, beside as many as there are ranks.
+/// How many connections are examined at a time, in addition to the number of ranks.
 const EXAMINED: usize = 64;
 
 type Bytes32 = [u8; 32];
-/// A connection to another rank, and what its frames are authenticated by.
+/// A connection to another rank, and the key that authenticates its frames.
 type Peer = (TcpStream, Keyed);
-type Seats = Mutex<Vec<Option<Peer>>>;
+/// The admitted connections, by rank.
+type Admitted = Mutex<Vec<Option<Peer>>>;
 
-/// A place and a secret by which the processes of a job find each other.
+/// The address and the secret by which the processes of a job find each other.
 #[derive(Clone, Debug)]
 pub(super) struct Rendezvous {
-    /// Where rank 0 is: the first one counts that answers.
+    /// The addresses of rank 0: the first that answers is used.
     addresses: Vec<SocketAddr>,
-    /// Where rank 0 listens: at the first of these that can be had.
+    /// Where rank 0 listens: the first address that can be bound.
     listens: Vec<SocketAddr>,
     rank: usize,
     world: usize,
@@ -56,7 +57,7 @@ pub(super) struct Rendezvous {
     token: Vec<u8>,
 }
 
-/// What rank 0 says to a hello.
+/// Rank 0's answer to a hello.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Welcome,
@@ -71,13 +72,12 @@ impl Verdict {
     const ALL: [Self; 6] =
         [Self::Welcome, Self::OtherJob, Self::OtherEpoch, Self::OtherWorld, Self::NoSuchRank, Self::Taken];
 
-    /// Whether another try may end otherwise: what listens there may be the rest of an earlier
-    /// start.
+    /// Whether another attempt may succeed: the listener may be left over from an earlier start.
     fn may_change(self) -> bool {
         matches!(self, Self::OtherJob | Self::OtherEpoch | Self::Taken)
     }
 
-    fn words(self) -> &'static str {
+    fn text(self) -> &'static str {
         match self {
             Self::Welcome => "it is welcome",
             Self::OtherJob => "it listens for another job",
@@ -90,15 +90,14 @@ impl Verdict {
 }
 
 impl Rendezvous {
-    /// The meeting place that an environment names. Ranks that are all on this machine meet at a
-    /// loopback address.
+    /// The rendezvous of an environment. Ranks that are all on this machine use a loopback address.
     ///
     /// # Errors
-    /// When the host of rank 0 is not known, or is another than this one and there is no token.
+    /// When the host of rank 0 is unknown, or is not this one and there is no token.
     pub(super) fn new(env: &Env) -> Result<Self> {
         let place = format!("{}:{}", env.host, env.port);
         let bad = |why: String| Error::invalid(OP, format!("rank 0 at {place}: {why}"));
-        // IPv6 addresses stand in brackets where a port may follow.
+        // IPv6 addresses have brackets where a port may follow.
         let host = env.host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(&env.host);
         let host = if env.local_world >= env.world { "127.0.0.1" } else { host };
         let found = (host, env.port).to_socket_addrs().map_err(|e| bad(e.to_string()))?;
@@ -112,7 +111,7 @@ impl Rendezvous {
             let any = [IpAddr::from(Ipv6Addr::UNSPECIFIED), Ipv4Addr::UNSPECIFIED.into()];
             listens.extend(any.map(|any| SocketAddr::new(any, env.port)));
         }
-        // Other machines do not reach the loopback address that the host's own name may have there.
+        // Other machines cannot reach the loopback address that the host's own name may have there.
         let is_name = host.parse::<IpAddr>().is_err();
         if is_name && here.ip().is_loopback() && listens.len() > 1 {
             listens.remove(0);
@@ -125,10 +124,11 @@ impl Rendezvous {
         Ok(Self { addresses, listens, rank: env.rank, world: env.world, epoch: env.epoch, job, token })
     }
 
-    /// Returns when all ranks have come.
-    pub(super) fn join(&self, deadline: Duration) -> Result<Line> {
+    /// Returns when all ranks have connected.
+    pub(super) fn join(&self, deadline: Duration) -> Result<Connections> {
         let peers = if self.rank == 0 { self.host(deadline)? } else { self.visit(deadline)? };
-        Line::new(self.rank, deadline, peers).map_err(|error| self.failed("the connections fail", error))
+        Connections::new(self.rank, deadline, peers)
+            .map_err(|error| self.failed("the connections fail", error))
     }
 
     fn failed(&self, what: &str, error: impl std::fmt::Display) -> Error {
@@ -138,17 +138,18 @@ impl Rendezvous {
         )
     }
 
-    /// Rank 0: takes in all others.
+    /// Rank 0: accepts all others.
     fn host(&self, deadline: Duration) -> Result<Vec<Option<Peer>>> {
         let begin = Instant::now();
-        let seats: Arc<Seats> = Arc::new(Mutex::new((0..self.world).map(|_| None).collect()));
+        let admitted: Arc<Admitted> = Arc::new(Mutex::new((0..self.world).map(|_| None).collect()));
         if self.world > 1 {
             let listener = self.listen(begin, deadline)?;
-            // Connections that have not proved yet to be of a rank, the oldest first; how many
-            // ended without a proof.
+            // Connections that have not proved themselves yet, the oldest first, and the number of
+            // those that ended without a proof.
             let (mut examined, refused) = (VecDeque::<Weak<TcpStream>>::new(), Arc::new(AtomicU64::new(0)));
             loop {
-                let missing: Vec<_> = (1..self.world).filter(|&rank| lock(&seats)[rank].is_none()).collect();
+                let missing: Vec<_> =
+                    (1..self.world).filter(|&rank| lock(&admitted)[rank].is_none()).collect();
                 if missing.is_empty() {
                     break;
                 }
@@ -168,39 +169,39 @@ impl Rendezvous {
                 };
                 examined.retain(|stream| stream.strong_count() > 0);
                 if examined.len() >= EXAMINED + self.world {
-                    // Under the lock no connection is given a seat.
-                    let _seats = lock(&seats);
+                    // No connection is admitted while the lock is held.
+                    let _admitted = lock(&admitted);
                     let oldest = examined.pop_front().and_then(|stream| stream.upgrade());
                     oldest.inspect(|oldest| drop(oldest.shutdown(Shutdown::Both)));
                 }
                 let stream = Arc::new(stream);
                 examined.push_back(Arc::downgrade(&stream));
-                let (this, seats, refused) = (self.clone(), Arc::clone(&seats), Arc::clone(&refused));
+                let (this, admitted, refused) = (self.clone(), Arc::clone(&admitted), Arc::clone(&refused));
                 // A connection that cannot be examined is closed.
                 let _ = thread::Builder::new().name("rendezvous".into()).spawn(move || {
-                    if this.examine(stream, &seats).is_err() {
+                    if this.examine(stream, &admitted).is_err() {
                         refused.fetch_add(1, Ordering::Relaxed);
                     }
                 });
             }
         }
-        let mut peers = std::mem::take(&mut *lock(&seats));
+        let mut peers = std::mem::take(&mut *lock(&admitted));
         for (peer, _) in peers.iter_mut().flatten() {
-            // All are here: go.
+            // All have connected: start them.
             peer.write_all(&[1]).map_err(|error| self.failed("a rank was lost at once", error))?;
         }
         Ok(peers)
     }
 
-    /// Listens at the address of rank 0; with a token at all addresses of this machine, where that
-    /// is none of them, as the address of a service is.
+    /// Listens on the address of rank 0. With a token, listens on all addresses of this machine if
+    /// that address is not its own, such as a service's.
     fn listen(&self, begin: Instant, deadline: Duration) -> Result<TcpListener> {
-        let mut places = self.listens.iter().peekable();
+        let mut addresses = self.listens.iter().peekable();
         loop {
-            let Some(place) = places.peek() else {
+            let Some(address) = addresses.peek() else {
                 return Err(self.failed("cannot listen", "there is no address"));
             };
-            match TcpListener::bind(place) {
+            match TcpListener::bind(address) {
                 Ok(listener) => {
                     let ready = listener.set_nonblocking(true).map(|()| listener);
                     return ready.map_err(|error| self.failed("cannot listen", error));
@@ -209,17 +210,17 @@ impl Rendezvous {
                 Err(error) if error.kind() == ErrorKind::AddrInUse && begin.elapsed() < deadline => {
                     thread::sleep(Duration::from_millis(5));
                 }
-                Err(error) if error.kind() == ErrorKind::AddrInUse || places.len() == 1 => {
+                Err(error) if error.kind() == ErrorKind::AddrInUse || addresses.len() == 1 => {
                     let hint = "cannot listen (SHARDWISE_PORT chooses another port)";
                     return Err(self.failed(hint, error));
                 }
-                Err(_) => drop(places.next()),
+                Err(_) => drop(addresses.next()),
             }
         }
     }
 
-    /// Rank 0: gives a connection its seat, if it has proved to be a rank of this job.
-    fn examine(&self, connection: Arc<TcpStream>, seats: &Seats) -> io::Result<()> {
+    /// Rank 0: admits a connection that has proved to be a rank of this job.
+    fn examine(&self, connection: Arc<TcpStream>, admitted: &Admitted) -> io::Result<()> {
         let stream = &*connection;
         stream.set_nonblocking(false)?;
         let until = Instant::now() + PATIENCE;
@@ -232,22 +233,22 @@ impl Rendezvous {
         if &hello[..8] != MAGIC || !self.proves(b"visitor", &[&nonce, &hello], &proof) {
             return Err(ErrorKind::PermissionDenied.into());
         }
-        let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|byte| hello[at + byte]));
-        let rank = usize::try_from(word(8)).unwrap_or(usize::MAX);
+        let number = |at: usize| u64::from_le_bytes(std::array::from_fn(|byte| hello[at + byte]));
+        let rank = usize::try_from(number(8)).unwrap_or(usize::MAX);
         let visitor = &hello[64..96];
-        let mut seats = lock(seats);
+        let mut admitted = lock(admitted);
         let verdict = if hello[32..64] != self.job {
             Verdict::OtherJob
-        } else if word(24) != self.epoch {
+        } else if number(24) != self.epoch {
             Verdict::OtherEpoch
-        } else if word(16) != self.world as u64 {
+        } else if number(16) != self.world as u64 {
             Verdict::OtherWorld
         } else {
-            match seats.get(rank) {
+            match admitted.get(rank) {
                 _ if rank == 0 || rank >= self.world => Verdict::NoSuchRank,
-                // All ranks have come.
+                // All ranks have connected.
                 None => Verdict::Taken,
-                Some(Some((seated, _))) if is_open(seated) => Verdict::Taken,
+                Some(Some((earlier, _))) if is_open(earlier) => Verdict::Taken,
                 Some(_) => Verdict::Welcome,
             }
         };
@@ -255,29 +256,29 @@ impl Rendezvous {
         let proof = self.proof(b"host", &[visitor, &answer]);
         write(stream, &[&answer, &proof], until)?;
         if verdict == Verdict::Welcome {
-            // Nobody else has it: whoever was ended as the oldest could not be written to.
+            // This is the only owner: a connection closed as the oldest could not be written to.
             let stream = Arc::into_inner(connection).ok_or(ErrorKind::ConnectionAborted)?;
-            seats[rank] = Some((stream, self.mac(b"link", &[&nonce, visitor])));
+            admitted[rank] = Some((stream, self.mac(b"link", &[&nonce, visitor])));
         }
         Ok(())
     }
 
-    /// Another rank: connects to rank 0 until that is there and all others are, too.
+    /// Other ranks: connects to rank 0 until all ranks have connected.
     fn visit(&self, deadline: Duration) -> Result<Vec<Option<Peer>>> {
         let begin = Instant::now();
         let mut pause = Duration::from_millis(1);
         for address in self.addresses.iter().cycle() {
             let left = deadline.saturating_sub(begin.elapsed());
-            let why = match self.knock(address, left) {
+            let why = match self.connect(address, left) {
                 Ok(Ok(peer)) => {
                     let mut peers: Vec<_> = (0..self.world).map(|_| None).collect();
                     peers[0] = Some(peer);
                     return Ok(peers);
                 }
                 Ok(Err(verdict)) if !verdict.may_change() => {
-                    return Err(self.failed("rank 0 refuses this rank", verdict.words()));
+                    return Err(self.failed("rank 0 refuses this rank", verdict.text()));
                 }
-                Ok(Err(verdict)) => format!("rank 0 refuses this rank: {}", verdict.words()),
+                Ok(Err(verdict)) => format!("rank 0 refuses this rank: {}", verdict.text()),
                 Err(error) if error.kind() == ErrorKind::PermissionDenied => {
                     return Err(
                         self.failed("what listens there does not know the token", "SHARDWISE_TOKEN differs")
@@ -301,7 +302,11 @@ impl Rendezvous {
         Err(self.failed("no rank 0", "it has no address"))
     }
 
-    fn knock(&self, address: &SocketAddr, left: Duration) -> io::Result<std::result::Result<Peer, Verdict>> {
+    fn connect(
+        &self,
+        address: &SocketAddr,
+        left: Duration,
+    ) -> io::Result<std::result::Result<Peer, Verdict>> {
         let until = Instant::now() + PATIENCE.min(left);
         let stream = TcpStream::connect_timeout(address, remaining(until)?)?;
         let mut greeting = [0; 40];
@@ -331,13 +336,13 @@ impl Rendezvous {
             Some(refusal) => return Ok(Err(*refusal)),
             None => return Err(ErrorKind::InvalidData.into()),
         }
-        // Rank 0 says when all are there.
+        // Rank 0 writes this byte once all ranks have connected.
         read(&stream, &mut [0; 1], Instant::now() + left)?;
         Ok(Ok((stream, self.mac(b"link", &[nonce_there, &own]))))
     }
 
     fn mac(&self, role: &[u8], parts: &[&[u8]]) -> Keyed {
-        // HMAC takes keys of any length; an empty one authenticates nothing, on loopback only.
+        // HMAC takes keys of any length; an empty one, on loopback only, authenticates nothing.
         let mut mac =
             Hmac::<Sha256>::new_from_slice(&self.token).unwrap_or_else(|_| Hmac::new(&Default::default()));
         mac.update(role);
@@ -366,7 +371,7 @@ fn remaining(until: Instant) -> io::Result<Duration> {
     if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(left) }
 }
 
-/// Fills `buffer` before a point in time, however slowly the bytes come.
+/// Fills `buffer` before `until`, however slowly the bytes arrive.
 fn read(mut stream: &TcpStream, mut buffer: &mut [u8], until: Instant) -> io::Result<()> {
     while !buffer.is_empty() {
         stream.set_read_timeout(Some(remaining(until)?))?;
@@ -385,7 +390,7 @@ fn write(mut stream: &TcpStream, parts: &[&[u8]], until: Instant) -> io::Result<
     stream.write_all(&parts.concat())
 }
 
-/// Whether the other side has not closed a connection on which it has nothing to say yet.
+/// Whether the other side has not closed a connection on which it has nothing to send yet.
 fn is_open(stream: &TcpStream) -> bool {
     let peeked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
     let _ = stream.set_nonblocking(false);

@@ -1,10 +1,10 @@
-//! N ranks as threads of this process: nothing to install, nothing to configure.
+//! Ranks as threads of this process: nothing to install, nothing to configure.
 
 use super::MAX_RANKS;
 use crate::{
     comm::{
         self, Group,
-        threads::{Presence, Seat, ThreadComm},
+        threads::{Endpoint, JoinedGroups, ThreadComm},
     },
     device::Cpu,
     error::{Error, LostReason, Result},
@@ -20,28 +20,28 @@ use std::{
     time::Duration,
 };
 
-/// Runs `rank` on `ranks` threads at once, each with its own end of a group of all, and returns
-/// what they return, in rank order: [`Threads`] with its defaults.
+/// Runs `rank` on `ranks` threads, each with a group of all of them, and returns their results in
+/// rank order: [`Threads`] with its defaults.
 ///
 /// ```
-/// use shardwise::{Tensor, comm::ReduceOp, launch};
+/// use shardwise::prelude::*;
 /// let sums = launch::threads(4, |world| {
 ///     let mut x = Tensor::from_slice(world.device(), [1], &[world.rank() as f32])?;
 ///     world.all_reduce(ReduceOp::Sum, &mut x)?;
 ///     Ok(x.to_vec()?[0])
 /// })?;
 /// assert_eq!(sums, [6.0; 4]);
-/// # Ok::<(), shardwise::Error>(())
+/// # Ok::<(), Error>(())
 /// ```
 ///
 /// # Errors
-/// What went wrong first: see [`Threads::run`].
+/// The first failure: see [`Threads::run`].
 pub fn threads<R: Outcome>(ranks: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<R>> {
     Threads::new(ranks).run(rank)
 }
 
-/// What a rank can return from its thread: everything that is [`Send`]. Tensors, parameters and
-/// groups are not; their elements are.
+/// A type that a rank can return from its thread: everything that is [`Send`]. Tensors, parameters
+/// and groups are not; their elements are.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot leave the thread of its rank",
     label = "what the ranks return has to be `Send`",
@@ -53,7 +53,7 @@ pub trait Outcome: Send {}
 #[diagnostic::do_not_recommend]
 impl<R: Send> Outcome for R {}
 
-/// How to run ranks as threads.
+/// Options for running ranks as threads.
 #[derive(Clone, Debug)]
 pub struct Threads {
     ranks: usize,
@@ -63,34 +63,47 @@ pub struct Threads {
 }
 
 impl Threads {
-    /// This many ranks. A rank that is not joined by the others in a collective within two minutes
-    /// gives up.
+    /// Options for `ranks` ranks, each of which waits two minutes for the others in a collective.
     pub fn new(ranks: usize) -> Self {
         Self { ranks, deadline: Duration::from_secs(120), device: Cpu::new, flight: trace::folder() }
     }
 
-    /// How long a rank waits for the others in one collective.
+    /// Sets how long a rank waits for the others in one collective.
+    ///
+    /// ```
+    /// use shardwise::prelude::*;
+    /// use std::time::Duration;
+    /// let brief = launch::Threads::new(2).deadline(Duration::from_millis(50));
+    /// let outcomes = brief.run_each(|world| {
+    ///     if world.rank() == 0 {
+    ///         return world.barrier();
+    ///     }
+    ///     Ok(std::thread::sleep(Duration::from_millis(500)))
+    /// })?;
+    /// assert!(matches!(&outcomes[0], Err(Error::Deadline { missing, .. }) if *missing == [1]));
+    /// # Ok::<(), Error>(())
+    /// ```
     pub fn deadline(self, deadline: Duration) -> Self {
         Self { deadline, ..self }
     }
 
-    /// What each rank's device is made by, on its thread.
+    /// Sets the function that makes each rank's device, on its thread.
     pub fn device(self, device: fn() -> Cpu) -> Self {
         Self { device, ..self }
     }
 
-    /// A folder where the ranks write what they did last: see [`trace`]. By default the one that
-    /// `SHARDWISE_FLIGHT_DIR` names.
+    /// Sets the folder for the ranks' flight records: see [`trace`]. The default is
+    /// `SHARDWISE_FLIGHT_DIR`.
     pub fn flight(self, folder: impl Into<PathBuf>) -> Self {
         Self { flight: Some(folder.into()), ..self }
     }
 
-    /// Runs the ranks and returns what they return, in rank order.
+    /// Runs the ranks and returns their results in rank order.
     ///
     /// # Errors
-    /// What went wrong first: of all ranks' errors and panics one that is not the consequence of
-    /// another's, named by its rank. Also when there are no ranks or more than 65,536, or a thread
-    /// cannot be started.
+    /// The first failure: of all ranks' errors and panics, one that is not the consequence of
+    /// another, with its rank. Also when there are no ranks or more than 65,536, or a thread cannot
+    /// be started.
     pub fn run<R: Outcome>(&self, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<R>> {
         let outcomes = self.run_each(rank)?;
         let failed = |consequence: bool| {
@@ -110,11 +123,21 @@ impl Threads {
         outcomes.into_iter().collect()
     }
 
-    /// Runs the ranks and returns what became of each, in rank order. A rank that has left without
-    /// receiving a message which another one sent to it has an error.
+    /// Runs the ranks and returns each one's outcome, in rank order. A rank that has not received a
+    /// message sent to it has an error.
     ///
     /// # Errors
     /// When there are no ranks or more than 65,536, or a thread cannot be started.
+    ///
+    /// ```
+    /// use shardwise::prelude::*;
+    /// let outcomes = launch::Threads::new(3).run_each(|world| {
+    ///     if world.rank() == 2 { Err(Error::invalid("load", "no file")) } else { world.barrier() }
+    /// })?;
+    /// // The others do not wait for rank 2: they receive its loss.
+    /// assert!(matches!(outcomes[0], Err(Error::PeerLost { rank: 2, .. })), "{outcomes:?}");
+    /// # Ok::<(), Error>(())
+    /// ```
     pub fn run_each<R: Outcome>(
         &self,
         rank: impl Fn(Group<Cpu>) -> Result<R> + Sync,
@@ -128,15 +151,15 @@ impl Threads {
         }
         static JOBS: AtomicUsize = AtomicUsize::new(0);
         let job = format!("{}-{}", std::process::id(), JOBS.fetch_add(1, Ordering::Relaxed));
-        let run = |number: usize, seat: Seat| {
+        let run = |number: usize, endpoint: Endpoint| {
             trace::begin(job.clone(), number, self.ranks, self.flight.clone());
-            let presence = Rc::new(Presence::default());
-            let end = ThreadComm::join(seat, Rc::clone(&presence));
-            let world = Group::new(Rc::new(end), &(self.device)());
+            let groups = Rc::new(JoinedGroups::default());
+            let comm = ThreadComm::join(endpoint, Rc::clone(&groups));
+            let world = Group::new(Rc::new(comm), &(self.device)());
             let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
-            // Whatever the function did with its groups, this rank is in none of them any more.
-            // Before a record is written: the others wait to hear why.
-            presence.end(match &result {
+            // Whatever `rank` did with its groups, this thread now leaves all of them. Before a
+            // record is written, since the others wait for the reason.
+            groups.leave_all(match &result {
                 Ok(Ok(_)) => LostReason::Left,
                 Ok(Err(_)) => LostReason::Failed,
                 Err(_) => LostReason::Panicked,
@@ -146,17 +169,17 @@ impl Threads {
             result
                 .unwrap_or_else(|panic| Err(Error::RankPanicked { rank: number, message: message(&*panic) }))
         };
-        let seats = ThreadComm::group(self.ranks, self.deadline);
-        let unread = seats[0].unread();
+        let endpoints = ThreadComm::group(self.ranks, self.deadline);
+        let unread = endpoints[0].unread();
         let mut outcomes = thread::scope(|scope| {
             let mut started = Vec::with_capacity(self.ranks);
-            // If a thread cannot be started, its seat is dropped and the ranks that were started do
-            // not wait for it.
-            for (number, seat) in seats.into_iter().enumerate() {
+            // If a thread cannot be started, dropping its endpoint keeps the other ranks from
+            // waiting for it.
+            for (number, endpoint) in endpoints.into_iter().enumerate() {
                 let run = &run;
                 let thread = thread::Builder::new()
                     .name(format!("rank {number}"))
-                    .spawn_scoped(scope, move || run(number, seat))
+                    .spawn_scoped(scope, move || run(number, endpoint))
                     .map_err(|error| {
                         Error::invalid("launch", format!("cannot start the thread of rank {number}: {error}"))
                     })?;
@@ -178,7 +201,7 @@ impl Threads {
     }
 }
 
-/// What a panic said.
+/// The message of a panic.
 fn message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("(no message)").to_string()

@@ -179,7 +179,7 @@ fn main() -> ExitCode {
     let mut mpi = Mpi::new().deadline(DEADLINE);
     if std::env::var_os("SHARDWISE_PIECES").is_some() {
         // Every message of more than 4 KiB is cut, as those of more than 2³¹ words are.
-        mpi = mpi.piece(4096);
+        mpi = mpi.message_limit(4096);
     }
     let done = mpi.run(|world| {
         let few = std::env::var_os("SHARDWISE_EXACT").is_some();

@@ -1,8 +1,10 @@
-//! `shardwise keep`: the process whose children the ranks are. See `launch.rs`.
+//! `shardwise keep`: the parent process of the ranks. See `launch.rs`.
 
 use crate::{
-    launch::{FORWARDED, Job, name},
-    output, tree,
+    job::{Job, LAST_WORDS},
+    output,
+    signals::{FORWARDED, name},
+    tree,
 };
 use clap::Args;
 use rustix::process::{
@@ -28,27 +30,25 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What the other ranks have, when one has failed, to say what they know of it.
-pub(crate) const LAST_WORDS: Duration = Duration::from_millis(300);
-/// What a rank that failed first and says so has to end, before it is asked to.
+/// How long a rank that failed first and recorded it may take to end before it is asked to.
 const LEAVING: Duration = Duration::from_secs(2);
-/// What ranks have to end when the launcher was killed.
+/// How long ranks may take to end when the launcher was killed.
 const ORPHANED: Duration = Duration::from_millis(500);
 
 enum Event {
     Signal(i32),
     /// The launcher has died.
-    Alone,
-    /// A step of the output is written.
+    LauncherDied,
+    /// A part of the output is written.
     Written(Step),
 }
 
-/// What is written when the ranks are over.
+/// What is written once the ranks have ended.
 #[derive(Clone, Copy, PartialEq)]
 enum Step {
-    /// The rest of what they have printed.
+    /// The rest of the ranks' output.
     Ranks,
-    /// What became of them.
+    /// The report on their end.
     Report,
 }
 
@@ -67,7 +67,7 @@ impl End {
         }
     }
 
-    /// As shells count.
+    /// The exit code that shells use.
     fn code(self) -> u8 {
         match self {
             Self::Code(code) => code,
@@ -88,7 +88,7 @@ impl fmt::Display for End {
 struct Rank {
     pid: Pid,
     end: Option<End>,
-    /// The signals by which the launcher was to end it.
+    /// The signals that the launcher sent to end it.
     sent: Vec<Signal>,
 }
 
@@ -98,39 +98,39 @@ impl Rank {
         self.sent.iter().any(|signal| self.end == Some(End::Signal(signal.as_raw())))
     }
 
-    /// Whether it was gone before the launcher asked it to end.
+    /// Whether it ended before the launcher asked it to.
     fn had_gone(&self) -> bool {
         self.end.is_some() && self.sent.is_empty()
     }
 }
 
-/// What the launcher asks of its keeper.
+/// The arguments that the launcher passes to its keeper.
 #[derive(Args)]
 pub(crate) struct Keep {
-    /// A folder for the ranks' records that is removed when they are over.
+    /// A folder for the ranks' records, removed when they have ended.
     #[arg(long)]
     private: Option<PathBuf>,
     #[command(flatten)]
     job: Job,
 }
 
-/// The ranks, and how far their end has come.
+/// The ranks and the state of their shutdown.
 struct Ranks {
     ranks: Vec<Rank>,
-    /// The job as its records name it, and their folder.
+    /// The job's name in its records, and their folder.
     job: String,
     folder: Option<PathBuf>,
     grace: Duration,
-    /// The first whose failure was seen.
+    /// The first rank seen to fail.
     failed: Option<usize>,
-    /// Those that had ended well before, and those that were stopped then.
+    /// The ranks that had ended with exit code 0 by then, and those that were stopped then.
     left: Vec<usize>,
     stopped: Vec<usize>,
     /// The signal by which the user ended the job.
     asked: Option<i32>,
     /// The launcher has died.
-    alone: bool,
-    /// A culprit has time to end by itself.
+    orphaned: bool,
+    /// A culprit is being given time to end by itself.
     waits: bool,
     next: Option<(Instant, Signal)>,
 }
@@ -140,16 +140,17 @@ impl Ranks {
         self.ranks.iter().filter(|rank| rank.end.is_none())
     }
 
-    /// Whether somebody else than a rank has ended the job.
+    /// Whether something other than a rank has ended the job.
     fn is_to_end(&self) -> bool {
-        self.asked.is_some() || self.alone
+        self.asked.is_some() || self.orphaned
     }
 
     fn is_over(&self) -> bool {
         self.living().next().is_none()
     }
 
-    /// Signals the living ranks but some, and what they have started, if it is in their groups.
+    /// Signals the living ranks except `spared`, and their child processes in the same process
+    /// group.
     fn send(&mut self, signal: Signal, spared: &[usize]) {
         for (at, rank) in self.ranks.iter_mut().enumerate() {
             if rank.end.is_none() && !spared.contains(&at) {
@@ -162,10 +163,10 @@ impl Ranks {
         }
     }
 
-    /// Takes notice of the ended children.
+    /// Collects ended children.
     fn reap(&mut self) {
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
-            // Who is no rank was started by one, and lost its parent.
+            // Any other process was started by a rank and lost its parent.
             let Some(at) = self.ranks.iter().position(|rank| rank.pid == pid) else { continue };
             let end = End::of(status);
             self.ranks[at].end = Some(end);
@@ -179,7 +180,7 @@ impl Ranks {
                 self.schedule(LAST_WORDS, Signal::TERM);
             }
         }
-        // Who is stopped has no last words.
+        // Stopped ranks cannot report.
         let silent = || self.living().all(|rank| tree::is_stopped(rank.pid));
         if matches!(self.next, Some((_, Signal::TERM))) && silent() {
             self.schedule(Duration::ZERO, Signal::TERM);
@@ -187,14 +188,14 @@ impl Ranks {
     }
 
     fn schedule(&mut self, after: Duration, signal: Signal) {
-        // What is too far away never comes.
+        // An instant too far away never comes.
         let Some(at) = Instant::now().checked_add(after) else { return };
         if self.next.is_none_or(|(next, _)| at < next) {
             self.next = Some((at, signal));
         }
     }
 
-    /// Hands a signal on.
+    /// Forwards a signal to the ranks.
     fn forward(&mut self, signal: i32) {
         let Some(known) = Signal::from_named_raw(signal) else { return };
         self.send(known, &[]);
@@ -204,7 +205,7 @@ impl Ranks {
         }
     }
 
-    /// Does what is due.
+    /// Sends the signal that is due.
     fn escalate(&mut self) {
         let Some((_, signal)) = self.next.take_if(|(at, _)| *at <= Instant::now()) else { return };
         if signal != Signal::TERM {
@@ -212,23 +213,24 @@ impl Ranks {
         }
         let mut spared: Vec<_> =
             (0..self.ranks.len()).filter(|&rank| self.ranks[rank].sent.contains(&signal)).collect();
-        // Culprits that are leaving have some more time, once.
+        // Culprits that are leaving get more time, once.
         let leaving = if self.failed.is_some() && !self.waits { self.leaving() } else { Vec::new() };
         self.waits = !leaving.is_empty();
         spared.extend(leaving);
         self.send(signal, &spared);
-        // Who is stopped cannot end by itself.
+        // A stopped rank cannot end by itself.
         for rank in self.ranks.iter_mut().filter(|rank| rank.end.is_none() && tree::is_stopped(rank.pid)) {
             let _ = kill_process_group(rank.pid, Signal::KILL);
             rank.sent.push(Signal::KILL);
         }
-        match self.waits {
-            true => self.schedule(LEAVING, Signal::TERM),
-            false => self.schedule(if self.alone { ORPHANED } else { self.grace }, Signal::KILL),
+        if self.waits {
+            self.schedule(LEAVING, Signal::TERM);
+        } else {
+            self.schedule(if self.orphaned { ORPHANED } else { self.grace }, Signal::KILL);
         }
     }
 
-    /// The ranks' records, as far as they can be read.
+    /// Reads the ranks' records, those that are readable.
     fn records(&self) -> Vec<Record> {
         let all = || 0..self.ranks.len();
         let paths =
@@ -236,8 +238,8 @@ impl Ranks {
         paths.filter_map(|path| Record::read(path).ok()).collect()
     }
 
-    /// Culprits that have left their group and end by themselves, perhaps after all others. The
-    /// job's exit code is theirs.
+    /// Returns the culprits that have left their group and will end by themselves, perhaps after
+    /// all others. Their exit code becomes the job's.
     fn leaving(&self) -> Vec<usize> {
         let records = self.records();
         let culprits = self.blame(&records).map_or(Vec::new(), |blame| blame.ranks);
@@ -245,11 +247,12 @@ impl Ranks {
         left.map(|record| record.rank).filter(|rank| culprits.contains(rank)).collect()
     }
 
-    /// Who broke the job, by the ranks' records; none if these name nobody.
+    /// Returns the ranks that broke the job according to the records; none if they name no rank.
     fn blame(&self, records: &[Record]) -> Option<Blame> {
         let mut blame = blame(records);
         blame.ranks.retain(|rank| *rank < self.ranks.len());
-        // A rank that the launcher has ended has no record either: those that went before count.
+        // A rank that the launcher has ended has no record either, so only ranks that ended before
+        // count.
         let gone =
             |rank: &usize| self.ranks[*rank].had_gone() && records.iter().all(|record| record.rank != *rank);
         if blame.ranks.iter().any(gone) {
@@ -258,17 +261,18 @@ impl Ranks {
         (!blame.ranks.is_empty()).then_some(blame)
     }
 
-    /// What became of the job, in words, and its exit code.
+    /// Returns the report on the job, and its exit code.
     fn report(&self) -> (String, u8) {
         let Some(first) = self.failed else { return self.report_without_failure() };
-        // Survivors often end before the culprit: the records count before the order of the ends.
-        // Ranks that fail before they meet, or that do not use this crate, have none.
+        // Survivors often end before the culprit, so records take precedence over the order of
+        // exits. Ranks that fail before they connect, or that do not use this crate, have none.
         let blame = self.blame(&self.records());
         let culprits = blame.as_ref().map_or(vec![first], |blame| blame.ranks.clone());
         let who = blame.as_ref().map_or(format!("rank {first}"), Blame::who);
         let end = |rank: usize| self.ranks[rank].end.unwrap_or(End::Code(1));
         let failed = |rank: &usize| end(*rank) != End::Code(0) && !self.ranks[*rank].was_ended();
-        // A culprit that ended well, or was ended, has no exit code for the job. Who needed it has.
+        // A culprit that ended with code 0, or was ended, gives the job no exit code. Ranks that
+        // needed it do.
         let decisive = culprits.iter().copied().find(failed).unwrap_or(first);
 
         let mut lines = Vec::new();
@@ -297,7 +301,7 @@ impl Ranks {
 
     fn report_without_failure(&self) -> (String, u8) {
         let Some(signal) = self.asked else { return (String::new(), 0) };
-        // Ranks that took the signal for a request, and ended well, have done what was asked.
+        // Ranks that handled the signal and ended with code 0 have done what was asked.
         let well = self.ranks.iter().all(|rank| rank.end == Some(End::Code(0)));
         let code = if well { 0 } else { End::Signal(signal).code() };
         (format!("shardwise: ended by {}\n", name(signal)), code)
@@ -312,16 +316,16 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
     thread::spawn(move || signals.forever().try_for_each(|signal| sender.send(Event::Signal(signal))));
     let sender = events.clone();
     thread::spawn(move || {
-        // Nobody writes: this ends when the launcher does.
+        // This pipe is never written to: reading ends when the launcher does.
         let _ = io::stdin().lock().read_to_end(&mut Vec::new());
-        let _ = sender.send(Event::Alone);
+        let _ = sender.send(Event::LauncherDied);
     });
 
-    // No earlier job has this name, whose records may be in the same folder.
+    // A name that no earlier job has, whose records may be in the same folder.
     let id = random::<8>()?;
     let mut ranks = Ranks {
         ranks: Vec::new(),
-        // By its name, and the number of its start.
+        // The job's name and epoch.
         job: format!("{id}.0"),
         folder: private.clone().or_else(|| job.records()),
         grace: job.grace,
@@ -329,7 +333,7 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
         left: Vec::new(),
         stopped: Vec::new(),
         asked: None,
-        alone: false,
+        orphaned: false,
         waits: false,
         next: None,
     };
@@ -340,8 +344,8 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
             match next(&news, ranks.next.map(|(at, _)| at)) {
                 Some(Event::Signal(SIGCHLD)) => ranks.reap(),
                 Some(Event::Signal(signal)) => ranks.forward(signal),
-                Some(Event::Alone) => {
-                    ranks.alone = true;
+                Some(Event::LauncherDied) => {
+                    ranks.orphaned = true;
                     ranks.send(Signal::TERM, &[]);
                     ranks.schedule(ORPHANED, Signal::KILL);
                 }
@@ -350,7 +354,7 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
             ranks.escalate();
         }
     }
-    // What the ranks have left behind, if anything, keeps their output open, too.
+    // Processes that the ranks left behind keep their output open.
     tree::kill_descendants();
     let (words, code) = match started {
         Ok(()) => ranks.report(),
@@ -358,7 +362,7 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
     };
     let over = Instant::now().checked_add(job.grace);
     let mut limit = over.filter(|_| ranks.is_to_end());
-    // The launcher does it as well, in case this process is killed.
+    // The launcher does the same, in case this process is killed.
     private.iter().for_each(|folder| drop(fs::remove_dir_all(folder)));
     let (copied, said) = (events.clone(), events);
     thread::spawn(move || {
@@ -367,7 +371,7 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
     });
     wait_for_reader(&news, Step::Ranks, &mut limit, job.grace);
     thread::spawn(move || {
-        // Perhaps nobody reads it any more.
+        // The reader may be gone.
         let _ = io::stderr().write_all(words.as_bytes());
         said.send(Event::Written(Step::Report))
     });
@@ -375,21 +379,21 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
     Ok(code)
 }
 
-/// The next event, if it comes in time.
+/// Returns the next event, if it comes in time.
 fn next(news: &Receiver<Event>, limit: Option<Instant>) -> Option<Event> {
     let patience = limit.map_or(Duration::from_secs(3600), |limit| limit - Instant::now());
     news.recv_timeout(patience).ok()
 }
 
-/// Waits until a step is written: as long as the reader of the output takes, but once the job is to
-/// end, until `limit` at most.
+/// Waits until a part of the output is written, however long the reader takes. Once the job is to
+/// end, waits until `limit` at most.
 fn wait_for_reader(news: &Receiver<Event>, step: Step, limit: &mut Option<Instant>, grace: Duration) {
     *limit = limit.map(|limit| limit.max(Instant::now() + LAST_WORDS));
     while limit.is_none_or(|limit| limit > Instant::now()) {
         match next(news, *limit) {
             Some(Event::Written(done)) if done == step => return,
             Some(Event::Signal(SIGCHLD | SIGUSR1 | SIGUSR2) | Event::Written(_)) | None => {}
-            Some(Event::Signal(_) | Event::Alone) => {
+            Some(Event::Signal(_) | Event::LauncherDied) => {
                 *limit = limit.or_else(|| Instant::now().checked_add(grace));
             }
         }
@@ -441,7 +445,7 @@ pub(crate) struct Become {
 }
 
 impl Become {
-    /// Sees to it that the kernel kills this process when the keeper dies, and becomes the program.
+    /// Asks the kernel to kill this process when the keeper dies, then replaces it by the program.
     pub(crate) fn run(&self) -> io::Result<u8> {
         set_parent_process_death_signal(Some(Signal::KILL))?;
         // The keeper may have died before.

@@ -1,5 +1,7 @@
-//! The program `shardwise`: starts ranks on this machine, and reads what ranks have recorded.
+//! The program `shardwise`: starts ranks on this machine, and reads the records of ranks.
 
+#[cfg(target_os = "linux")]
+mod job;
 #[cfg(target_os = "linux")]
 mod keep;
 #[cfg(target_os = "linux")]
@@ -7,13 +9,15 @@ mod launch;
 #[cfg(target_os = "linux")]
 mod output;
 #[cfg(target_os = "linux")]
+mod signals;
+#[cfg(target_os = "linux")]
 mod tree;
 
 use clap::{Parser, Subcommand};
 use shardwise::trace::{Record, blame, chrome};
 use std::{fs, io, path::PathBuf, process::ExitCode};
 
-/// Tensor-parallel ranks: starts them, and tells what became of them.
+/// Starts tensor-parallel ranks and reports how they ended.
 #[derive(Parser)]
 #[command(version)]
 struct Cli {
@@ -25,18 +29,18 @@ struct Cli {
 enum Command {
     /// Starts ranks on this machine, and ends all of them when one fails.
     #[cfg(target_os = "linux")]
-    Launch(launch::Job),
-    /// Keeps the ranks of `launch`, whose child it is.
+    Launch(job::Job),
+    /// The parent process of the ranks, started by `launch`.
     #[cfg(target_os = "linux")]
     #[command(hide = true)]
     Keep(keep::Keep),
-    /// Becomes a rank's program. Started by `keep`.
+    /// Replaces itself by a rank's program. Started by `keep`.
     #[cfg(target_os = "linux")]
     #[command(hide = true)]
     Become(keep::Become),
     /// Names the rank that broke a job.
     Blame(Records),
-    /// Lays the operations of all ranks on a time line, for chrome://tracing or Perfetto.
+    /// Writes the operations of all ranks as a timeline for chrome://tracing or Perfetto.
     Trace {
         #[command(flatten)]
         records: Records,
@@ -46,10 +50,10 @@ enum Command {
     },
 }
 
-/// What ranks have recorded: `SHARDWISE_FLIGHT_DIR`, or `launch --flight`.
+/// The records of ranks, from `SHARDWISE_FLIGHT_DIR` or `launch --flight`.
 #[derive(clap::Args)]
 struct Records {
-    /// Files, or folders of files; of several jobs, the one that was started last counts.
+    /// Files or folders of files. Of several jobs, the one that was started last is used.
     #[arg(required = true)]
     paths: Vec<PathBuf>,
 }

@@ -1,14 +1,14 @@
-//! Output of ranks, line by line, behind their numbers.
+//! The output of ranks, line by line, each line after its rank's number.
 
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
     thread::{self, JoinHandle},
 };
 
-/// A longer line is written in pieces.
+/// Longer lines are split.
 const LONGEST: u64 = 1 << 16;
 
-/// Copies what a rank writes to `to`, each line behind `[rank] `, until it is closed.
+/// Copies a rank's output to `to`, each line after `[rank] `, until it is closed.
 pub(crate) fn copy(
     rank: usize,
     from: impl Read + Send + 'static,
@@ -22,7 +22,8 @@ pub(crate) fn copy(
             if line.last() != Some(&b'\n') {
                 line.push(b'\n');
             }
-            // One write a line, so that ranks' lines do not mix. If nobody reads them any more, ranks go on all the same.
+            // One write per line, so that ranks' lines do not mix. Without a reader the ranks run
+            // on.
             let _ = to.write_all(&line).and_then(|()| to.flush());
             line.truncate(prefix.len());
         }

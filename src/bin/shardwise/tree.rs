@@ -1,4 +1,4 @@
-//! The processes that descend from this one.
+//! The descendants of this process.
 
 use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, wait};
 use std::{
@@ -7,10 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The state and the parent of a process; none if there is no such process.
+/// Returns the state and the parent of a process; none if there is no such process.
 fn state_and_parent(pid: i32) -> Option<(char, i32)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The program's name stands in parentheses and may contain anything.
+    // The program's name is in parentheses and may contain anything.
     let mut words = stat.rsplit_once(") ")?.1.split(' ');
     Some((words.next()?.chars().next()?, words.next()?.parse().ok()?))
 }
@@ -20,7 +20,7 @@ pub(crate) fn is_stopped(pid: Pid) -> bool {
     state_and_parent(pid.as_raw_nonzero().get()).is_some_and(|(state, _)| state == 'T')
 }
 
-/// The descendants of this process, and whether each is alive.
+/// Returns the descendants of this process, and whether each is alive.
 fn descendants() -> Vec<(Pid, bool)> {
     let numbers = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = numbers.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -34,7 +34,7 @@ fn descendants() -> Vec<(Pid, bool)> {
     let mut open = vec![getpid().as_raw_nonzero().get()];
     while let Some(parent) = open.pop() {
         for (child, lives) in children.remove(&parent).unwrap_or_default() {
-            // The dead may have living children for a moment.
+            // A dead process may have living children for a moment.
             open.push(child);
             found.extend(Pid::from_raw(child).map(|pid| (pid, lives)));
         }
@@ -42,11 +42,11 @@ fn descendants() -> Vec<(Pid, bool)> {
     found
 }
 
-/// Kills the descendants of this process until none is left, the new ones too. This process has to be a subreaper: then
-/// they stay its descendants, whoever of them dies first.
+/// Kills the descendants of this process until none is left, new ones included. This process has to
+/// be a subreaper, so that they stay its descendants in whatever order they die.
 pub(crate) fn kill_descendants() {
     let begin = Instant::now();
-    // A process in the kernel, waiting for a disk, may take its time to die.
+    // A process inside the kernel, waiting for a disk, may take time to die.
     while begin.elapsed() < Duration::from_secs(5) {
         let found = descendants();
         for (pid, _) in &found {

@@ -1,10 +1,10 @@
-//! What goes over a connection.
+//! Frames: what one process writes to another over a connection.
 //!
-//! A frame is six words (kind, group, round, from, to, length of the body; 8 bytes each, little
-//! endian), a tag of 16 bytes, and the body. The tag is a truncated HMAC-SHA-256 under the job's
-//! token, of the nonces of both ends, the rank that sends, the frame's number on the connection,
-//! the six words, and the SHA-256 of the body. A frame that was changed, repeated, left out or
-//! moved ends the connection.
+//! A frame is six u64 (kind, group, round, from, to, body length; little endian), a tag of 16
+//! bytes, and the body. The tag is a truncated HMAC-SHA-256 under the job's token. It covers the
+//! nonces of both ends, the sending rank, the frame's sequence number on the connection, the six
+//! u64, and the SHA-256 of the body. A frame that was changed, repeated, dropped or reordered ends
+//! the connection.
 
 use crate::error::{LostReason, Mismatch};
 use hmac::{Hmac, Mac};
@@ -15,50 +15,49 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-/// No frame is longer: the link is not for bulk data. Twice what a collective or a message puts
-/// into one, which leaves the other half to descriptions of calls.
-const LONGEST: u64 = 2 * super::MOST as u64 + (1 << 20);
+/// The longest body. The link is not for bulk data: this is twice the payload of one collective or
+/// message, which leaves the other half to descriptions of calls.
+const MAX_BODY: u64 = 2 * super::MAX_PAYLOAD as u64 + (1 << 20);
 
 /// The bytes of a tag.
-const TAG: usize = 16;
+const TAG_BYTES: usize = 16;
 
-/// What a frame says.
+/// The kind of a frame, with the meaning of its fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// To the first rank: rank `from` of `to` ranks gives its part of a round.
-    Part = 1,
-    /// To a rank: all parts of a round.
-    Parts,
-    /// From one rank to another.
-    Letter,
-    /// Rank `from` was lost, how: `to`. The body says how many rounds of which group it took part
-    /// in, and steps beside it. If it had been told of a loss before, `round` is the rank that was
-    /// lost then and one, and `group` how.
+    /// To rank 0: the input of group rank `from`, of `to` ranks, to a round.
+    Input = 1,
+    /// To a rank: all ranks' inputs to a round.
+    Inputs,
+    /// A message from one rank to another.
+    Message,
+    /// Rank `from` was lost, for reason `to`. The body holds its number of rounds per group and of
+    /// steps per work outside the group. If it had received another loss before, `round` is one
+    /// more than the rank lost then, and `group` is that loss's reason.
     Lost,
-    /// To a rank that said that it leaves: nothing more will be sent.
+    /// To a rank that has announced its leave: nothing more will be sent.
     Bye,
     /// The ranks of a group disagree.
     Broken,
-    /// To the first rank: its sender waits for this round no longer. The body says for how long it
-    /// has, in nanoseconds, and of which ranks of the world the group consists.
+    /// To rank 0: the sender stops waiting for this round. The body holds how long it waited, in
+    /// nanoseconds, and the world ranks of the group.
     GiveUp,
-    /// To all: a rank of the group has waited for others for too long: for `round` nanoseconds, for
-    /// the ranks of the world that the body names.
+    /// To all: a rank of the group has waited `round` nanoseconds for the world ranks in the body.
     Late,
-    /// From rank `from` to rank `to`: how many steps of this work has it come to?
+    /// From rank `from` to rank `to`: asks how many steps of this work it has reached.
     Ask,
-    /// The answer: `round`.
+    /// The answer, in `round`.
     Answer,
-    /// To the first rank: rank `from` waits for a message of rank `to`, of whom it has received
-    /// `round` in this group. The body says their places in the group, and what call waits.
-    Stand,
+    /// To rank 0: rank `from` waits for a message from rank `to`, of which it has received `round`
+    /// messages in this group. The body holds their group ranks and the waiting call.
+    Waiting,
 }
 
 impl Kind {
     const ALL: [Self; 11] = [
-        Self::Part,
-        Self::Parts,
-        Self::Letter,
+        Self::Input,
+        Self::Inputs,
+        Self::Message,
         Self::Lost,
         Self::Bye,
         Self::Broken,
@@ -66,11 +65,11 @@ impl Kind {
         Self::Late,
         Self::Ask,
         Self::Answer,
-        Self::Stand,
+        Self::Waiting,
     ];
 }
 
-/// Bytes that the frames of several ranks share, and their hash.
+/// Bytes shared by the frames to several ranks, and their hash.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Body(Arc<(Vec<u8>, OnceLock<[u8; 32]>)>);
 
@@ -94,10 +93,10 @@ impl Deref for Body {
     }
 }
 
-/// An HMAC-SHA-256 that has its key, and the beginning of its text.
+/// An HMAC-SHA-256 with its key set and the first bytes already absorbed.
 pub(crate) type Keyed = Hmac<Sha256>;
 
-/// One direction of a connection: it numbers and authenticates its frames.
+/// One direction of a connection: numbers and authenticates its frames.
 #[derive(Debug)]
 pub(super) struct Seal {
     mac: Keyed,
@@ -105,7 +104,7 @@ pub(super) struct Seal {
 }
 
 impl Seal {
-    /// The direction from a rank, of a connection with this key and these nonces.
+    /// The direction that rank `from` sends in, on the connection with this key and these nonces.
     pub(super) fn new(nonces: &Keyed, from: usize) -> Self {
         Self { mac: nonces.clone().chain_update((from as u64).to_le_bytes()), frames: 0 }
     }
@@ -118,7 +117,7 @@ impl Seal {
     }
 }
 
-/// One message.
+/// One frame.
 #[derive(Clone, Debug)]
 pub(super) struct Frame {
     pub(super) kind: Kind,
@@ -143,9 +142,9 @@ impl Frame {
             self.to as u64,
             self.body.len() as u64,
         ];
-        let mut head: Vec<u8> = head.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut head: Vec<u8> = head.iter().flat_map(|number| number.to_le_bytes()).collect();
         let tag = seal.next(&head, &self.body).finalize().into_bytes();
-        head.extend(&tag[..TAG]);
+        head.extend(&tag[..TAG_BYTES]);
         // A short frame is one packet.
         if self.body.len() < 1 << 16 {
             head.extend(&*self.body);
@@ -159,15 +158,15 @@ impl Frame {
         let bad = |what| io::Error::new(ErrorKind::InvalidData, what);
         let mut head = [0; 48];
         from.read_exact(&mut head)?;
-        let mut tag = [0; TAG];
+        let mut tag = [0; TAG_BYTES];
         from.read_exact(&mut tag)?;
-        let words = Words(&head).collect::<Vec<_>>();
-        if words[5] > LONGEST {
+        let numbers = Numbers(&head).collect::<Vec<_>>();
+        if numbers[5] > MAX_BODY {
             return Err(bad("a frame that is too long"));
         }
         let mut body = Vec::new();
-        // Memory grows as the bytes come.
-        if from.take(words[5]).read_to_end(&mut body)? as u64 != words[5] {
+        // Memory grows as the bytes arrive.
+        if from.take(numbers[5]).read_to_end(&mut body)? as u64 != numbers[5] {
             return Err(ErrorKind::UnexpectedEof.into());
         }
         let body = body.into();
@@ -175,38 +174,38 @@ impl Frame {
         if seal.next(&head, &body).verify_truncated_left(&tag).is_err() {
             return Err(bad("a frame that its sender did not write, or not there"));
         }
-        let kind = Kind::ALL.into_iter().find(|kind| *kind as u64 == words[0]);
+        let kind = Kind::ALL.into_iter().find(|kind| *kind as u64 == numbers[0]);
         let kind = kind.ok_or_else(|| bad("a frame of no known kind"))?;
         Ok(Self {
             kind,
-            group: words[1],
-            round: words[2],
-            from: words[3] as usize,
-            to: words[4] as usize,
+            group: numbers[1],
+            round: numbers[2],
+            from: numbers[3] as usize,
+            to: numbers[4] as usize,
             body,
         })
     }
 }
 
-/// Numbers one after another.
-pub(super) struct Words<'a>(pub(super) &'a [u8]);
+/// Reads consecutive u64, little endian.
+pub(super) struct Numbers<'a>(pub(super) &'a [u8]);
 
-impl Iterator for Words<'_> {
+impl Iterator for Numbers<'_> {
     type Item = u64;
 
     fn next(&mut self) -> Option<u64> {
-        let (word, rest) = self.0.split_first_chunk()?;
+        let (bytes, rest) = self.0.split_first_chunk()?;
         self.0 = rest;
-        Some(u64::from_le_bytes(*word))
+        Some(u64::from_le_bytes(*bytes))
     }
 }
 
-/// The bytes of numbers one after another: see [`Words`].
-pub(super) fn from_words(words: impl IntoIterator<Item = u64>) -> Vec<u8> {
-    words.into_iter().flat_map(u64::to_le_bytes).collect()
+/// Encodes consecutive u64: see [`Numbers`].
+pub(super) fn from_numbers(numbers: impl IntoIterator<Item = u64>) -> Vec<u8> {
+    numbers.into_iter().flat_map(u64::to_le_bytes).collect()
 }
 
-/// Byte strings one after another, each after its length.
+/// Consecutive byte strings, each after its length.
 #[derive(Default)]
 pub(super) struct Strings(pub(super) Vec<u8>);
 
@@ -216,7 +215,7 @@ impl Strings {
         self.0.extend(bytes);
     }
 
-    /// The next string, and what follows it.
+    /// Returns the next string and the rest.
     pub(super) fn next(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
         let (len, rest) = bytes.split_first_chunk()?;
         rest.split_at_checked(usize::try_from(u64::from_le_bytes(*len)).ok()?)
@@ -261,9 +260,9 @@ pub(super) fn from_mismatch(mismatch: &Mismatch) -> Vec<u8> {
 
 pub(super) fn to_mismatch(bytes: &[u8]) -> Option<Mismatch> {
     let strings = Strings::all(bytes)?;
-    let number = |at: usize| Some(Words(strings.get(at)?).next()? as usize);
-    let words = |at: usize| Some(String::from_utf8_lossy(strings.get(at)?).into_owned());
-    Some(Mismatch { left_rank: number(0)?, right_rank: number(1)?, left: words(2)?, right: words(3)? })
+    let number = |at: usize| Some(Numbers(strings.get(at)?).next()? as usize);
+    let text = |at: usize| Some(String::from_utf8_lossy(strings.get(at)?).into_owned());
+    Some(Mismatch { left_rank: number(0)?, right_rank: number(1)?, left: text(2)?, right: text(3)? })
 }
 
 #[cfg(test)]
@@ -277,7 +276,7 @@ mod tests {
 
     fn written() -> Vec<Vec<u8>> {
         let mut seal = Seal::new(&keyed(b"token"), 1);
-        let frame = |body: &[u8]| Frame::new(Kind::Letter, 1 << 63, 5, (3, 4), body.to_vec());
+        let frame = |body: &[u8]| Frame::new(Kind::Message, 1 << 63, 5, (3, 4), body.to_vec());
         let frames = [frame(b""), frame(b"words"), frame(&vec![7; 1 << 17])];
         let bytes = frames.map(|frame| {
             let mut to = Vec::new();
@@ -287,7 +286,7 @@ mod tests {
         bytes.into()
     }
 
-    /// How many of these frames are read.
+    /// Counts the frames that are read.
     fn read(frames: &[Vec<u8>], seal: &mut Seal) -> usize {
         let bytes = frames.concat();
         let mut from = &bytes[..];
@@ -300,7 +299,7 @@ mod tests {
         let mut from = &frames[..];
         for len in [0, 5, 1 << 17] {
             let frame = Frame::read(&mut from, &mut seal).unwrap();
-            assert_eq!((frame.kind, frame.group, frame.round), (Kind::Letter, 1 << 63, 5));
+            assert_eq!((frame.kind, frame.group, frame.round), (Kind::Message, 1 << 63, 5));
             assert_eq!((frame.from, frame.to, frame.body.len()), (3, 4, len));
         }
         assert!(from.is_empty());
@@ -319,7 +318,7 @@ mod tests {
         assert_eq!(read(&order(&[0, 0, 1]), &mut seal()), 1);
         assert_eq!(read(&order(&[0, 2]), &mut seal()), 1);
         assert_eq!(read(&order(&[1, 0]), &mut seal()), 0);
-        // Another token, or other nonces; the other direction.
+        // Another token or other nonces, then the other direction.
         assert_eq!(read(&frames, &mut Seal::new(&keyed(b"guess"), 1)), 0);
         assert_eq!(read(&frames, &mut Seal::new(&keyed(b"token"), 0)), 0);
     }

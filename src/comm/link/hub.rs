@@ -1,80 +1,81 @@
-//! What rank 0 knows of all ranks, and what it sends to whom because of a frame. It sends nothing
-//! itself.
+//! The state that rank 0 keeps of all ranks, and the frames it sends in reply to a frame. The hub
+//! itself does no input or output.
 //!
-//! A round of a group is complete when the parts of all its ranks are there, or the group is broken
-//! before: rank 0 decides which came first, so that all ranks are told the same. What a lost rank
-//! had given still counts: its last words say in how many rounds of each group it took part, and
-//! only who waits for a later one gives up.
+//! A round of a group is complete once rank 0 has the inputs of all its ranks, unless the group
+//! breaks first. Rank 0 decides which came first, so all ranks get the same outcome. Rounds that a
+//! lost rank took part in still complete: its last frame says how many there are in each group, and
+//! only ranks that wait for a later round fail.
 
-use super::frame::{Body, Frame, Kind, Strings, Words, from_mismatch, from_words};
+use super::frame::{Body, Frame, Kind, Numbers, Strings, from_mismatch, from_numbers};
 use crate::error::Mismatch;
 use std::collections::{HashMap, HashSet};
 
-/// See the module's words.
+/// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct Hub {
     world: usize,
-    /// The rounds that are not complete, by group and number.
+    /// The incomplete rounds, by group and sequence number.
     rounds: HashMap<(u64, u64), Round>,
-    /// In how many rounds a rank took part, by group.
-    taken: HashMap<usize, HashMap<u64, u64>>,
-    /// How many messages were handed on, by group, sender and receiver.
-    letters: HashMap<(u64, usize, usize), u64>,
-    /// Who waits for a message, by group and rank.
-    stands: HashMap<(u64, usize), Stand>,
+    /// The number of rounds each rank took part in, by group.
+    rounds_joined: HashMap<usize, HashMap<u64, u64>>,
+    /// The number of forwarded messages, by group, sender and receiver.
+    messages: HashMap<(u64, usize, usize), u64>,
+    /// The ranks that wait for a message, by group and rank.
+    waiting: HashMap<(u64, usize), Waiting>,
     broken: HashSet<u64>,
     lost: HashSet<usize>,
 }
 
-/// The parts of a round, by place in the group, with the rank that gave each.
+/// The inputs to a round, by group rank, each with the world rank that sent it.
 type Round = Vec<Option<(usize, Body)>>;
 
-/// What a rank waits for.
+/// The message that a rank waits for.
 #[derive(Debug)]
-struct Stand {
-    /// The rank whose message it is.
+struct Waiting {
+    /// The sender of that message.
     sender: usize,
-    /// How many of its messages have been received before.
+    /// The number of its messages received so far.
     received: u64,
-    /// The places of the rank that waits and of the sender in the group, and the call.
-    words: Body,
+    /// The group ranks of the receiver and the sender, then the waiting call.
+    ranks_and_call: Body,
 }
 
-/// Frames, and to which rank each goes.
-pub(super) type Post = Vec<(usize, Frame)>;
+/// Frames, each with the rank it goes to.
+pub(super) type Deliveries = Vec<(usize, Frame)>;
 
 impl Hub {
     pub(super) fn new(world: usize) -> Self {
-        let (rounds, taken, letters, stands, broken, lost) = Default::default();
-        Self { world, rounds, taken, letters, stands, broken, lost }
+        let (rounds, rounds_joined, messages, waiting, broken, lost) = Default::default();
+        Self { world, rounds, rounds_joined, messages, waiting, broken, lost }
     }
 
-    /// What has to be sent because of a frame from rank `from`; none if no rank of this world sends
-    /// such a frame.
-    pub(super) fn take(&mut self, from: usize, frame: Frame) -> Option<Post> {
+    /// Returns the frames to send in reply to a frame from rank `from`; none if no rank of this
+    /// world sends such a frame.
+    pub(super) fn take(&mut self, from: usize, frame: Frame) -> Option<Deliveries> {
         match frame.kind {
-            Kind::Part => self.part(from, frame),
+            Kind::Input => self.input(from, frame),
             Kind::GiveUp => self.give_up(frame),
-            Kind::Stand => self.stand(from, frame),
-            Kind::Letter | Kind::Ask | Kind::Answer if frame.to < self.world => {
-                if frame.kind == Kind::Letter {
-                    *self.letters.entry((frame.group, from, frame.to)).or_default() += 1;
+            Kind::Waiting => self.wait_for_message(from, frame),
+            Kind::Message | Kind::Ask | Kind::Answer if frame.to < self.world => {
+                if frame.kind == Kind::Message {
+                    *self.messages.entry((frame.group, from, frame.to)).or_default() += 1;
                 }
                 Some(vec![(frame.to, Frame { from, ..frame })])
             }
             Kind::Broken => Some(self.break_for(frame)),
             Kind::Late => {
-                let missing = Words(&frame.body).map(|rank| self.first_of(frame.group, rank as usize) as u64);
-                let body = from_words(missing).into();
+                let missing = Numbers(&frame.body)
+                    .map(|rank| self.end_of_wait_chain(frame.group, rank as usize) as u64);
+                let body = from_numbers(missing).into();
                 Some(self.break_for(Frame { body, ..frame }))
             }
             _ => None,
         }
     }
 
-    fn part(&mut self, from: usize, frame: Frame) -> Option<Post> {
-        let (group, place, size) = (frame.group, frame.from, frame.to);
-        if size > self.world || place >= size {
+    fn input(&mut self, from: usize, frame: Frame) -> Option<Deliveries> {
+        let (group, group_rank, size) = (frame.group, frame.from, frame.to);
+        if size > self.world || group_rank >= size {
             return None;
         }
         if self.broken.contains(&group) {
@@ -85,56 +86,56 @@ impl Hub {
         if round.len() != size {
             return None;
         }
-        round[place] = Some((from, frame.body));
-        self.stands.remove(&(group, from));
-        self.taken.entry(from).or_default().insert(group, frame.round.checked_add(1)?);
+        round[group_rank] = Some((from, frame.body));
+        self.waiting.remove(&(group, from));
+        self.rounds_joined.entry(from).or_default().insert(group, frame.round.checked_add(1)?);
         if round.iter().any(Option::is_none) {
-            return Some(self.circle(group));
+            return Some(self.break_wait_cycle(group));
         }
-        let parts: Vec<_> = self.rounds.remove(&key).into_iter().flatten().flatten().collect();
+        let inputs: Vec<_> = self.rounds.remove(&key).into_iter().flatten().flatten().collect();
         let mut all = Strings::default();
-        parts.iter().for_each(|(_, part)| all.push(part));
-        let reply = Frame::new(Kind::Parts, group, frame.round, (0, 0), all.0);
-        Some(parts.iter().map(|(rank, _)| (*rank, reply.clone())).collect())
+        inputs.iter().for_each(|(_, input)| all.push(input));
+        let reply = Frame::new(Kind::Inputs, group, frame.round, (0, 0), all.0);
+        Some(inputs.iter().map(|(rank, _)| (*rank, reply.clone())).collect())
     }
 
-    /// A rank waits no longer for a round: that breaks the group, unless the round is complete or
-    /// something else was quicker.
-    fn give_up(&mut self, frame: Frame) -> Option<Post> {
+    /// Handles a rank that stops waiting for a round: breaks the group, unless the round completed
+    /// or the group broke before.
+    fn give_up(&mut self, frame: Frame) -> Option<Deliveries> {
         let Some(round) = self.rounds.get(&(frame.group, frame.round)) else { return Some(Vec::new()) };
-        let mut words = Words(&frame.body);
-        let (after, members) = (words.next()?, words.collect::<Vec<_>>());
+        let mut numbers = Numbers(&frame.body);
+        let (after, members) = (numbers.next()?, numbers.collect::<Vec<_>>());
         if members.len() != round.len() {
             return None;
         }
-        let missing = members.iter().zip(round).filter(|(_, part)| part.is_none());
-        let body = from_words(missing.map(|(rank, _)| *rank));
+        let missing = members.iter().zip(round).filter(|(_, input)| input.is_none());
+        let body = from_numbers(missing.map(|(rank, _)| *rank));
         Some(self.break_for(Frame::new(Kind::Late, frame.group, after, (0, 0), body)))
     }
 
-    /// A rank waits for a message.
-    fn stand(&mut self, from: usize, frame: Frame) -> Option<Post> {
-        let stand = Stand { sender: frame.to, received: frame.round, words: frame.body };
-        stand.places()?;
+    /// Records that a rank waits for a message.
+    fn wait_for_message(&mut self, from: usize, frame: Frame) -> Option<Deliveries> {
+        let waiting = Waiting { sender: frame.to, received: frame.round, ranks_and_call: frame.body };
+        waiting.ranks_and_call()?;
         if !self.broken.contains(&frame.group) {
-            self.stands.insert((frame.group, from), stand);
+            self.waiting.insert((frame.group, from), waiting);
         }
-        Some(self.circle(frame.group))
+        Some(self.break_wait_cycle(frame.group))
     }
 
-    /// Whether a rank still waits for a message that was not sent.
-    fn waits(&self, group: u64, rank: usize) -> Option<&Stand> {
-        let stand = self.stands.get(&(group, rank))?;
-        let sent = self.letters.get(&(group, stand.sender, rank)).copied().unwrap_or(0);
-        (sent == stand.received).then_some(stand)
+    /// Returns what a rank waits for, if that message has not been sent.
+    fn pending_wait(&self, group: u64, rank: usize) -> Option<&Waiting> {
+        let waiting = self.waiting.get(&(group, rank))?;
+        let sent = self.messages.get(&(group, waiting.sender, rank)).copied().unwrap_or(0);
+        (sent == waiting.received).then_some(waiting)
     }
 
-    /// The rank that a rank waits for, or the one that this one waits for, and so on to the last.
-    fn first_of(&self, group: u64, rank: usize) -> usize {
+    /// Follows the chain of waiting ranks from `rank` and returns the last one.
+    fn end_of_wait_chain(&self, group: u64, rank: usize) -> usize {
         let mut last = rank;
         for _ in 0..self.world {
-            match self.waits(group, last) {
-                Some(stand) => last = stand.sender,
+            match self.pending_wait(group, last) {
+                Some(waiting) => last = waiting.sender,
                 None => return last,
             }
         }
@@ -142,137 +143,141 @@ impl Hub {
         rank
     }
 
-    /// A waits for a message of B, while B waits in a round that needs A: they disagree.
-    fn circle(&mut self, group: u64) -> Post {
-        let found = self.stands.keys().filter(|(of, _)| *of == group).find_map(|(_, rank)| {
-            let stand = self.waits(group, *rank).filter(|stand| !self.lost.contains(&stand.sender))?;
-            let mut parts =
+    /// Breaks the group on a wait cycle: A waits for a message from B while B waits in a round that
+    /// needs A.
+    fn break_wait_cycle(&mut self, group: u64) -> Deliveries {
+        let found = self.waiting.keys().filter(|(of, _)| *of == group).find_map(|(_, rank)| {
+            let waiting =
+                self.pending_wait(group, *rank).filter(|waiting| !self.lost.contains(&waiting.sender))?;
+            let mut inputs =
                 self.rounds.iter().filter(|((of, _), _)| *of == group).flat_map(|(_, round)| round);
-            let (_, part) = parts.find_map(|part| part.as_ref().filter(|(rank, _)| *rank == stand.sender))?;
-            let words =
+            let (_, input) =
+                inputs.find_map(|input| input.as_ref().filter(|(rank, _)| *rank == waiting.sender))?;
+            let text =
                 |bytes: Option<&&[u8]>| String::from_utf8_lossy(bytes.unwrap_or(&&[][..])).into_owned();
-            let ([waits, sender], call) = stand.places()?;
-            let their_call = words(Strings::all(part)?.get(2));
-            Some(Mismatch::between((waits, words(Some(&call))), (sender, their_call)))
+            let ([receiver, sender], call) = waiting.ranks_and_call()?;
+            let their_call = text(Strings::all(input)?.get(2));
+            Some(Mismatch::between((receiver, text(Some(&call))), (sender, their_call)))
         });
         let news = |mismatch| Frame::new(Kind::Broken, group, 0, (0, 0), from_mismatch(&mismatch));
         found.map_or_else(Vec::new, |mismatch| self.break_for(news(mismatch)))
     }
 
-    /// Tells all ranks what broke a group. The first news of a group counts.
-    fn break_for(&mut self, news: Frame) -> Post {
+    /// Sends all ranks the reason a group broke. The first reason of each group wins.
+    fn break_for(&mut self, news: Frame) -> Deliveries {
         if !self.broken.insert(news.group) {
             return Vec::new();
         }
         self.rounds.retain(|(group, _), _| *group != news.group);
-        self.stands.retain(|(group, _), _| *group != news.group);
+        self.waiting.retain(|(group, _), _| *group != news.group);
         (0..self.world).map(|rank| (rank, news.clone())).collect()
     }
 
-    /// The news of a lost rank, whose last words are given, once.
-    pub(super) fn lose(&mut self, rank: usize, last: Frame) -> Post {
+    /// Sends all other ranks the loss of a rank, once, with its last frame.
+    pub(super) fn report_loss(&mut self, rank: usize, last: Frame) -> Deliveries {
         if !self.lost.insert(rank) {
             return Vec::new();
         }
-        self.stands.retain(|(_, waits), _| *waits != rank);
+        self.waiting.retain(|(_, receiver), _| *receiver != rank);
         let mut body = last.body.to_vec();
-        body.extend(pairs(self.taken.get(&rank).into_iter().flatten()));
+        body.extend(from_counts(self.rounds_joined.get(&rank).into_iter().flatten()));
         let news = Frame { from: rank, body: body.into(), ..last };
         (0..self.world).filter(|&other| other != rank).map(|other| (other, news.clone())).collect()
     }
 }
 
-impl Stand {
-    /// The places, and the call.
-    fn places(&self) -> Option<([usize; 2], &[u8])> {
-        let (places, call) = self.words.split_at_checked(16)?;
-        let places: Vec<_> = Words(places).map(|place| place as usize).collect();
-        Some((places.try_into().ok()?, call))
+impl Waiting {
+    /// Returns the group ranks and the call.
+    fn ranks_and_call(&self) -> Option<([usize; 2], &[u8])> {
+        let (ranks, call) = self.ranks_and_call.split_at_checked(16)?;
+        let ranks: Vec<_> = Numbers(ranks).map(|rank| rank as usize).collect();
+        Some((ranks.try_into().ok()?, call))
     }
 }
 
-pub(super) fn pairs<'a>(counts: impl Iterator<Item = (&'a u64, &'a u64)>) -> Vec<u8> {
-    from_words(counts.flat_map(|(of, count)| [*of, *count]))
+/// Encodes counts as pairs of group or work, and count.
+pub(super) fn from_counts<'a>(counts: impl Iterator<Item = (&'a u64, &'a u64)>) -> Vec<u8> {
+    from_numbers(counts.flat_map(|(of, count)| [*of, *count]))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn part(round: u64, place: usize, size: usize) -> Frame {
+    fn input(round: u64, group_rank: usize, size: usize) -> Frame {
         let mut body = Strings::default();
-        [&b"hash"[..], b"counts", b"barrier", b""].into_iter().for_each(|words| body.push(words));
-        Frame::new(Kind::Part, 7, round, (place, size), body.0)
+        [&b"hash"[..], b"counts", b"barrier", b""].into_iter().for_each(|bytes| body.push(bytes));
+        Frame::new(Kind::Input, 7, round, (group_rank, size), body.0)
     }
 
     fn give_up(round: u64, members: &[u64]) -> Frame {
-        let body = from_words([1_000].iter().chain(members).copied());
+        let body = from_numbers([1_000].iter().chain(members).copied());
         Frame::new(Kind::GiveUp, 7, round, (0, 0), body)
     }
 
-    fn letter(to: usize) -> Frame {
-        Frame::new(Kind::Letter, 7, 0, (0, to), Vec::new())
+    fn message(to: usize) -> Frame {
+        Frame::new(Kind::Message, 7, 0, (0, to), Vec::new())
     }
 
-    /// The rank at `place` waits for a message of rank `sender`, whose place is its number.
-    fn stand(place: u64, sender: usize, received: u64) -> Frame {
-        let mut body = from_words([place, sender as u64]);
+    /// The rank `group_rank` waits for a message from rank `sender`, whose group rank is the same.
+    fn waiting(group_rank: u64, sender: usize, received: u64) -> Frame {
+        let mut body = from_numbers([group_rank, sender as u64]);
         body.extend(b"exchange");
-        Frame::new(Kind::Stand, 7, received, (0, sender), body)
+        Frame::new(Kind::Waiting, 7, received, (0, sender), body)
     }
 
-    fn kinds(post: &Post) -> Vec<(usize, Kind)> {
-        post.iter().map(|(rank, frame)| (*rank, frame.kind)).collect()
+    fn kinds(deliveries: &Deliveries) -> Vec<(usize, Kind)> {
+        deliveries.iter().map(|(rank, frame)| (*rank, frame.kind)).collect()
     }
 
     #[test]
     fn frames_that_no_rank_sends_are_known() {
         let mut hub = Hub::new(3);
-        assert!(hub.take(1, part(0, 0, 2)).is_some_and(|post| post.is_empty()));
+        assert!(hub.take(1, input(0, 0, 2)).is_some_and(|deliveries| deliveries.is_empty()));
         let bad = [
-            part(1, 0, 1 << 40),
-            part(1, 0, usize::MAX),
-            part(1, 2, 2),
-            // A round of two, by what was said of it first.
-            part(0, 1, 3),
-            part(u64::MAX, 0, 2),
-            letter(3),
+            input(1, 0, 1 << 40),
+            input(1, 0, usize::MAX),
+            input(1, 2, 2),
+            // The first input said that the round has two ranks.
+            input(0, 1, 3),
+            input(u64::MAX, 0, 2),
+            message(3),
             Frame::new(Kind::Ask, 7, 0, (1, usize::MAX), Vec::new()),
-            Frame::new(Kind::Stand, 7, 0, (1, 0), vec![0; 15]),
+            Frame::new(Kind::Waiting, 7, 0, (1, 0), vec![0; 15]),
             give_up(0, &[0, 1, 2]),
             Frame::new(Kind::GiveUp, 7, 0, (0, 0), vec![0; 7]),
-            Frame::new(Kind::Parts, 7, 0, (0, 0), Vec::new()),
+            Frame::new(Kind::Inputs, 7, 0, (0, 0), Vec::new()),
             Frame::new(Kind::Bye, 7, 0, (0, 0), Vec::new()),
         ];
         for frame in bad {
-            let words = format!("{frame:?}");
-            assert!(hub.take(2, frame).is_none(), "{words}");
+            let text = format!("{frame:?}");
+            assert!(hub.take(2, frame).is_none(), "{text}");
         }
     }
 
-    /// Whoever is first: all ranks get the same.
+    /// Whichever comes first decides: all ranks get the same outcome.
     #[test]
     fn a_round_is_complete_or_given_up() {
         let mut hub = Hub::new(2);
-        assert!(hub.take(1, part(0, 1, 2)).unwrap().is_empty());
-        let complete = hub.take(0, part(0, 0, 2)).unwrap();
-        assert_eq!(kinds(&complete), [(0, Kind::Parts), (1, Kind::Parts)]);
+        assert!(hub.take(1, input(0, 1, 2)).unwrap().is_empty());
+        let complete = hub.take(0, input(0, 0, 2)).unwrap();
+        assert_eq!(kinds(&complete), [(0, Kind::Inputs), (1, Kind::Inputs)]);
         assert!(hub.take(1, give_up(0, &[0, 1])).unwrap().is_empty());
 
-        assert!(hub.take(1, part(1, 1, 2)).unwrap().is_empty());
+        assert!(hub.take(1, input(1, 1, 2)).unwrap().is_empty());
         let late = hub.take(1, give_up(1, &[0, 1])).unwrap();
         assert_eq!(kinds(&late), [(0, Kind::Late), (1, Kind::Late)]);
-        assert_eq!(Words(&late[0].1.body).collect::<Vec<_>>(), [0]);
-        assert!(hub.take(0, part(1, 0, 2)).unwrap().is_empty());
+        assert_eq!(Numbers(&late[0].1.body).collect::<Vec<_>>(), [0]);
+        assert!(hub.take(0, input(1, 0, 2)).unwrap().is_empty());
         assert!(hub.take(0, give_up(1, &[0, 1])).unwrap().is_empty());
     }
 
     #[test]
-    fn who_waits_in_a_circle_disagrees() {
-        for part_first in [true, false] {
+    fn a_wait_cycle_is_a_disagreement() {
+        for input_first in [true, false] {
             let mut hub = Hub::new(3);
-            let frames = [(0, part(4, 0, 3)), (2, stand(2, 0, 0))];
-            let [first, second] = if part_first {
+            let frames = [(0, input(4, 0, 3)), (2, waiting(2, 0, 0))];
+            let [first, second] = if input_first {
                 frames
             } else {
                 let [a, b] = frames;
@@ -287,16 +292,16 @@ mod tests {
         }
     }
 
-    /// The message was sent before its sender came to the round.
+    /// The message was sent before its sender entered the round.
     #[test]
-    fn a_message_on_its_way_makes_no_circle() {
+    fn a_message_on_its_way_makes_no_wait_cycle() {
         let mut hub = Hub::new(2);
-        assert_eq!(kinds(&hub.take(0, letter(1)).unwrap()), [(1, Kind::Letter)]);
-        assert!(hub.take(1, stand(1, 0, 0)).unwrap().is_empty());
-        assert!(hub.take(0, part(0, 0, 2)).unwrap().is_empty());
-        assert_eq!(kinds(&hub.take(1, part(0, 1, 2)).unwrap()), [(0, Kind::Parts), (1, Kind::Parts)]);
-        // It waits for another one, which does not come.
-        assert!(hub.take(0, part(1, 0, 2)).unwrap().is_empty());
-        assert_eq!(kinds(&hub.take(1, stand(1, 0, 1)).unwrap()), [(0, Kind::Broken), (1, Kind::Broken)]);
+        assert_eq!(kinds(&hub.take(0, message(1)).unwrap()), [(1, Kind::Message)]);
+        assert!(hub.take(1, waiting(1, 0, 0)).unwrap().is_empty());
+        assert!(hub.take(0, input(0, 0, 2)).unwrap().is_empty());
+        assert_eq!(kinds(&hub.take(1, input(0, 1, 2)).unwrap()), [(0, Kind::Inputs), (1, Kind::Inputs)]);
+        // The receiver waits for another message, which does not come.
+        assert!(hub.take(0, input(1, 0, 2)).unwrap().is_empty());
+        assert_eq!(kinds(&hub.take(1, waiting(1, 0, 1)).unwrap()), [(0, Kind::Broken), (1, Kind::Broken)]);
     }
 }

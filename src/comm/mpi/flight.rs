@@ -1,17 +1,19 @@
-//! One collective, from the meeting of the calls to its result.
+//! One collective, from the comparison of the calls to its result.
 //!
-//! 1. **Meeting**: every rank tells every other its call, and with it a payload of at most [`EAGER`] bytes. Nobody's data has
-//!    moved but these copies. If the calls differ, the first rank and the one that differs send theirs in words, and all get
-//!    the same error.
-//! 2. **Shards**: if the payload was longer, every rank sends each other what that needs of its data.
-//! 3. **Sums**: in an all-reduce every rank has reduced a part of the tensor, and sends it to the others.
+//! 1. **Calls**: every rank sends every other its call, with a payload of at most [`EAGER`] bytes.
+//!    No other data has moved. If the calls differ, the first rank and the one that differs send
+//!    theirs as text, and all ranks get the same error.
+//! 2. **Shards**: if the payload is longer, every rank sends each other rank the data that it
+//!    needs.
+//! 3. **Sums**: in an all-reduce every rank has reduced a chunk of the tensor, and sends it to the
+//!    others.
 //!
 //! Sums are made in rank order, as thread ranks make them: the same bits.
 
 use super::{
+    engine::{Advance, CALL_TEXT, DATA, Engine, TAGS},
     members::Members,
     message::{Message, pack},
-    post::{Advance, DATA, Post, TAGS, WORDS},
 };
 use crate::{
     comm::{Call, ReduceOp, Shards, cause::Cause, combine},
@@ -29,7 +31,7 @@ use std::{
 /// Payloads of at most this many bytes travel with the call.
 const EAGER: usize = 4096;
 
-/// What is to be made of the ranks' data.
+/// The operation on the ranks' data.
 pub(super) enum Task {
     AllReduce(ReduceOp),
     AllGather(Shards),
@@ -40,7 +42,7 @@ pub(super) enum Task {
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Stage {
-    Meeting,
+    Calls,
     /// The calls of the first rank and of this one differ.
     Dispute(usize),
     Shards,
@@ -53,7 +55,7 @@ pub(super) struct Flight<T> {
     pub(super) call: Call,
     task: Task,
     number: u64,
-    /// This rank's data: empty if nobody reads it.
+    /// This rank's data: empty if no rank reads it.
     own: Arc<Vec<T>>,
     state: RefCell<State<T>>,
     moved: Cell<Instant>,
@@ -61,10 +63,10 @@ pub(super) struct Flight<T> {
 
 struct State<T> {
     stage: Stage,
-    /// What the other ranks have said in the meeting.
+    /// The calls received from the other ranks.
     calls: Vec<Option<(u64, [u64; 2], Message)>>,
-    /// What they have sent in this stage.
-    parts: Vec<Option<Message>>,
+    /// The data received from them in this stage.
+    received: Vec<Option<Message>>,
     result: Vec<T>,
     error: Option<Error>,
 }
@@ -72,7 +74,7 @@ struct State<T> {
 impl<T: Element + bytemuck::Pod> Flight<T> {
     /// Starts a collective whose result has `len` elements.
     pub(super) fn start(
-        post: &Post,
+        engine: &Engine,
         members: &Rc<Members>,
         call: &Call,
         task: Task,
@@ -84,9 +86,9 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         members.flights.set(number + 1);
         let none = || (0..members.size()).map(|_| None).collect();
         let state = State {
-            stage: Stage::Meeting,
+            stage: Stage::Calls,
             calls: none(),
-            parts: (0..members.size()).map(|_| None).collect(),
+            received: (0..members.size()).map(|_| None).collect(),
             result: vec![T::default(); len],
             error: None,
         };
@@ -100,21 +102,21 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
             moved: Cell::new(Instant::now()),
         });
         let payload: &[T] = if flight.is_eager() { &flight.own } else { &[] };
-        members.call(post, call, bytemuck::cast_slice(payload));
-        post.add(flight.clone());
+        members.call(engine, call, bytemuck::cast_slice(payload));
+        engine.add(flight.clone());
         Ok(flight)
     }
 
     /// Waits for the result and copies it to `to`.
-    pub(super) fn wait(&self, post: &Post, to: &mut [T]) -> Result<()> {
-        let done = post.wait(|| Some(self.moved.get()), || self.is_done().then_some(()));
+    pub(super) fn wait(&self, engine: &Engine, to: &mut [T]) -> Result<()> {
+        let done = engine.wait(|| Some(self.moved.get()), || self.is_done().then_some(()));
         if done.is_none() {
             let stage = self.state.borrow().stage;
-            let cause = Cause::Deadline { missing: self.missing(), after: post.deadline };
-            let error = self.members.fail(post, &self.call, cause);
+            let cause = Cause::Deadline { missing: self.missing(), after: engine.deadline };
+            let error = self.members.fail(engine, &self.call, cause);
             if stage == Stage::Shards || stage == Stage::Sums {
-                // Data is under way that no one can call back.
-                post.abort(&error);
+                // Data is in transit that cannot be recalled.
+                engine.abort(&error);
             }
             let mut state = self.state.borrow_mut();
             state.stage = Stage::Done;
@@ -145,9 +147,9 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
     fn missing(&self) -> Vec<usize> {
         let state = self.state.borrow();
         let missing = |peer: &usize| match state.stage {
-            Stage::Meeting => state.calls[*peer].is_none(),
-            Stage::Dispute(right) => [0, right].contains(peer) && state.parts[*peer].is_none(),
-            _ => self.is_sender(*peer) && state.parts[*peer].is_none(),
+            Stage::Calls => state.calls[*peer].is_none(),
+            Stage::Dispute(right) => [0, right].contains(peer) && state.received[*peer].is_none(),
+            _ => self.is_sender(*peer) && state.received[*peer].is_none(),
         };
         self.members.peers().filter(missing).collect()
     }
@@ -168,7 +170,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         longest * size_of::<T>() <= EAGER
     }
 
-    /// Whether a rank sends this one something in the stage of parts or of sums.
+    /// Whether a rank sends this one data in the stages `Shards` and `Sums`.
     fn is_sender(&self, peer: usize) -> bool {
         match self.task {
             Task::Broadcast(root) => peer == root,
@@ -176,7 +178,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         }
     }
 
-    /// The cut of an all-reduce: which part of the tensor each rank reduces.
+    /// The partition of an all-reduce: the chunk of the tensor that each rank reduces.
     fn chunks(&self) -> Partition {
         Partition::even(self.own.len(), self.size())
     }
@@ -186,18 +188,18 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         DATA + (self.number % tags * 2 + stage) as i32
     }
 
-    /// The columns of a rank, of this rank's `[rows, total]`.
+    /// Copies a rank's columns out of this rank's `[rows, total]`.
     fn columns(&self, parts: &Shards, rank: usize) -> Vec<T> {
         let columns = parts.partition.range(rank);
         let rows = self.own.chunks_exact(parts.partition.total().max(1));
         rows.flat_map(|row| &row[columns.clone()]).copied().collect()
     }
 
-    /// Sends every rank what it needs of this rank's data.
-    fn send_parts(&self, post: &Post) {
+    /// Sends every rank the data that it needs from this one.
+    fn send_shards(&self, engine: &Engine) {
         let tag = self.tag(0);
         let send =
-            |peer, part: &[T]| self.members.send(post, peer, tag, &pack(&[bytemuck::cast_slice(part)]));
+            |peer, part: &[T]| self.members.send(engine, peer, tag, &pack(&[bytemuck::cast_slice(part)]));
         match &self.task {
             Task::AllReduce(_) => {
                 let chunks = self.chunks();
@@ -207,37 +209,38 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
                 self.members.peers().for_each(|peer| send(peer, &self.columns(parts, peer)));
             }
             Task::Broadcast(root) if *root != self.members.rank => {}
-            _ => self.send_to_all(post, tag, &self.own),
+            _ => self.send_to_all(engine, tag, &self.own),
         }
     }
 
-    fn send_to_all(&self, post: &Post, tag: i32, data: &[T]) {
-        let words = pack(&[bytemuck::cast_slice(data)]);
-        self.members.peers().for_each(|peer| self.members.send(post, peer, tag, &words));
+    fn send_to_all(&self, engine: &Engine, tag: i32, data: &[T]) {
+        let message = pack(&[bytemuck::cast_slice(data)]);
+        self.members.peers().for_each(|peer| self.members.send(engine, peer, tag, &message));
     }
 
-    /// Takes what has arrived of a stage. Returns whether nothing is missing.
+    /// Takes the messages that have arrived for a stage. Returns whether none is missing.
     fn collect(
         &self,
-        post: &Post,
-        parts: &mut [Option<Message>],
+        engine: &Engine,
+        received: &mut [Option<Message>],
         tag: i32,
         from: impl Fn(usize) -> bool,
     ) -> bool {
         let mut complete = true;
         for peer in self.members.peers().filter(|&peer| from(peer)) {
-            if parts[peer].is_none() {
-                parts[peer] = self.members.take(post, peer, tag);
-                if parts[peer].is_some() {
+            if received[peer].is_none() {
+                received[peer] = self.members.take(engine, peer, tag);
+                if received[peer].is_some() {
                     self.moved.set(Instant::now());
                 }
             }
-            complete &= parts[peer].is_some();
+            complete &= received[peer].is_some();
         }
         complete
     }
 
-    /// The result of data that came with the calls, or an error if some of it has another length than it should.
+    /// Computes the result from data that came with the calls. An error if some data has the wrong
+    /// length.
     fn finish_eager(&self, calls: &[Option<(u64, [u64; 2], Message)>], result: &mut [T]) -> Result<()> {
         let mut inputs: Vec<&[T]> = Vec::with_capacity(self.size());
         for (rank, call) in calls.iter().enumerate() {
@@ -270,10 +273,10 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         Ok(())
     }
 
-    /// What the ranks have sent; `own` in this rank's place.
+    /// Returns the ranks' data, with `own` for this rank.
     fn inputs<'a>(
         &self,
-        parts: &'a [Option<Message>],
+        received: &'a [Option<Message>],
         own: &'a [T],
         len: impl Fn(usize) -> usize,
     ) -> Result<Vec<&'a [T]>> {
@@ -284,32 +287,33 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
             };
             input.filter(|input| input.len() == len(rank)).ok_or_else(|| self.damaged())
         };
-        parts.iter().enumerate().map(input).collect()
+        received.iter().enumerate().map(input).collect()
     }
 
-    /// Makes the result, or an all-reduce's part of it, of all ranks' parts. Returns whether it is all.
-    fn finish_parts(&self, post: &Post, parts: &[Option<Message>], result: &mut [T]) -> Result<bool> {
+    /// Computes the result, or this rank's chunk of an all-reduce, from all ranks' data. Returns
+    /// whether the result is complete.
+    fn finish_shards(&self, engine: &Engine, received: &[Option<Message>], result: &mut [T]) -> Result<bool> {
         let rank = self.members.rank;
         match &self.task {
             Task::AllReduce(op) => {
                 let mine = self.chunks().range(rank);
-                let inputs = self.inputs(parts, &self.own[mine.clone()], |_| mine.len())?;
+                let inputs = self.inputs(received, &self.own[mine.clone()], |_| mine.len())?;
                 let sums = &mut result[mine];
                 combine::reduce(*op, self.size(), |rank| inputs[rank], sums);
-                self.send_to_all(post, self.tag(1), sums);
+                self.send_to_all(engine, self.tag(1), sums);
                 return Ok(false);
             }
-            Task::AllGather(cut) => {
-                let inputs = self.inputs(parts, &self.own, |rank| cut.len(rank))?;
-                combine::gather(cut, |rank| inputs[rank], result);
+            Task::AllGather(parts) => {
+                let inputs = self.inputs(received, &self.own, |rank| parts.len(rank))?;
+                combine::gather(parts, |rank| inputs[rank], result);
             }
-            Task::ReduceScatter(op, cut) => {
-                let own = self.columns(cut, rank);
-                let inputs = self.inputs(parts, &own, |_| cut.len(rank))?;
+            Task::ReduceScatter(op, parts) => {
+                let own = self.columns(parts, rank);
+                let inputs = self.inputs(received, &own, |_| parts.len(rank))?;
                 combine::reduce(*op, self.size(), |rank| inputs[rank], result);
             }
             Task::Broadcast(root) => {
-                let data = match &parts[*root] {
+                let data = match &received[*root] {
                     Some(message) => message.data(0).ok_or_else(|| self.damaged())?,
                     None => &self.own[..],
                 };
@@ -323,9 +327,11 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         Ok(true)
     }
 
-    fn finish_sums(&self, parts: &[Option<Message>], result: &mut [T]) -> Result<()> {
+    fn finish_sums(&self, received: &[Option<Message>], result: &mut [T]) -> Result<()> {
         let chunks = self.chunks();
-        for (rank, part) in parts.iter().enumerate().filter_map(|(rank, part)| Some((rank, part.as_ref()?))) {
+        for (rank, part) in
+            received.iter().enumerate().filter_map(|(rank, part)| Some((rank, part.as_ref()?)))
+        {
             let sums = part.data::<T>(0).filter(|sums| sums.len() == chunks.size(rank));
             result[chunks.range(rank)].copy_from_slice(sums.ok_or_else(|| self.damaged())?);
         }
@@ -337,24 +343,24 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         Error::invalid(op, "a message of another rank is damaged: do all run the same program?")
     }
 
-    /// What ends the flight before it is complete, if something does.
-    fn obstacle(&self, post: &Post) -> Option<Error> {
+    /// Returns the error that ends the flight early, if there is one.
+    fn obstacle(&self, engine: &Engine) -> Option<Error> {
         let missing = self.missing();
-        let cause = self.members.obstacle(post, &missing)?;
-        // What came before a rank was lost counts.
-        (!missing.is_empty()).then(|| self.members.fail(post, &self.call, cause))
+        let cause = self.members.obstacle(engine, &missing)?;
+        // Data that arrived before a rank was lost still counts.
+        (!missing.is_empty()).then(|| self.members.fail(engine, &self.call, cause))
     }
 
-    /// The stage after the meeting.
-    fn compare(&self, post: &Post, state: &mut State<T>) -> Result<Stage> {
+    /// Compares the calls and returns the next stage.
+    fn compare(&self, engine: &Engine, state: &mut State<T>) -> Result<Stage> {
         let own = self.call.fingerprint();
         let prints: Vec<u64> =
             state.calls.iter().map(|call| call.as_ref().map_or(own, |(print, ..)| *print)).collect();
         if let Some(right) = prints.iter().position(|print| *print != prints[0]) {
             self.members.disputed.set(true);
             if [0, right].contains(&self.members.rank) {
-                let words = pack(&[self.call.to_string().as_bytes()]);
-                self.members.peers().for_each(|peer| self.members.send(post, peer, WORDS, &words));
+                let text = pack(&[self.call.to_string().as_bytes()]);
+                self.members.peers().for_each(|peer| self.members.send(engine, peer, CALL_TEXT, &text));
             }
             return Ok(Stage::Dispute(right));
         }
@@ -362,61 +368,61 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         let counts = state.calls.iter().map(|call| call.as_ref().map_or(own, |(_, counts, _)| *counts));
         if let Some(mismatch) = self.call.unreceived(counts) {
             let cause = Cause::Disagreement(Box::new(mismatch));
-            return Err(self.members.fail(post, &self.call, cause));
+            return Err(self.members.fail(engine, &self.call, cause));
         }
         if self.is_eager() {
             self.finish_eager(&state.calls, &mut state.result)?;
             return Ok(Stage::Done);
         }
-        self.send_parts(post);
+        self.send_shards(engine);
         Ok(Stage::Shards)
     }
 
-    /// The stage that follows, if this one is over.
-    fn step(&self, post: &Post, state: &mut State<T>) -> Result<Option<Stage>> {
+    /// Returns the next stage, if this one is over.
+    fn step(&self, engine: &Engine, state: &mut State<T>) -> Result<Option<Stage>> {
         match state.stage {
-            // A disagreement before this one is being put into words.
-            Stage::Meeting if self.members.disputed.get() => Ok(None),
-            Stage::Meeting => {
+            // The texts of an earlier disagreement are still in transit.
+            Stage::Calls if self.members.disputed.get() => Ok(None),
+            Stage::Calls => {
                 let mut complete = true;
                 for peer in self.members.peers() {
                     if state.calls[peer].is_none() {
-                        state.calls[peer] = self.members.hear(post, peer);
+                        state.calls[peer] = self.members.take_call(engine, peer);
                     }
                     complete &= state.calls[peer].is_some();
                 }
-                if complete { self.compare(post, state).map(Some) } else { Ok(None) }
+                if complete { self.compare(engine, state).map(Some) } else { Ok(None) }
             }
             Stage::Dispute(right) => {
                 let rank = self.members.rank;
-                if !self.collect(post, &mut state.parts, WORDS, |peer| [0, right].contains(&peer)) {
+                if !self.collect(engine, &mut state.received, CALL_TEXT, |peer| [0, right].contains(&peer)) {
                     return Ok(None);
                 }
-                let words = |of: usize| match &state.parts[of] {
+                let text = |of: usize| match &state.received[of] {
                     Some(message) if of != rank => message.text(0).unwrap_or_default(),
                     _ => self.call.to_string(),
                 };
                 let mismatch =
-                    Mismatch { left_rank: 0, left: words(0), right_rank: right, right: words(right) };
+                    Mismatch { left_rank: 0, left: text(0), right_rank: right, right: text(right) };
                 let cause = Cause::Disagreement(Box::new(mismatch));
                 self.members.disputed.set(false);
-                Err(self.members.fail(post, &self.call, cause))
+                Err(self.members.fail(engine, &self.call, cause))
             }
             Stage::Shards => {
-                if !self.collect(post, &mut state.parts, self.tag(0), |peer| self.is_sender(peer)) {
+                if !self.collect(engine, &mut state.received, self.tag(0), |peer| self.is_sender(peer)) {
                     return Ok(None);
                 }
-                if self.finish_parts(post, &state.parts, &mut state.result)? {
+                if self.finish_shards(engine, &state.received, &mut state.result)? {
                     return Ok(Some(Stage::Done));
                 }
-                state.parts.iter_mut().for_each(|part| *part = None);
+                state.received.iter_mut().for_each(|part| *part = None);
                 Ok(Some(Stage::Sums))
             }
             Stage::Sums => {
-                if !self.collect(post, &mut state.parts, self.tag(1), |_| true) {
+                if !self.collect(engine, &mut state.received, self.tag(1), |_| true) {
                     return Ok(None);
                 }
-                self.finish_sums(&state.parts, &mut state.result)?;
+                self.finish_sums(&state.received, &mut state.result)?;
                 Ok(Some(Stage::Done))
             }
             Stage::Done => Ok(None),
@@ -425,10 +431,10 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
 }
 
 impl<T: Element + bytemuck::Pod> Advance for Flight<T> {
-    fn advance(&self, post: &Post) -> bool {
+    fn advance(&self, engine: &Engine) -> bool {
         loop {
             let mut state = self.state.borrow_mut();
-            let next = self.step(post, &mut state);
+            let next = self.step(engine, &mut state);
             match next {
                 Ok(Some(stage)) => state.stage = stage,
                 Ok(None) => break,
@@ -441,7 +447,7 @@ impl<T: Element + bytemuck::Pod> Advance for Flight<T> {
         if self.is_done() {
             return true;
         }
-        let Some(error) = self.obstacle(post) else { return false };
+        let Some(error) = self.obstacle(engine) else { return false };
         let mut state = self.state.borrow_mut();
         state.stage = Stage::Done;
         state.error = Some(error);

@@ -1,52 +1,77 @@
-//! What a message is made of: byte strings one after another, each after its length, aligned for every element.
+//! The encoding of messages: consecutive byte strings, each after its length, aligned for every
+//! element type.
 
+use crate::error::LostReason;
 use std::rc::Rc;
 
-/// The words of a message.
-pub(super) fn pack(parts: &[&[u8]]) -> Rc<Vec<u64>> {
-    let len = |part: &[u8]| 1 + part.len().div_ceil(8);
-    let mut words = vec![0; parts.iter().map(|part| len(part)).sum()];
-    let mut rest = &mut words[..];
-    for part in parts {
-        let (place, after) = rest.split_at_mut(len(part));
-        place[0] = part.len() as u64;
-        bytemuck::cast_slice_mut(&mut place[1..])[..part.len()].copy_from_slice(part);
+/// Encodes byte strings as u64.
+pub(super) fn pack(fields: &[&[u8]]) -> Rc<Vec<u64>> {
+    let len = |field: &[u8]| 1 + field.len().div_ceil(8);
+    let mut numbers = vec![0; fields.iter().map(|field| len(field)).sum()];
+    let mut rest = &mut numbers[..];
+    for field in fields {
+        let (slot, after) = rest.split_at_mut(len(field));
+        slot[0] = field.len() as u64;
+        bytemuck::cast_slice_mut(&mut slot[1..])[..field.len()].copy_from_slice(field);
         rest = after;
     }
-    Rc::new(words)
+    Rc::new(numbers)
 }
 
 /// A message that has arrived.
 pub(super) struct Message(pub(super) Vec<u64>);
 
 impl Message {
-    /// The part of that number.
-    pub(super) fn part(&self, number: usize) -> Option<&[u8]> {
-        part(&self.0, number)
+    /// Returns the field with this index.
+    pub(super) fn field(&self, number: usize) -> Option<&[u8]> {
+        field(&self.0, number)
     }
 
-    /// A part that is elements of a tensor.
+    /// Returns a field of tensor elements.
     pub(super) fn data<T: bytemuck::Pod>(&self, number: usize) -> Option<&[T]> {
-        bytemuck::try_cast_slice(self.part(number)?).ok()
+        bytemuck::try_cast_slice(self.field(number)?).ok()
     }
 
-    /// A part that is text.
+    /// Returns a field of text.
     pub(super) fn text(&self, number: usize) -> Option<String> {
-        self.part(number).map(|bytes| String::from_utf8_lossy(bytes).into_owned())
+        self.field(number).map(|bytes| String::from_utf8_lossy(bytes).into_owned())
     }
 }
 
-/// The part of that number of a message.
-pub(super) fn part(mut words: &[u64], number: usize) -> Option<&[u8]> {
+/// Returns the field of a message with this index.
+pub(super) fn field(mut numbers: &[u64], number: usize) -> Option<&[u8]> {
     for _ in 0..number {
-        let (len, rest) = words.split_first()?;
-        words = rest.get((*len as usize).div_ceil(8)..)?;
+        let (len, rest) = numbers.split_first()?;
+        numbers = rest.get((*len as usize).div_ceil(8)..)?;
     }
-    let (len, rest) = words.split_first()?;
+    let (len, rest) = numbers.split_first()?;
     bytemuck::cast_slice(rest).get(..*len as usize)
 }
 
-/// A part that is numbers.
-pub(super) fn numbers<const N: usize>(part: &[u8]) -> Option<[u64; N]> {
-    bytemuck::try_cast_slice(part).ok()?.try_into().ok()
+/// Decodes a field of numbers.
+pub(super) fn numbers<const N: usize>(field: &[u8]) -> Option<[u64; N]> {
+    bytemuck::try_cast_slice(field).ok()?.try_into().ok()
+}
+
+/// Encodes a reason.
+pub(super) fn code_of(loss: LostReason) -> u64 {
+    match loss {
+        LostReason::Left => 0,
+        LostReason::Failed => 1,
+        LostReason::Panicked => 2,
+        LostReason::Disconnected => 3,
+    }
+}
+
+/// Decodes a reason.
+pub(super) fn loss_of(code: u64) -> LostReason {
+    [LostReason::Left, LostReason::Failed, LostReason::Panicked]
+        .get(code as usize)
+        .copied()
+        .unwrap_or(LostReason::Disconnected)
+}
+
+/// Decodes the numbers at the head of a message.
+pub(super) fn head<const N: usize>(message: &[u64]) -> Option<[u64; N]> {
+    numbers(field(message, 0)?)
 }

@@ -1,12 +1,13 @@
-//! Ranks that are processes which an MPI library connects: [`crate::launch::Mpi`].
+//! Ranks as processes connected by an MPI library: [`crate::launch::Mpi`].
 //!
-//! MPI moves bytes between two processes; everything else is made here of messages that nobody waits for inside of MPI
-//! (`post.rs`): the comparison of calls before data moves, sums in rank order, the news of a rank that leaves, and deadlines.
+//! MPI only moves bytes between two processes. This module does the rest with messages that never
+//! block inside MPI (`engine.rs`): it compares calls before data moves, sums in rank order, reports
+//! ranks that leave, and keeps deadlines.
 
+mod engine;
 mod flight;
 mod members;
 mod message;
-mod post;
 mod raw;
 
 use super::{
@@ -18,65 +19,68 @@ use crate::{
     error::{Error, LostReason, Mismatch, Result},
 };
 use ::mpi::{Threading, environment};
+use engine::{Engine, MESSAGE};
 use flight::{Flight, Task};
 use members::Members;
 use message::{Message, pack};
-use post::{LETTER, Post};
 use std::{rc::Rc, time::Duration};
 
 /// One process's end of a group that MPI connects. Made by [`crate::launch::Mpi`].
 ///
-/// It carries tensors of any size, and gives the bits that thread ranks give. Every rank sends to every other: it is made for
-/// groups of up to some dozens of ranks.
+/// Carries tensors of any size and gives the same bits as thread ranks. Every rank sends to every
+/// other, so it is meant for groups of up to a few dozen ranks.
 ///
 /// * A *disagreement* is [`Error::Mismatch`] on every rank, before data moves.
 /// * A rank that returns, fails or panics is [`Error::PeerLost`] on every rank that still needs it.
-/// * A process that is killed or exits has its job ended by the MPI launcher.
-/// * A process that is stopped, or does not come: [`Error::Deadline`] names it, if data is not yet under way; otherwise the
-///   deadline ends the job (`MPI_Abort`) with the same words on stderr.
-/// * A collective that is started goes on whenever this process makes any call of any group, as MPI's own.
+/// * If a process is killed or exits, the MPI launcher ends the job.
+/// * If a process is stopped or does not come, [`Error::Deadline`] names it, as long as no data is
+///   in transit. Otherwise the deadline ends the job (`MPI_Abort`) with the same text on stderr.
+/// * A started collective makes progress during any call of this process on any group, as MPI's own
+///   do.
 pub struct MpiComm {
-    post: Rc<Post>,
+    engine: Rc<Engine>,
     members: Rc<Members>,
 }
 
 /// MPI, from its start to its end.
 pub(crate) struct Universe {
-    // Dropped in this order: what is sent over MPI ends before it.
+    // Fields are dropped in this order: communication ends before MPI.
     world: MpiComm,
     _mpi: Option<environment::Universe>,
 }
 
 impl Universe {
-    /// Starts MPI, if this program has not. Every process calls it, with the same `piece`.
-    pub(crate) fn start(deadline: Duration, piece: usize) -> Result<Self> {
+    /// Starts MPI, unless this program has. Every process calls it with the same `message_limit`.
+    pub(crate) fn start(deadline: Duration, message_limit: usize) -> Result<Self> {
         const OP: &str = "launch";
         if environment::is_finalized() {
             return Err(Error::invalid(OP, "MPI has ended already in this process, and starts only once"));
         }
         let mpi = environment::initialize_with_threading(Threading::Funneled).map(|(universe, _)| universe);
-        let post = Rc::new(Post::new(deadline, piece.div_ceil(8)));
-        let (rank, ranks) = (post.rank(), (0..post.size()).collect());
-        let members = Members::new(&post, "world".into(), ranks, rank, 0);
-        Ok(Self { world: MpiComm { post, members }, _mpi: mpi })
+        let engine = Rc::new(Engine::new(deadline, message_limit.div_ceil(8)));
+        let (rank, ranks) = (engine.rank(), (0..engine.size()).collect());
+        let members = Members::new(&engine, "world".into(), ranks, rank, 0);
+        Ok(Self { world: MpiComm { engine, members }, _mpi: mpi })
     }
 
-    /// An end of the group of all processes.
+    /// A communicator of all processes.
     pub(crate) fn world(&self) -> MpiComm {
-        MpiComm { post: Rc::clone(&self.world.post), members: Rc::clone(&self.world.members) }
+        MpiComm { engine: Rc::clone(&self.world.engine), members: Rc::clone(&self.world.members) }
     }
 
-    /// Leaves all groups, and ends MPI when all ranks have. If they do not, ends the job: `error` is why, if that is known.
-    /// Returns the error of a message that this rank has never received.
+    /// Leaves all groups, and ends MPI once all ranks have left. If they do not, ends the job, with
+    /// `error` as the reason if there is one. Returns the error of a message that this rank has
+    /// never received.
     pub(crate) fn end(self, loss: LostReason, error: Option<&Error>) -> Option<Error> {
-        // Who is known to be missing is not waited for once more; the others have a moment to say what they know.
+        // Ranks known to be missing are not waited for again; the others have a moment to report.
         let known = matches!(error, Some(Error::Deadline { .. }));
         let patience = known.then_some(Duration::from_millis(50));
-        let MpiComm { post, members } = &self.world;
-        let Err(staying) = post.leave(members, loss, patience) else { return post.unread() };
+        let MpiComm { engine, members } = &self.world;
+        let staying = || (0..engine.size()).filter(|&rank| !members.has_left(engine, rank)).collect();
+        let Err(staying) = engine.leave(staying, loss, patience) else { return engine.unread() };
         let missing =
-            Error::invalid("leave", format!("ranks {staying:?} did not leave within {:?}", post.deadline));
-        post.abort(error.unwrap_or(&missing));
+            Error::invalid("leave", format!("ranks {staying:?} did not leave within {:?}", engine.deadline));
+        engine.abort(error.unwrap_or(&missing));
     }
 }
 
@@ -88,50 +92,50 @@ impl MpiComm {
         own: Vec<T>,
         to: &mut [T],
     ) -> Result<()> {
-        Flight::start(&self.post, &self.members, call, task, own.into(), to.len())?.wait(&self.post, to)
+        Flight::start(&self.engine, &self.members, call, task, own.into(), to.len())?.wait(&self.engine, to)
     }
 
     fn send(&self, call: &Call, send: &Outgoing<'_, Cpu>) -> Result<()> {
-        if let Some(cause) = self.members.obstacle(&self.post, &[send.to]) {
-            return Err(self.members.fail(&self.post, call, cause));
+        if let Some(cause) = self.members.obstacle(&self.engine, &[send.to]) {
+            return Err(self.members.fail(&self.engine, call, cause));
         }
         let what = format!("{} {}", send.data.dtype(), send.shape);
         let site = call.site.to_string();
-        let words = pack(&[what.as_bytes(), site.as_bytes(), &to_bytes(send.data)]);
-        self.members.send(&self.post, send.to, LETTER, &words);
+        let message = pack(&[what.as_bytes(), site.as_bytes(), &to_bytes(send.data)]);
+        self.members.send(&self.engine, send.to, MESSAGE, &message);
         Ok(())
     }
 
     fn receive(&self, call: &Call, recv: Incoming<'_, Cpu>) -> Result<()> {
-        let (post, members) = (&self.post, &self.members);
-        let letter = post.wait(
+        let (engine, members) = (&self.engine, &self.members);
+        let message = engine.wait(
             || None,
             || {
-                let letter = members.take(post, recv.from, LETTER).map(Ok);
-                letter.or_else(|| members.obstacle(post, &[recv.from]).map(Err))
+                let message = members.take(engine, recv.from, MESSAGE).map(Ok);
+                message.or_else(|| members.obstacle(engine, &[recv.from]).map(Err))
             },
         );
-        let letter: Message = match letter {
-            Some(Ok(letter)) => letter,
-            Some(Err(cause)) => return Err(members.fail(post, call, cause)),
+        let message: Message = match message {
+            Some(Ok(message)) => message,
+            Some(Err(cause)) => return Err(members.fail(engine, call, cause)),
             None => {
-                let cause = Cause::Deadline { missing: vec![recv.from], after: post.deadline };
-                return Err(members.fail(post, call, cause));
+                let cause = Cause::Deadline { missing: vec![recv.from], after: engine.deadline };
+                return Err(members.fail(engine, call, cause));
             }
         };
         let (sent, expected) =
-            (letter.text(0).unwrap_or_default(), format!("{} {}", recv.data.dtype(), recv.shape));
+            (message.text(0).unwrap_or_default(), format!("{} {}", recv.data.dtype(), recv.shape));
         if sent != expected {
             let mismatch = Mismatch {
                 left_rank: recv.from,
-                left: format!("exchange, sending {sent} at {}", letter.text(1).unwrap_or_default()),
+                left: format!("exchange, sending {sent} at {}", message.text(1).unwrap_or_default()),
                 right_rank: members.rank,
                 right: format!("exchange, expecting {expected} at {}", call.site),
             };
-            members.breach(post, &mismatch);
-            return Err(members.fail(post, call, Cause::Disagreement(Box::new(mismatch))));
+            members.send_disagreement(engine, &mismatch);
+            return Err(members.fail(engine, call, Cause::Disagreement(Box::new(mismatch))));
         }
-        each_dtype!(AnyMut, recv.data, to => match letter.data(2) {
+        each_dtype!(AnyMut, recv.data, to => match message.data(2) {
             Some(data) if data.len() == to.len() => {
                 to.copy_from_slice(data);
                 Ok(())
@@ -201,8 +205,8 @@ impl Communicator<Cpu> for MpiComm {
     }
 
     fn obstacle(&self, call: &Call) -> Option<Error> {
-        let cause = self.members.obstacle(&self.post, &[])?;
-        Some(self.members.fail(&self.post, call, cause))
+        let cause = self.members.obstacle(&self.engine, &[])?;
+        Some(self.members.fail(&self.engine, call, cause))
     }
 
     fn split(
@@ -212,29 +216,30 @@ impl Communicator<Cpu> for MpiComm {
         key: u64,
         name: &str,
     ) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
-        let (used, all) = self.post.blocks();
-        let wish = [color.is_some() as u64, color.unwrap_or(0), key, used];
-        // The numbers travel as bits of f64, which nobody computes with.
-        let cut = crate::shard::Partition::even(4 * self.size(), self.size());
-        let mut wishes = vec![0.0_f64; 4 * self.size()];
-        let task = Task::AllGather(Shards { rows: 1, partition: cut });
-        self.run(call, task, wish.map(f64::from_bits).to_vec(), &mut wishes)?;
-        let wishes: Vec<[u64; 4]> =
-            wishes.as_chunks().0.iter().map(|wish: &[f64; 4]| wish.map(f64::to_bits)).collect();
-        // A block that is new to every rank: parts of one split have no rank in common, and may share it.
-        let block = wishes.iter().map(|wish| wish[3]).max().unwrap_or(used);
+        let (used, all) = self.engine.blocks();
+        let request = [color.is_some() as u64, color.unwrap_or(0), key, used];
+        // The numbers travel as bits of f64, which no rank computes with.
+        let partition = crate::shard::Partition::even(4 * self.size(), self.size());
+        let mut requests = vec![0.0_f64; 4 * self.size()];
+        let task = Task::AllGather(Shards { rows: 1, partition });
+        self.run(call, task, request.map(f64::from_bits).to_vec(), &mut requests)?;
+        let requests: Vec<[u64; 4]> =
+            requests.as_chunks().0.iter().map(|request: &[f64; 4]| request.map(f64::to_bits)).collect();
+        // A block of tags that is new to every rank. Groups of one split share no rank, so they may
+        // share it.
+        let block = requests.iter().map(|request| request[3]).max().unwrap_or(used);
         if block >= all {
             let limit = format!("this MPI library has tags for {all} groups, and all are in use");
             return Err(Error::invalid("split", limit));
         }
         let Some(color) = color else { return Ok(None) };
-        let mut places: Vec<usize> =
-            (0..self.size()).filter(|&rank| wishes[rank][..2] == [1, color]).collect();
-        places.sort_by_key(|&rank| (wishes[rank][2], rank));
-        let rank = places.iter().position(|&rank| rank == self.rank()).unwrap_or_default();
-        let ranks = places.into_iter().map(|rank| self.members.ranks[rank]).collect();
-        let members = Members::new(&self.post, name.into(), ranks, rank, block);
-        Ok(Some(Box::new(Self { post: Rc::clone(&self.post), members })))
+        let mut ranks: Vec<usize> =
+            (0..self.size()).filter(|&rank| requests[rank][..2] == [1, color]).collect();
+        ranks.sort_by_key(|&rank| (requests[rank][2], rank));
+        let rank = ranks.iter().position(|&rank| rank == self.rank()).unwrap_or_default();
+        let ranks = ranks.into_iter().map(|rank| self.members.ranks[rank]).collect();
+        let members = Members::new(&self.engine, name.into(), ranks, rank, block);
+        Ok(Some(Box::new(Self { engine: Rc::clone(&self.engine), members })))
     }
 
     fn start(
@@ -250,25 +255,25 @@ impl Communicator<Cpu> for MpiComm {
             Collective::ReduceScatter(op, parts) => Task::ReduceScatter(op, parts),
         };
         let len = recv.as_ref().len();
-        let post = Rc::clone(&self.post);
+        let engine = Rc::clone(&self.engine);
         each_dtype!(AnyBuffer, send, send => {
-            let flight = Flight::start(&post, &self.members, call, task, send.lend(), len)?;
-            Ok(Box::new(Started { flight, post, recv }))
+            let flight = Flight::start(&engine, &self.members, call, task, send.lend(), len)?;
+            Ok(Box::new(Started { flight, engine, recv }))
         })
     }
 }
 
-/// A collective under way.
+/// A collective in flight.
 struct Started<T> {
     flight: Rc<Flight<T>>,
-    post: Rc<Post>,
+    engine: Rc<Engine>,
     recv: AnyBuffer<Cpu>,
 }
 
 impl<T: crate::device::Element + bytemuck::Pod> InFlight<Cpu> for Started<T> {
     fn wait(mut self: Box<Self>) -> Result<AnyBuffer<Cpu>> {
         match self.recv.as_mut().of::<T>() {
-            Some(to) => self.flight.wait(&self.post, to)?,
+            Some(to) => self.flight.wait(&self.engine, to)?,
             None => return Err(Error::invalid("wait", "send and receive have different elements")),
         }
         Ok(self.recv)

@@ -20,18 +20,18 @@ use std::{
     rc::Rc,
 };
 
-/// A communicator that nobody else sends over.
-pub(super) struct Wire(ManuallyDrop<SimpleCommunicator>);
+/// A communicator that no other code sends over.
+pub(super) struct WorldComm(ManuallyDrop<SimpleCommunicator>);
 
-/// A message under way, in either direction.
-pub(super) struct Moving {
-    /// None when the message has arrived, or been taken by MPI.
+/// A message in transit, in either direction.
+pub(super) struct PendingMessage {
+    /// None once the message has arrived or MPI has taken it.
     request: Option<ffi::MPI_Request>,
-    words: Rc<Vec<u64>>,
+    numbers: Rc<Vec<u64>>,
 }
 
-impl Wire {
-    /// A copy of MPI's world. Every process calls it.
+impl WorldComm {
+    /// Duplicates MPI's world. Every process calls it.
     pub(super) fn duplicate_world() -> Self {
         Self(ManuallyDrop::new(SimpleCommunicator::world().duplicate()))
     }
@@ -47,8 +47,8 @@ impl Wire {
     /// The largest tag.
     pub(super) fn last_tag(&self) -> Tag {
         let (mut value, mut found) = (ptr::null_mut::<c_void>(), 0);
-        // SAFETY: MPI_TAG_UB is an attribute of the world, whose value is a pointer to an int that lives as long as MPI; it is
-        // read only if it was found.
+        // SAFETY: MPI_TAG_UB is an attribute of the world whose value is a pointer to an int that
+        // lives as long as MPI; it is read only if it was found.
         unsafe {
             let world = SimpleCommunicator::world().as_raw();
             ffi::MPI_Comm_get_attr(
@@ -57,46 +57,52 @@ impl Wire {
                 ptr::addr_of_mut!(value).cast(),
                 &mut found,
             );
-            // What the standard promises at least.
+            // The least that the standard guarantees.
             if found != 0 && !value.is_null() { *value.cast::<i32>() } else { 32_767 }
         }
     }
 
-    /// Starts to send some words.
-    pub(super) fn send(&self, to: usize, tag: Tag, words: &Rc<Vec<u64>>, range: Range<usize>) -> Moving {
+    /// Starts to send a range of `numbers`.
+    pub(super) fn send(
+        &self,
+        to: usize,
+        tag: Tag,
+        numbers: &Rc<Vec<u64>>,
+        range: Range<usize>,
+    ) -> PendingMessage {
         let process = self.0.process_at_rank(to as i32);
         let request = request::scope(|scope| {
-            let request = process.immediate_send_with_tag(scope, &words[range], tag);
-            // SAFETY: the words outlive the request: the message holds them, unchanged because they are shared, until it is
-            // complete, and for ever if it is dropped before.
+            let request = process.immediate_send_with_tag(scope, &numbers[range], tag);
+            // SAFETY: the numbers outlive the request: the message holds them, unchanged because
+            // they are shared, until it is complete, and forever if it is dropped before.
             unsafe { request.into_raw().0 }
         });
-        Moving { request: Some(request), words: Rc::clone(words) }
+        PendingMessage { request: Some(request), numbers: Rc::clone(numbers) }
     }
 
-    /// A message that has begun to arrive: from whom, its tag, and the message.
-    pub(super) fn arriving(&self) -> Option<(usize, Tag, Moving)> {
+    /// Returns a message that has begun to arrive, with its sender and tag.
+    pub(super) fn arriving(&self) -> Option<(usize, Tag, PendingMessage)> {
         let (message, status): (_, Status) = self.0.any_process().immediate_matched_probe()?;
-        let mut words = vec![0_u64; status.count(u64::equivalent_datatype()) as usize];
+        let mut numbers = vec![0_u64; status.count(u64::equivalent_datatype()) as usize];
         let request = request::scope(|scope| {
-            let request = message.immediate_matched_receive_into(scope, &mut words[..]);
-            // SAFETY: the words outlive the request: the message holds them, untouched, until it is complete, and for ever
-            // if it is dropped before.
+            let request = message.immediate_matched_receive_into(scope, &mut numbers[..]);
+            // SAFETY: the numbers outlive the request: the message holds them, untouched, until it
+            // is complete, and forever if it is dropped before.
             unsafe { request.into_raw().0 }
         });
-        let moving = Moving { request: Some(request), words: Rc::new(words) };
-        Some((status.source_rank() as usize, status.tag(), moving))
+        let pending = PendingMessage { request: Some(request), numbers: Rc::new(numbers) };
+        Some((status.source_rank() as usize, status.tag(), pending))
     }
 
-    /// PipelineEnds all processes of the job.
+    /// Ends all processes of the job.
     pub(super) fn abort(&self, code: i32) -> ! {
         self.0.abort(code)
     }
 }
 
-impl Drop for Wire {
+impl Drop for WorldComm {
     fn drop(&mut self) {
-        // A group that a caller keeps for longer than MPI lives has nothing to free.
+        // A group kept for longer than MPI lives has nothing to free.
         if !environment::is_finalized() {
             // SAFETY: it is not used again.
             unsafe { ManuallyDrop::drop(&mut self.0) };
@@ -104,12 +110,13 @@ impl Drop for Wire {
     }
 }
 
-impl Moving {
+impl PendingMessage {
     /// Whether the message is complete.
     pub(super) fn is_done(&mut self) -> bool {
         if let Some(request) = &mut self.request {
             let mut flag = 0;
-            // SAFETY: a request that is not complete yet; once it is, MPI has freed it, and it is forgotten.
+            // SAFETY: the request is not complete yet; once it is, MPI has freed it, and it is
+            // forgotten.
             unsafe { ffi::MPI_Test(request, &mut flag, ffi::RSMPI_STATUS_IGNORE) };
             if flag != 0 {
                 self.request = None;
@@ -118,28 +125,28 @@ impl Moving {
         self.request.is_none()
     }
 
-    /// The number of words, known before they have arrived.
+    /// The number of u64, known before they have arrived.
     pub(super) fn len(&self) -> usize {
-        self.words.len()
+        self.numbers.len()
     }
 
-    /// The words, if they have arrived.
-    pub(super) fn words(&mut self) -> Option<&[u64]> {
-        self.is_done().then(|| &self.words[..])
+    /// Returns the numbers, if they have arrived.
+    pub(super) fn numbers(&mut self) -> Option<&[u64]> {
+        self.is_done().then(|| &self.numbers[..])
     }
 
-    /// The words of a message that has arrived, without a copy.
-    pub(super) fn into_words(mut self) -> Vec<u64> {
+    /// Returns the numbers of a message that has arrived, without a copy.
+    pub(super) fn into_numbers(mut self) -> Vec<u64> {
         assert!(self.is_done(), "a message is taken when it has arrived");
-        Rc::try_unwrap(std::mem::take(&mut self.words)).unwrap_or_else(|shared| shared.to_vec())
+        Rc::try_unwrap(std::mem::take(&mut self.numbers)).unwrap_or_else(|shared| shared.to_vec())
     }
 }
 
-impl Drop for Moving {
+impl Drop for PendingMessage {
     fn drop(&mut self) {
         if !self.is_done() {
             // MPI may still read or write them.
-            forget(Rc::clone(&self.words));
+            forget(Rc::clone(&self.numbers));
         }
     }
 }

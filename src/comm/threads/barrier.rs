@@ -1,4 +1,4 @@
-//! Where the ranks meet: a counter of arrivals that can be broken. See `README.md`, R2.
+//! The barrier of a group: a counter of arrivals that can be broken. See `README.md`, R2.
 
 use super::{
     event::Event,
@@ -9,7 +9,7 @@ use std::time::Duration;
 /// Set in the counter when the group is broken.
 const BROKEN: u64 = 1 << 63;
 
-/// A barrier whose meetings are complete or broken, never both.
+/// A barrier whose rounds are complete or broken, never both.
 #[derive(Debug)]
 pub(super) struct Barrier {
     size: u64,
@@ -17,16 +17,16 @@ pub(super) struct Barrier {
     event: Event,
 }
 
-/// A rank's arrival at a meeting: the count of arrivals at which the meeting is complete.
+/// A barrier round: the count of arrivals at which it is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Meeting(u64);
+pub(super) struct Round(u64);
 
-/// How waiting ended.
+/// How a wait ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     /// All ranks have arrived.
     Complete,
-    /// The group was broken before all had arrived.
+    /// The group broke before all ranks had arrived.
     Broken,
     /// Some ranks have not arrived in time; nothing was broken.
     Late,
@@ -43,11 +43,11 @@ impl Barrier {
         self.arrivals.load(Ordering::Acquire) & BROKEN != 0
     }
 
-    /// Arrives at the next meeting; none if the group is broken.
+    /// Arrives at the next round; none if the group is broken.
     ///
-    /// What this rank wrote before is visible to every rank that finds the meeting complete: the successive arrivals are
-    /// one release sequence.
-    pub(super) fn arrive(&self) -> Option<Meeting> {
+    /// What this rank wrote before is visible to every rank that finds the round complete: the
+    /// successive arrivals form one release sequence.
+    pub(super) fn arrive(&self) -> Option<Round> {
         let mut count = self.arrivals.load(Ordering::Relaxed);
         loop {
             if count & BROKEN != 0 {
@@ -61,19 +61,19 @@ impl Barrier {
         Some(self.arrived(count))
     }
 
-    /// Arrives at the next meeting and waits for it with no way out. Only for a second meeting: R4.
+    /// Arrives at the next round and waits for it unconditionally. Only for a second round: R4.
     pub(super) fn finish(&self) {
         let count = self.arrivals.fetch_add(1, Ordering::AcqRel);
-        let meeting = self.arrived(count & !BROKEN);
-        self.event.wait_until(None, || self.is_complete(meeting).then_some(()));
+        let round = self.arrived(count & !BROKEN);
+        self.event.wait_until(None, || self.is_complete(round).then_some(()));
     }
 
-    /// Waits until a meeting is complete, or the group is broken, or for at most `patience`.
-    pub(super) fn wait(&self, meeting: Meeting, patience: Option<Duration>) -> Outcome {
+    /// Waits until a round is complete or the group is broken, for at most `patience`.
+    pub(super) fn wait(&self, round: Round, patience: Option<Duration>) -> Outcome {
         let outcome = self.event.wait_until(patience, || {
             let count = self.arrivals.load(Ordering::Acquire);
-            // Complete first: a meeting that was completed before the group broke has taken place.
-            if count & !BROKEN >= meeting.0 {
+            // Complete first: a round that completed before the group broke has taken place.
+            if count & !BROKEN >= round.0 {
                 Some(Outcome::Complete)
             } else {
                 (count & BROKEN != 0).then_some(Outcome::Broken)
@@ -88,11 +88,11 @@ impl Barrier {
         self.event.notify();
     }
 
-    /// Breaks the group, unless `meeting` is complete. Returns whether the meeting did not take place.
-    pub(super) fn give_up(&self, meeting: Meeting) -> bool {
+    /// Breaks the group, unless `round` is complete. Returns whether the round did not take place.
+    pub(super) fn give_up(&self, round: Round) -> bool {
         let mut count = self.arrivals.load(Ordering::Acquire);
         loop {
-            if count & !BROKEN >= meeting.0 {
+            if count & !BROKEN >= round.0 {
                 return false;
             }
             match self.arrivals.compare_exchange_weak(
@@ -109,17 +109,17 @@ impl Barrier {
         true
     }
 
-    fn arrived(&self, before: u64) -> Meeting {
-        let meeting = Meeting((before / self.size + 1) * self.size);
-        if before + 1 == meeting.0 {
+    fn arrived(&self, before: u64) -> Round {
+        let round = Round((before / self.size + 1) * self.size);
+        if before + 1 == round.0 {
             self.event.notify();
         }
-        meeting
+        round
     }
 
-    /// Whether all ranks have come to a meeting.
-    pub(super) fn is_complete(&self, meeting: Meeting) -> bool {
-        self.arrivals.load(Ordering::Acquire) & !BROKEN >= meeting.0
+    /// Whether all ranks have arrived at a round.
+    pub(super) fn is_complete(&self, round: Round) -> bool {
+        self.arrivals.load(Ordering::Acquire) & !BROKEN >= round.0
     }
 }
 
@@ -129,19 +129,19 @@ mod tests {
 
     #[test]
     fn ranks_meet_a_million_times() {
-        for (size, rounds) in [(1, 1000), (2, 200_000), (5, 20_000)] {
+        for (size, turns) in [(1, 1000), (2, 200_000), (5, 20_000)] {
             let barrier = Barrier::new(size, 100);
             let count = AtomicU64::new(0);
             std::thread::scope(|scope| {
                 for _ in 0..size {
                     scope.spawn(|| {
-                        for round in 0..rounds {
+                        for turn in 0..turns {
                             count.fetch_add(1, Ordering::Relaxed);
-                            let meeting = barrier.arrive().unwrap();
-                            assert_eq!(barrier.wait(meeting, None), Outcome::Complete);
-                            assert!(count.load(Ordering::Relaxed) >= (round + 1) * size as u64);
+                            let round = barrier.arrive().unwrap();
+                            assert_eq!(barrier.wait(round, None), Outcome::Complete);
+                            assert!(count.load(Ordering::Relaxed) >= (turn + 1) * size as u64);
                             barrier.finish();
-                            assert!(count.load(Ordering::Relaxed) <= (round + 2) * size as u64);
+                            assert!(count.load(Ordering::Relaxed) <= (turn + 2) * size as u64);
                         }
                     });
                 }
@@ -162,14 +162,14 @@ mod tests {
     }
 
     #[test]
-    fn lateness_is_noticed_and_a_completed_meeting_stays_complete() {
+    fn lateness_is_noticed_and_a_completed_round_stays_complete() {
         let barrier = Barrier::new(2, 0);
-        let meeting = barrier.arrive().unwrap();
-        assert_eq!(barrier.wait(meeting, Some(Duration::from_millis(1))), Outcome::Late);
+        let round = barrier.arrive().unwrap();
+        assert_eq!(barrier.wait(round, Some(Duration::from_millis(1))), Outcome::Late);
         barrier.arrive().unwrap();
-        assert!(!barrier.give_up(meeting), "the meeting had been completed");
-        assert_eq!(barrier.wait(meeting, None), Outcome::Complete);
-        let next = barrier.arrive().expect("giving up on a completed meeting breaks nothing");
+        assert!(!barrier.give_up(round), "the round had been completed");
+        assert_eq!(barrier.wait(round, None), Outcome::Complete);
+        let next = barrier.arrive().expect("giving up on a completed round breaks nothing");
         assert!(barrier.give_up(next));
         assert_eq!(barrier.arrive(), None);
     }
@@ -202,19 +202,19 @@ mod loom_tests {
         });
     }
 
-    /// A slot is written before the first meeting, read by all after it, and written again after the second: loom's cells
-    /// report any write that a read could overlap.
-    fn zero_copy(barrier: &Barrier, cells: &Cells, rank: usize, rounds: u32) {
-        for round in 1..=rounds {
+    /// A slot is written before the first round, read by all after it, and written again after the
+    /// second. Loom's cells report any write that a read could overlap.
+    fn zero_copy(barrier: &Barrier, cells: &Cells, rank: usize, turns: u32) {
+        for turn in 1..=turns {
             #[allow(unsafe_code)]
-            // SAFETY: loom checks this access; that it does not overlap another is what the test proves.
-            cells.0[rank].with_mut(|cell| unsafe { *cell = round });
-            let meeting = barrier.arrive().unwrap();
-            assert_eq!(barrier.wait(meeting, None), Outcome::Complete);
+            // SAFETY: loom checks this access; the test proves that it overlaps no other.
+            cells.0[rank].with_mut(|cell| unsafe { *cell = turn });
+            let round = barrier.arrive().unwrap();
+            assert_eq!(barrier.wait(round, None), Outcome::Complete);
             for cell in &cells.0 {
                 #[allow(unsafe_code)]
                 // SAFETY: as above.
-                cell.with(|cell| assert_eq!(unsafe { *cell }, round));
+                cell.with(|cell| assert_eq!(unsafe { *cell }, turn));
             }
             barrier.finish();
         }
@@ -230,27 +230,28 @@ mod loom_tests {
         explore(3, 2, |barrier, cells, rank| zero_copy(barrier, cells, rank, 1));
     }
 
-    /// One rank breaks the group while the others meet: each finds the meeting complete or broken, and nobody sleeps on.
+    /// One rank breaks the group while the others wait: each finds its round complete or broken,
+    /// and no rank sleeps on.
     #[test]
     fn loom_breaking_wakes_everybody() {
         explore(3, 2, |barrier, _, rank| {
             if rank == 2 {
                 barrier.break_now();
-            } else if let Some(meeting) = barrier.arrive() {
-                assert_eq!(barrier.wait(meeting, None), Outcome::Broken);
+            } else if let Some(round) = barrier.arrive() {
+                assert_eq!(barrier.wait(round, None), Outcome::Broken);
             }
         });
     }
 
-    /// A rank that gives up and one that arrives last agree on whether the meeting took place.
+    /// A rank that gives up and one that arrives last agree on whether the round took place.
     #[test]
     fn loom_complete_or_broken_never_both() {
         explore(2, 3, |barrier, cells, rank| {
-            let meeting = barrier.arrive();
-            let complete = match (rank, meeting) {
+            let round = barrier.arrive();
+            let complete = match (rank, round) {
                 (_, None) => false,
-                (0, Some(meeting)) => !barrier.give_up(meeting),
-                (_, Some(meeting)) => barrier.wait(meeting, None) == Outcome::Complete,
+                (0, Some(round)) => !barrier.give_up(round),
+                (_, Some(round)) => barrier.wait(round, None) == Outcome::Complete,
             };
             if complete {
                 #[allow(unsafe_code)]
@@ -258,7 +259,7 @@ mod loom_tests {
                 cells.0[rank].with_mut(|cell| unsafe { *cell = 1 });
                 barrier.finish();
                 #[allow(unsafe_code)]
-                // SAFETY: both ranks found the meeting complete, or this one would wait here forever.
+                // SAFETY: both ranks found the round complete, or this one would wait here forever.
                 cells.0[1 - rank].with(|cell| assert_eq!(unsafe { *cell }, 1));
             }
         });

@@ -3,10 +3,10 @@
 use super::sync::{AtomicUsize, Condvar, Mutex, MutexGuard, Ordering, spin_loop, yield_now};
 use std::time::{Duration, Instant};
 
-/// Waiters yield this often before they sleep.
+/// How often waiters yield before they sleep.
 const YIELDS: u32 = if cfg!(any(loom, shuttle)) { 0 } else { 200 };
 
-/// Something that may happen. See `README.md`, "Waiting".
+/// A change of state that ranks wait for. See `README.md`, "Waiting".
 #[derive(Debug)]
 pub(super) struct Event {
     sleepers: AtomicUsize,
@@ -21,16 +21,17 @@ impl Event {
         Self { sleepers: AtomicUsize::new(0), lock: Mutex::new(()), wake: Condvar::new(), spins }
     }
 
-    /// Says that the state on which waiters' conditions depend has changed.
+    /// Announces that the state which waiters' conditions depend on has changed.
     pub(super) fn notify(&self) {
-        // A read-modify-write, not a load: it and the sleeper's are in one order. See `README.md`, "Waiting".
+        // A read-modify-write, not a load: it and the sleeper's are totally ordered. See
+        // `README.md`, "Waiting".
         if self.sleepers.fetch_add(0, Ordering::AcqRel) > 0 {
             drop(self.lock.lock());
             self.wake.notify_all();
         }
     }
 
-    /// Waits until `done` returns something, or for at most `patience`.
+    /// Waits until `done` returns something, for at most `patience`.
     pub(super) fn wait_until<R>(
         &self,
         patience: Option<Duration>,
@@ -49,7 +50,7 @@ impl Event {
             yield_now();
         }
         let start = Instant::now();
-        // A lock that a panicking thread held guards nothing but the wait itself.
+        // The lock guards nothing but the wait itself, so poison does not matter.
         let mut guard = self.lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         self.sleepers.fetch_add(1, Ordering::AcqRel);
         let result = loop {
@@ -65,7 +66,7 @@ impl Event {
 
     #[cfg(not(any(loom, shuttle)))]
     fn sleep<'a>(&self, guard: MutexGuard<'a, ()>, left: Duration) -> MutexGuard<'a, ()> {
-        // An hour is no limit, only a time that the system's clock can add.
+        // An hour is no limit, only a duration that the system's clock can add.
         let left = left.min(Duration::from_secs(3600));
         match self.wake.wait_timeout(guard, left) {
             Ok((guard, _)) => guard,
@@ -73,20 +74,21 @@ impl Event {
         }
     }
 
-    /// Time does not pass in a model: a sleeper that nobody wakes is a deadlock, which is reported.
+    /// Time does not pass in a model: a sleeper that is never woken is reported as a deadlock.
     #[cfg(any(loom, shuttle))]
     fn sleep<'a>(&self, guard: MutexGuard<'a, ()>, _: Duration) -> MutexGuard<'a, ()> {
         self.wake.wait(guard).unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
-/// How long is still to be waited; none if the patience is over.
+/// Returns the rest of the patience; none if it is over.
 #[cfg(not(shuttle))]
 fn left_of(patience: Option<Duration>, start: Instant) -> Option<Duration> {
     patience.map_or(Some(Duration::MAX), |all| all.checked_sub(start.elapsed()))
 }
 
-/// In a model a short patience is over at once (it is the schedule that says who comes first), and a long one never.
+/// In a model a short patience is over at once, since the schedule decides which rank comes first.
+/// A long one never ends.
 #[cfg(shuttle)]
 fn left_of(patience: Option<Duration>, _: Instant) -> Option<Duration> {
     let is_short = patience.is_some_and(|all| all <= Duration::from_millis(1));

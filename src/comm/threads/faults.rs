@@ -1,21 +1,21 @@
-//! Ranks that panic between the meetings of a collective.
+//! Ranks that panic between the barrier rounds of a collective.
 
 use super::*;
 use crate::{comm::Op, device::DType, error::Site, shard::Shape};
 use std::panic::{Location, resume_unwind};
 
 thread_local! {
-    static STRIKE: Cell<bool> = const { Cell::new(false) };
+    static INJECT_PANIC: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Panics, if this thread's rank is to be lost here.
-pub(super) fn strike() {
-    if STRIKE.take() {
+/// Panics if the test wants this thread's rank lost here.
+pub(super) fn panic_if_injected() {
+    if INJECT_PANIC.take() {
         resume_unwind(Box::new("injected"));
     }
 }
 
-/// A call of f32 with no other arguments.
+/// A call on f32 with no other arguments.
 #[track_caller]
 pub(super) fn call(op: Op, seq: u64, len: usize) -> Call {
     Call {
@@ -60,39 +60,39 @@ mod tests {
         }
     }
 
-    /// The rank of that seat. The `lost` one panics within the collective; the others come out of it.
-    fn rank(seat: Seat, lost: usize, op: Op, len: usize) {
-        let (here, presence) = (seat.rank, Rc::new(Presence::default()));
-        let comm = ThreadComm::join(seat, Rc::clone(&presence));
-        STRIKE.set(here == lost);
+    /// Runs one rank. Rank `lost` panics within the collective; the others return from it.
+    fn rank(endpoint: Endpoint, lost: usize, op: Op, len: usize) {
+        let (here, groups) = (endpoint.rank, Rc::new(JoinedGroups::default()));
+        let comm = ThreadComm::join(endpoint, Rc::clone(&groups));
+        INJECT_PANIC.set(here == lost);
         let outcome = catch_unwind(AssertUnwindSafe(|| act(&comm, op, len)));
         if here == lost {
-            assert!(outcome.is_err(), "nobody struck");
-            return presence.end(LostReason::Panicked);
+            assert!(outcome.is_err(), "the injected panic did not happen");
+            return groups.leave_all(LostReason::Panicked);
         }
-        let is_told = |outcome: Result<()>| {
-            let told = matches!(outcome, Err(Error::PeerLost { rank, reason: LostReason::Panicked, .. }) if rank == lost);
-            assert!(told, "rank {here}, {lost} lost in {op:?} of {len}: {outcome:?}");
+        let is_peer_lost = |outcome: Result<()>| {
+            let peer_lost = matches!(outcome, Err(Error::PeerLost { rank, reason: LostReason::Panicked, .. }) if rank == lost);
+            assert!(peer_lost, "rank {here}, {lost} lost in {op:?} of {len}: {outcome:?}");
         };
         let outcome = outcome.unwrap_or_else(|panic| resume_unwind(panic));
         let longest = if op == Op::AllGather { len.div_ceil(comm.size()) } else { len };
         if longest * size_of::<f32>() <= EAGER {
-            // Every rank had a copy of the others' data before that one was lost.
+            // Every rank had a copy of the lost rank's data before it was lost.
             assert_eq!(outcome, Ok(()));
         } else {
-            is_told(outcome);
+            is_peer_lost(outcome);
         }
-        is_told(comm.barrier(&call(Op::Barrier, 1, 0)));
-        is_told(act(&comm, op, len));
+        is_peer_lost(comm.barrier(&call(Op::Barrier, 1, 0)));
+        is_peer_lost(act(&comm, op, len));
     }
 
-    /// Whether data are published by reference depends on the parts: data that are longer would be
-    /// read after their owner has gone on.
+    /// Whether data is published by reference depends on the declared shards. Longer data would be
+    /// read after its owner has returned.
     #[test]
     fn data_longer_than_the_parts_say_are_refused_on_every_rank() {
         static DATA: [f32; 70_000] = [1.0; 70_000];
-        let rank = |seat: Seat| {
-            let comm = ThreadComm::join(seat, Rc::new(Presence::default()));
+        let rank = |endpoint: Endpoint| {
+            let comm = ThreadComm::join(endpoint, Rc::new(JoinedGroups::default()));
             let parts = Shards { rows: 1, partition: Partition::even(8, 2) };
             let (mut whole, mut part) = ([0_f32; 8], [0_f32; 4]);
             let gather = call(Op::AllGather, 0, 8);
@@ -110,26 +110,26 @@ mod tests {
                     "reduce_scatter: bytes of the data is 280000, but the most of any rank is 32",
                 ]
             );
-            // No rank has met another: the group is as before.
+            // No rank has waited for another, so the group works as before.
             comm.barrier(&call(Op::Barrier, 2, 0)).unwrap();
         };
         thread::scope(|scope| {
-            for seat in ThreadComm::group(2, Duration::from_secs(60)) {
-                scope.spawn(move || rank(seat));
+            for endpoint in ThreadComm::group(2, Duration::from_secs(60)) {
+                scope.spawn(move || rank(endpoint));
             }
         });
     }
 
     #[test]
-    fn who_panics_between_the_meetings_is_named_by_the_same_call() {
+    fn a_rank_that_panics_between_the_rounds_is_named_by_the_same_call() {
         for (size, op, len) in [2, 3, 4, 8]
             .iter()
             .flat_map(|size| OPS.iter().flat_map(move |op| [40, 5000, 70_000].map(|l| (*size, *op, l))))
         {
             for lost in 0..size {
                 thread::scope(|scope| {
-                    for seat in ThreadComm::group(size, Duration::from_secs(60)) {
-                        scope.spawn(move || rank(seat, lost, op, len));
+                    for endpoint in ThreadComm::group(size, Duration::from_secs(60)) {
+                        scope.spawn(move || rank(endpoint, lost, op, len));
                     }
                 });
             }

@@ -1,7 +1,10 @@
-//! Ranks that are threads of one process and read one another's memory. The protocol, and why it is safe: `README.md`.
+//! Ranks as threads of one process that read one another's memory. The protocol and why it is safe:
+//! `README.md`.
 
 mod barrier;
+mod endpoint;
 mod event;
+mod failure;
 #[cfg(test)]
 mod faults;
 mod flight;
@@ -10,9 +13,10 @@ mod mail;
 mod model;
 mod shared;
 mod slot;
+mod started;
 mod sync;
 
-pub(crate) use shared::{Presence, Seat};
+pub(crate) use endpoint::{Endpoint, JoinedGroups};
 
 use super::{
     Call, Collective, Communicator, InFlight, Incoming, Lookout, Outgoing, ReduceOp, Shards, Step,
@@ -24,53 +28,67 @@ use crate::{
     error::{Error, Result},
     shard::Partition,
 };
-use shared::Shared;
+use shared::{Shared, SplitRequest};
 use slot::EAGER;
+use started::Started;
 use std::{cell::Cell, rc::Rc, sync::Arc, time::Duration};
 
 /// One rank's end of a group of threads. Made by [`crate::launch::Threads`].
+///
+/// ```
+/// use shardwise::prelude::*;
+/// let ranks = launch::threads(2, |world| {
+///     // `world` is a [`Group`] over a `ThreadComm`; so is each group split from it.
+///     let pair = world.split(Some(0), 1 - world.rank() as u64)?;
+///     Ok(pair.map(|pair| pair.rank()))
+/// })?;
+/// assert_eq!(ranks, [Some(1), Some(0)]);
+/// # Ok::<(), Error>(())
+/// ```
 pub struct ThreadComm {
-    seat: Seat,
-    /// The operations that this rank has started on the barrier, and in flight.
+    endpoint: Endpoint,
+    /// The number of operations that this rank has started on the barrier, and of its flights.
     operations: Cell<u64>,
     flights: Cell<u64>,
-    presence: Rc<Presence>,
+    groups: Rc<JoinedGroups>,
 }
 
 impl ThreadComm {
-    /// The seats of a new group of `size` threads, in rank order, each to be given to its thread.
-    pub(crate) fn group(size: usize, deadline: Duration) -> Vec<Seat> {
+    /// The endpoints of a new group of `size` threads, in rank order, one for each thread.
+    pub(crate) fn group(size: usize, deadline: Duration) -> Vec<Endpoint> {
         let shared = Arc::new(Shared::world(size, deadline));
-        (0..size).map(|rank| Seat { shared: Arc::clone(&shared), rank }).collect()
+        (0..size).map(|rank| Endpoint { shared: Arc::clone(&shared), rank }).collect()
     }
 
-    /// The end of the rank that has this seat.
-    pub(crate) fn join(seat: Seat, presence: Rc<Presence>) -> Self {
-        presence.add(&seat);
-        Self { seat, operations: Cell::new(0), flights: Cell::new(0), presence }
+    /// The communicator of the rank with this endpoint.
+    pub(crate) fn join(endpoint: Endpoint, groups: Rc<JoinedGroups>) -> Self {
+        groups.add(&endpoint);
+        Self { endpoint, operations: Cell::new(0), flights: Cell::new(0), groups }
     }
 
-    /// The groups that this rank's thread takes part in.
-    fn presence(&self) -> Rc<Presence> {
-        Rc::clone(&self.presence)
+    /// The groups that this rank's thread has joined.
+    fn joined_groups(&self) -> Rc<JoinedGroups> {
+        Rc::clone(&self.groups)
     }
 
-    /// Publishes, meets the others and compares the calls. Returns the operation's number, to read the slots with.
-    fn meet(&self, call: &Call, publish: impl FnOnce(u64)) -> Result<u64> {
+    /// Publishes, waits for the other ranks and compares the calls. Returns the operation's number,
+    /// by which the slots are read.
+    fn synchronize(&self, call: &Call, publish: impl FnOnce(u64)) -> Result<u64> {
         let at = self.operations.get();
-        if self.seat.shared.barrier.is_broken() {
-            return Err(self.seat.shared.failure(call));
+        if self.endpoint.shared.barrier.is_broken() {
+            return Err(self.endpoint.shared.first_failure(call));
         }
         self.operations.set(at + 1);
         publish(at);
-        self.seat.shared.meet(call, at, self.seat.rank)?;
+        self.endpoint.shared.synchronize(call, at, self.endpoint.rank)?;
         Ok(at)
     }
 
-    /// Publishes `data`, meets the others and lets `combine` make this rank's result from all ranks' data.
+    /// Publishes `data`, waits for the other ranks and lets `combine` compute this rank's result
+    /// from all ranks' data.
     ///
-    /// `longest` is the most bytes that any rank publishes: the same number on every rank, so that all agree on whether
-    /// there is a second meeting. An error if `data` are more.
+    /// `longest` is the most bytes that any rank publishes. It is the same on every rank, so that
+    /// all agree on whether there is a second round. Longer data is an error.
     fn collect<T: Element>(
         &self,
         call: &Call,
@@ -78,7 +96,7 @@ impl ThreadComm {
         data: &[T],
         combine: impl for<'s> FnOnce(&dyn Fn(usize) -> &'s [T]),
     ) -> Result<()> {
-        let slots = &self.seat.shared.slots;
+        let slots = &self.endpoint.shared.slots;
         let bytes = size_of_val(data);
         if bytes > longest {
             return Err(Error::sizes(
@@ -89,15 +107,17 @@ impl ThreadComm {
                 longest,
             ));
         }
-        // SAFETY: this rank owns its slot and has passed the first meeting of the operation before: its number was counted
-        // there. `data` is borrowed until this function returns, which is after the second meeting if it is not copied:
-        // `longest` is at least its size, as was just checked, and the same number on every rank.
+        // SAFETY: this rank owns its slot and has passed the first round of the previous operation,
+        // whose number was counted there. `data` is borrowed until this function returns, which is
+        // after the second round if it is not copied: `longest` is at least its size, as checked
+        // above, and the same number on every rank.
         #[allow(unsafe_code)]
-        let at = self.meet(call, |at| unsafe { slots[self.seat.rank].publish_ref(at, call, data) })?;
-        let second = (longest > EAGER).then(|| Second::of(&self.seat));
+        let at =
+            self.synchronize(call, |at| unsafe { slots[self.endpoint.rank].publish_ref(at, call, data) })?;
+        let second = (longest > EAGER).then(|| SecondRound::of(&self.endpoint));
         #[cfg(test)]
-        faults::strike();
-        // SAFETY: the first meeting is complete, and this rank arrives at no other operation before
+        faults::panic_if_injected();
+        // SAFETY: the first round is complete, and this rank arrives at no other operation before
         // `combine` returns, which cannot keep a slice: it takes slices of any lifetime. No rank
         // writes data that was published by `publish_ref`.
         #[allow(unsafe_code)]
@@ -106,29 +126,32 @@ impl ThreadComm {
     }
 
     fn all_reduce_in_place<T: Element>(&self, call: &Call, op: ReduceOp, x: &mut [T]) -> Result<()> {
-        let (slots, size, len) = (&self.seat.shared.slots, self.seat.shared.size(), x.len());
-        // SAFETY: this rank owns its slot and has passed the first meeting of the operation before. `x` is borrowed until
-        // this function returns, which is after the second meeting or a broken first one, and is not used in between.
+        let (slots, size, len) = (&self.endpoint.shared.slots, self.endpoint.shared.size(), x.len());
+        // SAFETY: this rank owns its slot and has passed the first round of the previous operation.
+        // `x` is borrowed until this function returns, which is after the second round or a broken
+        // first one, and is not used in between.
         #[allow(unsafe_code)]
-        let at = self.meet(call, |at| unsafe { slots[self.seat.rank].publish_mut(at, call, x) })?;
-        let second = Second::of(&self.seat);
+        let at =
+            self.synchronize(call, |at| unsafe { slots[self.endpoint.rank].publish_mut(at, call, x) })?;
+        let second = SecondRound::of(&self.endpoint);
         // Chunks begin on cache lines of the reduced tensor, so that no two ranks write to one.
-        let mine = Partition::even(len.div_ceil(32), size).scaled(32).range(self.seat.rank);
+        let mine = Partition::even(len.div_ceil(32), size).scaled(32).range(self.endpoint.rank);
         let (mut start, end) = (mine.start.min(len), mine.end.min(len));
         let mut sums = [T::Acc::default(); BLOCK];
         while start < end {
             #[cfg(test)]
-            faults::strike();
+            faults::panic_if_injected();
             let count = BLOCK.min(end - start);
-            // SAFETY: between the meetings, and only this rank touches its chunk of any rank's buffer: R5. The shared
-            // references end with `reduce_block`, before the exclusive ones are made, one at a time.
+            // SAFETY: between the rounds, and only this rank touches its chunk of any rank's
+            // buffer: R5. The shared references end with `reduce_block`, before the exclusive ones
+            // are made, one at a time.
             #[allow(unsafe_code)]
-            let part = |rank: usize| unsafe { slots[rank].part::<T>(at, start, count) };
-            combine::reduce_block(op, size, &part, 0..count, &mut sums);
+            let range = |rank: usize| unsafe { slots[rank].range::<T>(at, start, count) };
+            combine::reduce_block(op, size, &range, 0..count, &mut sums);
             for slot in slots.iter() {
                 // SAFETY: as above.
                 #[allow(unsafe_code)]
-                let to = unsafe { slot.part_mut::<T>(at, start, count) };
+                let to = unsafe { slot.range_mut::<T>(at, start, count) };
                 combine::store(&sums, to);
             }
             start += count;
@@ -137,49 +160,49 @@ impl ThreadComm {
     }
 }
 
-/// A second meeting: attended when dropped, whatever happens between the two: R3.
-struct Second<'a> {
-    seat: &'a Seat,
-    /// Whether this rank has done its part.
+/// The second round of an operation. Dropping it attends the round, whatever happens before: R3.
+struct SecondRound<'a> {
+    endpoint: &'a Endpoint,
+    /// Whether this rank has finished its work.
     done: bool,
 }
 
-impl<'a> Second<'a> {
-    fn of(seat: &'a Seat) -> Self {
-        Self { seat, done: false }
+impl<'a> SecondRound<'a> {
+    fn of(endpoint: &'a Endpoint) -> Self {
+        Self { endpoint, done: false }
     }
 
-    /// Attends the meeting. An error if a rank came to it without having done its part.
+    /// Attends the round. An error if a rank attended it without having finished its work.
     fn attend(mut self, call: &Call) -> Result<()> {
-        let shared = &self.seat.shared;
+        let shared = &self.endpoint.shared;
         self.done = true;
         drop(self);
-        shared.is_whole(call)
+        shared.check_complete(call)
     }
 }
 
-impl Drop for Second<'_> {
+impl Drop for SecondRound<'_> {
     fn drop(&mut self) {
         if !self.done {
-            self.seat.shared.tear(self.seat.rank);
+            self.endpoint.shared.record_panic(self.endpoint.rank);
         }
-        self.seat.shared.barrier.finish();
+        self.endpoint.shared.barrier.finish();
     }
 }
 
-/// What is known of a group to who has no seat in it, on behalf of a rank.
-struct Outlook {
+/// A view of a group on behalf of a rank, for use outside the rank's thread.
+struct ThreadLookout {
     shared: Arc<Shared>,
     rank: usize,
 }
 
-impl Outlook {
-    fn of(seat: &Seat) -> Self {
-        Self { shared: Arc::clone(&seat.shared), rank: seat.rank }
+impl ThreadLookout {
+    fn of(endpoint: &Endpoint) -> Self {
+        Self { shared: Arc::clone(&endpoint.shared), rank: endpoint.rank }
     }
 }
 
-impl Lookout for Outlook {
+impl Lookout for ThreadLookout {
     fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
         self.shared.obstacle(call, || self.shared.absent(step))
     }
@@ -197,27 +220,28 @@ impl Lookout for Outlook {
 
 impl Communicator<Cpu> for ThreadComm {
     fn rank(&self) -> usize {
-        self.seat.rank
+        self.endpoint.rank
     }
 
     fn size(&self) -> usize {
-        self.seat.shared.size()
+        self.endpoint.shared.size()
     }
 
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, Cpu>) -> Result<()> {
-        let size = self.seat.shared.size();
+        let size = self.endpoint.shared.size();
         each_dtype!(AnyMut, x, x => {
             let bytes = size_of_val(x);
             if bytes > EAGER {
                 return self.all_reduce_in_place(call, op, x);
             }
-            // The payload is copied to the slot before `x` is written: two borrows in turn, not at a time.
-            let slots = &self.seat.shared.slots;
+            // The payload is copied to the slot before `x` is written: two borrows in turn, not at
+            // a time.
+            let slots = &self.endpoint.shared.slots;
             // SAFETY: as in `collect`; a payload of at most EAGER bytes is copied.
             #[allow(unsafe_code)]
-            let at = self.meet(call, |at| unsafe { slots[self.seat.rank].publish_ref(at, call, x) })?;
+            let at = self.synchronize(call, |at| unsafe { slots[self.endpoint.rank].publish_ref(at, call, x) })?;
             #[cfg(test)]
-            faults::strike();
+            faults::panic_if_injected();
             // SAFETY: as in `collect`.
             #[allow(unsafe_code)]
             combine::reduce(op, size, |rank| unsafe { slots[rank].data(at) }, x);
@@ -248,14 +272,14 @@ impl Communicator<Cpu> for ThreadComm {
     ) -> Result<()> {
         let longest = parts.total().saturating_mul(send.dtype().size());
         each_pair!(send, recv, (send, recv) => {
-            self.collect(call, longest, send, |whole| combine::reduce_part(op, parts, self.seat.rank, whole, recv))
+            self.collect(call, longest, send, |whole| combine::reduce_part(op, parts, self.endpoint.rank, whole, recv))
         })
     }
 
     fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, Cpu>) -> Result<()> {
         each_dtype!(AnyMut, x, x => {
             let bytes = size_of_val(x);
-            if self.seat.rank == root {
+            if self.endpoint.rank == root {
                 return self.collect(call, bytes, x, |_| ());
             }
             self.collect(call, bytes, &[], |data| x.copy_from_slice(data(root)))
@@ -269,37 +293,37 @@ impl Communicator<Cpu> for ThreadComm {
         recv: Option<Incoming<'_, Cpu>>,
     ) -> Result<()> {
         if let Some(send) = send {
-            self.seat.shared.send(call, self.seat.rank, send)?;
+            self.endpoint.shared.send(call, self.endpoint.rank, send)?;
         }
-        recv.map_or(Ok(()), |recv| self.seat.shared.receive(call, self.seat.rank, recv))
+        recv.map_or(Ok(()), |recv| self.endpoint.shared.receive(call, self.endpoint.rank, recv))
     }
 
     fn barrier(&self, call: &Call) -> Result<()> {
-        let slots = &self.seat.shared.slots;
-        // SAFETY: this rank owns its slot and has passed the first meeting of the operation before.
+        let slots = &self.endpoint.shared.slots;
+        // SAFETY: this rank owns its slot and has passed the first round of the previous operation.
         #[allow(unsafe_code)]
-        self.meet(call, |at| unsafe { slots[self.seat.rank].publish(at, call) })?;
+        self.synchronize(call, |at| unsafe { slots[self.endpoint.rank].publish(at, call) })?;
         Ok(())
     }
 
     fn obstacle(&self, call: &Call) -> Option<Error> {
-        self.seat.shared.obstacle(call, Vec::new)
+        self.endpoint.shared.obstacle(call, Vec::new)
     }
 
     fn came(&self, step: Step) {
-        self.seat.shared.came(self.seat.rank, step);
+        self.endpoint.shared.came(self.endpoint.rank, step);
     }
 
     fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
-        Outlook::of(&self.seat).obstacle_beside(call, step)
+        ThreadLookout::of(&self.endpoint).obstacle_beside(call, step)
     }
 
     fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
-        Outlook::of(&self.seat).give_up(call, steps, after)
+        ThreadLookout::of(&self.endpoint).give_up(call, steps, after)
     }
 
     fn lookout(&self) -> Option<Box<dyn Lookout>> {
-        Some(Box::new(Outlook::of(&self.seat)))
+        Some(Box::new(ThreadLookout::of(&self.endpoint)))
     }
 
     fn is_near(&self) -> bool {
@@ -313,11 +337,13 @@ impl Communicator<Cpu> for ThreadComm {
         key: u64,
         name: &str,
     ) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
-        // Every rank tells its color and key; whoever is first of its color makes the group, and the others find it.
-        let wish = (color, key, self.seat.rank);
-        let part = self.seat.shared.part_of(call, wish, name, || self.barrier(call))?;
-        Ok(part.map(|(shared, rank)| {
-            Box::new(Self::join(Seat { shared, rank }, self.presence())) as Box<dyn Communicator<Cpu>>
+        // Each rank publishes its color and key. The first rank of a color creates the group, and
+        // the others find it.
+        let request = SplitRequest { color, key, rank: self.endpoint.rank };
+        let subgroup = self.endpoint.shared.split(call, request, name, || self.barrier(call))?;
+        Ok(subgroup.map(|(shared, rank)| {
+            Box::new(Self::join(Endpoint { shared, rank }, self.joined_groups()))
+                as Box<dyn Communicator<Cpu>>
         }))
     }
 
@@ -330,8 +356,8 @@ impl Communicator<Cpu> for ThreadComm {
     ) -> Result<Box<dyn InFlight<Cpu>>> {
         let number = self.flights.get();
         self.flights.set(number + 1);
-        let flight = self.seat.shared.post(call, number, self.seat.rank, send.into())?;
-        let shared = Arc::clone(&self.seat.shared);
-        Ok(Box::new(flight::Started { shared, flight, call: *call, collective, rank: self.seat.rank, recv }))
+        let flight = self.endpoint.shared.post(call, number, self.endpoint.rank, send.into())?;
+        let shared = Arc::clone(&self.endpoint.shared);
+        Ok(Box::new(Started { shared, flight, call: *call, collective, rank: self.endpoint.rank, recv }))
     }
 }

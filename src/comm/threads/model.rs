@@ -1,4 +1,5 @@
-//! Programs of eight ranks in random schedules, by shuttle: the results are right in all of them, and nobody waits for ever.
+//! Programs of eight ranks in random schedules, by shuttle: every schedule gives the right results
+//! and ends.
 //!
 //! `RUSTFLAGS="--cfg shuttle" cargo test --release --lib --target-dir target/shuttle model`
 
@@ -17,14 +18,15 @@ use shuttle::{
 
 const RANKS: usize = 8;
 
-/// Runs `rank` as each of `size` ranks, in half of so many schedules with a few preemptions at bad moments, and in half with many.
+/// Runs `rank` as each of `size` ranks: half of the schedules have a few preemptions at bad
+/// moments, the others have many.
 fn explore(size: usize, schedules: usize, rank: impl Fn(ThreadComm) + Send + Sync + 'static) {
     let rank = Arc::new(rank);
     let ranks = move || {
-        let seats = ThreadComm::group(size, Duration::from_secs(60)).into_iter();
-        let started = seats.map(|seat| {
+        let endpoints = ThreadComm::group(size, Duration::from_secs(60)).into_iter();
+        let started = endpoints.map(|endpoint| {
             let rank = Arc::clone(&rank);
-            thread::spawn(move || rank(ThreadComm::join(seat, Rc::default())))
+            thread::spawn(move || rank(ThreadComm::join(endpoint, Rc::default())))
         });
         let started: Vec<_> = started.collect();
         started.into_iter().for_each(|thread| thread.join().unwrap());
@@ -38,7 +40,7 @@ fn explore(size: usize, schedules: usize, rank: impl Fn(ThreadComm) + Send + Syn
     Runner::new(RandomScheduler::new(schedules / 2), config()).run(ranks);
 }
 
-/// An all-reduce of ranks' numbers.
+/// An all-reduce of the rank numbers.
 fn sum(comm: &ThreadComm, seq: u64, len: usize) -> Result<()> {
     let mut x = vec![comm.rank() as f32; len];
     comm.all_reduce(&call(Op::AllReduce, seq, len), ReduceOp::Sum, AnyMut::F32(x.as_mut_slice()))?;
@@ -76,7 +78,7 @@ fn collectives_messages_flights_and_splits_are_right() {
         let (rank, size) = (comm.rank(), comm.size());
         sum(&comm, 0, 3).unwrap();
         send(&comm, (rank + 1) % size).unwrap();
-        // Of more than fits into a slot: ranks write one another's memory.
+        // Too long for a slot: ranks write one another's memory.
         sum(&comm, 1, 4200).unwrap();
         let flight = start(&comm, 2).unwrap();
         receive(&comm, (rank + size - 1) % size).unwrap();
@@ -94,14 +96,14 @@ fn a_lost_rank_is_named_on_every_other() {
         explore(size, 5000, move |comm| {
             sum(&comm, 0, 2).unwrap();
             if comm.rank() == size - 1 {
-                // It has started what the others count on.
+                // The others rely on the collective that it has started.
                 drop(start(&comm, 1).unwrap());
                 return;
             }
             let flight = start(&comm, 1).unwrap();
             for outcome in [sum(&comm, 2, 2), comm.barrier(&call(Op::Barrier, 3, 0))] {
-                let is_told = |error| matches!(error, Error::PeerLost { rank, reason: LostReason::Left, .. } if rank == size - 1);
-                assert!(outcome.clone().is_err_and(is_told), "{outcome:?}");
+                let is_peer_lost = |error| matches!(error, Error::PeerLost { rank, reason: LostReason::Left, .. } if rank == size - 1);
+                assert!(outcome.clone().is_err_and(is_peer_lost), "{outcome:?}");
             }
             flight.wait().unwrap();
         });
@@ -120,9 +122,9 @@ fn a_disagreement_is_the_same_error_on_every_rank() {
     });
 }
 
-/// R9: one waits for a message of a rank that waits, with all others, for this one.
+/// R9: rank 0 waits for a message from a rank that waits, with all others, for rank 0.
 #[test]
-fn who_waits_in_a_circle_disagrees() {
+fn a_wait_cycle_is_a_disagreement() {
     for size in [2, 3, RANKS] {
         explore(size, 5000, move |comm| {
             sum(&comm, 0, 2).unwrap();

@@ -1,55 +1,34 @@
-//! What the ranks of a group share, and how it fails.
+//! The state that the ranks of a group share, and how the group fails.
 
 use super::{
-    barrier::{Barrier, Meeting, Outcome},
+    barrier::{Barrier, Outcome, Round},
     event::Event,
+    failure::{Departure, Failure, departure, first_loss, set_first_loss},
     flight::Flight,
-    mail::Letter,
+    host::HostVec,
+    mail::{Mailbox, Message},
     slot::Slot,
     sync::{AtomicBool, AtomicUsize, Mutex, MutexGuard, Ordering},
 };
 use crate::{
-    comm::{Call, Step},
+    comm::{Call, Incoming, Outgoing, Step},
+    device::Cpu,
     error::{Error, LostReason, Mismatch, Result},
 };
 use std::{
-    cell::{Cell, RefCell},
-    collections::{BTreeMap, HashMap, VecDeque},
-    sync::{Arc, Weak},
+    collections::HashMap,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-/// Waiters spin this often before they yield, if every rank has a processor.
+/// How often waiters spin before they yield, if every rank has a processor.
 const SPINS: u32 = if cfg!(shuttle) { 0 } else { 20_000 };
 
-/// A rank that has waited for this long at a meeting says so.
-const SOON: Duration = Duration::from_millis(1);
+/// How long a rank waits at the barrier before it reports the wait.
+const REPORT_AFTER: Duration = Duration::from_millis(1);
 
-/// A rank that has dropped a group says within this time why, if that is because it ends.
-const GRACE: Duration = Duration::from_millis(100);
-
-/// The first loss that this rank was told of: a rank of the world, and how it was lost. It is why this rank may leave, too; who
-/// waits for this rank then is told of that loss.
-type Told = Cell<Option<(usize, LostReason)>>;
-
-#[cfg(not(shuttle))]
-thread_local! {
-    static TOLD: Told = const { Cell::new(None) };
-}
-// Its threads share one of the system's.
-#[cfg(shuttle)]
-shuttle::thread_local! {
-    static TOLD: Told = Cell::new(None);
-}
-
-/// What this rank was told of.
-fn told() -> Option<(usize, LostReason)> {
-    TOLD.with(Cell::get)
-}
-
-fn tell(loss: Option<(usize, LostReason)>) {
-    TOLD.with(|told| told.set(loss));
-}
+/// How long after it dropped a group a rank may still report that it ended, and why.
+const REASON_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// A group of threads.
 #[derive(Debug)]
@@ -58,85 +37,47 @@ pub(super) struct Shared {
     deadline: Duration,
     pub(super) barrier: Barrier,
     pub(super) slots: Box<[Slot]>,
-    /// Something was posted, sent or broken.
-    pub(super) news: Event,
-    /// What was sent, for each receiver by sender.
-    pub(super) mail: Box<[Mutex<BTreeMap<usize, VecDeque<Letter>>>]>,
-    /// What was started and not yet posted by all, by number.
-    pub(super) flights: Mutex<HashMap<u64, Arc<Flight>>>,
-    /// What the ranks want of a split, and the groups that it made.
-    wishes: Mutex<Vec<Option<Wish>>>,
-    parts: Mutex<HashMap<u64, Arc<Shared>>>,
-    /// How many steps each rank has come to of what the ranks do beside the group.
-    beside: Mutex<Vec<HashMap<u64, u64>>>,
-    /// The ranks of the world that are the group's.
-    pub(super) members: Vec<usize>,
-    /// How often waiters spin: the world's number, also in the groups that were split from it.
+    /// Notified when something was posted, sent or broken.
+    news: Event,
+    /// Messages sent, for each receiver by sender.
+    mail: Box<[Mutex<Mailbox>]>,
+    /// Collectives started and not yet posted by all, by sequence number.
+    flights: Mutex<HashMap<u64, Arc<Flight>>>,
+    /// The ranks' requests to a split, and the groups that it created, by color.
+    requests: Mutex<Vec<Option<SplitRequest>>>,
+    subgroups: Mutex<HashMap<u64, Arc<Shared>>>,
+    /// The number of steps each rank has reached outside the group, by work.
+    steps: Mutex<Vec<HashMap<u64, u64>>>,
+    /// The world ranks of the group.
+    members: Vec<usize>,
+    /// How often waiters spin. Groups split from the world inherit its number.
     spins: u32,
-    /// What happened to the group, in order: the first broke it.
-    causes: Mutex<Vec<Cause>>,
-    /// The ranks that have waited for some time at a meeting, and their number: see R9.
-    standing: Mutex<Vec<Option<(Call, Meeting)>>>,
-    stood: AtomicUsize,
-    /// Whether a rank has panicked between two meetings: what they were for is not complete.
-    torn: AtomicBool,
+    /// What broke the group, in order: the first entry broke it.
+    failures: Mutex<Vec<Failure>>,
+    /// The ranks that have waited for some time at the barrier, and their number: R9.
+    waiting: Mutex<Vec<Option<(Call, Round)>>>,
+    waiting_count: AtomicUsize,
+    /// Whether a rank has panicked between two rounds, so that the operation is incomplete.
+    panicked: AtomicBool,
     /// The world's list of messages that were never received, by receiver.
     pub(super) unread: Unread,
 }
 
-/// Messages that were never received, by the receiver's rank in the world.
+/// Messages that were never received, by the receiver's world rank.
 pub(crate) type Unread = Arc<std::sync::Mutex<Vec<(usize, Error)>>>;
 
-/// A rank's color and key, and the rank itself.
-pub(super) type Wish = (Option<u64>, u64, usize);
-
-/// Why a group is broken.
-#[derive(Clone, Debug)]
-enum Cause {
-    Lost(Departure),
-    Disagreement(Box<Mismatch>),
-    Deadline { missing: Vec<usize>, after: Duration },
-}
-
-/// A rank has left.
-#[derive(Clone, Debug)]
-struct Departure {
-    rank: usize,
-    since: Instant,
-    /// Without one it has dropped the group, and either ends or goes on.
-    reason: Option<LostReason>,
-    /// The loss of a rank of the world that it had been told of before.
-    root: Option<(usize, LostReason)>,
-}
-
-impl Departure {
-    fn in_order(&self) -> bool {
-        matches!(self.reason, None | Some(LostReason::Left))
-    }
-}
-
-impl Cause {
-    /// Whether nothing more can be expected of the `missing` ranks: see R7.
-    fn stops(&self, missing: &[usize]) -> bool {
-        match self {
-            Self::Lost(departure) if departure.in_order() => missing.contains(&departure.rank),
-            _ => true,
-        }
-    }
-}
-
-/// That a rank has left, if it has.
-fn departure(causes: &mut [Cause], rank: usize) -> Option<&mut Departure> {
-    causes.iter_mut().find_map(|cause| match cause {
-        Cause::Lost(departure) if departure.rank == rank => Some(departure),
-        _ => None,
-    })
+/// A rank's color and key in a split.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SplitRequest {
+    pub(super) color: Option<u64>,
+    pub(super) key: u64,
+    pub(super) rank: usize,
 }
 
 impl Shared {
-    /// The group of all of a program's ranks.
+    /// The group of all ranks of a program.
     pub(super) fn world(size: usize, deadline: Duration) -> Self {
-        // Spinning pays where every rank has a processor; elsewhere it keeps one from a rank that has to arrive.
+        // With fewer processors than ranks, spinning takes time from ranks that have to arrive.
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let spins = if size <= processors { SPINS } else { 0 };
         Self::new("world".into(), (0..size).collect(), deadline, spins, Unread::default())
@@ -154,13 +95,13 @@ impl Shared {
             news: Event::new(spins),
             mail: (0..size).map(|_| Mutex::default()).collect(),
             flights: Mutex::default(),
-            wishes: Mutex::new(vec![None; size]),
-            parts: Mutex::default(),
-            beside: Mutex::new(vec![HashMap::new(); size]),
-            causes: Mutex::default(),
-            standing: Mutex::new(vec![None; size]),
-            stood: AtomicUsize::new(0),
-            torn: AtomicBool::new(false),
+            requests: Mutex::new(vec![None; size]),
+            subgroups: Mutex::default(),
+            steps: Mutex::new(vec![HashMap::new(); size]),
+            failures: Mutex::default(),
+            waiting: Mutex::new(vec![None; size]),
+            waiting_count: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
             unread,
         }
     }
@@ -169,33 +110,74 @@ impl Shared {
         self.slots.len()
     }
 
-    /// Arrives at the first meeting of operation `at`, for which this rank has published, and compares the calls.
-    pub(super) fn meet(&self, call: &Call, at: u64, rank: usize) -> Result<()> {
-        let Some(meeting) = self.barrier.arrive() else { return Err(self.failure(call)) };
-        let mut outcome = self.barrier.wait(meeting, Some(SOON.min(self.deadline)));
-        if outcome == Outcome::Late && self.deadline > SOON {
-            let _standing = Standing::new(self, rank, (*call, meeting));
-            outcome = self.barrier.wait(meeting, Some(self.deadline - SOON));
+    /// Arrives at the first round of operation `at`, for which this rank has published, and
+    /// compares the calls.
+    pub(super) fn synchronize(&self, call: &Call, at: u64, rank: usize) -> Result<()> {
+        let Some(round) = self.barrier.arrive() else { return Err(self.first_failure(call)) };
+        let mut outcome = self.barrier.wait(round, Some(REPORT_AFTER.min(self.deadline)));
+        if outcome == Outcome::Late && self.deadline > REPORT_AFTER {
+            let _wait = BarrierWait::new(self, rank, (*call, round));
+            outcome = self.barrier.wait(round, Some(self.deadline - REPORT_AFTER));
         }
         match outcome {
             Outcome::Complete => {}
-            Outcome::Broken => return Err(self.failure(call)),
+            Outcome::Broken => return Err(self.first_failure(call)),
             Outcome::Late => {
                 let late = |slot: &Slot| slot.published() <= at;
                 let missing = (0..self.size()).filter(|&rank| late(&self.slots[rank])).collect();
-                let mut causes = self.lock(&self.causes);
-                if self.barrier.give_up(meeting) {
-                    causes.push(Cause::Deadline { missing, after: self.deadline });
-                    drop(causes);
+                let mut failures = self.lock(&self.failures);
+                if self.barrier.give_up(round) {
+                    failures.push(Failure::Deadline { missing, after: self.deadline });
+                    drop(failures);
                     self.news.notify();
-                    return Err(self.failure(call));
+                    return Err(self.first_failure(call));
                 }
             }
         }
-        // SAFETY: the first meeting of operation `at` is complete, and this rank arrives at no other before it returns.
+        // SAFETY: the first round of operation `at` is complete, and this rank arrives at no other
+        // before it returns.
         #[allow(unsafe_code)]
         let calls = self.slots.iter().map(|slot| unsafe { slot.call(at) });
         self.agree(calls)
+    }
+
+    /// Posts a rank's input to the flight with this sequence number.
+    pub(super) fn post(&self, call: &Call, number: u64, rank: usize, input: HostVec) -> Result<Arc<Flight>> {
+        // A rank that has left may have posted before: `wait` finds out.
+        if let Some(error) = self.obstacle(call, Vec::new) {
+            return Err(error);
+        }
+        let mut flights = self.lock(&self.flights);
+        let flight = flights.entry(number).or_insert_with(|| Arc::new(Flight::new(self.size())));
+        let flight = Arc::clone(flight);
+        if flight.post(call, rank, input)? {
+            flights.remove(&number);
+        }
+        drop(flights);
+        self.news.notify();
+        Ok(flight)
+    }
+
+    /// Sends a tensor to another rank.
+    pub(super) fn send(&self, call: &Call, from: usize, send: Outgoing<'_, Cpu>) -> Result<()> {
+        if let Some(error) = self.obstacle(call, || vec![send.to]) {
+            return Err(error);
+        }
+        let to = send.to;
+        let message = Message::new(call, send);
+        self.lock(&self.mail[to]).entry(from).or_default().push_back(message);
+        self.news.notify();
+        Ok(())
+    }
+
+    /// Waits for a tensor from another rank.
+    pub(super) fn receive(&self, call: &Call, to: usize, recv: Incoming<'_, Cpu>) -> Result<()> {
+        let take = || self.lock(&self.mail[to]).get_mut(&recv.from)?.pop_front();
+        let message = self.wait_for(call, to, take, || vec![recv.from])?;
+        match message.mismatch(call, to, &recv) {
+            Some(mismatch) => Err(self.disagree(mismatch)),
+            None => message.copy_to(recv),
+        }
     }
 
     /// Breaks the group if the ranks' calls differ.
@@ -209,12 +191,12 @@ impl Shared {
     /// Breaks the group because of a disagreement.
     pub(super) fn disagree(&self, mismatch: Mismatch) -> Error {
         let mismatch = Box::new(mismatch);
-        self.break_for(Cause::Disagreement(mismatch.clone()));
+        self.break_for(Failure::Disagreement(mismatch.clone()));
         Error::Mismatch(mismatch)
     }
 
-    /// Rank `rank` waits for news until `done`; breaks the group if that takes longer than the deadline. `missing` names the
-    /// ranks that are waited for.
+    /// Makes rank `rank` wait until `done` returns something. Breaks the group if that takes longer
+    /// than the deadline. `missing` names the ranks that it waits for.
     pub(super) fn wait_for<R>(
         &self,
         call: &Call,
@@ -226,18 +208,18 @@ impl Shared {
             if let Some(result) = done() {
                 return Some(Ok(result));
             }
-            if let Some(cause) = self.stop(&missing) {
-                return Some(Err(Ok(cause)));
+            if let Some(failure) = self.stop_reason(&missing) {
+                return Some(Err(Ok(failure)));
             }
-            let circle = self.circle(call, rank, &missing)?;
-            // What its rank did before it came to the meeting is visible now.
-            Some(done().ok_or(Err(circle)))
+            let cycle = self.find_wait_cycle(call, rank, &missing)?;
+            // What the other rank did before it arrived at the barrier is visible now.
+            Some(done().ok_or(Err(cycle)))
         });
-        // What came before a rank was lost counts.
+        // What the other ranks did before one was lost still counts.
         let error = match found {
             Some(Ok(result)) => return Ok(result),
-            Some(Err(Ok(cause))) => return done().ok_or_else(|| self.error(call, cause)),
-            Some(Err(Err(circle))) => return Err(self.disagree(circle)),
+            Some(Err(Ok(failure))) => return done().ok_or_else(|| self.error(call, failure)),
+            Some(Err(Err(cycle))) => return Err(self.disagree(cycle)),
             None => self.give_up(call, missing(), self.deadline),
         };
         done().ok_or(error)
@@ -245,231 +227,213 @@ impl Shared {
 
     /// Breaks the group because the `missing` ranks have not come.
     pub(super) fn give_up(&self, call: &Call, missing: Vec<usize>, after: Duration) -> Error {
-        let cause = Cause::Deadline { missing, after };
-        self.break_for(cause.clone());
-        self.error(call, cause)
+        let failure = Failure::Deadline { missing, after };
+        self.break_for(failure.clone());
+        self.error(call, failure)
     }
 
-    /// Rank `rank` has come to a step beside the group.
+    /// Records that rank `rank` reached a step outside the group.
     pub(super) fn came(&self, rank: usize, step: Step) {
-        self.lock(&self.beside)[rank].insert(step.work, step.number + 1);
+        self.lock(&self.steps)[rank].insert(step.work, step.number + 1);
     }
 
-    /// The ranks that a step beside the group needs, and that have not come to it.
+    /// Returns the ranks that a step outside the group needs and that have not reached it.
     pub(super) fn absent(&self, step: Step) -> Vec<usize> {
-        let beside = self.lock(&self.beside);
-        let absent = |rank: &usize| beside[*rank].get(&step.work).is_none_or(|steps| *steps <= step.number);
-        (0..beside.len()).filter(|&rank| step.needs(rank)).filter(absent).collect()
+        let steps = self.lock(&self.steps);
+        let absent = |rank: &usize| steps[*rank].get(&step.work).is_none_or(|steps| *steps <= step.number);
+        (0..steps.len()).filter(|&rank| step.needs(rank)).filter(absent).collect()
     }
 
-    /// Rank `rank` waits for ranks of which one waits at a meeting, for this one among others: R9.
-    fn circle(&self, call: &Call, rank: usize, missing: impl Fn() -> Vec<usize>) -> Option<Mismatch> {
-        if self.stood.load(Ordering::Acquire) == 0 {
+    /// Finds a wait cycle: rank `rank` waits for ranks of which one waits at the barrier for all,
+    /// this one included: R9.
+    fn find_wait_cycle(
+        &self,
+        call: &Call,
+        rank: usize,
+        missing: impl Fn() -> Vec<usize>,
+    ) -> Option<Mismatch> {
+        if self.waiting_count.load(Ordering::Acquire) == 0 {
             return None;
         }
-        let standing = self.lock(&self.standing);
-        let waits = |other: usize| standing[other].filter(|(_, meeting)| !self.barrier.is_complete(*meeting));
+        let waiting = self.lock(&self.waiting);
+        let waits = |other: usize| waiting[other].filter(|(_, round)| !self.barrier.is_complete(*round));
         let (other, theirs) = missing().into_iter().find_map(|other| Some((other, waits(other)?.0)))?;
         Some(Mismatch::between((rank, call.to_string()), (other, theirs.to_string())))
     }
 
-    fn break_for(&self, cause: Cause) {
-        let mut causes = self.lock(&self.causes);
-        causes.push(cause);
+    fn break_for(&self, failure: Failure) {
+        let mut failures = self.lock(&self.failures);
+        failures.push(failure);
         self.barrier.break_now();
-        drop(causes);
+        drop(failures);
         self.news.notify();
     }
 
-    /// A rank has left or was lost. It may say so twice, and the second time know why.
+    /// Records that a rank has left or was lost. It may be called twice, the second time with the
+    /// reason.
     pub(super) fn leave(&self, rank: usize, reason: Option<LostReason>) {
-        let mut causes = self.lock(&self.causes);
-        let root = told().filter(|(root, _)| *root != self.members[rank]);
-        match departure(&mut causes, rank) {
+        let mut failures = self.lock(&self.failures);
+        let root = first_loss().filter(|(root, _)| *root != self.members[rank]);
+        match departure(&mut failures, rank) {
             Some(Departure { reason: Some(LostReason::Panicked), .. }) => {}
             Some(departure) => {
                 departure.reason = reason.or(departure.reason);
                 departure.root = departure.root.or(root);
             }
-            None => causes.push(Cause::Lost(Departure { rank, since: Instant::now(), reason, root })),
+            None => failures.push(Failure::Lost(Departure { rank, since: Instant::now(), reason, root })),
         }
         self.barrier.break_now();
-        drop(causes);
+        drop(failures);
         self.news.notify();
     }
 
-    /// Rank `rank` panics between two meetings.
-    pub(super) fn tear(&self, rank: usize) {
+    /// Records that rank `rank` panics between two rounds.
+    pub(super) fn record_panic(&self, rank: usize) {
         self.leave(rank, Some(LostReason::Panicked));
-        self.torn.store(true, Ordering::Release);
+        self.panicked.store(true, Ordering::Release);
     }
 
-    /// Whether nothing has happened to the group but that ranks have left it.
-    pub(super) fn ended_well(&mut self) -> bool {
-        let causes = self.causes.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let in_order = |cause: &Cause| match cause {
-            Cause::Lost(departure) => departure.in_order() && departure.root.is_none(),
+    /// Whether nothing has happened to the group except that ranks have left it.
+    fn ended_well(&mut self) -> bool {
+        let failures = self.failures.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let in_order = |failure: &Failure| match failure {
+            Failure::Lost(departure) => departure.in_order() && departure.root.is_none(),
             _ => false,
         };
-        causes.iter().all(in_order)
+        failures.iter().all(in_order)
     }
 
-    /// After a second meeting: whether all ranks have done their parts. No later operation begins before this rank has looked.
-    pub(super) fn is_whole(&self, call: &Call) -> Result<()> {
-        if self.torn.load(Ordering::Acquire) { Err(self.failure(call)) } else { Ok(()) }
+    /// Checks after a second round that all ranks have finished their work. No later operation
+    /// begins before this rank has checked.
+    pub(super) fn check_complete(&self, call: &Call) -> Result<()> {
+        if self.panicked.load(Ordering::Acquire) { Err(self.first_failure(call)) } else { Ok(()) }
     }
 
-    /// The error of a call that needs all ranks, on a broken group: what broke it first.
-    pub(super) fn failure(&self, call: &Call) -> Error {
-        let cause = self.lock(&self.causes).first().cloned();
-        cause.map_or_else(
+    /// The error of a call that needs all ranks of a broken group: the first reason.
+    pub(super) fn first_failure(&self, call: &Call) -> Error {
+        let failure = self.lock(&self.failures).first().cloned();
+        failure.map_or_else(
             || Error::internal(call.op.name(), "the group is broken, but nobody said why"),
-            |cause| self.error(call, cause),
+            |failure| self.error(call, failure),
         )
     }
 
-    /// The error of a call that needs the `missing` ranks only, if they cannot be expected any more: R7.
+    /// The error of a call that needs only the `missing` ranks, if they cannot be expected any
+    /// more: R7.
     pub(super) fn obstacle(&self, call: &Call, missing: impl Fn() -> Vec<usize>) -> Option<Error> {
-        self.stop(missing).map(|cause| self.error(call, cause))
+        self.stop_reason(missing).map(|failure| self.error(call, failure))
     }
 
-    /// Why the `missing` ranks cannot be expected any more.
-    fn stop(&self, missing: impl Fn() -> Vec<usize>) -> Option<Cause> {
+    /// Returns why the `missing` ranks cannot be expected any more.
+    fn stop_reason(&self, missing: impl Fn() -> Vec<usize>) -> Option<Failure> {
         if !self.barrier.is_broken() {
             return None;
         }
         let missing = missing();
-        self.lock(&self.causes).iter().find(|cause| cause.stops(&missing)).cloned()
+        self.lock(&self.failures).iter().find(|failure| failure.stops(&missing)).cloned()
     }
 
-    /// How a rank was lost. One that returns an error drops its groups before that is known: it has
-    /// a moment, from then on, to say so. After that it has left and goes on.
+    /// Returns the reason a rank was lost. A rank that returns an error drops its groups before the
+    /// error is known, so it has a moment to report the reason. Otherwise it has left and goes on.
     fn reason(&self, lost: &Departure) -> LostReason {
-        let said = || departure(&mut self.lock(&self.causes), lost.rank)?.reason;
-        let moment = GRACE.min(self.deadline).saturating_sub(lost.since.elapsed());
-        self.news.wait_until(Some(moment), said).unwrap_or(LostReason::Left)
+        let reported = || departure(&mut self.lock(&self.failures), lost.rank)?.reason;
+        let patience = REASON_TIMEOUT.min(self.deadline).saturating_sub(lost.since.elapsed());
+        self.news.wait_until(Some(patience), reported).unwrap_or(LostReason::Left)
     }
 
-    fn error(&self, call: &Call, cause: Cause) -> Error {
+    fn error(&self, call: &Call, failure: Failure) -> Error {
         let (op, seq, group, site) = (call.op.name(), call.seq, self.name.clone(), call.site);
-        match cause {
-            Cause::Disagreement(mismatch) => Error::Mismatch(mismatch),
-            Cause::Lost(lost) => {
+        match failure {
+            Failure::Disagreement(mismatch) => Error::Mismatch(mismatch),
+            Failure::Lost(lost) => {
                 let known = lost.root.and_then(|(root, reason)| {
                     Some((self.members.iter().position(|member| *member == root)?, reason))
                 });
                 let (rank, reason) =
                     known.unwrap_or_else(|| (lost.rank, lost.reason.unwrap_or_else(|| self.reason(&lost))));
-                tell(told().or(Some((self.members[rank], reason))));
+                set_first_loss(first_loss().or(Some((self.members[rank], reason))));
                 Error::PeerLost { rank, reason, op, seq, group, site }
             }
-            Cause::Deadline { missing, after } => Error::Deadline { missing, op, seq, group, site, after },
+            Failure::Deadline { missing, after } => Error::Deadline { missing, op, seq, group, site, after },
         }
     }
 
-    /// The group of this rank's color, and its number there. `barrier` meets the other ranks.
-    pub(super) fn part_of(
+    /// Returns the group of this rank's color, and its rank there. `barrier` waits for the other
+    /// ranks.
+    pub(super) fn split(
         &self,
         call: &Call,
-        wish: Wish,
+        request: SplitRequest,
         name: &str,
         barrier: impl Fn() -> Result<()>,
     ) -> Result<Option<(Arc<Shared>, usize)>> {
-        let (color, _, rank) = wish;
-        self.lock(&self.wishes)[rank] = Some(wish);
+        let SplitRequest { color, rank, .. } = request;
+        self.lock(&self.requests)[rank] = Some(request);
         barrier()?;
         let Some(color) = color else {
             barrier()?;
             return Ok(None);
         };
-        let mut members: Vec<Wish> = self.lock(&self.wishes).iter().flatten().copied().collect();
-        members.retain(|(other, ..)| *other == Some(color));
-        members.sort_by_key(|&(_, key, rank)| (key, rank));
-        let place = members.iter().position(|&(.., member)| member == rank);
-        let place = place
+        let mut members: Vec<SplitRequest> = self.lock(&self.requests).iter().flatten().copied().collect();
+        members.retain(|other| other.color == Some(color));
+        members.sort_by_key(|member| (member.key, member.rank));
+        let new_rank = members.iter().position(|member| member.rank == rank);
+        let new_rank = new_rank
             .ok_or_else(|| Error::invalid(call.op.name(), "this rank's color is not among the ranks'"))?;
-        let part = Arc::clone(self.lock(&self.parts).entry(color).or_insert_with(|| {
-            let ranks = members.iter().map(|&(.., member)| self.members[member]).collect();
+        let subgroup = Arc::clone(self.lock(&self.subgroups).entry(color).or_insert_with(|| {
+            let ranks = members.iter().map(|member| self.members[member.rank]).collect();
             Arc::new(Self::new(name.into(), ranks, self.deadline, self.spins, Arc::clone(&self.unread)))
         }));
-        // Who forms a new group with this rank has left another group only.
-        tell(told().filter(|(root, _)| !part.members.contains(root)));
+        // A rank that forms a new group with this one has left another group only.
+        set_first_loss(first_loss().filter(|(root, _)| !subgroup.members.contains(root)));
         barrier()?;
-        // All have taken their part: the next split starts with none. Several ranks may say so.
-        self.lock(&self.parts).remove(&color);
-        Ok(Some((part, place)))
+        // All have taken their group, so the next split starts empty. Several ranks may remove it.
+        self.lock(&self.subgroups).remove(&color);
+        Ok(Some((subgroup, new_rank)))
     }
 
-    /// A lock whose holder panicked is used all the same: no critical section leaves its data half changed.
+    /// Ignores poison: no critical section leaves its data half changed.
     pub(super) fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
         mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
-/// A rank that has waited for some time at a meeting.
-struct Standing<'a>(&'a Shared, usize);
-
-impl<'a> Standing<'a> {
-    fn new(shared: &'a Shared, rank: usize, what: (Call, Meeting)) -> Self {
-        shared.lock(&shared.standing)[rank] = Some(what);
-        shared.stood.fetch_add(1, Ordering::AcqRel);
-        shared.news.notify();
-        Self(shared, rank)
-    }
-}
-
-impl Drop for Standing<'_> {
+impl Drop for Shared {
+    /// Records messages that were sent and never received, unless the group broke, which explains
+    /// them.
     fn drop(&mut self) {
-        self.0.lock(&self.0.standing)[self.1] = None;
-        self.0.stood.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-/// A rank's place in a group. Dropped, by whatever way, it tells the others that the rank has left.
-#[derive(Debug)]
-pub(crate) struct Seat {
-    pub(super) shared: Arc<Shared>,
-    pub(super) rank: usize,
-}
-
-impl Seat {
-    /// The messages that were never received in any group of the world, when all ranks have left.
-    pub(crate) fn unread(&self) -> Unread {
-        Arc::clone(&self.shared.unread)
-    }
-}
-
-impl Drop for Seat {
-    fn drop(&mut self) {
-        self.shared.leave(self.rank, std::thread::panicking().then_some(LostReason::Panicked));
-    }
-}
-
-/// The groups that one thread takes part in, or has left. When the thread ends, all of them are
-/// told so and why, also where its end of a group was leaked.
-#[derive(Debug, Default)]
-pub(crate) struct Presence(RefCell<Vec<(Weak<Shared>, usize)>>);
-
-impl Presence {
-    pub(super) fn add(&self, seat: &Seat) {
-        let mut groups = self.0.borrow_mut();
-        groups.retain(|(group, _)| group.strong_count() > 0);
-        groups.push((Arc::downgrade(&seat.shared), seat.rank));
-    }
-
-    /// Leaves every group.
-    pub(crate) fn end(&self, reason: LostReason) {
-        for (group, rank) in self.0.take() {
-            if let Some(group) = group.upgrade() {
-                group.leave(rank, Some(reason));
+        if !self.ended_well() {
+            return;
+        }
+        for (to, mailbox) in self.mail.iter_mut().enumerate() {
+            let mailbox = std::mem::take(mailbox.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()));
+            let messages =
+                mailbox.into_iter().flat_map(|(from, queue)| queue.into_iter().map(move |it| (from, it)));
+            for (from, message) in messages {
+                let [from, to] = [from, to].map(|rank| self.members[rank]);
+                let mut unread = self.unread.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+                unread.push((to, message.never_received(from, to)));
             }
         }
     }
 }
 
-impl Drop for Presence {
+/// A rank that has waited for some time at the barrier.
+struct BarrierWait<'a>(&'a Shared, usize);
+
+impl<'a> BarrierWait<'a> {
+    fn new(shared: &'a Shared, rank: usize, what: (Call, Round)) -> Self {
+        shared.lock(&shared.waiting)[rank] = Some(what);
+        shared.waiting_count.fetch_add(1, Ordering::AcqRel);
+        shared.news.notify();
+        Self(shared, rank)
+    }
+}
+
+impl Drop for BarrierWait<'_> {
     fn drop(&mut self) {
-        self.end(LostReason::Left);
+        self.0.lock(&self.0.waiting)[self.1] = None;
+        self.0.waiting_count.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

@@ -1,4 +1,5 @@
-//! The atomics and locks of the thread ranks: std's, or a model checker's. Loom checks the barrier, shuttle all of it.
+//! The atomics and locks of the thread ranks: std's or a model checker's. Loom checks the barrier,
+//! shuttle everything.
 
 #[cfg(loom)]
 pub(super) use loom::{

@@ -1,0 +1,38 @@
+//! The arguments of `shardwise launch`, which it passes on to its keeper.
+
+use clap::Args;
+use std::{env, ffi::OsString, path::PathBuf, time::Duration};
+
+/// How long the other ranks have to report after one has failed.
+pub(crate) const LAST_WORDS: Duration = Duration::from_millis(300);
+
+/// The program to start, with options.
+#[derive(Args)]
+pub(crate) struct Job {
+    /// The number of ranks.
+    #[arg(short = 'n', long, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(crate) ranks: u32,
+    /// Seconds between SIGTERM and SIGKILL for a rank; then as many for the reader of its output.
+    #[arg(long, default_value = "5", value_parser = seconds, allow_negative_numbers = true)]
+    pub(crate) grace: Duration,
+    /// A folder for the records of the ranks' last operations. Without it and without the variable
+    /// SHARDWISE_FLIGHT_DIR, the records are removed at the end.
+    #[arg(long)]
+    pub(crate) flight: Option<PathBuf>,
+    /// The program that every rank runs, with its arguments.
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) program: Vec<OsString>,
+}
+
+impl Job {
+    /// Returns the folder that the user has set for records.
+    pub(crate) fn records(&self) -> Option<PathBuf> {
+        let named = || env::var_os("SHARDWISE_FLIGHT_DIR").filter(|folder| !folder.is_empty());
+        self.flight.clone().or_else(|| named().map(PathBuf::from))
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}

@@ -1,0 +1,431 @@
+//! One process's connections. All of them go to rank 0.
+//!
+//! A thread reads from each connection. On rank 0 another thread writes to each, so a rank that
+//! does not read blocks only itself.
+
+use super::{
+    frame::{Frame, Keyed, Kind, Seal, Strings, from_loss},
+    hub::{Hub, from_counts},
+    inbox::Inbox,
+};
+use crate::{
+    comm::call::never_received,
+    error::{Error, LostReason},
+};
+use std::{
+    collections::HashMap,
+    io::{self, BufReader, ErrorKind},
+    net::{Shutdown, TcpStream},
+    sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// How long a rank that missed a deadline has to read why.
+const LATE_TIMEOUT: Duration = Duration::from_millis(50);
+
+/// A process's connections. Closed by [`Connections::close`], at the latest when dropped.
+#[derive(Debug)]
+pub(crate) struct Connections {
+    transport: Arc<Transport>,
+}
+
+/// The state that a rank shares with the threads that read and write.
+#[derive(Debug)]
+pub(super) struct Transport {
+    pub(super) rank: usize,
+    pub(super) world: usize,
+    pub(super) deadline: Duration,
+    inbox: Mutex<Inbox>,
+    news: Condvar,
+    /// The number of steps this rank has reached outside its groups, by work.
+    steps: Mutex<HashMap<u64, u64>>,
+    /// Held during a query for steps: an answer belongs to the last query.
+    asks: Mutex<()>,
+    /// The first loss that this rank has received. It may be why this rank leaves, so ranks that
+    /// need this one receive that loss.
+    first_loss: Mutex<Option<(usize, LostReason)>>,
+    /// By rank: on rank 0 all others, on the others rank 0.
+    peers: Vec<Option<Peer>>,
+    /// Used on rank 0 only.
+    hub: Mutex<Hub>,
+}
+
+/// A connection to another rank.
+#[derive(Debug)]
+struct Peer {
+    stream: TcpStream,
+    /// Held while a frame is written.
+    seal: Mutex<Seal>,
+    /// The frames that rank 0 has yet to write. None while the connection closes, and on other
+    /// ranks.
+    queue: Mutex<Option<Queue>>,
+}
+
+/// Frames that wait for the writing thread.
+#[derive(Debug)]
+struct Queue {
+    frames: mpsc::Sender<Frame>,
+    /// Disconnects when the writing thread ends, after it has written all frames.
+    written: mpsc::Receiver<()>,
+}
+
+impl Peer {
+    fn write(&self, frame: &Frame) -> io::Result<()> {
+        let written = frame.write(&mut &self.stream, &mut lock(&self.seal));
+        if written.is_err() {
+            // The reading thread sees the end of the stream and reports it to all ranks.
+            let _ = self.stream.shutdown(Shutdown::Both);
+        }
+        written
+    }
+}
+
+/// A rank's last frame. Rank 0 sends it for a rank that cannot.
+fn last_frame(loss: LostReason) -> Frame {
+    Frame::new(Kind::Lost, 0, 0, (0, from_loss(loss)), Vec::new())
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // No critical section leaves its data half changed.
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+impl Transport {
+    /// Sends a frame to rank 0; rank 0 routes its own.
+    pub(super) fn send(&self, frame: Frame) {
+        if self.rank == 0 {
+            self.route(0, frame);
+        } else {
+            self.write(0, frame);
+        }
+    }
+
+    /// Rank 0: acts on a frame from a rank. Returns false if no rank sends such a frame.
+    fn route(&self, from: usize, frame: Frame) -> bool {
+        if frame.kind == Kind::Ask && frame.to == 0 {
+            self.write(from, self.answer(from, &frame));
+            return true;
+        }
+        let mut hub = lock(&self.hub);
+        let deliveries = hub.take(from, frame);
+        let known = deliveries.is_some();
+        // Still under the lock, so that all ranks get the frames for several ranks in one order.
+        deliveries.into_iter().flatten().for_each(|(rank, frame)| self.deliver(rank, frame));
+        known
+    }
+
+    fn deliver(&self, rank: usize, frame: Frame) {
+        if rank == 0 { self.accept(frame) } else { self.write(rank, frame) }
+    }
+
+    fn write(&self, rank: usize, frame: Frame) {
+        let Some(Some(peer)) = self.peers.get(rank) else { return };
+        if self.rank != 0 {
+            // The reading thread notices a connection that has failed.
+            let _ = peer.write(&frame);
+        } else if let Some(queue) = &*lock(&peer.queue) {
+            let _ = queue.frames.send(frame);
+        }
+    }
+
+    /// Rank 0: sends all other ranks the loss of a rank.
+    fn report_loss(&self, rank: usize, last: Frame) {
+        let mut hub = lock(&self.hub);
+        hub.report_loss(rank, last).into_iter().for_each(|(other, news)| self.deliver(other, news));
+    }
+
+    /// The answer to another rank's query: the number of steps this rank has reached.
+    fn answer(&self, to: usize, ask: &Frame) -> Frame {
+        let reached = lock(&self.steps).get(&ask.group).copied().unwrap_or(0);
+        Frame::new(Kind::Answer, ask.group, reached, (self.rank, to), Vec::new())
+    }
+
+    /// Accepts a frame sent to this rank.
+    pub(super) fn accept(&self, frame: Frame) {
+        if frame.kind == Kind::Ask {
+            return self.send(self.answer(frame.from, &frame));
+        }
+        lock(&self.inbox).accept(frame);
+        self.news.notify_all();
+    }
+
+    /// Runs `read` on the inbox.
+    pub(super) fn with_inbox<R>(&self, read: impl FnOnce(&mut Inbox) -> R) -> R {
+        read(&mut lock(&self.inbox))
+    }
+
+    /// Waits until `find` returns something, for at most `patience`.
+    pub(super) fn wait<R>(
+        &self,
+        patience: Duration,
+        mut find: impl FnMut(&mut Inbox) -> Option<R>,
+    ) -> Option<R> {
+        let begin = Instant::now();
+        let mut inbox = lock(&self.inbox);
+        loop {
+            if let Some(found) = find(&mut inbox) {
+                return Some(found);
+            }
+            let left = patience.checked_sub(begin.elapsed())?;
+            inbox = match self.news.wait_timeout(inbox, left.min(Duration::from_secs(3600))) {
+                Ok((inbox, _)) => inbox,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+
+    /// How long to wait for rank 0's decision on why a group broke. Rank 0 answers at once unless
+    /// it is stopped; a busy machine may take longer.
+    pub(super) fn decision_timeout(&self) -> Duration {
+        self.answer_timeout().max(Duration::from_millis(500))
+    }
+
+    /// How long to wait for an answer that may never come.
+    fn answer_timeout(&self) -> Duration {
+        (self.deadline / 10).clamp(Duration::from_millis(50), Duration::from_secs(1))
+    }
+
+    /// Records the number of steps that this rank has reached.
+    pub(super) fn record_steps(&self, work: u64, steps: u64) {
+        lock(&self.steps).insert(work, steps);
+    }
+
+    /// Records a loss that this rank has received.
+    pub(super) fn record_loss(&self, rank: usize, loss: LostReason) {
+        lock(&self.first_loss).get_or_insert((rank, loss));
+    }
+
+    /// Returns those of `ranks` that have not reached `steps` steps or do not answer. A rank
+    /// answers while its program computes, but not while it is stopped.
+    pub(super) fn behind(&self, work: u64, steps: u64, ranks: &[usize]) -> Vec<usize> {
+        let _asks = lock(&self.asks);
+        self.with_inbox(|inbox| inbox.answers.retain(|(of, _), _| *of != work));
+        for &rank in ranks {
+            self.send(Frame::new(Kind::Ask, work, 0, (self.rank, rank), Vec::new()));
+        }
+        let all =
+            |inbox: &mut Inbox| ranks.iter().all(|&rank| inbox.steps(work, rank).is_some()).then_some(());
+        self.wait(self.answer_timeout(), all);
+        self.with_inbox(|inbox| {
+            // Without rank 0 no other rank's answer arrives either.
+            if self.rank != 0 && ranks.contains(&0) && inbox.steps(work, 0).is_none() {
+                return vec![0];
+            }
+            let behind = |rank: &usize| inbox.steps(work, *rank).is_none_or(|count| count < steps);
+            ranks.iter().copied().filter(behind).collect()
+        })
+    }
+
+    /// Rank 0: ends the writing threads once they have written all frames. Waits a moment for ranks
+    /// that read them, and less for ranks that missed a deadline.
+    fn flush(&self) {
+        let take = |rank: usize| Some((rank, lock(&self.peers[rank].as_ref()?.queue).take()?.written));
+        let (late, reading): (Vec<_>, Vec<_>) = (1..self.world)
+            .filter_map(take)
+            .partition(|(rank, _)| self.with_inbox(|inbox| inbox.is_late(*rank)));
+        for (peers, patience) in [(reading, self.answer_timeout()), (late, LATE_TIMEOUT)] {
+            let end = Instant::now() + patience;
+            for (_, written) in peers {
+                // Nothing is ever sent here: this returns when the thread ends.
+                let _ = written.recv_timeout(end.saturating_duration_since(Instant::now()));
+            }
+        }
+    }
+
+    /// Reads frames from a peer until the connection ends.
+    fn listen(&self, peer: usize, from: &TcpStream, mut seal: Seal) {
+        let mut from = BufReader::new(from);
+        let ended = loop {
+            match Frame::read(&mut from, &mut seal) {
+                Err(error) => break error,
+                Ok(frame) if self.rank != 0 => self.accept(frame),
+                Ok(frame) if frame.kind == Kind::Lost => {
+                    self.report_loss(peer, frame);
+                    self.write(peer, Frame::new(Kind::Bye, 0, 0, (0, 0), Vec::new()));
+                }
+                Ok(frame) => {
+                    let kind = frame.kind;
+                    if !self.route(peer, frame) {
+                        let what = format!("a frame that no rank of {} sends: {kind:?}", self.world);
+                        break io::Error::new(ErrorKind::InvalidData, what);
+                    }
+                }
+            }
+        };
+        if ended.kind() == ErrorKind::InvalidData {
+            tracing::error!(target: "shardwise", rank = self.rank, peer, error = %ended, "a connection is ended");
+            let _ = from.get_ref().shutdown(Shutdown::Both);
+        }
+        if self.rank == 0 {
+            // If this rank has closed the connections, the others are to see its own loss instead.
+            if !self.with_inbox(|inbox| inbox.gone) {
+                self.report_loss(peer, last_frame(LostReason::Disconnected));
+            }
+        } else {
+            self.accept(last_frame(LostReason::Disconnected));
+            self.with_inbox(|inbox| inbox.gone = true);
+            self.news.notify_all();
+        }
+    }
+}
+
+impl Connections {
+    /// Starts the threads of rank `rank` for its connections: rank 0's to all others, by rank;
+    /// another rank's to rank 0. Each comes with the key of its frames.
+    ///
+    /// # Errors
+    /// When a connection cannot be used or a thread cannot be started.
+    pub(crate) fn new(
+        rank: usize,
+        deadline: Duration,
+        peers: Vec<Option<(TcpStream, Keyed)>>,
+    ) -> io::Result<Self> {
+        let (mut readers, mut writers) = (Vec::new(), Vec::new());
+        let world = peers.len();
+        let open = |(number, peer): (usize, Option<(TcpStream, Keyed)>)| {
+            let Some((stream, nonces)) = peer else { return Ok(None) };
+            stream.set_nodelay(true)?;
+            stream.set_nonblocking(false)?;
+            stream.set_read_timeout(None)?;
+            // A writing thread of rank 0 may block for as long as the connection exists.
+            stream.set_write_timeout((rank != 0).then_some(deadline.max(Duration::from_millis(1))))?;
+            readers.push((number, Seal::new(&nonces, number)));
+            let queue = (rank == 0).then(|| {
+                let ((frames, queued), (writing, written)) = (mpsc::channel(), mpsc::channel());
+                writers.push((number, queued, writing));
+                Queue { frames, written }
+            });
+            let seal = Mutex::new(Seal::new(&nonces, rank));
+            Ok(Some(Peer { stream, seal, queue: Mutex::new(queue) }))
+        };
+        let peers = peers.into_iter().enumerate().map(open).collect::<io::Result<_>>()?;
+        let (inbox, news, steps, asks, first_loss) = Default::default();
+        let hub = Mutex::new(Hub::new(world));
+        let connections = Self {
+            transport: Arc::new(Transport {
+                rank,
+                world,
+                deadline,
+                inbox,
+                news,
+                steps,
+                asks,
+                first_loss,
+                peers,
+                hub,
+            }),
+        };
+        let start = |name: String, act: Box<dyn FnOnce(&Transport) + Send>| {
+            let transport = connections.transport();
+            let started = thread::Builder::new().name(name).spawn(move || act(&transport));
+            // There are no peers to wait for yet.
+            started.map(drop).inspect_err(|_| connections.close(LostReason::Failed))
+        };
+        for (peer, queued, writing) in writers {
+            let write = move |transport: &Transport| {
+                let _writing: mpsc::Sender<()> = writing;
+                let Some(to) = &transport.peers[peer] else { return };
+                let _ = queued.into_iter().try_for_each(|frame| to.write(&frame));
+            };
+            start(format!("link, writing to rank {peer}"), Box::new(write))?;
+        }
+        for (peer, seal) in readers {
+            let read = move |transport: &Transport| {
+                let Some(from) = &transport.peers[peer] else { return };
+                transport.listen(peer, &from.stream, seal);
+            };
+            start(format!("link to rank {peer}"), Box::new(read))?;
+        }
+        Ok(connections)
+    }
+
+    pub(super) fn transport(&self) -> Arc<Transport> {
+        Arc::clone(&self.transport)
+    }
+
+    /// Announces that this rank leaves, with the reason.
+    ///
+    /// Every message passes through rank 0, so unless it failed it stays until all have left, or
+    /// until the deadline.
+    pub(crate) fn close(&self, loss: LostReason) {
+        let transport = &self.transport;
+        if std::mem::replace(&mut lock(&transport.inbox).closed, true) {
+            return;
+        }
+        let mut last = last_frame(loss);
+        last.body = from_counts(lock(&transport.steps).iter()).into();
+        if let Some((root, how)) = *lock(&transport.first_loss) {
+            (last.round, last.group) = (root as u64 + 1, from_loss(how) as u64);
+        }
+        if transport.rank == 0 {
+            transport.report_loss(0, last);
+            let patience =
+                if loss == LostReason::Left { transport.deadline } else { transport.answer_timeout() };
+            let over = |inbox: &mut Inbox| {
+                (1..transport.world).all(|rank| inbox.is_late(rank) || inbox.has_lost(rank)).then_some(())
+            };
+            transport.wait(patience, over);
+            transport.flush();
+        } else {
+            transport.write(0, last);
+            transport
+                .wait(transport.answer_timeout(), |inbox| (inbox.gone || inbox.is_late(0)).then_some(()));
+        }
+        transport.with_inbox(|inbox| inbox.gone = true);
+        for peer in transport.peers.iter().flatten() {
+            let _ = peer.stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// After [`Connections::close`] of a rank that has left: the error of a message that it never
+    /// received.
+    pub(crate) fn unread(&self) -> Option<Error> {
+        self.transport.with_inbox(|inbox| {
+            let (from, message) = inbox.unread()?;
+            let message = Strings::all(message)?;
+            let [what, site] =
+                [0, 1].map(|at| message.get(at).map_or("?".into(), |text| String::from_utf8_lossy(text)));
+            Some(never_received(from, self.transport.rank, &format!("{what}, sent at {site}")))
+        })
+    }
+}
+
+impl Drop for Connections {
+    fn drop(&mut self) {
+        self.close(if thread::panicking() { LostReason::Panicked } else { LostReason::Left });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hmac::KeyInit;
+    use std::net::TcpListener;
+
+    /// The rank's own thread and its watchdog.
+    #[test]
+    fn two_threads_of_a_rank_may_ask_at_once() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let there = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (here, _) = listener.accept().unwrap();
+        let nonces = Keyed::new_from_slice(b"token and nonces").unwrap();
+        let connections = |rank, peers| Connections::new(rank, Duration::from_secs(60), peers).unwrap();
+        let first = connections(0, vec![None, Some((here, nonces.clone()))]);
+        let second = connections(1, vec![Some((there, nonces)), None]);
+        second.transport().record_steps(7, 3);
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    (0..500).for_each(|_| assert!(first.transport().behind(7, 3, &[1]).is_empty()))
+                });
+            }
+        });
+        assert_eq!(first.transport().behind(7, 4, &[1]), [1]);
+        // The steps it had reached when it left still count.
+        second.close(LostReason::Left);
+        first.transport().wait(Duration::from_secs(60), |inbox| inbox.has_lost(1).then_some(()));
+        assert!(first.transport().behind(7, 3, &[1]).is_empty());
+        assert_eq!(first.transport().behind(7, 4, &[1]), [1]);
+    }
+}

@@ -1,0 +1,114 @@
+//! Why a group breaks: the failures that arrive at a rank, and those that it reports.
+
+use super::{
+    Cause, Link,
+    frame::{Frame, Kind, from_numbers},
+    inbox::{Inbox, News},
+    nanoseconds,
+};
+use crate::{
+    comm::{Call, Step},
+    error::{Error, LostReason},
+};
+use std::time::Duration;
+
+impl Link {
+    /// Breaks the group for `cause`, unless it is broken already, and returns the error of a call.
+    pub(super) fn fail(&self, call: &Call, cause: Cause) -> Error {
+        let error = self.error(call, &cause);
+        self.failed.borrow_mut().get_or_insert(cause);
+        error
+    }
+
+    /// Breaks the group because the deadline for the missing ranks expired.
+    pub(super) fn deadline_error(&self, call: &Call, missing: Vec<usize>, after: Duration) -> Error {
+        let ranks: Vec<_> = missing.iter().map(|&rank| self.members[rank]).collect();
+        self.break_for(call, self.late_frame(&ranks, after), Cause::Deadline { missing, after })
+    }
+
+    /// The frame that reports an expired deadline for some world ranks.
+    pub(super) fn late_frame(&self, ranks: &[usize], after: Duration) -> Frame {
+        let body = from_numbers(ranks.iter().map(|&rank| rank as u64));
+        Frame::new(Kind::Late, self.group, nanoseconds(after), (0, 0), body)
+    }
+
+    /// Breaks the group for the reason that reached rank 0 first, which all its ranks receive, or
+    /// for `cause` if rank 0 does not answer.
+    pub(super) fn break_for(&self, call: &Call, news: Frame, cause: Cause) -> Error {
+        self.transport.send(news.clone());
+        let first = self
+            .transport
+            .wait(self.transport.decision_timeout(), |inbox| self.cause(inbox, |_, _, _| false));
+        let cause = first.unwrap_or_else(|| {
+            self.transport.accept(news);
+            cause
+        });
+        self.fail(call, cause)
+    }
+
+    /// Returns the ranks that have not reached a step or do not answer.
+    pub(super) fn behind(&self, step: Step) -> Vec<usize> {
+        let needed = (0..self.members.len()).filter(|&rank| rank != self.rank && step.needs(rank));
+        let needed: Vec<usize> = needed.map(|rank| self.members[rank]).collect();
+        let behind = self.transport.behind(step.work, step.number + 1, &needed);
+        (0..self.members.len()).filter(|&rank| behind.contains(&self.members[rank])).collect()
+    }
+
+    pub(super) fn error(&self, call: &Call, cause: &Cause) -> Error {
+        match cause {
+            Cause::Lost { rank, reason } => self.transport.record_loss(self.members[*rank], *reason),
+            Cause::Way { reason } => self.transport.record_loss(0, *reason),
+            Cause::Disagreement(_) | Cause::Deadline { .. } => {}
+        }
+        cause.error(call, &self.name)
+    }
+
+    /// Returns the first failure in the inbox that breaks this group. A lost rank counts only if
+    /// `stops` says so.
+    pub(super) fn cause(
+        &self,
+        inbox: &Inbox,
+        stops: impl Fn(usize, LostReason, &dyn Fn(u64) -> u64) -> bool,
+    ) -> Option<Cause> {
+        let group_rank = |rank| self.group_rank(rank);
+        let first = inbox.news.iter().find_map(|news| match news {
+            News::Broken { group, mismatch } if *group == self.group => {
+                Some(Cause::Disagreement(Box::new(mismatch.clone())))
+            }
+            News::Late { group, missing, after } if *group == self.group => {
+                let missing = missing.iter().filter_map(|&rank| group_rank(rank)).collect();
+                Some(Cause::Deadline { missing, after: *after })
+            }
+            News::Broken { .. } | News::Late { .. } => None,
+            News::Lost { rank, reason, root, progress } => {
+                let rank = group_rank(*rank)?;
+                let count = |of| progress.get(&of).copied().unwrap_or(0);
+                // A rank that had received a loss before it left is not the first one lost.
+                let first = root.and_then(|(root, reason)| Some((group_rank(root)?, reason)));
+                let (root, how) = first.unwrap_or((rank, *reason));
+                stops(rank, *reason, &count).then_some(Cause::Lost { rank: root, reason: how })
+            }
+        });
+        // Without rank 0 nothing arrives any more, from any sender.
+        first.or_else(|| {
+            let reason = inbox.rank0_lost()?;
+            Some(group_rank(0).map_or(Cause::Way { reason }, |rank| Cause::Lost { rank, reason }))
+        })
+    }
+
+    /// Returns the error of a call if the group is broken. A rank that has left in order counts
+    /// only if `needs` says so.
+    pub(super) fn obstacle_if(
+        &self,
+        call: &Call,
+        needs: impl Fn(usize, &dyn Fn(u64) -> u64) -> bool,
+    ) -> Option<Error> {
+        if let Some(cause) = &*self.failed.borrow() {
+            return Some(self.error(call, cause));
+        }
+        let stops =
+            |rank, reason, count: &dyn Fn(u64) -> u64| reason != LostReason::Left || needs(rank, count);
+        let cause = self.transport.with_inbox(|inbox| self.cause(inbox, stops));
+        cause.map(|cause| self.error(call, &cause))
+    }
+}
