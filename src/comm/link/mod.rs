@@ -12,7 +12,7 @@ pub(crate) use {
 };
 
 use super::{
-    Call, Communicator, Incoming, Lookout, Outgoing, ReduceOp, Shards, Step,
+    Call, Communicator, ExternalStep, Incoming, Outgoing, ReduceOp, Shards, Watchdog,
     call::hash,
     cause::Cause,
     combine,
@@ -112,7 +112,7 @@ impl Link {
     }
 
     /// The ranks that have not come to a step, or do not answer.
-    fn behind(&self, step: Step) -> Vec<usize> {
+    fn behind(&self, step: ExternalStep) -> Vec<usize> {
         let needed = (0..self.members.len()).filter(|&rank| rank != self.rank && step.needs(rank));
         let needed: Vec<usize> = needed.map(|rank| self.members[rank]).collect();
         let behind = self.wires.behind(step.work, step.number + 1, &needed);
@@ -122,7 +122,7 @@ impl Link {
     fn error(&self, call: &Call, cause: &Cause) -> Error {
         match cause {
             Cause::Lost { rank, reason } => self.wires.tell(self.members[*rank], *reason),
-            Cause::Way { reason } => self.wires.tell(0, *reason),
+            Cause::Relay { reason } => self.wires.tell(0, *reason),
             Cause::Disagreement(_) | Cause::Deadline { .. } => {}
         }
         cause.error(call, &self.name)
@@ -157,7 +157,7 @@ impl Link {
         // Where the first process is gone, nothing arrives any more, whoever sends it.
         first.or_else(|| {
             let reason = inbox.way_lost()?;
-            Some(place(0).map_or(Cause::Way { reason }, |rank| Cause::Lost { rank, reason }))
+            Some(place(0).map_or(Cause::Relay { reason }, |rank| Cause::Lost { rank, reason }))
         })
     }
 
@@ -228,7 +228,7 @@ impl Link {
                 self.wires.put(self.late_news(&[0], after));
                 let missing = self.place(0).map(|rank| Cause::Deadline { missing: vec![rank], after });
                 return Err(
-                    self.fail(call, missing.unwrap_or(Cause::Way { reason: LostReason::Disconnected }))
+                    self.fail(call, missing.unwrap_or(Cause::Relay { reason: LostReason::Disconnected }))
                 );
             }
         };
@@ -378,16 +378,16 @@ macro_rules! each_rank {
 }
 
 /// Another end of the same group, which no rank's thread uses.
-impl Lookout for Link {
-    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
-        Communicator::obstacle_beside(self, call, step)
+impl Watchdog for Link {
+    fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
+        Communicator::lost_at_step(self, call, step)
     }
 
-    fn absent(&self, step: Step) -> Vec<usize> {
+    fn absent(&self, step: ExternalStep) -> Vec<usize> {
         self.behind(step)
     }
 
-    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+    fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
         Communicator::give_up(self, call, steps, after)
     }
 }
@@ -462,25 +462,25 @@ impl Communicator<Cpu> for Link {
         self.obstacle_if(call, |_, _| false)
     }
 
-    fn came(&self, step: Step) {
+    fn reached_step(&self, step: ExternalStep) {
         self.wires.came(step.work, step.number + 1);
     }
 
-    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
+    fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
         self.obstacle_if(call, |rank, came| step.needs(rank) && came(step.work) <= step.number)
     }
 
-    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+    fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
         let absent = steps.iter().flat_map(|step| self.behind(*step)).collect();
         // What was heard meanwhile says more.
-        if let Some(error) = steps.iter().find_map(|step| Communicator::obstacle_beside(self, call, *step)) {
+        if let Some(error) = steps.iter().find_map(|step| Communicator::lost_at_step(self, call, *step)) {
             return error;
         }
-        let missing = Step::missing(steps, absent, self.rank, self.size());
+        let missing = ExternalStep::missing(steps, absent, self.rank, self.size());
         self.late(call, missing, after)
     }
 
-    fn lookout(&self) -> Option<Box<dyn Lookout>> {
+    fn watchdog(&self) -> Option<Box<dyn Watchdog>> {
         let (wires, members) = (Arc::clone(&self.wires), self.members.clone());
         Some(Box::new(Self::new(wires, self.group, self.name.clone(), members, self.rank)))
     }

@@ -15,7 +15,7 @@ mod sync;
 pub(crate) use shared::{Presence, Seat};
 
 use super::{
-    Call, Collective, Communicator, InFlight, Incoming, Lookout, Outgoing, ReduceOp, Shards, Step,
+    Call, Collective, Communicator, ExternalStep, InFlight, Incoming, Outgoing, ReduceOp, Shards, Watchdog,
     combine::{self, BLOCK},
     each_pair, host,
 };
@@ -179,18 +179,18 @@ impl Outlook {
     }
 }
 
-impl Lookout for Outlook {
-    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
+impl Watchdog for Outlook {
+    fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
         self.shared.obstacle(call, || self.shared.absent(step))
     }
 
-    fn absent(&self, step: Step) -> Vec<usize> {
+    fn absent(&self, step: ExternalStep) -> Vec<usize> {
         self.shared.absent(step)
     }
 
-    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+    fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
         let absent = steps.iter().flat_map(|step| self.shared.absent(*step)).collect();
-        let missing = Step::missing(steps, absent, self.rank, self.shared.size());
+        let missing = ExternalStep::missing(steps, absent, self.rank, self.shared.size());
         self.shared.give_up(call, missing, after)
     }
 }
@@ -286,19 +286,19 @@ impl Communicator<Cpu> for ThreadComm {
         self.seat.shared.obstacle(call, Vec::new)
     }
 
-    fn came(&self, step: Step) {
+    fn reached_step(&self, step: ExternalStep) {
         self.seat.shared.came(self.seat.rank, step);
     }
 
-    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
-        Outlook::of(&self.seat).obstacle_beside(call, step)
+    fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
+        Outlook::of(&self.seat).lost_at_step(call, step)
     }
 
-    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+    fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
         Outlook::of(&self.seat).give_up(call, steps, after)
     }
 
-    fn lookout(&self) -> Option<Box<dyn Lookout>> {
+    fn watchdog(&self) -> Option<Box<dyn Watchdog>> {
         Some(Box::new(Outlook::of(&self.seat)))
     }
 

@@ -9,7 +9,7 @@ use super::{
     sync::{AtomicBool, AtomicUsize, Mutex, MutexGuard, Ordering},
 };
 use crate::{
-    comm::{Call, Step},
+    comm::{Call, ExternalStep},
     error::{Error, LostReason, Mismatch, Result},
 };
 use std::{
@@ -251,12 +251,12 @@ impl Shared {
     }
 
     /// Rank `rank` has come to a step beside the group.
-    pub(super) fn came(&self, rank: usize, step: Step) {
+    pub(super) fn came(&self, rank: usize, step: ExternalStep) {
         self.lock(&self.beside)[rank].insert(step.work, step.number + 1);
     }
 
     /// The ranks that a step beside the group needs, and that have not come to it.
-    pub(super) fn absent(&self, step: Step) -> Vec<usize> {
+    pub(super) fn absent(&self, step: ExternalStep) -> Vec<usize> {
         let beside = self.lock(&self.beside);
         let absent = |rank: &usize| beside[*rank].get(&step.work).is_none_or(|steps| *steps <= step.number);
         (0..beside.len()).filter(|&rank| step.needs(rank)).filter(absent).collect()
