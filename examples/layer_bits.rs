@@ -260,7 +260,8 @@ fn print<S: ResidualStream, T: Element>(
     sizes: &Sizes,
     reduction: Reduction,
 ) -> Result<()> {
-    let mut line = format!("{what:<5} {name:<14} {:<9} {:<4}", S::CUT.map_or("whole", |_| "rows"), T::DTYPE);
+    let mut line =
+        format!("{what:<5} {name:<14} {:<9} {:<4}", S::SHARD_DIM.map_or("whole", |_| "rows"), T::DTYPE);
     line += if reduction == Reduction::Fast { " fast     " } else { " invariant" };
     for ranks in 1..=RANKS {
         let overlap = if name.ends_with("chunks") { Overlap::Chunks(2) } else { Overlap::Off };

@@ -1,8 +1,8 @@
-//! The one error type of the crate. Every module may use it; it uses none of them.
+//! The error type of the crate. Every module may use it; it uses none of them.
 //!
-//! A message names the operator and the two things that disagree, so that it can be acted on without a debugger.
-//! Errors are `Clone` and `Send`: the first cause of a failed group is repeated by every later call on it, and a
-//! rank's error travels to the thread that launched it.
+//! A message names the operator and the two things that disagree, which should be enough to act on
+//! it without a debugger. Errors are `Clone` because every later call on a failed group returns the
+//! group's first error, and `Send` because a rank's error goes to the thread that launched it.
 
 mod site;
 
@@ -14,16 +14,16 @@ use std::{fmt, io, path::PathBuf, time::Duration};
 /// `std::result::Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, for every operation of the crate.
+/// The error of every operation of the crate. Later versions may add variants.
 ///
-/// `Debug` reads as `Display`: it is what a `main` that returns an error, and `unwrap`, print.
+/// `Debug` prints the same as `Display`, for a `main` that returns an error and for `unwrap`.
 #[derive(Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// Two sizes that have to be equal are not.
     #[error("{op}: {left} is {left_size}, but {right} is {right_size}")]
     Sizes {
-        /// The operator that was asked.
+        /// The operator that failed.
         op: &'static str,
         /// What the first number measures.
         left: String,
@@ -37,7 +37,7 @@ pub enum Error {
     /// Two shapes that have to be equal are not.
     #[error("{op}: {left} has shape {left_shape:?}, but {right} has shape {right_shape:?}")]
     Shapes {
-        /// The operator that was asked.
+        /// The operator that failed.
         op: &'static str,
         /// The first operand.
         left: String,
@@ -51,7 +51,7 @@ pub enum Error {
     /// A dimension has fewer indivisible units than there are ranks to share them.
     #[error("{op}: {ranks} ranks cannot share {units} {unit}: each rank needs at least one")]
     TooManyRanks {
-        /// The operator that was asked.
+        /// The operator that failed.
         op: &'static str,
         /// The number of ranks.
         ranks: usize,
@@ -60,23 +60,23 @@ pub enum Error {
         /// The name of the unit: `heads`, `features`, …
         unit: &'static str,
     },
-    /// An argument makes no sense by itself.
+    /// An argument is invalid by itself.
     #[error("{op}: {reason}")]
     Invalid {
-        /// The operator that was asked.
+        /// The operator that failed.
         op: &'static str,
         /// What is wrong with the argument, with its value.
         reason: String,
     },
-    /// The library contradicts itself: not the caller's fault.
+    /// An invariant of the library is violated, which is not the caller's fault.
     #[error("{op}: {reason}: this is a bug in shardwise, please report it")]
     Internal {
-        /// The operator that was asked.
+        /// The operator that failed.
         op: &'static str,
-        /// What cannot be, and is.
+        /// The violated invariant.
         reason: String,
     },
-    /// The host has no memory for a tensor, or its bytes are more than can be counted.
+    /// The host has no memory for a tensor, or its size in bytes overflows.
     #[error("memory: no room for {len} elements of {size} bytes")]
     Memory {
         /// The number of elements.
@@ -93,18 +93,19 @@ pub enum Error {
         call: &'static str,
         /// Its error code.
         code: i32,
-        /// The library's words.
+        /// The library's message.
         message: String,
     },
-    /// The device cannot do this; another one may.
+    /// The device, transport or setting does not support the operation.
     #[error("{op}: not supported: {reason}")]
     Unsupported {
-        /// The operator that was asked.
+        /// The operator that failed.
         op: &'static str,
         /// What is not supported.
         reason: String,
     },
-    /// The ranks of a group called different operations, or the same one with different arguments. No data moved.
+    /// The ranks of a group called different operations, or the same operation with different
+    /// arguments. No data moved.
     #[error("ranks disagree: rank {} called {}; rank {} called {}", .0.left_rank, .0.left, .0.right_rank, .0.right)]
     Mismatch(Box<Mismatch>),
     /// A rank of the group panicked, returned or was dropped while this rank still needed it.
@@ -112,11 +113,11 @@ pub enum Error {
         "rank {rank} was lost ({reason}) before it joined {op} (call {seq} of group `{group}`, at {site})"
     )]
     PeerLost {
-        /// The rank that was lost, counted in the group of the failed call.
+        /// The lost rank, as a rank of the group of the failed call.
         rank: usize,
         /// How it was lost.
         reason: LostReason,
-        /// The operation this rank was waiting in, or was about to start.
+        /// The operation in which this rank waited, or which it was about to start.
         op: &'static str,
         /// The sequence number of that call.
         seq: u64,
@@ -125,12 +126,12 @@ pub enum Error {
         /// Where this rank made the call.
         site: Site,
     },
-    /// Ranks did not arrive within the group's deadline.
+    /// Ranks did not join a call within the group's deadline.
     #[error(
         "ranks {missing:?} did not join {op} (call {seq} of group `{group}`, at {site}) within {after:?}"
     )]
     Deadline {
-        /// The ranks that had not arrived.
+        /// The ranks that had not joined.
         missing: Vec<usize>,
         /// The operation that was waiting.
         op: &'static str,
@@ -156,10 +157,10 @@ pub enum Error {
     RankFailed {
         /// The rank in the world.
         rank: usize,
-        /// What it returned.
+        /// The error it returned.
         source: Box<Error>,
     },
-    /// Elements of a tensor that several ranks of a group hold have other bits on one of them.
+    /// Elements of a tensor that several ranks of a group hold have different bits on one of them.
     #[error("rank {rank} of group `{group}` has drifted: its `{tensor}` differs from rank {other}'s")]
     Drift {
         /// The tensor's name.
@@ -178,10 +179,10 @@ pub enum Error {
         path: PathBuf,
         /// What kind of failure it was.
         kind: io::ErrorKind,
-        /// The operating system's words.
+        /// The operating system's message.
         reason: String,
     },
-    /// A checkpoint file is damaged, or is not what it says it is.
+    /// A checkpoint file is damaged or inconsistent.
     #[error("{}: bad checkpoint: {reason}", .path.display())]
     Checkpoint {
         /// The file.
@@ -189,12 +190,12 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// A model's configuration cannot be read, or says something that is not known.
+    /// A model's configuration cannot be read, or has an unknown value.
     #[error("{}: {reason}", .path.display())]
     Config {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it, or what is not known.
+        /// What is wrong with it, or unknown.
         reason: String,
     },
     /// A source of weights does not have a tensor.
@@ -202,31 +203,32 @@ pub enum Error {
     MissingTensor {
         /// The tensor.
         name: String,
-        /// Where it was looked for.
+        /// The source that was searched.
         place: String,
-        /// A similar name that is there, as `; did you mean …?`, or nothing.
+        /// A similar existing name, as `; did you mean …?`, or an empty text.
         hint: String,
     },
-    /// A tensor of a checkpoint has another shape than the layer needs.
+    /// A tensor of a checkpoint does not have the shape that the layer needs.
     #[error("tensor `{name}` has shape {found:?} in {place}, but the layer needs {needed:?}")]
     TensorShape {
         /// The tensor.
         name: String,
-        /// Where it is.
+        /// The source that has it.
         place: String,
         /// The shape it has.
         found: Vec<usize>,
-        /// The shape it should have.
+        /// The shape that the layer needs.
         needed: Vec<usize>,
     },
-    /// A tensor of a checkpoint has an element that cannot be read into a floating-point tensor.
+    /// A tensor of a checkpoint has an element type that cannot be read into a floating-point
+    /// tensor.
     #[error("tensor `{name}` has elements {found} in {place}; f64, f32, bf16 or f16 can be read")]
     TensorElement {
         /// The tensor.
         name: String,
-        /// Where it is.
+        /// The source that has it.
         place: String,
-        /// The element it has.
+        /// The element type it has.
         found: String,
     },
 }
@@ -249,7 +251,7 @@ impl Error {
         Self::Sizes { op, left: left.into(), left_size, right: right.into(), right_size }
     }
 
-    /// An argument makes no sense by itself.
+    /// An argument is invalid by itself.
     pub fn invalid(op: &'static str, reason: impl Into<String>) -> Self {
         Self::Invalid { op, reason: reason.into() }
     }
@@ -259,25 +261,26 @@ impl Error {
         Self::Io { path: path.into(), kind: error.kind(), reason: error.to_string() }
     }
 
-    /// [`Error::Io`] of a path that names something else than a file.
+    /// [`Error::Io`] of a path that is not a regular file.
     pub(crate) fn no_file(path: impl Into<PathBuf>) -> Self {
         Self::io(path, &io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"))
     }
 
-    /// The library contradicts itself.
+    /// An invariant of the library is violated.
     pub(crate) fn internal(op: &'static str, reason: impl Into<String>) -> Self {
         Self::Internal { op, reason: reason.into() }
     }
 
-    /// Whether this error says that another rank failed, rather than what went wrong first.
+    /// Whether this error only reports that another rank failed, and is not the first cause.
     ///
-    /// When several ranks fail, the launcher reports one for which this is false, if there is one.
+    /// When several ranks fail, the launcher returns an error for which this is false, if there is
+    /// one.
     pub fn is_consequence(&self) -> bool {
         matches!(self, Self::PeerLost { .. } | Self::Deadline { .. })
     }
 }
 
-/// `Ok` if the two sizes are equal, otherwise [`Error::Sizes`].
+/// Returns [`Error::Sizes`] unless the two sizes are equal.
 pub(crate) fn same_size(
     op: &'static str,
     left: &str,
@@ -291,7 +294,7 @@ pub(crate) fn same_size(
     Err(Error::sizes(op, left, left_size, right, right_size))
 }
 
-/// `Ok` if the two shapes are equal, otherwise [`Error::Shapes`].
+/// Returns [`Error::Shapes`] unless the two shapes are equal.
 pub(crate) fn same_shape(
     op: &'static str,
     left: &str,
@@ -311,7 +314,7 @@ pub(crate) fn same_shape(
 pub struct Mismatch {
     /// The first rank of the group.
     pub left_rank: usize,
-    /// Its call, in words: operation, arguments, sequence number, call site.
+    /// Its call as text: operation, arguments, sequence number, call site.
     pub left: String,
     /// The lowest rank whose call differs from the first rank's.
     pub right_rank: usize,
@@ -320,7 +323,7 @@ pub struct Mismatch {
 }
 
 impl Mismatch {
-    /// The calls of two ranks.
+    /// The mismatch between the calls of two ranks, ordered by rank.
     pub(crate) fn between(one: (usize, String), other: (usize, String)) -> Self {
         let ((left_rank, left), (right_rank, right)) =
             if one.0 < other.0 { (one, other) } else { (other, one) };
@@ -328,7 +331,7 @@ impl Mismatch {
     }
 }
 
-/// How a rank was lost.
+/// How a rank was lost. Later versions may add reasons.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LostReason {

@@ -1,9 +1,10 @@
-//! Tensor-parallel operators: the linear and attention layers of a transformer, split over the ranks of a group, forward and
-//! backward, each verified against a single-device reference.
+//! Tensor-parallel operators: the linear and attention layers of a transformer, sharded over the
+//! ranks of a group, forward and backward, each verified against a single-device reference.
 //!
-//! A column-parallel layer computes its own output features, a row-parallel one multiplies its own input features, and an
-//! all-reduce, or an all-gather and a reduce-scatter, puts the parts together. How a tensor is spread over the ranks is part
-//! of its type: a sum that was not reduced cannot be fed to a non-linear function, because that does not compile.
+//! Each rank of a column-parallel layer computes a shard of the output features; each rank of a
+//! row-parallel layer multiplies a shard of the input features. An all-reduce, or an all-gather and
+//! a reduce-scatter, combines them. The placement of a tensor is part of its type: applying a
+//! non-linear function to a sum that is not reduced does not compile.
 //!
 //! ```
 //! use shardwise::prelude::*;
@@ -24,22 +25,22 @@
 //! # Ok::<(), shardwise::Error>(())
 //! ```
 //!
-//! # Where things are
+//! # Modules
 //!
-//! | module | what | knows |
+//! | module | contents | builds on |
 //! |---|---|---|
 //! | [`shard`] | partitions, placements, heads, blocks, meshes: arithmetic | sizes |
-//! | [`device`] | elements and memory | |
-//! | [`kernels`] | the mathematics on one device, a folder a family | devices |
+//! | [`device`] | elements and memory | nothing |
+//! | [`kernels`] | the computations on one device, one folder per family | devices |
 //! | [`tensor`] | tensors, parameters, sources of weights | kernels |
-//! | [`ops`] | operators on one rank's tensors | tensors |
+//! | [`ops`] | operators on tensors of one rank | tensors |
 //! | [`comm`] | groups and collectives | tensors |
 //! | [`launch`] | starting ranks | groups |
 //! | [`parallel`] | sharded tensors and layers: **start here** | operators and groups |
 //! | [`optim`] | optimizers, gradient norms, loss scales, learning rates | parameters |
 //! | [`train`] | data parallelism, pipelines, checks | layers and groups |
-//! | [`trace`] | what each rank has done last, and who broke a job | elements and errors |
-//! | [`weights`] | Hugging Face checkpoints, read in parts | tensors |
+//! | [`trace`] | the flight recorder: the last operations of each rank | elements and errors |
+//! | [`weights`] | Hugging Face checkpoints, of which a rank reads its shards | tensors |
 //! | [`prelude`] | the names that most programs use | all |
 //! | [`models`] | Llama, Mistral, Qwen, GPT-2 and BERT from checkpoints | layers and checkpoints |
 #![cfg_attr(
@@ -47,16 +48,17 @@
     doc = "| [`reference`](mod@reference) | the single-device reference, in ndarray and f64 | nothing |"
 )]
 //!
-//! The layers with their placements and collectives are listed in [`parallel`], the placements in [`shard::Placement`].
+//! [`parallel`] lists the layers with their placements and collectives; [`shard::Placement`] lists
+//! the placements.
 //!
 //! # Features
 //!
-//! | feature | default | what |
+//! | feature | default | effect |
 //! |---|---|---|
 //! | `reference` | yes | the single-device reference |
-//! | `cuda` | no | tensors on NVIDIA GPUs; libraries are loaded at run time |
-//! | `cli` | no | the program `shardwise`, which starts ranks on a machine |
-//! | `mpi` | no | ranks that an MPI library connects; it has to be installed |
+//! | `cuda` | no | tensors on NVIDIA GPUs; the libraries are loaded at run time |
+//! | `cli` | no | the program `shardwise`, which starts ranks and reads their records |
+//! | `mpi` | no | groups of processes over an MPI library, which has to be installed |
 //! | `nccl` | no | groups of GPUs over NCCL |
 
 #![cfg_attr(docsrs, feature(doc_cfg))]

@@ -1,33 +1,45 @@
-//! Random numbers by global index: the value at an index does not depend on who computes it, or on what was drawn before.
+//! Counter-based random numbers: the value at a global index does not depend on the rank that
+//! computes it, nor on earlier draws.
 //!
-//! Initial weights and dropout use it, so that they do not depend on the sharding. The generator is Philox4x32-10 (Salmon et al.,
-//! SC 2011), from the crate `rand_philox`.
+//! Initial weights and dropout use them and therefore do not depend on the sharding. The generator
+//! is Philox4x32-10 (Salmon et al., SC 2011), from the crate `rand_philox`.
 
 use rand_philox::{philox4x32_10, splitmix64, u32_to_unit_f64};
 
 /// A stream of random numbers, addressed by index.
+///
+/// ```
+/// use shardwise::rng::Philox;
+/// let stream = Philox::named(1, "layers.0.weight");
+/// // A rank that holds the elements 500.. draws what a single device draws for these elements.
+/// let whole: Vec<f64> = (0..1000).map(|index| stream.uniform(index)).collect();
+/// let shard: Vec<f64> = (500..1000).map(|index| stream.uniform(index)).collect();
+/// assert_eq!(whole[500..], shard);
+/// let mean = whole.iter().sum::<f64>() / 1000.0;
+/// assert!((mean - 0.5).abs() < 0.05 && whole.iter().all(|&x| 0.0 < x && x < 1.0));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Philox {
     key: [u32; 2],
 }
 
 impl Philox {
-    /// The stream with this number among those of a seed.
+    /// Stream number `stream` of a seed.
     pub fn stream(seed: u64, stream: u64) -> Self {
         let key = splitmix64(splitmix64(seed.wrapping_add(0x9e37_79b9_7f4a_7c15)) ^ stream);
         Self { key: [key as u32, (key >> 32) as u32] }
     }
 
-    /// The stream of this name among those of a seed.
+    /// The stream of a seed that is named `name`.
     pub fn named(seed: u64, name: &str) -> Self {
-        // FNV-1a: a fixed function of the bytes, unlike the standard library's hashers.
+        // FNV-1a, because the standard library's hashers may change between versions.
         let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
         });
         Self::stream(seed, hash)
     }
 
-    /// The stream of this number under this one: as independent of it as streams of two seeds are.
+    /// Stream number `number` below this one, as independent of it as streams of different seeds.
     pub fn substream(&self, number: u64) -> Self {
         Self::stream(u64::from(self.key[0]) | u64::from(self.key[1]) << 32, number)
     }
@@ -38,20 +50,21 @@ impl Philox {
         self.key
     }
 
-    /// Four random words at a counter: those of the indices 4 · `counter` to 4 · `counter` + 3.
-    pub(crate) fn words(&self, counter: u64) -> [u32; 4] {
+    /// Four random u32 at a counter: the values for the indices 4 · `counter` to 4 · `counter` + 3.
+    pub(crate) fn block(&self, counter: u64) -> [u32; 4] {
         philox4x32_10([counter as u32, (counter >> 32) as u32, 0, 0], self.key)
     }
 
-    /// A number uniformly distributed on (0, 1).
+    /// The number at `index`, uniformly distributed on (0, 1).
     pub fn uniform(&self, index: u64) -> f64 {
-        u32_to_unit_f64(self.words(index / 4)[(index % 4) as usize])
+        u32_to_unit_f64(self.block(index / 4)[(index % 4) as usize])
     }
 
-    /// A number normally distributed with mean 0 and variance 1, by the Box–Muller transform.
+    /// The number at `index`, normally distributed with mean 0 and variance 1 (Box–Muller
+    /// transform).
     pub fn normal(&self, index: u64) -> f64 {
-        let words = self.words(index);
-        let (radius, angle) = (u32_to_unit_f64(words[0]), u32_to_unit_f64(words[1]));
+        let bits = self.block(index);
+        let (radius, angle) = (u32_to_unit_f64(bits[0]), u32_to_unit_f64(bits[1]));
         (-2.0 * radius.ln()).sqrt() * (std::f64::consts::TAU * angle).cos()
     }
 }

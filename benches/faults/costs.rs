@@ -37,7 +37,7 @@ fn call(seq: u64) -> Call {
         root: None,
         dtype: Some(DType::F32),
         shape: Shape::new(&[4, 32, 128]),
-        parts: 0x1234_5678,
+        partition: 0x1234_5678,
         history: 0,
         group: 7,
         messages: [0; 2],

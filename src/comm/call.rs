@@ -1,4 +1,4 @@
-//! What a rank asks of its group, in a form that ranks can compare.
+//! The description of a collective call that ranks compare before data moves.
 
 use crate::{
     device::DType,
@@ -11,22 +11,23 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
 };
 
-/// A collective operation.
+/// An operation of a group. Later versions may add collectives, such as all-to-all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
 pub enum Op {
     /// Every rank gets the reduction over all ranks.
     AllReduce,
-    /// Every rank gets all ranks' parts.
+    /// Every rank gets the shards of all ranks.
     AllGather,
-    /// Every rank gets its part of the reduction.
+    /// Every rank gets its shard of the reduction.
     ReduceScatter,
     /// Every rank gets the root's values.
     Broadcast,
-    /// A rank sends to one and receives from another.
+    /// A rank sends to one rank and receives from another.
     Exchange,
-    /// No rank goes on before all have come.
+    /// Every rank waits until all ranks have called it.
     Barrier,
-    /// The group is divided.
+    /// The group is split into sub-groups.
     Split,
 }
 
@@ -45,15 +46,17 @@ impl Op {
     }
 }
 
-/// How values of several ranks become one.
+/// The reduction of one value per rank to one value. Later versions may add reductions, such as a
+/// product.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum ReduceOp {
     /// The sum, in rank order, in the element's accumulator.
     #[default]
     Sum,
-    /// The largest; NaN if any is NaN.
+    /// The maximum; NaN if any value is NaN.
     Max,
-    /// The smallest; NaN if any is NaN.
+    /// The minimum; NaN if any value is NaN.
     Min,
 }
 
@@ -68,69 +71,71 @@ impl ReduceOp {
     }
 }
 
-/// One call of a group: the same on every rank, or the group is in disagreement.
+/// One call on a group. All ranks have to make the same call; otherwise every rank gets
+/// [`Error::Mismatch`].
 #[derive(Clone, Copy, Debug)]
 pub struct Call {
-    /// How many calls of this group came before.
+    /// The sequence number in the group, from 0.
     pub seq: u64,
     /// The operation.
     pub op: Op,
-    /// Whether it was started, to be waited for later.
+    /// Whether the call starts a collective that is waited for later.
     pub started: bool,
-    /// How values are reduced, if they are.
+    /// The reduction, if there is one.
     pub reduce: Option<ReduceOp>,
-    /// The rank whose values count, if one does.
+    /// The root of a broadcast.
     pub root: Option<usize>,
-    /// The element, if there is data.
+    /// The element, if there are data.
     pub dtype: Option<DType>,
     /// The shape of the whole tensor.
     pub shape: Shape,
-    /// A hash of how it is cut.
-    pub parts: u64,
-    /// A hash of the calls since the ranks last compared theirs; 0 where they compare every call.
+    /// A hash of the tensor's partition; 0 if it is not sharded.
+    pub partition: u64,
+    /// A hash of the calls since the last comparison; 0 where the ranks compare every call.
     pub history: u64,
-    /// The group's number: the same on all its ranks, and different from other groups'.
+    /// The group's id: the same on all its ranks, and different for other groups.
     pub group: u64,
-    /// How many messages of the group this rank has sent to others, and received from them.
+    /// The number of messages in the group that this rank has sent and received.
     pub messages: [u64; 2],
-    /// Where the call was made. Not compared: ranks may reach the same call on different paths.
+    /// Where the call was made. Not compared: ranks may reach the same call on different code
+    /// paths.
     pub site: Site,
 }
 
 impl Call {
-    /// Whether two ranks ask the same.
+    /// Whether two ranks make the same call.
     pub fn agrees(&self, other: &Self) -> bool {
         (self.seq, self.history, self.group) == (other.seq, other.history, other.group)
             && self.signature() == other.signature()
     }
 
-    /// What is asked, whichever call of the group it is.
+    /// The operation and its arguments, without the sequence number.
     fn signature(&self) -> impl Hash + PartialEq {
-        (self.op, self.started, self.reduce, self.root, self.dtype, self.shape, self.parts)
+        (self.op, self.started, self.reduce, self.root, self.dtype, self.shape, self.partition)
     }
 
-    /// A number that calls have in common which ask the same, whichever call of the group they are.
+    /// A hash of the operation and its arguments, without the sequence number.
     #[cfg(feature = "nccl")]
     pub(crate) fn kind(&self) -> u64 {
         hash(self.signature())
     }
 
-    /// A number that differs where calls do not agree.
+    /// A hash that differs between calls that do not agree.
     pub(crate) fn fingerprint(&self) -> u64 {
         hash((self.signature(), self.seq, self.history, self.group))
     }
 
-    /// What is noted of it.
+    /// The entry of this call in the flight record.
     pub(super) fn operation(&self) -> Operation {
-        let (op, started, root, dtype, shape, parts) =
-            (self.op.name(), self.started, self.root, self.dtype, self.shape, self.parts);
+        let (op, started, root, dtype, shape, partition) =
+            (self.op.name(), self.started, self.root, self.dtype, self.shape, self.partition);
         let reduce = self.reduce.map(ReduceOp::name);
         let (call, site) = (Some((self.group, self.seq)), Some(self.site));
-        Operation { op, started, reduce, root, dtype, shape, parts, call, site }
+        Operation { op, started, reduce, root, dtype, shape, partition, call, site }
     }
 
-    /// The disagreement between the calls of all ranks, in rank order, if there is one: of calls
-    /// that do not agree, or of messages that were sent and not received.
+    /// The disagreement between the calls of all ranks, given in rank order, if there is one: calls
+    /// that differ, or messages that were sent and not received.
     pub fn disagreement<'a>(calls: impl Iterator<Item = &'a Self> + Clone) -> Option<Mismatch> {
         let left = calls.clone().next()?;
         match calls.clone().enumerate().find(|(_, call)| !left.agrees(call)) {
@@ -141,32 +146,32 @@ impl Call {
         }
     }
 
-    /// The disagreement of ranks that have come to this call with so many messages sent and
-    /// received, in rank order, if not every message was received. A call that is started is no
-    /// meeting: messages may go by until it is waited for. It names the rank that has sent the most
-    /// beyond what it received, and the one with the fewest.
+    /// The disagreement of ranks that reach this call with the given numbers of messages sent and
+    /// received, in rank order, if some message was not received. It names the ranks with the
+    /// largest and the smallest excess of sent over received messages. Messages may be pending
+    /// across a started call, which is therefore not checked.
     pub(crate) fn unreceived(&self, messages: impl Iterator<Item = [u64; 2]> + Clone) -> Option<Mismatch> {
         let excess = |[sent, received]: [u64; 2]| i128::from(sent) - i128::from(received);
         if self.started || messages.clone().map(excess).sum::<i128>() == 0 {
             return None;
         }
-        let words = |[sent, received]: [u64; 2]| {
-            let call = Asked(self);
+        let describe = |[sent, received]: [u64; 2]| {
+            let call = WithoutSite(self);
             format!("{call} with {sent} messages sent and {received} received before")
         };
         let (right_rank, right) = messages.clone().enumerate().min_by_key(|(_, counts)| excess(*counts))?;
         let (left_rank, left) = messages.enumerate().max_by_key(|(_, counts)| excess(*counts))?;
-        Some(Mismatch { left_rank, left: words(left), right_rank, right: words(right) })
+        Some(Mismatch { left_rank, left: describe(left), right_rank, right: describe(right) })
     }
 }
 
-/// The error of a rank of the world that has left all groups without receiving a message that
-/// another one had sent.
+/// The error of rank `to` of the world, which left all groups without receiving a message from rank
+/// `from`.
 pub(crate) fn never_received(from: usize, to: usize, what: &str) -> Error {
     Error::invalid("exchange", format!("rank {to} never received a message of rank {from}: {what}"))
 }
 
-/// The standard hasher with its fixed keys: the same in every process of one program.
+/// A hash by the standard hasher with its fixed keys: the same in every process of one program.
 pub(crate) fn hash(value: impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     value.hash(&mut hasher);
@@ -175,14 +180,14 @@ pub(crate) fn hash(value: impl Hash) -> u64 {
 
 impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} at {}", Asked(self), self.site)
+        write!(f, "{} at {}", WithoutSite(self), self.site)
     }
 }
 
-/// A call without its site, in words.
-struct Asked<'a>(&'a Call);
+/// Displays a call without its site.
+struct WithoutSite<'a>(&'a Call);
 
-impl fmt::Display for Asked<'_> {
+impl fmt::Display for WithoutSite<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let call = self.0;
         if call.started {
@@ -204,8 +209,8 @@ impl fmt::Display for Asked<'_> {
         if let Some(dtype) = call.dtype {
             argument("", &format!("{dtype} {}", call.shape))?;
         }
-        if call.parts != 0 {
-            argument("cut ", &format!("{:08x}", call.parts as u32))?;
+        if call.partition != 0 {
+            argument("partition ", &format!("{:08x}", call.partition as u32))?;
         }
         argument("call ", &call.seq)?;
         if call.history != 0 {

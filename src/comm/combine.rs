@@ -1,43 +1,44 @@
-//! What a rank computes from all ranks' inputs: safe functions of slices, the same for every way the inputs arrive.
+//! Gathering and reducing all ranks' inputs on the host: safe functions of slices, which every host
+//! transport uses.
 
 use super::{ReduceOp, Shards};
 use crate::device::{Accumulator, Element, vectorized};
 use std::ops::Range;
 
-/// Elements that are reduced at a time: their accumulators stay in the first-level cache.
+/// The number of elements reduced at a time. Their accumulators fit the first-level cache.
 pub(super) const BLOCK: usize = 1024;
 
-/// recv ← all ranks' parts side by side. `part(r)` is rank r's `[rows, size(r)]`.
-pub(super) fn gather<'a, T: Element>(parts: &Shards, part: impl Fn(usize) -> &'a [T], recv: &mut [T]) {
-    let total = parts.partition.total();
-    for rank in 0..parts.partition.shards() {
-        let (from, columns) = (part(rank), parts.partition.range(rank));
-        for row in 0..parts.rows {
+/// recv ← the shards of all ranks, concatenated. `shard(r)` is rank r's `[rows, size(r)]`.
+pub(super) fn gather<'a, T: Element>(shards: &Shards, shard: impl Fn(usize) -> &'a [T], recv: &mut [T]) {
+    let total = shards.partition.total();
+    for rank in 0..shards.partition.shards() {
+        let (from, columns) = (shard(rank), shards.partition.range(rank));
+        for row in 0..shards.rows {
             let width = columns.len();
             recv[row * total..][columns.clone()].copy_from_slice(&from[row * width..(row + 1) * width]);
         }
     }
 }
 
-/// recv ← rank `rank`'s part of the reduction. `whole(r)` is rank r's `[rows, total]`.
+/// recv ← rank `rank`'s shard of the reduction. `whole(r)` is rank r's `[rows, total]`.
 pub(super) fn reduce_part<'a, T: Element>(
     op: ReduceOp,
-    parts: &Shards,
+    shards: &Shards,
     rank: usize,
     whole: impl Fn(usize) -> &'a [T],
     recv: &mut [T],
 ) {
-    let (total, columns) = (parts.partition.total(), parts.partition.range(rank));
+    let (total, columns) = (shards.partition.total(), shards.partition.range(rank));
     if columns.is_empty() {
         return;
     }
     for (row, recv) in recv.chunks_exact_mut(columns.len()).enumerate() {
         let start = row * total + columns.start;
-        reduce(op, parts.partition.shards(), |rank| &whole(rank)[start..start + columns.len()], recv);
+        reduce(op, shards.partition.shards(), |rank| &whole(rank)[start..start + columns.len()], recv);
     }
 }
 
-/// to ← the reduction over `ranks` ranks of `from(rank)`, in rank order.
+/// to ← the reduction of `from(rank)` over `ranks` ranks, in rank order, rounded once.
 pub(super) fn reduce<'a, T: Element>(
     op: ReduceOp,
     ranks: usize,
@@ -52,7 +53,7 @@ pub(super) fn reduce<'a, T: Element>(
     }
 }
 
-/// to ← as many sums, rounded.
+/// to ← the first `to.len()` sums, rounded.
 pub(super) fn store<T: Element>(sums: &[T::Acc; BLOCK], to: &mut [T]) {
     vectorized(|| {
         for (to, sum) in to.iter_mut().zip(sums) {
@@ -61,7 +62,8 @@ pub(super) fn store<T: Element>(sums: &[T::Acc; BLOCK], to: &mut [T]) {
     });
 }
 
-/// sums[..range.len()] ← the reduction over `ranks` ranks of `from(rank)[range]`, in rank order, in the accumulator.
+/// sums[..range.len()] ← the reduction of `from(rank)[range]` over `ranks` ranks, in rank order, in
+/// the accumulator.
 pub(super) fn reduce_block<'a, T: Element>(
     op: ReduceOp,
     ranks: usize,
@@ -85,9 +87,10 @@ fn fold<'a, T: Element>(
     combine: impl Fn(T::Acc, T::Acc) -> T::Acc,
 ) {
     let sums = &mut sums[..range.len()];
-    let part = |rank| &from(rank)[range.clone()];
-    // A closure for each loop: compilers put only small ones into the function with the wider instructions.
-    let first = part(0);
+    let input = |rank| &from(rank)[range.clone()];
+    // One closure per loop: compilers inline only small ones into the function compiled for wider
+    // instructions.
+    let first = input(0);
     if ranks == 1 {
         vectorized(|| {
             for (sum, a) in sums.iter_mut().zip(first) {
@@ -96,15 +99,15 @@ fn fold<'a, T: Element>(
         });
         return;
     }
-    // Two ranks, the most frequent number, in one pass.
-    let second = part(1);
+    // The first two ranks in one pass: two is the most frequent number of ranks.
+    let second = input(1);
     vectorized(|| {
         for ((sum, a), b) in sums.iter_mut().zip(first).zip(second) {
             *sum = combine(a.widen(), b.widen());
         }
     });
     for rank in 2..ranks {
-        let next = part(rank);
+        let next = input(rank);
         vectorized(|| {
             for (sum, a) in sums.iter_mut().zip(next) {
                 *sum = combine(*sum, a.widen());

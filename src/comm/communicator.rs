@@ -1,4 +1,4 @@
-//! The transport of a group.
+//! The transport trait of a group.
 
 use super::{Call, ReduceOp, Shards, cause::Cause};
 use crate::{
@@ -8,41 +8,49 @@ use crate::{
 };
 use std::time::Duration;
 
-/// What the ranks of one group can do together.
+/// The transport of one group, as used by one of its ranks.
 ///
-/// Object safe: operators do not know what carries their data. A communicator belongs to one rank. It compares the ranks'
-/// `call`s before it moves data, and reports disagreement and lost ranks as errors on every rank. The caller has checked
-/// lengths and ranks; every length follows from `parts`, or is the same on all ranks.
+/// The trait is object safe, so operators do not depend on the transport. A communicator compares
+/// the ranks' `call`s before it moves data. It reports disagreement and lost ranks as errors on
+/// every rank. The caller has checked lengths and ranks: every length follows from `shards`, or is
+/// the same on all ranks.
 pub trait Communicator<B: Device> {
-    /// This rank's number in the group.
+    /// The index of this rank in the group.
     fn rank(&self) -> usize;
 
     /// The number of ranks.
     fn size(&self) -> usize;
 
-    /// x ← the reduction of all ranks' x, the same bits on every rank.
+    /// x ← the reduction of x over the ranks, the same bits on every rank.
     fn all_reduce(&self, call: &Call, op: ReduceOp, x: AnyMut<'_, B>) -> Result<()>;
 
-    /// recv ← all ranks' parts. `send` is this rank's `[rows, size(rank)]`, `recv` is `[rows, total]`.
-    fn all_gather(&self, call: &Call, parts: &Shards, send: AnyRef<'_, B>, recv: AnyMut<'_, B>)
-    -> Result<()>;
-
-    /// recv ← this rank's part of the reduction of all ranks' `send`. `send` is `[rows, total]`, `recv` is
-    /// `[rows, size(rank)]`.
-    fn reduce_scatter(
+    /// recv ← the shards of all ranks, concatenated. `send` is this rank's `[rows, size(rank)]`,
+    /// `recv` is `[rows, total]`.
+    fn all_gather(
         &self,
         call: &Call,
-        op: ReduceOp,
-        parts: &Shards,
+        shards: &Shards,
         send: AnyRef<'_, B>,
         recv: AnyMut<'_, B>,
     ) -> Result<()>;
 
-    /// x ← the root's x.
+    /// recv ← this rank's shard of the reduction of `send` over the ranks. `send` is `[rows,
+    /// total]`, `recv` is `[rows, size(rank)]`.
+    fn reduce_scatter(
+        &self,
+        call: &Call,
+        op: ReduceOp,
+        shards: &Shards,
+        send: AnyRef<'_, B>,
+        recv: AnyMut<'_, B>,
+    ) -> Result<()>;
+
+    /// x ← the x of rank `root`.
     fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, B>) -> Result<()>;
 
-    /// Sends to one rank and receives from another as one step: neither waits for the other, so that neighbours which
-    /// exchange cannot wait for each other forever. Messages between two ranks arrive in order.
+    /// Sends to one rank and receives from another as one step. Sending does not wait for
+    /// receiving, so neighbours that exchange cannot deadlock. Messages between two ranks arrive in
+    /// order.
     fn exchange(
         &self,
         call: &Call,
@@ -50,46 +58,47 @@ pub trait Communicator<B: Device> {
         recv: Option<Incoming<'_, B>>,
     ) -> Result<()>;
 
-    /// Returns when every rank has called it.
+    /// Waits until every rank has called it.
     fn barrier(&self, call: &Call) -> Result<()>;
 
-    /// What broke the group, if something did, without waiting for anybody. A rank that left after it had done its part is
-    /// no obstacle to a call in which it took part.
+    /// Returns the failure that prevents `call`, if there is one, without waiting. A rank that left
+    /// after it joined the call does not prevent it.
     fn obstacle(&self, call: &Call) -> Option<Error> {
         let _ = call;
         None
     }
 
-    /// Notes that this rank has come to a step of what the ranks do beside this communicator.
-    fn came(&self, step: Step) {
+    /// Records that this rank reached a step of work done outside this communicator (NCCL).
+    fn reached_step(&self, step: ExternalStep) {
         let _ = step;
     }
 
-    /// As [`Communicator::obstacle`], of a step beside this communicator: a rank that left before it came to it is one.
-    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
+    /// Returns the failure that prevents an external step, like [`Communicator::obstacle`]: a rank
+    /// that left before it reached the step prevents it.
+    fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
         let _ = step;
         self.obstacle(call)
     }
 
-    /// This rank has waited for the others at these steps for so long: breaks the group for that. The error, which every rank
-    /// gets, names those that have not come, as far as they can be asked.
-    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
-        let missing = Step::missing(steps, Vec::new(), self.rank(), self.size());
+    /// Breaks the group because this rank has waited at these steps for `after`. Every rank gets
+    /// the returned error, which names the ranks known not to have reached the steps.
+    fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
+        let missing = ExternalStep::missing(steps, Vec::new(), self.rank(), self.size());
         Cause::Deadline { missing, after }.error(call, &format!("{:08x}", call.group as u32))
     }
 
-    /// What another thread than the rank's can ask, if there is such a thing.
-    fn lookout(&self) -> Option<Box<dyn Lookout>> {
+    /// The interface for a thread that monitors this rank, if the transport has one.
+    fn watchdog(&self) -> Option<Box<dyn Watchdog>> {
         None
     }
 
-    /// Whether a meeting of the ranks takes microseconds, so that each call may well have one.
+    /// Whether synchronizing the ranks takes microseconds, cheap enough for every call.
     fn is_near(&self) -> bool {
         false
     }
 
-    /// Divides the group: the ranks of one `color` form a new one, in order of `key` and then of rank; those without a
-    /// color belong to none. Errors call the new group `name`.
+    /// Splits the group: the ranks of one `color` form a new group, ordered by `key` and then by
+    /// rank. Returns none on ranks without a color. Errors of the new group name it `name`.
     fn split(
         &self,
         call: &Call,
@@ -98,10 +107,10 @@ pub trait Communicator<B: Device> {
         name: &str,
     ) -> Result<Option<Box<dyn Communicator<B>>>>;
 
-    /// Starts a collective whose result is asked for later. `send` is what it reads; `recv`, of the result's length, is
-    /// memory that it may use for the result.
+    /// Starts a collective; [`InFlight::wait`] returns its result. It reads `send`, and may use
+    /// `recv`, which has the result's length, as memory for the result.
     ///
-    /// Where a transport cannot work beside its rank, it does the work here.
+    /// The default runs the collective at once, for transports that cannot work asynchronously.
     fn start(
         &self,
         call: &Call,
@@ -114,49 +123,51 @@ pub trait Communicator<B: Device> {
                 self.all_reduce(call, op, send.as_mut())?;
                 send
             }
-            Collective::AllGather(parts) => {
-                self.all_gather(call, &parts, send.as_ref(), recv.as_mut())?;
+            Collective::AllGather(shards) => {
+                self.all_gather(call, &shards, send.as_ref(), recv.as_mut())?;
                 recv
             }
-            Collective::ReduceScatter(op, parts) => {
-                self.reduce_scatter(call, op, &parts, send.as_ref(), recv.as_mut())?;
+            Collective::ReduceScatter(op, shards) => {
+                self.reduce_scatter(call, op, &shards, send.as_ref(), recv.as_mut())?;
                 recv
             }
         };
-        Ok(Box::new(Landed(result)))
+        Ok(Box::new(Completed(result)))
     }
 }
 
-/// What a thread that watches over a rank asks its communicator about steps beside it.
-pub trait Lookout: Send {
-    /// As [`Communicator::obstacle_beside`].
-    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error>;
+/// What a monitoring thread asks a rank's communicator about external steps.
+pub trait Watchdog: Send {
+    /// See [`Communicator::lost_at_step`].
+    fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error>;
 
-    /// The ranks that are needed for a step and are known not to have come to it.
-    fn absent(&self, step: Step) -> Vec<usize>;
+    /// The ranks that a step needs and that are known not to have reached it.
+    fn absent(&self, step: ExternalStep) -> Vec<usize>;
 
-    /// As [`Communicator::give_up`].
-    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error;
+    /// See [`Communicator::give_up`].
+    fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error;
 }
 
-/// A step of what the ranks do beside a communicator: a collective of NCCL's, of a group whose ranks compare their calls on it.
+/// A collective or message of another library (NCCL) whose progress the ranks track through this
+/// communicator.
 #[derive(Clone, Copy, Debug)]
-pub struct Step {
-    /// What it is a step of: the same number on all ranks.
+pub struct ExternalStep {
+    /// The id of the sequence of steps: the same on all ranks.
     pub work: u64,
-    /// How many steps of it came before.
+    /// The sequence number of this step, from 0.
     pub number: u64,
-    /// The one rank that it needs, if not all.
+    /// The only peer of the step; none if it needs all ranks.
     pub with: Option<usize>,
 }
 
-impl Step {
-    /// Whether it needs a rank.
+impl ExternalStep {
+    /// Whether the step needs rank `rank`.
     pub(super) fn needs(&self, rank: usize) -> bool {
         self.with.is_none_or(|with| with == rank)
     }
 
-    /// Whom rank `here` of `ranks` has waited for: those who are absent, or, where nobody is known to be, all that it needs.
+    /// The ranks that rank `here` of `ranks` has waited for: the absent ones or, if none is known
+    /// to be absent, all that the steps need.
     pub(super) fn missing(steps: &[Self], absent: Vec<usize>, here: usize, ranks: usize) -> Vec<usize> {
         if !absent.is_empty() {
             return absent;
@@ -166,28 +177,30 @@ impl Step {
     }
 }
 
-/// A tensor on its way to another rank.
+/// A tensor to send to another rank.
 pub struct Outgoing<'a, B: Device> {
     /// The receiver.
     pub to: usize,
     /// The tensor's shape.
     pub shape: Shape,
-    /// Its elements.
+    /// The elements.
     pub data: AnyRef<'a, B>,
 }
 
-/// Room for a tensor from another rank.
+/// Memory for a tensor from another rank.
 pub struct Incoming<'a, B: Device> {
     /// The sender.
     pub from: usize,
-    /// The shape that is expected.
+    /// The expected shape.
     pub shape: Shape,
-    /// Where the elements go.
+    /// The destination of the elements.
     pub data: AnyMut<'a, B>,
 }
 
-/// A collective that can be started.
+/// A collective that can be started. Later versions may add collectives, such as a broadcast; a
+/// transport should return [`Error::Unsupported`] for one that it does not implement.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum Collective {
     /// See [`Communicator::all_reduce`].
     AllReduce(ReduceOp),
@@ -197,16 +210,16 @@ pub enum Collective {
     ReduceScatter(ReduceOp, Shards),
 }
 
-/// A collective that was started.
+/// A started collective.
 pub trait InFlight<B: Device> {
-    /// Waits for the result.
+    /// Waits for the collective and returns its result.
     fn wait(self: Box<Self>) -> Result<AnyBuffer<B>>;
 }
 
-/// A collective that was finished at once.
-struct Landed<B: Device>(AnyBuffer<B>);
+/// A collective that ran to its end when it was started.
+struct Completed<B: Device>(AnyBuffer<B>);
 
-impl<B: Device> InFlight<B> for Landed<B> {
+impl<B: Device> InFlight<B> for Completed<B> {
     fn wait(self: Box<Self>) -> Result<AnyBuffer<B>> {
         Ok(self.0)
     }

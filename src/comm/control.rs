@@ -1,5 +1,5 @@
-//! Collectives on host data: numbers, bytes, and waiting for an event on one rank. For control
-//! decisions, not for activations: every call synchronizes the device.
+//! Collectives on host values: numbers, bytes, and waiting for an event on one rank. They are for
+//! control decisions, not for activations: every call synchronizes the device.
 
 use super::{Group, ReduceOp};
 use crate::{device::Element, error::Result, kernels::Pointwise, shard::Partition, tensor::Tensor};
@@ -26,11 +26,11 @@ impl<B: Pointwise> Group<B> {
     ///
     /// ```
     /// use shardwise::launch;
-    /// let heard = launch::threads(3, |world| {
+    /// let received = launch::threads(3, |world| {
     ///     let request = if world.rank() == 0 { b"next" } else { &b""[..] };
     ///     world.broadcast_bytes(0, request)
     /// })?;
-    /// assert_eq!(heard, [b"next"; 3]);
+    /// assert_eq!(received, [b"next"; 3]);
     /// # Ok::<(), shardwise::Error>(())
     /// ```
     ///
@@ -41,10 +41,8 @@ impl<B: Pointwise> Group<B> {
         let mut len = Tensor::from_slice(self.device(), [1], &[bytes.len() as f64])?;
         self.broadcast(root, &mut len)?;
         let len = if B::HAS_VALUES { len.to_vec()?[0] as usize } else { bytes.len() };
-        let mut all = match self.rank() == root {
-            true => self.tensor_of(bytes)?,
-            false => Tensor::empty(self.device(), [len])?,
-        };
+        let mut all =
+            if self.rank() == root { self.tensor_of(bytes)? } else { Tensor::empty(self.device(), [len])? };
         self.broadcast(root, &mut all)?;
         if B::HAS_VALUES { bytes_of(&all) } else { Ok(bytes.to_vec()) }
     }
@@ -62,39 +60,40 @@ impl<B: Pointwise> Group<B> {
         let lens = self.all_gather(&len, 0, &Partition::even(self.size(), self.size()))?.to_vec()?;
         let mut lens: Vec<usize> = lens.into_iter().map(|len| len as usize).collect();
         lens[self.rank()] = own.len();
-        let cut = Partition::from_sizes(lens);
-        let all = bytes_of(&self.all_gather(&self.tensor_of(own)?, 0, &cut)?)?;
-        let mut all: Vec<_> = (0..self.size()).map(|rank| all[cut.range(rank)].to_vec()).collect();
+        let partition = Partition::from_sizes(lens);
+        let all = bytes_of(&self.all_gather(&self.tensor_of(own)?, 0, &partition)?)?;
+        let mut all: Vec<_> = (0..self.size()).map(|rank| all[partition.range(rank)].to_vec()).collect();
         all[self.rank()] = own.to_vec();
         Ok(all)
     }
 
-    /// Waits until `poll` returns a value on rank `root`, such as a request. Returns it there, and
-    /// none on the other ranks. The group's deadline does not limit the wait.
+    /// Waits until `poll` returns a value on rank `root`, such as a request. Returns the value
+    /// there, and none on the other ranks. The group's deadline does not limit the wait.
     ///
-    /// Only `root` calls `poll`, repeatedly; the ranks meet after each call. A call should block for
-    /// a while, such as 100 ms, but less than the group's deadline: a value found later is lost with
-    /// the error. Collective: a broadcast of one number for each call.
+    /// Only `root` calls `poll`, repeatedly; the ranks synchronize after each call. A call should
+    /// block for a while, such as 100 ms, but for less than the group's deadline: after the
+    /// deadline the value is lost and the group fails. Collective: a broadcast of one number per
+    /// call.
     ///
     /// On a device without values, returns after the first call.
     ///
     /// # Errors
-    /// When `poll` fails: the other ranks fail when `root` leaves or calls something else. When
-    /// there is no such root, a rank calls something else, or is lost.
+    /// When `poll` fails; the other ranks then fail as soon as `root` leaves or calls something
+    /// else. When there is no such root, a rank calls something else, or is lost.
     #[track_caller]
     pub fn wait_for<R>(&self, root: usize, mut poll: impl FnMut() -> Result<Option<R>>) -> Result<Option<R>> {
         self.check_rank("wait for", root)?;
         loop {
             let found = if self.rank() == root { poll()? } else { None };
-            let mut come = Tensor::from_slice(self.device(), [1], &[f32::from(u8::from(found.is_some()))])?;
-            self.broadcast(root, &mut come)?;
-            if !B::HAS_VALUES || come.to_vec()?[0] > 0.0 {
+            let mut ready = Tensor::from_slice(self.device(), [1], &[f32::from(u8::from(found.is_some()))])?;
+            self.broadcast(root, &mut ready)?;
+            if !B::HAS_VALUES || ready.to_vec()?[0] > 0.0 {
                 return Ok(found);
             }
         }
     }
 
-    /// Bytes as numbers: f16 has all of them, and no element is an integer.
+    /// Bytes as f16 numbers, which represent 0 to 255 exactly. No element is an integer type.
     fn tensor_of(&self, bytes: &[u8]) -> Result<Tensor<f16, B>> {
         let numbers = bytes.iter().map(|&byte| f16::from_f32(byte.into())).collect();
         Tensor::from_vec(self.device(), [bytes.len()], numbers)

@@ -1,34 +1,30 @@
-//! The typed front of a communicator.
+//! A group of ranks: its construction, identity and sub-groups.
 
-use super::{
-    Call, Collective, Communicator, HostStaged, InFlight, Incoming, Op, Outgoing, Overlap, Planned, Recorded,
-    ReduceOp, Shards, Solo, TransferLog,
-};
+use super::{Call, Communicator, HostStaged, Op, Overlap, Planned, Recorded, Shards, Solo, TransferLog};
 use crate::{
-    device::{Cpu, DType, Device, Element, Meta},
-    error::{Error, Result, Site, same_shape, same_size},
-    kernels::Pointwise,
+    device::{Cpu, DType, Device, Meta},
+    error::{Error, Result, Site, same_size},
     shard::{Partition, Reduction, Shape},
-    tensor::Tensor,
     trace,
 };
 use std::{
     cell::Cell,
     fmt,
     hash::{DefaultHasher, Hash, Hasher},
-    marker::PhantomData,
     rc::Rc,
 };
 
-/// The ranks that share an operator, as one of them sees them.
+/// A group of ranks, as seen by one of them.
 ///
-/// Every method but the getters is a collective: all ranks of the group call it, in the same order, with the same
-/// arguments, or all get an error. A group belongs to its rank's thread; it is not `Send`:
+/// Every method except the getters is a collective: all ranks of the group call it in the same
+/// order with the same arguments, or every rank gets an error. A group belongs to the thread of its
+/// rank and is not `Send`:
 ///
 /// ```compile_fail
 /// # use shardwise::comm::Group;
 /// fn leaves_its_rank(group: Group) {
-///     std::thread::spawn(move || group.barrier()); // error: `Rc<…>` cannot be sent between threads safely
+///     // error: `Rc<…>` cannot be sent between threads safely
+///     std::thread::spawn(move || group.barrier());
 /// }
 /// ```
 pub struct Group<B: Device> {
@@ -43,12 +39,13 @@ struct Shared<B: Device> {
     identity: Rc<Identity>,
 }
 
-/// What all handles of the same ranks have in common, whatever carries their data.
+/// What all handles of one group share, whichever communicator carries their data.
 struct Identity {
     name: String,
     id: u64,
+    /// The sequence number of the next call.
     calls: Cell<u64>,
-    /// How many messages this rank has sent to others, and received from them.
+    /// The number of messages that this rank has sent to and received from other ranks.
     messages: Cell<[u64; 2]>,
 }
 
@@ -71,7 +68,7 @@ impl<B: Device> fmt::Debug for Group<B> {
 }
 
 impl<B: Device> Group<B> {
-    /// The group over a communicator; tensors that it makes are on `device`.
+    /// The group `world` over a communicator. Results are allocated on `device`.
     pub fn new(communicator: Rc<dyn Communicator<B>>, device: &B) -> Self {
         Self::of(communicator, device, Identity::new("world".into(), 0))
     }
@@ -82,29 +79,39 @@ impl<B: Device> Group<B> {
         Self { shared: Rc::new(shared), reduction: Reduction::Fast, overlap: Overlap::Off }
     }
 
-    /// This group, whose layers go about sums and collectives as those of another.
-    fn like<C: Device>(self, other: &Group<C>) -> Self {
+    /// Copies `other`'s reduction and overlap settings.
+    fn with_settings_of<C: Device>(self, other: &Group<C>) -> Self {
         Self { reduction: other.reduction, overlap: other.overlap, ..self }
     }
 
     /// A group of one rank.
+    ///
+    /// ```
+    /// use shardwise::prelude::*;
+    /// let world = Group::solo(&Cpu::new());
+    /// let mut x = Tensor::<f32>::full(world.device(), [2], 3.0)?;
+    /// world.all_reduce(ReduceOp::Sum, &mut x)?;
+    /// assert_eq!((world.size(), x.to_vec()?), (1, vec![3.0; 2]));
+    /// # Ok::<(), shardwise::Error>(())
+    /// ```
     pub fn solo(device: &B) -> Self {
         Self::new(Rc::new(Solo::new(device)), device)
     }
 
-    /// This group with a record of what it moves from now on. Every rank calls it.
+    /// This group, and a log of the transfers made through the returned handle. Call it on every
+    /// rank.
     pub fn recorded(&self) -> (Self, TransferLog) {
         let (communicator, record) = Recorded::new(Rc::clone(&self.shared.communicator));
         let group = Self::of(Rc::new(communicator), self.device(), Rc::clone(&self.shared.identity));
-        (group.like(self), record)
+        (group.with_settings_of(self), record)
     }
 
-    /// What carries the group's data, such as to wrap it: see [`Group::new`].
+    /// The transport of this group, for example to wrap it in another one: see [`Group::new`].
     pub fn communicator(&self) -> Rc<dyn Communicator<B>> {
         Rc::clone(&self.shared.communicator)
     }
 
-    /// This rank's number in the group.
+    /// The index of this rank in the group.
     pub fn rank(&self) -> usize {
         self.shared.communicator.rank()
     }
@@ -119,26 +126,32 @@ impl<B: Device> Group<B> {
         &self.shared.device
     }
 
-    /// The group's name: `world`, or where it was split from.
+    /// The name of the group: `world`, or the path of splits that made it.
     pub fn name(&self) -> &str {
         &self.shared.identity.name
     }
 
-    /// Whether two handles are of the same ranks: of one group, however it reduces, overlaps or is
-    /// recorded. All groups that consist of this rank alone are the same.
+    /// Whether two handles denote the same group, whatever their reduction, overlap or recording.
+    /// All groups of this rank alone are the same.
     pub fn is_same(&self, other: &Self) -> bool {
         Rc::ptr_eq(&self.shared.identity, &other.shared.identity) || (self.size() == 1 && other.size() == 1)
     }
 
-    /// The group's next call.
+    /// Takes the next sequence number of the group for a call.
     #[track_caller]
-    fn call(&self, op: Op) -> Call {
+    pub(super) fn next_call(&self, op: Op) -> Call {
         let calls = &self.shared.identity.calls;
-        self.describe(op, calls.replace(calls.get() + 1))
+        self.call_at(op, calls.replace(calls.get() + 1))
+    }
+
+    /// A call with the sequence number of the group's next call, without taking that number.
+    #[track_caller]
+    pub(super) fn call_between(&self, op: Op) -> Call {
+        self.call_at(op, self.shared.identity.calls.get())
     }
 
     #[track_caller]
-    fn describe(&self, op: Op, seq: u64) -> Call {
+    fn call_at(&self, op: Op, seq: u64) -> Call {
         Call {
             seq,
             op,
@@ -147,7 +160,7 @@ impl<B: Device> Group<B> {
             root: None,
             dtype: None,
             shape: Shape::new(&[]),
-            parts: 0,
+            partition: 0,
             history: 0,
             group: self.shared.identity.id,
             messages: self.shared.identity.messages.get(),
@@ -156,46 +169,75 @@ impl<B: Device> Group<B> {
     }
 
     #[track_caller]
-    fn data_call(&self, op: Op, dtype: DType, shape: Shape) -> Call {
-        Call { dtype: Some(dtype), shape, ..self.call(op) }
+    pub(super) fn data_call(&self, op: Op, dtype: DType, shape: Shape) -> Call {
+        Call { dtype: Some(dtype), shape, ..self.next_call(op) }
     }
 
-    /// Makes a call, which is noted: see [`trace`].
-    fn noted<R>(&self, call: &Call, act: impl FnOnce(&dyn Communicator<B>) -> Result<R>) -> Result<R> {
+    /// The transport, borrowed.
+    pub(super) fn transport(&self) -> &dyn Communicator<B> {
+        &*self.shared.communicator
+    }
+
+    /// Adds to the numbers of messages that this rank has sent and received.
+    pub(super) fn count_messages(&self, [sent, received]: [u64; 2]) {
+        let messages = &self.shared.identity.messages;
+        let [sent_before, received_before] = messages.get();
+        messages.set([sent_before + sent, received_before + received]);
+    }
+
+    /// Runs a call and records it: see [`trace`].
+    pub(super) fn run<R>(
+        &self,
+        call: &Call,
+        act: impl FnOnce(&dyn Communicator<B>) -> Result<R>,
+    ) -> Result<R> {
         let ticket = trace::enter(call.operation());
         let span = tracing::debug_span!(
             target: "shardwise", "collective",
             group = self.name(), rank = self.rank(), %call
         );
-        let result = span.in_scope(|| act(&*self.shared.communicator));
+        let result = span.in_scope(|| act(self.transport()));
         trace::leave(ticket, result.as_ref().err());
         result
     }
 
-    /// The parts of a tensor cut along `dim`, after a look at whether the cut is one of this group and dimension.
-    fn parts(&self, op: &'static str, shape: Shape, dim: usize, cut: &Partition) -> Result<Shards> {
+    /// The shards of a tensor along `dim`, once `partition` is known to fit the group and the
+    /// dimension.
+    pub(super) fn shards(
+        &self,
+        op: &'static str,
+        shape: Shape,
+        dim: usize,
+        partition: &Partition,
+    ) -> Result<Shards> {
         if dim >= shape.rank() {
             return Err(Error::invalid(op, format!("dimension {dim} of a tensor of shape {shape}")));
         }
-        same_size(op, "the number of shards", cut.shards(), "the number of ranks", self.size())?;
-        same_size(op, "the size that is cut", cut.total(), "that of the dimension", shape.dims()[dim])?;
-        // What the parts' sizes are made of: no product of them is cut off.
+        same_size(op, "the number of shards", partition.shards(), "the number of ranks", self.size())?;
+        same_size(
+            op,
+            "the size of the partition",
+            partition.total(),
+            "that of the dimension",
+            shape.dims()[dim],
+        )?;
+        // No product of the shards' sizes saturates after this check.
         shape.checked_len(op)?;
-        Ok(Shards::along(shape, dim, cut))
+        Ok(Shards::along(shape, dim, partition))
     }
 
-    /// Returns when every rank has called it.
+    /// Waits until every rank has called it.
     ///
     /// # Errors
     /// When a rank calls something else, or is lost.
     #[track_caller]
     pub fn barrier(&self) -> Result<()> {
-        let call = self.call(Op::Barrier);
-        self.noted(&call, |communicator| communicator.barrier(&call))
+        let call = self.next_call(Op::Barrier);
+        self.run(&call, |communicator| communicator.barrier(&call))
     }
 
-    /// Divides the group: ranks of one `color` form a new group, in order of `key` and then of rank. Ranks without a color
-    /// get none.
+    /// Splits the group: the ranks of one `color` form a new group, ordered by `key` and then by
+    /// rank. Returns none on ranks without a color.
     ///
     /// # Errors
     /// When a rank calls something else, or is lost.
@@ -204,20 +246,20 @@ impl<B: Device> Group<B> {
         self.split_named(color, key, &color.unwrap_or_default().to_string())
     }
 
-    /// [`Group::split`], where the new group's name is this one's and `part`.
+    /// [`Group::split`] into a group that is called `<this name>/<suffix>`.
     #[track_caller]
-    pub(super) fn split_named(&self, color: Option<u64>, key: u64, part: &str) -> Result<Option<Self>> {
-        let (call, name) = (self.call(Op::Split), format!("{}/{part}", self.name()));
-        let part = self.noted(&call, |communicator| communicator.split(&call, color, key, &name))?;
-        Ok(part.map(|communicator| {
+    pub(super) fn split_named(&self, color: Option<u64>, key: u64, suffix: &str) -> Result<Option<Self>> {
+        let (call, name) = (self.next_call(Op::Split), format!("{}/{suffix}", self.name()));
+        let split = self.run(&call, |communicator| communicator.split(&call, color, key, &name))?;
+        Ok(split.map(|communicator| {
             let mut id = DefaultHasher::new();
             (self.shared.identity.id, call.seq, color.unwrap_or_default()).hash(&mut id);
             let identity = Identity::new(name, id.finish());
-            Self::of(communicator.into(), self.device(), identity).like(self)
+            Self::of(communicator.into(), self.device(), identity).with_settings_of(self)
         }))
     }
 
-    /// Divides the group so that every rank is in a part.
+    /// Splits the group by a color on every rank. Ranks keep their order.
     ///
     /// # Errors
     /// When a rank calls something else, or is lost.
@@ -227,20 +269,28 @@ impl<B: Device> Group<B> {
     }
 
     #[track_caller]
-    pub(super) fn split_all_named(&self, color: u64, part: &str) -> Result<Self> {
-        let part = self.split_named(Some(color), 0, part)?;
-        part.ok_or_else(|| Error::invalid("split", "the communicator returned no group for a color"))
+    pub(super) fn split_all_named(&self, color: u64, suffix: &str) -> Result<Self> {
+        let group = self.split_named(Some(color), 0, suffix)?;
+        group.ok_or_else(|| Error::invalid("split", "the communicator returned no group for a color"))
+    }
+
+    /// Returns an error when the group has no rank `rank`.
+    pub(super) fn check_rank(&self, op: &'static str, rank: usize) -> Result<()> {
+        if rank < self.size() {
+            return Ok(());
+        }
+        Err(Error::invalid(op, format!("rank {rank} of a group of {}", self.size())))
     }
 }
 
 impl Group<Cpu> {
-    /// This group for tensors on `device`, carried by this one through the host: see [`HostStaged`]. Every rank calls it.
+    /// This group for tensors on `device`, carried through the host: see [`HostStaged`]. Call it on
+    /// every rank.
     ///
     /// ```
     /// use shardwise::{Tensor, comm::ReduceOp, device::Cpu, launch};
-    /// // Any device does for one here: thread ranks that share a GPU would each make a handle of it.
     /// launch::threads(2, |world| {
-    ///     let device = Cpu::new();
+    ///     let device = Cpu::new(); // or a handle of a GPU that all thread ranks share
     ///     let world = world.staged(&device);
     ///     let mut x = Tensor::<f32>::full(&device, [3], 1.0)?;
     ///     world.all_reduce(ReduceOp::Sum, &mut x)?;
@@ -254,26 +304,26 @@ impl Group<Cpu> {
         self.carried(Rc::new(communicator), device)
     }
 
-    /// A call that makes other groups of this one.
+    /// The call of a split that another communicator makes.
     #[cfg(feature = "nccl")]
     #[track_caller]
     pub(super) fn split_call(&self) -> Call {
-        self.call(Op::Split)
+        self.next_call(Op::Split)
     }
 
-    /// The same group and call numbers over another communicator of the same ranks.
-    pub(super) fn carried<B: Device>(&self, by: Rc<dyn Communicator<B>>, device: &B) -> Group<B> {
-        Group::of(by, device, Rc::clone(&self.shared.identity)).like(self)
+    /// This group, with its sequence numbers, over another communicator of the same ranks.
+    pub(super) fn carried<B: Device>(&self, communicator: Rc<dyn Communicator<B>>, device: &B) -> Group<B> {
+        Group::of(communicator, device, Rc::clone(&self.shared.identity)).with_settings_of(self)
     }
 }
 
 impl Group<Meta> {
-    /// Rank `rank` of a group of `size` without the other ranks, and the record of what this rank
-    /// would move: every call checks its arguments, is written down, and returns at once.
+    /// Rank `rank` of a group of `size` ranks, without the other ranks, and the log of what this
+    /// rank would transfer. Every call checks its arguments, is logged, and returns at once.
     ///
-    /// Layers, norms and optimizers on it have the shapes and take the memory of that rank. Reduced
-    /// tensors are 0, as all values of [`Meta`]; of numbers that the ranks reduce on the host
-    /// ([`Group::all_reduce_host`]), this rank's own stand for all.
+    /// Layers, norms and optimizers on it have the shapes and the memory use of that rank. Reduced
+    /// tensors are 0, as all values of [`Meta`] are. [`Group::all_reduce_host`] returns this rank's
+    /// own numbers.
     ///
     /// ```
     /// use shardwise::{Tensor, comm::{Group, Op, ReduceOp}, device::{Device, Meta}};
@@ -288,258 +338,17 @@ impl Group<Meta> {
     /// # Ok::<(), shardwise::Error>(())
     /// ```
     ///
-    /// What compares or stores values is not planned: `check_replicas` and saves are refused, and
-    /// the step counts of optimizer states that are loaded are 0. A planned group cannot be split.
-    /// For a mesh, plan one group for each axis, with this rank's number along it; a
-    /// [`Pipeline`](crate::train::Pipeline), which splits its group, cannot be planned. Nothing of a
-    /// plan is in the flight record ([`trace`]).
+    /// Operations that compare or store values fail: `check_replicas` and saves. Step counts of
+    /// loaded optimizer states are 0. A planned group cannot be split: for a mesh, plan one group
+    /// for each axis, with this rank's coordinate along it. A [`Pipeline`](crate::train::Pipeline)
+    /// splits its group and cannot be planned. The flight record ([`trace`]) contains no planned
+    /// call.
     ///
     /// # Errors
     /// When there is no such rank.
     pub fn planned(device: &Meta, rank: usize, size: usize) -> Result<(Self, TransferLog)> {
         let (communicator, record) = Recorded::new(Rc::new(Planned::new(rank, size)?));
-        let identity = Identity::new("planned".into(), trace::UNNOTED);
+        let identity = Identity::new("planned".into(), trace::UNRECORDED);
         Ok((Self::of(Rc::new(communicator), device, identity), record))
-    }
-}
-
-impl<B: Pointwise> Group<B> {
-    /// x ← Σ, max or min over the ranks of x, the same bits on every rank.
-    ///
-    /// # Errors
-    /// When a rank calls something else, or is lost; x is then unchanged by disagreement.
-    #[track_caller]
-    pub fn all_reduce<T: Element>(&self, op: ReduceOp, x: &mut Tensor<T, B>) -> Result<()> {
-        let call = Call { reduce: Some(op), ..self.data_call(Op::AllReduce, T::DTYPE, x.shape()) };
-        let x = T::any_mut(x.slice_mut()?);
-        self.noted(&call, |communicator| communicator.all_reduce(&call, op, x))
-    }
-
-    /// All ranks' parts along dimension `dim`, side by side. `x` is this rank's part; `cut` says how large each is.
-    ///
-    /// # Errors
-    /// When `x` is not this rank's part of the cut, a rank calls something else, or is lost.
-    #[track_caller]
-    pub fn all_gather<T: Element>(
-        &self,
-        x: &Tensor<T, B>,
-        dim: usize,
-        cut: &Partition,
-    ) -> Result<Tensor<T, B>> {
-        let (call, parts, shape) = self.gather_call(x, dim, cut)?;
-        let mut whole = Tensor::empty(self.device(), shape)?;
-        let (send, recv) = (T::any_ref(x.slice()), T::any_mut(whole.slice_mut()?));
-        self.noted(&call, |communicator| communicator.all_gather(&call, &parts, send, recv))?;
-        Ok(whole)
-    }
-
-    /// This rank's part along dimension `dim` of the reduction over the ranks of x.
-    ///
-    /// # Errors
-    /// When the cut is not one of x's dimension, a rank calls something else, or is lost.
-    #[track_caller]
-    pub fn reduce_scatter<T: Element>(
-        &self,
-        op: ReduceOp,
-        x: &Tensor<T, B>,
-        dim: usize,
-        cut: &Partition,
-    ) -> Result<Tensor<T, B>> {
-        let (call, parts, shape) = self.scatter_call(op, x, dim, cut)?;
-        let mut part = Tensor::empty(self.device(), shape)?;
-        let (send, recv) = (T::any_ref(x.slice()), T::any_mut(part.slice_mut()?));
-        self.noted(&call, |communicator| communicator.reduce_scatter(&call, op, &parts, send, recv))?;
-        Ok(part)
-    }
-
-    /// x ← the root's x.
-    ///
-    /// # Errors
-    /// When there is no such root, a rank calls something else, or is lost.
-    #[track_caller]
-    pub fn broadcast<T: Element>(&self, root: usize, x: &mut Tensor<T, B>) -> Result<()> {
-        self.check_rank("broadcast", root)?;
-        let call = Call { root: Some(root), ..self.data_call(Op::Broadcast, T::DTYPE, x.shape()) };
-        let x = T::any_mut(x.slice_mut()?);
-        self.noted(&call, |communicator| communicator.broadcast(&call, root, x))
-    }
-
-    /// Sends a tensor to one rank and receives one of a given shape from another, as one step.
-    ///
-    /// Only the ranks that are named take part. Messages between two ranks arrive in order. Over NCCL a message may wait on the
-    /// device until it is received, and what is asked of the group later waits behind it: ranks that send by one call and
-    /// receive by a later one must not do so in a circle.
-    ///
-    /// Every message has to be received before the group's next call of all ranks, but for those
-    /// that are started: there the ranks compare how many they have sent and received, and disagree
-    /// if one is missing (over NCCL where they compare their calls: `nccl::Options::check_every`).
-    /// A message that is left at the end is an error of its receiver.
-    ///
-    /// # Errors
-    /// When there is no such rank, what arrives is of another element or shape, or a rank is lost.
-    #[track_caller]
-    pub fn exchange<T: Element>(
-        &self,
-        send: Option<(usize, &Tensor<T, B>)>,
-        recv: Option<(usize, Shape)>,
-    ) -> Result<Option<Tensor<T, B>>> {
-        for peer in send.iter().map(|(peer, _)| *peer).chain(recv.iter().map(|(peer, _)| *peer)) {
-            self.check_rank("exchange", peer)?;
-        }
-        // Pairs of ranks exchange, not the group: it is no call of the group's that all would have to make. What a
-        // receiver expects is compared with the message when that arrives.
-        let call =
-            Call { dtype: Some(T::DTYPE), ..self.describe(Op::Exchange, self.shared.identity.calls.get()) };
-        let mut arrived = match recv {
-            Some((_, shape)) => Some(Tensor::empty(self.device(), shape)?),
-            None => None,
-        };
-        let outgoing = send.map(|(to, x)| Outgoing { to, shape: x.shape(), data: T::any_ref(x.slice()) });
-        let incoming = match (&mut arrived, recv) {
-            (Some(x), Some((from, shape))) => {
-                Some(Incoming { from, shape, data: T::any_mut(x.slice_mut()?) })
-            }
-            _ => None,
-        };
-        let counts = [outgoing.is_some(), incoming.is_some()].map(u64::from);
-        self.noted(&call, |communicator| communicator.exchange(&call, outgoing, incoming))?;
-        let messages = &self.shared.identity.messages;
-        messages.set([0, 1].map(|at| messages.get()[at] + counts[at]));
-        Ok(arrived)
-    }
-
-    /// Starts an all-reduce of x, which comes back from [`Pending::wait`].
-    ///
-    /// # Errors
-    /// When the group has failed already; what goes wrong later is reported by `wait`.
-    #[track_caller]
-    pub fn start_all_reduce<T: Element>(&self, op: ReduceOp, x: Tensor<T, B>) -> Result<Pending<T, B>> {
-        let call = Call { reduce: Some(op), ..self.data_call(Op::AllReduce, T::DTYPE, x.shape()) };
-        let shape = x.shape();
-        self.start(call, Collective::AllReduce(op), x, shape)
-    }
-
-    /// Starts an all-gather of this rank's part x. See [`Group::all_gather`].
-    ///
-    /// # Errors
-    /// As there; what goes wrong later is reported by `wait`.
-    #[track_caller]
-    pub fn start_all_gather<T: Element>(
-        &self,
-        x: Tensor<T, B>,
-        dim: usize,
-        cut: &Partition,
-    ) -> Result<Pending<T, B>> {
-        let (call, parts, shape) = self.gather_call(&x, dim, cut)?;
-        self.start(call, Collective::AllGather(parts), x, shape)
-    }
-
-    /// Starts a reduce-scatter of x. See [`Group::reduce_scatter`].
-    ///
-    /// # Errors
-    /// As there; what goes wrong later is reported by `wait`.
-    #[track_caller]
-    pub fn start_reduce_scatter<T: Element>(
-        &self,
-        op: ReduceOp,
-        x: Tensor<T, B>,
-        dim: usize,
-        cut: &Partition,
-    ) -> Result<Pending<T, B>> {
-        let (call, parts, shape) = self.scatter_call(op, &x, dim, cut)?;
-        self.start(call, Collective::ReduceScatter(op, parts), x, shape)
-    }
-
-    fn start<T: Element>(
-        &self,
-        call: Call,
-        collective: Collective,
-        x: Tensor<T, B>,
-        result: Shape,
-    ) -> Result<Pending<T, B>> {
-        let call = Call { started: true, ..call };
-        let recv = T::any_buffer(self.device().empty::<T>(result.len())?);
-        let send = T::any_buffer(x.into_buffer()?);
-        let ticket = trace::enter(call.operation());
-        tracing::debug!(target: "shardwise", group = self.name(), rank = self.rank(), %call);
-        let flight = self.shared.communicator.start(&call, collective, send, recv);
-        let flight = flight.inspect_err(|error| trace::leave(ticket, Some(error)))?;
-        Ok(Pending {
-            flight,
-            ticket,
-            call,
-            shape: result,
-            device: self.device().clone(),
-            element: PhantomData,
-        })
-    }
-
-    #[track_caller]
-    fn gather_call<T: Element>(
-        &self,
-        x: &Tensor<T, B>,
-        dim: usize,
-        cut: &Partition,
-    ) -> Result<(Call, Shards, Shape)> {
-        const OP: &str = "all_gather";
-        if dim >= x.shape().rank() {
-            return Err(Error::invalid(OP, format!("dimension {dim} of a tensor of shape {}", x.shape())));
-        }
-        let whole = x.shape().with(dim, cut.total());
-        let parts = self.parts(OP, whole, dim, cut)?;
-        let part = whole.with(dim, cut.size(self.rank()));
-        same_shape(OP, "this rank's part", x.shape().dims(), "its place in the cut", part.dims())?;
-        let call = self.data_call(Op::AllGather, T::DTYPE, whole);
-        Ok((Call { parts: parts.fingerprint(), ..call }, parts, whole))
-    }
-
-    #[track_caller]
-    fn scatter_call<T: Element>(
-        &self,
-        op: ReduceOp,
-        x: &Tensor<T, B>,
-        dim: usize,
-        cut: &Partition,
-    ) -> Result<(Call, Shards, Shape)> {
-        let parts = self.parts("reduce_scatter", x.shape(), dim, cut)?;
-        let call = self.data_call(Op::ReduceScatter, T::DTYPE, x.shape());
-        let call = Call { reduce: Some(op), parts: parts.fingerprint(), ..call };
-        Ok((call, parts, x.shape().with(dim, cut.size(self.rank()))))
-    }
-
-    pub(super) fn check_rank(&self, op: &'static str, rank: usize) -> Result<()> {
-        if rank < self.size() {
-            return Ok(());
-        }
-        Err(Error::invalid(op, format!("rank {rank} of a group of {}", self.size())))
-    }
-}
-
-/// A collective that was started: owns its tensor until [`Pending::wait`] gives the result.
-#[must_use = "a collective that is started has to be waited for"]
-pub struct Pending<T: Element, B: Device> {
-    flight: Box<dyn InFlight<B>>,
-    ticket: trace::Ticket,
-    call: Call,
-    shape: Shape,
-    device: B,
-    element: PhantomData<T>,
-}
-
-impl<T: Element, B: Device> Pending<T, B> {
-    /// The result.
-    ///
-    /// # Errors
-    /// When the ranks called different things, or a rank was lost.
-    pub fn wait(self) -> Result<Tensor<T, B>> {
-        let span = tracing::debug_span!(target: "shardwise", "wait", call = %self.call);
-        let waiting = trace::wait(self.call.operation());
-        let result = span.in_scope(|| self.flight.wait());
-        trace::leave(waiting, None);
-        trace::leave(self.ticket, result.as_ref().err());
-        let result = result?.of::<T>();
-        let result = result
-            .ok_or_else(|| Error::invalid("wait", "the communicator changed the element of its tensor"))?;
-        Tensor::from_buffer(&self.device, self.shape, result)
     }
 }

@@ -1,11 +1,11 @@
-//! Data that outlives its rank: what is sent, and what a started collective reads.
+//! Host data that may outlive its rank: messages, and the inputs of started collectives.
 
 use crate::device::{AnyBuffer, AnyRef, Cpu, DType};
 use half::{bf16, f16};
 use std::sync::Arc;
 
-/// Host memory whose element is known at run time. Other threads may read it, unlike a rank's
-/// buffers.
+/// Host memory with an element known at run time. Unlike a rank's buffers, other threads may read
+/// it.
 #[derive(Debug)]
 pub(super) enum HostVec {
     F64(Arc<Vec<f64>>),
@@ -26,7 +26,8 @@ impl HostVec {
 }
 
 impl HostVec {
-    /// The elements of a message; none if its length does not fit them.
+    /// Decodes the little-endian elements of a message; none if its length is not a multiple of the
+    /// element's size.
     pub(super) fn from_bytes(dtype: DType, bytes: &[u8]) -> Option<Self> {
         macro_rules! read {
             ($variant:ident, $element:ty) => {{
@@ -44,7 +45,7 @@ impl HostVec {
     }
 }
 
-/// The elements as a message.
+/// Encodes elements, in little endian, as a message.
 pub(super) fn to_bytes(data: AnyRef<'_, Cpu>) -> Vec<u8> {
     match data {
         AnyRef::F64(data) => data.iter().flat_map(|value| value.to_le_bytes()).collect(),
@@ -54,7 +55,7 @@ pub(super) fn to_bytes(data: AnyRef<'_, Cpu>) -> Vec<u8> {
     }
 }
 
-/// A copy.
+/// Copies the elements.
 impl From<AnyRef<'_, Cpu>> for HostVec {
     fn from(data: AnyRef<'_, Cpu>) -> Self {
         match data {
@@ -66,7 +67,7 @@ impl From<AnyRef<'_, Cpu>> for HostVec {
     }
 }
 
-/// The buffer's own memory, which its pool takes back once nobody holds it.
+/// Takes over the buffer's memory, without a copy. It returns to its pool after the last use.
 impl From<AnyBuffer<Cpu>> for HostVec {
     fn from(buffer: AnyBuffer<Cpu>) -> Self {
         match buffer {

@@ -8,10 +8,22 @@ use crate::{
     shard::{Axis, Mesh},
 };
 
-/// A rank's place in a [`Mesh`], with its group along each axis.
+/// A rank's groups along the axes of a [`Mesh`].
 ///
-/// Along [`Axis::Tensor`] stand the ranks that share this rank's operators, along [`Axis::Data`] those that hold the same
-/// parameters, along [`Axis::Pipeline`] those that hold the other layers.
+/// The group along [`Axis::Tensor`] shares this rank's operators, the one along [`Axis::Data`]
+/// holds the same parameters, the one along [`Axis::Pipeline`] holds the other layers.
+///
+/// ```
+/// use shardwise::prelude::*;
+/// let sums = launch::threads(4, |world| {
+///     let mesh = DeviceMesh::new(&world, Mesh::new(2, 1, 2)?)?;
+///     let sum = |axis| mesh.group(axis).all_reduce_host(ReduceOp::Sum, &[world.rank() as f32]);
+///     Ok((sum(Axis::Tensor)?[0], sum(Axis::Data)?[0]))
+/// })?;
+/// // Ranks {0, 1} and {2, 3} are tensor parallel, {0, 2} and {1, 3} data parallel.
+/// assert_eq!(sums, [(1.0, 2.0), (1.0, 4.0), (5.0, 2.0), (5.0, 4.0)]);
+/// # Ok::<(), shardwise::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct DeviceMesh<B: Device> {
     mesh: Mesh,
@@ -20,9 +32,8 @@ pub struct DeviceMesh<B: Device> {
 }
 
 impl<B: Pointwise> DeviceMesh<B> {
-    /// Divides a group into the lines of a mesh, which are called `world/dp0`, `world/pp0`,
-    /// `world/tp0` and so on: the axis and the line's number ([`Mesh::line`]). Every rank of the
-    /// group calls it.
+    /// Splits a group into the lines of a mesh, named `world/dp0`, `world/pp0`, `world/tp0` and so
+    /// on after the axis and the line's index ([`Mesh::line`]). Call it on every rank of the group.
     ///
     /// # Errors
     /// When the group does not have as many ranks as the mesh.
@@ -40,7 +51,7 @@ impl<B: Pointwise> DeviceMesh<B> {
 }
 
 impl<B: Device> DeviceMesh<B> {
-    /// The grid.
+    /// The mesh.
     pub fn mesh(&self) -> Mesh {
         self.mesh
     }
@@ -50,7 +61,7 @@ impl<B: Device> DeviceMesh<B> {
         &self.world
     }
 
-    /// The ranks that differ from this one along an axis only.
+    /// The group of the ranks that differ from this one only along an axis.
     pub fn group(&self, axis: Axis) -> &Group<B> {
         &self.axes[axis as usize]
     }

@@ -1,26 +1,27 @@
-//! Groups of ranks and the collectives between them. Knows tensors and cuts, but no mathematics
-//! beyond sum, max and min.
+//! Groups of ranks and their collectives. The module handles tensors and partitions; its only
+//! arithmetic is sum, max and min.
 //!
-//! [`Group`] is what operators hold: typed, with shapes, partitions and sequence numbers. Behind it
-//! stands a [`Communicator`], the object-safe transport:
+//! Operators use [`Group`], which is typed and adds shapes, partitions and sequence numbers. Its
+//! transport is a [`Communicator`], an object-safe trait:
 //!
 //! | communicator | ranks |
 //! |---|---|
 //! | [`Solo`] | one, on any device |
 //! | [`threads::ThreadComm`] | threads of one process, which read one another's memory |
-//! | [`Link`] | processes, by way of the first: for control and small tensors |
+//! | [`Link`] | processes, relayed by the first: for control and small tensors |
 #![cfg_attr(feature = "mpi", doc = "| [`MpiComm`] | processes, over an MPI library |")]
-//! | [`HostStaged`] | those of the host's communicator that it wraps, on any device |
-//! | [`Recorded`] | those of the communicator it wraps, with every transfer written down |
-//! | [`Planned`] | one of any number, without the others, on a device without values |
+//! | [`HostStaged`] | those of the host communicator it wraps, with tensors on any device |
+//! | [`Recorded`] | those of the communicator it wraps; logs every transfer |
+//! | [`Planned`] | one rank of any number, without the others, on a device without values |
 //!
-//! Every call carries a [`Call`]: the operation, element and shape, and its number in the group.
-//! The ranks compare their calls before any data moves: where they disagree, all of them get
-//! [`crate::Error::Mismatch`] and no buffer changes. A rank that panics or leaves breaks the group
-//! for the others, who get [`crate::Error::PeerLost`] instead of waiting for it.
+//! Every call is described by a [`Call`]: operation, element, shape and sequence number. The ranks
+//! compare their calls before any data moves. If they disagree, every rank gets
+//! [`crate::Error::Mismatch`] and no buffer changes. If a rank panics or leaves, the others get
+//! [`crate::Error::PeerLost`] instead of waiting for it.
 
 mod call;
 mod cause;
+mod collectives;
 mod combine;
 mod communicator;
 mod control;
@@ -35,16 +36,18 @@ pub mod nccl;
 mod overlap;
 mod planned;
 mod recorded;
+mod settings;
 mod shards;
 mod solo;
 mod staged;
+mod started;
 pub mod threads;
 mod tree;
 
 pub(crate) use call::hash;
 pub use call::{Call, Op, ReduceOp};
-pub use communicator::{Collective, Communicator, InFlight, Incoming, Lookout, Outgoing, Step};
-pub use group::{Group, Pending};
+pub use communicator::{Collective, Communicator, ExternalStep, InFlight, Incoming, Outgoing, Watchdog};
+pub use group::Group;
 pub use link::Link;
 pub(crate) use link::{Connections, Keyed, lock};
 pub use mesh::DeviceMesh;
@@ -58,8 +61,9 @@ pub use recorded::{Recorded, Transfer, TransferLog};
 pub use shards::Shards;
 pub use solo::Solo;
 pub use staged::HostStaged;
+pub use started::Pending;
 
-/// Runs generic code on a pair of run-time views, which the callers have made of one element.
+/// Runs generic code on two run-time views of the same element.
 macro_rules! each_pair {
     ($send:expr, $recv:expr, ($a:ident, $b:ident) => $body:expr) => {
         $crate::device::each_dtype!(AnyRef, $send, $a => match $recv.of() {
@@ -72,7 +76,7 @@ macro_rules! each_pair {
 }
 use each_pair;
 
-/// Waits until the communicators that this thread's rank has left are ended, or two seconds.
+/// Waits, at most two seconds, until the communicators that this thread's rank has left are closed.
 pub(crate) fn settle() {
     #[cfg(feature = "nccl")]
     nccl::settle();

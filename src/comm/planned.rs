@@ -1,4 +1,4 @@
-//! A communicator without peers.
+//! A communicator without peers, for planning the memory and transfers of one rank.
 
 use super::{Call, Communicator, Incoming, Outgoing, ReduceOp, Shards};
 use crate::{
@@ -6,12 +6,11 @@ use crate::{
     error::{Error, Result},
 };
 
-/// One rank of a group of any size, without the others: every collective returns at once and moves
-/// nothing.
+/// One rank of a group of any size, without the other ranks: every collective returns at once and
+/// moves nothing.
 ///
-/// For [`Meta`] alone, which has no values: on any other device a result would be wrong.
-/// [`Group::planned`](super::Group::planned) is a group over it that writes down what it would
-/// move.
+/// Only for [`Meta`], which has no values: on any other device the results would be wrong.
+/// [`Group::planned`](super::Group::planned) makes a group over it that logs its transfers.
 #[derive(Clone, Copy, Debug)]
 pub struct Planned {
     rank: usize,
@@ -72,7 +71,7 @@ impl Communicator<Meta> for Planned {
     }
 
     /// # Errors
-    /// With a color: which ranks have the same one is not known here.
+    /// When a color is given: the colors of the other ranks are unknown.
     fn split(
         &self,
         _: &Call,
@@ -106,31 +105,35 @@ mod tests {
     };
     use half::bf16;
 
-    /// Something of everything that a group moves, with uneven cuts.
+    /// One of each operation of a group, with uneven partitions.
     fn everything<B: Pointwise>(group: &Group<B>) -> crate::Result<()> {
         let (device, rank, size) = (group.device(), group.rank(), group.size());
-        let cut = Partition::from_sizes((0..size).map(|rank| 3 * rank + 1));
-        let part = || Tensor::<f32, B>::zeros(device, [5, cut.size(rank), 2]);
-        let whole = || Tensor::<f64, B>::zeros(device, [cut.total(), 4]);
+        let partition = Partition::from_sizes((0..size).map(|rank| 3 * rank + 1));
+        let shard = || Tensor::<f32, B>::zeros(device, [5, partition.size(rank), 2]);
+        let whole = || Tensor::<f64, B>::zeros(device, [partition.total(), 4]);
         let mut x = whole()?;
         group.all_reduce(ReduceOp::Max, &mut x)?;
-        assert_eq!(group.all_gather(&part()?, 1, &cut)?.shape().dims(), [5, cut.total(), 2]);
-        let own = group.reduce_scatter(ReduceOp::Sum, &x, 0, &cut)?;
-        assert_eq!(own.shape().dims(), [cut.size(rank), 4]);
+        assert_eq!(group.all_gather(&shard()?, 1, &partition)?.shape().dims(), [5, partition.total(), 2]);
+        let own = group.reduce_scatter(ReduceOp::Sum, &x, 0, &partition)?;
+        assert_eq!(own.shape().dims(), [partition.size(rank), 4]);
         group.broadcast(size - 1, &mut x)?;
         let (to, from) = ((rank + 1) % size, (rank + size - 1) % size);
-        let arrived = group.exchange(Some((to, &part()?)), Some((from, [5, cut.size(from), 2].into())))?;
-        assert_eq!(arrived.map(|x| x.shape().dims().to_vec()), Some(vec![5, cut.size(from), 2]));
+        let arrived =
+            group.exchange(Some((to, &shard()?)), Some((from, [5, partition.size(from), 2].into())))?;
+        assert_eq!(arrived.map(|x| x.shape().dims().to_vec()), Some(vec![5, partition.size(from), 2]));
         group.barrier()?;
         let started = [
             group.start_all_reduce(ReduceOp::Sum, whole()?)?,
-            group.start_reduce_scatter(ReduceOp::Sum, whole()?, 0, &cut)?,
+            group.start_reduce_scatter(ReduceOp::Sum, whole()?, 0, &partition)?,
         ];
-        let gathered = group.start_all_gather(part()?, 1, &cut)?;
-        assert_eq!(gathered.wait()?.shape().dims(), [5, cut.total(), 2]);
+        let gathered = group.start_all_gather(shard()?, 1, &partition)?;
+        assert_eq!(gathered.wait()?.shape().dims(), [5, partition.total(), 2]);
         let shapes = started.map(|pending| pending.wait().map(|x| x.shape()));
-        assert_eq!(shapes, [[cut.total(), 4], [cut.size(rank), 4]].map(|dims| Ok(Shape::from(dims))));
-        // Too long to be gathered whole.
+        assert_eq!(
+            shapes,
+            [[partition.total(), 4], [partition.size(rank), 4]].map(|dims| Ok(Shape::from(dims)))
+        );
+        // Too many elements for `Algorithm::Gather`.
         let group = group.with_reduction(Reduction::Invariant { blocks: 8 });
         let Some(tree) = group.tree()? else { return Ok(()) };
         let term = |_| Tensor::zeros(device, [70, 100]);
@@ -156,7 +159,7 @@ mod tests {
         }
     }
 
-    /// Live bytes after a block was loaded, a forward, a backward and a step.
+    /// Live bytes after loading a block, a forward, a backward and an optimizer step.
     fn step<S: ResidualStream, B: Backend>(group: &Group<B>) -> crate::Result<[usize; 4]> {
         let (device, source) = (group.device(), Random::normal(1, 0.1));
         let config = BlockConfig {
@@ -180,7 +183,7 @@ mod tests {
         let (y, saved) = block.forward(x.clone())?;
         let forward = device.memory().live;
         let dx = block.backward(saved, y.clone())?;
-        // Other ranks have read what was started.
+        // After the barrier no rank reads this rank's started buffers.
         group.barrier()?;
         let backward = device.memory().live;
         drop((x, y, dx));
@@ -235,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plan_beside_a_job_leaves_no_trace() {
+    fn a_planned_group_leaves_no_trace_in_the_record_of_a_job() {
         let records = launch::threads(2, |world| {
             world.barrier()?;
             let device = Meta::new();

@@ -1,20 +1,23 @@
-//! A communicator that writes down what it moves.
+//! A communicator that logs its transfers.
 
-use super::{Call, Collective, Communicator, InFlight, Incoming, Op, Outgoing, ReduceOp, Shards, Step};
+use super::{
+    Call, Collective, Communicator, ExternalStep, InFlight, Incoming, Op, Outgoing, ReduceOp, Shards,
+};
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, DType, Device},
     error::{Error, Result},
 };
 use std::{cell::RefCell, fmt, rc::Rc, time::Duration};
 
-/// One collective's payload.
+/// The payload of one operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Transfer {
     /// The operation.
     pub op: Op,
     /// The element.
     pub dtype: DType,
-    /// The number of elements of the whole tensor: what is reduced, or what the ranks' parts make up together.
+    /// The number of elements of the whole tensor: the reduced one, or the one that the ranks'
+    /// shards make up.
     pub elements: usize,
 }
 
@@ -24,10 +27,11 @@ impl Transfer {
         self.elements.saturating_mul(self.dtype.size())
     }
 
-    /// The bytes that each of `ranks` ranks has to send at least: 2 (n − 1) / n of the tensor for an all-reduce,
-    /// (n − 1) / n for an all-gather or a reduce-scatter (the factors of nccl-tests' bus bandwidth).
+    /// The fewest bytes that each of n = `ranks` ranks has to send: 2 (n − 1) / n of the tensor for
+    /// an all-reduce, (n − 1) / n for an all-gather or a reduce-scatter (the factors of nccl-tests'
+    /// bus bandwidth), the whole tensor for a broadcast or an exchange.
     pub fn wire_bytes(&self, ranks: usize) -> usize {
-        // In u128: the tensors and the size of a planned group have no limit.
+        // u128, because tensors and size of a planned group are unlimited.
         let once = self.bytes() as u128 * ranks.saturating_sub(1) as u128 / ranks.max(1) as u128;
         let once = usize::try_from(once).unwrap_or(usize::MAX);
         match self.op {
@@ -45,12 +49,12 @@ impl fmt::Display for Transfer {
     }
 }
 
-/// What a [`Recorded`] communicator has moved, in order. Clones share the list.
+/// The transfers of a [`Recorded`] communicator, in order. Clones share the list.
 #[derive(Clone, Debug, Default)]
 pub struct TransferLog(Rc<RefCell<Vec<Transfer>>>);
 
 impl TransferLog {
-    /// The transfers since the last call, which are forgotten.
+    /// Removes and returns the transfers since the last call.
     pub fn take(&self) -> Vec<Transfer> {
         self.0.take()
     }
@@ -60,14 +64,14 @@ impl TransferLog {
     }
 }
 
-/// A communicator that writes down every transfer of the one it wraps.
+/// Wraps a communicator and logs its transfers.
 pub struct Recorded<B: Device> {
     inner: Rc<dyn Communicator<B>>,
     record: TransferLog,
 }
 
 impl<B: Device> Recorded<B> {
-    /// Wraps a communicator; the record fills as it is used.
+    /// Wraps a communicator. Returns it with the log that its use fills.
     pub fn new(inner: Rc<dyn Communicator<B>>) -> (Self, TransferLog) {
         let record = TransferLog::default();
         (Self { inner, record: record.clone() }, record)
@@ -91,24 +95,24 @@ impl<B: Device> Communicator<B> for Recorded<B> {
     fn all_gather(
         &self,
         call: &Call,
-        parts: &Shards,
+        shards: &Shards,
         send: AnyRef<'_, B>,
         recv: AnyMut<'_, B>,
     ) -> Result<()> {
-        self.record.push(Op::AllGather, send.dtype(), parts.total());
-        self.inner.all_gather(call, parts, send, recv)
+        self.record.push(Op::AllGather, send.dtype(), shards.total());
+        self.inner.all_gather(call, shards, send, recv)
     }
 
     fn reduce_scatter(
         &self,
         call: &Call,
         op: ReduceOp,
-        parts: &Shards,
+        shards: &Shards,
         send: AnyRef<'_, B>,
         recv: AnyMut<'_, B>,
     ) -> Result<()> {
-        self.record.push(Op::ReduceScatter, send.dtype(), parts.total());
-        self.inner.reduce_scatter(call, op, parts, send, recv)
+        self.record.push(Op::ReduceScatter, send.dtype(), shards.total());
+        self.inner.reduce_scatter(call, op, shards, send, recv)
     }
 
     fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, B>) -> Result<()> {
@@ -136,15 +140,15 @@ impl<B: Device> Communicator<B> for Recorded<B> {
         self.inner.obstacle(call)
     }
 
-    fn came(&self, step: Step) {
-        self.inner.came(step);
+    fn reached_step(&self, step: ExternalStep) {
+        self.inner.reached_step(step);
     }
 
-    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
-        self.inner.obstacle_beside(call, step)
+    fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
+        self.inner.lost_at_step(call, step)
     }
 
-    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+    fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
         self.inner.give_up(call, steps, after)
     }
 
@@ -159,9 +163,9 @@ impl<B: Device> Communicator<B> for Recorded<B> {
         key: u64,
         name: &str,
     ) -> Result<Option<Box<dyn Communicator<B>>>> {
-        let part = self.inner.split(call, color, key, name)?;
+        let split = self.inner.split(call, color, key, name)?;
         let record = self.record.clone();
-        Ok(part.map(|inner| Box::new(Self { inner: inner.into(), record }) as Box<dyn Communicator<B>>))
+        Ok(split.map(|inner| Box::new(Self { inner: inner.into(), record }) as Box<dyn Communicator<B>>))
     }
 
     fn start(
@@ -174,8 +178,10 @@ impl<B: Device> Communicator<B> for Recorded<B> {
         let (dtype, len) = (send.as_ref().dtype(), send.as_ref().len());
         match &collective {
             Collective::AllReduce(_) => self.record.push(Op::AllReduce, dtype, len),
-            Collective::AllGather(parts) => self.record.push(Op::AllGather, dtype, parts.total()),
-            Collective::ReduceScatter(_, parts) => self.record.push(Op::ReduceScatter, dtype, parts.total()),
+            Collective::AllGather(shards) => self.record.push(Op::AllGather, dtype, shards.total()),
+            Collective::ReduceScatter(_, shards) => {
+                self.record.push(Op::ReduceScatter, dtype, shards.total())
+            }
         }
         self.inner.start(call, collective, send, recv)
     }

@@ -1,4 +1,4 @@
-//! A group of one.
+//! The communicator of a group of one rank.
 
 use super::{Call, Communicator, Incoming, Outgoing, ReduceOp, Shards};
 use crate::{
@@ -6,20 +6,21 @@ use crate::{
     error::{Error, Result, same_shape},
 };
 
-/// The communicator of a single rank, on any device: a tensor-parallel layer on one rank is the layer itself.
+/// The communicator of a single rank, on any device. A tensor-parallel layer on one rank is the
+/// plain layer.
 #[derive(Clone, Debug)]
 pub struct Solo<B: Device> {
     device: B,
 }
 
 impl<B: Device> Solo<B> {
-    /// A group of one on a device.
+    /// The communicator of one rank with tensors on `device`.
     pub fn new(device: &B) -> Self {
         Self { device: device.clone() }
     }
 
-    /// recv ← send, by way of the host, if there are values: a group of one copies only where a
-    /// caller asks it to gather one part.
+    /// recv ← send, through the host, on devices with values. A group of one copies only where a
+    /// caller gathers or scatters a single shard.
     fn copy(&self, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()> {
         fn copy<T: Element, B: Device>(
             device: &B,

@@ -1,4 +1,4 @@
-//! Collectives of any device's tensors by way of the host.
+//! Collectives of any device's tensors, staged through host memory.
 
 use super::{Call, Collective, Communicator, InFlight, Incoming, Outgoing, ReduceOp, Shards};
 use crate::{
@@ -8,17 +8,17 @@ use crate::{
 use half::{bf16, f16};
 use std::rc::Rc;
 
-/// Runs a communicator of host memory for tensors of any device: download, collective, upload.
+/// Runs a communicator for host memory on tensors of any device: download, collective, upload.
 ///
-/// So thread ranks can share one GPU, and a transport that knows nothing of GPUs serves them. Results, errors and the order
-/// of additions are those of the communicator underneath. A collective that is started is downloaded at once, and uploaded
-/// when it is waited for. The copies on the host live in a pool of their own.
+/// Thread ranks can thus share one GPU, and host-only transports serve GPU tensors. Results, errors
+/// and the order of additions are those of the wrapped communicator. A started collective downloads
+/// its input at once and uploads its result in `wait`. Host copies come from a separate pool.
 pub struct HostStaged<B: Device> {
     host: Rc<dyn Communicator<Cpu>>,
     staging: Staging<B>,
 }
 
-/// Copies between a device and a pool on the host.
+/// Copies between a device and a pool of host memory.
 #[derive(Clone)]
 struct Staging<B: Device> {
     device: B,
@@ -26,8 +26,8 @@ struct Staging<B: Device> {
 }
 
 impl<B: Device> Staging<B> {
-    /// Host memory for so many elements.
-    fn room(&self, dtype: DType, len: usize) -> Result<AnyBuffer<Cpu>> {
+    /// Host memory for `len` elements.
+    fn allocate(&self, dtype: DType, len: usize) -> Result<AnyBuffer<Cpu>> {
         Ok(match dtype {
             DType::F64 => AnyBuffer::F64(self.pool.empty::<f64>(len)?),
             DType::F32 => AnyBuffer::F32(self.pool.empty::<f32>(len)?),
@@ -36,7 +36,7 @@ impl<B: Device> Staging<B> {
         })
     }
 
-    /// A copy on the host.
+    /// Copies device data to the host.
     fn download(&self, from: AnyRef<'_, B>) -> Result<AnyBuffer<Cpu>> {
         fn download<T: Element, B: Device>(
             staging: &Staging<B>,
@@ -49,7 +49,7 @@ impl<B: Device> Staging<B> {
         each_dtype!(AnyRef, from, from => download(self, from))
     }
 
-    /// to ← a copy on the host.
+    /// to ← host data.
     fn upload(&self, from: &AnyBuffer<Cpu>, to: AnyMut<'_, B>) -> Result<()> {
         each_dtype!(AnyRef, from.as_ref(), from => match to.of() {
             Some(to) => self.device.upload(from, to),
@@ -59,7 +59,7 @@ impl<B: Device> Staging<B> {
 }
 
 impl<B: Device> HostStaged<B> {
-    /// Carries the tensors of `device` by the host's communicator `host`.
+    /// Stages tensors on `device` through the host communicator `host`.
     pub fn new(host: Rc<dyn Communicator<Cpu>>, device: &B) -> Self {
         Self { host, staging: Staging { device: device.clone(), pool: Cpu::new() } }
     }
@@ -83,13 +83,13 @@ impl<B: Device> Communicator<B> for HostStaged<B> {
     fn all_gather(
         &self,
         call: &Call,
-        parts: &Shards,
+        shards: &Shards,
         send: AnyRef<'_, B>,
         recv: AnyMut<'_, B>,
     ) -> Result<()> {
         let host = self.staging.download(send)?;
-        let mut whole = self.staging.room(recv.dtype(), recv.len())?;
-        self.host.all_gather(call, parts, host.as_ref(), whole.as_mut())?;
+        let mut whole = self.staging.allocate(recv.dtype(), recv.len())?;
+        self.host.all_gather(call, shards, host.as_ref(), whole.as_mut())?;
         self.staging.upload(&whole, recv)
     }
 
@@ -97,21 +97,21 @@ impl<B: Device> Communicator<B> for HostStaged<B> {
         &self,
         call: &Call,
         op: ReduceOp,
-        parts: &Shards,
+        shards: &Shards,
         send: AnyRef<'_, B>,
         recv: AnyMut<'_, B>,
     ) -> Result<()> {
         let host = self.staging.download(send)?;
-        let mut part = self.staging.room(recv.dtype(), recv.len())?;
-        self.host.reduce_scatter(call, op, parts, host.as_ref(), part.as_mut())?;
-        self.staging.upload(&part, recv)
+        let mut shard = self.staging.allocate(recv.dtype(), recv.len())?;
+        self.host.reduce_scatter(call, op, shards, host.as_ref(), shard.as_mut())?;
+        self.staging.upload(&shard, recv)
     }
 
     fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, B>) -> Result<()> {
         if self.rank() == root {
             return self.host.broadcast(call, root, self.staging.download(x.shared())?.as_mut());
         }
-        let mut host = self.staging.room(x.dtype(), x.len())?;
+        let mut host = self.staging.allocate(x.dtype(), x.len())?;
         self.host.broadcast(call, root, host.as_mut())?;
         self.staging.upload(&host, x)
     }
@@ -122,19 +122,19 @@ impl<B: Device> Communicator<B> for HostStaged<B> {
         send: Option<Outgoing<'_, B>>,
         recv: Option<Incoming<'_, B>>,
     ) -> Result<()> {
-        let leaving = send.as_ref().map(|send| self.staging.download(send.data)).transpose()?;
-        let mut arriving = match &recv {
-            Some(recv) => Some(self.staging.room(recv.data.dtype(), recv.data.len())?),
+        let sending = send.as_ref().map(|send| self.staging.download(send.data)).transpose()?;
+        let mut receiving = match &recv {
+            Some(recv) => Some(self.staging.allocate(recv.data.dtype(), recv.data.len())?),
             None => None,
         };
-        let outgoing = send.as_ref().zip(leaving.as_ref());
+        let outgoing = send.as_ref().zip(sending.as_ref());
         let outgoing =
             outgoing.map(|(send, data)| Outgoing { to: send.to, shape: send.shape, data: data.as_ref() });
-        let incoming = recv.as_ref().zip(arriving.as_mut());
+        let incoming = recv.as_ref().zip(receiving.as_mut());
         let incoming =
             incoming.map(|(recv, data)| Incoming { from: recv.from, shape: recv.shape, data: data.as_mut() });
         self.host.exchange(call, outgoing, incoming)?;
-        match (arriving, recv) {
+        match (receiving, recv) {
             (Some(host), Some(recv)) => self.staging.upload(&host, recv.data),
             _ => Ok(()),
         }
@@ -159,9 +159,9 @@ impl<B: Device> Communicator<B> for HostStaged<B> {
         key: u64,
         name: &str,
     ) -> Result<Option<Box<dyn Communicator<B>>>> {
-        let part = self.host.split(call, color, key, name)?;
+        let split = self.host.split(call, color, key, name)?;
         let staging = self.staging.clone();
-        Ok(part.map(|host| Box::new(Self { host: host.into(), staging }) as Box<dyn Communicator<B>>))
+        Ok(split.map(|host| Box::new(Self { host: host.into(), staging }) as Box<dyn Communicator<B>>))
     }
 
     fn start(
@@ -172,13 +172,13 @@ impl<B: Device> Communicator<B> for HostStaged<B> {
         recv: AnyBuffer<B>,
     ) -> Result<Box<dyn InFlight<B>>> {
         let host = self.staging.download(send.as_ref())?;
-        let room = self.staging.room(recv.as_ref().dtype(), recv.as_ref().len())?;
-        let flight = self.host.start(call, collective, host, room)?;
+        let result = self.staging.allocate(recv.as_ref().dtype(), recv.as_ref().len())?;
+        let flight = self.host.start(call, collective, host, result)?;
         Ok(Box::new(Staged { flight, recv, staging: self.staging.clone() }))
     }
 }
 
-/// A collective under way on the host.
+/// A started collective of the host communicator.
 struct Staged<B: Device> {
     flight: Box<dyn InFlight<Cpu>>,
     recv: AnyBuffer<B>,

@@ -1,40 +1,40 @@
 //! Sums along a fixed tree: the same bits whichever ranks own the leaves.
 //!
-//! The ranks exchange the sums of their sub-trees in the accumulator, each rank adds up its part of the tensor in the
-//! tree's order, and the parts, rounded once, are gathered. Where every rank has one sub-tree, that is as many bytes as a
-//! reduce-scatter and an all-gather, for elements that are their own accumulators.
+//! The ranks exchange the sums of their sub-trees in the accumulator. Each rank adds up its shard
+//! of the tensor in the tree's order and rounds it once; then the shards are gathered. With one
+//! sub-tree per rank, and for elements that are their own accumulators, this moves as many bytes as
+//! a reduce-scatter and an all-gather.
 
-use super::{Group, ReduceOp};
+use super::{Group, ReduceOp, Shards};
 use crate::{
     device::{Device, Element},
     error::{Error, Result, same_size},
     kernels::{MatMut, MatRef, Pointwise},
-    shard::{Node, Partition, Reduction, Shape, Tree, TreeSum},
+    shard::{Node, Partition, Shape, Tree, TreeSum},
     tensor::Tensor,
 };
 use std::ops::Range;
 
-/// The most elements of all sub-trees together that every rank gathers, to add them up by itself: one meeting then, and few
-/// bytes.
+/// Every rank gathers all sub-trees, in one collective, if they have at most this many elements.
 const SMALL: usize = 4096;
 
-/// How a sum is made.
-enum Way {
-    /// The rank has all leaves.
-    Alone,
-    /// Two ranks have one sub-tree each. There is one sum of two numbers, whoever adds.
+/// The algorithm of a sum along the tree.
+enum Algorithm {
+    /// The rank owns all leaves and adds locally.
+    Local,
+    /// Two ranks own one sub-tree each: a plain all-reduce, since a + b has one order only.
     Pair,
-    /// Every rank gathers all sub-trees.
+    /// Every rank gathers all sub-trees and adds them up.
     Gather,
-    /// Every rank is sent its part of all sub-trees.
+    /// Every rank receives its shard of all sub-trees and adds them up.
     Exchange,
 }
 
-impl Way {
+impl Algorithm {
     fn of(tree: &Tree, elements: usize) -> Self {
         let nodes: usize = (0..tree.ranks()).map(|rank| tree.nodes(rank).len()).sum();
         match tree.ranks() {
-            1 => Self::Alone,
+            1 => Self::Local,
             2 if nodes == 2 => Self::Pair,
             _ if nodes * elements <= SMALL => Self::Gather,
             _ => Self::Exchange,
@@ -42,83 +42,27 @@ impl Way {
     }
 }
 
-/// A tensor as a matrix of which ranks get columns.
-struct Columns {
-    rows: usize,
-    cut: Partition,
-}
-
-impl<B: Device> Group<B> {
-    /// This group with another way to add what its ranks have computed: layers that are loaded on it keep to it. The same
-    /// on every rank. Groups that are split from it inherit it.
-    ///
-    /// ```
-    /// # use shardwise::{comm::Group, device::Cpu, shard::Reduction};
-    /// let world = Group::solo(&Cpu::new()).with_reduction(Reduction::Invariant { blocks: 8 });
-    /// ```
-    pub fn with_reduction(&self, reduction: Reduction) -> Self {
-        let mut group = self.clone();
-        group.reduction = reduction;
-        group
-    }
-
-    /// How operators add what ranks have computed.
-    pub fn reduction(&self) -> Reduction {
-        self.reduction
-    }
-
-    /// The tree over the group's canonical blocks; none with [`Reduction::Fast`].
-    ///
-    /// # Errors
-    /// When there are fewer blocks than ranks.
-    pub fn tree(&self) -> Result<Option<Tree>> {
-        match self.reduction {
-            Reduction::Fast => Ok(None),
-            Reduction::Invariant { blocks } => {
-                Tree::new("invariant reduction", "canonical blocks", blocks, self.size()).map(Some)
-            }
-        }
-    }
-
-    /// `units` indivisible runs of `unit_len` indices each over the ranks, at least one unit a rank: as evenly as can be, or
-    /// by canonical blocks.
-    ///
-    /// # Errors
-    /// [`Error::TooManyRanks`], naming `op` and `unit`, when there are fewer units than ranks; with
-    /// [`Reduction::Invariant`] when a rank's blocks have no unit.
-    pub fn partition(
-        &self,
-        op: &'static str,
-        unit: &'static str,
-        units: usize,
-        unit_len: usize,
-    ) -> Result<Partition> {
-        match self.tree()? {
-            None => Partition::by_unit(op, unit, units, unit_len, self.size()),
-            Some(tree) => tree.partition(op, unit, units, unit_len, false),
-        }
-    }
-
-    /// Indices, such as tokens, over the ranks, of which some may have none: as evenly as can be, or by canonical blocks.
-    ///
-    /// # Errors
-    /// When there are fewer blocks than ranks.
-    pub fn even_partition(&self, len: usize) -> Result<Partition> {
-        match self.tree()? {
-            None => Ok(Partition::even(len, self.size())),
-            Some(tree) => tree.partition("cut", "indices", len, 1, true),
-        }
-    }
-}
-
 impl<B: Pointwise> Group<B> {
-    /// The sum over the leaves of a tree, of which this rank gives those of its sub-trees ([`Tree::nodes`]), rounded once.
+    /// Σ over the leaves of `tree`, rounded once. `terms` are the sums of this rank's sub-trees, in
+    /// the order of [`Tree::nodes`].
     ///
     /// Collectives: none on one rank; else an all-reduce, an all-gather, or exchanges with every
     /// rank and an all-gather.
     ///
+    /// ```
+    /// use shardwise::{prelude::*, shard::Tree};
+    /// let tree = Tree::new("sum", "terms", 3, 2)?; // rank 0 owns leaves 0 and 1, rank 1 leaf 2
+    /// let sums = launch::threads(2, |world| {
+    ///     let own: &[f32] = if world.rank() == 0 { &[1e8 + 8.0] } else { &[-1e8] };
+    ///     let term = Tensor::from_slice(world.device(), [1], own)?;
+    ///     world.tree_all_reduce::<f32>(&tree, vec![term])?.to_vec()
+    /// })?;
+    /// assert_eq!(sums, [[8.0], [8.0]]);
+    /// # Ok::<(), shardwise::Error>(())
+    /// ```
+    ///
     /// # Errors
-    /// When the terms are not those of this rank's sub-trees, a rank calls something else, or is lost.
+    /// When the terms do not match this rank's sub-trees, a rank calls something else, or is lost.
     #[track_caller]
     pub fn tree_all_reduce<T: Element>(
         &self,
@@ -126,71 +70,81 @@ impl<B: Pointwise> Group<B> {
         terms: Vec<Tensor<T::Acc, B>>,
     ) -> Result<Tensor<T, B>> {
         let shape = self.check_terms(tree, &terms)?;
-        match Way::of(tree, shape.len()) {
-            Way::Alone => rounded(add_up(tree, 0..1, terms)?),
-            Way::Pair => {
+        match Algorithm::of(tree, shape.len()) {
+            Algorithm::Local => rounded(add_up(tree, 0..1, terms)?),
+            Algorithm::Pair => {
                 let mut sum = one(terms)?;
                 self.all_reduce(ReduceOp::Sum, &mut sum)?;
                 rounded(sum)
             }
-            Way::Gather => {
-                let columns = Columns { rows: 1, cut: Partition::from_sizes([shape.len()]) };
-                let parts = self.gather_terms(tree, &terms, &columns, 0)?;
-                rounded(add_up(tree, 0..self.size(), parts)?)?.reshape(shape)
+            Algorithm::Gather => {
+                let whole = Shards { rows: 1, partition: Partition::from_sizes([shape.len()]) };
+                let terms = self.gather_terms(tree, &terms, &whole, 0)?;
+                rounded(add_up(tree, 0..self.size(), terms)?)?.reshape(shape)
             }
-            Way::Exchange => {
-                let cut = Partition::even(shape.len(), self.size());
-                let parts = self.exchange_terms(tree, &terms, &Columns { rows: 1, cut: cut.clone() })?;
-                let part = rounded::<T, B>(add_up(tree, 0..self.size(), parts)?)?;
-                let len = part.len();
-                self.all_gather(&part.reshape([len])?, 0, &cut)?.reshape(shape)
+            Algorithm::Exchange => {
+                let partition = Partition::even(shape.len(), self.size());
+                let shards = Shards { rows: 1, partition: partition.clone() };
+                let terms = self.exchange_terms(tree, &terms, &shards)?;
+                let shard = rounded::<T, B>(add_up(tree, 0..self.size(), terms)?)?;
+                let len = shard.len();
+                self.all_gather(&shard.reshape([len])?, 0, &partition)?.reshape(shape)
             }
         }
     }
 
-    /// This rank's part along dimension `dim` of [`Group::tree_all_reduce`]'s result.
+    /// Returns this rank's shard, along dimension `dim`, of [`Group::tree_all_reduce`]'s result.
+    ///
+    /// Collectives: none on one rank; else a reduce-scatter, an all-gather, or exchanges with every
+    /// rank.
     ///
     /// # Errors
-    /// As there, and when the cut is not one of the dimension over this group.
+    /// Those of [`Group::tree_all_reduce`], and when the partition does not fit the dimension.
     #[track_caller]
     pub fn tree_reduce_scatter<T: Element>(
         &self,
         tree: &Tree,
         terms: Vec<Tensor<T::Acc, B>>,
         dim: usize,
-        cut: &Partition,
+        partition: &Partition,
     ) -> Result<Tensor<T, B>> {
         const OP: &str = "tree_reduce_scatter";
         let shape = self.check_terms(tree, &terms)?;
         if dim >= shape.rank() {
             return Err(Error::invalid(OP, format!("dimension {dim} of a tensor of shape {shape}")));
         }
-        same_size(OP, "the number of shards", cut.shards(), "the number of ranks", self.size())?;
-        same_size(OP, "the size that is cut", cut.total(), "that of the dimension", shape.dims()[dim])?;
-        let part = shape.with(dim, cut.size(self.rank()));
-        let (rows, inner) = shape.split_at(dim);
-        let columns = Columns { rows, cut: cut.scaled(inner) };
-        match Way::of(tree, shape.len()) {
-            Way::Alone => rounded(add_up(tree, 0..1, terms)?),
-            Way::Pair => rounded(self.reduce_scatter(ReduceOp::Sum, &one(terms)?, dim, cut)?),
-            Way::Gather => {
-                let parts = self.gather_terms(tree, &terms, &columns, self.rank())?;
-                rounded(add_up(tree, 0..self.size(), parts)?)?.reshape(part)
+        same_size(OP, "the number of shards", partition.shards(), "the number of ranks", self.size())?;
+        same_size(
+            OP,
+            "the size of the partition",
+            partition.total(),
+            "that of the dimension",
+            shape.dims()[dim],
+        )?;
+        let local = shape.with(dim, partition.size(self.rank()));
+        let shards = Shards::along(shape, dim, partition);
+        match Algorithm::of(tree, shape.len()) {
+            Algorithm::Local => rounded(add_up(tree, 0..1, terms)?),
+            Algorithm::Pair => rounded(self.reduce_scatter(ReduceOp::Sum, &one(terms)?, dim, partition)?),
+            Algorithm::Gather => {
+                let terms = self.gather_terms(tree, &terms, &shards, self.rank())?;
+                rounded(add_up(tree, 0..self.size(), terms)?)?.reshape(local)
             }
-            Way::Exchange => {
-                let parts = self.exchange_terms(tree, &terms, &columns)?;
-                rounded(add_up(tree, 0..self.size(), parts)?)?.reshape(part)
+            Algorithm::Exchange => {
+                let terms = self.exchange_terms(tree, &terms, &shards)?;
+                rounded(add_up(tree, 0..self.size(), terms)?)?.reshape(local)
             }
         }
     }
 
-    /// Whom to send to and whom to receive from, step by step.
-    fn others(&self) -> impl Iterator<Item = (usize, usize)> + use<B> {
+    /// The ranks to send to and to receive from, step by step.
+    fn peers(&self) -> impl Iterator<Item = (usize, usize)> + use<B> {
         let (rank, size) = (self.rank(), self.size());
         (1..size).map(move |step| ((rank + step) % size, (rank + size - step) % size))
     }
 
-    /// The terms are of one shape, one for each sub-tree of this rank.
+    /// Checks that there is one term per sub-tree of this rank, all of one shape. Returns the
+    /// shape.
     fn check_terms<A: Element>(&self, tree: &Tree, terms: &[Tensor<A, B>]) -> Result<Shape> {
         const OP: &str = "tree sum";
         same_size(OP, "the ranks of the tree", tree.ranks(), "the ranks of the group", self.size())?;
@@ -204,90 +158,90 @@ impl<B: Pointwise> Group<B> {
         Ok(shape)
     }
 
-    /// Part `part` of every rank's terms, in order.
+    /// Gathers the terms of every rank, in rank order, and returns shard `shard` of each.
     #[track_caller]
     fn gather_terms<A: Element>(
         &self,
         tree: &Tree,
         terms: &[Tensor<A, B>],
-        columns: &Columns,
-        part: usize,
+        shards: &Shards,
+        shard: usize,
     ) -> Result<Vec<Tensor<A, B>>> {
         let len = terms.first().map_or(0, Tensor::len);
-        let all = Columns { rows: 1, cut: Partition::from_sizes([len]) };
+        let all = Shards { rows: 1, partition: Partition::from_sizes([len]) };
         let packed = pack(self.device(), terms, &all, 0..len)?;
         let counts = (0..self.size()).map(|rank| tree.nodes(rank).len());
         let whole = self.all_gather(&packed, 0, &Partition::from_sizes(counts))?;
-        let total = columns.cut.total();
+        let total = shards.partition.total();
         let unpack = |node: usize| {
             let one = MatRef::<A, B>::new(
                 B::narrow(whole.slice(), node * len..(node + 1) * len),
-                columns.rows,
+                shards.rows,
                 total,
             )?;
-            copied(self.device(), one.columns(columns.cut.range(part)))
+            copied(self.device(), one.columns(shards.partition.range(shard)))
         };
         (0..whole.shape().dims()[0]).map(unpack).collect()
     }
 
-    /// This rank's part of every rank's terms, in order.
+    /// Exchanges terms with every rank and returns this rank's shard of all terms, in rank order.
     #[track_caller]
     fn exchange_terms<A: Element>(
         &self,
         tree: &Tree,
         terms: &[Tensor<A, B>],
-        columns: &Columns,
+        shards: &Shards,
     ) -> Result<Vec<Tensor<A, B>>> {
-        let (rank, own) = (self.rank(), columns.cut.size(self.rank()));
+        let (rank, own) = (self.rank(), shards.partition.size(self.rank()));
         let nodes = |rank: usize| tree.nodes(rank).len();
-        let mut parts: Vec<Vec<Tensor<A, B>>> = (0..self.size()).map(|_| Vec::new()).collect();
-        for (to, from) in self.others() {
-            let send = match columns.cut.size(to) {
+        let mut terms_of: Vec<Vec<Tensor<A, B>>> = (0..self.size()).map(|_| Vec::new()).collect();
+        for (to, from) in self.peers() {
+            let send = match shards.partition.size(to) {
                 0 => None,
-                _ => Some(pack(self.device(), terms, columns, columns.cut.range(to))?),
+                _ => Some(pack(self.device(), terms, shards, shards.partition.range(to))?),
             };
-            let recv = (own > 0).then(|| (from, Shape::new(&[nodes(from), columns.rows * own])));
+            let recv = (own > 0).then(|| (from, Shape::new(&[nodes(from), shards.rows * own])));
             let arrived = match (&send, recv) {
                 (None, None) => None,
                 _ => self.exchange(send.as_ref().map(|packed| (to, packed)), recv)?,
             };
             let Some(arrived) = arrived else {
-                parts[from] = (0..nodes(from))
-                    .map(|_| Tensor::empty(self.device(), [columns.rows, 0]))
+                terms_of[from] = (0..nodes(from))
+                    .map(|_| Tensor::empty(self.device(), [shards.rows, 0]))
                     .collect::<Result<_>>()?;
                 continue;
             };
-            let len = columns.rows * own;
+            let len = shards.rows * own;
             for node in 0..nodes(from) {
                 let one = MatRef::<A, B>::new(
                     B::narrow(arrived.slice(), node * len..(node + 1) * len),
-                    columns.rows,
+                    shards.rows,
                     own,
                 )?;
-                parts[from].push(copied(self.device(), one)?);
+                terms_of[from].push(copied(self.device(), one)?);
             }
         }
         for term in terms {
-            let whole = MatRef::<A, B>::new(term.slice(), columns.rows, columns.cut.total())?;
-            parts[rank].push(copied(self.device(), whole.columns(columns.cut.range(rank)))?);
+            let whole = MatRef::<A, B>::new(term.slice(), shards.rows, shards.partition.total())?;
+            terms_of[rank].push(copied(self.device(), whole.columns(shards.partition.range(rank)))?);
         }
-        Ok(parts.into_iter().flatten().collect())
+        Ok(terms_of.into_iter().flatten().collect())
     }
 }
 
-/// Some columns of all terms, one term a row.
+/// A range of columns of all terms, one term per row.
 fn pack<A: Element, B: Pointwise>(
     device: &B,
     terms: &[Tensor<A, B>],
-    columns: &Columns,
+    shards: &Shards,
     range: Range<usize>,
 ) -> Result<Tensor<A, B>> {
-    let len = columns.rows * range.len();
+    let len = shards.rows * range.len();
     let mut packed = Tensor::<A, B>::empty(device, [terms.len(), len])?;
     for (at, term) in terms.iter().enumerate() {
-        let from = MatRef::<A, B>::new(term.slice(), columns.rows, columns.cut.total())?;
+        let from = MatRef::<A, B>::new(term.slice(), shards.rows, shards.partition.total())?;
         let to = B::narrow_mut(packed.slice_mut()?, at * len..(at + 1) * len);
-        device.copy(from.columns(range.clone()), MatMut::<A, B>::new(to, columns.rows, range.len())?)?;
+        device.copy(from.columns(range.clone()), MatMut::<A, B>::new(to, shards.rows, range.len())?)?;
     }
     Ok(packed)
 }
@@ -298,7 +252,7 @@ fn copied<A: Element, B: Pointwise>(device: &B, from: MatRef<'_, A, B>) -> Resul
     Ok(to)
 }
 
-/// The sum of the sub-trees of some ranks, which are the whole tree.
+/// Adds up the sub-trees of `ranks`, which together are the whole tree.
 fn add_up<A: Element<Acc = A>, B: Pointwise>(
     tree: &Tree,
     ranks: Range<usize>,
@@ -320,7 +274,7 @@ fn one<A: Element, B: Device>(terms: Vec<Tensor<A, B>>) -> Result<Tensor<A, B>> 
     }
 }
 
-/// The sum in the element of the result, which may be the accumulator itself.
+/// Rounds a sum to the element of the result, which may be the accumulator itself.
 fn rounded<T: Element, B: Pointwise>(sum: Tensor<T::Acc, B>) -> Result<Tensor<T, B>> {
     sum.into_element()
 }

@@ -1,30 +1,34 @@
-//! Where a call of a group was made.
+//! The call site of a group's call.
 
 use std::{cell::Cell, collections::BTreeSet, fmt, marker::PhantomData, panic::Location, sync::Mutex};
 
-/// Where a call of a group was made: the layer that made it, or a line of the program.
+/// The site of a group's call: the layer that made it, or a line of the program. Later versions may
+/// add kinds of sites.
 ///
-/// A layer is known by its path in the model, as in a checkpoint: ``layer
-/// `model.layers.3.mlp.down_proj` ``. A layer of your own is, too, if it says so where its
-/// `forward` and `backward` begin; else its calls have their lines.
+/// A layer has its path in the model, as in a checkpoint:
+/// ``layer `model.layers.3.mlp.down_proj` ``. Your own layers get one if their `forward` and
+/// `backward` begin with [`Site::enter`]; otherwise their calls have line numbers.
 ///
 /// ```
-/// use shardwise::{Error, Result, Tensor, comm::ReduceOp, launch, tensor::{Param, Random, Role, Weights}};
+/// use shardwise::prelude::*;
 /// let source = Random::normal(1, 0.02);
 /// let error = launch::threads(2, |world| {
 ///     let weights = Weights::new(&source).at("model.router");
-///     let weight = Param::<f32, _>::load(world.device(), &weights, "weight", Role::Weight, [1, 1], vec![])?;
+///     let device = world.device();
+///     let weight = Param::<f32, _>::load(device, &weights, "w", Role::Weight, [1, 1], vec![])?;
 ///     let _site = weight.site().enter();
-///     world.all_reduce(ReduceOp::Sum, &mut Tensor::<f32>::zeros(world.device(), [1 + world.rank()])?)
+///     let mut x = Tensor::<f32>::zeros(device, [1 + world.rank()])?; // other shapes: an error
+///     world.all_reduce(ReduceOp::Sum, &mut x)
 /// });
 /// assert!(error.unwrap_err().to_string().contains("at layer `model.router`"));
 /// # Ok::<(), shardwise::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Site {
-    /// In the layer of this path.
+    /// The layer with this path.
     InLayer(&'static str),
-    /// At this line.
+    /// This line of the program.
     AtLine(&'static Location<'static>),
 }
 
@@ -33,30 +37,30 @@ thread_local! {
 }
 
 impl Site {
-    /// What [`Site::enter`] has said on this thread, or else the caller's line.
+    /// The site that [`Site::enter`] has set on this thread, or else the caller's line.
     #[track_caller]
     pub fn here() -> Self {
         CURRENT.get().unwrap_or(Self::AtLine(Location::caller()))
     }
 
-    /// Calls of this thread are made here, until the guard is dropped. Guards have to be dropped in
-    /// the reverse of the order in which they were made, as variables of nested blocks are.
+    /// Makes this the site of the thread's calls until the guard is dropped. Drop guards in the
+    /// reverse order of their creation, as variables of nested blocks are.
     pub fn enter(self) -> SiteGuard {
-        SiteGuard { before: CURRENT.replace(Some(self)), thread: PhantomData }
+        SiteGuard { outer: CURRENT.replace(Some(self)), thread: PhantomData }
     }
 }
 
-/// PipelineEnds what [`Site::enter`] has begun.
-#[must_use = "calls are made here until this is dropped"]
+/// Restores the previous site when it is dropped: see [`Site::enter`].
+#[must_use = "the site ends when this is dropped"]
 #[derive(Debug)]
 pub struct SiteGuard {
-    before: Option<Site>,
+    outer: Option<Site>,
     thread: PhantomData<*const ()>,
 }
 
 impl Drop for SiteGuard {
     fn drop(&mut self) {
-        CURRENT.set(self.before);
+        CURRENT.set(self.outer);
     }
 }
 
@@ -69,10 +73,10 @@ impl fmt::Display for Site {
     }
 }
 
-/// The path of the layer of these tensors: what their names have in common, without each one's last
-/// part.
+/// The path of the layer that owns these tensors: the common prefix of their names, without the
+/// last component of each.
 ///
-/// Each path is kept once, as long as the process runs: errors carry it anywhere.
+/// Each distinct path is leaked once, because errors keep a `&'static str` to it.
 pub(crate) fn layer_of<'a>(tensors: impl Iterator<Item = &'a str>) -> &'static str {
     static PATHS: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
     let path = tensors.map(|name| name.rsplit_once('.').map_or("", |(path, _)| path)).reduce(common);
@@ -86,10 +90,10 @@ pub(crate) fn layer_of<'a>(tensors: impl Iterator<Item = &'a str>) -> &'static s
     path
 }
 
-/// The parts that two paths have in common at their beginnings.
+/// The leading components that two paths have in common.
 fn common<'a>(left: &'a str, right: &str) -> &'a str {
-    let parts = left.split('.').zip(right.split('.')).take_while(|(left, right)| left == right);
-    let len: usize = parts.map(|(part, _)| part.len() + 1).sum();
+    let common = left.split('.').zip(right.split('.')).take_while(|(left, right)| left == right);
+    let len: usize = common.map(|(component, _)| component.len() + 1).sum();
     &left[..len.saturating_sub(1)]
 }
 

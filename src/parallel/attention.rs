@@ -98,7 +98,7 @@ impl<T: Element, B: Backend> Attention<T, B> {
         sums.check_heads("attention", heads)?;
         let own = QkvHeads {
             kv_of_query: heads.kv_of_query(rank),
-            kv_heads: heads.kv_held(rank).len(),
+            kv_heads: heads.local_kv_heads(rank).len(),
             head_dim: heads.head_dim(),
             choices: config.choices,
         };
@@ -118,7 +118,7 @@ impl<T: Element, B: Backend> Attention<T, B> {
         };
         let first = heads.query_range(rank).start;
         let mut held = 0;
-        let holding = heads.holding(rank).into_iter().zip(heads.kv_ranges(rank)).map(|(query, kv)| {
+        let holding = heads.query_ranges(rank).into_iter().zip(heads.kv_ranges(rank)).map(|(query, kv)| {
             held += kv.len();
             [query.start - first..query.end - first, held - kv.len()..held]
         });

@@ -184,7 +184,7 @@ impl Columns {
     /// As [`Columns::qkv`].
     pub fn separate_qkv<B: Device>(group: &Group<B>, heads: &Heads, layout: &QkvLayout) -> Result<[Self; 3]> {
         let (rank, sums) = (group.rank(), Self::check_heads(group, heads, layout)?);
-        let kv = Partition::from_sizes((0..heads.ranks()).map(|rank| heads.kv_held(rank).len()));
+        let kv = Partition::from_sizes((0..heads.ranks()).map(|rank| heads.local_kv_heads(rank).len()));
         let kv = kv.scaled(heads.head_dim());
         let of = |part, cut, holders| {
             let leaves = sums.joined(Self::leaves_of(heads, part, rank));
@@ -242,7 +242,7 @@ impl Columns {
     fn leaves_of(heads: &Heads, part: Part, rank: usize) -> Leaves {
         let (first, runs, others): (_, Vec<Vec<Range<usize>>>, _) = match part {
             Part::Q => {
-                let runs = heads.holding(rank).into_iter().map(|held| vec![held]);
+                let runs = heads.query_ranges(rank).into_iter().map(|held| vec![held]);
                 (heads.query_range(rank).start, runs.collect(), Vec::new())
             }
             Part::K | Part::V => {

@@ -51,7 +51,7 @@ impl<P: Elementwise> Dropout<P> {
             column: x.local_range(last).start,
             width: shape.cols(),
         };
-        let Some(dim) = Q::CUT.filter(|&dim| dim < last) else {
+        let Some(dim) = Q::SHARD_DIM.filter(|&dim| dim < last) else {
             return Some(vec![(shape.rows(), mask(0))]);
         };
         // A run for each index of the dimensions before the cut one.

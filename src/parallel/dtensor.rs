@@ -72,7 +72,7 @@ impl<P: Placement, T: Element, B: Device> Clone for DTensor<P, T, B> {
 
 impl<P: Placement, T: Element, B: Device> fmt::Debug for DTensor<P, T, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (name, cut) = (P::NAME, P::CUT.map_or(String::new(), |dim| format!("<{dim}>")));
+        let (name, cut) = (P::NAME, P::SHARD_DIM.map_or(String::new(), |dim| format!("<{dim}>")));
         write!(f, "DTensor<{name}{cut}, {}>({} in {:?})", T::DTYPE, self.layout.shape, self.group)
     }
 }
@@ -171,7 +171,7 @@ impl<P: Placement, T: Element, B: Device> DTensor<P, T, B> {
     /// The indices of the whole's dimension `dim` that this rank holds.
     pub fn local_range(&self, dim: usize) -> Range<usize> {
         match &self.layout.cut {
-            Some(cut) if P::CUT == Some(dim) => cut.range(self.group.rank()),
+            Some(cut) if P::SHARD_DIM == Some(dim) => cut.range(self.group.rank()),
             _ => 0..self.layout.shape.dims()[dim],
         }
     }

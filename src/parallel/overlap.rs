@@ -33,7 +33,7 @@ type RowMap<'a, P, Q, T, B> = &'a dyn Fn(DTensor<P, T, B>) -> Result<DTensor<Q, 
 
 /// The chunks in which a tensor enters a region; none if at once, or without a collective.
 pub(super) fn entering<S: ResidualStream, T: Element, B: Device>(x: &DTensor<S, T, B>) -> Option<Partition> {
-    S::CUT.and_then(|_| gathering::<T, B>(x.group(), x.shape()))
+    S::SHARD_DIM.and_then(|_| gathering::<T, B>(x.group(), x.shape()))
 }
 
 /// The chunks in which a map of x to `features` features leaves a region; none if at once.
@@ -118,7 +118,7 @@ pub(super) fn start_sum<S: ResidualStream, T: Element, B: Backend>(
     splits: bool,
     map: RowMap<'_, Shard<1>, Partial, T, B>,
 ) -> Result<Vec<PendingDTensor<S, T, B>>> {
-    let dealt = match S::CUT {
+    let dealt = match S::SHARD_DIM {
         None => (0..chunks.shards()).map(|chunk| vec![chunks.range(chunk)]).collect(),
         Some(_) => deal(&x.token_cut()?, chunks),
     };
@@ -131,7 +131,7 @@ pub(super) fn start_sum<S: ResidualStream, T: Element, B: Backend>(
             None => map(x.rows(runs)?)?,
         };
         let cut = |dim| (dim, Partition::from_sizes(runs.iter().map(|run| run.len())));
-        flights.push(part.start(S::CUT.map(cut))?);
+        flights.push(part.start(S::SHARD_DIM.map(cut))?);
     }
     Ok(flights)
 }
@@ -143,7 +143,7 @@ pub(super) fn stacked<S: ResidualStream, T: Element, B: Backend>(
     chunks: Vec<PendingDTensor<S, T, B>>,
 ) -> Result<DTensor<S, T, B>> {
     let cut = |dim| canonical("reduce_scatter", x.group(), dim, &x.token_cut()?);
-    let cut = S::CUT.map(cut).transpose()?;
+    let cut = S::SHARD_DIM.map(cut).transpose()?;
     let rows = cut.as_ref().map_or(x.shape().rows(), |cut| cut.size(x.group().rank()));
     let (mut local, mut at) = (Tensor::empty(x.group().device(), [rows, features])?, 0);
     for chunk in chunks {

@@ -167,7 +167,7 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// The dimension and cut of which the residual stream S has parts.
     fn token_scatter<S: ResidualStream>(&self) -> Result<Option<(usize, Partition)>> {
         let cut = |dim| Ok((dim, canonical("reduce_scatter", &self.group, dim, &self.token_cut()?)?));
-        S::CUT.map(cut).transpose()
+        S::SHARD_DIM.map(cut).transpose()
     }
 
     /// The sum, held as P: whole, or the rank's part.

@@ -37,7 +37,7 @@ pub trait ResidualStream: Elementwise + Placement<Dual = Self> {
     /// # Errors
     /// When there are fewer canonical blocks than ranks.
     fn local_rows<B: Device>(group: &Group<B>, tokens: usize) -> Result<Range<usize>> {
-        Ok(match Self::CUT {
+        Ok(match Self::SHARD_DIM {
             None => 0..tokens,
             Some(_) => group.even_partition(tokens)?.range(group.rank()),
         })
@@ -73,7 +73,7 @@ impl<S: ResidualStream, T: Element, B: Backend> DTensor<S, T, B> {
     /// When the ranks disagree, or one is lost.
     #[track_caller]
     pub fn enter(mut self) -> Result<DTensor<Copied, T, B>> {
-        if let Some(dim) = S::CUT {
+        if let Some(dim) = S::SHARD_DIM {
             self.local = self.group.all_gather(&self.local, dim, self.shard_cut()?)?;
         }
         Ok(DTensor::new(self.local, &self.group, Layout { cut: None, ..self.layout }))

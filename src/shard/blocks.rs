@@ -1,45 +1,64 @@
-//! Canonical blocks: cuts that do not depend on the number of ranks, and the tree in which their results are added.
+//! Canonical blocks, which do not depend on the number of ranks, and the tree along which their
+//! results are added.
 
 use super::Partition;
 use crate::error::{Error, Result};
 use std::ops::Range;
 
-/// In which order a group's operators add what several ranks have computed.
+/// The order in which the operators of a group add the results of several ranks. Later versions may
+/// add orders.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Reduction {
-    /// Any order: each rank adds up what it has, and ranks are added in rank order. The bits depend on the number of
-    /// ranks, but not on the run.
+    /// Each rank adds its own terms, then the ranks' sums are added in rank order. The bits depend
+    /// on the number of ranks, but not on the run.
     #[default]
     Fast,
-    /// Every dimension that is split is cut into this many blocks, which are the same at every number of ranks; a rank owns
-    /// a run of them ([`Tree::owned`]), computes block by block what a single device computes for the same blocks, and
-    /// results are added in the order of a [`Tree`] over the blocks. So the bits are the same at every number of ranks up
-    /// to the number of blocks.
+    /// The same bits at every number of ranks up to the number of blocks. Every sharded dimension
+    /// is divided into this many blocks, whatever the number of ranks. A rank owns a contiguous
+    /// range of them ([`Tree::owned`]) and computes block by block, as a single device does. The
+    /// results are added along a [`Tree`] over the blocks.
     Invariant {
         /// The number of blocks.
         blocks: usize,
     },
 }
 
-/// The canonical blocks of `units` indivisible runs of `unit_len` indices each: block b has the units
-/// ⌊b · units / count⌋ .. ⌊(b + 1) · units / count⌋. Blocks are empty where there are fewer units than blocks.
+/// The canonical blocks of `units` indivisible units of `unit_len` indices each. Block b has the
+/// units ⌊b · units / count⌋ .. ⌊(b + 1) · units / count⌋. Some blocks are empty if there are fewer
+/// units than blocks.
 ///
-/// Cuts of this kind nest: where one count is a multiple of another, so are the boundaries.
+/// The blocks nest: if one count is a multiple of another, its boundaries include the other's.
+///
+/// ```
+/// use shardwise::shard::blocks;
+/// assert!(blocks(10, 1, 4).sizes().eq([2, 3, 2, 3]));
+/// assert!(blocks(10, 1, 2).sizes().eq([5, 5])); // the boundary 5 is one of 2, 5, 7
+/// ```
 ///
 /// # Panics
 /// When `count` is 0.
 pub fn blocks(units: usize, unit_len: usize, count: usize) -> Partition {
-    // At most `units`; the product is not.
+    // The quotient is at most `units`, but the product may overflow a usize.
     let bound = |block: usize| (block as u128 * units as u128 / count as u128) as usize;
     Partition::from_sizes((0..count).map(|block| (bound(block + 1) - bound(block)).saturating_mul(unit_len)))
 }
 
-/// A fixed binary tree over leaves 0, 1, 2, …, of which each rank owns a contiguous run.
+/// A fixed binary tree over the leaves 0, 1, 2, …, of which each rank owns a contiguous range.
 ///
-/// Neighbours at distance 1, 2, 4, … meet: the sum over the leaves `start .. start + 2ᵏ`, with `start` a multiple of 2ᵏ, is
-/// that of its first half plus that of its second, which may lie beyond the last leaf and is left out then. The tree
-/// depends on the number of leaves alone. Floating-point sums depend on their order; sums along this tree do not depend on
-/// which rank owns which leaves.
+/// For `start` a multiple of 2ᵏ⁺¹: sum(start .. start + 2ᵏ⁺¹) = sum(start .. start + 2ᵏ) +
+/// sum(start + 2ᵏ .. start + 2ᵏ⁺¹). A right half beyond the last leaf is omitted. The tree depends
+/// on the number of leaves only, so the bits of a sum do not depend on which rank owns which
+/// leaves.
+///
+/// ```
+/// use shardwise::shard::Tree;
+/// let tree = Tree::new("sum", "blocks", 8, 3)?;
+/// assert_eq!((tree.owned(0), tree.owned(1), tree.owned(2)), (0..3, 3..6, 6..8));
+/// // Rank 0 has the sub-trees 0..2 and 2; rank 1 has 3 and 4..6; rank 2 has 6..8.
+/// assert_eq!([0, 1, 2].map(|rank| tree.nodes(rank).len()), [2, 2, 1]);
+/// # Ok::<(), shardwise::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tree {
     leaves: usize,
@@ -47,7 +66,7 @@ pub struct Tree {
 }
 
 impl Tree {
-    /// The tree over so many leaves, each rank owning as even a run of them as whole leaves allow.
+    /// The tree over `leaves` leaves, divided over the ranks as evenly as whole leaves allow.
     ///
     /// # Errors
     /// [`Error::TooManyRanks`] when there are fewer leaves than ranks.
@@ -70,8 +89,9 @@ impl Tree {
         self.owned.range(rank)
     }
 
-    /// The largest sub-trees all of whose leaves one rank owns, in order: what it has to say about a sum. At most twice the
-    /// tree's height; one where every rank owns the same power of two.
+    /// The largest sub-trees whose leaves one rank owns, in order: a rank contributes one term per
+    /// sub-tree to a sum. There are at most twice as many as the height of the tree, and one if
+    /// every rank owns the same power of two of leaves.
     pub fn nodes(&self, rank: usize) -> Vec<Node> {
         let mut sum = TreeSum::new(self.leaves);
         for leaf in self.owned(rank) {
@@ -81,10 +101,11 @@ impl Tree {
         sum.nodes.into_iter().map(|(node, ())| node).collect()
     }
 
-    /// A cut of a dimension into canonical blocks, one a leaf, and of those to ranks.
+    /// Divides a dimension into canonical blocks, one per leaf, and assigns them to the ranks that
+    /// own the leaves.
     ///
     /// # Errors
-    /// When a rank's blocks have no unit, where `empty` does not allow it.
+    /// When a rank's blocks contain no unit, unless `empty` is set.
     pub fn partition(
         &self,
         op: &'static str,
@@ -106,7 +127,7 @@ impl Tree {
     }
 }
 
-/// The leaves `start .. start + 2^level` of a tree, as far as there are that many.
+/// The sub-tree over the leaves `start .. start + 2^level` of a tree, as far as these exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Node {
     start: usize,
@@ -114,7 +135,7 @@ pub struct Node {
 }
 
 impl Node {
-    /// One leaf.
+    /// The sub-tree of one leaf.
     pub fn leaf(index: usize) -> Self {
         Self { start: index, level: 0 }
     }
@@ -124,7 +145,7 @@ impl Node {
     }
 }
 
-/// A sum along the tree over a number of leaves, to which sub-trees are added from left to right.
+/// A sum along the tree over a number of leaves. Sub-trees are pushed from left to right.
 #[derive(Clone, Debug)]
 pub struct TreeSum<X> {
     leaves: usize,
@@ -137,7 +158,8 @@ impl<X> TreeSum<X> {
         Self { leaves, nodes: Vec::new() }
     }
 
-    /// Adds the next sub-tree. Whatever is complete is added up: `add(left, right)` makes `left` the sum of both.
+    /// Pushes the next sub-tree and merges all siblings that are complete. `add(left, right)` makes
+    /// `left` the sum of both.
     ///
     /// # Errors
     /// Those of `add`.
@@ -157,7 +179,7 @@ impl<X> TreeSum<X> {
         Ok(())
     }
 
-    /// The sums of the largest sub-trees so far, from left to right.
+    /// Returns the sums of the largest sub-trees so far, from left to right.
     pub fn values(self) -> Vec<X> {
         self.nodes.into_iter().map(|(_, value)| value).collect()
     }
@@ -167,7 +189,7 @@ impl<X> TreeSum<X> {
 mod tests {
     use super::*;
 
-    /// What is added to what, in brackets.
+    /// The order of additions, as brackets around leaf numbers.
     fn brackets(leaves: usize, ranks: usize) -> String {
         let tree = Tree::new("sum", "blocks", leaves, ranks).unwrap();
         let add = |left: &mut String, right: String| {
@@ -205,12 +227,12 @@ mod tests {
     #[test]
     fn ranks_own_whole_blocks() {
         let tree = Tree::new("sum", "blocks", 4, 3).unwrap();
-        let cut = tree.partition("sum", "features", 10, 2, false).unwrap();
-        assert_eq!(cut.sizes().collect::<Vec<_>>(), [10, 4, 6]);
-        assert_eq!(cut.blocks(0), Some(vec![0..4, 4..10]));
+        let partition = tree.partition("sum", "features", 10, 2, false).unwrap();
+        assert_eq!(partition.sizes().collect::<Vec<_>>(), [10, 4, 6]);
+        assert_eq!(partition.blocks(0), Some(vec![0..4, 4..10]));
         let one = |block| Some(vec![block]);
-        assert_eq!((cut.blocks(1), cut.blocks(2)), (one(0..4), one(0..6)));
-        assert_eq!(cut.scaled(3).blocks(0), Some(vec![0..12, 12..30]));
+        assert_eq!((partition.blocks(1), partition.blocks(2)), (one(0..4), one(0..6)));
+        assert_eq!(partition.scaled(3).blocks(0), Some(vec![0..12, 12..30]));
         assert!(Tree::new("sum", "blocks", 4, 5).is_err());
         let error = tree.partition("attention", "heads", 1, 64, false).unwrap_err();
         assert_eq!(

@@ -1,20 +1,31 @@
-//! Which attention heads a rank computes.
+//! The assignment of attention heads to ranks.
 
 use super::Partition;
 use crate::error::{Error, Result};
 use std::ops::Range;
 
-/// The heads of multi-head, grouped-query or multi-query attention over the ranks of a group.
+/// The assignment of the heads of multi-head, grouped-query or multi-query attention to ranks.
 ///
-/// Query head `h` attends with key/value head `h / (query_heads / kv_heads)`. A rank owns a contiguous run of *query*
-/// heads and holds every key/value head that those touch. When the runs do not end at group boundaries, neighbouring
-/// ranks hold the same key/value head; its gradient is the sum over its holders, and [`Heads::owner`] is the one that
-/// counts it. This covers the usual schemes (even split; replication when there are fewer key/value heads than ranks)
-/// and every case between, such as 9 query and 3 key/value heads on 4 ranks.
+/// Query head `h` attends with key/value head `h / (query_heads / kv_heads)`. A rank owns a
+/// contiguous range of *query* heads and holds every key/value head that they use. If a range does
+/// not end at a group boundary, neighbouring ranks hold the same key/value head. Its gradient is
+/// the sum over its holders; its [`Heads::owner`] counts it in norms and checkpoints. This covers
+/// the usual schemes (even split; replication when there are fewer key/value heads than ranks) and
+/// every case between.
 ///
-/// Where the query heads are cut into canonical blocks ([`super::Tree`]), it is the *blocks* that hold key/value heads: a
-/// rank's keys and values have one copy for each of its blocks that touches a head, as a rank of that block alone would have.
-/// So what is summed with what does not depend on the number of ranks. The weights of a head a rank has once.
+/// If the query heads are partitioned by canonical blocks ([`super::Tree`]), the holders are the
+/// *blocks*: a rank has one copy of the keys and values of a head for each of its blocks that uses
+/// the head, as if each block were a rank. The order of sums therefore does not depend on the
+/// number of ranks. A rank has the weights of a head only once.
+///
+/// ```
+/// use shardwise::shard::Heads;
+/// let heads = Heads::new(9, 3, 64, 4)?; // 9 query and 3 key/value heads on 4 ranks
+/// assert_eq!((heads.query_range(2), heads.kv_range(2)), (5..7, 1..3));
+/// assert_eq!((heads.holders(1), heads.owner(1)), (1..3, 1)); // ranks 1 and 2 hold head 1
+/// assert_eq!(heads.shared(), [1, 2]);
+/// # Ok::<(), shardwise::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heads {
     query_heads: usize,
@@ -24,19 +35,21 @@ pub struct Heads {
 }
 
 impl Heads {
-    /// Assigns `query_heads` heads, sharing `kv_heads` key/value heads, of `head_dim` features each, to `ranks` ranks.
+    /// Assigns `query_heads` query heads and `kv_heads` key/value heads, of `head_dim` features
+    /// each, to `ranks` ranks.
     ///
     /// # Errors
-    /// When `query_heads` is not a multiple of `kv_heads`, or there are more ranks than query heads.
+    /// When `query_heads` is not a multiple of `kv_heads`, or there are more ranks than query
+    /// heads, or `head_dim` is 0.
     pub fn new(query_heads: usize, kv_heads: usize, head_dim: usize, ranks: usize) -> Result<Self> {
         let query = Partition::by_unit("attention", "query heads", query_heads, 1, ranks)?;
         Self::with_partition(query, kv_heads, head_dim)
     }
 
-    /// As [`Heads::new`], with the query heads cut as given.
+    /// [`Heads::new`] with a given partition of the query heads.
     ///
     /// # Errors
-    /// When the number of query heads is not a multiple of `kv_heads`.
+    /// When the number of query heads is not a multiple of `kv_heads`, or `head_dim` is 0.
     pub fn with_partition(query: Partition, kv_heads: usize, head_dim: usize) -> Result<Self> {
         let query_heads = query.total();
         if kv_heads == 0 || !query_heads.is_multiple_of(kv_heads) {
@@ -61,7 +74,7 @@ impl Heads {
         self.kv_heads
     }
 
-    /// The features of one head.
+    /// The number of features of one head.
     pub fn head_dim(&self) -> usize {
         self.head_dim
     }
@@ -81,7 +94,7 @@ impl Heads {
         self.query.range(rank)
     }
 
-    /// The key/value heads that the query heads of one rank touch.
+    /// The key/value heads that the query heads of one rank use.
     pub fn kv_range(&self, rank: usize) -> Range<usize> {
         self.kv_of(&self.query_range(rank))
     }
@@ -93,8 +106,9 @@ impl Heads {
         query.start / self.group()..(query.end - 1) / self.group() + 1
     }
 
-    /// The query heads of those parts of a rank that hold key/value heads of their own: the whole rank, or each block.
-    pub fn holding(&self, rank: usize) -> Vec<Range<usize>> {
+    /// The query heads of each holder on a rank: of the whole rank, or of each of its canonical
+    /// blocks.
+    pub fn query_ranges(&self, rank: usize) -> Vec<Range<usize>> {
         let own = self.query_range(rank);
         match self.query.blocks(rank) {
             None => vec![own],
@@ -104,41 +118,44 @@ impl Heads {
         }
     }
 
-    /// The key/value heads that each holding part of a rank holds: [`Heads::holding`].
+    /// The key/value heads of each holder on a rank: see [`Heads::query_ranges`].
     pub fn kv_ranges(&self, rank: usize) -> Vec<Range<usize>> {
-        self.holding(rank).iter().map(|query| self.kv_of(query)).collect()
+        self.query_ranges(rank).iter().map(|query| self.kv_of(query)).collect()
     }
 
-    /// The key/value heads that one rank holds, in order; one that several blocks hold is there several times.
-    pub fn kv_held(&self, rank: usize) -> Vec<usize> {
+    /// The key/value heads that one rank holds, in order, with one entry for each holder on the
+    /// rank.
+    pub fn local_kv_heads(&self, rank: usize) -> Vec<usize> {
         self.kv_ranges(rank).into_iter().flatten().collect()
     }
 
-    /// The key/value head, as a place among those that the rank holds, that each of the rank's query heads uses.
+    /// For each query head of a rank, the index in [`Heads::local_kv_heads`] of the key/value head
+    /// that it uses.
     pub fn kv_of_query(&self, rank: usize) -> Vec<usize> {
-        let (mut held, mut places) = (0, Vec::new());
-        for query in self.holding(rank) {
+        let (mut offset, mut indices) = (0, Vec::new());
+        for query in self.query_ranges(rank) {
             let kv = self.kv_of(&query);
-            places.extend(query.map(|head| held + head / self.group() - kv.start));
-            held += kv.len();
+            indices.extend(query.map(|head| offset + head / self.group() - kv.start));
+            offset += kv.len();
         }
-        places
+        indices
     }
 
-    /// All holding parts' key/value heads, in order.
+    /// The key/value heads of all holders, in rank order.
     fn all_kv_ranges(&self) -> Vec<Range<usize>> {
         (0..self.ranks()).flat_map(|rank| self.kv_ranges(rank)).collect()
     }
 
-    /// The number of holders before a rank's.
-    fn holders_before(&self, rank: usize) -> usize {
-        (0..rank).map(|rank| self.holding(rank).len()).sum()
+    /// The index of a rank's first holder among all holders.
+    fn first_holder(&self, rank: usize) -> usize {
+        (0..rank).map(|rank| self.query_ranges(rank).len()).sum()
     }
 
-    /// Whether the holding part number `part` of a rank is the one that counts a key/value head: the first holder.
-    pub fn owns(&self, rank: usize, part: usize, kv_head: usize) -> bool {
-        let first = self.all_kv_ranges().iter().position(|held| held.contains(&kv_head));
-        first == Some(self.holders_before(rank) + part)
+    /// Whether holder `holder` on a rank owns a key/value head, which is to say is its first
+    /// holder.
+    pub fn owns(&self, rank: usize, holder: usize, kv_head: usize) -> bool {
+        let first = self.all_kv_ranges().iter().position(|kv| kv.contains(&kv_head));
+        first == Some(self.first_holder(rank) + holder)
     }
 
     /// The ranks that hold a key/value head, in order.
@@ -148,27 +165,27 @@ impl Heads {
         first..first + (first..self.ranks()).take_while(holds).count()
     }
 
-    /// The rank that counts a key/value head: the first of its holders.
+    /// The rank that owns a key/value head: the first that holds it.
     pub fn owner(&self, kv_head: usize) -> usize {
         self.holders(kv_head).start
     }
 
-    /// The key/value heads that have more than one holder, in order.
+    /// The key/value heads with more than one holder, in order.
     pub fn shared(&self) -> Vec<usize> {
-        let held = self.all_kv_ranges();
-        let holders = |head: &usize| held.iter().filter(|held| held.contains(head)).count();
+        let kv_ranges = self.all_kv_ranges();
+        let holders = |head: &usize| kv_ranges.iter().filter(|kv| kv.contains(head)).count();
         (0..self.kv_heads).filter(|head| holders(head) > 1).collect()
     }
 
-    /// The cut of the query features `query_heads · head_dim`.
+    /// The partition of the `query_heads · head_dim` query features.
     pub fn query_features(&self) -> Partition {
         self.query.scaled(self.head_dim)
     }
 
-    /// The sizes of the ranks' `[q | k | v]` parts, as a cut of all of them laid side by side. A key/value head that
-    /// two ranks, or two blocks, hold is there twice.
+    /// The partition of the ranks' `[q | k | v]` features, concatenated in rank order. A key/value
+    /// head occurs once for each holder.
     pub fn qkv_features(&self) -> Partition {
-        let heads = |rank: usize| self.query_range(rank).len() + 2 * self.kv_held(rank).len();
+        let heads = |rank: usize| self.query_range(rank).len() + 2 * self.local_kv_heads(rank).len();
         Partition::from_sizes((0..self.ranks()).map(|rank| heads(rank).saturating_mul(self.head_dim)))
     }
 }
@@ -205,26 +222,26 @@ mod tests {
                         }
                     }
                     assert_eq!(seen, kv * group);
-                    let held: usize = (0..kv).map(|head| heads.holders(head).len()).sum();
-                    assert_eq!(held, (0..ranks).map(|rank| heads.kv_range(rank).len()).sum::<usize>());
+                    let holders: usize = (0..kv).map(|head| heads.holders(head).len()).sum();
+                    assert_eq!(holders, (0..ranks).map(|rank| heads.kv_range(rank).len()).sum::<usize>());
                 }
             }
         }
     }
 
-    /// Six query and two key/value heads in four blocks: the second head of keys is touched by three of them.
+    /// Six query and two key/value heads in four blocks; two blocks use each key/value head.
     #[test]
     fn blocks_hold_their_own_kv_heads() {
         let tree = |ranks| super::super::Tree::new("attention", "blocks", 4, ranks).unwrap();
         let heads = |ranks| {
-            let cut = tree(ranks).partition("attention", "heads", 6, 1, false).unwrap();
-            Heads::with_partition(cut, 2, 4).unwrap()
+            let partition = tree(ranks).partition("attention", "heads", 6, 1, false).unwrap();
+            Heads::with_partition(partition, 2, 4).unwrap()
         };
         // Blocks of 1, 2, 1 and 2 heads.
         let (one, two, four) = (heads(1), heads(2), heads(4));
-        assert_eq!(one.kv_held(0), [0, 0, 1, 1]);
+        assert_eq!(one.local_kv_heads(0), [0, 0, 1, 1]);
         assert_eq!(one.kv_of_query(0), [0, 1, 1, 2, 3, 3]);
-        assert_eq!((two.kv_held(0), two.kv_held(1)), (vec![0, 0], vec![1, 1]));
+        assert_eq!((two.local_kv_heads(0), two.local_kv_heads(1)), (vec![0, 0], vec![1, 1]));
         assert_eq!(two.kv_of_query(1), [0, 1, 1]);
         for heads in [&one, &two, &four] {
             assert_eq!(heads.shared(), [0, 1]);

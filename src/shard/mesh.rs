@@ -1,12 +1,14 @@
-//! Ranks as points of a grid.
+//! Device meshes: ranks as points of a grid.
 
 use crate::error::{Error, Result};
 use std::fmt;
 
-/// An axis of a [`Mesh`]: what the ranks along it do with the model.
+/// An axis of a [`Mesh`], named after the parallelism of the ranks along it. Later versions may add
+/// axes, such as expert or context parallelism.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Axis {
-    /// Data parallel: the ranks hold the same parameters and see different samples.
+    /// Data parallel: the ranks hold the same parameters and process different samples.
     Data,
     /// Pipeline parallel: the ranks hold consecutive layers.
     Pipeline,
@@ -24,8 +26,18 @@ impl fmt::Display for Axis {
     }
 }
 
-/// `dp × pp × tp` ranks; `rank = (d · pp + p) · tp + t`, so that tensor-parallel neighbours, which talk most, have
-/// neighbouring ranks.
+/// A `dp × pp × tp` grid of ranks: `rank = (d · pp + p) · tp + t`. Tensor-parallel ranks, which
+/// communicate most, are adjacent.
+///
+/// ```
+/// use shardwise::prelude::*;
+/// let mesh = Mesh::new(2, 3, 4)?;
+/// let at = |axis| mesh.coordinate(22, axis);
+/// assert_eq!((at(Axis::Data), at(Axis::Pipeline), at(Axis::Tensor)), (1, 2, 2));
+/// assert_eq!(mesh.len(), 24); // and 22 = (1 · 3 + 2) · 4 + 2
+/// assert_eq!(mesh.line(22, Axis::Data), mesh.line(10, Axis::Data)); // same stage and tensor index
+/// # Ok::<(), shardwise::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mesh {
     sizes: [usize; 3],
@@ -35,7 +47,7 @@ impl Mesh {
     /// A grid of `dp × pp × tp` ranks.
     ///
     /// # Errors
-    /// When a size is 0, or there are more ranks than can be counted.
+    /// When a size is 0, or the number of ranks overflows.
     pub fn new(dp: usize, pp: usize, tp: usize) -> Result<Self> {
         if [dp, pp, tp].contains(&0) {
             return Err(Error::invalid("mesh", format!("an axis of a {dp} x {pp} x {tp} mesh is empty")));
@@ -52,7 +64,7 @@ impl Mesh {
         self.sizes.iter().product()
     }
 
-    /// Never: a mesh has at least one rank.
+    /// Always false: a mesh has at least one rank.
     pub fn is_empty(&self) -> bool {
         false
     }
@@ -62,7 +74,7 @@ impl Mesh {
         self.sizes[axis as usize]
     }
 
-    /// Where a rank stands along an axis.
+    /// The coordinate of a rank along an axis.
     pub fn coordinate(&self, rank: usize, axis: Axis) -> usize {
         let [_, pp, tp] = self.sizes;
         match axis {
@@ -72,7 +84,7 @@ impl Mesh {
         }
     }
 
-    /// A number that the ranks of one line along `axis`, and no others, have in common: the `color` of a split.
+    /// The index of the line along `axis` that contains a rank: the `color` of a split into lines.
     pub fn line(&self, rank: usize, axis: Axis) -> usize {
         let [_, pp, tp] = self.sizes;
         match axis {

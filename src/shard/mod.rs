@@ -1,12 +1,13 @@
-//! How things are divided: pure arithmetic on sizes and ranks, without tensors. Every module may use it.
+//! Partitions, placements and meshes: arithmetic on sizes and ranks, without tensors. Every module
+//! may use it.
 //!
 //! * [`Shape`]: the dimensions of a tensor.
-//! * [`Partition`]: a dimension cut into one contiguous part a rank, evenly or not.
+//! * [`Partition`]: a dimension divided into one contiguous range per rank, evenly or not.
 //! * [`Placement`] and its markers: how the ranks of a group hold one tensor.
-//! * [`Heads`]: which attention heads a rank computes, and which key/value heads it needs for that.
-//! * [`Reduction`], [`Tree`]: cuts and orders of sums that do not depend on the number of ranks.
+//! * [`Heads`]: the query heads that a rank computes and the key/value heads that they use.
+//! * [`Reduction`], [`Tree`]: blocks and orders of sums that do not depend on the number of ranks.
 //! * [`Mesh`]: ranks as points of a grid with named axes.
-//! * [`Sequences`]: which rows of a `[tokens, features]` tensor belong together.
+//! * [`Sequences`]: the sequences in the rows of a `[tokens, features]` tensor.
 
 mod blocks;
 mod deal;

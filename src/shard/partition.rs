@@ -1,38 +1,49 @@
-//! A dimension cut into contiguous parts. Every boundary in the crate comes from here.
+//! Partitions of a dimension into contiguous ranges, the source of every shard boundary in the
+//! crate.
 
 use crate::error::{Error, Result};
 use std::{ops::Range, sync::Arc};
 
-/// A dimension `0..len` cut into one contiguous part a rank; parts may differ in size.
+/// A dimension `0..len` divided into one contiguous range per rank; sizes may differ.
 ///
-/// `part(r) = bounds[r] .. bounds[r + 1]`, with `bounds[0] = 0` and `bounds[parts] = len`.
-/// An even cut gives the first `len mod parts` parts one unit more than the others. Cloning shares the boundaries.
-/// A boundary beyond `usize::MAX` is there: no tensor has such a dimension.
-///
-/// ```
-/// use shardwise::shard::Partition;
-/// let heads = Partition::by_unit("attention", "heads", 9, 64, 2)?; // 9 heads of 64 features on 2 ranks
-/// assert_eq!((heads.range(0), heads.range(1)), (0..320, 320..576));
-/// # Ok::<(), shardwise::Error>(())
-/// ```
+/// `range(r) = bounds[r] .. bounds[r + 1]`, with `bounds[0] = 0` and `bounds[shards] = len`.
+/// Boundaries saturate at `usize::MAX`; no tensor has such a dimension. Clones share the
+/// boundaries.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Partition {
     bounds: Arc<[usize]>,
-    /// The boundaries of the canonical blocks that it consists of, if it does.
+    /// The boundaries of the canonical blocks, if the partition consists of such blocks.
     blocks: Option<Arc<[usize]>>,
 }
 
 impl Partition {
-    /// `len` indices over `parts` ranks, as evenly as whole indices allow. Some parts are empty when `len < parts`:
-    /// that is right for tokens; layers that need at least one unit a rank use [`Partition::by_unit`].
+    /// Divides `len` indices over `shards` ranks: the first `len mod shards` ranks get one index
+    /// more than the others. Some ranks get none if `len < shards`, which is right for tokens.
+    /// Layers that need at least one unit per rank use [`Partition::by_unit`].
+    ///
+    /// ```
+    /// use shardwise::prelude::*;
+    /// let partition = Partition::even(7, 3);
+    /// assert!(partition.sizes().eq([3, 2, 2]));
+    /// assert_eq!(partition.range(1), 3..5);
+    /// ```
     ///
     /// # Panics
-    /// When `parts` is 0.
-    pub fn even(len: usize, parts: usize) -> Self {
-        Self::of_units(len, 1, parts)
+    /// When `shards` is 0.
+    pub fn even(len: usize, shards: usize) -> Self {
+        Self::of_units(len, 1, shards)
     }
 
-    /// `units` indivisible runs of `unit_len` indices each over `parts` ranks, at least one unit a rank.
+    /// Divides `units` indivisible units of `unit_len` indices each over `shards` ranks, as evenly
+    /// as whole units allow, at least one unit per rank.
+    ///
+    /// ```
+    /// use shardwise::prelude::*;
+    /// let heads = Partition::by_unit("attention", "heads", 9, 64, 2)?; // 9 heads of 64 features
+    /// assert_eq!((heads.range(0), heads.range(1)), (0..320, 320..576));
+    /// assert!(Partition::by_unit("attention", "heads", 1, 64, 2).is_err());
+    /// # Ok::<(), shardwise::Error>(())
+    /// ```
     ///
     /// # Errors
     /// [`Error::TooManyRanks`], naming `op` and `unit`, when there are fewer units than ranks.
@@ -41,24 +52,26 @@ impl Partition {
         unit: &'static str,
         units: usize,
         unit_len: usize,
-        parts: usize,
+        shards: usize,
     ) -> Result<Self> {
-        if units < parts {
-            return Err(Error::TooManyRanks { op, ranks: parts, units, unit });
+        if units < shards {
+            return Err(Error::TooManyRanks { op, ranks: shards, units, unit });
         }
-        Ok(Self::of_units(units, unit_len, parts))
+        Ok(Self::of_units(units, unit_len, shards))
     }
 
-    /// Items of these costs in contiguous parts, such that the most expensive part is as cheap as can be; at least one
-    /// item a part.
+    /// Divides items of the given costs into contiguous ranges of at least one item, minimizing the
+    /// largest cost of a range.
     ///
     /// # Errors
-    /// [`Error::TooManyRanks`], naming `op` and `unit`, when there are fewer items than parts.
-    pub fn balanced(op: &'static str, unit: &'static str, costs: &[f64], parts: usize) -> Result<Self> {
-        if costs.len() < parts || parts == 0 {
-            return Err(Error::TooManyRanks { op, ranks: parts, units: costs.len(), unit });
+    /// [`Error::TooManyRanks`], naming `op` and `unit`, when there are fewer items than ranges, or
+    /// `shards` is 0.
+    pub fn balanced(op: &'static str, unit: &'static str, costs: &[f64], shards: usize) -> Result<Self> {
+        if costs.len() < shards || shards == 0 {
+            return Err(Error::TooManyRanks { op, ranks: shards, units: costs.len(), unit });
         }
-        // best[i]: the cheapest most expensive part of the first i items in so many parts, and where the last begins.
+        // Dynamic programming. best[i] is the minimal largest cost of the first i items in the
+        // ranges so far; starts has the begin of the last range.
         let sums: Vec<f64> = std::iter::once(0.0)
             .chain(costs.iter().scan(0.0, |sum, cost| {
                 *sum += cost;
@@ -67,10 +80,10 @@ impl Partition {
             .collect();
         let mut best = sums.clone();
         let mut starts = vec![vec![0; costs.len() + 1]];
-        for part in 1..parts {
+        for shard in 1..shards {
             let (mut next, mut start) = (vec![f64::INFINITY; costs.len() + 1], vec![0; costs.len() + 1]);
-            for end in part + 1..=costs.len() {
-                for at in part..end {
+            for end in shard + 1..=costs.len() {
+                for at in shard..end {
                     let worst = best[at].max(sums[end] - sums[at]);
                     if worst < next[end] {
                         (next[end], start[end]) = (worst, at);
@@ -88,24 +101,24 @@ impl Partition {
         Ok(Self { bounds: bounds.into(), blocks: None })
     }
 
-    /// Parts of the given sizes, in rank order.
+    /// The partition with the given sizes, in rank order.
     ///
     /// # Panics
-    /// When there is no part.
+    /// When there is no size.
     pub fn from_sizes(sizes: impl IntoIterator<Item = usize>) -> Self {
         let mut bounds = vec![0];
         bounds.extend(sizes.into_iter().scan(0_usize, |end, size| {
             *end = end.saturating_add(size);
             Some(*end)
         }));
-        assert!(bounds.len() > 1, "a partition has at least one part");
+        assert!(bounds.len() > 1, "a partition has at least one shard");
         Self { bounds: bounds.into(), blocks: None }
     }
 
-    fn of_units(units: usize, unit_len: usize, parts: usize) -> Self {
-        let (each, extra) = (units / parts, units % parts);
-        let size = |part: usize| (each + usize::from(part < extra)).saturating_mul(unit_len);
-        Self::from_sizes((0..parts).map(size))
+    fn of_units(units: usize, unit_len: usize, shards: usize) -> Self {
+        let (each, extra) = (units / shards, units % shards);
+        let size = |shard: usize| (each + usize::from(shard < extra)).saturating_mul(unit_len);
+        Self::from_sizes((0..shards).map(size))
     }
 
     /// The size of the whole dimension.
@@ -113,53 +126,55 @@ impl Partition {
         self.bounds[self.shards()]
     }
 
-    /// The number of parts.
+    /// The number of shards.
     pub fn shards(&self) -> usize {
         self.bounds.len() - 1
     }
 
-    /// The indices of one part.
+    /// The indices of one shard.
     ///
     /// # Panics
-    /// When there is no such part.
-    pub fn range(&self, part: usize) -> Range<usize> {
-        self.bounds[part]..self.bounds[part + 1]
+    /// When there is no such shard.
+    pub fn range(&self, shard: usize) -> Range<usize> {
+        self.bounds[shard]..self.bounds[shard + 1]
     }
 
-    /// The number of indices of one part.
-    pub fn size(&self, part: usize) -> usize {
-        self.range(part).len()
+    /// The number of indices of one shard.
+    pub fn size(&self, shard: usize) -> usize {
+        self.range(shard).len()
     }
 
-    /// The sizes of all parts, in rank order.
+    /// The sizes of all shards, in rank order.
     pub fn sizes(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
         self.bounds.windows(2).map(|pair| pair[1] - pair[0])
     }
 
-    /// The same cut when every index stands for `inner` elements.
+    /// The partition of `inner` elements per index: all boundaries times `inner`.
     pub fn scaled(&self, inner: usize) -> Self {
         let scaled = |bounds: &Arc<[usize]>| bounds.iter().map(|bound| bound.saturating_mul(inner)).collect();
         Self { bounds: scaled(&self.bounds), blocks: self.blocks.as_ref().map(scaled) }
     }
 
-    /// The cut of which this one is [`Partition::scaled`] by `inner`.
+    /// The inverse of [`Partition::scaled`] by `inner`.
     pub(crate) fn shrunk(&self, inner: usize) -> Self {
         let shrunk = |bounds: &Arc<[usize]>| bounds.iter().map(|bound| bound / inner).collect();
         Self { bounds: shrunk(&self.bounds), blocks: self.blocks.as_ref().map(shrunk) }
     }
 
-    /// The same cut, made of whole ones of these blocks.
+    /// The same partition, which consists of the given blocks.
     pub(super) fn with_blocks(self, blocks: &Self) -> Self {
         Self { blocks: Some(blocks.bounds.clone()), ..self }
     }
 
-    /// The canonical blocks of one part, as indices within it; none if the cut is not made of such blocks.
+    /// The canonical blocks of one shard, as indices within it; none if the partition is not made
+    /// of blocks.
     ///
-    /// See [`super::Tree::cut`]. A cut of blocks differs from one with the same parts and other blocks, or none.
-    pub fn blocks(&self, part: usize) -> Option<Vec<Range<usize>>> {
+    /// See [`super::Tree::partition`]. Partitions with the same ranges but different blocks, or
+    /// none, are not equal.
+    pub fn blocks(&self, shard: usize) -> Option<Vec<Range<usize>>> {
         let blocks = self.blocks.as_ref()?;
-        let owned = Self::even(blocks.len() - 1, self.shards()).range(part);
-        let start = self.bounds[part];
+        let owned = Self::even(blocks.len() - 1, self.shards()).range(shard);
+        let start = self.bounds[shard];
         Some(owned.map(|block| blocks[block] - start..blocks[block + 1] - start).collect())
     }
 }
@@ -169,50 +184,51 @@ mod tests {
     use super::*;
 
     #[test]
-    fn even_cuts_cover_the_dimension_and_differ_by_at_most_one() {
+    fn even_partitions_cover_the_dimension_and_differ_by_at_most_one() {
         for len in 0..40 {
-            for parts in 1..9 {
-                let cut = Partition::even(len, parts);
-                assert_eq!((cut.total(), cut.shards()), (len, parts));
-                let sizes: Vec<_> = cut.sizes().collect();
+            for shards in 1..9 {
+                let partition = Partition::even(len, shards);
+                assert_eq!((partition.total(), partition.shards()), (len, shards));
+                let sizes: Vec<_> = partition.sizes().collect();
                 assert_eq!(sizes.iter().sum::<usize>(), len);
                 assert!(sizes.windows(2).all(|pair| pair[0] >= pair[1] && pair[0] - pair[1] <= 1));
-                assert!((1..parts).all(|part| cut.range(part - 1).end == cut.range(part).start));
+                assert!((1..shards).all(|at| partition.range(at - 1).end == partition.range(at).start));
             }
         }
     }
 
     #[test]
-    fn balanced_cuts_are_the_best_of_all() {
-        fn worst(costs: &[f64], parts: usize) -> f64 {
+    fn balanced_partitions_are_the_best_of_all() {
+        fn worst(costs: &[f64], shards: usize) -> f64 {
             let all = costs.iter().sum();
-            match parts {
+            match shards {
                 1 => all,
-                _ => (1..=costs.len() + 1 - parts)
-                    .map(|at| costs[..at].iter().sum::<f64>().max(worst(&costs[at..], parts - 1)))
+                _ => (1..=costs.len() + 1 - shards)
+                    .map(|at| costs[..at].iter().sum::<f64>().max(worst(&costs[at..], shards - 1)))
                     .fold(f64::INFINITY, f64::min),
             }
         }
-        for (costs, parts) in [
+        for (costs, shards) in [
             (vec![1.0; 7], 3),
             (vec![5.0, 1.0, 1.0, 1.0], 2),
             (vec![1.0, 1.0, 1.0, 9.0], 3),
             (vec![3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0], 4),
             (vec![2.0], 1),
         ] {
-            let cut = Partition::balanced("stages", "layers", &costs, parts).unwrap();
-            assert_eq!((cut.shards(), cut.total()), (parts, costs.len()));
-            assert!(cut.sizes().all(|size| size > 0));
-            let got = (0..parts).map(|part| costs[cut.range(part)].iter().sum()).fold(0.0, f64::max);
-            assert_eq!(got, worst(&costs, parts), "{costs:?} in {parts}");
+            let partition = Partition::balanced("stages", "layers", &costs, shards).unwrap();
+            assert_eq!((partition.shards(), partition.total()), (shards, costs.len()));
+            assert!(partition.sizes().all(|size| size > 0));
+            let cost = |shard| costs[partition.range(shard)].iter().sum::<f64>();
+            let got = (0..shards).map(cost).fold(0.0, f64::max);
+            assert_eq!(got, worst(&costs, shards), "{costs:?} in {shards}");
         }
         assert!(Partition::balanced("stages", "layers", &[1.0], 2).is_err());
     }
 
     #[test]
-    fn units_are_never_cut() {
-        let cut = Partition::by_unit("attention", "heads", 9, 64, 4).unwrap();
-        assert_eq!(cut.sizes().collect::<Vec<_>>(), [192, 128, 128, 128]);
+    fn units_are_never_divided() {
+        let partition = Partition::by_unit("attention", "heads", 9, 64, 4).unwrap();
+        assert_eq!(partition.sizes().collect::<Vec<_>>(), [192, 128, 128, 128]);
         let error = Partition::by_unit("attention", "heads", 3, 64, 4).unwrap_err();
         assert_eq!(
             error.to_string(),

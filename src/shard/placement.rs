@@ -1,31 +1,31 @@
 //! Placements as types: how the ranks of a group hold one tensor.
 //!
-//! The names and the rule "the gradient's placement follows from the value's" are those of PyTorch's `DTensor` and of
-//! Megatron-LM's `mappings.py`, with one distinction both leave to the programmer: [`Replicated`] (equal everywhere,
-//! and used equally everywhere) against [`Copied`] (equal everywhere, but each rank does something else with it). The
-//! gradient of the first is equal on every rank; that of the second is a term of a sum.
+//! The names follow PyTorch's `DTensor`. The rule that the placement of a value determines that of
+//! its gradient is the one of Megatron-LM's `mappings.py`. One distinction is new: a [`Replicated`]
+//! value is used in the same way on every rank, and its gradient is equal everywhere; a [`Copied`]
+//! value is used differently by each rank, and each rank has one term of its gradient.
 
-/// How the ranks of one group hold one tensor; implemented by the four markers of this module.
+/// How the ranks of one group hold one tensor. The four markers of this module implement it.
 ///
-/// Sealed: what the types of layers prove rests on there being these four. So [`Elementwise`] and a
-/// residual stream are closed, too.
+/// The trait is sealed, because the guarantees of the layers' types assume these four placements.
+/// So are [`Elementwise`] and the residual stream.
 ///
-/// | placement | the ranks hold | `Dual`, the placement of its gradient |
+/// | placement | each rank holds | `Dual`, the placement of the gradient |
 /// |---|---|---|
-/// | [`Replicated`] | the same value, used in the same way | `Replicated` |
-/// | [`Copied`] | the same value, used by each in its own way | `Partial` |
-/// | [`Shard<D>`] | each its part of dimension `D` | `Shard<D>` |
-/// | [`Partial`] | terms whose sum is the value | `Copied` |
+/// | [`Replicated`] | the value, used in the same way by all | `Replicated` |
+/// | [`Copied`] | the value, used differently by each | `Partial` |
+/// | [`Shard<D>`] | its shard of dimension `D` | `Shard<D>` |
+/// | [`Partial`] | a term; the sum of the terms is the value | `Copied` |
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a placement",
     note = "a placement is `Replicated`, `Copied`, `Shard<D>` or `Partial`"
 )]
 pub trait Placement: sealed::Sealed + Sized + 'static {
-    /// How the ranks hold the gradient of a tensor that is held like this.
+    /// The placement of the gradient.
     type Dual: Placement<Dual = Self>;
-    /// The dimension that is cut, if one is.
-    const CUT: Option<usize> = None;
-    /// The name that messages use.
+    /// The sharded dimension, if there is one.
+    const SHARD_DIM: Option<usize> = None;
+    /// The name in error messages.
     const NAME: &'static str;
 }
 
@@ -42,19 +42,19 @@ mod sealed {
     impl Sealed for super::Partial {}
 }
 
-/// Equal on every rank, and so is its gradient.
+/// Equal on every rank, as is its gradient.
 #[derive(Clone, Copy, Debug)]
 pub enum Replicated {}
 
-/// Equal on every rank, about to be used differently by each; its gradient is a [`Partial`] sum.
+/// Equal on every rank but used differently by each. Its gradient is a [`Partial`] sum.
 #[derive(Clone, Copy, Debug)]
 pub enum Copied {}
 
-/// Each rank holds its part of dimension `D`.
+/// Each rank holds its shard of dimension `D`.
 #[derive(Clone, Copy, Debug)]
 pub enum Shard<const D: usize> {}
 
-/// The value is the sum of what the ranks hold. Only linear operators may act on it.
+/// Each rank holds one term; the value is the sum over the ranks. Only linear operators accept it.
 #[derive(Clone, Copy, Debug)]
 pub enum Partial {}
 
@@ -70,7 +70,7 @@ impl Placement for Copied {
 
 impl<const D: usize> Placement for Shard<D> {
     type Dual = Shard<D>;
-    const CUT: Option<usize> = Some(D);
+    const SHARD_DIM: Option<usize> = Some(D);
     const NAME: &'static str = "Shard";
 }
 
@@ -79,9 +79,11 @@ impl Placement for Partial {
     const NAME: &'static str = "Partial";
 }
 
-/// Placements under which each rank's elements are final values, so that a non-linear function may act on them.
+/// Placements under which each rank's elements are final values, so that non-linear functions
+/// accept them.
 ///
-/// `f(a + b) ≠ f(a) + f(b)`: a [`Partial`] sum has to be reduced first, and the compiler says so.
+/// f(a + b) ≠ f(a) + f(b), so a [`Partial`] sum has to be reduced first; otherwise the program does
+/// not compile.
 #[diagnostic::on_unimplemented(
     message = "a non-linear operator cannot act on a `{Self}` tensor: it would see one rank's term, not the sum",
     label = "this operator needs final values",

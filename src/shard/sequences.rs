@@ -1,32 +1,43 @@
-//! Which rows of a `[tokens, features]` tensor belong together.
+//! The sequences in the rows of a `[tokens, features]` tensor.
 
 use crate::error::{Error, Result, same_size};
 use std::{ops::Range, sync::Arc};
 
-/// The sequences in the rows of a `[tokens, features]` tensor, and which rows are padding.
+/// The sequences in the rows of a `[tokens, features]` tensor, and the rows that are padding.
 ///
-/// Each sequence is a contiguous run of rows; a token attends only within its own. Sequences may differ in length, so
-/// that a batch needs no padding ([`Sequences::packed`]); where a batch comes padded, the padding rows are computed like
-/// any other but no token attends to them ([`Sequences::padded`], [`Sequences::masked`]). Positions
-/// count tokens, not padding ([`Sequences::positions`]), so that a text padded on the left or on
-/// the right is computed as it is alone. A sequence may be the continuation of one that was
-/// computed before ([`Sequences::starting_at`]). Cloning shares the data.
+/// A sequence is a contiguous range of rows; a token attends only within its sequence. Sequences
+/// may differ in length, so a batch needs no padding ([`Sequences::packed`]). The padding rows of a
+/// padded batch are computed like any other, but no token attends to them ([`Sequences::padded`],
+/// [`Sequences::masked`]). Positions count tokens, not padding ([`Sequences::positions`]), so a
+/// text padded on the left or right gives the same result as alone. A sequence may continue one
+/// that was computed earlier ([`Sequences::starting_at`]). Clones share the data.
+///
+/// ```
+/// use shardwise::prelude::*;
+/// let packed = Sequences::packed([2, 3]);
+/// assert!(packed.positions().eq([0, 1, 0, 1, 2]));
+/// let left_padded = Sequences::one(4).masked(&[false, true, true, true])?;
+/// assert!(left_padded.positions().eq([0, 0, 1, 2]));
+/// let decoding = Sequences::packed([1, 1]).starting_at(&[7, 3])?; // after 7 and 3 cached tokens
+/// assert!(decoding.positions().eq([7, 3]));
+/// # Ok::<(), shardwise::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sequences {
     bounds: Arc<[usize]>,
     valid: Option<Arc<[bool]>>,
     starts: Option<Arc<[usize]>>,
-    /// Whether the tokens that came before are in a cache.
+    /// Whether a cache has the earlier tokens.
     cached: bool,
 }
 
 impl Sequences {
-    /// All `rows` are one sequence.
+    /// One sequence of `rows` rows.
     pub fn one(rows: usize) -> Self {
         Self::packed([rows])
     }
 
-    /// Sequences of these lengths, one after the other, nothing between them.
+    /// Sequences of the given lengths, one after another, without padding.
     pub fn packed(lengths: impl IntoIterator<Item = usize>) -> Self {
         let mut bounds = vec![0];
         bounds.extend(lengths.into_iter().scan(0_usize, |end, length| {
@@ -36,10 +47,11 @@ impl Sequences {
         Self { bounds: bounds.into(), valid: None, starts: None, cached: false }
     }
 
-    /// A `[lengths.len(), width]` batch: each sequence is `width` rows, of which the first `length` are tokens.
+    /// A `[lengths.len(), width]` batch: each sequence is `width` rows, of which the first `length`
+    /// are tokens.
     ///
     /// # Errors
-    /// When a length exceeds the width, or there is no memory left for a flag a row.
+    /// When a length exceeds the width, or there is no memory for one flag per row.
     pub fn padded(lengths: &[usize], width: usize) -> Result<Self> {
         if let Some(length) = lengths.iter().find(|&&length| length > width) {
             return Err(Error::invalid(
@@ -54,7 +66,8 @@ impl Sequences {
         Ok(Self { valid: Some(valid.into()), ..Self::packed(lengths.iter().map(|_| width)) })
     }
 
-    /// The same sequences, with an attention mask of one flag a row: `false` rows are attended to by nobody.
+    /// The same sequences with an attention mask of one flag per row: no token attends to `false`
+    /// rows.
     ///
     /// # Errors
     /// When the mask's length is not the number of rows.
@@ -63,10 +76,11 @@ impl Sequences {
         Ok(Self { valid: Some(valid.into()), ..self })
     }
 
-    /// The same sequences, whose first rows stand at these positions instead of at 0: so many tokens of each came before.
+    /// The same sequences, starting at the given positions instead of 0: the number of earlier
+    /// tokens of each.
     ///
     /// # Errors
-    /// When there is not one position a sequence, or one is beyond 2³² − 1.
+    /// When there is not one position per sequence, or a sequence ends beyond position 2³² − 1.
     pub fn starting_at(self, starts: &[usize]) -> Result<Self> {
         const OP: &str = "sequences";
         same_size(OP, "the number of starts", starts.len(), "the number of sequences", self.len())?;
@@ -80,12 +94,12 @@ impl Sequences {
         Ok(Self { starts: Some(starts.into()), ..self })
     }
 
-    /// The same sequences, of which a cache has the tokens that came before.
+    /// The same sequences, with their earlier tokens in a cache.
     pub(crate) fn in_cache(self) -> Self {
         Self { cached: true, ..self }
     }
 
-    /// Whether a cache has the tokens that came before: then attention has to read it.
+    /// Whether a cache has the earlier tokens, so that attention has to read it.
     pub(crate) fn are_cached(&self) -> bool {
         self.cached
     }
@@ -95,12 +109,12 @@ impl Sequences {
         self.starts.as_ref().map_or(0, |starts| starts[sequence])
     }
 
-    /// The position of every row in its sequence: the number of tokens before it, counted from the
-    /// sequence's start.
+    /// The position of every row in its sequence: the start of the sequence plus the number of
+    /// tokens before the row.
     ///
-    /// Padding has the position of the next token. Padding behind the last token goes on counting.
+    /// Padding has the position of the next token. Padding after the last token counts as tokens.
     pub fn positions(&self) -> impl Iterator<Item = u32> + '_ {
-        let of = |(sequence, rows): (usize, Range<usize>)| {
+        let positions = |(sequence, rows): (usize, Range<usize>)| {
             let mut next = self.start(sequence);
             self.counted(rows).map(move |counts| {
                 let position = next;
@@ -108,10 +122,10 @@ impl Sequences {
                 position as u32
             })
         };
-        self.iter().enumerate().flat_map(of)
+        self.iter().enumerate().flat_map(positions)
     }
 
-    /// The position behind the last row of a sequence: how long a table of positions has to be.
+    /// The position after the last row of a sequence: the length that a table of positions needs.
     pub fn end(&self, sequence: usize) -> usize {
         let rows = self.bounds[sequence]..self.bounds[sequence + 1];
         match self.valid {
@@ -120,8 +134,8 @@ impl Sequences {
         }
     }
 
-    /// For each row of a sequence whether the next one's position is higher: padding before the
-    /// last token has none of its own.
+    /// For each row of a sequence, whether it advances the position: tokens do, and padding after
+    /// the last token; earlier padding does not.
     fn counted(&self, rows: Range<usize>) -> impl Iterator<Item = bool> + '_ {
         let valid = self.valid.as_ref().map(|valid| &valid[rows.clone()]);
         let last = valid.and_then(|valid| valid.iter().rposition(|&valid| valid));
@@ -151,7 +165,7 @@ impl Sequences {
         self.bounds.windows(2).map(|pair| pair[0]..pair[1])
     }
 
-    /// One flag a row, if any row is masked out: whether the row may be attended to.
+    /// One flag per row, if there is a mask: whether tokens may attend to the row.
     pub fn valid(&self) -> Option<&[bool]> {
         self.valid.as_deref()
     }
@@ -192,7 +206,7 @@ mod tests {
         };
         assert_eq!(of(Sequences::packed([4, 2]), &[0, 0, 1, 1, 0, 1]), (vec![0, 0, 0, 1, 0, 0], vec![2, 1]));
         assert_eq!(of(Sequences::one(5), &[1, 0, 1, 0, 1]), (vec![0, 1, 1, 2, 2], vec![3]));
-        // On the right, or nothing but padding: as if it were text.
+        // Padding on the right, or only padding, counts like text.
         assert_eq!(of(Sequences::one(4), &[1, 1, 0, 0]), (vec![0, 1, 2, 3], vec![4]));
         assert_eq!(of(Sequences::one(4), &[0, 1, 0, 0]), (vec![0, 0, 1, 2], vec![3]));
         assert_eq!(of(Sequences::one(3), &[0, 0, 0]), (vec![0, 1, 2], vec![3]));

@@ -1,9 +1,18 @@
-//! The dimensions of a tensor, kept inline.
+//! The dimensions of a tensor, stored inline.
 
 use crate::error::{Error, Result};
 use std::fmt;
 
-/// The dimensions of a row-major tensor: at most [`Shape::MAX_RANK`] of them, `Copy`, never on the heap.
+/// The dimensions of a row-major tensor, at most [`Shape::MAX_RANK`] of them. `Copy`, without heap
+/// memory.
+///
+/// ```
+/// use shardwise::shard::Shape;
+/// let shape = Shape::new(&[2, 3, 5]);
+/// assert_eq!((shape.len(), shape.rows(), shape.cols()), (30, 6, 5));
+/// assert_eq!(shape.split_at(1), (2, 5));
+/// assert_eq!(shape.with(1, 4).dims(), [2, 4, 5]);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Shape {
     dims: [usize; Self::MAX_RANK],
@@ -11,10 +20,10 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// The most dimensions a tensor may have.
+    /// The maximum number of dimensions.
     pub const MAX_RANK: usize = 4;
 
-    /// A shape with these dimensions.
+    /// The shape with the given dimensions.
     ///
     /// # Panics
     /// When there are more than [`Shape::MAX_RANK`].
@@ -35,16 +44,16 @@ impl Shape {
         self.rank
     }
 
-    /// The number of elements; `usize::MAX` where there would be more. No tensor has such a shape.
+    /// The number of elements. Saturates at `usize::MAX`; no tensor has such a shape.
     pub fn len(&self) -> usize {
         product(self.dims())
     }
 
-    /// The number of elements of a tensor, for whoever makes one.
+    /// The number of elements, checked before a tensor is allocated.
     ///
     /// # Errors
-    /// When the product of the dimensions, those of 0 left out, is beyond `usize`: so products of
-    /// some of them never are.
+    /// When the product of the nonzero dimensions overflows a usize. Products of any of the
+    /// dimensions then do not overflow either.
     pub(crate) fn checked_len(&self, op: &'static str) -> Result<usize> {
         let mut sizes = self.dims().iter().filter(|&&size| size > 0);
         match sizes.try_fold(1_usize, |product, &size| product.checked_mul(size)) {
@@ -61,7 +70,7 @@ impl Shape {
         self.len() == 0
     }
 
-    /// The number of rows when all dimensions but the last are taken as one.
+    /// The number of rows: the product of all dimensions except the last.
     pub fn rows(&self) -> usize {
         self.dims().split_last().map_or(1, |(_, outer)| product(outer))
     }
@@ -78,14 +87,14 @@ impl Shape {
         self
     }
 
-    /// The number of elements before and inside one index of `dim`: a row-major tensor is
-    /// `outer` rows of `size(dim) · inner` elements.
+    /// `(outer, inner)`: the products of the dimensions before and after `dim`. A row-major tensor
+    /// is `outer` rows of `dims[dim] · inner` elements.
     pub fn split_at(&self, dim: usize) -> (usize, usize) {
         (product(&self.dims()[..dim]), product(&self.dims()[dim + 1..]))
     }
 }
 
-/// The product of sizes; `usize::MAX` where it is larger, so that it fits no memory.
+/// The product of sizes, saturating at `usize::MAX`.
 fn product(sizes: &[usize]) -> usize {
     sizes.iter().fold(1, |product, &size| product.saturating_mul(size))
 }

@@ -1,4 +1,4 @@
-//! Who broke a job, by the records of its ranks.
+//! Finds the ranks that broke a job from the flight records of all ranks.
 
 use super::{Ended, Entry, Record};
 use std::{
@@ -6,30 +6,30 @@ use std::{
     fmt,
 };
 
-/// The ranks that broke a job, and why they are thought to have.
+/// The ranks that broke a job, with the evidence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Blame {
-    /// The ranks, counted in the world; none if nothing failed.
+    /// The ranks in the world; none if nothing failed.
     pub ranks: Vec<usize>,
-    /// What they did.
+    /// What the ranks did.
     pub reason: String,
-    /// What another rank was doing that needed them: operation, number, group and call site.
+    /// The call of another rank that needed them: operation, sequence number, group and call site.
     pub waited: Option<String>,
 }
 
-/// So many ranks without a record are named.
-const NAMED: usize = 4096;
-/// So many ranks are printed.
-const PRINTED: usize = 8;
+/// The most ranks without a record in [`Blame::ranks`].
+const MAX_NAMED: usize = 4096;
+/// The most ranks that [`Blame::who`] prints.
+const MAX_PRINTED: usize = 8;
 
 impl Blame {
-    /// The ranks in words; of many, the first and a count.
+    /// Formats the ranks; of many, the first ones and a count.
     pub fn who(&self) -> String {
         match self.ranks.as_slice() {
             [] => "no rank".into(),
             [rank] => format!("rank {rank}"),
-            ranks if ranks.len() <= PRINTED => format!("ranks {ranks:?}"),
-            ranks => format!("ranks {:?} and {} more", &ranks[..PRINTED], ranks.len() - PRINTED),
+            ranks if ranks.len() <= MAX_PRINTED => format!("ranks {ranks:?}"),
+            ranks => format!("ranks {:?} and {} more", &ranks[..MAX_PRINTED], ranks.len() - MAX_PRINTED),
         }
     }
 }
@@ -44,55 +44,56 @@ impl fmt::Display for Blame {
     }
 }
 
-/// A failed operation, and whose.
+/// A failed operation and the record of the rank that ran it.
 #[derive(Clone, Copy)]
-struct Complaint<'a> {
-    by: &'a Record,
+struct Failed<'a> {
+    record: &'a Record,
     entry: &'a Entry,
 }
 
-impl Complaint<'_> {
+impl Failed<'_> {
     fn is(&self, kind: &str) -> bool {
         self.entry.failure.as_deref() == Some(kind)
     }
 
-    fn words(&self) -> String {
-        format!("rank {} was told: {}", self.by.rank, self.entry.error)
+    fn message(&self) -> String {
+        format!("rank {} received: {}", self.record.rank, self.entry.error)
     }
 }
 
-/// Names the ranks that broke a job.
+/// Finds the ranks that broke a job.
 ///
-/// In this order: ranks that disagree with the most; a rank that panicked or failed before any other had told it of a loss; ranks
-/// without a record, whose processes were killed, stopped or have exited; a rank that returned while others needed it; ranks that
-/// did not come to a call.
+/// Returns the first of these that applies: the ranks that disagree with the majority; the first
+/// rank that panicked or failed without having received the error of a lost rank or of a deadline;
+/// the ranks without a record, whose processes were killed, stopped or exited; the ranks that
+/// returned while others needed them; the ranks that did not join a call.
 pub fn blame(records: &[Record]) -> Blame {
-    let mut complaints: Vec<Complaint<'_>> = Vec::new();
+    let mut failures: Vec<Failed<'_>> = Vec::new();
     for record in records {
-        complaints.extend(
+        failures.extend(
             record
                 .entries
                 .iter()
                 .filter(|entry| entry.failure.is_some())
-                .map(|entry| Complaint { by: record, entry }),
+                .map(|entry| Failed { record, entry }),
         );
     }
-    complaints.sort_by_key(|complaint| complaint.entry.end);
-    let first = complaints.iter().find(|complaint| !complaint.is("error")).copied();
-    let waited = first.map(|complaint| complaint.words());
+    failures.sort_by_key(|failed| failed.entry.end);
+    let first = failures.iter().find(|failed| !failed.is("error")).copied();
+    let waited = first.map(|failed| failed.message());
     let verdict = |ranks: Vec<usize>, reason: String| Blame { ranks, reason, waited: waited.clone() };
 
-    if let Some(complaint) = complaints.iter().find(|complaint| complaint.is("mismatch")) {
-        return Blame { waited: Some(complaint.words()), ..odd(records, complaint) };
+    if let Some(failed) = failures.iter().find(|failed| failed.is("mismatch")) {
+        return Blame { waited: Some(failed.message()), ..disagreeing(records, failed) };
     }
-    // Who fails because it was told of another's loss is not the first.
-    let told = |record: &Record| {
+    // A rank that fails after it received the error of a lost rank is not the cause.
+    let is_consequence = |record: &Record| {
         record.entries.iter().any(|e| matches!(e.failure.as_deref(), Some("lost" | "deadline")))
     };
-    let broke = records.iter().filter(|record| !told(record));
+    let broke = records.iter().filter(|record| !is_consequence(record));
     let broke = broke.filter(|record| matches!(record.ended, Ended::Panicked | Ended::Failed));
     if let Some(record) = broke.min_by_key(|record| record.written) {
-        let last = last_words(record);
+        let last = last_call(record);
         let how = if record.ended == Ended::Panicked { "it panicked" } else { "it returned an error" };
         return verdict(vec![record.rank], format!("{how}{last}"));
     }
@@ -104,20 +105,20 @@ pub fn blame(records: &[Record]) -> Blame {
         records.iter().map(|record| record.rank).filter(|rank| *rank < world).collect();
     let silent = world - written.len();
     if silent > 0 {
-        // The number is a file's, which may be damaged.
-        let ranks: Vec<_> = (0..world).filter(|rank| !written.contains(rank)).take(NAMED).collect();
+        // `world` comes from a file that may be damaged.
+        let ranks: Vec<_> = (0..world).filter(|rank| !written.contains(rank)).take(MAX_NAMED).collect();
         let more = silent - ranks.len();
         let more = if more > 0 { format!(", like {more} more") } else { String::new() };
-        return verdict(ranks, format!("no record: killed, stopped, or gone without a word{more}"));
+        return verdict(ranks, format!("no record: killed, stopped, or exited without writing one{more}"));
     }
     let named = named(records, &first);
     let left: Vec<_> = named
         .iter()
         .copied()
-        .filter(|rank| of(records, *rank).is_some_and(|r| r.ended == Ended::Well))
+        .filter(|rank| of(records, *rank).is_some_and(|r| r.ended == Ended::Returned))
         .collect();
     if !left.is_empty() {
-        let last = of(records, left[0]).map(last_words).unwrap_or_default();
+        let last = of(records, left[0]).map(last_call).unwrap_or_default();
         return verdict(left, format!("it returned while others needed it{last}"));
     }
     let late: Vec<_> = named
@@ -126,16 +127,16 @@ pub fn blame(records: &[Record]) -> Blame {
         .filter(|rank| of(records, *rank).is_some_and(|r| !had_entered(r, first.entry)))
         .collect();
     let late = if late.is_empty() { named } else { late };
-    let last = late.first().and_then(|rank| of(records, *rank)).map(last_words).unwrap_or_default();
-    verdict(late, format!("it did not come{last}"))
+    let last = late.first().and_then(|rank| of(records, *rank)).map(last_call).unwrap_or_default();
+    verdict(late, format!("it did not join{last}"))
 }
 
 fn of(records: &[Record], rank: usize) -> Option<&Record> {
     records.iter().find(|record| record.rank == rank)
 }
 
-/// What a rank did last, in words.
-fn last_words(record: &Record) -> String {
+/// Formats the last call of a rank that did not fail.
+fn last_call(record: &Record) -> String {
     let mut calls = record.entries.iter().filter(|entry| entry.group.is_some() && entry.failure.is_none());
     calls.next_back().map_or_else(
         || ", before any call of a group".into(),
@@ -151,17 +152,17 @@ fn last_words(record: &Record) -> String {
     )
 }
 
-/// Whether a rank had come to a call, or a later one of its group, when that failed: what came too late did not come.
+/// Whether a rank had joined `call`, or a later call of its group, before `call` failed.
 fn had_entered(record: &Record, call: &Entry) -> bool {
     let failed = call.end.unwrap_or(u64::MAX);
     let mut entries = record.entries.iter().filter(|entry| entry.group == call.group);
     entries.any(|entry| entry.seq >= call.seq && entry.begin <= failed)
 }
 
-/// The ranks, in the world, that a complaint names by their numbers in its group.
-fn named(records: &[Record], complaint: &Complaint<'_>) -> Vec<usize> {
-    let Some(id) = &complaint.entry.group else { return Vec::new() };
-    let named = complaint.entry.named.iter();
+/// The ranks that an error names, converted from ranks of its group to ranks of the world.
+fn named(records: &[Record], failed: &Failed<'_>) -> Vec<usize> {
+    let Some(id) = &failed.entry.group else { return Vec::new() };
+    let named = failed.entry.named.iter();
     let world = named.filter_map(|rank| {
         let holds = |record: &&Record| record.groups.get(id).is_some_and(|group| group.rank == *rank);
         records.iter().find(holds).map(|record| record.rank)
@@ -169,9 +170,9 @@ fn named(records: &[Record], complaint: &Complaint<'_>) -> Vec<usize> {
     world.collect()
 }
 
-/// Who called something else than most ranks did.
-fn odd(records: &[Record], complaint: &Complaint<'_>) -> Blame {
-    let call = complaint.entry;
+/// The ranks whose call differs from that of most ranks.
+fn disagreeing(records: &[Record], failed: &Failed<'_>) -> Blame {
+    let call = failed.entry;
     let mut kinds: BTreeMap<(&str, &str, bool), Vec<usize>> = BTreeMap::new();
     for record in records {
         let same =
@@ -185,8 +186,9 @@ fn odd(records: &[Record], complaint: &Complaint<'_>) -> Blame {
     let mut ranks: Vec<_> =
         kinds.into_values().filter(|ranks| tied || ranks.len() < most).flatten().collect();
     if ranks.is_empty() {
-        // A cut, or a message that was not expected: the error names both sides.
-        ranks = named(records, complaint);
+        // No entry differs, for example when a message was not received. The error names both
+        // sides.
+        ranks = named(records, failed);
     }
     ranks.sort_unstable();
     Blame { ranks, reason: "called something else than the others".into(), waited: None }

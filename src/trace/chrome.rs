@@ -1,12 +1,12 @@
-//! A time line for `chrome://tracing` and Perfetto: what each rank did, on a line of its own.
+//! A timeline for `chrome://tracing` and Perfetto, with one track per rank.
 
 use super::{Entry, Record};
 use serde_json::{Value, json};
 
-/// The records in Chrome's trace event format.
+/// Converts records to Chrome's trace event format.
 ///
-/// Times are those of the ranks' clocks. On a device that works beside its rank, a computation's bar is the time in which it was
-/// handed over.
+/// Times are those of the ranks' clocks. On an asynchronous device, the bar of a computation is the
+/// time it took to enqueue it.
 pub fn chrome(records: &[Record]) -> String {
     let start = records.iter().flat_map(|record| &record.entries).map(|entry| entry.begin).min().unwrap_or(0);
     let micros = |time: u64| time.saturating_sub(start) as f64 / 1e3;
@@ -22,13 +22,13 @@ pub fn chrome(records: &[Record]) -> String {
                 "pid": 0, "tid": record.rank, "ts": begin, "args": arguments(record, entry),
             });
             if entry.started {
-                // Several may be under way at a time: bars of their own.
+                // Started operations may overlap: async events get bars of their own.
                 event["id"] = json!(format!("{}.{number}", record.rank));
                 event["ph"] = json!("b");
-                let mut over = event.clone();
-                over["ph"] = json!("e");
-                over["ts"] = json!(end);
-                events.extend([event, over]);
+                let mut finish = event.clone();
+                finish["ph"] = json!("e");
+                finish["ts"] = json!(end);
+                events.extend([event, finish]);
             } else {
                 event["ph"] = json!("X");
                 event["dur"] = json!(end - begin);

@@ -1,15 +1,18 @@
-//! What each rank has done last: a flight recorder. Whoever runs ranks may use it; it knows elements, shapes and errors.
+//! A flight recorder: the last operations of each rank.
 //!
-//! Every call of a group, every wait for one that was started and every product of matrices is noted, on the thread of its
-//! rank, always: the operation, its number in the group, element and shape, call site, begin, end and state of the last
-//! [`CAPACITY`] of them; never an element's value.
-//! What runs on no data ([`crate::comm::Group::planned`]) is not noted.
-//! It costs a fraction of a microsecond. Where `SHARDWISE_FLIGHT_DIR` names a folder (or [`crate::launch::Threads::flight`]),
-//! each rank writes its record there when a call fails, and when it ends, as lines of JSON.
+//! Every group call, every wait for a started call and every matrix product is recorded on the
+//! thread of its rank: operation, sequence number, element, shape, call site, begin, end and state
+//! of the last [`CAPACITY`] operations; never the values of tensors. The recorder is always on and
+//! costs a fraction of a microsecond per operation. Planned groups
+//! ([`crate::comm::Group::planned`]) are not recorded. If the environment variable
+//! `SHARDWISE_FLIGHT_DIR` or [`crate::launch::Threads::flight`] names a folder, each rank writes
+//! its record there, as lines of JSON, when a call fails and when the rank ends.
 //!
-//! * [`blame`] reads the records of a job and names the rank that broke it: `shardwise blame FOLDER`.
-//! * [`chrome`] lays them on a time line that `chrome://tracing` and Perfetto show: `shardwise trace FOLDER -o FILE`.
-//! * The same events are spans of `tracing`, with the target `shardwise`; failures are its errors.
+//! * [`blame`] reads the records of a job and names the rank that broke it:
+//!   `shardwise blame FOLDER`.
+//! * [`chrome`] converts them to a timeline for `chrome://tracing` and Perfetto:
+//!   `shardwise trace FOLDER -o FILE`.
+//! * The same events are spans of `tracing` with the target `shardwise`; failures are error events.
 
 mod blame;
 mod chrome;
@@ -33,17 +36,17 @@ use std::{
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
-/// How many operations of a rank are kept.
+/// The number of operations that a rank's record keeps.
 pub const CAPACITY: usize = 2048;
-/// How many groups and failures are kept.
-const FEW: usize = 256;
-/// The id of groups whose calls are not noted, as planned ones: no rank waits in them, and they
-/// would push the calls that ranks make together out of the record.
-pub(crate) const UNNOTED: u64 = u64::MAX;
-/// A rank that goes on after failures does not write for ever.
-const WRITES: usize = 8;
+/// The number of groups and of failures that a rank's record keeps.
+const MAX_KEPT: usize = 256;
+/// The id of groups whose calls are not recorded. Planned groups use it: no rank waits in their
+/// calls, which would displace those of real groups from the record.
+pub(crate) const UNRECORDED: u64 = u64::MAX;
+/// The most times that a rank writes its record after failures, in case it continues after them.
+const MAX_WRITES: usize = 8;
 
-/// An operation, as it is noted.
+/// An operation to record.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Operation {
     pub(crate) op: &'static str,
@@ -52,20 +55,20 @@ pub(crate) struct Operation {
     pub(crate) root: Option<usize>,
     pub(crate) dtype: Option<DType>,
     pub(crate) shape: Shape,
-    /// A hash of the cut; 0 for none.
-    pub(crate) parts: u64,
-    /// The group and the call's number there; none of what a rank computes by itself.
+    /// A hash of the partition; 0 for none.
+    pub(crate) partition: u64,
+    /// The group's id and the sequence number; none for local computation.
     pub(crate) call: Option<(u64, u64)>,
     pub(crate) site: Option<Site>,
 }
 
 impl Operation {
-    fn is_noted(&self) -> bool {
-        self.call.is_none_or(|(group, _)| group != UNNOTED)
+    fn is_recorded(&self) -> bool {
+        self.call.is_none_or(|(group, _)| group != UNRECORDED)
     }
 }
 
-/// How far an operation has come.
+/// The progress of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Entered,
@@ -81,28 +84,21 @@ struct Event {
     state: State,
 }
 
-/// An operation that was entered: its number on this rank.
+/// The number of a recorded operation on this rank.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Ticket(u64);
 
 impl Ticket {
-    /// The ticket of an operation that is not noted.
+    /// The ticket of an operation that is not recorded.
     const NONE: Self = Self(u64::MAX);
-}
-
-#[derive(Clone, Debug)]
-struct GroupOf {
-    name: String,
-    rank: usize,
-    size: usize,
 }
 
 #[derive(Debug)]
 struct Failure {
     number: u64,
     kind: &'static str,
-    words: String,
-    /// The ranks that the error names, counted in the group.
+    message: String,
+    /// The ranks that the error names, as ranks of the group.
     named: Vec<usize>,
 }
 
@@ -112,11 +108,11 @@ struct Recorder {
     rank: usize,
     world: usize,
     folder: Option<PathBuf>,
-    /// A moment by both clocks.
+    /// One moment on the monotonic clock and, in nanoseconds since 1970, on the system clock.
     anchor: (Instant, u64),
     events: Vec<Event>,
     next: u64,
-    groups: BTreeMap<u64, GroupOf>,
+    groups: BTreeMap<u64, GroupInfo>,
     failures: Vec<Failure>,
     writes: usize,
 }
@@ -156,7 +152,7 @@ impl Recorder {
 
     fn leave(&mut self, ticket: Ticket, failed: bool) {
         let now = self.now();
-        // It may have been overwritten.
+        // The event may have been overwritten.
         if self.next - ticket.0 <= CAPACITY as u64
             && let Some(event) = self.events.get_mut(ticket.0 as usize % CAPACITY)
         {
@@ -165,28 +161,28 @@ impl Recorder {
         }
     }
 
-    /// Notes a failure, and returns what has to be written.
-    fn fail(&mut self, failure: Failure) -> Option<Page> {
-        if self.failures.len() < FEW {
+    /// Records a failure. Returns the record to write, if it has to be written.
+    fn fail(&mut self, failure: Failure) -> Option<RecordFile> {
+        if self.failures.len() < MAX_KEPT {
             self.failures.push(failure);
         }
         self.writes += 1;
-        (self.writes <= WRITES).then(|| self.page(Ended::NotYet)).flatten()
+        (self.writes <= MAX_WRITES).then(|| self.file(Ended::NotYet)).flatten()
     }
 
-    /// What has to be written, if there is a folder for it.
-    fn page(&self, ended: Ended) -> Option<Page> {
-        Some(Page { folder: self.folder.clone()?, record: self.record(ended) })
+    /// The record to write, if there is a folder for it.
+    fn file(&self, ended: Ended) -> Option<RecordFile> {
+        Some(RecordFile { folder: self.folder.clone()?, record: self.record(ended) })
     }
 }
 
-/// A record that is to be written.
-struct Page {
+/// A record and the folder to write it to.
+struct RecordFile {
     folder: PathBuf,
     record: Record,
 }
 
-impl Page {
+impl RecordFile {
     fn write(&self) {
         if let Err(error) = self.record.write(&self.folder) {
             let rank = self.record.rank;
@@ -195,12 +191,12 @@ impl Page {
     }
 }
 
-// A subscriber of `tracing` may ask for a snapshot: nothing is told while the recorder is borrowed.
+// No `tracing` event is emitted while the recorder is borrowed: a subscriber may call `snapshot`.
 thread_local! {
     static RECORDER: RefCell<Recorder> = RefCell::new(Recorder::new());
 }
 
-/// The folder that the environment names for records.
+/// The folder for records that the environment variable names.
 pub(crate) fn folder() -> Option<PathBuf> {
     static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
     FOLDER
@@ -208,62 +204,62 @@ pub(crate) fn folder() -> Option<PathBuf> {
         .clone()
 }
 
-/// This thread becomes a rank.
+/// Starts the record of rank `rank` on this thread.
 pub(crate) fn begin(job: String, rank: usize, world: usize, folder: Option<PathBuf>) {
     if let Some(folder) = &folder {
-        // A record of an earlier start of the same name says nothing of this one.
+        // A file left by an earlier job of the same name must not pass for this one's record.
         let _ = std::fs::remove_file(Record::path(folder, &job, rank));
     }
     RECORDER.with_borrow_mut(|recorder| *recorder = Recorder { job, rank, world, folder, ..Recorder::new() });
 }
 
-/// This thread's rank ends.
+/// Ends the record of this thread's rank and writes it.
 pub(crate) fn end<R>(result: &std::thread::Result<Result<R>>) {
     let ended = match result {
-        Ok(Ok(_)) => Ended::Well,
+        Ok(Ok(_)) => Ended::Returned,
         Ok(Err(_)) => Ended::Failed,
         Err(_) => Ended::Panicked,
     };
-    let page = RECORDER.with_borrow_mut(|recorder| {
-        let page = recorder.page(ended);
+    let file = RECORDER.with_borrow_mut(|recorder| {
+        let file = recorder.file(ended);
         recorder.folder = None;
-        page
+        file
     });
-    page.iter().for_each(Page::write);
+    file.iter().for_each(RecordFile::write);
 }
 
-/// This rank is in a group.
+/// Records that this rank is in a group.
 pub(crate) fn join(id: u64, name: &str, rank: usize, size: usize) {
-    if id == UNNOTED {
+    if id == UNRECORDED {
         return;
     }
     RECORDER.with_borrow_mut(|recorder| {
-        if recorder.groups.len() >= FEW {
+        if recorder.groups.len() >= MAX_KEPT {
             let used = recorder.events.iter().filter_map(|event| event.operation.call);
             let used: std::collections::BTreeSet<_> = used.map(|(group, _)| group).collect();
             recorder.groups.retain(|id, _| used.contains(id));
         }
-        recorder.groups.insert(id, GroupOf { name: name.into(), rank, size });
+        recorder.groups.insert(id, GroupInfo { name: name.into(), rank, size });
     });
 }
 
-/// Notes that an operation begins.
+/// Records the begin of an operation.
 pub(crate) fn enter(operation: Operation) -> Ticket {
-    if !operation.is_noted() {
+    if !operation.is_recorded() {
         return Ticket::NONE;
     }
     RECORDER.with_borrow_mut(|recorder| recorder.enter(operation))
 }
 
-/// Notes that a rank begins to wait for an operation that it has started. How that ends is noted with the operation.
+/// Records the begin of a wait for a started operation. The outcome is recorded with the operation.
 pub(crate) fn wait(operation: Operation) -> Ticket {
-    if !operation.is_noted() {
+    if !operation.is_recorded() {
         return Ticket::NONE;
     }
     enter(Operation { op: "wait", started: false, call: None, ..operation })
 }
 
-/// Notes how an operation ended.
+/// Records the end of an operation.
 pub(crate) fn leave(ticket: Ticket, error: Option<&Error>) {
     if ticket == Ticket::NONE {
         return;
@@ -282,14 +278,14 @@ fn fail(ticket: Ticket, error: &Error) {
         Error::Deadline { missing, .. } => ("deadline", missing.clone()),
         _ => ("error", Vec::new()),
     };
-    let failure = Failure { number: ticket.0, kind, words: error.to_string(), named };
-    let (rank, page) = RECORDER.with_borrow_mut(|recorder| (recorder.rank, recorder.fail(failure)));
-    // A subscriber may write to an output that nobody reads: the record is there before.
-    page.iter().for_each(Page::write);
+    let failure = Failure { number: ticket.0, kind, message: error.to_string(), named };
+    let (rank, file) = RECORDER.with_borrow_mut(|recorder| (recorder.rank, recorder.fail(failure)));
+    // Written first: a subscriber may block on an output that nobody reads.
+    file.iter().for_each(RecordFile::write);
     tracing::error!(target: "shardwise", rank, %error);
 }
 
-/// Notes something that a rank computes by itself.
+/// Runs and records a local computation.
 pub(crate) fn compute<B: Device, R>(
     op: &'static str,
     dtype: DType,
@@ -300,14 +296,15 @@ pub(crate) fn compute<B: Device, R>(
         return act();
     }
     let shape = Shape::new(dims);
-    let (started, reduce, root, parts, call, site) = Default::default();
-    let ticket = enter(Operation { op, started, reduce, root, dtype: Some(dtype), shape, parts, call, site });
+    let (started, reduce, root, partition, call, site) = Default::default();
+    let ticket =
+        enter(Operation { op, started, reduce, root, dtype: Some(dtype), shape, partition, call, site });
     let result = tracing::trace_span!(target: "shardwise", "compute", op, %dtype, %shape).in_scope(act);
     leave(ticket, result.as_ref().err());
     result
 }
 
-/// What this thread's rank has done last.
+/// Returns the record of this thread's rank so far.
 pub fn snapshot() -> Record {
     RECORDER.with_borrow(|recorder| recorder.record(Ended::NotYet))
 }
@@ -323,7 +320,7 @@ mod tests {
         let path = Record::path(folder.path(), "job.0", 3);
         start();
         end(&Ok(Ok(())));
-        assert_eq!(Record::read(&path).unwrap().ended, Ended::Well);
+        assert_eq!(Record::read(&path).unwrap().ended, Ended::Returned);
         start();
         assert!(!path.exists());
     }

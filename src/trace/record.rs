@@ -1,4 +1,5 @@
-//! A rank's record as a file: a line about the rank, then a line an operation, oldest first.
+//! The record of a rank and its file: one line about the rank, then one per operation, oldest
+//! first.
 
 use super::{CAPACITY, Recorder, State};
 use crate::error::{Error, Result};
@@ -11,16 +12,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A longer file is not read: records have some hundred bytes an operation.
-const LONGEST: u64 = 1 << 26;
+/// The most bytes of a file that is read. Records have a few hundred bytes per operation.
+const MAX_BYTES: u64 = 1 << 26;
 
 /// How a rank ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// It had not when it wrote.
+    /// It was running when it wrote the record.
     NotYet,
-    /// It returned.
-    Well,
+    /// It returned a value.
+    Returned,
     /// It returned an error.
     Failed,
     /// It panicked.
@@ -30,55 +31,55 @@ pub enum Ended {
 impl Ended {
     const ALL: [(Self, &'static str); 4] = [
         (Self::NotYet, "not yet"),
-        (Self::Well, "well"),
+        (Self::Returned, "well"),
         (Self::Failed, "failed"),
         (Self::Panicked, "panicked"),
     ];
 
-    fn word(self) -> &'static str {
-        Self::ALL.iter().find(|(ended, _)| *ended == self).map_or("", |(_, word)| word)
+    fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(ended, _)| *ended == self).map_or("", |(_, name)| name)
     }
 }
 
-/// A group, as one of its ranks knows it.
+/// A group and a rank in it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GroupInfo {
-    /// Its name.
+    /// The name of the group.
     pub name: String,
-    /// The rank's number in it.
+    /// The rank in the group.
     pub rank: usize,
-    /// The number of its ranks.
+    /// The number of ranks.
     pub size: usize,
 }
 
 /// One operation of a rank.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Entry {
-    /// Its name.
+    /// The name of the operation.
     pub op: String,
-    /// Its arguments in words: reduction, root, element and shape.
+    /// Its arguments as text: reduction, root, element, shape and a hash of the partition.
     pub what: String,
-    /// Whether it was started, and waited for later.
+    /// Whether it was started, to be waited for later.
     pub started: bool,
-    /// The group's number; none for what a rank computes by itself.
+    /// The group's id; none for local computation.
     pub group: Option<String>,
-    /// How many calls of the group came before.
+    /// The sequence number in the group, from 0.
     pub seq: u64,
     /// The layer that made the call, or its file and line.
     pub site: String,
     /// When it began, in nanoseconds since 1970.
     pub begin: u64,
-    /// When it ended, if it has.
+    /// When it ended, in nanoseconds since 1970; none if it has not.
     pub end: Option<u64>,
-    /// What it failed of: `mismatch`, `lost`, `deadline` or `error`.
+    /// The kind of failure: `mismatch`, `lost`, `deadline` or `error`.
     pub failure: Option<String>,
-    /// The error's words.
+    /// The error message.
     pub error: String,
-    /// The ranks that the error names, counted in the group.
+    /// The ranks that the error names, as ranks of the group.
     pub named: Vec<usize>,
 }
 
-/// What a rank has done last.
+/// The last operations of a rank.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
     /// The name of the job: the same on all its ranks.
@@ -89,20 +90,20 @@ pub struct Record {
     pub world: usize,
     /// When the rank began, in nanoseconds since 1970.
     pub began: u64,
-    /// When it wrote.
+    /// When it wrote the record, in nanoseconds since 1970.
     pub written: u64,
     /// How it ended.
     pub ended: Ended,
-    /// Its groups, by number.
+    /// Its groups, by id.
     pub groups: BTreeMap<String, GroupInfo>,
-    /// How many older operations were forgotten.
+    /// The number of older operations that are no longer in the record.
     pub forgotten: u64,
     /// Its operations, oldest first.
     pub entries: Vec<Entry>,
 }
 
 impl Recorder {
-    /// What was noted so far.
+    /// Converts what was recorded so far.
     pub(super) fn record(&self, ended: Ended) -> Record {
         let forgotten = self.next.saturating_sub(CAPACITY as u64);
         let entry = |number: u64| {
@@ -110,21 +111,21 @@ impl Recorder {
             let operation = &event.operation;
             let failure = self.failures.iter().find(|failure| failure.number == number);
             let mut what = String::new();
-            let mut word = |word: &dyn std::fmt::Display| {
+            let mut argument = |argument: &dyn std::fmt::Display| {
                 let separator = if what.is_empty() { "" } else { ", " };
-                let _ = write!(what, "{separator}{word}");
+                let _ = write!(what, "{separator}{argument}");
             };
             if let Some(reduce) = operation.reduce {
-                word(&reduce);
+                argument(&reduce);
             }
             if let Some(root) = operation.root {
-                word(&format_args!("root {root}"));
+                argument(&format_args!("root {root}"));
             }
             if let Some(dtype) = operation.dtype {
-                word(&format_args!("{dtype} {}", operation.shape));
+                argument(&format_args!("{dtype} {}", operation.shape));
             }
-            if operation.parts != 0 {
-                word(&format_args!("cut {:08x}", operation.parts as u32));
+            if operation.partition != 0 {
+                argument(&format_args!("partition {:08x}", operation.partition as u32));
             }
             Entry {
                 op: operation.op.into(),
@@ -136,13 +137,9 @@ impl Recorder {
                 begin: event.begin,
                 end: (event.state != State::Entered).then_some(event.end),
                 failure: failure.map(|failure| failure.kind.into()),
-                error: failure.map(|failure| failure.words.clone()).unwrap_or_default(),
+                error: failure.map(|failure| failure.message.clone()).unwrap_or_default(),
                 named: failure.map(|failure| failure.named.clone()).unwrap_or_default(),
             }
-        };
-        let span = |(id, group): (&u64, &super::GroupOf)| {
-            let span = GroupInfo { name: group.name.clone(), rank: group.rank, size: group.size };
-            (format!("{id:016x}"), span)
         };
         Record {
             job: self.job.clone(),
@@ -151,7 +148,7 @@ impl Recorder {
             began: self.anchor.1,
             written: self.now(),
             ended,
-            groups: self.groups.iter().map(span).collect(),
+            groups: self.groups.iter().map(|(id, group)| (format!("{id:016x}"), group.clone())).collect(),
             forgotten,
             entries: (forgotten..self.next).map(entry).collect(),
         }
@@ -159,24 +156,23 @@ impl Recorder {
 }
 
 impl Record {
-    /// The file of a rank of a job in a folder of records.
+    /// The path of the record of a rank of a job in a folder of records.
     pub fn path(folder: &Path, job: &str, rank: usize) -> PathBuf {
-        let job: String =
-            job.chars().map(|letter| if letter.is_alphanumeric() { letter } else { '-' }).collect();
+        let job: String = job.chars().map(|c| if c.is_alphanumeric() { c } else { '-' }).collect();
         folder.join(format!("{job}-rank{rank}.jsonl"))
     }
 
-    /// Writes a file of its own for this rank into a folder, which is made if it is not there.
+    /// Writes the record to its own file in a folder, which is created if it does not exist.
     pub(super) fn write(&self, folder: &Path) -> io::Result<()> {
         fs::create_dir_all(folder)?;
         let path = Self::path(folder, &self.job, self.rank);
-        // Whole, or not at all: a reader may come at any time.
-        let part = path.with_extension(format!("part{}", self.rank));
-        fs::write(&part, self.to_lines())?;
-        fs::rename(part, path)
+        // Renamed into place, so that a concurrent reader sees a whole file or none.
+        let partial = path.with_extension(format!("part{}", self.rank));
+        fs::write(&partial, self.to_lines())?;
+        fs::rename(partial, path)
     }
 
-    /// The record as lines of JSON.
+    /// Formats the record as lines of JSON.
     pub fn to_lines(&self) -> String {
         let groups: serde_json::Map<_, _> = self
             .groups
@@ -187,7 +183,7 @@ impl Record {
             .collect();
         let mut lines = json!({
             "job": self.job, "rank": self.rank, "world": self.world, "began": self.began, "written": self.written,
-            "ended": self.ended.word(), "groups": groups, "forgotten": self.forgotten,
+            "ended": self.ended.name(), "groups": groups, "forgotten": self.forgotten,
         })
         .to_string();
         for entry in &self.entries {
@@ -210,7 +206,7 @@ impl Record {
         lines + "\n"
     }
 
-    /// Reads what a rank has written.
+    /// Reads the record that a rank has written.
     ///
     /// # Errors
     /// When the file cannot be read, or is not a record.
@@ -218,9 +214,9 @@ impl Record {
         let path = path.as_ref();
         let other = |what: String| Error::io(path, &io::Error::new(io::ErrorKind::InvalidData, what));
         let mut text = String::new();
-        let file = fs::File::open(path).and_then(|file| file.take(LONGEST + 1).read_to_string(&mut text));
-        if file.map_err(|error| Error::io(path, &error))? as u64 > LONGEST {
-            return Err(other(format!("not the record of a rank: longer than {LONGEST} bytes")));
+        let file = fs::File::open(path).and_then(|file| file.take(MAX_BYTES + 1).read_to_string(&mut text));
+        if file.map_err(|error| Error::io(path, &error))? as u64 > MAX_BYTES {
+            return Err(other(format!("not the record of a rank: longer than {MAX_BYTES} bytes")));
         }
         Self::parse(&text).ok_or_else(|| other("not the record of a rank".into()))
     }
@@ -258,7 +254,7 @@ impl Record {
             world: number(&head["world"])? as usize,
             began: number(&head["began"])?,
             written: number(&head["written"])?,
-            ended: Ended::ALL.iter().find(|(_, word)| *word == ended)?.0,
+            ended: Ended::ALL.iter().find(|(_, name)| *name == ended)?.0,
             groups: groups.collect::<Option<_>>()?,
             forgotten: number(&head["forgotten"])?,
             entries: lines.map(entry).collect::<Option<_>>()?,
@@ -266,10 +262,11 @@ impl Record {
         (record.rank < record.world).then_some(record)
     }
 
-    /// Reads the records of the job that was started last, of these files and of those in these folders, by rank.
+    /// Reads the records in these files and folders, and returns those of the job that was started
+    /// last, in rank order.
     ///
     /// # Errors
-    /// When one cannot be read, or there is none.
+    /// When a record cannot be read, or there is none.
     pub fn read_all<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Vec<Self>> {
         let mut records = Vec::new();
         for path in paths {

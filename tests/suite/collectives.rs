@@ -43,17 +43,17 @@ fn wide(op: Op, elements: usize) -> Transfer {
 
 /// The collective of S entering; the backward of leaving.
 fn enters<S: ResidualStream>(features: usize) -> Vec<Transfer> {
-    S::CUT.map(|_| of(AllGather, TOKENS * features)).into_iter().collect()
+    S::SHARD_DIM.map(|_| of(AllGather, TOKENS * features)).into_iter().collect()
 }
 
 /// The collective of S leaving; the backward of entering.
 fn leaves<S: ResidualStream>(features: usize) -> Vec<Transfer> {
-    vec![of(if S::CUT.is_some() { ReduceScatter } else { AllReduce }, TOKENS * features)]
+    vec![of(if S::SHARD_DIM.is_some() { ReduceScatter } else { AllReduce }, TOKENS * features)]
 }
 
 /// A sum over tokens, where S cuts them, in the accumulator.
 fn over_tokens<S: ResidualStream>(elements: usize) -> Vec<Transfer> {
-    S::CUT.map(|_| wide(AllReduce, elements)).into_iter().collect()
+    S::SHARD_DIM.map(|_| wide(AllReduce, elements)).into_iter().collect()
 }
 
 /// Features in, features out, and how the two are cut where a placement does.

@@ -165,19 +165,29 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "f32 [0]",
     ),
     // The cut, and the dimension that is cut.
-    (|group| gather(group, 0, &even(group)), |group| gather(group, 0, &slanted(group)), "cut ", "cut "),
-    (|group| gather(group, 0, &even(group)), |group| gather(group, 1, &even(group)), "cut ", "cut "),
+    (
+        |group| gather(group, 0, &even(group)),
+        |group| gather(group, 0, &slanted(group)),
+        "partition ",
+        "partition ",
+    ),
+    (
+        |group| gather(group, 0, &even(group)),
+        |group| gather(group, 1, &even(group)),
+        "partition ",
+        "partition ",
+    ),
     (
         |group| scatter(group, ReduceOp::Sum, 1, &even(group)),
         |group| scatter(group, ReduceOp::Sum, 1, &slanted(group)),
-        "cut ",
-        "cut ",
+        "partition ",
+        "partition ",
     ),
     (
         |group| scatter(group, ReduceOp::Sum, 1, &even(group)),
         |group| scatter(group, ReduceOp::Sum, 0, &even(group)),
-        "cut ",
-        "cut ",
+        "partition ",
+        "partition ",
     ),
     // Started ones, when they are waited for.
     (

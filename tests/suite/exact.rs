@@ -77,6 +77,7 @@ pub(crate) fn reduced<'a>(op: ReduceOp, inputs: impl IntoIterator<Item = &'a Arr
             ReduceOp::Sum => *a += b,
             ReduceOp::Max => *a = a.max(*b),
             ReduceOp::Min => *a = a.min(*b),
+            other => panic!("no naive reduction for {other:?}"),
         });
     }
     result

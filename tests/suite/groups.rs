@@ -388,10 +388,7 @@ fn a_gradient_norm_over_missing_or_wrong_groups_is_refused() {
             let none = none.unwrap_err();
             assert!(none.contains("such as the rest of `up.weight`: give all groups"), "{none}");
             // An invariant sum is made over the group once, however often it is given.
-            let twice = match reduction {
-                Reduction::Fast => Some(twice.unwrap_err()),
-                _ => None,
-            };
+            let twice = (reduction == Reduction::Fast).then(|| twice.unwrap_err());
             for error in [wrong, both].map(Result::unwrap_err).into_iter().chain(twice) {
                 assert!(
                     error.contains("own the same parts of the model: is it the data-parallel"),

@@ -49,7 +49,7 @@ fn calls_are_noted_with_all_but_their_values() {
             assert!(reduce.site.contains("trace.rs:"), "{}", reduce.site);
             assert_eq!((split.op.as_str(), split.seq), ("split", 1));
             assert_eq!((gather.op.as_str(), gather.started), ("all_gather", true));
-            assert!(gather.what.starts_with("f64 [2, 10], cut "), "{}", gather.what);
+            assert!(gather.what.starts_with("f64 [2, 10], partition "), "{}", gather.what);
             assert_eq!((wait.op.as_str(), &wait.what, &wait.group), ("wait", &gather.what, &None));
             let group = &record.groups[gather.group.as_ref().unwrap()];
             assert_eq!((group.name.as_str(), group.rank, group.size), ("world/7", world.rank(), 2));
@@ -89,7 +89,7 @@ const FATES: [Fate; 5] = [
     (|_| Ok(()), "it returned while others needed it, after all_reduce"),
     (|group| group.barrier(), "called something else than the others"),
     // It comes when the others have given up: see below.
-    (|group| group.barrier(), "it did not come, after all_reduce"),
+    (|group| group.barrier(), "it did not join, after all_reduce"),
 ];
 
 /// The deadline of ranks that wait for one that comes too late. A rank that is on its way is not as late as this, however busy the

@@ -7,7 +7,7 @@ use super::{
     nanoseconds,
 };
 use crate::{
-    comm::{Call, Step},
+    comm::{Call, ExternalStep},
     error::{Error, LostReason},
 };
 use std::time::Duration;
@@ -47,7 +47,7 @@ impl Link {
     }
 
     /// Returns the ranks that have not reached a step or do not answer.
-    pub(super) fn behind(&self, step: Step) -> Vec<usize> {
+    pub(super) fn behind(&self, step: ExternalStep) -> Vec<usize> {
         let needed = (0..self.members.len()).filter(|&rank| rank != self.rank && step.needs(rank));
         let needed: Vec<usize> = needed.map(|rank| self.members[rank]).collect();
         let behind = self.transport.behind(step.work, step.number + 1, &needed);
@@ -57,7 +57,7 @@ impl Link {
     pub(super) fn error(&self, call: &Call, cause: &Cause) -> Error {
         match cause {
             Cause::Lost { rank, reason } => self.transport.record_loss(self.members[*rank], *reason),
-            Cause::Way { reason } => self.transport.record_loss(0, *reason),
+            Cause::Relay { reason } => self.transport.record_loss(0, *reason),
             Cause::Disagreement(_) | Cause::Deadline { .. } => {}
         }
         cause.error(call, &self.name)
@@ -92,7 +92,7 @@ impl Link {
         // Without rank 0 nothing arrives any more, from any sender.
         first.or_else(|| {
             let reason = inbox.rank0_lost()?;
-            Some(group_rank(0).map_or(Cause::Way { reason }, |rank| Cause::Lost { rank, reason }))
+            Some(group_rank(0).map_or(Cause::Relay { reason }, |rank| Cause::Lost { rank, reason }))
         })
     }
 

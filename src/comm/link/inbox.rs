@@ -19,7 +19,7 @@ pub(super) struct Inbox {
     /// Failures, in the order in which rank 0 sends them: the first that concerns a call is its
     /// cause.
     pub(super) news: Vec<News>,
-    /// Step counts, by work and rank.
+    /// ExternalStep counts, by work and rank.
     pub(super) answers: HashMap<(u64, usize), u64>,
     /// The connections have ended: nothing arrives any more.
     pub(super) gone: bool,

@@ -13,7 +13,7 @@ pub(crate) use {
 };
 
 use super::{
-    Call, Communicator, Incoming, Lookout, Outgoing, ReduceOp, Shards, Step,
+    Call, Communicator, Incoming, Watchdog, Outgoing, ReduceOp, Shards, ExternalStep,
     call::hash,
     cause::Cause,
     combine,
@@ -137,7 +137,7 @@ impl Link {
                 self.transport.accept(self.late_frame(&[0], after));
                 let missing = self.group_rank(0).map(|rank| Cause::Deadline { missing: vec![rank], after });
                 return Err(
-                    self.fail(call, missing.unwrap_or(Cause::Way { reason: LostReason::Disconnected }))
+                    self.fail(call, missing.unwrap_or(Cause::Relay { reason: LostReason::Disconnected }))
                 );
             }
         };
@@ -215,16 +215,16 @@ macro_rules! each_rank {
 }
 
 /// Another end of the same group, for use outside the rank's thread.
-impl Lookout for Link {
-    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
-        Communicator::obstacle_beside(self, call, step)
+impl Watchdog for Link {
+    fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
+        Communicator::lost_at_step(self, call, step)
     }
 
-    fn absent(&self, step: Step) -> Vec<usize> {
+    fn absent(&self, step: ExternalStep) -> Vec<usize> {
         self.behind(step)
     }
 
-    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+    fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
         Communicator::give_up(self, call, steps, after)
     }
 }
@@ -299,25 +299,25 @@ impl Communicator<Cpu> for Link {
         self.obstacle_if(call, |_, _| false)
     }
 
-    fn came(&self, step: Step) {
+    fn reached_step(&self, step: ExternalStep) {
         self.transport.record_steps(step.work, step.number + 1);
     }
 
-    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
+    fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
         self.obstacle_if(call, |rank, came| step.needs(rank) && came(step.work) <= step.number)
     }
 
-    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+    fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
         let absent = steps.iter().flat_map(|step| self.behind(*step)).collect();
         // A failure that arrived meanwhile says more.
-        if let Some(error) = steps.iter().find_map(|step| Communicator::obstacle_beside(self, call, *step)) {
+        if let Some(error) = steps.iter().find_map(|step| Communicator::lost_at_step(self, call, *step)) {
             return error;
         }
-        let missing = Step::missing(steps, absent, self.rank, self.size());
+        let missing = ExternalStep::missing(steps, absent, self.rank, self.size());
         self.deadline_error(call, missing, after)
     }
 
-    fn lookout(&self) -> Option<Box<dyn Lookout>> {
+    fn watchdog(&self) -> Option<Box<dyn Watchdog>> {
         let (transport, members) = (Arc::clone(&self.transport), self.members.clone());
         Some(Box::new(Self::new(transport, self.group, self.name.clone(), members, self.rank)))
     }

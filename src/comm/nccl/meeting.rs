@@ -1,7 +1,7 @@
 //! Where the ranks of a call meet: what a rank that waits inside of NCCL, which knows no names, asks the side.
 
 use crate::{
-    comm::{Call, Communicator, Lookout, Step},
+    comm::{Call, Communicator, ExternalStep, Watchdog},
     device::Cpu,
     error::{Error, Result},
 };
@@ -17,9 +17,9 @@ const WORD: Duration = Duration::from_millis(500);
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Meeting {
     pub(super) call: Call,
-    pub(super) step: Step,
+    pub(super) step: ExternalStep,
     /// An exchange with two ranks has two.
-    pub(super) other: Option<Step>,
+    pub(super) other: Option<ExternalStep>,
 }
 
 impl Meeting {
@@ -28,23 +28,23 @@ impl Meeting {
         (self.step.work, self.step.number) == (other.step.work, other.step.number)
     }
 
-    pub(super) fn steps(&self) -> impl Iterator<Item = Step> {
+    pub(super) fn steps(&self) -> impl Iterator<Item = ExternalStep> {
         [Some(self.step), self.other].into_iter().flatten()
     }
 
     /// This rank has come.
     pub(super) fn come(&self, side: &dyn Communicator<Cpu>) {
-        self.steps().for_each(|step| side.came(step));
+        self.steps().for_each(|step| side.reached_step(step));
     }
 
     /// What keeps a rank from coming that has not.
     pub(super) fn obstacle(&self, side: &dyn Communicator<Cpu>) -> Option<Error> {
-        self.steps().find_map(|step| side.obstacle_beside(&self.call, step))
+        self.steps().find_map(|step| side.lost_at_step(&self.call, step))
     }
 
     /// As `obstacle`, for another thread.
-    pub(super) fn obstacle_for(&self, lookout: &dyn Lookout) -> Option<Error> {
-        self.steps().find_map(|step| lookout.obstacle_beside(&self.call, step))
+    pub(super) fn obstacle_for(&self, watchdog: &dyn Watchdog) -> Option<Error> {
+        self.steps().find_map(|step| watchdog.lost_at_step(&self.call, step))
     }
 
     /// The end of the wait for those that have not come for so long.
@@ -53,8 +53,8 @@ impl Meeting {
     }
 
     /// As `give_up`, for another thread.
-    pub(super) fn give_up_for(&self, lookout: &dyn Lookout, after: Duration) -> Error {
-        lookout.give_up(&self.call, &self.steps().collect::<Vec<_>>(), after)
+    pub(super) fn give_up_for(&self, watchdog: &dyn Watchdog, after: Duration) -> Error {
+        watchdog.give_up(&self.call, &self.steps().collect::<Vec<_>>(), after)
     }
 
     /// The loss that made NCCL fail, of which word comes on the side, perhaps a little later; else NCCL's own words.

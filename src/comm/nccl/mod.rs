@@ -29,8 +29,8 @@ mod watch;
 pub use device::{Enter, NcclDevice};
 
 use super::{
-    Call, Collective, Communicator, Group, InFlight, Incoming, Outgoing, ReduceOp, Shards, Step, call::hash,
-    each_pair,
+    Call, Collective, Communicator, ExternalStep, Group, InFlight, Incoming, Outgoing, ReduceOp, Shards,
+    call::hash, each_pair,
 };
 use crate::{
     device::{AnyBuffer, AnyMut, AnyRef, Cpu, DType, Element, cuda::Version, each_dtype},
@@ -278,7 +278,7 @@ impl<B: NcclDevice> Nccl<B> {
         }
         device.make_current()?;
         let work = hash((call.group, call.seq));
-        let step = Step { work, number: 0, with: None };
+        let step = ExternalStep { work, number: 0, with: None };
         let at = Meeting { call: *call, step, other: None };
         at.come(&*side);
         let raw = {
@@ -394,16 +394,16 @@ impl<B: NcclDevice> Nccl<B> {
     /// Where all ranks meet next.
     fn meeting(&self, call: &Call) -> Meeting {
         let number = self.steps.replace(self.steps.get() + 1);
-        Meeting { call: *call, step: Step { work: self.work, number, with: None }, other: None }
+        Meeting { call: *call, step: ExternalStep { work: self.work, number, with: None }, other: None }
     }
 
     /// The step of the next message between two ranks, of which this is one.
-    fn message(&self, from: usize, to: usize) -> Step {
+    fn message(&self, from: usize, to: usize) -> ExternalStep {
         let mut messages = self.messages.borrow_mut();
         let count = messages.entry((from, to)).or_default();
         *count += 1;
         let with = if from == self.here() { to } else { from };
-        Step { work: hash((self.work, from, to)), number: *count - 1, with: Some(with) }
+        ExternalStep { work: hash((self.work, from, to)), number: *count - 1, with: Some(with) }
     }
 
     /// Hands what this rank does at a meeting to the device, and returns it; `begin` lies before it.

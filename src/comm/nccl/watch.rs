@@ -13,7 +13,7 @@
 
 use super::{Options, meeting::Meeting, raw::Shared};
 use crate::{
-    comm::{Communicator, Lookout},
+    comm::{Communicator, Watchdog},
     device::Cpu,
     error::{Error, Result},
 };
@@ -33,7 +33,7 @@ const STILL: Duration = Duration::from_secs(1);
 /// A communicator that is watched.
 pub(super) struct Watch {
     comm: Arc<Shared>,
-    lookout: Option<Mutex<Box<dyn Lookout>>>,
+    watchdog: Option<Mutex<Box<dyn Watchdog>>>,
     deadline: Duration,
     blocking: bool,
     rank: Mutex<Rank>,
@@ -75,11 +75,11 @@ impl Watch {
         side: &dyn Communicator<Cpu>,
         options: &Options,
     ) -> Result<Arc<Self>> {
-        let (lookout, now) = (side.lookout().map(Mutex::new), Instant::now());
+        let (watchdog, now) = (side.watchdog().map(Mutex::new), Instant::now());
         let rank =
             Rank { inside: None, under_way: VecDeque::new(), met: 0, since: now, looked: now, asked: now };
         let (rank, deadline, blocking) = (Mutex::new(rank), options.deadline, options.blocking);
-        let watch = Arc::new(Self { comm, lookout, deadline, blocking, rank });
+        let watch = Arc::new(Self { comm, watchdog, deadline, blocking, rank });
         static RUNS: Mutex<bool> = Mutex::new(false);
         let mut runs = lock(&RUNS);
         if !*runs {
@@ -136,8 +136,8 @@ impl Watch {
         let (inside, under_way) = (rank.inside, rank.under_way.clone());
         drop(rank);
         let failed = self.blocking.then(|| self.comm.check()).and_then(Result::err);
-        let reason = failed.or_else(|| match &self.lookout {
-            Some(lookout) => self.reason(&**lock(lookout), inside, &under_way),
+        let reason = failed.or_else(|| match &self.watchdog {
+            Some(watchdog) => self.reason(&**lock(watchdog), inside, &under_way),
             // Only the time is known, and of a collective on the device not even whether it is
             // finished.
             None => inside
@@ -152,23 +152,23 @@ impl Watch {
     /// Why what the rank waits for has to end.
     fn reason(
         &self,
-        lookout: &dyn Lookout,
+        watchdog: &dyn Watchdog,
         inside: Option<(Meeting, Instant)>,
         under_way: &VecDeque<Meeting>,
     ) -> Option<Error> {
         let all = inside.iter().map(|(at, _)| at).chain(under_way);
-        if let Some(error) = all.into_iter().find_map(|at| at.obstacle_for(lookout)) {
+        if let Some(error) = all.into_iter().find_map(|at| at.obstacle_for(watchdog)) {
             return Some(error);
         }
         match inside {
             Some((at, since)) => (since.elapsed() > self.deadline).then_some(at),
-            None => self.late(lookout),
+            None => self.late(watchdog),
         }
-        .map(|at| at.give_up_for(lookout, self.deadline))
+        .map(|at| at.give_up_for(watchdog, self.deadline))
     }
 
     /// The first collective to which not all ranks have come, if they are late for it.
-    fn late(&self, lookout: &dyn Lookout) -> Option<Meeting> {
+    fn late(&self, watchdog: &dyn Watchdog) -> Option<Meeting> {
         let mut rank = lock(&self.rank);
         if rank.asked.elapsed() < STILL {
             return None;
@@ -178,7 +178,7 @@ impl Watch {
             let is_late = rank.since.elapsed() > self.deadline;
             // The rank goes on while the others are asked.
             drop(rank);
-            let is_absent = || at.steps().any(|step| !lookout.absent(step).is_empty());
+            let is_absent = || at.steps().any(|step| !watchdog.absent(step).is_empty());
             if is_absent() {
                 // A rank whose answer was slow has another chance.
                 return (is_late && is_absent()).then_some(at);

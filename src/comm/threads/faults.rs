@@ -26,7 +26,7 @@ pub(super) fn call(op: Op, seq: u64, len: usize) -> Call {
         root: None,
         dtype: Some(DType::F32),
         shape: Shape::new(&[len]),
-        parts: 0,
+        partition: 0,
         history: 0,
         group: 0,
         messages: [0; 2],

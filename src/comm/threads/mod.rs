@@ -19,7 +19,7 @@ mod sync;
 pub(crate) use endpoint::{Endpoint, JoinedGroups};
 
 use super::{
-    Call, Collective, Communicator, InFlight, Incoming, Lookout, Outgoing, ReduceOp, Shards, Step,
+    Call, Collective, Communicator, InFlight, Incoming, Watchdog, Outgoing, ReduceOp, Shards, ExternalStep,
     combine::{self, BLOCK},
     each_pair, host,
 };
@@ -202,18 +202,18 @@ impl ThreadLookout {
     }
 }
 
-impl Lookout for ThreadLookout {
-    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
+impl Watchdog for ThreadLookout {
+    fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
         self.shared.obstacle(call, || self.shared.absent(step))
     }
 
-    fn absent(&self, step: Step) -> Vec<usize> {
+    fn absent(&self, step: ExternalStep) -> Vec<usize> {
         self.shared.absent(step)
     }
 
-    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+    fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
         let absent = steps.iter().flat_map(|step| self.shared.absent(*step)).collect();
-        let missing = Step::missing(steps, absent, self.rank, self.shared.size());
+        let missing = ExternalStep::missing(steps, absent, self.rank, self.shared.size());
         self.shared.give_up(call, missing, after)
     }
 }
@@ -310,19 +310,19 @@ impl Communicator<Cpu> for ThreadComm {
         self.endpoint.shared.obstacle(call, Vec::new)
     }
 
-    fn came(&self, step: Step) {
+    fn reached_step(&self, step: ExternalStep) {
         self.endpoint.shared.came(self.endpoint.rank, step);
     }
 
-    fn obstacle_beside(&self, call: &Call, step: Step) -> Option<Error> {
-        ThreadLookout::of(&self.endpoint).obstacle_beside(call, step)
+    fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
+        ThreadLookout::of(&self.endpoint).lost_at_step(call, step)
     }
 
-    fn give_up(&self, call: &Call, steps: &[Step], after: Duration) -> Error {
+    fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
         ThreadLookout::of(&self.endpoint).give_up(call, steps, after)
     }
 
-    fn lookout(&self) -> Option<Box<dyn Lookout>> {
+    fn watchdog(&self) -> Option<Box<dyn Watchdog>> {
         Some(Box::new(ThreadLookout::of(&self.endpoint)))
     }
 

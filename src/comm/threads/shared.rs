@@ -11,7 +11,7 @@ use super::{
     sync::{AtomicBool, AtomicUsize, Mutex, MutexGuard, Ordering},
 };
 use crate::{
-    comm::{Call, Incoming, Outgoing, Step},
+    comm::{Call, Incoming, Outgoing, ExternalStep},
     device::Cpu,
     error::{Error, LostReason, Mismatch, Result},
 };
@@ -233,12 +233,12 @@ impl Shared {
     }
 
     /// Records that rank `rank` reached a step outside the group.
-    pub(super) fn came(&self, rank: usize, step: Step) {
+    pub(super) fn came(&self, rank: usize, step: ExternalStep) {
         self.lock(&self.steps)[rank].insert(step.work, step.number + 1);
     }
 
     /// Returns the ranks that a step outside the group needs and that have not reached it.
-    pub(super) fn absent(&self, step: Step) -> Vec<usize> {
+    pub(super) fn absent(&self, step: ExternalStep) -> Vec<usize> {
         let steps = self.lock(&self.steps);
         let absent = |rank: &usize| steps[*rank].get(&step.work).is_none_or(|steps| *steps <= step.number);
         (0..steps.len()).filter(|&rank| step.needs(rank)).filter(absent).collect()

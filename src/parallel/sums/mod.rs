@@ -240,11 +240,11 @@ impl<B: Backend> Sums<B> {
         mut term: impl FnMut(Range<usize>, &mut Tensor<T::Acc, B>) -> Result<()>,
     ) -> Result<Tensor<T::Acc, B>> {
         let (rank, shape) = (self.group.rank(), shape.into());
-        let cut = match (&self.tree, S::CUT) {
+        let cut = match (&self.tree, S::SHARD_DIM) {
             (None, _) => Partition::from_sizes([of.local().shape().rows()]),
             (Some(tree), _) => blocks(of.shape().rows(), 1, tree.leaves()),
         };
-        let first = match (&self.tree, S::CUT) {
+        let first = match (&self.tree, S::SHARD_DIM) {
             (Some(tree), Some(_)) => tree.owned(rank).start,
             _ => 0,
         };
@@ -256,7 +256,7 @@ impl<B: Backend> Sums<B> {
                 false => term(rows.start - offset..rows.end - offset, out),
             }
         };
-        match S::CUT {
+        match S::SHARD_DIM {
             Some(_) => self.total(shape, rows),
             None => {
                 let leaves = cut.shards();
@@ -277,7 +277,7 @@ impl<B: Backend> Sums<B> {
         of: &DTensor<S, T, B>,
         mut term: impl FnMut(Range<usize>, &mut Tensor<T::Acc, B>) -> Result<()>,
     ) -> Result<()> {
-        if self.tree.is_some() || S::CUT.is_some() {
+        if self.tree.is_some() || S::SHARD_DIM.is_some() {
             return param.add_grad(self.over_tokens(of, param.shape(), term)?);
         }
         param.add_grad_over(of.local().shape().rows(), |tokens| {

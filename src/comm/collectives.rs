@@ -1,0 +1,182 @@
+//! The collectives of a group on device tensors, and messages between its ranks.
+
+use super::{Call, Group, Incoming, Op, Outgoing, ReduceOp, Shards};
+use crate::{
+    device::Element,
+    error::{Error, Result, same_shape},
+    kernels::Pointwise,
+    shard::{Partition, Shape},
+    tensor::Tensor,
+};
+
+impl<B: Pointwise> Group<B> {
+    /// x ← Σᵣ xᵣ, or the maximum or minimum over the ranks; the same bits on every rank.
+    ///
+    /// ```
+    /// use shardwise::prelude::*;
+    /// let sums = launch::threads(3, |world| {
+    ///     let mut x = Tensor::<f32>::full(world.device(), [2], world.rank() as f64)?;
+    ///     world.all_reduce(ReduceOp::Sum, &mut x)?;
+    ///     x.to_vec()
+    /// })?;
+    /// assert_eq!(sums, vec![[3.0; 2]; 3]); // 0 + 1 + 2 on every rank
+    /// # Ok::<(), shardwise::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// When a rank calls something else, or is lost. Disagreement leaves x unchanged.
+    #[track_caller]
+    pub fn all_reduce<T: Element>(&self, op: ReduceOp, x: &mut Tensor<T, B>) -> Result<()> {
+        let call = Call { reduce: Some(op), ..self.data_call(Op::AllReduce, T::DTYPE, x.shape()) };
+        let x = T::any_mut(x.slice_mut()?);
+        self.run(&call, |communicator| communicator.all_reduce(&call, op, x))
+    }
+
+    /// Concatenates the shards of all ranks along dimension `dim`, in rank order. `x` is this
+    /// rank's shard; `partition` has the sizes of all shards.
+    ///
+    /// ```
+    /// use shardwise::prelude::*;
+    /// let partition = Partition::from_sizes([1, 2]);
+    /// let gathered = launch::threads(2, |world| {
+    ///     let len = partition.size(world.rank());
+    ///     let x = Tensor::<f32>::full(world.device(), [2, len], world.rank() as f64)?;
+    ///     world.all_gather(&x, 1, &partition)?.to_vec()
+    /// })?;
+    /// assert_eq!(gathered[0], [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]); // 2 rows of 1 + 2 columns
+    /// # Ok::<(), shardwise::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// When `x` does not have this rank's size in the partition, a rank calls something else, or is
+    /// lost.
+    #[track_caller]
+    pub fn all_gather<T: Element>(
+        &self,
+        x: &Tensor<T, B>,
+        dim: usize,
+        partition: &Partition,
+    ) -> Result<Tensor<T, B>> {
+        let (call, shards, shape) = self.gather_call(x, dim, partition)?;
+        let mut whole = Tensor::empty(self.device(), shape)?;
+        let (send, recv) = (T::any_ref(x.slice()), T::any_mut(whole.slice_mut()?));
+        self.run(&call, |communicator| communicator.all_gather(&call, &shards, send, recv))?;
+        Ok(whole)
+    }
+
+    /// Returns this rank's shard, along dimension `dim`, of the reduction of x over the ranks.
+    ///
+    /// ```
+    /// use shardwise::prelude::*;
+    /// let shards = launch::threads(2, |world| {
+    ///     let x = Tensor::from_slice(world.device(), [3], &[1.0_f32, 2.0, 3.0])?;
+    ///     world.reduce_scatter(ReduceOp::Sum, &x, 0, &Partition::even(3, 2))?.to_vec()
+    /// })?;
+    /// assert_eq!(shards, [vec![2.0, 4.0], vec![6.0]]);
+    /// # Ok::<(), shardwise::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// When the partition does not fit x's dimension, a rank calls something else, or is lost.
+    #[track_caller]
+    pub fn reduce_scatter<T: Element>(
+        &self,
+        op: ReduceOp,
+        x: &Tensor<T, B>,
+        dim: usize,
+        partition: &Partition,
+    ) -> Result<Tensor<T, B>> {
+        let (call, shards, shape) = self.scatter_call(op, x, dim, partition)?;
+        let mut shard = Tensor::empty(self.device(), shape)?;
+        let (send, recv) = (T::any_ref(x.slice()), T::any_mut(shard.slice_mut()?));
+        self.run(&call, |communicator| communicator.reduce_scatter(&call, op, &shards, send, recv))?;
+        Ok(shard)
+    }
+
+    /// x ← the x of rank `root`.
+    ///
+    /// # Errors
+    /// When there is no such root, a rank calls something else, or is lost.
+    #[track_caller]
+    pub fn broadcast<T: Element>(&self, root: usize, x: &mut Tensor<T, B>) -> Result<()> {
+        self.check_rank("broadcast", root)?;
+        let call = Call { root: Some(root), ..self.data_call(Op::Broadcast, T::DTYPE, x.shape()) };
+        let x = T::any_mut(x.slice_mut()?);
+        self.run(&call, |communicator| communicator.broadcast(&call, root, x))
+    }
+
+    /// Sends a tensor to one rank and receives one of the given shape from another, as one step.
+    ///
+    /// Only the named ranks take part. Messages between two ranks arrive in order. Over NCCL a
+    /// message may wait on the device until it is received, and later work of the group waits for
+    /// it. Ranks that send in one call and receive in a later one must therefore not form a cycle.
+    ///
+    /// Every message has to be received before the next blocking call of the whole group. In that
+    /// call the ranks compare the numbers of messages sent and received, and disagree if one is
+    /// missing (over NCCL, in the calls that are compared: `nccl::Options::check_every`). A message
+    /// that is never received is an error of its receiver.
+    ///
+    /// # Errors
+    /// When there is no such rank, the message has another element or shape, or a rank is lost.
+    #[track_caller]
+    pub fn exchange<T: Element>(
+        &self,
+        send: Option<(usize, &Tensor<T, B>)>,
+        recv: Option<(usize, Shape)>,
+    ) -> Result<Option<Tensor<T, B>>> {
+        for peer in send.iter().map(|(peer, _)| *peer).chain(recv.iter().map(|(peer, _)| *peer)) {
+            self.check_rank("exchange", peer)?;
+        }
+        // Not a call that every rank of the group makes, so it takes no sequence number. The
+        // receiver compares the message with what it expects when the message arrives.
+        let call = Call { dtype: Some(T::DTYPE), ..self.call_between(Op::Exchange) };
+        let mut arrived = match recv {
+            Some((_, shape)) => Some(Tensor::empty(self.device(), shape)?),
+            None => None,
+        };
+        let outgoing = send.map(|(to, x)| Outgoing { to, shape: x.shape(), data: T::any_ref(x.slice()) });
+        let incoming = match (&mut arrived, recv) {
+            (Some(x), Some((from, shape))) => {
+                Some(Incoming { from, shape, data: T::any_mut(x.slice_mut()?) })
+            }
+            _ => None,
+        };
+        let counts = [outgoing.is_some(), incoming.is_some()].map(u64::from);
+        self.run(&call, |communicator| communicator.exchange(&call, outgoing, incoming))?;
+        self.count_messages(counts);
+        Ok(arrived)
+    }
+
+    #[track_caller]
+    pub(super) fn gather_call<T: Element>(
+        &self,
+        x: &Tensor<T, B>,
+        dim: usize,
+        partition: &Partition,
+    ) -> Result<(Call, Shards, Shape)> {
+        const OP: &str = "all_gather";
+        if dim >= x.shape().rank() {
+            return Err(Error::invalid(OP, format!("dimension {dim} of a tensor of shape {}", x.shape())));
+        }
+        let whole = x.shape().with(dim, partition.total());
+        let shards = self.shards(OP, whole, dim, partition)?;
+        let shard = whole.with(dim, partition.size(self.rank()));
+        same_shape(OP, "this rank's shard", x.shape().dims(), "its place in the partition", shard.dims())?;
+        let call = self.data_call(Op::AllGather, T::DTYPE, whole);
+        Ok((Call { partition: shards.fingerprint(), ..call }, shards, whole))
+    }
+
+    #[track_caller]
+    pub(super) fn scatter_call<T: Element>(
+        &self,
+        op: ReduceOp,
+        x: &Tensor<T, B>,
+        dim: usize,
+        partition: &Partition,
+    ) -> Result<(Call, Shards, Shape)> {
+        let shards = self.shards("reduce_scatter", x.shape(), dim, partition)?;
+        let call = self.data_call(Op::ReduceScatter, T::DTYPE, x.shape());
+        let call = Call { reduce: Some(op), partition: shards.fingerprint(), ..call };
+        Ok((call, shards, x.shape().with(dim, partition.size(self.rank()))))
+    }
+}
