@@ -1,8 +1,9 @@
 //! Collectives of thread ranks: time, bandwidth, and the number of wrong elements.
 //!
-//! `cargo bench --bench collectives [-- --quick] [--json FILE]`. All ranks loop inside one group; rank 0 takes the time of a batch
-//! between two barriers. `algbw` is the size of the whole tensor over the median time, and `busbw` is algbw times the
-//! factor of nccl-tests: 2 (n − 1) / n for an all-reduce, (n − 1) / n for the others.
+//! `cargo bench --bench collectives [-- --quick] [--json FILE]`. All ranks loop inside one group;
+//! rank 0 times a batch between two barriers. `algbw` is the size of the whole tensor over the
+//! median time. `busbw` is algbw times the factor of nccl-tests: 2 (n − 1) / n for an all-reduce,
+//! (n − 1) / n for the others.
 
 use clap::Parser;
 use half::bf16;
@@ -18,13 +19,13 @@ use std::{path::PathBuf, time::Instant};
 /// Measures the collectives of thread ranks.
 #[derive(Parser)]
 struct Options {
-    /// Write the rows to this file as JSON, too.
+    /// Also writes the rows to this file, as JSON.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Few repetitions: that nothing is wrong, not how fast it is.
+    /// Few repetitions: checks the results rather than the speed.
     #[arg(long)]
     quick: bool,
-    /// Given by `cargo bench`; means nothing here.
+    /// Passed by `cargo bench`; ignored.
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -59,22 +60,23 @@ impl Row {
     }
 }
 
-/// A number that rank `rank` holds at `at`; sums of a few of them are exact in every element and order.
+/// The element of rank `rank` at index `at`. Sums of a few of them are exact in every element type
+/// and order.
 fn value(rank: usize, at: usize) -> f64 {
     ((at * 7 + rank * 3) % 8) as f64
 }
 
-/// Takes the time of one collective on a whole tensor of `len` elements.
+/// Times one collective on a whole tensor of `len` elements.
 fn measure<T: Element>(world: &Group<Cpu>, op: Op, len: usize, quick: bool) -> Result<Row> {
     let (ranks, rank, device) = (world.size(), world.rank(), world.device());
-    let cut = Partition::even(len, ranks);
-    let own = cut.range(rank);
+    let partition = Partition::even(len, ranks);
+    let own = partition.range(rank);
     let filled = |range: std::ops::Range<usize>| {
         let values: Vec<T> = range.map(|at| T::from_f64(value(rank, at))).collect();
         Tensor::from_slice(device, [values.len()], &values)
     };
     let sum = |at: usize| (0..ranks).map(|rank| value(rank, at)).sum::<f64>();
-    let owner = |at: usize| (0..ranks).find(|&rank| cut.range(rank).contains(&at)).unwrap_or(0);
+    let owner = |at: usize| (0..ranks).find(|&rank| partition.range(rank).contains(&at)).unwrap_or(0);
     let wrong = |got: Tensor<T>, start: usize, want: &dyn Fn(usize) -> f64| -> Result<usize> {
         let values = got.to_vec()?;
         Ok(values.iter().enumerate().filter(|(at, got)| got.to_f64() != want(start + at)).count())
@@ -84,8 +86,8 @@ fn measure<T: Element>(world: &Group<Cpu>, op: Op, len: usize, quick: bool) -> R
     let once = |x: &mut Tensor<T>| -> Result<Option<Tensor<T>>> {
         match op {
             Op::AllReduce => world.all_reduce(ReduceOp::Sum, x).map(|()| None),
-            Op::AllGather => world.all_gather(x, 0, &cut).map(Some),
-            _ => world.reduce_scatter(ReduceOp::Sum, x, 0, &cut).map(Some),
+            Op::AllGather => world.all_gather(x, 0, &partition).map(Some),
+            _ => world.reduce_scatter(ReduceOp::Sum, x, 0, &partition).map(Some),
         }
     };
     let wrong = match (once(&mut x)?, op) {
@@ -93,7 +95,7 @@ fn measure<T: Element>(world: &Group<Cpu>, op: Op, len: usize, quick: bool) -> R
         (Some(whole), Op::AllGather) => wrong(whole, 0, &|at| value(owner(at), at))?,
         (Some(part), _) => wrong(part, own.start, &sum)?,
     };
-    // All-reduces go on with their own results: zeros stay zeros, and time does not depend on the values.
+    // All-reduces repeat in place, so start from zeros: time does not depend on the values.
     if op == Op::AllReduce {
         x = Tensor::zeros(device, [len])?;
     }
@@ -107,7 +109,7 @@ fn measure<T: Element>(world: &Group<Cpu>, op: Op, len: usize, quick: bool) -> R
             drop(once(&mut x)?);
         }
         world.barrier()?;
-        // The first batch only warms up.
+        // The first batch warms up.
         if batch > 0 {
             times.push(start.elapsed().as_secs_f64() / repeats as f64);
         }

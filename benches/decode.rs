@@ -1,10 +1,12 @@
-//! One token at a time: GPT-2 small's twelve blocks with 512 tokens in the cache, on one and two thread ranks.
+//! Decoding one token at a time: GPT-2 small's twelve blocks with 512 tokens in the cache, on one
+//! and two thread ranks.
 //!
 //! `cargo bench --bench decode [-- --json FILE]`
 //!
-//! The modes run in turn, some tokens each, for several rounds; the median over the rounds counts. What bounds it is
-//! reading the weights once a token: the column "GB/s" is that rate, cache included, and "of read" its part of what as many
-//! threads can read from memory, as measured at the start. (A processor whose last cache holds the weights may do better.)
+//! The modes run in turn, some tokens each, for several rounds. Reported is the median over the
+//! rounds. Decoding is bound by reading the weights once per token. "GB/s" is that rate, cache
+//! included. "of read" is its share of what the same number of threads can read from memory,
+//! measured at the start. (A processor whose last-level cache holds the weights may exceed it.)
 
 mod limits;
 
@@ -27,13 +29,13 @@ use std::{fs, io::Write, time::Instant};
 
 #[derive(Parser)]
 struct Args {
-    /// Rounds; the median counts.
+    /// The number of rounds. Reported is the median.
     #[arg(long, default_value_t = 9)]
     rounds: usize,
-    /// Tokens a round.
+    /// Tokens per round.
     #[arg(long, default_value_t = 16)]
     tokens: usize,
-    /// Appends a JSON line a case to this file.
+    /// Appends one JSON line per case to this file.
     #[arg(long)]
     json: Option<String>,
     /// Passed by `cargo bench`.
@@ -99,8 +101,8 @@ fn main() -> Result<()> {
 
 type Block<T> = TransformerBlock<Replicated, T, Cpu>;
 
-/// The mean time of a token, in seconds, with weights that are new to the processor's cache. The
-/// ranks' outputs. The element's ε.
+/// The mean seconds per token, with weights that are not in the processor's cache; the ranks'
+/// outputs; and the element's ε.
 fn round_of<T: Element>(ranks: usize, tokens: usize) -> Result<(f64, Vec<f64>, f64)> {
     let source = Ramp;
     let measured = Threads::new(ranks).run(|world| {
@@ -116,7 +118,7 @@ fn round_of<T: Element>(ranks: usize, tokens: usize) -> Result<(f64, Vec<f64>, f
         step.finish()?;
         let x = rows(1)?;
         let mut token = || -> Result<_> {
-            // Not finished, so that every token finds as many in the cache.
+            // The step is not finished, so every token has the same number of cached tokens.
             let (sequences, mut step) = cache.step(&[0], &[1])?;
             blocks.infer(x.clone().with_sequences(sequences)?, &mut step)
         };
@@ -155,8 +157,8 @@ fn load<T: Element>(world: &Group<Cpu>, weights: &Weights<'_>) -> Result<Vec<Blo
     (0..LAYERS).map(|layer| Block::load(world, &weights.at(&layer.to_string()), &config)).collect()
 }
 
-/// Small numbers that cost little to make: what they are does not change what a product costs.
-/// They do not depend on the number of ranks.
+/// Small weights that are fast to compute. They do not depend on the number of ranks, and the time
+/// of a product does not depend on their values.
 struct Ramp;
 
 impl WeightSource for Ramp {

@@ -1,13 +1,15 @@
-//! GEMM, the feed-forward layer and the GPT-2-small block on one and two thread ranks, beside what the processor could do.
+//! GEMM, the feed-forward layer and the GPT-2-small block on one and two thread ranks, compared
+//! with the peak of the processor.
 //!
 //! `cargo bench --bench layers [-- --filter mlp] [--json FILE]`
 //!
-//! "of peak" is the part of the fused multiply-adds that the cores can do, as measured at the
-//! start. "apart" is how far any rank's output or gradient is from that of one rank, in parts of
-//! the largest number or 1: at most 1e-4.
+//! "of peak" is the share of the cores' fused multiply-adds, which are measured at the start.
+//! "apart" is the largest difference of any rank's output or gradient from those of one rank,
+//! relative to the largest number or 1: at most 1e-4.
 //!
-//! The modes of a case run in turn, a short batch each, for several rounds; the median over the rounds counts, and ratios
-//! are taken round by round, because the machine's speed changes from second to second.
+//! The modes of a case run in turn, a short batch each, for several rounds. Reported is the median
+//! over the rounds. Ratios are taken per round, because the machine's speed changes from second to
+//! second.
 
 mod limits;
 
@@ -30,19 +32,19 @@ use std::{fs, io::Write, time::Instant};
 
 #[derive(Parser)]
 struct Args {
-    /// Only cases whose name contains this.
+    /// Runs only cases whose name contains this.
     #[arg(long, default_value = "")]
     filter: String,
-    /// Rounds; the median counts.
+    /// The number of rounds. Reported is the median.
     #[arg(long, default_value_t = 9)]
     rounds: usize,
-    /// Appends a JSON line a case to this file.
+    /// Appends one JSON line per case to this file.
     #[arg(long)]
     json: Option<String>,
-    /// What one core can do, in GFLOP/s; measured if it is not given.
+    /// The peak of one core, in GFLOP/s; measured by default.
     #[arg(long)]
     peak: Option<f64>,
-    /// Also on two ranks with sums in this many canonical blocks, and what that costs.
+    /// Also runs on two ranks with invariant sums in this many blocks, and reports their cost.
     #[arg(long)]
     invariant: Option<usize>,
     /// Passed by `cargo bench`.
@@ -135,7 +137,7 @@ fn gemm(args: &Args, m: usize, n: usize, k: usize) -> Result<()> {
         }
         times.push(start.elapsed().as_secs_f64() / batch as f64);
     }
-    // A few elements by hand.
+    // Compares a few elements with sums in f64.
     let (x, w, y) = (x.to_vec()?, w.to_vec()?, y.to_vec()?);
     let by_hand = |at: usize| {
         let (row, col) = (at / n, at % n);
@@ -146,7 +148,7 @@ fn gemm(args: &Args, m: usize, n: usize, k: usize) -> Result<()> {
     report(args, &name, (1, flops, worst_relative(&got, &want)), &mut times[1..])
 }
 
-/// A layer's forward, and forward and backward, on one rank and on two in turn.
+/// Times a layer's forward, and its forward and backward, on one rank and on two in turn.
 fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
     args: &Args,
     name: &str,
@@ -222,7 +224,7 @@ fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
     Ok(())
 }
 
-/// Prints a case, and appends it to the JSON file.
+/// Prints a case and appends it to the JSON file.
 fn report(
     args: &Args,
     name: &str,
@@ -234,7 +236,7 @@ fn report(
     let rate = flops / median / 1e6;
     let share = rate / (args.peak.unwrap_or(f64::NAN) * ranks as f64) * 100.0;
     println!("{name:<34} {ranks:>6} {median:>10.3} {min:>10.3} {rate:>9.1} {share:>6.0} % {apart:>8.1e}");
-    // Far more than rounding, and less than a product that is missing.
+    // Far above rounding errors, and below the effect of a missing product.
     if apart > 1e-4 {
         let reason = format!("{name}: a number is {apart:.1e} from what it has to be");
         return Err(shardwise::Error::Invalid { op: "bench", reason });

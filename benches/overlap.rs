@@ -1,9 +1,10 @@
-//! Whether collectives in chunks beside products pay, and from how many tokens on: forward and backward of a feed-forward layer.
+//! Whether overlapping chunked collectives with products pays, and from how many tokens on: forward
+//! and backward of a feed-forward layer.
 //!
-//! `cargo bench --bench overlap` on thread ranks; on processes over MPI
-//! `cargo bench --features mpi --bench overlap --no-run`, then `mpirun -n 2` with the program that it names.
+//! `cargo bench --bench overlap` on thread ranks. On processes over MPI: `cargo bench --features
+//! mpi --bench overlap --no-run`, then `mpirun -n 2` with the program that it prints.
 //!
-//! The bits are the same in any case; a test holds that.
+//! The bits are the same in each case, as a test checks.
 
 use clap::Parser;
 use shardwise::{
@@ -18,15 +19,16 @@ use std::time::Duration;
 
 #[derive(Clone, Copy, Parser)]
 struct Args {
-    /// Thread ranks.
+    /// The number of thread ranks.
     #[arg(long, default_value_t = 2)]
     ranks: usize,
-    /// Features of the residual stream, and between the layers.
+    /// The width of the residual stream.
     #[arg(long, default_value_t = 1024)]
     hidden: usize,
+    /// The width of the hidden layer.
     #[arg(long, default_value_t = 4096)]
     ffn: usize,
-    /// The most tokens.
+    /// The largest number of tokens.
     #[arg(long, default_value_t = 2048)]
     tokens: usize,
     /// Passed by `cargo bench`.

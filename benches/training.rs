@@ -1,7 +1,8 @@
 //! A training step of the GPT of `train_text` on one rank, and on two along each axis of a mesh.
 //!
-//! `cargo bench --bench training [-- --rounds 9] [--json FILE]`. The meshes take turns, a few steps each, for several
-//! rounds; the median counts. `scripts/peers/gpt_ddp.py` trains the same model with PyTorch.
+//! `cargo bench --bench training [-- --rounds 9] [--json FILE]`. The meshes run in turn, a few
+//! steps each, for several rounds. Reported is the median. `scripts/peers/gpt_ddp.py` trains the
+//! same model with PyTorch.
 
 #[path = "../examples/text/train_text/model.rs"]
 #[allow(dead_code)]
@@ -25,13 +26,13 @@ use std::time::Instant;
 /// Times training steps.
 #[derive(Parser)]
 struct Args {
-    /// Rounds; the median counts.
+    /// The number of rounds. Reported is the median.
     #[arg(long, default_value_t = 9)]
     rounds: usize,
-    /// Write the results to this file.
+    /// Writes the results to this file.
     #[arg(long)]
     json: Option<std::path::PathBuf>,
-    /// Given by `cargo bench`; means nothing here.
+    /// Passed by `cargo bench`; ignored.
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -49,7 +50,7 @@ const CONFIG: Config = Config {
 const SEQUENCES: usize = 8;
 const STEPS: u64 = 2;
 
-/// The seconds of a step on a mesh, and its loss, as each rank has them.
+/// Returns the seconds of a step on a mesh, and the loss, on each rank.
 fn step([dp, pp, tp]: [usize; 3]) -> Result<Vec<(f64, f64)>> {
     let microbatches = if pp > 1 { 2 * pp } else { 1 };
     launch::threads(dp * pp * tp, |world| {
@@ -58,8 +59,8 @@ fn step([dp, pp, tp]: [usize; 3]) -> Result<Vec<(f64, f64)>> {
             (Random::normal(1, 0.02), Schedule::one_forward_one_backward(pp, microbatches));
         let model = Gpt::<Replicated, f32>::load(&mesh, &source, &CONFIG, schedule)?;
         let mut adamw = AdamW::default();
-        let draws = Philox::stream(1, 1);
-        let token = |at: usize| (draws.uniform(at as u64) * CONFIG.vocabulary as f64) as u32;
+        let random = Philox::stream(1, 1);
+        let token = |at: usize| (random.uniform(at as u64) * CONFIG.vocabulary as f64) as u32;
         let tokens: Vec<u32> = (0..SEQUENCES * CONFIG.context).map(token).collect();
         let batch = Batch { targets: tokens.iter().rev().copied().collect(), tokens, length: CONFIG.context };
         let mut start = Instant::now();

@@ -1,16 +1,20 @@
-// Scaled dot-product attention by tiles, forward and backward (Dao, 2023: FlashAttention-2): memory linear in the length.
+// Scaled dot-product attention by tiles, forward and backward, in memory linear in the sequence
+// length (Dao, 2023: FlashAttention-2).
 //
-// A block is 4 warps of 4 queries each, or 2 of large heads; 32 keys and values at a time lie in shared memory. A lane computes the score of one
-// key, and owns the features lane, lane + 32, ... of the result. For the gradient of keys and values the roles are exchanged: a
-// warp owns keys, and a lane a query. What a mask hides is never multiplied with: NaN and infinity there do no harm.
+// A block is 4 warps of 4 queries each, or of 2 for large heads. Shared memory holds 32 keys and
+// values at a time. A lane computes the score of one key, and owns the features lane, lane + 32,
+// ... of the result. For the gradients of keys and values the roles are exchanged: a warp owns
+// keys, and a lane a query. Masked values are never multiplied, so NaN and infinity there have no
+// effect.
 //
-// tiles: 5 numbers a tile: the row of its first query, how many there are, the place of the first among the keys, the row of
-// the first key, and how many keys there are. Key j of key/value head g is at row tiles[3] + g * row_step + j, column
-// g * col_step: side by side in the rows of tokens, or one below the other in a cache.
+// tiles: 5 numbers per tile: the row of its first query, the number of queries, the position of the
+// first query among the keys, the row of the first key, and the number of keys. Key j of key/value
+// head g is at row tiles[3] + g * row_step + j, column g * col_step: heads are side by side in rows
+// of tokens, or one below the other in a cache.
 #include "element.cuh"
 
 constexpr int WARPS = 4, KEYS = 32;
-// The queries, or keys, of a warp, by the features of a lane: as many as there are registers for.
+// The queries, or keys, of a warp, by the features of a lane: as many as fit the registers.
 template <int L> constexpr int OWN = L == 8 ? 2 : 4;
 constexpr u32 ALL = 0xffffffffu;
 
@@ -25,7 +29,7 @@ template <class A> __device__ __forceinline__ A warp_max(A x) {
   return x;
 }
 
-// to[count][dim + 1] <- rows of a matrix, widened, by all threads of the block.
+// to[count][dim + 1] <- rows of a matrix, widened. All threads of the block take part.
 template <class T> __device__ __forceinline__ void stage(Acc<T>* to, i64 count, i64 dim, const T* from, i64 stride) {
   for (i64 at = threadIdx.y * 32 + threadIdx.x; at < count * dim; at += WARPS * 32) {
     const i64 row = at / dim, d = at - row * dim;
@@ -40,7 +44,7 @@ template <class A> __device__ __forceinline__ A dot(i64 dim, const A* a, const A
   return sum;
 }
 
-// sum[l] += factor of lane j * row j, for the lanes j of which `bits` says so.
+// sum[l] += factor of lane j * row j, over the lanes j whose bit is set in `bits`.
 template <int L, class A> __device__ __forceinline__ void add_rows(A (&sum)[L], u32 bits, A factor, i64 dim, const A* rows) {
   while (bits) {
     const int j = __ffs(bits) - 1;
@@ -54,7 +58,7 @@ template <int L, class A> __device__ __forceinline__ void add_rows(A (&sum)[L], 
   }
 }
 
-// Whether the query at this place sees the key at that, but for padding.
+// Whether the query at this position attends to the key at that one, ignoring padding.
 __device__ __forceinline__ bool sees(i64 query, i64 key, i64 causal, i64 window) {
   return !causal || (key <= query && key + window > query);
 }
@@ -100,7 +104,7 @@ __device__ void forward(i64 heads, i64 dim, i64 row_step, i64 col_step, i64 caus
       any[i] = true;
       const A score = seen ? (A)scale * dot(dim, queries + (mine + i) * (dim + 1), keys + lane * (dim + 1)) : -infinity<A>();
       const A largest = max_nan(most[i], warp_max(score));
-      // Nothing but -infinity so far: weights of 0 for now.
+      // Only -infinity so far: use weights of 0 for now.
       const bool lost = largest == -infinity<A>();
       const A weight = seen && !lost ? exp_of(score - largest) : (A)0;
       const A shrink = most[i] == largest ? (A)1 : exp_of(most[i] - largest);
@@ -115,7 +119,7 @@ __device__ void forward(i64 heads, i64 dim, i64 row_step, i64 col_step, i64 caus
   for (int i = 0; i < EACH; i++) {
     if (mine + i >= count) continue;
     const i64 row = first + mine + i;
-    // Of nothing but -infinity, 0 / 0.
+    // 0 / 0 if all scores are -infinity.
     const A by = any[i] ? (A)1 / total[i] : (A)0;
 #pragma unroll
     for (int l = 0; l < L; l++) {
@@ -185,7 +189,8 @@ __device__ void backward_queries(i64 heads, i64 dim, i64 causal, i64 window, dou
   }
 }
 
-// dk and dv of the keys in the places of a tile's queries: dV = P' dO, dK = scale dS' Q, over the query heads of a kv head.
+// dk and dv of the keys at the positions of a tile's queries: dV = P' dO, dK = scale dS' Q, summed
+// over the query heads of a key/value head.
 template <int L, class T>
 __device__ void backward_keys(i64 heads, i64 kv_heads, i64 dim, i64 causal, i64 window, double scale, const i64* tiles,
     const i64* kv_of_query, const u8* valid, const T* q, i64 sq, const T* k, i64 sk, const T* v, i64 sv, const Acc<T>* lse,
@@ -207,7 +212,7 @@ __device__ void backward_keys(i64 heads, i64 kv_heads, i64 dim, i64 causal, i64 
 #pragma unroll
     for (int l = 0; l < L; l++) dk[i][l] = dv[i][l] = 0;
   const i64 begin = causal ? place : 0;
-  // The window may be as large as a number can be.
+  // The window may be the largest integer, so avoid overflow.
   const i64 end = causal && window < len && place + count - 1 + window < len ? place + count - 1 + window : len;
   for (i64 head = 0; head < heads; head++) {
     if (kv_of_query[head] != kv) continue;
@@ -271,7 +276,7 @@ __device__ void backward_keys(i64 heads, i64 kv_heads, i64 dim, i64 causal, i64 
   }
 #define ATTENTION(T, name) \
   ATTENTION_FOR(T, name, 2, 64) ATTENTION_FOR(T, name, 4, 128) ATTENTION_FOR(T, name, 8, 256) \
-  /* delta <- rowsum(dO o O), one warp a head of a row. */ \
+  /* delta <- rowsum(dO o O), one warp per head of a row. */ \
   extern "C" __global__ void attention_delta_##name(i64 packed, i64 rows, i64 heads, i64 dim, const T* out, i64 so, const T* dout, \
       i64 sdo, Acc<T>* delta) { \
     typedef Acc<T> A; \

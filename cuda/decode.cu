@@ -1,13 +1,14 @@
-// Decoding: keys and values of new tokens go into a cache, and few queries a sequence attend to it.
+// Decoding: appends the keys and values of new tokens to a KV cache, and computes attention of few
+// queries per sequence to it.
 //
-// The cache holds, for each slot and key/value head, the vectors of `capacity` positions one below
-// the other.
+// For each slot and key/value head the cache holds the vectors of `capacity` positions in
+// consecutive rows.
 #include "element.cuh"
 
-// keys, values <- rows of k and v: a block a run of rows and key/value head.
+// keys, values <- rows of k and v: one block per run of rows and key/value head.
 //
-// runs: 3 numbers a run: its first row, how many there are, and the row of the cache where the
-// first goes for the first key/value head; those of the other heads are `capacity` rows apart.
+// runs: 3 numbers per run: its first row, the number of rows, and the cache row of the first for
+// the first key/value head. The rows of consecutive heads are `capacity` apart.
 template <int N, class T>
 __device__ __forceinline__ void append(i64 dim, i64 capacity, const i64* runs, const T* k, i64 sk, const T* v, i64 sv,
     T* keys, i64 skeys, T* values, i64 svalues) {
@@ -25,28 +26,26 @@ __device__ __forceinline__ void append(i64 dim, i64 capacity, const i64* runs, c
 
 // ---- attention of few queries ----
 //
-// What takes time is reading the cache. So a block takes a span of the positions of one sequence
-// and key/value head, and all queries of that head, up to TOGETHER of them: keys and values are
-// read once. Its spans' results, each with its largest score and its sum of weights, are put
-// together by a second kernel, in order (Flash-Decoding). A span depends on nothing but the
-// sequence's length, so the bits of a sequence do not depend on what else is in the batch, or on
-// how heads are divided.
+// The time is that of reading the cache. So a block takes a span of the positions of one sequence
+// and key/value head, and up to TOGETHER queries of that head: keys and values are read once for
+// them. Each span gives its largest score and its sums of weights and of weighted values. A second
+// kernel combines the spans in order (Flash-Decoding). Spans depend only on the sequence's length,
+// so the bits of a sequence do not depend on the rest of the batch or on how heads are sharded.
 //
-// LANES lanes of a warp share a key, with PER packs of its features each, and several keys stand
-// side by side in a warp. Such a group of lanes goes through its keys with sums of its own. Scores
-// are in powers of 2.
+// LANES lanes of a warp share a key, with PER packs of its features each. Several such groups of
+// lanes in a warp process different keys, each with its own sums. Scores are exponents of 2.
 //
-// table: kv_heads + 1 numbers, where the list of each key/value head's query heads begins; that
-// list; 8 numbers a sequence: the row of its first query, how many there are, the position of the
-// first, the row of the cache of position 0 for the first key/value head, the first position that
-// is seen, the one behind the last, the length of a span, and the number of the first partial
-// result, or -1 where there is one span; then a number a span: SPANS times its sequence's place
-// among these, plus its own in the sequence.
+// table: kv_heads + 1 numbers, where each key/value head's list of query heads begins; the lists; 8
+// numbers per sequence: the row of its first query, the number of queries, the position of the
+// first, the cache row of position 0 for the first key/value head, the first visible position, one
+// past the last, the length of a span, and the number of the first partial result, or -1 if there
+// is one span; then one number per span: SPANS * (the sequence's index among these) + (the span's
+// index in the sequence).
 
 constexpr u32 ALL = 0xffffffffu;
 constexpr int WARPS = 8, SPANS = 64;
 
-// Queries of a block, for heads of at most D features.
+// Queries per block, for heads of at most D features.
 template <class T, int D> constexpr int TOGETHER = (sizeof(T) == 8 ? 2 : 4) / (sizeof(T) > 2 && D > 128 ? 2 : 1);
 // Keys that a lane loads at a time, with PER packs of each.
 template <class T, int PER> constexpr int AHEAD = sizeof(T) < 8 && PER == 1 ? 2 : 1;
@@ -64,10 +63,10 @@ __device__ __forceinline__ float exp2_of(float x) {
 __device__ __forceinline__ double fma_of(double a, double b, double c) { return fma(a, b, c); }
 __device__ __forceinline__ float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 
-// The largest score as what others are taken from: nothing but -infinity so far gives weights of 0.
+// The score to subtract from others. 0 if all are -infinity so far, which gives weights of 0.
 template <class A> __device__ __forceinline__ A base_of(A most) { return most == -infinity<A>() ? (A)0 : most; }
 
-// 16 bytes of a row. Elements of 16 bits stay two in a register until they are used.
+// 16 bytes of a row. 16-bit elements stay packed in pairs until they are used.
 template <class T> struct Part {
   Pack<T, 16 / sizeof(T)> pack;
   __device__ __forceinline__ Acc<T> at(int n) const { return widen(pack.at[n]); }
@@ -96,7 +95,7 @@ template <> struct Part<f16> : PartOfHalves<f16> {
   __device__ __forceinline__ float at(int n) const { return widen(get(n)); }
 };
 
-// The part of a row from column i on, 0 behind its end.
+// The elements of a row from column i on, 0 beyond its end.
 template <bool PACKED, class T> __device__ __forceinline__ Part<T> part(const T* row, i64 i, i64 cols) {
   constexpr int N = 16 / sizeof(T);
   Part<T> some;
@@ -110,14 +109,14 @@ template <bool PACKED, class T> __device__ __forceinline__ Part<T> part(const T*
   return some;
 }
 
-// What a group of lanes has seen for each query: the largest score, the sums of weights and of
-// weighted values; and the queries' places, counted from the span's begin.
+// The state of a group of lanes for each query: the largest score, the sums of weights and of
+// weighted values, and the query's position, relative to the begin of the span.
 template <int R, int F, class A> struct Seen {
   A sum[R][F], most[R], total[R];
   int place[R];
 };
 
-// The scores of keys of which the lanes of a group have loaded parts.
+// The scores of keys of which each lane of a group has loaded some features.
 template <int LANES, int N, int U, int PER, int R, class T, class A>
 __device__ __forceinline__ void scores(A (&score)[U][R], const Pack<A, 16 / sizeof(A)>* queries, const Part<T> (&keys)[U][PER]) {
   constexpr int W = 16 / sizeof(A);
@@ -149,13 +148,13 @@ __device__ __forceinline__ void scores(A (&score)[U][R], const Pack<A, 16 / size
       for (int r = 0; r < R; r++) score[u][r] += __shfl_xor_sync(ALL, score[u][r], o);
 }
 
-// Adds the values of the keys first, first + step, ... of a group of lanes. A query sees the keys
-// of the window that ends at its place; with ALL_SEEN every query sees every key. What was loaded
-// for a key from `end` on is not that key's.
+// Adds the values of the keys first, first + step, ... of a group of lanes. A query attends to the
+// keys in the window that ends at its position; with ALL_SEEN to every key. Data loaded for a key
+// from `end` on belongs to no key.
 template <bool ALL_SEEN, int N, int U, int PER, int R, class T, class A>
 __device__ __forceinline__ void add(Seen<R, N * PER, A>& at, A (&score)[U][R], const Part<T> (&values)[U][PER], int first,
     int step, int end, int window) {
-  // A bit a key and query.
+  // One bit per key and query.
   u32 hidden = 0;
   if (!ALL_SEEN) {
 #pragma unroll
@@ -203,7 +202,7 @@ __device__ __forceinline__ void add(Seen<R, N * PER, A>& at, A (&score)[U][R], c
 #pragma unroll
         for (int r = 0; r < R; r++) {
           const A more = fma_of(weight[r], value, at.sum[r][p * N + n]);
-          // What is not seen is not multiplied with: NaN and infinity there do no harm.
+          // Masked values are not multiplied, so NaN and infinity there have no effect.
           at.sum[r][p * N + n] = hidden >> (u * R + r) & 1 ? at.sum[r][p * N + n] : more;
         }
       }
@@ -224,24 +223,24 @@ __device__ void decode(i64 heads, i64 dim, i64 kv_heads, i64 sequences, i64 chun
   const int sharing = (int)(table[kv + 1] - table[kv]), rows = (int)sequence[1], count = rows * sharing;
   const i64 first = sequence[0], place = sequence[2], key_row = sequence[3] + kv * capacity;
   const i64 begin = sequence[4] + span % SPANS * sequence[6];
-  // Of the span. No place in it, and no distance in a window that hides something, comes near to
-  // FAR.
+  // Relative to the span. Positions in a span, and distances in a window that hides something, are
+  // far below FAR.
   const int end = (int)(begin + sequence[6] < sequence[5] ? sequence[6] : sequence[5] - begin);
   const i64 partial = sequence[7] < 0 ? -1 : sequence[7] + span % SPANS * rows * heads;
   list += table[kv];
   if (chunk * R >= count) return;
   const int lane = threadIdx.x, warp = threadIdx.y, own = lane % LANES, side = lane / LANES;
-  // The queries, by the parts that the lanes of a group take; and what every warp has seen.
+  // The queries, by the features that each lane of a group takes, and the state of every warp.
   DYNAMIC_SHARED(A, shared);
   A *queries = shared, *all_sums = queries + R * D, *all_stats = all_sums + WARPS * R * D;
   Seen<R, F, A> at;
-  // What the queries see together.
+  // The range of positions that the queries attend to.
   constexpr int FAR = 1 << 30;
   const int near = (int)(window < FAR ? window : FAR);
   int from = 0, to = end;
 #pragma unroll
   for (int r = 0; r < R; r++) {
-    // A query too many is the last once more.
+    // Surplus queries repeat the last one.
     const i64 row = place - begin + (chunk * R + r < count ? chunk * R + r : count - 1) / sharing;
     at.place[r] = (int)(row < FAR - 1 ? row : FAR - 1);
     if (at.place[r] + 1 < to) to = at.place[r] + 1;
@@ -272,12 +271,12 @@ __device__ void decode(i64 heads, i64 dim, i64 kv_heads, i64 sequences, i64 chun
       for (int p = 0; p < PER; p++) to[u][p] = part<PACKED>(row, (p * LANES + own) * N, dim);
     }
   };
-  // The next tile's parts are on their way while this one is computed.
+  // The next tile loads while this one is computed.
   Part<T> keys[U][PER], values[U][PER];
   load(keys, k, sk, warp * TILE);
   load(values, v, sv, warp * TILE);
   for (int tile = warp * TILE; tile < end; tile += WARPS * TILE) {
-    // Queries are read anew for every tile: registers for all of them would halve the number of
+    // Reads the queries again for every tile: keeping all in registers would halve the number of
     // warps.
     __syncwarp();
     A score[U][R];
@@ -288,7 +287,7 @@ __device__ void decode(i64 heads, i64 dim, i64 kv_heads, i64 sequences, i64 chun
     else add<false, N>(at, score, values, tile + side, SIDE, end, near);
     load(values, v, sv, tile + WARPS * TILE);
   }
-  // The groups of a warp, then the warps.
+  // Combines the groups of a warp, then the warps.
 #pragma unroll
   for (int r = 0; r < R; r++) {
 #pragma unroll
@@ -324,7 +323,7 @@ __device__ void decode(i64 heads, i64 dim, i64 kv_heads, i64 sequences, i64 chun
     const int row = query / sharing;
     const i64 head = list[query - row * sharing];
     if (partial < 0) {
-      // Of nothing but -infinity, 0 / 0. A query sees itself, and so one key at least.
+      // 0 / 0 if all scores are -infinity. A query attends to itself, so to one key at least.
       out[(first + row) * so + head * dim + d] = narrow<T>(sum * ((A)1 / total));
       continue;
     }
@@ -337,11 +336,12 @@ __device__ void decode(i64 heads, i64 dim, i64 kv_heads, i64 sequences, i64 chun
   }
 }
 
-// out <- the spans' results put together: a block a row, at blockIdx.x, and head, at blockIdx.y.
+// out <- the combined results of the spans: one block per row, at blockIdx.x, and head, at
+// blockIdx.y.
 //
-// table: from number `at` on 4 numbers a row: the row, the number of its first partial result for
-// the first head, how many spans there are, at most SPANS, and how far apart the numbers of two
-// spans are.
+// table: from index `at` on 4 numbers per row: the row, the number of its first partial result for
+// the first head, the number of spans, at most SPANS, and the distance between the partial results
+// of two spans.
 constexpr int PARTS = 4;
 template <class T>
 __device__ void combine(i64 dim, i64 at, const i64* table, const Acc<T>* sums, const Acc<T>* stats, T* out, i64 so) {

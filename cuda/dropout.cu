@@ -20,7 +20,8 @@ __device__ __forceinline__ void philox(u64 counter, u32 key0, u32 key1, u32 word
   words[3] = c3;
 }
 
-// Element (row, col) draws the word at index (first + row * width + col) of the stream: four to a counter.
+// Element (row, col) uses the u32 at index (first + row * width + col) of the random stream: four
+// per counter.
 template <int N, class T>
 __device__ __forceinline__ void dropout(i64 rows, i64 cols, u64 first, u64 width, u32 key0, u32 key1, u32 threshold, Acc<T> scale,
     const T* x, i64 sx, T* y, i64 sy) {

@@ -1,8 +1,9 @@
-// What the kernels share: elements, packs of 16 bytes, sums over the threads of a row, loops.
+// Shared by all kernels: elements, packs of 16 bytes, sums over the threads of a row, loops.
 //
-// No header is included: NVRTC finds none on a user's machine. Every kernel has the element in its name (add_bf16), and takes
-// pointers, long long and double alone: words of 8 bytes. Matrices come as a pointer and the elements from one row to the next.
-// SHARDWISE_STANDIN is defined where the same source runs on a CPU, in tests.
+// No header is included: NVRTC finds none on a user's machine. Every kernel has the element in its
+// name (add_bf16). Its arguments are pointers, long long and double, of 8 bytes each. A matrix is a
+// pointer and a row stride in elements. SHARDWISE_STANDIN is defined where tests run the same
+// source on a CPU.
 
 typedef long long i64;
 typedef unsigned long long u64;
@@ -46,7 +47,7 @@ template <> struct Narrow<bf16> {
     bf16 y;
 #ifdef SHARDWISE_STANDIN
     const u32 bits = bits_of(x);
-    // To the nearest, ties to even; a NaN stays one.
+    // Rounds to nearest, ties to even; a NaN stays NaN.
     y.bits = x != x ? (u16)((bits >> 16) | 0x40) : (u16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 #else
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
@@ -65,10 +66,11 @@ template <> struct Narrow<f16> {
     return y;
   }
 };
-// The nearest number of T to one of the accumulator.
+// Rounds a number of the accumulator to T, to nearest.
 template <class T> __device__ __forceinline__ T narrow(Acc<T> x) { return Narrow<T>::of(x); }
 
-// The float next to x towards 0, with its last bit set where x is no float: rounding that to fewer bits is rounding x once.
+// Rounds x to a float towards 0 and sets the last bit if it was inexact (round to odd): rounding
+// that to fewer bits then rounds x once.
 __device__ __forceinline__ float round_to_odd(double x) {
   const float near = (float)x;
   if (x != x || (double)near == x) return near;
@@ -77,7 +79,7 @@ __device__ __forceinline__ float round_to_odd(double x) {
   return float_of((beyond ? bits - 1 : bits) | 1);
 }
 
-// From any element to any other, rounded once.
+// Converts between any two elements, rounding once.
 template <class To> struct Convert {
   template <class From> static __device__ __forceinline__ To of(From x) { return narrow<To>(widen(x)); }
   static __device__ __forceinline__ To of(double x) { return narrow<To>(round_to_odd(x)); }
@@ -116,11 +118,11 @@ template <int N, class T> __device__ __forceinline__ void store(T* to, const Pac
   *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
-// The elements in 16 bytes of the larger of two elements.
+// The number of elements per pack: 16 bytes of the larger of two element types.
 template <class T, class Y = T> struct Width { static constexpr int value = 16 / (sizeof(T) > sizeof(Y) ? sizeof(T) : sizeof(Y)); };
 
-// The N elements of a row from column i on, or as many as there are: at once where rows are aligned, else one by one. What is summed
-// in what order does not depend on that.
+// The N elements of a row from column i on, or those that exist: one load where rows are aligned,
+// else one by one. The order of summation does not depend on that.
 template <int N, class T> __device__ __forceinline__ Pack<T, N> take(bool packed, const T* row, i64 i, i64 cols) {
   if (packed) return load<N>(row + i);
   Pack<T, N> some;
@@ -134,7 +136,7 @@ template <int N, class T> __device__ __forceinline__ void give(bool packed, T* r
   for (int k = 0; k < N; k++) if (i + k < cols) row[i + k] = some.at[k];
 }
 
-// f(x_i, i) for the elements of a row, the threads of the row sharing them.
+// f(x_i, i) for the elements of a row, shared among the threads of the row.
 template <class T, class F> __device__ __forceinline__ void each_of_row(bool packed, i64 cols, const T* row, F f) {
   constexpr int N = Width<T>::value;
   for (i64 i = (i64)threadIdx.x * N; i < cols; i += (i64)blockDim.x * N) {
@@ -143,7 +145,7 @@ template <class T, class F> __device__ __forceinline__ void each_of_row(bool pac
     for (int k = 0; k < N; k++) if (i + k < cols) f(widen(in.at[k]), i + k);
   }
 }
-// The same of two rows.
+// The same for two rows.
 template <class T, class F>
 __device__ __forceinline__ void each_of_row(bool packed, i64 cols, const T* row, const T* other, F f) {
   constexpr int N = Width<T>::value;
@@ -155,11 +157,11 @@ __device__ __forceinline__ void each_of_row(bool packed, i64 cols, const T* row,
   }
 }
 
-// Runs `body` with N elements at a time: 16 bytes, or one where rows are not aligned to that.
+// Runs `body` with N elements at a time: 16 bytes where rows are aligned to that, else one element.
 #define WITH_PACKS(packed, width, body) \
   if (packed) { constexpr int N = width; body; } else { constexpr int N = 1; body; }
 
-// f(row, column) for every N-th column of every row, the grid sharing them.
+// f(row, column) for every N-th column of every row, shared among the threads of the grid.
 template <int N, class F> __device__ __forceinline__ void each(i64 rows, i64 cols, F f) {
   const i64 packs = cols / N, total = rows * packs, step = (i64)gridDim.x * blockDim.x;
   for (i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x; at < total; at += step) {
@@ -193,11 +195,11 @@ __device__ __forceinline__ void map(i64 rows, i64 cols, const A* a, i64 sa, cons
   });
 }
 
-// ---- sums over the threads of a row: blockDim.x of them, 32 or a multiple of it; one row for each threadIdx.y ----
+// ---- sums over the threads of a row: blockDim.x, a multiple of 32; one row per threadIdx.y ----
 
 template <class A> __device__ __forceinline__ A plus(A a, A b) { return a + b; }
 
-// The same bits in every thread: the exchanged operands of a step differ in their order only.
+// Every thread gets the same bits: the operands of an exchange only differ in their order.
 template <class A, class Op> __device__ __forceinline__ A row_reduce(A value, Op op) {
 #pragma unroll
   for (int o = 16; o; o >>= 1) value = op(value, __shfl_xor_sync(0xffffffffu, value, o));
@@ -218,21 +220,23 @@ template <class A> __device__ __forceinline__ A row_max(A value) {
   return row_reduce(value, [](A a, A b) { return max_nan(a, b); });
 }
 
-// The row of this thread; the threads of a row are all there or all not.
+// The row of this thread. Either all threads of a row are in range or none.
 __device__ __forceinline__ i64 own_row() { return (i64)blockIdx.x * blockDim.y + threadIdx.y; }
 
-// ---- sums of columns: blocks of 32 x 8 threads sum runs of rows, and pointwise.cu's column_sums the runs, in a fixed order ----
+// ---- sums of columns: blocks of 32 x 8 threads sum runs of rows; column_sums in pointwise.cu sums
+// the runs, in a fixed order ----
 
 // The first of the N columns of this thread.
 template <int N> __device__ __forceinline__ i64 own_columns() { return ((i64)blockIdx.x * 32 + threadIdx.x) * N; }
 
-// f(row) for the rows of this thread: every eighth of the block's run.
+// f(row) for the rows of this thread: every eighth row of the block's run.
 template <class F> __device__ __forceinline__ void each_of_run(i64 rows, i64 run, F f) {
   const i64 end = rows < ((i64)blockIdx.y + 1) * run ? rows : ((i64)blockIdx.y + 1) * run;
   for (i64 row = (i64)blockIdx.y * run + threadIdx.y; row < end; row += 8) f(row);
 }
 
-// runs[blockIdx.y][col + k] <- the sums of the eight threads of a column; all threads of the block are here.
+// runs[blockIdx.y][col + k] <- the sums of the eight threads of a column. All threads of the block
+// must call this.
 template <int N, class A> __device__ __forceinline__ void store_run(i64 cols, const A (&sum)[N], A* runs) {
   __shared__ A part[8][N][32];
   const i64 col = own_columns<N>();
@@ -250,7 +254,7 @@ template <int N, class A> __device__ __forceinline__ void store_run(i64 cols, co
   __syncthreads();
 }
 
-// ---- shared memory whose size the launch states ----
+// ---- dynamic shared memory, whose size the launch gives ----
 
 #ifdef SHARDWISE_STANDIN
 #define DYNAMIC_SHARED(T, name) T* name = (T*)__standin_dynamic_shared()

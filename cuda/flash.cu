@@ -1,29 +1,31 @@
-// Scaled dot-product attention on tensor cores, forward and backward, of bf16 and f16 (Dao, 2023: FlashAttention-2).
+// Scaled dot-product attention on tensor cores, forward and backward, of bf16 and f16 (Dao, 2023:
+// FlashAttention-2).
 //
-// A block is 4 warps. In the forward a warp has 32 queries, so that a part of the keys and values
-// that it loads from shared memory is multiplied twice; in the backward 16 queries or keys. One
-// tile of the others is multiplied while the next one comes to shared memory. Scores, weights and
-// sums are f32; what is multiplied next is rounded to the element. tiles as in attention.cu. Every
-// row of a matrix begins at 16 bytes, and heads have a multiple of 8 features.
+// A block is 4 warps. In the forward a warp has 32 queries, so that fragments of keys and values
+// from shared memory are used twice; in the backward a warp has 16 queries or keys. The next tile
+// loads into shared memory while the current one is multiplied. Scores, weights and sums are f32;
+// the factors of the next product are rounded to the element. tiles: as in attention.cu. Every row
+// of a matrix is aligned to 16 bytes, and the width of heads is a multiple of 8.
 //
-// A product cannot leave out what a mask hides: weights of 0 do. Rows of padding are 0 in shared memory; where a causal mask hides
-// some rows of a tile from some of the others, and a number of it is infinite or NaN, products are made one by one.
+// A product cannot skip masked elements, so their weights are 0. Rows of padding are 0 in shared
+// memory. Where a causal mask applies within a tile and a number of it is infinite or NaN, products
+// are computed one by one.
 //
-// Most tiles hide nothing. Only the others compute which scores are seen, as one bit each.
+// Most tiles are not masked. Only for the others are masks computed, one bit per score.
 #include "mma.cuh"
 
 constexpr int WARPS = 4, TILE = 16 * WARPS;
 constexpr u32 ALL = 0xffffffffu;
-// Powers of 2: scores come with log2 e in them.
+// Scores are exponents of 2: the scale includes log2 e.
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// Rows in shared memory are D elements, in packs of 8. Pack p of row r lies where pack p ^ r % 8
-// would: eight rows of a column of packs lie in different banks.
+// Rows in shared memory are D elements, in packs of 8. Pack p of row r is stored at pack p ^ r % 8,
+// so that eight rows of a column of packs are in different banks.
 template <int D> __device__ __forceinline__ int place_of(int row, int col) { return row * D + (col ^ row % 8 * 8); }
 
-// Where this lane begins to load: of 16 x 16 elements for `load_matrices` as the left side of a
-// product, or `load_transposed` as its right; and for `load_matrices` as the transposed right side.
-// A place `rows` rows on, a multiple of 8, is 2 D rows bytes on.
+// The address from which this lane loads 16 x 16 elements: by `load_matrices` as the left operand
+// or the transposed right operand of a product, or by `load_transposed` as the right operand. The
+// address `rows` rows further, a multiple of 8, is 2 D rows bytes further.
 template <int D, class T> __device__ __forceinline__ Address lane_of(const T* tile) {
   return shared_address(tile + place_of<D>(threadIdx.x % 16, threadIdx.x / 16 * 8));
 }
@@ -31,17 +33,17 @@ template <int D, class T> __device__ __forceinline__ Address lane_of_transposed(
   return shared_address(tile + place_of<D>(threadIdx.x % 8 + threadIdx.x / 16 * 8, threadIdx.x / 8 % 2 * 8));
 }
 
-// The place `d` features on, a multiple of 16.
+// The address `d` features further, a multiple of 16.
 __device__ __forceinline__ Address features_on(Address lane, int d) { return (lane ^ 2 * (d % 64)) + 2 * (d / 64 * 64); }
 
-// The first 16 bytes of some rows that this thread copies.
+// The first of the packs that this thread copies.
 template <int D, class T> __device__ __forceinline__ const T* thread_part(const T* rows, i64 stride) {
   const int thread = threadIdx.y * 32 + threadIdx.x;
   return rows + thread / (D / 8) * stride + thread % (D / 8) * 8;
 }
 
-// to <- N rows of a matrix, 0 beyond the rows and features that there are, and in rows of padding.
-// `part` is this thread's part of them, and then of the rows behind them.
+// to <- N rows of a matrix; 0 beyond its rows and features, and in rows of padding. `part` is this
+// thread's share of them, and is advanced to the rows that follow.
 template <int D, int N = TILE, class T>
 __device__ __forceinline__ void stage_part(T* to, int count, int dim, const T*& part, i64 stride, const u8* valid = nullptr) {
   constexpr int ROWS = WARPS * 32 / (D / 8);
@@ -62,13 +64,13 @@ __device__ __forceinline__ void stage(T* to, int count, int dim, const T* from, 
   stage_part<D, N>(to, count, dim, part, stride);
 }
 
-// Whether an element of 16 bits, or either of two, is infinite or NaN: its exponent is all ones,
-// and one more is carried into the sign.
+// Whether one of two packed 16-bit elements is infinite or NaN: its exponent is all ones, and
+// adding one carries into the sign.
 template <class T> struct Exponent;
 template <> struct Exponent<bf16> { static constexpr u32 ONES = 0x7f807f80u, ONE = 0x00800080u; };
 template <> struct Exponent<f16> { static constexpr u32 ONES = 0x7c007c00u, ONE = 0x04000400u; };
 
-// Whether what this thread has copied is finite.
+// Whether the elements that this thread has copied are finite.
 template <int D, int N = TILE, class T> __device__ __forceinline__ bool is_finite(const T* staged) {
   constexpr int ROWS = WARPS * 32 / (D / 8);
   const int thread = threadIdx.y * 32 + threadIdx.x;
@@ -83,7 +85,7 @@ template <int D, int N = TILE, class T> __device__ __forceinline__ bool is_finit
   return !(carries & 0x80008000u);
 }
 
-// to += own others', of 16 M rows and N. `own` and `others` are addresses of this lane.
+// to += own others', for 16 M rows and N. `own` and `others` are addresses of this lane.
 template <int D, int M, int N, class T>
 __device__ __forceinline__ void scores(float (&to)[M][N / 8][4], Address own, Address others) {
 #pragma unroll
@@ -103,7 +105,7 @@ __device__ __forceinline__ void scores(float (&to)[M][N / 8][4], Address own, Ad
   }
 }
 
-// sum += weight rows, of 16 M x N weights. `rows` is an address of this lane.
+// sum += weight rows, for 16 M x N weights. `rows` is an address of this lane.
 template <int D, int M, int N, class T>
 __device__ __forceinline__ void add_rows(float (&sum)[M][D / 8][4], const float (&weight)[M][N / 8][4], Address rows) {
 #pragma unroll
@@ -128,30 +130,30 @@ __device__ __forceinline__ void add_rows(float (&sum)[M][D / 8][4], const float 
   }
 }
 
-// What rows g and g + 8 see of N columns, a bit each.
+// The masks of rows g and g + 8 over N columns, one bit per column.
 template <int N> struct Seen {
   u32 bits[2][N / 32];
 
   static __device__ __forceinline__ u32 below(int col) { return col <= 0 ? 0 : col >= 32 ? ALL : (1u << col) - 1; }
-  // Row `half` sees `from` up to before `to`, of those that are `there`.
+  // Row `half` attends to the columns `from` up to before `to` that are in `there`.
   __device__ __forceinline__ void span(int half, int from, int to, const u32 (&there)[N / 32]) {
 #pragma unroll
     for (int word = 0; word < N / 32; word++)
       bits[half][word] = below(to - 32 * word) & ~below(from - 32 * word) & there[word];
   }
-  // Element e of this lane's part n of the scores.
+  // Element e of fragment n of this lane's scores.
   __device__ __forceinline__ bool part(int n, int e) const {
     return (bits[e / 2][n / 4] >> 2 * (threadIdx.x % 4)) >> (8 * (n % 4) + e % 2) & 1;
   }
   __device__ __forceinline__ bool any(int half) const { return (bits[half][0] | bits[half][N / 32 - 1]) != 0; }
-  // A column that is not known when this is compiled.
+  // For a column that is not known at compile time.
   __device__ __forceinline__ bool column(int col, int half) const {
     const u32 word = col < 32 ? bits[half][0] : bits[half][N / 32 - 1];
     return word >> col % 32 & 1;
   }
 };
 
-// sum += weight rows, one by one, without what is not seen. The weights pass through 16 x N
+// sum += weight rows, one by one, skipping masked elements. The weights pass through 16 x N
 // elements of this warp's shared memory.
 template <int D, int N, class T>
 __device__ __forceinline__ void add_rows_apart(float (&sum)[D / 8][4], const float (&weight)[N / 8][4], T* weights, int here,
@@ -179,7 +181,8 @@ __device__ __forceinline__ void add_rows_apart(float (&sum)[D / 8][4], const flo
   __syncwarp();
 }
 
-// to <- `count` rows of by sum, or 0 in a half that is not kept, by way of 16 rows of this warp's shared memory.
+// to <- `count` rows of by sum, or 0 in a half that is not kept, through 16 rows of this warp's
+// shared memory.
 template <int D, class T>
 __device__ __forceinline__ void give_rows(T* to, i64 stride, int count, int dim, const float (&sum)[D / 8][4], const float (&by)[2],
     const bool (&kept)[2], T* own) {
@@ -199,7 +202,7 @@ __device__ __forceinline__ void give_rows(T* to, i64 stride, int count, int dim,
   }
 }
 
-// The four lanes that share a row.
+// Reduces over the four lanes that share a row.
 __device__ __forceinline__ float row_total(float x) {
   x += __shfl_xor_sync(ALL, x, 1);
   return x + __shfl_xor_sync(ALL, x, 2);
@@ -209,15 +212,15 @@ __device__ __forceinline__ float row_most(float x) {
   return largest_of(x, __shfl_xor_sync(ALL, x, 2));
 }
 
-// No sequence is as long as this window, and sums with it are numbers of 32 bits.
+// Longer than any sequence, and sums with it fit 32 bits.
 __device__ __forceinline__ int reach(i64 window) { return window < 1 << 30 ? (int)window : 1 << 30; }
 
-// What the N queries of a warp see of KEYS keys, of which there are `here`. The first query is
-// `ahead` places behind the first key.
+// The masks of a warp's N queries over KEYS keys, of which `here` exist. The first query is `ahead`
+// positions after the first key.
 template <int N, int KEYS = TILE> struct Sight {
   int ahead, window;
   bool causal, some, all;
-  // Which keys there are.
+  // The keys that exist and are not padding.
   u32 there[KEYS / 32];
 
   __device__ __forceinline__ Sight(int ahead, int here, bool causal, int window, const u8* valid)
@@ -234,7 +237,7 @@ template <int N, int KEYS = TILE> struct Sight {
     some = some && ahead + N - 1 >= 0 && ahead - window < KEYS - 1;
     all = all && ahead >= KEYS - 1 && ahead + N - 1 < window;
   }
-  // Of queries `row` and `row` + 8 of the warp.
+  // For queries `row` and `row` + 8 of the warp.
   __device__ __forceinline__ Seen<KEYS> operator()(int row) const {
     Seen<KEYS> seen;
 #pragma unroll
@@ -246,7 +249,7 @@ template <int N, int KEYS = TILE> struct Sight {
   }
 };
 
-// The rows of a forward block, and of a warp.
+// The rows of a block, and of a warp, in the forward.
 constexpr int PARTS = 2, OWN = 16 * PARTS;
 
 template <int D, class T>
@@ -254,28 +257,28 @@ __device__ __forceinline__ void forward(i64 heads, i64 dim, i64 row_step, i64 co
     const i64* tiles, const i64* kv_of_query, const u8* valid, const T* q, i64 sq, const T* k, i64 sk, const T* v, i64 sv, T* out,
     i64 so, float* lse) {
   DYNAMIC_SHARED(T, shared);
-  // So many keys at a time that scores and sums stay in registers.
+  // The keys per tile, such that scores and sums stay in registers.
   constexpr int STEP = D <= 64 ? 64 : 32;
   // Two tiles each of keys and values.
   T *queries = shared, *keys = queries + WARPS * OWN * D, *values = keys + 2 * TILE * D;
   const i64 head = blockIdx.y, kv = kv_of_query[head];
-  // The last tiles of a causal sequence see most: they come first.
+  // The last tiles of a causal sequence have the most keys, so they start first.
   const i64* tile = tiles + 5 * (i64)(gridDim.x - 1 - blockIdx.x);
   const i64 first = tile[0], key_row = tile[3] + kv * row_step;
   const int count = tile[1], place = tile[2], key_count = tile[4], window = reach(farthest);
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;
-  // This warp's queries; its rows in shared memory are its own.
+  // This warp's queries. Only this warp uses its rows in shared memory.
   const int mine = OWN * threadIdx.y;
   T* own = queries + mine * D;
   const float by = (float)scale * LOG2_E;
-  // Of each row: the largest score, as a power of 2; the sum of the weights, and of the values by
-  // them; a bit, whether it has seen a key.
+  // For each row: the largest score, as an exponent of 2; the sum of the weights and of the
+  // weighted values; and a bit, whether it has had a visible key.
   float most[PARTS][2], total[PARTS][2] = {}, sum[PARTS][D / 8][4] = {};
   u32 any = 0;
 #pragma unroll
   for (int m = 0; m < PARTS; m++) most[m][0] = most[m][1] = -infinity<float>();
-  // Scores beyond this are scaled before they are compared: with one rounding less, differences
-  // would be off by too much.
+  // Larger scores are scaled before they are compared: omitting that rounding would make the
+  // differences too inaccurate.
   constexpr float LARGE = 1 << 16;
   bool large = false;
 
@@ -283,8 +286,7 @@ __device__ __forceinline__ void forward(i64 heads, i64 dim, i64 row_step, i64 co
   const int end = causal && place + count < key_count ? place + count : key_count;
   const T* k_part = thread_part<D>(k + (key_row + begin) * sk + kv * col_step, sk);
   const T* v_part = thread_part<D>(v + (key_row + begin) * sv + kv * col_step, sv);
-  // Of the tiles to come; and of the first query of the block, how many places it is behind the
-  // first key of the tile.
+  // Of the tiles to come; and the offset of the block's first query from the first key of the tile.
   int left = end - begin, ahead = place - begin;
   const u8* flags = valid ? valid + key_row + begin : nullptr;
   const auto fetch = [&](int buffer, int here, const u8* flags) {
@@ -302,7 +304,7 @@ __device__ __forceinline__ void forward(i64 heads, i64 dim, i64 row_step, i64 co
     bool apart = false;
     if (hides) apart = __syncthreads_or(!is_finite<D>(some_values));
     else __syncthreads();
-    // With the products apart, the place of the next tile is needed before.
+    // The separate products need the buffer of the next tile first.
     if (left > TILE && !apart) fetch(buffer ^ 1, left - TILE, flags ? flags + TILE : nullptr);
 #pragma unroll 1
     for (int at = 0; at < TILE; at += STEP) {
@@ -347,7 +349,7 @@ __device__ __forceinline__ void forward(i64 heads, i64 dim, i64 row_step, i64 co
       bool moved = false;
 #pragma unroll
       for (int m = 0; m < PARTS; m++) moved = moved || largest[m][0] != most[m][0] || largest[m][1] != most[m][1];
-      // Nothing but -infinity so far: weights of 0 for now.
+      // Only -infinity so far: use weights of 0 for now.
       const auto from = [](float most) { return most == -infinity<float>() ? 0.0f : most; };
       if (__ballot_sync(ALL, moved)) {
         bool now_large = false;
@@ -402,10 +404,10 @@ __device__ __forceinline__ void forward(i64 heads, i64 dim, i64 row_step, i64 co
     }
     if (flags) flags += TILE;
   }
-  // Where there were no keys, the queries have come all the same.
+  // Without any keys the copy of the queries still has to complete.
   await_copies();
   __syncthreads();
-  // Read again: in the loop, registers are scarce.
+  // Read again, as registers are scarce in the loop.
   const i64 out_row = tiles[5 * (i64)(gridDim.x - 1 - blockIdx.x)];
 #pragma unroll
   for (int m = 0; m < PARTS; m++) {
@@ -416,7 +418,7 @@ __device__ __forceinline__ void forward(i64 heads, i64 dim, i64 row_step, i64 co
       const int row = mine + 16 * m + g + 8 * half;
       const float all = row_total(total[m][half]);
       kept[half] = any >> (2 * m + half) & 1;
-      // Of nothing but -infinity, 0 / 0.
+      // 0 / 0 if all scores are -infinity.
       shrink[half] = 1.0f / all;
       if (lse && t == 0 && row < count) {
         const bool lost = most[m][half] == -infinity<float>();
@@ -474,7 +476,7 @@ __device__ __forceinline__ void backward_queries(i64 heads, i64 dim, i64 causal,
     if (hides) apart = __syncthreads_or(!is_finite<D>(some_keys));
     else __syncthreads();
     const int next = base + TILE;
-    // With the products apart, the place of the next tile is needed before.
+    // The separate products need the buffer of the next tile first.
     if (next < end && !apart) fetch(next, buffer ^ 1);
     const Sight<16> sees(place + mine - base, here, causal, window, valid ? valid + base : nullptr);
     const bool some = mine < count && sees.some;
@@ -510,8 +512,9 @@ __device__ __forceinline__ void backward_queries(i64 heads, i64 dim, i64 causal,
   give_rows<D>(dqkv + (first + mine) * sd + head * dim, sd, count - mine, (int)dim, sum[0], factor, kept, queries + mine * D);
 }
 
-// dk and dv of the keys in the places of a tile's queries: dV = P' dO, dK = scale dS' Q, over the query heads of a kv head. A warp owns
-// 16 keys; so many queries at a time lie in shared memory that the sums of both stay in registers.
+// dk and dv of the keys at the positions of a tile's queries: dV = P' dO, dK = scale dS' Q, summed
+// over the query heads of a key/value head. A warp owns 16 keys. The number of queries in shared
+// memory is such that both sums stay in registers.
 constexpr int QUERIES = 32;
 
 template <int D, class T>
@@ -519,14 +522,14 @@ __device__ __forceinline__ void backward_keys(i64 heads, i64 kv_heads, i64 dim, 
     const i64* tiles, const i64* kv_of_query, const u8* valid, const T* q, i64 sq, const T* k, i64 sk, const T* v, i64 sv,
     const float* lse, const float* delta, const T* dout, i64 sdo, T* dqkv, i64 sd) {
   DYNAMIC_SHARED(T, shared);
-  // Two tiles each of queries and their gradients, and of the numbers that belong to them.
+  // Two tiles each of queries and their gradients, and of the numbers per query.
   T *keys = shared, *values = keys + TILE * D, *queries = values + TILE * D, *douts = queries + 2 * QUERIES * D;
   T* weights = douts + 2 * QUERIES * D;
-  // Of each tile, the logarithms of the sums, as powers of 2, and then the deltas.
+  // For each tile, the log-sum-exps as exponents of 2, and then the deltas.
   float* numbers = reinterpret_cast<float*>(weights + TILE * QUERIES);
   const i64 kv = blockIdx.y;
   const i64* tile = tiles + 5 * (i64)blockIdx.x;
-  // A causal mask hides the queries before the keys: places count from the first key.
+  // A causal mask hides the queries before the keys. Positions count from the first key.
   const int count = tile[1], hidden = causal ? tile[2] : 0, window = reach(farthest);
   const i64 first = tile[0], start = tile[3] + hidden;
   const int g = threadIdx.x / 4, t = threadIdx.x % 4, thread = threadIdx.y * 32 + threadIdx.x;
@@ -544,8 +547,8 @@ __device__ __forceinline__ void backward_keys(i64 heads, i64 kv_heads, i64 dim, 
     while (head < heads && kv_of_query[head] != kv);
     return head;
   };
-  // The first two warps each take one of these arrays. The next tile's numbers come while products
-  // are made.
+  // The first two warps each load one of these arrays. The next tile's numbers load while products
+  // are computed.
   const bool second = threadIdx.y == 1;
   float next_number = 0;
   const auto fetch = [&](int head, int base, int buffer) {
@@ -576,7 +579,7 @@ __device__ __forceinline__ void backward_keys(i64 heads, i64 kv_heads, i64 dim, 
     const int next_base = again ? base + QUERIES : 0;
     head = again ? head : next_head(head);
     if (head < heads) fetch(head, next_base, buffer ^ 1);
-    // Key `mine + g + 8 half` is seen by the queries of its columns from `low + 8 half` on,
+    // Key `mine + g + 8 half` is visible to the queries of its columns from `low + 8 half` on,
     // `window` of them.
     const int ahead = mine - base;
     const bool some = mine < count && (!causal || (here - 1 >= ahead && 0 < ahead + 15 + window));
@@ -628,7 +631,7 @@ __device__ __forceinline__ void backward_keys(i64 heads, i64 kv_heads, i64 dim, 
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = mine + g + 8 * half;
-    // Nobody sees padding.
+    // No query attends to padding.
     kept[half] = row < count && (!valid || valid[out_row + row]);
   }
   T* rows = dqkv + (out_row + mine) * sd;

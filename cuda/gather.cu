@@ -1,4 +1,4 @@
-// Rows of a table by index, and the transpose of that.
+// Gather of rows by index, and its transpose.
 #include "element.cuh"
 
 #define NO_ROW 0xffffffffu

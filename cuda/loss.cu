@@ -1,4 +1,4 @@
-// Losses of rows: cross entropy over columns that may be a part of the classes, and squared error.
+// Losses of rows: cross entropy over all classes or a range of them, and squared error.
 #include "element.cuh"
 
 #define LOSS(T, name) \
@@ -11,7 +11,7 @@
     largest = row_max(largest); \
     if (threadIdx.x == 0) most[row] = largest; \
   } \
-  /* columns[row]: the column of the row's target, negative where it is not at hand. */ \
+  /* columns[row]: the column of the row's target, negative if it is elsewhere or ignored. */ \
   extern "C" __global__ void exp_sums_##name(i64 packed, i64 rows, i64 cols, i64 smoothed, const i64* columns, const T* x, i64 sx, \
       const Acc<T>* most, Acc<T>* sums) { \
     typedef Acc<T> A; \
@@ -40,7 +40,7 @@
     constexpr int N = Width<T>::value; \
     const i64 row = own_row(); \
     if (row >= rows) return; \
-    /* Apart: the sum of the two is rounded at the size of what the logits have in common. */ \
+    /* Subtracted separately: their sum is rounded at the size of the logits' common offset. */ \
     const A m = most[row], log_sum = logs[row], weight = (A)1 + (A)(2 * z) * (m + log_sum), by = (A)scale; \
     const i64 target = columns[row]; \
     const bool counts = !ignored[row]; \
@@ -76,7 +76,7 @@
   }
 EACH_ELEMENT(LOSS)
 
-// One thread a row: the losses from the maxima and the sums over all classes.
+// One thread per row: the losses from the maxima and the sums over all classes.
 #define CROSS_ENTROPY(A, name) \
   extern "C" __global__ void cross_entropy_##name(i64 rows, double on, double off, double z, const u8* ignored, const A* most, \
       const A* sums, A* losses, A* logs) { \

@@ -1,8 +1,10 @@
-// Tensor cores: products of small matrices of a warp, and how their parts come into registers. Compute capability 8.0.
+// Tensor cores: products of small matrices of a warp, and how their fragments are loaded into
+// registers. For compute capability 8.0.
 //
 // d += a b, of 16 x 16 and 16 x 8 elements. With g = lane / 4 and t = lane % 4 a lane holds
-//   of a, row-major: rows g, g + 8, g, g + 8 of columns 2t, 2t, 2t + 8, 2t + 8, each with the column behind it;
-//   of b: rows 2t and 2t + 8 of column g, each with the row below it;
+//   of a, row-major: rows g, g + 8, g, g + 8 of columns 2t, 2t, 2t + 8, 2t + 8, each with the next
+//   column;
+//   of b: rows 2t and 2t + 8 of column g, each with the next row;
 //   of d: row g of columns 2t and 2t + 1, and row g + 8 of the same.
 #include "element.cuh"
 
@@ -39,7 +41,7 @@ template <> __device__ __forceinline__ void mma<f16>(float (&d)[4], const u32 (&
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Two numbers, each to the nearest, the first in the lower half.
+// Two numbers, each rounded to nearest, the first in the lower half.
 template <class T> __device__ __forceinline__ u32 pair(float low, float high);
 template <> __device__ __forceinline__ u32 pair<bf16>(float low, float high) {
   u32 both;
@@ -52,13 +54,13 @@ template <> __device__ __forceinline__ u32 pair<f16>(float low, float high) {
   return both;
 }
 
-// 2^x to two units in the last place; 0 where that is no normal number.
+// 2^x to two units in the last place; 0 where the result is subnormal.
 __device__ __forceinline__ float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// The larger one, NaN where either is.
+// The maximum, NaN where either is NaN.
 __device__ __forceinline__ float largest_of(float a, float b) {
   float y;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
@@ -73,20 +75,20 @@ __device__ __forceinline__ Address shared_address(const void* at) {
   return address;
 }
 
-// Four matrices of 8 x 8 elements in shared memory: lane l gives the 16 bytes of row l % 8 of matrix l / 8, and gets of each matrix
-// row g, columns 2t and 2t + 1.
+// Four matrices of 8 x 8 elements in shared memory: lane l gives the address of the 16 bytes of row
+// l % 8 of matrix l / 8, and gets row g, columns 2t and 2t + 1 of each matrix.
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
       : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
-// The same of the transposed matrices: rows 2t and 2t + 1, column g.
+// The same for the transposed matrices: rows 2t and 2t + 1, column g.
 __device__ __forceinline__ void load_transposed(u32 (&r)[4], Address row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
       : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
 
-// 16 bytes to shared memory, zeros where they are not there: then `from` is not read. This thread
-// sees them after `await_copies`, and others after a barrier behind that.
+// Copies 16 bytes to shared memory, or zeros where `from` does not exist, which is then not read.
+// Visible to this thread after `await_copies`, and to others after a barrier behind that.
 __device__ __forceinline__ void copy_async(Address to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
 }

@@ -1,4 +1,5 @@
-// LayerNorm and RMSNorm. A warp a row where rows are short, else a block a row; the variance in a second pass over the row.
+// LayerNorm and RMSNorm. One warp per row where rows are short, else one block per row. The
+// variance takes a second pass over the row.
 #include "element.cuh"
 
 template <class T>
@@ -99,7 +100,7 @@ __device__ __forceinline__ void normalize_columns(i64 rows, i64 cols, i64 run, c
     if (row >= rows) return; \
     normalize_backward(packed, cols, centers, x + row * sx, gamma, stats + 2 * row, dy + row * sdy, dx + row * sdx); \
   } \
-  /* Runs of rows of the gradients of gamma and beta; pointwise.cu's column_sums adds the runs. */ \
+  /* Gradients of gamma and beta over runs of rows; pointwise.cu's column_sums sums them. */ \
   extern "C" __global__ void normalize_columns_##name(i64 packed, i64 rows, i64 cols, i64 run, const T* x, i64 sx, \
       const Acc<T>* stats, const T* dy, i64 sdy, Acc<T>* dgamma, Acc<T>* dbeta) { \
     WITH_PACKS(packed, Width<T>::value, (normalize_columns<N>(rows, cols, run, x, sx, stats, dy, sdy, dgamma, dbeta))) \

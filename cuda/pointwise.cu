@@ -1,5 +1,5 @@
-// Element by element: activations, gates, sums, products, bias, copies and conversions.
-// Also sums over rows and over columns.
+// Element-wise kernels: activations, gates, sums, products, bias, copies and conversions. Also sums
+// over rows and over columns.
 #include "element.cuh"
 
 // ---- activations, numbered as in kernels/pointwise ----
@@ -14,7 +14,7 @@ template <class A> __device__ __forceinline__ A gelu_inner(A x) {
 
 template <class A> struct Relu {
   static __device__ __forceinline__ A f(A x) { return max_nan(x, (A)0); }
-  // A NaN lets the gradient through; and no product, so that an infinite dy stops where x <= 0.
+  // A NaN lets the gradient through. Selects, so that an infinite dy gives 0 where x <= 0.
   static __device__ __forceinline__ A df(A x, A dy) { return x <= 0 ? (A)0 : dy; }
 };
 template <class A> struct Silu {
@@ -34,7 +34,7 @@ template <class A> struct GeluTanh {
   static __device__ __forceinline__ A f(A x) { return (A)0.5 * x * ((A)1 + tanh_of(gelu_inner(x))); }
   static __device__ __forceinline__ A df(A x, A dy) {
     const A t = tanh_of(gelu_inner(x));
-    // tanh' first: where x * x overflows it is 0, and keeps what x * x multiplies 0.
+    // tanh' comes first: where x * x overflows, tanh' is 0 and the product stays 0.
     const A bump = ((A)1 - t * t) * x;
     const A slope = bump + bump * x * x * (A)(3 * 0.044715);
     return dy * ((A)0.5 * ((A)1 + t + (A)0.79788456080286535588 * slope));
@@ -136,7 +136,7 @@ EACH_ELEMENT(ACTIVATE)
   }
 EACH_ELEMENT(SUMS)
 
-// y <- y + x, elements of one accumulator.
+// y <- y + x, in the accumulator.
 #define ACCUMULATE(X, xname, Y, yname) \
   extern "C" __global__ void accumulate_##xname##_##yname(i64 packed, i64 rows, i64 cols, const X* x, i64 sx, Y* y, i64 sy) { \
     WITH_PACKS(packed, (Width<X, Y>::value), \
@@ -186,7 +186,7 @@ template <int N, class T> __device__ __forceinline__ void column_runs(i64 rows, 
   }
 EACH_ELEMENT(COLUMNS)
 
-// to <- terms that lie `step` apart, op by op in their order, in the accumulator, rounded once.
+// to <- terms that lie `step` apart, reduced in order, in the accumulator, rounded once.
 template <int N, class T, class Op>
 __device__ __forceinline__ void combine(i64 count, i64 len, i64 step, const T* terms, T* to, Op op) {
   each<N>(1, len, [&](i64, i64 at) {
@@ -211,7 +211,8 @@ __device__ __forceinline__ void combine(i64 count, i64 len, i64 step, const T* t
   }
 EACH_ACC(COLUMN_SUMS)
 
-// to <- the terms of all ranks, which lie one after another, in rank order: their sum (0), largest (1) or smallest (2).
+// to <- the consecutive terms of all ranks, reduced in rank order: sum (0), maximum (1) or minimum
+// (2).
 #define REDUCE(T, name) \
   extern "C" __global__ void reduce_##name(i64 packed, i64 ranks, i64 len, i64 op, const T* terms, T* to) { \
     typedef Acc<T> A; \

@@ -1,9 +1,9 @@
-// Rotary position embedding. A thread turns the same pairs of several heads of a row: sine and
-// cosine are computed once for them.
+// Rotary position embedding. A thread rotates the same pairs of several heads of a row, so that
+// sine and cosine are computed once for them.
 #include "element.cuh"
 
-// Cosine and sine of an angle, in units of pi, of which whole turns are taken off exactly: without the tables in local memory
-// that cos and sin bring for large angles.
+// Cosine and sine of an angle in units of pi, after exact removal of whole turns: avoids the tables
+// in local memory that cos and sin need for large angles.
 __device__ __forceinline__ void turn(double angle, double& cosine, double& sine) {
   const double per_pi = 0.31830988618379067154, rest_of_it = -1.9678676675182486e-17;
   const double half_turns = angle * per_pi;
@@ -13,8 +13,8 @@ __device__ __forceinline__ void turn(double angle, double& cosine, double& sine)
   sine = sinpi(left);
 }
 
-// N pairs at a time, of every `parts`-th head. They lie in two packs: of first and of second
-// features, or, interleaved, one behind the other.
+// N pairs at a time, of every `parts`-th head. Their features are in two packs: the first and the
+// second features, or, if interleaved, two adjacent packs.
 template <int N, class T>
 __device__ __forceinline__ void rope(i64 rows, i64 parts, i64 pairs, i64 heads, i64 head_dim, bool interleaved, double magnitude,
     double direction, const double* frequencies, const u32* positions, T* x, i64 sx) {

@@ -1,4 +1,4 @@
-//! What it costs that nothing goes wrong unseen: the comparison of calls, and the flight recorder.
+//! The cost of detecting faults: comparing calls, and recording them (flight recorder).
 
 use shardwise::{
     Result, Site,
@@ -10,10 +10,10 @@ use shardwise::{
 use std::{hint::black_box, panic::Location, time::Instant};
 
 const ROUNDS: u32 = 200_000;
-/// Of so many measurements the median counts.
+/// The number of measurements. Reported is the median.
 const REPEATS: usize = 9;
 
-/// The nanoseconds of one `act`.
+/// The nanoseconds per call of `act`.
 fn nanoseconds(mut act: impl FnMut() -> Result<()>) -> Result<f64> {
     let mut times = Vec::new();
     for _ in 0..REPEATS {
@@ -50,7 +50,7 @@ pub(crate) fn campaign() -> std::result::Result<(), Box<dyn std::error::Error>> 
     let mut over = false;
     for ranks in [2, 4, 8] {
         let calls: Vec<_> = (0..ranks).map(|_| call(3)).collect();
-        // As a rank does it: it writes down its call, and compares all of them with the first.
+        // As a rank does it: records its call, and compares all calls with the first.
         let mut own = calls[0];
         let time = nanoseconds(|| {
             own = black_box(call(3));
@@ -61,7 +61,7 @@ pub(crate) fn campaign() -> std::result::Result<(), Box<dyn std::error::Error>> 
         println!("the comparison of {ranks} ranks' calls: {time:.0} ns a collective (limit 1000)");
         over |= time > 1000.0;
     }
-    // A barrier of a lone rank is the record, and its call.
+    // A barrier of a group of one rank only records its call.
     let alone = Group::solo(&Cpu::new());
     let time = nanoseconds(|| alone.barrier())?;
     println!("a record, with the call that is noted: {time:.0} ns (limit 200)");

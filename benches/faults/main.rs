@@ -1,17 +1,22 @@
-//! Campaigns of faults: one rank is lost at a random point of a random program, and every other rank has to be told which,
-//! quickly; and what ranks disagree on has to be an error on all of them.
+//! Fault injection: one rank is lost at a random point of a random program. Every other rank must
+//! quickly receive an error that names it. Disagreements between ranks must be errors on all of
+//! them.
 //!
-//! `cargo bench --bench faults [-- --trials 10000] [--seed 1]`: thread ranks. A trial has 2, 3, 4 or 8 ranks, which make some random
-//! collectives. One of them panics, returns early, or returns an error: before a collective, between the start of one and
-//! its end, or after it. Every other rank must get `Error::PeerLost` with its number; the time from the fault to the
-//! error is taken. PipelineEnds with an error if a name is wrong, and by the deadline of ten seconds if a rank hangs.
+//! `cargo bench --bench faults [-- --trials 10000] [--seed 1]`: thread ranks. A trial has 2, 3, 4
+//! or 8 ranks, which make some random collectives. One rank panics, returns early or returns an
+//! error: before a collective, between its start and its end, or after it. Every other rank must
+//! get `Error::PeerLost` with that rank's number; the time from the fault to the error is measured.
+//! Fails if a wrong rank is named, or if a rank hangs past the deadline of ten seconds.
 //!
-//! After these come disagreements (each field of a call, in each collective that has it: the same error on every rank, and no buffer
-//! changed) and groups that are made, broken and dropped (descriptors, threads and memory stay flat). `--limits` holds times to their
-//! limits (an error within ten milliseconds at p99), and measures what the checks cost.
+//! Then follow disagreements (each field of a call, in each collective that has it: every rank must
+//! get the same error, and no buffer may change) and groups that are made, broken and dropped
+//! (descriptors, threads and memory must not grow). `--limits` also checks time limits (errors
+//! within ten milliseconds at p99), and measures the cost of the checks.
 //!
-//! `--processes 100` (feature `cli`), `--nccl 100` (features `cli` and `nccl`; up to eight GPUs) and `--mpi 100` (feature `mpi`): ranks that are processes, of which one panics, returns, fails,
-//! exits, is killed or stopped: the last three at any moment, in mid-transfer too. The job has to be over within a second, and the right rank named.
+//! `--processes 100` (feature `cli`), `--nccl 100` (features `cli` and `nccl`; up to eight GPUs)
+//! and `--mpi 100` (feature `mpi`): ranks are processes. One of them panics, returns, fails, exits,
+//! is killed or is stopped; the last three at any moment, also during a transfer. The job must end
+//! within a second and name the right rank.
 
 mod costs;
 mod cycles;
@@ -25,7 +30,7 @@ use clap::Parser;
 use processes::Launcher;
 use std::{path::PathBuf, time::Duration};
 
-/// The 99th percentile of the time until a rank is told, of a disagreement or of a lost rank.
+/// The limit of the 99th percentile of the time until a rank receives the error.
 const LIMIT: Duration = Duration::from_millis(10);
 
 /// Injects faults.
@@ -34,13 +39,14 @@ struct Args {
     /// The number of faults on thread ranks.
     #[arg(long, default_value_t = 10_000)]
     trials: u64,
-    /// How often each disagreement is tried on thread ranks.
+    /// How often each disagreement is repeated on thread ranks.
     #[arg(long, default_value_t = 3)]
     mismatches: u64,
     /// The number of groups that are made, broken and dropped.
     #[arg(long, default_value_t = 1000)]
     cycles: u64,
-    /// Also holds times to their limits, that of a comparison of calls and of a record too: on a machine that does nothing else.
+    /// Also checks time limits, and those of the comparison of calls and of a record. Needs an idle
+    /// machine.
     #[arg(long)]
     limits: bool,
     /// The number of faults on processes started by `shardwise launch`.
@@ -49,35 +55,36 @@ struct Args {
     /// The number of faults on processes started by `mpirun`.
     #[arg(long, default_value_t = 0)]
     mpi: u64,
-    /// The number of faults on processes started by `shardwise launch` that each have a GPU, over NCCL.
+    /// The number of faults on processes of `shardwise launch` with one GPU each, over NCCL.
     #[arg(long, default_value_t = 0)]
     nccl: u64,
-    /// Only prints what rank 0 of two is told in each of the cases of `scripts/peers/gloo_faults.py`.
+    /// Only prints the error that rank 0 of two receives in each case of
+    /// `scripts/peers/gloo_faults.py`.
     #[arg(long)]
     table: bool,
-    /// The seed of all that is random.
+    /// The seed of all random choices.
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// This process is a rank of this trial.
     #[arg(long, hide = true)]
     rank_of: Option<u64>,
-    /// Where the rank that is lost writes when.
-    #[arg(long, hide = true, default_value = "struck")]
-    struck: PathBuf,
-    /// The ranks have a GPU each.
+    /// The file to which the lost rank writes the time of its fault.
+    #[arg(long, hide = true, default_value = "time_of_fault")]
+    time_file: PathBuf,
+    /// The ranks have one GPU each.
     #[arg(long, hide = true)]
     over_nccl: bool,
-    /// Given by `cargo bench`; means nothing here.
+    /// Passed by `cargo bench`; ignored.
     #[arg(long, hide = true)]
     bench: bool,
 }
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
-    // The injected panics need no report each.
+    // Injected panics need no report.
     std::panic::set_hook(Box::new(|_| ()));
     if let Some(number) = args.rank_of {
-        return Ok(processes::rank(args.seed, number, &args.struck, args.over_nccl)?);
+        return Ok(processes::rank(args.seed, number, &args.time_file, args.over_nccl)?);
     }
     if args.table {
         return table::print();

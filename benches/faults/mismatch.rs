@@ -1,4 +1,5 @@
-//! Disagreement on thread ranks: each field of a call that ranks may disagree on, in every collective that has it.
+//! Disagreements of thread ranks: each field of a call that may differ, in every collective that
+//! has it.
 
 use half::bf16;
 use shardwise::{
@@ -10,9 +11,9 @@ use shardwise::{
 };
 use std::time::{Duration, Instant};
 
-/// A call of a `[12, 12]` or `[144, 60]` tensor, as it may be varied.
+/// A call on a `[12, 12]` or `[144, 60]` tensor, whose fields can be varied.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Act {
+struct TestCall {
     op: &'static str,
     started: bool,
     reduce: ReduceOp,
@@ -21,7 +22,7 @@ struct Act {
     shape: [usize; 2],
     dim: usize,
     slanted: bool,
-    /// A call more before it.
+    /// Whether another call precedes it.
     extra: bool,
 }
 
@@ -34,16 +35,17 @@ const FIELDS: [&str; 9] = [
     "root",
     "element",
     "shape",
-    "cut dimension",
-    "cut sizes",
+    "partition dimension",
+    "partition sizes",
 ];
 
-impl Act {
-    /// The same call with one field changed in the `variant`-th way; none if the operation has no such field.
+impl TestCall {
+    /// The same call with one field changed, in one of several variants. `None` if the operation
+    /// does not have that field.
     fn change(self, field: &str, variant: usize) -> Option<Self> {
         let has_data = !["barrier", "split"].contains(&self.op);
         let startable = ["all_reduce", "all_gather", "reduce_scatter"].contains(&self.op);
-        let is_cut = ["all_gather", "reduce_scatter"].contains(&self.op);
+        let is_sharded = ["all_gather", "reduce_scatter"].contains(&self.op);
         let other = OPS[(OPS.iter().position(|op| *op == self.op)? + 1 + variant % 5) % 6];
         match field {
             "sequence number" => Some(Self { extra: true, ..self }),
@@ -59,15 +61,15 @@ impl Act {
                 let [rows, cols] = self.shape;
                 Some(Self { shape: [[cols * 2, rows], [rows * 4, cols]][variant % 2], ..self })
             }
-            "cut dimension" if is_cut => Some(Self { dim: 1, ..self }),
-            "cut sizes" if is_cut => Some(Self { slanted: true, ..self }),
+            "partition dimension" if is_sharded => Some(Self { dim: 1, ..self }),
+            "partition sizes" if is_sharded => Some(Self { slanted: true, ..self }),
             _ => None,
         }
     }
 
     fn run(self, group: &Group<Cpu>) -> Result<()> {
         if self.extra {
-            // Not waited for: only the number of the next call differs.
+            // Not waited for: only the sequence number of the next call differs.
             drop(group.start_all_reduce(ReduceOp::Sum, Tensor::<f32>::zeros(group.device(), [3])?)?);
         }
         if self.narrow { self.call::<bf16>(group) } else { self.call::<f32>(group) }
@@ -77,24 +79,27 @@ impl Act {
     fn call<T: Element>(self, group: &Group<Cpu>) -> Result<()> {
         let size = group.size();
         let len = self.shape[self.dim];
-        let cut = match self.slanted {
-            false => Partition::even(len, size),
-            true => Partition::from_sizes((0..size).map(|rank| if rank == 0 { len + 1 - size } else { 1 })),
+        let partition = if self.slanted {
+            Partition::from_sizes((0..size).map(|rank| if rank == 0 { len + 1 - size } else { 1 }))
+        } else {
+            Partition::even(len, size)
         };
         let mut shape = self.shape;
         if self.op == "all_gather" {
-            shape[self.dim] = cut.size(group.rank());
+            shape[self.dim] = partition.size(group.rank());
         }
         let own = group.rank() as f64 + 1.0;
         let mut x = Tensor::<T>::full(group.device(), shape, own)?;
         let result = match (self.op, self.started) {
             ("all_reduce", false) => group.all_reduce(self.reduce, &mut x),
             ("all_reduce", true) => group.start_all_reduce(self.reduce, x.clone())?.wait().map(drop),
-            ("all_gather", false) => group.all_gather(&x, self.dim, &cut).map(drop),
-            ("all_gather", true) => group.start_all_gather(x.clone(), self.dim, &cut)?.wait().map(drop),
-            ("reduce_scatter", false) => group.reduce_scatter(self.reduce, &x, self.dim, &cut).map(drop),
+            ("all_gather", false) => group.all_gather(&x, self.dim, &partition).map(drop),
+            ("all_gather", true) => group.start_all_gather(x.clone(), self.dim, &partition)?.wait().map(drop),
+            ("reduce_scatter", false) => {
+                group.reduce_scatter(self.reduce, &x, self.dim, &partition).map(drop)
+            }
             ("reduce_scatter", true) => {
-                group.start_reduce_scatter(self.reduce, x.clone(), self.dim, &cut)?.wait().map(drop)
+                group.start_reduce_scatter(self.reduce, x.clone(), self.dim, &partition)?.wait().map(drop)
             }
             ("broadcast", _) => group.broadcast(self.root, &mut x),
             ("split", _) => group.split(Some(0), 0).map(drop),
@@ -107,7 +112,8 @@ impl Act {
     }
 }
 
-/// Every disagreement, `repeats` times; `Err` if one was not told to every rank, or a buffer has changed.
+/// Tries every disagreement `repeats` times. Returns an error if a rank did not receive it, or if a
+/// buffer has changed.
 pub(crate) fn campaign(repeats: u64, limits: bool) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let mut times = Vec::new();
     let mut wrong = Vec::new();
@@ -115,9 +121,9 @@ pub(crate) fn campaign(repeats: u64, limits: bool) -> std::result::Result<(), Bo
     for (op, field, variant) in
         OPS.iter().flat_map(|op| FIELDS.iter().flat_map(move |f| (0..10).map(move |v| (*op, *f, v))))
     {
-        // Payloads on both sides of the size from which ranks read one another's memory.
+        // Payloads below and above the size from which ranks read each other's memory.
         let shape = [[12, 12], [144, 60]][variant / 5];
-        let usual = Act {
+        let usual = TestCall {
             op,
             started: false,
             reduce: ReduceOp::Sum,
@@ -133,7 +139,8 @@ pub(crate) fn campaign(repeats: u64, limits: bool) -> std::result::Result<(), Bo
             for odd in 0..world {
                 for _ in 0..repeats {
                     cases += 1;
-                    // Roots are ranks; the lines are those of one process.
+                    // Roots are ranks, and all sites are in one process, so the errors are
+                    // comparable.
                     let outcomes =
                         Threads::new(world).deadline(Duration::from_secs(10)).run_each(|group| {
                             group.barrier()?;
@@ -163,17 +170,17 @@ pub(crate) fn campaign(repeats: u64, limits: bool) -> std::result::Result<(), Bo
     let quantile = |part: f64| {
         times.get((part * times.len() as f64) as usize).or(times.last()).copied().unwrap_or_default()
     };
-    println!("disagreements: {cases} of {} fields, {} ranks told", FIELDS.len(), times.len());
+    println!("disagreements: {cases} of {} fields, {} errors received", FIELDS.len(), times.len());
     println!(
         "from the call to the error: median {:.0?}, p99 {:.0?}, largest {:.0?}",
         quantile(0.5),
         quantile(0.99),
         quantile(1.0)
     );
-    println!("ranks that were told nothing or something else: {}", wrong.len());
+    println!("missing or different errors: {}", wrong.len());
     wrong.iter().take(10).for_each(|line| println!("{line}"));
     if limits && quantile(0.99) > crate::LIMIT {
-        return Err("ranks were told late".into());
+        return Err("ranks received the error late".into());
     }
-    if wrong.is_empty() { Ok(()) } else { Err("a rank was not told of a disagreement".into()) }
+    if wrong.is_empty() { Ok(()) } else { Err("a rank did not receive the error of a disagreement".into()) }
 }

@@ -1,9 +1,10 @@
-//! Faults on processes: ranks of `shardwise launch` that meet over sockets, or each have a GPU, over NCCL; and ranks of `mpirun`.
+//! Faults of processes: ranks of `shardwise launch` over sockets, or with one GPU each over NCCL;
+//! and ranks of `mpirun`.
 //!
-//! This program starts itself as the ranks. The rank that is lost writes down when; the time from then to the end of the job
-//! counts.
+//! This program starts itself as the ranks. The lost rank writes down the time of its fault;
+//! measured is the time from then to the end of the job.
 
-use crate::trial::{OPS, Trial, WHENS};
+use crate::trial::{MOMENTS, OPS, Trial};
 use shardwise::{
     Error, Result,
     comm::Group,
@@ -20,18 +21,19 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-const HOWS: [&str; 6] = ["panic", "return", "error", "exit", "-KILL", "-STOP"];
+const FAULTS: [&str; 6] = ["panic", "return", "error", "exit", "-KILL", "-STOP"];
 const ABRUPT: [&str; 3] = ["exit", "-KILL", "-STOP"];
 /// How long ranks wait for each other.
 const DEADLINE: Duration = Duration::from_secs(1);
-/// What the job has to be over within, from the fault on; after SIGSTOP, from the deadline and a tenth of it on.
+/// The limit for the job to end after the fault. After SIGSTOP the deadline and a tenth of it are
+/// added.
 const LIMIT: Duration = Duration::from_secs(1);
 
 /// What starts the ranks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Launcher {
     Shardwise,
-    /// As that, and the group is one of NCCL's.
+    /// As `Shardwise`, with a group over NCCL.
     Nccl,
     Mpirun,
 }
@@ -40,47 +42,48 @@ fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// Loses this process in the way `how`. Returns true if its program is to return.
-fn strike(how: &str, struck: &Path) -> Result<bool> {
+/// Injects `fault` into this process, after writing the time to `time_file`. Returns true if the
+/// program should return.
+fn inject(fault: &str, time_file: &Path) -> Result<bool> {
     let time = now().as_nanos().to_string();
-    fs::write(struck, time).map_err(|error| Error::io(struck, &error))?;
-    match how {
+    fs::write(time_file, time).map_err(|error| Error::io(time_file, &error))?;
+    match fault {
         "panic" => panic!("injected"),
         "return" => Ok(true),
         "error" => Err(Error::Invalid { op: "campaign", reason: "injected".into() }),
         "exit" => std::process::exit(3),
         signal => {
             let _ = Command::new("kill").args([signal, &std::process::id().to_string()]).status();
-            // It takes effect when it does.
+            // The signal takes effect asynchronously.
             std::thread::sleep(Duration::from_secs(5));
             Err(Error::Invalid { op: "campaign", reason: "the signal did nothing".into() })
         }
     }
 }
 
-/// A trial of at most four processes, or eight with a GPU each.
-fn draw(seed: u64, number: u64, over_nccl: bool) -> Trial {
-    Trial::draw(seed, number, if over_nccl { 8 } else { 4 })
+/// A random trial of at most four processes, or of eight with one GPU each.
+fn random_trial(seed: u64, number: u64, over_nccl: bool) -> Trial {
+    Trial::random(seed, number, if over_nccl { 8 } else { 4 })
 }
 
-/// A rank's part of a trial.
-fn play<B: Pointwise>(trial: &Trial, world: &Group<B>, struck: &Path) -> Result<()> {
-    let how = HOWS[trial.how % HOWS.len()];
-    // What comes from outside comes at any moment.
-    if WHENS[trial.when] == "within" && ABRUPT.contains(&how) {
-        let struck = struck.to_path_buf();
-        return trial.storm(world, move || drop(strike(how, &struck)));
+/// Runs a rank of a trial.
+fn run_rank<B: Pointwise>(trial: &Trial, world: &Group<B>, time_file: &Path) -> Result<()> {
+    let fault = FAULTS[trial.fault % FAULTS.len()];
+    // Faults from outside the program may occur at any moment.
+    if MOMENTS[trial.moment] == "within" && ABRUPT.contains(&fault) {
+        let time_file = time_file.to_path_buf();
+        return trial.run_until_fault(world, move || drop(inject(fault, &time_file)));
     }
-    trial.run(world, || strike(how, struck))
+    trial.run(world, || inject(fault, time_file))
 }
 
-/// This process is a rank of a trial, `over_nccl` if so.
-pub(crate) fn rank(seed: u64, number: u64, struck: &Path, over_nccl: bool) -> Result<()> {
-    let trial = draw(seed, number, over_nccl);
+/// Runs this process as a rank of a trial.
+pub(crate) fn rank(seed: u64, number: u64, time_file: &Path, over_nccl: bool) -> Result<()> {
+    let trial = random_trial(seed, number, over_nccl);
     if over_nccl {
-        return nccl(&trial, struck);
+        return nccl(&trial, time_file);
     }
-    let program = |world: Group<Cpu>| play(&trial, &world, struck);
+    let program = |world: Group<Cpu>| run_rank(&trial, &world, time_file);
     #[cfg(feature = "mpi")]
     if std::env::var_os("SHARDWISE_PORT").is_none() {
         return shardwise::launch::Mpi::new().deadline(DEADLINE).run(program);
@@ -89,13 +92,13 @@ pub(crate) fn rank(seed: u64, number: u64, struck: &Path, over_nccl: bool) -> Re
 }
 
 #[cfg(feature = "nccl")]
-fn nccl(trial: &Trial, struck: &Path) -> Result<()> {
+fn nccl(trial: &Trial, time_file: &Path) -> Result<()> {
     use shardwise::{comm::nccl::Options, device::Cuda};
     let env = Env::read()?;
     let gpu = Cuda::new(env.local_rank)?;
     env.run(DEADLINE, |world| {
         let options = Options { deadline: DEADLINE, ..Options::default() };
-        play(trial, &world.over_nccl(&gpu, options)?, struck)
+        run_rank(trial, &world.over_nccl(&gpu, options)?, time_file)
     })
 }
 
@@ -115,10 +118,11 @@ fn job(launcher: Launcher, ranks: usize, folder: &Path) -> Command {
         Launcher::Mpirun => {
             let mut command = Command::new("mpirun");
             command.args(["-n", &ranks]).env("SHARDWISE_FLIGHT_DIR", folder);
-            // What Open MPI asks for in containers.
+            // Open MPI requires these in containers.
             command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
             command.env("OMPI_MCA_rmaps_base_oversubscribe", "1");
-            // Not the second that it waits by default between SIGTERM and SIGKILL when a process has failed.
+            // No wait between SIGTERM and SIGKILL when a process has failed; the default is a
+            // second.
             command.env("OMPI_MCA_odls_base_sigkill_timeout", "0");
             command
         }
@@ -127,53 +131,53 @@ fn job(launcher: Launcher, ranks: usize, folder: &Path) -> Command {
     command
 }
 
-/// Injects faults; `Err` if a job went on for too long or the wrong rank was named.
+/// Injects faults. Returns an error if a job did not end in time or named the wrong rank.
 pub(crate) fn campaign(launcher: Launcher, trials: u64, seed: u64) -> Result<(), Box<dyn std::error::Error>> {
     let mut times: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
     let mut wrong = Vec::new();
     for number in 0..trials {
-        let trial = draw(seed, number, launcher == Launcher::Nccl);
-        let how = HOWS[trial.how % HOWS.len()];
+        let trial = random_trial(seed, number, launcher == Launcher::Nccl);
+        let fault = FAULTS[trial.fault % FAULTS.len()];
         let folder = tempfile::tempdir()?;
-        let struck = folder.path().join("struck");
+        let time_file = folder.path().join("time_of_fault");
         let mut command = job(launcher, trial.ranks, folder.path());
         command.arg(std::env::current_exe()?);
         command
-            .args(["--rank-of", &number.to_string(), "--seed", &seed.to_string(), "--struck"])
-            .arg(&struck)
+            .args(["--rank-of", &number.to_string(), "--seed", &seed.to_string(), "--time-file"])
+            .arg(&time_file)
             .args((launcher == Launcher::Nccl).then_some("--over-nccl"));
         let output = command.output()?;
         let over = now();
-        let words = format!(
-            "trial {number}: rank {} of {} was lost {} {} by {how}",
-            trial.culprit, trial.ranks, WHENS[trial.when], OPS[trial.op]
+        let text = format!(
+            "trial {number}: rank {} of {} was lost {} {} by {fault}",
+            trial.culprit, trial.ranks, MOMENTS[trial.moment], OPS[trial.op]
         );
         let said =
             String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
-        let Ok(time) = fs::read_to_string(&struck) else {
-            wrong.push(format!("{words}, but nobody struck: {said}"));
+        let Ok(time) = fs::read_to_string(&time_file) else {
+            wrong.push(format!("{text}, but no fault was injected: {said}"));
             continue;
         };
         let after = over.saturating_sub(Duration::from_nanos(time.parse()?));
-        let limit = if how == "-STOP" { LIMIT + DEADLINE + DEADLINE / 10 } else { LIMIT };
-        // mpirun ends the other ranks of one that was killed or has exited before they can say anything, and names it.
+        let limit = if fault == "-STOP" { LIMIT + DEADLINE + DEADLINE / 10 } else { LIMIT };
+        // mpirun names a rank that was killed or has exited, and ends the others before they can
+        // report.
         let by_mpirun = [format!("process rank {} ", trial.culprit), format!(",1],{}]", trial.culprit)];
         let named =
             Record::read_all([folder.path()]).is_ok_and(|records| blame(&records).ranks == [trial.culprit]);
-        let named =
-            named || launcher == Launcher::Mpirun && by_mpirun.iter().any(|words| said.contains(words));
+        let named = named || launcher == Launcher::Mpirun && by_mpirun.iter().any(|text| said.contains(text));
         if !named || output.status.success() || after > limit {
-            wrong.push(format!("{words}, job over after {after:.2?}: {said}"));
+            wrong.push(format!("{text}, job over after {after:.2?}: {said}"));
         }
-        times.entry(how).or_default().push(after);
+        times.entry(fault).or_default().push(after);
     }
     println!(
         "{launcher:?}: {trials} faults, ranks give up after {DEADLINE:?}; from the fault to the end of the job:"
     );
-    for (how, mut times) in times {
+    for (fault, mut times) in times {
         times.sort_unstable();
         let (median, largest) = (times[times.len() / 2], times[times.len() - 1]);
-        println!("    {how:<7} {:>4} times, median {median:.2?}, largest {largest:.2?}", times.len());
+        println!("    {fault:<7} {:>4} times, median {median:.2?}, largest {largest:.2?}", times.len());
     }
     println!("    late, or the wrong rank named: {}", wrong.len());
     wrong.iter().take(5).for_each(|line| println!("{line}"));

@@ -1,5 +1,6 @@
-//! The cases of `scripts/peers/gloo_faults.py` on two thread ranks: what rank 0 is told of rank 1's fault, and after what time.
-//! (Processes that exit, are killed or stopped: `--processes`.)
+//! The cases of `scripts/peers/gloo_faults.py` on two thread ranks: the error that rank 0 receives
+//! for rank 1's fault, and after what time. (For processes that exit, are killed or stopped:
+//! `--processes`.)
 
 use shardwise::{
     Error, Result, Tensor,
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 
 type Act = fn(&Group<Cpu>) -> Result<()>;
 
-/// Of so many repeats the median time counts.
+/// The number of repeats. Reported is the median time.
 const REPEATS: usize = 201;
 
 fn reduce(group: &Group<Cpu>, op: ReduceOp, shape: &[usize]) -> Result<()> {
@@ -58,14 +59,14 @@ const CASES: [(&str, Act, Act); 8] = [
     ("a rank panics", |group| reduce(group, ReduceOp::Sum, &[64]), |_| panic!("injected")),
 ];
 
-/// Prints a Markdown table; `Err` if rank 0 was not told.
+/// Prints a Markdown table. Returns an error if rank 0 did not receive the right error.
 pub(crate) fn print() -> std::result::Result<(), Box<dyn std::error::Error>> {
     println!("| fault of rank 1 | rank 0 | after | names rank 1 |\n|---|---|---:|---|");
     for (name, act, fault) in CASES {
-        let (mut times, mut words) = (Vec::new(), String::new());
+        let (mut times, mut message) = (Vec::new(), String::new());
         for _ in 0..REPEATS {
-            let told = Threads::new(2).deadline(Duration::from_secs(10)).run_each(|group| {
-                // In step.
+            let outcomes = Threads::new(2).deadline(Duration::from_secs(10)).run_each(|group| {
+                // Synchronizes the ranks.
                 reduce(&group, ReduceOp::Sum, &[1])?;
                 let begin = Instant::now();
                 if group.rank() == 1 {
@@ -75,17 +76,17 @@ pub(crate) fn print() -> std::result::Result<(), Box<dyn std::error::Error>> {
                 let error = act(&group).err();
                 Ok(error.map(|error| (error, begin.elapsed())))
             })?;
-            let Some(Ok(Some((error, time)))) = told.into_iter().next() else {
-                return Err(format!("{name}: rank 0 was told nothing").into());
+            let Some(Ok(Some((error, time)))) = outcomes.into_iter().next() else {
+                return Err(format!("{name}: rank 0 received no error").into());
             };
             if !matches!(error, Error::Mismatch(_) | Error::PeerLost { rank: 1, .. }) {
                 return Err(format!("{name}: {error}").into());
             }
             times.push(time);
-            words = error.to_string();
+            message = error.to_string();
         }
         times.sort_unstable();
-        println!("| {name} | {words} | {:.0?} | yes |", times[REPEATS / 2]);
+        println!("| {name} | {message} | {:.0?} | yes |", times[REPEATS / 2]);
     }
     Ok(())
 }

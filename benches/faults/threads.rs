@@ -1,6 +1,6 @@
 //! Faults on thread ranks.
 
-use crate::trial::{OPS, Trial, WHENS};
+use crate::trial::{MOMENTS, OPS, Trial};
 use shardwise::{
     Error,
     launch::Threads,
@@ -12,11 +12,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-const HOWS: [&str; 3] = ["panic", "return", "error"];
-/// Of so many trials one writes records, from which the culprit has to be named. Its times do not count: files are written.
+const FAULTS: [&str; 3] = ["panic", "return", "error"];
+/// One trial in this many writes flight records, which must name the lost rank. Its time is not
+/// counted, since it writes files.
 const RECORDED: u64 = 10;
 
-/// Injects faults; `Err` if a survivor was not told who was lost.
+/// Injects faults. Returns an error if a surviving rank did not receive the lost rank's number.
 pub(crate) fn campaign(trials: u64, seed: u64, limits: bool) -> Result<(), Box<dyn std::error::Error>> {
     let mut times = Vec::new();
     let mut wrong = Vec::new();
@@ -24,12 +25,12 @@ pub(crate) fn campaign(trials: u64, seed: u64, limits: bool) -> Result<(), Box<d
     let (mut recorded, mut blamed) = (0, 0);
     let start = Instant::now();
     for number in 0..trials {
-        let trial = Trial::draw(seed, number, usize::MAX);
-        let how = trial.how % HOWS.len();
-        let fault = Mutex::new(None);
-        let strike = || {
-            *fault.lock().unwrap_or_else(|poison| poison.into_inner()) = Some(Instant::now());
-            match how {
+        let trial = Trial::random(seed, number, usize::MAX);
+        let fault = trial.fault % FAULTS.len();
+        let injected = Mutex::new(None);
+        let inject = || {
+            *injected.lock().unwrap_or_else(|poison| poison.into_inner()) = Some(Instant::now());
+            match fault {
                 0 => panic!("injected"),
                 1 => Ok(true),
                 _ => Err(Error::Invalid { op: "campaign", reason: "injected".into() }),
@@ -41,35 +42,37 @@ pub(crate) fn campaign(trials: u64, seed: u64, limits: bool) -> Result<(), Box<d
             threads = threads.flight(folder.path());
         }
         let outcomes = threads.run_each(|world| {
-            let outcome = trial.run(&world, strike);
-            // The culprit's own outcome is checked below.
+            let outcome = trial.run(&world, inject);
+            // The outcome of the lost rank itself is checked below.
             if world.rank() == trial.culprit && outcome.is_err() {
                 return Err(Error::Invalid { op: "campaign", reason: "injected".into() });
             }
             Ok((outcome, Instant::now()))
         })?;
-        let struck =
-            fault.into_inner().unwrap_or_else(|poison| poison.into_inner()).ok_or("nobody struck")?;
-        let words = format!(
+        let injected = injected
+            .into_inner()
+            .unwrap_or_else(|poison| poison.into_inner())
+            .ok_or("no fault was injected")?;
+        let text = format!(
             "trial {number}: rank {} of {} was lost {} {} by {}",
-            trial.culprit, trial.ranks, WHENS[trial.when], OPS[trial.op], HOWS[how]
+            trial.culprit, trial.ranks, MOMENTS[trial.moment], OPS[trial.op], FAULTS[fault]
         );
         for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != trial.culprit) {
             let at = match outcome {
                 Ok((Err(Error::PeerLost { rank: named, .. }), at)) if named == trial.culprit => at,
-                // In a half, ranks are counted anew: that of rank r of the world is r / 2.
+                // In a half group, rank r of the world has number r / 2.
                 Ok((Err(Error::PeerLost { rank: named, group, .. }), at))
                     if group != "world" && named == trial.culprit / 2 && rank % 2 == trial.culprit % 2 =>
                 {
                     at
                 }
                 other => {
-                    wrong.push(format!("{words}, and rank {rank} was told {other:?}"));
+                    wrong.push(format!("{text}, and rank {rank} received {other:?}"));
                     continue;
                 }
             };
             if folder.is_none() {
-                times.push(at.saturating_duration_since(struck));
+                times.push(at.saturating_duration_since(injected));
             }
         }
         if let Some(folder) = folder {
@@ -78,7 +81,7 @@ pub(crate) fn campaign(trials: u64, seed: u64, limits: bool) -> Result<(), Box<d
             if verdict.ranks == [trial.culprit] {
                 blamed += 1;
             } else {
-                println!("{words}, and the records say: {verdict}");
+                println!("{text}, and the records say: {verdict}");
             }
         }
         *kinds.entry(OPS[trial.op]).or_default() += 1;
@@ -99,10 +102,10 @@ pub(crate) fn campaign(trials: u64, seed: u64, limits: bool) -> Result<(), Box<d
     wrong.iter().take(10).for_each(|line| println!("{line}"));
     println!("named by the records: {blamed} of {recorded}");
     if !wrong.is_empty() {
-        return Err("a survivor was not told who was lost".into());
+        return Err("a survivor did not receive the number of the lost rank".into());
     }
     if limits && quantile(0.99) > crate::LIMIT {
-        return Err("survivors were told late".into());
+        return Err("survivors received the error late".into());
     }
     if blamed * 100 < recorded * 99 {
         return Err("the records name the wrong rank too often".into());

@@ -24,90 +24,92 @@ pub(crate) const OPS: [&str; 10] = [
     "start_all_gather",
     "start_reduce_scatter",
 ];
-pub(crate) const WHENS: [&str; 3] = ["before", "within", "after"];
+pub(crate) const MOMENTS: [&str; 3] = ["before", "within", "after"];
 
-/// What is to happen.
+/// The parameters of a trial.
 #[derive(Clone, Copy)]
 pub(crate) struct Trial {
     pub(crate) ranks: usize,
     pub(crate) culprit: usize,
-    /// The collective at which the fault happens; the ones before it are random.
+    /// The collective at which the fault happens. Those before it are random.
     pub(crate) op: usize,
-    pub(crate) when: usize,
-    /// A number that chooses how the rank is lost.
-    pub(crate) how: usize,
+    pub(crate) moment: usize,
+    /// A number that selects the fault.
+    pub(crate) fault: usize,
     /// The number of collectives before it, and the elements of each.
     before: usize,
     len: usize,
-    /// Whether all have made the collective before: over NCCL it is then not compared first, and who is inside is inside of NCCL.
+    /// Whether all ranks have made this collective before. Over NCCL it is then not compared first,
+    /// so that ranks wait inside NCCL.
     known: bool,
-    draws: Philox,
+    random: Philox,
 }
 
 impl Trial {
-    pub(crate) fn draw(seed: u64, number: u64, most: usize) -> Self {
-        let draws = Philox::stream(seed, number);
-        let below = |at: u64, end: usize| (draws.uniform(at) * end as f64) as usize;
+    pub(crate) fn random(seed: u64, number: u64, most: usize) -> Self {
+        let random = Philox::stream(seed, number);
+        let below = |at: u64, end: usize| (random.uniform(at) * end as f64) as usize;
         let ranks = [2, 3, 4, 8][below(0, 4)].min(most);
-        // On both sides of the size from which ranks read one another's memory.
+        // Below and above the size from which ranks read each other's memory.
         let len = [1, 17, 1000, 20_000][below(6, 4)];
         Self {
             ranks,
             culprit: below(1, ranks),
             op: below(2, OPS.len()),
-            when: below(3, WHENS.len()),
-            how: below(4, 840),
+            moment: below(3, MOMENTS.len()),
+            fault: below(4, 840),
             before: below(5, 6),
             len,
             known: below(8, 2) == 1,
-            draws,
+            random,
         }
     }
 
-    /// The program of one rank; the culprit is lost by `strike`. `Ok` if it was the culprit and returned.
+    /// The program of one rank. `inject` loses the rank `culprit`. `Ok` if this is that rank and it
+    /// returned.
     pub(crate) fn run<B: Pointwise>(
         &self,
         world: &Group<B>,
-        strike: impl Fn() -> Result<bool>,
+        inject: impl Fn() -> Result<bool>,
     ) -> Result<()> {
         if self.known {
             self.call(world, self.op, || Ok(false))?;
         }
         for at in 0..self.before {
-            self.call(world, (self.draws.uniform(100 + at as u64) * OPS.len() as f64) as usize, || {
+            self.call(world, (self.random.uniform(100 + at as u64) * OPS.len() as f64) as usize, || {
                 Ok(false)
             })?;
         }
         let culprit = world.rank() == self.culprit;
-        if culprit && self.when == 0 && strike()? {
+        if culprit && self.moment == 0 && inject()? {
             return Ok(());
         }
-        if self.call(world, self.op, || if culprit && self.when == 1 { strike() } else { Ok(false) })? {
+        if self.call(world, self.op, || if culprit && self.moment == 1 { inject() } else { Ok(false) })? {
             return Ok(());
         }
-        if culprit && strike()? {
+        if culprit && inject()? {
             return Ok(());
         }
-        // What the others do next needs all ranks.
+        // The others next make a collective of all ranks.
         world.barrier()?;
         Err(Error::Invalid { op: "campaign", reason: "a barrier was complete without the lost rank".into() })
     }
 
-    /// The program of one rank that is lost in mid-transfer: all make one collective after another, and `strike` comes from another
-    /// thread of the culprit, wherever that is then.
-    pub(crate) fn storm<B: Pointwise>(
+    /// The program of one rank in a trial with a fault during transfers: all ranks repeat a
+    /// collective, and another thread of the lost rank calls `inject` at a random time.
+    pub(crate) fn run_until_fault<B: Pointwise>(
         &self,
         world: &Group<B>,
-        strike: impl FnOnce() + Send + 'static,
+        inject: impl FnOnce() + Send + 'static,
     ) -> Result<()> {
-        // All have come.
+        // Waits until all ranks have started.
         world.barrier()?;
         let begin = Instant::now();
         if world.rank() == self.culprit {
-            let delay = Duration::from_micros((self.draws.uniform(7) * 5000.0) as u64);
+            let delay = Duration::from_micros((self.random.uniform(7) * 5000.0) as u64);
             thread::spawn(move || {
                 thread::sleep(delay);
-                strike();
+                inject();
             });
         }
         while begin.elapsed() < Duration::from_secs(20) {
@@ -116,8 +118,9 @@ impl Trial {
         Err(Error::Invalid { op: "campaign", reason: "collectives went on without the lost rank".into() })
     }
 
-    /// Makes a collective, and calls `within` where the rank is inside of it: between start and end, before the second half
-    /// of an exchange, before the first use of a group that was split. True if that returned early. What arrives is looked at.
+    /// Makes a collective, checks its result, and calls `within` inside of it: between start and
+    /// end, before the second half of an exchange, or before the first use of a split group.
+    /// Returns true if `within` asked to return early.
     fn call<B: Pointwise>(
         &self,
         world: &Group<B>,
@@ -125,10 +128,10 @@ impl Trial {
         within: impl FnOnce() -> Result<bool>,
     ) -> Result<bool> {
         let (rank, size, device) = (world.rank(), world.size(), world.device());
-        let cut = Partition::even(self.len, size);
+        let partition = Partition::even(self.len, size);
         let whole = || Tensor::<f32, B>::full(device, [1, self.len], 1.0);
-        let part = || Tensor::<f32, B>::full(device, [1, cut.size(rank)], 1.0);
-        let look = |x: &Tensor<f32, B>, len: usize, value: usize| {
+        let part = || Tensor::<f32, B>::full(device, [1, partition.size(rank)], 1.0);
+        let check = |x: &Tensor<f32, B>, len: usize, value: usize| {
             let x = x.to_vec()?;
             if x.len() == len && x.iter().all(|element| *element == value as f32) {
                 return Ok(());
@@ -139,22 +142,26 @@ impl Trial {
             0 => {
                 let mut x = whole()?;
                 world.all_reduce(ReduceOp::Sum, &mut x)?;
-                look(&x, self.len, size)?;
+                check(&x, self.len, size)?;
             }
-            1 => look(&world.all_gather(&part()?, 1, &cut)?, self.len, 1)?,
-            2 => look(&world.reduce_scatter(ReduceOp::Max, &whole()?, 1, &cut)?, cut.size(rank), 1)?,
+            1 => check(&world.all_gather(&part()?, 1, &partition)?, self.len, 1)?,
+            2 => check(
+                &world.reduce_scatter(ReduceOp::Max, &whole()?, 1, &partition)?,
+                partition.size(rank),
+                1,
+            )?,
             3 => {
                 let mut x = whole()?;
                 world.broadcast(size - 1, &mut x)?;
-                look(&x, self.len, 1)?;
+                check(&x, self.len, 1)?;
             }
             4 => {
                 let (x, next, last) = (whole()?, (rank + 1) % size, (rank + size - 1) % size);
-                // Not all send first: a message may wait for its receiver.
+                // Not all ranks send first, since a message may wait for its receiver.
                 let half = |sends: bool| {
                     let recv = (!sends).then_some((last, x.shape()));
                     let arrived = world.exchange(sends.then_some((next, &x)), recv)?;
-                    arrived.map_or(Ok(()), |x| look(&x, self.len, 1))
+                    arrived.map_or(Ok(()), |x| check(&x, self.len, 1))
                 };
                 half(rank % 2 == 0)?;
                 if within()? {
@@ -175,19 +182,21 @@ impl Trial {
             _ => {
                 let (pending, len, value) = match op {
                     7 => (world.start_all_reduce(ReduceOp::Sum, whole()?)?, self.len, size),
-                    8 => (world.start_all_gather(part()?, 1, &cut)?, self.len, 1),
-                    _ => {
-                        (world.start_reduce_scatter(ReduceOp::Sum, whole()?, 1, &cut)?, cut.size(rank), size)
-                    }
+                    8 => (world.start_all_gather(part()?, 1, &partition)?, self.len, 1),
+                    _ => (
+                        world.start_reduce_scatter(ReduceOp::Sum, whole()?, 1, &partition)?,
+                        partition.size(rank),
+                        size,
+                    ),
                 };
                 if within()? {
                     return Ok(true);
                 }
-                look(&pending.wait()?, len, value)?;
+                check(&pending.wait()?, len, value)?;
                 return Ok(false);
             }
         }
-        // These have no inside that a rank could be lost in: it is lost behind them.
+        // A blocking collective has no inside, so the rank is lost after it.
         within()
     }
 }

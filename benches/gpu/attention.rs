@@ -1,7 +1,7 @@
 //! Causal attention of grouped heads, forward and backward.
 
 use crate::{
-    data::part,
+    data::to_host,
     report::{Bench, Cost},
 };
 use half::bf16;
@@ -12,7 +12,7 @@ use shardwise::{
 };
 use std::rc::Rc;
 
-/// Query heads, and key/value heads.
+/// The numbers of query heads and of key/value heads.
 pub(crate) fn heads(bench: &Bench) -> (usize, usize) {
     bench.pick((4, 2), (32, 8))
 }
@@ -27,13 +27,13 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
     Ok(())
 }
 
-/// A sum, of which the squares of the terms are added too, and how far off it may be: by its own
-/// rounding, and by that of each term's factor which is in bf16.
+/// Takes a sum and the sum of the squares of its terms. Returns the sum and its tolerance: for its
+/// own rounding, and for that of each term's bf16 factor.
 fn near((sum, squares): (f64, f64)) -> (f64, f64) {
     (sum, sum.abs() / 128.0 + squares.sqrt() / 64.0)
 }
 
-/// The weights of the keys that a query sees.
+/// The softmax weights of the keys that a query attends to.
 pub(crate) fn weights(q: &[f64], keys: &[f64], scale: f64) -> Vec<f64> {
     let score = |key: &[f64]| scale * q.iter().zip(key).map(|(q, k)| q * k).sum::<f64>();
     let scores: Vec<f64> = keys.chunks(q.len()).map(score).collect();
@@ -42,7 +42,7 @@ pub(crate) fn weights(q: &[f64], keys: &[f64], scale: f64) -> Vec<f64> {
     scores.iter().map(|score| (score - most).exp() / total).collect()
 }
 
-/// The sum of vectors by these weights, a number a feature.
+/// The sum of vectors by these weights, with tolerances: one per feature.
 pub(crate) fn weighted<'a>(
     weights: &[f64],
     vectors: impl Iterator<Item = &'a [f64]>,
@@ -58,7 +58,7 @@ pub(crate) fn weighted<'a>(
     sums.into_iter().map(near).collect()
 }
 
-/// Heads of causal attention with scores over √dim, as many query heads to each key/value head.
+/// Causal attention with scale 1 / √dim, and equally many query heads per key/value head.
 pub(crate) fn causal(heads: usize, kv_heads: usize, head_dim: usize) -> QkvHeads {
     let kv_of_query = (0..heads).map(|head| head / (heads / kv_heads)).collect();
     QkvHeads { kv_of_query, kv_heads, head_dim, choices: AttentionChoices::CAUSAL }
@@ -73,7 +73,7 @@ fn attend(bench: &mut Bench, dim: usize, length: usize, count: usize) -> Result<
         let (attending, sequences) = (causal(heads, kv_heads, dim), Sequences::packed(vec![length; count]));
         let spec = AttentionSpec { heads: &attending, sequences: &sequences };
         let scale = attending.scale();
-        // Side by side, as one projection makes them.
+        // Side by side, as a fused projection makes them.
         let qkv = data.fill::<bf16>([rows, (heads + 2 * kv_heads) * dim], 1.0)?;
         let (k_at, v_at) = (heads * dim, (heads + kv_heads) * dim);
         let (q, k) = (qkv.mat().columns(0..k_at), qkv.mat().columns(k_at..v_at));
@@ -93,14 +93,15 @@ fn attend(bench: &mut Bench, dim: usize, length: usize, count: usize) -> Result<
             cuda.attention_backward(&spec, q, k, v, out.mat(), lse.slice(), dout.mat(), dqkv.mat_mut()?)
         })?;
 
-        // The last sequence; the first and the last key/value head.
+        // Checks the last sequence, for the first and the last key/value head.
         let first = rows - length;
         for kv in [0, kv_heads - 1] {
             let head_of =
-                |all: &Tensor<bf16, _>, rows, at: usize| part(all.mat().block(rows, at..at + dim), &cuda);
+                |all: &Tensor<bf16, _>, rows, at: usize| to_host(all.mat().block(rows, at..at + dim), &cuda);
             let keys = head_of(&qkv, first..rows, k_at + kv * dim)?;
             let values = head_of(&qkv, first..rows, v_at + kv * dim)?;
-            // What a query sees, and the gradients of its scores.
+            // The query, its output gradient, its weights, its output and the gradients of its
+            // scores.
             let of_query = |query: usize, head: usize| -> Result<_> {
                 let row = first + query..first + query + 1;
                 let (q, dout) = (head_of(&qkv, row.clone(), head * dim)?, head_of(&dout, row, head * dim)?);
@@ -122,7 +123,7 @@ fn attend(bench: &mut Bench, dim: usize, length: usize, count: usize) -> Result<
                     &weighted(&ds, keys.chunks(dim), dim),
                 )?;
             }
-            // A key that few queries see.
+            // A key that only the last queries attend to.
             let key = length - 4;
             let (mut ds_of, mut p_of, mut queries, mut douts) = (vec![], vec![], vec![], vec![]);
             for head in kv * sharing..(kv + 1) * sharing {

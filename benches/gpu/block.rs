@@ -1,7 +1,7 @@
-//! Llama's block.
+//! A block of Llama.
 
 use crate::{
-    data::{Repeated, part},
+    data::{Repeated, to_host},
     report::{Bench, Cost},
 };
 use half::bf16;
@@ -26,13 +26,13 @@ pub(crate) struct Sizes {
 }
 
 impl Sizes {
-    /// Llama 8B's, or small ones.
+    /// Those of Llama 8B, or small ones.
     pub(crate) fn of(bench: &Bench) -> Self {
         let [hidden, heads, kv_heads, ffn] = bench.pick([64, 4, 2, 96], [4096, 32, 8, 14336]);
         Self { hidden, heads, kv_heads, ffn }
     }
 
-    /// The elements of its matrices.
+    /// The number of elements of its matrices.
     pub(crate) fn weights(&self) -> usize {
         let kv = self.kv_heads * self.hidden / self.heads;
         self.hidden * (2 * self.hidden + 2 * kv + 3 * self.ffn)
@@ -41,7 +41,7 @@ impl Sizes {
 
 type Block<B> = TransformerBlock<Replicated, bf16, B>;
 
-/// A block, with or without positions.
+/// Loads a block, with or without rotary embedding.
 pub(crate) fn load<B: Backend>(
     group: &Group<B>,
     source: &Repeated,
@@ -69,7 +69,8 @@ pub(crate) fn load<B: Backend>(
     Block::<B>::load(group, &Weights::new(source), &config)
 }
 
-/// What another path of bf16 should give: its roundings are others.
+/// Expected values with tolerances for another way to compute them in bf16, which rounds
+/// differently.
 pub(crate) fn close(want: &[f64]) -> Vec<(f64, f64)> {
     let square = want.iter().map(|x| x * x).sum::<f64>() / want.len() as f64;
     want.iter().map(|&x| (x, 0.04 * square.sqrt() + 0.01 * x.abs())).collect()
@@ -84,8 +85,8 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
         let block = load(&group, &source, &sizes, false)?;
         let x = data.fill::<bf16>([tokens, hidden], 1.0)?;
         let x = DTensor::<Replicated, _, _>::replicated(&group, x)?;
-        // Half of the attention's scores are hidden. The backward has two products a weight, and
-        // five of the attention's two.
+        // A causal mask hides half of the scores. The backward has two products per weight, and
+        // five for attention's two.
         let weights = 2.0 * (tokens * sizes.weights()) as f64;
         let attention = 2.0 * (tokens * tokens * hidden) as f64;
         let forward = format!("block forward bf16 {tokens} tokens");
@@ -102,21 +103,21 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
             Ok(())
         })?;
 
-        // The first tokens see no others: the same block on the CPU.
+        // The first tokens do not depend on later ones: compare with the same block on the CPU.
         let (y, _) = block.forward(x.clone())?;
-        let few = 2;
+        let count = 2;
         let host = Group::solo(&Cpu::new());
-        let start = part(x.local().mat().block(0..few, 0..hidden), &cuda)?;
+        let start = to_host(x.local().mat().block(0..count, 0..hidden), &cuda)?;
         let start: Vec<bf16> = start.into_iter().map(bf16::from_f64).collect();
-        let start = Tensor::from_slice(host.device(), [few, hidden], &start)?;
+        let start = Tensor::from_slice(host.device(), [count, hidden], &start)?;
         let there = load(&host, &source, &sizes, false)?;
         let (want, _) = there.forward(DTensor::<Replicated, _, _>::replicated(&host, start)?)?;
         let want: Vec<f64> = want.local().to_vec()?.into_iter().map(f64::from).collect();
-        let got = part(y.local().mat().block(0..few, 0..hidden), &cuda)?;
+        let got = to_host(y.local().mat().block(0..count, 0..hidden), &cuda)?;
         bench.expect(&forward, &got, &close(&want))?;
 
-        // The slope of Σ y dy along the gradient itself, between two points that lie as far apart
-        // as their rounding says.
+        // The slope of Σ y dy along the gradient itself, between two points whose distance includes
+        // their rounding.
         let Some(dx) = dx else { return Ok(()) };
         let along = |sign: f64| -> Result<(Tensor<bf16, Cuda>, f64)> {
             let mut moved = dx.local().convert::<bf16>()?;
@@ -131,8 +132,8 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
     })
 }
 
-/// How far along the gradient the points are: the error is of third order, and 6 % at four times
-/// the step.
+/// The distance of the points along the gradient. The error is of third order, and 6 % at four
+/// times the step.
 const STEP: f64 = 0.0078125;
 
 fn inner(a: &Tensor<bf16, Cuda>, b: &Tensor<bf16, Cuda>) -> Result<f64> {

@@ -1,4 +1,4 @@
-//! Random numbers for operands: one block of them, made once and repeated.
+//! Random operands: one block of random numbers is generated once and repeated.
 
 use half::{bf16, f16};
 use shardwise::{
@@ -14,19 +14,19 @@ use std::cell::Cell;
 pub(crate) struct Data {
     host: Vec<bf16>,
     device: Tensor<bf16, Cuda>,
-    /// Where in the block the next tensor begins.
+    /// Where in the block the next tensor starts.
     next: Cell<usize>,
 }
 
 impl Data {
     pub(crate) fn new(cuda: &Cuda, quick: bool) -> Result<Self> {
-        // 8 times a prime: rows of usual lengths do not repeat, and copies stay aligned.
+        // 8 times a prime: rows of common lengths do not repeat, and copies stay aligned.
         let host: Vec<bf16> = normal(if quick { 8 * 8191 } else { 8 * 1_048_573 });
         let device = Tensor::from_slice(cuda, [host.len()], &host)?;
         Ok(Self { host, device, next: Cell::new(0) })
     }
 
-    /// A tensor of random numbers of this standard deviation.
+    /// A random tensor with this standard deviation.
     pub(crate) fn fill<T: Element>(
         &self,
         shape: impl Into<Shape>,
@@ -51,14 +51,14 @@ impl Data {
         Ok(tensor)
     }
 
-    /// Weights of this standard deviation, for layers.
+    /// Random weights with this standard deviation, for layers.
     pub(crate) fn weights(&self, deviation: f64) -> Repeated {
         let scaled = self.host.iter().map(|value| bf16::from_f32(value.to_f32() * deviation as f32));
         Repeated { block: scaled.collect() }
     }
 }
 
-/// Sums of four uniform numbers: close to normal, and cheap.
+/// Sums of four uniform numbers: close to normal, and fast to compute.
 fn normal(count: usize) -> Vec<bf16> {
     let mut state = 1_u64;
     let one = move || {
@@ -69,14 +69,14 @@ fn normal(count: usize) -> Vec<bf16> {
         word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         word ^= word >> 31;
         let sum: u64 = (0..4).map(|part| (word >> (16 * part)) & 0xffff).sum();
-        // Each has the variance 1/12.
+        // The sum of four variances of 1/12 is 1/3.
         bf16::from_f32((sum as f32 / 65536.0 - 2.0) * 3.0_f32.sqrt())
     };
     std::iter::repeat_with(one).take(count).collect()
 }
 
-/// Random matrices; biases of 0, scales of 1. A tensor's name decides where in the block it begins.
-/// For one rank.
+/// Random matrices, biases of 0 and scales of 1, for one rank. A tensor's name determines where in
+/// the block it starts.
 pub(crate) struct Repeated {
     block: Vec<bf16>,
 }
@@ -116,8 +116,8 @@ impl Repeated {
     }
 }
 
-/// The elements of a matrix, in f64 on the host.
-pub(crate) fn part<T: Element>(x: MatRef<'_, T, Cuda>, cuda: &Cuda) -> Result<Vec<f64>> {
+/// Copies a matrix to the host, as f64.
+pub(crate) fn to_host<T: Element>(x: MatRef<'_, T, Cuda>, cuda: &Cuda) -> Result<Vec<f64>> {
     let mut dense = Tensor::<T, Cuda>::empty(cuda, [x.rows(), x.cols()])?;
     cuda.copy(x, dense.mat_mut()?)?;
     Ok(dense.to_vec()?.into_iter().map(Element::to_f64).collect())

@@ -1,9 +1,9 @@
-//! One token a sequence: attention to a cache, and a layer of Llama 8B's sizes.
+//! Decoding one token per sequence: attention to a KV cache, and a layer of Llama 8B's sizes.
 
 use crate::{
     attention::{causal, heads, weighted, weights},
     block::{self, Sizes},
-    data::part,
+    data::to_host,
     report::{Bench, Cost},
 };
 use half::bf16;
@@ -56,18 +56,18 @@ fn attend(bench: &mut Bench, dim: usize, context: usize, batch: usize) -> Result
             let columns = head * dim..(head + 1) * dim;
             let first = (row * kv_heads + head / sharing) * context;
             let there =
-                [keys, values].map(|all| part(all.mat().block(first..first + context, 0..dim), &cuda));
+                [keys, values].map(|all| to_host(all.mat().block(first..first + context, 0..dim), &cuda));
             let [keys, values] = there;
-            let q = part(q.mat().block(row..row + 1, columns.clone()), &cuda)?;
+            let q = to_host(q.mat().block(row..row + 1, columns.clone()), &cuda)?;
             let want = weighted(&weights(&q, &keys?, scale), values?.chunks(dim), dim);
-            bench.expect(&name, &part(out.mat().block(row..row + 1, columns), &cuda)?, &want)?;
+            bench.expect(&name, &to_host(out.mat().block(row..row + 1, columns), &cuda)?, &want)?;
         }
         Ok(())
     })
 }
 
-/// A step of a layer through [`KvCache`], as a model makes it. The weights alone are larger than
-/// the caches.
+/// A decoding step of a layer through [`KvCache`], as models do it. The weights alone are larger
+/// than the caches.
 fn layer(bench: &mut Bench) -> Result<()> {
     bench.case("decode layer", |bench| {
         let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
@@ -97,12 +97,12 @@ fn layer(bench: &mut Bench) -> Result<()> {
                 Cost { bytes: (weights + kv) as f64, flops: (2 * batch * sizes.weights() + scores) as f64 };
             let mut y = None;
             bench.time(&name, cost, |_| {
-                // Not finished, so that every call is the step behind the prompts.
+                // The step is not finished, so every call appends at the same position.
                 let (sequences, mut step) = cache.step(&slots, &vec![1; batch])?;
                 y = Some(block.infer(x.clone().with_sequences(sequences)?, &mut step)?);
                 Ok(())
             })?;
-            // The last sequence as a whole, without a cache.
+            // Compares with the last sequence as a whole, without a cache.
             let (Some(y), Some(prompt)) = (y, prompts.pop()) else { continue };
             let mut whole = Tensor::<bf16, _>::empty(&cuda, [context + 1, hidden])?;
             cuda.copy(prompt.mat(), whole.mat_mut()?.block(0..context, 0..hidden))?;
@@ -113,8 +113,8 @@ fn layer(bench: &mut Bench) -> Result<()> {
                 whole.mat_mut()?.block(last.clone(), 0..hidden),
             )?;
             let (whole, _) = block.forward(DTensor::replicated(&group, whole)?)?;
-            let want = part(whole.local().mat().block(last, 0..hidden), &cuda)?;
-            let got = part(y.local().mat().block(row, 0..hidden), &cuda)?;
+            let want = to_host(whole.local().mat().block(last, 0..hidden), &cuda)?;
+            let got = to_host(y.local().mat().block(row, 0..hidden), &cuda)?;
             bench.expect(&name, &got, &block::close(&want))?;
         }
         Ok(())

@@ -1,28 +1,13 @@
-//! Products, by cuBLASLt.
+//! Matrix products by cuBLASLt.
 
 use crate::{
-    data::part,
+    check::{BF16, F32, dot, positions},
+    data::to_host,
     report::{Bench, Cost},
 };
 use half::bf16;
 use shardwise::{Result, Tensor, kernels::Gemm};
 use std::rc::Rc;
-
-/// How far a result may be from the exact one, by its rounding alone.
-pub(crate) const BF16: f64 = 0.00390625;
-const F32: f64 = 1e-7;
-
-/// A sum of products, and how far off one may be that was added in f32 and rounded to the result.
-pub(crate) fn dot(a: &[f64], b: &[f64], rounding: f64) -> (f64, f64) {
-    let products = || a.iter().zip(b).map(|(a, b)| a * b);
-    let (sum, size) = (products().sum::<f64>(), products().map(f64::abs).sum::<f64>());
-    (sum, rounding * sum.abs() + 1e-5 * size)
-}
-
-/// A few places of a matrix.
-pub(crate) fn places(rows: usize, cols: usize) -> [(usize, usize); 5] {
-    [(0, 0), (rows - 1, cols - 1), (rows / 2, cols / 3), (rows / 3, cols / 2), (rows - 1, 0)]
-}
 
 pub(crate) fn run(bench: &mut Bench) -> Result<()> {
     let (k, whole) = bench.pick((64, 128), (8192, 28672));
@@ -39,7 +24,7 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
     Ok(())
 }
 
-/// The cost of a product whose result has elements of so many bytes.
+/// The cost of a product whose result has elements of this many bytes.
 fn cost((m, k, n): (usize, usize, usize), result: f64) -> Cost {
     let (m, k, n) = (m as f64, k as f64, n as f64);
     Cost { bytes: 2.0 * (m * k + k * n) + result * m * n, flops: 2.0 * m * k * n }
@@ -60,10 +45,10 @@ fn product(bench: &mut Bench, tp: usize, (m, k, n): (usize, usize, usize)) -> Re
             cuda.gemm(1.0, x.mat(), w[last].mat().t(), 0.0, y.mat_mut()?)
         })?;
         let (mut got, mut want) = (Vec::new(), Vec::new());
-        for (row, col) in places(m, n) {
-            got.extend(part(y.mat().block(row..row + 1, col..col + 1), &cuda)?);
-            let x = part(x.mat().block(row..row + 1, 0..k), &cuda)?;
-            want.push(dot(&x, &part(w[last].mat().block(col..col + 1, 0..k), &cuda)?, BF16));
+        for (row, col) in positions(m, n) {
+            got.extend(to_host(y.mat().block(row..row + 1, col..col + 1), &cuda)?);
+            let x = to_host(x.mat().block(row..row + 1, 0..k), &cuda)?;
+            want.push(dot(&x, &to_host(w[last].mat().block(col..col + 1, 0..k), &cuda)?, BF16));
         }
         bench.expect(&name, &got, &want)
     })
@@ -80,10 +65,10 @@ fn weight_gradient(bench: &mut Bench, tp: usize, (m, k, n): (usize, usize, usize
             cuda.gemm(1.0, dy.mat().t(), x.mat(), 0.0, dw.mat_mut()?)
         })?;
         let (mut got, mut want) = (Vec::new(), Vec::new());
-        for (row, col) in places(n, k) {
-            got.extend(part(dw.mat().block(row..row + 1, col..col + 1), &cuda)?);
-            let dy = part(dy.mat().columns(row..row + 1), &cuda)?;
-            want.push(dot(&dy, &part(x.mat().columns(col..col + 1), &cuda)?, F32));
+        for (row, col) in positions(n, k) {
+            got.extend(to_host(dw.mat().block(row..row + 1, col..col + 1), &cuda)?);
+            let dy = to_host(dy.mat().columns(row..row + 1), &cuda)?;
+            want.push(dot(&dy, &to_host(x.mat().columns(col..col + 1), &cuda)?, F32));
         }
         bench.expect(&name, &got, &want)
     })
@@ -98,10 +83,10 @@ fn input_gradient(bench: &mut Bench, tp: usize, (m, k, n): (usize, usize, usize)
         let mut dx = Tensor::<bf16, _>::empty(&cuda, [m, k])?;
         bench.time(&name, cost((m, n, k), 2.0), |_| cuda.gemm(1.0, dy.mat(), w.mat(), 0.0, dx.mat_mut()?))?;
         let (mut got, mut want) = (Vec::new(), Vec::new());
-        for (row, col) in places(m, k) {
-            got.extend(part(dx.mat().block(row..row + 1, col..col + 1), &cuda)?);
-            let dy = part(dy.mat().block(row..row + 1, 0..n), &cuda)?;
-            want.push(dot(&dy, &part(w.mat().columns(col..col + 1), &cuda)?, BF16));
+        for (row, col) in positions(m, k) {
+            got.extend(to_host(dx.mat().block(row..row + 1, col..col + 1), &cuda)?);
+            let dy = to_host(dy.mat().block(row..row + 1, 0..n), &cuda)?;
+            want.push(dot(&dy, &to_host(w.mat().columns(col..col + 1), &cuda)?, BF16));
         }
         bench.expect(&name, &got, &want)
     })

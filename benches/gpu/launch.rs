@@ -1,4 +1,4 @@
-//! What a call costs that has next to nothing to do.
+//! The overhead of calls that do almost nothing.
 
 use crate::report::{Bench, Cost, Times};
 use shardwise::{
@@ -14,7 +14,7 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
         let cuda = bench.cuda.clone();
         let one = Tensor::<f32, _>::full(&cuda, [1], 1.0)?;
         let mut sum = Tensor::<f32, _>::zeros(&cuda, [1])?;
-        // Fewer than a stream's queue takes, so that the host never waits.
+        // Fewer than fit the queue of a stream, so that the host never waits.
         let (rounds, calls) = bench.pick((1, 10), (11, 500));
         let (mut asked, mut done) = (Vec::new(), Vec::new());
         for _ in 0..=rounds {

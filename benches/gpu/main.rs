@@ -1,17 +1,19 @@
-//! What one GPU takes for kernels, layers and calls, as parts of the limits that the same run
-//! measures on it. `scripts/peers/gpu_torch.py` has lines of the same names and shapes;
-//! `scripts/gpu/run.sh` runs both.
+//! Times kernels, layers and calls on one GPU, as shares of the limits that the same run measures.
+//! `scripts/peers/gpu_torch.py` has lines of the same names and shapes; `scripts/gpu/run.sh` runs
+//! both.
 //!
 //! ```text
 //! cargo bench --features nccl --bench gpu [-- --only attention,decode] [--json FILE]
 //!     [--seconds N] [--quick]
 //! ```
 //!
-//! Operands are random. Each result is compared with sums in f64 on the host, or with another path
-//! to it, at a few places; the bench fails at its end if one was wrong or could not be computed.
+//! Operands are random. A few elements of each result are compared with sums in f64 on the host, or
+//! with another way to compute them. The bench fails at its end if a result was wrong or could not
+//! be computed.
 
 mod attention;
 mod block;
+mod check;
 mod data;
 mod decode;
 mod gemm;
@@ -28,16 +30,16 @@ use std::{path::PathBuf, process::ExitCode};
 
 #[derive(Parser)]
 struct Args {
-    /// Small shapes, each once: to see whether all of it runs.
+    /// Runs each line once with small shapes, to check that everything works.
     #[arg(long)]
     quick: bool,
-    /// Appends a JSON object a line to this file.
+    /// Appends one JSON object per line to this file.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// The groups of lines to run; all if not given.
+    /// The groups of lines to run; default: all.
     #[arg(long, value_delimiter = ',')]
-    only: Vec<Part>,
-    /// After so many seconds, lines that have not begun are skipped.
+    only: Vec<Section>,
+    /// Skips lines that have not begun after this many seconds.
     #[arg(long)]
     seconds: Option<f64>,
     /// Passed by `cargo bench`.
@@ -46,7 +48,7 @@ struct Args {
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
-enum Part {
+enum Section {
     Limits,
     Gemm,
     Streams,
@@ -68,19 +70,19 @@ fn main() -> Result<ExitCode> {
         }
     };
     let mut bench = Bench::new(cuda, args.quick, args.json.as_deref(), args.seconds)?;
-    let wanted = |part: &Part| args.only.is_empty() || args.only.contains(part);
-    bench.measure_limits(wanted(&Part::Limits))?;
-    for part in Part::value_variants().iter().filter(|part| wanted(part)) {
-        match part {
-            Part::Limits => {}
-            Part::Gemm => gemm::run(&mut bench)?,
-            Part::Streams => streams::run(&mut bench)?,
-            Part::Attention => attention::run(&mut bench)?,
-            Part::Decode => decode::run(&mut bench)?,
-            Part::Launch => launch::run(&mut bench)?,
-            Part::Optim => optim::run(&mut bench)?,
-            Part::Nccl => nccl::run(&mut bench)?,
-            Part::Block => block::run(&mut bench)?,
+    let wanted = |section: &Section| args.only.is_empty() || args.only.contains(section);
+    bench.measure_limits(wanted(&Section::Limits))?;
+    for section in Section::value_variants().iter().filter(|section| wanted(section)) {
+        match section {
+            Section::Limits => {}
+            Section::Gemm => gemm::run(&mut bench)?,
+            Section::Streams => streams::run(&mut bench)?,
+            Section::Attention => attention::run(&mut bench)?,
+            Section::Decode => decode::run(&mut bench)?,
+            Section::Launch => launch::run(&mut bench)?,
+            Section::Optim => optim::run(&mut bench)?,
+            Section::Nccl => nccl::run(&mut bench)?,
+            Section::Block => block::run(&mut bench)?,
         }
     }
     Ok(if bench.is_sound() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -1,4 +1,4 @@
-//! What a call of NCCL costs, whether NCCL blocks or not: sums over one rank, which move nothing.
+//! The overhead of a call of NCCL, blocking or not: all-reduces over one rank, which move no data.
 
 use crate::{
     data::Data,
@@ -19,15 +19,16 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
             let data = Data::new(&cuda, quick)?;
             let mut lines = Vec::new();
             let large = if quick { ("16 KiB", 1 << 12) } else { ("64 MiB", 1 << 24) };
-            let ways = [("", true), (", not blocking", false)];
-            let cases = ways.into_iter().flat_map(|way| [("4 KiB", 1 << 10), large].map(|size| (way, size)));
-            for ((way, blocking), (name, len)) in cases {
+            let modes = [("", true), (", not blocking", false)];
+            let cases =
+                modes.into_iter().flat_map(|mode| [("4 KiB", 1 << 10), large].map(|size| (mode, size)));
+            for ((mode, blocking), (name, len)) in cases {
                 let group = rank.over_nccl(&cuda, Options { blocking, ..Options::default() })?;
                 let mut x = data.fill::<f32>([len], 1.0)?;
                 let before = x.to_vec()?;
                 let times = timed(&cuda, quick, |_| group.all_reduce(ReduceOp::Sum, &mut x))?;
                 let same = x.to_vec()?.iter().zip(&before).filter(|(x, before)| x == before).count();
-                lines.push((format!("all-reduce f32 {name}, one rank{way}"), times, same, len));
+                lines.push((format!("all-reduce f32 {name}, one rank{mode}"), times, same, len));
             }
             Ok(lines)
         })?;

@@ -1,7 +1,7 @@
-//! An optimizer's step, and the norm of a gradient.
+//! An optimizer step, and the gradient norm.
 
 use crate::{
-    data::part,
+    data::to_host,
     report::{Bench, Cost},
 };
 use half::bf16;
@@ -38,7 +38,7 @@ where
     (0..count).map(load).collect()
 }
 
-/// Steps with one gradient, so that its moments do not change: m̂ = g and v̂ = g² at every step.
+/// Repeats steps with one gradient, for which m̂ = g and v̂ = g² at every step.
 fn adamw<T: Element>(bench: &mut Bench, kind: &str, each: usize, count: usize, side: usize) -> Result<()> {
     let elements = count * side * side;
     let name = format!("AdamW {kind}, {elements} elements");
@@ -46,11 +46,11 @@ fn adamw<T: Element>(bench: &mut Bench, kind: &str, each: usize, count: usize, s
         let cuda = bench.cuda.clone();
         let params = params::<T>(bench, count, side)?;
         let (first, lr) = (0..1, 1e-3);
-        let before = part(params[0].value()?.mat().block(first.clone(), 0..side), &cuda)?;
+        let before = to_host(params[0].value()?.mat().block(first.clone(), 0..side), &cuda)?;
         let mut adamw = AdamW::<T, Cuda>::default();
         bench.time(&name, Cost::bytes((each * elements) as f64), |_| adamw.step(&params, lr, 1.0))?;
         let Some(grad) = params[0].grad() else { return Ok(()) };
-        let grad = part(grad.mat().block(first.clone(), 0..side), &cuda)?;
+        let grad = to_host(grad.mat().block(first.clone(), 0..side), &cuda)?;
         let AdamWConfig { eps, weight_decay, .. } = AdamWConfig::default();
         let end = |(weight, grad): (&f64, &f64)| {
             let step = |weight, _| weight * (1.0 - lr * weight_decay) - lr * grad / (grad.abs() + eps);
@@ -58,18 +58,18 @@ fn adamw<T: Element>(bench: &mut Bench, kind: &str, each: usize, count: usize, s
             (end, T::EPSILON * end.abs() + 1e-4)
         };
         let want: Vec<_> = before.iter().zip(&grad).map(end).collect();
-        bench.expect(&name, &part(params[0].value()?.mat().block(first, 0..side), &cuda)?, &want)
+        bench.expect(&name, &to_host(params[0].value()?.mat().block(first, 0..side), &cuda)?, &want)
     })
 }
 
-/// The norm as training computes it before each step.
+/// The gradient norm as training computes it before each step.
 fn norm(bench: &mut Bench, count: usize, side: usize) -> Result<()> {
     let name = format!("gradient norm f32, {count} parameters of {side} x {side}");
     bench.case(&name, |bench| {
         let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
         let group = Group::solo(&cuda);
         let params = params::<bf16>(bench, count, side)?;
-        // Another scale for one: each must count.
+        // One gradient has another scale, so that omitting a parameter shows.
         params[count / 2].zero_grad();
         params[count / 2].add_grad(data.fill([side, side], 30.0)?)?;
         let mut found = 0.0;

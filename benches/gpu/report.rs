@@ -1,8 +1,8 @@
-//! Times calls, and writes a line for each.
+//! Times calls, and reports a line for each.
 
 use crate::{
-    data::{Data, part},
-    gemm::{self, dot},
+    check::{BF16, dot, positions},
+    data::{Data, to_host},
 };
 use half::bf16;
 use serde_json::{Value, json};
@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What a call has to do: bytes to read and write, and multiplications and additions of bf16.
+/// The work of a call: bytes to read and write, and floating-point operations.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Cost {
     pub(crate) bytes: f64,
@@ -32,7 +32,7 @@ impl Cost {
     }
 }
 
-/// Seconds a call.
+/// Seconds per call.
 pub(crate) struct Times {
     median: f64,
     min: f64,
@@ -46,7 +46,7 @@ impl Times {
     }
 }
 
-/// Times a call, which gets its number. A round has so many calls that it takes 2 ms, and ends when
+/// Times a call, which receives its number. A round has enough calls to take 2 ms, and ends when
 /// the device is done.
 pub(crate) fn timed(cuda: &Cuda, quick: bool, mut call: impl FnMut(usize) -> Result<()>) -> Result<Times> {
     let mut number = 0;
@@ -74,7 +74,7 @@ pub(crate) fn timed(cuda: &Cuda, quick: bool, mut call: impl FnMut(usize) -> Res
     Ok(Times::of(times))
 }
 
-/// What the device reaches: floating-point operations of bf16, and bytes, each a second.
+/// The measured limits of the device, per second: bf16 operations and bytes.
 struct Limits {
     flops: f64,
     bytes: f64,
@@ -109,23 +109,24 @@ impl Bench {
         Ok(bench)
     }
 
-    /// Whether every line was computed and right.
+    /// Whether every line was computed and its results were right.
     pub(crate) fn is_sound(&self) -> bool {
         self.failures == 0
     }
 
-    /// One of several shapes: the first when quick.
+    /// Selects between two shapes: the first for a quick run.
     pub(crate) fn pick<T>(&self, small: T, usual: T) -> T {
         if self.quick { small } else { usual }
     }
 
-    /// How many tensors of so many bytes are used in turn, so that no cache of the device holds the
-    /// next one.
+    /// The number of tensors of this many bytes to use in turn, so that the next one is in no
+    /// cache.
     pub(crate) fn copies(&self, bytes: usize) -> usize {
         if self.quick { 2 } else { (240_usize << 20).div_ceil(bytes) }
     }
 
-    /// Runs what makes some lines. An error of it is a line of its own, and the next case goes on.
+    /// Runs a case, which reports some lines. Reports an error as a line and continues with the
+    /// next case.
     pub(crate) fn case(&mut self, name: &str, run: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         if self.end.is_some_and(|end| Instant::now() > end) {
             println!("skipped: {name}");
@@ -137,7 +138,7 @@ impl Bench {
         self.emit(json!({ "name": name, "error": error.to_string() }))
     }
 
-    /// Times a call, which gets its number, and writes the line.
+    /// Times a call, which receives its number, and reports the line.
     pub(crate) fn time(
         &mut self,
         name: &str,
@@ -148,7 +149,7 @@ impl Bench {
         self.line(name, &times, cost)
     }
 
-    /// Writes a line.
+    /// Reports a line.
     pub(crate) fn line(&mut self, name: &str, times: &Times, cost: Cost) -> Result<()> {
         let Times { median, min, max } = times;
         let floor = |limits: &Limits| (cost.bytes / limits.bytes).max(cost.flops / limits.flops);
@@ -166,7 +167,7 @@ impl Bench {
         }))
     }
 
-    /// Looks at a few numbers of a result, each with what it should be and how far off it may be.
+    /// Checks a few numbers of a result. `want` has the expected values and their tolerances.
     pub(crate) fn expect(&mut self, name: &str, got: &[f64], want: &[(f64, f64)]) -> Result<()> {
         let near = |(got, (want, off)): (&f64, &(f64, f64))| (got - want).abs() <= *off;
         let wrong = got.iter().zip(want).filter(|pair| !near(*pair)).count();
@@ -180,8 +181,8 @@ impl Bench {
         self.emit(json!({ "name": name, "wrong": text }))
     }
 
-    /// Measures what the device reaches: a copy between buffers far larger than its caches, and a
-    /// large product.
+    /// Measures the limits: by a copy between buffers far larger than the caches, and by a large
+    /// product.
     pub(crate) fn measure_limits(&mut self, write: bool) -> Result<()> {
         self.case("limits", |bench| {
             let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
@@ -191,8 +192,8 @@ impl Bench {
             let copy = timed(&cuda, bench.quick, |_| cuda.copy(x.mat(), y.mat_mut()?))?;
             let bytes = (4 * rows * 8192) as f64;
             let last = rows - 1..rows;
-            let want = part(x.mat().block(last.clone(), 0..8192), &cuda)?;
-            let got = part(y.mat().block(last, 0..8192), &cuda)?;
+            let want = to_host(x.mat().block(last.clone(), 0..8192), &cuda)?;
+            let got = to_host(y.mat().block(last, 0..8192), &cuda)?;
             bench.expect("limit copy", &got, &want.iter().map(|&want| (want, 0.0)).collect::<Vec<_>>())?;
 
             let n = bench.pick(64, 8192);
@@ -202,10 +203,10 @@ impl Bench {
                 timed(&cuda, bench.quick, |_| cuda.gemm(1.0, a.mat(), b.mat().t(), 0.0, c.mat_mut()?))?;
             let flops = 2.0 * (n as f64).powi(3);
             let (mut got, mut want) = (Vec::new(), Vec::new());
-            for (row, col) in gemm::places(n, n) {
-                got.extend(part(c.mat().block(row..row + 1, col..col + 1), &cuda)?);
-                let row = part(a.mat().block(row..row + 1, 0..n), &cuda)?;
-                want.push(dot(&row, &part(b.mat().block(col..col + 1, 0..n), &cuda)?, gemm::BF16));
+            for (row, col) in positions(n, n) {
+                got.extend(to_host(c.mat().block(row..row + 1, col..col + 1), &cuda)?);
+                let row = to_host(a.mat().block(row..row + 1, 0..n), &cuda)?;
+                want.push(dot(&row, &to_host(b.mat().block(col..col + 1, 0..n), &cuda)?, BF16));
             }
             bench.expect("limit product", &got, &want)?;
             bench.limits = Some(Limits { flops: flops / product.median, bytes: bytes / copy.median });
@@ -218,7 +219,7 @@ impl Bench {
         })
     }
 
-    /// Appends to the file, if there is one: what is there when the process ends early is there.
+    /// Appends to the file, if there is one. Flushes, so that an early exit loses nothing.
     fn emit(&mut self, line: Value) -> Result<()> {
         let Some((path, file)) = &mut self.json else { return Ok(()) };
         let written = writeln!(file, "{line}").and_then(|()| file.flush());

@@ -1,8 +1,8 @@
-//! Kernels that memory limits: each element is read and written once, or a few times.
+//! Memory-bound kernels: each element is read and written once, or a few times.
 
 use crate::{
-    data::part,
-    gemm::BF16,
+    check::BF16,
+    data::to_host,
     report::{Bench, Cost},
 };
 use half::bf16;
@@ -18,7 +18,7 @@ use std::rc::Rc;
 
 const EPS: f64 = 1e-5;
 
-/// Numbers as they should be, with room for one rounding.
+/// Expected values, with the tolerance of one rounding.
 fn rounded(values: impl Iterator<Item = f64>) -> Vec<(f64, f64)> {
     values.map(|value| (value, BF16 * value.abs() + 1e-7)).collect()
 }
@@ -42,15 +42,15 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
 
 fn elementwise(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
     let size = 2.0 * (rows * cols) as f64;
-    // A row in the middle, of each operand.
+    // A row in the middle of each operand.
     let row = rows / 2..rows / 2 + 1;
     bench.case("elementwise", |bench| {
         let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
         let both = data.fill::<bf16>([rows, 2 * cols], 1.0)?;
         let (x, other) = (data.fill::<bf16>([rows, cols], 1.0)?, data.fill::<bf16>([rows, cols], 1.0)?);
         let mut y = Tensor::<bf16, _>::empty(&cuda, [rows, cols])?;
-        let host = part(x.mat().block(row.clone(), 0..cols), &cuda)?;
-        let result = |y: &Tensor<bf16, Cuda>| part(y.mat().block(row.clone(), 0..cols), &cuda);
+        let host = to_host(x.mat().block(row.clone(), 0..cols), &cuda)?;
+        let result = |y: &Tensor<bf16, Cuda>| to_host(y.mat().block(row.clone(), 0..cols), &cuda);
 
         let name = format!("copy bf16 {rows} x {cols}");
         bench.time(&name, Cost::bytes(2.0 * size), |_| cuda.copy(x.mat(), y.mat_mut()?))?;
@@ -58,7 +58,7 @@ fn elementwise(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
 
         let name = format!("add bf16 {rows} x {cols}");
         bench.time(&name, Cost::bytes(3.0 * size), |_| cuda.add(x.mat(), other.mat(), y.mat_mut()?))?;
-        let term = part(other.mat().block(row.clone(), 0..cols), &cuda)?;
+        let term = to_host(other.mat().block(row.clone(), 0..cols), &cuda)?;
         bench.expect(&name, &result(&y)?, &rounded(host.iter().zip(&term).map(|(a, b)| a + b)))?;
 
         let name = format!("silu bf16 {rows} x {cols}");
@@ -69,7 +69,7 @@ fn elementwise(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
         let name = format!("gate bf16 of [gate | up] {rows} x {cols}");
         let (gate, up) = (both.mat().columns(0..cols), both.mat().columns(cols..2 * cols));
         bench.time(&name, Cost::bytes(3.0 * size), |_| cuda.gate(f, gate, up, y.mat_mut()?))?;
-        let host = part(both.mat().block(row.clone(), 0..2 * cols), &cuda)?;
+        let host = to_host(both.mat().block(row.clone(), 0..2 * cols), &cuda)?;
         let (gate, up) = host.split_at(cols);
         bench.expect(&name, &result(&y)?, &rounded(gate.iter().zip(up).map(|(g, u)| silu(*g) * u)))
     })
@@ -89,11 +89,11 @@ fn norms(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
         bench.time(&name, Cost::bytes(2.0 * size), |_| {
             cuda.normalize(kind, x.mat(), gamma.slice(), None, y.mat_mut()?, stats.slice_mut()?)
         })?;
-        let hosts = [&x, &dy].map(|all| part(all.mat().block(row.clone(), 0..cols), &cuda));
+        let hosts = [&x, &dy].map(|all| to_host(all.mat().block(row.clone(), 0..cols), &cuda));
         let [host, dhost] = hosts;
-        let (host, dhost, scale) = (host?, dhost?, part(gamma.mat(), &cuda)?);
+        let (host, dhost, scale) = (host?, dhost?, to_host(gamma.mat(), &cuda)?);
         let root = 1.0 / (mean(host.iter().map(|x| x * x)) + EPS).sqrt();
-        let got = part(y.mat().block(row.clone(), 0..cols), &cuda)?;
+        let got = to_host(y.mat().block(row.clone(), 0..cols), &cuda)?;
         bench.expect(&name, &got, &rounded(host.iter().zip(&scale).map(|(x, s)| x * root * s)))?;
 
         let name = format!("RMSNorm backward bf16 {rows} x {cols}");
@@ -105,21 +105,21 @@ fn norms(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
         })?;
         let g: Vec<f64> = dhost.iter().zip(&scale).map(|(d, s)| d * s).collect();
         let along = mean(g.iter().zip(&host).map(|(g, x)| g * x * root));
-        let got = part(dx.mat().block(row, 0..cols), &cuda)?;
+        let got = to_host(dx.mat().block(row, 0..cols), &cuda)?;
         let want = g.iter().zip(&host).map(|(g, x)| root * (g - x * root * along));
         bench.expect(&name, &got, &want.map(|x| (x, BF16 * x.abs() + 1e-5)).collect::<Vec<_>>())?;
-        // The gradient of one γ, a sum over all rows.
+        // The gradient of one element of γ: a sum over all rows.
         let column = cols / 3..cols / 3 + 1;
-        let [x, dy] = [&x, &dy].map(|all| part(all.mat().columns(column.clone()), &cuda));
-        let (x, dy, roots) = (x?, dy?, part(stats.mat().columns(1..2), &cuda)?);
+        let [x, dy] = [&x, &dy].map(|all| to_host(all.mat().columns(column.clone()), &cuda));
+        let (x, dy, roots) = (x?, dy?, to_host(stats.mat().columns(1..2), &cuda)?);
         let terms = || x.iter().zip(&dy).zip(&roots).map(|((x, dy), root)| x * dy * root);
         let (sum, size): (f64, f64) = (terms().sum(), terms().map(f64::abs).sum());
-        let got = part(dgamma.mat(), &cuda)?[column.start];
+        let got = to_host(dgamma.mat(), &cuda)?[column.start];
         bench.expect(&name, &[got], &[(sum, 1e-5 * size)])
     })
 }
 
-/// The loss as a model computes it, targets being uploaded with each call.
+/// The loss as a model computes it: targets are uploaded with each call.
 fn cross_entropy(bench: &mut Bench, tokens: usize, classes: usize) -> Result<()> {
     let size = 2.0 * (tokens * classes) as f64;
     bench.case("cross entropy", |bench| {
@@ -133,7 +133,7 @@ fn cross_entropy(bench: &mut Bench, tokens: usize, classes: usize) -> Result<()>
         bench.time(&name, Cost::bytes(size), |_| loss.forward(logits.clone(), &targets).map(drop))?;
         let (losses, saved) = loss.forward(logits.clone(), &targets)?;
         let token = tokens - 1;
-        let host = part(logits.local().mat().block(token..token + 1, 0..classes), &cuda)?;
+        let host = to_host(logits.local().mat().block(token..token + 1, 0..classes), &cuda)?;
         let lse = host.iter().map(|x| x.exp()).sum::<f64>().ln();
         let target = targets[token] as usize;
         let got = losses.rows().to_vec()?[token].into();
@@ -145,7 +145,7 @@ fn cross_entropy(bench: &mut Bench, tokens: usize, classes: usize) -> Result<()>
             loss.backward(saved, 1.0).map(drop)
         })?;
         let dx = loss.backward(saved, 1.0)?;
-        let got = part(dx.local().mat().block(token..token + 1, 0..classes), &cuda)?;
+        let got = to_host(dx.local().mat().block(token..token + 1, 0..classes), &cuda)?;
         let one = |class: usize| if class == target { 1.0 } else { 0.0 };
         let want = host.iter().enumerate().map(|(class, x)| (x - lse).exp() - one(class));
         bench.expect(&name, &got, &rounded(want))

@@ -1,10 +1,10 @@
-//! What one core of this machine can do: the figures that benches are a part of.
+//! The limits of one core of this machine, to which benches compare.
 
 #![allow(dead_code, reason = "each bench uses what it needs")]
 
 use std::{hint::black_box, time::Instant};
 
-/// f32 fused multiply-adds of one core, in GFLOP/s: independent chains in the widest vectors, nothing else.
+/// f32 fused multiply-adds of one core, in GFLOP/s: independent chains in the widest vectors.
 pub(crate) fn fused() -> f64 {
     #[cfg(target_arch = "x86_64")]
     {
@@ -49,10 +49,10 @@ pub(crate) fn fused() -> f64 {
     })
 }
 
-/// Chains that do not depend on one another: more than a processor can have under way.
+/// Independent chains: more than a processor executes at a time.
 const CHAINS: usize = 12;
 
-/// The best of some rounds: what the core can do when it is left alone.
+/// The best of some rounds, which other load disturbs least.
 fn rate(lanes: usize, run: impl Fn(usize) -> f32) -> f64 {
     const TIMES: usize = 2_000_000;
     let once = || {
@@ -63,7 +63,7 @@ fn rate(lanes: usize, run: impl Fn(usize) -> f32) -> f64 {
     (0..7).map(|_| once()).fold(0.0, f64::max)
 }
 
-/// Bytes that some threads together read from memory that no cache holds, in GB/s.
+/// The rate at which some threads together read memory that is in no cache, in GB/s.
 pub(crate) fn read(threads: usize) -> f64 {
     const BYTES: usize = 256 << 20;
     let memory: Vec<u64> = vec![1; BYTES / 8];

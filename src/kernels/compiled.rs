@@ -1,8 +1,8 @@
 //! The CPU's kernels, compiled into this crate.
 //!
-//! Each crate compiles the generic functions that it calls, except those that are
-//! `#[inline(never)]` and already compiled by a dependency. The kernels are `#[inline(never)]`, and
-//! this module compiles them for every element. Programs then only link to them.
+//! A crate compiles the generic functions that it calls, except those that are `#[inline(never)]`
+//! and already compiled in a dependency. The kernels are `#[inline(never)]`, and this module
+//! instantiates them for every element, so that programs only link to them.
 
 use super::{Attention, Dropout, Gather, Gemm, Loss, Norm, Pointwise, Rope, Update};
 use crate::device::{Accumulator, Cpu, Element};

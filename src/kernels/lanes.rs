@@ -1,12 +1,13 @@
-//! Sums and maxima of a row on the CPU, in an order that vector units can follow.
+//! Sums and maxima of a row on the CPU, in an order that maps to SIMD lanes.
 
 use crate::device::{Accumulator, Element};
 
-/// Independent partial results: enough for two vectors of eight f32 to be under way at a time.
+/// Independent partial results: enough to keep two vectors of eight f32 in flight.
 const LANES: usize = 16;
 
-/// f(0) ⊕ f(1) ⊕ … ⊕ f(len − 1), where f(i) is `f` of the `i`-th elements of `rows`: element `i` goes to lane `i mod 16`,
-/// then the lanes are combined pairwise. The order depends on the rows' length alone.
+/// f(0) ⊕ f(1) ⊕ … ⊕ f(len − 1), where f(i) is `f` of the `i`-th elements of `rows`. Element `i`
+/// goes to lane `i mod 16`; the lanes are then combined pairwise. The order depends only on the
+/// length of the rows.
 #[inline(always)]
 fn lane_fold<T: Element, A: Accumulator, const N: usize>(
     rows: [&[T]; N],
@@ -18,7 +19,8 @@ fn lane_fold<T: Element, A: Accumulator, const N: usize>(
     let len = rows[0].len();
     let whole = len / LANES * LANES;
     for at in (0..whole).step_by(LANES) {
-        // Arrays, so that lengths are checked once for all lanes: a check a lane would keep the loop from vector units.
+        // Fixed-size arrays check the lengths once for all lanes. A check per lane would prevent
+        // vectorization.
         let rows = rows.map(|row| row[at..].first_chunk::<LANES>().expect("the rows are equally long"));
         for (lane, value) in lanes.iter_mut().enumerate() {
             *value = combine(*value, f(rows.map(|row| row[lane])));
@@ -37,7 +39,7 @@ fn lane_fold<T: Element, A: Accumulator, const N: usize>(
     lanes[0]
 }
 
-/// The sum of `f` of the rows' elements.
+/// Σ of `f` over the elements of the rows.
 #[inline(always)]
 pub(super) fn lane_sum<T: Element, A: Accumulator, const N: usize>(
     rows: [&[T]; N],
@@ -46,7 +48,7 @@ pub(super) fn lane_sum<T: Element, A: Accumulator, const N: usize>(
     lane_fold(rows, A::ZERO, f, |a, b| a + b)
 }
 
-/// The largest element of a row: −∞ of none, NaN if one is NaN.
+/// The maximum of a row: −∞ of an empty row, NaN if an element is NaN.
 #[inline(always)]
 pub(super) fn lane_max<T: Element>(row: &[T]) -> T::Acc {
     lane_fold([row], T::Acc::NEG_INFINITY, |[x]| x.widen(), T::Acc::max_nan)

@@ -1,8 +1,9 @@
-//! The mathematics on one device: a folder a kernel family, the trait in `mod.rs`, one file a device beside it.
+//! The mathematics on one device: a folder per kernel family, with the trait in `mod.rs` and one
+//! file per device.
 //!
-//! Methods are generic in the element, so that an operator carries one bound, [`Backend`]. Matrices come as views
-//! ([`MatRef`], [`MatMut`]) whose extent was checked when they were made; a kernel checks that its operands agree with
-//! one another and reports the two sizes that do not.
+//! Methods are generic in the element, so that an operator needs a single bound, [`Backend`].
+//! Matrices are passed as views ([`MatRef`], [`MatMut`]), which check their extent when they are
+//! made. A kernel checks that its operands agree and reports the two sizes that do not.
 //!
 //! | family | kernels |
 //! |---|---|
@@ -12,7 +13,7 @@
 //! | [`Attention`] | scaled dot-product attention, memory linear in the sequence length |
 //! | [`Rope`] | rotary position embedding |
 //! | [`Gather`] | rows of a table by index, and its transpose |
-//! | [`Loss`] | cross entropy over all classes or a part of them, squared error |
+//! | [`Loss`] | cross entropy over all classes or a range of them, squared error |
 //! | [`Dropout`] | dropout whose mask is a function of global indices |
 //! | [`Update`] | steps of SGD and AdamW, sums of squares |
 
@@ -47,7 +48,7 @@ pub use view::{MatMut, MatRef};
 
 use crate::device::Device;
 
-/// A device with every kernel family: the one bound of operators and layers.
+/// A device that implements every kernel family: the single bound of operators and layers.
 pub trait Backend:
     Device + Gemm + Pointwise + Norm + Attention + Rope + Gather + Loss + Dropout + Update
 {

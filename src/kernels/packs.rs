@@ -1,4 +1,5 @@
-//! How the CUDA kernels walk through matrices: 16 bytes at a time where all operands allow it.
+//! How the CUDA kernels access matrices: in packs of 16 bytes where all operands are aligned to
+//! that, else one element at a time.
 
 use super::view::Dims;
 
@@ -6,25 +7,25 @@ use super::view::Dims;
 #[derive(Clone, Copy)]
 pub(super) struct Operand {
     pub(super) dims: Dims,
-    /// Where its first element is.
+    /// The address of its first element.
     pub(super) address: u64,
-    /// The bytes of one element.
+    /// The bytes per element.
     pub(super) size: usize,
 }
 
-/// The rows and columns that a kernel walks through, and whether it takes packs of elements.
+/// The loop bounds of a kernel, and whether it accesses packs of elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Walk {
+pub(super) struct AccessPlan {
     pub(super) packed: bool,
     pub(super) rows: usize,
     pub(super) cols: usize,
-    /// How many packs or elements there are.
+    /// The number of packs or elements.
     pub(super) steps: usize,
 }
 
-impl Walk {
-    /// Matrices of the same dimensions, as one row where none has gaps.
-    pub(super) fn through(operands: &[Operand]) -> Self {
+impl AccessPlan {
+    /// For matrices of the same dimensions. Flattens them to one row if all are contiguous.
+    pub(super) fn flat(operands: &[Operand]) -> Self {
         let Some(first) = operands.first() else { return Self { packed: false, rows: 0, cols: 0, steps: 0 } };
         let Dims { rows, cols, .. } = first.dims;
         let gapless = operands.iter().all(|operand| operand.dims.row_stride == cols || rows <= 1);
@@ -32,7 +33,7 @@ impl Walk {
         Self::by_rows(operands, rows, cols)
     }
 
-    /// Matrices whose rows stay apart.
+    /// For matrices that are accessed row by row.
     pub(super) fn by_rows(operands: &[Operand], rows: usize, cols: usize) -> Self {
         let width = 16 / operands.iter().map(|operand| operand.size).max().unwrap_or(16).max(1);
         let aligned = |operand: &Operand| {
@@ -44,8 +45,8 @@ impl Walk {
         Self { packed, rows, cols, steps }
     }
 
-    /// What every such kernel takes first.
-    pub(super) fn words(&self) -> [usize; 3] {
+    /// The leading arguments of every kernel that is launched with a plan.
+    pub(super) fn arguments(&self) -> [usize; 3] {
         [usize::from(self.packed), self.rows, self.cols]
     }
 }
@@ -60,15 +61,15 @@ mod tests {
 
     #[test]
     fn packs_are_taken_where_all_operands_are_aligned() {
-        let walk = |operands: &[Operand]| Walk::through(operands).words();
-        assert_eq!(walk(&[operand(4, 8, 8, 256, 4)]), [1, 1, 32]);
-        assert_eq!(walk(&[operand(4, 8, 8, 260, 4)]), [0, 1, 32]);
-        assert_eq!(walk(&[operand(4, 8, 8, 256, 4), operand(4, 8, 12, 512, 4)]), [1, 4, 8]);
-        assert_eq!(walk(&[operand(4, 8, 10, 256, 4)]), [0, 4, 8]);
-        assert_eq!(walk(&[operand(3, 5, 5, 256, 4)]), [0, 1, 15]);
-        // Four bf16 are 8 bytes beside four f32.
-        assert_eq!(walk(&[operand(2, 4, 6, 8, 2), operand(2, 4, 4, 16, 4)]), [0, 2, 4]);
-        assert_eq!(walk(&[operand(2, 4, 8, 8, 2), operand(2, 4, 4, 16, 4)]), [1, 2, 4]);
-        assert_eq!(walk(&[operand(0, 5, 5, 0, 4)]), [1, 1, 0]);
+        let access = |operands: &[Operand]| AccessPlan::flat(operands).arguments();
+        assert_eq!(access(&[operand(4, 8, 8, 256, 4)]), [1, 1, 32]);
+        assert_eq!(access(&[operand(4, 8, 8, 260, 4)]), [0, 1, 32]);
+        assert_eq!(access(&[operand(4, 8, 8, 256, 4), operand(4, 8, 12, 512, 4)]), [1, 4, 8]);
+        assert_eq!(access(&[operand(4, 8, 10, 256, 4)]), [0, 4, 8]);
+        assert_eq!(access(&[operand(3, 5, 5, 256, 4)]), [0, 1, 15]);
+        // A pack of four: 8 bytes of bf16 and 16 bytes of f32.
+        assert_eq!(access(&[operand(2, 4, 6, 8, 2), operand(2, 4, 4, 16, 4)]), [0, 2, 4]);
+        assert_eq!(access(&[operand(2, 4, 8, 8, 2), operand(2, 4, 4, 16, 4)]), [1, 2, 4]);
+        assert_eq!(access(&[operand(0, 5, 5, 0, 4)]), [1, 1, 0]);
     }
 }

@@ -1,4 +1,4 @@
-//! Matrix views: what kernels take.
+//! Matrix views, the arguments of kernels.
 
 use crate::{
     device::{Cpu, Device, Element},
@@ -6,19 +6,31 @@ use crate::{
 };
 use std::ops::Range;
 
-/// A matrix in a device's memory: element `(i, j)` is at `i · row_stride + j · col_stride`.
+/// A read-only matrix in device memory: element `(i, j)` is at `i · row_stride + j · col_stride`.
+///
+/// ```
+/// use shardwise::{kernels::Gemm, prelude::*};
+///
+/// let cpu = Cpu::new();
+/// let a = Tensor::<f32>::from_slice(&cpu, [2, 3], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])?;
+/// let mut c = Tensor::<f32>::zeros(&cpu, [2, 2])?;
+/// let right = a.mat().columns(1..3); // [[2, 3], [5, 6]]
+/// cpu.gemm(1.0, right, right.t(), 0.0, c.mat_mut()?)?;
+/// assert_eq!(c.to_vec()?, [13.0, 28.0, 28.0, 61.0]);
+/// # Ok::<(), Error>(())
+/// ```
 pub struct MatRef<'a, T: Element, B: Device> {
     data: B::Slice<'a, T>,
     dims: Dims,
 }
 
-/// A matrix in a device's memory, to be written.
+/// A mutable matrix in device memory.
 pub struct MatMut<'a, T: Element, B: Device> {
     data: B::SliceMut<'a, T>,
     dims: Dims,
 }
 
-/// Rows, columns and strides of a view whose extent lies inside its memory.
+/// The dimensions and strides of a view. [`Dims::check`] ensures that the extent fits the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Dims {
     pub(crate) rows: usize,
@@ -28,7 +40,7 @@ pub(crate) struct Dims {
 }
 
 impl Dims {
-    /// One past the last element's index; `usize::MAX` where that is larger, so that it lies in no memory.
+    /// One past the index of the last element. Saturates at `usize::MAX`, which no memory reaches.
     pub(crate) fn extent(&self) -> usize {
         if self.rows == 0 || self.cols == 0 {
             return 0;
@@ -38,7 +50,7 @@ impl Dims {
         last_row.saturating_add(last_col).saturating_add(1)
     }
 
-    /// The index of a row's first element; 0 without columns, where a view may have no memory to point into.
+    /// The index of a row's first element. 0 without columns, as such a view may have no memory.
     #[inline(always)]
     fn row_start(&self, row: usize) -> usize {
         if self.cols == 0 { 0 } else { row * self.row_stride }
@@ -70,7 +82,7 @@ impl Dims {
             self.rows,
             self.cols
         );
-        // An empty block may begin beyond any memory.
+        // An empty block may begin beyond the end of the memory.
         let row = rows.start.saturating_mul(self.row_stride);
         let start = row.saturating_add(cols.start.saturating_mul(self.col_stride));
         (start, Self { rows: rows.len(), cols: cols.len(), ..self })
@@ -86,7 +98,7 @@ impl<T: Element, B: Device> Clone for MatRef<'_, T, B> {
 impl<T: Element, B: Device> Copy for MatRef<'_, T, B> {}
 
 impl<'a, T: Element, B: Device> MatRef<'a, T, B> {
-    /// A row-major matrix without gaps.
+    /// A contiguous row-major matrix.
     ///
     /// # Errors
     /// When the memory is too short.
@@ -119,7 +131,7 @@ impl<'a, T: Element, B: Device> MatRef<'a, T, B> {
         self.dims.cols
     }
 
-    /// The transposed matrix.
+    /// The transpose: the same memory with rows and columns exchanged.
     pub fn t(self) -> Self {
         let Dims { rows, cols, row_stride, col_stride } = self.dims;
         Self {
@@ -128,20 +140,20 @@ impl<'a, T: Element, B: Device> MatRef<'a, T, B> {
         }
     }
 
-    /// Some rows and columns.
+    /// The block of these rows and columns.
     ///
     /// # Panics
-    /// When the matrix does not have them.
+    /// When the range is out of bounds.
     pub fn block(self, rows: Range<usize>, cols: Range<usize>) -> Self {
         let (start, dims) = self.dims.block(rows, cols);
         let end = if dims.extent() == 0 { start.min(B::len(self.data)) } else { B::len(self.data) };
         Self { data: B::narrow(self.data, start.min(end)..end), dims }
     }
 
-    /// Some columns.
+    /// The block of these columns.
     ///
     /// # Panics
-    /// When the matrix does not have them.
+    /// When the range is out of bounds.
     pub fn columns(self, cols: Range<usize>) -> Self {
         let rows = self.rows();
         self.block(0..rows, cols)
@@ -157,7 +169,7 @@ impl<'a, T: Element, B: Device> MatRef<'a, T, B> {
 }
 
 impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
-    /// A row-major matrix without gaps.
+    /// A contiguous row-major matrix.
     ///
     /// # Errors
     /// When the memory is too short.
@@ -165,7 +177,7 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         Self::strided(data, rows, cols, cols, 1)
     }
 
-    /// A matrix with any strides under which no two elements share memory.
+    /// A matrix with any strides for which no two elements share memory.
     ///
     /// # Errors
     /// When the memory is too short, or elements overlap.
@@ -204,10 +216,10 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         self.dims.cols
     }
 
-    /// Some rows and columns.
+    /// The block of these rows and columns.
     ///
     /// # Panics
-    /// When the matrix does not have them.
+    /// When the range is out of bounds.
     pub fn block(self, rows: Range<usize>, cols: Range<usize>) -> Self {
         let (start, dims) = self.dims.block(rows, cols);
         let len = B::len_mut(&self.data);
@@ -215,21 +227,21 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         Self { data: B::narrow_mut(self.data, start.min(end)..end), dims }
     }
 
-    /// Some columns.
+    /// The block of these columns.
     ///
     /// # Panics
-    /// When the matrix does not have them.
+    /// When the range is out of bounds.
     pub fn columns(self, cols: Range<usize>) -> Self {
         let rows = self.rows();
         self.block(0..rows, cols)
     }
 
-    /// The same matrix for a while.
+    /// Reborrows the view.
     pub(crate) fn reborrow(&mut self) -> MatMut<'_, T, B> {
         MatMut { data: B::reborrow(&mut self.data), dims: self.dims }
     }
 
-    /// The same matrix, to be read.
+    /// A read-only view of the same matrix.
     pub(crate) fn read(&self) -> MatRef<'_, T, B> {
         MatRef { data: B::shared(&self.data), dims: self.dims }
     }
@@ -238,13 +250,13 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         self.dims
     }
 
-    /// The memory behind the matrix, from its first element on.
+    /// The memory from the first element on, read-only.
     #[cfg(feature = "cuda")]
     pub(crate) fn shared(&self) -> B::Slice<'_, T> {
         B::shared(&self.data)
     }
 
-    /// The number of elements from the first of the matrix to the end of the memory behind it.
+    /// The number of elements from the first of the matrix to the end of the memory.
     pub(crate) fn memory(&self) -> usize {
         B::len_mut(&self.data)
     }
@@ -254,17 +266,17 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
     }
 }
 
-/// A row-major matrix at the head of host memory, for the CPU's kernels.
+/// A row-major matrix at the start of a slice in host memory.
 pub(crate) fn mat<T: Element>(data: &[T], rows: usize, cols: usize) -> Result<MatRef<'_, T, Cpu>> {
     MatRef::new(data, rows, cols)
 }
 
-/// A row-major matrix at the head of host memory, to be written.
+/// A mutable row-major matrix at the start of a slice in host memory.
 pub(crate) fn mat_mut<T: Element>(data: &mut [T], rows: usize, cols: usize) -> Result<MatMut<'_, T, Cpu>> {
     MatMut::new(data, rows, cols)
 }
 
-/// Row access for the CPU's kernels, which ask for unit column stride.
+/// Row access for CPU kernels, which need unit column stride.
 impl<'a, T: Element> MatRef<'a, T, Cpu> {
     #[inline(always)]
     pub(crate) fn row(&self, row: usize) -> &'a [T] {
@@ -281,7 +293,7 @@ impl<T: Element> MatMut<'_, T, Cpu> {
     }
 }
 
-/// `Ok` if two operands of a kernel have the same rows and columns.
+/// `Ok` if two operands have the same dimensions.
 pub(crate) fn same_dims(
     op: &'static str,
     left: &str,
@@ -298,7 +310,7 @@ pub(crate) fn same_dims(
     )
 }
 
-/// `Ok` if the rows of an operand are without gaps between their elements.
+/// `Ok` if the elements of each row are contiguous.
 pub(crate) fn unit_columns(op: &'static str, dims: Dims) -> Result<()> {
     if dims.col_stride == 1 || dims.cols <= 1 {
         return Ok(());

@@ -1,4 +1,4 @@
-//! Activations, gates and sums.
+//! Activations, gated activations and addition.
 
 use crate::{
     device::Element,
@@ -7,7 +7,7 @@ use crate::{
     tensor::Tensor,
 };
 
-/// y = f(x).
+/// y = f(x), element by element.
 ///
 /// # Errors
 /// When the device fails.
@@ -62,13 +62,14 @@ pub fn gate_backward<T: Element, B: Backend>(
 
 fn half<T: Element, B: Backend>(op: &'static str, x: &Tensor<T, B>) -> Result<usize> {
     let cols = x.shape().cols();
-    match cols.is_multiple_of(2) {
-        true => Ok(cols / 2),
-        false => Err(Error::invalid(op, format!("[gate | up] has an odd number of columns, {cols}"))),
+    if cols.is_multiple_of(2) {
+        Ok(cols / 2)
+    } else {
+        Err(Error::invalid(op, format!("[gate | up] has an odd number of columns, {cols}")))
     }
 }
 
-/// a + b, in the memory of a if no other tensor shares it.
+/// y = a + b. Reuses the memory of a if no other tensor shares it.
 ///
 /// # Errors
 /// When shapes disagree.

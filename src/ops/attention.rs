@@ -8,13 +8,13 @@ use crate::{
     tensor::Tensor,
 };
 
-/// The columns of q, k and v.
-fn parts<'a, T: Element, B: Backend>(heads: &QkvHeads, qkv: &'a Tensor<T, B>) -> [MatRef<'a, T, B>; 3] {
+/// Splits a fused projection into views of q, k and v.
+fn split_qkv<'a, T: Element, B: Backend>(heads: &QkvHeads, qkv: &'a Tensor<T, B>) -> [MatRef<'a, T, B>; 3] {
     let (query, kv, mat) = (heads.query_width(), heads.kv_width(), qkv.mat());
     [mat.columns(0..query), mat.columns(query..query + kv), mat.columns(query + kv..query + 2 * kv)]
 }
 
-/// What the backward of attention needs.
+/// The tensors that the backward of attention needs.
 #[derive(Debug)]
 pub struct AttentionContext<T: Element, B: Device> {
     qkv: Tensor<T, B>,
@@ -23,9 +23,22 @@ pub struct AttentionContext<T: Element, B: Device> {
     sequences: Sequences,
 }
 
-/// Attention of every head: see [`crate::kernels::Attention`].
+/// Attention of every head, O = softmax(scale Q Kᵀ) V under the mask: see
+/// [`crate::kernels::Attention`].
 ///
-/// `qkv`: `[rows, (heads + 2 kv_heads) · head_dim]`; the result: `[rows, heads · head_dim]`.
+/// `qkv`: `[rows, (heads + 2 kv_heads) · head_dim]`; output: `[rows, heads · head_dim]`.
+///
+/// ```
+/// use shardwise::{kernels::QkvHeads, prelude::*};
+///
+/// let choices = AttentionChoices::CAUSAL;
+/// let heads = QkvHeads { kv_of_query: vec![0], kv_heads: 1, head_dim: 1, choices };
+/// // Two tokens with q = 0, so that all weights are equal, and v = 2, 6.
+/// let qkv = Tensor::<f32>::from_slice(&Cpu::new(), [2, 3], &[0.0, 5.0, 2.0, 0.0, 9.0, 6.0])?;
+/// let (out, _) = ops::attention(&heads, &qkv, &Sequences::packed([2]))?;
+/// assert_eq!(out.to_vec()?, [2.0, 4.0]);
+/// # Ok::<(), Error>(())
+/// ```
 ///
 /// # Errors
 /// When sizes disagree.
@@ -44,14 +57,14 @@ pub fn attention<T: Element, B: Backend>(
     let rows = qkv.shape().rows();
     let mut out = Tensor::empty(qkv.device(), [rows, heads.query_width()])?;
     let mut lse = Tensor::empty(qkv.device(), [rows, heads.kv_of_query.len()])?;
-    let [q, k, v] = parts(heads, qkv);
+    let [q, k, v] = split_qkv(heads, qkv);
     let spec = AttentionSpec { heads, sequences };
     qkv.device().attention::<T>(&spec, q, k, v, out.mat_mut()?, lse.slice_mut()?)?;
     let context = AttentionContext { qkv: qkv.clone(), out: out.clone(), lse, sequences: sequences.clone() };
     Ok((out, context))
 }
 
-/// The gradient of `[q | k | v]`.
+/// The gradient of `[q | k | v]`, with the shape of `qkv`.
 ///
 /// # Errors
 /// When shapes disagree.
@@ -63,15 +76,15 @@ pub fn attention_backward<T: Element, B: Backend>(
     let AttentionContext { qkv, out, lse, sequences } = context;
     same_shape("attention backward", "the output", out.shape().dims(), "its gradient", dout.shape().dims())?;
     let mut dqkv = Tensor::empty(qkv.device(), qkv.shape())?;
-    let [q, k, v] = parts(heads, qkv);
+    let [q, k, v] = split_qkv(heads, qkv);
     let spec = AttentionSpec { heads, sequences };
     let device = qkv.device();
     device.attention_backward::<T>(&spec, q, k, v, out.mat(), lse.slice(), dout.mat(), dqkv.mat_mut()?)?;
     Ok(dqkv)
 }
 
-/// The keys and values of one layer's past tokens on one rank, as [`CacheSpec`] says: `[slots · kv_heads · capacity,
-/// head_dim]` each.
+/// The KV cache of one layer on one rank: keys and values of `[slots · kv_heads · capacity,
+/// head_dim]` each, with the layout of [`CacheSpec`].
 #[derive(Debug)]
 pub struct CachedKeys<T: Element, B: Device> {
     keys: Tensor<T, B>,
@@ -81,10 +94,10 @@ pub struct CachedKeys<T: Element, B: Device> {
 }
 
 impl<T: Element, B: Backend> CachedKeys<T, B> {
-    /// Room for `capacity` positions in each of `slots` slots.
+    /// Allocates `capacity` positions in each of `slots` slots.
     ///
     /// # Errors
-    /// When the device has no memory left.
+    /// When the device is out of memory.
     pub fn new(device: &B, heads: &QkvHeads, slots: usize, capacity: usize) -> Result<Self> {
         let (kv_heads, head_dim) = (heads.kv_heads, heads.head_dim);
         let room = || {
@@ -94,7 +107,7 @@ impl<T: Element, B: Backend> CachedKeys<T, B> {
         Ok(Self { keys: room()?, values: room()?, kv_heads, capacity })
     }
 
-    /// Whether there is room for the keys of these heads.
+    /// Whether the cache has the key/value heads and head width of `heads`.
     pub fn is_for(&self, heads: &QkvHeads) -> bool {
         self.kv_heads == heads.kv_heads && self.keys.shape().cols() == heads.head_dim
     }
@@ -106,7 +119,7 @@ impl<T: Element, B: Backend> CachedKeys<T, B> {
     pub fn copy(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
         let device = self.keys.device().clone();
         let dim = self.keys.shape().cols();
-        // The two slots are parts of one tensor: the rows go by way of a tensor of their own.
+        // Both slots are in the same tensor, so the rows are copied through a temporary.
         let mut passing = Tensor::<T, B>::empty(&device, [len, dim])?;
         for all in [&mut self.keys, &mut self.values] {
             for head in 0..self.kv_heads {
@@ -122,10 +135,11 @@ impl<T: Element, B: Backend> CachedKeys<T, B> {
     }
 }
 
-/// Puts the keys and values of new tokens into a cache, each sequence's into its slot from its start on.
+/// Appends the keys and values of new tokens to a cache. Each sequence is written to its slot,
+/// beginning at its start position.
 ///
 /// # Errors
-/// When sizes disagree, or a sequence does not fit.
+/// When sizes disagree, or a sequence exceeds the capacity.
 pub fn append_to_cache<T: Element, B: Backend>(
     heads: &QkvHeads,
     qkv: &Tensor<T, B>,
@@ -138,12 +152,12 @@ pub fn append_to_cache<T: Element, B: Backend>(
     same_size(OP, "rows of the sequences", sequences.rows(), "rows of [q | k | v]", qkv.shape().rows())?;
     same_size(OP, "key/value heads", heads.kv_heads, "those of the cache", cache.kv_heads)?;
     let spec = CacheSpec { slots, capacity: cache.capacity };
-    let [_, k, v] = parts(heads, qkv);
+    let [_, k, v] = split_qkv(heads, qkv);
     let (keys, values) = (cache.keys.mat_mut()?, cache.values.mat_mut()?);
     qkv.device().append_cached(&AttentionSpec { heads, sequences }, &spec, k, v, keys, values)
 }
 
-/// Attention of the queries of new tokens to a cache that has their keys and values: see
+/// Attention of the queries of new tokens to a cache that already holds their keys and values: see
 /// [`crate::kernels::Attention::attention_cached`].
 ///
 /// # Errors
@@ -156,7 +170,7 @@ pub fn attention_cached<T: Element, B: Backend>(
     cache: &CachedKeys<T, B>,
 ) -> Result<Tensor<T, B>> {
     let mut out = Tensor::empty(qkv.device(), [qkv.shape().rows(), heads.query_width()])?;
-    let [q, _, _] = parts(heads, qkv);
+    let [q, _, _] = split_qkv(heads, qkv);
     let spec = CacheSpec { slots, capacity: cache.capacity };
     let (keys, values) = (cache.keys.mat(), cache.values.mat());
     qkv.device().attention_cached(

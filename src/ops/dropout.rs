@@ -7,13 +7,14 @@ use crate::{
     tensor::Tensor,
 };
 
-/// y = x / (1 − p) where the mask keeps an element, 0 elsewhere; of dy, the gradient.
+/// y = x / (1 − p) where the mask keeps an element, else 0. The gradient is the same function of
+/// dy.
 ///
-/// `masks`: for runs of x's rows, one after another, how many rows and their mask.
+/// `masks`: (number of rows, mask) for consecutive ranges of rows of x.
 ///
 /// # Errors
-/// When the masks are not for as many rows as x has, a part lies outside the whole of its mask, or
-/// p is no probability less than 1.
+/// When the masks' rows do not add up to those of x, a shard exceeds the whole matrix of its mask,
+/// or p is not in 0 ≤ p < 1.
 pub fn dropout<T: Element, B: Backend>(
     masks: &[(usize, DropoutMask)],
     x: &Tensor<T, B>,

@@ -1,4 +1,4 @@
-//! RMSNorm of each head of a fused projection, with one γ for all heads.
+//! RMSNorm of each head of a fused projection (QK norm), with one γ for all heads.
 
 use crate::{
     device::Element,
@@ -8,8 +8,8 @@ use crate::{
 };
 use std::ops::Range;
 
-/// y ← the heads in some columns of x, each normalized over its features; the other columns of y stay. Gives what the
-/// backward needs: `[heads · rows, 2]`.
+/// Normalizes each head in these columns of x over its features and writes it to y. Other columns
+/// of y are not changed. Returns the statistics for the backward: `[heads · rows, 2]`.
 ///
 /// `x`, `y`: `[rows, features]`; `gamma`: `[head_dim]`.
 ///
@@ -33,8 +33,8 @@ pub fn normalize_heads<T: Element, B: Backend>(
     Ok(stats)
 }
 
-/// dx ← the gradient of some of the heads that begin at column `first`; the other columns of dx stay. Gives dγ, the sum
-/// over these heads and rows.
+/// Writes the gradients of these heads to dx, counted from column `first`. Other columns of dx are
+/// not changed. Returns dγ, summed over these heads and all rows.
 ///
 /// # Errors
 /// When sizes disagree.

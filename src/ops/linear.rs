@@ -1,5 +1,5 @@
-//! The three products of a linear operator y = x wᵀ + b: forward, gradient of x, gradients of w
-//! and b.
+//! The products of a linear operator y = x wᵀ + b: forward, gradient of x, and gradients of w and
+//! b.
 
 use crate::{
     device::Element,
@@ -9,9 +9,23 @@ use crate::{
     trace,
 };
 
-/// y = x wᵀ + b; or pre = x wᵀ + b and y = f(pre), with pre, which the backward needs.
+/// y = x wᵀ + b. With an activation f: pre = x wᵀ + b and y = f(pre); also returns pre, which the
+/// backward needs.
 ///
 /// `x`: `[…, in]`, `w`: `[out, in]`, `b`: `[out]`; `y`, `pre`: `[…, out]`.
+///
+/// ```
+/// use shardwise::prelude::*;
+///
+/// let cpu = Cpu::new();
+/// let x = Tensor::<f32>::from_slice(&cpu, [1, 2], &[1.0, -3.0])?;
+/// let w = Tensor::from_slice(&cpu, [2, 2], &[2.0, 1.0, 0.0, 1.0])?;
+/// let b = Tensor::from_slice(&cpu, [2], &[0.5, 7.0])?;
+/// let (y, pre) = ops::linear(&x, &w, Some(&b), Some(Activation::Relu))?;
+/// assert_eq!(pre.map(|pre| pre.to_vec()), Some(Ok(vec![-0.5, 4.0])));
+/// assert_eq!(y.to_vec()?, [0.0, 4.0]);
+/// # Ok::<(), Error>(())
+/// ```
 ///
 /// # Errors
 /// When sizes disagree.
@@ -36,7 +50,7 @@ pub fn linear<T: Element, B: Backend>(
     Ok((y, pre))
 }
 
-/// dx = dy w; or, where x = f(pre), the gradient of pre: (dy w) f′(pre).
+/// dx = dy w. With `through` = (f, pre), where x = f(pre): the gradient of pre, (dy w) f′(pre).
 ///
 /// # Errors
 /// When sizes disagree.
@@ -57,7 +71,7 @@ pub fn linear_dx<T: Element, B: Backend>(
     Ok(dx)
 }
 
-/// dw ← dyᵀ x + β dw, and db ← Σ over the rows of dy if it is asked for, in the accumulator.
+/// dw ← dyᵀ x + β dw and, if given, db ← Σ over the rows of dy, in the accumulator.
 ///
 /// # Errors
 /// When sizes disagree.
@@ -73,7 +87,7 @@ pub fn linear_dw<T: Element, B: Backend>(
     })
 }
 
-/// The products of pairs of matrices, at the same time where the device can.
+/// Computes the products of pairs of matrices, concurrently where the device can.
 ///
 /// # Errors
 /// When sizes disagree.

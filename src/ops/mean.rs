@@ -9,8 +9,8 @@ use crate::{
     tensor::Tensor,
 };
 
-/// The sequence of every row, or [`NO_ROW`] for padding, and 1 / the number of tokens of each
-/// sequence; 0 of one without tokens.
+/// The sequence of each row, [`NO_ROW`] for padding; and 1 / the number of tokens of each sequence,
+/// 0 if it has none.
 fn members<A: Element, B: Backend>(device: &B, sequences: &Sequences) -> Result<(Vec<u32>, Tensor<A, B>)> {
     let (mut ids, mut shares) = (vec![NO_ROW; sequences.rows()], Vec::with_capacity(sequences.len()));
     for (sequence, rows) in sequences.iter().enumerate() {
@@ -21,11 +21,11 @@ fn members<A: Element, B: Backend>(device: &B, sequences: &Sequences) -> Result<
     Ok((ids, Tensor::from_vec(device, [sequences.len()], shares)?))
 }
 
-/// yₛ = the mean over the tokens of sequence s of their rows: `[sequences, features]`. Padding does
-/// not count; the mean of no tokens is 0.
+/// yₛ = the mean over the rows of the tokens of sequence s: `[sequences, features]`. Padding is
+/// excluded; the mean of no tokens is 0.
 ///
 /// # Errors
-/// When the sequences have another number of rows.
+/// When the rows of the sequences and of x differ in number.
 pub fn mean_sequences<T: Element, B: Backend>(
     x: &Tensor<T, B>,
     sequences: &Sequences,
@@ -37,10 +37,10 @@ pub fn mean_sequences<T: Element, B: Backend>(
     ops::scale_rows(&shares, &sums)?.into_element()
 }
 
-/// The gradient of x: that of its sequence's mean, divided by the number of tokens; 0 of padding.
+/// dx: the gradient of the sequence's mean divided by its number of tokens; 0 for padding.
 ///
 /// # Errors
-/// When dy has not one row a sequence.
+/// When dy does not have one row per sequence.
 pub fn mean_sequences_backward<T: Element, B: Backend>(
     sequences: &Sequences,
     dy: &Tensor<T, B>,

@@ -1,5 +1,5 @@
-//! Operators on one rank's tensors, forward and backward: kernels with memory for their results. Knows no ranks; layers
-//! in [`crate::parallel`] are made of them.
+//! Operators on the tensors of one rank, forward and backward: kernels that allocate their results.
+//! They make no collectives; the layers in [`crate::parallel`] are built on them.
 
 mod activation;
 mod attention;

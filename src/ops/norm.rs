@@ -8,7 +8,7 @@ use crate::{
 };
 use std::ops::Range;
 
-/// What the backward of a normalization needs.
+/// The tensors that the backward of a normalization needs.
 #[derive(Debug)]
 pub struct NormContext<T: Element, B: Device> {
     x: Tensor<T, B>,
@@ -18,15 +18,30 @@ pub struct NormContext<T: Element, B: Device> {
 /// The gradients of a normalization.
 #[derive(Debug)]
 pub struct NormGrads<T: Element, B: Device> {
-    /// That of the input.
+    /// The gradient of the input.
     pub dx: Tensor<T, B>,
-    /// That of γ.
+    /// The gradient of γ.
     pub dgamma: Tensor<T::Acc, B>,
-    /// That of β, for a LayerNorm.
+    /// The gradient of β, for LayerNorm.
     pub dbeta: Option<Tensor<T::Acc, B>>,
 }
 
-/// y = (x − mean) / √(var + ε) · γ + β, or x / √(mean(x²) + ε) · γ, over the last dimension.
+/// LayerNorm, y = (x − mean) / √(var + ε) · γ + β, or RMSNorm, y = x / √(mean(x²) + ε) · γ, over
+/// the last dimension.
+///
+/// `x`, `y`: `[…, features]`; `gamma`, `beta`: `[features]`.
+///
+/// ```
+/// use shardwise::prelude::*;
+///
+/// let cpu = Cpu::new();
+/// let x = Tensor::<f32>::from_slice(&cpu, [1, 2], &[1.0, 3.0])?;
+/// let gamma = Tensor::from_slice(&cpu, [2], &[2.0, 3.0])?;
+/// let beta = Tensor::from_slice(&cpu, [2], &[0.5, 0.0])?;
+/// let (y, _) = ops::normalize(NormKind::LayerNorm { eps: 0.0 }, &x, &gamma, Some(&beta))?;
+/// assert_eq!(y.to_vec()?, [-1.5, 3.0]);
+/// # Ok::<(), Error>(())
+/// ```
 ///
 /// # Errors
 /// When sizes disagree.
@@ -43,7 +58,7 @@ pub fn normalize<T: Element, B: Backend>(
     Ok((y, NormContext { x: x.clone(), stats }))
 }
 
-/// The gradients of x, γ and β, the last two in the accumulator.
+/// The gradients of x, γ and β; those of γ and β are in the accumulator.
 ///
 /// # Errors
 /// When shapes disagree.
@@ -62,7 +77,8 @@ pub fn normalize_backward<T: Element, B: Backend>(
 /// The gradients of γ and β.
 type ParamGrads<A, B> = (Tensor<A, B>, Option<Tensor<A, B>>);
 
-/// The gradients of γ and β over some rows, in the accumulator; the same rows of dx ← the gradient of x.
+/// The backward over a range of rows: writes these rows of dx and returns their contributions to dγ
+/// and dβ, in the accumulator.
 ///
 /// # Errors
 /// When shapes disagree.
@@ -89,10 +105,7 @@ pub fn normalize_backward_rows<T: Element, B: Backend>(
     }
     let cols = x.shape().cols();
     let mut dgamma = Tensor::empty(x.device(), [cols])?;
-    let mut dbeta = match kind.centers() {
-        true => Some(Tensor::empty(x.device(), [cols])?),
-        false => None,
-    };
+    let mut dbeta = if kind.centers() { Some(Tensor::empty(x.device(), [cols])?) } else { None };
     let dbeta_slice = match &mut dbeta {
         Some(dbeta) => Some(dbeta.slice_mut()?),
         None => None,

@@ -1,4 +1,4 @@
-//! Rotary position embedding of the heads in a tensor's columns, with the ways to stretch it to longer texts.
+//! Rotary position embedding of the heads in a tensor's columns, with scaling for long contexts.
 
 use crate::{
     device::Element,
@@ -12,79 +12,94 @@ use std::{
     ops::Range,
 };
 
-/// What a rotary position embedding is: pair i of the `dim` rotating features of a head turns by base^(−2 i / dim) from
-/// one position to the next, before scaling.
+/// The configuration of a rotary position embedding: pair i of a head's `dim` rotated features
+/// turns by the angle base^(−2 i / dim) per position, before scaling.
+///
+/// ```
+/// use shardwise::{
+///     kernels::RopePairs,
+///     ops::{RopeConfig, RopeScaling},
+/// };
+///
+/// let scaling = RopeScaling::DynamicNtk { factor: 2.0, trained: 64 };
+/// let config = RopeConfig { dim: 4, base: 100.0, pairs: RopePairs::Halves, scaling };
+/// // At twice the training length the base grows to 100 · (2 · 2 − 1)² = 900.
+/// let frequencies = config.frequencies(128);
+/// assert!(frequencies[0] == 1.0 && (frequencies[1] - 1.0 / 30.0).abs() < 1e-12);
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
-    /// The features of a head that turn, its first; the others stay. An even number.
+    /// The number of rotated features, the first of each head. Even.
     pub dim: usize,
-    /// The base of the frequencies, 10000 in the paper.
+    /// The base of the frequencies: 10000 in the paper.
     pub base: f64,
     /// Which features make up a pair.
     pub pairs: RopePairs,
-    /// How the frequencies change for texts that are longer than those of the training.
+    /// The scaling of the frequencies for contexts longer than in training.
     pub scaling: RopeScaling,
 }
 
-/// How frequencies change for texts that are longer than those of the training. The names and the formulas are those of
+/// Scaling of the frequencies for contexts longer than in training. Names and formulas are those of
 /// Hugging Face's `rope_scaling`.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum RopeScaling {
-    /// They do not.
+    /// No scaling.
     None,
-    /// All are divided by a factor (Chen et al., 2023: position interpolation).
+    /// Divides all frequencies by a factor (Chen et al., 2023: position interpolation).
     Linear {
         /// The factor.
         factor: f64,
     },
-    /// The base grows with the sequence's length L where that is more than the training's T:
-    /// base (factor L / T − (factor − 1))^(dim / (dim − 2)). Each sequence has its own length; cached keys keep the
-    /// frequencies of the step that made them.
+    /// Scales the base if the sequence length L exceeds the training length T: base (factor L / T −
+    /// (factor − 1))^(dim / (dim − 2)). L is the length of each sequence. Cached keys keep the
+    /// frequencies of the step that computed them.
     DynamicNtk {
         /// The factor.
         factor: f64,
-        /// The training's length.
+        /// The training length T.
         trained: usize,
     },
-    /// Wavelengths above T / low are stretched by the factor, those below T / high stay, between them both are mixed
-    /// (Llama 3.1).
+    /// Divides the frequencies of wavelengths above T / low by the factor, keeps those of
+    /// wavelengths below T / high, and interpolates in between (Llama 3.1).
     Llama3 {
         /// The factor.
         factor: f64,
-        /// Where long wavelengths begin.
+        /// Sets the shortest wavelength that is fully scaled, T / low.
         low: f64,
-        /// Where short ones end.
+        /// Sets the longest wavelength that is not scaled, T / high.
         high: f64,
-        /// The training's length.
+        /// The training length T.
         trained: usize,
     },
-    /// As Llama 3's, mixed by the number of turns in the training's length, and scores get sharper (Peng et al., 2023:
-    /// YaRN).
+    /// Like Llama 3's, but interpolates by the number of turns in the training length, and sharpens
+    /// the scores (Peng et al., 2023: YaRN).
     Yarn {
         /// The factor.
         factor: f64,
-        /// The training's length.
+        /// The training length T.
         trained: usize,
-        /// Pairs of more turns stay (32).
+        /// Pairs with more turns are not scaled (32).
         fast: f64,
-        /// Pairs of fewer turns are stretched by the factor (1).
+        /// Pairs with fewer turns are fully scaled (1).
         slow: f64,
-        /// Whether the limits are rounded to whole pairs.
+        /// Whether the interpolation limits are rounded to whole pairs.
         truncate: bool,
-        /// What turned features are multiplied with.
+        /// The factor of rotated features.
         magnitude: f64,
     },
 }
 
 impl RopeScaling {
-    /// YaRN's usual magnitude for a factor: 0.1 ln(factor) + 1.
+    /// YaRN's default magnitude for a factor: 0.1 ln(factor) + 1.
     pub fn yarn_magnitude(factor: f64) -> f64 {
         if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 }
     }
 }
 
 impl RopeConfig {
-    /// The frequencies for a sequence of this length. Only [`RopeScaling::DynamicNtk`] depends on it.
+    /// The frequencies for a sequence of this length, one per pair. Only
+    /// [`RopeScaling::DynamicNtk`] depends on the length.
     pub fn frequencies(&self, length: usize) -> Vec<f64> {
         let dim = self.dim as f64;
         let plain = |base: f64| (0..self.dim / 2).map(move |pair| base.powf(-2.0 * pair as f64 / dim));
@@ -104,7 +119,7 @@ impl RopeConfig {
                 plain(self.base).map(scaled).collect()
             }
             RopeScaling::Yarn { factor, trained, fast, slow, truncate, .. } => {
-                // The pair that makes so many turns in the training's length.
+                // The pair that makes this many turns in the training length.
                 let pair_of =
                     |turns: f64| dim * (trained as f64 / (turns * 2.0 * PI)).ln() / (2.0 * self.base.ln());
                 let (mut first, mut last) = (pair_of(fast), pair_of(slow));
@@ -156,7 +171,7 @@ impl RopeConfig {
     }
 }
 
-/// A rotary position embedding, ready to turn.
+/// A rotary position embedding with its frequencies.
 #[derive(Clone, Debug)]
 pub struct Rotary {
     config: RopeConfig,
@@ -165,10 +180,10 @@ pub struct Rotary {
 }
 
 impl Rotary {
-    /// For heads of `head_dim` features.
+    /// Computes the frequencies for heads of `head_dim` features.
     ///
     /// # Errors
-    /// When the features do not make pairs, or the configuration gives no frequencies.
+    /// When `dim` is odd or exceeds `head_dim`, or the configuration gives no valid frequencies.
     pub fn new(config: &RopeConfig, head_dim: usize) -> Result<Self> {
         config.check(head_dim)?;
         Ok(Self { config: config.clone(), head_dim, frequencies: config.frequencies(0) })
@@ -179,8 +194,8 @@ impl Rotary {
         RopeSpec { head_dim: self.head_dim, frequencies, pairs, magnitude }
     }
 
-    /// Turns every head in some columns of `x` by its row's position; back again with `transposed`: the backward.
-    /// See [`crate::kernels::Rope`].
+    /// Rotates every head in these columns of `x` by its row's position; in the opposite direction
+    /// with `transposed`, which is the backward. See [`crate::kernels::Rope`].
     ///
     /// # Errors
     /// When sizes disagree.

@@ -1,5 +1,5 @@
-//! Row-wise operators for routers and other layers of one's own: product, scaling, dot product,
-//! scatter, top-k. [`Tensor::rows`] gathers rows by index.
+//! Row-wise operators for routers and other custom layers: product, scaling, dot product, scatter,
+//! top-k. [`Tensor::rows`] gathers rows by index.
 
 use crate::{
     device::Element,
@@ -9,7 +9,7 @@ use crate::{
 };
 use std::cmp::Ordering;
 
-/// a · b, element by element. Backward: da = dy · b, db = dy · a.
+/// y = a · b, element by element. Backward: da = dy · b, db = dy · a.
 ///
 /// # Errors
 /// When shapes disagree.
@@ -20,19 +20,20 @@ pub fn mul<T: Element, B: Backend>(a: &Tensor<T, B>, b: &Tensor<T, B>) -> Result
     Ok(y)
 }
 
-/// yᵢ = sᵢ xᵢ, a factor for each row. Backward: dx = [`scale_rows`]`(s, dy)`, ds = [`dot_rows`]`(x, dy)`.
+/// yᵢ = sᵢ xᵢ, one factor per row. Backward: dx = [`scale_rows`]`(s, dy)`, ds = [`dot_rows`]`(x,
+/// dy)`.
 ///
-/// `s`: `[rows]`; `x`, `y`: `[rows, …]`, all dimensions but the last being rows.
+/// `s`: `[rows]`; `x`, `y`: `[…, features]` with `rows` rows over the leading dimensions.
 ///
 /// # Errors
-/// When s has not one element a row.
+/// When s does not have one element per row.
 pub fn scale_rows<T: Element, B: Backend>(s: &Tensor<T, B>, x: &Tensor<T, B>) -> Result<Tensor<T, B>> {
     let mut y = Tensor::empty(x.device(), x.shape())?;
     x.device().scale_rows(s.slice(), x.mat(), y.mat_mut()?)?;
     Ok(y)
 }
 
-/// sᵢ = Σⱼ aᵢⱼ bᵢⱼ, the product of each pair of rows: `[rows]`. Summed in the accumulator. Backward:
+/// sᵢ = Σⱼ aᵢⱼ bᵢⱼ, the dot product of each pair of rows, in the accumulator: `[rows]`. Backward:
 /// da = [`scale_rows`]`(ds, b)`, db = [`scale_rows`]`(ds, a)`.
 ///
 /// # Errors
@@ -44,11 +45,11 @@ pub fn dot_rows<T: Element, B: Backend>(a: &Tensor<T, B>, b: &Tensor<T, B>) -> R
     Ok(s)
 }
 
-/// yᵣ = Σ over the i with idsᵢ = r of xᵢ, in the accumulator: `[rows, features]`. The gradient of
-/// [`Tensor::rows`], whose gradient this is in turn. [`NO_ROW`](crate::kernels::NO_ROW) is skipped.
+/// yᵣ = Σ of xᵢ over all i with idsᵢ = r, in the accumulator: `[rows, features]`. It is the
+/// gradient of [`Tensor::rows`] and vice versa. [`NO_ROW`](crate::kernels::NO_ROW) is skipped.
 ///
 /// # Errors
-/// When another id is beyond `rows`, or there is not one row of x an id.
+/// When another id is out of bounds, or x does not have one row per id.
 pub fn scatter_rows<T: Element, B: Backend>(
     device: &B,
     ids: &[u32],
@@ -60,11 +61,11 @@ pub fn scatter_rows<T: Element, B: Backend>(
     Ok(y)
 }
 
-/// The `k` largest elements of each row, the largest first, and their columns: `[rows, k]` each. Of
-/// equal ones the first. Chosen on the host.
+/// The `k` largest elements of each row in descending order, and their columns: `[rows, k]` each.
+/// Of equal elements the first comes first. Computed on the host.
 ///
 /// # Errors
-/// When a row has fewer elements, or one that is NaN.
+/// When a row has fewer than `k` elements, or one that is NaN.
 pub fn top_k<T: Element, B: Backend>(x: &Tensor<T, B>, k: usize) -> Result<(Tensor<T, B>, Vec<u32>)> {
     const OP: &str = "top k";
     let (rows, cols) = (x.shape().rows(), x.shape().cols());
@@ -80,7 +81,7 @@ pub fn top_k<T: Element, B: Backend>(x: &Tensor<T, B>, k: usize) -> Result<(Tens
         }
         let mut order: Vec<u32> = (0..cols as u32).collect();
         let value = |id: u32| row_of[id as usize].to_f64();
-        // Stable: of equal elements the first stays first.
+        // A stable sort: of equal elements the first stays first.
         order.sort_by(|&a, &b| value(b).partial_cmp(&value(a)).unwrap_or(Ordering::Equal));
         ids.extend(&order[..k]);
         values.extend(order[..k].iter().map(|&id| row_of[id as usize]));

@@ -1,4 +1,4 @@
-//! Parts of a tensor, and tensors put together.
+//! Slices and concatenation of tensors.
 
 use crate::{
     device::Element,
@@ -8,10 +8,18 @@ use crate::{
 };
 use std::ops::Range;
 
-/// The indices `range` of dimension `dim`. Backward: [`concat()`] with zeros.
+/// The slice with the indices `range` of dimension `dim`. Backward: [`concat()`] with zeros.
+///
+/// ```
+/// use shardwise::prelude::*;
+///
+/// let x = Tensor::<f32>::from_slice(&Cpu::new(), [2, 3], &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0])?;
+/// assert_eq!(ops::slice(&x, 1, 1..3)?.to_vec()?, [1.0, 2.0, 4.0, 5.0]);
+/// # Ok::<(), Error>(())
+/// ```
 ///
 /// # Errors
-/// When the tensor has no such dimension or indices.
+/// When the dimension or an index is out of bounds.
 pub fn slice<T: Element, B: Backend>(
     x: &Tensor<T, B>,
     dim: usize,
@@ -33,23 +41,33 @@ pub fn slice<T: Element, B: Backend>(
     Ok(y)
 }
 
-/// Tensors one after another along dimension `dim`. Backward: the [`slice()`] of each.
+/// Concatenates tensors along dimension `dim`. Backward: the [`slice()`] of each.
+///
+/// ```
+/// use shardwise::prelude::*;
+///
+/// let cpu = Cpu::new();
+/// let a = Tensor::<f32>::from_slice(&cpu, [2, 1], &[0.0, 3.0])?;
+/// let b = Tensor::from_slice(&cpu, [2, 2], &[1.0, 2.0, 4.0, 5.0])?;
+/// assert_eq!(ops::concat(&[&a, &b], 1)?.to_vec()?, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
+/// # Ok::<(), Error>(())
+/// ```
 ///
 /// # Errors
-/// When there is none, or they differ in another dimension.
-pub fn concat<T: Element, B: Backend>(parts: &[&Tensor<T, B>], dim: usize) -> Result<Tensor<T, B>> {
+/// When there are no tensors, or their other dimensions differ.
+pub fn concat<T: Element, B: Backend>(tensors: &[&Tensor<T, B>], dim: usize) -> Result<Tensor<T, B>> {
     const OP: &str = "concat";
-    let Some(first) = parts.first() else { return Err(Error::invalid(OP, "no tensors")) };
+    let Some(first) = tensors.first() else { return Err(Error::invalid(OP, "no tensors")) };
     let shape = first.shape();
     if dim >= shape.rank() {
         return Err(Error::invalid(OP, format!("dimension {dim} of a tensor of shape {shape}")));
     }
     let mut size = 0;
-    for (number, part) in parts.iter().enumerate() {
-        let (own, rank) = (part.shape(), shape.rank());
+    for (number, tensor) in tensors.iter().enumerate() {
+        let (own, rank) = (tensor.shape(), shape.rank());
         let here = if own.rank() == rank { own.dims()[dim] } else { 0 };
         if own.dims() != shape.with(dim, here).dims() {
-            let reason = format!("part {number} has shape {own}, but part 0 has {shape}");
+            let reason = format!("tensor {number} has shape {own}, but tensor 0 has {shape}");
             return Err(Error::invalid(OP, reason));
         }
         size += here;
@@ -57,9 +75,9 @@ pub fn concat<T: Element, B: Backend>(parts: &[&Tensor<T, B>], dim: usize) -> Re
     let (outer, inner) = shape.split_at(dim);
     let mut y = Tensor::empty(first.device(), shape.with(dim, size))?;
     let mut at = 0;
-    for part in parts {
-        let width = part.shape().dims()[dim] * inner;
-        let from = MatRef::<T, B>::new(part.slice(), outer, width)?;
+    for tensor in tensors {
+        let width = tensor.shape().dims()[dim] * inner;
+        let from = MatRef::<T, B>::new(tensor.slice(), outer, width)?;
         let to = MatMut::<T, B>::new(y.slice_mut()?, outer, size * inner)?;
         first.device().copy(from, to.columns(at..at + width))?;
         at += width;

@@ -243,8 +243,8 @@ fn operators_name_the_sizes_that_disagree() {
     refused(slice(1, 2..1), "slice: indices 2..1 of dimension 1 of a tensor of shape [2, 4]");
     refused(ops::concat::<f64, Cpu>(&[], 0), "concat: no tensors");
     refused(ops::concat(&[&x], 2), "concat: dimension 2 of a tensor of shape [2, 4]");
-    refused(ops::concat(&[&x, &wide], 0), "concat: part 1 has shape [2, 5], but part 0 has [2, 4]");
-    refused(ops::concat(&[&x, &three], 0), "concat: part 1 has shape [3], but part 0 has [2, 4]");
+    refused(ops::concat(&[&x, &wide], 0), "concat: tensor 1 has shape [2, 5], but tensor 0 has [2, 4]");
+    refused(ops::concat(&[&x, &three], 0), "concat: tensor 1 has shape [3], but tensor 0 has [2, 4]");
     let sequences = Sequences::packed([1, 2]);
     refused(
         ops::mean_sequences(&x, &sequences),

@@ -485,7 +485,7 @@ fn dropout_drops_as_often_as_asked_and_anew_at_each_step() {
     assert_eq!(error(DropoutMask { probability: 1.0, ..mask }), "dropout: 1 is no probability less than 1");
     assert_eq!(
         error(DropoutMask { column: 2, ..mask }),
-        "dropout: the column after the part's last is 4, but the whole's columns is 3"
+        "dropout: the column after the shard's last is 4, but the width of the whole matrix is 3"
     );
     let error = ops::dropout(&[(1, mask), (2, mask)], &x).unwrap_err().to_string();
     assert_eq!(error, "dropout: rows of the masks is 3, but rows of x is 4");

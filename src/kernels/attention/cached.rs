@@ -1,9 +1,10 @@
-//! Attention to a cache on the CPU.
+//! Attention to a KV cache on the CPU.
 //!
-//! Few queries are multiplied with the cache where it lies: all heads that share a key/value head read it together, once.
-//! Many queries, as of a prompt, go in tiles as in training.
+//! A single query per sequence (decoding) is multiplied with the cache in place: all query heads of
+//! a key/value head read it together, once. Several queries (prefill) are computed in tiles, as in
+//! training.
 
-use super::{AttentionSpec, CacheSpec, cpu::softmax_row};
+use super::{AttentionSpec, CacheSpec, softmax::softmax_row};
 use crate::{
     device::{Accumulator, Cpu, CpuBuffer, Device, Element, vectorized},
     error::Result,
@@ -11,14 +12,14 @@ use crate::{
         MatMut, MatRef,
         gemm::{
             cpu::by_blocks,
-            few::{self, FEW, Scale},
+            skinny::{self, MAX_ROWS, Scale},
         },
         view::{mat, mat_mut},
     },
 };
 use std::ops::Range;
 
-/// Queries in a tile.
+/// Queries per tile.
 const TILE: usize = 128;
 
 pub(super) fn attention<T: Element>(
@@ -39,7 +40,7 @@ pub(super) fn attention<T: Element>(
         let end = start + rows.len();
         let mut head = 0;
         while head < spec.heads.kv_of_query.len() {
-            // Heads of one key/value head stand side by side.
+            // The query heads of one key/value head are adjacent.
             let kv = spec.heads.kv_of_query[head];
             let sharing = spec.heads.kv_of_query[head..].iter().take_while(|&&other| other == kv).count();
             let first = cache.row(spec, cache.slots[sequence], kv);
@@ -51,7 +52,7 @@ pub(super) fn attention<T: Element>(
                 let q = q.block(rows.clone(), columns.clone());
                 one_token(cpu, (spec, cache.capacity), q, k, v, &mut out.row(rows.start)[columns])?;
             } else {
-                let (keys, values) = (Wide::of(cpu, k)?, Wide::of(cpu, v)?);
+                let (keys, values) = (ContiguousRows::of(cpu, k)?, ContiguousRows::of(cpu, v)?);
                 for head in head..head + sharing {
                     let columns = head * dim..(head + 1) * dim;
                     let queries = Queries { start, rows: rows.clone(), columns, seen: seen.clone() };
@@ -64,7 +65,8 @@ pub(super) fn attention<T: Element>(
     Ok(())
 }
 
-/// One row's heads of one key/value head: `q` is `[1, heads · dim]`, `k` and `v` are `[positions, dim]`.
+/// Attention of one row's query heads of one key/value head. `q`: `[1, heads · dim]`; `k`, `v`:
+/// `[positions, dim]`.
 fn one_token<T: Element>(
     cpu: &Cpu,
     (spec, capacity): (&AttentionSpec<'_>, usize),
@@ -74,15 +76,15 @@ fn one_token<T: Element>(
     out: &mut [T],
 ) -> Result<()> {
     let (seen, dim) = (k.rows(), spec.heads.head_dim);
-    for (q, out) in q.row(0).chunks(FEW * dim).zip(out.chunks_mut(FEW * dim)) {
+    for (q, out) in q.row(0).chunks(MAX_ROWS * dim).zip(out.chunks_mut(MAX_ROWS * dim)) {
         let heads = q.len() / dim;
-        // As much as the longest text needs, so that a text that grows takes no other memory from token to token.
+        // Allocates for the full capacity, so that the size does not change from token to token.
         let mut scores = cpu.empty::<T::Acc>(heads * capacity)?;
         let scores = &mut scores[..heads * seen];
         let score = Scale { alpha: T::Acc::from_f64(spec.heads.scale()), beta: T::Acc::ZERO };
         let q = mat(q, heads, dim)?;
         let dims = mat_mut(scores, heads, seen)?.dims();
-        few::multiply((q.dims(), q.data()), (k.t().dims(), k.data()), (dims, scores), score, &mut []);
+        skinny::multiply((q.dims(), q.data()), (k.t().dims(), k.data()), (dims, scores), score, &mut []);
         vectorized(|| {
             for row in scores.chunks_exact_mut(seen) {
                 softmax_row(row, seen, None);
@@ -90,19 +92,19 @@ fn one_token<T: Element>(
         });
         let plain = Scale { alpha: T::Acc::ONE, beta: T::Acc::ZERO };
         let to = mat_mut(out, heads, dim)?.dims();
-        let mut sums = cpu.empty::<T::Acc>(few::room(v.dims(), to))?;
-        few::multiply((dims, scores), (v.dims(), v.data()), (to, out), plain, &mut sums);
+        let mut sums = cpu.empty::<T::Acc>(skinny::workspace(v.dims(), to))?;
+        skinny::multiply((dims, scores), (v.dims(), v.data()), (to, out), plain, &mut sums);
     }
     Ok(())
 }
 
-/// Where the queries of one head are, and what they see.
+/// The queries of one head, and the keys that they attend to.
 struct Queries {
-    /// The position of the first.
+    /// The position of the first query.
     start: usize,
     rows: Range<usize>,
     columns: Range<usize>,
-    /// The positions of the keys at hand.
+    /// The positions of the given keys.
     seen: Range<usize>,
 }
 
@@ -117,7 +119,8 @@ fn tiles<T: Element>(
 ) -> Result<()> {
     let Queries { start, rows, columns, seen } = queries;
     let dim = spec.heads.head_dim;
-    // 0 · NaN is NaN: where not all is finite, a query meets only what it sees.
+    // 0 · NaN is NaN. So if a value is not finite, each query is computed alone, with its visible
+    // keys.
     let finite =
         vectorized(|| values.iter().fold(T::Acc::ZERO, |sum, x| sum + *x * T::Acc::ZERO)) == T::Acc::ZERO;
     let most = if finite { TILE.min(rows.len()) } else { 1 };
@@ -131,7 +134,7 @@ fn tiles<T: Element>(
                 *to = from.widen();
             }
         }
-        // Places among the keys at hand.
+        // Relative to the first given key.
         let first = spec.first_key(start + tile) - seen.start;
         let end = start + tile + count - seen.start;
         let len = end - first;
@@ -156,19 +159,19 @@ fn tiles<T: Element>(
     Ok(())
 }
 
-/// Rows without gaps in the accumulator: where they lie if they are such, or else a copy.
-enum Wide<'a, A: Accumulator> {
-    There(&'a [A]),
-    Copy(CpuBuffer<A>),
+/// Contiguous rows in the accumulator: borrowed if the source has that layout, else copied.
+enum ContiguousRows<'a, A: Accumulator> {
+    Borrowed(&'a [A]),
+    Copied(CpuBuffer<A>),
 }
 
-impl<'a, A: Accumulator> Wide<'a, A> {
+impl<'a, A: Accumulator> ContiguousRows<'a, A> {
     fn of<T: Element<Acc = A>>(cpu: &Cpu, from: MatRef<'a, T, Cpu>) -> Result<Self> {
         let len = from.rows() * from.cols();
         if let (true, Some(there)) =
             (from.dims().row_stride == from.cols(), A::of_ref::<Cpu>(T::any_ref::<Cpu>(from.data())))
         {
-            return Ok(Self::There(&there[..len]));
+            return Ok(Self::Borrowed(&there[..len]));
         }
         let mut copy = cpu.empty::<A>(len)?;
         vectorized(|| {
@@ -178,13 +181,13 @@ impl<'a, A: Accumulator> Wide<'a, A> {
                 }
             }
         });
-        Ok(Self::Copy(copy))
+        Ok(Self::Copied(copy))
     }
 
     fn all(&self) -> &[A] {
         match self {
-            Self::There(all) => all,
-            Self::Copy(all) => all,
+            Self::Borrowed(all) => all,
+            Self::Copied(all) => all,
         }
     }
 }

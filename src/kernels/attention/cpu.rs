@@ -1,26 +1,30 @@
-//! Attention on the CPU: tiles of queries against all the keys that they may see.
+//! Attention on the CPU: tiles of queries against all keys that they may attend to.
 //!
-//! The heads' matrices are first copied out of the fused projection, widened, so that the products run on short rows in
-//! the accumulator whatever the element is. A causal tile multiplies only with the keys up to its last query.
+//! The heads' matrices are copied out of the fused projection and widened to the accumulator, so
+//! that products run on short contiguous rows. A causal tile is multiplied only with the keys up to
+//! its last query.
 //!
-//! A masked weight is 0, but 0 times NaN or ∞ is NaN, and what is masked is to have no influence. So rows that take no
-//! part are copied as zeros, and where a number is not finite, causal tiles are single queries, which see every key that
-//! they are multiplied with.
+//! A masked weight is 0, but 0 · NaN and 0 · ∞ are NaN, and masked values must have no influence.
+//! So masked rows are copied as zeros. Where a number is not finite, causal tiles are single
+//! queries, which attend to every key that they are multiplied with.
 
-use super::{Attention, AttentionSpec, CacheSpec, cached, check, check_append, check_cached};
+use super::{
+    Attention, AttentionSpec, CacheSpec, cached, check, check_append, check_cached,
+    softmax::{softmax_row, weights_row},
+};
 use crate::{
     device::{Accumulator, Cpu, CpuBuffer, Device, Element, vectorized},
     error::{Result, same_size},
     kernels::{
         MatMut, MatRef,
         gemm::cpu::by_blocks,
-        lanes::{lane_max, lane_sum},
+        lanes::lane_sum,
         view::{mat, mat_mut, unit_columns},
     },
 };
 use std::ops::Range;
 
-/// Queries in a tile: 128 rows of scores against 2048 keys are 1 MiB of f32.
+/// Queries per tile: 128 rows of scores against 2048 keys take 1 MiB of f32.
 const TILE: usize = 128;
 
 impl Attention for Cpu {
@@ -49,8 +53,8 @@ impl Attention for Cpu {
                 for head in heads_of(spec, kv) {
                     let queries = widened(self, q, rows.clone(), head, dim, |_| true)?;
                     for tile in tiles(rows.len(), at_a_time) {
-                        let view = View::of(spec, &rows, &tile);
-                        let (first, seen) = (view.keys.start * dim, view.keys.len());
+                        let mask = TileMask::of(spec, &rows, &tile);
+                        let (first, seen) = (mask.keys.start * dim, mask.keys.len());
                         let queries = mat(&queries[tile.start * dim..], tile.len(), dim)?;
                         let (keys, values) =
                             (mat(&keys[first..], seen, dim)?, mat(&values[first..], seen, dim)?);
@@ -58,7 +62,7 @@ impl Attention for Cpu {
                         by_blocks(self, spec.heads.scale(), queries, keys.t(), 0.0, scores_mat)?;
                         vectorized(|| {
                             for (at, row) in scores[..tile.len() * seen].chunks_exact_mut(seen).enumerate() {
-                                lse[(rows.start + tile.start + at) * heads + head] = view.softmax(at, row);
+                                lse[(rows.start + tile.start + at) * heads + head] = mask.softmax(at, row);
                             }
                         });
                         let weights = mat(&scores, tile.len(), seen)?;
@@ -116,14 +120,14 @@ impl Attention for Cpu {
                     let douts = widened(self, dout, rows.clone(), head, dim, attends)?;
                     let at_a_time = tile_len(spec, &[&keys, &queries, &douts]);
                     for tile in tiles(rows.len(), at_a_time) {
-                        let view = View::of(spec, &rows, &tile);
-                        let (first, seen) = (view.keys.start * dim, view.keys.len());
+                        let mask = TileMask::of(spec, &rows, &tile);
+                        let (first, seen) = (mask.keys.start * dim, mask.keys.len());
                         let count = tile.len() * seen;
                         let queries = mat(&queries[tile.start * dim..], tile.len(), dim)?;
                         let dout = mat(&douts[tile.start * dim..], tile.len(), dim)?;
                         let (keys, values) =
                             (mat(&keys[first..], seen, dim)?, mat(&values[first..], seen, dim)?);
-                        // P = e^(score − log Σ), from the same scores as in the forward.
+                        // P = e^(score − lse), from the same scores as in the forward.
                         by_blocks(
                             self,
                             spec.heads.scale(),
@@ -135,7 +139,7 @@ impl Attention for Cpu {
                         vectorized(|| {
                             for (at, row) in weights[..count].chunks_exact_mut(seen).enumerate() {
                                 let lse = lse[(rows.start + tile.start + at) * heads + head];
-                                view.weights(at, row, lse);
+                                mask.weights(at, row, lse);
                             }
                         });
                         let p = mat(&weights, tile.len(), seen)?;
@@ -157,7 +161,7 @@ impl Attention for Cpu {
                                 let token = (tile.start + at) * dim;
                                 let (o, d) = (&outs[token..token + dim], &douts[token..token + dim]);
                                 let sum = lane_sum([o, d], |[o, d]| o * d);
-                                let seen = view.seen(at);
+                                let seen = mask.seen(at);
                                 for (p, dp) in p[seen.clone()].iter_mut().zip(&dp[seen]) {
                                     *p = *p * (*dp - sum);
                                 }
@@ -243,37 +247,37 @@ impl Attention for Cpu {
     }
 }
 
-/// The query heads that use a key/value head.
+/// The query heads of a key/value head.
 fn heads_of<'a>(spec: &AttentionSpec<'a>, kv: usize) -> impl Iterator<Item = usize> + 'a {
     let kv_of_query = &spec.heads.kv_of_query;
     (0..kv_of_query.len()).filter(move |&head| kv_of_query[head] == kv)
 }
 
-/// The queries of a sequence, a tile at a time.
+/// Splits the queries of a sequence into tiles.
 fn tiles(len: usize, tile: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len).step_by(tile).map(move |start| start..len.min(start + tile))
 }
 
-/// The queries in a tile, given the matrices that masked weights are multiplied with.
+/// The queries per tile, given the matrices that masked weights are multiplied with.
 fn tile_len<A: Accumulator>(spec: &AttentionSpec<'_>, factors: &[&[A]]) -> usize {
     // 0 · x is 0, or NaN if x is not finite.
     let finite = |factor: &&[A]| vectorized(|| lane_sum([*factor], |[x]| x * A::ZERO)) == A::ZERO;
     if !spec.heads.choices.causal || factors.iter().all(finite) { TILE } else { 1 }
 }
 
-/// What the queries of a tile see.
-struct View<'a> {
-    /// The keys that any of them sees, counted in their sequence.
+/// The mask of a tile of queries.
+struct TileMask<'a> {
+    /// The keys that any query of the tile attends to, as indices in the sequence.
     keys: Range<usize>,
-    /// The place of the first query among those keys; none where all see all.
+    /// The index of the first query among those keys, if attention is causal.
     causal: Option<usize>,
-    /// How many keys one query sees at most.
+    /// The most keys that one query attends to.
     window: usize,
-    /// One flag a key.
+    /// One flag per key: false for padding.
     valid: Option<&'a [bool]>,
 }
 
-impl<'a> View<'a> {
+impl<'a> TileMask<'a> {
     fn of(spec: &AttentionSpec<'a>, rows: &Range<usize>, tile: &Range<usize>) -> Self {
         let keys = spec.first_key(tile.start)..if spec.heads.choices.causal { tile.end } else { rows.len() };
         let valid =
@@ -282,14 +286,15 @@ impl<'a> View<'a> {
         Self { keys, causal, window: spec.heads.choices.window.unwrap_or(usize::MAX), valid }
     }
 
-    /// The keys that the query in this row of the tile sees, but for padding, as places among `keys`.
+    /// The keys that the query in this row of the tile attends to, ignoring padding, as indices
+    /// into `keys`.
     #[inline(always)]
     fn seen(&self, row: usize) -> Range<usize> {
         let end = self.causal.map_or(self.keys.len(), |first| first + row + 1);
         end.saturating_sub(self.window)..end
     }
 
-    /// Softmax of a row of scores in place; gives log Σ e^score.
+    /// Softmax of a row of scores, in place. Returns log Σ e^score.
     #[inline(always)]
     fn softmax<A: Accumulator>(&self, at: usize, row: &mut [A]) -> A {
         let seen = self.seen(at);
@@ -298,7 +303,7 @@ impl<'a> View<'a> {
         softmax_row(&mut row[seen.start..], seen.len(), valid)
     }
 
-    /// The softmax weights of a row from its scores and the log Σ e^score of the forward.
+    /// The softmax weights of a row from its scores and log Σ e^score, in place.
     #[inline(always)]
     fn weights<A: Accumulator>(&self, at: usize, row: &mut [A], lse: A) {
         let seen = self.seen(at);
@@ -308,7 +313,7 @@ impl<'a> View<'a> {
     }
 }
 
-/// One head of some rows, without gaps, in the accumulator. Rows that take no part are 0.
+/// Copies one head of some rows to contiguous rows of the accumulator. Excluded rows are 0.
 fn widened<T: Element>(
     cpu: &Cpu,
     from: MatRef<'_, T, Cpu>,
@@ -335,104 +340,5 @@ fn widened<T: Element>(
 fn narrow<T: Element>(from: &[T::Acc], to: &mut [T]) {
     for (to, from) in to.iter_mut().zip(from) {
         *to = T::narrow(*from);
-    }
-}
-
-/// Softmax of one row in place, of which the first `visible` columns, and of those the `valid`
-/// ones, are seen. Returns log Σ e^x over the seen columns; +∞ where none is seen, so that e^(x −
-/// that) is 0.
-#[inline(always)]
-pub(super) fn softmax_row<A: Accumulator>(row: &mut [A], visible: usize, valid: Option<&[bool]>) -> A {
-    let (seen, hidden) = row.split_at_mut(visible);
-    hidden.fill(A::ZERO);
-    let valid = valid.map(|valid| &valid[..visible]);
-    if let Some(valid) = valid {
-        for (x, &valid) in seen.iter_mut().zip(valid) {
-            *x = if valid { *x } else { A::NEG_INFINITY };
-        }
-    }
-    let none = valid.map_or(visible == 0, |valid| !valid.contains(&true));
-    if none {
-        seen.fill(A::ZERO);
-        return -A::NEG_INFINITY;
-    }
-    let max = lane_max(seen);
-    for x in seen.iter_mut() {
-        *x = (*x - max).exp();
-    }
-    let sum = lane_sum([&*seen], |[x]| x);
-    let scale = A::ONE / sum;
-    for x in seen.iter_mut() {
-        *x = *x * scale;
-    }
-    // Not a number among the seen has spread over the row; what is masked stays 0.
-    #[allow(clippy::eq_op)]
-    if let (Some(valid), true) = (valid, sum != sum) {
-        for (x, &valid) in seen.iter_mut().zip(valid) {
-            *x = if valid { *x } else { A::ZERO };
-        }
-    }
-    max + sum.ln()
-}
-
-/// The softmax weights of a row from its scores and the log Σ e^score of the forward.
-#[inline(always)]
-fn weights_row<A: Accumulator>(row: &mut [A], visible: usize, valid: Option<&[bool]>, lse: A) {
-    let (seen, hidden) = row.split_at_mut(visible);
-    hidden.fill(A::ZERO);
-    for x in seen.iter_mut() {
-        *x = (*x - lse).exp();
-    }
-    if let Some(valid) = valid {
-        for (x, &valid) in seen.iter_mut().zip(valid) {
-            *x = if valid { *x } else { A::ZERO };
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn softmax<A: Accumulator>(row: &[f64], visible: usize, valid: Option<&[bool]>) -> Vec<f64> {
-        let mut row: Vec<A> = row.iter().map(|&x| A::from_f64(x)).collect();
-        softmax_row(&mut row, visible, valid);
-        row.into_iter().map(Element::to_f64).collect()
-    }
-
-    /// Compares numbers, NaN with NaN.
-    fn same(got: &[f64], want: &[f64]) {
-        let same = |(got, want): (&f64, &f64)| got == want || got.is_nan() && want.is_nan();
-        assert!(got.len() == want.len() && got.iter().zip(want).all(same), "{got:?}, not {want:?}");
-    }
-
-    #[test]
-    fn softmax_of_special_rows_sees_nothing_of_what_is_masked() {
-        let (nan, inf) = (f64::NAN, f64::INFINITY);
-        // The last two columns are masked.
-        let rows = [
-            ([nan, 1.0, 2.0, 0.0], [nan, nan, 0.0, 0.0]),
-            ([inf, 1.0, 2.0, 0.0], [nan, nan, 0.0, 0.0]),
-            ([-inf, 1.0, inf, nan], [0.0, 1.0, 0.0, 0.0]),
-            ([-inf, -inf, 2.0, 0.0], [nan, nan, 0.0, 0.0]),
-            ([1.0, 1.0, nan, -inf], [0.5, 0.5, 0.0, 0.0]),
-            ([3e38, -3e38, 3e38, inf], [1.0, 0.0, 0.0, 0.0]),
-        ];
-        for (x, want) in rows {
-            let valid = [true, true, false, false];
-            same(&softmax::<f64>(&x, 4, Some(&valid)), &want);
-            same(&softmax::<f32>(&x, 4, Some(&valid)), &want);
-            same(&softmax::<f32>(&x, 2, None), &want);
-            same(&softmax::<f32>(&x, 4, Some(&[false; 4])), &[0.0; 4]);
-            same(&softmax::<f64>(&x, 0, None), &[0.0; 4]);
-        }
-    }
-
-    #[test]
-    fn softmax_does_not_change_when_its_row_is_shifted() {
-        let row = |shift: f64| (0..21).map(|i| f64::from(i * 7 % 13) + shift).collect::<Vec<_>>();
-        for shift in [1e3, -1e3, 1e6, -1e6] {
-            same(&softmax::<f32>(&row(shift), 21, None), &softmax::<f32>(&row(0.0), 21, None));
-        }
     }
 }

@@ -1,34 +1,30 @@
 //! Attention on NVIDIA GPUs: `cuda/attention.cu`, and on tensor cores `cuda/flash.cu`.
 
-use super::{Attention, AttentionSpec, CacheSpec, check, check_append, check_cached, decode};
+use super::{
+    Attention, AttentionSpec, CacheSpec, check, check_append, check_cached, decode, too_wide, window,
+};
 use crate::{
     device::{
         DType, Device, Element,
         cuda::{Cuda, CudaSlice, CudaSliceMut, Grid, Kernel, Table},
     },
-    error::{Error, Result, same_size},
+    error::{Result, same_size},
     kernels::{
         MatMut, MatRef,
-        packs::{Operand, Walk},
+        packs::{AccessPlan, Operand},
         view::unit_columns,
     },
 };
 
-/// Keys in shared memory at a time, and warps of a block.
+/// Keys in shared memory at a time, and warps per block.
 const KEYS: usize = 32;
 const WARPS: usize = 4;
 
-/// The error for heads of more features than any kernel is for.
-pub(super) fn too_wide(head_dim: usize) -> Error {
-    let reason = format!("heads of {head_dim} features; the kernels are for 256 at most");
-    Error::Unsupported { op: "attention", reason }
-}
-
-/// What heads of some size ask of a kernel.
+/// The kernels for heads of some width, and their tile size.
 struct Heads {
-    /// Forward, backward to the queries, and to the keys and values.
+    /// Forward, backward for the queries, and backward for the keys and values.
     kernels: [Kernel; 3],
-    /// The queries, or keys, of a block.
+    /// The queries, or keys, per block.
     tile: usize,
 }
 
@@ -52,9 +48,9 @@ impl Heads {
         }
     }
 
-    /// Shared memory for vectors of a tile and of a run of keys, so many of each.
-    fn shared<T: Element>(&self, dim: usize, own: usize, run: usize) -> usize {
-        (own * self.tile + run * KEYS) * (dim + 1) * size_of::<T::Acc>()
+    /// The shared memory for `own` matrices of a tile's rows and `others` of [`KEYS`] rows.
+    fn shared<T: Element>(&self, dim: usize, own: usize, others: usize) -> usize {
+        (own * self.tile + others * KEYS) * (dim + 1) * size_of::<T::Acc>()
     }
 }
 
@@ -63,27 +59,26 @@ struct Kernels {
     forward: Kernel,
     backward_queries: Kernel,
     backward_keys: Kernel,
-    /// The queries of a block, forward.
+    /// The queries per block in the forward.
     tile: usize,
-    /// The queries, or keys, of a block, backward.
+    /// The queries, or keys, per block in the backward.
     backward_tile: usize,
     forward_shared: usize,
     backward_shared: usize,
 }
 
 impl Kernels {
-    /// Tensor cores where they know the element and 16 bytes can be taken of every row: two tiles
-    /// of queries, keys and values each lie in shared memory; backward, one of queries and one of
-    /// their gradients.
+    /// Selects tensor cores for 16-bit elements whose rows are aligned to 16 bytes. Shared memory
+    /// then holds two tiles each of queries, keys and values; in the backward one tile of queries
+    /// and one of their gradients.
     fn new<T: Element>(head_dim: usize, operands: &[Operand]) -> Result<Self> {
         let rows = operands.iter().map(|operand| operand.dims.rows).max().unwrap_or(0);
-        let fits = Walk::by_rows(operands, rows, head_dim).packed && head_dim <= 128;
+        let fits = AccessPlan::by_rows(operands, rows, head_dim).packed && head_dim <= 128;
         if fits && matches!(T::DTYPE, DType::BF16 | DType::F16) {
-            let (features, [forward, backward_queries, backward_keys]) = match head_dim <= 64 {
-                true => (64, [Kernel::Flash64, Kernel::FlashBackwardQueries64, Kernel::FlashBackwardKeys64]),
-                false => {
-                    (128, [Kernel::Flash128, Kernel::FlashBackwardQueries128, Kernel::FlashBackwardKeys128])
-                }
+            let (features, [forward, backward_queries, backward_keys]) = if head_dim <= 64 {
+                (64, [Kernel::Flash64, Kernel::FlashBackwardQueries64, Kernel::FlashBackwardKeys64])
+            } else {
+                (128, [Kernel::Flash128, Kernel::FlashBackwardQueries128, Kernel::FlashBackwardKeys128])
             };
             let tile = 16 * WARPS;
             let shared = 6 * tile * features * size_of::<T>();
@@ -111,13 +106,14 @@ impl Kernels {
     }
 }
 
-/// Blocks of threads for tiles and heads.
+/// A grid over tiles and heads.
 fn grid(tiles: usize, heads: usize, shared: usize) -> Grid {
     Grid { blocks: [tiles, heads], threads: [32, WARPS as u32], shared }
 }
 
 impl Cuda {
-    /// The tables of a kernel: tiles of the sequences, the key/value head of each query head, and which rows are no padding.
+    /// Uploads the tables of a kernel: the tiles of the sequences, the key/value head of each query
+    /// head, and which rows are not padding.
     fn tables(
         &self,
         spec: &AttentionSpec<'_>,
@@ -138,11 +134,6 @@ impl Cuda {
             spec.sequences.valid().map(|valid| self.table_of_flags(valid.iter().copied())).transpose()?;
         Ok((tiles.len() / 5, self.table(&tiles)?, self.table(&kv)?, valid))
     }
-}
-
-/// A window that hides nothing.
-pub(super) fn window(spec: &AttentionSpec<'_>) -> usize {
-    spec.heads.choices.window.unwrap_or(usize::MAX).min(1 << 40)
 }
 
 impl Attention for Cuda {
@@ -171,8 +162,9 @@ impl Attention for Cuda {
         let launch = launch.table(&tiles).table(&kv).table_if(valid.as_ref());
         let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
         let launch = launch.read(v.data()).int(v.dims().row_stride).write(&out).int(so).write(&lse);
-        // SAFETY: the arguments are attention's; `check` has seen that the matrices have the rows of the sequences and the
-        // columns of the heads, that every query head's key/value head is one, and a log-sum-exp a head of a row.
+        // SAFETY: the arguments are attention's; `check` has seen that the matrices have the rows
+        // of the sequences and the columns of the heads, that every query head's key/value head
+        // exists, and that there is one log-sum-exp per row and head.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(grid(count, heads, kind.forward_shared))
@@ -201,12 +193,13 @@ impl Attention for Cuda {
         let operands = [q.operand(), k.operand(), v.operand(), dout.operand(), dqkv.operand()];
         let kind = Kernels::new::<T>(dim, &operands)?;
         let mut delta = self.empty::<T::Acc>(rows * heads)?;
-        let walk = Walk::by_rows(&[out.operand(), dout.operand()], rows, dim);
+        let access = AccessPlan::by_rows(&[out.operand(), dout.operand()], rows, dim);
         let launch = self.kernel(Kernel::AttentionDelta, T::DTYPE);
-        let launch = launch.ints([usize::from(walk.packed), rows, heads, dim]);
+        let launch = launch.ints([usize::from(access.packed), rows, heads, dim]);
         let launch =
             launch.read(out.data()).int(out.dims().row_stride).read(dout.data()).int(dout.dims().row_stride);
-        // SAFETY: the arguments are attention_delta's; out and dout have heads · dim columns, and `delta` was made for the rest.
+        // SAFETY: the arguments are attention_delta's; out and dout have heads · dim columns, and
+        // `delta` was allocated for rows · heads elements.
         #[allow(unsafe_code)]
         unsafe {
             let grid = Grid { blocks: [(rows * heads).div_ceil(8), 1], threads: [32, 8], shared: 0 };
@@ -230,8 +223,9 @@ impl Attention for Cuda {
                 launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
             let launch = launch.read(v.data()).int(v.dims().row_stride).read(lse).read(Self::slice(&delta));
             let launch = launch.read(dout.data()).int(dout.dims().row_stride).write(&dqkv).int(sd);
-            // SAFETY: the arguments are those of attention_backward_queries and _keys; `check` and the two sizes above have
-            // compared all dimensions. The kernels write different columns.
+            // SAFETY: the arguments are those of attention_backward_queries and _keys; `check` and
+            // the two sizes above have compared all dimensions. The kernels write different
+            // columns.
             #[allow(unsafe_code)]
             unsafe {
                 launch.run(grid(count, blocks, kind.backward_shared))?;
@@ -266,11 +260,12 @@ impl Attention for Cuda {
         let kv_like = [("the keys", k.dims()), ("the values", v.dims())];
         check_cached(spec, cache, &[("q", q.dims()), ("out", out.dims())], &kv_like)?;
         decode::attention(self, spec, cache, q, k, v, out.reborrow())?;
-        // Longer parts of sequences, as prompts are.
+        // Sequences with more rows, such as prompts.
         let (heads, dim) = (spec.heads.kv_of_query.len(), spec.heads.head_dim);
         let kind = Kernels::new::<T>(dim, &[q.operand(), k.operand(), v.operand(), out.operand()])?;
         let mut tiles: Vec<i64> = Vec::new();
-        for (sequence, rows) in spec.sequences.iter().enumerate().filter(|(_, rows)| rows.len() > decode::FEW)
+        for (sequence, rows) in
+            spec.sequences.iter().enumerate().filter(|(_, rows)| rows.len() > decode::MAX_ROWS)
         {
             let start = spec.sequences.start(sequence);
             let (key_row, end) = (cache.row(spec, cache.slots[sequence], 0), start + rows.len());
@@ -292,8 +287,8 @@ impl Attention for Cuda {
         let launch = launch.table(&tiles).table(&kv).null();
         let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
         let launch = launch.read(v.data()).int(v.dims().row_stride).write(&out).int(so).null();
-        // SAFETY: the arguments are attention's; `check_cached` has seen that the slots lie in the cache and the sequences end in
-        // their slots.
+        // SAFETY: the arguments are attention's; `check_cached` has seen that the slots lie in the
+        // cache and that the sequences end in their slots.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(grid(count, heads, kind.forward_shared))

@@ -1,34 +1,31 @@
-//! Decoding on NVIDIA GPUs: appending to a cache, and attention of few queries to it:
-//! `cuda/decode.cu`.
+//! Decoding on NVIDIA GPUs, `cuda/decode.cu`: appends to a KV cache, and attention of few queries
+//! to it.
 
-use super::{
-    AttentionSpec, CacheSpec,
-    cuda::{too_wide, window},
-};
+use super::{AttentionSpec, CacheSpec, too_wide, window};
 use crate::{
     device::{
         Device, Element,
         cuda::{Cuda, Grid, Kernel},
     },
     error::Result,
-    kernels::{MatMut, MatRef, packs::Walk},
+    kernels::{MatMut, MatRef, packs::AccessPlan},
 };
 use std::collections::HashSet;
 
-/// Rows that a block appends.
+/// Rows that one block appends.
 const RUN: usize = 16;
 
-/// The most rows of a sequence whose attention is decoding.
-pub(super) const FEW: usize = 8;
+/// The most rows of a sequence that are computed by the decoding kernel.
+pub(super) const MAX_ROWS: usize = 8;
 
-/// The fewest keys of a span, and the most spans of a sequence.
+/// The fewest keys per span, and the most spans per sequence.
 const SPAN: usize = 256;
 const SPANS: usize = 64;
 
-/// Warps of a block that attends.
+/// Warps per block of the attention kernel.
 const WARPS: usize = 8;
 
-/// [`super::Attention::append_cached`], of what its check has seen.
+/// [`super::Attention::append_cached`], after its checks.
 pub(super) fn append<T: Element>(
     cuda: &Cuda,
     spec: &AttentionSpec<'_>,
@@ -39,11 +36,12 @@ pub(super) fn append<T: Element>(
     values: MatMut<'_, T, Cuda>,
 ) -> Result<()> {
     let operands = [k.operand(), v.operand(), keys.operand(), values.operand()];
-    let walk = Walk::by_rows(&operands, keys.rows(), spec.heads.head_dim);
+    let access = AccessPlan::by_rows(&operands, keys.rows(), spec.heads.head_dim);
     let (sk, sv) = (k.dims().row_stride, v.dims().row_stride);
     let (skeys, svalues) = (keys.dims().row_stride, values.dims().row_stride);
     let (keys, values) = (keys.into_data(), values.into_data());
-    // One launch writes a place once: a sequence whose slot was written before begins another.
+    // A launch must not write a row twice, so a sequence with a slot that this launch already
+    // writes begins another launch.
     let mut first = 0;
     while first < cache.slots.len() {
         let mut written = HashSet::new();
@@ -61,12 +59,12 @@ pub(super) fn append<T: Element>(
         let table = cuda.table(&runs)?;
         let launch = cuda.kernel(Kernel::Append, T::DTYPE);
         let launch =
-            launch.ints([usize::from(walk.packed), spec.heads.head_dim, cache.capacity]).table(&table);
+            launch.ints([usize::from(access.packed), spec.heads.head_dim, cache.capacity]).table(&table);
         let launch = launch.read(k.data()).int(sk).read(v.data()).int(sv);
         let launch = launch.write(&keys).int(skeys).write(&values).int(svalues);
         // SAFETY: the arguments are append's; `check_append` has seen that k and v have the rows of
-        // the sequences and the columns of the heads, and that the sequences end in their slots and
-        // these in the cache.
+        // the sequences and the columns of the heads, that the sequences end in their slots, and
+        // that the slots lie in the cache.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid { blocks: [blocks, spec.heads.kv_heads], threads: [128, 1], shared: 0 })?;
@@ -75,7 +73,7 @@ pub(super) fn append<T: Element>(
     Ok(())
 }
 
-/// [`super::Attention::attention_cached`] of the sequences of at most [`FEW`] rows.
+/// [`super::Attention::attention_cached`] for the sequences of at most [`MAX_ROWS`] rows.
 pub(super) fn attention<T: Element>(
     cuda: &Cuda,
     spec: &AttentionSpec<'_>,
@@ -99,14 +97,14 @@ pub(super) fn attention<T: Element>(
     if plan.spans.is_empty() {
         return Ok(());
     }
-    let packed = Walk::by_rows(&[k.operand(), v.operand()], k.rows(), dim).packed;
+    let packed = AccessPlan::by_rows(&[k.operand(), v.operand()], k.rows(), dim).packed;
     let chunks = plan.queries.div_ceil(together);
-    let mut words = plan.heads;
-    words.extend(&plan.sequences);
-    words.extend(&plan.spans);
-    let rows_at = words.len();
-    words.extend(&plan.rows);
-    let table = cuda.table(&words)?;
+    let mut numbers = plan.heads;
+    numbers.extend(&plan.sequences);
+    numbers.extend(&plan.spans);
+    let rows_at = numbers.len();
+    numbers.extend(&plan.rows);
+    let table = cuda.table(&numbers)?;
     let sums = plan.partials * dim;
     let mut scratch = cuda.empty::<T::Acc>(sums + 2 * plan.partials)?;
     let so = out.dims().row_stride;
@@ -123,8 +121,8 @@ pub(super) fn attention<T: Element>(
     let shared = together * (features + WARPS * (features + 2)) * size_of::<T::Acc>();
     let blocks = [plan.spans.len() * chunks, spec.heads.kv_heads];
     // SAFETY: the arguments are decode's; `check_cached` has seen that q and out have the rows of
-    // the sequences and the columns of the heads, that the slots lie in the cache and the sequences
-    // end in their slots. There are as many partial results as `plan` has numbered.
+    // the sequences and the columns of the heads, that the slots lie in the cache and that the
+    // sequences end in their slots. There are as many partial results as `plan` has numbered.
     #[allow(unsafe_code)]
     unsafe {
         launch.run(Grid { blocks, threads: [32, WARPS as u32], shared })?;
@@ -132,8 +130,8 @@ pub(super) fn attention<T: Element>(
     let launch = cuda.kernel(Kernel::Combine, T::DTYPE).ints([dim, rows_at]).table(&table);
     let launch = launch.read(Cuda::narrow(Cuda::slice(&scratch), 0..sums));
     let launch = launch.read(Cuda::narrow(Cuda::slice(&scratch), sums..sums + 2 * plan.partials));
-    // SAFETY: the arguments are combine's; the rows are those of `out`, and what they are made of
-    // was just written.
+    // SAFETY: the arguments are combine's; the rows are those of `out`, and the partial results
+    // were just written.
     #[allow(unsafe_code)]
     unsafe {
         let blocks = [plan.rows.len() / 4, heads];
@@ -141,17 +139,17 @@ pub(super) fn attention<T: Element>(
     }
 }
 
-/// What the kernels read of a call, as `cuda/decode.cu` describes it.
+/// The tables of the kernels, as described in `cuda/decode.cu`.
 struct Plan {
-    /// Where each key/value head's query heads are listed, and the list.
+    /// Where each key/value head's list of query heads begins, and then the lists.
     heads: Vec<i64>,
     sequences: Vec<i64>,
     spans: Vec<i64>,
-    /// The rows whose results are put together from several spans.
+    /// The rows whose results are combined from several spans.
     rows: Vec<i64>,
-    /// How many results of one span, query and head there are.
+    /// The number of partial results, one per span, query and head.
     partials: usize,
-    /// The most queries of a sequence and key/value head.
+    /// The most queries per sequence and key/value head.
     queries: usize,
 }
 
@@ -171,12 +169,13 @@ impl Plan {
         let (sequences, spans, rows) = (Vec::new(), Vec::new(), Vec::new());
         let mut this = Self { heads: bounds, sequences, spans, rows, partials: 0, queries: 0 };
         for (sequence, own) in spec.sequences.iter().enumerate() {
-            if own.is_empty() || own.len() > FEW {
+            if own.is_empty() || own.len() > MAX_ROWS {
                 continue;
             }
             let place = spec.sequences.start(sequence);
             let (begin, end) = (spec.first_key(place), place + own.len());
-            // Of the length alone, so that the bits do not depend on the rest of the batch.
+            // A function of the length alone, so that the bits do not depend on the rest of the
+            // batch.
             let span = SPAN.max((end - begin).div_ceil(SPANS).next_multiple_of(SPAN / 8));
             let count = (end - begin).div_ceil(span);
             let key_row = cache.row(spec, cache.slots[sequence], 0);

@@ -1,4 +1,4 @@
-//! Attention on a device without memory: the operations of its products.
+//! Attention on a device without memory: counts the operations of its products.
 
 use super::{Attention, AttentionSpec, CacheSpec, check, check_append, check_cached};
 use crate::{
@@ -8,20 +8,20 @@ use crate::{
 };
 
 impl Meta {
-    /// Counts this many products over the visible pairs of all heads: 2 head_dim operations a pair.
+    /// Counts this many products over the visible pairs of all heads, 2 head_dim operations per
+    /// pair.
     fn count_attention(&self, spec: &AttentionSpec<'_>, products: u128, pairs: u128) {
         let width = spec.heads.kv_of_query.len() as u128 * spec.heads.head_dim as u128;
         self.count(pairs.saturating_mul(2 * products).saturating_mul(width));
     }
 }
 
-/// The (query, key) pairs that the masks leave, for one head. Takes time linear in the rows where
-/// there is padding, and in the sequences where there is none.
+/// The (query, key) pairs of one head that the mask leaves. Takes time linear in the rows where
+/// there is padding, else linear in the sequences.
 fn pairs(spec: &AttentionSpec<'_>) -> u128 {
     let Some(valid) = spec.sequences.valid() else {
-        let of = |rows: usize| match spec.heads.choices.causal {
-            true => causal(spec, rows as u128),
-            false => (rows as u128).pow(2),
+        let of = |rows: usize| {
+            if spec.heads.choices.causal { causal(spec, rows as u128) } else { (rows as u128).pow(2) }
         };
         return spec.sequences.iter().map(|rows| of(rows.len())).sum();
     };
@@ -44,8 +44,8 @@ fn pairs(spec: &AttentionSpec<'_>) -> u128 {
     pairs
 }
 
-/// The same for queries that attend to a cache, which holds no padding: query i of a sequence that
-/// starts at p sees up to p + i + 1 keys.
+/// The pairs of queries that attend to a cache, which has no padding: query i of a sequence that
+/// starts at p attends to at most p + i + 1 keys.
 fn cached_pairs(spec: &AttentionSpec<'_>) -> u128 {
     let of = |(sequence, rows): (usize, std::ops::Range<usize>)| {
         let start = spec.sequences.start(sequence) as u128;
@@ -141,10 +141,10 @@ mod tests {
         tensor::Tensor,
     };
 
-    /// Random numbers below a bound.
-    struct Draws(Philox, u64);
+    /// Random integers below a bound.
+    struct RandomIntegers(Philox, u64);
 
-    impl Draws {
+    impl RandomIntegers {
         fn below(&mut self, bound: usize) -> usize {
             self.1 += 1;
             (self.0.uniform(self.1) * bound as f64) as usize
@@ -173,14 +173,14 @@ mod tests {
         }
         let (slots, capacity) = ((0..spec.sequences.len()).collect::<Vec<_>>(), 64);
         let cache = CacheSpec { slots: &slots, capacity };
-        let held = mat(&device, slots.len() * spec.heads.kv_heads * capacity, dim);
+        let cached = mat(&device, slots.len() * spec.heads.kv_heads * capacity, dim);
         device
-            .attention_cached(spec, &cache, q.mat(), held.mat(), held.mat(), out.mat_mut().unwrap())
+            .attention_cached(spec, &cache, q.mat(), cached.mat(), cached.mat(), out.mat_mut().unwrap())
             .unwrap();
         [forward, backward, device.flops() - forward - backward]
     }
 
-    /// The pairs one by one, for attention within a sequence and to a cache.
+    /// Counts the pairs one by one, for attention within a sequence and to a cache.
     fn one_by_one(spec: &AttentionSpec<'_>) -> [u64; 2] {
         let (window, mut pairs) = (spec.heads.choices.window.unwrap_or(usize::MAX), [0, 0]);
         for (sequence, rows) in spec.sequences.iter().enumerate() {
@@ -199,24 +199,24 @@ mod tests {
 
     #[test]
     fn operations_are_those_of_the_pairs_that_masks_leave() {
-        let mut draws = Draws(Philox::stream(3, 0), 0);
+        let mut random = RandomIntegers(Philox::stream(3, 0), 0);
         for case in 0..300 {
-            let lengths: Vec<usize> = (0..draws.below(4)).map(|_| draws.below(12)).collect();
+            let lengths: Vec<usize> = (0..random.below(4)).map(|_| random.below(12)).collect();
             let mut sequences = Sequences::packed(lengths);
-            if draws.below(2) == 0 {
-                let starts: Vec<usize> = (0..sequences.len()).map(|_| draws.below(40)).collect();
+            if random.below(2) == 0 {
+                let starts: Vec<usize> = (0..sequences.len()).map(|_| random.below(40)).collect();
                 sequences = sequences.starting_at(&starts).unwrap();
             }
-            if draws.below(2) == 0 {
-                let valid: Vec<bool> = (0..sequences.rows()).map(|_| draws.below(3) > 0).collect();
+            if random.below(2) == 0 {
+                let valid: Vec<bool> = (0..sequences.rows()).map(|_| random.below(3) > 0).collect();
                 sequences = sequences.masked(&valid).unwrap();
             }
-            let kv_heads = 1 + draws.below(3);
-            let kv_of_query: Vec<usize> = (0..draws.below(5)).map(|_| draws.below(kv_heads)).collect();
-            let causal = draws.below(3) > 0;
-            let window = (causal && draws.below(2) == 0).then(|| 1 + draws.below(9));
+            let kv_heads = 1 + random.below(3);
+            let kv_of_query: Vec<usize> = (0..random.below(5)).map(|_| random.below(kv_heads)).collect();
+            let causal = random.below(3) > 0;
+            let window = (causal && random.below(2) == 0).then(|| 1 + random.below(9));
             let choices = AttentionChoices { causal, window, scale: None };
-            let heads = QkvHeads { kv_of_query, kv_heads, head_dim: 1 + draws.below(5), choices };
+            let heads = QkvHeads { kv_of_query, kv_heads, head_dim: 1 + random.below(5), choices };
             let spec = AttentionSpec { heads: &heads, sequences: &sequences };
             let width = heads.query_width() as u64;
             let [within, cached] = one_by_one(&spec).map(|pairs| pairs * width);
@@ -233,7 +233,7 @@ mod tests {
             let choices = AttentionChoices { causal, window, scale: None };
             let of = |kv_of_query, kv_heads| QkvHeads { kv_of_query, kv_heads, head_dim: 1, choices };
             let sequences = &sequences;
-            // Without heads there is nothing to hold.
+            // Without heads the matrices have no elements.
             let (none, before) = (mat(&device, usize::MAX, 0), device.flops());
             let (mut out, mut lse) = (none.clone(), none.clone());
             let (to, sums) = (out.mat_mut().unwrap(), lse.slice_mut().unwrap());
@@ -255,22 +255,22 @@ mod tests {
             let spec = AttentionSpec { heads: &heads, sequences: &sequences };
             let (cache, small) =
                 (CacheSpec { slots: &[0, 1], capacity: 9 }, CacheSpec { slots: &[0, 1], capacity: 8 });
-            let (q, k, held) = (mat(device, 5, 12), mat(device, 5, 8), mat(device, 36, 4));
+            let (q, k, cached) = (mat(device, 5, 12), mat(device, 5, 8), mat(device, 36, 4));
             let (mut out, mut lse, mut keys) = (mat(device, 5, 12), mat(device, 5, 2), mat(device, 36, 4));
             let (mut dqkv, mut values) = (mat(device, 5, 27), mat(device, 36, 4));
             let enough = mat(device, 5, 3);
             let blind = AttentionChoices { window: Some(0), ..choices };
             let blind = QkvHeads { choices: blind, ..heads.clone() };
             let unseen = AttentionSpec { heads: &blind, ..spec };
-            let (q, k, held) = (q.mat(), k.mat(), held.mat());
+            let (q, k, cached) = (q.mat(), k.mat(), cached.mat());
             let (o, l, d) = (&mut out, &mut lse, &mut dqkv);
             let results = [
                 device.attention(&spec, q, k, k, o.mat_mut().unwrap(), l.slice_mut().unwrap()),
                 device.attention(&spec, k, k, k, o.mat_mut().unwrap(), l.slice_mut().unwrap()),
                 device.attention(&unseen, q, k, k, o.mat_mut().unwrap(), l.slice_mut().unwrap()),
                 device.attention_backward(&spec, q, k, k, q, enough.slice(), q, d.mat_mut().unwrap()),
-                device.attention_cached(&spec, &small, q, held, held, o.mat_mut().unwrap()),
-                device.attention_cached(&spec, &cache, q, k, held, o.mat_mut().unwrap()),
+                device.attention_cached(&spec, &small, q, cached, cached, o.mat_mut().unwrap()),
+                device.attention_cached(&spec, &cache, q, k, cached, o.mat_mut().unwrap()),
                 device.append_cached(&spec, &small, k, k, keys.mat_mut().unwrap(), values.mat_mut().unwrap()),
             ];
             results.into_iter().map(|result| result.unwrap_err().to_string()).collect()

@@ -1,4 +1,4 @@
-//! Scaled dot-product attention, forward and backward, with memory linear in the length of a sequence.
+//! Scaled dot-product attention, forward and backward, in memory linear in the sequence length.
 
 mod cached;
 mod cpu;
@@ -7,6 +7,7 @@ mod cuda;
 #[cfg(feature = "cuda")]
 mod decode;
 mod meta;
+mod softmax;
 
 use super::{
     MatMut, MatRef,
@@ -18,99 +19,111 @@ use crate::{
     shard::Sequences,
 };
 
-/// The mask of attention and the scale of its scores: one struct from the configuration of a layer
-/// down to a kernel.
+/// The mask of attention and the scale of its scores, shared by layer configurations and kernels.
+///
+/// ```
+/// use shardwise::{kernels::QkvHeads, prelude::*};
+///
+/// let choices = AttentionChoices { window: Some(2), ..AttentionChoices::CAUSAL };
+/// let heads = QkvHeads { kv_of_query: vec![0], kv_heads: 1, head_dim: 1, choices };
+/// // Three tokens with q = k = 0, so that all weights are equal, and v = 2, 6, 10.
+/// let qkv = [0.0, 0.0, 2.0, 0.0, 0.0, 6.0, 0.0, 0.0, 10.0];
+/// let qkv = Tensor::<f32>::from_slice(&Cpu::new(), [3, 3], &qkv)?;
+/// let (out, _) = ops::attention(&heads, &qkv, &Sequences::packed([3]))?;
+/// assert_eq!(out.to_vec()?, [2.0, 4.0, 8.0]);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct AttentionChoices {
-    /// Whether a token sees only itself and those before it.
+    /// Whether a token attends only to itself and to earlier tokens.
     pub causal: bool,
-    /// With causal attention, how many rows a token sees at most, itself and those just before it,
-    /// padding among them; all if not given.
+    /// Sliding window, with causal attention only: the number of rows that a token attends to,
+    /// itself and the rows just before it, padding included. `None`: no limit.
     pub window: Option<usize>,
-    /// What scores are multiplied with; 1 / √head_dim if not given.
+    /// The factor of the scores. `None`: 1 / √head_dim.
     pub scale: Option<f64>,
 }
 
 impl AttentionChoices {
-    /// A token sees itself and all before it.
+    /// Causal attention without a window.
     pub const CAUSAL: Self = Self { causal: true, window: None, scale: None };
 }
 
-/// The heads in the columns of `[q | k | v]`, and how they attend.
+/// The heads in the columns of `[q | k | v]`, and their mask and scale.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QkvHeads {
-    /// For each query head, the key/value head that it uses.
+    /// The key/value head of each query head.
     pub kv_of_query: Vec<usize>,
     /// The number of key/value heads.
     pub kv_heads: usize,
-    /// The features of one head.
+    /// The features per head.
     pub head_dim: usize,
-    /// How they attend.
+    /// The mask and the scale.
     pub choices: AttentionChoices,
 }
 
 impl QkvHeads {
-    /// The number of columns of q.
+    /// The width of q: query heads · head_dim.
     pub fn query_width(&self) -> usize {
         self.kv_of_query.len() * self.head_dim
     }
 
-    /// The number of columns of k, and of v.
+    /// The width of k, and of v: kv_heads · head_dim.
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
     }
 
-    /// The number of columns of `[q | k | v]`.
+    /// The width of `[q | k | v]`.
     pub fn width(&self) -> usize {
         self.query_width() + 2 * self.kv_width()
     }
 
-    /// What scores are multiplied with.
+    /// The factor of the scores: `choices.scale`, or 1 / √head_dim.
     pub fn scale(&self) -> f64 {
         self.choices.scale.unwrap_or_else(|| 1.0 / (self.head_dim as f64).sqrt())
     }
 }
 
-/// The heads that one call computes, and the sequences of its rows.
+/// The heads that one call computes, and the sequences in its rows.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionSpec<'a> {
-    /// The heads, and how they attend.
+    /// The heads, their mask and scale.
     pub heads: &'a QkvHeads,
-    /// Which rows belong together.
+    /// How rows are grouped into sequences.
     pub sequences: &'a Sequences,
 }
 
 impl AttentionSpec<'_> {
-    /// The first key of its sequence that the query at this place in it may see.
+    /// The first key, as an index in the sequence, that the query at this index may attend to.
     pub(crate) fn first_key(&self, query: usize) -> usize {
         self.heads.choices.window.map_or(0, |window| (query + 1).saturating_sub(window))
     }
 
-    /// Whether a row may be attended to: whether it is not padding.
+    /// Whether keys of this row may be attended to: false for padding.
     fn attended(&self, row: usize) -> bool {
         self.sequences.valid().is_none_or(|valid| valid[row])
     }
 }
 
-/// Where the keys and values of tokens lie that were computed before, for attention that goes on from there.
+/// The layout of a KV cache.
 ///
-/// The cache is a matrix `[slots · kv_heads · capacity, head_dim]`: for each slot and key/value head the vectors of up to
-/// `capacity` positions, one below the other, so that a head's are read in one stream.
+/// A cache is a matrix `[slots · kv_heads · capacity, head_dim]`. It has `capacity` rows for each
+/// slot and key/value head, one per position, so that the keys of a head are contiguous.
 #[derive(Clone, Copy, Debug)]
 pub struct CacheSpec<'a> {
     /// The slot of each sequence.
     pub slots: &'a [usize],
-    /// The positions that a slot has room for.
+    /// The number of positions per slot.
     pub capacity: usize,
 }
 
 impl CacheSpec<'_> {
-    /// The first row of the cache that belongs to a slot's head.
+    /// The first row of the cache for this slot and key/value head.
     pub(crate) fn row(&self, spec: &AttentionSpec<'_>, slot: usize, kv_head: usize) -> usize {
         (slot * spec.heads.kv_heads + kv_head) * self.capacity
     }
 
-    /// The row of the cache behind a slot.
+    /// One past the last row of the cache for a slot.
     fn end(&self, spec: &AttentionSpec<'_>, slot: usize) -> usize {
         slot.saturating_add(1).saturating_mul(spec.heads.kv_heads.saturating_mul(self.capacity))
     }
@@ -118,15 +131,16 @@ impl CacheSpec<'_> {
 
 /// Attention over all heads of a rank.
 ///
-/// For each sequence and query head h, with its key/value head g: P = softmax(scale Qₕ K_gᵀ) under the masks, Oₕ = P V_g
-/// (Vaswani et al., 2017). A query that sees no key gives 0; what the masks hide has no influence, NaN and ∞ included.
-/// Only log Σ e^score is kept for the backward, which computes P anew, tile by tile (Dao, 2023: FlashAttention-2,
-/// section 3.1).
+/// For each sequence and query head h with key/value head g: P = softmax(scale Qₕ K_gᵀ) under the
+/// mask, Oₕ = P V_g (Vaswani et al., 2017). A query without visible keys gives 0. Masked values
+/// have no influence, even if they are NaN or ∞. Only log Σ e^score is saved; the backward
+/// recomputes P tile by tile (Dao, 2023: FlashAttention-2, section 3.1).
 ///
-/// Matrices: `q`, `out` and their gradients `[rows, heads · head_dim]`, `k`, `v` and theirs `[rows, kv_heads · head_dim]`,
-/// head after head in the columns, any row stride; `lse`: `[rows, heads]`.
+/// Shapes: `q`, `out` and their gradients `[rows, heads · head_dim]`; `k`, `v` and their gradients
+/// `[rows, kv_heads · head_dim]`, with the heads side by side and any row stride; `lse`: `[rows,
+/// heads]`.
 pub trait Attention: Device {
-    /// `out`, `lse` ← attention of `q`, `k`, `v`.
+    /// `out`, `lse` ← attention(`q`, `k`, `v`).
     ///
     /// # Errors
     /// When sizes disagree.
@@ -141,14 +155,14 @@ pub trait Attention: Device {
         lse: Self::SliceMut<'_, T::Acc>,
     ) -> Result<()>;
 
-    /// The gradient of q, k and v.
+    /// `dqkv` ← the gradients of q, k and v.
     ///
-    /// With D = rowsum(dO ∘ O): dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − D), dQ = scale dS K, dK = scale dSᵀ Q; the gradients of a
-    /// key/value head are summed over its query heads. `dqkv` is `[rows, (heads + 2 kv_heads) · head_dim]`: the three
-    /// side by side, as a fused projection made q, k and v.
+    /// With D = rowsum(dO ∘ O): dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − D), dQ = scale dS K, dK = scale dSᵀ
+    /// Q. Gradients of a key/value head are summed over its query heads. `dqkv` is `[rows, (heads +
+    /// 2 kv_heads) · head_dim]`: dQ, dK and dV side by side, as in a fused projection.
     ///
-    /// P = e^(score − lse) has the rounding of lse as its relative error, as in FlashAttention: in
-    /// f32 up to 3e-5 at scores of 1e3.
+    /// The rounding of lse is a relative error of P = e^(score − lse), as in FlashAttention: in f32
+    /// up to 3e-5 at scores of 1e3.
     ///
     /// # Errors
     /// When sizes disagree.
@@ -165,14 +179,14 @@ pub trait Attention: Device {
         dqkv: MatMut<'_, T, Self>,
     ) -> Result<()>;
 
-    /// `keys`, `values` ← the rows of `k` and `v`, those of each sequence in its slot, from its
-    /// start on.
+    /// Appends keys and values to a cache: `keys`, `values` ← the rows of `k` and `v`. The rows of
+    /// each sequence go to its slot, beginning at its start position.
     ///
     /// * `k`, `v`: `[rows, kv_heads · head_dim]`; `keys`, `values`: see [`CacheSpec`].
-    /// * Where two sequences have the same slot and overlap there, the later one's rows remain.
+    /// * Where two sequences write to the same positions of a slot, the later sequence wins.
     ///
     /// # Errors
-    /// When sizes disagree, or a sequence goes beyond the capacity; nothing is written then.
+    /// When sizes disagree, or a sequence exceeds the capacity; then nothing is written.
     fn append_cached<T: Element>(
         &self,
         spec: &AttentionSpec<'_>,
@@ -183,15 +197,17 @@ pub trait Attention: Device {
         values: MatMut<'_, T, Self>,
     ) -> Result<()>;
 
-    /// `out` ← attention of `q` to a cache: row i of a sequence that starts at position p sees the positions 0 to p + i of
-    /// its slot, or with a window the last of them. The cache already holds the keys and values of these rows.
+    /// `out` ← attention of `q` to a cache. Row i of a sequence that starts at position p attends
+    /// to positions 0 to p + i of its slot, limited by the window. The cache must already hold the
+    /// keys and values of these rows ([`Attention::append_cached`]).
     ///
     /// * `q`, `out`: `[rows, heads · head_dim]`; `k`, `v`: see [`CacheSpec`]. Causal; no padding.
-    /// * The same values as [`Attention::attention`] gives for the whole sequence, up to rounding. Memory is linear in
-    ///   the length; a few rows a sequence take the memory of their scores alone.
+    /// * Equals [`Attention::attention`] of the whole sequence up to rounding. Memory is linear in
+    ///   the length; a call with few rows per sequence only needs memory for their scores.
     ///
     /// # Errors
-    /// When sizes disagree, a sequence goes beyond the capacity, or the spec is not causal or has padding.
+    /// When sizes disagree, a sequence exceeds the capacity, or the spec is not causal or has
+    /// padding.
     fn attention_cached<T: Element>(
         &self,
         spec: &AttentionSpec<'_>,
@@ -201,6 +217,19 @@ pub trait Attention: Device {
         v: MatRef<'_, T, Self>,
         out: MatMut<'_, T, Self>,
     ) -> Result<()>;
+}
+
+/// The window as the CUDA kernels take it: 2⁴⁰ where there is none.
+#[cfg(feature = "cuda")]
+fn window(spec: &AttentionSpec<'_>) -> usize {
+    spec.heads.choices.window.unwrap_or(usize::MAX).min(1 << 40)
+}
+
+/// The error for heads wider than any CUDA kernel supports.
+#[cfg(feature = "cuda")]
+fn too_wide(head_dim: usize) -> Error {
+    let reason = format!("heads of {head_dim} features; the kernels are for 256 at most");
+    Error::Unsupported { op: "attention", reason }
 }
 
 fn check_append(

@@ -20,12 +20,12 @@ impl Dropout for Cpu {
         let scale = T::Acc::from_f64(1.0 / (1.0 - mask.probability));
         for row in 0..x.rows() {
             let first = mask.first_index(row);
-            let mut words = mask.stream.block(first / 4);
+            let mut random = mask.stream.block(first / 4);
             for (index, (y, x)) in (first..).zip(y.row(row).iter_mut().zip(x.row(row))) {
                 if index.is_multiple_of(4) {
-                    words = mask.stream.block(index / 4);
+                    random = mask.stream.block(index / 4);
                 }
-                let kept = words[(index % 4) as usize] >= threshold;
+                let kept = random[(index % 4) as usize] >= threshold;
                 *y = T::narrow(if kept { x.widen() * scale } else { T::Acc::ZERO });
             }
         }

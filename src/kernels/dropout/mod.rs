@@ -15,40 +15,42 @@ use crate::{
     rng::Philox,
 };
 
-/// Which elements of a whole matrix are dropped, and where in it a rank's part lies.
+/// The random mask of a whole matrix, and the position of a rank's shard in it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DropoutMask {
-    /// The probability of dropping an element, at least 0 and less than 1.
+    /// The probability p of dropping an element, 0 ≤ p < 1.
     pub probability: f64,
-    /// The random numbers: element (r, c) of the whole draws the word at index r · `width` + c.
+    /// The random numbers: element (r, c) of the whole matrix uses the u32 at index r · `width` +
+    /// c.
     pub stream: Philox,
-    /// The whole's row that is the part's first.
+    /// The row of the whole matrix at which the shard begins.
     pub row: u64,
-    /// The whole's column that is the part's first.
+    /// The column of the whole matrix at which the shard begins.
     pub column: usize,
-    /// The number of the whole's columns.
+    /// The number of columns of the whole matrix.
     pub width: usize,
 }
 
 impl DropoutMask {
-    /// Elements whose random word is smaller are dropped.
+    /// Elements whose random u32 is below this are dropped.
     pub(crate) fn threshold(&self) -> u32 {
         (self.probability * 4_294_967_296.0) as u32
     }
 
-    /// The index of the first element of a row of the part.
+    /// The index of the random number of a row's first element in the shard.
     pub(crate) fn first_index(&self, row: usize) -> u64 {
         let row = self.row.wrapping_add(row as u64);
         row.wrapping_mul(self.width as u64).wrapping_add(self.column as u64)
     }
 }
 
-/// Dropout (Srivastava et al., 2014), scaled at training time.
+/// Dropout (Srivastava et al., 2014), scaled by 1 / (1 − p) in training.
 pub trait Dropout: Device {
-    /// y ← x / (1 − p) where the mask keeps the element, 0 where it drops it. The gradient is the same function of dy.
+    /// y ← x / (1 − p) where the mask keeps the element, else 0. The gradient is the same function
+    /// of dy.
     ///
     /// # Errors
-    /// When sizes disagree, the part lies outside the whole, or p is no probability less than 1.
+    /// When sizes disagree, the shard exceeds the whole matrix, or p is not in 0 ≤ p < 1.
     fn dropout<T: Element>(
         &self,
         mask: &DropoutMask,
@@ -66,5 +68,11 @@ fn check(mask: &DropoutMask, x: super::view::Dims, y: super::view::Dims) -> Resu
         return Err(Error::invalid(OP, format!("{} is no probability less than 1", mask.probability)));
     }
     let end = mask.column.saturating_add(x.cols);
-    same_size(OP, "the column after the part's last", end.max(mask.width), "the whole's columns", mask.width)
+    same_size(
+        OP,
+        "the column after the shard's last",
+        end.max(mask.width),
+        "the width of the whole matrix",
+        mask.width,
+    )
 }

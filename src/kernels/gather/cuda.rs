@@ -7,7 +7,7 @@ use crate::{
         cuda::{Cuda, Grid, Kernel},
     },
     error::Result,
-    kernels::{MatMut, MatRef, packs::Walk},
+    kernels::{MatMut, MatRef, packs::AccessPlan},
 };
 
 impl Gather for Cuda {
@@ -19,21 +19,23 @@ impl Gather for Cuda {
     ) -> Result<()> {
         check("gather", ids, y.dims(), table.dims())?;
         let (rows, cols, sy) = (y.rows(), y.cols(), y.dims().row_stride);
-        // As many rows as there are in either: both have to be aligned in all of them.
-        let walk = Walk::by_rows(&[table.operand(), y.operand()], rows.max(table.rows()), cols);
+        // The larger number of rows, since the rows of both matrices have to be aligned.
+        let access = AccessPlan::by_rows(&[table.operand(), y.operand()], rows.max(table.rows()), cols);
         let y = y.into_data();
         let ids = self.table_u32(ids)?;
         let launch = self.kernel(Kernel::Gather, T::DTYPE);
-        let launch = launch.ints([usize::from(walk.packed), rows, cols]);
+        let launch = launch.ints([usize::from(access.packed), rows, cols]);
         let launch = launch.read(table.data()).int(table.dims().row_stride).table(&ids);
-        // SAFETY: the arguments are gather's; `check` has seen that y has a row an id, and the table the rows of all ids.
+        // SAFETY: the arguments are gather's; `check` has seen that y has one row per id, and that
+        // the table has the rows of all ids.
         #[allow(unsafe_code)]
         unsafe {
             launch.write(&y).int(sy).run(Grid::over(rows * cols))
         }
     }
 
-    /// The rows of each id are put together on the host, so that one thread adds them in order: the same bits every time.
+    /// The host groups the rows by id. One thread then adds the rows of an id in order, so the bits
+    /// are deterministic.
     fn scatter_add<T: Element>(
         &self,
         ids: &[u32],
@@ -52,16 +54,17 @@ impl Gather for Cuda {
         }
         begins.push(order.len() as u32);
         let (count, cols, stride) = (targets.len(), dy.cols(), dtable.dims().row_stride);
-        let walk = Walk::by_rows(&[dy.operand(), dtable.operand()], ids.len().max(dtable.rows()), cols);
+        let access =
+            AccessPlan::by_rows(&[dy.operand(), dtable.operand()], ids.len().max(dtable.rows()), cols);
         let dtable = dtable.into_data();
         let (targets, begins, order) =
             (self.table_u32(&targets)?, self.table_u32(&begins)?, self.table_u32(&order)?);
         let launch = self.kernel(Kernel::ScatterAdd, T::DTYPE);
-        let launch = launch.ints([usize::from(walk.packed), count, cols]);
+        let launch = launch.ints([usize::from(access.packed), count, cols]);
         let launch =
             launch.table(&targets).table(&begins).table(&order).read(dy.data()).int(dy.dims().row_stride);
-        // SAFETY: the arguments are scatter_add's; `check` has seen that dy has a row an id, and the table the rows of all ids;
-        // every target stands once among the targets.
+        // SAFETY: the arguments are scatter_add's; `check` has seen that dy has one row per id, and
+        // that the table has the rows of all ids; each target occurs once in `targets`.
         #[allow(unsafe_code)]
         unsafe {
             launch.write(&dtable).int(stride).run(Grid::over(count * cols))

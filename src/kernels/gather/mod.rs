@@ -1,4 +1,4 @@
-//! Rows of a table by index.
+//! Gather and scatter-add of rows.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -11,15 +11,15 @@ use crate::{
     error::{Error, Result, same_size},
 };
 
-/// The index of no row: where a rank does not hold the row that is asked for.
+/// The index of no row, for rows that another rank holds.
 pub const NO_ROW: u32 = u32::MAX;
 
-/// Rows of a table by index, and the transpose of that.
+/// Gather of rows by index, and its transpose.
 pub trait Gather: Device {
-    /// yᵢ ← `table[idsᵢ]`; 0 where idsᵢ is [`NO_ROW`].
+    /// yᵢ ← `table[idsᵢ]`, or 0 where idsᵢ is [`NO_ROW`].
     ///
     /// # Errors
-    /// When an index is beyond the table, or sizes disagree.
+    /// When an index is out of bounds, or sizes disagree.
     fn gather<T: Element>(
         &self,
         table: MatRef<'_, T, Self>,
@@ -27,10 +27,11 @@ pub trait Gather: Device {
         y: MatMut<'_, T, Self>,
     ) -> Result<()>;
 
-    /// `dtable[idsᵢ]` ← itself + dyᵢ, in order of i: rows that occur twice get the sum. [`NO_ROW`] is skipped.
+    /// `dtable[idsᵢ]` ← `dtable[idsᵢ]` + dyᵢ, in order of i, so repeated indices accumulate.
+    /// [`NO_ROW`] is skipped.
     ///
     /// # Errors
-    /// When an index is beyond the table, or sizes disagree.
+    /// When an index is out of bounds, or sizes disagree.
     fn scatter_add<T: Element>(
         &self,
         ids: &[u32],

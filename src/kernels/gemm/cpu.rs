@@ -1,10 +1,10 @@
-//! GEMM on the CPU: by blocks (`blocked`), and streamed where there are few rows (`few`).
+//! GEMM on the CPU: `blocked`, or `skinny` for products of few rows.
 
 use super::{
     Batch, Epilogue, Gemm, GemmTerm, Product,
-    blocked::{self, Finish, Job, NC, Real, Step, Steps},
+    blocked::{self, BlockEpilogue, Job, NC, Real, Step, Steps},
     check, check_terms,
-    few::{self, Scale},
+    skinny::{self, Scale},
     sum_terms,
 };
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
 use half::{bf16, f16};
 use std::{num::NonZeroUsize, ops::Range};
 
-/// A product with fewer multiplications than this is not worth more than one thread.
+/// A product with fewer multiplications than this runs on one thread.
 const PARALLEL: usize = 1 << 22;
 
 impl Gemm for Cpu {
@@ -36,14 +36,14 @@ impl Gemm for Cpu {
         }
         let memory = c.into_data();
         for at in 0..batch.count {
-            // A product of depth 0 has no elements in A and B to point at.
+            // In a product of depth 0, A and B have no elements to point at.
             let a = a.data().get(at * batch.a..).unwrap_or(&[]);
             let b = b.data().get(at * batch.b..).unwrap_or(&[]);
             let c = &mut memory[at * batch.c..];
-            if few::fits(ad, bd) {
-                let mut sums = self.empty::<T::Acc>(few::room(bd, cd))?;
+            if skinny::fits(ad, bd) {
+                let mut sums = self.empty::<T::Acc>(skinny::workspace(bd, cd))?;
                 let scale = Scale { alpha: T::Acc::from_f64(alpha), beta: T::Acc::from_f64(beta) };
-                few::multiply((ad, a), (bd, b), (cd, c), scale, &mut sums);
+                skinny::multiply((ad, a), (bd, b), (cd, c), scale, &mut sums);
                 continue;
             }
             blocked(self, &Steps::product((a, ad), (b, bd)), (alpha, beta), (c, cd))?;
@@ -55,7 +55,7 @@ impl Gemm for Cpu {
         true
     }
 
-    /// The sums that wait for others are a block of C each, in the second cache.
+    /// Each partial sum is one block of C in the L2 cache.
     #[inline(never)]
     fn gemm_tree<T: Element>(
         &self,
@@ -64,7 +64,7 @@ impl Gemm for Cpu {
     ) -> Result<()> {
         check_terms(terms, &c)?;
         let blocked = |(a, b): &(MatRef<'_, T, Self>, MatRef<'_, T, Self>)| {
-            a.cols() > 0 && !few::fits(a.dims(), b.dims())
+            a.cols() > 0 && !skinny::fits(a.dims(), b.dims())
         };
         if c.dims().extent() == 0 {
             return Ok(());
@@ -97,13 +97,13 @@ impl Gemm for Cpu {
         };
         let Some((f, pre)) = activation else {
             return match bias {
-                Some(_) => finished(self, (x, w.t()), y, &mut |_, cols, y| add(cols, y)),
+                Some(_) => with_epilogue(self, (x, w.t()), y, &mut |_, cols, y| add(cols, y)),
                 None => self.gemm(1.0, x, w.t(), 0.0, y),
             };
         };
         same_size(OP, "rows of pre", pre.rows(), "rows of y", y.rows())?;
         same_size(OP, "columns of pre", pre.cols(), "columns of y", y.cols())?;
-        finished(self, (x, w.t()), pre, &mut |rows, cols, mut pre| {
+        with_epilogue(self, (x, w.t()), pre, &mut |rows, cols, mut pre| {
             add(cols.clone(), pre.reborrow())?;
             self.activate(f, pre.read(), y.reborrow().block(rows, cols))
         })
@@ -123,7 +123,7 @@ impl Gemm for Cpu {
         same_size(OP, "columns of pre", pre.cols(), "columns of dx", dx.cols())?;
         let mut gradient = self.empty::<T>(dx.rows() * dx.cols())?;
         let gradient = MatMut::<T, Self>::new(&mut gradient, dx.rows(), dx.cols())?;
-        finished(self, (dy, w), gradient, &mut |rows, cols, gradient| {
+        with_epilogue(self, (dy, w), gradient, &mut |rows, cols, gradient| {
             let (pre, dx) = (pre.block(rows.clone(), cols.clone()), dx.reborrow().block(rows, cols));
             self.activate_backward(f, pre, gradient.read(), dx)
         })
@@ -136,11 +136,12 @@ impl Gemm for Cpu {
     ) -> Result<()> {
         let work =
             |product: &Product<'_, '_, T, C, Self>| product.a.rows() * product.a.cols() * product.b.cols();
-        let workers = match products.iter().map(work).sum::<usize>() >= PARALLEL {
-            true => self.threads().min(products.len()).max(1),
-            false => 1,
+        let workers = if products.iter().map(work).sum::<usize>() >= PARALLEL {
+            self.threads().min(products.len()).max(1)
+        } else {
+            1
         };
-        // A handle belongs to one thread, so that each makes its own.
+        // A device handle belongs to one thread, so each thread makes its own.
         let threads = NonZeroUsize::new(self.threads() / workers).unwrap_or(NonZeroUsize::MIN);
         let run = |cpu: &Self, products: Vec<Product<'_, '_, T, C, Self>>| {
             products.into_iter().try_for_each(|Product { a, b, beta, c }| cpu.gemm(1.0, a, b, beta, c))
@@ -165,34 +166,35 @@ impl Gemm for Cpu {
     }
 }
 
-/// C ← A B, and then what `finish` makes of it: block by block, while it is in the cache, where C is the accumulator and made by
-/// blocks; else of the whole. A block may depend on no other.
-fn finished<T: Element>(
+/// C ← A B, then applies `epilogue`. Where C is the accumulator and the product is blocked,
+/// `epilogue` is applied to each block while it is in the cache, else to the whole. Blocks must be
+/// independent.
+fn with_epilogue<T: Element>(
     cpu: &Cpu,
     (a, b): (MatRef<'_, T, Cpu>, MatRef<'_, T, Cpu>),
     mut c: MatMut<'_, T, Cpu>,
-    finish: &mut dyn FnMut(Range<usize>, Range<usize>, MatMut<'_, T, Cpu>) -> Result<()>,
+    epilogue: &mut dyn FnMut(Range<usize>, Range<usize>, MatMut<'_, T, Cpu>) -> Result<()>,
 ) -> Result<()> {
     check(Batch::ONE, &a, &b, &c)?;
     let dims = c.dims();
     let blocks = T::DTYPE == T::Acc::DTYPE && a.cols() > 0 && dims.extent() > 0;
-    if !blocks || few::fits(a.dims(), b.dims()) {
+    if !blocks || skinny::fits(a.dims(), b.dims()) {
         cpu.gemm(1.0, a, b, 0.0, c.reborrow())?;
-        return finish(0..dims.rows, 0..dims.cols, c);
+        return epilogue(0..dims.rows, 0..dims.cols, c);
     }
     let steps = Steps::product((a.data(), a.dims()), (b.data(), b.dims()));
     let mut block = |rows: Range<usize>, cols: Range<usize>, memory: AnyMut<'_, Cpu>| {
         let memory = T::of_mut::<Cpu>(memory).unwrap_or_default();
         let (row, col) = (dims.row_stride, dims.col_stride);
         let block = MatMut::<T, Cpu>::strided(memory, rows.len(), cols.len(), row, col)?;
-        finish(rows, cols, block)
+        epilogue(rows, cols, block)
     };
     let memory = T::Acc::of_mut::<Cpu>(T::any_mut::<Cpu>(c.into_data())).unwrap_or_default();
     wide(cpu, &steps, (1.0, 0.0), (memory, dims), Some(&mut block))
 }
 
-/// C ← α A B + β C by blocks, however few rows there are. Attention, which cuts its queries into tiles, multiplies them so:
-/// a tile's results do not depend on the number of its rows.
+/// C ← α A B + β C by blocks, for any number of rows. Attention uses it for its tiles of queries:
+/// the results do not depend on the number of rows in a tile.
 pub(in crate::kernels) fn by_blocks<A: Accumulator>(
     cpu: &Cpu,
     alpha: f64,
@@ -220,13 +222,13 @@ fn blocked<T: Element, C: Element<Acc = T::Acc>>(
         let c = T::Acc::of_mut::<Cpu>(C::any_mut::<Cpu>(c));
         return wide(cpu, steps, (alpha, beta), (c.unwrap_or_default(), cd), None);
     }
-    // C is narrower than the accumulator: each element is rounded once.
+    // C is narrower than the accumulator: round each element once.
     let mut sums = cpu.empty::<T::Acc>(cd.rows * cd.cols.min(NC))?;
     let (alpha, keep) = (T::Acc::from_f64(alpha), T::Acc::from_f64(beta));
     for first in (0..cd.cols).step_by(NC) {
         let cols = NC.min(cd.cols - first);
         let to = Dims { rows: cd.rows, cols, row_stride: cols, col_stride: 1 };
-        let steps: Vec<_> = steps.iter().map(|step| step.part(0, first)).collect();
+        let steps: Vec<_> = steps.iter().map(|step| step.offset(0, first)).collect();
         wide(cpu, &steps, (1.0, 0.0), (&mut sums, to), None)?;
         let c = &mut c[first * cd.col_stride..];
         vectorized(|| {
@@ -242,24 +244,24 @@ fn blocked<T: Element, C: Element<Acc = T::Acc>>(
     Ok(())
 }
 
-/// C ← α A B + β C in the accumulator, and what is made of its blocks.
+/// C ← α A B + β C with C in the accumulator, then the epilogue.
 fn wide<T: Element>(
     cpu: &Cpu,
     steps: &[Step<'_, T>],
     scale: (f64, f64),
     (c, cd): (&mut [T::Acc], Dims),
-    finish: Option<&mut Finish<'_>>,
+    epilogue: Option<&mut BlockEpilogue<'_>>,
 ) -> Result<()> {
-    /// What is known to be the same element.
+    /// Casts steps between types that are known to be the same element.
     fn of<'a, T: Element, U: Element>(steps: &[Step<'a, T>]) -> Vec<Step<'a, U>> {
         let same = |memory: &'a [T]| U::of_ref::<Cpu>(T::any_ref::<Cpu>(memory)).expect("the same element");
         steps.iter().map(|step| step.map(same)).collect()
     }
     match (T::DTYPE, T::Acc::any_mut::<Cpu>(c)) {
-        (DType::F64, AnyMut::F64(c)) => shared::<f64>(cpu, &of(steps), scale, (c, cd), finish),
-        (DType::F32, AnyMut::F32(c)) => shared::<f32>(cpu, &of(steps), scale, (c, cd), finish),
-        (DType::BF16, AnyMut::F32(c)) => shared::<bf16>(cpu, &of(steps), scale, (c, cd), finish),
-        (DType::F16, AnyMut::F32(c)) => shared::<f16>(cpu, &of(steps), scale, (c, cd), finish),
+        (DType::F64, AnyMut::F64(c)) => shared::<f64>(cpu, &of(steps), scale, (c, cd), epilogue),
+        (DType::F32, AnyMut::F32(c)) => shared::<f32>(cpu, &of(steps), scale, (c, cd), epilogue),
+        (DType::BF16, AnyMut::F32(c)) => shared::<bf16>(cpu, &of(steps), scale, (c, cd), epilogue),
+        (DType::F16, AnyMut::F32(c)) => shared::<f16>(cpu, &of(steps), scale, (c, cd), epilogue),
         (a, c) => {
             let c = c.dtype();
             Err(Error::internal("gemm", format!("{c} is not the accumulator of {a}")))
@@ -267,31 +269,32 @@ fn wide<T: Element>(
     }
 }
 
-/// C ← α A B + β C, the rows of C shared among threads. Each element is summed in the same order on any number of them.
+/// C ← α A B + β C, with the rows of C divided among threads. The order of summation does not
+/// depend on the number of threads.
 fn shared<T: Element<Acc: Real>>(
     cpu: &Cpu,
     steps: &[Step<'_, T>],
     scale: (f64, f64),
     (c, cd): (&mut [T::Acc], Dims),
-    finish: Option<&mut Finish<'_>>,
+    epilogue: Option<&mut BlockEpilogue<'_>>,
 ) -> Result<()> {
     let by_rows = cd.col_stride == 1 && cd.row_stride >= cd.cols;
     let work = cd.rows * cd.cols * steps.iter().map(Step::depth).sum::<usize>();
     let threads = if by_rows && work >= PARALLEL { cpu.threads().min(cd.rows) } else { 1 };
     if threads <= 1 {
-        return product(cpu, steps, scale, (c, cd), finish);
+        return product(cpu, steps, scale, (c, cd), epilogue);
     }
-    // Whole multiples of 24 rows: the tiles then meet no more ragged edges than on one thread.
+    // Multiples of 24 rows (MR is 4, 6 or 8) leave no more partial tiles than one thread has.
     let each = cd.rows.div_ceil(threads).next_multiple_of(24);
     let mut parts = c.chunks_mut(each * cd.row_stride).enumerate().filter_map(|(part, c)| {
         let start = part * each;
         let rows = each.min(cd.rows.checked_sub(start)?);
-        let steps = || steps.iter().map(|step| step.part(start, 0)).collect::<Vec<_>>();
+        let steps = || steps.iter().map(|step| step.offset(start, 0)).collect::<Vec<_>>();
         (rows > 0).then(|| (steps(), (c, Dims { rows, ..cd })))
     });
     std::thread::scope(|scope| {
         let own = parts.next();
-        // A handle belongs to one thread, so that each makes its own.
+        // A device handle belongs to one thread, so each thread makes its own.
         let others: Vec<_> = parts
             .map(|(steps, c)| scope.spawn(move || product(&Cpu::new(), &steps, scale, c, None)))
             .collect();
@@ -299,30 +302,30 @@ fn shared<T: Element<Acc: Real>>(
         let lost = |_| Error::internal("gemm", "a thread panicked");
         others.into_iter().fold(first, |all, one| all.and(one.join().map_err(lost).and_then(|one| one)))
     })?;
-    // It belongs to this thread.
-    finish.map_or(Ok(()), |finish| finish(0..cd.rows, 0..cd.cols, T::Acc::any_mut::<Cpu>(c)))
+    // The epilogue runs on this thread, as it belongs to it.
+    epilogue.map_or(Ok(()), |epilogue| epilogue(0..cd.rows, 0..cd.cols, T::Acc::any_mut::<Cpu>(c)))
 }
 
-/// C ← α A B + β C on this thread.
+/// C ← α A B + β C on the current thread.
 fn product<T: Element<Acc: Real>>(
     cpu: &Cpu,
     steps: &[Step<'_, T>],
     (alpha, beta): (f64, f64),
     (c, cd): (&mut [T::Acc], Dims),
-    finish: Option<&mut Finish<'_>>,
+    epilogue: Option<&mut BlockEpilogue<'_>>,
 ) -> Result<()> {
     let (alpha, beta) = (T::Acc::from_f64(alpha), T::Acc::from_f64(beta));
     if steps.is_empty() {
         scaled(cd, beta, c);
         return Ok(());
     }
-    let [a, b, waiting] = blocked::room(steps, cd);
-    let (mut a, mut b, mut waiting) = (cpu.empty(a)?, cpu.empty(b)?, cpu.empty(waiting)?);
-    let room: [&mut [_]; 3] = [&mut a, &mut b, &mut waiting];
-    blocked::multiply(Job { steps, alpha, beta, c: (c, cd), finish, room })
+    let [a, b, partials] = blocked::workspace(steps, cd);
+    let (mut a, mut b, mut partials) = (cpu.empty(a)?, cpu.empty(b)?, cpu.empty(partials)?);
+    let workspace: [&mut [_]; 3] = [&mut a, &mut b, &mut partials];
+    blocked::multiply(Job { steps, alpha, beta, c: (c, cd), epilogue, workspace })
 }
 
-/// C ← β C: a product without depth.
+/// C ← β C: a product of depth 0.
 fn scaled<A: Accumulator>(dims: Dims, beta: A, c: &mut [A]) {
     for row in 0..dims.rows {
         for col in 0..dims.cols {

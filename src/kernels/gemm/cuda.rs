@@ -1,7 +1,8 @@
 //! Matrix products on NVIDIA GPUs, by cuBLASLt.
 //!
-//! cuBLASLt's matrices are column-major. A row-major C is the column-major Cᵀ = Bᵀ Aᵀ; an operand with unit stride in one
-//! dimension is itself or its transpose. What has unit stride in none is copied first.
+//! cuBLASLt's matrices are column-major. A row-major C is computed as the column-major Cᵀ = Bᵀ Aᵀ.
+//! An operand with unit stride in one dimension is passed as it is or transposed. An operand with
+//! unit stride in none is copied first.
 
 use super::{Batch, Epilogue, Gemm, check};
 use crate::{
@@ -16,23 +17,23 @@ use crate::{
     },
 };
 
-/// A matrix as cuBLASLt sees it: column-major, perhaps transposed.
+/// A matrix as cuBLASLt takes it: column-major, optionally transposed.
 #[derive(Clone, Copy)]
-struct Seen {
+struct ColumnMajor {
     transposed: bool,
     rows: usize,
     cols: usize,
     leading: usize,
 }
 
-/// The column-major form of a matrix, if it has one without being copied. A single row is one column, transposed: as a row it
-/// would have columns of one element, which nothing can load many of at a time.
-fn column_major(dims: Dims) -> Option<Seen> {
+/// The column-major form of a matrix, if it has one without a copy. A single row becomes one
+/// transposed column: as a row it would have columns of one element, which prevents wide loads.
+fn column_major(dims: Dims) -> Option<ColumnMajor> {
     let Dims { rows, cols, row_stride, col_stride } = dims;
     let form = |transposed, rows: usize, cols: usize, inner, outer| {
         let fits = (rows <= 1 || inner == 1) && (cols <= 1 || outer >= rows);
         let leading = if cols <= 1 { rows.max(1) } else { outer };
-        fits.then_some(Seen { transposed, rows, cols, leading })
+        fits.then_some(ColumnMajor { transposed, rows, cols, leading })
     };
     let as_it_is = form(false, rows, cols, row_stride, col_stride);
     let transposed = form(true, cols, rows, col_stride, row_stride);
@@ -57,17 +58,17 @@ impl Gemm for Cuda {
         let direct = |dims| column_major(dims).is_some();
         let stored = direct(c.dims()) && [T::DTYPE, <T::Acc as Element>::DTYPE].contains(&C::DTYPE);
         if batch.count > 1 && !(stored && direct(a.dims()) && direct(b.dims()) && k > 0) {
-            return self.one_by_one(batch, alpha, a, b, beta, c);
+            return self.gemm_each(batch, alpha, a, b, beta, c);
         }
         if k == 0 {
-            // cuBLASLt refuses empty sums: those of one 0.
+            // cuBLASLt refuses products of depth 0: multiply by zeros of depth 1.
             let mut zeros = self.empty::<T>(m.max(n))?;
             self.fill::<T>(0.0, MatMut::new(Self::slice_mut(&mut zeros), 1, m.max(n))?)?;
             let (a, b) = (MatRef::new(Self::slice(&zeros), m, 1)?, MatRef::new(Self::slice(&zeros), 1, n)?);
             return self.gemm(alpha, a, b, beta, c);
         }
         if !stored {
-            return self.by_way_of(alpha, a, b, beta, c);
+            return self.gemm_via_accumulator(alpha, a, b, beta, c);
         }
         if !direct(a.dims()) {
             let copy = self.dense(a)?;
@@ -77,12 +78,12 @@ impl Gemm for Cuda {
             let copy = self.dense(b)?;
             return self.gemm(alpha, a, MatRef::new(Self::slice(&copy), k, n)?, beta, c);
         }
-        self.multiply(batch, (alpha, beta), a, b, c, Beside::Nothing).map(drop)
+        self.multiply(batch, (alpha, beta), a, b, c, FusedEpilogue::Nothing).map(drop)
     }
 
-    /// cuBLASLt chooses an algorithm by how operands are aligned and how far apart their rows are,
-    /// and its bits are the algorithm's. So what does not lie as `canonical` has it is copied there
-    /// first, and the result back.
+    /// cuBLASLt selects an algorithm by the alignment and the leading dimensions of the operands,
+    /// and the algorithm determines the bits. So operands whose layout is not `canonical` are
+    /// copied to that layout first, and the result is copied back.
     fn gemm_block<T: Element, C: Element<Acc = T::Acc>>(
         &self,
         a: MatRef<'_, T, Self>,
@@ -122,7 +123,7 @@ impl Gemm for Cuda {
         let fuses = fuses::<T>(&[x.dims(), w.dims()], y.dims());
         let Some((f, mut pre)) = activation else {
             if let Some(bias) = bias.filter(|_| fuses)
-                && self.multiply(Batch::ONE, PLAIN, x, w.t(), y.reborrow(), Beside::Bias(bias))?
+                && self.multiply(Batch::ONE, PLAIN, x, w.t(), y.reborrow(), FusedEpilogue::Bias(bias))?
             {
                 return Ok(());
             }
@@ -131,8 +132,8 @@ impl Gemm for Cuda {
         };
         same_dims("linear", "pre", pre.dims(), "y", y.dims())?;
         if let Some(bias) = bias.filter(|_| fuses && gelu_fuses(f, &pre.read())) {
-            let beside = Beside::BiasGelu(bias, pre.reborrow());
-            if self.multiply(Batch::ONE, PLAIN, x, w.t(), y.reborrow(), beside)? {
+            let fused = FusedEpilogue::BiasGelu(bias, pre.reborrow());
+            if self.multiply(Batch::ONE, PLAIN, x, w.t(), y.reborrow(), fused)? {
                 return Ok(());
             }
         }
@@ -152,7 +153,7 @@ impl Gemm for Cuda {
         same_dims("linear backward", "pre", pre.dims(), "dx", dx.dims())?;
         if gelu_fuses(f, &pre)
             && fuses::<T>(&[dy.dims(), w.dims()], dx.dims())
-            && self.multiply(Batch::ONE, PLAIN, dy, w, dx.reborrow(), Beside::GeluSlope(pre))?
+            && self.multiply(Batch::ONE, PLAIN, dy, w, dx.reborrow(), FusedEpilogue::GeluSlope(pre))?
         {
             return Ok(());
         }
@@ -173,9 +174,9 @@ impl Gemm for Cuda {
         let Some(mut db) = db else { return self.gemm(1.0, dy.t(), x, beta, dw) };
         check(Batch::ONE, &dy.t(), &x, &dw)?;
         same_size("linear backward", "the elements of db", Self::len_mut(&db), "columns of dy", dy.cols())?;
-        let beside = Beside::ColumnSums(Self::reborrow(&mut db));
+        let fused = FusedEpilogue::ColumnSums(Self::reborrow(&mut db));
         if fuses::<T>(&[dy.dims(), x.dims()], dw.dims())
-            && self.multiply(Batch::ONE, (1.0, beta), dy.t(), x, dw.reborrow(), beside)?
+            && self.multiply(Batch::ONE, (1.0, beta), dy.t(), x, dw.reborrow(), fused)?
         {
             return Ok(());
         }
@@ -184,9 +185,8 @@ impl Gemm for Cuda {
     }
 }
 
-/// The strides of a matrix as far as its dimensions, and whether its columns lie together, tell:
-/// rows (or columns) one after another, each beginning at 16 bytes. A vector lies together either
-/// way.
+/// The layout with these dimensions that has contiguous columns if `dims` has, else contiguous
+/// rows, each aligned to 16 bytes. A vector is contiguous either way.
 fn canonical<T: Element>(dims: Dims) -> Dims {
     let Dims { rows, cols, .. } = dims;
     let whole = |len: usize| len.next_multiple_of(16 / size_of::<T>());
@@ -195,13 +195,12 @@ fn canonical<T: Element>(dims: Dims) -> Dims {
     Dims { rows, cols, row_stride, col_stride }
 }
 
-/// Whether a matrix lies as [`canonical`] has it, from an address with the alignment of fresh
-/// memory.
+/// Whether a matrix has the layout [`canonical`] at an address with the alignment of an allocation.
 fn is_canonical<T: Element>(matrix: &MatRef<'_, T, Cuda>) -> bool {
     matrix.dims() == canonical::<T>(matrix.dims()) && matrix.data().address().is_multiple_of(256)
 }
 
-/// A matrix of its own memory that lies as [`canonical`] has it.
+/// A matrix in its own memory with the layout [`canonical`].
 struct Canonical<T: Element> {
     memory: CudaBuffer<T>,
     dims: Dims,
@@ -224,12 +223,11 @@ impl<T: Element> Canonical<T> {
     }
 }
 
-/// α and β of A B.
+/// α and β of a plain product A B.
 const PLAIN: (f64, f64) = (1.0, 0.0);
 
-/// What a product has beside its operands: see [`cuda::Epilogue`]. The type of what is stored is
-/// C's.
-enum Beside<'a, T: Element, C: Element> {
+/// A fused epilogue and its operands: see [`cuda::Epilogue`]. Stored values have the type of C.
+enum FusedEpilogue<'a, T: Element, C: Element> {
     Nothing,
     Bias(CudaSlice<'a, T>),
     BiasGelu(CudaSlice<'a, T>, MatMut<'a, T, Cuda>),
@@ -237,24 +235,27 @@ enum Beside<'a, T: Element, C: Element> {
     ColumnSums(CudaSliceMut<'a, C>),
 }
 
-/// Whether cuBLASLt may have an epilogue for these operands and this result. It has none for f64; its rows are the columns of a
-/// row-major result, which has to be seen as that.
+/// Whether cuBLASLt may fuse an epilogue for these operands and this result. It has none for f64.
+/// Its epilogues work on rows, which are the columns of a row-major result: the result has to be
+/// passed transposed.
 fn fuses<T: Element>(operands: &[Dims], result: Dims) -> bool {
     let there = |dims: &Dims| dims.rows > 0 && dims.cols > 0 && column_major(*dims).is_some();
     T::DTYPE != DType::F64
         && operands.iter().all(there)
-        && column_major(result).is_some_and(|seen| seen.transposed)
+        && column_major(result).is_some_and(|form| form.transposed)
 }
 
-/// Whether the activation is cuBLASLt's: gelu by tanh, whose tanh is good enough for 16 bits, at what is aligned as it has to be.
+/// Whether cuBLASLt can fuse this activation: gelu by tanh, accurate enough for 16-bit elements,
+/// with an aligned `pre`.
 fn gelu_fuses<T: Element>(f: Activation, pre: &MatRef<'_, T, Cuda>) -> bool {
     let aligned = pre.data().address().is_multiple_of(16);
-    let rows = column_major(pre.dims()).is_some_and(|seen| seen.transposed && seen.leading.is_multiple_of(8));
+    let rows = column_major(pre.dims()).is_some_and(|form| form.transposed && form.leading.is_multiple_of(8));
     f == Activation::GeluTanh && size_of::<T>() == 2 && aligned && rows
 }
 
 impl Cuda {
-    /// The product itself, of operands that cuBLASLt takes as they are: whether it has a way.
+    /// Runs the product of operands that cuBLASLt takes without copies. Returns false if cuBLASLt
+    /// has no algorithm for it.
     fn multiply<T: Element, C: Element>(
         &self,
         batch: Batch,
@@ -262,54 +263,54 @@ impl Cuda {
         a: MatRef<'_, T, Self>,
         b: MatRef<'_, T, Self>,
         c: MatMut<'_, C, Self>,
-        beside: Beside<'_, T, C>,
+        fused: FusedEpilogue<'_, T, C>,
     ) -> Result<bool> {
         let mut owners = vec![a.data().owner(), b.data().owner(), c.shared().owner()];
-        let saved = |pre: &MatRef<'_, T, Self>| column_major(pre.dims()).map_or(0, |seen| seen.leading);
-        let (epilogue, vector, matrix) = match &beside {
-            Beside::Nothing => (cuda::Epilogue::None, 0, 0),
-            Beside::Bias(bias) => {
+        let saved = |pre: &MatRef<'_, T, Self>| column_major(pre.dims()).map_or(0, |form| form.leading);
+        let (epilogue, vector, matrix) = match &fused {
+            FusedEpilogue::Nothing => (cuda::Epilogue::None, 0, 0),
+            FusedEpilogue::Bias(bias) => {
                 owners.push(bias.owner());
                 (cuda::Epilogue::Bias, bias.address(), 0)
             }
-            Beside::BiasGelu(bias, pre) => {
+            FusedEpilogue::BiasGelu(bias, pre) => {
                 owners.extend([bias.owner(), pre.shared().owner()]);
                 (cuda::Epilogue::BiasGelu(saved(&pre.read())), bias.address(), pre.shared().address())
             }
-            Beside::GeluSlope(pre) => {
+            FusedEpilogue::GeluSlope(pre) => {
                 owners.push(pre.data().owner());
                 (cuda::Epilogue::GeluSlope(saved(pre)), 0, pre.data().address())
             }
-            Beside::ColumnSums(sums) => {
+            FusedEpilogue::ColumnSums(sums) => {
                 owners.push(Self::shared(sums).owner());
                 (cuda::Epilogue::ColumnSums, sums.address(), 0)
             }
         };
-        let a = Side { dims: a.dims(), address: a.data().address(), stride: batch.a };
-        let b = Side { dims: b.dims(), address: b.data().address(), stride: batch.b };
-        let c_side = Side { dims: c.dims(), address: c.shared().address(), stride: batch.c };
+        let a = DirectOperand { dims: a.dims(), address: a.data().address(), stride: batch.a };
+        let b = DirectOperand { dims: b.dims(), address: b.data().address(), stride: batch.b };
+        let c_operand = DirectOperand { dims: c.dims(), address: c.shared().address(), stride: batch.c };
         // A row-major C is computed as its transpose.
-        let flip = c_side.seen().transposed;
+        let flip = c_operand.column_major().transposed;
         let (left, right) = if flip { (b.t(), a.t()) } else { (a, b) };
         let product = Matmul {
             inputs: T::DTYPE,
             output: C::DTYPE,
-            transpose_a: left.seen().transposed,
-            transpose_b: right.seen().transposed,
+            transpose_a: left.column_major().transposed,
+            transpose_b: right.column_major().transposed,
             a: left.layout(),
             b: right.layout(),
-            d: c_side.layout(),
+            d: c_operand.layout(),
             batch: batch.count,
             epilogue,
         };
-        let at = Operands { a: left.address, b: right.address, d: c_side.address, vector, saved: matrix };
+        let at = Operands { a: left.address, b: right.address, d: c_operand.address, vector, saved: matrix };
         let mut done = false;
         self.joins(&owners, || {
             // SAFETY: `check` has seen that every matrix of the batch lies in its memory and that
-            // the dimensions agree; the layouts are those of the views. What is beside has been
-            // compared with them by the callers: a bias has an element a row of the result as it is
-            // seen, sums one a row of A, and a saved matrix the result's dimensions. What is
-            // written is borrowed exclusively.
+            // the dimensions agree; the layouts are those of the views. The callers have compared
+            // the epilogue's operands with them: a bias has one element per row of the column-major
+            // result, sums have one per row of A, and a saved matrix has the result's dimensions.
+            // What is written is borrowed exclusively.
             #[allow(unsafe_code)]
             unsafe {
                 done = self.lt()?.run(self, &product, at, alpha, beta)?;
@@ -320,34 +321,34 @@ impl Cuda {
     }
 }
 
-/// An operand that needs no copy.
+/// An operand that cuBLASLt takes without a copy.
 #[derive(Clone, Copy)]
-struct Side {
+struct DirectOperand {
     dims: Dims,
     address: u64,
     stride: usize,
 }
 
-impl Side {
+impl DirectOperand {
     fn t(self) -> Self {
         let Dims { rows, cols, row_stride, col_stride } = self.dims;
         let dims = Dims { rows: cols, cols: rows, row_stride: col_stride, col_stride: row_stride };
         Self { dims, ..self }
     }
 
-    /// Column-major, as the caller has seen that it is.
-    fn seen(&self) -> Seen {
-        column_major(self.dims).unwrap_or(Seen { transposed: false, rows: 0, cols: 0, leading: 0 })
+    /// The column-major form. The caller has checked that there is one.
+    fn column_major(&self) -> ColumnMajor {
+        column_major(self.dims).unwrap_or(ColumnMajor { transposed: false, rows: 0, cols: 0, leading: 0 })
     }
 
     fn layout(&self) -> Layout {
-        let Seen { rows, cols, leading, .. } = self.seen();
+        let ColumnMajor { rows, cols, leading, .. } = self.column_major();
         Layout { rows, cols, leading, stride: self.stride }
     }
 }
 
 impl Cuda {
-    /// A canonical copy of a matrix that is not canonical.
+    /// A copy with the layout [`canonical`], or `None` if the matrix has that layout.
     fn canonical_copy<T: Element>(&self, matrix: MatRef<'_, T, Self>) -> Result<Option<Canonical<T>>> {
         if is_canonical(&matrix) {
             return Ok(None);
@@ -357,7 +358,7 @@ impl Cuda {
         Ok(Some(copy))
     }
 
-    /// to ← from, by whole packs where rows, or columns, lie together in both.
+    /// to ← from, in packs where rows, or columns, are contiguous in both.
     fn copy_block<T: Element>(&self, from: MatRef<'_, T, Self>, to: MatMut<'_, T, Self>) -> Result<()> {
         let Dims { rows, cols, row_stride, col_stride } = to.dims();
         if from.dims().col_stride == 1 && col_stride == 1 {
@@ -370,7 +371,7 @@ impl Cuda {
         self.copy_strided(from, to)
     }
 
-    /// A copy of a matrix without gaps.
+    /// A contiguous copy of a matrix.
     fn dense<T: Element>(&self, matrix: MatRef<'_, T, Self>) -> Result<CudaBuffer<T>> {
         let (rows, cols) = (matrix.rows(), matrix.cols());
         let mut copy = self.empty::<T>(rows * cols)?;
@@ -378,8 +379,8 @@ impl Cuda {
         Ok(copy)
     }
 
-    /// The products of a batch after one another.
-    fn one_by_one<T: Element, C: Element<Acc = T::Acc>>(
+    /// Computes the products of a batch one after another.
+    fn gemm_each<T: Element, C: Element<Acc = T::Acc>>(
         &self,
         batch: Batch,
         alpha: f64,
@@ -406,8 +407,8 @@ impl Cuda {
         Ok(())
     }
 
-    /// By way of a result in the accumulator, without gaps.
-    fn by_way_of<T: Element, C: Element<Acc = T::Acc>>(
+    /// Computes the product into a contiguous result in the accumulator, then converts it.
+    fn gemm_via_accumulator<T: Element, C: Element<Acc = T::Acc>>(
         &self,
         alpha: f64,
         a: MatRef<'_, T, Self>,
@@ -437,26 +438,26 @@ impl Cuda {
 mod tests {
     use super::*;
 
-    fn seen(
+    fn form(
         rows: usize,
         cols: usize,
         row_stride: usize,
         col_stride: usize,
     ) -> Option<(bool, usize, usize, usize)> {
-        let seen = column_major(Dims { rows, cols, row_stride, col_stride })?;
-        Some((seen.transposed, seen.rows, seen.cols, seen.leading))
+        let form = column_major(Dims { rows, cols, row_stride, col_stride })?;
+        Some((form.transposed, form.rows, form.cols, form.leading))
     }
 
     #[test]
     fn a_matrix_is_seen_with_its_long_side_in_memory() {
-        assert_eq!(seen(3, 5, 5, 1), Some((true, 5, 3, 5)));
-        assert_eq!(seen(3, 5, 1, 4), Some((false, 3, 5, 4)));
-        assert_eq!(seen(3, 5, 10, 2), None);
+        assert_eq!(form(3, 5, 5, 1), Some((true, 5, 3, 5)));
+        assert_eq!(form(3, 5, 1, 4), Some((false, 3, 5, 4)));
+        assert_eq!(form(3, 5, 10, 2), None);
         // One row, and one column: a vector either way.
-        assert_eq!(seen(1, 5, 5, 1), Some((true, 5, 1, 5)));
-        assert_eq!(seen(5, 1, 1, 1), Some((false, 5, 1, 5)));
-        assert_eq!(seen(5, 1, 7, 1), Some((true, 1, 5, 7)));
-        assert_eq!(seen(1, 5, 1, 7), Some((false, 1, 5, 7)));
-        assert_eq!(seen(1, 1, 1, 1), Some((false, 1, 1, 1)));
+        assert_eq!(form(1, 5, 5, 1), Some((true, 5, 1, 5)));
+        assert_eq!(form(5, 1, 1, 1), Some((false, 5, 1, 5)));
+        assert_eq!(form(5, 1, 7, 1), Some((true, 1, 5, 7)));
+        assert_eq!(form(1, 5, 1, 7), Some((false, 1, 5, 7)));
+        assert_eq!(form(1, 1, 1, 1), Some((false, 1, 1, 1)));
     }
 }

@@ -1,4 +1,4 @@
-//! Matrix products on a device without memory: 2 m n k operations each.
+//! Matrix products on a device without memory: counts 2 m n k operations each.
 
 use super::{Batch, Epilogue, Gemm, GemmTerm, check, check_terms};
 use crate::{
@@ -30,14 +30,13 @@ impl Gemm for Meta {
         Ok(())
     }
 
-    /// True, as on the CPU, so that layers take the same code paths and hold the same tensors as
-    /// there.
+    /// True, as on the CPU, so that layers take the same code paths and keep the same tensors.
     fn splits_exactly(&self) -> bool {
         true
     }
 
-    /// Partial sums of the tree take no memory of their own, as on the CPU, where they are blocks
-    /// in the cache.
+    /// Partial sums of the tree take no memory of their own: on the CPU they are blocks in the
+    /// cache.
     fn gemm_tree<T: Element>(
         &self,
         terms: &[GemmTerm<'_, T, Self>],
@@ -82,7 +81,7 @@ impl Gemm for Meta {
         let Some((f, pre)) = through else { return self.gemm(1.0, dy, w, 0.0, dx) };
         same_size(OP, "rows of pre", pre.rows(), "rows of dx", dx.rows())?;
         same_size(OP, "columns of pre", pre.cols(), "columns of dx", dx.cols())?;
-        // The one temporary of the CPU's kernel that is as large as its result.
+        // The CPU kernel has one temporary of the size of its result.
         let mut product = self.empty::<T>(dx.rows() * dx.cols())?;
         let mut product = MatMut::<T, Self>::new(Self::slice_mut(&mut product), dx.rows(), dx.cols())?;
         self.gemm(1.0, dy, w, 0.0, product.reborrow())?;
@@ -103,7 +102,7 @@ mod tests {
         Tensor::empty(device, [rows, cols]).unwrap()
     }
 
-    /// What a call counts.
+    /// The operations that a call counts.
     fn flops(device: &Meta, call: impl FnOnce() -> Result<()>) -> u64 {
         let before = device.flops();
         call().unwrap();
@@ -161,7 +160,7 @@ mod tests {
     fn the_largest_products_do_not_overflow() {
         let device = Meta::new();
         let (a, b) = (mat(&device, usize::MAX, 0), mat(&device, 0, usize::MAX));
-        // No tensor is so large: the count is tested by itself.
+        // No tensor is that large, so the count is tested directly.
         device.count_products(usize::MAX, [usize::MAX; 3]);
         assert_eq!(device.flops(), u64::MAX);
         assert!(Tensor::<f32, Meta>::empty(&device, [usize::MAX, usize::MAX]).is_err());

@@ -4,8 +4,8 @@ mod blocked;
 pub(super) mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-pub(super) mod few;
 mod meta;
+pub(super) mod skinny;
 
 use super::{Activation, MatMut, MatRef, Pointwise, view::Dims};
 use crate::{
@@ -13,7 +13,7 @@ use crate::{
     error::{Error, Result, same_size},
 };
 
-/// How many products to compute, and how far apart their operands are.
+/// The number of products in a batch and the strides between their operands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Batch {
     /// The number of products.
@@ -31,7 +31,7 @@ impl Batch {
     pub const ONE: Self = Self { count: 1, a: 0, b: 0, c: 0 };
 }
 
-/// One of several products C ← A B + β C that do not depend on one another.
+/// One of several independent products C ← A B + β C.
 pub struct Product<'a, 'c, T: Element, C: Element, B: Device> {
     /// A.
     pub a: MatRef<'a, T, B>,
@@ -43,28 +43,41 @@ pub struct Product<'a, 'c, T: Element, C: Element, B: Device> {
     pub c: MatMut<'c, C, B>,
 }
 
-/// A term of a sum of products along a tree ([`Gemm::gemm_tree`]).
+/// A term of a sum of products along a reduction tree ([`Gemm::gemm_tree`]).
 pub struct GemmTerm<'a, T: Element, B: Device> {
-    /// The products A B of which the term is the sum, from left to right.
+    /// The products A B that make up the term, added from left to right.
     pub products: Vec<(MatRef<'a, T, B>, MatRef<'a, T, B>)>,
-    /// How many sums before it are complete with this term.
+    /// The number of additions to make once this term is complete.
     pub merges: usize,
 }
 
-/// What follows the product of a linear operator.
+/// Operations fused into the product of a linear operator: pre = x wᵀ + bias, y = f(pre).
+///
+/// ```
+/// use shardwise::{kernels::{Epilogue, Gemm}, prelude::*};
+///
+/// let cpu = Cpu::new();
+/// let x = Tensor::<f32>::from_slice(&cpu, [1, 2], &[1.0, -3.0])?;
+/// let w = Tensor::from_slice(&cpu, [2, 2], &[2.0, 1.0, 0.0, 1.0])?;
+/// let (mut pre, mut y) = (Tensor::zeros(&cpu, [1, 2])?, Tensor::zeros(&cpu, [1, 2])?);
+/// let activation = Some((Activation::Relu, pre.mat_mut()?));
+/// cpu.linear(x.mat(), w.mat(), Epilogue { bias: Some(&[0.5, 7.0]), activation }, y.mat_mut()?)?;
+/// assert_eq!((pre.to_vec()?, y.to_vec()?), (vec![-0.5, 4.0], vec![0.0, 4.0]));
+/// # Ok::<(), Error>(())
+/// ```
 pub struct Epilogue<'b, 'p, T: Element, B: Device> {
-    /// Added to each row of the product.
+    /// bias, added to each row of the product: `[out]`.
     pub bias: Option<B::Slice<'b, T>>,
-    /// A function of the sum, and where the sum is stored, which the backward needs.
+    /// f, and the matrix to store pre in, which the backward needs.
     pub activation: Option<(Activation, MatMut<'p, T, B>)>,
 }
 
-/// C ← α A B + β C, and the products of linear operators.
+/// GEMM, C ← α A B + β C, and the products of linear operators.
 pub trait Gemm: Device {
     /// C ← α A B + β C for one product: [`Gemm::gemm_batched`] with [`Batch::ONE`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`Gemm::gemm_batched`].
     fn gemm<T: Element, C: Element<Acc = T::Acc>>(
         &self,
         alpha: f64,
@@ -78,15 +91,15 @@ pub trait Gemm: Device {
 
     /// Cᵢ ← α Aᵢ Bᵢ + β Cᵢ for i = 0 .. `batch.count`.
     ///
-    /// * `a`: `[m, k]`, `b`: `[k, n]`, `c`: `[m, n]`, the first of each batch, with any strides: a transposed operand is
-    ///   a view with its strides exchanged.
-    /// * Products are summed in the accumulator of `T`. `C` is `T`, or its accumulator (gradients of bf16 weights are
-    ///   summed in f32).
+    /// * `a`: `[m, k]`, `b`: `[k, n]`, `c`: `[m, n]`: the first matrices of the batch, with any
+    ///   strides. A transposed operand is a view with exchanged strides.
+    /// * Sums are kept in the accumulator of `T`. `C` is `T` or its accumulator (gradients of bf16
+    ///   weights are summed in f32).
     /// * The results of a batch must not share elements.
-    /// * With β = 0, C is only written: what it held, NaN included, does not matter.
+    /// * With β = 0, C is only written: its previous values, NaN included, have no effect.
     ///
     /// # Errors
-    /// When dimensions disagree, or a batch reaches beyond an operand's memory.
+    /// When dimensions disagree, or a batch exceeds the memory of an operand.
     fn gemm_batched<T: Element, C: Element<Acc = T::Acc>>(
         &self,
         batch: Batch,
@@ -97,13 +110,13 @@ pub trait Gemm: Device {
         c: MatMut<'_, C, Self>,
     ) -> Result<()>;
 
-    /// y ← x wᵀ, and then the epilogue: the forward of a linear operator. Where the device can, the
-    /// epilogue is computed before y is rounded.
+    /// y ← epilogue(x wᵀ): the forward of a linear operator. Devices that can apply the epilogue
+    /// before y is rounded do so.
     ///
     /// `x`: `[tokens, in]`, `w`: `[out, in]`, `y`: `[tokens, out]`.
     ///
     /// # Errors
-    /// As [`Gemm::gemm`], and when the bias or pre does not fit y.
+    /// As [`Gemm::gemm`], and when the bias or pre does not have the size of y.
     fn linear<T: Element>(
         &self,
         x: MatRef<'_, T, Self>,
@@ -114,10 +127,11 @@ pub trait Gemm: Device {
     where
         Self: Pointwise;
 
-    /// dx ← dy w. With `through` = (f, pre), where x = f(pre): the gradient of pre, (dy w) f′(pre).
+    /// dx ← dy w. With `through` = (f, pre), where x = f(pre): dx ← (dy w) f′(pre), the gradient of
+    /// pre.
     ///
     /// # Errors
-    /// As [`Gemm::gemm`], and when pre has not the dimensions of dx.
+    /// As [`Gemm::gemm`], and when the dimensions of pre and dx differ.
     fn linear_dx<T: Element>(
         &self,
         dy: MatRef<'_, T, Self>,
@@ -128,11 +142,11 @@ pub trait Gemm: Device {
     where
         Self: Pointwise;
 
-    /// dw ← dyᵀ x + β dw, and db ← the sums of dy's columns, in the accumulator. Where the device
-    /// can, dy is read once.
+    /// dw ← dyᵀ x + β dw and db ← the column sums of dy, in the accumulator. Devices that can read
+    /// dy only once do so.
     ///
     /// # Errors
-    /// As [`Gemm::gemm`], and when db has not an element a column of dy.
+    /// As [`Gemm::gemm`], and when db does not have one element per column of dy.
     fn linear_dw<T: Element>(
         &self,
         dy: MatRef<'_, T, Self>,
@@ -148,12 +162,11 @@ pub trait Gemm: Device {
         db.map_or(Ok(()), |db| self.sum_rows::<T>(dy, db))
     }
 
-    /// [`Gemm::gemm`], with α = 1, of a block of a product: the bits follow from the elements, the
-    /// dimensions and which operands are transposed, not from where the operands lie or how far
-    /// apart their rows are.
+    /// [`Gemm::gemm`] with α = 1 for a block of a product. The bits depend on the elements, the
+    /// dimensions and which operands are transposed, but not on the addresses or the row strides.
     ///
     /// # Errors
-    /// As there.
+    /// As [`Gemm::gemm`].
     fn gemm_block<T: Element, C: Element<Acc = T::Acc>>(
         &self,
         a: MatRef<'_, T, Self>,
@@ -164,22 +177,23 @@ pub trait Gemm: Device {
         self.gemm(1.0, a, b, beta, c)
     }
 
-    /// Whether every element of a product of depth 2 or more has the bits that it has in a product of any other rows of A
-    /// and columns of B with its own, wherever the operands lie. Then a product by blocks of rows or columns is the product.
+    /// Whether splitting a product of depth 2 or more by rows of A or columns of B leaves the bits
+    /// of every element unchanged, wherever the operands lie in memory.
     fn splits_exactly(&self) -> bool {
         false
     }
 
-    /// C ← the sum of some terms along a tree, in the accumulator.
+    /// C ← a sum of terms along a reduction tree, in the accumulator.
     ///
-    /// Sums wait on a stack. A term comes on top of it; then, `merges` times, the two on top are replaced by their sum, the lower
-    /// one first. So ((t₀ + t₁) + t₂) has terms with 0, 1 and 1 merges. One sum is left.
+    /// Partial sums are kept on a stack. Each term is pushed; then the two topmost sums are
+    /// replaced by their sum (the lower one is the left operand), `merges` times. So ((t₀ + t₁) +
+    /// t₂) has terms with 0, 1 and 1 merges. One sum must remain.
     ///
-    /// A term without products, or whose products have no depth, is 0. The bits are those of
-    /// [`Gemm::gemm_block`] for every product and an addition for every merge.
+    /// A term without products, or whose products have depth 0, is 0. The bits are those of
+    /// [`Gemm::gemm_block`] for every product and one addition per merge.
     ///
     /// # Errors
-    /// As [`Gemm::gemm`], and when not one sum is left.
+    /// As [`Gemm::gemm`], and when the number of remaining sums is not one.
     fn gemm_tree<T: Element>(
         &self,
         terms: &[GemmTerm<'_, T, Self>],
@@ -192,8 +206,8 @@ pub trait Gemm: Device {
         sum_terms(self, terms, c)
     }
 
-    /// Several products, at the same time where the device can: the CPU shares its threads among them. The bits are those
-    /// of one after the other.
+    /// Computes several products, concurrently where the device can: the CPU divides its threads
+    /// among them. The bits are those of computing one after another.
     ///
     /// # Errors
     /// As [`Gemm::gemm`].
@@ -205,7 +219,7 @@ pub trait Gemm: Device {
     }
 }
 
-/// The operands of a product agree, and each batch lies inside its memory.
+/// Checks that the operands agree and that each batch fits its memory.
 fn check<B: Device, T: Element, C: Element>(
     batch: Batch,
     a: &MatRef<'_, T, B>,
@@ -229,20 +243,20 @@ fn check<B: Device, T: Element, C: Element>(
     inside("C", c.dims(), batch.c, c.memory())
 }
 
-/// The terms leave one sum, of C's dimensions.
+/// Checks that the terms leave one sum and have C's dimensions.
 fn check_terms<T: Element, B: Device>(terms: &[GemmTerm<'_, T, B>], c: &MatMut<'_, T::Acc, B>) -> Result<()> {
     const OP: &str = "gemm tree";
-    let mut waiting = 0_usize;
+    let mut height = 0_usize;
     for GemmTerm { products, merges } in terms {
         products.iter().try_for_each(|(a, b)| check(Batch::ONE, a, b, c))?;
-        waiting = (waiting + 1).checked_sub(*merges).filter(|&waiting| waiting > 0).ok_or_else(|| {
-            Error::sizes(OP, "the sums that a term completes", *merges, "those before it", waiting)
+        height = (height + 1).checked_sub(*merges).filter(|&height| height > 0).ok_or_else(|| {
+            Error::sizes(OP, "the sums that a term completes", *merges, "those before it", height)
         })?;
     }
-    same_size(OP, "the sums that are left", waiting, "the results", 1)
+    same_size(OP, "the sums that are left", height, "the results", 1)
 }
 
-/// [`Gemm::gemm_tree`], a product and an addition at a time.
+/// [`Gemm::gemm_tree`] by separate products and additions.
 fn sum_terms<T: Element, B: Gemm + Pointwise>(
     device: &B,
     terms: &[GemmTerm<'_, T, B>],
@@ -257,19 +271,19 @@ fn sum_terms<T: Element, B: Gemm + Pointwise>(
         }
         if beta == 0.0 { device.fill(0.0, to) } else { Ok(()) }
     };
-    // C is the lowest of them.
-    let mut waiting: Vec<B::Buffer<T::Acc>> = Vec::new();
+    // C holds the bottom of the stack; this holds the rest.
+    let mut stack: Vec<B::Buffer<T::Acc>> = Vec::new();
     for (at, GemmTerm { products, merges }) in terms.iter().enumerate() {
         if at == 0 {
             write(products, c.reborrow())?;
         } else {
             let mut sum = device.empty::<T::Acc>(rows * cols)?;
             write(products, MatMut::<T::Acc, B>::new(B::slice_mut(&mut sum), rows, cols)?)?;
-            waiting.push(sum);
+            stack.push(sum);
         }
         for _ in 0..*merges {
-            let Some(top) = waiting.pop() else { break };
-            let below = match waiting.last_mut() {
+            let Some(top) = stack.pop() else { break };
+            let below = match stack.last_mut() {
                 None => c.reborrow(),
                 Some(below) => MatMut::<T::Acc, B>::new(B::slice_mut(below), rows, cols)?,
             };

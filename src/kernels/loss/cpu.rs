@@ -42,10 +42,8 @@ impl Loss for Cpu {
                 let x = x.row(row);
                 sums[0] = lane_sum([x], |[x]| (x.widen() - max).exp());
                 sums[1] = targets.column(row, x.len()).map_or(T::Acc::ZERO, |column| x[column].widen() - max);
-                sums[2] = match targets.off == 0.0 {
-                    true => T::Acc::ZERO,
-                    false => lane_sum([x], |[x]| x.widen() - max),
-                };
+                sums[2] =
+                    if targets.off == 0.0 { T::Acc::ZERO } else { lane_sum([x], |[x]| x.widen() - max) };
             }
         });
         Ok(())
@@ -72,9 +70,10 @@ impl Loss for Cpu {
             let sums = &sums[3 * row..3 * row + 3];
             *log = sums[0].ln();
             let lse = max[row] + *log;
-            *loss = match targets.is_ignored(row) {
-                true => A::ZERO,
-                false => *log - on * sums[1] - off * sums[2] + z * lse * lse,
+            *loss = if targets.is_ignored(row) {
+                A::ZERO
+            } else {
+                *log - on * sums[1] - off * sums[2] + z * lse * lse
             };
         }
         Ok(())
@@ -108,7 +107,7 @@ impl Loss for Cpu {
                     *dx = T::narrow(scale * (((x.widen() - max) - log).exp() * weight - off));
                 }
                 if let Some(column) = targets.column(row, x.len()) {
-                    // Once more from the logit: what stands there was rounded.
+                    // Recomputed from the logit, since dx was already rounded.
                     let p = ((x[column].widen() - max) - log).exp() * weight;
                     dx[column] = T::narrow(scale * (p - off - on));
                 }

@@ -7,11 +7,11 @@ use crate::{
         cuda::{Cuda, CudaSlice, CudaSliceMut, Grid, Kernel, Table},
     },
     error::Result,
-    kernels::{MatMut, MatRef, packs::Walk},
+    kernels::{MatMut, MatRef, packs::AccessPlan},
 };
 
 impl Cuda {
-    /// The column of each row's target, -1 where it is not at hand.
+    /// Uploads the column of each row's target: -1 if the row is ignored or another rank holds it.
     fn columns(&self, targets: &Targets<'_>, cols: usize) -> Result<Table> {
         let column = |row| targets.column(row, cols).map_or(-1, |column| column as i64);
         self.table(&(0..targets.classes.len()).map(column).collect::<Vec<_>>())
@@ -27,9 +27,9 @@ impl Loss for Cuda {
         const OP: &str = "row maximum";
         check_same(OP, x.dims(), &[])?;
         check_rows(OP, "the maxima", Self::len_mut(&max), 1, x.rows())?;
-        let walk = Walk::by_rows(&[x.operand()], x.rows(), x.cols());
-        let launch = self.kernel(Kernel::RowMax, T::DTYPE).ints(walk.words());
-        // SAFETY: the arguments are row_max's; there is a maximum a row, as was checked.
+        let access = AccessPlan::by_rows(&[x.operand()], x.rows(), x.cols());
+        let launch = self.kernel(Kernel::RowMax, T::DTYPE).ints(access.arguments());
+        // SAFETY: the arguments are row_max's; the check has seen one maximum per row.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(x.data()).int(x.dims().row_stride).write(&max).run(Grid::rows(x.rows(), x.cols()))
@@ -49,11 +49,11 @@ impl Loss for Cuda {
         check_rows(OP, "the maxima", Self::len(max), 1, x.rows())?;
         check_rows(OP, "the sums", Self::len_mut(&sums), 3, x.rows())?;
         let columns = self.columns(targets, x.cols())?;
-        let walk = Walk::by_rows(&[x.operand()], x.rows(), x.cols());
-        let launch = self.kernel(Kernel::ExpSums, T::DTYPE).ints(walk.words());
+        let access = AccessPlan::by_rows(&[x.operand()], x.rows(), x.cols());
+        let launch = self.kernel(Kernel::ExpSums, T::DTYPE).ints(access.arguments());
         let launch = launch.int(usize::from(targets.off != 0.0)).table(&columns);
         let launch = launch.read(x.data()).int(x.dims().row_stride).read(max).write(&sums);
-        // SAFETY: the arguments are exp_sums's; the sizes were checked, and a column is one of x.
+        // SAFETY: the arguments are exp_sums's; the sizes were checked, and columns are within x.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::rows(x.rows(), x.cols()))
@@ -100,10 +100,10 @@ impl Loss for Cuda {
         check_rows(OP, "the maxima", Self::len(max), 1, x.rows())?;
         check_rows(OP, "the logs of sums", Self::len(log), 1, x.rows())?;
         let (columns, ignored) = (self.columns(targets, x.cols())?, self.ignored(targets)?);
-        let walk = Walk::by_rows(&[x.operand(), dx.operand()], x.rows(), x.cols());
+        let access = AccessPlan::by_rows(&[x.operand(), dx.operand()], x.rows(), x.cols());
         let sdx = dx.dims().row_stride;
         let dx = dx.into_data();
-        let launch = self.kernel(Kernel::CrossEntropyBackward, T::DTYPE).ints(walk.words());
+        let launch = self.kernel(Kernel::CrossEntropyBackward, T::DTYPE).ints(access.arguments());
         let launch =
             launch.floats([targets.on, targets.off, targets.z, scale]).table(&columns).table(&ignored);
         let launch = launch.read(x.data()).int(x.dims().row_stride);
@@ -124,8 +124,8 @@ impl Loss for Cuda {
         const OP: &str = "squared error";
         check_same(OP, x.dims(), &[("y", y.dims())])?;
         check_rows(OP, "the sums", Self::len_mut(&sums), 1, x.rows())?;
-        let walk = Walk::by_rows(&[x.operand(), y.operand()], x.rows(), x.cols());
-        let launch = self.kernel(Kernel::SquaredError, T::DTYPE).ints(walk.words());
+        let access = AccessPlan::by_rows(&[x.operand(), y.operand()], x.rows(), x.cols());
+        let launch = self.kernel(Kernel::SquaredError, T::DTYPE).ints(access.arguments());
         let launch = launch.read(x.data()).int(x.dims().row_stride).read(y.data()).int(y.dims().row_stride);
         // SAFETY: the arguments are squared_error's; the sizes were checked.
         #[allow(unsafe_code)]
@@ -142,13 +142,14 @@ impl Loss for Cuda {
         dx: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check_same("squared error backward", x.dims(), &[("y", y.dims()), ("dx", dx.dims())])?;
-        let walk = Walk::through(&[x.operand(), y.operand(), dx.operand()]);
+        let access = AccessPlan::flat(&[x.operand(), y.operand(), dx.operand()]);
         let sdx = dx.dims().row_stride;
         let dx = dx.into_data();
-        let launch = self.kernel(Kernel::SquaredErrorBackward, T::DTYPE).ints(walk.words());
+        let launch = self.kernel(Kernel::SquaredErrorBackward, T::DTYPE).ints(access.arguments());
         let launch = launch.floats([scale]).read(x.data()).int(x.dims().row_stride);
         let launch = launch.read(y.data()).int(y.dims().row_stride).write(&dx).int(sdx);
-        // SAFETY: the arguments are squared_error_backward's; `check_same` has compared the dimensions.
+        // SAFETY: the arguments are squared_error_backward's; `check_same` has compared the
+        // dimensions.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::over(x.rows() * x.cols()))

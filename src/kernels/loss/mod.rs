@@ -1,4 +1,4 @@
-//! Losses of rows: cross entropy over columns that may be a part of the classes, and squared error.
+//! Losses of rows: cross entropy over all classes or a range of them, and squared error.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -14,61 +14,63 @@ use crate::{
     error::{Error, Result, same_size},
 };
 
-/// What a cross entropy compares rows of logits with.
+/// The targets of a cross entropy.
 ///
-/// The loss of a row with target t is L = log Σₖ e^xₖ − Σₖ qₖ xₖ + z (log Σₖ e^xₖ)², where qₜ = `on` + `off`, and qₖ = `off`
-/// for the other classes. The q of a row sum to 1.
+/// The loss of a row with target t is L = log Σₖ e^xₖ − Σₖ qₖ xₖ + z (log Σₖ e^xₖ)², where qₜ =
+/// `on` + `off` and qₖ = `off` for the other classes. The q of a row sum to 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Targets<'a> {
-    /// The class of each row, among all classes.
+    /// The target class of each row, among all classes.
     pub classes: &'a [u32],
-    /// Rows of this class have no loss.
+    /// The ignored class: rows with this target have no loss.
     pub ignored: Option<u32>,
     /// The number of all classes.
     pub count: usize,
-    /// The class of the first column: a rank may hold a run of them.
+    /// The class of the first column. A rank may hold a range of the classes.
     pub first: usize,
-    /// The target's weight beyond that of the others.
+    /// The additional weight of the target class.
     pub on: f64,
     /// The weight of every class.
     pub off: f64,
-    /// The weight z of the squared log-sum-exp.
+    /// The weight z of the squared log-sum-exp (z-loss).
     pub z: f64,
 }
 
 impl Targets<'_> {
-    /// The column of a row's target: none if another rank holds it. Ignored rows have none at all.
+    /// The column of a row's target. `None` if the row is ignored or another rank holds the column.
     pub(crate) fn column(&self, row: usize, cols: usize) -> Option<usize> {
         let class = self.classes[row];
         let column = (class as usize).checked_sub(self.first).filter(|&column| column < cols);
         column.filter(|_| !self.is_ignored(row))
     }
 
-    /// Whether a row has no loss.
+    /// Whether a row is ignored.
     pub(crate) fn is_ignored(&self, row: usize) -> bool {
         self.ignored == Some(self.classes[row])
     }
 }
 
-/// Losses. Sums are kept in the accumulator; nothing that overflows where the logits are finite.
+/// Losses. Sums are kept in the accumulator and do not overflow for finite logits.
 ///
-/// A cross entropy over classes that several ranks share is made of four steps, with a reduction after the first two:
-/// [`Loss::row_max`], [`Loss::exp_sums`], [`Loss::cross_entropy`], [`Loss::cross_entropy_backward`] (Megatron-LM,
-/// `VocabParallelCrossEntropy`).
+/// A cross entropy over classes that are sharded over ranks takes four steps, with a reduction
+/// after each of the first two: [`Loss::row_max`], [`Loss::exp_sums`], [`Loss::cross_entropy`],
+/// [`Loss::cross_entropy_backward`] (Megatron-LM, `VocabParallelCrossEntropy`).
 pub trait Loss: Device {
-    /// max ← the largest number of each row: −∞ of none, NaN if one is NaN.
+    /// max ← the maximum of each row: −∞ of an empty row, NaN if an element is NaN.
     ///
     /// # Errors
     /// When sizes disagree.
     fn row_max<T: Element>(&self, x: MatRef<'_, T, Self>, max: Self::SliceMut<'_, T::Acc>) -> Result<()>;
 
-    /// What the columns at hand contribute to each row: with m the row's maximum over all classes,
-    /// `sums[row]` ← [Σ e^(x − m), xₜ − m if the target is at hand or else 0, Σ (x − m)].
+    /// The contributions of these columns to each row. With m the row's maximum over all classes:
+    /// `sums[row]` ← [Σ e^(x − m), xₜ − m, Σ (x − m)]. The second is 0 if the target's column is on
+    /// another rank.
     ///
-    /// `sums`: `[rows, 3]`. The third is 0 where `off` is 0, so that a logit of −∞ does no harm there.
+    /// `sums`: `[rows, 3]`. The third is 0 where `off` is 0, so that a logit of −∞ has no effect
+    /// there.
     ///
     /// # Errors
-    /// When sizes disagree, or a target is no class.
+    /// When sizes disagree, or a target is not a class.
     fn exp_sums<T: Element>(
         &self,
         targets: &Targets<'_>,
@@ -77,11 +79,11 @@ pub trait Loss: Device {
         sums: Self::SliceMut<'_, T::Acc>,
     ) -> Result<()>;
 
-    /// The losses of the rows, from the maxima m and the sums over all classes; 0 for ignored rows.
-    /// `log` ← log Σ e^(x − m).
+    /// losses ← the losses of the rows, from the maxima m and the sums over all classes; 0 for
+    /// ignored rows. `log` ← log Σ e^(x − m).
     ///
     /// # Errors
-    /// When sizes disagree, or a target is no class.
+    /// When sizes disagree, or a target is not a class.
     fn cross_entropy<A: crate::device::Accumulator>(
         &self,
         targets: &Targets<'_>,
@@ -94,12 +96,12 @@ pub trait Loss: Device {
     /// dx ← scale · ∂(Σ over rows of L)/∂x = scale · (p (1 + 2 z lse) − q), with p = e^((x − m) −
     /// log) and lse = m + log; 0 for ignored rows.
     ///
-    /// The maximum and the log of the sum come apart: where logits have a large offset in common,
-    /// their sum lse is rounded at the size of the offset, and e^(x − lse) is no probability any
-    /// more. The difference x − m is exact there.
+    /// m and `log` are separate arguments. For logits with a large common offset, lse = m + log is
+    /// rounded at the size of the offset, so that e^(x − lse) is not a probability. The difference
+    /// x − m is exact there.
     ///
     /// # Errors
-    /// When sizes disagree, or a target is no class.
+    /// When sizes disagree, or a target is not a class.
     fn cross_entropy_backward<T: Element>(
         &self,
         targets: &Targets<'_>,
@@ -134,7 +136,7 @@ pub trait Loss: Device {
     ) -> Result<()>;
 }
 
-/// The rows have one target each, and it is a class; the columns are classes.
+/// Checks that each row has one target, which is a class, and that the columns are classes.
 pub(crate) fn check_targets(op: &'static str, targets: &Targets<'_>, rows: usize, cols: usize) -> Result<()> {
     same_size(op, "the number of targets", targets.classes.len(), "the number of rows", rows)?;
     if targets.first.saturating_add(cols) > targets.count {
@@ -155,7 +157,7 @@ pub(crate) fn check_targets(op: &'static str, targets: &Targets<'_>, rows: usize
     }
 }
 
-/// One or more results a row.
+/// Checks for `each` results per row.
 fn check_rows(op: &'static str, name: &str, len: usize, each: usize, rows: usize) -> Result<()> {
     let what = match each {
         1 => "the number of rows".to_string(),
@@ -164,7 +166,7 @@ fn check_rows(op: &'static str, name: &str, len: usize, each: usize, rows: usize
     same_size(op, name, len, &what, each.saturating_mul(rows))
 }
 
-/// Operands of one shape, with unit column stride.
+/// Checks for equal shapes and unit column strides.
 fn check_same(op: &'static str, x: Dims, others: &[(&str, Dims)]) -> Result<()> {
     unit_columns(op, x)?;
     others.iter().try_for_each(|(name, dims)| {

@@ -30,10 +30,7 @@ impl Norm for Cpu {
         vectorized(|| {
             for (row, stats) in stats.chunks_exact_mut(2).enumerate() {
                 let (x, y) = (x.row(row), y.row(row));
-                let mean = match kind.centers() {
-                    true => lane_sum([x], |[x]| x.widen()) / count,
-                    false => T::Acc::ZERO,
-                };
+                let mean = if kind.centers() { lane_sum([x], |[x]| x.widen()) / count } else { T::Acc::ZERO };
                 let square = lane_sum([x], |[x]| (x.widen() - mean) * (x.widen() - mean)) / count;
                 let scale = T::Acc::ONE / (square + eps).sqrt();
                 stats.copy_from_slice(&[mean, scale]);
@@ -76,9 +73,10 @@ impl Norm for Cpu {
                 let (mean, scale) = (stats[0], stats[1]);
                 let unit = |x: T| (x.widen() - mean) * scale;
                 let g = |dy: T, gamma: T| dy.widen() * gamma.widen();
-                let mean_g = match kind.centers() {
-                    true => lane_sum([dy, gamma], |[dy, gamma]| g(dy, gamma)) / count,
-                    false => T::Acc::ZERO,
+                let mean_g = if kind.centers() {
+                    lane_sum([dy, gamma], |[dy, gamma]| g(dy, gamma)) / count
+                } else {
+                    T::Acc::ZERO
                 };
                 let mean_gx = lane_sum([x, dy, gamma], |[x, dy, gamma]| g(dy, gamma) * unit(x)) / count;
                 for (((dx, &x), &dy), &gamma) in dx.iter_mut().zip(x).zip(dy).zip(gamma) {

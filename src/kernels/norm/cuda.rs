@@ -9,7 +9,7 @@ use crate::{
     error::Result,
     kernels::{
         MatMut, MatRef, Pointwise,
-        packs::Walk,
+        packs::AccessPlan,
         pointwise::cuda::{column_blocks, runs, vector},
     },
 };
@@ -28,17 +28,17 @@ impl Norm for Cuda {
         let vectors = [("gamma", Self::len(gamma)), ("beta", beta_len)];
         check("norm", &[("x", x.dims())], y.dims(), &vectors, Self::len_mut(&stats))?;
         let operands = [x.operand(), y.operand(), vector(gamma), vector(beta.unwrap_or(gamma))];
-        let walk = Walk::by_rows(&operands, x.rows(), x.cols());
+        let access = AccessPlan::by_rows(&operands, x.rows(), x.cols());
         let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
-        let launch = self.kernel(Kernel::Normalize, T::DTYPE).ints(walk.words());
+        let launch = self.kernel(Kernel::Normalize, T::DTYPE).ints(access.arguments());
         let launch = launch.int(usize::from(kind.centers())).floats([kind.eps()]);
         let launch = launch.read(x.data()).int(sx).read(gamma).read_if(beta).write(&y).int(sy).write(&stats);
-        // SAFETY: the arguments are normalize's; `check` has seen that x has the dimensions of y, gamma and beta one element a
-        // column, and the statistics two a row.
+        // SAFETY: the arguments are normalize's; `check` has seen that x and y have the same
+        // dimensions, gamma and beta one element per column, and the statistics two per row.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(Grid::rows(walk.rows, walk.cols))
+            launch.run(Grid::rows(access.rows, access.cols))
         }
     }
 
@@ -64,10 +64,11 @@ impl Norm for Cuda {
                 self.fill(0.0, MatMut::<T::Acc, Self>::new(Self::reborrow(dbeta), 1, cols)?)
             });
         }
-        let walk = Walk::by_rows(&[x.operand(), dy.operand(), dx.operand(), vector(gamma)], rows, cols);
+        let access =
+            AccessPlan::by_rows(&[x.operand(), dy.operand(), dx.operand(), vector(gamma)], rows, cols);
         let [sx, sdy, sdx] = [x.dims(), dy.dims(), dx.dims()].map(|dims| dims.row_stride);
         let dx = dx.into_data();
-        let launch = self.kernel(Kernel::NormalizeBackward, T::DTYPE).ints(walk.words());
+        let launch = self.kernel(Kernel::NormalizeBackward, T::DTYPE).ints(access.arguments());
         let launch = launch.int(usize::from(kind.centers())).read(x.data()).int(sx).read(gamma).read(stats);
         // SAFETY: the arguments are normalize_backward's; `check` has compared the dimensions.
         #[allow(unsafe_code)]
@@ -80,17 +81,18 @@ impl Norm for Cuda {
         {
             let mut whole = Self::slice_mut(&mut partial);
             let gammas = Self::narrow_mut(Self::reborrow(&mut whole), gammas.clone());
-            let walk = Walk::by_rows(&[x.operand(), dy.operand()], rows, cols);
-            let launch = self.kernel(Kernel::NormalizeColumns, T::DTYPE).ints(walk.words());
+            let access = AccessPlan::by_rows(&[x.operand(), dy.operand()], rows, cols);
+            let launch = self.kernel(Kernel::NormalizeColumns, T::DTYPE).ints(access.arguments());
             let launch =
                 launch.int(run).read(x.data()).int(sx).read(stats).read(dy.data()).int(sdy).write(&gammas);
             let betas = dbeta.is_some().then(|| Self::narrow_mut(whole, betas.clone()));
-            // SAFETY: the arguments are normalize_columns's; `partial` was made for that many runs of as many columns, twice,
-            // and the kernel writes either half through its own pointer.
+            // SAFETY: the arguments are normalize_columns's; `partial` was allocated for two sets
+            // of `runs` rows of `cols` columns, and the kernel writes each set through its own
+            // pointer.
             #[allow(unsafe_code)]
             unsafe {
                 let launch = launch.write_if(betas.as_ref());
-                launch.run(column_blocks(walk, runs))?;
+                launch.run(column_blocks(access, runs))?;
             }
         }
         self.add_runs(runs, Self::narrow(Self::slice(&partial), gammas), dgamma)?;

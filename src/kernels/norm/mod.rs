@@ -14,10 +14,11 @@ use crate::{
     error::{Error, Result, same_size},
 };
 
-/// Which normalization, and the ε under its root.
+/// The kind of normalization, with its ε.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum NormKind {
-    /// (x − mean) / √(var + ε) · γ + β, the variance being biased (Ba, Kiros and Hinton, 2016).
+    /// (x − mean) / √(var + ε) · γ + β with the biased variance (Ba, Kiros and Hinton, 2016).
     LayerNorm {
         /// Added to the variance.
         eps: f64,
@@ -30,14 +31,14 @@ pub enum NormKind {
 }
 
 impl NormKind {
-    /// The ε under the root.
+    /// ε.
     pub fn eps(self) -> f64 {
         match self {
             Self::LayerNorm { eps } | Self::RmsNorm { eps } => eps,
         }
     }
 
-    /// Refuses an ε under whose root is no number.
+    /// Returns an error if ε is negative or not finite.
     pub(crate) fn check(self) -> Result<()> {
         if self.eps().is_finite() && self.eps() >= 0.0 {
             return Ok(());
@@ -45,18 +46,20 @@ impl NormKind {
         Err(Error::invalid("normalize", format!("ε is {}", self.eps())))
     }
 
-    /// Whether the mean is taken off first.
+    /// Whether the mean is subtracted.
     pub fn centers(self) -> bool {
         matches!(self, Self::LayerNorm { .. })
     }
 }
 
-/// Row normalization. Statistics are computed in the accumulator, the variance in a second pass over the row.
+/// Row normalization. Statistics are computed in the accumulator; the variance takes a second pass
+/// over the row.
 pub trait Norm: Device {
-    /// y ← norm(x) row by row.
+    /// y ← norm(x), row by row.
     ///
-    /// * `x`, `y`: `[rows, cols]`; `gamma`, and `beta` if there is one: `[cols]`.
-    /// * `stats`: `[rows, 2]`, to be given to the backward: the mean (0 for RMSNorm) and 1 / √(…) of each row.
+    /// * `x`, `y`: `[rows, cols]`; `gamma` and the optional `beta`: `[cols]`.
+    /// * `stats`: `[rows, 2]`, saved for the backward: the mean (0 for RMSNorm) and 1 / √(…) of
+    ///   each row.
     ///
     /// # Errors
     /// When sizes disagree.
@@ -70,10 +73,10 @@ pub trait Norm: Device {
         stats: Self::SliceMut<'_, T::Acc>,
     ) -> Result<()>;
 
-    /// dx from dy; dγ ← Σ over rows of dy · x̂, dβ ← Σ over rows of dy.
+    /// dx from dy; dγ ← Σ over rows of dy · x̂; dβ ← Σ over rows of dy.
     ///
-    /// With x̂ the normalized row, r its 1 / √(…) and g = dy · γ: dx = r (g − mean(g) − x̂ mean(g x̂)), without the
-    /// mean(g) for RMSNorm.
+    /// With x̂ the normalized row, r = 1 / √(…) and g = dy · γ: dx = r (g − mean(g) − x̂ mean(g
+    /// x̂)); RMSNorm omits mean(g).
     ///
     /// # Errors
     /// When sizes disagree.

@@ -1,4 +1,5 @@
-//! Element-wise kernels on the CPU: rows of slices, widened to the accumulator, vectorized by the compiler.
+//! Element-wise kernels on the CPU: rows are widened to the accumulator and vectorized by the
+//! compiler.
 
 use super::{Activation, Pointwise, check, check_dot_rows, check_gate_backward, check_row, check_scale_rows};
 use crate::{
@@ -247,7 +248,7 @@ fn map2<T: Element>(
     });
 }
 
-/// The two halves of a gate's gradient.
+/// dgate in the left half of each row, dup in the right half.
 #[inline(always)]
 fn gate_rows<T: Element>(
     gate: MatRef<'_, T, Cpu>,
@@ -276,7 +277,8 @@ fn relu<A: Accumulator>(x: A) -> A {
 
 #[inline(always)]
 fn relu_backward<A: Accumulator>(x: A, dy: A) -> A {
-    // So that a NaN lets the gradient through, as in PyTorch; and no product, so that an infinite dy stops where x ≤ 0.
+    // A NaN lets the gradient through, as in PyTorch. Selects rather than multiplies, so that an
+    // infinite dy gives 0 where x ≤ 0.
     if x <= A::ZERO { A::ZERO } else { dy }
 }
 
@@ -296,7 +298,7 @@ fn constant<A: Accumulator>(value: f64) -> A {
     A::from_f64(value)
 }
 
-/// Φ, the distribution function of the normal distribution.
+/// Φ, the distribution function of the standard normal distribution.
 #[inline(always)]
 fn normal_cdf<A: Accumulator>(x: A) -> A {
     constant::<A>(0.5) * (A::ONE + (x * constant(std::f64::consts::FRAC_1_SQRT_2)).erf())
@@ -326,7 +328,7 @@ fn gelu_tanh<A: Accumulator>(x: A) -> A {
 #[inline(always)]
 fn gelu_tanh_backward<A: Accumulator>(x: A, dy: A) -> A {
     let t = (constant::<A>(SQRT_2_OVER_PI) * (x + constant::<A>(CUBIC) * x * x * x)).tanh();
-    // tanh′ first: where x² overflows it is 0, and keeps what x² multiplies 0.
+    // tanh′ comes first: where x² overflows, tanh′ is 0 and the product stays 0.
     let bump = (A::ONE - t * t) * x;
     let inner_slope = bump + bump * x * x * constant(3.0 * CUBIC);
     dy * (constant::<A>(0.5) * (A::ONE + t + constant::<A>(SQRT_2_OVER_PI) * inner_slope))

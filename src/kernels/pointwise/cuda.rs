@@ -9,7 +9,7 @@ use crate::{
     error::{Result, same_size},
     kernels::{
         MatMut, MatRef,
-        packs::{Operand, Walk},
+        packs::{AccessPlan, Operand},
         view::{Dims, same_dims, unit_columns},
     },
 };
@@ -36,7 +36,7 @@ impl<T: Element> MatMut<'_, T, Cuda> {
     }
 }
 
-/// The elements of a vector, in front of every row.
+/// A vector as an operand that is read with every row.
 pub(in crate::kernels) fn vector<T: Element>(slice: CudaSlice<'_, T>) -> Operand {
     let dims = Dims { rows: 1, cols: Cuda::len(slice), row_stride: 0, col_stride: 1 };
     Operand { dims, address: slice.address(), size: size_of::<T>() }
@@ -50,14 +50,15 @@ impl Pointwise for Cuda {
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check("activation", &[("x", x.dims())], ("y", y.dims()))?;
-        let walk = Walk::through(&[x.operand(), y.operand()]);
+        let access = AccessPlan::flat(&[x.operand(), y.operand()]);
         let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
-        let launch = self.kernel(Kernel::Activate, T::DTYPE).ints(walk.words()).int(number(f));
-        // SAFETY: the arguments are activate's; `check` has seen that x has the dimensions of y.
+        let launch = self.kernel(Kernel::Activate, T::DTYPE).ints(access.arguments()).int(number(f));
+        // SAFETY: the arguments are activate's; `check` has seen that x and y have the same
+        // dimensions.
         #[allow(unsafe_code)]
         unsafe {
-            launch.read(x.data()).int(sx).write(&y).int(sy).run(Grid::over(walk.steps))
+            launch.read(x.data()).int(sx).write(&y).int(sy).run(Grid::over(access.steps))
         }
     }
 
@@ -69,15 +70,16 @@ impl Pointwise for Cuda {
         dx: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check("activation backward", &[("x", x.dims()), ("dy", dy.dims())], ("dx", dx.dims()))?;
-        let walk = Walk::through(&[x.operand(), dy.operand(), dx.operand()]);
+        let access = AccessPlan::flat(&[x.operand(), dy.operand(), dx.operand()]);
         let [sx, sdy, sdx] = [x.dims(), dy.dims(), dx.dims()].map(|dims| dims.row_stride);
         let dx = dx.into_data();
-        let launch = self.kernel(Kernel::ActivateBackward, T::DTYPE).ints(walk.words()).int(number(f));
+        let launch = self.kernel(Kernel::ActivateBackward, T::DTYPE).ints(access.arguments()).int(number(f));
         let launch = launch.read(x.data()).int(sx).read(dy.data()).int(sdy).write(&dx).int(sdx);
-        // SAFETY: the arguments are activate_backward's; `check` has seen that all have the same dimensions.
+        // SAFETY: the arguments are activate_backward's; `check` has seen that all have the same
+        // dimensions.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(Grid::over(walk.steps))
+            launch.run(Grid::over(access.steps))
         }
     }
 
@@ -89,15 +91,15 @@ impl Pointwise for Cuda {
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
         check("gate", &[("gate", gate.dims()), ("up", up.dims())], ("y", y.dims()))?;
-        let walk = Walk::through(&[gate.operand(), up.operand(), y.operand()]);
+        let access = AccessPlan::flat(&[gate.operand(), up.operand(), y.operand()]);
         let [sg, su, sy] = [gate.dims(), up.dims(), y.dims()].map(|dims| dims.row_stride);
         let y = y.into_data();
-        let launch = self.kernel(Kernel::Gate, T::DTYPE).ints(walk.words()).int(number(f));
+        let launch = self.kernel(Kernel::Gate, T::DTYPE).ints(access.arguments()).int(number(f));
         let launch = launch.read(gate.data()).int(sg).read(up.data()).int(su).write(&y).int(sy);
         // SAFETY: the arguments are gate's; `check` has seen that all have the same dimensions.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(Grid::over(walk.steps))
+            launch.run(Grid::over(access.steps))
         }
     }
 
@@ -119,10 +121,10 @@ impl Pointwise for Cuda {
             }
         });
         let operands = [gate.operand(), up.operand(), dy.operand(), halves[0], halves[1]];
-        let walk = Walk::by_rows(&operands, gate.rows(), gate.cols());
+        let access = AccessPlan::by_rows(&operands, gate.rows(), gate.cols());
         let [sg, su, sdy, sd] = [gate.dims(), up.dims(), dy.dims(), d.dims()].map(|dims| dims.row_stride);
         let d = d.into_data();
-        let launch = self.kernel(Kernel::GateBackward, T::DTYPE).ints(walk.words()).int(number(f));
+        let launch = self.kernel(Kernel::GateBackward, T::DTYPE).ints(access.arguments()).int(number(f));
         let launch = launch
             .read(gate.data())
             .int(sg)
@@ -132,11 +134,11 @@ impl Pointwise for Cuda {
             .int(sdy)
             .write(&d)
             .int(sd);
-        // SAFETY: the arguments are gate_backward's; the check has seen that the inputs have the same dimensions, and d twice
-        // their columns.
+        // SAFETY: the arguments are gate_backward's; the check has seen that the inputs have the
+        // same dimensions, and that d is twice as wide.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(Grid::over(walk.steps))
+            launch.run(Grid::over(access.steps))
         }
     }
 
@@ -167,16 +169,16 @@ impl Pointwise for Cuda {
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
         super::check_scale_rows(Self::len(s), x.dims(), y.dims())?;
-        let walk = Walk::by_rows(&[x.operand(), y.operand()], x.rows(), x.cols());
+        let access = AccessPlan::by_rows(&[x.operand(), y.operand()], x.rows(), x.cols());
         let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
-        let launch = self.kernel(Kernel::ScaleRows, T::DTYPE).ints(walk.words());
+        let launch = self.kernel(Kernel::ScaleRows, T::DTYPE).ints(access.arguments());
         let launch = launch.read(s).read(x.data()).int(sx).write(&y).int(sy);
-        // SAFETY: the arguments are scale_rows's. `check_scale_rows` has compared the dimensions of x
-        // and y, and the number of factors with that of rows.
+        // SAFETY: the arguments are scale_rows's; `check_scale_rows` has compared the dimensions of
+        // x and y, and the number of factors with the number of rows.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(Grid::over(walk.steps))
+            launch.run(Grid::over(access.steps))
         }
     }
 
@@ -187,15 +189,15 @@ impl Pointwise for Cuda {
         s: CudaSliceMut<'_, T>,
     ) -> Result<()> {
         super::check_dot_rows(a.dims(), b.dims(), Self::len_mut(&s))?;
-        let walk = Walk::by_rows(&[a.operand(), b.operand()], a.rows(), a.cols());
+        let access = AccessPlan::by_rows(&[a.operand(), b.operand()], a.rows(), a.cols());
         let (sa, sb) = (a.dims().row_stride, b.dims().row_stride);
-        let launch = self.kernel(Kernel::DotRows, T::DTYPE).ints(walk.words());
+        let launch = self.kernel(Kernel::DotRows, T::DTYPE).ints(access.arguments());
         let launch = launch.read(a.data()).int(sa).read(b.data()).int(sb).write(&s);
-        // SAFETY: the arguments are dot_rows's. `check_dot_rows` has compared the dimensions of a and
-        // b, and the number of elements of s with that of rows.
+        // SAFETY: the arguments are dot_rows's; `check_dot_rows` has compared the dimensions of a
+        // and b, and the length of s with the number of rows.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(Grid::rows(walk.rows, walk.cols))
+            launch.run(Grid::rows(access.rows, access.cols))
         }
     }
 
@@ -205,28 +207,30 @@ impl Pointwise for Cuda {
         y: MatMut<'_, Y, Self>,
     ) -> Result<()> {
         check("accumulate", &[("x", x.dims())], ("y", y.dims()))?;
-        let walk = Walk::through(&[x.operand(), y.operand()]);
+        let access = AccessPlan::flat(&[x.operand(), y.operand()]);
         let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
-        let launch = self.kernel_between(Kernel::Accumulate, T::DTYPE, Y::DTYPE).ints(walk.words());
-        // SAFETY: the arguments are accumulate's; `check` has seen that x has the dimensions of y.
+        let launch = self.kernel_between(Kernel::Accumulate, T::DTYPE, Y::DTYPE).ints(access.arguments());
+        // SAFETY: the arguments are accumulate's; `check` has seen that x and y have the same
+        // dimensions.
         #[allow(unsafe_code)]
         unsafe {
-            launch.read(x.data()).int(sx).write(&y).int(sy).run(Grid::over(walk.steps))
+            launch.read(x.data()).int(sx).write(&y).int(sy).run(Grid::over(access.steps))
         }
     }
 
     fn add_bias<T: Element>(&self, bias: CudaSlice<'_, T>, y: MatMut<'_, T, Self>) -> Result<()> {
         unit_columns("bias", y.dims())?;
         check_row("bias", "the bias", Self::len(bias), y.cols())?;
-        let walk = Walk::by_rows(&[vector(bias), y.operand()], y.rows(), y.cols());
+        let access = AccessPlan::by_rows(&[vector(bias), y.operand()], y.rows(), y.cols());
         let sy = y.dims().row_stride;
         let y = y.into_data();
-        let launch = self.kernel(Kernel::AddBias, T::DTYPE).ints(walk.words());
-        // SAFETY: the arguments are add_bias's; the bias was seen to have one element a column.
+        let launch = self.kernel(Kernel::AddBias, T::DTYPE).ints(access.arguments());
+        // SAFETY: the arguments are add_bias's; the check has seen one element of the bias per
+        // column.
         #[allow(unsafe_code)]
         unsafe {
-            launch.read(bias).write(&y).int(sy).run(Grid::over(walk.steps))
+            launch.read(bias).write(&y).int(sy).run(Grid::over(access.steps))
         }
     }
 
@@ -240,27 +244,28 @@ impl Pointwise for Cuda {
         let (run, runs) = runs(rows);
         let mut partial = self.empty::<T::Acc>(runs * cols)?;
         let partial_mut = Self::slice_mut(&mut partial);
-        let walk = Walk::by_rows(&[x.operand()], rows, cols);
-        let launch = self.kernel(Kernel::ColumnRuns, T::DTYPE).ints(walk.words());
+        let access = AccessPlan::by_rows(&[x.operand()], rows, cols);
+        let launch = self.kernel(Kernel::ColumnRuns, T::DTYPE).ints(access.arguments());
         let launch = launch.int(run).read(x.data()).int(x.dims().row_stride).write(&partial_mut);
-        // SAFETY: the arguments are column_runs's; `partial` was made for that many runs of as many columns.
+        // SAFETY: the arguments are column_runs's; `partial` was allocated for `runs` rows of as
+        // many columns.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(column_blocks(walk, runs))?;
+            launch.run(column_blocks(access, runs))?;
         }
         self.add_runs::<T::Acc>(runs, Self::slice(&partial), sums)
     }
 
     fn copy<T: Element, Y: Element>(&self, x: MatRef<'_, T, Self>, y: MatMut<'_, Y, Self>) -> Result<()> {
         check("copy", &[("x", x.dims())], ("y", y.dims()))?;
-        let walk = Walk::through(&[x.operand(), y.operand()]);
+        let access = AccessPlan::flat(&[x.operand(), y.operand()]);
         let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
-        let launch = self.kernel_between(Kernel::Copy, T::DTYPE, Y::DTYPE).ints(walk.words());
-        // SAFETY: the arguments are copy's; `check` has seen that x has the dimensions of y.
+        let launch = self.kernel_between(Kernel::Copy, T::DTYPE, Y::DTYPE).ints(access.arguments());
+        // SAFETY: the arguments are copy's; `check` has seen that x and y have the same dimensions.
         #[allow(unsafe_code)]
         unsafe {
-            launch.read(x.data()).int(sx).write(&y).int(sy).run(Grid::over(walk.steps))
+            launch.read(x.data()).int(sx).write(&y).int(sy).run(Grid::over(access.steps))
         }
     }
 
@@ -275,19 +280,19 @@ impl Pointwise for Cuda {
     }
 }
 
-/// The rows that one block sums, and how many such runs there are: a function of the rows alone.
+/// The rows per run that one block sums, and the number of runs: a function of the rows alone.
 pub(in crate::kernels) fn runs(rows: usize) -> (usize, usize) {
     let run = rows.div_ceil(256).max(64);
     (run, rows.div_ceil(run))
 }
 
-/// Blocks of threads for sums of columns.
-pub(in crate::kernels) fn column_blocks(walk: Walk, runs: usize) -> Grid {
-    Grid { blocks: [(walk.steps / walk.rows.max(1)).div_ceil(32), runs], threads: [32, 8], shared: 0 }
+/// The grid for sums of columns.
+pub(in crate::kernels) fn column_blocks(access: AccessPlan, runs: usize) -> Grid {
+    Grid { blocks: [(access.steps / access.rows.max(1)).div_ceil(32), runs], threads: [32, 8], shared: 0 }
 }
 
 impl Cuda {
-    /// A kernel of two matrices, element by element. The caller has compared their dimensions.
+    /// Launches an element-wise kernel of two matrices. The caller has compared their dimensions.
     fn of_two<T: Element>(
         &self,
         kernel: Kernel,
@@ -295,33 +300,33 @@ impl Cuda {
         b: MatRef<'_, T, Self>,
         y: MatMut<'_, T, Self>,
     ) -> Result<()> {
-        let walk = Walk::through(&[a.operand(), b.operand(), y.operand()]);
+        let access = AccessPlan::flat(&[a.operand(), b.operand(), y.operand()]);
         let [sa, sb, sy] = [a.dims(), b.dims(), y.dims()].map(|dims| dims.row_stride);
         let y = y.into_data();
-        let launch = self.kernel(kernel, T::DTYPE).ints(walk.words());
+        let launch = self.kernel(kernel, T::DTYPE).ints(access.arguments());
         let launch = launch.read(a.data()).int(sa).read(b.data()).int(sb).write(&y).int(sy);
-        // SAFETY: the arguments are those of add and of mul. Both have compared the dimensions of a, b
-        // and y by `check`.
+        // SAFETY: the arguments are those of add and of mul, which have compared the dimensions of
+        // a, b and y by `check`.
         #[allow(unsafe_code)]
         unsafe {
-            launch.run(Grid::over(walk.steps))
+            launch.run(Grid::over(access.steps))
         }
     }
 
-    /// A kernel of one number that changes y.
+    /// Launches a kernel that updates y in place with one number.
     fn in_place<T: Element>(&self, kernel: Kernel, value: f64, y: MatMut<'_, T, Self>) -> Result<()> {
-        let walk = Walk::through(&[y.operand()]);
+        let access = AccessPlan::flat(&[y.operand()]);
         let sy = y.dims().row_stride;
         let y = y.into_data();
-        let launch = self.kernel(kernel, T::DTYPE).ints(walk.words()).floats([value]);
-        // SAFETY: scale and fill take these arguments, and walk through y alone.
+        let launch = self.kernel(kernel, T::DTYPE).ints(access.arguments()).floats([value]);
+        // SAFETY: scale and fill take these arguments, and access y alone.
         #[allow(unsafe_code)]
         unsafe {
-            launch.write(&y).int(sy).run(Grid::over(walk.steps))
+            launch.write(&y).int(sy).run(Grid::over(access.steps))
         }
     }
 
-    /// sums ← the sums of runs of rows, in order.
+    /// sums ← the sums of the runs' partial sums, in order.
     pub(in crate::kernels) fn add_runs<A: Element>(
         &self,
         runs: usize,
@@ -330,18 +335,18 @@ impl Cuda {
     ) -> Result<()> {
         let cols = Self::len_mut(&sums);
         same_size("column sums", "the sums of runs", Self::len(from), "runs times columns", runs * cols)?;
-        let walk = Walk::by_rows(&[vector(from), vector(Self::shared(&sums))], 1, cols);
+        let access = AccessPlan::by_rows(&[vector(from), vector(Self::shared(&sums))], 1, cols);
         let launch = self.kernel(Kernel::ColumnSums, A::DTYPE);
-        let launch = launch.ints([usize::from(walk.packed), runs, cols]);
+        let launch = launch.ints([usize::from(access.packed), runs, cols]);
         // SAFETY: the arguments are column_sums's, and the sizes were just compared.
         #[allow(unsafe_code)]
         unsafe {
-            launch.read(from).write(&sums).run(Grid::over(walk.steps))
+            launch.read(from).write(&sums).run(Grid::over(access.steps))
         }
     }
 
-    /// to ← the sum (0), the largest (1) or the smallest (2) of `ranks` terms that lie one after another, in rank order, in the
-    /// accumulator; NaN if a term is.
+    /// to ← the sum (0), maximum (1) or minimum (2) of `ranks` consecutive terms, in rank order, in
+    /// the accumulator; NaN if a term is NaN.
     #[cfg(feature = "nccl")]
     pub(crate) fn combine<T: Element>(
         &self,
@@ -352,13 +357,13 @@ impl Cuda {
     ) -> Result<()> {
         let len = Self::len_mut(&to);
         same_size("reduction", "the terms", Self::len(terms), "ranks times elements", ranks * len)?;
-        let walk = Walk::by_rows(&[vector(terms), vector(Self::shared(&to))], 1, len);
+        let access = AccessPlan::by_rows(&[vector(terms), vector(Self::shared(&to))], 1, len);
         let launch = self.kernel(Kernel::Reduce, T::DTYPE);
-        let launch = launch.ints([usize::from(walk.packed), ranks, len, how]).read(terms);
+        let launch = launch.ints([usize::from(access.packed), ranks, len, how]).read(terms);
         // SAFETY: the arguments are reduce's, and the sizes were just compared.
         #[allow(unsafe_code)]
         unsafe {
-            launch.write(&to).run(Grid::over(walk.steps))
+            launch.write(&to).run(Grid::over(access.steps))
         }
     }
 
@@ -377,7 +382,8 @@ impl Cuda {
             .ints([from.row_stride, from.col_stride])
             .write(&y)
             .ints([to.row_stride, to.col_stride]);
-        // SAFETY: the arguments are copy_strided's; x was just seen to have the dimensions of y, and views lie in their memory.
+        // SAFETY: the arguments are copy_strided's; x and y were just seen to have the same
+        // dimensions, and views lie in their memory.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::over(from.rows * from.cols))

@@ -1,5 +1,5 @@
-//! Element by element: activations, gates, sums, products, bias, copies and conversions. Also sums
-//! over rows and over columns.
+//! Element-wise kernels: activations, gates, sums, products, bias, copies and conversions. Also
+//! sums over rows and over columns.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -15,20 +15,32 @@ use crate::{
     error::{Result, same_size},
 };
 
-/// A non-linear function of one element.
+/// An element-wise activation function f.
+///
+/// ```
+/// use shardwise::prelude::*;
+///
+/// let x = Tensor::<f64>::from_slice(&Cpu::new(), [1], &[1.0])?;
+/// let y = |f| Ok::<_, Error>(ops::activate(f, &x)?.to_vec()?[0]);
+/// assert!((y(Activation::GeluErf)? - 0.841345).abs() < 1e-6);
+/// assert!((y(Activation::GeluTanh)? - 0.841192).abs() < 1e-6);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Activation {
-    /// max(x, 0); NaN stays NaN; the derivative at 0 is 0.
+    /// max(x, 0). NaN stays NaN; the derivative at 0 is 0.
     Relu,
     /// x / (1 + e⁻ˣ).
     Silu,
-    /// x Φ(x) = x (1 + erf(x / √2)) / 2: GELU as defined (Hendrycks and Gimpel, 2016).
+    /// x Φ(x) = x (1 + erf(x / √2)) / 2, the exact GELU (Hendrycks and Gimpel, 2016).
     GeluErf,
-    /// x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2: its approximation, GPT-2's choice.
+    /// x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2, the tanh approximation of GELU, as in GPT-2.
     GeluTanh,
 }
 
-/// Element-wise kernels. All matrices have unit column stride; operands of one call have the same dimensions.
+/// Element-wise kernels. All matrices have unit column stride, and the operands of a call have the
+/// same dimensions.
 ///
 /// # Errors
 /// Every method fails when dimensions disagree or a column stride is not 1.
@@ -50,7 +62,7 @@ pub trait Pointwise: Device {
         dx: MatMut<'_, T, Self>,
     ) -> Result<()>;
 
-    /// y ← f(gate) · up: a gated linear unit's middle (Shazeer, 2020).
+    /// y ← f(gate) · up, as in a gated linear unit (Shazeer, 2020).
     fn gate<T: Element>(
         &self,
         f: Activation,
@@ -61,7 +73,7 @@ pub trait Pointwise: Device {
 
     /// dgate ← dy · up · f′(gate), dup ← dy · f(gate).
     ///
-    /// `d` is `[rows, 2 · cols]`: dgate in the left half, dup in the right, as `gate` and `up` lie in their tensor.
+    /// `d` is `[rows, 2 · cols]`: dgate in the left half and dup in the right, like `[gate | up]`.
     fn gate_backward<T: Element>(
         &self,
         f: Activation,
@@ -87,7 +99,7 @@ pub trait Pointwise: Device {
         y: MatMut<'_, T, Self>,
     ) -> Result<()>;
 
-    /// yᵢⱼ ← sᵢ xᵢⱼ; `s` has one element a row.
+    /// yᵢⱼ ← sᵢ xᵢⱼ; `s` has one element per row.
     fn scale_rows<T: Element>(
         &self,
         s: Self::Slice<'_, T>,
@@ -95,7 +107,7 @@ pub trait Pointwise: Device {
         y: MatMut<'_, T, Self>,
     ) -> Result<()>;
 
-    /// sᵢ ← Σⱼ aᵢⱼ bᵢⱼ, summed in the accumulator; `s` has one element a row.
+    /// sᵢ ← Σⱼ aᵢⱼ bᵢⱼ, summed in the accumulator; `s` has one element per row.
     fn dot_rows<T: Element>(
         &self,
         a: MatRef<'_, T, Self>,
@@ -110,13 +122,13 @@ pub trait Pointwise: Device {
         y: MatMut<'_, Y, Self>,
     ) -> Result<()>;
 
-    /// Every row of y ← itself + bias; `bias` has one element a column.
+    /// yᵢⱼ ← yᵢⱼ + biasⱼ; `bias` has one element per column.
     fn add_bias<T: Element>(&self, bias: Self::Slice<'_, T>, y: MatMut<'_, T, Self>) -> Result<()>;
 
     /// sums ← Σ over the rows of x, in the accumulator: the gradient of a bias.
     fn sum_rows<T: Element>(&self, x: MatRef<'_, T, Self>, sums: Self::SliceMut<'_, T::Acc>) -> Result<()>;
 
-    /// y ← x, converted.
+    /// y ← x, converted to the element of y.
     fn copy<T: Element, Y: Element>(&self, x: MatRef<'_, T, Self>, y: MatMut<'_, Y, Self>) -> Result<()>;
 
     /// y ← α y.
@@ -126,7 +138,7 @@ pub trait Pointwise: Device {
     fn fill<T: Element>(&self, value: f64, y: MatMut<'_, T, Self>) -> Result<()>;
 }
 
-/// The checks that every element-wise kernel makes: the same dimensions as the output, unit column strides.
+/// Checks that the inputs have the dimensions of the output, and unit column strides.
 fn check(op: &'static str, inputs: &[(&str, Dims)], (name, y): (&str, Dims)) -> Result<()> {
     unit_columns(op, y)?;
     inputs.iter().try_for_each(|(input, x)| {
@@ -135,7 +147,7 @@ fn check(op: &'static str, inputs: &[(&str, Dims)], (name, y): (&str, Dims)) -> 
     })
 }
 
-/// The check of `gate_backward`: d is twice as wide as the others.
+/// Checks `gate_backward`: d is twice as wide as the others.
 fn check_gate_backward(gate: Dims, up: Dims, dy: Dims, d: Dims) -> Result<()> {
     const OP: &str = "gate backward";
     [gate, up, dy, d].iter().try_for_each(|dims| unit_columns(OP, *dims))?;
@@ -145,19 +157,19 @@ fn check_gate_backward(gate: Dims, up: Dims, dy: Dims, d: Dims) -> Result<()> {
     same_size(OP, "rows of d", d.rows, "rows of gate", gate.rows)
 }
 
-/// The check of `scale_rows`.
+/// Checks `scale_rows`.
 fn check_scale_rows(s: usize, x: Dims, y: Dims) -> Result<()> {
     check("scale rows", &[("x", x)], ("y", y))?;
     same_size("scale rows", "the number of factors", s, "the number of rows", x.rows)
 }
 
-/// The check of `dot_rows`.
+/// Checks `dot_rows`.
 fn check_dot_rows(a: Dims, b: Dims, s: usize) -> Result<()> {
     check("dot rows", &[("a", a)], ("b", b))?;
     same_size("dot rows", "the number of products", s, "the number of rows", a.rows)
 }
 
-/// The check of `add_bias` and `sum_rows`: one element a column.
+/// Checks `add_bias` and `sum_rows`: one element per column.
 pub(super) fn check_row(op: &'static str, name: &str, len: usize, cols: usize) -> Result<()> {
     same_size(op, name, len, "the number of columns", cols)
 }

@@ -9,12 +9,12 @@ use crate::{
     error::Result,
     kernels::{
         MatMut,
-        packs::{Operand, Walk},
+        packs::{AccessPlan, Operand},
         view::Dims,
     },
 };
 
-/// Threads that keep a GPU busy: with fewer, the heads of a row are divided among more of them.
+/// Threads that keep a GPU busy. If there are fewer, the heads of a row are divided among threads.
 const THREADS: usize = 1 << 16;
 
 impl Rope for Cuda {
@@ -28,20 +28,21 @@ impl Rope for Cuda {
         check(spec, positions.len(), &x)?;
         let (rows, pairs, heads) = (x.rows(), spec.frequencies.len(), x.cols() / spec.head_dim);
         let sx = x.dims().row_stride;
-        // Pairs are taken from all heads of all rows.
+        // The rows are those of all heads: both the heads and the rows have to be aligned.
         let of_heads = Operand { dims: Dims { row_stride: spec.head_dim, ..x.dims() }, ..x.operand() };
-        let walk = Walk::by_rows(&[x.operand(), of_heads], rows * heads, pairs);
+        let access = AccessPlan::by_rows(&[x.operand(), of_heads], rows * heads, pairs);
         let x = x.into_data();
         let (frequencies, positions) = (self.table_f64(spec.frequencies)?, self.table_u32(positions)?);
         let interleaved = usize::from(spec.pairs == RopePairs::Interleaved);
         let launch = self.kernel(Kernel::Rope, T::DTYPE);
-        // Those that it takes if each turns all heads.
-        let threads = walk.steps / heads.max(1);
+        // The number of threads if each rotates all heads.
+        let threads = access.steps / heads.max(1);
         let parts = (THREADS / threads.max(1)).clamp(1, heads.max(1));
-        let launch = launch.ints([usize::from(walk.packed), rows, parts, pairs, heads]);
+        let launch = launch.ints([usize::from(access.packed), rows, parts, pairs, heads]);
         let launch = launch.ints([spec.head_dim, interleaved]);
         let launch = launch.floats([spec.magnitude, if transposed { -1.0 } else { 1.0 }]);
-        // SAFETY: the arguments are rope's; `check` has seen that x has a row a position, and whole heads that have the pairs.
+        // SAFETY: the arguments are rope's; `check` has seen that x has one row per position, and
+        // whole heads that have the pairs.
         #[allow(unsafe_code)]
         unsafe {
             launch.table(&frequencies).table(&positions).write(&x).int(sx).run(Grid::over(threads * parts))

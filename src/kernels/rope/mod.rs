@@ -11,8 +11,10 @@ use crate::{
     error::{Error, Result, same_size},
 };
 
-/// Which features of a head turn together. Checkpoints differ, and their shapes do not tell.
+/// The pairing of a head's features. Checkpoints differ, and their shapes do not show which they
+/// use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum RopePairs {
     /// Features i and i + dim / 2 ("rotate half"): Hugging Face's checkpoints, GPT-NeoX.
     Halves,
@@ -20,22 +22,22 @@ pub enum RopePairs {
     Interleaved,
 }
 
-/// How the heads in the columns of a matrix are turned.
+/// The rotation of the heads in the columns of a matrix.
 #[derive(Clone, Copy, Debug)]
 pub struct RopeSpec<'a> {
-    /// The features of one head.
+    /// The features per head.
     pub head_dim: usize,
-    /// The angle that each pair of features turns by from one position to the next. The pairs are made of the first
-    /// `2 · frequencies.len()` features of a head; the others stay.
+    /// The angle per position of each pair of features. Only the first `2 · frequencies.len()`
+    /// features of a head are rotated.
     pub frequencies: &'a [f64],
     /// Which features make up a pair.
     pub pairs: RopePairs,
-    /// What turned features are multiplied with: 1, but for YaRN.
+    /// The factor of rotated features: 1, except for YaRN.
     pub magnitude: f64,
 }
 
 impl RopeSpec<'_> {
-    /// The places of a pair in its head.
+    /// The indices of a pair's features in the head.
     pub(crate) fn pair(&self, at: usize) -> (usize, usize) {
         match self.pairs {
             RopePairs::Halves => (at, at + self.frequencies.len()),
@@ -46,9 +48,9 @@ impl RopeSpec<'_> {
 
 /// Rotary position embedding (Su et al., 2021: RoFormer).
 pub trait Rope: Device {
-    /// Turns, in every head of a row at position p, pair i by the angle p · frequencyᵢ:
-    /// (a, b) ← m (a cos − b sin, b cos + a sin), in place. `transposed` turns back instead, (a, b) ← m (a cos + b sin,
-    /// b cos − a sin): the backward.
+    /// Rotates pair i of every head, in a row at position p, by the angle p · frequencyᵢ, in place:
+    /// (a, b) ← m (a cos − b sin, b cos + a sin), where m is the magnitude. `transposed` rotates by
+    /// the negative angle, (a, b) ← m (a cos + b sin, b cos − a sin), which is the backward.
     ///
     /// * `x`: `[rows, heads · head_dim]`, any row stride; `positions`: `[rows]`.
     /// * Angles, sines and cosines are computed in f64 and rounded to the accumulator.

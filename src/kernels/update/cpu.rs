@@ -65,7 +65,7 @@ impl Update for Cpu {
         ]
         .map(T::Acc::from_f64);
         let (rest1, rest2) = (T::Acc::from_f64(1.0 - step.beta1), T::Acc::from_f64(1.0 - step.beta2));
-        // Equally long, as the compiler cannot know from the check.
+        // Equal lengths let the compiler drop bounds checks.
         let (grad, first, second) =
             (&grad[..weight.len()], &mut first[..weight.len()], &mut second[..weight.len()]);
         each(weight, master, |at, w| {

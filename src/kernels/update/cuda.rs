@@ -7,18 +7,18 @@ use crate::{
         cuda::{Cuda, CudaSlice, CudaSliceMut, Grid, Kernel},
     },
     error::Result,
-    kernels::{MatRef, packs::Walk, pointwise::cuda::vector},
+    kernels::{MatRef, packs::AccessPlan, pointwise::cuda::vector},
 };
 
-/// How a step walks through the weights and what belongs to them.
-fn walk<T: Element>(
+/// The access plan of a step over the weights, the gradient and the optimizer state.
+fn access_plan<T: Element>(
     grad: CudaSlice<'_, T::Acc>,
     weight: &CudaSliceMut<'_, T>,
     others: &[Option<&CudaSliceMut<'_, T::Acc>>],
-) -> Walk {
+) -> AccessPlan {
     let mut operands = vec![vector(grad), vector(Cuda::shared(weight))];
     operands.extend(others.iter().flatten().map(|other| vector(Cuda::shared(other))));
-    Walk::by_rows(&operands, 1, Cuda::len_mut(weight))
+    AccessPlan::by_rows(&operands, 1, Cuda::len_mut(weight))
 }
 
 fn len<A: Element>(slice: &Option<CudaSliceMut<'_, A>>) -> Option<usize> {
@@ -41,14 +41,15 @@ impl Update for Cuda {
             ("the velocity", len(&velocity)),
         ];
         check("sgd", count, &lens)?;
-        let walk = walk(grad, &weight, &[master.as_ref(), velocity.as_ref()]);
-        let launch = self.kernel(Kernel::Sgd, T::DTYPE).ints(walk.words());
+        let access = access_plan(grad, &weight, &[master.as_ref(), velocity.as_ref()]);
+        let launch = self.kernel(Kernel::Sgd, T::DTYPE).ints(access.arguments());
         let launch = launch.floats([step.lr, step.momentum, step.weight_decay, step.grad_scale]);
         let launch = launch.int(usize::from(step.nesterov)).read(grad).write(&weight);
-        // SAFETY: the arguments are sgd's; `check` has seen that all are as long as the weight.
+        // SAFETY: the arguments are sgd's; `check` has seen that all slices are as long as the
+        // weight.
         #[allow(unsafe_code)]
         unsafe {
-            launch.write_if(master.as_ref()).write_if(velocity.as_ref()).run(Grid::over(walk.steps))
+            launch.write_if(master.as_ref()).write_if(velocity.as_ref()).run(Grid::over(access.steps))
         }
     }
 
@@ -69,23 +70,24 @@ impl Update for Cuda {
         ];
         check("adamw", count, &lens)?;
         let (size, root) = step.corrections();
-        let walk = walk(grad, &weight, &[master.as_ref(), Some(&first), Some(&second)]);
-        let launch = self.kernel(Kernel::AdamW, T::DTYPE).ints(walk.words());
+        let access = access_plan(grad, &weight, &[master.as_ref(), Some(&first), Some(&second)]);
+        let launch = self.kernel(Kernel::AdamW, T::DTYPE).ints(access.arguments());
         let launch = launch.floats([step.beta1, 1.0 - step.beta1, step.beta2, 1.0 - step.beta2, step.eps]);
         let launch = launch.floats([size, root, 1.0 - step.lr * step.weight_decay, step.grad_scale]);
         let launch = launch.read(grad).write(&weight).write_if(master.as_ref());
-        // SAFETY: the arguments are adamw's; `check` has seen that all are as long as the weight.
+        // SAFETY: the arguments are adamw's; `check` has seen that all slices are as long as the
+        // weight.
         #[allow(unsafe_code)]
         unsafe {
-            launch.write(&first).write(&second).run(Grid::over(walk.steps))
+            launch.write(&first).write(&second).run(Grid::over(access.steps))
         }
     }
 
     fn square_sums<T: Element>(&self, x: MatRef<'_, T, Self>, sums: CudaSliceMut<'_, f64>) -> Result<()> {
         check_square_sums(x.dims(), Self::len_mut(&sums))?;
-        let walk = Walk::by_rows(&[x.operand()], x.rows(), x.cols());
-        let launch = self.kernel(Kernel::SquareSums, T::DTYPE).ints(walk.words());
-        // SAFETY: the arguments are square_sums's; the check has seen that there is a sum a row.
+        let access = AccessPlan::by_rows(&[x.operand()], x.rows(), x.cols());
+        let launch = self.kernel(Kernel::SquareSums, T::DTYPE).ints(access.arguments());
+        // SAFETY: the arguments are square_sums's; the check has seen one sum per row.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(x.data()).int(x.dims().row_stride).write(&sums).run(Grid::rows(x.rows(), x.cols()))

@@ -1,4 +1,4 @@
-//! What optimizers do to parameters, element by element.
+//! Optimizer updates of parameters, element by element.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -16,13 +16,13 @@ use crate::{
 pub struct SgdStep {
     /// The learning rate.
     pub lr: f64,
-    /// What the velocity keeps of itself.
+    /// The decay of the velocity.
     pub momentum: f64,
-    /// Whether the step looks ahead along the velocity (Nesterov).
+    /// Whether to use Nesterov momentum.
     pub nesterov: bool,
-    /// Added to the gradient, times the weight.
+    /// The weight decay, as an L2 penalty: added to the gradient times the weight.
     pub weight_decay: f64,
-    /// What the gradient is multiplied with first: it undoes a loss scale, and clips.
+    /// The factor of the gradient, for loss scaling and clipping. Applied first.
     pub grad_scale: f64,
 }
 
@@ -31,35 +31,36 @@ pub struct SgdStep {
 pub struct AdamWStep {
     /// The learning rate.
     pub lr: f64,
-    /// What the first moment keeps of itself.
+    /// The decay of the first moment.
     pub beta1: f64,
-    /// What the second moment keeps of itself.
+    /// The decay of the second moment.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// ε, added to the root of the second moment.
     pub eps: f64,
-    /// The decay of weights, not of moments.
+    /// The decoupled weight decay.
     pub weight_decay: f64,
-    /// The number of this step, from 1 on.
+    /// The number of this step, from 1.
     pub step: u64,
-    /// What the gradient is multiplied with first: it undoes a loss scale, and clips.
+    /// The factor of the gradient, for loss scaling and clipping. Applied first.
     pub grad_scale: f64,
 }
 
 impl AdamWStep {
-    /// The step size and the factor of the root: lr / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ).
+    /// The step size lr / (1 − β₁ᵗ), and the factor of the root, 1 / √(1 − β₂ᵗ).
     pub(crate) fn corrections(&self) -> (f64, f64) {
         let left = |beta: f64| 1.0 - beta.powf(self.step as f64);
         (self.lr / left(self.beta1), 1.0 / left(self.beta2).sqrt())
     }
 }
 
-/// Updates of weights, in the accumulator.
+/// Updates of weights, computed in the accumulator.
 ///
-/// `master`, where there is one, is the weight in the accumulator, and `weight` becomes its rounding; without it the
-/// weight is computed with in the accumulator and rounded. All slices of a call are equally long.
+/// The optional `master` is the weight in the accumulator; `weight` becomes its rounding. Without
+/// it, the weight is widened, updated and rounded. All slices of a call have the same length.
 pub trait Update: Device {
-    /// With g ← scale · grad + decay · w: v ← momentum · v + g, then w ← w − lr · (g + momentum · v if Nesterov, else v).
-    /// Without a velocity, w ← w − lr · g. (Sutskever et al., 2013, as PyTorch has it.)
+    /// With g ← scale · grad + decay · w: v ← momentum · v + g, then w ← w − lr · (g + momentum · v
+    /// if Nesterov, else v). Without a velocity, w ← w − lr · g. (Sutskever et al., 2013, in
+    /// PyTorch's form.)
     ///
     /// # Errors
     /// When sizes disagree.
@@ -73,8 +74,8 @@ pub trait Update: Device {
     ) -> Result<()>;
 
     /// With g ← scale · grad: m ← β₁ m + (1 − β₁) g, v ← β₂ v + (1 − β₂) g²,
-    /// w ← w − lr · decay · w − lr · m̂ / (√v̂ + ε), where m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ)
-    /// (Loshchilov and Hutter, 2019).
+    /// w ← w − lr · decay · w − lr · m̂ / (√v̂ + ε), where m̂ = m / (1 − β₁ᵗ) and
+    /// v̂ = v / (1 − β₂ᵗ) (Loshchilov and Hutter, 2019).
     ///
     /// # Errors
     /// When sizes disagree.
@@ -87,14 +88,15 @@ pub trait Update: Device {
         moments: [Self::SliceMut<'_, T::Acc>; 2],
     ) -> Result<()>;
 
-    /// sums ← Σ over each row of x², in f64, whatever the element. Not finite if a number is not.
+    /// sums ← Σ over each row of x², in f64 for every element type. Not finite if an element is
+    /// not.
     ///
     /// # Errors
     /// When sizes disagree.
     fn square_sums<T: Element>(&self, x: MatRef<'_, T, Self>, sums: Self::SliceMut<'_, f64>) -> Result<()>;
 }
 
-/// Everything that a step touches is as long as the weight.
+/// Checks that all slices of a step are as long as the weight.
 fn check(op: &'static str, weight: usize, others: &[(&str, Option<usize>)]) -> Result<()> {
     others.iter().try_for_each(|(name, len)| {
         len.map_or(Ok(()), |len| same_size(op, name, len, "the number of weights", weight))

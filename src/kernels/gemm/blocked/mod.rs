@@ -1,34 +1,39 @@
-//! C ← α A B + β C by blocks on the CPU.
+//! Blocked GEMM on the CPU: C ← α A B + β C.
 //!
-//! The loops are those of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008), as in BLIS:
+//! The loops are those of Goto and van de Geijn, "Anatomy of high-performance matrix
+//! multiplication" (2008), as in BLIS:
 //!
 //! ```text
-//! for MANY rows of A and C
-//!   for as many columns of B and C that a block of C stays in the second cache, where it is added to again and again
-//!     for KC of the depth                a block of B: KC deep, packed into the second cache
-//!       for MC rows                      a block of A: MC x KC, packed into the second cache, or kept from the columns before
-//!         for 2 vectors of columns       a panel of B, KC deep: in the first cache
-//!           for MR rows                  a tile of C: MR x 2 vectors of sums in registers, KC additions each
+//! for C_ROWS rows of A and C
+//!   for at most NC columns of B and C      a block of C: stays in L2, accumulated over the depth
+//!     for KC of the depth                  a block of B: KC deep, packed, in L2
+//!       for MC rows                        a block of A: MC x KC, packed, in L2; may be kept
+//!         for NR = 2 vectors of columns    a micro-panel of B, KC deep: in L1
+//!           for MR rows                    a micro-tile of C: MR x NR sums in registers
 //! ```
 //!
-//! The third loop goes over *steps* (`plan`): in a sum of products along a tree their sums go to C or to sums that wait beside it, blocks
-//! like C's. Behind it a block of C is finished, if something is to be made of it.
+//! The third loop runs over *steps* (`plan`). In a sum of products along a reduction tree, the sums
+//! of a step go to C or to partial sums, which are blocks of the same shape as C's. After the last
+//! step an optional epilogue is applied to the block of C.
 //!
-//! Where the depth is small it counts most to write C: then the last two loops are exchanged, and rows of C are written through.
+//! Where the depth is small, writing C dominates. Then the last two loops are exchanged, so that C
+//! is written row by row.
 //!
-//! Packing widens bf16 and f16, and turns a transposed B, which a linear layer's weight is, by vectors.
+//! Packing widens bf16 and f16. It transposes a column-major B, such as the weight of a linear
+//! layer, in vector registers.
 //!
-//! An element of C is α · (the sum over the first KC of the depth, in order) + β C, plus α times that over the next KC, and so
-//! on, each product fused into its sum where the processor can. That order is the same in every tile, for every number of
-//! rows and columns and on every kind of vector, so an element has the same bits however a product is cut along its rows and
-//! columns, and on any x86-64 processor with AVX2 and FMA.
+//! An element of C is α · (the sum over the first KC of the depth, in order) + β C, plus α times
+//! the sum over the next KC, and so on. Products are fused into sums where the processor has FMA.
+//! This order is the same in every tile, for every number of rows and columns and for every kind of
+//! vector. So the bits of an element do not change when a product is split by rows or columns, and
+//! are the same on any x86-64 processor with AVX2 and FMA.
 
 mod pack;
 mod plan;
 mod tile;
 mod vector;
 
-pub(super) use plan::{Step, Steps, room};
+pub(super) use plan::{Step, Steps, workspace};
 pub(super) use vector::prefetch;
 
 use crate::{
@@ -39,36 +44,36 @@ use crate::{
 use pack::{pack_columns, pack_panel, pack_panels, pack_rows};
 use plan::Loops;
 use std::ops::Range;
-use tile::{Stack, c_ahead, merge, store, sums_by_columns, sums_by_rows};
+use tile::{SumStack, merge, prefetch_c, store, sums_by_columns, sums_by_rows};
 use vector::Vector;
 
 /// The depth of a block.
 const KC: usize = 384;
 
-/// The rows of a block of A: a multiple of 6 and 8, the rows of the tiles.
+/// The rows of a block of A: a multiple of 6 and 8, the values of MR.
 const MC: usize = 144;
 
-/// The columns of a block of B: a multiple of two vectors of any kind.
+/// The most columns of a block of B: a multiple of NR for every kind of vector.
 pub(super) const NC: usize = 960;
 
-/// The rows of C that are computed at a time: a multiple of [`MC`].
-const MANY: usize = 8 * MC;
+/// The most rows of a block of C: a multiple of [`MC`].
+const C_ROWS: usize = 8 * MC;
 
-/// The elements of a block of C: with A's and B's blocks they leave room in a second cache of 2 MiB.
+/// The most elements of a block of C. With the blocks of A and B it fits an L2 cache of 2 MiB.
 const C_BLOCK: usize = 192 << 10;
 
-/// The depth up to which it counts most to write C, not to make its sums.
+/// The depth up to which writing C takes longer than computing its sums.
 const SHALLOW: usize = 32;
 
-/// The elements of A that are kept packed.
-const KEPT: usize = 4 << 20;
+/// The most elements of A that are kept packed.
+const KEPT_A: usize = 4 << 20;
 
-/// Vectors of columns in a tile.
+/// Vectors in a row of a micro-tile: NR = V · LANES.
 const V: usize = 2;
 
-/// An accumulator and its kinds of vectors.
+/// An accumulator and its vector types.
 pub(super) trait Real: Accumulator {
-    /// What every processor has.
+    /// For every processor.
     type Portable: Vector<Real = Self>;
     /// AVX2 and FMA.
     #[cfg(target_arch = "x86_64")]
@@ -94,31 +99,32 @@ impl Real for f64 {
     type Avx512 = std::arch::x86_64::__m512d;
 }
 
-/// A product.
+/// One call of the blocked product.
 pub(super) struct Job<'a, 'f, T: Element> {
-    /// There is one at least.
+    /// At least one.
     pub(super) steps: &'a [Step<'a, T>],
     pub(super) alpha: T::Acc,
     pub(super) beta: T::Acc,
     pub(super) c: (&'a mut [T::Acc], Dims),
-    pub(super) finish: Option<&'a mut Finish<'f>>,
-    /// As [`room`] says.
-    pub(super) room: [&'a mut [T::Acc]; 3],
+    pub(super) epilogue: Option<&'a mut BlockEpilogue<'f>>,
+    /// Workspaces of the sizes that [`workspace`] returns.
+    pub(super) workspace: [&'a mut [T::Acc]; 3],
 }
 
-/// What is made of each block of C, while it is in the second cache: of these rows and columns, in the memory from its first element on.
-pub(super) type Finish<'f> = dyn FnMut(Range<usize>, Range<usize>, AnyMut<'_, Cpu>) -> Result<()> + 'f;
+/// Applied to each block of C while it is in L2. Receives the block's rows and columns, and the
+/// memory from its first element on.
+pub(super) type BlockEpilogue<'f> = dyn FnMut(Range<usize>, Range<usize>, AnyMut<'_, Cpu>) -> Result<()> + 'f;
 
-/// C ← α A B + β C, on the best vectors that the processor has.
+/// C ← α A B + β C with the best instruction set of the processor.
 ///
 /// # Errors
-/// Those of finishing.
+/// Those of the epilogue.
 pub(super) fn multiply<T: Element<Acc: Real>>(job: Job<'_, '_, T>) -> Result<()> {
     #[cfg(target_arch = "x86_64")]
-    if let Some(kind) = x86_64::Kind::best() {
+    if let Some(kind) = x86_64::InstructionSet::best() {
         return x86_64::multiply(kind, job);
     }
-    // SAFETY: arrays need no instructions.
+    // SAFETY: arrays need no vector instructions.
     #[allow(unsafe_code)]
     let zero = unsafe { <T::Acc as Real>::Portable::zero() };
     blocks::<_, T, 4>(zero, job)
@@ -130,25 +136,24 @@ mod x86_64 {
     use crate::{device::Element, error::Result};
     use std::arch::is_x86_feature_detected;
 
-    /// Vectors that this processor has. There is no other way to one than [`Kind::all`].
+    /// An instruction set that this processor has. Only [`InstructionSet::all`] makes one.
     #[derive(Clone, Copy, Debug)]
-    pub(super) struct Kind(Instructions);
+    pub(super) struct InstructionSet(Isa);
 
     #[derive(Clone, Copy, Debug)]
-    enum Instructions {
+    enum Isa {
         Avx512,
         Avx2,
     }
 
-    impl Kind {
+    impl InstructionSet {
         /// All that this processor has, the best first.
         pub(super) fn all() -> impl Iterator<Item = Self> {
             let avx2 = is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("fma")
                 && is_x86_feature_detected!("f16c");
             let avx512 = avx2 && is_x86_feature_detected!("avx512f");
-            let both =
-                [avx512.then_some(Self(Instructions::Avx512)), avx2.then_some(Self(Instructions::Avx2))];
+            let both = [avx512.then_some(Self(Isa::Avx512)), avx2.then_some(Self(Isa::Avx2))];
             both.into_iter().flatten()
         }
 
@@ -157,11 +162,11 @@ mod x86_64 {
         }
     }
 
-    /// C ← α A B + β C on one kind of vector.
-    pub(super) fn multiply<T: Element<Acc: Real>>(kind: Kind, job: Job<'_, '_, T>) -> Result<()> {
+    /// C ← α A B + β C with one instruction set.
+    pub(super) fn multiply<T: Element<Acc: Real>>(kind: InstructionSet, job: Job<'_, '_, T>) -> Result<()> {
         #[target_feature(enable = "avx512f,avx2,fma,f16c")]
         fn with_avx512<T: Element<Acc: Real>>(job: Job<'_, '_, T>) -> Result<()> {
-            // SAFETY: `Kind::all` has detected what this function, too, is compiled for.
+            // SAFETY: `InstructionSet::all` has detected the features that this function enables.
             #[allow(unsafe_code)]
             let zero = unsafe { <T::Acc as Real>::Avx512::zero() };
             blocks::<_, T, 8>(zero, job)
@@ -173,12 +178,13 @@ mod x86_64 {
             let zero = unsafe { <T::Acc as Real>::Avx2::zero() };
             blocks::<_, T, 6>(zero, job)
         }
-        // SAFETY: the processor has the features that the function enables: `Kind::all` has detected them.
+        // SAFETY: the processor has the features that the function enables: `InstructionSet::all`
+        // has detected them.
         #[allow(unsafe_code)]
         unsafe {
             match kind.0 {
-                Instructions::Avx512 => with_avx512(job),
-                Instructions::Avx2 => with_avx2(job),
+                Isa::Avx512 => with_avx512(job),
+                Isa::Avx2 => with_avx2(job),
             }
         }
     }
@@ -186,29 +192,30 @@ mod x86_64 {
 
 #[inline(always)]
 fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(zero: S, job: Job<'_, '_, T>) -> Result<()> {
-    let Job { steps, alpha, beta, c: (c, cd), mut finish, room: [room_a, room_b, waiting] } = job;
+    let Job { steps, alpha, beta, c: (c, cd), mut epilogue, workspace: [room_a, room_b, partials] } = job;
     let loops = Loops::of(steps, cd);
     let (room_b, wide) = (zero.in_memory(room_b), V * S::LANES);
-    for many in (0..cd.rows).step_by(MANY) {
-        let many_rows = MANY.min(cd.rows - many);
+    for first_c_row in (0..cd.rows).step_by(C_ROWS) {
+        let c_rows = C_ROWS.min(cd.rows - first_c_row);
         for first_col in (0..cd.cols).step_by(loops.cols) {
             let cols = loops.cols.min(cd.cols - first_col);
-            let corner = &mut c[many * cd.row_stride + first_col * cd.col_stride..];
-            let mut stack = Stack { c: corner, dims: cd, waiting, cols: loops.cols, area: loops.area(cd) };
+            let corner = &mut c[first_c_row * cd.row_stride + first_col * cd.col_stride..];
+            let mut stack =
+                SumStack { c: corner, dims: cd, partials, cols: loops.cols, area: loops.area(cd) };
             for (number, step) in steps.iter().enumerate() {
                 let ((a, ad), (b, bd)) = (step.a, step.b);
                 let (depth, by_rows) = (step.depth(), step.by_rows());
                 let beta = match step {
-                    Step { goes_on: true, .. } => T::Acc::ONE,
+                    Step { accumulates: true, .. } => T::Acc::ONE,
                     Step { level: 0, .. } => beta,
                     Step { .. } => T::Acc::ZERO,
                 };
-                for first_row in (0..many_rows).step_by(MC) {
-                    let rows = MC.min(many_rows - first_row);
-                    let kept = number * many_rows.next_multiple_of(24) + first_row;
-                    let room_a = &mut room_a[if loops.kept { kept * KC } else { 0 }..];
-                    if !loops.kept || first_col == 0 {
-                        let a = (&a[(many + first_row) * ad.row_stride..], ad);
+                for first_row in (0..c_rows).step_by(MC) {
+                    let rows = MC.min(c_rows - first_row);
+                    let kept = number * c_rows.next_multiple_of(24) + first_row;
+                    let room_a = &mut room_a[if loops.keeps_a { kept * KC } else { 0 }..];
+                    if !loops.keeps_a || first_col == 0 {
+                        let a = (&a[(first_c_row + first_row) * ad.row_stride..], ad);
                         if by_rows {
                             pack_rows::<T, MR>(a, (rows, depth), room_a.as_chunks_mut().0);
                         } else {
@@ -218,7 +225,8 @@ fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(zero: S, job: J
                     let tiles = Tiles { step, a: room_a, alpha, beta, block: (first_row, rows) };
                     for (at, col) in (0..cols).step_by(wide).enumerate() {
                         let place = (col, wide.min(cols - col));
-                        let room = &mut room_b.as_chunks_mut().0[if loops.once { 0 } else { at * depth }..];
+                        let room =
+                            &mut room_b.as_chunks_mut().0[if loops.one_panel { 0 } else { at * depth }..];
                         if first_row == 0 {
                             let b = (&b[(first_col + col) * bd.col_stride..], bd);
                             if bd.col_stride != 1 {
@@ -246,27 +254,28 @@ fn blocks<S: Vector<Real = T::Acc>, T: Element, const MR: usize>(zero: S, job: J
                     }
                 }
             }
-            if let Some(finish) = &mut finish {
-                let (rows, cols) = (many..many + many_rows, first_col..first_col + cols);
-                finish(rows, cols, T::Acc::any_mut::<Cpu>(stack.c))?;
+            if let Some(epilogue) = &mut epilogue {
+                let (rows, cols) = (first_c_row..first_c_row + c_rows, first_col..first_col + cols);
+                epilogue(rows, cols, T::Acc::any_mut::<Cpu>(stack.c))?;
             }
         }
     }
     Ok(())
 }
 
-/// The tiles of a packed block of A, and what becomes of their sums.
+/// A packed block of A, and how to store the sums of its tiles.
 struct Tiles<'a, T: Element> {
     step: &'a Step<'a, T>,
     a: &'a [T::Acc],
     alpha: T::Acc,
     beta: T::Acc,
-    /// The first of its rows in C's block, and their number.
+    /// The block's first row in the block of C, and its number of rows.
     block: (usize, usize),
 }
 
 impl<T: Element> Tiles<'_, T> {
-    /// The sums of the block's rows from `row` on, and of a panel of so many columns from `col` of C's block on.
+    /// Computes and stores the micro-tile at row `row` of the block and column `col` of the block
+    /// of C.
     #[inline(always)]
     fn compute<S: Vector<Real = T::Acc>, const MR: usize>(
         &self,
@@ -274,11 +283,11 @@ impl<T: Element> Tiles<'_, T> {
         row: usize,
         (col, cols): (usize, usize),
         panel: &[[S; V]],
-        stack: &mut Stack<'_, T::Acc>,
+        stack: &mut SumStack<'_, T::Acc>,
     ) {
         let Self { step, alpha, beta, block: (first, rows), .. } = *self;
         let (place, size) = ((first + row, col), (MR.min(rows - row), cols));
-        c_ahead::<S>(&stack.tile(step.level - step.merges, place, size));
+        prefetch_c::<S>(&stack.tile(step.level - step.merges, place, size));
         let sums = if step.by_rows() {
             sums_by_rows(zero, &self.a.as_chunks().0.as_chunks::<MR>().0[row / MR], panel)
         } else {
@@ -300,16 +309,19 @@ mod tests {
     use crate::{device::Device, rng::Philox};
     use half::bf16;
 
-    /// C of a product, whose memory was NaN before; A and B with elements side by side in rows or in columns.
+    /// Multiplies row- or column-major A and B into a C that is filled with NaN.
     fn product<T: Element<Acc: Real>>(
         (m, k, n): (usize, usize, usize),
         (a_rows, b_rows): (bool, bool),
         number: impl Fn(u64) -> f64,
         multiply: impl Fn(Job<'_, '_, T>) -> Result<()>,
     ) -> Vec<T::Acc> {
-        let layout = |rows, cols, by_rows| match by_rows {
-            true => Dims { rows, cols, row_stride: cols, col_stride: 1 },
-            false => Dims { rows, cols, row_stride: 1, col_stride: rows },
+        let layout = |rows, cols, by_rows| {
+            if by_rows {
+                Dims { rows, cols, row_stride: cols, col_stride: 1 }
+            } else {
+                Dims { rows, cols, row_stride: 1, col_stride: rows }
+            }
         };
         let (ad, bd, cd) = (layout(m, k, a_rows), layout(k, n, b_rows), layout(m, n, true));
         let fill = |dims: Dims, seed: u64| {
@@ -326,11 +338,11 @@ mod tests {
         let (a, b, mut c) = (fill(ad, 0), fill(bd, 1), vec![T::Acc::NAN; m * n]);
         let steps = Steps::product((&a, ad), (&b, bd));
         let cpu = Cpu::poisoned();
-        let [mut room_a, mut room_b, mut waiting] =
-            room(&steps, cd).map(|len| cpu.empty::<T::Acc>(len).unwrap());
+        let [mut room_a, mut room_b, mut partials] =
+            workspace(&steps, cd).map(|len| cpu.empty::<T::Acc>(len).unwrap());
         let (alpha, beta) = (T::Acc::ONE, T::Acc::ZERO);
-        let room: [&mut [_]; 3] = [&mut room_a, &mut room_b, &mut waiting];
-        multiply(Job { steps: &steps, alpha, beta, c: (&mut c, cd), finish: None, room }).unwrap();
+        let workspace: [&mut [_]; 3] = [&mut room_a, &mut room_b, &mut partials];
+        multiply(Job { steps: &steps, alpha, beta, c: (&mut c, cd), epilogue: None, workspace }).unwrap();
         c
     }
 
@@ -346,7 +358,7 @@ mod tests {
         (150, 20, NC + 40),
     ];
 
-    /// Whole numbers, whose sums are exact in any order.
+    /// Compares products of integers, whose sums are exact in any order.
     fn whole<T: Element<Acc: Real>>(multiply: impl Fn(Job<'_, '_, T>) -> Result<()>) {
         let number = |at: u64| (at * 7919 % 13) as f64 - 6.0;
         for (m, k, n) in SHAPES {
@@ -372,22 +384,23 @@ mod tests {
         whole::<f64>(|job| blocks::<_, _, 4>([0.0_f64; 2], job));
         whole::<bf16>(|job| blocks::<_, _, 4>([0.0_f32; 4], job));
         #[cfg(target_arch = "x86_64")]
-        for kind in x86_64::Kind::all() {
+        for kind in x86_64::InstructionSet::all() {
             whole::<f32>(|job| x86_64::multiply(kind, job));
             whole::<f64>(|job| x86_64::multiply(kind, job));
             whole::<bf16>(|job| x86_64::multiply(kind, job));
         }
     }
 
-    /// Products of several blocks of each kind, and of their first rows by themselves, which are in other blocks then.
+    /// Compares products of several blocks with products of their first rows alone, which are
+    /// blocked differently.
     #[test]
-    fn an_element_has_the_same_bits_wherever_a_product_is_cut() {
+    fn an_element_has_the_same_bits_however_a_product_is_split() {
         let stream = Philox::named(2, "numbers");
         let number = |at: u64| stream.normal(at);
-        for (m, k, n) in [(MANY + 30, 2 * KC + 9, 350), (MANY + 30, SHALLOW - 3, NC + 30)] {
+        for (m, k, n) in [(C_ROWS + 30, 2 * KC + 9, 350), (C_ROWS + 30, SHALLOW - 3, NC + 30)] {
             for layout in [(true, false), (false, true)] {
                 let whole = product::<f32>((m, k, n), layout, number, multiply);
-                for rows in [1, 24, 150, MANY] {
+                for rows in [1, 24, 150, C_ROWS] {
                     let part = product::<f32>((rows, k, n), layout, number, multiply);
                     let bits = |c: &[f32]| c.iter().map(|c| c.to_bits()).collect::<Vec<_>>();
                     assert!(
@@ -399,7 +412,7 @@ mod tests {
         }
     }
 
-    /// Where there is a fused multiply-add, one kind of vector rounds as another.
+    /// With fused multiply-add, all kinds of vectors round alike.
     #[test]
     #[cfg(target_arch = "x86_64")]
     fn all_fused_vectors_give_the_same_bits() {
@@ -409,7 +422,7 @@ mod tests {
                 let with = |kind| {
                     product::<f32>(shape, layout, |at| stream.normal(at), |job| x86_64::multiply(kind, job))
                 };
-                let results: Vec<Vec<f32>> = x86_64::Kind::all().map(with).collect();
+                let results: Vec<Vec<f32>> = x86_64::InstructionSet::all().map(with).collect();
                 let bits = |c: &Vec<f32>| c.iter().map(|c| c.to_bits()).collect::<Vec<_>>();
                 assert!(results.windows(2).all(|pair| bits(&pair[0]) == bits(&pair[1])), "{shape:?}");
             }

@@ -1,4 +1,4 @@
-//! Packing: blocks of A and panels of B side by side, widened, as the tiles read them.
+//! Packing: copies blocks of A and panels of B, widened, in the order in which tiles read them.
 
 use super::{
     KC, V,
@@ -9,7 +9,7 @@ use crate::{
     kernels::view::Dims,
 };
 
-/// A's rows side by side, each in room for [`KC`]; the last tile is filled with zeros.
+/// Packs A by rows, each padded to [`KC`]. The last tile is padded with zero rows.
 #[inline(always)]
 pub(super) fn pack_rows<T: Element, const MR: usize>(
     (a, dims): (&[T], Dims),
@@ -29,7 +29,7 @@ pub(super) fn pack_rows<T: Element, const MR: usize>(
     }
 }
 
-/// A's columns, those of a tile's rows side by side; the last tile is filled with zeros.
+/// Packs A by columns of each tile. The last tile is padded with zeros.
 #[inline(always)]
 pub(super) fn pack_columns<T: Element, const MR: usize>(
     (a, dims): (&[T], Dims),
@@ -57,7 +57,7 @@ pub(super) fn pack_columns<T: Element, const MR: usize>(
     }
 }
 
-/// A panel of B, row by row; columns that it does not have are zeros.
+/// Packs a micro-panel of B by rows. Missing columns are zeros.
 #[inline(always)]
 pub(super) fn pack_panel<S: Vector, T: Element<Acc = S::Real>>(
     zero: S,
@@ -72,7 +72,7 @@ pub(super) fn pack_panel<S: Vector, T: Element<Acc = S::Real>>(
         if have == 0 {
             panel.iter_mut().for_each(|row| row[v] = zero);
         } else if dims.row_stride == 1 && have == lanes {
-            turn(zero, &b[first * dims.col_stride..], dims.col_stride, v, panel);
+            transpose(zero, &b[first * dims.col_stride..], dims.col_stride, v, panel);
         } else {
             let from = &b[first * dims.col_stride..];
             for (depth, row) in panel.iter_mut().enumerate() {
@@ -87,7 +87,7 @@ pub(super) fn pack_panel<S: Vector, T: Element<Acc = S::Real>>(
     }
 }
 
-/// All panels of a block of B whose rows lie side by side, each row at once: rows may be far apart.
+/// Packs all micro-panels of a row-major block of B, row by row, since rows may be far apart.
 #[inline(always)]
 pub(super) fn pack_panels<S: Vector, T: Element<Acc = S::Real>>(
     zero: S,
@@ -109,10 +109,10 @@ pub(super) fn pack_panels<S: Vector, T: Element<Acc = S::Real>>(
     }
 }
 
-/// A vector of columns, each of which lies side by side, `stride` elements from one to the next: squares of a vector of
-/// vectors are transposed in registers, by as many perfect shuffles of its rows as the number of lanes has bits.
+/// Packs a vector of contiguous columns, which are `stride` elements apart. Transposes squares of
+/// LANES x LANES elements in registers by log₂ LANES perfect shuffles of the rows.
 #[inline(always)]
-fn turn<S: Vector, T: Element<Acc = S::Real>>(
+fn transpose<S: Vector, T: Element<Acc = S::Real>>(
     zero: S,
     b: &[T],
     stride: usize,
@@ -122,7 +122,7 @@ fn turn<S: Vector, T: Element<Acc = S::Real>>(
     let lanes = S::LANES;
     let mut depth = 0;
     while depth + lanes <= panel.len() {
-        // More than any kind of vector has lanes.
+        // At least the lanes of any kind of vector.
         let mut square = [zero; 16];
         for (col, vector) in square.iter_mut().enumerate().take(lanes) {
             let from = &b[col * stride + depth..];
@@ -146,7 +146,7 @@ fn turn<S: Vector, T: Element<Acc = S::Real>>(
     }
 }
 
-/// The first elements of a slice, widened.
+/// Loads a vector from the first elements of a slice, widened.
 #[inline(always)]
 fn load<S: Vector, T: Element<Acc = S::Real>>(zero: S, from: &[T]) -> S {
     let from = &from[..S::LANES];
@@ -157,7 +157,7 @@ fn load<S: Vector, T: Element<Acc = S::Real>>(zero: S, from: &[T]) -> S {
     zero.load(&wide)
 }
 
-/// A vector of at most as many numbers as it has lanes, then zeros.
+/// A vector of at most LANES numbers, padded with zeros.
 #[inline(always)]
 fn gather<S: Vector>(zero: S, numbers: impl Iterator<Item = S::Real>) -> S {
     let mut all = [S::Real::ZERO; 16];

@@ -1,4 +1,4 @@
-//! Tiles of C: their sums are kept in registers while the depth of a block goes by.
+//! Micro-kernels: the sums of a tile of C stay in registers over the depth of a block.
 
 use super::{
     KC, Step, V,
@@ -6,26 +6,26 @@ use super::{
 };
 use crate::{device::Accumulator, kernels::view::Dims};
 
-/// Numbers in a cache line: 64 bytes of f32.
+/// f32 elements per cache line of 64 bytes.
 const LINE: usize = 16;
 
 /// The most columns of a tile.
 const WIDEST: usize = 32;
 
-/// The sums of a block of C: C itself, and those that wait on the stack above it.
-pub(super) struct Stack<'a, R> {
-    /// From the block's first element on.
+/// The sums of a block of C: C itself, and the stack of partial sums above it.
+pub(super) struct SumStack<'a, R> {
+    /// The memory of C from the block's first element on.
     pub(super) c: &'a mut [R],
     pub(super) dims: Dims,
-    pub(super) waiting: &'a mut [R],
-    /// From one row of a sum that waits to the next.
+    pub(super) partials: &'a mut [R],
+    /// The row stride of a partial sum.
     pub(super) cols: usize,
-    /// From one sum that waits to the next.
+    /// The elements from one partial sum to the next.
     pub(super) area: usize,
 }
 
-impl<R> Stack<'_, R> {
-    /// A tile of a sum: from where on in the block, and of what size.
+impl<R> SumStack<'_, R> {
+    /// The tile at a position in a block, at this level of the stack.
     #[inline(always)]
     pub(super) fn tile(
         &mut self,
@@ -38,11 +38,11 @@ impl<R> Stack<'_, R> {
             return (&mut self.c[start..], Dims { rows, cols, ..self.dims });
         }
         let start = (level - 1) * self.area + row * self.cols + col;
-        (&mut self.waiting[start..], Dims { rows, cols, row_stride: self.cols, col_stride: 1 })
+        (&mut self.partials[start..], Dims { rows, cols, row_stride: self.cols, col_stride: 1 })
     }
 }
 
-/// Sums of the products of a tile's rows, of a panel's depth, with a panel.
+/// The sums of a tile, with A packed by rows: the product of its rows with a micro-panel of B.
 #[inline(always)]
 pub(super) fn sums_by_rows<S: Vector, const MR: usize>(
     zero: S,
@@ -63,14 +63,14 @@ pub(super) fn sums_by_rows<S: Vector, const MR: usize>(
     sums
 }
 
-/// Sums of the products of a tile's columns with a panel of the same depth.
+/// The sums of a tile, with A packed by columns.
 #[inline(always)]
 pub(super) fn sums_by_columns<S: Vector, const MR: usize>(
     zero: S,
     a: &[[S::Real; MR]],
     panel: &[[S; V]],
 ) -> [[S; V]; MR] {
-    /// How many columns of the next tile are asked for at a time.
+    /// The number of columns of the next tile to prefetch at a time.
     const STEP: usize = 4;
     let mut sums = [[zero; V]; MR];
     for (a, panel) in a.chunks(STEP).zip(panel.chunks(STEP)) {
@@ -84,10 +84,10 @@ pub(super) fn sums_by_columns<S: Vector, const MR: usize>(
     sums
 }
 
-/// sums ← sums + a bᵀ, where `a(row)` has a row's element of A in every lane.
+/// sums ← sums + a bᵀ, where `a(row)` is A's element in that row, broadcast to every SIMD lane.
 ///
-/// The inner loop indexes: `Zip::new` is not `#[inline]`, so that without link-time optimization it
-/// is a call, and the sums leave the registers.
+/// The inner loop indexes. `Zip::new` is not `#[inline]`: without link-time optimization it is a
+/// call, and the sums leave the registers.
 #[inline(always)]
 fn add_products<S: Vector, const MR: usize>(sums: &mut [[S; V]; MR], a: impl Fn(usize) -> S, b: &[S; V]) {
     for (row, sums) in sums.iter_mut().enumerate() {
@@ -98,13 +98,13 @@ fn add_products<S: Vector, const MR: usize>(sums: &mut [[S; V]; MR], a: impl Fn(
     }
 }
 
-/// Asks for the lines of C that a tile's sums go to, which are far apart: they come while the sums are made.
+/// Prefetches the tile's rows of C, which are far apart, while the sums are computed.
 #[inline(always)]
-pub(super) fn c_ahead<S: Vector>((c, dims): &(&mut [S::Real], Dims)) {
+pub(super) fn prefetch_c<S: Vector>((c, dims): &(&mut [S::Real], Dims)) {
     if dims.col_stride == 1 {
         for row in 0..dims.rows {
             let start = c.as_ptr().wrapping_add(row * dims.row_stride);
-            // A row that begins inside of a line ends in one more.
+            // A row that does not begin at a cache line spans one more.
             (0..=V * S::LANES / LINE).for_each(|line| prefetch(start.wrapping_add(line * LINE)));
         }
     }
@@ -138,18 +138,19 @@ pub(super) fn store<S: Vector, const MR: usize>(
     }
 }
 
-/// Of a step that completes sums: α · its own are added to what it goes on with, and to one sum after another.
+/// Stores the sums of a step that completes others: adds its level, if it accumulates, and the
+/// levels below to α · sums.
 #[inline(always)]
 pub(super) fn merge<S: Vector, T, const MR: usize>(
     mut sums: [[S; V]; MR],
     (step, alpha): (&Step<'_, T>, S::Real),
-    stack: &mut Stack<'_, S::Real>,
+    stack: &mut SumStack<'_, S::Real>,
     (place, size): ((usize, usize), (usize, usize)),
 ) {
     let alpha = sums[0][0].splat(alpha);
     sums.as_flattened_mut().iter_mut().for_each(|sum| *sum = alpha.times(*sum));
     let to = step.level - step.merges;
-    let above = if step.goes_on { step.level + 1 } else { step.level };
+    let above = if step.accumulates { step.level + 1 } else { step.level };
     for level in (to..above).rev() {
         let (below, dims) = stack.tile(level, place, size);
         for (row, sums) in sums.iter_mut().enumerate().take(dims.rows) {
@@ -169,7 +170,7 @@ pub(super) fn merge<S: Vector, T, const MR: usize>(
     store(&sums, S::Real::ONE, S::Real::ZERO, stack.tile(to, place, size));
 }
 
-/// Whether a tile lacks no rows or columns, and its rows lie side by side.
+/// Whether a tile is complete and row-major.
 #[inline(always)]
 fn is_whole<S: Vector, const MR: usize>(dims: Dims) -> bool {
     dims.rows == MR && dims.cols == V * S::LANES && dims.col_stride == 1

@@ -1,39 +1,40 @@
-//! Vectors of the processor, as the blocked product needs them: AVX-512, AVX2, or what the compiler makes of small arrays.
+//! SIMD vectors for the blocked product: AVX-512, AVX2, or small arrays that the compiler
+//! vectorizes.
 
 use crate::device::Accumulator;
 use std::slice;
 
 /// A vector of f32 or f64.
 ///
-/// A vector is the proof that the processor has its instructions. Kernels get the first one from
-/// the unsafe [`Vector::zero`]; every other function takes a vector.
+/// A value of a vector type is the proof that the processor has its instructions. Kernels get the
+/// first one from the unsafe [`Vector::zero`]; every other function takes a vector.
 ///
 /// # Safety
-/// The type is [`Vector::LANES`] of its reals without padding, of which any bits are a value. Where
-/// the processor has what `zero` asks for, no other function needs more than that. Whoever makes a
-/// vector in another way (the standard library can, where a function has its target feature) has to
+/// The type must be [`Vector::LANES`] reals without padding, valid for any bits. Functions other
+/// than `zero` must need no instructions beyond those that `zero` requires. Code that makes a
+/// vector in another way (the standard library can, in a function with the target feature) must
 /// know that the processor has all of them.
 #[allow(unsafe_code)]
 pub(in super::super) unsafe trait Vector: Copy {
-    /// What it is a vector of: [`Vector::LANES`] of them without padding.
+    /// The type of an element.
     type Real: Accumulator;
-    /// How many there are.
+    /// The number of elements.
     const LANES: usize;
 
-    /// 0 in every lane.
+    /// 0 in every SIMD lane.
     ///
     /// # Safety
-    /// The processor has been found to have the instructions of this kind of vector; an array needs
-    /// none.
+    /// The processor must have been found to have the instructions of this vector type. An array
+    /// needs none.
     unsafe fn zero() -> Self;
 
-    /// `x` in every lane.
+    /// `x` in every SIMD lane.
     fn splat(self, x: Self::Real) -> Self;
 
-    /// The first lanes of a slice.
+    /// Loads the first LANES elements of a slice.
     fn load(self, from: &[Self::Real]) -> Self;
 
-    /// Becomes the first lanes of a slice.
+    /// Stores to the first LANES elements of a slice.
     fn store(self, to: &mut [Self::Real]);
 
     /// self + other.
@@ -42,23 +43,24 @@ pub(in super::super) unsafe trait Vector: Copy {
     /// self · other.
     fn times(self, other: Self) -> Self;
 
-    /// a · b + self, rounded once where the processor can.
+    /// a · b + self, rounded once where the processor has FMA.
     fn add_product(self, a: Self, b: Self) -> Self;
 
-    /// a₀ b₀ a₁ b₁ …, in two vectors.
+    /// The elements a₀ b₀ a₁ b₁ …, in two vectors.
     fn interleave(self, other: Self) -> (Self, Self);
 
-    /// The numbers in these vectors.
+    /// The elements of these vectors.
     #[inline(always)]
     fn lanes(vectors: &[Self]) -> &[Self::Real] {
-        // SAFETY: a vector is `LANES` reals without padding, as this trait demands, and at least as aligned as one.
+        // SAFETY: a vector is `LANES` reals without padding, as this trait demands, and at least as
+        // aligned as one.
         #[allow(unsafe_code)]
         unsafe {
             slice::from_raw_parts(vectors.as_ptr().cast(), vectors.len() * Self::LANES)
         }
     }
 
-    /// As many vectors as lie, aligned, in some memory.
+    /// Reinterprets the aligned part of some memory as vectors.
     #[inline(always)]
     fn in_memory(self, memory: &mut [Self::Real]) -> &mut [Self] {
         // SAFETY: a vector is `LANES` reals without padding, as this trait demands, and any bits
@@ -70,11 +72,12 @@ pub(in super::super) unsafe trait Vector: Copy {
     }
 }
 
-/// Asks for the cache line of an address, which need not be valid.
+/// Prefetches the cache line at an address, which need not be valid.
 #[inline(always)]
 pub(in super::super) fn prefetch<T>(address: *const T) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch reads nothing that a program could see, and never faults; every x86-64 processor has it.
+    // SAFETY: a prefetch has no architectural effect and never faults. Every x86-64 processor has
+    // it.
     #[allow(unsafe_code)]
     unsafe {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
@@ -84,7 +87,7 @@ pub(in super::super) fn prefetch<T>(address: *const T) {
     let _ = address;
 }
 
-/// Vectors without instructions of their own: the compiler uses what the target has at least.
+/// Arrays as vectors: the compiler uses the target's baseline instructions.
 macro_rules! portable {
     ($real:ty, $lanes:literal) => {
         // SAFETY: an array has no padding, and no function here needs an instruction that the
@@ -126,10 +129,14 @@ macro_rules! portable {
 
             #[inline(always)]
             fn add_product(self, a: Self, b: Self) -> Self {
-                // Where there is no instruction for it, `mul_add` is a call of a function that is a hundred times slower.
-                let one = |i: usize| match cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
-                    true => a[i].mul_add(b[i], self[i]),
-                    false => self[i] + a[i] * b[i],
+                // Without an FMA instruction `mul_add` is a library call, which is a hundred times
+                // slower.
+                let one = |i: usize| {
+                    if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+                        a[i].mul_add(b[i], self[i])
+                    } else {
+                        self[i] + a[i] * b[i]
+                    }
                 };
                 std::array::from_fn(one)
             }
@@ -151,11 +158,11 @@ mod x86_64 {
     use super::Vector;
     use std::arch::x86_64::*;
 
-    /// One type of vector; `$interleave` makes two vectors of two.
+    /// Implements a vector type. `$interleave` makes two vectors of two.
     macro_rules! vector {
         ($vector:ty, $real:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident, $add:ident, $mul:ident, $fma:ident, $interleave:expr) => {
-            // SAFETY: the type is so many reals without padding. Every function but `zero` takes a
-            // vector, which is only made where the processor has AVX2 and FMA, or AVX-512: no
+            // SAFETY: the type has this many reals without padding. Every function but `zero` takes
+            // a vector, which exists only where the processor has AVX2 and FMA, or AVX-512. No
             // function needs more.
             #[allow(unsafe_code)]
             unsafe impl Vector for $vector {
@@ -173,7 +180,7 @@ mod x86_64 {
 
                 #[inline(always)]
                 fn splat(self, x: $real) -> Self {
-                    // SAFETY: there is a vector, `self`, so that the processor has the instruction.
+                    // SAFETY: `self` exists, so the processor has the instruction.
                     #[allow(unsafe_code)]
                     unsafe {
                         $splat(x)
@@ -183,8 +190,8 @@ mod x86_64 {
                 #[inline(always)]
                 fn load(self, from: &[$real]) -> Self {
                     let from: &[$real; $lanes] = from.first_chunk().expect("a vector's lanes");
-                    // SAFETY: there is a vector, `self`, so that the processor has the instruction;
-                    // `from` is as long as a vector.
+                    // SAFETY: `self` exists, so the processor has the instruction; `from` is as
+                    // long as a vector.
                     #[allow(unsafe_code)]
                     unsafe {
                         $load(from.as_ptr())
@@ -194,8 +201,8 @@ mod x86_64 {
                 #[inline(always)]
                 fn store(self, to: &mut [$real]) {
                     let to: &mut [$real; $lanes] = to.first_chunk_mut().expect("a vector's lanes");
-                    // SAFETY: there is a vector, `self`, so that the processor has the instruction;
-                    // `to` is as long as a vector.
+                    // SAFETY: `self` exists, so the processor has the instruction; `to` is as long
+                    // as a vector.
                     #[allow(unsafe_code)]
                     unsafe {
                         $store(to.as_mut_ptr(), self)
@@ -204,7 +211,7 @@ mod x86_64 {
 
                 #[inline(always)]
                 fn plus(self, other: Self) -> Self {
-                    // SAFETY: there is a vector, `self`, so that the processor has the instruction.
+                    // SAFETY: `self` exists, so the processor has the instruction.
                     #[allow(unsafe_code)]
                     unsafe {
                         $add(self, other)
@@ -213,7 +220,7 @@ mod x86_64 {
 
                 #[inline(always)]
                 fn times(self, other: Self) -> Self {
-                    // SAFETY: there is a vector, `self`, so that the processor has the instruction.
+                    // SAFETY: `self` exists, so the processor has the instruction.
                     #[allow(unsafe_code)]
                     unsafe {
                         $mul(self, other)
@@ -222,7 +229,7 @@ mod x86_64 {
 
                 #[inline(always)]
                 fn add_product(self, a: Self, b: Self) -> Self {
-                    // SAFETY: there is a vector, `self`, so that the processor has the instruction.
+                    // SAFETY: `self` exists, so the processor has the instruction.
                     #[allow(unsafe_code)]
                     unsafe {
                         $fma(a, b, self)
@@ -231,8 +238,7 @@ mod x86_64 {
 
                 #[inline(always)]
                 fn interleave(self, other: Self) -> (Self, Self) {
-                    // SAFETY: there is a vector, `self`, so that the processor has the
-                    // instructions.
+                    // SAFETY: `self` exists, so the processor has the instructions.
                     #[allow(unsafe_code)]
                     unsafe {
                         $interleave(self, other)
@@ -338,7 +344,7 @@ mod tests {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::{is_x86_feature_detected, x86_64::*};
-            // SAFETY: each kind of vector is made after its instructions were detected.
+            // SAFETY: each vector type is made after its instructions were detected.
             #[allow(unsafe_code)]
             unsafe {
                 if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {

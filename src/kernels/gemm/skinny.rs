@@ -1,7 +1,9 @@
-//! Products of few rows on the CPU: what a token at a time needs, where all that counts is to read B once.
+//! Skinny GEMM on the CPU: products of at most [`MAX_ROWS`] rows, as in decoding one token at a
+//! time. Their time is that of reading B once.
 //!
-//! Each element of C is summed in an order that depends on the depth alone: not on the number of rows or columns, nor on
-//! which of them are computed together. So a product gives the same bits however its rows and columns are split.
+//! The order in which an element of C is summed depends only on the depth, not on the number of
+//! rows and columns or on which of them are computed together. So splitting a product by rows or
+//! columns leaves the bits unchanged.
 
 use super::blocked::prefetch;
 use crate::{
@@ -9,25 +11,26 @@ use crate::{
     kernels::view::Dims,
 };
 
-/// The most rows that are computed here. With more of them a blocked product is faster.
-pub(in crate::kernels) const FEW: usize = 8;
+/// The most rows of A. Above this the blocked product is faster.
+pub(in crate::kernels) const MAX_ROWS: usize = 8;
 
-/// Partial sums of a dot product, as in `lanes`.
+/// Partial sums of a dot product, as in `lanes`: lanes of SIMD vectors.
 const LANES: usize = 16;
 
-/// Columns of B whose dot products are computed together: their sums do not wait for one another.
-const TOGETHER: usize = 4;
+/// Columns of B whose dot products are computed together: independent sums hide the latency.
+const COLS: usize = 4;
 
-/// Rows of A whose dot products are computed together: an element of B is widened once for them.
+/// Rows of A whose dot products are computed together: each element of B is widened once for
+/// all.
 const ROWS: usize = 4;
 
-/// Rows of B that are added at a time.
+/// Rows of B that are added per pass.
 const STREAMS: usize = 4;
 
-/// Columns of C whose sums are kept in cache while rows of B go by.
+/// Columns of C whose sums stay in cache while rows of B are read.
 const BLOCK: usize = 1024;
 
-/// What to do with a sum: C ← α · sum + β C.
+/// How to store a sum: C ← α · sum + β C.
 #[derive(Clone, Copy)]
 pub(in crate::kernels) struct Scale<A> {
     pub(in crate::kernels) alpha: A,
@@ -42,16 +45,17 @@ impl<A: Accumulator> Scale<A> {
     }
 }
 
-/// Whether there are few enough rows, and they lie in a way that this file reads. A row of a transposed matrix does not,
-/// even where that has one column and its elements lie side by side: a block of a wider one would not, either.
+/// Whether A is row-major with at most [`MAX_ROWS`] rows and B has unit stride in one dimension. A
+/// row of a column-major A does not qualify, even where A has one column and is contiguous: a block
+/// of a wider A would not qualify either.
 pub(in crate::kernels) fn fits(a: Dims, b: Dims) -> bool {
     ((a.col_stride == 1 && a.row_stride != 1) || a.cols <= 1)
-        && a.rows <= FEW
+        && a.rows <= MAX_ROWS
         && (b.row_stride == 1 || b.rows <= 1 || b.col_stride == 1 || b.cols <= 1)
 }
 
-/// C ← α A B + β C for dimensions that [`fits`]. `sums` has room for a block of sums of every row, for a row-major B:
-/// [`room`] elements.
+/// C ← α A B + β C for dimensions that [`fits`] accepts. `sums` is the workspace of a row-major B,
+/// of [`workspace`] elements.
 pub(in crate::kernels) fn multiply<A, B, C>(
     a: (Dims, &[A]),
     b: (Dims, &[B]),
@@ -64,24 +68,24 @@ pub(in crate::kernels) fn multiply<A, B, C>(
     C: Element<Acc = A::Acc>,
 {
     if by_dots(b.0) {
-        // The processor's widest vectors pay where there is more to do than to read B.
+        // The widest vectors pay only where there is more to do than reading B.
         let wide = c.0.rows >= ROWS || B::DTYPE != A::Acc::DTYPE;
-        let dots = Dots { a, b, c, scale };
+        let dots = DotForm { a, b, c, scale };
         if wide { widest(dots) } else { vectorized(dots) }
     } else {
-        vectorized(Rows { a, b, c, scale, sums });
+        vectorized(AxpyForm { a, b, c, scale, sums });
     }
 }
 
-/// Elements of C as dot products of rows of A and columns of B.
-struct Dots<'a, A: Element, B, C> {
+/// C as dot products of rows of A and columns of B.
+struct DotForm<'a, A: Element, B, C> {
     a: (Dims, &'a [A]),
     b: (Dims, &'a [B]),
     c: (Dims, &'a mut [C]),
     scale: Scale<A::Acc>,
 }
 
-impl<A: Element, B: Element<Acc = A::Acc>, C: Element<Acc = A::Acc>> Kernel for Dots<'_, A, B, C> {
+impl<A: Element, B: Element<Acc = A::Acc>, C: Element<Acc = A::Acc>> Kernel for DotForm<'_, A, B, C> {
     type Output = ();
 
     #[inline(always)]
@@ -89,11 +93,11 @@ impl<A: Element, B: Element<Acc = A::Acc>, C: Element<Acc = A::Acc>> Kernel for 
         let Self { a: (ad, a), b: (bd, b), c: (cd, c), scale } = self;
         let b_col = |col: usize| if bd.rows == 0 { &b[..0] } else { &b[col * bd.col_stride..][..bd.rows] };
         let at = |row: usize, col: usize| row * cd.row_stride + col * cd.col_stride;
-        let whole = cd.cols / TOGETHER * TOGETHER;
-        for first in (0..whole).step_by(TOGETHER) {
+        let whole = cd.cols / COLS * COLS;
+        for first in (0..whole).step_by(COLS) {
             let cols = [b_col(first), b_col(first + 1), b_col(first + 2), b_col(first + 3)];
-            let next = TOGETHER * bd.col_stride;
-            let mut store = |row: usize, sums: [A::Acc; TOGETHER]| {
+            let next = COLS * bd.col_stride;
+            let mut store = |row: usize, sums: [A::Acc; COLS]| {
                 for (col, sum) in sums.into_iter().enumerate() {
                     scale.store(&mut c[at(row, first + col)], sum);
                 }
@@ -123,8 +127,8 @@ impl<A: Element, B: Element<Acc = A::Acc>, C: Element<Acc = A::Acc>> Kernel for 
     }
 }
 
-/// Rows of C as sums of rows of B.
-struct Rows<'a, A: Element, B, C> {
+/// C as scaled sums of rows of B (axpy).
+struct AxpyForm<'a, A: Element, B, C> {
     a: (Dims, &'a [A]),
     b: (Dims, &'a [B]),
     c: (Dims, &'a mut [C]),
@@ -132,7 +136,7 @@ struct Rows<'a, A: Element, B, C> {
     sums: &'a mut [A::Acc],
 }
 
-impl<A: Element, B: Element<Acc = A::Acc>, C: Element<Acc = A::Acc>> Kernel for Rows<'_, A, B, C> {
+impl<A: Element, B: Element<Acc = A::Acc>, C: Element<Acc = A::Acc>> Kernel for AxpyForm<'_, A, B, C> {
     type Output = ();
 
     #[inline(always)]
@@ -170,19 +174,19 @@ fn a_row<A>(dims: Dims, a: &[A], row: usize) -> &[A] {
     if dims.cols == 0 { &a[..0] } else { &a[row * dims.row_stride..][..dims.cols] }
 }
 
-/// The elements of `sums` that [`multiply`] needs.
-pub(in crate::kernels) fn room(b: Dims, c: Dims) -> usize {
+/// The number of elements of the workspace `sums` of [`multiply`].
+pub(in crate::kernels) fn workspace(b: Dims, c: Dims) -> usize {
     if by_dots(b) { 0 } else { c.rows * c.cols.min(BLOCK) }
 }
 
-/// Whether the columns of B are read as they lie, rather than its rows. A single column that lies side by side counts as
+/// Whether B is column-major, so that its columns are read. A single contiguous column counts as
 /// rows of one element, as it would in a block of a wider matrix.
 fn by_dots(b: Dims) -> bool {
     (b.row_stride == 1 && b.col_stride != 1) || b.rows <= 1
 }
 
-/// Σ aᵢ bᵢ for some a and b: element i goes to lane i mod 16, then the lanes are summed pairwise. What comes `next` elements behind is
-/// asked for from memory.
+/// Σ aᵢ bᵢ for each a and b. Element i goes to SIMD lane i mod 16; then the lanes are summed
+/// pairwise. Prefetches the elements of B that lie `next` further on.
 #[inline(always)]
 fn dots<A: Element, B: Element<Acc = A::Acc>, const M: usize, const N: usize>(
     a: [&[A]; M],
@@ -207,7 +211,8 @@ fn dots<A: Element, B: Element<Acc = A::Acc>, const M: usize, const N: usize>(
             }
         }
     }
-    // The pairs of the sums below would otherwise decide how the loop above is made into vectors: two lanes at a time.
+    // Without this the pairwise sums below would decide how the loop above is vectorized: two lanes
+    // at a time.
     let mut lanes = std::hint::black_box(lanes);
     let mut sums = [[A::Acc::ZERO; N]; M];
     for row in 0..M {
