@@ -1,4 +1,5 @@
-//! Data parallelism: a linear regression on replicas that see different samples, the same as on one device.
+//! Data parallelism: a linear regression on replicas that see different samples. The result equals
+//! that of one device.
 //!
 //! `cargo run --release --example data_parallel [-- --ranks 4] [--central]`
 
@@ -27,12 +28,13 @@ struct Args {
     /// The number of replicas.
     #[arg(long, default_value_t = 4)]
     ranks: usize,
-    /// Reduce the gradients to one rank, which updates and broadcasts.
+    /// Reduce the gradients to one rank, which updates the parameters and broadcasts them.
     #[arg(long)]
     central: bool,
 }
 
-/// A sample's features, and its target: a linear function of them, and a little noise.
+/// Returns a sample's features and its target: a linear function of the features, plus a little
+/// noise.
 fn sample(at: usize) -> ([f64; FEATURES], f64) {
     let stream = Philox::stream(7, at as u64);
     let x: [f64; FEATURES] = std::array::from_fn(|feature| stream.normal(feature as u64));
@@ -40,7 +42,7 @@ fn sample(at: usize) -> ([f64; FEATURES], f64) {
     (x, y + 0.1 * stream.normal(FEATURES as u64))
 }
 
-/// Trains on this many ranks. The loss of each epoch, and the weights, of each rank.
+/// Trains on this many ranks. Returns each rank's loss per epoch and its weights.
 fn train(ranks: usize, central: bool) -> Result<Vec<(Vec<f64>, Vec<f64>)>> {
     launch::threads(ranks, |world| {
         let (alone, source) = (Group::solo(world.device()), Random::normal(1, 0.1));
@@ -53,9 +55,10 @@ fn train(ranks: usize, central: bool) -> Result<Vec<(Vec<f64>, Vec<f64>)>> {
             Bias::Add,
         )?;
         let params = model.params();
-        let replicas = match central {
-            true => DataParallel::central(&world, &params, 0)?,
-            false => DataParallel::new(&world, &params)?,
+        let replicas = if central {
+            DataParallel::central(&world, &params, 0)?
+        } else {
+            DataParallel::new(&world, &params)?
         };
         let mut sgd = Sgd::default();
         let sampler = ShardedSampler { samples: SAMPLES, batch: 256, shuffle: Some(1) };
@@ -76,7 +79,8 @@ fn train(ranks: usize, central: bool) -> Result<Vec<(Vec<f64>, Vec<f64>)>> {
                 }
                 let (out, saved) = model.forward(DTensor::replicated(&alone, x)?)?;
                 sum += ops::squared_error(out.local(), &y)?;
-                // Each rank divides by the size of the whole batch; the ranks' gradients are summed.
+                // Each rank divides by the size of the whole batch; the ranks' gradients are
+                // summed.
                 let dout = ops::squared_error_backward(out.local(), &y, 1.0 / size)?;
                 replicas.begin(GradReduce::Sum)?;
                 model.backward(saved, DTensor::shard(&alone, dout, &Partition::even(1, 1))?)?;

@@ -1,8 +1,8 @@
-//! A layer of your own: a mixture of experts, whose experts are dealt over the ranks, as the MLP of
-//! a transformer block.
+//! A user-defined layer: a mixture of experts that replaces the MLP of a transformer block. The
+//! experts are distributed over the ranks.
 //!
 //! `cargo run --release --example experts` compares it on 1 to 4 ranks with a loop over tokens on
-//! one device, forward and backward. The guide to such layers is in the docs of `Layer`.
+//! one device, forward and backward. The docs of `Layer` explain how to write such layers.
 
 use ndarray::{Array2, s};
 use shardwise::{
@@ -21,27 +21,27 @@ struct Sizes {
     hidden: usize,
     ffn: usize,
     experts: usize,
-    /// How many experts compute a token.
+    /// The number of experts per token.
     top_k: usize,
 }
 
 /// y = Σ gate · down silu(up x) over the experts with the `top_k` largest logits: S → S.
 ///
-/// logits = router x; the gates are the softmax of the chosen logits. The router is equal on every
-/// rank; each expert is whole on one rank.
+/// logits = router x; the gates are the softmax of the chosen logits. The router is replicated;
+/// each expert is whole on one rank.
 ///
-/// * Forward: entering S, so that every rank sees all tokens; leaving S: a rank has the terms of
-///   its own experts.
-/// * Backward: the same, and an all-reduce of the router's gradient, for every S.
+/// * Forward: enters S, so that every rank sees all tokens. Leaves S with each rank's terms, those
+///   of its own experts.
+/// * Backward: the same, plus an all-reduce of the router's gradient, for every S.
 ///
-/// `Reduction::Invariant` is refused by the `leave` of the forward: the terms of the sum are those
-/// of ranks, so its bits depend on their number.
+/// The forward's `leave` rejects `Reduction::Invariant`: each term of the sum is that of a rank, so
+/// the bits depend on the number of ranks.
 struct Moe<S: ResidualStream, T: Element, B: Backend> {
     group: Group<B>,
-    /// This rank by itself: that of its experts.
+    /// The group of this rank alone, which the experts use.
     solo: Group<B>,
     router: Param<T, B>,
-    /// This rank's experts, and their numbers.
+    /// This rank's experts and their indices.
     experts: Vec<(u32, Expert<T, B>)>,
     top_k: usize,
     stream: PhantomData<S>,
@@ -49,21 +49,21 @@ struct Moe<S: ResidualStream, T: Element, B: Backend> {
 
 type Expert<T, B> = ParallelMlp<Replicated, T, B>;
 
-/// What the backward needs.
+/// The saved tensors for the backward.
 struct MoeSaved<T: Element, B: Backend> {
     /// All tokens.
     x: Tensor<T, B>,
-    /// `[tokens, top_k]`, and the expert of each.
+    /// `[tokens, top_k]`, and the expert of each gate.
     gates: Tensor<T, B>,
     chosen: Vec<u32>,
-    /// For each expert of this rank.
+    /// One entry per expert of this rank.
     routed: Vec<Routed<T, B>>,
 }
 
-/// What one expert has: a row for each of its tokens.
+/// The tokens routed to one expert, one row each.
 struct Routed<T: Element, B: Backend> {
     tokens: Vec<u32>,
-    /// The places of its gates among `tokens · top_k`.
+    /// The indices of its gates among `tokens · top_k`.
     slots: Vec<u32>,
     gates: Tensor<T, B>,
     y: Tensor<T, B>,
@@ -77,7 +77,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Moe<S, T, B> {
         if !(1..=experts).contains(&top_k) {
             return Err(Error::invalid(OP, format!("top {top_k} of {experts} experts")));
         }
-        // All ranks hold the router; one of them counts it.
+        // All ranks hold the router; rank 0 owns it in the parameter count.
         let (region, owned) = (Region::whole([experts, hidden]), group.rank() == 0);
         let router =
             Param::load_region(group.device(), weights, "router.weight", Role::Weight, region, owned)?;
@@ -87,7 +87,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Moe<S, T, B> {
             let mlp = Expert::load(&solo, &weights, &names, (hidden, ffn), Activation::Silu, false)?;
             Ok((number as u32, mlp))
         };
-        // Refuses more ranks than experts.
+        // Returns an error if there are more ranks than experts.
         let own = group.partition(OP, "experts", experts, 1)?.range(group.rank());
         let experts = own.map(expert).collect::<Result<_>>()?;
         Ok(Self { group: group.clone(), solo, router, experts, top_k, stream: PhantomData })
@@ -104,7 +104,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for Moe<S, T, B> {
         let _site = self.router.site().enter();
         x.check(OP, &self.group)?;
         let (x, device) = (x.enter()?, self.group.device());
-        // The same on every rank: all have the same tokens and the same router.
+        // The result is the same on every rank: all have the same tokens and the same router.
         let (logits, _) = ops::linear(x.local(), &self.router.value()?, None, None)?;
         let (logits, chosen) = ops::top_k(&logits, self.top_k)?;
         let gates = softmax(&logits)?;
@@ -137,7 +137,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for Moe<S, T, B> {
         let (dy, device) = (dy.enter()?, self.group.device());
         let mut dx = Tensor::<T::Acc, B>::zeros(device, x.shape())?;
         let mut dgates = Tensor::<T::Acc, B>::zeros(device, [gates.len(), 1])?;
-        // An expert without tokens, too, adds a gradient, of zeros: each parameter one a backward.
+        // An expert without tokens adds a zero gradient: each backward must add one per parameter.
         for ((_, expert), own) in self.experts.iter().zip(routed) {
             let dy = dy.local().rows(&own.tokens)?;
             let dgate = ops::dot_rows(&own.y, &dy)?.reshape([own.slots.len(), 1])?;
@@ -146,8 +146,9 @@ impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for Moe<S, T, B> {
             let own_dx = expert.backward(own.saved, dy)?;
             device.scatter_add(&own.tokens, own_dx.local().mat(), dx.mat_mut()?)?;
         }
-        // The backward of the softmax is linear in the gradient. So from this rank's terms of the
-        // gates' gradient it makes this rank's terms of the logits', of the router's and of x's.
+        // The backward of the softmax is linear in the gradient. It therefore maps this rank's
+        // terms of the gates' gradient to its terms of the gradients of the logits, the router and
+        // x.
         let dlogits = logits_grad(&gates, &dgates, &chosen, self.router.shape().rows())?;
         let mut drouter = Tensor::empty(device, self.router.shape())?;
         ops::linear_dw(device, (dlogits.mat(), x.mat()), 0.0, drouter.mat_mut()?, None)?;
@@ -163,7 +164,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for Moe<S, T, B> {
     }
 }
 
-/// The softmax of each row, of which the first element is the largest. On the host.
+/// Returns the softmax of each row, whose first element is the largest. Computed on the host.
 fn softmax<T: Element, B: Backend>(logits: &Tensor<T, B>) -> Result<Tensor<T, B>> {
     let mut rows = logits.to_vec()?;
     for row in rows.chunks_mut(logits.shape().cols()) {
@@ -174,7 +175,8 @@ fn softmax<T: Element, B: Backend>(logits: &Tensor<T, B>) -> Result<Tensor<T, B>
     Tensor::from_vec(logits.device(), logits.shape(), rows)
 }
 
-/// The gradient of all logits, `[tokens, experts]`: 0 of those that were not chosen. On the host.
+/// Returns the gradient of all logits, `[tokens, experts]`, 0 for those not chosen. Computed on the
+/// host.
 fn logits_grad<T: Element, B: Backend>(
     gates: &Tensor<T, B>,
     dgates: &Tensor<T::Acc, B>,
@@ -194,14 +196,14 @@ fn logits_grad<T: Element, B: Backend>(
     Tensor::from_vec(device, [tokens, experts], dlogits)
 }
 
-/// How far results may be apart.
+/// The largest allowed difference between results.
 const BOUND: f64 = 1e-12;
 
 type Matrices = BTreeMap<String, Array2<f64>>;
-/// y, dx, each parameter's gradient by its name, and the norm of the whole gradient.
+/// y, dx, each parameter's gradient by name, and the norm of the whole gradient.
 type Results = BTreeMap<String, Vec<f64>>;
 
-/// The layer on one device, token by token.
+/// Computes the layer on one device, token by token.
 fn reference(weights: &Matrices, top_k: usize, [x, dy]: &[Array2<f64>; 2]) -> Results {
     let router = &weights["router.weight"];
     let mut sums: Matrices = weights.iter().map(|(name, weight)| (name.clone(), weight * 0.0)).collect();
@@ -245,7 +247,7 @@ fn reference(weights: &Matrices, top_k: usize, [x, dy]: &[Array2<f64>; 2]) -> Re
     all.chain([("norm".into(), vec![norm])]).collect()
 }
 
-/// x and dy of a layer.
+/// Returns x and dy of a layer.
 fn inputs(tokens: usize, features: usize) -> [Array2<f64>; 2] {
     [0, 1].map(|number| {
         let stream = Philox::stream(1, number);
@@ -253,7 +255,7 @@ fn inputs(tokens: usize, features: usize) -> [Array2<f64>; 2] {
     })
 }
 
-/// What each rank has after a forward and a backward.
+/// Runs a forward and a backward on each rank and returns the results.
 fn run<S: ResidualStream, L: Layer<f64, Cpu, In = S, Out = S>>(
     ranks: usize,
     [x, dy]: &[Array2<f64>; 2],
@@ -284,7 +286,7 @@ fn run<S: ResidualStream, L: Layer<f64, Cpu, In = S, Out = S>>(
     })
 }
 
-/// An error, if what the ranks have is too far from what they should have.
+/// Returns an error if the ranks' results differ too much from the expected ones.
 fn check<S: ResidualStream, L: Layer<f64, Cpu, In = S, Out = S>>(
     case: &str,
     inputs: &[Array2<f64>; 2],
@@ -310,7 +312,7 @@ fn check<S: ResidualStream, L: Layer<f64, Cpu, In = S, Out = S>>(
     Ok(())
 }
 
-/// The layer by itself, against the reference.
+/// Compares the layer with the reference.
 fn check_layer<S: ResidualStream>(tokens: usize, sizes: Sizes) -> Result<()> {
     let source = Random::normal(1, 0.3);
     let load = |group: &Group<Cpu>| Moe::<S, f64, Cpu>::load(group, &Weights::new(&source), sizes);
@@ -325,7 +327,7 @@ fn check_layer<S: ResidualStream>(tokens: usize, sizes: Sizes) -> Result<()> {
     check::<S, _>(&case, &inputs, load, &want)
 }
 
-/// The layer in a transformer block, against the same block on one rank.
+/// Compares a transformer block that contains the layer with the same block on one rank.
 fn check_block<S: ResidualStream>(sizes: Sizes) -> Result<()> {
     let load = |group: &Group<Cpu>| {
         let (source, names) = (Random::normal(1, 0.3), BlockNames::default());
@@ -340,14 +342,15 @@ fn check_block<S: ResidualStream>(sizes: Sizes) -> Result<()> {
     };
     let inputs = inputs(11, sizes.hidden);
     let mut want = run(1, &inputs, load)?.swap_remove(0);
-    // The weights of the attention are cut over the ranks.
+    // The weights of the attention are sharded over the ranks.
     want.retain(|name, _| !name.starts_with("attention"));
     check::<S, _>("transformer block", &inputs, load, &want)
 }
 
 fn main() -> Result<()> {
     let sizes = |experts, top_k| Sizes { hidden: 8, ffn: 6, experts, top_k };
-    // Among them: experts without tokens, a rank without tokens, and every expert for every token.
+    // These sizes include experts without tokens, a rank without tokens, and every expert for every
+    // token.
     for (tokens, sizes) in [(11, sizes(5, 2)), (3, sizes(5, 1)), (7, sizes(4, 4))] {
         check_layer::<Replicated>(tokens, sizes)?;
         check_layer::<Shard<0>>(tokens, sizes)?;

@@ -30,13 +30,13 @@ use std::{process::ExitCode, time::Instant};
 #[derive(Parser)]
 #[command(about = "Checks whether this machine's GPU can be used")]
 struct Args {
-    /// The number of the GPU.
+    /// The index of the GPU.
     #[arg(long, default_value_t = 0)]
     gpu: usize,
-    /// Only the kernels: not NCCL, which tools that watch memory slow down.
+    /// Check the kernels only. NCCL is slow under memory checkers.
     #[arg(long)]
     kernels: bool,
-    /// Compiles the kernels for a compute capability, such as 9.0, into the cache, and does nothing
+    /// Compile the kernels for a compute capability, such as 9.0, into the cache, and do nothing
     /// else.
     #[arg(long, value_parser = capability)]
     precompile: Vec<(u32, u32)>,
@@ -48,14 +48,14 @@ fn capability(text: &str) -> std::result::Result<(u32, u32), String> {
     numbers.ok_or_else(|| format!("{text} is no compute capability: expected major.minor, such as 9.0"))
 }
 
-/// A tensor of normal random numbers, the same on every device.
+/// Returns a tensor of normal random numbers, the same on every device.
 fn random<T: Element, B: Device>(device: &B, seed: u64, shape: [usize; 2]) -> Result<Tensor<T, B>> {
     let stream = Philox::stream(seed, 1);
     let values: Vec<T> = (0..(shape[0] * shape[1]) as u64).map(|at| T::from_f64(stream.normal(at))).collect();
     Tensor::from_slice(device, shape, &values)
 }
 
-/// The numbers of a tensor.
+/// Returns the elements of a tensor.
 fn numbers<T: Element, B: Device>(tensor: &Tensor<T, B>) -> Result<Vec<f64>> {
     Ok(tensor.to_vec()?.into_iter().map(T::to_f64).collect())
 }
@@ -87,8 +87,8 @@ fn norm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     Ok([numbers(&y)?, numbers(&dx)?, numbers(&dgamma)?].concat())
 }
 
-/// Causal attention of two sequences, forward and backward, and one step from a cache: bf16 and f16
-/// on tensor cores.
+/// Attention: causal over two sequences, forward and backward, and one decoding step from a cache.
+/// bf16 and f16 use tensor cores.
 fn attention<T: Element, B: Backend>(device: &B, head_dim: usize) -> Result<Vec<f64>> {
     let (kv_of_query, choices) = (vec![0, 0, 1, 1], AttentionChoices::CAUSAL);
     let heads = QkvHeads { kv_of_query, kv_heads: 2, head_dim, choices };
@@ -113,7 +113,7 @@ fn attention<T: Element, B: Backend>(device: &B, head_dim: usize) -> Result<Vec<
         dqkv.mat_mut()?,
     )?;
 
-    // One token more for two sequences, one of which is long enough to be split.
+    // Decodes one more token for two sequences. One of them is long enough for split attention.
     let capacity = 600;
     let [keys, values] =
         [11, 12].map(|seed| random::<T, B>(device, seed, [2 * heads.kv_heads * capacity, head_dim]));
@@ -192,8 +192,7 @@ fn update<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     Ok([numbers(&weight)?, numbers(&master)?, numbers(&second)?].concat())
 }
 
-/// Products with both operands in either order, a batch, a bias and a gelu behind one, and column
-/// sums.
+/// Products with transposed and plain operands, a batch, a fused bias and GELU, and column sums.
 fn gemm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     let (m, k, n) = (72, 96, 128);
     let (a, b) = (random::<T, B>(device, 21, [m, k])?, random::<T, B>(device, 22, [n, k])?);
@@ -224,7 +223,7 @@ fn gemm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     Ok(results.concat())
 }
 
-/// What has failed.
+/// The failed checks.
 #[derive(Default)]
 struct Failures(usize);
 
@@ -241,7 +240,7 @@ impl Failures {
     }
 }
 
-/// One family on the GPU and on the CPU.
+/// Compares one kernel family on the GPU and on the CPU.
 macro_rules! compare {
     ($failures:ident, $cuda:ident, $($name:literal => $family:ident ($($more:expr),*)),* $(,)?) => {$(
         compare!(@of $failures, $cuda, $name, $family, ($($more),*), f32 1e-5, f64 1e-12, bf16 3e-2, f16 4e-3)
@@ -282,7 +281,8 @@ fn kernels(cuda: &Cuda, failures: &mut Failures) {
     }
 }
 
-/// NCCL with one rank: a communicator, a sum, its parts, and its end.
+/// Checks NCCL with one rank: creates a communicator, runs an all-reduce and a reduce-scatter, and
+/// destroys it.
 fn one_rank(gpu: usize, order: nccl::Order) -> Result<String> {
     let sums = launch::threads(1, |host| {
         let cuda = Cuda::new(gpu)?;

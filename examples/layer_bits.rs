@@ -1,6 +1,6 @@
-//! Prints hashes of the outputs and gradients of every layer, a line for each layer, residual
-//! stream, element and reduction, with a hash for each of 1 to 8 ranks. A change that only moves
-//! code leaves the listing as it was; hashes differ between processors, as sums do.
+//! Prints hashes of the outputs and gradients of every layer: one line for each layer, residual
+//! stream, element and reduction, with a hash for each of 1 to 8 ranks. Refactoring must not change
+//! the listing. Hashes differ between processors, as their sums are rounded differently.
 //!
 //! `cargo run --release --example layer_bits > after.txt`, or `scripts/same_layers.sh COMMIT`,
 //! which compares with a commit.
@@ -40,14 +40,14 @@ struct Sizes {
     words: usize,
 }
 
-/// Uneven cuts and key/value heads that several ranks hold; products large enough for blocked
+/// Uneven shards and key/value heads that several ranks hold; products large enough for blocked
 /// kernels.
 const SIZES: [(&str, Sizes); 2] = [
     ("small", Sizes { tokens: 37, hidden: 24, ffn: 41, heads: 9, kv_heads: 3, head_dim: 6, words: 29 }),
     ("large", Sizes { tokens: 150, hidden: 96, ffn: 260, heads: 12, kv_heads: 4, head_dim: 16, words: 130 }),
 ];
 
-/// The bits of everything that a rank has computed.
+/// Hashes the bits of everything that a rank has computed.
 #[derive(Default)]
 struct Bits {
     hash: DefaultHasher,
@@ -75,7 +75,7 @@ impl Bits {
     }
 }
 
-/// The rows of a random tensor that a rank holds.
+/// Returns the rows of a random tensor that a rank holds.
 fn random<S: ResidualStream, T: Element>(
     group: &Group<Cpu>,
     name: &str,
@@ -90,7 +90,7 @@ fn random<S: ResidualStream, T: Element>(
         .with_sequences(Sequences::packed(lens))
 }
 
-/// Two backwards of a layer, so that gradients are accumulated. The output is its own gradient.
+/// Runs two backwards of a layer, so that gradients accumulate. The output is its own gradient.
 fn two_steps<T: Element, L: Layer<T, Cpu>>(
     group: &Group<Cpu>,
     layer: L,
@@ -139,7 +139,7 @@ fn block_config(sizes: &Sizes, placement: NormPlacement) -> BlockConfig {
     }
 }
 
-/// Ids through a tied embedding and head with positions, to a loss.
+/// Runs ids through a tied embedding and head with positions, to a loss.
 fn vocabulary<S: ResidualStream, T: Element>(
     group: &Group<Cpu>,
     weights: &Weights<'_>,
@@ -168,7 +168,7 @@ fn vocabulary<S: ResidualStream, T: Element>(
     Ok(bits)
 }
 
-/// What is computed by one layer of these sizes, on one rank.
+/// Runs one layer of these sizes on one rank and hashes its results.
 fn layer<S: ResidualStream, T: Element>(name: &str, group: &Group<Cpu>, sizes: &Sizes) -> Result<Bits> {
     let source = Random::normal(1, 0.1);
     let weights = &Weights::new(&source);
@@ -253,7 +253,7 @@ const LAYERS: [&str; 14] = [
     "vocabulary",
 ];
 
-/// The hashes of one layer on 1 to 8 ranks, of what all ranks have.
+/// Prints the hashes of one layer on 1 to 8 ranks; each hash covers the results of all ranks.
 fn print<S: ResidualStream, T: Element>(
     name: &str,
     what: &str,

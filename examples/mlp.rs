@@ -1,4 +1,5 @@
-//! A tensor-parallel MLP in four ranks, forward and backward: each rank holds a quarter of both weights.
+//! A tensor-parallel MLP on four ranks, forward and backward. Each rank holds a quarter of both
+//! weights.
 //!
 //! `cargo run --release --example mlp`
 

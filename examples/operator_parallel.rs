@@ -1,4 +1,5 @@
-//! Operator parallelism: one linear operator over several ranks (external), and several at a time on one (internal).
+//! Operator parallelism: one linear operator over several ranks (external), and several operators
+//! at a time on one rank (internal).
 //!
 //! `cargo run --release --example operator_parallel [-- --ranks 2] [--threads 2]`
 
@@ -20,7 +21,7 @@ struct Args {
     /// Ranks that share the operator.
     #[arg(long, default_value_t = 2)]
     ranks: usize,
-    /// Threads of the one rank that computes several.
+    /// Threads of the one rank that computes several operators.
     #[arg(long, default_value_t = NonZeroUsize::new(2).unwrap())]
     threads: NonZeroUsize,
 }
@@ -29,7 +30,7 @@ const ROWS: usize = 512;
 const INPUTS: usize = 1024;
 const OUTPUTS: usize = 2048;
 
-/// The operator over ranks: y and its gradient's way back, and the time of both, on each.
+/// Runs the operator over ranks. Each rank returns y, dx and the time of both.
 fn external(ranks: usize) -> Result<Vec<(Vec<f32>, Vec<f32>, f64)>> {
     let source = Random::normal(1, 0.05);
     launch::threads(ranks, |world| {
@@ -58,7 +59,7 @@ fn external(ranks: usize) -> Result<Vec<(Vec<f32>, Vec<f32>, f64)>> {
     })
 }
 
-/// Three operators of one input at the same time, and the time of them.
+/// Runs three operators of one input at the same time. Returns their results and the time.
 fn internal(threads: NonZeroUsize) -> Result<(Vec<Vec<f32>>, f64)> {
     let cpu = Cpu::new().with_threads(threads);
     let x = Tensor::<f32>::full(&cpu, [ROWS, INPUTS], 0.5)?;
@@ -95,7 +96,7 @@ fn main() -> Result<()> {
         fast * 1e3
     );
     println!("  the same bits: {}", alone == together);
-    // y sums 1,024 products, dx 2,048 with another order at each size.
+    // y sums 1,024 products, dx 2,048, in an order that depends on the number of ranks.
     let bound = 2048.0 * f64::from(f32::EPSILON);
     if dy > bound || ddx > bound || alone != together {
         return Err(shardwise::Error::Invalid {

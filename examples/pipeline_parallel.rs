@@ -1,4 +1,5 @@
-//! Vertical model parallelism: 10 → 5 → ReLU → 1, its layers on different ranks, the same as on one device.
+//! Pipeline parallelism: 10 → 5 → ReLU → 1, its layers on different ranks. The result equals that
+//! of one device.
 //!
 //! `cargo run --release --example pipeline_parallel [-- --ranks 3] [--schedule gpipe]`
 
@@ -25,17 +26,17 @@ const STEPS: u64 = 50;
 enum Order {
     /// All forwards, then all backwards.
     Gpipe,
-    /// A forward and a backward in turn.
+    /// Alternating forwards and backwards.
     OneForwardOneBackward,
 }
 
-/// Three layers in stages.
+/// A pipeline of three layers.
 #[derive(Parser)]
 struct Args {
     /// The number of stages, 1 to 3.
     #[arg(long, default_value_t = 2)]
     ranks: usize,
-    /// Microbatches of a step.
+    /// The number of microbatches per step.
     #[arg(long, default_value_t = 4)]
     microbatches: usize,
     /// The order of forwards and backwards.
@@ -45,7 +46,7 @@ struct Args {
 
 type Stage = Vec<BoxLayer<Replicated, Replicated, f64>>;
 
-/// The layers of one stage.
+/// Builds the layers of one stage.
 fn stage(layers: std::ops::Range<usize>, group: &Group<Cpu>) -> Result<Stage> {
     let source = Random::normal(3, 0.5);
     let weights = Weights::new(&source);
@@ -69,7 +70,7 @@ fn stage(layers: std::ops::Range<usize>, group: &Group<Cpu>) -> Result<Stage> {
         .collect()
 }
 
-/// The samples in front of the first stage, and the mean squared error behind the last.
+/// The input samples of the first stage, and the mean squared error after the last.
 struct Data {
     group: Group<Cpu>,
     cut: Partition,
@@ -77,7 +78,7 @@ struct Data {
 }
 
 impl Data {
-    /// The rows of a microbatch: features, or the target.
+    /// Returns the rows of a microbatch: its features or its targets.
     fn rows(
         &self,
         microbatch: usize,
@@ -115,7 +116,7 @@ impl PipelineEnds<Replicated, f64, Cpu> for Data {
     }
 }
 
-/// Trains on this many stages. The loss of each step.
+/// Trains on this many stages. Returns the loss of each step.
 fn train(ranks: usize, microbatches: usize, order: Order) -> Result<Vec<f64>> {
     let all = launch::threads(ranks, |world| {
         // Each stage is one device: its operators are not sharded.
@@ -126,7 +127,7 @@ fn train(ranks: usize, microbatches: usize, order: Order) -> Result<Vec<f64>> {
             Order::Gpipe => Schedule::gpipe(ranks, microbatches),
             Order::OneForwardOneBackward => Schedule::one_forward_one_backward(ranks, microbatches),
         };
-        // What goes into each layer.
+        // The input width of each stage.
         let widths = (0..ranks).map(|stage| [10, 5, 5][layers.range(stage).start]).collect();
         let pipeline = Pipeline::with_widths(&world, &alone, schedule, widths)?;
         let cut = Partition::even(SAMPLES, microbatches);
@@ -143,7 +144,7 @@ fn train(ranks: usize, microbatches: usize, order: Order) -> Result<Vec<f64>> {
         }
         Ok(curve)
     })?;
-    // The last stage knows the loss.
+    // The last stage has the loss.
     Ok(all.into_iter().next_back().unwrap_or_default())
 }
 

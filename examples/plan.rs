@@ -1,5 +1,5 @@
-//! Plans a language model without data: the memory, the operations and the collectives of one rank
-//! of a group of any size, from the code that would run there.
+//! Plans a language model without data: the memory, operations and collectives of one rank in a
+//! group of any size. The plan runs the same code as the model itself.
 //!
 //! `cargo run --release --example plan -- --model a/folder --ranks 64 --rank 5` takes under a
 //! second; without a folder it plans Llama 2 of 70 billion parameters.
@@ -31,10 +31,10 @@ struct Args {
     /// The rank that is planned.
     #[arg(long, default_value_t = 0)]
     rank: usize,
-    /// Tokens of a sequence.
+    /// The number of tokens in a sequence.
     #[arg(long, default_value_t = 4096)]
     tokens: usize,
-    /// How many of the first blocks recompute their forward in the backward.
+    /// The number of blocks, from the first, that recompute their forward in the backward.
     #[arg(long, default_value_t = 0)]
     recomputed: usize,
 }
@@ -118,7 +118,8 @@ fn tera(operations: u64) -> f64 {
     operations as f64 / 1e12
 }
 
-/// Prints the collectives by kind: how many, and the bytes that the rank has to send at least.
+/// Prints the collectives by kind: their number, and the minimum number of bytes that the rank
+/// sends.
 fn list(moved: &[Transfer], ranks: usize) {
     let mut all: BTreeMap<Op, (usize, usize)> = BTreeMap::new();
     for transfer in moved {

@@ -1,13 +1,15 @@
-//! One rank a process, started by torchrun, mpirun or srun: a tensor-parallel MLP, and its result on every rank.
+//! A tensor-parallel MLP with one process per rank, started by torchrun, mpirun or srun. Prints
+//! each rank's result.
 //!
 //! ```text
 //! cargo build --release --example processes
 //! torchrun --no-python --nproc-per-node 4 target/release/examples/processes
 //! ```
 //!
-//! Without a launcher it is one rank. The processes' own connections carry the collectives, which does for a small model. Built
-//! with feature `nccl`, `--device cuda` gives each process the GPU of its `LOCAL_RANK`: the connections then carry what NCCL
-//! needs, and NCCL carries the tensors.
+//! Without a launcher there is one rank. TCP connections between the processes carry the
+//! collectives, which is enough for a small model. Built with feature `nccl`, `--device cuda` gives
+//! each process the GPU of its `LOCAL_RANK`. The connections then only bootstrap NCCL, and NCCL
+//! carries the tensors.
 
 use clap::{Parser, ValueEnum};
 use shardwise::{

@@ -1,5 +1,6 @@
-//! Trains a small transformer block on 1 to 8 tensor-parallel ranks, with and without sequence parallelism, and prints a
-//! hash of all its numbers: with `Reduction::Invariant` they have the same bits at every size, with `Reduction::Fast` not.
+//! Trains a small transformer block on 1 to 8 tensor-parallel ranks, with and without sequence
+//! parallelism, and prints a hash of all its numbers. With `Reduction::Invariant` the bits are the
+//! same at every number of ranks; with `Reduction::Fast` they are not.
 //!
 //! `cargo run --release --example same_bits`
 
@@ -43,7 +44,7 @@ fn config() -> BlockConfig {
     }
 }
 
-/// The rows of a random tensor that a rank holds.
+/// Returns the rows of a random tensor that a rank holds.
 fn random<S: ResidualStream>(world: &Group<Cpu>, name: &str) -> Result<DTensor<S>> {
     let stream = Philox::named(1, name);
     let rows = S::local_rows(world, TOKENS)?;
@@ -56,8 +57,8 @@ fn fail(reason: &str) -> Error {
     Error::Invalid { op: "same_bits", reason: reason.into() }
 }
 
-/// The hash of the outputs and gradient norms of some steps of training. Each has to move the
-/// outputs.
+/// Returns the hash of the outputs and gradient norms of some training steps. Each step must change
+/// the outputs.
 fn train<S: ResidualStream>(ranks: usize, reduction: Reduction) -> Result<u64> {
     let outcomes = launch::threads(ranks, |world| {
         let world = world.with_reduction(reduction);
@@ -83,7 +84,8 @@ fn train<S: ResidualStream>(ranks: usize, reduction: Reduction) -> Result<u64> {
     let mut hash = DefaultHasher::new();
     let mut before = vec![0.0; TOKENS * HIDDEN];
     for (step, norm) in outcomes[0].1.iter().enumerate() {
-        // With sequence parallelism the ranks have the rows of one tensor; without, each has all of them.
+        // With sequence parallelism each rank has some rows of one tensor; without, each has all of
+        // them.
         let mut rows: Vec<f32> = outcomes.iter().flat_map(|(outputs, _)| &outputs[step]).copied().collect();
         let copies = rows.split_off(TOKENS * HIDDEN);
         if outcomes.iter().any(|(_, norms)| norms[step] != *norm)
@@ -118,7 +120,7 @@ fn main() -> Result<()> {
     if hashes.iter().any(|hash| *hash != hashes[0]) {
         return Err(fail("the bits differ"));
     }
-    // A comparison that cannot fail says nothing.
+    // Fails if the comparison could not detect a difference.
     if fasts.iter().all(|hash| *hash == fasts[0]) {
         return Err(fail("fast sums have the same bits at every size, too: nothing was compared"));
     }

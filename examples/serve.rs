@@ -15,13 +15,13 @@ use std::{
 };
 
 const SLOTS: usize = 2;
-/// The most tokens of a prompt with its answer.
+/// The largest number of tokens of a prompt with its answer.
 const ROOM: usize = 32;
 /// How long a rank waits for the others in a collective. The queue stays empty for longer.
 const DEADLINE: Duration = Duration::from_secs(1);
 const POLL: Duration = Duration::from_millis(100);
 
-/// Its number, the prompt, and how many new tokens it asks for.
+/// The request's number, its prompt, and the number of new tokens.
 type Request = (usize, Vec<u32>, usize);
 type Model = Decoder<Replicated, f64, Cpu>;
 
@@ -30,13 +30,13 @@ struct Running {
     slot: usize,
     id: usize,
     wanted: usize,
-    /// What the cache does not have yet: the prompt, later the last token.
+    /// The tokens that are not in the cache yet: the prompt, later the last token.
     unread: Vec<u32>,
     tokens: Vec<u32>,
 }
 
 fn main() -> Result<()> {
-    // The milliseconds before each request, the length of its prompt, and how many tokens it wants.
+    // The milliseconds before each request, the length of its prompt, and the number of new tokens.
     let plan = [(0, 5, 12), (0, 3, 4), (1, 7, 6), (1500, 4, 8), (1, 9, 5)];
     let prompt = |id: usize, length: usize| (0..length).map(|at| (97 * id + 31 * at) as u32 % 1000).collect();
     let requests = plan.iter().enumerate().map(|(id, &(_, length, wanted))| (id, prompt(id, length), wanted));
@@ -71,7 +71,7 @@ fn main() -> Result<()> {
 fn fill(queue: Sender<Request>, pauses: [Duration; 5], requests: &[Request]) {
     for (pause, request) in pauses.into_iter().zip(requests) {
         thread::sleep(pause);
-        // If nobody listens any more, the ranks have failed, and say so.
+        // If the receiver is gone, the ranks have failed and report the error.
         let _ = queue.send(request.clone());
     }
 }
@@ -87,12 +87,12 @@ fn load(group: &Group<Cpu>) -> Result<Model> {
         placement: NormPlacement::Pre,
         names: BlockNames::default(),
     };
-    // Not tied: a random model whose head is its embedding only repeats the last token.
+    // Not tied: a random model with a tied head only repeats the last token.
     let config = DecoderConfig { tied: false, positions: Some(ROOM), ..DecoderConfig::new(1000, block, 2) };
     Decoder::load(group, &Random::normal(1, 0.2), &config)
 }
 
-/// The tokens of a request that has a cache to itself.
+/// Returns the tokens of a request that has a cache to itself.
 fn alone(model: &Model, (_, prompt, wanted): &Request) -> Result<Vec<u32>> {
     let mut cache = model.cache(1, ROOM)?;
     let (mut unread, mut tokens) = (prompt.clone(), Vec::new());
@@ -104,8 +104,8 @@ fn alone(model: &Model, (_, prompt, wanted): &Request) -> Result<Vec<u32>> {
     Ok(tokens)
 }
 
-/// What rank 0 finds in the queue, on every rank: a request, if there is one, and whether others
-/// may follow.
+/// Broadcasts what rank 0 reads from the queue: a request, if there is one, and whether others may
+/// follow.
 fn receive(
     world: &Group<Cpu>,
     queue: &Mutex<Receiver<Request>>,
@@ -116,17 +116,20 @@ fn receive(
         Err(RecvTimeoutError::Disconnected) => Some((None, false)),
         Err(RecvTimeoutError::Timeout) => None,
     };
-    let found = match wait {
-        true => world.wait_for(0, || Ok(poll(POLL)))?,
-        false if world.rank() == 0 => poll(Duration::ZERO),
-        false => None,
+    let found = if wait {
+        world.wait_for(0, || Ok(poll(POLL)))?
+    } else if world.rank() == 0 {
+        poll(Duration::ZERO)
+    } else {
+        None
     };
     let json = |error: serde_json::Error| Error::invalid("serve", error.to_string());
     let found = serde_json::to_vec(&found.unwrap_or((None, true))).map_err(json)?;
     serde_json::from_slice(&world.broadcast_bytes(0, &found)?).map_err(json)
 }
 
-/// Every request's tokens, by its number. All ranks decide alike: they hear of the same requests.
+/// Returns every request's tokens by its number. All ranks make the same decisions, because they
+/// receive the same requests.
 fn serve(world: &Group<Cpu>, queue: &Mutex<Receiver<Request>>) -> Result<BTreeMap<usize, Vec<u32>>> {
     let model = load(world)?;
     let mut cache = model.cache(SLOTS, ROOM)?;
@@ -150,9 +153,9 @@ fn serve(world: &Group<Cpu>, queue: &Mutex<Receiver<Request>>) -> Result<BTreeMa
             println!("  step: {} prompt tokens of {} new, {old} running", ids.len() - old, slots.len() - old);
         }
         let logits = model.step(&ids, &slots, &counts, &mut cache)?;
-        // Where noise is drawn, the position makes it another one for each token.
-        let draws: Vec<u64> = slots.iter().map(|&slot| cache.len(slot) as u64).collect();
-        for (text, token) in running.iter_mut().zip(Sampler::greedy().sample(&logits, &draws)?) {
+        // The position selects the random numbers, so each token gets different noise.
+        let numbers: Vec<u64> = slots.iter().map(|&slot| cache.len(slot) as u64).collect();
+        for (text, token) in running.iter_mut().zip(Sampler::greedy().sample(&logits, &numbers)?) {
             text.tokens.push(token);
             text.unread = vec![token];
         }

@@ -1,12 +1,12 @@
-//! A small Vision Transformer on data- and tensor-parallel ranks: the losses are those of one
-//! device, also after a save that another mesh goes on from.
+//! A small Vision Transformer on data- and tensor-parallel ranks. The losses equal those of one
+//! device, also after another mesh resumes from a checkpoint.
 //!
 //! `cargo run --release --example vit`
 
 use shardwise::{prelude::*, reference::worst, rng::Philox};
 use std::{ops::Range, path::Path};
 
-/// Images of 8 x 8 pixels, in patches of 4 x 4.
+/// Images of 8 x 8 pixels, in ViT patches of 4 x 4.
 const SIDE: usize = 8;
 const PATCH: usize = 4;
 const PATCHES: usize = (SIDE / PATCH) * (SIDE / PATCH);
@@ -14,14 +14,14 @@ const PIXELS: usize = PATCH * PATCH;
 const CLASSES: usize = 3;
 const HIDDEN: usize = 16;
 const BATCH: usize = 12;
-/// The steps of a run, and the one after which it is saved.
+/// The steps of a run, and the step after which it is saved.
 const STEPS: u64 = 40;
 const SAVED: u64 = 20;
-/// How far losses of different meshes may be apart.
+/// The largest allowed difference between the losses of two meshes.
 const BOUND: f64 = 1e-12;
 
-/// The pixels of an image, patch by patch, and its class: a wave along x, along y or along the
-/// diagonal, with noise.
+/// Returns the pixels of an image, ViT patch by ViT patch, and its class: a noisy wave along x,
+/// along y or along the diagonal.
 fn sample(number: u64) -> (Vec<f64>, u32) {
     let stream = Philox::stream(7, number);
     let class = (stream.uniform(0) * CLASSES as f64) as usize;
@@ -36,7 +36,7 @@ fn sample(number: u64) -> (Vec<f64>, u32) {
     ((0..SIDE * SIDE).map(pixel).collect(), class as u32)
 }
 
-/// From patches, replicated, to the classes' logits, which are cut over the ranks.
+/// Builds the model from image patches, replicated, to the classes' logits, sharded over the ranks.
 fn vit(
     group: &Group<Cpu>,
     source: &dyn WeightSource,
@@ -64,7 +64,7 @@ fn vit(
     Ok(patches.then(GatherFrom::<1>).then(positions).then(blocks).then(norm).then(MeanPool).then(head))
 }
 
-/// Trains on `dp` x `tp` ranks, from the start or from a save. The loss of each step.
+/// Trains on `dp` x `tp` ranks, from the start or from a checkpoint. Returns the loss of each step.
 fn train(
     [dp, tp]: [usize; 2],
     steps: Range<u64>,
@@ -94,7 +94,7 @@ fn train(
             let samples = own.clone().map(|at| sample(step * BATCH as u64 + at as u64));
             let (pixels, targets): (Vec<_>, Vec<_>) = samples.unzip();
             let x = Tensor::from_vec(world.device(), [own.len() * PATCHES, PIXELS], pixels.concat())?;
-            // Each image is a sequence: its patches attend to each other only.
+            // Each image is a sequence: its patches attend only to each other.
             let images = Sequences::packed(own.clone().map(|_| PATCHES));
             let x = DTensor::replicated(tensor, x)?.with_sequences(images)?;
 
@@ -108,8 +108,8 @@ fn train(
             adamw.step(&params, 3e-3, 1.0)?;
             curve.push(replicas.sum(&[losses.sum()? / BATCH as f64])?);
 
-            // Replicas hold the same: one of them saves. The states of f64 weights are f64, too, so
-            // that one list holds both.
+            // Replicas hold the same parameters, so one of them saves. The states of f64 weights
+            // are f64 as well, so one list holds both.
             if let Some(folder) = save.filter(|_| step + 1 == SAVED && data.rank() == 0) {
                 weights::save(tensor, &[params.clone(), adamw.state()?].concat(), folder)?;
             }
@@ -119,14 +119,15 @@ fn train(
     Ok(ranks.swap_remove(0))
 }
 
-/// An error, if a loss is too far from what it should be.
+/// Returns an error if a loss differs too much from the expected one.
 fn compare(name: &str, losses: &[f64], want: &[f64]) -> Result<()> {
     let difference = worst(losses, want);
     let [first, last] = [losses[0], losses[losses.len() - 1]];
     println!("{name}: loss {first:.4} to {last:.4}, largest difference {difference:.1e}");
-    match difference <= BOUND {
-        true => Ok(()),
-        false => Err(Error::invalid("vit", format!("the losses of {name} differ by {difference:.1e}"))),
+    if difference <= BOUND {
+        Ok(())
+    } else {
+        Err(Error::invalid("vit", format!("the losses of {name} differ by {difference:.1e}")))
     }
 }
 
@@ -134,12 +135,13 @@ fn run(folder: &Path) -> Result<()> {
     let one = train([1, 1], 0..STEPS, None, None)?;
     let [first, last] = [one[0], one[one.len() - 1]];
     println!("1 x 1: loss {first:.4} to {last:.4}");
-    // Also what is compared with NaN, or with losses that do not fall, has to fail.
+    // Written so that NaN, and losses that do not fall, fail.
     let falls = last < first / 2.0;
     if !falls {
         return Err(Error::invalid("vit", format!("the loss goes from {first} to {last}")));
     }
-    // 4 heads on 3 ranks, and 3 classes on 4: sizes need not divide.
+    // 4 heads on 3 ranks, and 3 classes on 4: the sizes need not be divisible by the number of
+    // ranks.
     for mesh @ [dp, tp] in [[1, 2], [1, 3], [1, 4], [2, 2]] {
         compare(&format!("{dp} x {tp}"), &train(mesh, 0..STEPS, None, Some(folder))?, &one)?;
     }

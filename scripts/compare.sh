@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Times shardwise and PyTorch on this machine, in turn, and writes benches/results/<date>-<processor>.md and .png.
+# Times shardwise and PyTorch on this machine, alternating, and writes
+# benches/results/<date>-<processor>.md and .png.
 #   scripts/compare.sh [ROUNDS]      (3 by default; a round takes about five minutes on two cores)
-# PyTorch and matplotlib come from PyPI into target/peers (several GB on the first run). Close other programs first: the
-# machine's state during the run is written down with the results.
+# Installs PyTorch and matplotlib from PyPI into target/peers (several GB on the first run). Close
+# other programs first: the machine's state during the run is recorded with the results.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 rounds=${1:-3}

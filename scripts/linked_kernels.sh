@@ -13,6 +13,6 @@ if [ -n "$kernels" ]; then
     echo "$kernels"
     exit 1
 fi
-# Also fails if the pattern above no longer matches kernels: the object has to link to some.
+# Also fails if the pattern above no longer matches kernels: the object must link to some.
 linked=$(nm --undefined-only --demangle "$object" | grep -cE 'shardwise::kernels::.*cpu::.*for shardwise::device::cpu::Cpu>::')
 echo "layer_bits links to $linked kernels of the CPU and compiles none"

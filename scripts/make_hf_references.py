@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Makes the small random models in tests/data, with what transformers computes with them.
+"""Generates the small random models in tests/data and the results of transformers for them.
 
     pip install torch transformers safetensors
     scripts/make_hf_references.py tests/data
 
-Each folder holds a Hugging Face checkpoint, and beside it
+Each folder holds a Hugging Face checkpoint, and next to it
   reference.json         prompts of several lengths, and the tokens that greedy decoding appends to each
   reference.safetensors  for each prompt the logits (or BERT's hidden states) of all its tokens, f32
 
@@ -89,7 +89,7 @@ def main(folder):
             model = kind(config).float().eval()
             randomize(model, seed)
             prompts, outputs, greedy, gap = references(model, seed)
-            if gap > 1e-2:  # greedy decoding must not hang on rounding
+            if gap > 1e-2:  # greedy decoding must not depend on rounding
                 break
         target = os.path.join(folder, name)
         shutil.rmtree(target, ignore_errors=True)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Trains the same small model on every tensor-parallel size and on meshes of the same batch, with invariant sums, and compares
-# the files byte by byte: losses (loss.csv) and weights (model.safetensors).
+# Trains the same small model with invariant sums on every tensor-parallel size and on meshes of the
+# same batch. Compares losses (loss.csv) and weights (model.safetensors) byte by byte.
 #   scripts/same_curves.sh [TRAIN_TEXT]
-# TRAIN_TEXT is the built example; without it, it is built.
+# TRAIN_TEXT is the built example; by default the script builds it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 program=${1:-}
@@ -13,7 +13,7 @@ fi
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 
-# dp, tp, microbatches of a replica: four of the whole batch in each.
+# dp, tp, microbatches per replica: four in the whole batch.
 meshes="1,1,4 1,2,4 1,3,4 1,4,4 1,5,4 1,6,4 1,7,4 1,8,4 2,1,2 4,1,1 2,2,2 4,2,1"
 files=0
 for dtype in f32 bf16; do
@@ -34,7 +34,7 @@ for dtype in f32 bf16; do
     done
     test "$(wc -l < "$want/loss.csv")" -ge 10
 done
-# A comparison that cannot fail says nothing: fast sums do depend on the number of ranks.
+# Checks that the comparison can fail: fast sums do depend on the number of ranks.
 for tp in 1 2; do
     "$program" --heads 8 --hidden 64 --layers 2 --context 32 --batch 8 --steps 6 --every 3 --tp "$tp" --out "$out/fast$tp" \
         > "$out/fast$tp.log" 2>&1

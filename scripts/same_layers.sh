@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Compares the bits of every layer's outputs and gradients (examples/layer_bits.rs) with those of another commit that has the
-# example, on this machine: prints the lines that differ, and fails if there are any.
+# Compares the bits of every layer's outputs and gradients (examples/layer_bits.rs) on this machine
+# with those of another commit that has the example. Prints the lines that differ, and fails if
+# there are any.
 #   scripts/same_layers.sh COMMIT
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,15 +1,16 @@
-//! Writes on from a prompt with a language model of Hugging Face's formats, sharded over any number of ranks.
+//! Continues a prompt with a language model in a Hugging Face format, sharded over any number of
+//! ranks.
 //!
 //! ```text
 //! cargo run --release --example generate -- FOLDER --prompt "Once upon a time" --ranks 2
 //! ```
 //!
-//! The folder has config.json, tokenizer.json and model.safetensors (or several files with their index), as the hub has
-//! them for Llama, Mistral, Qwen2, Qwen3 and GPT-2. Each rank reads only its part. At temperature 0 the text does not
-//! depend on the number of ranks, as long as no two words are equally likely but for rounding.
+//! The folder has config.json, tokenizer.json and model.safetensors (or several files with their
+//! index), as on the Hugging Face Hub, for Llama, Mistral, Qwen2, Qwen3 and GPT-2. Each rank reads
+//! only its shard. At temperature 0 the text does not depend on the number of ranks, unless the
+//! logits of two tokens differ only by rounding.
 //!
-//! The prompt is taken as it is. A model that was trained to answer expects it in its chat
-//! template.
+//! The prompt is used unchanged. A chat model expects it in its chat template.
 
 mod checkpoint;
 
@@ -34,12 +35,12 @@ use std::{
 };
 use tokenizers::Tokenizer;
 
-/// Writes on from a prompt.
+/// Continues a prompt.
 #[derive(Parser, Debug)]
 struct Args {
     /// The checkpoint's folder.
     model: PathBuf,
-    /// Where to begin.
+    /// The prompt.
     #[arg(long, default_value = "Once upon a time")]
     prompt: String,
     /// The number of tensor-parallel ranks, up to the model's heads.
@@ -48,23 +49,23 @@ struct Args {
     /// The element of weights, activations and cache.
     #[arg(long, value_enum, default_value_t = Dtype::F32)]
     dtype: Dtype,
-    /// The most tokens to write. Beyond the length that a model was made for, a text is likely to
-    /// be worse.
+    /// The largest number of tokens to write. The text may get worse beyond the length that the
+    /// model was trained on.
     #[arg(long, default_value_t = 200)]
     tokens: usize,
-    /// 0 for the likeliest token each time.
+    /// The sampling temperature; 0 always takes the likeliest token.
     #[arg(long, default_value_t = 0.0)]
     temperature: f64,
-    /// The most candidates for a token.
+    /// The largest number of candidates for a token (top-k).
     #[arg(long)]
     top_k: Option<usize>,
-    /// The share of the probability that candidates have at least.
+    /// The smallest total probability of the candidates (top-p).
     #[arg(long)]
     top_p: Option<f64>,
-    /// What is drawn is a function of this.
+    /// The seed of the sampling.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// How much of the prompt is read at once.
+    /// The number of prompt tokens that are read at once.
     #[arg(long, default_value_t = 512)]
     chunk: usize,
 }
@@ -141,7 +142,7 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The factor and the trained length of dynamic NTK, if a layer's positions are scaled by it.
+/// Returns the factor and the trained length of dynamic NTK, if a layer scales its positions by it.
 fn dynamic(config: &DecoderConfig) -> Option<(f64, usize)> {
     config.layers.iter().find_map(|layer| match layer.rope {
         Some(RopeConfig { scaling: RopeScaling::DynamicNtk { factor, trained }, .. }) => {
@@ -159,10 +160,10 @@ struct Task<'a> {
     prompt: &'a [u32],
 }
 
-/// What a rank has to tell.
+/// What a rank reports.
 struct Written {
     tokens: Vec<u32>,
-    /// Why there are no more.
+    /// Why the text ends here.
     stopped: String,
     loading: Duration,
     reading: Duration,
@@ -177,8 +178,8 @@ impl Task<'_> {
             Sampler { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
         let start = Instant::now();
         let model = Decoder::<Replicated, T, Cpu>::load(world, self.checkpoint, config)?;
-        // Where positions are learned, a text ends with them. Else it goes on, in a larger cache
-        // when this one is full.
+        // With learned positions the text ends at the last position. Otherwise it continues in a
+        // larger cache when this one is full.
         let room = prompt.len().saturating_add(args.tokens);
         let room = config.positions.map_or(room, |positions| room.min(positions.max(prompt.len())));
         let made_for = match dynamic(config) {
@@ -224,14 +225,14 @@ impl Task<'_> {
         Ok(Written { tokens, stopped, loading, reading, writing: start.elapsed(), peak })
     }
 
-    /// Reads a text into an empty cache, in chunks; the logits of what follows.
+    /// Reads a text into an empty cache in chunks. Returns the logits of the next token.
     fn read<T: Element>(
         &self,
         model: &Decoder<Replicated, T, Cpu>,
         text: &[u32],
         cache: &mut KvCache<T, Cpu>,
     ) -> Result<DTensor<Shard<1>, T, Cpu>> {
-        // By dynamic NTK a text is turned as one of its length: it is read at once.
+        // Dynamic NTK rotates by the length of the whole text, so the text is read at once.
         let chunk = if dynamic(self.config).is_some() { text.len() } else { self.args.chunk };
         let (first, rest) = text.split_at(chunk.min(text.len()));
         let mut logits = model.step(first, &[0], &[first.len()], cache)?;
@@ -256,7 +257,7 @@ impl Printer<'_> {
             return Ok(());
         }
         let text = self.tokenizer.decode(&self.ids, true).map_err(fail)?;
-        // A letter of several bytes may come in several tokens.
+        // A character of several bytes may be spread over several tokens.
         if let (false, Some(new)) = (text.ends_with('\u{fffd}'), text.get(self.shown..)) {
             print!("{new}");
             std::io::stdout().flush().map_err(fail)?;

@@ -1,11 +1,12 @@
-//! The perplexity of a text under a language model, sharded over any number of ranks: e^(the mean loss of its tokens).
+//! Computes the perplexity of a text, e^(mean loss per token), under a language model sharded over
+//! any number of ranks.
 //!
 //! ```text
 //! cargo run --release --example perplexity -- FOLDER TEXT --ranks 2
 //! ```
 //!
-//! The text is cut into windows, and each token is predicted from those before it in its window. The logits are never
-//! gathered: each rank has those of its own part of the vocabulary.
+//! The text is split into windows. Each token is predicted from the tokens before it in its window.
+//! The logits are never gathered: each rank holds those of its vocabulary shard.
 
 mod checkpoint;
 
@@ -27,15 +28,15 @@ use std::{path::PathBuf, process::ExitCode, time::Instant};
 struct Args {
     /// The checkpoint's folder.
     model: PathBuf,
-    /// The text, a file.
+    /// The text file.
     text: PathBuf,
     /// The number of tensor-parallel ranks, up to the model's heads.
     #[arg(long, default_value_t = 1)]
     ranks: usize,
-    /// The tokens of a window.
+    /// The number of tokens in a window.
     #[arg(long, default_value_t = 256)]
     window: usize,
-    /// The most windows.
+    /// The largest number of windows.
     #[arg(long, default_value_t = usize::MAX)]
     windows: usize,
     /// Compute in bf16 rather than f32.
@@ -65,9 +66,12 @@ fn run(args: &Args) -> Result<()> {
     let windows: Vec<&[u32]> =
         ids.chunks(args.window.max(2)).filter(|ids| ids.len() > 1).take(args.windows).collect();
     let start = Instant::now();
-    let sums = launch::threads(args.ranks, |world| match args.bf16 {
-        true => losses::<half::bf16>(&world, &checkpoint, &config, &windows),
-        false => losses::<f32>(&world, &checkpoint, &config, &windows),
+    let sums = launch::threads(args.ranks, |world| {
+        if args.bf16 {
+            losses::<half::bf16>(&world, &checkpoint, &config, &windows)
+        } else {
+            losses::<f32>(&world, &checkpoint, &config, &windows)
+        }
     })?;
     if sums.iter().any(|sum| sum.to_bits() != sums[0].to_bits()) {
         return Err(fail("the ranks' losses differ".into()));
@@ -84,7 +88,7 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The sum of the losses of all tokens but each window's first.
+/// Sums the losses of all tokens except the first of each window.
 fn losses<T: Element>(
     world: &Group<Cpu>,
     checkpoint: &Checkpoint,

@@ -1,10 +1,11 @@
-//! Sentence embeddings with all-MiniLM-L6-v2, a BERT encoder, sharded over any number of ranks up to its 12 heads.
+//! Sentence embeddings with all-MiniLM-L6-v2, a BERT encoder, sharded over any number of ranks up
+//! to its 12 heads.
 //!
 //! ```text
 //! scripts/fetch_minilm.sh
-//! cargo run --release --example sentence_embedding -- --ranks 5 "A cat sat by the window." "It rained all day."
+//! cargo run --release --example sentence_embedding -- --ranks 5 "A cat sat." "It rained all day."
 //! ```
-//!
+//! Each rank reads only its shard of the checkpoint's attention and feed-forward weights.
 //! Each rank reads only its part of the checkpoint's attention and feed-forward weights.
 
 mod checkpoint;
@@ -25,7 +26,7 @@ use std::{path::PathBuf, process::ExitCode, time::Instant};
 /// Prints the embeddings of sentences and their pairwise cosines.
 #[derive(Parser, Debug)]
 struct Args {
-    /// The sentences; those of the reference if none is given.
+    /// The sentences; by default those of the reference.
     sentences: Vec<String>,
     /// The number of tensor-parallel ranks, 1 to 12.
     #[arg(long, default_value_t = 2)]
@@ -36,10 +37,10 @@ struct Args {
     /// The folder with model.safetensors and tokenizer.json.
     #[arg(long, default_value = "examples/text/data/minilm")]
     model: PathBuf,
-    /// Embeddings to compare with, in f64 from PyTorch.
+    /// Reference embeddings in f64, from PyTorch.
     #[arg(long, default_value = "examples/text/data/minilm_reference.json")]
     reference: PathBuf,
-    /// Put the sentences one after the other instead of padding them to the longest.
+    /// Pack the sentences one after the other instead of padding them to the longest.
     #[arg(long)]
     packed: bool,
 }
@@ -70,13 +71,14 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     let fail = |reason: String| Error::Invalid { op: "sentence_embedding", reason };
     let known = known(args).map_err(fail)?;
-    let sentences = match args.sentences.is_empty() {
-        true => known.iter().map(|(sentence, _)| sentence.clone()).collect(),
-        false => args.sentences.clone(),
+    let sentences = if args.sentences.is_empty() {
+        known.iter().map(|(sentence, _)| sentence.clone()).collect()
+    } else {
+        args.sentences.clone()
     };
     let mut tokenizer = checkpoint::tokenizer(&args.model)
         .map_err(|error| fail(format!("{error}; scripts/fetch_minilm.sh fetches the model")))?;
-    // Padding is the batch's business, below.
+    // The batch is padded below.
     tokenizer.with_padding(None);
     let tokens: Vec<Vec<u32>> = sentences
         .iter()
@@ -127,7 +129,7 @@ fn run(args: &Args) -> Result<()> {
         if args.sentences.is_empty() {
             return Err(fail(reason.into()));
         }
-        // One's own may be new to it.
+        // The reference need not contain the user's own sentences.
         println!("{reason}");
         return Ok(());
     }
@@ -147,7 +149,7 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The sentences of the reference with their embeddings.
+/// Reads the sentences of the reference with their embeddings.
 fn known(args: &Args) -> Result<Vec<(String, Vec<f64>)>, String> {
     let named = |error: &dyn std::fmt::Display| format!("{}: {error}", args.reference.display());
     let text = std::fs::read_to_string(&args.reference).map_err(|error| named(&error))?;
@@ -161,7 +163,7 @@ fn known(args: &Args) -> Result<Vec<(String, Vec<f64>)>, String> {
     sentences.iter().map(one).collect::<Option<_>>().ok_or_else(|| named(&"an entry is not understood"))
 }
 
-/// The embeddings of all sentences, and the peak memory, as each rank has them.
+/// Returns each rank's embeddings of all sentences and its peak memory.
 fn embed<T: Element>(
     args: &Args,
     checkpoint: &Checkpoint,
@@ -176,13 +178,12 @@ fn embed<T: Element>(
         let encoder = Bert::<Replicated, T, Cpu>::load(&group, checkpoint, &config)?;
         let width = tokens.iter().map(Vec::len).max().unwrap_or(0);
         let lengths: Vec<usize> = tokens.iter().map(Vec::len).collect();
-        let (ids, sequences) = match args.packed {
-            true => (tokens.to_vec(), Sequences::packed(lengths.iter().copied())),
-            false => {
-                let mut padded = tokens.to_vec();
-                padded.iter_mut().for_each(|ids| ids.resize(width, 0));
-                (padded, Sequences::padded(&lengths, width)?)
-            }
+        let (ids, sequences) = if args.packed {
+            (tokens.to_vec(), Sequences::packed(lengths.iter().copied()))
+        } else {
+            let mut padded = tokens.to_vec();
+            padded.iter_mut().for_each(|ids| ids.resize(width, 0));
+            (padded, Sequences::padded(&lengths, width)?)
         };
         let hidden = encoder.infer(&ids.concat(), None, sequences.clone())?;
         let hidden = hidden.into_local().to_vec()?;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# scripts/gpu/pack.sh FILE.tar.xz - makes one archive with all that run.sh needs on a machine with a
-# GPU: the programs, the test data and a kernel cache. That machine needs a driver, cuBLASLt and
-# NVRTC (pip's torch brings them), xz and Python 3.10.
+# scripts/gpu/pack.sh FILE.tar.xz - archives everything that run.sh needs on a machine with a GPU:
+# the programs, the test data and a kernel cache. That machine needs a driver, cuBLASLt and NVRTC
+# (pip's torch includes them), xz and Python 3.10.
 #   PRECOMPILE="9.0 10.0"  fills the cache for these compute capabilities; empty: none. Needs pip's
 #                          NVRTC, which scripts/compile_kernels.sh fetches.
 set -euo pipefail
@@ -10,8 +10,7 @@ cd "$(dirname "$0")/../.."
 pack=$(mktemp -d)
 trap 'rm -rf "$pack"' EXIT
 
-# Tests in their profile, as they are built for the stand-in; the rest in the release profile, as a
-# user has it.
+# Builds the tests in their own profile, as for the stand-in, and the rest in the release profile.
 {
     cargo test --no-run --features nccl,cli --test cuda --message-format=json-render-diagnostics
     cargo build --release --features nccl,cli --message-format=json-render-diagnostics \

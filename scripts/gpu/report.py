@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turns what run.sh has left in a folder into result.json and result.md.
+"""Turns the files that run.sh has written to a folder into result.json and result.md.
 
     report.py FOLDER                           writes both, and prints the second
     report.py FOLDER --step NAME CODE SECONDS  notes how a step has ended, and writes both
@@ -26,7 +26,7 @@ def tail(path, count=12):
 
 
 def objects(path):
-    """The objects of a file with one a line; the last may have been cut off."""
+    """The objects of a file with one per line; the last may be truncated."""
     found = []
     for line in lines(path):
         try:
@@ -44,7 +44,7 @@ def asked(*command):
 
 
 def machine(out):
-    """What the machine is: asked once, and kept."""
+    """Describes the machine; queried once and stored."""
     path = out / "machine.json"
     if not path.exists():
         query = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
@@ -68,7 +68,7 @@ def steps(out):
 
 
 def tests(out):
-    """By step: how many passed, which did not and what they said, and which were asked for and not begun."""
+    """By step: the number of passed tests, the failed ones with their output, and those not begun."""
     found = {}
     for line in lines(out / "tests.txt"):
         step, name, code, seconds = line.split()
@@ -89,7 +89,7 @@ def tests(out):
 
 
 def benches(out):
-    """By line: ours, torch's, and torch's time in parts of ours (above 1: ours is faster)."""
+    """By line: our time, torch's, and the ratio torch / ours (above 1: ours is faster)."""
     theirs = {}
     for line in objects(out / "torch.jsonl"):
         theirs.setdefault(line["name"], line)
@@ -98,13 +98,13 @@ def benches(out):
         name = line.pop("name")
         if name == "device":
             continue
-        # Attention is timed by torch with each of its implementations.
+        # torch times attention with each of its implementations.
         same = {other: its["us"] for other, its in theirs.items()
                 if "us" in its and (other == name or other.startswith(f"{name} ["))}
         if same and "us" in line:
             line["torch_us"] = same
             line["of_torch"] = {other: round(us / line["us"], 3) for other, us in same.items()}
-        # A wrong result comes behind the time that it took.
+        # A wrong result is reported after its time.
         found[name] = {**found.get(name, {}), **line}
     return found
 
@@ -114,7 +114,7 @@ def collect(out):
         "date": datetime.date.today().isoformat(),
         "commit": lines(pathlib.Path("commit")),
         "machine": machine(out),
-        # Files without their folders, which check.log has.
+        # File names without the folders, which check.log has.
         "libraries": [re.sub(r"\(.*/", "(", line) for line in lines(out / "logs" / "check.log")
                       if not line.startswith(("ok ", "FAILED ")) and not line.endswith(" failed")],
         "quick": bool(os.environ.get("QUICK")),

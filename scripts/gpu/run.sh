@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# run.sh - runs what pack.sh has packed, on a machine with a GPU: a check that anything runs, the
-# kernels' tests, the benches beside torch, compute-sanitizer on small cases, and the suite, one
-# process a test. It writes $OUT/result.json and result.md after every step, so that a run that is
-# ended early leaves all results up to then.
-#   OUT=FOLDER   where results go (./results)
-#   DEADLINE=n   seconds for all of it (280; 60 with QUICK)
-#   QUICK=1      small shapes, and a few tests of each kind: to see whether all of it runs
-#   JOBS=n       tests at a time (6)
-#   STEPS="..."  the steps, in this order (check kernels bench torch sanitizer suite ranks invariant)
+# run.sh - runs pack.sh's archive on a machine with a GPU: a check that anything runs, the kernels'
+# tests, the benches and torch's, compute-sanitizer on small cases, and the suite, one process per
+# test. It writes $OUT/result.json and result.md after every step, so that a run that is ended early
+# leaves its results so far.
+#   OUT=FOLDER   the folder of the results (./results)
+#   DEADLINE=n   seconds for the whole run (280; 60 with QUICK)
+#   QUICK=1      small shapes, and a few tests of each kind: checks that every step runs
+#   JOBS=n       concurrent tests (6)
+#   STEPS="..."  the steps in order (check kernels bench torch sanitizer suite ranks invariant)
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "${OUT:=$here/results}/logs"
@@ -16,7 +16,7 @@ cd "$here" || exit 1
 deadline=${DEADLINE:-$([ -n "${QUICK:-}" ] && echo 60 || echo 280)}
 jobs=${JOBS:-6}
 
-# Pip's libraries, unless the caller has put others on the path.
+# Adds pip's libraries after those that the caller has put on the path.
 site=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 for lib in "$site"/nvidia/*/lib; do
     [ -d "$lib" ] && LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$lib"
@@ -29,7 +29,7 @@ current=''
 report() { python3 report.py "$out" "$@"; }
 finish() {
     trap - EXIT TERM INT
-    # What still runs would hold the caller's pipe.
+    # Running processes would keep the caller's pipe open.
     kill $(jobs -p) 2> /dev/null
     [ -z "$current" ] || report --step "$current" cut-off $((SECONDS - began))
     report --end || exit 1
@@ -38,8 +38,8 @@ finish() {
 trap finish EXIT TERM INT
 left() { echo $((deadline - SECONDS)); }
 
-# step NAME LIMIT COMMAND... : runs it for at most LIMIT seconds, and no longer than is left. Keeps
-# its output and its exit code.
+# step NAME LIMIT COMMAND... : runs a command for at most LIMIT seconds and the remaining time.
+# Stores its output and its exit code.
 step() {
     local name=$1 limit=$2 code
     shift 2
@@ -50,7 +50,7 @@ step() {
     fi
     current=$name began=$SECONDS
     echo "== $name (at $began s, at most $limit s)"
-    # In the background, so that a signal to this script is seen at once.
+    # In the background, so that this script handles a signal at once.
     timeout -k 5 "$limit" "$@" > "$out/logs/$name.log" 2>&1 &
     wait $!
     code=$?
@@ -60,12 +60,12 @@ step() {
     return $code
 }
 
-# One test in a process of its own: an illegal address ends that process, and no other test.
+# Runs one test in its own process, so that an illegal address does not end other tests.
 one_test() {
     local log="$out/logs/test.${1//::/.}.log" begin=$SECONDS code
     timeout --foreground -k 5 "${TEST_SECONDS:-60}" $UNDER ./test-cuda --exact "$1" --test-threads 1 --nocapture > "$log" 2>&1
     code=$?
-    # A test that needs more GPUs, or a library that is not here, ends well and says so.
+    # A test that lacks GPUs or a library succeeds and prints that it was not run.
     [ $code = 0 ] && grep -qi 'not run' "$log" && code=not-run
     echo "$STEP $1 $code $((SECONDS - begin))" >> "$out/tests.txt"
     case $code in 0) rm "$log" ;; *) tail -n 4 "$log" ;; esac
@@ -73,13 +73,13 @@ one_test() {
 export -f one_test
 export out
 
-# tests STEP LIMIT PATTERN [UNDER...]: the tests whose names match, several at a time.
+# tests STEP LIMIT PATTERN [UNDER...]: runs the tests whose names match, several at a time.
 tests() {
     local name=$1 limit=$2 pattern=$3 pick=cat
     shift 3
     [ -n "${QUICK:-}" ] && pick='awk NR%9==1'
     ./test-cuda --list --format terse 2> /dev/null | sed -n 's/: test$//p' | grep -E "$pattern" | $pick > "$out/logs/$name.names"
-    # Nothing to run is no success.
+    # A step without tests fails.
     [ -s "$out/logs/$name.names" ] || { report --step "$name" no-tests 0; return 1; }
     STEP=$name UNDER="$*" step "$name" "$limit" xargs -a "$out/logs/$name.names" -P "$jobs" -I{} bash -c 'one_test {}'
 }
@@ -100,9 +100,9 @@ run_sanitizer() {
     step racecheck 40 compute-sanitizer --tool racecheck --error-exitcode 9 ./example-gpu_check --kernels
 }
 run_suite() { tests suite 100 '^(layers|block|fork|models|decoding|training|optim|vocabulary|exact|overlap|disagree|nccl)::'; }
-# Several NCCL ranks on one GPU: few blocks each, so that all ranks' kernels are resident at once.
+# Runs several NCCL ranks on one GPU, with few blocks each, so that all their kernels are resident.
 run_ranks() {
-    # As text: 2.30 and later.
+    # Compares as text: 2.30 and later.
     if [[ ! $(sed -n 's/^NCCL //p' "$out/logs/check.log") > 2.3 ]]; then
         report --step ranks needs-NCCL-2.30 0
         return
@@ -114,6 +114,6 @@ run_invariant() { tests invariant 90 '^invariant::'; }
 
 rm -f "$out"/{tests.txt,steps.txt,bench.jsonl,torch.jsonl}
 for name in ${STEPS:-check kernels bench torch sanitizer suite ranks invariant}; do
-    # Where nothing runs, nothing that follows can tell more.
+    # If the check fails, no later step can succeed.
     "run_$name" || [ "$name" != check ] || break
 done

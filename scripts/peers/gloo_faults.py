@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What PyTorch's gloo process groups do when ranks disagree, are lost, or do not come.
+"""Shows what PyTorch's gloo process groups do when ranks disagree, are lost, or are missing.
 
     python3 scripts/peers/gloo_faults.py [--ranks 2] [--timeout 6]
 
@@ -99,18 +99,18 @@ def rank_main(rank, ranks, port, name, timeout, report):
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks,
         timeout=datetime.timedelta(seconds=timeout),
     )
-    # Connected, and in step.
+    # Connects and synchronizes the ranks.
     dist.all_reduce(torch.ones(1))
     begin = time.monotonic()
     try:
         result = CASES[name](dist, torch, rank)
         said = None if result is None else f"no error: {[round(float(v), 3) for v in result.flatten()[:4]]}"
-    except BaseException as error:  # noqa: B902: whatever it says is the result
+    except BaseException as error:  # noqa: B902: any error is the result
         said = f"{type(error).__name__}: {error}"
     report.put((rank, time.monotonic() - begin, said))
     report.close()
     report.join_thread()
-    # A rank that goes away takes its connections with it; torch's own end may wait for others.
+    # Exits at once, which closes the rank's connections; torch's own exit may wait for others.
     os._exit(0)
 
 
@@ -129,7 +129,7 @@ def run(name, ranks, timeout):
     ]
     for process in processes:
         process.start()
-    # The innocent ranks are waited for; the other may be stopped.
+    # Waits for the innocent ranks only; the other may be stopped.
     for rank, process in enumerate(processes):
         if rank != BAD:
             process.join(60 + timeout)

@@ -29,7 +29,7 @@ HALF = torch.bfloat16
 
 
 def timed(call, quick):
-    """Seconds a call, in rounds of at least 2 ms; the call gets its number."""
+    """Seconds per call, in rounds of at least 2 ms; the call receives its number."""
     number = 0
 
     def round_of(calls):
@@ -61,7 +61,7 @@ class Bench:
         return small if self.quick else usual
 
     def copies(self, size):
-        """How many tensors of so many bytes to use in turn, so that no cache holds the next one."""
+        """The number of tensors of `size` bytes to alternate, so that no cache holds the next one."""
         return 2 if self.quick else -(-(240 << 20) // size)
 
     def emit(self, **line):
@@ -79,7 +79,7 @@ class Bench:
         self.record(name, timed(call, self.quick), **more)
 
     def case(self, name, run):
-        """Runs what makes some lines. An error is a line of its own, and the next case goes on."""
+        """Runs a case, which emits lines. An error is emitted as a line, and the next case continues."""
         if self.end is not None and time.monotonic() > self.end:
             print(f"skipped: {name}", flush=True)
             return self.emit(name=name, skipped=True)
@@ -173,7 +173,7 @@ def streams(bench):
         bench.case(run.__name__, run)
 
 
-# The ways of scaled dot-product attention; the default is what PyTorch chooses.
+# The backends of scaled dot-product attention; the default is PyTorch's choice.
 WAYS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "default": None}
 
 
@@ -182,9 +182,9 @@ def through(way):
 
 
 def sdpa(q, k, v, causal):
-    """What a call takes, the call, and a remark.
+    """Returns the inputs of a call, the call, and a note.
 
-    A way without grouped heads gets keys and values that were repeated before.
+    A backend without grouped heads gets keys and values that were repeated before.
     """
     grouped = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     try:
@@ -259,7 +259,7 @@ class Block:
         return self.rest(x, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
 
     def step(self, x, keys, values, cos, sin):
-        """One token a sequence, at the end of the caches [sequences, heads, positions, dim]."""
+        """One token per sequence, at the end of the caches [sequences, heads, positions, dim]."""
         q, k, v = self.parts(x)
         keys[:, :, -1:], values[:, :, -1:] = rope(k, cos, sin), v
         q = rope(q, cos, sin)
@@ -397,7 +397,7 @@ def block(bench):
 
 
 def versions(bench):
-    """What PyTorch runs on, and which ways of attention take these heads."""
+    """Describes PyTorch's environment, and the attention backends that support these heads."""
     q, k = rand(1, 32, 128, 128), rand(1, 8, 128, 128)
     taken = []
     for way in WAYS:

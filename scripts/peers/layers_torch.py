@@ -1,5 +1,5 @@
-"""The cases of benches/layers.rs and benches/decode.rs in PyTorch: one process on one and on two threads, and two processes with
-hand-written Megatron-style layers over gloo, one thread a rank.
+"""The cases of benches/layers.rs and benches/decode.rs in PyTorch: one process on one and on two threads,
+and two processes with hand-written Megatron-style layers over gloo, one thread per rank.
 
 python3 scripts/peers/layers_torch.py --json FILE [--rounds 3] [--filter mlp]      (needs torch)
 
@@ -144,7 +144,7 @@ CASES = [
 
 
 def steps(model, x, backward):
-    """What is measured: forward alone, and with the backward."""
+    """The measured functions: forward alone, and with the backward."""
 
     def forward():
         with torch.no_grad():

@@ -25,7 +25,7 @@ def lines(name):
 
 
 def medians(rows, key, value):
-    """The median over the rounds of what was measured for each key."""
+    """The median of each key's measurements over the rounds."""
     all_rounds = collections.defaultdict(list)
     for row in rows:
         all_rounds[key(row)].append(value(row))
@@ -119,7 +119,7 @@ text += table(
         for (op, ranks, dtype, size), us in threads_us.items()
     ],
 )
-text += ["Threads that share memory are beside processes that do not: that is what the transport is for, and no statement about gloo on a network.", ""]
+text += ["This compares threads that share memory with processes that do not, which is the purpose of the transport. It says nothing about gloo on a network.", ""]
 text += [f"![times of layers]({stem}.png)", ""]
 (results / f"{stem}.md").write_text("\n".join(text))
 
@@ -131,7 +131,7 @@ bars += [
     for mode, colour in zip(modes, ["#fdd0a2", "#fd8d3c", "#a63603"])
 ]
 for at, (label, colour, value) in enumerate(bars):
-    # Times beside that of two ranks, so that short and long cases are seen alike.
+    # Times relative to two ranks, so that short and long cases are comparable.
     heights = [(value(case) or 0) / ours[case, 2] for case in shown]
     axes.barh([row + 0.16 * (at - 2) for row in range(len(shown))], heights, 0.15, label=label, color=colour)
 axes.set_yticks(range(len(shown)), [f"{case}\n{ours[case, 2]:.3g} ms" for case in shown])

@@ -1,4 +1,5 @@
-//! `shardwise launch`: what its ranks are told, how a job ends, and that nothing of it is left.
+//! `shardwise launch`: the environment of its ranks, how a job ends, and that no process or file
+//! remains.
 
 use shardwise::{Result, Tensor, comm::ReduceOp, launch::Env};
 use std::{
@@ -18,12 +19,12 @@ fn shardwise(ranks: usize, options: &[&str], program: &[&str]) -> Command {
     command
 }
 
-/// Ranks that run a shell's script.
+/// Launches ranks that run a shell script.
 fn script(ranks: usize, options: &[&str], script: &str) -> Command {
     shardwise(ranks, options, &["sh", "-c", script])
 }
 
-/// Ranks that run one of this program's own tests.
+/// Launches ranks that run one of this program's own tests.
 pub(crate) fn ranks_of_this_program(ranks: usize, options: &[&str], test: &str) -> Command {
     let own = std::env::current_exe().unwrap();
     shardwise(ranks, options, &[own.to_str().unwrap(), "--exact", test, "--ignored", "--nocapture"])
@@ -38,7 +39,7 @@ pub(crate) fn text(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn ranks_are_told_who_they_are_and_their_lines_are_prefixed() {
+fn ranks_get_their_environment_and_their_lines_are_prefixed() {
     let output = run(script(
         3,
         &[],
@@ -68,7 +69,7 @@ fn a_job_has_one_fresh_token_and_port() {
     assert_ne!(token, &second[..64]);
 }
 
-/// Not a test by itself: the program of the ranks of the next one.
+/// Not a test by itself: the program of the ranks in the next test.
 #[test]
 #[ignore = "the program of ranks"]
 fn rank_program() {
@@ -110,7 +111,7 @@ fn the_rank_that_failed_first_is_named_and_its_code_returned() {
 }
 
 #[test]
-fn who_had_left_and_who_was_stopped_is_told() {
+fn the_ranks_that_left_and_were_stopped_are_reported() {
     let output =
         run(script(3, &[], "case $RANK in 0) exit 0;; 1) sleep 0.3; exit 5;; 2) kill -STOP $$;; esac"));
     let words = text(&output.stderr);
@@ -144,9 +145,9 @@ fn a_grace_of_any_length_is_kept_and_what_is_no_time_refused() {
     }
 }
 
-/// The number of processes that carry a mark in their environment.
-fn marked(mark: &str) -> usize {
-    let entry = format!("MARK={mark}").into_bytes();
+/// The number of processes that have `tag` in their environment.
+fn tagged(tag: &str) -> usize {
+    let entry = format!("TAG={tag}").into_bytes();
     let carries = |pid: &str| {
         pid.parse::<u32>().is_ok()
             && fs::read(format!("/proc/{pid}/environ"))
@@ -156,16 +157,17 @@ fn marked(mark: &str) -> usize {
     all.filter(|entry| entry.file_name().to_str().is_some_and(carries)).count()
 }
 
-/// Starts a job of long-lived ranks with children, and waits until all are there. Its processes carry `mark`.
-fn long_job(mark: &str, body: &str, temporary: &Path) -> Child {
+/// Starts a job of long-lived ranks with children, and waits until all have started. Its processes
+/// carry `tag`.
+fn long_job(tag: &str, body: &str, temporary: &Path) -> Child {
     let mut command = script(2, &["--grace", "1"], body);
-    command.env("MARK", mark).env("TMPDIR", temporary);
+    command.env("TAG", tag).env("TMPDIR", temporary);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap());
     for _ in 0..2 {
         lines.read_line(&mut String::new()).unwrap();
     }
-    // What comes later is not lost: a writer that is refused would tell.
+    // Keeps reading later lines. Otherwise a writer would fail and report it.
     std::thread::spawn(move || lines.read_to_end(&mut Vec::new()));
     child
 }
@@ -174,22 +176,23 @@ fn kill(pid: u32, signal: &str) {
     assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
 }
 
-fn fresh_mark() -> String {
+fn fresh_tag() -> String {
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     format!("{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed))
 }
 
-/// The longest that any process with the mark was still there.
-fn gone_after(mark: &str, patience: Duration) -> Duration {
+/// Waits until no process has the tag, and returns the time taken.
+fn gone_after(tag: &str, patience: Duration) -> Duration {
     let begin = Instant::now();
-    while marked(mark) > 0 {
-        assert!(begin.elapsed() < patience, "{} orphans after {:?}", marked(mark), begin.elapsed());
+    while tagged(tag) > 0 {
+        assert!(begin.elapsed() < patience, "{} orphans after {:?}", tagged(tag), begin.elapsed());
         sleep(Duration::from_millis(5));
     }
     begin.elapsed()
 }
 
-/// Children in the rank's group, in a session of their own, and deaf ones.
+/// Children in the rank's process group, in a session of their own, and children that ignore
+/// signals.
 const CHILDREN: &str =
     "sleep 1000 & setsid sleep 1000 & setsid sh -c \"trap '' TERM INT HUP; sleep 1000; sleep 1000\" &";
 
@@ -197,65 +200,66 @@ const CHILDREN: &str =
 fn signals_are_forwarded() {
     let temporary = tempfile::tempdir().unwrap();
     for (signal, name) in [("-INT", "SIGINT"), ("-TERM", "SIGTERM"), ("-HUP", "SIGHUP")] {
-        let mark = fresh_mark();
+        let tag = fresh_tag();
         let body =
             format!("{CHILDREN} trap 'exit 0' {}; echo ready; while :; do sleep 0.01; done", &signal[1..]);
-        let mut job = long_job(&mark, &body, temporary.path());
+        let mut job = long_job(&tag, &body, temporary.path());
         kill(job.id(), signal);
         let mut words = String::new();
         job.stderr.take().unwrap().read_to_string(&mut words).unwrap();
         assert_eq!(job.wait().unwrap().code(), Some(0), "ranks that end well when asked: {words}");
         assert!(words.contains(&format!("ended by {name}")), "{words}");
-        assert_eq!(marked(&mark), 0, "a job that is over leaves nothing");
+        assert_eq!(tagged(&tag), 0, "a job that is over leaves nothing");
     }
-    // Ranks that do not handle it die of it.
-    let mark = fresh_mark();
-    let mut job = long_job(&mark, "echo ready; exec sleep 1000", temporary.path());
+    // Ranks that do not handle the signal die of it.
+    let tag = fresh_tag();
+    let mut job = long_job(&tag, "echo ready; exec sleep 1000", temporary.path());
     kill(job.id(), "-TERM");
     assert_eq!(job.wait().unwrap().code(), Some(128 + 15));
-    // One that means nothing special arrives, and nothing ends.
+    // A signal without special meaning is forwarded, and the job continues.
     let body = "trap 'exit 7' USR1; echo ready; while :; do sleep 0.01; done";
-    let mut job = long_job(&mark, body, temporary.path());
+    let mut job = long_job(&tag, body, temporary.path());
     kill(job.id(), "-USR1");
     assert_eq!(job.wait().unwrap().code(), Some(7));
 }
 
-/// Kills of the launcher, and as many of the process that keeps its ranks: `SHARDWISE_KILLS`, or a few.
+/// Kills the launcher, and then the process that supervises its ranks, `SHARDWISE_KILLS` times or a
+/// few.
 #[test]
 fn a_killed_launcher_leaves_no_orphans() {
     let kills = std::env::var("SHARDWISE_KILLS").map_or(6, |number| number.parse::<usize>().unwrap());
     let mut slowest = Duration::ZERO;
     for round in 0..kills {
-        let mark = fresh_mark();
+        let tag = fresh_tag();
         let temporary = tempfile::tempdir().unwrap();
         let body = format!("{CHILDREN} echo ready; wait; sleep 1000");
-        let mut job = long_job(&mark, &body, temporary.path());
+        let mut job = long_job(&tag, &body, temporary.path());
         let launcher = job.id();
         let keeper = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
-        assert!(marked(&mark) >= 8, "launcher, keeper, ranks and their children");
+        assert!(tagged(&tag) >= 8, "launcher, keeper, ranks and their children");
         let victim = if round % 2 == 0 { launcher } else { keeper.trim().parse().unwrap() };
         kill(victim, "-KILL");
         // Reaped at once, as a shell does.
         let status = job.wait().unwrap();
-        slowest = slowest.max(gone_after(&mark, Duration::from_secs(2)));
-        // Whichever is left removes the folder of records.
+        slowest = slowest.max(gone_after(&tag, Duration::from_secs(2)));
+        // The surviving process removes the folder of records.
         assert_eq!(fs::read_dir(temporary.path()).unwrap().count(), 0);
         assert!(!status.success());
     }
     println!("{kills} kills, the last process was gone after {slowest:?}");
 }
 
-/// A pipe that is full and not read takes no line, of a rank or of the launcher.
+/// A full pipe that nobody reads blocks the writes of ranks and launcher; the job must still end.
 #[test]
 fn a_job_ends_though_nobody_reads_its_output() {
     for (signal, both) in [("-TERM", false), ("-KILL", false), ("-TERM", true), ("-KILL", true)] {
-        let mark = fresh_mark();
+        let tag = fresh_tag();
         let (unread, to) = std::io::pipe().unwrap();
         let mut job = script(2, &["--grace", "0.5"], "echo x > $FIFO; exec yes");
         let folder = tempfile::tempdir().unwrap();
         let fifo = folder.path().join("started");
         assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
-        job.env("MARK", &mark).env("FIFO", &fifo).stdout(to.try_clone().unwrap());
+        job.env("TAG", &tag).env("FIFO", &fifo).stdout(to.try_clone().unwrap());
         job.stderr(if both { to.into() } else { Stdio::null() });
         let mut child = job.spawn().unwrap();
         drop(job);
@@ -269,12 +273,12 @@ fn a_job_ends_though_nobody_reads_its_output() {
             sleep(Duration::from_millis(5));
         }
         assert!(!child.wait().unwrap().success());
-        gone_after(&mark, Duration::from_secs(4));
+        gone_after(&tag, Duration::from_secs(4));
         drop(unread);
     }
 }
 
-/// Who reads slowly gets all.
+/// A slow reader gets all lines.
 #[test]
 fn a_job_that_ends_by_itself_waits_for_its_reader() {
     let mut job = script(1, &["--grace", "0.1"], "seq 100000; exit 3");
@@ -288,10 +292,10 @@ fn a_job_that_ends_by_itself_waits_for_its_reader() {
 #[test]
 fn a_job_leaves_nothing_of_what_its_ranks_started() {
     for (end, code) in [("exit 0", 0), ("[ $RANK = 0 ] && exit 4; wait", 4)] {
-        let mark = fresh_mark();
+        let tag = fresh_tag();
         let mut command = script(2, &[], &format!("{CHILDREN} {end}"));
-        let output = command.env("MARK", &mark).output().unwrap();
+        let output = command.env("TAG", &tag).output().unwrap();
         assert_eq!(output.status.code(), Some(code), "{output:?}");
-        assert_eq!(marked(&mark), 0);
+        assert_eq!(tagged(&tag), 0);
     }
 }

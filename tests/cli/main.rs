@@ -1,4 +1,4 @@
-//! The program `shardwise`.
+//! Tests of the program `shardwise`.
 #![cfg(target_os = "linux")]
 
 mod launch;

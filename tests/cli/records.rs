@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Not a test by itself: the program of ranks of which one, `VICTIM`, is lost in the way `WAY`.
+/// Not a test by itself: the program of ranks of which one, `VICTIM`, is lost as `WAY` says.
 #[test]
 #[ignore = "the program of ranks"]
 fn rank_that_may_be_lost() {
@@ -58,15 +58,17 @@ fn shardwise(arguments: &[&str]) -> String {
     text(&output.stdout)
 }
 
-/// What is said of the end of a rank that was lost in a way, and the job's exit code.
+/// For each way of losing a rank, what is said about its end, and the job's exit code.
 const WAYS: [(&str, &str, i32); 10] = [
-    // It ends well, or when the launcher has had enough: the exit code is that of who needed it.
+    // The rank succeeds, or the launcher stops waiting. The exit code is that of a rank that needed
+    // it.
     ("return", "exit code 0", 1),
     ("leave", "exit code 0", 1),
     ("-STOP", "killed by SIGKILL, sent by the launcher", 1),
     ("hang", "killed by SIGTERM, sent by the launcher", 1),
     ("fail", "exit code 1", 1),
-    // It has said how it fails, and then takes longer to end than others have for last words.
+    // The rank has reported its failure and then takes longer to end than the launcher grants
+    // others.
     ("linger", "exit code 4", 4),
     ("panic", "exit code 101", 101),
     ("exit", "exit code 3", 3),
@@ -74,14 +76,15 @@ const WAYS: [(&str, &str, i32); 10] = [
     ("-KILL", "killed by SIGKILL", 137),
 ];
 
-/// A job of which a rank is lost.
+/// A job in which one rank is lost.
 fn lose(victim: usize, ranks: usize, way: &str, deadline: usize, options: &[&str]) -> Command {
     let mut job = ranks_of_this_program(ranks, options, "records::rank_that_may_be_lost");
     job.env("VICTIM", victim.to_string()).env("WAY", way).env("DEADLINE", deadline.to_string());
     job
 }
 
-/// The launcher gives one verdict, by the records, and the exit code of the rank that it names.
+/// Checks that the launcher gives one verdict, by the records, and the exit code of the rank that
+/// it names.
 fn check_verdict(output: &Output, victim: usize, (way, end, code): (&str, &str, i32)) {
     let words = text(&output.stderr);
     let what = format!("rank {victim}, {way}: {words}");
@@ -94,7 +97,7 @@ fn check_verdict(output: &Output, victim: usize, (way, end, code): (&str, &str, 
     assert_eq!(other, ["return", "leave", "-STOP", "hang"].contains(&way), "{what}");
 }
 
-/// Held by tests that measure times, or take all cores.
+/// Locked by tests that measure times or use all cores.
 static CORES: Mutex<()> = Mutex::new(());
 
 #[test]
@@ -108,7 +111,8 @@ fn lost_processes_are_blamed() {
                 let begin = Instant::now();
                 let output = run(lose(victim, ranks, way, 1, &["--flight", path]));
                 let what = format!("rank {victim} of {ranks}, {way}: {}", text(&output.stderr));
-                // The deadline of a second, and a second; or a rank that takes its time to end.
+                // The deadline of one second, plus one second for the deadline or for a rank that
+                // ends slowly.
                 let limit = if ["-STOP", "hang", "linger"].contains(&way) { 2000 } else { 1000 };
                 assert!(begin.elapsed() < Duration::from_millis(limit), "{:?}: {what}", begin.elapsed());
                 check_verdict(&output, victim, (way, end, code));
@@ -116,8 +120,8 @@ fn lost_processes_are_blamed() {
                 let line = folder.path().join("line.json");
                 shardwise(&["trace", path, "-o", line.to_str().unwrap()]);
                 let line: serde_json::Value = serde_json::from_slice(&std::fs::read(line).unwrap()).unwrap();
-                // A rank and an operation each of those that are left: one may be told in its first
-                // call.
+                // A rank and an operation for each survivor, as a survivor may get the error in its
+                // first call.
                 let survivors = ranks - 1;
                 assert!(line["traceEvents"].as_array().unwrap().len() >= 2 * survivors, "{what}");
             }
@@ -125,7 +129,8 @@ fn lost_processes_are_blamed() {
     }
 }
 
-/// Neither has a record: who was killed, and who computed until the launcher ended it.
+/// Neither rank has a record: the killed one, and the one that computed until the launcher ended
+/// it.
 #[test]
 fn a_rank_that_the_launcher_has_ended_is_not_blamed() {
     let mut job = lose(2, 4, "-KILL", 60, &[]);
@@ -133,10 +138,10 @@ fn a_rank_that_the_launcher_has_ended_is_not_blamed() {
     check_verdict(&run(job), 2, ("-KILL", "killed by SIGKILL", 137));
 }
 
-/// Survivors may end before the culprit: `SHARDWISE_LOSSES` of each kind, or a few, beside threads
-/// that take all cores.
+/// Survivors may end before the culprit: `SHARDWISE_LOSSES` losses of each kind, or a few, while
+/// threads take all cores.
 #[test]
-fn the_culprit_is_named_whoever_ends_first_and_no_private_record_is_left() {
+fn the_culprit_is_named_in_any_order_of_ends_and_no_private_record_is_left() {
     let _cores = CORES.lock().unwrap_or_else(PoisonError::into_inner);
     let losses = std::env::var("SHARDWISE_LOSSES").map_or(2, |number| number.parse::<usize>().unwrap());
     let temporary = tempfile::tempdir().unwrap();
@@ -152,7 +157,7 @@ fn the_culprit_is_named_whoever_ends_first_and_no_private_record_is_left() {
         let tries = || {
             for (way, end, code) in WAYS.into_iter().filter(|(way, ..)| !["-STOP", "hang"].contains(way)) {
                 for _ in 0..losses {
-                    // Who prints a backtrace beside so much else may take more than a second.
+                    // Printing a backtrace under this load may take more than a second.
                     let mut job = lose(2, 4, way, 60, &[]);
                     job.env("RUST_BACKTRACE", "1").env("TMPDIR", temporary.path());
                     check_verdict(&run(job), 2, (way, end, code));

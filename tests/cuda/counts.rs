@@ -1,4 +1,4 @@
-//! What a layer asks of the driver: launches, uploads and allocations of a decode step and of a
+//! The driver calls of a layer: launches, uploads and allocations of a decode step and of a
 //! training step, as the stand-in counts them. DESIGN.md has the table.
 
 use crate::dev::{self, DTensor};
@@ -14,19 +14,19 @@ use shardwise::{
     tensor::{Random, Weights},
 };
 
-/// What this thread has asked of the driver so far.
+/// This thread's driver calls so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Counts {
     /// Kernels and products.
     launches: u64,
     uploads: u64,
     downloads: u64,
-    /// Allocations; as many are freed.
+    /// Allocations; each is also freed.
     allocations: u64,
 }
 
 impl Counts {
-    /// None where the driver is a real one, which does not count.
+    /// `None` if the driver is a real one, which does not count.
     fn now() -> Option<Self> {
         type Read = unsafe extern "C" fn(i32, *mut u64, usize) -> usize;
         const OF_THIS_THREAD: i32 = -1;
@@ -101,13 +101,13 @@ fn decode(layers: usize) -> Option<Counts> {
         context.finish().unwrap();
         Some(after?.since(before?))
     };
-    // What is made once, plans, tables of constants and the cache, is made here.
+    // This step creates what is created once: plans, constant tables and the cache.
     step(12);
     step(1);
     step(1)
 }
 
-/// What one layer more costs.
+/// The additional calls of one more layer.
 fn layer(count: impl Fn(usize) -> Option<Counts>) -> Option<Counts> {
     Some(count(3)?.since(count(2)?))
 }

@@ -1,4 +1,4 @@
-//! The device of this binary: GPUs, one for each rank in turn, with groups over NCCL.
+//! The device of this binary: GPUs, assigned to the ranks in turn, with groups over NCCL.
 
 use crate::support::say;
 use shardwise::{
@@ -12,34 +12,34 @@ use shardwise::{
 };
 use std::time::Duration;
 
-/// The group sizes that slow tests run on.
+/// The group sizes of slow tests.
 pub(crate) const WORLDS: &[usize] = &[1, 3, 8];
-/// Divides the number of random cases of slow tests.
+/// The divisor of the number of random cases in slow tests.
 pub(crate) const FEWER: u32 = 3;
 
 pub(crate) type Dev = Cuda;
 pub(crate) type Tensor<T = f32> = shardwise::Tensor<T, Dev>;
 pub(crate) type DTensor<P, T = f32> = shardwise::parallel::DTensor<P, T, Dev>;
 
-/// A GPU whose fresh tensors are NaN. Where there is none, all tests end here, and say so.
+/// Creates a device whose fresh tensors are NaN. Without a GPU, this ends all tests and says so.
 pub(crate) fn poisoned() -> Dev {
     needed();
     Cuda::poisoned(0).unwrap()
 }
 
-/// A GPU.
+/// Creates a device.
 pub(crate) fn fresh() -> Dev {
     needed();
     Cuda::new(0).unwrap()
 }
 
-/// Another handle of a GPU, with a stream of its own.
-pub(crate) fn beside(device: &Dev) -> Dev {
+/// Returns another handle of a GPU, with its own stream.
+pub(crate) fn another_handle(device: &Dev) -> Dev {
     Cuda::poisoned(device.ordinal()).unwrap()
 }
 
-/// The number of GPUs. Without one the process ends, having said that nothing was run: with
-/// success, or with failure where `SHARDWISE_REQUIRE_GPU` is 1.
+/// Returns the number of GPUs. Without one the process prints that no test was run and exits: with
+/// failure if `SHARDWISE_REQUIRE_GPU` is 1, else with success.
 pub(crate) fn needed() -> usize {
     match Cuda::count() {
         Ok(count) if count > 0 => count,
@@ -54,7 +54,7 @@ pub(crate) fn needed() -> usize {
     }
 }
 
-/// Thread ranks with a GPU each, over NCCL; where there are fewer GPUs than ranks, by way of the host.
+/// Thread ranks with a GPU each over NCCL, or through the host if there are fewer GPUs than ranks.
 pub(crate) struct Ranks(Threads);
 
 pub(crate) fn ranks(world: usize) -> Ranks {
@@ -75,8 +75,8 @@ impl Ranks {
     }
 }
 
-/// The ranks of a host's group with a GPU each. Sums are made in rank order, because tests compare
-/// their bits: NCCL's own order differs between an all-reduce and a reduce-scatter, and with the
+/// Gives each rank of a host group a GPU. Sums are made in rank order, because tests compare their
+/// bits: NCCL's own order differs between an all-reduce and a reduce-scatter, and depends on the
 /// size.
 pub(crate) fn group(host: &Group<Cpu>) -> Result<Group<Dev>> {
     let cuda = of_rank(host)?;
@@ -92,13 +92,12 @@ pub(crate) fn of_rank(host: &Group<Cpu>) -> Result<Dev> {
     Cuda::poisoned(host.rank() % needed())
 }
 
-/// Whether so many ranks can have NCCL between them here: several on one GPU are not for every
-/// NCCL.
+/// Whether this many ranks can use NCCL here. Not every NCCL supports several ranks on one GPU.
 fn has(world: usize) -> bool {
     world <= needed() || std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some()
 }
 
-/// Those numbers of ranks that can have NCCL between them here. The others are said not to be run.
+/// The numbers of ranks that can use NCCL here. Prints that the others are not run.
 pub(crate) fn worlds(worlds: impl IntoIterator<Item = usize>) -> impl Iterator<Item = usize> {
     let (run, not): (Vec<_>, Vec<_>) = worlds.into_iter().partition(|&world| has(world));
     if !not.is_empty() {

@@ -1,4 +1,4 @@
-//! What a GPU does that no kernel does: memory, several handles and GPUs, ranks that share one.
+//! GPU features other than kernels: memory, several handles and GPUs, ranks that share one.
 
 use crate::{
     dev,
@@ -18,7 +18,7 @@ use std::path::Path;
 #[test]
 fn values_come_back_as_they_went() {
     let cuda = dev::poisoned();
-    // Around the size of the memory that uploads go through, and several times that.
+    // Around the size of the upload buffer, and several times that.
     for len in [0, 1, 3, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, 700_000] {
         let values: Vec<f32> = (0..len).map(|at| at as f32).collect();
         let first = Tensor::from_slice(&cuda, [len], &values).unwrap();
@@ -30,13 +30,13 @@ fn values_come_back_as_they_went() {
     assert!(cuda.memory().peak >= 5_600_000);
 }
 
-/// Uploads in quick succession, none of which may overtake what the device still reads.
+/// Uploads in quick succession, none of which may overwrite memory that the device still reads.
 #[test]
 fn many_small_uploads_are_not_mixed_up() {
     let cuda = dev::fresh();
     let nothing = Tensor::<f64, _>::empty(&cuda, [0]).unwrap();
     let tensors = (0..3000).map(|at| {
-        // Nothing comes back, so nothing is waited for.
+        // Nothing is downloaded, so there is no wait.
         assert!(nothing.to_vec().unwrap().is_empty());
         Tensor::from_slice(&cuda, [300], &vec![at as f64; 300]).unwrap()
     });
@@ -52,7 +52,7 @@ fn handles_of_one_gpu_share_tensors() {
     let mut sum = Tensor::<f32, _>::zeros(&one, [1000]).unwrap();
     for _ in 0..20 {
         let term = Tensor::<f32, _>::full(&other, [1000], 2.0).unwrap();
-        // In turn on either, while the other goes on.
+        // Alternately on either handle, while the other continues.
         one.accumulate(term.mat(), sum.mat_mut().unwrap()).unwrap();
         other.accumulate(term.mat(), sum.mat_mut().unwrap()).unwrap();
     }
@@ -81,21 +81,21 @@ fn what_is_not_there_is_an_error() {
     let said = format!("the number of the GPU is {count}, but the number of GPUs is {count}");
     assert!(error.contains(&said), "{error}");
     let cuda = dev::fresh();
-    // Several times what the GPU has: a driver takes what there is before it refuses a little more,
-    // and other processes want some.
+    // Several times the GPU's memory: with a little too much, a driver first takes all there is,
+    // and other processes need some.
     let error = Tensor::<f64, _>::empty(&cuda, [cuda.total_memory() / 2]).unwrap_err();
     assert!(matches!(error, Error::Library { library: "CUDA driver", code: 2, .. }), "{error}");
-    // More bytes than can be counted: what wraps would be a short buffer with a long view.
+    // More bytes than `usize` can count: a wrapped size would give a short buffer with a long view.
     for len in [usize::MAX, usize::MAX / 8 + 2] {
         let error = Tensor::<f64, _>::empty(&cuda, [len]).unwrap_err();
         assert_eq!(error, Error::Memory { len, size: 8 });
     }
-    // The device is none the worse for it.
+    // The device still works.
     assert_eq!(Tensor::<f64, _>::full(&cuda, [3], 1.5).unwrap().to_vec().unwrap(), [1.5; 3]);
 }
 
 #[test]
-fn libraries_and_kernels_are_told() {
+fn libraries_and_kernels_are_reported() {
     dev::needed();
     for version in versions() {
         let version = version.unwrap();
@@ -116,7 +116,7 @@ fn libraries_and_kernels_are_told() {
     assert!(error.contains("not for compute capability 1.0"), "{error}");
 }
 
-/// Thread ranks that share GPU 0, by way of the host.
+/// Thread ranks that share GPU 0, through the host.
 #[test]
 fn ranks_share_a_gpu() {
     dev::needed();

@@ -1,5 +1,5 @@
-//! Every kernel on the GPU against the same on the CPU, which is held to the reference elsewhere: random sizes, row strides and
-//! offsets, all four elements.
+//! Compares every kernel on the GPU with the CPU, which other tests compare with the reference:
+//! random sizes, row strides and offsets, all four element types.
 
 use crate::dev::{self, Dev};
 use half::{bf16, f16};
@@ -17,7 +17,7 @@ use shardwise::{
 };
 use std::ops::Range;
 
-/// A matrix in memory of its own: where it begins, and how far its rows are apart.
+/// A matrix in its own memory: its start and its row stride.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     rows: usize,
@@ -32,7 +32,7 @@ impl Place {
     }
 }
 
-/// The memory of a call on a device: filled with the same numbers everywhere.
+/// The memory of a call on a device, filled with the same numbers on every device.
 struct Memory<T: Element, B: Device> {
     device: B,
     buffer: B::Buffer<T>,
@@ -61,7 +61,7 @@ impl<T: Element, B: Device> Memory<T, B> {
         MatMut::strided(B::narrow_mut::<T>(slice, start..len), rows, cols, stride, 1).unwrap()
     }
 
-    /// All of the memory, also what no kernel has to do with.
+    /// All of the memory, including the gaps that no kernel may write.
     fn values(&self) -> Vec<f64> {
         let mut host = vec![T::default(); self.place.len()];
         self.device.download::<T>(B::slice(&self.buffer), &mut host).unwrap();
@@ -73,7 +73,7 @@ fn vector(len: usize) -> Place {
     Place { rows: 1, cols: len, start: 0, stride: len }
 }
 
-/// Holds two memories to each other: relative to the largest number, or 1.
+/// Compares two memories, relative to the largest number, or 1.
 fn same<T: Element>(what: &str, got: &[f64], want: &[f64]) {
     let tolerance = match T::DTYPE {
         shardwise::device::DType::F64 => 1e-12,
@@ -89,9 +89,9 @@ fn same<T: Element>(what: &str, got: &[f64], want: &[f64]) {
     }
 }
 
-/// The sizes of one case.
+/// The sizes of one random case.
 #[derive(Clone, Debug)]
-struct Draw {
+struct RandomCase {
     seed: u64,
     rows: usize,
     cols: usize,
@@ -100,7 +100,7 @@ struct Draw {
     more: usize,
 }
 
-impl Draw {
+impl RandomCase {
     fn place(&self) -> Place {
         Place { rows: self.rows, cols: self.cols, start: self.start, stride: self.cols + self.gap }
     }
@@ -111,26 +111,26 @@ impl Draw {
     }
 }
 
-fn draws() -> impl Strategy<Value = Draw> {
+fn random_cases() -> impl Strategy<Value = RandomCase> {
     let aligned = prop_oneof![Just(0_usize), Just(8), 1..9_usize];
     let cols = prop_oneof![1..40_usize, (1..6_usize).prop_map(|packs| 8 * packs), 1020..1100_usize];
     (any::<u64>(), 1..20_usize, cols, aligned.clone(), aligned, 1..9_usize)
-        .prop_map(|(seed, rows, cols, gap, start, more)| Draw { seed, rows, cols, gap, start, more })
+        .prop_map(|(seed, rows, cols, gap, start, more)| RandomCase { seed, rows, cols, gap, start, more })
 }
 
-/// Runs a check for cases and elements.
-fn check(cases: u32, one: impl Fn(&Dev, &Cpu, &Draw)) {
+/// Runs a check for cases and element types.
+fn check(cases: u32, one: impl Fn(&Dev, &Cpu, &RandomCase)) {
     let (cuda, cpu) = (dev::poisoned(), Cpu::poisoned());
     let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
-    proptest!(config, |(draw in draws())| one(&cuda, &cpu, &draw));
+    proptest!(config, |(case in random_cases())| one(&cuda, &cpu, &case));
 }
 
 const KINDS: [Activation; 4] =
     [Activation::Relu, Activation::Silu, Activation::GeluErf, Activation::GeluTanh];
 
-fn pointwise<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
-    let place = draw.place();
-    let memory = |seed: u64, place| Memory::<T, B>::new(device, draw.seed ^ seed, place);
+fn pointwise<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<Vec<f64>>> {
+    let place = case.place();
+    let memory = |seed: u64, place| Memory::<T, B>::new(device, case.seed ^ seed, place);
     let (a, b, c) =
         (memory(1, place), memory(2, Place { stride: place.stride + 8, ..place }), memory(3, place));
     let mut results = Vec::new();
@@ -142,7 +142,7 @@ fn pointwise<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<
         results.push(y.values());
         device.gate(kind, a.mat(), b.mat(), y.mat_mut())?;
         results.push(y.values());
-        let mut d = memory(5, draw.wide(2));
+        let mut d = memory(5, case.wide(2));
         device.gate_backward(kind, a.mat(), b.mat(), c.mat(), d.mat_mut())?;
         results.push(d.values());
     }
@@ -151,24 +151,24 @@ fn pointwise<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<
     results.push(y.values());
     device.mul(a.mat(), b.mat(), y.mat_mut())?;
     results.push(y.values());
-    let factors = memory(8, vector(draw.rows));
+    let factors = memory(8, vector(case.rows));
     device.scale_rows(B::slice::<T>(&factors.buffer), a.mat(), y.mat_mut())?;
     results.push(y.values());
-    let mut dots = memory(9, vector(draw.rows));
+    let mut dots = memory(9, vector(case.rows));
     device.dot_rows(a.mat(), b.mat(), B::slice_mut(&mut dots.buffer))?;
     results.push(dots.values());
     device.accumulate(c.mat(), y.mat_mut())?;
-    let mut sum = Memory::<T::Acc, B>::new(device, draw.seed, place);
+    let mut sum = Memory::<T::Acc, B>::new(device, case.seed, place);
     device.accumulate(c.mat(), sum.mat_mut())?;
     results.push(sum.values());
-    let bias = memory(7, vector(draw.cols));
+    let bias = memory(7, vector(case.cols));
     device.add_bias(B::slice::<T>(&bias.buffer), y.mat_mut())?;
     results.push(y.values());
     device.scale(-1.75, y.mat_mut())?;
     results.push(y.values());
     device.fill(0.1, y.mat_mut())?;
     results.push(y.values());
-    let mut sums = Memory::<T::Acc, B>::new(device, 1, vector(draw.cols));
+    let mut sums = Memory::<T::Acc, B>::new(device, 1, vector(case.cols));
     device.sum_rows(a.mat(), B::slice_mut(&mut sums.buffer))?;
     results.push(sums.values());
     macro_rules! copies {
@@ -182,20 +182,20 @@ fn pointwise<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<
     Ok(results)
 }
 
-fn rows<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
-    let place = draw.place();
-    let memory = |seed: u64, place| Memory::<T, B>::new(device, draw.seed ^ seed, place);
+fn rows<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<Vec<f64>>> {
+    let place = case.place();
+    let memory = |seed: u64, place| Memory::<T, B>::new(device, case.seed ^ seed, place);
     let (x, dy) = (memory(1, place), memory(2, place));
-    let (gamma, beta) = (memory(3, vector(draw.cols)), memory(4, vector(draw.cols)));
+    let (gamma, beta) = (memory(3, vector(case.cols)), memory(4, vector(case.cols)));
     let [gamma, beta] = [&gamma, &beta].map(|memory| B::slice::<T>(&memory.buffer));
     let mut results = Vec::new();
     for kind in [NormKind::LayerNorm { eps: 1e-2 }, NormKind::RmsNorm { eps: 1e-2 }] {
         let mut y = memory(5, place);
-        let mut stats = Memory::<T::Acc, B>::new(device, 6, vector(2 * draw.rows));
+        let mut stats = Memory::<T::Acc, B>::new(device, 6, vector(2 * case.rows));
         let with_beta = kind.centers().then_some(beta);
         device.normalize(kind, x.mat(), gamma, with_beta, y.mat_mut(), B::slice_mut(&mut stats.buffer))?;
         results.extend([y.values(), stats.values()]);
-        let mut grads = [7, 8].map(|seed| Memory::<T::Acc, B>::new(device, seed, vector(draw.cols)));
+        let mut grads = [7, 8].map(|seed| Memory::<T::Acc, B>::new(device, seed, vector(case.cols)));
         let [dgamma, dbeta] = &mut grads;
         let stats = B::slice::<T::Acc>(&stats.buffer);
         let dbeta = with_beta.map(|_| B::slice_mut(&mut dbeta.buffer));
@@ -212,27 +212,27 @@ fn rows<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>
         results.push(y.values());
         results.extend(grads.iter().map(Memory::values));
     }
-    let mut sums = Memory::<f64, B>::new(device, 1, vector(draw.rows));
+    let mut sums = Memory::<f64, B>::new(device, 1, vector(case.rows));
     device.square_sums(x.mat(), B::slice_mut(&mut sums.buffer))?;
     results.push(sums.values());
     Ok(results)
 }
 
-fn losses<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
-    let (place, rows) = (draw.place(), draw.rows);
-    let memory = |seed: u64| Memory::<T, B>::new(device, draw.seed ^ seed, place);
+fn losses<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<Vec<f64>>> {
+    let (place, rows) = (case.place(), case.rows);
+    let memory = |seed: u64| Memory::<T, B>::new(device, case.seed ^ seed, place);
     let wide = |len| Memory::<T::Acc, B>::new(device, 5, vector(len));
     let (x, y, mut results) = (memory(1), memory(2), Vec::new());
-    let count = draw.cols + draw.more + 2;
+    let count = case.cols + case.more + 2;
     let classes: Vec<u32> = (0..rows as u64)
-        .map(|row| (Philox::stream(draw.seed, 8).uniform(row) * count as f64) as u32)
+        .map(|row| (Philox::stream(case.seed, 8).uniform(row) * count as f64) as u32)
         .collect();
     for (off, ignored) in [(0.0, None), (0.01, Some(classes[0]))] {
         let targets = Targets {
             classes: &classes,
             ignored,
             count,
-            first: draw.more,
+            first: case.more,
             on: 1.0 - off * count as f64,
             off,
             z: off,
@@ -256,40 +256,40 @@ fn losses<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64
     Ok(results)
 }
 
-fn places<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
-    let place = draw.place();
-    let memory = |seed: u64, place| Memory::<T, B>::new(device, draw.seed ^ seed, place);
+fn places<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<Vec<f64>>> {
+    let place = case.place();
+    let memory = |seed: u64, place| Memory::<T, B>::new(device, case.seed ^ seed, place);
     let mut results = Vec::new();
     // Gather and its transpose: some ids twice, some none.
     let table_place = Place { rows: 5, ..place };
     let table = memory(1, table_place);
     let ids: Vec<u32> =
-        (0..draw.rows as u32).map(|row| if row % 4 == 3 { NO_ROW } else { row * 7 % 5 }).collect();
+        (0..case.rows as u32).map(|row| if row % 4 == 3 { NO_ROW } else { row * 7 % 5 }).collect();
     let mut y = memory(2, place);
     device.gather(table.mat(), &ids, y.mat_mut())?;
     results.push(y.values());
     let mut sums = Memory::<T::Acc, B>::new(device, 3, table_place);
     device.scatter_add(&ids, y.mat(), sums.mat_mut())?;
     results.push(sums.values());
-    // Dropout of a part of a whole.
+    // Dropout of a region of a larger matrix.
     let mask = DropoutMask {
         probability: 0.3,
-        stream: Philox::stream(draw.seed, 4),
-        row: 3 + draw.seed % 1000 * 1_000_000_007,
-        column: draw.more,
-        width: draw.cols + 2 * draw.more,
+        stream: Philox::stream(case.seed, 4),
+        row: 3 + case.seed % 1000 * 1_000_000_007,
+        column: case.more,
+        width: case.cols + 2 * case.more,
     };
     let x = memory(4, place);
     device.dropout(&mask, x.mat(), y.mat_mut())?;
     results.push(y.values());
-    // Rotations of two heads, of which one feature may stay.
+    // Rotations of two heads; one feature may remain unrotated.
     for pairs in [RopePairs::Halves, RopePairs::Interleaved] {
         let frequencies: Vec<f64> =
-            (0..draw.cols / 2).map(|at| 10_000_f64.powf(-(at as f64) / 16.0)).collect();
-        let spec = RopeSpec { head_dim: draw.cols, frequencies: &frequencies, pairs, magnitude: 1.1 };
-        let positions: Vec<u32> = (0..draw.rows as u32).map(|row| row * row * 37).collect();
+            (0..case.cols / 2).map(|at| 10_000_f64.powf(-(at as f64) / 16.0)).collect();
+        let spec = RopeSpec { head_dim: case.cols, frequencies: &frequencies, pairs, magnitude: 1.1 };
+        let positions: Vec<u32> = (0..case.rows as u32).map(|row| row * row * 37).collect();
         for transposed in [false, true] {
-            let mut x = memory(5, draw.wide(2));
+            let mut x = memory(5, case.wide(2));
             device.rope(&spec, &positions, transposed, x.mat_mut())?;
             results.push(x.values());
         }
@@ -297,13 +297,13 @@ fn places<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64
     Ok(results)
 }
 
-fn updates<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
-    let place = vector(draw.cols);
-    let wide = |seed: u64| Memory::<T::Acc, B>::new(device, draw.seed ^ seed, place);
+fn updates<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<Vec<f64>>> {
+    let place = vector(case.cols);
+    let wide = |seed: u64| Memory::<T::Acc, B>::new(device, case.seed ^ seed, place);
     let mut results = Vec::new();
     for masters in [false, true] {
         let (grad, mut weight, mut master, mut first, mut second) =
-            (wide(1), Memory::<T, B>::new(device, draw.seed, place), wide(2), wide(3), wide(4));
+            (wide(1), Memory::<T, B>::new(device, case.seed, place), wide(2), wide(3), wide(4));
         device.scale(0.0, second.mat_mut())?;
         for nesterov in [false, true] {
             let step = SgdStep { lr: 0.1, momentum: 0.9, nesterov, weight_decay: 0.01, grad_scale: 0.5 };
@@ -334,21 +334,21 @@ fn updates<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f6
     Ok(results)
 }
 
-fn products<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
-    let (m, k, n) = (draw.rows, draw.cols.min(60), draw.more);
-    let place = |rows, cols, gap| Place { rows, cols, start: draw.start, stride: cols + gap };
-    let memory = |seed: u64, place| Memory::<T, B>::new(device, draw.seed ^ seed, place);
+fn products<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<Vec<f64>>> {
+    let (m, k, n) = (case.rows, case.cols.min(60), case.more);
+    let place = |rows, cols, gap| Place { rows, cols, start: case.start, stride: cols + gap };
+    let memory = |seed: u64, place| Memory::<T, B>::new(device, case.seed ^ seed, place);
     let mut results = Vec::new();
-    let (a, at) = (memory(1, place(m, k, draw.gap)), memory(2, place(k, m, draw.gap)));
-    let (b, bt) = (memory(3, place(k, n, draw.gap)), memory(4, place(n, k, draw.gap)));
+    let (a, at) = (memory(1, place(m, k, case.gap)), memory(2, place(k, m, case.gap)));
+    let (b, bt) = (memory(3, place(k, n, case.gap)), memory(4, place(n, k, case.gap)));
     for (a, b) in
         [(a.mat(), b.mat()), (at.mat().t(), b.mat()), (a.mat(), bt.mat().t()), (at.mat().t(), bt.mat().t())]
     {
         for beta in [0.0, 0.5] {
-            let mut c = memory(5, place(m, n, draw.gap));
+            let mut c = memory(5, place(m, n, case.gap));
             device.gemm(1.5, a, b, beta, c.mat_mut())?;
             results.push(c.values());
-            let mut c = Memory::<T::Acc, B>::new(device, draw.seed, place(n, m, 1));
+            let mut c = Memory::<T::Acc, B>::new(device, case.seed, place(n, m, 1));
             let Place { start, stride, .. } = c.place;
             let len = c.place.len();
             let slice = B::narrow_mut::<T::Acc>(B::slice_mut(&mut c.buffer), start..len);
@@ -359,7 +359,7 @@ fn products<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f
     // Every other element of both dimensions, and a batch that shares B.
     let sparse = memory(6, place(2 * m * 3, 2 * k, 0));
     let stride = 2 * k;
-    let slice = B::narrow::<T>(B::slice(&sparse.buffer), draw.start..sparse.place.len());
+    let slice = B::narrow::<T>(B::slice(&sparse.buffer), case.start..sparse.place.len());
     let odd = MatRef::<T, B>::strided(slice, m, k, 2 * stride, 2)?;
     let mut c = memory(7, place(m, n, 0));
     device.gemm(1.0, odd, b.mat(), 0.0, c.mat_mut())?;
@@ -381,11 +381,11 @@ fn products<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f
     Ok(results)
 }
 
-/// Products and what comes with them: by epilogues where gaps and alignment allow it.
-fn linear<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
-    let (m, k, n) = (draw.rows, draw.cols.min(60), 8 * draw.more - draw.seed as usize % 2);
-    let place = |rows, cols| Place { rows, cols, start: draw.start, stride: cols + draw.gap };
-    let memory = |seed: u64, place| Memory::<T, B>::new(device, draw.seed ^ seed, place);
+/// Products and what is fused with them, as epilogues if gaps and alignment allow it.
+fn linear<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<Vec<f64>>> {
+    let (m, k, n) = (case.rows, case.cols.min(60), 8 * case.more - case.seed as usize % 2);
+    let place = |rows, cols| Place { rows, cols, start: case.start, stride: cols + case.gap };
+    let memory = |seed: u64, place| Memory::<T, B>::new(device, case.seed ^ seed, place);
     let (x, w, bias) = (memory(1, place(m, k)), memory(2, place(n, k)), memory(3, vector(n)));
     let bias = B::slice::<T>(&bias.buffer);
     let mut results = Vec::new();
@@ -394,7 +394,8 @@ fn linear<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64
         device.linear(x.mat(), w.mat(), Epilogue { bias, activation: None }, y.mat_mut())?;
         results.push(y.values());
     }
-    // Slopes at the same numbers: a relu's has a jump, and what was computed differs in rounding.
+    // Slopes at the same numbers on both devices: a ReLU's slope jumps, and computed inputs differ
+    // in rounding.
     let (dy, v, at) = (memory(5, place(m, k)), memory(6, place(k, n)), memory(10, place(m, n)));
     for f in KINDS {
         let (mut pre, mut y) = (memory(7, place(m, n)), memory(8, place(m, n)));
@@ -409,15 +410,15 @@ fn linear<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64
     device.linear_dx(dy.mat(), v.mat(), None, y.mat_mut())?;
     results.push(y.values());
     for beta in [0.0, 1.0] {
-        let mut dw = Memory::<T::Acc, B>::new(device, draw.seed, place(k, n));
+        let mut dw = Memory::<T::Acc, B>::new(device, case.seed, place(k, n));
         device.linear_dw(dy.mat(), y.mat(), beta, dw.mat_mut(), None)?;
         results.push(dw.values());
-        let mut dw = Memory::<T::Acc, B>::new(device, draw.seed, place(k, n));
+        let mut dw = Memory::<T::Acc, B>::new(device, case.seed, place(k, n));
         let mut db = Memory::<T::Acc, B>::new(device, 9, vector(k));
         device.linear_dw(dy.mat(), y.mat(), beta, dw.mat_mut(), Some(B::slice_mut(&mut db.buffer)))?;
         results.extend([dw.values(), db.values()]);
     }
-    let mut sum = Memory::<T::Acc, B>::new(device, draw.seed, place(m, n));
+    let mut sum = Memory::<T::Acc, B>::new(device, case.seed, place(m, n));
     let (half, term) = (k / 2, |depth: Range<usize>, merges| {
         let products = vec![(x.mat().columns(depth.clone()), w.mat().t().block(depth, 0..n))];
         GemmTerm { products, merges }
@@ -427,13 +428,14 @@ fn linear<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64
     Ok(results)
 }
 
-/// Query heads that share the key/value heads, as many for each.
+/// Query heads that share key/value heads, the same number for each.
 fn grouped((heads, kv_heads): (usize, usize), head_dim: usize, choices: AttentionChoices) -> QkvHeads {
     let kv_of_query = (0..heads).map(|head| head * kv_heads / heads).collect();
     QkvHeads { kv_of_query, kv_heads, head_dim, choices }
 }
 
-/// The outputs of attention, their log-sum-exp, and the gradients of q, k and v, in memories that `memory` makes of a seed and columns.
+/// The outputs of attention, their log-sum-exp, and the gradients of q, k and v. `memory` creates
+/// each memory from a seed and a number of columns.
 fn attended<T: Element, B: Backend>(
     device: &B,
     spec: &AttentionSpec<'_>,
@@ -450,20 +452,20 @@ fn attended<T: Element, B: Backend>(
     Ok([out.values(), lse.values(), dqkv.values()])
 }
 
-fn attention<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
-    let dim = [3, 8, 33, 64, 70, 128, 130][draw.cols % 7];
-    let (heads, kv_heads) = [(2, 2), (4, 2), (3, 1)][draw.more % 3];
+fn attention<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<Vec<f64>>> {
+    let dim = [3, 8, 33, 64, 70, 128, 130][case.cols % 7];
+    let (heads, kv_heads) = [(2, 2), (4, 2), (3, 1)][case.more % 3];
     let attending = |causal, window| {
         grouped((heads, kv_heads), dim, AttentionChoices { causal, window, scale: Some(0.3) })
     };
-    let lengths = [draw.rows, 0, 40 * (draw.seed % 2) as usize + 1];
+    let lengths = [case.rows, 0, 40 * (case.seed % 2) as usize + 1];
     let rows: usize = lengths.iter().sum();
     let flags: Vec<bool> = (0..rows).map(|row| row % 5 != 2).collect();
     let memory = |seed: u64, cols| {
         Memory::<T, B>::new(
             device,
-            draw.seed ^ seed,
-            Place { rows, cols, start: draw.start, stride: cols + draw.gap },
+            case.seed ^ seed,
+            Place { rows, cols, start: case.start, stride: cols + case.gap },
         )
     };
     let (q, dout) = (memory(1, heads * dim), memory(4, heads * dim));
@@ -479,7 +481,7 @@ fn attention<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<
         let sequences = Sequences::packed(lengths);
         let sequences = if masked { sequences.masked(&flags)? } else { sequences };
         if masked {
-            // What is masked may be anything.
+            // Masked values may be anything.
             for memory in [&mut k, &mut v] {
                 for row in (0..rows).filter(|&row| !flags[row]) {
                     let cols = memory.place.cols;
@@ -491,23 +493,23 @@ fn attention<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<
         let spec = AttentionSpec { heads: &seen, sequences: &sequences };
         results.extend(attended(device, &spec, [&q, &k, &v, &dout], memory)?);
     }
-    // Two sequences that go on from 5 and 0 positions, in slots 2 and 0.
+    // Two sequences that continue from positions 5 and 0, in slots 2 and 0.
     let capacity = 60;
     let cache = |seed: u64| {
         let rows = 3 * kv_heads * capacity;
-        Memory::<T, B>::new(device, draw.seed ^ seed, Place { rows, cols: dim, start: 0, stride: dim })
+        Memory::<T, B>::new(device, case.seed ^ seed, Place { rows, cols: dim, start: 0, stride: dim })
     };
     let (keys, values) = (cache(8), cache(9));
-    let lengths = [draw.rows, 2];
+    let lengths = [case.rows, 2];
     let sequences = Sequences::packed(lengths).starting_at(&[5, 0])?;
     for window in [None, Some(4)] {
         let seen = attending(true, window);
         let spec = AttentionSpec { heads: &seen, sequences: &sequences };
         let place = Place {
-            rows: draw.rows + 2,
+            rows: case.rows + 2,
             cols: heads * dim,
-            start: draw.start,
-            stride: heads * dim + draw.gap,
+            start: case.start,
+            stride: heads * dim + case.gap,
         };
         let (q, mut out) = (Memory::<T, B>::new(device, 1, place), Memory::<T, B>::new(device, 2, place));
         let slots = CacheSpec { slots: &[2, 0], capacity };
@@ -517,7 +519,8 @@ fn attention<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<
     Ok(results)
 }
 
-/// Attention of sequences that go over several tiles of tensor cores, with values that a causal mask hides from some.
+/// Attention of sequences over several tensor-core tiles, with values that a causal mask hides from
+/// some rows.
 fn tiles<T: Element, B: Backend>(
     device: &B,
     dim: usize,
@@ -546,14 +549,14 @@ fn tiles<T: Element, B: Backend>(
     for window in [None, Some(50), Some(3)] {
         run(AttentionChoices { window, ..causal }, &whole, [&k, &v, &dout])?;
     }
-    // The largest product is not the largest score.
+    // The largest product need not be the largest score.
     for scale in [-scale, 0.0] {
         run(AttentionChoices { scale: Some(scale), ..causal }, &whole, [&k, &v, &dout])?;
     }
     let masked = Sequences::packed(lengths).masked(&flags)?;
     run(all, &masked, [&k, &v, &dout])?;
     run(causal, &masked, [&k, &v, &dout])?;
-    // One in the first tile, two at the end of another's.
+    // One in the first tile, two at the end of another tile.
     for (row, value) in [(40, f64::NAN), (71 + 127, f64::INFINITY), (71 + 128, f64::NEG_INFINITY)] {
         device.fill(value, v.mat_mut().block(row..row + 1, 0..dim))?;
     }
@@ -567,7 +570,7 @@ fn tiles<T: Element, B: Backend>(
     for window in [None, Some(50)] {
         run(AttentionChoices { window, ..causal }, &whole, [&k, &v, &dout])?;
     }
-    // Sequences that go on, from a cache.
+    // Sequences that continue from a cache.
     let (capacity, lengths) = (160, [70, 3]);
     let cache =
         |seed| Memory::<T, B>::new(device, seed, Place { start: 0, ..place(3 * kv_heads * capacity, dim) });
@@ -585,19 +588,19 @@ fn tiles<T: Element, B: Backend>(
     Ok(results)
 }
 
-/// Keys and values of new tokens in a cache, one sequence longer than a block's run, and one slot
-/// twice.
-fn appended<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f64>>> {
-    let dim = [3, 8, 33, 64, 128, 130][draw.cols % 6];
-    let (kv_heads, capacity) = (draw.more % 3 + 1, 60);
-    let lengths = [draw.rows, 0, 37, 1, 3];
+/// Appends keys and values of new tokens to a cache, with one sequence longer than a thread block's
+/// range, and one slot twice.
+fn appended<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<Vec<f64>>> {
+    let dim = [3, 8, 33, 64, 128, 130][case.cols % 6];
+    let (kv_heads, capacity) = (case.more % 3 + 1, 60);
+    let lengths = [case.rows, 0, 37, 1, 3];
     let starts = [5, 7, 20, capacity - 1, 19];
     let rows: usize = lengths.iter().sum();
     let sequences = Sequences::packed(lengths).starting_at(&starts)?;
     let cols = kv_heads * dim;
-    let from = Place { rows, cols, start: draw.start, stride: cols + draw.gap };
-    let to = Place { rows: 4 * kv_heads * capacity, cols: dim, start: draw.start, stride: dim + draw.gap };
-    let memory = |seed: u64, place| Memory::<T, B>::new(device, draw.seed ^ seed, place);
+    let from = Place { rows, cols, start: case.start, stride: cols + case.gap };
+    let to = Place { rows: 4 * kv_heads * capacity, cols: dim, start: case.start, stride: dim + case.gap };
+    let memory = |seed: u64, place| Memory::<T, B>::new(device, case.seed ^ seed, place);
     let (k, v, mut keys, mut values) = (memory(1, from), memory(2, from), memory(3, to), memory(4, to));
     let choices = AttentionChoices { scale: Some(1.0), ..AttentionChoices::CAUSAL };
     let heads = QkvHeads { kv_of_query: vec![0], kv_heads, head_dim: dim, choices };
@@ -605,7 +608,7 @@ fn appended<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f
     let cache = CacheSpec { slots: &[3, 1, 0, 2, 0], capacity };
     device.append_cached(&spec, &cache, k.mat(), v.mat(), keys.mat_mut(), values.mat_mut())?;
     let results = vec![keys.values(), values.values()];
-    // What does not fit is an error, and nothing is written.
+    // Tokens that do not fit are an error, and nothing is written.
     let slots = CacheSpec { slots: &[3, 1, 0, 2, 4], capacity };
     assert!(device.append_cached(&spec, &slots, v.mat(), k.mat(), keys.mat_mut(), values.mat_mut()).is_err());
     let short = CacheSpec { capacity: capacity - 1, ..cache };
@@ -614,9 +617,8 @@ fn appended<T: Element, B: Backend>(device: &B, draw: &Draw) -> Result<Vec<Vec<f
     Ok(results)
 }
 
-/// Attention of few rows a sequence to caches of one span and of several, and of many rows beside
-/// them. What lies in the cache behind a sequence's end, or in front of the window, may be
-/// anything.
+/// Attention of few rows per sequence to caches of one span and of several, together with sequences
+/// of many rows. The cache may hold anything after a sequence's end or before the window.
 fn decoded<T: Element, B: Backend>(device: &B, dim: usize, gap: usize) -> Result<Vec<Vec<f64>>> {
     let (capacity, kv_heads, kv) = (700, 2, [1, 0, 0, 1, 0, 0, 0]);
     let attending = |window, scale| {
@@ -650,7 +652,7 @@ fn decoded<T: Element, B: Backend>(device: &B, dim: usize, gap: usize) -> Result
         let mut out = Memory::<T, B>::new(device, 4, place);
         device.attention_cached(&spec, &room, q.mat(), keys.mat(), values.mat(), out.mat_mut())?;
         results.push(out.values());
-        // The row of a sequence alone: the same bits as beside the others.
+        // The row of a sequence alone has the same bits as in the batch.
         let alone = Sequences::one(1).starting_at(&starts[..1])?;
         let spec = AttentionSpec { sequences: &alone, ..spec };
         let room = CacheSpec { slots: &slots[..1], capacity };
@@ -660,7 +662,7 @@ fn decoded<T: Element, B: Backend>(device: &B, dim: usize, gap: usize) -> Result
         device.attention_cached(&spec, &room, query, keys.mat(), values.mat(), row)?;
         assert_eq!(out.values()[gap..gap + cols], results[results.len() - 1][gap..gap + cols]);
     }
-    // What is seen has its influence: the last row of the third sequence alone sees its last
+    // Visible values have influence: only the last row of the third sequence sees its last
     // position.
     let at = kv_heads * capacity * slots[2] + 257;
     device.fill(f64::INFINITY, values.mat_mut().block(at..at + 1, 0..dim))?;
@@ -692,7 +694,7 @@ fn attention_of_few_rows_to_a_cache_is_the_cpus() {
     one::<f16>(&cuda, &cpu);
 }
 
-/// Attention of the same numbers, wherever they lie.
+/// Attention of the same numbers at another memory offset.
 fn placed<T: Element, B: Backend>(device: &B, start: usize) -> Result<Vec<f64>> {
     let place = |start| Place { rows: 80, cols: 64, start, stride: 72 };
     let moved = |seed| {
@@ -722,7 +724,8 @@ fn attention_on_tensor_cores_is_the_cpus() {
                 same::<T>(&format!("heads of {dim}, result {at}"), got, want);
             }
         }
-        // The same where rows do not begin at 16 bytes: without tensor cores, and so with weights that are not rounded.
+        // The same with rows that are not aligned to 16 bytes: without tensor cores, and so without
+        // rounding the weights.
         let [aligned, other] = [0, 7].map(|start| placed::<T, _>(cuda, start).unwrap());
         same::<T>("without tensor cores", &aligned, &other);
         assert_ne!(aligned, other, "both have gone the same way");
@@ -732,24 +735,24 @@ fn attention_on_tensor_cores_is_the_cpus() {
     one::<f16>(&cuda, &cpu);
 }
 
-/// A test of a family: all four elements on both devices.
+/// A test of a kernel family: all four element types on both devices.
 macro_rules! families {
     ($($name:ident, $cases:expr, $family:ident;)*) => {$(
         #[test]
         fn $name() {
-            check($cases, |cuda, cpu, draw| {
-                fn one<T: Element>(cuda: &Dev, cpu: &Cpu, draw: &Draw) {
-                    let got = $family::<T, _>(cuda, draw).unwrap();
-                    let want = $family::<T, _>(cpu, draw).unwrap();
+            check($cases, |cuda, cpu, case| {
+                fn one<T: Element>(cuda: &Dev, cpu: &Cpu, case: &RandomCase) {
+                    let got = $family::<T, _>(cuda, case).unwrap();
+                    let want = $family::<T, _>(cpu, case).unwrap();
                     assert_eq!(got.len(), want.len());
                     for (at, (got, want)) in got.iter().zip(&want).enumerate() {
                         same::<T>(&format!("{}, result {at}", stringify!($family)), got, want);
                     }
                 }
-                one::<f64>(cuda, cpu, draw);
-                one::<f32>(cuda, cpu, draw);
-                one::<bf16>(cuda, cpu, draw);
-                one::<f16>(cuda, cpu, draw);
+                one::<f64>(cuda, cpu, case);
+                one::<f32>(cuda, cpu, case);
+                one::<bf16>(cuda, cpu, case);
+                one::<f16>(cuda, cpu, case);
             });
         }
     )*};

@@ -32,7 +32,7 @@ fn options(order: Order) -> Options {
     Options { order, deadline: DEADLINE, ..Options::default() }
 }
 
-/// Both ways of calling NCCL.
+/// Both modes of calling NCCL.
 const WAYS: [bool; 2] = [true, false];
 
 #[test]
@@ -113,7 +113,7 @@ fn disagreement_is_the_same_error_on_every_rank() {
         let errors = ranks(world)
             .run(|group| {
                 let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
-                // After calls that all have made.
+                // After calls that all ranks have made.
                 ACTS[usual](&nccl)?;
                 ACTS[other](&nccl)?;
                 let act = if group.rank() == 2 { ACTS[other] } else { ACTS[usual] };
@@ -127,26 +127,31 @@ fn disagreement_is_the_same_error_on_every_rank() {
     }
 }
 
-/// What thread ranks can disagree on, NCCL's ranks are told too: of started calls when they start.
+/// NCCL's ranks detect the same disagreements as thread ranks; for started calls, when they start.
 #[test]
 fn every_disagreement_is_found() {
     for world in dev::worlds([2, 3]) {
         let odd = if world == 2 { 1 } else { 0 };
-        let told = ranks(world)
+        let found = ranks(world)
             .run(|group| {
                 let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
-                let tell = |(usual, other, ..): &(crate::disagree::Act, crate::disagree::Act, &str, &str)| {
-                    let part = nccl.split_all(0)?;
-                    let act = if part.rank() == odd { other } else { usual };
-                    let error = act(&part).unwrap_err();
-                    assert_eq!(part.barrier().unwrap_err(), error, "a failed group repeats its first error");
-                    Ok(error)
-                };
-                DISAGREEMENTS.iter().map(tell).collect::<Result<Vec<_>>>()
+                let disagree =
+                    |(usual, other, ..): &(crate::disagree::Act, crate::disagree::Act, &str, &str)| {
+                        let part = nccl.split_all(0)?;
+                        let act = if part.rank() == odd { other } else { usual };
+                        let error = act(&part).unwrap_err();
+                        assert_eq!(
+                            part.barrier().unwrap_err(),
+                            error,
+                            "a failed group repeats its first error"
+                        );
+                        Ok(error)
+                    };
+                DISAGREEMENTS.iter().map(disagree).collect::<Result<Vec<_>>>()
             })
             .unwrap();
-        assert!(told.iter().all(|errors| *errors == told[0]));
-        for (case, error) in told[0].iter().enumerate() {
+        assert!(found.iter().all(|errors| *errors == found[0]));
+        for (case, error) in found[0].iter().enumerate() {
             let Error::Mismatch(mismatch) = error else { panic!("case {case}: {error}") };
             assert_eq!((mismatch.left_rank, mismatch.right_rank), (0, odd.max(1)), "case {case}: {error}");
         }
@@ -161,7 +166,7 @@ fn an_unexpected_message_is_a_disagreement() {
                 let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
                 let x = Tensor::<f32>::zeros(nccl.device(), [6])?;
                 if group.rank() == 0 {
-                    // The message is never fetched: the sender hears of it here, or at its next
+                    // The message is never received. The sender gets the error here or at its next
                     // call.
                     let sent = nccl.exchange(Some((1, &x)), None);
                     return Ok(sent.and_then(|_| nccl.barrier()).unwrap_err());
@@ -195,7 +200,7 @@ fn a_lost_rank_is_an_error_on_every_other() {
                     })
                     .unwrap();
                 for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != lost) {
-                    // It may be lost while others are still inside of the first call.
+                    // The rank may be lost while others are still in the first call.
                     let error = outcome.unwrap_or_else(Some);
                     let Some(Error::PeerLost { rank: named, reason, .. }) = error else {
                         panic!("rank {rank} of {world}: {error:?}")
@@ -208,7 +213,7 @@ fn a_lost_rank_is_an_error_on_every_other() {
     }
 }
 
-/// What ranks over NCCL note of their calls is enough to say whose fault it was.
+/// The records of ranks over NCCL suffice to find the culprit.
 #[test]
 fn the_rank_that_broke_the_job_is_blamed() {
     let fates: [(Act, &str); 4] = [
@@ -233,9 +238,10 @@ fn the_rank_that_broke_the_job_is_blamed() {
     }
 }
 
-/// Runs ranks as processes would be: they talk over sockets, and compare only new kinds of calls at once.
+/// Runs ranks like processes: they communicate over sockets, and compare only new kinds of calls at
+/// once.
 fn processes<R: Send>(world: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Vec<Result<R>> {
-    // For NCCL they are one process after all, whose GPUs' memory has to be open to one another.
+    // For NCCL they are one process, so their GPUs' memory must be open to one another.
     let open = |group: Group<Cpu>| group.over_nccl(&dev::of_rank(&group)?, options(Order::Any)).map(drop);
     ranks(world).run(open).unwrap();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -269,7 +275,8 @@ fn processes_have_the_same_collectives() {
     }
 }
 
-/// Known calls in another order, with which NCCL finds no fault: of as many elements.
+/// Known calls in another order, which NCCL cannot detect because they have the same number of
+/// elements.
 #[test]
 fn another_order_of_known_calls_is_found_by_its_hash() {
     for world in dev::worlds([3]) {
@@ -281,7 +288,7 @@ fn another_order_of_known_calls_is_found_by_its_hash() {
             };
             let (a, b) = if nccl.rank() == 2 { ([3, 2], [2, 3]) } else { ([2, 3], [3, 2]) };
             for round in 0..40 {
-                // All are in the same order before the twentieth.
+                // Before the twentieth round all ranks use the same order.
                 let (first, second) = if round < 20 { ([2, 3], [3, 2]) } else { (a, b) };
                 call(first)?;
                 call(second)?;
@@ -298,7 +305,8 @@ fn another_order_of_known_calls_is_found_by_its_hash() {
     }
 }
 
-/// The others are inside of NCCL, whose call was known and not compared, and learn on the side who has not come to it.
+/// The others are in NCCL with a known call that was not compared. The control group informs them
+/// which rank has not reached it.
 #[test]
 fn a_process_that_does_not_come_to_a_known_call_is_named_to_all() {
     for (world, missing) in dev::worlds([3]).flat_map(|world| (0..world).map(move |rank| (world, rank))) {
@@ -323,17 +331,18 @@ fn a_process_that_does_not_come_to_a_known_call_is_named_to_all() {
     }
 }
 
-/// A call that every rank has made, and whose result is looked at: where a rank is lost, an error.
+/// A call that every rank has made, whose result is read. It fails if a rank is lost.
 fn known(group: &Group<Dev>, op: ReduceOp) -> Result<()> {
     reduce::<f32>(group, op, 6)?;
     group.device().synchronize()
 }
 
-/// A rank that is lost where the others are inside of NCCL already: their call was known, and was not compared.
+/// A rank is lost while the others are already in NCCL, with a known call that was not compared.
 #[test]
 fn a_process_that_is_lost_inside_of_a_collective_ends_it_for_the_others() {
     for world in dev::worlds([2, 3, 4, 8]) {
-        // The largest is made of all ranks' terms, by a kernel of ours behind NCCL.
+        // The maximum is computed from all ranks' terms by a kernel of this library after the NCCL
+        // call.
         for (op, fails) in [ReduceOp::Sum, ReduceOp::Max].into_iter().flat_map(|op| [(op, true), (op, false)])
         {
             for (lost, blocking) in [(0, true), (world - 1, true), (world - 1, false)] {
@@ -349,7 +358,7 @@ fn a_process_that_is_lost_inside_of_a_collective_ends_it_for_the_others() {
                             Ok(())
                         };
                     }
-                    // By now the rank is lost, and so is what the result would have been.
+                    // By now the rank is lost, and the result with it.
                     known(&nccl, op)
                 });
                 for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != lost) {
@@ -364,7 +373,7 @@ fn a_process_that_is_lost_inside_of_a_collective_ends_it_for_the_others() {
     }
 }
 
-/// A rank that is never fetched from by a rank which has returned, and a third rank that has nothing to do with it.
+/// A rank sends a message to a rank that has returned, and a third rank is not involved.
 #[test]
 fn a_message_that_nobody_fetches_any_more_is_an_error_of_its_sender_only() {
     for world in dev::worlds([3]) {
@@ -393,7 +402,7 @@ fn a_message_that_nobody_fetches_any_more_is_an_error_of_its_sender_only() {
     }
 }
 
-/// Of all communicators of a rank, also on another handle of its GPU.
+/// All communicators of a rank keep the order, also on another handle of its GPU.
 #[test]
 fn collectives_run_in_the_order_of_a_rank_s_calls() {
     for (world, blocking) in dev::worlds([2, 4]).flat_map(|world| WAYS.map(|way| (world, way))) {
@@ -403,7 +412,7 @@ fn collectives_run_in_the_order_of_a_rank_s_calls() {
                 let device = dev::of_rank(&group)?;
                 let whole = group.over_nccl(&device, options.clone())?;
                 let part = whole.split_all(group.rank() as u64 % 2)?;
-                let other = group.over_nccl(&dev::beside(&device), options)?;
+                let other = group.over_nccl(&dev::another_handle(&device), options)?;
                 let mut sums = Vec::new();
                 for round in 0..10 {
                     for group in [&whole, &part, &other, &part] {
@@ -421,10 +430,10 @@ fn collectives_run_in_the_order_of_a_rank_s_calls() {
     }
 }
 
-/// The sender is inside of NCCL, for a connection to a rank that does not come, and cannot leave by
-/// itself.
+/// The sender is in NCCL, waiting for a connection to a rank that does not come, and cannot leave
+/// by itself.
 #[test]
-fn a_rank_inside_of_a_blocking_call_is_told_whom_it_waits_for() {
+fn a_rank_inside_of_a_blocking_call_learns_whom_it_waits_for() {
     for (world, fails) in dev::worlds([2]).flat_map(|world| [false, true].map(|fails| (world, fails))) {
         let outcomes = processes(world, |group| {
             let deadline = Duration::from_secs(if fails { 30 } else { 1 });
@@ -446,8 +455,8 @@ fn a_rank_inside_of_a_blocking_call_is_told_whom_it_waits_for() {
     }
 }
 
-/// A rank that does not look around, as one inside of the driver, and whose collective waits for
-/// one that does not come.
+/// A rank that cannot check for errors, as if inside the driver, while its collective waits for a
+/// missing rank.
 #[test]
 fn the_deadline_of_a_rank_that_cannot_look_around_holds() {
     for (world, blocking) in dev::worlds([2]).flat_map(|world| WAYS.map(|way| (world, way))) {
@@ -459,10 +468,10 @@ fn the_deadline_of_a_rank_that_cannot_look_around_holds() {
                 let mut x = Tensor::<f32>::zeros(nccl.device(), [6])?;
                 nccl.all_reduce(ReduceOp::Sum, &mut x)?;
                 thread::sleep(Duration::from_secs(5));
-                let told = nccl.device().synchronize();
-                // Also later nobody gets what the collective did not do.
-                assert_eq!(x.to_vec().map(drop), told);
-                return told;
+                let outcome = nccl.device().synchronize();
+                // Later reads do not return the missing result of the collective either.
+                assert_eq!(x.to_vec().map(drop), outcome);
+                return outcome;
             }
             thread::sleep(Duration::from_secs(4));
             nccl.barrier()
@@ -474,7 +483,7 @@ fn the_deadline_of_a_rank_that_cannot_look_around_holds() {
     }
 }
 
-/// As above, where all ranks have come to the oldest of its collectives.
+/// As above, but all ranks have reached the oldest of its collectives.
 #[test]
 fn a_collective_behind_others_has_its_deadline_too() {
     for (world, blocking) in dev::worlds([2]).flat_map(|world| WAYS.map(|way| (world, way))) {
@@ -505,7 +514,7 @@ fn a_collective_behind_others_has_its_deadline_too() {
     }
 }
 
-/// NCCL destroys a communicator when all ranks of a node do so.
+/// NCCL destroys a communicator once all ranks of a node destroy it.
 #[test]
 fn a_rank_that_leaves_a_group_does_not_wait_for_those_that_stay() {
     for (world, over_sockets) in dev::worlds([2]).flat_map(|world| [(world, false), (world, true)]) {
@@ -527,8 +536,8 @@ fn a_rank_that_leaves_a_group_does_not_wait_for_those_that_stay() {
     }
 }
 
-/// All ranks have come to its collective. Whether the device has done it cannot be seen, so that it
-/// ends with the rank that fails.
+/// All ranks have reached its collective. It cannot be seen whether the device has finished it, so
+/// it ends with the failing rank.
 #[test]
 fn a_rank_that_cannot_look_around_is_freed_when_another_fails() {
     for world in dev::worlds([2]) {
@@ -541,9 +550,9 @@ fn a_rank_that_cannot_look_around_is_freed_when_another_fails() {
                 return Err(Error::Invalid { op: "test", reason: "fails".into() });
             }
             thread::sleep(Duration::from_secs(5));
-            let told = nccl.device().synchronize();
-            assert_eq!(x.to_vec().map(drop), told);
-            told
+            let outcome = nccl.device().synchronize();
+            assert_eq!(x.to_vec().map(drop), outcome);
+            outcome
         });
         let Err(Error::PeerLost { rank: 1, reason: LostReason::Failed, .. }) = outcomes[0] else {
             panic!("{outcomes:?}")
@@ -551,7 +560,7 @@ fn a_rank_that_cannot_look_around_is_freed_when_another_fails() {
     }
 }
 
-/// Neither without the group nor by way of another handle of the GPU.
+/// Neither without the group nor through another handle of the GPU.
 #[test]
 fn what_an_aborted_collective_did_not_do_is_never_read() {
     for (world, drops) in dev::worlds([2]).flat_map(|world| [(world, true), (world, false)]) {
@@ -563,7 +572,7 @@ fn what_an_aborted_collective_did_not_do_is_never_read() {
                 thread::sleep(Duration::from_secs(3));
                 return Err(Error::Invalid { op: "test", reason: "fails".into() });
             }
-            let of = if drops { device } else { dev::beside(&device) };
+            let of = if drops { device } else { dev::another_handle(&device) };
             let mut x = Tensor::<f32>::full(&of, [6], 3.0)?;
             nccl.all_reduce(ReduceOp::Sum, &mut x)?;
             if drops {

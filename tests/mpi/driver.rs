@@ -1,4 +1,5 @@
-//! Runs this program under `mpirun`: the tests as 1 to 4 processes, and the scenarios that end a job.
+//! Runs this program under `mpirun`: the tests as 1 to 4 processes, and the scenarios that end a
+//! job.
 
 use crate::failure::PATIENCE;
 use std::{
@@ -6,13 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Marks a process as one that `mpirun` has started.
+/// Set in the environment of a process that `mpirun` has started.
 pub(crate) const STARTED: &str = "SHARDWISE_MPI_STARTED";
 
 fn mpirun(processes: usize, variables: &[(&str, &str)]) -> Command {
     let mut command = Command::new("mpirun");
     command.args(["-n", &processes.to_string()]).arg(std::env::current_exe().unwrap());
-    // What Open MPI asks for in containers.
+    // Open MPI requires these in containers.
     command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
     command.env("OMPI_MCA_rmaps_base_oversubscribe", "1").env("RUST_BACKTRACE", "0");
     command.env(STARTED, "1").envs(variables.iter().copied());
@@ -23,16 +24,17 @@ fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
-/// Each way in which a rank is lost, words that name it, and how long the job may go on.
+/// Each way of losing a rank, the words in its error, and the time limit for the job.
 fn scenarios(lost: usize, missing: &str) -> [(&'static str, String, Duration); 7] {
-    // When a process has failed, Open MPI ends the others by SIGTERM, waits, and kills them. They have that second for their words.
+    // When a process has failed, Open MPI ends the others by SIGTERM, waits a second and kills
+    // them. They report the error in that second.
     let (soon, said) = (Duration::from_secs(1), Duration::from_secs(3));
     let late = PATIENCE + PATIENCE / 10 + soon;
     [
         ("return", format!("rank {lost} was lost (it left the group)"), said),
         ("fail", format!("rank {lost} was lost (it returned an error)"), said),
         ("panic", format!("rank {lost} was lost (it panicked)"), said),
-        // These are seen by the MPI launcher.
+        // The MPI launcher sees these itself.
         ("exit", "3".into(), soon),
         ("kill", format!("process rank {lost} "), soon),
         ("stop", format!("ranks [{missing}] did not join all_reduce"), late),
@@ -58,7 +60,7 @@ pub(crate) fn drive() {
         println!("messages in regions:");
         assert!(mpirun(processes, &[("SHARDWISE_PIECES", "1")]).status().unwrap().success());
     }
-    // How long a job takes by itself: MPI's start and end.
+    // The time that a job takes by itself: MPI's start and end.
     let begin = Instant::now();
     assert!(mpirun(2, &[("SHARDWISE_SCENARIO", "none")]).status().unwrap().success());
     let empty = begin.elapsed();

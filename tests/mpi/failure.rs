@@ -1,4 +1,5 @@
-//! Disagreement and lost ranks. What ends the whole job is a scenario of its own: see `driver.rs`.
+//! Disagreement and lost ranks. Failures that end the whole job are separate scenarios: see
+//! `driver.rs`.
 
 use crate::disagree::DISAGREEMENTS;
 use shardwise::{
@@ -48,7 +49,7 @@ pub(crate) fn disagreement(world: &Group<Cpu>) -> Result<()> {
         }
     }
     if world.rank() == 0 {
-        println!("    the slowest rank was told after {slowest:.1?}");
+        println!("    the slowest rank got the error after {slowest:.1?}");
     }
     assert!(slowest < Duration::from_secs(2), "{slowest:?}");
     Ok(())
@@ -78,7 +79,7 @@ pub(crate) fn lost_rank(world: &Group<Cpu>) -> Result<()> {
             let mut x = Tensor::<f32>::full(group.device(), [len], 1.0)?;
             let pending = group.start_all_reduce(ReduceOp::Sum, x.clone())?;
             if group.rank() == lost {
-                // What it has started is made all the same.
+                // The started collective is completed even though the group is dropped.
                 drop(group);
                 drop(pending);
                 world.barrier()?;
@@ -99,7 +100,7 @@ fn descriptors() -> usize {
     fs::read_dir("/proc/self/fd").map_or(0, Iterator::count)
 }
 
-/// Groups that are made, broken and dropped: `SHARDWISE_CYCLES`, or a few.
+/// Groups that are created, broken and dropped, `SHARDWISE_CYCLES` times or a few.
 pub(crate) fn cycles(world: &Group<Cpu>) -> Result<()> {
     let cycles = std::env::var("SHARDWISE_CYCLES").map_or(300, |number| number.parse().unwrap());
     let before = descriptors();
@@ -117,14 +118,15 @@ pub(crate) fn cycles(world: &Group<Cpu>) -> Result<()> {
 /// Signals this process.
 fn signal_self(signal: &str) {
     let _ = Command::new("kill").args([signal, &std::process::id().to_string()]).status();
-    // A stop takes effect when it does.
+    // Time for a stop signal to take effect.
     std::thread::sleep(Duration::from_millis(200));
 }
 
 /// The deadline of scenarios.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Runs the rank's part of a scenario, if the environment names one: the last rank is lost in some way.
+/// Runs this rank's role in a scenario, if the environment names one. The last rank is lost in some
+/// way.
 pub(crate) fn scenario() -> Option<ExitCode> {
     let way = std::env::var("SHARDWISE_SCENARIO").ok()?;
     let done = Mpi::new().deadline(PATIENCE).run(|world| {
@@ -141,9 +143,9 @@ pub(crate) fn scenario() -> Option<ExitCode> {
                 "exit" => std::process::exit(3),
                 "kill" => signal_self("-KILL"),
                 "stop" => signal_self("-STOP"),
-                // The others go on to the data, which does not come. They start the collective after
-                // this rank's last call into MPI: otherwise its data could go out with its call, and
-                // the sum would be complete before the rank stops.
+                // The others proceed to the data, which never arrives. They start the collective
+                // after this rank's last call into MPI: otherwise its data could be sent during
+                // that call, and the sum would be complete before the rank stops.
                 "stop within" => {
                     let pending = world.start_all_reduce(ReduceOp::Sum, x)?;
                     (0..last).try_for_each(|peer| world.exchange(Some((peer, &started)), None).map(drop))?;

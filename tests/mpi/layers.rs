@@ -1,4 +1,5 @@
-//! Layers and models on MPI ranks and on as many thread ranks, which the other tests hold to the reference: the same bits.
+//! Layers and models on MPI ranks have the bits of the same number of thread ranks, which other
+//! tests compare with the reference.
 
 use half::{bf16, f16};
 use shardwise::{
@@ -30,7 +31,7 @@ fn gradient_bits<T: Element>(param: &Param<T, Cpu>, to: &mut Vec<u64>) -> Result
     Ok(())
 }
 
-/// The same program on this process's rank, and on thread ranks: the same bits.
+/// Runs the same program on this process's rank and on thread ranks, and compares the bits.
 #[track_caller]
 fn as_threads(group: &Group<Cpu>, program: impl Fn(&Group<Cpu>) -> Result<Vec<u64>> + Sync) -> Result<()> {
     let (reduction, off) = (group.reduction(), Overlap::Off);
@@ -62,7 +63,8 @@ fn config(gated: bool) -> BlockConfig {
     }
 }
 
-/// Forward and backward of a layer on 700 tokens: payloads on both sides of the size that travels with the call.
+/// Forward and backward of a layer on 700 tokens, with payloads below and above the size that is
+/// sent with the call.
 fn step<S: ResidualStream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
     group: &Group<Cpu>,
     layer: L,
@@ -113,7 +115,8 @@ pub(crate) fn blocks(world: &Group<Cpu>) -> Result<()> {
     blocks_of::<f16>(world)
 }
 
-/// In chunks as many as the transport likes, and in some that are given: the bits of thread ranks' collectives at once.
+/// With as many chunks as the transport prefers, and with given numbers, the bits are those of the
+/// thread ranks' unchunked collectives.
 pub(crate) fn chunks(world: &Group<Cpu>) -> Result<()> {
     for overlap in [Overlap::Chunks(1), Overlap::Chunks(3), Overlap::Chunks(100)] {
         let group = world.with_overlap(overlap);
@@ -124,7 +127,8 @@ pub(crate) fn chunks(world: &Group<Cpu>) -> Result<()> {
     Ok(())
 }
 
-/// The bits of one thread rank on this many processes, in both streams: the whole y, and dX.
+/// The bits of one thread rank on this many processes, in both residual streams: the whole y, and
+/// dX.
 pub(crate) fn invariant(world: &Group<Cpu>) -> Result<()> {
     fn same<T: Element>(world: &Group<Cpu>) -> Result<()> {
         // Nine query heads in eight blocks.
@@ -134,7 +138,7 @@ pub(crate) fn invariant(world: &Group<Cpu>) -> Result<()> {
                 block::<Replicated, T>(&alone.with_reduction(reduction), gated, Ok)
             })?;
             let got = block::<Replicated, T>(&world.with_reduction(reduction), gated, Ok)?;
-            // The gradients that follow are of this rank's part of the weights.
+            // The following gradients are those of this rank's weight shards.
             assert_eq!(got[..14_000], one[0][..14_000], "{} on {world:?}", T::DTYPE);
             let group = world.with_reduction(reduction).with_overlap(Overlap::Chunks(2));
             let part = block::<Shard<0>, T>(&group, gated, |x| {

@@ -1,7 +1,7 @@
 //! The communicator over MPI, and operators on it: `scripts/mpi_tests.sh`.
 //!
-//! Started by itself, the program starts itself under `mpirun`, as 1 to 4 processes: every process makes the same tests in the
-//! same order. 5 to 8 processes make the collectives only.
+//! The program starts itself under `mpirun` as 1 to 4 processes, each of which runs the same tests
+//! in the same order. 5 to 8 processes run the collectives only.
 
 // Shared with the other tests, which use all of them.
 #[allow(dead_code)]
@@ -32,10 +32,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Ranks that are waited for in vain are given up after this time.
+/// Ranks stop waiting for a missing rank after this time.
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// What holds for every communicator.
+/// The checks for every communicator.
 fn everything<B: Pointwise>(group: &Group<B>) -> Result<()> {
     all_exact(group, true)?;
     all_in_flight(group)?;
@@ -55,7 +55,7 @@ fn staged_collectives(world: &Group<Cpu>) -> Result<()> {
     everything(&group.staged(&Cpu::poisoned()))
 }
 
-/// Tensors of GPUs, by way of the host. Where there is none, it says so.
+/// Tensors of GPUs, through the host. Prints a line if there is none.
 #[cfg(feature = "cuda")]
 fn cuda_collectives(world: &Group<Cpu>) -> Result<()> {
     use shardwise::device::Cuda;
@@ -71,7 +71,7 @@ fn cuda_collectives(world: &Group<Cpu>) -> Result<()> {
 fn parts_of_parts(world: &Group<Cpu>) -> Result<()> {
     let half = world.split_all(world.rank() as u64 % 2)?;
     let row = world.split_all(world.rank() as u64 / 2)?;
-    // Groups that overlap, used in turn and with flights that stay open.
+    // Overlapping groups, used in turn while started collectives are pending.
     let mut open = Vec::new();
     for group in [world, &half, &row] {
         let x = Tensor::<f64>::full(group.device(), [5000], group.rank() as f64 + 1.0)?;
@@ -86,7 +86,7 @@ fn parts_of_parts(world: &Group<Cpu>) -> Result<()> {
     Ok(())
 }
 
-/// A collective that is started goes on while this rank makes other calls, and needs nobody to wait for it at once.
+/// A started collective proceeds while this rank makes other calls, and needs no immediate wait.
 fn started_ones_go_on(world: &Group<Cpu>) -> Result<()> {
     let x = Tensor::<f32>::full(world.device(), [100_000], 1.0)?;
     let first = world.start_all_reduce(ReduceOp::Sum, x.clone())?;
@@ -101,7 +101,7 @@ fn started_ones_go_on(world: &Group<Cpu>) -> Result<()> {
         (first.wait()?, second)
     };
     assert_eq!((first.to_vec()?[99_999], second.to_vec()?[0]), (size, 1.0));
-    // One that is dropped is made all the same: the others count on it.
+    // A dropped collective is still completed, because the other ranks need it.
     let x = Tensor::<f32>::full(world.device(), [100_000], 1.0)?;
     let pending = world.start_all_reduce(ReduceOp::Sum, x)?;
     if world.rank() == 0 {
@@ -112,8 +112,9 @@ fn started_ones_go_on(world: &Group<Cpu>) -> Result<()> {
     Ok(())
 }
 
-/// More elements than an `int` counts, by hand: `SHARDWISE_HUGE=broadcast`, `exchange` or `sum` takes 16 GiB a rank. With
-/// `SHARDWISE_HUGE_ELEMENTS=1073741834` it is more bytes than that, in half the memory.
+/// More elements than an `int` counts. Run by hand: `SHARDWISE_HUGE=broadcast`, `exchange` or `sum`
+/// takes 16 GiB per rank. `SHARDWISE_HUGE_ELEMENTS=1073741834` exceeds the limit in bytes only,
+/// with half the memory.
 fn huge(world: &Group<Cpu>) -> Result<()> {
     let Some(which) = std::env::var_os("SHARDWISE_HUGE") else { return Ok(()) };
     let elements = std::env::var("SHARDWISE_HUGE_ELEMENTS").ok().and_then(|elements| elements.parse().ok());
@@ -161,11 +162,11 @@ const TESTS: &[(&str, Test)] = &[
     ("cycles leave nothing", failure::cycles),
 ];
 
-/// By hand, where there is the memory.
+/// Run by hand on a machine with enough memory.
 const HUGE: &[(&str, Test)] = &[("huge tensors", huge)];
 
-/// For more processes than that.
-const FEW: &[(&str, Test)] = &[("collectives are exact", |world| all_exact(world, false))];
+/// The tests for more than four processes.
+const COLLECTIVES: &[(&str, Test)] = &[("collectives are exact", |world| all_exact(world, false))];
 
 fn main() -> ExitCode {
     if std::env::var_os(driver::STARTED).is_none() {
@@ -175,17 +176,17 @@ fn main() -> ExitCode {
     if let Some(code) = failure::scenario() {
         return code;
     }
-    // Thread ranks, to compare with, panic as loudly as they like; the processes' lines are those of rank 0.
+    // Thread ranks, run for comparison, may print panics; the processes' lines are those of rank 0.
     let mut mpi = Mpi::new().deadline(DEADLINE);
     if std::env::var_os("SHARDWISE_PIECES").is_some() {
-        // Every message of more than 4 KiB is cut, as those of more than 2³¹ words are.
+        // Splits every message of more than 4 KiB, as messages of more than 2³¹ `u64` values are.
         mpi = mpi.message_limit(4096);
     }
     let done = mpi.run(|world| {
-        let few = std::env::var_os("SHARDWISE_EXACT").is_some();
+        let collectives_only = std::env::var_os("SHARDWISE_EXACT").is_some();
         let huge = std::env::var_os("SHARDWISE_HUGE").is_some();
         let tests = if huge { HUGE } else { TESTS };
-        for (name, test) in if few { FEW } else { tests } {
+        for (name, test) in if collectives_only { COLLECTIVES } else { tests } {
             let begin = Instant::now();
             test(&world)?;
             world.barrier()?;

@@ -1,6 +1,7 @@
-//! Training on MPI ranks: with an invariant reduction the losses, norms and parameters of one thread rank, bit for bit.
+//! Training on MPI ranks: with an invariant reduction the losses, norms and parameters of one
+//! thread rank, bit for bit.
 
-// The example's model, of which training needs the most.
+// The example's model. Training requires most of it.
 #[path = "../../examples/text/train_text/model.rs"]
 #[allow(dead_code)]
 mod model;
@@ -43,21 +44,23 @@ fn batch(step: u64) -> Batch {
     }
 }
 
-/// What one rank knows after some steps: losses and norms, and for each tensor of the model the elements that it holds.
+/// One rank's results after some steps: losses and norms, and for each tensor of the model the
+/// elements that the rank holds.
 #[derive(PartialEq)]
 struct Trained {
     curve: Vec<(u64, u64)>,
-    held: BTreeMap<(String, Vec<usize>), u64>,
+    shards: BTreeMap<(String, Vec<usize>), u64>,
 }
 
-/// AdamW with dropout, clipping and decay on `dp` replicas of the rest of the ranks, four microbatches together.
+/// AdamW with dropout, clipping and decay on `dp` replicas, each with its share of the ranks, and
+/// four microbatches in all.
 fn train<S: ResidualStream, T: Element>(world: &Group<Cpu>, dp: usize, overlap: Overlap) -> Result<Trained> {
     let world = world.with_reduction(Reduction::Invariant { blocks: 8 }).with_overlap(overlap);
     let mesh = DeviceMesh::new(&world, Mesh::new(dp, 1, world.size() / dp)?)?;
     let (source, schedule) = (Random::normal(3, 0.3), Schedule::one_forward_one_backward(1, 4 / dp));
     let model = Gpt::<S, T>::load(&mesh, &source, &CONFIG, schedule)?;
     let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() });
-    let (mut curve, mut held) = (Vec::new(), BTreeMap::new());
+    let (mut curve, mut shards) = (Vec::new(), BTreeMap::new());
     for step in 0..3 {
         let (loss, norm) = model.gradients(&batch(step), step, 1.0)?;
         optimizer.step(&model.params(), 1e-2, clip_scale(norm, 0.5)?)?;
@@ -71,21 +74,21 @@ fn train<S: ResidualStream, T: Element>(world: &Group<Cpu>, dp: usize, overlap: 
                 let inner: usize = extent.dims()[1..].iter().product();
                 let rest = ranges.get(1).map(|range| range.start + at % inner);
                 let index = std::iter::once(ranges[0].start + at / inner).chain(rest).collect();
-                held.insert((part.tensor.clone(), index), value.to_f64().to_bits());
+                shards.insert((part.tensor.clone(), index), value.to_f64().to_bits());
             }
         }
     }
     assert_eq!(mesh.group(Axis::Data).size(), dp);
-    Ok(Trained { curve, held })
+    Ok(Trained { curve, shards })
 }
 
 fn agree<T: Element>(world: &Group<Cpu>) -> Result<()> {
     let one = launch::threads(1, |alone| train::<Replicated, T>(&alone, 1, Overlap::Off))?.swap_remove(0);
     let same = |what: &str, got: Trained| {
         assert_eq!(got.curve, one.curve, "{what} of {} on {world:?}: losses and norms", T::DTYPE);
-        assert!(got.held.len() > 100, "{what}: a rank holds nothing");
-        for (element, bits) in &got.held {
-            assert_eq!(bits, &one.held[element], "{what} of {} on {world:?}: {element:?}", T::DTYPE);
+        assert!(got.shards.len() > 100, "{what}: a rank holds nothing");
+        for (element, bits) in &got.shards {
+            assert_eq!(bits, &one.shards[element], "{what} of {} on {world:?}: {element:?}", T::DTYPE);
         }
     };
     same("tensor parallel", train::<Replicated, T>(world, 1, Overlap::Off)?);

@@ -1,4 +1,5 @@
-//! The transformer block against the reference: pre- and post-norm, plain and gated, both streams, all worlds.
+//! Compares the transformer block with the reference: pre- and post-norm, plain and gated, both
+//! residual streams, every number of ranks.
 
 use crate::dev::Dev;
 use crate::invariant::same_bits;
@@ -20,12 +21,13 @@ use shardwise::{
 };
 
 const EXACT: f64 = 1e-12;
-/// Large, so that a norm amplifies rounding errors by 3 at most: with 1e-5 and two features it would be by 300, and twice.
+/// A large ε, so that a norm amplifies rounding errors by at most 3. With 1e-5 and two features
+/// each norm would amplify them by 300.
 const EPS: f64 = 0.1;
 
-/// A block's sizes and choices, as the test draws them.
+/// A block's random sizes and options.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Draw {
+pub(crate) struct RandomBlock {
     pub(crate) heads: usize,
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
@@ -41,19 +43,21 @@ fn vector(seed: u64, name: &str, len: usize) -> Array1<f64> {
     random(seed, name, &[len]).into_dimensionality().unwrap()
 }
 
-impl Draw {
-    /// The reference's weights. A gated block is Llama's: RMSNorm and no biases. The other is GPT-2's or BERT's.
+impl RandomBlock {
+    /// The reference's weights. A gated block is Llama's: RMSNorm and no biases. The other is
+    /// GPT-2's or BERT's.
     pub(crate) fn weights(&self) -> reference::BlockWeights {
-        let &Draw { heads, kv_heads, head_dim, hidden, ffn, gated, seed, .. } = self;
+        let &RandomBlock { heads, kv_heads, head_dim, hidden, ffn, gated, seed, .. } = self;
         let (q, kv) = (heads * head_dim, kv_heads * head_dim);
-        // Scaled, so that the scores of the attention stay moderate.
+        // Scaled, so that the attention scores stay moderate.
         let weight = |name: &str, rows, cols| matrix(seed, name, rows, cols) / (cols as f64).sqrt();
         let bias = |name: &str, len| (!gated).then(|| vector(seed, name, len));
         let norm = |gamma: &str, beta: &str| {
             let gamma = vector(seed, gamma, hidden);
-            match gated {
-                true => reference::Norm::RmsNorm { gamma, eps: EPS },
-                false => reference::Norm::LayerNorm { gamma, beta: vector(seed, beta, hidden), eps: EPS },
+            if gated {
+                reference::Norm::RmsNorm { gamma, eps: EPS }
+            } else {
+                reference::Norm::LayerNorm { gamma, beta: vector(seed, beta, hidden), eps: EPS }
             }
         };
         let (up, down) = (weight("up", ffn, hidden), weight("down", hidden, ffn));
@@ -78,12 +82,13 @@ impl Draw {
             },
             norm1: norm("g1", "b1"),
             norm2: norm("g2", "b2"),
-            mlp: match gated {
-                true => reference::Mlp::Gated {
+            mlp: if gated {
+                reference::Mlp::Gated {
                     weights: reference::GatedMlpWeights { gate: weight("gate", ffn, hidden), up, down },
                     act: reference::Activation::Silu,
-                },
-                false => reference::Mlp::Plain {
+                }
+            } else {
+                reference::Mlp::Plain {
                     weights: reference::MlpWeights {
                         up,
                         up_bias: bias("ub", ffn),
@@ -91,14 +96,14 @@ impl Draw {
                         down_bias: bias("db", hidden),
                     },
                     act: reference::Activation::GeluTanh,
-                },
+                }
             },
             placement: if self.post { reference::NormPlacement::Post } else { reference::NormPlacement::Pre },
         }
     }
 
     fn config(&self) -> BlockConfig {
-        let &Draw { heads, kv_heads, head_dim, hidden, ffn, gated, causal, .. } = self;
+        let &RandomBlock { heads, kv_heads, head_dim, hidden, ffn, gated, causal, .. } = self;
         BlockConfig {
             attention: AttentionConfig {
                 kv_heads,
@@ -120,10 +125,10 @@ impl Draw {
 }
 
 pub(crate) fn outcome<S: ResidualStream + Spread, T: Element>(
-    draw: &Draw,
+    sizes: &RandomBlock,
     case: &Case<'_>,
 ) -> Result<crate::support::Outcome> {
-    let config = draw.config();
+    let config = sizes.config();
     run_unplanned!(T, case, |group, weights| TransformerBlock::<S, T, Dev>::load(group, weights, &config))
 }
 
@@ -131,19 +136,19 @@ pub(crate) fn named(weights: &reference::BlockWeights) -> Arrays {
     Arrays(weights.named().into_iter().map(|(name, array)| (name.to_string(), array)).collect())
 }
 
-pub(crate) fn inputs(draw: &Draw, sequences: &Sequences) -> (Array2<f64>, Array2<f64>) {
+pub(crate) fn inputs(sizes: &RandomBlock, sequences: &Sequences) -> (Array2<f64>, Array2<f64>) {
     let rows = sequences.rows();
-    (matrix(draw.seed, "x", rows, draw.hidden), matrix(draw.seed, "dy", rows, draw.hidden))
+    (matrix(sizes.seed, "x", rows, sizes.hidden), matrix(sizes.seed, "dy", rows, sizes.hidden))
 }
 
-fn exact<S: ResidualStream + Spread>(draw: &Draw, world: usize, sequences: &Sequences) {
-    let ((x, dy), weights) = (inputs(draw, sequences), draw.weights());
+fn exact<S: ResidualStream + Spread>(sizes: &RandomBlock, world: usize, sequences: &Sequences) {
+    let ((x, dy), weights) = (inputs(sizes, sequences), sizes.weights());
     let ranges: Vec<_> = sequences.iter().collect();
     let want_y = reference::block(&weights, &x, &ranges, sequences.valid());
     let want = reference::block_backward(&weights, &x, &ranges, sequences.valid(), &dy);
     let arrays = named(&weights);
     let case = Case { sequences: sequences.clone(), ..Case::new(world, &x, &dy, &arrays) };
-    let config = draw.config();
+    let config = sizes.config();
     let got =
         run!(f64, &case, |group, weights| TransformerBlock::<S, f64, Dev>::load(group, weights, &config));
     let got = got.unwrap();
@@ -164,17 +169,15 @@ proptest! {
     ) {
         let heads = kv_heads * group;
         let world = world.min(heads);
-        let draw = Draw { heads, kv_heads, head_dim, hidden, ffn: world + more, gated, post, causal, seed };
-        let sequences = match masked {
-            true => Sequences::padded(&[2, 5, 1], 5).unwrap(),
-            false => Sequences::packed([4, 1, 6]),
-        };
-        exact::<Replicated>(&draw, world, &sequences);
-        exact::<Shard<0>>(&draw, world, &sequences);
+        let sizes = RandomBlock { heads, kv_heads, head_dim, hidden, ffn: world + more, gated, post, causal, seed };
+        let sequences =
+            if masked { Sequences::padded(&[2, 5, 1], 5).unwrap() } else { Sequences::packed([4, 1, 6]) };
+        exact::<Replicated>(&sizes, world, &sequences);
+        exact::<Shard<0>>(&sizes, world, &sequences);
     }
 }
 
-const UNEVEN: Draw = Draw {
+const UNEVEN: RandomBlock = RandomBlock {
     heads: 9,
     kv_heads: 3,
     head_dim: 4,
@@ -195,10 +198,10 @@ fn nine_heads_on_any_number_of_ranks() {
     }
 }
 
-/// A layer and the normalization beside it.
+/// A layer and the normalization before it.
 type Normed<L, B> = (Normalize<Replicated, f64, B>, L);
 
-/// The layers of a block without a gate, one by one.
+/// The layers of a block without a gate, loaded separately.
 fn layers<B: Backend>(
     group: &Group<B>,
     weights: &Weights<'_>,
@@ -211,14 +214,14 @@ fn layers<B: Backend>(
     Ok(((norm("norm1")?, attention), (norm("norm2")?, mlp)))
 }
 
-/// A block of layers made one by one is the block that its configuration makes, also with the
-/// layers of which it is composed, each with its residual sum.
+/// A block composed of separately loaded layers has the bits of the block that its configuration
+/// loads. So does the block composed of pairs of a layer and its residual sum.
 #[test]
 fn blocks_are_their_layers() {
     let sequences = Sequences::packed([3, 4]);
     for (world, post) in [(1, false), (3, false), (3, true)] {
-        let draw = Draw { gated: false, post, kv_heads: 9, ..UNEVEN };
-        let ((x, dy), weights, config) = (inputs(&draw, &sequences), draw.weights(), draw.config());
+        let sizes = RandomBlock { gated: false, post, kv_heads: 9, ..UNEVEN };
+        let ((x, dy), weights, config) = (inputs(&sizes, &sequences), sizes.weights(), sizes.config());
         let arrays = named(&weights);
         let case = Case { sequences: sequences.clone(), ..Case::new(world, &x, &dy, &arrays) };
         let loaded = run!(f64, &case, |group, weights| {
@@ -251,36 +254,37 @@ fn more_ranks_than_tokens() {
     exact::<Replicated>(&UNEVEN, 5, &Sequences::one(1));
 }
 
-/// In narrow elements a block's error, relative to the size of the whole result, is a few roundings: every number passes
-/// through about ten of them (projections, scores, weights, sums, norms), which add up like a random walk in f32
-/// accumulators; 16 ε covers them, and another factor of 2 the backward.
+/// In narrow elements a block's error, relative to the size of the whole result, is a few
+/// roundings. Every number passes through about ten of them (projections, scores, weights, sums,
+/// norms), which add up like a random walk in f32 accumulators. 16 ε covers them, and another
+/// factor of 2 covers the backward.
 #[test]
 fn narrow_elements_are_as_good_as_their_precision() {
     for (gated, post) in [(false, false), (true, false), (false, true)] {
-        let draw = Draw { gated, post, hidden: 24, ffn: 40, ..UNEVEN };
+        let sizes = RandomBlock { gated, post, hidden: 24, ffn: 40, ..UNEVEN };
         for world in [1, 2, 3, 8] {
-            narrow::<f32>(&draw, world);
-            narrow::<half::bf16>(&draw, world);
-            narrow::<half::f16>(&draw, world);
+            narrow::<f32>(&sizes, world);
+            narrow::<half::bf16>(&sizes, world);
+            narrow::<half::f16>(&sizes, world);
         }
     }
 }
 
-fn narrow<T: Element>(draw: &Draw, world: usize) {
+fn narrow<T: Element>(sizes: &RandomBlock, world: usize) {
     let sequences = Sequences::packed([5, 7]);
-    let ((x, dy), weights) = (inputs(draw, &sequences), draw.weights());
+    let ((x, dy), weights) = (inputs(sizes, &sequences), sizes.weights());
     let ranges: Vec<_> = sequences.iter().collect();
     let want_y = reference::block(&weights, &x, &ranges, None);
     let want = reference::block_backward(&weights, &x, &ranges, None, &dy);
     let arrays = named(&weights);
     let case = Case { sequences, ..Case::new(world, &x, &dy, &arrays) };
-    let got = outcome::<Replicated, T>(draw, &case).unwrap();
+    let got = outcome::<Replicated, T>(sizes, &case).unwrap();
     let bound = 16.0 * T::EPSILON;
     close("y", &got.y.into_dyn(), &want_y, bound);
     close("dx", &got.dx.into_dyn(), &want.dx, 2.0 * bound);
     for (name, want) in want.weights.named() {
-        // What is added to all keys alike changes no weight: this gradient is rounding, of as many
-        // terms as there are tokens.
+        // A constant added to all keys does not change the weights, so this gradient is rounding
+        // error, of as many terms as there are tokens.
         let terms = if name.ends_with("k.bias") { x.nrows() as f64 } else { 1.0 };
         let error = difference(&got.grads[name], &want) / terms;
         assert!(error <= 2.0 * bound, "{name} in {} on {world}: {error:e}", T::DTYPE);

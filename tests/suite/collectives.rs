@@ -1,6 +1,6 @@
-//! The table of layers in `parallel`'s documentation: the collectives of each, written down by
-//! hand, on every rank of 1 to 8. [`run`](crate::support::run) holds ranks that compute to what is
-//! planned.
+//! Checks the table of layers in the documentation of `parallel`: the collectives of each layer,
+//! written down by hand, on every rank of 1 to 8. [`run`](crate::support::run) checks that
+//! computing ranks make the planned collectives.
 
 use crate::support::{Case, Pass, Spread, uneven};
 use ndarray::Array2;
@@ -31,32 +31,32 @@ const TOKENS: usize = 24;
 const HIDDEN: usize = 16;
 const WIDE: usize = 40;
 
-/// A transfer of bf16.
+/// A transfer in bf16.
 fn of(op: Op, elements: usize) -> Transfer {
     Transfer { op, dtype: T::DTYPE, elements }
 }
 
-/// A transfer of its accumulator.
+/// A transfer in bf16's accumulator.
 fn wide(op: Op, elements: usize) -> Transfer {
     Transfer { op, dtype: DType::F32, elements }
 }
 
-/// The collective of S entering; the backward of leaving.
+/// The collective that enters S, which is also the backward of leaving S.
 fn enters<S: ResidualStream>(features: usize) -> Vec<Transfer> {
     S::SHARD_DIM.map(|_| of(AllGather, TOKENS * features)).into_iter().collect()
 }
 
-/// The collective of S leaving; the backward of entering.
+/// The collective that leaves S, which is also the backward of entering S.
 fn leaves<S: ResidualStream>(features: usize) -> Vec<Transfer> {
     vec![of(if S::SHARD_DIM.is_some() { ReduceScatter } else { AllReduce }, TOKENS * features)]
 }
 
-/// A sum over tokens, where S cuts them, in the accumulator.
+/// A sum over tokens in the accumulator, if S shards them.
 fn over_tokens<S: ResidualStream>(elements: usize) -> Vec<Transfer> {
     S::SHARD_DIM.map(|_| wide(AllReduce, elements)).into_iter().collect()
 }
 
-/// Features in, features out, and how the two are cut where a placement does.
+/// The input and output features, and the partition of each if the placement shards it.
 struct Features {
     sizes: [usize; 2],
     cuts: [Option<Partition>; 2],
@@ -68,7 +68,7 @@ impl Features {
     }
 }
 
-/// Holds a layer to its line of the table on every rank of a world.
+/// Compares a layer's collectives with its line of the table on every rank of a world.
 fn check<L>(
     world: usize,
     features: &Features,
@@ -161,7 +161,7 @@ fn linear_layers_have_the_collectives_of_the_table() {
     }
 }
 
-/// Of two key/value heads, up to four ranks hold each: their columns of dY are summed first, keys
+/// Two key/value heads, each held by up to four ranks. Their columns of dY are summed first, keys
 /// and values together.
 #[test]
 fn shared_heads_are_summed() {
@@ -244,7 +244,7 @@ fn stream<S: ResidualStream + Spread>(world: usize) {
         placement: NormPlacement::Pre,
         names: BlockNames::default(),
     };
-    // Each half backward: db of its second layer, entering, leaving, dγ and dβ.
+    // Each half of the block backward: db of its second layer, enter, leave, dγ and dβ.
     let half = [over_tokens::<S>(HIDDEN), both.clone(), over_tokens::<S>(2 * HIDDEN)].concat();
     check(
         world,
@@ -263,7 +263,7 @@ fn layers_of_the_stream_have_the_collectives_of_the_table() {
     }
 }
 
-/// The two ends of a language model, which take ids and targets.
+/// The embedding and the head of a language model, which take ids and targets.
 fn ends<S: ResidualStream>(world: usize, rank: usize) -> Result<()> {
     let (group, record) = Group::planned(&Meta::new(), rank, world)?;
     let source = Random::normal(1, 0.1);

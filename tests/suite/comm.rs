@@ -1,6 +1,6 @@
 //! Collectives: exact results, disagreement, lost ranks.
 //!
-//! Fresh tensors are NaN: an element that nobody wrote is wrong.
+//! Fresh tensors are NaN, so an element that is never written makes the result wrong.
 
 use crate::{
     disagree::{Act, DISAGREEMENTS, broadcast, even, gather, reduce, scatter, started},
@@ -27,7 +27,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Thread ranks whose fresh tensors are NaN. Only a rank that is waited for in vain reaches the deadline.
+/// Thread ranks whose fresh tensors are NaN. The deadline is reached only if a rank waits in vain.
 fn ranks(world: usize) -> Threads {
     Threads::new(world).device(Cpu::poisoned).deadline(Duration::from_secs(60))
 }
@@ -74,7 +74,7 @@ fn sums_of_any_floats_are_made_in_rank_order_in_the_accumulator() {
 }
 
 #[test]
-fn a_nan_is_never_dropped_whoever_holds_it() {
+fn a_nan_is_never_dropped_on_any_rank() {
     for world in 1..=4 {
         ranks(world)
             .run(|group| DTYPES.iter().try_for_each(|dtype| with_element!(dtype, nan_wins(&group))))
@@ -85,7 +85,7 @@ fn a_nan_is_never_dropped_whoever_holds_it() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Programs of collectives, started ones among them, on random shapes and cuts.
+    /// Random programs of blocking and started collectives on random shapes and partitions.
     #[test]
     fn random_programs_agree_with_the_oracle(
         world in 1..=8_usize,
@@ -113,7 +113,7 @@ proptest! {
                 } else {
                     with_element!(DTYPES[dtype], perform(&group, &step, &inputs))?;
                 }
-                // Each rank waits for another one of its flights, or drops it, or goes on.
+                // Each rank waits for one of its started collectives, drops one, or continues.
                 let turn = mix(seed, group.rank(), 3) as usize;
                 if turn.is_multiple_of(2) && !flights.is_empty() {
                     let flight = flights.swap_remove(turn / 16 % flights.len());
@@ -129,7 +129,7 @@ proptest! {
 #[test]
 fn disagreement_is_an_error_on_every_rank_that_names_both_sides() {
     for (world, odd) in [(2, 0), (2, 1), (3, 1), (4, 0), (4, 3)] {
-        for (case, (usual, other, usual_word, odd_word)) in DISAGREEMENTS.iter().enumerate() {
+        for (case, (usual, other, usual_text, odd_text)) in DISAGREEMENTS.iter().enumerate() {
             let errors = ranks(world)
                 .run(|group| {
                     let act = if group.rank() == odd { other } else { usual };
@@ -145,7 +145,7 @@ fn disagreement_is_an_error_on_every_rank_that_names_both_sides() {
                 panic!("case {case} of {world} ranks, {odd} odd: {}", errors[0])
             };
             assert!(errors.iter().all(|error| *error == errors[0]), "case {case}: {errors:?}");
-            let (left, right) = if odd == 0 { (odd_word, usual_word) } else { (usual_word, odd_word) };
+            let (left, right) = if odd == 0 { (odd_text, usual_text) } else { (usual_text, odd_text) };
             let Mismatch { left_rank, left: left_words, right_rank, right: right_words } = &**mismatch;
             assert_eq!((*left_rank, *right_rank), (0, odd.max(1)), "case {case}");
             assert!(left_words.contains(left) && right_words.contains(right), "case {case}: {}", errors[0]);
@@ -194,7 +194,7 @@ fn what_a_receiver_does_not_expect_is_a_disagreement() {
                     1 => group.barrier(),
                     _ => receive(&group),
                 };
-                // The sender did not wait; it hears of it at its next call.
+                // The sender did not wait; its next call reports the error.
                 Ok(result.and_then(|()| group.barrier()).unwrap_err())
             })
             .unwrap();
@@ -207,20 +207,21 @@ fn what_a_receiver_does_not_expect_is_a_disagreement() {
 
 /// How a rank is lost.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Way {
+enum Failure {
     Panic,
     Return,
     Fail,
-    /// It drops the group and goes on without it.
+    /// Drops the group and continues without it.
     Drop,
-    /// It returns and has leaked the group.
+    /// Leaks the group and returns.
     Leak,
     LeakAndPanic,
 }
 
-const WAYS: [Way; 6] = [Way::Panic, Way::Return, Way::Fail, Way::Drop, Way::Leak, Way::LeakAndPanic];
+const FAILURES: [Failure; 6] =
+    [Failure::Panic, Failure::Return, Failure::Fail, Failure::Drop, Failure::Leak, Failure::LeakAndPanic];
 
-/// What the others are doing.
+/// The calls in which the other ranks wait.
 const WAITS: [Act; 11] = [
     |group| reduce::<f32>(group, ReduceOp::Sum, &[3]),
     |group| reduce::<f64>(group, ReduceOp::Max, &[5000]),
@@ -232,7 +233,7 @@ const WAITS: [Act; 11] = [
     |group| group.split(Some(1), 0).map(drop),
     |group| started(group, ReduceOp::Sum, 5),
     |group| perform::<f32, _>(group, &Step::Shift(1), &inputs(0, group.size(), &[4])),
-    // After one that all have come to.
+    // A started collective, followed by a barrier that all ranks have reached.
     |group| {
         let x = Tensor::<f32>::zeros(group.device(), [70_000])?;
         let pending = group.start_all_reduce(ReduceOp::Sum, x)?;
@@ -241,8 +242,9 @@ const WAITS: [Act; 11] = [
     },
 ];
 
-/// Loses rank `lost` after some collectives and some time, while the others do as `wait` says until they fail.
-fn lose(world: usize, lost: usize, way: Way, before: usize, delay: Duration, wait: Act) {
+/// Loses rank `lost` after `before` collectives and `delay`, while the others call `wait` until it
+/// fails.
+fn lose(world: usize, lost: usize, failure: Failure, before: usize, delay: Duration, wait: Act) {
     let (heard, gone) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let begin = Instant::now();
     let outcomes = ranks(world)
@@ -257,40 +259,40 @@ fn lose(world: usize, lost: usize, way: Way, before: usize, delay: Duration, wai
             if group.rank() == lost {
                 sleep(delay);
                 gone.store(1, Ordering::SeqCst);
-                match way {
-                    Way::Panic => resume_unwind(Box::new("lost")),
-                    Way::Return => {}
-                    Way::Fail => return Err(Error::invalid("test", "fails")),
-                    Way::Drop => {
+                match failure {
+                    Failure::Panic => resume_unwind(Box::new("lost")),
+                    Failure::Return => {}
+                    Failure::Fail => return Err(Error::invalid("test", "fails")),
+                    Failure::Drop => {
                         drop(group);
                         while heard.load(Ordering::SeqCst) < world - 1 && begin.elapsed().as_secs() < 20 {
                             sleep(Duration::from_micros(100));
                         }
                     }
-                    Way::Leak => forget(group),
-                    Way::LeakAndPanic => {
+                    Failure::Leak => forget(group),
+                    Failure::LeakAndPanic => {
                         forget(group);
                         resume_unwind(Box::new("lost"));
                     }
                 }
                 return Ok(None);
             }
-            // An exchange does not need every rank: some come through it once.
+            // An exchange does not need every rank, so some complete it once.
             let error = wait(&group).and_then(|()| group.barrier()).unwrap_err();
             assert_eq!(gone.load(Ordering::SeqCst), 1, "nobody was lost yet: {error}");
             heard.fetch_add(1, Ordering::SeqCst);
             Ok(Some((error, group.barrier().unwrap_err())))
         })
         .unwrap();
-    let what = format!("rank {lost} of {world}: {way:?} after {before}");
+    let what = format!("rank {lost} of {world}: {failure:?} after {before}");
     assert!(begin.elapsed() < Duration::from_secs(20), "{what}: {:?}", begin.elapsed());
     for (rank, outcome) in outcomes.into_iter().enumerate() {
         if rank == lost {
-            match way {
-                Way::Panic | Way::LeakAndPanic => {
+            match failure {
+                Failure::Panic | Failure::LeakAndPanic => {
                     assert_eq!(outcome, Err(Error::RankPanicked { rank, message: "lost".into() }));
                 }
-                Way::Fail => assert_eq!(outcome, Err(Error::invalid("test", "fails"))),
+                Failure::Fail => assert_eq!(outcome, Err(Error::invalid("test", "fails"))),
                 _ => assert_eq!(outcome, Ok(None)),
             }
             continue;
@@ -298,11 +300,11 @@ fn lose(world: usize, lost: usize, way: Way, before: usize, delay: Duration, wai
         let Ok(Some((first, later))) = outcome else { panic!("{what}: rank {rank}: {outcome:?}") };
         for error in [&first, &later] {
             let Error::PeerLost { rank: named, op, reason, .. } = error else { panic!("{what}: {error}") };
-            // A rank of the ring may need a neighbour that has heard of it and has left, too.
+            // A rank of the ring may need a neighbour that has left because of the lost rank.
             assert!(*named == lost || *op == "exchange" && *reason == LostReason::Left, "{what}: {error}");
-            let right = match way {
-                Way::Panic | Way::LeakAndPanic => *reason == LostReason::Panicked,
-                Way::Fail => *reason == LostReason::Failed,
+            let right = match failure {
+                Failure::Panic | Failure::LeakAndPanic => *reason == LostReason::Panicked,
+                Failure::Fail => *reason == LostReason::Failed,
                 _ => *reason == LostReason::Left,
             };
             assert!(right, "{what}: {error}");
@@ -310,7 +312,8 @@ fn lose(world: usize, lost: usize, way: Way, before: usize, delay: Duration, wai
     }
 }
 
-/// It drops its groups, also those it has split, before the launcher knows that it returns an error.
+/// A failing rank drops its groups, also those it has split, before the launcher learns of the
+/// error.
 #[test]
 fn who_is_lost_by_an_error_has_not_left() {
     for world in [2, 4] {
@@ -332,9 +335,9 @@ fn who_is_lost_by_an_error_has_not_left() {
                 .unwrap();
             for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != round % world)
             {
-                let told = matches!(&outcome, Ok(Error::PeerLost { rank, reason: LostReason::Failed, .. })
+                let is_named = matches!(&outcome, Ok(Error::PeerLost { rank, reason: LostReason::Failed, .. })
                     if *rank == round % world);
-                assert!(told, "rank {rank} of {world}, round {round}: {outcome:?}");
+                assert!(is_named, "rank {rank} of {world}, round {round}: {outcome:?}");
             }
         }
     }
@@ -344,11 +347,11 @@ fn who_is_lost_by_an_error_has_not_left() {
 fn a_lost_rank_is_an_error_on_every_other() {
     for world in [2, 3, 4, 8] {
         for lost in 0..world {
-            for (at, way) in WAYS.into_iter().enumerate() {
+            for (at, failure) in FAILURES.into_iter().enumerate() {
                 for (case, wait) in WAITS.into_iter().enumerate() {
-                    // The larger the group, the fewer of the combinations.
+                    // Larger groups run fewer of the combinations.
                     if (lost + at + case) % (world / 2) == 0 {
-                        lose(world, lost, way, (at + case) % 3, Duration::ZERO, wait);
+                        lose(world, lost, failure, (at + case) % 3, Duration::ZERO, wait);
                     }
                 }
             }
@@ -359,11 +362,11 @@ fn a_lost_rank_is_an_error_on_every_other() {
 #[test]
 fn a_rank_is_lost_while_the_others_wait() {
     for (world, lost) in [(2, 0), (3, 2), (4, 1), (8, 5)] {
-        for way in WAYS {
+        for failure in FAILURES {
             for (case, wait) in WAITS.into_iter().enumerate() {
                 if case % 2 == world % 4 / 2 || world == 2 {
-                    // Longer than a waiter spins: it sleeps.
-                    lose(world, lost, way, 1, Duration::from_millis(4), wait);
+                    // Longer than a waiting rank spins, so that it sleeps.
+                    lose(world, lost, failure, 1, Duration::from_millis(4), wait);
                 }
             }
         }
@@ -421,7 +424,7 @@ fn a_lost_rank_breaks_the_groups_it_was_split_into_too() {
         let Ok(Err(Error::PeerLost { rank: lost, reason, group, .. })) = &outcomes[rank] else {
             panic!("{:?}", outcomes[rank])
         };
-        // Ranks are counted in the group of the call.
+        // Ranks are numbered in the group of the call.
         assert_eq!(
             (*lost, *reason, group.as_str()),
             (if rank == 0 { 3 } else { 1 }, LostReason::Panicked, name)
@@ -438,13 +441,13 @@ fn a_rank_that_has_done_its_part_may_leave() {
                     sleep(Duration::from_millis(3));
                 }
             };
-            // A ring as the last step: the late rank's neighbours but one have already left.
+            // A ring as the last step: all but one of the late rank's neighbours have already left.
             let ring = |group: Group<Cpu>| {
                 wait(&group);
                 perform::<f32, _>(&group, &Step::Shift(1), &inputs(5, world, &[100]))
             };
             ranks(world).run(ring).unwrap();
-            // The others have posted their inputs, and left without waiting for the result.
+            // The others have posted their inputs and left without waiting for the result.
             let flight = |group: Group<Cpu>| {
                 wait(&group);
                 let awaited =
@@ -452,8 +455,8 @@ fn a_rank_that_has_done_its_part_may_leave() {
                 if group.rank() == late { awaited() } else { Ok(()) }
             };
             ranks(world).run(flight).unwrap();
-            // One sends and leaves; what it sent arrives.
-            let letter = |group: Group<Cpu>| {
+            // One rank sends and leaves; its message still arrives.
+            let message = |group: Group<Cpu>| {
                 let (to, from) = (late, (late + 1) % world);
                 wait(&group);
                 let x = Tensor::<f32>::full(group.device(), [3], 7.0)?;
@@ -463,7 +466,7 @@ fn a_rank_that_has_done_its_part_may_leave() {
                 assert_eq!(arrived.is_some(), group.rank() == to);
                 arrived.map_or(Ok(()), |x| same(&Step::Shift(1), &x, &ArrayD::from_elem(IxDyn(&[3]), 7.0)))
             };
-            ranks(world).run(letter).unwrap();
+            ranks(world).run(message).unwrap();
         }
     }
 }
@@ -487,8 +490,8 @@ fn a_flight_that_nobody_waits_for_does_no_harm() {
         .unwrap();
 }
 
-/// Rank `root` finds something after three times the deadline. The others wait that long, and get
-/// nothing; a rank that fails meanwhile ends the wait of all.
+/// Rank `root` finds something after three times the deadline. The others wait that long and find
+/// nothing. A rank that fails meanwhile ends the wait of all.
 #[test]
 fn a_rank_waits_for_another_beyond_the_deadline() {
     let deadline = Duration::from_millis(300);
@@ -514,7 +517,7 @@ fn a_rank_waits_for_another_beyond_the_deadline() {
     assert_eq!(beyond.unwrap_err().to_string(), "rank 0: wait for: rank 2 of a group of 2");
 }
 
-/// Bytes of any value and number come as they are, of one rank and of all.
+/// Bytes of any value and number arrive unchanged, from one rank and from all.
 #[test]
 fn bytes_come_as_they_are() {
     let bytes = |rank: usize| -> Vec<u8> { (0..=255).cycle().skip(rank).take(300 * rank).collect() };
@@ -533,8 +536,8 @@ fn bytes_come_as_they_are() {
     }
 }
 
-/// The errors of ranks that do different things under a deadline: of a second, by which ranks on their way are not late, however busy
-/// the machine is.
+/// Returns the errors of ranks that make different calls under a deadline of one second. That is
+/// long enough for ranks that are not late, even on a busy machine.
 fn late(world: usize, act: impl Fn(&Group<Cpu>) -> Result<()> + Sync) -> Vec<Error> {
     let after = Duration::from_secs(1);
     let begin = Instant::now();
@@ -575,11 +578,11 @@ fn a_deadline_names_the_ranks_that_did_not_come() {
     }
 }
 
-/// Ranks that wait in different places, each for the other.
+/// Ranks that wait in different calls, each for the other.
 #[test]
 fn who_waits_in_a_circle_disagrees() {
     let cases: [(Act, Act, &str, &str); 4] = [
-        // A started collective that is waited for at once, and a blocking one.
+        // A started collective with an immediate wait, and a blocking one.
         (
             |group| started(group, ReduceOp::Sum, 6),
             |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
@@ -592,7 +595,7 @@ fn who_waits_in_a_circle_disagrees() {
             "start_all_reduce(",
             "split(",
         ),
-        // A message, and a collective.
+        // A message and a collective.
         (
             |group| {
                 let peer = (group.rank() + 1) % group.size();
@@ -613,12 +616,12 @@ fn who_waits_in_a_circle_disagrees() {
         ),
     ];
     for (world, odd) in [(2, 0), (2, 1), (3, 1), (4, 3)] {
-        for (case, (act, usual, odd_word, usual_word)) in cases.into_iter().enumerate() {
+        for (case, (act, usual, odd_text, usual_text)) in cases.into_iter().enumerate() {
             for late in [0, 5] {
                 let begin = Instant::now();
                 let errors = ranks(world).run(|group| {
                     let is_odd = group.rank() == odd;
-                    // Whichever waits first.
+                    // Either rank may wait first.
                     sleep(Duration::from_millis(if is_odd { late } else { 5 - late }));
                     Ok(if is_odd { act(&group) } else { usual(&group) }.unwrap_err())
                 });
@@ -628,7 +631,7 @@ fn who_waits_in_a_circle_disagrees() {
                 assert!(errors.iter().all(|error| *error == errors[0]), "case {case}: {errors:?}");
                 let sides = [(mismatch.left_rank, &mismatch.left), (mismatch.right_rank, &mismatch.right)];
                 for (rank, words) in sides {
-                    let word = if rank == odd { odd_word } else { usual_word };
+                    let word = if rank == odd { odd_text } else { usual_text };
                     assert!(words.starts_with(word), "case {case}, {odd} of {world}: {}", errors[0]);
                 }
                 assert!(mismatch.left_rank == odd || mismatch.right_rank == odd);
@@ -637,7 +640,7 @@ fn who_waits_in_a_circle_disagrees() {
     }
 }
 
-/// What looks like a circle for a moment, and is none.
+/// Waits that form a cycle only for a moment, because the message is already there.
 #[test]
 fn a_message_that_came_before_the_meeting_is_received() {
     for round in 0..30 {
@@ -652,7 +655,7 @@ fn a_message_that_came_before_the_meeting_is_received() {
                     return pending.wait().map(drop);
                 }
                 let pending = group.start_all_reduce(ReduceOp::Sum, x.clone())?;
-                // Longer than a rank waits before it says so, or as long.
+                // Up to and beyond the time after which a rank announces that it waits.
                 sleep(Duration::from_micros(round * 100));
                 if rank == 0 {
                     assert!(group.exchange::<f32>(None, Some((1, x.shape())))?.is_some());
@@ -677,7 +680,7 @@ fn arguments_that_make_no_sense_are_refused() {
             assert!(matches!(group.all_gather(&x, 0, &cut(&[4, 4, 4])), Err(Error::Sizes { .. })));
             assert!(matches!(group.all_gather(&x, 0, &cut(&[5, 5])), Err(Error::Shapes { .. })));
             assert!(matches!(group.reduce_scatter(op, &x, 0, &cut(&[1, 2])), Err(Error::Sizes { .. })));
-            // Nothing of this was a call: the group goes on.
+            // None of these counted as a call, so the group still works.
             group.barrier()
         })
         .unwrap();
@@ -715,7 +718,8 @@ fn a_record_lists_the_transfers_of_a_program() {
                 scatter.wait()?;
                 gather.wait()?;
                 reduce.wait()?;
-                // Also of the groups that were split from it; the group beneath is not recorded.
+                // Collectives of groups split from it count too. The original group does not record
+                // its own.
                 let mut y = Tensor::<f64>::zeros(device, [7])?;
                 group.split_all(rank as u64)?.all_reduce(ReduceOp::Min, &mut y)?;
                 world.all_reduce(ReduceOp::Min, &mut y)?;

@@ -1,4 +1,4 @@
-//! Operators of one rank that run at the same time: the bits of the same operators one after the other.
+//! Operators of one rank that run at the same time have the bits of the same operators in sequence.
 
 use crate::{
     dev::{self, Dev},
@@ -18,7 +18,7 @@ use shardwise::{
 };
 use std::num::NonZeroUsize;
 
-/// q, k and v as three layers at a time, and as one merged layer.
+/// Compares q, k and v as three concurrent layers with one merged layer.
 fn agree<S: ResidualStream + crate::support::Spread>(
     world: usize,
     kv_heads: usize,
@@ -76,7 +76,8 @@ proptest! {
     }
 }
 
-/// The CPU's threads, whatever the device of this binary. Large enough for them, which share uneven numbers of products of uneven sizes.
+/// Uses the CPU's threads, whatever the device of this binary. The products are large enough for
+/// several threads, which get uneven numbers of products of uneven sizes.
 #[test]
 fn products_on_threads_have_the_bits_of_one_after_the_other() {
     fn check<T: Element>() {
@@ -126,10 +127,11 @@ fn what_does_not_fit_is_named() {
         let columns = Columns::even(&group, 2)?;
         ColumnLinear::<f32, Dev>::load(&group, &Weights::new(&source), inputs, &columns, Bias::None)
     };
-    let fork = |layers| ColumnParallelLinear::<Replicated, f32, Dev>::concat(layers).unwrap_err().to_string();
-    assert_eq!(fork(vec![]), "concatenated linear: there is no layer");
+    let concat =
+        |layers| ColumnParallelLinear::<Replicated, f32, Dev>::concat(layers).unwrap_err().to_string();
+    assert_eq!(concat(vec![]), "concatenated linear: there is no layer");
     assert_eq!(
-        fork(vec![load(3).unwrap(), load(4).unwrap()]),
+        concat(vec![load(3).unwrap(), load(4).unwrap()]),
         "concatenated linear: the inputs of a layer is 4, but those of the first is 3"
     );
 }

@@ -1,5 +1,5 @@
-//! Configurations and checkpoints as they are found on the hub: what is read, and what is refused
-//! rather than read wrongly.
+//! Configurations and checkpoints from the Hugging Face Hub: what is read, and what is rejected
+//! because it would be misread.
 
 use crate::dev::{self, Dev, ranks};
 use crate::support::close;
@@ -226,7 +226,7 @@ const PUBLISHED: [(&str, &str); 21] = [
     ),
 ];
 
-/// A small configuration of a family, with a key set.
+/// A small configuration of a model family, with one key set.
 fn with(kind: &str, key: &str, value: Value) -> Value {
     let mut config = match kind {
         "gpt2" => json!({"n_embd": 8, "n_head": 2, "n_layer": 2, "n_positions": 16}),
@@ -255,7 +255,7 @@ fn parse_decoder(config: &Value) -> DecoderConfig {
     }
 }
 
-/// Each layer's window.
+/// Returns each layer's window.
 fn windows(config: &DecoderConfig) -> Vec<Option<usize>> {
     config.layers.iter().map(|layer| layer.attention.window).collect()
 }
@@ -270,7 +270,7 @@ fn published_configurations_are_read() {
     assert_eq!(windows(&ministral), [None, Some(32768)]);
 }
 
-/// What may change the result and is not understood is refused by its name.
+/// An unknown key that may change the result is rejected by name.
 #[test]
 fn configurations_with_other_keys_are_refused() {
     let decoders = ["llama", "mistral", "qwen2", "qwen3", "gpt2"];
@@ -312,7 +312,7 @@ fn configurations_with_other_keys_are_refused() {
             let want =
                 format!("`{key}`: {value} is not known for a model of type {kind}: it may change the result");
             assert_eq!(error, want);
-            // Null is as good as absent.
+            // Null counts as absent.
             parse(&with(kind, key, Value::Null)).unwrap();
         }
     }
@@ -338,12 +338,12 @@ fn configurations_with_other_keys_are_refused() {
         let error = parse(&with(kind, "quantization_config", quantized.clone())).unwrap_err();
         assert_eq!(error, "`quantization_config`: weights quantized by `bitnet` are not known");
     }
-    // A long value is cut short, and what cannot be printed is escaped.
+    // Long values are truncated, and unprintable characters escaped.
     let error = parse(&with("llama", "no\u{1b}key", json!("x".repeat(500)))).unwrap_err();
     assert!(error.len() < 200 && error.contains(r"no\u{1b}key"), "{error}");
 }
 
-/// Dropout, labels, tokens and the like have no influence: any value is fine.
+/// Dropout, labels, tokens and the like have no influence, so any value is accepted.
 #[test]
 fn keys_without_influence_are_ignored() {
     for kind in ["llama", "mistral", "ministral", "qwen2", "qwen3", "gpt2", "bert"] {
@@ -366,7 +366,7 @@ fn keys_without_influence_are_ignored() {
     parse(&with("gpt2", "attn_pdrop", json!(0.5))).unwrap();
 }
 
-/// Where a configuration says nothing, transformers' class has a value of its own.
+/// An absent key has the default of transformers' configuration class.
 #[test]
 fn missing_keys_have_the_defaults_of_the_class() {
     let plain = |kind: &str| parse_decoder(&with(kind, "use_cache", true.into()));
@@ -383,7 +383,7 @@ fn missing_keys_have_the_defaults_of_the_class() {
         assert_eq!((attention.kv_heads, attention.head_dim), (kv_heads, head_dim), "{kind}");
         assert_eq!((config.context, config.ends, config.tied), (Some(context), ends, tied), "{kind}");
     }
-    // Null is none, where a number would be possible.
+    // Null disables an option whose value is a number.
     let null = |kind: &str, key: &str| parse_decoder(&with(kind, key, Value::Null));
     assert_eq!(null("mistral", "num_key_value_heads").block.attention.kv_heads, 32);
     assert!(null("llama", "eos_token_id").ends.is_empty());
@@ -394,7 +394,7 @@ fn missing_keys_have_the_defaults_of_the_class() {
     for kind in ["qwen2", "qwen3"] {
         assert_eq!(windows(&plain(kind)), [None; 2]);
         let mut config = with(kind, "use_sliding_window", true.into());
-        // The first layers that have none are 28, if nothing else is said.
+        // By default the first 28 layers have no window.
         assert_eq!(windows(&parse_decoder(&config)), [None; 2]);
         config["max_window_layers"] = 0.into();
         assert_eq!(windows(&parse_decoder(&config)), every);
@@ -419,7 +419,7 @@ fn rope_is_read_as_transformers_reads_it() {
         assert!(layers.iter().all(|layer| layer.rope.as_ref() == Some(&rope)), "{config}");
         rope
     };
-    // `rope_scaling` comes first, and with it the theta beside it.
+    // `rope_scaling` takes precedence, and with it the top-level theta.
     let mut both = with("llama", "rope_parameters", json!({"rope_theta": 5e5, "rope_type": "default"}));
     assert_eq!(rope(&both).base, 5e5);
     both["rope_scaling"] = json!({"type": "linear", "factor": 4.0});
@@ -428,7 +428,7 @@ fn rope_is_read_as_transformers_reads_it() {
     both["rope_scaling"] = json!({});
     assert_eq!((rope(&both).base, rope(&both).scaling), (5e5, RopeScaling::None));
 
-    // The training's length: beside `rope_parameters`, in it, the model's.
+    // The original length may be next to `rope_parameters`, inside it, or the model's length.
     let yarn = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16});
     let mut config = with("qwen3", "rope_parameters", yarn);
     let trained = |config: &Value| match rope(config).scaling {
@@ -441,7 +441,7 @@ fn rope_is_read_as_transformers_reads_it() {
     let bare = with("qwen3", "rope_parameters", json!({"rope_type": "yarn", "factor": 4.0}));
     assert_eq!(trained(&bare), 32768);
 
-    // `partial_rotary_factor` is for other models: transformers' do not read it here.
+    // transformers ignores `partial_rotary_factor` for these models.
     for place in ["partial_rotary_factor", "rope_parameters"] {
         let value = |share: f64| match place {
             "rope_parameters" => json!({"rope_theta": 1e4, "partial_rotary_factor": share}),
@@ -497,7 +497,7 @@ fn a_refused_configuration_says_what_it_is_about() {
     assert_eq!(tensors, "PATH: this is no text, and no config.json; a model is read from its folder");
 }
 
-/// The tensors and the configuration of a small model, to be changed.
+/// The tensors and the configuration of a small model, to be modified.
 struct Variant {
     tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
     config: Value,
@@ -599,7 +599,7 @@ fn the_ends_are_those_of_both_configurations() {
     }
 }
 
-/// A file with more tensors than the model of its configuration is of another model.
+/// A file with more tensors than the configured model belongs to another model.
 #[test]
 fn tensors_that_nothing_reads_are_named() {
     let refused = |variant: Variant| {
@@ -636,7 +636,7 @@ fn tensors_that_nothing_reads_are_named() {
     );
 }
 
-/// Buffers of old checkpoints, and the heads of other tasks.
+/// Buffers of old checkpoints, and heads of other tasks, are ignored.
 #[test]
 fn tensors_without_influence_are_passed_over() {
     for (of, name, shape) in [
@@ -650,7 +650,7 @@ fn tensors_without_influence_are_passed_over() {
         let got = Variant::of(of).add(name, &shape).logits(1).unwrap();
         assert_eq!(got, plain, "{name}");
     }
-    // GPT-2's own file has the bare names.
+    // GPT-2's original file has the bare names.
     let bare = |name: &str| name.strip_prefix("transformer.").unwrap_or(name).to_string();
     let plain = Variant::of("gpt2").logits(1).unwrap();
     let variant = Variant::of("gpt2").rename(bare).add("h.0.attn.bias", &[1, 1, 32, 32]);
@@ -668,7 +668,7 @@ fn tensors_without_influence_are_passed_over() {
     }
 }
 
-/// A tied model whose file has a head: the embedding again, or another one.
+/// A tied model whose file has a head, equal to the embedding or not.
 #[test]
 fn a_tied_model_with_another_head_is_refused() {
     for (name, table) in [("qwen2", "model.embed_tokens.weight"), ("gpt2", "transformer.wte.weight")] {
@@ -677,7 +677,7 @@ fn a_tied_model_with_another_head_is_refused() {
         let head = same.tensors[table].clone();
         same.tensors.insert("lm_head.weight".into(), head);
         assert_eq!(same.logits(3).unwrap(), plain.logits(3).unwrap());
-        // Rows of one rank differ: every rank is told.
+        // Only one rank's rows differ, and every rank gets the error.
         let last = same.tensors["lm_head.weight"].1.len() - 1;
         same.tensors.get_mut("lm_head.weight").unwrap().1[last] += 1.0;
         for world in [1, 3] {
@@ -704,8 +704,8 @@ fn a_tied_model_with_another_head_is_refused() {
     }
 }
 
-/// With dynamic NTK scaling a step computes by the frequencies of the length that it reaches: a
-/// text beyond the trained length goes on token by token, but a prompt is read at once.
+/// With dynamic NTK scaling a step uses the frequencies of the length that it reaches. A text
+/// beyond the trained length continues token by token, but a prompt is read at once.
 #[test]
 fn dynamic_rope_refuses_a_prompt_in_parts() {
     let rope = json!({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0});
@@ -720,7 +720,7 @@ fn dynamic_rope_refuses_a_prompt_in_parts() {
         let at_once = model.step(&ids, &[0], &[ids.len()], &mut cache)?.all_gather()?.local().to_array()?;
         model.step(&[7], &[0], &[1], &mut cache)?;
         let refused = model.step(&[7, 8], &[0], &[2], &mut cache).unwrap_err();
-        // Within the trained length parts are as good as the whole.
+        // Within the trained length chunks give the same result as the whole.
         cache.truncate(0, 0)?;
         let short = model.forward(&ids[..16], Sequences::one(16))?.0.all_gather()?.local().to_array()?;
         model.step(&ids[..10], &[0], &[10], &mut cache)?;
@@ -759,7 +759,7 @@ fn bert_with_the_first_names_of_its_norms_is_read() {
     };
     let want = hidden(new.path(), None);
     assert_eq!(hidden(old.path(), Some(saved.path())), want);
-    // What is written has the names of today.
+    // Saved files use the current names.
     assert_eq!(hidden(saved.path(), None), want);
     let (saved, new) = (Checkpoint::open(saved.path()).unwrap(), Checkpoint::open(new.path()).unwrap());
     let encoder = new.names().filter(|name| !name.starts_with("pooler."));

@@ -1,5 +1,5 @@
-//! What language models need beyond the layers of an encoder: rotary embedding, head norms, windows, the cache of keys and
-//! values, sampling. Against the reference, and against each other.
+//! What language models need beyond an encoder's layers: rotary embedding, head norms, windows,
+//! key/value cache, sampling. Compared with the reference and with each other.
 
 use crate::dev::{self, DTensor, Dev, Tensor, ranks};
 use crate::support::{Case, arrays, close, grads_close, matrix, random, run};
@@ -37,8 +37,8 @@ fn rope_config(dim: usize, pairs: RopePairs) -> RopeConfig {
     RopeConfig { dim, base: 100.0, pairs, scaling: RopeScaling::None }
 }
 
-/// u for one rounding to T: the reference's rotation of rounded inputs, with two rounded products, a rounded sum, rounded
-/// cosines and sines, and the rounding to T, errs by at most 5 u (|a| + |b|).
+/// With u for one rounding to T, the rotation of rounded inputs, with two rounded products, a
+/// rounded sum, rounded cosines and sines, and the rounding to T, errs by at most 5 u (|a| + |b|).
 fn rope_agrees<T: Element>(config: &RopeConfig, head_dim: usize, sequences: &Sequences, seed: u64) {
     let cpu = dev::poisoned();
     let x = matrix(seed, "x", sequences.rows(), 2 * head_dim + 3).mapv(|x| T::from_f64(x).to_f64());
@@ -51,21 +51,22 @@ fn rope_agrees<T: Element>(config: &RopeConfig, head_dim: usize, sequences: &Seq
         epsilon => 5.0 * epsilon,
     };
     for transposed in [false, true] {
-        let want = match transposed {
-            false => reference::rope(&part, head_dim, &positions, &frequencies, interleaved, 1.0),
-            true => reference::rope_backward(&part, head_dim, &positions, &frequencies, interleaved, 1.0),
+        let want = if transposed {
+            reference::rope_backward(&part, head_dim, &positions, &frequencies, interleaved, 1.0)
+        } else {
+            reference::rope(&part, head_dim, &positions, &frequencies, interleaved, 1.0)
         };
         let mut got = tensor::<T>(&cpu, &x);
         rotary.turn(&mut got, 1..1 + 2 * head_dim, sequences, transposed).unwrap();
         let got = wide(&got);
         close("rope", &got.slice(s![.., 1..1 + 2 * head_dim]).to_owned().into_dyn(), &want, bound);
         for column in [0, 2 * head_dim + 1, 2 * head_dim + 2] {
-            assert_eq!(got.column(column), x.column(column), "columns beside the heads stay");
+            assert_eq!(got.column(column), x.column(column), "columns outside the heads stay");
         }
     }
 }
 
-/// RMSNorm of each head, as the reference has it for rows.
+/// The reference's RMSNorm, applied to each head.
 fn norm_heads(x: &Array2<f64>, gamma: &Array1<f64>, eps: f64) -> Array2<f64> {
     let heads = x.axis_chunks_iter(Axis(1), gamma.len());
     let parts: Vec<_> = heads.map(|head| reference::rms_norm(&head.to_owned(), gamma, eps)).collect();
@@ -88,7 +89,7 @@ fn norm_heads_backward(
     (concatenate(Axis(1), &parts.iter().map(|part| part.view()).collect::<Vec<_>>()).unwrap(), dgamma)
 }
 
-/// The columns of `[q | k | v]` as the ranks hold them: each its query heads, and the key/value heads that they use.
+/// The columns of `[q | k | v]` by rank: its query heads, and the key/value heads that they use.
 fn spread(heads: &Heads, q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>) -> Array2<f64> {
     let dim = heads.head_dim();
     let mut parts = Vec::new();
@@ -102,7 +103,7 @@ fn spread(heads: &Heads, q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>) -> A
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Draw {
+struct RandomHeads {
     heads: usize,
     kv_heads: usize,
     dim: usize,
@@ -111,7 +112,7 @@ struct Draw {
     seed: u64,
 }
 
-impl Draw {
+impl RandomHeads {
     fn config(&self) -> AttentionConfig {
         let pairs = if self.interleaved { RopePairs::Interleaved } else { RopePairs::Halves };
         AttentionConfig {
@@ -125,10 +126,11 @@ impl Draw {
     }
 }
 
-/// Head norms, rotation and windowed attention over ranks against the reference, forward and all gradients. The gradient
-/// of a key/value head that several ranks hold is in parts: what the reference has is their sum.
-fn attention_agrees(draw: Draw, world: usize, sequences: &Sequences) {
-    let Draw { heads, kv_heads, dim, window, interleaved, seed } = draw;
+/// Compares head norms, rotation and windowed attention over ranks with the reference, forward and
+/// all gradients. If several ranks hold a key/value head, the sum of their gradients is the
+/// reference's.
+fn attention_agrees(sizes: RandomHeads, world: usize, sequences: &Sequences) {
+    let RandomHeads { heads, kv_heads, dim, window, interleaved, seed } = sizes;
     let rows = sequences.rows();
     let (q, k, v) = (
         matrix(seed, "q", rows, heads * dim),
@@ -139,7 +141,7 @@ fn attention_agrees(draw: Draw, world: usize, sequences: &Sequences) {
     let gamma = |name| random(seed, name, &[dim]).into_dimensionality::<ndarray::Ix1>().unwrap();
     let (q_gamma, k_gamma) = (gamma("q_norm"), gamma("k_norm"));
     let positions: Vec<usize> = sequences.positions().map(|position| position as usize).collect();
-    let frequencies = draw.config().rope.unwrap().frequencies(0);
+    let frequencies = sizes.config().rope.unwrap().frequencies(0);
     let turn = |x: &Array2<f64>| reference::rope(x, dim, &positions, &frequencies, interleaved, 1.0);
     let turn_back =
         |x: &Array2<f64>| reference::rope_backward(x, dim, &positions, &frequencies, interleaved, 1.0);
@@ -166,7 +168,7 @@ fn attention_agrees(draw: Draw, world: usize, sequences: &Sequences) {
         ..Case::new(world, &x, &dy, &weights)
     };
     let got = run!(f64, &case, |group, weights| {
-        Attention::<f64, Dev>::load(group, weights, &plan, &draw.config())
+        Attention::<f64, Dev>::load(group, weights, &plan, &sizes.config())
     })
     .unwrap();
     close("attention", &got.y.into_dyn(), &want, EXACT);
@@ -193,7 +195,7 @@ fn attention_agrees(draw: Draw, world: usize, sequences: &Sequences) {
     }
 }
 
-/// Tokens in steps of any size over a cache against the reference over the whole sequences.
+/// Compares tokens in steps of any size over a cache with the reference over the whole sequences.
 fn cache_agrees<T: Element>(heads: &QkvHeads, lengths: &[usize], step: usize, seed: u64, bound: f64) {
     let cpu = dev::poisoned();
     let (query, kv) = (heads.query_width(), heads.kv_heads * heads.head_dim);
@@ -210,7 +212,7 @@ fn cache_agrees<T: Element>(heads: &QkvHeads, lengths: &[usize], step: usize, se
     let columns = |range: std::ops::Range<usize>| qkv.slice(s![.., range]).to_owned();
     let (q, k, v) = (columns(0..query), columns(query..query + kv), columns(query + kv..query + 2 * kv));
     let want = reference::attention(&spec, &q, &k, &v, &sequences.iter().collect::<Vec<_>>(), None);
-    // Sequence i in slot n − i, of one slot too many.
+    // Sequence i is in slot n − i; one slot stays unused.
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let mut cache = CachedKeys::<T, Dev>::new(&cpu, heads, lengths.len() + 1, longest + 1).unwrap();
     let mut got = Array2::<f64>::from_elem(want.dim(), f64::NAN);
@@ -261,12 +263,13 @@ proptest! {
         window in prop::option::of(1..5usize), (interleaved, padded) in (any::<bool>(), any::<bool>()), seed: u64,
     ) {
         let heads = kv_heads * group;
-        let draw = Draw { heads, kv_heads, dim, window, interleaved, seed };
-        let sequences = match padded {
-            true => Sequences::padded(&[2, 5, 1], 5).unwrap(),
-            false => Sequences::packed([4, 0, 6]).starting_at(&[3, 0, 40]).unwrap(),
+        let sizes = RandomHeads { heads, kv_heads, dim, window, interleaved, seed };
+        let sequences = if padded {
+            Sequences::padded(&[2, 5, 1], 5).unwrap()
+        } else {
+            Sequences::packed([4, 0, 6]).starting_at(&[3, 0, 40]).unwrap()
         };
-        attention_agrees(draw, world.min(heads), &sequences);
+        attention_agrees(sizes, world.min(heads), &sequences);
     }
 
     #[test]
@@ -287,7 +290,8 @@ proptest! {
     }
 }
 
-/// More queries than fit a tile, from an empty cache and from a full one: the bits of training's attention.
+/// More queries than fit a tile, from an empty cache and from a full one, have the bits of the
+/// attention in training.
 #[test]
 fn a_prompt_has_the_bits_of_training() {
     let cpu = dev::poisoned();
@@ -308,7 +312,7 @@ fn a_prompt_has_the_bits_of_training() {
     }
 }
 
-/// What lies in the cache behind the last token, or in front of the window, has no influence.
+/// Cache contents after the last token, or before the window, have no influence.
 #[test]
 fn a_cache_hides_what_is_not_seen() {
     let cpu = dev::fresh();
@@ -393,26 +397,26 @@ fn caches_and_rotations_name_what_disagrees() {
     assert_eq!(error.to_string(), "rope: the number of positions is 1, but the number of rows is 2");
 }
 
-/// Samples from logits that are spread over ranks.
+/// Samples from logits that are sharded over ranks.
 fn sample(
     sampler: &Sampler,
     logits: &Array2<f64>,
     cut: &Partition,
-    draws: &[u64],
+    numbers: &[u64],
 ) -> Result<Vec<u32>, Error> {
     let all = ranks(cut.shards()).run(|group| {
         let part = logits.slice(s![.., cut.range(group.rank())]).to_owned();
         let part = Tensor::<f32>::from_array(group.device(), &part.mapv(|x| x as f32))?;
-        sampler.sample(&DTensor::<Shard<1>, f32>::shard(&group, part, cut)?, draws)
+        sampler.sample(&DTensor::<Shard<1>, f32>::shard(&group, part, cut)?, numbers)
     })?;
     assert!(all.iter().all(|tokens| *tokens == all[0]), "the ranks drew different tokens");
     Ok(all.into_iter().next().unwrap())
 }
 
 #[test]
-fn every_number_of_ranks_draws_the_same_tokens() {
+fn every_number_of_ranks_samples_the_same_tokens() {
     let logits = matrix(5, "logits", 7, 203);
-    let draws: Vec<u64> = (100..107).collect();
+    let numbers: Vec<u64> = (100..107).collect();
     for (temperature, top_k, top_p) in [
         (0.0, None, None),
         (1.0, None, None),
@@ -424,9 +428,9 @@ fn every_number_of_ranks_draws_the_same_tokens() {
         (1.0, Some(1), None),
     ] {
         let sampler = Sampler { temperature, top_k, top_p, seed: 9 };
-        let one = sample(&sampler, &logits, &Partition::even(203, 1), &draws).unwrap();
+        let one = sample(&sampler, &logits, &Partition::even(203, 1), &numbers).unwrap();
         for cut in [Partition::even(203, 2), Partition::even(203, 8), Partition::from_sizes([1, 200, 2])] {
-            assert_eq!(sample(&sampler, &logits, &cut, &draws).unwrap(), one, "{sampler:?}");
+            assert_eq!(sample(&sampler, &logits, &cut, &numbers).unwrap(), one, "{sampler:?}");
         }
         if temperature == 0.0 || top_k == Some(1) {
             let best = |row: ndarray::ArrayView1<f64>| {
@@ -435,7 +439,7 @@ fn every_number_of_ranks_draws_the_same_tokens() {
             assert_eq!(one, logits.rows().into_iter().map(best).collect::<Vec<_>>());
         }
     }
-    // Of equal logits the first.
+    // Of equal logits the first is taken.
     let flat = Array2::zeros((1, 9));
     assert_eq!(sample(&Sampler::greedy(), &flat, &Partition::even(9, 4), &[0]).unwrap(), [0]);
     let mut nan = flat.clone();
@@ -448,13 +452,14 @@ fn every_number_of_ranks_draws_the_same_tokens() {
     assert!(sample(&senseless, &flat, &Partition::even(9, 1), &[0]).is_err());
 }
 
-/// The frequencies of 4000 draws are the probabilities, within four standard deviations, of what top-k and top-p leave.
+/// The frequencies of 4000 samples are the probabilities after top-k and top-p, within four
+/// standard deviations.
 #[test]
-fn draws_have_the_distribution() {
+fn samples_have_the_distribution() {
     let weights = [0.4, 0.05, 0.25, 0.2, 0.1];
     let count = 4000;
     let logits = Array2::from_shape_fn((count, 5), |(_, token)| 2.0 * f64::ln(weights[token]));
-    let draws: Vec<u64> = (0..count as u64).collect();
+    let numbers: Vec<u64> = (0..count as u64).collect();
     for (top_k, top_p, kept) in [
         (None, None, vec![0, 1, 2, 3, 4]),
         (Some(3), None, vec![0, 2, 3]),
@@ -463,11 +468,11 @@ fn draws_have_the_distribution() {
         (Some(4), Some(0.5), vec![0, 2]),
     ] {
         let sampler = Sampler { temperature: 2.0, top_k, top_p, seed: 4 };
-        let tokens = sample(&sampler, &logits, &Partition::even(5, 2), &draws).unwrap();
+        let tokens = sample(&sampler, &logits, &Partition::even(5, 2), &numbers).unwrap();
         let total: f64 = kept.iter().map(|&token| weights[token]).sum();
         for (token, weight) in weights.into_iter().enumerate() {
             let p = if kept.contains(&token) { weight / total } else { 0.0 };
-            let found = tokens.iter().filter(|&&drawn| drawn == token as u32).count() as f64;
+            let found = tokens.iter().filter(|&&sampled| sampled == token as u32).count() as f64;
             let slack = 4.0 * (count as f64 * p * (1.0 - p)).sqrt();
             assert!((found - count as f64 * p).abs() <= slack, "{sampler:?}: {token} {found} times, p {p}");
         }
@@ -494,7 +499,7 @@ fn log_probabilities_are_those_of_the_softmax() {
     }
 }
 
-/// A layer around another that does not know of inference.
+/// Wraps a layer without implementing inference.
 struct Unaware<L>(L);
 
 impl<L: Layer<f64, Dev>> Layer<f64, Dev> for Unaware<L> {
@@ -515,8 +520,8 @@ impl<L: Layer<f64, Dev>> Layer<f64, Dev> for Unaware<L> {
     }
 }
 
-/// A step that does not give every attention layer its part of the cache is an error, and leaves
-/// the cache as it was.
+/// A step that does not give every attention layer its part of the cache returns an error and
+/// leaves the cache unchanged.
 #[test]
 fn a_step_that_is_not_done_right_is_refused() {
     let group = Group::solo(&dev::fresh());
@@ -565,7 +570,7 @@ fn a_step_that_is_not_done_right_is_refused() {
     let unused = step.finish().unwrap_err().to_string();
     assert_eq!(unused, "kv cache: no attention layer was given the context of the step");
 
-    // Any model may begin where no slot has a token, after a context that was used twice, too.
+    // Any model may start in an empty slot, also after a context was used twice.
     for layers in [&two, &one, &two] {
         of_two.truncate(1, 0).unwrap();
         attend(layers, &mut of_two).unwrap();
@@ -580,7 +585,7 @@ fn a_step_that_is_not_done_right_is_refused() {
     of_two.truncate(1, 0).unwrap();
     attend(&one, &mut of_two).unwrap();
 
-    // Not finished, not counted.
+    // An unfinished step does not count.
     let (sequences, mut step) = cache.step(&[1], &[1]).unwrap();
     one.infer(tokens(1, sequences), &mut step).unwrap();
     drop(step);

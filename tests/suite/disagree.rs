@@ -1,4 +1,4 @@
-//! What ranks may disagree on, for every communicator.
+//! Disagreements between ranks, for every communicator.
 
 use crate::dev::{Dev, Tensor};
 use half::{bf16, f16};
@@ -9,10 +9,11 @@ use shardwise::{
     shard::{Partition, Shape},
 };
 
-/// What a rank does that disagrees, or what the others do.
+/// A call that disagrees, or the call of the other ranks.
 pub(crate) type Act = fn(&Group<Dev>) -> Result<()>;
 
-/// A buffer of the rank's number; when the collective fails, it is unchanged.
+/// All-reduces a buffer filled with the rank's number. If the collective fails, the buffer is
+/// unchanged.
 pub(crate) fn attempt<T: Element>(
     group: &Group<Dev>,
     dims: &[usize],
@@ -50,7 +51,7 @@ pub(crate) fn even(group: &Group<Dev>) -> Partition {
     Partition::even(12, group.size())
 }
 
-/// Rank 0 has the most.
+/// A partition in which rank 0 has the most.
 pub(crate) fn slanted(group: &Group<Dev>) -> Partition {
     let size = group.size();
     Partition::from_sizes((0..size).map(|rank| if rank == 0 { 13 - size } else { 1 }))
@@ -61,9 +62,10 @@ pub(crate) fn started(group: &Group<Dev>, op: ReduceOp, len: usize) -> Result<()
     group.start_all_reduce(op, x)?.wait().map(drop)
 }
 
-/// What the usual ranks do, what the odd one does, and a word that names each in the error.
+/// The call of the usual ranks, the call of the odd one, and the start of each in the error.
 pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
-    // A call more: a started one is not waited for by the others, so that only the sequence number differs.
+    // An additional started call. The others do not wait for it, so only the sequence number
+    // differs.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
         |group| {
@@ -83,7 +85,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "barrier(call 1)",
         "all_reduce(sum, f32 [6], call 1)",
     ),
-    // The operation.
+    // Another operation.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
         |group| broadcast(group, 0, 6),
@@ -103,7 +105,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "barrier(",
         "all_reduce(max",
     ),
-    // Its arguments.
+    // Other arguments.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
         |group| reduce::<f32>(group, ReduceOp::Max, &[6]),
@@ -118,7 +120,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
     ),
     (|group| broadcast(group, 0, 6), |group| broadcast(group, 1, 6), "root 0", "root 1"),
     (|group| broadcast(group, 0, 50_000), |group| broadcast(group, 1, 50_000), "root 0", "root 1"),
-    // The element, also where the bytes are as many.
+    // Another element type, also one of the same size.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
         |group| reduce::<bf16>(group, ReduceOp::Sum, &[6]),
@@ -137,7 +139,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "f32 [6]",
         "f64 [3]",
     ),
-    // The shape, also where the elements are as many.
+    // Another shape, also with the same number of elements.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[2, 3]),
         |group| reduce::<f32>(group, ReduceOp::Sum, &[3, 2]),
@@ -151,7 +153,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "f32 [6, 1]",
     ),
     (|group| broadcast(group, 1, 6), |group| broadcast(group, 1, 7), "f32 [6]", "f32 [7]"),
-    // One side of the eager limit and the other.
+    // Sizes below and above the eager limit.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[4096]),
         |group| reduce::<f32>(group, ReduceOp::Sum, &[4097]),
@@ -164,19 +166,9 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "f32 [100000]",
         "f32 [0]",
     ),
-    // The cut, and the dimension that is cut.
-    (
-        |group| gather(group, 0, &even(group)),
-        |group| gather(group, 0, &slanted(group)),
-        "partition ",
-        "partition ",
-    ),
-    (
-        |group| gather(group, 0, &even(group)),
-        |group| gather(group, 1, &even(group)),
-        "partition ",
-        "partition ",
-    ),
+    // Another partition, and another partitioned dimension.
+    (|group| gather(group, 0, &even(group)), |group| gather(group, 0, &slanted(group)), "partition ", "partition "),
+    (|group| gather(group, 0, &even(group)), |group| gather(group, 1, &even(group)), "partition ", "partition "),
     (
         |group| scatter(group, ReduceOp::Sum, 1, &even(group)),
         |group| scatter(group, ReduceOp::Sum, 1, &slanted(group)),
@@ -189,7 +181,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "partition ",
         "partition ",
     ),
-    // Started ones, when they are waited for.
+    // Started collectives, found at the wait.
     (
         |group| started(group, ReduceOp::Sum, 6),
         |group| started(group, ReduceOp::Min, 6),
@@ -202,7 +194,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "f32 [9000]",
         "f32 [9]",
     ),
-    // Started here and not there is seen at the next call.
+    // Started on one rank and blocking on the other, found at the next call.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
         |group| {

@@ -1,4 +1,4 @@
-//! Bad input gets an error that names the operator and what disagrees.
+//! Bad input returns an error that names the operator and what disagrees.
 
 use crate::dev::{Dev, ranks};
 use crate::support::{Case, arrays, matrix, random, run};
@@ -17,7 +17,7 @@ use shardwise::{
     tensor::{Arrays, Param, Random, Region, Role, Weights},
 };
 
-/// The message of what `build` fails with on `world` ranks.
+/// Returns the error message of `build` on `world` ranks.
 fn failure<R: Send>(world: usize, build: impl Fn(&Group<Cpu>, &Weights<'_>) -> Result<R> + Sync) -> String {
     let weights = arrays([("weight", random(1, "w", &[6, 4])), ("bias", random(1, "b", &[6]))]);
     let failed = ranks(world).run(|group| build(&group, &Weights::new(&weights)).map(|_| ()));
@@ -136,7 +136,7 @@ fn running() {
     );
 }
 
-/// Ranks whose tensors differ in shape are told so, on all of them, before anything moves.
+/// If tensors differ in shape, every rank gets the error before any data moves.
 #[test]
 fn ranks_with_different_shapes() {
     let outcomes = ranks(3).run_each(|group| {
@@ -152,7 +152,7 @@ fn ranks_with_different_shapes() {
     }
 }
 
-/// With `Bias::Skip` the bias is left to the caller, in the forward and in the backward.
+/// With `Bias::Skip` the caller adds the bias and its gradient.
 #[test]
 fn a_skipped_bias_is_left_to_the_caller() {
     let (x, dy) = (matrix(1, "x", 3, 4), matrix(1, "dy", 3, 6));
@@ -169,7 +169,7 @@ fn a_skipped_bias_is_left_to_the_caller() {
     };
     let (without, with) = (loaded(Bias::None).unwrap(), loaded(Bias::Add).unwrap());
     assert_ne!(without.y, with.y);
-    // `run` wants a gradient for every parameter: the skipped bias has none, which is what it reports.
+    // `run` requires a gradient for every parameter, and reports that the skipped bias has none.
     let error = loaded(Bias::Skip).err().unwrap().to_string();
     assert_eq!(error, "rank 0: test: bias has no gradient");
     let skipped = ranks(2).run(|group| {
@@ -195,10 +195,10 @@ fn random_weights_are_the_same_at_every_size() {
             let columns = Columns::qkv(&group, &heads, &QkvLayout::separate("q", "k", "v"))?;
             let layer =
                 ColumnLinear::<f64, Cpu>::load(&group, &Weights::new(&source), 4, &columns, Bias::Add)?;
-            let held = |param: Param<f64, Cpu>| {
+            let values = |param: Param<f64, Cpu>| {
                 Ok((param.regions().to_vec(), param.shape().dims().to_vec(), param.value()?.to_vec()?))
             };
-            layer.params().into_iter().map(held).collect::<Result<Vec<_>>>()
+            layer.params().into_iter().map(values).collect::<Result<Vec<_>>>()
         });
         let mut whole = crate::support::Assembled::default();
         for (regions, shape, values) in parts.unwrap().into_iter().flatten() {
@@ -216,7 +216,7 @@ fn random_weights_are_the_same_at_every_size() {
     }
 }
 
-/// Sizes whose product is beyond `usize`: 2³² · 2³² wraps to 0.
+/// Sizes whose product exceeds `usize`: 2³² · 2³² wraps to 0.
 #[test]
 fn sizes_whose_product_cannot_be_counted_are_errors() {
     const HALF: usize = 1 << 32;
@@ -243,7 +243,7 @@ fn sizes_whose_product_cannot_be_counted_are_errors() {
         assert!(
             Param::<f32, Cpu>::load_region(&cpu, &weights, "w", Role::Weight, whole.clone(), true).is_err()
         );
-        // A small part of a tensor that has no element numbers.
+        // A small region of a tensor with more elements than `usize` can count.
         let ranges =
             dims.iter().enumerate().fold(whole, |region, (dim, &size)| region.narrow(dim, 0..size.min(1)));
         assert!(Param::<f32, Cpu>::load_region(&cpu, &weights, "w", Role::Weight, ranges, true).is_err());
@@ -251,7 +251,7 @@ fn sizes_whose_product_cannot_be_counted_are_errors() {
     assert_eq!((Shape::new(&[HALF, HALF]).len(), Shape::new(&[HALF, HALF, 0]).len()), (usize::MAX, 0));
     assert_eq!(Shape::new(&[HALF, HALF, HALF]).rows(), usize::MAX);
     assert_eq!(Shape::new(&[HALF, HALF, 3, HALF,][..]).split_at(2), (usize::MAX, HALF));
-    // Cuts and sequences of such sizes end at the largest number.
+    // Partitions and sequences of such sizes saturate at `usize::MAX`.
     assert_eq!(Partition::from_sizes([3, usize::MAX, 2]).range(2), usize::MAX..usize::MAX);
     assert_eq!(Partition::even(5, 2).scaled(usize::MAX).range(0), 0..usize::MAX);
     assert_eq!(Partition::by_unit("test", "units", 5, usize::MAX, 2).unwrap().total(), usize::MAX);
@@ -259,13 +259,13 @@ fn sizes_whose_product_cannot_be_counted_are_errors() {
     let blocks = shardwise::shard::blocks(usize::MAX, 1, 4);
     assert!(blocks.sizes().all(|size| size.abs_diff(1 << 62) <= 1), "{blocks:?}");
     assert!(Sequences::padded(&[1], 1 << 60).is_err() && Sequences::padded(&[0, 0], usize::MAX).is_err());
-    // Views whose blocks lie beyond any memory are empty ones.
+    // Views whose blocks lie beyond any memory are empty.
     let none: [f32; 0] = [];
     let view = MatRef::<f32, Cpu>::strided(&none, 3, 0, usize::MAX, 1).unwrap();
     assert_eq!(view.block(2..3, 0..0).rows(), 1);
 }
 
-/// A cut whose parts' sizes wrap to 0, given to a collective: no rank reads what another has freed.
+/// A collective gets a partition whose shard sizes wrap to 0. No rank may read freed memory.
 #[test]
 fn a_cut_that_cannot_be_counted_is_an_error_on_every_rank() {
     const PART: usize = 1 << 62;
@@ -282,9 +282,10 @@ fn a_cut_that_cannot_be_counted_is_an_error_on_every_rank() {
                         return Ok(());
                     }
                 };
-                let error = match started {
-                    false => group.all_gather(&own, 1, &cut).map(drop),
-                    true => group.start_all_gather(own, 1, &cut).map(drop),
+                let error = if started {
+                    group.start_all_gather(own, 1, &cut).map(drop)
+                } else {
+                    group.all_gather(&own, 1, &cut).map(drop)
                 };
                 let error = error.unwrap_err().to_string();
                 assert!(
@@ -297,7 +298,8 @@ fn a_cut_that_cannot_be_counted_is_an_error_on_every_rank() {
     }
 }
 
-/// More memory than there is: an error with the number of elements, and the rank goes on.
+/// Allocating more memory than there is returns an error with the number of elements, and the rank
+/// continues.
 #[test]
 fn memory_that_cannot_be_had_is_an_error() {
     const MANY: usize = 1 << 50;
@@ -316,8 +318,8 @@ fn memory_that_cannot_be_had_is_an_error() {
     assert_eq!(x.to_vec().unwrap(), [2.0; 3]);
 }
 
-/// Every rank gets an error of its own, though some have no part of what is wrong: none is left in
-/// a collective.
+/// Checks that every rank returns an error of its own, even ranks without the faulty shard, so that
+/// no rank waits in a collective.
 fn refused_everywhere(what: &str, world: usize, act: impl Fn(&Group<Cpu>) -> Result<()> + Sync) -> String {
     let outcomes = ranks(world).run_each(|group| act(&group)).unwrap().into_iter();
     let messages: Vec<String> = outcomes
@@ -340,7 +342,7 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
     let weights = || Weights::new(&random);
     let five = Reduction::Invariant { blocks: 5 };
 
-    // Three tokens on four ranks: one has none.
+    // Three tokens on four ranks: one rank has none.
     for reduction in [Reduction::Fast, five] {
         let message = refused_everywhere("norm", 4, |group| {
             let group = &group.with_reduction(reduction);
@@ -371,7 +373,7 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
         let layer = qkv(group, &Heads::new(6, 2, 1, 4)?)?;
         let (y, saved) = layer.forward(DTensor::copied(group, zeros(group, 3, 4)?)?)?;
         let sizes: Vec<usize> = y.partition().unwrap().sizes().collect();
-        // The first two ranks have as many columns as they should.
+        // The first two ranks have the expected number of columns.
         let other = Partition::from_sizes([sizes[0], sizes[1], sizes[2] + 1, sizes[3] - 1]);
         let part = zeros(group, 3, other.size(group.rank()))?;
         layer.backward(saved, DTensor::shard(group, part, &other)?).map(drop)
@@ -381,7 +383,7 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
         "{message}"
     );
 
-    // Five blocks on four ranks: the first has two, the others one, as if they were cut without
+    // Five blocks on four ranks: the first has two, the others one, as in a partition without
     // blocks.
     let message = refused_everywhere("heads without blocks", 4, |group| {
         qkv(&group.with_reduction(five), &Heads::new(6, 2, 1, 4)?).map(drop)
@@ -406,7 +408,7 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
         message,
         "column linear: the columns were made for reduction Invariant { blocks: 5 }, but the layer's group has Fast"
     );
-    let message = refused_everywhere("a fork of two reductions", 2, |group| {
+    let message = refused_everywhere("layers of two reductions", 2, |group| {
         let layer = |group: &Group<Cpu>| {
             let columns = Columns::even(group, 6)?;
             ColumnLinear::<f64, Cpu>::load(group, &weights(), 4, &columns, Bias::None)
@@ -417,7 +419,7 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
     assert!(message.starts_with("concatenated linear: a layer is spread over"), "{message}");
 }
 
-/// What a `main` that returns an error prints is a sentence.
+/// A `main` that returns an error prints a sentence.
 #[test]
 fn errors_read_alike_in_debug() {
     let error = Error::Invalid { op: "gate", reason: "no columns".into() };
@@ -426,7 +428,8 @@ fn errors_read_alike_in_debug() {
     assert_eq!(format!("{failed:?}"), failed.to_string());
 }
 
-/// Arrays of any element are a source; each number is rounded once to the parameter's element.
+/// Arrays of any element are a weight source; each number is rounded once to the parameter's
+/// element.
 #[test]
 fn arrays_of_any_element_are_read() {
     let numbers = [1.0 + 2f32.powi(-8) + 2f32.powi(-20), -0.0, 3.5, f32::MAX];

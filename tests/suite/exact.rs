@@ -1,7 +1,7 @@
 //! Programs of collectives with exact results, for every communicator.
 //!
-//! Inputs are small whole numbers times a power of two, as in nccl-tests: sums of a few are exact in every element and in
-//! every order, so that results are compared for equality.
+//! Inputs are small whole numbers times a power of two, as in nccl-tests. Sums of a few are exact
+//! in every element type and order, so results are compared for equality.
 
 use ndarray::{ArrayD, Axis, IxDyn, Slice};
 use shardwise::{
@@ -15,7 +15,7 @@ use shardwise::{
 pub(crate) const OPS: [ReduceOp; 3] = [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min];
 pub(crate) const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
 
-/// Calls a function of an element for an element that is a value.
+/// Calls a function that is generic over the element with an element type given as a value.
 macro_rules! with_element {
     ($dtype:expr, $function:ident($($argument:expr),*)) => {
         match $dtype {
@@ -29,7 +29,7 @@ macro_rules! with_element {
 
 pub(crate) use with_element;
 
-/// Well-mixed bits of a few numbers (the finalizer of SplitMix64).
+/// Hashes a few numbers (the finalizer of SplitMix64).
 pub(crate) fn mix(seed: u64, a: usize, b: usize) -> u64 {
     let mut bits = seed
         ^ (a as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
@@ -52,7 +52,7 @@ pub(crate) fn inputs(seed: u64, world: usize, dims: &[usize]) -> Vec<ArrayD<f64>
     (0..world).map(input).collect()
 }
 
-/// A cut of `len` into `parts` parts; some are empty.
+/// A partition of `len` into `parts` shards, some of them empty.
 pub(crate) fn uneven(seed: u64, len: usize, parts: usize) -> Partition {
     let mut bounds: Vec<_> = (1..parts).map(|at| mix(seed, at, 1) as usize % (len + 1)).collect();
     bounds.extend([0, len]);
@@ -107,16 +107,17 @@ pub(crate) enum Step {
     AllGather(usize, Partition),
     ReduceScatter(ReduceOp, usize, Partition),
     Broadcast(usize),
-    /// Every rank sends to the one so many places further on.
+    /// Every rank sends to the rank at this distance.
     Shift(usize),
-    /// Even ranks exchange with the next one.
+    /// Even ranks exchange with the next rank.
     Pairs,
     Barrier,
-    /// Ranks of a random color reduce among themselves.
+    /// Ranks of the same random color reduce among themselves.
     Split(u64),
 }
 
-/// Performs a step as one rank and compares the result with the one computed here from all ranks' inputs.
+/// Performs a step as one rank and compares the result with the one computed here from all ranks'
+/// inputs.
 pub(crate) fn perform<T: Element, B: Pointwise>(
     group: &Group<B>,
     step: &Step,
@@ -161,7 +162,7 @@ pub(crate) fn perform<T: Element, B: Pointwise>(
         }
         Step::Barrier => group.barrier(),
         Step::Split(seed) => {
-            // Color 3 is none; keys reverse or keep the order.
+            // Color 3 means none; keys reverse or keep the order.
             let color = |rank| Some(mix(*seed, rank, 2) % 4).filter(|color| *color < 3);
             let key = |rank: usize| if seed % 2 == 0 { size - rank } else { 7 };
             let part = group.split(color(rank), key(rank) as u64)?;
@@ -181,10 +182,10 @@ pub(crate) fn perform<T: Element, B: Pointwise>(
     }
 }
 
-/// A collective under way, and what it will be compared with.
+/// Waits for a started collective and checks its result.
 pub(crate) type Awaited = Box<dyn FnOnce() -> Result<()>>;
 
-/// Starts a step, if it is one that can be started.
+/// Starts a step, if its collective can be started.
 pub(crate) fn start<T: Element, B: Pointwise>(
     group: &Group<B>,
     step: &Step,
@@ -211,7 +212,7 @@ pub(crate) fn start<T: Element, B: Pointwise>(
     Ok(Box::new(move || same(&step, &pending.wait()?, &want)))
 }
 
-/// Every step on tensors of these dimensions; of a dimension with one index only the even cut.
+/// Every step on tensors of these dimensions; dimensions of size one are only partitioned evenly.
 pub(crate) fn all_steps(seed: u64, world: usize, dims: [usize; 2]) -> Vec<Step> {
     let mut steps = vec![Step::Barrier, Step::Pairs, Step::Split(seed)];
     steps.extend(OPS.map(Step::AllReduce));
@@ -228,10 +229,10 @@ pub(crate) fn all_steps(seed: u64, world: usize, dims: [usize; 2]) -> Vec<Step> 
     steps
 }
 
-/// Every step on tensors of many sizes and every element; of `thorough` false fewer sizes.
+/// Every step on tensors of many sizes and every element type; fewer sizes if `thorough` is false.
 pub(crate) fn all_exact<B: Pointwise>(group: &Group<B>, thorough: bool) -> Result<()> {
     for (at, dtype) in DTYPES.into_iter().enumerate() {
-        // Payloads of at most 16 KiB go another way than longer ones.
+        // Payloads of at most 16 KiB take another path than larger ones.
         let eager = (16 << 10) / dtype.size();
         let lines = [0, 1, 2, 7, 31, 33, 127, eager - 1, eager, eager + 1, 2 * eager + 13];
         let lines = lines.into_iter().enumerate().map(|(at, len)| [[len, 1], [1, len]][at % 2]);
@@ -250,17 +251,17 @@ pub(crate) fn all_exact<B: Pointwise>(group: &Group<B>, thorough: bool) -> Resul
     Ok(())
 }
 
-/// Several steps under way, which each rank waits for in an order of its own.
+/// Starts several steps, for which each rank waits in a different order.
 pub(crate) fn all_in_flight<B: Pointwise>(group: &Group<B>) -> Result<()> {
     let world = group.size();
-    let few = inputs(1, world, &[5]);
+    let small = inputs(1, world, &[5]);
     let mut flights = Vec::new();
     for (round, dims) in [[9, 700], [1, 7], [5, 0], [128, 129]].into_iter().enumerate() {
         let inputs = inputs(round as u64, world, &dims);
         for (at, step) in all_steps(3, world, dims).into_iter().enumerate() {
             let dtype = DTYPES[(at + round) % 4];
             flights.push(with_element!(dtype, start(group, &step, &inputs))?);
-            perform::<f32, _>(group, &Step::AllReduce(ReduceOp::Sum), &few)?;
+            perform::<f32, _>(group, &Step::AllReduce(ReduceOp::Sum), &small)?;
         }
     }
     while !flights.is_empty() {

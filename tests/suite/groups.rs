@@ -1,5 +1,5 @@
-//! Layers, tensors, gradients and checks over the wrong group: an error that names both, never
-//! wrong data. Messages that nobody receives.
+//! Layers, tensors, gradients and checks over the wrong group return an error that names both
+//! groups, never wrong data. Unreceived messages are errors.
 
 use crate::dev::{DTensor, Dev, Tensor, ranks};
 use shardwise::{
@@ -20,7 +20,7 @@ use shardwise::{
     train::{DataParallel, check_replicas},
 };
 
-/// What a rank's error says, without the rank.
+/// A rank's error message without the rank.
 fn message(error: Error) -> String {
     match error {
         Error::RankFailed { source, .. } => source.to_string(),
@@ -28,7 +28,8 @@ fn message(error: Error) -> String {
     }
 }
 
-/// Layers over a group of two ranks, each with the forward and the backward of a tensor over another group.
+/// Layers over a group of two ranks, each run forward and backward with a tensor over another
+/// group.
 struct Mixed<'a> {
     layers: &'a Group<Dev>,
     tensors: &'a Group<Dev>,
@@ -36,7 +37,8 @@ struct Mixed<'a> {
 }
 
 impl Mixed<'_> {
-    /// Notes the outcome of a forward with a foreign input, and of a backward with a foreign gradient.
+    /// Records the outcome of a forward with a foreign input, and of a backward with a foreign
+    /// gradient.
     fn layer<L: Layer<f64, Dev>>(
         &mut self,
         name: &'static str,
@@ -48,7 +50,7 @@ impl Mixed<'_> {
         self.outcomes.push((name, layer.forward(x(self.tensors)?).map(drop)));
         let saved = layer.forward(x(self.layers)?)?.1;
         self.outcomes.push((name, layer.backward(saved, dy(self.tensors)?).map(drop)));
-        // The same group is right, also where it is recorded.
+        // Tensors over the same group are accepted, also if a recorded handle created them.
         let recorded = self.layers.recorded().0;
         let saved = layer.forward(x(&recorded)?)?.1;
         layer.backward(saved, dy(self.layers)?).map(drop)
@@ -67,7 +69,7 @@ fn copied(cols: usize) -> impl Fn(&Group<Dev>) -> Result<DTensor<Copied, f64>> {
     move |group| DTensor::copied(group, full(group, [4, cols])?)
 }
 
-/// Of so many features each rank of two has.
+/// Each of two ranks has `cols` features.
 fn sharded(cols: usize) -> impl Fn(&Group<Dev>) -> Result<DTensor<Shard<1>, f64>> {
     move |group| {
         let cut = Partition::from_sizes(vec![cols; group.size()]);
@@ -75,7 +77,8 @@ fn sharded(cols: usize) -> impl Fn(&Group<Dev>) -> Result<DTensor<Shard<1>, f64>
     }
 }
 
-/// Every layer that belongs to ranks, with tensors over another group of the same and of another size.
+/// Every layer that belongs to ranks, with tensors over another group of the same and of another
+/// size.
 #[test]
 fn a_layer_refuses_inputs_and_gradients_of_another_group() {
     let outcomes = ranks(4).run(|world| {
@@ -175,7 +178,7 @@ fn a_layer_refuses_inputs_and_gradients_of_another_group() {
                 replicated(4),
                 replicated(4),
             )?;
-            // Not a layer: ids have no group.
+            // Not a `Layer`: ids have no group.
             let table = VocabParallelEmbedding::<Replicated, f64, Dev>::load(layers, &weights, 9, 4)?;
             let rows = table.forward(&[1, 2, 3, 8], Sequences::one(4))?.1;
             mixed.outcomes.push(("embedding", table.backward(&rows, replicated(4)(tensors)?)));
@@ -200,7 +203,7 @@ fn a_layer_refuses_inputs_and_gradients_of_another_group() {
 }
 
 #[test]
-fn the_ranks_of_a_mesh_are_told_apart_by_their_groups_names() {
+fn the_ranks_of_a_mesh_are_distinguished_by_their_groups_names() {
     let names = ranks(8).run(|world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(2, 2, 2)?)?;
         let name = |axis| mesh.group(axis).name().to_string();
@@ -224,7 +227,7 @@ fn the_ranks_of_a_mesh_are_told_apart_by_their_groups_names() {
     assert!(message(lost.unwrap_err()).contains("of group `world/tp0`"));
 }
 
-/// Groups of one rank are all of this rank.
+/// All groups of one rank on this rank are interchangeable.
 #[test]
 fn groups_of_one_rank_are_the_same() {
     ranks(1)
@@ -237,7 +240,7 @@ fn groups_of_one_rank_are_the_same() {
         .unwrap();
 }
 
-/// A tensor whose group reduces in another way than the layer's has other bits.
+/// A tensor whose group has another reduction than the layer's has other bits.
 #[test]
 fn a_layer_refuses_a_tensor_with_another_reduction() {
     let failed = ranks(2).run(|world| {
@@ -310,7 +313,7 @@ fn layers_refuse_three_dimensions_and_say_what_to_reshape_to() {
             .forward(half(group)?)
             .map(drop)
     });
-    // Functions of single elements take tensors of any shape.
+    // Elementwise functions take tensors of any shape.
     ranks(2)
         .run(|group| {
             let dropout = Dropout::<Replicated>::new(0.5, 1, "d");
@@ -350,7 +353,7 @@ fn data_parallelism_over_the_tensor_parallel_axis_is_refused_and_changes_nothing
         let failed = DataParallel::new(mesh.group(Axis::Tensor), &params).map(drop).unwrap_err();
         assert_eq!(values()?, before);
         DataParallel::new(mesh.group(Axis::Data), &params)?;
-        // A replica without one of the parameters.
+        // A replica that lacks one of the parameters.
         let mut fewer = params.clone();
         fewer.retain(|param| world.rank() > 0 || param.name() != "down.bias");
         let missing = DataParallel::new(mesh.group(Axis::Data), &fewer).map(drop);
@@ -387,8 +390,11 @@ fn a_gradient_norm_over_missing_or_wrong_groups_is_refused() {
             assert!((right.unwrap() - 58_f64.sqrt()).abs() < 1e-12);
             let none = none.unwrap_err();
             assert!(none.contains("such as the rest of `up.weight`: give all groups"), "{none}");
-            // An invariant sum is made over the group once, however often it is given.
-            let twice = (reduction == Reduction::Fast).then(|| twice.unwrap_err());
+            // An invariant norm sums over each group once, even if the group is listed twice.
+            let twice = match reduction {
+                Reduction::Fast => Some(twice.unwrap_err()),
+                _ => None,
+            };
             for error in [wrong, both].map(Result::unwrap_err).into_iter().chain(twice) {
                 assert!(
                     error.contains("own the same parts of the model: is it the data-parallel"),
@@ -399,8 +405,8 @@ fn a_gradient_norm_over_missing_or_wrong_groups_is_refused() {
     }
 }
 
-/// Uneven cuts with heads that ranks share, at every size: what is right passes, and the norm is
-/// that of one rank.
+/// Uneven shards with shared heads, at every number of ranks: correct replicas pass, and the norm
+/// is that of one rank.
 #[test]
 fn replicas_and_norms_of_shared_heads_are_right_at_every_size() {
     let norm = |world: usize| {
@@ -440,7 +446,7 @@ fn a_copy_of_a_shared_head_that_drifts_is_named() {
         for tensor in ["k.weight", "v.bias", "o.bias"] {
             let seen = ranks(world).run(|group| {
                 let params = attention(&group)?.params();
-                // The last rank that holds a copy and does not own it.
+                // Change the last rank's copy that it does not own.
                 let mut hurt = false;
                 for param in &params {
                     let is_copy = |part: &&ParamRegion| !part.owned && part.tensor == tensor;
@@ -456,7 +462,7 @@ fn a_copy_of_a_shared_head_that_drifts_is_named() {
             });
             let seen = seen.unwrap();
             if !seen[world - 1].0 {
-                // No head has two holders where the last rank's begin with a head of its own.
+                // If the last rank starts at a head boundary, no head is on two ranks.
                 assert!(seen.iter().all(|(_, outcome)| outcome.is_ok()), "{world} ranks, {tensor}");
                 continue;
             }
@@ -475,7 +481,7 @@ fn a_copy_of_a_shared_head_that_drifts_is_named() {
     assert_eq!(seen_at.into_iter().collect::<std::collections::BTreeSet<_>>(), want);
 }
 
-/// Regions that overlap in part, as no layer cuts them, and a rank that holds nothing of the tensor.
+/// Regions that overlap partially, which no layer creates, and a rank without any region.
 #[test]
 fn copies_are_compared_where_regions_overlap() {
     let drift = |hurt: Option<(usize, usize)>| {
@@ -508,7 +514,7 @@ fn copies_are_compared_where_regions_overlap() {
     assert_eq!(drift(Some((0, 3))), vec![says(1, 0); 4]);
     assert_eq!(drift(Some((3, 4))), vec![says(3, 0); 4]);
     assert_eq!(drift(Some((3, 6))), vec![says(3, 1); 4]);
-    // Held once: nobody can know.
+    // Only one rank holds this element, so the change cannot be detected.
     assert_eq!(drift(Some((3, 8))), vec![Ok(()); 4]);
     assert_eq!(drift(Some((0, 1))), vec![Ok(()); 4]);
 }
@@ -524,7 +530,7 @@ fn a_message_that_nobody_receives_is_an_error_at_the_next_meeting() {
         for world in [2, 3] {
             let outcomes = ranks(world).run_each(|group| {
                 let x = Tensor::<f32>::zeros(group.device(), [3])?;
-                // A message that is received, and one that is not.
+                // One message is received, the other is not.
                 match group.rank() {
                     0 => {
                         group.exchange(Some((1, &x)), None)?;
@@ -560,7 +566,7 @@ fn a_message_that_nobody_receives_is_an_error_at_the_end() {
         if world.rank() == 1 {
             group.exchange(Some((1, &x)), None)?;
         }
-        // Of another group: no meeting of this one.
+        // A collective of another group does not count as a meeting of this one.
         world.barrier()?;
         Ok(world.rank())
     });
@@ -571,7 +577,7 @@ fn a_message_that_nobody_receives_is_an_error_at_the_end() {
         error.starts_with("exchange: rank 2 never received a message of rank 1: f32 [3, 2], sent at "),
         "{error}"
     );
-    // A rank that fails is the cause, not the message that it leaves.
+    // A failing rank is reported as the cause, not the unreceived message.
     let failed = ranks(2).run(|world| {
         if world.rank() == 0 {
             return world.exchange(Some((1, &Tensor::<f32>::zeros(world.device(), [3])?)), None).map(drop);
@@ -588,7 +594,7 @@ fn messages_across_groups_and_recorded_handles_are_counted_together() {
             let x = Tensor::<f32>::zeros(world.device(), [3])?;
             let other = 1 - world.rank();
             world.exchange(Some((other, &x)), None)?;
-            // A collective of another group in between is none of this group's meetings.
+            // A collective of another group in between does not count as a meeting of this group.
             world.recorded().0.exchange::<f32>(None, Some((other, Shape::new(&[3]))))?;
             world.barrier()
         })

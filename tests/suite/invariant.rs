@@ -1,7 +1,8 @@
-//! `Reduction::Invariant`: the same bits at every tensor-parallel size, in both streams, and on every mesh of one batch.
+//! `Reduction::Invariant`: the same bits at every tensor-parallel size, in both residual streams,
+//! and on every mesh of one batch.
 
 use crate::{
-    block::{self, Draw},
+    block::{self, RandomBlock},
     dev::{self, DTensor, Dev, Tensor, ranks},
     support::{
         Assembled, Case, Outcome, Spread, arrays, close, grads_close, integers, matrix, random, run_unplanned,
@@ -36,7 +37,7 @@ fn bits<D: ndarray::Dimension>(array: &ndarray::Array<f64, D>) -> Vec<u64> {
     array.iter().map(|value| value.to_bits()).collect()
 }
 
-/// Keeps the group sizes that slow tests run on with this device, and the last one in any case.
+/// Keeps the group sizes that slow tests use on this device, and always the last one.
 pub(crate) fn tried(worlds: &[usize]) -> impl Iterator<Item = usize> {
     let last = worlds.last();
     worlds.iter().filter(move |&world| dev::WORLDS.contains(world) || Some(world) == last).copied()
@@ -44,7 +45,7 @@ pub(crate) fn tried(worlds: &[usize]) -> impl Iterator<Item = usize> {
 
 #[track_caller]
 pub(crate) fn same_bits(what: &str, got: &Outcome, want: &Outcome) {
-    // The same bits may be those of NaN.
+    // Equal bits could all be NaN.
     let mut values = want.y.iter().chain(&want.dx).chain(want.grads.values().flatten());
     assert!(values.all(|value| value.is_finite()), "{what}: not finite");
     assert!(bits(&got.y) == bits(&want.y), "{what}: y");
@@ -61,9 +62,9 @@ fn in_blocks<'a>(case: Case<'a>, blocks: usize) -> Case<'a> {
 
 // Sums along the tree.
 
-/// What a sum along a tree moves: two ranks of one sub-tree each reduce; of few elements, all
-/// sub-trees are gathered; of more, every rank sends the others their parts, and the sum is
-/// gathered unless it stays cut.
+/// The transfers of a tree sum. First, two ranks of one sub-tree reduce it. With few elements, all
+/// sub-trees are gathered. With more, each rank sends the others their shards, and the sum is
+/// gathered unless it stays sharded.
 fn tree_moves<T: Element>(
     (tree, rank): (&Tree, usize),
     [rows, cols]: [usize; 2],
@@ -91,8 +92,8 @@ fn tree_moves<T: Element>(
     moved
 }
 
-/// What the ranks get of Σ over leaves of `terms`, whole and in parts, which moves what
-/// `tree_moves` says.
+/// Returns Σ over leaves of `terms` on all ranks, whole and sharded. Checks that the transfers are
+/// those of `tree_moves`.
 fn tree_sums<T: Element>(leaves: usize, world: usize, terms: &[Array2<f64>]) -> (Vec<u64>, Vec<u64>) {
     let (rows, cols) = terms[0].dim();
     let parts = ranks(world).run(|world| {
@@ -112,7 +113,7 @@ fn tree_sums<T: Element>(leaves: usize, world: usize, terms: &[Array2<f64>]) -> 
         record.take();
         let whole = group.tree_all_reduce::<T>(&tree, own()?)?;
         assert_eq!(record.take(), tree_moves::<T>((&tree, group.rank()), [rows, cols], None));
-        // All columns to the last rank but one.
+        // All columns on the last rank but one.
         let last = |rank| if rank + 2 == group.size() || group.size() == 1 { cols } else { 0 };
         let cuts = [
             group.even_partition(cols)?,
@@ -145,7 +146,8 @@ fn tree_sums<T: Element>(leaves: usize, world: usize, terms: &[Array2<f64>]) -> 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Any number of leaves on any number of ranks, small tensors (gathered) and larger ones (exchanged).
+    /// Any number of leaves on any number of ranks, small tensors (gathered) and larger ones
+    /// (exchanged).
     #[test]
     fn tree_sums_have_the_same_bits(
         leaves in 1..14usize, rows in 1..5usize, cols in prop::sample::select(vec![1, 7, 300]), seed: u64,
@@ -161,22 +163,28 @@ proptest! {
 
 // Layers.
 
-fn blocks_agree<T: Element>(draw: &Draw, blocks: usize, worlds: &[usize], sequences: &Sequences) -> Outcome {
-    let (x, dy) = block::inputs(draw, sequences);
-    let weights = block::named(&draw.weights());
+fn blocks_agree<T: Element>(
+    sizes: &RandomBlock,
+    blocks: usize,
+    worlds: &[usize],
+    sequences: &Sequences,
+) -> Outcome {
+    let (x, dy) = block::inputs(sizes, sequences);
+    let weights = block::named(&sizes.weights());
     let outcome = |world: usize, sequence: bool| {
         let case = Case { sequences: sequences.clone(), ..Case::new(world, &x, &dy, &weights) };
         let case = in_blocks(case, blocks);
-        match sequence {
-            false => block::outcome::<Replicated, T>(draw, &case),
-            true => block::outcome::<Shard<0>, T>(draw, &case),
+        if sequence {
+            block::outcome::<Shard<0>, T>(sizes, &case)
+        } else {
+            block::outcome::<Replicated, T>(sizes, &case)
         }
     };
     let one = outcome(1, false).unwrap();
     for world in tried(worlds) {
         for sequence in [false, true] {
             let got = outcome(world, sequence).unwrap_or_else(|error| panic!("{world} ranks: {error}"));
-            let what = format!("{draw:?} in {blocks} blocks of {}, {world} ranks, {sequence}", T::DTYPE);
+            let what = format!("{sizes:?} in {blocks} blocks of {}, {world} ranks, {sequence}", T::DTYPE);
             same_bits(&what, &got, &one);
         }
     }
@@ -186,8 +194,9 @@ fn blocks_agree<T: Element>(draw: &Draw, blocks: usize, worlds: &[usize], sequen
 proptest! {
     #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Transformer blocks: multi-head and grouped-query attention, groups of query heads across blocks' boundaries, plain
-    /// and gated feed-forward layers, masks, few tokens and none on a rank, every world up to the number of blocks.
+    /// Transformer blocks: multi-head and grouped-query attention, groups of query heads that cross
+    /// block boundaries, plain and gated feed-forward layers, masks, few tokens and none on a rank,
+    /// every world up to the number of blocks.
     #[test]
     fn blocks_have_the_same_bits(
         (kv_heads, group, blocks) in (1..=4usize, 1..=4usize, 1..=8usize),
@@ -197,17 +206,15 @@ proptest! {
     ) {
         let heads = kv_heads * group;
         let blocks = blocks.min(heads);
-        let draw = Draw { heads, kv_heads, head_dim, hidden, ffn: blocks + more, gated, post, causal, seed };
-        let sequences = match masked {
-            true => Sequences::padded(&[2, 5, 1], 5).unwrap(),
-            false => Sequences::packed([4, 1, 6]),
-        };
+        let sizes = RandomBlock { heads, kv_heads, head_dim, hidden, ffn: blocks + more, gated, post, causal, seed };
+        let sequences =
+            if masked { Sequences::padded(&[2, 5, 1], 5).unwrap() } else { Sequences::packed([4, 1, 6]) };
         let worlds: Vec<_> = (1..=blocks).collect();
-        blocks_agree::<f32>(&draw, blocks, &worlds, &sequences);
-        blocks_agree::<bf16>(&draw, blocks, &worlds, &sequences);
-        // And f64, which is what the reference computes.
-        let got = blocks_agree::<f64>(&draw, blocks, &worlds, &sequences);
-        let ((x, dy), weights) = (block::inputs(&draw, &sequences), draw.weights());
+        blocks_agree::<f32>(&sizes, blocks, &worlds, &sequences);
+        blocks_agree::<bf16>(&sizes, blocks, &worlds, &sequences);
+        // In f64 the result is also compared with the reference.
+        let got = blocks_agree::<f64>(&sizes, blocks, &worlds, &sequences);
+        let ((x, dy), weights) = (block::inputs(&sizes, &sequences), sizes.weights());
         let ranges: Vec<_> = sequences.iter().collect();
         let want = reference::block_backward(&weights, &x, &ranges, sequences.valid(), &dy);
         close("y", &got.y.into_dyn(), &reference::block(&weights, &x, &ranges, sequences.valid()), 1e-12);
@@ -219,7 +226,7 @@ proptest! {
 /// Sizes at which GEMMs are blocked and tensors exchanged: 12 heads in 8 blocks on 1 to 8 ranks.
 #[test]
 fn larger_blocks_have_the_same_bits() {
-    let draw = Draw {
+    let sizes = RandomBlock {
         heads: 12,
         kv_heads: 4,
         head_dim: 8,
@@ -231,17 +238,18 @@ fn larger_blocks_have_the_same_bits() {
         seed: 1,
     };
     for tokens in [3, 70] {
-        blocks_agree::<f32>(&draw, 8, &[2, 3, 4, 5, 6, 7, 8], &Sequences::one(tokens));
-        blocks_agree::<bf16>(&draw, 8, &[2, 4, 7], &Sequences::one(tokens));
+        blocks_agree::<f32>(&sizes, 8, &[2, 3, 4, 5, 6, 7, 8], &Sequences::one(tokens));
+        blocks_agree::<bf16>(&sizes, 8, &[2, 4, 7], &Sequences::one(tokens));
     }
-    let plain = Draw { kv_heads: 12, gated: false, ..draw };
+    let plain = RandomBlock { kv_heads: 12, gated: false, ..sizes };
     blocks_agree::<f32>(&plain, 8, &[2, 3, 4, 5, 6, 7, 8], &Sequences::packed([40, 9]));
 }
 
-/// Without it the number of ranks shows: what the tests above compare is not the same anyway.
+/// Without the invariant reduction the bits depend on the number of ranks, so the tests above can
+/// fail.
 #[test]
 fn fast_reductions_depend_on_the_number_of_ranks() {
-    let draw = Draw {
+    let sizes = RandomBlock {
         heads: 4,
         kv_heads: 4,
         head_dim: 8,
@@ -252,14 +260,14 @@ fn fast_reductions_depend_on_the_number_of_ranks() {
         causal: true,
         seed: 1,
     };
-    let (x, dy) = block::inputs(&draw, &Sequences::one(9));
-    let weights = block::named(&draw.weights());
+    let (x, dy) = block::inputs(&sizes, &Sequences::one(9));
+    let weights = block::named(&sizes.weights());
     let outcome =
-        |world| block::outcome::<Replicated, f32>(&draw, &Case::new(world, &x, &dy, &weights)).unwrap();
+        |world| block::outcome::<Replicated, f32>(&sizes, &Case::new(world, &x, &dy, &weights)).unwrap();
     assert!(bits(&outcome(1).y) != bits(&outcome(2).y));
 }
 
-/// The worlds and both streams against one rank.
+/// Compares every world and both residual streams with one rank.
 fn agree<T: Element>(
     what: &str,
     case: &Case<'_>,
@@ -341,14 +349,14 @@ fn config(heads: usize, kv_heads: usize) -> AttentionConfig {
     }
 }
 
-/// Attention with normalized heads; its projections merged, or forked into three layers.
+/// Attention with normalized heads. Its projections are merged, or three layers if `separate`.
 fn attention<S: ResidualStream + Spread, T: Element>(
     case: &Case<'_>,
     config: &AttentionConfig,
-    forked: bool,
+    separate: bool,
 ) -> Result<Outcome> {
     let layout = QkvLayout::separate("q", "k", "v");
-    if !forked {
+    if !separate {
         return run_unplanned!(T, case, |group, weights| {
             ParallelAttention::<S, T, Dev>::load(group, weights, &layout, "o", config)
         });
@@ -367,7 +375,7 @@ fn attention<S: ResidualStream + Spread, T: Element>(
     })
 }
 
-/// Those of [`attention`], with so many features of queries, and of keys, and of a head.
+/// The weights of [`attention`] for these sizes of queries, keys and a head.
 fn attention_weights(query: usize, kv: usize, dim: usize, hidden: usize) -> Arrays {
     arrays([
         ("q.weight", random(1, "q", &[query, hidden])),
@@ -382,30 +390,37 @@ fn attention_weights(query: usize, kv: usize, dim: usize, hidden: usize) -> Arra
     ])
 }
 
-/// Nine query and three key/value heads in five blocks, which cut every group; and in nine.
+/// Nine query and three key/value heads in five blocks, which split every group, and in nine.
 #[test]
-fn normalized_heads_and_forks_have_the_same_bits() {
+fn normalized_heads_and_separate_layers_have_the_same_bits() {
     let (heads, kv, dim, hidden) = (9, 3, 4, 10);
     let (x, dy) = (matrix(1, "x", 7, hidden), matrix(1, "dy", 7, hidden));
     let weights = attention_weights(heads * dim, kv * dim, dim, hidden);
     let config = config(heads, kv);
     for (blocks, worlds) in [(5, vec![2, 3, 4, 5]), (9, vec![4, 8])] {
         let case = in_blocks(Case::new(1, &x, &dy, &weights), blocks);
-        for forked in [false, true] {
-            agree::<f32>("attention", &case, &worlds, |case, sequence| match sequence {
-                false => attention::<Replicated, f32>(case, &config, forked),
-                true => attention::<Shard<0>, f32>(case, &config, forked),
+        for separate in [false, true] {
+            agree::<f32>("attention", &case, &worlds, |case, sequence| {
+                if sequence {
+                    attention::<Shard<0>, f32>(case, &config, separate)
+                } else {
+                    attention::<Replicated, f32>(case, &config, separate)
+                }
             });
         }
-        agree::<bf16>("attention", &case, &worlds, |case, sequence| match sequence {
-            false => attention::<Replicated, bf16>(case, &config, false),
-            true => attention::<Shard<0>, bf16>(case, &config, false),
+        agree::<bf16>("attention", &case, &worlds, |case, sequence| {
+            if sequence {
+                attention::<Shard<0>, bf16>(case, &config, false)
+            } else {
+                attention::<Replicated, bf16>(case, &config, false)
+            }
         });
     }
 }
 
-/// Query and key/value heads, and blocks. Two blocks hold a key/value head each; three; all. Blocks hold one such head and a part of
-/// another; and some of their own between parts of others.
+/// (Query heads, key/value heads, blocks). In the first three, two, three and all blocks share a
+/// key/value head. In the others, blocks hold one such head and a range of another, or whole heads
+/// between ranges of others.
 const SHARED: [(usize, usize, usize); 7] =
     [(16, 4, 8), (12, 2, 6), (8, 1, 8), (6, 2, 4), (9, 3, 5), (10, 5, 3), (18, 9, 4)];
 
@@ -413,7 +428,7 @@ const SHARED: [(usize, usize, usize); 7] =
 fn shared_heads_have_the_same_bits_and_are_those_of_the_reference() {
     let (dim, hidden) = (4, 10);
     for (number, (heads, kv, blocks)) in SHARED.into_iter().enumerate() {
-        // Few tokens, and once so many that what is summed is exchanged rather than gathered.
+        // Mostly few tokens; once enough that sums are exchanged rather than gathered.
         for &tokens in if number == 3 { &[1, 7, 130][..] } else { &[7] } {
             let (x, dy) = (matrix(2, "x", tokens, hidden), matrix(2, "dy", tokens, hidden));
             let weights = attention_weights(heads * dim, kv * dim, dim, hidden);
@@ -421,23 +436,29 @@ fn shared_heads_have_the_same_bits_and_are_those_of_the_reference() {
             let what = format!("{heads} heads, {kv} shared, in {blocks} blocks, {tokens} tokens");
             let case = in_blocks(Case::new(1, &x, &dy, &weights), blocks);
             let worlds: Vec<_> = (2..=blocks).collect();
-            for forked in [false, true] {
-                agree::<f32>(&what, &case, &worlds, |case, sequence| match sequence {
-                    false => attention::<Replicated, f32>(case, &config, forked),
-                    true => attention::<Shard<0>, f32>(case, &config, forked),
+            for separate in [false, true] {
+                agree::<f32>(&what, &case, &worlds, |case, sequence| {
+                    if sequence {
+                        attention::<Shard<0>, f32>(case, &config, separate)
+                    } else {
+                        attention::<Replicated, f32>(case, &config, separate)
+                    }
                 });
-                agree::<bf16>(&what, &case, &worlds, |case, sequence| match sequence {
-                    false => attention::<Replicated, bf16>(case, &config, forked),
-                    true => attention::<Shard<0>, bf16>(case, &config, forked),
+                agree::<bf16>(&what, &case, &worlds, |case, sequence| {
+                    if sequence {
+                        attention::<Shard<0>, bf16>(case, &config, separate)
+                    } else {
+                        attention::<Replicated, bf16>(case, &config, separate)
+                    }
                 });
-                let got = attention::<Replicated, f64>(&case, &config, forked).unwrap();
+                let got = attention::<Replicated, f64>(&case, &config, separate).unwrap();
                 is_the_reference(&got, &config, &case);
             }
         }
     }
 }
 
-/// [`attention`] without normalization of heads is the reference's.
+/// [`attention`] without head norms equals the reference.
 fn is_the_reference(got: &Outcome, config: &AttentionConfig, case: &Case<'_>) {
     let matrix = |name: &str| case.weights.0[name].clone().into_dimensionality().unwrap();
     let vector = |name: &str| Some(case.weights.0[name].clone().into_dimensionality().unwrap());
@@ -474,13 +495,15 @@ fn is_the_reference(got: &Outcome, config: &AttentionConfig, case: &Case<'_>) {
     close("v", grad("v.weight"), &want.v, 1e-12);
     close("o", grad("o.weight"), &want.o, 1e-12);
     close("q's bias", grad("q.bias"), &want.q_bias.unwrap(), 1e-12);
-    // What is added to all keys alike changes no weight: this gradient is rounding, of as many terms as there are tokens.
+    // A constant added to all keys does not change the weights, so this gradient is rounding error,
+    // of as many terms as there are tokens.
     let tokens = case.x.nrows() as f64;
     close("k's bias", &(grad("k.bias") / tokens), &(want.k_bias.unwrap() / tokens), 1e-12);
     close("v's bias", grad("v.bias"), &want.v_bias.unwrap(), 1e-12);
 }
 
-/// Heads that several ranks hold have other ranks' zeros in their sums: −0 is +0 then, and so it is where one rank holds them.
+/// Sums over ranks that share a head include the other ranks' zeros, which turns −0 into +0. A rank
+/// that holds the head alone must give the same bits.
 #[test]
 fn sums_of_shared_heads_have_the_same_zeros() {
     let (dim, hidden) = (4, 10);
@@ -517,7 +540,8 @@ fn sums_of_shared_heads_have_the_same_zeros() {
     }
 }
 
-/// A rank has the weights of a head once, whichever of its blocks share it; and norms count them once on all ranks.
+/// A rank holds the weights of a head once, even if several of its blocks share it, and norms count
+/// them once over all ranks.
 #[test]
 fn shared_heads_are_held_once_and_counted_once() {
     let (dim, hidden) = (4, 10);
@@ -532,11 +556,11 @@ fn shared_heads_are_held_once_and_counted_once() {
                 let layer =
                     ParallelAttention::<Replicated, f32, Dev>::load(&group, &weights, &layout, "o", &config)?;
                 let query = Heads::with_partition(group.partition("test", "heads", heads, 1)?, kv, dim)?;
-                let (own, held) = (query.query_range(group.rank()), query.kv_range(group.rank()));
+                let (own, kv) = (query.query_range(group.rank()), query.kv_range(group.rank()));
                 let rows: Vec<_> = layer.params().iter().map(|param| param.shape().dims()[0]).collect();
                 assert_eq!(
                     rows,
-                    [(own.len() + 2 * held.len()) * dim; 2].into_iter().chain([hidden]).collect::<Vec<_>>()
+                    [(own.len() + 2 * kv.len()) * dim; 2].into_iter().chain([hidden]).collect::<Vec<_>>()
                 );
                 let x = matrix(3, "x", 5, hidden).mapv(|x| x as f32);
                 let x = DTensor::replicated(&group, Tensor::from_array(group.device(), &x)?)?;
@@ -578,14 +602,13 @@ fn sums_over_tokens_have_the_same_bits() {
         let lengths = (0..rows).step_by(4).map(|start| 4.min(rows - start));
         let case = Case { sequences: Sequences::packed(lengths), ..Case::new(1, &x, &dy, &weights) };
         let case = in_blocks(case, 7);
-        agree::<f32>("tokens", &case, &[2, 3, 5, 7], |case, sequence| match sequence {
-            false => tokens::<Replicated, f32>(case),
-            true => tokens::<Shard<0>, f32>(case),
+        agree::<f32>("tokens", &case, &[2, 3, 5, 7], |case, sequence| {
+            if sequence { tokens::<Shard<0>, f32>(case) } else { tokens::<Replicated, f32>(case) }
         });
     }
 }
 
-/// A weight of −0 among a vocabulary's: with other ranks' zeros it is +0.
+/// A −0 in a vocabulary's weight: adding the other ranks' zeros makes it +0.
 #[test]
 fn embeddings_have_the_same_bits() {
     let mut table = integers(1, "table", 9, 4);
@@ -608,14 +631,15 @@ fn embeddings_have_the_same_bits() {
 
 // Training.
 
-/// The bits of everything: the parameters after some steps, and the losses and norms on the way.
+/// The bits of everything: the parameters after some steps, and the losses and norms of each step.
 #[derive(PartialEq)]
 struct Trained {
     params: BTreeMap<String, Vec<u64>>,
     curve: Vec<(u64, u64)>,
 }
 
-/// AdamW with dropout, clipping and decay on a dp x tp mesh, each replica in so many microbatches.
+/// AdamW with dropout, clipping and decay on a dp x tp mesh, with this many microbatches per
+/// replica.
 fn train<S: ResidualStream, T: Element>(
     config: &Config,
     [dp, tp, microbatches]: [usize; 3],
@@ -696,7 +720,8 @@ fn training_has_the_same_bits_at_every_size() {
     trains::<f64>(&[3, 4]);
 }
 
-/// Meshes of one batch in 4 and in 6 microbatches, where replicas have whole sub-trees and where they have not.
+/// Meshes of one batch in 4 and in 6 microbatches, where replicas hold whole sub-trees and where
+/// they do not.
 #[test]
 fn meshes_of_the_same_batch_have_the_same_bits() {
     let meshes: [&[[usize; 3]]; 2] = [
@@ -720,7 +745,7 @@ fn meshes_of_the_same_batch_have_the_same_bits() {
     }
 }
 
-// What cannot be invariant says so.
+// Combinations that cannot be invariant return an error.
 
 fn refused(world: usize, blocks: usize, what: impl Fn(&Group<Dev>) -> Result<()> + Sync) -> String {
     let outcomes =
@@ -739,7 +764,7 @@ fn row_of_columns(group: &Group<Dev>) -> Result<RowLinear<f32, Dev>> {
     RowLinear::load(group, &Weights::new(&Random::normal(1, 1.0)), &cut, 5)
 }
 
-/// With a free order the sum of two sums is one sum: one collective for both.
+/// With `Reduction::Fast` the sum of two sums is one sum, with one collective for both.
 #[test]
 fn two_sums_are_reduced_as_one() {
     let sums = ranks(3).run(|world| {
@@ -780,7 +805,7 @@ fn what_cannot_be_invariant_is_refused() {
     );
     assert_eq!(
         refused(2, 4, |group| {
-            // As many heads on each rank, but not cut by blocks.
+            // The same number of heads on each rank, but not partitioned by blocks.
             let heads = Heads::new(8, 2, 2, 2)?;
             Columns::qkv(group, &heads, &QkvLayout::separate("q", "k", "v")).map(drop)
         }),
@@ -833,7 +858,7 @@ fn what_cannot_be_invariant_is_refused() {
         "data parallel: not supported: a mean over replicas under an invariant reduction: divide the loss by the size of \
          the whole batch"
     );
-    // One more backward than the tree has leaves for.
+    // One more backward than the tree has leaves.
     assert_eq!(
         refused(2, 4, |group| {
             let alone = Group::solo(group.device()).with_reduction(group.reduction());
@@ -859,7 +884,7 @@ fn what_cannot_be_invariant_is_refused() {
     );
 }
 
-/// Backwards that are fewer than said are added up all the same.
+/// Fewer backwards than announced are still summed.
 #[test]
 fn a_step_may_end_early() {
     let outcomes = ranks(1).run(|world| {

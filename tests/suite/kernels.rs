@@ -1,8 +1,10 @@
-//! Every kernel of one device, and the operators over them, on NaN-poisoned memory: f64 against the reference or a loop
-//! written out here at 1e-12, the narrower elements within bounds that are derived where they stand.
+//! Checks every kernel of one device, and the operators over them, on NaN-poisoned memory. f64 is
+//! compared at 1e-12 with the reference or with a plain loop. Narrower elements are compared within
+//! bounds that are derived next to each test.
 //!
-//! In the bounds u = ε / 2 is the rounding of the element, v that of its accumulator. Inputs are numbers of the element, so
-//! that they have no error of their own; first-order terms are counted, and 1 % added for what is of second order.
+//! In the bounds u = ε / 2 is the rounding of the element, v that of its accumulator. Inputs are
+//! numbers of the element type, so they have no error of their own. Bounds count first-order terms,
+//! plus 1 % for second-order terms.
 
 use crate::support::{close, integers, matrix, random};
 use half::{bf16, f16};
@@ -23,7 +25,8 @@ use std::{fmt::Debug, num::NonZeroUsize};
 
 const EXACT: f64 = 1e-12;
 
-/// Half the distance between subnormal f16, which is the error of an underflow in the worst of the elements.
+/// Half the distance between subnormal f16: the underflow error of the element type with the
+/// largest one.
 const UNDERFLOW: f64 = 3e-8;
 
 const ACTIVATIONS: [(Activation, reference::Activation); 4] = [
@@ -41,7 +44,7 @@ fn unit<T: Element>() -> (f64, f64) {
     (T::EPSILON / 2.0, T::Acc::EPSILON / 2.0)
 }
 
-/// The nearest numbers of an element.
+/// Rounds to the nearest numbers of an element type.
 fn rounded<T: Element, D: Dimension>(x: Array<f64, D>) -> Array<f64, D> {
     x.mapv(|x| T::from_f64(x).to_f64())
 }
@@ -62,7 +65,7 @@ fn bits<T: Element>(x: &[T]) -> Vec<u64> {
     x.iter().map(|x| x.to_f64().to_bits()).collect()
 }
 
-/// Holds finite numbers to `want` within 1.01 · `bound`, and wants NaN where `want` is NaN and ∞ where it is ∞.
+/// Checks finite numbers against `want` within 1.01 · `bound`; NaN and ∞ must match exactly.
 #[track_caller]
 fn within<D: Dimension>(what: impl Debug, got: &ArrayD<f64>, want: &Array<f64, D>, bound: &Array<f64, D>) {
     assert_eq!(got.shape(), want.shape(), "{what:?}: shapes");
@@ -73,7 +76,7 @@ fn within<D: Dimension>(what: impl Debug, got: &ArrayD<f64>, want: &Array<f64, D
     }
 }
 
-/// The error names two sizes that disagree.
+/// Checks that the error names two sizes that disagree.
 #[track_caller]
 fn disagree<R: Debug>(result: Result<R>, message: &str) {
     let error = result.expect_err(message);
@@ -81,7 +84,7 @@ fn disagree<R: Debug>(result: Result<R>, message: &str) {
     assert_eq!(error.to_string(), message);
 }
 
-/// The error says what is wrong with an argument.
+/// Checks that the error says what is wrong with an argument.
 #[track_caller]
 fn invalid<R: Debug>(result: Result<R>, message: &str) {
     let error = result.expect_err(message);
@@ -91,10 +94,11 @@ fn invalid<R: Debug>(result: Result<R>, message: &str) {
 
 // Matrix products.
 
-/// How a matrix lies in memory: row stride and column stride.
+/// The row and column strides of a matrix in memory.
 type Strides = (usize, usize);
 
-/// Without gaps, column by column, parts of wider matrices of both kinds, and gaps between all elements.
+/// Contiguous rows, contiguous columns, submatrices of wider matrices of both kinds, and gaps
+/// between all elements.
 fn layouts() -> impl Strategy<Value = fn(usize, usize) -> Strides> {
     prop_oneof![
         Just((|_, cols| (cols, 1)) as fn(usize, usize) -> Strides),
@@ -105,7 +109,7 @@ fn layouts() -> impl Strategy<Value = fn(usize, usize) -> Strides> {
     ]
 }
 
-/// A matrix in memory that is NaN between its elements and behind them.
+/// Places a matrix in memory that is NaN between and after its elements.
 fn place<T: Element>(x: &Array2<f64>, (row, col): Strides) -> Vec<T> {
     let mut memory = vec![T::NAN; x.nrows() * row + x.ncols() * col + 3];
     for ((i, j), &x) in x.indexed_iter() {
@@ -114,7 +118,7 @@ fn place<T: Element>(x: &Array2<f64>, (row, col): Strides) -> Vec<T> {
     memory
 }
 
-/// The matrix again, after a look at what lies between.
+/// Reads the matrix back and checks that the memory between its elements is unchanged.
 fn displace<T: Element>(memory: &[T], rows: usize, cols: usize, (row, col): Strides) -> ArrayD<f64> {
     let mut rest: Vec<f64> = memory.iter().map(|x| x.to_f64()).collect();
     let x = Array2::from_shape_fn((rows, cols), |(i, j)| {
@@ -166,7 +170,7 @@ impl Product {
         (sum(|x| x) * self.alpha + kept, sum(f64::abs) * self.alpha.abs())
     }
 
-    /// The product in elements T and C, with C full of NaN where β = 0.
+    /// Computes the product in elements T and C, with C full of NaN if β = 0.
     fn compute<T: Element, C: Element<Acc = T::Acc>>(&self, cpu: &Cpu) -> ArrayD<f64> {
         let ((m, k), n) = (self.a.dim(), self.b.ncols());
         let [sa, sb, sc] = self.strides;
@@ -178,8 +182,9 @@ impl Product {
         displace(&c, m, n, sc)
     }
 
-    /// |error| ≤ (k + 2) v |α| Σ|a||b| + 2 v |β c| + w |result|: k products and sums and the two with α and β in the
-    /// accumulator, and one rounding w to C. In f64, 1e-12 of the absolute terms.
+    /// |error| ≤ (k + 2) v |α| Σ|a||b| + 2 v |β c| + w |result|: k products and sums and the two
+    /// operations with α and β in the accumulator, and one rounding w to C. In f64, 1e-12 of the
+    /// absolute terms.
     fn check<T: Element, C: Element<Acc = T::Acc>>(&mut self) {
         (self.a, self.b) = (rounded::<T, _>(self.a.clone()), rounded::<T, _>(self.b.clone()));
         self.c = rounded::<C, _>(self.c.clone());
@@ -202,7 +207,8 @@ impl Product {
 proptest! {
     #![proptest_config(cases(32))]
 
-    /// All transposes and strides of A, B and C, all α and β, all elements, results in the element and the accumulator.
+    /// All transposes and strides of A, B and C, all α and β, all elements, results in the element
+    /// and in the accumulator.
     #[test]
     fn gemm_in_any_layout(
         m in 0..20usize, k in 0..40usize, n in 0..20usize, a in layouts(), b in layouts(), c in layouts(),
@@ -220,7 +226,7 @@ proptest! {
         product().check::<f16, bf16>();
     }
 
-    /// Small whole numbers have exact sums: every bit counts.
+    /// Small whole numbers have exact sums, so the result must match bit by bit.
     #[test]
     fn gemm_of_integers_is_exact(
         m in 1..20usize, k in 0..30usize, n in 1..20usize, a in layouts(), b in layouts(), c in layouts(),
@@ -237,7 +243,7 @@ proptest! {
         prop_assert_eq!(product.compute::<f16, f16>(&cpu), want);
     }
 
-    /// The heads of a batch lie interleaved in their rows; with stride 0 all use the same operand.
+    /// The heads of a batch are interleaved in the rows; with stride 0 all use the same operand.
     #[test]
     fn gemm_of_interleaved_heads(
         heads in 1..4usize, m in 1..6usize, k in 1..6usize, n in 1..6usize, shared_a: bool, shared_b: bool, seed: u64,
@@ -259,8 +265,8 @@ proptest! {
         close("heads", &displace(&c, m, heads * n, sc), &want, EXACT);
     }
 
-    /// A rank that computes some rows or columns of a product gets the bits that the whole product has there, as long as
-    /// both or neither have few rows.
+    /// A rank that computes some rows or columns of a product gets the bits that the whole product
+    /// has there, if both or neither have few rows.
     #[test]
     fn a_part_of_a_product_has_the_bits_of_the_whole(
         m in 2..40usize, k in 1..400usize, n in 2..40usize, at in 0.0..1.0, seed: u64,
@@ -271,7 +277,7 @@ proptest! {
     }
 }
 
-/// y = x wᵀ as in a linear layer, computed whole and cut in two along the rows of x and those of w.
+/// Compares y = x wᵀ of a linear layer, computed whole, with two ranges of its rows or columns.
 fn part_of_a_product<T: Element>(seed: u64, (m, k, n): (usize, usize, usize), at: f64) {
     let cpu = Cpu::poisoned();
     let (x, w) = (matrix(seed, "x", m, k), matrix(seed, "w", n, k));
@@ -283,7 +289,7 @@ fn part_of_a_product<T: Element>(seed: u64, (m, k, n): (usize, usize, usize), at
         let cut = (at * whole.shape()[axis] as f64) as usize;
         for range in [0..cut, cut..whole.shape()[axis]] {
             let rows = |x: &Array2<f64>| x.slice_axis(Axis(0), Slice::from(range.clone())).to_owned();
-            // Products of at most 8 rows are summed in an order of their own.
+            // Products of at most 8 rows are summed in a different order.
             if axis == 0 && (range.len() <= 8) != (m <= 8) {
                 continue;
             }
@@ -293,7 +299,7 @@ fn part_of_a_product<T: Element>(seed: u64, (m, k, n): (usize, usize, usize), at
     }
 }
 
-/// The path that widens takes 512 columns and 512 of the depth at a time.
+/// The widening path processes 512 columns and a depth of 512 at a time.
 #[test]
 fn gemm_across_the_blocks_of_the_widening_path() {
     for (m, k, n) in [(3, 513, 2), (2, 1025, 5), (2, 7, 515), (3, 512, 1024)] {
@@ -313,7 +319,7 @@ fn gemm_without_depth_scales_c() {
         assert_eq!(product().compute::<bf16, f32>(&cpu), want);
         assert_eq!(product().compute::<f16, f16>(&cpu), want);
     }
-    // Nor has a batch of such products operands to step through.
+    // A batch of products without depth has no operands to step through.
     let mut c = [f64::NAN; 4];
     let batch = Batch { count: 2, a: 5, b: 5, c: 2 };
     let none: [f64; 0] = [];
@@ -325,7 +331,8 @@ fn gemm_without_depth_scales_c() {
 #[test]
 fn gemm_does_not_depend_on_the_number_of_threads() {
     let one = Cpu::poisoned();
-    // Enough multiplications to be split; rows that threads cannot share evenly; C with gaps between its rows.
+    // Enough multiplications to be split; rows that threads cannot share evenly; C with gaps
+    // between its rows.
     let (m, k, n) = (171, 160, 160);
     let bits = |x: ArrayD<f64>| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
     for strides in [[(k, 1), (n, 1), (n, 1)], [(1, m + 1), (1, k), (n + 3, 1)], [(k, 1), (n, 1), (1, m)]] {
@@ -339,7 +346,8 @@ fn gemm_does_not_depend_on_the_number_of_threads() {
     }
 }
 
-/// What comes behind a product is made of a block of it at a time: the bits are those of the whole.
+/// A fused epilogue processes one block of a product at a time. Its bits must be those of the
+/// unfused operators.
 fn behind_a_product<T: Element>(cpu: &Cpu, (m, k, n): (usize, usize, usize), gap: usize) {
     let (x, w) = (tensor::<T, _>(cpu, &matrix(1, "x", m, k)), tensor::<T, _>(cpu, &matrix(2, "w", n, k)));
     let (bias, at) =
@@ -441,7 +449,7 @@ fn gemm_names_the_sizes_that_disagree() {
     disagree(batch(3, 0, 30, 2), "gemm: the extent of 3 matrices B is 66, but the memory behind them is 64");
     disagree(batch(4, 0, 0, 3), "gemm: the extent of 4 matrices C is 13, but the memory behind them is 12");
     assert_eq!(batch(0, 1000, 1000, 1000), Ok(()), "no products reach nowhere");
-    // 2^33 strides of 2^31 are 0 in 64 bits.
+    // 2^33 strides of 2^31 wrap to 0 in 64 bits.
     let error = batch((1 << 33) + 1, 1 << 31, 0, 1 << 31).unwrap_err();
     assert!(error.to_string().contains(&usize::MAX.to_string()), "{error}");
 }
@@ -503,7 +511,7 @@ fn a_block_beyond_the_matrix_panics() {
     let _ = x.mat().columns(2..5);
 }
 
-// Element by element.
+// Elementwise operators.
 
 /// Numbers of all magnitudes, and the special ones.
 fn inputs(seed: u64) -> Array2<f64> {
@@ -529,10 +537,11 @@ fn inputs(seed: u64) -> Array2<f64> {
 
 /// Bounds of f and f′ in the accumulator's ε, 0 for f64.
 ///
-/// e^x errs by 2 ε, tanh by 3 ε and erf by 2 ε (see the functions' own tests). A sigmoid then errs by 3.5 ε relative to
-/// itself; Φ, and (1 + tanh)/2, by at most 2.5 ε: half the function's error, and what the rounded argument t adds, which
-/// is |t f′(t)| ≤ 1/2 for each of its two to four roundings. So f errs by 4 ε |x|. In f′, x times the derivative of the
-/// inner function, which is less than 1 + x²/8, multiplies a difference of such terms: 8 ε (1 + |x|)(1 + x²/8).
+/// e^x errs by 2 ε, tanh by 3 ε and erf by 2 ε (see the functions' own tests). A sigmoid then errs
+/// by 3.5 ε relative to itself. Φ, and (1 + tanh)/2, err by at most 2.5 ε: half the function's
+/// error, plus |t f′(t)| ≤ 1/2 for each of the two to four roundings of the argument t. So f errs
+/// by 4 ε |x|. In f′, x times the derivative of the inner function, which is less than 1 + x²/8,
+/// multiplies a difference of such terms: 8 ε (1 + |x|)(1 + x²/8).
 fn activation_bounds<T: Element>(x: &Array2<f64>) -> [Array2<f64>; 2] {
     let epsilon = if T::DTYPE == DType::F64 { 0.0 } else { T::Acc::EPSILON };
     let finite = x.mapv(|x| if x.is_finite() { x.abs() } else { 0.0 });
@@ -542,7 +551,7 @@ fn activation_bounds<T: Element>(x: &Array2<f64>) -> [Array2<f64>; 2] {
     ]
 }
 
-/// The bound of a result: its error in the accumulator, and its rounding to T.
+/// The bound of a result: its error in the accumulator plus its rounding to T.
 fn rounding<T: Element>(want: &Array2<f64>, error: Array2<f64>) -> Array2<f64> {
     match T::DTYPE {
         DType::F64 => want.mapv(|want| EXACT * (1.0 + want.abs())),
@@ -570,7 +579,8 @@ fn activations<T: Element>(seed: u64) {
         let got = ops::activate_backward::<T, _>(f, &tensor(&cpu, &x), &tensor(&cpu, &dy)).unwrap();
         within(what("dx"), &wide(&got), &dx, &rounding::<T>(&dx, &slope * &dy.mapv(f64::abs)));
 
-        // The gate and its factor lie side by side, and so do their gradients; each has one or two products more.
+        // The gate and its factor are concatenated, and so are their gradients. Each takes one or
+        // two more products.
         let both = tensor(&cpu, &concatenate![Axis(1), x, up]);
         let more =
             |want: &Array2<f64>| want.mapv(|want| if want.is_finite() { 2.0 * v * want.abs() } else { 0.0 });
@@ -598,7 +608,7 @@ fn activations_and_gates_agree_with_the_reference() {
     }
 }
 
-/// Where the gradient that comes in is NaN or ∞, too.
+/// Also for gradients that are NaN or ∞.
 #[test]
 fn activations_pass_nonfinite_gradients_as_the_reference_does() {
     let cpu = Cpu::poisoned();
@@ -622,7 +632,7 @@ fn activations_pass_nonfinite_gradients_as_the_reference_does() {
     }
 }
 
-/// The square of a large f32 overflows where its activation and slope do not.
+/// The square of a large f32 overflows, but its activation and slope must not.
 #[test]
 fn activations_of_large_numbers_are_linear() {
     let cpu = Cpu::poisoned();
@@ -645,13 +655,14 @@ fn accumulate<T: Element, Y: Element<Acc = T::Acc>>() {
     assert_eq!(bits(sum.slice()), bits(&want), "{} to {}", T::DTYPE, Y::DTYPE);
 }
 
-/// Sums of two are those of the accumulator, rounded once; column sums err by (rows) v Σ|x| at most.
+/// Sums of two are computed in the accumulator and rounded once. Column sums err by at most
+/// (rows) v Σ|x|.
 fn sums<T: Element>() {
     let cpu = Cpu::poisoned();
     let (a, b) = (tensor::<T, _>(&cpu, &inputs(1)), tensor::<T, _>(&cpu, &inputs(2)));
     let add = |(a, b): (&T, &T)| T::narrow(a.widen() + b.widen());
     let want: Vec<_> = a.slice().iter().zip(b.slice()).map(add).collect();
-    // In the memory of a copy, and in that of a tensor of its own.
+    // The sum reuses x's memory if no other tensor shares it.
     for x in [a.clone(), tensor(&cpu, &inputs(1))] {
         assert_eq!(bits(ops::add(x, &b).unwrap().slice()), bits(&want));
     }
@@ -710,11 +721,12 @@ fn conversion_between_all_elements() {
     to_all::<f16>();
 }
 
-/// To the nearest number, to even where two are as near; not by way of an f32, which would make ties of what is none.
+/// Rounds to nearest, ties to even. Rounding through f32 first would create ties that do not exist.
 #[test]
 fn conversion_rounds_once() {
     let cpu = Cpu::poisoned();
-    // Just below halfway from 1 to the next number, halfway, just above; and halfway to an even number.
+    // Just below halfway from 1 to the next number, halfway, just above; and halfway to an even
+    // number.
     let ties =
         |ulp: f64| array![1.0 + ulp / 2.0 - 1e-12, 1.0 + ulp / 2.0, 1.0 + ulp / 2.0 + 1e-12, 1.0 + 1.5 * ulp];
     let want = |ulp: f64| array![1.0, 1.0, 1.0 + ulp, 1.0 + 2.0 * ulp].into_dyn();
@@ -730,7 +742,8 @@ fn conversion_rounds_once() {
             want(f16::EPSILON.to_f64()) * sign
         );
     }
-    // The least and the largest: halfway to 0, above that, a subnormal; the last that is finite, and halfway to ∞.
+    // Halfway from 0 to the smallest number, above that, a subnormal; the largest finite number,
+    // halfway to ∞, and beyond.
     let x = tensor::<f64, _>(&cpu, &array![2.0_f64.powi(-25), 3e-8, 6e-5, 65519.9, 65520.0, 1e300]);
     let [tiny, subnormal] = [2.0_f64.powi(-24), 1007.0 * 2.0_f64.powi(-24)];
     let inf = f64::INFINITY;
@@ -827,7 +840,7 @@ fn kernels_name_the_shapes_that_disagree() {
     );
 }
 
-/// Rows are slices: a kernel that reads rows asks for columns next to each other.
+/// Rows are slices: a kernel that reads rows requires adjacent columns.
 #[test]
 fn kernels_of_rows_take_no_column_stride() {
     let cpu = Cpu::new();
@@ -880,7 +893,7 @@ proptest! {
         close("db", &wide(&ops::bias_grad(&cpu, tdy.mat()).unwrap()), &want.db, EXACT);
     }
 
-    /// Repeated ids get the sum of their gradients; copying is exact in every element.
+    /// Repeated ids get the sum of their gradients; copying is exact in every element type.
     #[test]
     fn embedding_agrees_with_the_reference(ids in prop::collection::vec(0..5_u32, 0..12), cols in 0..4usize, seed: u64) {
         embedding::<f64>(&ids, cols, seed);
@@ -899,7 +912,7 @@ fn embedding<T: Element>(ids: &[u32], cols: usize, seed: u64) {
     assert_eq!(wide(&y), reference::embedding(&wanted, &table).into_dyn());
     let dtable = ops::scatter_rows(&cpu, ids, 5, tensor::<T, _>(&cpu, &dy).mat()).unwrap();
     assert_eq!(wide(&dtable), reference::embedding_backward(&wanted, 5, &dy).into_dyn());
-    // What the table's gradient held before is kept.
+    // The table's gradient accumulates: its earlier values are kept.
     let mut sum = dtable.clone();
     cpu.scatter_add(ids, tensor::<T, _>(&cpu, &dy).mat(), sum.mat_mut().unwrap()).unwrap();
     assert_eq!(wide(&sum), wide(&dtable) * 2.0);
@@ -915,7 +928,7 @@ fn embedding_refuses_ids_beyond_the_table() {
         ops::scatter_rows(&cpu, &[0, u32::MAX - 1, 1], 5, dy.mat()),
         "scatter_add: id 4294967294 is beyond a table of 5 rows",
     );
-    // The row that nobody has.
+    // `NO_ROW` selects no row.
     let ones = Tensor::<f32>::full(&Cpu::poisoned(), [5, 2], 1.0).unwrap();
     let y = wide(&ones.rows(&[NO_ROW, 4, NO_ROW]).unwrap());
     assert_eq!(y, array![[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]].into_dyn());
@@ -952,14 +965,18 @@ fn norms<T: Element>(rows: usize, cols: usize, seed: u64) {
     );
     let (gamma, beta) = (vector("gamma"), vector("beta"));
     let absolute = |x: &Array2<f64>| x.mapv(f64::abs);
-    // The mean of x errs by (n + 1) v max|x|, so that of x̂ by r times that, with r = 1 / √(σ² + ε). The variance errs by
-    // (n + 3) v of itself: the mean's error enters squared, because Σ (x − μ) is 0. With the root, the quotient and the
-    // products, |δx̂| ≤ (n + 8) v (r max|x| + |x̂|).
+    // The mean of x errs by (n + 1) v max|x|, so that of x̂ by r times that, with
+    // r = 1 / √(σ² + ε). The variance errs by (n + 3) v relative to itself: the mean's error enters
+    // squared, because Σ (x − μ) is 0. With the root, the quotient and the products,
+    // |δx̂| ≤ (n + 8) v (r max|x| + |x̂|).
     let per_term = (cols + 8) as f64 * unit::<T>().1;
     for kind in [NormKind::LayerNorm { eps }, NormKind::RmsNorm { eps }] {
-        let norm = |gamma: Array1<f64>, beta: &Array1<f64>| match kind.centers() {
-            true => reference::Norm::LayerNorm { gamma, beta: beta.clone(), eps },
-            false => reference::Norm::RmsNorm { gamma, eps },
+        let norm = |gamma: Array1<f64>, beta: &Array1<f64>| {
+            if kind.centers() {
+                reference::Norm::LayerNorm { gamma, beta: beta.clone(), eps }
+            } else {
+                reference::Norm::RmsNorm { gamma, eps }
+            }
         };
         let zeros = Array1::zeros(cols);
         let x_hat = norm(Array1::ones(cols), &zeros).apply(&x);
@@ -983,8 +1000,9 @@ fn norms<T: Element>(rows: usize, cols: usize, seed: u64) {
             within((kind, T::DTYPE), &wide(&y), &want, &rounding::<T>(&want, error));
         }
 
-        // dx = r (g − mean g − x̂ mean(g x̂)): with G = max|g| and X = max|x̂|, the means err by (n + 2) v of G and G X and
-        // by X's error times G, and are multiplied by 1 and X: 3 (n + 8) v r G (1 + X + X²)(1 + r max|x|) holds them all.
+        // dx = r (g − mean g − x̂ mean(g x̂)). With G = max|g| and X = max|x̂|, the means err by
+        // (n + 2) v of G and G X and by X's error times G, and are multiplied by 1 and X. All are
+        // within 3 (n + 8) v r G (1 + X + X²)(1 + r max|x|).
         let (dx, grads) = norm(gamma.clone(), &zeros).backward(&x, &dy);
         let (tx, tgamma) = (tensor::<T, _>(&cpu, &x), tensor::<T, _>(&cpu, &gamma));
         let (_, context) = ops::normalize(kind, &tx, &tgamma, None).unwrap();
@@ -1042,7 +1060,7 @@ fn norm_keeps_nan_in_its_row_and_does_not_cancel() {
 
 // Attention.
 
-/// Which query and key/value heads there are; `sequences` says the rest.
+/// The query and key/value heads of an attention; `sequences` has the rest.
 #[derive(Clone, Debug)]
 struct Heads {
     heads: usize,
@@ -1105,7 +1123,7 @@ fn attend_reference(heads: &Heads, qkv: &Array2<f64>, dout: &Array2<f64>, sequen
     (reference::attention(&spec, &q, &k, &v, &ranges, valid), dqkv)
 }
 
-/// f64 against the reference; rows that see no key are exactly 0.
+/// Compares f64 with the reference; rows that see no key are exactly 0.
 fn attention_agrees(heads: &Heads, sequences: &Sequences, seed: u64) {
     let (qkv, dout) = heads.inputs(seed, sequences.rows());
     let (want, want_grad) = attend_reference(heads, &qkv, &dout, sequences);
@@ -1125,11 +1143,13 @@ fn attention_agrees(heads: &Heads, sequences: &Sequences, seed: u64) {
 
 /// Bounds of the output and the gradient, from the same sums as theirs over absolute values.
 ///
-/// A score errs by (d + 2) v Σ|q k|, so that its weight p errs by t = v (2 (d + 2) S + n + 14 + 4 S) relative to itself,
-/// where S is the largest scale Σ|q k| and n the number of keys: the score's and the maximum's or log-sum-exp's error, and
-/// that of the softmax. Then |δo| ≤ (t + n v) Σ p|v| + u|o|. With D = Σ|dO O|, the weight's gradient ds = p (dp − D) errs
-/// by b = p (t + 4 v + (d + 2) v)(Σ|dO v| + D) and, because O was rounded, by u p D. The sums over keys (dq) and queries
-/// (dk, dv) multiply b with |k| or |q| and p t with |dO|, add n v of their absolute sum, and round once.
+/// A score errs by (d + 2) v Σ|q k|, so that its weight p errs relative to itself by
+/// t = v (2 (d + 2) S + n + 14 + 4 S), where S is the largest scale Σ|q k| and n the number of keys:
+/// the error of the score and of the maximum or log-sum-exp, and that of the softmax. Then
+/// |δo| ≤ (t + n v) Σ p|v| + u|o|. With D = Σ|dO O|, the weight's gradient ds = p (dp − D) errs by
+/// b = p (t + 4 v + (d + 2) v)(Σ|dO v| + D) and, because O was rounded, by u p D. The sums over
+/// keys (dq) and queries (dk, dv) multiply b with |k| or |q| and p t with |dO|, add n v of their
+/// absolute sum, and round once.
 fn attention_bounds<T: Element>(
     heads: &Heads,
     qkv: &Array2<f64>,
@@ -1201,7 +1221,7 @@ fn any_heads() -> impl Strategy<Value = Heads> {
     })
 }
 
-/// Packed sequences, empty ones among them, and masks that leave some without a single key.
+/// Packed sequences, some of them empty, and masks that leave some without a single key.
 fn any_sequences() -> impl Strategy<Value = Sequences> {
     let lengths = prop::collection::vec(0..9usize, 0..5);
     (lengths, prop::option::of(0.0..1.0), any::<u64>()).prop_map(|(lengths, share, seed)| {
@@ -1228,8 +1248,8 @@ proptest! {
         attention_is_near::<f16>(&heads, &sequences, seed);
     }
 
-    /// What is masked has no influence, NaN and ∞ included: one number of q, k, v or dout is not finite, and exactly the
-    /// results are not finite that the reference says.
+    /// Masked values have no influence, NaN and ∞ included. One number of q, k, v or dout is not
+    /// finite, and exactly the results that the reference names are not finite.
     #[test]
     fn attention_hides_what_is_masked(
         heads in any_heads(), sequences in any_sequences(), column in 0.0..1.0, at in 0.0..1.0, in_dout: bool,
@@ -1251,7 +1271,7 @@ proptest! {
     }
 }
 
-/// Queries come in tiles of 128.
+/// Queries are processed in tiles of 128.
 #[test]
 fn attention_across_tiles() {
     for (rows, causal, window) in [
@@ -1273,7 +1293,7 @@ fn attention_across_tiles() {
     }
 }
 
-/// A NaN among the keys of a long sequence leaves the bits of the rows before it.
+/// A NaN among the keys of a long sequence does not change the bits of the rows before it.
 #[test]
 fn attention_hides_later_rows_across_tiles() {
     let heads = Heads { heads: 2, kv_heads: 1, dim: 3, causal: true, window: None };
@@ -1287,7 +1307,8 @@ fn attention_hides_later_rows_across_tiles() {
     assert!(grad.slice(s![..150, ..6]).iter().all(|dq| dq.is_finite()), "the gradient of earlier queries");
 }
 
-/// Query heads may use key/value heads in any order, and leave some unused: those have no gradient.
+/// Query heads may use key/value heads in any order and leave some unused, which get a zero
+/// gradient.
 #[test]
 fn attention_with_key_value_heads_in_any_order() {
     let (rows, dim, width) = (9, 2, 10);
@@ -1296,7 +1317,8 @@ fn attention_with_key_value_heads_in_any_order() {
         let parts: Vec<_> = heads.iter().map(|head| x.slice(s![.., head * dim..(head + 1) * dim])).collect();
         concatenate(Axis(1), &parts).unwrap()
     };
-    // One key/value head more than is used: heads 0 and 1 of q use 2 and 0 of k (columns 2 to 4) and of v (5 to 7).
+    // One key/value head is unused: heads 0 and 1 of q use 2 and 0 of k (columns 2 to 4) and of v
+    // (5 to 7).
     let qkv = concatenate![Axis(1), qkv, matrix(2, "more", rows, 6)];
     let heads = |kv_of_query, kv_heads| QkvHeads {
         kv_of_query,
@@ -1466,7 +1488,7 @@ fn tensors_are_counted_once() {
     drop(buffer);
     cpu.trim();
     assert_eq!(cpu.memory(), MemoryUse { live: 0, peak: 1800 });
-    // Another handle of the same device counts in the same place.
+    // Another handle of the same device uses the same counters.
     let _x = Tensor::<f32>::zeros(&cpu.clone(), [3]).unwrap();
     assert_eq!(cpu.memory().live, 12);
 }

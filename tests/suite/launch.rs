@@ -1,5 +1,5 @@
-//! Environments and the rendezvous of processes. Threads play the processes: each has an
-//! environment of its own.
+//! Environments and the rendezvous of processes. Threads stand in for the processes, each with its
+//! own environment.
 
 use crate::support::say;
 use shardwise::{
@@ -40,12 +40,12 @@ fn rank_env(rank: usize, world: usize, port: u16, change: impl FnOnce(&mut Env))
     env
 }
 
-/// A port that was free a moment ago.
+/// Returns a port that was free a moment ago.
 fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// Runs ranks that know each other by their environment only.
+/// Runs ranks that find each other only by their environment.
 pub(crate) fn processes<R: Send>(
     world: usize,
     rank: impl Fn(Group<Cpu>) -> Result<R> + Sync,
@@ -53,7 +53,7 @@ pub(crate) fn processes<R: Send>(
     processes_within(DEADLINE, world, rank)
 }
 
-/// As [`processes`], with another deadline.
+/// Like [`processes`], with another deadline.
 pub(crate) fn processes_within<R: Send>(
     deadline: Duration,
     world: usize,
@@ -82,13 +82,13 @@ fn launchers_are_understood() {
         ("TORCHELASTIC_RUN_ID", "run"),
         ("TORCHELASTIC_RESTART_COUNT", "3"),
         ("SHARDWISE_TOKEN", "t"),
-        // torchrun itself was started by srun.
+        // srun started torchrun.
         ("SLURM_PROCID", "1"),
         ("SLURM_NTASKS", "2"),
     ])
     .unwrap();
     assert_eq!((torchrun.rank, torchrun.world, torchrun.local_rank, torchrun.local_world), (5, 8, 1, 4));
-    // The agent listens on the port itself.
+    // torchrun's agent listens on the port itself.
     assert_eq!((torchrun.host.as_str(), torchrun.port), ("node7", 29501));
     assert_eq!((torchrun.job.as_str(), torchrun.epoch, torchrun.token.as_str()), ("run", 3, "t"));
 
@@ -120,7 +120,7 @@ fn launchers_are_understood() {
     ])
     .unwrap();
     assert_eq!((slurm.rank, slurm.local_rank, slurm.job.as_str()), (3, 1, "77.2"));
-    // Slurm says how many ranks were wanted on a machine, not how many there are.
+    // Slurm gives the requested number of ranks per machine, not the actual one.
     for (nodes, here) in [("2", 1), ("1", 4)] {
         let slurm = env(&[
             ("SLURM_PROCID", "3"),
@@ -163,17 +163,17 @@ fn a_network_asks_for_a_secret() {
     assert!(error.to_string().contains("set SHARDWISE_TOKEN"), "{error}");
 }
 
-/// How far a group is that is disturbed while it forms.
+/// The progress of a group that is disturbed while it forms.
 #[derive(Default)]
 struct Progress {
-    /// The last rank may come.
+    /// The last rank may connect.
     enough: AtomicBool,
     /// The group has formed and ended.
     done: AtomicBool,
 }
 
-/// A group of three that is disturbed while it forms. The last rank comes when `disturb` has
-/// returned, or says that it may.
+/// Forms a group of three while `disturb` runs. The last rank connects when `disturb` has returned
+/// or has set `enough`.
 fn disturbed(disturb: impl FnOnce(u16, &Progress) + Send) {
     let (port, progress) = (free_port(), Progress::default());
     thread::scope(|scope| {
@@ -215,7 +215,7 @@ fn connect(port: u16) -> TcpStream {
 }
 
 #[test]
-fn strangers_and_garbage_do_no_harm() {
+fn unknown_connections_and_garbage_do_no_harm() {
     disturbed(|port, _| {
         for round in 0..20_u8 {
             let mut stream = connect(port);
@@ -223,7 +223,7 @@ fn strangers_and_garbage_do_no_harm() {
             let mut rest = Vec::new();
             let _ = stream.set_read_timeout(Some(Duration::from_millis(5)));
             let _ = stream.read_to_end(&mut rest);
-            assert!(rest.len() <= 40, "a stranger was told more than a nonce");
+            assert!(rest.len() <= 40, "an unknown connection got more than a nonce");
         }
     });
 }
@@ -231,24 +231,24 @@ fn strangers_and_garbage_do_no_harm() {
 #[test]
 fn connections_that_say_nothing_do_no_harm() {
     disturbed(|port, progress| {
-        let mut held: Vec<_> = (0..40).map(|_| connect(port)).collect();
-        // Half of them a byte at a time.
+        let mut connections: Vec<_> = (0..40).map(|_| connect(port)).collect();
+        // Half of the connections send one byte at a time.
         for round in 0.. {
             progress.enough.fetch_or(round == 15, Ordering::SeqCst);
             if progress.done.load(Ordering::SeqCst) {
                 break;
             }
-            held.iter_mut().step_by(2).for_each(|stream| drop(stream.write_all(&[0])));
+            connections.iter_mut().step_by(2).for_each(|stream| drop(stream.write_all(&[0])));
             thread::sleep(Duration::from_millis(20));
         }
     });
 }
 
-/// What becomes of a fourth process that comes to a group of three while that forms.
+/// Connects a fourth process to a group of three while it forms, and checks its error.
 fn intruder(change: impl Fn(&mut Env) + Send + Sync, words: &str) {
     disturbed(|port, _| {
-        // Rank 1 has come by then; some are refused again and again, in case that what listens
-        // there is the rest of an earlier start.
+        // Rank 1 has connected by then. Some attempts are refused repeatedly, in case the listener
+        // is left over from an earlier start.
         thread::sleep(Duration::from_millis(200));
         let patience = Duration::from_secs(1);
         let error = rank_env(1, 3, port, change).run(patience, |_| Ok(())).unwrap_err();
@@ -257,12 +257,12 @@ fn intruder(change: impl Fn(&mut Env) + Send + Sync, words: &str) {
 }
 
 #[test]
-fn who_does_not_belong_is_refused_and_told_why() {
+fn a_foreign_process_is_refused_with_the_reason() {
     intruder(|env| env.token = "guessed".into(), "SHARDWISE_TOKEN");
     intruder(|env| env.job = "another".into(), "another job");
     intruder(|env| env.epoch = 9, "another start");
     intruder(|env| env.world = 4, "another number of ranks");
-    // The real rank 1 has come already.
+    // The real rank 1 has already connected.
     intruder(|_| (), "connected already");
 }
 
@@ -281,7 +281,7 @@ fn jobs_are_killed_and_started_again_on_one_port() {
     let port = free_port();
     for epoch in 0..1000 {
         thread::scope(|scope| {
-            // A rank of the start before, which nobody has told that it is over.
+            // A rank of the previous start that does not know that it is over.
             let stale = (epoch % 10 == 5).then(|| {
                 let env = rank_env(1, 2, port, |env| env.epoch = epoch - 1);
                 scope.spawn(move || env.run(Duration::from_millis(5), |_| Ok(0)))
@@ -316,7 +316,7 @@ fn jobs_are_killed_and_started_again_on_one_port() {
 /// What a relay does with the bytes that rank 0 sends to a rank (true) or gets from it (false).
 type Watch<'a> = &'a (dyn Fn(bool, &mut [u8]) + Sync);
 
-/// Runs two or more ranks of which rank 1 is connected to rank 0 by way of a relay.
+/// Runs two or more ranks of which rank 1 is connected to rank 0 through a relay.
 fn relayed<R: Send>(
     deadline: Duration,
     world: usize,
@@ -361,8 +361,8 @@ fn relayed<R: Send>(
     })
 }
 
-/// The ranks have proved to each other that they know the token; what somebody else writes
-/// afterwards is not believed.
+/// The ranks have proved to each other that they know the token. Bytes that somebody else inserts
+/// afterwards are rejected.
 #[test]
 fn what_is_changed_on_the_way_is_never_data() {
     for down in [false, true] {
@@ -392,13 +392,13 @@ fn what_is_changed_on_the_way_is_never_data() {
     }
 }
 
-/// Rank 1 reads nothing any more, as if it were stopped, while large results go out to it and to
-/// those behind it.
+/// Rank 1 stops reading, as if it were suspended, while large results are sent to it and to the
+/// ranks after it.
 #[test]
 fn a_process_that_reads_nothing_is_named_to_all_others() {
     let (stopped, over) = (AtomicBool::new(false), AtomicBool::new(false));
     let watch = |down: bool, bytes: &mut [u8]| {
-        // The first large result: from then on nothing goes either way.
+        // The first large result: from then on the relay forwards nothing.
         if down && bytes.len() == 1 << 16 {
             stopped.store(true, Ordering::SeqCst);
         }
@@ -430,17 +430,17 @@ fn a_process_that_reads_nothing_is_named_to_all_others() {
     }
 }
 
-/// As many connections as are examined at a time, each made anew as soon as it is ended.
+/// As many connections as are examined at a time, each reopened as soon as it is closed.
 #[test]
 fn connections_without_end_do_not_keep_a_group_from_forming() {
     disturbed(|port, progress| {
-        let mut held: Vec<_> = (0..64).map(|_| connect(port)).collect();
+        let mut connections: Vec<_> = (0..64).map(|_| connect(port)).collect();
         thread::sleep(Duration::from_millis(100));
         progress.enough.store(true, Ordering::SeqCst);
         while !progress.done.load(Ordering::SeqCst) {
-            for stream in &mut held {
+            for stream in &mut connections {
                 stream.set_nonblocking(true).unwrap();
-                // The nonce, nothing yet, or the end.
+                // The nonce, nothing yet, or the end of the stream.
                 let ended = match stream.read(&mut [0; 64]) {
                     Ok(len) => len == 0,
                     Err(error) => error.kind() != std::io::ErrorKind::WouldBlock,
@@ -468,12 +468,12 @@ fn ranks_find_each_other_by_every_form_of_an_address() {
         });
         assert_eq!(outcomes, [Ok(()), Ok(())], "{here} on this machine, {hosts:?}");
     };
-    // All ranks are on this machine, wherever the addresses lead, or nowhere.
+    // All ranks are on this machine, whatever the addresses are.
     for hosts in [["::1", "[::1]"], ["127.0.0.1", "localhost"], ["192.0.2.1", "no.such.host.invalid"]] {
         meet(2, hosts);
     }
-    // Ranks are elsewhere, as far as they know. An address that rank 0 does not have, as a
-    // service's is; a name that is a loopback address where rank 0 is.
+    // The ranks assume that they are on different machines. One address is not rank 0's own, such
+    // as a service's; another is a name that resolves to a loopback address on rank 0's machine.
     meet(1, ["192.0.2.1", "127.0.0.1"]);
     meet(1, ["localhost", "127.0.0.1"]);
     if TcpListener::bind("[::1]:0").is_ok() {
@@ -484,7 +484,7 @@ fn ranks_find_each_other_by_every_form_of_an_address() {
     }
 }
 
-/// As many as connect at once: each proves itself, though not at once.
+/// As many connections as possible at once, all of which authenticate eventually.
 #[test]
 fn a_large_group_forms() {
     let outcomes = processes(150, |group| group.barrier());

@@ -1,5 +1,6 @@
-//! Every mapping and layer against the reference: f64 at 1e-12, forward and gradient, random sizes, worlds 1..8, uneven.
-//! `support::run` adds what holds for all: traffic, run-to-run bits, replicas, ownership, NaN-poisoned memory.
+//! Compares every mapping and layer with the reference: f64 at 1e-12, forward and gradient, random
+//! sizes, worlds 1..8, uneven shards. `support::run` adds the checks common to all: traffic,
+//! run-to-run bits, replicas, ownership, NaN-poisoned memory.
 
 use crate::dev::Dev;
 use crate::support::{
@@ -35,7 +36,7 @@ fn dot(a: &Array2<f64>, b: &Array2<f64>) -> f64 {
     (a * b).sum()
 }
 
-/// ⟨F x, y⟩ = ⟨x, F* y⟩ for a linear layer, and the forward is what `want` says.
+/// Checks ⟨F x, y⟩ = ⟨x, F* y⟩ for a linear layer, and its forward against `want`.
 fn adjoint<In, Out, L>(case: &Case<'_>, layer: impl Fn() -> L + Sync, want: &Array2<f64>)
 where
     In: Spread + Placement<Dual: Spread>,
@@ -53,7 +54,8 @@ where
 proptest! {
     #![proptest_config(cases(16))]
 
-    /// The seven mappings change the placement, never the value, and each is the adjoint of its backward.
+    /// The seven mappings change the placement, never the value, and each is the adjoint of its
+    /// backward.
     #[test]
     fn mappings_keep_the_value_and_are_adjoint(world in 1..=8usize, rows in 0..12usize, extra in 0..9usize, seed: u64) {
         let cols = world + extra;
@@ -74,7 +76,8 @@ proptest! {
         adjoint(&cut_case(), || ScatterTo::<1>::new(cut.clone()), &x);
     }
 
-    /// Tokens may be cut unevenly under sequence parallelism: the stream is left as it was entered.
+    /// Sequence parallelism may shard tokens unevenly. The output has the same partition as the
+    /// input.
     #[test]
     fn uneven_tokens_come_back_as_they_were(world in 1..=8usize, extra in 0..5usize, seed: u64) {
         let rows = world + extra;
@@ -103,7 +106,7 @@ proptest! {
         let weights = arrays([("weight", w.clone().into_dyn()), ("bias", b.clone().into_dyn())]);
         let cut = uneven(seed, outputs, world);
 
-        // Y = X Wᵀ + b, the columns of Y cut.
+        // Y = X Wᵀ + b, the columns of Y sharded.
         let want = reference::linear_backward(&x, &w, &dy);
         let case = Case { dy_cut: Some(cut.clone()), ..Case::new(world, &x, &dy, &weights) };
         let got = run!(f64, &case, |group, weights| {
@@ -121,7 +124,7 @@ proptest! {
         let (left, right) = (dot(&got.y, &dy), dot(&x, &got.dx));
         prop_assert!((left - right).abs() <= EXACT * (1.0 + left.abs()));
 
-        // The transpose: Y = Σ Xᵣ Wᵣᵀ, the columns of X cut.
+        // The transpose: Y = Σ Xᵣ Wᵣᵀ, the columns of X sharded.
         let (x, dy) = (dy, x);
         let w = w.t().as_standard_layout().into_owned();
         let weights = arrays([("weight", w.clone().into_dyn())]);
@@ -172,7 +175,7 @@ proptest! {
     }
 }
 
-/// Of fewer features than ranks, some ranks hold none.
+/// With fewer features than ranks, some ranks hold none.
 fn parallel_linear<S: ResidualStream + Spread>(
     world: usize,
     rows: usize,
@@ -225,7 +228,7 @@ fn parallel_linear<S: ResidualStream + Spread>(
     close("row dx", &got.dx.into_dyn(), &want.dx, EXACT);
     grads_close(&got.grads, &[("weight", want.dw.into_dyn()), ("bias", want.db.into_dyn())], EXACT);
 
-    // Its input scattered first.
+    // The row layer's input is scattered first.
     let got = run!(f64, &Case::new(world, &x, &dy, &weights), |group, weights| {
         Ok(ScatterTo::<1>::new(cut.clone())
             .then(RowParallelLinear::<S, f64, Dev>::load(group, weights, &cut, inputs, true)?))
@@ -364,7 +367,7 @@ fn residual<S: ResidualStream + Spread>(world: usize, hidden: usize, ffn: usize,
     grads_close(&got.grads, &want, EXACT);
 }
 
-/// The whole product on every rank, which one of them counts.
+/// The whole product on every rank; one rank owns the parameters.
 fn replicated(world: usize, inputs: usize, outputs: usize, seed: u64) {
     let (x, dy) = (matrix(seed, "x", 7, inputs), matrix(seed, "dy", 7, outputs));
     let (w, b) = (matrix(seed, "w", outputs, inputs), vector(seed, "b", outputs));
@@ -383,7 +386,7 @@ fn replicated(world: usize, inputs: usize, outputs: usize, seed: u64) {
     }
 }
 
-/// A row a sequence, and behind it a layer whose ranks split those rows' features.
+/// Pools each sequence to one row, followed by a layer whose ranks split those rows' features.
 fn pooled(world: usize, hidden: usize, sequences: &Sequences, seed: u64) {
     let (x, dy) = (matrix(seed, "x", sequences.rows(), hidden), matrix(seed, "dy", sequences.len(), 2));
     let w = matrix(seed, "w", 2, hidden);
@@ -405,7 +408,8 @@ fn pooled(world: usize, hidden: usize, sequences: &Sequences, seed: u64) {
     grads_close(&got.grads, &[("weight", want.dw.into_dyn())], EXACT);
 }
 
-/// A batch of three sequences of different lengths; with `masked`, some rows are padding, one sequence wholly.
+/// A batch of three sequences of different lengths; with `masked`, some rows are padding, including
+/// one whole sequence.
 fn batch(masked: bool, seed: u64) -> Sequences {
     let sequences = Sequences::packed([3, 1, 4]);
     if !masked {
@@ -472,7 +476,7 @@ fn attend<S: ResidualStream + Spread>(
         (QkvLayout::PerKvGroup("qkv".into()), Some(Fuse::PerKvGroup)),
     ];
     if kv == heads {
-        // The two layouts are one when every query head has its own key/value head.
+        // The two layouts coincide if every query head has its own key/value head.
         layouts.push((QkvLayout::PerHead("qkv".into()), Some(Fuse::PerKvGroup)));
     }
     for (layout, fuse) in layouts {
@@ -492,7 +496,7 @@ fn attend<S: ResidualStream + Spread>(
     }
 }
 
-/// How a test makes one tensor of q, k and v.
+/// How a test generates one tensor of q, k and v.
 #[derive(Clone, Copy)]
 enum Fuse {
     Concatenated,
@@ -573,7 +577,7 @@ fn fused_on<T: Element>(world: usize) {
     assert_eq!(fused(plain.unwrap()), fused(chain.unwrap()), "sequence-parallel stream");
 }
 
-/// Whole numbers are exact: the sharded layer gives the reference's bits in every element.
+/// Whole numbers are exact: the sharded layer gives the reference's bits in every element type.
 #[test]
 fn integers_are_bit_equal_in_every_element() {
     for world in 1..=8 {
@@ -612,9 +616,9 @@ fn integers_on<T: Element>(world: usize) {
     assert_eq!(got.grads["down.weight"], want.weights.down.into_dyn());
 }
 
-/// Linear layers in f32, bf16 and f16 within the bound that rounding gives: with u = ε / 2 of the element, v = ε / 2 of
-/// the accumulator and K terms, |error| ≤ (2u + K v) Σ|x||w| for rounded inputs and a sum in the accumulator, plus one
-/// rounding of each rank's partial sum and of the result.
+/// Linear layers in f32, bf16 and f16 within the rounding bound. With u = ε / 2 of the element,
+/// v = ε / 2 of the accumulator and K terms, |error| ≤ (2u + K v) Σ|x||w| for rounded inputs and a
+/// sum in the accumulator, plus one rounding of each rank's partial sum and of the result.
 #[test]
 fn narrow_elements_stay_within_the_rounding_bound() {
     for world in [1, 2, 3, 8] {
@@ -653,7 +657,7 @@ fn rounding<T: Element>(world: usize) {
     check("dw", &dw, want.dw, bound(rows, absolute.dw));
 }
 
-/// A copied tensor may be activated too; its gradient is a partial sum.
+/// A copied tensor may pass through an activation too; its gradient is a partial sum.
 #[test]
 fn activation_of_a_copied_tensor_has_a_partial_gradient() {
     for world in 1..=4 {

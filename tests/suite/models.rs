@@ -1,5 +1,5 @@
-//! Whole models against transformers: small random checkpoints and what PyTorch makes of them, from
-//! `scripts/make_hf_references.py`.
+//! Compares whole models with transformers: small random checkpoints and PyTorch's results for
+//! them, from `scripts/make_hf_references.py`.
 
 use crate::dev::{self, Dev, Tensor, ranks};
 use crate::support::{close, say};
@@ -28,7 +28,7 @@ pub(crate) const DECODERS: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "g
 const WORLDS: [usize; 6] = [1, 2, 3, 4, 5, 8];
 
 fn folder(name: &str) -> PathBuf {
-    // Elsewhere on a machine to which the tests were carried.
+    // Tests that run on another machine have their data elsewhere.
     let carried = std::env::var_os("SHARDWISE_TEST_DATA").map(PathBuf::from);
     carried.unwrap_or_else(|| shardwise_tests::root().join("tests/data")).join(name)
 }
@@ -43,7 +43,7 @@ pub(crate) fn bert() -> (Checkpoint, BertConfig) {
     (Checkpoint::open(folder("bert")).unwrap(), config)
 }
 
-/// What transformers made of the model.
+/// The results of transformers.
 struct Reference {
     prompts: Vec<Vec<u32>>,
     greedy: Vec<Vec<u32>>,
@@ -77,7 +77,7 @@ impl Reference {
     }
 }
 
-/// The logits that all ranks together have, from their parts.
+/// Concatenates the ranks' logits.
 fn together<T: Element>(parts: Vec<(usize, Vec<T>)>) -> Array2<f64> {
     let rows = parts[0].1.len() / parts[0].0;
     let part = |(cols, values): &(usize, Vec<T>)| {
@@ -123,7 +123,7 @@ fn decoders_have_the_logits_of_transformers() {
     }
 }
 
-/// Decodes all prompts at once, which have different lengths, each in a slot; the prompts come in chunks.
+/// Decodes prompts of different lengths at once, each in a slot; the prompts are read in chunks.
 fn greedy<T: Element>(group: &Group<Dev>, name: &str, chunk: usize) -> Result<Vec<Vec<u32>>> {
     let ((checkpoint, config), reference) = (decoder(name), reference(name, "logits"));
     let model = Decoder::<Replicated, T, Dev>::load(group, &checkpoint, &config)?;
@@ -158,8 +158,8 @@ fn decoders_write_the_tokens_of_transformers() {
     }
 }
 
-/// Token by token, in chunks, or all at once: the same logits, on f64 to rounding. Then the cache is cut back and copied,
-/// and goes on as if it had never held more.
+/// Logits token by token, in chunks, or all at once are the same, in f64 up to rounding. Truncating
+/// and copying the cache leaves no trace of what it held before.
 #[test]
 fn the_cache_changes_nothing() {
     for name in DECODERS {
@@ -220,7 +220,7 @@ fn bert_has_the_hidden_states_of_transformers() {
             close("bert", &hidden.mapv(f64::from), &want, 1e-5);
         }
     }
-    // As a padded batch.
+    // The same prompts as a padded batch.
     let width = 9;
     let lengths: Vec<usize> = reference.prompts.iter().map(Vec::len).collect();
     let padded: Vec<u32> = reference
@@ -243,12 +243,12 @@ fn bert_has_the_hidden_states_of_transformers() {
     }
 }
 
-/// The direction in which a tensor moves: a function of the element's index in the whole.
+/// The direction in which a tensor moves: a function of the element's index in the whole tensor.
 fn direction(region: &Region) -> impl Iterator<Item = f64> {
     region.runs().into_iter().flatten().map(|at| ((at * 31 % 17) as f64 - 8.0) / 8.0)
 }
 
-/// Σ gradient · direction of every tensor, over what this rank owns.
+/// Σ gradient · direction of every tensor, over the elements that this rank owns.
 fn slopes<S: ResidualStream>(
     group: &Group<Dev>,
     name: &str,
@@ -264,7 +264,7 @@ fn slopes<S: ResidualStream>(
     Ok((losses.sum()?, own_slopes(&model.params())?))
 }
 
-/// Σ gradient · direction of every tensor of which this rank owns a part.
+/// Σ gradient · direction of every tensor that this rank owns in whole or in part.
 fn own_slopes(params: &[Param<f64, Dev>]) -> Result<Vec<(String, f64)>> {
     let mut own = Vec::new();
     for param in params {
@@ -277,7 +277,7 @@ fn own_slopes(params: &[Param<f64, Dev>]) -> Result<Vec<(String, f64)>> {
     Ok(own)
 }
 
-/// The ranks' slopes, added up by tensor.
+/// Adds up the ranks' slopes by tensor.
 fn total(outcomes: impl IntoIterator<Item = Vec<(String, f64)>>) -> BTreeMap<String, f64> {
     let mut total = BTreeMap::<String, f64>::new();
     for (tensor, slope) in outcomes.into_iter().flatten() {
@@ -286,7 +286,7 @@ fn total(outcomes: impl IntoIterator<Item = Vec<(String, f64)>>) -> BTreeMap<Str
     total
 }
 
-/// The slope of a loss at 0, measured.
+/// Measures the slope of a loss at 0.
 fn measured(mut loss: impl FnMut(f64) -> f64) -> f64 {
     const STEP: f64 = 1e-4;
     (8.0 * (loss(STEP) - loss(-STEP)) - (loss(2.0 * STEP) - loss(-2.0 * STEP))) / (12.0 * STEP)
@@ -308,8 +308,8 @@ fn shift(params: &[Param<f64, Dev>], tensor: &str, step: f64) -> Result<()> {
     Ok(())
 }
 
-/// What a model computes on one device is differentiated numerically along a direction for each tensor; the sharded
-/// gradients have those slopes, with either stream.
+/// The model's loss on one device is differentiated numerically along a direction for each tensor.
+/// The sharded gradients have those slopes, with either residual stream.
 #[test]
 fn gradients_of_models_are_those_of_their_losses() {
     for (name, world) in [("llama", 5), ("qwen3", 4), ("gpt2", 3), ("qwen2", 2)] {
@@ -338,7 +338,7 @@ fn gradients_of_models_are_those_of_their_losses() {
     }
 }
 
-/// BERT's gradients of Σ hidden · dy, by the same measure, and what it writes.
+/// Checks BERT's gradients of Σ hidden · dy in the same way, and its saved files.
 #[test]
 fn bert_trains_and_is_saved() {
     let (checkpoint, config) = bert();
@@ -376,7 +376,7 @@ fn bert_trains_and_is_saved() {
             assert!(error < 1e-6, "{tensor}: {slope} where {numeric} is measured");
         }
     }
-    // Written from three ranks, read over two: the same hidden states, bit for bit.
+    // Saved from three ranks and read over two: the same hidden states, bit for bit.
     let saved = tempfile::tempdir().unwrap();
     ranks(3)
         .run(|group| Bert::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?.save(saved.path()))
@@ -393,7 +393,7 @@ fn bert_trains_and_is_saved() {
     assert_eq!(hidden(&again), hidden(&checkpoint));
 }
 
-/// Read over a ranks, written, read over b ranks: the same files, bit for bit.
+/// Loaded over a ranks and saved, or loaded over b ranks and saved: the same files, bit for bit.
 #[test]
 fn saved_models_are_what_was_read() {
     for name in DECODERS {
@@ -425,7 +425,7 @@ fn saved_models_are_what_was_read() {
     }
 }
 
-/// Where one file would be too large there are several, and an index.
+/// A model larger than one file is saved as several files and an index.
 #[test]
 fn large_models_are_saved_in_several_files() {
     let (checkpoint, config) = decoder("qwen2");
@@ -443,7 +443,7 @@ fn large_models_are_saved_in_several_files() {
     files.sort();
     let count = files.len() - 2;
     assert!(count > 2, "{files:?}");
-    // The save's own id is part of the names.
+    // The save's id is part of the names.
     let id = files[1].split('-').nth(1).unwrap().to_string();
     let parts = (1..=count).map(|at| format!("model-{id}-{at:05}-of-{count:05}.safetensors"));
     let others = ["model.safetensors.index.json".to_string()];
@@ -462,7 +462,7 @@ fn large_models_are_saved_in_several_files() {
     }
 }
 
-/// A rank reads its part of each sharded tensor and no more than the gaps of a page between rows.
+/// A rank reads its shard of each tensor, and gaps between rows only up to a page.
 #[test]
 fn ranks_read_their_own_bytes() {
     let (checkpoint, config) = decoder("llama");
@@ -473,7 +473,7 @@ fn ranks_read_their_own_bytes() {
     assert_eq!(whole, stored as u64);
 }
 
-/// Every kind of scaling, by the frequencies that transformers computes in f32.
+/// Every kind of RoPE scaling has the frequencies that transformers computes in f32.
 #[test]
 fn rope_has_the_frequencies_of_transformers() {
     let cases: Vec<Value> = serde_json::from_str(&fs::read_to_string(folder("rope.json")).unwrap()).unwrap();
@@ -483,8 +483,8 @@ fn rope_has_the_frequencies_of_transformers() {
         for (key, value) in [("num_hidden_layers", 1), ("intermediate_size", 4), ("vocab_size", 7)] {
             json[key] = value.into();
         }
-        // Transformers' functions know a share of a head's features; its models of these families
-        // do not.
+        // transformers' functions accept a fraction of a head's features; its models of these
+        // families do not.
         let share = json["rope_parameters"].as_object_mut().unwrap().remove("partial_rotary_factor");
         let ModelConfig::Decoder(config) = ModelConfig::parse(&json.to_string()).unwrap() else { panic!() };
         let mut rope = config.layers[0].rope.clone().unwrap();
@@ -503,7 +503,7 @@ fn rope_has_the_frequencies_of_transformers() {
         };
         assert!((magnitude - case["factor"].as_f64().unwrap()).abs() < 1e-12, "{json}");
     }
-    // The keys of configurations before `rope_parameters`.
+    // The keys used before `rope_parameters` existed.
     let old = r#"{"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1,
         "intermediate_size": 4, "vocab_size": 7, "max_position_embeddings": 64, "rope_theta": 500.0,
         "rope_scaling": {"type": "linear", "factor": 4.0}}"#;
@@ -517,7 +517,7 @@ fn rope_has_the_frequencies_of_transformers() {
     assert_eq!(config.layers[0].rope, Some(want));
 }
 
-/// After the first tokens, a token takes no memory that the one before did not, however long the text becomes.
+/// After the first tokens, every token uses the same memory, however long the text becomes.
 #[test]
 fn decoding_takes_no_more_memory_from_token_to_token() {
     for name in DECODERS {
@@ -538,8 +538,8 @@ fn decoding_takes_no_more_memory_from_token_to_token() {
     }
 }
 
-/// The tiny Llama of llama2.c writes the text that llama2.c writes, on any number of ranks. Its licence is not known, so
-/// that it is no part of the project: where it is not beside it, there is nothing to test.
+/// The tiny Llama of llama2.c writes the same text as llama2.c on any number of ranks. Its licence
+/// is unknown, so it is not part of the project, and the test is skipped if its files are absent.
 #[test]
 fn stories_are_those_of_llama2c() {
     let root = shardwise_tests::root();
@@ -628,7 +628,7 @@ fn absurd_configurations_are_refused() {
     assert!(matches!(ModelConfig::read(folder.path()), Err(Error::Config { .. })));
     assert!(matches!(ModelConfig::read(folder.path().join("none")), Err(Error::Io { .. })));
 
-    // Sizes that are allowed but not those of the checkpoint: nobody makes room for them.
+    // Valid sizes that differ from the checkpoint's: nothing is allocated for them.
     let (checkpoint, config) = decoder("llama");
     let mut json: Value = serde_json::from_str(&config.json).unwrap();
     for key in ["hidden_size", "vocab_size", "intermediate_size"] {
@@ -641,7 +641,7 @@ fn absurd_configurations_are_refused() {
     assert!(cpu.memory().peak < 1 << 20);
 }
 
-/// What the fuzz targets do, for every file of their corpus.
+/// Runs the checks of the fuzz targets for every file of their corpus.
 #[test]
 fn the_corpus_of_attacks_does_no_harm() {
     let corpus = |target: &str| {
@@ -677,8 +677,8 @@ fn the_corpus_of_attacks_does_no_harm() {
     }
 }
 
-/// Texts in a batch that is padded on the left have the logits and the gradients that they have
-/// without padding: positions count tokens, and the padding's ids do not change the result.
+/// Texts in a batch padded on the left have the same logits and gradients as without padding.
+/// Positions count tokens, and the padding's ids do not change the result.
 #[test]
 fn texts_padded_on_the_left_are_the_texts_alone() {
     fn run<S: ResidualStream>(
@@ -717,7 +717,7 @@ fn texts_padded_on_the_left_are_the_texts_alone() {
         let ids = prompts.concat();
         let targets: Vec<u32> = ids.iter().map(|id| (id * 7 + 1) % 591).collect();
         let alone = Sequences::packed(prompts.iter().map(Vec::len));
-        // GPT-2 has as many positions: a batch may be wider.
+        // The batch may be wider than GPT-2's number of positions.
         let width = config.positions.unwrap_or(12) + 2;
         let (mut padded, mut padded_targets, mut valid, mut at) = (Vec::new(), Vec::new(), Vec::new(), 0);
         for prompt in &prompts {
@@ -786,8 +786,8 @@ fn table_rows(params: &[Param<f64, Dev>], name: &str) -> Result<Vec<(usize, Vec<
     Ok(rows)
 }
 
-/// As `padding_idx` of torch's `nn.Embedding`: the row of `pad_token_id` is looked up as any other
-/// and gets no gradient by that; as a row of a tied head it does.
+/// Like `padding_idx` of torch's `nn.Embedding`: the row of `pad_token_id` is looked up like any
+/// other and gets no gradient from the lookup. As a row of a tied head it does get one.
 #[test]
 fn the_word_embedding_of_padding_has_no_gradient() {
     let (checkpoint, config) = bert();
@@ -843,8 +843,8 @@ fn the_word_embedding_of_padding_has_no_gradient() {
     assert_eq!(error, "`pad_token_id` is 591, but the vocabulary has 591 words");
 }
 
-/// Decoders: as transformers, which gives the embeddings of Llama, Mistral and Qwen their
-/// `pad_token_id`, and GPT-2's none.
+/// Decoders match transformers, which sets the padding row of the embeddings of Llama, Mistral and
+/// Qwen to `pad_token_id`, and of GPT-2 to none.
 #[test]
 fn decoders_have_the_padding_of_transformers() {
     let ids = [5, 3, 7, 3, 590, 5];
@@ -880,7 +880,7 @@ fn decoders_have_the_padding_of_transformers() {
             match (*at == 3 && name != "gpt2", tied) {
                 (false, _) => close(&format!("{name}, row {at}"), &one, &none, 1e-11),
                 (true, false) => assert!(one.iter().all(|grad| *grad == 0.0), "{name}"),
-                // The head's part alone.
+                // Only the head's gradient.
                 (true, true) => assert!(one != none && one.iter().all(|grad| *grad != 0.0), "{name}"),
             }
         }
@@ -900,13 +900,13 @@ fn a_cache_that_memory_cannot_hold_is_an_error() {
             (1 << 12, 1 << 52),
             (1 << 60, 0),
         ] {
-            // The first step makes the room for keys and values.
+            // The first step allocates the keys and values.
             let cache = model.cache(slots, capacity);
             let stepped = cache.and_then(|mut cache| model.step(&[1], &[0], &[1], &mut cache));
             let error = stepped.map(drop).unwrap_err().to_string().to_lowercase();
             assert!(error.contains("memory") || error.contains("elements"), "{error}");
         }
-        // The rank and its model are as before.
+        // The rank and its model still work.
         let mut cache = model.cache(1, 4)?;
         model.step(&[1, 2], &[0], &[2], &mut cache).map(drop)
     });

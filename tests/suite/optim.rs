@@ -30,7 +30,7 @@ fn solo() -> Group<Dev> {
     Group::solo(&dev::poisoned())
 }
 
-/// A parameter `[3, 5]` of some element, and gradients for it.
+/// A parameter `[3, 5]` of some element type, and gradients for it.
 fn layer<T: Element>(seed: u64) -> ColumnLinear<T, Dev> {
     let source = arrays([("weight", random(seed, "w", &[3, 5])), ("bias", random(seed, "b", &[3]))]);
     let group = solo();
@@ -38,7 +38,7 @@ fn layer<T: Element>(seed: u64) -> ColumnLinear<T, Dev> {
     ColumnLinear::load(&group, &Weights::new(&source), 5, &columns, Bias::Add).unwrap()
 }
 
-/// Steps a layer and the reference alike; the reference's numbers are f64 throughout.
+/// Steps a layer and the reference in parallel. The reference's numbers are f64 throughout.
 fn steps<T: Element>(
     seed: u64,
     mut step: impl FnMut(&ColumnLinear<T, Dev>) -> Result<()>,
@@ -70,7 +70,7 @@ fn sgd_agrees<T: Element>(config: SgdConfig, seed: u64, tolerance: f64) {
     let mut sgd = Sgd::<T, Dev>::new(config);
     let same = reference::Sgd { lr: 0.1, momentum, nesterov, weight_decay, velocity: None };
     let mut all = [same.clone(), same];
-    // Gradients are scaled by 0.5 on the way.
+    // The optimizer scales gradients by 0.5.
     steps(
         seed,
         |layer: &ColumnLinear<T, Dev>| sgd.step(&layer.params(), 0.1, 0.5),
@@ -104,7 +104,8 @@ fn adamw_agrees<T: Element>(decay_vectors: bool, seed: u64, tolerance: f64) {
 proptest! {
     #![proptest_config(cases(16))]
 
-    /// f32 by a bound of some roundings a step; bf16 and f16 have master weights, so that only the last rounding is theirs.
+    /// f32 is within a few roundings per step. bf16 and f16 have f32 master weights, so only the
+    /// last rounding is theirs.
     #[test]
     fn optimizers_agree_with_the_reference(
         momentum in prop::sample::select(vec![0.0, 0.9]), nesterov: bool, weight_decay in prop::sample::select(vec![0.0, 0.1]),
@@ -122,7 +123,7 @@ proptest! {
     }
 }
 
-/// A thousand steps, each too small for bf16 to see, still move the weight.
+/// A thousand steps, each too small to change a bf16, still move the weight.
 #[test]
 fn master_weights_keep_what_bf16_cannot() {
     let (layer, mut sgd) = (layer::<bf16>(1), Sgd::<bf16, Dev>::default());
@@ -158,8 +159,8 @@ fn updates_refuse_what_does_not_fit() {
     );
 }
 
-/// Attention with shared key/value heads and a norm: the norm of the gradient is that of one device, on any number of
-/// ranks, with tokens replicated or cut.
+/// Attention with shared key/value heads and a norm: the gradient norm is that of one device, on
+/// any number of ranks, with tokens replicated or sharded.
 #[test]
 fn gradient_norms_are_those_of_one_device() {
     let (hidden, heads, kv_heads, head_dim, tokens) = (6, 9, 3, 2, 7);
@@ -218,15 +219,15 @@ fn gradient_norms_are_those_of_one_device() {
 
 type Model = ColumnParallelLinear<Replicated, f64, Dev>;
 
-/// A linear layer on a rank of its own tensor-parallel group.
+/// A linear layer on a tensor-parallel group of one rank.
 fn model(device: &Dev, source: &Arrays) -> Result<Model> {
-    let alone = Group::solo(&dev::beside(device));
+    let alone = Group::solo(&dev::another_handle(device));
     Model::load(&alone, &Weights::new(source), 3, &Columns::even(&alone, 2)?, Bias::Add)
 }
 
 /// Adds the gradient of `scale` · Σ (y − t)² over some samples.
 fn backward(model: &Model, x: &Array2<f64>, t: &Array2<f64>, rows: &[usize], scale: f64) -> Result<()> {
-    let alone = Group::solo(&dev::beside(model.weight().device()));
+    let alone = Group::solo(&dev::another_handle(model.weight().device()));
     let pick = |x: &Array2<f64>| Tensor::from_array(alone.device(), &x.select(ndarray::Axis(0), rows));
     let (y, saved) = model.forward(DTensor::replicated(&alone, pick(x)?)?)?;
     let dy = ops::squared_error_backward(y.local(), &pick(t)?, scale)?;
@@ -242,8 +243,8 @@ fn values(model: &Model) -> Result<Vec<f64>> {
     Ok(all)
 }
 
-/// Uneven batches over any number of ranks, by sums, by weighted means, in small buckets, accumulated, and by a central
-/// aggregator, train as the whole batch does on one device.
+/// Data parallelism over any number of ranks trains like the whole batch on one device, with uneven
+/// batches: by sums, by weighted means, in small buckets, accumulated, and by a central aggregator.
 #[test]
 fn data_parallel_equals_the_big_batch() {
     let (samples, x, t) = (11, matrix(1, "x", 11, 3), matrix(1, "t", 11, 2));
@@ -251,7 +252,7 @@ fn data_parallel_equals_the_big_batch() {
     let sampler = ShardedSampler { samples, batch: 5, shuffle: Some(3) };
     let train = |world: usize, how: usize| {
         let all = ranks(world).run(|group| {
-            // Only rank 0's parameters count: the others begin with other ones.
+            // Rank 0's parameters are broadcast, so the others may start with different ones.
             let own = match group.rank() {
                 0 => source.clone(),
                 rank => {
@@ -272,7 +273,7 @@ fn data_parallel_equals_the_big_batch() {
                     let mine = &order[sampler.range(batch, group.rank(), group.size())];
                     model.params().iter().for_each(Param::zero_grad);
                     match how {
-                        // The mean over the own samples, weighted with their number.
+                        // The mean over the rank's own samples, weighted by their number.
                         2 => {
                             replicas.begin(GradReduce::Mean { weight: mine.len() as f64 })?;
                             if !mine.is_empty() {
@@ -315,7 +316,7 @@ fn data_parallel_equals_the_big_batch() {
             let error = reference::worst(&train(world, how), &one);
             assert!(error <= 1e-13, "{world} ranks, {how}: {error:e}");
         }
-        // The aggregator sums as the all-reduce does: the same bits.
+        // The aggregator sums in the order of the all-reduce: the same bits.
         assert_eq!(train(world, 4), train(world, 0));
     }
 }
@@ -354,7 +355,7 @@ fn misuse_of_replicas_is_named() {
         backward(&model, &x, &t, &[1], 1.0)
     });
     assert!(twice.contains("a gradient was added to after its reduction had started"), "{twice}");
-    // A replica that drifts is named, on every rank.
+    // A drifting replica is named on every rank.
     let drift = run(&|group, model| {
         DataParallel::new(group, &model.params())?;
         if group.rank() == 1 {
@@ -368,8 +369,8 @@ fn misuse_of_replicas_is_named() {
     assert_eq!(drift, "rank 1 of group `world` has drifted: its `bias` differs from rank 0's");
 }
 
-/// q, k and v are one parameter, gate and up another: each has the names of its tensors, so that
-/// their states are told apart.
+/// q, k and v are one parameter, gate and up another. Each has the names of its tensors, so that
+/// their states have different names.
 #[test]
 fn a_block_of_merged_weights_is_trained() {
     let config = BlockConfig {

@@ -1,4 +1,5 @@
-//! Random programs of collectives, a different one for each rank, and an oracle that says what has to become of every rank.
+//! Random programs of collectives, a different one for each rank, and an oracle that predicts every
+//! rank's outcome.
 
 use half::{bf16, f16};
 use proptest::{collection::vec, prelude::*};
@@ -13,7 +14,7 @@ use std::{panic::resume_unwind, time::Duration};
 
 const OPS: [ReduceOp; 3] = [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min];
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
-/// On both sides of the size from which ranks read one another's memory.
+/// Sizes below and above the one from which ranks read one another's memory.
 const SHAPES: [[usize; 2]; 4] = [[2, 3], [3, 2], [9, 8], [120, 150]];
 
 /// A call of a group.
@@ -102,16 +103,16 @@ struct Program {
     end: End,
 }
 
-/// One rank's deviation from what all do.
+/// One rank's deviation from the common program.
 #[derive(Clone, Debug)]
 enum Edit {
-    /// It leaves out a call.
+    /// Leaves out a call.
     Skip(usize),
-    /// It makes one more.
+    /// Makes an additional call.
     Add(usize, Call),
-    /// It makes another.
+    /// Makes another call.
     Change(usize, Call),
-    /// It ends after so many.
+    /// Ends after this many calls.
     End(usize, End),
 }
 
@@ -138,13 +139,13 @@ fn apply(program: &mut Program, edit: &Edit) {
     }
 }
 
-/// What the oracle says.
+/// The oracle's prediction.
 #[derive(Debug)]
 enum Verdict {
     AllEnd,
-    /// These have ended, and the others learn of one of them.
+    /// These ranks have ended, and the error of the others names one of them.
     Lost(Vec<usize>),
-    /// The calls of rank 0 and of this one differ.
+    /// The calls of rank 0 and of this rank differ.
     Differ(usize),
 }
 
@@ -208,7 +209,7 @@ proptest! {
         let mut programs = vec![Program { calls, end: End::Returns }; world];
         for (rank, edit) in &edits {
             let program = &mut programs[rank % world];
-            // An earlier edit may have left nothing of it.
+            // An earlier edit may have removed all calls.
             if !program.calls.is_empty() {
                 apply(program, edit);
             }
@@ -229,13 +230,13 @@ proptest! {
         for (rank, outcome) in outcomes.iter().enumerate() {
             check(rank, outcome, &programs, &verdict);
         }
-        // All are told the same.
-        let told = |outcome: &Result<()>| match outcome {
+        // All ranks report the same.
+        let reported = |outcome: &Result<()>| match outcome {
             Err(Error::PeerLost { rank, .. }) => Some(format!("{rank}")),
             Err(Error::Mismatch(mismatch)) => Some(format!("{mismatch:?}")),
             _ => None,
         };
-        let told: Vec<_> = outcomes.iter().filter_map(told).collect();
-        prop_assert!(told.windows(2).all(|pair| pair[0] == pair[1]), "{:?}", told);
+        let reported: Vec<_> = outcomes.iter().filter_map(reported).collect();
+        prop_assert!(reported.windows(2).all(|pair| pair[0] == pair[1]), "{:?}", reported);
     }
 }

@@ -1,7 +1,7 @@
-//! Collectives in chunks beside products: the bits of those at once, in the order in which they are meant to run.
+//! Overlapped collectives in chunks have the bits of unchunked ones, and run in the planned order.
 
 use crate::{
-    block::{self, Draw},
+    block::{self, RandomBlock},
     dev::{self, DTensor, Dev, Tensor, fresh, ranks},
     invariant::{same_bits, tried},
     support::{Case, Outcome, Spread, arrays, matrix, random, run, run_unplanned, uneven},
@@ -32,13 +32,14 @@ fn mlp<S: ResidualStream + Spread, T: Element>(
 ) -> Result<Outcome> {
     let (names, f) = (MlpNames::default(), Activation::Silu);
     let sizes = (hidden, ffn);
-    match gated {
-        false => run_unplanned!(T, case, |group, weights| {
-            ParallelMlp::<S, T, Dev>::load(group, weights, &names, sizes, f, true)
-        }),
-        true => run_unplanned!(T, case, |group, weights| {
+    if gated {
+        run_unplanned!(T, case, |group, weights| {
             ParallelMlp::<S, T, Dev>::load_gated(group, weights, &names, sizes, f, true)
-        }),
+        })
+    } else {
+        run_unplanned!(T, case, |group, weights| {
+            ParallelMlp::<S, T, Dev>::load(group, weights, &names, sizes, f, true)
+        })
     }
 }
 
@@ -53,7 +54,8 @@ fn mlp_weights(seed: u64, hidden: usize, ffn: usize) -> Arrays {
     ])
 }
 
-/// At once, which is returned, and in these chunks: `run!` holds the traffic to what is planned.
+/// Runs without chunks, whose outcome it returns, and with these chunks. `run!` compares the
+/// traffic with the plan.
 fn agree(
     what: &str,
     case: &Case<'_>,
@@ -92,7 +94,7 @@ fn mlps_agree<T: Element>(sizes: &Sizes) {
     let case = || Case { reduction, ..Case::new(world, &x, &dy, &weights) };
     let what = format!("{sizes:?} of {}", T::DTYPE);
     let whole = agree(&what, &case(), &[chunks], |case| mlp::<Replicated, T>(case, hidden, ffn, gated));
-    // Any cut of the tokens, such as one without any on some ranks.
+    // Any partition of the tokens, including ranks without any.
     let bounds = uneven(seed, tokens + world, world);
     let cut = Partition::from_sizes(bounds.sizes().map(|size| size - 1));
     let cut = (!even && reduction == Reduction::Fast).then_some(cut);
@@ -104,8 +106,8 @@ fn mlps_agree<T: Element>(sizes: &Sizes) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24 / dev::FEWER, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Any sizes on 1 to 8 ranks, fewer tokens than ranks and none on some, features of depth 1, uneven cuts, both streams,
-    /// elements and reductions.
+    /// Any sizes on 1 to 8 ranks, fewer tokens than ranks and none on some, features of depth 1,
+    /// uneven shards, both residual streams, all elements and reductions.
     #[test]
     fn chunks_have_the_bits_of_the_whole(
         (world, tokens) in (1..=8usize, prop_oneof![0..20usize, 100..900usize]),
@@ -121,7 +123,7 @@ proptest! {
     }
 }
 
-/// Two ranks of one sub-tree each add along the tree by one collective, which is started in chunks.
+/// Two ranks of one sub-tree add along the tree by one collective each, which is started in chunks.
 #[test]
 fn invariant_sums_of_two_ranks_go_in_chunks() {
     for blocks in [2, 4, 8] {
@@ -145,10 +147,10 @@ fn invariant_sums_of_two_ranks_go_in_chunks() {
     }
 }
 
-/// Whole blocks, whose attention cuts groups of query heads, with sequences of their own.
+/// Whole blocks with sequences of their own, whose attention splits groups of query heads.
 #[test]
 fn blocks_agree() {
-    let draw = Draw {
+    let sizes = RandomBlock {
         heads: 9,
         kv_heads: 3,
         head_dim: 4,
@@ -160,22 +162,22 @@ fn blocks_agree() {
         seed: 5,
     };
     let sequences = Sequences::packed([60, 1, 139]);
-    for draw in [draw, Draw { gated: true, post: true, ..draw }] {
-        let (x, dy) = block::inputs(&draw, &sequences);
-        let weights = block::named(&draw.weights());
+    for sizes in [sizes, RandomBlock { gated: true, post: true, ..sizes }] {
+        let (x, dy) = block::inputs(&sizes, &sequences);
+        let weights = block::named(&sizes.weights());
         for world in tried(&[2, 5]) {
             for reduction in [Reduction::Fast, Reduction::Invariant { blocks: 8 }] {
                 let case = Case { reduction, ..Case::new(world, &x, &dy, &weights) };
                 let case = Case { sequences: sequences.clone(), ..case };
-                let what = format!("{draw:?} on {world}, {reduction:?}");
-                agree(&what, &case, &[1, 3], |case| block::outcome::<Replicated, f32>(&draw, case));
-                agree(&what, &case, &[1, 3], |case| block::outcome::<Shard<0>, f32>(&draw, case));
+                let what = format!("{sizes:?} on {world}, {reduction:?}");
+                agree(&what, &case, &[1, 3], |case| block::outcome::<Replicated, f32>(&sizes, case));
+                agree(&what, &case, &[1, 3], |case| block::outcome::<Shard<0>, f32>(&sizes, case));
             }
         }
     }
 }
 
-fn forked<S: ResidualStream + Spread, T: Element>(case: &Case<'_>, heads: usize) -> Result<Outcome> {
+fn separate<S: ResidualStream + Spread, T: Element>(case: &Case<'_>, heads: usize) -> Result<Outcome> {
     run_unplanned!(T, case, |group, weights| {
         let query = group.partition("attention", "query heads", heads, 1)?;
         let heads = Heads::with_partition(query, 2, 3)?;
@@ -189,7 +191,7 @@ fn forked<S: ResidualStream + Spread, T: Element>(case: &Case<'_>, heads: usize)
 
 /// Three layers of one input, with key/value heads that two ranks hold.
 #[test]
-fn forks_agree() {
+fn separate_layers_agree() {
     let (heads, world, tokens) = (4, 3, 410);
     let cut = Heads::new(heads, 2, 3, world).unwrap().qkv_features();
     let (x, dy) = (matrix(1, "x", tokens, 7), matrix(1, "dy", tokens, cut.total()));
@@ -202,11 +204,11 @@ fn forks_agree() {
         ("v.bias", random(1, "vb", &[6])),
     ]);
     let case = Case { dy_cut: Some(cut), ..Case::new(world, &x, &dy, &weights) };
-    agree("forks", &case, &[1, 2], |case| forked::<Replicated, f32>(case, heads));
-    agree("forks", &case, &[1, 2], |case| forked::<Shard<0>, f32>(case, heads));
+    agree("separate layers", &case, &[1, 2], |case| separate::<Replicated, f32>(case, heads));
+    agree("separate layers", &case, &[1, 2], |case| separate::<Shard<0>, f32>(case, heads));
 }
 
-/// A rank's part of a tensor of ones, and layers of two linear operators.
+/// A rank's shard of a tensor of ones.
 fn ones(group: &Group<Dev>, tokens: usize) -> Result<DTensor<Shard<0>>> {
     let own = <Shard<0> as ResidualStream>::local_rows(group, tokens)?.len();
     Shard::<0>::of_local(group, tokens, Tensor::full(group.device(), [own, 6], 1.0)?)
@@ -227,7 +229,8 @@ fn order(entries: &[Entry]) -> Vec<String> {
     entries.iter().map(|entry| format!("{}{}", entry.op, if entry.started { "+" } else { "" })).collect()
 }
 
-/// What is multiplied stands between the start of a collective and the wait for it: by the records, and on the time line.
+/// GEMMs run between the start of a collective and its wait, according to the records and the
+/// timeline.
 #[test]
 fn products_run_between_starts_and_waits() {
     let splits = fresh().splits_exactly();
@@ -242,7 +245,7 @@ fn products_run_between_starts_and_waits() {
             order(&entries)
         };
         let (y, saved) = column.forward(x)?;
-        // The own rows first, then those of the other rank as they come.
+        // The rank's own rows first, then those of the other rank as they arrive.
         let gather = ["all_gather+", "all_gather+", "gemm", "wait", "gemm", "wait", "gemm"];
         let gather_whole = ["all_gather+", "all_gather+", "wait", "wait", "gemm"];
         let want: &[&str] = if splits { &gather } else { &gather_whole };
@@ -253,12 +256,12 @@ fn products_run_between_starts_and_waits() {
         let want: &[&str] = if splits { &scatter } else { &scatter_whole };
         assert_eq!(step(), want);
         let dy = row.backward(saved_row, z)?;
-        // And dW of all rows.
+        // dW uses all rows.
         let mut want: Vec<_> = if splits { gather.to_vec() } else { gather_whole.to_vec() };
         want.push("gemm");
         assert_eq!(step(), want);
         column.backward(saved, dy)?;
-        // dW runs beside what is left of the reduction of dX.
+        // dW runs during the rest of the reduction of dX.
         let mut want: Vec<_> = if splits { scatter.to_vec() } else { scatter_whole.to_vec() };
         want.insert(want.len() - 2, "gemm");
         assert_eq!(step(), want);
@@ -273,12 +276,12 @@ fn products_run_between_starts_and_waits() {
         };
         let (begins, ends) = (of("all_gather", "b"), of("all_gather", "e"));
         assert_eq!((begins.len(), ends.len(), of("wait", "X").len()), (4, 4, 8));
-        let beside = |begin: f64, end: f64| of("gemm", "X").iter().any(|at| begin <= *at && *at <= end);
-        assert!(!splits || begins.into_iter().zip(ends).all(|(begin, end)| beside(begin, end)));
+        let overlaps = |begin: f64, end: f64| of("gemm", "X").iter().any(|at| begin <= *at && *at <= end);
+        assert!(!splits || begins.into_iter().zip(ends).all(|(begin, end)| overlaps(begin, end)));
     }
 }
 
-/// A rank that is lost between two chunks is named on every other.
+/// A rank that is lost between two chunks is named on every other rank.
 #[test]
 fn a_rank_that_is_lost_between_chunks_is_named() {
     let outcomes = ranks(3).run_each(|world| {
@@ -287,7 +290,7 @@ fn a_rank_that_is_lost_between_chunks_is_named() {
             let (column, _) = column_and_row(&group)?;
             return column.forward(ones(&group, 6)?).map(drop);
         }
-        // The first chunk as the layer makes it, of one token of ranks 0 and 1 each.
+        // The layer's first chunk: one token each of ranks 0 and 1.
         let none = Tensor::<f32>::zeros(group.device(), [0, 6])?;
         group.start_all_gather(none, 0, &Partition::from_sizes([1, 1, 0]))?.wait().map(drop)
     });
@@ -299,7 +302,7 @@ fn a_rank_that_is_lost_between_chunks_is_named() {
     }
 }
 
-/// Ranks that make different chunks disagree, and hear so.
+/// Ranks with different chunks get a mismatch error.
 #[test]
 fn ranks_that_make_other_chunks_disagree() {
     let outcomes = ranks(2).run_each(|world| {
@@ -312,8 +315,8 @@ fn ranks_that_make_other_chunks_disagree() {
     }
 }
 
-/// Groups that come of a group go about it alike; a rank alone has nothing to wait for, and thread ranks do the work when they
-/// wait.
+/// Groups derived from a group copy its overlap settings. A group of one rank has nothing to
+/// overlap, and thread ranks do the work when they wait.
 #[test]
 fn chunks_are_chosen_by_the_group() {
     ranks(2)
@@ -339,7 +342,8 @@ fn chunks_are_chosen_by_the_group() {
         .unwrap();
 }
 
-/// Ranks measure for themselves, and agree: otherwise they would call different collectives.
+/// Each rank measures, and the ranks agree on one result. Otherwise they would call different
+/// collectives.
 #[test]
 fn ranks_agree_on_what_they_measured() {
     let measured = ranks(3).run(|world| {
@@ -357,8 +361,8 @@ fn ranks_agree_on_what_they_measured() {
     assert!(measured.iter().all(|other| *other == measured[0]));
 }
 
-/// What is moved in chunks, with any cut of the tokens, is what is planned; features of depth 1 are
-/// not split.
+/// Chunked transfers with any partition of the tokens match the plan; features of depth 1 are not
+/// split.
 #[test]
 fn chunks_move_what_is_planned() {
     fn plan<S: ResidualStream + Spread>(case: &Case<'_>, [hidden, ffn]: [usize; 2]) {
@@ -392,7 +396,7 @@ fn chunks_move_what_is_planned() {
     }
 }
 
-/// The rows come out where they went in: two unit matrices' halves, forward and backward.
+/// The rows keep their order: two halves of a unit matrix, forward and backward.
 #[test]
 fn rows_keep_their_places() {
     let x = Array2::from_shape_fn((300, 2), |(row, col)| (row * 2 + col) as f64);

@@ -1,5 +1,4 @@
-//! Linear layers of a user's own, made of the public parts, at the edges of a tensor-parallel
-//! region.
+//! User-defined linear layers, built from the public API, at the edges of a tensor-parallel region.
 
 use crate::{
     dev::Dev,
@@ -19,15 +18,15 @@ use shardwise::{
     tensor::{Param, Region, Role, Weights},
 };
 
-/// A weight of which dimension `dim` is cut over the ranks.
-struct Cut<B: Backend> {
+/// A weight with dimension `dim` sharded over the ranks.
+struct Sharded<B: Backend> {
     group: Group<B>,
     weight: Param<f64, B>,
     cut: Partition,
     features: [usize; 2],
 }
 
-impl<B: Backend> Cut<B> {
+impl<B: Backend> Sharded<B> {
     fn load(
         group: &Group<B>,
         weights: &Weights<'_>,
@@ -55,10 +54,10 @@ impl<B: Backend> Cut<B> {
     }
 }
 
-/// Makes of a [`Cut`] a linear layer between two placements.
+/// Makes a [`Sharded`] weight a linear layer between two placements.
 macro_rules! own {
     ($name:ident, $from:ty => $to:ty, |$layer:ident, $local:ident| $output:expr, $input_grad:expr) => {
-        struct $name<B: Backend>(Cut<B>);
+        struct $name<B: Backend>(Sharded<B>);
 
         impl<B: Backend> Layer<f64, B> for $name<B> {
             type In = $from;
@@ -130,15 +129,14 @@ own!(
     DTensor::shard(&layer.group, local, &layer.cut)
 );
 
-/// The edges of a region do for any linear layer what they do for the crate's, at once and in
-/// chunks.
+/// The edges of a region work for any linear layer as for the crate's, with and without chunks.
 fn agree<S: ResidualStream + Spread>(world: usize, overlap: Overlap) {
     let (tokens, inputs, outputs) = (9, 8, 11);
     let source = arrays([("weight", random(world as u64, "w", &[outputs, inputs]))]);
     let (x, dy) = (matrix(1, "x", tokens, inputs), matrix(1, "dy", tokens, outputs));
     let case = Case { overlap, ..Case::new(world, &x, &dy, &source) };
     let own = run!(f64, &case, |group, weights| {
-        Ok(Enter::<S, _>::new(OwnColumn(Cut::load(group, weights, [inputs, outputs], 0)?)))
+        Ok(Enter::<S, _>::new(OwnColumn(Sharded::load(group, weights, [inputs, outputs], 0)?)))
     });
     let crates = run!(f64, &case, |group, weights| {
         let columns = Columns::even(group, outputs)?;
@@ -146,7 +144,7 @@ fn agree<S: ResidualStream + Spread>(world: usize, overlap: Overlap) {
     });
     same_bits("a column", &own.unwrap(), &crates.unwrap());
     let own = run!(f64, &case, |group, weights| {
-        Ok(Leave::<S, _>::new(OwnRow(Cut::load(group, weights, [inputs, outputs], 1)?)))
+        Ok(Leave::<S, _>::new(OwnRow(Sharded::load(group, weights, [inputs, outputs], 1)?)))
     });
     let crates = run!(f64, &case, |group, weights| {
         RowParallelLinear::<S, f64, Dev>::load(group, weights, &group.even_partition(inputs)?, outputs, false)

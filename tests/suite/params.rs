@@ -1,4 +1,4 @@
-//! Parameters as handles: stores that are not dense, sinks of gradients, ties.
+//! Parameters as handles: stores that are not dense, gradient sinks, tied parameters.
 
 use crate::{
     dev::{self, Dev, Tensor, ranks},
@@ -25,16 +25,16 @@ use shardwise::{
 };
 use std::{cell::RefCell, ops::Range, rc::Rc};
 
-/// A matrix of bytes, with a scale a row.
+/// A matrix of bytes with one scale per row.
 struct Bytes<B> {
     codes: Vec<u8>,
     scales: Vec<f64>,
     device: B,
-    /// The rows that were decoded, and whether the whole was.
+    /// The decoded rows, and whether the whole matrix was decoded.
     decoded: Rc<RefCell<(Vec<u32>, bool)>>,
 }
 
-/// What byte 128 means is 0.
+/// The byte 128 encodes 0.
 const ZERO: f64 = 128.0;
 
 impl<B: Backend> Bytes<B> {
@@ -80,19 +80,20 @@ impl<T: Element, B: Backend> Store<T, B> for Bytes<B> {
         self.decoded.borrow_mut().0.extend(ids);
         let zero = vec![T::default(); self.codes.len() / self.scales.len().max(1)];
         let rows: Vec<usize> = ids.iter().map(|&id| id as usize).collect();
-        // A row of another rank's is zero, as `NO_ROW` says.
+        // A row of another rank is zero, as `NO_ROW` specifies.
         let mut all = Vec::new();
         for row in rows {
-            match row < self.scales.len() {
-                true => all.extend(self.decode::<T>(std::iter::once(row))?.to_vec()?),
-                false => all.extend(&zero),
+            if row < self.scales.len() {
+                all.extend(self.decode::<T>(std::iter::once(row))?.to_vec()?)
+            } else {
+                all.extend(&zero)
             }
         }
         shardwise::Tensor::from_slice(&self.device, [ids.len(), zero.len()], &all)
     }
 }
 
-/// Keeps the matrices of a layer as bytes.
+/// Stores the matrices of a layer as bytes.
 fn keep_bytes<T: Element, B: Backend>(params: &[Param<T, B>]) -> Result<()> {
     let mut kept = 0;
     for param in params.iter().filter(|param| param.shape().rank() == 2) {
@@ -103,9 +104,9 @@ fn keep_bytes<T: Element, B: Backend>(params: &[Param<T, B>]) -> Result<()> {
     Ok(())
 }
 
-/// A weight that bytes and scales hold exactly, with another scale for each row.
+/// A weight that bytes and scales represent exactly, with a different scale for each row.
 fn coded(seed: u64, name: &str, shape: &[usize]) -> ArrayD<f64> {
-    // Bytes have one zero: adding 0 makes -0 the other.
+    // Bytes have one zero; adding 0 turns −0 into +0.
     let mut weight = random(seed, name, shape).mapv(|x| (40.0 * x).round().clamp(-127.0, 127.0) + 0.0);
     for (at, mut row) in weight.outer_iter_mut().enumerate() {
         row.mapv_inplace(|x| x * [0.5, 0.125, 0.25][at % 3] / 16.0);
@@ -113,8 +114,8 @@ fn coded(seed: u64, name: &str, shape: &[usize]) -> ArrayD<f64> {
     weight
 }
 
-/// A layer whose weights are bytes has the bits of the same layer whose weights are dense,
-/// gradients included, with each of these reductions. The builder is that of [`run_unplanned`].
+/// A layer whose weights are bytes has the bits of the same layer with dense weights, gradients
+/// included, with each of these reductions. The builder is that of [`run_unplanned`].
 macro_rules! same_on_bytes {
     ($T:ty, $case:expr, $reductions:expr, |$group:pat_param, $weights:pat_param| $build:expr) => {
         for &reduction in $reductions {
@@ -215,11 +216,11 @@ fn qkv<S: ResidualStream + Spread>(world: usize, seed: u64) {
     });
 }
 
-/// What a rank has of an embedding and its tied head: embeddings, logits, dx, and the table's
+/// A rank's results of an embedding and its tied head: embeddings, logits, dx, and the table's
 /// gradient.
 type Embedded = [Vec<u64>; 4];
 
-/// An embedding and its tied head on a table of bytes, or a dense one.
+/// Runs an embedding and its tied head on a table of bytes, or a dense one.
 fn embeds<S: ResidualStream>(world: usize, seed: u64, reduction: Reduction, bytes: bool) -> Vec<Embedded> {
     let (vocabulary, hidden, ids) = (world + 5, 3, [0_u32, 4, 2, 4, 1, 5]);
     let source = arrays([("weight", coded(seed, "table", &[vocabulary, hidden]))]);
@@ -235,15 +236,14 @@ fn embeds<S: ResidualStream>(world: usize, seed: u64, reduction: Reduction, byte
         let head = table.tied_head();
         let params = table.params();
         assert!(params.len() == 1 && head.weight().is_same(&params[0]));
-        let decoded = match bytes {
-            true => {
-                let store = Bytes::of(&params[0])?;
-                let decoded = store.decoded.clone();
-                params[0].set_store(store)?;
-                *decoded.borrow_mut() = (Vec::new(), false);
-                Some(decoded)
-            }
-            false => None,
+        let decoded = if bytes {
+            let store = Bytes::of(&params[0])?;
+            let decoded = store.decoded.clone();
+            params[0].set_store(store)?;
+            *decoded.borrow_mut() = (Vec::new(), false);
+            Some(decoded)
+        } else {
+            None
         };
         let (y, rows) = table.forward(&ids, Sequences::one(ids.len()))?;
         if let Some(decoded) = decoded {
@@ -252,7 +252,7 @@ fn embeds<S: ResidualStream>(world: usize, seed: u64, reduction: Reduction, byte
         }
         let (logits, saved) = head.forward(y.clone())?;
         let dx = head.backward(saved, logits.clone())?;
-        // A sum along a tree is there when both uses have added to it.
+        // A tree sum is available once both uses have added to it.
         assert_eq!(params[0].grad().is_some(), reduction == Reduction::Fast);
         table.backward(&rows, dx.clone())?;
         let grad = params[0].grad().expect("two uses have added to it");
@@ -278,7 +278,8 @@ proptest! {
     }
 }
 
-/// What is not dense is neither replaced nor trained, and says so; nothing has changed then.
+/// A store that is not dense can be neither replaced nor trained. The error leaves everything
+/// unchanged.
 #[test]
 fn a_store_that_is_not_dense_is_not_written() {
     let outcomes = ranks(1).run(|group| {
@@ -345,8 +346,7 @@ fn linear<S: ResidualStream>(
     ColumnParallelLinear::load(group, &weights.at("w"), 3, &columns, Bias::None)
 }
 
-/// Adds the gradients of samples, each scaled to a norm of `max` at most, and remembers their
-/// norms.
+/// Adds the gradients of samples, each scaled to a norm of at most `max`, and records their norms.
 #[derive(Clone)]
 struct Clip {
     max: f64,
@@ -382,7 +382,7 @@ impl GradSink<f64, Dev> for Clip {
     }
 }
 
-/// Takes no gradient: the parameter is frozen.
+/// Discards the gradient: the parameter is frozen.
 struct Frozen;
 
 impl GradSink<f64, Dev> for Frozen {
@@ -393,8 +393,8 @@ impl GradSink<f64, Dev> for Frozen {
 
 const SAMPLES: [Range<usize>; 3] = [0..2, 2..3, 3..7];
 
-/// Gradients that a sink clips sample by sample are those of samples that come one at a time. How
-/// many of them were clipped.
+/// A sink that clips per sample gives the gradients of samples that are run one at a time. Returns
+/// the number of clipped samples.
 fn clips<L: Layer<f64, Dev>>(
     group: &Group<Dev>,
     load: impl Fn() -> Result<L>,
@@ -407,7 +407,7 @@ where
     const MAX: f64 = 3.0;
     let backward = |layer: &L, rows: Range<usize>| {
         let part = |whole: &Array2<f64>| whole.slice(s![rows.clone(), ..]).to_owned();
-        // A sample is a sequence of its own.
+        // Each sample is one sequence.
         let samples = SAMPLES.iter().filter(|sample| rows.contains(&sample.start)).map(Range::len);
         let x = L::In::spread(group, &part(x), None)?.with_sequences(Sequences::packed(samples))?;
         let (_, saved) = layer.forward(x)?;
@@ -459,7 +459,7 @@ fn a_sink_clips_the_gradient_of_each_sample() {
             clipped += clips(&group, down, (&h, &x))?;
             let positions = || PositionEmbedding::<Replicated, f64, Dev>::load(&group, &weights, 9, 5);
             clipped += clips(&group, positions, (&x, &x))?;
-            let forked = || {
+            let separate = || {
                 let load = |name: &str| {
                     ColumnLinear::<f64, Dev>::load(&group, &weights.at(name), 5, &columns, Bias::Add)
                 };
@@ -467,7 +467,7 @@ fn a_sink_clips_the_gradient_of_each_sample() {
             };
             let both = ndarray::concatenate![ndarray::Axis(1), h, h];
             if world == 1 {
-                clipped += clips(&group, forked, (&x, &both))?;
+                clipped += clips(&group, separate, (&x, &both))?;
             }
             Ok(clipped)
         });
@@ -476,7 +476,7 @@ fn a_sink_clips_the_gradient_of_each_sample() {
     }
 }
 
-/// What is summed over the tokens of all ranks has no gradient of a sample.
+/// A sum over the tokens of all ranks has no gradient per sample.
 #[test]
 fn a_sum_over_ranks_is_not_split() {
     let outcomes = ranks(2).run(|group| {
@@ -493,8 +493,7 @@ fn a_sum_over_ranks_is_not_split() {
     assert_eq!(outcomes.unwrap(), [refused, refused]);
 }
 
-/// A sink may take nothing; other parameters get their gradients all the same, and so does the
-/// input.
+/// A sink may discard its gradient; the other parameters and the input still get theirs.
 #[test]
 fn a_frozen_weight_gets_no_gradient() {
     let outcomes = ranks(2).run(|group| {
@@ -514,7 +513,7 @@ fn a_frozen_weight_gets_no_gradient() {
         let ((dx, [weight, bias]), (frozen_dx, [none, frozen_bias])) = (run(&trained)?, run(&frozen)?);
         assert!(weight.is_some() && none.is_none());
         assert_eq!((dx, bias), (frozen_dx, frozen_bias));
-        // Thawed.
+        // Unfreeze.
         drop(frozen.weight().set_sink(before)?);
         assert_eq!(run(&frozen)?.1[0], weight);
         Ok(())
@@ -522,7 +521,7 @@ fn a_frozen_weight_gets_no_gradient() {
     outcomes.unwrap();
 }
 
-/// A sink is told which tokens there are.
+/// A sink receives the range of the tokens.
 #[test]
 fn tokens_beyond_a_gradient_are_refused() {
     let outcomes = ranks(1).run(|group| {
@@ -534,8 +533,8 @@ fn tokens_beyond_a_gradient_are_refused() {
     assert_eq!(outcomes.unwrap()[0], "gradient: tokens 3..7 of 6 of the gradient of w.weight");
 }
 
-/// Replicas leave a frozen weight alone, and train the others; what cannot sum along a tree is
-/// refused where that is asked for.
+/// Replicas leave a frozen weight unchanged and train the others. A sink that cannot sum along a
+/// tree is rejected with an invariant reduction.
 #[test]
 fn replicas_keep_a_sink() {
     let outcomes = ranks(2).run(|group| {
@@ -568,7 +567,7 @@ fn replicas_keep_a_sink() {
     assert_eq!(outcomes.unwrap(), [refused, refused]);
 }
 
-/// A step that was begun and not finished does not stand in the way of replicas that are made anew.
+/// An unfinished step does not prevent new replicas from being created.
 #[test]
 fn replicas_may_be_made_anew() {
     let outcomes = ranks(2).run(|group| {
@@ -598,8 +597,8 @@ fn replicas_may_be_made_anew() {
     outcomes.unwrap();
 }
 
-/// A clone is the same use of the same parameter, a tie another one: with an invariant reduction
-/// the gradient is there when all uses have added to it.
+/// A clone is the same use of the same parameter, a tied handle another use. With an invariant
+/// reduction the gradient is available once all uses have added to it.
 #[test]
 fn a_tie_is_another_use() {
     let outcomes = ranks(1).run(|group| {
@@ -622,7 +621,7 @@ fn a_tie_is_another_use() {
         assert_eq!(grads(), None);
         backward(&layer)?;
         assert_eq!(grads().unwrap(), once.iter().map(|grad| 2.0 * grad).collect::<Vec<_>>());
-        // A use that is gone is not waited for.
+        // A dropped use is not awaited.
         handle.zero_grad();
         backward(&layer)?;
         assert_eq!(grads(), None);
@@ -631,7 +630,7 @@ fn a_tie_is_another_use() {
         drop((tied, again));
         backward(&layer)?;
         assert_eq!(grads().as_ref(), Some(&once));
-        // What is written by one handle is read by all.
+        // A value set by one handle is visible through all.
         let tied = layer.tied();
         handle.set(Tensor::zeros(group.device(), [4, 3])?)?;
         assert_eq!(tied.forward(x)?.0.into_local().to_vec()?, [0.0; 24]);
@@ -640,7 +639,7 @@ fn a_tie_is_another_use() {
     outcomes.unwrap();
 }
 
-/// A parameter of ones, of this shape.
+/// A parameter of ones of this shape.
 fn ones(group: &Group<Dev>, shape: [usize; 2]) -> Result<Param<f64, Dev>> {
     let source = arrays([("w", ArrayD::ones(shape.to_vec()))]);
     let (weights, region) = (Weights::new(&source), Region::whole(shape));
@@ -651,7 +650,7 @@ fn add_ones(param: &Param<f64, Dev>, times: usize) -> Result<()> {
     (0..times).try_for_each(|_| param.add_grad(Tensor::full(param.device(), param.shape(), 1.0)?))
 }
 
-/// Passes everything on, and counts the gradients.
+/// Forwards everything and counts the gradients.
 struct Wrap(Box<dyn GradSink<f64, Dev>>, Rc<RefCell<usize>>);
 
 impl GradSink<f64, Dev> for Wrap {
@@ -673,8 +672,7 @@ impl GradSink<f64, Dev> for Wrap {
     }
 }
 
-/// A sink around another one changes nothing, whether put there before or after the replicas are
-/// made.
+/// Wrapping another sink changes nothing, whether before or after the replicas are created.
 #[test]
 fn replicas_sum_through_a_sink_around_theirs() {
     for (world, microbatches) in [(2, 1), (2, 3), (3, 2), (4, 3)] {
@@ -708,7 +706,7 @@ fn replicas_sum_through_a_sink_around_theirs() {
     }
 }
 
-/// A replica with fewer microbatches than were said has its gradient all the same, or is an error.
+/// A replica with fewer microbatches than announced still gets its gradient, or an error.
 #[test]
 fn a_step_of_replicas_may_end_early() {
     let run = |reduction: Reduction| {
@@ -727,8 +725,8 @@ fn a_step_of_replicas_may_end_early() {
     assert!(error.contains("w has got 1 of 2 terms of an invariant reduction"), "{error}");
 }
 
-/// What awaits other replicas is not taken for no gradient; what is listed twice, or of another
-/// shape, is named.
+/// A gradient that awaits other replicas is not treated as absent. A parameter that is listed
+/// twice, or has another shape, is named.
 #[test]
 fn gradients_that_are_no_gradient_are_refused() {
     let outcomes = ranks(2).run(|group| {
@@ -779,7 +777,7 @@ fn gradients_that_are_no_gradient_are_refused() {
     assert_eq!(outcomes.unwrap(), [says.clone(), says]);
 }
 
-/// Makes a gradient of another shape.
+/// Produces a gradient of another shape.
 struct Replace;
 
 impl GradSink<f64, Dev> for Replace {

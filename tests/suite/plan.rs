@@ -1,4 +1,4 @@
-//! Models on no data: what one rank alone derives is what the ranks move and hold.
+//! Models without data: the plan of one rank alone equals what the ranks move and hold.
 
 use crate::dev::{self, Dev, ranks};
 use shardwise::{
@@ -18,72 +18,72 @@ use shardwise::{
     train::{DataParallel, GradReduce},
 };
 
-/// What a rank has moved since the last look, and the bytes that it holds.
-type Seen = Vec<(Vec<Transfer>, usize)>;
+/// A rank's transfers since the previous entry, and the bytes that it holds.
+type Observed = Vec<(Vec<Transfer>, usize)>;
 
 struct Watch<'a, B: Backend> {
     group: &'a Group<B>,
     record: &'a TransferLog,
-    seen: Seen,
+    observed: Observed,
 }
 
 impl<'a, B: Backend> Watch<'a, B> {
     fn new(group: &'a Group<B>, record: &'a TransferLog) -> Self {
         record.take();
-        Self { group, record, seen: Vec::new() }
+        Self { group, record, observed: Vec::new() }
     }
 
-    fn look(&mut self) -> Result<()> {
+    fn observe(&mut self) -> Result<()> {
         let moved = self.record.take();
-        // Other ranks have read what was started.
+        // After the barrier the other ranks have read the started transfers.
         self.group.barrier()?;
-        self.seen.push((moved, self.group.device().memory().live));
+        self.observed.push((moved, self.group.device().memory().live));
         Ok(())
     }
 }
 
-/// A step of training, and inference.
+/// A training step and inference.
 fn trains<S: ResidualStream, T: Element, B: Backend>(
     group: &Group<B>,
     record: &TransferLog,
     source: &dyn WeightSource,
     config: &DecoderConfig,
-) -> Result<Seen> {
+) -> Result<Observed> {
     let mut watch = Watch::new(group, record);
     let model = Decoder::<S, T, B>::load(group, source, config)?;
-    watch.look()?;
+    watch.observe()?;
     let ids: Vec<u32> = (0..11).map(|at| (at * 5 + 1) % config.vocabulary as u32).collect();
     let sequences = Sequences::packed([7, 4]);
     let inferred = model.infer(&ids, sequences.clone())?;
-    watch.look()?;
+    watch.observe()?;
     drop(inferred);
     let (logits, saved) = model.forward(&ids, sequences)?;
-    watch.look()?;
+    watch.observe()?;
     model.backward(saved, logits)?;
-    watch.look()?;
+    watch.observe()?;
     let params = model.params();
     let norm = grad_norm(&params, &[group])?;
     AdamW::default().step(&params, 1e-3, clip_scale(norm, 1.0)?)?;
-    watch.look()?;
-    Ok(watch.seen)
+    watch.observe()?;
+    Ok(watch.observed)
 }
 
-/// A prompt in two slots, and a token more in each.
+/// A prompt in two slots, and one more token in each.
 fn generates<T: Element, B: Backend>(
     group: &Group<B>,
     record: &TransferLog,
     source: &dyn WeightSource,
     config: &DecoderConfig,
-) -> Result<Seen> {
+) -> Result<Observed> {
     let model = Decoder::<Replicated, T, B>::load(group, source, config)?;
     let mut watch = Watch::new(group, record);
     let mut cache = model.cache(3, 9)?;
     for (ids, counts) in [(&[1, 2, 3, 4, 5][..], [3, 2]), (&[6, 7], [1, 1])] {
         let logits = model.step(ids, &[2, 0], &counts, &mut cache)?;
-        watch.look()?;
+        watch.observe()?;
         drop(logits);
     }
-    Ok(watch.seen)
+    Ok(watch.observed)
 }
 
 fn encodes<S: ResidualStream, B: Backend>(
@@ -91,17 +91,17 @@ fn encodes<S: ResidualStream, B: Backend>(
     record: &TransferLog,
     source: &dyn WeightSource,
     config: &BertConfig,
-) -> Result<Seen> {
+) -> Result<Observed> {
     let mut watch = Watch::new(group, record);
     let model = Bert::<S, f32, B>::load(group, source, config)?;
-    watch.look()?;
+    watch.observe()?;
     let (ids, types, sequences) = ([2, 3, 4, 5, 6, 7], [0, 0, 1, 0, 1, 1], Sequences::packed([4, 2]));
     drop(model.infer(&ids, Some(&types), sequences.clone())?);
-    watch.look()?;
+    watch.observe()?;
     let (y, saved) = model.forward(&ids, Some(&types), sequences)?;
     model.backward(saved, y)?;
-    watch.look()?;
-    Ok(watch.seen)
+    watch.observe()?;
+    Ok(watch.observed)
 }
 
 /// Runs a function on the ranks, and on each rank without data.
@@ -143,12 +143,13 @@ fn models_move_and_hold_what_is_planned() {
     }
 }
 
-/// Gradients over replicas, whose presence a rank without data takes from its own.
+/// Gradients over replicas. A planned rank assumes that the replicas have gradients for the same
+/// parameters as itself.
 fn replicates<T: Element, B: Backend>(
     group: &Group<B>,
     record: &TransferLog,
     reduce: GradReduce,
-) -> Result<Seen> {
+) -> Result<Observed> {
     let (alone, source) = (Group::solo(group.device()), Random::normal(1, 0.5));
     let alone = alone.with_reduction(group.reduction());
     let (columns, weights) = (Columns::even(&alone, 5)?, Weights::new(&source));
@@ -161,9 +162,9 @@ fn replicates<T: Element, B: Backend>(
     let (y, saved) = layer.forward(x)?;
     layer.backward(saved, y)?;
     replicas.finish()?;
-    watch.look()?;
+    watch.observe()?;
     assert!(params.iter().all(|param| param.grad().is_some()));
-    Ok(watch.seen)
+    Ok(watch.observed)
 }
 
 #[test]
@@ -176,8 +177,8 @@ fn replicas_move_and_hold_what_is_planned() {
     }
 }
 
-/// Llama 2 of 70 billion parameters, on any of 64 ranks: of eight key/value heads, eight ranks hold
-/// each.
+/// Llama 2 of 70 billion parameters, on any of 64 ranks; each of the eight key/value heads is on
+/// eight ranks.
 #[test]
 fn a_large_model_has_the_sizes_of_its_formulas() {
     let (vocabulary, hidden, ffn, layers, ranks) = (32_000, 8_192, 28_672, 80, 64);
@@ -199,7 +200,7 @@ fn a_large_model_has_the_sizes_of_its_formulas() {
         names: BlockNames::llama(),
     };
     let config = DecoderConfig { tied: false, ..DecoderConfig::new(vocabulary, block, layers) };
-    // One query and one key/value head a rank.
+    // One query and one key/value head per rank.
     let of_layer = 4 * hidden * head_dim + 3 * hidden * ffn / ranks;
     let matrices = layers * of_layer + hidden * vocabulary / ranks;
     let parameters = matrices + hidden * vocabulary / ranks + (2 * layers + 1) * hidden;
@@ -215,21 +216,21 @@ fn a_large_model_has_the_sizes_of_its_formulas() {
         let ids = vec![0; tokens];
         let logits = model.infer(&ids, Sequences::one(tokens)).unwrap();
         assert_eq!(logits.shape().dims(), [tokens, vocabulary]);
-        // The embedding leaves once, a block twice.
+        // The embedding leaves the parallel region once, a block twice.
         assert_eq!(record.take(), vec![moved; 1 + 2 * layers]);
         assert_eq!(device.flops(), flops as u64);
         drop(logits);
         let inference = device.memory().peak;
         let (logits, saved) = model.forward(&ids, Sequences::one(tokens)).unwrap();
         model.backward(saved, logits).unwrap();
-        // Forward as before; backward the head, and of each block the mlp, the heads that ranks
-        // share, and the attention.
+        // The forward as before. The backward of the head, and of each block the MLP, the shared
+        // heads and the attention.
         let shared = Transfer { elements: tokens * 2 * kv_heads * head_dim, ..moved };
         let mut all = vec![moved; 2 + 2 * layers];
         all.extend([moved, shared, moved].repeat(layers));
         assert!(record.take() == all);
-        // Two products for one, and five of attention for two; but of a shared head only its owner
-        // goes on to dX.
+        // The backward takes two products per product and five per two of attention. Of a shared
+        // head only the owner computes dX.
         let params = model.params();
         let regions: Vec<_> = params.iter().flat_map(|param| param.regions().to_vec()).collect();
         let keys = regions.iter().filter(|part| part.tensor.contains("k_proj"));
@@ -238,13 +239,13 @@ fn a_large_model_has_the_sizes_of_its_formulas() {
         assert!(not_owned == 0 || not_owned == layers * 2 * hidden * head_dim);
         let backward = 2 * tokens * (2 * matrices - not_owned) + 10 * layers * pairs * head_dim;
         assert_eq!(device.flops(), (2 * flops + backward) as u64);
-        // What a block keeps is more than what it needs at one time.
+        // A block's saved tensors take more memory than it needs at any one time.
         assert!(inference < 2 * parameters + (1 << 30) && device.memory().peak > inference + (10 << 30));
     }
 }
 
-/// The most that a block holds beside its input are the input and the output of the gate: the
-/// residual sum is written where the input was.
+/// In addition to its input a block holds at most the input and the output of the gate. The
+/// residual sum overwrites the input.
 #[test]
 fn a_block_infers_in_the_memory_of_its_widest_product() {
     let (hidden, ffn, tokens) = (64, 168, 40);
@@ -265,11 +266,11 @@ fn a_block_infers_in_the_memory_of_its_widest_product() {
         TransformerBlock::<Replicated, f32, _>::load(&group, &Weights::new(&weights), &config).unwrap();
     let input = || DTensor::replicated(&group, Tensor::zeros(&device, [tokens, hidden]).unwrap()).unwrap();
     let x = input();
-    let held = device.memory().live;
+    let before = device.memory().live;
     let y = block.infer(x, &mut Context::default()).unwrap();
-    assert_eq!(device.memory().live, held, "the output in the place of the input");
-    assert_eq!(device.memory().peak - held, 4 * tokens * (2 * ffn + ffn) / 2);
+    assert_eq!(device.memory().live, before, "the output in the place of the input");
+    assert_eq!(device.memory().peak - before, 4 * tokens * (2 * ffn + ffn) / 2);
     drop(y);
     block.forward(input()).unwrap();
-    assert!(device.memory().peak - held > 2 * 4 * tokens * (2 * ffn + ffn) / 2, "a forward keeps more");
+    assert!(device.memory().peak - before > 2 * 4 * tokens * (2 * ffn + ffn) / 2, "a forward keeps more");
 }

@@ -1,5 +1,5 @@
-//! The operators that layers of one's own are made of, in every element: against a loop written
-//! out here, on NaN-poisoned memory.
+//! The operators for user-defined layers, in every element type, compared with a plain loop on
+//! NaN-poisoned memory.
 
 use crate::support::{close, integers, matrix, random};
 use half::{bf16, f16};
@@ -39,7 +39,8 @@ fn refused<R: Debug>(result: Result<R>, message: &str) {
     assert_eq!(error.to_string(), message);
 }
 
-/// Products are those of the accumulator, rounded once; sums over a row err by (columns) v Σ|ab|.
+/// Products are computed in the accumulator and rounded once. Sums over a row err by (columns) v
+/// Σ|ab|.
 fn products<T: Element>(rows: usize, cols: usize, seed: u64) {
     let drawn = |name: &str, shape: &[usize]| tensor::<T>(&random(seed, name, shape));
     let (a, b, s) = (drawn("a", &[rows, cols]), drawn("b", &[rows, cols]), drawn("s", &[rows]));
@@ -63,7 +64,7 @@ fn products<T: Element>(rows: usize, cols: usize, seed: u64) {
     }
 }
 
-/// Scattering is the adjoint of choosing rows; both skip what has no row.
+/// Scattering is the adjoint of selecting rows; both skip ids without a row.
 fn rows_of<T: Element>(table: usize, ids: &[u32], cols: usize, seed: u64) {
     let (x, dy) = (integers(seed, "x", table, cols), integers(seed, "dy", ids.len(), cols));
     let chosen = tensor::<T>(&x.clone().into_dyn()).rows(ids).unwrap();
@@ -115,7 +116,8 @@ fn largest<T: Element>(rows: usize, cols: usize, k: usize, seed: u64) {
     assert_eq!(wide(&values), ArrayD::from_shape_vec(vec![rows, k], want_values).unwrap());
 }
 
-/// A tensor cut along a dimension and put together again; each part is ndarray's.
+/// Slices a tensor along a dimension and concatenates the slices; each slice is compared with
+/// ndarray's.
 fn parts<T: Element>(shape: &[usize], dim: usize, cut: usize, seed: u64) {
     let x = random(seed, "x", shape).mapv(|x| T::from_f64(x).to_f64());
     let whole = tensor::<T>(&x);
@@ -133,7 +135,7 @@ fn parts<T: Element>(shape: &[usize], dim: usize, cut: usize, seed: u64) {
     assert_eq!(wide(&turned), concatenate(Axis(dim), &[last.view(), first.view()]).unwrap());
 }
 
-/// The same check in every element.
+/// Runs the same check in every element type.
 macro_rules! in_all {
     ($check:ident($($argument:expr),* $(,)?)) => {
         $check::<f64>($($argument),*);
@@ -186,7 +188,7 @@ proptest! {
     }
 }
 
-/// A product with NaN or ∞ is what it is in the accumulator; 0 does not hide it.
+/// A product with NaN or ∞ is computed in the accumulator; 0 does not hide it.
 #[test]
 fn products_keep_nan() {
     let x = tensor::<f32>(&Array1::from(vec![f64::NAN, f64::INFINITY, 1.0]).into_dyn());

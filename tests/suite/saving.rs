@@ -1,4 +1,4 @@
-//! Saving models: old or new, never a mix.
+//! Saving models: a folder has the old or the new checkpoint, never a mix.
 
 use crate::dev::{Dev, Tensor, ranks};
 use half::bf16;
@@ -27,7 +27,7 @@ fn data() -> (Checkpoint, DecoderConfig) {
     (Checkpoint::open(data.join("qwen2")).unwrap(), config)
 }
 
-/// A model all of whose weights are `version`.
+/// A model whose weights are all `version`.
 fn model<T: Element>(group: &Group<Dev>, version: f64) -> Result<Model<T>> {
     let (checkpoint, config) = data();
     let model = Model::<T>::load(group, &checkpoint, &config)?;
@@ -37,12 +37,12 @@ fn model<T: Element>(group: &Group<Dev>, version: f64) -> Result<Model<T>> {
     Ok(model)
 }
 
-/// The configuration of a version, which says so.
+/// A configuration that states its version.
 fn config(version: f64) -> String {
     data().1.json.replacen('{', &format!("{{\"_commit_hash\": {version},"), 1)
 }
 
-/// Saves a version, in files of at most so many bytes.
+/// Saves a version, in files of at most `max_shard` bytes.
 fn put(group: &Group<Dev>, version: f64, folder: &Path, max_shard: usize) -> Result<()> {
     put_model(group, &model::<f32>(group, version)?, version, folder, max_shard)
 }
@@ -51,7 +51,7 @@ fn save(world: usize, version: f64, folder: &Path, max_shard: usize) -> Result<(
     ranks(world).run(|group| put(&group, version, folder, max_shard)).map(|_| ())
 }
 
-/// The version of which every weight in a folder is.
+/// The version of all weights in a folder.
 fn weights_of(folder: &Path) -> f64 {
     let checkpoint = Checkpoint::open(folder).unwrap();
     assert!(checkpoint.names().eq(data().0.names()));
@@ -91,8 +91,8 @@ fn named(folder: &Path) -> Vec<String> {
     files
 }
 
-/// Also where it was one file and is several, and the other way round. Nothing is left of the older
-/// checkpoint, and the user's files stay.
+/// Also if a checkpoint of one file replaces one of several files, or the reverse. Nothing of the
+/// older checkpoint remains, and the user's files stay.
 #[test]
 fn a_save_replaces_an_older_one_of_another_number_of_files() {
     let folder = tempfile::tempdir().unwrap();
@@ -104,9 +104,10 @@ fn a_save_replaces_an_older_one_of_another_number_of_files() {
     for (version, max) in [one, 40_000, 20_000, 60_000, one, 40_000].into_iter().enumerate() {
         save(2, version as f64, folder, max).unwrap();
         assert_eq!((weights_of(folder), config_of(folder)), (version as f64, version as f64));
-        let mut live = match folder.join("model.safetensors").exists() {
-            true => vec!["model.safetensors".to_string()],
-            false => [named(folder), vec!["model.safetensors.index.json".into()]].concat(),
+        let mut live = if folder.join("model.safetensors").exists() {
+            vec!["model.safetensors".to_string()]
+        } else {
+            [named(folder), vec!["model.safetensors.index.json".into()]].concat()
         };
         live.extend(["config.json", "model-notes.safetensors", "notes.txt"].map(String::from));
         live.sort();
@@ -164,7 +165,7 @@ fn a_saved_configuration_has_the_element_of_the_weights() {
     assert_eq!(dtype(&["dtype"]), ["bfloat16"]);
     ranks(1).run(|group| model::<f64>(&group, 1.0)?.save(folder)).unwrap();
     assert_eq!(dtype(&["dtype"]), ["float64"]);
-    // The older key, where the configuration has that one.
+    // The configuration has the older key.
     ranks(1)
         .run(|group| {
             let (checkpoint, mut config) = data();
@@ -193,7 +194,8 @@ fn a_linked_file_is_replaced_and_its_target_kept() {
     }
 }
 
-/// One of them, whole; a save that came second gets an error that says so.
+/// One of the concurrent saves remains, whole. A save that comes second returns an error that says
+/// so.
 #[test]
 fn concurrent_saves_leave_one_of_them() {
     let folder = tempfile::tempdir().unwrap();
@@ -218,7 +220,7 @@ fn concurrent_saves_leave_one_of_them() {
 }
 
 #[test]
-fn a_reader_beside_saves_finds_one_of_them() {
+fn a_reader_during_saves_finds_one_of_them() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
     save(1, 0.0, folder, usize::MAX).unwrap();
@@ -241,7 +243,7 @@ fn a_reader_beside_saves_finds_one_of_them() {
     assert!(reads.last() > Some(&3.0), "{reads:?}");
 }
 
-/// Two replicas own every element twice; where nobody owns one there would be nothing to write.
+/// Two replicas own every element twice; without any owner there would be nothing to write.
 #[test]
 fn a_group_that_does_not_own_each_element_once_is_refused_on_every_rank() {
     let folder = tempfile::tempdir().unwrap();
@@ -265,7 +267,7 @@ fn a_group_that_does_not_own_each_element_once_is_refused_on_every_rank() {
     assert_eq!(files(folder.path()), [""; 0]);
 }
 
-/// Two replicas of one half: as many elements as the whole has.
+/// Two replicas of one half have as many elements as the whole.
 #[test]
 fn replicas_of_a_part_are_not_taken_for_the_whole() {
     let folder = tempfile::tempdir().unwrap();
@@ -282,8 +284,8 @@ fn replicas_of_a_part_are_not_taken_for_the_whole() {
     }
 }
 
-/// A process that saves over and over is killed again and again. By hand: `cargo test --test suite
-/// -- --ignored killed`.
+/// Repeatedly kills a process that saves in a loop. Run by hand:
+/// `cargo test --test suite -- --ignored killed`.
 #[test]
 #[ignore = "300 processes: a minute"]
 fn a_killed_process_leaves_the_old_or_the_new() {

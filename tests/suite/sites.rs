@@ -1,5 +1,5 @@
-//! What errors and records call the place of a call: the layer's path, or a line of the program,
-//! never one of the library.
+//! The call sites in errors and records: the layer's path, or a line of the user's program, never a
+//! line of the library.
 
 use shardwise::{
     Error, Result, Site, Tensor,
@@ -29,12 +29,12 @@ use std::{
     time::Duration,
 };
 
-type Held<P> = DTensor<P, f32, Cpu>;
+type Distributed<P> = DTensor<P, f32, Cpu>;
 
 const HIDDEN: usize = 12;
 const TOKENS: usize = 6;
 
-/// The sites of the collectives that this rank makes in `act`, each run of equal ones once.
+/// The sites of the collectives that this rank makes in `act`, without consecutive duplicates.
 fn sites(act: impl FnOnce() -> Result<()>) -> Result<Vec<String>> {
     let calls = || trace::snapshot().entries.into_iter().filter(|entry| entry.group.is_some());
     let before = calls().count();
@@ -51,26 +51,26 @@ fn layer(path: &str) -> String {
 fn input<P: Placement>(
     group: &Group<Cpu>,
     rows: usize,
-    make: impl Fn(Tensor<f32>) -> Result<Held<P>>,
-) -> Result<Held<P>> {
+    make: impl Fn(Tensor<f32>) -> Result<Distributed<P>>,
+) -> Result<Distributed<P>> {
     make(Tensor::full(group.device(), [rows, HIDDEN], 0.5)?)
 }
 
-fn replicated(group: &Group<Cpu>) -> Result<Held<Replicated>> {
+fn replicated(group: &Group<Cpu>) -> Result<Distributed<Replicated>> {
     input(group, TOKENS, |x| DTensor::replicated(group, x))
 }
 
-fn stream<S: ResidualStream>(group: &Group<Cpu>) -> Result<Held<S>> {
+fn stream<S: ResidualStream>(group: &Group<Cpu>) -> Result<Distributed<S>> {
     let rows = S::local_rows(group, TOKENS)?.len();
     input(group, rows, |x| S::of_local(group, TOKENS, x))
 }
 
-/// Of features that are cut.
-fn features(group: &Group<Cpu>) -> Result<Held<Shard<1>>> {
+/// A tensor with sharded features.
+fn features(group: &Group<Cpu>) -> Result<Distributed<Shard<1>>> {
     replicated(group)?.scatter::<1>(&Partition::even(HIDDEN, group.size()))
 }
 
-/// What the last rank does in place of a pass.
+/// What the last rank does instead of a pass.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fault {
     Fails,
@@ -78,21 +78,21 @@ enum Fault {
     IsLate,
 }
 
-/// Every rank that is told of a fault of the last rank, in the forward or the backward, is told by
-/// this layer's path.
-fn told<L: Layer<f32, Cpu>>(
+/// Every rank that gets an error because of the last rank's fault, in the forward or the backward,
+/// gets it with this layer's path.
+fn reported<L: Layer<f32, Cpu>>(
     path: &str,
     forward: bool,
     load: impl Fn(&Group<Cpu>, &Weights<'_>) -> Result<L> + Sync,
-    x: impl Fn(&Group<Cpu>) -> Result<Held<L::In>> + Sync,
+    x: impl Fn(&Group<Cpu>) -> Result<Distributed<L::In>> + Sync,
 ) where
     L::Out: Placement<Dual = L::Out>,
 {
-    // A deadline takes its time: for the layers of a block only.
+    // A deadline takes time, so it is tested only for the layers of a block.
     let faults = [(2, Fault::Fails), (3, Fault::Differs), (2, Fault::IsLate)];
     let count = if path.contains("layers") { 3 } else { 2 };
     for (world, fault) in faults.into_iter().take(count) {
-        let told = AtomicBool::new(false);
+        let has_error = AtomicBool::new(false);
         let source = Random::normal(1, 0.1);
         let rank = |group: Group<Cpu>| {
             let layer = load(&group, &Weights::new(&source).at("model"))?;
@@ -105,7 +105,7 @@ fn told<L: Layer<f32, Cpu>>(
                     Fault::Fails => Err(Error::invalid("test", "fails")),
                     Fault::Differs => group.barrier(),
                     Fault::IsLate => {
-                        while !told.load(Ordering::SeqCst) {
+                        while !has_error.load(Ordering::SeqCst) {
                             sleep(Duration::from_millis(1));
                         }
                         Err(Error::invalid("test", "is late"))
@@ -122,7 +122,7 @@ fn told<L: Layer<f32, Cpu>>(
                 let mut saved = Some(saved);
                 pass(false, &mut |layer| layer.backward(saved.take().expect("once"), y.clone()).map(drop))
             });
-            told.store(true, Ordering::SeqCst);
+            has_error.store(true, Ordering::SeqCst);
             outcome
         };
         let deadline = Duration::from_millis(if fault == Fault::IsLate { 500 } else { 60_000 });
@@ -160,15 +160,15 @@ fn llama() -> BlockConfig {
 }
 
 #[test]
-fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
+fn a_fault_in_a_layer_is_reported_by_its_path_on_every_rank() {
     type Column<S> = ColumnParallelLinear<S, f32, Cpu>;
     fn column<S: ResidualStream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Column<S>> {
         let columns = Columns::even(group, 9)?;
         ColumnParallelLinear::load(group, &weights.at("up"), HIDDEN, &columns, Bias::Add)
     }
-    told("model.up", false, column::<Replicated>, stream::<Replicated>);
-    told("model.up", true, column::<Shard<0>>, stream::<Shard<0>>);
-    told("model.up", false, column::<Shard<0>>, stream::<Shard<0>>);
+    reported("model.up", false, column::<Replicated>, stream::<Replicated>);
+    reported("model.up", true, column::<Shard<0>>, stream::<Shard<0>>);
+    reported("model.up", false, column::<Shard<0>>, stream::<Shard<0>>);
 
     fn row<S: ResidualStream>(
         group: &Group<Cpu>,
@@ -177,18 +177,18 @@ fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
         let cut = Partition::even(HIDDEN, group.size());
         RowParallelLinear::load(group, &weights.at("down"), &cut, 8, true)
     }
-    told("model.down", true, row::<Replicated>, features);
-    told("model.down", true, row::<Shard<0>>, features);
-    told("model.down", false, row::<Shard<0>>, features);
+    reported("model.down", true, row::<Replicated>, features);
+    reported("model.down", true, row::<Shard<0>>, features);
+    reported("model.down", false, row::<Shard<0>>, features);
 
     fn norm<S: ResidualStream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Normalize<S, f32, Cpu>> {
         Normalize::load(group, &weights.at("norm"), NormKind::LayerNorm { eps: 1e-5 }, HIDDEN)
     }
-    told("model.norm", false, norm::<Shard<0>>, stream::<Shard<0>>);
+    reported("model.norm", false, norm::<Shard<0>>, stream::<Shard<0>>);
     fn bias<S: ResidualStream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<AddBias<S, f32, Cpu>> {
         AddBias::load(group, &weights.at("add"), HIDDEN)
     }
-    told("model.add", false, bias::<Shard<0>>, stream::<Shard<0>>);
+    reported("model.add", false, bias::<Shard<0>>, stream::<Shard<0>>);
 
     fn attention<S: ResidualStream>(
         group: &Group<Cpu>,
@@ -197,19 +197,19 @@ fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
         let layout = QkvLayout::separate("attn.q", "attn.k", "attn.v");
         ParallelAttention::load(group, weights, &layout, "attn.o", &AttentionConfig::new(HIDDEN, 3))
     }
-    told("model.attn.o", true, attention::<Replicated>, stream::<Replicated>);
-    told("model.attn", false, attention::<Replicated>, stream::<Replicated>);
-    told("model.attn", true, attention::<Shard<0>>, stream::<Shard<0>>);
-    told("model.attn.o", false, attention::<Shard<0>>, stream::<Shard<0>>);
+    reported("model.attn.o", true, attention::<Replicated>, stream::<Replicated>);
+    reported("model.attn", false, attention::<Replicated>, stream::<Replicated>);
+    reported("model.attn", true, attention::<Shard<0>>, stream::<Shard<0>>);
+    reported("model.attn.o", false, attention::<Shard<0>>, stream::<Shard<0>>);
 
     fn mlp<S: ResidualStream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<ParallelMlp<S, f32, Cpu>> {
         let (names, sizes) = (MlpNames::default(), (HIDDEN, 10));
         ParallelMlp::load(group, &weights.at("mlp"), &names, sizes, Activation::GeluTanh, true)
     }
-    told("model.mlp.down", true, mlp::<Replicated>, stream::<Replicated>);
-    told("model.mlp.up", false, mlp::<Replicated>, stream::<Replicated>);
-    told("model.mlp.up", true, mlp::<Shard<0>>, stream::<Shard<0>>);
-    told("model.mlp.down", false, mlp::<Shard<0>>, stream::<Shard<0>>);
+    reported("model.mlp.down", true, mlp::<Replicated>, stream::<Replicated>);
+    reported("model.mlp.up", false, mlp::<Replicated>, stream::<Replicated>);
+    reported("model.mlp.up", true, mlp::<Shard<0>>, stream::<Shard<0>>);
+    reported("model.mlp.down", false, mlp::<Shard<0>>, stream::<Shard<0>>);
     fn gated<S: ResidualStream>(
         group: &Group<Cpu>,
         weights: &Weights<'_>,
@@ -217,9 +217,9 @@ fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
         let (names, sizes) = (MlpNames::default(), (HIDDEN, 10));
         ParallelMlp::load_gated(group, &weights.at("mlp"), &names, sizes, Activation::Silu, false)
     }
-    told("model.mlp", false, gated::<Replicated>, stream::<Replicated>);
+    reported("model.mlp", false, gated::<Replicated>, stream::<Replicated>);
 
-    fn forked<S: ResidualStream>(
+    fn concatenated<S: ResidualStream>(
         group: &Group<Cpu>,
         weights: &Weights<'_>,
     ) -> Result<ColumnParallelLinear<S, f32, Cpu>> {
@@ -227,25 +227,25 @@ fn a_fault_in_a_layer_is_told_by_its_path_on_every_rank() {
         let load = |name| ColumnLinear::load(group, &weights.at(name), HIDDEN, &columns, Bias::Add);
         ColumnParallelLinear::concat(vec![load("first")?, load("second")?])
     }
-    told("model.first", true, forked::<Shard<0>>, stream::<Shard<0>>);
-    told("model.first", false, forked::<Replicated>, stream::<Replicated>);
+    reported("model.first", true, concatenated::<Shard<0>>, stream::<Shard<0>>);
+    reported("model.first", false, concatenated::<Replicated>, stream::<Replicated>);
 
     type Block<S> = TransformerBlock<S, f32, Cpu>;
     fn block<S: ResidualStream>(group: &Group<Cpu>, weights: &Weights<'_>) -> Result<Block<S>> {
         TransformerBlock::load(group, &weights.at("layers.3"), &llama())
     }
-    told("model.layers.3.self_attn.o_proj", true, block::<Replicated>, stream::<Replicated>);
-    told("model.layers.3.mlp", false, block::<Replicated>, stream::<Replicated>);
-    told("model.layers.3.self_attn", true, block::<Shard<0>>, stream::<Shard<0>>);
-    told("model.layers.3.mlp.down_proj", false, block::<Shard<0>>, stream::<Shard<0>>);
+    reported("model.layers.3.self_attn.o_proj", true, block::<Replicated>, stream::<Replicated>);
+    reported("model.layers.3.mlp", false, block::<Replicated>, stream::<Replicated>);
+    reported("model.layers.3.self_attn", true, block::<Shard<0>>, stream::<Shard<0>>);
+    reported("model.layers.3.mlp.down_proj", false, block::<Shard<0>>, stream::<Shard<0>>);
 }
 
 fn folder(name: &str) -> std::path::PathBuf {
     shardwise_tests::root().join("tests/data").join(name)
 }
 
-/// The calls of a model's forward and backward, on 2 ranks, in groups that reduce and overlap in
-/// other ways.
+/// The call sites of a model's forward and backward on 2 ranks, with the group changed to another
+/// reduction or overlap.
 fn of_model<S: ResidualStream>(name: &str, change: impl Fn(Group<Cpu>) -> Group<Cpu> + Sync) -> Vec<String> {
     let (config, checkpoint) =
         (ModelConfig::read(folder(name)).unwrap(), Checkpoint::open(folder(name)).unwrap());
@@ -313,7 +313,7 @@ fn every_call_of_a_model_is_made_by_a_layer_of_the_checkpoint() {
     );
 }
 
-/// A layer that calls its group by itself, and by way of its stream.
+/// A layer that calls its group directly and through its residual stream.
 struct Own;
 
 impl Layer<f32, Cpu> for Own {
@@ -321,7 +321,7 @@ impl Layer<f32, Cpu> for Own {
     type Out = Shard<0>;
     type Saved = ();
 
-    fn forward(&self, x: Held<Shard<0>>) -> Result<(Held<Shard<0>>, ())> {
+    fn forward(&self, x: Distributed<Shard<0>>) -> Result<(Distributed<Shard<0>>, ())> {
         let (group, mut sum) = (x.group().clone(), x.local().clone());
         group.all_reduce(ReduceOp::Sum, &mut sum)?;
         let entered = x.enter()?;
@@ -329,12 +329,12 @@ impl Layer<f32, Cpu> for Own {
         Ok((partial.leave()?, ()))
     }
 
-    fn backward(&self, (): (), dy: Held<Shard<0>>) -> Result<Held<Shard<0>>> {
+    fn backward(&self, (): (), dy: Distributed<Shard<0>>) -> Result<Distributed<Shard<0>>> {
         Ok(self.forward(dy)?.0)
     }
 }
 
-fn pass<L: Layer<f32, Cpu>>(layer: L, x: Held<L::In>) -> Result<()>
+fn pass<L: Layer<f32, Cpu>>(layer: L, x: Distributed<L::In>) -> Result<()>
 where
     L::Out: Placement<Dual = L::Out>,
 {
@@ -343,7 +343,7 @@ where
     layer.backward(saved, y).map(drop)
 }
 
-/// All of what a program calls directly: on a group of 2, each with the place of the call.
+/// Checks that every direct call in `act`, on a group of 2, has the site of the call.
 fn calls(group: &Group<Cpu>, act: fn(&Group<Cpu>) -> Result<()>) -> Result<()> {
     let found = sites(|| act(group))?;
     assert!(!found.is_empty(), "there was no call");
@@ -354,7 +354,7 @@ fn calls(group: &Group<Cpu>, act: fn(&Group<Cpu>) -> Result<()>) -> Result<()> {
 }
 
 #[test]
-fn calls_without_a_layer_are_told_by_the_programs_line() {
+fn calls_without_a_layer_are_reported_by_the_programs_line() {
     let run = |group: Group<Cpu>| {
         // Mappings, alone, in chains, lists and boxes, and recomputed.
         calls(&group, |group| {
@@ -368,7 +368,7 @@ fn calls_without_a_layer_are_told_by_the_programs_line() {
             pass(vec![BoxLayer::<Replicated, Replicated>::new(sum())], replicated(group)?)
         })?;
         calls(&group, |group| pass(Own, stream(group)?))?;
-        // Sums and parts of distributed tensors.
+        // Sums and shards of distributed tensors.
         calls(&group, |group| {
             let x = replicated(group)?;
             let x = x.scatter::<0>(&group.even_partition(TOKENS)?)?.all_gather()?;
@@ -447,7 +447,7 @@ fn calls_without_a_layer_are_told_by_the_programs_line() {
     Threads::new(2).run(run).unwrap();
 }
 
-/// Takes what every rank has for its term of a sum.
+/// Interprets each rank's tensor as its term of a sum.
 struct AsTerm;
 
 impl Layer<f32, Cpu> for AsTerm {
@@ -455,29 +455,29 @@ impl Layer<f32, Cpu> for AsTerm {
     type Out = Partial;
     type Saved = ();
 
-    fn forward(&self, x: Held<Copied>) -> Result<(Held<Partial>, ())> {
+    fn forward(&self, x: Distributed<Copied>) -> Result<(Distributed<Partial>, ())> {
         let group = x.group().clone();
         Ok((DTensor::partial(&group, x.into_local())?, ()))
     }
 
-    fn backward(&self, (): (), dy: Held<Copied>) -> Result<Held<Partial>> {
+    fn backward(&self, (): (), dy: Distributed<Copied>) -> Result<Distributed<Partial>> {
         Ok(self.forward(dy)?.0)
     }
 }
 
-/// PipelineEnds of a pipeline through which the input goes on as the gradient.
+/// The ends of a pipeline that returns its output as its own gradient.
 struct Through(Group<Cpu>);
 
 impl PipelineEnds<Replicated, f32, Cpu> for Through {
-    fn input(&mut self, _: usize, _: &Microbatch) -> Result<Held<Replicated>> {
+    fn input(&mut self, _: usize, _: &Microbatch) -> Result<Distributed<Replicated>> {
         replicated(&self.0)
     }
 
-    fn input_grad(&mut self, _: usize, _: Held<Replicated>) -> Result<()> {
+    fn input_grad(&mut self, _: usize, _: Distributed<Replicated>) -> Result<()> {
         Ok(())
     }
 
-    fn loss(&mut self, _: usize, y: Held<Replicated>) -> Result<Option<Held<Replicated>>> {
+    fn loss(&mut self, _: usize, y: Distributed<Replicated>) -> Result<Option<Distributed<Replicated>>> {
         Ok(Some(y))
     }
 }
@@ -498,7 +498,7 @@ fn own_layers_and_embeddings_say_where_they_are() {
             pass(Own, stream(&group)?)
         })?;
         assert_eq!(found, [layer("mine")]);
-        // What is started keeps the place of its start.
+        // A started collective keeps the site of its start.
         let x = Tensor::<f32>::zeros(group.device(), [2 + group.rank()])?;
         let site = Site::InLayer("start").enter();
         let pending = group.start_all_reduce(ReduceOp::Sum, x)?;

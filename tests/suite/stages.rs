@@ -1,4 +1,4 @@
-//! A decoder that is cut into the stages of a pipeline against the whole one.
+//! Compares a decoder split into pipeline stages with the whole decoder.
 
 use crate::{
     dev::{self, Dev, ranks},
@@ -25,7 +25,7 @@ const LOSS: VocabParallelCrossEntropy =
     VocabParallelCrossEntropy { smoothing: Smoothing::None, ignored: None, z: 1e-4 };
 const SCALE: f64 = 1.0 / 24.0;
 
-/// The tokens of microbatch `at`: sequences of its own lengths.
+/// The tokens of microbatch `at`: sequences of varying lengths.
 fn batch(at: u32, words: usize) -> (Vec<u32>, Vec<u32>, Sequences) {
     let token = |place: u32| (at * 31 + place * place * 7 + 3) % words as u32;
     (
@@ -58,7 +58,7 @@ fn assembled(
     all.finish()
 }
 
-/// One rank has all of the model.
+/// Runs the whole model on one rank.
 fn whole(source: &(dyn WeightSource + Sync), config: &DecoderConfig, count: usize) -> Step {
     let steps = ranks(1).run(|group| {
         let model = Decoder::<Replicated, f64, Dev>::load(&group, source, config)?;
@@ -78,7 +78,7 @@ fn whole(source: &(dyn WeightSource + Sync), config: &DecoderConfig, count: usiz
     (losses, assembled([grads]))
 }
 
-/// The stages are on `pp` ranks, each of which is `tp`.
+/// Runs the stages on `pp` pipeline ranks of `tp` tensor-parallel ranks each.
 fn staged<S: ResidualStream>(
     source: &(dyn WeightSource + Sync),
     config: &DecoderConfig,
@@ -127,7 +127,7 @@ fn agree(what: &str, (losses, grads): &Step, (want_losses, want): &Step) {
     }
 }
 
-/// Checkpoints of every family, tied and not, transposed and under a prefix.
+/// Checkpoints of every family, tied and not, transposed and with a prefix.
 #[test]
 fn every_family_is_cut_into_stages() {
     for name in DECODERS {
@@ -141,7 +141,7 @@ fn every_family_is_cut_into_stages() {
     }
 }
 
-/// Seven blocks with choices of their own.
+/// Seven blocks with different options.
 fn config() -> DecoderConfig {
     let block = BlockConfig {
         attention: AttentionConfig { choices: AttentionChoices::CAUSAL, ..AttentionConfig::new(8, 2) },
@@ -177,7 +177,7 @@ fn stages_of_any_number_are_the_whole() {
             agree(&what, &staged::<Replicated>(&source, &config, (pp, tp), &schedule), &want);
         }
     }
-    // The choices count: without them the result is another.
+    // The options matter: without them the result differs.
     let mut other = config();
     other.layers[5].attention.window = None;
     assert!((whole(&source, &other, 1).0[0] - whole(&source, &config(), 1).0[0]).abs() > 1e-9);
@@ -225,15 +225,15 @@ fn what_is_no_part_of_the_model_is_refused() {
     let drawn = drops.forward(&ids, Sequences::one(2)).err().unwrap().to_string();
     assert!(drawn.contains("has dropout, which a forward does not draw"), "{drawn}");
 
-    // Tokens of fewer microbatches than there are, and stages that hand on another width.
+    // Tokens for too missing microbatches, and stages that pass on another width.
     let schedule = Schedule::gpipe(1, 2);
     let described = [Microbatch::rows(2), Microbatch::rows(2)];
     let tokens = || vec![Tokens { ids: &ids, targets: &ids }];
     let pipeline = Pipeline::new(&group, &group, schedule, 8).unwrap();
     let mut ends = DecoderEnds::new(&all, tokens(), LOSS, Some(1.0));
-    let few = pipeline.run(all.chunks(), &described, &mut ends).unwrap_err().to_string();
+    let missing = pipeline.run(all.chunks(), &described, &mut ends).unwrap_err().to_string();
     assert_eq!(
-        few,
+        missing,
         "decoder: the number of the microbatch is 1, but the number of microbatches with tokens is 1"
     );
     let chunks = Schedule::interleaved(1, 2, 1).unwrap();
@@ -244,7 +244,7 @@ fn what_is_no_part_of_the_model_is_refused() {
     assert_eq!(wide, "pipeline: features of a stage's output is 8, but those of the next one's input is 9");
 }
 
-/// A block that the configuration does not have is refused on every rank, whichever stages it
+/// A block that the configuration does not have is rejected on every rank, whichever stages it
 /// holds.
 #[test]
 fn a_checkpoint_of_more_blocks_is_refused_on_every_rank() {
@@ -266,7 +266,7 @@ fn a_checkpoint_of_more_blocks_is_refused_on_every_rank() {
             let mut more = all.clone();
             more.0.insert(name.into(), ArrayD::zeros(vec![2, 2]));
             let found = load(&more, rank).err().map(|error| error.to_string());
-            // A tensor of a block that another rank holds is that rank's to refuse.
+            // A tensor of a block is rejected only by the rank that holds the block.
             if name.contains("layers.0") && rank == 1 {
                 assert_eq!(found, None);
                 continue;

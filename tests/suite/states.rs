@@ -1,4 +1,4 @@
-//! What outlives a step: optimizers' states, masters, absent gradients and scales.
+//! State that outlives a step: optimizer states, master weights, absent gradients and loss scales.
 
 use crate::dev::{self, Dev, Tensor, ranks};
 use crate::support::{Assembled, arrays, close, random};
@@ -28,11 +28,11 @@ fn param<T: Element>(device: &Dev, name: &str, shape: &[usize]) -> Param<T, Dev>
     Param::load_region(device, &Weights::new(&source), name, Role::Weight, region, true).unwrap()
 }
 
-/// Its gradient of a step, and the parameter has it.
+/// Sets the parameter's gradient of a step and returns it.
 fn give<T: Element>(param: &Param<T, Dev>, step: u64) -> ArrayD<f64> {
     let grad = random(100 + step, param.name(), param.shape().dims()).mapv(|g| T::Acc::from_f64(g).to_f64());
     param.zero_grad();
-    let device = dev::beside(param.device());
+    let device = dev::another_handle(param.device());
     param.add_grad(Tensor::from_array(&device, &grad.mapv(T::Acc::from_f64)).unwrap()).unwrap();
     grad
 }
@@ -46,7 +46,7 @@ fn bits<T: Element>(param: &Param<T, Dev>) -> Vec<u64> {
 }
 
 fn set<T: Element>(param: &Param<T, Dev>, value: &ArrayD<f64>) {
-    let device = dev::beside(param.device());
+    let device = dev::another_handle(param.device());
     param.set(Tensor::from_array(&device, &value.mapv(T::from_f64)).unwrap()).unwrap();
 }
 
@@ -69,8 +69,8 @@ fn sgd_config() -> SgdConfig {
     SgdConfig { momentum: 0.9, nesterov: false, weight_decay: DECAY }
 }
 
-/// Parameters of one shape and of others, which come and go, in any order: each is stepped as if it
-/// were alone, and its bias correction counts its own steps.
+/// Parameters of the same and of different shapes, added and removed in any order. Each steps as if
+/// it were alone, and its bias correction counts its own steps.
 fn each_as_if_alone<T: Element>(tolerance: f64) {
     let device = dev::poisoned();
     let names = ["a", "b", "c"];
@@ -87,7 +87,7 @@ fn each_as_if_alone<T: Element>(tolerance: f64) {
     let visits: [&[usize]; 6] = [&[0, 1], &[1], &[1, 0], &[2, 0, 1], &[2], &[1, 2, 0]];
     for (step, visited) in visits.into_iter().enumerate() {
         for &at in visited {
-            // One that is visited without a gradient is left alone.
+            // A parameter without a gradient is unchanged.
             if step == 3 && at == 0 {
                 params[at].zero_grad();
                 moved[at].zero_grad();
@@ -118,7 +118,7 @@ fn state_follows_the_name_whatever_is_visited_and_in_which_order() {
 }
 
 #[test]
-fn a_name_visited_twice_or_with_other_pieces_is_refused_before_anything_changes() {
+fn a_name_visited_twice_or_with_other_shards_is_refused_before_anything_changes() {
     let device = dev::poisoned();
     let cut = |rows: std::ops::Range<usize>, owned: bool| {
         let source = arrays([("w", random(1, "w", &[6, 5]))]);
@@ -153,8 +153,8 @@ fn a_name_visited_twice_or_with_other_pieces_is_refused_before_anything_changes(
     assert_eq!(step(&[&w, &first], 4), ["", ""]);
 }
 
-/// A value that is set between steps, in place or by another parameter of that name, is what the
-/// next step begins with.
+/// The next step starts from a value that was set between steps, in place or through another
+/// parameter of that name.
 fn sets_values<T: Element>() {
     let device = dev::poisoned();
     let mut param = param::<T>(&device, "w", &[3, 5]);
@@ -191,8 +191,8 @@ fn masters_are_taken_anew_from_values_set_after_them_and_moments_are_kept() {
     sets_values::<f32>();
 }
 
-/// Values that are taken away for a while, such as for an average of weights, and put back: masters
-/// keep what bf16 cannot.
+/// Values that are replaced for a while, such as by an average of the weights, and restored.
+/// Masters keep what bf16 cannot represent.
 #[test]
 fn masters_are_kept_where_values_are_still_their_rounding() {
     let device = dev::poisoned();
@@ -214,8 +214,8 @@ fn masters_are_kept_where_values_are_still_their_rounding() {
     assert_eq!(train(true), train(false));
 }
 
-/// A value that is set in one element is that element's master, and no other's: parts of a tensor on
-/// other ranks know nothing of it.
+/// A value set in one element changes the master of that element and no other. Shards on other
+/// ranks are unaffected.
 #[test]
 fn a_value_set_in_one_element_leaves_the_masters_of_the_others() {
     let device = dev::poisoned();
@@ -241,16 +241,17 @@ fn a_value_set_in_one_element_leaves_the_masters_of_the_others() {
     assert_eq!(set, kept);
 }
 
-/// The aggregator sends its values after each step and keeps its masters: the bits of replicas that
-/// all step.
+/// The aggregator keeps the masters and sends its values after each step. The bits are those of
+/// replicas that all step.
 #[test]
 fn a_broadcast_leaves_the_senders_masters_alone() {
     let train = |central: bool| {
         let all = ranks(3).run(|group| {
             let param = param::<bf16>(group.device(), "w", &[3, 5]);
-            let replicas = match central {
-                true => DataParallel::central(&group, slice::from_ref(&param), 1)?,
-                false => DataParallel::new(&group, slice::from_ref(&param))?,
+            let replicas = if central {
+                DataParallel::central(&group, slice::from_ref(&param), 1)?
+            } else {
+                DataParallel::new(&group, slice::from_ref(&param))?
             };
             let mut sgd = Sgd::<bf16, Dev>::default();
             for _ in 0..50 {
@@ -275,7 +276,7 @@ fn a_broadcast_leaves_the_senders_masters_alone() {
 }
 
 /// A parameter without a gradient on any replica has none after the reduction, so that nothing
-/// decays it; where some replica has one, zeros stand in for the others'.
+/// decays it. If some replica has one, the others count as zeros.
 #[test]
 fn absent_gradients_stay_absent_through_every_reduction() {
     #[derive(Clone, Copy, Debug, PartialEq)]
@@ -338,7 +339,8 @@ fn absent_gradients_stay_absent_through_every_reduction() {
     }
 }
 
-/// Two backwards to one parameter of a bucket leave out no other, whose gradient is from before.
+/// Two backwards to one parameter of a bucket do not complete the bucket for another parameter,
+/// whose gradient is older.
 #[test]
 fn a_gradient_that_is_completed_twice_does_not_stand_for_another() {
     let all = ranks(2).run(|group| {
@@ -358,7 +360,7 @@ fn a_gradient_that_is_completed_twice_does_not_stand_for_another() {
     all.unwrap();
 }
 
-/// The ends of a pipeline sum the gradients of a parameter that both hold.
+/// The ends of a pipeline sum the gradients of a parameter that both shard_of.
 #[test]
 fn absent_gradients_stay_absent_where_the_ends_of_a_pipeline_share_a_parameter() {
     for (given, want) in
@@ -428,8 +430,8 @@ fn a_norm_that_cannot_be_clipped_is_an_error_and_no_factor() {
     }
 }
 
-/// Decay and rate by name, late gradients, and what the configuration says of all others: PyTorch's
-/// `param_groups`.
+/// Decay and rate by name, late gradients, and the configuration's defaults for all others, like
+/// PyTorch's `param_groups`.
 #[test]
 fn groups_have_rates_and_decays_of_their_own() {
     let device = dev::poisoned();
@@ -462,7 +464,7 @@ fn groups_have_rates_and_decays_of_their_own() {
         plain_sgd(LR * scale, decay)
     });
     for step in 0..8 {
-        // Each has its first gradient a step later than the one before.
+        // Each parameter has its first gradient one step later than the previous one.
         for at in 0..names.len().min(step as usize + 1) {
             let grad = give(&params[at], step);
             plain[at].step(&mut want[at], &(&grad * 0.5));
@@ -531,7 +533,7 @@ fn numbers_that_make_no_sense_are_refused_before_anything_changes() {
     }
 }
 
-/// Heads, vocabulary and features that two and three ranks cut unevenly.
+/// Heads, vocabulary and features that two and three ranks shard unevenly.
 const GPT: Config = Config {
     vocabulary: 11,
     context: 5,
@@ -543,8 +545,7 @@ const GPT: Config = Config {
     recompute: false,
 };
 
-/// With an ε that bounds what rounding makes of the gradient of a key's bias, which is 0 but for
-/// that.
+/// An ε large enough to bound the gradient of a key's bias, which is only rounding error.
 fn gpt_config() -> AdamWConfig {
     AdamWConfig { eps: 1e-3, ..adamw_config() }
 }
@@ -556,7 +557,7 @@ struct Training<T: Element, O> {
     optimizer: O,
 }
 
-/// What the tests ask of an optimizer.
+/// The operations of an optimizer that the tests need.
 trait Optimizer<T: Element>: Sized {
     fn fresh() -> Self;
     fn load(source: &dyn WeightSource, model: &Gpt<Replicated, T, Dev>) -> Result<Self>;
@@ -615,7 +616,7 @@ impl<T: Element, O: Optimizer<T>> Training<T, O> {
     }
 
     fn save(&mut self, folder: &Path) -> Result<()> {
-        // The replicas hold the same.
+        // Replicas shard_of the same values.
         if self.mesh.group(Axis::Data).rank() > 0 {
             return Ok(());
         }
@@ -632,33 +633,34 @@ impl<T: Element, O: Optimizer<T>> Training<T, O> {
         Ok(())
     }
 
-    /// Every tensor of the model and of the states, and what this rank holds of it.
-    fn held(&mut self) -> Result<Held> {
-        let mut held = self.model.params().iter().map(hold).collect::<Result<Held>>()?;
+    /// Returns this rank's shards of every tensor of the model and of the states.
+    fn shards(&mut self) -> Result<Shards> {
+        let mut shards = self.model.params().iter().map(shard_of).collect::<Result<Shards>>()?;
         for param in self.optimizer.state()? {
-            held.push(hold(&param)?);
+            shards.push(shard_of(&param)?);
         }
         let replica = self.mesh.group(Axis::Data).rank();
-        Ok(if replica == 0 { held } else { Vec::new() })
+        Ok(if replica == 0 { shards } else { Vec::new() })
     }
 }
 
-type Part = (Vec<ParamRegion>, Vec<usize>, Vec<f64>);
-type Held = Vec<Part>;
+type TensorShard = (Vec<ParamRegion>, Vec<usize>, Vec<f64>);
+type Shards = Vec<TensorShard>;
 
-fn hold<T: Element>(param: &Param<T, Dev>) -> Result<Part> {
+fn shard_of<T: Element>(param: &Param<T, Dev>) -> Result<TensorShard> {
     let values = param.value()?.to_vec()?.into_iter().map(T::to_f64).collect();
     Ok((param.regions().to_vec(), param.shape().dims().to_vec(), values))
 }
 
-fn together(ranks: Result<Vec<Held>>) -> BTreeMap<String, ArrayD<f64>> {
+fn together(ranks: Result<Vec<Shards>>) -> BTreeMap<String, ArrayD<f64>> {
     let mut whole = Assembled::default();
     let all = ranks.unwrap().into_iter().flatten();
     all.for_each(|(regions, shape, values)| whole.add(&regions, &shape, &values));
     whole.finish()
 }
 
-/// The run that is never stopped, and those that go on from its fourth step on some meshes.
+/// Returns the parameters of an uninterrupted run, and of runs that resume from its fourth step on
+/// other meshes.
 fn stopped_and_not<T: Element, O: Optimizer<T>>(
     mesh: [usize; 2],
     others: &[[usize; 2]],
@@ -670,13 +672,13 @@ fn stopped_and_not<T: Element, O: Optimizer<T>>(
         training.steps(0..4)?;
         training.save(folder.path())?;
         training.steps(4..8)?;
-        training.held()
+        training.shards()
     }));
     let go_on = |&mesh: &[usize; 2]| {
         together(ranks(size(mesh)).run(|world| {
             let mut training = Training::<T, O>::open(&world, mesh, folder.path())?;
             training.steps(4..8)?;
-            training.held()
+            training.shards()
         }))
     };
     (never, others.iter().map(go_on).collect())
@@ -713,8 +715,9 @@ fn training_goes_on_bit_for_bit_on_the_same_mesh_with_masters_too() {
     case::<f64, AdamW<f64, Dev>>("adamw.step.embedding.weight");
 }
 
-/// A source that lacks some of a parameter's state names what is there and what is not; one that
-/// has nothing of a parameter lets it begin anew; one that is no count of steps is none.
+/// A source with an incomplete state of a parameter is an error that names the present and the
+/// absent tensors. A source without any state of a parameter starts it anew. A step count must be a
+/// whole number.
 #[test]
 fn states_are_read_whole_or_not_at_all() {
     let device = dev::poisoned();
@@ -749,7 +752,7 @@ fn states_are_read_whole_or_not_at_all() {
     let mut wrong = whole.to_vec();
     wrong[1] = of("v", 0.0, &[4]);
     assert!(load(&wrong).unwrap_err().to_string().contains("`adamw.v.w` has shape [4]"));
-    // What is written to the tensors counts: another rank's steps, for example.
+    // Values written to the state tensors take effect, such as another rank's step counts.
     let write = |value: f64| {
         let mut states = load(&whole).unwrap();
         for param in states.state()? {
@@ -765,7 +768,7 @@ fn states_are_read_whole_or_not_at_all() {
     let full = |value| Tensor::full(&device, count.shape(), value).unwrap();
     count.set(full(9.0)).unwrap();
     assert_eq!(states.steps(), 9);
-    // What is listed is the state, after the next step too.
+    // The listed tensors are the state itself, also after the next step.
     let weight = &param::<bf16>(&device, "w", &[3]);
     let params = std::slice::from_ref(weight);
     weight.set_grad(Tensor::full(&device, weight.shape(), 1.0).unwrap()).unwrap();

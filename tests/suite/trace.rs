@@ -1,4 +1,4 @@
-//! What ranks note, what is read from it, and who is blamed.
+//! What ranks record, what readers derive from the records, and which rank is blamed.
 
 use proptest::{collection::vec, prelude::*};
 use shardwise::{
@@ -77,7 +77,7 @@ fn the_last_operations_are_kept() {
         .unwrap();
 }
 
-/// What becomes of the odd rank, and what is blamed on it.
+/// What the odd rank does, and the reason for its blame.
 type Fate = (fn(&Group<Cpu>) -> Result<()>, &'static str);
 
 const FATES: [Fate; 5] = [
@@ -88,19 +88,19 @@ const FATES: [Fate; 5] = [
     (|_| Err(Error::Invalid { op: "test", reason: "fails".into() }), "it returned an error"),
     (|_| Ok(()), "it returned while others needed it, after all_reduce"),
     (|group| group.barrier(), "called something else than the others"),
-    // It comes when the others have given up: see below.
+    // It arrives after the others have given up: see below.
     (|group| group.barrier(), "it did not join, after all_reduce"),
 ];
 
-/// The deadline of ranks that wait for one that comes too late. A rank that is on its way is not as late as this, however busy the
-/// machine is: whoever is, is rightly blamed as well.
+/// The deadline of ranks that wait for a late rank. It is long enough that, even on a busy machine,
+/// only a rank that deserves the blame exceeds it.
 const LATE: Duration = Duration::from_secs(1);
 
 #[test]
 fn the_rank_that_broke_the_job_is_blamed() {
     for world in [2, 3, 5] {
         for odd in 0..world {
-            for (case, (fate, words)) in FATES.into_iter().enumerate() {
+            for (case, (fate, text)) in FATES.into_iter().enumerate() {
                 let folder = tempfile::tempdir().unwrap();
                 let deadline = if case == 4 { LATE } else { Duration::from_secs(60) };
                 let given_up = AtomicUsize::new(0);
@@ -121,21 +121,22 @@ fn the_rank_that_broke_the_job_is_blamed() {
                 let records = Record::read_all([folder.path()]).unwrap();
                 assert_eq!(records.len(), world);
                 let blame = blame(&records);
-                // Of two that disagree, neither is in the minority.
+                // Of two ranks that disagree, neither is in the minority.
                 let want = if case == 3 && world == 2 { vec![0, 1] } else { vec![odd] };
                 assert_eq!(blame.ranks, want, "{world} ranks, case {case}: {blame}");
-                assert!(blame.reason.contains(words), "case {case}: {blame}");
-                let told = blame.to_string();
+                assert!(blame.reason.contains(text), "case {case}: {blame}");
+                let text = blame.to_string();
                 assert!(
-                    told.contains("all_reduce(max, f32 [8]") || told.contains("all_reduce (call 1"),
-                    "{told}"
+                    text.contains("all_reduce(max, f32 [8]") || text.contains("all_reduce (call 1"),
+                    "{text}"
                 );
             }
         }
     }
 }
 
-/// A deadline names all that had not met the others. One of them had entered the call, and was only not quick enough.
+/// A deadline names all ranks that had not met the others. One of them had already entered the call
+/// and was merely slow.
 #[test]
 fn of_those_that_were_late_who_was_on_its_way_is_not_blamed() {
     let record = |rank: usize, begin: u64, failure: Option<&str>| {
@@ -159,7 +160,7 @@ fn of_those_that_were_late_who_was_on_its_way_is_not_blamed() {
         [record(0, 0, Some("deadline")), record(1, 999, Some("deadline")), record(2, third, Some("deadline"))]
     };
     assert_eq!(blame(&records(1500)).ranks, [2]);
-    // All came in time, and the deadline is nobody's fault in particular.
+    // All ranks arrived in time, so no single rank is to blame for the deadline.
     assert_eq!(blame(&records(999)).ranks, [1, 2]);
 }
 
@@ -236,7 +237,7 @@ fn time_lines_show_products_and_collectives_of_each_rank() {
         };
         assert_eq!(count("thread_name", "M"), 1);
         assert_eq!(count("gemm", "X"), 6, "two layers, forward, dX and dW");
-        // The backward's is started while dW is computed.
+        // The collective of the backward is started while dW is computed.
         assert_eq!((count("all_reduce", "X"), count("all_reduce", "b"), count("all_reduce", "e")), (1, 1, 1));
     }
     for event in events.iter().filter(|event| event["ph"] == "X") {
@@ -261,18 +262,18 @@ fn absurd_numbers_in_records_are_named_or_refused_at_once() {
         let begin = Instant::now();
         let verdict = blame(&records);
         assert_eq!(verdict.ranks[..3], [3, 4, 5]);
-        let words = verdict.to_string();
+        let text = verdict.to_string();
         let more = world - 3 - verdict.ranks.len();
-        assert!(words.starts_with("ranks [3, 4, 5, 6, 7, 8, 9, 10] and 4088 more: no record: "), "{words}");
-        assert!(words.contains(&format!(", like {more} more\n")) && words.len() < 1000, "{words}");
+        assert!(text.starts_with("ranks [3, 4, 5, 6, 7, 8, 9, 10] and 4088 more: no record: "), "{text}");
+        assert!(text.contains(&format!(", like {more} more\n")) && text.len() < 1000, "{text}");
         assert!(begin.elapsed() < Duration::from_secs(1));
     }
-    // What is longer than any record is not read to its end.
+    // A file longer than any record is not read to its end.
     assert!(matches!(Record::read("/dev/zero"), Err(Error::Io { .. })));
 }
 
 proptest! {
-    /// Whatever the numbers of a record are, it is refused, or read, judged and drawn.
+    /// A record with arbitrary numbers is either rejected, or can be read, judged and drawn.
     #[test]
     fn any_numbers_in_records_are_judged_or_refused(
         numbers in vec((any::<prop::sample::Index>(), any::<u64>(), 0..64_u32), 1..6),
@@ -287,15 +288,15 @@ proptest! {
             run.unwrap_err();
             Record::read_all([folder.path()]).unwrap()[1].to_lines()
         });
-        let pieces: Vec<_> = lines.split_inclusive(|letter: char| !letter.is_ascii_digit()).collect();
-        let places: Vec<_> = (0..pieces.len()).filter(|at| pieces[*at].len() > 1).collect();
-        let mut pieces: Vec<_> = pieces.into_iter().map(str::to_string).collect();
+        let segments: Vec<_> = lines.split_inclusive(|character: char| !character.is_ascii_digit()).collect();
+        let places: Vec<_> = (0..segments.len()).filter(|at| segments[*at].len() > 1).collect();
+        let mut segments: Vec<_> = segments.into_iter().map(str::to_string).collect();
         for (place, number, shift) in numbers {
-            let piece = &mut pieces[*place.get(&places)];
-            *piece = format!("{}{}", number >> shift, piece.chars().last().unwrap_or_default());
+            let segment = &mut segments[*place.get(&places)];
+            *segment = format!("{}{}", number >> shift, segment.chars().last().unwrap_or_default());
         }
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), pieces.concat()).unwrap();
+        std::fs::write(file.path(), segments.concat()).unwrap();
         if let Ok(record) = Record::read(file.path()) {
             prop_assert!(blame(std::slice::from_ref(&record)).to_string().len() < 10_000);
             chrome(&[record]);
@@ -303,13 +304,13 @@ proptest! {
     }
 }
 
-/// Takes in what is said, and looks at what was noted then.
+/// Collects tracing events and reads the snapshot at each.
 #[derive(Clone, Default)]
 struct Listener(Arc<Mutex<Vec<String>>>);
 
-struct Words(String);
+struct Text(String);
 
-impl Visit for Words {
+impl Visit for Text {
     fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
         self.0 += &format!(" {field}={value:?}");
     }
@@ -321,9 +322,9 @@ impl Subscriber for Listener {
     }
 
     fn new_span(&self, span: &span::Attributes<'_>) -> span::Id {
-        let mut words = Words(span.metadata().name().into());
-        span.record(&mut words);
-        self.0.lock().unwrap().push(words.0);
+        let mut text = Text(span.metadata().name().into());
+        span.record(&mut text);
+        self.0.lock().unwrap().push(text.0);
         span::Id::from_u64(1)
     }
 
@@ -332,12 +333,12 @@ impl Subscriber for Listener {
     fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
 
     fn event(&self, event: &Event<'_>) {
-        let mut words = Words(event.metadata().level().to_string());
-        event.record(&mut words);
+        let mut text = Text(event.metadata().level().to_string());
+        event.record(&mut text);
         if let Some(failure) = snapshot().entries.into_iter().find_map(|entry| entry.failure) {
-            words.0 += &format!(" noted={failure}");
+            text.0 += &format!(" noted={failure}");
         }
-        self.0.lock().unwrap().push(words.0);
+        self.0.lock().unwrap().push(text.0);
     }
 
     fn enter(&self, _: &span::Id) {}
@@ -363,7 +364,7 @@ fn the_same_events_are_spans_of_tracing() {
     assert!(!said.contains("12345"), "{said}");
 }
 
-/// A subscriber may look at the record of the rank that tells it something.
+/// A subscriber may take a snapshot of the rank that emits the event.
 #[test]
 fn subscribers_that_take_snapshots_fail_no_rank() {
     let listener = Listener::default();
@@ -374,8 +375,8 @@ fn subscribers_that_take_snapshots_fail_no_rank() {
         assert!(matches!(outcome, Err(Error::Mismatch(_))), "{outcome:?}");
     }
     let said = listener.0.lock().unwrap();
-    let told = |level: &str| {
-        said.iter().filter(|words| words.starts_with(level) && words.ends_with("noted=mismatch")).count()
+    let count = |level: &str| {
+        said.iter().filter(|text| text.starts_with(level) && text.ends_with("noted=mismatch")).count()
     };
-    assert_eq!((told("ERROR rank="), told("WARN message=the flight record")), (2, 2), "{said:?}");
+    assert_eq!((count("ERROR rank="), count("WARN message=the flight record")), (2, 2), "{said:?}");
 }

@@ -1,4 +1,4 @@
-//! Training on meshes against training on one device, and its parts against the reference.
+//! Compares training on meshes with training on one device, and its components with the reference.
 
 #[path = "../../examples/text/train_text/model.rs"]
 #[allow(dead_code)]
@@ -24,10 +24,12 @@ use shardwise::{
 };
 use std::collections::BTreeMap;
 
-/// Adam's ε. The gradient of a key's bias is 0 but for rounding, which Adam would divide by its own size: ε bounds that.
+/// Adam's ε. The gradient of a key's bias is only rounding error, which Adam would scale up to a
+/// full step; ε bounds that.
 const EPS: f64 = 1e-5;
 
-/// Small enough that twenty steps do not amplify a rounding error beyond the bound, for any draw of a model.
+/// Small enough that twenty steps do not amplify a rounding error beyond the bound, for any random
+/// model.
 const RATE: f64 = 1e-3;
 
 const CONFIG: Config = Config {
@@ -52,7 +54,7 @@ pub(crate) fn batch(config: &Config, step: u64, sequences: usize) -> Batch {
     }
 }
 
-/// The parameters of the whole model after some steps, and the losses and norms on the way.
+/// The parameters of the whole model after some steps, and the losses and norms of each step.
 struct Trained {
     params: BTreeMap<String, ArrayD<f64>>,
     curve: Vec<(f64, f64)>,
@@ -121,7 +123,8 @@ fn same(got: &Trained, want: &Trained, tolerance: f64) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 12 / dev::FEWER, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Random models on dp x pp x tp meshes, with uneven batches and cuts, dropout and clipping: 20 steps as on one device.
+    /// Random models on dp x pp x tp meshes, with uneven batches and shards, dropout and clipping:
+    /// 20 steps equal those of one device.
     #[test]
     fn meshes_train_as_one_device_does(
         mesh in prop::sample::select(vec![[2, 1, 1], [1, 2, 1], [1, 1, 2], [1, 4, 1], [2, 2, 2], [3, 1, 2], [8, 1, 1], [1, 1, 5]]),
@@ -136,7 +139,7 @@ proptest! {
     }
 }
 
-/// The same model of the reference's parts.
+/// The same model, built from the reference's functions.
 struct Reference(BTreeMap<String, ArrayD<f64>>);
 
 impl Reference {
@@ -229,7 +232,7 @@ impl Reference {
     }
 }
 
-/// A 2 x 2 x 2 mesh against a model and an optimizer that share no code with it.
+/// Compares a 2 x 2 x 2 mesh with a model and an optimizer that share no code with it.
 #[test]
 fn a_mesh_trains_as_the_reference_does() {
     let config = Config { dropout: 0.0, ..CONFIG };
@@ -266,7 +269,8 @@ fn a_mesh_trains_as_the_reference_does() {
     same(&got, &Trained { params: model.0, curve }, 1e-10);
 }
 
-/// All schedules add gradients in the same order: the same bits, where the norm, which is summed rank by rank, has no say.
+/// All schedules add gradients in the same order and give the same bits. There is no clipping,
+/// because the norm is summed rank by rank.
 #[test]
 fn schedules_give_the_same_bits() {
     let train = |schedule: Schedule| {
@@ -283,10 +287,10 @@ fn schedules_give_the_same_bits() {
     }
 }
 
-/// What each rank of a mesh is told after `spoil` has had its way with a rank's model or batch before step 2.
+/// Returns each rank's error after `damage` has changed a rank's model or batch before step 2.
 fn faulty(
     [dp, pp, tp]: [usize; 3],
-    spoil: impl Fn(usize, &Gpt<Replicated, f32, Dev>, &mut Batch) -> Result<()> + Sync,
+    damage: impl Fn(usize, &Gpt<Replicated, f32, Dev>, &mut Batch) -> Result<()> + Sync,
 ) -> Vec<Error> {
     let outcomes = ranks(dp * pp * tp).run_each(|world| {
         let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
@@ -296,7 +300,7 @@ fn faulty(
         for step in 0..4 {
             let mut batch = batch(&CONFIG, step, 8);
             if step == 2 {
-                spoil(world.rank(), &model, &mut batch)?;
+                damage(world.rank(), &model, &mut batch)?;
             }
             let (_, norm) = model.gradients(&batch, step, 1.0)?;
             optimizer.step(&model.params(), 1e-2, clip_scale(require_finite(norm)?, 1.0)?)?;
@@ -306,7 +310,8 @@ fn faulty(
     outcomes.unwrap().into_iter().map(|outcome| outcome.unwrap_err()).collect()
 }
 
-/// A rank panics, a weight turns NaN, or ranks are given different batches, in mid-training: an error on every rank.
+/// If a rank panics, a weight turns NaN, or ranks have different batches in mid-training, every
+/// rank returns an error.
 #[test]
 fn faults_are_typed_errors_on_every_rank() {
     for mesh in [[2, 1, 1], [1, 2, 1], [1, 1, 2], [2, 2, 2]] {
@@ -316,12 +321,12 @@ fn faults_are_typed_errors_on_every_rank() {
             match error {
                 Error::RankPanicked { rank: 1, message } if rank == 1 => assert_eq!(message, "a fault"),
                 Error::PeerLost { .. } if rank != 1 => {}
-                other => panic!("{mesh:?}: rank {rank} was told {other:?}"),
+                other => panic!("{mesh:?}: rank {rank} returned {other:?}"),
             }
         }
         let nan = faulty(mesh, |rank, model, _| match rank {
             0 => model.params().iter().try_for_each(|param| {
-                param.set(Tensor::full(&dev::beside(param.device()), param.shape(), f64::NAN)?)
+                param.set(Tensor::full(&dev::another_handle(param.device()), param.shape(), f64::NAN)?)
             }),
             _ => Ok(()),
         });
@@ -350,7 +355,8 @@ fn faults_are_typed_errors_on_every_rank() {
     }
 }
 
-/// f16 with a loss scale that is too large at first: steps are left out until it fits, and then the loss falls.
+/// f16 with a loss scale that is too large at first: steps are skipped until it fits, and then the
+/// loss falls.
 #[test]
 fn loss_scaling_finds_a_scale_that_fits() {
     let outcomes = ranks(2).run(|world| {
@@ -362,9 +368,10 @@ fn loss_scaling_finds_a_scale_that_fits() {
         for step in 0..40 {
             let (loss, norm) = model.gradients(&batch(&CONFIG, 0, 8), step, scale.scale())?;
             let undo = 1.0 / scale.scale();
-            match scale.update(norm) {
-                true => adamw.step(&model.params(), 1e-2, undo * clip_scale(norm * undo, 1.0)?)?,
-                false => left_out += 1,
+            if scale.update(norm) {
+                adamw.step(&model.params(), 1e-2, undo * clip_scale(norm * undo, 1.0)?)?
+            } else {
+                left_out += 1
             }
             losses.push(loss);
         }
@@ -377,8 +384,8 @@ fn loss_scaling_finds_a_scale_that_fits() {
     assert!(losses.iter().all(|loss| loss.is_finite()) && losses[39] < 0.7 * losses[0], "{losses:?}");
 }
 
-/// The ranks of a replica, which hold stages and parts of tensors, save it together. One rank reads
-/// it.
+/// The ranks of a replica, which hold stages and shards of tensors, save it together. One rank
+/// reads it.
 #[test]
 fn a_model_on_a_mesh_is_saved_whole() {
     let source = Random::normal(5, 0.5);

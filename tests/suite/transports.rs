@@ -1,4 +1,4 @@
-//! Every communicator gives what the thread ranks' gives: collectives of host-staged tensors and of processes.
+//! Every communicator gives the results of thread ranks: host-staged tensors and processes.
 
 use crate::{
     disagree::DISAGREEMENTS,
@@ -15,7 +15,7 @@ use shardwise::{
 };
 use std::time::Duration;
 
-/// What holds for every communicator.
+/// The checks for every communicator.
 fn everything<B: Pointwise>(group: &Group<B>) -> Result<()> {
     all_exact(group, false)?;
     all_in_flight(group)?;
@@ -56,7 +56,7 @@ fn processes_have_the_collectives_of_threads() {
     }
 }
 
-/// A disagreement of rank 1, and what it says, on a group of any kind.
+/// The error of a disagreement of rank 1, on a group of any kind.
 fn disagrees<B: Pointwise>(group: &Group<B>) -> Result<Error> {
     let len = if group.rank() == 1 { 4 } else { 3 };
     let mut x = Tensor::<f32, B>::full(group.device(), [len], 7.0)?;
@@ -81,9 +81,9 @@ fn a_disagreement_is_the_same_error_on_every_rank_of_every_communicator() {
     }
 }
 
-/// Every disagreement of every rank in turn, each in a group of its own.
+/// The errors of every disagreement of every rank in turn, each in its own group.
 fn all_disagreements(world: &Group<Cpu>, of: impl Fn(Group<Cpu>) -> Group<Cpu>) -> Result<Vec<Error>> {
-    let mut told = Vec::new();
+    let mut found = Vec::new();
     for odd in 0..world.size() {
         for (case, (usual, other, ..)) in DISAGREEMENTS.iter().enumerate() {
             let group = of(world.split_all(0)?);
@@ -91,16 +91,16 @@ fn all_disagreements(world: &Group<Cpu>, of: impl Fn(Group<Cpu>) -> Group<Cpu>) 
             assert_eq!(group.barrier().unwrap_err(), error, "a failed group repeats its first error");
             let Error::Mismatch(mismatch) = &error else { panic!("case {case}, {odd} odd: {error}") };
             assert_eq!((mismatch.left_rank, mismatch.right_rank), (0, odd.max(1)), "case {case}: {error}");
-            told.push(error);
+            found.push(error);
         }
     }
-    Ok(told)
+    Ok(found)
 }
 
 #[test]
 fn every_disagreement_is_found_on_every_communicator() {
-    let check = |told: Vec<Vec<Error>>| {
-        assert!(!told[0].is_empty() && told.iter().all(|errors| *errors == told[0]));
+    let check = |found: Vec<Vec<Error>>| {
+        assert!(!found[0].is_empty() && found.iter().all(|errors| *errors == found[0]));
     };
     for world in 2..=4 {
         check(staged(world).run(|group| all_disagreements(&group, |part| part.staged(&Cpu::new()))).unwrap());
@@ -109,7 +109,7 @@ fn every_disagreement_is_found_on_every_communicator() {
     }
 }
 
-/// Sends a vector, where a matrix is expected.
+/// Sends a vector where a matrix is expected.
 fn surprises<B: Pointwise>(group: &Group<B>) -> Result<Error> {
     let x = Tensor::<f32, B>::full(group.device(), [6], 1.0)?;
     let result = match group.rank() {
@@ -151,7 +151,7 @@ fn a_lost_process_is_an_error_on_every_other() {
                 let Error::PeerLost { rank: named, reason, op: "barrier", .. } = &error else {
                     panic!("rank {rank}: {error}")
                 };
-                // Who hears of the lost rank leaves, too.
+                // A rank that learns of the lost rank leaves, too.
                 assert!(
                     *named == lost && *reason == LostReason::Failed,
                     "rank {rank} of {world}, {lost} lost: {error}"
@@ -161,7 +161,8 @@ fn a_lost_process_is_an_error_on_every_other() {
     }
 }
 
-/// Rank 2 fails; 1, which needs it, is told so and fails as well; 3 needs only 1, and hears of both.
+/// Rank 2 fails. Rank 1 waits for it, receives the error and fails as well. Rank 3 waits only for
+/// 1, and learns of both.
 #[test]
 fn the_first_lost_process_is_the_one_that_is_named() {
     let outcomes = processes(4, |group| {
@@ -171,7 +172,7 @@ fn the_first_lost_process_is_the_one_that_is_named() {
             1 => group.exchange::<f32>(None, Some((2, shape)))?,
             2 => return Err(Error::invalid("test", "fails")),
             _ => {
-                // Both are gone.
+                // Both have failed by now.
                 std::thread::sleep(Duration::from_millis(100));
                 group.exchange::<f32>(None, Some((1, shape)))?
             }
@@ -187,18 +188,18 @@ fn the_first_lost_process_is_the_one_that_is_named() {
     }
 }
 
-/// Messages go by way of the first process, also those of groups that it is not in.
+/// Messages pass through the first process, also those of groups without it.
 #[test]
-fn the_loss_of_the_first_process_is_told_in_groups_without_it() {
+fn the_loss_of_the_first_process_is_reported_in_groups_without_it() {
     let outcomes = processes(4, |group| {
-        // Ranks 0 and 3 by themselves, 1 and 2 together.
+        // Ranks 0 and 3 are in groups of their own, 1 and 2 in one group.
         let part = group.split_all([0, 1, 1, 2][group.rank()])?;
         group.barrier()?;
         if group.rank() == 0 {
             return Err(Error::invalid("test", "fails"));
         }
         if part.size() == 1 {
-            // Needs nobody, whenever.
+            // An operation that waits for nobody, at any time.
             std::thread::sleep(Duration::from_millis(100));
             part.barrier()?;
             let mut x = Tensor::<f64>::full(part.device(), [2], 3.0)?;
@@ -221,7 +222,8 @@ fn the_loss_of_the_first_process_is_told_in_groups_without_it() {
     }
 }
 
-/// Whoever gives up first, all are told whom it waited for, and nobody that it gave up.
+/// Whichever rank gives up first, every error names the rank that it waited for, not the one that
+/// gave up.
 #[test]
 fn a_process_that_does_not_come_is_named_to_all() {
     let outcomes = processes_within(Duration::from_secs(1), 3, |group| {
@@ -261,9 +263,9 @@ fn a_process_that_has_done_its_part_may_leave() {
     }
 }
 
-/// A rank that comes after the others have given up is told what they were told.
+/// A rank that arrives after the others have given up receives the same error.
 #[test]
-fn a_process_that_comes_too_late_is_told_so() {
+fn a_process_that_comes_too_late_gets_the_error() {
     for (world, late) in [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)] {
         let outcomes = processes_within(Duration::from_millis(500), world, |group| {
             group.barrier()?;
@@ -280,14 +282,14 @@ fn a_process_that_comes_too_late_is_told_so() {
     }
 }
 
-/// Neither waits for the deadline: both calls are known before.
+/// Neither waits for the deadline, because both calls are known before.
 #[test]
 fn processes_that_wait_in_a_circle_disagree() {
     for receiver in 0..3 {
         for sender in (0..3).filter(|sender| *sender != receiver) {
             let outcomes = processes(3, |group| {
                 let x = Tensor::<f32>::full(group.device(), [1], 1.0)?;
-                // A message that comes is no circle.
+                // A message that arrives does not form a cycle.
                 if group.rank() == sender {
                     group.exchange(Some((receiver, &x)), None)?;
                 } else if group.rank() == receiver {
@@ -318,7 +320,8 @@ fn processes_that_wait_in_a_circle_disagree() {
     }
 }
 
-/// All wait for the one that does not come, along a chain, and give up at the same time.
+/// Each rank waits for the next along a chain, at whose end one is missing. All give up at the same
+/// time.
 #[test]
 fn the_end_of_a_chain_of_waiting_processes_is_named_to_all() {
     let outcomes = processes_within(Duration::from_secs(1), 4, |group| {

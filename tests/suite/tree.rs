@@ -1,4 +1,4 @@
-//! Sums of products along a tree have the bits of one product and one addition after the other.
+//! Sums of products along a tree have the bits of separate products and additions.
 
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -10,14 +10,14 @@ use shardwise::{
 };
 use std::num::NonZeroUsize;
 
-/// The depths of a term's products, and how many sums it completes.
+/// The depths of a term's products, and the number of sums that it completes.
 type Shape = Vec<(Vec<usize>, usize)>;
 
-/// Some terms, of which the last completes all that wait.
+/// Some terms, of which the last completes all waiting sums.
 fn shapes() -> impl Strategy<Value = Shape> {
     let depth = prop::sample::select(vec![0, 1, 3, 20, 40, 383, 384, 385, 800]);
     let term = (prop::collection::vec(depth, 0..3), 0..4_usize);
-    // A term without depth takes another path, so that most have one.
+    // A term without depth takes another path, so most terms have a depth.
     let term = prop_oneof![1 => term.clone(), 9 => term.prop_filter("a depth", |(depths, _)| !depths.is_empty() && !depths.contains(&0))];
     prop::collection::vec(term, 1..8).prop_map(|mut terms| {
         let (mut waiting, last) = (0, terms.len() - 1);
@@ -34,7 +34,7 @@ fn numbers<T: Element>(seed: u64, name: &str, len: usize) -> Vec<T> {
     (0..len as u64).map(|at| T::from_f64(stream.normal(at))).collect()
 }
 
-/// The sum on `cpu`, and by products and additions.
+/// Computes the sum on `cpu`, and by separate products and additions.
 fn sums<T: Element>(
     cpu: &Cpu,
     terms: &Shape,
@@ -44,13 +44,15 @@ fn sums<T: Element>(
 ) -> Result<[Vec<f64>; 2]> {
     let depth: usize = terms.iter().flat_map(|(depths, _)| depths).sum();
     let (a, b) = (numbers::<T>(seed, "a", rows * depth), numbers::<T>(seed, "b", depth * cols));
-    let a = match by_rows {
-        true => MatRef::<T, Cpu>::new(&a, rows, depth)?,
-        false => MatRef::<T, Cpu>::new(&a, depth, rows)?.t(),
+    let a = if by_rows {
+        MatRef::<T, Cpu>::new(&a, rows, depth)?
+    } else {
+        MatRef::<T, Cpu>::new(&a, depth, rows)?.t()
     };
-    let b = match turned {
-        true => MatRef::<T, Cpu>::new(&b, cols, depth)?.t(),
-        false => MatRef::<T, Cpu>::new(&b, depth, cols)?,
+    let b = if turned {
+        MatRef::<T, Cpu>::new(&b, cols, depth)?.t()
+    } else {
+        MatRef::<T, Cpu>::new(&b, depth, cols)?
     };
     let mut first = 0;
     let mut products = |depths: &Vec<usize>| {
@@ -109,7 +111,8 @@ proptest! {
     }
 }
 
-/// More rows than are computed at a time, several blocks of columns, and sums that wait for several steps.
+/// More rows than are computed at a time, several blocks of columns, and sums that wait for several
+/// steps.
 #[test]
 fn a_tree_of_large_products() {
     let terms = vec![(vec![450], 0), (vec![40, 400], 0), (vec![20], 0), (vec![390], 2), (vec![10], 2)];
@@ -133,8 +136,8 @@ fn sums_that_are_not_one_are_named() {
     assert_eq!(sum(&[0, 1], 2), Ok(()));
     let left = "gemm tree: the sums that are left is 2, but the results is 1";
     assert_eq!(sum(&[0, 0], 2), Err(left.into()));
-    let few = "gemm tree: the sums that a term completes is 2, but those before it is 1";
-    assert_eq!(sum(&[0, 2], 2), Err(few.into()));
+    let too_many = "gemm tree: the sums that a term completes is 2, but those before it is 1";
+    assert_eq!(sum(&[0, 2], 2), Err(too_many.into()));
     assert_eq!(sum(&[], 2).unwrap_err(), left.replace('2', "0"));
     assert_eq!(sum(&[0], 3).unwrap_err(), "gemm: columns of B is 2, but columns of C is 3");
 }

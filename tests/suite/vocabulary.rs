@@ -36,7 +36,7 @@ fn wide<T: Element>(x: &Tensor<T>) -> Array2<f64> {
     x.to_array().unwrap().mapv(T::to_f64).into_dimensionality().unwrap()
 }
 
-/// What an embedding and its tied head give and take, whole.
+/// The whole inputs and gradients of an embedding and its tied head.
 struct Embed<'a> {
     source: &'a Arrays,
     sizes: [usize; 2],
@@ -46,12 +46,12 @@ struct Embed<'a> {
     dlogits: &'a Array2<f64>,
 }
 
-/// What a rank has of it.
+/// A rank's results.
 struct Embedded<S: ResidualStream, B: Backend> {
     y: DTensor<S, f64, B>,
     logits: DTensor<Shard<1>, f64, B>,
     table: Param<f64, B>,
-    /// Of the embedding, forward and backward.
+    /// The transfers of the embedding, forward and backward.
     moves: [Vec<Transfer>; 2],
 }
 
@@ -83,14 +83,13 @@ impl Embed<'_> {
     }
 }
 
-/// Embeds, and runs the tied head, forward and backward; what moves is what is derived without
-/// data.
+/// Runs an embedding and its tied head, forward and backward. The transfers must match the plan.
 fn embeds<S: ResidualStream>(world: usize, vocabulary: usize, hidden: usize, tokens: usize, seed: u64) {
     let table = random(seed, "table", &[vocabulary, hidden]);
     let source = arrays([("weight", table.clone())]);
     let (ids, dy) = (ids(seed, tokens, vocabulary), matrix(seed, "dy", tokens, hidden));
     let dlogits = matrix(seed, "dlogits", tokens, vocabulary);
-    // A word without gradient, which does occur.
+    // The padding id, which occurs among the ids, has no gradient.
     let padding = ids.first().copied().filter(|_| seed.is_multiple_of(2));
     let (source, sizes) = (&source, [vocabulary, hidden]);
     let embed = Embed { source, sizes, padding, ids: &ids, dy: &dy, dlogits: &dlogits };
@@ -111,7 +110,7 @@ fn embeds<S: ResidualStream>(world: usize, vocabulary: usize, hidden: usize, tok
     let mut grads = Assembled::default();
     let mut logits = Vec::new();
     for (y, own, part, grad) in &outcomes {
-        // A sum with zeros: the table's own bits.
+        // The sum only adds zeros, so it has the table's bits.
         assert_eq!(*y, want.slice(ndarray::s![own.clone(), ..]));
         grad.iter().for_each(|(regions, shape, values)| grads.add(regions, shape, values));
         logits.push(part.view());
@@ -164,7 +163,7 @@ proptest! {
     }
 }
 
-/// A loss's options, as the crate and as the reference take them.
+/// The same loss options for the crate and for the reference.
 fn options(
     smoothing: Smoothing,
     ignored: Option<u32>,
@@ -181,8 +180,8 @@ fn options(
     )
 }
 
-/// The losses and the gradient on `world` ranks; what moves is what is derived without data, and
-/// the losses are equal on every rank.
+/// Returns the losses and the gradient on `world` ranks. The transfers must match the plan, and the
+/// losses must be equal on every rank.
 fn entropy<T: Element>(
     world: usize,
     loss: &VocabParallelCrossEntropy,
@@ -233,7 +232,8 @@ proptest! {
         let (losses, dx) = entropy::<f64>(world, &loss, &x, &targets).unwrap();
         close("losses", &losses, &want, EXACT);
         close("dx", &dx.into_dyn(), &grad, EXACT);
-        // The logits are numbers of the element. In f32: e^x and the sums of as many terms as classes, with |x| up to 15.
+        // The logits are numbers of the element type. In f32 the bound covers e^x and sums of as
+        // many terms as classes, with |x| up to 15.
         let x = x.mapv(|x| half::bf16::from_f64(x).to_f64());
         let (want, grad) = (same.losses(&x, &targets), same.backward(&x, &targets, 0.5));
         let bound = f64::from(f32::EPSILON) * (classes as f64 + 40.0);
@@ -249,8 +249,8 @@ proptest! {
 #[test]
 fn cross_entropy_of_extreme_logits() {
     let inf = f64::INFINITY;
-    // Large logits do not overflow; a class of −∞ is impossible, and costs nothing where it is not wanted; NaN spreads
-    // over its row alone; a row of −∞ is NaN.
+    // Large logits do not overflow. A class of −∞ is impossible, and adds no loss unless it is the
+    // target. NaN affects only its row. A row of −∞ is NaN.
     let x = ndarray::array![
         [1e30, 0.0, -1e30, 5.0],
         [-inf, 1.0, 1.0, -inf],
@@ -270,13 +270,13 @@ fn cross_entropy_of_extreme_logits() {
     }
 }
 
-/// e^x of the softmax is unchanged by an offset, and so is the gradient: in f32 of 1e8 (Δ = 8
-/// between neighbours), too.
+/// An offset changes neither e^x of the softmax nor the gradient, even an offset of 1e8 in f32
+/// (where neighbours differ by 8).
 #[test]
 fn cross_entropy_of_logits_with_a_large_common_offset_is_right() {
     fn shifted<T: Element>(offsets: &[f64], bound: f64) {
         for (&offset, world) in offsets.iter().flat_map(|offset| [1, 2, 3].map(|world| (offset, world))) {
-            // The offset and the steps are numbers of the element.
+            // The offset and the steps are numbers of the element type.
             let offset = T::from_f64(offset).to_f64();
             let spacing = 2f64.powi(offset.log2().floor() as i32) * T::EPSILON.to_f64();
             let step = spacing.max(0.5);
@@ -293,8 +293,8 @@ fn cross_entropy_of_logits_with_a_large_common_offset_is_right() {
                 let (loss, same) = options(smoothing, None, z);
                 let (losses, dx) = entropy::<T>(world, &loss, &x, &targets).unwrap();
                 let what = format!("{} + {offset:e} on {world}, {smoothing:?}, z {z}", T::DTYPE);
-                // The reference has the offset's rounding in f64; without z-loss it need not see
-                // the offset at all.
+                // The reference includes the offset's rounding in f64. Without z-loss the reference
+                // needs no offset.
                 let seen = if z == 0.0 { steps.mapv(|at| at * step) } else { x.clone() };
                 close(&what, &losses, &same.losses(&seen, &targets), bound);
                 close(&what, &dx.into_dyn(), &same.backward(&seen, &targets, 0.5), bound);
@@ -308,7 +308,7 @@ fn cross_entropy_of_logits_with_a_large_common_offset_is_right() {
     shifted::<half::f16>(&[1e4], half::f16::EPSILON.to_f64());
 }
 
-/// The two conventions of smoothing differ, as PyTorch's and Megatron-LM's do.
+/// The two conventions of smoothing, PyTorch's and Megatron-LM's, differ.
 #[test]
 fn smoothing_conventions_differ() {
     let x = ndarray::array![[2.0, 0.0, -1.0]];
@@ -344,7 +344,7 @@ fn bad_targets_and_ids_are_named() {
     assert_eq!(error.to_string(), "embedding: the padding 5 is beyond a vocabulary of 5 words");
 }
 
-/// What dropout does to ones on one device.
+/// Returns the result of dropout on ones on one device.
 fn mask(dropout: &Dropout<Replicated>, rows: usize, cols: usize, draw: DropoutState) -> Array2<f64> {
     let group = Group::solo(&dev::fresh());
     let ones = DTensor::replicated(&group, Tensor::full(group.device(), [rows, cols], 1.0).unwrap()).unwrap();
@@ -354,7 +354,8 @@ fn mask(dropout: &Dropout<Replicated>, rows: usize, cols: usize, draw: DropoutSt
 proptest! {
     #![proptest_config(cases(16))]
 
-    /// The same elements are dropped at every size, placement and cut of the batch; the backward drops them, too.
+    /// The same elements are dropped at every size, placement and partition of the batch, also in
+    /// the backward.
     #[test]
     fn dropout_does_not_depend_on_the_sharding(
         world in 1..9usize, rows in 1..10usize, cols in 1..30usize, p in 0.0..0.9, step: u64, seed: u64,
@@ -362,7 +363,7 @@ proptest! {
         let draw = DropoutState { step, row: 3, sequence: 0 };
         let want = mask(&Dropout::new(p, seed, "d"), rows, cols, draw);
         prop_assert!(want.iter().all(|&y| y == 0.0 || (y - 1.0 / (1.0 - p)).abs() < 1e-15));
-        // Three rows earlier, three rows more: the same elements.
+        // Three rows more that start three rows earlier: the same elements.
         let whole = mask(&Dropout::new(p, seed, "d"), rows + 3, cols, DropoutState { row: 0, ..draw });
         prop_assert_eq!(whole.slice(ndarray::s![3.., ..]), &want);
         let (x, dy) = (matrix(seed, "x", rows, cols), matrix(seed, "dy", rows, cols));
@@ -398,8 +399,8 @@ proptest! {
     }
 }
 
-/// Behind a mean over sequences, a replica's part of a batch has the masks of its sequences in the
-/// whole.
+/// After a mean over sequences, a replica's share of a batch has the masks that its sequences have
+/// in the whole batch.
 #[test]
 fn dropout_of_means_does_not_depend_on_the_cut_of_the_batch() {
     let lens = [3, 1, 4, 2];
@@ -419,7 +420,8 @@ fn dropout_of_means_does_not_depend_on_the_cut_of_the_batch() {
     assert_eq!(masks(2..4), whole.slice(ndarray::s![2.., ..]));
 }
 
-/// A tensor of more than two dimensions draws the mask of the matrix of its rows, whichever dimension is cut.
+/// A tensor of more than two dimensions has the mask of the matrix of its rows, whichever dimension
+/// is sharded.
 #[test]
 fn dropout_of_any_rank_draws_by_the_index_in_the_whole() {
     fn part<const D: usize>(group: &Group<Dev>, whole: &ArrayD<f64>) -> Result<ArrayD<f64>> {
@@ -473,7 +475,7 @@ fn dropout_drops_as_often_as_asked_and_anew_at_each_step() {
             && at(0)
                 != mask(&Dropout::new(0.3, 1, "e"), 100, 100, DropoutState { step: 0, row: 0, sequence: 0 })
     );
-    // The mask is Philox's words, whoever draws them.
+    // The mask consists of Philox's outputs, whichever code generates them.
     let mask = DropoutMask { probability: 0.5, stream: Philox::stream(1, 2), row: 0, column: 1, width: 3 };
     let x = Tensor::<f64>::full(&dev::poisoned(), [4, 2], 1.0).unwrap();
     let y = wide(&ops::dropout(&[(4, mask)], &x).unwrap());
@@ -491,7 +493,8 @@ fn dropout_drops_as_often_as_asked_and_anew_at_each_step() {
     assert_eq!(error, "dropout: rows of the masks is 3, but rows of x is 4");
 }
 
-/// Lists, boxes and recomputation around a feed-forward layer: its bits, and its traffic, the forward's twice.
+/// Lists, boxes and recomputation around a feed-forward layer keep its bits and its traffic, twice
+/// the forward's with recomputation.
 #[test]
 fn wrapped_layers_give_the_bits_of_the_layer() {
     let (x, dy) = (matrix(1, "x", 5, 4), matrix(1, "dy", 5, 4));
@@ -527,7 +530,7 @@ fn wrapped_layers_give_the_bits_of_the_layer() {
     }
     let nothing = run!(f64, &case, |_, _| Ok(Vec::<Plain<Dev>>::new())).unwrap();
     assert_eq!((&nothing.y, &nothing.dx), (&x, &dy));
-    // What one layer saved is no other's.
+    // A layer rejects another layer's saved tensors.
     let group = Group::solo(&dev::fresh());
     let boxed = BoxLayer::<Replicated, shardwise::shard::Copied, f64, Dev>::new(CopyTo);
     let x = DTensor::replicated(&group, Tensor::from_array(group.device(), &x).unwrap()).unwrap();

@@ -1,4 +1,4 @@
-//! Checkpoints: reading parts, and refusing bad files.
+//! Checkpoints: reading regions, and rejecting bad files.
 
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -11,7 +11,7 @@ use shardwise::{
 use std::{fs, io::ErrorKind, ops::Range, path::Path};
 use tempfile::{TempDir, tempdir};
 
-/// Runs of a region that lie closer than this are read at once.
+/// Contiguous ranges of a region that are closer than this are read at once.
 const GAP: usize = 4096;
 
 fn read<T: Element>(source: &dyn WeightSource, name: &str, region: &Region) -> Result<Vec<T>> {
@@ -24,7 +24,7 @@ fn view<T: Element>(elements: &[T]) -> AnyRef<'_, Cpu> {
     T::any_ref::<Cpu>(elements)
 }
 
-/// The elements of the region, picked one by one.
+/// The elements of the region, selected one by one.
 fn pick<T: Copy>(whole: &[T], region: &Region) -> Vec<T> {
     region.runs().into_iter().flatten().map(|index| whole[index]).collect()
 }
@@ -36,7 +36,7 @@ fn cut(dims: &[usize], ranges: &[Range<usize>]) -> Region {
         .fold(Region::whole(dims), |region, (dim, range)| region.narrow(dim, range.clone()))
 }
 
-/// Values that every element holds exactly.
+/// Values that every element type holds exactly.
 fn exact<T: Element>(len: usize) -> Vec<T> {
     (0..len).map(|index| T::from_f64((index * 37 % 255) as f64 / 8.0 - 16.0)).collect()
 }
@@ -131,7 +131,7 @@ fn single(name: &str, dims: &[usize], elements: AnyRef<'_, Cpu>) -> (TempDir, Ch
 
 #[test]
 fn a_row_range_costs_its_own_bytes_and_a_column_range_its_runs() {
-    // Larger than the buffer between file and tensor, so that runs are read in regions.
+    // Larger than the buffer between file and tensor, so that ranges are read in several steps.
     let elements: Vec<f32> = (0..2048 * 3000).map(|index| index as f32).collect();
     let (_folder, checkpoint) = single("w", &[2048, 3000], view(&elements));
     assert_eq!(checkpoint.bytes_read(), 0, "opening reads no tensor");
@@ -142,13 +142,13 @@ fn a_row_range_costs_its_own_bytes_and_a_column_range_its_runs() {
     let row_bytes = 1499 * 3000 * 4;
     assert_eq!(checkpoint.bytes_read(), row_bytes);
 
-    // 6000 bytes between the runs: too many to read along.
+    // The ranges are 6000 bytes apart, too far to read the gap as well.
     let cols = whole.clone().narrow(1, 1500..3000);
     assert_eq!(read::<f32>(&checkpoint, "w", &cols).unwrap(), pick(&elements, &cols));
     let col_bytes = 2048 * 1500 * 4;
     assert_eq!(checkpoint.bytes_read(), row_bytes + col_bytes);
 
-    // 4000 bytes between the runs: read along, but for the last row's.
+    // The ranges are 4000 bytes apart: the gaps are read as well, except after the last row.
     let cols = whole.clone().narrow(1, 500..2500);
     assert_eq!(read::<f32>(&checkpoint, "w", &cols).unwrap(), pick(&elements, &cols));
     let gaps = checkpoint.bytes_read() - row_bytes - col_bytes - 2048 * 2000 * 4;
@@ -217,7 +217,7 @@ fn an_index_joins_files() {
     }
 }
 
-/// The error's text, without the folder that it happened in.
+/// The error's text, without the name of the folder.
 fn text(error: Error, folder: &Path) -> String {
     error.to_string().replace(&format!("{}/", folder.display()), "")
 }
@@ -302,7 +302,7 @@ fn linked(header: &str, links: usize) -> TempDir {
     folder
 }
 
-/// The entries of a header with so many tensors without elements.
+/// The header entries of `count` empty tensors.
 fn empty_tensors(count: usize) -> String {
     let entry = |at| format!(r#""t{at}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#);
     (0..count).map(entry).collect::<Vec<_>>().join(",")
@@ -323,7 +323,7 @@ fn the_headers_of_a_folder_have_one_limit() {
     assert!(error.ends_with(&expected), "{error}");
 }
 
-/// In a process of its own, whose memory no other test takes.
+/// Runs in its own process, so that no other test allocates memory in it.
 #[cfg(target_os = "linux")]
 #[test]
 fn what_an_index_does_not_name_takes_no_memory() {
@@ -348,11 +348,11 @@ fn what_an_index_does_not_name_takes_no_memory() {
     let text = String::from_utf8(output.stdout).unwrap();
     let grown = text.lines().find_map(|line| line.split_once("grown by ")).map(|(_, rest)| rest);
     let grown = grown.and_then(|rest| rest.strip_suffix(" kB")).unwrap_or_else(|| panic!("{text}"));
-    // A header has 1.2 MB. All of them were 170 MB.
+    // A header has 1.2 MB. Keeping all of them took 170 MB.
     assert!(grown.parse::<usize>().unwrap() < 30_000, "grown by {grown} kB");
 }
 
-/// A file with this header and so many bytes of data.
+/// A file with this header and `data` bytes of data.
 fn file(header: &str, data: usize) -> Vec<u8> {
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend(header.bytes());
@@ -386,7 +386,7 @@ fn a_file_that_lies_is_refused() {
         (said(3, b"\"\xff\""), "header: expected `{`, found `\\\"`"),
         (said(5, b"{\"\xff\""), "the header is said to have 5 bytes; 4 follow"),
         (said(4, b"{\"\xff\""), "header: a key: invalid unicode code point"),
-        // A truncated file, and one with more than its tensors.
+        // A truncated file, and one with more data than its tensors.
         (file(&good, 7), "the tensors have 8 bytes of data, but the file has 7"),
         (file(&good, 9), "the tensors have 8 bytes of data, but the file has 9"),
         (file("{}", 1), "the tensors have 0 bytes of data, but the file has 1"),
@@ -460,7 +460,7 @@ fn a_file_that_lies_is_refused() {
         assert!(matches!(&error, Error::Checkpoint { path: named, .. } if *named == path), "{error:?}");
         assert!(error.to_string().contains(expected), "expected {expected}, found {error}");
     }
-    // A header over the format's limit in a file that is as long: nothing is read.
+    // A header over the format's limit in a file of that length: nothing is read.
     let large = fs::File::create(&path).unwrap();
     std::io::Write::write_all(&mut &large, &100_000_001_u64.to_le_bytes()).unwrap();
     large.set_len(200_000_000).unwrap();
@@ -543,7 +543,7 @@ fn a_path_that_is_no_checkpoint_is_refused() {
 }
 
 #[test]
-fn a_missing_file_is_told_from_one_that_may_not_be_read() {
+fn a_missing_file_is_distinguished_from_one_that_may_not_be_read() {
     let folder = tempdir().unwrap();
     let kind = |path: &str| match Checkpoint::open(folder.path().join(path)).map(drop) {
         Err(Error::Io { kind, .. }) => kind,
@@ -640,7 +640,7 @@ fn what_is_no_checkpoint_is_called_by_its_name() {
     );
 }
 
-/// A tensor that is missing from a layer is not to be found in another layer.
+/// A tensor that is missing from a layer is not searched for in another layer.
 #[test]
 fn a_hint_stays_in_the_layer() {
     let mut arrays = Arrays::<f64>::default();

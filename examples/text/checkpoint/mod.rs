@@ -1,19 +1,20 @@
-//! What the examples that run a checkpoint share.
+//! Shared code of the examples that run a checkpoint.
 
 use shardwise::{Error, Result};
 use std::path::Path;
 use tokenizers::Tokenizer;
 
-/// Refuses more ranks than heads. Before there are groups: their size grows with the square of
-/// the ranks.
+/// Returns an error if there are more ranks than heads. Call it before any group is created: the
+/// memory of the groups grows with the square of the number of ranks.
 pub(crate) fn check_ranks(op: &'static str, ranks: usize, heads: usize) -> Result<()> {
-    match ranks > heads {
-        true => Err(Error::TooManyRanks { op, ranks, units: heads, unit: "query heads" }),
-        false => Ok(()),
+    if ranks > heads {
+        Err(Error::TooManyRanks { op, ranks, units: heads, unit: "query heads" })
+    } else {
+        Ok(())
     }
 }
 
-/// The tokenizer of a checkpoint's folder, or why there is none.
+/// Loads the tokenizer of a checkpoint's folder, or says why it cannot.
 pub(crate) fn tokenizer(folder: &Path) -> std::result::Result<Tokenizer, String> {
     let path = folder.join("tokenizer.json");
     let other =

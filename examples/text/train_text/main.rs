@@ -1,9 +1,11 @@
-//! Trains a small character-level GPT on Shakespeare over a mesh of ranks: data, pipeline and tensor parallel.
+//! Trains a small character-level GPT on Shakespeare over a mesh of ranks: data, pipeline and
+//! tensor parallel.
 //!
-//! `cargo run --release --example train_text -- --dp 1 --pp 1 --tp 2` reaches a validation loss below 2 nats per character
-//! in a few minutes on two cores. It writes the loss curve (`loss.png`), every number of it (`loss.csv`), the weights
-//! (`model.safetensors`), and at the end some text of its own. `--compare` trains on several meshes, whose curves lie on
-//! each other, and fails where the losses of the first steps do not.
+//! `cargo run --release --example train_text -- --dp 1 --pp 1 --tp 2` reaches a validation loss
+//! below 2 nats per character in a few minutes on two cores. It writes the loss curve (`loss.png`),
+//! its values (`loss.csv`), the weights (`model.safetensors`), and at the end a sample of text.
+//! `--compare` trains on several meshes, whose curves coincide, and fails if the losses of the
+//! first steps differ.
 
 mod model;
 mod output;
@@ -40,19 +42,20 @@ enum Dtype {
 /// A character-level GPT on a mesh of dp x pp x tp thread ranks.
 #[derive(Clone, Debug, Parser)]
 struct Args {
-    /// Replicas that see different samples.
+    /// The number of replicas, which see different samples (data parallelism).
     #[arg(long, default_value_t = 1)]
     dp: usize,
-    /// Stages of the pipeline.
+    /// The number of pipeline stages.
     #[arg(long, default_value_t = 1)]
     pp: usize,
-    /// Ranks that share every operator.
+    /// The number of ranks that share every operator (tensor parallelism).
     #[arg(long, default_value_t = 2)]
     tp: usize,
-    /// Cut the tokens over the tensor-parallel ranks between the operators.
+    /// Shard the tokens over the tensor-parallel ranks between the operators (sequence
+    /// parallelism).
     #[arg(long)]
     sequence_parallel: bool,
-    /// Cut every sum into this many blocks, so that the loss has the same bits whatever `--tp` is.
+    /// Split every sum into this many blocks, so that the bits of the loss do not depend on `--tp`.
     #[arg(long)]
     invariant: Option<usize>,
     /// The element of the weights and activations.
@@ -60,16 +63,16 @@ struct Args {
     dtype: Dtype,
     #[arg(long, default_value_t = 700)]
     steps: u64,
-    /// Sequences of a batch, over all replicas.
+    /// The number of sequences in a batch, over all replicas.
     #[arg(long, default_value_t = 32)]
     batch: usize,
-    /// Microbatches of each replica's part of a batch.
+    /// The number of microbatches of each replica.
     #[arg(long)]
     microbatches: Option<usize>,
-    /// Chunks of the model on each stage: 1F1B with 1, interleaved with more.
+    /// The number of model chunks on each stage: 1F1B with 1, interleaved with more.
     #[arg(long, default_value_t = 1)]
     chunks: usize,
-    /// Characters of a sequence.
+    /// The number of characters in a sequence.
     #[arg(long, default_value_t = 64)]
     context: usize,
     #[arg(long, default_value_t = 128)]
@@ -80,7 +83,7 @@ struct Args {
     layers: usize,
     #[arg(long, default_value_t = 0.0)]
     dropout: f64,
-    /// Keep only the blocks' inputs, and compute their forward anew in the backward.
+    /// Keep only the blocks' inputs, and recompute their forward in the backward.
     #[arg(long)]
     recompute: bool,
     /// The highest learning rate.
@@ -88,7 +91,7 @@ struct Args {
     lr: f64,
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Steps from one validation to the next.
+    /// The number of steps between validations.
     #[arg(long, default_value_t = 100)]
     every: u64,
     /// Train on one device and on meshes of two along each axis, and compare the curves.
@@ -102,7 +105,7 @@ struct Args {
     out: PathBuf,
 }
 
-/// A text as numbers: the last tenth is for validation.
+/// A text as token ids. The last tenth is for validation.
 struct Text {
     characters: Vec<char>,
     tokens: Vec<u32>,
@@ -115,24 +118,24 @@ impl Text {
         let mut characters: Vec<char> = text.chars().collect();
         characters.sort_unstable();
         characters.dedup();
-        let number = |letter: char| characters.binary_search(&letter).map_or(0, |at| at as u32);
+        let number = |character: char| characters.binary_search(&character).map_or(0, |at| at as u32);
         let tokens: Vec<u32> = text.chars().map(number).collect();
         Ok(Self { train: tokens.len() / 10 * 9, tokens, characters })
     }
 
-    /// Sequences that begin anywhere in a part of the text.
+    /// Draws sequences that begin anywhere in a range of the text.
     fn batch(
         &self,
         part: std::ops::Range<usize>,
         sequences: usize,
         context: usize,
-        draws: Philox,
+        random: Philox,
     ) -> Result<Batch> {
         if part.len() <= context + 1 {
             let reason = format!("a text of {} characters for sequences of {context}", part.len());
             return Err(Error::Invalid { op: "train_text", reason });
         }
-        let start = |at: u64| part.start + (draws.uniform(at) * (part.len() - context - 1) as f64) as usize;
+        let start = |at: u64| part.start + (random.uniform(at) * (part.len() - context - 1) as f64) as usize;
         let mut batch = Batch { length: context, ..Batch::default() };
         for at in 0..sequences as u64 {
             let start = start(at);
@@ -162,7 +165,7 @@ impl Text {
     }
 }
 
-/// What a training run gave.
+/// The results of a training run.
 struct Trained {
     /// Step, training loss.
     curve: Vec<(u64, f64)>,
@@ -192,7 +195,7 @@ fn schedule(args: &Args) -> Result<Schedule> {
     }
 }
 
-/// Trains on a mesh, and saves the model. Only rank 0 shows progress.
+/// Trains on a mesh and saves the model. Only rank 0 shows progress.
 fn train<S: ResidualStream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
     let rate = LearningRate {
         peak: args.lr,
@@ -208,7 +211,7 @@ fn train<S: ResidualStream, T: Element>(args: &Args, text: &Text) -> Result<Trai
         let source = Random::normal(args.seed, 0.02);
         let model = Gpt::<S, T>::load(&mesh, &source, &config(args, text), schedule(args)?)?;
         let mut adamw = AdamW::new(AdamWConfig { beta2: 0.99, weight_decay: 0.1, ..AdamWConfig::default() });
-        // Only f16 needs it.
+        // Only f16 needs a loss scale.
         let mut scale = match args.dtype {
             Dtype::F16 => LossScale::default(),
             _ => LossScale::new(1.0, u32::MAX)?,
@@ -228,7 +231,7 @@ fn train<S: ResidualStream, T: Element>(args: &Args, text: &Text) -> Result<Trai
                 if world.rank() == 0 {
                     bar.suspend(|| println!("step {step}: validation loss {loss:.4}"));
                 }
-                // What several ranks hold is equal.
+                // Replicated values must be equal on all ranks.
                 for axis in [Axis::Data, Axis::Tensor] {
                     check_replicas(&model.params(), mesh.group(axis))?;
                 }
@@ -250,7 +253,7 @@ fn train<S: ResidualStream, T: Element>(args: &Args, text: &Text) -> Result<Trai
             bar.inc(1);
         }
         bar.finish();
-        // The replicas hold the same: the ranks of the first one save it.
+        // Replicas hold the same parameters; the ranks of the first replica save them.
         let number = mesh.group(Axis::Data).rank();
         let replica = world.split_all(number as u64)?;
         if number == 0 {
@@ -274,7 +277,7 @@ fn dispatch(args: &Args, text: &Text) -> Result<Trained> {
     }
 }
 
-/// Text from the saved model, on one device in f32, whatever it was trained on.
+/// Samples text from the saved model on one device in f32, independent of the training mesh.
 fn sample(args: &Args, text: &Text, length: usize) -> Result<String> {
     let checkpoint = Checkpoint::open(&args.out)?;
     let mut all = launch::threads(1, |world| {
@@ -284,16 +287,16 @@ fn sample(args: &Args, text: &Text, length: usize) -> Result<String> {
             Sampler { temperature: 0.8, seed: args.seed, ..Sampler::greedy() },
             model.cache(1, args.context)?,
         );
-        // A line's end begins a speech.
+        // A newline starts a speech.
         let mut tokens = vec![text.characters.binary_search(&'\n').unwrap_or(0) as u32];
         for at in 0..length {
-            // Learned positions end at the context: a longer text is read again from its last half.
-            let seen = match cache.len(0) < args.context {
-                true => &tokens[at..],
-                false => {
-                    cache.truncate(0, 0)?;
-                    &tokens[tokens.len() - args.context.div_ceil(2)..]
-                }
+            // Learned positions end at the context length. A longer text is read again from its
+            // last half.
+            let seen = if cache.len(0) < args.context {
+                &tokens[at..]
+            } else {
+                cache.truncate(0, 0)?;
+                &tokens[tokens.len() - args.context.div_ceil(2)..]
             };
             let logits = model.step(seen, &[0], &[seen.len()], &mut cache)?;
             tokens.extend(sampler.sample(&logits, &[at as u64])?);
@@ -303,11 +306,11 @@ fn sample(args: &Args, text: &Text, length: usize) -> Result<String> {
     Ok(all.swap_remove(0))
 }
 
-/// The steps whose losses are compared. Training makes differences in rounding larger step by step.
+/// The number of compared steps. Rounding differences grow with every step of training.
 const COMPARED: u64 = 100;
 
-/// How far the losses of two meshes may be apart in these steps. Rounding alone gave 5e-15 in f64,
-/// 8e-7 in f32, 1e-2 in bf16 and 1e-3 in f16 with a small model.
+/// Returns the largest allowed difference between the losses of two meshes in these steps. With a
+/// small model, rounding alone gave 5e-15 in f64, 8e-7 in f32, 1e-2 in bf16 and 1e-3 in f16.
 fn bound(dtype: Dtype) -> f64 {
     match dtype {
         Dtype::F64 => 1e-11,
@@ -322,16 +325,17 @@ fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let text = Text::read(&args.text)?;
     std::fs::create_dir_all(&args.out)?;
     println!("{} characters of {} kinds", text.tokens.len(), text.characters.len());
-    let meshes = match args.compare {
-        true => vec![(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)],
-        false => vec![(args.dp, args.pp, args.tp)],
+    let meshes = if args.compare {
+        vec![(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)]
+    } else {
+        vec![(args.dp, args.pp, args.tp)]
     };
     let mut runs = Vec::new();
     for (dp, pp, tp) in meshes {
         let args = Args { dp, pp, tp, ..args.clone() };
         let mesh = format!("dp {dp}, pp {pp}, tp {tp}");
         println!("{mesh}, {:?}", args.dtype);
-        // The curve says nothing of the mesh where it does not depend on it.
+        // An invariant curve does not depend on the mesh, so its name leaves the mesh out.
         let name = args.invariant.map_or(mesh, |blocks| format!("{blocks} blocks"));
         let start = Instant::now();
         let trained = dispatch(&args, &text)?;

@@ -1,5 +1,4 @@
-//! A small GPT on a mesh: the crate's decoder, cut into the stages of a pipeline, with data
-//! parallelism around it.
+//! A small GPT on a mesh: the crate's decoder, split into pipeline stages, with data parallelism.
 
 use shardwise::{
     Error, Result,
@@ -27,12 +26,12 @@ pub(crate) struct Config {
     pub(crate) ffn: usize,
     pub(crate) layers: usize,
     pub(crate) dropout: f64,
-    /// Whether blocks keep their input only, and compute their forward anew in the backward.
+    /// Whether blocks keep only their input and recompute their forward in the backward.
     pub(crate) recompute: bool,
 }
 
 impl Config {
-    /// GPT-2's choices, with names of its own.
+    /// Returns GPT-2's configuration, with other parameter names.
     pub(crate) fn decoder(&self) -> DecoderConfig {
         let &Self { vocabulary, context, hidden, heads, ffn, layers, dropout, recompute } = self;
         let block = BlockConfig {
@@ -60,7 +59,7 @@ impl Config {
     }
 }
 
-/// This rank's part of the model, and what runs it.
+/// This rank's shard of the model, with its pipeline.
 pub(crate) struct Gpt<S: ResidualStream, T: Element, B: Backend = Cpu> {
     mesh: DeviceMesh<B>,
     model: Decoder<S, T, B>,
@@ -68,7 +67,7 @@ pub(crate) struct Gpt<S: ResidualStream, T: Element, B: Backend = Cpu> {
     replicas: DataParallel<T, B>,
 }
 
-/// Tokens and the tokens that follow them: sequences of one length, one after the other.
+/// Tokens and their next tokens: sequences of one length, one after the other.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Batch {
     pub(crate) tokens: Vec<u32>,
@@ -77,7 +76,7 @@ pub(crate) struct Batch {
 }
 
 impl<S: ResidualStream, T: Element, B: Backend> Gpt<S, T, B> {
-    /// Reads or draws this rank's part of the weights.
+    /// Reads or initializes this rank's shard of the weights.
     pub(crate) fn load(
         mesh: &DeviceMesh<B>,
         source: &dyn WeightSource,
@@ -97,8 +96,9 @@ impl<S: ResidualStream, T: Element, B: Backend> Gpt<S, T, B> {
         self.model.params()
     }
 
-    /// Leaves the gradient of `scale` times the mean loss over the whole batch in the parameters, and returns the loss and
-    /// the norm of what was left, the same on every rank. Every rank is given the same batch.
+    /// Accumulates the gradient of `scale` times the mean loss over the whole batch in the
+    /// parameters. Returns the loss and the gradient norm, the same on every rank. Every rank
+    /// passes the same batch.
     pub(crate) fn gradients(&self, batch: &Batch, step: u64, scale: f64) -> Result<(f64, f64)> {
         let params = self.params();
         params.iter().for_each(Param::zero_grad);
@@ -112,15 +112,17 @@ impl<S: ResidualStream, T: Element, B: Backend> Gpt<S, T, B> {
         Ok((loss, grad_norm(&params, &groups)?))
     }
 
-    /// The mean loss over a batch, without dropout.
+    /// Returns the mean loss over a batch, without dropout.
     pub(crate) fn loss(&self, batch: &Batch) -> Result<f64> {
         self.pass(batch, None)
     }
 
-    /// The mean loss over a batch; in training at this step, and with this scale of the gradient.
+    /// Returns the mean loss over a batch. With `train` (step, scale of the gradient) it also runs
+    /// the backward.
     fn pass(&self, batch: &Batch, train: Option<(u64, f64)>) -> Result<f64> {
         let dp = self.mesh.group(Axis::Data);
-        // The microbatches of all replicas, of which each has a run: the same for as many in all.
+        // Each replica has a contiguous range of the microbatches of all replicas. The ranges
+        // depend only on the total number of microbatches.
         let (count, length) = (self.pipeline.schedule().microbatches(), batch.length);
         let all = blocks(batch.tokens.len() / length.max(1), 1, count * dp.size());
         let (mut described, mut tokens) = (Vec::new(), Vec::new());
@@ -141,7 +143,8 @@ impl<S: ResidualStream, T: Element, B: Backend> Gpt<S, T, B> {
             Some(_) => self.pipeline.run(self.model.chunks(), &described, &mut ends)?,
             None => self.pipeline.evaluate(self.model.chunks(), &described, &mut ends)?,
         }
-        // The last stage of each replica knows its part of the sum. Replicas that were given other batches notice here.
+        // The last stage of each replica has its partial sum. Replicas with different batches fail
+        // here.
         let losses: Vec<f64> = ends.losses().iter().map(|loss| loss * part).collect();
         let own = [self.replicas.sum(&losses)?, self.replicas.sum(&counts)?];
         let own = if self.pipeline.is_last() { own } else { [0.0; 2] };

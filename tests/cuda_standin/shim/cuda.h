@@ -1,7 +1,9 @@
-// CUDA kernels as C++ for the host: a block runs on one thread of the host, each of its threads is a fiber.
+// CUDA kernels as C++ for the host: a block runs on one host thread, and each of its threads is a
+// fiber.
 //
-// A fiber runs until it meets a barrier or a shuffle; the last of those who are waited for lets the others go on. So a missing
-// barrier shows: what another thread would have written is not there yet, and shared memory holds NaN before it is written.
+// A fiber runs until it reaches a barrier or a shuffle; the last fiber to arrive releases the
+// others. So a missing barrier is visible: other threads have not written yet, and unwritten shared
+// memory is NaN.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -15,11 +17,11 @@
 #include <utility>
 #include <vector>
 
-// What a kernel reads and writes of the allocations that its pointers point into: see kernel.rs.
+// The ranges that a kernel reads and writes in the allocations of its pointers: see kernel.rs.
 namespace standin {
 
 struct Span {
-  uintptr_t begin, end;  // of the allocation, with what lies around it
+  uintptr_t begin, end;  // of the allocation, with the space around it
   struct { uintptr_t from, to; } seen[2];  // read, and written
 };
 struct Spans {
@@ -28,7 +30,7 @@ struct Spans {
 };
 static thread_local Spans spans = {};
 
-// Where all device memory is: see memory.rs.
+// The range of all device memory: see memory.rs.
 constexpr uintptr_t DEVICE = (uintptr_t)32 << 40, DEVICE_SIZE = (uintptr_t)48 << 40;
 
 __attribute__((no_sanitize("thread"))) static inline void note(const void* at, size_t size, bool write) {
@@ -45,7 +47,7 @@ __attribute__((no_sanitize("thread"))) static inline void note(const void* at, s
 
 }  // namespace standin
 
-// The compiler calls these before it reads or writes memory that others may see.
+// The compiler calls these before reads and writes of memory that other threads may access.
 #define NOTED __attribute__((no_sanitize("thread"), visibility("hidden"))) void
 #define NOTE(size) \
   NOTED __tsan_read##size(void* at) { standin::note(at, size, false); } \
@@ -65,12 +67,12 @@ NOTED __tsan_init() {}
 #define __device__
 #define __host__
 #define __forceinline__ inline
-// NVRTC's stand-in reads them, and leaves them out.
+// NVRTC's stand-in parses and removes them.
 #define __launch_bounds__(...) STANDIN_BOUNDS(__VA_ARGS__)
 #define __align__(n) __attribute__((aligned(n)))
 #define __restrict__ __restrict
 #define __constant__ static const
-// One copy for each thread of the host; all of a module's are filled with NaN before a block begins.
+// One copy per host thread; all of a module's are filled with NaN before a block begins.
 #define __shared__ static thread_local
 
 struct uint3 { unsigned x, y, z; };
@@ -85,11 +87,11 @@ struct Copy {
 };
 
 struct Fiber {
-  void* stack;  // where it goes on
+  void* stack;  // where it resumes
   State state;
   unsigned lane, warp;
   uint3 place;
-  std::vector<Copy> copies;  // which nobody has awaited
+  std::vector<Copy> copies;  // not awaited yet
 };
 
 struct Warp {
@@ -99,7 +101,7 @@ struct Warp {
 };
 
 struct Block {
-  void* host;  // where the host's thread goes on
+  void* host;  // where the host thread resumes
   Fiber* current;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -116,7 +118,7 @@ inline Block*& own() {
   return block;
 }
 
-// Saves what a function has to keep, and goes on with another stack.
+// Saves the callee-saved registers and continues on another stack.
 extern "C" void standin_switch(void** from, void* to);
 asm(R"(
 .text
@@ -140,7 +142,7 @@ standin_switch:
   ret
 )");
 
-// Lets go who waits at a barrier or in a warp at which nobody is missing.
+// Releases the fibers of a barrier or a warp at which all have arrived.
 inline void release(Block& block, Warp& warp, unsigned number) {
   if (block.arrived && block.arrived == block.live) {
     for (Fiber& fiber : block.fibers)
@@ -153,7 +155,7 @@ inline void release(Block& block, Warp& warp, unsigned number) {
   }
 }
 
-// Goes on with the next fiber that can; returns when it is this one's turn again.
+// Switches to the next fiber that can run; returns when it is this one's turn again.
 inline void next() {
   Block& block = *own();
   Fiber *me = block.current, *begin = block.fibers.data(), *end = begin + block.fibers.size(), *other = me;
@@ -195,7 +197,7 @@ inline void meet(unsigned mask) {
   if (me.state != READY) next();
 }
 
-// What the lanes of a warp show each other.
+// The values that the lanes of a warp exchange.
 template <class T> struct Shown {
   Warp& warp;
   unsigned turn;
@@ -206,7 +208,7 @@ template <class T> struct Shown {
   }
 };
 
-// Two sets of slots in turn: one meeting is enough.
+// Two alternating sets of slots, so that one synchronization is enough.
 template <class T> inline Shown<T> show(unsigned mask, const T& value) {
   static_assert(sizeof(T) <= sizeof(Warp::slot[0][0]) && std::is_trivially_copyable_v<T>, "");
   Block& block = *own();
@@ -225,7 +227,7 @@ inline unsigned ballot(unsigned mask, bool vote) {
   return votes;
 }
 
-// Whether any thread of the block says so.
+// Whether `vote` is true on any thread of the block.
 inline bool barrier_or(bool vote) {
   Block& block = *own();
   block.vote = block.vote || vote;
@@ -242,7 +244,7 @@ inline void aligned(const void* at, const char* what) {
   abort();
 }
 
-// The copies are late: they are made when they are awaited.
+// Performs the copies as late as allowed: when they are awaited.
 inline void await_copies() {
   for (const Copy& copy : own()->current->copies) memcpy(copy.to, copy.from, 16);
   own()->current->copies.clear();
@@ -283,7 +285,7 @@ inline int find_local(dl_phdr_info* info, size_t, void* result) {
 
 constexpr size_t STACK = 64 << 10;
 
-// Stacks for the threads of a block. A launch takes some and gives them back: threads of the host come and go by the thousand.
+// Stacks for the threads of a block. A launch borrows some, as host threads start and end often.
 struct Stacks {
   char* start = nullptr;
   size_t count = 0;
@@ -398,7 +400,7 @@ static inline unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &
 static inline double sinpi(double x) { return sin(M_PI * x); }
 static inline double cospi(double x) { return cos(M_PI * x); }
 
-// f16 by way of integers: exact, to the nearest, ties to even.
+// f16 by integer arithmetic: exact, to nearest, ties to even.
 static inline float __float_from_half_bits(unsigned short half) {
   const unsigned sign = (unsigned)(half & 0x8000) << 16, exponent = half >> 10 & 31, fraction = half & 0x3ff;
   if (exponent == 31) return __uint_as_float(sign | 0x7f800000 | fraction << 13);
@@ -415,9 +417,9 @@ static inline unsigned short __half_bits_from_float(float x) {
   return sign | (unsigned short)(rounded >> 13);
 }
 
-// ---- tensor cores and what feeds them, as cuda/mma.cuh describes them ----
+// ---- tensor cores and their loads, as cuda/mma.cuh describes them ----
 
-// mma.m16n8k16: a lane shows its part of a and b, and makes its part of d, with sums in f32.
+// mma.m16n8k16: a lane provides its fragment of a and b, and computes its fragment of d in f32.
 template <class Widen>
 static inline void __standin_mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, Widen widen) {
   struct Parts { unsigned a[4], b[2]; };
@@ -443,7 +445,7 @@ static inline void __standin_load_matrices(unsigned (&r)[4], const void* row, bo
     const auto at = [&](unsigned row, unsigned col) -> unsigned { return shown.of(8 * matrix + row)[col]; };
     r[matrix] = transposed ? at(2 * t, g) | at(2 * t + 1, g) << 16 : at(g, 2 * t) | at(g, 2 * t + 1) << 16;
   }
-  // Nobody writes before all have read.
+  // No lane writes before all have read.
   standin::meet(~0u);
 }
 

@@ -1,8 +1,8 @@
-//! Vector clocks: which operations the program has ordered before which.
+//! Vector clocks: which operations the program has ordered before which others.
 
 use std::sync::{Mutex, PoisonError};
 
-/// For each stream, by its number, how many of its operations are known to come before.
+/// The number of operations of each stream that are ordered before, by stream number.
 #[derive(Clone, Default, Debug)]
 pub struct Clock(Vec<u64>);
 
@@ -11,7 +11,7 @@ impl Clock {
         Self(Vec::new())
     }
 
-    /// Takes in what another clock knows.
+    /// Merges another clock into this one.
     pub fn join(&mut self, other: &Self) {
         if self.0.len() < other.0.len() {
             self.0.resize(other.0.len(), 0);
@@ -30,17 +30,17 @@ impl Clock {
         self.0[stream]
     }
 
-    /// Whether operation `tick` of `stream` is ordered before whoever holds this clock.
+    /// Whether operation `tick` of `stream` is ordered before the holder of this clock.
     pub fn covers(&self, stream: usize, tick: u64) -> bool {
         self.0.get(stream).is_some_and(|&seen| seen >= tick)
     }
 
-    /// How many operations of `stream` come before.
+    /// The number of operations of `stream` that are ordered before.
     pub fn at(&self, stream: usize) -> u64 {
         self.0.get(stream).copied().unwrap_or(0)
     }
 
-    /// States how many operations of `stream` come before.
+    /// Sets the number of operations of `stream` that are ordered before.
     pub fn set(&mut self, stream: usize, tick: u64) {
         if self.0.len() <= stream {
             self.0.resize(stream + 1, 0);
@@ -49,15 +49,16 @@ impl Clock {
     }
 }
 
-// One clock for all host threads: how they order each other cannot be seen from here, and a clock for each would raise false alarms.
+// One clock for all host threads. Their mutual order is not visible here, and a clock per thread
+// would raise false alarms.
 static HOST: Mutex<Clock> = Mutex::new(Clock::new());
 
-/// Takes in what the host has waited for.
+/// Merges what the host has waited for.
 pub fn join_host(clock: &mut Clock) {
     clock.join(&HOST.lock().unwrap_or_else(PoisonError::into_inner));
 }
 
-/// The host has waited for everything in `clock`.
+/// Records that the host has waited for everything in `clock`.
 pub fn host_waited(clock: &Clock) {
     HOST.lock().unwrap_or_else(PoisonError::into_inner).join(clock);
 }

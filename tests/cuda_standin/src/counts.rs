@@ -1,4 +1,4 @@
-//! Counters of the calls that cost a device or its host something, for tests that hold those costs.
+//! Counters of calls that cost a device or its host time, for tests that check these costs.
 //!
 //! A test that has loaded this library as the driver looks up [`cuda_standin_counts`] by its name
 //! and compares two snapshots. A call counts once it has been accepted. A captured call counts at
@@ -10,7 +10,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-/// What is counted: the places of the numbers that [`cuda_standin_counts`] gives.
+/// The counters, in the order in which [`cuda_standin_counts`] returns them.
 #[derive(Clone, Copy, Debug)]
 #[repr(usize)]
 pub enum Count {
@@ -34,7 +34,7 @@ pub enum Count {
     Record,
     /// `cuStreamWaitEvent`.
     StreamWait,
-    /// The host waits for a stream, an event, the context, or a copy to memory that is not pinned.
+    /// Host waits for a stream, an event, the context, or a copy to memory that is not pinned.
     HostWait,
     /// `cuMemAllocHost`.
     Pinned,
@@ -45,7 +45,7 @@ pub enum Count {
     SetCurrent,
 }
 
-/// How many numbers there are.
+/// The number of counters.
 pub const COUNTS: usize = Count::SetCurrent as usize + 1;
 const DEVICES: usize = 64;
 
@@ -53,7 +53,7 @@ static ALL: [[AtomicU64; COUNTS]; DEVICES] = [const { [const { AtomicU64::new(0)
 
 thread_local!(static OWN: [Cell<u64>; COUNTS] = const { [const { Cell::new(0) }; COUNTS] });
 
-/// Counts a call of this thread, for a device.
+/// Counts a call of this thread on a device.
 pub fn add(device: usize, count: Count) {
     own(count);
     if let Some(counts) = ALL.get(device) {
@@ -68,7 +68,7 @@ pub fn own(count: Count) {
 
 /// Writes the first `len` counters, in the order of [`Count`], to `out`: those of the calling
 /// thread if `device` is negative, else those of a device by all threads of this process. Returns
-/// how many counters there are; with a null `out` it only does that.
+/// the number of counters; with a null `out` it does nothing else.
 ///
 /// # Safety
 /// `out` is null or has room for `len` numbers.

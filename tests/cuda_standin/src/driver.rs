@@ -5,7 +5,7 @@ use crate::{
     error::{self, *},
     graph::{self, Executable, Graph, Point, Work},
     kernel, memory,
-    stream::{Mark, Progress, Stream, lock},
+    stream::{Position, Progress, Stream, lock},
 };
 use std::{
     cell::Cell,
@@ -26,15 +26,15 @@ struct Context {
     streams: Mutex<HashMap<Handle, Arc<Stream>>>,
     // Sticky, as on a GPU: every later call of the context returns it.
     failed: AtomicI32,
-    /// The other devices that may reach the memory of this one's pool, a bit each.
+    /// The other devices that may access the memory of this one's pool, one bit each.
     open: AtomicU64,
-    /// How often it was retained and not released.
+    /// The number of retains that were not released.
     retained: AtomicUsize,
-    /// The attributes of its pool, by their numbers.
+    /// The attributes of the pool, by number.
     pool: [AtomicU64; 5],
 }
 
-/// A CUDA GPU's range: a smaller number comes first.
+/// The range of a CUDA GPU; a smaller number has priority.
 const HIGHEST_PRIORITY: c_int = -5;
 const LOWEST_PRIORITY: c_int = 0;
 /// `CU_EVENT_DISABLE_TIMING`.
@@ -44,21 +44,21 @@ const DISABLE_TIMING: c_uint = 2;
 #[derive(Clone)]
 struct Event {
     device: usize,
-    /// Whether it keeps the time at which it is reached.
+    /// Whether it stores the time at which it is reached.
     timed: bool,
     at: At,
 }
 
-/// Where an event was recorded last.
+/// The position at which an event was last recorded.
 #[derive(Clone)]
 enum At {
     Never,
-    Stream(Mark),
+    Stream(Position),
     /// In a stream that captures.
     Capture(Point),
 }
 
-/// What handles stand for. None is given out twice.
+/// The objects behind the handles. No handle is reused.
 struct Handles<T>(Mutex<(Handle, Option<HashMap<Handle, T>>)>);
 
 impl<T: Clone> Handles<T> {
@@ -134,12 +134,13 @@ impl Context {
         lock(&self.streams).values().chain([&self.null]).cloned().collect()
     }
 
-    /// Waits for all that was asked of the device, as some calls may: a module's load moves memory,
-    /// and pinned memory changes the device's page tables. The host has not thereby ordered
-    /// anything, as not every driver does it.
+    /// Waits for all work enqueued on the device, as some driver calls may: loading a module moves
+    /// memory, and pinning memory changes the device's page tables. This does not order anything
+    /// for the host, as not every driver waits.
     ///
-    /// Work that waits for a peer, which itself cannot go on before this call returns, hangs there.
-    /// Here it is a finding once the device has done nothing for `CUDA_STANDIN_WAIT` seconds.
+    /// If the work waits for a peer that cannot proceed before this call returns, the real driver
+    /// hangs. Here it is reported once the device has made no progress for `CUDA_STANDIN_WAIT`
+    /// seconds.
     fn drain(&self, call: &str) -> Result<(), Code> {
         let pending: Vec<_> =
             self.all_streams().into_iter().map(|stream| (stream.enqueued(), stream)).collect();
@@ -170,8 +171,8 @@ impl Context {
     }
 }
 
-/// How long a device may do nothing while a call waits for it: `CUDA_STANDIN_WAIT` seconds, 10 by
-/// default.
+/// The time for which a device may make no progress while a call waits for it: `CUDA_STANDIN_WAIT`
+/// seconds, 10 by default.
 fn patience() -> Duration {
     static PATIENCE: OnceLock<Duration> = OnceLock::new();
     *PATIENCE.get_or_init(|| {
@@ -180,12 +181,12 @@ fn patience() -> Duration {
     })
 }
 
-/// A call of the current context's that may wait for all of its work.
+/// A call that may wait for all work of the current context.
 pub fn drain(call: &str) -> Result<(), Code> {
     current()?.drain(call)
 }
 
-/// The stream of a handle, of the current context.
+/// Looks up the stream of a handle in the current context.
 pub fn stream(handle: Handle) -> Result<Arc<Stream>, Code> {
     let context = current()?;
     if handle == 0 {
@@ -194,14 +195,14 @@ pub fn stream(handle: Handle) -> Result<Arc<Stream>, Code> {
     lock(&context.streams).get(&handle).cloned().ok_or(INVALID_HANDLE)
 }
 
-/// The same, for what cannot be captured.
+/// The same, for calls that cannot be captured.
 pub fn stream_now(handle: Handle) -> Result<Arc<Stream>, Code> {
     let stream = stream(handle)?;
     graph::forbidden(&stream)?;
     Ok(stream)
 }
 
-/// Hands work to a stream, or to the graph that it captures.
+/// Enqueues work on a stream, or adds it to the graph that the stream captures.
 pub fn submit(
     stream: &Stream,
     judge: impl Fn(&memory::Accessor) -> Result<(), String> + Send + Sync + 'static,
@@ -217,7 +218,7 @@ fn submit_work(stream: &Stream, work: &Arc<Work>) -> Result<(), Code> {
     }
 }
 
-/// A finding becomes the context's sticky error.
+/// Turns a finding into the context's sticky error.
 pub fn illegal<T>(device: usize, outcome: Result<T, String>) -> Result<T, Code> {
     outcome.map_err(|message| {
         error::report(message);
@@ -226,14 +227,14 @@ pub fn illegal<T>(device: usize, outcome: Result<T, String>) -> Result<T, Code> 
     })
 }
 
-/// Whether every other device may reach the memory of this one's pool.
+/// Whether every other device may access the memory of this device's pool.
 pub fn is_open(device: usize) -> bool {
     let others = (0..contexts().len()).filter(|&other| other != device);
     let open = contexts()[device].open.load(SeqCst);
     others.into_iter().all(|other| open >> other & 1 == 1)
 }
 
-/// Writes a result where the caller wants it.
+/// Writes a result to the caller's pointer.
 pub unsafe fn put<T>(to: *mut T, value: T) -> Result<(), Code> {
     if to.is_null() {
         return Err(INVALID_VALUE);
@@ -246,11 +247,11 @@ fn device(ordinal: c_int) -> Result<&'static Context, Code> {
     usize::try_from(ordinal).ok().and_then(|i| contexts().get(i)).ok_or(INVALID_DEVICE)
 }
 
-/// The milliseconds between two events, as far as a CPU's time means something.
+/// The milliseconds between two events, measured on the CPU.
 fn elapsed(from: Handle, to: Handle) -> Result<f32, Code> {
     let time = |event| match EVENTS.get(event)? {
         Event { timed: false, .. } => Err(INVALID_HANDLE),
-        Event { at: At::Stream(mark), .. } => mark.time().ok_or(NOT_READY),
+        Event { at: At::Stream(position), .. } => position.time().ok_or(NOT_READY),
         Event { at: At::Capture(_), .. } => Err(CAPTURED_EVENT),
         Event { at: At::Never, .. } => Err(INVALID_HANDLE),
     };
@@ -258,7 +259,7 @@ fn elapsed(from: Handle, to: Handle) -> Result<f32, Code> {
     Ok(to.saturating_duration_since(from).as_secs_f32() * 1e3)
 }
 
-/// Without eager loading a kernel is loaded by `cuFuncLoad`, or by its first launch.
+/// Loads a kernel that was not loaded eagerly, in `cuFuncLoad` or its first launch.
 fn loads(function: &kernel::Function, call: &str) -> Result<(), Code> {
     if function.is_first_use() && !is_eager() { drain(call) } else { Ok(()) }
 }
@@ -267,7 +268,7 @@ fn is_eager() -> bool {
     std::env::var("CUDA_MODULE_LOADING").is_ok_and(|mode| mode == "EAGER")
 }
 
-/// A new stream of the current context.
+/// Creates a stream of the current context.
 fn create_stream(flags: c_uint, priority: c_int) -> Result<Handle, Code> {
     let context = current()?;
     let new = Stream::new(context.device, flags & 1 == 0, priority.clamp(HIGHEST_PRIORITY, LOWEST_PRIORITY));
@@ -308,14 +309,14 @@ exports! {
         Ok(())
     }
     fn cuDeviceGetUuid_v2(out: *mut [u8; 16], ordinal: c_int) { unsafe { put(out, [device(ordinal)?.device as u8; 16]) } }
-    // A context's handle is its device's number plus one: null is no context.
+    // A context's handle is its device's number plus one; null is no context.
     fn cuDevicePrimaryCtxRetain(out: *mut Handle, ordinal: c_int) {
         let context = device(ordinal)?;
         unsafe { put(out, context.device + 1)? };
         context.retained.fetch_add(1, SeqCst);
         Ok(())
     }
-    // The last release ends the context: its work, its streams and its modules.
+    // The last release ends the context, its work, its streams and its modules.
     fn cuDevicePrimaryCtxRelease_v2(ordinal: c_int) {
         let context = device(ordinal)?;
         let less = |count: usize| count.checked_sub(1);
@@ -358,7 +359,7 @@ exports! {
     }
     fn cuStreamDestroy_v2(handle: Handle) {
         let gone = lock(&current()?.streams).remove(&handle).ok_or(INVALID_HANDLE)?;
-        // Its capture has lost a stream.
+        // Destroying a stream that captures invalidates the capture.
         let _ = graph::forbidden(&gone);
         Ok(())
     }
@@ -373,7 +374,7 @@ exports! {
         let stream = stream(handle)?;
         match EVENTS.get(event)?.at {
             At::Never => {}
-            At::Stream(mark) => { graph::outside(&stream)?; stream.after(&mark); }
+            At::Stream(position) => { graph::outside(&stream)?; stream.after(&position); }
             At::Capture(point) => graph::wait(&stream, &point)?,
         }
         counts::add(stream.device, Count::StreamWait);
@@ -397,7 +398,7 @@ exports! {
     }
     fn cuGraphLaunch(executable: Handle, handle: Handle) {
         let stream = stream(handle)?;
-        // A real driver makes it a node of the other graph.
+        // A real driver adds it as a node of the other graph.
         if graph::status(&stream) != 0 { return graph::forbidden(&stream).and(Err(NOT_SUPPORTED)); }
         EXECUTABLES.get(executable)?.launch(&stream, illegal)?;
         counts::add(stream.device, Count::Graph);
@@ -416,15 +417,15 @@ exports! {
         let stream = stream(handle)?;
         let event = EVENTS.get(handle_of_event)?;
         if event.device != stream.device { return Err(INVALID_HANDLE); }
-        // Who waits already waits for the record before this one.
-        let at = graph::record(&stream)?.map_or_else(|| At::Stream(stream.mark()), At::Capture);
+        // Streams that already wait keep waiting for the previous record.
+        let at = graph::record(&stream)?.map_or_else(|| At::Stream(stream.position()), At::Capture);
         counts::add(stream.device, Count::Record);
         EVENTS.set(handle_of_event, Event { at, ..event })
     }
     fn cuEventQuery(event: Handle) {
         graph::may_wait()?;
         match EVENTS.get(event)?.at {
-            At::Stream(mark) if !mark.is_reached() => Err(NOT_READY),
+            At::Stream(position) if !position.is_reached() => Err(NOT_READY),
             At::Capture(point) => point.forbidden(),
             _ => Ok(()),
         }
@@ -434,7 +435,7 @@ exports! {
         let event = EVENTS.get(event)?;
         counts::add(event.device, Count::HostWait);
         match event.at {
-            At::Stream(mark) => mark.wait(),
+            At::Stream(position) => position.wait(),
             At::Capture(point) => return point.forbidden(),
             At::Never => {}
         }
@@ -457,13 +458,14 @@ exports! {
         Ok(())
     }
     fn cuMemAllocAsync(out: *mut usize, size: usize, handle: Handle) {
-        // The NaN pattern counts as the stream's first write: another stream has to be ordered after the allocation.
+        // The NaN pattern counts as the stream's first write, so another stream must be ordered
+        // after the allocation.
         let stream = stream(handle)?;
         counts::add(stream.device, Count::Allocation);
         if let Some(start) = graph::allocate(&stream, size)? { return unsafe { put(out, start) }; }
         let (clock, policy) = (stream.clock(), contexts()[stream.device].policy());
-        let by = memory::By { stream: stream.number, clock: &clock, policy };
-        let memory::Given { bounds, after } = memory::allocate(stream.device, size, Some(&by))?;
+        let by = memory::AllocatingStream { stream: stream.number, clock: &clock, policy };
+        let memory::NewMemory { bounds, after } = memory::allocate(stream.device, size, Some(&by))?;
         if let Some(done) = after { stream.wait_for_memory(done); }
         let start = bounds.start;
         submit(&stream, move |who| memory::access(who, start, size, true, "allocation"), move || bounds.open())?;
@@ -495,7 +497,7 @@ exports! {
             let from = from as usize;
             return submit(&stream, judge, move || unsafe { std::ptr::copy(from as *const u8, to as *mut u8, size) });
         }
-        // Pageable memory may be used again at once.
+        // Pageable memory may be reused as soon as the call returns.
         let bytes = unsafe { std::slice::from_raw_parts(from, size) }.to_vec();
         submit(&stream, judge, move || unsafe { std::ptr::copy(bytes.as_ptr(), to as *mut u8, size) })
     }
@@ -562,7 +564,8 @@ exports! {
         device(peer)?;
         unsafe { put(out, c_int::from(ordinal != peer)) }
     }
-    // Each description: the kind of place (1 is a device), its number, what is allowed (3 is reading and writing).
+    // Each description: the kind of location (1 is a device), its number, the access (3 is read and
+    // write).
     fn cuMemPoolSetAccess(pool: Handle, access: *const [c_int; 3], count: usize) {
         let own = pool.checked_sub(1).and_then(|at| contexts().get(at)).ok_or(INVALID_VALUE)?;
         if access.is_null() { return Err(INVALID_VALUE); }
@@ -573,8 +576,8 @@ exports! {
         }
         Ok(())
     }
-    // 1 to 3 say what may be used again; 4 is how much stays when a stream is waited for, which
-    // changes nothing here.
+    // 1 to 3 select what may be reused. 4 is the memory that is kept when a stream is synchronized,
+    // which has no effect here.
     fn cuMemPoolSetAttribute(pool: Handle, attribute: c_int, value: *mut c_void) {
         let own = pool.checked_sub(1).and_then(|at| contexts().get(at)).ok_or(INVALID_VALUE)?;
         if value.is_null() { return Err(INVALID_VALUE); }
@@ -594,7 +597,7 @@ exports! {
             match attribute {
                 1..=3 => put(out.cast::<c_uint>(), own.pool[attribute as usize].load(SeqCst) as c_uint),
                 4 => put(out.cast::<u64>(), own.pool[4].load(SeqCst)),
-                // What it has, and what of it is in use.
+                // The reserved bytes and the used bytes.
                 5 | 7 => put(out.cast::<u64>(), memory::used(own.device) as u64),
                 _ => Err(INVALID_VALUE),
             }
@@ -603,18 +606,18 @@ exports! {
     fn cuDeviceGetAttribute(out: *mut c_int, attribute: c_int, ordinal: c_int) {
         device(ordinal)?;
         let value = match attribute {
-            1 => 1024, // threads of a block
-            8 => 49_152, // shared memory of a block that does not ask for more
-            10 => 32, // threads of a warp
-            12 | 82 => 65_536, // registers of a block, and of a multiprocessor
+            1 => 1024, // threads per block
+            8 => 49_152, // shared memory per block by default
+            10 => 32, // threads per warp
+            12 | 82 => 65_536, // registers per block, and per multiprocessor
             16 => 2, // multiprocessors
             38 => 50 << 20, // L2 cache
-            39 => 2048, // threads of a multiprocessor
+            39 => 2048, // threads per multiprocessor
             75 => 9, // compute capability, major
             76 => 0, // and minor
-            81 => 233_472, // shared memory of a multiprocessor
-            97 => 232_448, // shared memory that a block may ask for
-            111 => 1024, // shared memory of a block that the system takes
+            81 => 233_472, // shared memory per multiprocessor
+            97 => 232_448, // shared memory per block that can be requested
+            111 => 1024, // shared memory per block that the system reserves
             _ => 1,
         };
         unsafe { put(out, value) }
@@ -628,7 +631,7 @@ exports! {
         let image = unsafe { CStr::from_ptr(image) };
         unsafe { put(out, kernel::load(image, device).ok_or(INVALID_IMAGE)?) }
     }
-    // As the variable says: 1 is eager, 2 lazy.
+    // Set by `CUDA_MODULE_LOADING`: 1 is eager, 2 lazy.
     fn cuModuleGetLoadingMode(out: *mut c_int) { unsafe { put(out, if is_eager() { 1 } else { 2 }) } }
     fn cuModuleUnload(module: Handle) {
         drain("cuModuleUnload")?;
@@ -664,7 +667,7 @@ exports! {
                 let _ = illegal(device, run());
             }))
         }))?;
-        // What it has done wrong, if it is done already.
+        // The sticky error, if the work has already finished.
         current().map(drop)
     }
 }

@@ -1,4 +1,4 @@
-//! The driver's result codes, and the record of what was found wrong.
+//! The driver's result codes, and the list of findings.
 
 use crate::stream::lock;
 use std::{
@@ -41,18 +41,18 @@ pub fn report(message: String) {
     lock(&REPORTS).push(message);
 }
 
-/// Everything that was found so far in this process.
+/// All findings so far in this process.
 pub fn reports() -> Vec<String> {
     lock(&REPORTS).clone()
 }
 
-/// How many findings there were in this process, for tests that load this library as the driver.
+/// The number of findings in this process, for tests that load this library as the driver.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuda_standin_reports() -> usize {
     lock(&REPORTS).len()
 }
 
-/// The name of a code, as `cuGetErrorName` says it.
+/// The name of a code, as `cuGetErrorName` returns it.
 pub fn name(code: Code) -> Option<&'static CStr> {
     Some(match code {
         SUCCESS => c"CUDA_SUCCESS",

@@ -1,8 +1,9 @@
-//! Graphs: work that streams capture instead of doing it, and that is done each time the graph is launched.
+//! Graphs: streams capture work instead of running it, and each launch of the graph runs it.
 //!
-//! A graph is the calls that were captured, in their order, on lanes: one for each stream that took part. A launch makes the calls
-//! again, on streams of the graph's own that come after the launching stream's work and before what it is asked for later. So
-//! whatever is judged of work in streams is judged of a graph's, at every launch.
+//! A graph holds the captured calls in their order, each with the captured stream that it belongs
+//! to. A launch repeats the calls on the graph's own streams. These come after the launching
+//! stream's earlier work and before its later work. So every launch checks a graph's work like the
+//! work of streams.
 
 use crate::{
     clock::Clock,
@@ -11,7 +12,7 @@ use crate::{
         CAPTURE_UNSUPPORTED, CAPTURE_WRONG_THREAD, CAPTURED_EVENT, Code, ILLEGAL_STATE, INVALID_VALUE,
     },
     memory::{self, Accessor},
-    stream::{Mark, Operation, Stream, lock},
+    stream::{Operation, Position, Stream, lock},
 };
 use std::{
     ffi::{c_int, c_uint},
@@ -19,13 +20,14 @@ use std::{
     thread::{self, ThreadId},
 };
 
-/// Who may not make calls that could wait for the device while a stream captures: nobody, the capturing thread, or no matter.
+/// The capture modes: while a stream captures, all threads, the capturing thread, or no thread may
+/// not make calls that could wait for the device.
 const GLOBAL: c_uint = 0;
 const RELAXED: c_uint = 2;
 
 type Prepare = dyn Fn(&Accessor) -> Result<Operation, String> + Send + Sync;
 
-/// Something that a stream does: judged and done as often as it is launched.
+/// Work of a stream, which is checked and run at each launch.
 pub struct Work(Box<Prepare>);
 
 impl Work {
@@ -41,7 +43,7 @@ impl Work {
         })
     }
 
-    /// What is done is made of what is found out about its accesses.
+    /// Creates work that depends on the check of its accesses.
     pub fn prepared(
         prepare: impl Fn(&Accessor) -> Result<Operation, String> + Send + Sync + 'static,
     ) -> Arc<Self> {
@@ -55,15 +57,16 @@ impl Work {
 
 enum Step {
     Work(Arc<Work>),
-    /// An event is recorded: the number of the point.
+    /// Records an event; the number of the point.
     Record(usize),
-    /// And waited for.
+    /// Waits for the point.
     Wait(usize),
 }
 
-struct Lane {
+struct CapturedStream {
     stream: Arc<Stream>,
-    /// For each lane, how many of its steps come before this one's next.
+    /// For each captured stream, the number of its steps that are ordered before this stream's
+    /// next.
     clock: Clock,
 }
 
@@ -74,7 +77,7 @@ enum State {
     Over,
 }
 
-/// What streams are capturing.
+/// A capture by one or more streams.
 pub struct Capture {
     mode: c_uint,
     thread: ThreadId,
@@ -83,7 +86,7 @@ pub struct Capture {
 
 struct Captured {
     state: State,
-    lanes: Vec<Lane>,
+    streams: Vec<CapturedStream>,
     steps: Vec<(usize, Step)>,
     points: usize,
     allocated: Vec<usize>,
@@ -106,7 +109,7 @@ pub struct Point {
 }
 
 impl Point {
-    /// The event was asked about, or waited for on the host: that is no part of a graph.
+    /// Rejects a query of the event, or a host wait for it: neither can be part of a graph.
     pub fn forbidden<T>(&self) -> Result<T, Code> {
         lock(&self.capture.captured).invalidate();
         Err(CAPTURED_EVENT)
@@ -115,21 +118,21 @@ impl Point {
 
 static ACTIVE: Mutex<Vec<Arc<Capture>>> = Mutex::new(Vec::new());
 
-/// The capture that a stream takes part in, and its lane.
+/// The capture that a stream takes part in, and the stream's index in it.
 fn of(stream: &Stream) -> Option<(Arc<Capture>, usize)> {
     lock(&stream.capture).clone()
 }
 
-/// Adds to what a stream captures; `None` if it does not capture.
+/// Adds to a stream's capture; `None` if the stream does not capture.
 fn add<R>(
     stream: &Stream,
     add: impl FnOnce(&mut Captured, usize) -> Result<R, Code>,
 ) -> Result<Option<R>, Code> {
-    let Some((capture, lane)) = of(stream) else { return Ok(None) };
+    let Some((capture, index)) = of(stream) else { return Ok(None) };
     let mut captured = lock(&capture.captured);
     match captured.state {
         State::Active => {
-            let added = add(&mut captured, lane);
+            let added = add(&mut captured, index);
             if added.is_err() {
                 captured.invalidate();
             }
@@ -149,7 +152,7 @@ pub fn begin(stream: &Arc<Stream>, mode: c_uint) -> Result<(), Code> {
     }
     let captured = Captured {
         state: State::Active,
-        lanes: vec![Lane { stream: Arc::clone(stream), clock: Clock::default() }],
+        streams: vec![CapturedStream { stream: Arc::clone(stream), clock: Clock::default() }],
         steps: Vec::new(),
         points: 0,
         allocated: Vec::new(),
@@ -160,38 +163,39 @@ pub fn begin(stream: &Arc<Stream>, mode: c_uint) -> Result<(), Code> {
     Ok(())
 }
 
-/// Ends what `begin` began: the graph, or why there is none. Either way no stream captures any more, but where the call was
-/// another thread's.
+/// Ends what `begin` began. Returns the graph, or why there is none. Either way all its streams
+/// stop capturing, unless the call came from the wrong thread.
 pub fn end(stream: &Stream) -> Result<Graph, Code> {
-    let (capture, lane) = of(stream).ok_or(ILLEGAL_STATE)?;
-    if lane != 0 {
+    let (capture, index) = of(stream).ok_or(ILLEGAL_STATE)?;
+    if index != 0 {
         lock(&capture.captured).invalidate();
         return Err(CAPTURE_UNMATCHED);
     }
     if capture.mode != RELAXED && capture.thread != thread::current().id() {
         return Err(CAPTURE_WRONG_THREAD);
     }
-    let (state, lanes, graph) = {
+    let (state, streams, graph) = {
         let mut captured = lock(&capture.captured);
         let state = std::mem::replace(&mut captured.state, State::Over);
-        let lanes = std::mem::take(&mut captured.lanes);
+        let streams = std::mem::take(&mut captured.streams);
         let graph = Graph {
-            devices: lanes.iter().map(|lane| lane.stream.device).collect(),
+            devices: streams.iter().map(|captured| captured.stream.device).collect(),
             steps: std::mem::take(&mut captured.steps),
             points: captured.points,
             allocated: std::mem::take(&mut captured.allocated),
         };
-        (state, lanes, graph)
+        (state, streams, graph)
     };
     lock(&ACTIVE).retain(|active| !Arc::ptr_eq(active, &capture));
-    for lane in &lanes {
-        *lock(&lane.stream.capture) = None;
+    for captured in &streams {
+        *lock(&captured.stream.capture) = None;
     }
     if state == State::Invalidated {
         return Err(CAPTURE_INVALIDATED);
     }
-    let origin = &lanes[0].clock;
-    match lanes.iter().enumerate().all(|(number, lane)| origin.at(number) >= lane.clock.at(number)) {
+    let origin = &streams[0].clock;
+    match streams.iter().enumerate().all(|(number, captured)| origin.at(number) >= captured.clock.at(number))
+    {
         true => Ok(graph),
         false => Err(CAPTURE_UNJOINED),
     }
@@ -202,16 +206,17 @@ pub fn status(stream: &Stream) -> c_int {
     of(stream).map_or(0, |(capture, _)| if lock(&capture.captured).state == State::Active { 1 } else { 2 })
 }
 
-/// Work for a stream that may capture; `None` if it does not.
+/// Captures work if the stream captures; else `None`.
 pub fn work(stream: &Stream, work: &Arc<Work>) -> Result<Option<()>, Code> {
-    add(stream, |captured, lane| {
-        captured.lanes[lane].clock.tick(lane);
-        captured.steps.push((lane, Step::Work(Arc::clone(work))));
+    add(stream, |captured, index| {
+        captured.streams[index].clock.tick(index);
+        captured.steps.push((index, Step::Work(Arc::clone(work))));
         Ok(())
     })
 }
 
-/// Memory that each launch allocates, at the same address; `None` if the stream does not capture.
+/// Captures an allocation, which has the same address at each launch; `None` if the stream does not
+/// capture.
 pub fn allocate(stream: &Stream, size: usize) -> Result<Option<usize>, Code> {
     let bounds = add(stream, |captured, _| {
         let bounds = memory::reserve(stream.device, size)?;
@@ -225,29 +230,29 @@ pub fn allocate(stream: &Stream, size: usize) -> Result<Option<usize>, Code> {
     Ok(Some(start))
 }
 
-/// Whether a stream captures the end of memory; an error if it does, and the memory is not the graph's.
+/// Captures a free; an error if the stream captures and the memory is not the graph's.
 pub fn frees(stream: &Stream, start: usize) -> Result<(), Code> {
     add(stream, |captured, _| if captured.allocated.contains(&start) { Ok(()) } else { Err(INVALID_VALUE) })
         .map(drop)
 }
 
-/// An event is recorded; `None` if the stream does not capture.
+/// Captures the record of an event; `None` if the stream does not capture.
 pub fn record(stream: &Stream) -> Result<Option<Point>, Code> {
-    let point = add(stream, |captured, lane| {
+    let point = add(stream, |captured, index| {
         let number = captured.points;
         captured.points += 1;
-        captured.steps.push((lane, Step::Record(number)));
-        Ok((number, captured.lanes[lane].clock.clone()))
+        captured.steps.push((index, Step::Record(number)));
+        Ok((number, captured.streams[index].clock.clone()))
     })?;
     Ok(point.zip(of(stream)).map(|((number, clock), (capture, _))| Point { capture, number, clock }))
 }
 
-/// A stream waits for an event that was recorded outside of captures: not one that captures.
+/// A wait for an event recorded outside of captures, which a capturing stream may not make.
 pub fn outside(stream: &Stream) -> Result<(), Code> {
     add::<()>(stream, |_, _| Err(CAPTURE_ISOLATION)).map(drop)
 }
 
-/// A stream waits for a captured event: it captures too from then on.
+/// A wait for a captured event, which makes the stream join the capture.
 pub fn wait(stream: &Arc<Stream>, point: &Point) -> Result<(), Code> {
     let mut own = lock(&stream.capture);
     if let Some((capture, _)) = own.as_ref().filter(|(capture, _)| !Arc::ptr_eq(capture, &point.capture)) {
@@ -261,13 +266,13 @@ pub fn wait(stream: &Arc<Stream>, point: &Point) -> Result<(), Code> {
         State::Invalidated => return Err(CAPTURE_INVALIDATED),
         State::Over => return Err(CAPTURED_EVENT),
     }
-    let lane = own.as_ref().map_or(captured.lanes.len(), |(_, lane)| *lane);
+    let index = own.as_ref().map_or(captured.streams.len(), |(_, index)| *index);
     if own.is_none() {
-        captured.lanes.push(Lane { stream: Arc::clone(stream), clock: Clock::default() });
-        *own = Some((Arc::clone(&point.capture), lane));
+        captured.streams.push(CapturedStream { stream: Arc::clone(stream), clock: Clock::default() });
+        *own = Some((Arc::clone(&point.capture), index));
     }
-    captured.lanes[lane].clock.join(&point.clock);
-    captured.steps.push((lane, Step::Wait(point.number)));
+    captured.streams[index].clock.join(&point.clock);
+    captured.steps.push((index, Step::Wait(point.number)));
     Ok(())
 }
 
@@ -295,20 +300,23 @@ pub fn may_wait() -> Result<(), Code> {
     refuse_all(|capture| capture.mode == GLOBAL || (capture.mode != RELAXED && capture.thread == here))
 }
 
-/// A call that waits for all of a device.
+/// A call that waits for all work of a device.
 pub fn waits_for(device: usize) -> Result<(), Code> {
-    refuse_all(|capture| lock(&capture.captured).lanes.iter().any(|lane| lane.stream.device == device))
+    refuse_all(|capture| {
+        lock(&capture.captured).streams.iter().any(|captured| captured.stream.device == device)
+    })
 }
 
-/// Work of the legacy stream, which comes after that of every stream that was not created to stand apart from it.
+/// Work of the legacy stream, which is ordered after that of every blocking stream. Returns whether
+/// the call is allowed.
 pub fn legacy(device: usize) -> bool {
-    let is_tied = |lane: &Lane| lane.stream.is_tied && lane.stream.device == device;
-    refuse_all(|capture| lock(&capture.captured).lanes.iter().any(is_tied)).is_ok()
+    let is_tied = |captured: &CapturedStream| captured.stream.is_tied && captured.stream.device == device;
+    refuse_all(|capture| lock(&capture.captured).streams.iter().any(is_tied)).is_ok()
 }
 
-/// What was captured.
+/// The result of a capture.
 pub struct Graph {
-    /// The device of each lane.
+    /// The device of each captured stream.
     devices: Vec<usize>,
     steps: Vec<(usize, Step)>,
     points: usize,
@@ -318,18 +326,19 @@ pub struct Graph {
 /// A graph that can be launched.
 pub struct Executable {
     graph: Arc<Graph>,
-    lanes: Vec<Arc<Stream>>,
-    /// The end of the last launch: one comes after the other.
-    last: Mutex<Option<Mark>>,
+    streams: Vec<Arc<Stream>>,
+    /// The end of the last launch; launches run one after the other.
+    last: Mutex<Option<Position>>,
 }
 
 impl Executable {
     pub fn new(graph: Arc<Graph>) -> Self {
-        let lanes = graph.devices.iter().map(|&device| Stream::new(device, false, 0)).collect();
-        Self { graph, lanes, last: Mutex::default() }
+        let streams = graph.devices.iter().map(|&device| Stream::new(device, false, 0)).collect();
+        Self { graph, streams, last: Mutex::default() }
     }
 
-    /// Does what was captured, behind what the stream was asked for before. `finding` is told what is wrong, and where.
+    /// Runs the captured work after the stream's earlier work. `finding` receives what is wrong,
+    /// and on which device.
     pub fn launch(
         &self,
         stream: &Stream,
@@ -337,25 +346,25 @@ impl Executable {
     ) -> Result<(), Code> {
         let mut last = lock(&self.last);
         memory::revive(&self.graph.allocated)?;
-        let begin = stream.mark();
-        for lane in &self.lanes {
-            lane.after(&begin);
+        let begin = stream.position();
+        for own in &self.streams {
+            own.after(&begin);
             if let Some(last) = &*last {
-                lane.after(last);
+                own.after(last);
             }
         }
         let mut points = vec![None; self.graph.points];
-        for (lane, step) in &self.graph.steps {
-            let lane = &self.lanes[*lane];
+        for (index, step) in &self.graph.steps {
+            let own = &self.streams[*index];
             match step {
-                Step::Work(work) => finding(lane.device, work.push(lane))?,
-                Step::Record(point) => points[*point] = Some(lane.mark()),
+                Step::Work(work) => finding(own.device, work.push(own))?,
+                Step::Record(point) => points[*point] = Some(own.position()),
                 Step::Wait(point) => {
-                    lane.after(points[*point].as_ref().expect("recorded before it was waited for"))
+                    own.after(points[*point].as_ref().expect("recorded before it was waited for"))
                 }
             }
         }
-        let end = self.lanes[0].mark();
+        let end = self.streams[0].position();
         stream.after(&end);
         *last = Some(end);
         Ok(())

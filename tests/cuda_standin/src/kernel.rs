@@ -1,4 +1,4 @@
-//! Kernels: shared objects that NVRTC's stand-in has compiled, and their launches.
+//! Kernels: shared objects compiled by NVRTC's stand-in, and their launches.
 
 use crate::{
     error::{self, Code, INVALID_HANDLE, INVALID_VALUE, NOT_FOUND},
@@ -14,19 +14,19 @@ use std::{
     },
 };
 
-/// How an image begins; the path of a shared object follows.
+/// The start of an image; the path of a shared object follows.
 pub const MAGIC: &str = "cuda-standin image ";
 
-/// The shared memory that a block may have: without asking for more, and with.
+/// The shared memory that a block may have by default, and on request.
 const SHARED: u32 = 48 << 10;
 const SHARED_OPT_IN: u32 = 232_448;
 
-/// Runs a kernel: arguments, grid, block, bytes of dynamic shared memory, and where to note its
+/// Runs a kernel: arguments, grid, block, bytes of dynamic shared memory, and where to record its
 /// accesses.
 type Body = unsafe extern "C" fn(*mut *mut c_void, *const c_uint, *const c_uint, c_uint, Spans);
 
-/// An allocation with what lies around it, and what was read and written there: from the first byte
-/// to behind the last.
+/// An allocation with the space around it, and the ranges read and written there, from the first
+/// byte to the end of the last.
 #[repr(C)]
 struct Span {
     place: [usize; 2],
@@ -39,7 +39,8 @@ struct Spans {
     count: usize,
 }
 
-/// The number of arguments, then for each its size, and in the upper half 1 for a pointer to const, 2 for another pointer.
+/// The number of arguments, then for each its size, with 1 in the upper half for a pointer to const
+/// and 2 for another pointer.
 type Signature = unsafe extern "C" fn() -> *const c_uint;
 
 /// A module of one device's context.
@@ -56,14 +57,14 @@ unsafe impl Send for Module {}
 unsafe impl Sync for Module {}
 
 struct Modules {
-    /// The last handle that was given out: none is twice.
+    /// The last handle that was given out; handles are not reused.
     last: usize,
     loaded: BTreeMap<usize, Arc<Module>>,
 }
 
 static MODULES: Mutex<Modules> = Mutex::new(Modules { last: 0, loaded: BTreeMap::new() });
 
-/// Loads an image for a device; its handle.
+/// Loads an image for a device and returns its handle.
 pub fn load(image: &CStr, device: usize) -> Option<usize> {
     let path = image.to_str().ok()?.strip_prefix(MAGIC)?;
     let path = CString::new(path).ok()?;
@@ -80,14 +81,14 @@ pub fn load(image: &CStr, device: usize) -> Option<usize> {
     Some(handle)
 }
 
-/// Ends a module: its functions are not to be used any more.
+/// Unloads a module, whose functions may no longer be used.
 pub fn unload(handle: usize) -> Option<()> {
     let module = lock(&MODULES).loaded.remove(&handle)?;
     module.is_loaded.store(false, SeqCst);
     Some(())
 }
 
-/// The same for all of a device.
+/// Unloads all modules of a device.
 pub fn unload_all(device: usize) {
     lock(&MODULES).loaded.retain(|_, module| {
         module.is_loaded.store(module.device != device, SeqCst);
@@ -95,7 +96,7 @@ pub fn unload_all(device: usize) {
     });
 }
 
-/// A kernel of a module. It is never freed, so that its use after an unload is found.
+/// A kernel of a module. It is never freed, so that a use after an unload is found.
 pub struct Function {
     name: String,
     body: Body,
@@ -103,9 +104,9 @@ pub struct Function {
     module: Arc<Module>,
     /// The bytes of shared memory that it declares.
     declared: u32,
-    /// Those that a launch may ask for beside them.
+    /// The bytes that a launch may request in addition.
     dynamic: AtomicU32,
-    /// The threads of a block that it was compiled for.
+    /// The number of threads per block that it was compiled for.
     threads: u32,
     is_loaded: AtomicBool,
 }
@@ -138,7 +139,7 @@ pub fn function(handle: usize) -> Result<&'static Function, Code> {
 }
 
 impl Function {
-    /// Whether this is the first use, which loads the kernel unless it came with its module.
+    /// Whether this is the first use, which loads the kernel unless it was loaded with its module.
     pub fn is_first_use(&self) -> bool {
         !self.is_loaded.swap(true, SeqCst)
     }
@@ -193,7 +194,7 @@ impl Function {
         }
     }
 
-    /// `cuFuncGetAttribute`, for what is known here: registers are not.
+    /// `cuFuncGetAttribute`, for the known attributes (registers are not known).
     pub fn get(&self, attribute: c_int) -> Result<c_int, Code> {
         match attribute {
             0 => Ok(self.threads as c_int),
@@ -204,7 +205,7 @@ impl Function {
         }
     }
 
-    /// Whether a device can run it so.
+    /// Whether a device can run this launch.
     pub fn fits(&self, grid: [c_uint; 3], block: [c_uint; 3], shared: c_uint) -> Result<(), Code> {
         let threads: u64 = block.iter().map(|&side| u64::from(side)).product();
         let is_grid = grid[0] != 0
@@ -215,7 +216,7 @@ impl Function {
     }
 }
 
-/// A kernel with its arguments, which are copied.
+/// A kernel with a copy of its arguments.
 #[derive(Clone)]
 pub struct Launch {
     function: &'static Function,
@@ -223,12 +224,12 @@ pub struct Launch {
     block: [c_uint; 3],
     shared: c_uint,
     arguments: Arc<Vec<u64>>,
-    /// The allocations that its pointers point into, each once.
+    /// The allocations that its pointers point into, without duplicates.
     memory: Arc<Vec<Bounds>>,
 }
 
 impl Launch {
-    /// `Err` is an address that is none of the device's.
+    /// `Err` is an address outside the device's memory.
     ///
     /// # Safety
     /// There are as many pointers to arguments as the function has.
@@ -240,24 +241,27 @@ impl Launch {
         arguments: *mut *mut c_void,
     ) -> Result<Self, String> {
         let argument = |(at, kind): (usize, &u32)| {
-            let mut word = [0_u8; 8];
+            let mut value = [0_u8; 8];
             let size = (*kind & 0xffff) as usize;
-            // SAFETY: the caller's promise. Arguments of these kernels are words of 8 bytes at most.
+            // SAFETY: the caller's promise. Arguments of these kernels have 8 bytes at most.
             unsafe {
                 std::ptr::copy_nonoverlapping(
                     (*arguments.add(at)).cast::<u8>(),
-                    word.as_mut_ptr(),
+                    value.as_mut_ptr(),
                     size.min(8),
                 );
             }
-            u64::from_ne_bytes(word)
+            u64::from_ne_bytes(value)
         };
         let arguments: Vec<u64> = function.arguments.iter().enumerate().map(argument).collect();
-        let pointers =
-            function.arguments.iter().zip(&arguments).filter(|(kind, word)| *kind >> 16 != 0 && **word != 0);
+        let pointers = function
+            .arguments
+            .iter()
+            .zip(&arguments)
+            .filter(|(kind, value)| *kind >> 16 != 0 && **value != 0);
         let mut memory: Vec<Bounds> = Vec::new();
         for (_, &address) in pointers {
-            // A view of no elements may begin at the end.
+            // A view without elements may begin at the end.
             let bounds = memory::bounds(address as usize)
                 .ok_or_else(|| format!("kernel {}: {address:#x} is not device memory", function.name))?;
             if memory.iter().all(|known| known.start != bounds.start) {
@@ -268,8 +272,8 @@ impl Launch {
         Ok(Self { function, grid, block, shared, arguments, memory })
     }
 
-    /// Judges whether its memory is there. What it does with it is judged when that is known: the
-    /// result runs it and says what is wrong.
+    /// Checks that its memory exists. Its accesses are checked once they are known: the result runs
+    /// the kernel and returns what is wrong.
     pub fn prepare(
         &self,
         who: &Accessor,
@@ -283,8 +287,9 @@ impl Launch {
 
     /// Runs all threads.
     fn run(&self, loans: Vec<Loan>) -> Result<(), String> {
-        let mut words = self.arguments.to_vec();
-        let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|word| (word as *mut u64).cast()).collect();
+        let mut values = self.arguments.to_vec();
+        let mut pointers: Vec<*mut c_void> =
+            values.iter_mut().map(|value| (value as *mut u64).cast()).collect();
         let span = |loan: &Loan| Span { place: loan.bounds.place(), seen: [[usize::MAX, 0]; 2] };
         let mut seen: Vec<Span> = loans.iter().map(span).collect();
         crash::announce(&self.function.name);
@@ -300,18 +305,18 @@ impl Launch {
         for (loan, span) in loans.into_iter().zip(seen) {
             let [read, written] = span.seen.map(|[from, to]| from..to);
             let intact = loan.bounds.is_intact();
-            let beside = format!(
-                "kernel {} has written beside the memory at {:#x}",
+            let overwrite = format!(
+                "kernel {} has written next to the memory at {:#x}",
                 self.function.name, loan.bounds.start
             );
             let settled = memory::settle(loan, read, written);
-            outcome = outcome.and(if intact { settled } else { Err(beside) });
+            outcome = outcome.and(if intact { settled } else { Err(overwrite) });
         }
         outcome
     }
 }
 
-/// A kernel that touches what is no memory of its own ends the process; here it is at least named.
+/// An access outside of all allocations ends the process; this names the kernel first.
 mod crash {
     use super::c_char;
     use std::{cell::Cell, sync::Once};
@@ -321,7 +326,8 @@ mod crash {
     extern "C" fn handler(_signal: libc::c_int) {
         let (name, len) = NAME.get();
         let write = |text: *const c_char, len: usize| {
-            // SAFETY: write(2) may be called in a handler; the text lives as long as the kernel runs.
+            // SAFETY: write(2) may be called in a handler; the text lives as long as the kernel
+            // runs.
             let _ = unsafe { libc::write(2, text.cast(), len) };
         };
         let said = c"cuda stand-in: memory that is not there was touched, in kernel ";

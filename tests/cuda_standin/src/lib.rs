@@ -1,26 +1,27 @@
-//! A stand-in for the CUDA driver, NVRTC, cuBLASLt and NCCL on a machine without a GPU, for tests only.
+//! A stand-in for the CUDA driver, NVRTC, cuBLASLt and NCCL on a machine without a GPU. For tests
+//! only.
 //!
 //! Device memory is host memory in a checked table ([`memory`]), a stream is a queue of work
-//! ([`stream`]), kernels are the same `.cu` files behind a header that makes them C++ ([`nvrtc`],
+//! ([`stream`]), kernels are the same `.cu` files compiled as C++ through a header ([`nvrtc`],
 //! [`kernel`]), and every operation carries a vector clock ([`clock`]). Bounds, use after free,
-//! wrong device and races between streams are judged from what the program ordered and not from how
-//! the threads happened to run: a planted bug is found every time. What a kernel reads and writes
-//! is noted while it runs, and judged then; everything else when it is enqueued. A graph's work
-//! ([`graph`]) is judged at each launch.
+//! wrong device and races between streams are derived from the order that the program established,
+//! not from the timing of the threads: a planted bug is found every time. A kernel's accesses are
+//! recorded while it runs and checked then; everything else is checked when it is enqueued. A
+//! graph's work ([`graph`]) is checked at each launch.
 //!
-//! What a driver may do, this one does: calls that may wait for the whole device do ([`driver`]),
-//! and memory that was freed is given out again ([`memory`]).
+//! Whatever a driver may do, this one does: calls that may wait for the whole device wait
+//! ([`driver`]), and freed memory is reused ([`memory`]).
 //!
 //! | variable | meaning |
 //! |---|---|
-//! | `CUDA_STANDIN_DEVICES` | how many devices there are (8) |
-//! | `CUDA_STANDIN_MEMORY` | the bytes of each (1 GiB) |
+//! | `CUDA_STANDIN_DEVICES` | the number of devices (8) |
+//! | `CUDA_STANDIN_MEMORY` | the bytes of each device (1 GiB) |
 //! | `CUDA_STANDIN_SEED` | delays the streams' work at random |
-//! | `CUDA_STANDIN_WAIT` | how many seconds a device may stand still while a call waits for it (10) |
-//! | `CUDA_STANDIN_POOL` | `fresh`: no memory is given out twice |
+//! | `CUDA_STANDIN_WAIT` | seconds without progress after which a waiting call is a deadlock (10) |
+//! | `CUDA_STANDIN_POOL` | `fresh`: memory is never reused |
 //! | `CUDA_STANDIN_LT` | `varied`, `states`: see [`lt`] |
 //! | `CUDA_MODULE_LOADING` | `EAGER`: kernels are loaded with their module, not on first use |
-//! | `CUDA_STANDIN_CACHE` | where compiled kernels are kept |
+//! | `CUDA_STANDIN_CACHE` | the folder of compiled kernels |
 #![allow(non_snake_case, clippy::missing_safety_doc)]
 
 pub mod clock;

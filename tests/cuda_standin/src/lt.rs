@@ -1,4 +1,5 @@
-//! The exported entry points of `libcublasLt`, as far as column-major products with the common epilogues need them.
+//! The exported entry points of `libcublasLt`, as far as column-major products with the common
+//! epilogues need them.
 
 use crate::{
     counts::{self, Count},
@@ -67,7 +68,7 @@ fn width(dtype: c_int) -> usize {
 }
 
 unsafe fn load(at: usize, index: usize, dtype: c_int) -> f64 {
-    // SAFETY: `judge` has seen that the element is memory of the device.
+    // SAFETY: `judge` has checked that the element is memory of the device.
     unsafe {
         match dtype {
             F64 => *(at as *const f64).add(index),
@@ -102,22 +103,22 @@ impl Layout {
     }
 }
 
-/// `cublasLtMatmulPreference_t`, as far as it is heeded.
+/// `cublasLtMatmulPreference_t`, as far as it is implemented.
 #[derive(Clone, Copy)]
-struct Wishes {
+struct Preference {
     workspace: u64,
-    /// The bytes that the addresses of A, B, C and D are multiples of.
+    /// The alignment of the addresses of A, B, C and D in bytes.
     alignment: [u32; 4],
 }
 
-/// How a kernel adds up a sum: real ones differ in it, each is fixed.
+/// How a kernel adds up a sum. Real kernels differ in it, and each is deterministic.
 #[derive(Clone, Copy, Debug)]
 enum Order {
     Serial,
     Backwards,
-    /// Two parts, as by split-K.
+    /// Two halves, as with split-K.
     Halves,
-    /// Four sums that take turns, as by the steps of a tile.
+    /// Four interleaved sums, as with the steps of a tile.
     Strided,
 }
 
@@ -142,7 +143,7 @@ impl Order {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Algorithm {
-    mark: u64,
+    magic: u64,
     order: u64,
     alignment: [u32; 4],
     workspace: u64,
@@ -150,13 +151,11 @@ pub struct Algorithm {
     unused: [u64; 2],
 }
 
-/// What `CUDA_STANDIN_LT` names, separated by commas.
+/// Whether `CUDA_STANDIN_LT` has this option. Options are separated by commas.
 ///
-/// - `varied`: the order of summation depends on all that a real library may choose its kernel by:
-///   sizes, types, leading dimensions and alignments. What must have the same bits has to be the
-///   same call.
-/// - `states`: of every other product the first algorithm found is one that cannot be used, as its
-///   state says.
+/// * `varied`: the order of summation depends on everything that a real library may choose its
+///   kernel by: sizes, types, leading dimensions and alignments. Equal bits require an equal call.
+/// * `states`: the first algorithm found for every other product is unusable, as its state says.
 fn option(name: &str) -> bool {
     static OPTIONS: OnceLock<String> = OnceLock::new();
     let options = OPTIONS.get_or_init(|| std::env::var("CUDA_STANDIN_LT").unwrap_or_default());
@@ -164,26 +163,26 @@ fn option(name: &str) -> bool {
 }
 
 /// The `count` best algorithms for a product, the best first.
-fn algorithms(desc: &Desc, layouts: [&Layout; 4], wishes: &Wishes, count: usize) -> Vec<Algorithm> {
-    let kind = (desc.compute, desc.scale, desc.transposed, desc.epilogue, wishes.alignment);
+fn algorithms(desc: &Desc, layouts: [&Layout; 4], preference: &Preference, count: usize) -> Vec<Algorithm> {
+    let kind = (desc.compute, desc.scale, desc.transposed, desc.epilogue, preference.alignment);
     let layout = |layout: &Layout| (layout.dtype, layout.rows, layout.cols, layout.leading, layout.count);
     let mut hasher = DefaultHasher::new();
     (kind, layouts.map(layout)).hash(&mut hasher);
     let hash = hasher.finish();
     let first_is_invalid = option("states") && hash / 4 % 2 == 1;
     let algorithm = |at: u64| Algorithm {
-        mark: MARK,
+        magic: MAGIC,
         order: if option("varied") { (hash + at) % ORDERS.len() as u64 } else { 0 },
-        alignment: wishes.alignment,
-        // A workspace is asked for, so that it is passed and checked.
-        workspace: wishes.workspace.min(1024),
+        alignment: preference.alignment,
+        // A workspace is requested, so that callers pass one and it is checked.
+        workspace: preference.workspace.min(1024),
         is_valid: u64::from(at > 0 || !first_is_invalid),
         unused: [0; 2],
     };
     (0..ORDERS.len().min(count) as u64).map(algorithm).collect()
 }
 
-/// One product, all in numbers.
+/// One product with all its parameters.
 #[derive(Clone, Copy, Debug)]
 struct Product {
     desc: Desc,
@@ -197,7 +196,7 @@ struct Product {
     order: Order,
 }
 
-/// m, n and k, where everything fits together.
+/// m, n and k, if all shapes match.
 fn shape(desc: &Desc, a: &Layout, b: &Layout, c: &Layout, d: &Layout) -> Result<(usize, usize, usize), Code> {
     let turned = |layout: &Layout, transposed| match transposed {
         0 => Ok((layout.rows, layout.cols)),
@@ -230,14 +229,14 @@ fn shape(desc: &Desc, a: &Layout, b: &Layout, c: &Layout, d: &Layout) -> Result<
     if desc.scale != scale || b.dtype != a.dtype || c.dtype != d.dtype || !types || !known {
         return Err(NOT_SUPPORTED);
     }
-    // What a batch has for bias and gelu is not modelled.
+    // Bias and GELU of a batch are not implemented.
     if desc.epilogue != DEFAULT && a.count > 1 {
         return Err(NOT_SUPPORTED);
     }
     Ok((m as usize, n as usize, k as usize))
 }
 
-/// gelu by tanh, and its derivative.
+/// GELU by tanh, and its derivative.
 fn gelu(x: f64) -> (f64, f64) {
     let root = (2.0 / std::f64::consts::PI).sqrt();
     let t = (root * (x + 0.044715 * x * x * x)).tanh();
@@ -286,7 +285,7 @@ impl Product {
             // Both operands widened, with the summed dimension innermost.
             let mut left = vec![0.0; m * k];
             let mut right = vec![0.0; n * k];
-            // SAFETY: `judge` has seen that all operands lie in the device's memory.
+            // SAFETY: `judge` has checked that all operands lie in the device's memory.
             unsafe {
                 for i in 0..m {
                     for p in 0..k {
@@ -334,7 +333,7 @@ impl Product {
     }
 
     /// # Safety
-    /// `judge` has seen the epilogue's operands.
+    /// `judge` has checked the epilogue's operands.
     unsafe fn finish(&self, value: f64, i: usize, j: usize, sum: &mut f64) -> f64 {
         let kept = j * self.desc.aux_leading as usize + i;
         // SAFETY: the caller's promise.
@@ -371,7 +370,7 @@ macro_rules! exports {
     )*};
 }
 
-/// What a handle of a descriptor points to.
+/// The object behind the handle of a descriptor.
 unsafe fn known<'a, T>(handle: Handle) -> Result<&'a mut T, Code> {
     if handle == 0 {
         return Err(INVALID_VALUE);
@@ -390,7 +389,7 @@ unsafe fn gone<T>(handle: Handle) -> Result<(), Code> {
     Ok(())
 }
 
-/// A value of an attribute, of the size that it has.
+/// The value of an attribute, of the given size.
 unsafe fn value<T: Copy>(from: *const c_void, size: usize) -> Result<T, Code> {
     if from.is_null() || size != size_of::<T>() {
         return Err(INVALID_VALUE);
@@ -409,7 +408,7 @@ pub struct Heuristic {
     reserved: [c_int; 4],
 }
 
-const MARK: u64 = 0x51a2_d11e;
+const MAGIC: u64 = 0x51a2_d11e;
 
 exports! {
     fn cublasLtCreate(out: *mut Handle) {
@@ -456,15 +455,15 @@ exports! {
         Ok(())
     }
 
-    fn cublasLtMatmulPreferenceCreate(out: *mut Handle) { unsafe { put(out, made(Wishes { workspace: 0, alignment: [256; 4] })) } }
-    fn cublasLtMatmulPreferenceDestroy(preference: Handle) { unsafe { gone::<Wishes>(preference) } }
+    fn cublasLtMatmulPreferenceCreate(out: *mut Handle) { unsafe { put(out, made(Preference { workspace: 0, alignment: [256; 4] })) } }
+    fn cublasLtMatmulPreferenceDestroy(preference: Handle) { unsafe { gone::<Preference>(preference) } }
     fn cublasLtMatmulPreferenceSetAttribute(preference: Handle, attribute: c_int, from: *const c_void, size: usize) {
         if from.is_null() || size == 0 { return Err(INVALID_VALUE); }
         unsafe {
-            let wishes = known::<Wishes>(preference)?;
+            let preference = known::<Preference>(preference)?;
             match attribute {
-                1 => wishes.workspace = value(from, size)?,
-                5..=8 => wishes.alignment[attribute as usize - 5] = value(from, size)?,
+                1 => preference.workspace = value(from, size)?,
+                5..=8 => preference.alignment[attribute as usize - 5] = value(from, size)?,
                 _ => {}
             }
         }
@@ -478,10 +477,10 @@ exports! {
         unsafe {
             known::<u8>(handle)?;
             let wanted = usize::try_from(wanted).ok().filter(|wanted| *wanted > 0 && !results.is_null());
-            let (desc, wishes) = (known::<Desc>(desc)?, known::<Wishes>(preference)?);
+            let (desc, preference) = (known::<Desc>(desc)?, known::<Preference>(preference)?);
             let [a, b, c, d] = [&*known::<Layout>(a)?, &*known(b)?, &*known(c)?, &*known(d)?];
             shape(desc, a, b, c, d)?;
-            let found = algorithms(desc, [a, b, c, d], wishes, wanted.ok_or(INVALID_VALUE)?);
+            let found = algorithms(desc, [a, b, c, d], preference, wanted.ok_or(INVALID_VALUE)?);
             for (at, &algorithm) in found.iter().enumerate() {
                 let state = if algorithm.is_valid == 1 { SUCCESS } else { NOT_SUPPORTED };
                 let workspace = algorithm.workspace as usize;
@@ -502,7 +501,7 @@ exports! {
             let [a_layout, b_layout, c_layout, d_layout] =
                 [*known::<Layout>(a_layout)?, *known(b_layout)?, *known(c_layout)?, *known(d_layout)?];
             shape(&desc, &a_layout, &b_layout, &c_layout, &d_layout)?;
-            if alpha.is_null() || beta.is_null() || algorithm.is_null() || (*algorithm).mark != MARK {
+            if alpha.is_null() || beta.is_null() || algorithm.is_null() || (*algorithm).magic != MAGIC {
                 return Err(INVALID_VALUE);
             }
             let algorithm = *algorithm;

@@ -1,14 +1,14 @@
-//! The table of device memory, and the judgement of every access to it.
+//! The table of device memory, and the check of every access to it.
 //!
-//! All memory comes from one large reserved range: an allocation is whole pages with a page behind
-//! it that nobody may touch. It lies at the end of its pages, at a multiple of 512 bytes as a real
-//! pool's. What is before and behind it in them holds a pattern, which is looked at after every
-//! kernel that writes to it.
+//! All memory comes from one large reserved range. An allocation has whole pages, followed by a
+//! page that must not be accessed. It lies at the end of its pages, aligned to 512 bytes as in a
+//! real pool. The rest of the pages holds a pattern, which is checked after every kernel that
+//! writes to the allocation.
 //!
-//! Pages that were freed are given out again as a real pool does it: at once where the program has
-//! put the allocation behind the free, else where the free is done or where the pool may put it
-//! behind the free by itself. Until then their use is found; afterwards it is as wrong as on a GPU,
-//! and found if it is a race. With `CUDA_STANDIN_POOL=fresh` nothing is given out twice, so that
+//! Freed pages are reused as in a real pool: at once if the program has ordered the allocation
+//! after the free, else once the free is done, or if the pool may order the allocation after the
+//! free itself. Until the reuse, any use after free is found. Afterwards it is as wrong as on a
+//! GPU, and found if it is a race. With `CUDA_STANDIN_POOL=fresh` memory is never reused, so that
 //! every use after free is found.
 
 use crate::{
@@ -24,10 +24,10 @@ use std::{
 };
 
 const PAGE: usize = 4096;
-/// What addresses are multiples of.
+/// The alignment of addresses.
 const ALIGNMENT: usize = 512;
-/// All bits set is NaN in every element. A real pool gives what was there before, which would hide
-/// reads of what nobody has written. The pattern around an allocation is another.
+/// All bits set is NaN in every element type. A real pool returns old contents, which would hide
+/// reads of unwritten memory. The pattern around an allocation differs.
 const FRESH: u8 = 0xff;
 const AROUND: u8 = 0xfe;
 
@@ -37,7 +37,7 @@ struct Access {
     by: Operation,
 }
 
-/// Who accesses: an operation of a stream, what came before it, and what it is.
+/// The origin of an access: an operation of a stream, what is ordered before it, and its name.
 #[derive(Clone)]
 struct Operation {
     stream: usize,
@@ -47,13 +47,13 @@ struct Operation {
 }
 
 impl Operation {
-    /// Whether the program has put one before the other.
+    /// Whether the program has ordered the two operations.
     fn is_ordered(&self, other: &Self) -> bool {
         self.clock.covers(other.stream, other.tick) || other.clock.covers(self.stream, self.tick)
     }
 }
 
-/// An allocation that a kernel may use, until it is known what of it.
+/// An allocation that a kernel may use, until its accesses are known.
 pub struct Loan {
     pub bounds: Bounds,
     by: Operation,
@@ -65,9 +65,9 @@ struct Allocation {
     size: usize,
     device: usize,
     freed: bool,
-    /// Whether it is a graph's, and lives again with each launch.
+    /// Whether it belongs to a graph, and is allocated again by each launch.
     of_graph: bool,
-    /// Its serial number: memory given out later at the same address has another.
+    /// Its serial number: later memory at the same address has another.
     serial: u64,
     accesses: Vec<Access>,
     /// Kernels that have not run yet.
@@ -76,13 +76,14 @@ struct Allocation {
 
 impl Allocation {
     fn is_of(&self, device: usize, what: &str) -> Result<(), String> {
-        match self.device == device {
-            true => Ok(()),
-            false => Err(format!("{what}: memory of device {} on a stream of device {device}", self.device)),
+        if self.device == device {
+            Ok(())
+        } else {
+            Err(format!("{what}: memory of device {} on a stream of device {device}", self.device))
         }
     }
 
-    /// Judges an access by the others, and keeps it for those to come.
+    /// Checks an access against the earlier ones, and records it for later ones.
     fn judge(&mut self, range: Range<usize>, write: bool, by: &Operation) -> Result<(), String> {
         for old in &self.accesses {
             let overlap = old.range.start < range.end && range.start < old.range.end;
@@ -93,9 +94,9 @@ impl Allocation {
                 ));
             }
         }
-        // What this access covers and follows cannot race with a later one unless this access does
-        // too; a read only stands for reads. But a kernel that has not run yet may turn out to race
-        // with it.
+        // An earlier access that this one covers and follows can be dropped: a later access cannot
+        // race with it without racing with this one; a read only replaces reads. But a kernel that
+        // has not run yet may turn out to race with it.
         if self.loans.is_empty() {
             self.accesses.retain(|old| {
                 let inside = range.start <= old.range.start && old.range.end <= range.end;
@@ -107,7 +108,7 @@ impl Allocation {
     }
 }
 
-/// Pages that were freed: by which operation of which stream, and whether that is done.
+/// Freed pages: the stream and operation that freed them, and whether that is done.
 struct Spare {
     place: Range<usize>,
     /// The allocation that was there.
@@ -119,48 +120,48 @@ struct Spare {
 
 #[derive(Default)]
 struct Table {
-    // What was freed stays in the table until its pages are given out again, so that its use is
-    // seen.
+    // Freed allocations stay in the table until their pages are reused, so that a use after free is
+    // found.
     allocations: BTreeMap<usize, Allocation>,
     used: HashMap<usize, usize>,
     pinned: BTreeMap<usize, usize>,
     /// By device and size of the place, the latest last.
     spare: HashMap<(usize, usize), Vec<Spare>>,
     serials: u64,
-    /// What was given out again while kernels that may use it, and come before, had not run.
+    /// Allocations whose pages were reused before earlier kernels that may use them have run.
     late: HashMap<u64, Allocation>,
-    /// What is left of the reserved range.
+    /// The rest of the reserved range.
     left: Range<usize>,
-    /// How many ranges were reserved.
+    /// The number of reserved ranges.
     ranges: usize,
 }
 
-/// A stream that allocates, as far as the choice of the memory depends on it.
-pub struct By<'a> {
+/// A stream that allocates, with what determines the choice of the memory.
+pub struct AllocatingStream<'a> {
     pub stream: usize,
     pub clock: &'a Clock,
     pub policy: Policy,
 }
 
-/// The attributes of a pool that say what may be used again.
+/// The attributes of a pool that select what may be reused.
 #[derive(Clone, Copy)]
 pub struct Policy {
-    /// What events have put before the allocation.
+    /// Memory whose free is ordered before the allocation by events.
     pub follow_events: bool,
-    /// What happens to be free already.
+    /// Memory that happens to be free already.
     pub opportunistic: bool,
-    /// What is not free yet: the pool lets the stream wait for it.
+    /// Memory that is not free yet: the pool makes the stream wait for it.
     pub internal: bool,
 }
 
-/// Memory for a stream, which it has once it comes to `open`.
-pub struct Given {
+/// Memory for a stream, usable once the stream reaches `open`.
+pub struct NewMemory {
     pub bounds: Bounds,
     /// What the stream has to wait for first.
     pub after: Option<Arc<Progress>>,
 }
 
-/// Where an allocation is.
+/// The location of an allocation.
 #[derive(Clone)]
 pub struct Bounds {
     place: Range<usize>,
@@ -169,15 +170,15 @@ pub struct Bounds {
     serial: u64,
 }
 
-/// How much is reserved: addresses, not memory.
+/// The reserved size, in addresses, not memory.
 const RESERVED: usize = 8 << 40;
-/// Where, and how often at most: shim/cuda.h knows it too.
+/// The start of device memory and the largest number of ranges; shim/cuda.h has the same values.
 const DEVICE: usize = 32 << 40;
 const RANGES: usize = 6;
 const UNTOUCHABLE: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
 impl Table {
-    /// Counts bytes of a device that come into use, if it has as many.
+    /// Adds to the bytes in use on a device, if it has that many.
     fn charge(&mut self, device: usize, size: usize) -> Result<(), Code> {
         let used = self.used.entry(device).or_default();
         if size > limit().saturating_sub(*used) {
@@ -187,12 +188,12 @@ impl Table {
         Ok(())
     }
 
-    /// Pages for an allocation, and what it has to come after.
+    /// Chooses pages for an allocation, and what it must wait for.
     fn place(
         &mut self,
         device: usize,
         size: usize,
-        by: Option<&By>,
+        by: Option<&AllocatingStream>,
     ) -> Option<(Range<usize>, Option<Arc<Progress>>)> {
         let pages = size.next_multiple_of(PAGE);
         if let Some(spare) = self.spare.get_mut(&(device, pages)).filter(|_| !never_twice()) {
@@ -224,7 +225,7 @@ impl Table {
         Some((start..start + pages, None))
     }
 
-    /// Enters an allocation at the end of its place.
+    /// Adds an allocation at the end of its place.
     fn enter(&mut self, place: Range<usize>, size: usize, device: usize, of_graph: bool) -> Bounds {
         self.serials += 1;
         let start = place.end - size.next_multiple_of(ALIGNMENT);
@@ -247,7 +248,7 @@ impl Table {
     fn retire(&mut self, start: usize) {
         if let Some(found) = self.allocations.get_mut(&start) {
             found.freed = true;
-            // A graph's next launch has to come after what was done with it, the freeing too.
+            // A graph's next launch must be ordered after all uses of it, including the free.
             if !found.of_graph && found.loans.is_empty() {
                 found.accesses = Vec::new();
             }
@@ -255,7 +256,7 @@ impl Table {
         }
     }
 
-    /// Addresses that were never given out.
+    /// Reserves addresses that were never used.
     fn reserve(&mut self, size: usize) -> Option<usize> {
         if self.left.len() < size {
             let place = DEVICE + self.ranges * RESERVED;
@@ -280,13 +281,13 @@ fn with_table<R>(f: impl FnOnce(&mut Table) -> R) -> R {
     f(lock(&TABLE).get_or_insert_default())
 }
 
-/// Who accesses: a stream of a device, at a tick of its clock.
+/// The origin of an access: a stream of a device, at a tick of its clock.
 pub struct Accessor<'a> {
     pub device: usize,
     pub stream: usize,
     pub tick: u64,
     pub clock: &'a Arc<Clock>,
-    /// What it does, as the first of its accesses says.
+    /// The operation's name, set by its first access.
     pub name: &'a RefCell<Option<String>>,
 }
 
@@ -308,19 +309,19 @@ fn never_twice() -> bool {
     *NEVER.get_or_init(|| std::env::var("CUDA_STANDIN_POOL").is_ok_and(|pool| pool == "fresh"))
 }
 
-/// Memory for a stream, or for the host where there is none.
-pub fn allocate(device: usize, size: usize, by: Option<&By>) -> Result<Given, Code> {
+/// Allocates memory for a stream, or for the host if `by` is `None`.
+pub fn allocate(device: usize, size: usize, by: Option<&AllocatingStream>) -> Result<NewMemory, Code> {
     if size == 0 {
         return Err(INVALID_VALUE);
     }
     with_table(|table| {
         table.charge(device, size)?;
         let (place, after) = table.place(device, size, by).ok_or(OUT_OF_MEMORY)?;
-        Ok(Given { bounds: table.enter(place, size, device, false), after })
+        Ok(NewMemory { bounds: table.enter(place, size, device, false), after })
     })
 }
 
-/// An address for memory that launches of a graph allocate.
+/// Reserves an address for memory that launches of a graph allocate.
 pub fn reserve(device: usize, size: usize) -> Result<Bounds, Code> {
     if size == 0 {
         return Err(INVALID_VALUE);
@@ -346,16 +347,16 @@ pub fn bounds(address: usize) -> Option<Bounds> {
 }
 
 impl Bounds {
-    /// The allocation with what lies around it.
+    /// The allocation with the space around it.
     pub fn place(&self) -> [usize; 2] {
         [self.place.start, self.place.end]
     }
 
-    /// Makes the reserved pages memory, NaN in every floating-point type.
+    /// Maps the reserved pages as memory, NaN in every floating-point type.
     pub fn open(&self) {
         let (start, pages) = (self.place.start, self.place.len());
-        // SAFETY: the pages are part of what was reserved, and one allocation's, whose turn it is:
-        // whoever had them before has given them back.
+        // SAFETY: the pages are part of what was reserved, and belong to one allocation: the
+        // previous one has given them back.
         let is_open = unsafe {
             libc::mprotect(start as *mut _, pages, libc::PROT_READ | libc::PROT_WRITE) == 0 && {
                 std::ptr::write_bytes(start as *mut u8, AROUND, pages);
@@ -368,7 +369,7 @@ impl Bounds {
         }
     }
 
-    /// Gives the pages back and leaves the range unreadable.
+    /// Returns the pages and leaves the range unreadable.
     pub fn close(&self) {
         let (start, pages) = (self.place.start, self.place.len());
         // SAFETY: the pages are one allocation's, which is freed, and nothing else was mapped
@@ -381,7 +382,7 @@ impl Bounds {
         }
     }
 
-    /// Whether what lies around the allocation is as it was.
+    /// Whether the space around the allocation is unchanged.
     pub fn is_intact(&self) -> bool {
         let end = self.start + self.size;
         [self.place.start..self.start, end..self.place.end].into_iter().all(|slack| {
@@ -395,7 +396,7 @@ impl Bounds {
     }
 }
 
-/// A launch of a graph allocates these, all or none: not while they live.
+/// Allocates these for a launch of a graph, all or none; an error if any is still allocated.
 pub fn revive(starts: &[usize]) -> Result<(), Code> {
     with_table(|table| {
         if !starts.iter().all(|start| table.allocations.get(start).is_some_and(|found| found.freed)) {
@@ -447,8 +448,8 @@ pub fn lend(who: &Accessor, bounds: Bounds, what: &str) -> Result<Loan, String> 
     })
 }
 
-/// A kernel has run: these addresses of its loan it has read and written. `Err` says what is wrong
-/// with that.
+/// Ends a loan after the kernel has read and written these addresses. `Err` says what is wrong with
+/// that.
 pub fn settle(loan: Loan, read: Range<usize>, written: Range<usize>) -> Result<(), String> {
     let Loan { bounds: Bounds { start, size, serial, .. }, by } = loan;
     with_table(|table| {
@@ -462,10 +463,10 @@ pub fn settle(loan: Loan, read: Range<usize>, written: Range<usize>) -> Result<(
                 return Ok(());
             }
             if seen.start < start || seen.end > start + size {
-                let beside = if seen.start < start { seen.start } else { seen.end - 1 };
+                let outside = if seen.start < start { seen.start } else { seen.end - 1 };
                 let does = if write { "writes" } else { "reads" };
                 return Err(format!(
-                    "{}: out of bounds: it {does} {beside:#x}, beside {size} bytes at {start:#x}",
+                    "{}: out of bounds: it {does} {outside:#x}, next to {size} bytes at {start:#x}",
                     by.what
                 ));
             }
@@ -478,7 +479,7 @@ pub fn settle(loan: Loan, read: Range<usize>, written: Range<usize>) -> Result<(
     })
 }
 
-/// Judges an access and remembers it for those to come. `Err` says what is wrong.
+/// Checks an access and records it for later ones. `Err` says what is wrong.
 pub fn access(who: &Accessor, start: usize, size: usize, write: bool, what: &str) -> Result<(), String> {
     who.name.borrow_mut().get_or_insert_with(|| what.to_string());
     if size == 0 {
@@ -505,14 +506,15 @@ pub fn access(who: &Accessor, start: usize, size: usize, write: bool, what: &str
     })
 }
 
-/// Ends an allocation's life: it counts as a write to all of it. `done` says when the stream has
-/// come to it.
+/// Ends an allocation's life, which counts as a write to all of it. `done` is set when the stream
+/// reaches the free.
 pub fn free(who: &Accessor, start: usize, done: &Arc<Progress>) -> Result<(), String> {
     let size = with_table(|table| table.allocations.get(&start).map(|found| found.size));
     let size = size.ok_or_else(|| format!("free: {start:#x} is not the start of an allocation"))?;
     access(who, start, size, true, "free")?;
     with_table(|table| {
-        // Whatever a kernel does with it, it may not be freed before.
+        // A kernel that may use the allocation must be ordered before the free, whatever it
+        // accesses.
         let loans = table.allocations.get(&start).into_iter().flat_map(|found| &found.loans);
         if let Some(by) = loans.into_iter().find(|by| !who.clock.covers(by.stream, by.tick)) {
             return Err(format!(
@@ -532,7 +534,8 @@ pub fn free(who: &Accessor, start: usize, done: &Arc<Progress>) -> Result<(), St
     })
 }
 
-/// Host memory that the device reaches by itself: a copy reads or writes it when its turn comes, not when it is asked for.
+/// Host memory that the device accesses directly: a copy reads or writes it when it runs, not when
+/// it is enqueued.
 pub fn pin(size: usize) -> usize {
     let memory = vec![0_u128; size.div_ceil(16).max(1)].into_boxed_slice();
     let start = Box::into_raw(memory) as *mut u128 as usize;
@@ -540,7 +543,7 @@ pub fn pin(size: usize) -> usize {
     start
 }
 
-/// Frees such memory.
+/// Frees pinned memory.
 pub fn unpin(start: usize) -> Option<()> {
     let size = with_table(|table| table.pinned.remove(&start))?;
     // SAFETY: `pin` made a boxed slice of this length there.

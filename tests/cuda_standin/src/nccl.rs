@@ -1,16 +1,18 @@
-//! The exported entry points of `libnccl`, between the threads of one process, and by [`crate::remote`] between processes.
+//! The exported entry points of `libnccl`, between the threads of one process, and through
+//! [`crate::remote`] between processes.
 //!
-//! A call goes to its stream, and is done there when all ranks have come. As in the real one nothing is compared but what would
-//! end in chaos here: ranks that disagree are reported, and wait until they are aborted.
+//! A call is enqueued on its stream, and runs there once all ranks have reached it. As in the real
+//! library, calls are not compared, except that disagreeing ranks are reported here; they wait
+//! until they are aborted.
 //!
-//! Calls on a non-blocking communicator go on in the background, as late as the real one may:
+//! Calls on a non-blocking communicator complete in the background, as late as in the real library:
 //!
-//! * A launch reaches its stream at the second look at the communicator's state, not before.
-//! * A split returns success, and its thread stores the part's handle a while later.
-//! * Every other call on a communicator that is in progress is refused.
+//! * A launch reaches its stream at the second query of the communicator's state, not before.
+//! * A split returns success, and its thread stores the new handle a while later.
+//! * Every other call on a communicator that is in progress is rejected.
 //!
-//! Calls on a blocking one wait: for all ranks at its creation and at a split, and for the peers at
-//! the first call of each kind, where the real one sets up connections.
+//! Calls on a blocking communicator wait: for all ranks at its creation and at a split, and for the
+//! peers at the first call of each kind, when the real library sets up connections.
 //!
 //! Destroying a communicator of either kind waits until all ranks have destroyed or aborted theirs.
 
@@ -18,7 +20,7 @@ use crate::{
     driver::{self, illegal, stream_now},
     error::{self, Code},
     memory::{self, Accessor},
-    remote::{self, Line},
+    remote::{self, Connection},
     stream::lock,
 };
 use half::{bf16, f16};
@@ -83,16 +85,16 @@ pub struct Op {
     pub root: c_int,
 }
 
-/// The ranks of a communicator, as they meet.
+/// The ranks of a communicator and their shared state.
 pub struct World {
     number: u64,
     size: usize,
     state: Mutex<State>,
     news: Condvar,
-    /// The way to it, if it is in another process.
-    line: Option<Arc<Line>>,
-    /// Whether ranks of other processes have come to it.
-    far: AtomicBool,
+    /// The connection to it, if it is in another process.
+    connection: Option<Arc<Connection>>,
+    /// Whether ranks of other processes have joined it.
+    has_remote_ranks: AtomicBool,
 }
 
 #[derive(Default)]
@@ -100,27 +102,28 @@ struct State {
     joined: usize,
     /// The device of each rank.
     devices: Vec<Option<c_int>>,
-    /// Which kinds of calls a rank has made, with its peer where it has one.
-    knocks: HashSet<(usize, Kind, c_int)>,
+    /// The kinds of calls that a rank has made, with its peer if it has one.
+    announced: HashSet<(usize, Kind, c_int)>,
     ended: usize,
     rounds: HashMap<u64, Round>,
     /// By sender and receiver.
     mail: HashMap<(usize, usize), Mail>,
-    wishes: Vec<Option<(c_int, c_int)>>,
-    /// How many divisions were done, and what became of the last: each rank's world and place in it.
-    divisions: u64,
+    requests: Vec<Option<(c_int, c_int)>>,
+    /// The number of finished splits, and the result of the last: each rank's new world and its
+    /// rank there.
+    splits: u64,
     parts: Vec<Option<(Arc<World>, usize)>>,
 }
 
-/// Letters on their way, and how many were sent and taken.
+/// Messages in flight, and the numbers of sent and received ones.
 #[derive(Default)]
 struct Mail {
-    letters: VecDeque<Vec<u8>>,
+    messages: VecDeque<Vec<u8>>,
     sent: u64,
     taken: u64,
 }
 
-/// What the ranks have come with, and how many have gone again.
+/// The calls of the ranks in one collective, and the number of ranks that have left it.
 struct Round {
     ops: Vec<Option<Op>>,
     done: bool,
@@ -134,11 +137,11 @@ struct Comm {
     rounds: AtomicU64,
     aborted: Arc<AtomicBool>,
     fault: Arc<AtomicI32>,
-    /// What was handed to streams and is not done.
-    under_way: Arc<AtomicUsize>,
-    /// Its calls in groups that have not ended.
+    /// The number of calls on streams that are not done.
+    in_flight: Arc<AtomicUsize>,
+    /// The number of its calls in open groups.
     grouped: AtomicUsize,
-    /// What a call goes on with in the background.
+    /// The rest of a call, which runs in the background.
     background: Mutex<Background>,
 }
 
@@ -147,11 +150,11 @@ enum Background {
     Nothing,
     Joining,
     Split,
-    /// A launch, and how often the state was looked at since the call.
+    /// A launch, and the number of state queries since the call.
     Launch(u32, Vec<Launch>),
 }
 
-/// A rank's calls, on their way to a stream.
+/// A rank's calls that are to be launched on a stream.
 struct Launch {
     ops: Vec<Op>,
     go: Box<dyn FnOnce() -> Code + Send>,
@@ -162,7 +165,7 @@ fn worlds() -> &'static Mutex<HashMap<Vec<u8>, Arc<World>>> {
     WORLDS.get_or_init(Mutex::default)
 }
 
-/// A rank is there, with a device.
+/// Adds a rank with its device.
 pub fn join(world: &World, rank: usize, device: c_int) {
     let mut state = lock(&world.state);
     state.joined += 1;
@@ -170,15 +173,15 @@ pub fn join(world: &World, rank: usize, device: c_int) {
     world.news.notify_all();
 }
 
-/// One rank's wish for a division, which is its `count`-th: waits for the part that it gets.
-pub fn wish(
+/// Requests a split, which is the `count`-th of this rank, and waits for the result.
+pub fn request(
     world: &World,
     rank: usize,
     (count, color, key): (i64, c_int, c_int),
     aborted: &AtomicBool,
 ) -> Option<(Arc<World>, usize)> {
-    world.divide(rank, color, key);
-    world.wait(aborted, |state| (state.divisions > count as u64).then(|| state.parts[rank].clone())).flatten()
+    world.request_split(rank, color, key);
+    world.wait(aborted, |state| (state.splits > count as u64).then(|| state.parts[rank].clone())).flatten()
 }
 
 impl World {
@@ -186,20 +189,27 @@ impl World {
         Self::with(size, None)
     }
 
-    fn with(size: usize, line: Option<Arc<Line>>) -> Arc<Self> {
-        // Above what ids count to.
+    fn with(size: usize, connection: Option<Arc<Connection>>) -> Arc<Self> {
+        // Above the numbers of ids.
         static NEXT: AtomicU64 = AtomicU64::new(1 << 32);
-        let state = State { wishes: vec![None; size], devices: vec![None; size], ..State::default() };
+        let state = State { requests: vec![None; size], devices: vec![None; size], ..State::default() };
         let (number, state) = (NEXT.fetch_add(1, SeqCst), Mutex::new(state));
-        Arc::new(Self { number, size, state, news: Condvar::new(), line, far: AtomicBool::new(false) })
+        Arc::new(Self {
+            number,
+            size,
+            state,
+            news: Condvar::new(),
+            connection,
+            has_remote_ranks: AtomicBool::new(false),
+        })
     }
 
-    /// Ranks of other processes have come.
-    pub fn is_met_from_afar(&self) {
-        self.far.store(true, SeqCst);
+    /// Records that ranks of other processes have joined.
+    pub fn set_remote(&self) {
+        self.has_remote_ranks.store(true, SeqCst);
     }
 
-    /// Two ranks on one device, which only later versions allow, where they are told to.
+    /// Returns two ranks on one device. Only later versions allow that, if a variable is set.
     pub fn duplicate(&self) -> Option<(usize, usize, c_int)> {
         if version() >= 23_000 && std::env::var("NCCL_MULTI_RANK_GPU_ENABLE").is_ok_and(|value| value == "1")
         {
@@ -212,31 +222,31 @@ impl World {
         pairs.into_iter().find(same).map(|(a, b)| (a, b, state.devices[a].unwrap_or(-1)))
     }
 
-    /// Whether all ranks have come: with success, or what the real one says to all of them.
+    /// The common result once all ranks have joined: success, or the error of the real library.
     fn met(&self) -> Option<Code> {
-        let outcome = match &self.line {
-            Some(line) => line.joined()?,
+        let outcome = match &self.connection {
+            Some(connection) => connection.joined()?,
             None if lock(&self.state).joined < self.size => return None,
             None => self.duplicate().is_none(),
         };
         if outcome {
             return Some(SUCCESS);
         }
-        let words = self.duplicate().map_or("Duplicate GPU detected".to_string(), |(a, b, device)| {
+        let text = self.duplicate().map_or("Duplicate GPU detected".to_string(), |(a, b, device)| {
             format!("Duplicate GPU detected : rank {b} and rank {a} both on CUDA device {device}")
         });
-        say(words);
+        say(text);
         Some(INVALID_USAGE)
     }
 
-    /// Whether all those whom a rank's calls need have once made the like: connections are set up
+    /// Whether all peers of a rank's calls have made a matching call before: connections are set up
     /// then.
     fn is_connected(&self, rank: usize, ops: &[Op]) -> bool {
-        if self.line.is_some() || self.far.load(SeqCst) {
+        if self.connection.is_some() || self.has_remote_ranks.load(SeqCst) {
             return true;
         }
         let state = lock(&self.state);
-        let has = |rank, kind, peer| state.knocks.contains(&(rank, kind, peer));
+        let has = |rank, kind, peer| state.announced.contains(&(rank, kind, peer));
         ops.iter().all(|op| match op.kind {
             Kind::Send => has(op.root as usize, Kind::Recv, rank as c_int),
             Kind::Recv => has(op.root as usize, Kind::Send, rank as c_int),
@@ -244,18 +254,18 @@ impl World {
         })
     }
 
-    /// A rank wants to be connected for its calls.
-    fn knock(&self, rank: usize, ops: &[Op]) {
+    /// Announces a rank's calls, so that its peers can connect.
+    fn announce(&self, rank: usize, ops: &[Op]) {
         let mut state = lock(&self.state);
         for op in ops {
             let peer = if matches!(op.kind, Kind::Send | Kind::Recv) { op.root } else { -1 };
-            state.knocks.insert((rank, op.kind, peer));
+            state.announced.insert((rank, op.kind, peer));
         }
         drop(state);
         self.news.notify_all();
     }
 
-    /// A rank has ended its communicator: the last frees what they share.
+    /// Ends a rank's communicator; the last rank frees the shared state.
     pub fn end(&self) {
         let mut state = lock(&self.state);
         state.ended += 1;
@@ -288,21 +298,21 @@ impl World {
         self.wait(aborted, |state| (state.joined >= self.size).then_some(()));
     }
 
-    /// One rank's wish for a division; the last to wish divides.
-    fn divide(&self, rank: usize, color: c_int, key: c_int) {
+    /// Records one rank's request for a split; the last request performs it.
+    fn request_split(&self, rank: usize, color: c_int, key: c_int) {
         let mut state = lock(&self.state);
-        state.wishes[rank] = Some((color, key));
-        let all: Option<Vec<_>> = state.wishes.iter().copied().collect();
+        state.requests[rank] = Some((color, key));
+        let all: Option<Vec<_>> = state.requests.iter().copied().collect();
         let Some(all) = all else { return };
         let mut parts = vec![None; all.len()];
-        for color in all.iter().map(|wish| wish.0).filter(|&color| color != NO_COLOR) {
-            if all.iter().zip(&parts).any(|(wish, part)| wish.0 == color && part.is_some()) {
+        for color in all.iter().map(|request| request.0).filter(|&color| color != NO_COLOR) {
+            if all.iter().zip(&parts).any(|(request, part)| request.0 == color && part.is_some()) {
                 continue;
             }
             let mut members: Vec<_> = (0..all.len()).filter(|&rank| all[rank].0 == color).collect();
             members.sort_by_key(|&rank| (all[rank].1, rank));
             let part = Self::new(members.len());
-            part.far.store(self.far.load(SeqCst), SeqCst);
+            part.has_remote_ranks.store(self.has_remote_ranks.load(SeqCst), SeqCst);
             let mut new = lock(&part.state);
             new.joined = members.len();
             new.devices = members.iter().map(|&rank| state.devices[rank]).collect();
@@ -312,12 +322,12 @@ impl World {
             }
         }
         state.parts = parts;
-        state.divisions += 1;
-        state.wishes.fill(None);
+        state.splits += 1;
+        state.requests.fill(None);
         self.news.notify_all();
     }
 
-    /// Waits until `done`; none if this rank aborts.
+    /// Waits until `done` returns a value; `None` if this rank aborts.
     fn wait<R>(&self, aborted: &AtomicBool, mut done: impl FnMut(&mut State) -> Option<R>) -> Option<R> {
         let mut state = lock(&self.state);
         loop {
@@ -334,7 +344,8 @@ impl World {
         }
     }
 
-    /// One collective of this rank: it is done by the last to come, and nobody leaves before.
+    /// Runs one collective of this rank. The last rank to arrive performs it, and no rank leaves
+    /// before.
     fn meet(&self, rank: usize, number: u64, op: Op, aborted: &AtomicBool) {
         {
             let mut state = lock(&self.state);
@@ -349,13 +360,13 @@ impl World {
                 let agree = |other: &Op| {
                     (other.kind, other.len, other.dtype, other.root) == (op.kind, op.len, op.dtype, op.root)
                 };
-                match all.iter().all(agree) {
-                    true => {
-                        // SAFETY: every rank's memory was judged, and is lent until its call is done, as none is yet.
-                        unsafe { perform(&all) };
-                        round.done = true;
-                    }
-                    false => error::report(format!("NCCL: the ranks call different things: {all:?}")),
+                if all.iter().all(agree) {
+                    // SAFETY: every rank's memory was judged, and is lent until its call is
+                    // done, as none is yet.
+                    unsafe { perform(&all) };
+                    round.done = true;
+                } else {
+                    error::report(format!("NCCL: the ranks call different things: {all:?}"))
                 }
                 self.news.notify_all();
             }
@@ -370,7 +381,7 @@ impl World {
             Some(())
         });
         if done.is_none() {
-            // Who aborts takes its memory along: nobody will use it any more.
+            // An aborting rank withdraws its memory, which nobody may use any more.
             if let Some(round) = lock(&self.state).rounds.get_mut(&number) {
                 round.ops[rank] = None;
             }
@@ -411,7 +422,7 @@ unsafe fn store(at: usize, index: usize, dtype: c_int, value: f64) {
     }
 }
 
-/// A value as it is after it was stored.
+/// A value after it was stored in the element type.
 fn rounded(value: f64, dtype: c_int) -> f64 {
     match dtype {
         6 => f64::from(f16::from_f32(value as f32).to_f32()),
@@ -421,11 +432,11 @@ fn rounded(value: f64, dtype: c_int) -> f64 {
     }
 }
 
-/// Up to so many bytes an all-reduce goes up and down a tree.
+/// Up to this many bytes an all-reduce uses a tree.
 const TREE: usize = 256;
 
-/// Sums term by term, each rounded to the element, in an order that depends on what is done and of
-/// how much: along a tree, or round a ring which a part enters behind its own rank.
+/// Sums term by term, each rounded to the element type, in an order that depends on the operation
+/// and the size: along a tree, or around a ring that each segment enters after its own rank.
 unsafe fn sum(ops: &[Op], len: usize) -> Vec<f64> {
     let (first, ranks) = (ops[0], ops.len());
     let tree = first.kind == Kind::AllReduce && len * width(first.dtype).unwrap_or(1) <= TREE;
@@ -501,14 +512,14 @@ impl Comm {
             rounds: AtomicU64::new(0),
             aborted: Arc::default(),
             fault: Arc::default(),
-            under_way: Arc::default(),
+            in_flight: Arc::default(),
             grouped: AtomicUsize::new(0),
             background: Mutex::new(background),
         })
     }
 
-    /// Looks at what goes on in the background, and is the time at which that goes on.
-    fn look(&self) -> Code {
+    /// Queries the communicator's state, which also advances the background work.
+    fn poll(&self) -> Code {
         let fault = self.fault.load(SeqCst);
         if fault != SUCCESS {
             return fault;
@@ -518,10 +529,10 @@ impl Comm {
             Background::Nothing => SUCCESS,
             Background::Joining => self.world.met().unwrap_or(IN_PROGRESS),
             Background::Split => IN_PROGRESS,
-            Background::Launch(looks, launches) => {
-                *looks += 1;
+            Background::Launch(polls, launches) => {
+                *polls += 1;
                 let connected = launches.iter().all(|launch| self.world.is_connected(self.rank, &launch.ops));
-                if *looks < 2 || !connected {
+                if *polls < 2 || !connected {
                     IN_PROGRESS
                 } else {
                     let launches = std::mem::take(launches).into_iter();
@@ -542,9 +553,9 @@ impl Comm {
         !matches!(*lock(&self.background), Background::Nothing)
     }
 
-    /// Launches, or leaves that to the background.
+    /// Launches the calls, or leaves them to the background.
     fn start(&self, launches: Vec<Launch>) -> Code {
-        launches.iter().for_each(|launch| self.world.knock(self.rank, &launch.ops));
+        launches.iter().for_each(|launch| self.world.announce(self.rank, &launch.ops));
         if !self.blocking {
             *lock(&self.background) = Background::Launch(0, launches);
             return IN_PROGRESS;
@@ -569,9 +580,9 @@ impl Comm {
     }
 }
 
-/// What the real one would have logged, and tells when it is asked for the last error.
-fn say(words: String) {
-    SAID.set(CString::new(words).unwrap_or_default());
+/// Sets the message that the real library would log and return as the last error.
+fn say(text: String) {
+    SAID.set(CString::new(text).unwrap_or_default());
 }
 
 /// The version: `CUDA_STANDIN_NCCL`, such as 22809, the default.
@@ -579,12 +590,12 @@ fn version() -> c_int {
     std::env::var("CUDA_STANDIN_NCCL").ok().and_then(|v| v.parse().ok()).unwrap_or(22_809)
 }
 
-/// The communicators by their handles, none of which is given out twice, and the last that was.
+/// The communicators by handle, and the last handle; handles are not reused.
 type Comms = (Handle, Option<HashMap<Handle, Arc<Comm>>>);
 
 static COMMS: Mutex<Comms> = Mutex::new((0, None));
 
-/// The communicator of a handle.
+/// Looks up the communicator of a handle.
 fn comm(handle: Handle) -> Result<Arc<Comm>, Code> {
     let comms = lock(&COMMS);
     let found = comms.1.as_ref().and_then(|comms| comms.get(&handle)).cloned();
@@ -598,9 +609,9 @@ fn comm(handle: Handle) -> Result<Arc<Comm>, Code> {
 fn ready(handle: Handle) -> Result<Arc<Comm>, Code> {
     let comm = comm(handle)?;
     if comm.is_in_progress() {
-        const WORDS: &str = "Attempt to use communicator before the previous operation returned ncclSuccess";
-        error::report(format!("NCCL: {WORDS}"));
-        say(WORDS.into());
+        const TEXT: &str = "Attempt to use communicator before the previous operation returned ncclSuccess";
+        error::report(format!("NCCL: {TEXT}"));
+        say(TEXT.into());
         return Err(INVALID_ARGUMENT);
     }
     Ok(comm)
@@ -620,7 +631,7 @@ fn take_back(handle: Handle) {
     }
 }
 
-/// `ncclConfig_t` as of 2.18, with which later ones begin.
+/// `ncclConfig_t` as of 2.18, which is the start of later versions.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Config {
@@ -660,21 +671,21 @@ unsafe fn is_blocking(config: *const Config, otherwise: bool) -> Result<bool, Co
     }
 }
 
-/// How many groups are open, and the calls in them: communicator, operation and stream.
+/// The number of open groups, and the calls in them: communicator, operation and stream.
 type Grouped = (usize, Vec<(Handle, Op, Handle)>);
 
-/// Where a rank's last kernel was enqueued: device, stream and its operation there.
+/// The position of a rank's last kernel: device, stream and operation number.
 type Last = Arc<Mutex<Option<(usize, usize, u64)>>>;
 
 thread_local! {
     static GROUP: RefCell<Grouped> = const { RefCell::new((0, Vec::new())) };
-    /// Of this thread, which is a rank.
+    /// Of this thread, which is one rank.
     static LAST: Last = Last::default();
     static SAID: RefCell<CString> = RefCell::default();
 }
 
-/// Kernels of two communicators wait for peers, and may not both fit on a device: all ranks have to
-/// start them in one order, which only the order of a rank's streams can give.
+/// Kernels of two communicators wait for peers, and may not both fit on a device. All ranks must
+/// start them in one order, which only the order of a rank's streams can ensure.
 fn in_order(last: &Last, who: &Accessor) -> Result<(), String> {
     let before = lock(last).replace((who.device, who.stream, who.tick));
     match before {
@@ -687,7 +698,7 @@ fn in_order(last: &Last, who: &Accessor) -> Result<(), String> {
     }
 }
 
-/// A rank's calls on one stream, to be launched.
+/// Prepares the launch of a rank's calls on one stream.
 fn launch(comm: &Comm, ops: Vec<Op>, on: driver::Handle) -> Result<Launch, Code> {
     let (world, rank) = (Arc::clone(&comm.world), comm.rank);
     let ranks = world.size;
@@ -697,13 +708,13 @@ fn launch(comm: &Comm, ops: Vec<Op>, on: driver::Handle) -> Result<Launch, Code>
             return Err(INVALID_ARGUMENT);
         }
     }
-    // Collectives are not captured here, as a real NCCL's may be.
+    // This stand-in cannot capture collectives, unlike a real NCCL.
     let stream = stream_now(on).map_err(|_| UNHANDLED)?;
     let (judged, last) = (ops.clone(), LAST.with(Arc::clone));
-    // Messages take few blocks, and go by an order of their own.
+    // Messages take few blocks, and have an order of their own.
     let messages = ops.iter().all(|op| matches!(op.kind, Kind::Send | Kind::Recv));
-    // Ranks of one process reach into each other's memory directly.
-    let near = world.line.is_none() && !remote::serves();
+    // Ranks of one process access each other's memory directly.
+    let near = world.connection.is_none() && !remote::serves();
     let direct = ranks > 1 && near && !driver::is_open(stream.device);
     let judge = move |who: &Accessor| {
         if direct {
@@ -731,17 +742,17 @@ fn launch(comm: &Comm, ops: Vec<Op>, on: driver::Handle) -> Result<Launch, Code>
             memory::access(who, op.recv, received, true, &what)
         })
     };
-    // Each collective is a meeting of its own, in the order of the calls.
+    // Each collective is a separate round, in the order of the calls.
     let collectives = ops.iter().filter(|op| !matches!(op.kind, Kind::Send | Kind::Recv)).count() as u64;
     let first = comm.rounds.fetch_add(collectives, SeqCst);
     let (aborted, fault) = (Arc::clone(&comm.aborted), Arc::clone(&comm.fault));
-    let (under_way, done) = (Arc::clone(&comm.under_way), Arc::clone(&comm.under_way));
+    let (in_flight, done) = (Arc::clone(&comm.in_flight), Arc::clone(&comm.in_flight));
     let calls = ops.clone();
     let work = move || {
-        match &world.line {
-            Some(line) => {
-                if line.run(rank, world.size, &calls).is_err() && !aborted.load(SeqCst) {
-                    // The other end is gone. As with the real one what was asked for is never done.
+        match &world.connection {
+            Some(connection) => {
+                if connection.run(rank, world.size, &calls).is_err() && !aborted.load(SeqCst) {
+                    // The other process is gone. As in the real library, the calls never complete.
                     fault.store(REMOTE, SeqCst);
                     let _: Option<()> = world.wait(&aborted, |_| None);
                 }
@@ -753,11 +764,11 @@ fn launch(comm: &Comm, ops: Vec<Op>, on: driver::Handle) -> Result<Launch, Code>
         done.fetch_sub(1, SeqCst);
     };
     let go = move || {
-        under_way.fetch_add(1, SeqCst);
+        in_flight.fetch_add(1, SeqCst);
         match illegal(stream.device, stream.push(ranks > 1, judge, work)) {
             Ok(_) => SUCCESS,
             Err(_) => {
-                under_way.fetch_sub(1, SeqCst);
+                in_flight.fetch_sub(1, SeqCst);
                 UNHANDLED
             }
         }
@@ -765,7 +776,7 @@ fn launch(comm: &Comm, ops: Vec<Op>, on: driver::Handle) -> Result<Launch, Code>
     Ok(Launch { ops, go: Box::new(go) })
 }
 
-/// Launches calls: a communicator's own together.
+/// Launches calls, with those of one communicator together.
 fn launch_all(calls: Vec<(Handle, Op, Handle)>) -> Result<Code, Code> {
     // By communicator and stream.
     type Batch = (Handle, Vec<(Handle, Vec<Op>)>);
@@ -795,24 +806,24 @@ fn launch_all(calls: Vec<(Handle, Op, Handle)>) -> Result<Code, Code> {
     Ok(outcome)
 }
 
-/// Divides a communicator in the background, and stores the handle of this rank's part, or null.
+/// Splits a communicator in the background, and stores the handle of this rank's new communicator,
+/// or null.
 fn split(parent: &Arc<Comm>, (color, key): (c_int, c_int), blocking: bool, out: usize) -> JoinHandle<Code> {
     let (parent, world) = (Arc::clone(parent), Arc::clone(&parent.world));
-    let number = lock(&world.state).divisions;
-    if world.line.is_none() {
-        world.divide(parent.rank, color, key);
+    let number = lock(&world.state).splits;
+    if world.connection.is_none() {
+        world.request_split(parent.rank, color, key);
     }
     std::thread::spawn(move || {
-        let part = match &world.line {
+        let part = match &world.connection {
             None => {
                 let rank = parent.rank;
-                let part = |state: &mut State| (state.divisions > number).then(|| state.parts[rank].clone());
+                let part = |state: &mut State| (state.splits > number).then(|| state.parts[rank].clone());
                 world.wait(&parent.aborted, part)
             }
-            Some(line) => line
-                .split(color, key)
-                .ok()
-                .map(|part| part.map(|(line, size, place)| (World::with(size, Some(line)), place))),
+            Some(connection) => connection.split(color, key).ok().map(|part| {
+                part.map(|(connection, size, place)| (World::with(size, Some(connection)), place))
+            }),
         };
         let Some(part) = part else { return INTERNAL };
         if !parent.blocking {
@@ -835,40 +846,41 @@ fn split(parent: &Arc<Comm>, (color, key): (c_int, c_int), blocking: bool, out: 
     })
 }
 
-/// How long a split goes on in the background after all ranks have called it.
+/// The time that a split takes in the background after all ranks have called it.
 const DELAY: Duration = Duration::from_micros(300);
 
-/// Does a rank's calls in its own process; returns the number of the collective after them.
+/// Runs a rank's calls in its own process. Returns the number of the next collective.
 pub fn do_ops(world: &World, rank: usize, first: u64, ops: &[Op], aborted: &AtomicBool) -> u64 {
-    let letters = |kind| ops.iter().filter(move |op| op.kind == kind);
+    let messages_of = |kind| ops.iter().filter(move |op| op.kind == kind);
     let mut sent = Vec::new();
-    for op in letters(Kind::Send) {
+    for op in messages_of(Kind::Send) {
         // SAFETY: the memory was judged, or is the caller's own.
         let data = unsafe { bytes(op.send, op.len * width(op.dtype).unwrap_or(0)) };
         let (way, mut state) = ((rank, op.root as usize), lock(&world.state));
         let mail = state.mail.entry(way).or_default();
-        mail.letters.push_back(data);
+        mail.messages.push_back(data);
         mail.sent += 1;
         sent.push((way, mail.sent));
         world.news.notify_all();
     }
-    for op in letters(Kind::Recv) {
+    for op in messages_of(Kind::Recv) {
         let size = op.len * width(op.dtype).unwrap_or(0);
-        let letter = world.wait(aborted, |state| {
+        let message = world.wait(aborted, |state| {
             let mail = state.mail.get_mut(&(op.root as usize, rank))?;
-            let letter = mail.letters.pop_front()?;
+            let message = mail.messages.pop_front()?;
             mail.taken += 1;
-            Some(letter)
+            Some(message)
         });
         world.news.notify_all();
-        match letter {
+        match message {
             // SAFETY: as above.
             Some(data) if data.len() == size => unsafe { write(&data, op.recv) },
             Some(data) => error::report(format!("NCCL: {} bytes were sent, {size} are expected", data.len())),
             None => return first,
         }
     }
-    // As the real one does with what is too large for its buffers, a send ends when it was received.
+    // A send ends when it was received, as in the real library for messages larger than its
+    // buffers.
     let taken = |state: &State, way, number| state.mail.get(way).is_some_and(|mail| mail.taken >= number);
     for (way, number) in &sent {
         if world.wait(aborted, |state| taken(state, way, *number).then_some(())).is_none() {
@@ -924,7 +936,7 @@ exports! {
     fn ncclGetVersion(out: *mut c_int) { unsafe { *out = version() }; Ok(SUCCESS) }
     fn ncclGetUniqueId(id: *mut UniqueId) {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        // Bits that are NaN as numbers: they have to arrive as they are.
+        // Bits that are NaN as numbers: they must arrive unchanged.
         let mut bytes = [0xff; 128];
         bytes[..8].copy_from_slice(&NEXT.fetch_add(1, SeqCst).to_le_bytes());
         bytes[8..12].copy_from_slice(&std::process::id().to_le_bytes());
@@ -949,15 +961,15 @@ exports! {
             join(&known, rank, device);
             known
         } else {
-            World::with(size, Some(Line::join(process, number, (rank, device), size).map_err(|_| UNHANDLED)?))
+            World::with(size, Some(Connection::join(process, number, (rank, device), size).map_err(|_| UNHANDLED)?))
         };
         let comm = Comm::new(world, rank, blocking, Background::Joining);
         unsafe { *out = hand_out(Arc::clone(&comm)) };
-        while blocking && comm.look() == IN_PROGRESS {
+        while blocking && comm.poll() == IN_PROGRESS {
             if comm.is_aborted() { return Err(INTERNAL); }
             std::thread::sleep(Duration::from_micros(50));
         }
-        Ok(comm.look())
+        Ok(comm.poll())
     }
     fn ncclCommSplit(handle: Handle, color: c_int, key: c_int, out: *mut Handle, config: *const Config) {
         let parent = ready(handle)?;
@@ -968,19 +980,20 @@ exports! {
         }
         unsafe { *out = 0 };
         let job = split(&parent, (color, key), blocking, out as usize);
-        // Success also while it goes on: only the state says so.
+        // Also returns success while the split is in progress: only the state shows that.
         if parent.blocking { job.join().map_err(|_| INTERNAL) } else { Ok(SUCCESS) }
     }
     fn ncclCommDestroy(handle: Handle) {
-        // Where it is in progress the real one leaves in the middle of a group of its own.
+        // If the communicator is in progress, the real library returns without closing its own
+        // group.
         let comm = ready(handle).inspect_err(|_| GROUP.with_borrow_mut(|group| group.0 += 1))?;
-        if comm.under_way.load(SeqCst) > 0 && comm.fault.load(SeqCst) == SUCCESS {
-            error::report("NCCL: a communicator is destroyed while its work is under way".into());
+        if comm.in_flight.load(SeqCst) > 0 && comm.fault.load(SeqCst) == SUCCESS {
+            error::report("NCCL: a communicator is destroyed while its work is in flight".into());
         }
         take_back(handle);
         // All ranks of a node have to call it.
-        match &comm.world.line {
-            Some(line) => line.end(),
+        match &comm.world.connection {
+            Some(connection) => connection.end(),
             None => comm.world.wait_until_ended(),
         }
         Ok(SUCCESS)
@@ -991,17 +1004,17 @@ exports! {
             error::report("NCCL: a communicator is aborted in the middle of a group with calls on it".into());
         }
         comm.aborted.store(true, SeqCst);
-        if let Some(line) = &comm.world.line { line.cut(); }
+        if let Some(connection) = &comm.world.connection { connection.shut_down(); }
         comm.world.news.notify_all();
         take_back(handle);
         Ok(SUCCESS)
     }
     fn ncclCommGetAsyncError(handle: Handle, out: *mut c_int) {
-        let code = comm(handle)?.look();
+        let code = comm(handle)?.poll();
         unsafe { *out = code };
         Ok(SUCCESS)
     }
-    // A fault for tests: what `ncclCommGetAsyncError` says from now on.
+    // Injects a fault for tests, which `ncclCommGetAsyncError` returns from now on.
     fn cuda_standin_nccl_fault(handle: Handle, code: c_int) { comm(handle)?.fault.store(code, SeqCst); Ok(SUCCESS) }
     fn ncclGroupStart() { GROUP.with_borrow_mut(|group| group.0 += 1); Ok(SUCCESS) }
     fn ncclGroupEnd() {
@@ -1054,6 +1067,6 @@ pub extern "C" fn ncclGetErrorString(code: Code) -> *const c_char {
 
 #[unsafe(no_mangle)]
 pub extern "C" fn ncclGetLastError(_comm: Handle) -> *const c_char {
-    // It lives until the next that is said on this thread.
+    // The text lives until the next error on this thread.
     SAID.with_borrow(|said| said.as_ptr())
 }

@@ -1,4 +1,5 @@
-//! The exported entry points of `libnvrtc`: g++ compiles the source behind a header that makes it C++ (`shim/`).
+//! The exported entry points of `libnvrtc`: g++ compiles the source as C++ through a header
+//! (`shim/`).
 
 use crate::{kernel::MAGIC, shared, stream::lock};
 use std::{
@@ -35,7 +36,7 @@ fn with<R>(program: usize, f: impl FnOnce(&mut Program) -> R) -> Option<R> {
     lock(&PROGRAMS).1.as_mut().and_then(|all| all.get_mut(&program)).map(f)
 }
 
-/// Where compiled kernels are kept: `CUDA_STANDIN_CACHE`, or a folder for temporary files.
+/// The folder of compiled kernels: `CUDA_STANDIN_CACHE`, or a temporary folder.
 fn folder() -> PathBuf {
     std::env::var_os("CUDA_STANDIN_CACHE")
         .map_or_else(|| std::env::temp_dir().join("cuda-standin"), PathBuf::from)
@@ -47,7 +48,7 @@ fn gcc(arguments: &[&str], input: &Path, output: &Path) -> io::Result<Result<(),
     Ok(if out.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&out.stderr).into_owned()) })
 }
 
-/// The kernels in a preprocessed source: their names, and what their launch bounds say.
+/// The kernels in a preprocessed source: their names and launch bounds.
 fn kernels(source: &str) -> Vec<(&str, Option<&str>)> {
     source
         .split("STANDIN_KERNEL void ")
@@ -102,7 +103,7 @@ fn compile(source: &str) -> io::Result<Result<PathBuf, String>> {
         text.push_str(&launchers);
         fs::write(&plain, format!("#define STANDIN_KERNEL\n#define STANDIN_BOUNDS(...)\n{text}"))?;
         let (assembly, built) = (work.join("kernels.s"), work.join("kernels.so"));
-        // The sanitizer's calls are the shim's own: they note what a kernel reads and writes.
+        // The shim implements the sanitizer's calls, which record what a kernel reads and writes.
         let options = [
             "-S",
             "-O2",
@@ -122,7 +123,7 @@ fn compile(source: &str) -> io::Result<Result<PathBuf, String>> {
         if let Err(log) = gcc(&["-shared", "-ldl"], &assembly, &built)? {
             return Ok(Err(log));
         }
-        // Another process may have been faster: the same object.
+        // Another process may have compiled the same object first.
         fs::rename(&built, &object)?;
         Ok(Ok(object))
     })();
@@ -212,7 +213,7 @@ pub unsafe extern "C" fn nvrtcCompileProgram(
     code
 }
 
-/// A text's length with its zero, or the text itself.
+/// Writes a text's length including the zero, or the text itself.
 unsafe fn give(text: Option<CString>, size: *mut usize, to: *mut c_char) -> c_int {
     let Some(text) = text else { return INVALID_PROGRAM };
     let bytes = text.as_bytes_with_nul();

@@ -1,10 +1,12 @@
-//! NCCL between processes: the world lives in the process that made its id, and ranks of other processes reach it by a socket.
+//! NCCL between processes: the world lives in the process that created its id, and ranks of other
+//! processes reach it through a socket.
 //!
-//! For every rank that connects a thread of that process stands in, with memory of its own: it takes in what the rank sends, does
-//! the rank's calls as a thread of the process would, and returns what was received.
+//! For each connected rank, a thread of that process acts as its proxy, with its own memory: it
+//! receives what the rank sends, runs the rank's calls like a thread of the process, and returns
+//! the results.
 
 use crate::{
-    nccl::{Kind, Op, World, do_ops, join, width, wish},
+    nccl::{Kind, Op, World, do_ops, join, request, width},
     stream::lock,
 };
 use std::{
@@ -27,35 +29,36 @@ const OPS: u64 = 2;
 const SPLIT: u64 = 3;
 const END: u64 = 4;
 
-/// What a rank is told when its calls are done: what was received follows.
+/// Sent to a rank when its calls are done; the received data follow.
 const DONE: u64 = 5;
 
-/// What a rank is told when all have come.
+/// Sent to a rank when all ranks have joined.
 const JOINED: u64 = 1;
 const REFUSED: u64 = 2;
 
-/// Where a process listens: a name that goes with it, not a file.
+/// The address at which a process listens: an abstract name, which needs no file.
 fn address(process: u32) -> io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(format!("cuda-standin-{process}"))
 }
 
-/// The worlds of this process by their numbers.
+/// The worlds of this process by number.
 fn worlds() -> &'static Mutex<HashMap<u64, Arc<World>>> {
     static WORLDS: OnceLock<Mutex<HashMap<u64, Arc<World>>>> = OnceLock::new();
     WORLDS.get_or_init(Mutex::default)
 }
 
-/// Listens for ranks of other processes, from the first id on that this process makes.
+/// Listens for ranks of other processes, once this process creates its first id.
 pub fn listen() {
     static LISTENING: OnceLock<()> = OnceLock::new();
     LISTENING.get_or_init(|| {
         let listener = address(std::process::id()).and_then(|address| UnixListener::bind_addr(&address));
         if let Ok(listener) = listener {
             std::thread::spawn(move || {
-                for line in listener.incoming().flatten() {
+                for connection in listener.incoming().flatten() {
                     std::thread::spawn(move || {
-                        // A line that breaks is a rank that is gone: the others wait for it, as with the real one.
-                        let _ = serve(line);
+                        // A broken connection means that the rank is gone: the others wait for it,
+                        // as with the real library.
+                        let _ = serve(connection);
                     });
                 }
             });
@@ -63,31 +66,31 @@ pub fn listen() {
     });
 }
 
-/// The world of a number: that of the ranks of other processes, if they were here first.
+/// Returns the world of a number, which ranks of other processes may already have created.
 pub fn world(number: u64, size: usize) -> Arc<World> {
     Arc::clone(lock(worlds()).entry(number).or_insert_with(|| World::new(size)))
 }
 
-/// Makes a world known to other processes.
+/// Makes a world available to other processes.
 pub fn publish(number: u64, world: &Arc<World>) {
     lock(worlds()).insert(number, Arc::clone(world));
 }
 
-fn put(line: &mut UnixStream, words: &[u64]) -> io::Result<()> {
-    line.write_all(&words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>())
+fn put(connection: &mut UnixStream, values: &[u64]) -> io::Result<()> {
+    connection.write_all(&values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<_>>())
 }
 
-fn get<const N: usize>(line: &mut UnixStream) -> io::Result<[u64; N]> {
-    let mut words = [0; N];
-    for word in &mut words {
+fn get<const N: usize>(connection: &mut UnixStream) -> io::Result<[u64; N]> {
+    let mut values = [0; N];
+    for value in &mut values {
         let mut bytes = [0; 8];
-        line.read_exact(&mut bytes)?;
-        *word = u64::from_le_bytes(bytes);
+        connection.read_exact(&mut bytes)?;
+        *value = u64::from_le_bytes(bytes);
     }
-    Ok(words)
+    Ok(values)
 }
 
-/// The bytes that a rank sends and receives by a call.
+/// The bytes that a rank sends and receives in a call.
 fn sizes(op: &Op, rank: usize, ranks: usize) -> (usize, usize) {
     let size = op.len * width(op.dtype).unwrap_or(0);
     let root = op.root as usize == rank;
@@ -102,63 +105,64 @@ fn sizes(op: &Op, rank: usize, ranks: usize) -> (usize, usize) {
     }
 }
 
-/// Whether ranks of other processes have come.
+/// Whether ranks of other processes have connected.
 static SERVES: AtomicBool = AtomicBool::new(false);
 
-/// Whether ranks of other processes have come here: what they and this one's exchange goes through memory of NCCL's own.
+/// Whether ranks of other processes have connected here. Transfers between them and this process
+/// use NCCL's own memory.
 pub fn serves() -> bool {
     SERVES.load(SeqCst)
 }
 
-/// Stands in for a rank of another process.
-fn serve(mut line: UnixStream) -> io::Result<()> {
-    let [tag, number, rank, device, size] = get(&mut line)?;
+/// Serves a rank of another process.
+fn serve(mut connection: UnixStream) -> io::Result<()> {
+    let [tag, number, rank, device, size] = get(&mut connection)?;
     let (rank, size) = (rank as usize, size as usize);
     let world = match tag {
         JOIN => {
             let world = world(number, size);
             SERVES.store(true, SeqCst);
-            world.is_met_from_afar();
+            world.set_remote();
             join(&world, rank, device as i32);
             world
         }
         _ => return Ok(()),
     };
-    let outcome = obey(&mut line, &world, rank);
+    let outcome = run_calls(&mut connection, &world, rank);
     world.end();
     if matches!(outcome, Ok(END)) {
         world.wait_until_ended();
-        put(&mut line, &[END])?;
+        put(&mut connection, &[END])?;
     }
     Ok(())
 }
 
-/// Does a rank's calls until it ends its communicator, by a word or by cutting the line.
-fn obey(line: &mut UnixStream, world: &Arc<World>, rank: usize) -> io::Result<u64> {
+/// Runs a rank's calls until it ends its communicator or its connection breaks.
+fn run_calls(connection: &mut UnixStream, world: &Arc<World>, rank: usize) -> io::Result<u64> {
     let gone = AtomicBool::new(false);
     world.wait_until_joined(&gone);
-    put(line, &[if world.duplicate().is_none() { JOINED } else { REFUSED }])?;
+    put(connection, &[if world.duplicate().is_none() { JOINED } else { REFUSED }])?;
     let mut rounds = 0;
     loop {
-        let [tag, count] = get(line)?;
+        let [tag, count] = get(connection)?;
         if tag == END {
             return Ok(END);
         }
         if tag == SPLIT {
-            let [color, key] = get(line)?;
+            let [color, key] = get(connection)?;
             let wanted = (count as i64, color as i64 as i32, key as i64 as i32);
-            let part = unless_gone(line, &gone, || wish(world, rank, wanted, &gone))?;
+            let part = unless_gone(connection, &gone, || request(world, rank, wanted, &gone))?;
             let part = part.map(|(part, place)| (part.number(), part.size() as u64, place as u64, part));
             let reply = part.as_ref().map_or([0; 3], |(number, size, place, _)| [*number, *size, *place]);
             if let Some((number, _, _, part)) = &part {
                 publish(*number, part);
             }
-            put(line, &reply)?;
+            put(connection, &reply)?;
             continue;
         }
         let (mut ops, mut memory) = (Vec::new(), Vec::new());
         for _ in 0..count {
-            let [kind, len, dtype, root] = get(line)?;
+            let [kind, len, dtype, root] = get(connection)?;
             let op = Op {
                 kind: Kind::of(kind),
                 send: 0,
@@ -170,33 +174,34 @@ fn obey(line: &mut UnixStream, world: &Arc<World>, rank: usize) -> io::Result<u6
             let (sent, received) = sizes(&op, rank, world.size());
             let (mut send, mut recv) = (vec![0_u64; sent.div_ceil(8)], vec![0_u64; received.div_ceil(8)]);
             let mut bytes = vec![0; sent];
-            line.read_exact(&mut bytes)?;
-            // SAFETY: as many bytes as the words have room for.
+            connection.read_exact(&mut bytes)?;
+            // SAFETY: as many bytes as the `u64` values have room for.
             unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), send.as_mut_ptr().cast::<u8>(), sent) };
             ops.push(Op { send: send.as_mut_ptr() as usize, recv: recv.as_mut_ptr() as usize, ..op });
             memory.push((send, recv, received));
         }
-        rounds = unless_gone(line, &gone, || do_ops(world, rank, rounds, &ops, &gone))?;
-        put(line, &[DONE])?;
+        rounds = unless_gone(connection, &gone, || do_ops(world, rank, rounds, &ops, &gone))?;
+        put(connection, &[DONE])?;
         for (_, recv, received) in &memory {
-            // SAFETY: the words have at least as many bytes.
-            line.write_all(unsafe { std::slice::from_raw_parts(recv.as_ptr().cast::<u8>(), *received) })?;
+            // SAFETY: the `u64` values have at least as many bytes.
+            connection
+                .write_all(unsafe { std::slice::from_raw_parts(recv.as_ptr().cast::<u8>(), *received) })?;
         }
     }
 }
 
-/// Waits for others on behalf of a rank, which sends nothing meanwhile: where its line ends, the
-/// wait does.
+/// Waits for others on behalf of a rank, which sends nothing meanwhile. The wait ends if the
+/// connection does.
 fn unless_gone<R: Send>(
-    line: &mut UnixStream,
+    connection: &mut UnixStream,
     gone: &AtomicBool,
     wait: impl FnOnce() -> R + Send,
 ) -> io::Result<R> {
-    line.set_nonblocking(true)?;
+    connection.set_nonblocking(true)?;
     let result = std::thread::scope(|scope| {
         let waiting = scope.spawn(wait);
         while !waiting.is_finished() {
-            let ended = match line.read(&mut [0]) {
+            let ended = match connection.read(&mut [0]) {
                 Ok(read) => read == 0,
                 Err(error) => error.kind() != io::ErrorKind::WouldBlock,
             };
@@ -205,24 +210,24 @@ fn unless_gone<R: Send>(
         }
         waiting.join().map_err(|_| io::Error::other("a call has panicked"))
     });
-    line.set_nonblocking(false)?;
+    connection.set_nonblocking(false)?;
     result
 }
 
-/// A rank's line to a world in another process.
-pub struct Line {
+/// A rank's connection to a world in another process.
+pub struct Connection {
     stream: Mutex<UnixStream>,
     breaker: UnixStream,
     process: u32,
-    /// The answer to its joining, once there is one.
+    /// The reply to the join, once there is one.
     joined: AtomicU64,
     device: i32,
-    /// Divisions that the rank has asked for.
-    divisions: AtomicU64,
+    /// The number of splits that the rank has requested.
+    splits: AtomicU64,
 }
 
-impl Line {
-    /// Connects, and waits in the background until all ranks have come.
+impl Connection {
+    /// Connects, and waits in the background until all ranks have joined.
     pub fn join(
         process: u32,
         number: u64,
@@ -232,26 +237,26 @@ impl Line {
         let mut stream = UnixStream::connect_addr(&address(process)?)?;
         put(&mut stream, &[JOIN, number, rank as u64, device as u64, size as u64])?;
         let breaker = stream.try_clone()?;
-        let line = Arc::new(Self {
+        let connection = Arc::new(Self {
             stream: Mutex::new(stream),
             breaker,
             process,
             joined: AtomicU64::new(0),
             device,
-            divisions: AtomicU64::new(0),
+            splits: AtomicU64::new(0),
         });
-        let waiting = Arc::clone(&line);
-        let stream = lock(&line.stream).try_clone()?;
+        let waiting = Arc::clone(&connection);
+        let stream = lock(&connection.stream).try_clone()?;
         std::thread::spawn(move || {
             let mut stream = stream;
             if let Ok([answer]) = get(&mut stream) {
                 waiting.joined.store(answer, SeqCst);
             }
         });
-        Ok(line)
+        Ok(connection)
     }
 
-    /// Whether all ranks have come, and then whether they may be ranks of one communicator.
+    /// Whether all ranks have joined, and whether they may form a communicator.
     pub fn joined(&self) -> Option<bool> {
         match self.joined.load(SeqCst) {
             0 => None,
@@ -259,53 +264,54 @@ impl Line {
         }
     }
 
-    /// Ends what the rank is waiting for.
-    pub fn cut(&self) {
+    /// Ends the rank's current wait.
+    pub fn shut_down(&self) {
         let _ = self.breaker.shutdown(Shutdown::Both);
     }
 
-    /// Ends the rank's communicator, and waits until all have ended theirs, or are gone.
+    /// Ends the rank's communicator, and waits until all ranks have ended theirs or are gone.
     pub fn end(&self) {
-        let mut line = lock(&self.stream);
-        let _ = put(&mut line, &[END, 0]).and_then(|()| get::<1>(&mut line));
+        let mut connection = lock(&self.stream);
+        let _ = put(&mut connection, &[END, 0]).and_then(|()| get::<1>(&mut connection));
     }
 
-    /// Does a rank's calls; an error is a line that was cut.
+    /// Runs a rank's calls; an error means that the connection was shut down.
     pub fn run(&self, rank: usize, ranks: usize, ops: &[Op]) -> io::Result<()> {
-        let mut line = lock(&self.stream);
-        put(&mut line, &[OPS, ops.len() as u64])?;
+        let mut connection = lock(&self.stream);
+        put(&mut connection, &[OPS, ops.len() as u64])?;
         for op in ops {
-            put(&mut line, &[op.kind as u64, op.len as u64, op.dtype as u64, op.root as i64 as u64])?;
+            put(&mut connection, &[op.kind as u64, op.len as u64, op.dtype as u64, op.root as i64 as u64])?;
             let (sent, _) = sizes(op, rank, ranks);
             if sent > 0 {
                 // SAFETY: the call's memory was judged, and is lent until it is done.
-                line.write_all(unsafe { std::slice::from_raw_parts(op.send as *const u8, sent) })?;
+                connection.write_all(unsafe { std::slice::from_raw_parts(op.send as *const u8, sent) })?;
             }
         }
-        let [_done] = get(&mut line)?;
+        let [_done] = get(&mut connection)?;
         for op in ops {
             let (_, received) = sizes(op, rank, ranks);
             let mut bytes = vec![0; received];
-            line.read_exact(&mut bytes)?;
+            connection.read_exact(&mut bytes)?;
             // SAFETY: as above.
             unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), op.recv as *mut u8, received) };
         }
         Ok(())
     }
 
-    /// This rank's part of a division: a line to it, its size and the rank's place.
+    /// Requests a split. Returns a connection to the new world, its size and the rank there.
     pub fn split(&self, color: i32, key: i32) -> io::Result<Option<(Arc<Self>, usize, usize)>> {
-        let division = self.divisions.fetch_add(1, SeqCst);
+        let split = self.splits.fetch_add(1, SeqCst);
         let reply: [u64; 3] = {
-            let mut line = lock(&self.stream);
-            put(&mut line, &[SPLIT, division, color as i64 as u64, key as i64 as u64])?;
-            get(&mut line)?
+            let mut connection = lock(&self.stream);
+            put(&mut connection, &[SPLIT, split, color as i64 as u64, key as i64 as u64])?;
+            get(&mut connection)?
         };
         match reply {
             [0, ..] => Ok(None),
             [number, size, place] => {
-                let line = Self::join(self.process, number, (place as usize, self.device), size as usize)?;
-                Ok(Some((line, size as usize, place as usize)))
+                let connection =
+                    Self::join(self.process, number, (place as usize, self.device), size as usize)?;
+                Ok(Some((connection, size as usize, place as usize)))
             }
         }
     }

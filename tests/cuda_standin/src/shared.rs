@@ -1,24 +1,24 @@
-//! How much shared memory a kernel declares, read from the assembly that g++ made of it.
+//! The size of a kernel's shared memory, read from the assembly that g++ produced.
 //!
-//! A `__shared__` variable is a thread-local one of its module here. A kernel has those that it and
-//! the functions that it reaches refer to.
+//! A `__shared__` variable is compiled as a thread-local one of its module. A kernel has the
+//! variables that it and its callees refer to.
 
 use std::{
     collections::{HashMap, HashSet},
     fmt::Write as _,
 };
 
-/// What a function refers to: every name in its code, and of these the thread-local variables.
+/// The references of a function: every name in its code, and the thread-local variables among them.
 #[derive(Default)]
 struct Code<'a> {
     names: Vec<&'a str>,
     variables: HashSet<&'a str>,
 }
 
-/// How thread-local variables are referred to.
+/// The relocations of thread-local variables.
 const KINDS: [&str; 5] = ["@tlsgd", "@tlsld", "@dtpoff", "@gottpoff", "@tpoff"];
 
-/// Definitions, to be added to the assembly, of a number `<kernel>__shared` for each kernel.
+/// Definitions of a number `<kernel>__shared` for each kernel, to be appended to the assembly.
 pub fn sizes(assembly: &str, kernels: &[String]) -> String {
     let is_part = |c: char| c.is_alphanumeric() || "_.$@".contains(c);
     let (mut functions, mut sizes) = (HashMap::<&str, Code>::new(), HashMap::<&str, u32>::new());
@@ -29,7 +29,7 @@ pub fn sizes(assembly: &str, kernels: &[String]) -> String {
         } else if let Some((name, size)) = directive(line, ".size") {
             match size.parse() {
                 Ok(size) => drop(sizes.insert(name, size)),
-                // A function's size is a difference of addresses, and stands at its end.
+                // A function's size is a difference of addresses, and follows its code.
                 Err(_) => current = None,
             }
         } else if let Some(label) = line.strip_suffix(':') {
@@ -39,7 +39,7 @@ pub fn sizes(assembly: &str, kernels: &[String]) -> String {
             for word in line.split(|c| !is_part(c)) {
                 let (name, kind) = word.split_at(word.find('@').unwrap_or(word.len()));
                 code.names.push(name);
-                // The stand-in's own are no shared memory.
+                // The stand-in's own variables are not shared memory.
                 if KINDS.contains(&kind) && !name.contains("7standin") {
                     code.variables.insert(name);
                 }

@@ -1,8 +1,8 @@
 //! Streams: ordered queues of work, with seeded delays (`CUDA_STANDIN_SEED`).
 //!
-//! Without a seed an operation that waits for nobody is done at once, on the calling thread; what waits goes to the stream's
-//! worker, and everything behind it. With a seed everything goes there, and is delayed at random. What is judged (bounds, races)
-//! does not depend on it.
+//! Without a seed an operation that need not wait runs at once on the calling thread. An operation
+//! that waits, and everything after it, goes to the stream's worker. With a seed everything goes
+//! there and is delayed at random. The checks (bounds, races) do not depend on it.
 
 use crate::{
     clock::{self, Clock},
@@ -20,15 +20,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What a stream does when its turn comes.
+/// An operation that a stream runs in its turn.
 pub type Operation = Box<dyn FnOnce() + Send>;
 
-/// Locks, whatever happened to another thread.
+/// Locks a mutex, even if another thread panicked while holding it.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A counter that is waited for: operations done.
+/// A counter of finished operations that can be waited for.
 #[derive(Default)]
 pub struct Progress {
     reached: Mutex<(u64, Option<Instant>)>,
@@ -47,7 +47,7 @@ impl Progress {
         drop(self.changed.wait_while(reached, |reached| reached.0 < count));
     }
 
-    /// Waits, but not for ever: whether it came.
+    /// Waits at most for `limit`; returns whether the count was reached.
     pub fn wait_for(&self, count: u64, limit: Duration) -> bool {
         let reached = lock(&self.reached);
         let waited = self.changed.wait_timeout_while(reached, limit, |reached| reached.0 < count);
@@ -72,29 +72,29 @@ struct Queue {
     worker: Option<Sender<Operation>>,
     clock: Clock,
     enqueued: u64,
-    /// What was handed to the worker and may not be done yet.
+    /// The operations of the worker that may not be done yet.
     names: VecDeque<(u64, String)>,
 }
 
-/// A point in a stream's work, for others to wait for.
+/// A position in a stream's work that others can wait for.
 #[derive(Clone)]
-pub struct Mark {
+pub struct Position {
     progress: Arc<Progress>,
     clock: Arc<Clock>,
 }
 
-impl Mark {
+impl Position {
     pub fn is_reached(&self) -> bool {
         self.progress.is_at(1)
     }
 
-    /// The host waits.
+    /// Makes the host wait.
     pub fn wait(&self) {
         self.progress.wait(1);
         clock::host_waited(&self.clock);
     }
 
-    /// When it was reached.
+    /// The time when it was reached.
     pub fn time(&self) -> Option<Instant> {
         self.progress.time()
     }
@@ -103,17 +103,18 @@ impl Mark {
 /// One stream. Dropping it lets its worker finish what is queued.
 pub struct Stream {
     pub device: usize,
-    /// Whether its work and the legacy stream's come after each other.
+    /// Whether its work is ordered with the legacy stream's.
     pub is_tied: bool,
     pub priority: c_int,
-    /// What it captures, and which of the capture's lanes it is.
+    /// Its capture, and its index among the captured streams.
     pub capture: Mutex<Option<(Arc<Capture>, usize)>>,
     pub number: usize,
     queue: Mutex<Queue>,
     pub done: Arc<Progress>,
 }
 
-/// Numbers of streams that are gone and whose work the host has waited for, and how far each had come; the next new number.
+/// Numbers of dropped streams whose work the host has waited for, with their last tick; and the
+/// next new number.
 static NUMBERS: Mutex<(Vec<(usize, u64)>, usize)> = Mutex::new((Vec::new(), 0));
 
 fn seed() -> u64 {
@@ -142,35 +143,35 @@ impl Stream {
         })
     }
 
-    /// Enqueues `work` that nobody judges; returns the stream's clock after it.
+    /// Enqueues `work` without a check; returns the stream's clock after it.
     fn pass(&self, waits: bool, work: impl FnOnce() + Send + 'static) -> Arc<Clock> {
         self.push(waits, |_| Ok(()), work)
             .expect("nothing is judged, and a worker lives as long as its stream")
     }
 
-    /// A mark behind what was asked of the stream so far.
-    pub fn mark(&self) -> Mark {
+    /// Records a position after the work enqueued so far.
+    pub fn position(&self) -> Position {
         let progress = Arc::<Progress>::default();
         let reached = Arc::clone(&progress);
-        Mark { clock: self.pass(false, move || reached.reach(1)), progress }
+        Position { clock: self.pass(false, move || reached.reach(1)), progress }
     }
 
-    /// What is asked of the stream from now on waits for a mark.
-    pub fn after(&self, mark: &Mark) {
-        lock(&self.queue).clock.join(&mark.clock);
-        let progress = Arc::clone(&mark.progress);
-        self.pass(!mark.is_reached(), move || progress.wait(1));
+    /// Makes later work of the stream wait for a position.
+    pub fn after(&self, position: &Position) {
+        lock(&self.queue).clock.join(&position.clock);
+        let progress = Arc::clone(&position.progress);
+        self.pass(!position.is_reached(), move || progress.wait(1));
     }
 
-    /// What the stream knows to come before what it is asked for now.
+    /// The clock of the next operation: what is ordered before it.
     pub fn clock(&self) -> Clock {
         let mut queue = lock(&self.queue);
         clock::join_host(&mut queue.clock);
         queue.clock.clone()
     }
 
-    /// What is asked of the stream from now on waits for memory that another stream gives back. The
-    /// program has ordered nothing.
+    /// Makes later work of the stream wait for memory that another stream frees. This orders
+    /// nothing for the program.
     pub fn wait_for_memory(&self, done: Arc<Progress>) {
         let name = |who: &Accessor| {
             who.name.replace(Some("a wait for memory that another stream has freed".into()));
@@ -179,8 +180,8 @@ impl Stream {
         self.push(true, name, move || done.wait(1)).expect("as in `pass`");
     }
 
-    /// Enqueues `work` once `judge` has found nothing wrong with what it accesses; returns the stream's clock after it. `waits`:
-    /// the work may wait for others.
+    /// Enqueues `work` if `judge` finds nothing wrong with its accesses; returns the stream's clock
+    /// after it. `waits`: the work may wait for others.
     pub fn push(
         &self,
         waits: bool,
@@ -190,7 +191,7 @@ impl Stream {
         self.prepare(waits, |who| judge(who).map(|()| Box::new(work) as Operation))
     }
 
-    /// The same for work that is made of what is found out about its accesses.
+    /// The same for work that depends on the check of its accesses.
     pub fn prepare(
         &self,
         waits: bool,
@@ -235,12 +236,12 @@ impl Stream {
         clock::host_waited(&clock);
     }
 
-    /// How many operations were asked of it.
+    /// The number of operations that were enqueued.
     pub fn enqueued(&self) -> u64 {
         lock(&self.queue).enqueued
     }
 
-    /// The operation that it is at, if it is not idle.
+    /// The current operation, if the stream is not idle.
     pub fn unfinished(&self) -> Option<String> {
         let queue = lock(&self.queue);
         queue.names.iter().find(|(count, _)| !self.done.is_at(*count)).map(|(_, name)| name.clone())
@@ -254,7 +255,7 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // Where the host has waited for all of it, its number may be another's.
+        // If the host has waited for all of its work, its number can be reused.
         let queue = lock(&self.queue);
         let mut host = Clock::default();
         clock::join_host(&mut host);
@@ -265,7 +266,7 @@ impl Drop for Stream {
     }
 }
 
-/// A thread that does operations in order.
+/// Starts a thread that runs operations in order.
 fn worker(number: usize) -> Sender<Operation> {
     let (sender, operations) = channel::<Operation>();
     let mut state = seed().wrapping_mul(0x9e37_79b9_7f4a_7c15)

@@ -1,4 +1,5 @@
-//! Planted bugs in kernels, products and collectives are found; the same without the bug is not.
+//! Planted bugs in kernels, products and collectives are found; the same code without the bug
+//! passes.
 
 #[path = "common/kernels.rs"]
 mod kernels;
@@ -18,7 +19,8 @@ extern "C" __global__ void fill(float* to, long long count, double value) {
   const long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   if (at < count) to[at] = (float)value;
 }
-// Reverses each block's numbers by way of shared memory; without the barrier others have not written yet.
+// Reverses each block's numbers through shared memory. Without the barrier other threads have not
+// written yet.
 template <bool BARRIER> __device__ void turn(const float* from, float* to) {
   __shared__ float kept[64];
   kept[threadIdx.x] = from[blockIdx.x * 64 + threadIdx.x];
@@ -27,7 +29,7 @@ template <bool BARRIER> __device__ void turn(const float* from, float* to) {
 }
 extern "C" __global__ void reverse(const float* from, float* to) { turn<true>(from, to); }
 extern "C" __global__ void reverse_without_barrier(const float* from, float* to) { turn<false>(from, to); }
-// The sum over a warp, by shuffles, and over a block, by shared memory that the launch gives.
+// The sum over a warp by shuffles, and over a block through dynamic shared memory.
 extern "C" __global__ void sums(const float* from, float* to) {
   float* part = (float*)__standin_dynamic_shared();
   float sum = from[blockIdx.x * blockDim.x + threadIdx.x];
@@ -40,7 +42,7 @@ extern "C" __global__ void sums(const float* from, float* to) {
     to[blockIdx.x] = sum;
   }
 }
-// Copies by way of shared memory, where they are late.
+// Copies asynchronously through shared memory.
 template <bool AWAIT> __device__ void pass(const float* from, float* to) {
   alignas(16) __shared__ float kept[128];
   __standin_copy_async(kept + 4 * threadIdx.x, from + 4 * threadIdx.x);
@@ -69,7 +71,7 @@ extern "C" __global__ void votes(const float* from, float* to) {
 }
 "#;
 
-/// A stream of a device of the test's own: findings are sticky.
+/// A stream of a device that only this test uses, because errors are sticky.
 fn stream(device: c_int) -> usize {
     let (mut context, mut stream) = (0, 0);
     unsafe {
@@ -99,8 +101,15 @@ fn compile(source: &str) -> Result<usize, String> {
     kernels::image(source).map(|image| kernels::load(&image))
 }
 
-fn launch(module: usize, name: &CStr, stream: usize, grid: c_uint, block: c_uint, words: &mut [u64]) -> Code {
-    kernels::launch(kernels::function(module, name), stream, [grid, block, 256], words)
+fn launch(
+    module: usize,
+    name: &CStr,
+    stream: usize,
+    grid: c_uint,
+    block: c_uint,
+    arguments: &mut [u64],
+) -> Code {
+    kernels::launch(kernels::function(module, name), stream, [grid, block, 256], arguments)
 }
 
 #[test]
@@ -114,7 +123,7 @@ fn kernels_run_with_barriers_and_shuffles() {
     assert_eq!(download(stream, to, 256), reversed);
     assert_eq!(launch(module, c"sums", stream, 2, 128, &mut [from as u64, to as u64]), SUCCESS);
     assert_eq!(download(stream, to, 2), [8128.0, 24512.0]);
-    // A missing barrier reads what was never written.
+    // Without the barrier, unwritten memory is read.
     assert_eq!(
         launch(module, c"reverse_without_barrier", stream, 4, 64, &mut [from as u64, to as u64]),
         SUCCESS
@@ -137,7 +146,7 @@ fn matrices_are_multiplied_and_copies_are_late() {
     let (from, to) = (upload(stream, &values), upload(stream, &[0.0; 128]));
     assert_eq!(launch(module, c"copy", stream, 1, 32, &mut [from as u64, to as u64]), SUCCESS);
     assert_eq!(download(stream, to, 128), values);
-    // Those who do not wait read what was never written.
+    // Without the wait, unwritten memory is read.
     assert_eq!(
         launch(module, c"copy_without_waiting", stream, 1, 32, &mut [from as u64, to as u64]),
         SUCCESS
@@ -145,13 +154,13 @@ fn matrices_are_multiplied_and_copies_are_late() {
     assert!(download(stream, to, 128).iter().all(|value| value.is_nan()));
 
     let (a, b) = (|i: usize, k: usize| (3 * i + k) % 11, |k: usize, j: usize| (k + 5 * j) % 7);
-    // Two numbers of 16 bits are a word.
-    let words = |rows: usize, cols: usize, at: &dyn Fn(usize, usize) -> usize| -> Vec<f32> {
-        let word = |at: &dyn Fn(usize) -> usize, i| f32::from_bits((at(2 * i) | at(2 * i + 1) << 16) as u32);
-        (0..rows * cols / 2).map(|i| word(&|i| at(i / cols, i % cols), i)).collect()
+    // Two 16-bit numbers are packed into one f32.
+    let packed = |rows: usize, cols: usize, at: &dyn Fn(usize, usize) -> usize| -> Vec<f32> {
+        let pack = |at: &dyn Fn(usize) -> usize, i| f32::from_bits((at(2 * i) | at(2 * i + 1) << 16) as u32);
+        (0..rows * cols / 2).map(|i| pack(&|i| at(i / cols, i % cols), i)).collect()
     };
-    let places = [words(16, 16, &a), words(16, 8, &b), words(8, 16, &|j, k| b(k, j))];
-    let [left, right, transposed] = places.map(|words| upload(stream, &words) as u64);
+    let places = [packed(16, 16, &a), packed(16, 8, &b), packed(8, 16, &|j, k| b(k, j))];
+    let [left, right, transposed] = places.map(|packed| upload(stream, &packed) as u64);
     assert_eq!(
         launch(module, c"products", stream, 1, 32, &mut [left, right, transposed, to as u64]),
         SUCCESS
@@ -173,11 +182,11 @@ fn a_kernel_that_writes_behind_its_memory_is_found() {
     let one = 1.0_f64.to_bits();
     assert_eq!(launch(module, c"fill", stream, 1, 128, &mut [memory as u64, 100, one]), SUCCESS);
     assert_eq!(download(stream, memory, 100), [1.0; 100]);
-    // One too many.
+    // One element too many.
     launch(module, c"fill", stream, 1, 128, &mut [memory as u64, 101, one]);
     unsafe { cuStreamSynchronize(stream) };
     assert_eq!(unsafe { cuCtxSynchronize() }, ILLEGAL_ADDRESS);
-    assert!(reports().iter().any(|report| report.starts_with("kernel fill has written beside the memory")));
+    assert!(reports().iter().any(|report| report.starts_with("kernel fill has written next to the memory")));
 }
 
 #[test]
@@ -191,10 +200,10 @@ fn kernels_of_two_streams_have_to_be_ordered() {
         assert_eq!(cuStreamWaitEvent(second, event, 0), SUCCESS);
     }
     assert_eq!(launch(module, c"reverse", second, 1, 64, &mut [from as u64, to as u64]), SUCCESS);
-    // Both only read `from`.
+    // Both streams only read `from`.
     let other = upload(first, &[0.0; 64]);
     assert_eq!(launch(module, c"reverse", first, 1, 64, &mut [from as u64, other as u64]), SUCCESS);
-    // The result of the second stream, on the first, without a wait.
+    // Uses the result of the second stream on the first without a wait.
     assert_eq!(launch(module, c"reverse", first, 1, 64, &mut [to as u64, other as u64]), ILLEGAL_ADDRESS);
     assert!(reports().iter().any(|report| report.starts_with("race: kernel reverse")));
 }
@@ -251,7 +260,7 @@ fn a_product_beyond_its_memory_is_found() {
     assert!(reports().iter().any(|report| report.starts_with("matmul: A: out of bounds")));
 }
 
-/// Lets the other devices reach the memory of this one.
+/// Opens this device's memory to the other devices.
 fn open(device: c_int) {
     let mut pool = 0;
     unsafe {
@@ -270,14 +279,15 @@ fn unique_id() -> UniqueId {
     }
 }
 
-/// One of two ranks: its communicator, once both are there.
+/// Joins as one of two ranks; returns the communicator once both have joined.
 fn join(id: UniqueId, rank: c_int) -> usize {
     let mut comm = 0;
     assert_eq!(unsafe { ncclCommInitRankConfig(&mut comm, 2, id, rank, null_mut()) }, 0);
     comm
 }
 
-/// Ranks of one process read and write each other's memory directly, which a pool does not allow by itself.
+/// Ranks of one process access each other's memory directly, which a pool does not allow by
+/// default.
 #[test]
 fn memory_that_is_not_open_to_the_other_rank_is_found() {
     let id = unique_id();
@@ -298,7 +308,7 @@ fn memory_that_is_not_open_to_the_other_rank_is_found() {
     assert_eq!(reports().iter().filter(|report| closed(report)).count(), 2);
 }
 
-/// Two ranks, of which the second leaves a collective out: the first waits until it aborts.
+/// Two ranks, of which the second skips a collective: the first waits until it aborts.
 #[test]
 fn a_skipped_collective_waits_until_it_is_aborted() {
     let id = unique_id();

@@ -1,4 +1,4 @@
-//! Calls that only ask or count.
+//! Calls that only query or count.
 
 mod common;
 

@@ -1,4 +1,5 @@
-//! Correct programs pass under delays; planted bugs are found. Each test has a device of its own: errors are sticky.
+//! Correct programs pass under delays; planted bugs are found. Each test has its own device,
+//! because errors are sticky.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! `CUDA_STANDIN_POOL=fresh`: no memory is given out twice, so that every use after free is found.
+//! `CUDA_STANDIN_POOL=fresh`: memory is never reused, so that every use after free is found.
 
 mod common;
 

@@ -1,4 +1,5 @@
-//! Graphs: what is captured is not done before a launch, is judged at each, and illegal calls end the capture with their errors.
+//! Graphs: captured work does not run before a launch and is checked at each one. Illegal calls end
+//! the capture with their errors.
 
 mod common;
 
@@ -14,7 +15,8 @@ const GLOBAL: u32 = 0;
 const THREAD_LOCAL: u32 = 1;
 const RELAXED: u32 = 2;
 
-/// Calls that a capture of one thread forbids all others would fail in the tests beside it.
+/// Serializes the tests: a capture may forbid calls of other threads, which would fail in
+/// concurrent tests.
 fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
@@ -37,7 +39,7 @@ fn status(stream: usize) -> c_int {
     status
 }
 
-/// The graph that a capture has made, as one that can be launched.
+/// Ends the capture and instantiates the graph.
 fn executable(stream: usize) -> usize {
     let (mut graph, mut executable) = (0, 0);
     unsafe {
@@ -63,7 +65,7 @@ fn bytes(start: usize, stream: usize) -> [u8; 8] {
     got
 }
 
-/// Lets `to` wait for what `from` was asked for.
+/// Orders later work of `to` after the work of `from`.
 fn follow(from: usize, to: usize) -> Code {
     let event = event();
     assert_eq!(unsafe { cuEventRecord(event, from) }, SUCCESS);
@@ -77,7 +79,8 @@ fn a_graph_is_done_at_each_launch() {
     let (p, q, mut host) = (allocate(8, a), allocate(8, a), [1_u8; 8]);
     begin(a, THREAD_LOCAL);
     unsafe {
-        // A copy of what the host's memory holds at the launch, and on another stream one of the copy; then they are together.
+        // Copies the host memory of the time of the launch, and the copy again on another stream;
+        // then the streams join.
         assert_eq!(cuMemcpyHtoDAsync_v2(p, host.as_ptr(), 8, a), SUCCESS);
         assert_eq!(follow(a, b), SUCCESS);
         assert_eq!(status(b), 1, "it captures too");
@@ -165,7 +168,7 @@ fn memory_of_a_graph_lives_from_launch_to_free() {
         assert_eq!(unsafe { cuGraphLaunch(graph, a) }, SUCCESS);
         assert_eq!(bytes(p, a), [3; 8]);
     }
-    // Memory that outlives the launch has to be freed before the next.
+    // Memory that outlives the launch must be freed before the next launch.
     begin(a, THREAD_LOCAL);
     let outer = allocate(8, a);
     let graph = executable(a);
@@ -175,7 +178,7 @@ fn memory_of_a_graph_lives_from_launch_to_free() {
         assert_eq!(unsafe { cuGraphLaunch(graph, a) }, INVALID_VALUE);
         assert_eq!(unsafe { cuMemFreeAsync(outer, a) }, SUCCESS);
     }
-    // Memory from elsewhere is not a graph's to free.
+    // A graph may not free memory from outside.
     begin(a, THREAD_LOCAL);
     assert_eq!(unsafe { cuMemFreeAsync(foreign, a) }, INVALID_VALUE);
     assert_eq!(failed(a), CAPTURE_INVALIDATED);
@@ -185,7 +188,7 @@ fn memory_of_a_graph_lives_from_launch_to_free() {
     let (_first, _second) = (allocate(1 << 29, a), allocate((1 << 29) + 1, a));
     let graph = executable(a);
     assert_eq!(unsafe { cuGraphLaunch(graph, a) }, OUT_OF_MEMORY);
-    // Before: memory of a graph that no launch has made.
+    // Before any launch, the graph's memory does not exist.
     assert_eq!(unsafe { cuMemsetD8Async(outer, 0, 8, a) }, ILLEGAL_ADDRESS);
 }
 
@@ -209,7 +212,7 @@ fn illegal_calls_end_a_capture() {
         ("twice", ILLEGAL_STATE, &mut || unsafe { cuStreamBeginCapture_v2(a, 0) }),
     ];
     for (what, code, call) in calls {
-        // What may wait is another matter than what asks about the capture itself.
+        // Calls that may wait are checked in another mode than queries of captured events.
         let mode = if code == CAPTURED_EVENT { RELAXED } else { THREAD_LOCAL };
         begin(a, mode);
         assert_eq!(unsafe { cuEventRecord(captured, a) }, SUCCESS);
@@ -245,7 +248,7 @@ fn forks_have_to_be_joined() {
     assert_eq!(unsafe { cuMemsetD8Async(p, 0, 8, b) }, SUCCESS);
     assert_eq!(failed(a), CAPTURE_UNJOINED);
     assert_eq!(status(b), 0);
-    // Two captures do not become one.
+    // Two captures cannot be merged.
     begin(a, THREAD_LOCAL);
     begin(b, THREAD_LOCAL);
     assert_eq!(follow(a, b), CAPTURE_MERGE);
@@ -274,7 +277,7 @@ fn modes_say_who_may_wait() {
                 assert_eq!(failed(a), CAPTURE_INVALIDATED);
             }
         }
-        // Another thread ends a relaxed capture only.
+        // Another thread may only end a relaxed capture.
         begin(a, mode);
         let end = || {
             streams(7);
@@ -287,7 +290,7 @@ fn modes_say_who_may_wait() {
             executable(a);
         }
     }
-    // The legacy stream waits for streams that do not stand apart from it.
+    // The legacy stream waits for blocking streams.
     let mut tied = 0;
     assert_eq!(unsafe { cuStreamCreate(&mut tied, 0) }, SUCCESS);
     let p = allocate(8, a);

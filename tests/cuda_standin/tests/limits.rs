@@ -1,4 +1,4 @@
-//! Launches that a device refuses.
+//! Launches that a device rejects.
 
 mod common;
 #[path = "common/kernels.rs"]
@@ -39,7 +39,7 @@ fn shared_memory_is_there_for_those_who_ask() {
     let [plain, keeps, less] = [c"plain", c"keeps", c"keeps_less"].map(|name| function(module, name));
     assert_eq!([plain, keeps, less].map(|f| attribute(f, SHARED)), [0, 4096 + 256, 256]);
     let run = |function, shared| launch(function, stream, [1, 32, shared], &mut [x]);
-    // By default 48 KiB, with what the kernel declares.
+    // By default 48 KiB, including the memory that the kernel declares.
     assert_eq!((run(plain, 49_152), run(plain, 49_153)), (SUCCESS, INVALID_VALUE));
     assert_eq!((run(keeps, 49_152 - 4352), run(keeps, 49_152 - 4351)), (SUCCESS, INVALID_VALUE));
     unsafe {

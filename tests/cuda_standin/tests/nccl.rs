@@ -1,4 +1,4 @@
-//! What the stand-in's NCCL does as the real one does, and the bugs that it finds.
+//! The stand-in's NCCL behaves like the real one, and finds bugs.
 
 use cuda_standin::{driver::*, error::*, nccl::*};
 use std::{
@@ -45,7 +45,7 @@ fn state(comm: usize) -> c_int {
     state
 }
 
-/// Waits until what a communicator goes on with is done.
+/// Waits until a communicator is no longer in progress.
 fn settled(comm: usize) -> c_int {
     let mut code = IN_PROGRESS;
     while code == IN_PROGRESS {
@@ -54,7 +54,7 @@ fn settled(comm: usize) -> c_int {
     code
 }
 
-/// A device that is current on this thread, whose memory is open to the others.
+/// Makes a device current on this thread and opens its memory to the others.
 fn open(device: c_int) -> usize {
     let (a, _) = common::streams(device);
     let mut pool = 0;
@@ -67,8 +67,7 @@ fn open(device: c_int) -> usize {
     a
 }
 
-/// Runs ranks on devices: 2 to 5 are those of tests that end in an error of the device, which
-/// stays.
+/// Runs ranks on devices. Tests that end in a device error, which is sticky, use devices 2 to 5.
 fn ranks(devices: &[c_int], blocking: c_int, rank: impl Fn(c_int, usize, usize) + Sync) {
     let (id, world) = (unique_id(), devices.len() as c_int);
     thread::scope(|scope| {
@@ -104,12 +103,12 @@ fn all_reduce(x: usize, len: usize, comm: usize, stream: usize) -> c_int {
     unsafe { ncclAllReduce(x as *const c_void, x as *mut c_void, len, 7, 0, comm, stream) }
 }
 
-fn found(words: &str) -> usize {
-    reports().iter().filter(|report| report.contains(words)).count()
+fn found(text: &str) -> usize {
+    reports().iter().filter(|report| report.contains(text)).count()
 }
 
-/// The handle of a part is there when the parent is not in progress any more; of a rank without a
-/// color it is null.
+/// The handle of a split is stored once the parent is not in progress any more. It is null for a
+/// rank without a color.
 #[test]
 fn a_split_returns_success_before_it_is_done() {
     ranks(&[0, 1], 0, |rank, comm, _| {
@@ -170,18 +169,18 @@ fn an_abort_in_the_middle_of_a_group_is_found() {
     assert_eq!(found(WORDS), 2);
 }
 
-/// A mark that is made before the launch has settled comes too early: what waits for it races with
+/// An event recorded before the launch has settled is too early: work that waits for it races with
 /// the collective.
 #[test]
 fn a_launch_that_nobody_looked_at_has_not_reached_its_stream() {
-    ranks(&[4, 5], 0, |rank, comm, lane| {
+    ranks(&[4, 5], 0, |rank, comm, stream| {
         let (_, compute) = common::streams(4 + rank);
-        let (x, mut event) = (floats(lane, &[1.0; 5]), 0);
+        let (x, mut event) = (floats(stream, &[1.0; 5]), 0);
         unsafe {
-            assert_eq!(all_reduce(x, 5, comm, lane), IN_PROGRESS);
-            assert_eq!(cuStreamQuery(lane), SUCCESS, "nothing is on the stream");
+            assert_eq!(all_reduce(x, 5, comm, stream), IN_PROGRESS);
+            assert_eq!(cuStreamQuery(stream), SUCCESS, "nothing is on the stream");
             assert_eq!(cuEventCreate(&mut event, 2), SUCCESS);
-            assert_eq!(cuEventRecord(event, lane), SUCCESS);
+            assert_eq!(cuEventRecord(event, stream), SUCCESS);
             assert_eq!(settled(comm), 0);
             assert_eq!(cuStreamWaitEvent(compute, event, 0), SUCCESS);
             assert_eq!(cuMemsetD8Async(x, 0, 20, compute), ILLEGAL_ADDRESS);
@@ -192,21 +191,22 @@ fn a_launch_that_nobody_looked_at_has_not_reached_its_stream() {
 
 #[test]
 fn a_call_on_a_communicator_in_progress_is_refused() {
-    ranks(&[6], 0, |_, comm, lane| {
-        let (x, before) = (floats(lane, &[1.0; 5]), found("Attempt to use communicator"));
-        assert_eq!(all_reduce(x, 5, comm, lane), IN_PROGRESS);
-        assert_eq!(all_reduce(x, 5, comm, lane), INVALID_ARGUMENT);
+    ranks(&[6], 0, |_, comm, stream| {
+        let (x, before) = (floats(stream, &[1.0; 5]), found("Attempt to use communicator"));
+        assert_eq!(all_reduce(x, 5, comm, stream), IN_PROGRESS);
+        assert_eq!(all_reduce(x, 5, comm, stream), INVALID_ARGUMENT);
         assert!(found("Attempt to use communicator") > before);
         assert_eq!(settled(comm), 0);
-        assert_eq!(all_reduce(x, 5, comm, lane), IN_PROGRESS);
+        assert_eq!(all_reduce(x, 5, comm, stream), IN_PROGRESS);
     });
-    // The destruction of one leaves its group open: what the thread calls later is queued for ever.
-    ranks(&[6], 0, |_, comm, lane| {
-        let x = floats(lane, &[1.0; 5]);
-        assert_eq!(all_reduce(x, 5, comm, lane), IN_PROGRESS);
+    // Destroying a communicator in progress leaves its group open: later calls of the thread are
+    // queued forever.
+    ranks(&[6], 0, |_, comm, stream| {
+        let x = floats(stream, &[1.0; 5]);
+        assert_eq!(all_reduce(x, 5, comm, stream), IN_PROGRESS);
         assert_eq!(unsafe { ncclCommDestroy(comm) }, INVALID_ARGUMENT);
         assert_eq!(settled(comm), 0);
-        assert_eq!(all_reduce(x, 5, comm, lane), 0, "queued");
+        assert_eq!(all_reduce(x, 5, comm, stream), 0, "queued");
         assert_eq!(settled(comm), 0);
     });
 }
@@ -223,19 +223,19 @@ fn a_communicator_that_has_ended_is_not_used() {
     });
 }
 
-/// The first call of each kind on a blocking communicator returns when the peers have come, or it
-/// is aborted.
+/// The first call of each kind on a blocking communicator returns once the peers have made theirs,
+/// or it is aborted.
 #[test]
 fn the_first_call_of_a_blocking_communicator_waits_for_the_peers() {
-    ranks(&[0, 1], 1, |rank, comm, lane| {
-        let x = floats(lane, &[1.0; 5]);
+    ranks(&[0, 1], 1, |rank, comm, stream| {
+        let x = floats(stream, &[1.0; 5]);
         let begin = Instant::now();
         if rank == 0 {
             thread::sleep(Duration::from_millis(40));
         }
-        assert_eq!(all_reduce(x, 5, comm, lane), 0);
+        assert_eq!(all_reduce(x, 5, comm, stream), 0);
         assert!(begin.elapsed() >= Duration::from_millis(35), "it has not waited");
-        assert_eq!(read(lane, x, 5), [2.0; 5]);
+        assert_eq!(read(stream, x, 5), [2.0; 5]);
         if rank == 0 {
             return;
         }
@@ -243,7 +243,7 @@ fn the_first_call_of_a_blocking_communicator_waits_for_the_peers() {
             thread::sleep(Duration::from_millis(40));
             unsafe { ncclCommAbort(comm) }
         });
-        let code = unsafe { ncclBroadcast(x as *const c_void, x as *mut c_void, 5, 7, 0, comm, lane) };
+        let code = unsafe { ncclBroadcast(x as *const c_void, x as *mut c_void, 5, 7, 0, comm, stream) };
         assert_eq!((code, breaker.join().unwrap()), (3, 0));
     });
 }
@@ -275,14 +275,14 @@ fn two_ranks_on_one_device_are_refused() {
                 open(6);
                 let code = unsafe { ncclCommInitRankConfig(&mut comm, 2, id, rank, &config(1)) };
                 assert_eq!(code, INVALID_USAGE);
-                let words = unsafe { CStr::from_ptr(ncclGetLastError(comm)) }.to_str().unwrap();
-                assert_eq!(words, "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 6");
+                let text = unsafe { CStr::from_ptr(ncclGetLastError(comm)) }.to_str().unwrap();
+                assert_eq!(text, "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 6");
             });
         }
     });
 }
 
-/// Ranks that start kernels of two communicators in different orders wait for each other: every
+/// Ranks that start kernels of two communicators in different orders wait for each other. Every
 /// rank's streams have to order them.
 #[test]
 fn kernels_of_two_communicators_have_to_be_ordered() {
@@ -301,26 +301,26 @@ fn kernels_of_two_communicators_have_to_be_ordered() {
         }
         assert_eq!(all_reduce(y, 5, second, b), 0);
         assert_eq!((read(a, x, 5), read(b, y, 5)), (vec![2.0; 5], vec![4.0; 5]));
-        // Not ordered, and found whatever runs first.
+        // Not ordered, and found whichever runs first.
         assert_eq!(all_reduce(x, 5, first, a), 0);
         assert_eq!(all_reduce(y, 5, second, b), 1);
     });
     assert_eq!(found("of two communicators of a rank are not ordered"), 2);
 }
 
-/// From three ranks on a sum depends on the algorithm, as real ones do.
+/// With three or more ranks a sum depends on the algorithm, as in the real library.
 #[test]
 fn sums_are_rounded_term_by_term_in_an_order_of_their_own() {
     let terms = [1.0_f32, 3e-8, 6e-8, -1.0];
-    ranks(&[0, 1, 6, 7], 1, |rank, comm, lane| {
-        let x = floats(lane, &[terms[rank as usize]; 4]);
-        let y = floats(lane, &[terms[rank as usize]; 4]);
-        let part = floats(lane, &[0.0]);
-        assert_eq!(all_reduce(x, 4, comm, lane), 0);
+    ranks(&[0, 1, 6, 7], 1, |rank, comm, stream| {
+        let x = floats(stream, &[terms[rank as usize]; 4]);
+        let y = floats(stream, &[terms[rank as usize]; 4]);
+        let part = floats(stream, &[0.0]);
+        assert_eq!(all_reduce(x, 4, comm, stream), 0);
         let scattered =
-            unsafe { ncclReduceScatter(y as *const c_void, part as *mut c_void, 1, 7, 0, comm, lane) };
+            unsafe { ncclReduceScatter(y as *const c_void, part as *mut c_void, 1, 7, 0, comm, stream) };
         assert_eq!(scattered, 0);
-        let (all, own) = (read(lane, x, 4), read(lane, part, 1));
+        let (all, own) = (read(stream, x, 4), read(stream, part, 1));
         assert!(all.iter().all(|value| *value == all[0]));
         assert!(rank != 2 || own[0] != all[0], "{own:?} and {all:?}");
         assert!(own[0].abs() < 2e-7);

@@ -1,5 +1,5 @@
 //! `CUDA_STANDIN_LT=varied,states`: products that another kernel may compute differ in bits, and
-//! not every algorithm that is found can be used.
+//! not every returned algorithm is usable.
 
 mod common;
 #[path = "common/multiply.rs"]
@@ -18,7 +18,7 @@ fn vary() {
 
 const K: usize = 257;
 
-/// The states and algorithms that are found for a row of K numbers times a column of as many.
+/// The states and algorithms that are found for a row of K numbers times a column of K numbers.
 fn found(leading: i64, alignment: u32, wanted: c_int) -> (Vec<Heuristic>, [usize; 4]) {
     let (mut handle, mut desc, mut preference, mut layouts) = (0, 0, 0, [0; 3]);
     let (mut results, mut count) = (Vec::<Heuristic>::with_capacity(8), 0);
@@ -44,7 +44,7 @@ fn found(leading: i64, alignment: u32, wanted: c_int) -> (Vec<Heuristic>, [usize
     }
 }
 
-/// The product of numbers of very different sizes, by the first algorithm that can be used.
+/// The product of numbers of very different sizes, by the first usable algorithm.
 fn product(stream: usize, leading: i64, alignment: u32, shift: usize) -> Result<u32, c_int> {
     let (results, [handle, desc, a_layout, b_layout]) = found(leading, alignment, 8);
     let valid = results.iter().find(|result| result.state == 0).expect("one is valid");
@@ -59,7 +59,7 @@ fn product(stream: usize, leading: i64, alignment: u32, shift: usize) -> Result<
             assert_eq!(cuMemcpyHtoDAsync_v2(at, (&raw const *number).cast(), 4, stream), SUCCESS);
         }
         assert_eq!(cuMemcpyHtoDAsync_v2(b, numbers.as_ptr().cast(), 4 * K, stream), SUCCESS);
-        // What is between a's columns is no part of it, but memory.
+        // The gaps between a's columns are not part of it, but memory.
         let layouts = [a_layout, b_layout, c_layout];
         let code = multiply([handle, desc], [a, b, c], layouts, &raw const valid.algorithm, (0, 0), stream);
         if code != 0 {

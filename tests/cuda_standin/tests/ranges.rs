@@ -1,5 +1,5 @@
-//! Kernels claim what they read and write, and no more: two halves of a buffer are no race, what
-//! overlaps is.
+//! Kernels claim exactly what they read and write: two halves of a buffer do not race, overlapping
+//! ranges do.
 
 mod common;
 #[path = "common/held.rs"]
@@ -9,7 +9,7 @@ mod kernels;
 
 use common::{allocate, streams};
 use cuda_standin::{driver::*, error::*};
-use held::hold;
+use held::block;
 use kernels::{function, launch};
 use std::ffi::{CStr, c_int};
 
@@ -18,11 +18,11 @@ struct __align__(16) Pack { float of[4]; };
 extern "C" __global__ void fill(float* to, long long from, long long count) {
   for (long long at = threadIdx.x; at < count; at += blockDim.x) to[from + at] = 1;
 }
-// By packs of four: one is a load of 16 bytes.
+// Copies packs of four with loads of 16 bytes.
 extern "C" __global__ void copy(const Pack* from, Pack* to, long long first, long long count) {
   for (long long at = threadIdx.x; at < count; at += blockDim.x) to[first + at] = from[first + at];
 }
-// By copies that the threads do not wait for, to shared memory.
+// Copies to shared memory asynchronously, without waiting.
 extern "C" __global__ void fetch(const float* from, float* to) {
   alignas(16) __shared__ float kept[128];
   __standin_copy_async(kept + 4 * threadIdx.x, from + 4 * threadIdx.x);
@@ -37,7 +37,7 @@ fn on(device: c_int, name: &CStr) -> (usize, usize, usize) {
     (a, b, function(kernels::load(&kernels::image(KERNELS).unwrap()), name))
 }
 
-/// Lets `b` come after what `a` was asked for.
+/// Orders later work of `b` after the work of `a`.
 fn follow(a: usize, b: usize) {
     let mut event = 0;
     unsafe {
@@ -50,13 +50,13 @@ fn is_reported(begin: &str) {
     assert!(reports().iter().any(|report| report.starts_with(begin)), "{begin}: {:?}", reports());
 }
 
-/// Fills two ranges of a buffer on two streams that are not ordered: what the second gets, at once
-/// or later.
+/// Fills two ranges of a buffer on two streams that are not ordered. Returns the error of the
+/// second, at once or later.
 fn two_ranges(device: c_int, queued: bool, ranges: [[u64; 2]; 2]) -> Code {
     let (a, b, fill) = on(device, c"fill");
     let p = allocate(400, a);
     follow(a, b);
-    let gates = queued.then(|| (hold(a), hold(b)));
+    let gates = queued.then(|| (block(a), block(b)));
     for (stream, [from, count]) in [a, b].into_iter().zip(ranges) {
         let code = launch(fill, stream, [1, 32, 0], &mut [p as u64, from, count]);
         assert!(!queued || code == SUCCESS);
@@ -84,14 +84,14 @@ fn ranges_that_overlap_are_a_race_also_if_both_run_later() {
     assert!(reports().len() > before);
 }
 
-/// The other access came later, and somebody has waited for it and written over it, before the
+/// The other access came later. Another stream has waited for it and overwritten it before the
 /// kernel ran.
 #[test]
 fn a_late_kernel_is_judged_by_all_that_was_done_meanwhile() {
     let (a, b, fill) = on(3, c"fill");
     let p = allocate(400, a);
     follow(a, b);
-    let gate = hold(a);
+    let gate = block(a);
     assert_eq!(launch(fill, a, [1, 32, 0], &mut [p as u64, 0, 10]), SUCCESS);
     assert_eq!(unsafe { cuMemsetD8Async(p, 0, 40, b) }, SUCCESS, "the kernel may not use this part");
     follow(b, a);
@@ -106,7 +106,7 @@ fn memory_may_be_freed_and_given_out_again_behind_a_kernel_that_has_not_run() {
     let (a, b, fill) = on(4, c"fill");
     let p = allocate(400, a);
     follow(a, b);
-    let gate = hold(a);
+    let gate = block(a);
     assert_eq!(launch(fill, a, [1, 32, 0], &mut [p as u64, 0, 100]), SUCCESS);
     assert_eq!(unsafe { cuMemFreeAsync(p, a) }, SUCCESS);
     assert_eq!(allocate(300, a), p - 300usize.next_multiple_of(512) + 512);
@@ -115,7 +115,7 @@ fn memory_may_be_freed_and_given_out_again_behind_a_kernel_that_has_not_run() {
     // Not without an order.
     let p = allocate(400, a);
     follow(a, b);
-    let gate = hold(a);
+    let gate = block(a);
     assert_eq!(launch(fill, a, [1, 32, 0], &mut [p as u64, 0, 100]), SUCCESS);
     assert_eq!(unsafe { cuMemFreeAsync(p, b) }, ILLEGAL_ADDRESS);
     is_reported("race: free of stream");
@@ -145,7 +145,7 @@ fn packs_and_late_copies_are_seen_in_full() {
 }
 
 #[test]
-fn a_read_beside_the_memory_is_found() {
+fn a_read_next_to_the_memory_is_found() {
     let (a, _, copy) = on(7, c"copy");
     let (p, q) = (allocate(500, a), allocate(512, a));
     assert_eq!(launch(copy, a, [1, 32, 0], &mut [p as u64, q as u64, 0, 31]), SUCCESS);

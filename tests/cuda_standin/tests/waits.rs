@@ -1,5 +1,5 @@
-//! Calls that wait for all of a device: with work that waits for a peer they are a deadlock, which
-//! is found.
+//! Calls that wait for all work of a device deadlock with work that waits for a peer, which is
+//! reported.
 
 mod common;
 #[path = "common/held.rs"]
@@ -9,7 +9,7 @@ mod kernels;
 
 use common::streams;
 use cuda_standin::{driver::*, error::*};
-use held::hold;
+use held::block;
 use std::{
     ffi::{CString, c_int},
     sync::Once,
@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The tests do not wait for ten seconds.
+/// Shortens the limit of ten seconds for the tests.
 fn hurry() {
     static ONCE: Once = Once::new();
     // SAFETY: every test calls this first, and no other thread reads the environment before it has.
@@ -28,10 +28,10 @@ fn image() -> CString {
     kernels::image("extern \"C\" __global__ void nothing(float* x) {}").unwrap()
 }
 
-/// The call beside work that does not end is found, and named with that work.
+/// Checks that a call during work that does not end is reported together with that work.
 fn is_found(device: c_int, name: &str, call: impl FnOnce() -> Code) {
     let (stream, _) = streams(device);
-    let held = hold(stream);
+    let held = block(stream);
     assert_eq!(call(), TIMEOUT);
     let begin = format!("deadlock: {name} waits for the work of device {device}, which does not end: a coll");
     assert!(reports().iter().any(|report| report.starts_with(&begin)), "{:?}", reports());
@@ -44,14 +44,14 @@ fn pin() -> Code {
 }
 
 #[test]
-fn a_module_loaded_beside_a_collective_is_a_deadlock() {
+fn a_module_loaded_during_a_collective_is_a_deadlock() {
     hurry();
     let image = image();
     is_found(0, "cuModuleLoadData", || unsafe { cuModuleLoadData(&mut 0, image.as_ptr()) });
 }
 
 #[test]
-fn a_module_unloaded_beside_a_collective_is_a_deadlock() {
+fn a_module_unloaded_during_a_collective_is_a_deadlock() {
     hurry();
     streams(1);
     let module = kernels::load(&image());
@@ -59,7 +59,7 @@ fn a_module_unloaded_beside_a_collective_is_a_deadlock() {
 }
 
 #[test]
-fn pinned_memory_made_or_freed_beside_a_collective_is_a_deadlock() {
+fn pinned_memory_made_or_freed_during_a_collective_is_a_deadlock() {
     hurry();
     is_found(2, "cuMemAllocHost", pin);
     streams(3);
@@ -69,13 +69,13 @@ fn pinned_memory_made_or_freed_beside_a_collective_is_a_deadlock() {
 }
 
 #[test]
-fn a_kernel_loaded_beside_a_collective_is_a_deadlock() {
+fn a_kernel_loaded_during_a_collective_is_a_deadlock() {
     hurry();
     let (stream, _) = streams(4);
     let image = image();
     let (known, other) = (kernels::load(&image), kernels::load(&image));
     let (known, other) = (kernels::function(known, c"nothing"), kernels::find(other, c"nothing"));
-    let held = hold(stream);
+    let held = block(stream);
     // It was loaded before.
     assert_eq!(unsafe { cuFuncLoad(known) }, SUCCESS);
     drop(held);
@@ -83,7 +83,7 @@ fn a_kernel_loaded_beside_a_collective_is_a_deadlock() {
 }
 
 #[test]
-fn a_kernel_first_launched_beside_a_collective_is_a_deadlock() {
+fn a_kernel_first_launched_during_a_collective_is_a_deadlock() {
     hurry();
     let (_, other) = streams(7);
     let function = kernels::find(kernels::load(&image()), c"nothing");
@@ -94,7 +94,7 @@ fn a_kernel_first_launched_beside_a_collective_is_a_deadlock() {
 fn the_calls_wait_no_longer_than_the_work() {
     hurry();
     let (stream, _) = streams(5);
-    let (held, begin) = (hold(stream), Instant::now());
+    let (held, begin) = (block(stream), Instant::now());
     thread::scope(|scope| {
         scope.spawn(|| {
             thread::sleep(Duration::from_millis(60));

@@ -1,12 +1,12 @@
-//! A stream that stands still, as one does whose collective waits for a peer.
+//! A stream that makes no progress, like one whose collective waits for a peer.
 
 use cuda_standin::{driver, stream::Progress};
 use std::sync::Arc;
 
-/// What was asked of the stream before goes on when this is dropped.
-pub struct Held(Arc<Progress>);
+/// Blocks the stream until this is dropped.
+pub struct BlockedStream(Arc<Progress>);
 
-pub fn hold(stream: usize) -> Held {
+pub fn block(stream: usize) -> BlockedStream {
     let gate = Arc::<Progress>::default();
     let waiting = Arc::clone(&gate);
     let name = |who: &cuda_standin::memory::Accessor| {
@@ -14,10 +14,10 @@ pub fn hold(stream: usize) -> Held {
         Ok(())
     };
     driver::stream(stream).unwrap().push(true, name, move || waiting.wait(1)).unwrap();
-    Held(gate)
+    BlockedStream(gate)
 }
 
-impl Drop for Held {
+impl Drop for BlockedStream {
     fn drop(&mut self) {
         self.0.reach(1);
     }

@@ -1,4 +1,4 @@
-//! Kernels from their source to their launch.
+//! Compiles, loads and launches kernels.
 
 use cuda_standin::{driver::*, error::*, nvrtc::*};
 use std::{
@@ -6,7 +6,7 @@ use std::{
     ptr::null_mut,
 };
 
-/// What the compiler makes of a source, or its log.
+/// Compiles a source to an image; `Err` is the compiler's log.
 pub fn image(source: &str) -> Result<CString, String> {
     let source = CString::new(source).unwrap();
     let (mut program, mut size) = (0, 0);
@@ -16,14 +16,16 @@ pub fn image(source: &str) -> Result<CString, String> {
             0
         );
         let failed = nvrtcCompileProgram(program, 0, null_mut()) != 0;
-        match failed {
-            true => nvrtcGetProgramLogSize(program, &mut size),
-            false => nvrtcGetCUBINSize(program, &mut size),
+        if failed {
+            nvrtcGetProgramLogSize(program, &mut size)
+        } else {
+            nvrtcGetCUBINSize(program, &mut size)
         };
         let mut text = vec![0_u8; size];
-        match failed {
-            true => nvrtcGetProgramLog(program, text.as_mut_ptr().cast::<c_char>()),
-            false => nvrtcGetCUBIN(program, text.as_mut_ptr().cast()),
+        if failed {
+            nvrtcGetProgramLog(program, text.as_mut_ptr().cast::<c_char>())
+        } else {
+            nvrtcGetCUBIN(program, text.as_mut_ptr().cast())
         };
         assert_eq!(nvrtcDestroyProgram(&mut program), 0);
         let text = CStr::from_bytes_until_nul(&text).unwrap().to_owned();
@@ -31,14 +33,14 @@ pub fn image(source: &str) -> Result<CString, String> {
     }
 }
 
-/// A module of the current context.
+/// Loads a module into the current context.
 pub fn load(image: &CStr) -> usize {
     let mut module = 0;
     assert_eq!(unsafe { cuModuleLoadData(&mut module, image.as_ptr()) }, SUCCESS);
     module
 }
 
-/// A kernel that is not loaded yet.
+/// Finds a kernel without loading it.
 pub fn find(module: usize, name: &CStr) -> usize {
     let mut function = 0;
     assert_eq!(unsafe { cuModuleGetFunction(&mut function, module, name.as_ptr()) }, SUCCESS);
@@ -51,9 +53,15 @@ pub fn function(module: usize, name: &CStr) -> usize {
     function
 }
 
-/// A launch on blocks and threads in one dimension; every argument is a word.
-pub fn launch(function: usize, stream: usize, [grid, block, shared]: [c_uint; 3], words: &mut [u64]) -> Code {
-    let mut arguments: Vec<*mut c_void> = words.iter_mut().map(|word| (word as *mut u64).cast()).collect();
+/// Launches blocks and threads in one dimension; every argument is a `u64`.
+pub fn launch(
+    function: usize,
+    stream: usize,
+    [grid, block, shared]: [c_uint; 3],
+    arguments: &mut [u64],
+) -> Code {
+    let mut arguments: Vec<*mut c_void> =
+        arguments.iter_mut().map(|word| (word as *mut u64).cast()).collect();
     unsafe {
         cuLaunchKernel(function, grid, 1, 1, block, 1, 1, shared, stream, arguments.as_mut_ptr(), null_mut())
     }
