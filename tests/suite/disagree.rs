@@ -167,8 +167,18 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "f32 [0]",
     ),
     // Another partition, and another partitioned dimension.
-    (|group| gather(group, 0, &even(group)), |group| gather(group, 0, &slanted(group)), "partition ", "partition "),
-    (|group| gather(group, 0, &even(group)), |group| gather(group, 1, &even(group)), "partition ", "partition "),
+    (
+        |group| gather(group, 0, &even(group)),
+        |group| gather(group, 0, &slanted(group)),
+        "partition ",
+        "partition ",
+    ),
+    (
+        |group| gather(group, 0, &even(group)),
+        |group| gather(group, 1, &even(group)),
+        "partition ",
+        "partition ",
+    ),
     (
         |group| scatter(group, ReduceOp::Sum, 1, &even(group)),
         |group| scatter(group, ReduceOp::Sum, 1, &slanted(group)),

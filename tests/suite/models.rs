@@ -18,11 +18,7 @@ use shardwise::{
     tensor::{Arrays, Param, Region, Role, WeightSource},
     weights::{Checkpoint, Save},
 };
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::PathBuf,
-};
+use std::{collections::BTreeMap, fs, path::PathBuf};
 
 pub(crate) const DECODERS: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "gpt2"];
 const WORLDS: [usize; 6] = [1, 2, 3, 4, 5, 8];

@@ -13,7 +13,7 @@ pub(crate) use {
 };
 
 use super::{
-    Call, Communicator, Incoming, Watchdog, Outgoing, ReduceOp, Shards, ExternalStep,
+    Call, Communicator, ExternalStep, Incoming, Outgoing, ReduceOp, Shards, Watchdog,
     call::hash,
     cause::Cause,
     combine,

@@ -19,7 +19,7 @@ mod sync;
 pub(crate) use endpoint::{Endpoint, JoinedGroups};
 
 use super::{
-    Call, Collective, Communicator, InFlight, Incoming, Watchdog, Outgoing, ReduceOp, Shards, ExternalStep,
+    Call, Collective, Communicator, ExternalStep, InFlight, Incoming, Outgoing, ReduceOp, Shards, Watchdog,
     combine::{self, BLOCK},
     each_pair, host,
 };

@@ -11,7 +11,7 @@ use super::{
     sync::{AtomicBool, AtomicUsize, Mutex, MutexGuard, Ordering},
 };
 use crate::{
-    comm::{Call, Incoming, Outgoing, ExternalStep},
+    comm::{Call, ExternalStep, Incoming, Outgoing},
     device::Cpu,
     error::{Error, LostReason, Mismatch, Result},
 };
