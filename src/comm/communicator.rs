@@ -88,7 +88,7 @@ pub trait Communicator<B: Device> {
     }
 
     /// The interface for a thread that monitors this rank, if the transport has one.
-    fn watchdog(&self) -> Option<Box<dyn Watchdog>> {
+    fn liveness(&self) -> Option<Box<dyn Liveness>> {
         None
     }
 
@@ -137,7 +137,7 @@ pub trait Communicator<B: Device> {
 }
 
 /// What a monitoring thread asks a rank's communicator about external steps.
-pub trait Watchdog: Send {
+pub trait Liveness: Send {
     /// See [`Communicator::lost_at_step`].
     fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error>;
 

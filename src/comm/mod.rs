@@ -46,7 +46,7 @@ mod tree;
 
 pub(crate) use call::hash;
 pub use call::{Call, Op, ReduceOp};
-pub use communicator::{Collective, Communicator, ExternalStep, InFlight, Incoming, Outgoing, Watchdog};
+pub use communicator::{Collective, Communicator, ExternalStep, InFlight, Incoming, Liveness, Outgoing};
 pub use group::Group;
 pub use link::Link;
 pub(crate) use link::{Connections, Keyed, lock};

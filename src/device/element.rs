@@ -1,8 +1,9 @@
-//! The elements of tensors: f64, f32, bf16 and f16, each with the type in which sums over it are kept.
+//! The elements of tensors: f64, f32, bf16 and f16, each with its accumulator; and views and
+//! buffers whose element is known at run time.
 
 use super::{
-    AnyBuffer, AnyMut, AnyRef, Device,
-    cpu::{Pool, Shelf, math},
+    Device,
+    cpu::{FreeList, FreeLists, math},
 };
 use half::{bf16, f16};
 use std::{
@@ -16,13 +17,19 @@ mod sealed {
 }
 
 /// The element of a tensor, as a value.
+///
+/// ```
+/// use shardwise::prelude::*;
+/// assert_eq!([DType::F64, DType::F32, DType::BF16, DType::F16].map(DType::size), [8, 4, 2, 2]);
+/// assert_eq!(<half::bf16 as Element>::DTYPE.to_string(), "bf16");
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     /// IEEE 754 binary64.
     F64,
     /// IEEE 754 binary32.
     F32,
-    /// The upper half of a binary32: 8 bits of exponent, 8 of precision.
+    /// The upper 16 bits of a binary32: 8 bits of exponent, 8 of precision.
     BF16,
     /// IEEE 754 binary16: 5 bits of exponent, 11 of precision.
     F16,
@@ -52,10 +59,19 @@ impl fmt::Display for DType {
 
 /// The element of a tensor, as a type: `f64`, `f32`, [`half::bf16`] or [`half::f16`].
 ///
-/// f64 is a first-class element so that every operator can be held to 1e-12. This trait is sealed: a kernel family has
-/// one body for all elements, and four of them is what libraries and hardware have.
+/// f64 is a full element so that tests can hold every operator to 1e-12. This trait is sealed, with
+/// the four elements that libraries and hardware have: a kernel family has one body for all of
+/// them.
+///
+/// ```
+/// use half::bf16;
+/// use shardwise::prelude::*;
+/// // Rounded once, to the nearest: by way of f32 it would be a tie, which rounds to 1.
+/// let x = <bf16 as Element>::from_f64(1.0 + 2f64.powi(-8) + 2f64.powi(-40));
+/// assert_eq!(Element::to_f64(x), 1.0 + <bf16 as Element>::EPSILON);
+/// ```
 pub trait Element: sealed::Sealed + Copy + Default + PartialEq + fmt::Debug + Send + Sync + 'static {
-    /// The type in which sums and non-linear functions of this element are computed.
+    /// The type in which kernels compute sums and non-linear functions of this element.
     type Acc: Accumulator;
     /// This element as a value.
     const DTYPE: DType;
@@ -73,27 +89,27 @@ pub trait Element: sealed::Sealed + Copy + Default + PartialEq + fmt::Debug + Se
     /// The nearest number to an f64.
     fn from_f64(value: f64) -> Self;
 
-    /// A view whose element is known at run time.
+    /// Converts a view to one whose element is known at run time.
     fn any_ref<B: Device>(slice: B::Slice<'_, Self>) -> AnyRef<'_, B>;
-    /// An exclusive view whose element is known at run time.
+    /// Converts an exclusive view to one whose element is known at run time.
     fn any_mut<B: Device>(slice: B::SliceMut<'_, Self>) -> AnyMut<'_, B>;
-    /// A buffer whose element is known at run time.
+    /// Converts a buffer to one whose element is known at run time.
     fn any_buffer<B: Device>(buffer: B::Buffer<Self>) -> AnyBuffer<B>;
-    /// The view, if this is its element.
+    /// Returns the view, if this is its element.
     fn of_ref<'a, B: Device>(any: AnyRef<'a, B>) -> Option<B::Slice<'a, Self>>;
-    /// The exclusive view, if this is its element.
+    /// Returns the exclusive view, if this is its element.
     fn of_mut<'a, B: Device>(any: AnyMut<'a, B>) -> Option<B::SliceMut<'a, Self>>;
-    /// The buffer, if this is its element.
+    /// Returns the buffer, if this is its element.
     fn of_buffer<B: Device>(any: AnyBuffer<B>) -> Option<B::Buffer<Self>>;
 
     #[doc(hidden)]
-    fn shelf(pool: &Pool) -> &RefCell<Shelf<Self>>;
+    fn free_list(lists: &FreeLists) -> &RefCell<FreeList<Self>>;
 }
 
 /// An element that is its own accumulator: f64 or f32, with the arithmetic that kernels need.
 ///
-/// The f32 functions are polynomials without branches, accurate to a few units in the last place, which compilers
-/// vectorize; the f64 ones are those of the standard library and of `libm`.
+/// The f32 functions are polynomials without branches, which compilers vectorize, accurate to a few
+/// units in the last place. The f64 ones are those of the standard library and of `libm`.
 pub trait Accumulator:
     Element<Acc = Self>
     + PartialOrd
@@ -124,7 +140,8 @@ pub trait Accumulator:
     /// The larger of two numbers, NaN if either is NaN.
     #[inline(always)]
     fn max_nan(self, other: Self) -> Self {
-        // A comparison with NaN is false: the first test keeps a NaN of `self`, the second one of `other`.
+        // Comparisons with NaN are false: the second test keeps a NaN of `self`, and a NaN of
+        // `other` fails both tests.
         #[allow(clippy::eq_op)]
         if self > other || self != self { self } else { other }
     }
@@ -137,7 +154,7 @@ pub trait Accumulator:
 }
 
 macro_rules! element {
-    ($type:ty, $acc:ty, $variant:ident, $shelf:ident, $epsilon:expr, widen: $widen:expr, narrow: $narrow:expr, to: $to:expr, from: $from:expr) => {
+    ($type:ty, $acc:ty, $variant:ident, $list:ident, $epsilon:expr, widen: $widen:expr, narrow: $narrow:expr, to: $to:expr, from: $from:expr) => {
         impl sealed::Sealed for $type {}
 
         impl Element for $type {
@@ -189,8 +206,8 @@ macro_rules! element {
                     _ => None,
                 }
             }
-            fn shelf(pool: &Pool) -> &RefCell<Shelf<Self>> {
-                &pool.$shelf
+            fn free_list(lists: &FreeLists) -> &RefCell<FreeList<Self>> {
+                &lists.$list
             }
         }
     };
@@ -259,11 +276,166 @@ impl Accumulator for f32 {
     }
 }
 
+/// A shared view whose element is known at run time.
+pub enum AnyRef<'a, B: Device> {
+    /// f64 elements.
+    F64(B::Slice<'a, f64>),
+    /// f32 elements.
+    F32(B::Slice<'a, f32>),
+    /// bf16 elements.
+    BF16(B::Slice<'a, bf16>),
+    /// f16 elements.
+    F16(B::Slice<'a, f16>),
+}
+
+/// An exclusive view whose element is known at run time.
+pub enum AnyMut<'a, B: Device> {
+    /// f64 elements.
+    F64(B::SliceMut<'a, f64>),
+    /// f32 elements.
+    F32(B::SliceMut<'a, f32>),
+    /// bf16 elements.
+    BF16(B::SliceMut<'a, bf16>),
+    /// f16 elements.
+    F16(B::SliceMut<'a, f16>),
+}
+
+/// A buffer whose element is known at run time.
+pub enum AnyBuffer<B: Device> {
+    /// f64 elements.
+    F64(B::Buffer<f64>),
+    /// f32 elements.
+    F32(B::Buffer<f32>),
+    /// bf16 elements.
+    BF16(B::Buffer<bf16>),
+    /// f16 elements.
+    F16(B::Buffer<f16>),
+}
+
+/// Evaluates an expression with the element of a run-time view as a static type.
+///
+/// ```
+/// use shardwise::device::{AnyRef, Cpu, each_dtype};
+/// let any: AnyRef<'_, Cpu> = AnyRef::F32(&[1.0_f32, 2.0][..]);
+/// assert_eq!(each_dtype!(AnyRef, any, x => x.len()), 2);
+/// ```
+#[macro_export]
+macro_rules! each_dtype {
+    ($kind:ident, $any:expr, $x:ident => $body:expr) => {
+        match $any {
+            $crate::device::$kind::F64($x) => $body,
+            $crate::device::$kind::F32($x) => $body,
+            $crate::device::$kind::BF16($x) => $body,
+            $crate::device::$kind::F16($x) => $body,
+        }
+    };
+}
+
+impl<'a, B: Device> Clone for AnyRef<'a, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<'a, B: Device> Copy for AnyRef<'a, B> {}
+
+impl<'a, B: Device> AnyRef<'a, B> {
+    /// The element of the view.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::F64(_) => DType::F64,
+            Self::F32(_) => DType::F32,
+            Self::BF16(_) => DType::BF16,
+            Self::F16(_) => DType::F16,
+        }
+    }
+
+    /// The number of elements.
+    pub fn len(&self) -> usize {
+        each_dtype!(AnyRef, *self, slice => B::len(slice))
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Returns the view, if `T` is its element.
+    pub fn of<T: Element>(self) -> Option<B::Slice<'a, T>> {
+        T::of_ref::<B>(self)
+    }
+}
+
+impl<'a, B: Device> AnyMut<'a, B> {
+    /// The element of the view.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::F64(_) => DType::F64,
+            Self::F32(_) => DType::F32,
+            Self::BF16(_) => DType::BF16,
+            Self::F16(_) => DType::F16,
+        }
+    }
+
+    /// The number of elements.
+    pub fn len(&self) -> usize {
+        each_dtype!(AnyMut, self, slice => B::len_mut(slice))
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A shared view of the same elements.
+    pub fn shared(&self) -> AnyRef<'_, B> {
+        match self {
+            Self::F64(slice) => AnyRef::F64(B::shared(slice)),
+            Self::F32(slice) => AnyRef::F32(B::shared(slice)),
+            Self::BF16(slice) => AnyRef::BF16(B::shared(slice)),
+            Self::F16(slice) => AnyRef::F16(B::shared(slice)),
+        }
+    }
+
+    /// Returns the view, if `T` is its element.
+    pub fn of<T: Element>(self) -> Option<B::SliceMut<'a, T>> {
+        T::of_mut::<B>(self)
+    }
+}
+
+impl<B: Device> AnyBuffer<B> {
+    /// A view of the whole buffer.
+    pub fn as_ref(&self) -> AnyRef<'_, B> {
+        match self {
+            Self::F64(buffer) => AnyRef::F64(B::slice(buffer)),
+            Self::F32(buffer) => AnyRef::F32(B::slice(buffer)),
+            Self::BF16(buffer) => AnyRef::BF16(B::slice(buffer)),
+            Self::F16(buffer) => AnyRef::F16(B::slice(buffer)),
+        }
+    }
+
+    /// An exclusive view of the whole buffer.
+    pub fn as_mut(&mut self) -> AnyMut<'_, B> {
+        match self {
+            Self::F64(buffer) => AnyMut::F64(B::slice_mut(buffer)),
+            Self::F32(buffer) => AnyMut::F32(B::slice_mut(buffer)),
+            Self::BF16(buffer) => AnyMut::BF16(B::slice_mut(buffer)),
+            Self::F16(buffer) => AnyMut::F16(B::slice_mut(buffer)),
+        }
+    }
+
+    /// Returns the buffer, if `T` is its element.
+    pub fn of<T: Element>(self) -> Option<B::Buffer<T>> {
+        T::of_buffer::<B>(self)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Halfway between two bf16, or f16, numbers and a little more or less: `half` alone rounds the wrong way.
+    /// Numbers halfway between two bf16 or f16, and slightly above or below: `half` alone rounds
+    /// them the wrong way.
     #[test]
     fn f64_is_rounded_once() {
         let little = 2f64.powi(-40);

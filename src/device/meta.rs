@@ -1,20 +1,22 @@
-//! A device without memory: a tensor there is its length, as on PyTorch's meta device.
+//! A device without memory, as PyTorch's meta device: a tensor on it has only a length.
 
 use super::{Device, Element, MemoryUse};
 use crate::error::{Error, Result};
 use std::{cell::Cell, fmt, marker::PhantomData, ops::Range, rc::Rc};
 
-/// A device that holds no values and computes none: it counts the bytes that tensors would take and
-/// the operations that products would.
+/// A device that holds no values and computes none. It counts the bytes that tensors would take,
+/// and the floating-point operations of matrix products and attention.
 ///
-/// Layers and optimizers run on it unchanged, so that a model of any size tells its shapes, memory
-/// and FLOPs without taking them. On a [planned group](crate::comm::Group::planned) these are those
-/// of any rank of a group of any size, and the group records the rank's collectives.
+/// Layers and optimizers run on it unchanged. So it gives the shapes, memory and FLOPs of a model
+/// of any size without allocating or computing. On a [planned group](crate::comm::Group::planned)
+/// these are those of any rank of a group of any size, and the group records the rank's
+/// collectives.
 ///
 /// * Kernels check their operands as on every device, and fail with the same errors.
-/// * Values that are read are 0, whatever was written; parameters are not read from their source.
+/// * Every value that is read is 0, whatever was written. Parameters are not read from their
+///   source.
 /// * [`Device::memory`] counts tensors as [`Cpu`](super::Cpu) does, and those temporaries of its
-///   kernels that are as large as a result. Packed blocks and tiles of scores are not counted.
+///   kernels that are as large as a result. It does not count packed blocks and tiles of scores.
 ///
 /// ```
 /// use shardwise::{Tensor, device::{Device, Meta}, kernels::Gemm};
@@ -40,22 +42,22 @@ struct Counts {
 }
 
 impl Meta {
-    /// A device that has counted nothing so far.
+    /// Returns a device whose counts are 0.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The floating-point operations of matrix products and attention since the device was made;
-    /// `u64::MAX` where there are more.
+    /// The floating-point operations of matrix products and attention since the device was created,
+    /// at most `u64::MAX`.
     ///
-    /// As PyTorch's `FlopCounterMode` counts:
+    /// Counts as PyTorch's `FlopCounterMode`:
     ///
     /// * 2 m n k for `[m, k]` times `[k, n]`;
     /// * for each query head of d features and each (query, key) pair, 4 d in attention's forward
     ///   (two products) and 10 d in its backward (five);
     /// * none for element-wise kernels, normalizations and losses.
     ///
-    /// Unlike there, pairs that the masks hide do not count.
+    /// Unlike PyTorch, does not count pairs that the masks hide.
     pub fn flops(&self) -> u64 {
         self.0.flops.get()
     }
@@ -73,7 +75,7 @@ impl fmt::Debug for Meta {
     }
 }
 
-/// The length of what would be memory, counted while it lives.
+/// The length of a buffer, whose bytes count as live while it exists.
 pub struct MetaBuffer<T: Element> {
     len: usize,
     counts: Rc<Counts>,
@@ -92,7 +94,7 @@ impl<T: Element> fmt::Debug for MetaBuffer<T> {
     }
 }
 
-/// A shared view of a [`MetaBuffer`]: a length, as long as the buffer lives.
+/// A shared view of a [`MetaBuffer`]: a length.
 #[derive(Clone, Copy, Debug)]
 pub struct MetaSlice<'a, T: Element> {
     len: usize,
@@ -106,8 +108,8 @@ pub struct MetaSliceMut<'a, T: Element> {
     of: PhantomData<&'a mut [T]>,
 }
 
-/// The length of a part of a view.
-fn part(len: usize, range: Range<usize>) -> usize {
+/// The length of a range of a view.
+fn range_len(len: usize, range: Range<usize>) -> usize {
     assert!(range.start <= range.end && range.end <= len, "elements {range:?} of {len}");
     range.len()
 }
@@ -120,7 +122,7 @@ impl Device for Meta {
     const HAS_VALUES: bool = false;
 
     /// # Errors
-    /// When more than `isize::MAX` bytes would be live, which no address space has.
+    /// When more than `isize::MAX` bytes would be live: no address space has so many.
     fn empty<T: Element>(&self, len: usize) -> Result<MetaBuffer<T>> {
         let Counts { live, peak, .. } = &*self.0;
         let after = len.checked_mul(size_of::<T>()).and_then(|bytes| live.get().checked_add(bytes));
@@ -155,21 +157,21 @@ impl Device for Meta {
     }
 
     fn narrow<'a, T: Element>(slice: Self::Slice<'a, T>, range: Range<usize>) -> Self::Slice<'a, T> {
-        MetaSlice { len: part(slice.len, range), ..slice }
+        MetaSlice { len: range_len(slice.len, range), ..slice }
     }
 
     fn narrow_mut<'a, T: Element>(
         slice: Self::SliceMut<'a, T>,
         range: Range<usize>,
     ) -> Self::SliceMut<'a, T> {
-        MetaSliceMut { len: part(slice.len, range), ..slice }
+        MetaSliceMut { len: range_len(slice.len, range), ..slice }
     }
 
     fn upload<T: Element>(&self, _: &[T], _: MetaSliceMut<'_, T>) -> Result<()> {
         Ok(())
     }
 
-    /// Zeros.
+    /// Writes zeros.
     fn download<T: Element>(&self, _: MetaSlice<'_, T>, to: &mut [T]) -> Result<()> {
         to.fill(T::default());
         Ok(())
@@ -272,32 +274,39 @@ mod tests {
         let device = Meta::new();
         let load = |tensor: &str, row, width, shape: [usize; 2]| {
             let region = Region::whole([1 << 40, width]);
-            let part = ParamRegion { tensor: tensor.into(), region, row, owned: true };
+            let region = ParamRegion { tensor: tensor.into(), region, row, owned: true };
             let weights = Weights::new(&Unreadable);
-            Param::<f32, Meta>::load(&device, &weights, "w", Role::Weight, shape, vec![part])
+            Param::<f32, Meta>::load(&device, &weights, "w", Role::Weight, shape, vec![region])
         };
         let param = load("w", 0, 8, [1 << 40, 8]).unwrap();
         assert_eq!((param.shape().dims(), device.memory().live), (&[1 << 40, 8][..], 1 << 45));
         drop(param);
-        // What is wrong is said as where values are read.
+        // The errors are those of a device that reads values.
         let cpu = |tensor: &str, row, width, shape: [usize; 2]| {
-            let part =
+            let region =
                 ParamRegion { tensor: tensor.into(), region: Region::whole([4, width]), row, owned: true };
             let source = Random::normal(1, 1.0);
-            Param::<f32, Cpu>::load(&Cpu::new(), &Weights::new(&source), "w", Role::Weight, shape, vec![part])
+            Param::<f32, Cpu>::load(
+                &Cpu::new(),
+                &Weights::new(&source),
+                "w",
+                Role::Weight,
+                shape,
+                vec![region],
+            )
         };
-        let words = |result: Result<()>| result.unwrap_err().to_string();
-        assert_eq!(words(load("v", 0, 8, [1 << 40, 8]).map(drop)), "test: no `v`");
+        let text = |result: Result<()>| result.unwrap_err().to_string();
+        assert_eq!(text(load("v", 0, 8, [1 << 40, 8]).map(drop)), "test: no `v`");
         let width = "parameter: the width of the part of `w` is 7, but that of the parameter is 8";
-        assert_eq!(words(load("w", 0, 7, [1 << 40, 8]).map(drop)), width);
-        assert_eq!(words(cpu("w", 0, 7, [4, 8]).map(drop)), width);
+        assert_eq!(text(load("w", 0, 7, [1 << 40, 8]).map(drop)), width);
+        assert_eq!(text(cpu("w", 0, 7, [4, 8]).map(drop)), width);
         let beyond = |elements: usize, end: usize| {
             format!(
                 "parameter: the end of the part of `w` is {end}, but the elements of the parameter is {elements}"
             )
         };
-        assert_eq!(words(load("w", 1, 8, [1 << 40, 8]).map(drop)), beyond(1 << 43, (1 << 43) + 8));
-        assert_eq!(words(cpu("w", 1, 8, [4, 8]).map(drop)), beyond(32, 40));
+        assert_eq!(text(load("w", 1, 8, [1 << 40, 8]).map(drop)), beyond(1 << 43, (1 << 43) + 8));
+        assert_eq!(text(cpu("w", 1, 8, [4, 8]).map(drop)), beyond(32, 40));
         assert_eq!(device.memory().live, 0);
     }
 }

@@ -1,10 +1,10 @@
-//! Where tensors live: devices, and the elements that they can hold. Used by kernels and everything above them.
+//! Devices, which hold tensors, and the elements of tensors. Used by kernels and everything above.
 //!
-//! A [`Device`] owns memory; what it can compute is said by the kernel families in [`crate::kernels`]. The element of a
-//! tensor is a type ([`Element`]); where only run time knows it (a communicator's wire, a checkpoint), [`AnyRef`],
-//! [`AnyMut`] and [`AnyBuffer`] carry it as a value, and [`each_dtype!`] goes back to the type.
+//! A [`Device`] owns memory; the kernel families that it implements, in [`crate::kernels`], are
+//! what it can compute. The element of a tensor is a type ([`Element`]). If it is known only at run
+//! time (a communicator's message, a checkpoint), [`AnyRef`], [`AnyMut`] and [`AnyBuffer`] carry it
+//! as a value, and [`each_dtype!`] returns to the type.
 
-mod any;
 mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -12,20 +12,31 @@ mod element;
 mod meta;
 
 pub use crate::each_dtype;
-pub use any::{AnyBuffer, AnyMut, AnyRef};
 pub use cpu::{Cpu, CpuBuffer, MemoryUse};
 pub(crate) use cpu::{Kernel, vectorized, widest, zeroed};
 #[cfg(feature = "cuda")]
 pub use cuda::Cuda;
-pub use element::{Accumulator, DType, Element};
+pub use element::{Accumulator, AnyBuffer, AnyMut, AnyRef, DType, Element};
 pub use meta::{Meta, MetaBuffer, MetaSlice, MetaSliceMut};
 
 use crate::error::Result;
 use std::{fmt, ops::Range};
 
-/// A place that holds tensors: memory, and views of it.
+/// A device: memory for tensors, and views of it.
 ///
 /// A handle is cheap to clone and belongs to one rank; it is not `Send`.
+///
+/// ```
+/// use shardwise::prelude::*;
+/// let cpu = Cpu::new();
+/// let mut buffer = cpu.adopt(vec![1.0_f32, 2.0, 3.0])?;
+/// let tail = Cpu::narrow_mut::<f32>(Cpu::slice_mut(&mut buffer), 1..3);
+/// cpu.upload(&[4.0, 5.0], tail)?;
+/// let mut host = [0.0; 3];
+/// cpu.download(Cpu::slice(&buffer), &mut host)?;
+/// assert_eq!(host, [1.0, 4.0, 5.0]);
+/// # Ok::<(), Error>(())
+/// ```
 pub trait Device: Clone + fmt::Debug + 'static {
     /// Owned memory for a number of elements.
     type Buffer<T: Element>: fmt::Debug;
@@ -34,37 +45,37 @@ pub trait Device: Clone + fmt::Debug + 'static {
     /// An exclusive view of elements.
     type SliceMut<'a, T: Element>;
 
-    /// Whether memory holds values. Where it does not, as on [`Meta`], parameters are not read from
-    /// their source, and every value that is read is 0.
+    /// Whether memory holds values. If not, as on [`Meta`], parameters are not read from their
+    /// source, and every value that is read is 0.
     const HAS_VALUES: bool = true;
 
-    /// Memory for `len` elements, whose values are arbitrary.
+    /// Allocates memory for `len` elements. Their values are arbitrary.
     ///
     /// # Errors
-    /// When there is no such memory left.
+    /// When there is not enough memory.
     fn empty<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>>;
 
-    /// Memory with the elements of a vector; the vector's own, where the device computes on host
-    /// memory.
+    /// Returns memory with the elements of a vector: the vector's own memory, if the device
+    /// computes on host memory.
     ///
     /// # Errors
-    /// When there is no such memory left.
+    /// When there is not enough memory.
     fn adopt<T: Element>(&self, elements: Vec<T>) -> Result<Self::Buffer<T>> {
         let mut buffer = self.empty(elements.len())?;
         self.upload(&elements, Self::slice_mut(&mut buffer))?;
         Ok(buffer)
     }
 
-    /// The whole of a buffer.
+    /// A shared view of a whole buffer.
     fn slice<T: Element>(buffer: &Self::Buffer<T>) -> Self::Slice<'_, T>;
 
-    /// The whole of a buffer, to be written.
+    /// An exclusive view of a whole buffer.
     fn slice_mut<T: Element>(buffer: &mut Self::Buffer<T>) -> Self::SliceMut<'_, T>;
 
-    /// A shared view of what an exclusive one views.
+    /// A shared view of an exclusive view's elements.
     fn shared<'a, T: Element>(slice: &'a Self::SliceMut<'_, T>) -> Self::Slice<'a, T>;
 
-    /// The same exclusive view, lent for a time.
+    /// Reborrows an exclusive view.
     fn reborrow<'a, T: Element>(slice: &'a mut Self::SliceMut<'_, T>) -> Self::SliceMut<'a, T>;
 
     /// The number of elements of a view.
@@ -73,24 +84,25 @@ pub trait Device: Clone + fmt::Debug + 'static {
     /// The number of elements of a view.
     fn len_mut<T: Element>(slice: &Self::SliceMut<'_, T>) -> usize;
 
-    /// A part of a view. The range has been checked against the length.
+    /// A range of a view. The caller has checked the range against the length.
     fn narrow<'a, T: Element>(slice: Self::Slice<'a, T>, range: Range<usize>) -> Self::Slice<'a, T>;
 
-    /// A part of a view, to be written. The range has been checked against the length.
+    /// A range of an exclusive view. The caller has checked the range against the length.
     fn narrow_mut<'a, T: Element>(slice: Self::SliceMut<'a, T>, range: Range<usize>)
     -> Self::SliceMut<'a, T>;
 
-    /// Copies from the host. The lengths have been checked.
+    /// Copies from the host. The caller has checked the lengths.
     fn upload<T: Element>(&self, from: &[T], to: Self::SliceMut<'_, T>) -> Result<()>;
 
-    /// Copies to the host, after everything that was asked of the device before. The lengths have been checked.
+    /// Copies to the host, after all earlier work of the device. The caller has checked the
+    /// lengths.
     fn download<T: Element>(&self, from: Self::Slice<'_, T>, to: &mut [T]) -> Result<()>;
 
-    /// Returns when everything that was asked of the device is done.
+    /// Waits until the device has finished all earlier work.
     fn synchronize(&self) -> Result<()> {
         Ok(())
     }
 
-    /// The bytes that this rank's tensors take on the device, now and at most.
+    /// The bytes of this rank's tensors on the device, now and at their peak.
     fn memory(&self) -> MemoryUse;
 }

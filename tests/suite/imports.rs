@@ -30,12 +30,14 @@ const ALLOWED: [(&str, &[&str]); 18] = [
 ];
 
 /// Where `unsafe` may stand.
-const UNSAFE: [&str; 29] = [
+const UNSAFE: [&str; 32] = [
     "src/comm/mpi/raw.rs",
     "src/comm/nccl/api.rs",
     "src/comm/nccl/cuda.rs",
     "src/comm/nccl/device.rs",
-    "src/comm/nccl/raw.rs",
+    "src/comm/nccl/raw/collectives.rs",
+    "src/comm/nccl/raw/mod.rs",
+    "src/comm/nccl/raw/shared.rs",
     "src/comm/threads/mod.rs",
     "src/comm/threads/shared.rs",
     "src/comm/threads/slot.rs",
@@ -48,6 +50,7 @@ const UNSAFE: [&str; 29] = [
     "src/device/cuda/program.rs",
     "src/device/cuda/status.rs",
     "src/device/cuda/stream.rs",
+    "src/device/cuda/version.rs",
     "src/kernels/attention/cuda.rs",
     "src/kernels/attention/decode.rs",
     "src/kernels/dropout/cuda.rs",

@@ -13,7 +13,7 @@ pub(crate) use {
 };
 
 use super::{
-    Call, Communicator, ExternalStep, Incoming, Outgoing, ReduceOp, Shards, Watchdog,
+    Call, Communicator, ExternalStep, Incoming, Liveness, Outgoing, ReduceOp, Shards,
     call::hash,
     cause::Cause,
     combine,
@@ -215,7 +215,7 @@ macro_rules! each_rank {
 }
 
 /// Another end of the same group, for use outside the rank's thread.
-impl Watchdog for Link {
+impl Liveness for Link {
     fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
         Communicator::lost_at_step(self, call, step)
     }
@@ -317,7 +317,7 @@ impl Communicator<Cpu> for Link {
         self.deadline_error(call, missing, after)
     }
 
-    fn watchdog(&self) -> Option<Box<dyn Watchdog>> {
+    fn liveness(&self) -> Option<Box<dyn Liveness>> {
         let (transport, members) = (Arc::clone(&self.transport), self.members.clone());
         Some(Box::new(Self::new(transport, self.group, self.name.clone(), members, self.rank)))
     }

@@ -1,7 +1,11 @@
-//! NCCL's functions, found when they are first asked for.
+//! NCCL's functions, looked up at first use.
 
 use crate::{
-    device::cuda::libraries::{FOLDER, Version, file_at, python_folders, sites},
+    device::cuda::{
+        Version,
+        libraries::{FOLDER, python_folders, sites},
+        version::file_at,
+    },
     error::{Error, Result},
 };
 use libloading::Library;
@@ -24,7 +28,7 @@ pub(super) const NO_COLOR: c_int = -1;
 #[derive(Clone, Copy)]
 pub(super) struct UniqueId(pub(super) [u8; 128]);
 
-/// `ncclConfig_t` as of 2.18, which later versions read as that.
+/// `ncclConfig_t` of 2.18. Later versions of NCCL accept it, since it states its version.
 #[repr(C)]
 pub(super) struct Config {
     size: usize,
@@ -39,7 +43,7 @@ pub(super) struct Config {
 }
 
 impl Config {
-    /// Whether calls wait for other ranks.
+    /// `blocking` is whether calls wait for other ranks.
     pub(super) fn new(blocking: bool) -> Self {
         const UNSET: c_int = c_int::MIN;
         Self {
@@ -56,16 +60,16 @@ impl Config {
     }
 }
 
-/// The first version that can split a communicator: 2.18.
+/// The oldest supported version, 2.18, which is the first that can split a communicator.
 const OLDEST: c_int = 21_800;
 
-/// Declares the table: the functions' names and types, as in `nccl.h`.
+/// Declares the table of functions, with names and types as in `nccl.h`.
 macro_rules! table {
     ($($field:ident: $name:literal ($($argument:ty),*);)*) => {
-        /// The functions that are used, all of which return a code.
+        /// The functions in use. All but the last two return a code.
         pub(super) struct Api {
             $(pub(super) $field: unsafe extern "C" fn($($argument),*) -> c_int,)*
-            /// What `ncclGetVersion` said: 22809 is 2.28.9.
+            /// The version that `ncclGetVersion` returned: 22809 is 2.28.9.
             number: c_int,
             pub(super) error_string: unsafe extern "C" fn(c_int) -> *const c_char,
             pub(super) last_error: unsafe extern "C" fn(Handle) -> *const c_char,
@@ -77,7 +81,8 @@ macro_rules! table {
                     op: "NCCL",
                     reason: format!("{place} has no {name} ({error}): 2.18 or later is needed"),
                 };
-                // SAFETY: the types are those that `nccl.h` declares for these names, unchanged from 2.18 to 2.31.
+                // SAFETY: the types are those that `nccl.h` declares for these names, unchanged
+                // from 2.18 to 2.31.
                 #[allow(unsafe_code)]
                 unsafe {
                     Ok(Self {
@@ -121,7 +126,8 @@ table! {
 }
 
 impl Api {
-    /// The functions of the NCCL at hand. It is never unloaded: it has threads of its own.
+    /// Returns the functions, and loads NCCL first if needed. It is never unloaded, since it has
+    /// threads of its own.
     pub(super) fn get() -> Result<&'static Self> {
         static API: OnceLock<Result<Api>> = OnceLock::new();
         API.get_or_init(Self::load).as_ref().map_err(Error::clone)
@@ -130,7 +136,8 @@ impl Api {
     fn load() -> Result<Self> {
         let mut tried = Vec::new();
         for place in places() {
-            // SAFETY: NCCL's initializers have no preconditions; what is loaded is what the user's paths name as NCCL.
+            // SAFETY: NCCL's initializers have no preconditions; the file is the one that the
+            // user's paths name as NCCL.
             #[allow(unsafe_code)]
             let library = match unsafe { Library::new(&place) } {
                 Ok(library) => library,
@@ -141,7 +148,7 @@ impl Api {
             };
             let mut api = Self::from(&library, &place.display().to_string())?;
             std::mem::forget(library);
-            // SAFETY: `number` is a place for an int.
+            // SAFETY: `number` is valid for writing an int.
             #[allow(unsafe_code)]
             let code = unsafe { (api.version)(&mut api.number) };
             if code != SUCCESS || api.number < OLDEST {
@@ -156,29 +163,28 @@ impl Api {
         Err(Error::Unsupported { op: "NCCL", reason })
     }
 
-    /// The version, and the file that its functions are in: which of several files was loaded is
-    /// the loader's choice.
+    /// Returns the version and the loaded file. If there are several, the loader selects one.
     pub(super) fn describe(&self) -> Version {
         let number = self.number;
         let version = format!("{}.{}.{}", number / 10_000, number / 100 % 100, number % 100);
         Version { library: "NCCL", version, path: file_at(self.version as usize).unwrap_or_default() }
     }
 
-    /// The error of a call that returned a code.
+    /// Returns the error of a call that returned `code`.
     pub(super) fn error(&self, call: &'static str, code: c_int, handle: Handle) -> Error {
-        // SAFETY: both return strings that live until the next call on this thread; they are copied at once. A null
-        // communicator is allowed.
+        // SAFETY: both return strings that live until the next call on this thread; they are copied
+        // immediately. A null communicator is allowed.
         #[allow(unsafe_code)]
-        let (words, last) = unsafe { (copy((self.error_string)(code)), copy((self.last_error)(handle))) };
-        let message = if last.is_empty() { words } else { format!("{words}: {last}") };
+        let (text, last) = unsafe { (copy((self.error_string)(code)), copy((self.last_error)(handle))) };
+        let message = if last.is_empty() { text } else { format!("{text}: {last}") };
         Error::Library { library: "NCCL", call, code, message }
     }
 }
 
-/// A copy of a C string, which may be null.
+/// Copies a C string. A null pointer gives an empty one.
 ///
 /// # Safety
-/// What is not null ends with a zero.
+/// A pointer that is not null points to a string that ends with a zero.
 #[allow(unsafe_code)]
 unsafe fn copy(text: *const c_char) -> String {
     if text.is_null() {
@@ -188,8 +194,8 @@ unsafe fn copy(text: *const c_char) -> String {
     unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_string()
 }
 
-/// Where NCCL may be: what `SHARDWISE_NCCL` names and nothing else, or in the folder of NVIDIA's libraries, on the loader's path,
-/// or where pip and conda put it.
+/// Returns where NCCL may be. If `SHARDWISE_NCCL` is set, only what it names; otherwise the folder
+/// of NVIDIA's libraries, the loader's path, and where pip and conda install it.
 fn places() -> Vec<PathBuf> {
     if let Some(named) = std::env::var_os("SHARDWISE_NCCL") {
         return vec![named.into()];
@@ -208,14 +214,14 @@ fn places() -> Vec<PathBuf> {
 mod tests {
     use super::*;
 
-    /// Where there is an NCCL, it has all functions; where there is none, the error says where it was looked for.
+    /// If NCCL is installed, it has all functions; otherwise the error lists the searched places.
     #[test]
     fn the_library_is_found_or_its_places_are_named() {
         match Api::load() {
             Ok(api) => {
                 assert!(api.number >= OLDEST);
-                let words = api.describe().to_string();
-                assert!(words.starts_with("NCCL 2.") && words.contains('/'), "{words}");
+                let version = api.describe().to_string();
+                assert!(version.starts_with("NCCL 2.") && version.contains('/'), "{version}");
                 let error = api.error("ncclAllReduce", 4, std::ptr::null_mut()).to_string();
                 assert!(error.starts_with("ncclAllReduce: NCCL error 4: invalid argument"), "{error}");
             }

@@ -1,24 +1,25 @@
-//! What NCCL has to know of NVIDIA GPUs.
+//! [`NcclDevice`] for NVIDIA GPUs.
 
-use super::{NcclDevice, device::Enter};
+use super::{MakeCurrent, NcclDevice};
 use crate::{
     comm::ReduceOp,
     device::{
         Element,
-        cuda::{Cuda, CudaSlice, CudaSliceMut, Mark},
+        cuda::{Cuda, CudaSlice, CudaSliceMut, Event},
     },
     error::Result,
 };
 use std::{ffi::c_void, rc::Rc};
 
-// SAFETY: addresses are those of the views, in memory of the GPU on which the streams are; memory goes back in the order of the
-// stream of the handle that it came from; `after` is the driver's wait for an event.
+// SAFETY: addresses are those of the views, in memory of the GPU on which the streams are; memory
+// is freed in the order of the stream of the handle that allocated it; `wait_event` is the driver's
+// wait for an event.
 #[allow(unsafe_code)]
 unsafe impl NcclDevice for Cuda {
-    type Mark = Mark;
+    type Event = Event;
 
-    fn beside(&self) -> Result<Self> {
-        Cuda::beside(self)
+    fn comm_stream(&self) -> Result<Self> {
+        Cuda::comm_stream(self)
     }
 
     fn open_memory(&self) -> Result<()> {
@@ -29,32 +30,32 @@ unsafe impl NcclDevice for Cuda {
         Cuda::make_current(self)
     }
 
-    fn elsewhere(&self) -> Enter {
-        Cuda::elsewhere(self)
+    fn make_current_fn(&self) -> MakeCurrent {
+        Cuda::make_current_fn(self)
     }
 
     fn stream(&self) -> *mut c_void {
         Cuda::stream(self)
     }
 
-    fn mark(&self) -> Result<Mark> {
-        Cuda::mark(self)
+    fn record_event(&self) -> Result<Event> {
+        Cuda::record_event(self)
     }
 
-    fn after(&self, mark: &Mark) -> Result<()> {
-        Cuda::after(self, mark)
+    fn wait_event(&self, event: &Event) -> Result<()> {
+        Cuda::wait_event(self, event)
     }
 
-    fn is_reached(&self, mark: &Mark) -> Result<bool> {
-        Cuda::is_reached(self, mark)
+    fn is_complete(&self, event: &Event) -> Result<bool> {
+        Cuda::is_complete(self, event)
     }
 
-    fn while_waiting(&self, look: &Rc<dyn Fn() -> Result<()>>) {
-        Cuda::while_waiting(self, look);
+    fn poll_while_waiting(&self, poll: &Rc<dyn Fn() -> Result<()>>) {
+        Cuda::poll_while_waiting(self, poll);
     }
 
-    fn foreign<T: Element>(&self, slice: CudaSlice<'_, T>) -> Result<Option<Self>> {
-        Cuda::foreign(self, &slice.owner())
+    fn foreign_stream<T: Element>(&self, slice: CudaSlice<'_, T>) -> Result<Option<Self>> {
+        Cuda::foreign_stream(self, &slice.owner())
     }
 
     fn combine<T: Element>(

@@ -19,7 +19,7 @@ mod sync;
 pub(crate) use endpoint::{Endpoint, JoinedGroups};
 
 use super::{
-    Call, Collective, Communicator, ExternalStep, InFlight, Incoming, Outgoing, ReduceOp, Shards, Watchdog,
+    Call, Collective, Communicator, ExternalStep, InFlight, Incoming, Liveness, Outgoing, ReduceOp, Shards,
     combine::{self, BLOCK},
     each_pair, host,
 };
@@ -191,18 +191,18 @@ impl Drop for SecondRound<'_> {
 }
 
 /// A view of a group on behalf of a rank, for use outside the rank's thread.
-struct ThreadLookout {
+struct ThreadLiveness {
     shared: Arc<Shared>,
     rank: usize,
 }
 
-impl ThreadLookout {
+impl ThreadLiveness {
     fn of(endpoint: &Endpoint) -> Self {
         Self { shared: Arc::clone(&endpoint.shared), rank: endpoint.rank }
     }
 }
 
-impl Watchdog for ThreadLookout {
+impl Liveness for ThreadLiveness {
     fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
         self.shared.obstacle(call, || self.shared.absent(step))
     }
@@ -315,15 +315,15 @@ impl Communicator<Cpu> for ThreadComm {
     }
 
     fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
-        ThreadLookout::of(&self.endpoint).lost_at_step(call, step)
+        ThreadLiveness::of(&self.endpoint).lost_at_step(call, step)
     }
 
     fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
-        ThreadLookout::of(&self.endpoint).give_up(call, steps, after)
+        ThreadLiveness::of(&self.endpoint).give_up(call, steps, after)
     }
 
-    fn watchdog(&self) -> Option<Box<dyn Watchdog>> {
-        Some(Box::new(ThreadLookout::of(&self.endpoint)))
+    fn liveness(&self) -> Option<Box<dyn Liveness>> {
+        Some(Box::new(ThreadLiveness::of(&self.endpoint)))
     }
 
     fn is_near(&self) -> bool {

@@ -1,9 +1,9 @@
-//! What the elements compute: e^x, tanh and erf for f32, and conversions. All without branches, so that the compiler
+//! e^x, tanh and erf for f32, and conversions between elements. None branches, so that the compiler
 //! vectorizes them.
 //!
-//! The coefficients of the polynomials are least-squares fits reweighted towards the minimax error, in f64, rounded to
-//! f32. Each function evaluates all of its ranges and selects; none uses a fused multiply-add, so that the bits are those
-//! of any machine.
+//! The coefficients of the polynomials are least-squares fits reweighted towards the minimax error,
+//! in f64, rounded to f32. Each function evaluates all of its ranges and selects one. None uses a
+//! fused multiply-add, so that the bits are the same on every machine.
 
 use half::f16;
 
@@ -39,7 +39,8 @@ pub(in super::super) fn exp(x: f32) -> f32 {
     let n = shifted - ROUND;
     let r = clamped - n * HIGH - n * LOW;
     let p = polynomial(r, [1.0, 1.0, 0.5, 0.166_664_15, 0.041_666_083, 0.008_375_135, 0.001_395_606_2]);
-    // Two factors, because 2^n itself overflows at the top and is subnormal at the bottom of the range.
+    // Two factors, because 2^n itself overflows at the top of the range and is subnormal at the
+    // bottom.
     let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
     let half = n >> 1;
     p * power_of_two(half.clamp(-126, 127)) * power_of_two((n - half).clamp(-126, 127))
@@ -55,7 +56,8 @@ pub(in super::super) fn tanh(x: f32) -> f32 {
     if x.abs() < 0.625 { near } else { far.copysign(x) }
 }
 
-/// erf x = x q(x²) near 0, and 1 − e^{p(|x|)} with the sign of x elsewhere, where p fits ln erfc on [0.9, 4].
+/// erf x = x q(x²) near 0, and 1 − e^{p(|x|)} with the sign of x elsewhere; p fits ln erfc on
+/// [0.9, 4].
 #[inline(always)]
 pub(in super::super) fn erf(x: f32) -> f32 {
     let s = x * x;
@@ -92,11 +94,13 @@ pub(in super::super) fn erf(x: f32) -> f32 {
     if x != x { x } else { value }
 }
 
-/// An f64 as f32, rounded so that rounding the result once more, to bf16 or f16, gives the element nearest to the f64.
+/// Converts an f64 to f32 so that rounding the result again, to bf16 or f16, gives the element
+/// nearest to the f64.
 ///
-/// A number that is no f32 goes to the one of its two neighbours whose last bit is 1. That cannot be halfway between two
-/// shorter numbers, so the second rounding goes the way that the f64 would have gone (Boldo and Melquiond, 2008).
-/// `half`'s own conversions drop the low 32 bits, or round by way of f32.
+/// Rounds to odd: of the two f32 around a number, returns the one whose last bit is 1. It cannot be
+/// halfway between two shorter numbers, so the second rounding goes the way that the f64 would have
+/// gone (Boldo and Melquiond, 2008). `half`'s own conversions drop the low 32 bits, or round twice
+/// by way of f32.
 #[inline(always)]
 pub(in super::super) fn round_to_odd(value: f64) -> f32 {
     let near = value as f32;
@@ -111,22 +115,23 @@ pub(in super::super) fn f32_from_f16(value: f16) -> f32 {
     const REBIAS: f32 = f32::from_bits((127 + 112) << 23);
     let bits = u32::from(value.to_bits());
     let (sign, magnitude) = ((bits & 0x8000) << 16, bits & 0x7fff);
-    // Moved to the places of an f32, the number is 2^112 times too small; the product is exact for subnormals too.
+    // With its bits moved to the places of an f32, the number is 2^112 times too small. The product
+    // is exact for subnormals too.
     let finite = (f32::from_bits(magnitude << 13) * REBIAS).to_bits();
     let quiet = u32::from(magnitude > 0x7c00) << 22;
     let infinite = 0x7f80_0000 | magnitude << 13 | quiet;
     f32::from_bits(sign | if magnitude < 0x7c00 { finite } else { infinite })
 }
 
-/// The f16 nearest to an f32, to even where two are.
+/// The f16 nearest to an f32; ties to even.
 #[inline(always)]
 pub(in super::super) fn f16_from_f32(value: f32) -> f16 {
     let bits = value.to_bits();
     let (sign, magnitude) = (bits >> 16 & 0x8000, bits & 0x7fff_ffff);
-    // Adding half a unit of the last place that is kept, less one where that place is even, carries as rounding does;
-    // from 65520 up it carries into the exponent of infinity.
+    // Adding half a unit of the last kept place, less one if that place is even, carries as
+    // rounding does. From 65520 up it carries into the exponent of infinity.
     let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + (magnitude >> 13 & 1)) >> 13;
-    // The last place of 0.5 as f32 is that of a subnormal f16, so that the sum is rounded to it.
+    // The last place of 0.5 as f32 is that of a subnormal f16, so the sum is rounded to it.
     let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5_f32.to_bits());
     let finite = if magnitude < 113 << 23 { subnormal } else { normal };
     let finite = if magnitude < 143 << 23 { finite } else { 0x7c00 };
@@ -149,7 +154,8 @@ mod tests {
 
     #[test]
     fn f16_rounds_to_the_nearest_and_ties_to_even() {
-        // Every f16 but the largest, the point halfway to the next one, and that point's neighbours.
+        // Every f16 but the largest, the point halfway to the next one, and that point's
+        // neighbours.
         for bits in 0..0x7bff_u16 {
             let [low, high] = [bits, bits + 1].map(f16::from_bits);
             let halfway = (f32_from_f16(low) + f32_from_f16(high)) / 2.0;
@@ -166,7 +172,8 @@ mod tests {
         assert!(f16_from_f32(f32::NAN).is_nan() && f16_from_f32(f32::from_bits(0x7f80_0001)).is_nan());
     }
 
-    /// The largest error of `f` on [low, high] in units of the last place of `exact`, or of 1 where that is larger.
+    /// The largest error of `f` on [low, high], in units of the last place of `exact`, or of 1 if
+    /// `absolute`.
     fn error(f: fn(f32) -> f32, exact: fn(f64) -> f64, low: f32, high: f32, absolute: bool) -> f64 {
         (0..=200_000).fold(0.0, |worst, at| {
             let x = low + (high - low) * (at as f32 / 200_000.0);

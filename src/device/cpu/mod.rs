@@ -1,22 +1,36 @@
-//! The CPU: pooled host memory, and what its kernels share (vectorization, f32 functions).
+//! The CPU: pooled host memory, and the shared code of its kernels (vectorization, f32 functions).
 
+mod free_list;
 pub(super) mod math;
 mod pool;
 mod simd;
 
+pub(super) use free_list::{FreeList, FreeLists};
 pub(crate) use pool::zeroed;
 pub use pool::{CpuBuffer, MemoryUse};
-pub(super) use pool::{Pool, Shelf};
 pub(crate) use simd::{Kernel, vectorized, widest};
 
 use super::{Device, Element};
 use crate::error::Result;
+use pool::Pool;
 use std::{fmt, num::NonZeroUsize, ops::Range, rc::Rc};
 
 /// The CPU as one rank sees it.
 ///
-/// Freed buffers are kept and used again, so that a warm training step takes its memory from its own pool. A rank
-/// computes on one thread by default: ranks are the parallelism. [`Cpu::with_threads`] gives a rank more for its GEMMs.
+/// Keeps freed buffers in a pool and reuses them, so that after a first training step the next one
+/// allocates nothing. A rank computes on one thread by default, since ranks are the parallelism;
+/// [`Cpu::with_threads`] gives its GEMMs more.
+///
+/// ```
+/// use shardwise::prelude::*;
+/// let cpu = Cpu::new();
+/// let x = Tensor::<f32, _>::zeros(&cpu, [4, 16])?;
+/// assert_eq!(cpu.memory().live, 256);
+/// drop(x);
+/// let _y = Tensor::<f32, _>::zeros(&cpu, [2, 16])?;
+/// assert_eq!((cpu.memory().live, cpu.memory().peak), (128, 256));
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Cpu {
     pool: Rc<Pool>,
@@ -24,33 +38,34 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// A CPU with a pool of its own.
+    /// Returns a CPU with a pool of its own and one thread.
     pub fn new() -> Self {
         Self { pool: Rc::new(Pool::new(false)), threads: NonZeroUsize::MIN }
     }
 
-    /// A CPU that fills every new tensor with NaN, so that a kernel which leaves an element unwritten is seen.
+    /// Returns a CPU that fills every new tensor with NaN. So tests find a kernel that leaves an
+    /// element unwritten.
     pub fn poisoned() -> Self {
         Self { pool: Rc::new(Pool::new(true)), threads: NonZeroUsize::MIN }
     }
 
-    /// The same CPU, with GEMMs split over this many threads. The result's bits do not depend on it.
+    /// Splits GEMMs over this many threads. The result's bits do not depend on it.
     pub fn with_threads(self, threads: NonZeroUsize) -> Self {
         Self { threads, ..self }
     }
 
-    /// The number of threads a GEMM may use.
+    /// The number of threads of a GEMM.
     pub fn threads(&self) -> usize {
         self.threads.get()
     }
 
-    /// How often the system was asked for memory.
+    /// The number of allocations from the system.
     #[cfg(test)]
     pub(crate) fn made(&self) -> usize {
         self.pool.made.get()
     }
 
-    /// Gives the pool's idle memory back to the system.
+    /// Returns the pool's idle memory to the system.
     pub fn trim(&self) {
         self.pool.trim();
     }

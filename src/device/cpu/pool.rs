@@ -1,11 +1,10 @@
-//! Host memory that is used again: freed buffers wait on shelves, one for each element and size class.
+//! A pool of host memory: freed buffers are kept in free lists and reused.
 
-use super::super::Element;
+use super::{super::Element, free_list::FreeLists};
 use crate::error::{Error, Result};
 use half::{bf16, f16};
 use std::{
-    cell::{Cell, RefCell},
-    collections::BTreeMap,
+    cell::Cell,
     fmt,
     hint::black_box,
     ops::{Deref, DerefMut},
@@ -16,41 +15,23 @@ use std::{
 /// Bytes in use by the tensors of one rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryUse {
-    /// Bytes that tensors hold now, and those that other ranks still read for a started collective.
+    /// Bytes that tensors hold now, and bytes that other ranks still read in a started collective.
     pub live: usize,
-    /// The most bytes at one time. With started collectives it depends on the progress of other
+    /// The largest `live` so far. With started collectives it depends on the progress of other
     /// ranks.
     pub peak: usize,
 }
 
-/// The shelves of one rank.
+/// The pool of one rank.
 #[derive(Default)]
-pub struct Pool {
-    pub(in super::super) f64: RefCell<Shelf<f64>>,
-    pub(in super::super) f32: RefCell<Shelf<f32>>,
-    pub(in super::super) bf16: RefCell<Shelf<bf16>>,
-    pub(in super::super) f16: RefCell<Shelf<f16>>,
+pub(super) struct Pool {
+    free: FreeLists,
     poison: bool,
     live: Cell<usize>,
     peak: Cell<usize>,
-    /// How often the system was asked for memory.
+    /// The number of allocations from the system.
     #[cfg(test)]
     pub(super) made: Cell<usize>,
-}
-
-/// Vectors of one element that no tensor of the rank holds.
-#[derive(Debug)]
-pub struct Shelf<T> {
-    /// By their capacity.
-    idle: BTreeMap<usize, Vec<Vec<T>>>,
-    /// Those that other ranks may still read.
-    lent: Vec<Arc<Vec<T>>>,
-}
-
-impl<T> Default for Shelf<T> {
-    fn default() -> Self {
-        Self { idle: BTreeMap::new(), lent: Vec::new() }
-    }
 }
 
 impl Pool {
@@ -61,7 +42,7 @@ impl Pool {
     pub(super) fn take<T: Element>(self: &Rc<Self>, len: usize) -> Result<CpuBuffer<T>> {
         let class = size_class(len);
         self.take_all_back();
-        let idle = T::shelf(self).borrow_mut().idle.get_mut(&class).and_then(Vec::pop);
+        let idle = T::free_list(&self.free).borrow_mut().idle.get_mut(&class).and_then(Vec::pop);
         let mut data = match idle {
             Some(mut data) => {
                 data.resize(len, T::default());
@@ -82,7 +63,7 @@ impl Pool {
         Ok(self.adopt(data))
     }
 
-    /// A buffer of a vector, which counts as the rank's from now on.
+    /// Makes a buffer of a vector, and counts its memory as the rank's.
     pub(super) fn adopt<T: Element>(self: &Rc<Self>, data: Vec<T>) -> CpuBuffer<T> {
         self.live.set(self.live.get() + data.len() * size_of::<T>());
         self.peak.set(self.peak.get().max(self.live.get()));
@@ -91,17 +72,17 @@ impl Pool {
 
     fn give_back<T: Element>(&self, data: Vec<T>) {
         self.live.set(self.live.get() - data.len() * size_of::<T>());
-        // A capacity that is no size class is an adopted vector's, and would never be asked for.
+        // If the capacity is no size class, the vector was adopted, and would never be reused.
         if data.capacity() > 0 && data.capacity() == size_class(data.capacity()) {
-            T::shelf(self).borrow_mut().idle.entry(data.capacity()).or_default().push(data);
+            T::free_list(&self.free).borrow_mut().idle.entry(data.capacity()).or_default().push(data);
         }
     }
 
-    /// Takes back what was lent and nobody reads any more.
+    /// Takes back lent vectors that no other rank reads any more.
     fn take_back<T: Element>(&self) {
-        let mut shelf = T::shelf(self).borrow_mut();
-        let read: Vec<_> = shelf.lent.extract_if(.., |data| Arc::get_mut(data).is_some()).collect();
-        drop(shelf);
+        let mut list = T::free_list(&self.free).borrow_mut();
+        let read: Vec<_> = list.lent.extract_if(.., |data| Arc::get_mut(data).is_some()).collect();
+        drop(list);
         read.into_iter().filter_map(Arc::into_inner).for_each(|data| self.give_back(data));
     }
 
@@ -114,10 +95,10 @@ impl Pool {
 
     pub(super) fn trim(&self) {
         self.take_all_back();
-        self.f64.borrow_mut().idle.clear();
-        self.f32.borrow_mut().idle.clear();
-        self.bf16.borrow_mut().idle.clear();
-        self.f16.borrow_mut().idle.clear();
+        self.free.f64.borrow_mut().idle.clear();
+        self.free.f32.borrow_mut().idle.clear();
+        self.free.bf16.borrow_mut().idle.clear();
+        self.free.f16.borrow_mut().idle.clear();
     }
 
     pub(super) fn memory(&self) -> MemoryUse {
@@ -126,23 +107,24 @@ impl Pool {
     }
 }
 
-/// The capacity given to a buffer of `len` elements: at most an eighth more, so that similar sizes share shelves.
+/// The capacity of a buffer of `len` elements: at most an eighth more, so that similar sizes share
+/// memory.
 fn size_class(len: usize) -> usize {
     let step = (len.checked_next_power_of_two().unwrap_or(usize::MAX) / 16).max(16);
     len.checked_next_multiple_of(step).unwrap_or(len)
 }
 
-/// A vector of so many default values.
+/// Returns a vector of `len` default values.
 ///
 /// # Errors
-/// When there is no memory for them.
+/// When there is no memory for it.
 pub(crate) fn zeroed<T: Clone + Default>(len: usize) -> Result<Vec<T>> {
-    // Zeroed memory comes untouched from the system, its pages made when first written; but `vec!`
-    // aborts where there is none. So it is asked for once before, without a page of it being
-    // touched (another thread may take it in between); `black_box` lest that be optimized away.
-    let mut room = Vec::<T>::new();
-    room.try_reserve_exact(len).map_err(|_| Error::Memory { len, size: size_of::<T>() })?;
-    drop(black_box(room));
+    // `vec!` gets zeroed memory from the system, which creates its pages at their first write; but
+    // it aborts when there is none. So this first allocates the same size once without touching a
+    // page (another thread may take it in between). `black_box` keeps that allocation.
+    let mut trial = Vec::<T>::new();
+    trial.try_reserve_exact(len).map_err(|_| Error::Memory { len, size: size_of::<T>() })?;
+    drop(black_box(trial));
     Ok(vec![T::default(); len])
 }
 
@@ -153,11 +135,11 @@ pub struct CpuBuffer<T: Element> {
 }
 
 impl<T: Element> CpuBuffer<T> {
-    /// The memory itself, for other threads to read. It counts as live until
-    /// all readers have dropped it.
+    /// Returns the memory itself, for other threads to read. It counts as live until all readers
+    /// have dropped it.
     pub(crate) fn lend(mut self) -> Arc<Vec<T>> {
         let data = Arc::new(std::mem::take(&mut self.data));
-        T::shelf(&self.pool).borrow_mut().lent.push(Arc::clone(&data));
+        T::free_list(&self.pool.free).borrow_mut().lent.push(Arc::clone(&data));
         data
     }
 }
@@ -199,7 +181,7 @@ mod tests {
         assert_eq!(pool.memory(), MemoryUse { live: 4000, peak: 4000 });
         drop(first);
         let second = pool.take::<f32>(990).unwrap();
-        assert_eq!((second.as_ptr(), second.len()), (at, 990), "a similar size comes from the same shelf");
+        assert_eq!((second.as_ptr(), second.len()), (at, 990), "a similar size reuses the memory");
         assert_eq!(pool.memory(), MemoryUse { live: 3960, peak: 4000 });
         assert_eq!(pool.take::<f32>(0).unwrap().len(), 0);
     }
@@ -210,7 +192,7 @@ mod tests {
         let odd = Vec::<f32>::with_capacity(1001);
         assert_ne!(size_class(odd.capacity()), odd.capacity());
         drop(pool.adopt(odd));
-        assert!(pool.f32.borrow().idle.is_empty());
+        assert!(pool.free.f32.borrow().idle.is_empty());
         let kept = pool.adopt(vec![1.0_f32; 1024]);
         let at = kept.as_ptr();
         assert_eq!(pool.memory(), MemoryUse { live: 4096, peak: 4096 });
@@ -232,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_was_read_does_not_count_beside_that_of_another_element() {
+    fn memory_that_was_read_does_not_count_with_that_of_another_element() {
         let pool = Rc::new(Pool::new(false));
         drop(pool.take::<bf16>(1000).unwrap().lend());
         let _next = pool.take::<f32>(1000).unwrap();

@@ -1,9 +1,11 @@
-//! One binary, the processor's own vector width.
+//! Run-time selection of the processor's vector width.
 
-/// Runs `f` compiled for AVX2 where the processor has it, so that the loops inside are vectorized eight floats wide.
+/// Runs `f` compiled for AVX2 if the processor has it, so that its loops are vectorized eight
+/// floats wide.
 ///
-/// The bits of the result do not depend on the processor: additions and multiplications are never contracted or
-/// reordered by this. `f` and what it calls must be `#[inline]` for the wider instructions to reach it.
+/// The bits of the result do not depend on the processor: this never contracts or reorders
+/// additions and multiplications. `f` and the functions that it calls must be `#[inline]`, or they
+/// are not compiled for AVX2.
 #[inline(always)]
 pub(crate) fn vectorized<K: Kernel>(f: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
@@ -13,7 +15,8 @@ pub(crate) fn vectorized<K: Kernel>(f: K) -> K::Output {
             f.compute()
         }
         if std::arch::is_x86_feature_detected!("f16c") {
-            // SAFETY: the processor has AVX2 and F16C, the features that `with_avx2` enables: both were just detected.
+            // SAFETY: `is_x86_feature_detected` found AVX2 and F16C, the features that `with_avx2`
+            // enables.
             #[allow(unsafe_code)]
             return unsafe { with_avx2(f) };
         }
@@ -21,7 +24,8 @@ pub(crate) fn vectorized<K: Kernel>(f: K) -> K::Output {
     f.compute()
 }
 
-/// As [`vectorized`], compiled for AVX-512 where the processor has it: for few loops that gain by it, since it is another copy of each.
+/// As [`vectorized`], but compiled for AVX-512 if the processor has it. Only for loops that gain by
+/// it, since it compiles another copy of each.
 #[inline(always)]
 pub(crate) fn widest<K: Kernel>(f: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
@@ -33,15 +37,15 @@ pub(crate) fn widest<K: Kernel>(f: K) -> K::Output {
         fn with_avx512<K: Kernel>(f: K) -> K::Output {
             f.compute()
         }
-        // SAFETY: the processor has the features that `with_avx512` enables: they were just detected.
+        // SAFETY: `is_x86_feature_detected` found the features that `with_avx512` enables.
         #[allow(unsafe_code)]
         return unsafe { with_avx512(f) };
     }
     vectorized(f)
 }
 
-/// What [`vectorized`] runs: a closure, or where a body is so large that the compiler would call a closure rather than
-/// compile it in, a type whose `compute` is `#[inline(always)]`.
+/// Code for [`vectorized`]: a closure, or, if the body is so large that the compiler would not
+/// inline a closure, a type whose `compute` is `#[inline(always)]`.
 pub(crate) trait Kernel {
     type Output;
 

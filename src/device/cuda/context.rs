@@ -1,12 +1,12 @@
-//! One GPU as a process sees it: its primary context, what it can do, and all kernels, loaded.
+//! One GPU of a process: its primary context, its properties, and all kernels, loaded.
 //!
-//! A context is made once a process and GPU, and stays. Loading a module, allocating pinned memory
-//! and their counterparts may wait until the GPU is idle, and it is not while a collective waits
-//! there for another rank. So all of it is done before there are collectives, and nothing is given
-//! back.
+//! A process creates one context for each GPU and keeps it. To load a module or allocate pinned
+//! memory, and to unload or free them, may wait until the GPU is idle, which it is not while a
+//! collective waits there for another rank. So all of it happens before there are collectives, and
+//! nothing is freed.
 
 use super::{
-    families::{FAMILIES, Family, Kernel, PLACES},
+    families::{FAMILIES, Family, KERNELS, Kernel},
     libraries, lock, program,
     status::driver,
 };
@@ -27,7 +27,7 @@ use std::{
     sync::Mutex,
 };
 
-/// The oldest driver: CUDA 12.0.
+/// The oldest supported driver: CUDA 12.0.
 const OLDEST: c_int = 12_000;
 
 /// The primary context of a GPU, and what is loaded into it.
@@ -40,23 +40,23 @@ pub(super) struct Context {
     pub(super) name: String,
     /// The bytes of memory.
     pub(super) total_memory: usize,
-    /// The bytes of shared memory that a block may ask for.
+    /// The largest shared memory of a block, in bytes.
     pub(super) shared_memory: usize,
-    /// By [`Kernel::place`]. Null where a kernel is not compiled for an element.
+    /// By [`Kernel::index`]. Null if a kernel is not compiled for an element.
     functions: Vec<CUfunction>,
-    /// Events that no mark uses.
+    /// Driver events that no `Event` uses.
     pub(super) spare_events: Mutex<Vec<CUevent>>,
     /// Blocks of pinned memory that no handle uses.
     pub(super) spare_pinned: Mutex<Vec<*mut u8>>,
-    /// cuBLASLt's handles that no handle uses.
+    /// cuBLASLt handles that no handle uses.
     pub(super) spare_lt: Mutex<Vec<cublasLtHandle_t>>,
 }
 
 // SAFETY: every pointer is a handle of the driver or cuBLASLt, which any thread may use, or memory
-// that belongs to who takes it.
+// that belongs to the thread that takes it from its list.
 #[allow(unsafe_code)]
 unsafe impl Send for Context {}
-// SAFETY: as above; what changes is behind a mutex.
+// SAFETY: as above; every field that changes is a mutex.
 #[allow(unsafe_code)]
 unsafe impl Sync for Context {}
 
@@ -65,7 +65,8 @@ impl Context {
     pub(super) fn count() -> Result<usize> {
         libraries::cuda()?;
         let mut count = 0;
-        // SAFETY: the driver was found, and has the functions; `count` is a place for an int.
+        // SAFETY: `libraries::cuda` checked that the driver has the functions; `count` is valid
+        // for writing an int.
         #[allow(unsafe_code)]
         unsafe {
             driver("cuInit", sys::cuInit(0))?;
@@ -74,10 +75,11 @@ impl Context {
         Ok(usize::try_from(count).unwrap_or(0))
     }
 
-    /// The context of a GPU. Who asks first makes it; the others wait, unless it is another GPU's.
+    /// Returns the context of a GPU. The first caller creates it; other callers for the same GPU
+    /// wait.
     pub(super) fn of(ordinal: usize) -> Result<&'static Self> {
-        type Place = Mutex<Option<&'static Context>>;
-        static ALL: Mutex<BTreeMap<usize, &'static Place>> = Mutex::new(BTreeMap::new());
+        type Entry = Mutex<Option<&'static Context>>;
+        static ALL: Mutex<BTreeMap<usize, &'static Entry>> = Mutex::new(BTreeMap::new());
         let count = Self::count()?;
         if ordinal >= count {
             return Err(Error::sizes(
@@ -88,19 +90,19 @@ impl Context {
                 count,
             ));
         }
-        let place = *lock(&ALL).entry(ordinal).or_insert_with(|| Box::leak(Box::default()));
-        let mut place = lock(place);
-        match *place {
+        let entry = *lock(&ALL).entry(ordinal).or_insert_with(|| Box::leak(Box::default()));
+        let mut entry = lock(entry);
+        match *entry {
             Some(context) => Ok(context),
-            None => Ok(*place.insert(Box::leak(Box::new(Self::new(ordinal)?)))),
+            None => Ok(*entry.insert(Box::leak(Box::new(Self::new(ordinal)?)))),
         }
     }
 
     fn new(ordinal: usize) -> Result<Self> {
         let (mut version, mut device, mut handle, mut total_memory) = (0, 0, std::ptr::null_mut(), 0);
         let mut name = [0_u8; 256];
-        // SAFETY: every pointer is a place of the type that the driver writes; `name` has the
-        // length that is stated.
+        // SAFETY: every pointer is valid for writing the driver's type; `name` has more than
+        // the stated 255 bytes.
         #[allow(unsafe_code)]
         unsafe {
             driver("cuDriverGetVersion", sys::cuDriverGetVersion(&mut version))?;
@@ -126,7 +128,7 @@ impl Context {
             name: String::from_utf8_lossy(&name[..end]).into_owned(),
             total_memory,
             shared_memory: 0,
-            functions: vec![std::ptr::null_mut(); PLACES],
+            functions: vec![std::ptr::null_mut(); KERNELS],
             spare_events: Mutex::default(),
             spare_pinned: Mutex::default(),
             spare_lt: Mutex::default(),
@@ -161,7 +163,7 @@ impl Context {
                         Some(second) => format!("{stem}_{first}_{second}"),
                         None => format!("{stem}_{first}"),
                     };
-                    self.functions[kernel.place(first, second)] = self.find(family, module, &name)?;
+                    self.functions[kernel.index(first, second)] = self.find(family, module, &name)?;
                 }
             }
         }
@@ -170,32 +172,32 @@ impl Context {
 
     fn attribute(&self, attribute: CUdevice_attribute) -> Result<i32> {
         let mut value = 0;
-        // SAFETY: `value` is a place for an int.
+        // SAFETY: `value` is valid for writing an int.
         #[allow(unsafe_code)]
         let code = unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, self.device) };
         driver("cuDeviceGetAttribute", code)?;
         Ok(value)
     }
 
-    /// The pool from which this device's memory comes.
+    /// The pool of this device's memory.
     fn pool(&self) -> Result<CUmemoryPool> {
         self.make_current()?;
         let mut pool = std::ptr::null_mut();
-        // SAFETY: `pool` is a place for one.
+        // SAFETY: `pool` is valid for writing a pool.
         #[allow(unsafe_code)]
         let code = unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, self.device) };
         driver("cuDeviceGetDefaultMemPool", code)?;
         Ok(pool)
     }
 
-    /// Lets the device's pool keep what is freed: by default it goes back to the system at every
-    /// synchronization. And lets no allocation wait for another stream: memory that was freed
-    /// behind a collective would make the work that takes it wait for other ranks.
+    /// Makes the device's pool keep freed memory, which by default returns to the system at every
+    /// synchronization. And keeps allocations from waiting for another stream: memory that was
+    /// freed after a collective would make the work that reuses it wait for other ranks.
     fn set_pool(&self) -> Result<()> {
         use CUmemPool_attribute as Is;
         let pool = self.pool()?;
         let set = |attribute, value: *mut c_void| {
-            // SAFETY: both callers point to a value of the type that the attribute is set from.
+            // SAFETY: both callers point to a value of the attribute's type.
             #[allow(unsafe_code)]
             let code = unsafe { sys::cuMemPoolSetAttribute(pool, attribute, value) };
             driver("cuMemPoolSetAttribute", code)
@@ -205,14 +207,14 @@ impl Context {
         set(Is::CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES, (&raw mut off).cast())
     }
 
-    /// Lets the other GPUs reach this one's memory, as far as they are connected. A pool's memory is its own device's alone,
-    /// also where contexts have opened theirs to each other.
+    /// Lets the other GPUs access this one's memory, as far as they are connected. By default only
+    /// its own device can access a pool's memory, even if contexts have enabled peer access.
     #[cfg(feature = "nccl")]
     pub(super) fn open_memory(&self) -> Result<()> {
         let pool = self.pool()?;
         for other in (0..Self::count()?).filter(|&other| other != self.ordinal) {
             let (mut device, mut reaches) = (0, 0);
-            // SAFETY: both are places for an int.
+            // SAFETY: both are valid for writing an int.
             #[allow(unsafe_code)]
             unsafe {
                 driver("cuDeviceGet", sys::cuDeviceGet(&mut device, other as c_int))?;
@@ -222,11 +224,12 @@ impl Context {
             if reaches == 0 {
                 continue;
             }
-            // `CUmemAccessDesc` has other fields in later bindings and one layout in all: the kind of place (a device), its
-            // number, and what is allowed (reading and writing).
+            // `CUmemAccessDesc` has other fields in later bindings, but one layout in all: the kind
+            // of location (a device), its number, and the access (read and write).
             let access: [c_int; 3] = [1, device, 3];
             const { assert!(size_of::<sys::CUmemAccessDesc>() == size_of::<[c_int; 3]>()) };
-            // SAFETY: `access` is one description of access, as was just said, and is copied.
+            // SAFETY: `access` has the layout of one `CUmemAccessDesc` (its size is asserted
+            // above), and the driver copies it.
             #[allow(unsafe_code)]
             let code = unsafe { sys::cuMemPoolSetAccess(pool, access.as_ptr().cast(), 1) };
             driver("cuMemPoolSetAccess", code)?;
@@ -234,41 +237,41 @@ impl Context {
         Ok(())
     }
 
-    /// Makes this the calling thread's current context. Cheap, and other libraries may have changed it: before every use.
+    /// Makes this the calling thread's current context. Callers do so before every use, since other
+    /// libraries may have changed it. It is cheap.
     pub(super) fn make_current(&self) -> Result<()> {
-        // SAFETY: the handle is that of a context that stays retained.
+        // SAFETY: the handle is that of a context that is never released.
         #[allow(unsafe_code)]
         driver("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.handle) })
     }
 
-    /// A kernel for one or two elements.
+    /// Returns a kernel for one or two elements.
     pub(super) fn function(&self, kernel: Kernel, first: DType, second: Option<DType>) -> Result<CUfunction> {
-        let function = self.functions[kernel.place(first, second)];
-        match function.is_null() {
-            false => Ok(function),
-            true => Err(Error::Unsupported {
-                op: kernel.family(),
-                reason: format!("{kernel:?} is not compiled for {first} and {second:?}"),
-            }),
+        let function = self.functions[kernel.index(first, second)];
+        if function.is_null() {
+            let reason = format!("{kernel:?} is not compiled for {first} and {second:?}");
+            return Err(Error::Unsupported { op: kernel.family(), reason });
         }
+        Ok(function)
     }
 
-    /// A kernel of a module, by its name, and ready: a driver that loads lazily loads it now. The
+    /// Returns a kernel of a module by its name, and loads it, also if the driver loads lazily. The
     /// context is current.
     fn find(&self, family: &Family, module: CUmodule, name: &str) -> Result<CUfunction> {
         let symbol = CString::new(name).map_err(|_| Error::invalid("kernel", "its name has a zero"))?;
         let mut function = std::ptr::null_mut();
-        // SAFETY: the module stays loaded; `function` is a place for a function.
+        // SAFETY: the module is never unloaded; `function` is valid for writing a function.
         #[allow(unsafe_code)]
         driver("cuModuleGetFunction", unsafe {
             sys::cuModuleGetFunction(&mut function, module, symbol.as_ptr())
         })?;
-        libraries::load_function(function)?;
-        // More shared memory than by default is there for those who ask.
+        program::load_function(function)?;
+        // A block may use more shared memory than the default only after this attribute is set.
         const SHARED: sys::CUfunction_attribute =
             sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         if family.large_shared_memory {
-            // SAFETY: the function was just found. What its static shared memory takes is left to it.
+            // SAFETY: the function was just found. The subtrahend leaves room for its static shared
+            // memory.
             #[allow(unsafe_code)]
             let code = unsafe {
                 sys::cuFuncSetAttribute(function, SHARED, self.shared_memory.saturating_sub(1024) as c_int)

@@ -1,17 +1,17 @@
-//! The kernels of `cuda/*.cu`, by family: what is compiled, loaded and found when a GPU is first
-//! used.
+//! The kernels of `cuda/*.cu`, by family, which are compiled and loaded when a GPU is first used.
 
 use crate::device::DType;
 
 /// A `.cu` file and its kernels.
 pub(crate) struct Family {
     pub(crate) name: &'static str,
-    /// The file.
+    /// The contents of the file.
     pub(super) source: &'static str,
-    /// Whether its kernels ask for more than 48 KiB of shared memory.
+    /// Whether its kernels use more than 48 KiB of shared memory.
     pub(super) large_shared_memory: bool,
-    /// Whether a product and a sum may become one operation, rounded once. This is faster, but the
-    /// compiler chooses where it is done, so the bits may differ between two forms of one loop.
+    /// Whether the compiler may contract a product and a sum to a fused multiply-add, rounded once.
+    /// This is faster, but the compiler selects where, so the bits of two forms of a loop may
+    /// differ.
     pub(super) contracts: bool,
     pub(super) kernels: &'static [(Kernel, &'static str, Elements)],
 }
@@ -21,18 +21,18 @@ pub(crate) struct Family {
 pub(super) enum Elements {
     /// All four.
     Each,
-    /// Those in which sums are kept.
+    /// The accumulators, f64 and f32.
     Accumulators,
-    /// Those of 16 bits.
+    /// Those of 16 bits: bf16 and f16.
     Halves,
     /// All pairs.
     Pairs,
-    /// All pairs of one accumulator.
+    /// All pairs with the same accumulator.
     SumPairs,
 }
 
 impl Elements {
-    /// One or two elements, for every kernel of this name.
+    /// One or two elements for every kernel with the name.
     pub(super) fn all(self) -> Vec<(DType, Option<DType>)> {
         use DType::{BF16, F16, F32, F64};
         let one = |elements: &[DType]| elements.iter().map(|&element| (element, None)).collect::<Vec<_>>();
@@ -51,24 +51,24 @@ impl Elements {
 }
 
 impl Kernel {
-    /// The place of a kernel in a table of all kernels of all elements.
-    pub(super) fn place(self, first: DType, second: Option<DType>) -> usize {
+    /// The index of a kernel in a table of all kernels of all elements.
+    pub(super) fn index(self, first: DType, second: Option<DType>) -> usize {
         (self as usize * 4 + first as usize) * 5 + second.map_or(0, |second| 1 + second as usize)
     }
 }
 
-/// How many places such a table has.
-pub(super) const PLACES: usize = COUNT * 4 * 5;
+/// The length of such a table.
+pub(super) const KERNELS: usize = COUNT * 4 * 5;
 
 macro_rules! kernels {
     ($($family:literal ($($option:ident: $value:literal),*) { $($kernel:ident $stem:literal $elements:ident,)* })*) => {
-        /// A kernel, for whatever elements.
+        /// A kernel, without its elements.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(crate) enum Kernel { $($($kernel,)*)* }
 
         const COUNT: usize = [$($(Kernel::$kernel,)*)*].len();
 
-        /// All families, those that take the longest to compile first.
+        /// All families, in descending order of compile time.
         pub(crate) static FAMILIES: &[Family] = &[$(Family {
             name: $family,
             source: include_str!(concat!("../../../cuda/", $family, ".cu")),
@@ -170,17 +170,17 @@ mod tests {
     use std::collections::HashSet;
 
     #[test]
-    fn every_kernel_has_a_place_of_its_own() {
+    fn every_kernel_has_an_index_of_its_own() {
         let all = FAMILIES.iter().flat_map(|family| family.kernels);
-        let places: Vec<_> = all
+        let indices: Vec<_> = all
             .flat_map(|&(kernel, _, elements)| elements.all().into_iter().map(move |of| (kernel, of)))
-            .map(|(kernel, (first, second))| kernel.place(first, second))
+            .map(|(kernel, (first, second))| kernel.index(first, second))
             .collect();
-        assert_eq!(places.iter().collect::<HashSet<_>>().len(), places.len());
-        assert!(places.iter().all(|&place| place < PLACES));
+        assert_eq!(indices.iter().collect::<HashSet<_>>().len(), indices.len());
+        assert!(indices.iter().all(|&index| index < KERNELS));
     }
 
-    /// In the sources a kernel's name ends where the macro puts the element's.
+    /// In the sources a macro appends the element's name to a kernel's.
     #[test]
     fn every_kernel_of_every_file_is_listed() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/cuda");
@@ -201,7 +201,7 @@ mod tests {
             let stems: HashSet<&str> = names.map(|name| name.split("_##").next().unwrap()).collect();
             for stem in &stems {
                 let known = family.kernels.iter().any(|(_, known, _)| {
-                    known.trim_end_matches(|letter: char| letter.is_ascii_digit()).trim_end_matches('_')
+                    known.trim_end_matches(|character: char| character.is_ascii_digit()).trim_end_matches('_')
                         == *stem
                 });
                 assert!(known, "{}: {stem}", family.name);

@@ -1,4 +1,4 @@
-//! Starting kernels.
+//! Kernel launches.
 
 use super::{Cuda, CudaSlice, CudaSliceMut, Handle, families::Kernel, status::driver};
 use crate::{
@@ -8,91 +8,99 @@ use crate::{
 use cudarc::driver::sys;
 use std::{ffi::c_void, rc::Rc};
 
-/// A kernel has at most so many arguments.
-const ARGUMENTS: usize = 32;
+/// The largest number of arguments of a kernel.
+const MAX_ARGUMENTS: usize = 32;
 
-/// A kernel's launch in preparation: its arguments, each a word of 8 bytes.
+/// A kernel launch in preparation.
 pub(crate) struct Launch<'a> {
     cuda: &'a Cuda,
     kernel: Kernel,
     elements: (DType, Option<DType>),
-    words: Vec<u64>,
-    /// Handles of another stream whose memory the kernel uses.
+    /// The arguments, each of 8 bytes.
+    arguments: Vec<u64>,
+    /// Handles of other streams, whose memory the kernel uses.
     others: Vec<Rc<Handle>>,
 }
 
-/// How many threads run a kernel.
+/// The blocks and threads of a launch.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Grid {
     pub(crate) blocks: [usize; 2],
     pub(crate) threads: [u32; 2],
-    /// Bytes of shared memory, beside what the kernel declares.
+    /// Bytes of dynamic shared memory.
     pub(crate) shared: usize,
 }
 
 impl Grid {
-    /// Threads that share `count` elements or packs of them, however many there are.
+    /// Threads for `count` elements or packs of them, in a grid-stride loop.
     pub(crate) fn over(count: usize) -> Self {
         Self { blocks: [count.div_ceil(256).min(1 << 16), 1], threads: [256, 1], shared: 0 }
     }
 
-    /// A warp a row of `cols` elements where rows are short, else a block a row.
+    /// One warp for each row of `cols` elements if rows are short, else one block.
     pub(crate) fn rows(rows: usize, cols: usize) -> Self {
-        match cols <= 1024 {
-            true => Self { blocks: [rows.div_ceil(8), 1], threads: [32, 8], shared: 0 },
-            false => Self { blocks: [rows, 1], threads: [256, 1], shared: 0 },
+        if cols <= 1024 {
+            Self { blocks: [rows.div_ceil(8), 1], threads: [32, 8], shared: 0 }
+        } else {
+            Self { blocks: [rows, 1], threads: [256, 1], shared: 0 }
         }
     }
 }
 
 impl Cuda {
-    /// A launch of a kernel for an element.
+    /// Prepares a launch of a kernel for an element.
     pub(crate) fn kernel(&self, kernel: Kernel, of: DType) -> Launch<'_> {
         self.launch(kernel, (of, None))
     }
 
-    /// A launch of a kernel from one element to another.
+    /// Prepares a launch of a kernel from one element to another.
     pub(crate) fn kernel_between(&self, kernel: Kernel, from: DType, to: DType) -> Launch<'_> {
         self.launch(kernel, (from, Some(to)))
     }
 
     fn launch(&self, kernel: Kernel, elements: (DType, Option<DType>)) -> Launch<'_> {
-        Launch { cuda: self, kernel, elements, words: Vec::with_capacity(ARGUMENTS), others: Vec::new() }
+        Launch {
+            cuda: self,
+            kernel,
+            elements,
+            arguments: Vec::with_capacity(MAX_ARGUMENTS),
+            others: Vec::new(),
+        }
     }
 }
 
 impl Launch<'_> {
-    /// A number.
+    /// Adds an integer.
     pub(crate) fn int(mut self, value: usize) -> Self {
-        self.words.push(value as u64);
+        self.arguments.push(value as u64);
         self
     }
 
-    /// Numbers.
+    /// Adds integers.
     pub(crate) fn ints<const N: usize>(mut self, values: [usize; N]) -> Self {
-        self.words.extend(values.map(|value| value as u64));
+        self.arguments.extend(values.map(|value| value as u64));
         self
     }
 
-    /// Floating-point numbers.
+    /// Adds floating-point numbers.
     pub(crate) fn floats<const N: usize>(mut self, values: [f64; N]) -> Self {
-        self.words.extend(values.map(f64::to_bits));
+        self.arguments.extend(values.map(f64::to_bits));
         self
     }
 
-    /// A null pointer.
+    /// Adds a null pointer.
     pub(crate) fn null(self) -> Self {
         self.int(0)
     }
 
-    /// Memory that the kernel reads.
+    /// Adds memory that the kernel reads.
     pub(crate) fn read<T: Element>(mut self, from: CudaSlice<'_, T>) -> Self {
-        self.uses(from.owner);
-        self.words.push(from.address);
+        self.add_owner(from.owner);
+        self.arguments.push(from.address);
         self
     }
 
-    /// Memory that the kernel reads, or a null pointer.
+    /// Adds memory that the kernel reads, or a null pointer.
     pub(crate) fn read_if<T: Element>(self, from: Option<CudaSlice<'_, T>>) -> Self {
         match from {
             Some(from) => self.read(from),
@@ -100,14 +108,14 @@ impl Launch<'_> {
         }
     }
 
-    /// Memory that the kernel writes.
+    /// Adds memory that the kernel writes.
     pub(crate) fn write<T: Element>(mut self, to: &CudaSliceMut<'_, T>) -> Self {
-        self.uses(to.owner);
-        self.words.push(to.address);
+        self.add_owner(to.owner);
+        self.arguments.push(to.address);
         self
     }
 
-    /// Memory that the kernel writes, or a null pointer.
+    /// Adds memory that the kernel writes, or a null pointer.
     pub(crate) fn write_if<T: Element>(self, to: Option<&CudaSliceMut<'_, T>>) -> Self {
         match to {
             Some(to) => self.write(to),
@@ -115,13 +123,13 @@ impl Launch<'_> {
         }
     }
 
-    /// Small tables that the kernel reads: see [`Cuda::table`].
+    /// Adds a small table that the kernel reads: see [`Cuda::table`].
     pub(crate) fn table(mut self, table: &super::Table) -> Self {
-        self.words.push(table.address());
+        self.arguments.push(table.address());
         self
     }
 
-    /// Such a table, or a null pointer.
+    /// Adds such a table, or a null pointer.
     pub(crate) fn table_if(self, table: Option<&super::Table>) -> Self {
         match table {
             Some(table) => self.table(table),
@@ -129,22 +137,22 @@ impl Launch<'_> {
         }
     }
 
-    fn uses(&mut self, owner: &Rc<Handle>) {
+    fn add_owner(&mut self, owner: &Rc<Handle>) {
         let known = self.others.iter().any(|other| Rc::ptr_eq(other, owner));
         if !Rc::ptr_eq(owner, &self.cuda.0) && !known {
             self.others.push(Rc::clone(owner));
         }
     }
 
-    /// Puts the kernel behind what was asked of the device before.
+    /// Launches the kernel on the handle's stream.
     ///
     /// # Safety
-    /// The arguments are those of the kernel, in number, order and kind, and it stays inside the views that were given. Those
-    /// that it writes are borrowed exclusively.
+    /// The arguments are those of the kernel, in number, order and type, and it stays inside the
+    /// given views. Those that it writes are borrowed exclusively.
     ///
     /// # Errors
-    /// When the kernel is not there for the elements, memory of another GPU is used, or the driver
-    /// refuses.
+    /// When the kernel is not compiled for the elements, an argument is memory of another GPU, or
+    /// the driver refuses.
     #[allow(unsafe_code)]
     pub(crate) unsafe fn run(mut self, grid: Grid) -> Result<()> {
         if grid.blocks.contains(&0) {
@@ -165,15 +173,16 @@ impl Launch<'_> {
         let shared = number("bytes of shared memory", grid.shared)?;
         handle.context.make_current()?;
         let function = handle.context.function(self.kernel, self.elements.0, self.elements.1)?;
-        if self.words.len() > ARGUMENTS {
-            let reason = format!("{} arguments, of {ARGUMENTS} at most", self.words.len());
+        if self.arguments.len() > MAX_ARGUMENTS {
+            let reason = format!("{} arguments, of {MAX_ARGUMENTS} at most", self.arguments.len());
             return Err(Error::internal(self.kernel.family(), reason));
         }
-        let mut pointers = [std::ptr::null_mut::<c_void>(); ARGUMENTS];
-        pointers.iter_mut().zip(&mut self.words).for_each(|(to, word)| *to = (word as *mut u64).cast());
+        let mut pointers = [std::ptr::null_mut::<c_void>(); MAX_ARGUMENTS];
+        pointers.iter_mut().zip(&mut self.arguments).for_each(|(to, value)| *to = (value as *mut u64).cast());
         self.cuda.joins(&self.others, || {
-            // SAFETY: every pointer is that of a word that lives until the call returns, by when the driver has copied it; the
-            // rest is the caller's promise. Function and stream are of the current context.
+            // SAFETY: every pointer is that of an argument that lives until the call returns, by
+            // when the driver has copied it; function and stream are of the current context; the
+            // rest is the caller's promise.
             let code = unsafe {
                 sys::cuLaunchKernel(
                     function,

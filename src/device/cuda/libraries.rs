@@ -1,47 +1,43 @@
-//! Finding NVIDIA's libraries before the first call into them.
+//! Finds and loads NVIDIA's libraries before the first call into them.
 //!
-//! Each library is looked for here, also where pip and conda put it, and every function that is
-//! used is asked for once: what is missing becomes an [`Error`] that says what was tried. The
-//! driver's functions are called by way of bindings, which look on the loader's path alone and
-//! panic where something is missing; NVRTC's and cuBLASLt's by way of tables, from the file found
-//! here.
+//! Searches for each library, in the folders of pip and conda too, and looks up every function in
+//! use once. If something is missing, the [`Error`] lists the searched places. The driver's
+//! functions are called by bindings, which search only the loader's path and panic if something is
+//! missing. NVRTC's and cuBLASLt's are called by tables of functions, from the file found here.
 
-use super::status::{compiler, driver};
 use crate::error::{Error, Result};
 use cudarc::{
     cublaslt::sys::{self as lt, cublasStatus_t},
-    driver::sys::{CUfunction, CUresult, cuDriverGetVersion},
     nvrtc::sys::{nvrtcProgram, nvrtcResult},
 };
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use std::{
     ffi::{c_char, c_int, c_void},
-    fmt,
     path::{Path, PathBuf},
     sync::OnceLock,
 };
 
 /// A library, and what is needed of it.
-struct Needed {
+pub(super) struct Needed {
     /// Its name in messages.
-    name: &'static str,
-    /// File names, the best first.
+    pub(super) name: &'static str,
+    /// File names, the preferred first.
     files: &'static [&'static str],
-    /// How the names of files begin that it opens by itself, and does not find where it is if the loader does not.
-    parts: Option<&'static str>,
-    /// Where pip's packages have it, below `site-packages`.
+    /// The prefix of the names of files that the library itself opens, on the loader's path only.
+    dependencies: Option<&'static str>,
+    /// The folders of pip's packages, below `site-packages`.
     pip: &'static [&'static str],
-    /// The functions that are called.
+    /// The functions in use.
     functions: &'static [&'static str],
-    /// What a user can do about it.
+    /// What a user can do if it is missing.
     advice: &'static str,
 }
 
 /// The driver, which comes with the GPU's kernel module and never from pip.
-const DRIVER: Needed = Needed {
+pub(super) const DRIVER: Needed = Needed {
     name: "the CUDA driver",
     files: &["libcuda.so", "libcuda.so.1"],
-    parts: None,
+    dependencies: None,
     pip: &[],
     functions: &[
         "cuInit",
@@ -80,7 +76,7 @@ const DRIVER: Needed = Needed {
     advice: "a driver for CUDA 12 or later is needed",
 };
 
-/// Declares a table of functions: their names here, there, and their types.
+/// Declares a table of functions: field name, symbol and type.
 macro_rules! table {
     ($(#[$doc:meta])* $table:ident { $($field:ident: $name:literal ($($argument:ty),*) $(-> $result:ty)?;)* }) => {
         $(#[$doc])*
@@ -91,7 +87,8 @@ macro_rules! table {
         impl $table {
             const NAMES: &[&str] = &[$($name),*];
 
-            /// The functions of a library, which stays loaded. It has them all.
+            /// Looks up the functions of a library, which stays loaded. `Needed::open` checked
+            /// that it has all of them.
             fn of(library: Library) -> Result<Self> {
                 let missing = |error: libloading::Error| Error::invalid(stringify!($table), error.to_string());
                 // SAFETY: the types are those that NVIDIA's headers declare for these names,
@@ -166,37 +163,37 @@ table! {
     }
 }
 
-const NVRTC: Needed = Needed {
+pub(super) const NVRTC: Needed = Needed {
     name: "NVRTC",
     files: &["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"],
-    parts: Some("libnvrtc-builtins.so"),
+    dependencies: Some("libnvrtc-builtins.so"),
     pip: &["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"],
     functions: Nvrtc::NAMES,
     advice: "install CUDA 12 or later, or pip's nvidia-cuda-nvrtc",
 };
 
-const CUBLAS_LT: Needed = Needed {
+pub(super) const CUBLAS_LT: Needed = Needed {
     name: "cuBLASLt",
     files: &["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"],
-    parts: None,
+    dependencies: None,
     pip: &["nvidia/cu13/lib", "nvidia/cublas/lib"],
     functions: CublasLt::NAMES,
     advice: "install CUDA 12 or later, or pip's nvidia-cublas",
 };
 
-/// The variable that names a folder in which all libraries are looked for first.
+/// The variable that names a folder, which is searched first for all libraries.
 pub(crate) const FOLDER: &str = "SHARDWISE_CUDA_LIBRARIES";
 
-/// The driver's library, which the bindings to it will find too.
+/// Returns the driver's library, which the bindings find too.
 pub(super) fn cuda() -> Result<&'static Library> {
     static FOUND: OnceLock<Result<Library>> = OnceLock::new();
     FOUND
-        .get_or_init(|| DRIVER.open().and_then(|found| DRIVER.is_bound(found)))
+        .get_or_init(|| DRIVER.open().and_then(|found| DRIVER.check_bound(found)))
         .as_ref()
         .map_err(Error::clone)
 }
 
-/// NVRTC's functions.
+/// Returns NVRTC's functions.
 pub(super) fn nvrtc() -> Result<&'static Nvrtc> {
     static FOUND: OnceLock<Result<Nvrtc>> = OnceLock::new();
     FOUND
@@ -205,7 +202,7 @@ pub(super) fn nvrtc() -> Result<&'static Nvrtc> {
         .map_err(Error::clone)
 }
 
-/// cuBLASLt's functions.
+/// Returns cuBLASLt's functions.
 pub(super) fn cublas_lt() -> Result<&'static CublasLt> {
     static FOUND: OnceLock<Result<CublasLt>> = OnceLock::new();
     FOUND
@@ -214,97 +211,13 @@ pub(super) fn cublas_lt() -> Result<&'static CublasLt> {
         .map_err(Error::clone)
 }
 
-/// A library that this process has loaded.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Version {
-    /// What it is.
-    pub library: &'static str,
-    /// Its version, by its own account. The driver's is that of the CUDA it is for.
-    pub version: String,
-    /// Its file.
-    pub path: PathBuf,
-}
-
-impl fmt::Display for Version {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} ({})", self.library, self.version, self.path.display())
-    }
-}
-
-/// The driver, NVRTC and cuBLASLt, loaded if they were not. NCCL's is [`crate::comm::nccl`]'s to
-/// say.
-pub fn versions() -> [Result<Version>; 3] {
-    let of = |library, version, address: *const c_void| {
-        let path = file_at(address as usize).unwrap_or_default();
-        Version { library, version, path }
-    };
-    let driver = || {
-        let mut version = 0;
-        let library = cuda()?;
-        // SAFETY: the function is there, and `version` is a place for an int; the symbol is only
-        // looked up.
-        #[allow(unsafe_code)]
-        let address = unsafe {
-            driver("cuDriverGetVersion", cuDriverGetVersion(&mut version))?;
-            library.get::<*const c_void>(b"cuDriverGetVersion").map(|symbol| symbol.as_raw_ptr().cast_const())
-        };
-        let version = format!("{}.{}", version / 1000, version % 1000 / 10);
-        Ok(of(DRIVER.name, version, address.unwrap_or(std::ptr::null())))
-    };
-    let compiler = || {
-        let (nvrtc, mut major, mut minor) = (nvrtc()?, 0, 0);
-        // SAFETY: both are places for an int.
-        #[allow(unsafe_code)]
-        compiler("nvrtcVersion", unsafe { (nvrtc.version)(&mut major, &mut minor) })?;
-        Ok(of(NVRTC.name, format!("{major}.{minor}"), nvrtc.version as *const c_void))
-    };
-    let products = || {
-        let lt = cublas_lt()?;
-        // SAFETY: it takes nothing.
-        #[allow(unsafe_code)]
-        let version = unsafe { (lt.version)() };
-        let version = format!("{}.{}.{}", version / 10_000, version % 10_000 / 100, version % 100);
-        Ok(of(CUBLAS_LT.name, version, lt.version as *const c_void))
-    };
-    [driver(), compiler(), products()]
-}
-
-/// The file that is mapped at an address of this process.
-pub(crate) fn file_at(address: usize) -> Option<PathBuf> {
-    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    maps.lines().find_map(|line| {
-        let (range, rest) = line.split_once(' ')?;
-        let (start, end) = range.split_once('-')?;
-        let [start, end] = [start, end].map(|number| usize::from_str_radix(number, 16).ok());
-        let inside = (start?..end?).contains(&address);
-        inside.then(|| rest.find('/').map(|at| PathBuf::from(&rest[at..])))?
-    })
-}
-
-/// Loads a function that a driver which loads lazily has only found. Drivers before CUDA 12.4 load
-/// it when they find it, and have no call for this.
-pub(super) fn load_function(function: CUfunction) -> Result<()> {
-    type Load = unsafe extern "C" fn(CUfunction) -> CUresult;
-    static LOAD: OnceLock<Option<Load>> = OnceLock::new();
-    let library = cuda()?;
-    // SAFETY: the type is that of `cuFuncLoad` in `cuda.h`; the driver is never unloaded.
-    #[allow(unsafe_code)]
-    let load = *LOAD.get_or_init(|| unsafe { library.get::<Load>(b"cuFuncLoad").ok().map(|load| *load) });
-    match load {
-        // SAFETY: the function was found in a loaded module; a context is current.
-        #[allow(unsafe_code)]
-        Some(load) => driver("cuFuncLoad", unsafe { load(function) }),
-        None => Ok(()),
-    }
-}
-
 impl Needed {
-    /// The library, which has all functions, and where it was found.
+    /// Returns the library, which has all functions, and its file.
     fn open(&self) -> Result<(Library, PathBuf)> {
         let mut tried = Vec::new();
         for place in self.places() {
-            // SAFETY: NVIDIA's libraries have initializers without preconditions; what is loaded is what the user's paths
-            // name as such a library.
+            // SAFETY: the initializers of NVIDIA's libraries have no preconditions; the file is one
+            // that the user's paths name as such a library.
             #[allow(unsafe_code)]
             let library = match unsafe { Library::open(Some(&place), RTLD_NOW | RTLD_LOCAL) } {
                 Ok(library) => library,
@@ -322,7 +235,7 @@ impl Needed {
                     return Err(Error::Unsupported { op: self.name, reason });
                 }
             }
-            self.load_parts(&place);
+            self.load_dependencies(&place);
             return Ok((library, place));
         }
         let reason = format!(
@@ -333,9 +246,9 @@ impl Needed {
         Err(Error::Unsupported { op: self.name, reason })
     }
 
-    /// The library, if the bindings get the same: they ask the loader, which knows a library by the
-    /// name in it once it is loaded.
-    fn is_bound(&self, (library, place): (Library, PathBuf)) -> Result<Library> {
+    /// Returns the library, if the bindings load the same one. They ask the loader, which knows a
+    /// loaded library by its soname.
+    fn check_bound(&self, (library, place): (Library, PathBuf)) -> Result<Library> {
         let function = self.functions.first().copied().unwrap_or_default();
         // SAFETY: the symbol is only looked up.
         #[allow(unsafe_code)]
@@ -356,25 +269,26 @@ impl Needed {
         Err(Error::Unsupported { op: self.name, reason })
     }
 
-    /// Loads the parts that lie beside the library: once they are loaded, the loader knows them by their names.
-    fn load_parts(&self, place: &Path) {
-        let Some(parts) = self.parts else { return };
+    /// Loads the dependencies in the library's folder. Once they are loaded, the loader knows them
+    /// by name.
+    fn load_dependencies(&self, place: &Path) {
+        let Some(prefix) = self.dependencies else { return };
         let folder = place.parent().filter(|folder| !folder.as_os_str().is_empty());
         let files = folder.and_then(|folder| folder.read_dir().ok()).into_iter().flatten().flatten();
-        for file in files.filter(|file| file.file_name().to_string_lossy().starts_with(parts)) {
-            // SAFETY: as in `open`. What fails here, the library itself will say.
+        for file in files.filter(|file| file.file_name().to_string_lossy().starts_with(prefix)) {
+            // SAFETY: as in `open`. If this fails, the library itself reports it at its use.
             #[allow(unsafe_code)]
-            if let Ok(part) = unsafe { Library::open(Some(file.path()), RTLD_NOW | RTLD_LOCAL) } {
-                std::mem::forget(part);
+            if let Ok(dependency) = unsafe { Library::open(Some(file.path()), RTLD_NOW | RTLD_LOCAL) } {
+                std::mem::forget(dependency);
             }
         }
     }
 
-    /// Where the library may be: in the folder that the user names; on the loader's path; where pip and conda put it; in a toolkit.
+    /// Returns where the library may be: in the folder that the user names, on the loader's path,
+    /// where pip and conda install it, and in a toolkit.
     ///
-    /// The folders of `LD_LIBRARY_PATH` are looked into one by one: pip's packages have versioned
-    /// names alone, and a toolkit that the loader knows besides would have the name without a
-    /// version.
+    /// Searches the folders of `LD_LIBRARY_PATH` one by one: pip's packages have only versioned
+    /// file names, but a toolkit elsewhere on the loader's path also has the unversioned one.
     fn places(&self) -> Vec<PathBuf> {
         let in_folder = |folder: &Path| {
             self.files.iter().map(|file| folder.join(file)).filter(|path| path.exists()).collect::<Vec<_>>()
@@ -399,7 +313,7 @@ impl Needed {
     }
 }
 
-/// The `lib` folders of the Python environments at hand: the active one, the user's, the system's.
+/// Returns the `lib` folders of the Python environments: the active one, the user's, the system's.
 pub(crate) fn python_folders() -> impl Iterator<Item = PathBuf> {
     let active = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
     let user = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local"));
@@ -407,7 +321,7 @@ pub(crate) fn python_folders() -> impl Iterator<Item = PathBuf> {
     active.chain(user).chain(system).map(|prefix| prefix.join("lib"))
 }
 
-/// Where the packages of the Pythons of such a folder are.
+/// Returns the package folders of the Pythons in such a folder.
 pub(crate) fn sites(lib: &Path) -> impl Iterator<Item = PathBuf> {
     let named =
         |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("python"));
@@ -420,11 +334,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_library_is_an_error_that_says_where_it_was_looked_for() {
+    fn a_missing_library_is_an_error_that_lists_the_searched_places() {
         const NOTHING: Needed = Needed {
             name: "nothing",
             files: &["libshardwise-nothing.so"],
-            parts: None,
+            dependencies: None,
             pip: &["nvidia/nothing/lib"],
             functions: &[],
             advice: "install nothing",
@@ -435,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn packages_of_every_python_of_a_folder_are_looked_into() {
+    fn packages_of_every_python_of_a_folder_are_searched() {
         let lib = tempfile::tempdir().unwrap();
         let site = lib.path().join("python3.11/site-packages");
         std::fs::create_dir_all(site.join("nvidia/cu13/lib")).unwrap();
@@ -450,7 +364,7 @@ mod tests {
         const OLD: Needed = Needed {
             name: "an old library",
             files: &["libc.so.6"],
-            parts: None,
+            dependencies: None,
             pip: &[],
             functions: &["malloc", "no_such_function"],
             advice: "a newer one is needed",

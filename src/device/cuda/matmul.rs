@@ -1,6 +1,6 @@
-//! Matrix products by cuBLASLt: one plan a shape, found once by its heuristics and kept.
+//! Matrix products by cuBLASLt: one cached plan for each shape, selected by its heuristics.
 //!
-//! Matrices are column-major here, as cuBLASLt's are; `kernels/gemm/cuda.rs` brings row-major ones into that form.
+//! Matrices are column-major here, as in cuBLASLt; `kernels/gemm/cuda.rs` converts row-major ones.
 
 use super::{
     Cuda,
@@ -33,25 +33,26 @@ pub(crate) struct Layout {
     pub(crate) stride: usize,
 }
 
-/// What becomes of a product, a column-major matrix, beside being stored.
+/// An operation fused with a product, a column-major matrix D.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Epilogue {
     /// Nothing.
     None,
-    /// A number a row is added.
+    /// Adds a bias, one number for each row.
     Bias,
-    /// A number a row is added; the sum is stored elsewhere, and its gelu (by tanh) here.
+    /// Adds a bias, one number for each row, stores the sum in an auxiliary matrix, and its GELU
+    /// (tanh) in D.
     BiasGelu(Saved),
-    /// It is multiplied with the slope of gelu at what was stored then.
+    /// Multiplies by the derivative of GELU at the auxiliary matrix of `BiasGelu`.
     GeluSlope(Saved),
-    /// The sums of B's columns, as it is multiplied, are stored elsewhere.
+    /// Also stores the sum of each column of op(B): the bias gradient.
     ColumnSums,
 }
 
-/// A column-major matrix beside D: elements from one column to the next.
+/// The leading dimension of the auxiliary matrix, which is column-major.
 pub(crate) type Saved = usize;
 
-/// D ← α op(A) op(B) + β D, for every member of a batch; what an epilogue makes of it.
+/// D ← epilogue(α op(A) op(B) + β D), for every matrix of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Matmul {
     /// The element of A and B.
@@ -60,7 +61,7 @@ pub(crate) struct Matmul {
     pub(crate) output: DType,
     /// Whether A is transposed first.
     pub(crate) transpose_a: bool,
-    /// Whether B is.
+    /// Whether B is transposed first.
     pub(crate) transpose_b: bool,
     pub(crate) a: Layout,
     pub(crate) b: Layout,
@@ -69,38 +70,38 @@ pub(crate) struct Matmul {
     pub(crate) epilogue: Epilogue,
 }
 
-/// Where the operands are.
+/// The addresses of the operands.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Operands {
     pub(crate) a: u64,
     pub(crate) b: u64,
     pub(crate) d: u64,
-    /// The epilogue's numbers a row or sums, if it has some.
+    /// The epilogue's bias or sums; 0 if none.
     pub(crate) vector: u64,
-    /// The epilogue's matrix, if it has one.
+    /// The epilogue's auxiliary matrix; 0 if none.
     pub(crate) saved: u64,
 }
 
-/// cuBLASLt for one stream: its handle, workspace and plans. Handles are not destroyed, for which
+/// cuBLASLt for one stream: its handle, workspace and plans. Handles are never destroyed, since
 /// cuBLASLt would wait for the device, but kept for the next stream.
 pub(crate) struct Lt {
     api: &'static CublasLt,
     handle: cublasLtHandle_t,
     context: &'static Context,
-    /// None where cuBLASLt has no way.
+    /// None if cuBLASLt does not support the product with its epilogue.
     plans: RefCell<HashMap<Key, Option<Rc<Plan>>>>,
     workspace: RefCell<Option<StreamMemory>>,
 }
 
-/// What a plan depends on: the product, whether f32 keeps all its bits, and how A, B and D are
-/// aligned, in bytes.
+/// The key of a plan: the product, whether f32 keeps all its bits (no TF32), and the alignments of
+/// A, B and D in bytes.
 type Key = (Matmul, bool, [u32; 3]);
 
-/// How many plans are kept. A server that sees ever new lengths makes ever new plans; they are all
-/// forgotten then.
-const PLANS: usize = 1024;
+/// The largest number of cached plans. Beyond it the cache is cleared: a server that receives new
+/// lengths forever makes new plans forever.
+const MAX_PLANS: usize = 1024;
 
-/// What an algorithm may ask for: NVIDIA's advice for Hopper, and enough for others.
+/// The largest workspace in bytes: NVIDIA's recommendation for Hopper, and enough for other GPUs.
 const WORKSPACE: usize = 32 << 20;
 
 impl Lt {
@@ -113,7 +114,7 @@ impl Lt {
             None => {
                 context.make_current()?;
                 let mut handle = std::ptr::null_mut();
-                // SAFETY: `handle` is a place for one.
+                // SAFETY: `handle` is valid for writing a handle.
                 #[allow(unsafe_code)]
                 cublas_lt("cublasLtCreate", unsafe { (api.create)(&mut handle) })?;
                 handle
@@ -122,12 +123,12 @@ impl Lt {
         Ok(Self { api, handle, context, plans: RefCell::default(), workspace: RefCell::default() })
     }
 
-    /// Asks the stream for a product. Returns whether cuBLASLt has a way to compute it with its epilogue: if not, nothing was
-    /// done. Without an epilogue that is an error.
+    /// Launches a product. Returns whether cuBLASLt supports it with its epilogue; if not, nothing
+    /// was launched. Without an epilogue that is an error.
     ///
     /// # Safety
-    /// The operands lie where they are said to, in full, in memory that the caller has ordered the stream with; what is written
-    /// is borrowed exclusively.
+    /// The operands are at their addresses, complete, in memory that the caller has ordered with
+    /// the stream. Those that are written are borrowed exclusively.
     #[allow(unsafe_code)]
     pub(crate) unsafe fn run(
         &self,
@@ -139,7 +140,7 @@ impl Lt {
     ) -> Result<bool> {
         cuda.0.context.make_current()?;
         let alignment = |address: u64| 1 << address.trailing_zeros().min(8);
-        // What the epilogue loads and stores with D has to be aligned as D is.
+        // The epilogue's operands need the alignment of D.
         let aligned = [at.a, at.b, at.d | at.vector | at.saved].map(alignment);
         let key = (*product, cuda.is_exact(), aligned);
         let Some(plan) = self.plan(&key, &at)? else { return Ok(false) };
@@ -156,9 +157,10 @@ impl Lt {
             DType::F64 => [(&raw const wide[0]).cast(), (&raw const wide[1]).cast()],
             _ => [(&raw const narrow[0]).cast(), (&raw const narrow[1]).cast()],
         };
-        plan.point(&at)?;
-        // SAFETY: the plan was made for these layouts, its descriptors live, α and β are of the scale type and live until the
-        // call returns, the workspace has as many bytes as are stated; the operands are the caller's promise.
+        plan.set_pointers(&at)?;
+        // SAFETY: the plan was made for these layouts, and its descriptors are live; α and β are of
+        // the scale type and live until the call returns; the workspace has the stated bytes; the
+        // operands are the caller's promise.
         let code = unsafe {
             (self.api.matmul)(
                 self.handle,
@@ -180,14 +182,14 @@ impl Lt {
             )
         };
         if code == cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED && product.epilogue != Epilogue::None {
-            // The heuristics have promised too much.
+            // The heuristics had claimed support.
             self.plans.borrow_mut().insert(key, None);
             return Ok(false);
         }
         cublas_lt("cublasLtMatmul", code).map(|()| true)
     }
 
-    /// The plan for a product, whose operands are aligned as these are; none if there is no way.
+    /// Returns the plan of a key; none if cuBLASLt does not support the product with its epilogue.
     fn plan(&self, key: &Key, at: &Operands) -> Result<Option<Rc<Plan>>> {
         let mut plans = self.plans.borrow_mut();
         if let Some(plan) = plans.get(key) {
@@ -195,13 +197,13 @@ impl Lt {
         }
         let plan = match Plan::new(self.api, self.handle, key, at) {
             Ok(plan) => Some(Rc::new(plan)),
-            // Which epilogues there are for which elements and layouts differs from version to version.
+            // Which epilogues support which elements and layouts depends on cuBLASLt's version.
             Err(Error::Unsupported { .. } | Error::Library { .. }) if key.0.epilogue != Epilogue::None => {
                 None
             }
             Err(error) => return Err(error),
         };
-        if plans.len() >= PLANS {
+        if plans.len() >= MAX_PLANS {
             plans.clear();
         }
         plans.insert(*key, plan.clone());
@@ -215,7 +217,7 @@ impl Drop for Lt {
     }
 }
 
-/// Descriptors, and the algorithm for them.
+/// Descriptors and their algorithm.
 struct Plan {
     api: &'static CublasLt,
     desc: cublasLtMatmulDesc_t,
@@ -249,7 +251,7 @@ impl Plan {
             algorithm: none,
             workspace: 0,
         };
-        // SAFETY: `desc` is a place for a descriptor.
+        // SAFETY: `desc` is valid for writing a descriptor.
         #[allow(unsafe_code)]
         let code = unsafe { (api.desc_create)(&mut plan.desc, compute, scale) };
         cublas_lt("cublasLtMatmulDescCreate", code)?;
@@ -268,18 +270,24 @@ impl Plan {
         if let Some(leading) = saved {
             plan.set(DescIs::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, leading as i64)?;
         }
-        plan.point(at)?;
+        plan.set_pointers(at)?;
         plan.a = layout(api, product.inputs, &product.a, product.batch)?;
         plan.b = layout(api, product.inputs, &product.b, product.batch)?;
         plan.d = layout(api, product.output, &product.d, product.batch)?;
-        plan.choose(handle, product, *aligned)?;
+        plan.select_algorithm(handle, product, *aligned)?;
         Ok(plan)
     }
 
-    fn choose(&mut self, handle: cublasLtHandle_t, product: &Matmul, aligned: [u32; 3]) -> Result<()> {
+    fn select_algorithm(
+        &mut self,
+        handle: cublasLtHandle_t,
+        product: &Matmul,
+        aligned: [u32; 3],
+    ) -> Result<()> {
         let preference = Preference::new(self.api)?;
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE)?;
-        // Partial sums are kept in the accumulator, and added in a fixed order.
+        // CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE: partial sums stay in the accumulator, and are
+        // added in a fixed order.
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, 2_u32)?;
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, aligned[0])?;
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, aligned[1])?;
@@ -293,7 +301,7 @@ impl Plan {
             reserved: [0; 4],
         };
         let (mut found, mut count) = ([none; 8], 0);
-        // SAFETY: the descriptors live, and there is room for as many results as are asked for.
+        // SAFETY: the descriptors are live, and `found` has room for the requested results.
         #[allow(unsafe_code)]
         let code = unsafe {
             (self.api.heuristic)(
@@ -310,7 +318,7 @@ impl Plan {
             )
         };
         cublas_lt("cublasLtMatmulAlgoGetHeuristic", code)?;
-        // The best comes first, and each says whether it is of use at all.
+        // Sorted by estimated time; each has a state, which says whether it is usable.
         let found = found.iter().take(usize::try_from(count).unwrap_or(0));
         let best = found.into_iter().find(|found| found.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS);
         let Some(best) = best else {
@@ -321,8 +329,8 @@ impl Plan {
         Ok(())
     }
 
-    /// Tells where the epilogue's operands are.
-    fn point(&self, at: &Operands) -> Result<()> {
+    /// Sets the addresses of the epilogue's operands.
+    fn set_pointers(&self, at: &Operands) -> Result<()> {
         if at.vector != 0 {
             self.set(DescIs::CUBLASLT_MATMUL_DESC_BIAS_POINTER, at.vector)?;
         }
@@ -333,7 +341,7 @@ impl Plan {
     }
 
     fn set<V: Copy>(&self, attribute: DescIs, value: V) -> Result<()> {
-        // SAFETY: the descriptor lives, and the value has the size that is stated; it is copied.
+        // SAFETY: the descriptor is live, and the value has the stated size; cuBLASLt copies it.
         #[allow(unsafe_code)]
         let code =
             unsafe { (self.api.desc_set)(self.desc, attribute, (&raw const value).cast(), size_of::<V>()) };
@@ -343,7 +351,8 @@ impl Plan {
 
 impl Drop for Plan {
     fn drop(&mut self) {
-        // SAFETY: what is not null was created, and is not used again; cuBLASLt has copied what launches need.
+        // SAFETY: a descriptor that is not null was created, and is not used again; launches have
+        // copied it.
         #[allow(unsafe_code)]
         unsafe {
             for layout in [self.a, self.b, self.d].into_iter().filter(|layout| !layout.is_null()) {
@@ -365,7 +374,7 @@ fn layout(api: &CublasLt, dtype: DType, layout: &Layout, batch: usize) -> Result
     };
     let count = i32::try_from(batch).map_err(|_| Error::invalid("gemm", format!("a batch of {batch}")))?;
     let mut handle = std::ptr::null_mut();
-    // SAFETY: `handle` is a place for a layout.
+    // SAFETY: `handle` is valid for writing a layout.
     #[allow(unsafe_code)]
     let code = unsafe {
         (api.layout_create)(&mut handle, dtype, layout.rows as u64, layout.cols as u64, layout.leading as i64)
@@ -373,7 +382,7 @@ fn layout(api: &CublasLt, dtype: DType, layout: &Layout, batch: usize) -> Result
     cublas_lt("cublasLtMatrixLayoutCreate", code)?;
     if batch > 1 {
         let stride = layout.stride as i64;
-        // SAFETY: the layout lives, and the values have the sizes that are stated; they are copied.
+        // SAFETY: the layout is live, and the values have the stated sizes; cuBLASLt copies them.
         #[allow(unsafe_code)]
         unsafe {
             let set = |attribute, value, size| {
@@ -395,14 +404,14 @@ struct Preference {
 impl Preference {
     fn new(api: &'static CublasLt) -> Result<Self> {
         let mut handle = std::ptr::null_mut();
-        // SAFETY: `handle` is a place for a preference.
+        // SAFETY: `handle` is valid for writing a preference.
         #[allow(unsafe_code)]
         cublas_lt("cublasLtMatmulPreferenceCreate", unsafe { (api.preference_create)(&mut handle) })?;
         Ok(Self { api, handle })
     }
 
     fn set<V: Copy>(&self, attribute: PreferenceIs, value: V) -> Result<()> {
-        // SAFETY: the preference lives, and the value has the size that is stated; it is copied.
+        // SAFETY: the preference is live, and the value has the stated size; cuBLASLt copies it.
         #[allow(unsafe_code)]
         let code = unsafe {
             (self.api.preference_set)(self.handle, attribute, (&raw const value).cast(), size_of::<V>())

@@ -1,6 +1,6 @@
-//! The device's memory: buffers, views of them, and host memory that the device can reach.
+//! Device memory: buffers, views of them, and pinned host memory.
 
-use super::{Cuda, Handle, context::Context, lock, status::driver, stream::Mark};
+use super::{Cuda, Handle, context::Context, lock, status::driver, stream::Event};
 use crate::{
     device::Element,
     error::{Error, Result},
@@ -8,7 +8,8 @@ use crate::{
 use cudarc::driver::sys::{self, CUdeviceptr, CUstream};
 use std::{fmt, marker::PhantomData, ops::Range, rc::Rc};
 
-/// Memory of the device, taken from and given back to its pool in the order of its handle's stream.
+/// Device memory, allocated from and freed to the device's pool in the order of its handle's
+/// stream.
 pub struct CudaBuffer<T: Element> {
     address: CUdeviceptr,
     len: usize,
@@ -23,17 +24,18 @@ impl<T: Element> CudaBuffer<T> {
         let size = size_of::<T>();
         let bytes = len.checked_mul(size).ok_or(Error::Memory { len, size })?;
         let mut buffer = Self { address: 0, len, owner: Rc::clone(owner), element: PhantomData };
-        // Counted before anything can fail: the buffer is dropped then.
-        owner.memory.taken(bytes);
+        // Counted before an allocation can fail: dropping the buffer subtracts it again.
+        owner.memory.add(bytes);
         if bytes > 0 {
-            // SAFETY: `address` is a place for one; the stream is of the current context.
+            // SAFETY: `address` is valid for writing an address; the stream is of the current
+            // context.
             #[allow(unsafe_code)]
             let code = unsafe { sys::cuMemAllocAsync(&mut buffer.address, bytes, owner.stream.handle) };
             driver("cuMemAllocAsync", code)?;
         }
         if bytes > 0 && owner.poison {
             // All bits set is NaN in every element.
-            // SAFETY: the address is that of as many bytes, available to what the stream does from here on.
+            // SAFETY: the allocation has `bytes` bytes, which later work of the stream may use.
             #[allow(unsafe_code)]
             let code = unsafe { sys::cuMemsetD8Async(buffer.address, 0xff, bytes, owner.stream.handle) };
             driver("cuMemsetD8Async", code)?;
@@ -52,10 +54,11 @@ impl<T: Element> CudaBuffer<T> {
 
 impl<T: Element> Drop for CudaBuffer<T> {
     fn drop(&mut self) {
-        self.owner.memory.given_back(self.len * size_of::<T>());
+        self.owner.memory.subtract(self.len * size_of::<T>());
         if self.address != 0 && self.owner.context.make_current().is_ok() {
-            // SAFETY: the memory came from `cuMemAllocAsync`; what was asked of the stream before may still use it, and the
-            // pool waits for that. What other handles do with it, their launches have put before this (`Cuda::joins`).
+            // SAFETY: the memory came from `cuMemAllocAsync`. Earlier work of the stream may still
+            // use it, and the pool waits for that. `Cuda::joins` has ordered the work of other
+            // handles that use it before this.
             #[allow(unsafe_code)]
             let _ = unsafe { sys::cuMemFreeAsync(self.address, self.owner.stream.handle) };
         }
@@ -68,8 +71,8 @@ impl<T: Element> fmt::Debug for CudaBuffer<T> {
     }
 }
 
-/// Memory for the work of one stream, held by the handle of the stream. A buffer would hold the
-/// handle that holds it.
+/// Memory for the work of one stream, owned by the stream's handle. It does not reference the
+/// handle, as a buffer would: that would be a reference cycle.
 pub(super) struct StreamMemory {
     address: CUdeviceptr,
     bytes: usize,
@@ -78,11 +81,12 @@ pub(super) struct StreamMemory {
 }
 
 impl StreamMemory {
-    /// So many bytes; at least one, so that they have an address. The handle's context is current.
+    /// Allocates memory, at least one byte, so that it has an address. The handle's context is
+    /// current.
     pub(super) fn new(handle: &Handle, bytes: usize) -> Result<Self> {
         let (stream, context) = (handle.stream.handle, handle.context);
         let mut memory = Self { address: 0, bytes, stream, context };
-        // SAFETY: `address` is a place for one; the stream is of the current context.
+        // SAFETY: `address` is valid for writing an address; the stream is of the current context.
         #[allow(unsafe_code)]
         let code = unsafe { sys::cuMemAllocAsync(&mut memory.address, bytes.max(1), stream) };
         driver("cuMemAllocAsync", code)?;
@@ -101,16 +105,16 @@ impl StreamMemory {
 impl Drop for StreamMemory {
     fn drop(&mut self) {
         if self.address != 0 && self.context.make_current().is_ok() {
-            // SAFETY: the memory came from `cuMemAllocAsync` on this stream, which lives: the
-            // handle drops what it holds before its stream, and others hold the memory while they
-            // borrow the handle. The pool waits for what was asked of the stream.
+            // SAFETY: the memory came from `cuMemAllocAsync` on this stream, which is live: the
+            // handle drops its memory before its stream, and other owners of the memory borrow the
+            // handle. The pool waits for earlier work of the stream.
             #[allow(unsafe_code)]
             let _ = unsafe { sys::cuMemFreeAsync(self.address, self.stream) };
         }
     }
 }
 
-/// A shared view of a device's memory.
+/// A shared view of device memory.
 #[derive(Clone, Copy)]
 pub struct CudaSlice<'a, T: Element> {
     pub(super) address: CUdeviceptr,
@@ -120,12 +124,12 @@ pub struct CudaSlice<'a, T: Element> {
 }
 
 impl<T: Element> CudaSlice<'_, T> {
-    /// Where the view begins.
+    /// The address of the first element.
     pub(crate) fn address(&self) -> CUdeviceptr {
         self.address
     }
 
-    /// The handle that the memory came from.
+    /// The handle that allocated the memory.
     pub(crate) fn owner(&self) -> Rc<Handle> {
         Rc::clone(self.owner)
     }
@@ -136,7 +140,7 @@ impl<T: Element> CudaSlice<'_, T> {
     }
 }
 
-/// An exclusive view of a device's memory.
+/// An exclusive view of device memory.
 pub struct CudaSliceMut<'a, T: Element> {
     pub(super) address: CUdeviceptr,
     pub(super) len: usize,
@@ -145,7 +149,7 @@ pub struct CudaSliceMut<'a, T: Element> {
 }
 
 impl<T: Element> CudaSliceMut<'_, T> {
-    /// Where the view begins.
+    /// The address of the first element.
     pub(crate) fn address(&self) -> CUdeviceptr {
         self.address
     }
@@ -164,7 +168,7 @@ impl<T: Element> CudaSliceMut<'_, T> {
     }
 }
 
-/// Bytes of a slice of elements.
+/// The bytes of a slice of elements.
 pub(super) fn bytes<T: Element>(elements: &[T]) -> &[u8] {
     // SAFETY: elements are f64, f32, bf16 or f16: no padding, and every byte is initialized.
     #[allow(unsafe_code)]
@@ -173,18 +177,17 @@ pub(super) fn bytes<T: Element>(elements: &[T]) -> &[u8] {
     }
 }
 
-/// Bytes of a slice of elements, to be written.
+/// The bytes of an exclusive slice of elements.
 pub(super) fn bytes_mut<T: Element>(elements: &mut [T]) -> &mut [u8] {
-    // SAFETY: as in `bytes`; and all bits are a value of every element.
+    // SAFETY: as in `bytes`; and any bits are a valid element.
     #[allow(unsafe_code)]
     unsafe {
         std::slice::from_raw_parts_mut(elements.as_mut_ptr().cast(), size_of_val(elements))
     }
 }
 
-/// Host memory that the device reads and writes by itself, while the host goes on: two halves.
-/// Blocks are not given back to the driver, which may wait for the device then, but kept for the
-/// next handle.
+/// Pinned host memory, in two halves, which the device copies asynchronously. Never freed to the
+/// driver, which may wait for the device then, but kept for the next handle.
 struct Pinned {
     address: *mut u8,
     context: &'static Context,
@@ -198,7 +201,7 @@ impl Pinned {
         }
         context.make_current()?;
         let mut address = std::ptr::null_mut();
-        // SAFETY: `address` is a place for a pointer.
+        // SAFETY: `address` is valid for writing a pointer.
         #[allow(unsafe_code)]
         driver("cuMemAllocHost", unsafe { sys::cuMemAllocHost_v2(&mut address, 2 * HALF) })?;
         Ok(Self { address: address.cast(), context })
@@ -206,28 +209,28 @@ impl Pinned {
 }
 
 impl Drop for Pinned {
-    /// Nothing uses the memory any more: its handle's stream has finished.
+    /// Nothing uses the memory any more: the handle's stream has finished.
     fn drop(&mut self) {
         lock(&self.context.spare_pinned).push(self.address);
     }
 }
 
-/// The way between the host's memory and the device's: through pinned memory, so that a small upload does not wait for the
-/// device. Two halves are filled in turn; one is used again when the device has read it.
+/// Copies between host and device through pinned memory, so that a small upload does not wait for
+/// the device. Fills two halves in turn, and reuses one after the device has read it.
 #[derive(Default)]
 pub(super) struct Staging {
     memory: Option<Pinned>,
-    /// Where the next upload goes, in bytes.
+    /// The offset of the next upload, in bytes.
     at: usize,
-    /// Behind what the device does with each half.
-    read: [Option<Mark>; 2],
+    /// The events after the device's last copy of each half.
+    copied: [Option<Event>; 2],
 }
 
 /// The bytes of one half.
 const HALF: usize = 1 << 20;
 
 impl Staging {
-    /// The pinned memory.
+    /// Returns the pinned memory, and allocates it first if there is none.
     pub(super) fn memory(&mut self, context: &'static Context) -> Result<*mut u8> {
         if self.memory.is_none() {
             self.memory = Some(Pinned::new(context)?);
@@ -235,22 +238,23 @@ impl Staging {
         Ok(self.memory.as_ref().map_or(std::ptr::null_mut(), |memory| memory.address))
     }
 
-    /// Copies to the device, in order with its work. The destination has as many bytes.
+    /// Copies to the device, in stream order. The destination has as many bytes.
     pub(super) fn upload(&mut self, cuda: &Handle, mut from: &[u8], mut to: CUdeviceptr) -> Result<()> {
         let pinned = self.memory(cuda.context)?;
         while !from.is_empty() {
             let half = self.at / HALF;
             if self.at.is_multiple_of(HALF) {
-                // What the device still reads here is older than a whole half.
-                if let Some(mark) = &self.read[half] {
-                    cuda.wait_for(mark)?;
+                // Waits for the copy of this half's previous contents.
+                if let Some(event) = &self.copied[half] {
+                    cuda.wait_for(event)?;
                 }
-                self.read[half] = None;
+                self.copied[half] = None;
             }
             let (now, rest) = from.split_at(from.len().min(HALF - self.at % HALF));
-            // SAFETY: `at` and as many bytes behind it as are copied lie in one half of the memory, which the device is not
-            // reading: it was waited for when the half was begun, and nothing before `at` is written. The destination is as long
-            // as what is left of `from`, and borrowed exclusively by the caller.
+            // SAFETY: the `now.len()` bytes at `at` lie in one half of the memory. The device does
+            // not read them: `wait_for` above waited for the half's previous copy, and later copies
+            // of it are of bytes before `at`. The destination is as long as `now` and `rest`, and
+            // borrowed exclusively by the caller.
             #[allow(unsafe_code)]
             unsafe {
                 let place = pinned.add(self.at);
@@ -260,53 +264,54 @@ impl Staging {
             }
             from = rest;
             to += now.len() as u64;
-            // So that every upload begins at a whole word.
+            // Aligns the next upload to 16 bytes.
             self.at = (self.at + now.len()).next_multiple_of(16).min((half + 1) * HALF);
             if self.at == (half + 1) * HALF {
-                self.read[half] = Some(cuda.stream.mark()?);
+                self.copied[half] = Some(cuda.stream.record_event()?);
                 self.at %= 2 * HALF;
             }
         }
         Ok(())
     }
 
-    /// Copies from the device, and waits for it. The source has as many bytes. While the host takes
-    /// what is in one half the device fills the other.
+    /// Copies from the device, and waits for it. The source has as many bytes. While the host reads
+    /// one half, the device fills the other.
     pub(super) fn download(&mut self, cuda: &Handle, mut from: CUdeviceptr, to: &mut [u8]) -> Result<()> {
         if to.is_empty() {
             return Ok(());
         }
         let pinned = self.memory(cuda.context)?;
-        // What uploads have put there is read before the first chunk is there, which is waited for.
+        // The device has read all uploads before it writes the first chunk, which is waited for.
         self.at = 0;
-        let mut under_way: Option<(usize, &mut [u8])> = None;
+        let mut pending: Option<(usize, &mut [u8])> = None;
         for (chunk, to) in to.chunks_mut(HALF).map(Some).chain([None]).enumerate() {
             let half = chunk % 2;
             if let Some(to) = &to {
-                // SAFETY: the half has room for a chunk, and the host has taken what was in it.
-                // What was uploaded from it is read by the same stream before it is written here.
+                // SAFETY: the half has room for a chunk, and the host has read its previous chunk.
+                // The same stream reads earlier uploads from it before it writes here.
                 #[allow(unsafe_code)]
                 unsafe {
                     let place = pinned.add(half * HALF).cast();
                     let code = sys::cuMemcpyDtoHAsync_v2(place, from, to.len(), cuda.stream.handle);
                     driver("cuMemcpyDtoHAsync", code)?;
                 }
-                // Should a wait end early, the device may still write there: uploads wait for this.
-                self.read[half] = Some(cuda.stream.mark()?);
+                // If a wait ends with an error, the device may still write there: uploads wait for
+                // this event.
+                self.copied[half] = Some(cuda.stream.record_event()?);
                 from += to.len() as u64;
             }
-            if let Some((half, to)) = under_way.take() {
-                if let Some(mark) = &self.read[half] {
-                    cuda.wait_for(mark)?;
+            if let Some((half, to)) = pending.take() {
+                if let Some(event) = &self.copied[half] {
+                    cuda.wait_for(event)?;
                 }
-                // SAFETY: the device has written as many bytes there, and does nothing else with
-                // the half.
+                // SAFETY: `wait_for` waited until the device had written as many bytes there, and
+                // it does not use the half otherwise.
                 #[allow(unsafe_code)]
                 unsafe {
                     std::ptr::copy_nonoverlapping(pinned.add(half * HALF), to.as_mut_ptr(), to.len());
                 }
             }
-            under_way = to.map(|to| (half, to));
+            pending = to.map(|to| (half, to));
         }
         Ok(())
     }

@@ -1,51 +1,61 @@
-//! NVIDIA GPUs: memory, streams, and the loading of kernels. Feature `cuda`. Used by the kernels' `cuda.rs` and by `comm/nccl`.
+//! NVIDIA GPUs: memory, streams, and the loading of kernels. Feature `cuda`.
 //!
-//! A [`Cuda`] is one rank's handle of a GPU: a stream of its own, on which everything is done in the order in which it was asked
-//! for, while the rank's thread goes on; it waits where values come back to the host. The driver, NVRTC and cuBLASLt are loaded
-//! when they are first needed; no toolkit is needed to build, and none to run.
+//! A [`Cuda`] is one rank's handle of a GPU, with its own stream. Operations are asynchronous: the
+//! GPU executes them in stream order while the rank's thread continues, and the thread waits only
+//! when it reads values back to the host. The driver, NVRTC and cuBLASLt are loaded at first use;
+//! neither building nor running needs a toolkit.
 //!
 //! The first handle of a GPU in a process loads all kernels, and they stay loaded: a load may wait
 //! until the GPU is idle, which it is not while a collective waits there for another rank. Kernels
-//! that are not on disk yet (`SHARDWISE_CACHE`, or `shardwise` in the user's cache folder) are
-//! compiled for the GPU at hand, in parallel; [`precompile`] does that beforehand.
+//! that are not in the cache on disk (`SHARDWISE_CACHE`, or `shardwise` in the user's cache folder)
+//! are compiled for the GPU in parallel. [`precompile`] does that in advance.
 //!
-//! # What is needed
+//! # Requirements
 //!
 //! A GPU of compute capability 8.0 (Ampere) or later, and
 //!
 //! | library | versions | comes with |
 //! |---|---|---|
-//! | the driver, `libcuda.so.1` | for CUDA 12.0 and later | the GPU's kernel module; it is looked for on the loader's path alone |
-//! | `libnvrtc` | 12 and 13, not newer than the driver's CUDA | a toolkit; pip's `nvidia-cuda-nvrtc` (13), `nvidia-cuda-nvrtc-cu12` |
-//! | `libcublasLt` | 12 and 13, likewise | a toolkit; pip's `nvidia-cublas` (13), `nvidia-cublas-cu12` |
-//! | `libnccl.so.2`, for [`crate::comm::nccl`] | 2.18 and later | pip's `nvidia-nccl-cu13`, `nvidia-nccl-cu12` |
+//! | the driver, `libcuda.so.1` | for CUDA 12.0 and later | the GPU's kernel module |
+//! | `libnvrtc` | 12 and 13, at most the driver's CUDA | a toolkit; pip's [^nvrtc] |
+//! | `libcublasLt` | 12 and 13, at most the driver's CUDA | a toolkit; pip's [^cublas] |
+//! | `libnccl.so.2`, for [`crate::comm::nccl`] | 2.18 and later | pip's [^nccl] |
 //!
-//! # Where libraries are looked for
+//! [^nvrtc]: `nvidia-cuda-nvrtc` (13), `nvidia-cuda-nvrtc-cu12`
+//! [^cublas]: `nvidia-cublas` (13), `nvidia-cublas-cu12`
+//! [^nccl]: `nvidia-nccl-cu13`, `nvidia-nccl-cu12`
 //!
-//! 1. In the folder that `SHARDWISE_CUDA_LIBRARIES` names. `SHARDWISE_NCCL` names NCCL's file, and nothing else is tried then.
-//! 2. On the loader's path (`LD_LIBRARY_PATH`, `ld.so.conf`).
-//! 3. Where conda (`lib`) and pip (`site-packages/nvidia/…/lib`) put them: in `VIRTUAL_ENV`, `CONDA_PREFIX`, `~/.local`, `/usr/local`
-//!    and `/usr`.
+//! # Search for libraries
+//!
+//! 1. In the folder that `SHARDWISE_CUDA_LIBRARIES` names. `SHARDWISE_NCCL` names NCCL's file; if
+//!    it is set, only that file is tried.
+//! 2. On the loader's path (`LD_LIBRARY_PATH`, `ld.so.conf`). The driver is searched only there.
+//! 3. Where conda (`lib`) and pip (`site-packages/nvidia/…/lib`) install them: in `VIRTUAL_ENV`,
+//!    `CONDA_PREFIX`, `~/.local`, `/usr/local` and `/usr`.
 //! 4. In the `lib64` of a toolkit: `CUDA_HOME`, `CUDA_PATH`, `/usr/local/cuda`.
 //!
-//! What is missing or too old is an [`Error`] that names the library, the function or version that is wanted, and what was tried.
+//! If a library is missing or too old, the [`Error`] names it, the missing function or the required
+//! version, and the places that were tried.
 //!
-//! # Numbers
+//! # Numerics
 //!
-//! * Products are cuBLASLt's: sums in f64 or f32, never in TF32 unless [`Cuda::allow_tf32`] says so, partial sums added in a fixed
-//!   order: the same bits at every run on one kind of GPU.
-//! * Bias, and gelu (by tanh) of bf16 and f16 with its slope, come with the product where cuBLASLt can, without rounding between; and
-//!   so does a bias gradient that is f32.
-//! * Kernels add in a fixed order, which does not depend on how memory is aligned; there are no atomic sums.
-//! * Attention of bf16 and f16 with heads of at most 128 features is made by tensor cores where every row begins at 16 bytes (heads of
-//!   a multiple of 8 features, tensors that are no odd views): weights are then rounded to the element before they meet the values.
-//!   Attention of at most 8 rows of a sequence to a cache is made without them.
-//! * The collectives' order is [`crate::comm::nccl::Order`].
+//! * cuBLASLt computes products. It accumulates in f64 or f32, in TF32 only after
+//!   [`Cuda::allow_tf32`], and adds partial sums in a fixed order: every run on one kind of GPU
+//!   gives the same bits.
+//! * If cuBLASLt supports it, a bias, GELU (tanh) of bf16 and f16 and its derivative, and a bias
+//!   gradient in f32 are fused with the product, without rounding in between.
+//! * Kernels add in a fixed order, which does not depend on the alignment of memory. There are no
+//!   atomic sums.
+//! * Attention of bf16 and f16 with heads of at most 128 features runs on tensor cores if every row
+//!   begins at a multiple of 16 bytes (heads of a multiple of 8 features, views at aligned
+//!   offsets). It then rounds the weights to the element before they multiply the values. Attention
+//!   of at most 8 rows of a sequence to a cache does not use tensor cores.
+//! * [`crate::comm::nccl::Order`] is the order of sums in collectives.
 //!
 //! # Without a GPU
 //!
-//! `scripts/cuda_standin.sh COMMAND` runs a command with a stand-in for the four libraries, with eight devices, in which kernels are
-//! compiled for the CPU and every access is checked. It is for tests.
+//! `scripts/cuda_standin.sh COMMAND` runs a command with a stand-in for the four libraries, for
+//! tests. It has eight devices, compiles kernels for the CPU and checks every memory access.
 
 mod context;
 mod families;
@@ -57,15 +67,16 @@ mod program;
 mod status;
 mod stream;
 mod table;
+pub(crate) mod version;
 
 pub(crate) use families::Kernel;
 pub(crate) use launch::Grid;
-pub use libraries::{Version, versions};
 pub(crate) use matmul::{Epilogue, Layout, Lt, Matmul, Operands};
 pub use memory::{CudaBuffer, CudaSlice, CudaSliceMut};
 pub use program::precompile;
-pub use stream::Mark;
+pub use stream::Event;
 pub(crate) use table::Table;
+pub use version::{Version, versions};
 
 use super::{Device, Element, MemoryUse};
 use crate::error::{Error, Result};
@@ -81,22 +92,24 @@ use std::{
 use stream::Stream;
 use table::Tables;
 
-/// A GPU as one rank sees it: a stream on it.
+/// One rank's handle of a GPU, with its own stream.
 ///
-/// Handles of one GPU share its memory: a tensor that one of them made can be used on another, and is ordered behind what made it.
+/// Handles of one GPU share its memory: an operation of one handle may use a tensor of another, and
+/// waits for the earlier work of that handle's stream.
 #[derive(Clone)]
 pub struct Cuda(Rc<Handle>);
 
 pub(crate) struct Handle {
-    // These two have memory that goes back in the stream's order: they are dropped before it.
+    // These two free memory in stream order, so they are dropped before the stream.
     lt: OnceCell<Lt>,
     tables: RefCell<Tables>,
     stream: Stream,
     staging: RefCell<Staging>,
     context: &'static Context,
-    /// Shared by the handles whose owner orders their work by marks.
+    /// Shared by the handles whose owner orders their work by events.
     order: Rc<()>,
-    looks: RefCell<Vec<Weak<dyn Fn() -> Result<()>>>>,
+    /// Called while the handle's thread waits for the device.
+    polls: RefCell<Vec<Weak<dyn Fn() -> Result<()>>>>,
     memory: Rc<Counters>,
     poison: bool,
     exact: Cell<bool>,
@@ -110,32 +123,34 @@ struct Counters {
 }
 
 impl Counters {
-    fn taken(&self, bytes: usize) {
+    fn add(&self, bytes: usize) {
         self.live.set(self.live.get() + bytes);
         self.peak.set(self.peak.get().max(self.live.get()));
     }
 
-    fn given_back(&self, bytes: usize) {
+    fn subtract(&self, bytes: usize) {
         self.live.set(self.live.get().saturating_sub(bytes));
     }
 }
 
-/// Locks, also what a thread that panicked had locked: what is behind these locks is whole at any
-/// time.
+/// Locks a mutex, also if a thread panicked while it held the lock: the data behind these locks is
+/// valid at any time.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Cuda {
-    /// The GPU of this number.
+    /// Returns a handle of the GPU of this number.
     ///
     /// # Errors
-    /// When there is no such GPU, no driver, or a library is missing or too old: it is named, and where it was looked for.
+    /// When there is no such GPU or no driver, or a library is missing or too old. The error names
+    /// the library and the places that were searched.
     pub fn new(ordinal: usize) -> Result<Self> {
         Self::with(ordinal, false)
     }
 
-    /// A GPU whose new tensors are filled with NaN, so that a kernel which leaves an element unwritten is seen.
+    /// Returns a handle that fills new tensors with NaN. So tests find a kernel that leaves an
+    /// element unwritten.
     ///
     /// # Errors
     /// As [`Cuda::new`].
@@ -145,7 +160,7 @@ impl Cuda {
 
     fn with(ordinal: usize, poison: bool) -> Result<Self> {
         let cuda = Self::on(Context::of(ordinal)?, Rc::default(), Rc::default(), poison, false)?;
-        // What allocates in the driver, before there are collectives.
+        // Allocates in the driver before there are collectives.
         cuda.0.staging.borrow_mut().memory(cuda.0.context)?;
         cuda.lt()?;
         Ok(cuda)
@@ -156,16 +171,16 @@ impl Cuda {
         order: Rc<()>,
         memory: Rc<Counters>,
         poison: bool,
-        urgent: bool,
+        high_priority: bool,
     ) -> Result<Self> {
         Ok(Self(Rc::new(Handle {
-            stream: Stream::new(context, urgent)?,
+            stream: Stream::new(context, high_priority)?,
             staging: RefCell::default(),
             tables: RefCell::default(),
             lt: OnceCell::new(),
             context,
             order,
-            looks: RefCell::default(),
+            polls: RefCell::default(),
             memory,
             poison,
             exact: Cell::new(true),
@@ -190,25 +205,25 @@ impl Cuda {
         &self.0.context.name
     }
 
-    /// The bytes of memory that this GPU has, free or not.
+    /// The bytes of memory of this GPU, free and in use.
     pub fn total_memory(&self) -> usize {
         self.0.context.total_memory
     }
 
-    /// Lets products of f32 be computed in TF32, with 10 bits of mantissa, from here on. By default they are not.
+    /// Allows later products of f32 to use TF32, with 10 bits of mantissa. By default they do not.
     pub fn allow_tf32(&self, allow: bool) {
         self.0.exact.set(!allow);
     }
 
-    /// Another handle of the same GPU and memory, with a stream of its own, whose work goes first
-    /// where both could run. The caller orders what the two do by marks.
+    /// Returns a handle of the same GPU and memory with a high-priority stream of its own. The
+    /// caller orders the work of the two handles by events.
     #[cfg(feature = "nccl")]
-    pub(crate) fn beside(&self) -> Result<Self> {
+    pub(crate) fn comm_stream(&self) -> Result<Self> {
         let handle = &self.0;
         let (order, memory) = (Rc::clone(&handle.order), Rc::clone(&handle.memory));
-        let beside = Self::on(handle.context, order, memory, handle.poison, true)?;
-        beside.0.exact.set(handle.exact.get());
-        Ok(beside)
+        let cuda = Self::on(handle.context, order, memory, handle.poison, true)?;
+        cuda.0.exact.set(handle.exact.get());
+        Ok(cuda)
     }
 
     /// Makes the GPU the calling thread's current one.
@@ -217,14 +232,14 @@ impl Cuda {
         self.0.context.make_current()
     }
 
-    /// What makes the GPU the current one of another thread.
+    /// Returns a function that makes the GPU the current one of another thread.
     #[cfg(feature = "nccl")]
-    pub(crate) fn elsewhere(&self) -> std::sync::Arc<dyn Fn() -> Result<()> + Send + Sync> {
+    pub(crate) fn make_current_fn(&self) -> std::sync::Arc<dyn Fn() -> Result<()> + Send + Sync> {
         let context = self.0.context;
         std::sync::Arc::new(move || context.make_current())
     }
 
-    /// Lets the other GPUs reach this one's memory, as far as they are connected.
+    /// Lets the other GPUs access this one's memory, as far as they are connected.
     #[cfg(feature = "nccl")]
     pub(crate) fn open_memory(&self) -> Result<()> {
         self.0.context.open_memory()
@@ -236,30 +251,31 @@ impl Cuda {
         self.0.stream.handle.cast()
     }
 
-    /// A mark behind everything that was asked of this handle so far.
-    pub(crate) fn mark(&self) -> Result<Mark> {
-        self.0.stream.mark()
+    /// Records an event after all work launched on this handle so far.
+    pub(crate) fn record_event(&self) -> Result<Event> {
+        self.0.stream.record_event()
     }
 
-    /// Lets what is asked of this handle later wait for a mark.
-    pub(crate) fn after(&self, mark: &Mark) -> Result<()> {
-        self.0.stream.after(mark)
+    /// Makes later work of this handle wait for an event.
+    pub(crate) fn wait_event(&self, event: &Event) -> Result<()> {
+        self.0.stream.wait_event(event)
     }
 
-    /// Whether a mark has been reached.
+    /// Whether all work before an event has finished.
     #[cfg(feature = "nccl")]
-    pub(crate) fn is_reached(&self, mark: &Mark) -> Result<bool> {
-        mark.is_reached()
+    pub(crate) fn is_complete(&self, event: &Event) -> Result<bool> {
+        event.is_complete()
     }
 
-    /// While this handle's thread waits for the device it calls `look` again and again; an error of it ends the wait.
+    /// Makes this handle's thread call `poll` repeatedly while it waits for the device. An error of
+    /// `poll` ends the wait.
     #[cfg(feature = "nccl")]
-    pub(crate) fn while_waiting(&self, look: &Rc<dyn Fn() -> Result<()>>) {
-        let mut looks = self.0.looks.borrow_mut();
-        looks.retain(|look| look.strong_count() > 0);
-        let look = Rc::downgrade(look);
-        if !looks.iter().any(|known| known.ptr_eq(&look)) {
-            looks.push(look);
+    pub(crate) fn poll_while_waiting(&self, poll: &Rc<dyn Fn() -> Result<()>>) {
+        let mut polls = self.0.polls.borrow_mut();
+        polls.retain(|poll| poll.strong_count() > 0);
+        let poll = Rc::downgrade(poll);
+        if !polls.iter().any(|known| known.ptr_eq(&poll)) {
+            polls.push(poll);
         }
     }
 
@@ -275,22 +291,23 @@ impl Cuda {
         self.0.lt.get().ok_or_else(|| Error::internal("cuBLASLt", "it was not made"))
     }
 
-    /// Runs `work`, which is asked of this handle and uses memory of `others`: behind what they were asked for before, and before
-    /// what they are asked for later.
+    /// Runs `work`, which launches on this handle and uses memory of `others`: after their earlier
+    /// work, and before their later work.
     pub(crate) fn joins(&self, others: &[Rc<Handle>], work: impl FnOnce() -> Result<()>) -> Result<()> {
-        let foreign = others.iter().map(|other| self.foreign(other));
+        let foreign = others.iter().map(|other| self.foreign_stream(other));
         let foreign = foreign.filter_map(Result::transpose).collect::<Result<Vec<_>>>()?;
-        foreign.iter().try_for_each(|other| self.after(&other.mark()?))?;
+        foreign.iter().try_for_each(|other| self.wait_event(&other.record_event()?))?;
         work()?;
         if foreign.is_empty() {
             return Ok(());
         }
-        let done = self.mark()?;
-        foreign.iter().try_for_each(|other| other.after(&done))
+        let done = self.record_event()?;
+        foreign.iter().try_for_each(|other| other.wait_event(&done))
     }
 
-    /// The other handle, if marks of this one do not order the work on its memory.
-    pub(crate) fn foreign(&self, other: &Rc<Handle>) -> Result<Option<Self>> {
+    /// Returns the other handle, if its stream is a foreign one: events of this handle do not order
+    /// its work.
+    pub(crate) fn foreign_stream(&self, other: &Rc<Handle>) -> Result<Option<Self>> {
         if Rc::ptr_eq(other, &self.0) {
             return Ok(None);
         }
@@ -303,21 +320,21 @@ impl Cuda {
 }
 
 impl Handle {
-    /// Returns when everything that was asked of the stream is done.
+    /// Waits until the stream has finished all its work.
     fn wait(&self) -> Result<()> {
-        if self.looks.borrow().is_empty() {
-            return self.stream.finish();
+        if self.polls.borrow().is_empty() {
+            return self.stream.synchronize();
         }
-        let mark = self.stream.mark()?;
-        self.wait_for(&mark)
+        let event = self.stream.record_event()?;
+        self.wait_for(&event)
     }
 
-    /// Returns when a mark is reached. Those who asked for it look around meanwhile, and once after.
-    fn wait_for(&self, mark: &Mark) -> Result<()> {
+    /// Waits for an event. Calls the registered functions meanwhile, and once after.
+    fn wait_for(&self, event: &Event) -> Result<()> {
         loop {
-            let reached = mark.is_reached()?;
-            let looks: Vec<_> = self.looks.borrow().iter().filter_map(Weak::upgrade).collect();
-            looks.iter().try_for_each(|look| look())?;
+            let reached = event.is_complete()?;
+            let polls: Vec<_> = self.polls.borrow().iter().filter_map(Weak::upgrade).collect();
+            polls.iter().try_for_each(|poll| poll())?;
             if reached {
                 return Ok(());
             }
@@ -327,9 +344,9 @@ impl Handle {
 }
 
 impl Drop for Handle {
-    /// The stream's work is waited for before what it uses is given back.
+    /// Waits for the stream's work before the memory that it uses is freed.
     fn drop(&mut self) {
-        let _ = self.stream.finish();
+        let _ = self.stream.synchronize();
     }
 }
 

@@ -1,4 +1,5 @@
-//! Kernels from source to the device: compiled by NVRTC for the GPU at hand, and kept on disk.
+//! Kernels from source to the device: NVRTC compiles them for the GPU, and a cache on disk keeps
+//! them.
 
 use super::{
     families::{FAMILIES, Family},
@@ -8,7 +9,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use cudarc::{
-    driver::sys::{CUmodule, CUresult, cuDriverGetVersion, cuModuleLoadData},
+    driver::sys::{CUfunction, CUmodule, CUresult, cuDriverGetVersion, cuModuleLoadData},
     nvrtc::sys::{nvrtcProgram, nvrtcResult},
 };
 use sha2::{Digest, Sha256};
@@ -19,13 +20,13 @@ use std::{
     panic::resume_unwind,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
     thread,
 };
 
-/// What `.cu` files include: one of these, and that the ones behind it.
+/// The headers of `.cu` files. A file includes one of them, and each includes the later ones.
 const HEADERS: [(&str, &str); 2] = [
     ("#include \"mma.cuh\"", include_str!("../../../cuda/mma.cuh")),
     ("#include \"element.cuh\"", include_str!("../../../cuda/element.cuh")),
@@ -34,29 +35,29 @@ const HEADERS: [(&str, &str); 2] = [
 /// A family's kernels, compiled.
 pub(super) struct Image {
     bytes: Vec<u8>,
-    /// Whether it comes from the cache.
+    /// Whether it was read from the cache.
     stored: bool,
 }
 
-/// The images of all families, in their order. The first who asks compiles what the cache does not
-/// have; the others wait. No call of the driver is made meanwhile.
+/// Returns the images of all families, in their order. The first caller compiles those that the
+/// cache does not have; other callers wait. Makes no call of the driver.
 pub(super) fn images(capability: (i32, i32)) -> Result<Arc<Vec<Image>>> {
-    static MADE: Mutex<BTreeMap<(i32, i32), Arc<Vec<Image>>>> = Mutex::new(BTreeMap::new());
-    let mut made = lock(&MADE);
-    if let Some(images) = made.get(&capability) {
+    static IMAGES: Mutex<BTreeMap<(i32, i32), Arc<Vec<Image>>>> = Mutex::new(BTreeMap::new());
+    let mut known = lock(&IMAGES);
+    if let Some(images) = known.get(&capability) {
         return Ok(Arc::clone(images));
     }
     let images = Arc::new(in_parallel(|family| Image::new(family, capability, true))?);
-    made.insert(capability, Arc::clone(&images));
+    known.insert(capability, Arc::clone(&images));
     Ok(images)
 }
 
-/// Compiles all kernels for GPUs of a compute capability, `(9, 0)` for Hopper, and keeps them on
-/// disk: see [`crate::device::cuda`]. Returns the folder.
+/// Compiles all kernels for GPUs of a compute capability, `(9, 0)` for Hopper, and writes them to
+/// the cache on disk (see [`crate::device::cuda`]). Returns the cache's folder.
 ///
-/// Neither a GPU nor a driver is needed, so a build machine can fill the folder that
-/// `SHARDWISE_CACHE` names. A machine finds the kernels there if its NVRTC has the same version and
-/// the program is of the same source.
+/// Needs neither a GPU nor a driver, so a build machine can fill the folder that `SHARDWISE_CACHE`
+/// names. Another machine uses the kernels there if its NVRTC has the same version and its program
+/// was built from the same source.
 ///
 /// # Errors
 /// When NVRTC is missing or does not know the capability, or the folder cannot be written.
@@ -76,7 +77,7 @@ pub fn precompile((major, minor): (u32, u32)) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Does the same for every family, on as many threads as there are processors.
+/// Calls a function for every family, on as many threads as there are processors.
 fn in_parallel<R: Send>(work: impl Fn(&'static Family) -> Result<R> + Sync) -> Result<Vec<R>> {
     let next = AtomicUsize::new(0);
     let worker = || {
@@ -97,7 +98,7 @@ fn in_parallel<R: Send>(work: impl Fn(&'static Family) -> Result<R> + Sync) -> R
 /// Loads a family's kernels into the current context.
 pub(super) fn load(family: &Family, image: &Image, capability: (i32, i32)) -> Result<CUmodule> {
     match image.module().map_err(too_new) {
-        // The cache may hold what another driver was content with.
+        // Another driver may have accepted what the cache holds: compile it again.
         Err(Error::Library { .. }) if image.stored => {
             Image::new(family, capability, false)?.module().map_err(too_new)
         }
@@ -106,7 +107,8 @@ pub(super) fn load(family: &Family, image: &Image, capability: (i32, i32)) -> Re
 }
 
 impl Image {
-    /// From the cache if it is `allowed` and there, else compiled, and put there.
+    /// Reads the image from the cache, if that is `allowed` and it is there. Otherwise compiles it
+    /// and writes it to the cache.
     fn new(family: &Family, capability: (i32, i32), allowed: bool) -> Result<Self> {
         let job = Job::new(family, capability)?;
         let file = cache_folder().map(|folder| folder.join(job.file_name()));
@@ -115,29 +117,47 @@ impl Image {
         }
         let bytes = job.compile()?;
         if let Some(file) = &file {
-            // A cache that cannot be written is no cache.
+            // Works without a cache if it cannot be written.
             let _ = write(file, &bytes);
         }
         Ok(Self { bytes, stored: false })
     }
 
     fn module(&self) -> Result<CUmodule> {
-        // PTX is text that ends with a zero; a cubin knows its length and does not mind.
+        // PTX is text that ends with a zero; a cubin states its length.
         let bytes = [&self.bytes[..], &[0]].concat();
         let mut module = std::ptr::null_mut();
-        // SAFETY: the image is what NVRTC gave, whole (its hash was compared) and with a zero
-        // behind it, and is copied by the driver; a context is current.
+        // SAFETY: the image is NVRTC's, complete (`read` compared its hash) and followed by a zero;
+        // the driver copies it; a context is current.
         #[allow(unsafe_code)]
         driver("cuModuleLoadData", unsafe { cuModuleLoadData(&mut module, bytes.as_ptr().cast()) })?;
         Ok(module)
     }
 }
 
-/// What the driver does not load is what a newer compiler made, if there is one.
+/// Loads a function: a driver that loads lazily has only looked it up. Drivers before CUDA 12.4
+/// load it at the look-up, and do not have this call.
+pub(super) fn load_function(function: CUfunction) -> Result<()> {
+    type Load = unsafe extern "C" fn(CUfunction) -> CUresult;
+    static LOAD: OnceLock<Option<Load>> = OnceLock::new();
+    let library = libraries::cuda()?;
+    // SAFETY: the type is that of `cuFuncLoad` in `cuda.h`; the driver is never unloaded.
+    #[allow(unsafe_code)]
+    let load = *LOAD.get_or_init(|| unsafe { library.get::<Load>(b"cuFuncLoad").ok().map(|load| *load) });
+    match load {
+        // SAFETY: the function was found in a loaded module; a context is current.
+        #[allow(unsafe_code)]
+        Some(load) => driver("cuFuncLoad", unsafe { load(function) }),
+        None => Ok(()),
+    }
+}
+
+/// Names the cause of a driver's error: a driver does not load the output of an NVRTC newer than
+/// itself.
 fn too_new(error: Error) -> Error {
     let (mut supported, mut major, mut minor) = (0, 0, 0);
     let Ok(nvrtc) = libraries::nvrtc() else { return error };
-    // SAFETY: all are places for an int.
+    // SAFETY: all are valid for writing an int.
     #[allow(unsafe_code)]
     let known = unsafe {
         cuDriverGetVersion(&mut supported) == CUresult::CUDA_SUCCESS
@@ -154,7 +174,7 @@ fn too_new(error: Error) -> Error {
     Error::Unsupported { op: "NVRTC", reason }
 }
 
-/// The image has no end of its own in the cache file: its hash stands before it.
+/// Reads an image from a cache file, if it is complete: the file begins with the image's hash.
 fn read(file: &Path) -> Option<Vec<u8>> {
     let bytes = fs::read(file).ok()?;
     let (hash, image) = bytes.split_at_checked(32)?;
@@ -164,13 +184,14 @@ fn read(file: &Path) -> Option<Vec<u8>> {
 fn write(file: &Path, image: &[u8]) -> std::io::Result<()> {
     let folder = file.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder)?;
-    // Whole or not at all: another process may read it at any time.
+    // Atomically: another process may read the file at any time.
     let partial = file.with_extension(format!("{}.part", std::process::id()));
     fs::write(&partial, [&Sha256::digest(image)[..], image].concat())?;
     fs::rename(&partial, file)
 }
 
-/// `SHARDWISE_CACHE`, or the user's cache folder; none if neither is known, or the variable is empty.
+/// Returns `SHARDWISE_CACHE`, or `shardwise` in the user's cache folder. None if neither is known,
+/// or the variable is empty.
 fn cache_folder() -> Option<PathBuf> {
     let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     if std::env::var_os("SHARDWISE_CACHE").is_some() {
@@ -186,7 +207,7 @@ struct Job<'a> {
     family: &'a Family,
     source: String,
     options: Vec<String>,
-    /// Whether machine code is asked for, not PTX.
+    /// Whether to compile to machine code, not PTX.
     binary: bool,
     key: String,
 }
@@ -196,7 +217,8 @@ impl<'a> Job<'a> {
         let wanted = 10 * major + minor;
         let nvrtc = libraries::nvrtc()?;
         let known = architectures(nvrtc)?;
-        // A compiler older than the GPU gives PTX for the newest that it knows, which the driver translates.
+        // A compiler older than the GPU emits PTX for the newest architecture it knows, which the
+        // driver translates.
         let binary = known.contains(&wanted);
         let newest = known.iter().copied().filter(|&arch| arch <= wanted).max();
         let Some(newest) = newest else {
@@ -213,7 +235,7 @@ impl<'a> Job<'a> {
             .iter()
             .fold(family.source.to_string(), |source, (include, header)| source.replacen(include, header, 1));
         let (mut first, mut second) = (0, 0);
-        // SAFETY: both are places for an int.
+        // SAFETY: both are valid for writing an int.
         #[allow(unsafe_code)]
         compiler("nvrtcVersion", unsafe { (nvrtc.version)(&mut first, &mut second) })?;
         let mut hash = Sha256::new();
@@ -222,7 +244,7 @@ impl<'a> Job<'a> {
         Ok(Self { nvrtc, family, source, options, binary, key })
     }
 
-    /// The name of the file in which the cache keeps the result.
+    /// The name of the result's file in the cache.
     fn file_name(&self) -> String {
         format!("{}-{}.bin", self.family.name, self.key)
     }
@@ -235,7 +257,7 @@ impl<'a> Job<'a> {
         let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         let nvrtc = self.nvrtc;
         let mut program = Program { nvrtc, handle: std::ptr::null_mut() };
-        // SAFETY: source and name end with a zero and outlive the program; there are no headers.
+        // SAFETY: source and name are C strings that outlive the program; there are no headers.
         #[allow(unsafe_code)]
         let code = unsafe {
             (nvrtc.create)(
@@ -248,7 +270,7 @@ impl<'a> Job<'a> {
             )
         };
         compiler("nvrtcCreateProgram", code)?;
-        // SAFETY: `pointers` are as many options as stated, each ending with a zero.
+        // SAFETY: `pointers` are as many options as stated, each a C string.
         #[allow(unsafe_code)]
         let code = unsafe { (nvrtc.compile)(program.handle, pointers.len() as c_int, pointers.as_ptr()) };
         if let Err(error) = compiler("nvrtcCompileProgram", code) {
@@ -259,21 +281,22 @@ impl<'a> Job<'a> {
                 format!("{}.cu: {error}\n{}", self.family.name, log.trim_end_matches('\0')),
             ));
         }
-        match self.binary {
-            true => program.bytes("nvrtcGetCUBIN", nvrtc.cubin_size, nvrtc.cubin),
-            false => program.bytes("nvrtcGetPTX", nvrtc.ptx_size, nvrtc.ptx),
+        if self.binary {
+            program.bytes("nvrtcGetCUBIN", nvrtc.cubin_size, nvrtc.cubin)
+        } else {
+            program.bytes("nvrtcGetPTX", nvrtc.ptx_size, nvrtc.ptx)
         }
     }
 }
 
-/// The architectures that NVRTC compiles for, as 10 · major + minor.
+/// Returns the architectures that NVRTC compiles for, as 10 · major + minor.
 fn architectures(nvrtc: &Nvrtc) -> Result<Vec<i32>> {
     let mut count = 0;
-    // SAFETY: `count` is a place for an int.
+    // SAFETY: `count` is valid for writing an int.
     #[allow(unsafe_code)]
     compiler("nvrtcGetNumSupportedArchs", unsafe { (nvrtc.count_architectures)(&mut count) })?;
     let mut known = vec![0; usize::try_from(count).unwrap_or(0)];
-    // SAFETY: there is room for as many as were counted.
+    // SAFETY: `known` has room for as many as were counted.
     #[allow(unsafe_code)]
     compiler("nvrtcGetSupportedArchs", unsafe { (nvrtc.architectures)(known.as_mut_ptr()) })?;
     Ok(known)
@@ -285,7 +308,7 @@ struct Program {
 }
 
 impl Program {
-    /// One of a program's results, by the functions that give its size and itself.
+    /// Returns one of a program's results, by the functions that return its size and its bytes.
     #[allow(unsafe_code)]
     fn bytes(
         &self,
@@ -294,10 +317,11 @@ impl Program {
         get: unsafe extern "C" fn(nvrtcProgram, *mut c_char) -> nvrtcResult,
     ) -> Result<Vec<u8>> {
         let mut len = 0;
-        // SAFETY: `size` and `get` are a pair of NVRTC's functions, and the program lives; `len` is a place for a size.
+        // SAFETY: `size` and `get` are a pair of NVRTC's functions, and the program is live; `len`
+        // is valid for writing a size.
         compiler(call, unsafe { size(self.handle, &mut len) })?;
         let mut bytes = vec![0; len];
-        // SAFETY: as above; there is room for as many bytes as were stated.
+        // SAFETY: as above; `bytes` has room for as many as NVRTC stated.
         compiler(call, unsafe { get(self.handle, bytes.as_mut_ptr().cast()) })?;
         Ok(bytes)
     }
@@ -305,7 +329,7 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // SAFETY: the program was created, or is null, which NVRTC refuses.
+        // SAFETY: the program was created, or is null, which NVRTC rejects.
         #[allow(unsafe_code)]
         let _ = unsafe { (self.nvrtc.destroy)(&mut self.handle) };
     }
@@ -315,7 +339,7 @@ impl Drop for Program {
 mod tests {
     use super::*;
 
-    /// By the real compiler, where there is one: it has no headers, and needs no GPU.
+    /// With the real compiler, if there is one. It needs neither headers nor a GPU.
     #[test]
     fn nvrtc_compiles_every_family() {
         if let Err(error) = libraries::nvrtc() {
@@ -332,12 +356,12 @@ mod tests {
                 for (first, second) in elements.all() {
                     let name = second
                         .map_or(format!("{stem}_{first}\0"), |second| format!("{stem}_{first}_{second}\0"));
-                    let known = image.windows(name.len()).any(|part| part == name.as_bytes());
+                    let known = image.windows(name.len()).any(|window| window == name.as_bytes());
                     assert!(known, "{}: there is no {name}", family.name);
                 }
             }
         }
-        // For a GPU that the compiler does not know: PTX.
+        // PTX for a GPU that the compiler does not know.
         let job = Job::new(&FAMILIES[8], (99, 9)).unwrap();
         assert!(!job.binary);
         assert!(job.compile().unwrap().starts_with(b"//"));

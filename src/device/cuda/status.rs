@@ -1,4 +1,4 @@
-//! Error codes of NVIDIA's libraries.
+//! Conversion of the return codes of NVIDIA's libraries to errors.
 
 use super::libraries;
 use crate::error::{Error, Result};
@@ -15,11 +15,11 @@ pub(crate) fn driver(call: &'static str, code: CUresult) -> Result<()> {
         return Ok(());
     }
     let mut text = std::ptr::null();
-    // SAFETY: `text` is a place for a pointer; the driver's strings are static.
+    // SAFETY: `text` is valid for writing a pointer; the driver's strings are static.
     #[allow(unsafe_code)]
     let message = unsafe {
         let known = cuGetErrorString(code, &mut text) == CUresult::CUDA_SUCCESS;
-        words(if known { text } else { std::ptr::null() })
+        copy(if known { text } else { std::ptr::null() })
     };
     Err(Error::Library { library: "CUDA driver", call, code: code as i32, message })
 }
@@ -32,7 +32,7 @@ pub(crate) fn cublas_lt(call: &'static str, code: cublasStatus_t) -> Result<()> 
     let text = libraries::cublas_lt()?.status_string;
     // SAFETY: cuBLASLt's strings are static.
     #[allow(unsafe_code)]
-    let message = unsafe { words(text(code)) };
+    let message = unsafe { copy(text(code)) };
     Err(Error::Library { library: "cuBLASLt", call, code: code as i32, message })
 }
 
@@ -44,16 +44,16 @@ pub(crate) fn compiler(call: &'static str, code: nvrtcResult) -> Result<()> {
     let text = libraries::nvrtc()?.error_string;
     // SAFETY: NVRTC's strings are static.
     #[allow(unsafe_code)]
-    let message = unsafe { words(text(code)) };
+    let message = unsafe { copy(text(code)) };
     Err(Error::Library { library: "NVRTC", call, code: code as i32, message })
 }
 
-/// A copy of a C string, which may be null.
+/// Copies a C string, or returns "unknown" for a null pointer.
 ///
 /// # Safety
-/// What is not null ends with a zero.
+/// A pointer that is not null points to a string that ends with a zero.
 #[allow(unsafe_code)]
-unsafe fn words(text: *const c_char) -> String {
+unsafe fn copy(text: *const c_char) -> String {
     if text.is_null() {
         return "unknown".to_string();
     }

@@ -1,5 +1,5 @@
-//! Small tables of numbers and flags that kernels read. They stay on the device by their contents:
-//! the layers of a model, and often its steps, ask for the same ones.
+//! Small tables of numbers and flags that kernels read. A cache keeps them on the device, keyed by
+//! their contents, since the layers of a model, and often its steps, use the same ones.
 
 use super::{Cuda, memory::StreamMemory};
 use crate::error::Result;
@@ -9,7 +9,7 @@ use std::{collections::HashMap, rc::Rc};
 pub(crate) struct Table(Rc<StreamMemory>);
 
 impl Table {
-    /// Where it begins.
+    /// The address of its first byte.
     pub(super) fn address(&self) -> u64 {
         self.0.address()
     }
@@ -23,18 +23,17 @@ pub(super) struct Tables {
 }
 
 impl Tables {
-    /// The bytes of the largest table that is kept: looking for it has to take less than the
-    /// upload.
-    const LARGEST: usize = 16 << 10;
-    /// The bytes of all tables, beyond which they are forgotten. Kernels that read them come first
-    /// in the stream.
-    const TOGETHER: usize = 4 << 20;
+    /// The bytes of the largest table that is kept: a look-up has to take less time than an upload.
+    const MAX_TABLE: usize = 16 << 10;
+    /// The bytes of all tables beyond which they are freed. Kernels that read them precede that in
+    /// the stream.
+    const MAX_TOTAL: usize = 4 << 20;
 
     fn keep(&mut self, contents: Vec<u8>, table: &Rc<StreamMemory>) {
-        if contents.len() > Self::LARGEST {
+        if contents.len() > Self::MAX_TABLE {
             return;
         }
-        if self.bytes + contents.len() > Self::TOGETHER {
+        if self.bytes + contents.len() > Self::MAX_TOTAL {
             *self = Self::default();
         }
         self.bytes += contents.len();
@@ -43,22 +42,22 @@ impl Tables {
 }
 
 impl Cuda {
-    /// Whole numbers for a kernel, in the order of its work.
-    pub(crate) fn table(&self, words: &[i64]) -> Result<Table> {
-        self.table_of(words.iter().flat_map(|word| word.to_ne_bytes()).collect())
+    /// Returns a table of integers. Later work of the stream can read it.
+    pub(crate) fn table(&self, values: &[i64]) -> Result<Table> {
+        self.table_of(values.iter().flat_map(|value| value.to_ne_bytes()).collect())
     }
 
-    /// 32-bit numbers for a kernel.
-    pub(crate) fn table_u32(&self, words: &[u32]) -> Result<Table> {
-        self.table_of(words.iter().flat_map(|word| word.to_ne_bytes()).collect())
+    /// Returns a table of 32-bit integers.
+    pub(crate) fn table_u32(&self, values: &[u32]) -> Result<Table> {
+        self.table_of(values.iter().flat_map(|value| value.to_ne_bytes()).collect())
     }
 
-    /// Floating-point numbers for a kernel.
-    pub(crate) fn table_f64(&self, words: &[f64]) -> Result<Table> {
-        self.table_of(words.iter().flat_map(|word| word.to_ne_bytes()).collect())
+    /// Returns a table of floating-point numbers.
+    pub(crate) fn table_f64(&self, values: &[f64]) -> Result<Table> {
+        self.table_of(values.iter().flat_map(|value| value.to_ne_bytes()).collect())
     }
 
-    /// Flags for a kernel, a byte each.
+    /// Returns a table of flags, one byte each.
     pub(crate) fn table_of_flags(&self, flags: impl Iterator<Item = bool>) -> Result<Table> {
         self.table_of(flags.map(u8::from).collect())
     }

@@ -1,0 +1,28 @@
+//! The CPU pool's free lists, one for each element, by size class.
+
+use half::{bf16, f16};
+use std::{cell::RefCell, collections::BTreeMap, sync::Arc};
+
+/// The free lists of one rank.
+#[derive(Default)]
+pub struct FreeLists {
+    pub(in super::super) f64: RefCell<FreeList<f64>>,
+    pub(in super::super) f32: RefCell<FreeList<f32>>,
+    pub(in super::super) bf16: RefCell<FreeList<bf16>>,
+    pub(in super::super) f16: RefCell<FreeList<f16>>,
+}
+
+/// Vectors of one element that no tensor of the rank uses.
+#[derive(Debug)]
+pub struct FreeList<T> {
+    /// By capacity.
+    pub(super) idle: BTreeMap<usize, Vec<Vec<T>>>,
+    /// Vectors that other ranks may still read.
+    pub(super) lent: Vec<Arc<Vec<T>>>,
+}
+
+impl<T> Default for FreeList<T> {
+    fn default() -> Self {
+        Self { idle: BTreeMap::new(), lent: Vec::new() }
+    }
+}
