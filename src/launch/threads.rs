@@ -15,7 +15,10 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
     rc::Rc,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -105,22 +108,9 @@ impl Threads {
     /// another, with its rank. Also when there are no ranks or more than 65,536, or a thread cannot
     /// be started.
     pub fn run<R: Outcome>(&self, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<R>> {
-        let outcomes = self.run_each(rank)?;
-        let failed = |consequence: bool| {
-            let wanted = |outcome: &&Result<R>| {
-                outcome.as_ref().is_err_and(|error| error.is_consequence() == consequence)
-            };
-            outcomes.iter().position(|outcome| wanted(&outcome))
-        };
-        if let Some(rank) = failed(false).or_else(|| failed(true)) {
-            let source = outcomes.into_iter().nth(rank).and_then(Result::err);
-            return Err(match source {
-                Some(Error::RankPanicked { rank, message }) => Error::RankPanicked { rank, message },
-                Some(source) => Error::RankFailed { rank, source: Box::new(source) },
-                None => Error::internal("launch", "a failed rank has no error"),
-            });
-        }
-        outcomes.into_iter().collect()
+        let (outcomes, results) = self.outcomes(rank)?;
+        first_failure(outcomes)?;
+        results.into_iter().enumerate().map(|(rank, result)| of_rank(rank, result)).collect()
     }
 
     /// Runs the ranks and returns each one's outcome, in rank order. A rank that has not received a
@@ -142,6 +132,29 @@ impl Threads {
         &self,
         rank: impl Fn(Group<Cpu>) -> Result<R> + Sync,
     ) -> Result<Vec<Result<R>>> {
+        let (outcomes, results) = self.outcomes(rank)?;
+        let outcomes = outcomes.into_iter().zip(results).enumerate();
+        Ok(outcomes.map(|(rank, (outcome, result))| outcome.and_then(|()| of_rank(rank, result))).collect())
+    }
+
+    /// Each rank's outcome, and what it returned.
+    fn outcomes<R: Outcome>(
+        &self,
+        rank: impl Fn(Group<Cpu>) -> Result<R> + Sync,
+    ) -> Result<(Vec<Result<()>>, Vec<Mutex<Option<R>>>)> {
+        let results: Vec<_> = (0..self.ranks.min(MAX_RANKS)).map(|_| Mutex::new(None)).collect();
+        let outcomes = self.run_all(&|world| {
+            let number = world.rank();
+            let result = rank(world)?;
+            *comm::lock(&results[number]) = Some(result);
+            Ok(())
+        })?;
+        Ok((outcomes, results))
+    }
+
+    /// Runs the ranks. Not generic: programs and tests start ranks in many places, and each would
+    /// compile this anew.
+    fn run_all(&self, rank: &(dyn Fn(Group<Cpu>) -> Result<()> + Sync)) -> Result<Vec<Result<()>>> {
         if self.ranks == 0 {
             return Err(Error::invalid("launch", "a group needs at least one rank"));
         }
@@ -199,6 +212,28 @@ impl Threads {
         }
         Ok(outcomes)
     }
+}
+
+/// The error to report for a job: that of the first rank whose failure is not a consequence of
+/// another rank's.
+fn first_failure(outcomes: Vec<Result<()>>) -> Result<()> {
+    let failed = |consequence: bool| {
+        let is_wanted =
+            |outcome: &Result<()>| outcome.as_ref().is_err_and(|error| error.is_consequence() == consequence);
+        outcomes.iter().position(is_wanted)
+    };
+    let Some(rank) = failed(false).or_else(|| failed(true)) else { return Ok(()) };
+    match outcomes.into_iter().nth(rank) {
+        Some(Err(Error::RankPanicked { rank, message })) => Err(Error::RankPanicked { rank, message }),
+        Some(Err(source)) => Err(Error::RankFailed { rank, source: Box::new(source) }),
+        _ => Err(Error::internal("launch", "a failed rank has no error")),
+    }
+}
+
+/// What a rank that ended without an error returned.
+fn of_rank<R>(rank: usize, result: Mutex<Option<R>>) -> Result<R> {
+    let result = result.into_inner().unwrap_or_else(PoisonError::into_inner);
+    result.ok_or_else(|| Error::internal("launch", format!("rank {rank} returned nothing")))
 }
 
 /// The message of a panic.
