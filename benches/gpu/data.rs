@@ -112,6 +112,7 @@ impl Repeated {
             }
             Role::Bias => out.fill(convert(bf16::ZERO)),
             Role::Scale => out.fill(convert(bf16::ONE)),
+            _ => unreachable!("no benchmark has a parameter of this role"),
         }
     }
 }

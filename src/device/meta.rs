@@ -297,12 +297,12 @@ mod tests {
         };
         let text = |result: Result<()>| result.unwrap_err().to_string();
         assert_eq!(text(load("v", 0, 8, [1 << 40, 8]).map(drop)), "test: no `v`");
-        let width = "parameter: the width of the part of `w` is 7, but that of the parameter is 8";
+        let width = "parameter: the width of the region of `w` is 7, but that of the parameter is 8";
         assert_eq!(text(load("w", 0, 7, [1 << 40, 8]).map(drop)), width);
         assert_eq!(text(cpu("w", 0, 7, [4, 8]).map(drop)), width);
         let beyond = |elements: usize, end: usize| {
             format!(
-                "parameter: the end of the part of `w` is {end}, but the elements of the parameter is {elements}"
+                "parameter: the end of the region of `w` is {end}, but the elements of the parameter is {elements}"
             )
         };
         assert_eq!(text(load("w", 1, 8, [1 << 40, 8]).map(drop)), beyond(1 << 43, (1 << 43) + 8));

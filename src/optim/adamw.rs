@@ -12,18 +12,19 @@ use crate::{
     tensor::{Param, WeightSource},
 };
 
-/// The choices of an [`AdamW`]. The defaults are PyTorch's, but for [`AdamWConfig::decay_vectors`].
+/// The options of [`AdamW`]. The defaults are PyTorch's except for [`AdamWConfig::decay_vectors`].
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct AdamWConfig {
-    /// What the first moment keeps of itself.
+    /// β₁, the decay rate of the first moment.
     pub beta1: f64,
-    /// What the second moment keeps of itself.
+    /// β₂, the decay rate of the second moment.
     pub beta2: f64,
-    /// Added to the root of the second moment.
+    /// ε, added to the root of the second moment.
     pub eps: f64,
-    /// The decay of weights.
+    /// The weight decay.
     pub weight_decay: f64,
-    /// Whether vectors (biases, the scales of norms) decay, too. Usually not: off by default.
+    /// Whether vectors (biases, the scales of norms) decay. Off by default.
     pub decay_vectors: bool,
 }
 
@@ -33,10 +34,50 @@ impl Default for AdamWConfig {
     }
 }
 
-/// AdamW: m ← β₁ m + (1 − β₁) g, v ← β₂ v + (1 − β₂) g²,
+impl AdamWConfig {
+    /// Sets β₁, the decay rate of the first moment.
+    pub fn with_beta1(self, beta1: f64) -> Self {
+        Self { beta1, ..self }
+    }
+
+    /// Sets β₂, the decay rate of the second moment.
+    pub fn with_beta2(self, beta2: f64) -> Self {
+        Self { beta2, ..self }
+    }
+
+    /// Sets ε, added to the root of the second moment.
+    pub fn with_eps(self, eps: f64) -> Self {
+        Self { eps, ..self }
+    }
+
+    /// Sets the weight decay.
+    pub fn with_weight_decay(self, weight_decay: f64) -> Self {
+        Self { weight_decay, ..self }
+    }
+
+    /// Sets whether vectors decay.
+    pub fn with_decay_vectors(self, decay_vectors: bool) -> Self {
+        Self { decay_vectors, ..self }
+    }
+}
+
+/// m ← β₁ m + (1 − β₁) g, v ← β₂ v + (1 − β₂) g²,
 /// w ← w − lr · decay · w − lr · m̂ / (√v̂ + ε), where m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ).
 ///
 /// Source: Loshchilov and Hutter, 2019.
+///
+/// ```
+/// use shardwise::{optim::{AdamW, AdamWConfig}, prelude::*};
+/// let mut arrays = Arrays::default();
+/// arrays.0.insert("w".into(), ndarray::array![[2.0, 4.0]].into_dyn());
+/// let (cpu, weights, whole) = (Cpu::new(), Weights::new(&arrays), Region::whole([1, 2]));
+/// let w = Param::<f64, _>::load_region(&cpu, &weights, "w", Role::Weight, whole, true)?;
+/// w.set_grad(Tensor::from_vec(&cpu, [1, 2], vec![0.3, -0.3])?)?;
+/// AdamW::new(AdamWConfig::default().with_weight_decay(0.5)).step(&[w.clone()], 0.1, 1.0)?;
+/// let w = w.value()?.to_vec()?; // 2 − 0.1 · 0.5 · 2 − 0.1, and 4 − 0.1 · 0.5 · 4 + 0.1
+/// assert!((w[0] - 1.8).abs() < 1e-6 && (w[1] - 3.9).abs() < 1e-6);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug)]
 pub struct AdamW<T: Element = f32, B: Device = Cpu> {
     config: AdamWConfig,
@@ -53,32 +94,35 @@ impl<T: Element, B: Device> Default for AdamW<T, B> {
 }
 
 impl<T: Element, B: Backend> AdamW<T, B> {
-    /// With these choices.
+    /// Makes an optimizer without state.
     pub fn new(config: AdamWConfig) -> Self {
         Self { config, ..Self::default() }
     }
 
-    /// Reads the states of some parameters from a source, such as a checkpoint of [`AdamW::state`],
-    /// saved on any mesh. Parameters of which it has nothing begin anew.
+    /// Reads the state of these parameters from a source, such as a checkpoint of [`AdamW::state`]
+    /// saved on any mesh. A parameter without state in the source starts without state.
     ///
-    /// Load the model first: a master weight that does not round to the parameter's value is taken
-    /// from the value.
+    /// Load the model first: a master weight that does not round to the parameter's value is
+    /// replaced by the value.
     ///
     /// # Errors
-    /// When the source has a part of a parameter's state only, or of another shape, or a name is
-    /// there twice.
+    /// When the source has some but not all tensors of a parameter's state, or has them in another
+    /// shape; when a name is listed twice.
     pub fn load(config: AdamWConfig, source: &dyn WeightSource, params: &[Param<T, B>]) -> Result<Self> {
         Ok(Self { config, states: States::load(LAYOUT, source, params)? })
     }
 
-    /// Gives each parameter the rate and the decay that `groups` says, which is asked at every step.
+    /// Sets the function that returns the options of each parameter. Every step calls it.
     ///
     /// ```
     /// use shardwise::optim::{AdamW, ParamGroup};
-    /// let adamw = AdamW::<f32>::default().groups(|param| match param.name() {
-    ///     name if name.ends_with("norm.weight") => ParamGroup { weight_decay: Some(0.0), ..ParamGroup::default() },
-    ///     "embedding.weight" => ParamGroup { lr_scale: 0.1, ..ParamGroup::default() },
-    ///     _ => ParamGroup::default(),
+    /// let group = ParamGroup::default();
+    /// let adamw = AdamW::<f32>::default().groups(move |param| match param.name() {
+    ///     norm if norm.ends_with("norm.weight") => {
+    ///         ParamGroup { weight_decay: Some(0.0), ..group }
+    ///     }
+    ///     "embedding.weight" => ParamGroup { lr_scale: 0.1, ..group },
+    ///     _ => group,
     /// });
     /// ```
     pub fn groups(mut self, groups: impl Fn(&Param<T, B>) -> ParamGroup + 'static) -> Self {
@@ -86,35 +130,36 @@ impl<T: Element, B: Backend> AdamW<T, B> {
         self
     }
 
-    /// What is kept for each parameter that has had a gradient, in the order of their first
+    /// Lists the state of each parameter that has had a gradient, in the order of their first
     /// gradients, which is the same on every rank.
     ///
-    /// That is, for a tensor `w` of the model, `adamw.m.w`, `adamw.v.w`, of bf16 and f16
-    /// `adamw.master.w`, and `adamw.step.w`, the number of steps, exact up to 2²⁴ in f32. The last
-    /// has one element, and is owned by the rank that owns the first element of `w`; the others are
-    /// cut and owned as `w` is. What is written there is used from the next step on.
+    /// For a tensor `w` of the model these are `adamw.m.w`, `adamw.v.w`, `adamw.master.w` of bf16
+    /// and f16, and `adamw.step.w`, the number of steps, exact up to 2²⁴ in f32. The last has one
+    /// element and is owned by the rank that owns the first element of `w`; the others are
+    /// partitioned and owned as `w` is. A value written there takes effect at the next step.
     ///
     /// # Errors
-    /// When a number of steps was written that is none, or the device has no memory left.
+    /// When `adamw.step.w` was set to a value that is no number of steps, or the device is out of
+    /// memory.
     pub fn state(&mut self) -> Result<Vec<Param<T::Acc, B>>> {
         self.states.params()
     }
 
-    /// The number of steps made: the largest of any parameter.
+    /// Returns the number of steps made: the largest of any parameter.
     pub fn steps(&self) -> u64 {
         self.states.steps()
     }
 
-    /// One step on every parameter that has a gradient, which is multiplied with `grad_scale` first.
+    /// Updates every parameter that has a gradient. Multiplies the gradient by `grad_scale` first.
     ///
-    /// Moments belong to a parameter's name, and t is the number of the parameter's own steps, as
-    /// in PyTorch: any parameters may be given, in any order.
+    /// State is keyed by the parameter's name, and t counts the parameter's own steps, as in
+    /// PyTorch. So each call may list any parameters in any order.
     ///
     /// # Errors
-    /// When a number makes no sense (a negative or infinite rate or decay, a β outside [0, 1), an ε
-    /// that is not positive, a `grad_scale` that is not finite), or a name is there twice or has
-    /// another shape or other regions than before, or has a gradient and is not kept as a dense
-    /// tensor, or one that is not summed over its replicas yet: nothing has changed then. When the
+    /// Before any change: when a number is out of range (a negative or infinite rate or decay, a β
+    /// outside [0, 1), an ε that is not positive, a `grad_scale` that is not finite); when a name
+    /// is listed twice, or has another shape or other regions than before; when a parameter with a
+    /// gradient has no dense store, or its gradient is not summed over its replicas yet. When the
     /// device fails.
     pub fn step(&mut self, params: &[Param<T, B>], lr: f64, grad_scale: f64) -> Result<()> {
         let AdamWConfig { beta1, beta2, eps, weight_decay, decay_vectors } = self.config;

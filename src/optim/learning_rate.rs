@@ -1,39 +1,58 @@
-//! Learning rates over time.
+//! Learning rate schedules.
 
-/// How the learning rate falls after its warm-up.
+/// The decay of the learning rate after the warm-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub enum Decay {
-    /// Not at all.
+    /// No decay.
     #[default]
     Constant,
-    /// In a straight line.
+    /// Linear decay.
     Linear,
-    /// Along half a cosine (Loshchilov and Hutter, 2017).
+    /// Half a cosine (Loshchilov and Hutter, 2017).
     Cosine,
 }
 
-/// A learning rate that rises in a straight line for `warmup` steps to `peak`, then falls until step `steps` to `floor`.
+/// A learning rate with a linear warm-up of `warmup` steps to `peak`, and a decay to `floor` at
+/// step `steps`.
+///
+/// ```
+/// use shardwise::optim::{Decay, LearningRate};
+/// let rate = LearningRate::constant(1.0).with_warmup(4).with_decay(Decay::Linear, 0.5, 12);
+/// assert_eq!([0, 3, 4, 8, 12, 99].map(|step| rate.at(step)), [0.25, 1.0, 1.0, 0.75, 0.5, 0.5]);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct LearningRate {
     /// The highest rate.
     pub peak: f64,
     /// The rate from step `steps` on.
     pub floor: f64,
-    /// The number of steps of the warm-up; the first of them has rate `peak` / `warmup`.
+    /// The number of warm-up steps; the first has rate `peak / warmup`.
     pub warmup: u64,
-    /// The number of all steps.
+    /// The number of steps, including the warm-up.
     pub steps: u64,
-    /// How it falls.
+    /// The decay after the warm-up.
     pub decay: Decay,
 }
 
 impl LearningRate {
-    /// The same rate at every step.
+    /// Returns the schedule with the same rate at every step.
     pub fn constant(lr: f64) -> Self {
         Self { peak: lr, floor: lr, warmup: 0, steps: 0, decay: Decay::Constant }
     }
 
-    /// The rate of a step, counted from 0.
+    /// Sets the number of warm-up steps.
+    pub fn with_warmup(self, warmup: u64) -> Self {
+        Self { warmup, ..self }
+    }
+
+    /// Sets the decay, which reaches `floor` at step `steps`, counted from the first warm-up step.
+    pub fn with_decay(self, decay: Decay, floor: f64, steps: u64) -> Self {
+        Self { decay, floor, steps, ..self }
+    }
+
+    /// Returns the rate of a step, counted from 0.
     pub fn at(&self, step: u64) -> f64 {
         if step < self.warmup {
             return self.peak * (step + 1) as f64 / self.warmup as f64;

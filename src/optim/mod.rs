@@ -1,28 +1,26 @@
-//! Optimizers, gradient norms, loss scales and learning rates. Know parameters, and groups only to sum norms over.
+//! Optimizers, gradient norms, loss scales and learning rates. They work on lists of parameters,
+//! and use groups only to sum norms.
 //!
-//! An optimizer is given a model's parameters, which every layer and model lists as `params`:
+//! An optimizer takes a model's parameters, which every layer and model lists as `params`:
 //!
 //! ```
-//! # use shardwise::{Result, device::Cpu, comm::Group, optim::{AdamW, clip_scale, grad_norm}, parallel::*, tensor::{Random, Weights}};
-//! # fn main() -> Result<()> {
+//! use shardwise::{optim::*, prelude::*};
 //! # let world = Group::solo(&Cpu::new());
-//! # let source = Random::normal(1, 0.02);
-//! # let columns = Columns::even(&world, 8)?;
-//! # let model = ColumnLinear::<f32, Cpu>::load(&world, &Weights::new(&source), 4, &columns, Bias::Add)?;
+//! # let (source, columns) = (Random::normal(1, 0.02), Columns::even(&world, 8)?);
+//! # let weights = Weights::new(&source);
+//! # let model = ColumnLinear::<f32, _>::load(&world, &weights, 4, &columns, Bias::Add)?;
 //! let mut optimizer = AdamW::default();
 //! // after a backward …
 //! let norm = grad_norm(&model.params(), &[&world])?;
 //! optimizer.step(&model.params(), 1e-3, clip_scale(norm, 1.0)?)?;
-//! # Ok(())
-//! # }
-//! # use shardwise::parallel::Layer;
+//! # Ok::<(), Error>(())
 //! ```
 //!
-//! Gradients are kept in the accumulator; parameters of bf16 and f16 have master weights there,
-//! too. A master follows a value that is set after it.
+//! Gradients have the accumulator type. So have the master weights of bf16 and f16 parameters. A
+//! master weight is updated when the parameter's value is set.
 //!
-//! What an optimizer keeps belongs to a parameter's name. [`AdamW::state`] lists it as
-//! parameters, which are saved as a model's are, and [`AdamW::load`] reads it on any other mesh.
+//! State is keyed by the parameter's name. [`AdamW::state`] lists it as parameters, which are saved
+//! as those of a model, and [`AdamW::load`] reads it on any mesh.
 
 mod adamw;
 mod learning_rate;
@@ -40,12 +38,12 @@ pub use sgd::{Sgd, SgdConfig};
 use crate::error::{Error, Result};
 use std::{fmt::Display, ops::Range};
 
-/// How an optimizer treats one parameter; by default as its configuration says.
+/// Options of one parameter. The default keeps those of the optimizer's configuration.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ParamGroup {
-    /// Multiplied with the learning rate.
+    /// The factor of the learning rate.
     pub lr_scale: f64,
-    /// The decay instead of the configuration's, of vectors too.
+    /// The weight decay instead of the configuration's, also of vectors.
     pub weight_decay: Option<f64>,
 }
 
@@ -55,10 +53,11 @@ impl Default for ParamGroup {
     }
 }
 
-/// `Ok` if a choice lies in a range, which NaN does not.
+/// Checks that an option lies in a range. NaN lies in none.
 fn within(op: &'static str, name: impl Display, value: f64, range: Range<f64>) -> Result<()> {
-    match range.contains(&value) {
-        true => Ok(()),
-        false => Err(Error::invalid(op, format!("{name} is {value}, which is not in {range:?}"))),
+    if range.contains(&value) {
+        Ok(())
+    } else {
+        Err(Error::invalid(op, format!("{name} is {value}, which is not in {range:?}")))
     }
 }

@@ -12,24 +12,39 @@ use std::ops::Range;
 
 const OP: &str = "gradient norm";
 
-/// √ Σ g² over the gradient of the whole model, wherever its parts are: what one device would find.
+/// √ Σ g² over the gradient of the whole model: the norm that one device would compute. Not finite
+/// if an element of the gradient is not, for example after an overflow of a scaled loss.
 ///
-/// Every element counts once: it is owned by one rank ([`crate::tensor::ParamRegion::owned`]), however many hold a copy
-/// (norms' scales, key/value heads that ranks share). `groups` are those over which the model is spread: tensor and
-/// pipeline parallel; not the data-parallel one, over which gradients are equal by now. Sums are made in f64.
+/// An element counts once however many ranks hold a copy (the scales of norms, shared key/value
+/// heads): on the rank that owns it ([`crate::tensor::ParamRegion::owned`]). `groups` are the
+/// tensor- and pipeline-parallel groups, but not the data-parallel one, whose gradients are equal
+/// by then. Sums are in f64.
 ///
-/// Collectives: an all-gather of three numbers over each group; over the group with
-/// [`Reduction::Invariant`] also of one number a canonical block. Only one group of several ranks
-/// may have it, the tensor-parallel one.
+/// Collectives: one all-gather over each group, of three numbers a rank. With
+/// [`Reduction::Invariant`] it also gathers one number for each canonical block. Only one group of
+/// several ranks may be invariant: the tensor-parallel one.
 ///
-/// Not finite if any gradient is not, so that it also says whether a scaled loss overflowed.
+/// ```
+/// use shardwise::{optim::grad_norm, prelude::*};
+/// let source = Random::normal(1, 0.02);
+/// launch::threads(2, |world| {
+///     let rank = world.rank();
+///     let own = Region::whole([2]).narrow(0, rank..rank + 1);
+///     let (cpu, weights) = (world.device(), Weights::new(&source));
+///     let w = Param::<f32, _>::load_region(cpu, &weights, "w", Role::Bias, own, true)?;
+///     w.set_grad(Tensor::full(cpu, [1], [3.0, 4.0][rank])?)?;
+///     assert_eq!(grad_norm(&[w], &[&world])?, 5.0);
+///     Ok(())
+/// })?;
+/// # Ok::<(), Error>(())
+/// ```
 ///
 /// # Errors
-/// When the ranks of the groups do not own every element of the given tensors exactly once: a
-/// group over which tensors are cut is missing, or there is one whose ranks own the same parts.
-/// Not seen are stages of a pipeline that are missing, tensors that no rank owns, and whole tensors
-/// that several own beside others of their own; a save ([`crate::weights::save`]) finds the last two.
-/// When a collective fails, or sums that are to be invariant cannot be.
+/// When the ranks of the groups do not own every element of the given tensors exactly once: a group
+/// over which tensors are sharded is missing, or the ranks of a given group own the same regions.
+/// Not detected are missing pipeline stages, tensors that no rank owns, and whole tensors that
+/// several ranks own in addition to others; [`crate::weights::save`] detects the last two.
+/// When a collective fails, or the sum cannot be invariant.
 #[track_caller]
 pub fn grad_norm<T: Element, B: Backend>(params: &[Param<T, B>], groups: &[&Group<B>]) -> Result<f64> {
     let unsupported = |reason: String| Error::Unsupported { op: OP, reason };
@@ -50,12 +65,12 @@ pub fn grad_norm<T: Element, B: Backend>(params: &[Param<T, B>], groups: &[&Grou
             (Some(tree), own)
         }
     };
-    // The sum over each of this rank's leaves, and over what belongs to none.
-    let (mut terms, mut shares) = (Terms::default(), Shares::default());
+    // One sum for each of this rank's leaves, and one for gradients outside all of them.
+    let (mut terms, mut owned) = (Terms::default(), Owned::default());
     check_once(OP, params)?;
     for param in params {
         param.check_complete(OP)?;
-        shares.count(param);
+        owned.count(param);
         let Some(grad) = &param.grad() else { continue };
         let name = param.name();
         let blocks = match (&tree, param.blocks()) {
@@ -86,56 +101,57 @@ pub fn grad_norm<T: Element, B: Backend>(params: &[Param<T, B>], groups: &[&Grou
     let mut sums = terms.into_sums(own + 1)?;
     for group in ordered.into_iter().chain(others) {
         let tree = tree.as_ref().filter(|_| ordered.is_some_and(|ordered| group.is_same(ordered)));
-        sums = vec![shares.total(group, tree, &sums)?];
+        sums = vec![owned.total(group, tree, &sums)?];
     }
-    shares.are_whole()?;
+    owned.check_whole()?;
     Ok(sums[0].sqrt())
 }
 
-/// Which part of the given tensors a rank owns, in numbers that are summed over groups.
+/// A summary of the regions that a rank owns, in numbers that are summed over groups.
 #[derive(Debug, Default)]
-struct Shares {
-    /// Owned elements less those of all tensors whose first element is owned, each tensor's times a
-    /// number of its own, modulo 2⁴⁰: 0 where every element is owned once.
+struct Owned {
+    /// Σ over the tensors of a factor of the tensor's own times the number of owned elements, less
+    /// the size of the tensor if its first element is owned, modulo 2⁴⁰. The sum over the ranks is
+    /// 0 if every element is owned once.
     excess: u64,
-    /// A hash of the parts that this rank owns; 0 for none.
-    parts: u64,
-    /// A tensor of which other ranks have the rest.
-    cut: Option<String>,
+    /// A hash of the owned regions, 0 for none.
+    regions: u64,
+    /// The name of a tensor that this rank owns only a region of.
+    sharded: Option<String>,
 }
 
-/// Sums of so many numbers below this are exact in f64.
+/// The modulus of [`Owned::excess`], which f64 holds exactly. A sum over ranks fits in u64.
 const MODULUS: u64 = 1 << 40;
 
-impl Shares {
+impl Owned {
     fn count<T: Element, B: Backend>(&mut self, param: &Param<T, B>) {
-        for part in param.regions().iter().filter(|part| part.owned) {
-            let (region, factor) = (&part.region, hash(&part.tensor) >> 44 | 1);
-            let (own, whole) = (region.extent().len() as u64, region.shape().len() as u64);
-            if own == 0 {
+        for own in param.regions().iter().filter(|own| own.owned) {
+            let (region, factor) = (&own.region, hash(&own.tensor) >> 44 | 1);
+            let (len, whole) = (region.extent().len() as u64, region.shape().len() as u64);
+            if len == 0 {
                 continue;
             }
-            self.parts = hash((self.parts, &part.tensor, region)) >> 24 | 1;
+            self.regions = hash((self.regions, &own.tensor, region)) >> 24 | 1;
             let first = region.ranges().iter().all(|range| range.start == 0);
             let less = if first { whole } else { 0 };
-            self.excess = self.excess.wrapping_add(factor.wrapping_mul(own.wrapping_sub(less))) % MODULUS;
-            if own < whole {
-                self.cut.get_or_insert_with(|| part.tensor.clone());
+            self.excess = self.excess.wrapping_add(factor.wrapping_mul(len.wrapping_sub(less))) % MODULUS;
+            if len < whole {
+                self.sharded.get_or_insert_with(|| own.tensor.clone());
             }
         }
     }
 
-    /// The sum over a group of each rank's sums: of its leaves along the tree, and then of the last
-    /// of every rank in rank order. The ranks' shares are added up, too.
+    /// Returns the sum of the ranks' sums over a group: first the leaves along the tree, then the
+    /// last sum of every rank in rank order. Also combines the summaries of the ranks.
     #[track_caller]
     fn total<B: Backend>(&mut self, group: &Group<B>, tree: Option<&Tree>, sums: &[f64]) -> Result<f64> {
-        let own = [sums, &[self.excess as f64, self.parts as f64]].concat();
+        let own = [sums, &[self.excess as f64, self.regions as f64]].concat();
         let leaves = |rank: usize| tree.map_or(0, |tree| tree.owned(rank).len());
         let counts = Partition::from_sizes((0..group.size()).map(|rank| leaves(rank) + 3));
         let own = Tensor::<f64, B>::from_slice(group.device(), [own.len()], &own)?;
         let all = group.all_gather(&own, 0, &counts)?.to_vec()?;
         let of = |rank: usize| all[counts.range(rank)].split_at(leaves(rank));
-        self.add_up(group, (0..group.size()).map(|rank| [of(rank).1[1] as u64, of(rank).1[2] as u64]))?;
+        self.combine(group, (0..group.size()).map(|rank| [of(rank).1[1] as u64, of(rank).1[2] as u64]))?;
         let (mut sum, mut rest) = (TreeSum::new(tree.map_or(0, Tree::leaves)), 0.0);
         for rank in 0..group.size() {
             let (terms, others) = of(rank);
@@ -150,46 +166,51 @@ impl Shares {
         Ok(sum.values().into_iter().sum::<f64>() + rest)
     }
 
-    /// Adds up what the ranks of a group own, each `[excess, parts]`.
-    fn add_up<B: Backend>(
+    /// Combines the summaries of the ranks of a group, each `[excess, regions]`.
+    fn combine<B: Backend>(
         &mut self,
         group: &Group<B>,
         all: impl Iterator<Item = [u64; 2]> + Clone,
     ) -> Result<()> {
-        for (rank, [_, parts]) in all.clone().enumerate().filter(|(_, [_, parts])| *parts != 0) {
-            if let Some(other) = all.clone().take(rank).position(|[_, earlier]| earlier == parts) {
+        for (rank, [_, regions]) in all.clone().enumerate().filter(|(_, [_, regions])| *regions != 0) {
+            if let Some(other) = all.clone().take(rank).position(|[_, earlier]| earlier == regions) {
                 let reason = format!(
-                    "ranks {other} and {rank} of {group:?} own the same parts of the model: is it the data-parallel group?"
+                    "ranks {other} and {rank} of {group:?} own the same regions of the model: is it the data-parallel group?"
                 );
                 return Err(Error::invalid(OP, reason));
             }
         }
-        // A second group whose ranks have added up the same is found on every one of them.
-        let parts: Vec<u64> = all.clone().map(|[_, parts]| parts).filter(|parts| *parts != 0).collect();
-        self.parts = if parts.is_empty() { 0 } else { hash(parts) >> 24 | 1 };
+        // Equal on all ranks of this group, so that every rank detects a further group whose ranks
+        // have combined the same regions.
+        let regions: Vec<u64> =
+            all.clone().map(|[_, regions]| regions).filter(|regions| *regions != 0).collect();
+        self.regions = if regions.is_empty() { 0 } else { hash(regions) >> 24 | 1 };
         self.excess = all.map(|[excess, _]| excess).sum::<u64>() % MODULUS;
         Ok(())
     }
 
-    fn are_whole(&self) -> Result<()> {
+    /// Checks that every element was owned once.
+    fn check_whole(&self) -> Result<()> {
         if self.excess == 0 {
             return Ok(());
         }
-        let cut =
-            self.cut.as_ref().map_or_else(String::new, |tensor| format!(", such as the rest of `{tensor}`"));
+        let rest = self
+            .sharded
+            .as_ref()
+            .map_or_else(String::new, |tensor| format!(", such as the rest of `{tensor}`"));
         let reason = format!(
-            "the given groups do not hold every element of the model once{cut}: give all groups over which it is spread"
+            "the given groups do not hold every element of the model once{rest}: give all groups over which it is spread"
         );
         Err(Error::invalid(OP, reason))
     }
 }
 
 /// Sums of squares of rows, on the device, each a term of one of several sums. They are downloaded
-/// together: a download waits until the device has nothing left to do.
+/// together, because each download synchronizes with the device.
 struct Terms<B: Backend> {
-    /// The terms, and how many of each tensor's places are taken.
+    /// Buffers of terms, and the number of terms in each.
     rows: Vec<(Tensor<f64, B>, usize)>,
-    /// The number of terms of each part of a parameter, and the sum that they belong to.
+    /// The number of terms of each region, and the index of their sum.
     regions: Vec<(usize, usize)>,
 }
 
@@ -200,7 +221,7 @@ impl<B: Backend> Default for Terms<B> {
 }
 
 impl<B: Backend> Terms<B> {
-    /// Σ g² over `cols` of those of `rows` that this rank counts: terms of sum `sum`.
+    /// Adds Σ g² over `cols` of each of `rows` that this rank owns, as terms of sum `sum`.
     fn push<T: Element>(
         &mut self,
         param: &Param<T, B>,
@@ -210,28 +231,28 @@ impl<B: Backend> Terms<B> {
         sum: usize,
     ) -> Result<()> {
         let (device, width) = (grad.device(), grad.shape().split_at(0).1);
-        for part in param.regions().iter().filter(|part| part.owned) {
-            let end = part.row + part.region.extent().len().checked_div(width).unwrap_or(0);
-            let rows = rows.start.max(part.row)..rows.end.min(end);
+        for own in param.regions().iter().filter(|own| own.owned) {
+            let end = own.row + own.region.extent().len().checked_div(width).unwrap_or(0);
+            let rows = rows.start.max(own.row)..rows.end.min(end);
             if rows.is_empty() || cols.is_empty() {
                 continue;
             }
             let data = B::narrow(grad.slice(), rows.start * width..rows.end * width);
             // A vector is one row. A matrix of one column is not: the sum over a block of columns
-            // must not depend on how many of them this rank has.
-            let part = match grad.shape().rank() {
+            // must not depend on the number of columns of this rank.
+            let slice = match grad.shape().rank() {
                 1 => MatRef::<T::Acc, B>::new(data, 1, rows.len())?,
                 _ => MatRef::<T::Acc, B>::new(data, rows.len(), width)?.columns(cols.clone()),
             };
-            let count = part.rows();
+            let count = slice.rows();
             let place = self.place(device, count)?;
-            device.square_sums(part, place)?;
+            device.square_sums(slice, place)?;
             self.regions.push((count, sum));
         }
         Ok(())
     }
 
-    /// The next so many places.
+    /// Reserves `count` adjacent terms.
     fn place(&mut self, device: &B, count: usize) -> Result<B::SliceMut<'_, f64>> {
         const TOGETHER: usize = 1 << 16;
         let fits = self.rows.last().is_some_and(|(rows, taken)| taken + count <= rows.len());
@@ -244,7 +265,7 @@ impl<B: Backend> Terms<B> {
         Ok(B::narrow_mut(rows.slice_mut()?, *taken - count..*taken))
     }
 
-    /// The sums, in order of their terms.
+    /// Downloads the terms and returns the sums, each in the order of its terms.
     fn into_sums(self, count: usize) -> Result<Vec<f64>> {
         let mut terms = Vec::new();
         for (rows, taken) in &self.rows {
@@ -262,25 +283,25 @@ impl<B: Backend> Terms<B> {
     }
 }
 
-/// The norm itself, if it is a number: training cannot go on from a gradient that is not. Every rank that shares the model
-/// has the same norm, and gets the same error.
+/// Returns the norm if it is finite, since training cannot continue from a gradient that is not.
+/// The norm, and so the result, is equal on every rank of the model.
 ///
 /// # Errors
-/// When it is NaN or infinite.
+/// When the norm is NaN or infinite.
 pub fn require_finite(norm: f64) -> Result<f64> {
-    match norm.is_finite() {
-        true => Ok(norm),
-        false => Err(Error::invalid(OP, format!("the gradient is not finite: its norm is {norm}"))),
+    if norm.is_finite() {
+        Ok(norm)
+    } else {
+        Err(Error::invalid(OP, format!("the gradient is not finite: its norm is {norm}")))
     }
 }
 
-/// min(1, max / (norm + 10⁻⁶)): the factor of a gradient of norm `norm` that makes its norm `max`
-/// at most, as in `torch.nn.utils.clip_grad_norm_` with `error_if_nonfinite`. An infinite `max`
-/// clips nothing.
+/// min(1, max / (norm + 10⁻⁶)): the factor that scales a gradient of norm `norm` to norm `max` at
+/// most, as `torch.nn.utils.clip_grad_norm_` with `error_if_nonfinite`. An infinite `max` does not
+/// clip.
 ///
 /// # Errors
-/// When the norm is NaN, infinite or negative, or `max` is NaN or negative: no factor makes such a
-/// gradient one of norm `max`.
+/// When the norm is NaN, infinite or negative, or `max` is NaN or negative.
 pub fn clip_scale(norm: f64, max: f64) -> Result<f64> {
     if !(0.0..f64::INFINITY).contains(&norm) || !(0.0..=f64::INFINITY).contains(&max) {
         let reason = format!("a gradient of norm {norm} cannot be clipped to a norm of {max}");

@@ -3,10 +3,20 @@
 use crate::error::{Error, Result};
 use std::ops::RangeInclusive;
 
-/// A factor on the loss that keeps the gradients of f16 away from underflow (Micikevicius et al., 2018).
+/// A dynamic loss scale, which prevents the underflow of f16 gradients.
 ///
-/// Multiply the loss's gradient with [`LossScale::scale`], and give `1 / scale` to the optimizer as part of its
-/// `grad_scale`. After each backward, [`LossScale::update`] says whether the step may be made.
+/// Multiply the gradient of the loss by [`LossScale::scale`], and pass `1 / scale` to the optimizer
+/// as a factor of `grad_scale`. After each backward, [`LossScale::update`] returns whether to step.
+/// Source: Micikevicius et al., 2018.
+///
+/// ```
+/// let mut scale = shardwise::optim::LossScale::new(8.0, 2)?;
+/// assert!(scale.update(1.0) && scale.update(1.0));
+/// assert_eq!(scale.scale(), 16.0); // doubled after two steps
+/// assert!(!scale.update(f64::INFINITY)); // an overflow: skip the step
+/// assert_eq!(scale.scale(), 8.0);
+/// # Ok::<(), shardwise::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LossScale {
     scale: f64,
@@ -17,39 +27,41 @@ pub struct LossScale {
 }
 
 impl Default for LossScale {
-    /// 2¹⁶, halved after an overflow, doubled after 2,000 steps without one.
+    /// Starts at 2¹⁶, halved after an overflow, doubled after 2,000 steps without one.
     fn default() -> Self {
         Self { scale: 65536.0, growth: 2.0, backoff: 0.5, interval: 2000, good: 0 }
     }
 }
 
-/// What f32 holds without loss: gradients of the loss are multiplied with the scale in f32. Below,
-/// the gradient itself, not its scale, is at fault.
+/// The positive normal numbers of f32, in which gradients of the loss are multiplied by the scale.
+/// If a smaller scale overflows, the gradient itself is not finite.
 const SCALES: RangeInclusive<f64> = f32::MIN_POSITIVE as f64..=f32::MAX as f64;
 
 impl LossScale {
-    /// This scale to begin with, doubled after `interval` steps without an overflow.
+    /// Starts at `scale`, halved after an overflow, doubled after `interval` steps without one.
     ///
     /// # Errors
-    /// When the scale is no positive normal number of f32, or the interval is 0.
+    /// When the scale is not a positive normal number of f32, or the interval is 0.
     pub fn new(scale: f64, interval: u32) -> Result<Self> {
         let refuse = |reason| Err(Error::invalid("loss scale", reason));
-        match (SCALES.contains(&scale), interval) {
-            (false, _) => refuse(format!("{scale} is not in {SCALES:?}")),
-            (true, 0) => refuse("it cannot grow after every 0 steps".to_string()),
-            (true, _) => Ok(Self { scale, interval, ..Self::default() }),
+        if !SCALES.contains(&scale) {
+            return refuse(format!("{scale} is not in {SCALES:?}"));
         }
+        if interval == 0 {
+            return refuse("it cannot grow after every 0 steps".to_string());
+        }
+        Ok(Self { scale, interval, ..Self::default() })
     }
 
-    /// The factor.
+    /// Returns the current scale.
     pub fn scale(&self) -> f64 {
         self.scale
     }
 
-    /// Takes note of a gradient norm, which is not finite after an overflow, and says whether to
-    /// make the step. The scale stays a positive normal number of f32.
+    /// Updates the scale by the gradient norm, and returns whether to step: whether the norm is
+    /// finite. The scale stays a positive normal number of f32.
     ///
-    /// The norm is the same on every rank that shares the model, and so is the answer.
+    /// The norm is equal on every rank of the model, and so is the result.
     pub fn update(&mut self, norm: f64) -> bool {
         if !norm.is_finite() {
             self.scale = (self.scale * self.backoff).max(*SCALES.start());

@@ -12,21 +12,52 @@ use crate::{
     tensor::{Param, WeightSource},
 };
 
-/// The choices of an [`Sgd`]; by default plain gradient descent.
+/// The options of [`Sgd`]. The default is plain gradient descent.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct SgdConfig {
-    /// What the velocity keeps of itself; 0 for none.
+    /// The momentum, 0 for none.
     pub momentum: f64,
-    /// Whether the step looks ahead along the velocity.
+    /// Whether to use Nesterov's momentum.
     pub nesterov: bool,
-    /// Added to the gradient, times the weight.
+    /// The weight decay.
     pub weight_decay: f64,
 }
 
-/// Stochastic gradient descent: with g ← grad + decay · w, v ← momentum · v + g,
-/// w ← w − lr · v, or w ← w − lr · (g + momentum · v) with Nesterov's momentum.
+impl SgdConfig {
+    /// Sets the momentum, 0 for none.
+    pub fn with_momentum(self, momentum: f64) -> Self {
+        Self { momentum, ..self }
+    }
+
+    /// Sets whether to use Nesterov's momentum.
+    pub fn with_nesterov(self, nesterov: bool) -> Self {
+        Self { nesterov, ..self }
+    }
+
+    /// Sets the weight decay.
+    pub fn with_weight_decay(self, weight_decay: f64) -> Self {
+        Self { weight_decay, ..self }
+    }
+}
+
+/// g ← grad + decay · w, v ← momentum · v + g, w ← w − lr · v, or w ← w − lr · (g + momentum · v)
+/// with Nesterov's momentum: stochastic gradient descent.
 ///
 /// As `torch.optim.SGD` without dampening. Source: Sutskever et al., 2013.
+///
+/// ```
+/// use shardwise::{optim::{Sgd, SgdConfig}, prelude::*};
+/// let mut arrays = Arrays::default();
+/// arrays.0.insert("w".into(), ndarray::array![1.0].into_dyn());
+/// let (cpu, weights, whole) = (Cpu::new(), Weights::new(&arrays), Region::whole([1]));
+/// let w = Param::<f64, _>::load_region(&cpu, &weights, "w", Role::Bias, whole, true)?;
+/// w.set_grad(Tensor::from_vec(&cpu, [1], vec![2.0])?)?;
+/// let mut sgd = Sgd::new(SgdConfig::default().with_momentum(0.5));
+/// (0..2).try_for_each(|_| sgd.step(&[w.clone()], 0.25, 1.0))?;
+/// assert_eq!(w.value()?.to_vec()?, [1.0 - 0.25 * 2.0 - 0.25 * (0.5 * 2.0 + 2.0)]);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Sgd<T: Element = f32, B: Device = Cpu> {
     config: SgdConfig,
@@ -35,7 +66,7 @@ pub struct Sgd<T: Element = f32, B: Device = Cpu> {
 
 const OP: &str = "sgd";
 
-/// Without momentum there is no velocity.
+/// Returns the layout of the state, which has a velocity only with momentum.
 fn layout(config: &SgdConfig) -> Layout {
     let sums: &[&str] = if config.momentum == 0.0 { &[] } else { &["velocity"] };
     Layout { op: OP, sums, counts: false }
@@ -49,43 +80,43 @@ impl<T: Element, B: Device> Default for Sgd<T, B> {
 }
 
 impl<T: Element, B: Backend> Sgd<T, B> {
-    /// With these choices.
+    /// Makes an optimizer without state.
     pub fn new(config: SgdConfig) -> Self {
         Self { config, states: States::new(layout(&config)) }
     }
 
-    /// Reads the states of some parameters from a source, as [`super::AdamW::load`].
+    /// Reads the state of these parameters from a source, as [`super::AdamW::load`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`super::AdamW::load`].
     pub fn load(config: SgdConfig, source: &dyn WeightSource, params: &[Param<T, B>]) -> Result<Self> {
         Ok(Self { config, states: States::load(layout(&config), source, params)? })
     }
 
-    /// Gives each parameter the rate and the decay that `groups` says, as [`super::AdamW::groups`].
+    /// Sets the function that returns the options of each parameter, as [`super::AdamW::groups`].
     pub fn groups(mut self, groups: impl Fn(&Param<T, B>) -> ParamGroup + 'static) -> Self {
         self.states.set_groups(groups);
         self
     }
 
-    /// What is kept for each parameter that has had a gradient, as [`super::AdamW::state`]: for a
-    /// tensor `w` of the model, with momentum `sgd.velocity.w`, and of bf16 and f16 `sgd.master.w`.
+    /// Lists the state of each parameter that has had a gradient, as [`super::AdamW::state`]. For a
+    /// tensor `w` of the model: `sgd.velocity.w` with momentum, and `sgd.master.w` of bf16 and f16.
     ///
     /// # Errors
-    /// When the device has no memory left.
+    /// When the device is out of memory.
     pub fn state(&mut self) -> Result<Vec<Param<T::Acc, B>>> {
         self.states.params()
     }
 
-    /// One step on every parameter that has a gradient, which is multiplied with `grad_scale` first.
+    /// Updates every parameter that has a gradient. Multiplies the gradient by `grad_scale` first.
     ///
-    /// Velocities belong to a parameter's name: any parameters may be given, in any order.
+    /// State is keyed by the parameter's name, so each call may list any parameters in any order.
     ///
     /// # Errors
-    /// When a number makes no sense (a negative or infinite rate, momentum or decay, a `grad_scale`
-    /// that is not finite), or a name is there twice or has another shape or other regions than
-    /// before, or has a gradient and is not kept as a dense tensor, or one that is not summed over
-    /// its replicas yet: nothing has changed then. When the device fails.
+    /// Before any change: when a number is out of range (a negative or infinite rate, momentum or
+    /// decay, a `grad_scale` that is not finite); when a name is listed twice, or has another shape
+    /// or other regions than before; when a parameter with a gradient has no dense store, or its
+    /// gradient is not summed over its replicas yet. When the device fails.
     pub fn step(&mut self, params: &[Param<T, B>], lr: f64, grad_scale: f64) -> Result<()> {
         let SgdConfig { momentum, nesterov, weight_decay } = self.config;
         within(OP, "lr", lr, 0.0..f64::INFINITY)?;

@@ -1,4 +1,4 @@
-//! What an optimizer keeps for each parameter.
+//! The state that an optimizer keeps for each parameter.
 
 use super::{ParamGroup, within};
 use crate::{
@@ -13,14 +13,14 @@ use std::{
     fmt,
 };
 
-/// Which tensors an optimizer keeps for each parameter.
+/// The tensors that an optimizer keeps for each parameter.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Layout {
-    /// The optimizer.
+    /// The name of the optimizer.
     pub(super) op: &'static str,
-    /// Its sums in the accumulator, 0 at first.
+    /// The names of its sums (moments, velocity) in the accumulator type, initially 0.
     pub(super) sums: &'static [&'static str],
-    /// Whether it counts a parameter's steps.
+    /// Whether it keeps the number of steps.
     pub(super) counts: bool,
 }
 
@@ -28,7 +28,7 @@ const MASTER: &str = "master";
 const STEP: &str = "step";
 
 impl Layout {
-    /// What there is for a parameter of this element.
+    /// Returns the kinds of tensors kept for a parameter of this element type.
     fn kinds<T: Element>(&self) -> impl Iterator<Item = &'static str> + use<T> {
         let master = (T::DTYPE != T::Acc::DTYPE).then_some(MASTER);
         self.sums.iter().copied().chain(master).chain(self.counts.then_some(STEP))
@@ -44,6 +44,7 @@ pub(super) struct States<T: Element, B: Device> {
     layout: Layout,
     /// In the order of the parameters' first gradients, which is the same on every rank.
     all: Vec<State<T, B>>,
+    /// Positions in `all` by the parameter's name.
     places: HashMap<String, usize>,
     groups: Option<Box<dyn Fn(&Param<T, B>) -> ParamGroup>>,
 }
@@ -51,22 +52,22 @@ pub(super) struct States<T: Element, B: Device> {
 /// The state of one parameter. Its tensors are parameters of the same regions, renamed.
 #[derive(Debug)]
 pub(super) struct State<T: Element, B: Device> {
-    /// What the parameter holds.
+    /// The regions of the parameter.
     regions: Vec<ParamRegion>,
-    /// The value that the master belongs to ([`Param::revision`]).
+    /// The revision of the value that the master weight was taken from ([`Param::revision`]).
     revision: u64,
     /// The number of the parameter's steps.
     pub(super) steps: u64,
     sums: Vec<Param<T::Acc, B>>,
-    /// The weight in the accumulator, where the element is narrower.
+    /// The master weight, in the accumulator type if that is wider than the element type.
     master: Option<Param<T::Acc, B>>,
-    /// Where `steps` is written to be listed: one element for each of the parameter's tensors.
+    /// `steps` as a listed tensor, with one element for each of the parameter's tensors.
     count: Option<Param<T::Acc, B>>,
-    /// The value that `count` had when it was written here ([`Param::revision`]).
-    listed: Option<u64>,
+    /// The revision of `count` when it was last written or read here.
+    count_revision: Option<u64>,
 }
 
-/// An exclusive view of a tensor of a state.
+/// An exclusive view of a tensor of the state.
 type SliceMut<'a, T, B> = <B as Device>::SliceMut<'a, <T as Element>::Acc>;
 
 impl<T: Element, B: Device> fmt::Debug for States<T, B> {
@@ -76,12 +77,12 @@ impl<T: Element, B: Device> fmt::Debug for States<T, B> {
 }
 
 impl<T: Element, B: Device> States<T, B> {
-    /// None so far.
+    /// Makes an empty map.
     pub(super) fn new(layout: Layout) -> Self {
         Self { layout, all: Vec::new(), places: HashMap::new(), groups: None }
     }
 
-    /// With what differs between parameters.
+    /// Sets the function that returns the options of each parameter.
     pub(super) fn set_groups(&mut self, groups: impl Fn(&Param<T, B>) -> ParamGroup + 'static) {
         self.groups = Some(Box::new(groups));
     }
@@ -92,17 +93,20 @@ impl<T: Element, B: Device> States<T, B> {
 }
 
 impl<T: Element, B: Backend> States<T, B> {
-    /// The largest number of steps of a parameter.
+    /// Returns the largest number of steps of any parameter.
     pub(super) fn steps(&self) -> u64 {
-        // A number that was written and is none is an error of the next step.
-        let steps = |state: &State<T, B>| match state.is_counted_anew() {
-            true => state.counted(self.layout.op).unwrap_or(state.steps),
-            false => state.steps,
+        // An invalid number that was written to `count` is an error of the next step.
+        let steps = |state: &State<T, B>| {
+            if state.is_count_set() {
+                state.read_count(self.layout.op).unwrap_or(state.steps)
+            } else {
+                state.steps
+            }
         };
         self.all.iter().map(steps).max().unwrap_or(0)
     }
 
-    /// The states that a source has of some parameters.
+    /// Reads the states that a source has of these parameters.
     pub(super) fn load(layout: Layout, source: &dyn WeightSource, params: &[Param<T, B>]) -> Result<Self> {
         let mut states = Self::new(layout);
         states.check(params)?;
@@ -114,7 +118,7 @@ impl<T: Element, B: Backend> States<T, B> {
         Ok(states)
     }
 
-    /// Every tensor of every state.
+    /// Lists every tensor of every state.
     pub(super) fn params(&mut self) -> Result<Vec<Param<T::Acc, B>>> {
         let mut all = Vec::new();
         for state in &mut self.all {
@@ -123,8 +127,7 @@ impl<T: Element, B: Backend> States<T, B> {
         Ok(all)
     }
 
-    /// Calls `update` on every parameter that has a gradient, with its state, if all parameters fit
-    /// their states.
+    /// Checks all parameters, and then calls `update` on each one that has a gradient.
     pub(super) fn each(
         &mut self,
         params: &[Param<T, B>],
@@ -136,12 +139,12 @@ impl<T: Element, B: Backend> States<T, B> {
             let Some(grad) = param.grad() else { continue };
             let (group, state) = (self.group(param), self.of(param)?);
             if state.revision != param.revision() {
-                state.follow(param)?;
+                state.update_master(param)?;
             }
             state.take_count(op)?;
             state.steps += 1;
             update(param, &grad, group, state)?;
-            // Who has listed the state sees the step.
+            // A caller that has listed the state reads the new number.
             if state.count.as_ref().is_some_and(Param::is_shared) {
                 state.write_count()?;
             }
@@ -149,7 +152,7 @@ impl<T: Element, B: Backend> States<T, B> {
         Ok(())
     }
 
-    /// Looks at all parameters before any of them is changed.
+    /// Checks all parameters before any of them is changed.
     fn check(&self, params: &[Param<T, B>]) -> Result<()> {
         let (op, mut seen) = (self.layout.op, HashSet::new());
         check_once(op, params)?;
@@ -177,7 +180,7 @@ impl<T: Element, B: Backend> States<T, B> {
         Ok(())
     }
 
-    /// The state of a parameter, which is made if there is none.
+    /// Returns the state of a parameter, and makes it first if there is none.
     fn of(&mut self, param: &Param<T, B>) -> Result<&mut State<T, B>> {
         let at = match self.places.get(param.name()) {
             Some(&at) => at,
@@ -195,7 +198,7 @@ impl<T: Element, B: Backend> States<T, B> {
 }
 
 impl<T: Element, B: Backend> State<T, B> {
-    /// The state of a parameter, of tensors that `make` makes by their kind, name, shape and
+    /// Makes the state of a parameter. `make` makes each tensor from its kind, name, shape and
     /// regions.
     fn of(
         layout: Layout,
@@ -206,10 +209,10 @@ impl<T: Element, B: Backend> State<T, B> {
         for kind in layout.kinds::<T>() {
             let (mut shape, mut regions) = (param.shape(), param.regions().to_vec());
             if kind == STEP {
-                regions = firsts(&regions);
+                regions = count_regions(&regions);
                 shape = [regions.len()].into();
             }
-            regions.iter_mut().for_each(|part| part.tensor = layout.name(kind, &part.tensor));
+            regions.iter_mut().for_each(|own| own.tensor = layout.name(kind, &own.tensor));
             let tensor = make(kind, layout.name(kind, param.name()), shape, regions)?;
             match kind {
                 MASTER => master = Some(tensor),
@@ -218,11 +221,11 @@ impl<T: Element, B: Backend> State<T, B> {
             }
         }
         let (regions, revision) = (param.regions().to_vec(), param.revision());
-        let listed = count.as_ref().map(Param::revision);
-        Ok(Self { regions, revision, steps: 0, sums, master, count, listed })
+        let count_revision = count.as_ref().map(Param::revision);
+        Ok(Self { regions, revision, steps: 0, sums, master, count, count_revision })
     }
 
-    /// The state before the first step.
+    /// Makes the state before the first step.
     fn new(layout: Layout, param: &Param<T, B>) -> Result<Self> {
         Self::of(layout, param, |kind, name, shape, regions| {
             let value = match kind {
@@ -233,10 +236,10 @@ impl<T: Element, B: Backend> State<T, B> {
         })
     }
 
-    /// The state that a source has of a parameter; none where the source has nothing of it.
+    /// Reads the state of a parameter, or none if the source has none of its tensors.
     fn load(layout: Layout, source: &dyn WeightSource, param: &Param<T, B>) -> Result<Option<Self>> {
         let regions = param.regions();
-        let of = |kind| regions.iter().map(move |part| layout.name(kind, &part.tensor));
+        let of = |kind| regions.iter().map(move |own| layout.name(kind, &own.tensor));
         let names = layout.kinds::<T>().flat_map(of);
         let (there, absent): (Vec<_>, Vec<_>) = names.partition(|name| source.contains(name));
         match (there.first(), absent.first()) {
@@ -251,12 +254,12 @@ impl<T: Element, B: Backend> State<T, B> {
         let mut state = Self::of(layout, param, |_, name, shape, regions| {
             Param::load(device, &weights, &name, Role::Bias, shape, regions)
         })?;
-        state.steps = state.counted(layout.op)?;
-        state.follow(param)?;
+        state.steps = state.read_count(layout.op)?;
+        state.update_master(param)?;
         Ok(Some(state))
     }
 
-    /// Lists its tensors.
+    /// Appends the tensors of the state to `all`.
     fn list(&mut self, op: &'static str, all: &mut Vec<Param<T::Acc, B>>) -> Result<()> {
         self.take_count(op)?;
         self.write_count()?;
@@ -268,30 +271,30 @@ impl<T: Element, B: Backend> State<T, B> {
     fn write_count(&mut self) -> Result<()> {
         let Some(count) = &self.count else { return Ok(()) };
         count.set(Tensor::full(count.device(), count.shape(), self.steps as f64)?)?;
-        self.listed = Some(count.revision());
+        self.count_revision = Some(count.revision());
         Ok(())
     }
 
-    /// Whether `count` was written since it was listed.
-    fn is_counted_anew(&self) -> bool {
-        self.count.as_ref().map(Param::revision) != self.listed
+    /// Whether the caller has set `count` since it was listed.
+    fn is_count_set(&self) -> bool {
+        self.count.as_ref().map(Param::revision) != self.count_revision
     }
 
-    /// Takes the number of steps from `count`, if it was written since it was listed.
+    /// Takes the number of steps from `count` if the caller has set it.
     fn take_count(&mut self, op: &'static str) -> Result<()> {
-        if self.is_counted_anew() {
-            self.steps = self.counted(op)?;
-            self.listed = self.count.as_ref().map(Param::revision);
+        if self.is_count_set() {
+            self.steps = self.read_count(op)?;
+            self.count_revision = self.count.as_ref().map(Param::revision);
         }
         Ok(())
     }
 
-    /// The number of steps that is written in `count`.
-    fn counted(&self, op: &'static str) -> Result<u64> {
+    /// Reads the number of steps from `count`.
+    fn read_count(&self, op: &'static str) -> Result<u64> {
         let Some(count) = &self.count else { return Ok(0) };
         let values: Vec<_> = count.value()?.to_vec()?.into_iter().map(Element::to_f64).collect();
         let first = values.first().copied().unwrap_or(0.0);
-        // Beyond, whole numbers of f64 are not counted one by one.
+        // Above 2⁵³, f64 does not hold every integer.
         let countable = (0.0..9e15).contains(&first) && first.fract() == 0.0;
         if countable && values.iter().all(|&value| value == first) {
             return Ok(first as u64);
@@ -299,7 +302,7 @@ impl<T: Element, B: Backend> State<T, B> {
         Err(Error::invalid(op, format!("{} is {values:?}, which is no number of steps", count.name())))
     }
 
-    /// Whether the state is that of this parameter.
+    /// Checks that the state matches the parameter.
     fn check(&self, op: &'static str, param: &Param<T, B>) -> Result<()> {
         let (shape, name) = (param.shape(), param.name());
         if let Some(own) = self.sums.iter().chain(&self.master).next() {
@@ -308,8 +311,8 @@ impl<T: Element, B: Backend> State<T, B> {
         for own in self.sums.iter().chain(&self.master) {
             drop(own.value_mut()?);
         }
-        if self.is_counted_anew() {
-            self.counted(op)?;
+        if self.is_count_set() {
+            self.read_count(op)?;
         }
         if *param.regions() == *self.regions {
             return Ok(());
@@ -318,9 +321,10 @@ impl<T: Element, B: Backend> State<T, B> {
         Err(Error::invalid(op, format!("{name} holds {now}, but its state is of {then}")))
     }
 
-    /// Takes the master from a value that was set after it, element by element: one that still
-    /// rounds to the value is kept, so that parts of a tensor do not depend on one another.
-    fn follow(&mut self, param: &Param<T, B>) -> Result<()> {
+    /// Updates the master weight after the parameter's value was set. An element that still rounds
+    /// to the value is kept. The choice is made by element, so that it does not depend on the
+    /// shard.
+    fn update_master(&mut self, param: &Param<T, B>) -> Result<()> {
         if let Some(master) = &self.master {
             let bits = |value: T| value.to_f64().to_bits();
             let elements = master.value()?.to_vec()?.into_iter().zip(param.value()?.to_vec()?);
@@ -333,7 +337,7 @@ impl<T: Element, B: Backend> State<T, B> {
         Ok(())
     }
 
-    /// Lets a step write the master weight and the sums.
+    /// Lets `step` write the master weight and the sums.
     pub(super) fn write(
         &self,
         step: impl FnOnce(Option<SliceMut<'_, T, B>>, Vec<SliceMut<'_, T, B>>) -> Result<()>,
@@ -345,29 +349,29 @@ impl<T: Element, B: Backend> State<T, B> {
     }
 }
 
-/// A part of one element for each tensor of some regions, owned together with the tensor's first
-/// element.
-fn firsts(regions: &[ParamRegion]) -> Vec<ParamRegion> {
-    let mut firsts: Vec<ParamRegion> = Vec::new();
-    for part in regions {
-        let is_first = part.region.ranges().iter().all(|range| range.start == 0 && range.end > 0);
-        let owned = part.owned && is_first;
-        match firsts.iter_mut().find(|first| first.tensor == part.tensor) {
-            Some(first) => first.owned |= owned,
+/// Returns the regions of the count: one element for each tensor, owned by the rank that owns the
+/// first element of the tensor.
+fn count_regions(regions: &[ParamRegion]) -> Vec<ParamRegion> {
+    let mut counts: Vec<ParamRegion> = Vec::new();
+    for own in regions {
+        let is_first = own.region.ranges().iter().all(|range| range.start == 0 && range.end > 0);
+        let owned = own.owned && is_first;
+        match counts.iter_mut().find(|count| count.tensor == own.tensor) {
+            Some(count) => count.owned |= owned,
             None => {
-                let (tensor, row) = (part.tensor.clone(), firsts.len());
-                firsts.push(ParamRegion { tensor, region: Region::whole([1]), row, owned });
+                let (tensor, row) = (own.tensor.clone(), counts.len());
+                counts.push(ParamRegion { tensor, region: Region::whole([1]), row, owned });
             }
         }
     }
-    firsts
+    counts
 }
 
-/// The regions of a parameter, in words.
+/// Formats the regions of a parameter for an error.
 fn describe(regions: &[ParamRegion]) -> String {
-    let part = |part: &ParamRegion| {
-        let copy = if part.owned { "" } else { " (not owned)" };
-        format!("{} {:?}{copy}", part.tensor, part.region.ranges())
+    let describe = |own: &ParamRegion| {
+        let copy = if own.owned { "" } else { " (not owned)" };
+        format!("{} {:?}{copy}", own.tensor, own.region.ranges())
     };
-    regions.iter().map(part).collect::<Vec<_>>().join(", ")
+    regions.iter().map(describe).collect::<Vec<_>>().join(", ")
 }

@@ -1,4 +1,4 @@
-//! The reference activation functions, element by element. Tests compare the activation kernels with them, and the
+//! Reference activation functions. Tests compare the activation kernels with them, and the
 //! reference MLPs use them.
 
 use ndarray::{Array2, Zip};
@@ -47,18 +47,18 @@ impl Activation {
 
 /// `y = max(x, 0)`, of any shape; NaN stays NaN.
 pub fn relu(x: &Array2<f64>) -> Array2<f64> {
-    // Not `f64::max`, which prefers 0 to NaN.
+    // `f64::max` would return 0 for NaN.
     x.mapv(|x| if x <= 0.0 { 0.0 } else { x })
 }
 
-/// `dx = dy` where `x > 0` and 0 where `x ≤ 0`: the gradient of [`relu`], with the derivative 0 at 0.
+/// `dx = dy` where `x > 0`, 0 where `x ≤ 0`: the gradient of [`relu`], with derivative 0 at 0.
 ///
 /// Where `x` is NaN, `dx = dy`, as in PyTorch.
 ///
 /// # Panics
 /// When the shapes of `x` and `dy` differ.
 pub fn relu_backward(x: &Array2<f64>, dy: &Array2<f64>) -> Array2<f64> {
-    // A choice and not a product with 0 or 1, so that an infinite dy gives 0 where x ≤ 0.
+    // A product with 0 would give NaN for an infinite dy where x ≤ 0.
     zip("relu_backward", x, dy, |x, dy| if x <= 0.0 { 0.0 } else { dy })
 }
 
@@ -82,8 +82,8 @@ pub fn silu_backward(x: &Array2<f64>, dy: &Array2<f64>) -> Array2<f64> {
 
 /// `y = x Φ(x)` with `Φ(x) = ½ (1 + erf(x / √2))`, of any shape. At -∞ it is NaN, as in PyTorch.
 ///
-/// Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2. For large negative `x` the error is small against 1, not
-/// against `y`, because `1 + erf` cancels.
+/// For large negative `x`, the error is small relative to 1, not to `y`, because `1 + erf` cancels.
+/// Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2.
 pub fn gelu_erf(x: &Array2<f64>) -> Array2<f64> {
     x.mapv(|x| x * normal_cdf(x))
 }
@@ -99,15 +99,16 @@ pub fn gelu_erf_backward(x: &Array2<f64>, dy: &Array2<f64>) -> Array2<f64> {
     })
 }
 
-/// `y = ½ x (1 + tanh u)` with `u = √(2/π) (x + 0.044715 x³)`, of any shape. At -∞ it is NaN, as in PyTorch.
+/// `y = ½ x (1 + tanh u)` with `u = √(2/π) (x + 0.044715 x³)`, of any shape. At -∞ it is NaN, as in
+/// PyTorch.
 ///
 /// Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2; the GELU of GPT-2.
 pub fn gelu_tanh(x: &Array2<f64>) -> Array2<f64> {
     x.mapv(|x| 0.5 * x * (1.0 + gelu_tanh_argument(x).tanh()))
 }
 
-/// `dx = ½ (1 + tanh u + x (1 - tanh² u) u') dy` with `u' = √(2/π) (1 + 3 · 0.044715 x²)`: the gradient of
-/// [`gelu_tanh`].
+/// `dx = ½ (1 + tanh u + x (1 - tanh² u) u') dy` with `u' = √(2/π) (1 + 3 · 0.044715 x²)`: the
+/// gradient of [`gelu_tanh`].
 ///
 /// # Panics
 /// When the shapes of `x` and `dy` differ.

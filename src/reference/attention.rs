@@ -1,44 +1,56 @@
-//! The reference attention over heads, without its projections. Tests compare the attention operator with it, and the
-//! reference self-attention layer uses it.
+//! Reference attention over heads, without projections. Tests compare the attention operator with
+//! it, and the reference self-attention layer uses it.
 
 use super::softmax::{softmax_of_all, softmax_of_all_backward};
 use ndarray::{Array2, ArrayView1, Axis, Slice};
 use std::ops::Range;
 
-/// The heads of an [`attention`] and how they attend.
+/// The configuration of [`attention`].
 ///
-/// With `kv_heads = heads` it is multi-head, with fewer grouped-query, and with one multi-query attention.
+/// `kv_heads = heads` is multi-head, fewer are grouped-query, and one is multi-query attention.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AttentionSpec {
     /// The number of query heads, a multiple of `kv_heads`.
     pub heads: usize,
     /// The number of key/value heads.
     pub kv_heads: usize,
-    /// The features of one head.
+    /// The number of features of one head.
     pub head_dim: usize,
     /// Whether a row attends only to itself and earlier rows.
     pub causal: bool,
-    /// How many rows a row attends to at most: those that come last of the ones that it otherwise would, itself included.
-    /// Only for causal attention.
+    /// The size of the sliding window: a row attends only to itself and the `window - 1` rows
+    /// before it. Only for causal attention.
     pub window: Option<usize>,
-    /// What the scores are multiplied by before the softmax, usually `1 / √head_dim`.
+    /// The factor of the scores before the softmax, usually `1 / √head_dim`.
     pub scale: f64,
 }
 
-/// `out[i, h] = Σⱼ p[j] v[j, g]` with `p = softmaxⱼ(scale · q[i, h] · k[j, g])` and `g = ⌊h / (heads / kv_heads)⌋`,
-/// where `j` runs over the rows that row `i` may attend to.
+/// `out[i, h] = Σⱼ p[j] v[j, g]` with `p = softmaxⱼ(scale · q[i, h] · k[j, g])` and
+/// `g = ⌊h / (heads / kv_heads)⌋`, where `j` runs over the rows that row `i` may attend to.
 ///
-/// Those are the rows of its own sequence, of which `valid`, if given, keeps the true ones, and causal attention those
-/// that do not come after `i`. Other rows have no influence, NaN and ∞ included. A row that may attend to none gives
-/// zeros, and so does a row outside every sequence. A row that is not valid itself still attends to those that are.
+/// Those are the rows of its own sequence. `valid`, if given, excludes rows that are false, and
+/// causal attention excludes rows after `i`. Excluded rows have no influence, even if they are NaN
+/// or ∞. A row that may attend to no row gives zeros, and so does a row outside every sequence. A
+/// row that is not valid still attends to valid rows.
 ///
-/// `q, out: [tokens, heads · head_dim]`, `k, v: [tokens, kv_heads · head_dim]`, head after head; `sequences`: disjoint
-/// ranges of rows; `valid: [tokens]`. Source: Vaswani et al., arXiv 1706.03762, section 3.2; the sharing of heads is
-/// that of Ainslie et al., arXiv 2305.13245, section 2.2.
+/// `q, out: [tokens, heads · head_dim]`, `k, v: [tokens, kv_heads · head_dim]`, head after head;
+/// `sequences`: disjoint ranges of rows; `valid: [tokens]`. Source: Vaswani et al., arXiv
+/// 1706.03762, section 3.2; grouped heads: Ainslie et al., arXiv 2305.13245, section 2.2.
+///
+/// ```
+/// use ndarray::array;
+/// use shardwise::reference::{AttentionSpec, attention};
+/// let (heads, kv_heads, head_dim, window, scale) = (1, 1, 1, None, 1.0);
+/// let spec = AttentionSpec { heads, kv_heads, head_dim, causal: true, window, scale };
+/// let (q, k, v) = (array![[1.0], [1.0]], array![[0.0], [3f64.ln()]], array![[4.0], [8.0]]);
+/// let out = attention(&spec, &q, &k, &v, &[0..2], None);
+/// assert_eq!(out[[0, 0]], 4.0);
+/// assert!((out[[1, 0]] - (0.25 * 4.0 + 0.75 * 8.0)).abs() < 1e-14);
+/// ```
 ///
 /// # Panics
-/// When `heads` is not a multiple of `kv_heads`, shapes disagree with `spec` or with each other, or sequences overlap
-/// or do not lie within the rows.
+/// When `heads` is not a multiple of `kv_heads`, shapes disagree with `spec` or with each other, or
+/// sequences overlap or exceed the rows.
 pub fn attention(
     spec: &AttentionSpec,
     q: &Array2<f64>,
@@ -62,18 +74,19 @@ pub fn attention(
 pub struct AttentionGrads {
     /// `[tokens, heads · head_dim]`.
     pub dq: Array2<f64>,
-    /// `[tokens, kv_heads · head_dim]`; a key head gets the sum over its query heads.
+    /// `[tokens, kv_heads · head_dim]`; for a key head the sum over its query heads.
     pub dk: Array2<f64>,
-    /// `[tokens, kv_heads · head_dim]`; a value head gets the sum over its query heads.
+    /// `[tokens, kv_heads · head_dim]`; for a value head the sum over its query heads.
     pub dv: Array2<f64>,
 }
 
 /// With `s = scale · q[i, h] · k[j, g]` and `p = softmaxⱼ(s)` for each row `i` and head `h`:
 /// `dp[j] = dout[i, h] · v[j, g]`, `ds = p ⊙ (dp - p · dp)`, `dq[i, h] = scale Σⱼ ds[j] k[j, g]`,
-/// `dk[j, g] += scale ds[j] q[i, h]`, `dv[j, g] += p[j] dout[i, h]`: the gradients of [`attention`].
+/// `dk[j, g] += scale ds[j] q[i, h]`, `dv[j, g] += p[j] dout[i, h]`: the gradients of
+/// [`attention`].
 ///
-/// `dout: [tokens, heads · head_dim]`; the rest as in [`attention`]. A row that is not attended to gets 0 in `dk`,
-/// `dv`.
+/// `dout: [tokens, heads · head_dim]`; the rest as in [`attention`]. `dk` and `dv` are 0 for a row
+/// that no row attends to.
 ///
 /// # Panics
 /// As [`attention`], and when the shapes of `q` and `dout` differ.
@@ -103,30 +116,30 @@ pub fn attention_backward(
     grads
 }
 
-/// One row and head that attends.
+/// One row and head of the queries.
 struct Query {
     row: usize,
     /// The columns of its head in q and out.
     columns: Range<usize>,
-    /// The columns of the key/value head it uses, in k and v.
+    /// The columns of its key/value head in k and v.
     kv_columns: Range<usize>,
     /// The rows it may attend to.
     keys: Vec<usize>,
 }
 
 impl Query {
-    /// Its vector in `x`, which is q or has the shape of q.
+    /// Returns its vector in `x`, which is q or has the shape of q.
     fn of<'a>(&self, x: &'a Array2<f64>) -> ArrayView1<'a, f64> {
         x.index_axis(Axis(0), self.row).slice_axis_move(Axis(0), Slice::from(self.columns.clone()))
     }
 
-    /// The vectors that it attends to in `x`, which is k or v: `[keys, head_dim]`.
+    /// Returns the vectors that it attends to in `x`, which is k or v: `[keys, head_dim]`.
     fn keys_of(&self, x: &Array2<f64>) -> Array2<f64> {
         x.slice_axis(Axis(1), Slice::from(self.kv_columns.clone())).select(Axis(0), &self.keys)
     }
 }
 
-/// Every head of every row of every sequence.
+/// Returns every head of every row of every sequence.
 fn queries(spec: &AttentionSpec, sequences: &[Range<usize>], valid: Option<&[bool]>) -> Vec<Query> {
     let columns = |head: usize| head * spec.head_dim..(head + 1) * spec.head_dim;
     let mut queries = Vec::new();
@@ -209,7 +222,7 @@ mod tests {
 
     #[test]
     fn literals() {
-        // One head of one feature. Row 0 scores [0, 0], row 1 scores [0, ln 2].
+        // One head of one feature. The scores of row 0 are [0, 0], those of row 1 [0, ln 2].
         let (q, k, v) = (array![[0.0], [2.0]], array![[0.0], [LN_2]], array![[3.0], [6.0]]);
         let spec =
             AttentionSpec { heads: 1, kv_heads: 1, head_dim: 1, causal: false, window: None, scale: 0.5 };

@@ -1,5 +1,5 @@
-//! The reference transformer block. Tests compare the tensor-parallel block with it, output by output and gradient by
-//! name.
+//! Reference transformer block. Tests compare the outputs and all gradients of the tensor-parallel
+//! block with it.
 
 use super::{
     AttentionSpec, AttentionWeights, Mlp, Norm, SelfAttentionGrads, self_attention, self_attention_backward,
@@ -7,7 +7,7 @@ use super::{
 use ndarray::{Array, Array2, ArrayD, ArrayViewMutD, Dimension};
 use std::ops::Range;
 
-/// Where a block normalizes.
+/// The position of the norms in a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormPlacement {
     /// Before each layer, within the residual branch, as in GPT-2 and Llama.
@@ -29,20 +29,20 @@ pub struct BlockWeights {
     pub norm2: Norm,
     /// The MLP.
     pub mlp: Mlp,
-    /// Where the norms stand.
+    /// The position of the norms.
     pub placement: NormPlacement,
 }
 
 impl BlockWeights {
-    /// The name and a copy of every parameter, in a fixed order; an absent bias is left out.
+    /// Lists the name and a copy of every parameter in a fixed order, without absent biases.
     ///
-    /// The names are `attention.{q,k,v,o}.{weight,bias}`, `norm1.{weight,bias}`, `norm2.{weight,bias}`,
-    /// `mlp.{up,down}.{weight,bias}` and `mlp.gate.weight`.
+    /// The names are `attention.{q,k,v,o}.{weight,bias}`, `norm1.{weight,bias}`,
+    /// `norm2.{weight,bias}`, `mlp.{up,down}.{weight,bias}` and `mlp.gate.weight`.
     pub fn named(&self) -> Vec<(&'static str, ArrayD<f64>)> {
         self.clone().named_mut().into_iter().map(|(name, array)| (name, array.to_owned())).collect()
     }
 
-    /// The name and a view of every parameter, as in [`BlockWeights::named`].
+    /// Lists the name and a view of every parameter, as [`BlockWeights::named`].
     pub fn named_mut(&mut self) -> Vec<(&'static str, ArrayViewMutD<'_, f64>)> {
         fn norm(norm: &mut Norm) -> (ArrayViewMutD<'_, f64>, Option<ArrayViewMutD<'_, f64>>) {
             match norm {
@@ -113,7 +113,7 @@ pub fn block(
     }
 }
 
-/// `x + branch`, without the broadcasting of `+`.
+/// `x + branch`; panics where `+` would broadcast.
 fn residual(x: &Array2<f64>, branch: Array2<f64>) -> Array2<f64> {
     assert_eq!(x.dim(), branch.dim(), "block: the shapes of x and of a residual branch");
     x + branch
@@ -124,7 +124,8 @@ fn residual(x: &Array2<f64>, branch: Array2<f64>) -> Array2<f64> {
 pub struct BlockGrads {
     /// `[tokens, hidden]`.
     pub dx: Array2<f64>,
-    /// The gradient of each weight in its place, and the settings of the block. [`BlockWeights::named`] lists them.
+    /// The gradient of each weight in place of the weight, with the settings of the block.
+    /// [`BlockWeights::named`] lists them.
     pub weights: BlockWeights,
 }
 
@@ -181,7 +182,7 @@ mod tests {
     use crate::reference::{Activation, GatedMlpWeights, MlpWeights};
     use ndarray::ShapeBuilder;
 
-    /// sin(k), sin(2k), sin(3k), ...: numbers that are easily made in any language.
+    /// sin(k), sin(2k), sin(3k), …: numbers that any language can compute.
     fn wave<S: ShapeBuilder>(shape: S, k: f64) -> Array<f64, S::Dim> {
         let mut i = 0.0;
         Array::from_shape_simple_fn(shape, || {
@@ -190,7 +191,7 @@ mod tests {
         })
     }
 
-    /// Biases, LayerNorm after, a plain MLP, multi-head attention: BERT.
+    /// BERT: biases, LayerNorm after the layers, a plain MLP, multi-head attention.
     fn bert() -> BlockWeights {
         let norm = |k: f64| Norm::LayerNorm { gamma: wave(4, k), beta: wave(4, k + 0.05), eps: 0.1 };
         BlockWeights {
@@ -227,7 +228,8 @@ mod tests {
         }
     }
 
-    /// No biases, RMSNorm before, a gated MLP, causal grouped-query attention with heads wider than hidden: Llama.
+    /// Llama: no biases, RMSNorm before the layers, a gated MLP, causal grouped-query attention
+    /// with heads that are together wider than hidden.
     fn llama() -> BlockWeights {
         let norm = |k: f64| Norm::RmsNorm { gamma: wave(4, k), eps: 0.1 };
         BlockWeights {
@@ -263,11 +265,11 @@ mod tests {
         }
     }
 
-    /// Two packed sequences, row 3 outside of both, rows 1 and 6 padding.
+    /// Two packed sequences; row 3 is outside of both, rows 1 and 6 are padding.
     const SEQUENCES: [Range<usize>; 2] = [0..3, 4..7];
     const VALID: [bool; 7] = [true, false, true, true, true, true, false];
 
-    /// The outputs for `x = wave((7, 4), 0.9)`, from a program in plain Python that shares no code with this one.
+    /// The outputs for `x = wave((7, 4), 0.9)`, computed by an independent program in plain Python.
     const BERT: [[f64; 4]; 7] = [
         [2.4075433421469192, -0.08713249371730843, -1.3668537817464856, 0.24183495179269382],
         [2.4113199552565963, -0.08681249664497691, -1.3549243530274917, 0.24342922414355223],
@@ -392,7 +394,8 @@ mod tests {
         of(&w, "mlp.down.weight", &weights.down);
     }
 
-    /// With no output from either layer a block before its norms is the identity, and after them only the norms remain.
+    /// If both layers return 0, a pre-norm block is the identity, and a post-norm block applies
+    /// only the norms.
     #[test]
     fn silent_layers_leave_the_residual() {
         let mut w = llama();

@@ -1,28 +1,34 @@
-//! How far results are apart: what tests, examples and benches compare by.
+//! The largest difference of two results, by which tests, examples and benches compare them.
 
-/// The largest of all |got − want|; ∞ where one of them is NaN.
+/// `max |got − want|`, and ∞ if any number is NaN.
 ///
 /// # Panics
-/// If there are not as many numbers on both sides, or none at all.
+/// If the counts differ, or both are 0.
 #[track_caller]
 pub fn worst<'g, 'w>(
     got: impl IntoIterator<Item = &'g (impl Copy + Into<f64> + 'g)>,
     want: impl IntoIterator<Item = &'w (impl Copy + Into<f64> + 'w)>,
 ) -> f64 {
-    apart(&numbers(got), &numbers(want))
+    largest_difference(&numbers(got), &numbers(want))
 }
 
-/// [`worst`], relative to the largest number of `want` or 1.
+/// `max |got − want| / max(1, max |want|)`, and ∞ if any number is NaN.
+///
+/// ```
+/// use shardwise::reference::worst_relative;
+/// assert_eq!(worst_relative(&[1.0, 6.0], &[0.0, 8.0]), 0.25);
+/// assert_eq!(worst_relative(&[f64::NAN], &[0.5]), f64::INFINITY);
+/// ```
 ///
 /// # Panics
-/// As [`worst`] does.
+/// As [`worst`].
 #[track_caller]
 pub fn worst_relative<'g, 'w>(
     got: impl IntoIterator<Item = &'g (impl Copy + Into<f64> + 'g)>,
     want: impl IntoIterator<Item = &'w (impl Copy + Into<f64> + 'w)>,
 ) -> f64 {
     let want = numbers(want);
-    match apart(&numbers(got), &want) {
+    match largest_difference(&numbers(got), &want) {
         // ∞ / ∞ would be NaN.
         f64::INFINITY => f64::INFINITY,
         worst => worst / largest(want.into_iter().chain([1.0])),
@@ -34,18 +40,17 @@ fn numbers<'a>(values: impl IntoIterator<Item = &'a (impl Copy + Into<f64> + 'a)
 }
 
 #[track_caller]
-fn apart(got: &[f64], want: &[f64]) -> f64 {
+fn largest_difference(got: &[f64], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len(), "worst: the numbers of `got` and of `want`");
     assert!(!want.is_empty(), "worst: there is nothing to compare");
     largest(got.iter().zip(want).map(|(got, want)| got - want))
 }
 
-/// The largest absolute number. `f64::max` alone would drop NaN.
+/// Returns the largest absolute value, and ∞ if there is a NaN, which `f64::max` would drop.
 fn largest(values: impl IntoIterator<Item = f64>) -> f64 {
-    values.into_iter().fold(0.0, |most, value| match value.is_nan() {
-        true => f64::INFINITY,
-        false => most.max(value.abs()),
-    })
+    values
+        .into_iter()
+        .fold(0.0, |most, value| if value.is_nan() { f64::INFINITY } else { most.max(value.abs()) })
 }
 
 #[test]

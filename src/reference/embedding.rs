@@ -1,4 +1,4 @@
-//! The reference embedding. Tests compare the vocabulary-parallel embedding with it.
+//! Reference embedding. Tests compare the vocabulary-parallel embedding with it.
 
 use ndarray::{Array2, Axis};
 
@@ -13,10 +13,10 @@ pub fn embedding(ids: &[usize], table: &Array2<f64>) -> Array2<f64> {
     table.select(Axis(0), ids)
 }
 
-/// `dtable[r, :] = Σ dy[t, :]` over the tokens `t` with `ids[t] = r`: the gradient of [`embedding`].
+/// `dtable[r, :] = Σ dy[t, :]` over the tokens `t` with `ids[t] = r`, and 0 without such tokens:
+/// the gradient of [`embedding`].
 ///
-/// `ids: [tokens]`, `dy: [tokens, features]`, `dtable: [rows, features]`. A repeated id gets the sum over its tokens,
-/// an absent one 0.
+/// `ids: [tokens]`, `dy: [tokens, features]`, `dtable: [rows, features]`.
 ///
 /// # Panics
 /// When an id is not below `rows`, or `ids` and `dy` differ in `tokens`.

@@ -1,10 +1,11 @@
-//! The reference linear layer. Tests compare the column- and row-parallel linear layers with it.
+//! Reference linear layer. Tests compare the column- and row-parallel linear layers with it.
 
 use ndarray::{Array1, Array2, Axis};
 
-/// `y = x wᵀ + b`, that is `y[t, o] = Σᵢ x[t, i] w[o, i] + b[o]`; without `b` the last term is absent.
+/// `y = x wᵀ + b`, that is `y[t, o] = Σᵢ x[t, i] w[o, i] + b[o]`, or without `b` if none is given.
 ///
-/// `x: [tokens, in]`, `w: [out, in]`, `b: [out]`, `y: [tokens, out]`. With `in = 0` every row is `b`.
+/// `x: [tokens, in]`, `w: [out, in]`, `b: [out]`, `y: [tokens, out]`. With `in = 0` every row is
+/// `b`.
 ///
 /// # Panics
 /// When `x` and `w` differ in `in`, or `w` and `b` in `out`.
@@ -26,7 +27,7 @@ pub struct LinearGrads {
     pub dx: Array2<f64>,
     /// `[out, in]`.
     pub dw: Array2<f64>,
-    /// `[out]`. The gradient of the bias if there was one.
+    /// `[out]`. Ignore it if [`linear`] had no bias.
     pub db: Array1<f64>,
 }
 

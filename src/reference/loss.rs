@@ -1,23 +1,23 @@
-//! Losses.
+//! Reference losses.
 
 use super::log_sum_exp;
 use ndarray::{Array1, Array2};
 
-/// A cross entropy's options.
+/// The cross entropy with label smoothing and z-loss.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct CrossEntropy {
-    /// The part of the target's probability that is spread over all classes.
+    /// The label smoothing that is distributed over all classes.
     pub over_all: f64,
-    /// The part that is spread over the other classes.
+    /// The label smoothing that is distributed over all classes but the target.
     pub over_others: f64,
-    /// Rows of this target have no loss.
+    /// The target of rows without a loss.
     pub ignored: Option<u32>,
-    /// The weight of the squared log-sum-exp.
+    /// The weight of the z-loss, the squared log-sum-exp.
     pub z: f64,
 }
 
 impl CrossEntropy {
-    /// The probability that a class should have.
+    /// Returns the smoothed target probability `q` of a class.
     fn wanted(&self, class: usize, target: usize, classes: usize) -> f64 {
         let mut q = self.over_all / classes as f64;
         if class == target {
@@ -29,7 +29,13 @@ impl CrossEntropy {
         q
     }
 
-    /// −Σₖ qₖ log pₖ + z (log Σₖ e^xₖ)² for each row of `x`, p being the row's softmax; 0 for ignored rows.
+    /// `−Σₖ qₖ log pₖ + z (log Σₖ e^xₖ)²` for each row of `x`, with `p` its softmax and `q` the
+    /// smoothed targets; 0 for ignored rows.
+    ///
+    /// `x: [rows, classes]`, `targets: [rows]`.
+    ///
+    /// # Panics
+    /// When `targets` has fewer than `rows` elements.
     pub fn losses(&self, x: &Array2<f64>, targets: &[u32]) -> Array1<f64> {
         let (classes, lse) = (x.ncols(), log_sum_exp(x, None));
         Array1::from_shape_fn(x.nrows(), |row| {
@@ -40,7 +46,7 @@ impl CrossEntropy {
             let mut loss = self.z * lse * lse;
             for class in 0..classes {
                 let q = self.wanted(class, targets[row] as usize, classes);
-                // A class that is not wanted at all may be impossible.
+                // A class with q = 0 may have x = -∞, and 0 · ∞ would be NaN.
                 if q != 0.0 {
                     loss += q * (lse - x[[row, class]]);
                 }
@@ -49,7 +55,11 @@ impl CrossEntropy {
         })
     }
 
-    /// The gradient of `scale` times the sum of the losses.
+    /// `dx = scale · (p (1 + 2 z log Σₖ e^xₖ) − q)`, and 0 for ignored rows: the gradient of
+    /// `scale` times the sum of the losses.
+    ///
+    /// # Panics
+    /// As [`CrossEntropy::losses`].
     pub fn backward(&self, x: &Array2<f64>, targets: &[u32], scale: f64) -> Array2<f64> {
         let (classes, lse) = (x.ncols(), log_sum_exp(x, None));
         Array2::from_shape_fn(x.dim(), |(row, class)| {
@@ -63,7 +73,7 @@ impl CrossEntropy {
     }
 }
 
-/// The mean of (x − y)² over all elements, and its gradient with respect to x.
+/// `Σ (x − y)² / n` over all `n` elements, and its gradient `2 (x − y) / n` with respect to `x`.
 pub fn mean_squared_error(x: &Array2<f64>, y: &Array2<f64>) -> (f64, Array2<f64>) {
     let count = x.len() as f64;
     let difference = x - y;
@@ -91,7 +101,7 @@ mod tests {
         check_gradient("mse", &x, &mean_squared_error(&x, &y).1, |x| mean_squared_error(x, &y).0);
     }
 
-    /// The two conventions of smoothing, from the definition.
+    /// The two conventions of label smoothing, by their definitions.
     #[test]
     fn smoothed_probabilities_sum_to_one() {
         for (over_all, over_others) in [(0.1, 0.0), (0.0, 0.1), (0.0, 0.0)] {

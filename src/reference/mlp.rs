@@ -1,5 +1,5 @@
-//! The reference feed-forward layers, plain and gated. Tests compare the tensor-parallel MLPs with them, and the
-//! reference block uses them.
+//! Reference feed-forward layers, plain and gated. Tests compare the tensor-parallel MLPs with
+//! them, and the reference block uses them.
 
 use super::{Activation, linear, linear_backward};
 use ndarray::{Array1, Array2};
@@ -35,7 +35,7 @@ impl Mlp {
         }
     }
 
-    /// `(dx, dself)`: the gradients of [`Mlp::apply`], those of the weights in the place of the weights.
+    /// `(dx, dself)`: the gradients of [`Mlp::apply`], with those of the weights in their places.
     ///
     /// # Panics
     /// When shapes disagree.
@@ -82,11 +82,12 @@ pub fn mlp(w: &MlpWeights, act: Activation, x: &Array2<f64>) -> Array2<f64> {
 pub struct MlpGrads {
     /// `[tokens, hidden]`.
     pub dx: Array2<f64>,
-    /// The gradient of each weight in its place; of a bias only if there is one.
+    /// The gradient of each weight in its place, of a bias only if there is one.
     pub weights: MlpWeights,
 }
 
-/// `da = dy down`, `du = act'(u) ⊙ da`, `dx = du up` with `u = x upᵀ + up_bias`: the gradients of [`mlp`].
+/// `da = dy down`, `du = act'(u) ⊙ da`, `dx = du up` with `u = x upᵀ + up_bias`: the gradients of
+/// [`mlp`].
 ///
 /// `dy: [tokens, hidden]`.
 ///
@@ -140,8 +141,8 @@ pub struct GatedMlpGrads {
     pub weights: GatedMlpWeights,
 }
 
-/// `da = dy down`, `dg = act'(g) ⊙ u ⊙ da`, `du = act(g) ⊙ da`, `dx = dg gate + du up` with `g = x gateᵀ`, `u = x upᵀ`:
-/// the gradients of [`gated_mlp`].
+/// `da = dy down`, `dg = act'(g) ⊙ u ⊙ da`, `du = act(g) ⊙ da`, `dx = dg gate + du up` with
+/// `g = x gateᵀ`, `u = x upᵀ`: the gradients of [`gated_mlp`].
 ///
 /// `dy: [tokens, hidden]`.
 ///
@@ -194,7 +195,7 @@ mod tests {
             down: array![[2.0, 5.0], [3.0, 5.0]],
             down_bias: Some(array![10.0, 20.0]),
         };
-        // x upᵀ + up_bias = [4, -0.5], and relu leaves [4, 0].
+        // x upᵀ + up_bias = [4, -0.5], whose relu is [4, 0].
         assert_eq!(mlp(&w, Activation::Relu, &x), array![[18.0, 32.0]]);
 
         let w = GatedMlpWeights {

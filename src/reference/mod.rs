@@ -1,30 +1,31 @@
-//! The single-device reference: every operator of the crate in ndarray `f64`, slow and obviously right.
+//! The single-device reference: every operator of the crate in ndarray `f64`, slow and simple.
 //!
-//! It is what the sharded operators are held to, so it shares nothing with them: it imports nothing from the rest of
-//! the crate, and its sums are plain dot products of rows. Tests, examples and users who check their own sharding may
-//! call it; the crate's operators may not.
+//! The sharded operators are tested against it. So it imports nothing from the rest of the crate,
+//! and its sums are plain dot products of rows. Tests, examples and users who check their own
+//! sharding may call it, but not the crate's operators.
 //!
-//! Activations are `[tokens, features]`, weights `[out, in]`, biases and norm parameters `[features]`. Every `f` has
-//! an `f_backward`, which takes the inputs of `f` and the gradient `dy` of a loss with respect to its output, computes
-//! what it needs of the forward pass again, and returns the gradients of the loss with respect to the inputs.
-//! Arguments whose shapes disagree panic with the operator's name and both numbers.
+//! Activations are `[tokens, features]`, weights `[out, in]`, biases and norm parameters
+//! `[features]`. Every `f` has an `f_backward`, which takes the inputs of `f` and the gradient `dy`
+//! of a loss with respect to its output. It recomputes the forward pass and returns the gradients
+//! of the loss with respect to the inputs. If shapes disagree, functions panic with the operator's
+//! name and both numbers.
 //!
-//! | file | holds |
+//! | file | contents |
 //! |---|---|
 //! | `linear` | [`linear()`] |
-//! | `activation` | [`relu`], [`silu`], [`gelu_erf`], [`gelu_tanh`] and [`Activation`], which chooses one |
-//! | `norm` | [`layer_norm`], [`rms_norm`] and [`Norm`], which chooses one |
+//! | `activation` | [`relu`], [`silu`], [`gelu_erf`], [`gelu_tanh`]; [`Activation`] selects one |
+//! | `norm` | [`layer_norm`], [`rms_norm`]; [`Norm`] selects one |
 //! | `softmax` | [`softmax()`], [`log_sum_exp`] |
 //! | `attention` | [`attention()`]: multi-head, grouped-query, causal, padded, packed sequences |
 //! | `rope` | [`rope()`] |
-//! | `self_attention` | [`self_attention()`]: the projections around it |
+//! | `self_attention` | [`self_attention()`]: attention with its projections |
 //! | `embedding` | [`embedding()`] |
 //! | `pool` | [`mean_sequences`] |
-//! | `mlp` | [`mlp()`], [`gated_mlp`] and [`Mlp`], which chooses one |
+//! | `mlp` | [`mlp()`], [`gated_mlp`]; [`Mlp`] selects one |
 //! | `loss` | [`CrossEntropy`], [`mean_squared_error`] |
 //! | `optim` | [`Sgd`], [`AdamW`] on one tensor |
 //! | `block` | [`block()`]: the transformer block, and the names of its parameters |
-//! | `compare` | [`worst`], [`worst_relative`]: how far results are apart |
+//! | `compare` | [`worst`], [`worst_relative`]: the largest difference of two results |
 //!
 //! ```
 //! use ndarray::array;

@@ -1,5 +1,5 @@
-//! The reference normalizations over the features of each token. Tests compare the norm operators with them, and the
-//! reference block uses them.
+//! Reference normalizations over the features of each token. Tests compare the norm operators with
+//! them, and the reference block uses them.
 
 use ndarray::{Array1, Array2, ArrayView1};
 
@@ -36,8 +36,8 @@ impl Norm {
         }
     }
 
-    /// `(dx, dself)`: the gradients of [`Norm::apply`], those of the parameters in the place of the parameters and
-    /// with the same `eps`.
+    /// `(dx, dself)`: the gradients of [`Norm::apply`], with those of the parameters in their
+    /// places and the same `eps`.
     ///
     /// # Panics
     /// When `x` and `gamma` differ in `features`, or `x` and `dy` in shape.
@@ -55,11 +55,11 @@ impl Norm {
     }
 }
 
-/// `y = γ ⊙ x̂ + β` with `x̂ = (x - μ) / √(σ² + ε)`, where `μ = Σᵢ xᵢ / n` and `σ² = Σᵢ (xᵢ - μ)² / n` are those of the
-/// token's `n` features.
+/// `y = γ ⊙ x̂ + β` with `x̂ = (x - μ) / √(σ² + ε)`, where `μ = Σᵢ xᵢ / n` and
+/// `σ² = Σᵢ (xᵢ - μ)² / n` over the token's `n` features.
 ///
-/// `x, y: [tokens, features]`, `γ, β: [features]`. Source: Ba, Kiros and Hinton, arXiv 1607.06450, section 3; the
-/// variance is the biased one and ε stands inside the root, as in PyTorch.
+/// `x, y: [tokens, features]`, `γ, β: [features]`. The variance is biased and ε is inside the root,
+/// as in PyTorch. Source: Ba, Kiros and Hinton, arXiv 1607.06450, section 3.
 ///
 /// # Panics
 /// When `x` and `gamma` or `beta` differ in `features`.
@@ -85,8 +85,8 @@ pub struct LayerNormGrads {
     pub dbeta: Array1<f64>,
 }
 
-/// `dx = (g - mean(g) - x̂ mean(g ⊙ x̂)) / √(σ² + ε)` with `g = γ ⊙ dy`, `dγ = Σₜ dy ⊙ x̂`, `dβ = Σₜ dy`: the gradients
-/// of [`layer_norm`].
+/// `dx = (g - mean(g) - x̂ mean(g ⊙ x̂)) / √(σ² + ε)` with `g = γ ⊙ dy`, `dγ = Σₜ dy ⊙ x̂`,
+/// `dβ = Σₜ dy`: the gradients of [`layer_norm`].
 ///
 /// The means are over the features of a token, the sums over the tokens. `dy: [tokens, features]`.
 ///
@@ -115,8 +115,8 @@ pub fn layer_norm_backward(
 
 /// `y = γ ⊙ x / r` with `r = √(Σᵢ xᵢ² / n + ε)` over the token's `n` features.
 ///
-/// `x, y: [tokens, features]`, `γ: [features]`. Source: Zhang and Sennrich, arXiv 1910.07467, section 4, with the ε
-/// that every implementation adds.
+/// `x, y: [tokens, features]`, `γ: [features]`. Source: Zhang and Sennrich, arXiv 1910.07467,
+/// section 4, with the usual ε.
 ///
 /// # Panics
 /// When `x` and `gamma` differ in `features`.
@@ -138,8 +138,8 @@ pub struct RmsNormGrads {
     pub dgamma: Array1<f64>,
 }
 
-/// `dx = (g - x̂ mean(g ⊙ x̂)) / r` with `g = γ ⊙ dy` and `x̂ = x / r`, `dγ = Σₜ dy ⊙ x̂`: the gradients of
-/// [`rms_norm`].
+/// `dx = (g - x̂ mean(g ⊙ x̂)) / r` with `g = γ ⊙ dy` and `x̂ = x / r`, `dγ = Σₜ dy ⊙ x̂`: the
+/// gradients of [`rms_norm`].
 ///
 /// The mean is over the features of a token, the sum over the tokens. `dy: [tokens, features]`.
 ///
@@ -160,7 +160,8 @@ pub fn rms_norm_backward(x: &Array2<f64>, gamma: &Array1<f64>, eps: f64, dy: &Ar
     RmsNormGrads { dx, dgamma }
 }
 
-/// `x̂` and `√(σ² + ε)` of one token. Two passes: the variance as mean square minus squared mean would cancel.
+/// Returns `x̂` and `√(σ² + ε)` of one token. Takes two passes, because the mean square minus the
+/// squared mean would cancel.
 fn standardize(x: ArrayView1<f64>, eps: f64) -> (Array1<f64>, f64) {
     let centered = &x - mean(&x.to_owned());
     let deviation = (mean(&(&centered * &centered)) + eps).sqrt();
@@ -194,7 +195,7 @@ mod tests {
 
     #[test]
     fn gradients() {
-        // Large enough an ε that a misplaced one shows.
+        // ε is so large that a misplaced one is detected.
         let eps = 0.1;
         let (x, gamma, beta, dy) = (random((3, 5), 1), random(5, 2), random(5, 3), random((3, 5), 4));
 

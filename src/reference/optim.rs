@@ -1,34 +1,31 @@
-//! Optimizers.
+//! Reference optimizers.
 
 use ndarray::{ArrayD, Zip};
 
-/// Stochastic gradient descent on one tensor, as PyTorch has it.
+/// Stochastic gradient descent on one tensor, as `torch.optim.SGD` without dampening.
 #[derive(Clone, Debug)]
 pub struct Sgd {
     /// The learning rate.
     pub lr: f64,
-    /// What the velocity keeps of itself.
+    /// The momentum.
     pub momentum: f64,
-    /// Nesterov's momentum.
+    /// Whether to use Nesterov's momentum.
     pub nesterov: bool,
-    /// The decay.
+    /// The weight decay.
     pub weight_decay: f64,
-    /// The velocity; none before the first step.
+    /// The velocity, none before the first step.
     pub velocity: Option<ArrayD<f64>>,
 }
 
 impl Sgd {
-    /// One step.
+    /// Updates the weight.
     pub fn step(&mut self, weight: &mut ArrayD<f64>, grad: &ArrayD<f64>) {
         let grad = grad + &*weight * self.weight_decay;
         let velocity = match &self.velocity {
             Some(velocity) if self.momentum != 0.0 => velocity * self.momentum + &grad,
             _ => grad.clone(),
         };
-        let direction = match self.nesterov {
-            true => &grad + &velocity * self.momentum,
-            false => velocity.clone(),
-        };
+        let direction = if self.nesterov { &grad + &velocity * self.momentum } else { velocity.clone() };
         *weight -= &(direction * self.lr);
         self.velocity = Some(velocity);
     }
@@ -39,22 +36,22 @@ impl Sgd {
 pub struct AdamW {
     /// The learning rate.
     pub lr: f64,
-    /// What the first moment keeps of itself.
+    /// β₁, the decay rate of the first moment.
     pub beta1: f64,
-    /// What the second moment keeps of itself.
+    /// β₂, the decay rate of the second moment.
     pub beta2: f64,
-    /// Added to the root.
+    /// ε, added to the root of the second moment.
     pub eps: f64,
-    /// The decay.
+    /// The weight decay.
     pub weight_decay: f64,
     /// The number of steps made.
     pub steps: i32,
-    /// The moments; none before the first step.
+    /// The moments, none before the first step.
     pub moments: Option<(ArrayD<f64>, ArrayD<f64>)>,
 }
 
 impl AdamW {
-    /// One step.
+    /// Updates the weight.
     pub fn step(&mut self, weight: &mut ArrayD<f64>, grad: &ArrayD<f64>) {
         self.steps += 1;
         let zeros = || (ArrayD::zeros(grad.raw_dim()), ArrayD::zeros(grad.raw_dim()));

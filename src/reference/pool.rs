@@ -1,12 +1,12 @@
-//! The reference mean over sequences. Tests compare `ops::mean_sequences` and `MeanPool` with it.
+//! Reference mean over sequences. Tests compare `ops::mean_sequences` and `MeanPool` with it.
 
 use ndarray::Array2;
 use std::ops::Range;
 
 /// `y[s, :] = Σ x[t, :] / n` over the `n` valid tokens `t` of sequence `s`; 0 if it has none.
 ///
-/// `x: [tokens, features]`, `y: [sequences, features]`. `sequences` are the tokens of each;
-/// `valid: [tokens]` tells tokens from padding, without it all are valid.
+/// `x: [tokens, features]`, `y: [sequences, features]`. `sequences` are ranges of tokens;
+/// `valid: [tokens]` is false for padding, and without it all tokens are valid.
 ///
 /// # Panics
 /// When a sequence goes beyond the tokens, or `valid` and `x` differ in `tokens`.
@@ -39,7 +39,7 @@ pub fn mean_sequences_backward(
     dx
 }
 
-/// Every valid token with its sequence and its share in the mean.
+/// Returns the sequence, the token and the weight in the mean of every valid token.
 fn shares(
     name: &str,
     sequences: &[Range<usize>],

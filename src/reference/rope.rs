@@ -1,13 +1,22 @@
-//! The reference rotary position embedding. Tests compare the operator with it.
+//! Reference rotary position embedding. Tests compare the operator with it.
 
 use ndarray::Array2;
 
-/// Row i of `x`, at position p = `positions[i]`, head by head: for pair j, of the features a = `x[first(j)]` and
-/// b = `x[second(j)]` of the head, `y[first(j)] = m (a cos θ − b sin θ)` and `y[second(j)] = m (b cos θ + a sin θ)` with
-/// θ = p · `frequencies[j]`. Other features stay.
+/// `y[a] = m (x[a] cos θ − x[b] sin θ)`, `y[b] = m (x[b] cos θ + x[a] sin θ)` with
+/// `θ = positions[i] · frequencies[j]`, for row `i` and each pair `j` of features `a`, `b` of a
+/// head.
 ///
-/// With `interleaved`, pair j is made of features 2 j and 2 j + 1, else of j and j + `frequencies.len()`. `m` is
-/// `magnitude`. `x, y: [tokens, heads · head_dim]`. Source: Su et al., arXiv 2104.09864, section 3.2.2.
+/// Pair j has features 2 j and 2 j + 1 if `interleaved`, else j and j + `frequencies.len()`. Other
+/// features are copied. `m` is `magnitude`. `x, y: [tokens, heads · head_dim]`. Source: Su et al.,
+/// arXiv 2104.09864, section 3.2.2.
+///
+/// ```
+/// use ndarray::array;
+/// use shardwise::reference::rope;
+/// let quarter = std::f64::consts::FRAC_PI_2;
+/// let y = rope(&array![[1.0, 2.0, 3.0, 4.0]], 4, &[1], &[quarter], true, 1.0);
+/// assert!((&y - &array![[-2.0, 1.0, 3.0, 4.0]]).iter().all(|x| x.abs() < 1e-15));
+/// ```
 ///
 /// # Panics
 /// When shapes disagree.
@@ -19,10 +28,10 @@ pub fn rope(
     interleaved: bool,
     magnitude: f64,
 ) -> Array2<f64> {
-    turned(x, head_dim, positions, frequencies, interleaved, magnitude, 1.0)
+    rotate(x, head_dim, positions, frequencies, interleaved, magnitude, 1.0)
 }
 
-/// The gradient of [`rope`] with respect to x: the transposed rotation of `dy`, by −θ.
+/// The gradient of [`rope`] with respect to `x`: the rotation of `dy` by −θ, times `magnitude`.
 ///
 /// # Panics
 /// When shapes disagree.
@@ -34,10 +43,10 @@ pub fn rope_backward(
     interleaved: bool,
     magnitude: f64,
 ) -> Array2<f64> {
-    turned(dy, head_dim, positions, frequencies, interleaved, magnitude, -1.0)
+    rotate(dy, head_dim, positions, frequencies, interleaved, magnitude, -1.0)
 }
 
-fn turned(
+fn rotate(
     x: &Array2<f64>,
     head_dim: usize,
     positions: &[usize],

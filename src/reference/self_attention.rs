@@ -1,5 +1,6 @@
-//! The reference self-attention layer: the projections of x to queries, keys and values, the attention, and the output
-//! projection. Tests compare the tensor-parallel attention layer with it, and the reference block uses it.
+//! Reference self-attention layer: the q, k and v projections, the attention, and the output
+//! projection. Tests compare the tensor-parallel attention layer with it, and the reference block
+//! uses it.
 
 use super::{AttentionGrads, AttentionSpec, attention, attention_backward, linear, linear_backward};
 use ndarray::{Array1, Array2};
@@ -14,8 +15,8 @@ pub struct AttentionWeights {
     pub q_bias: Option<Array1<f64>>,
     /// `[kv_heads · head_dim, hidden]`.
     pub k: Array2<f64>,
-    /// `[kv_heads · head_dim]`. It moves all scores of a query alike, which the softmax does not see: its gradient is 0
-    /// but for rounding, so compare it by absolute error.
+    /// `[kv_heads · head_dim]`. It adds the same number to all scores of a query, which does not
+    /// change the softmax. So its gradient is 0 up to rounding: compare it by absolute error.
     pub k_bias: Option<Array1<f64>>,
     /// `[kv_heads · head_dim, hidden]`.
     pub v: Array2<f64>,
@@ -27,10 +28,11 @@ pub struct AttentionWeights {
     pub o_bias: Option<Array1<f64>>,
 }
 
-/// `y = attention(x qᵀ + q_bias, x kᵀ + k_bias, x vᵀ + v_bias) oᵀ + o_bias`, with no encoding of positions.
+/// `y = attention(x qᵀ + q_bias, x kᵀ + k_bias, x vᵀ + v_bias) oᵀ + o_bias`, without a position
+/// encoding.
 ///
-/// `x, y: [tokens, hidden]`; `sequences` and `valid` as in [`attention`]. Source: Vaswani et al., arXiv 1706.03762,
-/// section 3.2.2.
+/// `x, y: [tokens, hidden]`; `sequences` and `valid` as in [`attention`]. Source: Vaswani et al.,
+/// arXiv 1706.03762, section 3.2.2.
 ///
 /// # Panics
 /// When shapes disagree with `spec` or with each other, and as [`attention`].
@@ -52,12 +54,12 @@ pub fn self_attention(
 pub struct SelfAttentionGrads {
     /// `[tokens, hidden]`.
     pub dx: Array2<f64>,
-    /// The gradient of each weight in its place; of a bias only if there is one.
+    /// The gradient of each weight in its place, of a bias only if there is one.
     pub weights: AttentionWeights,
 }
 
-/// `dx = dq q + dk k + dv v`, where `dq`, `dk`, `dv` are those of [`attention_backward`] for `dout = dy o`: the
-/// gradients of [`self_attention`].
+/// `dx = dq q + dk k + dv v`, where `dq`, `dk`, `dv` are those of [`attention_backward`] for
+/// `dout = dy o`: the gradients of [`self_attention`].
 ///
 /// `dy: [tokens, hidden]`.
 ///
@@ -135,7 +137,7 @@ mod tests {
         assert_eq!(self_attention(&spec, &w, &array![[3.0]], &one_sequence(1), None), array![[177.0]]);
     }
 
-    /// The block tests the gradients of the weights.
+    /// The tests of the block check the gradients of the weights.
     #[test]
     fn gradient_of_x() {
         let (w, x, dy) = (weights(), random((4, 3), 9), random((4, 3), 10));

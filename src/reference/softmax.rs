@@ -1,23 +1,32 @@
-//! The reference softmax and log-sum-exp of rows. Tests compare the vocabulary-parallel cross
-//! entropy with them, and the reference attention uses them.
+//! Reference softmax and log-sum-exp of rows. Tests compare the vocabulary-parallel cross entropy
+//! with them, and the reference attention uses the softmax.
 
 use ndarray::{Array1, Array2, Zip};
 
-/// `y[r, c] = exp(x[r, c]) / Σⱼ exp(x[r, j])`, where `c` and `j` run over the allowed columns of row `r` and `y` is
-/// exactly 0 elsewhere.
+/// `y[r, c] = exp(x[r, c]) / Σⱼ exp(x[r, j])` for the unmasked columns `c` and `j` of row `r`, and
+/// exactly 0 for masked columns.
 ///
-/// `x, y: [rows, columns]`; `mask: [rows, columns]` is true where an entry is allowed, and without it all are.
-/// * Nothing allowed in a row: all its entries are 0, not NaN.
-/// * An allowed NaN or +∞, or nothing but -∞ among the allowed: the allowed entries are NaN, as in PyTorch.
-/// * An allowed -∞ beside a finite entry: 0.
-/// * What is not allowed has no influence, NaN and +∞ included.
+/// `x, y: [rows, columns]`; `mask: [rows, columns]` is false for masked entries.
+/// * A row without unmasked entries gives 0, not NaN.
+/// * If an unmasked entry is NaN or +∞, or all are -∞, the unmasked entries give NaN, as in
+///   PyTorch.
+/// * An unmasked -∞ gives 0 if another entry is finite.
+/// * Masked entries have no influence, even if they are NaN or +∞.
+///
+/// ```
+/// use ndarray::array;
+/// use shardwise::reference::softmax;
+/// let (x, mask) = (array![[0.0, f64::NAN, 3f64.ln()]], array![[true, false, true]]);
+/// let y = softmax(&x, Some(&mask));
+/// assert!((&y - &array![[0.25, 0.0, 0.75]]).iter().all(|x| x.abs() < 1e-15));
+/// ```
 ///
 /// # Panics
 /// When the shapes of `x` and `mask` differ.
 pub fn softmax(x: &Array2<f64>, mask: Option<&Array2<bool>>) -> Array2<f64> {
     let mut y = Array2::zeros(x.dim());
     for row in 0..x.nrows() {
-        let columns = allowed("softmax", x, mask, row);
+        let columns = unmasked("softmax", x, mask, row);
         let probabilities = softmax_of_all(&columns.iter().map(|&c| x[[row, c]]).collect());
         for (column, probability) in columns.into_iter().zip(probabilities) {
             y[[row, column]] = probability;
@@ -26,9 +35,10 @@ pub fn softmax(x: &Array2<f64>, mask: Option<&Array2<bool>>) -> Array2<f64> {
     y
 }
 
-/// `dx[r, c] = p[r, c] (dp[r, c] - Σⱼ p[r, j] dp[r, j])`: the gradient of [`softmax`] from its output `p`.
+/// `dx[r, c] = p[r, c] (dp[r, c] - Σⱼ p[r, j] dp[r, j])`: the gradient of [`softmax`] from its
+/// output `p`.
 ///
-/// `p, dp, dx: [rows, columns]`. Where the mask forbade an entry `p` is 0, and so is `dx` if `dp` is finite.
+/// `p, dp, dx: [rows, columns]`. For masked entries `p` is 0, and so is `dx` if `dp` is finite.
 ///
 /// # Panics
 /// When the shapes of `p` and `dp` differ.
@@ -41,18 +51,19 @@ pub fn softmax_backward(p: &Array2<f64>, dp: &Array2<f64>) -> Array2<f64> {
     dx
 }
 
-/// `y[r] = ln Σⱼ exp(x[r, j])`, where `j` runs over the allowed columns of row `r`.
+/// `y[r] = ln Σⱼ exp(x[r, j])` over the unmasked columns `j` of row `r`.
 ///
-/// `x: [rows, columns]`, `mask` as in [`softmax`], `y: [rows]`. As in PyTorch, a row with a NaN gives NaN, one with +∞
-/// gives +∞, and one with nothing but -∞ gives -∞; so does one with nothing allowed, the logarithm of an empty sum.
+/// `x: [rows, columns]`, `mask` as in [`softmax`], `y: [rows]`. As in PyTorch, a row with a NaN
+/// gives NaN, else one with +∞ gives +∞, and one of only -∞ gives -∞. A row without unmasked
+/// entries gives -∞, the logarithm of an empty sum.
 ///
 /// # Panics
 /// When the shapes of `x` and `mask` differ.
 pub fn log_sum_exp(x: &Array2<f64>, mask: Option<&Array2<bool>>) -> Array1<f64> {
     Array1::from_shape_fn(x.nrows(), |row| {
-        let x: Array1<f64> = allowed("log_sum_exp", x, mask, row).into_iter().map(|c| x[[row, c]]).collect();
-        // ln Σ exp(x) = s + ln Σ exp(x - s) for any finite s; that of the largest x cannot overflow. An infinite one
-        // would give ∞ - ∞.
+        let x: Array1<f64> = unmasked("log_sum_exp", x, mask, row).into_iter().map(|c| x[[row, c]]).collect();
+        // ln Σ exp(x) = s + ln Σ exp(x - s) for any finite s. With the largest x as s, exp cannot
+        // overflow. An infinite s would give ∞ - ∞.
         let largest = largest(&x);
         let shift = if largest.is_finite() { largest } else { 0.0 };
         shift + x.mapv(|x| (x - shift).exp()).sum().ln()
@@ -72,9 +83,9 @@ pub fn log_sum_exp_backward(x: &Array2<f64>, mask: Option<&Array2<bool>>, dy: &A
     dx
 }
 
-/// The softmax of a vector without a mask; empty of an empty one.
+/// The softmax of a vector without a mask, which may be empty.
 pub(super) fn softmax_of_all(x: &Array1<f64>) -> Array1<f64> {
-    // exp(x - s) / Σ exp(x - s) does not depend on s; that of the largest x cannot overflow.
+    // exp(x - s) / Σ exp(x - s) does not depend on s. With the largest x as s, exp cannot overflow.
     let largest = largest(x);
     let exponentials = x.mapv(|x| (x - largest).exp());
     let sum = exponentials.sum();
@@ -86,12 +97,13 @@ pub(super) fn softmax_of_all_backward(p: &Array1<f64>, dp: &Array1<f64>) -> Arra
     p * &(dp - p.dot(dp))
 }
 
-/// The largest element that is not NaN, or -∞. A NaN need not be carried here: it reaches the sum by its own term.
+/// Returns the largest element that is not NaN, or -∞. A NaN reaches the sum by its own term.
 fn largest(x: &Array1<f64>) -> f64 {
     x.fold(f64::NEG_INFINITY, |largest, &x| largest.max(x))
 }
 
-fn allowed(name: &str, x: &Array2<f64>, mask: Option<&Array2<bool>>, row: usize) -> Vec<usize> {
+/// Returns the unmasked columns of a row.
+fn unmasked(name: &str, x: &Array2<f64>, mask: Option<&Array2<bool>>, row: usize) -> Vec<usize> {
     if let Some(mask) = mask {
         assert_eq!(x.dim(), mask.dim(), "{name}: the shapes of x and of the mask");
     }

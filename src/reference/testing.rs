@@ -1,12 +1,13 @@
-//! Inputs and checks for the unit tests of the reference: pseudo-random arrays, comparison, and finite differences.
+//! Inputs and checks for the unit tests of the reference: random arrays, comparison, finite
+//! differences.
 
 use super::worst_relative;
 use ndarray::{Array, Array2, Dimension, ShapeBuilder};
 use std::ops::Range;
 
-/// Uniform numbers in [-1, 1), the same for the same seed.
+/// Returns uniform numbers in [-1, 1), determined by the seed.
 pub(super) fn random<S: ShapeBuilder>(shape: S, seed: u64) -> Array<f64, S::Dim> {
-    // Knuth's MMIX generator. Only its high bits are good, and an f64 has room for 53.
+    // Knuth's MMIX generator. Only its high bits are random, and an f64 holds 53 bits.
     let mut state = seed;
     Array::from_shape_simple_fn(shape, || {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -14,18 +15,18 @@ pub(super) fn random<S: ShapeBuilder>(shape: S, seed: u64) -> Array<f64, S::Dim>
     })
 }
 
-/// All `tokens` rows as one sequence.
+/// Returns all `tokens` rows as one sequence.
 pub(super) fn one_sequence(tokens: usize) -> Vec<Range<usize>> {
     vec![Range { start: 0, end: tokens }]
 }
 
-/// A loss whose gradient with respect to `y` is `dy`: Σ `y` ⊙ `dy`.
+/// `Σ y ⊙ dy`: a loss whose gradient with respect to `y` is `dy`.
 pub(super) fn loss(y: Array2<f64>, dy: &Array2<f64>) -> f64 {
     (y * dy).sum()
 }
 
-/// Asserts that the arrays agree to `tolerance`, relative to the largest `expected` value or 1. NaN agrees with
-/// nothing.
+/// Asserts that the arrays agree to `tolerance`, relative to the largest `expected` value or 1. NaN
+/// never agrees.
 pub(super) fn assert_close<D: Dimension>(
     what: &str,
     actual: &Array<f64, D>,
@@ -37,14 +38,15 @@ pub(super) fn assert_close<D: Dimension>(
     assert!(worst <= tolerance, "{what}: {actual} where {expected} is expected, {worst:e} apart");
 }
 
-/// Asserts that `gradient` is that of the scalar function `f` at `at`.
+/// Asserts that `gradient` is the gradient of `f` at `at`.
 pub(super) fn check_gradient<D: Dimension>(
     what: &str,
     at: &Array<f64, D>,
     gradient: &Array<f64, D>,
     f: impl Fn(&Array<f64, D>) -> f64,
 ) {
-    // The five-point central difference errs by STEP⁴ f⁽⁵⁾/30, and by rounding about 1e-16 f/STEP: both below 1e-10.
+    // The error of the five-point central difference is STEP⁴ f⁽⁵⁾/30, and that of rounding about
+    // 1e-16 f/STEP: both are below 1e-10.
     const STEP: f64 = 3e-4;
     let moved = |i: usize, by: f64| {
         let mut x = at.clone();

@@ -1,4 +1,4 @@
-//! ndarray in and out of tensors.
+//! Conversions between tensors and ndarray's arrays.
 
 use super::Tensor;
 use crate::{
@@ -9,16 +9,16 @@ use crate::{
 use ndarray::{Array, ArrayBase, ArrayD, ArrayViewD, Data, Dimension, IxDyn};
 
 impl<T: Element, D: Dimension> From<Array<T, D>> for Tensor<T> {
-    /// A tensor on a CPU of its own, in the array's memory if its elements are all of it and in
-    /// row-major order. Ranks use [`Tensor::from_array`] or [`Tensor::from_vec`] with their group's
-    /// device.
+    /// Makes a tensor on a new [`Cpu`]. Reuses the array's memory if the elements fill it in
+    /// row-major order. Ranks use [`Tensor::from_array`] or [`Tensor::from_vec`] with the device of
+    /// their group instead.
     ///
     /// # Panics
     /// When the array has more than four dimensions.
     fn from(array: Array<T, D>) -> Self {
         let (device, shape) = (Cpu::new(), Shape::from(array.shape()));
-        let made = match array.is_standard_layout() {
-            true => match array.into_raw_vec_and_offset() {
+        let made = if array.is_standard_layout() {
+            match array.into_raw_vec_and_offset() {
                 (elements, None | Some(0)) if elements.len() == shape.len() => {
                     Self::from_vec(&device, shape, elements)
                 }
@@ -26,18 +26,28 @@ impl<T: Element, D: Dimension> From<Array<T, D>> for Tensor<T> {
                     let first = first.unwrap_or(0);
                     Self::from_slice(&device, shape, &elements[first..first + shape.len()])
                 }
-            },
-            false => Self::from_array(&device, &array),
+            }
+        } else {
+            Self::from_array(&device, &array)
         };
         made.expect("an array has as many elements as its shape")
     }
 }
 
 impl<T: Element, B: Device> Tensor<T, B> {
-    /// A tensor with an array's elements.
+    /// Copies an array, in any memory order, to a row-major tensor.
+    ///
+    /// ```
+    /// use shardwise::prelude::*;
+    /// let x = ndarray::array![[1.0_f32, 2.0, 3.0], [4.0, 5.0, 6.0]];
+    /// let transposed = Tensor::from_array(&Cpu::new(), &x.t())?;
+    /// assert_eq!(transposed.shape().dims(), [3, 2]);
+    /// assert_eq!(transposed.to_vec()?, [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+    /// # Ok::<(), Error>(())
+    /// ```
     ///
     /// # Errors
-    /// When the device has no memory left.
+    /// When the device is out of memory.
     ///
     /// # Panics
     /// When the array has more than four dimensions.
@@ -47,7 +57,7 @@ impl<T: Element, B: Device> Tensor<T, B> {
         Self::from_slice(device, array.shape(), elements)
     }
 
-    /// The elements as an array.
+    /// Downloads the elements to an array.
     ///
     /// # Errors
     /// When the device fails.
@@ -59,7 +69,7 @@ impl<T: Element, B: Device> Tensor<T, B> {
 }
 
 impl<T: Element> Tensor<T, Cpu> {
-    /// The elements as an array view, without copying.
+    /// Returns a view of the elements, without copying.
     pub fn as_array(&self) -> ArrayViewD<'_, T> {
         ArrayViewD::from_shape(IxDyn(self.shape.dims()), self.slice())
             .expect("a tensor has as many elements as its shape")
@@ -71,7 +81,7 @@ mod tests {
     use super::*;
     use ndarray::{Array2, s};
 
-    /// Whatever part of its memory an array shows, and in whatever order.
+    /// Arrays that own more memory than they show, and arrays in other orders.
     #[test]
     fn arrays_come_in_without_a_copy_if_they_can() {
         let whole = Array2::from_shape_fn((4, 6), |(row, col)| (6 * row + col) as f32);
@@ -81,9 +91,9 @@ mod tests {
         let moved = whole.clone();
         let (there, tensor) = (moved.as_ptr(), Tensor::from(moved));
         assert!(std::ptr::eq(there, tensor.slice().as_ptr()) && !std::ptr::eq(there, at));
-        for part in [s![1..3, ..], s![.., 2..5], s![1..1, ..], s![..;-1, ..]] {
-            let part = whole.clone().slice_move(part);
-            assert_eq!(Tensor::from(part.clone()).as_array(), part.view().into_dyn());
+        for slice in [s![1..3, ..], s![.., 2..5], s![1..1, ..], s![..;-1, ..]] {
+            let slice = whole.clone().slice_move(slice);
+            assert_eq!(Tensor::from(slice.clone()).as_array(), slice.view().into_dyn());
         }
         assert_eq!(Tensor::from(whole.clone().reversed_axes()).as_array(), whole.t().into_dyn());
     }

@@ -1,4 +1,5 @@
-//! One rank's tensors and parameters, and where initial values come from. Used by operators, communicators and layers.
+//! The tensors and parameters of one rank, and the sources of initial values. Used by operators,
+//! communicators and layers.
 
 mod array;
 mod param;
@@ -19,17 +20,17 @@ use std::{fmt, rc::Rc};
 
 #[cfg(test)]
 thread_local! {
-    /// How many tensors this thread has copied because they were shared when written.
+    /// The number of tensors that this thread has copied because they were shared when written.
     pub(crate) static COPIES: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
-/// What messages call the making of a tensor.
+/// The operator that errors name.
 const OP: &str = "tensor";
 
 /// A dense row-major tensor of one rank.
 ///
-/// Cloning shares the memory; writing to shared memory copies it first. So layers can keep their inputs for the backward
-/// without copying, and no one sees another's writes.
+/// Cloning shares the memory, and a write copies shared memory first. So layers save their inputs
+/// for the backward without a copy, and never see each other's writes.
 ///
 /// ```
 /// use shardwise::Tensor;
@@ -57,20 +58,20 @@ impl<T: Element, B: Device> fmt::Debug for Tensor<T, B> {
 }
 
 impl<T: Element, B: Device> Tensor<T, B> {
-    /// A tensor whose elements are arbitrary.
+    /// Allocates a tensor without initializing it: the elements are arbitrary.
     ///
     /// # Errors
-    /// When the device has no memory left ([`crate::Error::Memory`] on the CPU), or the elements
-    /// are more than can be counted.
+    /// When the device is out of memory ([`crate::Error::Memory`] on the CPU), or the number of
+    /// elements overflows.
     pub fn empty(device: &B, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         Self::from_buffer(device, shape, device.empty(shape.checked_len(OP)?)?)
     }
 
-    /// A tensor with the elements of a host slice, in row-major order.
+    /// Copies a host slice in row-major order.
     ///
     /// # Errors
-    /// When the slice does not have as many elements as the shape.
+    /// When the lengths of the slice and of the shape differ, or the device is out of memory.
     pub fn from_slice(device: &B, shape: impl Into<Shape>, elements: &[T]) -> Result<Self> {
         let shape = shape.into();
         let len = shape.checked_len(OP)?;
@@ -80,10 +81,10 @@ impl<T: Element, B: Device> Tensor<T, B> {
         Self::from_buffer(device, shape, buffer)
     }
 
-    /// A tensor with the elements of a vector, in row-major order; on the CPU in the vector's memory.
+    /// Makes a tensor of a vector in row-major order. On the CPU it reuses the vector's memory.
     ///
     /// # Errors
-    /// When the vector does not have as many elements as the shape.
+    /// When the lengths of the vector and of the shape differ, or the device is out of memory.
     pub fn from_vec(device: &B, shape: impl Into<Shape>, elements: Vec<T>) -> Result<Self> {
         let shape = shape.into();
         let len = shape.checked_len(OP)?;
@@ -91,10 +92,10 @@ impl<T: Element, B: Device> Tensor<T, B> {
         Self::from_buffer(device, shape, device.adopt(elements)?)
     }
 
-    /// A tensor over a buffer of the device.
+    /// Makes a tensor of a buffer of the device, without a copy.
     ///
     /// # Errors
-    /// When the buffer does not have as many elements as the shape.
+    /// When the lengths of the buffer and of the shape differ.
     pub fn from_buffer(device: &B, shape: impl Into<Shape>, buffer: B::Buffer<T>) -> Result<Self> {
         let shape = shape.into();
         let (len, wanted) = (B::len::<T>(B::slice(&buffer)), shape.checked_len(OP)?);
@@ -102,42 +103,42 @@ impl<T: Element, B: Device> Tensor<T, B> {
         Ok(Self { buffer: Rc::new(buffer), shape, device: device.clone() })
     }
 
-    /// The elements, in row-major order, on the host.
+    /// Downloads the elements to the host, in row-major order.
     ///
     /// # Errors
-    /// When the device fails, or the host has no memory left.
+    /// When the device fails, or the host is out of memory.
     pub fn to_vec(&self) -> Result<Vec<T>> {
         let mut host = zeroed(self.shape.len())?;
         self.device.download::<T>(self.slice(), &mut host)?;
         Ok(host)
     }
 
-    /// The dimensions.
+    /// Returns the dimensions.
     pub fn shape(&self) -> Shape {
         self.shape
     }
 
-    /// The device that holds the tensor.
+    /// Returns the device that holds the elements.
     pub fn device(&self) -> &B {
         &self.device
     }
 
-    /// The number of elements.
+    /// Returns the number of elements.
     pub fn len(&self) -> usize {
         self.shape.len()
     }
 
-    /// Whether there are no elements.
+    /// Whether the tensor has no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Whether another tensor shares the memory: a write then copies it first.
+    /// Whether another tensor shares the memory. If so, a write copies it first.
     pub fn is_shared(&self) -> bool {
         Rc::strong_count(&self.buffer) > 1
     }
 
-    /// The same elements under other dimensions.
+    /// Returns the same elements in another shape, without a copy.
     ///
     /// # Errors
     /// When the number of elements differs.
@@ -148,12 +149,12 @@ impl<T: Element, B: Device> Tensor<T, B> {
         Ok(Self { shape, ..self })
     }
 
-    /// The elements.
+    /// Returns the elements on the device.
     pub fn slice(&self) -> B::Slice<'_, T> {
         B::slice(&self.buffer)
     }
 
-    /// The tensor as a matrix: all dimensions but the last are rows.
+    /// Views the tensor as a matrix whose rows are all dimensions but the last.
     pub fn mat(&self) -> MatRef<'_, T, B> {
         MatRef::new(self.slice(), self.shape.rows(), self.shape.cols())
             .expect("a tensor's buffer has as many elements as its shape")
@@ -161,38 +162,38 @@ impl<T: Element, B: Device> Tensor<T, B> {
 }
 
 impl<T: Element, B: Pointwise> Tensor<T, B> {
-    /// A tensor of one value.
+    /// Makes a tensor filled with one value.
     ///
     /// # Errors
-    /// When the device has no memory left.
+    /// When the device is out of memory.
     pub fn full(device: &B, shape: impl Into<Shape>, value: f64) -> Result<Self> {
         let mut tensor = Self::empty(device, shape)?;
         device.fill(value, tensor.mat_mut()?)?;
         Ok(tensor)
     }
 
-    /// A tensor of zeros.
+    /// Makes a tensor of zeros.
     ///
     /// # Errors
-    /// When the device has no memory left.
+    /// When the device is out of memory.
     pub fn zeros(device: &B, shape: impl Into<Shape>) -> Result<Self> {
         Self::full(device, shape, 0.0)
     }
 
-    /// The same values in another element.
+    /// Converts the values to another element type.
     ///
     /// # Errors
-    /// When the device has no memory left.
+    /// When the device is out of memory.
     pub fn convert<U: Element>(&self) -> Result<Tensor<U, B>> {
         let mut to = Tensor::empty(&self.device, self.shape)?;
         self.device.copy(self.mat(), to.mat_mut()?)?;
         Ok(to)
     }
 
-    /// The same values in another element, or this tensor if it has that element.
+    /// Converts the values to another element type, or returns this tensor if it has that type.
     ///
     /// # Errors
-    /// When the device has no memory left.
+    /// When the device is out of memory.
     pub fn into_element<U: Element>(self) -> Result<Tensor<U, B>> {
         if U::DTYPE != T::DTYPE {
             return self.convert();
@@ -202,11 +203,20 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
         Tensor::from_buffer(&device, shape, buffer.expect("the elements are the same"))
     }
 
-    /// yᵢ = the row `idsᵢ` of a table: `[ids.len(), cols]`; 0 where `idsᵢ` is
-    /// [`NO_ROW`](crate::kernels::NO_ROW).
+    /// `y[i] = self[ids[i]]`, and 0 where `ids[i]` is [`NO_ROW`](crate::kernels::NO_ROW).
+    ///
+    /// `self: [rows, cols]`, `y: [ids.len(), cols]`.
+    ///
+    /// ```
+    /// use shardwise::prelude::*;
+    /// let table = Tensor::from(ndarray::array![[1.0_f32, 2.0], [3.0, 4.0]]);
+    /// assert_eq!(table.rows(&[1, NO_ROW, 0])?.to_vec()?, [3.0, 4.0, 0.0, 0.0, 1.0, 2.0]);
+    /// assert!(table.rows(&[2]).is_err());
+    /// # Ok::<(), Error>(())
+    /// ```
     ///
     /// # Errors
-    /// When another id is beyond the table.
+    /// When any other id is not below `rows`, or the device is out of memory.
     pub fn rows(&self, ids: &[u32]) -> Result<Self>
     where
         B: Gather,
@@ -216,16 +226,16 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
         Ok(y)
     }
 
-    /// Adds another tensor of the same shape.
+    /// `self += term`, both of the same shape.
     pub(crate) fn accumulate(&mut self, term: &Self) -> Result<()> {
         let device = self.device.clone();
         device.accumulate(term.mat(), self.mat_mut()?)
     }
 
-    /// The elements, to be written. Copies them first if another tensor shares them.
+    /// Returns the elements for writing. Copies them first if another tensor shares them.
     ///
     /// # Errors
-    /// When the device has no memory left for the copy.
+    /// When the device is out of memory for the copy.
     pub fn slice_mut(&mut self) -> Result<B::SliceMut<'_, T>> {
         if Rc::get_mut(&mut self.buffer).is_none() {
             #[cfg(test)]
@@ -236,21 +246,22 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
         Ok(B::slice_mut(buffer))
     }
 
-    /// The tensor as a matrix, to be written. Copies the elements first if another tensor shares them.
+    /// Views the tensor as a matrix for writing, as [`Tensor::mat`]. Copies the elements first if
+    /// another tensor shares them.
     ///
     /// # Errors
-    /// When the device has no memory left for the copy.
+    /// When the device is out of memory for the copy.
     pub fn mat_mut(&mut self) -> Result<MatMut<'_, T, B>> {
         let (rows, cols) = (self.shape.rows(), self.shape.cols());
         MatMut::new(self.slice_mut()?, rows, cols)
     }
 
-    /// The buffer itself; a copy if another tensor shares it.
+    /// Returns the buffer, or a copy of it if another tensor shares it.
     ///
     /// # Errors
-    /// When the device has no memory left for the copy.
+    /// When the device is out of memory for the copy.
     pub fn into_buffer(mut self) -> Result<B::Buffer<T>> {
         self.slice_mut()?;
-        Ok(Rc::into_inner(self.buffer).expect("the buffer is not shared: `slice_mut` has seen to that"))
+        Ok(Rc::into_inner(self.buffer).expect("`slice_mut` has made the buffer unshared"))
     }
 }

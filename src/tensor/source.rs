@@ -1,7 +1,8 @@
-//! Where the values of parameters come from: arrays, random numbers, checkpoints.
+//! Sources of the values of parameters: arrays, random numbers, checkpoints.
 //!
-//! A layer asks for the part of each tensor that its rank holds, in the coordinates of the whole tensor. So a source
-//! need not know of ranks, and the value at a global index is the same however the tensor is cut.
+//! A layer reads the shard of each tensor that its rank holds, as a region of the whole tensor. So
+//! a source does not depend on ranks, and the value at a global index does not depend on the
+//! partition.
 
 use crate::{
     device::{AnyMut, Cpu, Element, each_dtype},
@@ -12,7 +13,7 @@ use crate::{
 use ndarray::{ArrayD, Slice};
 use std::{collections::BTreeMap, ops::Range};
 
-/// A rectangular part of a tensor, in the coordinates of the whole.
+/// A rectangular index range of a whole tensor.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Region {
     shape: Shape,
@@ -20,16 +21,23 @@ pub struct Region {
 }
 
 impl Region {
-    /// The whole of a tensor.
+    /// Returns the region that is the whole tensor.
     pub fn whole(shape: impl Into<Shape>) -> Self {
         let shape = shape.into();
         Self { shape, ranges: shape.dims().iter().map(|&size| 0..size).collect() }
     }
 
-    /// The same region, with dimension `dim` restricted to `range`.
+    /// Restricts dimension `dim` to `range`.
+    ///
+    /// ```
+    /// use shardwise::prelude::*;
+    /// let region = Region::whole([4, 6]).narrow(0, 1..3).narrow(1, 2..5);
+    /// assert_eq!(region.extent().dims(), [2, 3]);
+    /// assert_eq!(region.runs(), [8..11, 14..17]);
+    /// ```
     ///
     /// # Panics
-    /// When the tensor has no such indices.
+    /// When the range exceeds the dimension.
     pub fn narrow(mut self, dim: usize, range: Range<usize>) -> Self {
         assert!(
             range.start <= range.end && range.end <= self.shape.dims()[dim],
@@ -40,26 +48,25 @@ impl Region {
         self
     }
 
-    /// The shape of the whole tensor.
+    /// Returns the shape of the whole tensor.
     pub fn shape(&self) -> Shape {
         self.shape
     }
 
-    /// The indices of the region along each dimension.
+    /// Returns the range of indices along each dimension.
     pub fn ranges(&self) -> &[Range<usize>] {
         &self.ranges
     }
 
-    /// The shape of the region itself.
+    /// Returns the shape of the region.
     pub fn extent(&self) -> Shape {
         Shape::new(&self.ranges.iter().map(ExactSizeIterator::len).collect::<Vec<_>>())
     }
 
-    /// The runs of consecutive elements that make up the region in a row-major tensor, as ranges of element indices,
-    /// in order; each as long as it can be. The tensor's elements can be counted: [`Shape::len`] is
-    /// below `usize::MAX`.
+    /// Returns the ranges of consecutive elements that the region has in a row-major tensor, in
+    /// order and of maximal length. [`Shape::len`] of the tensor has to be below `usize::MAX`.
     pub fn runs(&self) -> Vec<Range<usize>> {
-        // Dimensions from the last that are taken whole merge into one run with the first that is not.
+        // Trailing dimensions that the region covers are contiguous with the dimension before them.
         let dims = self.shape.dims();
         let mut inner = 1;
         let mut depth = dims.len();
@@ -68,7 +75,7 @@ impl Region {
             inner = dims[depth].saturating_mul(inner);
         }
         let Some(last) = depth.checked_sub(1) else {
-            // The whole tensor is one run.
+            // The whole tensor is contiguous.
             return std::iter::once(0..inner).collect();
         };
         let len = self.ranges[last].len().saturating_mul(inner);
@@ -90,35 +97,36 @@ impl Region {
     }
 }
 
-/// What a parameter is for: decides its initial value.
+/// The kind of a parameter, which decides its initial value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Role {
-    /// A matrix that multiplies, or a table.
+    /// The matrix of a product, or an embedding table.
     Weight,
-    /// An added vector: 0 at first.
+    /// An added vector, initially 0.
     Bias,
-    /// The γ of a normalization: 1 at first.
+    /// The γ of a normalization, initially 1.
     Scale,
 }
 
-/// Gives the values of parameters by name.
+/// A source of parameter values by name.
 pub trait WeightSource {
-    /// Writes the elements of a region of a tensor to `out`, in row-major order, converted to `out`'s element.
+    /// Writes a region of a tensor to `out`, in row-major order, converted to `out`'s element type.
     ///
     /// # Errors
-    /// When there is no such tensor, or it has another shape.
+    /// When the tensor is missing or has another shape.
     fn read(&self, name: &str, role: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()>;
 
-    /// Whether there is a tensor of that name.
+    /// Whether the source has a tensor of this name.
     fn contains(&self, name: &str) -> bool;
 
-    /// The names of all tensors, where their number is limited.
+    /// Returns the names of all tensors, or none if any name is valid.
     fn names(&self) -> Option<Vec<String>> {
         None
     }
 
-    /// Looks whether a region of a tensor could be read, so that nobody makes room for one that is not there. Sources that
-    /// have everything need not say more than that.
+    /// Checks that a region can be read, before memory is allocated for it. The default accepts
+    /// every region.
     ///
     /// # Errors
     /// As [`WeightSource::read`].
@@ -128,7 +136,7 @@ pub trait WeightSource {
     }
 }
 
-/// A source and the path of a layer in it: `weights.at("layer.0").at("attention")` reads `layer.0.attention.…`.
+/// A [`WeightSource`] with the path of a layer as prefix.
 #[derive(Clone)]
 pub struct Weights<'a> {
     source: &'a dyn WeightSource,
@@ -136,28 +144,46 @@ pub struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    /// The root of a source.
+    /// Returns the root of a source: the empty prefix.
     pub fn new(source: &'a dyn WeightSource) -> Self {
         Self { source, path: String::new() }
     }
 
-    /// The weights under a name.
+    /// Appends a name to the prefix.
+    ///
+    /// ```
+    /// use shardwise::prelude::*;
+    /// let source = Random::normal(0, 0.02);
+    /// let attention = Weights::new(&source).at("layer.0").at("attention");
+    /// assert_eq!(attention.name("q.weight"), "layer.0.attention.q.weight");
+    /// ```
     pub fn at(&self, name: &str) -> Self {
         Self { source: self.source, path: self.name(name) }
     }
 
-    /// The full name of a tensor.
+    /// Returns the full name of a tensor.
     pub fn name(&self, name: &str) -> String {
         if self.path.is_empty() { name.to_string() } else { format!("{}.{name}", self.path) }
     }
 
-    /// The source itself.
+    /// Returns the source.
     pub fn source(&self) -> &'a dyn WeightSource {
         self.source
     }
 }
 
-/// Weights in arrays of one element, by name.
+/// Arrays of one element type by name, as a [`WeightSource`].
+///
+/// ```
+/// use shardwise::prelude::*;
+/// let mut arrays = Arrays::default();
+/// arrays.0.insert("w".into(), ndarray::array![[1.0, 2.0], [3.0, 4.0]].into_dyn());
+/// let mut column = [0.0_f32; 2];
+/// let region = Region::whole([2, 2]).narrow(1, 1..2);
+/// arrays.read("w", Role::Weight, &region, AnyMut::F32(column.as_mut_slice()))?;
+/// assert_eq!(column, [2.0, 4.0]);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Arrays<T = f64>(pub BTreeMap<String, ArrayD<T>>);
 
@@ -171,8 +197,8 @@ impl<T: Element> WeightSource for Arrays<T> {
     fn read(&self, name: &str, _: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
         self.check(name, region)?;
         let array = &self.0[name];
-        let part = array.slice_each_axis(|axis| Slice::from(region.ranges()[axis.axis.index()].clone()));
-        out.fill(part.iter().map(|value| value.to_f64()))
+        let slice = array.slice_each_axis(|axis| Slice::from(region.ranges()[axis.axis.index()].clone()));
+        out.fill(slice.iter().map(|value| value.to_f64()))
     }
 
     fn check(&self, name: &str, region: &Region) -> Result<()> {
@@ -197,8 +223,8 @@ impl<T: Element> WeightSource for Arrays<T> {
     }
 }
 
-/// [`Error::MissingTensor`] with the most similar name as a hint. What is missing from one layer is
-/// not to be found in another: the numbers in the two names are the same.
+/// Returns [`Error::MissingTensor`] with the most similar name as a hint. The hint has the same
+/// layer numbers as `name`: the tensor of another layer is no substitute.
 pub(crate) fn missing<'a>(
     name: &str,
     place: impl Into<String>,
@@ -210,9 +236,9 @@ pub(crate) fn missing<'a>(
             + name.bytes().rev().zip(other.bytes().rev()).take_while(|(a, b)| a == b).count()
     };
     fn numbers(name: &str) -> impl Iterator<Item = &str> {
-        name.split('.').filter(|part| part.bytes().all(|byte| byte.is_ascii_digit()))
+        name.split('.').filter(|segment| segment.bytes().all(|byte| byte.is_ascii_digit()))
     }
-    // The same last part, or all but two neighbouring letters in the same place.
+    // The same last segment, or names that differ in at most two adjacent characters.
     let likely = |other: &&String| {
         let (common, longest) = (common(other), name.len().max(other.len()));
         let misspelt = common + 2 >= longest && 2 * common >= longest;
@@ -223,10 +249,21 @@ pub(crate) fn missing<'a>(
     Error::MissingTensor { name: name.into(), place: place.into(), hint }
 }
 
-/// Initial values from a counter-based generator: element `i` of tensor `name` is a function of the seed, the name and
-/// `i`, so that a model's initial weights do not depend on how it is sharded.
+/// Random initial values. Weights are normally distributed with mean 0, biases are 0, scales are 1.
 ///
-/// Weights are normally distributed with mean 0, biases 0, scales 1.
+/// The generator is counter based: element `i` of tensor `name` is a function of the seed, the name
+/// and `i`. So initial weights do not depend on the sharding.
+///
+/// ```
+/// use shardwise::prelude::*;
+/// let (source, cpu) = (Random::normal(7, 0.02), Cpu::new());
+/// let weights = Weights::new(&source);
+/// let load = |of| Param::<f32, _>::load_region(&cpu, &weights, "w", Role::Weight, of, true);
+/// let whole = load(Region::whole([4, 2]))?.value()?.to_vec()?;
+/// let shard = load(Region::whole([4, 2]).narrow(0, 2..4))?.value()?.to_vec()?;
+/// assert_eq!(shard, whole[4..]);
+/// # Ok::<(), Error>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Random {
     seed: u64,
@@ -234,7 +271,7 @@ pub struct Random {
 }
 
 impl Random {
-    /// Weights with the given standard deviation.
+    /// Sets the seed and the standard deviation of weights.
     pub fn normal(seed: u64, std: f64) -> Self {
         Self { seed, std }
     }
@@ -258,11 +295,11 @@ impl WeightSource for Random {
 }
 
 impl AnyMut<'_, Cpu> {
-    /// Writes as many values as there are elements, each rounded to the element: what a
-    /// [`WeightSource`] does with `out`. Values beyond that are not looked at.
+    /// Fills the slice with the first values of an iterator, each rounded to the element type.
+    /// [`WeightSource::read`] implementations call it on `out`.
     ///
     /// # Errors
-    /// When there are fewer values.
+    /// When the iterator has fewer values than the slice has elements.
     pub fn fill(self, values: impl IntoIterator<Item = f64>) -> Result<()> {
         fn each<T: Element>(out: &mut [T], values: impl Iterator<Item = f64>) -> Result<()> {
             let len = out.len();
@@ -304,12 +341,12 @@ mod tests {
     }
 
     #[test]
-    fn random_values_do_not_depend_on_the_cut() {
+    fn random_values_do_not_depend_on_the_region() {
         let source = Random::normal(7, 0.5);
         let whole = read(&source, "w", &Region::whole([4, 6])).unwrap();
         let region = Region::whole([4, 6]).narrow(0, 1..4).narrow(1, 2..4);
-        let part = read(&source, "w", &region).unwrap();
-        assert_eq!(part, [8, 9, 14, 15, 20, 21].map(|index| whole[index]));
+        let values = read(&source, "w", &region).unwrap();
+        assert_eq!(values, [8, 9, 14, 15, 20, 21].map(|index| whole[index]));
         assert!(whole.iter().all(|value| value.abs() < 3.0 && *value != 0.0));
         let other = read(&source, "w2", &region).unwrap();
         assert_ne!(other[0], whole[8], "each name has its own stream");

@@ -1,4 +1,4 @@
-//! Gradients in flat buffers, each reduced as soon as it is full and those before it are under way.
+//! Gradients in flat buffers, each reduced once it is full and all buckets before it have started.
 
 use crate::{
     comm::{Group, Pending, ReduceOp},
@@ -13,57 +13,59 @@ use std::{
     rc::{Rc, Weak},
 };
 
-/// How full buckets are reduced.
+/// The ranks that receive the reduced gradients.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Target {
-    /// To every rank.
+    /// Every rank.
     All,
-    /// To this one.
+    /// One rank.
     Root(usize),
 }
 
 /// The buckets of a model's gradients.
 ///
-/// A bucket holds the gradients of some parameters, one after the other; the first has those that
-/// the backward finishes first. Behind them it has an element for each of these parameters, 1 where
-/// the rank has a gradient and 0 where not: the sum says how many ranks have one. Buckets are
-/// started in order on every rank, whatever the order in which they fill: the order of readiness
-/// may differ between ranks, and a collective must not.
+/// A bucket holds the gradients of some parameters one after the other. The first bucket has those
+/// that the backward finishes first. After the gradients, a bucket has a flag for each of its
+/// parameters: 1 if the rank has a gradient, else 0. The sum of the flags is the number of ranks
+/// that have one. Buckets start in the same order on every rank, because the order in which they
+/// fill may differ between ranks, and the order of collectives must not.
 pub(super) struct Buckets<T: Element, B: Device> {
     group: Group<B>,
     target: Target,
-    /// The bucket of each parameter, where it begins there, and its length.
+    /// The bucket of each parameter, its offset in the bucket, and its length.
     places: Vec<(usize, usize, usize)>,
     lengths: Vec<usize>,
-    /// The tree over all replicas' terms of each parameter, with an invariant reduction whose sums
-    /// are not of two numbers each.
+    /// The tree over all replicas' terms of each parameter. Set with an invariant reduction, unless
+    /// all sums are of two numbers.
     trees: Option<Vec<Tree>>,
     round: RefCell<Option<Round<T, B>>>,
 }
 
-/// A reduction under way.
+/// A reduction in progress.
 struct Round<T: Element, B: Device> {
-    /// What this rank's gradients are multiplied with.
+    /// The factor of this rank's gradients.
     weight: f64,
-    /// Where it began. Buckets are started from within the backward of any layer.
+    /// The site of `begin`, which the collectives report. Any layer's backward may start them.
     site: Site,
-    /// The parameters that have a gradient on this rank.
+    /// Whether each parameter has a gradient on this rank.
     present: Vec<bool>,
-    /// Those whose backward is complete.
+    /// Whether the backward of each parameter is complete.
     ready: Vec<bool>,
     filling: Vec<Filling<T, B>>,
     started: Vec<Pending<T::Acc, B>>,
 }
 
-/// A bucket that was not started yet.
+/// A bucket that has not been started.
 struct Filling<T: Element, B: Device> {
     flat: Option<Tensor<T::Acc, B>>,
+    /// The number of its parameters that are not ready.
     missing: usize,
 }
 
 impl<T: Element, B: Backend> Buckets<T, B> {
-    /// Buckets of at most `bytes` bytes each, or of one parameter that is larger, in the reverse order of `lengths`. With an
-    /// invariant reduction there is a tree for each parameter.
+    /// Assigns parameters to buckets of at most `bytes` bytes, in the reverse order of `lengths`. A
+    /// larger parameter has a bucket of its own. `trees` are those of the parameters, with an
+    /// invariant reduction.
     pub(super) fn new(
         group: &Group<B>,
         target: Target,
@@ -85,15 +87,15 @@ impl<T: Element, B: Backend> Buckets<T, B> {
                 }
             }
         }
-        // A sum of two numbers has one order.
+        // A sum of two numbers has only one order.
         let pair = |tree: &Tree| tree.ranks() == 2 && (0..2).all(|rank| tree.nodes(rank).len() == 1);
         let trees = trees.filter(|trees| !trees.iter().all(pair));
         Self { group: group.clone(), target, places, lengths: filled, trees, round: RefCell::new(None) }
     }
 
-    /// From now on gradients that become ready are reduced, multiplied with `weight`.
+    /// Begins a round: gradients that become ready are multiplied by `weight` and reduced.
     pub(super) fn begin(&self, weight: f64, site: Site) {
-        // Alone, a rank has the sum already.
+        // A single rank has the sum already.
         if self.group.size() == 1 {
             return;
         }
@@ -105,17 +107,17 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         *self.round.borrow_mut() = Some(round);
     }
 
-    /// The numbers of a bucket's parameters, in the order in which they lie there.
+    /// Returns the numbers of a bucket's parameters, in the order of their offsets.
     fn members(&self, bucket: usize) -> impl Iterator<Item = usize> {
         (0..self.places.len()).rev().filter(move |&number| self.places[number].0 == bucket)
     }
 
-    /// A bucket of zeros.
+    /// Makes a bucket of zeros.
     fn empty(&self, bucket: usize) -> Result<Tensor<T::Acc, B>> {
         Tensor::zeros(self.group.device(), [1, self.lengths[bucket] + self.members(bucket).count()])
     }
 
-    /// Gives the parameters their gradients, each the sum along its tree over the terms of all replicas.
+    /// Sets each parameter's gradient to the sum along its tree over the terms of all replicas.
     fn finish_trees(&self, trees: &[Tree], params: &[Param<T, B>]) -> Result<()> {
         let (group, mut own) = (&self.group, Vec::new());
         for param in params {
@@ -123,7 +125,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         }
         let present: Vec<_> = own.iter().map(|terms| flag::<T>(!terms.is_empty())).collect();
         let present = group.all_reduce_host(ReduceOp::Max, &present)?;
-        // One each, by construction.
+        // All have one item for each parameter.
         for ((param, tree), (mut terms, present)) in
             params.iter().zip(trees).zip(own.into_iter().zip(present))
         {
@@ -131,7 +133,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
                 continue;
             }
             if terms.is_empty() {
-                // A replica without samples takes part with zeros.
+                // A replica without samples contributes zeros.
                 let zeros = |_| Tensor::zeros(group.device(), param.shape());
                 terms = tree.nodes(group.rank()).into_iter().map(zeros).collect::<Result<_>>()?;
             }
@@ -144,12 +146,12 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         Ok(())
     }
 
-    /// The gradient of the parameter of this number has got all it gets from this backward, if
-    /// anything.
+    /// Records that the backward of parameter `number` is complete, with its gradient if it has
+    /// one, and starts the buckets that are full.
     fn ready(&self, number: usize, grad: Option<&Tensor<T::Acc, B>>) -> Result<()> {
-        let open = &mut *self.round.borrow_mut();
-        // No reduction is under way: gradients accumulate.
-        let Some(mut round) = open.take_if(|_| self.trees.is_none()) else { return Ok(()) };
+        let current = &mut *self.round.borrow_mut();
+        // Outside a round, gradients accumulate.
+        let Some(mut round) = current.take_if(|_| self.trees.is_none()) else { return Ok(()) };
         let bucket = self.places[number].0;
         if round.started.len() > bucket {
             return Err(Error::invalid(
@@ -159,12 +161,12 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         }
         self.fill(&mut round, number, grad)?;
         self.start(&mut round, false)?;
-        // After an error there is none: `finish` says so.
-        *open = Some(round);
+        // After an error the round is gone, and `finish` reports that.
+        *current = Some(round);
         Ok(())
     }
 
-    /// Starts the buckets that are full, in order, up to the first that is not; with `all`, those, too.
+    /// Starts full buckets in order, up to the first that is not full; with `all`, every bucket.
     fn start(&self, round: &mut Round<T, B>, all: bool) -> Result<()> {
         let _site = round.site.enter();
         while let Some(next) = round.filling.get_mut(round.started.len()) {
@@ -186,19 +188,19 @@ impl<T: Element, B: Backend> Buckets<T, B> {
                 Target::Root(root) => {
                     let len = flat.len();
                     let sizes = (0..self.group.size()).map(|rank| if rank == root { len } else { 0 });
-                    let cut = Partition::from_sizes(sizes);
-                    self.group.start_reduce_scatter(ReduceOp::Sum, flat, 1, &cut)?
+                    let partition = Partition::from_sizes(sizes);
+                    self.group.start_reduce_scatter(ReduceOp::Sum, flat, 1, &partition)?
                 }
             });
         }
         Ok(())
     }
 
-    /// How many ranks have a gradient of each parameter. The counts are downloaded together: a
-    /// download waits until the device has nothing left to do.
+    /// Returns the number of ranks that have a gradient of each parameter. The counts are
+    /// downloaded together, because each download synchronizes with the device.
     fn counts(&self, reduced: &[Tensor<T::Acc, B>], own: &[bool]) -> Result<Vec<T::Acc>> {
         if !B::HAS_VALUES {
-            // The other ranks' are unknown: this rank's own stand for all.
+            // Without values, assume that all ranks have the gradients that this one has.
             return Ok(own.iter().map(|&present| flag::<T>(present)).collect());
         }
         let (device, count) = (self.group.device(), self.places.len());
@@ -209,18 +211,18 @@ impl<T: Element, B: Backend> Buckets<T, B> {
             device.copy(own, all.mat_mut()?.columns(at..next))?;
             at = next;
         }
-        // Buckets have the last parameters first.
+        // Buckets hold the parameters in reverse order.
         Ok(all.to_vec()?.into_iter().rev().collect())
     }
 
-    /// Waits for all buckets and gives the parameters their reduced gradients, or none where
-    /// another rank has them, or no rank has one.
+    /// Waits for all buckets and sets the parameters' gradients to the reduced ones; none if
+    /// another rank is the root, or if no rank has a gradient.
     ///
-    /// Gradients that did not become ready since `begin` count as what they are. A rank that has
-    /// none, as one without samples, takes part with zeros.
+    /// Gradients that have not become ready since `begin` are reduced as they are. A rank without a
+    /// gradient, for example without samples, contributes zeros.
     pub(super) fn finish(&self, params: &[Param<T, B>]) -> Result<()> {
         const OP: &str = "data parallel";
-        // A step with fewer microbatches than were said ends here, and its gradients become ready.
+        // Ends a step with fewer microbatches than were set: its gradients become ready.
         let settled = params.iter().try_for_each(Param::settle);
         let round = self.round.borrow_mut().take();
         settled?;
@@ -255,14 +257,14 @@ impl<T: Element, B: Backend> Buckets<T, B> {
             }
             let device = self.group.device();
             let mut grad = Tensor::<T::Acc, B>::empty(device, param.shape())?;
-            let part = MatRef::new(B::narrow(reduced[bucket].slice(), start..start + len), 1, len)?;
-            device.copy(part, MatMut::<T::Acc, B>::new(grad.slice_mut()?, 1, len)?)?;
+            let own = MatRef::new(B::narrow(reduced[bucket].slice(), start..start + len), 1, len)?;
+            device.copy(own, MatMut::<T::Acc, B>::new(grad.slice_mut()?, 1, len)?)?;
             param.set_grad(grad)?;
         }
         Ok(())
     }
 
-    /// Writes a gradient to its place. Twice is no harm: the second time it is the whole gradient, too.
+    /// Writes a gradient to its bucket. A second call overwrites it: each has the whole gradient.
     fn fill(&self, round: &mut Round<T, B>, number: usize, grad: Option<&Tensor<T::Acc, B>>) -> Result<()> {
         let (bucket, start, len) = self.places[number];
         let device = self.group.device();
@@ -283,18 +285,17 @@ impl<T: Element, B: Backend> Buckets<T, B> {
     }
 }
 
-/// What stands for a parameter that has a gradient on this rank, or has none.
+/// Returns the flag of a parameter: whether this rank has a gradient.
 fn flag<T: Element>(present: bool) -> T::Acc {
     if present { T::Acc::ONE } else { T::Acc::ZERO }
 }
 
-/// Sums a parameter's gradient as another sink does, and sends it to its bucket when it is
-/// complete.
+/// A sink that forwards to another one and copies a complete gradient to its bucket.
 pub(super) struct Bucket<T: Element, B: Backend> {
     sum: Box<dyn GradSink<T::Acc, B>>,
-    /// Gone where the model was wrapped anew.
+    /// Dropped with the [`super::DataParallel`] that made them.
     buckets: Weak<Buckets<T, B>>,
-    /// The parameter's.
+    /// The number of the parameter.
     number: usize,
 }
 

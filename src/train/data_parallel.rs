@@ -1,8 +1,8 @@
-//! Data parallelism: replicas of a model that see different samples.
+//! Data parallelism: replicas of a model on different samples.
 
 use super::{
     buckets::{Bucket, Buckets, Target},
-    drift::exact,
+    drift::truncated,
 };
 use crate::{
     comm::{Group, ReduceOp, hash},
@@ -14,48 +14,63 @@ use crate::{
 };
 use std::rc::Rc;
 
-/// How the ranks' gradients become one.
+/// The reduction of the ranks' gradients gᵣ.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum GradReduce {
-    /// Their sum: right where every rank has divided its loss by the size of the whole batch.
+    /// Σ gᵣ. Correct if every rank has divided its loss by the size of the whole batch.
     Sum,
-    /// Σ wᵣ gᵣ / Σ wᵣ, with this rank's weight: 1 for the plain average, the number of samples where each rank has the mean
-    /// over its own.
+    /// Σ wᵣ gᵣ / Σ wᵣ. Use weight 1 for the plain average, or the number of samples if each rank
+    /// has the mean over its own samples.
     Mean {
-        /// This rank's weight.
+        /// The weight wᵣ of this rank.
         weight: f64,
     },
 }
 
-/// Replicas of a model over a group: equal parameters, gradients reduced to equal ones after each backward.
+/// Replicas of a model over a group: equal parameters, and gradients reduced after each backward.
 ///
-/// Gradients are copied to flat buckets in the order in which a backward finishes them; each bucket is reduced as soon as
-/// it is full, while the backward goes on. Buckets start in the same order on all ranks. Gradients stay in the
-/// accumulator.
+/// Gradients are copied to flat buckets in the order in which a backward finishes them. Each bucket
+/// is reduced once it is full, while the backward continues. Buckets start in the same order on all
+/// ranks. Gradients keep the accumulator type.
 ///
-/// ```text
-/// replicas.begin(GradReduce::Sum)?;       // the backward between `begin` and `finish` is the one that is reduced;
-/// model.backward(…)?;                     // earlier ones only accumulate (PyTorch's `no_sync`)
-/// replicas.finish()?;
-/// optimizer.step(&model.params(), lr, 1.0)?;
+/// Gradients of backwards before [`DataParallel::begin`] only accumulate (PyTorch's `no_sync`).
+/// They are reduced together with those of the backward between `begin` and
+/// [`DataParallel::finish`]:
+///
+/// ```
+/// use shardwise::{prelude::*, train::{DataParallel, GradReduce}};
+/// launch::threads(2, |world| {
+///     let (cpu, rank, source) = (world.device(), world.rank(), Random::normal(1, 0.02));
+///     let (w, whole) = (Weights::new(&source), Region::whole([1]));
+///     let w = Param::<f32, _>::load_region(cpu, &w, "w", Role::Bias, whole, true)?;
+///     let replicas = DataParallel::new(&world, &[w.clone()])?;
+///     replicas.begin(GradReduce::Mean { weight: [1.0, 3.0][rank] })?;
+///     w.add_grad(Tensor::full(cpu, [1], [4.0, 8.0][rank])?)?; // in place of a backward
+///     replicas.finish()?;
+///     Ok(assert_eq!(w.grad().unwrap().to_vec()?, [7.0])) // (1 · 4 + 3 · 8) / (1 + 3)
+/// })?;
+/// # Ok::<(), Error>(())
 /// ```
 ///
-/// With a *central aggregator* ([`DataParallel::central`]) gradients are reduced to one rank; that one steps, and
-/// [`DataParallel::publish`] sends its parameters to the others. The results are the same, bit for bit.
+/// With a *central aggregator* ([`DataParallel::central`]) gradients are reduced to one rank. It
+/// steps the optimizer, and [`DataParallel::publish`] broadcasts its parameters. The results have
+/// the same bits.
 ///
-/// With [`Reduction::Invariant`] on the group, the terms of a gradient, one a microbatch and use
-/// ([`crate::tensor::Param::set_microbatches`], set before the model is wrapped), of all replicas
-/// are summed along one tree: 2 replicas of 2 microbatches give the bits of one with 4. Buckets are
-/// as above where two replicas have one sub-tree each; else each parameter is reduced in
-/// [`DataParallel::finish`].
+/// With [`Reduction::Invariant`] on the group, a gradient has one term for each microbatch and use
+/// ([`crate::tensor::Param::set_microbatches`], set before this is made), and the terms of all
+/// replicas are summed along one tree: 2 replicas of 2 microbatches give the bits of 1 replica of
+/// 4. Buckets work as above if there are two replicas with one sub-tree each. Otherwise
+/// [`DataParallel::finish`] reduces each parameter.
 ///
-/// A parameter that has a gradient on some replicas counts as 0 on the others. One that has none on
-/// any replica has none afterwards, so that optimizers leave it alone, as on one device.
+/// If only some replicas have a gradient of a parameter, the others contribute 0. If none has one,
+/// there is none after the reduction, and optimizers skip the parameter, as on one device.
 ///
-/// Collectives: at the start an all-gather of one number a parameter and a broadcast of each; an
-/// all-reduce a bucket, with a number for each of its parameters (reduce-scatter with one receiver,
-/// and a broadcast a parameter, with the aggregator); with [`GradReduce::Mean`] one of a number.
-/// Where parameters are reduced one by one, an all-reduce of a number for each comes first.
+/// Collectives: when made, an all-gather of one number for each parameter and a broadcast of each
+/// parameter. For each bucket an all-reduce, which includes one number for each of its parameters;
+/// with an aggregator a reduce-scatter to one rank, and in `publish` a broadcast of each parameter.
+/// With [`GradReduce::Mean`] an all-reduce of one number. If parameters are reduced one by one, an
+/// all-reduce of one number for each comes first.
 ///
 /// Source: Li et al., 2020: PyTorch Distributed, section 3.2.
 pub struct DataParallel<T: Element, B: Backend> {
@@ -69,29 +84,29 @@ pub struct DataParallel<T: Element, B: Backend> {
 const BUCKET: usize = 25 << 20;
 
 impl<T: Element, B: Backend> DataParallel<T, B> {
-    /// Gives every rank of the group rank 0's values of these parameters, whose gradients go into
-    /// buckets from now on. When it is dropped, gradients stay on their ranks; with an invariant
-    /// reduction their sinks await the other replicas until they are replicated anew.
+    /// Broadcasts rank 0's values of these parameters, and collects their gradients in buckets from
+    /// now on. After it is dropped, gradients are no longer reduced; with an invariant reduction
+    /// the sinks still wait for other replicas, until a new [`DataParallel`] is made.
     ///
     /// # Errors
-    /// When the ranks hold different parameters, or different parts of one, as over a
-    /// tensor-parallel group; when one is not kept as a dense tensor (list the others), or has a
-    /// sink that does not sum along a tree; or a collective fails.
+    /// When the ranks hold different parameters or different regions of one, as over a
+    /// tensor-parallel group; when a parameter has no dense store (list only the others), or has a
+    /// sink that does not sum along a tree; when a collective fails.
     #[track_caller]
     pub fn new(group: &Group<B>, params: &[Param<T, B>]) -> Result<Self> {
         Self::with(group, params, None, BUCKET)
     }
 
-    /// As [`DataParallel::new`], with buckets of at most so many bytes.
+    /// As [`DataParallel::new`], with buckets of at most `bytes` bytes.
     ///
     /// # Errors
-    /// As there.
+    /// As [`DataParallel::new`].
     #[track_caller]
     pub fn with_buckets(group: &Group<B>, params: &[Param<T, B>], bytes: usize) -> Result<Self> {
         Self::with(group, params, None, bytes)
     }
 
-    /// With gradients reduced to the rank `aggregator`, which alone has them after [`DataParallel::finish`].
+    /// As [`DataParallel::new`], with gradients reduced only to rank `aggregator`.
     ///
     /// # Errors
     /// When there is no such rank, and as [`DataParallel::new`].
@@ -111,7 +126,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         aggregator: Option<usize>,
         bytes: usize,
     ) -> Result<Self> {
-        // What a parameter refuses, it refuses before any of them is changed.
+        // Return the errors of all parameters before any of them is changed.
         params.iter().try_for_each(Param::settle)?;
         let (replica, replicas) = (group.rank(), group.size());
         let in_tree = |param: &Param<T, B>| {
@@ -126,7 +141,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
                 (Some(trees), sinks)
             }
         };
-        check_parts(group, params)?;
+        check_regions(group, params)?;
         broadcast(group, params, 0)?;
         let target = aggregator.map_or(Target::All, Target::Root);
         let lengths: Vec<usize> = params.iter().map(|param| param.shape().len()).collect();
@@ -140,11 +155,12 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         Ok(Self { group: group.clone(), params: params.to_vec(), buckets, aggregator })
     }
 
-    /// The gradients of the backward that follows, with what has accumulated before, are reduced.
+    /// Starts a round: the gradients accumulated so far and those of the next backward are reduced.
     ///
     /// # Errors
-    /// When the weights' sum is not positive, terms of an earlier step are missing, or a collective
-    /// fails.
+    /// When the sum of the weights is not positive, terms of an earlier step are missing, or a
+    /// collective fails. [`crate::Error::Unsupported`] for [`GradReduce::Mean`] with an invariant
+    /// reduction over several ranks.
     #[track_caller]
     pub fn begin(&self, reduce: GradReduce) -> Result<()> {
         let weight = match reduce {
@@ -166,10 +182,10 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         Ok(())
     }
 
-    /// Waits for the reductions. The parameters have the reduced gradients then; with an
-    /// aggregator, only its own. Those without a gradient on any rank have none.
+    /// Waits for the reductions and sets the parameters' gradients to the reduced ones; with an
+    /// aggregator, only on that rank.
     ///
-    /// A rank that had no sample for this step calls `begin` and `finish` without a backward.
+    /// A rank without samples in this step calls `begin` and `finish` without a backward.
     ///
     /// # Errors
     /// When `begin` was not called, or a collective fails.
@@ -179,8 +195,9 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         self.buckets.finish(&self.params)
     }
 
-    /// The sum over all replicas of a number for each of their microbatches, such as its loss, on every rank. With an
-    /// invariant reduction it is made along the tree over all microbatches; every replica has as many of them then.
+    /// Returns, on every rank, the sum over all replicas of one number for each microbatch, such as
+    /// its loss. With an invariant reduction it is summed along the tree over all microbatches, and
+    /// every replica has to have the same number of them.
     ///
     /// Collective: an all-reduce of one number; with an invariant reduction an all-gather.
     ///
@@ -194,8 +211,8 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         }
         let count = microbatches.len();
         let own = Tensor::from_slice(group.device(), [count], microbatches)?;
-        let cut = Partition::from_sizes(vec![count; group.size()]);
-        let all: Vec<f64> = group.all_gather(&own, 0, &cut)?.to_vec()?;
+        let counts = Partition::from_sizes(vec![count; group.size()]);
+        let all: Vec<f64> = group.all_gather(&own, 0, &counts)?.to_vec()?;
         let mut sum = TreeSum::new(all.len());
         for (leaf, value) in all.into_iter().enumerate() {
             sum.push(Node::leaf(leaf), value, |left, right| {
@@ -206,12 +223,12 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         Ok(sum.values().into_iter().sum())
     }
 
-    /// Whether this rank makes the optimizer's steps: every one does, or the aggregator.
+    /// Whether this rank steps the optimizer: every rank does, or only the aggregator.
     pub fn steps(&self) -> bool {
         self.aggregator.is_none_or(|rank| rank == self.group.rank())
     }
 
-    /// Gives every rank the aggregator's parameters. Without an aggregator, they are equal already.
+    /// Broadcasts the aggregator's parameters. Does nothing without an aggregator.
     ///
     /// # Errors
     /// When a collective fails.
@@ -224,23 +241,23 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     }
 }
 
-/// Refuses ranks whose parameters are not the same parts of the same tensors. Collective: an all-gather.
+/// Checks that all ranks hold the same regions of the same tensors. Collective: an all-gather.
 #[track_caller]
-fn check_parts<T: Element, B: Backend>(group: &Group<B>, params: &[Param<T, B>]) -> Result<()> {
-    let (mut parts, mut names) = (Vec::new(), Vec::new());
+fn check_regions<T: Element, B: Backend>(group: &Group<B>, params: &[Param<T, B>]) -> Result<()> {
+    let (mut hashes, mut names) = (Vec::new(), Vec::new());
     for param in params {
         let regions = param.regions();
-        let regions = regions.iter().map(|part| (&part.tensor, &part.region, part.row));
+        let regions = regions.iter().map(|own| (&own.tensor, &own.region, own.row));
         let is_dense = param.value_mut().is_ok();
-        parts.push(exact(hash((param.shape(), regions.collect::<Vec<_>>(), is_dense))));
+        hashes.push(truncated(hash((param.shape(), regions.collect::<Vec<_>>(), is_dense))));
         names.push(param.name());
     }
-    let own = Tensor::from_slice(group.device(), [1, parts.len()], &parts)?;
+    let own = Tensor::from_slice(group.device(), [1, hashes.len()], &hashes)?;
     let all = group.all_gather(&own, 0, &Partition::even(group.size(), group.size()))?.to_vec()?;
-    for (rank, theirs) in all.chunks_exact(parts.len().max(1)).enumerate() {
-        if let Some(at) = (0..parts.len()).find(|&at| theirs[at] != all[at]) {
+    for (rank, theirs) in all.chunks_exact(hashes.len().max(1)).enumerate() {
+        if let Some(at) = (0..hashes.len()).find(|&at| theirs[at] != all[at]) {
             let reason = format!(
-                "ranks 0 and {rank} of {group:?} hold different parts of `{}`, or one holds it in a store that is not dense: is it \
+                "ranks 0 and {rank} of {group:?} hold different regions of `{}`, or one holds it in a store that is not dense: is it \
                  the tensor-parallel group?",
                 names[at]
             );
@@ -254,7 +271,7 @@ fn check_parts<T: Element, B: Backend>(group: &Group<B>, params: &[Param<T, B>])
 fn broadcast<T: Element, B: Backend>(group: &Group<B>, params: &[Param<T, B>], root: usize) -> Result<()> {
     let _site = Site::here().enter();
     params.iter().try_for_each(|param| {
-        // The sender's value is not a new one: its master weights are more than the value's.
+        // The root's value stays, and so do its more precise master weights.
         if group.rank() != root {
             param.renew();
         }

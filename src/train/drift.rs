@@ -1,4 +1,4 @@
-//! Replicas that should be equal, and whether they are.
+//! A check that replicated parameters are equal.
 
 use crate::{
     comm::{Group, hash},
@@ -14,17 +14,32 @@ use std::{
     ops::Range,
 };
 
-/// Compares the bits of every element of the parameters that several ranks of a group hold: over a
-/// data-parallel group all of them; over a tensor-parallel one norms, positions, row biases and the
-/// key/value heads that ranks share; over a pipeline's a table that both ends hold.
+/// Compares, bit by bit, the elements of parameters that several ranks of a group hold. Over a
+/// data-parallel group these are all elements; over a tensor-parallel group norms, positions, row
+/// biases and shared key/value heads; over a pipeline group a table that both ends hold.
 ///
-/// Which ranks hold the same elements follows from the parameters' regions ([`crate::tensor::ParamRegion`]).
+/// The parameters' regions ([`crate::tensor::ParamRegion`]) determine which ranks hold the same
+/// elements. Drift does not stop training but makes the results wrong.
 ///
-/// Collectives: four all-gathers, of a few numbers a parameter. Cheap enough for every so many
-/// steps; silent drift of replicas is a bug that training survives and results do not.
+/// Collectives: four all-gathers of a few numbers for each parameter, cheap enough to call every
+/// few steps.
+///
+/// ```
+/// use shardwise::{prelude::*, train::check_replicas};
+/// let source = Random::normal(1, 0.02);
+/// launch::threads(2, |world| {
+///     let (cpu, weights, whole) = (world.device(), Weights::new(&source), Region::whole([2, 3]));
+///     let w = Param::<f32, _>::load_region(cpu, &weights, "w", Role::Weight, whole, true)?;
+///     check_replicas(&[w.clone()], &world)?;
+///     w.set(Tensor::full(cpu, [2, 3], world.rank() as f64)?)?;
+///     assert!(matches!(check_replicas(&[w], &world), Err(Error::Drift { rank: 1, .. })));
+///     Ok(())
+/// })?;
+/// # Ok::<(), Error>(())
+/// ```
 ///
 /// # Errors
-/// [`Error::Drift`], with the first tensor and rank that differ, on every rank.
+/// [`Error::Drift`] on every rank, with the first tensor and rank that differ.
 #[track_caller]
 pub fn check_replicas<T: Element, B: Backend>(params: &[Param<T, B>], group: &Group<B>) -> Result<()> {
     let _site = Site::here().enter();
@@ -34,45 +49,50 @@ pub fn check_replicas<T: Element, B: Backend>(params: &[Param<T, B>], group: &Gr
     }
     let mut own = Vec::new();
     for param in params {
-        own.extend(param.regions().iter().map(|part| Held::new(&part.tensor, &part.region)));
+        own.extend(param.regions().iter().map(|own| SliceRows::new(&own.tensor, &own.region)));
     }
-    let flat: Vec<f64> = own.iter().flat_map(Held::numbers).collect();
-    let all: Vec<Vec<Held>> =
-        gather(group, &flat)?.iter().map(|flat| flat.as_chunks().0.iter().map(Held::of).collect()).collect();
+    let flat: Vec<f64> = own.iter().flat_map(SliceRows::numbers).collect();
+    let all: Vec<Vec<SliceRows>> = gather(group, &flat)?
+        .iter()
+        .map(|flat| flat.as_chunks().0.iter().map(SliceRows::of).collect())
+        .collect();
 
-    // Pieces of different ranks may overlap in part: the bounds of all of them cut each into runs
-    // that are equal or disjoint.
+    // The rows of different ranks may overlap partially. The bounds of all of them divide each into
+    // ranges that are equal or disjoint.
     let mut bounds: HashMap<u64, BTreeSet<usize>> = HashMap::new();
-    for held in all.iter().flatten() {
-        bounds.entry(held.part).or_default().extend([held.rows.start, held.rows.end]);
+    for SliceRows { slice, rows, .. } in all.iter().flatten() {
+        bounds.entry(*slice).or_default().extend([rows.start, rows.end]);
     }
-    let runs = |held: &Held| -> Vec<Range<usize>> {
-        let bounds: Vec<usize> = bounds[&held.part].range(held.rows.clone()).copied().collect();
-        let ends = bounds.iter().skip(1).copied().chain([held.rows.end]);
+    let ranges = |SliceRows { slice, rows, .. }: &SliceRows| -> Vec<Range<usize>> {
+        let bounds: Vec<usize> = bounds[slice].range(rows.clone()).copied().collect();
+        let ends = bounds.iter().skip(1).copied().chain([rows.end]);
         bounds.iter().copied().zip(ends).map(|(start, end)| start..end).collect()
     };
     let (mut hashes, mut next) = (Vec::new(), own.iter());
     for param in params {
         let (values, width) = (param.value()?.to_vec()?, param.shape().split_at(0).1);
-        for (part, held) in param.regions().iter().zip(&mut next) {
-            let (first, inner) = (part.row * width, part.region.extent().split_at(0).1);
-            for run in runs(held) {
+        for (own, slice) in param.regions().iter().zip(&mut next) {
+            let (first, inner) = (own.row * width, own.region.extent().split_at(0).1);
+            for range in ranges(slice) {
                 let mut hash = DefaultHasher::new();
-                let [start, end] = [run.start, run.end].map(|row| first + (row - held.rows.start) * inner);
+                let [start, end] =
+                    [range.start, range.end].map(|row| first + (row - slice.rows.start) * inner);
                 values[start..end].iter().for_each(|value| hash.write_u64(value.to_f64().to_bits()));
-                hashes.push(exact(hash.finish()));
+                hashes.push(truncated(hash.finish()));
             }
         }
     }
     let hashes = gather(group, &hashes)?;
 
+    // By slice and first row, the first rank that holds the range, and its hash.
     let mut first: HashMap<(u64, usize), (usize, f64)> = HashMap::new();
-    for (rank, (held, hashes)) in all.iter().zip(&hashes).enumerate() {
-        let runs = held.iter().flat_map(|held| runs(held).into_iter().map(|run| (held.part, run.start)));
-        for (run, &hash) in runs.zip(hashes) {
-            let (other, known) = *first.entry(run).or_insert((rank, hash));
+    for (rank, (slices, hashes)) in all.iter().zip(&hashes).enumerate() {
+        let starts =
+            slices.iter().flat_map(|slice| ranges(slice).into_iter().map(|range| (slice.slice, range.start)));
+        for (start, &hash) in starts.zip(hashes) {
+            let (other, known) = *first.entry(start).or_insert((rank, hash));
             if known != hash {
-                let tensor = name(group, rank, own.iter().find(|held| held.part == run.0))?;
+                let tensor = name(group, rank, own.iter().find(|own| own.slice == start.0))?;
                 return Err(Error::Drift { tensor, rank, other, group: group.name().to_string() });
             }
         }
@@ -80,50 +100,51 @@ pub fn check_replicas<T: Element, B: Backend>(params: &[Param<T, B>], group: &Gr
     Ok(())
 }
 
-/// The rows of a tensor that a part of a parameter holds.
-struct Held {
+/// The rows of a slice of a tensor that a region of a parameter holds.
+struct SliceRows {
     tensor: String,
-    /// The tensor and the indices of the other dimensions: as many bits as an f64 holds exactly.
-    part: u64,
+    /// A hash of the tensor and of the region's ranges in all dimensions but the first.
+    slice: u64,
     rows: Range<usize>,
 }
 
-impl Held {
+impl SliceRows {
     fn new(tensor: &str, region: &Region) -> Self {
         let (rows, others) =
             region.ranges().split_first().map_or((0..1, &[][..]), |(rows, others)| (rows.clone(), others));
-        let part = exact(hash((tensor, region.shape(), others))) as u64;
-        Self { tensor: tensor.into(), part, rows }
+        let slice = truncated(hash((tensor, region.shape(), others))) as u64;
+        Self { tensor: tensor.into(), slice, rows }
     }
 
     fn numbers(&self) -> [f64; 3] {
-        [self.part as f64, self.rows.start as f64, self.rows.end as f64]
+        [self.slice as f64, self.rows.start as f64, self.rows.end as f64]
     }
 
-    /// What another rank holds, of a tensor whose name it knows.
+    /// Returns the rows of another rank, whose tensor name is unknown here.
     fn of(numbers: &[f64; 3]) -> Self {
-        let [part, start, end] = *numbers;
-        Self { tensor: String::new(), part: part as u64, rows: start as usize..end as usize }
+        let [slice, start, end] = *numbers;
+        Self { tensor: String::new(), slice: slice as u64, rows: start as usize..end as usize }
     }
 }
 
-/// As many bits of a hash as an f64 holds exactly.
-pub(super) fn exact(hash: u64) -> f64 {
+/// Truncates a hash to the 53 bits that an f64 holds exactly.
+pub(super) fn truncated(hash: u64) -> f64 {
     (hash >> 11) as f64
 }
 
-/// Every rank's numbers, of which each may have another count.
+/// Gathers every rank's numbers, whose counts may differ.
 fn gather<B: Backend>(group: &Group<B>, own: &[f64]) -> Result<Vec<Vec<f64>>> {
     let count = Tensor::from_slice(group.device(), [1], &[own.len() as f64])?;
     let counts = group.all_gather(&count, 0, &Partition::even(group.size(), group.size()))?.to_vec()?;
-    let cut = Partition::from_sizes(counts.into_iter().map(|count: f64| count as usize));
-    let all = group.all_gather(&Tensor::from_slice(group.device(), [own.len()], own)?, 0, &cut)?.to_vec()?;
-    Ok((0..group.size()).map(|rank| all[cut.range(rank)].to_vec()).collect())
+    let counts = Partition::from_sizes(counts.into_iter().map(|count: f64| count as usize));
+    let own = Tensor::from_slice(group.device(), [own.len()], own)?;
+    let all = group.all_gather(&own, 0, &counts)?.to_vec()?;
+    Ok((0..group.size()).map(|rank| all[counts.range(rank)].to_vec()).collect())
 }
 
-/// The name of a tensor that rank `rank` holds, on every rank.
-fn name<B: Backend>(group: &Group<B>, rank: usize, held: Option<&Held>) -> Result<String> {
-    let name = held.map_or("", |held| &held.tensor);
+/// Returns, on every rank, the name of a tensor that `rank` holds.
+fn name<B: Backend>(group: &Group<B>, rank: usize, own: Option<&SliceRows>) -> Result<String> {
+    let name = own.map_or("", |own| &own.tensor);
     let bytes: Vec<f64> = name.bytes().map(f64::from).collect();
     let bytes: Vec<u8> = gather(group, &bytes)?[rank].iter().map(|&byte| byte as u8).collect();
     Ok(String::from_utf8_lossy(&bytes).into_owned())

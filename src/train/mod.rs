@@ -1,12 +1,13 @@
-//! Training on many ranks: data parallelism, pipelines, and checks. Stands on layers and groups; optimizers are apart.
+//! Training on many ranks: data parallelism, pipelines, and consistency checks. Uses layers and
+//! groups, but no optimizers.
 //!
-//! | what | how |
+//! | item | purpose |
 //! |---|---|
-//! | [`ShardedSampler`] | which samples a data-parallel rank sees, in which batches |
-//! | [`DataParallel`] | gradients reduced in buckets while the backward runs, or to one rank that updates |
-//! | [`Schedule`] | the order of a pipeline's passes and messages, as data: GPipe, 1F1B, interleaved 1F1B |
+//! | [`ShardedSampler`] | assigns the samples of each batch to data-parallel ranks |
+//! | [`DataParallel`] | reduces gradients in buckets during the backward, to all ranks or to one |
+//! | [`Schedule`] | the order of a pipeline's passes as data: GPipe, 1F1B, interleaved 1F1B |
 //! | [`Pipeline`] | runs a schedule over the stages of a model |
-//! | [`check_replicas`] | finds a replica that has drifted |
+//! | [`check_replicas`] | detects replicas that have drifted apart |
 
 mod buckets;
 mod data_parallel;

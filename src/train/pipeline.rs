@@ -1,4 +1,4 @@
-//! Runs a pipeline's schedule over the stages of a model.
+//! Runs a pipeline schedule over the stages of a model.
 
 use super::schedule::{Action, Compute, Message, Pass, Schedule};
 use crate::{
@@ -12,52 +12,53 @@ use crate::{
 };
 use std::collections::HashMap;
 
-/// What every rank knows of a microbatch.
+/// The data of a microbatch that every rank has.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Microbatch {
     /// The sequences of its tokens.
     pub sequences: Sequences,
-    /// Where it stands in training, for dropout.
+    /// The dropout state: its position in the training run.
     pub dropout: Option<DropoutState>,
 }
 
 impl Microbatch {
-    /// Rows without further structure.
+    /// Returns a microbatch of `rows` rows: one sequence, no dropout.
     pub fn rows(rows: usize) -> Self {
         Self { sequences: Sequences::one(rows), dropout: None }
     }
 }
 
-/// The two ends of a pipelined model: what the first stage begins with, and the loss behind the last.
+/// The two ends of a pipelined model: the input of the first stage and the loss of the last one.
 pub trait PipelineEnds<S: ResidualStream, T: Element, B: Backend> {
-    /// The input of the first stage for the microbatch of this number. Called on the first rank
-    /// only.
+    /// Returns the input of the first stage for microbatch `number`. Called on the first rank only.
     ///
     /// # Errors
-    /// Its own.
+    /// Those of the implementation; [`Pipeline::run`] returns them.
     fn input(&mut self, number: usize, microbatch: &Microbatch) -> Result<DTensor<S, T, B>>;
 
-    /// Takes the gradient of that input. Called on the first rank only.
+    /// Receives the gradient of that input. Called on the first rank only.
     ///
     /// # Errors
-    /// Its own.
+    /// Those of the implementation; [`Pipeline::run`] returns them.
     fn input_grad(&mut self, microbatch: usize, dx: DTensor<S, T, B>) -> Result<()>;
 
-    /// Takes the output of the last stage, and returns the loss's gradient of it; none when nothing is trained. Called on
-    /// the last rank only.
+    /// Receives the output of the last stage and returns the gradient of the loss with respect to
+    /// it; none in an evaluation. Called on the last rank only.
     ///
     /// # Errors
-    /// Its own.
+    /// Those of the implementation; [`Pipeline::run`] returns them.
     fn loss(&mut self, microbatch: usize, y: DTensor<S, T, B>) -> Result<Option<DTensor<S, T, B>>>;
 }
 
-/// A model whose layers are spread over the ranks of a group: vertical model parallelism.
+/// Pipeline parallelism: a model whose layers are distributed over the ranks of a group.
 ///
-/// Each rank of the pipeline group holds `chunks` layers (usually [`Vec`]s of layers) and runs microbatches through them as
-/// a [`Schedule`] says. Inside a stage a layer may be tensor parallel over `tensor`, the group of the ranks that share it;
-/// each of them exchanges its own part with its counterpart on the neighbouring stage.
+/// Each rank of the pipeline group holds `chunks` layers (usually [`Vec`]s of layers) and runs
+/// microbatches through them in the order of a [`Schedule`]. The layers of a stage may be tensor
+/// parallel over `tensor`. Each rank of that group exchanges its shard with the same rank of the
+/// neighbouring stage.
 ///
-/// Collectives: exchanges between neighbours, one activation and one gradient a microbatch and boundary.
+/// Collectives: exchanges between neighbours, one activation and one gradient for each microbatch
+/// and stage boundary.
 pub struct Pipeline<B: Backend> {
     group: Group<B>,
     tensor: Group<B>,
@@ -65,26 +66,27 @@ pub struct Pipeline<B: Backend> {
     actions: Vec<Action>,
     /// The features of each stage's input.
     widths: Vec<usize>,
+    /// The group of the first and the last rank.
     ends: Option<Group<B>>,
 }
 
 impl<B: Backend> Pipeline<B> {
-    /// A pipeline over `group`, whose stages hand on tensors of `width` features. Every rank of the
-    /// group calls it.
+    /// Makes a pipeline over `group`, whose stages exchange tensors of `width` features. Every rank
+    /// of the group calls it.
     ///
     /// # Errors
-    /// When the schedule is of another number of ranks, or cannot be run, or a collective fails.
+    /// When the schedule has another number of ranks or cannot be run, or a collective fails.
     #[track_caller]
     pub fn new(group: &Group<B>, tensor: &Group<B>, schedule: Schedule, width: usize) -> Result<Self> {
         let widths = vec![width; schedule.stages()];
         Self::with_widths(group, tensor, schedule, widths)
     }
 
-    /// The same for stages whose inputs have these numbers of features, one for each stage, equal on
-    /// every rank.
+    /// As [`Pipeline::new`], with the number of features of each stage's input, equal on every
+    /// rank.
     ///
     /// # Errors
-    /// As [`Pipeline::new`], and when there are not as many numbers as stages.
+    /// As [`Pipeline::new`], and when the numbers of widths and stages differ.
     #[track_caller]
     pub fn with_widths(
         group: &Group<B>,
@@ -116,39 +118,38 @@ impl<B: Backend> Pipeline<B> {
         self.group.rank() + 1 == self.group.size()
     }
 
-    /// The schedule.
+    /// Returns the schedule.
     pub fn schedule(&self) -> &Schedule {
         &self.schedule
     }
 
-    /// The gradients of a parameter of which the first and the last stage hold a copy (a tied embedding) become their sum,
-    /// on both. Other stages have no such parameter, and call nothing.
+    /// Sums the gradients of a parameter that the first and the last stage both hold (a tied
+    /// embedding), on both. Ranks of other stages need not call it.
     ///
-    /// A rank without a gradient takes part with zeros, and if neither has one there is none. With
-    /// data parallelism this comes after [`DataParallel::finish`](super::DataParallel::finish),
-    /// which would overwrite the sum.
+    /// A rank without a gradient contributes zeros. If neither has one, there is none. Call it
+    /// after [`DataParallel::finish`](super::DataParallel::finish), which would overwrite the sum.
     ///
-    /// Collectives: all-reduces over the two ranks, one of a number and one of the gradient.
+    /// Collectives: two all-reduces over the two ranks, of one number and of the gradient.
     ///
     /// # Errors
-    /// When terms of an invariant reduction are missing, or not summed over the replicas yet; when
-    /// a collective fails.
+    /// When terms of an invariant reduction are missing or not summed over the replicas yet; when a
+    /// collective fails.
     #[track_caller]
     pub fn sum_tied<T: Element>(&self, param: &Param<T, B>) -> Result<()> {
         let (Some(ends), false) = (&self.ends, self.is_first() && self.is_last()) else { return Ok(()) };
         const NONE: f64 = 0.0;
         const SOME: f64 = 1.0;
-        const OPEN: f64 = 2.0;
+        const INCOMPLETE: f64 = 2.0;
         let _site = Site::here().enter();
         let complete = param.check_complete("tied parameter");
         let own = match (&complete, param.grad()) {
-            (Err(_), _) => OPEN,
+            (Err(_), _) => INCOMPLETE,
             (Ok(()), Some(_)) => SOME,
             (Ok(()), None) => NONE,
         };
         let state = ends.all_reduce_host(ReduceOp::Max, &[own])?[0];
         complete?;
-        if state == OPEN {
+        if state == INCOMPLETE {
             let reason = format!("terms of {} are not summed over its replicas yet", param.name());
             return Err(Error::invalid("tied parameter", reason));
         }
@@ -164,11 +165,11 @@ impl<B: Backend> Pipeline<B> {
         reduced
     }
 
-    /// Runs all microbatches forward and backward. Parameters have the sum of their gradients then.
+    /// Runs all microbatches forward and backward, and sums their gradients in the parameters.
     ///
     /// # Errors
-    /// When there are other numbers of microbatches or chunks than in the schedule, or a layer, an end or a collective
-    /// fails.
+    /// When the number of microbatches or chunks differs from the schedule's; when a layer, an end
+    /// or a collective fails.
     #[track_caller]
     pub fn run<S: ResidualStream, T: Element, L: Layer<T, B, In = S, Out = S>>(
         &self,
@@ -189,7 +190,7 @@ impl<B: Backend> Pipeline<B> {
         Ok(())
     }
 
-    /// Runs all microbatches forward only: the schedule without its backwards.
+    /// Runs all microbatches forward only, in the order of the schedule.
     ///
     /// # Errors
     /// As [`Pipeline::run`].
@@ -220,12 +221,13 @@ impl<B: Backend> Pipeline<B> {
     }
 }
 
-/// The tensors of a step under way.
+/// The tensors of a step in progress.
 struct Run<'a, S: ResidualStream, T: Element, B: Backend, L: Layer<T, B, In = S, Out = S>> {
     pipeline: &'a Pipeline<B>,
     microbatches: &'a [Microbatch],
-    /// What waits to be computed with or sent: by direction, the stage that takes it, and microbatch.
+    /// Activations and gradients to be used or sent, by pass, receiving stage and microbatch.
     tensors: HashMap<(Pass, usize, usize), DTensor<S, T, B>>,
+    /// By chunk and microbatch.
     saved: HashMap<(usize, usize), L::Saved>,
 }
 
@@ -256,7 +258,7 @@ impl<'a, S: ResidualStream, T: Element, B: Backend, L: Layer<T, B, In = S, Out =
             None => None,
         };
         let incoming = receive.map(|message| -> Result<_> {
-            // An activation is its stage's input, a gradient that of its stage's output.
+            // An activation is the input of its stage, a gradient belongs to the stage's output.
             let boundary = match message.pass {
                 Pass::Forward => message.stage,
                 Pass::Backward => message.stage + 1,
@@ -314,7 +316,7 @@ impl<'a, S: ResidualStream, T: Element, B: Backend, L: Layer<T, B, In = S, Out =
             self.tensors.insert((pass, stage + 1, microbatch), y);
             return Ok(());
         }
-        // Behind the last stage comes the loss, whose gradient waits for the backward.
+        // The last stage: the gradient of the loss is the input of its backward.
         match ends.loss(microbatch, y)? {
             Some(dy) => {
                 self.tensors.insert((Pass::Backward, stage, microbatch), dy);

@@ -1,42 +1,51 @@
-//! Which samples a data-parallel rank sees.
+//! The assignment of samples to data-parallel ranks.
 
 use crate::{rng::Philox, shard::Partition};
 use std::ops::Range;
 
-/// Samples in batches over the ranks of a data-parallel group.
+/// Batches of samples, sharded over the ranks of a data-parallel group.
 ///
-/// The order of an epoch is a function of the seed and the epoch. Batch b is samples b · batch .. (b + 1) · batch of that
-/// order, the last one shorter, and each batch is cut over the ranks as evenly as whole samples allow. So no sample is
-/// dropped, repeated or padded, the union over the ranks does not depend on their number, and ranks may have different
-/// numbers of samples (down to none): gradients are then averaged with those as weights, or scaled by the batch's size.
+/// The order of an epoch is a function of the seed and the epoch. Batch b has samples b · batch ..
+/// (b + 1) · batch of that order; the last batch may be shorter. Each batch is partitioned over the
+/// ranks as evenly as possible. So no sample is dropped, repeated or padded, and a batch does not
+/// depend on the number of ranks. Ranks may have different numbers of samples, even none. Use those
+/// as the weights of the mean of the gradients, or divide the loss by the size of the batch.
+///
+/// ```
+/// let sampler = shardwise::train::ShardedSampler { samples: 10, batch: 4, shuffle: Some(7) };
+/// assert_eq!(sampler.batches(), 3);
+/// let order = sampler.order(0);
+/// let last: Vec<_> = (0..3).map(|rank| &order[sampler.range(2, rank, 3)]).collect();
+/// assert_eq!(last, [&order[8..9], &order[9..10], &[]]);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShardedSampler {
     /// The number of samples.
     pub samples: usize,
-    /// The samples of a batch, over all ranks.
+    /// The number of samples in a batch, over all ranks.
     pub batch: usize,
-    /// The seed of the order; none for the samples' own order.
+    /// The seed of the shuffle, or none to keep the order of the samples.
     pub shuffle: Option<u64>,
 }
 
 impl ShardedSampler {
-    /// The number of batches of an epoch.
+    /// Returns the number of batches in an epoch.
     pub fn batches(&self) -> usize {
         self.samples.div_ceil(self.batch.max(1))
     }
 
-    /// The order of an epoch's samples.
+    /// Returns the order of the samples in an epoch.
     pub fn order(&self, epoch: u64) -> Vec<usize> {
         let mut order: Vec<usize> = (0..self.samples).collect();
         if let Some(seed) = self.shuffle {
-            // Sorted by random keys: a uniformly random order.
+            // Sorting by random keys gives a uniformly random order.
             let stream = Philox::stream(seed, epoch);
             order.sort_by_cached_key(|&sample| (stream.uniform(sample as u64).to_bits(), sample));
         }
         order
     }
 
-    /// The places, in the epoch's order, of a rank's samples of a batch.
+    /// Returns the range of the epoch's order that a rank has of a batch.
     pub fn range(&self, batch: usize, rank: usize, ranks: usize) -> Range<usize> {
         let start = (batch * self.batch).min(self.samples);
         let len = self.batch.min(self.samples - start);

@@ -1,8 +1,8 @@
-//! The order of a pipeline's passes, as data.
+//! Pipeline schedules: the order of passes as data.
 
 use crate::error::{Error, Result};
 
-/// A direction through the model.
+/// The direction of a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Pass {
     /// From the input to the loss.
@@ -11,56 +11,57 @@ pub enum Pass {
     Backward,
 }
 
-/// One pass of one microbatch through one part of the model.
+/// The pass of one microbatch through one chunk of the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Compute {
     /// The direction.
     pub pass: Pass,
-    /// Which of the rank's chunks of the model.
+    /// The index among the rank's chunks of the model.
     pub chunk: usize,
-    /// The microbatch.
+    /// The index of the microbatch.
     pub microbatch: usize,
 }
 
-/// An activation (forward) or its gradient (backward) on its way to another rank.
+/// An activation (forward) or a gradient (backward) that one rank sends to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Message {
-    /// The rank at the other end.
+    /// The other rank: the receiver of a send, the sender of a receive.
     pub peer: usize,
-    /// What it is: an activation or a gradient.
+    /// The pass: an activation is sent forward, a gradient backward.
     pub pass: Pass,
     /// The stage that receives it.
     pub stage: usize,
-    /// The microbatch.
+    /// The index of the microbatch.
     pub microbatch: usize,
 }
 
-/// What a rank does next.
+/// One action of a rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Action {
-    /// Computes.
+    /// Runs a pass.
     Compute(Compute),
-    /// Sends and receives, as one step.
+    /// Sends and receives concurrently.
     Exchange {
-        /// What is sent.
+        /// The message to send.
         send: Option<Message>,
-        /// What is received.
+        /// The message to receive.
         receive: Option<Message>,
     },
 }
 
-/// The order in which each rank of a pipeline computes.
+/// The order of the passes on each rank of a pipeline.
 ///
-/// The model is `ranks · chunks` stages; stage s is chunk s / ranks of rank s mod ranks. [`Schedule::actions`] adds the
-/// messages, and finds out whether the order can be run at all.
+/// The model has `ranks · chunks` stages: stage s is chunk s / ranks of rank s mod ranks.
+/// [`Schedule::actions`] adds the messages and checks that the order can be run.
 ///
 /// | schedule | activations in flight on rank r | source |
 /// |---|---|---|
 /// | [`Schedule::gpipe`] | microbatches | Huang et al., 2019 |
-/// | [`Schedule::one_forward_one_backward`] | ranks − r | Narayanan et al., 2019: PipeDream-Flush |
-/// | [`Schedule::interleaved`] | more, but a bubble `chunks` times smaller | Narayanan et al., 2021: section 2.2 |
+/// | [`Schedule::one_forward_one_backward`] | ranks − r | Narayanan et al., 2019: 1F1B |
+/// | [`Schedule::interleaved`] | more; bubble smaller by `chunks` | Narayanan et al., 2021: 2.2 |
 ///
-/// Gradients are summed in the order of microbatches in all of them, so that all give the same bits.
+/// All of them sum gradients in the order of the microbatches, so all give the same bits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schedule {
     ranks: usize,
@@ -70,24 +71,36 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// All forwards, then all backwards.
+    /// GPipe: all forwards, then all backwards.
     pub fn gpipe(ranks: usize, microbatches: usize) -> Self {
         let pass = |pass| (0..microbatches).map(move |microbatch| Compute { pass, chunk: 0, microbatch });
         let order: Vec<_> = pass(Pass::Forward).chain(pass(Pass::Backward)).collect();
         Self { ranks, chunks: 1, microbatches, orders: vec![order; ranks] }
     }
 
-    /// As many forwards as it takes until the first gradient can come back, then forwards and backwards in turn.
+    /// 1F1B: the forwards that precede the first gradient's arrival, then forwards and backwards
+    /// alternately.
+    ///
+    /// ```
+    /// use shardwise::train::Schedule;
+    /// let schedule = Schedule::one_forward_one_backward(4, 8);
+    /// assert_eq!([0, 1, 2, 3].map(|rank| schedule.in_flight(rank)), [4, 3, 2, 1]);
+    /// assert_eq!(Schedule::gpipe(4, 8).in_flight(3), 8);
+    /// // Rank 3 receives before each of 8 forwards, and sends after each of 8 backwards.
+    /// assert_eq!(schedule.actions()?[3].len(), 32);
+    /// # Ok::<(), shardwise::Error>(())
+    /// ```
     pub fn one_forward_one_backward(ranks: usize, microbatches: usize) -> Self {
         let each = |pass, microbatch| Compute { pass, chunk: 0, microbatch };
         let order = |rank| alternate(microbatches, ranks - rank - 1, each);
         Self { ranks, chunks: 1, microbatches, orders: (0..ranks).map(order).collect() }
     }
 
-    /// 1F1B where each rank has several chunks of the model that are not neighbours.
+    /// Interleaved 1F1B: each rank has several chunks of the model that are not adjacent.
     ///
     /// # Errors
-    /// When the number of microbatches is not a multiple of that of the ranks.
+    /// When the number of microbatches is not a multiple of the number of ranks, or `ranks` or
+    /// `chunks` is 0.
     pub fn interleaved(ranks: usize, chunks: usize, microbatches: usize) -> Result<Self> {
         let passes = ranks.checked_mul(chunks).and_then(|stages| stages.checked_mul(microbatches.max(2)));
         if ranks == 0 || chunks == 0 || passes.is_none() || !microbatches.is_multiple_of(ranks) {
@@ -113,32 +126,33 @@ impl Schedule {
         Ok(Self { ranks, chunks, microbatches, orders })
     }
 
-    /// A schedule of one's own: for each rank the order of its computations.
+    /// Makes a schedule from the order of the passes of each rank.
     pub fn custom(chunks: usize, microbatches: usize, orders: Vec<Vec<Compute>>) -> Self {
         Self { ranks: orders.len(), chunks, microbatches, orders }
     }
 
-    /// The number of ranks.
+    /// Returns the number of ranks.
     pub fn ranks(&self) -> usize {
         self.ranks
     }
 
-    /// The chunks of the model that a rank holds.
+    /// Returns the number of chunks of each rank.
     pub fn chunks(&self) -> usize {
         self.chunks
     }
 
-    /// The number of stages, those of all ranks.
+    /// Returns the number of stages of all ranks.
     pub fn stages(&self) -> usize {
         self.ranks.saturating_mul(self.chunks)
     }
 
-    /// The number of microbatches.
+    /// Returns the number of microbatches.
     pub fn microbatches(&self) -> usize {
         self.microbatches
     }
 
-    /// The most forwards of a rank whose backwards are still to come: what bounds its memory.
+    /// Returns the maximal number of forwards of a rank whose backwards have not run, which bounds
+    /// its memory for activations.
     pub fn in_flight(&self, rank: usize) -> usize {
         let mut now = 0_usize;
         let counts = self.orders[rank].iter().map(|compute| {
@@ -151,15 +165,15 @@ impl Schedule {
         counts.max().unwrap_or(0)
     }
 
-    /// For each rank what it does, messages included, such that no two ranks ever wait for each other, even where a
-    /// message is only sent when its receiver takes it.
+    /// Returns the actions of each rank, with the messages between them. They do not deadlock, even
+    /// if a send blocks until its receive.
     ///
-    /// The computations are laid out in time, as if each forward took one unit and each backward two. A message has the
-    /// time at which what it carries is ready. Every rank does what concerns it in the order of these times; so there is
-    /// one order of all events that no rank departs from.
+    /// The passes are simulated: a forward takes one unit of time, a backward two. A message has
+    /// the time at which its tensor is ready. Every rank executes its actions in the order of these
+    /// times, so that all ranks follow one global order of events.
     ///
     /// # Errors
-    /// When a computation is missing, occurs twice, or comes before what it needs on every path (a deadlock).
+    /// When a pass is missing, occurs twice, or waits for a pass that waits for it (a deadlock).
     pub fn actions(&self) -> Result<Vec<Vec<Action>>> {
         let starts = self.starts()?;
         let mut events: Vec<Vec<(u64, u8, Action)>> = vec![Vec::new(); self.ranks];
@@ -170,7 +184,7 @@ impl Schedule {
                 let Some((peer, stage)) = self.receiver(rank, *compute) else { continue };
                 let (pass, microbatch) = (compute.pass, compute.microbatch);
                 let message = |peer| Message { peer, pass, stage, microbatch };
-                // Activations go round in one direction, gradients in the other: one phase each.
+                // Activations and gradients travel in opposite directions, so each has its phase.
                 let (ready, phase) = (start + duration(pass), pass as u8);
                 let (send, receive) = (Some(message(peer)), Some(message(rank)));
                 events[rank].push((ready, phase, Action::Exchange { send, receive: None }));
@@ -180,7 +194,8 @@ impl Schedule {
         Ok(events.into_iter().map(join).collect())
     }
 
-    /// Where a computation's result goes: the rank and the stage. None at the ends, and if it stays on its rank.
+    /// Returns the rank and stage that receive the result of a pass; none at the ends of the model,
+    /// and if the result stays on its rank.
     fn receiver(&self, rank: usize, compute: Compute) -> Option<(usize, usize)> {
         let stage = self.stage(rank, compute.chunk);
         let next = match compute.pass {
@@ -190,7 +205,7 @@ impl Schedule {
         Some((next % self.ranks, next)).filter(|&(peer, _)| peer != rank)
     }
 
-    /// The stage that `rank` holds as its chunk of this number: chunk · ranks + rank.
+    /// Returns the stage of a chunk of a rank: chunk · ranks + rank.
     pub fn stage(&self, rank: usize, chunk: usize) -> usize {
         chunk * self.ranks + rank
     }
@@ -200,7 +215,7 @@ impl Schedule {
         (compute.pass as usize * self.stages() + stage) * self.microbatches + compute.microbatch
     }
 
-    /// When each computation starts.
+    /// Returns the simulated start of each pass, by [`Schedule::index`].
     fn starts(&self) -> Result<Vec<Option<u64>>> {
         const OP: &str = "pipeline schedule";
         let count = 2 * self.stages() * self.microbatches;
@@ -247,7 +262,7 @@ impl Schedule {
         }
     }
 
-    /// When what a computation needs is there; none if that is not known yet.
+    /// Returns the time at which the inputs of a pass are ready, or none if that is not known yet.
     fn ready(&self, rank: usize, compute: Compute, starts: &[Option<u64>]) -> Option<u64> {
         let stage = self.stage(rank, compute.chunk);
         let at = |pass, stage: usize| {
@@ -263,7 +278,7 @@ impl Schedule {
     }
 }
 
-/// In units of a forward.
+/// Returns the simulated duration of a pass, in units of a forward.
 fn duration(pass: Pass) -> u64 {
     match pass {
         Pass::Forward => 1,
@@ -271,7 +286,8 @@ fn duration(pass: Pass) -> u64 {
     }
 }
 
-/// `ahead` forwards, then a forward and a backward in turn, then the backwards that are left.
+/// Returns `ahead` forwards, then a forward and a backward alternately, then the remaining
+/// backwards.
 fn alternate(passes: usize, ahead: usize, each: impl Fn(Pass, usize) -> Compute) -> Vec<Compute> {
     let ahead = ahead.min(passes);
     let mut order: Vec<_> = (0..ahead).map(|number| each(Pass::Forward, number)).collect();
@@ -282,7 +298,8 @@ fn alternate(passes: usize, ahead: usize, each: impl Fn(Pass, usize) -> Compute)
     order
 }
 
-/// A rank's events in order; a send and a receive of one time and phase become one step.
+/// Sorts a rank's events, and joins a send and a receive of the same time and phase to one
+/// exchange.
 fn join(mut events: Vec<(u64, u8, Action)>) -> Vec<Action> {
     events.sort_by_key(|&(time, phase, _)| (time, phase));
     let mut actions: Vec<(u64, u8, Action)> = Vec::with_capacity(events.len());
@@ -305,7 +322,8 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    /// Runs the actions where a message is only sent when its receiver takes it; halves of an exchange finish apart.
+    /// Runs the actions with sends that block until their receive. The send and the receive of an
+    /// exchange finish independently.
     fn rendezvous(schedule: &Schedule) {
         let actions = schedule.actions().unwrap();
         let ranks = schedule.ranks();
@@ -331,7 +349,7 @@ mod tests {
                         Pass::Backward => Some(stage + 1).filter(|&next| next < schedule.stages()),
                     };
                     if let Some(from) = needs {
-                        // It was received, or was computed on this rank.
+                        // The input was received, or was computed on this rank.
                         let key = (compute.pass, from, compute.microbatch);
                         let local = from % ranks == rank && done.contains(&key);
                         assert!(local || done.contains(&(compute.pass, 1000 + stage, compute.microbatch)));

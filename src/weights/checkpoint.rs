@@ -2,9 +2,9 @@
 
 use super::{
     file::DataFile,
-    folder::{self, Form},
     header::{self, Entry},
     index,
+    layout::{Location, locate},
     stored::decode,
 };
 use crate::{
@@ -20,28 +20,29 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// Runs of a region that lie closer than this in the file, in bytes, are read at once with what is between them. It is a
-/// page: what lies closer comes from a disk together anyway, and from memory costs less to copy than another call; runs of
-/// 512 bytes are read six times as fast. Larger gaps gain little and cost a rank the bytes of others.
+/// Ranges of a region that are less than this many bytes apart in the file are read in one call,
+/// including the gap. This is a page: a disk reads the gap anyway, and a copy from memory costs
+/// less than another call. Ranges of 512 bytes are read six times as fast. Larger gaps gain little
+/// and read the shards of other ranks.
 const GAP: usize = 4096;
 
-/// The most bytes of one read, and of the buffer between file and tensor.
+/// The maximal length of one read in bytes, and of the buffer between file and tensor.
 const CHUNK: usize = 1 << 20;
 
-/// How often a folder is opened at most.
+/// The maximal number of attempts to open a folder.
 const TRIES: usize = 4;
 
 /// A checkpoint in the safetensors format: one file, or several with an index.
 ///
-/// Reading a region reads the bytes of that region and no others, but for gaps of less than 4096 bytes between its runs.
-/// So a range of rows costs exactly its bytes, and a range of columns at most 4095 bytes a row more;
-/// [`Checkpoint::bytes_read`] tells. Stored f64, f32, bf16 and f16 are converted to the element that is asked for,
-/// rounded to nearest where it is narrower.
+/// Reading a region reads its bytes, and gaps of less than 4096 bytes between its ranges. So a
+/// range of rows reads exactly its own bytes, and a range of columns at most 4095 more for each
+/// row; [`Checkpoint::bytes_read`] counts them. Stored f64, f32, bf16 and f16 are converted to the
+/// requested element type, rounded to nearest if that is narrower.
 ///
-/// Ranks on several threads read one checkpoint by reference.
+/// Ranks on several threads can share one checkpoint by reference.
 ///
 /// ```
-/// use shardwise::{device::{AnyMut, AnyRef}, tensor::{Region, Role, WeightSource}, weights::{self, Checkpoint}};
+/// use shardwise::{device::AnyRef, prelude::*, weights::Checkpoint};
 /// # let folder = tempfile::tempdir().unwrap();
 /// # let path = folder.path().join("model.safetensors");
 /// let elements = [0., 1., 2., 3., 4., 5.];
@@ -61,27 +62,26 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a checkpoint and reads its headers, but none of its tensors. The path is that of a `.safetensors` file, of
-    /// an index (`….json`), or of a folder with `model.safetensors` or
-    /// `model.safetensors.index.json`.
+    /// Opens a checkpoint and reads its headers, but no tensors. `path` is a `.safetensors` file,
+    /// an index (`….json`), or a folder with `model.safetensors` or `model.safetensors.index.json`.
     ///
-    /// The files stay open, so that a later save into the folder changes nothing of what is read.
+    /// The files stay open, so a later save to the folder does not affect what is read.
     ///
     /// # Errors
     /// * [`Error::Io`]: a file is missing or cannot be read.
-    /// * [`Error::Checkpoint`]: a file is damaged or is not a checkpoint. A header longer than its
-    ///   file, or headers of more than 100 MB in all, a key that occurs twice, a shape whose size
-    ///   overflows, offsets that are not those of shape and element, data that overlap, leave gaps
-    ///   or are not all of the file; an index that leads out of its folder, or writes a path in
-    ///   another form than its shortest; a folder with both `model.safetensors` and an index, which
-    ///   may be of different models.
-    /// * [`Error::MissingTensor`]: a file does not have a tensor that the index says it has.
+    /// * [`Error::Checkpoint`]: a file is damaged or is not a checkpoint. A header is longer than
+    ///   its file, or all headers together are longer than 100 MB; a key occurs twice; the size of
+    ///   a shape overflows; offsets do not match shape and element type; data overlap, have gaps or
+    ///   do not fill the file. An index has a path that leads out of its folder or is not in its
+    ///   shortest form. A folder has both `model.safetensors` and an index, which may be of
+    ///   different models.
+    /// * [`Error::MissingTensor`]: a file lacks a tensor that the index assigns to it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         match path {
             _ if path.is_dir() => {
-                // A save may remove files between two looks at the folder, or before they are opened.
-                // Then the files of the new checkpoint are there.
+                // A concurrent save may remove files before they are opened. The next attempt finds
+                // those of the new checkpoint.
                 let again = |opened: &Result<Self>| match opened {
                     Err(Error::Io { .. }) => true,
                     Err(Error::Checkpoint { path: of, .. }) => of == path,
@@ -101,12 +101,12 @@ impl Checkpoint {
     }
 
     fn open_folder(path: &Path) -> Result<Self> {
-        match folder::form(path)? {
-            Some(Form::Single(file)) => Self::open_file(&file),
-            Some(Form::Index(index)) => Self::open_index(&index),
+        match locate(path)? {
+            Some(Location::Single(file)) => Self::open_file(&file),
+            Some(Location::Index(index)) => Self::open_index(&index),
             None => {
                 let neither = "the folder has neither model.safetensors nor model.safetensors.index.json";
-                let reason = format!("{neither}{}", others(path));
+                let reason = format!("{neither}{}", hint(path));
                 Err(Error::Checkpoint { path: path.into(), reason })
             }
         }
@@ -146,12 +146,13 @@ impl Checkpoint {
         Ok(Self { path: path.into(), files, tensors, bytes_read: AtomicU64::new(0) })
     }
 
-    /// The names of the tensors, in alphabetical order.
+    /// Lists the names of the tensors in alphabetical order.
     pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// The shape of a tensor. It may have more dimensions than a [`crate::shard::Shape`] can; then it cannot be read.
+    /// Returns the shape of a tensor. A tensor with more dimensions than [`crate::shard::Shape`]
+    /// supports cannot be read.
     ///
     /// # Errors
     /// [`Error::MissingTensor`].
@@ -159,10 +160,10 @@ impl Checkpoint {
         Ok(&self.entry(name)?.1.shape)
     }
 
-    /// The element in which a tensor is stored.
+    /// Returns the element type in which a tensor is stored.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`]; [`Error::TensorElement`] when it is none of f64, f32, bf16 and f16.
+    /// [`Error::MissingTensor`]; [`Error::TensorElement`] when it is not f64, f32, bf16 or f16.
     pub fn dtype(&self, name: &str) -> Result<DType> {
         let (file, entry) = self.entry(name)?;
         entry.float().ok_or_else(|| Error::TensorElement {
@@ -172,8 +173,8 @@ impl Checkpoint {
         })
     }
 
-    /// The bytes of tensors that have been read so far, by all threads, with the gaps that were read along; headers do
-    /// not count.
+    /// Returns the number of bytes of tensors that all threads have read so far, including gaps but
+    /// not headers.
     pub fn bytes_read(&self) -> u64 {
         self.bytes_read.load(Ordering::Relaxed)
     }
@@ -185,28 +186,31 @@ impl Checkpoint {
         }
     }
 
-    /// Reads the runs of a region of elements of `size` bytes, and gives each, in order and in pieces, to `piece`.
-    fn read_runs(
+    /// Reads a region of elements of `size` bytes, and passes it to `visit` in order, in chunks of
+    /// consecutive elements.
+    fn read_region(
         &self,
         file: &DataFile,
         start: u64,
         size: usize,
         region: &Region,
-        mut piece: impl FnMut(&[u8]),
+        mut visit: impl FnMut(&[u8]),
     ) -> Result<()> {
         let most = CHUNK / size;
-        let runs = region.runs();
-        let mut pieces = runs
+        let mut chunks = region
+            .runs()
             .into_iter()
-            .flat_map(|run| run.clone().step_by(most).map(move |start| start..run.end.min(start + most)))
+            .flat_map(|range| {
+                range.clone().step_by(most).map(move |start| start..range.end.min(start + most))
+            })
             .peekable();
         let (mut buffer, mut batch) = (Vec::new(), Vec::new());
-        while let Some(first) = pieces.next() {
+        while let Some(first) = chunks.next() {
             let begin = first.start;
             let mut end = first.end;
             batch.push(first);
             while let Some(next) =
-                pieces.next_if(|next| (next.start - end) * size < GAP && next.end - begin <= most)
+                chunks.next_if(|next| (next.start - end) * size < GAP && next.end - begin <= most)
             {
                 end = next.end;
                 batch.push(next);
@@ -214,16 +218,17 @@ impl Checkpoint {
             buffer.resize((end - begin) * size, 0);
             file.read_at(&mut buffer, start + (begin * size) as u64)?;
             self.bytes_read.fetch_add(buffer.len() as u64, Ordering::Relaxed);
-            for part in batch.drain(..) {
-                piece(&buffer[(part.start - begin) * size..(part.end - begin) * size]);
+            for chunk in batch.drain(..) {
+                visit(&buffer[(chunk.start - begin) * size..(chunk.end - begin) * size]);
             }
         }
         Ok(())
     }
 }
 
-/// What a folder has in place of the files of a checkpoint, as the end of a sentence.
-fn others(folder: &Path) -> String {
+/// Returns the end of an error sentence about a folder without a checkpoint, which names weights of
+/// other formats or names.
+fn hint(folder: &Path) -> String {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
     names.sort();
@@ -240,15 +245,16 @@ fn others(folder: &Path) -> String {
 
 impl WeightSource for Checkpoint {
     /// # Errors
-    /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::TensorElement`]; [`Error::Sizes`] when `out` does not
-    /// have as many elements as the region; [`Error::Io`] when reading fails, or the file has become shorter.
+    /// [`Error::MissingTensor`], [`Error::TensorShape`], [`Error::TensorElement`]; [`Error::Sizes`]
+    /// when the lengths of `out` and of the region differ; [`Error::Io`] when reading fails or the
+    /// file has become shorter.
     fn read(&self, name: &str, _: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
         self.check(name, region)?;
         let ((file, entry), dtype) = (self.entry(name)?, self.dtype(name)?);
         same_size("weights", "elements of the region", region.extent().len(), "elements to fill", out.len())?;
         each_dtype!(AnyMut, out, out => {
             let mut rest = out;
-            self.read_runs(file, entry.start, dtype.size(), region, |bytes| {
+            self.read_region(file, entry.start, dtype.size(), region, |bytes| {
                 let (to, after) = std::mem::take(&mut rest).split_at_mut(bytes.len() / dtype.size());
                 match dtype {
                     DType::F64 => decode::<f64, _>(bytes, to),

@@ -1,5 +1,5 @@
-//! The operations by which a save changes a folder. Each goes through [`Disk`], so that tests can
-//! make it fail.
+//! The file operations of a save. All of them are methods of [`Disk`], so that tests can inject
+//! faults.
 
 use crate::error::{Error, Result};
 use std::{
@@ -8,10 +8,10 @@ use std::{
     path::Path,
 };
 
-/// The bytes that are written at once.
+/// The size of the write buffer in bytes.
 const BUFFER: usize = 1 << 20;
 
-/// Changes files. Errors name the file.
+/// The file operations. Errors name the file.
 #[derive(Default)]
 pub(super) struct Disk {
     #[cfg(test)]
@@ -19,35 +19,35 @@ pub(super) struct Disk {
 }
 
 impl Disk {
-    /// Whether the next operation may be tried.
-    fn admit(&self) -> io::Result<()> {
+    /// Fails if a test has injected a fault into the next operation.
+    fn check_fault(&self) -> io::Result<()> {
         #[cfg(test)]
-        self.fault.strike()?;
+        self.fault.inject()?;
         Ok(())
     }
 
     fn step<R>(&self, path: &Path, act: impl FnOnce() -> io::Result<R>) -> Result<R> {
-        self.admit().and_then(|()| act()).map_err(|error| Error::io(path, &error))
+        self.check_fault().and_then(|()| act()).map_err(|error| Error::io(path, &error))
     }
 
     pub(super) fn make_folder(&self, path: &Path) -> Result<()> {
         self.step(path, || fs::create_dir_all(path))
     }
 
-    /// Makes a file that is not there yet, and returns when its content is on the disk. Its mode is
-    /// what the umask leaves.
+    /// Makes a new file with the default mode of the umask, and returns when its content is on the
+    /// disk. Fails if the file exists.
     pub(super) fn write(
         &self,
         path: &Path,
         content: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> Result<()> {
         let file = self.step(path, || File::create_new(path))?;
-        let mut out = BufWriter::with_capacity(BUFFER, Admitted { disk: self, file: &file });
+        let mut out = BufWriter::with_capacity(BUFFER, FaultWriter { disk: self, file: &file });
         content(&mut out).and_then(|()| out.flush()).map_err(|error| Error::io(path, &error))?;
         self.step(path, || file.sync_all())
     }
 
-    /// Replaces `to`, where that is there.
+    /// Renames a file. Replaces `to` if it exists.
     pub(super) fn rename(&self, from: &Path, to: &Path) -> Result<()> {
         self.step(to, || fs::rename(from, to))
     }
@@ -56,31 +56,34 @@ impl Disk {
         self.step(path, || fs::remove_file(path))
     }
 
-    /// Returns when the names in a folder are on the disk. Where folders cannot be synced, it does
-    /// nothing.
+    /// Returns when the names in a folder are on the disk. Does nothing on systems that cannot sync
+    /// folders.
     pub(super) fn sync_folder(&self, path: &Path) -> Result<()> {
-        self.step(path, || match cfg!(unix) {
-            true => match File::open(path)?.sync_all() {
+        self.step(path, || {
+            if !cfg!(unix) {
+                return Ok(());
+            }
+            match File::open(path)?.sync_all() {
                 Err(error)
                     if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) =>
                 {
                     Ok(())
                 }
                 result => result,
-            },
-            false => Ok(()),
+            }
         })
     }
 }
 
-struct Admitted<'a> {
+/// A file in which each write is an operation that may have a fault.
+struct FaultWriter<'a> {
     disk: &'a Disk,
     file: &'a File,
 }
 
-impl Write for Admitted<'_> {
+impl Write for FaultWriter<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.disk.admit()?;
+        self.disk.check_fault()?;
         self.file.write(bytes)
     }
 
@@ -101,16 +104,16 @@ pub(super) mod fault {
         time::Duration,
     };
 
-    /// What becomes of the operation of a certain number.
+    /// The fault of one operation.
     #[derive(Clone, Copy, Debug, Default, PartialEq)]
     pub(in super::super) enum Kind {
         #[default]
         None,
-        /// It fails.
+        /// The operation fails.
         Fails,
-        /// It is not done, nor is any later one, as if the process had been killed.
+        /// The operation and all later ones fail, as if the process had been killed before it.
         Killed,
-        /// It takes that long.
+        /// The operation is delayed.
         #[cfg_attr(any(loom, shuttle), allow(dead_code))]
         Slow(Duration),
     }
@@ -119,7 +122,7 @@ pub(super) mod fault {
     pub(in super::super) struct Fault {
         pub(in super::super) kind: Kind,
         pub(in super::super) at: usize,
-        /// The operations so far.
+        /// The number of operations so far.
         pub(in super::super) steps: Arc<AtomicUsize>,
     }
 
@@ -128,7 +131,7 @@ pub(super) mod fault {
             Self { kind, at, ..Self::default() }
         }
 
-        pub(super) fn strike(&self) -> io::Result<()> {
+        pub(super) fn inject(&self) -> io::Result<()> {
             let step = self.steps.fetch_add(1, Ordering::Relaxed);
             match self.kind {
                 Kind::Fails if step == self.at => Err(io::ErrorKind::StorageFull.into()),

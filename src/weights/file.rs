@@ -1,4 +1,4 @@
-//! An open file that several threads read at positions of their own.
+//! An open file that several threads read at independent positions.
 
 use crate::error::{Error, Result};
 use std::{
@@ -17,7 +17,7 @@ pub(super) struct DataFile {
 impl DataFile {
     pub(super) fn open(path: &Path) -> Result<Self> {
         let io = |error: io::Error| Error::io(path, &error);
-        // Before opening: to open a pipe waits for its writer.
+        // Check before opening, because opening a pipe waits for its writer.
         if !fs::metadata(path).map_err(io)?.is_file() {
             return Err(Error::no_file(path));
         }
@@ -34,7 +34,7 @@ impl DataFile {
         self.len
     }
 
-    /// Fills `bytes` from position `start` of the file.
+    /// Fills `bytes` from the file, starting at position `start`.
     pub(super) fn read_at(&self, bytes: &mut [u8], start: u64) -> Result<()> {
         read_exact_at(&self.file, bytes, start).map_err(|error| Error::Io {
             path: self.path.clone(),
@@ -43,7 +43,7 @@ impl DataFile {
         })
     }
 
-    /// [`Error::Checkpoint`] about this file.
+    /// Returns [`Error::Checkpoint`] for this file.
     pub(super) fn bad(&self, reason: impl Into<String>) -> Error {
         Error::Checkpoint { path: self.path.clone(), reason: reason.into() }
     }

@@ -1,4 +1,4 @@
-//! The index of a checkpoint in several files: which tensor is in which file.
+//! The index of a checkpoint in several files, which maps tensors to files.
 //!
 //! ```text
 //! {"metadata": {"total_size": 123}, "weight_map": {"w": "model-00001-of-00002.safetensors", …}}
@@ -6,8 +6,8 @@
 
 use super::{
     file::DataFile,
-    folder::ID,
     json::{LIMIT, duplicate, object, value, whole_object},
+    save_id,
 };
 use crate::error::Result;
 use std::{
@@ -15,22 +15,24 @@ use std::{
     path::{Component, Path},
 };
 
-/// The longest index that is read, in bytes: some hundred thousand tensors.
+/// The maximal length of an index in bytes, enough for some hundred thousand tensors.
 const MAX_INDEX: u64 = 32_000_000;
 
-/// The longest value beside the map, in bytes: free text, such as the recipe of a merge.
-const MAX_BESIDE: usize = 1 << 20;
+/// The maximal length in bytes of a value other than the map. These are free text, such as the
+/// recipe of a merge.
+const MAX_OTHER_VALUE: usize = 1 << 20;
 
-/// The most files of a checkpoint. All are open at once.
+/// The maximal number of files of a checkpoint, all of which are open at the same time.
 const MAX_FILES: usize = 10_000;
 
-/// Which tensor is in which file, as positions in `files`.
+/// The file of each tensor.
 #[derive(Default)]
 pub(super) struct Index {
-    /// Paths below the index's folder, each once.
+    /// Paths below the folder of the index, each once.
     pub(super) files: Vec<String>,
+    /// Positions in `files` by tensor.
     pub(super) tensors: BTreeMap<String, usize>,
-    /// The id of the save that wrote it, where a save of ours did: see [`super::folder`].
+    /// The id of the save if this crate wrote the index; see [`super::folder`].
     pub(super) id: Option<String>,
 }
 
@@ -53,10 +55,10 @@ fn parse(text: &[u8]) -> Result<Index, String> {
             config = ": this is a model's configuration, and a checkpoint is opened by its folder";
         }
         if key != "weight_map" {
-            return match value!(serde_json::Value, text, MAX_BESIDE) {
+            return match value!(serde_json::Value, text, MAX_OTHER_VALUE) {
                 Ok((value, len)) => {
                     if key == "metadata" {
-                        id = value.get(ID).and_then(serde_json::Value::as_str).map(String::from);
+                        id = value.get(save_id::KEY).and_then(serde_json::Value::as_str).map(String::from);
                     }
                     Ok(len)
                 }
@@ -99,17 +101,17 @@ fn weight_map(text: &[u8], index: &mut Index) -> Result<usize, String> {
     })
 }
 
-/// Refuses a path that leads out of the folder it is joined to, or can be written shorter: a file
-/// is to have one name. A link there may still lead elsewhere: the caches of model hubs consist of
-/// such links, and who can make one has the file system anyway.
+/// Checks that a path does not lead out of the folder it is joined to, and is in its shortest form,
+/// so that a file has only one name. Symbolic links may lead out of the folder: the caches of model
+/// hubs consist of them, and making one needs access to the file system.
 fn check(path: &str) -> Result<(), String> {
-    let parts = Path::new(path).components().filter(|part| *part != Component::CurDir);
-    let parts = parts.map(|part| match part {
-        Component::Normal(part) => part.to_str(),
+    let components = Path::new(path).components().filter(|component| *component != Component::CurDir);
+    let names = components.map(|component| match component {
+        Component::Normal(name) => name.to_str(),
         _ => None,
     });
-    match parts.collect::<Option<Vec<_>>>() {
-        Some(parts) if !parts.is_empty() => match parts.join("/") {
+    match names.collect::<Option<Vec<_>>>() {
+        Some(names) if !names.is_empty() => match names.join("/") {
             shortest if shortest == path => Ok(()),
             shortest => Err(format!("has to be written `{}`", shortest.escape_debug())),
         },

@@ -1,13 +1,13 @@
-//! A walk over the entries of a JSON object that shows every entry, also those with the same key.
+//! A visitor of the entries of a JSON object, including entries with the same key.
 //!
-//! `serde_json` parses the keys and the values; what it does with a whole object is not what a careful reader wants: of
-//! entries with the same key it keeps the last, in silence, and a tree of values takes many times the text's memory.
+//! `serde_json` parses the keys and the values, but not the object: of entries with the same key it
+//! would silently keep the last, and its tree of values takes many times the memory of the text.
 
-/// The most bytes that a key may take, and a value that is parsed as a tree where nothing else is
-/// said.
+/// The maximal length in bytes of a key, and the default of a value.
 pub(super) const LIMIT: usize = 4096;
 
-/// Parses the JSON value that the text begins with, of at most so many bytes; gives it and its length in the text.
+/// Parses the JSON value of at most `limit` bytes at the start of the text. Returns the value and
+/// its length in the text.
 macro_rules! value {
     ($type:ty, $text:expr, $limit:expr) => {{
         let (text, limit): (&[u8], usize) = ($text, $limit);
@@ -25,9 +25,9 @@ macro_rules! value {
 }
 pub(super) use value;
 
-/// Walks the object that the text begins with, and gives its length in the text.
+/// Visits the entries of the object at the start of the text, and returns the length of the object.
 ///
-/// `entry` is given a key and the text that begins with its value, and gives that value's length.
+/// `entry` gets a key and the text from its value on, and returns the length of the value.
 pub(super) fn object(
     text: &[u8],
     mut entry: impl FnMut(String, &[u8]) -> Result<usize, String>,
@@ -50,7 +50,7 @@ pub(super) fn object(
     Ok(text.len() - rest.len())
 }
 
-/// The object is all of the text but for white space.
+/// Visits the entries of the object that is the whole text except for white space.
 pub(super) fn whole_object(
     text: &[u8],
     entry: impl FnMut(String, &[u8]) -> Result<usize, String>,
@@ -62,7 +62,7 @@ pub(super) fn whole_object(
     Err(format!("there is more after the closing brace, at byte {len}"))
 }
 
-/// What to say of two entries with the same key.
+/// Returns the error text for two entries with the same key.
 pub(super) fn duplicate(key: &str) -> String {
     format!("the key `{}` occurs twice", key.escape_debug())
 }

@@ -1,5 +1,5 @@
-//! Saving a sharded model: the ranks' parts go to the first rank, which writes them to a
-//! [`Folder`]. The only file of this module that knows of ranks.
+//! Saving a sharded model: the first rank collects the shards and writes them to a [`Folder`]. The
+//! only file of this module that uses groups.
 
 use super::{disk::Disk, folder::Folder};
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
     error::{Error, Result, Site, same_shape, same_size},
     kernels::Backend,
     shard::Shape,
-    tensor::{Param, Region, Tensor},
+    tensor::{Param, ParamRegion, Region, Tensor},
 };
 use std::{
     collections::BTreeMap,
@@ -19,19 +19,19 @@ use std::{
     time::Duration,
 };
 
-/// The most elements of a tensor that pass between the ranks at once, and the most bytes of them on
-/// all ranks together.
+/// The maximal number of elements of one all-reduce.
 const CHUNK: usize = 1 << 22;
+
+/// The maximal number of bytes of one all-reduce, on all ranks together.
 const CHUNK_BYTES: usize = 1 << 27;
 
-/// The most bytes of tensors in one file by default.
+/// The default of [`Save::max_shard`].
 const MAX_SHARD: usize = 4 << 30;
 
-/// How often the first rank shows that it is alive while it writes.
-const PULSE: Duration = Duration::from_millis(50);
+/// The interval of all-reduces while the first rank writes.
+const HEARTBEAT: Duration = Duration::from_millis(50);
 
-/// Saves parameters to a folder: [`Save`] with its defaults, and without a
-/// configuration.
+/// Saves parameters to a folder: [`Save`] with its defaults, without a configuration.
 ///
 /// ```
 /// use shardwise::{
@@ -66,23 +66,23 @@ pub fn save<T: Element, B: Backend>(
 
 /// Saves a sharded model as one checkpoint, which any number of ranks can read.
 ///
-/// The folder, which is made if it is not there, gets `model.safetensors`; where the tensors are
-/// more than [`Save::max_shard`] bytes, files `model-<id>-00001-of-00003.safetensors`, …, with an
-/// id of the save's own, and `model.safetensors.index.json`; and `config.json`, if one is given.
-/// Transformers reads them as well.
+/// Creates the folder if it does not exist. Writes `model.safetensors`, or, if the tensors exceed
+/// [`Save::max_shard`] bytes, files `model-<id>-00001-of-00003.safetensors`, …, with an id unique
+/// to the save, and `model.safetensors.index.json`. Writes `config.json` if a configuration is
+/// given. Transformers can read them too.
 ///
-/// **Old or new.** A checkpoint that is there stays until the new one is complete on the disk, and
-/// is then replaced at once. If the save fails, for example because the disk is full, or if its
-/// process is killed, [`Checkpoint::open`] and [`ModelConfig::read`] find the whole old checkpoint
-/// or the whole new one, tensors and configuration. The next save removes what a killed one has
-/// left. Other readers than this crate look for `config.json` only: if the process is killed
-/// between two renames, they find the new weights and the old configuration until the next save.
+/// **Atomicity.** An existing checkpoint stays until the new one is complete on the disk, and is
+/// then replaced at once. If the save fails, for example because the disk is full, or the process
+/// is killed, [`Checkpoint::open`] and [`ModelConfig::read`] find the complete old checkpoint or
+/// the complete new one, tensors and configuration. The next save removes the files of a killed
+/// one. Other readers look for `config.json` only: if the process is killed between two renames,
+/// they find new weights with the old configuration until the next save.
 ///
-/// The files of the older checkpoint are removed, also files `model-00001-of-00003.safetensors`
-/// that another program made. Files of other names stay.
+/// The files of the old checkpoint are removed, including files `model-00001-of-00003.safetensors`
+/// of other programs. Files with other names stay.
 ///
-/// While one save writes to a folder, another save into it fails. The lock is one of the operating
-/// system; on a file system without locks, saves into one folder must not overlap.
+/// A save to a folder fails while another one writes to it. The lock is the operating system's; on
+/// a file system without locks, saves to one folder must not overlap.
 ///
 /// [`Checkpoint::open`]: super::Checkpoint::open
 /// [`ModelConfig::read`]: crate::models::ModelConfig::read
@@ -95,7 +95,7 @@ pub struct Save<'a> {
 }
 
 impl<'a> Save<'a> {
-    /// Into a folder.
+    /// Starts a save to a folder.
     pub fn new(folder: impl AsRef<Path>) -> Self {
         Self {
             folder: folder.as_ref().into(),
@@ -106,39 +106,39 @@ impl<'a> Save<'a> {
         }
     }
 
-    /// The text of `config.json`. Without one, a `config.json` that is there stays.
+    /// Sets the text of `config.json`. Without it, an existing `config.json` stays.
     pub fn config(self, json: impl Into<String>) -> Self {
         Self { config: Some(json.into()), ..self }
     }
 
-    /// Which matrices are to be stored as `[in, out]`, by name.
+    /// Sets, by name, which matrices are stored as `[in, out]`.
     pub fn transposed(self, names: impl Fn(&str) -> bool + 'a) -> Self {
         Self { transposed: Box::new(names), ..self }
     }
 
-    /// The most bytes of tensors in a file, by default 4 GiB; a larger tensor has a file of its
-    /// own.
+    /// Sets the maximal size of a file in bytes of tensors, by default 4 GiB. A larger tensor has a
+    /// file of its own.
     pub fn max_shard(self, bytes: usize) -> Self {
         Self { max_shard: bytes, ..self }
     }
 
     /// Saves these parameters. Every rank calls it; the first one writes.
     ///
-    /// Each element of the model is owned by one rank of the group, which may be a tensor-parallel
-    /// group or that of a whole pipeline, but not of several replicas. Elements go by from their
-    /// owners, some rows of one tensor at a time, so that no rank but the first holds more of the
-    /// model than its part, and that one at most the tensors of a file.
+    /// Each element of the model has to be owned by exactly one rank of the group. The group may be
+    /// a tensor-parallel group or that of a whole pipeline, but not one of replicas. A few rows of
+    /// one tensor are reduced at a time. So the first rank holds at most the tensors of one file,
+    /// and the other ranks hold only their shards.
     ///
-    /// Collectives: two broadcasts a rank of what it owns; an all-reduce of every element,
-    /// which adds −0 to what is there and so keeps every bit; an all-reduce of one number at least
-    /// every 50 ms while the first rank writes, so that a slow disk is no missed deadline.
+    /// Collectives: two broadcasts from each rank, of the list of regions it owns. All-reduces of
+    /// every element; ranks that do not own it contribute −0, which keeps all bits. An all-reduce
+    /// of one number at least every 50 ms while the first rank writes, so that a slow disk misses
+    /// no deadline.
     ///
     /// # Errors
-    /// On every rank: [`Error::Io`], which names the file, when the first rank cannot write, or
-    /// another save is writing to the folder (its `kind` is `Other` on the others);
-    /// [`Error::Sizes`] when an element is owned by no rank, [`Error::Invalid`] when it is owned by
-    /// several, [`Error::Shapes`] when ranks have the same tensor in different shapes; and when a
-    /// collective fails.
+    /// On every rank: [`Error::Io`] with the path of the file when the first rank cannot write or
+    /// another save is writing to the folder (its `kind` is `Other` on the other ranks);
+    /// [`Error::Sizes`] when no rank owns an element, [`Error::Invalid`] when several ranks own it,
+    /// [`Error::Shapes`] when ranks have a tensor in different shapes; and when a collective fails.
     #[track_caller]
     pub fn write<T: Element, B: Backend>(self, group: &Group<B>, params: &[Param<T, B>]) -> Result<()> {
         let _site = Site::here().enter();
@@ -146,9 +146,9 @@ impl<'a> Save<'a> {
             let reason = "a device without values has nothing to save";
             return Err(Error::Unsupported { op: "save", reason: reason.into() });
         }
-        let files = files::<T>(all_tensors(group, params)?, self.max_shard);
+        let files = assign_files::<T>(all_tensors(group, params)?, self.max_shard);
         let (path, disk) = (&self.folder, self.disk);
-        let mut folder = on_first(group, || Folder::begin(path, disk))?;
+        let mut folder = on_first_rank(group, || Folder::begin(path, disk))?;
         let mut weight_map = serde_json::Map::new();
         let mut bytes = 0;
         for (at, file) in files.iter().enumerate() {
@@ -159,20 +159,20 @@ impl<'a> Save<'a> {
                 gather(group, params, name, *shape, folder.is_some().then_some(&mut host))?;
                 tensors.push((name.clone(), *shape, host, (self.transposed)(name)));
             }
-            let part =
+            let shard =
                 folder.as_ref().filter(|_| files.len() > 1).map(|folder| folder.data_name(at, files.len()));
-            if let Some(part) = &part {
-                weight_map.extend(file.iter().map(|(name, _)| (name.clone(), part.clone().into())));
+            if let Some(shard) = &shard {
+                weight_map.extend(file.iter().map(|(name, _)| (name.clone(), shard.clone().into())));
             }
             let (folder, has_config) = (&folder, self.config.is_some());
-            on_first(group, || match folder {
-                Some(folder) => write_file(folder, part.as_deref(), has_config, tensors),
+            on_first_rank(group, || match folder {
+                Some(folder) => write_file(folder, shard.as_deref(), has_config, tensors),
                 None => Ok(()),
             })?;
         }
         let index = (files.len() > 1).then_some((weight_map, bytes));
         let (folder, config) = (&mut folder, self.config.as_deref());
-        on_first(group, || match folder {
+        on_first_rank(group, || match folder {
             Some(folder) => folder.commit(index, config),
             None => Ok(()),
         })?;
@@ -180,10 +180,10 @@ impl<'a> Save<'a> {
     }
 }
 
-/// Writes one of several files, or the only one.
+/// Writes the file `shard` of several, or the only one.
 fn write_file<T: Element>(
     folder: &Folder,
-    part: Option<&str>,
+    shard: Option<&str>,
     has_config: bool,
     mut tensors: Vec<(String, Shape, Vec<T>, bool)>,
 ) -> Result<()> {
@@ -196,8 +196,8 @@ fn write_file<T: Element>(
     let views = tensors
         .iter()
         .map(|(name, shape, elements, _)| (name.clone(), *shape, T::any_ref::<Cpu>(elements.as_slice())));
-    match part {
-        Some(part) => folder.write_part(part, views),
+    match shard {
+        Some(shard) => folder.write_shard(shard, views),
         None => folder.write_single(has_config, views),
     }
 }
@@ -206,8 +206,8 @@ fn transpose<T: Element>(from: &[T], rows: usize, cols: usize) -> Vec<T> {
     (0..cols).flat_map(|col| (0..rows).map(move |row| from[row * cols + col])).collect()
 }
 
-/// Which tensors are in which file: one, if all of them are no more than `max` bytes.
-fn files<T>(tensors: Vec<(String, Shape)>, max: usize) -> Vec<Vec<(String, Shape)>> {
+/// Assigns tensors, in order, to files of at most `max` bytes of tensors.
+fn assign_files<T>(tensors: Vec<(String, Shape)>, max: usize) -> Vec<Vec<(String, Shape)>> {
     let size = |shape: &Shape| shape.len().saturating_mul(size_of::<T>());
     let mut files = vec![Vec::new()];
     let mut bytes = 0_usize;
@@ -223,24 +223,24 @@ fn files<T>(tensors: Vec<(String, Shape)>, max: usize) -> Vec<Vec<(String, Shape
     files
 }
 
-/// The tensors of the model, in the order in which the ranks list them: those of the first rank,
-/// then those that only others have. Each element has one owner.
+/// Returns the tensors of the model: those of the first rank in its order, then those that only
+/// later ranks have. Checks that each element has exactly one owner.
 fn all_tensors<T: Element, B: Backend>(
     group: &Group<B>,
     params: &[Param<T, B>],
 ) -> Result<Vec<(String, Shape)>> {
-    /// A tensor, its shape, and the parts that a rank owns.
+    /// The name of a tensor, its shape, and the regions that a rank owns.
     type Own = (String, Vec<usize>, Vec<Ranges>);
     let mut own: Vec<Own> = Vec::new();
     let mut places = BTreeMap::new();
     for param in params {
-        for part in param.regions().iter() {
-            let place = *places.entry(part.tensor.clone()).or_insert_with(|| {
-                own.push((part.tensor.clone(), part.region.shape().dims().to_vec(), Vec::new()));
+        for ParamRegion { tensor, region, owned, .. } in param.regions().iter() {
+            let place = *places.entry(tensor.clone()).or_insert_with(|| {
+                own.push((tensor.clone(), region.shape().dims().to_vec(), Vec::new()));
                 own.len() - 1
             });
-            if part.owned && !part.region.extent().is_empty() {
-                own[place].2.push(part.region.ranges().to_vec());
+            if *owned && !region.extent().is_empty() {
+                own[place].2.push(region.ranges().to_vec());
             }
         }
     }
@@ -256,7 +256,7 @@ fn all_tensors<T: Element, B: Backend>(
                 all.push((name, Shape::new(&dims), Vec::new()));
                 all.len() - 1
             });
-            let (name, shape, parts) = &mut all[place];
+            let (name, shape, regions) = &mut all[place];
             same_shape(
                 "save",
                 &format!("`{name}` of rank {rank}"),
@@ -264,21 +264,21 @@ fn all_tensors<T: Element, B: Backend>(
                 "that of a rank before it",
                 shape.dims(),
             )?;
-            let several =
-                |new: &&Ranges| parts.iter().any(|part| part.iter().zip(*new).all(|(a, b)| overlap(a, b)));
-            if let Some(new) = owned.iter().find(several) {
+            let is_duplicate =
+                |new: &&Ranges| regions.iter().any(|old| old.iter().zip(*new).all(|(a, b)| overlap(a, b)));
+            if let Some(new) = owned.iter().find(is_duplicate) {
                 let reason = format!("{new:?} of `{name}` is owned by rank {rank} and by another one");
                 return Err(Error::invalid("save", reason));
             }
-            parts.extend(owned);
+            regions.extend(owned);
         }
     }
-    let len = |part: &Ranges| part.iter().map(ExactSizeIterator::len).product::<usize>();
-    for (name, shape, parts) in &all {
+    let len = |region: &Ranges| region.iter().map(ExactSizeIterator::len).product::<usize>();
+    for (name, shape, regions) in &all {
         same_size(
             "save",
             &format!("the elements of `{name}` that the ranks of the group own"),
-            parts.iter().map(len).sum(),
+            regions.iter().map(len).sum(),
             "those of its shape",
             shape.len(),
         )?;
@@ -286,14 +286,14 @@ fn all_tensors<T: Element, B: Backend>(
     Ok(all.into_iter().map(|(name, shape, _)| (name, shape)).collect())
 }
 
-/// A rectangular part of a tensor.
+/// The ranges of a region, as [`Region::ranges`].
 type Ranges = Vec<Range<usize>>;
 
 fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
     a.start < b.end && b.start < a.end
 }
 
-/// One tensor, some rows at a time, to the rank that gives a host vector.
+/// Gathers one tensor, a few rows at a time, to the rank that passes a host vector.
 fn gather<T: Element, B: Backend>(
     group: &Group<B>,
     params: &[Param<T, B>],
@@ -304,14 +304,14 @@ fn gather<T: Element, B: Backend>(
     let mut own: Vec<(Region, Vec<T>)> = Vec::new();
     for param in params {
         let regions = param.regions();
-        let regions: Vec<_> = regions.iter().filter(|part| part.owned && part.tensor == *name).collect();
+        let regions: Vec<_> = regions.iter().filter(|own| own.owned && own.tensor == *name).collect();
         if regions.is_empty() {
             continue;
         }
         let (all, width) = (param.value()?.to_vec()?, param.shape().split_at(0).1);
-        for part in regions {
-            let start = part.row * width;
-            own.push((part.region.clone(), all[start..start + part.region.extent().len()].to_vec()));
+        for ParamRegion { region, row, .. } in regions {
+            let start = row * width;
+            own.push((region.clone(), all[start..start + region.extent().len()].to_vec()));
         }
     }
     let rows = shape.dims().first().copied().unwrap_or(1);
@@ -324,12 +324,12 @@ fn gather<T: Element, B: Backend>(
         let mut chunk = vec![nothing; range.len()];
         for (region, elements) in &own {
             let mut from = elements.as_slice();
-            for run in region.runs() {
-                let (part, rest) = from.split_at(run.len());
-                let (start, end) = (run.start.max(range.start), run.end.min(range.end));
+            for source in region.runs() {
+                let (elements, rest) = from.split_at(source.len());
+                let (start, end) = (source.start.max(range.start), source.end.min(range.end));
                 if start < end {
                     chunk[start - range.start..end - range.start]
-                        .copy_from_slice(&part[start - run.start..end - run.start]);
+                        .copy_from_slice(&elements[start - source.start..end - source.start]);
                 }
                 from = rest;
             }
@@ -343,19 +343,19 @@ fn gather<T: Element, B: Backend>(
     Ok(())
 }
 
-/// Runs `work` on the first rank, which gets the result, while the others wait, for as long as it
-/// takes. If it fails, all ranks get its error.
+/// Runs `work` on the first rank, which returns the result. The other ranks wait, without a
+/// deadline, and return none. If it fails, all ranks return its error.
 ///
-/// Collectives: an all-reduce of one number, and another one whenever the work has gone on for
-/// [`PULSE`]; after a failure two broadcasts.
-fn on_first<R: Send, B: Backend>(
+/// Collectives: an all-reduce of one number at the end, and one every [`HEARTBEAT`] before; after a
+/// failure two broadcasts.
+fn on_first_rank<R: Send, B: Backend>(
     group: &Group<B>,
     work: impl FnOnce() -> Result<R> + Send,
 ) -> Result<Option<R>> {
     const DONE: f64 = 0.0;
     const BUSY: f64 = 1.0;
     const FAILED: f64 = 2.0;
-    let meet = |state: f64| -> Result<f64> {
+    let exchange = |state: f64| -> Result<f64> {
         let mut state = Tensor::<f64, B>::full(group.device(), [1], state)?;
         group.all_reduce(ReduceOp::Max, &mut state)?;
         Ok(state.to_vec()?[0])
@@ -364,7 +364,7 @@ fn on_first<R: Send, B: Backend>(
         0 => Some(thread::scope(|scope| -> Result<Result<R>> {
             let (send, finished) = channel();
             let work = move || {
-                // The receiver is gone if a rank was lost meanwhile.
+                // The receiver no longer exists if a rank was lost.
                 let _ = send.send(work());
             };
             let writer = match thread::Builder::new().name("save".into()).spawn_scoped(scope, work) {
@@ -374,9 +374,9 @@ fn on_first<R: Send, B: Backend>(
                 }
             };
             loop {
-                match finished.recv_timeout(PULSE) {
+                match finished.recv_timeout(HEARTBEAT) {
                     Ok(result) => return Ok(result),
-                    Err(RecvTimeoutError::Timeout) => meet(BUSY)?,
+                    Err(RecvTimeoutError::Timeout) => exchange(BUSY)?,
                     Err(RecvTimeoutError::Disconnected) => break,
                 };
             }
@@ -385,9 +385,9 @@ fn on_first<R: Send, B: Backend>(
         })?),
         _ => None,
     };
-    let mut state = meet(if matches!(result, Some(Err(_))) { FAILED } else { DONE })?;
+    let mut state = exchange(if matches!(result, Some(Err(_))) { FAILED } else { DONE })?;
     while state == BUSY {
-        state = meet(DONE)?;
+        state = exchange(DONE)?;
     }
     if state != FAILED {
         return result.transpose();
@@ -406,7 +406,7 @@ fn on_first<R: Send, B: Backend>(
     })
 }
 
-/// A text of one rank, on all.
+/// Broadcasts a text.
 fn broadcast_text<B: Backend>(group: &Group<B>, root: usize, text: &str) -> Result<String> {
     let mut len = Tensor::<f64, B>::full(group.device(), [1], text.len() as f64)?;
     group.broadcast(root, &mut len)?;
@@ -436,7 +436,7 @@ mod tests {
         },
     };
 
-    /// What becomes of a save on every rank.
+    /// Returns the result of a save on every rank.
     fn saved(world: usize, folder: &Path, fault: &Fault) -> Vec<Result<()>> {
         let run = |group: Group<Cpu>| {
             let (source, columns) = (Random::normal(1, 0.5), Columns::even(&group, 6)?);
@@ -451,7 +451,7 @@ mod tests {
     #[test]
     fn a_slow_disk_is_no_missed_deadline() {
         for world in [2, 3] {
-            // The making of the first file, its content, the second file's, the folder's names.
+            // Making the first file, writing it, the second file, syncing the folder.
             for at in [0, 1, 5, 9] {
                 let folder = tempfile::tempdir().unwrap();
                 let slow = Fault::new(Kind::Slow(Duration::from_millis(500)), at);

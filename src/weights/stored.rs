@@ -1,17 +1,17 @@
-//! Elements as bytes of a file: little endian, whatever the machine.
+//! Elements as bytes of a file, little endian on every machine.
 
 use crate::device::{Cpu, Element};
 use half::{bf16, f16};
 
-/// An element that files hold.
+/// An element type that files can have.
 pub(super) trait Stored: Element {
-    /// The element of which these are the bytes.
+    /// Decodes an element from its bytes.
     fn from_bytes(bytes: &[u8]) -> Self;
 
     /// Appends the bytes of the element.
     fn push_bytes(self, bytes: &mut Vec<u8>);
 
-    /// The nearest number of another element: rounded at most once.
+    /// Converts to another element type, rounding to nearest at most once.
     fn convert<T: Element>(self) -> T;
 }
 
@@ -20,7 +20,7 @@ macro_rules! stored {
         impl Stored for $type {
             #[inline(always)]
             fn from_bytes(bytes: &[u8]) -> Self {
-                Self::from_le_bytes(bytes.try_into().expect("the caller cuts pieces of the element's size"))
+                Self::from_le_bytes(bytes.try_into().expect("the chunk has the size of an element"))
             }
             fn push_bytes(self, bytes: &mut Vec<u8>) {
                 bytes.extend(self.to_le_bytes());
@@ -33,13 +33,14 @@ macro_rules! stored {
     };
 }
 
-// f32 holds every bf16 and f16, and both accumulators hold every f32: only `narrow` rounds, and it is fast.
+// f32 holds every bf16 and f16, and both accumulator types hold every f32. So only `narrow` rounds,
+// and it is fast.
 stored!(f64, self => T::from_f64(self));
 stored!(f32, self => T::narrow(T::Acc::from_f64(self.to_f64())));
 stored!(bf16, self => self.to_f32().convert());
 stored!(f16, self => self.to_f32().convert());
 
-/// Converts as many elements as `out` has; the same element is copied bit for bit.
+/// Fills `out` with converted elements. Elements of the same type keep their bits.
 pub(super) fn decode<S: Stored, T: Element>(bytes: &[u8], out: &mut [T]) {
     let elements = bytes.chunks_exact(size_of::<S>()).map(S::from_bytes);
     if let Some(same) = T::any_mut::<Cpu>(&mut *out).of::<S>() {
@@ -49,7 +50,7 @@ pub(super) fn decode<S: Stored, T: Element>(bytes: &[u8], out: &mut [T]) {
     }
 }
 
-/// The bytes of elements.
+/// Returns the bytes of elements.
 pub(super) fn encode<S: Stored>(elements: &[S]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(size_of_val(elements));
     elements.iter().for_each(|element| element.push_bytes(&mut bytes));

@@ -1,4 +1,4 @@
-//! A source whose matrices are stored the other way round.
+//! A source whose matrices are stored transposed.
 
 use crate::{
     device::{AnyMut, Cpu, Element, each_dtype, zeroed},
@@ -7,19 +7,31 @@ use crate::{
 };
 use std::ops::Range;
 
-/// A source, some of whose matrices are stored as `[in, out]` where layers ask for `[out, in]`, as those of GPT-2's
-/// `Conv1D` are.
+/// A source with some matrices stored as `[in, out]`, such as GPT-2's `Conv1D`. Layers read them as
+/// `[out, in]`.
 ///
-/// A region of such a matrix is read as the transposed region of the stored one, and transposed in memory, so that a
-/// rank still reads only its part. Tensors that are not matrices are read as they are. The shapes in errors are those of
-/// the stored matrix.
+/// A region of such a matrix is read as the transposed region of the stored one and transposed in
+/// memory, so a rank still reads only its shard. Tensors that are not matrices are read unchanged.
+/// Errors have the shapes of the stored matrix.
+///
+/// ```
+/// use shardwise::{prelude::*, weights::Transposed};
+/// let mut arrays = Arrays::default();
+/// arrays.0.insert("fc".into(), ndarray::array![[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]].into_dyn());
+/// let source = Transposed::new(&arrays, |name| name == "fc");
+/// let mut row = [0.0_f32; 2];
+/// let region = Region::whole([3, 2]).narrow(0, 1..2);
+/// source.read("fc", Role::Weight, &region, AnyMut::F32(row.as_mut_slice()))?;
+/// assert_eq!(row, [2.0, 5.0]);
+/// # Ok::<(), Error>(())
+/// ```
 pub struct Transposed<'a, S: ?Sized, F> {
     source: &'a S,
     names: F,
 }
 
 impl<'a, S: WeightSource + ?Sized, F: Fn(&str) -> bool> Transposed<'a, S, F> {
-    /// `source`, with the matrices transposed for whose names `names` is true.
+    /// Wraps `source`, and transposes the matrices for whose names `names` returns true.
     pub fn new(source: &'a S, names: F) -> Self {
         Self { source, names }
     }

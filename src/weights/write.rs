@@ -1,10 +1,6 @@
 //! Writing a safetensors file.
 
-use super::{
-    disk::Disk,
-    folder::{ID, new_id},
-    stored::encode,
-};
+use super::{disk::Disk, save_id, stored::encode};
 use crate::{
     device::{AnyRef, Cpu, DType, each_dtype},
     error::{Error, Result, same_size},
@@ -21,21 +17,21 @@ use std::{
     path::Path,
 };
 
-/// The most elements of which bytes are made at once.
+/// The maximal number of elements that are encoded at once.
 const CHUNK: usize = 1 << 16;
 
-/// The longest header that the format allows, in bytes.
+/// The maximal length of a header in the format, in bytes.
 const MAX_HEADER: usize = 100_000_000;
 
-/// Writes tensors to a safetensors file, each a name, a shape and its elements in row-major order.
+/// Writes tensors to a safetensors file. Each is a name, a shape and the elements in row-major
+/// order.
 ///
-/// The file appears complete or not at all, and replaces one of the same name; if that is a link,
-/// the link. Its mode is what the umask leaves. When this returns it is on the disk.
+/// Atomically replaces a file of the same name, or a symbolic link itself. The file has the default
+/// mode of the umask, and is on the disk when this returns.
 ///
 /// # Errors
-/// [`Error::Sizes`] when a tensor does not have as many elements as its shape; [`Error::Invalid`]
-/// when two have the same name, or one has a name that the format keeps for itself; [`Error::Io`]
-/// when the file cannot be written.
+/// [`Error::Sizes`] when the lengths of a tensor and of its shape differ; [`Error::Invalid`] when a
+/// name occurs twice or is reserved by the format; [`Error::Io`] when the file cannot be written.
 pub fn write<'a, N: Into<String>, D: Into<Shape>>(
     path: impl AsRef<Path>,
     tensors: impl IntoIterator<Item = (N, D, AnyRef<'a, Cpu>)>,
@@ -44,8 +40,8 @@ pub fn write<'a, N: Into<String>, D: Into<Shape>>(
     let Some(name) = path.file_name() else {
         return Err(Error::io(path, &io::Error::new(io::ErrorKind::InvalidInput, "not the name of a file")));
     };
-    // Not the name of a save's file: a save into the folder removes those.
-    let temporary = path.with_file_name(format!(".write-{}-{}", new_id()?, name.to_string_lossy()));
+    // Not a name of a save's file, which a concurrent save to the folder would remove.
+    let temporary = path.with_file_name(format!(".write-{}-{}", save_id::random()?, name.to_string_lossy()));
     let disk = Disk::default();
     let written = write_tensors(&disk, &temporary, None, tensors)
         .and_then(|()| disk.rename(&temporary, path))
@@ -53,7 +49,7 @@ pub fn write<'a, N: Into<String>, D: Into<Shape>>(
             disk.sync_folder(path.parent().filter(|folder| *folder != "").unwrap_or(Path::new(".")))
         });
     written.map_err(|error| {
-        // Best effort: the file may not have been made.
+        // Ignore the error: the file may not have been made.
         let _ = disk.remove(&temporary);
         match error {
             Error::Io { kind, reason, .. } => Error::Io { path: path.into(), kind, reason },
@@ -62,7 +58,7 @@ pub fn write<'a, N: Into<String>, D: Into<Shape>>(
     })
 }
 
-/// Makes a file of tensors; its header has the id of a save, if one is given.
+/// Writes a new file of tensors, with the id of a save in its header if one is given.
 pub(super) fn write_tensors<'a, N: Into<String>, D: Into<Shape>>(
     disk: &Disk,
     path: &Path,
@@ -85,7 +81,7 @@ pub(super) fn write_tensors<'a, N: Into<String>, D: Into<Shape>>(
         )?;
         all.push((name, shape, elements));
     }
-    // The widest first, so that all are aligned.
+    // The widest elements come first, so that all tensors are aligned.
     all.sort_by(|(a, _, x), (b, _, y)| (Reverse(x.dtype().size()), a).cmp(&(Reverse(y.dtype().size()), b)));
     let header = header(id, &all).map_err(|reason| Error::Checkpoint { path: path.into(), reason })?;
     disk.write(path, |out| {
@@ -102,6 +98,7 @@ pub(super) fn write_tensors<'a, N: Into<String>, D: Into<Shape>>(
     })
 }
 
+/// Returns the text of the header, padded to a multiple of 8 bytes.
 fn header(id: Option<&str>, tensors: &[(String, Shape, AnyRef<'_, Cpu>)]) -> Result<Vec<u8>, String> {
     let mut end = 0;
     let info = |(name, shape, elements): &(String, Shape, AnyRef<'_, Cpu>)| {
@@ -116,17 +113,16 @@ fn header(id: Option<&str>, tensors: &[(String, Shape, AnyRef<'_, Cpu>)]) -> Res
         (name.clone(), TensorInfo { dtype, shape: shape.dims().to_vec(), data_offsets: (start, end) })
     };
     let infos = tensors.iter().map(info).collect();
-    // Older versions of transformers read no file without a format.
+    // Older versions of transformers reject a file without a format.
     let mut free = HashMap::from([("format".to_string(), "pt".to_string())]);
-    free.extend(id.map(|id| (ID.to_string(), id.to_string())));
+    free.extend(id.map(|id| (save_id::KEY.to_string(), id.to_string())));
     let metadata = Metadata::new(Some(free), infos).map_err(|error| error.to_string())?;
     let mut text = serde_json::to_vec(&metadata).map_err(|error| error.to_string())?;
-    // Aligned for the data behind it.
+    // Align the data that follow.
     text.resize(text.len().next_multiple_of(8), b' ');
-    match text.len() {
-        len if len > MAX_HEADER => {
-            Err(format!("a header of {len} bytes, but the format allows {MAX_HEADER}"))
-        }
-        _ => Ok(text),
+    let len = text.len();
+    if len > MAX_HEADER {
+        return Err(format!("a header of {len} bytes, but the format allows {MAX_HEADER}"));
     }
+    Ok(text)
 }

@@ -59,7 +59,7 @@ fn train<S: ResidualStream, T: Element>(world: &Group<Cpu>, dp: usize, overlap: 
     let mesh = DeviceMesh::new(&world, Mesh::new(dp, 1, world.size() / dp)?)?;
     let (source, schedule) = (Random::normal(3, 0.3), Schedule::one_forward_one_backward(1, 4 / dp));
     let model = Gpt::<S, T>::load(&mesh, &source, &CONFIG, schedule)?;
-    let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() });
+    let mut optimizer = AdamW::new(AdamWConfig::default().with_weight_decay(0.1));
     let (mut curve, mut shards) = (Vec::new(), BTreeMap::new());
     for step in 0..3 {
         let (loss, norm) = model.gradients(&batch(step), step, 1.0)?;

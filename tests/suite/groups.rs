@@ -362,7 +362,7 @@ fn data_parallelism_over_the_tensor_parallel_axis_is_refused_and_changes_nothing
     });
     for failed in failed.unwrap() {
         let failed = failed.unwrap();
-        assert!(failed.contains("hold different parts of `up.weight`"), "{failed}");
+        assert!(failed.contains("hold different regions of `up.weight`"), "{failed}");
         assert!(failed.contains("world/tp") && failed.contains("tensor-parallel group?"), "{failed}");
     }
 }
@@ -397,7 +397,7 @@ fn a_gradient_norm_over_missing_or_wrong_groups_is_refused() {
             };
             for error in [wrong, both].map(Result::unwrap_err).into_iter().chain(twice) {
                 assert!(
-                    error.contains("own the same parts of the model: is it the data-parallel"),
+                    error.contains("own the same regions of the model: is it the data-parallel"),
                     "{error}"
                 );
             }

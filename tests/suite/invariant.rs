@@ -652,7 +652,7 @@ fn train<S: ResidualStream, T: Element>(
         let source = Random::normal(3, 0.3);
         let schedule = Schedule::one_forward_one_backward(1, microbatches);
         let model = Gpt::<S, T, Dev>::load(&mesh, &source, config, schedule)?;
-        let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() });
+        let mut optimizer = AdamW::new(AdamWConfig::default().with_weight_decay(0.1));
         let mut curve = Vec::new();
         for step in 0..4 {
             let (loss, norm) = model.gradients(&batch(config, step, sequences), step, 1.0)?;

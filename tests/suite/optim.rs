@@ -66,7 +66,7 @@ fn steps<T: Element>(
 }
 
 fn sgd_agrees<T: Element>(config: SgdConfig, seed: u64, tolerance: f64) {
-    let SgdConfig { momentum, nesterov, weight_decay } = config;
+    let SgdConfig { momentum, nesterov, weight_decay, .. } = config;
     let mut sgd = Sgd::<T, Dev>::new(config);
     let same = reference::Sgd { lr: 0.1, momentum, nesterov, weight_decay, velocity: None };
     let mut all = [same.clone(), same];
@@ -80,7 +80,7 @@ fn sgd_agrees<T: Element>(config: SgdConfig, seed: u64, tolerance: f64) {
 }
 
 fn adamw_agrees<T: Element>(decay_vectors: bool, seed: u64, tolerance: f64) {
-    let config = AdamWConfig { weight_decay: 0.1, decay_vectors, ..AdamWConfig::default() };
+    let config = AdamWConfig::default().with_weight_decay(0.1).with_decay_vectors(decay_vectors);
     let mut adamw = AdamW::<T, Dev>::new(config);
     let same = |weight_decay| reference::AdamW {
         lr: 0.01,
@@ -111,7 +111,10 @@ proptest! {
         momentum in prop::sample::select(vec![0.0, 0.9]), nesterov: bool, weight_decay in prop::sample::select(vec![0.0, 0.1]),
         decay_vectors: bool, seed in 0..1000_u64,
     ) {
-        let config = SgdConfig { momentum, nesterov: nesterov && momentum > 0.0, weight_decay };
+        let config = SgdConfig::default()
+            .with_momentum(momentum)
+            .with_nesterov(nesterov && momentum > 0.0)
+            .with_weight_decay(weight_decay);
         sgd_agrees::<f64>(config, seed, 1e-13);
         sgd_agrees::<f32>(config, seed, 1e-5);
         sgd_agrees::<bf16>(config, seed, bf16::EPSILON.to_f64());
@@ -265,7 +268,7 @@ fn data_parallel_equals_the_big_batch() {
                 4 => DataParallel::central(&group, &model.params(), group.size() - 1)?,
                 _ => DataParallel::new(&group, &model.params())?,
             };
-            let mut sgd = Sgd::new(SgdConfig { momentum: 0.9, ..SgdConfig::default() });
+            let mut sgd = Sgd::new(SgdConfig::default().with_momentum(0.9));
             for epoch in 0..2 {
                 let order = sampler.order(epoch);
                 for batch in 0..sampler.batches() {

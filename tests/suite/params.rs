@@ -769,7 +769,7 @@ fn gradients_that_are_no_gradient_are_refused() {
         ],
         [
             "gradient: w has shape [2, 3], but its gradient has shape [3, 2]",
-            "parameter: the width of the part of `w` is 2, but that of the parameter is 3",
+            "parameter: the width of the region of `w` is 2, but that of the parameter is 3",
         ],
         ["parameter: `w` has no dimension: give it one of size 1", ""],
     ];

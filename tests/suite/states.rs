@@ -54,7 +54,7 @@ const LR: f64 = 0.01;
 const DECAY: f64 = 0.1;
 
 fn adamw_config() -> AdamWConfig {
-    AdamWConfig { weight_decay: DECAY, decay_vectors: true, ..AdamWConfig::default() }
+    AdamWConfig::default().with_weight_decay(DECAY).with_decay_vectors(true)
 }
 
 fn plain_adamw(lr: f64, weight_decay: f64) -> reference::AdamW {
@@ -66,7 +66,7 @@ fn plain_sgd(lr: f64, weight_decay: f64) -> reference::Sgd {
 }
 
 fn sgd_config() -> SgdConfig {
-    SgdConfig { momentum: 0.9, nesterov: false, weight_decay: DECAY }
+    SgdConfig::default().with_momentum(0.9).with_weight_decay(DECAY)
 }
 
 /// Parameters of the same and of different shapes, added and removed in any order. Each steps as if
@@ -452,7 +452,7 @@ fn groups_have_rates_and_decays_of_their_own() {
     let load = || names.map(|(name, shape)| param::<f64>(&device, name, shape));
     let (params, moved) = (load(), load());
     let (mut want, mut want_moved) = (params.each_ref().map(values), moved.each_ref().map(values));
-    let config = AdamWConfig { weight_decay: DECAY, ..AdamWConfig::default() };
+    let config = AdamWConfig::default().with_weight_decay(DECAY);
     let mut adamw = AdamW::<f64, Dev>::new(config).groups(rule);
     let mut sgd = Sgd::<f64, Dev>::new(sgd_config()).groups(rule);
     let mut plain = names.map(|(name, shape)| {
@@ -506,21 +506,21 @@ fn numbers_that_make_no_sense_are_refused_before_anything_changes() {
     }
     let adamw = AdamWConfig::default();
     for (config, says) in [
-        (AdamWConfig { beta1: 1.0, ..adamw }, "adamw: beta1 is 1, which is not in 0.0..1.0"),
-        (AdamWConfig { beta1: -0.1, ..adamw }, "adamw: beta1 is -0.1, which"),
-        (AdamWConfig { beta2: 1.0, ..adamw }, "adamw: beta2 is 1, which"),
-        (AdamWConfig { beta2: nan, ..adamw }, "adamw: beta2 is NaN, which"),
-        (AdamWConfig { eps: 0.0, ..adamw }, "adamw: eps is 0, which"),
-        (AdamWConfig { eps: -1e-8, ..adamw }, "adamw: eps is -0.00000001, which"),
-        (AdamWConfig { weight_decay: -0.1, ..adamw }, "adamw: weight_decay is -0.1, which"),
+        (adamw.with_beta1(1.0), "adamw: beta1 is 1, which is not in 0.0..1.0"),
+        (adamw.with_beta1(-0.1), "adamw: beta1 is -0.1, which"),
+        (adamw.with_beta2(1.0), "adamw: beta2 is 1, which"),
+        (adamw.with_beta2(nan), "adamw: beta2 is NaN, which"),
+        (adamw.with_eps(0.0), "adamw: eps is 0, which"),
+        (adamw.with_eps(-1e-8), "adamw: eps is -0.00000001, which"),
+        (adamw.with_weight_decay(-0.1), "adamw: weight_decay is -0.1, which"),
     ] {
         refused(AdamW::new(config).step(&w, 0.1, 1.0), says);
     }
     let sgd = SgdConfig::default();
     for (config, says) in [
-        (SgdConfig { momentum: nan, ..sgd }, "sgd: momentum is NaN, which"),
-        (SgdConfig { momentum: -0.9, ..sgd }, "sgd: momentum is -0.9, which"),
-        (SgdConfig { weight_decay: infinite, ..sgd }, "sgd: weight_decay is inf, which"),
+        (sgd.with_momentum(nan), "sgd: momentum is NaN, which"),
+        (sgd.with_momentum(-0.9), "sgd: momentum is -0.9, which"),
+        (sgd.with_weight_decay(infinite), "sgd: weight_decay is inf, which"),
     ] {
         refused(Sgd::new(config).step(&w, 0.1, 1.0), says);
     }
@@ -547,7 +547,7 @@ const GPT: Config = Config {
 
 /// An ε large enough to bound the gradient of a key's bias, which is only rounding error.
 fn gpt_config() -> AdamWConfig {
-    AdamWConfig { eps: 1e-3, ..adamw_config() }
+    adamw_config().with_eps(1e-3)
 }
 
 /// A model on a mesh, and its optimizer.

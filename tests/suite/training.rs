@@ -72,7 +72,7 @@ fn train<S: ResidualStream, T: Element>(
         let mesh = DeviceMesh::new(&world, Mesh::new(dp, pp, tp)?)?;
         let source = Random::normal(3, 0.3);
         let model = Gpt::<S, T, Dev>::load(&mesh, &source, config, schedule()?)?;
-        let mut optimizer = AdamW::new(AdamWConfig { weight_decay: 0.1, eps: EPS, ..AdamWConfig::default() });
+        let mut optimizer = AdamW::new(AdamWConfig::default().with_weight_decay(0.1).with_eps(EPS));
         let mut curve = Vec::new();
         for step in 0..steps {
             let (loss, norm) = model.gradients(&batch(config, step, sequences), step, 1.0)?;

@@ -197,20 +197,18 @@ fn schedule(args: &Args) -> Result<Schedule> {
 
 /// Trains on a mesh and saves the model. Only rank 0 shows progress.
 fn train<S: ResidualStream, T: Element>(args: &Args, text: &Text) -> Result<Trained> {
-    let rate = LearningRate {
-        peak: args.lr,
-        floor: args.lr / 10.0,
-        warmup: args.steps / 20,
-        steps: args.steps,
-        decay: Decay::Cosine,
-    };
+    let rate = LearningRate::constant(args.lr).with_warmup(args.steps / 20).with_decay(
+        Decay::Cosine,
+        args.lr / 10.0,
+        args.steps,
+    );
     let mut ranks = launch::threads(args.dp * args.pp * args.tp, |world| {
         let reduction = args.invariant.map_or(Reduction::Fast, |blocks| Reduction::Invariant { blocks });
         let world = world.with_reduction(reduction);
         let mesh = DeviceMesh::new(&world, Mesh::new(args.dp, args.pp, args.tp)?)?;
         let source = Random::normal(args.seed, 0.02);
         let model = Gpt::<S, T>::load(&mesh, &source, &config(args, text), schedule(args)?)?;
-        let mut adamw = AdamW::new(AdamWConfig { beta2: 0.99, weight_decay: 0.1, ..AdamWConfig::default() });
+        let mut adamw = AdamW::new(AdamWConfig::default().with_beta2(0.99).with_weight_decay(0.1));
         // Only f16 needs a loss scale.
         let mut scale = match args.dtype {
             Dtype::F16 => LossScale::default(),

@@ -1,239 +1,208 @@
-//! Where the gradient of a parameter goes.
+//! The gradient of a parameter.
 
+use super::{
+    BlockRegion, Param,
+    sink::{self, Accumulate, GradSink, GradSum, GradTerm},
+};
 use crate::{
     device::{Device, Element},
     error::{Error, Result, same_shape},
     kernels::{Backend, MatMut},
-    shard::{Node, Shape, TreeSum},
     tensor::Tensor,
 };
-use std::ops::Range;
+use std::{ops::Range, rc::Rc};
 
-const OP: &str = "gradient";
-
-/// A sum of gradients; none before the first.
-type Sum<A, B> = Option<Tensor<A, B>>;
-
-/// What a sink has made of a parameter's gradients.
-pub struct GradSum<A: Element, B: Device> {
-    /// What [`Param::grad`](super::Param::grad) gives; none before there is anything.
-    pub total: Option<Tensor<A, B>>,
-    /// With an invariant reduction over replicas, this replica's partial sums, not reduced yet.
-    pub(super) open: Vec<Tensor<A, B>>,
+/// The gradient of a parameter and the state of the current step.
+pub(super) struct Gradient<A: Element, B: Device> {
+    sum: GradSum<A, B>,
+    sink: Box<dyn GradSink<A, B>>,
+    microbatches: usize,
+    /// The number of uses of this step that have been added.
+    added: usize,
 }
 
-impl<A: Element, B: Device> GradSum<A, B> {
-    /// A sum that awaits nothing.
-    pub(super) fn of(total: Option<Tensor<A, B>>) -> Self {
-        Self { total, open: Vec::new() }
+impl<A: Element, B: Backend> Gradient<A, B> {
+    /// No gradient, one microbatch a step, summed in the order of the calls.
+    pub(super) fn new() -> Self {
+        Self { sum: GradSum::of(None), sink: Box::new(Accumulate), microbatches: 1, added: 0 }
     }
 }
 
-/// Adds to a sum the gradient over some of the tokens.
-pub(super) type AddTokens<'a, A, B> = &'a mut dyn FnMut(Range<usize>, &mut Sum<A, B>) -> Result<()>;
+impl<T: Element, B: Backend> Param<T, B> {
+    /// Sums the gradient along a tree from now on. `blocks` are the regions of the parameter in
+    /// each of this rank's canonical blocks, or none if every rank holds the whole parameter.
+    pub(crate) fn sum_in_tree(&self, blocks: Option<Vec<Vec<BlockRegion>>>) {
+        self.0.0.grad.borrow_mut().sink = Box::new(sink::Tree::new(self.name(), 0, 1));
+        self.0.0.blocks.get_or_init(|| blocks);
+    }
 
-/// What becomes of a parameter's gradient: by default [`Accumulate`], and for layers of a group
-/// with an invariant reduction a sum along a tree.
-///
-/// Layers give it the gradient of each use; [`Param::set_sink`](super::Param::set_sink) sets it.
-/// `A` is the accumulator of the parameter's element.
-///
-/// A sink that wraps another one passes every call on to it. It must not use the gradient of its
-/// parameter (`grad`, `add_grad`, `zero_grad`, …): that panics.
-pub trait GradSink<A: Element, B: Device> {
-    /// Adds the gradient of one use of the parameter.
+    /// Returns the argument of [`Param::sum_in_tree`], or none if that was not called.
+    pub(crate) fn blocks(&self) -> Option<Option<&[Vec<BlockRegion>]>> {
+        self.0.0.blocks.get().map(Option::as_deref)
+    }
+
+    /// Replaces the sink and returns the old one, which a wrapping sink may forward to. Ends a step
+    /// in progress ([`Param::settle`]).
     ///
     /// # Errors
-    /// When the sink takes no further gradient, or the device fails.
-    fn add(&mut self, grad: GradTerm<'_, A, B>, sum: &mut GradSum<A, B>) -> Result<()>;
+    /// As [`Param::settle`]; the old sink stays then.
+    pub fn set_sink(&self, sink: Box<dyn GradSink<T::Acc, B>>) -> Result<Box<dyn GradSink<T::Acc, B>>> {
+        self.settle()?;
+        Ok(std::mem::replace(&mut self.0.0.grad.borrow_mut().sink, sink))
+    }
 
-    /// All uses of all microbatches of a step have been added, or
-    /// [`Param::settle`](super::Param::settle) says that there are no more. Data parallelism starts
-    /// its collectives here.
+    /// Calls [`GradSink::replicated`] of the sink.
+    pub(crate) fn replicated_sink(
+        &self,
+        replica: usize,
+        replicas: usize,
+    ) -> Result<Box<dyn GradSink<T::Acc, B>>> {
+        self.0.0.grad.borrow().sink.replicated(self.name(), replica, replicas)
+    }
+
+    /// Sets the number of microbatches, each with its own backward, that add to the gradient in a
+    /// step; at least 1. With [`crate::shard::Reduction::Invariant`] their gradients are summed
+    /// along one tree. [`DataParallel`](crate::train::DataParallel) reduces the gradient after the
+    /// last one, and has to be made after this call.
+    pub fn set_microbatches(&self, count: usize) {
+        self.0.0.grad.borrow_mut().microbatches = count;
+    }
+
+    /// Returns the number of terms that are added to the gradient in a step.
+    pub(crate) fn uses(&self) -> usize {
+        let ties = Rc::strong_count(&self.0.0);
+        ties.saturating_mul(self.0.0.grad.borrow().microbatches.max(1))
+    }
+
+    /// Returns the sum of the gradients since the last [`Param::zero_grad`], or none before the
+    /// first backward. The next backward copies the sum if this tensor still exists. With
+    /// [`crate::shard::Reduction::Invariant`] it is none until the last microbatch of a step
+    /// ([`Param::set_microbatches`]), or until [`Param::settle`].
+    pub fn grad(&self) -> Option<Tensor<T::Acc, B>> {
+        self.0.0.grad.borrow().sum.total.clone()
+    }
+
+    /// Takes the gradient, to change it without a copy and set it again.
+    pub(crate) fn take_grad(&self) -> Option<Tensor<T::Acc, B>> {
+        self.0.0.grad.borrow_mut().sum.total.take()
+    }
+
+    /// Replaces the gradient.
     ///
     /// # Errors
-    /// When some are missing that the sink needs, or a collective fails.
-    fn finish(&mut self, sum: &mut GradSum<A, B>) -> Result<()> {
-        let _ = sum;
+    /// When its shape is not the parameter's.
+    pub fn set_grad(&self, grad: Tensor<T::Acc, B>) -> Result<()> {
+        self.check_grad(&grad)?;
+        self.0.0.grad.borrow_mut().sum = GradSum::of(Some(grad));
         Ok(())
     }
 
-    /// Forgets what it keeps beside the sum.
-    fn clear(&mut self) {}
+    /// Clears the gradient.
+    pub fn zero_grad(&self) {
+        let mut grad = self.0.0.grad.borrow_mut();
+        (grad.sum, grad.added) = (GradSum::of(None), 0);
+        grad.sink.clear();
+    }
 
-    /// The sink of one of several replicas of the model, whose gradients are summed along one tree:
-    /// asked for by [`DataParallel`](crate::train::DataParallel) with an invariant reduction.
+    /// Adds to the gradient.
     ///
     /// # Errors
-    /// When there is none: so it is with a sink that does not say otherwise.
-    fn replicated(&self, param: &str, replica: usize, replicas: usize) -> Result<Box<dyn GradSink<A, B>>> {
-        let _ = (replica, replicas);
-        let reason =
-            format!("{param} has a sink that does not sum along a tree, as an invariant reduction does");
-        Err(Error::Unsupported { op: OP, reason })
-    }
-}
-
-/// The gradient of one use of a parameter: Σ over tokens.
-pub struct GradTerm<'a, A: Element, B: Device> {
-    pub(super) name: &'a str,
-    /// Which use of the step this is, and of how many.
-    pub(super) index: usize,
-    pub(super) uses: usize,
-    /// Over how many tokens it can be split.
-    pub(super) tokens: Option<usize>,
-    pub(super) add: AddTokens<'a, A, B>,
-}
-
-impl<A: Element, B: Device> GradTerm<'_, A, B> {
-    /// The parameter's name.
-    pub fn name(&self) -> &str {
-        self.name
+    /// When the shape is not the parameter's, or the sink fails.
+    pub fn add_grad(&self, grad: Tensor<T::Acc, B>) -> Result<()> {
+        self.check_grad(&grad)?;
+        let mut grad = Some(grad);
+        self.add(None, &mut |_, sum| grad.take().map_or(Ok(()), |grad| sink::add_term(sum, grad)))
     }
 
-    /// The number of tokens over which the gradient is a sum; none where it comes as a whole: from
-    /// [`Param::add_grad`](super::Param::add_grad), from normalizations, and for parameters that
-    /// every rank holds (row biases, positions) where tokens are cut over the ranks or the
-    /// reduction is invariant.
-    pub fn tokens(&self) -> Option<usize> {
-        self.tokens
-    }
-
-    /// Adds the gradient over all tokens to a sum, in place.
+    /// Adds a gradient that is a sum over `tokens` tokens. `grad` computes it over a range of them.
     ///
     /// # Errors
-    /// When the device fails.
-    pub fn add_to(self, sum: &mut Option<Tensor<A, B>>) -> Result<()> {
-        (self.add)(0..self.tokens.unwrap_or(0), sum)
+    /// Those of `grad` and of the sink.
+    pub(crate) fn add_grad_over(
+        &self,
+        tokens: usize,
+        mut grad: impl FnMut(Range<usize>) -> Result<Tensor<T::Acc, B>>,
+    ) -> Result<()> {
+        self.add(Some(tokens), &mut |tokens, sum| {
+            let grad = grad(tokens)?;
+            self.check_grad(&grad)?;
+            sink::add_term(sum, grad)
+        })
     }
 
-    /// Adds the gradient over some of the tokens to a sum, in place.
+    /// Adds a gradient that is a product over `tokens` tokens. `write` computes `sum = β sum + …`
+    /// over a range of them in place; β is 0 for a new sum and 1 otherwise.
     ///
     /// # Errors
-    /// When there are no such tokens, or the device fails.
-    pub fn add_tokens(&mut self, tokens: Range<usize>, sum: &mut Option<Tensor<A, B>>) -> Result<()> {
-        match self.tokens {
-            Some(count) if tokens.start <= tokens.end && tokens.end <= count => (self.add)(tokens, sum),
-            Some(count) => {
-                let reason = format!("tokens {tokens:?} of {count} of the gradient of {}", self.name);
-                Err(Error::invalid(OP, reason))
-            }
-            None => {
-                let reason = format!("the gradient of {} cannot be split by tokens", self.name);
-                Err(Error::Unsupported { op: OP, reason })
-            }
+    /// Those of `write` and of the sink.
+    pub(crate) fn add_product_over(
+        &self,
+        tokens: usize,
+        mut write: impl FnMut(Range<usize>, f64, MatMut<'_, T::Acc, B>) -> Result<()>,
+    ) -> Result<()> {
+        let of = (&self.0.0.device, self.0.0.shape);
+        self.add(Some(tokens), &mut |tokens, sum| {
+            sink::add_product(sum, of, |beta, dw| write(tokens, beta, dw))
+        })
+    }
+
+    fn check_grad(&self, grad: &Tensor<T::Acc, B>) -> Result<()> {
+        same_shape("gradient", self.name(), self.0.0.shape.dims(), "its gradient", grad.shape().dims())
+    }
+
+    fn add(&self, tokens: Option<usize>, add: sink::AddTokens<'_, T::Acc, B>) -> Result<()> {
+        let uses = self.uses();
+        let grad = &mut *self.0.0.grad.borrow_mut();
+        let term = GradTerm { name: self.name(), index: grad.added, uses, tokens, add };
+        grad.sink.add(term, &mut grad.sum)?;
+        self.check_sum(&mut grad.sum)?;
+        grad.added += 1;
+        if grad.added < uses { Ok(()) } else { self.end_step(grad) }
+    }
+
+    /// Finishes the sink after the last term of a step.
+    fn end_step(&self, grad: &mut Gradient<T::Acc, B>) -> Result<()> {
+        grad.sink.finish(&mut grad.sum)?;
+        grad.added = 0;
+        self.check_sum(&mut grad.sum)
+    }
+
+    /// Checks the shape of the sum that a sink has made, and clears a wrong one.
+    fn check_sum(&self, sum: &mut GradSum<T::Acc, B>) -> Result<()> {
+        let checked = sum.total.as_ref().map_or(Ok(()), |sum| self.check_grad(sum));
+        if checked.is_err() {
+            sum.total = None;
         }
+        checked
     }
-}
 
-/// Adds a gradient to a sum of them.
-pub(super) fn add_term<A: Element, B: Backend>(sum: &mut Sum<A, B>, grad: Tensor<A, B>) -> Result<()> {
-    match sum {
-        Some(sum) => sum.accumulate(&grad),
-        none => {
-            *none = Some(grad);
-            Ok(())
+    /// Ends a step that has had fewer backwards than [`Param::set_microbatches`] sets. Optimizers
+    /// and norms call it.
+    ///
+    /// # Errors
+    /// When terms of other replicas would be missing, and as [`GradSink::finish`].
+    pub fn settle(&self) -> Result<()> {
+        let grad = &mut *self.0.0.grad.borrow_mut();
+        if grad.added == 0 { Ok(()) } else { self.end_step(grad) }
+    }
+
+    /// Ends the step ([`Param::settle`]) and checks that no reduction over replicas is missing.
+    ///
+    /// # Errors
+    /// As [`Param::settle`], and when sums of sub-trees are not reduced over the replicas yet.
+    pub(crate) fn check_complete(&self, op: &'static str) -> Result<()> {
+        self.settle()?;
+        if !self.0.0.grad.borrow().sum.partials.is_empty() {
+            let reason = format!("terms of {} are not summed over its replicas yet", self.name());
+            return Err(Error::invalid(op, reason));
         }
-    }
-}
-
-/// Lets `write` add to a sum of this shape in place: β is 0 where there is nothing yet.
-pub(super) fn add_product<A: Element, B: Backend>(
-    sum: &mut Sum<A, B>,
-    (device, shape): (&B, Shape),
-    write: impl FnOnce(f64, MatMut<'_, A, B>) -> Result<()>,
-) -> Result<()> {
-    match sum {
-        Some(sum) => {
-            same_shape(OP, "the sum", sum.shape().dims(), "the gradient", shape.dims())?;
-            write(1.0, sum.mat_mut()?)
-        }
-        none => {
-            let mut first = Tensor::empty(device, shape)?;
-            write(0.0, first.mat_mut()?)?;
-            *none = Some(first);
-            Ok(())
-        }
-    }
-}
-
-/// Adds gradients up in the order in which they come.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Accumulate;
-
-impl<A: Element, B: Backend> GradSink<A, B> for Accumulate {
-    fn add(&mut self, grad: GradTerm<'_, A, B>, sum: &mut GradSum<A, B>) -> Result<()> {
-        grad.add_to(&mut sum.total)
+        Ok(())
     }
 
-    fn replicated(&self, param: &str, replica: usize, replicas: usize) -> Result<Box<dyn GradSink<A, B>>> {
-        Ok(Box::new(Tree::new(param, replica, replicas)))
-    }
-}
-
-/// Adds the gradients of a step, one a use, along the tree over all uses of all replicas.
-pub(super) struct Tree<A: Element, B: Device> {
-    name: String,
-    /// Of how many replicas of the model this is which: the leaves of all of them are in one tree.
-    replica: usize,
-    replicas: usize,
-    sum: Option<TreeSum<Tensor<A, B>>>,
-    /// How many uses of a step have been added, and how many there are.
-    added: [usize; 2],
-}
-
-impl<A: Element, B: Backend> Tree<A, B> {
-    pub(super) fn new(name: &str, replica: usize, replicas: usize) -> Self {
-        Self { name: name.into(), replica, replicas, sum: None, added: [0; 2] }
-    }
-}
-
-impl<A: Element, B: Backend> GradSink<A, B> for Tree<A, B> {
-    fn add(&mut self, grad: GradTerm<'_, A, B>, sum: &mut GradSum<A, B>) -> Result<()> {
-        let (index, uses) = (grad.index, grad.uses);
-        if index == 0 && self.replicas > 1 && (sum.total.is_some() || !sum.open.is_empty()) {
-            let reason = format!(
-                "an invariant reduction adds {uses} terms to {} a step, as `set_microbatches` says, and a replica has \
-                 added more",
-                self.name
-            );
-            return Err(Error::Unsupported { op: OP, reason });
-        }
-        let mut leaf = None;
-        grad.add_to(&mut leaf)?;
-        let leaf = leaf.ok_or_else(|| Error::internal(OP, format!("{} got no term", self.name)))?;
-        let tree = self.sum.get_or_insert_with(|| TreeSum::new(self.replicas * uses));
-        let node = Node::leaf(self.replica * uses + index);
-        self.added = [index + 1, uses];
-        tree.push(node, leaf, |left, right| left.accumulate(&right))
-    }
-
-    fn finish(&mut self, sum: &mut GradSum<A, B>) -> Result<()> {
-        let [added, uses] = self.added;
-        if added < uses && self.replicas > 1 {
-            let reason = format!("{} has got {added} of {uses} terms of an invariant reduction", self.name);
-            return Err(Error::Unsupported { op: OP, reason });
-        }
-        let Some(tree) = self.sum.take() else { return Ok(()) };
-        let mut terms = tree.values();
-        if self.replicas > 1 && terms.len() > 1 {
-            sum.open = terms;
-            return Ok(());
-        }
-        let Some(mut step) = terms.pop() else { return Ok(()) };
-        // More than one where a step ends early: as if the tree had no further leaves.
-        while let Some(mut left) = terms.pop() {
-            left.accumulate(&step)?;
-            step = left;
-        }
-        add_term(&mut sum.total, step)
-    }
-
-    fn clear(&mut self) {
-        (self.sum, self.added) = (None, [0; 2]);
-    }
-
-    fn replicated(&self, param: &str, replica: usize, replicas: usize) -> Result<Box<dyn GradSink<A, B>>> {
-        Ok(Box::new(Self::new(param, replica, replicas)))
+    /// Takes the sums of this replica's sub-trees of the gradient; empty before the first backward.
+    pub(crate) fn take_terms(&self) -> Vec<Tensor<T::Acc, B>> {
+        let sum = &mut self.0.0.grad.borrow_mut().sum;
+        let partials = std::mem::take(&mut sum.partials);
+        if partials.is_empty() { sum.total.take().into_iter().collect() } else { partials }
     }
 }

@@ -1,4 +1,4 @@
-//! What holds a parameter's elements.
+//! Storage of a parameter's elements.
 
 use crate::{
     device::{Device, Element},
@@ -7,35 +7,34 @@ use crate::{
     tensor::Tensor,
 };
 
-/// What holds a parameter's elements.
+/// The storage of a parameter's elements.
 ///
-/// Layers multiply by [`Store::value`] and look up [`Store::rows`]; they do not know how the
-/// elements are kept. A [`Tensor`] is the store that [`Param::load`](super::Param::load) makes, and
-/// the only one that can be trained. Another one, such as one of integers and scales, takes its
-/// place by [`Param::set_store`](super::Param::set_store). A store must not ask its own
-/// parameter for the value, nor set it.
+/// Layers multiply by [`Store::value`] and look up [`Store::rows`], whatever the storage format.
+/// [`Param::load`](super::Param::load) makes a dense [`Tensor`], the only store that can be
+/// trained. [`Param::set_store`](super::Param::set_store) sets another one, for example of integers
+/// and scales. A store must not read or set its own parameter.
 pub trait Store<T: Element, B: Device> {
-    /// All elements, in the parameter's shape. What is computed here lives as long as the product
-    /// that asked for it.
+    /// Returns all elements, in the parameter's shape. A computed tensor lives only as long as the
+    /// product that uses it.
     ///
     /// # Errors
-    /// When the device has no memory left, or fails.
+    /// When the device fails or is out of memory.
     fn value(&self) -> Result<Tensor<T, B>>;
 
-    /// yᵢ = the row `idsᵢ` of a table: `[ids.len(), cols]`; 0 where `idsᵢ` is
-    /// [`NO_ROW`](crate::kernels::NO_ROW): another rank has that row.
+    /// `y[i] = value[ids[i]]`, and 0 where `ids[i]` is [`NO_ROW`](crate::kernels::NO_ROW), the id
+    /// of a row of another rank. `y: [ids.len(), cols]`.
     ///
     /// # Errors
-    /// When another id is beyond the table, the device has no memory left, or fails.
+    /// When any other id is beyond the table; when the device fails or is out of memory.
     fn rows(&self, ids: &[u32]) -> Result<Tensor<T, B>>;
 
-    /// The elements, to be written, if they are kept as a dense tensor.
+    /// Returns the elements for writing if the store is a dense tensor.
     fn value_mut(&mut self) -> Option<&mut Tensor<T, B>> {
         None
     }
 }
 
-/// The elements themselves.
+/// Dense storage.
 impl<T: Element, B: Backend> Store<T, B> for Tensor<T, B> {
     fn value(&self) -> Result<Tensor<T, B>> {
         Ok(self.clone())
