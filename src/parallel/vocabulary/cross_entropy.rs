@@ -30,8 +30,10 @@ pub enum Smoothing {
 /// entropy with the token's target class, over logits whose classes are sharded.
 ///
 /// q is 1 for the target and 0 for the others, or smoothed ([`Smoothing`]). z is the weight of the
-/// z-loss (Chowdhery et al., 2022: PaLM, section 5). Backward: ∂L/∂xₖ = e^(xₖ − lse) (1 + 2 z lse)
-/// − qₖ. Both use xₖ − max x, so that a common offset of a token's logits costs no precision.
+/// z-loss (Chowdhery et al., 2022: PaLM, section 5).
+///
+/// Backward: ∂L/∂xₖ = e^(xₖ − lse) (1 + 2 z lse) − qₖ. Both use xₖ − max x, so that a common offset
+/// of a token's logits costs no precision.
 ///
 /// * Logits: [`Shard<1>`], `[tokens, classes]`, any number of classes on any number of ranks. Never
 ///   gathered.

@@ -32,8 +32,8 @@ pub trait Linear<T: Element, B: Backend>: Layer<T, B, Saved = Tensor<T, B>> {
     /// Returns whether the forward, and the gradient of the input, have the same bits row by row.
     fn splits(&self) -> [bool; 2];
 
-    /// Prepares the gradient of the output for both halves: sums that of features that several
-    /// ranks hold over them.
+    /// Prepares the gradient of the output for both halves. For features that several ranks hold,
+    /// this is the sum over these ranks.
     ///
     /// # Errors
     /// When sizes disagree, or a collective fails.
