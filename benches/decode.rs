@@ -18,9 +18,7 @@ use shardwise::{
     device::{AnyMut, Cpu, Device, Element},
     kernels::{Activation, AttentionChoices, NormKind},
     launch::Threads,
-    parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, KvCache, Layer, NormPlacement, TransformerBlock,
-    },
+    parallel::{AttentionConfig, BlockConfig, DTensor, KvCache, Layer, TransformerBlock},
     reference::worst_relative,
     shard::Replicated,
     tensor::{Region, Role, WeightSource, Weights},
@@ -139,21 +137,16 @@ fn round_of<T: Element>(ranks: usize, tokens: usize) -> Result<(f64, Vec<f64>, f
 }
 
 fn load<T: Element>(world: &Group<Cpu>, weights: &Weights<'_>) -> Result<Vec<Block<T>>> {
-    let config = BlockConfig {
-        attention: AttentionConfig {
-            choices: AttentionChoices::CAUSAL,
-            qkv_bias: true,
-            out_bias: true,
-            ..AttentionConfig::new(HIDDEN, 12)
-        },
-        ffn: 4 * HIDDEN,
-        gated: false,
-        activation: Activation::GeluTanh,
-        mlp_bias: true,
-        norm: NormKind::LayerNorm { eps: 1e-5 },
-        placement: NormPlacement::Pre,
-        names: BlockNames::default(),
-    };
+    let config = BlockConfig::new(
+        AttentionConfig::new(HIDDEN, 12)
+            .with_choices(AttentionChoices::CAUSAL)
+            .with_qkv_bias(true)
+            .with_out_bias(true),
+        4 * HIDDEN,
+        Activation::GeluTanh,
+        NormKind::LayerNorm { eps: 1e-5 },
+    )
+    .with_mlp_bias(true);
     (0..LAYERS).map(|layer| Block::load(world, &weights.at(&layer.to_string()), &config)).collect()
 }
 

@@ -19,10 +19,7 @@ use shardwise::{
     device::Cpu,
     kernels::{Activation, AttentionChoices, Gemm, NormKind},
     launch::Threads,
-    parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, MlpNames, NormPlacement, ParallelMlp,
-        TransformerBlock,
-    },
+    parallel::{AttentionConfig, BlockConfig, DTensor, Layer, MlpNames, ParallelMlp, TransformerBlock},
     reference::worst_relative,
     rng::Philox,
     shard::{Reduction, Replicated},
@@ -93,23 +90,19 @@ fn main() -> Result<()> {
 }
 
 fn block(hidden: usize, heads: usize, kv_heads: usize, ffn: usize, gated: bool) -> BlockConfig {
-    let attention = AttentionConfig {
-        kv_heads,
-        choices: AttentionChoices::CAUSAL,
-        qkv_bias: !gated,
-        out_bias: !gated,
-        ..AttentionConfig::new(hidden, heads)
-    };
-    BlockConfig {
+    let attention = AttentionConfig::new(hidden, heads)
+        .with_kv_heads(kv_heads)
+        .with_choices(AttentionChoices::CAUSAL)
+        .with_qkv_bias(!gated)
+        .with_out_bias(!gated);
+    BlockConfig::new(
         attention,
         ffn,
-        gated,
-        activation: if gated { Activation::Silu } else { Activation::GeluTanh },
-        mlp_bias: !gated,
-        norm: if gated { NormKind::RmsNorm { eps: 1e-5 } } else { NormKind::LayerNorm { eps: 1e-5 } },
-        placement: NormPlacement::Pre,
-        names: BlockNames::default(),
-    }
+        if gated { Activation::Silu } else { Activation::GeluTanh },
+        if gated { NormKind::RmsNorm { eps: 1e-5 } } else { NormKind::LayerNorm { eps: 1e-5 } },
+    )
+    .with_gate(gated)
+    .with_mlp_bias(!gated)
 }
 
 fn random(device: &Cpu, name: &str, rows: usize, cols: usize) -> Result<Tensor> {

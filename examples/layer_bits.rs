@@ -15,8 +15,8 @@ use shardwise::{
     ops::{RopeConfig, RopeScaling},
     optim::grad_norm,
     parallel::{
-        AttentionConfig, Bias, BlockConfig, BlockNames, ColumnLinear, ColumnParallelLinear, Columns, DTensor,
-        Layer, MlpNames, NormPlacement, Normalize, ParallelAttention, ParallelMlp, PositionEmbedding, QkNorm,
+        AttentionConfig, Bias, BlockConfig, ColumnLinear, ColumnParallelLinear, Columns, DTensor, Layer,
+        MlpNames, NormPlacement, Normalize, ParallelAttention, ParallelMlp, PositionEmbedding, QkNorm,
         QkvLayout, ResidualStream, RowParallelLinear, TransformerBlock, VocabParallelCrossEntropy,
         VocabParallelEmbedding,
     },
@@ -114,29 +114,25 @@ where
 fn attention_config(sizes: &Sizes) -> AttentionConfig {
     let (dim, pairs) = (sizes.head_dim, RopePairs::Halves);
     let rope = RopeConfig { dim, base: 1e4, pairs, scaling: RopeScaling::None };
-    let qk_norm = QkNorm { eps: 1e-6, q: "q_norm".into(), k: "k_norm".into() };
-    AttentionConfig {
-        kv_heads: sizes.kv_heads,
-        head_dim: sizes.head_dim,
-        choices: AttentionChoices::CAUSAL,
-        rope: Some(rope),
-        qk_norm: Some(qk_norm),
-        qkv_bias: true,
-        ..AttentionConfig::new(sizes.hidden, sizes.heads)
-    }
+    let qk_norm = QkNorm::new(1e-6, "q_norm", "k_norm");
+    AttentionConfig::new(sizes.hidden, sizes.heads)
+        .with_kv_heads(sizes.kv_heads)
+        .with_head_dim(sizes.head_dim)
+        .with_choices(AttentionChoices::CAUSAL)
+        .with_rope(rope)
+        .with_qk_norm(qk_norm)
+        .with_qkv_bias(true)
 }
 
 fn block_config(sizes: &Sizes, placement: NormPlacement) -> BlockConfig {
-    BlockConfig {
-        attention: AttentionConfig { qk_norm: None, out_bias: true, ..attention_config(sizes) },
-        ffn: sizes.ffn,
-        gated: false,
-        activation: Activation::GeluTanh,
-        mlp_bias: true,
-        norm: NormKind::LayerNorm { eps: 1e-5 },
-        placement,
-        names: BlockNames::default(),
-    }
+    BlockConfig::new(
+        attention_config(sizes).with_qk_norm(None).with_out_bias(true),
+        sizes.ffn,
+        Activation::GeluTanh,
+        NormKind::LayerNorm { eps: 1e-5 },
+    )
+    .with_mlp_bias(true)
+    .with_placement(placement)
 }
 
 /// Runs ids through a tied embedding and head with positions, to a loss.

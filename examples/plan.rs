@@ -13,7 +13,7 @@ use shardwise::{
     kernels::{Activation, AttentionChoices, NormKind, RopePairs},
     models::{Decoder, DecoderConfig, ModelConfig},
     ops::{RopeConfig, RopeScaling},
-    parallel::{AttentionConfig, BlockConfig, BlockNames, NormPlacement},
+    parallel::{AttentionConfig, BlockConfig, BlockNames},
     shard::{Replicated, Sequences},
     tensor::Random,
 };
@@ -44,22 +44,20 @@ fn llama_70b() -> DecoderConfig {
     let (hidden, heads) = (8192, 64);
     let (pairs, scaling) = (RopePairs::Halves, RopeScaling::None);
     let rope = RopeConfig { dim: hidden / heads, base: 1e4, pairs, scaling };
-    let block = BlockConfig {
-        attention: AttentionConfig {
-            kv_heads: 8,
-            choices: AttentionChoices::CAUSAL,
-            rope: Some(rope),
-            ..AttentionConfig::new(hidden, heads)
-        },
-        ffn: 28672,
-        gated: true,
-        activation: Activation::Silu,
-        mlp_bias: false,
-        norm: NormKind::RmsNorm { eps: 1e-5 },
-        placement: NormPlacement::Pre,
-        names: BlockNames::llama(),
-    };
-    DecoderConfig { tied: false, ..DecoderConfig::new(32000, block, 80) }
+    let block = BlockConfig::new(
+        AttentionConfig::new(hidden, heads)
+            .with_kv_heads(8)
+            .with_choices(AttentionChoices::CAUSAL)
+            .with_rope(rope),
+        28672,
+        Activation::Silu,
+        NormKind::RmsNorm { eps: 1e-5 },
+    )
+    .with_gate(true)
+    .with_names(BlockNames::llama());
+    let mut config = DecoderConfig::new(32000, block, 80);
+    config.tied = false;
+    config
 }
 
 fn main() -> ExitCode {
@@ -72,16 +70,16 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let start = Instant::now();
-    let config = match &args.model {
+    let mut config = match &args.model {
         None => llama_70b(),
         Some(folder) => match ModelConfig::read(folder)? {
             ModelConfig::Decoder(config) => config,
-            ModelConfig::Bert(_) => {
-                return Err(Error::Invalid { op: "plan", reason: "the model is BERT, not a decoder".into() });
+            _ => {
+                return Err(Error::Invalid { op: "plan", reason: "the model is not a decoder".into() });
             }
         },
     };
-    let config = DecoderConfig { recomputed: args.recomputed, ..config };
+    config.recomputed = args.recomputed;
     let device = Meta::new();
     let (group, record) = Group::planned(&device, args.rank, args.ranks)?;
     let model = Decoder::<Replicated, bf16, _>::load(&group, &Random::normal(1, 0.02), &config)?;

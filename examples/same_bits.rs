@@ -11,10 +11,7 @@ use shardwise::{
     kernels::{Activation, AttentionChoices, NormKind},
     launch,
     optim::{AdamW, clip_scale, grad_norm},
-    parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, ResidualStream,
-        TransformerBlock,
-    },
+    parallel::{AttentionConfig, BlockConfig, DTensor, Layer, ResidualStream, TransformerBlock},
     reference::worst,
     rng::Philox,
     shard::{Reduction, Replicated, Shard},
@@ -28,20 +25,13 @@ const HEADS: usize = 12;
 const BLOCKS: usize = 8;
 
 fn config() -> BlockConfig {
-    BlockConfig {
-        attention: AttentionConfig {
-            kv_heads: 4,
-            choices: AttentionChoices::CAUSAL,
-            ..AttentionConfig::new(HIDDEN, HEADS)
-        },
-        ffn: 4 * HIDDEN,
-        gated: false,
-        activation: Activation::GeluTanh,
-        mlp_bias: true,
-        norm: NormKind::LayerNorm { eps: 1e-5 },
-        placement: NormPlacement::Pre,
-        names: BlockNames::default(),
-    }
+    BlockConfig::new(
+        AttentionConfig::new(HIDDEN, HEADS).with_kv_heads(4).with_choices(AttentionChoices::CAUSAL),
+        4 * HIDDEN,
+        Activation::GeluTanh,
+        NormKind::LayerNorm { eps: 1e-5 },
+    )
+    .with_mlp_bias(true)
 }
 
 /// Returns the rows of a random tensor that a rank holds.

@@ -77,18 +77,17 @@ fn fill(queue: Sender<Request>, pauses: [Duration; 5], requests: &[Request]) {
 }
 
 fn load(group: &Group<Cpu>) -> Result<Model> {
-    let block = BlockConfig {
-        attention: AttentionConfig { choices: AttentionChoices::CAUSAL, ..AttentionConfig::new(48, 6) },
-        ffn: 128,
-        gated: true,
-        activation: Activation::Silu,
-        mlp_bias: false,
-        norm: NormKind::RmsNorm { eps: 1e-5 },
-        placement: NormPlacement::Pre,
-        names: BlockNames::default(),
-    };
-    // Not tied: a random model with a tied head only repeats the last token.
-    let config = DecoderConfig { tied: false, positions: Some(ROOM), ..DecoderConfig::new(1000, block, 2) };
+    let block = BlockConfig::new(
+        AttentionConfig::new(48, 6).with_choices(AttentionChoices::CAUSAL),
+        128,
+        Activation::Silu,
+        NormKind::RmsNorm { eps: 1e-5 },
+    )
+    .with_gate(true);
+    let mut config = DecoderConfig::new(1000, block, 2);
+    // A random model whose head is its embedding only repeats the last token.
+    config.tied = false;
+    config.positions = Some(ROOM);
     Decoder::load(group, &Random::normal(1, 0.2), &config)
 }
 

@@ -11,8 +11,7 @@ use shardwise::{
     kernels::{Activation, AttentionChoices, Backend, NormKind},
     launch,
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, ResidualStream,
-        TransformerBlock,
+        AttentionConfig, BlockConfig, DTensor, Layer, NormPlacement, ResidualStream, TransformerBlock,
     },
     reference::worst,
     rng::Philox,
@@ -255,23 +254,20 @@ fn config(args: &Args) -> Result<BlockConfig> {
         true => NormKind::RmsNorm { eps: 1e-5 },
         false => NormKind::LayerNorm { eps: 1e-5 },
     };
-    Ok(BlockConfig {
-        attention: AttentionConfig {
-            kv_heads: args.kv_heads.unwrap_or(args.heads),
-            head_dim,
-            choices: AttentionChoices { causal: !args.bidirectional, ..AttentionChoices::default() },
-            qkv_bias: !args.gated,
-            out_bias: !args.gated,
-            ..AttentionConfig::new(args.hidden, args.heads)
-        },
-        ffn: args.ffn,
-        gated: args.gated,
-        activation: if args.gated { Activation::Silu } else { Activation::GeluTanh },
-        mlp_bias: !args.gated,
+    Ok(BlockConfig::new(
+        AttentionConfig::new(args.hidden, args.heads)
+            .with_kv_heads(args.kv_heads.unwrap_or(args.heads))
+            .with_head_dim(head_dim)
+            .with_choices(AttentionChoices { causal: !args.bidirectional, ..AttentionChoices::default() })
+            .with_qkv_bias(!args.gated)
+            .with_out_bias(!args.gated),
+        args.ffn,
+        if args.gated { Activation::Silu } else { Activation::GeluTanh },
         norm,
-        placement: if args.post_norm { NormPlacement::Post } else { NormPlacement::Pre },
-        names: BlockNames::default(),
-    })
+    )
+    .with_gate(args.gated)
+    .with_mlp_bias(!args.gated)
+    .with_placement(if args.post_norm { NormPlacement::Post } else { NormPlacement::Pre }))
 }
 
 fn run<S: ResidualStream, T: Element, B: Backend>(

@@ -43,16 +43,13 @@ fn vit(
 ) -> Result<impl Layer<f64, Cpu, In = Replicated, Out = Shard<1>>> {
     let weights = Weights::new(source);
     let norm = NormKind::LayerNorm { eps: 1e-5 };
-    let config = BlockConfig {
-        attention: AttentionConfig { out_bias: true, ..AttentionConfig::new(HIDDEN, 4) },
-        ffn: 2 * HIDDEN,
-        gated: false,
-        activation: Activation::GeluErf,
-        mlp_bias: true,
+    let config = BlockConfig::new(
+        AttentionConfig::new(HIDDEN, 4).with_out_bias(true),
+        2 * HIDDEN,
+        Activation::GeluErf,
         norm,
-        placement: NormPlacement::Pre,
-        names: BlockNames::default(),
-    };
+    )
+    .with_mlp_bias(true);
     let block =
         |number: usize| TransformerBlock::load(group, &weights.at(&format!("blocks.{number}")), &config);
     let (hidden, classes) = (Columns::even(group, HIDDEN)?, Columns::even(group, CLASSES)?);

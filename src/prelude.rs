@@ -1,7 +1,7 @@
-//! What most programs name: `use shardwise::prelude::*`.
+//! The names that most programs use: `use shardwise::prelude::*`.
 //!
-//! Modules whose functions are called by path (`launch::threads`, `weights::save`) come with their
-//! names; layers, mappings and placements by themselves.
+//! Contains layers, mappings and placements, and the modules whose functions are called by path
+//! (`launch::threads`, `weights::save`).
 
 pub use crate::{
     Error, Result, Tensor,

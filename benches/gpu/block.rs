@@ -11,7 +11,7 @@ use shardwise::{
     device::{Cpu, Cuda},
     kernels::{Activation, AttentionChoices, Backend, NormKind, Pointwise, RopePairs},
     ops::{RopeConfig, RopeScaling},
-    parallel::{AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, TransformerBlock},
+    parallel::{AttentionConfig, BlockConfig, DTensor, Layer, TransformerBlock},
     shard::Replicated,
     tensor::Weights,
 };
@@ -51,21 +51,16 @@ pub(crate) fn load<B: Backend>(
     let Sizes { hidden, heads, kv_heads, ffn } = *sizes;
     let dim = hidden / heads;
     let rope = RopeConfig { dim, base: 500_000.0, pairs: RopePairs::Halves, scaling: RopeScaling::None };
-    let config = BlockConfig {
-        attention: AttentionConfig {
-            kv_heads,
-            choices: AttentionChoices::CAUSAL,
-            rope: turned.then_some(rope),
-            ..AttentionConfig::new(hidden, heads)
-        },
+    let config = BlockConfig::new(
+        AttentionConfig::new(hidden, heads)
+            .with_kv_heads(kv_heads)
+            .with_choices(AttentionChoices::CAUSAL)
+            .with_rope(turned.then_some(rope)),
         ffn,
-        gated: true,
-        activation: Activation::Silu,
-        mlp_bias: false,
-        norm: NormKind::RmsNorm { eps: 1e-5 },
-        placement: NormPlacement::Pre,
-        names: BlockNames::default(),
-    };
+        Activation::Silu,
+        NormKind::RmsNorm { eps: 1e-5 },
+    )
+    .with_gate(true);
     Block::<B>::load(group, &Weights::new(source), &config)
 }
 

@@ -96,9 +96,7 @@ mod tests {
         kernels::{Activation, AttentionChoices, Backend, NormKind, Pointwise},
         launch,
         optim::{AdamW, clip_scale, grad_norm},
-        parallel::{
-            AttentionConfig, BlockConfig, BlockNames, Layer, NormPlacement, ResidualStream, TransformerBlock,
-        },
+        parallel::{AttentionConfig, BlockConfig, Layer, ResidualStream, TransformerBlock},
         shard::{Partition, Reduction, Replicated, Shape, Shard},
         tensor::{Random, Weights},
         trace,
@@ -162,20 +160,13 @@ mod tests {
     /// Live bytes after loading a block, a forward, a backward and an optimizer step.
     fn step<S: ResidualStream, B: Backend>(group: &Group<B>) -> crate::Result<[usize; 4]> {
         let (device, source) = (group.device(), Random::normal(1, 0.1));
-        let config = BlockConfig {
-            attention: AttentionConfig {
-                kv_heads: 3,
-                choices: AttentionChoices::CAUSAL,
-                ..AttentionConfig::new(72, 9)
-            },
-            ffn: 90,
-            gated: false,
-            activation: Activation::GeluTanh,
-            mlp_bias: true,
-            norm: NormKind::LayerNorm { eps: 1e-5 },
-            placement: NormPlacement::Pre,
-            names: BlockNames::default(),
-        };
+        let config = BlockConfig::new(
+            AttentionConfig::new(72, 9).with_kv_heads(3).with_choices(AttentionChoices::CAUSAL),
+            90,
+            Activation::GeluTanh,
+            NormKind::LayerNorm { eps: 1e-5 },
+        )
+        .with_mlp_bias(true);
         let block = TransformerBlock::<S, bf16, B>::load(group, &Weights::new(&source), &config)?;
         let loaded = device.memory().live;
         let rows = S::local_rows(group, 150)?.len();

@@ -16,8 +16,9 @@ use crate::{
 };
 use std::path::Path;
 
-/// BERT's encoder: the normalized sum of three embeddings (words, positions, token types), then post-norm blocks
-/// (Devlin et al., 2019). Gives the hidden states of all tokens, held as the stream; no pooler.
+/// hidden = blocks(norm(words\[ids\] + positions + types)): BERT's encoder with post-norm blocks
+/// (Devlin et al., 2019). Computes the hidden states of all tokens with the placement of the
+/// residual stream. Has no pooler.
 #[derive(Debug)]
 pub struct Bert<S: ResidualStream, T: Element, B: Device> {
     group: Group<B>,
@@ -38,18 +39,20 @@ pub struct BertSaved<S: ResidualStream, T: Element, B: Backend> {
     blocks: Vec<<TransformerBlock<S, T, B> as Layer<T, B>>::Saved>,
 }
 
-/// The embeddings of tokens; the rows of words, of positions and of types; and what their
+/// The embeddings of tokens, the rows of the words, those of the positions and types, and what the
 /// normalization saved.
 type Embedded<S, T, B> =
     (DTensor<S, T, B>, Vec<u32>, [Vec<u32>; 2], <Normalize<S, T, B> as Layer<T, B>>::Saved);
 
 impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
-    /// Reads this rank's part of a checkpoint, whose names may begin with `bert.`. A `LayerNorm`
-    /// may have `gamma` and `beta`, as in the first checkpoints, in place of `weight` and `bias`.
+    /// Reads this rank's shard of a checkpoint. Its names may begin with `bert.`, and its
+    /// `LayerNorm`s may have `gamma` and `beta` instead of `weight` and `bias`, as in the first
+    /// checkpoints.
     ///
     /// # Errors
     /// When a tensor is missing or has another shape, the source has tensors of the embeddings or
-    /// the encoder that nothing has read, or there are fewer heads or words than ranks.
+    /// the encoder that no parameter has read, or there are fewer heads or tokens in the vocabulary
+    /// than ranks.
     pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &BertConfig) -> Result<Self> {
         let source = &Renamed(source);
         let weights = Weights::new(source);
@@ -77,13 +80,13 @@ impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
         Ok(model)
     }
 
-    /// What the model is.
+    /// Returns the configuration.
     pub fn config(&self) -> &BertConfig {
         &self.config
     }
 
-    /// The hidden states of tokens that make up these sequences, and what the backward needs. `types` has one type a
-    /// token; all are of type 0 if not given.
+    /// Computes the hidden states of tokens that form these sequences, and what the backward needs.
+    /// `types` has one type per token; with `None` all have type 0.
     ///
     /// # Errors
     /// When an id, a type or a position is beyond its table, sizes disagree, or a collective fails.
@@ -98,7 +101,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
         Ok((x, BertSaved { rows, positions, types, norm, blocks }))
     }
 
-    /// The input of the first block, and what the backward of the embeddings needs.
+    /// Computes the input of the first block, and what the backward of the embeddings needs.
     fn embedded(
         &self,
         ids: &[u32],
@@ -117,7 +120,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
         Ok((x, rows, [positions, types], norm))
     }
 
-    /// The hidden states of [`Bert::forward`] where no backward follows.
+    /// Computes the hidden states of [`Bert::forward`] without saving anything for a backward.
     ///
     /// # Errors
     /// As there.
@@ -131,7 +134,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
         self.blocks.infer(x, &mut Context::default())
     }
 
-    /// Adds to the gradients of all parameters, from the gradient of the hidden states.
+    /// Adds to the gradients of all parameters, given the gradient of the hidden states.
     ///
     /// # Errors
     /// When sizes disagree, or a collective fails.
@@ -143,13 +146,13 @@ impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
         self.words.backward(&saved.rows, dx)
     }
 
-    /// The parameters, in the same order on every rank.
+    /// Returns the parameters, in the same order on every rank.
     pub fn params(&self) -> Vec<Param<T, B>> {
         let tables = [self.words.params(), self.positions.params(), self.types.params()].concat();
         [tables, self.norm.params(), self.blocks.params()].concat()
     }
 
-    /// Saves the model to a folder, without a pooler: see [`super::Decoder::save`].
+    /// Saves the model, without a pooler, to a folder: see [`super::Decoder::save`].
     ///
     /// # Errors
     /// As [`Save::write`].
@@ -160,19 +163,19 @@ impl<S: ResidualStream, T: Element, B: Backend> Bert<S, T, B> {
     }
 }
 
-/// A source whose `LayerNorm`s may have the names that BERT's first checkpoints have; the names of
-/// today are asked for.
+/// Maps the present names of `LayerNorm` parameters to those in a source, which may be the names of
+/// BERT's first checkpoints.
 struct Renamed<'a>(&'a dyn WeightSource);
 
-/// The name of today and the first one.
+/// The present name and the name in the first checkpoints.
 const NAMES: [(&str, &str); 2] =
     [("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")];
 
 impl Renamed<'_> {
-    /// A tensor's name in the source.
+    /// Returns a tensor's name in the source.
     fn stored(&self, name: &str) -> String {
-        let first = |(today, first): (&str, &str)| Some(format!("{}{first}", name.strip_suffix(today)?));
-        let stored = NAMES.into_iter().find_map(first).filter(|first| self.0.contains(first));
+        let old = |(present, old): (&str, &str)| Some(format!("{}{old}", name.strip_suffix(present)?));
+        let stored = NAMES.into_iter().find_map(old).filter(|old| self.0.contains(old));
         stored.filter(|_| !self.0.contains(name)).unwrap_or_else(|| name.into())
     }
 }
@@ -191,11 +194,12 @@ impl WeightSource for Renamed<'_> {
     }
 
     fn names(&self) -> Option<Vec<String>> {
-        let today = |name: String| {
-            let today = |(today, first): (&str, &str)| Some(format!("{}{today}", name.strip_suffix(first)?));
-            let today = NAMES.into_iter().find_map(today).filter(|today| self.stored(today) == name);
-            today.unwrap_or(name)
+        let present = |name: String| {
+            let present =
+                |(present, old): (&str, &str)| Some(format!("{}{present}", name.strip_suffix(old)?));
+            let present = NAMES.into_iter().find_map(present).filter(|present| self.stored(present) == name);
+            present.unwrap_or(name)
         };
-        Some(self.0.names()?.into_iter().map(today).collect())
+        Some(self.0.names()?.into_iter().map(present).collect())
     }
 }

@@ -1,5 +1,5 @@
-//! Whole models, from Hugging Face's checkpoints and back: layers put together as a `config.json` says. Used by whoever
-//! runs or trains a model; uses the layers and the checkpoints.
+//! Whole models, loaded from and saved as Hugging Face checkpoints. A `config.json` says how the
+//! layers are composed.
 //!
 //! | `model_type` | model |
 //! |---|---|
@@ -7,9 +7,11 @@
 //! | `bert` | [`Bert`] |
 //!
 //! ```no_run
-//! use shardwise::{launch, models::{Decoder, ModelConfig}, parallel::Sampler, shard::Replicated, weights::Checkpoint};
+//! use shardwise::{models::{Decoder, ModelConfig}, prelude::*, weights::Checkpoint};
 //!
-//! let ModelConfig::Decoder(config) = ModelConfig::read("a/folder")? else { panic!("not a language model") };
+//! let ModelConfig::Decoder(config) = ModelConfig::read("a/folder")? else {
+//!     panic!("not a language model")
+//! };
 //! let checkpoint = Checkpoint::open("a/folder")?;
 //! let texts = launch::threads(2, |world| {
 //!     let model = Decoder::<Replicated, f32, _>::load(&world, &checkpoint, &config)?;

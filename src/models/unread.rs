@@ -1,4 +1,4 @@
-//! Tensors of a checkpoint that no parameter of a model has read.
+//! The check for tensors of a checkpoint that no parameter of a model has read.
 
 use crate::{
     device::Element,
@@ -8,12 +8,12 @@ use crate::{
 };
 use std::collections::BTreeSet;
 
-/// How many names an error lists.
+/// The largest number of names that an error lists.
 const LISTED: usize = 3;
 
-/// Refuses a source that has tensors under one of `roots` which the model `op` with these
-/// parameters has not read: it is the source of another model than the configuration's. Those
-/// for which `harmless` is true do not count.
+/// Rejects a source with tensors under one of `roots` that the model `op` with these parameters has
+/// not read. Such a source belongs to another model than the configuration. Tensors for which
+/// `harmless` is true do not count.
 pub(super) fn refuse_unread<T: Element, B: Backend>(
     op: &'static str,
     source: &dyn WeightSource,
@@ -24,7 +24,7 @@ pub(super) fn refuse_unread<T: Element, B: Backend>(
     let Some(names) = source.names() else { return Ok(()) };
     let mut read = BTreeSet::new();
     for param in params {
-        read.extend(param.regions().iter().map(|part| part.tensor.clone()));
+        read.extend(param.regions().iter().map(|region| region.tensor.clone()));
     }
     let below = |name: &str, root: &str| name.strip_prefix(root).is_some_and(|rest| rest.starts_with('.'));
     let unread = |name: &String| {

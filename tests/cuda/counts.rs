@@ -9,7 +9,7 @@ use shardwise::{
     comm::Group,
     kernels::{Activation, AttentionChoices, NormKind, RopePairs},
     ops::{RopeConfig, RopeScaling},
-    parallel::{AttentionConfig, BlockConfig, BlockNames, KvCache, Layer, NormPlacement, TransformerBlock},
+    parallel::{AttentionConfig, BlockConfig, KvCache, Layer, TransformerBlock},
     shard::{Replicated, Sequences},
     tensor::{Random, Weights},
 };
@@ -61,21 +61,16 @@ type Block = TransformerBlock<Replicated, bf16, dev::Dev>;
 fn block(group: &Group<dev::Dev>) -> Block {
     let (hidden, heads) = (256, 32);
     let rope = RopeConfig { dim: 8, base: 10_000.0, pairs: RopePairs::Halves, scaling: RopeScaling::None };
-    let config = BlockConfig {
-        attention: AttentionConfig {
-            kv_heads: 8,
-            choices: AttentionChoices::CAUSAL,
-            rope: Some(rope),
-            ..AttentionConfig::new(hidden, heads)
-        },
-        ffn: 512,
-        gated: true,
-        activation: Activation::Silu,
-        mlp_bias: false,
-        norm: NormKind::RmsNorm { eps: 1e-5 },
-        placement: NormPlacement::Pre,
-        names: BlockNames::default(),
-    };
+    let config = BlockConfig::new(
+        AttentionConfig::new(hidden, heads)
+            .with_kv_heads(8)
+            .with_choices(AttentionChoices::CAUSAL)
+            .with_rope(rope),
+        512,
+        Activation::Silu,
+        NormKind::RmsNorm { eps: 1e-5 },
+    )
+    .with_gate(true);
     let source = Random::normal(1, 0.02);
     Block::load(group, &Weights::new(&source), &config).unwrap()
 }

@@ -10,8 +10,7 @@ use shardwise::{
     launch,
     models::{Decoder, ModelConfig},
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DTensor, Layer, NormPlacement, ResidualStream,
-        ScatterSequence, TransformerBlock,
+        AttentionConfig, BlockConfig, DTensor, Layer, ResidualStream, ScatterSequence, TransformerBlock,
     },
     rng::Philox,
     shard::{Reduction, Replicated, Sequences, Shard},
@@ -44,23 +43,19 @@ fn as_threads(group: &Group<Cpu>, program: impl Fn(&Group<Cpu>) -> Result<Vec<u6
 }
 
 fn config(gated: bool) -> BlockConfig {
-    BlockConfig {
-        attention: AttentionConfig {
-            kv_heads: 3,
-            head_dim: 4,
-            choices: AttentionChoices::CAUSAL,
-            qkv_bias: !gated,
-            out_bias: !gated,
-            ..AttentionConfig::new(10, 9)
-        },
-        ffn: 13,
-        gated,
-        activation: if gated { Activation::Silu } else { Activation::GeluTanh },
-        mlp_bias: !gated,
-        norm: if gated { NormKind::RmsNorm { eps: 0.1 } } else { NormKind::LayerNorm { eps: 0.1 } },
-        placement: NormPlacement::Pre,
-        names: BlockNames::default(),
-    }
+    BlockConfig::new(
+        AttentionConfig::new(10, 9)
+            .with_kv_heads(3)
+            .with_head_dim(4)
+            .with_choices(AttentionChoices::CAUSAL)
+            .with_qkv_bias(!gated)
+            .with_out_bias(!gated),
+        13,
+        if gated { Activation::Silu } else { Activation::GeluTanh },
+        if gated { NormKind::RmsNorm { eps: 0.1 } } else { NormKind::LayerNorm { eps: 0.1 } },
+    )
+    .with_gate(gated)
+    .with_mlp_bias(!gated)
 }
 
 /// Forward and backward of a layer on 700 tokens, with payloads below and above the size that is

@@ -12,8 +12,8 @@ use shardwise::{
     device::Element,
     kernels::{Activation, AttentionChoices, Backend, NormKind},
     parallel::{
-        AttentionConfig, BlockConfig, BlockNames, BoxLayer, Layer, NormPlacement, Normalize,
-        ParallelAttention, ParallelMlp, Residual, ResidualStream, TransformerBlock,
+        AttentionConfig, BlockConfig, BoxLayer, Layer, NormPlacement, Normalize, ParallelAttention,
+        ParallelMlp, Residual, ResidualStream, TransformerBlock,
     },
     reference,
     shard::{Replicated, Sequences, Shard},
@@ -104,23 +104,20 @@ impl RandomBlock {
 
     fn config(&self) -> BlockConfig {
         let &RandomBlock { heads, kv_heads, head_dim, hidden, ffn, gated, causal, .. } = self;
-        BlockConfig {
-            attention: AttentionConfig {
-                kv_heads,
-                head_dim,
-                choices: AttentionChoices { causal, ..AttentionChoices::default() },
-                qkv_bias: !gated,
-                out_bias: !gated,
-                ..AttentionConfig::new(hidden, heads)
-            },
+        BlockConfig::new(
+            AttentionConfig::new(hidden, heads)
+                .with_kv_heads(kv_heads)
+                .with_head_dim(head_dim)
+                .with_choices(AttentionChoices { causal, ..AttentionChoices::default() })
+                .with_qkv_bias(!gated)
+                .with_out_bias(!gated),
             ffn,
-            gated,
-            activation: if gated { Activation::Silu } else { Activation::GeluTanh },
-            mlp_bias: !gated,
-            norm: if gated { NormKind::RmsNorm { eps: EPS } } else { NormKind::LayerNorm { eps: EPS } },
-            placement: if self.post { NormPlacement::Post } else { NormPlacement::Pre },
-            names: BlockNames::default(),
-        }
+            if gated { Activation::Silu } else { Activation::GeluTanh },
+            if gated { NormKind::RmsNorm { eps: EPS } } else { NormKind::LayerNorm { eps: EPS } },
+        )
+        .with_gate(gated)
+        .with_mlp_bias(!gated)
+        .with_placement(if self.post { NormPlacement::Post } else { NormPlacement::Pre })
     }
 }
 
@@ -241,6 +238,7 @@ fn blocks_are_their_layers() {
                 NormPlacement::Post => {
                     BoxLayer::new(Residual(attention).then(norm1).then(Residual(mlp)).then(norm2))
                 }
+                other => panic!("{other:?}"),
             })
         });
         same_bits("residuals", &composed.unwrap(), &loaded.unwrap());

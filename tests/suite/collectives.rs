@@ -14,12 +14,11 @@ use shardwise::{
     device::{DType, Element, Meta},
     kernels::{Activation, AttentionChoices, NormKind},
     parallel::{
-        Activate, AddBias, Attention, AttentionConfig, Bias, BlockConfig, BlockNames, BoxLayer, ColumnLinear,
+        Activate, AddBias, Attention, AttentionConfig, Bias, BlockConfig, BoxLayer, ColumnLinear,
         ColumnParallelLinear, Columns, CopyTo, DTensor, Dropout, Gate, GatherFrom, GatherSequence, Layer,
-        MlpNames, NormPlacement, Normalize, ParallelMlp, PositionEmbedding, QkNorm, QkvLayout, Recompute,
-        ReduceFrom, ReduceScatterSequence, ReplicatedLinear, Residual, ResidualStream, RowLinear,
-        RowParallelLinear, ScatterSequence, ScatterTo, TransformerBlock, VocabParallelCrossEntropy,
-        VocabParallelEmbedding,
+        MlpNames, Normalize, ParallelMlp, PositionEmbedding, QkNorm, QkvLayout, Recompute, ReduceFrom,
+        ReduceScatterSequence, ReplicatedLinear, Residual, ResidualStream, RowLinear, RowParallelLinear,
+        ScatterSequence, ScatterTo, TransformerBlock, VocabParallelCrossEntropy, VocabParallelEmbedding,
     },
     shard::{Heads, Partition, Replicated, Sequences, Shard},
     tensor::{Arrays, Random, Weights},
@@ -183,17 +182,15 @@ fn shared_heads_are_summed() {
             &[],
             backward,
         );
-        let qk_norm = Some(QkNorm { eps: 1e-5, q: "q".into(), k: "k".into() });
+        let qk_norm = Some(QkNorm::new(1e-5, "q", "k"));
         let cuts = [Some(plan.qkv_features()), Some(plan.query_features())];
         let features = Features { sizes: [width, heads * dim], cuts };
         for (norm, backward) in [(None, vec![]), (qk_norm, vec![wide(AllReduce, 2 * dim)])] {
-            let config = AttentionConfig {
-                choices: AttentionChoices::CAUSAL,
-                kv_heads,
-                head_dim: dim,
-                qk_norm: norm,
-                ..AttentionConfig::new(HIDDEN, heads)
-            };
+            let config = AttentionConfig::new(HIDDEN, heads)
+                .with_choices(AttentionChoices::CAUSAL)
+                .with_kv_heads(kv_heads)
+                .with_head_dim(dim)
+                .with_qk_norm(norm);
             let load =
                 |group: &Group<Meta>, weights: &Weights<'_>| Attention::load(group, weights, &plan, &config);
             check(world, &features, load, &[], &backward);
@@ -234,17 +231,14 @@ fn stream<S: ResidualStream + Spread>(world: usize) {
     let twice = [both.clone(), both.clone()].concat();
     check(world, &same, |group, weights| Ok(Recompute::new(mlp(group, weights)?)), &both, &twice);
     check(world, &same, |group, weights| Ok(Recompute::when(false, mlp(group, weights)?)), &both, &both);
-    let config = BlockConfig {
-        attention: AttentionConfig { qkv_bias: true, out_bias: true, ..AttentionConfig::new(HIDDEN, 8) },
-        ffn: WIDE,
-        gated: false,
-        activation: Activation::GeluErf,
-        mlp_bias: true,
-        norm: NormKind::LayerNorm { eps: 0.1 },
-        placement: NormPlacement::Pre,
-        names: BlockNames::default(),
-    };
-    // Each half of the block backward: db of its second layer, enter, leave, dγ and dβ.
+    let config = BlockConfig::new(
+        AttentionConfig::new(HIDDEN, 8).with_qkv_bias(true).with_out_bias(true),
+        WIDE,
+        Activation::GeluErf,
+        NormKind::LayerNorm { eps: 0.1 },
+    )
+    .with_mlp_bias(true);
+    // Each half backward: db of its second layer, entering, leaving, dγ and dβ.
     let half = [over_tokens::<S>(HIDDEN), both.clone(), over_tokens::<S>(2 * HIDDEN)].concat();
     check(
         world,

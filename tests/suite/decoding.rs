@@ -115,14 +115,12 @@ struct RandomHeads {
 impl RandomHeads {
     fn config(&self) -> AttentionConfig {
         let pairs = if self.interleaved { RopePairs::Interleaved } else { RopePairs::Halves };
-        AttentionConfig {
-            kv_heads: self.kv_heads,
-            head_dim: self.dim,
-            choices: AttentionChoices { window: self.window, ..AttentionChoices::CAUSAL },
-            rope: Some(rope_config(self.dim / 2 * 2, pairs)),
-            qk_norm: Some(QkNorm { eps: 1e-5, q: "q_norm".into(), k: "k_norm".into() }),
-            ..AttentionConfig::new(6, self.heads)
-        }
+        AttentionConfig::new(6, self.heads)
+            .with_kv_heads(self.kv_heads)
+            .with_head_dim(self.dim)
+            .with_choices(AttentionChoices { window: self.window, ..AttentionChoices::CAUSAL })
+            .with_rope(rope_config(self.dim / 2 * 2, pairs))
+            .with_qk_norm(QkNorm::new(1e-5, "q_norm", "k_norm"))
     }
 }
 
@@ -525,7 +523,7 @@ impl<L: Layer<f64, Dev>> Layer<f64, Dev> for Unaware<L> {
 #[test]
 fn a_step_that_is_not_done_right_is_refused() {
     let group = Group::solo(&dev::fresh());
-    let config = AttentionConfig { choices: AttentionChoices::CAUSAL, ..AttentionConfig::new(6, 2) };
+    let config = AttentionConfig::new(6, 2).with_choices(AttentionChoices::CAUSAL);
     let layer = |name: &str| {
         let (source, layout) = (Random::normal(1, 0.3), QkvLayout::separate("q", "k", "v"));
         let weights = Weights::new(&source).at(name);

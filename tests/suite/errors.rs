@@ -28,7 +28,7 @@ fn failure<R: Send>(world: usize, build: impl Fn(&Group<Cpu>, &Weights<'_>) -> R
 }
 
 fn attention(heads: usize, kv_heads: usize) -> AttentionConfig {
-    AttentionConfig { kv_heads, head_dim: 2, ..AttentionConfig::new(4, heads) }
+    AttentionConfig::new(4, heads).with_kv_heads(kv_heads).with_head_dim(2)
 }
 
 #[test]
@@ -113,7 +113,7 @@ fn running() {
             let x = x(group, 3, 4)?.scatter::<1>(&Partition::from_sizes([1, 3]))?;
             row.forward(x).map(|_| ())
         }),
-        "row linear: the input's features are cut into [1, 3], but the weight's columns into [2, 2]"
+        "row linear: the input's features are partitioned as [1, 3], but the weight's columns as [2, 2]"
     );
     assert_eq!(
         failure(1, |group, _| x(group, 3, 4)?.with_sequences(Sequences::packed([1, 1])).map(|_| ())),
@@ -121,14 +121,14 @@ fn running() {
     );
     assert_eq!(
         failure(2, |group, _| x(group, 3, 4)?.scatter::<0>(&Partition::even(4, 2)).map(|_| ())),
-        "scatter: the size that is cut is 4, but that of the dimension is 3"
+        "scatter: the size of the partition is 4, but that of the dimension is 3"
     );
     assert_eq!(
         failure(2, |group, _| {
             let part = Tensor::<f64>::zeros(group.device(), [3, 3])?;
             DTensor::<Shard<1>, _, _>::shard(group, part, &Partition::even(5, 2)).map(|_| ())
         }),
-        "shard: the size of this rank's part is 3, but its size in the cut is 2"
+        "shard: the size of this rank's shard is 3, but its size in the partition is 2"
     );
     assert_eq!(
         failure(2, |group, _| x(group, 3, 4)?.add(&x(group, 4, 3)?).map(|_| ())),
@@ -369,7 +369,7 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
         let columns = Columns::qkv(group, heads, &QkvLayout::separate("q", "k", "v"))?;
         ColumnLinear::<f64, Cpu>::load(group, &weights(), 4, &columns, Bias::None)
     };
-    let message = refused_everywhere("a gradient that is cut otherwise", 4, |group| {
+    let message = refused_everywhere("a gradient with another partition", 4, |group| {
         let layer = qkv(group, &Heads::new(6, 2, 1, 4)?)?;
         let (y, saved) = layer.forward(DTensor::copied(group, zeros(group, 3, 4)?)?)?;
         let sizes: Vec<usize> = y.partition().unwrap().sizes().collect();
@@ -379,7 +379,7 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
         layer.backward(saved, DTensor::shard(group, part, &other)?).map(drop)
     });
     assert!(
-        message.starts_with("column linear backward: the gradient's features are cut into ["),
+        message.starts_with("column linear backward: the gradient's features are partitioned as ["),
         "{message}"
     );
 
@@ -398,7 +398,7 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
     });
     assert_eq!(
         message,
-        "qkv linear: not supported: heads that are cut by canonical blocks belong to a group with an invariant reduction"
+        "qkv linear: not supported: heads that are partitioned by canonical blocks need a group with an invariant reduction"
     );
     let message = refused_everywhere("columns of another reduction", 2, |group| {
         let columns = Columns::even(&group.with_reduction(five), 6)?;

@@ -428,13 +428,8 @@ fn replicas_and_norms_of_shared_heads_are_right_at_every_size() {
 
 fn attention(group: &Group<Dev>) -> Result<ParallelAttention<Replicated, f64, Dev>> {
     let source = Random::normal(1, 0.3);
-    let config = AttentionConfig {
-        kv_heads: 2,
-        head_dim: 2,
-        qkv_bias: true,
-        out_bias: true,
-        ..AttentionConfig::new(6, 8)
-    };
+    let config =
+        AttentionConfig::new(6, 8).with_kv_heads(2).with_head_dim(2).with_qkv_bias(true).with_out_bias(true);
     let layout = QkvLayout::separate("q", "k", "v");
     ParallelAttention::load(group, &Weights::new(&source), &layout, "o", &config)
 }

@@ -338,15 +338,13 @@ fn chains_of_mappings_have_the_same_bits() {
 }
 
 fn config(heads: usize, kv_heads: usize) -> AttentionConfig {
-    let norm = QkNorm { eps: 1e-3, q: "qn".into(), k: "kn".into() };
-    AttentionConfig {
-        kv_heads,
-        head_dim: 4,
-        choices: AttentionChoices::CAUSAL,
-        qk_norm: Some(norm),
-        qkv_bias: true,
-        ..AttentionConfig::new(10, heads)
-    }
+    let norm = QkNorm::new(1e-3, "qn", "kn");
+    AttentionConfig::new(10, heads)
+        .with_kv_heads(kv_heads)
+        .with_head_dim(4)
+        .with_choices(AttentionChoices::CAUSAL)
+        .with_qk_norm(norm)
+        .with_qkv_bias(true)
 }
 
 /// Attention with normalized heads. Its projections are merged, or three layers if `separate`.
@@ -432,7 +430,7 @@ fn shared_heads_have_the_same_bits_and_are_those_of_the_reference() {
         for &tokens in if number == 3 { &[1, 7, 130][..] } else { &[7] } {
             let (x, dy) = (matrix(2, "x", tokens, hidden), matrix(2, "dy", tokens, hidden));
             let weights = attention_weights(heads * dim, kv * dim, dim, hidden);
-            let config = AttentionConfig { qk_norm: None, ..config(heads, kv) };
+            let config = config(heads, kv).with_qk_norm(None);
             let what = format!("{heads} heads, {kv} shared, in {blocks} blocks, {tokens} tokens");
             let case = in_blocks(Case::new(1, &x, &dy, &weights), blocks);
             let worlds: Vec<_> = (2..=blocks).collect();
@@ -547,7 +545,7 @@ fn shared_heads_are_held_once_and_counted_once() {
     let (dim, hidden) = (4, 10);
     for (heads, kv, blocks) in SHARED {
         let weights = attention_weights(heads * dim, kv * dim, dim, hidden);
-        let config = AttentionConfig { qk_norm: None, ..config(heads, kv) };
+        let config = config(heads, kv).with_qk_norm(None);
         let norm = |world: usize| {
             let norms = ranks(world).run(|world| {
                 let group = world.with_reduction(Reduction::Invariant { blocks });
@@ -809,19 +807,19 @@ fn what_cannot_be_invariant_is_refused() {
             let heads = Heads::new(8, 2, 2, 2)?;
             Columns::qkv(group, &heads, &QkvLayout::separate("q", "k", "v")).map(drop)
         }),
-        "qkv linear: not supported: an invariant reduction needs features that are cut by canonical blocks: take them \
-         from `Group::cut`"
+        "qkv linear: not supported: an invariant reduction needs features that are partitioned by canonical \
+         blocks: use `Group::partition`"
     );
     let uneven = Partition::from_sizes([1, 3]);
     assert_eq!(
         refused(2, 4, |group| x(group)?.scatter::<0>(&uneven).map(drop)),
-        "scatter: not supported: an invariant reduction cuts tokens into [2, 2], by canonical blocks, not into [1, 3]"
+        "scatter: not supported: an invariant reduction partitions tokens by canonical blocks as [2, 2], not as [1, 3]"
     );
     assert_eq!(
         refused(2, 4, |group| Columns::from_partition(group, shardwise::shard::Partition::even(6, 2))
             .map(drop)),
-        "column linear: not supported: an invariant reduction needs features that are cut by canonical blocks: take them \
-         from `Group::cut`"
+        "column linear: not supported: an invariant reduction needs features that are partitioned by canonical \
+         blocks: use `Group::partition`"
     );
     assert_eq!(
         refused(3, 2, |group| Columns::even(group, 6).map(drop)),

@@ -462,14 +462,12 @@ fn attend<S: ResidualStream + Spread>(
         ])
     };
     let (given, want_grads) = (named(&weights), named(&want.weights));
-    let config = AttentionConfig {
-        kv_heads: kv,
-        head_dim: dim,
-        choices: AttentionChoices { causal, ..AttentionChoices::default() },
-        qkv_bias: true,
-        out_bias: true,
-        ..AttentionConfig::new(hidden, heads)
-    };
+    let config = AttentionConfig::new(hidden, heads)
+        .with_kv_heads(kv)
+        .with_head_dim(dim)
+        .with_choices(AttentionChoices { causal, ..AttentionChoices::default() })
+        .with_qkv_bias(true)
+        .with_out_bias(true);
     let mut layouts = vec![
         (QkvLayout::separate("q", "k", "v"), None),
         (QkvLayout::Concatenated("qkv".into()), Some(Fuse::Concatenated)),

@@ -669,6 +669,7 @@ fn the_corpus_of_attacks_does_no_harm() {
             ModelConfig::Bert(config) => {
                 Bert::<Replicated, f32, Dev>::load(&solo, &nothing, &config).map(|_| ()).unwrap_err();
             }
+            other => panic!("{other:?}"),
         }
     }
 }

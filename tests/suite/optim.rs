@@ -13,8 +13,8 @@ use shardwise::{
     ops,
     optim::{AdamW, AdamWConfig, Sgd, SgdConfig, grad_norm},
     parallel::{
-        AttentionConfig, Bias, BlockConfig, BlockNames, ColumnLinear, ColumnParallelLinear, Columns, Layer,
-        NormPlacement, Normalize, ParallelAttention, QkvLayout, TransformerBlock,
+        AttentionConfig, Bias, BlockConfig, ColumnLinear, ColumnParallelLinear, Columns, Layer, Normalize,
+        ParallelAttention, QkvLayout, TransformerBlock,
     },
     reference,
     shard::{Partition, Replicated, Shard},
@@ -195,14 +195,12 @@ fn gradient_norms_are_those_of_one_device() {
                 model.backward(saved, y)?;
                 grad_norm(&model.params(), &[group])
             }
-            let config = AttentionConfig {
-                kv_heads,
-                head_dim,
-                choices: AttentionChoices::CAUSAL,
-                qkv_bias: true,
-                out_bias: true,
-                ..AttentionConfig::new(hidden, heads)
-            };
+            let config = AttentionConfig::new(hidden, heads)
+                .with_kv_heads(kv_heads)
+                .with_head_dim(head_dim)
+                .with_choices(AttentionChoices::CAUSAL)
+                .with_qkv_bias(true)
+                .with_out_bias(true);
             Ok([
                 grads::<Replicated>(&group, &source, &config, &x)?,
                 grads::<Shard<0>>(&group, &source, &config, &x)?,
@@ -376,16 +374,9 @@ fn misuse_of_replicas_is_named() {
 /// their states have different names.
 #[test]
 fn a_block_of_merged_weights_is_trained() {
-    let config = BlockConfig {
-        attention: AttentionConfig::new(6, 3),
-        ffn: 5,
-        gated: true,
-        activation: Activation::Silu,
-        mlp_bias: false,
-        norm: NormKind::RmsNorm { eps: 1e-5 },
-        placement: NormPlacement::Pre,
-        names: BlockNames::default(),
-    };
+    let config =
+        BlockConfig::new(AttentionConfig::new(6, 3), 5, Activation::Silu, NormKind::RmsNorm { eps: 1e-5 })
+            .with_gate(true);
     let trained = ranks(2).run(|group| {
         let source = Random::normal(1, 0.5);
         let block = TransformerBlock::<Replicated, f64, Dev>::load(&group, &Weights::new(&source), &config)?;

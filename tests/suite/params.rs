@@ -14,9 +14,9 @@ use shardwise::{
     kernels::{Activation, Backend, NormKind, Pointwise},
     optim::{AdamW, grad_norm},
     parallel::{
-        AddBias, AttentionConfig, Bias, BlockConfig, BlockNames, ColumnLinear, ColumnParallelLinear, Columns,
-        Layer, NormPlacement, PositionEmbedding, QkvLayout, ResidualStream, RowParallelLinear,
-        TransformerBlock, VocabParallelEmbedding,
+        AddBias, AttentionConfig, Bias, BlockConfig, ColumnLinear, ColumnParallelLinear, Columns, Layer,
+        PositionEmbedding, QkvLayout, ResidualStream, RowParallelLinear, TransformerBlock,
+        VocabParallelEmbedding,
     },
     reference::worst,
     shard::{Copied, Heads, Placement, Reduction, Replicated, Sequences, Shape, Shard},
@@ -153,21 +153,13 @@ fn linear_layers<S: ResidualStream + Spread, T: Element>(world: usize, seed: u64
     same_on_bytes!(T, &Case::new(world, &x, &x, &positions), &EITHER, |group, weights| {
         PositionEmbedding::<S, T, Dev>::load(group, weights, tokens + 2, hidden)
     });
-    let config = BlockConfig {
-        attention: AttentionConfig {
-            kv_heads: 4,
-            head_dim: 2,
-            qkv_bias: true,
-            ..AttentionConfig::new(hidden, 8)
-        },
-        ffn: 9,
-        gated: true,
-        activation: Activation::Silu,
-        mlp_bias: false,
-        norm: NormKind::RmsNorm { eps: 1e-5 },
-        placement: NormPlacement::Pre,
-        names: BlockNames::default(),
-    };
+    let config = BlockConfig::new(
+        AttentionConfig::new(hidden, 8).with_kv_heads(4).with_head_dim(2).with_qkv_bias(true),
+        9,
+        Activation::Silu,
+        NormKind::RmsNorm { eps: 1e-5 },
+    )
+    .with_gate(true);
     let vector = |name: &str, len: usize| (name.to_string(), random(seed, name, &[len]));
     let weight = |name: &str, rows: usize, cols: usize| (name.to_string(), coded(seed, name, &[rows, cols]));
     let block = Arrays(

@@ -11,7 +11,7 @@ use shardwise::{
     optim::{AdamW, clip_scale, grad_norm},
     parallel::{
         AttentionConfig, Bias, BlockConfig, BlockNames, ColumnLinear, Columns, Context, DTensor, Layer,
-        NormPlacement, ResidualStream, TransformerBlock,
+        ResidualStream, TransformerBlock,
     },
     shard::{Reduction, Replicated, Sequences, Shard},
     tensor::{Random, WeightSource, Weights},
@@ -184,23 +184,20 @@ fn a_large_model_has_the_sizes_of_its_formulas() {
     let (vocabulary, hidden, ffn, layers, ranks) = (32_000, 8_192, 28_672, 80, 64);
     let (heads, kv_heads, head_dim) = (64, 8, 128);
     let rope = RopeConfig { dim: head_dim, base: 1e4, pairs: RopePairs::Halves, scaling: RopeScaling::None };
-    let block = BlockConfig {
-        attention: AttentionConfig {
-            kv_heads,
-            choices: AttentionChoices::CAUSAL,
-            rope: Some(rope),
-            ..AttentionConfig::new(hidden, heads)
-        },
+    let block = BlockConfig::new(
+        AttentionConfig::new(hidden, heads)
+            .with_kv_heads(kv_heads)
+            .with_choices(AttentionChoices::CAUSAL)
+            .with_rope(rope),
         ffn,
-        gated: true,
-        activation: Activation::Silu,
-        mlp_bias: false,
-        norm: NormKind::RmsNorm { eps: 1e-5 },
-        placement: NormPlacement::Pre,
-        names: BlockNames::llama(),
-    };
-    let config = DecoderConfig { tied: false, ..DecoderConfig::new(vocabulary, block, layers) };
-    // One query and one key/value head per rank.
+        Activation::Silu,
+        NormKind::RmsNorm { eps: 1e-5 },
+    )
+    .with_gate(true)
+    .with_names(BlockNames::llama());
+    let mut config = DecoderConfig::new(vocabulary, block, layers);
+    config.tied = false;
+    // One query and one key/value head a rank.
     let of_layer = 4 * hidden * head_dim + 3 * hidden * ffn / ranks;
     let matrices = layers * of_layer + hidden * vocabulary / ranks;
     let parameters = matrices + hidden * vocabulary / ranks + (2 * layers + 1) * hidden;
@@ -249,16 +246,13 @@ fn a_large_model_has_the_sizes_of_its_formulas() {
 #[test]
 fn a_block_infers_in_the_memory_of_its_widest_product() {
     let (hidden, ffn, tokens) = (64, 168, 40);
-    let config = BlockConfig {
-        attention: AttentionConfig { choices: AttentionChoices::CAUSAL, ..AttentionConfig::new(hidden, 8) },
+    let config = BlockConfig::new(
+        AttentionConfig::new(hidden, 8).with_choices(AttentionChoices::CAUSAL),
         ffn,
-        gated: true,
-        activation: Activation::Silu,
-        mlp_bias: false,
-        norm: NormKind::RmsNorm { eps: 1e-5 },
-        placement: NormPlacement::Pre,
-        names: BlockNames::default(),
-    };
+        Activation::Silu,
+        NormKind::RmsNorm { eps: 1e-5 },
+    )
+    .with_gate(true);
     let device = Meta::new();
     let (group, _) = Group::planned(&device, 1, 2).unwrap();
     let weights = Random::normal(1, 0.1);

@@ -12,9 +12,9 @@ use shardwise::{
     parallel::{
         AddBias, AttentionConfig, Bias, BlockConfig, BlockNames, BoxLayer, Chain, ColumnLinear,
         ColumnParallelLinear, Columns, Context, CopyTo, CrossEntropySaved, DTensor, GatherFrom,
-        GatherSequence, Layer, MlpNames, NormPlacement, Normalize, ParallelAttention, ParallelMlp, QkvLayout,
-        Recompute, ReduceFrom, ReduceScatterSequence, ResidualStream, RowParallelLinear, Sampler,
-        ScatterSequence, ScatterTo, TransformerBlock, VocabParallelCrossEntropy, VocabParallelEmbedding,
+        GatherSequence, Layer, MlpNames, Normalize, ParallelAttention, ParallelMlp, QkvLayout, Recompute,
+        ReduceFrom, ReduceScatterSequence, ResidualStream, RowParallelLinear, Sampler, ScatterSequence,
+        ScatterTo, TransformerBlock, VocabParallelCrossEntropy, VocabParallelEmbedding,
     },
     shard::{Copied, Mesh, Partial, Partition, Placement, Reduction, Replicated, Sequences, Shard},
     tensor::{Param, Random, Weights},
@@ -146,17 +146,10 @@ fn reported<L: Layer<f32, Cpu>>(
 }
 
 fn llama() -> BlockConfig {
-    let attention = AttentionConfig { choices: AttentionChoices::CAUSAL, ..AttentionConfig::new(HIDDEN, 3) };
-    BlockConfig {
-        attention,
-        ffn: 10,
-        gated: true,
-        activation: Activation::Silu,
-        mlp_bias: false,
-        norm: NormKind::RmsNorm { eps: 1e-5 },
-        placement: NormPlacement::Pre,
-        names: BlockNames::llama(),
-    }
+    let attention = AttentionConfig::new(HIDDEN, 3).with_choices(AttentionChoices::CAUSAL);
+    BlockConfig::new(attention, 10, Activation::Silu, NormKind::RmsNorm { eps: 1e-5 })
+        .with_gate(true)
+        .with_names(BlockNames::llama())
 }
 
 #[test]
@@ -268,6 +261,7 @@ fn of_model<S: ResidualStream>(name: &str, change: impl Fn(Group<Cpu>) -> Group<
                     model.backward(saved, y)
                 })
             }
+            other => panic!("{other:?}"),
         }
     };
     let mut ranks = Threads::new(2).run(rank).unwrap();

@@ -11,10 +11,7 @@ use shardwise::{
     comm::{DeviceMesh, Group},
     kernels::{Activation, AttentionChoices, NormKind},
     models::{Decoder, DecoderConfig, DecoderEnds, Tokens},
-    parallel::{
-        AttentionConfig, BlockConfig, BlockNames, NormPlacement, ResidualStream, Smoothing,
-        VocabParallelCrossEntropy,
-    },
+    parallel::{AttentionConfig, BlockConfig, ResidualStream, Smoothing, VocabParallelCrossEntropy},
     shard::{Axis, Mesh, Replicated, Sequences, Shard},
     tensor::{Arrays, ParamRegion, Random, WeightSource},
     train::{Microbatch, Pipeline, Schedule},
@@ -143,17 +140,15 @@ fn every_family_is_cut_into_stages() {
 
 /// Seven blocks with different options.
 fn config() -> DecoderConfig {
-    let block = BlockConfig {
-        attention: AttentionConfig { choices: AttentionChoices::CAUSAL, ..AttentionConfig::new(8, 2) },
-        ffn: 6,
-        gated: true,
-        activation: Activation::Silu,
-        mlp_bias: false,
-        norm: NormKind::RmsNorm { eps: 1e-3 },
-        placement: NormPlacement::Pre,
-        names: BlockNames::default(),
-    };
-    let mut config = DecoderConfig { positions: Some(9), ..DecoderConfig::new(13, block, 7) };
+    let block = BlockConfig::new(
+        AttentionConfig::new(8, 2).with_choices(AttentionChoices::CAUSAL),
+        6,
+        Activation::Silu,
+        NormKind::RmsNorm { eps: 1e-3 },
+    )
+    .with_gate(true);
+    let mut config = DecoderConfig::new(13, block, 7);
+    config.positions = Some(9);
     for (at, layer) in config.layers.iter_mut().enumerate().skip(1) {
         layer.attention.window = Some(at % 3 + 1);
         layer.attention.scale = (at % 2 == 0).then_some(0.3);
@@ -165,7 +160,8 @@ fn config() -> DecoderConfig {
 fn stages_of_any_number_are_the_whole() {
     let source = Random::normal(2, 0.4);
     for tied in [true, false] {
-        let config = DecoderConfig { tied, recomputed: 3, ..config() };
+        let mut config = config();
+        (config.tied, config.recomputed) = (tied, 3);
         let want = whole(&source, &config, 6);
         for (pp, tp, schedule) in [
             (2, 1, Schedule::gpipe(2, 6)),
@@ -221,7 +217,9 @@ fn what_is_no_part_of_the_model_is_refused() {
     let all = load(&config(), &Schedule::gpipe(1, 1), 0).unwrap();
     let unread = all.save(folder.path()).unwrap_err().to_string();
     assert!(unread.contains("was not read from a `config.json`"), "{unread}");
-    let drops = load(&DecoderConfig { dropout: 0.1, ..config() }, &Schedule::gpipe(1, 1), 0).unwrap();
+    let mut dropping = config();
+    dropping.dropout = 0.1;
+    let drops = load(&dropping, &Schedule::gpipe(1, 1), 0).unwrap();
     let drawn = drops.forward(&ids, Sequences::one(2)).err().unwrap().to_string();
     assert!(drawn.contains("has dropout, which a forward does not draw"), "{drawn}");
 

@@ -173,6 +173,7 @@ fn options(
         Smoothing::None => (0.0, 0.0),
         Smoothing::OverAll(alpha) => (alpha, 0.0),
         Smoothing::OverOthers(alpha) => (0.0, alpha),
+        other => panic!("{other:?}"),
     };
     (
         VocabParallelCrossEntropy { smoothing, ignored, z },
@@ -536,5 +537,5 @@ fn wrapped_layers_give_the_bits_of_the_layer() {
     let x = DTensor::replicated(&group, Tensor::from_array(group.device(), &x).unwrap()).unwrap();
     let error =
         boxed.backward(Box::new(1_u8), DTensor::partial(&group, x.local().clone()).unwrap()).unwrap_err();
-    assert_eq!(error.to_string(), "backward: what was saved belongs to a forward of another layer");
+    assert_eq!(error.to_string(), "backward: the saved values belong to a forward of another layer");
 }

@@ -7,10 +7,7 @@ use shardwise::{
     kernels::{Activation, AttentionChoices, Backend, NormKind},
     models::{Decoder, DecoderConfig, DecoderEnds, Tokens},
     optim::grad_norm,
-    parallel::{
-        AttentionConfig, BlockConfig, BlockNames, DropoutState, NormPlacement, ResidualStream,
-        VocabParallelCrossEntropy,
-    },
+    parallel::{AttentionConfig, BlockConfig, DropoutState, ResidualStream, VocabParallelCrossEntropy},
     shard::{Axis, Sequences, blocks},
     tensor::{Param, WeightSource},
     train::{DataParallel, GradReduce, Microbatch, Pipeline, Schedule},
@@ -34,28 +31,22 @@ impl Config {
     /// Returns GPT-2's configuration, with other parameter names.
     pub(crate) fn decoder(&self) -> DecoderConfig {
         let &Self { vocabulary, context, hidden, heads, ffn, layers, dropout, recompute } = self;
-        let block = BlockConfig {
-            attention: AttentionConfig {
-                choices: AttentionChoices::CAUSAL,
-                qkv_bias: true,
-                out_bias: true,
-                ..AttentionConfig::new(hidden, heads)
-            },
+        let block = BlockConfig::new(
+            AttentionConfig::new(hidden, heads)
+                .with_choices(AttentionChoices::CAUSAL)
+                .with_qkv_bias(true)
+                .with_out_bias(true),
             ffn,
-            gated: false,
-            activation: Activation::GeluTanh,
-            mlp_bias: true,
-            norm: NormKind::LayerNorm { eps: 1e-5 },
-            placement: NormPlacement::Pre,
-            names: BlockNames::default(),
-        };
-        DecoderConfig {
-            dropout,
-            recomputed: if recompute { layers } else { 0 },
-            positions: Some(context),
-            context: Some(context),
-            ..DecoderConfig::new(vocabulary, block, layers)
-        }
+            Activation::GeluTanh,
+            NormKind::LayerNorm { eps: 1e-5 },
+        )
+        .with_mlp_bias(true);
+        let mut config = DecoderConfig::new(vocabulary, block, layers);
+        config.dropout = dropout;
+        config.recomputed = if recompute { layers } else { 0 };
+        config.positions = Some(context);
+        config.context = Some(context);
+        config
     }
 }
 

@@ -6,7 +6,7 @@ use crate::{
     parallel::{AttentionConfig, BlockConfig, BlockNames, NormPlacement},
 };
 
-/// Whatever head stands on it, the encoder is the same.
+/// The classes with this encoder. They differ in their heads only.
 const ARCHITECTURES: [&str; 8] = [
     "BertModel",
     "BertForMaskedLM",
@@ -24,16 +24,15 @@ pub(super) fn read(json: &Json<'_>, text: &str) -> Result<BertConfig, String> {
     json.only("is_decoder", false)?;
     let (hidden, heads) = (json.size("hidden_size", HUGE)?, json.size("num_attention_heads", MANY)?);
     let eps = json.number("layer_norm_eps")?.unwrap_or(1e-12);
-    let block = BlockConfig {
-        attention: AttentionConfig { qkv_bias: true, out_bias: true, ..AttentionConfig::new(hidden, heads) },
-        ffn: json.size("intermediate_size", HUGE)?,
-        gated: false,
-        activation: activation(json, "hidden_act", "gelu")?,
-        mlp_bias: true,
-        norm: NormKind::LayerNorm { eps: positive("layer_norm_eps", eps)? },
-        placement: NormPlacement::Post,
-        names: BlockNames::bert(),
-    };
+    let block = BlockConfig::new(
+        AttentionConfig::new(hidden, heads).with_qkv_bias(true).with_out_bias(true),
+        json.size("intermediate_size", HUGE)?,
+        activation(json, "hidden_act", "gelu")?,
+        NormKind::LayerNorm { eps: positive("layer_norm_eps", eps)? },
+    )
+    .with_mlp_bias(true)
+    .with_placement(NormPlacement::Post)
+    .with_names(BlockNames::bert());
     let config = BertConfig {
         vocabulary: json.size("vocab_size", HUGE)?,
         layers: json.size("num_hidden_layers", MANY)?,

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     kernels::{AttentionChoices, NormKind},
-    parallel::{AttentionConfig, BlockConfig, BlockNames, NormPlacement},
+    parallel::{AttentionConfig, BlockConfig, BlockNames},
 };
 
 pub(super) fn read(json: &Json<'_>, text: &str) -> Result<DecoderConfig, String> {
@@ -17,21 +17,17 @@ pub(super) fn read(json: &Json<'_>, text: &str) -> Result<DecoderConfig, String>
     let layers = json.size("n_layer", MANY)?;
     let context = json.size("n_positions", HUGE)?;
     let eps = json.number("layer_norm_epsilon")?.unwrap_or(1e-5);
-    let block = BlockConfig {
-        attention: AttentionConfig {
-            choices: AttentionChoices::CAUSAL,
-            qkv_bias: true,
-            out_bias: true,
-            ..AttentionConfig::new(hidden, heads)
-        },
-        ffn: json.optional_size("n_inner", HUGE)?.unwrap_or(4 * hidden),
-        gated: false,
-        activation: activation(json, "activation_function", "gelu_new")?,
-        mlp_bias: true,
-        norm: NormKind::LayerNorm { eps: positive("layer_norm_epsilon", eps)? },
-        placement: NormPlacement::Pre,
-        names: BlockNames::gpt2(),
-    };
+    let block = BlockConfig::new(
+        AttentionConfig::new(hidden, heads)
+            .with_choices(AttentionChoices::CAUSAL)
+            .with_qkv_bias(true)
+            .with_out_bias(true),
+        json.optional_size("n_inner", HUGE)?.unwrap_or(4 * hidden),
+        activation(json, "activation_function", "gelu_new")?,
+        NormKind::LayerNorm { eps: positive("layer_norm_epsilon", eps)? },
+    )
+    .with_mlp_bias(true)
+    .with_names(BlockNames::gpt2());
     let config = DecoderConfig {
         vocabulary: json.size("vocab_size", HUGE)?,
         positions: Some(context),
@@ -50,7 +46,7 @@ pub(super) fn read(json: &Json<'_>, text: &str) -> Result<DecoderConfig, String>
             head: "lm_head",
         },
         transposed: true,
-        // transformers' GPT-2 does not give it to the embedding.
+        // The embedding of transformers' GPT-2 has no `padding_idx`.
         padding: None,
         ends: json.tokens("eos_token_id")?.unwrap_or_else(|| vec![50256]),
         json: text.into(),

@@ -1,7 +1,6 @@
-//! Keys that say nothing about what a model computes: transformers writes them, and nothing here
-//! reads them.
+//! Keys that transformers writes and that do not change what a model computes.
 
-/// What the file is, where it comes from, and how it is to be run.
+/// The origin of the file, and how to run the model.
 const ORIGIN: &[&str] = &[
     "_name_or_path",
     "name_or_path",
@@ -29,7 +28,7 @@ const ORIGIN: &[&str] = &[
     "tf_legacy_loss",
 ];
 
-/// What transformers' functions return.
+/// The outputs of transformers' functions.
 const OUTPUTS: &[&str] = &[
     "output_attentions",
     "output_hidden_states",
@@ -51,7 +50,7 @@ const TASKS: &[&str] = &[
     "task_specific_params",
 ];
 
-/// Tokens with a meaning, and how a text is drawn. The tokens that end a text are read.
+/// Special tokens and sampling. The tokens that end a text are read elsewhere.
 const GENERATION: &[&str] = &[
     "bad_words_ids",
     "begin_suppress_tokens",
@@ -87,8 +86,8 @@ const GENERATION: &[&str] = &[
     "unk_token_id",
 ];
 
-/// Dropout is not a part of these models: they compute as transformers' do after `eval()`, also
-/// when they are trained.
+/// Dropout. These models have none: they compute what transformers' models compute after `eval()`,
+/// also in training.
 const DROPOUT: &[&str] = &[
     "attention_dropout",
     "attention_probs_dropout_prob",
@@ -101,14 +100,14 @@ const DROPOUT: &[&str] = &[
     "summary_first_dropout",
 ];
 
-/// Of every family.
+/// The ignored keys of every family.
 pub(super) const COMMON: &[&[&str]] = &[ORIGIN, OUTPUTS, TASKS, GENERATION, DROPOUT];
 
-/// Of Llama and its relatives: Hugging Face's own training, files from before transformers had the
-/// model, and what tensors say better (Qwen2's biases).
+/// The ignored keys of Llama, Mistral and Qwen: those of Hugging Face's training and of files older
+/// than the model in transformers, and `attention_bias`, as Qwen2 always has biases.
 pub(super) const LLAMA: &[&str] = &["attention_bias", "is_decoder", "is_llama_config", "max_sequence_length"];
 
-/// Of GPT-2: its heads for other tasks, and how sums are made in half precision.
+/// The ignored keys of GPT-2: heads for other tasks, and the order of sums in half precision.
 pub(super) const GPT2: &[&str] = &[
     "is_decoder",
     "n_ctx",
@@ -121,7 +120,7 @@ pub(super) const GPT2: &[&str] = &[
     "summary_use_proj",
 ];
 
-/// Of BERT: its pooler and heads, which the encoder does not have.
+/// The ignored keys of BERT: pooler and heads, which the encoder does not have.
 pub(super) const BERT: &[&str] = &[
     "directionality",
     "eos_token_id",

@@ -1,38 +1,36 @@
-//! A JSON object whose keys are looked up by name and kind, and which knows those that nobody asked
-//! for.
+//! A JSON object whose values are read by key and type, and which reports keys that were not read.
 
 use serde_json::{Map, Value};
 use std::{cell::RefCell, collections::BTreeSet};
 
-/// The most bytes of a key or a value that an error shows.
+/// The largest number of characters of a key or value in an error.
 const SHOWN: usize = 60;
 
-/// An object whose entries are looked up by name and kind. `null` is as good as absent, unless a
-/// method says otherwise.
+/// An object whose values are read by key and type. `null` counts as absent, unless a method says
+/// otherwise.
 pub(super) struct Json<'a> {
     /// The type of the model.
     pub(super) kind: &'a str,
-    /// What stands before the keys in errors: the name of the object, where it is inside of
-    /// another.
+    /// The name of the object if it is inside another one. Errors put it before the keys.
     pub(super) path: &'static str,
     map: &'a Map<String, Value>,
     asked: RefCell<BTreeSet<String>>,
 }
 
 impl<'a> Json<'a> {
-    /// The configuration of a model of type `kind`.
+    /// Makes the configuration of a model of type `kind`.
     pub(super) fn new(kind: &'a str, map: &'a Map<String, Value>) -> Self {
         Self { kind, path: "", map, asked: RefCell::default() }
     }
 
-    /// The value as it stands; none only where the key is absent.
+    /// Returns the value, which may be `null`; `None` only if the key is absent.
     pub(super) fn raw(&self, key: &str) -> Option<&'a Value> {
         let (key, value) = self.map.get_key_value(key)?;
         self.asked.borrow_mut().insert(key.clone());
         Some(value)
     }
 
-    /// Whether the key is there and is `null`.
+    /// Whether the key is present with the value `null`.
     pub(super) fn is_null(&self, key: &str) -> bool {
         self.raw(key).is_some_and(Value::is_null)
     }
@@ -65,24 +63,24 @@ impl<'a> Json<'a> {
         self.get(key, "a list", |value| value.as_array().map(Vec::as_slice))
     }
 
-    /// An object inside of this one; one without entries is as good as none.
+    /// Reads an object inside this one. An empty one counts as absent.
     pub(super) fn object(&self, key: &'static str) -> Result<Option<Self>, String> {
         let inner = |map| Self { path: key, ..Self::new(self.kind, map) };
         let object = self.get(key, "an object", |value| value.as_object().map(inner))?;
         Ok(object.filter(|object| !object.map.is_empty()))
     }
 
-    /// The first key whose value is an object itself.
+    /// Returns the first key whose value is an object.
     pub(super) fn nested(&self) -> Option<&'a str> {
         self.map.iter().find(|(_, value)| value.is_object()).map(|(key, _)| key.as_str())
     }
 
-    /// A number from 0 on.
+    /// Reads a non-negative integer.
     pub(super) fn optional_number_of(&self, key: &str) -> Result<Option<usize>, String> {
         self.get(key, "a whole number", |value| value.as_u64().and_then(|value| usize::try_from(value).ok()))
     }
 
-    /// A size from 1 to a limit.
+    /// Reads a size from 1 to `limit`.
     pub(super) fn optional_size(&self, key: &str, limit: usize) -> Result<Option<usize>, String> {
         match self.optional_number_of(key)? {
             Some(size) if size == 0 || size > limit => {
@@ -96,7 +94,7 @@ impl<'a> Json<'a> {
         self.optional_size(key, limit)?.ok_or_else(|| format!("`{key}` is missing"))
     }
 
-    /// Tokens: a number or a list of them. None only where the key is absent.
+    /// Reads a token or a list of tokens; `None` only if the key is absent.
     pub(super) fn tokens(&self, key: &str) -> Result<Option<Vec<u32>>, String> {
         let one = |value: &Value| {
             let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
@@ -110,13 +108,13 @@ impl<'a> Json<'a> {
         }
     }
 
-    /// Refuses a value that is not the one given, where there is any.
+    /// Rejects a value other than `known`, if there is one.
     pub(super) fn only(&self, key: &str, known: impl Into<Value>) -> Result<(), String> {
         let known = known.into();
         self.each(key, |value| *value == known || value.as_f64().is_some_and(|x| known.as_f64() == Some(x)))
     }
 
-    /// Refuses a value that is not as it has to be, where there is any.
+    /// Rejects a value for which `fine` is false, if there is one.
     pub(super) fn each(&self, key: &str, fine: impl Fn(&Value) -> bool) -> Result<(), String> {
         match self.raw(key) {
             Some(value) if !value.is_null() && !fine(value) => Err(self.not_known(key, value)),
@@ -124,8 +122,7 @@ impl<'a> Json<'a> {
         }
     }
 
-    /// Refuses the first key that nobody has asked for and that is not among those without
-    /// influence.
+    /// Rejects the first key that was not read and is not in `ignored`.
     pub(super) fn finish(&self, ignored: &[&[&str]]) -> Result<(), String> {
         let asked = self.asked.borrow();
         let known = |key: &str| asked.contains(key) || ignored.iter().any(|keys| keys.contains(&key));

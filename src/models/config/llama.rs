@@ -1,4 +1,4 @@
-//! Llama and its relatives: Mistral, Ministral, Qwen2, Qwen3.
+//! Llama, Mistral, Ministral, Qwen2 and Qwen3.
 
 use super::{
     DecoderConfig, DecoderNames, HUGE, LayerChoices, MANY, activation, checked, common, ignored, json::Json,
@@ -6,13 +6,13 @@ use super::{
 };
 use crate::{
     kernels::{AttentionChoices, NormKind},
-    parallel::{AttentionConfig, BlockConfig, BlockNames, NormPlacement, QkNorm},
+    parallel::{AttentionConfig, BlockConfig, BlockNames, QkNorm},
 };
 use serde_json::Value;
 
-/// What transformers' classes take where a configuration says nothing.
+/// The defaults of transformers' classes for missing keys.
 struct Defaults {
-    /// Where it is null, the number of query heads.
+    /// `None` for the number of query heads, which a `null` in the file also means.
     kv_heads: Option<usize>,
     /// The features of a head, if that is not hidden / heads.
     head_dim: Option<usize>,
@@ -63,7 +63,7 @@ pub(super) fn read(kind: &str, json: &Json<'_>, text: &str) -> Result<DecoderCon
         None => usual.kv_heads.unwrap_or(heads),
     };
     let context = json.optional_size("max_position_embeddings", HUGE)?.unwrap_or(usual.context);
-    // Only two of the families can have biases; those that Qwen2 always has need not be named.
+    // Only two of the families have the option. Qwen2 always has biases of q, k and v.
     let bias = match kind {
         "llama" | "qwen3" => json.flag("attention_bias")?.unwrap_or(false),
         "qwen2" => false,
@@ -76,32 +76,29 @@ pub(super) fn read(kind: &str, json: &Json<'_>, text: &str) -> Result<DecoderCon
     let qk_norm = |name: &str| format!("self_attn.{name}_norm");
     let eps = json.number("rms_norm_eps")?.unwrap_or(1e-6);
     let norm = NormKind::RmsNorm { eps: positive("rms_norm_eps", eps)? };
-    let attention = AttentionConfig {
-        kv_heads,
-        head_dim,
-        choices: AttentionChoices::CAUSAL,
-        rope: Some(rope::rope(json, head_dim, context)?),
-        qk_norm: (kind == "qwen3").then(|| QkNorm { eps, q: qk_norm("q"), k: qk_norm("k") }),
-        qkv_bias: bias || kind == "qwen2",
-        out_bias: bias,
-        ..AttentionConfig::new(hidden, heads)
-    };
+    let attention = AttentionConfig::new(hidden, heads)
+        .with_kv_heads(kv_heads)
+        .with_head_dim(head_dim)
+        .with_choices(AttentionChoices::CAUSAL)
+        .with_rope(rope::rope(json, head_dim, context)?)
+        .with_qk_norm((kind == "qwen3").then(|| QkNorm::new(eps, &qk_norm("q"), &qk_norm("k"))))
+        .with_qkv_bias(bias || kind == "qwen2")
+        .with_out_bias(bias);
     let choices = |window| LayerChoices {
         attention: AttentionChoices { window, ..AttentionChoices::CAUSAL },
         rope: attention.rope.clone(),
     };
     let layers: Vec<_> = windows(kind, json, layers, usual.window)?.into_iter().map(choices).collect();
     let first = layers.first().map_or(AttentionChoices::CAUSAL, |layer| layer.attention);
-    let block = BlockConfig {
-        attention: AttentionConfig { choices: first, ..attention },
-        ffn: json.size("intermediate_size", HUGE)?,
-        gated: true,
-        activation: activation(json, "hidden_act", "silu")?,
-        mlp_bias,
+    let block = BlockConfig::new(
+        attention.with_choices(first),
+        json.size("intermediate_size", HUGE)?,
+        activation(json, "hidden_act", "silu")?,
         norm,
-        placement: NormPlacement::Pre,
-        names: BlockNames::llama(),
-    };
+    )
+    .with_gate(true)
+    .with_mlp_bias(mlp_bias)
+    .with_names(BlockNames::llama());
     let config = DecoderConfig {
         vocabulary: json.size("vocab_size", HUGE)?,
         positions: None,
@@ -128,7 +125,7 @@ pub(super) fn read(kind: &str, json: &Json<'_>, text: &str) -> Result<DecoderCon
     Ok(config)
 }
 
-/// Each layer's window. Where the key is absent it is `usual`, where it is null there is none.
+/// Reads each layer's window. A missing key means `usual`, `null` means no window.
 fn windows(kind: &str, json: &Json<'_>, layers: usize, usual: usize) -> Result<Vec<Option<usize>>, String> {
     if kind == "llama" {
         json.each("sliding_window", |_| false)?;
@@ -140,7 +137,7 @@ fn windows(kind: &str, json: &Json<'_>, layers: usize, usual: usize) -> Result<V
     }
     let window = json.optional_size("sliding_window", HUGE)?;
     let usual = (!json.is_null("sliding_window")).then_some(usual);
-    // The first layers of Qwen's have no window.
+    // The first layers of Qwen2 and Qwen3 have no window.
     let (used, first) = match kind {
         "qwen2" | "qwen3" => (
             json.flag("use_sliding_window")?.unwrap_or(false),

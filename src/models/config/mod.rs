@@ -1,7 +1,6 @@
-//! Hugging Face's `config.json`: what a model is. It comes from elsewhere, so that nothing in it is
-//! believed: every number has a limit, and every key is read, or known to have no influence
-//! (`ignored.rs`), or refused by its name. A file for each family; what a configuration leaves out
-//! is what transformers' class of that family takes.
+//! Hugging Face's `config.json`. The file is not trusted: every number has a limit, and every key
+//! is read, known to have no influence (`ignored.rs`), or rejected by its name. There is a Rust
+//! file for each family. Missing keys have the defaults of transformers' class of that family.
 
 mod bert;
 mod gpt2;
@@ -29,17 +28,18 @@ use std::{
 /// The families, by `model_type`.
 const KNOWN: [&str; 7] = ["llama", "mistral", "ministral", "qwen2", "qwen3", "gpt2", "bert"];
 
-/// The longest configuration that is read, in bytes.
+/// The largest size of a configuration, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// The most layers, heads, and features of a head.
+/// The largest number of layers, of heads, and of features of a head.
 const MANY: usize = 1 << 16;
 
-/// The most features, words and positions. Products of two are far from overflow.
+/// The largest number of features, words and positions. Products of two are far from overflow.
 const HUGE: usize = 1 << 28;
 
-/// A model that this crate has.
+/// The configuration of a model of this crate.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum ModelConfig {
     /// A causal language model: [`super::Decoder`].
     Decoder(DecoderConfig),
@@ -47,54 +47,81 @@ pub enum ModelConfig {
     Bert(BertConfig),
 }
 
-/// What a [`super::Decoder`] is: Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2 differ in these
-/// choices alone.
+/// The configuration of a [`super::Decoder`]. Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2
+/// differ only in these fields.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct DecoderConfig {
-    /// The number of words.
+    /// The number of tokens in the vocabulary.
     pub vocabulary: usize,
     /// The rows of the table of learned positions, if there is one.
     pub positions: Option<usize>,
-    /// The most tokens of a sequence that the model was made for, if it says.
+    /// The longest sequence that the model was made for, if the file says it.
     pub context: Option<usize>,
     /// Whether the output head is the embedding's table.
     pub tied: bool,
-    /// What all blocks have in common. Its attention's choices and rope must be those of a layer.
+    /// The common configuration of all blocks. Its attention's choices and rope must be those of
+    /// some layer.
     pub block: BlockConfig,
     /// The choices of each block.
     pub layers: Vec<LayerChoices>,
     /// The probability of dropout on the embeddings, in training by [`super::DecoderEnds`]. 0 in
     /// every configuration read from a file.
     pub dropout: f64,
-    /// How many of the first blocks keep only their input and recompute their forward in the
+    /// The number of first blocks that save only their input and recompute their forward in the
     /// backward ([`Recompute`](crate::parallel::Recompute)). 0 in every configuration read from a
     /// file.
     pub recomputed: usize,
-    /// What the tensors around the blocks are called.
+    /// The names of the tensors outside the blocks.
     pub names: DecoderNames,
     /// Whether the blocks' matrices are stored as `[in, out]` (GPT-2's `Conv1D`).
     pub transposed: bool,
-    /// The word whose embedding gets no gradient by being looked up (`pad_token_id`), if there is one.
+    /// The id whose lookup adds nothing to the embedding's gradient (`pad_token_id`), if there is
+    /// one.
     pub padding: Option<u32>,
     /// The tokens that end a text, by `config.json` and `generation_config.json`.
     pub ends: Vec<u32>,
-    /// The configuration as it was read; a saved model gets it, with the `dtype` of its weights.
-    /// Empty if it was not read.
+    /// The text of the configuration, which a saved model gets with the `dtype` of its weights.
+    /// Empty if the configuration was not read from a file.
     pub json: String,
 }
 
-/// What may differ from one block of a decoder to the next.
+/// The options that may differ between the blocks of a decoder.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct LayerChoices {
-    /// What a token sees, and the scale of scores.
+    /// The mask and the scale of scores.
     pub attention: AttentionChoices,
-    /// How q and k are turned by their positions, if they are.
+    /// The rotary embedding of q and k, if there is one.
     pub rope: Option<RopeConfig>,
 }
 
+impl LayerChoices {
+    /// Makes the options of a block.
+    pub fn new(attention: AttentionChoices, rope: Option<RopeConfig>) -> Self {
+        Self { attention, rope }
+    }
+}
+
 impl DecoderConfig {
-    /// A decoder that no file describes, of `layers` equal blocks: tied, with the default names,
-    /// without learned positions, padding or tokens that end a text.
+    /// A decoder of `layers` equal blocks with a tied head and the default names, without learned
+    /// positions, padding or tokens that end a text.
+    ///
+    /// ```
+    /// use shardwise::{models::{Decoder, DecoderConfig}, prelude::*};
+    ///
+    /// let attention = AttentionConfig::new(8, 2).with_choices(AttentionChoices::CAUSAL);
+    /// let norm = NormKind::RmsNorm { eps: 1e-6 };
+    /// let block = BlockConfig::new(attention, 16, Activation::Silu, norm);
+    /// let mut config = DecoderConfig::new(11, block, 2);
+    /// config.positions = Some(4);
+    /// let group = Group::solo(&Cpu::new());
+    /// let model = Decoder::<Replicated, f32, _>::load(&group, &Random::normal(1, 0.1), &config)?;
+    /// let logits = model.infer(&[3, 1, 4, 1], Sequences::one(4))?;
+    /// assert_eq!(logits.shape().dims(), [4, 11]);
+    /// assert!(model.infer(&[3, 1, 4, 1, 5], Sequences::one(5)).is_err()); // four positions
+    /// # Ok::<(), shardwise::Error>(())
+    /// ```
     pub fn new(vocabulary: usize, block: BlockConfig, layers: usize) -> Self {
         let (attention, rope) = (block.attention.choices, block.attention.rope.clone());
         Self {
@@ -114,12 +141,12 @@ impl DecoderConfig {
         }
     }
 
-    /// The features of the residual stream.
+    /// Returns the number of features of the residual stream.
     pub fn hidden(&self) -> usize {
         self.block.attention.hidden
     }
 
-    /// Refuses choices in `block` that no layer has: they would be ignored without a word.
+    /// Rejects choices in `block` that no layer has, because they would be ignored silently.
     pub(super) fn check_layers(&self) -> Result<()> {
         let AttentionConfig { choices, rope, .. } = &self.block.attention;
         let is_common = |layer: &LayerChoices| layer.attention == *choices && layer.rope == *rope;
@@ -130,7 +157,7 @@ impl DecoderConfig {
         Err(Error::invalid("decoder", reason))
     }
 
-    /// The configuration of a layer's block: the common one with the choices of the layer.
+    /// Returns the configuration of a layer's block: the common one with the choices of the layer.
     ///
     /// # Panics
     /// When there is no such layer.
@@ -142,10 +169,11 @@ impl DecoderConfig {
     }
 }
 
-/// What the tensors around the blocks of a decoder are called.
+/// The names of the tensors outside the blocks of a decoder.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DecoderNames {
-    /// What stands before all names but the head's, in checkpoints of whole language models. Those
+    /// The prefix of all names but the head's in checkpoints of whole language models. Checkpoints
     /// of bare models lack it.
     pub prefix: &'static str,
     /// The embedding.
@@ -156,7 +184,7 @@ pub struct DecoderNames {
     pub blocks: &'static str,
     /// The last normalization.
     pub norm: &'static str,
-    /// The head, where it is not tied.
+    /// The head, if it is not tied.
     pub head: &'static str,
 }
 
@@ -174,10 +202,11 @@ impl Default for DecoderNames {
     }
 }
 
-/// What a [`super::Bert`] is.
+/// The configuration of a [`super::Bert`].
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct BertConfig {
-    /// The number of words.
+    /// The number of tokens in the vocabulary.
     pub vocabulary: usize,
     /// The number of blocks.
     pub layers: usize,
@@ -185,33 +214,49 @@ pub struct BertConfig {
     pub positions: usize,
     /// The number of token types.
     pub types: usize,
-    /// The word whose embedding gets no gradient by being looked up (`pad_token_id`), if there is one.
+    /// The id whose lookup adds nothing to the embedding's gradient (`pad_token_id`), if there is
+    /// one.
     pub padding: Option<u32>,
     /// The blocks.
     pub block: BlockConfig,
-    /// The configuration as it was read; a saved model gets it, with the `dtype` of its weights.
+    /// The text of the configuration, which a saved model gets with the `dtype` of its weights.
+    /// Empty if the configuration was not read from a file.
     pub json: String,
 }
 
+impl BertConfig {
+    /// An encoder of `layers` equal blocks, with tables of these numbers of positions and token
+    /// types, without padding.
+    pub fn new(
+        vocabulary: usize,
+        (positions, types): (usize, usize),
+        block: BlockConfig,
+        layers: usize,
+    ) -> Self {
+        Self { vocabulary, layers, positions, types, padding: None, block, json: String::new() }
+    }
+}
+
 impl ModelConfig {
-    /// Reads `config.json` of a checkpoint's folder, or the file itself. In a folder, the tokens
-    /// that end a text are those of `config.json` and those of `generation_config.json`, where that
-    /// is there. Where a save was killed, it is the configuration of the weights that are there: see
+    /// Reads `config.json` of a checkpoint's folder, or the file itself. In a folder, also reads
+    /// the tokens that end a text from `generation_config.json`, if it exists. After an interrupted
+    /// save, reads the configuration of the weights that are in place: see
     /// [`crate::weights::Save`].
     ///
-    /// Keys that change nothing are passed over. Among them are the probabilities of dropout: the
-    /// models here have none, and are trained without. A key that is not known is refused, since it
-    /// may change what the model computes.
+    /// Ignores keys that change nothing. Among them are the probabilities of dropout, which the
+    /// models of this crate do not have, not even in training. Rejects unknown keys, since they may
+    /// change what the model computes.
     ///
     /// # Errors
-    /// [`Error::Io`] when a file cannot be read; [`Error::Config`] when it is longer than 1 MiB, is
-    /// no such configuration, has a key or a value that is not known and may change the result, or
-    /// is of a model that this crate does not have.
+    /// [`Error::Io`] when a file cannot be read. [`Error::Config`] when it is longer than 1 MiB, is
+    /// not such a configuration, has an unknown key or value that may change the result, or
+    /// describes a model that this crate does not have.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let (config, generation) = match path.is_dir() {
-            true => (weights::config(path), Some(path.join("generation_config.json"))),
-            false => (path.into(), None),
+        let (config, generation) = if path.is_dir() {
+            (weights::config(path), Some(path.join("generation_config.json")))
+        } else {
+            (path.into(), None)
         };
         let ends = match generation.filter(|path| path.exists()) {
             Some(path) => {
@@ -223,16 +268,16 @@ impl ModelConfig {
         Self::with_ends(&text(&config)?, ends).map_err(|reason| Error::Config { path: config, reason })
     }
 
-    /// The model that a configuration describes.
+    /// Parses the text of a `config.json`.
     ///
     /// # Errors
-    /// What is wrong with it, in words.
+    /// A description of the first problem.
     pub fn parse(text: &str) -> Result<Self, String> {
         Self::with_ends(text, Vec::new())
     }
 
-    /// The same, with more tokens that end a text. Where these are all that is said, the class's
-    /// own does not count.
+    /// Parses the text, and adds tokens that end a text. If the text itself has none, the class's
+    /// default is dropped.
     fn with_ends(text: &str, more: Vec<u32>) -> Result<Self, String> {
         let map = object(text)?;
         let kind = match map.get("model_type") {
@@ -262,9 +307,9 @@ impl ModelConfig {
     }
 }
 
-/// A configuration that says in which element the weights are stored: under `torch_dtype` where it
-/// has only that key, which is the older one, else under `dtype`. Unchanged if it says so already,
-/// or is no JSON object.
+/// Sets the element type of the stored weights in a configuration: under `torch_dtype`, the older
+/// key, if it has only that, else under `dtype`. Returns the text unchanged if it has the value, or
+/// is not a JSON object.
 pub(super) fn stored_as(text: &str, dtype: DType) -> String {
     let Ok(Value::Object(mut json)) = serde_json::from_str(text) else { return text.into() };
     let name = Value::from(match dtype {
@@ -284,11 +329,11 @@ pub(super) fn stored_as(text: &str, dtype: DType) -> String {
     if changed { format!("{:#}\n", Value::Object(json)) } else { text.into() }
 }
 
-/// The text of a configuration.
+/// Reads the text of a configuration.
 fn text(path: &Path) -> Result<String> {
     let io = |error: io::Error| Error::io(path, &error);
     let bad = |reason: String| Error::Config { path: path.into(), reason };
-    // Before opening: to open a pipe waits for its writer.
+    // Checked before opening, because opening a pipe waits for its writer.
     if !fs::metadata(path).map_err(io)?.is_file() {
         return Err(Error::no_file(path));
     }
@@ -305,15 +350,15 @@ fn text(path: &Path) -> Result<String> {
     String::from_utf8(bytes).map_err(|_| no_config("no text"))
 }
 
-/// The object that a text describes.
+/// Parses a JSON object.
 fn object(text: &str) -> Result<Map<String, Value>, String> {
     let value = serde_json::from_str(text).map_err(|error| {
-        // Python writes numbers that JSON does not have.
+        // Python writes NaN and infinities, which JSON does not have.
         let line = text.lines().nth(error.line().saturating_sub(1)).unwrap_or_default();
         let from = error.column().saturating_sub(2);
         let here = line.get(from..).unwrap_or_default().trim_start_matches([':', ' ', '[', ',']);
-        let word = ["-Infinity", "Infinity", "NaN"].into_iter().find(|word| here.starts_with(word));
-        word.map_or_else(|| error.to_string(), |word| format!("JSON has no {word}: {error}"))
+        let number = ["-Infinity", "Infinity", "NaN"].into_iter().find(|number| here.starts_with(number));
+        number.map_or_else(|| error.to_string(), |number| format!("JSON has no {number}: {error}"))
     })?;
     match value {
         Value::Object(map) => Ok(map),
@@ -321,14 +366,14 @@ fn object(text: &str) -> Result<Map<String, Value>, String> {
     }
 }
 
-/// What every family's configuration is asked for.
+/// Checks the keys that all families have.
 fn common(json: &Json<'_>, causal: bool, architectures: &[&str]) -> Result<(), String> {
     json.raw("model_type");
     if let Some(quantized) = json.object("quantization_config")? {
         let method = quantized.text("quant_method")?.unwrap_or("a method without a name").escape_debug();
         return Err(format!("`quantization_config`: weights quantized by `{method}` are not known"));
     }
-    // Other classes put other heads on the model, and some attend in another way.
+    // Other classes have other heads, and some compute attention differently.
     let known = |name: &Value| architectures.iter().any(|known| name == known);
     json.each("architectures", |value| value.as_array().is_some_and(|all| all.iter().all(known)))?;
     json.only("is_causal", causal)?;
@@ -338,7 +383,7 @@ fn common(json: &Json<'_>, causal: bool, architectures: &[&str]) -> Result<(), S
     json.only("pruned_heads", Map::new())
 }
 
-/// Refuses sizes that no attention has.
+/// Rejects sizes that no attention layer can have.
 fn checked(block: BlockConfig) -> Result<BlockConfig, String> {
     let AttentionConfig { hidden, heads, kv_heads, head_dim, .. } = block.attention;
     if kv_heads > heads || !heads.is_multiple_of(kv_heads) {
@@ -370,8 +415,8 @@ fn positive(key: &str, value: f64) -> Result<f64, String> {
     Err(format!("`{key}` is {value}"))
 }
 
-/// `pad_token_id`: null for none, or else `usual`; a negative one counts from the end of the
-/// vocabulary, as in torch.
+/// Reads `pad_token_id`: `null` means none, a missing key means `usual`. A negative id counts from
+/// the end of the vocabulary, as in PyTorch.
 fn padding(json: &Json<'_>, usual: Option<u32>) -> Result<Option<u32>, String> {
     let Some(value) = json.raw("pad_token_id") else { return Ok(usual) };
     if value.is_null() {

@@ -7,11 +7,11 @@ use crate::{
 };
 use serde_json::Map;
 
-/// The rotary embedding: `rope_parameters`, or as it was before that, `rope_theta` and
-/// `rope_scaling`. Of both, transformers takes `rope_scaling`.
+/// Reads the rotary embedding: `rope_parameters`, or in older files `rope_theta` and
+/// `rope_scaling`. If there are both, transformers takes `rope_scaling`.
 ///
-/// `partial_rotary_factor` may be 1 only: transformers' models of these families turn all features
-/// of a head, or fail.
+/// `partial_rotary_factor` must be 1: transformers' models of these families rotate all features of
+/// a head, or fail.
 pub(super) fn rope(json: &Json<'_>, head_dim: usize, context: usize) -> Result<RopeConfig, String> {
     let (new, old) = (json.object("rope_parameters")?, json.object("rope_scaling")?);
     let empty = Map::new();
@@ -22,8 +22,8 @@ pub(super) fn rope(json: &Json<'_>, head_dim: usize, context: usize) -> Result<R
     for json in [json, &inner] {
         json.only("partial_rotary_factor", 1.0)?;
     }
-    let (own, beside) = (inner.number("rope_theta")?, json.number("rope_theta")?);
-    let base = positive("rope_theta", own.or(beside).unwrap_or(10000.0))?;
+    let (own, outer) = (inner.number("rope_theta")?, json.number("rope_theta")?);
+    let base = positive("rope_theta", own.or(outer).unwrap_or(10000.0))?;
     let (kind, before) = (inner.text("rope_type")?, inner.text("type")?);
     let kind = kind.or(before).unwrap_or("default");
     let scaling = scaling(json, &inner, kind, context)?;
@@ -36,16 +36,16 @@ fn scaling(json: &Json<'_>, inner: &Json<'_>, kind: &str, context: usize) -> Res
         let factor = inner.number("factor")?;
         positive("factor", factor.ok_or_else(|| format!("rope of type `{kind}` without a `factor`"))?)
     };
-    // The length of the training, which only some types look at: beside the parameters, in them, or
-    // the model's.
+    // The trained length, which some types need: next to the rope parameters, in them, or the
+    // model's context.
     let key = "original_max_position_embeddings";
-    let (beside, own) = (json.optional_size(key, HUGE)?, inner.optional_size(key, HUGE)?);
-    let trained = beside.or(own).unwrap_or(context);
+    let (outer, own) = (json.optional_size(key, HUGE)?, inner.optional_size(key, HUGE)?);
+    let trained = outer.or(own).unwrap_or(context);
     let number = |key: &str, usual: f64| Ok::<_, String>(inner.number(key)?.unwrap_or(usual));
     Ok(match kind {
         "default" => RopeScaling::None,
         "linear" => RopeScaling::Linear { factor: factor()? },
-        // Transformers goes by the model's length, and so there must be no other.
+        // Transformers uses the model's context here, so another length is an error.
         "dynamic" if trained != context => {
             return Err(format!(
                 "rope of type `dynamic` with `{key}` of {trained}, but `max_position_embeddings` is {context}"

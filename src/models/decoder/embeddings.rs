@@ -1,5 +1,6 @@
 //! The embeddings of a decoder.
 
+use super::super::DecoderConfig;
 use crate::{
     comm::Group,
     device::{Device, Element},
@@ -13,9 +14,7 @@ use crate::{
     tensor::{Param, Weights},
 };
 
-use super::super::DecoderConfig;
-
-/// x = dropout(E\[ids\] + P\[positions\]): ids → S. P only where the model has learned positions.
+/// x = dropout(E\[ids\] + P\[positions\]): ids → S. Without learned positions, there is no P.
 #[derive(Debug)]
 pub(super) struct Embeddings<S: ResidualStream, T: Element, B: Device> {
     pub(super) words: VocabParallelEmbedding<S, T, B>,
@@ -83,7 +82,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Embeddings<S, T, B> {
         self.words.backward(&saved.rows, dx)
     }
 
-    /// The table of words, then that of positions.
+    /// Returns the table of words, then that of positions.
     pub(super) fn params(&self) -> Vec<Param<T, B>> {
         let positions = self.positions.iter().flat_map(Layer::params);
         self.words.params().into_iter().chain(positions).collect()

@@ -1,4 +1,4 @@
-//! A decoder in a pipeline.
+//! The first and last stage of a decoder in a pipeline.
 
 use super::{Decoder, embeddings::EmbeddingsSaved};
 use crate::{
@@ -9,13 +9,12 @@ use crate::{
     train::{Microbatch, PipelineEnds},
 };
 
-/// The two ends of a [`Decoder`] in a [`Pipeline`](crate::train::Pipeline): the first stage embeds
-/// ids, and behind the last one stand the head and a cross entropy.
+/// The two ends of a [`Decoder`] in a [`Pipeline`](crate::train::Pipeline): the embedding of ids in
+/// the first stage, and the head and a cross entropy after the last one.
 ///
-/// The gradient is that of `scale` times the sum of all tokens' losses: with a scale of one over
-/// the number of tokens of the whole batch, that of their mean. Without a scale nothing is trained,
-/// and nothing dropped:
-/// [`Pipeline::evaluate`](crate::train::Pipeline::evaluate).
+/// The gradient is that of `scale` times the sum of all tokens' losses. With a scale of one over
+/// the number of tokens of the whole batch, it is that of the mean loss. Without a scale there is
+/// no backward and no dropout: [`Pipeline::evaluate`](crate::train::Pipeline::evaluate).
 pub struct DecoderEnds<'a, S: ResidualStream, T: Element, B: Backend> {
     model: &'a Decoder<S, T, B>,
     tokens: Vec<Tokens<'a>>,
@@ -25,17 +24,18 @@ pub struct DecoderEnds<'a, S: ResidualStream, T: Element, B: Backend> {
     losses: Vec<f64>,
 }
 
-/// The ids of a microbatch and their targets.
+/// The ids and targets of a microbatch.
 #[derive(Clone, Copy, Debug)]
 pub struct Tokens<'a> {
-    /// One id for each row.
+    /// One id per row.
     pub ids: &'a [u32],
-    /// For each id, the one that should follow.
+    /// For each id, the id that follows.
     pub targets: &'a [u32],
 }
 
 impl<'a, S: ResidualStream, T: Element, B: Backend> DecoderEnds<'a, S, T, B> {
-    /// The ends for microbatches of these tokens, which are the same on every rank of a replica.
+    /// Makes the ends for microbatches of these tokens, which are the same on every rank of a
+    /// replica.
     pub fn new(
         model: &'a Decoder<S, T, B>,
         tokens: Vec<Tokens<'a>>,
@@ -46,8 +46,8 @@ impl<'a, S: ResidualStream, T: Element, B: Backend> DecoderEnds<'a, S, T, B> {
         Self { model, tokens, loss, scale, saved, losses }
     }
 
-    /// The sum of the losses of each microbatch's tokens; 0 where this rank does not hold the last
-    /// stage.
+    /// Returns the sum of the losses of each microbatch's tokens; 0 if this rank does not have the
+    /// last stage.
     pub fn losses(&self) -> &[f64] {
         &self.losses
     }

@@ -24,19 +24,20 @@ use crate::{
 use embeddings::{Embeddings, EmbeddingsSaved};
 use std::{ops::Range, path::Path};
 
-/// The ends of names that old checkpoints have for what is no parameter: frequencies and masks.
+/// Suffixes of the names of buffers in old checkpoints: frequencies and masks, not parameters.
 const BUFFERS: [&str; 3] = [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
 
-/// A causal language model: logits = head(norm(blocks(embedding(ids)))), with learned positions
-/// added where the model has them. Llama, Mistral, Qwen2, Qwen3 and GPT-2, by [`DecoderConfig`].
+/// logits = head(norm(blocks(embedding(ids)))): a causal language model, with learned positions
+/// added to the embedding if the model has them. Llama, Mistral, Qwen2, Qwen3 and GPT-2, by
+/// [`DecoderConfig`].
 ///
-/// * Ids: the same on every rank. Logits: [`Shard<1>`], `[tokens, vocabulary]`, cut over the ranks
-///   as evenly as words allow, never gathered.
-/// * Collectives forward: S leaving for the embedding, two entering and two leaving a block, S
-///   entering for the head.
-/// * Trains ([`Decoder::forward`], [`Decoder::backward`]), with either stream; generates
+/// * Ids: the same on every rank. Logits: [`Shard<1>`], `[tokens, vocabulary]`, as even as whole
+///   tokens allow, never gathered.
+/// * Collectives forward: S leaving for the embedding, two S entering and two S leaving per block,
+///   S entering for the head.
+/// * Training ([`Decoder::forward`], [`Decoder::backward`]) with either residual stream; generation
 ///   ([`Decoder::step`]) with `Replicated`.
-/// * [`Decoder::load_stages`] reads the stages of one rank of a pipeline; [`DecoderEnds`] runs them
+/// * [`Decoder::load_stages`] reads the stages of one rank of a pipeline. [`DecoderEnds`] runs them
 ///   in a [`Pipeline`](crate::train::Pipeline).
 #[derive(Debug)]
 pub struct Decoder<S: ResidualStream, T: Element, B: Device> {
@@ -62,30 +63,30 @@ pub struct DecoderSaved<S: ResidualStream, T: Element, B: Backend> {
 }
 
 impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
-    /// Reads this rank's part of a checkpoint of a language model, or of the bare model without its
-    /// head.
+    /// Reads this rank's shard of a checkpoint of a language model, or of the bare model without
+    /// its head.
     ///
-    /// A tied model may come with a head, if that is the embedding's table once more. Collectives:
-    /// an all-reduce of one element where that is so.
+    /// The checkpoint of a tied model may contain a head that equals the embedding's table.
+    /// Collective: in this case an all-reduce of one element.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, the source has tensors of the model that
-    /// nothing has read or a head that is not the tied table (each names them), no layer has the
-    /// choices of the configuration's `block`, there are fewer heads or words than ranks,
-    /// or a collective fails.
+    /// When a tensor is missing or has another shape, the source has tensors of the model that no
+    /// parameter has read or a head that differs from the tied table (the error names them), no
+    /// layer has the choices of the configuration's `block`, there are fewer heads or tokens in the
+    /// vocabulary than ranks, or a collective fails.
     #[track_caller]
     pub fn load(group: &Group<B>, source: &dyn WeightSource, config: &DecoderConfig) -> Result<Self> {
         Self::load_stages(group, source, config, &Schedule::gpipe(1, 1), 0)
     }
 
-    /// Reads this rank's part of the stages that rank `pipeline_rank` of a pipeline holds. Blocks
-    /// are dealt to the stages as evenly as their number allows. The first rank also holds the
-    /// embeddings, the last one the final normalization and the head.
+    /// Reads this rank's shard of the stages of rank `pipeline_rank` of a pipeline. The blocks are
+    /// divided over the stages as evenly as possible. The first rank also has the embeddings, the
+    /// last one the final normalization and the head.
     ///
-    /// Where a tied model has its two ends on different ranks, each holds the table, the last one
-    /// as a copy that is not saved. Give [`Decoder::tied`] to
-    /// [`Pipeline::sum_tied`](crate::train::Pipeline::sum_tied) once a step: after the last
-    /// backward, and before norms and the optimizer.
+    /// If the two ends of a tied model are on different ranks, each has the table. The last one has
+    /// it as a copy that is not saved. Pass [`Decoder::tied`] to
+    /// [`Pipeline::sum_tied`](crate::train::Pipeline::sum_tied) once per step: after the last
+    /// backward, before gradient norms and the optimizer.
     ///
     /// # Errors
     /// As [`Decoder::load`], and when the pipeline has no such rank, no chunks, or more stages than
@@ -116,7 +117,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
         if stages > 1 && layers < stages {
             return Err(Error::sizes("decoder", "the number of blocks", layers, "that of stages", stages));
         }
-        let cut = Partition::even(layers, stages);
+        let of_stages = Partition::even(layers, stages);
         let in_block = format!(".{}.", config.names.blocks);
         let stored_transposed = |name: &str| config.transposed && is_in(name, &in_block);
         let source = Transposed::new(source, stored_transposed);
@@ -133,22 +134,21 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
             let block = TransformerBlock::load(group, &weights, &config.block(layer))?;
             Ok(Recompute::when(layer < config.recomputed, block))
         };
-        let ranges = (0..schedule.chunks()).map(|chunk| cut.range(schedule.stage(rank, chunk)));
+        let ranges = (0..schedule.chunks()).map(|chunk| of_stages.range(schedule.stage(rank, chunk)));
         let ranges: Vec<_> = ranges.collect();
         let chunks = ranges.iter().map(|range| range.clone().map(block).collect()).collect::<Result<_>>()?;
-        let head = match rank + 1 == ranks {
-            true => {
-                let table = embeddings.as_ref().map(|embeddings| &embeddings.words);
-                Some(load_head(group, (&weights, &model), config, table)?)
-            }
-            false => None,
+        let head = if rank + 1 == ranks {
+            let table = embeddings.as_ref().map(|embeddings| &embeddings.words);
+            Some(load_head(group, (&weights, &model), config, table)?)
+        } else {
+            None
         };
         let head_name = weights.at(names.head).name("weight");
-        let roots: Vec<String> = match bare {
-            true => [names.embedding, names.positions, names.blocks, names.norm, names.head]
-                .map(|name| model.name(name))
-                .into(),
-            false => vec![names.prefix.into(), names.head.into()],
+        let roots: Vec<String> = if bare {
+            let roots = [names.embedding, names.positions, names.blocks, names.norm, names.head];
+            roots.map(|name| model.name(name)).into()
+        } else {
+            vec![names.prefix.into(), names.head.into()]
         };
         let others = Others {
             blocks: format!("{}.", model.name(names.blocks)),
@@ -166,7 +166,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
             .collect(),
         };
         let model = Self { group: group.clone(), config: config.clone(), embeddings, chunks, head };
-        // Random numbers have a tensor of every name.
+        // A source of random weights contains every name, so it must also list its names.
         let other_head = config.tied && source.names().is_some() && source.contains(&head_name);
         if let (true, Some(table)) = (other_head, model.tied()) {
             refuse_another_head(group, &source, &head_name, &table)?;
@@ -180,22 +180,22 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
         Ok(model)
     }
 
-    /// What the model is.
+    /// Returns the configuration.
     pub fn config(&self) -> &DecoderConfig {
         &self.config
     }
 
-    /// The ranks that share the model.
+    /// Returns the group whose ranks share the model.
     pub fn group(&self) -> &Group<B> {
         &self.group
     }
 
-    /// The blocks of each of this rank's stages: what [`Pipeline`](crate::train::Pipeline) runs.
+    /// Returns the blocks of each of this rank's stages, for [`Pipeline`](crate::train::Pipeline).
     pub fn chunks(&self) -> &[impl Layer<T, B, In = S, Out = S> + use<S, T, B>] {
         &self.chunks
     }
 
-    /// The weight that the embedding and the head share, where this rank holds either.
+    /// Returns the weight that the embedding and the head share, if this rank has either.
     pub fn tied(&self) -> Option<Param<T, B>> {
         if !self.config.tied {
             return None;
@@ -220,11 +220,11 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
         self.head.as_ref().ok_or_else(|| elsewhere("last"))
     }
 
-    /// The logits of the tokens that follow each of `ids`, which make up these sequences, and what
+    /// Computes the logits of the token after each of `ids`, which form these sequences, and what
     /// the backward needs.
     ///
     /// # Errors
-    /// When an id is beyond the vocabulary, sizes disagree, another rank holds an end of the model,
+    /// When an id is beyond the vocabulary, sizes disagree, another rank has an end of the model,
     /// the configuration has dropout (only [`DecoderEnds`] draws masks), or a collective fails.
     pub fn forward(
         &self,
@@ -244,7 +244,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
         Ok((logits, DecoderSaved { embeddings, chunks, head }))
     }
 
-    /// Adds to the gradients of all parameters, from the gradient of the logits.
+    /// Adds to the gradients of all parameters, given the gradient of the logits.
     ///
     /// # Errors
     /// When sizes disagree, or a collective fails.
@@ -254,10 +254,11 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
         self.first()?.backward(saved.embeddings, dx)
     }
 
-    /// The logits of [`Decoder::forward`] where no backward follows. Drops nothing.
+    /// Computes the logits of [`Decoder::forward`] without dropout, and without saving anything for
+    /// a backward.
     ///
     /// # Errors
-    /// As there, but for dropout.
+    /// As there, except for dropout.
     pub fn infer(&self, ids: &[u32], sequences: Sequences) -> Result<DTensor<Shard<1>, T, B>> {
         let (first, last) = (self.first()?, self.last()?);
         self.check_context(&sequences)?;
@@ -267,8 +268,8 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
         last.infer(x, &mut context)
     }
 
-    /// The parameters of this rank's stages, in the same order on every rank that shares them; a
-    /// tied table once.
+    /// Returns the parameters of this rank's stages, in the same order on every rank that shares
+    /// them. A tied table is listed once.
     pub fn params(&self) -> Vec<Param<T, B>> {
         let mut params = match &self.embeddings {
             Some(embeddings) => embeddings.params(),
@@ -282,14 +283,14 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
         params
     }
 
-    /// Saves the model to a folder, to be read here and by transformers: `config.json`, whose
-    /// `dtype` is that of the weights, and `model.safetensors`, or several files with an index.
-    /// Every rank calls it, and the first one writes. An older checkpoint there is replaced whole
-    /// or not at all: see [`Save`].
+    /// Saves the model to a folder that this crate and transformers can read: `config.json`, with
+    /// the `dtype` of the weights, and `model.safetensors`, or several files with an index. Every
+    /// rank calls it; the first one writes. An older checkpoint in the folder is replaced
+    /// completely or not at all: see [`Save`].
     ///
     /// # Errors
-    /// As [`Save::write`]. When another rank holds an end of the model, or its configuration was
-    /// not read from a file: [`weights::save`](crate::weights::save) saves the weights of either.
+    /// As [`Save::write`]. Also when another rank has an end of the model, or the configuration was
+    /// not read from a file: use [`weights::save`](crate::weights::save) then.
     #[track_caller]
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         self.first()?;
@@ -307,7 +308,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Decoder<S, T, B> {
     }
 }
 
-/// Every row of the sequences has a learned position.
+/// Checks that every row of the sequences has a learned position.
 pub(super) fn check_positions(op: &'static str, sequences: &Sequences, positions: usize) -> Result<()> {
     match (0..sequences.len()).find(|&at| sequences.end(at) > positions) {
         Some(at) => {
@@ -323,14 +324,14 @@ fn elsewhere(end: &str) -> Error {
     Error::invalid("decoder", reason)
 }
 
-/// What the other ranks of a pipeline read of a checkpoint.
+/// The tensors of a checkpoint that other ranks of a pipeline read.
 struct Others {
-    /// What the names of all blocks begin with, before their numbers.
+    /// The prefix of the names of all blocks, before their numbers.
     blocks: String,
     layers: usize,
     /// The blocks of this rank.
     own: Vec<Range<usize>>,
-    /// The ends of the model that this rank does not hold.
+    /// The names of the tensors at the ends of the model that this rank does not have.
     ends: Vec<String>,
 }
 
@@ -346,8 +347,8 @@ impl Others {
     }
 }
 
-/// The last normalization and the head: the table's, a copy of it where another rank has the table,
-/// or a weight of its own.
+/// Loads the last normalization and the head. The head's weight is the embedding's table, a copy of
+/// the table if another rank has it, or a separate weight.
 fn load_head<S: ResidualStream, T: Element, B: Backend>(
     group: &Group<B>,
     (weights, model): (&Weights<'_>, &Weights<'_>),
@@ -372,8 +373,8 @@ fn load_head<S: ResidualStream, T: Element, B: Backend>(
     Ok(Chain(norm, head))
 }
 
-/// Refuses a head that is not the embedding's table, to which the configuration ties it. Each rank
-/// compares its own rows; one that differs, or cannot be read, is an error on all.
+/// Rejects a head that differs from the embedding's table, to which the configuration ties it. Each
+/// rank compares its own rows. A row that differs or cannot be read is an error on every rank.
 #[track_caller]
 fn refuse_another_head<T: Element, B: Backend>(
     group: &Group<B>,
@@ -388,14 +389,14 @@ fn refuse_another_head<T: Element, B: Backend>(
         }
         let own = param.value()?.to_vec()?;
         let width = param.shape().cols();
-        for part in param.regions().iter() {
-            source.check(head, &part.region)?;
-            let mut other = vec![T::default(); part.region.extent().len()];
-            source.read(head, Role::Weight, &part.region, T::any_mut(other.as_mut_slice()))?;
+        for rows in param.regions().iter() {
+            source.check(head, &rows.region)?;
+            let mut other = vec![T::default(); rows.region.extent().len()];
+            source.read(head, Role::Weight, &rows.region, T::any_mut(other.as_mut_slice()))?;
             let equal =
                 |(a, b): (&T, &T)| a.to_f64() == b.to_f64() || (a.to_f64().is_nan() && b.to_f64().is_nan());
-            same &= own[part.row * width..].iter().zip(&other).all(equal);
-            table.clone_from(&part.tensor);
+            same &= own[rows.row * width..].iter().zip(&other).all(equal);
+            table.clone_from(&rows.tensor);
         }
         Ok(())
     };
@@ -413,14 +414,14 @@ fn refuse_another_head<T: Element, B: Backend>(
     Err(Error::invalid("decoder", reason))
 }
 
-/// Whether a name has a part such as `.h.`, at its beginning too.
-fn is_in(name: &str, part: &str) -> bool {
-    name.contains(part) || name.starts_with(&part[1..])
+/// Whether a name contains a path such as `.h.`, or begins with it without the first dot.
+fn is_in(name: &str, path: &str) -> bool {
+    name.contains(path) || name.starts_with(&path[1..])
 }
 
 impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
-    /// Refuses the second part of a prompt that should have been computed by other frequencies than
-    /// the first, in any layer.
+    /// Rejects the continuation of a prompt if a layer would have to compute it with other
+    /// frequencies than its beginning.
     fn check_dynamic(&self, sequences: &Sequences) -> Result<()> {
         let dynamic = |layer: &LayerChoices| match layer.rope {
             Some(RopeConfig { scaling: RopeScaling::DynamicNtk { trained, .. }, .. }) => Some(trained),
@@ -441,30 +442,30 @@ impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
         Ok(())
     }
 
-    /// An empty cache for `slots` sequences of up to `capacity` tokens. The first step allocates
-    /// the memory of keys and values.
+    /// Makes an empty cache for `slots` sequences of up to `capacity` tokens. The first step
+    /// allocates the memory of keys and values.
     ///
     /// # Errors
-    /// When there is no memory left for a number a slot.
+    /// When there is no memory for the lengths of the slots.
     pub fn cache(&self, slots: usize, capacity: usize) -> Result<KvCache<T, B>> {
         KvCache::new(slots, capacity)
     }
 
-    /// Appends tokens to slots of the cache, `counts[i]` of `ids` to slot `slots[i]`, and gives the
-    /// logits of what follows the last token of each: `[slots.len(), vocabulary]`.
+    /// Appends tokens to slots of the cache, `counts[i]` of `ids` to slot `slots[i]`. Returns the
+    /// logits of the token after the last one of each slot: `[slots.len(), vocabulary]`.
     ///
-    /// A long prompt may come in several steps, so that the memory of one is bounded; the result is
-    /// the same up to rounding.
+    /// A long prompt may be split over several steps to bound the memory of a step (chunked
+    /// prefill). The result is the same up to rounding.
     ///
-    /// With [`RopeScaling::DynamicNtk`] that holds up to the trained length. Beyond it, a step
-    /// computes by the frequencies of the length that it reaches, and keys and values of earlier
-    /// steps stay as they were made, as in transformers with a cache. So a prompt that is longer
-    /// has to come in one step; then the text goes on token by token.
+    /// With [`RopeScaling::DynamicNtk`] this holds up to the trained length. Beyond it, a step uses
+    /// the frequencies of the length that it reaches, while keys and values of earlier steps stay
+    /// as they are, as in transformers with a cache. A longer prompt must therefore come in one
+    /// step, and the text continue token by token.
     ///
     /// # Errors
     /// When a slot gets no token, tokens do not fit, an id is beyond the vocabulary, several tokens
     /// continue a text beyond the trained length of dynamic NTK scaling, or a collective fails. The
-    /// cache is then as before.
+    /// cache is then unchanged.
     pub fn step(
         &self,
         ids: &[u32],
@@ -481,7 +482,7 @@ impl<T: Element, B: Backend> Decoder<Replicated, T, B> {
         self.check_dynamic(&sequences)?;
         let x = first.infer(ids, sequences.clone(), &mut step)?;
         let mut x = self.chunks.infer(x, &mut step)?;
-        // The last tokens are all that is asked for.
+        // Only the last tokens need logits.
         if counts.iter().any(|&count| count > 1) {
             let last: Vec<u32> = sequences.iter().map(|rows| rows.end as u32 - 1).collect();
             x = DTensor::replicated(&self.group, x.local().rows(&last)?)?;

@@ -10,42 +10,43 @@ use crate::{
 };
 use std::ops::Range;
 
-/// The columns of a projection to key/value heads that leaves share. The output has a head once for
-/// each of the rank's leaves that touches it, the weight once.
+/// The columns of a projection to key/value heads that several leaves hold. The output has a copy
+/// of a head for each of the rank's leaves that uses it. The weight has the head once.
 ///
-/// * Forward: a head is multiplied once, and copied ([`Holders::spread`]).
-/// * Backward: the gradients of all copies are summed before anything else ([`Holders::merge`]).
-///   The leaf that owns a head multiplies the sum for dX; every rank that holds the head computes
-///   the same gradient of its rows from it.
+/// * Forward: multiplies a head once and copies it ([`Holders::spread`]).
+/// * Backward: first sums the gradients of all copies ([`Holders::merge`]). The leaf that owns a
+///   head multiplies the sum for dX. Every rank that holds the head computes the same gradient of
+///   its rows from the sum.
 ///
-/// Only heads that several ranks hold are moved.
+/// Only heads that several ranks hold are communicated.
 #[derive(Clone, Debug)]
-pub(in super::super) struct Holders {
-    /// How the weight's rows are cut over the ranks. A head that several ranks hold counts for
+pub(in crate::parallel) struct Holders {
+    /// The partition of the weight's rows over the ranks. A head that several ranks hold counts for
     /// each.
     rows: Partition,
-    /// The rank's heads of k and v, and its columns of q as if they were one.
-    held: Vec<Held>,
+    /// The rank's columns of q as one entry, then its heads of k and v.
+    heads: Vec<HeadColumns>,
     /// The columns of the output.
     columns: usize,
     /// The features of all heads that several ranks hold.
-    moved: usize,
+    communicated: usize,
 }
 
-/// Rows of the weight, and the columns that are products with them.
+/// Rows of the weight, and the output columns that are products with them.
 #[derive(Clone, Debug)]
-struct Held {
+struct HeadColumns {
     rows: Range<usize>,
-    /// The rank's leaves that hold them, and each one's columns.
-    holders: Vec<(usize, Range<usize>)>,
-    /// Where they stand among all that several ranks hold, if they are such.
-    at: Option<Range<usize>>,
+    /// The rank's leaves that hold the rows, and each one's columns.
+    copies: Vec<(usize, Range<usize>)>,
+    /// The range of the rows among all that are communicated, if several ranks hold them.
+    communicated: Option<Range<usize>>,
 }
 
 impl Holders {
-    /// The columns of a rank: its query heads, if `query`, then `kv` times (as keys, as values) the
-    /// key/value heads that its leaves hold. None if no head of the layer has several holders.
-    pub(in super::super) fn of(heads: &Heads, rank: usize, query: bool, kv: usize) -> Option<Self> {
+    /// Makes the columns of a rank: its query heads if `query`, then the key/value heads of its
+    /// leaves `kv` times (as keys, as values). Returns `None` if no head of the layer has several
+    /// holders.
+    pub(in crate::parallel) fn of(heads: &Heads, rank: usize, query: bool, kv: usize) -> Option<Self> {
         if heads.shared().is_empty() {
             return None;
         }
@@ -53,52 +54,57 @@ impl Holders {
         let queries = |rank| if query { heads.query_range(rank).len() } else { 0 };
         let size = |rank| (queries(rank) + kv * heads.kv_range(rank).len()) * dim;
         let across = |head: &usize| heads.holders(*head).len() > 1;
-        let moved: Vec<usize> = (0..heads.kv_heads()).filter(across).collect();
+        let communicated: Vec<usize> = (0..heads.kv_heads()).filter(across).collect();
 
         let (first, leaves) = (queries(rank) * dim, heads.kv_ranges(rank));
         let (mut column, mut row) = (first, first);
-        let mut held = vec![Held { rows: 0..row, holders: vec![(0, 0..column)], at: None }];
-        for part in 0..kv {
+        let mut all = vec![HeadColumns { rows: 0..row, copies: vec![(0, 0..column)], communicated: None }];
+        for projection in 0..kv {
             for head in heads.kv_range(rank) {
-                let mut holders = Vec::new();
-                // Leaves that hold a head follow each other, and so do its copies.
-                for (leaf, _) in leaves.iter().enumerate().filter(|(_, held)| held.contains(&head)) {
-                    holders.push((leaf, column..column + dim));
+                let mut copies = Vec::new();
+                // The leaves that hold a head are consecutive, and so are its copies.
+                for (leaf, _) in leaves.iter().enumerate().filter(|(_, heads)| heads.contains(&head)) {
+                    copies.push((leaf, column..column + dim));
                     column += dim;
                 }
-                let at = moved.binary_search(&head).ok().map(|at| (part * moved.len() + at) * dim);
-                held.push(Held { rows: row..row + dim, holders, at: at.map(|at| at..at + dim) });
+                let at = communicated.binary_search(&head).ok();
+                let at = at.map(|at| (projection * communicated.len() + at) * dim);
+                let communicated = at.map(|at| at..at + dim);
+                all.push(HeadColumns { rows: row..row + dim, copies, communicated });
                 row += dim;
             }
         }
         let rows = Partition::from_sizes((0..heads.ranks()).map(size));
-        Some(Self { rows, held, columns: column, moved: kv * moved.len() * dim })
+        Some(Self { rows, heads: all, columns: column, communicated: kv * communicated.len() * dim })
     }
 
-    /// How the weight's rows are cut over the ranks.
-    pub(in super::super) fn rows(&self) -> &Partition {
+    /// The partition of the weight's rows over the ranks.
+    pub(in crate::parallel) fn rows(&self) -> &Partition {
         &self.rows
     }
 
-    /// The output, given the product with the weight's rows: each column is copied to all its
+    /// Computes the output from the product with the weight's rows: copies each column to all its
     /// holders.
-    pub(in super::super) fn spread<T: Element, B: Backend>(&self, y: Tensor<T, B>) -> Result<Tensor<T, B>> {
+    pub(in crate::parallel) fn spread<T: Element, B: Backend>(
+        &self,
+        y: Tensor<T, B>,
+    ) -> Result<Tensor<T, B>> {
         if y.shape().cols() == self.columns {
             return Ok(y);
         }
         let device = y.device();
         let mut spread = Tensor::empty(device, y.shape().with(y.shape().rank() - 1, self.columns))?;
-        for Held { rows, holders, .. } in &self.held {
-            for (_, columns) in holders {
+        for HeadColumns { rows, copies, .. } in &self.heads {
+            for (_, columns) in copies {
                 device.copy(y.mat().columns(rows.clone()), spread.mat_mut()?.columns(columns.clone()))?;
             }
         }
         Ok(spread)
     }
 
-    /// The gradient of the product, given that of the output: columns that have several holders get
-    /// the sum over these.
-    pub(in super::super) fn merge<T: Element, B: Backend>(
+    /// Computes the gradient of the product from that of the output: sums the columns that have
+    /// several holders over these.
+    pub(in crate::parallel) fn merge<T: Element, B: Backend>(
         &self,
         sums: &Sums<B>,
         dy: MatRef<'_, T, B>,
@@ -106,33 +112,33 @@ impl Holders {
     ) -> Result<()> {
         const OP: &str = "shared key/value heads";
         same_size(OP, "columns of dy", dy.cols(), "features of this rank", self.columns)?;
-        let (device, moved) = (sums.group.device(), self.moved(sums, dy)?);
-        for Held { rows, holders, at } in &self.held {
+        let (device, sum_over_ranks) = (sums.group.device(), self.sum_over_ranks(sums, dy)?);
+        for HeadColumns { rows, copies, communicated } in &self.heads {
             let to = merged.reborrow().columns(rows.clone());
-            match (&moved, at, &holders[..]) {
-                (Some(moved), Some(at), _) => device.copy(moved.mat().columns(at.clone()), to)?,
+            match (&sum_over_ranks, communicated, &copies[..]) {
+                (Some(sum), Some(at), _) => device.copy(sum.mat().columns(at.clone()), to)?,
                 (_, _, [(_, columns)]) => device.copy(dy.columns(columns.clone()), to)?,
-                _ => device.copy(sum(sums, dy, holders)?.mat(), to)?,
+                _ => device.copy(sum_on_rank(sums, dy, copies)?.mat(), to)?,
             }
         }
         Ok(())
     }
 
-    /// The sums over the holders of all heads that several ranks hold, if there are any.
-    fn moved<T: Element, B: Backend>(
+    /// Sums the heads that several ranks hold over the holders; `None` if there are no such heads.
+    fn sum_over_ranks<T: Element, B: Backend>(
         &self,
         sums: &Sums<B>,
         dy: MatRef<'_, T, B>,
     ) -> Result<Option<Tensor<T, B>>> {
-        if self.moved == 0 {
+        if self.communicated == 0 {
             return Ok(None);
         }
         let device = sums.group.device();
-        let sum = sums.total([dy.rows(), self.moved], |leaf, term: &mut Tensor<T::Acc, B>| {
+        let sum = sums.total([dy.rows(), self.communicated], |leaf, term: &mut Tensor<T::Acc, B>| {
             device.fill(0.0, term.mat_mut()?)?;
-            for Held { holders, at, .. } in &self.held {
-                let own = holders.iter().find(|(holder, _)| *holder == leaf);
-                if let (Some((_, columns)), Some(at)) = (own, at) {
+            for HeadColumns { copies, communicated, .. } in &self.heads {
+                let own = copies.iter().find(|(holder, _)| *holder == leaf);
+                if let (Some((_, columns)), Some(at)) = (own, communicated) {
                     device.copy(dy.columns(columns.clone()), term.mat_mut()?.columns(at.clone()))?;
                 }
             }
@@ -142,16 +148,16 @@ impl Holders {
     }
 }
 
-/// The sum over the holders of a head that no other rank holds: what [`Holders::moved`] gives, were
-/// they on several.
-fn sum<T: Element, B: Backend>(
+/// Sums a head that no other rank holds over its holders, with the bits that
+/// [`Holders::sum_over_ranks`] gives where they are on several ranks.
+fn sum_on_rank<T: Element, B: Backend>(
     sums: &Sums<B>,
     dy: MatRef<'_, T, B>,
-    holders: &[(usize, Range<usize>)],
+    copies: &[(usize, Range<usize>)],
 ) -> Result<Tensor<T::Acc, B>> {
     let (device, count, first) = (sums.group.device(), sums.count(), sums.own().start);
-    let shape = [dy.rows(), holders[0].1.len()].into();
-    let term = |leaf: usize, term: &mut Tensor<T::Acc, B>| match holders
+    let shape = [dy.rows(), copies[0].1.len()].into();
+    let term = |leaf: usize, term: &mut Tensor<T::Acc, B>| match copies
         .iter()
         .find(|(holder, _)| first + holder == leaf)
     {

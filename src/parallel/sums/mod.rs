@@ -1,27 +1,28 @@
-//! One kind of sum: layers say *what* is summed over the ranks of a group, the group says *how*.
+//! Sums over the ranks of a group: a layer gives the terms, the group's
+//! [`Reduction`](crate::shard::Reduction) gives their order.
 //!
-//! A sum has terms, one for each *leaf*:
+//! A sum has one term for each *leaf*:
 //!
 //! * [`Reduction::Fast`](crate::shard::Reduction::Fast): a leaf is a rank. The communicator adds
-//!   them in its order.
-//! * [`Reduction::Invariant`](crate::shard::Reduction::Invariant): a leaf is a canonical block, of
-//!   which a rank owns a run. Terms are made block by block and added along the group's [`Tree`],
-//!   in the accumulator, and rounded once. So the bits do not depend on the number of ranks.
+//!   the terms in its order.
+//! * [`Reduction::Invariant`](crate::shard::Reduction::Invariant): a leaf is a canonical block. A
+//!   rank owns consecutive blocks. Terms are computed block by block, added along the group's
+//!   [`Tree`] in the accumulator, and rounded once. The bits do not depend on the number of ranks.
 //!
-//! What layers sum:
+//! Layers sum
 //!
-//! * products whose inner dimension is cut ([`Sums::product`]: a row linear layer, the gradient of
-//!   a column linear layer's input);
-//! * terms of tokens, which sequence parallelism cuts ([`Sums::over_tokens`]: gradients of
+//! * products whose inner dimension is sharded ([`Sums::product`]: a row linear layer, the gradient
+//!   of a column linear layer's input);
+//! * terms of tokens, which sequence parallelism shards ([`Sums::over_tokens`]: gradients of
 //!   parameters that all ranks hold);
 //! * the gradients of key/value heads that several leaves hold ([`Holders`]);
 //! * anything else, leaf by leaf ([`Sums::total`]).
 //!
-//! Products that are cut and not summed ([`Sums::outputs`], [`Sums::inputs`], [`Sums::row_grads`])
-//! are computed leaf by leaf as well where the order is fixed, unless the device computes elements
-//! that do not depend on their neighbours
+//! Products that are sharded but not summed ([`Sums::outputs`], [`Sums::inputs`],
+//! [`Sums::row_grads`]) are also computed leaf by leaf where the order is fixed, unless an
+//! element's bits do not depend on the rest of the product
 //! ([`Gemm::splits_exactly`](crate::kernels::Gemm::splits_exactly)). A kernel then gets the same
-//! numbers, in the same shapes, whichever rank owns the leaf
+//! numbers in the same shapes, whichever rank owns the leaf
 //! ([`Gemm::gemm_block`](crate::kernels::Gemm::gemm_block)).
 
 mod holders;
@@ -29,7 +30,7 @@ mod products;
 
 pub(super) use {
     holders::Holders,
-    products::{Affine, Factors, Through},
+    products::{Affine, Factors, PrecedingActivation},
 };
 
 use super::{DTensor, ResidualStream};
@@ -43,7 +44,7 @@ use crate::{
 };
 use std::ops::Range;
 
-/// How a group adds: decided once, when a layer is loaded.
+/// A group and the order in which it adds. A layer makes this once, when it is loaded.
 #[derive(Clone, Debug)]
 pub(super) struct Sums<B: Device> {
     group: Group<B>,
@@ -51,56 +52,57 @@ pub(super) struct Sums<B: Device> {
     tree: Option<Tree>,
 }
 
-/// Where a rank's leaves lie in one dimension of its tensors.
+/// The ranges of a rank's leaves in one dimension of its tensors.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Leaves {
-    /// The runs of each leaf: such as its rows of q, of k and of v.
+    /// The ranges of each leaf, such as its rows of q, of k and of v.
     own: Vec<Vec<Range<usize>>>,
-    /// All runs that the rank holds, those that a leaf of another rank owns among them. What
-    /// several leaves hold is a run of its own.
-    held: Vec<Range<usize>>,
+    /// All ranges that the rank holds, including those that a leaf of another rank owns. Indices
+    /// that several leaves hold are a range of their own.
+    all: Vec<Range<usize>>,
     /// Whether several leaves of the group hold the same indices.
     shared: bool,
 }
 
 impl Leaves {
-    /// Leaves of which each has these runs, and of which a rank holds others as well.
+    /// Makes leaves with these ranges. `others` are ranges that the rank holds but does not own.
     pub(super) fn new(own: Vec<Vec<Range<usize>>>, others: Vec<Range<usize>>, shared: bool) -> Self {
-        Self { held: own.iter().flatten().chain(&others).cloned().collect(), own, shared }
+        Self { all: own.iter().flatten().chain(&others).cloned().collect(), own, shared }
     }
 
-    /// The same leaves in tensors that lie one behind another: each leaf has the runs of all.
-    pub(super) fn beside(parts: impl IntoIterator<Item = Self>) -> Self {
-        let join = |mut all: Self, part: Self| {
-            all.own.iter_mut().zip(part.own).for_each(|(leaf, runs)| leaf.extend(runs));
-            all.held.extend(part.held);
-            all.shared |= part.shared;
-            all
+    /// Joins the leaves of concatenated tensors: each leaf gets its ranges in all of them.
+    pub(super) fn concat(tensors: impl IntoIterator<Item = Self>) -> Self {
+        let join = |mut joined: Self, next: Self| {
+            joined.own.iter_mut().zip(next.own).for_each(|(leaf, ranges)| leaf.extend(ranges));
+            joined.all.extend(next.all);
+            joined.shared |= next.shared;
+            joined
         };
-        parts.into_iter().reduce(join).unwrap_or_default()
+        tensors.into_iter().reduce(join).unwrap_or_default()
     }
 
-    /// The same leaves `by` indices further on.
+    /// Shifts all ranges by `by` indices.
     pub(super) fn shifted(&self, by: usize) -> Self {
-        let shift = |runs: &Vec<Range<usize>>| runs.iter().map(|run| run.start + by..run.end + by).collect();
-        Self { own: self.own.iter().map(shift).collect(), held: shift(&self.held), shared: self.shared }
+        let shift = |ranges: &Vec<Range<usize>>| {
+            ranges.iter().map(|range| range.start + by..range.end + by).collect()
+        };
+        Self { own: self.own.iter().map(shift).collect(), all: shift(&self.all), shared: self.shared }
     }
 
-    /// The indices of one of the rank's leaves, from its first run to its last.
+    /// Returns the indices of one of the rank's leaves, from its first range to its last.
     pub(super) fn range(&self, leaf: usize) -> Range<usize> {
-        let runs = &self.own[leaf];
-        runs.first().map_or(0, |run| run.start)..runs.last().map_or(0, |run| run.end)
+        let ranges = &self.own[leaf];
+        ranges.first().map_or(0, |range| range.start)..ranges.last().map_or(0, |range| range.end)
     }
 
-    /// The lengths of the rank's own runs: the depths of the products whose inner dimension they
-    /// are.
+    /// The lengths of the ranges that the rank owns: the depths of products over this dimension.
     pub(super) fn depths(&self) -> impl Iterator<Item = usize> {
-        self.own.iter().flatten().map(|run| run.len())
+        self.own.iter().flatten().map(|range| range.len())
     }
 }
 
 impl<B: Device> Sums<B> {
-    /// How this group adds.
+    /// Makes the sums of a group.
     ///
     /// # Errors
     /// When there are fewer canonical blocks than ranks.
@@ -108,7 +110,7 @@ impl<B: Device> Sums<B> {
         Ok(Self { group: group.clone(), tree: group.tree()? })
     }
 
-    /// The ranks that add.
+    /// The group whose ranks add.
     pub(super) fn group(&self) -> &Group<B> {
         &self.group
     }
@@ -124,51 +126,53 @@ impl<B: Device> Sums<B> {
         self.tree.as_ref().map_or(rank..rank + 1, |tree| tree.owned(rank))
     }
 
-    /// This rank's leaves of a dimension that is cut over the ranks.
+    /// This rank's leaves of a sharded dimension.
     ///
     /// # Errors
-    /// When the order is fixed, and the cut is not one of canonical blocks: on every rank.
-    pub(super) fn leaves(&self, op: &'static str, cut: &Partition) -> Result<Leaves> {
+    /// On every rank, when the order is fixed and the partition does not consist of canonical
+    /// blocks.
+    pub(super) fn leaves(&self, op: &'static str, partition: &Partition) -> Result<Leaves> {
         let rank = self.group.rank();
         let Some(tree) = &self.tree else {
-            return Ok(Leaves::new(vec![vec![0..cut.size(rank)]], Vec::new(), false));
+            return Ok(Leaves::new(vec![vec![0..partition.size(rank)]], Vec::new(), false));
         };
-        let blocks = |rank: usize| cut.blocks(rank).filter(|own| own.len() == tree.owned(rank).len());
+        let blocks = |rank: usize| partition.blocks(rank).filter(|own| own.len() == tree.owned(rank).len());
         match blocks(rank).filter(|_| (0..tree.ranks()).all(|rank| blocks(rank).is_some())) {
             Some(own) => Ok(Leaves::new(own.into_iter().map(|leaf| vec![leaf]).collect(), Vec::new(), false)),
             None => {
-                let reason = "an invariant reduction needs features that are cut by canonical blocks: take them from \
-                              `Group::cut`";
+                let reason = "an invariant reduction needs features that are partitioned by canonical blocks: use \
+                              `Group::partition`";
                 Err(Error::Unsupported { op, reason: reason.into() })
             }
         }
     }
 
-    /// That these heads belong to the leaves of this group.
+    /// Checks that these heads have the leaves of this group.
     ///
     /// # Errors
-    /// When the query heads are cut into other blocks, or into blocks where the order is free: on
-    /// every rank.
+    /// On every rank, when the query heads have other blocks, or have blocks where the order is
+    /// free.
     pub(super) fn check_heads(&self, op: &'static str, heads: &Heads) -> Result<()> {
         let query = heads.query_features();
         self.leaves(op, &query)?;
         if self.tree.is_none() && query.blocks(0).is_some() {
             let reason =
-                "heads that are cut by canonical blocks belong to a group with an invariant reduction";
+                "heads that are partitioned by canonical blocks need a group with an invariant reduction";
             return Err(Error::Unsupported { op, reason: reason.into() });
         }
         Ok(())
     }
 
-    /// The same leaves. Where the order is free, a sum has one term for neighbouring runs.
+    /// Joins neighbouring ranges of a leaf where the order is free, so that a sum has one term for
+    /// them.
     pub(super) fn joined(&self, mut leaves: Leaves) -> Leaves {
         if self.tree.is_none() {
             for leaf in &mut leaves.own {
                 let mut joined: Vec<Range<usize>> = Vec::new();
-                for run in leaf.drain(..) {
+                for range in leaf.drain(..) {
                     match joined.last_mut() {
-                        Some(last) if last.end == run.start => last.end = run.end,
-                        _ => joined.push(run),
+                        Some(last) if last.end == range.start => last.end = range.end,
+                        _ => joined.push(range),
                     }
                 }
                 *leaf = joined;
@@ -179,21 +183,21 @@ impl<B: Device> Sums<B> {
 }
 
 impl<B: Backend> Sums<B> {
-    /// A parameter that every rank holds.
-    pub(super) fn whole<T: Element>(&self, param: Param<T, B>) -> Param<T, B> {
+    /// Declares a parameter that every rank holds whole.
+    pub(super) fn replicated<T: Element>(&self, param: Param<T, B>) -> Param<T, B> {
         if self.tree.is_some() {
             param.sum_in_tree(None);
         }
         param
     }
 
-    /// A parameter whose dimension `dim` is cut into these leaves.
-    pub(super) fn cut<T: Element>(&self, param: Param<T, B>, dim: usize, leaves: &Leaves) -> Param<T, B> {
+    /// Declares a parameter whose dimension `dim` is partitioned into these leaves.
+    pub(super) fn sharded<T: Element>(&self, param: Param<T, B>, dim: usize, leaves: &Leaves) -> Param<T, B> {
         if self.tree.is_some() {
             let (rows, cols) = (param.shape().rows(), param.shape().cols());
-            let region = |run: &Range<usize>| match dim {
-                0 => BlockRegion { rows: run.clone(), cols: 0..cols },
-                _ => BlockRegion { rows: 0..rows, cols: run.clone() },
+            let region = |range: &Range<usize>| match dim {
+                0 => BlockRegion { rows: range.clone(), cols: 0..cols },
+                _ => BlockRegion { rows: 0..rows, cols: range.clone() },
             };
             let regions = leaves.own.iter().map(|leaf| leaf.iter().map(region).collect());
             param.sum_in_tree(Some(regions.collect()));
@@ -201,11 +205,12 @@ impl<B: Backend> Sums<B> {
         param
     }
 
-    /// Σ over the leaves of all ranks, on every rank. `term` writes that of the rank's leaf of this
-    /// number, in the accumulator; the sum is rounded once. Collective: an all-reduce.
+    /// Computes Σ over the leaves of all ranks, on every rank. `term` writes the term of one of the
+    /// rank's leaves, given its number, in the accumulator. The sum is rounded once. Collective: an
+    /// all-reduce.
     ///
     /// # Errors
-    /// Those of `term`, and when the collective fails.
+    /// When `term` or the collective fails.
     #[track_caller]
     pub(super) fn total<T: Element>(
         &self,
@@ -226,12 +231,12 @@ impl<B: Backend> Sums<B> {
         }
     }
 
-    /// Σ over all tokens of a tensor, such as the gradient of a parameter that every rank holds.
-    /// `term` writes that over some of the rows which this rank has. Collective: none where every
+    /// Computes Σ over all tokens of a tensor, such as the gradient of a parameter that every rank
+    /// holds. `term` writes the sum over a range of this rank's rows. Collective: none where every
     /// rank has all tokens, else an all-reduce.
     ///
     /// # Errors
-    /// Those of `term`, and when the collective fails.
+    /// When `term` or the collective fails.
     #[track_caller]
     pub(super) fn over_tokens<S: ResidualStream, T: Element>(
         &self,
@@ -240,7 +245,7 @@ impl<B: Backend> Sums<B> {
         mut term: impl FnMut(Range<usize>, &mut Tensor<T::Acc, B>) -> Result<()>,
     ) -> Result<Tensor<T::Acc, B>> {
         let (rank, shape) = (self.group.rank(), shape.into());
-        let cut = match (&self.tree, S::SHARD_DIM) {
+        let partition = match (&self.tree, S::SHARD_DIM) {
             (None, _) => Partition::from_sizes([of.local().shape().rows()]),
             (Some(tree), _) => blocks(of.shape().rows(), 1, tree.leaves()),
         };
@@ -248,28 +253,29 @@ impl<B: Backend> Sums<B> {
             (Some(tree), Some(_)) => tree.owned(rank).start,
             _ => 0,
         };
-        let offset = cut.range(first).start;
+        let offset = partition.range(first).start;
         let rows = |leaf: usize, out: &mut Tensor<T::Acc, B>| {
-            let rows = cut.range(first + leaf);
-            match rows.is_empty() {
-                true => self.group.device().fill(0.0, out.mat_mut()?),
-                false => term(rows.start - offset..rows.end - offset, out),
+            let rows = partition.range(first + leaf);
+            if rows.is_empty() {
+                self.group.device().fill(0.0, out.mat_mut()?)
+            } else {
+                term(rows.start - offset..rows.end - offset, out)
             }
         };
         match S::SHARD_DIM {
             Some(_) => self.total(shape, rows),
             None => {
-                let leaves = cut.shards();
+                let leaves = partition.shards();
                 Ok(nodes(self.group.device(), leaves, 0..leaves, shape, rows)?.swap_remove(0))
             }
         }
     }
 
     /// Adds [`Sums::over_tokens`] to the gradient of a parameter. Where every rank has all tokens
-    /// and their order is free, the parameter's sink may ask for some of them.
+    /// and the order is free, the parameter's sink may ask for sums over ranges of them.
     ///
     /// # Errors
-    /// As there, and when the sink refuses the gradient.
+    /// As there, and when the sink rejects the gradient.
     #[track_caller]
     pub(super) fn add_over_tokens<S: ResidualStream, T: Element>(
         &self,
@@ -288,7 +294,8 @@ impl<B: Backend> Sums<B> {
     }
 }
 
-/// The sums of the largest sub-trees over some of `count` leaves, of which `term` writes each.
+/// Computes the sums of the largest sub-trees over some of `count` leaves. `term` writes the term
+/// of one leaf.
 fn nodes<A: Element<Acc = A>, B: Backend>(
     device: &B,
     count: usize,

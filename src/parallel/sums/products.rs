@@ -1,4 +1,4 @@
-//! The products of linear layers, of which a dimension is cut into leaves.
+//! The products of linear layers that have a dimension partitioned into leaves.
 
 use super::{Leaves, Sums};
 use crate::{
@@ -13,23 +13,23 @@ use crate::{
 };
 use std::ops::Range;
 
-/// The activation in front of a layer and its input, to go on through f′ with the gradient of the
-/// layer's input.
-pub(in super::super) type Through<'a, T, B> = Option<(Activation, &'a Tensor<T, B>)>;
+/// The activation preceding a layer and its input: f′ is applied to the gradient of the layer's
+/// input.
+pub(in crate::parallel) type PrecedingActivation<'a, T, B> = Option<(Activation, &'a Tensor<T, B>)>;
 
-/// A weight, and a bias to be added.
-pub(in super::super) type Affine<'a, T, B> = (&'a Param<T, B>, Option<&'a Param<T, B>>);
+/// A weight, and the bias that the layer adds.
+pub(in crate::parallel) type Affine<'a, T, B> = (&'a Param<T, B>, Option<&'a Param<T, B>>);
 
-/// The factors a b of a term, whose inner dimension is cut into leaves.
-pub(in super::super) struct Factors<'a, T: Element, B: Backend> {
-    pub(in super::super) a: MatRef<'a, T, B>,
-    pub(in super::super) b: MatRef<'a, T, B>,
-    pub(in super::super) leaves: &'a Leaves,
+/// The factors a b of a term. Their inner dimension is partitioned into leaves.
+pub(in crate::parallel) struct Factors<'a, T: Element, B: Backend> {
+    pub(in crate::parallel) a: MatRef<'a, T, B>,
+    pub(in crate::parallel) b: MatRef<'a, T, B>,
+    pub(in crate::parallel) leaves: &'a Leaves,
 }
 
 impl<B: Backend> Sums<B> {
-    /// Σ a b over all ranks, with the rows of `x` and `features` columns.
-    pub(in super::super) fn product<P: Placement, T: Element>(
+    /// Computes Σ a b over all ranks, with the rows of `x` and `features` columns.
+    pub(in crate::parallel) fn product<P: Placement, T: Element>(
         &self,
         x: &DTensor<P, T, B>,
         features: usize,
@@ -40,8 +40,8 @@ impl<B: Backend> Sums<B> {
         let products = |leaf: usize| {
             let mut products = Vec::new();
             for Factors { a, b, leaves } in factors {
-                for run in leaves.own[leaf].iter().filter(|run| !run.is_empty()) {
-                    products.push((a.columns(run.clone()), b.block(run.clone(), 0..features)));
+                for range in leaves.own[leaf].iter().filter(|range| !range.is_empty()) {
+                    products.push((a.columns(range.clone()), b.block(range.clone(), 0..features)));
                 }
             }
             products
@@ -53,12 +53,12 @@ impl<B: Backend> Sums<B> {
                 trace::compute::<B, _>("gemm", T::DTYPE, &[rows, depth, features], || {
                     device.gemm(1.0, a, b, 0.0, y.mat_mut()?)
                 })?;
-                return Ok(x.derive(y, features, None));
+                return Ok(x.with_features(y, features, None));
             }
             let mut terms = ops::products::<T, T::Acc, B>(device, terms)?.into_iter();
             let mut sum = terms.next().map_or_else(|| Tensor::zeros(device, [rows, features]), Ok)?;
             terms.try_for_each(|term| sum.accumulate(&term))?;
-            return x.derive_sum(vec![sum], features, false);
+            return x.partial_sum(vec![sum], features, false);
         }
         let mut sums = TreeSum::new(self.count());
         for leaf in own.clone() {
@@ -76,11 +76,12 @@ impl<B: Backend> Sums<B> {
         };
         let nodes = || sums.values().into_iter().map(sum).collect::<Result<_>>();
         let nodes = trace::compute::<B, _>("gemm", T::DTYPE, &[rows, depth, features], nodes)?;
-        x.derive_sum(nodes, features, true)
+        x.partial_sum(nodes, features, true)
     }
 
-    /// f(pre) and pre = x wᵀ + b, whose outputs are cut into leaves; without f, pre twice.
-    pub(in super::super) fn outputs<T: Element>(
+    /// Computes f(pre) and pre = x wᵀ + b, whose columns are partitioned into leaves. Without f,
+    /// returns pre twice.
+    pub(in crate::parallel) fn outputs<T: Element>(
         &self,
         x: &Tensor<T, B>,
         (w, bias): Affine<'_, T, B>,
@@ -94,36 +95,38 @@ impl<B: Backend> Sums<B> {
         }
         same_size("linear", "columns of x", x.shape().cols(), "columns of w", w.shape().cols())?;
         let mut pre = Tensor::empty(device, x.shape().with(x.shape().rank() - 1, w.shape().rows()))?;
-        self.by_runs((1, leaves), (x.mat(), w.mat().t()), 0.0, pre.mat_mut()?)?;
+        self.by_ranges((1, leaves), (x.mat(), w.mat().t()), 0.0, pre.mat_mut()?)?;
         if let Some(bias) = bias {
             device.add_bias::<T>(bias.slice(), pre.mat_mut()?)?;
         }
         Ok((f.map_or_else(|| Ok(pre.clone()), |f| ops::activate(f, &pre))?, pre))
     }
 
-    /// dx = dy w, and on through f′; the columns of w are cut into leaves.
-    pub(in super::super) fn inputs<T: Element>(
+    /// Computes dx = dy w, times f′ of the preceding activation. The columns of w are partitioned
+    /// into leaves.
+    pub(in crate::parallel) fn inputs<T: Element>(
         &self,
         dy: &Tensor<T, B>,
         w: &Param<T, B>,
-        through: Through<'_, T, B>,
+        preceding: PrecedingActivation<'_, T, B>,
         leaves: &Leaves,
     ) -> Result<Tensor<T, B>> {
         let w = w.value()?;
         if !self.is_by_leaves(dy.mat(), false) {
-            return ops::linear_dx(dy, &w, through);
+            return ops::linear_dx(dy, &w, preceding);
         }
         let shape = dy.shape();
         let mut dx = Tensor::empty(dy.device(), shape.with(shape.rank() - 1, w.shape().cols()))?;
-        self.by_runs((1, leaves), (dy.mat(), w.mat()), 0.0, dx.mat_mut()?)?;
-        match through {
+        self.by_ranges((1, leaves), (dy.mat(), w.mat()), 0.0, dx.mat_mut()?)?;
+        match preceding {
             Some((f, pre)) => ops::activate_backward(f, pre, &dx),
             None => Ok(dx),
         }
     }
 
-    /// [`Sums::outputs`] of several layers with one input, at the same time where the device can.
-    pub(in super::super) fn all_outputs<T: Element>(
+    /// Computes [`Sums::outputs`] of several layers with one input, concurrently where the device
+    /// can.
+    pub(in crate::parallel) fn all_outputs<T: Element>(
         &self,
         x: &Tensor<T, B>,
         all: Vec<(Affine<'_, T, B>, &Leaves)>,
@@ -134,18 +137,18 @@ impl<B: Backend> Sums<B> {
         }
         let weights = all.iter().map(|((w, _), _)| w.value()).collect::<Result<Vec<_>>>()?;
         let pairs = weights.iter().map(|w| (x.mat(), w.mat().t())).collect();
-        let mut parts = ops::products::<T, T, B>(x.device(), pairs)?;
-        for (((_, bias), _), part) in all.iter().zip(&mut parts) {
+        let mut outputs = ops::products::<T, T, B>(x.device(), pairs)?;
+        for (((_, bias), _), y) in all.iter().zip(&mut outputs) {
             if let Some(bias) = bias {
-                x.device().add_bias::<T>(bias.value()?.slice(), part.mat_mut()?)?;
+                x.device().add_bias::<T>(bias.value()?.slice(), y.mat_mut()?)?;
             }
         }
-        Ok(parts)
+        Ok(outputs)
     }
 
-    /// dw += dyᵀ x and db += Σ over the rows of dy for each of some layers with one input, at the
-    /// same time where the device can; the rows of dw are cut into leaves.
-    pub(in super::super) fn row_grads<'a, T: Element>(
+    /// Adds dyᵀ x to dw, and Σ over the rows of dy to db, for several layers with one input,
+    /// concurrently where the device can. The rows of dw are partitioned into leaves.
+    pub(in crate::parallel) fn row_grads<'a, T: Element>(
         &self,
         layers: Vec<((Affine<'a, T, B>, &'a Leaves), MatRef<'a, T, B>)>,
         x: &'a Tensor<T, B>,
@@ -162,7 +165,7 @@ impl<B: Backend> Sums<B> {
                 Some(dw) if tokens == (0..dy.rows()) => Ok(dw),
                 _ => {
                     let mut dw = Tensor::empty(x.device(), w.shape())?;
-                    let of = (some(dy, tokens.clone()), some(x.mat(), tokens));
+                    let of = (rows_of(dy, tokens.clone()), rows_of(x.mat(), tokens));
                     ops::linear_dw(x.device(), of, 0.0, dw.mat_mut()?, None)?;
                     Ok(dw)
                 }
@@ -172,7 +175,7 @@ impl<B: Backend> Sums<B> {
         Ok(())
     }
 
-    /// [`Sums::row_grads`] of one layer.
+    /// Computes [`Sums::row_grads`] of one layer.
     fn row_grad<T: Element>(
         &self,
         ((w, bias), leaves): (Affine<'_, T, B>, &Leaves),
@@ -184,10 +187,10 @@ impl<B: Backend> Sums<B> {
             self.grads(w, (dy, x.mat()), (0, leaves))?;
             return bias.map_or(Ok(()), |bias| self.bias_grad(bias, dy));
         };
-        // Both gradients come of one product, if the weight's sink wants that over all tokens.
+        // One product gives both gradients, if the weight's sink asks for all tokens at once.
         let mut sums = None;
         w.add_product_over(dy.rows(), |tokens, beta, dw| {
-            let (dy, x) = (some(dy, tokens.clone()), some(x.mat(), tokens.clone()));
+            let (dy, x) = (rows_of(dy, tokens.clone()), rows_of(x.mat(), tokens.clone()));
             let mut db = Tensor::empty(device, [dy.cols()])?;
             ops::linear_dw(device, (dy, x), beta, dw, Some(&mut db))?;
             sums = Some((tokens, db));
@@ -195,41 +198,41 @@ impl<B: Backend> Sums<B> {
         })?;
         bias.add_grad_over(dy.rows(), |tokens| match sums.take() {
             Some((of, db)) if of == tokens => Ok(db),
-            _ => ops::bias_grad(device, some(dy, tokens)),
+            _ => ops::bias_grad(device, rows_of(dy, tokens)),
         })
     }
 
-    /// db += Σ over the rows of dy.
+    /// Adds Σ over the rows of dy to db.
     fn bias_grad<T: Element>(&self, bias: &Param<T, B>, dy: MatRef<'_, T, B>) -> Result<()> {
-        bias.add_grad_over(dy.rows(), |tokens| ops::bias_grad(self.group.device(), some(dy, tokens)))
+        bias.add_grad_over(dy.rows(), |tokens| ops::bias_grad(self.group.device(), rows_of(dy, tokens)))
     }
 
-    /// dw += dyᵀ x, of which dimension `dim` is cut into leaves.
-    pub(in super::super) fn grads<T: Element>(
+    /// Adds dyᵀ x to dw. Dimension `dim` of dw is partitioned into leaves.
+    pub(in crate::parallel) fn grads<T: Element>(
         &self,
         w: &Param<T, B>,
         (dy, x): (MatRef<'_, T, B>, MatRef<'_, T, B>),
         (dim, leaves): (usize, &Leaves),
     ) -> Result<()> {
         w.add_product_over(dy.rows(), |tokens, beta, dw| {
-            let (dy, x) = (some(dy, tokens.clone()), some(x, tokens));
+            let (dy, x) = (rows_of(dy, tokens.clone()), rows_of(x, tokens));
             if !self.is_by_leaves(dy.t(), leaves.shared) {
                 return ops::linear_dw(self.group.device(), (dy, x), beta, dw, None);
             }
-            self.by_runs((dim, leaves), (dy.t(), x), beta, dw)
+            self.by_ranges((dim, leaves), (dy.t(), x), beta, dw)
         })
     }
 
-    /// Whether elements of a product with `a` are computed run by run: in a fixed order, and where
-    /// several ranks hold the same rows of a weight, whose gradients have to have the same bits on
+    /// Whether a product with `a` is computed range by range: where the order is fixed, and where
+    /// several ranks hold the same rows of a weight, whose gradients must have the same bits on
     /// each.
     fn is_by_leaves<T: Element>(&self, a: MatRef<'_, T, B>, shared: bool) -> bool {
-        // A depth of 1 leaves room for another sign of a zero.
+        // With a depth of 1, a zero may have another sign.
         (self.tree.is_some() || shared) && !(self.group.device().splits_exactly() && a.cols() > 1)
     }
 
-    /// c ← a b + β c by runs of dimension `dim` of c: of a's rows, or of b's columns.
-    fn by_runs<T: Element, C: Element<Acc = T::Acc>>(
+    /// Computes c ← a b + β c by ranges of dimension `dim` of c: of a's rows, or of b's columns.
+    fn by_ranges<T: Element, C: Element<Acc = T::Acc>>(
         &self,
         (dim, leaves): (usize, &Leaves),
         (a, b): (MatRef<'_, T, B>, MatRef<'_, T, B>),
@@ -238,18 +241,18 @@ impl<B: Backend> Sums<B> {
     ) -> Result<()> {
         let (device, [rows, depth, cols]) = (self.group.device(), [a.rows(), a.cols(), b.cols()]);
         trace::compute::<B, _>("gemm", T::DTYPE, &[rows, depth, cols], || {
-            leaves.held.iter().cloned().try_for_each(|run| {
-                let (a, b, part) = match dim {
-                    0 => (a.block(run.clone(), 0..depth), b, c.reborrow().block(run, 0..cols)),
-                    _ => (a, b.columns(run.clone()), c.reborrow().block(0..rows, run)),
+            leaves.all.iter().cloned().try_for_each(|range| {
+                let (a, b, c) = match dim {
+                    0 => (a.block(range.clone(), 0..depth), b, c.reborrow().block(range, 0..cols)),
+                    _ => (a, b.columns(range.clone()), c.reborrow().block(0..rows, range)),
                 };
-                device.gemm_block(a, b, beta, part)
+                device.gemm_block(a, b, beta, c)
             })
         })
     }
 }
 
-/// Some rows.
-fn some<T: Element, B: Backend>(matrix: MatRef<'_, T, B>, rows: Range<usize>) -> MatRef<'_, T, B> {
+/// Returns some rows of a matrix.
+fn rows_of<T: Element, B: Backend>(matrix: MatRef<'_, T, B>, rows: Range<usize>) -> MatRef<'_, T, B> {
     matrix.block(rows, 0..matrix.cols())
 }

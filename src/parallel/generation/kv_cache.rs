@@ -1,0 +1,258 @@
+//! The cache of the keys and values of past tokens.
+
+use crate::{
+    device::{Device, Element, zeroed},
+    error::{Error, Result, same_size},
+    kernels::{Backend, QkvHeads},
+    ops::{self, CachedKeys},
+    shard::Sequences,
+    tensor::Tensor,
+};
+
+/// The keys and values of every attention layer for a batch of sequences. Each sequence has a slot,
+/// and any length up to the capacity.
+///
+/// Each rank holds its own key/value heads: `[slots · kv_heads · capacity, head_dim]` per layer,
+/// allocated by the first step. A step ([`KvCache::step`]) declares the number of new tokens of
+/// some slots. The layers append their keys and values and attend to all tokens of the slot
+/// ([`Layer::infer`](crate::parallel::Layer::infer)). [`Context::finish`] commits the tokens. A
+/// step that fails midway changes nothing.
+///
+/// Texts with a common prefix share work: [`KvCache::truncate`] keeps the prefix of a slot,
+/// [`KvCache::copy_prefix`] copies that of another slot.
+///
+/// ```
+/// use shardwise::prelude::*;
+///
+/// let mut cache = KvCache::<f32, Cpu>::new(2, 8)?;
+/// assert_eq!((cache.slots(), cache.capacity(), cache.is_empty()), (2, 8, true));
+/// let (sequences, _) = cache.step(&[1], &[3])?; // three new tokens in slot 1
+/// assert_eq!(sequences.rows(), 3);
+/// assert_eq!(cache.len(1), 0); // the step was not finished
+/// assert!(cache.step(&[1], &[9]).is_err());
+/// # Ok::<(), shardwise::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct KvCache<T: Element, B: Device> {
+    layers: Vec<CachedKeys<T, B>>,
+    lengths: Vec<usize>,
+    capacity: usize,
+}
+
+/// The state that [`Layer::infer`](crate::parallel::Layer::infer) passes from layer to layer: the
+/// step of a cache, if there is one.
+///
+/// * [`Context::default`]: no cache. Tokens attend to those of their sequence in the same input.
+/// * [`KvCache::step`]: tokens also attend to those of their sequence in the cache.
+///
+/// Attention layers find their keys in the cache by their order in the step. A context is therefore
+/// valid for one pass through the layers. After an error, begin another step.
+#[derive(Debug)]
+pub struct Context<'a, T: Element, B: Device>(Option<Step<'a, T, B>>);
+
+#[derive(Debug)]
+struct Step<'a, T: Element, B: Device> {
+    cache: &'a mut KvCache<T, B>,
+    slots: Vec<usize>,
+    sequences: Sequences,
+    /// The number of attention layers that this step has passed.
+    layer: usize,
+}
+
+impl<T: Element, B: Device> Default for Context<'_, T, B> {
+    fn default() -> Self {
+        Self(None)
+    }
+}
+
+impl<T: Element, B: Backend> Context<'_, T, B> {
+    /// Computes the output of the next attention layer from the `[q | k | v]` of the step's tokens:
+    /// appends the keys and values, and attends to all tokens of the slots. Returns `None` without
+    /// a cache.
+    ///
+    /// # Errors
+    /// When these are not the step's sequences, or sizes disagree.
+    pub(in crate::parallel) fn attend(
+        &mut self,
+        heads: &QkvHeads,
+        qkv: &Tensor<T, B>,
+        sequences: &Sequences,
+    ) -> Result<Option<Tensor<T, B>>> {
+        let Some(step) = &mut self.0 else { return Ok(None) };
+        if *sequences != step.sequences {
+            let reason = "the tensor's sequences are not those of the cache's step: see `KvCache::step`";
+            return Err(Error::invalid("attention", reason));
+        }
+        let Step { cache, slots, .. } = step;
+        let fits = |keys: &CachedKeys<T, B>| keys.is_for(heads);
+        if cache.is_empty() && !cache.layers.get(step.layer).is_some_and(fits) {
+            // The cache has no tokens, so these keys may be replaced by those of another model.
+            cache.layers.truncate(step.layer);
+        }
+        if step.layer == cache.layers.len() {
+            if let Some(slot) = cache.lengths.iter().position(|&length| length > 0) {
+                let (have, layer) = (cache.lengths[slot], step.layer);
+                let reason = format!(
+                    "slot {slot} has {have} tokens, but no keys of attention layer {layer}: they went through fewer layers, \
+                     or the context was used twice"
+                );
+                return Err(Error::invalid("kv cache", reason));
+            }
+            let room = CachedKeys::new(qkv.device(), heads, cache.slots(), cache.capacity)?;
+            cache.layers.push(room);
+        }
+        let keys = &mut cache.layers[step.layer];
+        ops::append_to_cache(heads, qkv, sequences, slots, keys)?;
+        let out = ops::attention_cached(heads, qkv, sequences, slots, keys)?;
+        step.layer += 1;
+        Ok(Some(out))
+    }
+
+    /// Commits the tokens of a step, whose keys and values every layer has appended. Does nothing
+    /// without a cache.
+    ///
+    /// # Errors
+    /// When no attention layer was given the context, or not all that have keys in the cache.
+    pub fn finish(self) -> Result<()> {
+        let Some(Step { cache, slots, sequences, layer }) = self.0 else { return Ok(()) };
+        if layer == 0 {
+            let reason = "no attention layer was given the context of the step";
+            return Err(Error::invalid("kv cache", reason));
+        }
+        if cache.is_empty() {
+            // Drops layers of another model, or of a step that failed.
+            cache.layers.truncate(layer);
+        }
+        let (what, have, want) = ("the number of attention layers of the step", layer, cache.layers.len());
+        same_size("kv cache", what, have, "that of the cache", want)?;
+        for (&slot, rows) in slots.iter().zip(sequences.iter()) {
+            cache.lengths[slot] += rows.len();
+        }
+        Ok(())
+    }
+}
+
+impl<T: Element, B: Backend> KvCache<T, B> {
+    /// Makes a cache of `slots` slots of `capacity` positions, to be filled by one model. Another
+    /// model of the same sizes is not detected. When all slots are empty, any model may begin.
+    ///
+    /// # Errors
+    /// When there is no memory for the lengths of the slots.
+    pub fn new(slots: usize, capacity: usize) -> Result<Self> {
+        Ok(Self { layers: Vec::new(), lengths: zeroed(slots)?, capacity })
+    }
+
+    /// Returns the number of positions of a slot.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Returns the number of slots.
+    pub fn slots(&self) -> usize {
+        self.lengths.len()
+    }
+
+    /// Returns the number of tokens in a slot.
+    ///
+    /// # Panics
+    /// When there is no such slot.
+    pub fn len(&self, slot: usize) -> usize {
+        self.lengths[slot]
+    }
+
+    /// Returns whether no slot has a token.
+    pub fn is_empty(&self) -> bool {
+        self.lengths.iter().all(|&length| length == 0)
+    }
+
+    /// Begins a step that appends `counts[i]` new tokens to slot `slots[i]`, the same on every
+    /// rank. Returns the sequences, for the tensor of the tokens
+    /// ([`DTensor::with_sequences`](crate::parallel::DTensor::with_sequences)), and the context,
+    /// for the layers. [`Context::finish`] commits the tokens. Without it the next step begins
+    /// where this one did.
+    ///
+    /// ```
+    /// use shardwise::prelude::*;
+    ///
+    /// let group = Group::solo(&Cpu::new());
+    /// let config = AttentionConfig::new(8, 2).with_choices(AttentionChoices::CAUSAL);
+    /// let (source, layout) = (Random::normal(1, 0.1), QkvLayout::separate("q", "k", "v"));
+    /// let layer = ParallelAttention::<Replicated, f32, _>::load(
+    ///     &group, &Weights::new(&source), &layout, "o", &config,
+    /// )?;
+    /// let mut cache = KvCache::new(1, 16)?;
+    /// for count in [5, 1, 1] {
+    ///     let (sequences, mut step) = cache.step(&[0], &[count])?;
+    ///     let x = Tensor::full(group.device(), [count, 8], 0.5)?;
+    ///     let x = DTensor::<Replicated, f32>::replicated(&group, x)?.with_sequences(sequences)?;
+    ///     let y = layer.infer(x, &mut step)?;
+    ///     assert_eq!(y.shape().dims(), [count, 8]);
+    ///     step.finish()?;
+    /// }
+    /// assert_eq!(cache.len(0), 7);
+    /// # Ok::<(), shardwise::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// When there is no such slot, one is named twice, or the tokens do not fit.
+    pub fn step(&mut self, slots: &[usize], counts: &[usize]) -> Result<(Sequences, Context<'_, T, B>)> {
+        const OP: &str = "kv cache";
+        same_size(OP, "the number of slots", slots.len(), "that of counts", counts.len())?;
+        for (at, (&slot, &count)) in slots.iter().zip(counts).enumerate() {
+            self.check(slot)?;
+            if slots[..at].contains(&slot) {
+                return Err(Error::invalid(OP, format!("slot {slot} is in a step twice")));
+            }
+            let end = self.lengths[slot].saturating_add(count);
+            if end > self.capacity {
+                let what = format!("the end of slot {slot}");
+                return Err(Error::sizes(OP, what, end, "the capacity", self.capacity));
+            }
+        }
+        let starts: Vec<usize> = slots.iter().map(|&slot| self.lengths[slot]).collect();
+        let sequences = Sequences::packed(counts.iter().copied()).starting_at(&starts)?.in_cache();
+        let step = Step { cache: self, slots: slots.to_vec(), sequences: sequences.clone(), layer: 0 };
+        Ok((sequences, Context(Some(step))))
+    }
+
+    /// Removes the tokens of a slot from position `len` on.
+    ///
+    /// # Errors
+    /// When there is no such slot, or it has fewer tokens.
+    pub fn truncate(&mut self, slot: usize, len: usize) -> Result<()> {
+        self.check(slot)?;
+        self.has(slot, len)?;
+        self.lengths[slot] = len;
+        Ok(())
+    }
+
+    /// Replaces the tokens of slot `to` by the first `len` tokens of slot `from`.
+    ///
+    /// # Errors
+    /// When there is no such slot, or `from` has fewer tokens.
+    pub fn copy_prefix(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
+        self.check(from)?;
+        self.check(to)?;
+        self.has(from, len)?;
+        if from != to {
+            self.layers.iter_mut().try_for_each(|layer| layer.copy(from, to, len))?;
+        }
+        self.lengths[to] = len;
+        Ok(())
+    }
+
+    fn check(&self, slot: usize) -> Result<()> {
+        if slot < self.slots() {
+            return Ok(());
+        }
+        Err(Error::invalid("kv cache", format!("slot {slot} of a cache of {} slots", self.slots())))
+    }
+
+    fn has(&self, slot: usize, len: usize) -> Result<()> {
+        if len <= self.lengths[slot] {
+            return Ok(());
+        }
+        let what = format!("the tokens of slot {slot}");
+        Err(Error::sizes("kv cache", "the tokens to keep", len, what, self.lengths[slot]))
+    }
+}

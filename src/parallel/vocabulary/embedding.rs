@@ -1,0 +1,233 @@
+//! Embeddings of tokens, with the vocabulary sharded over the ranks, and of positions.
+
+use crate::{
+    comm::Group,
+    device::{Device, Element},
+    error::{Error, Result, same_size},
+    kernels::{Backend, NO_ROW},
+    ops,
+    parallel::{Bias, ColumnParallelLinear, Columns, DTensor, Layer, ResidualStream, sums::Sums},
+    shard::{Partial, Sequences},
+    tensor::{Param, Region, Role, Weights},
+};
+use std::marker::PhantomData;
+
+/// yᵢ = `W[idᵢ]`: ids → S. The ids are the same on every rank. W: `[vocabulary, hidden]`, sharded
+/// by rows, with at least one row on each rank.
+///
+/// * Forward: each rank looks up the ids of its rows, and has 0 for the others. Leaving collective
+///   of S: all-reduce, or reduce-scatter over tokens. The sum is exact, since all terms but one are
+///   0.
+/// * Backward: entering collective of S with dy: none, or an all-gather. Row r of dW is the sum of
+///   the dyᵢ with idᵢ = r, but for the row of [`VocabParallelEmbedding::with_padding`].
+///
+/// The output head of a model with tied weights is [`VocabParallelEmbedding::tied_head`].
+///
+/// Source: Shoeybi et al., 2019: Megatron-LM, section 3.
+///
+/// ```
+/// use ndarray::arr2;
+/// use shardwise::prelude::*;
+///
+/// let table = arr2(&[[1.0], [2.0], [3.0]]).into_dyn();
+/// let source = Arrays([("weight".into(), table)].into());
+/// launch::threads(2, |world| {
+///     let weights = Weights::new(&source); // rank 0 has rows 0 and 1, rank 1 row 2
+///     let embedding = VocabParallelEmbedding::<Replicated, f32, _>::load(&world, &weights, 3, 1)?;
+///     let (y, _) = embedding.forward(&[2, 0, 1], Sequences::one(3))?;
+///     assert_eq!(y.local().to_vec()?, [3.0, 1.0, 2.0]);
+///     Ok(())
+/// })?;
+/// # Ok::<(), shardwise::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct VocabParallelEmbedding<S: ResidualStream, T: Element, B: Device> {
+    table: ColumnParallelLinear<S, T, B>,
+    padding: Option<u32>,
+}
+
+impl<S: ResidualStream, T: Element, B: Backend> VocabParallelEmbedding<S, T, B> {
+    /// Reads this rank's rows of `weight`.
+    ///
+    /// # Errors
+    /// When the tensor is missing or has another shape, or there are fewer tokens in the vocabulary
+    /// than ranks.
+    pub fn load(group: &Group<B>, weights: &Weights<'_>, vocabulary: usize, hidden: usize) -> Result<Self> {
+        group.partition("embedding", "words", vocabulary, 1)?;
+        let columns = Columns::even(group, vocabulary)?;
+        let table = ColumnParallelLinear::load(group, weights, hidden, &columns, Bias::None)?;
+        Ok(Self { table, padding: None })
+    }
+
+    /// Sets the padding id. Looking it up adds nothing to the gradient of its row, as for
+    /// `padding_idx` of `torch.nn.Embedding`. As a row of a tied head, it gets its gradient.
+    ///
+    /// # Errors
+    /// When the id is beyond the vocabulary.
+    pub fn with_padding(self, padding: Option<u32>) -> Result<Self> {
+        let words = self.vocabulary();
+        match padding.filter(|&id| id as usize >= words) {
+            Some(id) => Err(Error::invalid(
+                "embedding",
+                format!("the padding {id} is beyond a vocabulary of {words} words"),
+            )),
+            None => Ok(Self { padding, ..self }),
+        }
+    }
+
+    /// Returns the number of ids.
+    pub fn vocabulary(&self) -> usize {
+        self.table.partition().total()
+    }
+
+    /// Computes the embeddings of ids that form these sequences, and what the backward needs.
+    ///
+    /// # Errors
+    /// When an id is beyond the vocabulary, the sequences have another number of rows, or a
+    /// collective fails.
+    #[track_caller]
+    pub fn forward(&self, ids: &[u32], sequences: Sequences) -> Result<(DTensor<S, T, B>, Vec<u32>)> {
+        let _site = self.table.weight().site().enter();
+        let (group, words) = (self.table.group(), self.vocabulary());
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= words) {
+            return Err(Error::invalid(
+                "embedding",
+                format!("id {id} is beyond a vocabulary of {words} words"),
+            ));
+        }
+        let own = self.table.partition().range(group.rank());
+        let local = |&id: &u32| if own.contains(&(id as usize)) { id - own.start as u32 } else { NO_ROW };
+        let mut rows: Vec<u32> = ids.iter().map(local).collect();
+        let term = self.table.weight().rows(&rows)?;
+        // From here on, the rows are those that get a gradient.
+        rows.iter_mut()
+            .zip(ids)
+            .filter(|(_, id)| self.padding == Some(**id))
+            .for_each(|(row, _)| *row = NO_ROW);
+        let term = DTensor::<Partial, T, B>::partial(group, term)?.with_sequences(sequences)?;
+        Ok((term.exact()?.leave()?, rows))
+    }
+
+    /// Adds to the table's gradient.
+    ///
+    /// # Errors
+    /// When dy has another shape than the embeddings, or a collective fails.
+    #[track_caller]
+    pub fn backward(&self, rows: &[u32], dy: DTensor<S, T, B>) -> Result<()> {
+        let (table, _site) = (self.table.weight(), self.table.weight().site().enter());
+        dy.check("embedding backward", self.table.group())?;
+        let (words, cols) = (table.shape().rows(), table.shape().cols());
+        same_size("embedding backward", "features of dy", dy.shape().cols(), "those of the table", cols)?;
+        let dy = dy.enter()?;
+        let dy = dy.local();
+        same_size("embedding backward", "the number of ids", rows.len(), "rows of dy", dy.shape().rows())?;
+        table.add_grad_over(rows.len(), |tokens| {
+            let dy_mat = dy.mat().block(tokens.clone(), 0..cols);
+            ops::scatter_rows(dy.device(), &rows[tokens], words, dy_mat)
+        })
+    }
+
+    /// Returns the table.
+    pub fn params(&self) -> Vec<Param<T, B>> {
+        self.table.params()
+    }
+
+    /// Makes the output head with the same weight, logits = X Wᵀ: a layer S → Shard<1>. Make it
+    /// only once: while it exists, a backward adds to the table's gradient once more
+    /// ([`Param::tie`]).
+    pub fn tied_head(&self) -> ColumnParallelLinear<S, T, B> {
+        self.table.tied()
+    }
+}
+
+/// yᵢ = xᵢ + `P[position of row i in its sequence]`: S → S. P: `[positions, hidden]`, learned,
+/// equal on every rank.
+///
+/// [`PositionEmbedding::add_rows`] adds rows by other indices, such as the types of BERT's tokens.
+///
+/// Collectives: none forward. The backward with `Shard<0>` makes an all-reduce of dP, because each
+/// rank has only its own tokens.
+#[derive(Debug)]
+pub struct PositionEmbedding<S: ResidualStream, T: Element, B: Device> {
+    table: Param<T, B>,
+    sums: Sums<B>,
+    stream: PhantomData<S>,
+}
+
+impl<S: ResidualStream, T: Element, B: Backend> PositionEmbedding<S, T, B> {
+    /// Reads `weight`.
+    ///
+    /// # Errors
+    /// When the tensor is missing or has another shape.
+    pub fn load(group: &Group<B>, weights: &Weights<'_>, positions: usize, hidden: usize) -> Result<Self> {
+        let (region, owned) = (Region::whole([positions, hidden]), group.rank() == 0);
+        let table = Param::load_region(group.device(), weights, "weight", Role::Weight, region, owned)?;
+        let sums = Sums::of(group)?;
+        Ok(Self { table: sums.replicated(table), sums, stream: PhantomData })
+    }
+
+    /// Computes yᵢ = xᵢ + `P[rowsᵢ]`, and what the backward needs. `rows` has an index for every
+    /// token, the same on every rank.
+    ///
+    /// # Errors
+    /// When there is not one index per token, or one is beyond the table.
+    pub fn add_rows(
+        &self,
+        x: DTensor<S, T, B>,
+        rows: impl Iterator<Item = u32>,
+    ) -> Result<(DTensor<S, T, B>, Vec<u32>)> {
+        x.check("position embedding", self.sums.group())?;
+        let own = x.local_range(0);
+        let rows: Vec<u32> = rows.skip(own.start).take(own.len()).collect();
+        let table = self.table.shape().rows();
+        if let Some(row) = rows.iter().find(|&&row| row as usize >= table && row != NO_ROW) {
+            let reason = format!(
+                "a token at position {row} of its sequence, but a table of {table} positions; if the rows are \
+                 several sequences, say which by `with_sequences`"
+            );
+            return Err(Error::invalid("position embedding", reason));
+        }
+        let added = self.table.rows(&rows)?;
+        Ok((x.map_local(|local| ops::add(local, &added))?, rows))
+    }
+}
+
+impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for PositionEmbedding<S, T, B> {
+    type In = S;
+    type Out = S;
+    type Saved = Vec<u32>;
+
+    #[track_caller]
+    fn forward(&self, x: DTensor<S, T, B>) -> Result<(DTensor<S, T, B>, Self::Saved)> {
+        let sequences = x.sequences().clone();
+        self.add_rows(x, sequences.positions())
+    }
+
+    #[track_caller]
+    fn backward(&self, positions: Self::Saved, dy: DTensor<S, T, B>) -> Result<DTensor<S, T, B>> {
+        let _site = self.table.site().enter();
+        dy.check("position embedding backward", self.sums.group())?;
+        let (table, device, cols) = (self.table.shape(), dy.local().device(), dy.shape().cols());
+        same_size(
+            "embedding",
+            "the number of positions",
+            positions.len(),
+            "rows of dy",
+            dy.local().shape().rows(),
+        )?;
+        same_size("position embedding backward", "features of dy", cols, "those of the table", table.cols())?;
+        self.sums.add_over_tokens(&self.table, &dy, |rows, grad| {
+            device.fill(0.0, grad.mat_mut()?)?;
+            device.scatter_add(
+                &positions[rows.clone()],
+                dy.local().mat().block(rows, 0..cols),
+                grad.mat_mut()?,
+            )
+        })?;
+        Ok(dy)
+    }
+
+    fn params(&self) -> Vec<Param<T, B>> {
+        vec![self.table.clone()]
+    }
+}
