@@ -1,4 +1,5 @@
-//! A transformer block sharded over ranks and on one device: the same numbers, what was moved, and how long it took.
+//! Runs a transformer block on N ranks and on one device: compares the numbers, counts what the
+//! collectives move, and times both.
 //!
 //! `cargo run --release --example transformer_block -- --ranks 3 --heads 8 --kv-heads 2 --dtype bf16 --gated`
 
@@ -51,7 +52,8 @@ struct Args {
     /// Features of the feed-forward layer.
     #[arg(long, default_value_t = 3072)]
     ffn: usize,
-    /// Where the ranks compute: `cuda` gives each a GPU, with NCCL between them, or shares one by way of the host.
+    /// Where the ranks compute: `cuda` gives each a GPU, connected by NCCL. With fewer GPUs than ranks
+    /// they share, and exchange data through the host.
     #[arg(long, value_enum, default_value_t = On::Cpu)]
     device: On,
     /// The element of weights and activations.
@@ -66,7 +68,7 @@ struct Args {
     /// Let tokens see later ones.
     #[arg(long)]
     bidirectional: bool,
-    /// Cut the residual stream by tokens.
+    /// Shard the residual stream by tokens.
     #[arg(long)]
     sequence_parallel: bool,
     /// Timed repetitions; the median counts.
@@ -119,9 +121,10 @@ fn on_cuda(args: &Args) -> Result<()> {
     with_element(args, |world| {
         let gpus = Cuda::count()?.max(1);
         let cuda = Cuda::new(world.rank() % gpus)?;
-        match world.size() <= gpus {
-            true => world.over_nccl(&cuda, Options::default()),
-            false => Ok(world.staged(&cuda)),
+        if world.size() <= gpus {
+            world.over_nccl(&cuda, Options::default())
+        } else {
+            Ok(world.staged(&cuda))
         }
     })
 }
@@ -142,8 +145,8 @@ struct Report {
     grads: Vec<(ParamRegion, Vec<f64>)>,
     /// What the rank has moved, forward and backward.
     recorded: [Vec<Transfer>; 2],
-    /// What the same code calls without data.
-    planned: [Vec<Transfer>; 2],
+    /// The collectives and elements of the plan.
+    planned: [Vec<(Op, usize)>; 2],
     parameters: usize,
     peak: usize,
     forward: Duration,
@@ -152,9 +155,10 @@ struct Report {
 
 fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
     let config = config(args)?;
-    let sharded = match args.sequence_parallel {
-        false => run::<Replicated, T, B>(args, &config, args.ranks, place)?,
-        true => run::<Shard<0>, T, B>(args, &config, args.ranks, place)?,
+    let sharded = if args.sequence_parallel {
+        run::<Shard<0>, T, B>(args, &config, args.ranks, place)?
+    } else {
+        run::<Replicated, T, B>(args, &config, args.ranks, place)?
     };
     let one = run::<Replicated, T, B>(args, &config, 1, place)?;
     let (reports, one) = (sharded, &one[0]);
@@ -172,14 +176,14 @@ fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
         config.ffn,
         T::DTYPE
     );
-    let stream = if args.sequence_parallel { "cut by tokens" } else { "replicated" };
+    let stream = if args.sequence_parallel { "sharded by tokens" } else { "replicated" };
     println!("{} ranks, residual stream {stream}\n", args.ranks);
 
     println!(
         "largest difference from one device, relative to the tensor's largest number (ε = {:.1e})",
         T::EPSILON
     );
-    // Each rank has its part of the tokens, or all of them.
+    // A rank has its shard of the tokens, or all of them.
     let join =
         |part: fn(&Report) -> &Vec<f64>| -> Vec<f64> { reports.iter().flat_map(part).copied().collect() };
     let copies = if args.sequence_parallel { 1 } else { args.ranks };
@@ -199,8 +203,8 @@ fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
         return Err(Error::Invalid { op: "transformer_block", reason });
     }
     for (name, values) in &want {
-        // A softmax does not change when all its scores do, so the gradient of k's bias is 0 and what is computed is
-        // rounding alone: it is compared with that of q's bias.
+        // Adding one number to all scores does not change a softmax, so the gradient of k's bias is 0
+        // and the computed one is rounding: it is compared with the size of q's.
         let like = if name == "attention.k.bias" { "attention.q.bias" } else { name };
         line(&format!("d {name}"), &got[name], values, largest(&want[like]));
     }
@@ -212,7 +216,7 @@ fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
         }
     }
     for (rank, Report { planned, recorded, .. }) in reports.iter().enumerate() {
-        if planned != recorded {
+        if *planned != [elements(&recorded[0]), elements(&recorded[1])] {
             let reason = format!("rank {rank} planned {planned:?}, recorded {recorded:?}");
             return Err(Error::Invalid { op: "transformer_block", reason });
         }
@@ -250,10 +254,8 @@ fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
 
 fn config(args: &Args) -> Result<BlockConfig> {
     let head_dim = args.head_dim.unwrap_or(args.hidden / args.heads.max(1));
-    let norm = match args.gated {
-        true => NormKind::RmsNorm { eps: 1e-5 },
-        false => NormKind::LayerNorm { eps: 1e-5 },
-    };
+    let eps = 1e-5;
+    let norm = if args.gated { NormKind::RmsNorm { eps } } else { NormKind::LayerNorm { eps } };
     Ok(BlockConfig::new(
         AttentionConfig::new(args.hidden, args.heads)
             .with_kv_heads(args.kv_heads.unwrap_or(args.heads))
@@ -302,20 +304,22 @@ fn random<S: ResidualStream, T: Element, B: Backend>(
     S::of_local(group, tokens, local)?.with_sequences(Sequences::packed(vec![args.tokens; args.batch]))
 }
 
-/// What a rank moves in a step, forward and backward: the same code, without data or other ranks.
-fn plan<S: ResidualStream, T: Element>(
+/// The collectives of a step, forward and backward, and their elements: derived by running the same
+/// code without data and without other ranks. They do not depend on the element type, so the plan
+/// is compiled for f32 only.
+fn plan<S: ResidualStream>(
     args: &Args,
     config: &BlockConfig,
     rank: usize,
     ranks: usize,
-) -> Result<[Vec<Transfer>; 2]> {
+) -> Result<[Vec<(Op, usize)>; 2]> {
     let (group, record) = Group::planned(&Meta::new(), rank, ranks)?;
-    let block = load::<S, T, Meta>(args, config, &group)?;
+    let block = load::<S, f32, Meta>(args, config, &group)?;
     record.take();
     let (_, saved) = block.forward(random(args, &group, "x")?)?;
     let forward = record.take();
     block.backward(saved, random(args, &group, "dy")?)?;
-    Ok([forward, record.take()])
+    Ok([forward, record.take()].map(|transfers| elements(&transfers)))
 }
 
 fn rank<S: ResidualStream, T: Element, B: Backend>(
@@ -371,7 +375,7 @@ fn rank<S: ResidualStream, T: Element, B: Backend>(
         dx: wide(dx.local())?,
         grads,
         recorded,
-        planned: plan::<S, T>(args, config, group.rank(), group.size())?,
+        planned: plan::<S>(args, config, group.rank(), group.size())?,
         parameters,
         peak: group.device().memory().peak,
         forward: median(&mut forwards),
@@ -399,6 +403,11 @@ fn whole(reports: &[Report]) -> BTreeMap<String, Vec<f64>> {
         }
     }
     tensors
+}
+
+/// The operations and their numbers of elements.
+fn elements(transfers: &[Transfer]) -> Vec<(Op, usize)> {
+    transfers.iter().map(|transfer| (transfer.op, transfer.elements)).collect()
 }
 
 /// How often each operation occurs, and the bytes that a rank sends for it.
