@@ -63,11 +63,11 @@ pub(super) fn store<T: Element>(sums: &[T::Acc; BLOCK], to: &mut [T]) {
 }
 
 /// sums[..range.len()] ← the reduction of `from(rank)[range]` over `ranks` ranks, in rank order, in
-/// the accumulator.
+/// the accumulator. `from` is not generic: the loops are compiled once for each element and `op`.
 pub(super) fn reduce_block<'a, T: Element>(
     op: ReduceOp,
     ranks: usize,
-    from: &impl Fn(usize) -> &'a [T],
+    from: &dyn Fn(usize) -> &'a [T],
     range: Range<usize>,
     sums: &mut [T::Acc; BLOCK],
 ) {
@@ -81,7 +81,7 @@ pub(super) fn reduce_block<'a, T: Element>(
 #[inline(always)]
 fn fold<'a, T: Element>(
     ranks: usize,
-    from: &impl Fn(usize) -> &'a [T],
+    from: &dyn Fn(usize) -> &'a [T],
     range: Range<usize>,
     sums: &mut [T::Acc; BLOCK],
     combine: impl Fn(T::Acc, T::Acc) -> T::Acc,
