@@ -1,7 +1,7 @@
 //! Runs a transformer block on N ranks and on one device: compares the numbers, counts what the
 //! collectives move, and times both.
 //!
-//! `cargo run --release --example transformer_block -- --ranks 3 --heads 8 --kv-heads 2 --dtype bf16 --gated`
+//! `cargo run --release --example transformer_block -- --ranks 3 --heads 8 --kv-heads 2 --gated`
 
 use clap::{Parser, ValueEnum};
 use half::{bf16, f16};
@@ -52,8 +52,8 @@ struct Args {
     /// Features of the feed-forward layer.
     #[arg(long, default_value_t = 3072)]
     ffn: usize,
-    /// Where the ranks compute: `cuda` gives each a GPU, connected by NCCL. With fewer GPUs than ranks
-    /// they share, and exchange data through the host.
+    /// Where the ranks compute: `cuda` gives each a GPU, connected by NCCL. If there are fewer GPUs
+    /// than ranks, the ranks share them and exchange data through the host.
     #[arg(long, value_enum, default_value_t = On::Cpu)]
     device: On,
     /// The element of weights and activations.
@@ -203,8 +203,8 @@ fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
         return Err(Error::Invalid { op: "transformer_block", reason });
     }
     for (name, values) in &want {
-        // Adding one number to all scores does not change a softmax, so the gradient of k's bias is 0
-        // and the computed one is rounding: it is compared with the size of q's.
+        // Adding one number to all scores does not change a softmax. So the gradient of k's bias is
+        // 0, and the computed one is rounding: it is compared with the size of q's.
         let like = if name == "attention.k.bias" { "attention.q.bias" } else { name };
         line(&format!("d {name}"), &got[name], values, largest(&want[like]));
     }

@@ -16,7 +16,7 @@ fi
     "$peers/bin/pip" install --quiet torch numpy matplotlib
 rm -rf "$work"
 mkdir -p "$work" benches/results
-cargo build --release --benches --message-format=json-render-diagnostics > "$work/build.json"
+cargo bench --no-run --message-format=json-render-diagnostics > "$work/build.json"
 bench() { python3 -c '
 import json, sys
 paths = [a["executable"] for a in map(json.loads, open(sys.argv[1])) if a.get("executable") and a["target"]["name"] == sys.argv[2]]

@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 program=${1:-}
 if [ -z "$program" ]; then
-    cargo build --quiet --release --example train_text
-    program=${CARGO_TARGET_DIR:-target}/release/examples/train_text
+    cargo build --quiet --release -p text-examples --bin train_text
+    program=${CARGO_TARGET_DIR:-target}/release/train_text
 fi
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT

@@ -9,6 +9,8 @@ base=$(mktemp -d)
 trap 'git worktree remove --force "$base/tree" 2> /dev/null || true; rm -rf "$base"' EXIT
 git worktree add --quiet --detach "$base/tree" "$1"
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
-(cd "$base/tree" && CARGO_TARGET_DIR=$target/same_layers cargo run --quiet --release --example layer_bits > "$base/before")
-cargo run --quiet --release --example layer_bits > "$base/after"
+# Older commits have it as an example of the root package.
+name=$([ -e "$base/tree/examples/Cargo.toml" ] && echo --bin || echo --example)
+(cd "$base/tree" && CARGO_TARGET_DIR=$target/same_layers cargo run --quiet --release "$name" layer_bits > "$base/before")
+cargo run --quiet --release --bin layer_bits > "$base/after"
 diff "$base/before" "$base/after" && echo "$(wc -l < "$base/after") lines of hashes: the same bits"

@@ -84,3 +84,14 @@ pub mod weights;
 
 pub use error::{Error, LostReason, Mismatch, Result, Site, SiteGuard};
 pub use tensor::Tensor;
+
+/// The code of README.md and of the pages in docs/, which is tested as doc examples are.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../README.md")]
+    mod readme {}
+    #[doc = include_str!("../docs/invariance.md")]
+    mod invariance {}
+    #[doc = include_str!("../docs/mpi.md")]
+    mod mpi {}
+}

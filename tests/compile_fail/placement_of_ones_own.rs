@@ -1,4 +1,4 @@
-//! What layers prove by placements rests on there being four of them: nobody adds a fifth, which could then be passed
+//! The proofs by placements rest on there being four of them. Nobody can add a fifth, to be passed
 //! to a layer as if it were one.
 
 use shardwise::{

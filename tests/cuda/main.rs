@@ -1,7 +1,7 @@
 //! Tests of the CUDA device, and the suite of operators, layers, models and training on it.
 //!
-//! On a machine with GPUs they run there; `scripts/cuda_standin.sh cargo test --features nccl --test cuda` runs them on one without.
-//! Otherwise they say that they were not run.
+//! They need a GPU, or its stand-in: `scripts/cuda_standin.sh cargo test --features nccl --test
+//! cuda`. Without either they report that they were not run.
 
 #[path = "../suite/block.rs"]
 mod block;

@@ -1,4 +1,5 @@
-//! Holds DESIGN.md's table of who may import whom, and its list of where `unsafe` and feature gates may stand.
+//! Checks DESIGN.md's table of which module may import which, and its list of files that may have
+//! `unsafe`.
 
 use std::{
     collections::BTreeMap,
@@ -6,8 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// For each module, and for each file that may import more than its module, the modules of the crate
-/// that it may import besides its own, `error` and `shard`.
+/// For each module, and for each file that may import more than its module: the modules of the
+/// crate that it may import besides its own, `error` and `shard`.
 const ALLOWED: [(&str, &[&str]); 18] = [
     ("error", &[]),
     ("shard", &[]),
@@ -157,8 +158,9 @@ fn from_the_root(file: &str, code: &str) -> String {
     code.replace(&climb, "crate::")
 }
 
-/// Every file of the library: its path from the root, its module, and its code without comments and tests.
-fn files() -> Vec<(String, String, String)> {
+/// Every file of the library: its path from the root, its module, and its code without comments and
+/// tests.
+pub(crate) fn files() -> Vec<(String, String, String)> {
     let root = shardwise_tests::root();
     let mut found = Vec::new();
     sources(&root.join("src"), &mut found);

@@ -1144,7 +1144,7 @@ fn attention_agrees(heads: &Heads, sequences: &Sequences, seed: u64) {
 /// Bounds of the output and the gradient, from the same sums as theirs over absolute values.
 ///
 /// A score errs by (d + 2) v Σ|q k|, so that its weight p errs relative to itself by
-/// t = v (2 (d + 2) S + n + 14 + 4 S), where S is the largest scale Σ|q k| and n the number of keys:
+/// t = v (2 (d + 2) S + n + 14 + 4 S), where S is the largest scale Σ|q k| and n that of keys:
 /// the error of the score and of the maximum or log-sum-exp, and that of the softmax. Then
 /// |δo| ≤ (t + n v) Σ p|v| + u|o|. With D = Σ|dO O|, the weight's gradient ds = p (dp − D) errs by
 /// b = p (t + 4 v + (d + 2) v)(Σ|dO v| + D) and, because O was rounded, by u p D. The sums over

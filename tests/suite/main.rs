@@ -1,6 +1,7 @@
 //! The integration tests, in one binary: a module an area.
 
 mod block;
+mod circles;
 mod collectives;
 mod comm;
 mod compile_fail;
@@ -30,6 +31,7 @@ mod saving;
 mod sites;
 mod stages;
 mod states;
+mod style;
 mod support;
 mod trace;
 mod training;

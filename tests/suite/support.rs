@@ -1,5 +1,5 @@
-//! What the tests of layers share: spreading whole tensors over ranks, running a layer there with every check that holds
-//! for all layers, and putting the results together again.
+//! What the tests of layers share: sharding whole tensors over ranks, running a layer there with
+//! every check that holds for all layers, and assembling the results.
 
 use crate::dev::{Dev, FEWER, ranks};
 use ndarray::{Array2, ArrayD, Axis, IxDyn, Slice, concatenate};
@@ -60,7 +60,7 @@ pub(crate) fn close<D: ndarray::Dimension>(
     assert!(error <= tolerance, "{what}: relative difference {error:e} > {tolerance:e}");
 }
 
-/// A cut of `len` into `parts` parts, uneven in a way that depends on the seed; each part has at least one unit of `unit`.
+/// A partition of `len` over `parts` ranks, uneven by the seed; each rank has at least one index.
 pub(crate) fn uneven(seed: u64, len: usize, parts: usize) -> Partition {
     assert!(len >= parts);
     let stream = Philox::stream(seed, 77);
@@ -381,7 +381,7 @@ impl Assembled {
             let region = |axis: ndarray::AxisDescription| Slice::from(ranges[axis.axis.index()].clone());
             let mut at = sum.slice_each_axis_mut(region);
             let mut held = held.slice_each_axis_mut(region);
-            // Whoever holds an element has the same gradient for it.
+            // All holders of an element have the same gradient for it.
             for ((sum, own), held) in at.iter_mut().zip(&own).zip(held.iter_mut()) {
                 assert!(*held == 0 || sum.to_bits() == own.to_bits(), "holders of {} differ", part.tensor);
                 *sum = *own;

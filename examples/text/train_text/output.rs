@@ -37,12 +37,17 @@ pub(crate) fn plot(path: &Path, runs: &[(String, Trained)]) -> Result<(), Box<dy
         .build_cartesian_2d(0..steps, 0.0..largest * 1.05)?;
     chart.configure_mesh().x_desc("step").draw()?;
     for (number, (name, run)) in runs.iter().enumerate() {
-        let color = Palette99::pick(number).to_rgba();
-        chart
-            .draw_series(LineSeries::new(run.curve.iter().copied(), color.mix(0.6)))?
-            .label(name.as_str())
-            .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 18, y)], color.stroke_width(2)));
-        chart.draw_series(LineSeries::new(run.validation.iter().copied(), color.stroke_width(2)))?;
+        let color = Palette99::pick(number);
+        // Training is thin and pale, validation thick; the legend says so for each mesh.
+        for (kind, losses, style) in [
+            ("training", &run.curve, color.mix(0.5).stroke_width(1)),
+            ("validation", &run.validation, color.stroke_width(3)),
+        ] {
+            chart
+                .draw_series(LineSeries::new(losses.iter().copied(), style))?
+                .label(format!("{kind}, {name}"))
+                .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 18, y)], style));
+        }
     }
     chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK).draw()?;
     canvas.present()?;
