@@ -169,16 +169,17 @@ impl Modules {
         if module.defines.contains(name) || depth == 0 {
             return Some(base);
         }
-        let found = module.uses.iter().filter(|used| used.name == *name || used.name == "*").find_map(|used| {
-            let (from, rest) = self.begin(&base, &used.path)?;
-            let mut rest = rest.to_vec();
-            if used.name == "*" {
-                *rest.last_mut()? = name.clone();
-            }
-            let home = self.home(&from, &rest, depth - 1)?;
-            let defines = |module: &Module| module.defines.contains(name);
-            (used.name != "*" || self.0.get(&home).is_some_and(defines)).then_some(home)
-        });
+        let found =
+            module.uses.iter().filter(|used| used.name == *name || used.name == "*").find_map(|used| {
+                let (from, rest) = self.begin(&base, &used.path)?;
+                let mut rest = rest.to_vec();
+                if used.name == "*" {
+                    *rest.last_mut()? = name.clone();
+                }
+                let home = self.home(&from, &rest, depth - 1)?;
+                let defines = |module: &Module| module.defines.contains(name);
+                (used.name != "*" || self.0.get(&home).is_some_and(defines)).then_some(home)
+            });
         Some(found.unwrap_or(base))
     }
 
@@ -195,7 +196,11 @@ impl Modules {
         };
         // The prelude and the roots name everything, and nothing names them.
         let is_file = |here: &&Path| !here.is_empty() && here[0] != "prelude";
-        self.0.iter().filter(|(here, _)| is_file(here)).map(|(here, module)| (here, of((here, module)))).collect()
+        self.0
+            .iter()
+            .filter(|(here, _)| is_file(here))
+            .map(|(here, module)| (here, of((here, module))))
+            .collect()
     }
 
     /// The imports from which a way leads back.

@@ -1,7 +1,10 @@
 //! A pool of host memory: freed buffers are kept in free lists and reused.
 
-use super::{super::Element, free_list::FreeLists};
-use crate::error::{Error, Result};
+use super::free_list::FreeLists;
+use crate::{
+    device::Element,
+    error::{Error, Result},
+};
 use half::{bf16, f16};
 use std::{
     cell::Cell,
