@@ -85,7 +85,8 @@ impl Module {
         let mut at = 0;
         while at < tokens.len() {
             match tokens[at] {
-                "use" => {
+                // Not `use<'a>`, which says what a type captures.
+                "use" if tokens.get(at + 1) != Some(&"<") => {
                     let public = at > 0 && matches!(tokens[at - 1], "pub" | ")");
                     at += tree(&tokens[at + 1..], &[], public, &mut module.uses) + 2;
                     continue;
@@ -152,8 +153,9 @@ impl Modules {
         Some((base, rest))
     }
 
-    /// The module that defines what a path leads to, through re-exports.
-    fn home(&self, base: &[String], path: &[String], depth: usize) -> Option<Path> {
+    /// The module that defines what a path leads to, through re-exports. `seen` are the names that
+    /// were looked up.
+    fn home(&self, base: &[String], path: &[String], seen: &mut BTreeSet<Path>) -> Option<Path> {
         let mut base = base.to_vec();
         let mut rest = path;
         while let Some(part) = rest.first() {
@@ -166,8 +168,11 @@ impl Modules {
         }
         let Some(name) = rest.first() else { return Some(base) };
         let module = self.0.get(&base)?;
-        if module.defines.contains(name) || depth == 0 {
+        if module.defines.contains(name) {
             return Some(base);
+        }
+        if !seen.insert(base.iter().chain([name]).cloned().collect()) {
+            return None;
         }
         let found =
             module.uses.iter().filter(|used| used.name == *name || used.name == "*").find_map(|used| {
@@ -176,7 +181,7 @@ impl Modules {
                 if used.name == "*" {
                     *rest.last_mut()? = name.clone();
                 }
-                let home = self.home(&from, &rest, depth - 1)?;
+                let home = self.home(&from, &rest, seen)?;
                 let defines = |module: &Module| module.defines.contains(name);
                 (used.name != "*" || self.0.get(&home).is_some_and(defines)).then_some(home)
             });
@@ -190,7 +195,7 @@ impl Modules {
             let paths = used.map(|used| &used.path).chain(&module.paths);
             let homes = paths.filter_map(|path| {
                 let (base, rest) = self.begin(here, path)?;
-                self.home(&base, rest, 8)
+                self.home(&base, rest, &mut BTreeSet::new())
             });
             homes.filter(|home| !here.starts_with(home)).collect()
         };
