@@ -1,5 +1,5 @@
-//! A small Vision Transformer on data- and tensor-parallel ranks. The losses equal those of one
-//! device, also after another mesh resumes from a checkpoint.
+//! A small Vision Transformer on data- and tensor-parallel ranks. The losses agree with those of
+//! one device, also when another mesh resumes the run from a checkpoint.
 //!
 //! `cargo run --release --example vit`
 
@@ -36,7 +36,8 @@ fn sample(number: u64) -> (Vec<f64>, u32) {
     ((0..SIDE * SIDE).map(pixel).collect(), class as u32)
 }
 
-/// Builds the model from image patches, replicated, to the classes' logits, sharded over the ranks.
+/// Builds the model. Its input, the image patches, is replicated. Its output, the logits, is
+/// sharded by class.
 fn vit(
     group: &Group<Cpu>,
     source: &dyn WeightSource,
@@ -132,7 +133,7 @@ fn run(folder: &Path) -> Result<()> {
     let one = train([1, 1], 0..STEPS, None, None)?;
     let [first, last] = [one[0], one[one.len() - 1]];
     println!("1 x 1: loss {first:.4} to {last:.4}");
-    // Written so that NaN, and losses that do not fall, fail.
+    // The comparison is false for NaN, so a NaN loss is an error too.
     let falls = last < first / 2.0;
     if !falls {
         return Err(Error::invalid("vit", format!("the loss goes from {first} to {last}")));

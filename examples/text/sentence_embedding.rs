@@ -6,7 +6,6 @@
 //! cargo run --release --example sentence_embedding -- --ranks 5 "A cat sat." "It rained all day."
 //! ```
 //! Each rank reads only its shard of the checkpoint's attention and feed-forward weights.
-//! Each rank reads only its part of the checkpoint's attention and feed-forward weights.
 
 mod checkpoint;
 
@@ -26,7 +25,7 @@ use std::{path::PathBuf, process::ExitCode, time::Instant};
 /// Prints the embeddings of sentences and their pairwise cosines.
 #[derive(Parser, Debug)]
 struct Args {
-    /// The sentences; by default those of the reference.
+    /// The sentences to embed; by default those in the reference file.
     sentences: Vec<String>,
     /// The number of tensor-parallel ranks, 1 to 12.
     #[arg(long, default_value_t = 2)]

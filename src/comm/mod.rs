@@ -8,11 +8,11 @@
 //! |---|---|
 //! | [`Solo`] | one, on any device |
 //! | [`threads::ThreadComm`] | threads of one process, which read one another's memory |
-//! | [`Link`] | processes, relayed by the first: for control and small tensors |
+//! | [`Link`] | processes over TCP, with rank 0 as relay; for control and small tensors |
 #![cfg_attr(feature = "mpi", doc = "| [`MpiComm`] | processes, over an MPI library |")]
-//! | [`HostStaged`] | those of the host communicator it wraps, with tensors on any device |
+//! | [`HostStaged`] | those of the host communicator it wraps; copies device tensors via the host |
 //! | [`Recorded`] | those of the communicator it wraps; logs every transfer |
-//! | [`Planned`] | one rank of any number, without the others, on a device without values |
+//! | [`Planned`] | one simulated rank of a group of any size, on the `Meta` device |
 //!
 //! Every call is described by a [`Call`]: operation, element, shape and sequence number. The ranks
 //! compare their calls before any data moves. If they disagree, every rank gets
@@ -63,7 +63,7 @@ pub use solo::Solo;
 pub use staged::HostStaged;
 pub use started::Pending;
 
-/// Runs generic code on two run-time views of the same element.
+/// Runs generic code on two dynamically typed views that have the same element type.
 macro_rules! each_pair {
     ($send:expr, $recv:expr, ($a:ident, $b:ident) => $body:expr) => {
         $crate::device::each_dtype!(AnyRef, $send, $a => match $recv.of() {
@@ -76,7 +76,7 @@ macro_rules! each_pair {
 }
 use each_pair;
 
-/// Waits, at most two seconds, until the communicators that this thread's rank has left are closed.
+/// Waits at most two seconds until NCCL has closed the communicators that this thread has left.
 pub(crate) fn settle() {
     #[cfg(feature = "nccl")]
     nccl::settle();

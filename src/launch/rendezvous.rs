@@ -4,12 +4,12 @@
 //! and an HMAC-SHA-256 of nonce and hello under the shared token. Rank 0 answers with its verdict,
 //! authenticated in the same way. So neither side can be imitated without the token, and a recorded
 //! handshake is useless. Frames are later authenticated with the token and both nonces, but not
-//! encrypted. Without a token nothing is proved: any program that can connect to rank 0, on
-//! loopback, can be a rank.
+//! encrypted. Without a token, rank 0 listens on loopback only, and any local program that connects
+//! can join as a rank.
 //!
-//! Other connections cannot block the group from forming. A thread of its own examines each
-//! connection, for at most five seconds, and at most 64 more than there are ranks at a time. If one
-//! more arrives, the oldest is closed: a rank proves itself at once, or connects again.
+//! Connections from other programs cannot keep the group from forming. One thread per connection
+//! examines it, for at most five seconds. At most `world + 64` connections are examined at a time.
+//! If one more arrives, rank 0 closes the oldest; if that was a rank's, the rank connects again.
 
 use super::Env;
 use crate::{
@@ -93,7 +93,8 @@ impl Rendezvous {
     /// The rendezvous of an environment. Ranks that are all on this machine use a loopback address.
     ///
     /// # Errors
-    /// When the host of rank 0 is unknown, or is not this one and there is no token.
+    /// When the host of rank 0 cannot be resolved, when it has an address other than loopback and
+    /// there is no token, or when there is no such rank.
     pub(super) fn new(env: &Env) -> Result<Self> {
         let place = format!("{}:{}", env.host, env.port);
         let bad = |why: String| Error::invalid(OP, format!("rank 0 at {place}: {why}"));
@@ -111,7 +112,7 @@ impl Rendezvous {
             let any = [IpAddr::from(Ipv6Addr::UNSPECIFIED), Ipv4Addr::UNSPECIFIED.into()];
             listens.extend(any.map(|any| SocketAddr::new(any, env.port)));
         }
-        // Other machines cannot reach the loopback address that the host's own name may have there.
+        // A host may resolve its own name to loopback, where other machines cannot reach it.
         let is_name = host.parse::<IpAddr>().is_err();
         if is_name && here.ip().is_loopback() && listens.len() > 1 {
             listens.remove(0);
@@ -144,8 +145,8 @@ impl Rendezvous {
         let admitted: Arc<Admitted> = Arc::new(Mutex::new((0..self.world).map(|_| None).collect()));
         if self.world > 1 {
             let listener = self.listen(begin, deadline)?;
-            // Connections that have not proved themselves yet, the oldest first, and the number of
-            // those that ended without a proof.
+            // The connections under examination, oldest first, and the number of connections that
+            // failed it.
             let (mut examined, refused) = (VecDeque::<Weak<TcpStream>>::new(), Arc::new(AtomicU64::new(0)));
             loop {
                 let missing: Vec<_> =
@@ -169,7 +170,7 @@ impl Rendezvous {
                 };
                 examined.retain(|stream| stream.strong_count() > 0);
                 if examined.len() >= EXAMINED + self.world {
-                    // No connection is admitted while the lock is held.
+                    // While this lock is held, `examine` cannot admit the connection closed here.
                     let _admitted = lock(&admitted);
                     let oldest = examined.pop_front().and_then(|stream| stream.upgrade());
                     oldest.inspect(|oldest| drop(oldest.shutdown(Shutdown::Both)));
@@ -177,7 +178,7 @@ impl Rendezvous {
                 let stream = Arc::new(stream);
                 examined.push_back(Arc::downgrade(&stream));
                 let (this, admitted, refused) = (self.clone(), Arc::clone(&admitted), Arc::clone(&refused));
-                // A connection that cannot be examined is closed.
+                // If the thread cannot be spawned, the connection is dropped, which closes it.
                 let _ = thread::Builder::new().name("rendezvous".into()).spawn(move || {
                     if this.examine(stream, &admitted).is_err() {
                         refused.fetch_add(1, Ordering::Relaxed);
@@ -194,7 +195,7 @@ impl Rendezvous {
     }
 
     /// Listens on the address of rank 0. With a token, listens on all addresses of this machine if
-    /// that address is not its own, such as a service's.
+    /// it cannot bind that one (it may belong to a service), or if the host's name is loopback.
     fn listen(&self, begin: Instant, deadline: Duration) -> Result<TcpListener> {
         let mut addresses = self.listens.iter().peekable();
         loop {
@@ -246,7 +247,7 @@ impl Rendezvous {
         } else {
             match admitted.get(rank) {
                 _ if rank == 0 || rank >= self.world => Verdict::NoSuchRank,
-                // All ranks have connected.
+                // `host` has taken the list, because all ranks have connected.
                 None => Verdict::Taken,
                 Some(Some((earlier, _))) if is_open(earlier) => Verdict::Taken,
                 Some(_) => Verdict::Welcome,
@@ -256,14 +257,15 @@ impl Rendezvous {
         let proof = self.proof(b"host", &[visitor, &answer]);
         write(stream, &[&answer, &proof], until)?;
         if verdict == Verdict::Welcome {
-            // This is the only owner: a connection closed as the oldest could not be written to.
+            // This is the only owner. `host` holds another only while it closes the connection, and
+            // then the write above fails.
             let stream = Arc::into_inner(connection).ok_or(ErrorKind::ConnectionAborted)?;
             admitted[rank] = Some((stream, self.mac(b"link", &[&nonce, visitor])));
         }
         Ok(())
     }
 
-    /// Other ranks: connects to rank 0 until all ranks have connected.
+    /// Other ranks: connects to rank 0, with retries, and returns when all ranks have connected.
     fn visit(&self, deadline: Duration) -> Result<Vec<Option<Peer>>> {
         let begin = Instant::now();
         let mut pause = Duration::from_millis(1);
@@ -371,7 +373,7 @@ fn remaining(until: Instant) -> io::Result<Duration> {
     if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(left) }
 }
 
-/// Fills `buffer` before `until`, however slowly the bytes arrive.
+/// Fills `buffer`. `until` limits the whole call, not each read.
 fn read(mut stream: &TcpStream, mut buffer: &mut [u8], until: Instant) -> io::Result<()> {
     while !buffer.is_empty() {
         stream.set_read_timeout(Some(remaining(until)?))?;
@@ -390,7 +392,7 @@ fn write(mut stream: &TcpStream, parts: &[&[u8]], until: Instant) -> io::Result<
     stream.write_all(&parts.concat())
 }
 
-/// Whether the other side has not closed a connection on which it has nothing to send yet.
+/// Whether the connection is still open. Assumes that the peer has sent nothing that is unread.
 fn is_open(stream: &TcpStream) -> bool {
     let peeked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
     let _ = stream.set_nonblocking(false);

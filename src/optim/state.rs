@@ -39,17 +39,17 @@ impl Layout {
     }
 }
 
-/// The state of each parameter that has had a gradient, by the parameter's name.
+/// The states by parameter name. [`States::load`] or a parameter's first gradient makes its state.
 pub(super) struct States<T: Element, B: Device> {
     layout: Layout,
-    /// In the order of the parameters' first gradients, which is the same on every rank.
+    /// In the order in which they were made, which is the same on every rank.
     all: Vec<State<T, B>>,
     /// Positions in `all` by the parameter's name.
     places: HashMap<String, usize>,
     groups: Option<Box<dyn Fn(&Param<T, B>) -> ParamGroup>>,
 }
 
-/// The state of one parameter. Its tensors are parameters of the same regions, renamed.
+/// The state of one parameter. Its tensors are `Param`s with the same regions under other names.
 #[derive(Debug)]
 pub(super) struct State<T: Element, B: Device> {
     /// The regions of the parameter.
@@ -61,7 +61,7 @@ pub(super) struct State<T: Element, B: Device> {
     sums: Vec<Param<T::Acc, B>>,
     /// The master weight, in the accumulator type if that is wider than the element type.
     master: Option<Param<T::Acc, B>>,
-    /// `steps` as a listed tensor, with one element for each of the parameter's tensors.
+    /// `steps` as a tensor for checkpoints, one element for each stored tensor of the parameter.
     count: Option<Param<T::Acc, B>>,
     /// The revision of `count` when it was last written or read here.
     count_revision: Option<u64>,
@@ -95,7 +95,7 @@ impl<T: Element, B: Device> States<T, B> {
 impl<T: Element, B: Backend> States<T, B> {
     /// Returns the largest number of steps of any parameter.
     pub(super) fn steps(&self) -> u64 {
-        // An invalid number that was written to `count` is an error of the next step.
+        // If the caller set `count` to an invalid number, the next step returns the error.
         let steps = |state: &State<T, B>| {
             if state.is_count_set() {
                 state.read_count(self.layout.op).unwrap_or(state.steps)
@@ -106,7 +106,7 @@ impl<T: Element, B: Backend> States<T, B> {
         self.all.iter().map(steps).max().unwrap_or(0)
     }
 
-    /// Reads the states that a source has of these parameters.
+    /// Reads the states of the given parameters. Skips parameters without state in the source.
     pub(super) fn load(layout: Layout, source: &dyn WeightSource, params: &[Param<T, B>]) -> Result<Self> {
         let mut states = Self::new(layout);
         states.check(params)?;
@@ -144,7 +144,7 @@ impl<T: Element, B: Backend> States<T, B> {
             state.take_count(op)?;
             state.steps += 1;
             update(param, &grad, group, state)?;
-            // A caller that has listed the state reads the new number.
+            // If the caller holds the listed `count`, it has to see the new number.
             if state.count.as_ref().is_some_and(Param::is_shared) {
                 state.write_count()?;
             }
@@ -236,7 +236,7 @@ impl<T: Element, B: Backend> State<T, B> {
         })
     }
 
-    /// Reads the state of a parameter, or none if the source has none of its tensors.
+    /// Reads the state of a parameter. Returns `None` if the source has no tensor of that state.
     fn load(layout: Layout, source: &dyn WeightSource, param: &Param<T, B>) -> Result<Option<Self>> {
         let regions = param.regions();
         let of = |kind| regions.iter().map(move |own| layout.name(kind, &own.tensor));
@@ -275,7 +275,7 @@ impl<T: Element, B: Backend> State<T, B> {
         Ok(())
     }
 
-    /// Whether the caller has set `count` since it was listed.
+    /// Whether the caller has set `count` since this state last wrote or read it.
     fn is_count_set(&self) -> bool {
         self.count.as_ref().map(Param::revision) != self.count_revision
     }
@@ -322,8 +322,8 @@ impl<T: Element, B: Backend> State<T, B> {
     }
 
     /// Updates the master weight after the parameter's value was set. An element that still rounds
-    /// to the value is kept. The choice is made by element, so that it does not depend on the
-    /// shard.
+    /// to the value is kept. Each element is decided separately, so the result does not depend on
+    /// how the parameter is sharded.
     fn update_master(&mut self, param: &Param<T, B>) -> Result<()> {
         if let Some(master) = &self.master {
             let bits = |value: T| value.to_f64().to_bits();

@@ -64,7 +64,7 @@ pub fn relu_backward(x: &Array2<f64>, dy: &Array2<f64>) -> Array2<f64> {
 
 /// `y = x σ(x)` with `σ(x) = 1 / (1 + e⁻ˣ)`, of any shape. At -∞ it is NaN, as in PyTorch.
 ///
-/// Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2; also called swish.
+/// Also called swish. Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2.
 pub fn silu(x: &Array2<f64>) -> Array2<f64> {
     x.mapv(|x| x * sigmoid(x))
 }

@@ -6,11 +6,11 @@ use ndarray::{Array1, Array2};
 /// The cross entropy with label smoothing and z-loss.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct CrossEntropy {
-    /// The label smoothing that is distributed over all classes.
+    /// The probability that label smoothing spreads over all classes, the target included.
     pub over_all: f64,
-    /// The label smoothing that is distributed over all classes but the target.
+    /// The probability that label smoothing spreads over all classes except the target.
     pub over_others: f64,
-    /// The target of rows without a loss.
+    /// The target that marks a row as ignored, with loss 0 (`ignore_index` in PyTorch).
     pub ignored: Option<u32>,
     /// The weight of the z-loss, the squared log-sum-exp.
     pub z: f64,
@@ -55,8 +55,8 @@ impl CrossEntropy {
         })
     }
 
-    /// `dx = scale · (p (1 + 2 z log Σₖ e^xₖ) − q)`, and 0 for ignored rows: the gradient of
-    /// `scale` times the sum of the losses.
+    /// `dx = scale · (p (1 + 2 z log Σₖ e^xₖ) − q)`, and 0 for ignored rows. This is the gradient
+    /// of `scale` times the sum of [`CrossEntropy::losses`].
     ///
     /// # Panics
     /// As [`CrossEntropy::losses`].
@@ -101,7 +101,7 @@ mod tests {
         check_gradient("mse", &x, &mean_squared_error(&x, &y).1, |x| mean_squared_error(x, &y).0);
     }
 
-    /// The two conventions of label smoothing, by their definitions.
+    /// Checks the target probabilities of both conventions of label smoothing.
     #[test]
     fn smoothed_probabilities_sum_to_one() {
         for (over_all, over_others) in [(0.1, 0.0), (0.0, 0.1), (0.0, 0.0)] {

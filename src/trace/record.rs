@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The most bytes of a file that is read. Records have a few hundred bytes per operation.
+/// The maximum size of a record file, in bytes. An operation takes a few hundred bytes.
 const MAX_BYTES: u64 = 1 << 26;
 
 /// How a rank ended.
@@ -59,13 +59,13 @@ pub struct Entry {
     pub op: String,
     /// Its arguments as text: reduction, root, element, shape and a hash of the partition.
     pub what: String,
-    /// Whether it was started, to be waited for later.
+    /// Whether the call was asynchronous: it started the operation, and a later call waits for it.
     pub started: bool,
     /// The group's id; none for local computation.
     pub group: Option<String>,
     /// The sequence number in the group, from 0.
     pub seq: u64,
-    /// The layer that made the call, or its file and line.
+    /// The layer that made the call, or the file and line of the call.
     pub site: String,
     /// When it began, in nanoseconds since 1970.
     pub begin: u64,
@@ -103,7 +103,7 @@ pub struct Record {
 }
 
 impl Recorder {
-    /// Converts what was recorded so far.
+    /// Converts the operations recorded so far to a [`Record`].
     pub(super) fn record(&self, ended: Ended) -> Record {
         let forgotten = self.next.saturating_sub(CAPACITY as u64);
         let entry = |number: u64| {
@@ -156,7 +156,7 @@ impl Recorder {
 }
 
 impl Record {
-    /// The path of the record of a rank of a job in a folder of records.
+    /// Returns the path in `folder` of the record that rank `rank` of a job writes.
     pub fn path(folder: &Path, job: &str, rank: usize) -> PathBuf {
         let job: String = job.chars().map(|c| if c.is_alphanumeric() { c } else { '-' }).collect();
         folder.join(format!("{job}-rank{rank}.jsonl"))

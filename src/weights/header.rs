@@ -7,8 +7,8 @@
 //!  "__metadata__": {"format": "pt"}}
 //! ```
 //!
-//! Offsets count from the end of the header. The data of the tensors are contiguous and reach to
-//! the end of the file, each row-major and little endian.
+//! Offsets count from the end of the header. The tensors are stored without gaps up to the end of
+//! the file. Each is row-major and little endian.
 
 use super::{
     file::DataFile,
@@ -19,10 +19,12 @@ use crate::{device::DType, error::Result};
 use safetensors::{Dtype, tensor::TensorInfo};
 use std::collections::BTreeMap;
 
-/// The maximal length of a header in the format, in bytes, and of all headers of a folder together.
+/// The maximum length of a header, in bytes: the format's limit for one header, and this crate's
+/// limit for the headers of a folder together.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// The maximal number of dimensions, that of PyTorch and NumPy. Only tensors of fewer can be read.
+/// The maximum number of dimensions in a header, as in PyTorch and NumPy. Reading a tensor's
+/// values is limited to [`Shape::MAX_RANK`](crate::shard::Shape::MAX_RANK).
 const MAX_RANK: usize = 64;
 
 /// The checked header entry of one tensor.
@@ -75,8 +77,8 @@ fn text(file: &DataFile, before: u64) -> Result<(Vec<u8>, u64)> {
     Ok((text, after))
 }
 
-/// Reads the header of a file, and none of its data. Adds the length of the header to `total`, that
-/// of the headers of this checkpoint.
+/// Reads the header of a file, and none of its data. Adds the header's length to `total`, the
+/// length of all headers of this checkpoint.
 pub(super) fn read(file: &DataFile, total: &mut u64) -> Result<BTreeMap<String, Entry>> {
     let (text, after) = text(file, *total)?;
     let len = text.len() as u64;
@@ -109,7 +111,7 @@ fn other_format(file: &DataFile) -> Result<Option<&'static str>> {
     Ok(known.into_iter().find(|(magic, _)| first.starts_with(magic)).map(|(_, what)| what))
 }
 
-/// Returns the id of the save if this crate wrote the file in one; see [`super::folder`].
+/// Returns the id in the file's metadata of the save that wrote it, if any; see [`super::folder`].
 pub(super) fn id(file: &DataFile) -> Result<Option<String>> {
     let (text, _) = text(file, 0)?;
     let mut id = None;
@@ -160,7 +162,7 @@ fn parse(text: &[u8]) -> Result<BTreeMap<String, TensorInfo>, String> {
 }
 
 /// Checks that the offsets of each tensor match its shape and element type, and that the tensors
-/// fill the `data` bytes of data.
+/// fill all `data` bytes after the header without gaps.
 fn check(infos: &BTreeMap<String, TensorInfo>, data: u64) -> Result<(), String> {
     let mut ranges = Vec::with_capacity(infos.len());
     for (name, info) in infos {
@@ -198,8 +200,8 @@ fn check(infos: &BTreeMap<String, TensorInfo>, data: u64) -> Result<(), String> 
     Ok(())
 }
 
-/// Returns the size of a tensor in bytes, or none if it overflows or is not a whole number. A
-/// dimension of 0 first counts as 1, because `[0, 2⁶³, 2⁶³]` has no elements, but its strides
+/// Returns the size of a tensor in bytes, or none if it overflows or is not a whole number. The
+/// overflow check counts a dimension of 0 as 1: `[0, 2⁶³, 2⁶³]` has no elements, but its strides
 /// overflow.
 fn bytes(info: &TensorInfo) -> Option<usize> {
     let strides =
@@ -225,7 +227,7 @@ mod tests {
         check(&parse(header.as_bytes())?, data as u64)
     }
 
-    /// Random choices, the same for the same case.
+    /// Random choices that are reproducible: test name and case number are the seed.
     struct Choices {
         stream: Philox,
         next: u64,
@@ -247,7 +249,7 @@ mod tests {
         fn tensor(&mut self) -> (String, String) {
             let dims: Vec<usize> = (0..self.below(4)).map(|_| self.below(4)).collect();
             let (dtype, size) = [("F32", 4), ("F16", 2), ("I64", 8), ("U8", 1)][self.below(4)];
-            // Most lengths are right, so that most headers pass that check.
+            // Nine of ten lengths match the shape, so that most headers reach the later checks.
             let wrong = usize::from(self.below(10) == 0);
             let start = self.below(12);
             let end = start + dims.iter().product::<usize>() * size + wrong;

@@ -11,7 +11,7 @@ use shardwise::{
 use std::{fs, io::ErrorKind, ops::Range, path::Path};
 use tempfile::{TempDir, tempdir};
 
-/// Contiguous ranges of a region that are closer than this are read at once.
+/// Two ranges less than this many bytes apart are fetched by one read, with the gap between them.
 const GAP: usize = 4096;
 
 fn read<T: Element>(source: &dyn WeightSource, name: &str, region: &Region) -> Result<Vec<T>> {
@@ -157,7 +157,7 @@ fn a_row_range_costs_its_own_bytes_and_a_column_range_its_runs() {
 
 #[test]
 fn narrowing_rounds_once_and_the_same_element_keeps_its_bits() {
-    // The first lies just above the middle of 1 and the next f32.
+    // The first value lies just above the midpoint of 1 and the next f32, so it rounds up.
     let (_folder, checkpoint) = single("w", &[2], view(&[1.0 + 2_f64.powi(-24) + 2_f64.powi(-50), 0.1]));
     assert_eq!(read::<f32>(&checkpoint, "w", &Region::whole([2])).unwrap(), [1.0 + f32::EPSILON, 0.1]);
     assert_eq!(read::<bf16>(&checkpoint, "w", &Region::whole([2])).unwrap(), [1.0, 0.1].map(bf16::from_f64));
@@ -289,7 +289,7 @@ fn an_index_that_lies_is_refused() {
     assert!(Checkpoint::open(&index).unwrap_err().to_string().contains("at most 32000000 are read"));
 }
 
-/// A folder whose index names one file `links` times, each time for another of its tensors.
+/// A folder with `links` hard links to one file. The index places a different tensor in each link.
 fn linked(header: &str, links: usize) -> TempDir {
     let folder = tempdir().unwrap();
     fs::write(folder.path().join("0"), file(header, 0)).unwrap();
@@ -348,7 +348,7 @@ fn what_an_index_does_not_name_takes_no_memory() {
     let text = String::from_utf8(output.stdout).unwrap();
     let grown = text.lines().find_map(|line| line.split_once("grown by ")).map(|(_, rest)| rest);
     let grown = grown.and_then(|rest| rest.strip_suffix(" kB")).unwrap_or_else(|| panic!("{text}"));
-    // A header has 1.2 MB. Keeping all of them took 170 MB.
+    // Each of the 60 headers has 1.2 MB. Keeping all their entries in memory would take 170 MB.
     assert!(grown.parse::<usize>().unwrap() < 30_000, "grown by {grown} kB");
 }
 
@@ -460,7 +460,8 @@ fn a_file_that_lies_is_refused() {
         assert!(matches!(&error, Error::Checkpoint { path: named, .. } if *named == path), "{error:?}");
         assert!(error.to_string().contains(expected), "expected {expected}, found {error}");
     }
-    // A header over the format's limit in a file of that length: nothing is read.
+    // The header is longer than the format allows, and the file is long enough to contain it. The
+    // header is rejected unread.
     let large = fs::File::create(&path).unwrap();
     std::io::Write::write_all(&mut &large, &100_000_001_u64.to_le_bytes()).unwrap();
     large.set_len(200_000_000).unwrap();
@@ -640,7 +641,7 @@ fn what_is_no_checkpoint_is_called_by_its_name() {
     );
 }
 
-/// A tensor that is missing from a layer is not searched for in another layer.
+/// The hint for a missing tensor suggests only names in the same layer.
 #[test]
 fn a_hint_stays_in_the_layer() {
     let mut arrays = Arrays::<f64>::default();

@@ -1,4 +1,4 @@
-//! What comes out of a training run: its curve.
+//! Writes the loss curves of the training runs, as a table and as a plot.
 
 use super::Trained;
 use plotters::{
@@ -7,7 +7,7 @@ use plotters::{
 };
 use std::{error::Error, fmt::Write, path::Path};
 
-/// The losses, a line a step and mesh.
+/// Writes the losses as CSV, with one line for each mesh, kind and step.
 pub(crate) fn table(path: &Path, runs: &[(String, Trained)]) -> Result<(), Box<dyn Error>> {
     let mut text = String::from("mesh,kind,step,loss\n");
     for (name, run) in runs {
@@ -20,7 +20,7 @@ pub(crate) fn table(path: &Path, runs: &[(String, Trained)]) -> Result<(), Box<d
     Ok(std::fs::write(path, text)?)
 }
 
-/// The curves of all runs.
+/// Plots the loss curves of all runs.
 pub(crate) fn plot(path: &Path, runs: &[(String, Trained)]) -> Result<(), Box<dyn Error>> {
     register_font("sans-serif", FontStyle::Normal, epaint_default_fonts::UBUNTU_LIGHT)
         .map_err(|_| "the font cannot be read")?;
@@ -38,7 +38,7 @@ pub(crate) fn plot(path: &Path, runs: &[(String, Trained)]) -> Result<(), Box<dy
     chart.configure_mesh().x_desc("step").draw()?;
     for (number, (name, run)) in runs.iter().enumerate() {
         let color = Palette99::pick(number);
-        // Training is thin and pale, validation thick; the legend says so for each mesh.
+        // Training curves are thin and pale, validation curves thick. The legend names both.
         for (kind, losses, style) in [
             ("training", &run.curve, color.mix(0.5).stroke_width(1)),
             ("validation", &run.validation, color.stroke_width(3)),

@@ -34,7 +34,7 @@ enum Command {
     #[cfg(target_os = "linux")]
     #[command(hide = true)]
     Keep(keep::Keep),
-    /// Replaces itself by a rank's program. Started by `keep`.
+    /// Replaces its process with a rank's program (exec). Started by `keep`.
     #[cfg(target_os = "linux")]
     #[command(hide = true)]
     Become(keep::Become),
@@ -53,7 +53,7 @@ enum Command {
 /// The records of ranks, from `SHARDWISE_FLIGHT_DIR` or `launch --flight`.
 #[derive(clap::Args)]
 struct Records {
-    /// Files or folders of files. Of several jobs, the one that was started last is used.
+    /// Record files, or folders of them. Of several jobs, reads the one that started last.
     #[arg(required = true)]
     paths: Vec<PathBuf>,
 }

@@ -1,14 +1,14 @@
-//! The output of ranks, line by line, each line after its rank's number.
+//! Copies the output of the ranks line by line, and prefixes each line with its rank.
 
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
     thread::{self, JoinHandle},
 };
 
-/// Longer lines are split.
+/// The maximum number of bytes in a line. Longer lines are split.
 const LONGEST: u64 = 1 << 16;
 
-/// Copies a rank's output to `to`, each line after `[rank] `, until it is closed.
+/// Copies a rank's output to `to` until the rank closes it. Each line gets the prefix `[rank] `.
 pub(crate) fn copy(
     rank: usize,
     from: impl Read + Send + 'static,
@@ -22,8 +22,8 @@ pub(crate) fn copy(
             if line.last() != Some(&b'\n') {
                 line.push(b'\n');
             }
-            // One write per line, so that ranks' lines do not mix. Without a reader the ranks run
-            // on.
+            // One write per line, so that the lines of ranks do not mix. Write errors are ignored:
+            // the ranks continue if nobody reads `to`.
             let _ = to.write_all(&line).and_then(|()| to.flush());
             line.truncate(prefix.len());
         }

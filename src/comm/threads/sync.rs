@@ -1,5 +1,5 @@
-//! The atomics and locks of the thread ranks: std's or a model checker's. Loom checks the barrier,
-//! shuttle everything.
+//! The atomics and locks of the thread ranks, from std or from a model checker. Loom checks the
+//! barrier. Shuttle checks whole programs.
 
 #[cfg(loom)]
 pub(super) use loom::{

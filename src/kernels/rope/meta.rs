@@ -1,4 +1,4 @@
-//! Rotary position embedding on a device without memory.
+//! Rotary position embedding on [`Meta`]: checks the arguments and computes nothing.
 
 use super::{Rope, RopeSpec, check};
 use crate::{

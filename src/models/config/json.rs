@@ -11,7 +11,7 @@ const SHOWN: usize = 60;
 pub(super) struct Json<'a> {
     /// The type of the model.
     pub(super) kind: &'a str,
-    /// The name of the object if it is inside another one. Errors put it before the keys.
+    /// The key of this object in its parent, or empty. Errors prefix it to this object's keys.
     pub(super) path: &'static str,
     map: &'a Map<String, Value>,
     asked: RefCell<BTreeSet<String>>,
@@ -94,7 +94,7 @@ impl<'a> Json<'a> {
         self.optional_size(key, limit)?.ok_or_else(|| format!("`{key}` is missing"))
     }
 
-    /// Reads a token or a list of tokens; `None` only if the key is absent.
+    /// Reads a token or a list of tokens. `null` gives an empty list; an absent key gives `None`.
     pub(super) fn tokens(&self, key: &str) -> Result<Option<Vec<u32>>, String> {
         let one = |value: &Value| {
             let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
@@ -108,13 +108,13 @@ impl<'a> Json<'a> {
         }
     }
 
-    /// Rejects a value other than `known`, if there is one.
+    /// Returns an error if the key has a value other than `known`. Equal numbers match (1 and 1.0).
     pub(super) fn only(&self, key: &str, known: impl Into<Value>) -> Result<(), String> {
         let known = known.into();
         self.each(key, |value| *value == known || value.as_f64().is_some_and(|x| known.as_f64() == Some(x)))
     }
 
-    /// Rejects a value for which `fine` is false, if there is one.
+    /// Returns an error if the key has a value for which `fine` is false.
     pub(super) fn each(&self, key: &str, fine: impl Fn(&Value) -> bool) -> Result<(), String> {
         match self.raw(key) {
             Some(value) if !value.is_null() && !fine(value) => Err(self.not_known(key, value)),

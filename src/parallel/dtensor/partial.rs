@@ -1,5 +1,5 @@
-//! `Partial` tensors: sums over the ranks that are not reduced yet, their reductions, and started
-//! reductions.
+//! `Partial` tensors, which are not yet summed over the ranks, and their reductions, blocking and
+//! asynchronous.
 
 use super::{DTensor, Layout, addends::Addends, partition::canonical};
 use crate::{
@@ -12,11 +12,11 @@ use crate::{
 };
 
 impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
-    /// Makes the sum over all ranks of these nodes, with the rows of `self` and `features`
-    /// features.
+    /// Makes a `Partial` tensor with the rows of `self` and `features` columns. `nodes` are this
+    /// rank's terms.
     ///
-    /// If `fixed` is false, `nodes` holds this rank's one term, and the order is free. Otherwise it
-    /// holds the sums of this rank's sub-trees.
+    /// If `fixed` is true, they are the sums of this rank's sub-trees of the reduction tree.
+    /// Otherwise there is one term, and the reduction may add the ranks in any order.
     pub(in crate::parallel) fn partial_sum(
         &self,
         mut nodes: Vec<Tensor<T::Acc, B>>,
@@ -41,8 +41,8 @@ impl<P: Placement, T: Element, B: Backend> DTensor<P, T, B> {
 }
 
 impl<T: Element, B: Backend> DTensor<Copied, T, B> {
-    /// Makes a sum over the ranks from this rank's term, `[tokens, features]`. Keeps the sequences,
-    /// the dropout state and the token partition of `self`. No communication.
+    /// Makes a `Partial` tensor whose term on this rank is `term`, `[tokens, features]`. Keeps the
+    /// sequences, dropout state and token partition of `self`. No communication.
     ///
     /// # Errors
     /// When the term has another number of rows or dimensions.
@@ -67,11 +67,11 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
         Ok(Self::new(local, group, layout))
     }
 
-    /// Declares that in each element at most one rank has a term other than +0.
+    /// Declares that for each element at most one rank has a term other than +0.
     pub(in crate::parallel) fn exact(mut self) -> Result<Self> {
         if self.group.tree()?.is_some() {
-            // Another rank's zero turns −0 into +0. This does the same where there is no other
-            // rank.
+            // Adding another rank's +0 turns −0 into +0. A group of one rank has no such addition,
+            // so +0 is added here.
             let zeros = Tensor::<T, B>::zeros(self.group.device(), [self.local.shape().cols()])?;
             self.group.device().add_bias::<T>(zeros.slice(), self.local.mat_mut()?)?;
         }
@@ -90,7 +90,8 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     /// Partial → Shard\<D\>. Collective: reduce-scatter.
     ///
     /// # Errors
-    /// When the partition is not one of that dimension, the ranks disagree, or one is lost.
+    /// When the partition is not one of dimension D or, for tokens under an invariant reduction,
+    /// is not that of the canonical blocks; when the ranks disagree, or one is lost.
     #[track_caller]
     pub fn reduce_scatter<const D: usize>(self, partition: &Partition) -> Result<DTensor<Shard<D>, T, B>> {
         let partition = canonical("reduce_scatter", &self.group, D, partition)?;
@@ -119,7 +120,7 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
         self.start(Some((D, partition)))
     }
 
-    /// Reduces to placement P: to the whole sum, or to this rank's shard of a dimension.
+    /// Reduces to placement P: all-reduce if `scatter` is `None`, reduce-scatter otherwise.
     #[track_caller]
     pub(super) fn sum<P: Placement>(
         mut self,
@@ -142,7 +143,7 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
         Ok(DTensor::new(sum, &self.group, Layout { partition, ..self.layout }))
     }
 
-    /// Starts [`DTensor::sum`]. A sum along a tree takes several collectives, so it is made here.
+    /// Starts [`DTensor::sum`]. A sum that takes several collectives is completed before returning.
     #[track_caller]
     pub(super) fn start<P: Placement>(
         self,
@@ -167,7 +168,7 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
         Ok(PendingDTensor(Progress::Started { pending, group: self.group, layout }))
     }
 
-    /// Takes the nodes along the group's tree; `None` where the order is free.
+    /// Takes the tree and this rank's node sums; `None` if the order of additions does not matter.
     fn take_nodes(&mut self) -> Result<Option<(Tree, Vec<Tensor<T::Acc, B>>)>> {
         let Some(tree) = self.group.tree()? else { return Ok(None) };
         match std::mem::replace(&mut self.addends, Addends::Ranks) {
@@ -187,7 +188,8 @@ impl<T: Element, B: Backend> DTensor<Partial, T, B> {
     }
 }
 
-/// Whether one collective reduces the terms of a group's ranks.
+/// Whether one collective adds in the required order: the order is free, or there are two ranks
+/// with one sub-tree each, in the accumulator's type.
 pub(super) fn is_one_collective<T: Element, B: Device>(group: &Group<B>) -> Result<bool> {
     Ok(match group.tree()? {
         None => true,

@@ -1,5 +1,5 @@
-//! A measurement of the number of tokens from which collectives in chunks pay, on a group's
-//! transport and machine.
+//! Measures the number of tokens from which chunked collectives are faster than single ones, on a
+//! group's transport and machine.
 
 use super::{Layer, MlpNames, ParallelMlp};
 use crate::{
@@ -13,14 +13,14 @@ use crate::{
 };
 use std::time::{Duration, Instant};
 
-/// The measured times of a feed-forward layer with its collectives at once and in chunks. A time is
-/// that of forward and backward on the slowest rank.
+/// The measured times of a feed-forward layer with single collectives and with chunked ones. Each
+/// time covers forward and backward, on the slowest rank.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MeasuredOverlap {
-    /// The setting to use: [`Overlap::From`] the number of bytes per chunk from which chunks pay,
-    /// or [`Overlap::Off`]. The same on every rank.
+    /// The setting to use, the same on every rank: [`Overlap::From`] with the number of bytes per
+    /// chunk from which chunks are faster, or [`Overlap::Off`].
     pub overlap: Overlap,
-    /// The numbers of tokens that were tried, with the median times at once and in two chunks.
+    /// For each number of tokens: the median times with single collectives and with two chunks.
     pub times: Vec<(usize, Duration, Duration)>,
 }
 
@@ -31,9 +31,9 @@ const MIN_GAIN: f64 = 0.02;
 const ROUNDS: usize = 7;
 
 impl MeasuredOverlap {
-    /// Measures layers of element T from `hidden` to `ffn` features and back, on a residual stream
-    /// S, with 64 tokens per rank, then twice as many, and so on up to `tokens`. Collective: every
-    /// rank calls it with the same sizes.
+    /// Measures an MLP of element T with sizes `hidden` and `ffn`, on a residual stream S. The
+    /// number of tokens, counted over all ranks, starts at 64 per rank and doubles up to `tokens`.
+    /// Collective: every rank calls it with the same sizes.
     ///
     /// ```
     /// use shardwise::prelude::*;
@@ -79,7 +79,7 @@ impl MeasuredOverlap {
     }
 }
 
-/// Measures the median times of a step of two layers, which run alternately.
+/// Returns each layer's median time of one forward and backward. The two layers alternate.
 fn step_times<S: ResidualStream, T: Element, B: Backend>(
     group: &Group<B>,
     layers: &[ParallelMlp<S, T, B>; 2],

@@ -1,4 +1,4 @@
-//! Lists of layers: of one type, or of several types in boxes.
+//! Sequences of layers: `Vec<L>` for one layer type, and [`BoxLayer`] for mixing types.
 
 use crate::{
     device::{Cpu, Element},
@@ -63,8 +63,8 @@ fn foreign(what: &str) -> Error {
     Error::invalid("backward", format!("the saved values belong to a forward of {what}"))
 }
 
-/// A layer of any type from `In` to `Out`, for lists of different layers. Errors name the line that
-/// called the box instead of lines inside the layer.
+/// A boxed layer with placements `In` and `Out`: a `Vec` of boxes can mix layer types.
+/// Errors name the line that called the box instead of lines inside the layer.
 pub struct BoxLayer<In: Placement, Out: Placement, T: Element = f32, B: Backend = Cpu>(
     Box<dyn Erased<In, Out, T, B>>,
 );
@@ -80,7 +80,7 @@ impl<In: Placement, Out: Placement, T: Element, B: Backend> BoxLayer<In, Out, T,
     }
 }
 
-/// A layer without the type of what it saves.
+/// The object-safe form of [`Layer`]: `Saved` is type-erased to `Box<dyn Any>`.
 trait Erased<In: Placement, Out: Placement, T: Element, B: Backend> {
     fn forward(&self, x: DTensor<In, T, B>) -> Result<(DTensor<Out, T, B>, Box<dyn Any>)>;
     fn backward(&self, saved: Box<dyn Any>, dy: DTensor<Out::Dual, T, B>) -> Result<DTensor<In::Dual, T, B>>;

@@ -1,5 +1,5 @@
-//! The communicator handle that the rank's thread shares with others, which may abort it; and the
-//! end of communicators.
+//! The NCCL communicator handle, shared with threads that may abort it, and the code that aborts
+//! and destroys communicators.
 
 use crate::{
     comm::nccl::{
@@ -20,7 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The communicator handle that other threads than the rank's may use: they can abort it.
+/// A communicator handle that threads other than the rank's thread can abort.
 pub(in crate::comm::nccl) struct SharedComm {
     api: &'static Api,
     pub(super) make_current: MakeCurrent,
@@ -31,23 +31,23 @@ pub(super) struct State {
     /// Null once the communicator has ended.
     pub(super) handle: AtomicPtr<c_void>,
     usage: Usage,
-    /// Why another thread has ended it.
+    /// Why another thread has aborted the communicator.
     pub(super) reason: Option<Error>,
-    /// Receives when that thread's call has returned.
+    /// Receives a message when that abort has returned.
     pub(super) ended: Option<Receiver<()>>,
 }
 
 /// What the rank's thread does with the handle.
 enum Usage {
     Idle,
-    /// Calls that do not wait for peers, such as those of a group before its end.
+    /// Calls that do not wait for peers, such as those between group start and group end.
     Brief,
-    /// A call that may wait for peers, and how often another thread has requested its end.
+    /// A call that may wait for peers, with the number of abort requests since it began.
     Waiting(u32),
 }
 
-/// How often another thread has to request the end of a call before it aborts the call. Until then
-/// the call may not have reached NCCL, or may be returning.
+/// The number of requests after which a waiting call is aborted. At the earlier requests the call
+/// may not have reached NCCL yet, or may be returning.
 const REQUESTS: u32 = 5;
 
 /// How a communicator ends.
@@ -69,13 +69,13 @@ impl SharedComm {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Aborts the communicator on behalf of the rank's thread, which may be inside a call of NCCL
-    /// that waits for peers, or of the driver. The rank then receives `reason`. Does nothing yet if
-    /// the thread is between other calls, or has only just made this one.
+    /// Requests that the communicator be aborted; the rank then receives `reason`. The rank's
+    /// thread may be blocked in NCCL or in the driver. Does nothing during `Usage::Brief`. A
+    /// waiting call is aborted at the `REQUESTS`th request, an idle communicator at the first.
     ///
     /// The abort ends the call. NCCL's guide recommends non-blocking communicators if they may be
-    /// aborted, since a call that returns at that moment still uses what the abort frees. To wait
-    /// forever for a lost rank is worse; `Options::blocking` leaves the choice.
+    /// aborted, since a call that returns at that moment still uses what the abort frees. Blocking
+    /// ones accept this risk, rather than wait forever for a lost rank; see `Options::blocking`.
     pub(in crate::comm::nccl) fn abort_for(&self, reason: &Error) {
         let mut state = self.state();
         match &mut state.usage {
@@ -98,13 +98,13 @@ impl SharedComm {
         self.state().ended = Some(ended);
     }
 
-    /// Whether it has ended.
+    /// Whether the communicator has ended.
     pub(in crate::comm::nccl) fn is_over(&self) -> bool {
         self.state().handle.get_mut().is_null()
     }
 
-    /// Returns an asynchronous error of NCCL, for another thread than the rank's. Only for a
-    /// blocking communicator: a non-blocking one advances its calls when it is queried.
+    /// Returns NCCL's asynchronous error, if any. Threads other than the rank's may call this only
+    /// for a blocking communicator: a non-blocking one advances its calls when it is queried.
     pub(in crate::comm::nccl) fn check(&self) -> Result<()> {
         let mut state = self.state();
         let (handle, mut code) = (*state.handle.get_mut(), SUCCESS);
@@ -120,26 +120,26 @@ impl SharedComm {
         }
     }
 
-    /// Ends the communicator of a handle that no thread can obtain any more. The receiver receives
-    /// when that is done.
+    /// Aborts or destroys a communicator whose handle no other thread can obtain any more. The
+    /// returned receiver gets a message when NCCL's call has returned.
     ///
-    /// A thread of its own does it: destroying waits for the other ranks to do the same, and the
-    /// driver may block an abort on a rank that holds its lock.
+    /// NCCL's call runs on a new thread, because it may block: `destroy` waits until the other
+    /// ranks destroy too, and an abort may wait in the driver for a rank that holds its lock.
     pub(super) fn end(&self, handle: AtomicPtr<c_void>, how: End) -> Receiver<()> {
         let ((done, ended), handle, make_current) =
             (channel(), Arc::new(handle), Arc::clone(&self.make_current));
         let api = self.api;
         let end = move || {
             let handle = handle.load(Ordering::Relaxed);
-            // SAFETY: the handle was live, and a thread that asks for it from then on receives
-            // none. A failure leaves nothing to be done.
+            // SAFETY: the handle is live: the caller took it out of `State`, so no other thread can
+            // end it or obtain it. Errors are ignored, because nothing can be done about them.
             #[allow(unsafe_code)]
             let _ = unsafe {
                 match how {
-                    // Before any call into the driver, which may wait for what the abort ends.
+                    // Without `make_current`: a driver call may wait for the work that is aborted.
                     End::Abort => (api.abort)(handle),
-                    // NCCL restores the device that was current. Without this it is device 0, on
-                    // which that creates a context.
+                    // NCCL restores the device that was current. Without `make_current` that is
+                    // device 0, and restoring it creates a context there.
                     End::Destroy => make_current().map_or(SUCCESS, |()| (api.destroy)(handle)),
                 }
             };
@@ -157,8 +157,8 @@ thread_local! {
     static ENDING: RefCell<Vec<Receiver<()>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Lets [`settle`] wait for the end of a communicator. Does nothing if the thread ends, and a group
-/// with it.
+/// Lets [`settle`] wait for the end of a communicator. Does nothing if the group is dropped while
+/// its thread ends.
 pub(super) fn add_ending(ended: Option<Receiver<()>>) {
     let _ = ENDING.try_with(|ending| {
         let mut ending = ending.borrow_mut();
@@ -177,7 +177,7 @@ pub(in crate::comm) fn settle() {
     }
 }
 
-/// Marks that the rank's thread uses the handle, as long as it exists.
+/// While this value exists, the rank's thread uses the handle.
 pub(super) struct InUse<'a>(&'a SharedComm);
 
 impl<'a> InUse<'a> {
