@@ -2,7 +2,7 @@
 //! stream, element and reduction, with a hash for each of 1 to 8 ranks. Refactoring must not change
 //! the listing. Hashes differ between processors, as their sums are rounded differently.
 //!
-//! `cargo run --release --example layer_bits > after.txt`, or `scripts/same_layers.sh COMMIT`,
+//! `cargo run --release --bin layer_bits > after.txt`, or `scripts/same_layers.sh COMMIT`,
 //! which compares with a commit.
 
 use half::bf16;
@@ -199,10 +199,10 @@ fn layer<S: ResidualStream, T: Element>(name: &str, group: &Group<Cpu>, sizes: &
             two_steps(group, ColumnParallelLinear::<S, T, Cpu>::concat(layers)?, input)
         }
         "row" => {
-            let cut = group.partition("row", "features", hidden, 1)?;
-            let row = RowParallelLinear::<S, T, Cpu>::load(group, weights, &cut, ffn, true)?;
+            let partition = group.partition("row", "features", hidden, 1)?;
+            let row = RowParallelLinear::<S, T, Cpu>::load(group, weights, &partition, ffn, true)?;
             let whole = |name: &str| random::<Replicated, T>(group, name, sizes.tokens, hidden);
-            two_steps(group, row, |name| whole(name)?.scatter::<1>(&cut))
+            two_steps(group, row, |name| whole(name)?.scatter::<1>(&partition))
         }
         "norm" => {
             let kind = NormKind::LayerNorm { eps: 1e-5 };

@@ -1,7 +1,7 @@
 //! Pipeline parallelism: 10 → 5 → ReLU → 1, its layers on different ranks. The result equals that
 //! of one device.
 //!
-//! `cargo run --release --example pipeline_parallel [-- --ranks 3] [--schedule gpipe]`
+//! `cargo run --release --bin pipeline_parallel [-- --ranks 3] [--schedule gpipe]`
 
 use clap::{Parser, ValueEnum};
 use shardwise::{
@@ -73,7 +73,7 @@ fn stage(layers: std::ops::Range<usize>, group: &Group<Cpu>) -> Result<Stage> {
 /// The input samples of the first stage, and the mean squared error after the last.
 struct Data {
     group: Group<Cpu>,
-    cut: Partition,
+    partition: Partition,
     loss: f64,
 }
 
@@ -85,7 +85,7 @@ impl Data {
         columns: usize,
         f: impl Fn(&Philox, u64) -> f64,
     ) -> Result<Tensor<f64>> {
-        let rows = self.cut.range(microbatch);
+        let rows = self.partition.range(microbatch);
         let values: Vec<f64> = rows
             .clone()
             .flat_map(|row| (0..columns as u64).map(move |column| (row as u64, column)))
@@ -130,14 +130,14 @@ fn train(ranks: usize, microbatches: usize, order: Order) -> Result<Vec<f64>> {
         // The input width of each stage.
         let widths = (0..ranks).map(|stage| [10, 5, 5][layers.range(stage).start]).collect();
         let pipeline = Pipeline::with_widths(&world, &alone, schedule, widths)?;
-        let cut = Partition::even(SAMPLES, microbatches);
-        let described: Vec<_> = cut.sizes().map(Microbatch::rows).collect();
+        let partition = Partition::even(SAMPLES, microbatches);
+        let described: Vec<_> = partition.sizes().map(Microbatch::rows).collect();
         let (mut sgd, mut curve) = (Sgd::default(), Vec::new());
         for _ in 0..STEPS {
             for param in model[0].params() {
                 param.zero_grad();
             }
-            let mut data = Data { group: alone.clone(), cut: cut.clone(), loss: 0.0 };
+            let mut data = Data { group: alone.clone(), partition: partition.clone(), loss: 0.0 };
             pipeline.run(&model, &described, &mut data)?;
             sgd.step(&model[0].params(), 0.1, 1.0)?;
             curve.push(data.loss);

@@ -362,9 +362,9 @@ fn rank<S: ResidualStream, T: Element, B: Backend>(
         })?;
         let width: usize = grad.shape().dims()[1..].iter().product();
         let values: Vec<f64> = grad.to_vec()?.into_iter().map(Element::to_f64).collect();
-        for part in param.regions().iter() {
-            let start = part.row * width;
-            grads.push((part.clone(), values[start..start + part.region.extent().len()].to_vec()));
+        for own in param.regions().iter() {
+            let start = own.row * width;
+            grads.push((own.clone(), values[start..start + own.region.extent().len()].to_vec()));
         }
     }
     let wide = |tensor: &Tensor<T, B>| -> Result<Vec<f64>> {
@@ -395,10 +395,10 @@ fn median(times: &mut [Duration]) -> Duration {
 /// NaN.
 fn whole(reports: &[Report]) -> BTreeMap<String, Vec<f64>> {
     let mut tensors = BTreeMap::new();
-    for (part, values) in reports.iter().flat_map(|report| &report.grads) {
-        let tensor = tensors.entry(part.tensor.clone());
-        let tensor = tensor.or_insert_with(|| vec![f64::NAN; part.region.shape().len()]);
-        for (at, value) in part.region.runs().into_iter().flatten().zip(values) {
+    for (own, values) in reports.iter().flat_map(|report| &report.grads) {
+        let tensor = tensors.entry(own.tensor.clone());
+        let tensor = tensor.or_insert_with(|| vec![f64::NAN; own.region.shape().len()]);
+        for (at, value) in own.region.runs().into_iter().flatten().zip(values) {
             tensor[at] = *value;
         }
     }

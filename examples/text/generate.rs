@@ -2,7 +2,8 @@
 //! ranks.
 //!
 //! ```text
-//! cargo run --release --example generate -- FOLDER --prompt "Once upon a time" --ranks 2
+//! cargo run --release -p text-examples --bin generate -- \
+//!     FOLDER --prompt "Once upon a time" --ranks 2
 //! ```
 //!
 //! The folder has config.json, tokenizer.json and model.safetensors (or several files with their

@@ -21,7 +21,7 @@ pub(super) fn gather<'a, T: Element>(shards: &Shards, shard: impl Fn(usize) -> &
 }
 
 /// recv ← rank `rank`'s shard of the reduction. `whole(r)` is rank r's `[rows, total]`.
-pub(super) fn reduce_part<'a, T: Element>(
+pub(super) fn reduce_shard<'a, T: Element>(
     op: ReduceOp,
     shards: &Shards,
     rank: usize,

@@ -119,7 +119,7 @@ impl Tree {
         if let Some(rank) = (0..self.ranks()).find(|&rank| size(rank) == 0 && !empty) {
             let (ranks, leaves) = (self.ranks(), self.leaves);
             let reason = format!(
-                "rank {rank} of {ranks} owns none of the {units} {unit}, which are cut into {leaves} canonical blocks"
+                "rank {rank} of {ranks} owns none of the {units} {unit}, which are split into {leaves} canonical blocks"
             );
             return Err(Error::invalid(op, reason));
         }
@@ -237,7 +237,7 @@ mod tests {
         let error = tree.partition("attention", "heads", 1, 64, false).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "attention: rank 0 of 3 owns none of the 1 heads, which are cut into 4 canonical blocks"
+            "attention: rank 0 of 3 owns none of the 1 heads, which are split into 4 canonical blocks"
         );
         assert!(tree.partition("sum", "tokens", 1, 1, true).is_ok());
     }

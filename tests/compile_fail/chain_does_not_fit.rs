@@ -1,4 +1,4 @@
-//! Two column-parallel layers do not follow one another: between them the features are cut.
+//! Two column-parallel layers do not follow one another: between them the features are sharded.
 
 use shardwise::{
     Result,

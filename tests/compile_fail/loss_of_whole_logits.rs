@@ -1,4 +1,4 @@
-//! The loss takes logits that are cut over the ranks.
+//! The loss takes logits that are sharded over the ranks.
 
 use shardwise::{
     Result,

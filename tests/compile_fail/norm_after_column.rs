@@ -1,4 +1,4 @@
-//! Behind a column-parallel layer the features are cut; a norm needs all of them.
+//! Behind a column-parallel layer the features are sharded; a norm needs all of them.
 
 use shardwise::{
     Result,

@@ -1,4 +1,4 @@
-//! A residual stream is replicated or cut by tokens; partial sums in it would be normalized.
+//! A residual stream is replicated or sharded by tokens; partial sums in it would be normalized.
 
 use shardwise::{
     Result,

@@ -98,8 +98,10 @@ const ACTS: [Act; 8] = [
     |group| group.broadcast(0, &mut Tensor::<f32>::zeros(group.device(), [6])?),
     |group| group.broadcast(1, &mut Tensor::<f32>::zeros(group.device(), [6])?),
     |group| {
-        let cut = Partition::even(6, group.size());
-        group.reduce_scatter(ReduceOp::Sum, &Tensor::<f32>::zeros(group.device(), [6])?, 0, &cut).map(drop)
+        let partition = Partition::even(6, group.size());
+        group
+            .reduce_scatter(ReduceOp::Sum, &Tensor::<f32>::zeros(group.device(), [6])?, 0, &partition)
+            .map(drop)
     },
 ];
 

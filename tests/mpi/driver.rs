@@ -57,7 +57,7 @@ pub(crate) fn drive() {
         );
     }
     for processes in [2, 3] {
-        println!("messages in regions:");
+        println!("messages in fragments:");
         assert!(mpirun(processes, &[("SHARDWISE_PIECES", "1")]).status().unwrap().success());
     }
     // The time that a job takes by itself: MPI's start and end.

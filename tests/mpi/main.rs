@@ -124,8 +124,8 @@ fn huge(world: &Group<Cpu>) -> Result<()> {
     world.broadcast(1, &mut x)?;
     assert!(all(&x, 1.0), "broadcast");
     if which == "sum" {
-        let cut = Partition::from_sizes((0..world.size()).map(|rank| if rank == 0 { len } else { 0 }));
-        let part = world.reduce_scatter(ReduceOp::Sum, &x, 0, &cut)?;
+        let partition = Partition::from_sizes((0..world.size()).map(|rank| if rank == 0 { len } else { 0 }));
+        let part = world.reduce_scatter(ReduceOp::Sum, &x, 0, &partition)?;
         assert!(all(&part, world.size() as f32), "reduce_scatter");
         return Ok(());
     }

@@ -68,13 +68,13 @@ fn train<S: ResidualStream, T: Element>(world: &Group<Cpu>, dp: usize, overlap: 
     }
     for param in model.params() {
         let (values, width) = (param.value()?.to_vec()?, param.shape().split_at(0).1);
-        for part in param.regions().iter() {
-            let (ranges, extent) = (part.region.ranges(), part.region.extent());
-            for (at, value) in values[part.row * width..][..extent.len()].iter().enumerate() {
+        for own in param.regions().iter() {
+            let (ranges, extent) = (own.region.ranges(), own.region.extent());
+            for (at, value) in values[own.row * width..][..extent.len()].iter().enumerate() {
                 let inner: usize = extent.dims()[1..].iter().product();
                 let rest = ranges.get(1).map(|range| range.start + at % inner);
                 let index = std::iter::once(ranges[0].start + at / inner).chain(rest).collect();
-                shards.insert((part.tensor.clone(), index), value.to_f64().to_bits());
+                shards.insert((own.tensor.clone(), index), value.to_f64().to_bits());
             }
         }
     }

@@ -58,12 +58,12 @@ fn over_tokens<S: ResidualStream>(elements: usize) -> Vec<Transfer> {
 /// The input and output features, and the partition of each if the placement shards it.
 struct Features {
     sizes: [usize; 2],
-    cuts: [Option<Partition>; 2],
+    partitions: [Option<Partition>; 2],
 }
 
 impl Features {
     fn new(inputs: usize, outputs: usize) -> Self {
-        Self { sizes: [inputs, outputs], cuts: [None, None] }
+        Self { sizes: [inputs, outputs], partitions: [None, None] }
     }
 }
 
@@ -79,8 +79,8 @@ fn check<L>(
 {
     let zeros = features.sizes.map(|features| Array2::zeros((TOKENS, features)));
     let (none, source) = (Arrays::default(), Random::normal(1, 0.1));
-    let [x_cut, dy_cut] = features.cuts.clone();
-    let case = Case { x_cut, dy_cut, ..Case::new(world, &zeros[0], &zeros[1], &none) };
+    let [x_partition, dy_partition] = features.partitions.clone();
+    let case = Case { x_partition, dy_partition, ..Case::new(world, &zeros[0], &zeros[1], &none) };
     for rank in 0..world {
         let (group, record) = Group::planned(&Meta::new(), rank, world).unwrap();
         let layer = layer(&group, &Weights::new(&source)).unwrap();
@@ -107,8 +107,9 @@ fn mappings_have_the_collectives_of_the_table() {
         check(world, &same, |_, _| Ok(ReduceScatterSequence), &scatter, &gather);
         check(world, &same, |_, _| Ok(Activate::<Replicated>::new(Activation::Silu)), &[], &[]);
         check(world, &same, |_, _| Ok(Dropout::<Replicated>::new(0.5, 1, "d")), &[], &[]);
-        let cut = Partition::even(WIDE, world);
-        let gate = Features { sizes: [2 * WIDE, WIDE], cuts: [Some(cut.scaled(2)), Some(cut)] };
+        let partition = Partition::even(WIDE, world);
+        let gate =
+            Features { sizes: [2 * WIDE, WIDE], partitions: [Some(partition.scaled(2)), Some(partition)] };
         check(world, &gate, |_, _| Ok(Gate::new(Activation::Silu)), &[], &[]);
         let router = |group: &Group<Meta>, weights: &Weights<'_>| {
             ReplicatedLinear::load(group, weights, (HIDDEN, WIDE), true)
@@ -118,11 +119,11 @@ fn mappings_have_the_collectives_of_the_table() {
 }
 
 fn linear<S: ResidualStream + Spread>(world: usize) {
-    let cut = uneven(world as u64, WIDE, world);
-    let up = Features { sizes: [HIDDEN, WIDE], cuts: [None, Some(cut.clone())] };
-    let down = Features { sizes: [WIDE, HIDDEN], cuts: [Some(cut.clone()), None] };
+    let partition = uneven(world as u64, WIDE, world);
+    let up = Features { sizes: [HIDDEN, WIDE], partitions: [None, Some(partition.clone())] };
+    let down = Features { sizes: [WIDE, HIDDEN], partitions: [Some(partition.clone()), None] };
     let (enter, leave) = (enters::<S>(HIDDEN), leaves::<S>(HIDDEN));
-    let columns = |group: &Group<Meta>| Columns::from_partition(group, cut.clone());
+    let columns = |group: &Group<Meta>| Columns::from_partition(group, partition.clone());
     check(
         world,
         &up,
@@ -130,7 +131,7 @@ fn linear<S: ResidualStream + Spread>(world: usize) {
         &[],
         &[],
     );
-    check(world, &down, |group, weights| RowLinear::load(group, weights, &cut, HIDDEN), &[], &[]);
+    check(world, &down, |group, weights| RowLinear::load(group, weights, &partition, HIDDEN), &[], &[]);
     check(
         world,
         &up,
@@ -141,7 +142,7 @@ fn linear<S: ResidualStream + Spread>(world: usize) {
         &leave,
     );
     let biased = |group: &Group<Meta>, weights: &Weights<'_>| {
-        RowParallelLinear::load(group, weights, &cut, HIDDEN, true)
+        RowParallelLinear::load(group, weights, &partition, HIDDEN, true)
     };
     check::<RowParallelLinear<S, _, _>>(
         world,
@@ -169,7 +170,7 @@ fn shared_heads_are_summed() {
         let plan = Heads::new(heads, kv_heads, dim, world).unwrap();
         let shared = (0..kv_heads).filter(|&head| plan.holders(head).len() > 1).count();
         let width = plan.qkv_features().total();
-        let features = Features { sizes: [HIDDEN, width], cuts: [None, Some(plan.qkv_features())] };
+        let features = Features { sizes: [HIDDEN, width], partitions: [None, Some(plan.qkv_features())] };
         let sums = [of(AllReduce, TOKENS * 2 * shared * dim)];
         let backward = if shared > 0 { &sums[..] } else { &[] };
         check(
@@ -183,8 +184,8 @@ fn shared_heads_are_summed() {
             backward,
         );
         let qk_norm = Some(QkNorm::new(1e-5, "q", "k"));
-        let cuts = [Some(plan.qkv_features()), Some(plan.query_features())];
-        let features = Features { sizes: [width, heads * dim], cuts };
+        let partitions = [Some(plan.qkv_features()), Some(plan.query_features())];
+        let features = Features { sizes: [width, heads * dim], partitions };
         for (norm, backward) in [(None, vec![]), (qk_norm, vec![wide(AllReduce, 2 * dim)])] {
             let config = AttentionConfig::new(HIDDEN, heads)
                 .with_choices(AttentionChoices::CAUSAL)
@@ -266,10 +267,11 @@ fn ends<S: ResidualStream>(world: usize, rank: usize) -> Result<()> {
     assert_eq!(record.take(), leaves::<S>(HIDDEN));
     table.backward(&rows, x)?;
     assert_eq!(record.take(), enters::<S>(HIDDEN));
-    let cut = group.even_partition(WIDE)?;
-    let logits = shardwise::Tensor::zeros(group.device(), [TOKENS, cut.size(rank)])?;
+    let partition = group.even_partition(WIDE)?;
+    let logits = shardwise::Tensor::zeros(group.device(), [TOKENS, partition.size(rank)])?;
     let loss = VocabParallelCrossEntropy::default();
-    let (_, saved) = loss.forward(DTensor::<Shard<1>, T, _>::shard(&group, logits, &cut)?, &[1; TOKENS])?;
+    let (_, saved) =
+        loss.forward(DTensor::<Shard<1>, T, _>::shard(&group, logits, &partition)?, &[1; TOKENS])?;
     assert_eq!(record.take(), [wide(AllReduce, TOKENS), wide(AllReduce, 3 * TOKENS)]);
     loss.backward(saved, 1.0)?;
     assert_eq!(record.take(), []);

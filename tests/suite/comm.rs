@@ -40,15 +40,15 @@ fn collectives_are_exact_for_every_world_element_and_size() {
 }
 
 #[test]
-fn three_dimensional_tensors_are_cut_along_any_dimension() {
+fn three_dimensional_tensors_are_sharded_along_any_dimension() {
     let dims = [3, 5, 4];
     for world in [2, 3, 5] {
         ranks(world)
             .run(|group| {
                 for dim in 0..3 {
-                    let cut = uneven(dim as u64, dims[dim], world);
-                    let scatter = Step::ReduceScatter(ReduceOp::Sum, dim, cut.clone());
-                    perform::<f32, _>(&group, &Step::AllGather(dim, cut), &inputs(1, world, &dims))?;
+                    let partition = uneven(dim as u64, dims[dim], world);
+                    let scatter = Step::ReduceScatter(ReduceOp::Sum, dim, partition.clone());
+                    perform::<f32, _>(&group, &Step::AllGather(dim, partition), &inputs(1, world, &dims))?;
                     perform::<f32, _>(&group, &scatter, &inputs(2, world, &dims))?;
                 }
                 Ok(())
@@ -95,12 +95,12 @@ proptest! {
             let mut flights: Vec<Awaited> = Vec::new();
             for &(kind, dtype, rows, cols, seed, started) in &program {
                 let (dims, dim) = ([rows, cols], seed as usize / 8 % 2);
-                let cut = uneven(seed, dims[dim], world);
+                let partition = uneven(seed, dims[dim], world);
                 let (op, peer) = (OPS[seed as usize % 3], seed as usize % world);
                 let step = match kind {
                     0 => Step::AllReduce(op),
-                    1 => Step::AllGather(dim, cut),
-                    2 => Step::ReduceScatter(op, dim, cut),
+                    1 => Step::AllGather(dim, partition),
+                    2 => Step::ReduceScatter(op, dim, partition),
                     3 => Step::Broadcast(peer),
                     4 => Step::Shift(peer),
                     5 => Step::Pairs,
@@ -672,14 +672,14 @@ fn arguments_that_make_no_sense_are_refused() {
     ranks(2)
         .run(|group| {
             let x = Tensor::<f32>::zeros(group.device(), [4, 2])?;
-            let cut = |sizes: &[usize]| Partition::from_sizes(sizes.iter().copied());
+            let partition = |sizes: &[usize]| Partition::from_sizes(sizes.iter().copied());
             let op = ReduceOp::Sum;
             assert!(matches!(group.broadcast(2, &mut x.clone()), Err(Error::Invalid { .. })));
             assert!(matches!(group.exchange(Some((5, &x)), None), Err(Error::Invalid { .. })));
-            assert!(matches!(group.all_gather(&x, 2, &cut(&[4, 4])), Err(Error::Invalid { .. })));
-            assert!(matches!(group.all_gather(&x, 0, &cut(&[4, 4, 4])), Err(Error::Sizes { .. })));
-            assert!(matches!(group.all_gather(&x, 0, &cut(&[5, 5])), Err(Error::Shapes { .. })));
-            assert!(matches!(group.reduce_scatter(op, &x, 0, &cut(&[1, 2])), Err(Error::Sizes { .. })));
+            assert!(matches!(group.all_gather(&x, 2, &partition(&[4, 4])), Err(Error::Invalid { .. })));
+            assert!(matches!(group.all_gather(&x, 0, &partition(&[4, 4, 4])), Err(Error::Sizes { .. })));
+            assert!(matches!(group.all_gather(&x, 0, &partition(&[5, 5])), Err(Error::Shapes { .. })));
+            assert!(matches!(group.reduce_scatter(op, &x, 0, &partition(&[1, 2])), Err(Error::Sizes { .. })));
             // None of these counted as a call, so the group still works.
             group.barrier()
         })
@@ -694,13 +694,13 @@ fn a_record_lists_the_transfers_of_a_program() {
                 let (group, record) = world.recorded();
                 let (size, rank) = (group.size(), group.rank());
                 let device = group.device();
-                let cut = Partition::even(10, size);
+                let partition = Partition::even(10, size);
                 let mut x = Tensor::<f32>::zeros(device, [4, 10])?;
-                let part = Tensor::<bf16>::zeros(device, [4, cut.size(rank)])?;
+                let part = Tensor::<bf16>::zeros(device, [4, partition.size(rank)])?;
                 group.all_reduce(ReduceOp::Sum, &mut x)?;
-                group.all_gather(&part, 1, &cut)?;
+                group.all_gather(&part, 1, &partition)?;
                 group.barrier()?;
-                group.reduce_scatter(ReduceOp::Max, &x, 1, &cut)?;
+                group.reduce_scatter(ReduceOp::Max, &x, 1, &partition)?;
                 group.broadcast(0, &mut x)?;
                 let transfer = |op, dtype| Transfer { op, dtype, elements: 40 };
                 let first = [
@@ -713,8 +713,8 @@ fn a_record_lists_the_transfers_of_a_program() {
                 assert_eq!(record.take(), []);
 
                 let reduce = group.start_all_reduce(ReduceOp::Sum, x.clone())?;
-                let gather = group.start_all_gather(part, 1, &cut)?;
-                let scatter = group.start_reduce_scatter(ReduceOp::Sum, x.clone(), 1, &cut)?;
+                let gather = group.start_all_gather(part, 1, &partition)?;
+                let scatter = group.start_reduce_scatter(ReduceOp::Sum, x.clone(), 1, &partition)?;
                 scatter.wait()?;
                 gather.wait()?;
                 reduce.wait()?;

@@ -40,8 +40,8 @@ fn agree<S: ResidualStream + crate::support::Spread>(
     let width = assigned.qkv_features().total();
     let dy = matrix(seed, "dy", tokens, width);
     let layout = QkvLayout::separate("q", "k", "v");
-    let cut = Some(assigned.qkv_features());
-    let case = Case { dy_cut: cut, ..Case::new(world, &x, &dy, &source) };
+    let partition = Some(assigned.qkv_features());
+    let case = Case { dy_partition: partition, ..Case::new(world, &x, &dy, &source) };
     let want = run!(f64, &case, |ranks, weights| {
         let columns = Columns::qkv(ranks, &assigned, &layout)?;
         ColumnParallelLinear::<S, f64, Dev>::load(ranks, weights, hidden, &columns, Bias::Add)

@@ -161,8 +161,8 @@ fn attention_agrees(sizes: RandomHeads, world: usize, sequences: &Sequences) {
     ]);
     let case = Case {
         sequences: sequences.clone(),
-        x_cut: Some(plan.qkv_features()),
-        dy_cut: Some(plan.query_features()),
+        x_partition: Some(plan.qkv_features()),
+        dy_partition: Some(plan.query_features()),
         ..Case::new(world, &x, &dy, &weights)
     };
     let got = run!(f64, &case, |group, weights| {
@@ -399,13 +399,13 @@ fn caches_and_rotations_name_what_disagrees() {
 fn sample(
     sampler: &Sampler,
     logits: &Array2<f64>,
-    cut: &Partition,
+    partition: &Partition,
     numbers: &[u64],
 ) -> Result<Vec<u32>, Error> {
-    let all = ranks(cut.shards()).run(|group| {
-        let part = logits.slice(s![.., cut.range(group.rank())]).to_owned();
+    let all = ranks(partition.shards()).run(|group| {
+        let part = logits.slice(s![.., partition.range(group.rank())]).to_owned();
         let part = Tensor::<f32>::from_array(group.device(), &part.mapv(|x| x as f32))?;
-        sampler.sample(&DTensor::<Shard<1>, f32>::shard(&group, part, cut)?, numbers)
+        sampler.sample(&DTensor::<Shard<1>, f32>::shard(&group, part, partition)?, numbers)
     })?;
     assert!(all.iter().all(|tokens| *tokens == all[0]), "the ranks drew different tokens");
     Ok(all.into_iter().next().unwrap())
@@ -427,8 +427,10 @@ fn every_number_of_ranks_samples_the_same_tokens() {
     ] {
         let sampler = Sampler { temperature, top_k, top_p, seed: 9 };
         let one = sample(&sampler, &logits, &Partition::even(203, 1), &numbers).unwrap();
-        for cut in [Partition::even(203, 2), Partition::even(203, 8), Partition::from_sizes([1, 200, 2])] {
-            assert_eq!(sample(&sampler, &logits, &cut, &numbers).unwrap(), one, "{sampler:?}");
+        for partition in
+            [Partition::even(203, 2), Partition::even(203, 8), Partition::from_sizes([1, 200, 2])]
+        {
+            assert_eq!(sample(&sampler, &logits, &partition, &numbers).unwrap(), one, "{sampler:?}");
         }
         if temperature == 0.0 || top_k == Some(1) {
             let best = |row: ndarray::ArrayView1<f64>| {
@@ -483,11 +485,11 @@ fn log_probabilities_are_those_of_the_softmax() {
     let tokens = [3, 0, 10, 5];
     let want = reference::softmax(&logits, None);
     for world in [1, 3] {
-        let cut = Partition::even(11, world);
+        let partition = Partition::even(11, world);
         let got = ranks(world).run(|group| {
-            let part = logits.slice(s![.., cut.range(group.rank())]).to_owned();
+            let part = logits.slice(s![.., partition.range(group.rank())]).to_owned();
             let part = Tensor::<f64>::from_array(group.device(), &part)?;
-            Sampler::log_probabilities(&DTensor::<Shard<1>, f64>::shard(&group, part, &cut)?, &tokens)
+            Sampler::log_probabilities(&DTensor::<Shard<1>, f64>::shard(&group, part, &partition)?, &tokens)
         });
         for rank in got.unwrap() {
             for (row, got) in rank.into_iter().enumerate() {
@@ -518,7 +520,7 @@ impl<L: Layer<f64, Dev>> Layer<f64, Dev> for Unaware<L> {
     }
 }
 
-/// A step that does not give every attention layer its part of the cache returns an error and
+/// A step that does not give every attention layer its share of the cache returns an error and
 /// leaves the cache unchanged.
 #[test]
 fn a_step_that_is_not_done_right_is_refused() {

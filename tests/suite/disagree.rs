@@ -37,14 +37,14 @@ pub(crate) fn broadcast(group: &Group<Dev>, root: usize, len: usize) -> Result<(
 }
 
 /// Gathers a `[12, 12]` tensor.
-pub(crate) fn gather(group: &Group<Dev>, dim: usize, cut: &Partition) -> Result<()> {
-    let part = Shape::new(&[12, 12]).with(dim, cut.size(group.rank()));
-    attempt::<f32>(group, part.dims(), |x| group.all_gather(x, dim, cut).map(drop))
+pub(crate) fn gather(group: &Group<Dev>, dim: usize, partition: &Partition) -> Result<()> {
+    let part = Shape::new(&[12, 12]).with(dim, partition.size(group.rank()));
+    attempt::<f32>(group, part.dims(), |x| group.all_gather(x, dim, partition).map(drop))
 }
 
 /// Reduces and scatters a `[12, 12]` tensor.
-pub(crate) fn scatter(group: &Group<Dev>, op: ReduceOp, dim: usize, cut: &Partition) -> Result<()> {
-    attempt::<f32>(group, &[12, 12], |x| group.reduce_scatter(op, x, dim, cut).map(drop))
+pub(crate) fn scatter(group: &Group<Dev>, op: ReduceOp, dim: usize, partition: &Partition) -> Result<()> {
+    attempt::<f32>(group, &[12, 12], |x| group.reduce_scatter(op, x, dim, partition).map(drop))
 }
 
 pub(crate) fn even(group: &Group<Dev>) -> Partition {

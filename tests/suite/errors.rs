@@ -108,8 +108,8 @@ fn running() {
     );
     assert_eq!(
         failure(2, |group, weights| {
-            let cut = Partition::even(4, 2);
-            let row = RowParallelLinear::<Replicated, f64, Cpu>::load(group, weights, &cut, 6, true)?;
+            let partition = Partition::even(4, 2);
+            let row = RowParallelLinear::<Replicated, f64, Cpu>::load(group, weights, &partition, 6, true)?;
             let x = x(group, 3, 4)?.scatter::<1>(&Partition::from_sizes([1, 3]))?;
             row.forward(x).map(|_| ())
         }),
@@ -267,12 +267,12 @@ fn sizes_whose_product_cannot_be_counted_are_errors() {
 
 /// A collective gets a partition whose shard sizes wrap to 0. No rank may read freed memory.
 #[test]
-fn a_cut_that_cannot_be_counted_is_an_error_on_every_rank() {
+fn a_partition_that_cannot_be_counted_is_an_error_on_every_rank() {
     const PART: usize = 1 << 62;
     for started in [false, true] {
         ranks(2)
             .run(|group| {
-                let cut = Partition::from_sizes([20_000, PART]);
+                let partition = Partition::from_sizes([20_000, PART]);
                 let rows = 4;
                 let own = match group.rank() {
                     0 => Tensor::<f64>::zeros(group.device(), [rows, 20_000])?,
@@ -283,9 +283,9 @@ fn a_cut_that_cannot_be_counted_is_an_error_on_every_rank() {
                     }
                 };
                 let error = if started {
-                    group.start_all_gather(own, 1, &cut).map(drop)
+                    group.start_all_gather(own, 1, &partition).map(drop)
                 } else {
-                    group.all_gather(&own, 1, &cut).map(drop)
+                    group.all_gather(&own, 1, &partition).map(drop)
                 };
                 let error = error.unwrap_err().to_string();
                 assert!(

@@ -83,8 +83,8 @@ pub(crate) fn reduced<'a>(op: ReduceOp, inputs: impl IntoIterator<Item = &'a Arr
     result
 }
 
-pub(crate) fn slice(whole: &ArrayD<f64>, dim: usize, cut: &Partition, rank: usize) -> ArrayD<f64> {
-    whole.slice_axis(Axis(dim), Slice::from(cut.range(rank))).to_owned()
+pub(crate) fn slice(whole: &ArrayD<f64>, dim: usize, partition: &Partition, rank: usize) -> ArrayD<f64> {
+    whole.slice_axis(Axis(dim), Slice::from(partition.range(rank))).to_owned()
 }
 
 #[track_caller]
@@ -131,15 +131,15 @@ pub(crate) fn perform<T: Element, B: Pointwise>(
             group.all_reduce(*op, &mut x)?;
             same(step, &x, &reduced(*op, inputs))
         }
-        Step::AllGather(dim, cut) => {
-            let part = tensor::<T, B>(group, &slice(&inputs[0], *dim, cut, rank))?;
-            same(step, &group.all_gather(&part, *dim, cut)?, &inputs[0])
+        Step::AllGather(dim, partition) => {
+            let part = tensor::<T, B>(group, &slice(&inputs[0], *dim, partition, rank))?;
+            same(step, &group.all_gather(&part, *dim, partition)?, &inputs[0])
         }
-        Step::ReduceScatter(op, dim, cut) => {
+        Step::ReduceScatter(op, dim, partition) => {
             let x = tensor::<T, B>(group, &inputs[rank])?;
-            let part = group.reduce_scatter(*op, &x, *dim, cut)?;
+            let part = group.reduce_scatter(*op, &x, *dim, partition)?;
             same(step, &x, &inputs[rank])?;
-            same(step, &part, &slice(&reduced(*op, inputs), *dim, cut, rank))
+            same(step, &part, &slice(&reduced(*op, inputs), *dim, partition, rank))
         }
         Step::Broadcast(root) => {
             let mut x = tensor::<T, B>(group, &inputs[rank])?;
@@ -195,13 +195,13 @@ pub(crate) fn start<T: Element, B: Pointwise>(
     let x = tensor::<T, B>(group, &inputs[rank])?;
     let (pending, want): (Pending<T, B>, _) = match step {
         Step::AllReduce(op) => (group.start_all_reduce(*op, x)?, reduced(*op, inputs)),
-        Step::AllGather(dim, cut) => {
-            let part = tensor(group, &slice(&inputs[0], *dim, cut, rank))?;
-            (group.start_all_gather(part, *dim, cut)?, inputs[0].clone())
+        Step::AllGather(dim, partition) => {
+            let part = tensor(group, &slice(&inputs[0], *dim, partition, rank))?;
+            (group.start_all_gather(part, *dim, partition)?, inputs[0].clone())
         }
-        Step::ReduceScatter(op, dim, cut) => {
-            let want = slice(&reduced(*op, inputs), *dim, cut, rank);
-            (group.start_reduce_scatter(*op, x, *dim, cut)?, want)
+        Step::ReduceScatter(op, dim, partition) => {
+            let want = slice(&reduced(*op, inputs), *dim, partition, rank);
+            (group.start_reduce_scatter(*op, x, *dim, partition)?, want)
         }
         _ => {
             perform::<T, B>(group, step, inputs)?;
@@ -218,10 +218,10 @@ pub(crate) fn all_steps(seed: u64, world: usize, dims: [usize; 2]) -> Vec<Step> 
     steps.extend(OPS.map(Step::AllReduce));
     for dim in 0..2 {
         let op = OPS[(seed as usize + dim) % 3];
-        let cuts = [Partition::even(dims[dim], world), uneven(seed, dims[dim], world)];
-        for cut in cuts.into_iter().take(if dims[dim] == 1 { 1 } else { 2 }) {
-            steps.push(Step::AllGather(dim, cut.clone()));
-            steps.push(Step::ReduceScatter(op, dim, cut));
+        let partitions = [Partition::even(dims[dim], world), uneven(seed, dims[dim], world)];
+        for partition in partitions.into_iter().take(if dims[dim] == 1 { 1 } else { 2 }) {
+            steps.push(Step::AllGather(dim, partition.clone()));
+            steps.push(Step::ReduceScatter(op, dim, partition));
         }
     }
     steps.extend((0..world).map(Step::Broadcast));
@@ -290,7 +290,7 @@ pub(crate) fn sums_in_rank_order<T: Element, B: Pointwise>(group: &Group<B>) -> 
             T::narrow(all[1..].iter().fold(first, |sum, values| sum + values[at].widen()))
         };
         let want = bits(&(0..len).map(sum).collect::<Vec<_>>());
-        let cut = uneven(len as u64, len, group.size());
+        let partition = uneven(len as u64, len, group.size());
         let x = Tensor::from_slice(group.device(), [len], &all[group.rank()])?;
         for _ in 0..3 {
             let mut y = x.clone();
@@ -298,8 +298,8 @@ pub(crate) fn sums_in_rank_order<T: Element, B: Pointwise>(group: &Group<B>) -> 
             assert_eq!(bits(&y.to_vec()?), want);
             let y = group.start_all_reduce(ReduceOp::Sum, x.clone())?.wait()?;
             assert_eq!(bits(&y.to_vec()?), want);
-            let part = group.reduce_scatter(ReduceOp::Sum, &x, 0, &cut)?;
-            assert_eq!(bits(&part.to_vec()?), want[cut.range(group.rank())]);
+            let part = group.reduce_scatter(ReduceOp::Sum, &x, 0, &partition)?;
+            assert_eq!(bits(&part.to_vec()?), want[partition.range(group.rank())]);
         }
     }
     Ok(())
@@ -320,9 +320,9 @@ pub(crate) fn nan_wins<T: Element, B: Pointwise>(group: &Group<B>) -> Result<()>
             let mut y = x.clone();
             group.all_reduce(op, &mut y)?;
             check(y.to_vec()?, 0);
-            let cut = Partition::even(len, group.size());
-            let part = group.reduce_scatter(op, &x, 0, &cut)?;
-            check(part.to_vec()?, cut.range(group.rank()).start);
+            let partition = Partition::even(len, group.size());
+            let part = group.reduce_scatter(op, &x, 0, &partition)?;
+            check(part.to_vec()?, partition.range(group.rank()).start);
             check(group.start_all_reduce(op, x)?.wait()?.to_vec()?, 0);
         }
     }

@@ -72,8 +72,8 @@ fn copied(cols: usize) -> impl Fn(&Group<Dev>) -> Result<DTensor<Copied, f64>> {
 /// Each of two ranks has `cols` features.
 fn sharded(cols: usize) -> impl Fn(&Group<Dev>) -> Result<DTensor<Shard<1>, f64>> {
     move |group| {
-        let cut = Partition::from_sizes(vec![cols; group.size()]);
-        DTensor::shard(group, full(group, [4, cols])?, &cut)
+        let partition = Partition::from_sizes(vec![cols; group.size()]);
+        DTensor::shard(group, full(group, [4, cols])?, &partition)
     }
 }
 
@@ -444,7 +444,7 @@ fn a_copy_of_a_shared_head_that_drifts_is_named() {
                 // Change the last rank's copy that it does not own.
                 let mut hurt = false;
                 for param in &params {
-                    let is_copy = |part: &&ParamRegion| !part.owned && part.tensor == tensor;
+                    let is_copy = |own: &&ParamRegion| !own.owned && own.tensor == tensor;
                     let row = param.regions().iter().find(is_copy).map(|copy| copy.row);
                     if let (Some(row), true) = (row, group.rank() + 1 == group.size()) {
                         let (shape, mut values) = (param.shape(), param.value()?.to_vec()?);

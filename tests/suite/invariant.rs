@@ -81,7 +81,7 @@ fn tree_moves<T: Element>(
         _ => {}
     }
     let part = |rank: usize| match scatter {
-        Some(cut) => rows * cut.size(rank),
+        Some(partition) => rows * partition.size(rank),
         None => Partition::even(all, ranks).size(rank),
     };
     let sent = (1..ranks).map(|step| own * part((rank + step) % ranks)).filter(|&sent| sent > 0);
@@ -115,14 +115,14 @@ fn tree_sums<T: Element>(leaves: usize, world: usize, terms: &[Array2<f64>]) -> 
         assert_eq!(record.take(), tree_moves::<T>((&tree, group.rank()), [rows, cols], None));
         // All columns on the last rank but one.
         let last = |rank| if rank + 2 == group.size() || group.size() == 1 { cols } else { 0 };
-        let cuts = [
+        let partitions = [
             group.even_partition(cols)?,
             Partition::from_sizes((0..group.size()).map(last).collect::<Vec<usize>>()),
         ];
         let mut parts = Vec::new();
-        for cut in &cuts {
-            let part = group.tree_reduce_scatter::<T>(&tree, own()?, 1, cut)?;
-            assert_eq!(record.take(), tree_moves::<T>((&tree, group.rank()), [rows, cols], Some(cut)));
+        for partition in &partitions {
+            let part = group.tree_reduce_scatter::<T>(&tree, own()?, 1, partition)?;
+            assert_eq!(record.take(), tree_moves::<T>((&tree, group.rank()), [rows, cols], Some(partition)));
             parts.push(part.to_array()?.mapv(T::to_f64).into_dimensionality::<ndarray::Ix2>().unwrap());
         }
         Ok((whole.to_array()?.mapv(T::to_f64), parts))
@@ -275,7 +275,8 @@ fn agree<T: Element>(
     outcome: impl Fn(&Case<'_>, bool) -> Result<Outcome>,
 ) {
     let on = |world, sequence| {
-        let case = Case { world, sequences: case.sequences.clone(), x_cut: None, dy_cut: None, ..*case };
+        let case =
+            Case { world, sequences: case.sequences.clone(), x_partition: None, dy_partition: None, ..*case };
         outcome(&case, sequence).unwrap_or_else(|error| panic!("{what} on {world}: {error}"))
     };
     let one = on(1, false);
@@ -367,8 +368,9 @@ fn attention<S: ResidualStream + Spread, T: Element>(
             Columns::separate_qkv(group, &heads, &layout)?.iter().map(load).collect::<Result<_>>()?;
         let qkv = ColumnParallelLinear::<S, T, Dev>::concat(layers)?;
         let core = Attention::load(group, weights, &heads, config)?;
-        let cut = heads.query_features();
-        let out = RowParallelLinear::<S, T, Dev>::load(group, &weights.at("o"), &cut, config.hidden, false)?;
+        let partition = heads.query_features();
+        let out =
+            RowParallelLinear::<S, T, Dev>::load(group, &weights.at("o"), &partition, config.hidden, false)?;
         Ok(Layer::<T, Dev>::then(Layer::<T, Dev>::then(qkv, core), out))
     })
 }
@@ -511,9 +513,9 @@ fn sums_of_shared_heads_have_the_same_zeros() {
             let tree = Tree::new("test", "blocks", blocks, world).unwrap();
             let query = tree.partition("test", "heads", heads, 1, false).unwrap();
             let heads = Heads::with_partition(query, kv, dim).unwrap();
-            let cut = heads.qkv_features();
-            let (x, dy) = (matrix(4, "x", 1, hidden), Array2::from_elem((1, cut.total()), -0.0));
-            let case = Case { dy_cut: Some(cut), ..Case::new(world, &x, &dy, &weights) };
+            let partition = heads.qkv_features();
+            let (x, dy) = (matrix(4, "x", 1, hidden), Array2::from_elem((1, partition.total()), -0.0));
+            let case = Case { dy_partition: Some(partition), ..Case::new(world, &x, &dy, &weights) };
             let got = run_unplanned!(f32, &in_blocks(case, blocks), |group, weights| {
                 let columns = Columns::qkv(group, &heads, &QkvLayout::separate("q", "k", "v"))?;
                 ColumnParallelLinear::<Replicated, f32, Dev>::load(
@@ -758,8 +760,8 @@ fn refused(world: usize, blocks: usize, what: impl Fn(&Group<Dev>) -> Result<()>
 
 /// A row linear layer of 6 inputs and 5 outputs.
 fn row_of_columns(group: &Group<Dev>) -> Result<RowLinear<f32, Dev>> {
-    let cut = group.partition("test", "features", 6, 1)?;
-    RowLinear::load(group, &Weights::new(&Random::normal(1, 1.0)), &cut, 5)
+    let partition = group.partition("test", "features", 6, 1)?;
+    RowLinear::load(group, &Weights::new(&Random::normal(1, 1.0)), &partition, 5)
 }
 
 /// With `Reduction::Fast` the sum of two sums is one sum, with one collective for both.
@@ -827,7 +829,7 @@ fn what_cannot_be_invariant_is_refused() {
     );
     assert_eq!(
         refused(2, 4, |group| group.partition("attention", "query heads", 1, 1).map(drop)),
-        "attention: rank 0 of 2 owns none of the 1 query heads, which are cut into 4 canonical blocks"
+        "attention: rank 0 of 2 owns none of the 1 query heads, which are split into 4 canonical blocks"
     );
     assert_eq!(
         refused(2, 4, |group| {

@@ -69,11 +69,11 @@ proptest! {
         adjoint(&case(), ScatterSequence::even, &x);
         adjoint(&case(), ScatterTo::<1>::even, &x);
         adjoint(&case(), || GatherFrom::<0>, &x);
-        let cut = uneven(seed, cols, world);
-        let cut_case = || Case { x_cut: Some(cut.clone()), ..case() };
-        adjoint(&cut_case(), || GatherFrom::<1>, &x);
-        let cut_case = || Case { dy_cut: Some(cut.clone()), ..case() };
-        adjoint(&cut_case(), || ScatterTo::<1>::new(cut.clone()), &x);
+        let partition = uneven(seed, cols, world);
+        let sharded_case = || Case { x_partition: Some(partition.clone()), ..case() };
+        adjoint(&sharded_case(), || GatherFrom::<1>, &x);
+        let sharded_case = || Case { dy_partition: Some(partition.clone()), ..case() };
+        adjoint(&sharded_case(), || ScatterTo::<1>::new(partition.clone()), &x);
     }
 
     /// Sequence parallelism may shard tokens unevenly. The output has the same partition as the
@@ -81,12 +81,12 @@ proptest! {
     #[test]
     fn uneven_tokens_come_back_as_they_were(world in 1..=8usize, extra in 0..5usize, seed: u64) {
         let rows = world + extra;
-        let cut = uneven(seed, rows, world);
+        let partition = uneven(seed, rows, world);
         let eye = || Array2::<f64>::eye(world.max(3)).into_dyn();
         let cols = world.max(3);
         let weights = arrays([("up.weight", eye()), ("down.weight", eye())]);
         let (x, dy) = (matrix(seed, "x", rows, cols), matrix(seed, "dy", rows, cols));
-        let case = Case { x_cut: Some(cut.clone()), dy_cut: Some(cut), ..Case::new(world, &x, &dy, &weights) };
+        let case = Case { x_partition: Some(partition.clone()), dy_partition: Some(partition), ..Case::new(world, &x, &dy, &weights) };
         let got = run!(f64, &case, |group, weights| {
             let columns = Columns::even(group, cols)?;
             let (up, down) = (weights.at("up"), weights.at("down"));
@@ -104,20 +104,20 @@ proptest! {
         let (x, dy) = (matrix(seed, "x", rows, inputs), matrix(seed, "dy", rows, outputs));
         let (w, b) = (matrix(seed, "w", outputs, inputs), vector(seed, "b", outputs));
         let weights = arrays([("weight", w.clone().into_dyn()), ("bias", b.clone().into_dyn())]);
-        let cut = uneven(seed, outputs, world);
+        let partition = uneven(seed, outputs, world);
 
         // Y = X Wᵀ + b, the columns of Y sharded.
         let want = reference::linear_backward(&x, &w, &dy);
-        let case = Case { dy_cut: Some(cut.clone()), ..Case::new(world, &x, &dy, &weights) };
+        let case = Case { dy_partition: Some(partition.clone()), ..Case::new(world, &x, &dy, &weights) };
         let got = run!(f64, &case, |group, weights| {
-            let columns = Columns::from_partition(group, cut.clone())?;
+            let columns = Columns::from_partition(group, partition.clone())?;
             ColumnLinear::load(group, weights, inputs, &columns, Bias::Add)
         }).unwrap();
         close("column", &got.y.into_dyn(), &reference::linear(&x, &w, Some(&b)), EXACT);
         close("column dx", &got.dx.into_dyn(), &want.dx, EXACT);
         grads_close(&got.grads, &[("weight", want.dw.clone().into_dyn()), ("bias", want.db.into_dyn())], EXACT);
         let got = run!(f64, &case, |group, weights| {
-            let columns = Columns::from_partition(group, cut.clone())?;
+            let columns = Columns::from_partition(group, partition.clone())?;
             ColumnLinear::load(group, weights, inputs, &columns, Bias::None)
         }).unwrap();
         close("column without bias", &got.y.clone().into_dyn(), &reference::linear(&x, &w, None), EXACT);
@@ -129,8 +129,8 @@ proptest! {
         let w = w.t().as_standard_layout().into_owned();
         let weights = arrays([("weight", w.clone().into_dyn())]);
         let want = reference::linear_backward(&x, &w, &dy);
-        let case = Case { x_cut: Some(cut.clone()), ..Case::new(world, &x, &dy, &weights) };
-        let got = run!(f64, &case, |group, weights| RowLinear::load(group, weights, &cut, inputs)).unwrap();
+        let case = Case { x_partition: Some(partition.clone()), ..Case::new(world, &x, &dy, &weights) };
+        let got = run!(f64, &case, |group, weights| RowLinear::load(group, weights, &partition, inputs)).unwrap();
         close("row", &got.y.clone().into_dyn(), &reference::linear(&x, &w, None), EXACT);
         close("row dx", &got.dx.clone().into_dyn(), &want.dx, EXACT);
         grads_close(&got.grads, &[("weight", want.dw.into_dyn())], EXACT);
@@ -219,9 +219,9 @@ fn parallel_linear<S: ResidualStream + Spread>(
     let b = vector(seed, "row b", inputs);
     let weights = arrays([("weight", w.clone().into_dyn()), ("bias", b.clone().into_dyn())]);
     let (want, want_y) = (reference::linear_backward(&x, &w, &dy), reference::linear(&x, &w, Some(&b)));
-    let cut = Partition::even(outputs, world);
+    let partition = Partition::even(outputs, world);
     let got = run!(f64, &Case::new(world, &x, &dy, &weights), |group, weights| {
-        RowParallelLinear::<S, f64, Dev>::load(group, weights, &cut, inputs, true)
+        RowParallelLinear::<S, f64, Dev>::load(group, weights, &partition, inputs, true)
     })
     .unwrap();
     close("row", &got.y.into_dyn(), &want_y, EXACT);
@@ -230,8 +230,8 @@ fn parallel_linear<S: ResidualStream + Spread>(
 
     // The row layer's input is scattered first.
     let got = run!(f64, &Case::new(world, &x, &dy, &weights), |group, weights| {
-        Ok(ScatterTo::<1>::new(cut.clone())
-            .then(RowParallelLinear::<S, f64, Dev>::load(group, weights, &cut, inputs, true)?))
+        Ok(ScatterTo::<1>::new(partition.clone())
+            .then(RowParallelLinear::<S, f64, Dev>::load(group, weights, &partition, inputs, true)?))
     })
     .unwrap();
     close("scattered", &got.y.into_dyn(), &want_y, EXACT);
@@ -631,9 +631,9 @@ fn rounding<T: Element>(world: usize) {
     let (x, dy) = (matrix(seed, "x", rows, inputs), matrix(seed, "dy", rows, outputs));
     let w = matrix(seed, "w", outputs, inputs);
     let weights = arrays([("weight", w.clone().into_dyn())]);
-    let cut = Partition::even(inputs, world);
+    let partition = Partition::even(inputs, world);
     let got = run_unplanned!(T, &Case::new(world, &x, &dy, &weights), |group, weights| {
-        RowParallelLinear::<Replicated, T, Dev>::load(group, weights, &cut, outputs, false)
+        RowParallelLinear::<Replicated, T, Dev>::load(group, weights, &partition, outputs, false)
     })
     .unwrap();
     let bound = |terms: usize, absolute: Array2<f64>| {

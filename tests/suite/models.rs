@@ -265,9 +265,9 @@ fn own_slopes(params: &[Param<f64, Dev>]) -> Result<Vec<(String, f64)>> {
     let mut own = Vec::new();
     for param in params {
         let (width, grad) = (param.shape().split_at(0).1, param.grad().unwrap().to_vec()?);
-        for part in param.regions().iter().filter(|part| part.owned) {
-            let grad = &grad[part.row * width..][..part.region.extent().len()];
-            own.push((part.tensor.clone(), direction(&part.region).zip(grad).map(|(a, b)| a * b).sum()));
+        for rows in param.regions().iter().filter(|rows| rows.owned) {
+            let grad = &grad[rows.row * width..][..rows.region.extent().len()];
+            own.push((rows.tensor.clone(), direction(&rows.region).zip(grad).map(|(a, b)| a * b).sum()));
         }
     }
     Ok(own)
@@ -293,9 +293,9 @@ fn shift(params: &[Param<f64, Dev>], tensor: &str, step: f64) -> Result<()> {
     for param in params {
         let (shape, mut values) = (param.shape(), param.value()?.to_vec()?);
         let width = shape.split_at(0).1;
-        for part in param.regions().iter().filter(|part| part.tensor == tensor) {
-            let values = &mut values[part.row * width..][..part.region.extent().len()];
-            for (value, along) in values.iter_mut().zip(direction(&part.region)) {
+        for own in param.regions().iter().filter(|own| own.tensor == tensor) {
+            let values = &mut values[own.row * width..][..own.region.extent().len()];
+            for (value, along) in values.iter_mut().zip(direction(&own.region)) {
                 *value += step * along;
             }
         }
@@ -774,9 +774,9 @@ fn bert_padded_on_the_left_is_the_text_alone() {
 fn table_rows(params: &[Param<f64, Dev>], name: &str) -> Result<Vec<(usize, Vec<f64>)>> {
     let mut rows = Vec::new();
     for param in params {
-        for part in param.regions().iter().filter(|part| part.tensor == name) {
+        for own in param.regions().iter().filter(|own| own.tensor == name) {
             let (grad, width) = (param.grad().unwrap().to_vec()?, param.shape().cols());
-            let first = part.region.ranges()[0].start;
+            let first = own.region.ranges()[0].start;
             rows.extend(grad.chunks(width).enumerate().map(|(row, grad)| (first + row, grad.to_vec())));
         }
     }

@@ -60,12 +60,12 @@ impl Call {
     }
 
     fn make_of<T: Element>(self, group: &Group<Cpu>) -> Result<()> {
-        let cut = |len| Partition::even(len, group.size());
+        let partition = |len| Partition::even(len, group.size());
         let own = group.rank() as f64 + 1.0;
         let full = |shape: [usize; 2]| Tensor::<T>::full(group.device(), shape, own);
         let mut x = match self {
             Self::AllGather(_, mut shape, dim) => {
-                shape[dim] = cut(shape[dim]).size(group.rank());
+                shape[dim] = partition(shape[dim]).size(group.rank());
                 full(shape)?
             }
             Self::AllReduce(.., shape) | Self::ReduceScatter(_, _, shape, _) | Self::Broadcast(.., shape) => {
@@ -75,9 +75,9 @@ impl Call {
         };
         let outcome = match self {
             Self::AllReduce(op, ..) => group.all_reduce(op, &mut x),
-            Self::AllGather(_, shape, dim) => group.all_gather(&x, dim, &cut(shape[dim])).map(drop),
+            Self::AllGather(_, shape, dim) => group.all_gather(&x, dim, &partition(shape[dim])).map(drop),
             Self::ReduceScatter(op, _, shape, dim) => {
-                group.reduce_scatter(op, &x, dim, &cut(shape[dim])).map(drop)
+                group.reduce_scatter(op, &x, dim, &partition(shape[dim])).map(drop)
             }
             Self::Broadcast(root, ..) => group.broadcast(root, &mut x),
             Self::Barrier | Self::Split => Ok(()),

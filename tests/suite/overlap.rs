@@ -63,8 +63,8 @@ fn agree(
     outcome: impl Fn(&Case<'_>) -> Result<Outcome>,
 ) -> Outcome {
     let with = |overlap| {
-        let (x_cut, dy_cut) = (case.x_cut.clone(), case.dy_cut.clone());
-        let case = Case { overlap, x_cut, dy_cut, sequences: case.sequences.clone(), ..*case };
+        let (x_partition, dy_partition) = (case.x_partition.clone(), case.dy_partition.clone());
+        let case = Case { overlap, x_partition, dy_partition, sequences: case.sequences.clone(), ..*case };
         outcome(&case).unwrap_or_else(|error| panic!("{what}, {overlap:?}: {error}"))
     };
     let at_once = with(Overlap::Off);
@@ -96,11 +96,11 @@ fn mlps_agree<T: Element>(sizes: &Sizes) {
     let whole = agree(&what, &case(), &[chunks], |case| mlp::<Replicated, T>(case, hidden, ffn, gated));
     // Any partition of the tokens, including ranks without any.
     let bounds = uneven(seed, tokens + world, world);
-    let cut = Partition::from_sizes(bounds.sizes().map(|size| size - 1));
-    let cut = (!even && reduction == Reduction::Fast).then_some(cut);
-    let case = Case { x_cut: cut.clone(), dy_cut: cut, ..case() };
-    let cut = agree(&what, &case, &[chunks], |case| mlp::<Shard<0>, T>(case, hidden, ffn, gated));
-    assert!(cut.y == whole.y && cut.dx == whole.dx, "{what}: the two streams");
+    let partition = Partition::from_sizes(bounds.sizes().map(|size| size - 1));
+    let partition = (!even && reduction == Reduction::Fast).then_some(partition);
+    let case = Case { x_partition: partition.clone(), dy_partition: partition, ..case() };
+    let sharded = agree(&what, &case, &[chunks], |case| mlp::<Shard<0>, T>(case, hidden, ffn, gated));
+    assert!(sharded.y == whole.y && sharded.dx == whole.dx, "{what}: the two streams");
 }
 
 proptest! {
@@ -193,8 +193,8 @@ fn separate<S: ResidualStream + Spread, T: Element>(case: &Case<'_>, heads: usiz
 #[test]
 fn separate_layers_agree() {
     let (heads, world, tokens) = (4, 3, 410);
-    let cut = Heads::new(heads, 2, 3, world).unwrap().qkv_features();
-    let (x, dy) = (matrix(1, "x", tokens, 7), matrix(1, "dy", tokens, cut.total()));
+    let partition = Heads::new(heads, 2, 3, world).unwrap().qkv_features();
+    let (x, dy) = (matrix(1, "x", tokens, 7), matrix(1, "dy", tokens, partition.total()));
     let weights = arrays([
         ("q.weight", random(1, "q", &[heads * 3, 7])),
         ("q.bias", random(1, "qb", &[heads * 3])),
@@ -203,7 +203,7 @@ fn separate_layers_agree() {
         ("v.weight", random(1, "v", &[6, 7])),
         ("v.bias", random(1, "vb", &[6])),
     ]);
-    let case = Case { dy_cut: Some(cut), ..Case::new(world, &x, &dy, &weights) };
+    let case = Case { dy_partition: Some(partition), ..Case::new(world, &x, &dy, &weights) };
     agree("separate layers", &case, &[1, 2], |case| separate::<Replicated, f32>(case, heads));
     agree("separate layers", &case, &[1, 2], |case| separate::<Shard<0>, f32>(case, heads));
 }
@@ -380,9 +380,9 @@ fn chunks_move_what_is_planned() {
         let (tokens, hidden, ffn) = (60 + 37 * world, 5, world + 3);
         let (x, dy) = (matrix(1, "x", tokens, hidden), matrix(1, "dy", tokens, hidden));
         let weights = mlp_weights(1, hidden, ffn);
-        let cut = uneven(world as u64, tokens, world);
-        for (reduction, cut) in [
-            (Reduction::Fast, Some(cut)),
+        let partition = uneven(world as u64, tokens, world);
+        for (reduction, partition) in [
+            (Reduction::Fast, Some(partition)),
             (Reduction::Fast, None),
             (Reduction::Invariant { blocks: 8 }, None),
         ] {
@@ -390,7 +390,10 @@ fn chunks_move_what_is_planned() {
                 let overlap = Overlap::Chunks(chunks);
                 let case = Case { reduction, overlap, ..Case::new(world, &x, &dy, &weights) };
                 plan::<Replicated>(&case, [hidden, ffn]);
-                plan::<Shard<0>>(&Case { x_cut: cut.clone(), dy_cut: cut.clone(), ..case }, [hidden, ffn]);
+                plan::<Shard<0>>(
+                    &Case { x_partition: partition.clone(), dy_partition: partition.clone(), ..case },
+                    [hidden, ffn],
+                );
             }
         }
     }

@@ -22,7 +22,7 @@ use shardwise::{
 struct Sharded<B: Backend> {
     group: Group<B>,
     weight: Param<f64, B>,
-    cut: Partition,
+    partition: Partition,
     features: [usize; 2],
 }
 
@@ -33,10 +33,10 @@ impl<B: Backend> Sharded<B> {
         [inputs, outputs]: [usize; 2],
         dim: usize,
     ) -> Result<Self> {
-        let cut = group.even_partition([outputs, inputs][dim])?;
-        let region = Region::whole([outputs, inputs]).narrow(dim, cut.range(group.rank()));
+        let partition = group.even_partition([outputs, inputs][dim])?;
+        let region = Region::whole([outputs, inputs]).narrow(dim, partition.range(group.rank()));
         let weight = Param::load_region(group.device(), weights, "weight", Role::Weight, region, true)?;
-        Ok(Self { group: group.clone(), weight, cut, features: [inputs, outputs] })
+        Ok(Self { group: group.clone(), weight, partition, features: [inputs, outputs] })
     }
 
     fn product(&self, x: &Tensor<f64, B>) -> Result<Tensor<f64, B>> {
@@ -120,13 +120,13 @@ type Dual<P> = <P as shardwise::shard::Placement>::Dual;
 
 own!(
     OwnColumn, Copied => Shard<1>,
-    |layer, local| DTensor::shard(&layer.group, local, &layer.cut),
+    |layer, local| DTensor::shard(&layer.group, local, &layer.partition),
     DTensor::partial(&layer.group, local)
 );
 own!(
     OwnRow, Shard<1> => Partial,
     |layer, local| DTensor::partial(&layer.group, local),
-    DTensor::shard(&layer.group, local, &layer.cut)
+    DTensor::shard(&layer.group, local, &layer.partition)
 );
 
 /// The edges of a region work for any linear layer as for the crate's, with and without chunks.

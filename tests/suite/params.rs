@@ -146,8 +146,8 @@ fn linear_layers<S: ResidualStream + Spread, T: Element>(world: usize, seed: u64
     let down =
         arrays([("weight", coded(seed, "w", &[hidden, features])), ("bias", random(seed, "b", &[hidden]))]);
     same_on_bytes!(T, &Case::new(world, &dy, &x, &down), &EITHER, |group, weights| {
-        let cut = group.partition("test", "features", features, 1)?;
-        RowParallelLinear::<S, T, Dev>::load(group, weights, &cut, hidden, true)
+        let partition = group.partition("test", "features", features, 1)?;
+        RowParallelLinear::<S, T, Dev>::load(group, weights, &partition, hidden, true)
     });
     let positions = arrays([("weight", coded(seed, "p", &[tokens + 2, hidden]))]);
     same_on_bytes!(T, &Case::new(world, &x, &x, &positions), &EITHER, |group, weights| {
@@ -194,9 +194,9 @@ fn qkv<S: ResidualStream + Spread>(world: usize, seed: u64) {
         ("v.weight", coded(seed, "v", &[6, hidden])),
     ]);
     let heads = Heads::new(9, 3, 2, world).unwrap();
-    let cut = heads.qkv_features();
-    let (x, dy) = (matrix(seed, "x", tokens, hidden), matrix(seed, "dy", tokens, cut.total()));
-    let case = Case { dy_cut: Some(cut), ..Case::new(world, &x, &dy, &source) };
+    let partition = heads.qkv_features();
+    let (x, dy) = (matrix(seed, "x", tokens, hidden), matrix(seed, "dy", tokens, partition.total()));
+    let case = Case { dy_partition: Some(partition), ..Case::new(world, &x, &dy, &source) };
     same_on_bytes!(f64, &case, &[Reduction::Fast], |group, weights| {
         let columns = Columns::qkv(group, &heads, &layout)?;
         ColumnParallelLinear::<S, f64, Dev>::load(group, weights, hidden, &columns, Bias::None)
@@ -439,7 +439,7 @@ where
 fn a_sink_clips_the_gradient_of_each_sample() {
     for world in [1, 2, 3] {
         let outcomes = ranks(world).run(|group| {
-            let (source, cut) = (Random::normal(3, 1.0), group.even_partition(7)?);
+            let (source, partition) = (Random::normal(3, 1.0), group.even_partition(7)?);
             let weights = Weights::new(&source);
             let [x, h] = [("x", 5), ("h", 7)].map(|(name, width)| matrix(5, name, 7, width));
             let columns = Columns::even(&group, 7)?;
@@ -447,7 +447,8 @@ fn a_sink_clips_the_gradient_of_each_sample() {
                 ColumnParallelLinear::<Replicated, f64, Dev>::load(&group, &weights, 5, &columns, Bias::Add)
             };
             let mut clipped = clips(&group, up, (&x, &h))?;
-            let down = || RowParallelLinear::<Replicated, f64, Dev>::load(&group, &weights, &cut, 5, true);
+            let down =
+                || RowParallelLinear::<Replicated, f64, Dev>::load(&group, &weights, &partition, 5, true);
             clipped += clips(&group, down, (&h, &x))?;
             let positions = || PositionEmbedding::<Replicated, f64, Dev>::load(&group, &weights, 9, 5);
             clipped += clips(&group, positions, (&x, &x))?;

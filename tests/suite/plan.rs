@@ -230,9 +230,8 @@ fn a_large_model_has_the_sizes_of_its_formulas() {
         // head only the owner computes dX.
         let params = model.params();
         let regions: Vec<_> = params.iter().flat_map(|param| param.regions().to_vec()).collect();
-        let keys = regions.iter().filter(|part| part.tensor.contains("k_proj"));
-        let not_owned =
-            2 * keys.filter(|part| !part.owned).map(|part| part.region.extent().len()).sum::<usize>();
+        let keys = regions.iter().filter(|own| own.tensor.contains("k_proj"));
+        let not_owned = 2 * keys.filter(|own| !own.owned).map(|own| own.region.extent().len()).sum::<usize>();
         assert!(not_owned == 0 || not_owned == layers * 2 * hidden * head_dim);
         let backward = 2 * tokens * (2 * matrices - not_owned) + 10 * layers * pairs * head_dim;
         assert_eq!(device.flops(), (2 * flops + backward) as u64);

@@ -167,8 +167,8 @@ fn a_fault_in_a_layer_is_reported_by_its_path_on_every_rank() {
         group: &Group<Cpu>,
         weights: &Weights<'_>,
     ) -> Result<RowParallelLinear<S, f32, Cpu>> {
-        let cut = Partition::even(HIDDEN, group.size());
-        RowParallelLinear::load(group, &weights.at("down"), &cut, 8, true)
+        let partition = Partition::even(HIDDEN, group.size());
+        RowParallelLinear::load(group, &weights.at("down"), &partition, 8, true)
     }
     reported("model.down", true, row::<Replicated>, features);
     reported("model.down", true, row::<Shard<0>>, features);

@@ -126,7 +126,7 @@ fn agree(what: &str, (losses, grads): &Step, (want_losses, want): &Step) {
 
 /// Checkpoints of every family, tied and not, transposed and with a prefix.
 #[test]
-fn every_family_is_cut_into_stages() {
+fn every_family_is_split_into_stages() {
     for name in DECODERS {
         let (checkpoint, config) = decoder(name);
         let want = whole(&checkpoint, &config, 4);
@@ -223,7 +223,7 @@ fn what_is_no_part_of_the_model_is_refused() {
     let drawn = drops.forward(&ids, Sequences::one(2)).err().unwrap().to_string();
     assert!(drawn.contains("has dropout, which a forward does not draw"), "{drawn}");
 
-    // Tokens for too missing microbatches, and stages that pass on another width.
+    // Tokens for too few microbatches, and stages that pass on another width.
     let schedule = Schedule::gpipe(1, 2);
     let described = [Microbatch::rows(2), Microbatch::rows(2)];
     let tokens = || vec![Tokens { ids: &ids, targets: &ids }];

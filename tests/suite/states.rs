@@ -120,7 +120,7 @@ fn state_follows_the_name_whatever_is_visited_and_in_which_order() {
 #[test]
 fn a_name_visited_twice_or_with_other_shards_is_refused_before_anything_changes() {
     let device = dev::poisoned();
-    let cut = |rows: std::ops::Range<usize>, owned: bool| {
+    let load = |rows: std::ops::Range<usize>, owned: bool| {
         let source = arrays([("w", random(1, "w", &[6, 5]))]);
         let region = Region::whole([6, 5]).narrow(0, rows);
         let weights = Weights::new(&source);
@@ -137,16 +137,16 @@ fn a_name_visited_twice_or_with_other_shards_is_refused_before_anything_changes(
         assert_eq!(outcomes[0].is_err(), after == before);
         outcomes.map(|outcome| outcome.map_or_else(|error| error.to_string(), |()| String::new()))
     };
-    let w = cut(0..3, true);
+    let w = load(0..3, true);
     assert_eq!(step(&[&first, &w], 1), ["", ""]);
     for (other, says) in [
-        (cut(0..2, true), "w has shape [2, 5], but its state has shape [3, 5]"),
-        (cut(1..4, true), "w holds w [1..4, 0..5], but its state is of w [0..3, 0..5]"),
-        (cut(0..3, false), "w holds w [0..3, 0..5] (not owned), but its state is of w [0..3, 0..5]"),
+        (load(0..2, true), "w has shape [2, 5], but its state has shape [3, 5]"),
+        (load(1..4, true), "w holds w [1..4, 0..5], but its state is of w [0..3, 0..5]"),
+        (load(0..3, false), "w holds w [0..3, 0..5] (not owned), but its state is of w [0..3, 0..5]"),
     ] {
         assert_eq!(step(&[&first, &other], 2), [format!("adamw: {says}"), format!("sgd: {says}")]);
     }
-    let again = cut(0..3, true);
+    let again = load(0..3, true);
     let says =
         "w is listed twice: state is kept by name, so parameters need names of their own (`Weights::at`)";
     assert_eq!(step(&[&w, &first, &again], 3), [format!("adamw: {says}"), format!("sgd: {says}")]);

@@ -76,7 +76,7 @@ pub(crate) trait Spread: Placement {
     fn spread<T: Element, B: Backend>(
         group: &Group<B>,
         whole: &Array2<f64>,
-        cut: Option<&Partition>,
+        partition: Option<&Partition>,
     ) -> Result<DTensor<Self, T, B>>;
 
     fn collect(parts: Vec<Array2<f64>>) -> Array2<f64>;
@@ -128,12 +128,12 @@ impl<const D: usize> Spread for Shard<D> {
     fn spread<T: Element, B: Backend>(
         group: &Group<B>,
         whole: &Array2<f64>,
-        cut: Option<&Partition>,
+        partition: Option<&Partition>,
     ) -> Result<DTensor<Self, T, B>> {
         let even = group.even_partition(whole.shape()[D])?;
-        let cut = cut.unwrap_or(&even);
-        let part = whole.slice_axis(Axis(D), Slice::from(cut.range(group.rank()))).to_owned();
-        DTensor::shard(group, tensor(group, &part)?, cut)
+        let partition = partition.unwrap_or(&even);
+        let shard = whole.slice_axis(Axis(D), Slice::from(partition.range(group.rank()))).to_owned();
+        DTensor::shard(group, tensor(group, &shard)?, partition)
     }
 
     fn collect(parts: Vec<Array2<f64>>) -> Array2<f64> {
@@ -177,9 +177,9 @@ pub(crate) struct Case<'a> {
     pub(crate) world: usize,
     pub(crate) x: &'a Array2<f64>,
     pub(crate) dy: &'a Array2<f64>,
-    /// How x and dy are cut, where their placement is a shard; evenly if not given.
-    pub(crate) x_cut: Option<Partition>,
-    pub(crate) dy_cut: Option<Partition>,
+    /// The partitions of x and dy, where their placement is a shard; even if not given.
+    pub(crate) x_partition: Option<Partition>,
+    pub(crate) dy_partition: Option<Partition>,
     pub(crate) sequences: Sequences,
     pub(crate) weights: &'a Arrays,
     pub(crate) reduction: Reduction,
@@ -190,7 +190,7 @@ impl<'a> Case<'a> {
     pub(crate) fn new(world: usize, x: &'a Array2<f64>, dy: &'a Array2<f64>, weights: &'a Arrays) -> Self {
         let sequences = Sequences::one(x.nrows());
         let (reduction, overlap) = (Reduction::Fast, Overlap::Off);
-        Self { world, x, dy, x_cut: None, dy_cut: None, sequences, weights, reduction, overlap }
+        Self { world, x, dy, x_partition: None, dy_partition: None, sequences, weights, reduction, overlap }
     }
 }
 
@@ -262,7 +262,7 @@ where
     L: Layer<T, B, In: Spread<Dual: Spread>, Out: Spread<Dual: Spread>>,
 {
     fn input(case: &Case<'_>, group: &Group<B>) -> Result<DTensor<L::In, T, B>> {
-        let x = L::In::spread::<T, B>(group, case.x, case.x_cut.as_ref())?;
+        let x = L::In::spread::<T, B>(group, case.x, case.x_partition.as_ref())?;
         x.with_sequences(case.sequences.clone())
     }
 
@@ -271,7 +271,7 @@ where
         record.take();
         let (y, saved) = layer.forward(x)?;
         let forward = record.take();
-        let dy = <L::Out as Placement>::Dual::spread::<T, B>(group, case.dy, case.dy_cut.as_ref())?;
+        let dy = <L::Out as Placement>::Dual::spread::<T, B>(group, case.dy, case.dy_partition.as_ref())?;
         record.take();
         let dx = layer.backward(saved, dy)?;
         let shapes = [y.shape(), y.local().shape(), dx.shape(), dx.local().shape()];
@@ -367,27 +367,27 @@ pub(crate) struct Assembled(BTreeMap<String, (ArrayD<f64>, ArrayD<u32>, ArrayD<u
 impl Assembled {
     pub(crate) fn add(&mut self, regions: &[ParamRegion], shape: &[usize], values: &[f64]) {
         let width: usize = shape[1..].iter().product();
-        for part in regions {
-            let whole = part.region.shape().dims().to_vec();
-            let (sum, held, owned) = self.0.entry(part.tensor.clone()).or_insert_with(|| {
+        for rows in regions {
+            let whole = rows.region.shape().dims().to_vec();
+            let (sum, held, owned) = self.0.entry(rows.tensor.clone()).or_insert_with(|| {
                 let zeros = ArrayD::zeros(IxDyn(&whole));
                 (ArrayD::zeros(IxDyn(&whole)), zeros.clone(), zeros)
             });
-            let extent = part.region.extent();
-            let start = part.row * width;
+            let extent = rows.region.extent();
+            let start = rows.row * width;
             let own = values[start..start + extent.len()].to_vec();
             let own = ArrayD::from_shape_vec(IxDyn(extent.dims()), own).unwrap();
-            let ranges = part.region.ranges();
+            let ranges = rows.region.ranges();
             let region = |axis: ndarray::AxisDescription| Slice::from(ranges[axis.axis.index()].clone());
             let mut at = sum.slice_each_axis_mut(region);
             let mut held = held.slice_each_axis_mut(region);
             // All holders of an element have the same gradient for it.
             for ((sum, own), held) in at.iter_mut().zip(&own).zip(held.iter_mut()) {
-                assert!(*held == 0 || sum.to_bits() == own.to_bits(), "holders of {} differ", part.tensor);
+                assert!(*held == 0 || sum.to_bits() == own.to_bits(), "holders of {} differ", rows.tensor);
                 *sum = *own;
                 *held += 1;
             }
-            if part.owned {
+            if rows.owned {
                 owned.slice_each_axis_mut(region).iter_mut().for_each(|owned| *owned += 1);
             }
         }

@@ -196,11 +196,11 @@ fn entropy<T: Element>(
         x: &Array2<f64>,
         targets: &[u32],
     ) -> Result<Pass<T, B>> {
-        let cut = Partition::by_unit("test", "classes", x.ncols(), 1, group.size())?;
-        let part = x.slice(ndarray::s![.., cut.range(group.rank())]).mapv(T::from_f64);
+        let partition = Partition::by_unit("test", "classes", x.ncols(), 1, group.size())?;
+        let part = x.slice(ndarray::s![.., partition.range(group.rank())]).mapv(T::from_f64);
         let part = shardwise::Tensor::<T, B>::from_array(group.device(), &part)?;
         record.take();
-        let (losses, saved) = loss.forward(DTensor::shard(group, part, &cut)?, targets)?;
+        let (losses, saved) = loss.forward(DTensor::shard(group, part, &partition)?, targets)?;
         let dx = loss.backward(saved, 0.5)?;
         Ok((losses, dx, record.take()))
     }
@@ -387,13 +387,13 @@ proptest! {
             let layer = Dropout::<Replicated>::new(p, seed, "d");
             let whole = |x: &Array2<f64>| DTensor::replicated(&group, tensor(x.view())?);
             near(both(layer, whole(&x)?, whole(&dy)?, draw)?, 0..rows, 0..cols);
-            let cut = Partition::even(rows, group.size());
-            let own = cut.range(group.rank());
-            let part = |x: &Array2<f64>| DTensor::<Shard<0>, f64, Dev>::shard(&group, tensor(x.slice(ndarray::s![own.clone(), ..]))?, &cut);
+            let partition = Partition::even(rows, group.size());
+            let own = partition.range(group.rank());
+            let part = |x: &Array2<f64>| DTensor::<Shard<0>, f64, Dev>::shard(&group, tensor(x.slice(ndarray::s![own.clone(), ..]))?, &partition);
             near(both(Dropout::new(p, seed, "d"), part(&x)?, part(&dy)?, draw)?, own.clone(), 0..cols);
-            let cut = Partition::even(cols, group.size());
-            let own = cut.range(group.rank());
-            let part = |x: &Array2<f64>| DTensor::<Shard<1>, f64, Dev>::shard(&group, tensor(x.slice(ndarray::s![.., own.clone()]))?, &cut);
+            let partition = Partition::even(cols, group.size());
+            let own = partition.range(group.rank());
+            let part = |x: &Array2<f64>| DTensor::<Shard<1>, f64, Dev>::shard(&group, tensor(x.slice(ndarray::s![.., own.clone()]))?, &partition);
             near(both(Dropout::new(p, seed, "d"), part(&x)?, part(&dy)?, draw)?, 0..rows, own.clone());
             Ok(())
         }).unwrap();
@@ -403,7 +403,7 @@ proptest! {
 /// After a mean over sequences, a replica's share of a batch has the masks that its sequences have
 /// in the whole batch.
 #[test]
-fn dropout_of_means_does_not_depend_on_the_cut_of_the_batch() {
+fn dropout_of_means_does_not_depend_on_the_partition_of_the_batch() {
     let lens = [3, 1, 4, 2];
     let layer = || Chain(MeanPool, Dropout::<Replicated>::new(0.5, 1, "d"));
     let masks = |sequences: std::ops::Range<usize>| {
@@ -426,21 +426,18 @@ fn dropout_of_means_does_not_depend_on_the_cut_of_the_batch() {
 #[test]
 fn dropout_of_any_rank_draws_by_the_index_in_the_whole() {
     fn part<const D: usize>(group: &Group<Dev>, whole: &ArrayD<f64>) -> Result<ArrayD<f64>> {
-        let cut = Partition::even(whole.shape()[D], group.size());
+        let partition = Partition::even(whole.shape()[D], group.size());
         let own = |x: &ArrayD<f64>| {
-            x.slice_axis(ndarray::Axis(D), ndarray::Slice::from(cut.range(group.rank()))).to_owned()
+            x.slice_axis(ndarray::Axis(D), ndarray::Slice::from(partition.range(group.rank()))).to_owned()
         };
         let ones = Tensor::from_array(group.device(), &own(&ArrayD::ones(whole.raw_dim())))?;
-        let x = DTensor::<Shard<D>, f64, Dev>::shard(group, ones, &cut)?.with_dropout_state(DropoutState {
-            step: 7,
-            row: 3,
-            sequence: 0,
-        });
+        let x = DTensor::<Shard<D>, f64, Dev>::shard(group, ones, &partition)?
+            .with_dropout_state(DropoutState { step: 7, row: 3, sequence: 0 });
         let layer = Dropout::<Shard<D>>::new(0.5, 1, "d");
         let (y, saved) = layer.forward(x.clone())?;
         let dx: DTensor<Shard<D>, f64, Dev> = layer.backward(saved, x)?;
-        assert_eq!(y.local().to_array()?, own(whole), "cut along {D}");
-        assert_eq!(dx.local().to_array()?, own(whole), "the gradient, cut along {D}");
+        assert_eq!(y.local().to_array()?, own(whole), "sharded along {D}");
+        assert_eq!(dx.local().to_array()?, own(whole), "the gradient, sharded along {D}");
         Ok(own(whole))
     }
     for dims in [vec![4, 2, 3], vec![5, 3, 4, 3], vec![2, 1, 5], vec![3, 0, 2]] {

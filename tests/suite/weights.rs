@@ -29,7 +29,7 @@ fn pick<T: Copy>(whole: &[T], region: &Region) -> Vec<T> {
     region.runs().into_iter().flatten().map(|index| whole[index]).collect()
 }
 
-fn cut(dims: &[usize], ranges: &[Range<usize>]) -> Region {
+fn narrowed(dims: &[usize], ranges: &[Range<usize>]) -> Region {
     ranges
         .iter()
         .enumerate()
@@ -50,7 +50,7 @@ fn regions() -> impl Strategy<Value = Region> {
                 a.min(b)..a.max(b)
             });
             let sizes: Vec<_> = dims.iter().map(|(size, ..)| *size).collect();
-            cut(&sizes, &ranges.collect::<Vec<_>>())
+            narrowed(&sizes, &ranges.collect::<Vec<_>>())
         })
 }
 
@@ -94,7 +94,7 @@ proptest! {
             a.min(b)..a.max(b)
         };
         let region =
-            cut(&[rows, cols], &[ends(&picks[0], &picks[1], rows), ends(&picks[2], &picks[3], cols)]);
+            narrowed(&[rows, cols], &[ends(&picks[0], &picks[1], rows), ends(&picks[2], &picks[3], cols)]);
         let elements: Vec<f32> = (0..rows * cols).map(|index| index as f32).collect();
         let (_folder, checkpoint) = single("w", &[rows, cols], view(&elements));
         assert_eq!(read::<f32>(&checkpoint, "w", &region).unwrap(), pick(&elements, &region));

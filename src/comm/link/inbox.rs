@@ -14,12 +14,12 @@ pub(super) struct Inbox {
     pub(super) rounds: HashMap<(u64, u64), Body>,
     /// Messages, by group and sender.
     messages: HashMap<(u64, usize), VecDeque<Body>>,
-    /// The number of messages progress, by group and sender.
+    /// The number of messages received, by group and sender.
     received: HashMap<(u64, usize), u64>,
     /// Failures, in the order in which rank 0 sends them: the first that concerns a call is its
     /// cause.
     pub(super) news: Vec<News>,
-    /// ExternalStep counts, by work and rank.
+    /// The number of steps that a rank has reached, by work and rank.
     pub(super) answers: HashMap<(u64, usize), u64>,
     /// The connections have ended: nothing arrives any more.
     pub(super) gone: bool,
@@ -79,12 +79,12 @@ impl Inbox {
         Some(message)
     }
 
-    /// Returns the number of messages progress from a rank.
+    /// Returns the number of messages received from a rank.
     pub(super) fn received(&self, group: u64, from: usize) -> u64 {
         self.received.get(&(group, from)).copied().unwrap_or(0)
     }
 
-    /// Returns a message never progress, with its sender, if all ranks have left in order.
+    /// Returns a message never received, with its sender, if all ranks have left in order.
     pub(super) fn unread(&self) -> Option<(usize, &Body)> {
         let in_order = |news: &News| matches!(news, News::Lost { reason: LostReason::Left, root: None, .. });
         let mut messages = self.messages.iter().filter(|_| self.news.iter().all(in_order));

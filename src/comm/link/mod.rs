@@ -247,25 +247,25 @@ impl Communicator<Cpu> for Link {
     fn all_gather(
         &self,
         call: &Call,
-        parts: &Shards,
+        shards: &Shards,
         send: AnyRef<'_, Cpu>,
         recv: AnyMut<'_, Cpu>,
     ) -> Result<()> {
-        let inputs = self.collect(call, send, |rank| parts.len(rank))?;
-        each_rank!(call, inputs, recv, (input, recv) => combine::gather(parts, input, recv))
+        let inputs = self.collect(call, send, |rank| shards.len(rank))?;
+        each_rank!(call, inputs, recv, (input, recv) => combine::gather(shards, input, recv))
     }
 
     fn reduce_scatter(
         &self,
         call: &Call,
         op: ReduceOp,
-        parts: &Shards,
+        shards: &Shards,
         send: AnyRef<'_, Cpu>,
         recv: AnyMut<'_, Cpu>,
     ) -> Result<()> {
-        let inputs = self.collect(call, send, |_| parts.total())?;
+        let inputs = self.collect(call, send, |_| shards.total())?;
         each_rank!(call, inputs, recv, (input, recv) => {
-            combine::reduce_part(op, parts, self.rank, input, recv)
+            combine::reduce_shard(op, shards, self.rank, input, recv)
         })
     }
 
@@ -380,14 +380,14 @@ mod tests {
 
             // Some ranks need one chunk less.
             let partition = Partition::from_sizes([1, MAX_PAYLOAD, 200]);
-            let part =
+            let shard =
                 Tensor::from_slice(&device, [partition.size(rank)], &values(rank, partition.size(rank)))?;
-            let whole = group.all_gather(&part, 0, &partition)?.to_vec()?;
+            let whole = group.all_gather(&shard, 0, &partition)?.to_vec()?;
             assert_eq!(whole, (0..3).flat_map(|rank| values(rank, partition.size(rank))).collect::<Vec<_>>());
 
             let x = Tensor::from_slice(&device, [partition.total()], &values(rank, partition.total()))?;
-            let part = group.reduce_scatter(ReduceOp::Sum, &x, 0, &partition)?.to_vec()?;
-            assert_eq!(part, partition.range(rank).map(sum).collect::<Vec<_>>());
+            let shard = group.reduce_scatter(ReduceOp::Sum, &x, 0, &partition)?.to_vec()?;
+            assert_eq!(shard, partition.range(rank).map(sum).collect::<Vec<_>>());
 
             let mut x = Tensor::from_slice(&device, [len], &values(rank, len))?;
             group.broadcast(1, &mut x)?;

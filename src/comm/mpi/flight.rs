@@ -162,8 +162,8 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
     fn is_eager(&self) -> bool {
         let longest = match &self.task {
             Task::AllReduce(_) => self.own.len(),
-            Task::AllGather(parts) => parts.longest(),
-            Task::ReduceScatter(_, parts) => parts.total(),
+            Task::AllGather(shards) => shards.longest(),
+            Task::ReduceScatter(_, shards) => shards.total(),
             Task::Broadcast(_) => self.call.shape.len(),
             Task::Barrier => 0,
         };
@@ -189,9 +189,9 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
     }
 
     /// Copies a rank's columns out of this rank's `[rows, total]`.
-    fn columns(&self, parts: &Shards, rank: usize) -> Vec<T> {
-        let columns = parts.partition.range(rank);
-        let rows = self.own.chunks_exact(parts.partition.total().max(1));
+    fn columns(&self, shards: &Shards, rank: usize) -> Vec<T> {
+        let columns = shards.partition.range(rank);
+        let rows = self.own.chunks_exact(shards.partition.total().max(1));
         rows.flat_map(|row| &row[columns.clone()]).copied().collect()
     }
 
@@ -199,14 +199,14 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
     fn send_shards(&self, engine: &Engine) {
         let tag = self.tag(0);
         let send =
-            |peer, part: &[T]| self.members.send(engine, peer, tag, &pack(&[bytemuck::cast_slice(part)]));
+            |peer, data: &[T]| self.members.send(engine, peer, tag, &pack(&[bytemuck::cast_slice(data)]));
         match &self.task {
             Task::AllReduce(_) => {
                 let chunks = self.chunks();
                 self.members.peers().for_each(|peer| send(peer, &self.own[chunks.range(peer)]));
             }
-            Task::ReduceScatter(_, parts) => {
-                self.members.peers().for_each(|peer| send(peer, &self.columns(parts, peer)));
+            Task::ReduceScatter(_, shards) => {
+                self.members.peers().for_each(|peer| send(peer, &self.columns(shards, peer)));
             }
             Task::Broadcast(root) if *root != self.members.rank => {}
             _ => self.send_to_all(engine, tag, &self.own),
@@ -250,8 +250,8 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
             };
             let len = match &self.task {
                 Task::AllReduce(_) => self.own.len(),
-                Task::AllGather(parts) => parts.len(rank),
-                Task::ReduceScatter(_, parts) => parts.total(),
+                Task::AllGather(shards) => shards.len(rank),
+                Task::ReduceScatter(_, shards) => shards.total(),
                 Task::Broadcast(root) if *root == rank => result.len(),
                 _ => input.len(),
             };
@@ -263,9 +263,9 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         let input = |rank: usize| inputs[rank];
         match &self.task {
             Task::AllReduce(op) => combine::reduce(*op, self.size(), input, result),
-            Task::AllGather(parts) => combine::gather(parts, input, result),
-            Task::ReduceScatter(op, parts) => {
-                combine::reduce_part(*op, parts, self.members.rank, input, result);
+            Task::AllGather(shards) => combine::gather(shards, input, result),
+            Task::ReduceScatter(op, shards) => {
+                combine::reduce_shard(*op, shards, self.members.rank, input, result);
             }
             Task::Broadcast(root) => result.copy_from_slice(inputs[*root]),
             Task::Barrier => {}
@@ -280,8 +280,8 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         own: &'a [T],
         len: impl Fn(usize) -> usize,
     ) -> Result<Vec<&'a [T]>> {
-        let input = |(rank, part): (usize, &'a Option<Message>)| {
-            let input = match part {
+        let input = |(rank, message): (usize, &'a Option<Message>)| {
+            let input = match message {
                 Some(message) => message.data(0),
                 None => Some(own),
             };
@@ -303,13 +303,13 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
                 self.send_to_all(engine, self.tag(1), sums);
                 return Ok(false);
             }
-            Task::AllGather(parts) => {
-                let inputs = self.inputs(received, &self.own, |rank| parts.len(rank))?;
-                combine::gather(parts, |rank| inputs[rank], result);
+            Task::AllGather(shards) => {
+                let inputs = self.inputs(received, &self.own, |rank| shards.len(rank))?;
+                combine::gather(shards, |rank| inputs[rank], result);
             }
-            Task::ReduceScatter(op, parts) => {
-                let own = self.columns(parts, rank);
-                let inputs = self.inputs(received, &own, |_| parts.len(rank))?;
+            Task::ReduceScatter(op, shards) => {
+                let own = self.columns(shards, rank);
+                let inputs = self.inputs(received, &own, |_| shards.len(rank))?;
                 combine::reduce(*op, self.size(), |rank| inputs[rank], result);
             }
             Task::Broadcast(root) => {
@@ -329,10 +329,10 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
 
     fn finish_sums(&self, received: &[Option<Message>], result: &mut [T]) -> Result<()> {
         let chunks = self.chunks();
-        for (rank, part) in
-            received.iter().enumerate().filter_map(|(rank, part)| Some((rank, part.as_ref()?)))
+        for (rank, message) in
+            received.iter().enumerate().filter_map(|(rank, message)| Some((rank, message.as_ref()?)))
         {
-            let sums = part.data::<T>(0).filter(|sums| sums.len() == chunks.size(rank));
+            let sums = message.data::<T>(0).filter(|sums| sums.len() == chunks.size(rank));
             result[chunks.range(rank)].copy_from_slice(sums.ok_or_else(|| self.damaged())?);
         }
         Ok(())
@@ -415,7 +415,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
                 if self.finish_shards(engine, &state.received, &mut state.result)? {
                     return Ok(Some(Stage::Done));
                 }
-                state.received.iter_mut().for_each(|part| *part = None);
+                state.received.iter_mut().for_each(|message| *message = None);
                 Ok(Some(Stage::Sums))
             }
             Stage::Sums => {

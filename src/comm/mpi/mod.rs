@@ -161,23 +161,23 @@ impl Communicator<Cpu> for MpiComm {
     fn all_gather(
         &self,
         call: &Call,
-        parts: &Shards,
+        shards: &Shards,
         send: AnyRef<'_, Cpu>,
         recv: AnyMut<'_, Cpu>,
     ) -> Result<()> {
-        each_pair!(send, recv, (send, recv) => self.run(call, Task::AllGather(parts.clone()), send.to_vec(), recv))
+        each_pair!(send, recv, (send, recv) => self.run(call, Task::AllGather(shards.clone()), send.to_vec(), recv))
     }
 
     fn reduce_scatter(
         &self,
         call: &Call,
         op: ReduceOp,
-        parts: &Shards,
+        shards: &Shards,
         send: AnyRef<'_, Cpu>,
         recv: AnyMut<'_, Cpu>,
     ) -> Result<()> {
         each_pair!(send, recv, (send, recv) => {
-            self.run(call, Task::ReduceScatter(op, parts.clone()), send.to_vec(), recv)
+            self.run(call, Task::ReduceScatter(op, shards.clone()), send.to_vec(), recv)
         })
     }
 
@@ -251,8 +251,8 @@ impl Communicator<Cpu> for MpiComm {
     ) -> Result<Box<dyn InFlight<Cpu>>> {
         let task = match collective {
             Collective::AllReduce(op) => Task::AllReduce(op),
-            Collective::AllGather(parts) => Task::AllGather(parts),
-            Collective::ReduceScatter(op, parts) => Task::ReduceScatter(op, parts),
+            Collective::AllGather(shards) => Task::AllGather(shards),
+            Collective::ReduceScatter(op, shards) => Task::ReduceScatter(op, shards),
         };
         let len = recv.as_ref().len();
         let engine = Rc::clone(&self.engine);

@@ -97,7 +97,7 @@ impl<B: NcclDevice> Nccl<B> {
         ExternalStep { work: hash((self.id, from, to)), number: *count - 1, with: Some(with) }
     }
 
-    /// Launches this rank's work at a arrival; `begin` precedes it on the stream.
+    /// Launches this rank's work at an arrival; `begin` precedes it on the stream.
     pub(super) fn launch(
         &self,
         at: Arrival,

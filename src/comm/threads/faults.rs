@@ -47,14 +47,14 @@ mod tests {
 
     fn act(comm: &ThreadComm, op: Op, len: usize) -> Result<()> {
         let call = call(op, 0, len);
-        let parts = Shards { rows: 1, partition: Partition::even(len, comm.size()) };
-        let (mut whole, mut part) = (vec![1_f32; len], vec![1_f32; parts.len(comm.rank())]);
-        let (whole_mut, part_mut) = (AnyMut::F32(whole.as_mut_slice()), AnyMut::F32(part.as_mut_slice()));
+        let shards = Shards { rows: 1, partition: Partition::even(len, comm.size()) };
+        let (mut whole, mut shard) = (vec![1_f32; len], vec![1_f32; shards.len(comm.rank())]);
+        let (whole_mut, shard_mut) = (AnyMut::F32(whole.as_mut_slice()), AnyMut::F32(shard.as_mut_slice()));
         match op {
             Op::AllReduce => comm.all_reduce(&call, ReduceOp::Sum, whole_mut),
-            Op::AllGather => comm.all_gather(&call, &parts, part_mut.shared(), whole_mut),
+            Op::AllGather => comm.all_gather(&call, &shards, shard_mut.shared(), whole_mut),
             Op::ReduceScatter => {
-                comm.reduce_scatter(&call, ReduceOp::Sum, &parts, whole_mut.shared(), part_mut)
+                comm.reduce_scatter(&call, ReduceOp::Sum, &shards, whole_mut.shared(), shard_mut)
             }
             _ => comm.broadcast(&call, 0, whole_mut),
         }
@@ -93,15 +93,15 @@ mod tests {
         static DATA: [f32; 70_000] = [1.0; 70_000];
         let rank = |endpoint: Endpoint| {
             let comm = ThreadComm::join(endpoint, Rc::new(JoinedGroups::default()));
-            let parts = Shards { rows: 1, partition: Partition::even(8, 2) };
-            let (mut whole, mut part) = ([0_f32; 8], [0_f32; 4]);
+            let shards = Shards { rows: 1, partition: Partition::even(8, 2) };
+            let (mut whole, mut shard) = ([0_f32; 8], [0_f32; 4]);
             let gather = call(Op::AllGather, 0, 8);
             let gathered =
-                comm.all_gather(&gather, &parts, AnyRef::F32(&DATA[..]), AnyMut::F32(&mut whole[..]));
+                comm.all_gather(&gather, &shards, AnyRef::F32(&DATA[..]), AnyMut::F32(&mut whole[..]));
             let scatter = call(Op::ReduceScatter, 1, 8);
-            let recv = AnyMut::F32(&mut part[..]);
+            let recv = AnyMut::F32(&mut shard[..]);
             let scattered =
-                comm.reduce_scatter(&scatter, ReduceOp::Sum, &parts, AnyRef::F32(&DATA[..]), recv);
+                comm.reduce_scatter(&scatter, ReduceOp::Sum, &shards, AnyRef::F32(&DATA[..]), recv);
             let messages = [gathered, scattered].map(|result| result.unwrap_err().to_string());
             assert_eq!(
                 messages,

@@ -252,13 +252,13 @@ impl Communicator<Cpu> for ThreadComm {
     fn all_gather(
         &self,
         call: &Call,
-        parts: &Shards,
+        shards: &Shards,
         send: AnyRef<'_, Cpu>,
         recv: AnyMut<'_, Cpu>,
     ) -> Result<()> {
-        let longest = parts.longest().saturating_mul(send.dtype().size());
+        let longest = shards.longest().saturating_mul(send.dtype().size());
         each_pair!(send, recv, (send, recv) => {
-            self.collect(call, longest, send, |part| combine::gather(parts, part, recv))
+            self.collect(call, longest, send, |shard| combine::gather(shards, shard, recv))
         })
     }
 
@@ -266,13 +266,13 @@ impl Communicator<Cpu> for ThreadComm {
         &self,
         call: &Call,
         op: ReduceOp,
-        parts: &Shards,
+        shards: &Shards,
         send: AnyRef<'_, Cpu>,
         recv: AnyMut<'_, Cpu>,
     ) -> Result<()> {
-        let longest = parts.total().saturating_mul(send.dtype().size());
+        let longest = shards.total().saturating_mul(send.dtype().size());
         each_pair!(send, recv, (send, recv) => {
-            self.collect(call, longest, send, |whole| combine::reduce_part(op, parts, self.endpoint.rank, whole, recv))
+            self.collect(call, longest, send, |whole| combine::reduce_shard(op, shards, self.endpoint.rank, whole, recv))
         })
     }
 

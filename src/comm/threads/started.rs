@@ -46,8 +46,8 @@ fn finish<'a, T: Element>(
     let input = |rank: usize| inputs[rank].of::<T>().unwrap_or(first);
     match collective {
         Collective::AllReduce(op) => combine::reduce(*op, inputs.len(), input, recv),
-        Collective::AllGather(parts) => combine::gather(parts, input, recv),
-        Collective::ReduceScatter(op, parts) => combine::reduce_part(*op, parts, rank, input, recv),
+        Collective::AllGather(shards) => combine::gather(shards, input, recv),
+        Collective::ReduceScatter(op, shards) => combine::reduce_shard(*op, shards, rank, input, recv),
     }
     Ok(())
 }

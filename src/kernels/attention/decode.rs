@@ -62,9 +62,9 @@ pub(super) fn append<T: Element>(
             launch.ints([usize::from(access.packed), spec.heads.head_dim, cache.capacity]).table(&table);
         let launch = launch.read(k.data()).int(sk).read(v.data()).int(sv);
         let launch = launch.write(&keys).int(skeys).write(&values).int(svalues);
-        // SAFETY: the arguments are append's; `check_append` has seen that k and v have the rows of
-        // the sequences and the columns of the heads, that the sequences end in their slots, and
-        // that the slots lie in the cache.
+        // SAFETY: the arguments are append's; the caller's `check_append` has seen that k and v
+        // have the rows of the sequences and the columns of the heads, that the sequences end in
+        // their slots, and that the slots lie in the cache.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid { blocks: [blocks, spec.heads.kv_heads], threads: [128, 1], shared: 0 })?;
@@ -120,9 +120,10 @@ pub(super) fn attention<T: Element>(
         launch.write(&Cuda::narrow_mut(Cuda::slice_mut(&mut scratch), sums..sums + 2 * plan.partials));
     let shared = together * (features + WARPS * (features + 2)) * size_of::<T::Acc>();
     let blocks = [plan.spans.len() * chunks, spec.heads.kv_heads];
-    // SAFETY: the arguments are decode's; `check_cached` has seen that q and out have the rows of
-    // the sequences and the columns of the heads, that the slots lie in the cache and that the
-    // sequences end in their slots. There are as many partial results as `plan` has numbered.
+    // SAFETY: the arguments are decode's; the caller's `check_cached` has seen that q and out have
+    // the rows of the sequences and the columns of the heads, that the slots lie in the cache and
+    // that the sequences end in their slots. There are as many partial results as `plan` has
+    // numbered.
     #[allow(unsafe_code)]
     unsafe {
         launch.run(Grid { blocks, threads: [32, WARPS as u32], shared })?;

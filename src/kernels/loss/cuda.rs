@@ -29,7 +29,7 @@ impl Loss for Cuda {
         check_rows(OP, "the maxima", Self::len_mut(&max), 1, x.rows())?;
         let access = AccessPlan::by_rows(&[x.operand()], x.rows(), x.cols());
         let launch = self.kernel(Kernel::RowMax, T::DTYPE).ints(access.arguments());
-        // SAFETY: the arguments are row_max's; the check has seen one maximum per row.
+        // SAFETY: the arguments are row_max's; `check_rows` has seen one maximum per row.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(x.data()).int(x.dims().row_stride).write(&max).run(Grid::rows(x.rows(), x.cols()))
@@ -53,7 +53,8 @@ impl Loss for Cuda {
         let launch = self.kernel(Kernel::ExpSums, T::DTYPE).ints(access.arguments());
         let launch = launch.int(usize::from(targets.off != 0.0)).table(&columns);
         let launch = launch.read(x.data()).int(x.dims().row_stride).read(max).write(&sums);
-        // SAFETY: the arguments are exp_sums's; the sizes were checked, and columns are within x.
+        // SAFETY: the arguments are exp_sums's; `check_rows` and `check_targets` have compared the
+        // sizes, and `columns` returns columns of x.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::rows(x.rows(), x.cols()))
@@ -78,7 +79,7 @@ impl Loss for Cuda {
         let ignored = self.ignored(targets)?;
         let launch = self.kernel(Kernel::CrossEntropy, A::DTYPE).int(rows);
         let launch = launch.floats([targets.on, targets.off, targets.z]).table(&ignored);
-        // SAFETY: the arguments are cross_entropy's; the sizes were checked.
+        // SAFETY: the arguments are cross_entropy's; `check_rows` has compared the sizes.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(max).read(sums).write(&losses).write(&log).run(Grid::over(rows))
@@ -108,7 +109,8 @@ impl Loss for Cuda {
             launch.floats([targets.on, targets.off, targets.z, scale]).table(&columns).table(&ignored);
         let launch = launch.read(x.data()).int(x.dims().row_stride);
         let launch = launch.read(max).read(log).write(&dx).int(sdx);
-        // SAFETY: the arguments are cross_entropy_backward's; the sizes were checked.
+        // SAFETY: the arguments are cross_entropy_backward's; `check_same`, `check_targets` and
+        // `check_rows` have compared the sizes.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::rows(x.rows(), x.cols()))
@@ -127,7 +129,8 @@ impl Loss for Cuda {
         let access = AccessPlan::by_rows(&[x.operand(), y.operand()], x.rows(), x.cols());
         let launch = self.kernel(Kernel::SquaredError, T::DTYPE).ints(access.arguments());
         let launch = launch.read(x.data()).int(x.dims().row_stride).read(y.data()).int(y.dims().row_stride);
-        // SAFETY: the arguments are squared_error's; the sizes were checked.
+        // SAFETY: the arguments are squared_error's; `check_same` and `check_rows` have compared
+        // the sizes.
         #[allow(unsafe_code)]
         unsafe {
             launch.write(&sums).run(Grid::rows(x.rows(), x.cols()))

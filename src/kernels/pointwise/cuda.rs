@@ -134,8 +134,8 @@ impl Pointwise for Cuda {
             .int(sdy)
             .write(&d)
             .int(sd);
-        // SAFETY: the arguments are gate_backward's; the check has seen that the inputs have the
-        // same dimensions, and that d is twice as wide.
+        // SAFETY: the arguments are gate_backward's; `check_gate_backward` has seen that the inputs
+        // have the same dimensions, and that d is twice as wide.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::over(access.steps))
@@ -226,7 +226,7 @@ impl Pointwise for Cuda {
         let sy = y.dims().row_stride;
         let y = y.into_data();
         let launch = self.kernel(Kernel::AddBias, T::DTYPE).ints(access.arguments());
-        // SAFETY: the arguments are add_bias's; the check has seen one element of the bias per
+        // SAFETY: the arguments are add_bias's; `check_row` has seen one element of the bias per
         // column.
         #[allow(unsafe_code)]
         unsafe {
@@ -338,7 +338,7 @@ impl Cuda {
         let access = AccessPlan::by_rows(&[vector(from), vector(Self::shared(&sums))], 1, cols);
         let launch = self.kernel(Kernel::ColumnSums, A::DTYPE);
         let launch = launch.ints([usize::from(access.packed), runs, cols]);
-        // SAFETY: the arguments are column_sums's, and the sizes were just compared.
+        // SAFETY: the arguments are column_sums's, whose sizes `same_size` has compared.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(from).write(&sums).run(Grid::over(access.steps))
@@ -360,7 +360,7 @@ impl Cuda {
         let access = AccessPlan::by_rows(&[vector(terms), vector(Self::shared(&to))], 1, len);
         let launch = self.kernel(Kernel::Reduce, T::DTYPE);
         let launch = launch.ints([usize::from(access.packed), ranks, len, how]).read(terms);
-        // SAFETY: the arguments are reduce's, and the sizes were just compared.
+        // SAFETY: the arguments are reduce's, whose sizes `same_size` has compared.
         #[allow(unsafe_code)]
         unsafe {
             launch.write(&to).run(Grid::over(access.steps))

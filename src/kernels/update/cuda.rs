@@ -87,7 +87,7 @@ impl Update for Cuda {
         check_square_sums(x.dims(), Self::len_mut(&sums))?;
         let access = AccessPlan::by_rows(&[x.operand()], x.rows(), x.cols());
         let launch = self.kernel(Kernel::SquareSums, T::DTYPE).ints(access.arguments());
-        // SAFETY: the arguments are square_sums's; the check has seen one sum per row.
+        // SAFETY: the arguments are square_sums's; `check_square_sums` has seen one sum per row.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(x.data()).int(x.dims().row_stride).write(&sums).run(Grid::rows(x.rows(), x.cols()))

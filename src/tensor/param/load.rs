@@ -55,7 +55,7 @@ impl<T: Element, B: Backend> Param<T, B> {
             let end = start.saturating_add(own.region.extent().len());
             if end > len {
                 let what = format!("the end of the region of `{}`", own.tensor);
-                return Err(Error::sizes(OP, what, end, "the elements of the parameter", len));
+                return Err(Error::sizes(OP, what, end, "the number of elements of the parameter", len));
             }
             if B::HAS_VALUES {
                 let out: AnyMut<'_, Cpu> = T::any_mut(&mut host[start..end]);

@@ -42,7 +42,13 @@ impl RawComm {
         recv: &mut B::SliceMut<'_, T>,
     ) -> Result<()> {
         let len = B::len::<T>(send);
-        same_size("all_gather", "the parts together", len * size, "what is received", B::len_mut::<T>(recv))?;
+        same_size(
+            "all_gather",
+            "the shards together",
+            len * size,
+            "what is received",
+            B::len_mut::<T>(recv),
+        )?;
         let (send, recv) = (B::address::<T>(send), B::address_mut::<T>(recv));
         // SAFETY: as in `all_reduce`; `same_size` checked that `recv` has `size` times the length
         // of `send`.
@@ -62,7 +68,7 @@ impl RawComm {
         recv: &mut B::SliceMut<'_, T>,
     ) -> Result<()> {
         let len = B::len_mut::<T>(recv);
-        same_size("reduce_scatter", "the parts together", len * size, "what is sent", B::len::<T>(send))?;
+        same_size("reduce_scatter", "the shards together", len * size, "what is sent", B::len::<T>(send))?;
         let (send, recv) = (B::address::<T>(send), B::address_mut::<T>(recv));
         // SAFETY: as in `all_reduce`; `same_size` checked that `send` has `size` times the length
         // of `recv`.
