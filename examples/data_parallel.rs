@@ -1,7 +1,7 @@
 //! Data parallelism: a linear regression on replicas that see different samples. The result equals
 //! that of one device.
 //!
-//! `cargo run --release --example data_parallel [-- --ranks 4] [--central]`
+//! `cargo run --release --bin data_parallel [-- --ranks 4] [--central]`
 
 use clap::Parser;
 use shardwise::{

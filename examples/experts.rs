@@ -1,7 +1,7 @@
 //! A user-defined layer: a mixture of experts that replaces the MLP of a transformer block. The
 //! experts are distributed over the ranks.
 //!
-//! `cargo run --release --example experts` compares it on 1 to 4 ranks with a loop over tokens on
+//! `cargo run --release --bin experts` compares it on 1 to 4 ranks with a loop over tokens on
 //! one device, forward and backward. The docs of `Layer` explain how to write such layers.
 
 use ndarray::{Array2, s};

@@ -2,7 +2,7 @@
 //! stream, element and reduction, with a hash for each of 1 to 8 ranks. Refactoring must not change
 //! the listing. Hashes differ between processors, as their sums are rounded differently.
 //!
-//! `cargo run --release --example layer_bits > after.txt`, or `scripts/same_layers.sh COMMIT`,
+//! `cargo run --release --bin layer_bits > after.txt`, or `scripts/same_layers.sh COMMIT`,
 //! which compares with a commit.
 
 use half::bf16;

@@ -1,7 +1,7 @@
 //! A tensor-parallel MLP on four ranks, forward and backward. Each rank holds a quarter of both
 //! weights.
 //!
-//! `cargo run --release --example mlp`
+//! `cargo run --release --bin mlp`
 
 use shardwise::prelude::*;
 

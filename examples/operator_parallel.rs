@@ -1,7 +1,7 @@
 //! Operator parallelism: one linear operator over several ranks (external), and several operators
 //! at a time on one rank (internal).
 //!
-//! `cargo run --release --example operator_parallel [-- --ranks 2] [--threads 2]`
+//! `cargo run --release --bin operator_parallel [-- --ranks 2] [--threads 2]`
 
 use clap::Parser;
 use shardwise::{

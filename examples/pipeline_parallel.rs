@@ -1,7 +1,7 @@
 //! Pipeline parallelism: 10 → 5 → ReLU → 1, its layers on different ranks. The result equals that
 //! of one device.
 //!
-//! `cargo run --release --example pipeline_parallel [-- --ranks 3] [--schedule gpipe]`
+//! `cargo run --release --bin pipeline_parallel [-- --ranks 3] [--schedule gpipe]`
 
 use clap::{Parser, ValueEnum};
 use shardwise::{

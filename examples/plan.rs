@@ -1,7 +1,7 @@
 //! Plans a language model without data: the memory, operations and collectives of one rank in a
 //! group of any size. The plan runs the same code as the model itself.
 //!
-//! `cargo run --release --example plan -- --model a/folder --ranks 64 --rank 5` takes under a
+//! `cargo run --release --bin plan -- --model a/folder --ranks 64 --rank 5` takes under a
 //! second; without a folder it plans Llama 2 of 70 billion parameters.
 
 use clap::Parser;

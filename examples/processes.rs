@@ -2,7 +2,7 @@
 //! each rank's result.
 //!
 //! ```text
-//! cargo build --release --example processes
+//! cargo build --release --features cli --example processes
 //! torchrun --no-python --nproc-per-node 4 target/release/examples/processes
 //! ```
 //!

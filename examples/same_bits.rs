@@ -2,7 +2,7 @@
 //! parallelism, and prints a hash of all its numbers. With `Reduction::Invariant` the bits are the
 //! same at every number of ranks; with `Reduction::Fast` they are not.
 //!
-//! `cargo run --release --example same_bits`
+//! `cargo run --release --bin same_bits`
 
 use shardwise::{
     Error, Result, Tensor,

@@ -3,7 +3,7 @@
 //! free, so that a step mixes the prompts of new requests with the last tokens of running ones.
 //! Each request must get the tokens that it gets alone.
 //!
-//! `cargo run --release --example serve`
+//! `cargo run --release --bin serve`
 
 use shardwise::{models::*, prelude::*};
 use std::{

@@ -1,7 +1,7 @@
 //! A small Vision Transformer on data- and tensor-parallel ranks. The losses equal those of one
 //! device, also after another mesh resumes from a checkpoint.
 //!
-//! `cargo run --release --example vit`
+//! `cargo run --release --bin vit`
 
 use shardwise::{prelude::*, reference::worst, rng::Philox};
 use std::{ops::Range, path::Path};

@@ -2,7 +2,7 @@
 //! any number of ranks.
 //!
 //! ```text
-//! cargo run --release --example perplexity -- FOLDER TEXT --ranks 2
+//! cargo run --release -p text-examples --bin perplexity -- FOLDER TEXT --ranks 2
 //! ```
 //!
 //! The text is split into windows. Each token is predicted from the tokens before it in its window.

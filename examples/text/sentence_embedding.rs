@@ -3,10 +3,11 @@
 //!
 //! ```text
 //! scripts/fetch_minilm.sh
-//! cargo run --release --example sentence_embedding -- --ranks 5 "A cat sat." "It rained all day."
+//! cargo run --release -p text-examples --bin sentence_embedding -- \
+//!     --ranks 5 "A cat sat." "It rained all day."
 //! ```
+//!
 //! Each rank reads only its shard of the checkpoint's attention and feed-forward weights.
-//! Each rank reads only its part of the checkpoint's attention and feed-forward weights.
 
 mod checkpoint;
 

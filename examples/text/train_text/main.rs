@@ -1,9 +1,10 @@
 //! Trains a small character-level GPT on Shakespeare over a mesh of ranks: data, pipeline and
 //! tensor parallel.
 //!
-//! `cargo run --release --example train_text -- --dp 1 --pp 1 --tp 2` reaches a validation loss
-//! below 2 nats per character in a few minutes on two cores. It writes the loss curve (`loss.png`),
-//! its values (`loss.csv`), the weights (`model.safetensors`), and at the end a sample of text.
+//! `cargo run --release -p text-examples --bin train_text -- --dp 1 --pp 1 --tp 2` reaches a
+//! validation loss below 2 nats per character in a few minutes on two cores. It writes the loss
+//! curve (`loss.png`), its values (`loss.csv`), the weights (`model.safetensors`), and at the end a
+//! sample of text.
 //! `--compare` trains on several meshes, whose curves coincide, and fails if the losses of the
 //! first steps differ.
 
