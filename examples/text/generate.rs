@@ -7,9 +7,9 @@
 //! ```
 //!
 //! The folder has config.json, tokenizer.json and model.safetensors (or several files with their
-//! index), as on the Hugging Face Hub, for Llama, Mistral, Qwen2, Qwen3 and GPT-2. Each rank reads
-//! only its shard. At temperature 0 the text does not depend on the number of ranks, unless the
-//! logits of two tokens differ only by rounding.
+//! index), as on the Hugging Face Hub, for Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2. Each
+//! rank reads only its shard. At temperature 0 the text does not depend on the number of ranks,
+//! unless the logits of two tokens differ only by rounding.
 //!
 //! The prompt is used unchanged. A chat model expects it in its chat template.
 

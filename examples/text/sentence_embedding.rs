@@ -6,6 +6,7 @@
 //! cargo run --release -p text-examples --bin sentence_embedding -- \
 //!     --ranks 5 "A cat sat." "It rained all day."
 //! ```
+//!
 //! Each rank reads only its shard of the checkpoint's attention and feed-forward weights.
 
 mod checkpoint;

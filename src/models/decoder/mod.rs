@@ -28,8 +28,8 @@ use std::{ops::Range, path::Path};
 const BUFFERS: [&str; 3] = [".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
 
 /// logits = head(norm(blocks(embedding(ids)))): a causal language model, with learned positions
-/// added to the embedding if the model has them. Llama, Mistral, Qwen2, Qwen3 and GPT-2, by
-/// [`DecoderConfig`].
+/// added to the embedding if the model has them. Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2,
+/// by [`DecoderConfig`].
 ///
 /// * Ids: the same on every rank. Logits: [`Shard<1>`], `[tokens, vocabulary]`, as even as whole
 ///   tokens allow, never gathered.
