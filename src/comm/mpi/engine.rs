@@ -1,7 +1,7 @@
-//! A process's progress engine: sends without waiting, sorts arriving messages, and advances its
-//! collectives during every call.
+//! The progress engine of a process. It sends without waiting, sorts arriving messages, and
+//! advances the process's collectives during every call.
 //!
-//! Waiting is a loop of tests with a deadline, never an MPI call that may block.
+//! A wait is a loop of tests with a deadline, never an MPI call that may block.
 
 use super::{
     message::Message,
@@ -20,34 +20,34 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The tags of one group. Groups that share a pair of ranks have different blocks of tags.
+/// The number of tags of one group. Groups that share a pair of ranks have different tag blocks.
 pub(super) const TAGS: i32 = 4096;
-/// A rank's calls, in order. The last message says that the rank has left or that the group is
+/// A rank's calls, in order. The last message states that the rank has left or that the group is
 /// broken.
 pub(super) const CALL: i32 = 0;
-/// The text of a call, for a disagreement.
+/// The text of a call, sent only if the ranks' calls differ.
 pub(super) const CALL_TEXT: i32 = 1;
-/// A message of one rank to another.
+/// A message from one rank to another.
 pub(super) const MESSAGE: i32 = 2;
-/// The data of collectives, by sequence number.
+/// The first tag for the data of collectives. The sequence number selects the tag.
 pub(super) const DATA: i32 = 3;
 
 /// An operation that advances when messages arrive.
 pub(super) trait Advance {
-    /// Does what can be done now. Returns whether nothing is left to do.
+    /// Advances as far as possible without waiting. Returns whether the operation is done.
     fn advance(&self, engine: &Engine) -> bool;
 }
 
 /// A group that this process can leave.
 pub(super) trait Close {
-    /// Informs the other ranks that this one leaves, and ends the group here.
+    /// Informs the other ranks that this rank leaves, and ends the group on this rank.
     fn close(&self, engine: &Engine, loss: LostReason);
 }
 
 pub(super) struct Engine {
     comm: WorldComm,
     pub(super) deadline: Duration,
-    /// Longer messages are sent as fragments of this many u64.
+    /// The number of u64 in a fragment. A message's last fragment is shorter.
     fragment_limit: usize,
     last_tag: i32,
     state: RefCell<State>,
@@ -55,39 +55,39 @@ pub(super) struct Engine {
 
 #[derive(Default)]
 struct State {
-    /// Messages being sent, and arriving ones that will never be read.
+    /// Messages that this rank is sending, and arriving messages that it will never read.
     pending: Vec<PendingMessage>,
-    /// By sender and tag.
+    /// Arriving messages, by sender and tag.
     inbox: HashMap<(usize, i32), VecDeque<Fragments>>,
-    /// In the order in which they were started.
+    /// The unfinished collectives, in the order in which they were started.
     flights: Vec<Rc<dyn Advance>>,
     groups: Vec<Weak<dyn Close>>,
-    /// The tag blocks in use.
+    /// The tag blocks of the groups that have not ended on this rank.
     live: HashSet<u64>,
     /// One more than the highest tag block used so far.
     blocks: u64,
-    /// The first loss that this rank has received, as a world rank. It may be why this rank leaves,
-    /// so ranks that wait for this one receive that loss.
+    /// The world rank and reason of the first loss that this rank has received. This rank may leave
+    /// because of that loss, so it reports the loss to the other ranks when it leaves.
     first_loss: Option<(usize, LostReason)>,
-    /// The senders of messages that will never be read.
+    /// The senders of messages that this rank will never read.
     unread: Vec<usize>,
     /// The tag blocks of broken groups.
     broken: HashSet<u64>,
 }
 
-/// A message in fragments. The last one is shorter than the limit.
+/// A message in fragments. Its last fragment is shorter than the limit.
 struct Fragments {
     fragments: Vec<PendingMessage>,
     whole: bool,
 }
 
 impl Engine {
-    /// Every process calls it with the same `fragment_limit`.
+    /// Every process passes the same `fragment_limit`.
     pub(super) fn new(deadline: Duration, fragment_limit: usize) -> Self {
         let comm = WorldComm::duplicate_world();
         let last_tag = comm.last_tag();
         let state = RefCell::new(State { blocks: 1, ..State::default() });
-        // The message by which a rank leaves fits into one fragment.
+        // The lower bound lets the message by which a rank leaves fit into one fragment.
         Self { comm, deadline, fragment_limit: fragment_limit.clamp(512, i32::MAX as usize), last_tag, state }
     }
 
@@ -113,7 +113,7 @@ impl Engine {
         }
     }
 
-    /// Takes the next message with this sender and tag.
+    /// Takes the next message with this sender and tag, once all its fragments have arrived.
     pub(super) fn take(&self, from: usize, tag: i32) -> Option<Message> {
         let mut state = self.state.borrow_mut();
         let queue = state.inbox.get_mut(&(from, tag))?;
@@ -130,7 +130,7 @@ impl Engine {
         Some(Message(numbers))
     }
 
-    /// Reads the next message with this sender and tag, in place.
+    /// Reads the next message with this sender and tag, without removing it from the queue.
     pub(super) fn first<R>(
         &self,
         from: usize,
@@ -142,21 +142,21 @@ impl Engine {
         read(first.fragments.first_mut()?.numbers()?)
     }
 
-    /// Reads the last message with this sender and tag, in place.
+    /// Reads the last message with this sender and tag, without removing it from the queue.
     pub(super) fn last<R>(&self, from: usize, tag: i32, read: impl FnOnce(&[u64]) -> Option<R>) -> Option<R> {
         let mut state = self.state.borrow_mut();
         let last = state.inbox.get_mut(&(from, tag))?.back_mut()?;
         read(last.fragments.first_mut()?.numbers()?)
     }
 
-    /// Receives what has arrived and advances the collectives.
+    /// Receives the messages that have arrived, and advances the collectives.
     pub(super) fn progress(&self) {
         let mut state = self.state.borrow_mut();
         state.pending.retain_mut(|message| !message.is_done());
         while let Some((from, tag, message)) = self.comm.arriving() {
             let block = (tag / TAGS) as u64;
             if block < state.blocks && !state.live.contains(&block) {
-                // The group has ended on this rank: the message will never be read.
+                // The group has ended on this rank, so no call will read the message.
                 if tag % TAGS == MESSAGE && !state.broken.contains(&block) {
                     state.unread.push(from);
                 }
@@ -179,7 +179,7 @@ impl Engine {
         self.state.borrow_mut().flights.retain(|_| !done.next().unwrap_or(false));
     }
 
-    /// Adds an operation that advances during every call.
+    /// Adds an operation. Every later call of this process advances it.
     pub(super) fn add(&self, flight: Rc<dyn Advance>) {
         if !flight.advance(self) {
             self.state.borrow_mut().flights.push(flight);
@@ -187,8 +187,8 @@ impl Engine {
         self.progress();
     }
 
-    /// Advances until `done` returns something; none if nothing has moved for the deadline since
-    /// `moved`.
+    /// Makes progress until `done` returns a value. Returns none once the deadline has passed since
+    /// this call began and since `moved`, the time of the last progress.
     pub(super) fn wait<R>(
         &self,
         moved: impl Fn() -> Option<Instant>,
@@ -213,23 +213,24 @@ impl Engine {
         None
     }
 
-    /// Returns the first tag block that this rank has not used, and the number of blocks.
+    /// Returns the first tag block that this rank has not used, and the total number of blocks.
     pub(super) fn blocks(&self) -> (u64, u64) {
         (self.state.borrow().blocks, (self.last_tag / TAGS) as u64)
     }
 
-    /// Adds a group with its tag block and world ranks.
+    /// Adds a group with its tag block and its world ranks.
     pub(super) fn join(&self, group: Weak<dyn Close>, block: u64, ranks: &[usize]) {
         let mut state = self.state.borrow_mut();
         state.blocks = state.blocks.max(block + 1);
-        // A rank that forms a new group with this one has left another group only.
+        // If a rank of the new group was recorded as lost, that rank has only left another group.
         state.first_loss.take_if(|(rank, _)| ranks.contains(rank));
         state.groups.retain(|group| group.strong_count() > 0);
         state.groups.push(group);
         state.live.insert(block);
     }
 
-    /// Drops what has arrived for a group that has ended. A broken group may leave messages unread.
+    /// Drops the messages that have arrived for an ended group. Unread messages count as errors
+    /// only if the group was not broken.
     pub(super) fn forget(&self, block: u64, broken: bool) {
         let mut state = self.state.borrow_mut();
         state.live.remove(&block);
@@ -245,22 +246,22 @@ impl Engine {
         }
     }
 
-    /// The error of a message that this rank has never received, once all have left.
+    /// Returns the error of a message that this rank never received, after all ranks have left.
     pub(super) fn unread(&self) -> Option<Error> {
         let state = self.state.borrow();
         let waiting = |((from, tag), queue): (&(usize, i32), &VecDeque<Fragments>)| {
             (tag % TAGS == MESSAGE && !queue.is_empty()).then_some(*from)
         };
         let from = state.unread.first().copied().or_else(|| state.inbox.iter().find_map(waiting))?;
-        Some(never_received(from, self.rank(), "it arrived, and no `exchange` asked for it"))
+        Some(never_received(from, self.rank(), "it arrived, but this rank did not call `exchange` for it"))
     }
 
-    /// Records a loss that this rank has received.
+    /// Records a loss that this rank has received, unless an earlier loss is recorded.
     pub(super) fn record_loss(&self, rank: usize, loss: LostReason) {
         self.state.borrow_mut().first_loss.get_or_insert((rank, loss));
     }
 
-    /// Returns the first loss of another rank that this one has received.
+    /// Returns the first loss of another rank that this rank has received.
     pub(super) fn first_loss(&self) -> Option<(usize, LostReason)> {
         self.state.borrow().first_loss
     }
@@ -271,9 +272,9 @@ impl Engine {
         state.flights.is_empty() && state.pending.is_empty()
     }
 
-    /// Informs all ranks that this one leaves, and waits until `staying` is empty and nothing is in
-    /// progress, for the deadline or for `patience` if that is shorter. Otherwise returns the ranks
-    /// that stay.
+    /// Informs all ranks that this rank leaves. Then waits until `staying` is empty and nothing is
+    /// in progress, at most for the deadline and for `patience`. After that time, returns the ranks
+    /// that stay as the error.
     pub(super) fn leave(
         &self,
         staying: impl Fn() -> Vec<usize>,
@@ -281,11 +282,13 @@ impl Engine {
         patience: Option<Duration>,
     ) -> Result<(), Vec<usize>> {
         if loss == LostReason::Left {
-            // The others rely on the collectives that this rank has started.
+            // This rank first finishes its started collectives, because the other ranks rely on
+            // them.
             self.wait(|| None, || self.state.borrow().flights.is_empty().then_some(()));
         }
         let groups: Vec<_> = self.state.borrow().groups.iter().filter_map(Weak::upgrade).collect();
-        // The world last: a rank that receives it has received everything sent before.
+        // The world closes last: a rank that receives its message has received all earlier
+        // messages.
         for group in groups.iter().rev() {
             group.close(self, loss);
         }

@@ -1,14 +1,14 @@
 //! One collective, from the comparison of the calls to its result.
 //!
-//! 1. **Calls**: every rank sends every other its call, with a payload of at most [`EAGER`] bytes.
-//!    No other data has moved. If the calls differ, the first rank and the one that differs send
-//!    theirs as text, and all ranks get the same error.
-//! 2. **Shards**: if the payload is longer, every rank sends each other rank the data that it
-//!    needs.
-//! 3. **Sums**: in an all-reduce every rank has reduced a chunk of the tensor, and sends it to the
-//!    others.
+//! 1. **Calls**: every rank sends its call to every other rank. If no payload exceeds [`EAGER`]
+//!    bytes, payloads travel with the calls. No other data moves before the comparison. If the
+//!    calls differ, rank 0 and the first rank that differs send their calls as text, and all ranks
+//!    get the same error.
+//! 2. **Shards**: if a payload is longer, every rank sends each other rank the data that it needs.
+//! 3. **Sums**: in an all-reduce every rank has now reduced one chunk of the tensor. It sends this
+//!    chunk to the others.
 //!
-//! Sums are made in rank order, as thread ranks make them: the same bits.
+//! The ranks' terms are added in rank order, so sums have the bits of thread ranks.
 
 use super::{
     engine::{Advance, CALL_TEXT, DATA, Engine, TAGS},
@@ -28,7 +28,7 @@ use std::{
     time::Instant,
 };
 
-/// Payloads of at most this many bytes travel with the call.
+/// Payloads travel with the call if no rank's payload has more than this many bytes.
 const EAGER: usize = 4096;
 
 /// The operation on the ranks' data.
@@ -43,7 +43,7 @@ pub(super) enum Task {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Stage {
     Calls,
-    /// The calls of the first rank and of this one differ.
+    /// The calls of rank 0 and of this rank of the group differ.
     Dispute(usize),
     Shards,
     Sums,
@@ -55,7 +55,7 @@ pub(super) struct Flight<T> {
     pub(super) call: Call,
     task: Task,
     number: u64,
-    /// This rank's data: empty if no rank reads it.
+    /// This rank's data. Empty if no rank reads it.
     own: Arc<Vec<T>>,
     state: RefCell<State<T>>,
     moved: Cell<Instant>,
@@ -65,7 +65,7 @@ struct State<T> {
     stage: Stage,
     /// The calls received from the other ranks.
     calls: Vec<Option<(u64, [u64; 2], Message)>>,
-    /// The data received from them in this stage.
+    /// The data received from the other ranks in this stage.
     received: Vec<Option<Message>>,
     result: Vec<T>,
     error: Option<Error>,
@@ -115,7 +115,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
             let cause = Cause::Deadline { missing: self.missing(), after: engine.deadline };
             let error = self.members.fail(engine, &self.call, cause);
             if stage == Stage::Shards || stage == Stage::Sums {
-                // Data is in transit that cannot be recalled.
+                // Data is in transit and cannot be recalled, so the job ends.
                 engine.abort(&error);
             }
             let mut state = self.state.borrow_mut();
@@ -133,7 +133,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
                 self.call.op.name(),
                 "the result",
                 state.result.len(),
-                "the room for it",
+                "the receive buffer",
                 to.len(),
             )),
         }
@@ -143,7 +143,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         self.state.borrow().stage == Stage::Done
     }
 
-    /// The ranks that this one waits for.
+    /// The ranks for which this rank waits.
     fn missing(&self) -> Vec<usize> {
         let state = self.state.borrow();
         let missing = |peer: &usize| match state.stage {
@@ -158,7 +158,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         self.members.size()
     }
 
-    /// Whether all ranks' payloads are small: the same answer on every rank.
+    /// Whether no payload exceeds [`EAGER`] bytes. The answer is the same on every rank.
     fn is_eager(&self) -> bool {
         let longest = match &self.task {
             Task::AllReduce(_) => self.own.len(),
@@ -170,7 +170,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         longest * size_of::<T>() <= EAGER
     }
 
-    /// Whether a rank sends this one data in the stages `Shards` and `Sums`.
+    /// Whether rank `peer` sends data to this rank in the stages `Shards` and `Sums`.
     fn is_sender(&self, peer: usize) -> bool {
         match self.task {
             Task::Broadcast(root) => peer == root,
@@ -178,7 +178,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         }
     }
 
-    /// The partition of an all-reduce: the chunk of the tensor that each rank reduces.
+    /// The partition of an all-reduce's tensor into chunks. Each rank reduces one chunk.
     fn chunks(&self) -> Partition {
         Partition::even(self.own.len(), self.size())
     }
@@ -188,14 +188,14 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         DATA + (self.number % tags * 2 + stage) as i32
     }
 
-    /// Copies a rank's columns out of this rank's `[rows, total]`.
+    /// Copies the columns of rank `rank` out of this rank's `[rows, total]` tensor.
     fn columns(&self, shards: &Shards, rank: usize) -> Vec<T> {
         let columns = shards.partition.range(rank);
         let rows = self.own.chunks_exact(shards.partition.total().max(1));
         rows.flat_map(|row| &row[columns.clone()]).copied().collect()
     }
 
-    /// Sends every rank the data that it needs from this one.
+    /// Sends every other rank the data that it needs from this rank.
     fn send_shards(&self, engine: &Engine) {
         let tag = self.tag(0);
         let send =
@@ -218,7 +218,7 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         self.members.peers().for_each(|peer| self.members.send(engine, peer, tag, &message));
     }
 
-    /// Takes the messages that have arrived for a stage. Returns whether none is missing.
+    /// Takes the messages of a stage that have arrived. Returns whether all have arrived.
     fn collect(
         &self,
         engine: &Engine,
@@ -239,8 +239,8 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         complete
     }
 
-    /// Computes the result from data that came with the calls. An error if some data has the wrong
-    /// length.
+    /// Computes the result from the data that came with the calls. Returns an error if some data
+    /// has the wrong length.
     fn finish_eager(&self, calls: &[Option<(u64, [u64; 2], Message)>], result: &mut [T]) -> Result<()> {
         let mut inputs: Vec<&[T]> = Vec::with_capacity(self.size());
         for (rank, call) in calls.iter().enumerate() {
@@ -273,7 +273,8 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         Ok(())
     }
 
-    /// Returns the ranks' data, with `own` for this rank.
+    /// Returns the data of all ranks, with `own` for this rank. Checks that rank `r` has `len(r)`
+    /// elements.
     fn inputs<'a>(
         &self,
         received: &'a [Option<Message>],
@@ -290,8 +291,8 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         received.iter().enumerate().map(input).collect()
     }
 
-    /// Computes the result, or this rank's chunk of an all-reduce, from all ranks' data. Returns
-    /// whether the result is complete.
+    /// Computes the result from the data of all ranks. In an all-reduce, computes only this rank's
+    /// chunk. Returns whether the result is complete.
     fn finish_shards(&self, engine: &Engine, received: &[Option<Message>], result: &mut [T]) -> Result<bool> {
         let rank = self.members.rank;
         match &self.task {
@@ -343,11 +344,11 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         Error::invalid(op, "a message of another rank is damaged: do all run the same program?")
     }
 
-    /// Returns the error that ends the flight early, if there is one.
+    /// Returns the error that ends the collective early, if there is one.
     fn obstacle(&self, engine: &Engine) -> Option<Error> {
         let missing = self.missing();
         let cause = self.members.obstacle(engine, &missing)?;
-        // Data that arrived before a rank was lost still counts.
+        // If no rank is missing, all data arrived before the loss, and the collective can finish.
         (!missing.is_empty()).then(|| self.members.fail(engine, &self.call, cause))
     }
 
@@ -378,10 +379,10 @@ impl<T: Element + bytemuck::Pod> Flight<T> {
         Ok(Stage::Shards)
     }
 
-    /// Returns the next stage, if this one is over.
+    /// Returns the next stage if this stage is done.
     fn step(&self, engine: &Engine, state: &mut State<T>) -> Result<Option<Stage>> {
         match state.stage {
-            // The texts of an earlier disagreement are still in transit.
+            // Waits, because the texts of an earlier disagreement are still in transit.
             Stage::Calls if self.members.disputed.get() => Ok(None),
             Stage::Calls => {
                 let mut complete = true;

@@ -1,4 +1,4 @@
-//! A group of processes: its ranks, their departures, and why it is broken.
+//! A group of processes: its ranks, their departures, and the failure that broke the group.
 
 use super::{
     engine::{CALL, Close, Engine, TAGS},
@@ -13,7 +13,7 @@ use std::{
     rc::{Rc, Weak},
 };
 
-/// The first number of a message with tag [`CALL`]: its kind.
+/// The kind of a message with tag [`CALL`], which is its first number.
 const KIND_CALL: u64 = 0;
 const KIND_LEAVE: u64 = 1;
 const KIND_DISAGREEMENT: u64 = 2;
@@ -21,21 +21,21 @@ const NO_RANK: u64 = u64::MAX;
 
 pub(super) struct Members {
     pub(super) name: String,
-    /// The world ranks of the group.
+    /// The world rank of each rank of the group.
     pub(super) ranks: Vec<usize>,
     pub(super) rank: usize,
     pub(super) block: u64,
-    /// The number of the group's collectives.
+    /// The number of collectives that this rank has started in the group.
     pub(super) flights: Cell<u64>,
-    /// Whether a disagreement was found and its texts are still in transit.
+    /// Whether the ranks' calls differ and the texts of the calls are still in transit.
     pub(super) disputed: Cell<bool>,
     failed: RefCell<Option<Cause>>,
     left: Cell<bool>,
     engine: Weak<Engine>,
 }
 
-/// Dropped with the last of this rank's communicator and collectives: informs the others that this
-/// rank leaves.
+/// Informs the other ranks that this rank leaves. Runs once this rank has dropped the group's
+/// communicator and all its collectives.
 impl Drop for Members {
     fn drop(&mut self) {
         if let Some(engine) = self.engine.upgrade() {
@@ -73,7 +73,7 @@ impl Members {
         (0..self.size()).filter(|&rank| rank != self.rank)
     }
 
-    /// A tag of this group.
+    /// Returns a tag of this group's tag block.
     pub(super) fn tag(&self, kind: i32) -> i32 {
         self.block as i32 * TAGS + kind
     }
@@ -86,7 +86,7 @@ impl Members {
         engine.take(self.ranks[from], self.tag(kind))
     }
 
-    /// Sends all others a call with its payload.
+    /// Sends all other ranks a call with its payload.
     pub(super) fn call(&self, engine: &Engine, call: &Call, payload: &[u8]) {
         let message = pack(&[
             bytemuck::cast_slice(&[KIND_CALL, call.fingerprint(), call.messages[0], call.messages[1]]),
@@ -95,10 +95,10 @@ impl Members {
         self.peers().for_each(|peer| self.send(engine, peer, CALL, &message));
     }
 
-    /// Takes the next call of a rank: its fingerprint, and the numbers of messages sent and
-    /// received before it.
+    /// Takes the next call of a rank. Returns its fingerprint, the numbers of messages that the
+    /// rank sent and received before it, and the message.
     pub(super) fn take_call(&self, engine: &Engine, peer: usize) -> Option<(u64, [u64; 2], Message)> {
-        // The last message is a departure or a disagreement. It is read in place and stays.
+        // A departure or a disagreement is a rank's last message, and stays in the queue.
         let calls = |message: &[u64]| Some(head::<4>(message)?[0] == KIND_CALL);
         if !engine.first(self.ranks[peer], self.tag(CALL), calls)? {
             return None;
@@ -108,7 +108,8 @@ impl Members {
         Some((fingerprint, [sent, received], message))
     }
 
-    /// Informs all others, once, that this rank leaves, and of the first loss that it received.
+    /// Informs all other ranks that this rank leaves, but only once. The message includes the first
+    /// loss that this rank has received.
     pub(super) fn leave(&self, engine: &Engine, loss: LostReason) {
         if self.left.replace(true) {
             return;
@@ -119,12 +120,12 @@ impl Members {
         self.peers().for_each(|peer| self.send(engine, peer, CALL, &message));
     }
 
-    /// Whether a rank has left.
+    /// Whether a rank has left the group.
     pub(super) fn has_left(&self, engine: &Engine, rank: usize) -> bool {
         rank == self.rank || self.loss(engine, rank).is_some()
     }
 
-    /// Returns the reason that a rank left, and the first loss that it had received.
+    /// Returns the reason for which a rank left, and the first loss that the rank had received.
     fn loss(&self, engine: &Engine, rank: usize) -> Option<(LostReason, Option<(usize, LostReason)>)> {
         engine.last(self.ranks[rank], self.tag(CALL), |message| {
             let [kind, loss, root, how] = head(message)?;
@@ -133,7 +134,7 @@ impl Members {
         })
     }
 
-    /// Sends all others a disagreement that only this rank knows of.
+    /// Sends all other ranks a disagreement that only this rank has found.
     pub(super) fn send_disagreement(&self, engine: &Engine, mismatch: &Mismatch) {
         let ranks = [KIND_DISAGREEMENT, mismatch.left_rank as u64, mismatch.right_rank as u64];
         let message =
@@ -142,8 +143,9 @@ impl Members {
         self.left.set(true);
     }
 
-    /// Returns why this rank need not wait for the `missing` ranks: the group is broken, one of
-    /// them was lost, or another rank was lost other than by leaving.
+    /// Returns the failure that ends this rank's wait for the `missing` ranks, if there is one. The
+    /// wait ends if the group is broken, a missing rank has left, or any rank was lost in another
+    /// way.
     pub(super) fn obstacle(&self, engine: &Engine, missing: &[usize]) -> Option<Cause> {
         match &*self.failed.borrow() {
             Some(Cause::Lost { rank, reason: LostReason::Left }) if !missing.contains(rank) => {}
@@ -165,14 +167,14 @@ impl Members {
             if reason == LostReason::Left && !missing.contains(&peer) {
                 return None;
             }
-            // A rank that has received a loss usually leaves as well: report the first loss.
+            // A rank that receives a loss usually leaves as well, so the first loss is reported.
             let root = root.and_then(|(root, how)| Some((self.ranks.iter().position(|r| *r == root)?, how)));
             let (rank, reason) = root.unwrap_or((peer, reason));
             Some(Cause::Lost { rank, reason })
         })
     }
 
-    /// Records why the group is broken, unless it is already, and returns the error of a call.
+    /// Records the failure that broke the group, unless one is recorded. Returns the call's error.
     pub(super) fn fail(&self, engine: &Engine, call: &Call, cause: Cause) -> Error {
         if let Cause::Lost { rank, reason } = cause {
             engine.record_loss(self.ranks[rank], reason);
@@ -182,7 +184,7 @@ impl Members {
         error
     }
 
-    /// Checks that the group can still run collectives.
+    /// Returns an error if a failure has broken the group.
     pub(super) fn check(&self, call: &Call) -> Result<()> {
         self.failed.borrow().as_ref().map_or(Ok(()), |cause| Err(cause.error(call, &self.name)))
     }
@@ -191,7 +193,7 @@ impl Members {
 impl Close for Members {
     fn close(&self, engine: &Engine, loss: LostReason) {
         self.leave(engine, loss);
-        // MPI may end.
+        // Later calls on the group fail, because MPI may be finalized by then.
         let gone = Cause::Lost { rank: self.rank, reason: LostReason::Disconnected };
         self.failed.borrow_mut().get_or_insert(gone);
     }

@@ -1,10 +1,10 @@
-//! The encoding of messages: consecutive byte strings, each after its length, aligned for every
-//! element type.
+//! The encoding of messages. A message is a sequence of byte strings, each preceded by its length
+//! and aligned for every element type.
 
 use crate::error::LostReason;
 use std::rc::Rc;
 
-/// Encodes byte strings as u64.
+/// Encodes byte strings as u64 values.
 pub(super) fn pack(fields: &[&[u8]]) -> Rc<Vec<u64>> {
     let len = |field: &[u8]| 1 + field.len().div_ceil(8);
     let mut numbers = vec![0; fields.iter().map(|field| len(field)).sum()];
@@ -38,7 +38,7 @@ impl Message {
     }
 }
 
-/// Returns the field of a message with this index.
+/// Returns a message's field with this index.
 pub(super) fn field(mut numbers: &[u64], number: usize) -> Option<&[u8]> {
     for _ in 0..number {
         let (len, rest) = numbers.split_first()?;
@@ -48,12 +48,12 @@ pub(super) fn field(mut numbers: &[u64], number: usize) -> Option<&[u8]> {
     bytemuck::cast_slice(rest).get(..*len as usize)
 }
 
-/// Decodes a field of numbers.
+/// Decodes a field that holds numbers.
 pub(super) fn numbers<const N: usize>(field: &[u8]) -> Option<[u64; N]> {
     bytemuck::try_cast_slice(field).ok()?.try_into().ok()
 }
 
-/// Encodes a reason.
+/// Encodes the reason of a loss.
 pub(super) fn code_of(loss: LostReason) -> u64 {
     match loss {
         LostReason::Left => 0,
@@ -63,7 +63,7 @@ pub(super) fn code_of(loss: LostReason) -> u64 {
     }
 }
 
-/// Decodes a reason.
+/// Decodes the reason of a loss.
 pub(super) fn loss_of(code: u64) -> LostReason {
     [LostReason::Left, LostReason::Failed, LostReason::Panicked]
         .get(code as usize)

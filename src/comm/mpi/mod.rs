@@ -1,8 +1,8 @@
-//! Ranks as processes connected by an MPI library: [`crate::launch::Mpi`].
+//! Ranks as processes that an MPI library connects: [`crate::launch::Mpi`].
 //!
-//! MPI only moves bytes between two processes. This module does the rest with messages that never
-//! block inside MPI (`engine.rs`): it compares calls before data moves, sums in rank order, reports
-//! ranks that leave, and keeps deadlines.
+//! MPI only moves bytes between two processes, by messages that never block inside MPI
+//! (`engine.rs`). This module compares calls before data moves, sums in rank order, reports ranks
+//! that leave, and keeps deadlines.
 
 mod engine;
 mod flight;
@@ -25,36 +25,37 @@ use members::Members;
 use message::{Message, pack};
 use std::{rc::Rc, time::Duration};
 
-/// One process's end of a group that MPI connects. Made by [`crate::launch::Mpi`].
+/// One process's communicator of a group over MPI. [`crate::launch::Mpi`] creates it.
 ///
-/// Carries tensors of any size and gives the same bits as thread ranks. Every rank sends to every
-/// other, so it is meant for groups of up to a few dozen ranks.
+/// The communicator carries tensors of any size and gives the same bits as thread ranks. Every rank
+/// sends to every other rank, so groups should have at most a few dozen ranks.
 ///
-/// * A *disagreement* is [`Error::Mismatch`] on every rank, before data moves.
-/// * A rank that returns, fails or panics is [`Error::PeerLost`] on every rank that still needs it.
+/// * If ranks disagree, every rank gets [`Error::Mismatch`] before data moves.
+/// * If a rank returns, fails or panics, every rank that still needs it gets [`Error::PeerLost`].
 /// * If a process is killed or exits, the MPI launcher ends the job.
-/// * If a process is stopped or does not come, [`Error::Deadline`] names it, as long as no data is
-///   in transit. Otherwise the deadline ends the job (`MPI_Abort`) with the same text on stderr.
-/// * A started collective makes progress during any call of this process on any group, as MPI's own
-///   do.
+/// * If a process is stopped or does not arrive, the other ranks get [`Error::Deadline`], which
+///   names it. If data is in transit then, the job ends (`MPI_Abort`) with the same text on stderr.
+/// * A started collective makes progress during any call of this process on any group, like MPI's
+///   nonblocking collectives.
 pub struct MpiComm {
     engine: Rc<Engine>,
     members: Rc<Members>,
 }
 
-/// MPI, from its start to its end.
+/// MPI in this process, from its initialization to its finalization.
 pub(crate) struct Universe {
-    // Fields are dropped in this order: communication ends before MPI.
+    // Rust drops the fields in this order, so communication ends before MPI.
     world: MpiComm,
     _mpi: Option<environment::Universe>,
 }
 
 impl Universe {
-    /// Starts MPI, unless this program has. Every process calls it with the same `message_limit`.
+    /// Initializes MPI, unless the program has done so. Every process passes the same
+    /// `message_limit`, in bytes.
     pub(crate) fn start(deadline: Duration, message_limit: usize) -> Result<Self> {
         const OP: &str = "launch";
         if environment::is_finalized() {
-            return Err(Error::invalid(OP, "MPI has ended already in this process, and starts only once"));
+            return Err(Error::invalid(OP, "MPI was finalized in this process, and cannot start again"));
         }
         let mpi = environment::initialize_with_threading(Threading::Funneled).map(|(universe, _)| universe);
         let engine = Rc::new(Engine::new(deadline, message_limit.div_ceil(8)));
@@ -63,16 +64,17 @@ impl Universe {
         Ok(Self { world: MpiComm { engine, members }, _mpi: mpi })
     }
 
-    /// A communicator of all processes.
+    /// Returns a communicator of all processes.
     pub(crate) fn world(&self) -> MpiComm {
         MpiComm { engine: Rc::clone(&self.world.engine), members: Rc::clone(&self.world.members) }
     }
 
-    /// Leaves all groups, and ends MPI once all ranks have left. If they do not, ends the job, with
-    /// `error` as the reason if there is one. Returns the error of a message that this rank has
-    /// never received.
+    /// Leaves all groups, and finalizes MPI once all ranks have left. If some do not leave, ends
+    /// the job with `error`, or else with an error that names them. Returns the error of a message
+    /// that this rank never received.
     pub(crate) fn end(self, loss: LostReason, error: Option<&Error>) -> Option<Error> {
-        // Ranks known to be missing are not waited for again; the others have a moment to report.
+        // After a deadline this rank has already waited for the missing ranks. It waits only a
+        // moment more, so that the other ranks can report.
         let known = matches!(error, Some(Error::Deadline { .. }));
         let patience = known.then_some(Duration::from_millis(50));
         let MpiComm { engine, members } = &self.world;
@@ -218,18 +220,18 @@ impl Communicator<Cpu> for MpiComm {
     ) -> Result<Option<Box<dyn Communicator<Cpu>>>> {
         let (used, all) = self.engine.blocks();
         let request = [color.is_some() as u64, color.unwrap_or(0), key, used];
-        // The numbers travel as bits of f64, which no rank computes with.
+        // The requests travel as bits of f64 values, because an all-gather copies bits unchanged.
         let partition = crate::shard::Partition::even(4 * self.size(), self.size());
         let mut requests = vec![0.0_f64; 4 * self.size()];
         let task = Task::AllGather(Shards { rows: 1, partition });
         self.run(call, task, request.map(f64::from_bits).to_vec(), &mut requests)?;
         let requests: Vec<[u64; 4]> =
             requests.as_chunks().0.iter().map(|request: &[f64; 4]| request.map(f64::to_bits)).collect();
-        // A block of tags that is new to every rank. Groups of one split share no rank, so they may
-        // share it.
+        // The first tag block that is new to every rank. Groups of one split share no rank, so they
+        // can share the block.
         let block = requests.iter().map(|request| request[3]).max().unwrap_or(used);
         if block >= all {
-            let limit = format!("this MPI library has tags for {all} groups, and all are in use");
+            let limit = format!("this MPI library has tags for {all} groups, and all have been used");
             return Err(Error::invalid("split", limit));
         }
         let Some(color) = color else { return Ok(None) };
@@ -263,7 +265,7 @@ impl Communicator<Cpu> for MpiComm {
     }
 }
 
-/// A collective in flight.
+/// A started collective.
 struct Started<T> {
     flight: Rc<Flight<T>>,
     engine: Rc<Engine>,

@@ -1,4 +1,4 @@
-//! Messages that own their memory for as long as MPI may touch it.
+//! MPI messages. Each message owns its memory as long as MPI may access that memory.
 
 #![allow(unsafe_code)]
 
@@ -20,18 +20,18 @@ use std::{
     rc::Rc,
 };
 
-/// A communicator that no other code sends over.
+/// A duplicate of MPI's world communicator, on which no other code sends.
 pub(super) struct WorldComm(ManuallyDrop<SimpleCommunicator>);
 
-/// A message in transit, in either direction.
+/// A message that is being sent or received.
 pub(super) struct PendingMessage {
-    /// None once the message has arrived or MPI has taken it.
+    /// None once MPI has completed the request.
     request: Option<ffi::MPI_Request>,
     numbers: Rc<Vec<u64>>,
 }
 
 impl WorldComm {
-    /// Duplicates MPI's world. Every process calls it.
+    /// Duplicates MPI's world communicator. Every process calls this.
     pub(super) fn duplicate_world() -> Self {
         Self(ManuallyDrop::new(SimpleCommunicator::world().duplicate()))
     }
@@ -44,11 +44,11 @@ impl WorldComm {
         self.0.size() as usize
     }
 
-    /// The largest tag.
+    /// Returns the largest tag.
     pub(super) fn last_tag(&self) -> Tag {
         let (mut value, mut found) = (ptr::null_mut::<c_void>(), 0);
-        // SAFETY: MPI_TAG_UB is an attribute of the world whose value is a pointer to an int that
-        // lives as long as MPI; it is read only if it was found.
+        // SAFETY: the attribute MPI_TAG_UB of the world is a pointer to an int that lives as long
+        // as MPI. The pointer is read only if MPI found the attribute.
         unsafe {
             let world = SimpleCommunicator::world().as_raw();
             ffi::MPI_Comm_get_attr(
@@ -57,7 +57,7 @@ impl WorldComm {
                 ptr::addr_of_mut!(value).cast(),
                 &mut found,
             );
-            // The least that the standard guarantees.
+            // The MPI standard guarantees at least 32767.
             if found != 0 && !value.is_null() { *value.cast::<i32>() } else { 32_767 }
         }
     }
@@ -73,8 +73,9 @@ impl WorldComm {
         let process = self.0.process_at_rank(to as i32);
         let request = request::scope(|scope| {
             let request = process.immediate_send_with_tag(scope, &numbers[range], tag);
-            // SAFETY: the numbers outlive the request: the message holds them, unchanged because
-            // they are shared, until it is complete, and forever if it is dropped before.
+            // SAFETY: the numbers outlive the request. The message keeps a shared reference until
+            // the request is complete, so they stay unchanged. If the message is dropped before,
+            // the numbers leak.
             unsafe { request.into_raw().0 }
         });
         PendingMessage { request: Some(request), numbers: Rc::clone(numbers) }
@@ -86,8 +87,8 @@ impl WorldComm {
         let mut numbers = vec![0_u64; status.count(u64::equivalent_datatype()) as usize];
         let request = request::scope(|scope| {
             let request = message.immediate_matched_receive_into(scope, &mut numbers[..]);
-            // SAFETY: the numbers outlive the request: the message holds them, untouched, until it
-            // is complete, and forever if it is dropped before.
+            // SAFETY: the numbers outlive the request. The message owns them, untouched, until the
+            // request is complete. If the message is dropped before, the numbers leak.
             unsafe { request.into_raw().0 }
         });
         let pending = PendingMessage { request: Some(request), numbers: Rc::new(numbers) };
@@ -102,21 +103,21 @@ impl WorldComm {
 
 impl Drop for WorldComm {
     fn drop(&mut self) {
-        // A group kept for longer than MPI lives has nothing to free.
+        // After MPI is finalized, a group that outlives MPI has nothing to free.
         if !environment::is_finalized() {
-            // SAFETY: it is not used again.
+            // SAFETY: the communicator is not used again.
             unsafe { ManuallyDrop::drop(&mut self.0) };
         }
     }
 }
 
 impl PendingMessage {
-    /// Whether the message is complete.
+    /// Whether MPI has completed the request.
     pub(super) fn is_done(&mut self) -> bool {
         if let Some(request) = &mut self.request {
             let mut flag = 0;
-            // SAFETY: the request is not complete yet; once it is, MPI has freed it, and it is
-            // forgotten.
+            // SAFETY: the request is not complete yet. When it is complete, MPI frees it and this
+            // function forgets it.
             unsafe { ffi::MPI_Test(request, &mut flag, ffi::RSMPI_STATUS_IGNORE) };
             if flag != 0 {
                 self.request = None;
@@ -125,7 +126,7 @@ impl PendingMessage {
         self.request.is_none()
     }
 
-    /// The number of u64, known before they have arrived.
+    /// Returns the number of u64 values, which is known before they arrive.
     pub(super) fn len(&self) -> usize {
         self.numbers.len()
     }
@@ -137,7 +138,7 @@ impl PendingMessage {
 
     /// Returns the numbers of a message that has arrived, without a copy.
     pub(super) fn into_numbers(mut self) -> Vec<u64> {
-        assert!(self.is_done(), "a message is taken when it has arrived");
+        assert!(self.is_done(), "the message has not arrived yet");
         Rc::try_unwrap(std::mem::take(&mut self.numbers)).unwrap_or_else(|shared| shared.to_vec())
     }
 }
@@ -145,7 +146,7 @@ impl PendingMessage {
 impl Drop for PendingMessage {
     fn drop(&mut self) {
         if !self.is_done() {
-            // MPI may still read or write them.
+            // The numbers leak, because MPI may still read or write them.
             forget(Rc::clone(&self.numbers));
         }
     }

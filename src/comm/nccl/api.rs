@@ -1,4 +1,4 @@
-//! NCCL's functions, looked up at first use.
+//! The table of NCCL's functions, filled at first use.
 
 use crate::{
     device::cuda::{
@@ -28,7 +28,7 @@ pub(super) const NO_COLOR: c_int = -1;
 #[derive(Clone, Copy)]
 pub(super) struct UniqueId(pub(super) [u8; 128]);
 
-/// `ncclConfig_t` of 2.18. Later versions of NCCL accept it, since it states its version.
+/// `ncclConfig_t` of NCCL 2.18. Later versions accept it, because it states its size and version.
 #[repr(C)]
 pub(super) struct Config {
     size: usize,
@@ -43,7 +43,7 @@ pub(super) struct Config {
 }
 
 impl Config {
-    /// `blocking` is whether calls wait for other ranks.
+    /// If `blocking`, NCCL's calls wait for other ranks. Otherwise they continue in the background.
     pub(super) fn new(blocking: bool) -> Self {
         const UNSET: c_int = c_int::MIN;
         Self {
@@ -60,16 +60,16 @@ impl Config {
     }
 }
 
-/// The oldest supported version, 2.18, which is the first that can split a communicator.
+/// The oldest supported version, 2.18: the first version that can split a communicator.
 const OLDEST: c_int = 21_800;
 
-/// Declares the table of functions, with names and types as in `nccl.h`.
+/// Declares the table of functions. `nccl.h` has their names and types.
 macro_rules! table {
     ($($field:ident: $name:literal ($($argument:ty),*);)*) => {
-        /// The functions in use. All but the last two return a code.
+        /// The NCCL functions in use. All return a result code, except the two that return text.
         pub(super) struct Api {
             $(pub(super) $field: unsafe extern "C" fn($($argument),*) -> c_int,)*
-            /// The version that `ncclGetVersion` returned: 22809 is 2.28.9.
+            /// The version that `ncclGetVersion` returned: 22809 is version 2.28.9.
             number: c_int,
             pub(super) error_string: unsafe extern "C" fn(c_int) -> *const c_char,
             pub(super) last_error: unsafe extern "C" fn(Handle) -> *const c_char,
@@ -79,10 +79,10 @@ macro_rules! table {
             fn from(library: &Library, place: &str) -> Result<Self> {
                 let missing = |name: &str, error: libloading::Error| Error::Unsupported {
                     op: "NCCL",
-                    reason: format!("{place} has no {name} ({error}): 2.18 or later is needed"),
+                    reason: format!("{place} has no {name} ({error}): version 2.18 or later is needed"),
                 };
-                // SAFETY: the types are those that `nccl.h` declares for these names, unchanged
-                // from 2.18 to 2.31.
+                // SAFETY: `nccl.h` declares these types for these names, unchanged from version
+                // 2.18 to 2.31.
                 #[allow(unsafe_code)]
                 unsafe {
                     Ok(Self {
@@ -126,8 +126,8 @@ table! {
 }
 
 impl Api {
-    /// Returns the functions, and loads NCCL first if needed. It is never unloaded, since it has
-    /// threads of its own.
+    /// Returns NCCL's functions. The first call loads the library. The library is never unloaded,
+    /// because its own threads keep running.
     pub(super) fn get() -> Result<&'static Self> {
         static API: OnceLock<Result<Api>> = OnceLock::new();
         API.get_or_init(Self::load).as_ref().map_err(Error::clone)
@@ -136,8 +136,8 @@ impl Api {
     fn load() -> Result<Self> {
         let mut tried = Vec::new();
         for place in places() {
-            // SAFETY: NCCL's initializers have no preconditions; the file is the one that the
-            // user's paths name as NCCL.
+            // SAFETY: NCCL's initializers have no preconditions, and the user's search paths name
+            // this file as NCCL.
             #[allow(unsafe_code)]
             let library = match unsafe { Library::new(&place) } {
                 Ok(library) => library,
@@ -152,28 +152,33 @@ impl Api {
             #[allow(unsafe_code)]
             let code = unsafe { (api.version)(&mut api.number) };
             if code != SUCCESS || api.number < OLDEST {
-                let reason =
-                    format!("{} is version {}; 2.18 or later is needed", place.display(), api.number);
+                let reason = format!(
+                    "{} has version number {}; version 2.18 or later is needed",
+                    place.display(),
+                    api.number
+                );
                 return Err(Error::Unsupported { op: "NCCL", reason });
             }
             return Ok(api);
         }
-        let reason =
-            format!("the library was not found; SHARDWISE_NCCL may name it; tried {}", tried.join(", "));
+        let reason = format!(
+            "the library was not found; SHARDWISE_NCCL can name its file; tried {}",
+            tried.join(", ")
+        );
         Err(Error::Unsupported { op: "NCCL", reason })
     }
 
-    /// Returns the version and the loaded file. If there are several, the loader selects one.
+    /// Returns NCCL's version and the file that the loader selected.
     pub(super) fn describe(&self) -> Version {
         let number = self.number;
         let version = format!("{}.{}.{}", number / 10_000, number / 100 % 100, number % 100);
         Version { library: "NCCL", version, path: file_at(self.version as usize).unwrap_or_default() }
     }
 
-    /// Returns the error of a call that returned `code`.
+    /// Returns the error for a call that returned `code`.
     pub(super) fn error(&self, call: &'static str, code: c_int, handle: Handle) -> Error {
-        // SAFETY: both return strings that live until the next call on this thread; they are copied
-        // immediately. A null communicator is allowed.
+        // SAFETY: both functions return strings that stay valid until the next call on this thread,
+        // and `copy` copies them at once. `last_error` accepts a null communicator.
         #[allow(unsafe_code)]
         let (text, last) = unsafe { (copy((self.error_string)(code)), copy((self.last_error)(handle))) };
         let message = if last.is_empty() { text } else { format!("{text}: {last}") };
@@ -181,21 +186,22 @@ impl Api {
     }
 }
 
-/// Copies a C string. A null pointer gives an empty one.
+/// Copies a C string. Returns an empty string for a null pointer.
 ///
 /// # Safety
-/// A pointer that is not null points to a string that ends with a zero.
+/// `text` is null, or points to a string that ends with a zero byte.
 #[allow(unsafe_code)]
 unsafe fn copy(text: *const c_char) -> String {
     if text.is_null() {
         return String::new();
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: `text` is not null, and the caller guarantees that it is a C string.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_string()
 }
 
-/// Returns where NCCL may be. If `SHARDWISE_NCCL` is set, only what it names; otherwise the folder
-/// of NVIDIA's libraries, the loader's path, and where pip and conda install it.
+/// Returns the files that may be NCCL. If `SHARDWISE_NCCL` is set, returns only the file that it
+/// names. Otherwise returns files in the folder of NVIDIA's libraries (`SHARDWISE_CUDA_LIBRARIES`),
+/// on the loader's path, and where pip and conda install NCCL.
 fn places() -> Vec<PathBuf> {
     if let Some(named) = std::env::var_os("SHARDWISE_NCCL") {
         return vec![named.into()];
@@ -214,7 +220,8 @@ fn places() -> Vec<PathBuf> {
 mod tests {
     use super::*;
 
-    /// If NCCL is installed, it has all functions; otherwise the error lists the searched places.
+    /// If NCCL is installed, it loads with all functions. Otherwise the error names
+    /// `SHARDWISE_NCCL`.
     #[test]
     fn the_library_is_found_or_its_places_are_named() {
         match Api::load() {

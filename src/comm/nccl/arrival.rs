@@ -1,6 +1,6 @@
-//! Whether the ranks that a call needs have arrived, and whether they are alive.
+//! Checks whether the ranks that a call needs have arrived and are alive.
 //!
-//! NCCL does not know which rank a call inside it waits for, so a waiting rank asks the control
+//! NCCL does not report which rank a blocked call waits for, so a waiting rank asks the control
 //! group.
 
 use crate::{
@@ -13,20 +13,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a rank waits for the report of a lost rank after NCCL has reported an error.
+/// How long a rank waits, after an NCCL error, for the control group to report a lost rank.
 const REPORT_DELAY: Duration = Duration::from_millis(500);
 
-/// A call, and the steps outside the control group that all ranks it needs have to reach.
+/// A call and its external steps. Every rank that the call needs has to reach these steps.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Arrival {
     pub(super) call: Call,
     pub(super) step: ExternalStep,
-    /// The second step of an exchange with two ranks.
+    /// The second step of an exchange in which this rank both sends and receives.
     pub(super) other: Option<ExternalStep>,
 }
 
 impl Arrival {
-    /// Whether both are the same arrival.
+    /// Whether both arrivals have the same first step.
     pub(super) fn is_same(&self, other: &Self) -> bool {
         (self.step.work, self.step.number) == (other.step.work, other.step.number)
     }
@@ -35,38 +35,39 @@ impl Arrival {
         [Some(self.step), self.other].into_iter().flatten()
     }
 
-    /// Records that this rank has arrived.
+    /// Records on the control group that this rank has arrived.
     pub(super) fn arrive(&self, control: &dyn Communicator<Cpu>) {
         self.steps().for_each(|step| control.reached_step(step));
     }
 
-    /// Returns why a rank that has not arrived cannot arrive.
+    /// Returns the failure that keeps another rank from arriving, if there is one.
     pub(super) fn obstacle(&self, control: &dyn Communicator<Cpu>) -> Option<Error> {
         self.steps().find_map(|step| control.lost_at_step(&self.call, step))
     }
 
-    /// As `obstacle`, for another thread.
+    /// Like `obstacle`, for the watchdog's thread.
     pub(super) fn obstacle_for(&self, liveness: &dyn Liveness) -> Option<Error> {
         self.steps().find_map(|step| liveness.lost_at_step(&self.call, step))
     }
 
-    /// Ends the wait, after a time, for the ranks that have not arrived.
+    /// Breaks the control group, because this rank has waited for `after`. Returns the error, which
+    /// names the ranks that have not arrived.
     pub(super) fn give_up(&self, control: &dyn Communicator<Cpu>, after: Duration) -> Error {
         control.give_up(&self.call, &self.steps().collect::<Vec<_>>(), after)
     }
 
-    /// As `give_up`, for another thread.
+    /// Like `give_up`, for the watchdog's thread.
     pub(super) fn give_up_for(&self, liveness: &dyn Liveness, after: Duration) -> Error {
         liveness.give_up(&self.call, &self.steps().collect::<Vec<_>>(), after)
     }
 
-    /// Returns the loss that made NCCL fail, which the control group may report a little later;
-    /// otherwise NCCL's own error.
+    /// Explains an NCCL error: returns the loss of a rank, if the control group reports one within
+    /// [`REPORT_DELAY`]. Otherwise returns `error`.
     pub(super) fn explain(&self, control: &dyn Communicator<Cpu>, error: Error) -> Error {
         match error {
             Error::Library { .. } => {}
-            // Another thread may have found it: the control group has to record that this rank
-            // received the error.
+            // The watchdog may have found this error. `obstacle` makes the control group record
+            // that this rank has received it.
             Error::PeerLost { .. } | Error::Deadline { .. } => {
                 return self.obstacle(control).unwrap_or(error);
             }
@@ -82,7 +83,8 @@ impl Arrival {
         error
     }
 
-    /// Returns a check that ends a wait for NCCL when a rank is lost or the deadline has passed.
+    /// Returns a check for a loop that waits for NCCL. The check fails if a rank is lost, or once
+    /// the deadline has passed.
     pub(super) fn poll<'a>(
         &'a self,
         control: &'a dyn Communicator<Cpu>,

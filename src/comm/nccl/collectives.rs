@@ -1,4 +1,6 @@
-//! Collectives on shards of any partition, by NCCL's calls on shards of equal length.
+//! Collectives on shards of any partition. Shards of equal length use NCCL's own collective, and
+//! other shards a broadcast or reduction for each rank. Max, min and sums in rank order use
+//! point-to-point messages.
 
 use super::{Nccl, NcclDevice, Order, arrival::Arrival};
 use crate::{
@@ -10,7 +12,7 @@ use crate::{
 };
 
 impl<B: NcclDevice> Nccl<B> {
-    /// recv ← the shards one after another; `send` is this rank's.
+    /// recv ← all ranks' shards, one after another. `send` is this rank's shard.
     fn gather_flat<T: Element>(
         &self,
         at: &Arrival,
@@ -32,7 +34,8 @@ impl<B: NcclDevice> Nccl<B> {
         })
     }
 
-    /// recv ← this rank's shard of the reduction; `send` is all shards one after another.
+    /// recv ← this rank's shard of the reduction. `send` is this rank's term, stored shard by
+    /// shard.
     fn scatter_flat<T: Element>(
         &self,
         at: &Arrival,
@@ -54,7 +57,7 @@ impl<B: NcclDevice> Nccl<B> {
                 Ok(())
             });
         }
-        // All ranks' terms of this rank's shard, one after another.
+        // `terms` holds every rank's term of this rank's shard, in rank order.
         let len = lens.size(own_rank);
         let mut terms = self.stream().empty::<T>(len * ranks)?;
         let mut terms_mut = B::slice_mut::<T>(&mut terms);
@@ -75,7 +78,7 @@ impl<B: NcclDevice> Nccl<B> {
         if len == 0 {
             return Ok(());
         }
-        // Max and min too: NCCL's would lose a NaN.
+        // Max and min are combined here too, because NCCL's max and min would lose a NaN.
         self.stream().combine::<T>(op, ranks, B::slice::<T>(&terms), recv)
     }
 
@@ -160,7 +163,7 @@ impl<B: NcclDevice> Nccl<B> {
         self.single(at, || self.state.raw.broadcast::<T, B>(self.stream(), root, None, &mut x))
     }
 
-    /// A collective on buffers, for `start`.
+    /// Runs the collective of `Communicator::start` on its buffers.
     pub(super) fn collective(
         &self,
         at: &Arrival,
@@ -184,7 +187,7 @@ impl<B: NcclDevice> Nccl<B> {
     }
 }
 
-/// The lengths of the shards, stored one after another.
+/// The partition of the concatenated shards: each rank's number of elements.
 fn lens(shards: &Shards) -> Partition {
     Partition::from_sizes((0..shards.partition.shards()).map(|rank| shards.len(rank)))
 }

@@ -94,7 +94,8 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
     ) -> Result<Option<Box<dyn Communicator<B>>>> {
         self.state.check()?;
         let control = self.control.split(call, color, key, name).map_err(|error| self.state.fail(error))?;
-        // NCCL's colors are small numbers: the rank, in this group, of the new group's rank 0.
+        // NCCL's colors are of type `int`. The new group's color is the rank that its rank 0 has in
+        // this group.
         let mut first = [self.own_rank() as f64];
         if let Some(control) = &control {
             control.broadcast(call, 0, AnyMut::F64(first.as_mut_slice()))?;
@@ -132,7 +133,7 @@ impl<B: NcclDevice> Communicator<B> for Nccl<B> {
     }
 }
 
-/// A collective that was started and not waited for yet.
+/// A started collective. No call has waited for it yet.
 struct Started<B: NcclDevice> {
     state: Rc<State<B>>,
     work: Rc<Work<B>>,
@@ -153,7 +154,7 @@ impl<B: NcclDevice> InFlight<B> for Started<B> {
 }
 
 impl<B: NcclDevice> Drop for Started<B> {
-    /// Orders the freeing of the memory after the collective.
+    /// Makes the compute stream wait for the collective, so that the buffers are freed after it.
     fn drop(&mut self) {
         if self.memory.is_some() {
             let _ = self.work.make_wait(&self.device);

@@ -11,8 +11,8 @@ use crate::{
 };
 use std::{ffi::c_void, rc::Rc};
 
-// SAFETY: addresses are those of the views, in memory of the GPU on which the streams are; memory
-// is freed in the order of the stream of the handle that allocated it; `wait_event` is the driver's
+// SAFETY: each address is the start of its view, in memory of the GPU that runs the streams. The
+// pool frees memory in the order of the allocating handle's stream. `wait_event` is the driver's
 // wait for an event.
 #[allow(unsafe_code)]
 unsafe impl NcclDevice for Cuda {

@@ -9,7 +9,7 @@ use crate::{
 use half::{bf16, f16};
 
 impl<B: NcclDevice> Nccl<B> {
-    /// Sends to one rank and receives from another as one step.
+    /// Sends to one rank and receives from another in one NCCL group.
     pub(super) fn send_recv(
         &self,
         call: &Call,
@@ -54,15 +54,15 @@ impl<B: NcclDevice> Nccl<B> {
         self.state.raw.recv::<T, B>(self.stream(), from, &mut data)
     }
 
-    /// Sends the receiver the element and shape of the message, and compares those that the sender
-    /// sends with the expected ones.
+    /// Sends the element type and shape of the outgoing message to its receiver. Compares the
+    /// element type and shape of the incoming message with the expected ones.
     fn compare_shapes(
         &self,
         call: &Call,
         send: Option<&Outgoing<'_, B>>,
         recv: Option<&Incoming<'_, B>>,
     ) -> Result<()> {
-        // Messages without elements, which carry the shapes.
+        // These messages carry an element type and a shape, but no elements.
         let outgoing =
             send.map(|send| Outgoing { to: send.to, shape: send.shape, data: empty(send.data.dtype()) });
         let incoming = recv.map(|recv| Incoming {
@@ -71,7 +71,7 @@ impl<B: NcclDevice> Nccl<B> {
             data: empty_mut(recv.data.dtype()),
         });
         self.control.exchange(call, outgoing, incoming).map_err(|error| match error {
-            // The other ranks may still be there.
+            // Only this peer is known to have left, so the group stays usable.
             Error::PeerLost { reason: LostReason::Left, .. } => error,
             error => self.state.fail(error),
         })

@@ -1,5 +1,5 @@
-//! Launches collectives on the communication stream: comparison of the call, stream ordering, and
-//! events around the work.
+//! Launches collectives on the communication stream. A launch compares the call, orders the
+//! streams, and records events before and after the work.
 
 use super::{Nccl, NcclDevice, arrival::Arrival, state::Work};
 use crate::{
@@ -9,19 +9,19 @@ use crate::{
 };
 use std::{any::Any, cell::RefCell, ffi::c_void, rc::Rc};
 
-/// A collective of one of a rank's communicators, and the stream on which it runs.
+/// A collective of any communicator of this rank, and the stream on which it runs.
 type LastCollective = Option<(*mut c_void, Rc<dyn Any>)>;
 
 thread_local! {
-    /// This rank's last collective. It is kept after it has finished too: the next one waits for it
-    /// in any case.
+    /// This rank's last collective. The entry stays after the collective has finished, and the next
+    /// collective on another communication stream still waits for it.
     static LAST: RefCell<LastCollective> = const { RefCell::new(None) };
 }
 
 impl<B: NcclDevice> Nccl<B> {
-    /// Compares the call. Makes the communication stream wait for earlier compute work, on
-    /// `foreign` streams too, and for the rank's collectives of other communicators. Returns the
-    /// event after that.
+    /// Compares the call. Then makes the communication stream wait for earlier work of the compute
+    /// stream and the `foreign` streams, and for the rank's last collective on another
+    /// communication stream. Returns the event after these waits.
     fn enter(&self, call: &Call, foreign: &[Option<B>]) -> Result<B::Event> {
         self.state.check()?;
         self.compare(call)?;
@@ -30,15 +30,15 @@ impl<B: NcclDevice> Nccl<B> {
         self.wait_for(foreign, last.and_then(|(_, last)| last.downcast().ok()))
     }
 
-    /// Makes the communication stream wait for earlier compute work, and for a collective on
-    /// another communication stream. Returns the event after that.
+    /// Makes the communication stream wait for earlier work of the compute stream and the `foreign`
+    /// streams, and for the collective `last`. Returns the event after these waits.
     pub(super) fn wait_for(&self, foreign: &[Option<B>], last: Option<Rc<Work<B>>>) -> Result<B::Event> {
         self.device.make_current()?;
         let (stream, computed) = (self.stream(), self.device.record_event()?);
         stream.wait_event(&computed)?;
         if last.is_none() && foreign.iter().flatten().next().is_none() {
-            // Earlier work of the communication stream is known to be finished when this collective
-            // is the oldest.
+            // The event is read only while this collective is the oldest one. Earlier work of the
+            // communication stream has then finished.
             return Ok(computed);
         }
         last.map_or(Ok(()), |last| last.make_wait(stream))?;
@@ -46,13 +46,13 @@ impl<B: NcclDevice> Nccl<B> {
         stream.record_event()
     }
 
-    /// The handle of a view's memory, if its stream has to be waited for separately.
+    /// Returns the handle that allocated a view's memory, if its stream needs a separate wait.
     pub(super) fn foreign_stream(&self, view: AnyRef<'_, B>) -> Result<Option<B>> {
         each_dtype!(AnyRef, view, view => self.device.foreign_stream(view))
     }
 
-    /// Compares the call's signature with the other ranks' on the control group, or adds it to the
-    /// hash that the next comparison includes.
+    /// Compares the call's signature across ranks on the control group, if a comparison is due.
+    /// Otherwise adds the signature to the hash for the next comparison.
     fn compare(&self, call: &Call) -> Result<()> {
         let every = if self.control.is_near() { 1 } else { self.options.check_every.max(1) };
         let kind = call.kind();
@@ -82,13 +82,13 @@ impl<B: NcclDevice> Nccl<B> {
         Ok(work)
     }
 
-    /// The next arrival of all ranks.
+    /// Returns the group's next step, at which all ranks arrive.
     pub(super) fn arrival(&self, call: &Call) -> Arrival {
         let number = self.steps.replace(self.steps.get() + 1);
         Arrival { call: *call, step: ExternalStep { work: self.id, number, with: None }, other: None }
     }
 
-    /// The step of the next message between two ranks, one of which is this one.
+    /// Returns the step of the next message between two ranks. This rank is one of them.
     pub(super) fn message_step(&self, from: usize, to: usize) -> ExternalStep {
         let mut messages = self.messages.borrow_mut();
         let count = messages.entry((from, to)).or_default();
@@ -97,7 +97,7 @@ impl<B: NcclDevice> Nccl<B> {
         ExternalStep { work: hash((self.id, from, to)), number: *count - 1, with: Some(with) }
     }
 
-    /// Launches this rank's work at an arrival; `begin` precedes it on the stream.
+    /// Launches `act`, this rank's work for an arrival. The event `begin` precedes the work.
     pub(super) fn launch(
         &self,
         at: Arrival,
@@ -107,14 +107,15 @@ impl<B: NcclDevice> Nccl<B> {
     ) -> Result<Rc<Work<B>>> {
         at.arrive(&*self.control);
         let work = Rc::new(Work::new(at, begin));
-        // It is polled and watched from here on: the launch itself may wait for the device.
+        // From here on the rank and the watchdog check this work, because the launch itself may
+        // wait for the device.
         self.state.add(&work);
         self.state.watchdog.started(at);
         foreign.iter().flatten().for_each(|foreign| foreign.poll_while_waiting(&self.poll));
         let acted = self.state.watchdog.inside(at, || act(&at));
         let acted = acted.map_err(|error| self.state.abort(at.explain(&*self.control, error)));
-        // After a failure too, some of it may already be on the device: the tensors' memory is
-        // freed after that.
+        // Even after a failure, the device may already run some of the work. The wait for `end`
+        // delays the freeing of the tensors until that work has finished.
         let end = self.stream().record_event()?;
         foreign.iter().flatten().try_for_each(|foreign| foreign.wait_event(&end))?;
         if acted.is_err() {
@@ -124,7 +125,7 @@ impl<B: NcclDevice> Nccl<B> {
         acted.map(|()| work)
     }
 
-    /// Launches a collective, and makes later compute work wait for it.
+    /// Launches a collective and makes later compute work wait for it.
     pub(super) fn run_now(
         &self,
         call: &Call,
@@ -135,13 +136,13 @@ impl<B: NcclDevice> Nccl<B> {
         done.make_wait(&self.device)
     }
 
-    /// Makes one call of NCCL.
+    /// Makes one NCCL call.
     pub(super) fn single(&self, at: &Arrival, call: impl FnOnce() -> Result<()>) -> Result<()> {
         let poll = at.poll(&*self.control, self.options.deadline);
         self.state.raw.single(&poll, call)
     }
 
-    /// Makes several calls of NCCL as one group.
+    /// Makes several NCCL calls as one NCCL group.
     pub(super) fn grouped(&self, at: &Arrival, calls: impl FnOnce() -> Result<()>) -> Result<()> {
         let poll = at.poll(&*self.control, self.options.deadline);
         self.state.raw.grouped(&poll, calls)

@@ -1,28 +1,28 @@
-//! Groups of ranks with a GPU each, over NCCL. Feature `nccl`.
+//! Groups of ranks with one GPU each, connected by NCCL. Feature `nccl`.
 //!
-//! Every NCCL communicator has a *control group* on the host, of thread ranks or of processes. On
-//! it the ranks exchange NCCL's unique id, compare call signatures before data moves, and learn of
-//! lost ranks. NCCL does none of this: ranks that disagree hang there, or receive each other's
-//! bytes.
+//! Every NCCL communicator has a *control group* on the host, whose ranks are threads or processes.
+//! On the control group the ranks exchange NCCL's unique id, compare call signatures before data
+//! moves, and learn of lost ranks. NCCL does not compare calls: ranks that disagree hang inside
+//! NCCL, or receive each other's bytes.
 //!
-//! * The ranks compare a call on the control group if its kind is new to the group, and every
-//!   `check_every`-th call together with a hash of the calls since the last comparison. Ranks of
+//! * The ranks compare the first call of each kind on the control group, and at least every
+//!   `check_every`-th call. A comparison includes a hash of the calls since the last one. Ranks of
 //!   one process compare every call.
-//! * Data moves on a communication stream of the communicator. It waits for earlier work of the
-//!   compute stream, and later work of the compute stream waits for it. The host thread waits only
-//!   in a comparison.
-//! * Each rank records on the control group which collective it has reached. So if a rank leaves
-//!   before a collective that others are inside, they know that they need it, and errors name a
-//!   rank that does not arrive.
-//! * While a rank waits for its device, it polls the communicator. If a rank is lost, NCCL reports
-//!   an error, or a collective has run for longer than the deadline, it aborts the communicator.
-//!   The waiting call and every later one return that error. For a rank that is inside a call of
-//!   NCCL or of the driver, a watchdog thread of the process does so (`watchdog.rs`).
-//! * The collectives of all communicators of a rank run one after another, in the order of its
-//!   calls. If the kernels of two collectives started in another order on another rank, and did not
-//!   fit on a device together, each would wait for one that the other keeps from starting.
-//!   Point-to-point messages, which only two ranks make, wait only for earlier work of their own
-//!   communicator.
+//! * Collectives run on the communicator's own stream. This communication stream waits for earlier
+//!   work of the compute stream, and later work of the compute stream waits for the collective. The
+//!   host thread waits only for the control group, and for NCCL while NCCL connects the ranks.
+//! * Each rank records on the control group which collective it has reached. So the other ranks
+//!   know whether a rank left before a collective that needs it, and errors name the ranks that
+//!   have not arrived.
+//! * A rank polls its communicator while it waits for its device. If a rank is lost, NCCL reports
+//!   an error, or a collective runs longer than the deadline, the polling rank aborts the
+//!   communicator. The waiting call and every later call return that error. A rank inside a call of
+//!   NCCL or of the driver cannot poll, so a watchdog thread polls for it (`watchdog.rs`).
+//! * A rank's collectives run one after another in call order, across all of its communicators.
+//!   Otherwise the kernels of two collectives could start in different orders on two ranks. If a
+//!   device cannot run both kernels at once, each would wait for a kernel that the other keeps from
+//!   starting. Point-to-point messages involve only two ranks, so they do not wait for the
+//!   collectives of other communicators.
 
 mod api;
 mod arrival;
@@ -58,8 +58,8 @@ use std::{
     rc::Rc,
 };
 
-/// Returns the version of NCCL in use, and loads NCCL first if it is not loaded yet.
-/// [`crate::device::cuda::versions`] returns those of the other libraries.
+/// Returns the version of NCCL, and loads NCCL first if it is not loaded yet.
+/// [`crate::device::cuda::versions`] returns the versions of the other libraries.
 ///
 /// # Errors
 /// When there is no NCCL of version 2.18 or later.
@@ -68,16 +68,19 @@ pub fn version() -> Result<Version> {
 }
 
 impl Group<Cpu> {
-    /// Creates a group of the same ranks for tensors on each rank's `device`, over NCCL. This group
-    /// remains usable and is the new one's control group. Every rank calls it.
+    /// Creates a group of the same ranks over NCCL, for tensors on each rank's `device`. Every rank
+    /// calls this function. The existing group remains usable and becomes the control group of the
+    /// new group.
     ///
-    /// After an aborted collective, every call that waits for `device` fails as long as the new
-    /// group exists, since tensors may hold incomplete results. If the group is dropped before any
-    /// call has returned that error, such calls keep failing: continue with a new device.
+    /// After an aborted collective, tensors may hold incomplete results. So every call that waits
+    /// for `device` returns the error as long as the new group exists. If the group is dropped
+    /// before any call has returned the error, such calls return it forever: continue with a new
+    /// device handle.
     ///
     /// # Errors
     /// When there is no NCCL of version 2.18 or later (`SHARDWISE_NCCL` may name its file), NCCL
-    /// refuses, or a rank calls something else or is lost.
+    /// returns an error, a rank makes a different call or is lost, or a rank does not arrive by the
+    /// deadline.
     #[track_caller]
     pub fn over_nccl<B: NcclDevice>(&self, device: &B, options: Options) -> Result<Group<B>> {
         let call = self.split_call();
@@ -91,20 +94,21 @@ impl Group<Cpu> {
 /// One rank's communicator of a group over NCCL.
 pub struct Nccl<B: NcclDevice> {
     state: Rc<State<B>>,
-    /// Devices call this while the rank waits for them, as long as this reference exists.
+    /// The function that device handles call while the rank waits. They hold it by weak references.
     poll: Rc<dyn Fn() -> Result<()>>,
     control: Rc<dyn Communicator<Cpu>>,
     device: B,
-    /// The kinds of calls that all ranks have made.
+    /// The kinds of calls that the ranks have compared.
     known: RefCell<HashSet<u64>>,
-    /// How many calls were made since the last comparison, and the hash of their signatures.
+    /// The number of calls since the last comparison.
     unchecked: Cell<usize>,
+    /// The hash of the calls since the last comparison; 0 if there are none.
     history: Cell<u64>,
     /// This group's id on the control group ([`ExternalStep::work`]).
     id: u64,
-    /// The number of collectives so far, the creation of the group included.
+    /// The number of the group's external steps so far: its creation, collectives and splits.
     steps: Cell<u64>,
-    /// The number of messages so far, by sender and receiver.
+    /// The number of this rank's messages so far, by sender and receiver.
     messages: RefCell<HashMap<(usize, usize), u64>>,
     options: Options,
 }
@@ -112,7 +116,7 @@ pub struct Nccl<B: NcclDevice> {
 impl<B: NcclDevice> Nccl<B> {
     /// Creates the NCCL communicator of the control group's ranks.
     fn join(control: Rc<dyn Communicator<Cpu>>, call: &Call, device: &B, options: Options) -> Result<Self> {
-        // As f16, whose bits a broadcast copies unchanged.
+        // The id travels as f16 values, because a broadcast copies their bits unchanged.
         let mut id = [f16::ZERO; 64];
         if control.rank() == 0 {
             let bytes = RawComm::unique_id()?;
@@ -140,7 +144,7 @@ impl<B: NcclDevice> Nccl<B> {
         Self::new(raw, control, device, group_id, options)
     }
 
-    /// `id` is the group's id on the control group, where its creation was the first step.
+    /// `id` is the group's id on the control group. The group's creation was step 0.
     fn new(
         raw: RawComm,
         control: Rc<dyn Communicator<Cpu>>,
@@ -172,20 +176,20 @@ impl<B: NcclDevice> Nccl<B> {
         self.control.rank()
     }
 
-    /// The handle on whose stream collectives run.
+    /// The device handle on whose stream collectives run.
     fn stream(&self) -> &B {
         self.state.stream()
     }
 }
 
 impl<B: NcclDevice> Drop for Nccl<B> {
-    /// Waits for pending collectives first: other ranks may need this rank's contribution.
+    /// Waits for pending collectives first, because other ranks may need this rank's contribution.
     fn drop(&mut self) {
         let is_reported = self.state.has_failed();
         self.state.finish();
         if self.state.is_incomplete() && !is_reported {
-            // No call has returned the error, and what the device holds stays wrong without the
-            // group.
+            // No call has returned the error, and the tensors stay incomplete. The leaked reference
+            // keeps `poll` alive, so that later waits still return the error.
             std::mem::forget(Rc::clone(&self.poll));
         }
         self.state.close();

@@ -2,16 +2,17 @@
 
 use std::time::Duration;
 
-/// The order in which sums are computed.
+/// The order in which a group computes sums. Max and min do not depend on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Order {
-    /// NCCL's: the fastest, in its own order and rounding. Runs on one machine usually give the
-    /// same bits, but NCCL does not guarantee it.
+    /// NCCL adds in its own order and rounding, which is fastest. Runs on one machine usually give
+    /// the same bits, but NCCL does not guarantee this.
     #[default]
     Any,
-    /// Rank order, in the accumulator, rounded once: the bits of thread ranks. Every rank receives
-    /// all ranks' terms of its shard, sums them and gathers the sums: an all-reduce moves the bytes
-    /// of a reduce-scatter and an all-gather.
+    /// The ranks' terms are added in rank order, in the accumulator, and rounded once: the bits of
+    /// thread ranks. For this, every rank receives all ranks' terms of its shard and sums them. In
+    /// an all-reduce the ranks then gather the sums, so it moves the bytes of a reduce-scatter and
+    /// an all-gather.
     Ranks,
 }
 
@@ -20,20 +21,21 @@ pub enum Order {
 pub struct Options {
     /// The order in which sums are computed.
     pub order: Order,
-    /// After how many calls the ranks compare call signatures. They always compare the first call
-    /// of a kind.
+    /// The number of calls after which the ranks compare call signatures. They always compare the
+    /// first call of a kind. Ranks of one process compare every call.
     pub check_every: usize,
-    /// The longest time that a collective may run, and that a rank waits for the others to create a
-    /// communicator.
+    /// The longest time that a collective may run. Also the longest time that a rank waits for the
+    /// other ranks to create a communicator.
     pub deadline: Duration,
-    /// Whether NCCL's calls block inside NCCL while they wait for other ranks: for connections, at
-    /// the first call of a kind or of a size for which NCCL selects another algorithm.
+    /// Whether a call blocks inside NCCL while NCCL connects the ranks. NCCL connects them at the
+    /// first call of a kind, or of a size for which it selects another algorithm.
     ///
-    /// If so, a call costs microseconds. Otherwise NCCL creates a thread for every call, and the
-    /// rank polls until the call is done, which takes tens of microseconds; in return the rank
-    /// itself checks for lost ranks throughout. Neither setting waits for a lost rank. Where calls
-    /// block, an abort from another thread ends them, as in PyTorch; NCCL's guide advises against
-    /// that.
+    /// If true, a call costs microseconds. If false, NCCL creates a thread for every call, and the
+    /// rank polls until the call is done. This costs tens of microseconds, but the rank itself
+    /// checks for lost ranks throughout.
+    ///
+    /// With either setting, no rank waits forever for a lost rank. Another thread ends a blocked
+    /// call by an abort, as in PyTorch. NCCL's guide advises against such an abort.
     pub blocking: bool,
 }
 

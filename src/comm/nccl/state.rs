@@ -15,15 +15,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A collective, or a message, that was launched on the communication stream (PyTorch's `Work`).
+/// A collective or message on the communication stream, like PyTorch's `Work`.
 pub(super) struct Work<B: NcclDevice> {
     at: Arrival,
-    /// Reached when the collective can start, provided that earlier work of the communication
-    /// stream is finished.
+    /// The event after which the collective can start, once the communication stream has finished
+    /// its earlier work.
     begin: B::Event,
-    /// Set once all of it is launched.
+    /// The event after the collective. It is set once the whole collective is launched.
     end: OnceCell<B::Event>,
-    /// When it was first seen running.
+    /// When a poll first saw that the collective can run.
     since: Cell<Option<Instant>>,
 }
 
@@ -32,29 +32,29 @@ impl<B: NcclDevice> Work<B> {
         Self { at, begin, end: OnceCell::new(), since: Cell::new(None) }
     }
 
-    /// Records that all of it is launched; `end` follows it on the stream.
+    /// Records that the whole collective is launched. The event `end` follows it on the stream.
     pub(super) fn set_end(&self, end: B::Event) {
         self.end.get_or_init(|| end);
     }
 
-    /// Makes later work of a handle wait for it.
+    /// Makes later work of a handle wait for this collective.
     pub(super) fn make_wait(&self, device: &B) -> Result<()> {
         self.end.get().map_or(Ok(()), |end| device.wait_event(end))
     }
 }
 
-/// What a rank polls while it waits.
+/// The state that a rank polls while it waits.
 pub(super) struct State<B: NcclDevice> {
     pub(super) raw: RawComm,
     pub(super) watchdog: Arc<Watchdog>,
     control: Rc<dyn Communicator<Cpu>>,
-    /// The device's handle on whose stream collectives run.
+    /// The device handle on whose stream collectives run.
     stream: B,
     deadline: Duration,
     failed: RefCell<Option<Error>>,
     /// Whether pending collectives were aborted, so that tensors may hold incomplete results.
     incomplete: Cell<bool>,
-    /// The collectives that the device has not finished, as far as is known, oldest first.
+    /// The collectives that are not known to be finished, oldest first.
     pending: RefCell<VecDeque<Rc<Work<B>>>>,
 }
 
@@ -93,14 +93,14 @@ impl<B: NcclDevice> State<B> {
         self.pending.borrow_mut().push_back(Rc::clone(work));
     }
 
-    /// Whether the group can be used.
+    /// Returns an error if the group cannot be used any more.
     pub(super) fn check(&self) -> Result<()> {
         let first = self.failed.borrow().clone();
         first.map_or_else(|| self.poll(), Err)
     }
 
-    /// Checks whether pending collectives can still finish. If not, aborts the communicator, and
-    /// returns the first error from then on.
+    /// Checks whether pending collectives can still finish. If they cannot, aborts the communicator
+    /// and returns the error. Later polls return the group's first error if tensors are incomplete.
     pub(super) fn poll(&self) -> Result<()> {
         if let (true, Some(error)) = (self.incomplete.get(), &*self.failed.borrow()) {
             return Err(error.clone());
@@ -111,15 +111,16 @@ impl<B: NcclDevice> State<B> {
         self.check_pending().map_err(|error| self.abort(error))
     }
 
-    /// Removes finished collectives and checks the oldest pending one. Traces a failure with the
-    /// collective that failed, since the call that waits may not be one of the group.
+    /// Removes finished collectives and checks the oldest pending one. Traces a failure as an error
+    /// of that collective, because the waiting call may not be a call of the group.
     fn check_pending(&self) -> Result<()> {
         loop {
             let oldest = self.pending.borrow().front().cloned();
             self.watchdog.polled(oldest.as_ref().map(|oldest| &oldest.at));
             let Some(oldest) = oldest else { return self.raw.check() };
             let reached = oldest.end.get().map_or(Ok(false), |end| self.stream.is_complete(end));
-            // After an abort by the watchdog the device passes events of aborted work.
+            // After the watchdog's abort, the device reports the events of aborted work as
+            // complete.
             let live = self.raw.check_live().map_err(|error| self.find_loss(&oldest.at, error));
             if let (Ok(true), Ok(())) = (&reached, &live) {
                 self.pending.borrow_mut().pop_front();
@@ -131,21 +132,22 @@ impl<B: NcclDevice> State<B> {
         }
     }
 
-    /// Returns the loss for which the watchdog has aborted. It may concern a rank that only a later
-    /// collective needs.
+    /// Returns the loss for which the watchdog aborted. A later collective than `oldest` may be the
+    /// one that needs the lost rank.
     fn find_loss(&self, oldest: &Arrival, error: Error) -> Error {
         let pending = self.pending.borrow();
         let loss = pending.iter().find_map(|work| work.at.obstacle(&*self.control));
         loss.unwrap_or_else(|| oldest.explain(&*self.control, error))
     }
 
-    /// Whether an unfinished collective can still finish.
+    /// Returns an error if an unfinished collective cannot finish.
     fn check_work(&self, oldest: &Work<B>) -> Result<()> {
         if let Some(error) = oldest.at.obstacle(&*self.control) {
             return Err(error);
         }
         self.raw.check().map_err(|error| oldest.at.explain(&*self.control, error))?;
-        // The deadline counts from when the collective itself can run, without the work before it.
+        // The deadline counts from the time when the collective can run, so earlier work does not
+        // count.
         if oldest.since.get().is_none() && self.stream.is_complete(&oldest.begin)? {
             oldest.since.set(Some(Instant::now()));
         }
@@ -155,8 +157,8 @@ impl<B: NcclDevice> State<B> {
         Ok(())
     }
 
-    /// Ends the group. If a rank has left after its last contribution, pending collectives still
-    /// finish.
+    /// Ends the group. If the error is that a rank has left, pending collectives may still finish,
+    /// so they are not aborted.
     pub(super) fn fail(&self, error: Error) -> Error {
         if matches!(error, Error::PeerLost { reason: LostReason::Left, .. }) {
             return self.failed.borrow_mut().get_or_insert(error).clone();
@@ -164,14 +166,15 @@ impl<B: NcclDevice> State<B> {
         self.abort(error)
     }
 
-    /// Ends the group and pending collectives. Returns the first error.
+    /// Ends the group and aborts pending collectives. Returns the group's first error.
     pub(super) fn abort(&self, error: Error) -> Error {
         self.incomplete.set(self.incomplete.get() || !self.pending.borrow().is_empty());
         self.raw.abort();
         self.failed.borrow_mut().get_or_insert(error).clone()
     }
 
-    /// Waits for pending collectives as long as they can finish, then ends the communicator.
+    /// Waits until all pending collectives have finished, or one of them cannot finish. Then ends
+    /// the communicator.
     pub(super) fn finish(&self) {
         let goes_on =
             || !std::thread::panicking() && self.poll().is_ok() && !self.pending.borrow().is_empty();
@@ -180,7 +183,8 @@ impl<B: NcclDevice> State<B> {
         }
         let finished = self.pending.borrow().is_empty();
         if finished {
-            // Not aborted: another rank may still be fetching what this one has sent.
+            // Destroys instead of aborting, because another rank may still read data from this
+            // rank.
             self.raw.destroy();
         } else {
             self.raw.abort();

@@ -1,16 +1,17 @@
-//! The watchdog: a thread that checks for lost ranks on behalf of ranks that cannot do so
-//! themselves.
+//! The watchdog: a thread that checks for lost ranks while the ranks of its process cannot.
 //!
-//! A rank polls its communicator while it waits for its device. It cannot do so inside a call of
-//! NCCL that waits for peers, or inside a call of the driver that waits for the device while a
-//! collective on it waits for peers. One thread of the process polls for all its ranks: if a rank
-//! is lost, or has not arrived by the deadline, it aborts the communicator, which ends the call.
+//! A rank polls its communicator while it waits for its device. It cannot poll inside an NCCL call
+//! that waits for peers. Nor can it poll inside a driver call that waits for the device, while a
+//! collective on the device waits for peers. So one thread of the process polls for all its ranks.
+//! If a rank is lost, or has not arrived by the deadline, the watchdog aborts the communicator,
+//! which ends the call.
 //!
-//! The thread makes no call of the driver, since the rank that it watches may hold the driver's
-//! lock. So it cannot see what the device has finished, and judges by arrivals: a collective can
-//! run once all ranks have arrived at it and at those before it. If they have arrived at all, the
-//! thread waits for the loss of a rank, or for an error of NCCL if calls block: a rank that does
-//! not poll may simply be computing.
+//! The watchdog makes no driver call, because the rank that it watches may hold the driver's lock.
+//! So it cannot see which work the device has finished, and uses arrivals instead. A collective can
+//! run once all ranks have arrived at it and at all earlier ones. From then on the watchdog acts
+//! only on a lost rank, or on an NCCL error of a blocking communicator. It applies no deadline
+//! then, because a rank that does not poll may simply be computing. For a rank inside an NCCL call,
+//! the deadline counts from the start of the call.
 
 use super::{Options, arrival::Arrival, raw::SharedComm};
 use crate::{
@@ -25,13 +26,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How often the thread polls.
+/// The time between two polls of the watchdog.
 const INTERVAL: Duration = Duration::from_millis(20);
 
-/// A rank that has not polled for so long may be inside a call of the driver.
+/// The watchdog polls for a rank that has not polled for this long, because the rank may be inside
+/// a driver call. The watchdog also waits this long before it asks for arrivals again.
 const SILENCE: Duration = Duration::from_secs(1);
 
-/// A communicator that is watched.
+/// A communicator that the watchdog watches.
 pub(super) struct Watchdog {
     comm: Arc<SharedComm>,
     liveness: Option<Mutex<Box<dyn Liveness>>>,
@@ -40,29 +42,29 @@ pub(super) struct Watchdog {
     rank: Mutex<Rank>,
 }
 
-/// What the rank's thread does, as far as it has reported.
+/// The state of the rank's thread, as the thread last reported it.
 struct Rank {
-    /// The call that it makes into NCCL, and since when.
+    /// The NCCL call that the thread is inside, and the start of the call.
     inside: Option<(Arrival, Instant)>,
-    /// The collectives that are not known to be finished.
+    /// The collectives that are not known to be finished, oldest first.
     pending: VecDeque<Arrival>,
-    /// At how many of them, from the oldest on, all ranks are known to have arrived.
+    /// The number of the oldest `pending` collectives at which all ranks have arrived.
     arrived: usize,
-    /// Since when the next one is awaited.
+    /// The start of the wait for arrivals at the next collective.
     since: Instant,
     polled: Instant,
-    /// When the other ranks were last asked whether they have arrived.
+    /// When the watchdog last asked whether the other ranks have arrived.
     asked: Instant,
 }
 
-/// The communicators of this process.
+/// The watched communicators of this process.
 static WATCHED: Mutex<Vec<Weak<Watchdog>>> = Mutex::new(Vec::new());
 
 /// Notified when a communicator is added.
 static ADDED: Condvar = Condvar::new();
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // No critical section leaves its data half changed.
+    // A thread that panics leaves the data consistent, so a poisoned lock can be used.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -70,7 +72,7 @@ impl Watchdog {
     /// Watches a communicator as long as the returned value lives.
     ///
     /// # Errors
-    /// When the system cannot start the thread.
+    /// When the system cannot start the watchdog's thread.
     pub(super) fn watch(
         comm: Arc<SharedComm>,
         control: &dyn Communicator<Cpu>,
@@ -85,8 +87,7 @@ impl Watchdog {
         let mut runs = lock(&RUNS);
         if !*runs {
             let spawned = thread::Builder::new().name("NCCL watch".into()).spawn(run);
-            spawned
-                .map_err(|error| Error::invalid("NCCL", format!("no thread to watch over ranks: {error}")))?;
+            spawned.map_err(|error| Error::invalid("NCCL", format!("cannot start the watchdog: {error}")))?;
             *runs = true;
         }
         drop(runs);
@@ -95,7 +96,7 @@ impl Watchdog {
         Ok(watchdog)
     }
 
-    /// Makes a call into NCCL, in which the rank may block.
+    /// Makes a call into NCCL in which the rank may block.
     pub(super) fn inside<R>(&self, at: Arrival, call: impl FnOnce() -> R) -> R {
         lock(&self.rank).inside = Some((at, Instant::now()));
         let result = call();
@@ -113,7 +114,7 @@ impl Watchdog {
         rank.polled = now;
     }
 
-    /// Records that the rank has polled, and the oldest collective that is not finished.
+    /// Records that the rank has polled. `oldest` is its oldest unfinished collective.
     pub(super) fn polled(&self, oldest: Option<&Arrival>) {
         let (mut rank, now) = (lock(&self.rank), Instant::now());
         rank.polled = now;
@@ -126,7 +127,7 @@ impl Watchdog {
         }
     }
 
-    /// Polls for the rank, if the rank cannot.
+    /// Polls on behalf of the rank, if the rank is inside NCCL or has not polled for long.
     fn poll(&self) {
         let rank = lock(&self.rank);
         let is_silent = rank.polled.elapsed() > SILENCE;
@@ -139,18 +140,18 @@ impl Watchdog {
         let failed = self.blocking.then(|| self.comm.check()).and_then(Result::err);
         let reason = failed.or_else(|| match &self.liveness {
             Some(liveness) => self.reason(&**lock(liveness), inside, &pending),
-            // Only the time in the call is known. Whether a collective on the device is finished is
-            // not.
-            None => inside
-                .filter(|(_, since)| since.elapsed() > self.deadline)
-                .map(|_| Error::invalid("NCCL", format!("{:?} have passed inside of a call", self.deadline))),
+            // This control group cannot report arrivals, so the watchdog knows only the time in the
+            // call. It does not know whether the device has finished a collective.
+            None => inside.filter(|(_, since)| since.elapsed() > self.deadline).map(|_| {
+                Error::invalid("NCCL", format!("a call into NCCL has taken longer than {:?}", self.deadline))
+            }),
         });
         if let Some(reason) = reason {
             self.comm.abort_for(&reason);
         }
     }
 
-    /// Returns why the rank's wait has to end.
+    /// Returns the error that ends the rank's wait, if there is one.
     fn reason(
         &self,
         liveness: &dyn Liveness,
@@ -168,7 +169,8 @@ impl Watchdog {
         .map(|at| at.give_up_for(liveness, self.deadline))
     }
 
-    /// The first collective at which not all ranks have arrived, if its deadline has passed.
+    /// Returns the first collective at which not all ranks have arrived, if its deadline has
+    /// passed.
     fn late(&self, liveness: &dyn Liveness) -> Option<Arrival> {
         let mut rank = lock(&self.rank);
         if rank.asked.elapsed() < SILENCE {
@@ -177,11 +179,11 @@ impl Watchdog {
         rank.asked = Instant::now();
         while let Some(at) = rank.pending.get(rank.arrived).copied() {
             let is_late = rank.since.elapsed() > self.deadline;
-            // Does not block the rank while the others are asked.
+            // Unlocks first, so that the rank does not wait while the watchdog asks for arrivals.
             drop(rank);
             let is_absent = || at.steps().any(|step| !liveness.absent(step).is_empty());
             if is_absent() {
-                // Asks again: an answer may have been slow.
+                // Asks again, because the first answer may have taken long.
                 return (is_late && is_absent()).then_some(at);
             }
             rank = lock(&self.rank);

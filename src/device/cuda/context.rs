@@ -1,9 +1,9 @@
-//! One GPU of a process: its primary context, its properties, and all kernels, loaded.
+//! One GPU of a process: its primary context, its properties, and its loaded kernels.
 //!
-//! A process creates one context for each GPU and keeps it. To load a module or allocate pinned
-//! memory, and to unload or free them, may wait until the GPU is idle, which it is not while a
-//! collective waits there for another rank. So all of it happens before there are collectives, and
-//! nothing is freed.
+//! A process creates one context for each GPU and keeps it. The driver may wait until the GPU is
+//! idle when it loads or unloads a module, or allocates or frees pinned memory. While a collective
+//! on the GPU waits for another rank, the GPU is not idle. So `Cuda::new` loads and allocates
+//! before there are collectives, and nothing is freed.
 
 use super::{
     families::{FAMILIES, Family, KERNELS, Kernel},
@@ -30,7 +30,7 @@ use std::{
 /// The oldest supported driver: CUDA 12.0.
 const OLDEST: c_int = 12_000;
 
-/// The primary context of a GPU, and what is loaded into it.
+/// The primary context of a GPU, and everything that is loaded into it.
 pub(super) struct Context {
     pub(super) ordinal: usize,
     device: CUdevice,
@@ -38,30 +38,30 @@ pub(super) struct Context {
     /// Major and minor compute capability.
     capability: (i32, i32),
     pub(super) name: String,
-    /// The bytes of memory.
+    /// The size of the GPU's memory in bytes.
     pub(super) total_memory: usize,
     /// The largest shared memory of a block, in bytes.
     pub(super) shared_memory: usize,
-    /// By [`Kernel::index`]. Null if a kernel is not compiled for an element.
+    /// The kernels, by [`Kernel::index`]. Null if a kernel is not compiled for an element type.
     functions: Vec<CUfunction>,
-    /// Driver events that no `Event` uses.
+    /// Driver events for reuse. No `Event` uses them.
     pub(super) spare_events: Mutex<Vec<CUevent>>,
-    /// Blocks of pinned memory that no handle uses.
+    /// Blocks of pinned memory for reuse. No handle uses them.
     pub(super) spare_pinned: Mutex<Vec<*mut u8>>,
-    /// cuBLASLt handles that no handle uses.
+    /// cuBLASLt handles for reuse. No `Lt` uses them.
     pub(super) spare_lt: Mutex<Vec<cublasLtHandle_t>>,
 }
 
-// SAFETY: every pointer is a handle of the driver or cuBLASLt, which any thread may use, or memory
-// that belongs to the thread that takes it from its list.
+// SAFETY: a pointer is either a handle of the driver or cuBLASLt, which any thread may use, or
+// memory that belongs to the thread that takes it from its list.
 #[allow(unsafe_code)]
 unsafe impl Send for Context {}
-// SAFETY: as above; every field that changes is a mutex.
+// SAFETY: as above, and every field that changes is a mutex.
 #[allow(unsafe_code)]
 unsafe impl Sync for Context {}
 
 impl Context {
-    /// The number of GPUs.
+    /// Returns the number of GPUs.
     pub(super) fn count() -> Result<usize> {
         libraries::cuda()?;
         let mut count = 0;
@@ -75,8 +75,8 @@ impl Context {
         Ok(usize::try_from(count).unwrap_or(0))
     }
 
-    /// Returns the context of a GPU. The first caller creates it; other callers for the same GPU
-    /// wait.
+    /// Returns the context of a GPU. The first caller creates it, and other callers for the same
+    /// GPU wait.
     pub(super) fn of(ordinal: usize) -> Result<&'static Self> {
         type Entry = Mutex<Option<&'static Context>>;
         static ALL: Mutex<BTreeMap<usize, &'static Entry>> = Mutex::new(BTreeMap::new());
@@ -101,14 +101,14 @@ impl Context {
     fn new(ordinal: usize) -> Result<Self> {
         let (mut version, mut device, mut handle, mut total_memory) = (0, 0, std::ptr::null_mut(), 0);
         let mut name = [0_u8; 256];
-        // SAFETY: every pointer is valid for writing the driver's type; `name` has more than
-        // the stated 255 bytes.
+        // SAFETY: every pointer is valid for writing the driver's type, and `name` has 256 bytes,
+        // more than the stated 255.
         #[allow(unsafe_code)]
         unsafe {
             driver("cuDriverGetVersion", sys::cuDriverGetVersion(&mut version))?;
             if version < OLDEST {
                 let reason = format!(
-                    "it is for CUDA {}.{}; 12.0 or later is needed",
+                    "it supports CUDA {}.{}; 12.0 or later is needed",
                     version / 1000,
                     version % 1000 / 10
                 );
@@ -151,7 +151,7 @@ impl Context {
         Ok(this)
     }
 
-    /// Loads every kernel.
+    /// Loads every kernel of every family.
     fn load(&mut self) -> Result<()> {
         let images = program::images(self.capability)?;
         self.make_current()?;
@@ -179,7 +179,7 @@ impl Context {
         Ok(value)
     }
 
-    /// The pool of this device's memory.
+    /// Returns the pool from which the driver allocates this GPU's memory.
     fn pool(&self) -> Result<CUmemoryPool> {
         self.make_current()?;
         let mut pool = std::ptr::null_mut();
@@ -190,14 +190,14 @@ impl Context {
         Ok(pool)
     }
 
-    /// Makes the device's pool keep freed memory, which by default returns to the system at every
-    /// synchronization. And keeps allocations from waiting for another stream: memory that was
-    /// freed after a collective would make the work that reuses it wait for other ranks.
+    /// Makes the GPU's pool keep freed memory. By default the memory returns to the system at every
+    /// synchronization. Also keeps allocations from waiting for another stream. Otherwise work that
+    /// reuses memory freed after a collective would wait for other ranks.
     fn set_pool(&self) -> Result<()> {
         use CUmemPool_attribute as Is;
         let pool = self.pool()?;
         let set = |attribute, value: *mut c_void| {
-            // SAFETY: both callers point to a value of the attribute's type.
+            // SAFETY: both calls below point to a value of the attribute's type.
             #[allow(unsafe_code)]
             let code = unsafe { sys::cuMemPoolSetAttribute(pool, attribute, value) };
             driver("cuMemPoolSetAttribute", code)
@@ -207,8 +207,8 @@ impl Context {
         set(Is::CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES, (&raw mut off).cast())
     }
 
-    /// Lets the other GPUs access this one's memory, as far as they are connected. By default only
-    /// its own device can access a pool's memory, even if contexts have enabled peer access.
+    /// Lets the other GPUs access this GPU's memory, if they are connected. By default only this
+    /// GPU can access its pool, even if contexts have enabled peer access.
     #[cfg(feature = "nccl")]
     pub(super) fn open_memory(&self) -> Result<()> {
         let pool = self.pool()?;
@@ -224,8 +224,9 @@ impl Context {
             if reaches == 0 {
                 continue;
             }
-            // `CUmemAccessDesc` has other fields in later bindings, but one layout in all: the kind
-            // of location (a device), its number, and the access (read and write).
+            // `CUmemAccessDesc` has other fields in later bindings, but always this layout: the
+            // kind of location (1 is a device), the location's number, and the access (3 is read
+            // and write).
             let access: [c_int; 3] = [1, device, 3];
             const { assert!(size_of::<sys::CUmemAccessDesc>() == size_of::<[c_int; 3]>()) };
             // SAFETY: `access` has the layout of one `CUmemAccessDesc` (its size is asserted
@@ -237,15 +238,15 @@ impl Context {
         Ok(())
     }
 
-    /// Makes this the calling thread's current context. Callers do so before every use, since other
-    /// libraries may have changed it. It is cheap.
+    /// Makes this context the calling thread's current one. Callers do so before every use, because
+    /// other libraries may have changed the current context. The call is cheap.
     pub(super) fn make_current(&self) -> Result<()> {
-        // SAFETY: the handle is that of a context that is never released.
+        // SAFETY: the context of this handle is never released.
         #[allow(unsafe_code)]
         driver("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.handle) })
     }
 
-    /// Returns a kernel for one or two elements.
+    /// Returns a kernel for one or two element types.
     pub(super) fn function(&self, kernel: Kernel, first: DType, second: Option<DType>) -> Result<CUfunction> {
         let function = self.functions[kernel.index(first, second)];
         if function.is_null() {
@@ -255,10 +256,11 @@ impl Context {
         Ok(function)
     }
 
-    /// Returns a kernel of a module by its name, and loads it, also if the driver loads lazily. The
-    /// context is current.
+    /// Finds a kernel of a module by its name and loads it, even if the driver loads lazily. The
+    /// caller has made the context current.
     fn find(&self, family: &Family, module: CUmodule, name: &str) -> Result<CUfunction> {
-        let symbol = CString::new(name).map_err(|_| Error::invalid("kernel", "its name has a zero"))?;
+        let symbol =
+            CString::new(name).map_err(|_| Error::invalid("kernel", "its name contains a zero byte"))?;
         let mut function = std::ptr::null_mut();
         // SAFETY: the module is never unloaded; `function` is valid for writing a function.
         #[allow(unsafe_code)]
@@ -266,11 +268,11 @@ impl Context {
             sys::cuModuleGetFunction(&mut function, module, symbol.as_ptr())
         })?;
         program::load_function(function)?;
-        // A block may use more shared memory than the default only after this attribute is set.
+        // A block can use more shared memory than the default only after this attribute is set.
         const SHARED: sys::CUfunction_attribute =
             sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         if family.large_shared_memory {
-            // SAFETY: the function was just found. The subtrahend leaves room for its static shared
+            // SAFETY: the function was just found. 1024 bytes stay free for its static shared
             // memory.
             #[allow(unsafe_code)]
             let code = unsafe {

@@ -1,4 +1,5 @@
-//! The kernels of `cuda/*.cu`, by family, which are compiled and loaded when a GPU is first used.
+//! The kernels of `cuda/*.cu`, by family. A process compiles and loads them when it first uses a
+//! GPU.
 
 use crate::device::DType;
 
@@ -7,32 +8,32 @@ pub(crate) struct Family {
     pub(crate) name: &'static str,
     /// The contents of the file.
     pub(super) source: &'static str,
-    /// Whether its kernels use more than 48 KiB of shared memory.
+    /// Whether the family's kernels use more than 48 KiB of shared memory.
     pub(super) large_shared_memory: bool,
-    /// Whether the compiler may contract a product and a sum to a fused multiply-add, rounded once.
-    /// This is faster, but the compiler selects where, so the bits of two forms of a loop may
-    /// differ.
+    /// Whether the compiler may contract a product and a sum to a fused multiply-add, which rounds
+    /// once. Contraction is faster. But the compiler decides where it contracts, so two forms of a
+    /// loop may give different bits.
     pub(super) contracts: bool,
     pub(super) kernels: &'static [(Kernel, &'static str, Elements)],
 }
 
-/// The elements that a kernel is compiled for.
+/// The element types for which a kernel is compiled.
 #[derive(Clone, Copy)]
 pub(super) enum Elements {
-    /// All four.
+    /// All four types.
     Each,
-    /// The accumulators, f64 and f32.
+    /// The accumulator types, f64 and f32.
     Accumulators,
-    /// Those of 16 bits: bf16 and f16.
+    /// The types of 16 bits, bf16 and f16.
     Halves,
-    /// All pairs.
+    /// All pairs of types.
     Pairs,
-    /// All pairs with the same accumulator.
+    /// All pairs of types with the same accumulator.
     SumPairs,
 }
 
 impl Elements {
-    /// One or two elements for every kernel with the name.
+    /// Returns the one or two element types of every compiled variant.
     pub(super) fn all(self) -> Vec<(DType, Option<DType>)> {
         use DType::{BF16, F16, F32, F64};
         let one = |elements: &[DType]| elements.iter().map(|&element| (element, None)).collect::<Vec<_>>();
@@ -51,24 +52,24 @@ impl Elements {
 }
 
 impl Kernel {
-    /// The index of a kernel in a table of all kernels of all elements.
+    /// The index of a kernel's variant in a table of all kernels and element types.
     pub(super) fn index(self, first: DType, second: Option<DType>) -> usize {
         (self as usize * 4 + first as usize) * 5 + second.map_or(0, |second| 1 + second as usize)
     }
 }
 
-/// The length of such a table.
+/// The length of the table for [`Kernel::index`].
 pub(super) const KERNELS: usize = COUNT * 4 * 5;
 
 macro_rules! kernels {
     ($($family:literal ($($option:ident: $value:literal),*) { $($kernel:ident $stem:literal $elements:ident,)* })*) => {
-        /// A kernel, without its elements.
+        /// A kernel, without its element types.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(crate) enum Kernel { $($($kernel,)*)* }
 
         const COUNT: usize = [$($(Kernel::$kernel,)*)*].len();
 
-        /// All families, in descending order of compile time.
+        /// All families, in descending order of compile time, so that the slowest compiles first.
         pub(crate) static FAMILIES: &[Family] = &[$(Family {
             name: $family,
             source: include_str!(concat!("../../../cuda/", $family, ".cu")),
@@ -77,7 +78,7 @@ macro_rules! kernels {
         },)*];
 
         impl Kernel {
-            /// The family of a kernel.
+            /// Returns the name of the kernel's family.
             pub(super) fn family(self) -> &'static str {
                 match self {
                     $($(Self::$kernel)|* => $family,)*
@@ -180,7 +181,7 @@ mod tests {
         assert!(indices.iter().all(|&index| index < KERNELS));
     }
 
-    /// In the sources a macro appends the element's name to a kernel's.
+    /// A macro in the sources appends the element type's name to a kernel's name.
     #[test]
     fn every_kernel_of_every_file_is_listed() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/cuda");

@@ -8,7 +8,7 @@ use crate::{
 use cudarc::driver::sys;
 use std::{ffi::c_void, rc::Rc};
 
-/// The largest number of arguments of a kernel.
+/// The largest number of arguments that a kernel can have.
 const MAX_ARGUMENTS: usize = 32;
 
 /// A kernel launch in preparation.
@@ -16,28 +16,28 @@ pub(crate) struct Launch<'a> {
     cuda: &'a Cuda,
     kernel: Kernel,
     elements: (DType, Option<DType>),
-    /// The arguments, each of 8 bytes.
+    /// The arguments. Each has 8 bytes.
     arguments: Vec<u64>,
-    /// Handles of other streams, whose memory the kernel uses.
+    /// Other handles whose memory the kernel uses.
     others: Vec<Rc<Handle>>,
 }
 
-/// The blocks and threads of a launch.
+/// The numbers of blocks and threads of a launch.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Grid {
     pub(crate) blocks: [usize; 2],
     pub(crate) threads: [u32; 2],
-    /// Bytes of dynamic shared memory.
+    /// The bytes of dynamic shared memory.
     pub(crate) shared: usize,
 }
 
 impl Grid {
-    /// Threads for `count` elements or packs of them, in a grid-stride loop.
+    /// A grid for a grid-stride loop over `count` elements, or over `count` packs of elements.
     pub(crate) fn over(count: usize) -> Self {
         Self { blocks: [count.div_ceil(256).min(1 << 16), 1], threads: [256, 1], shared: 0 }
     }
 
-    /// One warp for each row of `cols` elements if rows are short, else one block.
+    /// One warp for each row if rows have at most 1024 columns, otherwise one block for each row.
     pub(crate) fn rows(rows: usize, cols: usize) -> Self {
         if cols <= 1024 {
             Self { blocks: [rows.div_ceil(8), 1], threads: [32, 8], shared: 0 }
@@ -48,12 +48,12 @@ impl Grid {
 }
 
 impl Cuda {
-    /// Prepares a launch of a kernel for an element.
+    /// Prepares a launch of a kernel for one element type.
     pub(crate) fn kernel(&self, kernel: Kernel, of: DType) -> Launch<'_> {
         self.launch(kernel, (of, None))
     }
 
-    /// Prepares a launch of a kernel from one element to another.
+    /// Prepares a launch of a kernel that reads one element type and writes another.
     pub(crate) fn kernel_between(&self, kernel: Kernel, from: DType, to: DType) -> Launch<'_> {
         self.launch(kernel, (from, Some(to)))
     }
@@ -129,7 +129,7 @@ impl Launch<'_> {
         self
     }
 
-    /// Adds such a table, or a null pointer.
+    /// Adds a small table that the kernel reads, or a null pointer.
     pub(crate) fn table_if(self, table: Option<&super::Table>) -> Self {
         match table {
             Some(table) => self.table(table),
@@ -147,12 +147,12 @@ impl Launch<'_> {
     /// Launches the kernel on the handle's stream.
     ///
     /// # Safety
-    /// The arguments are those of the kernel, in number, order and type, and it stays inside the
-    /// given views. Those that it writes are borrowed exclusively.
+    /// The arguments match the kernel's parameters in number, order and type. The kernel stays
+    /// inside the given views. The views that it writes are borrowed exclusively.
     ///
     /// # Errors
-    /// When the kernel is not compiled for the elements, an argument is memory of another GPU, or
-    /// the driver refuses.
+    /// When the kernel is not compiled for the element types, an argument is memory of another GPU,
+    /// the grid is too large, or the driver returns an error.
     #[allow(unsafe_code)]
     pub(crate) unsafe fn run(mut self, grid: Grid) -> Result<()> {
         if grid.blocks.contains(&0) {
@@ -161,28 +161,30 @@ impl Launch<'_> {
         let handle = &self.cuda.0;
         if grid.shared > handle.context.shared_memory.saturating_sub(1024) {
             let reason = format!(
-                "it needs {} bytes of shared memory, of which {} has {}",
+                "the kernel needs {} bytes of dynamic shared memory, but {} has {} in all",
                 grid.shared, handle.context.name, handle.context.shared_memory
             );
             return Err(Error::Unsupported { op: self.kernel.family(), reason });
         }
         let number = |what: &str, value: usize| {
-            u32::try_from(value).map_err(|_| Error::invalid(self.kernel.family(), format!("{value} {what}")))
+            u32::try_from(value)
+                .map_err(|_| Error::invalid(self.kernel.family(), format!("{value} {what} are too many")))
         };
         let blocks = [number("blocks", grid.blocks[0])?, number("blocks", grid.blocks[1])?];
         let shared = number("bytes of shared memory", grid.shared)?;
         handle.context.make_current()?;
         let function = handle.context.function(self.kernel, self.elements.0, self.elements.1)?;
         if self.arguments.len() > MAX_ARGUMENTS {
-            let reason = format!("{} arguments, of {MAX_ARGUMENTS} at most", self.arguments.len());
+            let reason =
+                format!("{} arguments, but at most {MAX_ARGUMENTS} are supported", self.arguments.len());
             return Err(Error::internal(self.kernel.family(), reason));
         }
         let mut pointers = [std::ptr::null_mut::<c_void>(); MAX_ARGUMENTS];
         pointers.iter_mut().zip(&mut self.arguments).for_each(|(to, value)| *to = (value as *mut u64).cast());
         self.cuda.joins(&self.others, || {
-            // SAFETY: every pointer is that of an argument that lives until the call returns, by
-            // when the driver has copied it; function and stream are of the current context; the
-            // rest is the caller's promise.
+            // SAFETY: every pointer points to an argument that lives until the call returns, and
+            // the driver has copied it by then. Function and stream belong to the current context.
+            // The caller guarantees the rest.
             let code = unsafe {
                 sys::cuLaunchKernel(
                     function,

@@ -1,9 +1,9 @@
 //! Finds and loads NVIDIA's libraries before the first call into them.
 //!
-//! Searches for each library, in the folders of pip and conda too, and looks up every function in
-//! use once. If something is missing, the [`Error`] lists the searched places. The driver's
-//! functions are called by bindings, which search only the loader's path and panic if something is
-//! missing. NVRTC's and cuBLASLt's are called by tables of functions, from the file found here.
+//! This module searches for each library, in the folders of pip and conda too, and looks up every
+//! function in use once. If something is missing, the [`Error`] lists the searched places. The
+//! `cudarc` bindings call the driver's functions. They search only the loader's path, and panic if
+//! something is missing. Tables of functions call NVRTC and cuBLASLt, in the file found here.
 
 use crate::error::{Error, Result};
 use cudarc::{
@@ -17,23 +17,24 @@ use std::{
     sync::OnceLock,
 };
 
-/// A library, and what is needed of it.
+/// A library, with its file names and the functions that it has to have.
 pub(super) struct Needed {
-    /// Its name in messages.
+    /// The library's name in messages.
     pub(super) name: &'static str,
-    /// File names, the preferred first.
+    /// The library's file names, the preferred one first.
     files: &'static [&'static str],
-    /// The prefix of the names of files that the library itself opens, on the loader's path only.
+    /// The prefix of the names of dependencies. The library itself opens these files, but searches
+    /// only the loader's path.
     dependencies: Option<&'static str>,
     /// The folders of pip's packages, below `site-packages`.
     pip: &'static [&'static str],
     /// The functions in use.
     functions: &'static [&'static str],
-    /// What a user can do if it is missing.
+    /// The advice for a user who does not have the library.
     advice: &'static str,
 }
 
-/// The driver, which comes with the GPU's kernel module and never from pip.
+/// The driver. It comes with the GPU's kernel module, never from pip.
 pub(super) const DRIVER: Needed = Needed {
     name: "the CUDA driver",
     files: &["libcuda.so", "libcuda.so.1"],
@@ -76,7 +77,7 @@ pub(super) const DRIVER: Needed = Needed {
     advice: "a driver for CUDA 12 or later is needed",
 };
 
-/// Declares a table of functions: field name, symbol and type.
+/// Declares a table of functions. Each entry has a field name, a symbol and a type.
 macro_rules! table {
     ($(#[$doc:meta])* $table:ident { $($field:ident: $name:literal ($($argument:ty),*) $(-> $result:ty)?;)* }) => {
         $(#[$doc])*
@@ -87,12 +88,12 @@ macro_rules! table {
         impl $table {
             const NAMES: &[&str] = &[$($name),*];
 
-            /// Looks up the functions of a library, which stays loaded. `Needed::open` checked
-            /// that it has all of them.
+            /// Looks up the functions of a library, which stays loaded. `Needed::open` has checked
+            /// that the library has all of them.
             fn of(library: Library) -> Result<Self> {
                 let missing = |error: libloading::Error| Error::invalid(stringify!($table), error.to_string());
-                // SAFETY: the types are those that NVIDIA's headers declare for these names,
-                // unchanged from CUDA 12.0 on.
+                // SAFETY: NVIDIA's headers declare these types for these names, unchanged since
+                // CUDA 12.0.
                 #[allow(unsafe_code)]
                 let table = unsafe {
                     Self { $($field: *library.get($name.as_bytes()).map_err(missing)?,)* }
@@ -105,7 +106,7 @@ macro_rules! table {
 }
 
 table! {
-    /// The compiler of the kernels.
+    /// NVRTC, the compiler of the kernels.
     Nvrtc {
         version: "nvrtcVersion" (*mut c_int, *mut c_int) -> nvrtcResult;
         count_architectures: "nvrtcGetNumSupportedArchs" (*mut c_int) -> nvrtcResult;
@@ -126,7 +127,7 @@ table! {
 }
 
 table! {
-    /// Matrix products.
+    /// cuBLASLt, which computes matrix products.
     CublasLt {
         version: "cublasLtGetVersion" () -> usize;
         status_string: "cublasLtGetStatusString" (cublasStatus_t) -> *const c_char;
@@ -181,10 +182,10 @@ pub(super) const CUBLAS_LT: Needed = Needed {
     advice: "install CUDA 12 or later, or pip's nvidia-cublas",
 };
 
-/// The variable that names a folder, which is searched first for all libraries.
+/// The environment variable that names a folder. All libraries are searched there first.
 pub(crate) const FOLDER: &str = "SHARDWISE_CUDA_LIBRARIES";
 
-/// Returns the driver's library, which the bindings find too.
+/// Returns the driver's library. The bindings use the same library.
 pub(super) fn cuda() -> Result<&'static Library> {
     static FOUND: OnceLock<Result<Library>> = OnceLock::new();
     FOUND
@@ -212,12 +213,12 @@ pub(super) fn cublas_lt() -> Result<&'static CublasLt> {
 }
 
 impl Needed {
-    /// Returns the library, which has all functions, and its file.
+    /// Finds the library, checks that it has all functions, and returns it with its file.
     fn open(&self) -> Result<(Library, PathBuf)> {
         let mut tried = Vec::new();
         for place in self.places() {
-            // SAFETY: the initializers of NVIDIA's libraries have no preconditions; the file is one
-            // that the user's paths name as such a library.
+            // SAFETY: the initializers of NVIDIA's libraries have no preconditions, and the user's
+            // search paths name this file as such a library.
             #[allow(unsafe_code)]
             let library = match unsafe { Library::open(Some(&place), RTLD_NOW | RTLD_LOCAL) } {
                 Ok(library) => library,
@@ -239,15 +240,15 @@ impl Needed {
             return Ok((library, place));
         }
         let reason = format!(
-            "it was not found: {}; {FOLDER} may name its folder; not in the Pythons and toolkits at hand; tried {}",
+            "it was not found: {}; {FOLDER} can name its folder; this machine's Pythons and toolkits do not have it; tried {}",
             self.advice,
             tried.join(", ")
         );
         Err(Error::Unsupported { op: self.name, reason })
     }
 
-    /// Returns the library, if the bindings load the same one. They ask the loader, which knows a
-    /// loaded library by its soname.
+    /// Returns the library if the bindings load the same one. The bindings ask the loader, which
+    /// finds a loaded library by its soname.
     fn check_bound(&self, (library, place): (Library, PathBuf)) -> Result<Library> {
         let function = self.functions.first().copied().unwrap_or_default();
         // SAFETY: the symbol is only looked up.
@@ -262,21 +263,22 @@ impl Needed {
             return Ok(library);
         }
         let reason = format!(
-            "{} is there, but the loader has another for {}: put the folder first in LD_LIBRARY_PATH",
+            "{} was found, but the loader uses another file for {}: put the folder first in LD_LIBRARY_PATH",
             place.display(),
             self.files.join(" or "),
         );
         Err(Error::Unsupported { op: self.name, reason })
     }
 
-    /// Loads the dependencies in the library's folder. Once they are loaded, the loader knows them
-    /// by name.
+    /// Loads the dependencies from the library's folder. From then on the loader finds them by
+    /// name.
     fn load_dependencies(&self, place: &Path) {
         let Some(prefix) = self.dependencies else { return };
         let folder = place.parent().filter(|folder| !folder.as_os_str().is_empty());
         let files = folder.and_then(|folder| folder.read_dir().ok()).into_iter().flatten().flatten();
         for file in files.filter(|file| file.file_name().to_string_lossy().starts_with(prefix)) {
-            // SAFETY: as in `open`. If this fails, the library itself reports it at its use.
+            // SAFETY: as in `open`. If this fails, the library reports the missing dependency
+            // later.
             #[allow(unsafe_code)]
             if let Ok(dependency) = unsafe { Library::open(Some(file.path()), RTLD_NOW | RTLD_LOCAL) } {
                 std::mem::forget(dependency);
@@ -284,11 +286,11 @@ impl Needed {
         }
     }
 
-    /// Returns where the library may be: in the folder that the user names, on the loader's path,
-    /// where pip and conda install it, and in a toolkit.
+    /// Returns the files that may be the library: in the folder that the user names, on the
+    /// loader's path, in the folders of pip and conda, and in a toolkit.
     ///
-    /// Searches the folders of `LD_LIBRARY_PATH` one by one: pip's packages have only versioned
-    /// file names, but a toolkit elsewhere on the loader's path also has the unversioned one.
+    /// The folders of `LD_LIBRARY_PATH` come first, one by one. The loader searches by file name,
+    /// so it could prefer a toolkit elsewhere on its path that has another file name.
     fn places(&self) -> Vec<PathBuf> {
         let in_folder = |folder: &Path| {
             self.files.iter().map(|file| folder.join(file)).filter(|path| path.exists()).collect::<Vec<_>>()
@@ -313,7 +315,7 @@ impl Needed {
     }
 }
 
-/// Returns the `lib` folders of the Python environments: the active one, the user's, the system's.
+/// Returns the `lib` folders of Python environments: the active one, the user's and the system's.
 pub(crate) fn python_folders() -> impl Iterator<Item = PathBuf> {
     let active = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
     let user = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local"));
@@ -321,7 +323,7 @@ pub(crate) fn python_folders() -> impl Iterator<Item = PathBuf> {
     active.chain(user).chain(system).map(|prefix| prefix.join("lib"))
 }
 
-/// Returns the package folders of the Pythons in such a folder.
+/// Returns the package folders of the Pythons in a `lib` folder.
 pub(crate) fn sites(lib: &Path) -> impl Iterator<Item = PathBuf> {
     let named =
         |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("python"));

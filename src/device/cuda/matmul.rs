@@ -1,6 +1,7 @@
-//! Matrix products by cuBLASLt: one cached plan for each shape, selected by its heuristics.
+//! Matrix products by cuBLASLt. Each kind of product has one cached plan, which cuBLASLt's
+//! heuristics select.
 //!
-//! Matrices are column-major here, as in cuBLASLt; `kernels/gemm/cuda.rs` converts row-major ones.
+//! Matrices are column-major here, as in cuBLASLt. `kernels/gemm/cuda.rs` converts row-major ones.
 
 use super::{
     Cuda,
@@ -22,46 +23,46 @@ use cudarc::cublaslt::sys::{
 };
 use std::{cell::RefCell, collections::HashMap, ffi::c_void, rc::Rc};
 
-/// A column-major matrix of a batch.
+/// The layout of a column-major matrix, or of a batch of such matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Layout {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
-    /// Elements from one column to the next.
+    /// The number of elements from one column to the next.
     pub(crate) leading: usize,
-    /// Elements from one matrix to the next.
+    /// The number of elements from one matrix of the batch to the next.
     pub(crate) stride: usize,
 }
 
-/// An operation fused with a product, a column-major matrix D.
+/// An operation that is fused with a product. D is the product's result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Epilogue {
-    /// Nothing.
+    /// No operation.
     None,
     /// Adds a bias, one number for each row.
     Bias,
-    /// Adds a bias, one number for each row, stores the sum in an auxiliary matrix, and its GELU
-    /// (tanh) in D.
+    /// Adds a bias, one number for each row. Stores the sum in an auxiliary matrix, and the sum's
+    /// GELU (tanh) in D.
     BiasGelu(Saved),
-    /// Multiplies by the derivative of GELU at the auxiliary matrix of `BiasGelu`.
+    /// Multiplies D by the derivative of GELU at the auxiliary matrix that `BiasGelu` stored.
     GeluSlope(Saved),
-    /// Also stores the sum of each column of op(B): the bias gradient.
+    /// Also stores the sum of each column of op(B), which is the bias gradient.
     ColumnSums,
 }
 
-/// The leading dimension of the auxiliary matrix, which is column-major.
+/// The leading dimension of the column-major auxiliary matrix.
 pub(crate) type Saved = usize;
 
 /// D ← epilogue(α op(A) op(B) + β D), for every matrix of a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Matmul {
-    /// The element of A and B.
+    /// The element type of A and B.
     pub(crate) inputs: DType,
-    /// The element of D.
+    /// The element type of D.
     pub(crate) output: DType,
-    /// Whether A is transposed first.
+    /// Whether op(A) is the transpose of A.
     pub(crate) transpose_a: bool,
-    /// Whether B is transposed first.
+    /// Whether op(B) is the transpose of B.
     pub(crate) transpose_b: bool,
     pub(crate) a: Layout,
     pub(crate) b: Layout,
@@ -70,25 +71,25 @@ pub(crate) struct Matmul {
     pub(crate) epilogue: Epilogue,
 }
 
-/// The addresses of the operands.
+/// The addresses of the operands on the GPU.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Operands {
     pub(crate) a: u64,
     pub(crate) b: u64,
     pub(crate) d: u64,
-    /// The epilogue's bias or sums; 0 if none.
+    /// The epilogue's bias or column sums; 0 if there are none.
     pub(crate) vector: u64,
-    /// The epilogue's auxiliary matrix; 0 if none.
+    /// The epilogue's auxiliary matrix; 0 if there is none.
     pub(crate) saved: u64,
 }
 
-/// cuBLASLt for one stream: its handle, workspace and plans. Handles are never destroyed, since
-/// cuBLASLt would wait for the device, but kept for the next stream.
+/// cuBLASLt for one stream: a cuBLASLt handle, a workspace and plans. The handle is never
+/// destroyed, because cuBLASLt would wait for the device. It is kept for the next stream.
 pub(crate) struct Lt {
     api: &'static CublasLt,
     handle: cublasLtHandle_t,
     context: &'static Context,
-    /// None if cuBLASLt does not support the product with its epilogue.
+    /// The cached plans. None if cuBLASLt does not support the product with its epilogue.
     plans: RefCell<HashMap<Key, Option<Rc<Plan>>>>,
     workspace: RefCell<Option<StreamMemory>>,
 }
@@ -97,11 +98,11 @@ pub(crate) struct Lt {
 /// A, B and D in bytes.
 type Key = (Matmul, bool, [u32; 3]);
 
-/// The largest number of cached plans. Beyond it the cache is cleared: a server that receives new
-/// lengths forever makes new plans forever.
+/// The largest number of cached plans. The cache is cleared beyond it, because a server that keeps
+/// receiving new lengths would keep adding plans.
 const MAX_PLANS: usize = 1024;
 
-/// The largest workspace in bytes: NVIDIA's recommendation for Hopper, and enough for other GPUs.
+/// The largest workspace in bytes. NVIDIA recommends it for Hopper, and other GPUs need no more.
 const WORKSPACE: usize = 32 << 20;
 
 impl Lt {
@@ -123,12 +124,12 @@ impl Lt {
         Ok(Self { api, handle, context, plans: RefCell::default(), workspace: RefCell::default() })
     }
 
-    /// Launches a product. Returns whether cuBLASLt supports it with its epilogue; if not, nothing
-    /// was launched. Without an epilogue that is an error.
+    /// Launches a product. Returns false, without a launch, if cuBLASLt does not support the
+    /// product with its epilogue. For a product without an epilogue, missing support is an error.
     ///
     /// # Safety
-    /// The operands are at their addresses, complete, in memory that the caller has ordered with
-    /// the stream. Those that are written are borrowed exclusively.
+    /// The operands are complete at their addresses, and the caller has ordered their memory with
+    /// the stream. The operands that the product writes are borrowed exclusively.
     #[allow(unsafe_code)]
     pub(crate) unsafe fn run(
         &self,
@@ -140,7 +141,7 @@ impl Lt {
     ) -> Result<bool> {
         cuda.0.context.make_current()?;
         let alignment = |address: u64| 1 << address.trailing_zeros().min(8);
-        // The epilogue's operands need the alignment of D.
+        // D and the epilogue's operands share one alignment.
         let aligned = [at.a, at.b, at.d | at.vector | at.saved].map(alignment);
         let key = (*product, cuda.is_exact(), aligned);
         let Some(plan) = self.plan(&key, &at)? else { return Ok(false) };
@@ -158,9 +159,9 @@ impl Lt {
             _ => [(&raw const narrow[0]).cast(), (&raw const narrow[1]).cast()],
         };
         plan.set_pointers(&at)?;
-        // SAFETY: the plan was made for these layouts, and its descriptors are live; α and β are of
-        // the scale type and live until the call returns; the workspace has the stated bytes; the
-        // operands are the caller's promise.
+        // SAFETY: the plan was made for these layouts, and its descriptors are live. α and β have
+        // the scale type and live until the call returns. The workspace has the stated bytes. The
+        // caller guarantees the operands.
         let code = unsafe {
             (self.api.matmul)(
                 self.handle,
@@ -182,14 +183,15 @@ impl Lt {
             )
         };
         if code == cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED && product.epilogue != Epilogue::None {
-            // The heuristics had claimed support.
+            // The heuristics had returned this algorithm as supported.
             self.plans.borrow_mut().insert(key, None);
             return Ok(false);
         }
         cublas_lt("cublasLtMatmul", code).map(|()| true)
     }
 
-    /// Returns the plan of a key; none if cuBLASLt does not support the product with its epilogue.
+    /// Returns the plan of a key, or none if cuBLASLt does not support the product with its
+    /// epilogue.
     fn plan(&self, key: &Key, at: &Operands) -> Result<Option<Rc<Plan>>> {
         let mut plans = self.plans.borrow_mut();
         if let Some(plan) = plans.get(key) {
@@ -197,7 +199,7 @@ impl Lt {
         }
         let plan = match Plan::new(self.api, self.handle, key, at) {
             Ok(plan) => Some(Rc::new(plan)),
-            // Which epilogues support which elements and layouts depends on cuBLASLt's version.
+            // Each version of cuBLASLt supports other epilogues for other elements and layouts.
             Err(Error::Unsupported { .. } | Error::Library { .. }) if key.0.epilogue != Epilogue::None => {
                 None
             }
@@ -217,7 +219,7 @@ impl Drop for Lt {
     }
 }
 
-/// Descriptors and their algorithm.
+/// The descriptors of a product, and the algorithm selected for them.
 struct Plan {
     api: &'static CublasLt,
     desc: cublasLtMatmulDesc_t,
@@ -286,8 +288,8 @@ impl Plan {
     ) -> Result<()> {
         let preference = Preference::new(self.api)?;
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE)?;
-        // CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE: partial sums stay in the accumulator, and are
-        // added in a fixed order.
+        // CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE keeps partial sums in the accumulator, and adds
+        // them in a fixed order.
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, 2_u32)?;
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, aligned[0])?;
         preference.set(PreferenceIs::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, aligned[1])?;
@@ -301,7 +303,8 @@ impl Plan {
             reserved: [0; 4],
         };
         let (mut found, mut count) = ([none; 8], 0);
-        // SAFETY: the descriptors are live, and `found` has room for the requested results.
+        // SAFETY: the descriptors are live, and `found` has room for the requested number of
+        // results.
         #[allow(unsafe_code)]
         let code = unsafe {
             (self.api.heuristic)(
@@ -318,11 +321,12 @@ impl Plan {
             )
         };
         cublas_lt("cublasLtMatmulAlgoGetHeuristic", code)?;
-        // Sorted by estimated time; each has a state, which says whether it is usable.
+        // The results are sorted by estimated time. Each has a state that shows whether it is
+        // usable.
         let found = found.iter().take(usize::try_from(count).unwrap_or(0));
         let best = found.into_iter().find(|found| found.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS);
         let Some(best) = best else {
-            let reason = format!("cuBLASLt knows no way to compute {product:?}");
+            let reason = format!("cuBLASLt has no algorithm for {product:?}");
             return Err(Error::Unsupported { op: "gemm", reason });
         };
         (self.algorithm, self.workspace) = (best.algo, best.workspaceSize);
@@ -351,8 +355,8 @@ impl Plan {
 
 impl Drop for Plan {
     fn drop(&mut self) {
-        // SAFETY: a descriptor that is not null was created, and is not used again; launches have
-        // copied it.
+        // SAFETY: a descriptor that is not null was created before and is not used again. Launches
+        // have copied it.
         #[allow(unsafe_code)]
         unsafe {
             for layout in [self.a, self.b, self.d].into_iter().filter(|layout| !layout.is_null()) {
@@ -372,7 +376,8 @@ fn layout(api: &CublasLt, dtype: DType, layout: &Layout, batch: usize) -> Result
         DType::BF16 => CudaType::CUDA_R_16BF,
         DType::F16 => CudaType::CUDA_R_16F,
     };
-    let count = i32::try_from(batch).map_err(|_| Error::invalid("gemm", format!("a batch of {batch}")))?;
+    let count =
+        i32::try_from(batch).map_err(|_| Error::invalid("gemm", format!("{batch} matrices are too many")))?;
     let mut handle = std::ptr::null_mut();
     // SAFETY: `handle` is valid for writing a layout.
     #[allow(unsafe_code)]
@@ -422,7 +427,7 @@ impl Preference {
 
 impl Drop for Preference {
     fn drop(&mut self) {
-        // SAFETY: the preference was created, and is not used again.
+        // SAFETY: the preference was created before and is not used again.
         #[allow(unsafe_code)]
         let _ = unsafe { (self.api.preference_destroy)(self.handle) };
     }

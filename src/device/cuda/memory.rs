@@ -1,4 +1,4 @@
-//! Device memory: buffers, views of them, and pinned host memory.
+//! Device memory: buffers, views of buffers, and pinned host memory.
 
 use super::{Cuda, Handle, context::Context, lock, status::driver, stream::Event};
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
 use cudarc::driver::sys::{self, CUdeviceptr, CUstream};
 use std::{fmt, marker::PhantomData, ops::Range, rc::Rc};
 
-/// Device memory, allocated from and freed to the device's pool in the order of its handle's
+/// Device memory from the GPU's pool. The pool allocates and frees it in the order of its handle's
 /// stream.
 pub struct CudaBuffer<T: Element> {
     address: CUdeviceptr,
@@ -24,18 +24,19 @@ impl<T: Element> CudaBuffer<T> {
         let size = size_of::<T>();
         let bytes = len.checked_mul(size).ok_or(Error::Memory { len, size })?;
         let mut buffer = Self { address: 0, len, owner: Rc::clone(owner), element: PhantomData };
-        // Counted before an allocation can fail: dropping the buffer subtracts it again.
+        // Counts before an allocation that may fail, because dropping the buffer subtracts the
+        // bytes again.
         owner.memory.add(bytes);
         if bytes > 0 {
-            // SAFETY: `address` is valid for writing an address; the stream is of the current
-            // context.
+            // SAFETY: `address` is valid for writing an address, and the stream belongs to the
+            // current context.
             #[allow(unsafe_code)]
             let code = unsafe { sys::cuMemAllocAsync(&mut buffer.address, bytes, owner.stream.handle) };
             driver("cuMemAllocAsync", code)?;
         }
         if bytes > 0 && owner.poison {
-            // All bits set is NaN in every element.
-            // SAFETY: the allocation has `bytes` bytes, which later work of the stream may use.
+            // A value with all bits set is NaN in every element type.
+            // SAFETY: the allocation has `bytes` bytes, and later work of the stream may use them.
             #[allow(unsafe_code)]
             let code = unsafe { sys::cuMemsetD8Async(buffer.address, 0xff, bytes, owner.stream.handle) };
             driver("cuMemsetD8Async", code)?;
@@ -57,8 +58,8 @@ impl<T: Element> Drop for CudaBuffer<T> {
         self.owner.memory.subtract(self.len * size_of::<T>());
         if self.address != 0 && self.owner.context.make_current().is_ok() {
             // SAFETY: the memory came from `cuMemAllocAsync`. Earlier work of the stream may still
-            // use it, and the pool waits for that. `Cuda::joins` has ordered the work of other
-            // handles that use it before this.
+            // use it, and the pool waits for that work. `Cuda::joins` has ordered such work of
+            // other handles before this call.
             #[allow(unsafe_code)]
             let _ = unsafe { sys::cuMemFreeAsync(self.address, self.owner.stream.handle) };
         }
@@ -71,8 +72,8 @@ impl<T: Element> fmt::Debug for CudaBuffer<T> {
     }
 }
 
-/// Memory for the work of one stream, owned by the stream's handle. It does not reference the
-/// handle, as a buffer would: that would be a reference cycle.
+/// Memory for the work of one stream. The stream's handle owns the memory. The memory does not
+/// reference the handle, as a buffer does, because that would be a reference cycle.
 pub(super) struct StreamMemory {
     address: CUdeviceptr,
     bytes: usize,
@@ -81,12 +82,13 @@ pub(super) struct StreamMemory {
 }
 
 impl StreamMemory {
-    /// Allocates memory, at least one byte, so that it has an address. The handle's context is
-    /// current.
+    /// Allocates at least one byte, so that the memory has an address. The caller has made the
+    /// handle's context current.
     pub(super) fn new(handle: &Handle, bytes: usize) -> Result<Self> {
         let (stream, context) = (handle.stream.handle, handle.context);
         let mut memory = Self { address: 0, bytes, stream, context };
-        // SAFETY: `address` is valid for writing an address; the stream is of the current context.
+        // SAFETY: `address` is valid for writing an address, and the stream belongs to the current
+        // context.
         #[allow(unsafe_code)]
         let code = unsafe { sys::cuMemAllocAsync(&mut memory.address, bytes.max(1), stream) };
         driver("cuMemAllocAsync", code)?;
@@ -105,9 +107,9 @@ impl StreamMemory {
 impl Drop for StreamMemory {
     fn drop(&mut self) {
         if self.address != 0 && self.context.make_current().is_ok() {
-            // SAFETY: the memory came from `cuMemAllocAsync` on this stream, which is live: the
-            // handle drops its memory before its stream, and other owners of the memory borrow the
-            // handle. The pool waits for earlier work of the stream.
+            // SAFETY: the memory came from `cuMemAllocAsync` on this stream. The stream is live,
+            // because the handle drops its memory before its stream, and other owners of the memory
+            // borrow the handle. The pool waits for earlier work of the stream.
             #[allow(unsafe_code)]
             let _ = unsafe { sys::cuMemFreeAsync(self.address, self.stream) };
         }
@@ -124,12 +126,12 @@ pub struct CudaSlice<'a, T: Element> {
 }
 
 impl<T: Element> CudaSlice<'_, T> {
-    /// The address of the first element.
+    /// Returns the address of the first element.
     pub(crate) fn address(&self) -> CUdeviceptr {
         self.address
     }
 
-    /// The handle that allocated the memory.
+    /// Returns the handle that allocated the memory.
     pub(crate) fn owner(&self) -> Rc<Handle> {
         Rc::clone(self.owner)
     }
@@ -149,7 +151,7 @@ pub struct CudaSliceMut<'a, T: Element> {
 }
 
 impl<T: Element> CudaSliceMut<'_, T> {
-    /// The address of the first element.
+    /// Returns the address of the first element.
     pub(crate) fn address(&self) -> CUdeviceptr {
         self.address
     }
@@ -168,26 +170,27 @@ impl<T: Element> CudaSliceMut<'_, T> {
     }
 }
 
-/// The bytes of a slice of elements.
+/// Returns the bytes of a slice of elements.
 pub(super) fn bytes<T: Element>(elements: &[T]) -> &[u8] {
-    // SAFETY: elements are f64, f32, bf16 or f16: no padding, and every byte is initialized.
+    // SAFETY: elements are f64, f32, bf16 or f16. They have no padding, so every byte is
+    // initialized.
     #[allow(unsafe_code)]
     unsafe {
         std::slice::from_raw_parts(elements.as_ptr().cast(), size_of_val(elements))
     }
 }
 
-/// The bytes of an exclusive slice of elements.
+/// Returns the bytes of an exclusive slice of elements.
 pub(super) fn bytes_mut<T: Element>(elements: &mut [T]) -> &mut [u8] {
-    // SAFETY: as in `bytes`; and any bits are a valid element.
+    // SAFETY: as in `bytes`, and any bits are a valid element.
     #[allow(unsafe_code)]
     unsafe {
         std::slice::from_raw_parts_mut(elements.as_mut_ptr().cast(), size_of_val(elements))
     }
 }
 
-/// Pinned host memory, in two halves, which the device copies asynchronously. Never freed to the
-/// driver, which may wait for the device then, but kept for the next handle.
+/// Pinned host memory in two halves, for asynchronous copies to and from the device. It is never
+/// freed to the driver, because the driver may then wait for the device. The next handle reuses it.
 struct Pinned {
     address: *mut u8,
     context: &'static Context,
@@ -209,28 +212,28 @@ impl Pinned {
 }
 
 impl Drop for Pinned {
-    /// Nothing uses the memory any more: the handle's stream has finished.
+    /// The handle's stream has finished, so nothing uses the memory any more.
     fn drop(&mut self) {
         lock(&self.context.spare_pinned).push(self.address);
     }
 }
 
 /// Copies between host and device through pinned memory, so that a small upload does not wait for
-/// the device. Fills two halves in turn, and reuses one after the device has read it.
+/// the device. Uploads fill two halves in turn, and reuse a half after the device has read it.
 #[derive(Default)]
 pub(super) struct Staging {
     memory: Option<Pinned>,
     /// The offset of the next upload, in bytes.
     at: usize,
-    /// The events after the device's last copy of each half.
+    /// For each half, the event after the device's last copy.
     copied: [Option<Event>; 2],
 }
 
-/// The bytes of one half.
+/// The number of bytes of one half.
 const HALF: usize = 1 << 20;
 
 impl Staging {
-    /// Returns the pinned memory, and allocates it first if there is none.
+    /// Returns the pinned memory. The first call allocates it.
     pub(super) fn memory(&mut self, context: &'static Context) -> Result<*mut u8> {
         if self.memory.is_none() {
             self.memory = Some(Pinned::new(context)?);
@@ -238,13 +241,13 @@ impl Staging {
         Ok(self.memory.as_ref().map_or(std::ptr::null_mut(), |memory| memory.address))
     }
 
-    /// Copies to the device, in stream order. The destination has as many bytes.
+    /// Copies `from` to the device in stream order. The destination has as many bytes.
     pub(super) fn upload(&mut self, cuda: &Handle, mut from: &[u8], mut to: CUdeviceptr) -> Result<()> {
         let pinned = self.memory(cuda.context)?;
         while !from.is_empty() {
             let half = self.at / HALF;
             if self.at.is_multiple_of(HALF) {
-                // Waits for the copy of this half's previous contents.
+                // Waits until the device has copied this half's previous contents.
                 if let Some(event) = &self.copied[half] {
                     cuda.wait_for(event)?;
                 }
@@ -253,8 +256,8 @@ impl Staging {
             let (now, rest) = from.split_at(from.len().min(HALF - self.at % HALF));
             // SAFETY: the `now.len()` bytes at `at` lie in one half of the memory. The device does
             // not read them: `wait_for` above waited for the half's previous copy, and later copies
-            // of it are of bytes before `at`. The destination is as long as `now` and `rest`, and
-            // borrowed exclusively by the caller.
+            // of this half read bytes before `at`. The destination is as long as `now` and `rest`
+            // together, and the caller borrows it exclusively.
             #[allow(unsafe_code)]
             unsafe {
                 let place = pinned.add(self.at);
@@ -274,29 +277,30 @@ impl Staging {
         Ok(())
     }
 
-    /// Copies from the device, and waits for it. The source has as many bytes. While the host reads
-    /// one half, the device fills the other.
+    /// Copies from the device to `to`, and waits for the copy. The source has as many bytes. While
+    /// the host reads one half, the device fills the other half.
     pub(super) fn download(&mut self, cuda: &Handle, mut from: CUdeviceptr, to: &mut [u8]) -> Result<()> {
         if to.is_empty() {
             return Ok(());
         }
         let pinned = self.memory(cuda.context)?;
-        // The device has read all uploads before it writes the first chunk, which is waited for.
+        // Later uploads start at the first half again. The device has then read all earlier
+        // uploads, because this function waits for a chunk that the device writes after them.
         self.at = 0;
         let mut pending: Option<(usize, &mut [u8])> = None;
         for (chunk, to) in to.chunks_mut(HALF).map(Some).chain([None]).enumerate() {
             let half = chunk % 2;
             if let Some(to) = &to {
-                // SAFETY: the half has room for a chunk, and the host has read its previous chunk.
-                // The same stream reads earlier uploads from it before it writes here.
+                // SAFETY: the half has room for a chunk, and the host has read the half's previous
+                // chunk. The stream reads earlier uploads from the half before it writes here.
                 #[allow(unsafe_code)]
                 unsafe {
                     let place = pinned.add(half * HALF).cast();
                     let code = sys::cuMemcpyDtoHAsync_v2(place, from, to.len(), cuda.stream.handle);
                     driver("cuMemcpyDtoHAsync", code)?;
                 }
-                // If a wait ends with an error, the device may still write there: uploads wait for
-                // this event.
+                // If a wait ends with an error, the device may still write to this half. Later
+                // uploads to the half wait for this event.
                 self.copied[half] = Some(cuda.stream.record_event()?);
                 from += to.len() as u64;
             }
@@ -304,8 +308,8 @@ impl Staging {
                 if let Some(event) = &self.copied[half] {
                     cuda.wait_for(event)?;
                 }
-                // SAFETY: `wait_for` waited until the device had written as many bytes there, and
-                // it does not use the half otherwise.
+                // SAFETY: `wait_for` waited until the device had written `to.len()` bytes to this
+                // half, and the device does not use the half meanwhile.
                 #[allow(unsafe_code)]
                 unsafe {
                     std::ptr::copy_nonoverlapping(pinned.add(half * HALF), to.as_mut_ptr(), to.len());

@@ -1,14 +1,15 @@
 //! NVIDIA GPUs: memory, streams, and the loading of kernels. Feature `cuda`.
 //!
 //! A [`Cuda`] is one rank's handle of a GPU, with its own stream. Operations are asynchronous: the
-//! GPU executes them in stream order while the rank's thread continues, and the thread waits only
-//! when it reads values back to the host. The driver, NVRTC and cuBLASLt are loaded at first use;
+//! GPU executes them in stream order while the rank's thread continues. The thread waits only when
+//! it reads values back to the host. The driver, NVRTC and cuBLASLt are loaded at first use, so
 //! neither building nor running needs a toolkit.
 //!
-//! The first handle of a GPU in a process loads all kernels, and they stay loaded: a load may wait
-//! until the GPU is idle, which it is not while a collective waits there for another rank. Kernels
-//! that are not in the cache on disk (`SHARDWISE_CACHE`, or `shardwise` in the user's cache folder)
-//! are compiled for the GPU in parallel. [`precompile`] does that in advance.
+//! The first handle of a GPU in a process loads all kernels, and they stay loaded. A later load
+//! could wait until the GPU is idle, and the GPU is not idle while a collective on it waits for
+//! another rank. A cache on disk keeps compiled kernels (`SHARDWISE_CACHE`, or `shardwise` in the
+//! user's cache folder). The process compiles missing kernels for the GPU in parallel.
+//! [`precompile`] compiles them in advance.
 //!
 //! # Requirements
 //!
@@ -27,35 +28,40 @@
 //!
 //! # Search for libraries
 //!
-//! 1. In the folder that `SHARDWISE_CUDA_LIBRARIES` names. `SHARDWISE_NCCL` names NCCL's file; if
-//!    it is set, only that file is tried.
-//! 2. On the loader's path (`LD_LIBRARY_PATH`, `ld.so.conf`). The driver is searched only there.
+//! 1. In the folder that `SHARDWISE_CUDA_LIBRARIES` names. `SHARDWISE_NCCL` names NCCL's file. If
+//!    this variable is set, NCCL is searched nowhere else.
+//! 2. On the loader's path (`LD_LIBRARY_PATH`, `ld.so.conf`). The loader has to find the same
+//!    driver as this search.
 //! 3. Where conda (`lib`) and pip (`site-packages/nvidia/…/lib`) install them: in `VIRTUAL_ENV`,
 //!    `CONDA_PREFIX`, `~/.local`, `/usr/local` and `/usr`.
-//! 4. In the `lib64` of a toolkit: `CUDA_HOME`, `CUDA_PATH`, `/usr/local/cuda`.
+//! 4. In the `lib64` of a toolkit: `CUDA_HOME`, `CUDA_PATH`, `/usr/local/cuda`. NCCL is not
+//!    searched there.
 //!
-//! If a library is missing or too old, the [`Error`] names it, the missing function or the required
-//! version, and the places that were tried.
+//! If a library is missing or too old, the [`Error`] names the library, the missing function or the
+//! required version, and the searched places.
 //!
 //! # Numerics
 //!
-//! * cuBLASLt computes products. It accumulates in f64 or f32, in TF32 only after
-//!   [`Cuda::allow_tf32`], and adds partial sums in a fixed order: every run on one kind of GPU
+//! * cuBLASLt computes products. It accumulates in f64 or f32, and in TF32 only after
+//!   [`Cuda::allow_tf32`]. It adds partial sums in a fixed order, so every run on one kind of GPU
 //!   gives the same bits.
-//! * If cuBLASLt supports it, a bias, GELU (tanh) of bf16 and f16 and its derivative, and a bias
-//!   gradient in f32 are fused with the product, without rounding in between.
-//! * Kernels add in a fixed order, which does not depend on the alignment of memory. There are no
+//! * If cuBLASLt supports it, an operation is fused with the product, without rounding in between.
+//!   These operations are a bias, GELU (tanh) of bf16 and f16 and its derivative, and a bias
+//!   gradient in f32.
+//! * Kernels add in a fixed order, which does not depend on the alignment of memory. No kernel uses
 //!   atomic sums.
-//! * Attention of bf16 and f16 with heads of at most 128 features runs on tensor cores if every row
-//!   begins at a multiple of 16 bytes (heads of a multiple of 8 features, views at aligned
-//!   offsets). It then rounds the weights to the element before they multiply the values. Attention
-//!   of at most 8 rows of a sequence to a cache does not use tensor cores.
-//! * [`crate::comm::nccl::Order`] is the order of sums in collectives.
+//! * Attention of bf16 and f16 runs on tensor cores if heads have at most 128 features and every
+//!   row begins at a multiple of 16 bytes. Heads of a multiple of 8 features, in views at aligned
+//!   offsets, have such rows. Attention then rounds the weights to the element type before it
+//!   multiplies them by the values. Attention to a cache uses no tensor cores for sequences of at
+//!   most 8 rows.
+//! * [`crate::comm::nccl::Order`] selects the order of sums in collectives.
 //!
 //! # Without a GPU
 //!
 //! `scripts/cuda_standin.sh COMMAND` runs a command with a stand-in for the four libraries, for
-//! tests. It has eight devices, compiles kernels for the CPU and checks every memory access.
+//! tests. The stand-in has eight devices, compiles kernels for the CPU and checks every memory
+//! access.
 
 mod context;
 mod families;
@@ -94,28 +100,29 @@ use table::Tables;
 
 /// One rank's handle of a GPU, with its own stream.
 ///
-/// Handles of one GPU share its memory: an operation of one handle may use a tensor of another, and
-/// waits for the earlier work of that handle's stream.
+/// Handles of one GPU share its memory. An operation of one handle may use a tensor of another
+/// handle. The operation then waits for earlier work of the other handle's stream, and later work
+/// of that stream waits for the operation.
 #[derive(Clone)]
 pub struct Cuda(Rc<Handle>);
 
 pub(crate) struct Handle {
-    // These two free memory in stream order, so they are dropped before the stream.
+    // These two fields free memory in stream order, so they are dropped before the stream.
     lt: OnceCell<Lt>,
     tables: RefCell<Tables>,
     stream: Stream,
     staging: RefCell<Staging>,
     context: &'static Context,
-    /// Shared by the handles whose owner orders their work by events.
+    /// Handles share this value if their owner orders their work by events.
     order: Rc<()>,
-    /// Called while the handle's thread waits for the device.
+    /// The functions that the handle's thread calls while it waits for the device.
     polls: RefCell<Vec<Weak<dyn Fn() -> Result<()>>>>,
     memory: Rc<Counters>,
     poison: bool,
     exact: Cell<bool>,
 }
 
-/// Bytes in use by the tensors of handles that share an `order`.
+/// The bytes in use by tensors, over the handles that share these counters.
 #[derive(Default)]
 struct Counters {
     live: Cell<usize>,
@@ -133,14 +140,14 @@ impl Counters {
     }
 }
 
-/// Locks a mutex, also if a thread panicked while it held the lock: the data behind these locks is
-/// valid at any time.
+/// Locks a mutex, even if a thread panicked while it held the lock, because the data behind these
+/// locks is always valid.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Cuda {
-    /// Returns a handle of the GPU of this number.
+    /// Returns a handle of the GPU with this number.
     ///
     /// # Errors
     /// When there is no such GPU or no driver, or a library is missing or too old. The error names
@@ -149,7 +156,7 @@ impl Cuda {
         Self::with(ordinal, false)
     }
 
-    /// Returns a handle that fills new tensors with NaN. So tests find a kernel that leaves an
+    /// Returns a handle that fills new tensors with NaN, so that tests find a kernel that leaves an
     /// element unwritten.
     ///
     /// # Errors
@@ -160,7 +167,7 @@ impl Cuda {
 
     fn with(ordinal: usize, poison: bool) -> Result<Self> {
         let cuda = Self::on(Context::of(ordinal)?, Rc::default(), Rc::default(), poison, false)?;
-        // Allocates in the driver before there are collectives.
+        // Makes the driver allocate before there are collectives.
         cuda.0.staging.borrow_mut().memory(cuda.0.context)?;
         cuda.lt()?;
         Ok(cuda)
@@ -210,13 +217,14 @@ impl Cuda {
         self.0.context.total_memory
     }
 
-    /// Allows later products of f32 to use TF32, with 10 bits of mantissa. By default they do not.
+    /// Sets whether later products of f32 may use TF32, with 10 bits of mantissa. By default they
+    /// may not.
     pub fn allow_tf32(&self, allow: bool) {
         self.0.exact.set(!allow);
     }
 
-    /// Returns a handle of the same GPU and memory with a high-priority stream of its own. The
-    /// caller orders the work of the two handles by events.
+    /// Returns a handle of the same GPU and memory, with its own high-priority stream. The caller
+    /// orders the work of the two handles by events.
     #[cfg(feature = "nccl")]
     pub(crate) fn comm_stream(&self) -> Result<Self> {
         let handle = &self.0;
@@ -232,20 +240,20 @@ impl Cuda {
         self.0.context.make_current()
     }
 
-    /// Returns a function that makes the GPU the current one of another thread.
+    /// Returns a function that makes the GPU current on another thread.
     #[cfg(feature = "nccl")]
     pub(crate) fn make_current_fn(&self) -> std::sync::Arc<dyn Fn() -> Result<()> + Send + Sync> {
         let context = self.0.context;
         std::sync::Arc::new(move || context.make_current())
     }
 
-    /// Lets the other GPUs access this one's memory, as far as they are connected.
+    /// Lets the other GPUs access this GPU's memory, if they are connected.
     #[cfg(feature = "nccl")]
     pub(crate) fn open_memory(&self) -> Result<()> {
         self.0.context.open_memory()
     }
 
-    /// The stream, as the driver knows it.
+    /// Returns the driver's handle of the stream.
     #[cfg(feature = "nccl")]
     pub(crate) fn stream(&self) -> *mut std::ffi::c_void {
         self.0.stream.handle.cast()
@@ -267,8 +275,8 @@ impl Cuda {
         event.is_complete()
     }
 
-    /// Makes this handle's thread call `poll` repeatedly while it waits for the device. An error of
-    /// `poll` ends the wait.
+    /// Makes this handle's thread call `poll` repeatedly while it waits for the device. If `poll`
+    /// returns an error, the wait ends with that error.
     #[cfg(feature = "nccl")]
     pub(crate) fn poll_while_waiting(&self, poll: &Rc<dyn Fn() -> Result<()>>) {
         let mut polls = self.0.polls.borrow_mut();
@@ -279,7 +287,7 @@ impl Cuda {
         }
     }
 
-    /// Whether products of f32 keep all their bits.
+    /// Whether products of f32 keep all bits of their operands (no TF32).
     pub(crate) fn is_exact(&self) -> bool {
         self.0.exact.get()
     }
@@ -288,11 +296,11 @@ impl Cuda {
         if self.0.lt.get().is_none() {
             let _ = self.0.lt.set(Lt::new(self)?);
         }
-        self.0.lt.get().ok_or_else(|| Error::internal("cuBLASLt", "it was not made"))
+        self.0.lt.get().ok_or_else(|| Error::internal("cuBLASLt", "the handle was not created"))
     }
 
-    /// Runs `work`, which launches on this handle and uses memory of `others`: after their earlier
-    /// work, and before their later work.
+    /// Runs `work`, which launches on this handle and uses memory of the `others`. The launch runs
+    /// after their earlier work, and their later work runs after the launch.
     pub(crate) fn joins(&self, others: &[Rc<Handle>], work: impl FnOnce() -> Result<()>) -> Result<()> {
         let foreign = others.iter().map(|other| self.foreign_stream(other));
         let foreign = foreign.filter_map(Result::transpose).collect::<Result<Vec<_>>>()?;
@@ -305,8 +313,8 @@ impl Cuda {
         foreign.iter().try_for_each(|other| other.wait_event(&done))
     }
 
-    /// Returns the other handle, if its stream is a foreign one: events of this handle do not order
-    /// its work.
+    /// Returns the other handle, if events of this handle do not order its work. Otherwise returns
+    /// none. Memory of another GPU is an error.
     pub(crate) fn foreign_stream(&self, other: &Rc<Handle>) -> Result<Option<Self>> {
         if Rc::ptr_eq(other, &self.0) {
             return Ok(None);
@@ -329,7 +337,7 @@ impl Handle {
         self.wait_for(&event)
     }
 
-    /// Waits for an event. Calls the registered functions meanwhile, and once after.
+    /// Waits for an event. Calls the registered functions during the wait and once after it.
     fn wait_for(&self, event: &Event) -> Result<()> {
         loop {
             let reached = event.is_complete()?;
@@ -344,7 +352,7 @@ impl Handle {
 }
 
 impl Drop for Handle {
-    /// Waits for the stream's work before the memory that it uses is freed.
+    /// Waits for the stream's work, because the memory that the work uses is freed next.
     fn drop(&mut self) {
         let _ = self.stream.synchronize();
     }

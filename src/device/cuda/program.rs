@@ -1,5 +1,5 @@
-//! Kernels from source to the device: NVRTC compiles them for the GPU, and a cache on disk keeps
-//! them.
+//! Kernels from source to device. NVRTC compiles them for the GPU, and a cache on disk keeps the
+//! compiled images.
 
 use super::{
     families::{FAMILIES, Family},
@@ -26,21 +26,21 @@ use std::{
     thread,
 };
 
-/// The headers of `.cu` files. A file includes one of them, and each includes the later ones.
+/// The headers of the `.cu` files. A file includes one header, and a header includes the next one.
 const HEADERS: [(&str, &str); 2] = [
     ("#include \"mma.cuh\"", include_str!("../../../cuda/mma.cuh")),
     ("#include \"element.cuh\"", include_str!("../../../cuda/element.cuh")),
 ];
 
-/// A family's kernels, compiled.
+/// The compiled kernels of a family.
 pub(super) struct Image {
     bytes: Vec<u8>,
-    /// Whether it was read from the cache.
+    /// Whether the image was read from the cache.
     stored: bool,
 }
 
-/// Returns the images of all families, in their order. The first caller compiles those that the
-/// cache does not have; other callers wait. Makes no call of the driver.
+/// Returns the images of all families, in the order of [`FAMILIES`]. The first caller compiles the
+/// images that the cache does not have, and other callers wait. Makes no call to the driver.
 pub(super) fn images(capability: (i32, i32)) -> Result<Arc<Vec<Image>>> {
     static IMAGES: Mutex<BTreeMap<(i32, i32), Arc<Vec<Image>>>> = Mutex::new(BTreeMap::new());
     let mut known = lock(&IMAGES);
@@ -52,19 +52,21 @@ pub(super) fn images(capability: (i32, i32)) -> Result<Arc<Vec<Image>>> {
     Ok(images)
 }
 
-/// Compiles all kernels for GPUs of a compute capability, `(9, 0)` for Hopper, and writes them to
-/// the cache on disk (see [`crate::device::cuda`]). Returns the cache's folder.
+/// Compiles all kernels for GPUs of a compute capability, such as `(9, 0)` for Hopper, and writes
+/// them to the cache on disk (see [`crate::device::cuda`]). Returns the cache's folder.
 ///
-/// Needs neither a GPU nor a driver, so a build machine can fill the folder that `SHARDWISE_CACHE`
-/// names. Another machine uses the kernels there if its NVRTC has the same version and its program
-/// was built from the same source.
+/// No GPU and no driver is needed, so a build machine can fill the folder that `SHARDWISE_CACHE`
+/// names. Another machine uses the kernels in that folder if its NVRTC has the same version and its
+/// program was built from the same source.
 ///
 /// # Errors
-/// When NVRTC is missing or does not know the capability, or the folder cannot be written.
+/// When NVRTC is missing or does not support the capability, or the cache's folder is unknown or
+/// cannot be written.
 pub fn precompile((major, minor): (u32, u32)) -> Result<PathBuf> {
     let capability = (major as i32, minor as i32);
     let folder = cache_folder();
-    let folder = folder.ok_or_else(|| Error::invalid("the kernel cache", "no folder is known for it"))?;
+    let folder =
+        folder.ok_or_else(|| Error::invalid("the kernel cache", "no folder: set SHARDWISE_CACHE"))?;
     let images = images(capability)?;
     for (family, image) in FAMILIES.iter().zip(images.iter()) {
         let file = folder.join(Job::new(family, capability)?.file_name());
@@ -77,7 +79,7 @@ pub fn precompile((major, minor): (u32, u32)) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Calls a function for every family, on as many threads as there are processors.
+/// Calls a function for every family, on at most as many threads as there are processors.
 fn in_parallel<R: Send>(work: impl Fn(&'static Family) -> Result<R> + Sync) -> Result<Vec<R>> {
     let next = AtomicUsize::new(0);
     let worker = || {
@@ -98,7 +100,7 @@ fn in_parallel<R: Send>(work: impl Fn(&'static Family) -> Result<R> + Sync) -> R
 /// Loads a family's kernels into the current context.
 pub(super) fn load(family: &Family, image: &Image, capability: (i32, i32)) -> Result<CUmodule> {
     match image.module().map_err(too_new) {
-        // Another driver may have accepted what the cache holds: compile it again.
+        // The cache may hold an image that only another driver accepts, so this compiles it again.
         Err(Error::Library { .. }) if image.stored => {
             Image::new(family, capability, false)?.module().map_err(too_new)
         }
@@ -107,8 +109,8 @@ pub(super) fn load(family: &Family, image: &Image, capability: (i32, i32)) -> Re
 }
 
 impl Image {
-    /// Reads the image from the cache, if that is `allowed` and it is there. Otherwise compiles it
-    /// and writes it to the cache.
+    /// Reads the image from the cache, if that is `allowed` and the cache has the image. Otherwise
+    /// compiles the family and writes the image to the cache.
     fn new(family: &Family, capability: (i32, i32), allowed: bool) -> Result<Self> {
         let job = Job::new(family, capability)?;
         let file = cache_folder().map(|folder| folder.join(job.file_name()));
@@ -117,47 +119,48 @@ impl Image {
         }
         let bytes = job.compile()?;
         if let Some(file) = &file {
-            // Works without a cache if it cannot be written.
+            // If the cache cannot be written, the program works without it.
             let _ = write(file, &bytes);
         }
         Ok(Self { bytes, stored: false })
     }
 
     fn module(&self) -> Result<CUmodule> {
-        // PTX is text that ends with a zero; a cubin states its length.
+        // The driver reads PTX up to a zero byte, which is appended here. A cubin states its own
+        // length.
         let bytes = [&self.bytes[..], &[0]].concat();
         let mut module = std::ptr::null_mut();
-        // SAFETY: the image is NVRTC's, complete (`read` compared its hash) and followed by a zero;
-        // the driver copies it; a context is current.
+        // SAFETY: NVRTC made the image. It is complete, because `read` compared its hash, and a
+        // zero follows it. The driver copies it. A context is current.
         #[allow(unsafe_code)]
         driver("cuModuleLoadData", unsafe { cuModuleLoadData(&mut module, bytes.as_ptr().cast()) })?;
         Ok(module)
     }
 }
 
-/// Loads a function: a driver that loads lazily has only looked it up. Drivers before CUDA 12.4
-/// load it at the look-up, and do not have this call.
+/// Loads a function, because a driver that loads lazily has only looked it up. Drivers before CUDA
+/// 12.4 do not have this call, and load the function at the look-up.
 pub(super) fn load_function(function: CUfunction) -> Result<()> {
     type Load = unsafe extern "C" fn(CUfunction) -> CUresult;
     static LOAD: OnceLock<Option<Load>> = OnceLock::new();
     let library = libraries::cuda()?;
-    // SAFETY: the type is that of `cuFuncLoad` in `cuda.h`; the driver is never unloaded.
+    // SAFETY: `cuda.h` declares this type for `cuFuncLoad`, and the driver is never unloaded.
     #[allow(unsafe_code)]
     let load = *LOAD.get_or_init(|| unsafe { library.get::<Load>(b"cuFuncLoad").ok().map(|load| *load) });
     match load {
-        // SAFETY: the function was found in a loaded module; a context is current.
+        // SAFETY: the function belongs to a loaded module, and a context is current.
         #[allow(unsafe_code)]
         Some(load) => driver("cuFuncLoad", unsafe { load(function) }),
         None => Ok(()),
     }
 }
 
-/// Names the cause of a driver's error: a driver does not load the output of an NVRTC newer than
-/// itself.
+/// Explains a driver's error, if NVRTC is newer than the driver: a driver does not load the output
+/// of a newer NVRTC. Otherwise returns `error` unchanged.
 fn too_new(error: Error) -> Error {
     let (mut supported, mut major, mut minor) = (0, 0, 0);
     let Ok(nvrtc) = libraries::nvrtc() else { return error };
-    // SAFETY: all are valid for writing an int.
+    // SAFETY: all three pointers are valid for writing an int.
     #[allow(unsafe_code)]
     let known = unsafe {
         cuDriverGetVersion(&mut supported) == CUresult::CUDA_SUCCESS
@@ -168,13 +171,14 @@ fn too_new(error: Error) -> Error {
     }
     let (first, second) = (supported / 1000, supported % 1000 / 10);
     let reason = format!(
-        "it is version {major}.{minor}, and the driver is for CUDA {first}.{second}, and does not load what it makes ({error}): \
+        "version {major}.{minor} compiled kernels that the driver, which supports CUDA {first}.{second}, does not load ({error}): \
          a newer driver or an older NVRTC is needed"
     );
     Error::Unsupported { op: "NVRTC", reason }
 }
 
-/// Reads an image from a cache file, if it is complete: the file begins with the image's hash.
+/// Reads an image from a cache file. Returns none unless the hash at the file's start matches the
+/// image.
 fn read(file: &Path) -> Option<Vec<u8>> {
     let bytes = fs::read(file).ok()?;
     let (hash, image) = bytes.split_at_checked(32)?;
@@ -184,14 +188,14 @@ fn read(file: &Path) -> Option<Vec<u8>> {
 fn write(file: &Path, image: &[u8]) -> std::io::Result<()> {
     let folder = file.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder)?;
-    // Atomically: another process may read the file at any time.
+    // The rename is atomic, so another process never reads a partial file.
     let partial = file.with_extension(format!("{}.part", std::process::id()));
     fs::write(&partial, [&Sha256::digest(image)[..], image].concat())?;
     fs::rename(&partial, file)
 }
 
-/// Returns `SHARDWISE_CACHE`, or `shardwise` in the user's cache folder. None if neither is known,
-/// or the variable is empty.
+/// Returns `SHARDWISE_CACHE`, or else `shardwise` in the user's cache folder. Returns none if the
+/// variable is empty, or if no user's folder is known.
 fn cache_folder() -> Option<PathBuf> {
     let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     if std::env::var_os("SHARDWISE_CACHE").is_some() {
@@ -201,13 +205,13 @@ fn cache_folder() -> Option<PathBuf> {
     user.map(|cache| cache.join("shardwise"))
 }
 
-/// One compilation.
+/// One compilation of a family.
 struct Job<'a> {
     nvrtc: &'static Nvrtc,
     family: &'a Family,
     source: String,
     options: Vec<String>,
-    /// Whether to compile to machine code, not PTX.
+    /// Whether to compile to machine code. Otherwise the result is PTX.
     binary: bool,
     key: String,
 }
@@ -217,12 +221,13 @@ impl<'a> Job<'a> {
         let wanted = 10 * major + minor;
         let nvrtc = libraries::nvrtc()?;
         let known = architectures(nvrtc)?;
-        // A compiler older than the GPU emits PTX for the newest architecture it knows, which the
-        // driver translates.
+        // An NVRTC older than the GPU emits PTX for the newest architecture that it supports, and
+        // the driver translates the PTX.
         let binary = known.contains(&wanted);
         let newest = known.iter().copied().filter(|&arch| arch <= wanted).max();
         let Some(newest) = newest else {
-            let reason = format!("it compiles for {known:?}, not for compute capability {major}.{minor}");
+            let reason =
+                format!("it compiles only for {known:?}, not for compute capability {major}.{minor}");
             return Err(Error::Unsupported { op: "NVRTC", reason });
         };
         let kind = if binary { "sm" } else { "compute" };
@@ -244,20 +249,22 @@ impl<'a> Job<'a> {
         Ok(Self { nvrtc, family, source, options, binary, key })
     }
 
-    /// The name of the result's file in the cache.
+    /// Returns the name of the image's file in the cache.
     fn file_name(&self) -> String {
         format!("{}-{}.bin", self.family.name, self.key)
     }
 
     fn compile(&self) -> Result<Vec<u8>> {
-        let text =
-            |text: &str| CString::new(text).map_err(|_| Error::invalid("NVRTC", "a source has a zero"));
+        let text = |text: &str| {
+            CString::new(text).map_err(|_| Error::invalid("NVRTC", "a text contains a zero byte"))
+        };
         let (source, name) = (text(&self.source)?, text(&format!("{}.cu", self.family.name))?);
         let options = self.options.iter().map(|option| text(option)).collect::<Result<Vec<_>>>()?;
         let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
         let nvrtc = self.nvrtc;
         let mut program = Program { nvrtc, handle: std::ptr::null_mut() };
-        // SAFETY: source and name are C strings that outlive the program; there are no headers.
+        // SAFETY: source and name are C strings that outlive the program, and no headers are
+        // passed.
         #[allow(unsafe_code)]
         let code = unsafe {
             (nvrtc.create)(
@@ -270,7 +277,7 @@ impl<'a> Job<'a> {
             )
         };
         compiler("nvrtcCreateProgram", code)?;
-        // SAFETY: `pointers` are as many options as stated, each a C string.
+        // SAFETY: `pointers` has the stated number of options, and each is a C string.
         #[allow(unsafe_code)]
         let code = unsafe { (nvrtc.compile)(program.handle, pointers.len() as c_int, pointers.as_ptr()) };
         if let Err(error) = compiler("nvrtcCompileProgram", code) {
@@ -289,14 +296,14 @@ impl<'a> Job<'a> {
     }
 }
 
-/// Returns the architectures that NVRTC compiles for, as 10 · major + minor.
+/// Returns the architectures that NVRTC supports, as 10 · major + minor.
 fn architectures(nvrtc: &Nvrtc) -> Result<Vec<i32>> {
     let mut count = 0;
     // SAFETY: `count` is valid for writing an int.
     #[allow(unsafe_code)]
     compiler("nvrtcGetNumSupportedArchs", unsafe { (nvrtc.count_architectures)(&mut count) })?;
     let mut known = vec![0; usize::try_from(count).unwrap_or(0)];
-    // SAFETY: `known` has room for as many as were counted.
+    // SAFETY: `known` has room for the number of architectures that NVRTC returned.
     #[allow(unsafe_code)]
     compiler("nvrtcGetSupportedArchs", unsafe { (nvrtc.architectures)(known.as_mut_ptr()) })?;
     Ok(known)
@@ -308,7 +315,8 @@ struct Program {
 }
 
 impl Program {
-    /// Returns one of a program's results, by the functions that return its size and its bytes.
+    /// Returns a result of the program. The functions `size` and `get` return its size and its
+    /// bytes.
     #[allow(unsafe_code)]
     fn bytes(
         &self,
@@ -317,11 +325,11 @@ impl Program {
         get: unsafe extern "C" fn(nvrtcProgram, *mut c_char) -> nvrtcResult,
     ) -> Result<Vec<u8>> {
         let mut len = 0;
-        // SAFETY: `size` and `get` are a pair of NVRTC's functions, and the program is live; `len`
+        // SAFETY: `size` and `get` are a pair of NVRTC's functions, the program is live, and `len`
         // is valid for writing a size.
         compiler(call, unsafe { size(self.handle, &mut len) })?;
         let mut bytes = vec![0; len];
-        // SAFETY: as above; `bytes` has room for as many as NVRTC stated.
+        // SAFETY: as above, and `bytes` has the size that NVRTC returned.
         compiler(call, unsafe { get(self.handle, bytes.as_mut_ptr().cast()) })?;
         Ok(bytes)
     }
@@ -329,7 +337,7 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // SAFETY: the program was created, or is null, which NVRTC rejects.
+        // SAFETY: the program was created, or its handle is null, which NVRTC rejects.
         #[allow(unsafe_code)]
         let _ = unsafe { (self.nvrtc.destroy)(&mut self.handle) };
     }
@@ -339,7 +347,7 @@ impl Drop for Program {
 mod tests {
     use super::*;
 
-    /// With the real compiler, if there is one. It needs neither headers nor a GPU.
+    /// Runs only with the real NVRTC, which needs neither headers nor a GPU.
     #[test]
     fn nvrtc_compiles_every_family() {
         if let Err(error) = libraries::nvrtc() {
@@ -361,7 +369,7 @@ mod tests {
                 }
             }
         }
-        // PTX for a GPU that the compiler does not know.
+        // The compiler does not know this GPU, so it emits PTX.
         let job = Job::new(&FAMILIES[8], (99, 9)).unwrap();
         assert!(!job.binary);
         assert!(job.compile().unwrap().starts_with(b"//"));
@@ -379,6 +387,6 @@ mod tests {
         assert_eq!(read(&file), None);
         fs::write(&file, b"short").unwrap();
         assert_eq!(read(&file), None);
-        assert_eq!(fs::read_dir(file.parent().unwrap()).unwrap().count(), 1, "nothing half written is left");
+        assert_eq!(fs::read_dir(file.parent().unwrap()).unwrap().count(), 1, "no partial file is left");
     }
 }

@@ -9,13 +9,13 @@ use cudarc::{
 };
 use std::ffi::{CStr, c_char};
 
-/// `Ok` if a call of the driver succeeded.
+/// Returns an error unless a call of the driver succeeded.
 pub(crate) fn driver(call: &'static str, code: CUresult) -> Result<()> {
     if code == CUresult::CUDA_SUCCESS {
         return Ok(());
     }
     let mut text = std::ptr::null();
-    // SAFETY: `text` is valid for writing a pointer; the driver's strings are static.
+    // SAFETY: `text` is valid for writing a pointer, and the driver's strings are static.
     #[allow(unsafe_code)]
     let message = unsafe {
         let known = cuGetErrorString(code, &mut text) == CUresult::CUDA_SUCCESS;
@@ -24,7 +24,7 @@ pub(crate) fn driver(call: &'static str, code: CUresult) -> Result<()> {
     Err(Error::Library { library: "CUDA driver", call, code: code as i32, message })
 }
 
-/// `Ok` if a call of cuBLASLt succeeded.
+/// Returns an error unless a call of cuBLASLt succeeded.
 pub(crate) fn cublas_lt(call: &'static str, code: cublasStatus_t) -> Result<()> {
     if code == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
         return Ok(());
@@ -36,7 +36,7 @@ pub(crate) fn cublas_lt(call: &'static str, code: cublasStatus_t) -> Result<()> 
     Err(Error::Library { library: "cuBLASLt", call, code: code as i32, message })
 }
 
-/// `Ok` if a call of NVRTC succeeded.
+/// Returns an error unless a call of NVRTC succeeded.
 pub(crate) fn compiler(call: &'static str, code: nvrtcResult) -> Result<()> {
     if code == nvrtcResult::NVRTC_SUCCESS {
         return Ok(());
@@ -51,12 +51,12 @@ pub(crate) fn compiler(call: &'static str, code: nvrtcResult) -> Result<()> {
 /// Copies a C string, or returns "unknown" for a null pointer.
 ///
 /// # Safety
-/// A pointer that is not null points to a string that ends with a zero.
+/// `text` is null, or points to a string that ends with a zero byte.
 #[allow(unsafe_code)]
 unsafe fn copy(text: *const c_char) -> String {
     if text.is_null() {
         return "unknown".to_string();
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: `text` is not null, and the caller guarantees that it is a C string.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }

@@ -4,22 +4,22 @@ use super::{context::Context, lock, status::driver};
 use crate::error::Result;
 use cudarc::driver::sys::{self, CUevent, CUresult, CUstream};
 
-/// A stream: the device executes its work in launch order.
+/// A stream. The device executes its work in launch order.
 pub(super) struct Stream {
     pub(super) handle: CUstream,
     context: &'static Context,
 }
 
 impl Stream {
-    /// Creates a stream that does not synchronize with the default one. With `high_priority`, the
-    /// GPU schedules its blocks before waiting blocks of other streams, so that a collective does
-    /// not wait for all blocks of a matrix product.
+    /// Creates a stream that does not synchronize with the default stream. With `high_priority`,
+    /// the GPU schedules the stream's blocks before waiting blocks of other streams. So a
+    /// collective does not wait for all blocks of a matrix product.
     pub(super) fn new(context: &'static Context, high_priority: bool) -> Result<Self> {
         const NON_BLOCKING: u32 = 1;
         context.make_current()?;
         let (mut handle, mut least, mut greatest) = (std::ptr::null_mut(), 0, 0);
-        // SAFETY: `handle` is valid for writing a stream, the others for writing an int; the
-        // context is current.
+        // SAFETY: `handle` is valid for writing a stream, and the other pointers for writing an
+        // int. The context is current.
         #[allow(unsafe_code)]
         unsafe {
             let code = sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest);
@@ -42,8 +42,8 @@ impl Stream {
             driver("cuEventCreate", unsafe { sys::cuEventCreate(&mut handle, DISABLE_TIMING) })?;
         }
         let event = Event { handle, context: self.context };
-        // SAFETY: stream and event are of the current context. A stream that already waits for the
-        // event waits for its earlier record.
+        // SAFETY: stream and event belong to the current context. A stream that already waits for
+        // the event still waits for the event's earlier record.
         #[allow(unsafe_code)]
         driver("cuEventRecord", unsafe { sys::cuEventRecord(event.handle, self.handle) })?;
         Ok(event)
@@ -52,7 +52,8 @@ impl Stream {
     /// Makes all later work of the stream wait for an event.
     pub(super) fn wait_event(&self, event: &Event) -> Result<()> {
         self.context.make_current()?;
-        // SAFETY: both are live. An event may be recorded again while a stream waits for it.
+        // SAFETY: both are live. If the event is recorded again later, the stream still waits for
+        // the earlier record.
         #[allow(unsafe_code)]
         driver("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(self.handle, event.handle, 0) })
     }
@@ -68,9 +69,9 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // Pending work uses memory and kernels that are freed after the stream.
+        // Waits, because pending work uses memory that is freed after the stream.
         let _ = self.synchronize();
-        // SAFETY: the stream is live, and is not used again.
+        // SAFETY: the stream is live and is not used again.
         #[allow(unsafe_code)]
         let _ = unsafe { sys::cuStreamDestroy_v2(self.handle) };
     }
@@ -83,7 +84,7 @@ pub struct Event {
 }
 
 impl Event {
-    /// Whether all work before it has finished.
+    /// Whether all work before the event has finished.
     pub(super) fn is_complete(&self) -> Result<bool> {
         self.context.make_current()?;
         // SAFETY: the event is live.

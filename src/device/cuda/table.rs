@@ -1,5 +1,5 @@
-//! Small tables of numbers and flags that kernels read. A cache keeps them on the device, keyed by
-//! their contents, since the layers of a model, and often its steps, use the same ones.
+//! Small tables of numbers and flags that kernels read. A cache keeps the tables on the device, by
+//! their contents, because a model's layers, and often its steps, use the same tables.
 
 use super::{Cuda, memory::StreamMemory};
 use crate::error::Result;
@@ -9,7 +9,7 @@ use std::{collections::HashMap, rc::Rc};
 pub(crate) struct Table(Rc<StreamMemory>);
 
 impl Table {
-    /// The address of its first byte.
+    /// Returns the address of the table's first byte.
     pub(super) fn address(&self) -> u64 {
         self.0.address()
     }
@@ -23,10 +23,11 @@ pub(super) struct Tables {
 }
 
 impl Tables {
-    /// The bytes of the largest table that is kept: a look-up has to take less time than an upload.
+    /// The largest table in bytes that the cache keeps. Looking up a larger table could take longer
+    /// than an upload.
     const MAX_TABLE: usize = 16 << 10;
-    /// The bytes of all tables beyond which they are freed. Kernels that read them precede that in
-    /// the stream.
+    /// The largest size of all tables in bytes. Beyond it the cache frees them all, in stream order
+    /// after the kernels that read them.
     const MAX_TOTAL: usize = 4 << 20;
 
     fn keep(&mut self, contents: Vec<u8>, table: &Rc<StreamMemory>) {

@@ -11,11 +11,12 @@ use std::{ffi::c_void, fmt, path::PathBuf};
 /// A library that this process has loaded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Version {
-    /// Its name.
+    /// The library's name.
     pub library: &'static str,
-    /// The version that it reports. The driver reports the version of CUDA that it supports.
+    /// The version that the library reports. The driver reports the version of CUDA that it
+    /// supports.
     pub version: String,
-    /// Its file.
+    /// The library's file.
     pub path: PathBuf,
 }
 
@@ -25,8 +26,8 @@ impl fmt::Display for Version {
     }
 }
 
-/// Returns the versions of the driver, NVRTC and cuBLASLt, and loads them first if they are not
-/// loaded yet. `comm::nccl::version` returns NCCL's.
+/// Returns the versions of the driver, NVRTC and cuBLASLt. Loads these libraries first, if they are
+/// not loaded yet. `comm::nccl::version` returns the version of NCCL.
 pub fn versions() -> [Result<Version>; 3] {
     let of = |library, version, address: *const c_void| {
         let path = file_at(address as usize).unwrap_or_default();
@@ -35,8 +36,8 @@ pub fn versions() -> [Result<Version>; 3] {
     let driver = || {
         let mut version = 0;
         let library = cuda()?;
-        // SAFETY: `cuda()` checked that the function exists; `version` is valid for writing an int;
-        // the symbol is only looked up.
+        // SAFETY: `cuda()` checked that the function exists, and `version` is valid for writing an
+        // int. The symbol is only looked up.
         #[allow(unsafe_code)]
         let address = unsafe {
             driver("cuDriverGetVersion", cuDriverGetVersion(&mut version))?;
@@ -47,7 +48,7 @@ pub fn versions() -> [Result<Version>; 3] {
     };
     let compiler = || {
         let (nvrtc, mut major, mut minor) = (nvrtc()?, 0, 0);
-        // SAFETY: both are valid for writing an int.
+        // SAFETY: both pointers are valid for writing an int.
         #[allow(unsafe_code)]
         compiler("nvrtcVersion", unsafe { (nvrtc.version)(&mut major, &mut minor) })?;
         Ok(of(NVRTC.name, format!("{major}.{minor}"), nvrtc.version as *const c_void))

@@ -1,4 +1,4 @@
-//! The calls that move data.
+//! The NCCL calls that move data.
 
 use super::{RawComm, number};
 use crate::{
@@ -16,7 +16,7 @@ impl RawComm {
         x: &mut B::SliceMut<'_, T>,
     ) -> Result<()> {
         let (len, x) = (B::len_mut::<T>(x), B::address_mut::<T>(x));
-        // SAFETY: `x` is `len` elements of the device, borrowed exclusively; `Nccl::launch` orders
+        // SAFETY: `x` is an exclusive borrow of `len` elements on the device. `Nccl::launch` orders
         // the work of `stream` before the borrower's next use. The handle is live.
         #[allow(unsafe_code)]
         let code = unsafe {
@@ -33,7 +33,7 @@ impl RawComm {
         self.returned("ncclAllReduce", code)
     }
 
-    /// recv ← all ranks' shards, of one length.
+    /// recv ← all ranks' shards, which have equal lengths.
     pub(in crate::comm::nccl) fn all_gather<T: Element, B: NcclDevice>(
         &self,
         stream: &B,
@@ -44,9 +44,9 @@ impl RawComm {
         let len = B::len::<T>(send);
         same_size(
             "all_gather",
-            "the shards together",
+            "the shards' total",
             len * size,
-            "what is received",
+            "the receive buffer",
             B::len_mut::<T>(recv),
         )?;
         let (send, recv) = (B::address::<T>(send), B::address_mut::<T>(recv));
@@ -59,7 +59,7 @@ impl RawComm {
         self.returned("ncclAllGather", code)
     }
 
-    /// recv ← this rank's shard of the sum; shards have one length.
+    /// recv ← this rank's shard of the sum. All shards have equal lengths.
     pub(in crate::comm::nccl) fn reduce_scatter<T: Element, B: NcclDevice>(
         &self,
         stream: &B,
@@ -68,7 +68,7 @@ impl RawComm {
         recv: &mut B::SliceMut<'_, T>,
     ) -> Result<()> {
         let len = B::len_mut::<T>(recv);
-        same_size("reduce_scatter", "the shards together", len * size, "what is sent", B::len::<T>(send))?;
+        same_size("reduce_scatter", "the shards' total", len * size, "the send buffer", B::len::<T>(send))?;
         let (send, recv) = (B::address::<T>(send), B::address_mut::<T>(recv));
         // SAFETY: as in `all_reduce`; `same_size` checked that `send` has `size` times the length
         // of `recv`.
@@ -79,7 +79,7 @@ impl RawComm {
         self.returned("ncclReduceScatter", code)
     }
 
-    /// recv, on the root ← the sum of all ranks' send. The other ranks have no `recv`.
+    /// recv on the root ← the sum of all ranks' `send`. The other ranks have no `recv`.
     pub(in crate::comm::nccl) fn reduce<T: Element, B: NcclDevice>(
         &self,
         stream: &B,
@@ -89,12 +89,12 @@ impl RawComm {
     ) -> Result<()> {
         let len = B::len::<T>(send);
         if let Some(recv) = &recv {
-            same_size("reduce", "what is sent", len, "what is received", B::len_mut::<T>(recv))?;
+            same_size("reduce", "the send buffer", len, "the receive buffer", B::len_mut::<T>(recv))?;
         }
         let recv = recv.map_or(null_mut(), |recv| B::address_mut::<T>(recv));
         let (send, root) = (B::address::<T>(send), number("the root", root)?);
-        // SAFETY: as in `all_reduce`; `same_size` checked the lengths. Ranks other than the root
-        // may pass null: a rank passes `recv` if it is the root (`Nccl::scatter_flat`).
+        // SAFETY: as in `all_reduce`; `same_size` checked the lengths. NCCL accepts null on ranks
+        // other than the root, and the root passes `recv` (`Nccl::scatter_flat`).
         #[allow(unsafe_code)]
         let code = unsafe {
             (self.api.reduce)(send, recv, len, dtype(T::DTYPE), SUM, root, self.alive()?, stream.stream())
@@ -102,7 +102,7 @@ impl RawComm {
         self.returned("ncclReduce", code)
     }
 
-    /// recv ← the root's `send`, or its `recv` if it has no `send`.
+    /// recv ← the root's `send`, or the root's `recv` if the root passes no `send`.
     pub(in crate::comm::nccl) fn broadcast<T: Element, B: NcclDevice>(
         &self,
         stream: &B,
@@ -112,7 +112,7 @@ impl RawComm {
     ) -> Result<()> {
         let len = B::len_mut::<T>(recv);
         if let Some(send) = send {
-            same_size("broadcast", "what is sent", B::len::<T>(send), "what is received", len)?;
+            same_size("broadcast", "the send buffer", B::len::<T>(send), "the receive buffer", len)?;
         }
         let (recv, root) = (B::address_mut::<T>(recv), number("the root", root)?);
         let send = send.map_or(recv.cast_const(), B::address::<T>);
@@ -131,7 +131,7 @@ impl RawComm {
         data: B::Slice<'_, T>,
     ) -> Result<()> {
         let (len, data, to) = (B::len::<T>(data), B::address::<T>(data), number("the receiver", to)?);
-        // SAFETY: as in `all_reduce`, but `data` is a shared borrow that NCCL reads.
+        // SAFETY: as in `all_reduce`, but `data` is a shared borrow, which NCCL only reads.
         #[allow(unsafe_code)]
         let code = unsafe { (self.api.send)(data, len, dtype(T::DTYPE), to, self.alive()?, stream.stream()) };
         self.returned("ncclSend", code)
@@ -153,7 +153,7 @@ impl RawComm {
     }
 }
 
-/// `ncclDataType_t` of an element.
+/// Returns the `ncclDataType_t` of an element type.
 fn dtype(dtype: DType) -> c_int {
     match dtype {
         DType::F16 => 6,

@@ -1,6 +1,7 @@
-//! One NCCL communicator, and the only calls into it.
+//! One NCCL communicator. All calls into it are in this module.
 //!
-//! Every function takes views, not pointers, and checks their lengths before it passes them on.
+//! The functions take views, not pointers. They check the views' lengths before they pass addresses
+//! to NCCL.
 
 mod collectives;
 mod shared;
@@ -26,20 +27,20 @@ use std::{
     time::Duration,
 };
 
-/// A communicator of one rank.
+/// One rank's NCCL communicator.
 pub(super) struct RawComm {
     api: &'static Api,
     shared: Arc<SharedComm>,
     blocking: bool,
 }
 
-/// How much later than on another rank a call that joins may end.
+/// How long a rank still waits for its own join call after its poll has failed.
 const JOIN_DELAY: Duration = Duration::from_millis(500);
 
-/// Called while NCCL works: an error ends the wait.
+/// A function that a rank calls while it waits for NCCL. If it returns an error, the wait ends.
 pub(super) type Poll<'a> = &'a dyn Fn() -> Result<()>;
 
-/// A rank of a new communicator.
+/// One rank's arguments for joining a new communicator.
 #[derive(Clone, Copy)]
 pub(super) struct RankId {
     pub(super) id: [u8; 128],
@@ -48,7 +49,7 @@ pub(super) struct RankId {
 }
 
 impl RawComm {
-    /// Creates an id, which all ranks of a new communicator need.
+    /// Creates the unique id of a new communicator. All its ranks join with this id.
     pub(super) fn unique_id() -> Result<[u8; 128]> {
         let api = Api::get()?;
         let mut id = UniqueId([0; 128]);
@@ -64,7 +65,8 @@ impl RawComm {
         Self { api, shared: SharedComm::new(api, handle, make_current), blocking }
     }
 
-    /// Joins a non-blocking communicator, on the current device, which is that of `make_current`.
+    /// Joins a non-blocking communicator on the current device. `make_current` makes the same
+    /// device current on another thread.
     pub(super) fn join(rank_id: RankId, make_current: MakeCurrent, poll: Poll<'_>) -> Result<Self> {
         let api = Api::get()?;
         let (handle, code) = initialize(api, rank_id, false)?;
@@ -73,9 +75,9 @@ impl RawComm {
         Ok(raw)
     }
 
-    /// Joins a blocking communicator, whose calls wait for the other ranks. A thread of its own
-    /// makes the call that joins; `make_current` makes the device current there. If a rank never
-    /// arrives, the call does not return, and this function abandons that thread.
+    /// Joins a blocking communicator, whose calls wait for the other ranks. A new thread calls
+    /// `make_current` and then makes NCCL's join call. If a rank never arrives, the join call does
+    /// not return. Then this function returns the error of `poll` and abandons the thread.
     pub(super) fn join_blocking(rank_id: RankId, make_current: MakeCurrent, poll: Poll<'_>) -> Result<Self> {
         let api = Api::get()?;
         let (outcome, joined) = channel();
@@ -85,57 +87,57 @@ impl RawComm {
                 SUCCESS => Ok(Self::new(api, handle, make_current, true)),
                 code => Err(api.error("ncclCommInitRankConfig", code, null_mut())),
             });
-            // If the caller does not wait any more, dropping `made` aborts the communicator.
+            // If the caller has stopped waiting, this drops `made`, which aborts the communicator.
             let _ = outcome.send(made);
         };
         let thread = thread::Builder::new().name("NCCL joins".into()).spawn(join);
-        thread.map_err(|error| Error::invalid("NCCL", format!("no thread can be started: {error}")))?;
+        thread.map_err(|error| Error::invalid("NCCL", format!("cannot start a thread: {error}")))?;
         loop {
             match joined.recv_timeout(Duration::from_micros(100)) {
                 Ok(made) => return made,
                 Err(RecvTimeoutError::Timeout) => {
                     if let Err(error) = poll() {
-                        // A rank that is lost after it has joined is no obstacle: the call soon
-                        // returns here too.
+                        // A rank may be lost after it has joined. Then the join call soon returns
+                        // here too.
                         return joined.recv_timeout(JOIN_DELAY).ok().and_then(Result::ok).ok_or(error);
                     }
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Error::internal("NCCL", "the thread that joins has panicked"));
+                    return Err(Error::internal("NCCL", "the thread that joins a communicator panicked"));
                 }
             }
         }
     }
 
-    /// The handle that other threads may use.
+    /// Returns the handle that other threads can abort.
     pub(super) fn shared(&self) -> Arc<SharedComm> {
         Arc::clone(&self.shared)
     }
 
-    /// Creates the communicator of the ranks of one color, in order of `key`.
+    /// Creates the communicator of the ranks with one color, ordered by `key`. Returns none on a
+    /// rank without a color.
     pub(super) fn split(&self, color: Option<usize>, key: usize, poll: Poll<'_>) -> Result<Option<Self>> {
         let wanted = color.is_some();
         let color = color.map_or(Ok(NO_COLOR), |color| number("the color", color))?;
         let key = number("the key", key)?;
         let in_use = self.in_use()?;
         let parent = self.alive()?;
-        // Until the parent leaves `IN_PROGRESS`, a thread of NCCL may write the new handle here at
-        // any time, without a color too. So if `complete` returns an error, `place` leaks: it has
-        // to stay forever.
+        // An NCCL thread may write the new handle to `place` until the parent leaves `IN_PROGRESS`,
+        // even on a rank without a color. So if `complete` returns an error, `place` has to leak.
         let place = Box::into_raw(Box::new(AtomicPtr::<c_void>::new(null_mut())));
         let mut config = Config::new(self.blocking);
-        // SAFETY: the parent is live; `place` has the layout of a handle, and is freed below only
-        // after `complete` has returned that NCCL is done with it.
+        // SAFETY: the parent is live. `place` has the layout of a handle. It is freed below only
+        // after `complete` has succeeded, so NCCL does not use it any more.
         #[allow(unsafe_code)]
         let split = || unsafe { (self.api.split)(parent, color, key, place.cast::<Handle>(), &mut config) };
         let code = in_use.wait(split);
         drop(in_use);
-        // A non-blocking call returns success and not `IN_PROGRESS` while it continues: only the
-        // parent's state says when it is done.
+        // A non-blocking split returns success, not `IN_PROGRESS`, while it continues. Only the
+        // parent's state shows when it is done.
         let code = if code == SUCCESS { IN_PROGRESS } else { code };
         self.complete("ncclCommSplit", code, poll)?;
-        // SAFETY: `place` came from `Box::into_raw`, and NCCL does not use it any more: `complete`
-        // returned without an error.
+        // SAFETY: `place` came from `Box::into_raw`. NCCL does not use it any more, because
+        // `complete` succeeded.
         #[allow(unsafe_code)]
         let place = unsafe { Box::from_raw(place) };
         let handle = place.load(Ordering::Acquire);
@@ -147,7 +149,8 @@ impl RawComm {
         Ok(Some(child))
     }
 
-    /// The live handle, which no other thread ends while this one makes brief calls.
+    /// Returns the live handle. No other thread ends it while `InUse` marks this thread's calls as
+    /// brief.
     fn alive(&self) -> Result<Handle> {
         let state = self.shared.state();
         let handle = state.handle.load(Ordering::Relaxed);
@@ -164,13 +167,14 @@ impl RawComm {
         Ok(in_use)
     }
 
-    /// Returns why another thread has ended the communicator, if one has.
+    /// Returns an error if the communicator has ended. If another thread aborted it, returns the
+    /// reason.
     pub(super) fn check_live(&self) -> Result<()> {
         self.alive().map(drop)
     }
 
-    /// The error of a call that returned a code. If another thread has ended the communicator, its
-    /// reason.
+    /// Returns the error for a call that returned `code`. If another thread has aborted the
+    /// communicator, returns that thread's reason instead.
     fn error(&self, call: &'static str, code: c_int) -> Error {
         match self.alive() {
             Ok(handle) => self.api.error(call, code, handle),
@@ -178,7 +182,7 @@ impl RawComm {
         }
     }
 
-    /// Returns an asynchronous error of NCCL.
+    /// Returns NCCL's asynchronous error, if there is one.
     pub(super) fn check(&self) -> Result<()> {
         match self.state()? {
             SUCCESS | IN_PROGRESS => Ok(()),
@@ -191,11 +195,10 @@ impl RawComm {
         self.query()
     }
 
-    /// Queries the state of a communicator that is in use.
+    /// Queries NCCL's state of the communicator. The caller holds an `InUse`.
     fn query(&self) -> Result<c_int> {
         let mut state = SUCCESS;
-        // SAFETY: the handle is that of a live communicator, and `state` is valid for
-        // writing the result.
+        // SAFETY: the handle is a live communicator's, and `state` is valid for writing the result.
         #[allow(unsafe_code)]
         match unsafe { (self.api.async_error)(self.alive()?, &mut state) } {
             SUCCESS => Ok(state),
@@ -203,9 +206,10 @@ impl RawComm {
         }
     }
 
-    /// Waits until a call that continues in the background is done.
+    /// Waits until a call that NCCL continues in the background is done.
     fn complete(&self, call: &'static str, mut code: c_int, poll: Poll<'_>) -> Result<()> {
-        // No other thread ends it meanwhile: NCCL ties such a call to the thread that made it.
+        // `InUse` keeps other threads from ending the communicator meanwhile, because NCCL ties
+        // such a call to the thread that made it.
         let _in_use = self.in_use()?;
         loop {
             match code {
@@ -213,7 +217,8 @@ impl RawComm {
                 IN_PROGRESS => {}
                 code => return Err(self.error(call, code)),
             }
-            // First: a rank that is lost after its contribution does not stop a call that is done.
+            // Queries before it polls, so that a finished call succeeds even if a rank was lost
+            // after its contribution.
             code = self.query()?;
             if code == IN_PROGRESS {
                 poll()?;
@@ -222,26 +227,28 @@ impl RawComm {
         }
     }
 
-    /// Aborts the communicator and its calls, on the device too.
+    /// Aborts the communicator and its calls, including their work on the device.
     pub(super) fn abort(&self) {
         self.end(End::Abort);
     }
 
-    /// Destroys the communicator, whose work is done, once the other ranks do the same.
+    /// Destroys the communicator, whose work is done. NCCL waits until the other ranks do the same.
     pub(super) fn destroy(&self) {
         self.end(End::Destroy);
     }
 
-    /// Does not wait: the other ranks may first have to learn that this one leaves.
+    /// Ends the communicator. Does not wait, because the other ranks may first have to learn that
+    /// this rank leaves.
     fn end(&self, how: End) {
         let mut state = self.shared.state();
         let mut handle = std::mem::take(&mut state.handle);
         let ended = match (handle.get_mut().is_null(), how) {
             (true, _) => state.ended.take(),
-            // NCCL ties a call that continues in the background to the thread that made it.
+            // NCCL ties a call in the background to the thread that made it, so this thread aborts
+            // it.
             (false, End::Abort) if !self.blocking => {
                 drop(state);
-                // SAFETY: the handle was live, and is not used again: `take` left null.
+                // SAFETY: the handle was live. It is not used again, because `take` left null.
                 #[allow(unsafe_code)]
                 let _ = unsafe { (self.api.abort)(handle.into_inner()) };
                 return;
@@ -251,25 +258,25 @@ impl RawComm {
         add_ending(ended);
     }
 
-    /// Makes one call.
+    /// Makes one NCCL call.
     pub(super) fn single(&self, poll: Poll<'_>, call: impl FnOnce() -> Result<()>) -> Result<()> {
         let in_use = self.in_use()?;
         let result = in_use.wait(call);
         drop(in_use);
         result?;
-        // A non-blocking call continues in the background.
+        // NCCL continues a non-blocking call in the background.
         if self.blocking { Ok(()) } else { self.complete("a call", IN_PROGRESS, poll) }
     }
 
-    /// Makes several calls as one group.
+    /// Makes several NCCL calls as one NCCL group.
     pub(super) fn grouped(&self, poll: Poll<'_>, calls: impl FnOnce() -> Result<()>) -> Result<()> {
         let in_use = self.in_use()?;
-        // SAFETY: every start has its end below, after `calls` too if they fail.
+        // SAFETY: `group_end` below ends the group, even if `calls` fails.
         #[allow(unsafe_code)]
         let started = unsafe { (self.api.group_start)() };
         self.returned("ncclGroupStart", started)?;
         let result = calls();
-        // SAFETY: as above.
+        // SAFETY: this ends the group that was started above.
         #[allow(unsafe_code)]
         let ended = in_use.wait(|| unsafe { (self.api.group_end)() });
         drop(in_use);
@@ -277,7 +284,7 @@ impl RawComm {
         self.complete("ncclGroupEnd", ended, poll)
     }
 
-    /// Accepts a call that is done, or continues in the background.
+    /// Accepts the code of a call that is done or continues in the background.
     fn returned(&self, call: &'static str, code: c_int) -> Result<()> {
         match code {
             SUCCESS | IN_PROGRESS => Ok(()),
@@ -292,12 +299,12 @@ impl Drop for RawComm {
     }
 }
 
-/// Creates a communicator's handle on the current device. Returns it and NCCL's code.
+/// Creates a communicator's handle on the current device. Returns the handle and NCCL's code.
 fn initialize(api: &Api, rank_id: RankId, blocking: bool) -> Result<(Handle, c_int)> {
     let (rank, size) = (number("the rank", rank_id.rank)?, number("the number of ranks", rank_id.size)?);
     let mut handle = null_mut();
-    // SAFETY: `handle` is valid for writing a communicator, the configuration is of the size that
-    // it states, and NCCL copies it.
+    // SAFETY: `handle` is valid for writing a communicator. The configuration states its own size,
+    // and NCCL copies it.
     #[allow(unsafe_code)]
     let code =
         unsafe { (api.init)(&mut handle, size, UniqueId(rank_id.id), rank, &mut Config::new(blocking)) };
@@ -305,5 +312,6 @@ fn initialize(api: &Api, rank_id: RankId, blocking: bool) -> Result<(Handle, c_i
 }
 
 fn number(what: &str, value: usize) -> Result<c_int> {
-    c_int::try_from(value).map_err(|_| Error::invalid("NCCL", format!("{what} is {value}")))
+    c_int::try_from(value)
+        .map_err(|_| Error::invalid("NCCL", format!("{what} is {value}, too large for NCCL")))
 }

@@ -46,8 +46,8 @@ enum Usage {
     Waiting(u32),
 }
 
-/// The number of requests after which a waiting call is aborted. At the earlier requests the call
-/// may not have reached NCCL yet, or may be returning.
+/// The number of abort requests at which a waiting call is aborted. Earlier requests are ignored,
+/// because the call may not have reached NCCL yet, or may be about to return.
 const REQUESTS: u32 = 5;
 
 /// How a communicator ends.
@@ -65,17 +65,19 @@ impl SharedComm {
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        // No critical section leaves its data half changed.
+        // A thread that panics leaves the state consistent, so a poisoned lock can be used.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Requests that the communicator be aborted; the rank then receives `reason`. The rank's
-    /// thread may be blocked in NCCL or in the driver. Does nothing during `Usage::Brief`. A
-    /// waiting call is aborted at the `REQUESTS`th request, an idle communicator at the first.
+    /// Requests an abort of the communicator while the rank's thread may be blocked in NCCL or in
+    /// the driver. After the abort the rank receives `reason`. An idle communicator is aborted at
+    /// the first request, and a waiting call at the `REQUESTS`th. During `Usage::Brief` a request
+    /// does nothing.
     ///
-    /// The abort ends the call. NCCL's guide recommends non-blocking communicators if they may be
-    /// aborted, since a call that returns at that moment still uses what the abort frees. Blocking
-    /// ones accept this risk, rather than wait forever for a lost rank; see `Options::blocking`.
+    /// The abort ends the waiting call. NCCL's guide recommends non-blocking communicators to
+    /// programs that abort, because a call that returns at that moment still uses memory that the
+    /// abort frees. Blocking communicators accept this risk, because their ranks would otherwise
+    /// wait forever for a lost rank. See `Options::blocking`.
     pub(in crate::comm::nccl) fn abort_for(&self, reason: &Error) {
         let mut state = self.state();
         match &mut state.usage {
@@ -123,8 +125,8 @@ impl SharedComm {
     /// Aborts or destroys a communicator whose handle no other thread can obtain any more. The
     /// returned receiver gets a message when NCCL's call has returned.
     ///
-    /// NCCL's call runs on a new thread, because it may block: `destroy` waits until the other
-    /// ranks destroy too, and an abort may wait in the driver for a rank that holds its lock.
+    /// NCCL's call runs on a new thread, because it may block. `destroy` waits until the other
+    /// ranks destroy too. An abort may wait in the driver for a rank that holds the driver's lock.
     pub(super) fn end(&self, handle: AtomicPtr<c_void>, how: End) -> Receiver<()> {
         let ((done, ended), handle, make_current) =
             (channel(), Arc::new(handle), Arc::clone(&self.make_current));
@@ -136,10 +138,10 @@ impl SharedComm {
             #[allow(unsafe_code)]
             let _ = unsafe {
                 match how {
-                    // Without `make_current`: a driver call may wait for the work that is aborted.
+                    // Without `make_current`, because a driver call may wait for the aborted work.
                     End::Abort => (api.abort)(handle),
-                    // NCCL restores the device that was current. Without `make_current` that is
-                    // device 0, and restoring it creates a context there.
+                    // NCCL restores the device that was current before. Without `make_current` this
+                    // is device 0, and NCCL would create a context there.
                     End::Destroy => make_current().map_or(SUCCESS, |()| (api.destroy)(handle)),
                 }
             };
@@ -153,12 +155,12 @@ impl SharedComm {
 }
 
 thread_local! {
-    /// The communicators of this rank that are being ended.
+    /// The communicators of this rank that other threads are still ending.
     static ENDING: RefCell<Vec<Receiver<()>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Lets [`settle`] wait for the end of a communicator. Does nothing if the group is dropped while
-/// its thread ends.
+/// Lets [`settle`] wait for the end of a communicator. Does nothing if this thread is exiting,
+/// because its list is gone by then.
 pub(super) fn add_ending(ended: Option<Receiver<()>>) {
     let _ = ENDING.try_with(|ending| {
         let mut ending = ending.borrow_mut();
@@ -167,8 +169,8 @@ pub(super) fn add_ending(ended: Option<Receiver<()>>) {
     });
 }
 
-/// Waits until this thread's communicators are ended, at most two seconds: the process should not
-/// exit while NCCL runs in it.
+/// Waits at most two seconds until this thread's communicators have ended, because the process
+/// should not exit while NCCL runs in it.
 pub(in crate::comm) fn settle() {
     const LIMIT: Duration = Duration::from_secs(2);
     let begin = Instant::now();
@@ -186,7 +188,7 @@ impl<'a> InUse<'a> {
         Self(shared)
     }
 
-    /// Makes a call that may wait for peers, which another thread can end by an abort.
+    /// Makes a call that may wait for peers. Another thread can end the call by an abort.
     pub(super) fn wait<R>(&self, call: impl FnOnce() -> R) -> R {
         self.0.state().usage = Usage::Waiting(0);
         let result = call();
