@@ -1,8 +1,8 @@
-//! Counter-based random numbers: the value at a global index does not depend on the rank that
+//! Counter-based random numbers. The number at a global index does not depend on the rank that
 //! computes it, nor on earlier draws.
 //!
-//! Initial weights and dropout use them and therefore do not depend on the sharding. The generator
-//! is Philox4x32-10 (Salmon et al., SC 2011), from the crate `rand_philox`.
+//! Initial weights and dropout masks use these numbers, so they do not depend on the sharding. The
+//! generator is Philox4x32-10 (Salmon et al., SC 2011), from the crate `rand_philox`.
 
 use rand_philox::{philox4x32_10, splitmix64, u32_to_unit_f64};
 
@@ -11,7 +11,7 @@ use rand_philox::{philox4x32_10, splitmix64, u32_to_unit_f64};
 /// ```
 /// use shardwise::rng::Philox;
 /// let stream = Philox::named(1, "layers.0.weight");
-/// // A rank that holds the elements 500.. draws what a single device draws for these elements.
+/// // A rank that holds the elements 500..1000 draws the same numbers for them as a single device.
 /// let whole: Vec<f64> = (0..1000).map(|index| stream.uniform(index)).collect();
 /// let shard: Vec<f64> = (500..1000).map(|index| stream.uniform(index)).collect();
 /// assert_eq!(whole[500..], shard);
@@ -39,7 +39,8 @@ impl Philox {
         Self::stream(seed, hash)
     }
 
-    /// Stream number `number` below this one, as independent of it as streams of different seeds.
+    /// Substream number `number` of this stream. The two are as independent as streams of different
+    /// seeds.
     pub fn substream(&self, number: u64) -> Self {
         Self::stream(u64::from(self.key[0]) | u64::from(self.key[1]) << 32, number)
     }
@@ -50,7 +51,8 @@ impl Philox {
         self.key
     }
 
-    /// Four random u32 at a counter: the values for the indices 4 · `counter` to 4 · `counter` + 3.
+    /// Four random u32 at a counter. `uniform` uses them for the indices 4 · `counter` to 4 ·
+    /// `counter` + 3.
     pub(crate) fn block(&self, counter: u64) -> [u32; 4] {
         philox4x32_10([counter as u32, (counter >> 32) as u32, 0, 0], self.key)
     }
@@ -60,8 +62,8 @@ impl Philox {
         u32_to_unit_f64(self.block(index / 4)[(index % 4) as usize])
     }
 
-    /// The number at `index`, normally distributed with mean 0 and variance 1 (Box–Muller
-    /// transform).
+    /// The number at `index`, normally distributed with mean 0 and variance 1. It is the Box–Muller
+    /// transform of the first two u32 of block `index`.
     pub fn normal(&self, index: u64) -> f64 {
         let bits = self.block(index);
         let (radius, angle) = (u32_to_unit_f64(bits[0]), u32_to_unit_f64(bits[1]));

@@ -1,5 +1,5 @@
-//! The elements of tensors: f64, f32, bf16 and f16, each with its accumulator; and views and
-//! buffers whose element is known at run time.
+//! The elements of tensors: f64, f32, bf16 and f16, each with its accumulator. Also views and
+//! buffers whose element is known only at run time.
 
 use super::{
     Device,
@@ -59,14 +59,14 @@ impl fmt::Display for DType {
 
 /// The element of a tensor, as a type: `f64`, `f32`, [`half::bf16`] or [`half::f16`].
 ///
-/// f64 is a full element so that tests can hold every operator to 1e-12. This trait is sealed, with
-/// the four elements that libraries and hardware have: a kernel family has one body for all of
-/// them.
+/// f64 is an element like the others, so that tests can check every operator at 1e-12. The trait is
+/// sealed, because the code of a kernel family serves exactly these four elements, which libraries
+/// and hardware support.
 ///
 /// ```
 /// use half::bf16;
 /// use shardwise::prelude::*;
-/// // Rounded once, to the nearest: by way of f32 it would be a tie, which rounds to 1.
+/// // Rounded once, to the nearest bf16. A first rounding to f32 gives a tie, which rounds to 1.
 /// let x = <bf16 as Element>::from_f64(1.0 + 2f64.powi(-8) + 2f64.powi(-40));
 /// assert_eq!(Element::to_f64(x), 1.0 + <bf16 as Element>::EPSILON);
 /// ```
@@ -80,26 +80,26 @@ pub trait Element: sealed::Sealed + Copy + Default + PartialEq + fmt::Debug + Se
     /// Not a number.
     const NAN: Self;
 
-    /// The same number in the accumulator.
+    /// Converts the element to the accumulator, exactly.
     fn widen(self) -> Self::Acc;
-    /// The nearest number to an accumulator.
+    /// Rounds a number of the accumulator to the nearest element.
     fn narrow(acc: Self::Acc) -> Self;
-    /// The same number as f64.
+    /// Converts the element to f64, exactly.
     fn to_f64(self) -> f64;
-    /// The nearest number to an f64.
+    /// Rounds an f64 to the nearest element, once.
     fn from_f64(value: f64) -> Self;
 
-    /// Converts a view to one whose element is known at run time.
+    /// Converts a view to a view whose element is known at run time.
     fn any_ref<B: Device>(slice: B::Slice<'_, Self>) -> AnyRef<'_, B>;
-    /// Converts an exclusive view to one whose element is known at run time.
+    /// Converts an exclusive view to an exclusive view whose element is known at run time.
     fn any_mut<B: Device>(slice: B::SliceMut<'_, Self>) -> AnyMut<'_, B>;
-    /// Converts a buffer to one whose element is known at run time.
+    /// Converts a buffer to a buffer whose element is known at run time.
     fn any_buffer<B: Device>(buffer: B::Buffer<Self>) -> AnyBuffer<B>;
-    /// Returns the view, if this is its element.
+    /// Returns the view if this is its element, else `None`.
     fn of_ref<'a, B: Device>(any: AnyRef<'a, B>) -> Option<B::Slice<'a, Self>>;
-    /// Returns the exclusive view, if this is its element.
+    /// Returns the exclusive view if this is its element, else `None`.
     fn of_mut<'a, B: Device>(any: AnyMut<'a, B>) -> Option<B::SliceMut<'a, Self>>;
-    /// Returns the buffer, if this is its element.
+    /// Returns the buffer if this is its element, else `None`.
     fn of_buffer<B: Device>(any: AnyBuffer<B>) -> Option<B::Buffer<Self>>;
 
     #[doc(hidden)]
@@ -108,8 +108,9 @@ pub trait Element: sealed::Sealed + Copy + Default + PartialEq + fmt::Debug + Se
 
 /// An element that is its own accumulator: f64 or f32, with the arithmetic that kernels need.
 ///
-/// The f32 functions are polynomials without branches, which compilers vectorize, accurate to a few
-/// units in the last place. The f64 ones are those of the standard library and of `libm`.
+/// In f32, `exp`, `tanh` and `erf` are polynomials without branches, so that the compiler
+/// vectorizes them. They are accurate to a few units in the last place. In f64, `erf` is that of
+/// `libm`. All other functions are those of the standard library.
 pub trait Accumulator:
     Element<Acc = Self>
     + PartialOrd
@@ -140,8 +141,8 @@ pub trait Accumulator:
     /// The larger of two numbers, NaN if either is NaN.
     #[inline(always)]
     fn max_nan(self, other: Self) -> Self {
-        // Comparisons with NaN are false: the second test keeps a NaN of `self`, and a NaN of
-        // `other` fails both tests.
+        // Comparisons with NaN are false. So `self != self` is true for a NaN of `self`, which is
+        // returned. If only `other` is NaN, both tests are false, and `other` is returned.
         #[allow(clippy::eq_op)]
         if self > other || self != self { self } else { other }
     }
@@ -360,7 +361,7 @@ impl<'a, B: Device> AnyRef<'a, B> {
         self.len() == 0
     }
 
-    /// Returns the view, if `T` is its element.
+    /// Returns the view if `T` is its element, else `None`.
     pub fn of<T: Element>(self) -> Option<B::Slice<'a, T>> {
         T::of_ref::<B>(self)
     }
@@ -397,7 +398,7 @@ impl<'a, B: Device> AnyMut<'a, B> {
         }
     }
 
-    /// Returns the view, if `T` is its element.
+    /// Returns the view if `T` is its element, else `None`.
     pub fn of<T: Element>(self) -> Option<B::SliceMut<'a, T>> {
         T::of_mut::<B>(self)
     }
@@ -424,7 +425,7 @@ impl<B: Device> AnyBuffer<B> {
         }
     }
 
-    /// Returns the buffer, if `T` is its element.
+    /// Returns the buffer if `T` is its element, else `None`.
     pub fn of<T: Element>(self) -> Option<B::Buffer<T>> {
         T::of_buffer::<B>(self)
     }
@@ -434,8 +435,8 @@ impl<B: Device> AnyBuffer<B> {
 mod tests {
     use super::*;
 
-    /// Numbers halfway between two bf16 or f16, and slightly above or below: `half` alone rounds
-    /// them the wrong way.
+    /// The numbers are halfway between two bf16 or f16, or slightly above or below. The conversions
+    /// of `half` round some of them in the wrong direction.
     #[test]
     fn f64_is_rounded_once() {
         let little = 2f64.powi(-40);

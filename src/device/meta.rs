@@ -1,22 +1,22 @@
-//! A device without memory, as PyTorch's meta device: a tensor on it has only a length.
+//! A device without memory, like PyTorch's meta device. A buffer has only a length.
 
 use super::{Device, Element, MemoryUse};
 use crate::error::{Error, Result};
 use std::{cell::Cell, fmt, marker::PhantomData, ops::Range, rc::Rc};
 
-/// A device that holds no values and computes none. It counts the bytes that tensors would take,
-/// and the floating-point operations of matrix products and attention.
+/// A device that holds no values and computes none. The device counts the bytes that tensors would
+/// take, and the floating-point operations of matrix products and attention.
 ///
-/// Layers and optimizers run on it unchanged. So it gives the shapes, memory and FLOPs of a model
-/// of any size without allocating or computing. On a [planned group](crate::comm::Group::planned)
-/// these are those of any rank of a group of any size, and the group records the rank's
-/// collectives.
+/// Layers and optimizers run on this device unchanged. So it gives the shapes, memory and FLOPs of
+/// a model of any size without allocating or computing. With a [planned
+/// group](crate::comm::Group::planned), it gives them for any rank of a group of any size, and the
+/// group records the rank's collectives.
 ///
 /// * Kernels check their operands as on every device, and fail with the same errors.
-/// * Every value that is read is 0, whatever was written. Parameters are not read from their
+/// * Every download gives 0, whatever was uploaded or computed. Parameters are not read from their
 ///   source.
-/// * [`Device::memory`] counts tensors as [`Cpu`](super::Cpu) does, and those temporaries of its
-///   kernels that are as large as a result. It does not count packed blocks and tiles of scores.
+/// * [`Device::memory`] counts tensors as [`Cpu`](super::Cpu) does. It also counts the temporaries
+///   of CPU kernels that are as large as a result, but not packed blocks and tiles of scores.
 ///
 /// ```
 /// use shardwise::{Tensor, device::{Device, Meta}, kernels::Gemm};
@@ -48,16 +48,16 @@ impl Meta {
     }
 
     /// The floating-point operations of matrix products and attention since the device was created,
-    /// at most `u64::MAX`.
+    /// or `u64::MAX` if there are more.
     ///
-    /// Counts as PyTorch's `FlopCounterMode`:
+    /// The counts follow PyTorch's `FlopCounterMode`:
     ///
     /// * 2 m n k for `[m, k]` times `[k, n]`;
     /// * for each query head of d features and each (query, key) pair, 4 d in attention's forward
     ///   (two products) and 10 d in its backward (five);
     /// * none for element-wise kernels, normalizations and losses.
     ///
-    /// Unlike PyTorch, does not count pairs that the masks hide.
+    /// Unlike PyTorch, this does not count the pairs that masks hide.
     pub fn flops(&self) -> u64 {
         self.0.flops.get()
     }
@@ -75,7 +75,7 @@ impl fmt::Debug for Meta {
     }
 }
 
-/// The length of a buffer, whose bytes count as live while it exists.
+/// A buffer, which has only a length. Its bytes count as live until it is dropped.
 pub struct MetaBuffer<T: Element> {
     len: usize,
     counts: Rc<Counts>,
@@ -94,23 +94,26 @@ impl<T: Element> fmt::Debug for MetaBuffer<T> {
     }
 }
 
-/// A shared view of a [`MetaBuffer`]: a length.
+/// A shared view of a [`MetaBuffer`], which has only a length.
 #[derive(Clone, Copy, Debug)]
 pub struct MetaSlice<'a, T: Element> {
     len: usize,
     of: PhantomData<&'a [T]>,
 }
 
-/// An exclusive view of a [`MetaBuffer`].
+/// An exclusive view of a [`MetaBuffer`], which has only a length.
 #[derive(Debug)]
 pub struct MetaSliceMut<'a, T: Element> {
     len: usize,
     of: PhantomData<&'a mut [T]>,
 }
 
-/// The length of a range of a view.
+/// The length of a range of a view. Panics if the range is out of bounds.
 fn range_len(len: usize, range: Range<usize>) -> usize {
-    assert!(range.start <= range.end && range.end <= len, "elements {range:?} of {len}");
+    assert!(
+        range.start <= range.end && range.end <= len,
+        "elements {range:?} of a view of {len} elements are out of bounds"
+    );
     range.len()
 }
 
@@ -122,7 +125,7 @@ impl Device for Meta {
     const HAS_VALUES: bool = false;
 
     /// # Errors
-    /// When more than `isize::MAX` bytes would be live: no address space has so many.
+    /// When more than `isize::MAX` bytes would be live, because no address space has so many.
     fn empty<T: Element>(&self, len: usize) -> Result<MetaBuffer<T>> {
         let Counts { live, peak, .. } = &*self.0;
         let after = len.checked_mul(size_of::<T>()).and_then(|bytes| live.get().checked_add(bytes));
@@ -252,7 +255,7 @@ mod tests {
         assert_eq!(x.to_vec().unwrap(), [0.0; 2]);
     }
 
-    /// A source of one tensor of 2⁴⁰ rows, of which nothing can be read.
+    /// A source whose only tensor is `w`, of which no element can be read.
     struct Unreadable;
 
     impl WeightSource for Unreadable {

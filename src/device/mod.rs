@@ -1,9 +1,10 @@
-//! Devices, which hold tensors, and the elements of tensors. Used by kernels and everything above.
+//! Devices, which hold tensors, and the elements of tensors. Kernels and all higher modules use
+//! them.
 //!
-//! A [`Device`] owns memory; the kernel families that it implements, in [`crate::kernels`], are
-//! what it can compute. The element of a tensor is a type ([`Element`]). If it is known only at run
-//! time (a communicator's message, a checkpoint), [`AnyRef`], [`AnyMut`] and [`AnyBuffer`] carry it
-//! as a value, and [`each_dtype!`] returns to the type.
+//! A [`Device`] owns memory. It computes by the kernel families of [`crate::kernels`] that it
+//! implements. The element of a tensor is a type ([`Element`]). For a communicator's message or a
+//! checkpoint, the element is known only at run time. [`AnyRef`], [`AnyMut`] and [`AnyBuffer`] then
+//! carry the element as a value, and [`each_dtype!`] turns the value back into a type.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -24,7 +25,7 @@ use std::{fmt, ops::Range};
 
 /// A device: memory for tensors, and views of it.
 ///
-/// A handle is cheap to clone and belongs to one rank; it is not `Send`.
+/// A handle is cheap to clone. It belongs to one rank and is not `Send`.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -45,8 +46,8 @@ pub trait Device: Clone + fmt::Debug + 'static {
     /// An exclusive view of elements.
     type SliceMut<'a, T: Element>;
 
-    /// Whether memory holds values. If not, as on [`Meta`], parameters are not read from their
-    /// source, and every value that is read is 0.
+    /// Whether the memory holds values. If not, as on [`Meta`], parameters are not read from their
+    /// source, and every download gives 0.
     const HAS_VALUES: bool = true;
 
     /// Allocates memory for `len` elements. Their values are arbitrary.
@@ -55,8 +56,8 @@ pub trait Device: Clone + fmt::Debug + 'static {
     /// When there is not enough memory.
     fn empty<T: Element>(&self, len: usize) -> Result<Self::Buffer<T>>;
 
-    /// Returns memory with the elements of a vector: the vector's own memory, if the device
-    /// computes on host memory.
+    /// Returns a buffer with the elements of a vector. A device that computes on host memory takes
+    /// over the vector's memory, and other devices copy it.
     ///
     /// # Errors
     /// When there is not enough memory.
@@ -72,7 +73,7 @@ pub trait Device: Clone + fmt::Debug + 'static {
     /// An exclusive view of a whole buffer.
     fn slice_mut<T: Element>(buffer: &mut Self::Buffer<T>) -> Self::SliceMut<'_, T>;
 
-    /// A shared view of an exclusive view's elements.
+    /// A shared view of the elements of an exclusive view.
     fn shared<'a, T: Element>(slice: &'a Self::SliceMut<'_, T>) -> Self::Slice<'a, T>;
 
     /// Reborrows an exclusive view.
@@ -94,7 +95,7 @@ pub trait Device: Clone + fmt::Debug + 'static {
     /// Copies from the host. The caller has checked the lengths.
     fn upload<T: Element>(&self, from: &[T], to: Self::SliceMut<'_, T>) -> Result<()>;
 
-    /// Copies to the host, after all earlier work of the device. The caller has checked the
+    /// Copies to the host when the device has finished all earlier work. The caller has checked the
     /// lengths.
     fn download<T: Element>(&self, from: Self::Slice<'_, T>, to: &mut [T]) -> Result<()>;
 

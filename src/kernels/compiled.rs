@@ -12,7 +12,8 @@ macro_rules! pointers {
     ($($kernel:expr),* $(,)?) => { [$($kernel as *const ()),*] };
 }
 
-/// The addresses of the kernels. Public, so that rustc has to compile them in this crate.
+/// The addresses of the kernels. The function is public, so that rustc has to compile the kernels
+/// in this crate.
 #[doc(hidden)]
 pub fn compiled() -> Vec<*const ()> {
     let of = [of_element::<f64>(), of_element::<f32>(), of_element::<bf16>(), of_element::<f16>()];

@@ -2,12 +2,12 @@
 
 use crate::device::{Accumulator, Element};
 
-/// Independent partial results: enough to keep two vectors of eight f32 in flight.
+/// The number of independent partial results. 16 keep two vectors of eight f32 in flight.
 const LANES: usize = 16;
 
-/// f(0) ⊕ f(1) ⊕ … ⊕ f(len − 1), where f(i) is `f` of the `i`-th elements of `rows`. Element `i`
-/// goes to lane `i mod 16`; the lanes are then combined pairwise. The order depends only on the
-/// length of the rows.
+/// f(0) ⊕ f(1) ⊕ … ⊕ f(len − 1), where f(i) is `f` of the `i`-th elements of `rows` and ⊕ is
+/// `combine`. Element `i` is combined into lane `i mod 16`. The lanes are then combined pairwise.
+/// The order depends only on the length of the rows.
 #[inline(always)]
 fn lane_fold<T: Element, A: Accumulator, const N: usize>(
     rows: [&[T]; N],
@@ -19,8 +19,8 @@ fn lane_fold<T: Element, A: Accumulator, const N: usize>(
     let len = rows[0].len();
     let whole = len / LANES * LANES;
     for at in (0..whole).step_by(LANES) {
-        // Fixed-size arrays check the lengths once for all lanes. A check per lane would prevent
-        // vectorization.
+        // `first_chunk` checks the lengths once for all lanes, because a check per lane would
+        // prevent vectorization.
         let rows = rows.map(|row| row[at..].first_chunk::<LANES>().expect("the rows are equally long"));
         for (lane, value) in lanes.iter_mut().enumerate() {
             *value = combine(*value, f(rows.map(|row| row[lane])));
@@ -48,7 +48,7 @@ pub(super) fn lane_sum<T: Element, A: Accumulator, const N: usize>(
     lane_fold(rows, A::ZERO, f, |a, b| a + b)
 }
 
-/// The maximum of a row: −∞ of an empty row, NaN if an element is NaN.
+/// The maximum of a row: −∞ if the row is empty, NaN if an element is NaN.
 #[inline(always)]
 pub(super) fn lane_max<T: Element>(row: &[T]) -> T::Acc {
     lane_fold([row], T::Acc::NEG_INFINITY, |[x]| x.widen(), T::Acc::max_nan)

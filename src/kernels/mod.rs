@@ -2,8 +2,8 @@
 //! file per device.
 //!
 //! Methods are generic in the element, so that an operator needs a single bound, [`Backend`].
-//! Matrices are passed as views ([`MatRef`], [`MatMut`]), which check their extent when they are
-//! made. A kernel checks that its operands agree and reports the two sizes that do not.
+//! Matrices are passed as views ([`MatRef`], [`MatMut`]). A view checks its extent when it is
+//! created. A kernel checks that its operands agree. If two sizes differ, the error names both.
 //!
 //! | family | kernels |
 //! |---|---|

@@ -1,5 +1,6 @@
-//! How the CUDA kernels access matrices: in packs of 16 bytes where all operands are aligned to
-//! that, else one element at a time.
+//! How the CUDA kernels access matrices: in packs if all operands are aligned to their packs, else
+//! one element at a time. A pack has as many elements as 16 bytes hold of the operands' largest
+//! element.
 
 use super::view::Dims;
 
@@ -7,9 +8,9 @@ use super::view::Dims;
 #[derive(Clone, Copy)]
 pub(super) struct Operand {
     pub(super) dims: Dims,
-    /// The address of its first element.
+    /// The address of the operand's first element.
     pub(super) address: u64,
-    /// The bytes per element.
+    /// The number of bytes per element.
     pub(super) size: usize,
 }
 
@@ -24,7 +25,8 @@ pub(super) struct AccessPlan {
 }
 
 impl AccessPlan {
-    /// For matrices of the same dimensions. Flattens them to one row if all are contiguous.
+    /// The plan for matrices of the same dimensions. Flattens the matrices to one row if all are
+    /// contiguous.
     pub(super) fn flat(operands: &[Operand]) -> Self {
         let Some(first) = operands.first() else { return Self { packed: false, rows: 0, cols: 0, steps: 0 } };
         let Dims { rows, cols, .. } = first.dims;
@@ -33,7 +35,7 @@ impl AccessPlan {
         Self::by_rows(operands, rows, cols)
     }
 
-    /// For matrices that are accessed row by row.
+    /// The plan for matrices that a kernel accesses row by row.
     pub(super) fn by_rows(operands: &[Operand], rows: usize, cols: usize) -> Self {
         let width = 16 / operands.iter().map(|operand| operand.size).max().unwrap_or(16).max(1);
         let aligned = |operand: &Operand| {
@@ -45,7 +47,7 @@ impl AccessPlan {
         Self { packed, rows, cols, steps }
     }
 
-    /// The leading arguments of every kernel that is launched with a plan.
+    /// The arguments that pass a plan to a kernel, which takes them first.
     pub(super) fn arguments(&self) -> [usize; 3] {
         [usize::from(self.packed), self.rows, self.cols]
     }

@@ -40,7 +40,8 @@ pub(crate) struct Dims {
 }
 
 impl Dims {
-    /// One past the index of the last element. Saturates at `usize::MAX`, which no memory reaches.
+    /// One past the index of the last element, or 0 for an empty matrix. An overflow gives
+    /// `usize::MAX`, which exceeds the length of every memory.
     pub(crate) fn extent(&self) -> usize {
         if self.rows == 0 || self.cols == 0 {
             return 0;
@@ -50,7 +51,8 @@ impl Dims {
         last_row.saturating_add(last_col).saturating_add(1)
     }
 
-    /// The index of a row's first element. 0 without columns, as such a view may have no memory.
+    /// The index of a row's first element. Returns 0 for a view without columns, because such a
+    /// view may have no memory.
     #[inline(always)]
     fn row_start(&self, row: usize) -> usize {
         if self.cols == 0 { 0 } else { row * self.row_stride }
@@ -78,11 +80,11 @@ impl Dims {
                 && rows.end <= self.rows
                 && cols.start <= cols.end
                 && cols.end <= self.cols,
-            "block {rows:?} x {cols:?} of a {} x {} matrix",
+            "block {rows:?} x {cols:?} of a {} x {} matrix is out of bounds",
             self.rows,
             self.cols
         );
-        // An empty block may begin beyond the end of the memory.
+        // An empty block may begin beyond the end of the memory, so its offset saturates.
         let row = rows.start.saturating_mul(self.row_stride);
         let start = row.saturating_add(cols.start.saturating_mul(self.col_stride));
         (start, Self { rows: rows.len(), cols: cols.len(), ..self })
@@ -177,7 +179,7 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         Self::strided(data, rows, cols, cols, 1)
     }
 
-    /// A matrix with any strides for which no two elements share memory.
+    /// A matrix with any strides, as long as no two elements share memory.
     ///
     /// # Errors
     /// When the memory is too short, or elements overlap.
@@ -189,7 +191,8 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         col_stride: usize,
     ) -> Result<Self> {
         let dims = Dims { rows, cols, row_stride, col_stride }.check(B::len_mut(&data))?;
-        // Each row ends before the next begins, or each column does.
+        // No elements overlap if each row ends before the next row begins, or each column ends
+        // before the next column begins.
         let apart = |count: usize, stride: usize, inner: usize, inner_stride: usize| {
             (count <= 1 || stride > (inner - 1) * inner_stride) && (inner <= 1 || inner_stride > 0)
         };
@@ -250,13 +253,13 @@ impl<'a, T: Element, B: Device> MatMut<'a, T, B> {
         self.dims
     }
 
-    /// The memory from the first element on, read-only.
+    /// A read-only view of the memory from the matrix's first element on.
     #[cfg(feature = "cuda")]
     pub(crate) fn shared(&self) -> B::Slice<'_, T> {
         B::shared(&self.data)
     }
 
-    /// The number of elements from the first of the matrix to the end of the memory.
+    /// The number of elements of the memory, counted from the matrix's first element.
     pub(crate) fn memory(&self) -> usize {
         B::len_mut(&self.data)
     }
@@ -276,7 +279,7 @@ pub(crate) fn mat_mut<T: Element>(data: &mut [T], rows: usize, cols: usize) -> R
     MatMut::new(data, rows, cols)
 }
 
-/// Row access for CPU kernels, which need unit column stride.
+/// Row access for CPU kernels. The column stride must be 1, because a row is returned as a slice.
 impl<'a, T: Element> MatRef<'a, T, Cpu> {
     #[inline(always)]
     pub(crate) fn row(&self, row: usize) -> &'a [T] {
@@ -293,7 +296,7 @@ impl<T: Element> MatMut<'_, T, Cpu> {
     }
 }
 
-/// `Ok` if two operands have the same dimensions.
+/// Returns an error unless two operands have the same dimensions.
 pub(crate) fn same_dims(
     op: &'static str,
     left: &str,
@@ -310,7 +313,7 @@ pub(crate) fn same_dims(
     )
 }
 
-/// `Ok` if the elements of each row are contiguous.
+/// Returns an error unless the elements of each row are contiguous.
 pub(crate) fn unit_columns(op: &'static str, dims: Dims) -> Result<()> {
     if dims.col_stride == 1 || dims.cols <= 1 {
         return Ok(());

@@ -8,7 +8,7 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Splits a fused projection into views of q, k and v.
+/// Returns the views of q, k and v in a fused projection.
 fn split_qkv<'a, T: Element, B: Backend>(heads: &QkvHeads, qkv: &'a Tensor<T, B>) -> [MatRef<'a, T, B>; 3] {
     let (query, kv, mat) = (heads.query_width(), heads.kv_width(), qkv.mat());
     [mat.columns(0..query), mat.columns(query..query + kv), mat.columns(query + kv..query + 2 * kv)]
@@ -83,8 +83,8 @@ pub fn attention_backward<T: Element, B: Backend>(
     Ok(dqkv)
 }
 
-/// The KV cache of one layer on one rank: keys and values of `[slots · kv_heads · capacity,
-/// head_dim]` each, with the layout of [`CacheSpec`].
+/// The KV cache of one layer on one rank. Keys and values are tensors `[slots · kv_heads ·
+/// capacity, head_dim]` with the layout of [`CacheSpec`].
 #[derive(Debug)]
 pub struct CachedKeys<T: Element, B: Device> {
     keys: Tensor<T, B>,
@@ -119,7 +119,8 @@ impl<T: Element, B: Backend> CachedKeys<T, B> {
     pub fn copy(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
         let device = self.keys.device().clone();
         let dim = self.keys.shape().cols();
-        // Both slots are in the same tensor, so the rows are copied through a temporary.
+        // Both slots are in the same tensor, which cannot be borrowed twice, so a temporary holds
+        // the rows.
         let mut passing = Tensor::<T, B>::empty(&device, [len, dim])?;
         for all in [&mut self.keys, &mut self.values] {
             for head in 0..self.kv_heads {

@@ -7,14 +7,14 @@ use crate::{
     tensor::Tensor,
 };
 
-/// y = x / (1 − p) where the mask keeps an element, else 0. The gradient is the same function of
-/// dy.
+/// y = x / (1 − p) where the mask keeps an element, else 0. The backward is the same function with
+/// dy as x.
 ///
-/// `masks`: (number of rows, mask) for consecutive ranges of rows of x.
+/// `masks`: the number of rows and the mask of each range of rows of x, in order.
 ///
 /// # Errors
-/// When the masks' rows do not add up to those of x, a shard exceeds the whole matrix of its mask,
-/// or p is not in 0 ≤ p < 1.
+/// When the numbers of rows do not add up to the rows of x, a shard exceeds the whole matrix of its
+/// mask, or p is not in 0 ≤ p < 1.
 pub fn dropout<T: Element, B: Backend>(
     masks: &[(usize, DropoutMask)],
     x: &Tensor<T, B>,

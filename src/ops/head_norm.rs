@@ -8,8 +8,9 @@ use crate::{
 };
 use std::ops::Range;
 
-/// Normalizes each head in these columns of x over its features and writes it to y. Other columns
-/// of y are not changed. Returns the statistics for the backward: `[heads · rows, 2]`.
+/// Normalizes each head in the columns `columns` of x over its features and writes the result to y.
+/// Other columns of y do not change. Returns the statistics that the backward needs: `[heads ·
+/// rows, 2]`.
 ///
 /// `x`, `y`: `[rows, features]`; `gamma`: `[head_dim]`.
 ///
@@ -33,8 +34,8 @@ pub fn normalize_heads<T: Element, B: Backend>(
     Ok(stats)
 }
 
-/// Writes the gradients of these heads to dx, counted from column `first`. Other columns of dx are
-/// not changed. Returns dγ, summed over these heads and all rows.
+/// Writes the gradients of the heads `heads` to dx, where head 0 begins at column `first`. Other
+/// columns of dx do not change. Returns dγ, summed over these heads and all rows.
 ///
 /// # Errors
 /// When sizes disagree.

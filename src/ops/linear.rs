@@ -9,8 +9,8 @@ use crate::{
     trace,
 };
 
-/// y = x wᵀ + b. With an activation f: pre = x wᵀ + b and y = f(pre); also returns pre, which the
-/// backward needs.
+/// y = x wᵀ + b. With an activation f: pre = x wᵀ + b and y = f(pre). Then also returns pre, which
+/// the backward needs.
 ///
 /// `x`: `[…, in]`, `w`: `[out, in]`, `b`: `[out]`; `y`, `pre`: `[…, out]`.
 ///
@@ -50,7 +50,8 @@ pub fn linear<T: Element, B: Backend>(
     Ok((y, pre))
 }
 
-/// dx = dy w. With `through` = (f, pre), where x = f(pre): the gradient of pre, (dy w) f′(pre).
+/// dx = dy w. With `through` = (f, pre), where x = f(pre), returns the gradient of pre, (dy w)
+/// f′(pre).
 ///
 /// # Errors
 /// When sizes disagree.
@@ -87,7 +88,7 @@ pub fn linear_dw<T: Element, B: Backend>(
     })
 }
 
-/// Computes the products of pairs of matrices, concurrently where the device can.
+/// Computes the product of each pair of matrices, several at a time if the device can.
 ///
 /// # Errors
 /// When sizes disagree.

@@ -9,8 +9,8 @@ use crate::{
     tensor::Tensor,
 };
 
-/// The sequence of each row, [`NO_ROW`] for padding; and 1 / the number of tokens of each sequence,
-/// 0 if it has none.
+/// Returns the sequence of each row, or [`NO_ROW`] for padding. Also returns 1 / n for each
+/// sequence of n tokens, or 0 if n = 0.
 fn members<A: Element, B: Backend>(device: &B, sequences: &Sequences) -> Result<(Vec<u32>, Tensor<A, B>)> {
     let (mut ids, mut shares) = (vec![NO_ROW; sequences.rows()], Vec::with_capacity(sequences.len()));
     for (sequence, rows) in sequences.iter().enumerate() {
@@ -21,11 +21,11 @@ fn members<A: Element, B: Backend>(device: &B, sequences: &Sequences) -> Result<
     Ok((ids, Tensor::from_vec(device, [sequences.len()], shares)?))
 }
 
-/// yₛ = the mean over the rows of the tokens of sequence s: `[sequences, features]`. Padding is
-/// excluded; the mean of no tokens is 0.
+/// yₛ = the mean of the rows of sequence s, without padding: `[sequences, features]`. The mean of a
+/// sequence without tokens is 0.
 ///
 /// # Errors
-/// When the rows of the sequences and of x differ in number.
+/// When the sequences and x have different numbers of rows.
 pub fn mean_sequences<T: Element, B: Backend>(
     x: &Tensor<T, B>,
     sequences: &Sequences,
@@ -37,7 +37,7 @@ pub fn mean_sequences<T: Element, B: Backend>(
     ops::scale_rows(&shares, &sums)?.into_element()
 }
 
-/// dx: the gradient of the sequence's mean divided by its number of tokens; 0 for padding.
+/// dxᵢ = dyₛ / n, where row i belongs to sequence s, which has n tokens. The dx of padding is 0.
 ///
 /// # Errors
 /// When dy does not have one row per sequence.

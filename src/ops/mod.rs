@@ -1,5 +1,5 @@
-//! Operators on the tensors of one rank, forward and backward: kernels that allocate their results.
-//! They make no collectives; the layers in [`crate::parallel`] are built on them.
+//! Operators on the tensors of one rank, forward and backward. They call kernels and allocate the
+//! results. They make no collectives. The layers in [`crate::parallel`] call these operators.
 
 mod activation;
 mod attention;

@@ -58,7 +58,7 @@ pub fn normalize<T: Element, B: Backend>(
     Ok((y, NormContext { x: x.clone(), stats }))
 }
 
-/// The gradients of x, γ and β; those of γ and β are in the accumulator.
+/// The gradients of x, γ and β. dγ and dβ are in the accumulator.
 ///
 /// # Errors
 /// When shapes disagree.
@@ -77,8 +77,8 @@ pub fn normalize_backward<T: Element, B: Backend>(
 /// The gradients of γ and β.
 type ParamGrads<A, B> = (Tensor<A, B>, Option<Tensor<A, B>>);
 
-/// The backward over a range of rows: writes these rows of dx and returns their contributions to dγ
-/// and dβ, in the accumulator.
+/// The backward for a range of rows. Writes these rows of dx. Returns the contributions of these
+/// rows to dγ and dβ, in the accumulator.
 ///
 /// # Errors
 /// When shapes disagree.

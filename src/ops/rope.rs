@@ -12,8 +12,8 @@ use std::{
     ops::Range,
 };
 
-/// The configuration of a rotary position embedding: pair i of a head's `dim` rotated features
-/// turns by the angle base^(−2 i / dim) per position, before scaling.
+/// The configuration of a rotary position embedding. Before scaling, pair i of a head's `dim`
+/// rotated features turns by the angle base^(−2 i / dim) per position.
 ///
 /// ```
 /// use shardwise::{
@@ -29,7 +29,7 @@ use std::{
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
-    /// The number of rotated features, the first of each head. Even.
+    /// The number of rotated features, which are the first of each head. Must be even.
     pub dim: usize,
     /// The base of the frequencies: 10000 in the paper.
     pub base: f64,
@@ -51,16 +51,16 @@ pub enum RopeScaling {
         /// The factor.
         factor: f64,
     },
-    /// Scales the base if the sequence length L exceeds the training length T: base (factor L / T −
-    /// (factor − 1))^(dim / (dim − 2)). L is the length of each sequence. Cached keys keep the
-    /// frequencies of the step that computed them.
+    /// Scales the base if the sequence length L exceeds the training length T, to base · (factor L
+    /// / T − (factor − 1))^(dim / (dim − 2)). L is the length of each sequence by itself. Cached
+    /// keys keep the frequencies of the step that computed them.
     DynamicNtk {
         /// The factor.
         factor: f64,
         /// The training length T.
         trained: usize,
     },
-    /// Divides the frequencies of wavelengths above T / low by the factor, keeps those of
+    /// Divides frequencies with wavelengths above T / low by the factor. Keeps frequencies with
     /// wavelengths below T / high, and interpolates in between (Llama 3.1).
     Llama3 {
         /// The factor.
@@ -72,26 +72,28 @@ pub enum RopeScaling {
         /// The training length T.
         trained: usize,
     },
-    /// Like Llama 3's, but interpolates by the number of turns in the training length, and sharpens
-    /// the scores (Peng et al., 2023: YaRN).
+    /// Divides the frequencies of slow pairs by the factor and keeps those of fast pairs, as Llama
+    /// 3.1. In between, interpolates linearly in the index of the pair. Also multiplies the rotated
+    /// features by `magnitude`, which sharpens the softmax (Peng et al., 2023: YaRN).
     Yarn {
         /// The factor.
         factor: f64,
         /// The training length T.
         trained: usize,
-        /// Pairs with more turns are not scaled (32).
+        /// Pairs that make more turns than this in the training length are not scaled. Usually 32.
         fast: f64,
-        /// Pairs with fewer turns are fully scaled (1).
+        /// Pairs that make fewer turns than this in the training length are fully scaled. Usually
+        /// 1.
         slow: f64,
-        /// Whether the interpolation limits are rounded to whole pairs.
+        /// Whether the limits of the interpolation are rounded outwards to whole pairs.
         truncate: bool,
-        /// The factor of rotated features.
+        /// The factor of the rotated features.
         magnitude: f64,
     },
 }
 
 impl RopeScaling {
-    /// YaRN's default magnitude for a factor: 0.1 ln(factor) + 1.
+    /// YaRN's default magnitude for a factor: 0.1 ln(factor) + 1, or 1 if the factor is at most 1.
     pub fn yarn_magnitude(factor: f64) -> f64 {
         if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 }
     }
@@ -119,7 +121,8 @@ impl RopeConfig {
                 plain(self.base).map(scaled).collect()
             }
             RopeScaling::Yarn { factor, trained, fast, slow, truncate, .. } => {
-                // The pair that makes this many turns in the training length.
+                // The index, not rounded, of the pair that makes this many turns in the training
+                // length.
                 let pair_of =
                     |turns: f64| dim * (trained as f64 / (turns * 2.0 * PI)).ln() / (2.0 * self.base.ln());
                 let (mut first, mut last) = (pair_of(fast), pair_of(slow));
@@ -147,7 +150,7 @@ impl RopeConfig {
         if dim % 2 == 1 || *dim > head_dim {
             return Err(Error::invalid(
                 OP,
-                format!("{dim} features of a head of {head_dim} cannot turn in pairs"),
+                format!("the number of rotated features is {dim}, but must be even and at most {head_dim}"),
             ));
         }
         let positive = |value: f64| value.is_finite() && value > 0.0;
@@ -194,8 +197,9 @@ impl Rotary {
         RopeSpec { head_dim: self.head_dim, frequencies, pairs, magnitude }
     }
 
-    /// Rotates every head in these columns of `x` by its row's position; in the opposite direction
-    /// with `transposed`, which is the backward. See [`crate::kernels::Rope`].
+    /// Rotates every head in the columns `columns` of `x` by the position of the head's row.
+    /// `transposed` rotates in the opposite direction, which is the backward. See
+    /// [`crate::kernels::Rope`].
     ///
     /// # Errors
     /// When sizes disagree.

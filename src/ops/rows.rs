@@ -1,5 +1,5 @@
-//! Row-wise operators for routers and other custom layers: product, scaling, dot product, scatter,
-//! top-k. [`Tensor::rows`] gathers rows by index.
+//! Operators on elements and rows, for routers and other custom layers: product, scaling, dot
+//! product, scatter, top-k. [`Tensor::rows`] gathers rows by index.
 
 use crate::{
     device::Element,
@@ -9,7 +9,7 @@ use crate::{
 };
 use std::cmp::Ordering;
 
-/// y = a · b, element by element. Backward: da = dy · b, db = dy · a.
+/// y = a · b, element by element. The backward is da = dy · b, db = dy · a.
 ///
 /// # Errors
 /// When shapes disagree.
@@ -20,8 +20,8 @@ pub fn mul<T: Element, B: Backend>(a: &Tensor<T, B>, b: &Tensor<T, B>) -> Result
     Ok(y)
 }
 
-/// yᵢ = sᵢ xᵢ, one factor per row. Backward: dx = [`scale_rows`]`(s, dy)`, ds = [`dot_rows`]`(x,
-/// dy)`.
+/// yᵢ = sᵢ xᵢ, one factor per row. The backward is dx = [`scale_rows`]`(s, dy)`, ds =
+/// [`dot_rows`]`(x, dy)`.
 ///
 /// `s`: `[rows]`; `x`, `y`: `[…, features]` with `rows` rows over the leading dimensions.
 ///
@@ -33,8 +33,8 @@ pub fn scale_rows<T: Element, B: Backend>(s: &Tensor<T, B>, x: &Tensor<T, B>) ->
     Ok(y)
 }
 
-/// sᵢ = Σⱼ aᵢⱼ bᵢⱼ, the dot product of each pair of rows, in the accumulator: `[rows]`. Backward:
-/// da = [`scale_rows`]`(ds, b)`, db = [`scale_rows`]`(ds, a)`.
+/// sᵢ = Σⱼ aᵢⱼ bᵢⱼ, the dot product of each pair of rows, summed in the accumulator: `[rows]`. The
+/// backward is da = [`scale_rows`]`(ds, b)`, db = [`scale_rows`]`(ds, a)`.
 ///
 /// # Errors
 /// When shapes disagree.
@@ -45,8 +45,9 @@ pub fn dot_rows<T: Element, B: Backend>(a: &Tensor<T, B>, b: &Tensor<T, B>) -> R
     Ok(s)
 }
 
-/// yᵣ = Σ of xᵢ over all i with idsᵢ = r, in the accumulator: `[rows, features]`. It is the
-/// gradient of [`Tensor::rows`] and vice versa. [`NO_ROW`](crate::kernels::NO_ROW) is skipped.
+/// yᵣ = Σ of xᵢ over all i with idsᵢ = r, in the accumulator: `[rows, features]`. This is the
+/// backward of [`Tensor::rows`], and `Tensor::rows` is the backward of this. Rows with id
+/// [`NO_ROW`](crate::kernels::NO_ROW) are skipped.
 ///
 /// # Errors
 /// When another id is out of bounds, or x does not have one row per id.
@@ -62,10 +63,10 @@ pub fn scatter_rows<T: Element, B: Backend>(
 }
 
 /// The `k` largest elements of each row in descending order, and their columns: `[rows, k]` each.
-/// Of equal elements the first comes first. Computed on the host.
+/// Equal elements stay in the order of their columns. The host computes the result.
 ///
 /// # Errors
-/// When a row has fewer than `k` elements, or one that is NaN.
+/// When a row has fewer than `k` elements, or an element is NaN.
 pub fn top_k<T: Element, B: Backend>(x: &Tensor<T, B>, k: usize) -> Result<(Tensor<T, B>, Vec<u32>)> {
     const OP: &str = "top k";
     let (rows, cols) = (x.shape().rows(), x.shape().cols());
@@ -81,7 +82,7 @@ pub fn top_k<T: Element, B: Backend>(x: &Tensor<T, B>, k: usize) -> Result<(Tens
         }
         let mut order: Vec<u32> = (0..cols as u32).collect();
         let value = |id: u32| row_of[id as usize].to_f64();
-        // A stable sort: of equal elements the first stays first.
+        // The sort is stable, so equal elements stay in order.
         order.sort_by(|&a, &b| value(b).partial_cmp(&value(a)).unwrap_or(Ordering::Equal));
         ids.extend(&order[..k]);
         values.extend(order[..k].iter().map(|&id| row_of[id as usize]));

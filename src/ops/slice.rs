@@ -8,7 +8,7 @@ use crate::{
 };
 use std::ops::Range;
 
-/// The slice with the indices `range` of dimension `dim`. Backward: [`concat()`] with zeros.
+/// The slice with the indices `range` of dimension `dim`. The backward is [`concat()`] with zeros.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -41,7 +41,7 @@ pub fn slice<T: Element, B: Backend>(
     Ok(y)
 }
 
-/// Concatenates tensors along dimension `dim`. Backward: the [`slice()`] of each.
+/// Concatenates tensors along dimension `dim`. The backward is the [`slice()`] for each tensor.
 ///
 /// ```
 /// use shardwise::prelude::*;

@@ -7,7 +7,8 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Σ (x − y)² over all elements. Divided by their number it is the mean squared error.
+/// Σ (x − y)² over all elements. Divided by the number of elements, this sum is the mean squared
+/// error.
 ///
 /// # Errors
 /// When shapes disagree.

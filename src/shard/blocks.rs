@@ -10,14 +10,14 @@ use std::ops::Range;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Reduction {
-    /// Each rank adds its own terms, then the ranks' sums are added in rank order. The bits depend
-    /// on the number of ranks, but not on the run.
+    /// Each rank adds its own terms. Then the sums of the ranks are added in rank order. The bits
+    /// depend on the number of ranks, but are the same in every run.
     #[default]
     Fast,
-    /// The same bits at every number of ranks up to the number of blocks. Every sharded dimension
-    /// is divided into this many blocks, whatever the number of ranks. A rank owns a contiguous
-    /// range of them ([`Tree::owned`]) and computes block by block, as a single device does. The
-    /// results are added along a [`Tree`] over the blocks.
+    /// Gives the same bits at every number of ranks up to the number of blocks. Every sharded
+    /// dimension is divided into this many blocks, whatever the number of ranks. A rank owns a
+    /// contiguous range of blocks ([`Tree::owned`]) and computes block by block, as a single device
+    /// does. The results are added along a [`Tree`] over the blocks.
     Invariant {
         /// The number of blocks.
         blocks: usize,
@@ -25,10 +25,10 @@ pub enum Reduction {
 }
 
 /// The canonical blocks of `units` indivisible units of `unit_len` indices each. Block b has the
-/// units ⌊b · units / count⌋ .. ⌊(b + 1) · units / count⌋. Some blocks are empty if there are fewer
-/// units than blocks.
+/// units ⌊b · units / count⌋ .. ⌊(b + 1) · units / count⌋. If there are fewer units than blocks,
+/// some blocks are empty.
 ///
-/// The blocks nest: if one count is a multiple of another, its boundaries include the other's.
+/// The blocks nest: the boundaries for a multiple of `count` include the boundaries for `count`.
 ///
 /// ```
 /// use shardwise::shard::blocks;
@@ -39,16 +39,17 @@ pub enum Reduction {
 /// # Panics
 /// When `count` is 0.
 pub fn blocks(units: usize, unit_len: usize, count: usize) -> Partition {
-    // The quotient is at most `units`, but the product may overflow a usize.
+    // The quotient is at most `units`, but the product may overflow a usize, so this multiplies in
+    // u128.
     let bound = |block: usize| (block as u128 * units as u128 / count as u128) as usize;
     Partition::from_sizes((0..count).map(|block| (bound(block + 1) - bound(block)).saturating_mul(unit_len)))
 }
 
-/// A fixed binary tree over the leaves 0, 1, 2, …, of which each rank owns a contiguous range.
+/// A fixed binary tree over the leaves 0, 1, 2, …. Each rank owns a contiguous range of leaves.
 ///
-/// For `start` a multiple of 2ᵏ⁺¹: sum(start .. start + 2ᵏ⁺¹) = sum(start .. start + 2ᵏ) +
+/// If `start` is a multiple of 2ᵏ⁺¹, sum(start .. start + 2ᵏ⁺¹) = sum(start .. start + 2ᵏ) +
 /// sum(start + 2ᵏ .. start + 2ᵏ⁺¹). A right half beyond the last leaf is omitted. The tree depends
-/// on the number of leaves only, so the bits of a sum do not depend on which rank owns which
+/// only on the number of leaves. So the bits of a sum do not depend on which rank owns which
 /// leaves.
 ///
 /// ```
@@ -89,14 +90,14 @@ impl Tree {
         self.owned.range(rank)
     }
 
-    /// The largest sub-trees whose leaves one rank owns, in order: a rank contributes one term per
-    /// sub-tree to a sum. There are at most twice as many as the height of the tree, and one if
+    /// The largest sub-trees whose leaves one rank owns, in order. The rank contributes one term
+    /// per sub-tree to a sum. A rank has at most two sub-trees per level of the tree, and one if
     /// every rank owns the same power of two of leaves.
     pub fn nodes(&self, rank: usize) -> Vec<Node> {
         let mut sum = TreeSum::new(self.leaves);
         for leaf in self.owned(rank) {
             let merged = sum.push(Node::leaf(leaf), (), |(), ()| Ok(()));
-            merged.expect("nothing fails");
+            merged.expect("the addition cannot fail");
         }
         sum.nodes.into_iter().map(|(node, ())| node).collect()
     }
@@ -119,7 +120,7 @@ impl Tree {
         if let Some(rank) = (0..self.ranks()).find(|&rank| size(rank) == 0 && !empty) {
             let (ranks, leaves) = (self.ranks(), self.leaves);
             let reason = format!(
-                "rank {rank} of {ranks} owns none of the {units} {unit}, which are split into {leaves} canonical blocks"
+                "rank {rank} of {ranks} owns none of the {units} {unit}, which are divided into {leaves} canonical blocks"
             );
             return Err(Error::invalid(op, reason));
         }
@@ -127,7 +128,8 @@ impl Tree {
     }
 }
 
-/// The sub-tree over the leaves `start .. start + 2^level` of a tree, as far as these exist.
+/// The sub-tree over the leaves `start .. start + 2^level` of a tree, without those beyond the last
+/// leaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Node {
     start: usize,
@@ -145,7 +147,7 @@ impl Node {
     }
 }
 
-/// A sum along the tree over a number of leaves. Sub-trees are pushed from left to right.
+/// A sum along the tree over a number of leaves. The caller pushes sub-trees from left to right.
 #[derive(Clone, Debug)]
 pub struct TreeSum<X> {
     leaves: usize,
@@ -158,8 +160,8 @@ impl<X> TreeSum<X> {
         Self { leaves, nodes: Vec::new() }
     }
 
-    /// Pushes the next sub-tree and merges all siblings that are complete. `add(left, right)` makes
-    /// `left` the sum of both.
+    /// Pushes the next sub-tree and merges all siblings that are complete. `add(left, right)` must
+    /// add `right` to `left`.
     ///
     /// # Errors
     /// Those of `add`.
@@ -171,8 +173,8 @@ impl<X> TreeSum<X> {
             if !(siblings && whole && right.level <= left.level) {
                 break;
             }
-            let (_, right) = self.nodes.pop().expect("there are two");
-            let (node, left) = self.nodes.last_mut().expect("there are two");
+            let (_, right) = self.nodes.pop().expect("the stack has two sub-trees");
+            let (node, left) = self.nodes.last_mut().expect("the stack has two sub-trees");
             add(left, right)?;
             node.level += 1;
         }
@@ -237,7 +239,7 @@ mod tests {
         let error = tree.partition("attention", "heads", 1, 64, false).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "attention: rank 0 of 3 owns none of the 1 heads, which are split into 4 canonical blocks"
+            "attention: rank 0 of 3 owns none of the 1 heads, which are divided into 4 canonical blocks"
         );
         assert!(tree.partition("sum", "tokens", 1, 1, true).is_ok());
     }

@@ -3,11 +3,13 @@
 use super::Partition;
 use std::ops::Range;
 
-/// Deals the indices of a partitioned dimension to chunks, one index of each shard in turn while it
-/// has any. Returns, for each chunk, the range of indices that each shard contributes.
+/// Assigns the indices of a partitioned dimension to chunks. Takes one index of each shard in turn,
+/// as long as the shard has indices left. Returns, for each chunk, the range of indices that each
+/// shard contributes.
 ///
-/// Every shard thus contributes nearly as much to each chunk as the others. Its ranges follow one
-/// another. The sizes of the chunks do not depend on the partition.
+/// So all shards contribute nearly as much to each chunk, as long as they have indices left. The
+/// ranges of one shard follow one another. The sizes of the chunks are those of `chunks`, whatever
+/// the partition is.
 pub(crate) fn deal(partition: &Partition, chunks: &Partition) -> Vec<Vec<Range<usize>>> {
     let dealt = |chunk: usize| {
         let bounds = chunks.range(chunk);
@@ -21,7 +23,7 @@ pub(crate) fn deal(partition: &Partition, chunks: &Partition) -> Vec<Vec<Range<u
     (0..chunks.shards()).map(dealt).collect()
 }
 
-/// The number of indices of each shard among the first `count` that are dealt.
+/// The number of indices of each shard among the first `count` indices that are assigned.
 fn dealt_to(partition: &Partition, count: usize) -> Vec<usize> {
     let (mut given, mut left) = (vec![0; partition.shards()], count);
     let rest = |given: &[usize], shard: usize| partition.size(shard) - given[shard];

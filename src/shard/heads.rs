@@ -7,16 +7,16 @@ use std::ops::Range;
 /// The assignment of the heads of multi-head, grouped-query or multi-query attention to ranks.
 ///
 /// Query head `h` attends with key/value head `h / (query_heads / kv_heads)`. A rank owns a
-/// contiguous range of *query* heads and holds every key/value head that they use. If a range does
-/// not end at a group boundary, neighbouring ranks hold the same key/value head. Its gradient is
-/// the sum over its holders; its [`Heads::owner`] counts it in norms and checkpoints. This covers
-/// the usual schemes (even split; replication when there are fewer key/value heads than ranks) and
-/// every case between.
+/// contiguous range of *query* heads and holds every key/value head that they use. If a range ends
+/// between query heads of the same key/value head, neighbouring ranks hold that key/value head. Its
+/// gradient is the sum over its holders. Only its [`Heads::owner`] counts the head in gradient
+/// norms and saves it to checkpoints. This assignment covers even splits, replication when there
+/// are fewer key/value heads than ranks, and every case between.
 ///
 /// If the query heads are partitioned by canonical blocks ([`super::Tree`]), the holders are the
-/// *blocks*: a rank has one copy of the keys and values of a head for each of its blocks that uses
-/// the head, as if each block were a rank. The order of sums therefore does not depend on the
-/// number of ranks. A rank has the weights of a head only once.
+/// *blocks* instead of the ranks. A rank then has one copy of a head's keys and values for each of
+/// its blocks that uses the head. So the order of sums does not depend on the number of ranks. A
+/// rank has the weights of a head only once.
 ///
 /// ```
 /// use shardwise::shard::Heads;
@@ -106,8 +106,8 @@ impl Heads {
         query.start / self.group()..(query.end - 1) / self.group() + 1
     }
 
-    /// The query heads of each holder on a rank: of the whole rank, or of each of its canonical
-    /// blocks.
+    /// The query heads of each holder on a rank. The holders are the rank's canonical blocks if the
+    /// query heads are partitioned by blocks. Otherwise the rank is the only holder.
     pub fn query_ranges(&self, rank: usize) -> Vec<Range<usize>> {
         let own = self.query_range(rank);
         match self.query.blocks(rank) {
@@ -118,13 +118,13 @@ impl Heads {
         }
     }
 
-    /// The key/value heads of each holder on a rank: see [`Heads::query_ranges`].
+    /// The key/value heads of each holder on a rank, in the order of [`Heads::query_ranges`].
     pub fn kv_ranges(&self, rank: usize) -> Vec<Range<usize>> {
         self.query_ranges(rank).iter().map(|query| self.kv_of(query)).collect()
     }
 
-    /// The key/value heads that one rank holds, in order, with one entry for each holder on the
-    /// rank.
+    /// The key/value heads that one rank holds, in order. A head occurs once for each of its
+    /// holders on the rank.
     pub fn local_kv_heads(&self, rank: usize) -> Vec<usize> {
         self.kv_ranges(rank).into_iter().flatten().collect()
     }
@@ -151,8 +151,8 @@ impl Heads {
         (0..rank).map(|rank| self.query_ranges(rank).len()).sum()
     }
 
-    /// Whether holder `holder` on a rank owns a key/value head, which is to say is its first
-    /// holder.
+    /// Whether holder `holder` on a rank owns a key/value head. The owner of a head is its first
+    /// holder in rank order.
     pub fn owns(&self, rank: usize, holder: usize, kv_head: usize) -> bool {
         let first = self.all_kv_ranges().iter().position(|kv| kv.contains(&kv_head));
         first == Some(self.first_holder(rank) + holder)
@@ -165,7 +165,7 @@ impl Heads {
         first..first + (first..self.ranks()).take_while(holds).count()
     }
 
-    /// The rank that owns a key/value head: the first that holds it.
+    /// The rank that owns a key/value head: the first rank that holds the head.
     pub fn owner(&self, kv_head: usize) -> usize {
         self.holders(kv_head).start
     }

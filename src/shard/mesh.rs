@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 use std::fmt;
 
-/// An axis of a [`Mesh`], named after the parallelism of the ranks along it. Later versions may add
-/// axes, such as expert or context parallelism.
+/// An axis of a [`Mesh`], named after the kind of parallelism between the ranks along the axis.
+/// Later versions may add axes, such as expert or context parallelism.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Axis {
@@ -12,7 +12,7 @@ pub enum Axis {
     Data,
     /// Pipeline parallel: the ranks hold consecutive layers.
     Pipeline,
-    /// Tensor parallel: the ranks share every operator.
+    /// Tensor parallel: the ranks hold shards of the operators' weights.
     Tensor,
 }
 
@@ -50,7 +50,7 @@ impl Mesh {
     /// When a size is 0, or the number of ranks overflows.
     pub fn new(dp: usize, pp: usize, tp: usize) -> Result<Self> {
         if [dp, pp, tp].contains(&0) {
-            return Err(Error::invalid("mesh", format!("an axis of a {dp} x {pp} x {tp} mesh is empty")));
+            return Err(Error::invalid("mesh", format!("an axis of a {dp} x {pp} x {tp} mesh has no ranks")));
         }
         if dp.checked_mul(pp).and_then(|ranks| ranks.checked_mul(tp)).is_none() {
             let reason = format!("a {dp} x {pp} x {tp} mesh has more ranks than can be counted");
@@ -84,7 +84,8 @@ impl Mesh {
         }
     }
 
-    /// The index of the line along `axis` that contains a rank: the `color` of a split into lines.
+    /// The index of the line that contains a rank. A line has the ranks that differ only in their
+    /// coordinate along `axis`. Use the index as the `color` to split a group into lines.
     pub fn line(&self, rank: usize, axis: Axis) -> usize {
         let [_, pp, tp] = self.sizes;
         match axis {

@@ -1,11 +1,13 @@
 //! Partitions, placements and meshes: arithmetic on sizes and ranks, without tensors. Every module
-//! may use it.
+//! of the crate may use this module.
 //!
 //! * [`Shape`]: the dimensions of a tensor.
 //! * [`Partition`]: a dimension divided into one contiguous range per rank, evenly or not.
 //! * [`Placement`] and its markers: how the ranks of a group hold one tensor.
-//! * [`Heads`]: the query heads that a rank computes and the key/value heads that they use.
-//! * [`Reduction`], [`Tree`]: blocks and orders of sums that do not depend on the number of ranks.
+//! * [`Heads`]: the query heads that a rank computes, and the key/value heads that these query
+//!   heads use.
+//! * [`Reduction`], [`Tree`]: the order in which ranks add their results, which may be the same for
+//!   every number of ranks.
 //! * [`Mesh`]: ranks as points of a grid with named axes.
 //! * [`Sequences`]: the sequences in the rows of a `[tokens, features]` tensor.
 

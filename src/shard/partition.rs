@@ -1,13 +1,13 @@
-//! Partitions of a dimension into contiguous ranges, the source of every shard boundary in the
-//! crate.
+//! Partitions of a dimension into contiguous ranges. Every shard boundary in the crate comes from a
+//! partition.
 
 use crate::error::{Error, Result};
 use std::{ops::Range, sync::Arc};
 
-/// A dimension `0..len` divided into one contiguous range per rank; sizes may differ.
+/// A dimension `0..len` divided into one contiguous range per rank. The ranges may differ in size.
 ///
 /// `range(r) = bounds[r] .. bounds[r + 1]`, with `bounds[0] = 0` and `bounds[shards] = len`.
-/// Boundaries saturate at `usize::MAX`; no tensor has such a dimension. Clones share the
+/// Boundaries saturate at `usize::MAX`, because no tensor has such a dimension. Clones share the
 /// boundaries.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Partition {
@@ -17,8 +17,8 @@ pub struct Partition {
 }
 
 impl Partition {
-    /// Divides `len` indices over `shards` ranks: the first `len mod shards` ranks get one index
-    /// more than the others. Some ranks get none if `len < shards`, which is right for tokens.
+    /// Divides `len` indices over `shards` ranks. The first `len mod shards` ranks get one index
+    /// more than the others. If `len < shards`, some ranks get no index, which is valid for tokens.
     /// Layers that need at least one unit per rank use [`Partition::by_unit`].
     ///
     /// ```
@@ -60,8 +60,8 @@ impl Partition {
         Ok(Self::of_units(units, unit_len, shards))
     }
 
-    /// Divides items of the given costs into contiguous ranges of at least one item, minimizing the
-    /// largest cost of a range.
+    /// Divides items of the given costs into contiguous ranges of at least one item each, such that
+    /// the largest cost of a range is as small as possible.
     ///
     /// # Errors
     /// [`Error::TooManyRanks`], naming `op` and `unit`, when there are fewer items than ranges, or
@@ -70,8 +70,9 @@ impl Partition {
         if costs.len() < shards || shards == 0 {
             return Err(Error::TooManyRanks { op, ranks: shards, units: costs.len(), unit });
         }
-        // Dynamic programming. best[i] is the minimal largest cost of the first i items in the
-        // ranges so far; starts has the begin of the last range.
+        // Dynamic programming over the number of ranges. `best[i]` is the smallest possible largest
+        // cost of a range, if the first i items are divided into the ranges so far. `starts` has
+        // the item at which the last of these ranges begins.
         let sums: Vec<f64> = std::iter::once(0.0)
             .chain(costs.iter().scan(0.0, |sum, cost| {
                 *sum += cost;
@@ -149,7 +150,8 @@ impl Partition {
         self.bounds.windows(2).map(|pair| pair[1] - pair[0])
     }
 
-    /// The partition of `inner` elements per index: all boundaries times `inner`.
+    /// The same partition with `inner` elements for each index. Multiplies all boundaries by
+    /// `inner`.
     pub fn scaled(&self, inner: usize) -> Self {
         let scaled = |bounds: &Arc<[usize]>| bounds.iter().map(|bound| bound.saturating_mul(inner)).collect();
         Self { bounds: scaled(&self.bounds), blocks: self.blocks.as_ref().map(scaled) }
@@ -161,16 +163,16 @@ impl Partition {
         Self { bounds: shrunk(&self.bounds), blocks: self.blocks.as_ref().map(shrunk) }
     }
 
-    /// The same partition, which consists of the given blocks.
+    /// The same partition, with the boundaries of its canonical blocks.
     pub(super) fn with_blocks(self, blocks: &Self) -> Self {
         Self { blocks: Some(blocks.bounds.clone()), ..self }
     }
 
-    /// The canonical blocks of one shard, as indices within it; none if the partition is not made
-    /// of blocks.
+    /// The canonical blocks of one shard, as ranges of indices within the shard. `None` if the
+    /// partition is not made of blocks.
     ///
-    /// See [`super::Tree::partition`]. Partitions with the same ranges but different blocks, or
-    /// none, are not equal.
+    /// See [`super::Tree::partition`]. Two partitions are equal only if both their ranges and their
+    /// blocks are equal.
     pub fn blocks(&self, shard: usize) -> Option<Vec<Range<usize>>> {
         let blocks = self.blocks.as_ref()?;
         let owned = Self::even(blocks.len() - 1, self.shards()).range(shard);

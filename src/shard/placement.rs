@@ -1,14 +1,14 @@
 //! Placements as types: how the ranks of a group hold one tensor.
 //!
-//! The names follow PyTorch's `DTensor`. The rule that the placement of a value determines that of
-//! its gradient is the one of Megatron-LM's `mappings.py`. One distinction is new: a [`Replicated`]
-//! value is used in the same way on every rank, and its gradient is equal everywhere; a [`Copied`]
-//! value is used differently by each rank, and each rank has one term of its gradient.
+//! The names follow PyTorch's `DTensor`. As in Megatron-LM's `mappings.py`, the placement of a
+//! value determines the placement of its gradient. One distinction is new. All ranks use a
+//! [`Replicated`] value in the same way, so its gradient is equal on every rank. Each rank uses a
+//! [`Copied`] value differently, so each rank has one term of its gradient.
 
 /// How the ranks of one group hold one tensor. The four markers of this module implement it.
 ///
 /// The trait is sealed, because the guarantees of the layers' types assume these four placements.
-/// So are [`Elementwise`] and the residual stream.
+/// [`Elementwise`] and `ResidualStream` are sealed for the same reason.
 ///
 /// | placement | each rank holds | `Dual`, the placement of the gradient |
 /// |---|---|---|
@@ -25,14 +25,14 @@ pub trait Placement: sealed::Sealed + Sized + 'static {
     type Dual: Placement<Dual = Self>;
     /// The sharded dimension, if there is one.
     const SHARD_DIM: Option<usize> = None;
-    /// The name in error messages.
+    /// The name of the placement in error messages.
     const NAME: &'static str;
 }
 
 mod sealed {
     /// The placements.
     #[diagnostic::on_unimplemented(
-        message = "`{Self}` cannot be made a placement: there are only those of `shard`"
+        message = "`{Self}` cannot be a placement: the only placements are those of `shardwise::shard`"
     )]
     pub trait Sealed {}
 
@@ -42,11 +42,11 @@ mod sealed {
     impl Sealed for super::Partial {}
 }
 
-/// Equal on every rank, as is its gradient.
+/// Every rank holds the same value, and the same gradient.
 #[derive(Clone, Copy, Debug)]
 pub enum Replicated {}
 
-/// Equal on every rank but used differently by each. Its gradient is a [`Partial`] sum.
+/// Every rank holds the same value, but uses it differently. The gradient is a [`Partial`] sum.
 #[derive(Clone, Copy, Debug)]
 pub enum Copied {}
 
@@ -54,7 +54,8 @@ pub enum Copied {}
 #[derive(Clone, Copy, Debug)]
 pub enum Shard<const D: usize> {}
 
-/// Each rank holds one term; the value is the sum over the ranks. Only linear operators accept it.
+/// Each rank holds one term; the value is the sum over the ranks. Only linear operators accept this
+/// placement.
 #[derive(Clone, Copy, Debug)]
 pub enum Partial {}
 
@@ -79,11 +80,11 @@ impl Placement for Partial {
     const NAME: &'static str = "Partial";
 }
 
-/// Placements under which each rank's elements are final values, so that non-linear functions
+/// The placements in which each rank's elements are final values, so that non-linear functions
 /// accept them.
 ///
-/// f(a + b) ≠ f(a) + f(b), so a [`Partial`] sum has to be reduced first; otherwise the program does
-/// not compile.
+/// In general f(a + b) ≠ f(a) + f(b), so a [`Partial`] sum must be reduced before a non-linear f.
+/// Otherwise the program does not compile.
 #[diagnostic::on_unimplemented(
     message = "a non-linear operator cannot act on a `{Self}` tensor: it would see one rank's term, not the sum",
     label = "this operator needs final values",

@@ -5,12 +5,12 @@ use std::{ops::Range, sync::Arc};
 
 /// The sequences in the rows of a `[tokens, features]` tensor, and the rows that are padding.
 ///
-/// A sequence is a contiguous range of rows; a token attends only within its sequence. Sequences
+/// A sequence is a contiguous range of rows. A token attends only within its sequence. Sequences
 /// may differ in length, so a batch needs no padding ([`Sequences::packed`]). The padding rows of a
-/// padded batch are computed like any other, but no token attends to them ([`Sequences::padded`],
+/// padded batch are computed like other rows, but no token attends to them ([`Sequences::padded`],
 /// [`Sequences::masked`]). Positions count tokens, not padding ([`Sequences::positions`]), so a
-/// text padded on the left or right gives the same result as alone. A sequence may continue one
-/// that was computed earlier ([`Sequences::starting_at`]). Clones share the data.
+/// text padded on the left or right gives the same result as without padding. A sequence may
+/// continue tokens that were computed earlier ([`Sequences::starting_at`]). Clones share the data.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -27,7 +27,7 @@ pub struct Sequences {
     bounds: Arc<[usize]>,
     valid: Option<Arc<[bool]>>,
     starts: Option<Arc<[usize]>>,
-    /// Whether a cache has the earlier tokens.
+    /// Whether a cache holds the earlier tokens.
     cached: bool,
 }
 
@@ -47,8 +47,8 @@ impl Sequences {
         Self { bounds: bounds.into(), valid: None, starts: None, cached: false }
     }
 
-    /// A `[lengths.len(), width]` batch: each sequence is `width` rows, of which the first `length`
-    /// are tokens.
+    /// A batch of `[lengths.len(), width]` tokens and padding. Each sequence has `width` rows, of
+    /// which the first `length` are tokens.
     ///
     /// # Errors
     /// When a length exceeds the width, or there is no memory for one flag per row.
@@ -66,8 +66,8 @@ impl Sequences {
         Ok(Self { valid: Some(valid.into()), ..Self::packed(lengths.iter().map(|_| width)) })
     }
 
-    /// The same sequences with an attention mask of one flag per row: no token attends to `false`
-    /// rows.
+    /// The same sequences with an attention mask, which has one flag per row. No token attends to
+    /// the rows whose flag is false.
     ///
     /// # Errors
     /// When the mask's length is not the number of rows.
@@ -76,11 +76,12 @@ impl Sequences {
         Ok(Self { valid: Some(valid.into()), ..self })
     }
 
-    /// The same sequences, starting at the given positions instead of 0: the number of earlier
-    /// tokens of each.
+    /// The same sequences, starting at the given positions instead of 0. The start of a sequence is
+    /// the number of its earlier tokens.
     ///
     /// # Errors
-    /// When there is not one position per sequence, or a sequence ends beyond position 2³² − 1.
+    /// When there is not one start per sequence, or the start plus the number of rows exceeds 2³² −
+    /// 1.
     pub fn starting_at(self, starts: &[usize]) -> Result<Self> {
         const OP: &str = "sequences";
         same_size(OP, "the number of starts", starts.len(), "the number of sequences", self.len())?;
@@ -99,7 +100,7 @@ impl Sequences {
         Self { cached: true, ..self }
     }
 
-    /// Whether a cache has the earlier tokens, so that attention has to read it.
+    /// Whether a cache holds the earlier tokens, so that attention must read the cache.
     pub(crate) fn are_cached(&self) -> bool {
         self.cached
     }
@@ -112,7 +113,8 @@ impl Sequences {
     /// The position of every row in its sequence: the start of the sequence plus the number of
     /// tokens before the row.
     ///
-    /// Padding has the position of the next token. Padding after the last token counts as tokens.
+    /// Padding has the position of the next token. Padding after the last token counts as if it
+    /// were tokens.
     pub fn positions(&self) -> impl Iterator<Item = u32> + '_ {
         let positions = |(sequence, rows): (usize, Range<usize>)| {
             let mut next = self.start(sequence);
@@ -125,7 +127,8 @@ impl Sequences {
         self.iter().enumerate().flat_map(positions)
     }
 
-    /// The position after the last row of a sequence: the length that a table of positions needs.
+    /// The position after the last row of a sequence. A table of positions needs at least this
+    /// length.
     pub fn end(&self, sequence: usize) -> usize {
         let rows = self.bounds[sequence]..self.bounds[sequence + 1];
         match self.valid {
@@ -134,8 +137,8 @@ impl Sequences {
         }
     }
 
-    /// For each row of a sequence, whether it advances the position: tokens do, and padding after
-    /// the last token; earlier padding does not.
+    /// For each row of a sequence, whether the row advances the position. Tokens do, and so does
+    /// padding after the last token, but earlier padding does not. Without any token, all rows do.
     fn counted(&self, rows: Range<usize>) -> impl Iterator<Item = bool> + '_ {
         let valid = self.valid.as_ref().map(|valid| &valid[rows.clone()]);
         let last = valid.and_then(|valid| valid.iter().rposition(|&valid| valid));
@@ -165,7 +168,8 @@ impl Sequences {
         self.bounds.windows(2).map(|pair| pair[0]..pair[1])
     }
 
-    /// One flag per row, if there is a mask: whether tokens may attend to the row.
+    /// The attention mask, if there is one. It has one flag per row, which says whether tokens may
+    /// attend to the row.
     pub fn valid(&self) -> Option<&[bool]> {
         self.valid.as_deref()
     }

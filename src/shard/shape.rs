@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 use std::fmt;
 
-/// The dimensions of a row-major tensor, at most [`Shape::MAX_RANK`] of them. `Copy`, without heap
-/// memory.
+/// The dimensions of a row-major tensor, at most [`Shape::MAX_RANK`]. A shape is `Copy` and uses no
+/// heap memory.
 ///
 /// ```
 /// use shardwise::shard::Shape;
@@ -26,7 +26,7 @@ impl Shape {
     /// The shape with the given dimensions.
     ///
     /// # Panics
-    /// When there are more than [`Shape::MAX_RANK`].
+    /// When there are more than [`Shape::MAX_RANK`] dimensions.
     pub fn new(dims: &[usize]) -> Self {
         assert!(dims.len() <= Self::MAX_RANK, "a tensor has at most 4 dimensions, not {}", dims.len());
         let mut all = [1; Self::MAX_RANK];
@@ -44,7 +44,7 @@ impl Shape {
         self.rank
     }
 
-    /// The number of elements. Saturates at `usize::MAX`; no tensor has such a shape.
+    /// The number of elements. Saturates at `usize::MAX`, because no tensor has so many elements.
     pub fn len(&self) -> usize {
         product(self.dims())
     }
@@ -52,8 +52,8 @@ impl Shape {
     /// The number of elements, checked before a tensor is allocated.
     ///
     /// # Errors
-    /// When the product of the nonzero dimensions overflows a usize. Products of any of the
-    /// dimensions then do not overflow either.
+    /// When the product of the nonzero dimensions overflows a usize. After a successful check, no
+    /// product of some of the dimensions overflows either.
     pub(crate) fn checked_len(&self, op: &'static str) -> Result<usize> {
         let mut sizes = self.dims().iter().filter(|&&size| size > 0);
         match sizes.try_fold(1_usize, |product, &size| product.checked_mul(size)) {
@@ -82,19 +82,23 @@ impl Shape {
 
     /// The same shape with dimension `dim` of size `size`.
     pub fn with(mut self, dim: usize, size: usize) -> Self {
-        assert!(dim < self.rank, "dimension {dim} of a tensor with {} dimensions", self.rank);
+        assert!(
+            dim < self.rank,
+            "dimension {dim} of a tensor with {} dimensions is out of bounds",
+            self.rank
+        );
         self.dims[dim] = size;
         self
     }
 
-    /// `(outer, inner)`: the products of the dimensions before and after `dim`. A row-major tensor
-    /// is `outer` rows of `dims[dim] · inner` elements.
+    /// Returns `(outer, inner)`, the products of the dimensions before and after `dim`. A row-major
+    /// tensor has `outer` rows of `dims[dim] · inner` elements.
     pub fn split_at(&self, dim: usize) -> (usize, usize) {
         (product(&self.dims()[..dim]), product(&self.dims()[dim + 1..]))
     }
 }
 
-/// The product of sizes, saturating at `usize::MAX`.
+/// The product of sizes. Saturates at `usize::MAX`.
 fn product(sizes: &[usize]) -> usize {
     sizes.iter().fold(1, |product, &size| product.saturating_mul(size))
 }

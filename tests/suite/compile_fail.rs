@@ -33,7 +33,7 @@ const MISTAKES: [(&str, &str); 14] = [
     ("partial_residual_stream", "error[E0277]: a residual stream cannot be held as `Partial`\n"),
     (
         "placement_of_ones_own",
-        "error[E0277]: `Half` cannot be made a placement: there are only those of `shard`\n",
+        "error[E0277]: `Half` cannot be a placement: the only placements are those of `shardwise::shard`\n",
     ),
     ("replicated_for_copied", "error[E0308]: mismatched types\n"),
     ("shard_for_whole", "error[E0308]: mismatched types\n"),

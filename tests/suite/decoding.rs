@@ -390,7 +390,7 @@ fn caches_and_rotations_name_what_disagrees() {
     let spec = RopeSpec { head_dim: 5, frequencies: &[1.0], pairs: RopePairs::Halves, magnitude: 1.0 };
     let mut y = x.clone();
     let error = cpu.rope(&spec, &[0, 1], false, y.mat_mut().unwrap()).unwrap_err();
-    assert_eq!(error.to_string(), "rope: 12 columns are no whole number of heads of 5");
+    assert_eq!(error.to_string(), "rope: 12 columns are not a multiple of the head dimension 5");
     let error = cpu.rope(&spec, &[0], false, y.mat_mut().unwrap()).unwrap_err();
     assert_eq!(error.to_string(), "rope: the number of positions is 1, but the number of rows is 2");
 }

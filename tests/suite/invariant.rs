@@ -829,7 +829,7 @@ fn what_cannot_be_invariant_is_refused() {
     );
     assert_eq!(
         refused(2, 4, |group| group.partition("attention", "query heads", 1, 1).map(drop)),
-        "attention: rank 0 of 2 owns none of the 1 query heads, which are split into 4 canonical blocks"
+        "attention: rank 0 of 2 owns none of the 1 query heads, which are divided into 4 canonical blocks"
     );
     assert_eq!(
         refused(2, 4, |group| {

@@ -134,9 +134,9 @@ fn sums_that_are_not_one_are_named() {
         result.map_err(|error: Error| error.to_string())
     };
     assert_eq!(sum(&[0, 1], 2), Ok(()));
-    let left = "gemm tree: the sums that are left is 2, but the results is 1";
+    let left = "gemm tree: the number of sums that remain is 2, but the number of results is 1";
     assert_eq!(sum(&[0, 0], 2), Err(left.into()));
-    let too_many = "gemm tree: the sums that a term completes is 2, but those before it is 1";
+    let too_many = "gemm tree: the merges of a term is 2, but the number of sums before it is 1";
     assert_eq!(sum(&[0, 2], 2), Err(too_many.into()));
     assert_eq!(sum(&[], 2).unwrap_err(), left.replace('2', "0"));
     assert_eq!(sum(&[0], 3).unwrap_err(), "gemm: columns of B is 2, but columns of C is 3");

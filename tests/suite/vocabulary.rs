@@ -482,7 +482,10 @@ fn dropout_drops_as_often_as_asked_and_anew_at_each_step() {
         assert_eq!(y, if kept { 2.0 } else { 0.0 });
     }
     let error = |mask| ops::dropout(&[(1, mask), (3, mask)], &x).unwrap_err().to_string();
-    assert_eq!(error(DropoutMask { probability: 1.0, ..mask }), "dropout: 1 is no probability less than 1");
+    assert_eq!(
+        error(DropoutMask { probability: 1.0, ..mask }),
+        "dropout: the probability is 1, but must be in 0 ≤ p < 1"
+    );
     assert_eq!(
         error(DropoutMask { column: 2, ..mask }),
         "dropout: the column after the shard's last is 4, but the width of the whole matrix is 3"

@@ -1,4 +1,4 @@
-//! The CPU pool's free lists, one for each element, by size class.
+//! The free lists of the CPU's pool: one for each element, sorted by size class.
 
 use half::{bf16, f16};
 use std::{cell::RefCell, collections::BTreeMap, sync::Arc};
@@ -12,10 +12,10 @@ pub struct FreeLists {
     pub(in super::super) f16: RefCell<FreeList<f16>>,
 }
 
-/// Vectors of one element that no tensor of the rank uses.
+/// The vectors of one element that no tensor of the rank uses.
 #[derive(Debug)]
 pub struct FreeList<T> {
-    /// By capacity.
+    /// Vectors that can be reused, by capacity.
     pub(super) idle: BTreeMap<usize, Vec<Vec<T>>>,
     /// Vectors that other ranks may still read.
     pub(super) lent: Vec<Arc<Vec<T>>>,

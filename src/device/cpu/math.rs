@@ -1,9 +1,10 @@
 //! e^x, tanh and erf for f32, and conversions between elements. None branches, so that the compiler
 //! vectorizes them.
 //!
-//! The coefficients of the polynomials are least-squares fits reweighted towards the minimax error,
-//! in f64, rounded to f32. Each function evaluates all of its ranges and selects one. None uses a
-//! fused multiply-add, so that the bits are the same on every machine.
+//! The coefficients of the polynomials are least-squares fits in f64, reweighted towards the
+//! minimax error and rounded to f32. A function with several ranges evaluates all of them and
+//! selects one result. No function uses a fused multiply-add, so that the bits are the same on
+//! every machine.
 
 use half::f16;
 
@@ -28,7 +29,7 @@ fn power_of_two(n: i32) -> f32 {
 /// e^x = 2^n e^r with n = round(x / ln 2) and |r| ≤ ln 2 / 2; the fit's relative error is 2e-9.
 #[inline(always)]
 pub(in super::super) fn exp(x: f32) -> f32 {
-    // ln 2 in two parts: n · HIGH is exact for the n that occur.
+    // ln 2 = HIGH + LOW, where n · HIGH is exact for all n that occur.
     const HIGH: f32 = 0.693_359_4;
     const LOW: f32 = -2.121_944_4e-4;
     // Adding 1.5 · 2^23 leaves the nearest integer in the low bits of the mantissa.
@@ -39,8 +40,8 @@ pub(in super::super) fn exp(x: f32) -> f32 {
     let n = shifted - ROUND;
     let r = clamped - n * HIGH - n * LOW;
     let p = polynomial(r, [1.0, 1.0, 0.5, 0.166_664_15, 0.041_666_083, 0.008_375_135, 0.001_395_606_2]);
-    // Two factors, because 2^n itself overflows at the top of the range and is subnormal at the
-    // bottom.
+    // Multiplies by 2^n in two factors, because 2^n itself overflows at the top of the range and is
+    // subnormal at the bottom.
     let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
     let half = n >> 1;
     p * power_of_two(half.clamp(-126, 127)) * power_of_two((n - half).clamp(-126, 127))
@@ -89,7 +90,7 @@ pub(in super::super) fn erf(x: f32) -> f32 {
     );
     let far = 1.0 - exp(p);
     let value = if x.abs() < 0.93 { near } else { far.copysign(x) };
-    // The clamp above has lost a NaN.
+    // Returns a NaN unchanged, whatever the selections above give for it.
     #[allow(clippy::eq_op)]
     if x != x { x } else { value }
 }
@@ -97,10 +98,10 @@ pub(in super::super) fn erf(x: f32) -> f32 {
 /// Converts an f64 to f32 so that rounding the result again, to bf16 or f16, gives the element
 /// nearest to the f64.
 ///
-/// Rounds to odd: of the two f32 around a number, returns the one whose last bit is 1. It cannot be
-/// halfway between two shorter numbers, so the second rounding goes the way that the f64 would have
-/// gone (Boldo and Melquiond, 2008). `half`'s own conversions drop the low 32 bits, or round twice
-/// by way of f32.
+/// Rounds to odd: if the f64 lies between two f32, returns the f32 whose last bit is 1. This f32 is
+/// never halfway between two bf16 or f16, so the second rounding gives what rounding the f64
+/// directly gives (Boldo and Melquiond, 2008). The conversions of `half` drop the low 32 bits of
+/// the f64 or round twice, first to f32.
 #[inline(always)]
 pub(in super::super) fn round_to_odd(value: f64) -> f32 {
     let near = value as f32;
@@ -115,8 +116,8 @@ pub(in super::super) fn f32_from_f16(value: f16) -> f32 {
     const REBIAS: f32 = f32::from_bits((127 + 112) << 23);
     let bits = u32::from(value.to_bits());
     let (sign, magnitude) = ((bits & 0x8000) << 16, bits & 0x7fff);
-    // With its bits moved to the places of an f32, the number is 2^112 times too small. The product
-    // is exact for subnormals too.
+    // The bits of the f16, moved to their positions in an f32, give a number that is 2^112 times
+    // too small. The multiplication by 2^112 is exact, for subnormals too.
     let finite = (f32::from_bits(magnitude << 13) * REBIAS).to_bits();
     let quiet = u32::from(magnitude > 0x7c00) << 22;
     let infinite = 0x7f80_0000 | magnitude << 13 | quiet;
@@ -128,10 +129,11 @@ pub(in super::super) fn f32_from_f16(value: f16) -> f32 {
 pub(in super::super) fn f16_from_f32(value: f32) -> f16 {
     let bits = value.to_bits();
     let (sign, magnitude) = (bits >> 16 & 0x8000, bits & 0x7fff_ffff);
-    // Adding half a unit of the last kept place, less one if that place is even, carries as
-    // rounding does. From 65520 up it carries into the exponent of infinity.
+    // Adds half a unit of the last kept bit, minus one if that bit is 0. The carry then rounds to
+    // the nearest, ties to even. From 65520 on, the carry gives the exponent of infinity.
     let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + (magnitude >> 13 & 1)) >> 13;
-    // The last place of 0.5 as f32 is that of a subnormal f16, so the sum is rounded to it.
+    // In f32, the unit in the last place of 0.5 is 2^-24, the unit of subnormal f16. So adding 0.5
+    // rounds to a multiple of this unit.
     let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5_f32.to_bits());
     let finite = if magnitude < 113 << 23 { subnormal } else { normal };
     let finite = if magnitude < 143 << 23 { finite } else { 0x7c00 };
@@ -172,8 +174,8 @@ mod tests {
         assert!(f16_from_f32(f32::NAN).is_nan() && f16_from_f32(f32::from_bits(0x7f80_0001)).is_nan());
     }
 
-    /// The largest error of `f` on [low, high], in units of the last place of `exact`, or of 1 if
-    /// `absolute`.
+    /// The largest error of `f` on [low, high], in units of `f32::EPSILON` · |`exact`|, or of
+    /// `f32::EPSILON` if `absolute`.
     fn error(f: fn(f32) -> f32, exact: fn(f64) -> f64, low: f32, high: f32, absolute: bool) -> f64 {
         (0..=200_000).fold(0.0, |worst, at| {
             let x = low + (high - low) * (at as f32 / 200_000.0);

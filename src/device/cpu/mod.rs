@@ -1,4 +1,4 @@
-//! The CPU: pooled host memory, and the shared code of its kernels (vectorization, f32 functions).
+//! The CPU: pooled host memory, and code that its kernels share (vectorization, f32 functions).
 
 mod free_list;
 pub(super) mod math;
@@ -17,9 +17,9 @@ use std::{fmt, num::NonZeroUsize, ops::Range, rc::Rc};
 
 /// The CPU as one rank sees it.
 ///
-/// Keeps freed buffers in a pool and reuses them, so that after a first training step the next one
-/// allocates nothing. A rank computes on one thread by default, since ranks are the parallelism;
-/// [`Cpu::with_threads`] gives its GEMMs more.
+/// Keeps freed buffers in a pool and reuses them, so that the training steps after the first
+/// allocate nothing from the system. A rank computes on one thread by default, because the ranks
+/// already run in parallel. [`Cpu::with_threads`] gives its GEMMs more threads.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -43,13 +43,14 @@ impl Cpu {
         Self { pool: Rc::new(Pool::new(false)), threads: NonZeroUsize::MIN }
     }
 
-    /// Returns a CPU that fills every new tensor with NaN. So tests find a kernel that leaves an
+    /// Returns a CPU that fills every new buffer with NaN, so that tests find kernels that leave an
     /// element unwritten.
     pub fn poisoned() -> Self {
         Self { pool: Rc::new(Pool::new(true)), threads: NonZeroUsize::MIN }
     }
 
-    /// Splits GEMMs over this many threads. The result's bits do not depend on it.
+    /// Splits GEMMs over this many threads. The bits of the results do not depend on the number of
+    /// threads.
     pub fn with_threads(self, threads: NonZeroUsize) -> Self {
         Self { threads, ..self }
     }

@@ -1,4 +1,4 @@
-//! A pool of host memory: freed buffers are kept in free lists and reused.
+//! A pool of host memory, which keeps freed buffers in free lists and reuses them.
 
 use super::free_list::FreeLists;
 use crate::{
@@ -20,8 +20,8 @@ use std::{
 pub struct MemoryUse {
     /// Bytes that tensors hold now, and bytes that other ranks still read in a started collective.
     pub live: usize,
-    /// The largest `live` so far. With started collectives it depends on the progress of other
-    /// ranks.
+    /// The largest `live` so far. With started collectives, the peak depends on the progress of
+    /// other ranks.
     pub peak: usize,
 }
 
@@ -66,7 +66,7 @@ impl Pool {
         Ok(self.adopt(data))
     }
 
-    /// Makes a buffer of a vector, and counts its memory as the rank's.
+    /// Turns a vector into a buffer, and counts its bytes as live.
     pub(super) fn adopt<T: Element>(self: &Rc<Self>, data: Vec<T>) -> CpuBuffer<T> {
         self.live.set(self.live.get() + data.len() * size_of::<T>());
         self.peak.set(self.peak.get().max(self.live.get()));
@@ -75,7 +75,8 @@ impl Pool {
 
     fn give_back<T: Element>(&self, data: Vec<T>) {
         self.live.set(self.live.get() - data.len() * size_of::<T>());
-        // If the capacity is no size class, the vector was adopted, and would never be reused.
+        // `take` looks for size classes only. A vector of another capacity, which was adopted,
+        // would never be reused, so this frees it.
         if data.capacity() > 0 && data.capacity() == size_class(data.capacity()) {
             T::free_list(&self.free).borrow_mut().idle.entry(data.capacity()).or_default().push(data);
         }
@@ -110,8 +111,8 @@ impl Pool {
     }
 }
 
-/// The capacity of a buffer of `len` elements: at most an eighth more, so that similar sizes share
-/// memory.
+/// The capacity of a buffer of `len` elements. It is at most an eighth, or 15 elements, more than
+/// `len`, so that similar sizes share memory.
 fn size_class(len: usize) -> usize {
     let step = (len.checked_next_power_of_two().unwrap_or(usize::MAX) / 16).max(16);
     len.checked_next_multiple_of(step).unwrap_or(len)
@@ -120,11 +121,12 @@ fn size_class(len: usize) -> usize {
 /// Returns a vector of `len` default values.
 ///
 /// # Errors
-/// When there is no memory for it.
+/// When there is no memory for the vector.
 pub(crate) fn zeroed<T: Clone + Default>(len: usize) -> Result<Vec<T>> {
-    // `vec!` gets zeroed memory from the system, which creates its pages at their first write; but
-    // it aborts when there is none. So this first allocates the same size once without touching a
-    // page (another thread may take it in between). `black_box` keeps that allocation.
+    // `vec!` gets zeroed memory from the system, which creates the pages at their first write. But
+    // `vec!` aborts the process if there is no memory. So this first allocates the same size
+    // without touching a page, and returns an error if that fails. Another thread may still take
+    // the memory in between. `black_box` prevents the compiler from removing the first allocation.
     let mut trial = Vec::<T>::new();
     trial.try_reserve_exact(len).map_err(|_| Error::Memory { len, size: size_of::<T>() })?;
     drop(black_box(trial));
@@ -138,8 +140,8 @@ pub struct CpuBuffer<T: Element> {
 }
 
 impl<T: Element> CpuBuffer<T> {
-    /// Returns the memory itself, for other threads to read. It counts as live until all readers
-    /// have dropped it.
+    /// Returns the buffer's memory without a copy, so that other threads can read it. The memory
+    /// counts as live until all readers have dropped it.
     pub(crate) fn lend(mut self) -> Arc<Vec<T>> {
         let data = Arc::new(std::mem::take(&mut self.data));
         T::free_list(&self.pool.free).borrow_mut().lent.push(Arc::clone(&data));

@@ -1,11 +1,11 @@
 //! Run-time selection of the processor's vector width.
 
-/// Runs `f` compiled for AVX2 if the processor has it, so that its loops are vectorized eight
-/// floats wide.
+/// Runs `f` compiled for AVX2 if the processor has AVX2 and F16C, so that its loops are vectorized
+/// eight floats wide. Otherwise runs `f` compiled for the target's baseline.
 ///
-/// The bits of the result do not depend on the processor: this never contracts or reorders
-/// additions and multiplications. `f` and the functions that it calls must be `#[inline]`, or they
-/// are not compiled for AVX2.
+/// The bits of the result do not depend on the processor, because the compiler never contracts or
+/// reorders additions and multiplications. `f` and the functions that it calls must be `#[inline]`.
+/// Otherwise they are not compiled for AVX2.
 #[inline(always)]
 pub(crate) fn vectorized<K: Kernel>(f: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
@@ -24,8 +24,8 @@ pub(crate) fn vectorized<K: Kernel>(f: K) -> K::Output {
     f.compute()
 }
 
-/// As [`vectorized`], but compiled for AVX-512 if the processor has it. Only for loops that gain by
-/// it, since it compiles another copy of each.
+/// As [`vectorized`], but compiled for AVX-512 if the processor has it. Use this only for loops
+/// that become faster, because the compiler makes another copy of each.
 #[inline(always)]
 pub(crate) fn widest<K: Kernel>(f: K) -> K::Output {
     #[cfg(target_arch = "x86_64")]
@@ -44,8 +44,9 @@ pub(crate) fn widest<K: Kernel>(f: K) -> K::Output {
     vectorized(f)
 }
 
-/// Code for [`vectorized`]: a closure, or, if the body is so large that the compiler would not
-/// inline a closure, a type whose `compute` is `#[inline(always)]`.
+/// Code for [`vectorized`] and [`widest`]: a closure, or a type whose `compute` is
+/// `#[inline(always)]`. The type is for bodies that are so large that the compiler would not inline
+/// a closure.
 pub(crate) trait Kernel {
     type Output;
 

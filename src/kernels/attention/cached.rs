@@ -1,8 +1,8 @@
 //! Attention to a KV cache on the CPU.
 //!
-//! A single query per sequence (decoding) is multiplied with the cache in place: all query heads of
-//! a key/value head read it together, once. Several queries (prefill) are computed in tiles, as in
-//! training.
+//! One query per sequence (decoding) reads the cache in place. Up to [`MAX_ROWS`] query heads of a
+//! key/value head share one pass over the cache. Several queries per sequence (prefill) are
+//! computed in tiles, as in training.
 
 use super::{AttentionSpec, CacheSpec, softmax::softmax_row};
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
 };
 use std::ops::Range;
 
-/// Queries per tile.
+/// The number of queries per tile.
 const TILE: usize = 128;
 
 pub(super) fn attention<T: Element>(
@@ -40,7 +40,7 @@ pub(super) fn attention<T: Element>(
         let end = start + rows.len();
         let mut head = 0;
         while head < spec.heads.kv_of_query.len() {
-            // The query heads of one key/value head are adjacent.
+            // Adjacent query heads with the same key/value head are computed together.
             let kv = spec.heads.kv_of_query[head];
             let sharing = spec.heads.kv_of_query[head..].iter().take_while(|&&other| other == kv).count();
             let first = cache.row(spec, cache.slots[sequence], kv);
@@ -65,8 +65,8 @@ pub(super) fn attention<T: Element>(
     Ok(())
 }
 
-/// Attention of one row's query heads of one key/value head. `q`: `[1, heads · dim]`; `k`, `v`:
-/// `[positions, dim]`.
+/// Attention of one row for the query heads that share a key/value head. `q`: `[1, heads · dim]`;
+/// `k`, `v`: `[positions, dim]`.
 fn one_token<T: Element>(
     cpu: &Cpu,
     (spec, capacity): (&AttentionSpec<'_>, usize),
@@ -78,7 +78,8 @@ fn one_token<T: Element>(
     let (seen, dim) = (k.rows(), spec.heads.head_dim);
     for (q, out) in q.row(0).chunks(MAX_ROWS * dim).zip(out.chunks_mut(MAX_ROWS * dim)) {
         let heads = q.len() / dim;
-        // Allocates for the full capacity, so that the size does not change from token to token.
+        // Allocates for the full capacity, so that every token asks for the same size and the pool
+        // reuses the memory.
         let mut scores = cpu.empty::<T::Acc>(heads * capacity)?;
         let scores = &mut scores[..heads * seen];
         let score = Scale { alpha: T::Acc::from_f64(spec.heads.scale()), beta: T::Acc::ZERO };
@@ -104,7 +105,7 @@ struct Queries {
     start: usize,
     rows: Range<usize>,
     columns: Range<usize>,
-    /// The positions of the given keys.
+    /// The positions of the keys that [`tiles`] receives.
     seen: Range<usize>,
 }
 
@@ -119,8 +120,8 @@ fn tiles<T: Element>(
 ) -> Result<()> {
     let Queries { start, rows, columns, seen } = queries;
     let dim = spec.heads.head_dim;
-    // 0 · NaN is NaN. So if a value is not finite, each query is computed alone, with its visible
-    // keys.
+    // A masked weight is 0, but 0 · NaN is NaN. So if a value is not finite, each query is computed
+    // alone, with its visible keys only.
     let finite =
         vectorized(|| values.iter().fold(T::Acc::ZERO, |sum, x| sum + *x * T::Acc::ZERO)) == T::Acc::ZERO;
     let most = if finite { TILE.min(rows.len()) } else { 1 };
@@ -134,7 +135,7 @@ fn tiles<T: Element>(
                 *to = from.widen();
             }
         }
-        // Relative to the first given key.
+        // `first` and `end` are relative to the first key in `keys`.
         let first = spec.first_key(start + tile) - seen.start;
         let end = start + tile + count - seen.start;
         let len = end - first;
@@ -159,7 +160,8 @@ fn tiles<T: Element>(
     Ok(())
 }
 
-/// Contiguous rows in the accumulator: borrowed if the source has that layout, else copied.
+/// Contiguous rows in the accumulator. They are borrowed if the source has this layout and element,
+/// else copied.
 enum ContiguousRows<'a, A: Accumulator> {
     Borrowed(&'a [A]),
     Copied(CpuBuffer<A>),

@@ -1,12 +1,13 @@
-//! Attention on the CPU: tiles of queries against all keys that they may attend to.
+//! Attention on the CPU: multiplies each tile of queries with all keys that these queries may
+//! attend to.
 //!
-//! The heads' matrices are copied out of the fused projection and widened to the accumulator, so
-//! that products run on short contiguous rows. A causal tile is multiplied only with the keys up to
-//! its last query.
+//! The kernels copy each head out of the fused projection and widen it to the accumulator, so that
+//! products run on short contiguous rows. They multiply a causal tile only with the keys up to its
+//! last query.
 //!
-//! A masked weight is 0, but 0 · NaN and 0 · ∞ are NaN, and masked values must have no influence.
-//! So masked rows are copied as zeros. Where a number is not finite, causal tiles are single
-//! queries, which attend to every key that they are multiplied with.
+//! Masked values must have no influence. Their weight is 0, but 0 · NaN and 0 · ∞ are NaN. So
+//! padding, and in the backward queries without visible keys, are copied as zeros. If a number is
+//! not finite, a causal tile has one query, which attends to every key that it is multiplied with.
 
 use super::{
     Attention, AttentionSpec, CacheSpec, cached, check, check_append, check_cached,
@@ -24,7 +25,7 @@ use crate::{
 };
 use std::ops::Range;
 
-/// Queries per tile: 128 rows of scores against 2048 keys take 1 MiB of f32.
+/// The number of queries per tile. 128 rows of scores for 2048 keys take 1 MiB in f32.
 const TILE: usize = 128;
 
 impl Attention for Cpu {
@@ -127,7 +128,8 @@ impl Attention for Cpu {
                         let dout = mat(&douts[tile.start * dim..], tile.len(), dim)?;
                         let (keys, values) =
                             (mat(&keys[first..], seen, dim)?, mat(&values[first..], seen, dim)?);
-                        // P = e^(score − lse), from the same scores as in the forward.
+                        // P = e^(score − lse), where the scores have the same bits as in the
+                        // forward.
                         by_blocks(
                             self,
                             spec.heads.scale(),
@@ -247,7 +249,7 @@ impl Attention for Cpu {
     }
 }
 
-/// The query heads of a key/value head.
+/// The query heads that use a key/value head.
 fn heads_of<'a>(spec: &AttentionSpec<'a>, kv: usize) -> impl Iterator<Item = usize> + 'a {
     let kv_of_query = &spec.heads.kv_of_query;
     (0..kv_of_query.len()).filter(move |&head| kv_of_query[head] == kv)
@@ -258,7 +260,8 @@ fn tiles(len: usize, tile: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len).step_by(tile).map(move |start| start..len.min(start + tile))
 }
 
-/// The queries per tile, given the matrices that masked weights are multiplied with.
+/// The number of queries per tile. `factors` are the matrices that are multiplied with masked
+/// weights.
 fn tile_len<A: Accumulator>(spec: &AttentionSpec<'_>, factors: &[&[A]]) -> usize {
     // 0 · x is 0, or NaN if x is not finite.
     let finite = |factor: &&[A]| vectorized(|| lane_sum([*factor], |[x]| x * A::ZERO)) == A::ZERO;
@@ -267,11 +270,11 @@ fn tile_len<A: Accumulator>(spec: &AttentionSpec<'_>, factors: &[&[A]]) -> usize
 
 /// The mask of a tile of queries.
 struct TileMask<'a> {
-    /// The keys that any query of the tile attends to, as indices in the sequence.
+    /// The keys that at least one query of the tile attends to, as indices in the sequence.
     keys: Range<usize>,
-    /// The index of the first query among those keys, if attention is causal.
+    /// The index of the tile's first query among those keys, if attention is causal.
     causal: Option<usize>,
-    /// The most keys that one query attends to.
+    /// The largest number of keys that one query attends to.
     window: usize,
     /// One flag per key: false for padding.
     valid: Option<&'a [bool]>,
@@ -286,8 +289,8 @@ impl<'a> TileMask<'a> {
         Self { keys, causal, window: spec.heads.choices.window.unwrap_or(usize::MAX), valid }
     }
 
-    /// The keys that the query in this row of the tile attends to, ignoring padding, as indices
-    /// into `keys`.
+    /// The keys that the query in this row of the tile attends to, as indices into `keys`. Includes
+    /// padding.
     #[inline(always)]
     fn seen(&self, row: usize) -> Range<usize> {
         let end = self.causal.map_or(self.keys.len(), |first| first + row + 1);
@@ -303,7 +306,7 @@ impl<'a> TileMask<'a> {
         softmax_row(&mut row[seen.start..], seen.len(), valid)
     }
 
-    /// The softmax weights of a row from its scores and log Σ e^score, in place.
+    /// Replaces the scores of a row by their softmax weights e^(score − lse).
     #[inline(always)]
     fn weights<A: Accumulator>(&self, at: usize, row: &mut [A], lse: A) {
         let seen = self.seen(at);
@@ -313,7 +316,8 @@ impl<'a> TileMask<'a> {
     }
 }
 
-/// Copies one head of some rows to contiguous rows of the accumulator. Excluded rows are 0.
+/// Copies one head of some rows to contiguous rows of the accumulator. Rows for which `takes_part`
+/// is false become 0.
 fn widened<T: Element>(
     cpu: &Cpu,
     from: MatRef<'_, T, Cpu>,

@@ -1,4 +1,5 @@
-//! Attention on NVIDIA GPUs: `cuda/attention.cu`, and on tensor cores `cuda/flash.cu`.
+//! Attention on NVIDIA GPUs by the kernels of `cuda/attention.cu` and, on tensor cores, of
+//! `cuda/flash.cu`.
 
 use super::{
     Attention, AttentionSpec, CacheSpec, check, check_append, check_cached, decode, too_wide, window,
@@ -16,13 +17,14 @@ use crate::{
     },
 };
 
-/// Keys in shared memory at a time, and warps per block.
+/// The number of keys in shared memory at a time, and of warps per block.
 const KEYS: usize = 32;
 const WARPS: usize = 4;
 
-/// The kernels for heads of some width, and their tile size.
+/// The kernels for a range of head widths, and their tile size.
 struct Heads {
-    /// Forward, backward for the queries, and backward for the keys and values.
+    /// The kernels of the forward, of the backward for the queries, and of the backward for the
+    /// keys and values.
     kernels: [Kernel; 3],
     /// The queries, or keys, per block.
     tile: usize,
@@ -48,7 +50,8 @@ impl Heads {
         }
     }
 
-    /// The shared memory for `own` matrices of a tile's rows and `others` of [`KEYS`] rows.
+    /// The bytes of shared memory for `own` matrices of a tile's rows and `others` matrices of
+    /// [`KEYS`] rows.
     fn shared<T: Element>(&self, dim: usize, own: usize, others: usize) -> usize {
         (own * self.tile + others * KEYS) * (dim + 1) * size_of::<T::Acc>()
     }
@@ -59,18 +62,19 @@ struct Kernels {
     forward: Kernel,
     backward_queries: Kernel,
     backward_keys: Kernel,
-    /// The queries per block in the forward.
+    /// The number of queries per block in the forward.
     tile: usize,
-    /// The queries, or keys, per block in the backward.
+    /// The number of queries, or of keys, per block in the backward.
     backward_tile: usize,
     forward_shared: usize,
     backward_shared: usize,
 }
 
 impl Kernels {
-    /// Selects tensor cores for 16-bit elements whose rows are aligned to 16 bytes. Shared memory
-    /// then holds two tiles each of queries, keys and values; in the backward one tile of queries
-    /// and one of their gradients.
+    /// Selects tensor cores for 16-bit elements whose rows are aligned to 16 bytes, in heads of at
+    /// most 128 features. The forward then holds two tiles each of queries, keys and values in
+    /// shared memory. The backward for the queries holds one tile of queries, one of output
+    /// gradients, and two each of keys and values. The backward for the keys needs less.
     fn new<T: Element>(head_dim: usize, operands: &[Operand]) -> Result<Self> {
         let rows = operands.iter().map(|operand| operand.dims.rows).max().unwrap_or(0);
         let fits = AccessPlan::by_rows(operands, rows, head_dim).packed && head_dim <= 128;
@@ -113,7 +117,7 @@ fn grid(tiles: usize, heads: usize, shared: usize) -> Grid {
 
 impl Cuda {
     /// Uploads the tables of a kernel: the tiles of the sequences, the key/value head of each query
-    /// head, and which rows are not padding.
+    /// head, and one flag per row, false for padding. Also returns the number of tiles.
     fn tables(
         &self,
         spec: &AttentionSpec<'_>,
@@ -162,9 +166,9 @@ impl Attention for Cuda {
         let launch = launch.table(&tiles).table(&kv).table_if(valid.as_ref());
         let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
         let launch = launch.read(v.data()).int(v.dims().row_stride).write(&out).int(so).write(&lse);
-        // SAFETY: the arguments are attention's; `check` has seen that the matrices have the rows
-        // of the sequences and the columns of the heads, that every query head's key/value head
-        // exists, and that there is one log-sum-exp per row and head.
+        // SAFETY: the arguments are those of the kernel attention. `check` has verified that the
+        // matrices have the rows of the sequences and the columns of the heads, that every query
+        // head's key/value head exists, and that there is one log-sum-exp per row and head.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(grid(count, heads, kind.forward_shared))
@@ -198,8 +202,8 @@ impl Attention for Cuda {
         let launch = launch.ints([usize::from(access.packed), rows, heads, dim]);
         let launch =
             launch.read(out.data()).int(out.dims().row_stride).read(dout.data()).int(dout.dims().row_stride);
-        // SAFETY: the arguments are attention_delta's; out and dout have heads · dim columns, and
-        // `delta` was allocated for rows · heads elements.
+        // SAFETY: the arguments are those of the kernel attention_delta. `check` has verified that
+        // out and dout have heads · dim columns. `delta` was allocated for rows · heads elements.
         #[allow(unsafe_code)]
         unsafe {
             let grid = Grid { blocks: [(rows * heads).div_ceil(8), 1], threads: [32, 8], shared: 0 };
@@ -223,9 +227,9 @@ impl Attention for Cuda {
                 launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
             let launch = launch.read(v.data()).int(v.dims().row_stride).read(lse).read(Self::slice(&delta));
             let launch = launch.read(dout.data()).int(dout.dims().row_stride).write(&dqkv).int(sd);
-            // SAFETY: the arguments are those of attention_backward_queries and _keys; `check` and
-            // the two sizes above have compared all dimensions. The kernels write different
-            // columns.
+            // SAFETY: the arguments are those of the kernels attention_backward_queries and
+            // attention_backward_keys. `check` and `same_size` have compared all dimensions. The
+            // two kernels write different columns of `dqkv`.
             #[allow(unsafe_code)]
             unsafe {
                 launch.run(grid(count, blocks, kind.backward_shared))?;
@@ -260,7 +264,8 @@ impl Attention for Cuda {
         let kv_like = [("the keys", k.dims()), ("the values", v.dims())];
         check_cached(spec, cache, &[("q", q.dims()), ("out", out.dims())], &kv_like)?;
         decode::attention(self, spec, cache, q, k, v, out.reborrow())?;
-        // Sequences with more rows, such as prompts.
+        // The decoding kernel skips sequences with more than `MAX_ROWS` rows, such as prompts. The
+        // kernels of the forward compute them here.
         let (heads, dim) = (spec.heads.kv_of_query.len(), spec.heads.head_dim);
         let kind = Kernels::new::<T>(dim, &[q.operand(), k.operand(), v.operand(), out.operand()])?;
         let mut tiles: Vec<i64> = Vec::new();
@@ -287,8 +292,9 @@ impl Attention for Cuda {
         let launch = launch.table(&tiles).table(&kv).null();
         let launch = launch.read(q.data()).int(q.dims().row_stride).read(k.data()).int(k.dims().row_stride);
         let launch = launch.read(v.data()).int(v.dims().row_stride).write(&out).int(so).null();
-        // SAFETY: the arguments are attention's; `check_cached` has seen that the slots lie in the
-        // cache and that the sequences end in their slots.
+        // SAFETY: the arguments are those of the kernel attention. `check_cached` has verified the
+        // dimensions of all matrices, that the slots lie in the cache, and that each sequence ends
+        // within its slot.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(grid(count, heads, kind.forward_shared))

@@ -1,5 +1,5 @@
-//! Decoding on NVIDIA GPUs, `cuda/decode.cu`: appends to a KV cache, and attention of few queries
-//! to it.
+//! Decoding on NVIDIA GPUs by the kernels of `cuda/decode.cu`: appends rows to a KV cache, and
+//! computes attention of few queries to the cache.
 
 use super::{AttentionSpec, CacheSpec, too_wide, window};
 use crate::{
@@ -12,17 +12,17 @@ use crate::{
 };
 use std::collections::HashSet;
 
-/// Rows that one block appends.
+/// The number of rows that one block appends.
 const RUN: usize = 16;
 
-/// The most rows of a sequence that are computed by the decoding kernel.
+/// The decoding kernel computes sequences of at most this many rows.
 pub(super) const MAX_ROWS: usize = 8;
 
-/// The fewest keys per span, and the most spans per sequence.
+/// The least number of keys per span (the last may have fewer), and the most spans per sequence.
 const SPAN: usize = 256;
 const SPANS: usize = 64;
 
-/// Warps per block of the attention kernel.
+/// The number of warps per block of the attention kernel.
 const WARPS: usize = 8;
 
 /// [`super::Attention::append_cached`], after its checks.
@@ -40,8 +40,8 @@ pub(super) fn append<T: Element>(
     let (sk, sv) = (k.dims().row_stride, v.dims().row_stride);
     let (skeys, svalues) = (keys.dims().row_stride, values.dims().row_stride);
     let (keys, values) = (keys.into_data(), values.into_data());
-    // A launch must not write a row twice, so a sequence with a slot that this launch already
-    // writes begins another launch.
+    // A launch writes rows in no fixed order, so it must not write a row twice. A sequence whose
+    // slot this launch already writes therefore begins another launch.
     let mut first = 0;
     while first < cache.slots.len() {
         let mut written = HashSet::new();
@@ -62,9 +62,9 @@ pub(super) fn append<T: Element>(
             launch.ints([usize::from(access.packed), spec.heads.head_dim, cache.capacity]).table(&table);
         let launch = launch.read(k.data()).int(sk).read(v.data()).int(sv);
         let launch = launch.write(&keys).int(skeys).write(&values).int(svalues);
-        // SAFETY: the arguments are append's; the caller's `check_append` has seen that k and v
-        // have the rows of the sequences and the columns of the heads, that the sequences end in
-        // their slots, and that the slots lie in the cache.
+        // SAFETY: the arguments are those of the kernel append. The caller's `check_append` has
+        // verified that k and v have the rows of the sequences and the columns of the heads, that
+        // each sequence ends within its slot, and that the slots lie in the cache.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid { blocks: [blocks, spec.heads.kv_heads], threads: [128, 1], shared: 0 })?;
@@ -73,7 +73,8 @@ pub(super) fn append<T: Element>(
     Ok(())
 }
 
-/// [`super::Attention::attention_cached`] for the sequences of at most [`MAX_ROWS`] rows.
+/// [`super::Attention::attention_cached`], after its checks, for the sequences of at most
+/// [`MAX_ROWS`] rows. Skips longer sequences.
 pub(super) fn attention<T: Element>(
     cuda: &Cuda,
     spec: &AttentionSpec<'_>,
@@ -91,7 +92,7 @@ pub(super) fn attention<T: Element>(
         _ => return Err(too_wide(dim)),
     };
     let size = size_of::<T>();
-    // As TOGETHER in the kernel.
+    // Must equal TOGETHER in `cuda/decode.cu`.
     let together = if size == 8 { 2 } else { 4 } / if size > 2 && features == 256 { 2 } else { 1 };
     let plan = Plan::new(spec, cache);
     if plan.spans.is_empty() {
@@ -120,10 +121,10 @@ pub(super) fn attention<T: Element>(
         launch.write(&Cuda::narrow_mut(Cuda::slice_mut(&mut scratch), sums..sums + 2 * plan.partials));
     let shared = together * (features + WARPS * (features + 2)) * size_of::<T::Acc>();
     let blocks = [plan.spans.len() * chunks, spec.heads.kv_heads];
-    // SAFETY: the arguments are decode's; the caller's `check_cached` has seen that q and out have
-    // the rows of the sequences and the columns of the heads, that the slots lie in the cache and
-    // that the sequences end in their slots. There are as many partial results as `plan` has
-    // numbered.
+    // SAFETY: the arguments are those of the kernel decode. The caller's `check_cached` has verified
+    // that q and out have the rows of the sequences and the columns of the heads, that the slots
+    // lie in the cache, and that each sequence ends within its slot. `scratch` has space for all
+    // partial results of `plan`.
     #[allow(unsafe_code)]
     unsafe {
         launch.run(Grid { blocks, threads: [32, WARPS as u32], shared })?;
@@ -131,8 +132,8 @@ pub(super) fn attention<T: Element>(
     let launch = cuda.kernel(Kernel::Combine, T::DTYPE).ints([dim, rows_at]).table(&table);
     let launch = launch.read(Cuda::narrow(Cuda::slice(&scratch), 0..sums));
     let launch = launch.read(Cuda::narrow(Cuda::slice(&scratch), sums..sums + 2 * plan.partials));
-    // SAFETY: the arguments are combine's; the rows are those of `out`, and the partial results
-    // were just written.
+    // SAFETY: the arguments are those of the kernel combine. The rows of `plan` are rows of `out`,
+    // and the launch above has written the partial results.
     #[allow(unsafe_code)]
     unsafe {
         let blocks = [plan.rows.len() / 4, heads];
@@ -142,15 +143,16 @@ pub(super) fn attention<T: Element>(
 
 /// The tables of the kernels, as described in `cuda/decode.cu`.
 struct Plan {
-    /// Where each key/value head's list of query heads begins, and then the lists.
+    /// The index at which each key/value head's list of query heads begins, followed by these
+    /// lists.
     heads: Vec<i64>,
     sequences: Vec<i64>,
     spans: Vec<i64>,
-    /// The rows whose results are combined from several spans.
+    /// The rows whose results the second kernel combines from several spans.
     rows: Vec<i64>,
     /// The number of partial results, one per span, query and head.
     partials: usize,
-    /// The most queries per sequence and key/value head.
+    /// The largest number of queries per sequence and key/value head.
     queries: usize,
 }
 
@@ -175,8 +177,8 @@ impl Plan {
             }
             let place = spec.sequences.start(sequence);
             let (begin, end) = (spec.first_key(place), place + own.len());
-            // A function of the length alone, so that the bits do not depend on the rest of the
-            // batch.
+            // The span length depends only on the number of visible keys, so that the bits of a
+            // sequence do not depend on the rest of the batch.
             let span = SPAN.max((end - begin).div_ceil(SPANS).next_multiple_of(SPAN / 8));
             let count = (end - begin).div_ceil(span);
             let key_row = cache.row(spec, cache.slots[sequence], 0);

@@ -8,16 +8,16 @@ use crate::{
 };
 
 impl Meta {
-    /// Counts this many products over the visible pairs of all heads, 2 head_dim operations per
-    /// pair.
+    /// Counts `products` matrix products over `pairs` (query, key) pairs of each query head. Each
+    /// product takes 2 head_dim operations per pair.
     fn count_attention(&self, spec: &AttentionSpec<'_>, products: u128, pairs: u128) {
         let width = spec.heads.kv_of_query.len() as u128 * spec.heads.head_dim as u128;
         self.count(pairs.saturating_mul(2 * products).saturating_mul(width));
     }
 }
 
-/// The (query, key) pairs of one head that the mask leaves. Takes time linear in the rows where
-/// there is padding, else linear in the sequences.
+/// The number of (query, key) pairs of one head that the mask leaves visible. Takes time linear in
+/// the number of rows if there is padding, else in the number of sequences.
 fn pairs(spec: &AttentionSpec<'_>) -> u128 {
     let Some(valid) = spec.sequences.valid() else {
         let of = |rows: usize| {
@@ -34,7 +34,7 @@ fn pairs(spec: &AttentionSpec<'_>) -> u128 {
         }
         for (query, &is_valid) in valid.iter().enumerate() {
             seen += u128::from(is_valid);
-            // The key that just left the window.
+            // The key that has just left the window.
             if let Some(left) = spec.first_key(query).checked_sub(1) {
                 seen -= u128::from(valid[left]);
             }
@@ -44,8 +44,8 @@ fn pairs(spec: &AttentionSpec<'_>) -> u128 {
     pairs
 }
 
-/// The pairs of queries that attend to a cache, which has no padding: query i of a sequence that
-/// starts at p attends to at most p + i + 1 keys.
+/// The number of visible (query, key) pairs of one head in attention to a cache, which has no
+/// padding. Query i of a sequence that starts at position p attends to at most p + i + 1 keys.
 fn cached_pairs(spec: &AttentionSpec<'_>) -> u128 {
     let of = |(sequence, rows): (usize, std::ops::Range<usize>)| {
         let start = spec.sequences.start(sequence) as u128;
@@ -54,7 +54,8 @@ fn cached_pairs(spec: &AttentionSpec<'_>) -> u128 {
     spec.sequences.iter().enumerate().map(of).sum()
 }
 
-/// Σ min(i, window) for i = 1 .. `rows`: the pairs of the first `rows` queries of a sequence.
+/// Σ min(i, window) for i from 1 to `rows`: the number of visible pairs of a sequence's first
+/// `rows` queries.
 fn causal(spec: &AttentionSpec<'_>, rows: u128) -> u128 {
     let ramp = spec.heads.choices.window.map_or(rows, |window| rows.min(window as u128));
     ramp * (ramp + 1) / 2 + (rows - ramp) * ramp
@@ -72,7 +73,7 @@ impl Attention for Meta {
     ) -> Result<()> {
         let kv_like = [("k", k.dims()), ("v", v.dims())];
         check("attention", spec, &[("q", q.dims()), ("out", out.dims())], &kv_like, Self::len_mut(&lse))?;
-        // Q Kᵀ and P V.
+        // The products are Q Kᵀ and P V.
         self.count_attention(spec, 2, pairs(spec));
         Ok(())
     }
@@ -96,7 +97,7 @@ impl Attention for Meta {
         let heads = spec.heads.kv_heads.saturating_mul(2).saturating_add(spec.heads.kv_of_query.len());
         let width = heads.saturating_mul(spec.heads.head_dim);
         same_size(OP, "columns of the gradient", dqkv.cols(), "those of q, k and v", width)?;
-        // Q Kᵀ again, Pᵀ dO, dO Vᵀ, dS K and dSᵀ Q.
+        // The products are Q Kᵀ again, Pᵀ dO, dO Vᵀ, dS K and dSᵀ Q.
         self.count_attention(spec, 5, pairs(spec));
         Ok(())
     }
@@ -155,7 +156,7 @@ mod tests {
         Tensor::empty(device, [rows, cols]).unwrap()
     }
 
-    /// The operations of a forward, a backward and, where the spec allows it, attention to a cache.
+    /// The operations of a forward, a backward and, if the spec allows it, attention to a cache.
     fn counted(spec: &AttentionSpec<'_>) -> [u64; 3] {
         let device = Meta::new();
         let (rows, heads, dim) = (spec.sequences.rows(), spec.heads.kv_of_query.len(), spec.heads.head_dim);
@@ -180,7 +181,8 @@ mod tests {
         [forward, backward, device.flops() - forward - backward]
     }
 
-    /// Counts the pairs one by one, for attention within a sequence and to a cache.
+    /// Counts the visible pairs one by one, for attention within sequences and for attention to a
+    /// cache.
     fn one_by_one(spec: &AttentionSpec<'_>) -> [u64; 2] {
         let (window, mut pairs) = (spec.heads.choices.window.unwrap_or(usize::MAX), [0, 0]);
         for (sequence, rows) in spec.sequences.iter().enumerate() {

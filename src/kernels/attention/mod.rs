@@ -37,8 +37,8 @@ use crate::{
 pub struct AttentionChoices {
     /// Whether a token attends only to itself and to earlier tokens.
     pub causal: bool,
-    /// Sliding window, with causal attention only: the number of rows that a token attends to,
-    /// itself and the rows just before it, padding included. `None`: no limit.
+    /// The size of the sliding window, for causal attention only. A token attends to this many
+    /// rows: its own row and the rows just before it, padding included. `None`: no window.
     pub window: Option<usize>,
     /// The factor of the scores. `None`: 1 / √head_dim.
     pub scale: Option<f64>,
@@ -94,12 +94,12 @@ pub struct AttentionSpec<'a> {
 }
 
 impl AttentionSpec<'_> {
-    /// The first key, as an index in the sequence, that the query at this index may attend to.
+    /// The first key that query `query` may attend to. Both are indices in the sequence.
     pub(crate) fn first_key(&self, query: usize) -> usize {
         self.heads.choices.window.map_or(0, |window| (query + 1).saturating_sub(window))
     }
 
-    /// Whether keys of this row may be attended to: false for padding.
+    /// Whether queries may attend to the key in this row. False for padding.
     fn attended(&self, row: usize) -> bool {
         self.sequences.valid().is_none_or(|valid| valid[row])
     }
@@ -123,7 +123,7 @@ impl CacheSpec<'_> {
         (slot * spec.heads.kv_heads + kv_head) * self.capacity
     }
 
-    /// One past the last row of the cache for a slot.
+    /// One past the last row of a slot in the cache.
     fn end(&self, spec: &AttentionSpec<'_>, slot: usize) -> usize {
         slot.saturating_add(1).saturating_mul(spec.heads.kv_heads.saturating_mul(self.capacity))
     }
@@ -132,13 +132,14 @@ impl CacheSpec<'_> {
 /// Attention over all heads of a rank.
 ///
 /// For each sequence and query head h with key/value head g: P = softmax(scale Qₕ K_gᵀ) under the
-/// mask, Oₕ = P V_g (Vaswani et al., 2017). A query without visible keys gives 0. Masked values
-/// have no influence, even if they are NaN or ∞. Only log Σ e^score is saved; the backward
-/// recomputes P tile by tile (Dao, 2023: FlashAttention-2, section 3.1).
+/// mask, Oₕ = P V_g (Vaswani et al., 2017). The output of a query without visible keys is 0. Masked
+/// values have no influence, even if they are NaN or ∞. The forward saves only log Σ e^score
+/// (`lse`). The backward recomputes P from it, tile by tile (Dao, 2023: FlashAttention-2, section
+/// 3.1).
 ///
 /// Shapes: `q`, `out` and their gradients `[rows, heads · head_dim]`; `k`, `v` and their gradients
-/// `[rows, kv_heads · head_dim]`, with the heads side by side and any row stride; `lse`: `[rows,
-/// heads]`.
+/// `[rows, kv_heads · head_dim]`; `lse`: `[rows, heads]`. The heads lie side by side in the
+/// columns. The row stride is arbitrary.
 pub trait Attention: Device {
     /// `out`, `lse` ← attention(`q`, `k`, `v`).
     ///
@@ -161,8 +162,8 @@ pub trait Attention: Device {
     /// Q. Gradients of a key/value head are summed over its query heads. `dqkv` is `[rows, (heads +
     /// 2 kv_heads) · head_dim]`: dQ, dK and dV side by side, as in a fused projection.
     ///
-    /// The rounding of lse is a relative error of P = e^(score − lse), as in FlashAttention: in f32
-    /// up to 3e-5 at scores of 1e3.
+    /// The rounding error of lse becomes a relative error of P = e^(score − lse), as in
+    /// FlashAttention. In f32 this error is up to 3e-5 at scores of 1e3.
     ///
     /// # Errors
     /// When sizes disagree.
@@ -183,10 +184,12 @@ pub trait Attention: Device {
     /// each sequence go to its slot, beginning at its start position.
     ///
     /// * `k`, `v`: `[rows, kv_heads · head_dim]`; `keys`, `values`: see [`CacheSpec`].
-    /// * Where two sequences write to the same positions of a slot, the later sequence wins.
+    /// * If two sequences write the same position of a slot, the cache keeps the row of the later
+    ///   sequence.
     ///
     /// # Errors
-    /// When sizes disagree, or a sequence exceeds the capacity; then nothing is written.
+    /// When sizes disagree, a slot is out of bounds, or a sequence exceeds the capacity. The kernel
+    /// writes nothing in these cases.
     fn append_cached<T: Element>(
         &self,
         spec: &AttentionSpec<'_>,
@@ -201,13 +204,15 @@ pub trait Attention: Device {
     /// to positions 0 to p + i of its slot, limited by the window. The cache must already hold the
     /// keys and values of these rows ([`Attention::append_cached`]).
     ///
-    /// * `q`, `out`: `[rows, heads · head_dim]`; `k`, `v`: see [`CacheSpec`]. Causal; no padding.
-    /// * Equals [`Attention::attention`] of the whole sequence up to rounding. Memory is linear in
-    ///   the length; a call with few rows per sequence only needs memory for their scores.
+    /// * `q`, `out`: `[rows, heads · head_dim]`; `k`, `v`: see [`CacheSpec`]. The spec must be
+    ///   causal and without padding.
+    /// * The result equals [`Attention::attention`] of the whole sequence up to rounding. Temporary
+    ///   memory is linear in the length. For one row per sequence, the CPU allocates only scores
+    ///   and sums.
     ///
     /// # Errors
-    /// When sizes disagree, a sequence exceeds the capacity, or the spec is not causal or has
-    /// padding.
+    /// When sizes disagree, a slot is out of bounds, a sequence exceeds the capacity, or the spec
+    /// is invalid, not causal or has padding.
     fn attention_cached<T: Element>(
         &self,
         spec: &AttentionSpec<'_>,
@@ -219,7 +224,7 @@ pub trait Attention: Device {
     ) -> Result<()>;
 }
 
-/// The window as the CUDA kernels take it: 2⁴⁰ where there is none.
+/// The window argument of the CUDA kernels: at most 2⁴⁰, which also means that there is no window.
 #[cfg(feature = "cuda")]
 fn window(spec: &AttentionSpec<'_>) -> usize {
     spec.heads.choices.window.unwrap_or(usize::MAX).min(1 << 40)
@@ -228,7 +233,7 @@ fn window(spec: &AttentionSpec<'_>) -> usize {
 /// The error for heads wider than any CUDA kernel supports.
 #[cfg(feature = "cuda")]
 fn too_wide(head_dim: usize) -> Error {
-    let reason = format!("heads of {head_dim} features; the kernels are for 256 at most");
+    let reason = format!("heads have {head_dim} features, but the CUDA kernels support at most 256");
     Error::Unsupported { op: "attention", reason }
 }
 
@@ -277,7 +282,7 @@ fn check_cached(
     if !spec.heads.choices.causal || spec.sequences.valid().is_some() {
         return Err(Error::invalid(
             OP,
-            "attention to a cache has to be causal (`AttentionChoices`), and to sequences without padding",
+            "attention to a cache needs a causal mask (`AttentionChoices`) and sequences without padding",
         ));
     }
     same_size(OP, "the number of slots", cache.slots.len(), "that of sequences", spec.sequences.len())?;
@@ -317,10 +322,13 @@ fn check(
         return Err(Error::invalid(op, "heads have no features"));
     }
     if !spec.heads.scale().is_finite() {
-        return Err(Error::invalid(op, format!("scores are multiplied with {}", spec.heads.scale())));
+        return Err(Error::invalid(
+            op,
+            format!("the scale of the scores is {}, but must be finite", spec.heads.scale()),
+        ));
     }
     if spec.heads.choices.window.is_some_and(|window| window == 0 || !spec.heads.choices.causal) {
-        return Err(Error::invalid(op, "a window is of one token at least, and needs causal attention"));
+        return Err(Error::invalid(op, "the window must be at least 1, and needs causal attention"));
     }
     if let Some(kv) = spec.heads.kv_of_query.iter().find(|&&kv| kv >= spec.heads.kv_heads) {
         return Err(Error::invalid(

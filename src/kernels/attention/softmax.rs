@@ -5,9 +5,9 @@ use crate::{
     kernels::lanes::{lane_max, lane_sum},
 };
 
-/// Softmax of one row in place. Only the first `visible` columns, and of those the `valid` ones,
-/// are visible. Returns log Σ e^x over the visible columns, or +∞ if there are none, so that e^(x −
-/// lse) is 0.
+/// Softmax of one row in place. A column is visible if it is among the first `visible` and its flag
+/// in `valid`, if given, is true. Other columns become 0. Returns lse = log Σ e^x over the visible
+/// columns. Without visible columns lse is +∞, so that e^(x − lse) is 0.
 #[inline(always)]
 pub(super) fn softmax_row<A: Accumulator>(row: &mut [A], visible: usize, valid: Option<&[bool]>) -> A {
     let (seen, hidden) = row.split_at_mut(visible);
@@ -32,7 +32,7 @@ pub(super) fn softmax_row<A: Accumulator>(row: &mut [A], visible: usize, valid: 
     for x in seen.iter_mut() {
         *x = *x * scale;
     }
-    // A visible NaN has spread over the row; masked elements stay 0.
+    // A visible NaN has made the whole row NaN. Masked elements must be 0, so this sets them again.
     #[allow(clippy::eq_op)]
     if let (Some(valid), true) = (valid, sum != sum) {
         for (x, &valid) in seen.iter_mut().zip(valid) {
@@ -42,7 +42,7 @@ pub(super) fn softmax_row<A: Accumulator>(row: &mut [A], visible: usize, valid: 
     max + sum.ln()
 }
 
-/// The softmax weights of a row from its scores and log Σ e^score, in place.
+/// Replaces the scores of a row by their softmax weights e^(score − lse). Masked columns become 0.
 #[inline(always)]
 pub(super) fn weights_row<A: Accumulator>(row: &mut [A], visible: usize, valid: Option<&[bool]>, lse: A) {
     let (seen, hidden) = row.split_at_mut(visible);
@@ -68,7 +68,7 @@ mod tests {
         row.into_iter().map(Element::to_f64).collect()
     }
 
-    /// Compares numbers; NaN equals NaN.
+    /// Asserts that numbers are equal, where NaN equals NaN.
     fn same(got: &[f64], want: &[f64]) {
         let same = |(got, want): (&f64, &f64)| got == want || got.is_nan() && want.is_nan();
         assert!(got.len() == want.len() && got.iter().zip(want).all(same), "{got:?}, not {want:?}");
@@ -77,7 +77,7 @@ mod tests {
     #[test]
     fn softmax_of_special_rows_sees_nothing_of_what_is_masked() {
         let (nan, inf) = (f64::NAN, f64::INFINITY);
-        // The last two columns are masked.
+        // Rows and their softmax. The last two columns are masked.
         let rows = [
             ([nan, 1.0, 2.0, 0.0], [nan, nan, 0.0, 0.0]),
             ([inf, 1.0, 2.0, 0.0], [nan, nan, 0.0, 0.0]),

@@ -1,4 +1,4 @@
-//! Dropout on NVIDIA GPUs: `cuda/dropout.cu`.
+//! Dropout on NVIDIA GPUs by the kernel of `cuda/dropout.cu`.
 
 use super::{Dropout, DropoutMask, check};
 use crate::{
@@ -26,8 +26,8 @@ impl Dropout for Cuda {
         let launch =
             launch.ints([mask.first_index(0) as usize, mask.width, key0, key1, mask.threshold() as usize]);
         let launch = launch.floats([1.0 / (1.0 - mask.probability)]).read(x.data()).int(sx);
-        // SAFETY: the arguments are dropout's; `check` has seen that x and y have the same
-        // dimensions.
+        // SAFETY: the arguments are those of the kernel dropout. `check` has verified that x and y
+        // have the same dimensions.
         #[allow(unsafe_code)]
         unsafe {
             launch.write(&y).int(sy).run(Grid::over(access.steps))

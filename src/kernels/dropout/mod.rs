@@ -1,4 +1,4 @@
-//! Dropout, whose mask is a function of global indices.
+//! Dropout with a mask that is a function of global indices.
 
 mod cpu;
 #[cfg(feature = "cuda")]
@@ -20,8 +20,8 @@ use crate::{
 pub struct DropoutMask {
     /// The probability p of dropping an element, 0 ≤ p < 1.
     pub probability: f64,
-    /// The random numbers: element (r, c) of the whole matrix uses the u32 at index r · `width` +
-    /// c.
+    /// The stream of random numbers. Element (r, c) of the whole matrix uses the u32 at index r ·
+    /// `width` + c.
     pub stream: Philox,
     /// The row of the whole matrix at which the shard begins.
     pub row: u64,
@@ -32,12 +32,12 @@ pub struct DropoutMask {
 }
 
 impl DropoutMask {
-    /// Elements whose random u32 is below this are dropped.
+    /// The kernels drop the elements whose random u32 is below this threshold.
     pub(crate) fn threshold(&self) -> u32 {
         (self.probability * 4_294_967_296.0) as u32
     }
 
-    /// The index of the random number of a row's first element in the shard.
+    /// The index of the random number for the first element of a row of the shard.
     pub(crate) fn first_index(&self, row: usize) -> u64 {
         let row = self.row.wrapping_add(row as u64);
         row.wrapping_mul(self.width as u64).wrapping_add(self.column as u64)
@@ -46,8 +46,8 @@ impl DropoutMask {
 
 /// Dropout (Srivastava et al., 2014), scaled by 1 / (1 − p) in training.
 pub trait Dropout: Device {
-    /// y ← x / (1 − p) where the mask keeps the element, else 0. The gradient is the same function
-    /// of dy.
+    /// y ← x / (1 − p) where the mask keeps the element, else 0. The backward is the same function
+    /// with dy as x.
     ///
     /// # Errors
     /// When sizes disagree, the shard exceeds the whole matrix, or p is not in 0 ≤ p < 1.
@@ -65,7 +65,10 @@ fn check(mask: &DropoutMask, x: super::view::Dims, y: super::view::Dims) -> Resu
     unit_columns(OP, y)?;
     same_dims(OP, "x", x, "y", y)?;
     if !(0.0..1.0).contains(&mask.probability) {
-        return Err(Error::invalid(OP, format!("{} is no probability less than 1", mask.probability)));
+        return Err(Error::invalid(
+            OP,
+            format!("the probability is {}, but must be in 0 ≤ p < 1", mask.probability),
+        ));
     }
     let end = mask.column.saturating_add(x.cols);
     same_size(

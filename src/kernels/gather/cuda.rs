@@ -1,4 +1,4 @@
-//! Gather and scatter-add on NVIDIA GPUs: `cuda/gather.cu`.
+//! Gather and scatter-add on NVIDIA GPUs by the kernels of `cuda/gather.cu`.
 
 use super::{Gather, NO_ROW, check};
 use crate::{
@@ -19,23 +19,24 @@ impl Gather for Cuda {
     ) -> Result<()> {
         check("gather", ids, y.dims(), table.dims())?;
         let (rows, cols, sy) = (y.rows(), y.cols(), y.dims().row_stride);
-        // The larger number of rows, since the rows of both matrices have to be aligned.
+        // `by_rows` gets the larger number of rows, because it must check the alignment of the rows
+        // of both matrices.
         let access = AccessPlan::by_rows(&[table.operand(), y.operand()], rows.max(table.rows()), cols);
         let y = y.into_data();
         let ids = self.table_u32(ids)?;
         let launch = self.kernel(Kernel::Gather, T::DTYPE);
         let launch = launch.ints([usize::from(access.packed), rows, cols]);
         let launch = launch.read(table.data()).int(table.dims().row_stride).table(&ids);
-        // SAFETY: the arguments are gather's; `check` has seen that y has one row per id, and that
-        // the table has the rows of all ids.
+        // SAFETY: the arguments are those of the kernel gather. `check` has verified that y has one
+        // row per id, and that the table has the rows of all ids but `NO_ROW`.
         #[allow(unsafe_code)]
         unsafe {
             launch.write(&y).int(sy).run(Grid::over(rows * cols))
         }
     }
 
-    /// The host groups the rows by id. One thread then adds the rows of an id in order, so the bits
-    /// are deterministic.
+    /// The host groups the rows by id. For each id and column, one thread then adds the rows in
+    /// order, so the bits are deterministic.
     fn scatter_add<T: Element>(
         &self,
         ids: &[u32],
@@ -63,8 +64,9 @@ impl Gather for Cuda {
         let launch = launch.ints([usize::from(access.packed), count, cols]);
         let launch =
             launch.table(&targets).table(&begins).table(&order).read(dy.data()).int(dy.dims().row_stride);
-        // SAFETY: the arguments are scatter_add's; `check` has seen that dy has one row per id, and
-        // that the table has the rows of all ids; each target occurs once in `targets`.
+        // SAFETY: the arguments are those of the kernel scatter_add. `check` has verified that dy
+        // has one row per id, and that the table has the rows of all ids but `NO_ROW`, which
+        // `order` leaves out. Each id occurs once in `targets`.
         #[allow(unsafe_code)]
         unsafe {
             launch.write(&dtable).int(stride).run(Grid::over(count * cols))

@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Result, same_size},
 };
 
-/// The index of no row, for rows that another rank holds.
+/// An index that selects no row, for table rows that another rank holds.
 pub const NO_ROW: u32 = u32::MAX;
 
 /// Gather of rows by index, and its transpose.
@@ -27,8 +27,8 @@ pub trait Gather: Device {
         y: MatMut<'_, T, Self>,
     ) -> Result<()>;
 
-    /// `dtable[idsᵢ]` ← `dtable[idsᵢ]` + dyᵢ, in order of i, so repeated indices accumulate.
-    /// [`NO_ROW`] is skipped.
+    /// `dtable[idsᵢ]` ← `dtable[idsᵢ]` + dyᵢ, in order of i, so repeated indices accumulate. Rows
+    /// with index [`NO_ROW`] are skipped.
     ///
     /// # Errors
     /// When an index is out of bounds, or sizes disagree.

@@ -1,4 +1,4 @@
-//! GEMM on the CPU: `blocked`, or `skinny` for products of few rows.
+//! GEMM on the CPU: products of few rows by `skinny`, all others by `blocked`.
 
 use super::{
     Batch, Epilogue, Gemm, GemmTerm, Product,
@@ -36,7 +36,8 @@ impl Gemm for Cpu {
         }
         let memory = c.into_data();
         for at in 0..batch.count {
-            // In a product of depth 0, A and B have no elements to point at.
+            // In a product of depth 0, A and B may have no elements, so the offset may be out of
+            // bounds.
             let a = a.data().get(at * batch.a..).unwrap_or(&[]);
             let b = b.data().get(at * batch.b..).unwrap_or(&[]);
             let c = &mut memory[at * batch.c..];
@@ -55,7 +56,9 @@ impl Gemm for Cpu {
         true
     }
 
-    /// Each partial sum is one block of C in the L2 cache.
+    /// Each partial sum is a block as large as a block of C, and stays in the L2 cache. If a term
+    /// has no products, or one that is not blocked, the products and sums are computed one after
+    /// another.
     #[inline(never)]
     fn gemm_tree<T: Element>(
         &self,
@@ -141,7 +144,7 @@ impl Gemm for Cpu {
         } else {
             1
         };
-        // A device handle belongs to one thread, so each thread makes its own.
+        // A device handle belongs to one thread, so each thread creates its own.
         let threads = NonZeroUsize::new(self.threads() / workers).unwrap_or(NonZeroUsize::MIN);
         let run = |cpu: &Self, products: Vec<Product<'_, '_, T, C, Self>>| {
             products.into_iter().try_for_each(|Product { a, b, beta, c }| cpu.gemm(1.0, a, b, beta, c))
@@ -166,9 +169,10 @@ impl Gemm for Cpu {
     }
 }
 
-/// C ← A B, then applies `epilogue`. Where C is the accumulator and the product is blocked,
-/// `epilogue` is applied to each block while it is in the cache, else to the whole. Blocks must be
-/// independent.
+/// C ← A B, then applies `epilogue`. If C is in the accumulator and the product is blocked on one
+/// thread, this applies `epilogue` to each block of C while the block is in the cache. Otherwise it
+/// applies `epilogue` once to all of C. What `epilogue` computes for a block must not depend on
+/// other blocks.
 fn with_epilogue<T: Element>(
     cpu: &Cpu,
     (a, b): (MatRef<'_, T, Cpu>, MatRef<'_, T, Cpu>),
@@ -193,8 +197,8 @@ fn with_epilogue<T: Element>(
     wide(cpu, &steps, (1.0, 0.0), (memory, dims), Some(&mut block))
 }
 
-/// C ← α A B + β C by blocks, for any number of rows. Attention uses it for its tiles of queries:
-/// the results do not depend on the number of rows in a tile.
+/// C ← α A B + β C by blocks, for any number of rows. Attention uses this function for its tiles of
+/// queries, because the results do not depend on the number of rows in a tile.
 pub(in crate::kernels) fn by_blocks<A: Accumulator>(
     cpu: &Cpu,
     alpha: f64,
@@ -222,7 +226,8 @@ fn blocked<T: Element, C: Element<Acc = T::Acc>>(
         let c = T::Acc::of_mut::<Cpu>(C::any_mut::<Cpu>(c));
         return wide(cpu, steps, (alpha, beta), (c.unwrap_or_default(), cd), None);
     }
-    // C is narrower than the accumulator: round each element once.
+    // C is narrower than the accumulator, so this sums in the accumulator and rounds each element
+    // once.
     let mut sums = cpu.empty::<T::Acc>(cd.rows * cd.cols.min(NC))?;
     let (alpha, keep) = (T::Acc::from_f64(alpha), T::Acc::from_f64(beta));
     for first in (0..cd.cols).step_by(NC) {
@@ -252,7 +257,7 @@ fn wide<T: Element>(
     (c, cd): (&mut [T::Acc], Dims),
     epilogue: Option<&mut BlockEpilogue<'_>>,
 ) -> Result<()> {
-    /// Casts steps between types that are known to be the same element.
+    /// Casts steps from `T` to `U`, which the caller knows to be the same element.
     fn of<'a, T: Element, U: Element>(steps: &[Step<'a, T>]) -> Vec<Step<'a, U>> {
         let same = |memory: &'a [T]| U::of_ref::<Cpu>(T::any_ref::<Cpu>(memory)).expect("the same element");
         steps.iter().map(|step| step.map(same)).collect()
@@ -284,7 +289,8 @@ fn shared<T: Element<Acc: Real>>(
     if threads <= 1 {
         return product(cpu, steps, scale, (c, cd), epilogue);
     }
-    // Multiples of 24 rows (MR is 4, 6 or 8) leave no more partial tiles than one thread has.
+    // Each thread gets a multiple of 24 rows, because MR is 4, 6 or 8. So several threads have no
+    // more incomplete tiles than one thread.
     let each = cd.rows.div_ceil(threads).next_multiple_of(24);
     let mut parts = c.chunks_mut(each * cd.row_stride).enumerate().filter_map(|(part, c)| {
         let start = part * each;
@@ -294,7 +300,7 @@ fn shared<T: Element<Acc: Real>>(
     });
     std::thread::scope(|scope| {
         let own = parts.next();
-        // A device handle belongs to one thread, so each thread makes its own.
+        // A device handle belongs to one thread, so each thread creates its own.
         let others: Vec<_> = parts
             .map(|(steps, c)| scope.spawn(move || product(&Cpu::new(), &steps, scale, c, None)))
             .collect();
@@ -302,7 +308,7 @@ fn shared<T: Element<Acc: Real>>(
         let lost = |_| Error::internal("gemm", "a thread panicked");
         others.into_iter().fold(first, |all, one| all.and(one.join().map_err(lost).and_then(|one| one)))
     })?;
-    // The epilogue runs on this thread, as it belongs to it.
+    // The epilogue is not `Send`, so it runs on this thread when all rows are computed.
     epilogue.map_or(Ok(()), |epilogue| epilogue(0..cd.rows, 0..cd.cols, T::Acc::any_mut::<Cpu>(c)))
 }
 

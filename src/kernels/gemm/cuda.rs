@@ -1,8 +1,8 @@
 //! Matrix products on NVIDIA GPUs, by cuBLASLt.
 //!
 //! cuBLASLt's matrices are column-major. A row-major C is computed as the column-major Cᵀ = Bᵀ Aᵀ.
-//! An operand with unit stride in one dimension is passed as it is or transposed. An operand with
-//! unit stride in none is copied first.
+//! An operand with unit stride in one dimension is passed as it is or transposed. An operand
+//! without unit stride is copied first.
 
 use super::{Batch, Epilogue, Gemm, check};
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
     },
 };
 
-/// A matrix as cuBLASLt takes it: column-major, optionally transposed.
+/// A matrix as cuBLASLt accepts it: column-major, optionally transposed.
 #[derive(Clone, Copy)]
 struct ColumnMajor {
     transposed: bool,
@@ -26,8 +26,9 @@ struct ColumnMajor {
     leading: usize,
 }
 
-/// The column-major form of a matrix, if it has one without a copy. A single row becomes one
-/// transposed column: as a row it would have columns of one element, which prevents wide loads.
+/// Returns the column-major form of a matrix, or `None` if the matrix must be copied first. A
+/// single row becomes one transposed column, because a row would have columns of one element, which
+/// prevents wide loads.
 fn column_major(dims: Dims) -> Option<ColumnMajor> {
     let Dims { rows, cols, row_stride, col_stride } = dims;
     let form = |transposed, rows: usize, cols: usize, inner, outer| {
@@ -61,7 +62,7 @@ impl Gemm for Cuda {
             return self.gemm_each(batch, alpha, a, b, beta, c);
         }
         if k == 0 {
-            // cuBLASLt refuses products of depth 0: multiply by zeros of depth 1.
+            // cuBLASLt rejects products of depth 0, so this multiplies zeros of depth 1.
             let mut zeros = self.empty::<T>(m.max(n))?;
             self.fill::<T>(0.0, MatMut::new(Self::slice_mut(&mut zeros), 1, m.max(n))?)?;
             let (a, b) = (MatRef::new(Self::slice(&zeros), m, 1)?, MatRef::new(Self::slice(&zeros), 1, n)?);
@@ -185,8 +186,9 @@ impl Gemm for Cuda {
     }
 }
 
-/// The layout with these dimensions that has contiguous columns if `dims` has, else contiguous
-/// rows, each aligned to 16 bytes. A vector is contiguous either way.
+/// The canonical layout of a matrix: contiguous columns if `dims` has them, else contiguous rows.
+/// Each column or row begins at a multiple of 16 bytes. A single row or column is always
+/// contiguous.
 fn canonical<T: Element>(dims: Dims) -> Dims {
     let Dims { rows, cols, .. } = dims;
     let whole = |len: usize| len.next_multiple_of(16 / size_of::<T>());
@@ -195,7 +197,7 @@ fn canonical<T: Element>(dims: Dims) -> Dims {
     Dims { rows, cols, row_stride, col_stride }
 }
 
-/// Whether a matrix has the layout [`canonical`] at an address with the alignment of an allocation.
+/// Whether a matrix has the layout [`canonical`] and is aligned to 256 bytes, as an allocation is.
 fn is_canonical<T: Element>(matrix: &MatRef<'_, T, Cuda>) -> bool {
     matrix.dims() == canonical::<T>(matrix.dims()) && matrix.data().address().is_multiple_of(256)
 }
@@ -226,7 +228,7 @@ impl<T: Element> Canonical<T> {
 /// α and β of a plain product A B.
 const PLAIN: (f64, f64) = (1.0, 0.0);
 
-/// A fused epilogue and its operands: see [`cuda::Epilogue`]. Stored values have the type of C.
+/// A fused epilogue and its operands: see [`cuda::Epilogue`]. Column sums have the element of C.
 enum FusedEpilogue<'a, T: Element, C: Element> {
     Nothing,
     Bias(CudaSlice<'a, T>),
@@ -235,9 +237,9 @@ enum FusedEpilogue<'a, T: Element, C: Element> {
     ColumnSums(CudaSliceMut<'a, C>),
 }
 
-/// Whether cuBLASLt may fuse an epilogue for these operands and this result. It has none for f64.
-/// Its epilogues work on rows, which are the columns of a row-major result: the result has to be
-/// passed transposed.
+/// Whether cuBLASLt may fuse an epilogue for these operands and this result. cuBLASLt has no
+/// epilogue for f64. Its epilogues work on the rows of a column-major result. These are the columns
+/// of a row-major result, so the result must be passed transposed.
 fn fuses<T: Element>(operands: &[Dims], result: Dims) -> bool {
     let there = |dims: &Dims| dims.rows > 0 && dims.cols > 0 && column_major(*dims).is_some();
     T::DTYPE != DType::F64
@@ -245,8 +247,8 @@ fn fuses<T: Element>(operands: &[Dims], result: Dims) -> bool {
         && column_major(result).is_some_and(|form| form.transposed)
 }
 
-/// Whether cuBLASLt can fuse this activation: gelu by tanh, accurate enough for 16-bit elements,
-/// with an aligned `pre`.
+/// Whether cuBLASLt can fuse this activation. It fuses the tanh approximation of GELU, which is
+/// accurate enough for 16-bit elements only, and needs an aligned `pre`.
 fn gelu_fuses<T: Element>(f: Activation, pre: &MatRef<'_, T, Cuda>) -> bool {
     let aligned = pre.data().address().is_multiple_of(16);
     let rows = column_major(pre.dims()).is_some_and(|form| form.transposed && form.leading.is_multiple_of(8));
@@ -254,7 +256,7 @@ fn gelu_fuses<T: Element>(f: Activation, pre: &MatRef<'_, T, Cuda>) -> bool {
 }
 
 impl Cuda {
-    /// Runs the product of operands that cuBLASLt takes without copies. Returns false if cuBLASLt
+    /// Runs the product of operands that cuBLASLt accepts without copies. Returns false if cuBLASLt
     /// has no algorithm for it.
     fn multiply<T: Element, C: Element>(
         &self,
@@ -306,11 +308,11 @@ impl Cuda {
         let at = Operands { a: left.address, b: right.address, d: c_operand.address, vector, saved: matrix };
         let mut done = false;
         self.joins(&owners, || {
-            // SAFETY: `check` has seen that every matrix of the batch lies in its memory and that
-            // the dimensions agree; the layouts are those of the views. The callers have compared
-            // the epilogue's operands with them: a bias has one element per row of the column-major
-            // result, sums have one per row of A, and a saved matrix has the result's dimensions.
-            // What is written is borrowed exclusively.
+            // SAFETY: `check` has verified that every matrix of the batch lies in its memory and
+            // that the dimensions agree. The layouts are those of the views. The callers have
+            // verified the epilogue's operands: a bias has one element per row of the column-major
+            // result, the sums have one element per row of A, and a saved matrix has the result's
+            // dimensions. All memory that is written is borrowed exclusively.
             #[allow(unsafe_code)]
             unsafe {
                 done = self.lt()?.run(self, &product, at, alpha, beta)?;
@@ -321,7 +323,7 @@ impl Cuda {
     }
 }
 
-/// An operand that cuBLASLt takes without a copy.
+/// An operand that cuBLASLt accepts without a copy.
 #[derive(Clone, Copy)]
 struct DirectOperand {
     dims: Dims,
@@ -336,7 +338,7 @@ impl DirectOperand {
         Self { dims, ..self }
     }
 
-    /// The column-major form. The caller has checked that there is one.
+    /// The column-major form. The caller has checked that the operand has one.
     fn column_major(&self) -> ColumnMajor {
         column_major(self.dims).unwrap_or(ColumnMajor { transposed: false, rows: 0, cols: 0, leading: 0 })
     }
@@ -358,7 +360,8 @@ impl Cuda {
         Ok(Some(copy))
     }
 
-    /// to ← from, in packs where rows, or columns, are contiguous in both.
+    /// to ← from. Copies in packs if the rows of both matrices are contiguous, or the columns of
+    /// both.
     fn copy_block<T: Element>(&self, from: MatRef<'_, T, Self>, to: MatMut<'_, T, Self>) -> Result<()> {
         let Dims { rows, cols, row_stride, col_stride } = to.dims();
         if from.dims().col_stride == 1 && col_stride == 1 {
@@ -453,7 +456,7 @@ mod tests {
         assert_eq!(form(3, 5, 5, 1), Some((true, 5, 3, 5)));
         assert_eq!(form(3, 5, 1, 4), Some((false, 3, 5, 4)));
         assert_eq!(form(3, 5, 10, 2), None);
-        // One row, and one column: a vector either way.
+        // A single row or column is a vector in both forms.
         assert_eq!(form(1, 5, 5, 1), Some((true, 5, 1, 5)));
         assert_eq!(form(5, 1, 1, 1), Some((false, 5, 1, 5)));
         assert_eq!(form(5, 1, 7, 1), Some((true, 1, 5, 7)));

@@ -1,4 +1,4 @@
-//! Matrix products on a device without memory: counts 2 m n k operations each.
+//! Matrix products on a device without memory. Each product counts 2 m n k operations.
 
 use super::{Batch, Epilogue, Gemm, GemmTerm, check, check_terms};
 use crate::{
@@ -35,8 +35,7 @@ impl Gemm for Meta {
         true
     }
 
-    /// Partial sums of the tree take no memory of their own: on the CPU they are blocks in the
-    /// cache.
+    /// Counts no memory for partial sums, because on the CPU they are blocks in the cache.
     fn gemm_tree<T: Element>(
         &self,
         terms: &[GemmTerm<'_, T, Self>],
@@ -81,7 +80,7 @@ impl Gemm for Meta {
         let Some((f, pre)) = through else { return self.gemm(1.0, dy, w, 0.0, dx) };
         same_size(OP, "rows of pre", pre.rows(), "rows of dx", dx.rows())?;
         same_size(OP, "columns of pre", pre.cols(), "columns of dx", dx.cols())?;
-        // The CPU kernel has one temporary of the size of its result.
+        // The CPU kernel allocates one temporary of the size of its result.
         let mut product = self.empty::<T>(dx.rows() * dx.cols())?;
         let mut product = MatMut::<T, Self>::new(Self::slice_mut(&mut product), dx.rows(), dx.cols())?;
         self.gemm(1.0, dy, w, 0.0, product.reborrow())?;

@@ -18,11 +18,11 @@ use crate::{
 pub struct Batch {
     /// The number of products.
     pub count: usize,
-    /// Elements from one A to the next; 0 uses the same A for all.
+    /// The number of elements from one A to the next. 0 uses the same A for all products.
     pub a: usize,
-    /// Elements from one B to the next; 0 uses the same B for all.
+    /// The number of elements from one B to the next. 0 uses the same B for all products.
     pub b: usize,
-    /// Elements from one C to the next.
+    /// The number of elements from one C to the next.
     pub c: usize,
 }
 
@@ -47,7 +47,7 @@ pub struct Product<'a, 'c, T: Element, C: Element, B: Device> {
 pub struct GemmTerm<'a, T: Element, B: Device> {
     /// The products A B that make up the term, added from left to right.
     pub products: Vec<(MatRef<'a, T, B>, MatRef<'a, T, B>)>,
-    /// The number of additions to make once this term is complete.
+    /// The number of additions of topmost sums after this term: see [`Gemm::gemm_tree`].
     pub merges: usize,
 }
 
@@ -93,10 +93,10 @@ pub trait Gemm: Device {
     ///
     /// * `a`: `[m, k]`, `b`: `[k, n]`, `c`: `[m, n]`: the first matrices of the batch, with any
     ///   strides. A transposed operand is a view with exchanged strides.
-    /// * Sums are kept in the accumulator of `T`. `C` is `T` or its accumulator (gradients of bf16
-    ///   weights are summed in f32).
+    /// * Sums are kept in the accumulator of `T`. `C` is `T` or another element with the same
+    ///   accumulator. For example, gradients of bf16 weights are summed in f32.
     /// * The results of a batch must not share elements.
-    /// * With β = 0, C is only written: its previous values, NaN included, have no effect.
+    /// * If β = 0, C is not read, so its previous values, NaN included, have no effect.
     ///
     /// # Errors
     /// When dimensions disagree, or a batch exceeds the memory of an operand.
@@ -111,7 +111,7 @@ pub trait Gemm: Device {
     ) -> Result<()>;
 
     /// y ← epilogue(x wᵀ): the forward of a linear operator. Devices that can apply the epilogue
-    /// before y is rounded do so.
+    /// before they round y do so.
     ///
     /// `x`: `[tokens, in]`, `w`: `[out, in]`, `y`: `[tokens, out]`.
     ///
@@ -178,16 +178,18 @@ pub trait Gemm: Device {
     }
 
     /// Whether splitting a product of depth 2 or more by rows of A or columns of B leaves the bits
-    /// of every element unchanged, wherever the operands lie in memory.
+    /// of every element unchanged, wherever the operands lie in memory. The CPU sums products with
+    /// at most 8 rows of a row-major A in another order, so there a split must not cross that
+    /// limit.
     fn splits_exactly(&self) -> bool {
         false
     }
 
     /// C ← a sum of terms along a reduction tree, in the accumulator.
     ///
-    /// Partial sums are kept on a stack. Each term is pushed; then the two topmost sums are
-    /// replaced by their sum (the lower one is the left operand), `merges` times. So ((t₀ + t₁) +
-    /// t₂) has terms with 0, 1 and 1 merges. One sum must remain.
+    /// The partial sums form a stack. Each term is pushed onto the stack. Then the two topmost sums
+    /// are replaced by their sum, `merges` times, where the lower sum is the left operand. For
+    /// example, ((t₀ + t₁) + t₂) has terms with 0, 1 and 1 merges. One sum must remain at the end.
     ///
     /// A term without products, or whose products have depth 0, is 0. The bits are those of
     /// [`Gemm::gemm_block`] for every product and one addition per merge.
@@ -206,8 +208,8 @@ pub trait Gemm: Device {
         sum_terms(self, terms, c)
     }
 
-    /// Computes several products, concurrently where the device can: the CPU divides its threads
-    /// among them. The bits are those of computing one after another.
+    /// Computes several products, concurrently if the device can. The CPU divides its threads among
+    /// the products. The bits are those of computing the products one after another.
     ///
     /// # Errors
     /// As [`Gemm::gemm`].
@@ -243,17 +245,17 @@ fn check<B: Device, T: Element, C: Element>(
     inside("C", c.dims(), batch.c, c.memory())
 }
 
-/// Checks that the terms leave one sum and have C's dimensions.
+/// Checks that one sum remains after the terms, and that the terms have C's dimensions.
 fn check_terms<T: Element, B: Device>(terms: &[GemmTerm<'_, T, B>], c: &MatMut<'_, T::Acc, B>) -> Result<()> {
     const OP: &str = "gemm tree";
     let mut height = 0_usize;
     for GemmTerm { products, merges } in terms {
         products.iter().try_for_each(|(a, b)| check(Batch::ONE, a, b, c))?;
         height = (height + 1).checked_sub(*merges).filter(|&height| height > 0).ok_or_else(|| {
-            Error::sizes(OP, "the sums that a term completes", *merges, "those before it", height)
+            Error::sizes(OP, "the merges of a term", *merges, "the number of sums before it", height)
         })?;
     }
-    same_size(OP, "the sums that are left", height, "the results", 1)
+    same_size(OP, "the number of sums that remain", height, "the number of results", 1)
 }
 
 /// [`Gemm::gemm_tree`] by separate products and additions.
@@ -271,7 +273,7 @@ fn sum_terms<T: Element, B: Gemm + Pointwise>(
         }
         if beta == 0.0 { device.fill(0.0, to) } else { Ok(()) }
     };
-    // C holds the bottom of the stack; this holds the rest.
+    // C holds the bottom sum of the stack. `stack` holds the other sums.
     let mut stack: Vec<B::Buffer<T::Acc>> = Vec::new();
     for (at, GemmTerm { products, merges }) in terms.iter().enumerate() {
         if at == 0 {

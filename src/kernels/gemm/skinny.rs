@@ -1,9 +1,9 @@
 //! Skinny GEMM on the CPU: products of at most [`MAX_ROWS`] rows, as in decoding one token at a
-//! time. Their time is that of reading B once.
+//! time. Such a product takes as long as reading B once.
 //!
-//! The order in which an element of C is summed depends only on the depth, not on the number of
-//! rows and columns or on which of them are computed together. So splitting a product by rows or
-//! columns leaves the bits unchanged.
+//! The order in which an element of C is summed depends only on the depth and on whether B is
+//! row-major. It does not depend on the number of rows and columns, nor on which of them are
+//! computed together. So splitting a product by rows or columns leaves the bits unchanged.
 
 use super::blocked::prefetch;
 use crate::{
@@ -11,23 +11,25 @@ use crate::{
     kernels::view::Dims,
 };
 
-/// The most rows of A. Above this the blocked product is faster.
+/// The largest number of rows of A. With more rows, the blocked product is faster.
 pub(in crate::kernels) const MAX_ROWS: usize = 8;
 
-/// Partial sums of a dot product, as in `lanes`: lanes of SIMD vectors.
+/// The number of partial sums of a dot product, as in `kernels::lanes`. Each is a lane of a SIMD
+/// vector.
 const LANES: usize = 16;
 
-/// Columns of B whose dot products are computed together: independent sums hide the latency.
+/// The number of columns of B whose dot products are computed together. Their sums are independent,
+/// which hides the latency of additions.
 const COLS: usize = 4;
 
-/// Rows of A whose dot products are computed together: each element of B is widened once for
-/// all.
+/// The number of rows of A whose dot products are computed together, so that each element of B is
+/// widened once for all of them.
 const ROWS: usize = 4;
 
-/// Rows of B that are added per pass.
+/// The number of rows of B that are added in one pass over the sums.
 const STREAMS: usize = 4;
 
-/// Columns of C whose sums stay in cache while rows of B are read.
+/// The number of columns of C whose sums stay in cache while rows of B are read.
 const BLOCK: usize = 1024;
 
 /// How to store a sum: C ← α · sum + β C.
@@ -46,16 +48,17 @@ impl<A: Accumulator> Scale<A> {
 }
 
 /// Whether A is row-major with at most [`MAX_ROWS`] rows and B has unit stride in one dimension. A
-/// row of a column-major A does not qualify, even where A has one column and is contiguous: a block
-/// of a wider A would not qualify either.
+/// column-major A does not qualify, even if it has a single row and is therefore contiguous. The
+/// same row of a taller column-major A would not qualify either, and splitting a product must not
+/// change the bits.
 pub(in crate::kernels) fn fits(a: Dims, b: Dims) -> bool {
     ((a.col_stride == 1 && a.row_stride != 1) || a.cols <= 1)
         && a.rows <= MAX_ROWS
         && (b.row_stride == 1 || b.rows <= 1 || b.col_stride == 1 || b.cols <= 1)
 }
 
-/// C ← α A B + β C for dimensions that [`fits`] accepts. `sums` is the workspace of a row-major B,
-/// of [`workspace`] elements.
+/// C ← α A B + β C for dimensions that [`fits`] accepts. `sums` has at least [`workspace`]
+/// elements. Only a row-major B needs them.
 pub(in crate::kernels) fn multiply<A, B, C>(
     a: (Dims, &[A]),
     b: (Dims, &[B]),
@@ -68,7 +71,8 @@ pub(in crate::kernels) fn multiply<A, B, C>(
     C: Element<Acc = A::Acc>,
 {
     if by_dots(b.0) {
-        // The widest vectors pay only where there is more to do than reading B.
+        // AVX-512 pays only if there is more work than reading B: several rows, or elements of B to
+        // widen.
         let wide = c.0.rows >= ROWS || B::DTYPE != A::Acc::DTYPE;
         let dots = DotForm { a, b, c, scale };
         if wide { widest(dots) } else { vectorized(dots) }
@@ -179,14 +183,14 @@ pub(in crate::kernels) fn workspace(b: Dims, c: Dims) -> usize {
     if by_dots(b) { 0 } else { c.rows * c.cols.min(BLOCK) }
 }
 
-/// Whether B is column-major, so that its columns are read. A single contiguous column counts as
-/// rows of one element, as it would in a block of a wider matrix.
+/// Whether B is column-major, so that C is computed by dot products. A single column with both
+/// strides 1 counts as row-major, because the same column of a wider row-major B does.
 fn by_dots(b: Dims) -> bool {
     (b.row_stride == 1 && b.col_stride != 1) || b.rows <= 1
 }
 
-/// Σ aᵢ bᵢ for each a and b. Element i goes to SIMD lane i mod 16; then the lanes are summed
-/// pairwise. Prefetches the elements of B that lie `next` further on.
+/// Σ aᵢ bᵢ for each a and b. Element i is added to SIMD lane i mod 16. The lanes are then summed
+/// pairwise. Prefetches the elements of B that lie `next` elements further on.
 #[inline(always)]
 fn dots<A: Element, B: Element<Acc = A::Acc>, const M: usize, const N: usize>(
     a: [&[A]; M],
@@ -211,8 +215,8 @@ fn dots<A: Element, B: Element<Acc = A::Acc>, const M: usize, const N: usize>(
             }
         }
     }
-    // Without this the pairwise sums below would decide how the loop above is vectorized: two lanes
-    // at a time.
+    // Without `black_box`, the compiler would vectorize the loop above two lanes at a time, as it
+    // does with the pairwise sums below.
     let mut lanes = std::hint::black_box(lanes);
     let mut sums = [[A::Acc::ZERO; N]; M];
     for row in 0..M {

@@ -107,7 +107,7 @@ impl Loss for Cpu {
                     *dx = T::narrow(scale * (((x.widen() - max) - log).exp() * weight - off));
                 }
                 if let Some(column) = targets.column(row, x.len()) {
-                    // Recomputed from the logit, since dx was already rounded.
+                    // Recomputes p from the logit, because dx is already rounded.
                     let p = ((x[column].widen() - max) - log).exp() * weight;
                     dx[column] = T::narrow(scale * (p - off - on));
                 }

@@ -1,4 +1,4 @@
-//! Losses on NVIDIA GPUs: `cuda/loss.cu`.
+//! Losses on NVIDIA GPUs by the kernels of `cuda/loss.cu`.
 
 use super::{Loss, Targets, check_rows, check_same, check_targets};
 use crate::{
@@ -11,7 +11,8 @@ use crate::{
 };
 
 impl Cuda {
-    /// Uploads the column of each row's target: -1 if the row is ignored or another rank holds it.
+    /// Uploads the column of each row's target, or -1 if the row is ignored or another rank holds
+    /// the column.
     fn columns(&self, targets: &Targets<'_>, cols: usize) -> Result<Table> {
         let column = |row| targets.column(row, cols).map_or(-1, |column| column as i64);
         self.table(&(0..targets.classes.len()).map(column).collect::<Vec<_>>())
@@ -29,7 +30,8 @@ impl Loss for Cuda {
         check_rows(OP, "the maxima", Self::len_mut(&max), 1, x.rows())?;
         let access = AccessPlan::by_rows(&[x.operand()], x.rows(), x.cols());
         let launch = self.kernel(Kernel::RowMax, T::DTYPE).ints(access.arguments());
-        // SAFETY: the arguments are row_max's; `check_rows` has seen one maximum per row.
+        // SAFETY: the arguments are those of the kernel row_max. `check_rows` has verified that
+        // there is one maximum per row.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(x.data()).int(x.dims().row_stride).write(&max).run(Grid::rows(x.rows(), x.cols()))
@@ -53,8 +55,8 @@ impl Loss for Cuda {
         let launch = self.kernel(Kernel::ExpSums, T::DTYPE).ints(access.arguments());
         let launch = launch.int(usize::from(targets.off != 0.0)).table(&columns);
         let launch = launch.read(x.data()).int(x.dims().row_stride).read(max).write(&sums);
-        // SAFETY: the arguments are exp_sums's; `check_rows` and `check_targets` have compared the
-        // sizes, and `columns` returns columns of x.
+        // SAFETY: the arguments are those of the kernel exp_sums. `check_rows` and `check_targets`
+        // have verified the sizes, and `columns` holds only columns of x.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::rows(x.rows(), x.cols()))
@@ -79,7 +81,8 @@ impl Loss for Cuda {
         let ignored = self.ignored(targets)?;
         let launch = self.kernel(Kernel::CrossEntropy, A::DTYPE).int(rows);
         let launch = launch.floats([targets.on, targets.off, targets.z]).table(&ignored);
-        // SAFETY: the arguments are cross_entropy's; `check_rows` has compared the sizes.
+        // SAFETY: the arguments are those of the kernel cross_entropy. `check_rows` has verified
+        // the sizes.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(max).read(sums).write(&losses).write(&log).run(Grid::over(rows))
@@ -109,8 +112,8 @@ impl Loss for Cuda {
             launch.floats([targets.on, targets.off, targets.z, scale]).table(&columns).table(&ignored);
         let launch = launch.read(x.data()).int(x.dims().row_stride);
         let launch = launch.read(max).read(log).write(&dx).int(sdx);
-        // SAFETY: the arguments are cross_entropy_backward's; `check_same`, `check_targets` and
-        // `check_rows` have compared the sizes.
+        // SAFETY: the arguments are those of the kernel cross_entropy_backward. `check_same`,
+        // `check_targets` and `check_rows` have verified the sizes.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::rows(x.rows(), x.cols()))
@@ -129,8 +132,8 @@ impl Loss for Cuda {
         let access = AccessPlan::by_rows(&[x.operand(), y.operand()], x.rows(), x.cols());
         let launch = self.kernel(Kernel::SquaredError, T::DTYPE).ints(access.arguments());
         let launch = launch.read(x.data()).int(x.dims().row_stride).read(y.data()).int(y.dims().row_stride);
-        // SAFETY: the arguments are squared_error's; `check_same` and `check_rows` have compared
-        // the sizes.
+        // SAFETY: the arguments are those of the kernel squared_error. `check_same` and
+        // `check_rows` have verified the sizes.
         #[allow(unsafe_code)]
         unsafe {
             launch.write(&sums).run(Grid::rows(x.rows(), x.cols()))
@@ -151,8 +154,8 @@ impl Loss for Cuda {
         let launch = self.kernel(Kernel::SquaredErrorBackward, T::DTYPE).ints(access.arguments());
         let launch = launch.floats([scale]).read(x.data()).int(x.dims().row_stride);
         let launch = launch.read(y.data()).int(y.dims().row_stride).write(&dx).int(sdx);
-        // SAFETY: the arguments are squared_error_backward's; `check_same` has compared the
-        // dimensions.
+        // SAFETY: the arguments are those of the kernel squared_error_backward. `check_same` has
+        // compared the dimensions.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::over(x.rows() * x.cols()))

@@ -17,18 +17,19 @@ use crate::{
 /// The targets of a cross entropy.
 ///
 /// The loss of a row with target t is L = log Σₖ e^xₖ − Σₖ qₖ xₖ + z (log Σₖ e^xₖ)², where qₜ =
-/// `on` + `off` and qₖ = `off` for the other classes. The q of a row sum to 1.
+/// `on` + `off` and qₖ = `off` for the other classes. The q of a row must sum to 1, because the
+/// kernels rely on it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Targets<'a> {
     /// The target class of each row, among all classes.
     pub classes: &'a [u32],
-    /// The ignored class: rows with this target have no loss.
+    /// The ignored class. Rows with this target have loss 0.
     pub ignored: Option<u32>,
     /// The number of all classes.
     pub count: usize,
     /// The class of the first column. A rank may hold a range of the classes.
     pub first: usize,
-    /// The additional weight of the target class.
+    /// The weight of the target class in addition to `off`.
     pub on: f64,
     /// The weight of every class.
     pub off: f64,
@@ -63,11 +64,11 @@ pub trait Loss: Device {
     fn row_max<T: Element>(&self, x: MatRef<'_, T, Self>, max: Self::SliceMut<'_, T::Acc>) -> Result<()>;
 
     /// The contributions of these columns to each row. With m the row's maximum over all classes:
-    /// `sums[row]` ← [Σ e^(x − m), xₜ − m, Σ (x − m)]. The second is 0 if the target's column is on
-    /// another rank.
+    /// `sums[row]` ← [Σ e^(x − m), xₜ − m, Σ (x − m)]. The second number is 0 if the row is ignored
+    /// or another rank holds the target's column.
     ///
-    /// `sums`: `[rows, 3]`. The third is 0 where `off` is 0, so that a logit of −∞ has no effect
-    /// there.
+    /// `sums`: `[rows, 3]`. The third number is 0 if `off` is 0, so that a logit of −∞ has no
+    /// effect then.
     ///
     /// # Errors
     /// When sizes disagree, or a target is not a class.
@@ -79,8 +80,8 @@ pub trait Loss: Device {
         sums: Self::SliceMut<'_, T::Acc>,
     ) -> Result<()>;
 
-    /// losses ← the losses of the rows, from the maxima m and the sums over all classes; 0 for
-    /// ignored rows. `log` ← log Σ e^(x − m).
+    /// losses ← the losses of the rows, from the maxima m and the sums over all classes. Ignored
+    /// rows have loss 0. `log` ← log Σ e^(x − m).
     ///
     /// # Errors
     /// When sizes disagree, or a target is not a class.
@@ -94,11 +95,11 @@ pub trait Loss: Device {
     ) -> Result<()>;
 
     /// dx ← scale · ∂(Σ over rows of L)/∂x = scale · (p (1 + 2 z lse) − q), with p = e^((x − m) −
-    /// log) and lse = m + log; 0 for ignored rows.
+    /// log) and lse = m + log. dx of ignored rows is 0.
     ///
-    /// m and `log` are separate arguments. For logits with a large common offset, lse = m + log is
-    /// rounded at the size of the offset, so that e^(x − lse) is not a probability. The difference
-    /// x − m is exact there.
+    /// m and `log` are separate arguments because of logits with a large common offset. There, the
+    /// rounding error of lse = m + log is so large that e^(x − lse) is not a probability. The
+    /// difference x − m is exact.
     ///
     /// # Errors
     /// When sizes disagree, or a target is not a class.
@@ -136,7 +137,8 @@ pub trait Loss: Device {
     ) -> Result<()>;
 }
 
-/// Checks that each row has one target, which is a class, and that the columns are classes.
+/// Checks that each row has one target, that each target is a class or the ignored class, and that
+/// all columns are classes.
 pub(crate) fn check_targets(op: &'static str, targets: &Targets<'_>, rows: usize, cols: usize) -> Result<()> {
     same_size(op, "the number of targets", targets.classes.len(), "the number of rows", rows)?;
     if targets.first.saturating_add(cols) > targets.count {
@@ -157,7 +159,7 @@ pub(crate) fn check_targets(op: &'static str, targets: &Targets<'_>, rows: usize
     }
 }
 
-/// Checks for `each` results per row.
+/// Checks that there are `each` numbers per row.
 fn check_rows(op: &'static str, name: &str, len: usize, each: usize, rows: usize) -> Result<()> {
     let what = match each {
         1 => "the number of rows".to_string(),
@@ -166,7 +168,7 @@ fn check_rows(op: &'static str, name: &str, len: usize, each: usize, rows: usize
     same_size(op, name, len, &what, each.saturating_mul(rows))
 }
 
-/// Checks for equal shapes and unit column strides.
+/// Checks that all matrices have equal dimensions and unit column strides.
 fn check_same(op: &'static str, x: Dims, others: &[(&str, Dims)]) -> Result<()> {
     unit_columns(op, x)?;
     others.iter().try_for_each(|(name, dims)| {

@@ -1,4 +1,4 @@
-//! LayerNorm and RMSNorm on NVIDIA GPUs: `cuda/norm.cu`.
+//! LayerNorm and RMSNorm on NVIDIA GPUs by the kernels of `cuda/norm.cu`.
 
 use super::{Norm, NormKind, check};
 use crate::{
@@ -34,8 +34,9 @@ impl Norm for Cuda {
         let launch = self.kernel(Kernel::Normalize, T::DTYPE).ints(access.arguments());
         let launch = launch.int(usize::from(kind.centers())).floats([kind.eps()]);
         let launch = launch.read(x.data()).int(sx).read(gamma).read_if(beta).write(&y).int(sy).write(&stats);
-        // SAFETY: the arguments are normalize's; `check` has seen that x and y have the same
-        // dimensions, gamma and beta one element per column, and the statistics two per row.
+        // SAFETY: the arguments are those of the kernel normalize. `check` has verified that x and
+        // y have the same dimensions, that gamma and beta have one element per column, and that the
+        // statistics have two elements per row.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::rows(access.rows, access.cols))
@@ -70,7 +71,8 @@ impl Norm for Cuda {
         let dx = dx.into_data();
         let launch = self.kernel(Kernel::NormalizeBackward, T::DTYPE).ints(access.arguments());
         let launch = launch.int(usize::from(kind.centers())).read(x.data()).int(sx).read(gamma).read(stats);
-        // SAFETY: the arguments are normalize_backward's; `check` has compared the dimensions.
+        // SAFETY: the arguments are those of the kernel normalize_backward. `check` has compared
+        // the dimensions.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(dy.data()).int(sdy).write(&dx).int(sdx).run(Grid::rows(rows, cols))?;
@@ -86,9 +88,9 @@ impl Norm for Cuda {
             let launch =
                 launch.int(run).read(x.data()).int(sx).read(stats).read(dy.data()).int(sdy).write(&gammas);
             let betas = dbeta.is_some().then(|| Self::narrow_mut(whole, betas.clone()));
-            // SAFETY: the arguments are normalize_columns's; `partial` was allocated for two sets
-            // of `runs` rows of `cols` columns, and the kernel writes each set through its own
-            // pointer.
+            // SAFETY: the arguments are those of the kernel normalize_columns. `partial` was
+            // allocated for two sets of `runs` rows of `cols` columns. The kernel writes each set
+            // through its own pointer.
             #[allow(unsafe_code)]
             unsafe {
                 let launch = launch.write_if(betas.as_ref());

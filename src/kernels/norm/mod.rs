@@ -52,7 +52,7 @@ impl NormKind {
     }
 }
 
-/// Row normalization. Statistics are computed in the accumulator; the variance takes a second pass
+/// Row normalization. The statistics are computed in the accumulator, the variance in a second pass
 /// over the row.
 pub trait Norm: Device {
     /// y ← norm(x), row by row.
@@ -73,10 +73,10 @@ pub trait Norm: Device {
         stats: Self::SliceMut<'_, T::Acc>,
     ) -> Result<()>;
 
-    /// dx from dy; dγ ← Σ over rows of dy · x̂; dβ ← Σ over rows of dy.
+    /// dx ← the gradient of x; dγ ← Σ over rows of dy · x̂; dβ ← Σ over rows of dy.
     ///
     /// With x̂ the normalized row, r = 1 / √(…) and g = dy · γ: dx = r (g − mean(g) − x̂ mean(g
-    /// x̂)); RMSNorm omits mean(g).
+    /// x̂)). RMSNorm omits the term mean(g).
     ///
     /// # Errors
     /// When sizes disagree.

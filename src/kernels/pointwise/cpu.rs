@@ -1,5 +1,5 @@
-//! Element-wise kernels on the CPU: rows are widened to the accumulator and vectorized by the
-//! compiler.
+//! Element-wise kernels on the CPU. They widen each row to the accumulator, and the compiler
+//! vectorizes their loops.
 
 use super::{Activation, Pointwise, check, check_dot_rows, check_gate_backward, check_row, check_scale_rows};
 use crate::{
@@ -248,7 +248,7 @@ fn map2<T: Element>(
     });
 }
 
-/// dgate in the left half of each row, dup in the right half.
+/// Writes dgate to the left half of each row of d, and dup to the right half.
 #[inline(always)]
 fn gate_rows<T: Element>(
     gate: MatRef<'_, T, Cpu>,
@@ -277,7 +277,7 @@ fn relu<A: Accumulator>(x: A) -> A {
 
 #[inline(always)]
 fn relu_backward<A: Accumulator>(x: A, dy: A) -> A {
-    // A NaN lets the gradient through, as in PyTorch. Selects rather than multiplies, so that an
+    // If x is NaN, dx is dy, as in PyTorch. This selects instead of multiplying, so that an
     // infinite dy gives 0 where x ≤ 0.
     if x <= A::ZERO { A::ZERO } else { dy }
 }
@@ -328,7 +328,7 @@ fn gelu_tanh<A: Accumulator>(x: A) -> A {
 #[inline(always)]
 fn gelu_tanh_backward<A: Accumulator>(x: A, dy: A) -> A {
     let t = (constant::<A>(SQRT_2_OVER_PI) * (x + constant::<A>(CUBIC) * x * x * x)).tanh();
-    // tanh′ comes first: where x² overflows, tanh′ is 0 and the product stays 0.
+    // tanh′ = 1 − t² is the first factor. It is 0 where x² overflows, so the product stays 0.
     let bump = (A::ONE - t * t) * x;
     let inner_slope = bump + bump * x * x * constant(3.0 * CUBIC);
     dy * (constant::<A>(0.5) * (A::ONE + t + constant::<A>(SQRT_2_OVER_PI) * inner_slope))

@@ -1,4 +1,4 @@
-//! Element-wise kernels on NVIDIA GPUs: `cuda/pointwise.cu`.
+//! Element-wise kernels on NVIDIA GPUs, in `cuda/pointwise.cu`.
 
 use super::{Activation, Pointwise, check, check_row};
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
     },
 };
 
-/// The number of an activation in `pointwise.cu`.
+/// The number of an activation in `cuda/pointwise.cu`.
 fn number(f: Activation) -> usize {
     match f {
         Activation::Relu => 0,
@@ -36,7 +36,7 @@ impl<T: Element> MatMut<'_, T, Cuda> {
     }
 }
 
-/// A vector as an operand that is read with every row.
+/// A vector as an operand that a kernel accesses in every row.
 pub(in crate::kernels) fn vector<T: Element>(slice: CudaSlice<'_, T>) -> Operand {
     let dims = Dims { rows: 1, cols: Cuda::len(slice), row_stride: 0, col_stride: 1 };
     Operand { dims, address: slice.address(), size: size_of::<T>() }
@@ -54,8 +54,8 @@ impl Pointwise for Cuda {
         let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
         let launch = self.kernel(Kernel::Activate, T::DTYPE).ints(access.arguments()).int(number(f));
-        // SAFETY: the arguments are activate's; `check` has seen that x and y have the same
-        // dimensions.
+        // SAFETY: the arguments are those of the kernel activate. `check` has verified that x and y
+        // have the same dimensions.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(x.data()).int(sx).write(&y).int(sy).run(Grid::over(access.steps))
@@ -75,8 +75,8 @@ impl Pointwise for Cuda {
         let dx = dx.into_data();
         let launch = self.kernel(Kernel::ActivateBackward, T::DTYPE).ints(access.arguments()).int(number(f));
         let launch = launch.read(x.data()).int(sx).read(dy.data()).int(sdy).write(&dx).int(sdx);
-        // SAFETY: the arguments are activate_backward's; `check` has seen that all have the same
-        // dimensions.
+        // SAFETY: the arguments are those of the kernel activate_backward. `check` has verified
+        // that all matrices have the same dimensions.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::over(access.steps))
@@ -96,7 +96,8 @@ impl Pointwise for Cuda {
         let y = y.into_data();
         let launch = self.kernel(Kernel::Gate, T::DTYPE).ints(access.arguments()).int(number(f));
         let launch = launch.read(gate.data()).int(sg).read(up.data()).int(su).write(&y).int(sy);
-        // SAFETY: the arguments are gate's; `check` has seen that all have the same dimensions.
+        // SAFETY: the arguments are those of the kernel gate. `check` has verified that all
+        // matrices have the same dimensions.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::over(access.steps))
@@ -134,8 +135,8 @@ impl Pointwise for Cuda {
             .int(sdy)
             .write(&d)
             .int(sd);
-        // SAFETY: the arguments are gate_backward's; `check_gate_backward` has seen that the inputs
-        // have the same dimensions, and that d is twice as wide.
+        // SAFETY: the arguments are those of the kernel gate_backward. `check_gate_backward` has
+        // verified that the inputs have the same dimensions, and that d is twice as wide.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::over(access.steps))
@@ -174,8 +175,8 @@ impl Pointwise for Cuda {
         let y = y.into_data();
         let launch = self.kernel(Kernel::ScaleRows, T::DTYPE).ints(access.arguments());
         let launch = launch.read(s).read(x.data()).int(sx).write(&y).int(sy);
-        // SAFETY: the arguments are scale_rows's; `check_scale_rows` has compared the dimensions of
-        // x and y, and the number of factors with the number of rows.
+        // SAFETY: the arguments are those of the kernel scale_rows. `check_scale_rows` has compared
+        // the dimensions of x and y, and the number of factors with the number of rows.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::over(access.steps))
@@ -193,8 +194,8 @@ impl Pointwise for Cuda {
         let (sa, sb) = (a.dims().row_stride, b.dims().row_stride);
         let launch = self.kernel(Kernel::DotRows, T::DTYPE).ints(access.arguments());
         let launch = launch.read(a.data()).int(sa).read(b.data()).int(sb).write(&s);
-        // SAFETY: the arguments are dot_rows's; `check_dot_rows` has compared the dimensions of a
-        // and b, and the length of s with the number of rows.
+        // SAFETY: the arguments are those of the kernel dot_rows. `check_dot_rows` has compared the
+        // dimensions of a and b, and the length of s with the number of rows.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::rows(access.rows, access.cols))
@@ -211,8 +212,8 @@ impl Pointwise for Cuda {
         let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
         let launch = self.kernel_between(Kernel::Accumulate, T::DTYPE, Y::DTYPE).ints(access.arguments());
-        // SAFETY: the arguments are accumulate's; `check` has seen that x and y have the same
-        // dimensions.
+        // SAFETY: the arguments are those of the kernel accumulate. `check` has verified that x and
+        // y have the same dimensions.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(x.data()).int(sx).write(&y).int(sy).run(Grid::over(access.steps))
@@ -226,8 +227,8 @@ impl Pointwise for Cuda {
         let sy = y.dims().row_stride;
         let y = y.into_data();
         let launch = self.kernel(Kernel::AddBias, T::DTYPE).ints(access.arguments());
-        // SAFETY: the arguments are add_bias's; `check_row` has seen one element of the bias per
-        // column.
+        // SAFETY: the arguments are those of the kernel add_bias. `check_row` has verified that the
+        // bias has one element per column.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(bias).write(&y).int(sy).run(Grid::over(access.steps))
@@ -247,8 +248,8 @@ impl Pointwise for Cuda {
         let access = AccessPlan::by_rows(&[x.operand()], rows, cols);
         let launch = self.kernel(Kernel::ColumnRuns, T::DTYPE).ints(access.arguments());
         let launch = launch.int(run).read(x.data()).int(x.dims().row_stride).write(&partial_mut);
-        // SAFETY: the arguments are column_runs's; `partial` was allocated for `runs` rows of as
-        // many columns.
+        // SAFETY: the arguments are those of the kernel column_runs. `partial` was allocated for
+        // `runs` rows with the columns of x.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(column_blocks(access, runs))?;
@@ -262,7 +263,8 @@ impl Pointwise for Cuda {
         let (sx, sy) = (x.dims().row_stride, y.dims().row_stride);
         let y = y.into_data();
         let launch = self.kernel_between(Kernel::Copy, T::DTYPE, Y::DTYPE).ints(access.arguments());
-        // SAFETY: the arguments are copy's; `check` has seen that x and y have the same dimensions.
+        // SAFETY: the arguments are those of the kernel copy. `check` has verified that x and y
+        // have the same dimensions.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(x.data()).int(sx).write(&y).int(sy).run(Grid::over(access.steps))
@@ -280,13 +282,14 @@ impl Pointwise for Cuda {
     }
 }
 
-/// The rows per run that one block sums, and the number of runs: a function of the rows alone.
+/// Returns the number of rows per run, which one block sums, and the number of runs. Both depend
+/// only on the number of rows.
 pub(in crate::kernels) fn runs(rows: usize) -> (usize, usize) {
     let run = rows.div_ceil(256).max(64);
     (run, rows.div_ceil(run))
 }
 
-/// The grid for sums of columns.
+/// The grid of the kernels that sum columns.
 pub(in crate::kernels) fn column_blocks(access: AccessPlan, runs: usize) -> Grid {
     Grid { blocks: [(access.steps / access.rows.max(1)).div_ceil(32), runs], threads: [32, 8], shared: 0 }
 }
@@ -305,8 +308,8 @@ impl Cuda {
         let y = y.into_data();
         let launch = self.kernel(kernel, T::DTYPE).ints(access.arguments());
         let launch = launch.read(a.data()).int(sa).read(b.data()).int(sb).write(&y).int(sy);
-        // SAFETY: the arguments are those of add and of mul, which have compared the dimensions of
-        // a, b and y by `check`.
+        // SAFETY: the arguments are those of the kernels add and mul. The methods `add` and `mul`
+        // have compared the dimensions of a, b and y by `check`.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::over(access.steps))
@@ -319,14 +322,14 @@ impl Cuda {
         let sy = y.dims().row_stride;
         let y = y.into_data();
         let launch = self.kernel(kernel, T::DTYPE).ints(access.arguments()).floats([value]);
-        // SAFETY: scale and fill take these arguments, and access y alone.
+        // SAFETY: the arguments are those of the kernels scale and fill, which access y alone.
         #[allow(unsafe_code)]
         unsafe {
             launch.write(&y).int(sy).run(Grid::over(access.steps))
         }
     }
 
-    /// sums ← the sums of the runs' partial sums, in order.
+    /// sums ← Σ over the runs of their partial sums, in the order of the runs.
     pub(in crate::kernels) fn add_runs<A: Element>(
         &self,
         runs: usize,
@@ -338,15 +341,17 @@ impl Cuda {
         let access = AccessPlan::by_rows(&[vector(from), vector(Self::shared(&sums))], 1, cols);
         let launch = self.kernel(Kernel::ColumnSums, A::DTYPE);
         let launch = launch.ints([usize::from(access.packed), runs, cols]);
-        // SAFETY: the arguments are column_sums's, whose sizes `same_size` has compared.
+        // SAFETY: the arguments are those of the kernel column_sums. `same_size` has compared the
+        // sizes.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(from).write(&sums).run(Grid::over(access.steps))
         }
     }
 
-    /// to ← the sum (0), maximum (1) or minimum (2) of `ranks` consecutive terms, in rank order, in
-    /// the accumulator; NaN if a term is NaN.
+    /// to ← the reduction of `ranks` consecutive terms, in rank order and in the accumulator. `how`
+    /// is 0 for the sum, 1 for the maximum and 2 for the minimum. A result is NaN if one of its
+    /// terms is NaN.
     #[cfg(feature = "nccl")]
     pub(crate) fn combine<T: Element>(
         &self,
@@ -360,14 +365,14 @@ impl Cuda {
         let access = AccessPlan::by_rows(&[vector(terms), vector(Self::shared(&to))], 1, len);
         let launch = self.kernel(Kernel::Reduce, T::DTYPE);
         let launch = launch.ints([usize::from(access.packed), ranks, len, how]).read(terms);
-        // SAFETY: the arguments are reduce's, whose sizes `same_size` has compared.
+        // SAFETY: the arguments are those of the kernel reduce. `same_size` has compared the sizes.
         #[allow(unsafe_code)]
         unsafe {
             launch.write(&to).run(Grid::over(access.steps))
         }
     }
 
-    /// y ← x, with any strides of both.
+    /// y ← x, where x and y have any strides.
     pub(in crate::kernels) fn copy_strided<T: Element>(
         &self,
         x: MatRef<'_, T, Self>,
@@ -382,8 +387,8 @@ impl Cuda {
             .ints([from.row_stride, from.col_stride])
             .write(&y)
             .ints([to.row_stride, to.col_stride]);
-        // SAFETY: the arguments are copy_strided's; x and y were just seen to have the same
-        // dimensions, and views lie in their memory.
+        // SAFETY: the arguments are those of the kernel copy_strided. `same_dims` has verified that
+        // x and y have the same dimensions. Each view lies in its memory.
         #[allow(unsafe_code)]
         unsafe {
             launch.run(Grid::over(from.rows * from.cols))

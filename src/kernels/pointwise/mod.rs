@@ -39,8 +39,8 @@ pub enum Activation {
     GeluTanh,
 }
 
-/// Element-wise kernels. All matrices have unit column stride, and the operands of a call have the
-/// same dimensions.
+/// Element-wise kernels. All matrices must have unit column stride. The operands of a call must
+/// have the same dimensions, unless the method says otherwise.
 ///
 /// # Errors
 /// Every method fails when dimensions disagree or a column stride is not 1.
@@ -73,7 +73,8 @@ pub trait Pointwise: Device {
 
     /// dgate ← dy · up · f′(gate), dup ← dy · f(gate).
     ///
-    /// `d` is `[rows, 2 · cols]`: dgate in the left half and dup in the right, like `[gate | up]`.
+    /// `d` is `[rows, 2 · cols]`, with dgate in the left half and dup in the right, like `[gate |
+    /// up]`.
     fn gate_backward<T: Element>(
         &self,
         f: Activation,
@@ -147,7 +148,7 @@ fn check(op: &'static str, inputs: &[(&str, Dims)], (name, y): (&str, Dims)) -> 
     })
 }
 
-/// Checks `gate_backward`: d is twice as wide as the others.
+/// Checks the operands of `gate_backward`: d must be twice as wide as the others.
 fn check_gate_backward(gate: Dims, up: Dims, dy: Dims, d: Dims) -> Result<()> {
     const OP: &str = "gate backward";
     [gate, up, dy, d].iter().try_for_each(|dims| unit_columns(OP, *dims))?;
@@ -157,19 +158,19 @@ fn check_gate_backward(gate: Dims, up: Dims, dy: Dims, d: Dims) -> Result<()> {
     same_size(OP, "rows of d", d.rows, "rows of gate", gate.rows)
 }
 
-/// Checks `scale_rows`.
+/// Checks the operands of `scale_rows`.
 fn check_scale_rows(s: usize, x: Dims, y: Dims) -> Result<()> {
     check("scale rows", &[("x", x)], ("y", y))?;
     same_size("scale rows", "the number of factors", s, "the number of rows", x.rows)
 }
 
-/// Checks `dot_rows`.
+/// Checks the operands of `dot_rows`.
 fn check_dot_rows(a: Dims, b: Dims, s: usize) -> Result<()> {
     check("dot rows", &[("a", a)], ("b", b))?;
     same_size("dot rows", "the number of products", s, "the number of rows", a.rows)
 }
 
-/// Checks `add_bias` and `sum_rows`: one element per column.
+/// Checks the vector of `add_bias` and `sum_rows`: it must have one element per column.
 pub(super) fn check_row(op: &'static str, name: &str, len: usize, cols: usize) -> Result<()> {
     same_size(op, name, len, "the number of columns", cols)
 }

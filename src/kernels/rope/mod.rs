@@ -11,8 +11,8 @@ use crate::{
     error::{Error, Result, same_size},
 };
 
-/// The pairing of a head's features. Checkpoints differ, and their shapes do not show which they
-/// use.
+/// The pairing of a head's features. Checkpoints use one or the other, and their tensor shapes do
+/// not show which.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RopePairs {
@@ -28,11 +28,11 @@ pub struct RopeSpec<'a> {
     /// The features per head.
     pub head_dim: usize,
     /// The angle per position of each pair of features. Only the first `2 · frequencies.len()`
-    /// features of a head are rotated.
+    /// features of each head are rotated.
     pub frequencies: &'a [f64],
     /// Which features make up a pair.
     pub pairs: RopePairs,
-    /// The factor of rotated features: 1, except for YaRN.
+    /// The factor of the rotated features: 1, except for YaRN.
     pub magnitude: f64,
 }
 
@@ -48,7 +48,7 @@ impl RopeSpec<'_> {
 
 /// Rotary position embedding (Su et al., 2021: RoFormer).
 pub trait Rope: Device {
-    /// Rotates pair i of every head, in a row at position p, by the angle p · frequencyᵢ, in place:
+    /// Rotates, in place, pair i of every head of a row at position p by the angle p · frequencyᵢ:
     /// (a, b) ← m (a cos − b sin, b cos + a sin), where m is the magnitude. `transposed` rotates by
     /// the negative angle, (a, b) ← m (a cos + b sin, b cos − a sin), which is the backward.
     ///
@@ -71,7 +71,8 @@ fn check<T: Element, B: Device>(spec: &RopeSpec<'_>, positions: usize, x: &MatMu
     unit_columns(OP, x.dims())?;
     same_size(OP, "the number of positions", positions, "the number of rows", x.rows())?;
     if spec.head_dim == 0 || !x.cols().is_multiple_of(spec.head_dim) {
-        let reason = format!("{} columns are no whole number of heads of {}", x.cols(), spec.head_dim);
+        let reason =
+            format!("{} columns are not a multiple of the head dimension {}", x.cols(), spec.head_dim);
         return Err(Error::invalid(OP, reason));
     }
     if 2 * spec.frequencies.len() > spec.head_dim {

@@ -65,7 +65,7 @@ impl Update for Cpu {
         ]
         .map(T::Acc::from_f64);
         let (rest1, rest2) = (T::Acc::from_f64(1.0 - step.beta1), T::Acc::from_f64(1.0 - step.beta2));
-        // Equal lengths let the compiler drop bounds checks.
+        // Slices of the same length let the compiler drop bounds checks.
         let (grad, first, second) =
             (&grad[..weight.len()], &mut first[..weight.len()], &mut second[..weight.len()]);
         each(weight, master, |at, w| {
@@ -97,7 +97,7 @@ fn len<A>(slice: &Option<&mut [A]>) -> Option<usize> {
     slice.as_ref().map(|slice| slice.len())
 }
 
-/// w ← f(i, w) for every weight, computed from the master weight where there is one.
+/// w ← f(i, w) for every weight, computed from the master weight if there is one.
 #[inline(always)]
 fn each<T: Element>(
     weight: &mut [T],

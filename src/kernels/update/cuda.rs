@@ -1,4 +1,4 @@
-//! Updates on NVIDIA GPUs: `cuda/update.cu`.
+//! Updates on NVIDIA GPUs by the kernels of `cuda/update.cu`.
 
 use super::{AdamWStep, SgdStep, Update, check, check_square_sums};
 use crate::{
@@ -45,8 +45,8 @@ impl Update for Cuda {
         let launch = self.kernel(Kernel::Sgd, T::DTYPE).ints(access.arguments());
         let launch = launch.floats([step.lr, step.momentum, step.weight_decay, step.grad_scale]);
         let launch = launch.int(usize::from(step.nesterov)).read(grad).write(&weight);
-        // SAFETY: the arguments are sgd's; `check` has seen that all slices are as long as the
-        // weight.
+        // SAFETY: the arguments are those of the kernel sgd. `check` has verified that all slices
+        // are as long as the weight.
         #[allow(unsafe_code)]
         unsafe {
             launch.write_if(master.as_ref()).write_if(velocity.as_ref()).run(Grid::over(access.steps))
@@ -75,8 +75,8 @@ impl Update for Cuda {
         let launch = launch.floats([step.beta1, 1.0 - step.beta1, step.beta2, 1.0 - step.beta2, step.eps]);
         let launch = launch.floats([size, root, 1.0 - step.lr * step.weight_decay, step.grad_scale]);
         let launch = launch.read(grad).write(&weight).write_if(master.as_ref());
-        // SAFETY: the arguments are adamw's; `check` has seen that all slices are as long as the
-        // weight.
+        // SAFETY: the arguments are those of the kernel adamw. `check` has verified that all slices
+        // are as long as the weight.
         #[allow(unsafe_code)]
         unsafe {
             launch.write(&first).write(&second).run(Grid::over(access.steps))
@@ -87,7 +87,8 @@ impl Update for Cuda {
         check_square_sums(x.dims(), Self::len_mut(&sums))?;
         let access = AccessPlan::by_rows(&[x.operand()], x.rows(), x.cols());
         let launch = self.kernel(Kernel::SquareSums, T::DTYPE).ints(access.arguments());
-        // SAFETY: the arguments are square_sums's; `check_square_sums` has seen one sum per row.
+        // SAFETY: the arguments are those of the kernel square_sums. `check_square_sums` has
+        // verified that there is one sum per row.
         #[allow(unsafe_code)]
         unsafe {
             launch.read(x.data()).int(x.dims().row_stride).write(&sums).run(Grid::rows(x.rows(), x.cols()))

@@ -20,9 +20,10 @@ pub struct SgdStep {
     pub momentum: f64,
     /// Whether to use Nesterov momentum.
     pub nesterov: bool,
-    /// The weight decay, as an L2 penalty: added to the gradient times the weight.
+    /// The weight decay λ, as an L2 penalty: λ · weight is added to the gradient.
     pub weight_decay: f64,
-    /// The factor of the gradient, for loss scaling and clipping. Applied first.
+    /// The factor of the gradient, for loss scaling and clipping. Multiplies the gradient before
+    /// anything else.
     pub grad_scale: f64,
 }
 
@@ -35,18 +36,20 @@ pub struct AdamWStep {
     pub beta1: f64,
     /// The decay of the second moment.
     pub beta2: f64,
-    /// ε, added to the root of the second moment.
+    /// ε, added to the square root of the second moment.
     pub eps: f64,
     /// The decoupled weight decay.
     pub weight_decay: f64,
     /// The number of this step, from 1.
     pub step: u64,
-    /// The factor of the gradient, for loss scaling and clipping. Applied first.
+    /// The factor of the gradient, for loss scaling and clipping. Multiplies the gradient before
+    /// anything else.
     pub grad_scale: f64,
 }
 
 impl AdamWStep {
-    /// The step size lr / (1 − β₁ᵗ), and the factor of the root, 1 / √(1 − β₂ᵗ).
+    /// The step size lr / (1 − β₁ᵗ), and the factor of the square root, 1 / √(1 − β₂ᵗ), where t is
+    /// `step`.
     pub(crate) fn corrections(&self) -> (f64, f64) {
         let left = |beta: f64| 1.0 - beta.powf(self.step as f64);
         (self.lr / left(self.beta1), 1.0 / left(self.beta2).sqrt())
@@ -55,8 +58,9 @@ impl AdamWStep {
 
 /// Updates of weights, computed in the accumulator.
 ///
-/// The optional `master` is the weight in the accumulator; `weight` becomes its rounding. Without
-/// it, the weight is widened, updated and rounded. All slices of a call have the same length.
+/// The optional `master` is the weight in the accumulator. The step updates `master`, and `weight`
+/// becomes its rounding. Without `master`, the weight is widened, updated and rounded. All slices
+/// of a call have the same length.
 pub trait Update: Device {
     /// With g ← scale · grad + decay · w: v ← momentum · v + g, then w ← w − lr · (g + momentum · v
     /// if Nesterov, else v). Without a velocity, w ← w − lr · g. (Sutskever et al., 2013, in
@@ -88,8 +92,8 @@ pub trait Update: Device {
         moments: [Self::SliceMut<'_, T::Acc>; 2],
     ) -> Result<()>;
 
-    /// sums ← Σ over each row of x², in f64 for every element type. Not finite if an element is
-    /// not.
+    /// sums ← Σ over each row of x², in f64 for every element type. A sum is not finite if one of
+    /// its elements is not.
     ///
     /// # Errors
     /// When sizes disagree.

@@ -12,21 +12,21 @@
 //!           for MR rows                    a micro-tile of C: MR x NR sums in registers
 //! ```
 //!
-//! The third loop runs over *steps* (`plan`). In a sum of products along a reduction tree, the sums
-//! of a step go to C or to partial sums, which are blocks of the same shape as C's. After the last
-//! step an optional epilogue is applied to the block of C.
+//! The third loop runs over the *steps* of `plan`, each a range of the depth. In a sum of products
+//! along a reduction tree, the sums of a step go to the block of C or to a partial sum, which is a
+//! block of the same shape. After the last step, an optional epilogue is applied to the block of C.
 //!
-//! Where the depth is small, writing C dominates. Then the last two loops are exchanged, so that C
-//! is written row by row.
+//! If the depth is small, writing C takes most of the time. The last two loops are then exchanged,
+//! so that C is written row by row.
 //!
-//! Packing widens bf16 and f16. It transposes a column-major B, such as the weight of a linear
-//! layer, in vector registers.
+//! Packing widens bf16 and f16. A column-major B, such as the weight of a linear layer, is
+//! transposed in vector registers while it is packed.
 //!
 //! An element of C is α · (the sum over the first KC of the depth, in order) + β C, plus α times
 //! the sum over the next KC, and so on. Products are fused into sums where the processor has FMA.
 //! This order is the same in every tile, for every number of rows and columns and for every kind of
-//! vector. So the bits of an element do not change when a product is split by rows or columns, and
-//! are the same on any x86-64 processor with AVX2 and FMA.
+//! vector. So the bits of an element do not change when a product is split by rows or columns. They
+//! are the same on any x86-64 processor with AVX2, FMA and F16C.
 
 mod pack;
 mod plan;
@@ -47,38 +47,39 @@ use std::ops::Range;
 use tile::{SumStack, merge, prefetch_c, store, sums_by_columns, sums_by_rows};
 use vector::Vector;
 
-/// The depth of a block.
+/// The largest depth of a block of A and B.
 const KC: usize = 384;
 
-/// The rows of a block of A: a multiple of 6 and 8, the values of MR.
+/// The largest number of rows of a block of A: a multiple of MR, which is 4, 6 or 8.
 const MC: usize = 144;
 
-/// The most columns of a block of B: a multiple of NR for every kind of vector.
+/// The largest number of columns of a block of B: a multiple of NR for every kind of vector.
 pub(super) const NC: usize = 960;
 
-/// The most rows of a block of C: a multiple of [`MC`].
+/// The largest number of rows of a block of C: a multiple of [`MC`].
 const C_ROWS: usize = 8 * MC;
 
-/// The most elements of a block of C. With the blocks of A and B it fits an L2 cache of 2 MiB.
+/// The number of elements that a block of C and its partial sums should have at most. In f32, they
+/// fit an L2 cache of 2 MiB together with the blocks of A and B.
 const C_BLOCK: usize = 192 << 10;
 
-/// The depth up to which writing C takes longer than computing its sums.
+/// The largest depth at which writing C takes longer than computing its sums.
 const SHALLOW: usize = 32;
 
-/// The most elements of A that are kept packed.
+/// The largest number of elements of A that stay packed for the next block of columns.
 const KEPT_A: usize = 4 << 20;
 
-/// Vectors in a row of a micro-tile: NR = V · LANES.
+/// The number of vectors in a row of a micro-tile: NR = V · LANES.
 const V: usize = 2;
 
 /// An accumulator and its vector types.
 pub(super) trait Real: Accumulator {
-    /// For every processor.
+    /// The vector type for every processor.
     type Portable: Vector<Real = Self>;
-    /// AVX2 and FMA.
+    /// The vector type for AVX2 and FMA.
     #[cfg(target_arch = "x86_64")]
     type Avx2: Vector<Real = Self>;
-    /// AVX-512.
+    /// The vector type for AVX-512.
     #[cfg(target_arch = "x86_64")]
     type Avx512: Vector<Real = Self>;
 }
@@ -101,7 +102,7 @@ impl Real for f64 {
 
 /// One call of the blocked product.
 pub(super) struct Job<'a, 'f, T: Element> {
-    /// At least one.
+    /// At least one step.
     pub(super) steps: &'a [Step<'a, T>],
     pub(super) alpha: T::Acc,
     pub(super) beta: T::Acc,
@@ -111,11 +112,11 @@ pub(super) struct Job<'a, 'f, T: Element> {
     pub(super) workspace: [&'a mut [T::Acc]; 3],
 }
 
-/// Applied to each block of C while it is in L2. Receives the block's rows and columns, and the
-/// memory from its first element on.
+/// A function that is applied to each block of C while the block is in L2. Its arguments are the
+/// block's rows, the block's columns, and the memory of C from the block's first element on.
 pub(super) type BlockEpilogue<'f> = dyn FnMut(Range<usize>, Range<usize>, AnyMut<'_, Cpu>) -> Result<()> + 'f;
 
-/// C ← α A B + β C with the best instruction set of the processor.
+/// C ← α A B + β C with the best instruction set that the processor has.
 ///
 /// # Errors
 /// Those of the epilogue.
@@ -136,7 +137,8 @@ mod x86_64 {
     use crate::{device::Element, error::Result};
     use std::arch::is_x86_feature_detected;
 
-    /// An instruction set that this processor has. Only [`InstructionSet::all`] makes one.
+    /// An instruction set that this processor has. Only [`InstructionSet::all`] creates values,
+    /// after it has detected the features.
     #[derive(Clone, Copy, Debug)]
     pub(super) struct InstructionSet(Isa);
 
@@ -147,7 +149,7 @@ mod x86_64 {
     }
 
     impl InstructionSet {
-        /// All that this processor has, the best first.
+        /// The instruction sets that this processor has, the best first.
         pub(super) fn all() -> impl Iterator<Item = Self> {
             let avx2 = is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("fma")
@@ -173,13 +175,12 @@ mod x86_64 {
         }
         #[target_feature(enable = "avx2,fma,f16c")]
         fn with_avx2<T: Element<Acc: Real>>(job: Job<'_, '_, T>) -> Result<()> {
-            // SAFETY: as above.
+            // SAFETY: `InstructionSet::all` has detected the features that this function enables.
             #[allow(unsafe_code)]
             let zero = unsafe { <T::Acc as Real>::Avx2::zero() };
             blocks::<_, T, 6>(zero, job)
         }
-        // SAFETY: the processor has the features that the function enables: `InstructionSet::all`
-        // has detected them.
+        // SAFETY: `InstructionSet::all` has detected the features that the called function enables.
         #[allow(unsafe_code)]
         unsafe {
             match kind.0 {
@@ -274,8 +275,8 @@ struct Tiles<'a, T: Element> {
 }
 
 impl<T: Element> Tiles<'_, T> {
-    /// Computes and stores the micro-tile at row `row` of the block and column `col` of the block
-    /// of C.
+    /// Computes and stores the micro-tile at row `row` of the block of A and column `col` of the
+    /// block of C.
     #[inline(always)]
     fn compute<S: Vector<Real = T::Acc>, const MR: usize>(
         &self,
@@ -391,8 +392,8 @@ mod tests {
         }
     }
 
-    /// Compares products of several blocks with products of their first rows alone, which are
-    /// blocked differently.
+    /// Compares a product of several blocks with the product of its first rows alone, which has
+    /// other blocks.
     #[test]
     fn an_element_has_the_same_bits_however_a_product_is_split() {
         let stream = Philox::named(2, "numbers");
@@ -412,7 +413,7 @@ mod tests {
         }
     }
 
-    /// With fused multiply-add, all kinds of vectors round alike.
+    /// With fused multiply-add, all kinds of vectors round in the same way.
     #[test]
     #[cfg(target_arch = "x86_64")]
     fn all_fused_vectors_give_the_same_bits() {

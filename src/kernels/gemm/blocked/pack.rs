@@ -1,4 +1,5 @@
-//! Packing: copies blocks of A and panels of B, widened, in the order in which tiles read them.
+//! Packing: copies blocks of A and micro-panels of B to the order in which tiles read them, and
+//! widens bf16 and f16.
 
 use super::{
     KC, V,
@@ -9,7 +10,7 @@ use crate::{
     kernels::view::Dims,
 };
 
-/// Packs A by rows, each padded to [`KC`]. The last tile is padded with zero rows.
+/// Packs a block of A by rows, each in [`KC`] elements. Zero rows complete the last tile.
 #[inline(always)]
 pub(super) fn pack_rows<T: Element, const MR: usize>(
     (a, dims): (&[T], Dims),
@@ -29,7 +30,7 @@ pub(super) fn pack_rows<T: Element, const MR: usize>(
     }
 }
 
-/// Packs A by columns of each tile. The last tile is padded with zeros.
+/// Packs a block of A tile by tile, each tile by columns. Zeros complete the last tile.
 #[inline(always)]
 pub(super) fn pack_columns<T: Element, const MR: usize>(
     (a, dims): (&[T], Dims),
@@ -57,7 +58,7 @@ pub(super) fn pack_columns<T: Element, const MR: usize>(
     }
 }
 
-/// Packs a micro-panel of B by rows. Missing columns are zeros.
+/// Packs a micro-panel of B by rows. Columns beyond B's last are zeros.
 #[inline(always)]
 pub(super) fn pack_panel<S: Vector, T: Element<Acc = S::Real>>(
     zero: S,
@@ -87,7 +88,8 @@ pub(super) fn pack_panel<S: Vector, T: Element<Acc = S::Real>>(
     }
 }
 
-/// Packs all micro-panels of a row-major block of B, row by row, since rows may be far apart.
+/// Packs all micro-panels of a row-major block of B, row by row, because the rows may be far apart
+/// in memory.
 #[inline(always)]
 pub(super) fn pack_panels<S: Vector, T: Element<Acc = S::Real>>(
     zero: S,
@@ -109,8 +111,9 @@ pub(super) fn pack_panels<S: Vector, T: Element<Acc = S::Real>>(
     }
 }
 
-/// Packs a vector of contiguous columns, which are `stride` elements apart. Transposes squares of
-/// LANES x LANES elements in registers by log₂ LANES perfect shuffles of the rows.
+/// Packs LANES columns of B into vector `v` of each row of a panel. Each column is contiguous, and
+/// the columns are `stride` elements apart. Transposes squares of LANES x LANES elements in
+/// registers by log₂ LANES perfect shuffles of the rows.
 #[inline(always)]
 fn transpose<S: Vector, T: Element<Acc = S::Real>>(
     zero: S,
@@ -122,7 +125,7 @@ fn transpose<S: Vector, T: Element<Acc = S::Real>>(
     let lanes = S::LANES;
     let mut depth = 0;
     while depth + lanes <= panel.len() {
-        // At least the lanes of any kind of vector.
+        // 16 is the largest number of lanes of a vector type.
         let mut square = [zero; 16];
         for (col, vector) in square.iter_mut().enumerate().take(lanes) {
             let from = &b[col * stride + depth..];

@@ -6,21 +6,21 @@ use crate::kernels::view::Dims;
 /// A matrix: its memory, dimensions and strides.
 pub(in super::super) type Mat<'a, T> = (&'a [T], Dims);
 
-/// A range of the depth, at most [`KC`] long, and what to do with its sums.
+/// A range of the depth, at most [`KC`] long, and the destination of its sums.
 ///
-/// Partial sums are kept on a stack. Level 0 is C.
+/// The partial sums of a block of C form a stack. Level 0 of the stack is the block of C.
 #[derive(Clone, Copy)]
 pub(in super::super) struct Step<'a, T> {
     /// The columns of A in this range.
     pub(super) a: Mat<'a, T>,
     /// The rows of B in this range.
     pub(super) b: Mat<'a, T>,
-    /// The level of the stack that the sums belong to.
+    /// The level of the stack to which the sums belong.
     pub(super) level: usize,
-    /// Whether the sums are added to that level rather than replacing it.
+    /// Whether the sums are added to that level. If not, they replace it.
     pub(super) accumulates: bool,
-    /// How many levels below to add once this step is done, the nearest first. The result goes to
-    /// the lowest of them.
+    /// The number of levels below that are added to the sums of this step, the nearest first. The
+    /// result goes to the lowest of these levels.
     pub(super) merges: usize,
 }
 
@@ -46,7 +46,7 @@ impl<'a, T> Step<'a, T> {
         self.a.1.col_stride == 1
     }
 
-    /// The same step with the memory as another type of element.
+    /// The same step with another type of element, to which `f` casts the memory of A and B.
     pub(in super::super) fn map<U>(&self, f: impl Fn(&'a [T]) -> &'a [U]) -> Step<'a, U> {
         let Self { a, b, level, accumulates, merges } = *self;
         Step { a: (f(a.0), a.1), b: (f(b.0), b.1), level, accumulates, merges }
@@ -71,7 +71,8 @@ impl<'a, T> Steps<'a, T> {
         Self { list: Vec::new(), level: 0 }
     }
 
-    /// Pushes a term: products, added from left to right. Then completes `merges` sums before it.
+    /// Pushes a term, the sum of `products` from left to right. Then adds the two topmost sums of
+    /// the stack, `merges` times.
     pub(in super::super) fn push(
         &mut self,
         products: impl IntoIterator<Item = (Mat<'a, T>, Mat<'a, T>)>,
@@ -100,16 +101,17 @@ impl<'a, T> Steps<'a, T> {
 /// How the loops over a product's blocks run.
 #[derive(Clone, Copy)]
 pub(super) struct Loops {
-    /// Whether writing C dominates: then tiles are computed row by row, with a block of B in L1.
+    /// Whether writing C takes most of the time. If so, tiles are computed row by row, with a block
+    /// of B in L1.
     pub(super) shallow: bool,
-    /// Whether each micro-panel of B is used for one block of A only, so that all share one buffer.
-    /// Not for a row-major B: its rows may be far apart, so that a block of them is packed at a
-    /// time.
+    /// Whether all micro-panels of B share one buffer, because each is used for one block of A
+    /// only. False if `shallow`. Also false for a row-major B: its rows may be far apart, so a
+    /// whole block of them is packed at a time.
     pub(super) one_panel: bool,
     /// Whether the packed blocks of A are kept for the next block of columns.
     pub(super) keeps_a: bool,
-    /// The columns of a block of B and C: as many as keep the block of C and the partial sums in
-    /// L2, where every step accumulates.
+    /// The number of columns of a block of B and C. Unless `shallow`, the block of C and the
+    /// partial sums then stay in L2, where every step accumulates.
     pub(super) cols: usize,
     /// The number of partial sums apart from C.
     partials: usize,
@@ -135,14 +137,14 @@ impl Loops {
     }
 }
 
-/// The workspace, in elements of the accumulator: for packed blocks of A and B, and for partial
-/// sums.
+/// The number of accumulator elements of each workspace: for packed blocks of A, for packed blocks
+/// of B, and for partial sums.
 pub(in super::super) fn workspace<T>(steps: &[Step<'_, T>], c: Dims) -> [usize; 3] {
     let loops = Loops::of(steps, c);
     let (times, rows) = if loops.keeps_a { (steps.len(), c.rows.min(C_ROWS)) } else { (1, c.rows.min(MC)) };
     let cols = if loops.one_panel { 32 } else { c.cols.min(loops.cols) };
     let depth = steps.iter().map(Step::depth).max().unwrap_or(0);
-    // One vector more, since panels are aligned to vectors.
+    // Adds one vector, because panels begin at the first address that is aligned to a vector.
     let panels = cols.next_multiple_of(32) * depth + 16;
     [rows.next_multiple_of(24) * KC * times, panels, loops.partials * loops.area(c)]
 }

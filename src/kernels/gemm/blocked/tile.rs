@@ -9,10 +9,11 @@ use crate::{device::Accumulator, kernels::view::Dims};
 /// f32 elements per cache line of 64 bytes.
 const LINE: usize = 16;
 
-/// The most columns of a tile.
+/// The largest number of columns of a tile.
 const WIDEST: usize = 32;
 
-/// The sums of a block of C: C itself, and the stack of partial sums above it.
+/// The memory for the sums of a block of C. Level 0 is C itself, and the partial sums are the
+/// levels above.
 pub(super) struct SumStack<'a, R> {
     /// The memory of C from the block's first element on.
     pub(super) c: &'a mut [R],
@@ -20,12 +21,12 @@ pub(super) struct SumStack<'a, R> {
     pub(super) partials: &'a mut [R],
     /// The row stride of a partial sum.
     pub(super) cols: usize,
-    /// The elements from one partial sum to the next.
+    /// The number of elements from one partial sum to the next.
     pub(super) area: usize,
 }
 
 impl<R> SumStack<'_, R> {
-    /// The tile at a position in a block, at this level of the stack.
+    /// The tile at a position in the block, at one level of the stack.
     #[inline(always)]
     pub(super) fn tile(
         &mut self,
@@ -42,7 +43,8 @@ impl<R> SumStack<'_, R> {
     }
 }
 
-/// The sums of a tile, with A packed by rows: the product of its rows with a micro-panel of B.
+/// Computes the sums of a tile: the product of MR rows of A, packed by rows, with a micro-panel of
+/// B.
 #[inline(always)]
 pub(super) fn sums_by_rows<S: Vector, const MR: usize>(
     zero: S,
@@ -63,14 +65,14 @@ pub(super) fn sums_by_rows<S: Vector, const MR: usize>(
     sums
 }
 
-/// The sums of a tile, with A packed by columns.
+/// As [`sums_by_rows`], with A packed by columns.
 #[inline(always)]
 pub(super) fn sums_by_columns<S: Vector, const MR: usize>(
     zero: S,
     a: &[[S::Real; MR]],
     panel: &[[S; V]],
 ) -> [[S; V]; MR] {
-    /// The number of columns of the next tile to prefetch at a time.
+    /// The number of columns per step. Each step prefetches the same columns of the next tile of A.
     const STEP: usize = 4;
     let mut sums = [[zero; V]; MR];
     for (a, panel) in a.chunks(STEP).zip(panel.chunks(STEP)) {
@@ -86,8 +88,8 @@ pub(super) fn sums_by_columns<S: Vector, const MR: usize>(
 
 /// sums ← sums + a bᵀ, where `a(row)` is A's element in that row, broadcast to every SIMD lane.
 ///
-/// The inner loop indexes. `Zip::new` is not `#[inline]`: without link-time optimization it is a
-/// call, and the sums leave the registers.
+/// The inner loop uses indices, because `Zip::new` is not `#[inline]`. Without link-time
+/// optimization it would be a call, which moves the sums out of the registers.
 #[inline(always)]
 fn add_products<S: Vector, const MR: usize>(sums: &mut [[S; V]; MR], a: impl Fn(usize) -> S, b: &[S; V]) {
     for (row, sums) in sums.iter_mut().enumerate() {
@@ -98,13 +100,14 @@ fn add_products<S: Vector, const MR: usize>(sums: &mut [[S; V]; MR], a: impl Fn(
     }
 }
 
-/// Prefetches the tile's rows of C, which are far apart, while the sums are computed.
+/// Prefetches the tile's rows of C, which may be far apart, so that they arrive while the sums are
+/// computed.
 #[inline(always)]
 pub(super) fn prefetch_c<S: Vector>((c, dims): &(&mut [S::Real], Dims)) {
     if dims.col_stride == 1 {
         for row in 0..dims.rows {
             let start = c.as_ptr().wrapping_add(row * dims.row_stride);
-            // A row that does not begin at a cache line spans one more.
+            // A row that does not begin at the start of a cache line spans one line more.
             (0..=V * S::LANES / LINE).for_each(|line| prefetch(start.wrapping_add(line * LINE)));
         }
     }
@@ -138,8 +141,9 @@ pub(super) fn store<S: Vector, const MR: usize>(
     }
 }
 
-/// Stores the sums of a step that completes others: adds its level, if it accumulates, and the
-/// levels below to α · sums.
+/// Stores the sums of a step that merges levels of the stack. Adds to α · sums the step's own
+/// level, if it accumulates, and then the `merges` levels below, the nearest first. The result goes
+/// to the lowest of these levels.
 #[inline(always)]
 pub(super) fn merge<S: Vector, T, const MR: usize>(
     mut sums: [[S; V]; MR],

@@ -6,14 +6,15 @@ use std::slice;
 
 /// A vector of f32 or f64.
 ///
-/// A value of a vector type is the proof that the processor has its instructions. Kernels get the
-/// first one from the unsafe [`Vector::zero`]; every other function takes a vector.
+/// A value of a vector type proves that the processor has the type's instructions. Kernels get
+/// their first value from the unsafe function [`Vector::zero`]. Every other function that uses
+/// these instructions takes a value.
 ///
 /// # Safety
-/// The type must be [`Vector::LANES`] reals without padding, valid for any bits. Functions other
-/// than `zero` must need no instructions beyond those that `zero` requires. Code that makes a
-/// vector in another way (the standard library can, in a function with the target feature) must
-/// know that the processor has all of them.
+/// The type must consist of [`Vector::LANES`] reals without padding, and all bits must be valid.
+/// Its functions must need no instructions beyond those that `zero` requires. The intrinsics of the
+/// standard library can also create a vector. Code that calls them must know that the processor has
+/// all instructions that `zero` requires.
 #[allow(unsafe_code)]
 pub(in super::super) unsafe trait Vector: Copy {
     /// The type of an element.
@@ -24,8 +25,8 @@ pub(in super::super) unsafe trait Vector: Copy {
     /// 0 in every SIMD lane.
     ///
     /// # Safety
-    /// The processor must have been found to have the instructions of this vector type. An array
-    /// needs none.
+    /// The caller must have detected that the processor has the instructions of this vector type.
+    /// An array needs none.
     unsafe fn zero() -> Self;
 
     /// `x` in every SIMD lane.
@@ -46,14 +47,14 @@ pub(in super::super) unsafe trait Vector: Copy {
     /// a · b + self, rounded once where the processor has FMA.
     fn add_product(self, a: Self, b: Self) -> Self;
 
-    /// The elements a₀ b₀ a₁ b₁ …, in two vectors.
+    /// Returns the elements a₀ b₀ a₁ b₁ … of a = self and b = other, in two vectors.
     fn interleave(self, other: Self) -> (Self, Self);
 
     /// The elements of these vectors.
     #[inline(always)]
     fn lanes(vectors: &[Self]) -> &[Self::Real] {
-        // SAFETY: a vector is `LANES` reals without padding, as this trait demands, and at least as
-        // aligned as one.
+        // SAFETY: this trait requires that a vector consists of `LANES` reals without padding. A
+        // vector is at least as aligned as a real.
         #[allow(unsafe_code)]
         unsafe {
             slice::from_raw_parts(vectors.as_ptr().cast(), vectors.len() * Self::LANES)
@@ -63,8 +64,8 @@ pub(in super::super) unsafe trait Vector: Copy {
     /// Reinterprets the aligned part of some memory as vectors.
     #[inline(always)]
     fn in_memory(self, memory: &mut [Self::Real]) -> &mut [Self] {
-        // SAFETY: a vector is `LANES` reals without padding, as this trait demands, and any bits
-        // are one.
+        // SAFETY: this trait requires that a vector consists of `LANES` reals without padding, and
+        // that all bits are valid.
         #[allow(unsafe_code)]
         unsafe {
             memory.align_to_mut().1
@@ -77,7 +78,7 @@ pub(in super::super) unsafe trait Vector: Copy {
 pub(in super::super) fn prefetch<T>(address: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch has no architectural effect and never faults. Every x86-64 processor has
-    // it.
+    // the instruction.
     #[allow(unsafe_code)]
     unsafe {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
@@ -109,12 +110,12 @@ macro_rules! portable {
 
             #[inline(always)]
             fn load(self, from: &[$real]) -> Self {
-                *from.first_chunk().expect("a vector's lanes")
+                *from.first_chunk().expect("a slice of at least LANES elements")
             }
 
             #[inline(always)]
             fn store(self, to: &mut [$real]) {
-                *to.first_chunk_mut().expect("a vector's lanes") = self;
+                *to.first_chunk_mut().expect("a slice of at least LANES elements") = self;
             }
 
             #[inline(always)]
@@ -129,7 +130,7 @@ macro_rules! portable {
 
             #[inline(always)]
             fn add_product(self, a: Self, b: Self) -> Self {
-                // Without an FMA instruction `mul_add` is a library call, which is a hundred times
+                // Without an FMA instruction, `mul_add` is a library call, which is a hundred times
                 // slower.
                 let one = |i: usize| {
                     if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
@@ -158,12 +159,14 @@ mod x86_64 {
     use super::Vector;
     use std::arch::x86_64::*;
 
-    /// Implements a vector type. `$interleave` makes two vectors of two.
+    /// Implements [`Vector`] for a type of `std::arch`. `$interleave` computes
+    /// [`Vector::interleave`] of two vectors.
     macro_rules! vector {
         ($vector:ty, $real:ty, $lanes:literal, $splat:ident, $load:ident, $store:ident, $add:ident, $mul:ident, $fma:ident, $interleave:expr) => {
-            // SAFETY: the type has this many reals without padding. Every function but `zero` takes
-            // a vector, which exists only where the processor has AVX2 and FMA, or AVX-512. No
-            // function needs more.
+            // SAFETY: the type consists of this many reals without padding. Every function but
+            // `zero` takes a vector. A vector of 256 bits exists only if the processor has AVX2 and
+            // FMA, and one of 512 bits only if it has AVX-512. No function needs other
+            // instructions.
             #[allow(unsafe_code)]
             unsafe impl Vector for $vector {
                 type Real = $real;
@@ -171,7 +174,7 @@ mod x86_64 {
 
                 #[inline(always)]
                 unsafe fn zero() -> Self {
-                    // SAFETY: the caller has found that the processor has the instruction.
+                    // SAFETY: the caller has detected that the processor has the instruction.
                     #[allow(unsafe_code)]
                     unsafe {
                         $splat(0.0)
@@ -189,7 +192,8 @@ mod x86_64 {
 
                 #[inline(always)]
                 fn load(self, from: &[$real]) -> Self {
-                    let from: &[$real; $lanes] = from.first_chunk().expect("a vector's lanes");
+                    let from: &[$real; $lanes] =
+                        from.first_chunk().expect("a slice of at least LANES elements");
                     // SAFETY: `self` exists, so the processor has the instruction; `from` is as
                     // long as a vector.
                     #[allow(unsafe_code)]
@@ -200,7 +204,8 @@ mod x86_64 {
 
                 #[inline(always)]
                 fn store(self, to: &mut [$real]) {
-                    let to: &mut [$real; $lanes] = to.first_chunk_mut().expect("a vector's lanes");
+                    let to: &mut [$real; $lanes] =
+                        to.first_chunk_mut().expect("a slice of at least LANES elements");
                     // SAFETY: `self` exists, so the processor has the instruction; `to` is as long
                     // as a vector.
                     #[allow(unsafe_code)]
