@@ -121,7 +121,7 @@ pub(super) fn attention<T: Element>(
         launch.write(&Cuda::narrow_mut(Cuda::slice_mut(&mut scratch), sums..sums + 2 * plan.partials));
     let shared = together * (features + WARPS * (features + 2)) * size_of::<T::Acc>();
     let blocks = [plan.spans.len() * chunks, spec.heads.kv_heads];
-    // SAFETY: the arguments are those of the kernel decode. The caller's `check_cached` has verified
+    // SAFETY: the arguments are those of the kernel decode. The caller's `check_cached` verified
     // that q and out have the rows of the sequences and the columns of the heads, that the slots
     // lie in the cache, and that each sequence ends within its slot. `scratch` has space for all
     // partial results of `plan`.
