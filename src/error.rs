@@ -1,8 +1,9 @@
-//! The error type of the crate. Every module may use it; it uses none of them.
+//! The error type of the crate. Every module may use this module, which uses no other module.
 //!
-//! A message names the operator and the two things that disagree, which should be enough to act on
-//! it without a debugger. Errors are `Clone` because every later call on a failed group returns the
-//! group's first error, and `Send` because a rank's error goes to the thread that launched it.
+//! An error's message names the operator and the two values that disagree, so that users can
+//! correct the mistake without a debugger. Errors are `Clone` because every later call on a failed
+//! group returns the group's first error, and `Send` because a rank's error goes to the thread that
+//! launched it.
 
 mod site;
 
@@ -14,24 +15,25 @@ use std::{fmt, io, path::PathBuf, time::Duration};
 /// `std::result::Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// The error of every operation of the crate. Later versions may add variants.
+/// The error type of every operation of the crate. Later versions may add variants.
 ///
-/// `Debug` prints the same as `Display`, for a `main` that returns an error and for `unwrap`.
+/// `Debug` prints the same text as `Display`, because `unwrap` and a `main` that returns an error
+/// print with `Debug`.
 #[derive(Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Two sizes that have to be equal are not.
+    /// Two sizes contradict each other. In most cases they have to be equal.
     #[error("{op}: {left} is {left_size}, but {right} is {right_size}")]
     Sizes {
         /// The operator that failed.
         op: &'static str,
-        /// What the first number measures.
+        /// The name of the first size.
         left: String,
-        /// The first number.
+        /// The first size.
         left_size: usize,
-        /// What the second number measures.
+        /// The name of the second size.
         right: String,
-        /// The second number.
+        /// The second size.
         right_size: usize,
     },
     /// Two shapes that have to be equal are not.
@@ -39,13 +41,13 @@ pub enum Error {
     Shapes {
         /// The operator that failed.
         op: &'static str,
-        /// The first operand.
+        /// The name of the first operand.
         left: String,
-        /// Its shape.
+        /// The operand's shape.
         left_shape: Vec<usize>,
-        /// The second operand.
+        /// The name of the second operand.
         right: String,
-        /// Its shape.
+        /// The operand's shape.
         right_shape: Vec<usize>,
     },
     /// A dimension has fewer indivisible units than there are ranks to share them.
@@ -68,7 +70,7 @@ pub enum Error {
         /// What is wrong with the argument, with its value.
         reason: String,
     },
-    /// An invariant of the library is violated, which is not the caller's fault.
+    /// An invariant of the library is violated. This is a bug in the library, not in the caller.
     #[error("{op}: {reason}: this is a bug in shardwise, please report it")]
     Internal {
         /// The operator that failed.
@@ -76,12 +78,12 @@ pub enum Error {
         /// The violated invariant.
         reason: String,
     },
-    /// The host has no memory for a tensor, or its size in bytes overflows.
+    /// The host cannot allocate a tensor, or the tensor's size in bytes overflows.
     #[error("memory: no room for {len} elements of {size} bytes")]
     Memory {
         /// The number of elements.
         len: usize,
-        /// The bytes of one.
+        /// The size of an element in bytes.
         size: usize,
     },
     /// A library that was loaded at run time returned an error.
@@ -91,7 +93,7 @@ pub enum Error {
         library: &'static str,
         /// The function that failed.
         call: &'static str,
-        /// Its error code.
+        /// The library's error code.
         code: i32,
         /// The library's message.
         message: String,
@@ -105,25 +107,26 @@ pub enum Error {
         reason: String,
     },
     /// The ranks of a group called different operations, or the same operation with different
-    /// arguments. No data moved.
+    /// arguments, or a message was not received. The failed call moved no data.
     #[error("ranks disagree: rank {} called {}; rank {} called {}", .0.left_rank, .0.left, .0.right_rank, .0.right)]
     Mismatch(Box<Mismatch>),
-    /// A rank of the group panicked, returned or was dropped while this rank still needed it.
+    /// A rank of the group panicked, returned, dropped the group or lost its connection while this
+    /// rank still needed it.
     #[error(
         "rank {rank} was lost ({reason}) before it joined {op} (call {seq} of group `{group}`, at {site})"
     )]
     PeerLost {
-        /// The lost rank, as a rank of the group of the failed call.
+        /// The lost rank, as a rank of `group`.
         rank: usize,
-        /// How it was lost.
+        /// How the rank was lost.
         reason: LostReason,
-        /// The operation in which this rank waited, or which it was about to start.
+        /// The operation in which this rank waited, or which this rank was about to start.
         op: &'static str,
         /// The sequence number of that call.
         seq: u64,
         /// The name of the group.
         group: String,
-        /// Where this rank made the call.
+        /// The site of this rank's call.
         site: Site,
     },
     /// Ranks did not join a call within the group's deadline.
@@ -133,13 +136,13 @@ pub enum Error {
     Deadline {
         /// The ranks that had not joined.
         missing: Vec<usize>,
-        /// The operation that was waiting.
+        /// The operation in which the rank waited.
         op: &'static str,
         /// The sequence number of that call.
         seq: u64,
         /// The name of the group.
         group: String,
-        /// Where the waiting rank made the call.
+        /// The site of the waiting rank's call.
         site: Site,
         /// The deadline.
         after: Duration,
@@ -157,17 +160,17 @@ pub enum Error {
     RankFailed {
         /// The rank in the world.
         rank: usize,
-        /// The error it returned.
+        /// The error that the rank returned.
         source: Box<Error>,
     },
-    /// Elements of a tensor that several ranks of a group hold have different bits on one of them.
+    /// Several ranks of a group hold the same elements of a tensor, but with different bits.
     #[error("rank {rank} of group `{group}` has drifted: its `{tensor}` differs from rank {other}'s")]
     Drift {
         /// The tensor's name.
         tensor: String,
-        /// The first rank that differs from one before it.
+        /// The lowest rank whose elements differ from rank `other`'s.
         rank: usize,
-        /// The first rank that holds the same elements.
+        /// The lowest rank that holds these elements.
         other: usize,
         /// The name of the group.
         group: String,
@@ -177,7 +180,7 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// What kind of failure it was.
+        /// The kind of the failure.
         kind: io::ErrorKind,
         /// The operating system's message.
         reason: String,
@@ -187,15 +190,15 @@ pub enum Error {
     Checkpoint {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// What is wrong with the file.
         reason: String,
     },
-    /// A model's configuration cannot be read, or has an unknown value.
+    /// A model's configuration cannot be read, or has a value that the library does not know.
     #[error("{}: {reason}", .path.display())]
     Config {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it, or unknown.
+        /// What is wrong with the file, or which value is unknown.
         reason: String,
     },
     /// A source of weights does not have a tensor.
@@ -213,9 +216,9 @@ pub enum Error {
     TensorShape {
         /// The tensor.
         name: String,
-        /// The source that has it.
+        /// The source that has the tensor.
         place: String,
-        /// The shape it has.
+        /// The tensor's shape in the source.
         found: Vec<usize>,
         /// The shape that the layer needs.
         needed: Vec<usize>,
@@ -226,9 +229,9 @@ pub enum Error {
     TensorElement {
         /// The tensor.
         name: String,
-        /// The source that has it.
+        /// The source that has the tensor.
         place: String,
-        /// The element type it has.
+        /// The tensor's element type in the source.
         found: String,
     },
 }
@@ -240,7 +243,7 @@ impl fmt::Debug for Error {
 }
 
 impl Error {
-    /// Two sizes that have to be equal are not.
+    /// Two sizes contradict each other. In most cases they have to be equal.
     pub fn sizes(
         op: &'static str,
         left: impl Into<String>,
@@ -261,7 +264,7 @@ impl Error {
         Self::Io { path: path.into(), kind: error.kind(), reason: error.to_string() }
     }
 
-    /// [`Error::Io`] of a path that is not a regular file.
+    /// Returns [`Error::Io`] for a path that is not a regular file.
     pub(crate) fn no_file(path: impl Into<PathBuf>) -> Self {
         Self::io(path, &io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"))
     }
@@ -271,9 +274,9 @@ impl Error {
         Self::Internal { op, reason: reason.into() }
     }
 
-    /// Whether this error only reports that another rank failed, and is not the first cause.
+    /// Whether this error only reports another rank's failure, and is not the first cause.
     ///
-    /// When several ranks fail, the launcher returns an error for which this is false, if there is
+    /// When several ranks fail, the launcher returns an error that is no consequence, if there is
     /// one.
     pub fn is_consequence(&self) -> bool {
         matches!(self, Self::PeerLost { .. } | Self::Deadline { .. })
@@ -309,21 +312,23 @@ pub(crate) fn same_shape(
     Err(Error::Shapes { op, left: left.into(), left_shape, right: right.into(), right_shape })
 }
 
-/// The two sides of [`Error::Mismatch`]: the same on every rank of the group.
+/// The two sides of [`Error::Mismatch`], the same on every rank of the group. Usually `left_rank`
+/// is rank 0 of the group, and `right_rank` the lowest rank whose call differs from rank 0's. If a
+/// message is wrong or missing, or ranks wait for each other, these are the two ranks concerned.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Mismatch {
-    /// The first rank of the group.
+    /// The first of the two ranks, as a rank of the group.
     pub left_rank: usize,
-    /// Its call as text: operation, arguments, sequence number, call site.
+    /// The call of `left_rank` as text: operation, arguments, sequence number, call site.
     pub left: String,
-    /// The lowest rank whose call differs from the first rank's.
+    /// The second of the two ranks.
     pub right_rank: usize,
-    /// Its call.
+    /// The call of `right_rank`.
     pub right: String,
 }
 
 impl Mismatch {
-    /// The mismatch between the calls of two ranks, ordered by rank.
+    /// Returns the mismatch between the calls of two ranks. The lower rank becomes `left_rank`.
     pub(crate) fn between(one: (usize, String), other: (usize, String)) -> Self {
         let ((left_rank, left), (right_rank, right)) =
             if one.0 < other.0 { (one, other) } else { (other, one) };
@@ -335,13 +340,13 @@ impl Mismatch {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LostReason {
-    /// Its thread panicked.
+    /// The rank panicked.
     Panicked,
-    /// It returned an error.
+    /// The rank returned an error.
     Failed,
-    /// It returned, or dropped the group.
+    /// The rank returned, or dropped the group.
     Left,
-    /// Its process ended, or its connection broke.
+    /// The rank's process ended, or its connection broke.
     Disconnected,
 }
 

@@ -23,9 +23,9 @@ pub enum Op {
     ReduceScatter,
     /// Every rank gets the root's values.
     Broadcast,
-    /// A rank sends to one rank and receives from another.
+    /// A rank sends a tensor to one rank and receives a tensor from another.
     Exchange,
-    /// Every rank waits until all ranks have called it.
+    /// Every rank waits until all ranks have called `barrier`.
     Barrier,
     /// The group is split into sub-groups.
     Split,
@@ -79,26 +79,26 @@ pub struct Call {
     pub seq: u64,
     /// The operation.
     pub op: Op,
-    /// Whether the call starts a collective that is waited for later.
+    /// Whether the call only starts the collective, and the rank waits for its result later.
     pub started: bool,
     /// The reduction, if there is one.
     pub reduce: Option<ReduceOp>,
     /// The root of a broadcast.
     pub root: Option<usize>,
-    /// The element, if there are data.
+    /// The element type, if the call has a tensor.
     pub dtype: Option<DType>,
     /// The shape of the whole tensor.
     pub shape: Shape,
     /// A hash of the tensor's partition; 0 if it is not sharded.
     pub partition: u64,
-    /// A hash of the calls since the last comparison; 0 where the ranks compare every call.
+    /// A hash of the calls since the last comparison; 0 if the ranks compare every call.
     pub history: u64,
-    /// The group's id: the same on all its ranks, and different for other groups.
+    /// The group's id, the same on all its ranks and different from every other group's.
     pub group: u64,
-    /// The number of messages in the group that this rank has sent and received.
+    /// The numbers of messages that this rank has sent and received in the group.
     pub messages: [u64; 2],
-    /// Where the call was made. Not compared: ranks may reach the same call on different code
-    /// paths.
+    /// The code location of the call. It is not compared, because ranks may make the same call on
+    /// different code paths.
     pub site: Site,
 }
 
@@ -120,7 +120,7 @@ impl Call {
         hash(self.signature())
     }
 
-    /// A hash that differs between calls that do not agree.
+    /// A 64-bit hash of all that [`Call::agrees`] compares.
     pub(crate) fn fingerprint(&self) -> u64 {
         hash((self.signature(), self.seq, self.history, self.group))
     }
@@ -134,8 +134,8 @@ impl Call {
         Operation { op, started, reduce, root, dtype, shape, partition, call, site }
     }
 
-    /// The disagreement between the calls of all ranks, given in rank order, if there is one: calls
-    /// that differ, or messages that were sent and not received.
+    /// Returns the disagreement between the calls of all ranks, given in rank order. There is one
+    /// if calls differ, or if a message was sent and not received.
     pub fn disagreement<'a>(calls: impl Iterator<Item = &'a Self> + Clone) -> Option<Mismatch> {
         let left = calls.clone().next()?;
         match calls.clone().enumerate().find(|(_, call)| !left.agrees(call)) {
@@ -146,10 +146,10 @@ impl Call {
         }
     }
 
-    /// The disagreement of ranks that reach this call with the given numbers of messages sent and
-    /// received, in rank order, if some message was not received. It names the ranks with the
-    /// largest and the smallest excess of sent over received messages. Messages may be pending
-    /// across a started call, which is therefore not checked.
+    /// Returns a mismatch if some message was sent and not received. `messages` are the numbers of
+    /// messages that each rank had sent and received before this call, in rank order. The mismatch
+    /// names the ranks with the largest and the smallest excess of sent over received messages. A
+    /// started call is not checked, because messages may be pending while it runs.
     pub(crate) fn unreceived(&self, messages: impl Iterator<Item = [u64; 2]> + Clone) -> Option<Mismatch> {
         let excess = |[sent, received]: [u64; 2]| i128::from(sent) - i128::from(received);
         if self.started || messages.clone().map(excess).sum::<i128>() == 0 {
@@ -165,13 +165,14 @@ impl Call {
     }
 }
 
-/// The error of rank `to` of the world, which left all groups without receiving a message from rank
+/// The error of world rank `to`, which left all groups without receiving a message from world rank
 /// `from`.
 pub(crate) fn never_received(from: usize, to: usize, what: &str) -> Error {
     Error::invalid("exchange", format!("rank {to} never received a message of rank {from}: {what}"))
 }
 
-/// A hash by the standard hasher with its fixed keys: the same in every process of one program.
+/// Hashes with the standard hasher's fixed keys, so that every process of one program gets the same
+/// hash.
 pub(crate) fn hash(value: impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     value.hash(&mut hasher);

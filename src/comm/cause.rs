@@ -9,7 +9,7 @@ use std::time::Duration;
 pub(super) enum Cause {
     /// A rank of the group was lost.
     Lost { rank: usize, reason: LostReason },
-    /// Rank 0 of the world, which relays all messages, was lost and is not a rank of the group.
+    /// Rank 0 of the world was lost. It relays all messages, but is not a rank of this group.
     Relay { reason: LostReason },
     /// The ranks made different calls.
     Disagreement(Box<Mismatch>),

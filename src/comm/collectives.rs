@@ -10,7 +10,7 @@ use crate::{
 };
 
 impl<B: Pointwise> Group<B> {
-    /// x ← Σᵣ xᵣ, or the maximum or minimum over the ranks; the same bits on every rank.
+    /// x ← Σᵣ xᵣ, or the maximum or minimum over the ranks. Every rank gets the same bits.
     ///
     /// ```
     /// use shardwise::prelude::*;
@@ -24,7 +24,7 @@ impl<B: Pointwise> Group<B> {
     /// ```
     ///
     /// # Errors
-    /// When a rank calls something else, or is lost. Disagreement leaves x unchanged.
+    /// When a rank calls something else, or is lost. If calls differ, x is unchanged.
     #[track_caller]
     pub fn all_reduce<T: Element>(&self, op: ReduceOp, x: &mut Tensor<T, B>) -> Result<()> {
         let call = Call { reduce: Some(op), ..self.data_call(Op::AllReduce, T::DTYPE, x.shape()) };
@@ -105,16 +105,18 @@ impl<B: Pointwise> Group<B> {
         self.run(&call, |communicator| communicator.broadcast(&call, root, x))
     }
 
-    /// Sends a tensor to one rank and receives one of the given shape from another, as one step.
+    /// Sends a tensor to one rank and receives a tensor of the given shape from another, as one
+    /// step.
     ///
-    /// Only the named ranks take part. Messages between two ranks arrive in order. Over NCCL a
-    /// message may wait on the device until it is received, and later work of the group waits for
-    /// it. Ranks that send in one call and receive in a later one must therefore not form a cycle.
+    /// Only the sender and the receiver take part. Messages between two ranks arrive in order. Over
+    /// NCCL, a send may occupy the device until the peer receives the message, and later work of
+    /// the group waits for that send. So ranks that send in one call and receive in a later call
+    /// must not form a cycle.
     ///
     /// Every message has to be received before the next blocking call of the whole group. In that
-    /// call the ranks compare the numbers of messages sent and received, and disagree if one is
-    /// missing (over NCCL, in the calls that are compared: `nccl::Options::check_every`). A message
-    /// that is never received is an error of its receiver.
+    /// call the ranks compare the numbers of messages sent and received, and a missing receive is a
+    /// mismatch. (Over NCCL, the ranks compare only some calls: `nccl::Options::check_every`.) A
+    /// rank that ends without receiving a message gets an error.
     ///
     /// # Errors
     /// When there is no such rank, the message has another element or shape, or a rank is lost.
@@ -127,8 +129,8 @@ impl<B: Pointwise> Group<B> {
         for peer in send.iter().map(|(peer, _)| *peer).chain(recv.iter().map(|(peer, _)| *peer)) {
             self.check_rank("exchange", peer)?;
         }
-        // Not a call that every rank of the group makes, so it takes no sequence number. The
-        // receiver compares the message with what it expects when the message arrives.
+        // An exchange takes no sequence number, because not every rank of the group calls it. When
+        // the message arrives, the receiver compares its element and shape with the expected ones.
         let call = Call { dtype: Some(T::DTYPE), ..self.call_between(Op::Exchange) };
         let mut arrived = match recv {
             Some((_, shape)) => Some(Tensor::empty(self.device(), shape)?),
@@ -161,7 +163,7 @@ impl<B: Pointwise> Group<B> {
         let whole = x.shape().with(dim, partition.total());
         let shards = self.shards(OP, whole, dim, partition)?;
         let shard = whole.with(dim, partition.size(self.rank()));
-        same_shape(OP, "this rank's shard", x.shape().dims(), "its place in the partition", shard.dims())?;
+        same_shape(OP, "this rank's shard", x.shape().dims(), "the partition's shard", shard.dims())?;
         let call = self.data_call(Op::AllGather, T::DTYPE, whole);
         Ok((Call { partition: shards.fingerprint(), ..call }, shards, whole))
     }

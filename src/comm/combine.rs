@@ -1,11 +1,11 @@
-//! Gathering and reducing all ranks' inputs on the host: safe functions of slices, which every host
-//! transport uses.
+//! Gathers and reduces all ranks' inputs on the host. Every host transport uses these safe
+//! functions of slices.
 
 use super::{ReduceOp, Shards};
 use crate::device::{Accumulator, Element, vectorized};
 use std::ops::Range;
 
-/// The number of elements reduced at a time. Their accumulators fit the first-level cache.
+/// The number of elements reduced at a time. Their accumulators fit into the L1 cache.
 pub(super) const BLOCK: usize = 1024;
 
 /// recv ← the shards of all ranks, concatenated. `shard(r)` is rank r's `[rows, size(r)]`.
@@ -53,7 +53,7 @@ pub(super) fn reduce<'a, T: Element>(
     }
 }
 
-/// to ← the first `to.len()` sums, rounded.
+/// to ← the first `to.len()` sums, rounded to the element.
 pub(super) fn store<T: Element>(sums: &[T::Acc; BLOCK], to: &mut [T]) {
     vectorized(|| {
         for (to, sum) in to.iter_mut().zip(sums) {
@@ -63,7 +63,8 @@ pub(super) fn store<T: Element>(sums: &[T::Acc; BLOCK], to: &mut [T]) {
 }
 
 /// sums[..range.len()] ← the reduction of `from(rank)[range]` over `ranks` ranks, in rank order, in
-/// the accumulator. `from` is not generic: the loops are compiled once for each element and `op`.
+/// the accumulator. `from` is a trait object, so that the loops are compiled only once for each
+/// element and `op`.
 pub(super) fn reduce_block<'a, T: Element>(
     op: ReduceOp,
     ranks: usize,
@@ -88,8 +89,8 @@ fn fold<'a, T: Element>(
 ) {
     let sums = &mut sums[..range.len()];
     let input = |rank| &from(rank)[range.clone()];
-    // One closure per loop: compilers inline only small ones into the function compiled for wider
-    // instructions.
+    // One closure per loop, because compilers inline only small closures into the function that
+    // `vectorized` compiles for wider instructions.
     let first = input(0);
     if ranks == 1 {
         vectorized(|| {
@@ -99,7 +100,7 @@ fn fold<'a, T: Element>(
         });
         return;
     }
-    // The first two ranks in one pass: two is the most frequent number of ranks.
+    // Reduces the first two ranks in one pass, because groups of two ranks are the most frequent.
     let second = input(1);
     vectorized(|| {
         for ((sum, a), b) in sums.iter_mut().zip(first).zip(second) {

@@ -11,9 +11,9 @@ use std::time::Duration;
 /// The transport of one group, as used by one of its ranks.
 ///
 /// The trait is object safe, so operators do not depend on the transport. A communicator compares
-/// the ranks' `call`s before it moves data. It reports disagreement and lost ranks as errors on
-/// every rank. The caller has checked lengths and ranks: every length follows from `shards`, or is
-/// the same on all ranks.
+/// the ranks' `call`s before it moves data. It reports differing calls and lost ranks as errors on
+/// every rank. [`Group`](super::Group) has checked lengths and ranks before: every length follows
+/// from `shards` or is the same on all ranks.
 pub trait Communicator<B: Device> {
     /// The index of this rank in the group.
     fn rank(&self) -> usize;
@@ -48,9 +48,9 @@ pub trait Communicator<B: Device> {
     /// x ← the x of rank `root`.
     fn broadcast(&self, call: &Call, root: usize, x: AnyMut<'_, B>) -> Result<()>;
 
-    /// Sends to one rank and receives from another as one step. Sending does not wait for
-    /// receiving, so neighbours that exchange cannot deadlock. Messages between two ranks arrive in
-    /// order.
+    /// Sends a tensor to one rank and receives a tensor from another, as one step. The send does
+    /// not wait for the receive, so ranks that exchange tensors cannot deadlock. Messages between
+    /// two ranks arrive in order.
     fn exchange(
         &self,
         call: &Call,
@@ -58,11 +58,11 @@ pub trait Communicator<B: Device> {
         recv: Option<Incoming<'_, B>>,
     ) -> Result<()>;
 
-    /// Waits until every rank has called it.
+    /// Waits until every rank has called `barrier`.
     fn barrier(&self, call: &Call) -> Result<()>;
 
     /// Returns the failure that prevents `call`, if there is one, without waiting. A rank that left
-    /// after it joined the call does not prevent it.
+    /// without an error does not prevent the call, because the rank may have joined it before.
     fn obstacle(&self, call: &Call) -> Option<Error> {
         let _ = call;
         None
@@ -73,32 +73,34 @@ pub trait Communicator<B: Device> {
         let _ = step;
     }
 
-    /// Returns the failure that prevents an external step, like [`Communicator::obstacle`]: a rank
-    /// that left before it reached the step prevents it.
+    /// Returns the failure that prevents an external step. Unlike in [`Communicator::obstacle`], a
+    /// rank that left before it reached the step counts. The default calls `obstacle`.
     fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
         let _ = step;
         self.obstacle(call)
     }
 
-    /// Breaks the group because this rank has waited at these steps for `after`. Every rank gets
-    /// the returned error, which names the ranks known not to have reached the steps.
+    /// Breaks the group because this rank has waited at these steps for `after`, so that every rank
+    /// gets the returned error. The error names the ranks that have not reached the steps, or all
+    /// ranks that the steps need if none is known. The default only returns the error.
     fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
         let missing = ExternalStep::missing(steps, Vec::new(), self.rank(), self.size());
         Cause::Deadline { missing, after }.error(call, &format!("{:08x}", call.group as u32))
     }
 
-    /// The interface for a thread that monitors this rank, if the transport has one.
+    /// Returns a view of this communicator for a monitoring thread, if the transport has one.
     fn liveness(&self) -> Option<Box<dyn Liveness>> {
         None
     }
 
-    /// Whether synchronizing the ranks takes microseconds, cheap enough for every call.
+    /// Whether synchronizing the ranks takes only microseconds, so that NCCL groups can compare
+    /// every call over this communicator.
     fn is_near(&self) -> bool {
         false
     }
 
     /// Splits the group: the ranks of one `color` form a new group, ordered by `key` and then by
-    /// rank. Returns none on ranks without a color. Errors of the new group name it `name`.
+    /// rank. Returns none on ranks without a color. The new group's errors call it `name`.
     fn split(
         &self,
         call: &Call,
@@ -107,10 +109,11 @@ pub trait Communicator<B: Device> {
         name: &str,
     ) -> Result<Option<Box<dyn Communicator<B>>>>;
 
-    /// Starts a collective; [`InFlight::wait`] returns its result. It reads `send`, and may use
-    /// `recv`, which has the result's length, as memory for the result.
+    /// Starts a collective, which reads `send`. [`InFlight::wait`] returns the result. `recv` has
+    /// the result's length, and the transport may use it as the result's memory.
     ///
-    /// The default runs the collective at once, for transports that cannot work asynchronously.
+    /// The default runs the whole collective before it returns, for transports without asynchronous
+    /// collectives.
     fn start(
         &self,
         call: &Call,
@@ -136,27 +139,27 @@ pub trait Communicator<B: Device> {
     }
 }
 
-/// What a monitoring thread asks a rank's communicator about external steps.
+/// A view of a rank's communicator for a thread that monitors the rank's external steps.
 pub trait Liveness: Send {
     /// See [`Communicator::lost_at_step`].
     fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error>;
 
-    /// The ranks that a step needs and that are known not to have reached it.
+    /// The ranks that a step needs and that have not reached it or do not answer.
     fn absent(&self, step: ExternalStep) -> Vec<usize>;
 
     /// See [`Communicator::give_up`].
     fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error;
 }
 
-/// A collective or message of another library (NCCL) whose progress the ranks track through this
+/// One collective or message of another library (NCCL). The ranks track its progress through this
 /// communicator.
 #[derive(Clone, Copy, Debug)]
 pub struct ExternalStep {
-    /// The id of the sequence of steps: the same on all ranks.
+    /// The id of the sequence of steps, the same on all ranks.
     pub work: u64,
     /// The sequence number of this step, from 0.
     pub number: u64,
-    /// The only peer of the step; none if it needs all ranks.
+    /// The step's only peer; none if the step needs all ranks.
     pub with: Option<usize>,
 }
 
@@ -166,8 +169,8 @@ impl ExternalStep {
         self.with.is_none_or(|with| with == rank)
     }
 
-    /// The ranks that rank `here` of `ranks` has waited for: the absent ones or, if none is known
-    /// to be absent, all that the steps need.
+    /// Returns the ranks that rank `here` of `ranks` has waited for: the `absent` ranks or, if that
+    /// list is empty, all other ranks that the steps need.
     pub(super) fn missing(steps: &[Self], absent: Vec<usize>, here: usize, ranks: usize) -> Vec<usize> {
         if !absent.is_empty() {
             return absent;
@@ -198,7 +201,7 @@ pub struct Incoming<'a, B: Device> {
 }
 
 /// A collective that can be started. Later versions may add collectives, such as a broadcast; a
-/// transport should return [`Error::Unsupported`] for one that it does not implement.
+/// transport should return [`Error::Unsupported`] for a collective that it does not implement.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Collective {
@@ -216,7 +219,7 @@ pub trait InFlight<B: Device> {
     fn wait(self: Box<Self>) -> Result<AnyBuffer<B>>;
 }
 
-/// A collective that ran to its end when it was started.
+/// The result of a collective that completed within [`Communicator::start`].
 struct Completed<B: Device>(AnyBuffer<B>);
 
 impl<B: Device> InFlight<B> for Completed<B> {

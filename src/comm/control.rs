@@ -1,5 +1,5 @@
-//! Collectives on host values: numbers, bytes, and waiting for an event on one rank. They are for
-//! control decisions, not for activations: every call synchronizes the device.
+//! Collectives on host values: numbers, bytes, and waiting for an event on one rank. Use them for
+//! control decisions, not for activations, because every call synchronizes the device.
 
 use super::{Group, ReduceOp};
 use crate::{device::Element, error::Result, kernels::Pointwise, shard::Partition, tensor::Tensor};
@@ -8,7 +8,7 @@ use half::f16;
 impl<B: Pointwise> Group<B> {
     /// Reduces numbers on the host over the ranks: sum, max or min. Collective: all-reduce.
     ///
-    /// On a device without values, such as [`Meta`](crate::device::Meta), returns `own`.
+    /// On a device without values, such as [`Meta`](crate::device::Meta), it returns `own`.
     ///
     /// # Errors
     /// When a rank calls something else, or is lost.
@@ -19,10 +19,11 @@ impl<B: Pointwise> Group<B> {
         if B::HAS_VALUES { x.to_vec() } else { Ok(own.to_vec()) }
     }
 
-    /// Broadcasts the root's bytes, such as a request or a scheduler's decisions. Ignores the bytes
-    /// of the other ranks. Collectives: two broadcasts, of the length and of an f16 for each byte.
+    /// Broadcasts the root's bytes, such as a request or a scheduler's decisions. The other ranks'
+    /// `bytes` are ignored. Collectives: a broadcast of the length, and a broadcast of one f16 per
+    /// byte.
     ///
-    /// On a device without values, returns `bytes`.
+    /// On a device without values, it returns `bytes`.
     ///
     /// ```
     /// use shardwise::launch;
@@ -47,8 +48,8 @@ impl<B: Pointwise> Group<B> {
         if B::HAS_VALUES { bytes_of(&all) } else { Ok(bytes.to_vec()) }
     }
 
-    /// Gathers the bytes of every rank, in rank order. Lengths may differ. Collectives: two
-    /// all-gathers, of the lengths and of an f16 for each byte.
+    /// Gathers the bytes of every rank, in rank order. Lengths may differ. Collectives: an
+    /// all-gather of the lengths, and an all-gather of one f16 per byte.
     ///
     /// On a device without values, the other ranks' entries are empty.
     ///
@@ -67,19 +68,19 @@ impl<B: Pointwise> Group<B> {
         Ok(all)
     }
 
-    /// Waits until `poll` returns a value on rank `root`, such as a request. Returns the value
-    /// there, and none on the other ranks. The group's deadline does not limit the wait.
+    /// Waits until `poll` returns a value on rank `root`, such as a request. Returns the value on
+    /// `root`, and none on the other ranks. The group's deadline does not limit the wait.
     ///
-    /// Only `root` calls `poll`, repeatedly; the ranks synchronize after each call. A call should
-    /// block for a while, such as 100 ms, but for less than the group's deadline: after the
-    /// deadline the value is lost and the group fails. Collective: a broadcast of one number per
+    /// Only `root` calls `poll`, repeatedly, and the ranks synchronize after each call. A call of
+    /// `poll` should block for a while, such as 100 ms. If it blocks for longer than the group's
+    /// deadline, its value is lost and the group fails. Collective: a broadcast of one number per
     /// call.
     ///
-    /// On a device without values, returns after the first call.
+    /// On a device without values, it returns after the first call.
     ///
     /// # Errors
-    /// When `poll` fails; the other ranks then fail as soon as `root` leaves or calls something
-    /// else. When there is no such root, a rank calls something else, or is lost.
+    /// When there is no such root, a rank calls something else, or is lost. When `poll` fails on
+    /// `root`; the other ranks then fail when `root` leaves the group or calls something else.
     #[track_caller]
     pub fn wait_for<R>(&self, root: usize, mut poll: impl FnMut() -> Result<Option<R>>) -> Result<Option<R>> {
         self.check_rank("wait for", root)?;
@@ -93,7 +94,8 @@ impl<B: Pointwise> Group<B> {
         }
     }
 
-    /// Bytes as f16 numbers, which represent 0 to 255 exactly. No element is an integer type.
+    /// Converts bytes to f16 numbers, which represent 0 to 255 exactly. Tensors have no integer
+    /// elements.
     fn tensor_of(&self, bytes: &[u8]) -> Result<Tensor<f16, B>> {
         let numbers = bytes.iter().map(|&byte| f16::from_f32(byte.into())).collect();
         Tensor::from_vec(self.device(), [bytes.len()], numbers)

@@ -16,9 +16,9 @@ use std::{
 
 /// A group of ranks, as seen by one of them.
 ///
-/// Every method except the getters is a collective: all ranks of the group call it in the same
-/// order with the same arguments, or every rank gets an error. A group belongs to the thread of its
-/// rank and is not `Send`:
+/// All ranks of the group call its collectives in the same order with the same arguments. Otherwise
+/// every rank gets an error. ([`Group::exchange`] needs only the sender and the receiver; getters
+/// and settings need no other rank.) A group belongs to the thread of its rank and is not `Send`:
 ///
 /// ```compile_fail
 /// # use shardwise::comm::Group;
@@ -39,13 +39,13 @@ struct Shared<B: Device> {
     identity: Rc<Identity>,
 }
 
-/// What all handles of one group share, whichever communicator carries their data.
+/// The state that all handles of one group share, even if they use different communicators.
 struct Identity {
     name: String,
     id: u64,
     /// The sequence number of the next call.
     calls: Cell<u64>,
-    /// The number of messages that this rank has sent to and received from other ranks.
+    /// The numbers of messages that this rank has sent and received.
     messages: Cell<[u64; 2]>,
 }
 
@@ -68,7 +68,7 @@ impl<B: Device> fmt::Debug for Group<B> {
 }
 
 impl<B: Device> Group<B> {
-    /// The group `world` over a communicator. Results are allocated on `device`.
+    /// Returns the group `world` over a communicator. The group allocates its results on `device`.
     pub fn new(communicator: Rc<dyn Communicator<B>>, device: &B) -> Self {
         Self::of(communicator, device, Identity::new("world".into(), 0))
     }
@@ -98,15 +98,16 @@ impl<B: Device> Group<B> {
         Self::new(Rc::new(Solo::new(device)), device)
     }
 
-    /// This group, and a log of the transfers made through the returned handle. Call it on every
-    /// rank.
+    /// Returns another handle of this group, and a log of the transfers that this rank makes
+    /// through that handle. Call it on every rank.
     pub fn recorded(&self) -> (Self, TransferLog) {
         let (communicator, record) = Recorded::new(Rc::clone(&self.shared.communicator));
         let group = Self::of(Rc::new(communicator), self.device(), Rc::clone(&self.shared.identity));
         (group.with_settings_of(self), record)
     }
 
-    /// The transport of this group, for example to wrap it in another one: see [`Group::new`].
+    /// The transport of this group, for example to wrap it in another communicator: see
+    /// [`Group::new`].
     pub fn communicator(&self) -> Rc<dyn Communicator<B>> {
         Rc::clone(&self.shared.communicator)
     }
@@ -126,25 +127,25 @@ impl<B: Device> Group<B> {
         &self.shared.device
     }
 
-    /// The name of the group: `world`, or the path of splits that made it.
+    /// The name of the group: `world`, or the path of splits from it, such as `world/dp0`.
     pub fn name(&self) -> &str {
         &self.shared.identity.name
     }
 
-    /// Whether two handles denote the same group, whatever their reduction, overlap or recording.
-    /// All groups of this rank alone are the same.
+    /// Whether two handles denote the same group. Their reduction, overlap and recording may
+    /// differ. All one-rank groups of a rank count as the same group.
     pub fn is_same(&self, other: &Self) -> bool {
         Rc::ptr_eq(&self.shared.identity, &other.shared.identity) || (self.size() == 1 && other.size() == 1)
     }
 
-    /// Takes the next sequence number of the group for a call.
+    /// Returns a call that takes the group's next sequence number.
     #[track_caller]
     pub(super) fn next_call(&self, op: Op) -> Call {
         let calls = &self.shared.identity.calls;
         self.call_at(op, calls.replace(calls.get() + 1))
     }
 
-    /// A call with the sequence number of the group's next call, without taking that number.
+    /// Returns a call that shows the group's next sequence number, but does not take it.
     #[track_caller]
     pub(super) fn call_between(&self, op: Op) -> Call {
         self.call_at(op, self.shared.identity.calls.get())
@@ -201,8 +202,8 @@ impl<B: Device> Group<B> {
         result
     }
 
-    /// The shards of a tensor along `dim`, once `partition` is known to fit the group and the
-    /// dimension.
+    /// Checks that `partition` fits the group and the dimension. Returns the tensor's shards along
+    /// `dim`.
     pub(super) fn shards(
         &self,
         op: &'static str,
@@ -221,12 +222,12 @@ impl<B: Device> Group<B> {
             "that of the dimension",
             shape.dims()[dim],
         )?;
-        // No product of the shards' sizes saturates after this check.
+        // After this check, no product of the shards' sizes saturates.
         shape.checked_len(op)?;
         Ok(Shards::along(shape, dim, partition))
     }
 
-    /// Waits until every rank has called it.
+    /// Waits until every rank has called `barrier`.
     ///
     /// # Errors
     /// When a rank calls something else, or is lost.
@@ -246,7 +247,7 @@ impl<B: Device> Group<B> {
         self.split_named(color, key, &color.unwrap_or_default().to_string())
     }
 
-    /// [`Group::split`] into a group that is called `<this name>/<suffix>`.
+    /// Like [`Group::split`]. The new group is named `<this group's name>/<suffix>`.
     #[track_caller]
     pub(super) fn split_named(&self, color: Option<u64>, key: u64, suffix: &str) -> Result<Option<Self>> {
         let (call, name) = (self.next_call(Op::Split), format!("{}/{suffix}", self.name()));
@@ -259,7 +260,8 @@ impl<B: Device> Group<B> {
         }))
     }
 
-    /// Splits the group by a color on every rank. Ranks keep their order.
+    /// Splits the group into one sub-group per color. Every rank has a color, and ranks keep their
+    /// order.
     ///
     /// # Errors
     /// When a rank calls something else, or is lost.
@@ -284,8 +286,8 @@ impl<B: Device> Group<B> {
 }
 
 impl Group<Cpu> {
-    /// This group for tensors on `device`, carried through the host: see [`HostStaged`]. Call it on
-    /// every rank.
+    /// Returns this group for tensors on `device`. Its collectives copy tensors through the host:
+    /// see [`HostStaged`]. Call it on every rank.
     ///
     /// ```
     /// use shardwise::{Tensor, comm::ReduceOp, device::Cpu, launch};
@@ -304,26 +306,29 @@ impl Group<Cpu> {
         self.carried(Rc::new(communicator), device)
     }
 
-    /// The call of a split that another communicator makes.
+    /// Takes a sequence number for a split that the caller performs with another communicator
+    /// (NCCL).
     #[cfg(feature = "nccl")]
     #[track_caller]
     pub(super) fn split_call(&self) -> Call {
         self.next_call(Op::Split)
     }
 
-    /// This group, with its sequence numbers, over another communicator of the same ranks.
+    /// Returns a handle of this group over another communicator of the same ranks. Both handles
+    /// share the sequence numbers.
     pub(super) fn carried<B: Device>(&self, communicator: Rc<dyn Communicator<B>>, device: &B) -> Group<B> {
         Group::of(communicator, device, Rc::clone(&self.shared.identity)).with_settings_of(self)
     }
 }
 
 impl Group<Meta> {
-    /// Rank `rank` of a group of `size` ranks, without the other ranks, and the log of what this
-    /// rank would transfer. Every call checks its arguments, is logged, and returns at once.
+    /// Returns a simulated group of `size` ranks, as seen by rank `rank`, and the log of the
+    /// transfers that this rank would make. Every call checks its arguments, is logged, and returns
+    /// at once.
     ///
-    /// Layers, norms and optimizers on it have the shapes and the memory use of that rank. Reduced
-    /// tensors are 0, as all values of [`Meta`] are. [`Group::all_reduce_host`] returns this rank's
-    /// own numbers.
+    /// Layers, norms and optimizers on this group have the shapes and the memory use of that rank.
+    /// Reduced tensors are 0, as all values of [`Meta`] are. [`Group::all_reduce_host`] returns
+    /// this rank's own numbers.
     ///
     /// ```
     /// use shardwise::{Tensor, comm::{Group, Op, ReduceOp}, device::{Device, Meta}};
@@ -338,9 +343,9 @@ impl Group<Meta> {
     /// # Ok::<(), shardwise::Error>(())
     /// ```
     ///
-    /// Operations that compare or store values fail: `check_replicas` and saves. Step counts of
-    /// loaded optimizer states are 0. A planned group cannot be split: for a mesh, plan one group
-    /// for each axis, with this rank's coordinate along it. A [`Pipeline`](crate::train::Pipeline)
+    /// `check_replicas` and saves fail, because they compare or store values. Step counts of loaded
+    /// optimizer states are 0. A planned group cannot be split. For a mesh, plan one group for each
+    /// axis, with this rank's coordinate along the axis. A [`Pipeline`](crate::train::Pipeline)
     /// splits its group and cannot be planned. The flight record ([`trace`]) contains no planned
     /// call.
     ///

@@ -1,11 +1,12 @@
-//! Host data that may outlive its rank: messages, and the inputs of started collectives.
+//! Host data that other ranks may read after its rank has left: messages, and the inputs of started
+//! collectives.
 
 use crate::device::{AnyBuffer, AnyRef, Cpu, DType};
 use half::{bf16, f16};
 use std::sync::Arc;
 
-/// Host memory with an element known at run time. Unlike a rank's buffers, other threads may read
-/// it.
+/// Host memory with an element type known at run time. Other threads may read it, unlike a rank's
+/// buffers.
 #[derive(Debug)]
 pub(super) enum HostVec {
     F64(Arc<Vec<f64>>),
@@ -67,7 +68,8 @@ impl From<AnyRef<'_, Cpu>> for HostVec {
     }
 }
 
-/// Takes over the buffer's memory, without a copy. It returns to its pool after the last use.
+/// Takes over the buffer's memory, without a copy. The memory returns to its pool after the last
+/// use.
 impl From<AnyBuffer<Cpu>> for HostVec {
     fn from(buffer: AnyBuffer<Cpu>) -> Self {
         match buffer {

@@ -10,8 +10,9 @@ use crate::{
 
 /// A rank's groups along the axes of a [`Mesh`].
 ///
-/// The group along [`Axis::Tensor`] shares this rank's operators, the one along [`Axis::Data`]
-/// holds the same parameters, the one along [`Axis::Pipeline`] holds the other layers.
+/// The ranks along [`Axis::Tensor`] share each operator with this rank. The ranks along
+/// [`Axis::Data`] hold the same parameters as this rank, and the ranks along [`Axis::Pipeline`]
+/// hold the other layers.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -32,8 +33,8 @@ pub struct DeviceMesh<B: Device> {
 }
 
 impl<B: Pointwise> DeviceMesh<B> {
-    /// Splits a group into the lines of a mesh, named `world/dp0`, `world/pp0`, `world/tp0` and so
-    /// on after the axis and the line's index ([`Mesh::line`]). Call it on every rank of the group.
+    /// Splits a group into the lines of a mesh. A line's name has the axis and the line's index
+    /// ([`Mesh::line`]), such as `world/dp0`, `world/pp0` or `world/tp0`. Call it on every rank.
     ///
     /// # Errors
     /// When the group does not have as many ranks as the mesh.
@@ -56,12 +57,12 @@ impl<B: Device> DeviceMesh<B> {
         self.mesh
     }
 
-    /// All ranks.
+    /// The group of all ranks.
     pub fn world(&self) -> &Group<B> {
         &self.world
     }
 
-    /// The group of the ranks that differ from this one only along an axis.
+    /// The group of the ranks whose coordinates differ from this rank's only along `axis`.
     pub fn group(&self, axis: Axis) -> &Group<B> {
         &self.axes[axis as usize]
     }

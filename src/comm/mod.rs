@@ -1,21 +1,21 @@
-//! Groups of ranks and their collectives. The module handles tensors and partitions; its only
-//! arithmetic is sum, max and min.
+//! Groups of ranks and their collectives. The module moves tensors and knows their partitions. Its
+//! only arithmetic is sum, max and min.
 //!
-//! Operators use [`Group`], which is typed and adds shapes, partitions and sequence numbers. Its
-//! transport is a [`Communicator`], an object-safe trait:
+//! Operators use [`Group`], which is typed and adds shapes, partitions and sequence numbers. A
+//! group moves its data through a [`Communicator`], an object-safe trait:
 //!
 //! | communicator | ranks |
 //! |---|---|
-//! | [`Solo`] | one, on any device |
+//! | [`Solo`] | one rank, on any device |
 //! | [`threads::ThreadComm`] | threads of one process, which read one another's memory |
 //! | [`Link`] | processes over TCP, with rank 0 as relay; for control and small tensors |
 #![cfg_attr(feature = "mpi", doc = "| [`MpiComm`] | processes, over an MPI library |")]
-//! | [`HostStaged`] | those of the host communicator it wraps; copies device tensors via the host |
-//! | [`Recorded`] | those of the communicator it wraps; logs every transfer |
+//! | [`HostStaged`] | the ranks of the host communicator that it wraps; for tensors of any device |
+//! | [`Recorded`] | the ranks of the communicator that it wraps; logs every transfer |
 //! | [`Planned`] | one simulated rank of a group of any size, on the `Meta` device |
 //!
 //! Every call is described by a [`Call`]: operation, element, shape and sequence number. The ranks
-//! compare their calls before any data moves. If they disagree, every rank gets
+//! compare their calls before any data moves. If the calls differ, every rank gets
 //! [`crate::Error::Mismatch`] and no buffer changes. If a rank panics or leaves, the others get
 //! [`crate::Error::PeerLost`] instead of waiting for it.
 

@@ -6,11 +6,11 @@ use crate::{
     error::{Error, Result},
 };
 
-/// One rank of a group of any size, without the other ranks: every collective returns at once and
-/// moves nothing.
+/// One simulated rank of a group of any size. There are no other ranks: every collective returns at
+/// once and moves no data.
 ///
-/// Only for [`Meta`], which has no values: on any other device the results would be wrong.
-/// [`Group::planned`](super::Group::planned) makes a group over it that logs its transfers.
+/// It works only on [`Meta`], which has no values; on any other device the results would be wrong.
+/// [`Group::planned`](super::Group::planned) makes a planned group that logs its transfers.
 #[derive(Clone, Copy, Debug)]
 pub struct Planned {
     rank: usize,
@@ -18,7 +18,7 @@ pub struct Planned {
 }
 
 impl Planned {
-    /// Rank `rank` of `size`.
+    /// Returns rank `rank` of a group of `size` ranks.
     ///
     /// # Errors
     /// When there is no such rank.
@@ -71,7 +71,7 @@ impl Communicator<Meta> for Planned {
     }
 
     /// # Errors
-    /// When a color is given: the colors of the other ranks are unknown.
+    /// When a color is given, because the colors of the other ranks are unknown.
     fn split(
         &self,
         _: &Call,
@@ -103,7 +103,7 @@ mod tests {
     };
     use half::bf16;
 
-    /// One of each operation of a group, with uneven partitions.
+    /// Calls each operation of a group once, with uneven partitions.
     fn everything<B: Pointwise>(group: &Group<B>) -> crate::Result<()> {
         let (device, rank, size) = (group.device(), group.rank(), group.size());
         let partition = Partition::from_sizes((0..size).map(|rank| 3 * rank + 1));
@@ -157,7 +157,7 @@ mod tests {
         }
     }
 
-    /// Live bytes after loading a block, a forward, a backward and an optimizer step.
+    /// Returns the live bytes after each of: loading a block, forward, backward, an optimizer step.
     fn step<S: ResidualStream, B: Backend>(group: &Group<B>) -> crate::Result<[usize; 4]> {
         let (device, source) = (group.device(), Random::normal(1, 0.1));
         let config = BlockConfig::new(

@@ -9,15 +9,15 @@ use crate::{
 };
 use std::{cell::RefCell, fmt, rc::Rc, time::Duration};
 
-/// The payload of one operation.
+/// The operation and size of one transfer. The sender logs an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Transfer {
     /// The operation.
     pub op: Op,
     /// The element.
     pub dtype: DType,
-    /// The number of elements of the whole tensor: the reduced one, or the one that the ranks'
-    /// shards make up.
+    /// The number of elements of the whole tensor. For an all-gather or a reduce-scatter, these are
+    /// the elements of all shards together.
     pub elements: usize,
 }
 
@@ -29,9 +29,9 @@ impl Transfer {
 
     /// The fewest bytes that each of n = `ranks` ranks has to send: 2 (n − 1) / n of the tensor for
     /// an all-reduce, (n − 1) / n for an all-gather or a reduce-scatter (the factors of nccl-tests'
-    /// bus bandwidth), the whole tensor for a broadcast or an exchange.
+    /// bus bandwidth). For a broadcast or an exchange, the sender has to send the whole tensor.
     pub fn wire_bytes(&self, ranks: usize) -> usize {
-        // u128, because tensors and size of a planned group are unlimited.
+        // u128, because a planned group may have any number of ranks and tensors of any size.
         let once = self.bytes() as u128 * ranks.saturating_sub(1) as u128 / ranks.max(1) as u128;
         let once = usize::try_from(once).unwrap_or(usize::MAX);
         match self.op {
@@ -49,7 +49,8 @@ impl fmt::Display for Transfer {
     }
 }
 
-/// The transfers of a [`Recorded`] communicator, in order. Clones share the list.
+/// The transfers of a [`Recorded`] communicator and the groups split from it, in order. Clones
+/// share the list.
 #[derive(Clone, Debug, Default)]
 pub struct TransferLog(Rc<RefCell<Vec<Transfer>>>);
 
@@ -71,7 +72,7 @@ pub struct Recorded<B: Device> {
 }
 
 impl<B: Device> Recorded<B> {
-    /// Wraps a communicator. Returns it with the log that its use fills.
+    /// Wraps a communicator. Returns the wrapper and its log.
     pub fn new(inner: Rc<dyn Communicator<B>>) -> (Self, TransferLog) {
         let record = TransferLog::default();
         (Self { inner, record: record.clone() }, record)

@@ -1,5 +1,5 @@
-//! The settings that layers read from their group: reduction and overlap, and the partitions that
-//! follow from them.
+//! The settings that layers read from their group: the reduction and the overlap. Also the
+//! partitions that follow from these settings.
 
 use super::{Group, Overlap};
 use crate::{
@@ -8,12 +8,13 @@ use crate::{
     shard::{Partition, Reduction, Tree},
 };
 
-/// The most chunks for [`Overlap::From`]. The time of one chunk stays exposed.
+/// The maximum number of chunks with [`Overlap::From`]. The communication of one chunk does not
+/// overlap with computation.
 const MAX_CHUNKS: usize = 4;
 
 impl<B: Device> Group<B> {
-    /// This group with another reduction, which layers that are loaded on it use. Pass the same on
-    /// every rank. Sub-groups inherit it.
+    /// Returns this group with another reduction. Layers that are loaded on the returned group use
+    /// the reduction, and its sub-groups inherit it. Pass the same reduction on every rank.
     ///
     /// ```
     /// use shardwise::prelude::*;
@@ -28,7 +29,7 @@ impl<B: Device> Group<B> {
         group
     }
 
-    /// The order in which operators add what several ranks have computed.
+    /// The order in which operators add the partial sums of several ranks.
     pub fn reduction(&self) -> Reduction {
         self.reduction
     }
@@ -46,12 +47,13 @@ impl<B: Device> Group<B> {
         }
     }
 
-    /// Partitions `units` indivisible units of `unit_len` indices each over the ranks, at least one
-    /// unit per rank: evenly, or by canonical blocks.
+    /// Partitions `units` indivisible units of `unit_len` indices each over the ranks. Every rank
+    /// gets at least one unit. The partition is even, or follows the canonical blocks if there is a
+    /// tree.
     ///
     /// # Errors
     /// [`TooManyRanks`](crate::Error::TooManyRanks), naming `op` and `unit`, when there are fewer
-    /// units than ranks. With [`Reduction::Invariant`], when a rank's blocks contain no unit.
+    /// units than ranks. With [`Reduction::Invariant`], also when a rank's blocks contain no unit.
     pub fn partition(
         &self,
         op: &'static str,
@@ -65,8 +67,8 @@ impl<B: Device> Group<B> {
         }
     }
 
-    /// Partitions `len` indices, such as tokens, over the ranks: evenly, or by canonical blocks. A
-    /// rank may get none.
+    /// Partitions `len` indices, such as tokens, over the ranks: evenly, or by canonical blocks if
+    /// there is a tree. A rank may get no index.
     ///
     /// # Errors
     /// When there are fewer blocks than ranks.
@@ -77,8 +79,8 @@ impl<B: Device> Group<B> {
         }
     }
 
-    /// This group with another overlap setting, which layers that are loaded on it use. Pass the
-    /// same on every rank. Sub-groups inherit it.
+    /// Returns this group with another overlap setting. Layers that are loaded on the returned
+    /// group use the setting, and its sub-groups inherit it. Pass the same setting on every rank.
     ///
     /// ```
     /// use shardwise::prelude::*;
@@ -101,8 +103,8 @@ impl<B: Device> Group<B> {
         self.overlap
     }
 
-    /// The chunks in which a layer communicates `tokens` tokens of `bytes` bytes each; none where
-    /// it uses a single collective.
+    /// The chunks in which a layer communicates `tokens` tokens of `bytes` bytes each; none if the
+    /// layer uses a single collective.
     pub fn chunks(&self, tokens: usize, bytes: usize) -> Option<Partition> {
         let count = match self.overlap {
             Overlap::Off => 0,

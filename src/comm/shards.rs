@@ -3,12 +3,12 @@
 use crate::shard::{Partition, Shape};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-/// A tensor sharded along one dimension, as a matrix of `rows` rows; rank `r` has the columns
+/// A tensor sharded along one dimension, seen as a matrix of `rows` rows. Rank `r` has the columns
 /// `partition.range(r)`.
 ///
-/// Let `outer` be the product of the dimensions before the sharded one, `inner` of those after it.
-/// A row-major tensor is then `outer` rows of `size · inner` elements, so that any dimension
-/// becomes columns. For dimension 0 there is one row, and shards are contiguous.
+/// Let `outer` be the product of the dimensions before the sharded dimension, and `inner` the
+/// product of the dimensions after it. A row-major tensor is then a matrix of `outer` rows and
+/// `size · inner` columns. If dimension 0 is sharded, there is one row, and shards are contiguous.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shards {
     /// The number of rows.
@@ -24,8 +24,8 @@ impl Shards {
         Self { rows, partition: partition.scaled(inner) }
     }
 
-    /// The number of elements of the whole tensor. Saturates at `usize::MAX`, as the numbers below
-    /// do.
+    /// The number of elements of the whole tensor. It saturates at `usize::MAX`, as do `len` and
+    /// `longest`.
     pub fn total(&self) -> usize {
         self.rows.saturating_mul(self.partition.total())
     }
@@ -42,7 +42,7 @@ impl Shards {
 
     /// A hash of rows and partition; never 0.
     pub(crate) fn fingerprint(&self) -> u64 {
-        // The standard hasher with its fixed keys: the same in every process of one program.
+        // The standard hasher has fixed keys, so every process of one program gets the same hash.
         let mut hasher = DefaultHasher::new();
         (self.rows, &self.partition).hash(&mut hasher);
         hasher.finish() | 1

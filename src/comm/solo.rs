@@ -14,13 +14,13 @@ pub struct Solo<B: Device> {
 }
 
 impl<B: Device> Solo<B> {
-    /// The communicator of one rank with tensors on `device`.
+    /// Returns the communicator of one rank with tensors on `device`.
     pub fn new(device: &B) -> Self {
         Self { device: device.clone() }
     }
 
-    /// recv ← send, through the host, on devices with values. A group of one copies only where a
-    /// caller gathers or scatters a single shard.
+    /// recv ← send, through the host; does nothing on devices without values. A group of one rank
+    /// copies only in a gather, a scatter, or an exchange of the rank with itself.
     fn copy(&self, send: AnyRef<'_, B>, recv: AnyMut<'_, B>) -> Result<()> {
         fn copy<T: Element, B: Device>(
             device: &B,
@@ -78,15 +78,18 @@ impl<B: Device> Communicator<B> for Solo<B> {
             (Some(send), Some(recv)) => {
                 same_shape(
                     "exchange",
-                    "what is sent",
+                    "the sent tensor",
                     send.shape.dims(),
-                    "what is expected",
+                    "the expected tensor",
                     recv.shape.dims(),
                 )?;
                 self.copy(send.data, recv.data)
             }
             (None, None) => Ok(()),
-            _ => Err(Error::invalid("exchange", "a group of one has nobody to send to or receive from")),
+            _ => Err(Error::invalid(
+                "exchange",
+                "the only rank of a group has to send and receive in the same exchange",
+            )),
         }
     }
 

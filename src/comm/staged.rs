@@ -1,4 +1,4 @@
-//! Collectives of any device's tensors, staged through host memory.
+//! Collectives on tensors of any device, staged through host memory.
 
 use super::{Call, Collective, Communicator, InFlight, Incoming, Outgoing, ReduceOp, Shards};
 use crate::{
@@ -10,9 +10,10 @@ use std::rc::Rc;
 
 /// Runs a communicator for host memory on tensors of any device: download, collective, upload.
 ///
-/// Thread ranks can thus share one GPU, and host-only transports serve GPU tensors. Results, errors
-/// and the order of additions are those of the wrapped communicator. A started collective downloads
-/// its input at once and uploads its result in `wait`. Host copies come from a separate pool.
+/// So thread ranks can share one GPU, and transports for host memory can move GPU tensors. The
+/// wrapped communicator determines the results, the errors and the order of additions. A started
+/// collective downloads its input at once and uploads its result in `wait`. The host copies' memory
+/// comes from a separate pool.
 pub struct HostStaged<B: Device> {
     host: Rc<dyn Communicator<Cpu>>,
     staging: Staging<B>,

@@ -1,4 +1,4 @@
-//! Collectives that run while their rank computes: started now, waited for later.
+//! Asynchronous collectives: a rank starts a collective, computes, and waits for the result later.
 
 use super::{Call, Collective, Group, InFlight, Op, ReduceOp};
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
 use std::marker::PhantomData;
 
 impl<B: Pointwise> Group<B> {
-    /// Starts an all-reduce of x. [`Pending::wait`] returns the result. See [`Group::all_reduce`].
+    /// Starts an all-reduce of x, see [`Group::all_reduce`]. [`Pending::wait`] returns the result.
     ///
     /// ```
     /// use shardwise::prelude::*;
@@ -38,7 +38,7 @@ impl<B: Pointwise> Group<B> {
     /// Starts an all-gather of this rank's shard x. See [`Group::all_gather`].
     ///
     /// # Errors
-    /// Those of [`Group::all_gather`]. `wait` reports later errors.
+    /// The errors of [`Group::all_gather`]. `wait` reports later errors.
     #[track_caller]
     pub fn start_all_gather<T: Element>(
         &self,
@@ -53,7 +53,7 @@ impl<B: Pointwise> Group<B> {
     /// Starts a reduce-scatter of x. See [`Group::reduce_scatter`].
     ///
     /// # Errors
-    /// Those of [`Group::reduce_scatter`]. `wait` reports later errors.
+    /// The errors of [`Group::reduce_scatter`]. `wait` reports later errors.
     #[track_caller]
     pub fn start_reduce_scatter<T: Element>(
         &self,

@@ -1,7 +1,7 @@
-//! Sums along a fixed tree: the same bits whichever ranks own the leaves.
+//! Sums along a fixed tree. The bits of the sum do not depend on which ranks own which leaves.
 //!
 //! The ranks exchange the sums of their sub-trees in the accumulator. Each rank adds up its shard
-//! of the tensor in the tree's order and rounds it once; then the shards are gathered. With one
+//! of the tensor in the tree's order and rounds it once. Then the ranks gather the shards. With one
 //! sub-tree per rank, and for elements that are their own accumulators, this moves as many bytes as
 //! a reduce-scatter and an all-gather.
 
@@ -15,14 +15,15 @@ use crate::{
 };
 use std::ops::Range;
 
-/// Every rank gathers all sub-trees, in one collective, if they have at most this many elements.
+/// If all sub-trees together have at most this many elements, every rank gathers all of them in one
+/// collective.
 const SMALL: usize = 4096;
 
 /// The algorithm of a sum along the tree.
 enum Algorithm {
     /// The rank owns all leaves and adds locally.
     Local,
-    /// Two ranks own one sub-tree each: a plain all-reduce, since a + b has one order only.
+    /// Two ranks own one sub-tree each. A plain all-reduce suffices, because a + b = b + a.
     Pair,
     /// Every rank gathers all sub-trees and adds them up.
     Gather,
@@ -43,11 +44,11 @@ impl Algorithm {
 }
 
 impl<B: Pointwise> Group<B> {
-    /// Σ over the leaves of `tree`, rounded once. `terms` are the sums of this rank's sub-trees, in
-    /// the order of [`Tree::nodes`].
+    /// Returns Σ over the leaves of `tree`, rounded once. `terms` are the sums of this rank's
+    /// sub-trees, in the order of [`Tree::nodes`].
     ///
-    /// Collectives: none on one rank; else an all-reduce, an all-gather, or exchanges with every
-    /// rank and an all-gather.
+    /// Collectives: none on one rank. Otherwise one of: an all-reduce; an all-gather; exchanges
+    /// with every other rank and an all-gather.
     ///
     /// ```
     /// use shardwise::{prelude::*, shard::Tree};
@@ -95,11 +96,12 @@ impl<B: Pointwise> Group<B> {
 
     /// Returns this rank's shard, along dimension `dim`, of [`Group::tree_all_reduce`]'s result.
     ///
-    /// Collectives: none on one rank; else a reduce-scatter, an all-gather, or exchanges with every
-    /// rank.
+    /// Collectives: none on one rank. Otherwise one of: a reduce-scatter; an all-gather; exchanges
+    /// with every other rank.
     ///
     /// # Errors
-    /// Those of [`Group::tree_all_reduce`], and when the partition does not fit the dimension.
+    /// The errors of [`Group::tree_all_reduce`]. Also when the partition does not fit the
+    /// dimension.
     #[track_caller]
     pub fn tree_reduce_scatter<T: Element>(
         &self,
@@ -137,7 +139,7 @@ impl<B: Pointwise> Group<B> {
         }
     }
 
-    /// The ranks to send to and to receive from, step by step.
+    /// For each step, the rank to send to and the rank to receive from.
     fn peers(&self) -> impl Iterator<Item = (usize, usize)> + use<B> {
         let (rank, size) = (self.rank(), self.size());
         (1..size).map(move |step| ((rank + step) % size, (rank + size - step) % size))
@@ -149,7 +151,7 @@ impl<B: Pointwise> Group<B> {
         const OP: &str = "tree sum";
         same_size(OP, "the ranks of the tree", tree.ranks(), "the ranks of the group", self.size())?;
         let nodes = tree.nodes(self.rank()).len();
-        same_size(OP, "the number of terms", terms.len(), "that of this rank's sub-trees", nodes)?;
+        same_size(OP, "the number of terms", terms.len(), "the number of this rank's sub-trees", nodes)?;
         let shape = terms.first().map_or(Shape::new(&[0]), Tensor::shape);
         for term in terms {
             let (dims, first) = (term.shape(), shape);
@@ -184,7 +186,8 @@ impl<B: Pointwise> Group<B> {
         (0..whole.shape().dims()[0]).map(unpack).collect()
     }
 
-    /// Exchanges terms with every rank and returns this rank's shard of all terms, in rank order.
+    /// Exchanges terms with every other rank. Returns this rank's shard of all terms, in rank
+    /// order.
     #[track_caller]
     fn exchange_terms<A: Element>(
         &self,
@@ -229,7 +232,7 @@ impl<B: Pointwise> Group<B> {
     }
 }
 
-/// A range of columns of all terms, one term per row.
+/// Copies a range of columns of all terms into one tensor, one term per row.
 fn pack<A: Element, B: Pointwise>(
     device: &B,
     terms: &[Tensor<A, B>],
@@ -270,7 +273,7 @@ fn one<A: Element, B: Device>(terms: Vec<Tensor<A, B>>) -> Result<Tensor<A, B>> 
     let mut terms = terms.into_iter();
     match (terms.next(), terms.next()) {
         (Some(term), None) => Ok(term),
-        _ => Err(Error::internal("tree sum", "the sub-trees are not one tree")),
+        _ => Err(Error::internal("tree sum", "the sub-trees do not form one tree")),
     }
 }
 

@@ -2,12 +2,13 @@
 
 use std::{cell::Cell, collections::BTreeSet, fmt, marker::PhantomData, panic::Location, sync::Mutex};
 
-/// The site of a group's call: the layer that made it, or a line of the program. Later versions may
-/// add kinds of sites.
+/// The site of a group's call: the layer that made the call, or a line of the program. Later
+/// versions may add kinds of sites.
 ///
-/// A layer has its path in the model, as in a checkpoint:
-/// ``layer `model.layers.3.mlp.down_proj` ``. Your own layers get one if their `forward` and
-/// `backward` begin with [`Site::enter`]; otherwise their calls have line numbers.
+/// A layer's site is the layer's path in the model, as in a checkpoint:
+/// ``layer `model.layers.3.mlp.down_proj` ``. The calls of your own layers have such a site if
+/// `forward` and `backward` begin with [`Site::enter`]. Otherwise their site is a line of the
+/// program.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -37,21 +38,21 @@ thread_local! {
 }
 
 impl Site {
-    /// The site that [`Site::enter`] has set on this thread, or else the caller's line.
+    /// Returns the site that [`Site::enter`] has set on this thread, or else the caller's line.
     #[track_caller]
     pub fn here() -> Self {
         CURRENT.get().unwrap_or(Self::AtLine(Location::caller()))
     }
 
     /// Makes this the site of the thread's calls until the guard is dropped. Drop guards in the
-    /// reverse order of their creation, as variables of nested blocks are.
+    /// reverse order of their creation, as the end of nested blocks does.
     pub fn enter(self) -> SiteGuard {
         SiteGuard { outer: CURRENT.replace(Some(self)), thread: PhantomData }
     }
 }
 
-/// Restores the previous site when it is dropped: see [`Site::enter`].
-#[must_use = "the site ends when this is dropped"]
+/// Restores the previous site when the guard is dropped: see [`Site::enter`].
+#[must_use = "the site applies only until this guard is dropped"]
 #[derive(Debug)]
 pub struct SiteGuard {
     outer: Option<Site>,
@@ -73,10 +74,10 @@ impl fmt::Display for Site {
     }
 }
 
-/// The path of the layer that owns these tensors: the common prefix of their names, without the
-/// last component of each.
+/// Returns the path of the layer that owns these tensors: drops the last component of each name,
+/// and takes the common prefix.
 ///
-/// Each distinct path is leaked once, because errors keep a `&'static str` to it.
+/// Leaks each distinct path once, because a [`Site`] holds the path as a `&'static str`.
 pub(crate) fn layer_of<'a>(tensors: impl Iterator<Item = &'a str>) -> &'static str {
     static PATHS: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
     let path = tensors.map(|name| name.rsplit_once('.').map_or("", |(path, _)| path)).reduce(common);
@@ -90,7 +91,7 @@ pub(crate) fn layer_of<'a>(tensors: impl Iterator<Item = &'a str>) -> &'static s
     path
 }
 
-/// The leading components that two paths have in common.
+/// Returns the leading components that two paths have in common.
 fn common<'a>(left: &'a str, right: &str) -> &'a str {
     let common = left.split('.').zip(right.split('.')).take_while(|(left, right)| left == right);
     let len: usize = common.map(|(component, _)| component.len() + 1).sum();

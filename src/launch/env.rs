@@ -1,11 +1,11 @@
-//! The environment variables by which a launcher describes a process.
+//! The environment variables that a launcher sets for each process.
 
 use super::MAX_RANKS;
 use crate::error::{Error, Result};
 
 const OP: &str = "launch";
 
-/// This process's place among the ranks, as its launcher set it.
+/// This process's rank, and the address of rank 0, as the launcher has set them.
 ///
 /// | launcher | rank, world | on this machine |
 /// |---|---|---|
@@ -21,15 +21,17 @@ const OP: &str = "launch";
 /// | MPICH, Intel MPI | `PMI_JOBID` |
 /// | Slurm | `SLURM_JOB_ID` and `SLURM_STEP_ID`, `SLURM_RESTART_COUNT` |
 ///
-/// The first launcher in the table whose rank is set is used.
+/// The process uses the variables of the first launcher in the table whose rank is set.
 ///
-/// * Address: ranks that are all on this machine use 127.0.0.1. Otherwise `MASTER_ADDR` is the host
-///   of rank 0: a name, an IPv4 address, or an IPv6 address with or without brackets.
-/// * Port: rank 0 listens on `SHARDWISE_PORT`; else on `MASTER_PORT` + 1, since torchrun's agent
-///   listens on `MASTER_PORT`; else on a port derived from the job's name.
-/// * `SHARDWISE_TOKEN` is the secret that ranks prove to each other and that authenticates all they
-///   send. It is required unless they communicate over loopback. With it, rank 0 listens on all its
-///   addresses, so `MASTER_ADDR` may be another address, such as a service's. Nothing is encrypted.
+/// * Address: if all ranks are on this machine, they use 127.0.0.1. Otherwise `MASTER_ADDR` is the
+///   host of rank 0: a name, an IPv4 address, or an IPv6 address with or without brackets.
+/// * Port: rank 0 listens on `SHARDWISE_PORT`. If it is not set, rank 0 listens on the port after
+///   `MASTER_PORT`, because torchrun's agent listens on `MASTER_PORT`. If neither is set, the port
+///   is derived from the job's name.
+/// * `SHARDWISE_TOKEN` is the shared secret with which ranks authenticate each other and all their
+///   frames. It is required unless the ranks communicate over loopback. With a token, rank 0
+///   listens on all its addresses if it cannot bind `MASTER_ADDR`, which may therefore be the
+///   address of a service. Nothing is encrypted.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -49,7 +51,7 @@ pub struct Env {
     pub rank: usize,
     /// The number of ranks.
     pub world: usize,
-    /// Its index among the ranks on this machine: the index of its GPU.
+    /// The index of this rank among the ranks on this machine, which is also its GPU's index.
     pub local_rank: usize,
     /// The number of ranks on this machine.
     pub local_world: usize,
@@ -59,9 +61,9 @@ pub struct Env {
     pub port: u16,
     /// The job's name.
     pub job: String,
-    /// How many times the job was started before.
+    /// How many times the launcher has started the job before.
     pub epoch: u64,
-    /// The secret that only the ranks know.
+    /// The secret that only the ranks know; empty if there is none.
     pub token: String,
 }
 
@@ -73,8 +75,8 @@ struct Launcher {
     local_world: &'static str,
     job: &'static [&'static str],
     epoch: &'static str,
-    /// The number of machines, if the launcher sets it next to the number of ranks requested on
-    /// each.
+    /// The variables for the number of machines. They exist if `local_world` is only the number of
+    /// ranks requested per machine.
     nodes: &'static [&'static str],
 }
 
@@ -121,13 +123,13 @@ impl Env {
     /// Reads this process's environment.
     ///
     /// # Errors
-    /// When no launcher's variables are set, one of them is missing or not a number, or they
-    /// contradict each other. The error names the variables.
+    /// When no launcher's variables are set, when one of them is missing or not a number, or when
+    /// they contradict each other. The error names the variables.
     pub fn read() -> Result<Self> {
         Self::of(|name| std::env::var(name).ok())
     }
 
-    /// Reads other variables.
+    /// Like [`Env::read`], with the values that `variable` returns.
     ///
     /// # Errors
     /// See [`Env::read`].
@@ -135,7 +137,7 @@ impl Env {
         let text = |name: &str| variable(name).filter(|value| !value.is_empty());
         let launcher = LAUNCHERS.iter().find(|launcher| text(launcher.rank).is_some()).ok_or_else(|| {
             let ranks: Vec<_> = LAUNCHERS.iter().map(|launcher| launcher.rank).collect();
-            Error::invalid(OP, format!("no launcher has set this process's rank: none of {ranks:?}"))
+            Error::invalid(OP, format!("no launcher has set this process's rank: none of {ranks:?} is set"))
         })?;
         let number = |name: &str| match text(name).map(|value| (value.trim().parse::<usize>(), value)) {
             None => Ok(None),
@@ -147,7 +149,7 @@ impl Env {
                 .ok_or_else(|| Error::invalid(OP, format!("{} is set, but {name} is not", launcher.rank)))
         };
         let (rank, world) = (needed(launcher.rank)?, needed(launcher.world)?);
-        // A single rank is the first of its machine.
+        // A single rank has local rank 0 by default.
         let local_rank =
             if world == 1 { number(launcher.local_rank)?.unwrap_or(0) } else { needed(launcher.local_rank)? };
         let local_world = number(launcher.local_world)?;
@@ -167,8 +169,8 @@ impl Env {
             below(launcher.local_rank, local_rank, launcher.local_world, local_world)?;
             below(launcher.local_world, local_world, launcher.world, world + 1)?;
         }
-        // The number requested on each of several machines may be so large that one could hold all
-        // ranks.
+        // The requested number of ranks per machine may be as large as the world, although the job
+        // runs on several machines. Then it is not the actual number, and is ignored.
         let nodes = launcher.nodes.iter().find_map(|name| number(name).transpose()).transpose()?;
         let local_world = local_world.filter(|local| *local < world || nodes.is_none_or(|nodes| nodes < 2));
         let alone = local_world.unwrap_or(0) == world || world == 1;
@@ -179,8 +181,8 @@ impl Env {
                 return Err(Error::invalid(
                     OP,
                     format!(
-                        "MASTER_ADDR is not set, and of {world} ranks ({}) only {} are on this machine ({}): \
-                         where is rank 0?",
+                        "MASTER_ADDR is not set, but of {world} ranks ({}) only {} are on this machine ({}): \
+                         set MASTER_ADDR to the host of rank 0",
                         launcher.world,
                         local_world.unwrap_or(1),
                         launcher.local_world
@@ -194,7 +196,7 @@ impl Env {
             (Some(port), _) => port,
             (None, Some(65535)) => 65534,
             (None, Some(port)) => port + 1,
-            // Below the ports that systems assign by themselves.
+            // Ports 20,000 to 29,999, which are below the ports that systems assign automatically.
             (None, None) => {
                 20_000 + job.bytes().fold(0, |sum: usize, byte| (sum * 31 + byte as usize) % 10_000)
             }

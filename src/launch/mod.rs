@@ -1,4 +1,4 @@
-//! Starting ranks: as threads of this process, or as processes that a launcher has started.
+//! Runs ranks: as threads of this process, or as processes that a launcher has started.
 
 mod env;
 #[cfg(feature = "mpi")]
@@ -12,6 +12,6 @@ pub use env::Env;
 pub use mpi::{Mpi, mpi};
 pub use threads::{Outcome, Threads, threads};
 
-/// More ranks than any job has. Every process keeps a list of all ranks; a thread rank takes about
-/// 40 kB and a thread.
+/// The maximum number of ranks, which no real job reaches. It bounds memory, because every process
+/// keeps a list of all ranks, and a thread rank takes about 40 kB.
 const MAX_RANKS: usize = 1 << 16;

@@ -12,16 +12,16 @@ use std::{
     time::Duration,
 };
 
-/// Runs this process's rank of a program started by `mpirun` or `srun`: [`crate::launch::threads`]
-/// for MPI. Without a launcher it is the only rank.
+/// Runs this process's rank of a program that `mpirun` or `srun` has started. It is the counterpart
+/// of [`crate::launch::threads`] for MPI. Without a launcher, this process is the only rank.
 ///
 /// # Errors
-/// The error of `rank`: see [`Mpi::run`].
+/// See [`Mpi::run`].
 pub fn mpi<R>(rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
     Mpi::new().run(rank)
 }
 
-/// Options for running a rank over MPI. The same on every process.
+/// Options for running a rank over MPI. Pass the same options on every process.
 #[derive(Clone, Copy, Debug)]
 pub struct Mpi {
     deadline: Duration,
@@ -35,37 +35,39 @@ impl Default for Mpi {
 }
 
 impl Mpi {
-    /// The defaults: a rank waits two minutes for the others in a collective, and messages of 64
-    /// MiB are split.
+    /// The defaults: a rank waits two minutes for the others in a collective, and splits messages
+    /// of more than 64 MiB.
     pub fn new() -> Self {
         Self { deadline: Duration::from_secs(120), message_limit: 64 << 20 }
     }
 
-    /// Sets how long a rank waits for the others in one collective while nothing moves.
+    /// Sets how long a rank waits for the others in one collective in which no data arrives.
     pub fn deadline(self, deadline: Duration) -> Self {
         Self { deadline, ..self }
     }
 
-    /// Sets the length in bytes from which messages are split. MPI counts in `int`, and the
-    /// deadline restarts with each fragment.
+    /// Sets the maximum length of a message in bytes. Longer messages are split, because MPI counts
+    /// in `int` and because the deadline restarts with each fragment.
     pub fn message_limit(self, bytes: usize) -> Self {
         Self { message_limit: bytes, ..self }
     }
 
-    /// Starts MPI, unless this program has, runs `rank` with the group of all processes, and ends
-    /// MPI when every rank has left. The group is a [`crate::comm::MpiComm`]; it stays on this
-    /// thread.
+    /// Starts MPI, unless this program has started it, and runs `rank` with the group of all
+    /// processes. Ends MPI when every rank has left. The group is a [`crate::comm::MpiComm`] and
+    /// stays on this thread.
     ///
-    /// If ranks do not leave within the deadline, or this one gave up on them, `MPI_Abort` ends the
-    /// job with their numbers on stderr. So a stopped process never blocks the others.
+    /// If other ranks do not leave within the deadline, `MPI_Abort` ends the job and prints their
+    /// numbers on stderr. If `rank` fails with [`crate::Error::Deadline`], this rank waits only
+    /// briefly before it aborts. So a stopped process never blocks the others.
     ///
     /// # Errors
-    /// The error of `rank`; also when another rank has sent this one a message that it did not
-    /// receive. MPI's own errors end the process, as usual with MPI.
+    /// When `rank` fails, or when this rank has not received a message that another rank sent to
+    /// it. MPI's own errors end the process, as usual with MPI.
     pub fn run<R>(self, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
         let universe = Universe::start(self.deadline, self.message_limit)?;
         let comm = universe.world();
-        // The launcher's name of the job, else a constant: only these are known to all processes.
+        // The job's name from the launcher, or else a constant, because all processes need the same
+        // name.
         let job = std::env::var("PMIX_NAMESPACE").or_else(|_| std::env::var("PMI_JOBID"));
         trace::begin(job.unwrap_or_else(|_| "mpi".into()), comm.rank(), comm.size(), trace::folder());
         let world = Group::new(Rc::new(comm), &Cpu::new());

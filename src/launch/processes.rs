@@ -1,4 +1,4 @@
-//! Ranks as processes that a launcher has started, connected by TCP.
+//! Ranks as processes that a launcher has started, connected over TCP.
 
 use super::{Env, rendezvous::Rendezvous};
 use crate::{
@@ -13,18 +13,20 @@ use std::{
     time::Duration,
 };
 
-/// Longer than any job lasts, and short enough to be added to an instant.
+/// The longest deadline: longer than any job, but short enough to add to an `Instant`.
 const FOREVER: Duration = Duration::from_secs(1 << 32);
 
 impl Env {
-    /// Connects to the other processes and runs `rank` with a group of all of them. This is
-    /// [`crate::launch::threads`] for processes started by a launcher. The group is a [`Link`].
+    /// Connects to the other processes and runs `rank` with the group of all processes, which is a
+    /// [`Link`]. It is the counterpart of [`crate::launch::threads`] for processes that a launcher
+    /// has started.
     ///
-    /// Returns when all ranks have left the group. A rank gives up on the others after `deadline`.
+    /// Returns when all ranks have left the group. A rank waits for the other ranks for at most
+    /// `deadline`.
     ///
     /// # Errors
-    /// When not all ranks come within the deadline, when `rank` fails, and when another rank has
-    /// sent this one a message that it did not receive.
+    /// When not all ranks connect within the deadline, when `rank` fails, or when this rank has not
+    /// received a message that another rank sent to it.
     pub fn run<R>(&self, deadline: Duration, rank: impl FnOnce(Group<Cpu>) -> Result<R>) -> Result<R> {
         let connections = Rendezvous::new(self)?.join(deadline.min(FOREVER))?;
         trace::begin(format!("{}.{}", self.job, self.epoch), self.rank, self.world, trace::folder());

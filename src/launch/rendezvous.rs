@@ -1,15 +1,16 @@
-//! How processes find each other: rank 0 listens, and the others prove who they are.
+//! The rendezvous of processes: rank 0 listens, and the other ranks connect and authenticate.
 //!
-//! Rank 0 sends a nonce. A rank answers with a hello (rank, world, job, epoch, a nonce of its own)
-//! and an HMAC-SHA-256 of nonce and hello under the shared token. Rank 0 answers with its verdict,
-//! authenticated in the same way. So neither side can be imitated without the token, and a recorded
-//! handshake is useless. Frames are later authenticated with the token and both nonces, but not
-//! encrypted. Without a token, rank 0 listens on loopback only, and any local program that connects
-//! can join as a rank.
+//! Rank 0 sends a nonce. The connecting rank answers with a hello (its rank, world size, job, epoch
+//! and its own nonce) and an HMAC-SHA-256 of nonce and hello, with the shared token as key. Rank 0
+//! answers with its verdict and an HMAC of the rank's nonce and the verdict. So nobody without the
+//! token can imitate either side, and nobody can replay a recorded handshake. Frames are later
+//! authenticated with the token and both nonces, but not encrypted. Without a token, rank 0 listens
+//! on loopback only, and any local program that connects can join as a rank.
 //!
-//! Connections from other programs cannot keep the group from forming. One thread per connection
-//! examines it, for at most five seconds. At most `world + 64` connections are examined at a time.
-//! If one more arrives, rank 0 closes the oldest; if that was a rank's, the rank connects again.
+//! Connections from other programs cannot keep the group from forming. Rank 0 examines each
+//! connection on a separate thread, for at most five seconds. It examines at most `world + 64`
+//! connections at a time. If one more arrives, rank 0 closes the oldest connection. If that
+//! connection came from a rank, the rank connects again.
 
 use super::Env;
 use crate::{
@@ -32,9 +33,9 @@ use std::{
 
 const OP: &str = "rendezvous";
 const MAGIC: &[u8; 8] = b"SHWISE01";
-/// How long one connection may take to prove itself.
+/// How long the handshake of one connection may take.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How many connections are examined at a time, in addition to the number of ranks.
+/// Rank 0 examines at most this many connections plus the number of ranks at a time.
 const EXAMINED: usize = 64;
 
 type Bytes32 = [u8; 32];
@@ -43,12 +44,12 @@ type Peer = (TcpStream, Keyed);
 /// The admitted connections, by rank.
 type Admitted = Mutex<Vec<Option<Peer>>>;
 
-/// The address and the secret by which the processes of a job find each other.
+/// The addresses, the job and the secret with which the processes of a job find each other.
 #[derive(Clone, Debug)]
 pub(super) struct Rendezvous {
-    /// The addresses of rank 0: the first that answers is used.
+    /// The addresses of rank 0. The other ranks try them in turn until one answers.
     addresses: Vec<SocketAddr>,
-    /// Where rank 0 listens: the first address that can be bound.
+    /// The addresses on which rank 0 may listen. Rank 0 uses the first that it can bind.
     listens: Vec<SocketAddr>,
     rank: usize,
     world: usize,
@@ -72,47 +73,50 @@ impl Verdict {
     const ALL: [Self; 6] =
         [Self::Welcome, Self::OtherJob, Self::OtherEpoch, Self::OtherWorld, Self::NoSuchRank, Self::Taken];
 
-    /// Whether another attempt may succeed: the listener may be left over from an earlier start.
+    /// Whether another attempt may succeed, because the listener may be a rank 0 of an earlier
+    /// start.
     fn may_change(self) -> bool {
         matches!(self, Self::OtherJob | Self::OtherEpoch | Self::Taken)
     }
 
     fn text(self) -> &'static str {
         match self {
-            Self::Welcome => "it is welcome",
-            Self::OtherJob => "it listens for another job",
-            Self::OtherEpoch => "it listens for another start of the job",
-            Self::OtherWorld => "it counts another number of ranks",
-            Self::NoSuchRank => "there is no such rank to connect",
+            Self::Welcome => "rank 0 admits this rank",
+            Self::OtherJob => "rank 0 belongs to another job",
+            Self::OtherEpoch => "rank 0 belongs to another start of the job",
+            Self::OtherWorld => "rank 0 has another number of ranks",
+            Self::NoSuchRank => "no process can connect as this rank",
             Self::Taken => "this rank has connected already",
         }
     }
 }
 
 impl Rendezvous {
-    /// The rendezvous of an environment. Ranks that are all on this machine use a loopback address.
+    /// Creates the rendezvous of an environment. If all ranks are on this machine, they use a
+    /// loopback address.
     ///
     /// # Errors
-    /// When the host of rank 0 cannot be resolved, when it has an address other than loopback and
-    /// there is no token, or when there is no such rank.
+    /// When the host of rank 0 cannot be resolved, when the host has an address other than loopback
+    /// and there is no token, or when the world has no such rank.
     pub(super) fn new(env: &Env) -> Result<Self> {
         let place = format!("{}:{}", env.host, env.port);
         let bad = |why: String| Error::invalid(OP, format!("rank 0 at {place}: {why}"));
-        // IPv6 addresses have brackets where a port may follow.
+        // `MASTER_ADDR` may have an IPv6 address in brackets, as addresses with a port do.
         let host = env.host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(&env.host);
         let host = if env.local_world >= env.world { "127.0.0.1" } else { host };
         let found = (host, env.port).to_socket_addrs().map_err(|e| bad(e.to_string()))?;
         let addresses: Vec<_> = found.collect();
         let here = *addresses.first().ok_or_else(|| bad("the host has no address".into()))?;
         if addresses.iter().any(|address| !address.ip().is_loopback()) && env.token.is_empty() {
-            return Err(bad("ranks that talk over a network need a secret: set SHARDWISE_TOKEN".into()));
+            return Err(bad("ranks on a network need a shared secret: set SHARDWISE_TOKEN".into()));
         }
         let mut listens = vec![here];
         if !env.token.is_empty() {
             let any = [IpAddr::from(Ipv6Addr::UNSPECIFIED), Ipv4Addr::UNSPECIFIED.into()];
             listens.extend(any.map(|any| SocketAddr::new(any, env.port)));
         }
-        // A host may resolve its own name to loopback, where other machines cannot reach it.
+        // A host may resolve its own name to loopback. Other machines could not connect there, so
+        // rank 0 listens on all addresses instead.
         let is_name = host.parse::<IpAddr>().is_err();
         if is_name && here.ip().is_loopback() && listens.len() > 1 {
             listens.remove(0);
@@ -125,11 +129,11 @@ impl Rendezvous {
         Ok(Self { addresses, listens, rank: env.rank, world: env.world, epoch: env.epoch, job, token })
     }
 
-    /// Returns when all ranks have connected.
+    /// Connects all ranks. Returns when all of them have connected.
     pub(super) fn join(&self, deadline: Duration) -> Result<Connections> {
         let peers = if self.rank == 0 { self.host(deadline)? } else { self.visit(deadline)? };
         Connections::new(self.rank, deadline, peers)
-            .map_err(|error| self.failed("the connections fail", error))
+            .map_err(|error| self.failed("cannot set up the connections", error))
     }
 
     fn failed(&self, what: &str, error: impl std::fmt::Display) -> Error {
@@ -139,14 +143,14 @@ impl Rendezvous {
         )
     }
 
-    /// Rank 0: accepts all others.
+    /// Rank 0: accepts the connections of all other ranks.
     fn host(&self, deadline: Duration) -> Result<Vec<Option<Peer>>> {
         let begin = Instant::now();
         let admitted: Arc<Admitted> = Arc::new(Mutex::new((0..self.world).map(|_| None).collect()));
         if self.world > 1 {
             let listener = self.listen(begin, deadline)?;
             // The connections under examination, oldest first, and the number of connections that
-            // failed it.
+            // failed the examination.
             let (mut examined, refused) = (VecDeque::<Weak<TcpStream>>::new(), Arc::new(AtomicU64::new(0)));
             loop {
                 let missing: Vec<_> =
@@ -158,11 +162,11 @@ impl Rendezvous {
                     let others = match refused.load(Ordering::Relaxed) {
                         0 => String::new(),
                         others => format!(
-                            " ({others} connections did not prove to be of a rank: does SHARDWISE_TOKEN differ?)"
+                            " ({others} connections did not authenticate as a rank: does SHARDWISE_TOKEN differ?)"
                         ),
                     };
-                    let what = format!("ranks {missing:?} did not come{others}");
-                    return Err(self.failed(&what, format!("{deadline:?}")));
+                    let what = format!("ranks {missing:?} did not connect{others}");
+                    return Err(self.failed(&what, format!("the deadline of {deadline:?} is over")));
                 }
                 let Ok((stream, _)) = listener.accept() else {
                     thread::sleep(Duration::from_micros(500));
@@ -170,7 +174,8 @@ impl Rendezvous {
                 };
                 examined.retain(|stream| stream.strong_count() > 0);
                 if examined.len() >= EXAMINED + self.world {
-                    // While this lock is held, `examine` cannot admit the connection closed here.
+                    // While this lock is held, `examine` cannot admit the connection that is closed
+                    // here.
                     let _admitted = lock(&admitted);
                     let oldest = examined.pop_front().and_then(|stream| stream.upgrade());
                     oldest.inspect(|oldest| drop(oldest.shutdown(Shutdown::Both)));
@@ -178,7 +183,7 @@ impl Rendezvous {
                 let stream = Arc::new(stream);
                 examined.push_back(Arc::downgrade(&stream));
                 let (this, admitted, refused) = (self.clone(), Arc::clone(&admitted), Arc::clone(&refused));
-                // If the thread cannot be spawned, the connection is dropped, which closes it.
+                // If the thread cannot be started, the connection is dropped, which closes it.
                 let _ = thread::Builder::new().name("rendezvous".into()).spawn(move || {
                     if this.examine(stream, &admitted).is_err() {
                         refused.fetch_add(1, Ordering::Relaxed);
@@ -188,14 +193,15 @@ impl Rendezvous {
         }
         let mut peers = std::mem::take(&mut *lock(&admitted));
         for (peer, _) in peers.iter_mut().flatten() {
-            // All have connected: start them.
-            peer.write_all(&[1]).map_err(|error| self.failed("a rank was lost at once", error))?;
+            // All ranks have connected. This byte starts the rank.
+            peer.write_all(&[1]).map_err(|error| self.failed("a rank was lost before the start", error))?;
         }
         Ok(peers)
     }
 
-    /// Listens on the address of rank 0. With a token, listens on all addresses of this machine if
-    /// it cannot bind that one (it may belong to a service), or if the host's name is loopback.
+    /// Listens on the address of rank 0. If it cannot bind that address, which may be a service's,
+    /// or if the host's name resolves to loopback, it listens on all addresses of this machine. It
+    /// does so only with a token.
     fn listen(&self, begin: Instant, deadline: Duration) -> Result<TcpListener> {
         let mut addresses = self.listens.iter().peekable();
         loop {
@@ -207,7 +213,7 @@ impl Rendezvous {
                     let ready = listener.set_nonblocking(true).map(|()| listener);
                     return ready.map_err(|error| self.failed("cannot listen", error));
                 }
-                // The rank 0 of an earlier start may not have ended yet.
+                // The rank 0 of an earlier start may still listen, so try again.
                 Err(error) if error.kind() == ErrorKind::AddrInUse && begin.elapsed() < deadline => {
                     thread::sleep(Duration::from_millis(5));
                 }
@@ -220,7 +226,8 @@ impl Rendezvous {
         }
     }
 
-    /// Rank 0: admits a connection that has proved to be a rank of this job.
+    /// Rank 0: performs the handshake of a connection. Admits the connection if it comes from a
+    /// rank of this job that has not connected yet.
     fn examine(&self, connection: Arc<TcpStream>, admitted: &Admitted) -> io::Result<()> {
         let stream = &*connection;
         stream.set_nonblocking(false)?;
@@ -247,7 +254,7 @@ impl Rendezvous {
         } else {
             match admitted.get(rank) {
                 _ if rank == 0 || rank >= self.world => Verdict::NoSuchRank,
-                // `host` has taken the list, because all ranks have connected.
+                // The list is empty, because `host` has taken it after all ranks had connected.
                 None => Verdict::Taken,
                 Some(Some((earlier, _))) if is_open(earlier) => Verdict::Taken,
                 Some(_) => Verdict::Welcome,
@@ -257,15 +264,15 @@ impl Rendezvous {
         let proof = self.proof(b"host", &[visitor, &answer]);
         write(stream, &[&answer, &proof], until)?;
         if verdict == Verdict::Welcome {
-            // This is the only owner. `host` holds another only while it closes the connection, and
-            // then the write above fails.
+            // This is the only owner. `host` takes a second reference only under the lock, to close
+            // the connection. If it has done that, the write above has failed.
             let stream = Arc::into_inner(connection).ok_or(ErrorKind::ConnectionAborted)?;
             admitted[rank] = Some((stream, self.mac(b"link", &[&nonce, visitor])));
         }
         Ok(())
     }
 
-    /// Other ranks: connects to rank 0, with retries, and returns when all ranks have connected.
+    /// Other ranks: connects to rank 0, with retries. Returns when all ranks have connected.
     fn visit(&self, deadline: Duration) -> Result<Vec<Option<Peer>>> {
         let begin = Instant::now();
         let mut pause = Duration::from_millis(1);
@@ -282,16 +289,14 @@ impl Rendezvous {
                 }
                 Ok(Err(verdict)) => format!("rank 0 refuses this rank: {}", verdict.text()),
                 Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-                    return Err(
-                        self.failed("what listens there does not know the token", "SHARDWISE_TOKEN differs")
-                    );
+                    return Err(self.failed("rank 0 has another token", "SHARDWISE_TOKEN differs"));
                 }
                 Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
-                    "the connection was closed before all ranks were there (does SHARDWISE_TOKEN differ?)"
+                    "the connection was closed before all ranks had connected (does SHARDWISE_TOKEN differ?)"
                         .into()
                 }
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                    "what listens there says nothing".into()
+                    "no answer in time".into()
                 }
                 Err(error) => error.to_string(),
             };
@@ -301,7 +306,7 @@ impl Rendezvous {
             thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(100));
         }
-        Err(self.failed("no rank 0", "it has no address"))
+        Err(self.failed("no rank 0", "its host has no address"))
     }
 
     fn connect(
@@ -315,7 +320,7 @@ impl Rendezvous {
         read(&stream, &mut greeting, until)?;
         let (magic, nonce_there) = greeting.split_at(8);
         if magic != MAGIC {
-            return Err(io::Error::new(ErrorKind::InvalidData, "something else listens there"));
+            return Err(io::Error::new(ErrorKind::InvalidData, "another program listens there"));
         }
         let own = nonce()?;
         let mut hello = [0; 96];
@@ -344,7 +349,8 @@ impl Rendezvous {
     }
 
     fn mac(&self, role: &[u8], parts: &[&[u8]]) -> Keyed {
-        // HMAC takes keys of any length; an empty one, on loopback only, authenticates nothing.
+        // HMAC accepts keys of any length. An empty key, which is allowed only on loopback,
+        // authenticates nobody.
         let mut mac =
             Hmac::<Sha256>::new_from_slice(&self.token).unwrap_or_else(|_| Hmac::new(&Default::default()));
         mac.update(role);
@@ -357,7 +363,7 @@ impl Rendezvous {
     }
 
     fn proves(&self, role: &[u8], parts: &[&[u8]], proof: &[u8]) -> bool {
-        // In constant time.
+        // The comparison takes constant time, so that it leaks no prefix of the proof.
         self.mac(role, parts).verify_slice(proof).is_ok()
     }
 }
@@ -373,7 +379,7 @@ fn remaining(until: Instant) -> io::Result<Duration> {
     if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(left) }
 }
 
-/// Fills `buffer`. `until` limits the whole call, not each read.
+/// Fills `buffer`. `until` limits the time of the whole call, not of each read.
 fn read(mut stream: &TcpStream, mut buffer: &mut [u8], until: Instant) -> io::Result<()> {
     while !buffer.is_empty() {
         stream.set_read_timeout(Some(remaining(until)?))?;
@@ -392,7 +398,8 @@ fn write(mut stream: &TcpStream, parts: &[&[u8]], until: Instant) -> io::Result<
     stream.write_all(&parts.concat())
 }
 
-/// Whether the connection is still open. Assumes that the peer has sent nothing that is unread.
+/// Whether the connection is still open. The result is false if the peer has sent bytes that are
+/// unread.
 fn is_open(stream: &TcpStream) -> bool {
     let peeked = stream.set_nonblocking(true).and_then(|()| stream.peek(&mut [0]));
     let _ = stream.set_nonblocking(false);

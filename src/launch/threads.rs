@@ -1,4 +1,4 @@
-//! Ranks as threads of this process: nothing to install, nothing to configure.
+//! Ranks as threads of this process, without any installation or configuration.
 
 use super::MAX_RANKS;
 use crate::{
@@ -23,8 +23,8 @@ use std::{
     time::Duration,
 };
 
-/// Runs `rank` on `ranks` threads, each with a group of all of them, and returns their results in
-/// rank order: [`Threads`] with its defaults.
+/// Runs `rank` on `ranks` threads, each with the group of all ranks. Returns the results in rank
+/// order. For options other than the defaults, see [`Threads`].
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -43,8 +43,8 @@ pub fn threads<R: Outcome>(ranks: usize, rank: impl Fn(Group<Cpu>) -> Result<R> 
     Threads::new(ranks).run(rank)
 }
 
-/// A type that a rank can return from its thread: everything that is [`Send`]. Tensors, parameters
-/// and groups are not; their elements are.
+/// A type that a rank can return from its thread: any type that is [`Send`]. Tensors, parameters
+/// and groups are not `Send`; their elements are.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` cannot leave the thread of its rank",
     label = "what the ranks return has to be `Send`",
@@ -90,7 +90,7 @@ impl Threads {
         Self { deadline, ..self }
     }
 
-    /// Sets the function that makes each rank's device, on its thread.
+    /// Sets the function that creates each rank's device, on the rank's thread.
     pub fn device(self, device: fn() -> Cpu) -> Self {
         Self { device, ..self }
     }
@@ -104,17 +104,17 @@ impl Threads {
     /// Runs the ranks and returns their results in rank order.
     ///
     /// # Errors
-    /// The first failure: of all ranks' errors and panics, one that is not the consequence of
-    /// another, with its rank. Also when there are no ranks or more than 65,536, or a thread cannot
-    /// be started.
+    /// The error or panic of a rank, with its rank. If several ranks failed, that of the lowest
+    /// rank whose error is not a consequence of another rank's ([`Error::is_consequence`]). Also
+    /// when there are no ranks or more than 65,536, or a thread cannot be started.
     pub fn run<R: Outcome>(&self, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Result<Vec<R>> {
         let (outcomes, results) = self.outcomes(rank)?;
         first_failure(outcomes)?;
         results.into_iter().enumerate().map(|(rank, result)| of_rank(rank, result)).collect()
     }
 
-    /// Runs the ranks and returns each one's outcome, in rank order. A rank that has not received a
-    /// message sent to it has an error.
+    /// Runs the ranks and returns each rank's result or error, in rank order. If no rank failed, a
+    /// rank gets an error for a message that it has not received.
     ///
     /// # Errors
     /// When there are no ranks or more than 65,536, or a thread cannot be started.
@@ -137,7 +137,7 @@ impl Threads {
         Ok(outcomes.map(|(rank, (outcome, result))| outcome.and_then(|()| of_rank(rank, result))).collect())
     }
 
-    /// Each rank's outcome, and what it returned.
+    /// Runs the ranks. Returns each rank's outcome, and separately the value that it returned.
     fn outcomes<R: Outcome>(
         &self,
         rank: impl Fn(Group<Cpu>) -> Result<R> + Sync,
@@ -152,8 +152,8 @@ impl Threads {
         Ok((outcomes, results))
     }
 
-    /// Runs the ranks. Not generic: programs and tests start ranks in many places, and each would
-    /// compile this anew.
+    /// Runs the ranks. Not generic, because programs and tests start ranks in many places, and each
+    /// place would compile this code again.
     fn run_all(&self, rank: &(dyn Fn(Group<Cpu>) -> Result<()> + Sync)) -> Result<Vec<Result<()>>> {
         if self.ranks == 0 {
             return Err(Error::invalid("launch", "a group needs at least one rank"));
@@ -170,8 +170,8 @@ impl Threads {
             let comm = ThreadComm::join(endpoint, Rc::clone(&groups));
             let world = Group::new(Rc::new(comm), &(self.device)());
             let result = catch_unwind(AssertUnwindSafe(|| rank(world)));
-            // Whatever `rank` did with its groups, this thread now leaves all of them. Before a
-            // record is written, since the others wait for the reason.
+            // This thread leaves all its groups now, even groups that `rank` has leaked. It leaves
+            // before it writes its record, because the other ranks wait for the reason.
             groups.leave_all(match &result {
                 Ok(Ok(_)) => LostReason::Left,
                 Ok(Err(_)) => LostReason::Failed,
@@ -186,8 +186,8 @@ impl Threads {
         let unread = endpoints[0].unread();
         let mut outcomes = thread::scope(|scope| {
             let mut started = Vec::with_capacity(self.ranks);
-            // If a thread cannot be started, dropping its endpoint keeps the other ranks from
-            // waiting for it.
+            // If a thread cannot be started, its endpoint is dropped, so that the other ranks do
+            // not wait for it.
             for (number, endpoint) in endpoints.into_iter().enumerate() {
                 let run = &run;
                 let thread = thread::Builder::new()
@@ -214,8 +214,8 @@ impl Threads {
     }
 }
 
-/// The error to report for a job: that of the first rank whose failure is not a consequence of
-/// another rank's.
+/// Returns the error to report for a job: the error of the lowest rank whose failure is not a
+/// consequence of another rank's, or else of the lowest rank that failed.
 fn first_failure(outcomes: Vec<Result<()>>) -> Result<()> {
     let failed = |consequence: bool| {
         let is_wanted =
@@ -230,7 +230,7 @@ fn first_failure(outcomes: Vec<Result<()>>) -> Result<()> {
     }
 }
 
-/// What a rank that ended without an error returned.
+/// Returns the value of a rank that ended without an error.
 fn of_rank<R>(rank: usize, result: Mutex<Option<R>>) -> Result<R> {
     let result = result.into_inner().unwrap_or_else(PoisonError::into_inner);
     result.ok_or_else(|| Error::internal("launch", format!("rank {rank} returned nothing")))

@@ -9,21 +9,22 @@ use std::{
 /// The ranks that broke a job, with the evidence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Blame {
-    /// The ranks in the world; none if nothing failed.
+    /// The ranks, as ranks of the world; empty if no rank is to blame.
     pub ranks: Vec<usize>,
-    /// What the ranks did.
+    /// What the ranks did, as text.
     pub reason: String,
-    /// The call of another rank that needed them: operation, sequence number, group and call site.
+    /// The first error that a rank got from a group's call; the text names the failed call. None if
+    /// no call failed.
     pub waited: Option<String>,
 }
 
-/// The most ranks without a record in [`Blame::ranks`].
+/// The maximum number of ranks in [`Blame::ranks`] that have no record.
 const MAX_NAMED: usize = 4096;
-/// The most ranks that [`Blame::who`] prints.
+/// The maximum number of ranks that [`Blame::who`] prints.
 const MAX_PRINTED: usize = 8;
 
 impl Blame {
-    /// Formats the ranks; of many, the first ones and a count.
+    /// Formats the ranks. If there are many, formats the first ones and the number of the others.
     pub fn who(&self) -> String {
         match self.ranks.as_slice() {
             [] => "no rank".into(),
@@ -63,10 +64,10 @@ impl Failed<'_> {
 
 /// Finds the ranks that broke a job.
 ///
-/// Returns the first of these that applies: the ranks that disagree with the majority; the first
-/// rank that panicked or failed without having received the error of a lost rank or of a deadline;
-/// the ranks without a record, whose processes were killed, stopped or exited; the ranks that
-/// returned while others needed them; the ranks that did not join a call.
+/// Returns the first of these that exists: the ranks whose call differs from the majority's; the
+/// first rank that panicked or returned an error and had not got an error for a lost rank or a
+/// deadline before; the ranks without a record, whose processes were killed, were stopped or
+/// exited; the ranks that returned while others needed them; the ranks that did not join a call.
 pub fn blame(records: &[Record]) -> Blame {
     let mut failures: Vec<Failed<'_>> = Vec::new();
     for record in records {
@@ -86,7 +87,7 @@ pub fn blame(records: &[Record]) -> Blame {
     if let Some(failed) = failures.iter().find(|failed| failed.is("mismatch")) {
         return Blame { waited: Some(failed.message()), ..disagreeing(records, failed) };
     }
-    // A rank that fails after it received the error of a lost rank is not the cause.
+    // A rank that fails after it got an error for a lost rank or a deadline is not the cause.
     let is_consequence = |record: &Record| {
         record.entries.iter().any(|e| matches!(e.failure.as_deref(), Some("lost" | "deadline")))
     };
@@ -105,10 +106,10 @@ pub fn blame(records: &[Record]) -> Blame {
         records.iter().map(|record| record.rank).filter(|rank| *rank < world).collect();
     let silent = world - written.len();
     if silent > 0 {
-        // `world` comes from a file that may be damaged.
+        // Names only some of the ranks, because `world` comes from a file that may be damaged.
         let ranks: Vec<_> = (0..world).filter(|rank| !written.contains(rank)).take(MAX_NAMED).collect();
         let more = silent - ranks.len();
-        let more = if more > 0 { format!(", like {more} more") } else { String::new() };
+        let more = if more > 0 { format!("; the same holds for {more} more ranks") } else { String::new() };
         return verdict(ranks, format!("no record: killed, stopped, or exited without writing one{more}"));
     }
     let named = named(records, &first);
@@ -135,7 +136,7 @@ fn of(records: &[Record], rank: usize) -> Option<&Record> {
     records.iter().find(|record| record.rank == rank)
 }
 
-/// Formats the last call of a rank that did not fail.
+/// Formats a rank's last call that did not fail.
 fn last_call(record: &Record) -> String {
     let mut calls = record.entries.iter().filter(|entry| entry.group.is_some() && entry.failure.is_none());
     calls.next_back().map_or_else(
@@ -152,14 +153,14 @@ fn last_call(record: &Record) -> String {
     )
 }
 
-/// Whether a rank had joined `call`, or a later call of its group, before `call` failed.
+/// Whether a rank had joined `call`, or a later call of that group, before `call` failed.
 fn had_entered(record: &Record, call: &Entry) -> bool {
     let failed = call.end.unwrap_or(u64::MAX);
     let mut entries = record.entries.iter().filter(|entry| entry.group == call.group);
     entries.any(|entry| entry.seq >= call.seq && entry.begin <= failed)
 }
 
-/// The ranks that an error names, converted from ranks of its group to ranks of the world.
+/// Returns the ranks that an error names, converted from ranks of its group to ranks of the world.
 fn named(records: &[Record], failed: &Failed<'_>) -> Vec<usize> {
     let Some(id) = &failed.entry.group else { return Vec::new() };
     let named = failed.entry.named.iter();
@@ -170,7 +171,7 @@ fn named(records: &[Record], failed: &Failed<'_>) -> Vec<usize> {
     world.collect()
 }
 
-/// The ranks whose call differs from that of most ranks.
+/// Returns the ranks whose call differs from the majority's; all ranks if there is no majority.
 fn disagreeing(records: &[Record], failed: &Failed<'_>) -> Blame {
     let call = failed.entry;
     let mut kinds: BTreeMap<(&str, &str, bool), Vec<usize>> = BTreeMap::new();
@@ -186,8 +187,8 @@ fn disagreeing(records: &[Record], failed: &Failed<'_>) -> Blame {
     let mut ranks: Vec<_> =
         kinds.into_values().filter(|ranks| tied || ranks.len() < most).flatten().collect();
     if ranks.is_empty() {
-        // No entry differs, for example when a message was not received. The error names both
-        // sides.
+        // No recorded call differs, for example because a message was not received. The error names
+        // two ranks, so blame both.
         ranks = named(records, failed);
     }
     ranks.sort_unstable();

@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 
 /// Converts records to Chrome's trace event format.
 ///
-/// Times are those of the ranks' clocks. On an asynchronous device, the bar of a computation is the
-/// time it took to enqueue it.
+/// Each rank's times come from its own clock. On an asynchronous device, the bar of a computation
+/// shows only the time to enqueue it.
 pub fn chrome(records: &[Record]) -> String {
     let start = records.iter().flat_map(|record| &record.entries).map(|entry| entry.begin).min().unwrap_or(0);
     let micros = |time: u64| time.saturating_sub(start) as f64 / 1e3;
@@ -22,7 +22,8 @@ pub fn chrome(records: &[Record]) -> String {
                 "pid": 0, "tid": record.rank, "ts": begin, "args": arguments(record, entry),
             });
             if entry.started {
-                // Started operations may overlap: async events get bars of their own.
+                // Started operations may overlap, so they become async events, which get separate
+                // bars.
                 event["id"] = json!(format!("{}.{number}", record.rank));
                 event["ph"] = json!("b");
                 let mut finish = event.clone();

@@ -1,18 +1,21 @@
 //! A flight recorder: the last operations of each rank.
 //!
-//! Every group call, every wait for a started call and every matrix product is recorded on the
-//! thread of its rank: operation, sequence number, element, shape, call site, begin, end and state
-//! of the last [`CAPACITY`] operations; never the values of tensors. The recorder is always on and
-//! costs a fraction of a microsecond per operation. Planned groups
-//! ([`crate::comm::Group::planned`]) are not recorded. If the environment variable
-//! `SHARDWISE_FLIGHT_DIR` or [`crate::launch::Threads::flight`] names a folder, each rank writes
-//! its record there, as lines of JSON, when a call fails and when the rank ends.
+//! Each rank's thread records every group call, every wait for a started call and every matrix
+//! product. The record has the operation, sequence number, element, shape, call site, begin, end
+//! and state of the last [`CAPACITY`] operations, but no values of tensors. The recorder is always
+//! on and costs a fraction of a microsecond per operation. Calls of planned groups
+//! ([`crate::comm::Group::planned`]) are not recorded.
+//!
+//! The environment variable `SHARDWISE_FLIGHT_DIR` or [`crate::launch::Threads::flight`] can name a
+//! folder. Then each rank writes its record there, as lines of JSON, when a call fails and when the
+//! rank ends.
 //!
 //! * [`blame`] reads the records of a job and names the rank that broke it:
 //!   `shardwise blame FOLDER`.
 //! * [`chrome`] converts them to a timeline for `chrome://tracing` and Perfetto:
 //!   `shardwise trace FOLDER -o FILE`.
-//! * The same events are spans of `tracing` with the target `shardwise`; failures are error events.
+//! * Each operation is also a `tracing` span with the target `shardwise`, and each failure an error
+//!   event.
 
 mod blame;
 mod chrome;
@@ -38,12 +41,14 @@ use std::{
 
 /// The number of operations that a rank's record keeps.
 pub const CAPACITY: usize = 2048;
-/// The number of groups and of failures that a rank's record keeps.
+/// The maximum number of failures in a rank's record. Above this number of groups, the record drops
+/// groups without a recorded operation.
 const MAX_KEPT: usize = 256;
-/// The id of groups whose calls are not recorded. Planned groups use it: no rank waits in their
-/// calls, which would displace those of real groups from the record.
+/// The id of groups whose calls are not recorded. Planned groups use it, because their calls would
+/// displace calls of real groups from the record, and no rank waits in them.
 pub(crate) const UNRECORDED: u64 = u64::MAX;
-/// The most times that a rank writes its record after failures, in case it continues after them.
+/// How many failures make a rank write its record. A rank that continues after more failures does
+/// not write it for each of them.
 const MAX_WRITES: usize = 8;
 
 /// An operation to record.
@@ -55,7 +60,7 @@ pub(crate) struct Operation {
     pub(crate) root: Option<usize>,
     pub(crate) dtype: Option<DType>,
     pub(crate) shape: Shape,
-    /// A hash of the partition; 0 for none.
+    /// A hash of the partition; 0 without a partition.
     pub(crate) partition: u64,
     /// The group's id and the sequence number; none for local computation.
     pub(crate) call: Option<(u64, u64)>,
@@ -108,7 +113,8 @@ struct Recorder {
     rank: usize,
     world: usize,
     folder: Option<PathBuf>,
-    /// One moment on the monotonic clock and, in nanoseconds since 1970, on the system clock.
+    /// The time at which the recorder was created: on the monotonic clock, and on the system clock
+    /// in nanoseconds since 1970.
     anchor: (Instant, u64),
     events: Vec<Event>,
     next: u64,
@@ -134,7 +140,7 @@ impl Recorder {
         }
     }
 
-    /// Nanoseconds since 1970.
+    /// The current time in nanoseconds since 1970.
     fn now(&self) -> u64 {
         self.anchor.1 + self.anchor.0.elapsed().as_nanos() as u64
     }
@@ -152,7 +158,7 @@ impl Recorder {
 
     fn leave(&mut self, ticket: Ticket, failed: bool) {
         let now = self.now();
-        // The event may have been overwritten.
+        // A newer event may have overwritten this one.
         if self.next - ticket.0 <= CAPACITY as u64
             && let Some(event) = self.events.get_mut(ticket.0 as usize % CAPACITY)
         {
@@ -161,7 +167,7 @@ impl Recorder {
         }
     }
 
-    /// Records a failure. Returns the record to write, if it has to be written.
+    /// Records a failure. Returns the record if the rank has to write it now.
     fn fail(&mut self, failure: Failure) -> Option<RecordFile> {
         if self.failures.len() < MAX_KEPT {
             self.failures.push(failure);
@@ -170,7 +176,7 @@ impl Recorder {
         (self.writes <= MAX_WRITES).then(|| self.file(Ended::NotYet)).flatten()
     }
 
-    /// The record to write, if there is a folder for it.
+    /// Returns the record to write; none if no folder is set.
     fn file(&self, ended: Ended) -> Option<RecordFile> {
         Some(RecordFile { folder: self.folder.clone()?, record: self.record(ended) })
     }
@@ -191,12 +197,13 @@ impl RecordFile {
     }
 }
 
-// No `tracing` event is emitted while the recorder is borrowed: a subscriber may call `snapshot`.
+// Emit no `tracing` event while the recorder is borrowed, because a subscriber may call `snapshot`,
+// which borrows it too.
 thread_local! {
     static RECORDER: RefCell<Recorder> = RefCell::new(Recorder::new());
 }
 
-/// The folder for records that the environment variable names.
+/// The folder for records, from the environment variable.
 pub(crate) fn folder() -> Option<PathBuf> {
     static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
     FOLDER
@@ -207,7 +214,8 @@ pub(crate) fn folder() -> Option<PathBuf> {
 /// Starts the record of rank `rank` on this thread.
 pub(crate) fn begin(job: String, rank: usize, world: usize, folder: Option<PathBuf>) {
     if let Some(folder) = &folder {
-        // A file left by an earlier job of the same name must not pass for this one's record.
+        // Removes the file of an earlier job with the same name, so that no reader takes it for
+        // this job's record.
         let _ = std::fs::remove_file(Record::path(folder, &job, rank));
     }
     RECORDER.with_borrow_mut(|recorder| *recorder = Recorder { job, rank, world, folder, ..Recorder::new() });
@@ -228,7 +236,7 @@ pub(crate) fn end<R>(result: &std::thread::Result<Result<R>>) {
     file.iter().for_each(RecordFile::write);
 }
 
-/// Records that this rank is in a group.
+/// Records that this rank belongs to a group.
 pub(crate) fn join(id: u64, name: &str, rank: usize, size: usize) {
     if id == UNRECORDED {
         return;
@@ -280,7 +288,8 @@ fn fail(ticket: Ticket, error: &Error) {
     };
     let failure = Failure { number: ticket.0, kind, message: error.to_string(), named };
     let (rank, file) = RECORDER.with_borrow_mut(|recorder| (recorder.rank, recorder.fail(failure)));
-    // Written first: a subscriber may block on an output that nobody reads.
+    // Writes the record before the `tracing` event, because a subscriber may block on an output
+    // that nobody reads.
     file.iter().for_each(RecordFile::write);
     tracing::error!(target: "shardwise", rank, %error);
 }

@@ -1,5 +1,5 @@
-//! The record of a rank and its file: one line about the rank, then one per operation, oldest
-//! first.
+//! The record of a rank and its file. The file has one line about the rank, then one line per
+//! operation, oldest first.
 
 use super::{CAPACITY, Recorder, State};
 use crate::error::{Error, Result};
@@ -18,13 +18,13 @@ const MAX_BYTES: u64 = 1 << 26;
 /// How a rank ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// It was running when it wrote the record.
+    /// The rank was still running when it wrote the record.
     NotYet,
-    /// It returned a value.
+    /// The rank returned a value.
     Returned,
-    /// It returned an error.
+    /// The rank returned an error.
     Failed,
-    /// It panicked.
+    /// The rank panicked.
     Panicked,
 }
 
@@ -41,7 +41,7 @@ impl Ended {
     }
 }
 
-/// A group and a rank in it.
+/// A group, as seen by one of its ranks.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GroupInfo {
     /// The name of the group.
@@ -57,7 +57,8 @@ pub struct GroupInfo {
 pub struct Entry {
     /// The name of the operation.
     pub op: String,
-    /// Its arguments as text: reduction, root, element, shape and a hash of the partition.
+    /// The operation's arguments as text: reduction, root, element, shape and a hash of the
+    /// partition.
     pub what: String,
     /// Whether the call was asynchronous: it started the operation, and a later call waits for it.
     pub started: bool,
@@ -67,9 +68,9 @@ pub struct Entry {
     pub seq: u64,
     /// The layer that made the call, or the file and line of the call.
     pub site: String,
-    /// When it began, in nanoseconds since 1970.
+    /// When the operation began, in nanoseconds since 1970.
     pub begin: u64,
-    /// When it ended, in nanoseconds since 1970; none if it has not.
+    /// When the operation ended, in nanoseconds since 1970; none if it was still running.
     pub end: Option<u64>,
     /// The kind of failure: `mismatch`, `lost`, `deadline` or `error`.
     pub failure: Option<String>,
@@ -82,7 +83,7 @@ pub struct Entry {
 /// The last operations of a rank.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Record {
-    /// The name of the job: the same on all its ranks.
+    /// The name of the job, the same on all its ranks.
     pub job: String,
     /// The rank in the world.
     pub rank: usize,
@@ -90,15 +91,15 @@ pub struct Record {
     pub world: usize,
     /// When the rank began, in nanoseconds since 1970.
     pub began: u64,
-    /// When it wrote the record, in nanoseconds since 1970.
+    /// When the rank wrote the record, in nanoseconds since 1970.
     pub written: u64,
-    /// How it ended.
+    /// How the rank ended.
     pub ended: Ended,
-    /// Its groups, by id.
+    /// The rank's groups, by id.
     pub groups: BTreeMap<String, GroupInfo>,
     /// The number of older operations that are no longer in the record.
     pub forgotten: u64,
-    /// Its operations, oldest first.
+    /// The rank's last operations, oldest first.
     pub entries: Vec<Entry>,
 }
 
@@ -156,17 +157,18 @@ impl Recorder {
 }
 
 impl Record {
-    /// Returns the path in `folder` of the record that rank `rank` of a job writes.
+    /// Returns the path, in `folder`, of the record of rank `rank` of a job.
     pub fn path(folder: &Path, job: &str, rank: usize) -> PathBuf {
         let job: String = job.chars().map(|c| if c.is_alphanumeric() { c } else { '-' }).collect();
         folder.join(format!("{job}-rank{rank}.jsonl"))
     }
 
-    /// Writes the record to its own file in a folder, which is created if it does not exist.
+    /// Writes the record to its own file in `folder`. Creates the folder if it does not exist.
     pub(super) fn write(&self, folder: &Path) -> io::Result<()> {
         fs::create_dir_all(folder)?;
         let path = Self::path(folder, &self.job, self.rank);
-        // Renamed into place, so that a concurrent reader sees a whole file or none.
+        // Writes a temporary file and renames it, so that a concurrent reader sees a whole file or
+        // none.
         let partial = path.with_extension(format!("part{}", self.rank));
         fs::write(&partial, self.to_lines())?;
         fs::rename(partial, path)
@@ -209,7 +211,7 @@ impl Record {
     /// Reads the record that a rank has written.
     ///
     /// # Errors
-    /// When the file cannot be read, or is not a record.
+    /// When the file cannot be read, is too long, or is not a record.
     pub fn read(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let other = |what: String| Error::io(path, &io::Error::new(io::ErrorKind::InvalidData, what));
@@ -262,11 +264,11 @@ impl Record {
         (record.rank < record.world).then_some(record)
     }
 
-    /// Reads the records in these files and folders, and returns those of the job that was started
+    /// Reads the records in these files and folders. Returns the records of the job that started
     /// last, in rank order.
     ///
     /// # Errors
-    /// When a record cannot be read, or there is none.
+    /// When a record cannot be read, or there is no record.
     pub fn read_all<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Vec<Self>> {
         let mut records = Vec::new();
         for path in paths {

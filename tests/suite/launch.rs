@@ -271,7 +271,7 @@ fn ranks_that_do_not_come_are_named() {
     let port = free_port();
     let patience = Duration::from_millis(100);
     let error = rank_env(0, 3, port, |_| ()).run(patience, |_| Ok(())).unwrap_err();
-    assert!(error.to_string().contains("ranks [1, 2] did not come"), "{error}");
+    assert!(error.to_string().contains("ranks [1, 2] did not connect"), "{error}");
     let error = rank_env(1, 3, port, |_| ()).run(patience, |_| Ok(())).unwrap_err();
     assert!(error.to_string().contains("no rank 0"), "{error}");
 }

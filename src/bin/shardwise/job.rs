@@ -1,22 +1,24 @@
-//! The arguments of `shardwise launch`, which it passes on to its keeper.
+//! The arguments of `shardwise launch`. The launcher passes them on to the keeper.
 
 use clap::Args;
 use std::{env, ffi::OsString, path::PathBuf, time::Duration};
 
-/// How long the other ranks have to report after one has failed.
+/// How long the other ranks have to report after one rank has failed. Also the least time that a
+/// reader of the report has.
 pub(crate) const LAST_WORDS: Duration = Duration::from_millis(300);
 
-/// The program to start, with options.
+/// The ranks to start, their program and its options.
 #[derive(Args)]
 pub(crate) struct Job {
     /// The number of ranks.
     #[arg(short = 'n', long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) ranks: u32,
-    /// Seconds between SIGTERM and SIGKILL for a rank; then as many for the reader of its output.
+    /// Seconds between SIGTERM and SIGKILL for a rank. If a signal ends the job, the reader of the
+    /// output has the same time.
     #[arg(long, default_value = "5", value_parser = seconds, allow_negative_numbers = true)]
     pub(crate) grace: Duration,
-    /// A folder for the records of the ranks' last operations. Without it and without the variable
-    /// SHARDWISE_FLIGHT_DIR, the records are removed at the end.
+    /// A folder for the records of the ranks' last operations. The default is SHARDWISE_FLIGHT_DIR.
+    /// Without either, the records are removed when the job ends.
     #[arg(long)]
     pub(crate) flight: Option<PathBuf>,
     /// The program that every rank runs, with its arguments.
@@ -25,7 +27,7 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    /// Returns the folder that the user has set for records.
+    /// Returns the folder for records that the user has set, if any.
     pub(crate) fn records(&self) -> Option<PathBuf> {
         let named = || env::var_os("SHARDWISE_FLIGHT_DIR").filter(|folder| !folder.is_empty());
         self.flight.clone().or_else(|| named().map(PathBuf::from))

@@ -30,25 +30,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a rank that failed first and recorded it may take to end before it is asked to.
+/// How long a rank that broke the job, and has left its groups, may take to end before it gets
+/// SIGTERM.
 const LEAVING: Duration = Duration::from_secs(2);
-/// How long ranks may take to end when the launcher was killed.
+/// The time between SIGTERM and SIGKILL for the ranks after the launcher has died.
 const ORPHANED: Duration = Duration::from_millis(500);
 
 enum Event {
     Signal(i32),
     /// The launcher has died.
     LauncherDied,
-    /// A part of the output is written.
+    /// A step of the output is written.
     Written(Step),
 }
 
-/// What is written once the ranks have ended.
+/// The steps of the output after the ranks have ended.
 #[derive(Clone, Copy, PartialEq)]
 enum Step {
     /// The rest of the ranks' output.
     Ranks,
-    /// The report on their end.
+    /// The report on how the ranks ended.
     Report,
 }
 
@@ -67,7 +68,7 @@ impl End {
         }
     }
 
-    /// The exit code that shells use.
+    /// The exit code, as shells compute it: 128 plus the number of a signal.
     fn code(self) -> u8 {
         match self {
             Self::Code(code) => code,
@@ -88,17 +89,17 @@ impl fmt::Display for End {
 struct Rank {
     pid: Pid,
     end: Option<End>,
-    /// The signals that the launcher sent to end it.
+    /// The signals that the keeper has sent to the rank, except SIGUSR1 and SIGUSR2.
     sent: Vec<Signal>,
 }
 
 impl Rank {
-    /// Whether the launcher has ended it.
+    /// Whether a signal from the keeper ended the rank.
     fn was_ended(&self) -> bool {
         self.sent.iter().any(|signal| self.end == Some(End::Signal(signal.as_raw())))
     }
 
-    /// Whether it ended before the launcher asked it to.
+    /// Whether the rank ended before the keeper sent it a signal.
     fn had_gone(&self) -> bool {
         self.end.is_some() && self.sent.is_empty()
     }
@@ -107,7 +108,7 @@ impl Rank {
 /// The arguments that the launcher passes to its keeper.
 #[derive(Args)]
 pub(crate) struct Keep {
-    /// A folder for the ranks' records, removed when they have ended.
+    /// A folder for the ranks' records. The keeper removes it when the ranks have ended.
     #[arg(long)]
     private: Option<PathBuf>,
     #[command(flatten)]
@@ -117,20 +118,21 @@ pub(crate) struct Keep {
 /// The ranks and the state of their shutdown.
 struct Ranks {
     ranks: Vec<Rank>,
-    /// The job's name in its records, and their folder.
+    /// The job's name in its records, and the folder of the records.
     job: String,
     folder: Option<PathBuf>,
     grace: Duration,
-    /// The first rank seen to fail.
+    /// The first rank whose failure the keeper noticed.
     failed: Option<usize>,
-    /// The ranks that had ended with exit code 0 by then, and those that were stopped then.
+    /// When `failed` was set: the ranks that had ended with exit code 0, and the ranks that were
+    /// stopped by a signal.
     left: Vec<usize>,
     stopped: Vec<usize>,
-    /// The signal by which the user ended the job.
+    /// The first signal by which the user asked the job to end.
     asked: Option<i32>,
     /// The launcher has died.
     orphaned: bool,
-    /// A culprit is being given time to end by itself.
+    /// Whether the ranks that broke the job now have time to end by themselves.
     waits: bool,
     next: Option<(Instant, Signal)>,
 }
@@ -140,7 +142,7 @@ impl Ranks {
         self.ranks.iter().filter(|rank| rank.end.is_none())
     }
 
-    /// Whether something other than a rank has ended the job.
+    /// Whether a signal to the launcher, or the launcher's death, has ended the job.
     fn is_to_end(&self) -> bool {
         self.asked.is_some() || self.orphaned
     }
@@ -149,12 +151,12 @@ impl Ranks {
         self.living().next().is_none()
     }
 
-    /// Signals the living ranks except `spared`, and their child processes in the same process
-    /// group.
+    /// Sends a signal to the process groups of the living ranks, except `spared`. A rank's child
+    /// processes are in its process group, unless they have left it.
     fn send(&mut self, signal: Signal, spared: &[usize]) {
         for (at, rank) in self.ranks.iter_mut().enumerate() {
             if rank.end.is_none() && !spared.contains(&at) {
-                // It may have ended.
+                // Ignores errors, because the rank may have ended.
                 let _ = kill_process_group(rank.pid, signal);
                 if ![Signal::USR1, Signal::USR2].contains(&signal) {
                     rank.sent.push(signal);
@@ -163,10 +165,10 @@ impl Ranks {
         }
     }
 
-    /// Collects ended children.
+    /// Collects ended child processes, and notices the first rank that fails.
     fn reap(&mut self) {
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
-            // Any other process was started by a rank and lost its parent.
+            // A process that is no rank was started by a rank and lost its parent.
             let Some(at) = self.ranks.iter().position(|rank| rank.pid == pid) else { continue };
             let end = End::of(status);
             self.ranks[at].end = Some(end);
@@ -180,7 +182,7 @@ impl Ranks {
                 self.schedule(LAST_WORDS, Signal::TERM);
             }
         }
-        // Stopped ranks cannot report.
+        // If all living ranks are stopped, none can report, so send SIGTERM now.
         let silent = || self.living().all(|rank| tree::is_stopped(rank.pid));
         if matches!(self.next, Some((_, Signal::TERM))) && silent() {
             self.schedule(Duration::ZERO, Signal::TERM);
@@ -188,14 +190,14 @@ impl Ranks {
     }
 
     fn schedule(&mut self, after: Duration, signal: Signal) {
-        // An instant too far away never comes.
+        // A time too late for an `Instant` never comes, so schedule nothing.
         let Some(at) = Instant::now().checked_add(after) else { return };
         if self.next.is_none_or(|(next, _)| at < next) {
             self.next = Some((at, signal));
         }
     }
 
-    /// Forwards a signal to the ranks.
+    /// Forwards a signal to the ranks. Every signal except SIGUSR1 and SIGUSR2 ends the job.
     fn forward(&mut self, signal: i32) {
         let Some(known) = Signal::from_named_raw(signal) else { return };
         self.send(known, &[]);
@@ -205,7 +207,7 @@ impl Ranks {
         }
     }
 
-    /// Sends the signal that is due.
+    /// Sends the scheduled signal if it is due.
     fn escalate(&mut self) {
         let Some((_, signal)) = self.next.take_if(|(at, _)| *at <= Instant::now()) else { return };
         if signal != Signal::TERM {
@@ -213,12 +215,12 @@ impl Ranks {
         }
         let mut spared: Vec<_> =
             (0..self.ranks.len()).filter(|&rank| self.ranks[rank].sent.contains(&signal)).collect();
-        // Culprits that are leaving get more time, once.
+        // Ranks that broke the job and are leaving get more time, but only once.
         let leaving = if self.failed.is_some() && !self.waits { self.leaving() } else { Vec::new() };
         self.waits = !leaving.is_empty();
         spared.extend(leaving);
         self.send(signal, &spared);
-        // A stopped rank cannot end by itself.
+        // A stopped rank does not handle SIGTERM, so it gets SIGKILL at once.
         for rank in self.ranks.iter_mut().filter(|rank| rank.end.is_none() && tree::is_stopped(rank.pid)) {
             let _ = kill_process_group(rank.pid, Signal::KILL);
             rank.sent.push(Signal::KILL);
@@ -230,7 +232,7 @@ impl Ranks {
         }
     }
 
-    /// Reads the ranks' records, those that are readable.
+    /// Reads the ranks' records. Skips records that are missing or damaged.
     fn records(&self) -> Vec<Record> {
         let all = || 0..self.ranks.len();
         let paths =
@@ -238,8 +240,8 @@ impl Ranks {
         paths.filter_map(|path| Record::read(path).ok()).collect()
     }
 
-    /// Returns the culprits that have left their group and will end by themselves, perhaps after
-    /// all others. Their exit code becomes the job's.
+    /// Returns the ranks that broke the job and have written their final record. They will end by
+    /// themselves, perhaps after all other ranks, and their exit code becomes the job's.
     fn leaving(&self) -> Vec<usize> {
         let records = self.records();
         let culprits = self.blame(&records).map_or(Vec::new(), |blame| blame.ranks);
@@ -247,12 +249,13 @@ impl Ranks {
         left.map(|record| record.rank).filter(|rank| culprits.contains(rank)).collect()
     }
 
-    /// Returns the ranks that broke the job according to the records; none if they name no rank.
+    /// Returns the ranks that broke the job according to the records; none if the records blame no
+    /// rank.
     fn blame(&self, records: &[Record]) -> Option<Blame> {
         let mut blame = blame(records);
         blame.ranks.retain(|rank| *rank < self.ranks.len());
-        // A rank that the launcher has ended has no record either, so only ranks that ended before
-        // count.
+        // If ranks without a record are blamed, keeps only the ranks that ended before the keeper
+        // signalled them, because a rank that the keeper killed has no record either.
         let gone =
             |rank: &usize| self.ranks[*rank].had_gone() && records.iter().all(|record| record.rank != *rank);
         if blame.ranks.iter().any(gone) {
@@ -261,18 +264,19 @@ impl Ranks {
         (!blame.ranks.is_empty()).then_some(blame)
     }
 
-    /// Returns the report on the job, and its exit code.
+    /// Returns the report on the job, and the job's exit code.
     fn report(&self) -> (String, u8) {
         let Some(first) = self.failed else { return self.report_without_failure() };
-        // Survivors often end before the culprit, so records take precedence over the order of
-        // exits. Ranks that fail before they connect, or that do not use this crate, have none.
+        // The records decide which rank failed first, because the other ranks often end before that
+        // rank. Without records, the order of exits decides: ranks that fail before they connect,
+        // or that do not use this crate, have no record.
         let blame = self.blame(&self.records());
         let culprits = blame.as_ref().map_or(vec![first], |blame| blame.ranks.clone());
         let who = blame.as_ref().map_or(format!("rank {first}"), Blame::who);
         let end = |rank: usize| self.ranks[rank].end.unwrap_or(End::Code(1));
         let failed = |rank: &usize| end(*rank) != End::Code(0) && !self.ranks[*rank].was_ended();
-        // A culprit that ended with code 0, or was ended, gives the job no exit code. Ranks that
-        // needed it do.
+        // The job ends like the first culprit that failed by itself. If all culprits ended with
+        // code 0 or by a signal of the keeper, the job ends like the first rank that failed.
         let decisive = culprits.iter().copied().find(failed).unwrap_or(first);
 
         let mut lines = Vec::new();
@@ -301,7 +305,7 @@ impl Ranks {
 
     fn report_without_failure(&self) -> (String, u8) {
         let Some(signal) = self.asked else { return (String::new(), 0) };
-        // Ranks that handled the signal and ended with code 0 have done what was asked.
+        // If all ranks handled the signal and ended with code 0, the job's exit code is 0 too.
         let well = self.ranks.iter().all(|rank| rank.end == Some(End::Code(0)));
         let code = if well { 0 } else { End::Signal(signal).code() };
         (format!("shardwise: ended by {}\n", name(signal)), code)
@@ -316,16 +320,16 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
     thread::spawn(move || signals.forever().try_for_each(|signal| sender.send(Event::Signal(signal))));
     let sender = events.clone();
     thread::spawn(move || {
-        // This pipe is never written to: reading ends when the launcher does.
+        // The launcher never writes to this pipe, so the read returns when the launcher ends.
         let _ = io::stdin().lock().read_to_end(&mut Vec::new());
         let _ = sender.send(Event::LauncherDied);
     });
 
-    // A name that no earlier job has, whose records may be in the same folder.
+    // A random id, so that no earlier job with records in the same folder has the same name.
     let id = random::<8>()?;
     let mut ranks = Ranks {
         ranks: Vec::new(),
-        // The job's name and epoch.
+        // The id and the epoch, as the ranks name their job.
         job: format!("{id}.0"),
         folder: private.clone().or_else(|| job.records()),
         grace: job.grace,
@@ -354,7 +358,7 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
             ranks.escalate();
         }
     }
-    // Processes that the ranks left behind keep their output open.
+    // Processes that the ranks left behind would keep the ranks' output open.
     tree::kill_descendants();
     let (words, code) = match started {
         Ok(()) => ranks.report(),
@@ -362,7 +366,7 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
     };
     let over = Instant::now().checked_add(job.grace);
     let mut limit = over.filter(|_| ranks.is_to_end());
-    // The launcher does the same, in case this process is killed.
+    // The launcher removes the folder as well, in case this process is killed.
     private.iter().for_each(|folder| drop(fs::remove_dir_all(folder)));
     let (copied, said) = (events.clone(), events);
     thread::spawn(move || {
@@ -371,7 +375,7 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
     });
     wait_for_reader(&news, Step::Ranks, &mut limit, job.grace);
     thread::spawn(move || {
-        // The reader may be gone.
+        // Ignores errors, because the reader may be gone.
         let _ = io::stderr().write_all(words.as_bytes());
         said.send(Event::Written(Step::Report))
     });
@@ -379,14 +383,14 @@ pub(crate) fn keep(Keep { private, job }: &Keep) -> io::Result<u8> {
     Ok(code)
 }
 
-/// Returns the next event, if it comes in time.
+/// Returns the next event; none if it does not come before `limit`, or within an hour.
 fn next(news: &Receiver<Event>, limit: Option<Instant>) -> Option<Event> {
     let patience = limit.map_or(Duration::from_secs(3600), |limit| limit - Instant::now());
     news.recv_timeout(patience).ok()
 }
 
-/// Waits until a part of the output is written, however long the reader takes. Once the job is to
-/// end, waits until `limit` at most.
+/// Waits until a step of the output is written, for as long as the reader takes. Once a signal or
+/// the launcher's death ends the job, it waits at most until `limit`.
 fn wait_for_reader(news: &Receiver<Event>, step: Step, limit: &mut Option<Instant>, grace: Duration) {
     *limit = limit.map(|limit| limit.max(Instant::now() + LAST_WORDS));
     while limit.is_none_or(|limit| limit > Instant::now()) {
@@ -423,20 +427,20 @@ fn start(job: &Job, id: &str, ranks: &mut Ranks, outputs: &mut Vec<JoinHandle<()
     Ok(())
 }
 
-/// Random bytes in hexadecimal digits.
+/// Returns random bytes as hexadecimal digits.
 fn random<const BYTES: usize>() -> io::Result<String> {
     let mut bytes = [0; BYTES];
     getrandom::fill(&mut bytes).map_err(io::Error::other)?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// Two ports that were free a moment ago.
+/// Returns two ports that are free now. Another process may take them before a rank does.
 fn free_ports() -> io::Result<(u16, u16)> {
     let listeners = (TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?);
     Ok((listeners.0.local_addr()?.port(), listeners.1.local_addr()?.port()))
 }
 
-/// A rank's program, not yet running.
+/// The arguments of `become`: the keeper's process id and a rank's program.
 #[derive(Args)]
 pub(crate) struct Become {
     keeper: i32,
@@ -445,10 +449,12 @@ pub(crate) struct Become {
 }
 
 impl Become {
-    /// Asks the kernel to kill this process when the keeper dies, then replaces it by the program.
+    /// Asks the kernel to kill this process when the keeper dies, then replaces the process with
+    /// the program.
     pub(crate) fn run(&self) -> io::Result<u8> {
         set_parent_process_death_signal(Some(Signal::KILL))?;
-        // The keeper may have died before.
+        // If the keeper died before the request, the kernel will not kill this process, so it ends
+        // now.
         if getppid() != Pid::from_raw(self.keeper) {
             return Ok(1);
         }

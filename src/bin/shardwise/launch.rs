@@ -1,14 +1,14 @@
 //! `shardwise launch`: the process that the user starts.
 //!
-//! The ranks are children of another process, the keeper (`keep.rs`), so that one of the two
-//! remains to end them whatever happens to the other. The keeper reads from a pipe that only this
-//! process holds open. When this process dies, even by SIGKILL, the keeper sees the end of the pipe
-//! and ends the ranks. When the keeper dies, the kernel kills the ranks (`PR_SET_PDEATHSIG`). The
-//! processes that they started become children of this one (`PR_SET_CHILD_SUBREAPER`), which kills
+//! The ranks are children of a second process, the keeper (`keep.rs`), so that the ranks end even
+//! if one of the two processes is killed. The keeper reads from a pipe that only this process holds
+//! open. When this process dies, even by SIGKILL, the keeper sees the end of the pipe and ends the
+//! ranks. When the keeper dies, the kernel kills the ranks (`PR_SET_PDEATHSIG`). The processes that
+//! the ranks started then become children of this process (`PR_SET_CHILD_SUBREAPER`), which kills
 //! them.
 //!
-//! When both are killed at once, the kernel kills the ranks, but not the processes that they
-//! started. Another process for each rank could detect that, but could be killed as well.
+//! When both processes are killed at once, the kernel kills the ranks, but not the processes that
+//! the ranks started. A third process could kill those, but it could be killed as well.
 
 use crate::{
     job::{Job, LAST_WORDS},
@@ -28,18 +28,18 @@ use std::{
 };
 
 pub(crate) fn launch(job: &Job) -> io::Result<u8> {
-    // The records show which rank failed first. The keeper removes them; if it is killed, this
-    // process does.
+    // The records show which rank failed first, so the ranks always write them. The keeper removes
+    // this temporary folder. If the keeper is killed, this process removes it.
     let private = if job.records().is_none() {
         let folder = tempfile::Builder::new().prefix("shardwise-").tempdir();
-        folder.inspect_err(|error| eprintln!("shardwise: no folder for the ranks' records: {error}")).ok()
+        folder.inspect_err(|error| eprintln!("shardwise: cannot record the ranks' calls: {error}")).ok()
     } else {
         None
     };
     set_child_subreaper(Some(getpid()))?;
     let mut signals = Signals::new(FORWARDED)?;
-    // In a process group of its own: the ranks then get a terminal's signals once, forwarded by
-    // this process.
+    // The keeper gets a separate process group, so that a signal from the terminal reaches the
+    // ranks only once: this process forwards it.
     let mut keeper = Command::new(env::current_exe()?)
         .arg("keep")
         .args(private.iter().flat_map(|folder| [OsStr::new("--private"), folder.path().as_os_str()]))
@@ -51,7 +51,7 @@ pub(crate) fn launch(job: &Job) -> io::Result<u8> {
     let pid = Pid::from_child(&keeper);
     thread::spawn(move || {
         for signal in signals.forever().filter_map(Signal::from_named_raw) {
-            // It may have ended.
+            // Ignores errors, because the keeper may have ended.
             let _ = kill_process(pid, signal);
         }
     });
@@ -59,8 +59,8 @@ pub(crate) fn launch(job: &Job) -> io::Result<u8> {
     drop(lifeline);
     if let Some(signal) = status.signal() {
         tree::kill_descendants();
-        let words = format!("shardwise: the process that keeps the ranks was killed by {}\n", name(signal));
-        // The reader may be gone.
+        let words = format!("shardwise: the parent process of the ranks was killed by {}\n", name(signal));
+        // Writes on another thread and waits only briefly, because nobody may read stderr.
         let (said, over) = mpsc::channel();
         thread::spawn(move || {
             let _ = io::stderr().write_all(words.as_bytes());

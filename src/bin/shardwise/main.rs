@@ -1,4 +1,4 @@
-//! The program `shardwise`: starts ranks on this machine, and reads the records of ranks.
+//! The program `shardwise`. It starts ranks on this machine, and reads the records of ranks.
 
 #[cfg(target_os = "linux")]
 mod job;

@@ -22,8 +22,8 @@ pub(crate) fn copy(
             if line.last() != Some(&b'\n') {
                 line.push(b'\n');
             }
-            // One write per line, so that the lines of ranks do not mix. Write errors are ignored:
-            // the ranks continue if nobody reads `to`.
+            // One write per line, so that the lines of ranks do not mix. Write errors are ignored,
+            // so that the ranks continue if nobody reads `to`.
             let _ = to.write_all(&line).and_then(|()| to.flush());
             line.truncate(prefix.len());
         }

@@ -2,7 +2,7 @@
 
 use signal_hook::consts::signal;
 
-/// The signals that are forwarded to the ranks.
+/// The signals that the launcher forwards to the ranks.
 pub(crate) const FORWARDED: [i32; 6] =
     [signal::SIGINT, signal::SIGTERM, signal::SIGHUP, signal::SIGQUIT, signal::SIGUSR1, signal::SIGUSR2];
 

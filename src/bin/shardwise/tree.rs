@@ -1,4 +1,4 @@
-//! The descendants of this process.
+//! Finds and kills the descendants of this process.
 
 use rustix::process::{Pid, Signal, WaitOptions, getpid, kill_process, wait};
 use std::{
@@ -10,7 +10,8 @@ use std::{
 /// Returns the state and the parent of a process; none if there is no such process.
 fn state_and_parent(pid: i32) -> Option<(char, i32)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The program's name is in parentheses and may contain anything.
+    // The program's name is in parentheses and may contain any character, so split after the last
+    // parenthesis.
     let mut words = stat.rsplit_once(") ")?.1.split(' ');
     Some((words.next()?.chars().next()?, words.next()?.parse().ok()?))
 }
@@ -34,7 +35,7 @@ fn descendants() -> Vec<(Pid, bool)> {
     let mut open = vec![getpid().as_raw_nonzero().get()];
     while let Some(parent) = open.pop() {
         for (child, lives) in children.remove(&parent).unwrap_or_default() {
-            // A dead process may have living children for a moment.
+            // A dead process may still have living children for a moment.
             open.push(child);
             found.extend(Pid::from_raw(child).map(|pid| (pid, lives)));
         }
@@ -42,15 +43,16 @@ fn descendants() -> Vec<(Pid, bool)> {
     found
 }
 
-/// Kills the descendants of this process until none is left, new ones included. This process has to
-/// be a subreaper, so that they stay its descendants in whatever order they die.
+/// Kills the descendants of this process, new ones included, until none is left. This process has
+/// to be a subreaper, so that all of them stay its descendants when their parents die.
 pub(crate) fn kill_descendants() {
     let begin = Instant::now();
-    // A process inside the kernel, waiting for a disk, may take time to die.
+    // Gives up after five seconds, because a process that waits for a disk in the kernel may take
+    // long to die.
     while begin.elapsed() < Duration::from_secs(5) {
         let found = descendants();
         for (pid, _) in &found {
-            // It may have ended.
+            // Ignores errors, because the process may have ended.
             let _ = kill_process(*pid, Signal::KILL);
         }
         while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}

@@ -1,7 +1,7 @@
-//! One process's connections. All of them go to rank 0.
+//! One process's connections: on rank 0 to all other ranks, on another rank only to rank 0.
 //!
-//! A thread reads from each connection. On rank 0 another thread writes to each, so a rank that
-//! does not read blocks only itself.
+//! One thread reads from each connection. On rank 0, a second thread writes to each connection, so
+//! that a rank that does not read blocks only its own frames.
 
 use super::{
     frame::{Frame, Keyed, Kind, Seal, Strings, from_loss},
@@ -21,16 +21,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long a rank that missed a deadline has to read why.
+/// How long rank 0, when it closes, waits for a rank that missed a deadline to read its last
+/// frames.
 const LATE_TIMEOUT: Duration = Duration::from_millis(50);
 
-/// A process's connections. Closed by [`Connections::close`], at the latest when dropped.
+/// A process's connections. [`Connections::close`] closes them, and so does a drop.
 #[derive(Debug)]
 pub(crate) struct Connections {
     transport: Arc<Transport>,
 }
 
-/// The state that a rank shares with the threads that read and write.
+/// The state that a rank shares with its reading and writing threads.
 #[derive(Debug)]
 pub(super) struct Transport {
     pub(super) rank: usize,
@@ -38,14 +39,14 @@ pub(super) struct Transport {
     pub(super) deadline: Duration,
     inbox: Mutex<Inbox>,
     news: Condvar,
-    /// The number of steps this rank has reached outside its groups, by work.
+    /// The number of external steps that this rank has reached, by work.
     steps: Mutex<HashMap<u64, u64>>,
-    /// Held during a query for steps: an answer belongs to the last query.
+    /// Held during a query for steps, because an answer does not name its query.
     asks: Mutex<()>,
-    /// The first loss that this rank has received. It may be why this rank leaves, so ranks that
-    /// need this one receive that loss.
+    /// The first lost rank that this rank got an error for, and the reason. This loss may make this
+    /// rank leave as well, so ranks that need this rank report that first loss instead.
     first_loss: Mutex<Option<(usize, LostReason)>>,
-    /// By rank: on rank 0 all others, on the others rank 0.
+    /// The connections, by rank: on rank 0 to all others, on the other ranks to rank 0.
     peers: Vec<Option<Peer>>,
     /// Used on rank 0 only.
     hub: Mutex<Hub>,
@@ -55,9 +56,9 @@ pub(super) struct Transport {
 #[derive(Debug)]
 struct Peer {
     stream: TcpStream,
-    /// Held while a frame is written.
+    /// Numbers and authenticates the sent frames. Locked while a frame is written.
     seal: Mutex<Seal>,
-    /// The frames that rank 0 has yet to write. None while the connection closes, and on other
+    /// The frames that rank 0 has yet to write. None once the connection closes, and on other
     /// ranks.
     queue: Mutex<Option<Queue>>,
 }
@@ -66,7 +67,8 @@ struct Peer {
 #[derive(Debug)]
 struct Queue {
     frames: mpsc::Sender<Frame>,
-    /// Disconnects when the writing thread ends, after it has written all frames.
+    /// Disconnects when the writing thread ends: after it has written all frames, or a write
+    /// failed.
     written: mpsc::Receiver<()>,
 }
 
@@ -74,25 +76,26 @@ impl Peer {
     fn write(&self, frame: &Frame) -> io::Result<()> {
         let written = frame.write(&mut &self.stream, &mut lock(&self.seal));
         if written.is_err() {
-            // The reading thread sees the end of the stream and reports it to all ranks.
+            // The shutdown ends the reading thread's stream, and that thread reports the loss.
             let _ = self.stream.shutdown(Shutdown::Both);
         }
         written
     }
 }
 
-/// A rank's last frame. Rank 0 sends it for a rank that cannot.
+/// The frame by which a rank announces its loss. Rank 0 creates it for a rank whose connection
+/// ended without one.
 fn last_frame(loss: LostReason) -> Frame {
     Frame::new(Kind::Lost, 0, 0, (0, from_loss(loss)), Vec::new())
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // No critical section leaves its data half changed.
+    // Ignores poison, because no critical section leaves its data half changed.
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 impl Transport {
-    /// Sends a frame to rank 0; rank 0 routes its own.
+    /// Sends a frame to rank 0. Rank 0 routes its own frame.
     pub(super) fn send(&self, frame: Frame) {
         if self.rank == 0 {
             self.route(0, frame);
@@ -101,7 +104,8 @@ impl Transport {
         }
     }
 
-    /// Rank 0: acts on a frame from a rank. Returns false if no rank sends such a frame.
+    /// Rank 0: handles a frame from a rank. Returns false if the frame is invalid, because no rank
+    /// sends such a frame.
     fn route(&self, from: usize, frame: Frame) -> bool {
         if frame.kind == Kind::Ask && frame.to == 0 {
             self.write(from, self.answer(from, &frame));
@@ -110,7 +114,7 @@ impl Transport {
         let mut hub = lock(&self.hub);
         let deliveries = hub.take(from, frame);
         let known = deliveries.is_some();
-        // Still under the lock, so that all ranks get the frames for several ranks in one order.
+        // Delivers under the lock, so that all ranks get the frames in the same order.
         deliveries.into_iter().flatten().for_each(|(rank, frame)| self.deliver(rank, frame));
         known
     }
@@ -122,26 +126,26 @@ impl Transport {
     fn write(&self, rank: usize, frame: Frame) {
         let Some(Some(peer)) = self.peers.get(rank) else { return };
         if self.rank != 0 {
-            // The reading thread notices a connection that has failed.
+            // Ignores the error, because the reading thread notices a failed connection.
             let _ = peer.write(&frame);
         } else if let Some(queue) = &*lock(&peer.queue) {
             let _ = queue.frames.send(frame);
         }
     }
 
-    /// Rank 0: sends all other ranks the loss of a rank.
+    /// Rank 0: reports the loss of a rank to all other ranks.
     fn report_loss(&self, rank: usize, last: Frame) {
         let mut hub = lock(&self.hub);
         hub.report_loss(rank, last).into_iter().for_each(|(other, news)| self.deliver(other, news));
     }
 
-    /// The answer to another rank's query: the number of steps this rank has reached.
+    /// The answer to another rank's query, with the number of steps that this rank has reached.
     fn answer(&self, to: usize, ask: &Frame) -> Frame {
         let reached = lock(&self.steps).get(&ask.group).copied().unwrap_or(0);
         Frame::new(Kind::Answer, ask.group, reached, (self.rank, to), Vec::new())
     }
 
-    /// Accepts a frame sent to this rank.
+    /// Handles a frame that was sent to this rank.
     pub(super) fn accept(&self, frame: Frame) {
         if frame.kind == Kind::Ask {
             return self.send(self.answer(frame.from, &frame));
@@ -155,7 +159,7 @@ impl Transport {
         read(&mut lock(&self.inbox))
     }
 
-    /// Waits until `find` returns something, for at most `patience`.
+    /// Waits until `find` returns a value, for at most `patience`.
     pub(super) fn wait<R>(
         &self,
         patience: Duration,
@@ -175,13 +179,13 @@ impl Transport {
         }
     }
 
-    /// How long to wait for rank 0's decision on why a group broke. Rank 0 answers at once unless
-    /// it is stopped; a busy machine may take longer.
+    /// How long to wait for rank 0's decision on why a group broke. Rank 0 answers at once, unless
+    /// its process is stopped or its machine is busy.
     pub(super) fn decision_timeout(&self) -> Duration {
         self.answer_timeout().max(Duration::from_millis(500))
     }
 
-    /// How long to wait for an answer that may never come.
+    /// How long to wait for an answer of a rank that may be stopped.
     fn answer_timeout(&self) -> Duration {
         (self.deadline / 10).clamp(Duration::from_millis(50), Duration::from_secs(1))
     }
@@ -191,13 +195,14 @@ impl Transport {
         lock(&self.steps).insert(work, steps);
     }
 
-    /// Records a loss that this rank has received.
+    /// Records that this rank got an error for a lost rank. Only the first lost rank is kept.
     pub(super) fn record_loss(&self, rank: usize, loss: LostReason) {
         lock(&self.first_loss).get_or_insert((rank, loss));
     }
 
-    /// Returns those of `ranks` that have not reached `steps` steps or do not answer. A rank
-    /// answers while its program computes, but not while it is stopped.
+    /// Asks `ranks` for their steps of `work`. Returns the ranks that have not reached `steps`
+    /// steps or do not answer. A rank answers while its program computes, but not while its process
+    /// is stopped.
     pub(super) fn behind(&self, work: u64, steps: u64, ranks: &[usize]) -> Vec<usize> {
         let _asks = lock(&self.asks);
         self.with_inbox(|inbox| inbox.answers.retain(|(of, _), _| *of != work));
@@ -208,7 +213,8 @@ impl Transport {
             |inbox: &mut Inbox| ranks.iter().all(|&rank| inbox.steps(work, rank).is_some()).then_some(());
         self.wait(self.answer_timeout(), all);
         self.with_inbox(|inbox| {
-            // Without rank 0 no other rank's answer arrives either.
+            // If rank 0 does not answer, it may not relay other answers either, so blame only rank
+            // 0.
             if self.rank != 0 && ranks.contains(&0) && inbox.steps(work, 0).is_none() {
                 return vec![0];
             }
@@ -217,8 +223,8 @@ impl Transport {
         })
     }
 
-    /// Rank 0: ends the writing threads once they have written all frames. Waits a moment for ranks
-    /// that read them, and less for ranks that missed a deadline.
+    /// Rank 0: lets the writing threads write their remaining frames and end. Waits a moment for
+    /// ranks that read the frames, and less for ranks that missed a deadline.
     fn flush(&self) {
         let take = |rank: usize| Some((rank, lock(&self.peers[rank].as_ref()?.queue).take()?.written));
         let (late, reading): (Vec<_>, Vec<_>) = (1..self.world)
@@ -227,7 +233,8 @@ impl Transport {
         for (peers, patience) in [(reading, self.answer_timeout()), (late, LATE_TIMEOUT)] {
             let end = Instant::now() + patience;
             for (_, written) in peers {
-                // Nothing is ever sent here: this returns when the thread ends.
+                // No value is ever sent on this channel. The call returns when the writing thread
+                // ends.
                 let _ = written.recv_timeout(end.saturating_duration_since(Instant::now()));
             }
         }
@@ -247,18 +254,20 @@ impl Transport {
                 Ok(frame) => {
                     let kind = frame.kind;
                     if !self.route(peer, frame) {
-                        let what = format!("a frame that no rank of {} sends: {kind:?}", self.world);
+                        let what =
+                            format!("no rank of a world of {} sends such a frame: {kind:?}", self.world);
                         break io::Error::new(ErrorKind::InvalidData, what);
                     }
                 }
             }
         };
         if ended.kind() == ErrorKind::InvalidData {
-            tracing::error!(target: "shardwise", rank = self.rank, peer, error = %ended, "a connection is ended");
+            tracing::error!(target: "shardwise", rank = self.rank, peer, error = %ended, "an invalid frame arrived, so the connection is closed");
             let _ = from.get_ref().shutdown(Shutdown::Both);
         }
         if self.rank == 0 {
-            // If this rank has closed the connections, the others are to see its own loss instead.
+            // Once rank 0 has closed its connections, it reports no other loss: it has already
+            // reported its own.
             if !self.with_inbox(|inbox| inbox.gone) {
                 self.report_loss(peer, last_frame(LostReason::Disconnected));
             }
@@ -271,8 +280,9 @@ impl Transport {
 }
 
 impl Connections {
-    /// Starts the threads of rank `rank` for its connections: rank 0's to all others, by rank;
-    /// another rank's to rank 0. Each comes with the key of its frames.
+    /// Starts the threads of rank `rank` for its connections. `peers` has an entry for each rank:
+    /// on rank 0, the connections to all other ranks; on another rank, only the connection to rank
+    /// 0. Each connection comes with the HMAC that authenticates its frames.
     ///
     /// # Errors
     /// When a connection cannot be used or a thread cannot be started.
@@ -288,7 +298,7 @@ impl Connections {
             stream.set_nodelay(true)?;
             stream.set_nonblocking(false)?;
             stream.set_read_timeout(None)?;
-            // A writing thread of rank 0 may block for as long as the connection exists.
+            // Only a writing thread of rank 0 may block for as long as the connection exists.
             stream.set_write_timeout((rank != 0).then_some(deadline.max(Duration::from_millis(1))))?;
             readers.push((number, Seal::new(&nonces, number)));
             let queue = (rank == 0).then(|| {
@@ -319,7 +329,7 @@ impl Connections {
         let start = |name: String, act: Box<dyn FnOnce(&Transport) + Send>| {
             let transport = connections.transport();
             let started = thread::Builder::new().name(name).spawn(move || act(&transport));
-            // There are no peers to wait for yet.
+            // Informs the peers that this rank failed.
             started.map(drop).inspect_err(|_| connections.close(LostReason::Failed))
         };
         for (peer, queued, writing) in writers {
@@ -344,10 +354,10 @@ impl Connections {
         Arc::clone(&self.transport)
     }
 
-    /// Announces that this rank leaves, with the reason.
+    /// Announces that this rank leaves, with the reason, and closes the connections.
     ///
-    /// Every message passes through rank 0, so unless it failed it stays until all have left, or
-    /// until the deadline.
+    /// Every message passes through rank 0. So rank 0 waits until all other ranks have left, at
+    /// most until the deadline. If rank 0 failed, it waits only briefly.
     pub(crate) fn close(&self, loss: LostReason) {
         let transport = &self.transport;
         if std::mem::replace(&mut lock(&transport.inbox).closed, true) {
@@ -378,8 +388,8 @@ impl Connections {
         }
     }
 
-    /// After [`Connections::close`] of a rank that has left: the error of a message that it never
-    /// received.
+    /// Returns the error of a message that this rank never received. Call it after
+    /// [`Connections::close`].
     pub(crate) fn unread(&self) -> Option<Error> {
         self.transport.with_inbox(|inbox| {
             let (from, message) = inbox.unread()?;
@@ -403,7 +413,7 @@ mod tests {
     use hmac::KeyInit;
     use std::net::TcpListener;
 
-    /// The rank's own thread and its watchdog.
+    /// Two threads of a rank ask for steps: its own thread and its watchdog.
     #[test]
     fn two_threads_of_a_rank_may_ask_at_once() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -422,7 +432,7 @@ mod tests {
             }
         });
         assert_eq!(first.transport().behind(7, 4, &[1]), [1]);
-        // The steps it had reached when it left still count.
+        // The steps that rank 1 had reached when it left still count.
         second.close(LostReason::Left);
         first.transport().wait(Duration::from_secs(60), |inbox| inbox.has_lost(1).then_some(()));
         assert!(first.transport().behind(7, 3, &[1]).is_empty());

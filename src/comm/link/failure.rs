@@ -1,4 +1,4 @@
-//! Why a group breaks: the failures that arrive at a rank, and those that it reports.
+//! Why a group breaks: the failures that a rank receives, and the failures that it reports.
 
 use super::{
     Cause, Link,
@@ -13,14 +13,15 @@ use crate::{
 use std::time::Duration;
 
 impl Link {
-    /// Breaks the group for `cause`, unless it is broken already, and returns the error of a call.
+    /// Records `cause` as the group's failure, unless the group has one already. Returns the error
+    /// of a call for `cause`.
     pub(super) fn fail(&self, call: &Call, cause: Cause) -> Error {
         let error = self.error(call, &cause);
         self.failed.borrow_mut().get_or_insert(cause);
         error
     }
 
-    /// Breaks the group because the deadline for the missing ranks expired.
+    /// Breaks the group because the `missing` ranks did not join the call within `after`.
     pub(super) fn deadline_error(&self, call: &Call, missing: Vec<usize>, after: Duration) -> Error {
         let ranks: Vec<_> = missing.iter().map(|&rank| self.members[rank]).collect();
         self.break_for(call, self.late_frame(&ranks, after), Cause::Deadline { missing, after })
@@ -32,8 +33,9 @@ impl Link {
         Frame::new(Kind::Late, self.group, nanoseconds(after), (0, 0), body)
     }
 
-    /// Breaks the group for the reason that reached rank 0 first, which all its ranks receive, or
-    /// for `cause` if rank 0 does not answer.
+    /// Reports a failure to rank 0 in the frame `news`, and breaks the group. Rank 0 sends the
+    /// first failure that reached it to all ranks, and that failure is the cause. If rank 0 does
+    /// not answer, `cause` is the cause.
     pub(super) fn break_for(&self, call: &Call, news: Frame, cause: Cause) -> Error {
         self.transport.send(news.clone());
         let first = self
@@ -46,7 +48,7 @@ impl Link {
         self.fail(call, cause)
     }
 
-    /// Returns the ranks that have not reached a step or do not answer.
+    /// Returns the ranks that a step needs and that have not reached it or do not answer.
     pub(super) fn behind(&self, step: ExternalStep) -> Vec<usize> {
         let needed = (0..self.members.len()).filter(|&rank| rank != self.rank && step.needs(rank));
         let needed: Vec<usize> = needed.map(|rank| self.members[rank]).collect();
@@ -64,7 +66,7 @@ impl Link {
     }
 
     /// Returns the first failure in the inbox that breaks this group. A lost rank counts only if
-    /// `stops` says so.
+    /// `stops` returns true for its group rank, the reason, and its count of rounds or steps by id.
     pub(super) fn cause(
         &self,
         inbox: &Inbox,
@@ -83,21 +85,21 @@ impl Link {
             News::Lost { rank, reason, root, progress } => {
                 let rank = group_rank(*rank)?;
                 let count = |of| progress.get(&of).copied().unwrap_or(0);
-                // A rank that had received a loss before it left is not the first one lost.
+                // A rank that left because another rank was lost is not the first lost rank.
                 let first = root.and_then(|(root, reason)| Some((group_rank(root)?, reason)));
                 let (root, how) = first.unwrap_or((rank, *reason));
                 stops(rank, *reason, &count).then_some(Cause::Lost { rank: root, reason: how })
             }
         });
-        // Without rank 0 nothing arrives any more, from any sender.
+        // Without rank 0, no rank's frames arrive any more.
         first.or_else(|| {
             let reason = inbox.rank0_lost()?;
             Some(group_rank(0).map_or(Cause::Relay { reason }, |rank| Cause::Lost { rank, reason }))
         })
     }
 
-    /// Returns the error of a call if the group is broken. A rank that has left in order counts
-    /// only if `needs` says so.
+    /// Returns the error of a call if the group is broken. A rank that left in order counts only if
+    /// `needs` returns true for its group rank and its count of rounds or steps by id.
     pub(super) fn obstacle_if(
         &self,
         call: &Call,

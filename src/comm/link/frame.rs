@@ -1,10 +1,10 @@
-//! Frames: what one process writes to another over a connection.
+//! Frames, the unit that one process sends to another over a connection.
 //!
 //! A frame is six u64 (kind, group, round, from, to, body length; little endian), a tag of 16
-//! bytes, and the body. The tag is a truncated HMAC-SHA-256 under the job's token. It covers the
-//! nonces of both ends, the sending rank, the frame's sequence number on the connection, the six
-//! u64, and the SHA-256 of the body. A frame that was changed, repeated, dropped or reordered ends
-//! the connection.
+//! bytes, and the body. The tag is a truncated HMAC-SHA-256 with the job's token as key. It covers
+//! the nonces of both ranks, the sending rank, the frame's sequence number on the connection, the
+//! six u64, and the SHA-256 of the body. If a frame was changed, repeated, dropped or reordered,
+//! the receiver closes the connection.
 
 use crate::error::{LostReason, Mismatch};
 use hmac::{Hmac, Mac};
@@ -15,41 +15,46 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-/// The longest body. The link is not for bulk data: this is twice the payload of one collective or
-/// message, which leaves the other half to descriptions of calls.
+/// The maximum number of bytes in a body: twice the maximum payload and 1 MiB. The part that is not
+/// payload holds descriptions of calls.
 const MAX_BODY: u64 = 2 * super::MAX_PAYLOAD as u64 + (1 << 20);
 
-/// The bytes of a tag.
+/// The number of bytes of a tag.
 const TAG_BYTES: usize = 16;
 
 /// The kind of a frame, with the meaning of its fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// To rank 0: the input of group rank `from`, of `to` ranks, to a round.
+    /// To rank 0: a rank's input to a round. `from` is the sender's group rank, and `to` the number
+    /// of ranks of the group.
     Input = 1,
     /// To a rank: all ranks' inputs to a round.
     Inputs,
     /// A message from one rank to another.
     Message,
-    /// Rank `from` was lost, for reason `to`. The body holds its number of rounds per group and of
-    /// steps per work outside the group. If it had received another loss before, `round` is one
-    /// more than the rank lost then, and `group` is that loss's reason.
+    /// Rank `from` was lost, for reason `to`. The body holds its number of rounds by group and of
+    /// external steps by work. If the rank had got an error for another lost rank before, `round`
+    /// is that rank plus one, and `group` is the reason of that loss.
     Lost,
-    /// To a rank that has announced its leave: nothing more will be sent.
+    /// To a rank that has announced that it leaves: rank 0 sends no further frame.
     Bye,
-    /// The ranks of a group disagree.
+    /// To rank 0, then to all: the ranks of a group made different calls. The body holds the
+    /// mismatch.
     Broken,
-    /// To rank 0: the sender stops waiting for this round. The body holds how long it waited, in
+    /// To rank 0: the sender stops waiting for this round. The body holds the time it waited, in
     /// nanoseconds, and the world ranks of the group.
     GiveUp,
-    /// To all: a rank of the group has waited `round` nanoseconds for the world ranks in the body.
+    /// To rank 0, then to all: a rank of the group has waited `round` nanoseconds for the world
+    /// ranks in the body.
     Late,
-    /// From rank `from` to rank `to`: asks how many steps of this work it has reached.
+    /// From rank `from` to rank `to`: asks how many steps of a work `to` has reached. `group` is
+    /// the id of the work.
     Ask,
-    /// The answer, in `round`.
+    /// The answer to `Ask`: `round` is the number of steps.
     Answer,
-    /// To rank 0: rank `from` waits for a message from rank `to`, of which it has received `round`
-    /// messages in this group. The body holds their group ranks and the waiting call.
+    /// To rank 0: rank `from` waits for a message from rank `to`. It has received `round` messages
+    /// from `to` in this group before. The body holds the group ranks of both and the waiting call
+    /// as text.
     Waiting,
 }
 
@@ -69,7 +74,7 @@ impl Kind {
     ];
 }
 
-/// Bytes shared by the frames to several ranks, and their hash.
+/// The bytes of a body, and their hash. Frames to several ranks share them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Body(Arc<(Vec<u8>, OnceLock<[u8; 32]>)>);
 
@@ -93,10 +98,10 @@ impl Deref for Body {
     }
 }
 
-/// An HMAC-SHA-256 with its key set and the first bytes already absorbed.
+/// An HMAC-SHA-256 that has absorbed its key and the first bytes of its message.
 pub(crate) type Keyed = Hmac<Sha256>;
 
-/// One direction of a connection: numbers and authenticates its frames.
+/// Numbers and authenticates the frames of one direction of a connection.
 #[derive(Debug)]
 pub(super) struct Seal {
     mac: Keyed,
@@ -104,7 +109,8 @@ pub(super) struct Seal {
 }
 
 impl Seal {
-    /// The direction that rank `from` sends in, on the connection with this key and these nonces.
+    /// The frames that rank `from` sends. `nonces` is an HMAC with the token as key, and has
+    /// absorbed the nonces of both ranks.
     pub(super) fn new(nonces: &Keyed, from: usize) -> Self {
         Self { mac: nonces.clone().chain_update((from as u64).to_le_bytes()), frames: 0 }
     }
@@ -145,7 +151,7 @@ impl Frame {
         let mut head: Vec<u8> = head.iter().flat_map(|number| number.to_le_bytes()).collect();
         let tag = seal.next(&head, &self.body).finalize().into_bytes();
         head.extend(&tag[..TAG_BYTES]);
-        // A short frame is one packet.
+        // Writes a short frame with one call, so that it can travel in one packet.
         if self.body.len() < 1 << 16 {
             head.extend(&*self.body);
             return to.write_all(&head);
@@ -162,20 +168,22 @@ impl Frame {
         from.read_exact(&mut tag)?;
         let numbers = Numbers(&head).collect::<Vec<_>>();
         if numbers[5] > MAX_BODY {
-            return Err(bad("a frame that is too long"));
+            return Err(bad("the body of a frame is too long"));
         }
         let mut body = Vec::new();
-        // Memory grows as the bytes arrive.
+        // Does not allocate the announced length at once: memory grows as the bytes arrive.
         if from.take(numbers[5]).read_to_end(&mut body)? as u64 != numbers[5] {
             return Err(ErrorKind::UnexpectedEof.into());
         }
         let body = body.into();
-        // In constant time.
+        // The comparison takes constant time, so that it leaks no prefix of the tag.
         if seal.next(&head, &body).verify_truncated_left(&tag).is_err() {
-            return Err(bad("a frame that its sender did not write, or not there"));
+            return Err(bad(
+                "a frame failed its authentication: it was changed, repeated, dropped or reordered",
+            ));
         }
         let kind = Kind::ALL.into_iter().find(|kind| *kind as u64 == numbers[0]);
-        let kind = kind.ok_or_else(|| bad("a frame of no known kind"))?;
+        let kind = kind.ok_or_else(|| bad("a frame has an unknown kind"))?;
         Ok(Self {
             kind,
             group: numbers[1],
@@ -205,7 +213,7 @@ pub(super) fn from_numbers(numbers: impl IntoIterator<Item = u64>) -> Vec<u8> {
     numbers.into_iter().flat_map(u64::to_le_bytes).collect()
 }
 
-/// Consecutive byte strings, each after its length.
+/// Consecutive byte strings, each preceded by its length as a u64.
 #[derive(Default)]
 pub(super) struct Strings(pub(super) Vec<u8>);
 
@@ -215,7 +223,7 @@ impl Strings {
         self.0.extend(bytes);
     }
 
-    /// Returns the next string and the rest.
+    /// Splits `bytes` into the next string and the rest.
     pub(super) fn next(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
         let (len, rest) = bytes.split_first_chunk()?;
         rest.split_at_checked(usize::try_from(u64::from_le_bytes(*len)).ok()?)
@@ -286,7 +294,7 @@ mod tests {
         bytes.into()
     }
 
-    /// Counts the frames that are read.
+    /// Returns how many frames are read before an error.
     fn read(frames: &[Vec<u8>], seal: &mut Seal) -> usize {
         let bytes = frames.concat();
         let mut from = &bytes[..];
@@ -318,7 +326,7 @@ mod tests {
         assert_eq!(read(&order(&[0, 0, 1]), &mut seal()), 1);
         assert_eq!(read(&order(&[0, 2]), &mut seal()), 1);
         assert_eq!(read(&order(&[1, 0]), &mut seal()), 0);
-        // Another token or other nonces, then the other direction.
+        // First with another token or other nonces, then as the other direction.
         assert_eq!(read(&frames, &mut Seal::new(&keyed(b"guess"), 1)), 0);
         assert_eq!(read(&frames, &mut Seal::new(&keyed(b"token"), 0)), 0);
     }

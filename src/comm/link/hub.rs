@@ -1,26 +1,26 @@
-//! The state that rank 0 keeps of all ranks, and the frames it sends in reply to a frame. The hub
-//! itself does no input or output.
+//! Rank 0's state of all ranks. For each frame that arrives, the hub returns the frames that rank 0
+//! sends in reply. It does no input or output itself.
 //!
 //! A round of a group is complete once rank 0 has the inputs of all its ranks, unless the group
-//! breaks first. Rank 0 decides which came first, so all ranks get the same outcome. Rounds that a
-//! lost rank took part in still complete: its last frame says how many there are in each group, and
-//! only ranks that wait for a later round fail.
+//! breaks first. Rank 0 decides which comes first, so all ranks get the same outcome. A round still
+//! completes if a rank is lost after it sent its input. The report of a loss has the number of the
+//! lost rank's rounds in each group, and only ranks that wait for a later round fail.
 
 use super::frame::{Body, Frame, Kind, Numbers, Strings, from_mismatch, from_numbers};
 use crate::error::Mismatch;
 use std::collections::{HashMap, HashSet};
 
-/// See the module's documentation.
+/// Rank 0's state of all ranks: see the module's documentation.
 #[derive(Debug)]
 pub(super) struct Hub {
     world: usize,
     /// The incomplete rounds, by group and sequence number.
     rounds: HashMap<(u64, u64), Round>,
-    /// The number of rounds each rank took part in, by group.
+    /// By rank and group, the number of rounds to which the rank has sent its input.
     rounds_joined: HashMap<usize, HashMap<u64, u64>>,
-    /// The number of forwarded messages, by group, sender and receiver.
+    /// The number of messages forwarded, by group, sender and receiver.
     messages: HashMap<(u64, usize, usize), u64>,
-    /// The ranks that wait for a message, by group and rank.
+    /// The reported waits for a message, by group and waiting rank.
     waiting: HashMap<(u64, usize), Waiting>,
     broken: HashSet<u64>,
     lost: HashSet<usize>,
@@ -34,13 +34,13 @@ type Round = Vec<Option<(usize, Body)>>;
 struct Waiting {
     /// The sender of that message.
     sender: usize,
-    /// The number of its messages received so far.
+    /// The number of messages that the receiver has taken from this sender so far.
     received: u64,
-    /// The group ranks of the receiver and the sender, then the waiting call.
+    /// The group ranks of the receiver and the sender, then the receiver's call as text.
     ranks_and_call: Body,
 }
 
-/// Frames, each with the rank it goes to.
+/// Frames, each with its destination rank.
 pub(super) type Deliveries = Vec<(usize, Frame)>;
 
 impl Hub {
@@ -49,8 +49,8 @@ impl Hub {
         Self { world, rounds, rounds_joined, messages, waiting, broken, lost }
     }
 
-    /// Returns the frames to send in reply to a frame from rank `from`; none if no rank of this
-    /// world sends such a frame.
+    /// Returns the frames to send in reply to a frame from rank `from`; none if the frame is
+    /// invalid, because no rank of this world sends such a frame.
     pub(super) fn take(&mut self, from: usize, frame: Frame) -> Option<Deliveries> {
         match frame.kind {
             Kind::Input => self.input(from, frame),
@@ -99,8 +99,8 @@ impl Hub {
         Some(inputs.iter().map(|(rank, _)| (*rank, reply.clone())).collect())
     }
 
-    /// Handles a rank that stops waiting for a round: breaks the group, unless the round completed
-    /// or the group broke before.
+    /// Handles the frame of a rank that stops waiting for a round. Breaks the group, unless the
+    /// round is complete or the group is already broken.
     fn give_up(&mut self, frame: Frame) -> Option<Deliveries> {
         let Some(round) = self.rounds.get(&(frame.group, frame.round)) else { return Some(Vec::new()) };
         let mut numbers = Numbers(&frame.body);
@@ -113,7 +113,8 @@ impl Hub {
         Some(self.break_for(Frame::new(Kind::Late, frame.group, after, (0, 0), body)))
     }
 
-    /// Records that a rank waits for a message.
+    /// Records that rank `from` waits for a message, and breaks the group if that closes a wait
+    /// cycle.
     fn wait_for_message(&mut self, from: usize, frame: Frame) -> Option<Deliveries> {
         let waiting = Waiting { sender: frame.to, received: frame.round, ranks_and_call: frame.body };
         waiting.ranks_and_call()?;
@@ -123,14 +124,15 @@ impl Hub {
         Some(self.break_wait_cycle(frame.group))
     }
 
-    /// Returns what a rank waits for, if that message has not been sent.
+    /// Returns the reported wait of a rank, unless rank 0 has meanwhile forwarded the message.
     fn pending_wait(&self, group: u64, rank: usize) -> Option<&Waiting> {
         let waiting = self.waiting.get(&(group, rank))?;
         let sent = self.messages.get(&(group, waiting.sender, rank)).copied().unwrap_or(0);
         (sent == waiting.received).then_some(waiting)
     }
 
-    /// Follows the chain of waiting ranks from `rank` and returns the last one.
+    /// Follows the waits from `rank` to the sender it waits for, and so on. Returns the last rank,
+    /// which does not wait.
     fn end_of_wait_chain(&self, group: u64, rank: usize) -> usize {
         let mut last = rank;
         for _ in 0..self.world {
@@ -139,12 +141,12 @@ impl Hub {
                 None => return last,
             }
         }
-        // All of them wait.
+        // The chain is a cycle: all its ranks wait.
         rank
     }
 
-    /// Breaks the group on a wait cycle: A waits for a message from B while B waits in a round that
-    /// needs A.
+    /// Breaks the group if there is a wait cycle: rank A waits for a message from rank B, while B
+    /// waits in a round that needs A's input.
     fn break_wait_cycle(&mut self, group: u64) -> Deliveries {
         let found = self.waiting.keys().filter(|(of, _)| *of == group).find_map(|(_, rank)| {
             let waiting =
@@ -163,7 +165,8 @@ impl Hub {
         found.map_or_else(Vec::new, |mismatch| self.break_for(news(mismatch)))
     }
 
-    /// Sends all ranks the reason a group broke. The first reason of each group wins.
+    /// Sends the frame `news`, with the reason why a group broke, to all ranks. Only the first
+    /// reason of a group is sent.
     fn break_for(&mut self, news: Frame) -> Deliveries {
         if !self.broken.insert(news.group) {
             return Vec::new();
@@ -173,7 +176,8 @@ impl Hub {
         (0..self.world).map(|rank| (rank, news.clone())).collect()
     }
 
-    /// Sends all other ranks the loss of a rank, once, with its last frame.
+    /// Reports the loss of a rank to all other ranks, once. `last` is the rank's last frame, to
+    /// which this adds the rank's number of rounds per group.
     pub(super) fn report_loss(&mut self, rank: usize, last: Frame) -> Deliveries {
         if !self.lost.insert(rank) {
             return Vec::new();
@@ -195,7 +199,7 @@ impl Waiting {
     }
 }
 
-/// Encodes counts as pairs of group or work, and count.
+/// Encodes each count as two u64: the id of its group or work, then the count.
 pub(super) fn from_counts<'a>(counts: impl Iterator<Item = (&'a u64, &'a u64)>) -> Vec<u8> {
     from_numbers(counts.flat_map(|(of, count)| [*of, *count]))
 }
@@ -219,7 +223,8 @@ mod tests {
         Frame::new(Kind::Message, 7, 0, (0, to), Vec::new())
     }
 
-    /// The rank `group_rank` waits for a message from rank `sender`, whose group rank is the same.
+    /// Group rank `group_rank` waits for a message from world rank `sender`. The sender's group
+    /// rank is its world rank.
     fn waiting(group_rank: u64, sender: usize, received: u64) -> Frame {
         let mut body = from_numbers([group_rank, sender as u64]);
         body.extend(b"exchange");
@@ -238,7 +243,7 @@ mod tests {
             input(1, 0, 1 << 40),
             input(1, 0, usize::MAX),
             input(1, 2, 2),
-            // The first input said that the round has two ranks.
+            // The round's first input has announced two ranks.
             input(0, 1, 3),
             input(u64::MAX, 0, 2),
             message(3),
@@ -255,7 +260,7 @@ mod tests {
         }
     }
 
-    /// Whichever comes first decides: all ranks get the same outcome.
+    /// The frame that reaches rank 0 first decides, so all ranks get the same outcome.
     #[test]
     fn a_round_is_complete_or_given_up() {
         let mut hub = Hub::new(2);
@@ -292,7 +297,7 @@ mod tests {
         }
     }
 
-    /// The message was sent before its sender entered the round.
+    /// The sender sent the message before it entered the round.
     #[test]
     fn a_message_on_its_way_makes_no_wait_cycle() {
         let mut hub = Hub::new(2);
@@ -300,7 +305,7 @@ mod tests {
         assert!(hub.take(1, waiting(1, 0, 0)).unwrap().is_empty());
         assert!(hub.take(0, input(0, 0, 2)).unwrap().is_empty());
         assert_eq!(kinds(&hub.take(1, input(0, 1, 2)).unwrap()), [(0, Kind::Inputs), (1, Kind::Inputs)]);
-        // The receiver waits for another message, which does not come.
+        // The receiver waits for a second message, which nobody has sent.
         assert!(hub.take(0, input(1, 0, 2)).unwrap().is_empty());
         assert_eq!(kinds(&hub.take(1, waiting(1, 0, 1)).unwrap()), [(0, Kind::Broken), (1, Kind::Broken)]);
     }

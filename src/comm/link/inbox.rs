@@ -1,4 +1,5 @@
-//! Frames that have arrived at a rank and have not been read yet.
+//! A rank's inbox: the contents of the frames that have arrived, until the rank's thread reads
+//! them.
 
 use super::frame::{Body, Frame, Kind, Numbers, to_loss, to_mismatch};
 use crate::error::{LostReason, Mismatch};
@@ -7,34 +8,35 @@ use std::{
     time::Duration,
 };
 
-/// What has arrived.
+/// The contents of the frames that have arrived at this rank.
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
-    /// Complete rounds, by group and sequence number.
+    /// The inputs of complete rounds, by group and round number.
     pub(super) rounds: HashMap<(u64, u64), Body>,
-    /// Messages, by group and sender.
+    /// Messages that this rank has not taken yet, by group and sender.
     messages: HashMap<(u64, usize), VecDeque<Body>>,
-    /// The number of messages received, by group and sender.
+    /// The number of messages that this rank has taken, by group and sender.
     received: HashMap<(u64, usize), u64>,
-    /// Failures, in the order in which rank 0 sends them: the first that concerns a call is its
-    /// cause.
+    /// Failures, in the order in which rank 0 sends them. The first failure that concerns a call is
+    /// the cause of the call's error.
     pub(super) news: Vec<News>,
-    /// The number of steps that a rank has reached, by work and rank.
+    /// The number of external steps that a rank has reported in an answer, by work and rank.
     pub(super) answers: HashMap<(u64, usize), u64>,
-    /// The connections have ended: nothing arrives any more.
+    /// Whether the connections have ended, so that no frame arrives any more.
     pub(super) gone: bool,
     pub(super) closed: bool,
 }
 
-/// A failure.
+/// A failure that a frame reports.
 #[derive(Debug)]
 pub(super) enum News {
-    /// A rank was lost, after it had itself received the loss of `root`. `progress` is its number
-    /// of rounds per group and of steps per work outside the group.
+    /// A rank was lost. `root` is the first lost rank for which that rank had itself got an error,
+    /// if any. `progress` is the rank's number of rounds by group, and of external steps by work.
     Lost { rank: usize, reason: LostReason, root: Option<(usize, LostReason)>, progress: HashMap<u64, u64> },
-    /// The ranks of a group disagree.
+    /// The ranks of a group made different calls.
     Broken { group: u64, mismatch: Mismatch },
-    /// The deadline for some ranks of a group expired. No rank waits for them when it leaves.
+    /// The deadline for some ranks of a group expired. A rank that closes its connections does not
+    /// wait for these ranks.
     Late { group: u64, missing: Vec<usize>, after: Duration },
 }
 
@@ -72,31 +74,32 @@ impl Inbox {
         }
     }
 
-    /// Takes the next message from a rank.
+    /// Takes the next message from rank `from`.
     pub(super) fn take_message(&mut self, group: u64, from: usize) -> Option<Body> {
         let message = self.messages.get_mut(&(group, from))?.pop_front()?;
         *self.received.entry((group, from)).or_default() += 1;
         Some(message)
     }
 
-    /// Returns the number of messages received from a rank.
+    /// Returns the number of messages that this rank has taken from rank `from`.
     pub(super) fn received(&self, group: u64, from: usize) -> u64 {
         self.received.get(&(group, from)).copied().unwrap_or(0)
     }
 
-    /// Returns a message never received, with its sender, if all ranks have left in order.
+    /// Returns a message that this rank never took, with its sender, if all lost ranks have left in
+    /// order.
     pub(super) fn unread(&self) -> Option<(usize, &Body)> {
         let in_order = |news: &News| matches!(news, News::Lost { reason: LostReason::Left, root: None, .. });
         let mut messages = self.messages.iter().filter(|_| self.news.iter().all(in_order));
         messages.find_map(|((_, from), messages)| Some((*from, messages.front()?)))
     }
 
-    /// Returns the reason that rank 0 was lost, if its connection is closed.
+    /// Returns the reason why rank 0 was lost, if its connection has ended.
     pub(super) fn rank0_lost(&self) -> Option<LostReason> {
         self.lost(0).map(|(reason, _)| reason).filter(|_| self.gone)
     }
 
-    /// Returns the reason that a rank was lost, and its progress.
+    /// Returns the reason why a rank was lost, and its progress; none if the rank is not lost.
     fn lost(&self, lost: usize) -> Option<(LostReason, &HashMap<u64, u64>)> {
         self.news.iter().find_map(|news| match news {
             News::Lost { rank, reason, progress, .. } if *rank == lost => Some((*reason, progress)),
@@ -109,7 +112,7 @@ impl Inbox {
         self.news.iter().any(|news| matches!(news, News::Late { missing, .. } if missing.contains(&late)))
     }
 
-    /// Returns the number of steps of a work that a rank has reported, in an answer or when it
+    /// Returns the number of steps of `work` that a rank has reported, in an answer or when it
     /// left.
     pub(super) fn steps(&self, work: u64, rank: usize) -> Option<u64> {
         let reported = || Some(self.lost(rank)?.1.get(&work).copied().unwrap_or(0));

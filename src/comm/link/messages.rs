@@ -15,7 +15,7 @@ use crate::{
 };
 
 impl Link {
-    /// Sends a tensor to another rank without waiting for it.
+    /// Sends a tensor to another rank, without waiting for the receiver.
     pub(super) fn send(&self, call: &Call, send: Outgoing<'_, Cpu>) -> Result<()> {
         let obstacle = self.transport.with_inbox(|inbox| self.cause(inbox, |rank, _, _| rank == send.to));
         if let Some(cause) = obstacle {
@@ -81,7 +81,7 @@ impl Link {
         }
     }
 
-    /// The frame that reports to rank 0 that this rank waits for a message.
+    /// The frame by which this rank reports to rank 0 that it waits for a message.
     fn waiting_frame(&self, call: &Call, from: usize) -> Frame {
         let sender = self.members[from];
         let received = self.transport.with_inbox(|inbox| inbox.received(self.group, sender));

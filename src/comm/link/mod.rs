@@ -1,4 +1,5 @@
-//! Ranks as processes, over the TCP connections of their rendezvous: [`crate::launch::Env`].
+//! Ranks as processes, which communicate over the TCP connections of their rendezvous: see
+//! [`crate::launch::Env`].
 
 mod connections;
 mod failure;
@@ -32,19 +33,19 @@ use std::{
     time::Duration,
 };
 
-/// The most tensor bytes in one frame of the link. Longer tensors take several.
+/// The maximum number of tensor bytes in one frame of the link. Longer tensors take several frames.
 const MAX_PAYLOAD: usize = if cfg!(test) { 1 << 10 } else { 1 << 27 };
 
-/// How long a rank waits for a message before it reports the wait to rank 0, which looks for wait
-/// cycles.
+/// How long a rank waits for a message before it reports its wait to rank 0. Rank 0 then searches
+/// for wait cycles.
 const REPORT_AFTER: Duration = Duration::from_millis(10);
 
-/// One process's end of a group whose messages all pass through rank 0 of the world.
+/// One process's communicator of a group. All data passes through rank 0 of the world.
 ///
-/// Carries what ranks must agree on (their calls, NCCL's unique id, how a group is split) and small
-/// tensors. A collective sends each rank's input to rank 0 and all ranks' inputs back, in several
-/// rounds if they are long. Use NCCL or MPI for bulk data. Sums are made in rank order, as thread
-/// ranks make them. A started collective completes at once.
+/// It carries control data (descriptions of calls, NCCL's unique id, requests to split) and small
+/// tensors. In a collective, each rank sends its input to rank 0, and rank 0 sends all inputs to
+/// every rank; long inputs take several rounds. Use NCCL or MPI for bulk data. Each rank adds in
+/// rank order, like thread ranks. A started collective completes before its start returns.
 #[derive(Debug)]
 pub struct Link {
     transport: Arc<Transport>,
@@ -54,12 +55,12 @@ pub struct Link {
     members: Vec<usize>,
     rank: usize,
     rounds: Cell<u64>,
-    /// Why the group broke.
+    /// The group's failure; none while the group works.
     failed: RefCell<Option<Cause>>,
 }
 
 impl Link {
-    /// The group of all processes.
+    /// Returns the communicator of all processes.
     pub(crate) fn world(connections: &Connections) -> Self {
         let transport = connections.transport();
         let (members, rank) = ((0..transport.world).collect(), transport.rank);
@@ -75,17 +76,19 @@ impl Link {
         self.members.iter().position(|member| *member == rank)
     }
 
-    /// The frame by which this rank stops waiting for a round.
+    /// The frame by which this rank reports to rank 0 that it stops waiting for a round.
     fn give_up_frame(&self, round: u64) -> Frame {
         let members = self.members.iter().map(|&rank| rank as u64);
         let body = from_numbers([nanoseconds(self.transport.deadline)].into_iter().chain(members));
         Frame::new(Kind::GiveUp, self.group, round, (0, 0), body)
     }
 
-    /// Returns all ranks' bytes after comparing their calls. No rank has more than `longest` bytes.
+    /// Compares the ranks' calls and returns all ranks' bytes. No rank has more than `longest`
+    /// bytes.
     fn gather(&self, call: &Call, bytes: &[u8], longest: usize) -> Result<Vec<Vec<u8>>> {
         let mut whole = vec![Vec::new(); self.members.len()];
-        // Rank 0 sends all ranks' chunks in one frame.
+        // Rank 0 sends the chunks of all ranks in one frame, so together they fit into
+        // [`MAX_PAYLOAD`].
         let chunk = (MAX_PAYLOAD / whole.len()).max(1);
         for begin in (0..longest.max(1)).step_by(chunk) {
             let end = bytes.len().min(begin + chunk);
@@ -101,7 +104,7 @@ impl Link {
         Ok(whole)
     }
 
-    /// Exchanges one chunk of each rank's bytes.
+    /// Sends one chunk of this rank's bytes and returns the chunks of all ranks.
     fn round(&self, call: &Call, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
         if let Some(cause) = &*self.failed.borrow() {
             return Err(self.error(call, cause));
@@ -121,7 +124,7 @@ impl Link {
         self.transport.send(Frame::new(Kind::Input, self.group, round, group_rank, input.0));
         let mut found = |inbox: &mut Inbox| {
             let complete = inbox.rounds.remove(&(self.group, round)).map(Ok);
-            // A lost rank's earlier inputs still count.
+            // A rank that was lost after it sent its input to this round is no failure.
             complete.or_else(|| self.cause(inbox, |_, _, rounds| rounds(self.group) <= round).map(Err))
         };
         let received = self.transport.wait(self.transport.deadline, &mut found).or_else(|| {
@@ -131,7 +134,7 @@ impl Link {
         let inputs = match received {
             Some(Ok(inputs)) => inputs,
             Some(Err(cause)) => return Err(self.fail(call, cause)),
-            // Rank 0 itself does not answer.
+            // Rank 0 has not answered the give-up frame either.
             None => {
                 let after = self.transport.deadline;
                 self.transport.accept(self.late_frame(&[0], after));
@@ -161,7 +164,7 @@ impl Link {
         Ok(inputs.into_iter().map(|input| input[3].to_vec()).collect())
     }
 
-    /// Returns all ranks' tensors, checked against the lengths from `len`.
+    /// Returns all ranks' tensors. Rank `r`'s tensor has to have `len(r)` elements.
     fn collect(
         &self,
         call: &Call,
@@ -198,13 +201,13 @@ fn copy_to(call: &Call, from: &HostVec, to: AnyMut<'_, Cpu>) -> Result<()> {
     })
 }
 
-/// Runs code on all ranks' tensors and a result of the same element type.
+/// Runs code on all ranks' tensors and on a result buffer of the same element type.
 macro_rules! each_rank {
     ($call:expr, $inputs:expr, $recv:expr, ($input:ident, $to:ident) => $body:expr) => {{
         let inputs = $inputs;
         each_dtype!(AnyRef, inputs[0].as_ref(), first => match $recv.of() {
             Some($to) => {
-                // The calls were compared and the lengths checked, so all elements are of one type.
+                // The ranks' calls agree, so all tensors have the same element type.
                 let $input = |rank: usize| inputs[rank].as_ref().of().unwrap_or(first);
                 $body;
                 Ok(())
@@ -214,7 +217,7 @@ macro_rules! each_rank {
     }};
 }
 
-/// Another end of the same group, for use outside the rank's thread.
+/// A second `Link` of the same rank and group, for use on a monitoring thread.
 impl Liveness for Link {
     fn lost_at_step(&self, call: &Call, step: ExternalStep) -> Option<Error> {
         Communicator::lost_at_step(self, call, step)
@@ -309,7 +312,7 @@ impl Communicator<Cpu> for Link {
 
     fn give_up(&self, call: &Call, steps: &[ExternalStep], after: Duration) -> Error {
         let absent = steps.iter().flat_map(|step| self.behind(*step)).collect();
-        // A failure that arrived meanwhile says more.
+        // A failure that arrived meanwhile is reported instead, because it is the cause.
         if let Some(error) = steps.iter().find_map(|step| Communicator::lost_at_step(self, call, *step)) {
             return error;
         }
@@ -351,7 +354,7 @@ mod tests {
     use super::*;
     use crate::{comm::Group, device::Cpu, launch::Env, shard::Partition, tensor::Tensor};
 
-    /// Runs ranks as threads that behave like processes.
+    /// Runs ranks as threads that connect over TCP like processes.
     fn processes<R: Send>(world: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Vec<R> {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let run = |number: usize| {
@@ -366,7 +369,7 @@ mod tests {
         })
     }
 
-    /// In tests a frame takes 1024 bytes.
+    /// In tests a frame carries at most 1024 bytes of a tensor.
     #[test]
     fn tensors_that_are_longer_than_a_message_go_in_several() {
         let len = 3 * MAX_PAYLOAD;
@@ -378,7 +381,7 @@ mod tests {
             group.all_reduce(ReduceOp::Sum, &mut x)?;
             assert_eq!(x.to_vec()?, (0..len).map(sum).collect::<Vec<_>>());
 
-            // Some ranks need one chunk less.
+            // The shards need different numbers of chunks.
             let partition = Partition::from_sizes([1, MAX_PAYLOAD, 200]);
             let shard =
                 Tensor::from_slice(&device, [partition.size(rank)], &values(rank, partition.size(rank)))?;

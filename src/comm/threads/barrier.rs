@@ -1,4 +1,5 @@
-//! The barrier of a group: a counter of arrivals that can be broken. See `README.md`, R2.
+//! The barrier of a group: a counter of arrivals with a bit for a broken group. See `README.md`,
+//! R2.
 
 use super::{
     event::Event,
@@ -6,10 +7,10 @@ use super::{
 };
 use std::time::Duration;
 
-/// Set in the counter when the group is broken.
+/// The bit of the counter that is set when the group is broken.
 const BROKEN: u64 = 1 << 63;
 
-/// A barrier whose rounds are complete or broken, never both.
+/// A barrier. Each of its rounds is complete or broken, never both.
 #[derive(Debug)]
 pub(super) struct Barrier {
     size: u64,
@@ -17,7 +18,7 @@ pub(super) struct Barrier {
     event: Event,
 }
 
-/// A barrier round: the count of arrivals at which it is complete.
+/// A barrier round, represented by the count of arrivals at which the round is complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Round(u64);
 
@@ -28,12 +29,12 @@ pub(super) enum Outcome {
     Complete,
     /// The group broke before all ranks had arrived.
     Broken,
-    /// Some ranks have not arrived in time; nothing was broken.
+    /// Some ranks have not arrived in time. The group is not broken.
     Late,
 }
 
 impl Barrier {
-    /// A barrier for `size` ranks that spin `spins` times before they yield.
+    /// Creates a barrier for `size` ranks, which spin `spins` times before they yield.
     pub(super) fn new(size: usize, spins: u32) -> Self {
         Self { size: size as u64, arrivals: AtomicU64::new(0), event: Event::new(spins) }
     }
@@ -45,7 +46,7 @@ impl Barrier {
 
     /// Arrives at the next round; none if the group is broken.
     ///
-    /// What this rank wrote before is visible to every rank that finds the round complete: the
+    /// Every rank that finds the round complete sees this rank's earlier writes, because the
     /// successive arrivals form one release sequence.
     pub(super) fn arrive(&self) -> Option<Round> {
         let mut count = self.arrivals.load(Ordering::Relaxed);
@@ -61,7 +62,8 @@ impl Barrier {
         Some(self.arrived(count))
     }
 
-    /// Arrives at the next round and waits for it unconditionally. Only for a second round: R4.
+    /// Arrives at the next round and waits until it is complete, even if the group is broken. Only
+    /// for a second round: R4.
     pub(super) fn finish(&self) {
         let count = self.arrivals.fetch_add(1, Ordering::AcqRel);
         let round = self.arrived(count & !BROKEN);
@@ -72,7 +74,8 @@ impl Barrier {
     pub(super) fn wait(&self, round: Round, patience: Option<Duration>) -> Outcome {
         let outcome = self.event.wait_until(patience, || {
             let count = self.arrivals.load(Ordering::Acquire);
-            // Complete first: a round that completed before the group broke has taken place.
+            // Checks completion first, because a round that completed before the group broke has
+            // taken place.
             if count & !BROKEN >= round.0 {
                 Some(Outcome::Complete)
             } else {
@@ -88,7 +91,7 @@ impl Barrier {
         self.event.notify();
     }
 
-    /// Breaks the group, unless `round` is complete. Returns whether the round did not take place.
+    /// Breaks the group, unless `round` is complete. Returns false if the round is complete.
     pub(super) fn give_up(&self, round: Round) -> bool {
         let mut count = self.arrivals.load(Ordering::Acquire);
         loop {
@@ -167,15 +170,15 @@ mod tests {
         let round = barrier.arrive().unwrap();
         assert_eq!(barrier.wait(round, Some(Duration::from_millis(1))), Outcome::Late);
         barrier.arrive().unwrap();
-        assert!(!barrier.give_up(round), "the round had been completed");
+        assert!(!barrier.give_up(round), "the round is complete");
         assert_eq!(barrier.wait(round, None), Outcome::Complete);
-        let next = barrier.arrive().expect("giving up on a completed round breaks nothing");
+        let next = barrier.arrive().expect("giving up on a complete round does not break the group");
         assert!(barrier.give_up(next));
         assert_eq!(barrier.arrive(), None);
     }
 }
 
-/// Every interleaving of a few ranks, by loom.
+/// Loom runs every interleaving of two or three ranks.
 #[cfg(all(test, loom))]
 mod loom_tests {
     use super::*;
@@ -183,7 +186,7 @@ mod loom_tests {
 
     struct Cells(Vec<UnsafeCell<u32>>);
 
-    /// Runs `rank(r)` on `size` threads in every order that `bound` preemptions allow.
+    /// Runs `rank(r)` on `size` threads, in every interleaving with at most `bound` preemptions.
     fn explore(size: usize, bound: usize, rank: impl Fn(&Barrier, &Cells, usize) + Send + Sync + 'static) {
         let rank = std::sync::Arc::new(rank);
         let mut builder = loom::model::Builder::new();
@@ -202,12 +205,12 @@ mod loom_tests {
         });
     }
 
-    /// A slot is written before the first round, read by all after it, and written again after the
-    /// second. Loom's cells report any write that a read could overlap.
+    /// Each rank writes its cell before the first round. All ranks read all cells after it, and
+    /// write again after the second round. Loom's cells report a write that could overlap a read.
     fn zero_copy(barrier: &Barrier, cells: &Cells, rank: usize, turns: u32) {
         for turn in 1..=turns {
             #[allow(unsafe_code)]
-            // SAFETY: loom checks this access; the test proves that it overlaps no other.
+            // SAFETY: loom checks that this access overlaps no other.
             cells.0[rank].with_mut(|cell| unsafe { *cell = turn });
             let round = barrier.arrive().unwrap();
             assert_eq!(barrier.wait(round, None), Outcome::Complete);
@@ -230,8 +233,8 @@ mod loom_tests {
         explore(3, 2, |barrier, cells, rank| zero_copy(barrier, cells, rank, 1));
     }
 
-    /// One rank breaks the group while the others wait: each finds its round complete or broken,
-    /// and no rank sleeps on.
+    /// Rank 2 breaks the group while the others wait. Each waiting rank finds its round broken, and
+    /// none keeps sleeping.
     #[test]
     fn loom_breaking_wakes_everybody() {
         explore(3, 2, |barrier, _, rank| {
@@ -243,7 +246,8 @@ mod loom_tests {
         });
     }
 
-    /// A rank that gives up and one that arrives last agree on whether the round took place.
+    /// Rank 0 gives up on a round at which rank 1 may arrive. Both agree on whether the round took
+    /// place.
     #[test]
     fn loom_complete_or_broken_never_both() {
         explore(2, 3, |barrier, cells, rank| {
@@ -259,7 +263,8 @@ mod loom_tests {
                 cells.0[rank].with_mut(|cell| unsafe { *cell = 1 });
                 barrier.finish();
                 #[allow(unsafe_code)]
-                // SAFETY: both ranks found the round complete, or this one would wait here forever.
+                // SAFETY: both ranks found the round complete. Otherwise this rank would still wait
+                // in `finish`.
                 cells.0[1 - rank].with(|cell| assert_eq!(unsafe { *cell }, 1));
             }
         });

@@ -1,4 +1,4 @@
-//! A rank's end of a group, and the groups that its thread has joined.
+//! A rank's endpoint in a group, and the groups that its thread has joined.
 
 use super::shared::{Shared, Unread};
 use crate::error::LostReason;
@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Weak},
 };
 
-/// One rank's end of a group. When dropped, it informs the others that the rank has left.
+/// One rank's endpoint in a group. Dropping it informs the other ranks that this rank has left.
 #[derive(Debug)]
 pub(crate) struct Endpoint {
     pub(super) shared: Arc<Shared>,
@@ -15,7 +15,8 @@ pub(crate) struct Endpoint {
 }
 
 impl Endpoint {
-    /// The messages that were never received in any group of the world, once all ranks have left.
+    /// The list of messages that were never received in any group of the world. It is complete once
+    /// all ranks have left.
     pub(crate) fn unread(&self) -> Unread {
         Arc::clone(&self.shared.unread)
     }
@@ -27,8 +28,8 @@ impl Drop for Endpoint {
     }
 }
 
-/// The groups that one thread has joined. When the thread ends, all of them are informed with the
-/// reason, even those whose communicator was leaked.
+/// The groups that one thread has joined. When the thread ends, it leaves all of them with the
+/// reason, even a group whose communicator was leaked.
 #[derive(Debug, Default)]
 pub(crate) struct JoinedGroups(RefCell<Vec<(Weak<Shared>, usize)>>);
 
@@ -39,7 +40,7 @@ impl JoinedGroups {
         groups.push((Arc::downgrade(&endpoint.shared), endpoint.rank));
     }
 
-    /// Leaves every group.
+    /// Leaves every group, and informs its ranks of the reason.
     pub(crate) fn leave_all(&self, reason: LostReason) {
         for (group, rank) in self.0.take() {
             if let Some(group) = group.upgrade() {

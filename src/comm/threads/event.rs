@@ -1,12 +1,12 @@
-//! Waiting for another rank: spin, then yield, then sleep.
+//! Waiting for another rank: a waiter spins, then yields, then sleeps.
 
 use super::sync::{AtomicUsize, Condvar, Mutex, MutexGuard, Ordering, spin_loop, yield_now};
 use std::time::{Duration, Instant};
 
-/// How often waiters yield before they sleep.
+/// How many times a waiter yields before it sleeps.
 const YIELDS: u32 = if cfg!(any(loom, shuttle)) { 0 } else { 200 };
 
-/// A change of state that ranks wait for. See `README.md`, "Waiting".
+/// Lets ranks wait for a change of shared state. See `README.md`, "Waiting".
 #[derive(Debug)]
 pub(super) struct Event {
     sleepers: AtomicUsize,
@@ -16,22 +16,22 @@ pub(super) struct Event {
 }
 
 impl Event {
-    /// An event whose waiters spin this often before they yield.
+    /// Creates an event whose waiters check their condition `spins` times before they yield.
     pub(super) fn new(spins: u32) -> Self {
         Self { sleepers: AtomicUsize::new(0), lock: Mutex::new(()), wake: Condvar::new(), spins }
     }
 
-    /// Announces that the state which waiters' conditions depend on has changed.
+    /// Wakes the sleeping waiters. Call it after a change of the state that their conditions read.
     pub(super) fn notify(&self) {
-        // A read-modify-write, not a load: it and the sleeper's are totally ordered. See
-        // `README.md`, "Waiting".
+        // A read-modify-write instead of a load, so that this access and a sleeper's increment are
+        // totally ordered. See `README.md`, "Waiting".
         if self.sleepers.fetch_add(0, Ordering::AcqRel) > 0 {
             drop(self.lock.lock());
             self.wake.notify_all();
         }
     }
 
-    /// Waits until `done` returns something, for at most `patience`.
+    /// Waits until `done` returns a value, for at most `patience` if it is given.
     pub(super) fn wait_until<R>(
         &self,
         patience: Option<Duration>,
@@ -50,7 +50,7 @@ impl Event {
             yield_now();
         }
         let start = Instant::now();
-        // The lock guards nothing but the wait itself, so poison does not matter.
+        // Ignores poison, because the lock guards no data.
         let mut guard = self.lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         self.sleepers.fetch_add(1, Ordering::AcqRel);
         let result = loop {
@@ -66,7 +66,8 @@ impl Event {
 
     #[cfg(not(any(loom, shuttle)))]
     fn sleep<'a>(&self, guard: MutexGuard<'a, ()>, left: Duration) -> MutexGuard<'a, ()> {
-        // An hour is no limit, only a duration that the system's clock can add.
+        // The system's clock cannot add arbitrarily long durations, so sleep for at most an hour.
+        // The caller's loop then sleeps again.
         let left = left.min(Duration::from_secs(3600));
         match self.wake.wait_timeout(guard, left) {
             Ok((guard, _)) => guard,
@@ -74,21 +75,22 @@ impl Event {
         }
     }
 
-    /// Time does not pass in a model: a sleeper that is never woken is reported as a deadlock.
+    /// Time does not pass in a model, so the sleep has no limit. The model checker reports a
+    /// sleeper that no thread wakes as a deadlock.
     #[cfg(any(loom, shuttle))]
     fn sleep<'a>(&self, guard: MutexGuard<'a, ()>, _: Duration) -> MutexGuard<'a, ()> {
         self.wake.wait(guard).unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
-/// Returns the rest of the patience; none if it is over.
+/// Returns the rest of `patience`; none if it is over.
 #[cfg(not(shuttle))]
 fn left_of(patience: Option<Duration>, start: Instant) -> Option<Duration> {
     patience.map_or(Some(Duration::MAX), |all| all.checked_sub(start.elapsed()))
 }
 
-/// In a model a short patience is over at once, since the schedule decides which rank comes first.
-/// A long one never ends.
+/// In a model, a patience of at most a millisecond is over at once, because the schedule decides
+/// which rank comes first. A longer patience never ends.
 #[cfg(shuttle)]
 fn left_of(patience: Option<Duration>, _: Instant) -> Option<Duration> {
     let is_short = patience.is_some_and(|all| all <= Duration::from_millis(1));

@@ -1,4 +1,4 @@
-//! Why a group is broken, and the first loss that a rank has received.
+//! Why a group is broken, and the first lost rank that this rank got an error for.
 
 use crate::error::{LostReason, Mismatch};
 use std::{
@@ -6,26 +6,27 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The first loss that this rank has received: a rank of the world and the reason. It may be why
-/// this rank leaves, so ranks that wait for this one receive that loss.
+/// The first lost rank that this rank got an error for: its world rank and the reason. This loss
+/// may make this rank leave as well. So ranks that wait for this rank report that first loss
+/// instead.
 type FirstLoss = Cell<Option<(usize, LostReason)>>;
 
 #[cfg(not(shuttle))]
 thread_local! {
     static FIRST_LOSS: FirstLoss = const { Cell::new(None) };
 }
-// Shuttle runs its threads on one thread of the system.
+// Shuttle runs all model threads on one system thread, so thread locals have to come from Shuttle.
 #[cfg(shuttle)]
 shuttle::thread_local! {
     static FIRST_LOSS: FirstLoss = Cell::new(None);
 }
 
-/// Returns the first loss that this rank has received.
+/// Returns the first loss that this rank got an error for.
 pub(super) fn first_loss() -> Option<(usize, LostReason)> {
     FIRST_LOSS.with(Cell::get)
 }
 
-/// Records the first loss that this rank has received.
+/// Sets or clears the first loss that this rank got an error for.
 pub(super) fn set_first_loss(loss: Option<(usize, LostReason)>) {
     FIRST_LOSS.with(|first| first.set(loss));
 }
@@ -43,9 +44,9 @@ pub(super) enum Failure {
 pub(super) struct Departure {
     pub(super) rank: usize,
     pub(super) since: Instant,
-    /// None if it has only dropped the group, and either ends or goes on.
+    /// None while the rank has only dropped the group: it may have ended or may continue.
     pub(super) reason: Option<LostReason>,
-    /// The loss of a world rank that it had received before.
+    /// The first loss that the rank itself had got an error for: a world rank and the reason.
     pub(super) root: Option<(usize, LostReason)>,
 }
 
@@ -56,7 +57,7 @@ impl Departure {
 }
 
 impl Failure {
-    /// Whether it keeps a call from completing that still needs the `missing` ranks: R7.
+    /// Whether this failure stops a call that still waits for the `missing` ranks: R7.
     pub(super) fn stops(&self, missing: &[usize]) -> bool {
         match self {
             Self::Lost(departure) if departure.in_order() => missing.contains(&departure.rank),

@@ -1,4 +1,4 @@
-//! Ranks that panic between the barrier rounds of a collective.
+//! Tests with ranks that panic between the barrier rounds of a collective.
 
 use super::*;
 use crate::{comm::Op, device::DType, error::Site, shard::Shape};
@@ -8,7 +8,7 @@ thread_local! {
     static INJECT_PANIC: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Panics if the test wants this thread's rank lost here.
+/// Panics if the test has injected a panic on this thread.
 pub(super) fn panic_if_injected() {
     if INJECT_PANIC.take() {
         resume_unwind(Box::new("injected"));
@@ -60,7 +60,7 @@ mod tests {
         }
     }
 
-    /// Runs one rank. Rank `lost` panics within the collective; the others return from it.
+    /// Runs one rank. Rank `lost` panics within the collective. The other ranks return from it.
     fn rank(endpoint: Endpoint, lost: usize, op: Op, len: usize) {
         let (here, groups) = (endpoint.rank, Rc::new(JoinedGroups::default()));
         let comm = ThreadComm::join(endpoint, Rc::clone(&groups));
@@ -86,8 +86,8 @@ mod tests {
         is_peer_lost(act(&comm, op, len));
     }
 
-    /// Whether data is published by reference depends on the declared shards. Longer data would be
-    /// read after its owner has returned.
+    /// The declared shards decide whether there is a second round. Without it, other ranks could
+    /// read longer data after its owner has returned.
     #[test]
     fn data_longer_than_the_parts_say_are_refused_on_every_rank() {
         static DATA: [f32; 70_000] = [1.0; 70_000];
@@ -110,7 +110,7 @@ mod tests {
                     "reduce_scatter: bytes of the data is 280000, but the most of any rank is 32",
                 ]
             );
-            // No rank has waited for another, so the group works as before.
+            // The failed calls published nothing, so the group still works.
             comm.barrier(&call(Op::Barrier, 2, 0)).unwrap();
         };
         thread::scope(|scope| {

@@ -1,7 +1,8 @@
 //! Started collectives. See `README.md`, R6.
 //!
-//! A rank only posts its input before `wait`: its thread has no other processor to compute on. The
-//! gain is that no rank waits for another before it needs the result.
+//! Starting a collective only posts the rank's input. `wait` computes the result, because a rank
+//! has no second thread that could compute it meanwhile. The gain is that no rank waits for another
+//! rank before it needs the result.
 
 use super::{
     host::HostVec,
@@ -25,7 +26,7 @@ impl Flight {
         Self { posted: (0..size).map(|_| OnceLock::new()).collect(), count: AtomicUsize::new(0) }
     }
 
-    /// Posts a rank's input. Returns whether the flight is complete now.
+    /// Posts a rank's input. Returns whether all ranks have posted now.
     pub(super) fn post(&self, call: &Call, rank: usize, input: HostVec) -> Result<bool> {
         if self.posted[rank].set((*call, input)).is_err() {
             return Err(Error::internal(call.op.name(), "a rank started one collective twice"));

@@ -1,4 +1,5 @@
-//! Messages from one rank to another: copied into a queue, so that a sender never waits.
+//! Messages from one rank to another. The sender copies a message into a queue, so that it never
+//! waits.
 
 use super::host::HostVec;
 use crate::{
@@ -25,13 +26,13 @@ impl Message {
         Self { call: *call, shape: send.shape, data: send.data.into() }
     }
 
-    /// The error of a message that rank `to` of the world has never received.
+    /// The error of a message that world rank `to` never received from world rank `from`.
     pub(super) fn never_received(&self, from: usize, to: usize) -> Error {
         let what = format!("{} {}, sent at {}", self.data.as_ref().dtype(), self.shape, self.call.site);
         never_received(from, to, &what)
     }
 
-    /// Compares the message with what rank `to` expects.
+    /// Returns a mismatch if element or shape differ from the ones that rank `to` expects.
     pub(super) fn mismatch(&self, call: &Call, to: usize, recv: &Incoming<'_, Cpu>) -> Option<Mismatch> {
         let (sent, expected) = (self.data.as_ref().dtype(), recv.data.dtype());
         if sent == expected && self.shape == recv.shape {
@@ -53,7 +54,7 @@ impl Message {
                 to.copy_from_slice(data);
                 Ok(())
             }
-            None => Err(Error::invalid("exchange", "the message changed its element")),
+            None => Err(Error::invalid("exchange", "the message has another element type than the buffer")),
         })
     }
 }

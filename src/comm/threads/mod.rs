@@ -1,5 +1,5 @@
-//! Ranks as threads of one process that read one another's memory. The protocol and why it is safe:
-//! `README.md`.
+//! Ranks as threads of one process that read one another's memory. `README.md` describes the
+//! protocol and why it is safe.
 
 mod barrier;
 mod endpoint;
@@ -33,7 +33,7 @@ use slot::EAGER;
 use started::Started;
 use std::{cell::Cell, rc::Rc, sync::Arc, time::Duration};
 
-/// One rank's end of a group of threads. Made by [`crate::launch::Threads`].
+/// One rank's communicator in a group of threads. [`crate::launch::Threads`] creates it.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -47,20 +47,21 @@ use std::{cell::Cell, rc::Rc, sync::Arc, time::Duration};
 /// ```
 pub struct ThreadComm {
     endpoint: Endpoint,
-    /// The number of operations that this rank has started on the barrier, and of its flights.
+    /// The number of this rank's operations on the barrier, then the number of its started
+    /// collectives.
     operations: Cell<u64>,
     flights: Cell<u64>,
     groups: Rc<JoinedGroups>,
 }
 
 impl ThreadComm {
-    /// The endpoints of a new group of `size` threads, in rank order, one for each thread.
+    /// Creates a group of `size` threads. Returns one endpoint per thread, in rank order.
     pub(crate) fn group(size: usize, deadline: Duration) -> Vec<Endpoint> {
         let shared = Arc::new(Shared::world(size, deadline));
         (0..size).map(|rank| Endpoint { shared: Arc::clone(&shared), rank }).collect()
     }
 
-    /// The communicator of the rank with this endpoint.
+    /// Creates the communicator of the rank with this endpoint.
     pub(crate) fn join(endpoint: Endpoint, groups: Rc<JoinedGroups>) -> Self {
         groups.add(&endpoint);
         Self { endpoint, operations: Cell::new(0), flights: Cell::new(0), groups }
@@ -72,7 +73,7 @@ impl ThreadComm {
     }
 
     /// Publishes, waits for the other ranks and compares the calls. Returns the operation's number,
-    /// by which the slots are read.
+    /// which selects the publications in the slots.
     fn synchronize(&self, call: &Call, publish: impl FnOnce(u64)) -> Result<u64> {
         let at = self.operations.get();
         if self.endpoint.shared.barrier.is_broken() {
@@ -87,8 +88,8 @@ impl ThreadComm {
     /// Publishes `data`, waits for the other ranks and lets `combine` compute this rank's result
     /// from all ranks' data.
     ///
-    /// `longest` is the most bytes that any rank publishes. It is the same on every rank, so that
-    /// all agree on whether there is a second round. Longer data is an error.
+    /// `longest` is the largest number of bytes that a rank publishes. It is the same on every
+    /// rank, so that all ranks agree on whether there is a second round. Longer data is an error.
     fn collect<T: Element>(
         &self,
         call: &Call,
@@ -107,10 +108,10 @@ impl ThreadComm {
                 longest,
             ));
         }
-        // SAFETY: this rank owns its slot and has passed the first round of the previous operation,
-        // whose number was counted there. `data` is borrowed until this function returns, which is
-        // after the second round if it is not copied: `longest` is at least its size, as checked
-        // above, and the same number on every rank.
+        // SAFETY: this rank owns its slot and has passed the first round of the previous operation.
+        // `data` is borrowed until this function returns. If `data` is not copied, that is after
+        // the second round, because `longest` is at least its size, as checked above, and the same
+        // on every rank.
         #[allow(unsafe_code)]
         let at =
             self.synchronize(call, |at| unsafe { slots[self.endpoint.rank].publish_ref(at, call, data) })?;
@@ -118,8 +119,8 @@ impl ThreadComm {
         #[cfg(test)]
         faults::panic_if_injected();
         // SAFETY: the first round is complete, and this rank arrives at no other operation before
-        // `combine` returns, which cannot keep a slice: it takes slices of any lifetime. No rank
-        // writes data that was published by `publish_ref`.
+        // `combine` returns. `combine` cannot keep a slice, because it accepts slices of any
+        // lifetime. No rank writes data that was published by `publish_ref`.
         #[allow(unsafe_code)]
         combine(&|rank| unsafe { slots[rank].data::<T>(at) });
         second.map_or(Ok(()), |second| second.attend(call))
@@ -129,12 +130,13 @@ impl ThreadComm {
         let (slots, size, len) = (&self.endpoint.shared.slots, self.endpoint.shared.size(), x.len());
         // SAFETY: this rank owns its slot and has passed the first round of the previous operation.
         // `x` is borrowed until this function returns, which is after the second round or a broken
-        // first one, and is not used in between.
+        // first round. This function does not use `x` in between.
         #[allow(unsafe_code)]
         let at =
             self.synchronize(call, |at| unsafe { slots[self.endpoint.rank].publish_mut(at, call, x) })?;
         let second = SecondRound::of(&self.endpoint);
-        // Chunks begin on cache lines of the reduced tensor, so that no two ranks write to one.
+        // Chunks are multiples of 32 elements (64 bytes or more), so that two ranks share at most
+        // the cache line at a boundary between chunks.
         let mine = Partition::even(len.div_ceil(32), size).scaled(32).range(self.endpoint.rank);
         let (mut start, end) = (mine.start.min(len), mine.end.min(len));
         let mut sums = [T::Acc::default(); BLOCK];
@@ -142,9 +144,9 @@ impl ThreadComm {
             #[cfg(test)]
             faults::panic_if_injected();
             let count = BLOCK.min(end - start);
-            // SAFETY: between the rounds, and only this rank touches its chunk of any rank's
-            // buffer: R5. The shared references end with `reduce_block`, before the exclusive ones
-            // are made, one at a time.
+            // SAFETY: this is between the rounds, and only this rank touches its chunk of any
+            // rank's buffer: R5. The shared references end with `reduce_block`. The exclusive
+            // references are created later, one at a time.
             #[allow(unsafe_code)]
             let range = |rank: usize| unsafe { slots[rank].range::<T>(at, start, count) };
             combine::reduce_block(op, size, &range, 0..count, &mut sums);
@@ -160,7 +162,8 @@ impl ThreadComm {
     }
 }
 
-/// The second round of an operation. Dropping it attends the round, whatever happens before: R3.
+/// The second round of an operation. Its drop attends the round, so that this rank attends even
+/// after a panic: R3.
 struct SecondRound<'a> {
     endpoint: &'a Endpoint,
     /// Whether this rank has finished its work.
@@ -172,7 +175,7 @@ impl<'a> SecondRound<'a> {
         Self { endpoint, done: false }
     }
 
-    /// Attends the round. An error if a rank attended it without having finished its work.
+    /// Attends the round. Returns an error if a rank panicked before it had finished its work.
     fn attend(mut self, call: &Call) -> Result<()> {
         let shared = &self.endpoint.shared;
         self.done = true;
@@ -190,7 +193,7 @@ impl Drop for SecondRound<'_> {
     }
 }
 
-/// A view of a group on behalf of a rank, for use outside the rank's thread.
+/// A rank's view of its group, for use on another thread.
 struct ThreadLiveness {
     shared: Arc<Shared>,
     rank: usize,
@@ -234,8 +237,8 @@ impl Communicator<Cpu> for ThreadComm {
             if bytes > EAGER {
                 return self.all_reduce_in_place(call, op, x);
             }
-            // The payload is copied to the slot before `x` is written: two borrows in turn, not at
-            // a time.
+            // `synchronize` copies the payload to the slot. Only then does `reduce` write `x`, so
+            // the two borrows of `x` do not overlap.
             let slots = &self.endpoint.shared.slots;
             // SAFETY: as in `collect`; a payload of at most EAGER bytes is copied.
             #[allow(unsafe_code)]

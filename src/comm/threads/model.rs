@@ -1,5 +1,5 @@
-//! Programs of eight ranks in random schedules, by shuttle: every schedule gives the right results
-//! and ends.
+//! Runs programs of two to eight ranks in random schedules with shuttle. In every schedule, the
+//! program has to end with the right results.
 //!
 //! `RUSTFLAGS="--cfg shuttle" cargo test --release --lib --target-dir target/shuttle model`
 
@@ -18,8 +18,8 @@ use shuttle::{
 
 const RANKS: usize = 8;
 
-/// Runs `rank` as each of `size` ranks: half of the schedules have a few preemptions at bad
-/// moments, the others have many.
+/// Runs `rank` on each of `size` ranks. Half of the schedules have few preemptions, at random
+/// points (PCT). The other half may preempt at every step.
 fn explore(size: usize, schedules: usize, rank: impl Fn(ThreadComm) + Send + Sync + 'static) {
     let rank = Arc::new(rank);
     let ranks = move || {
@@ -40,7 +40,7 @@ fn explore(size: usize, schedules: usize, rank: impl Fn(ThreadComm) + Send + Syn
     Runner::new(RandomScheduler::new(schedules / 2), config()).run(ranks);
 }
 
-/// An all-reduce of the rank numbers.
+/// All-reduces the rank numbers, and checks the sum.
 fn sum(comm: &ThreadComm, seq: u64, len: usize) -> Result<()> {
     let mut x = vec![comm.rank() as f32; len];
     comm.all_reduce(&call(Op::AllReduce, seq, len), ReduceOp::Sum, AnyMut::F32(x.as_mut_slice()))?;
@@ -78,7 +78,7 @@ fn collectives_messages_flights_and_splits_are_right() {
         let (rank, size) = (comm.rank(), comm.size());
         sum(&comm, 0, 3).unwrap();
         send(&comm, (rank + 1) % size).unwrap();
-        // Too long for a slot: ranks write one another's memory.
+        // Too long for a slot, so the ranks write one another's memory.
         sum(&comm, 1, 4200).unwrap();
         let flight = start(&comm, 2).unwrap();
         receive(&comm, (rank + size - 1) % size).unwrap();
@@ -96,7 +96,7 @@ fn a_lost_rank_is_named_on_every_other() {
         explore(size, 5000, move |comm| {
             sum(&comm, 0, 2).unwrap();
             if comm.rank() == size - 1 {
-                // The others rely on the collective that it has started.
+                // The other ranks need the input that this rank has posted.
                 drop(start(&comm, 1).unwrap());
                 return;
             }
@@ -122,7 +122,8 @@ fn a_disagreement_is_the_same_error_on_every_rank() {
     });
 }
 
-/// R9: rank 0 waits for a message from a rank that waits, with all others, for rank 0.
+/// R9: rank 0 waits for a message from rank 1. Rank 1 and all other ranks wait for rank 0 in an
+/// all-reduce.
 #[test]
 fn a_wait_cycle_is_a_disagreement() {
     for size in [2, 3, RANKS] {

@@ -1,4 +1,4 @@
-//! The state that the ranks of a group share, and how the group fails.
+//! The state that the ranks of a group share, and the handling of the group's failures.
 
 use super::{
     barrier::{Barrier, Outcome, Round},
@@ -21,13 +21,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How often waiters spin before they yield, if every rank has a processor.
+/// How many times a waiter spins before it yields, if every rank has a processor.
 const SPINS: u32 = if cfg!(shuttle) { 0 } else { 20_000 };
 
-/// How long a rank waits at the barrier before it reports the wait.
+/// How long a rank waits at the barrier before it reports its wait: R9.
 const REPORT_AFTER: Duration = Duration::from_millis(1);
 
-/// How long after it dropped a group a rank may still report that it ended, and why.
+/// How long after a rank dropped a group the other ranks wait for the reason why it ended: R7.
 const REASON_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// A group of threads.
@@ -37,29 +37,32 @@ pub(super) struct Shared {
     deadline: Duration,
     pub(super) barrier: Barrier,
     pub(super) slots: Box<[Slot]>,
-    /// Notified when something was posted, sent or broken.
+    /// Notified when a rank has posted, sent, left or reported a wait, and when the group breaks.
     news: Event,
-    /// Messages sent, for each receiver by sender.
+    /// For each receiver, its messages by sender.
     mail: Box<[Mutex<Mailbox>]>,
-    /// Collectives started and not yet posted by all, by sequence number.
+    /// Started collectives to which some ranks have not posted yet, by their number among the
+    /// group's started collectives.
     flights: Mutex<HashMap<u64, Arc<Flight>>>,
-    /// The ranks' requests to a split, and the groups that it created, by color.
+    /// The ranks' requests to a split, and the groups that the split created, by color.
     requests: Mutex<Vec<Option<SplitRequest>>>,
     subgroups: Mutex<HashMap<u64, Arc<Shared>>>,
-    /// The number of steps each rank has reached outside the group, by work.
+    /// For each rank, the number of external steps that it has reached, by `ExternalStep::work`.
     steps: Mutex<Vec<HashMap<u64, u64>>>,
     /// The world ranks of the group.
     members: Vec<usize>,
-    /// How often waiters spin. Groups split from the world inherit its number.
+    /// How many times waiters spin. Groups that are split from the world use the world's number.
     spins: u32,
-    /// What broke the group, in order: the first entry broke it.
+    /// The group's failures, in order. The first failure broke the group.
     failures: Mutex<Vec<Failure>>,
-    /// The ranks that have waited for some time at the barrier, and their number: R9.
+    /// By rank, the call and round of each rank that has waited at the barrier for
+    /// [`REPORT_AFTER`], then the number of such ranks: R9.
     waiting: Mutex<Vec<Option<(Call, Round)>>>,
     waiting_count: AtomicUsize,
-    /// Whether a rank has panicked between two rounds, so that the operation is incomplete.
+    /// Whether a rank has panicked between the rounds of an operation, so that results are
+    /// incomplete.
     panicked: AtomicBool,
-    /// The world's list of messages that were never received, by receiver.
+    /// The list of messages that were never received. All groups of the world share it.
     pub(super) unread: Unread,
 }
 
@@ -77,7 +80,8 @@ pub(super) struct SplitRequest {
 impl Shared {
     /// The group of all ranks of a program.
     pub(super) fn world(size: usize, deadline: Duration) -> Self {
-        // With fewer processors than ranks, spinning takes time from ranks that have to arrive.
+        // With fewer processors than ranks, spinning takes processor time from ranks that have yet
+        // to arrive.
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let spins = if size <= processors { SPINS } else { 0 };
         Self::new("world".into(), (0..size).collect(), deadline, spins, Unread::default())
@@ -110,8 +114,8 @@ impl Shared {
         self.slots.len()
     }
 
-    /// Arrives at the first round of operation `at`, for which this rank has published, and
-    /// compares the calls.
+    /// Arrives at the first round of operation `at`, waits for the other ranks, and compares the
+    /// calls. This rank has already published its call.
     pub(super) fn synchronize(&self, call: &Call, at: u64, rank: usize) -> Result<()> {
         let Some(round) = self.barrier.arrive() else { return Err(self.first_failure(call)) };
         let mut outcome = self.barrier.wait(round, Some(REPORT_AFTER.min(self.deadline)));
@@ -135,15 +139,16 @@ impl Shared {
             }
         }
         // SAFETY: the first round of operation `at` is complete, and this rank arrives at no other
-        // before it returns.
+        // operation before this function returns.
         #[allow(unsafe_code)]
         let calls = self.slots.iter().map(|slot| unsafe { slot.call(at) });
         self.agree(calls)
     }
 
-    /// Posts a rank's input to the flight with this sequence number.
+    /// Posts a rank's input to the group's started collective with this number.
     pub(super) fn post(&self, call: &Call, number: u64, rank: usize, input: HostVec) -> Result<Arc<Flight>> {
-        // A rank that has left may have posted before: `wait` finds out.
+        // A rank that left in order is no obstacle here, because it may have posted before. `wait`
+        // checks that.
         if let Some(error) = self.obstacle(call, Vec::new) {
             return Err(error);
         }
@@ -195,8 +200,8 @@ impl Shared {
         Error::Mismatch(mismatch)
     }
 
-    /// Makes rank `rank` wait until `done` returns something. Breaks the group if that takes longer
-    /// than the deadline. `missing` names the ranks that it waits for.
+    /// Rank `rank` waits until `done` returns a value. It breaks the group if that takes longer
+    /// than the deadline. `missing` returns the ranks that it still waits for.
     pub(super) fn wait_for<R>(
         &self,
         call: &Call,
@@ -212,10 +217,12 @@ impl Shared {
                 return Some(Err(Ok(failure)));
             }
             let cycle = self.find_wait_cycle(call, rank, &missing)?;
-            // What the other rank did before it arrived at the barrier is visible now.
+            // Checks again: messages that the other rank sent before it arrived at the barrier are
+            // visible now.
             Some(done().ok_or(Err(cycle)))
         });
-        // What the other ranks did before one was lost still counts.
+        // Checks once more after a failure, because data that arrived before a rank was lost still
+        // counts.
         let error = match found {
             Some(Ok(result)) => return Ok(result),
             Some(Err(Ok(failure))) => return done().ok_or_else(|| self.error(call, failure)),
@@ -225,27 +232,27 @@ impl Shared {
         done().ok_or(error)
     }
 
-    /// Breaks the group because the `missing` ranks have not come.
+    /// Breaks the group because the `missing` ranks have not joined the call within `after`.
     pub(super) fn give_up(&self, call: &Call, missing: Vec<usize>, after: Duration) -> Error {
         let failure = Failure::Deadline { missing, after };
         self.break_for(failure.clone());
         self.error(call, failure)
     }
 
-    /// Records that rank `rank` reached a step outside the group.
+    /// Records that rank `rank` reached an external step.
     pub(super) fn came(&self, rank: usize, step: ExternalStep) {
         self.lock(&self.steps)[rank].insert(step.work, step.number + 1);
     }
 
-    /// Returns the ranks that a step outside the group needs and that have not reached it.
+    /// Returns the ranks that an external step needs and that have not reached it.
     pub(super) fn absent(&self, step: ExternalStep) -> Vec<usize> {
         let steps = self.lock(&self.steps);
         let absent = |rank: &usize| steps[*rank].get(&step.work).is_none_or(|steps| *steps <= step.number);
         (0..steps.len()).filter(|&rank| step.needs(rank)).filter(absent).collect()
     }
 
-    /// Finds a wait cycle: rank `rank` waits for ranks of which one waits at the barrier for all,
-    /// this one included: R9.
+    /// Finds a wait cycle: rank `rank` waits for a rank that waits at the barrier for all ranks,
+    /// `rank` included. Returns the mismatch of their calls: R9.
     fn find_wait_cycle(
         &self,
         call: &Call,
@@ -269,8 +276,8 @@ impl Shared {
         self.news.notify();
     }
 
-    /// Records that a rank has left or was lost. It may be called twice, the second time with the
-    /// reason.
+    /// Records that a rank has left or was lost. A rank may call this twice, the second time with
+    /// the reason.
     pub(super) fn leave(&self, rank: usize, reason: Option<LostReason>) {
         let mut failures = self.lock(&self.failures);
         let root = first_loss().filter(|(root, _)| *root != self.members[rank]);
@@ -287,13 +294,13 @@ impl Shared {
         self.news.notify();
     }
 
-    /// Records that rank `rank` panics between two rounds.
+    /// Records that rank `rank` panics between the rounds of an operation.
     pub(super) fn record_panic(&self, rank: usize) {
         self.leave(rank, Some(LostReason::Panicked));
         self.panicked.store(true, Ordering::Release);
     }
 
-    /// Whether nothing has happened to the group except that ranks have left it.
+    /// Whether the group ended without a failure: ranks only left it in order.
     fn ended_well(&mut self) -> bool {
         let failures = self.failures.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
         let in_order = |failure: &Failure| match failure {
@@ -303,28 +310,28 @@ impl Shared {
         failures.iter().all(in_order)
     }
 
-    /// Checks after a second round that all ranks have finished their work. No later operation
-    /// begins before this rank has checked.
+    /// Returns an error, after a second round, if a rank panicked in the operation. The panic is of
+    /// this operation, because no rank passes a later first round before this rank arrives there.
     pub(super) fn check_complete(&self, call: &Call) -> Result<()> {
         if self.panicked.load(Ordering::Acquire) { Err(self.first_failure(call)) } else { Ok(()) }
     }
 
-    /// The error of a call that needs all ranks of a broken group: the first reason.
+    /// The error of a call that needs all ranks of a broken group: the group's first failure.
     pub(super) fn first_failure(&self, call: &Call) -> Error {
         let failure = self.lock(&self.failures).first().cloned();
         failure.map_or_else(
-            || Error::internal(call.op.name(), "the group is broken, but nobody said why"),
+            || Error::internal(call.op.name(), "the group is broken, but no failure was recorded"),
             |failure| self.error(call, failure),
         )
     }
 
-    /// The error of a call that needs only the `missing` ranks, if they cannot be expected any
-    /// more: R7.
+    /// The error of a call that needs only the `missing` ranks, if a failure keeps them from
+    /// joining it: R7.
     pub(super) fn obstacle(&self, call: &Call, missing: impl Fn() -> Vec<usize>) -> Option<Error> {
         self.stop_reason(missing).map(|failure| self.error(call, failure))
     }
 
-    /// Returns why the `missing` ranks cannot be expected any more.
+    /// Returns the first failure that keeps the `missing` ranks from joining.
     fn stop_reason(&self, missing: impl Fn() -> Vec<usize>) -> Option<Failure> {
         if !self.barrier.is_broken() {
             return None;
@@ -333,8 +340,9 @@ impl Shared {
         self.lock(&self.failures).iter().find(|failure| failure.stops(&missing)).cloned()
     }
 
-    /// Returns the reason a rank was lost. A rank that returns an error drops its groups before the
-    /// error is known, so it has a moment to report the reason. Otherwise it has left and goes on.
+    /// Returns the reason why a rank was lost. A rank that returns an error drops its groups before
+    /// its launcher sees the error, so this waits up to [`REASON_TIMEOUT`] for the reason. Without
+    /// one, the rank has only left the group.
     fn reason(&self, lost: &Departure) -> LostReason {
         let reported = || departure(&mut self.lock(&self.failures), lost.rank)?.reason;
         let patience = REASON_TIMEOUT.min(self.deadline).saturating_sub(lost.since.elapsed());
@@ -358,8 +366,8 @@ impl Shared {
         }
     }
 
-    /// Returns the group of this rank's color, and its rank there. `barrier` waits for the other
-    /// ranks.
+    /// Returns the new group of this rank's color, and this rank's number in it. `barrier` waits
+    /// for the other ranks.
     pub(super) fn split(
         &self,
         call: &Call,
@@ -379,28 +387,30 @@ impl Shared {
         members.sort_by_key(|member| (member.key, member.rank));
         let new_rank = members.iter().position(|member| member.rank == rank);
         let new_rank = new_rank
-            .ok_or_else(|| Error::invalid(call.op.name(), "this rank's color is not among the ranks'"))?;
+            .ok_or_else(|| Error::invalid(call.op.name(), "no rank of the split has this rank's color"))?;
         let subgroup = Arc::clone(self.lock(&self.subgroups).entry(color).or_insert_with(|| {
             let ranks = members.iter().map(|member| self.members[member.rank]).collect();
             Arc::new(Self::new(name.into(), ranks, self.deadline, self.spins, Arc::clone(&self.unread)))
         }));
-        // A rank that forms a new group with this one has left another group only.
+        // Clears a recorded loss of a rank of the new group, because that rank has only left
+        // another group.
         set_first_loss(first_loss().filter(|(root, _)| !subgroup.members.contains(root)));
         barrier()?;
-        // All have taken their group, so the next split starts empty. Several ranks may remove it.
+        // All ranks have taken their group. Removes it, so that the next split creates new groups.
+        // Other ranks may have removed it already.
         self.lock(&self.subgroups).remove(&color);
         Ok(Some((subgroup, new_rank)))
     }
 
-    /// Ignores poison: no critical section leaves its data half changed.
+    /// Locks a mutex. Ignores poison, because no critical section leaves its data half changed.
     pub(super) fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
         mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
 impl Drop for Shared {
-    /// Records messages that were sent and never received, unless the group broke, which explains
-    /// them.
+    /// Records messages that were never received, unless the group failed, because the failure
+    /// explains them.
     fn drop(&mut self) {
         if !self.ended_well() {
             return;
@@ -418,7 +428,7 @@ impl Drop for Shared {
     }
 }
 
-/// A rank that has waited for some time at the barrier.
+/// Reports a rank's wait at the barrier to the other ranks until it is dropped: R9.
 struct BarrierWait<'a>(&'a Shared, usize);
 
 impl<'a> BarrierWait<'a> {

@@ -1,5 +1,5 @@
-//! A rank's slot: its call and the address of its data, for the others to read. See `README.md`,
-//! R1, R3 and R5.
+//! A rank's slot, in which it publishes its call and the address of its data. The other ranks read
+//! them. See `README.md`, R1, R3 and R5.
 
 #![allow(unsafe_code)]
 
@@ -10,11 +10,11 @@ use crate::{
 };
 use std::{cell::UnsafeCell, ptr};
 
-/// Payloads of at most this many bytes are published by copy.
+/// A rank publishes payloads of at most this many bytes by copy.
 pub(super) const EAGER: usize = 16 << 10;
 
-/// One rank's publications: two, used in turn, so that one can still be read while the next is
-/// written.
+/// The two publications of one rank, used in turn. Other ranks may still read one publication while
+/// the rank writes the next.
 #[derive(Debug)]
 #[repr(align(128))]
 pub(super) struct Slot {
@@ -39,11 +39,11 @@ struct Span {
     dtype: DType,
 }
 
-// SAFETY: publications are written by their owner and read by others, never both at a time: R1.
-// Others touch the slices they point to only between the rounds of an operation, while the owner
-// stays inside: R3.
+// SAFETY: the owner writes a publication and other ranks read it, never at the same time: R1. Other
+// ranks touch the published slices only between the rounds of an operation, while the owner stays
+// inside the operation: R3.
 unsafe impl Sync for Slot {}
-// SAFETY: a slot holds no thread's identity; its pointers are used as said for `Sync`.
+// SAFETY: no field of a slot depends on a thread. Its pointers are used as described for `Sync`.
 unsafe impl Send for Slot {}
 
 impl Slot {
@@ -66,8 +66,8 @@ impl Slot {
     /// Publishes a call without data.
     ///
     /// # Safety
-    /// By the owner only, before it arrives at operation `at`'s first round, and after the first
-    /// round of `at − 1`.
+    /// Only the owner may call this: after the first round of operation `at − 1`, and before it
+    /// arrives at the first round of operation `at`.
     pub(super) unsafe fn publish(&self, at: u64, call: &Call) {
         // SAFETY: the caller has passed the first round of operation `at − 1`, so no rank reads
         // this publication: R1.
@@ -75,15 +75,14 @@ impl Slot {
         self.published.store(at + 1, Ordering::Release);
     }
 
-    /// Publishes a call with its data, by copy if it is small.
+    /// Publishes a call with its data. Copies the data if it has at most [`EAGER`] bytes.
     ///
     /// # Safety
-    /// As [`Slot::publish`]. If `data` is longer than [`EAGER`] bytes, it stays where it is,
-    /// untouched by the owner's other code, until the operation's second round is complete or its
-    /// first is broken.
+    /// As [`Slot::publish`]. If `data` is longer than [`EAGER`] bytes, the owner must neither move
+    /// nor touch it until the operation's second round is complete or its first round is broken.
     pub(super) unsafe fn publish_ref<T: Element>(&self, at: u64, call: &Call, data: &[T]) {
-        // SAFETY: the publication is not being read, as the caller promises: R1. A payload that
-        // fits is copied into it; u64 aligns every element.
+        // SAFETY: the caller promises that no rank reads the publication: R1. A payload that fits
+        // is copied into the publication, whose u64 are aligned for every element type.
         unsafe {
             let publication = &mut *self.publications[(at % 2) as usize].get();
             let mut start = data.as_ptr().cast::<u8>().cast_mut();
@@ -97,12 +96,12 @@ impl Slot {
         }
     }
 
-    /// Publishes a call with data that the others will write.
+    /// Publishes a call with data that the other ranks will write.
     ///
     /// # Safety
     /// As [`Slot::publish_ref`].
     pub(super) unsafe fn publish_mut<T: Element>(&self, at: u64, call: &Call, data: &mut [T]) {
-        // SAFETY: the publication is not being read, as the caller promises: R1.
+        // SAFETY: the caller promises that no rank reads the publication: R1.
         unsafe {
             let publication = &mut *self.publications[(at % 2) as usize].get();
             publication.data = Span { start: data.as_mut_ptr().cast(), len: data.len(), dtype: T::DTYPE };
@@ -113,8 +112,8 @@ impl Slot {
     /// Returns the call published for operation `at`.
     ///
     /// # Safety
-    /// After operation `at`'s first round is complete, before the reader arrives at that of
-    /// `at + 1`.
+    /// The first round of operation `at` is complete, and the reader has not yet arrived at the
+    /// first round of operation `at + 1`.
     pub(super) unsafe fn call(&self, at: u64) -> &Call {
         // SAFETY: the owner wrote the publication before the round that the caller has passed, and
         // does not write it again before the caller arrives at the next operation: R1.
@@ -125,35 +124,38 @@ impl Slot {
     /// Returns the data published for operation `at`.
     ///
     /// # Safety
-    /// As [`Slot::call`]; and no rank writes the data: it was published by [`Slot::publish_ref`].
+    /// As [`Slot::call`]. The owner published the data by [`Slot::publish_ref`], so that no rank
+    /// writes it.
     pub(super) unsafe fn data<T: Element>(&self, at: u64) -> &[T] {
-        // SAFETY: as in `call`. The span is a slice of `len` elements of `dtype`, which is T's:
-        // asserted. It is in the publication, or in a buffer that stays where it is until the
-        // second round: R3.
+        // SAFETY: as in `call`. The span is a slice of `len` elements of type T: the type is
+        // asserted. It lies in the publication, or in a buffer that does not move before the second
+        // round: R3.
         unsafe {
             let span = (*self.publications[(at % 2) as usize].get()).data;
-            assert_eq!(span.dtype, T::DTYPE, "the ranks' calls agree on the element");
+            assert_eq!(span.dtype, T::DTYPE, "a rank published another element type");
             std::slice::from_raw_parts(span.start.cast::<T>(), span.len)
         }
     }
 
-    /// Returns a range of the buffer published for operation `at`, for reading.
+    /// Returns a range, for reading, of the buffer published for operation `at`.
     ///
     /// # Safety
-    /// Between the rounds of operation `at`, for which the buffer was published by
-    /// [`Slot::publish_mut`]; no rank but the caller touches the range there: R5.
+    /// Only between the rounds of operation `at`. The owner published the buffer by
+    /// [`Slot::publish_mut`], and no rank but the caller touches the range between the rounds: R5.
     pub(super) unsafe fn range<T: Element>(&self, at: u64, start: usize, len: usize) -> &[T] {
-        // SAFETY: as the caller promises, and inside the buffer: asserted.
+        // SAFETY: the caller promises exclusive access. `range_start` asserts that the range is
+        // inside the buffer.
         unsafe { std::slice::from_raw_parts(self.range_start::<T>(at, start, len), len) }
     }
 
-    /// Returns a range of the buffer published for operation `at`, for writing.
+    /// Returns a range, for writing, of the buffer published for operation `at`.
     ///
     /// # Safety
-    /// As [`Slot::range`]; and the caller holds no other reference to the range.
+    /// As [`Slot::range`]. The caller holds no other reference to the range.
     #[allow(clippy::mut_from_ref)]
     pub(super) unsafe fn range_mut<T: Element>(&self, at: u64, start: usize, len: usize) -> &mut [T] {
-        // SAFETY: as the caller promises, and inside the buffer: asserted.
+        // SAFETY: the caller promises exclusive access. `range_start` asserts that the range is
+        // inside the buffer.
         unsafe { std::slice::from_raw_parts_mut(self.range_start::<T>(at, start, len), len) }
     }
 
@@ -162,10 +164,13 @@ impl Slot {
     /// # Safety
     /// As [`Slot::range`].
     unsafe fn range_start<T: Element>(&self, at: u64, start: usize, len: usize) -> *mut T {
-        // SAFETY: as in `call`; the offset is inside the span: asserted.
+        // SAFETY: as in `call`. The range is inside the span, as asserted.
         unsafe {
             let span = (*self.publications[(at % 2) as usize].get()).data;
-            assert!(span.dtype == T::DTYPE && start + len <= span.len, "the ranks' calls agree on the shape");
+            assert!(
+                span.dtype == T::DTYPE && start + len <= span.len,
+                "a rank published another element type or a shorter buffer"
+            );
             span.start.cast::<T>().add(start)
         }
     }

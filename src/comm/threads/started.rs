@@ -1,4 +1,4 @@
-//! One rank's side of a started collective. See `README.md`, R6.
+//! One rank's handle of a started collective. See `README.md`, R6.
 
 use super::{combine, each_pair, flight::Flight, shared::Shared};
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
 };
 use std::sync::Arc;
 
-/// One rank's side of a flight.
+/// One rank's handle of a flight, which all ranks of the group share.
 pub(super) struct Started {
     pub(super) shared: Arc<Shared>,
     pub(super) flight: Arc<Flight>,
@@ -33,7 +33,7 @@ impl InFlight<Cpu> for Started {
     }
 }
 
-/// Computes this rank's result from all ranks' inputs. `first` is the first input and fixes the
+/// Computes this rank's result from all ranks' inputs. `first` is rank 0's input, and gives the
 /// element type.
 fn finish<'a, T: Element>(
     collective: &Collective,
@@ -42,7 +42,7 @@ fn finish<'a, T: Element>(
     first: &'a [T],
     recv: &mut [T],
 ) -> Result<()> {
-    // The calls agree, so the element types do, too.
+    // The calls agree, so all inputs have the same element type.
     let input = |rank: usize| inputs[rank].of::<T>().unwrap_or(first);
     match collective {
         Collective::AllReduce(op) => combine::reduce(*op, inputs.len(), input, recv),
