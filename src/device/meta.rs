@@ -302,7 +302,7 @@ mod tests {
         assert_eq!(text(cpu("w", 0, 7, [4, 8]).map(drop)), width);
         let beyond = |elements: usize, end: usize| {
             format!(
-                "parameter: the end of the region of `w` is {end}, but the elements of the parameter is {elements}"
+                "parameter: the end of the region of `w` is {end}, but the number of elements of the parameter is {elements}"
             )
         };
         assert_eq!(text(load("w", 1, 8, [1 << 40, 8]).map(drop)), beyond(1 << 43, (1 << 43) + 8));

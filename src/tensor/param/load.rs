@@ -10,8 +10,9 @@ use crate::{
 };
 
 impl<T: Element, B: Backend> Param<T, B> {
-    /// Reads a parameter whose rows are the given regions. On a device without values
-    /// ([`Device::HAS_VALUES`](crate::device::Device::HAS_VALUES)) it only checks them.
+    /// Reads a parameter. The given regions fill its rows. On a device without values
+    /// ([`Device::HAS_VALUES`](crate::device::Device::HAS_VALUES)), checks the regions and reads
+    /// nothing.
     ///
     /// ```
     /// use shardwise::prelude::*;
@@ -40,7 +41,10 @@ impl<T: Element, B: Backend> Param<T, B> {
     ) -> Result<Self> {
         let shape = shape.into();
         if shape.rank() == 0 {
-            return Err(Error::invalid(OP, format!("`{name}` has no dimension: give it one of size 1")));
+            return Err(Error::invalid(
+                OP,
+                format!("`{name}` has no dimension: give it a dimension of size 1"),
+            ));
         }
         for own in &regions {
             weights.source().check(&own.tensor, &own.region)?;
@@ -55,7 +59,7 @@ impl<T: Element, B: Backend> Param<T, B> {
             let end = start.saturating_add(own.region.extent().len());
             if end > len {
                 let what = format!("the end of the region of `{}`", own.tensor);
-                return Err(Error::sizes(OP, what, end, "the elements of the parameter", len));
+                return Err(Error::sizes(OP, what, end, "the number of elements of the parameter", len));
             }
             if B::HAS_VALUES {
                 let out: AnyMut<'_, Cpu> = T::any_mut(&mut host[start..end]);
