@@ -1,9 +1,9 @@
 //! Collectives of thread ranks: time, bandwidth, and the number of wrong elements.
 //!
-//! `cargo bench --bench collectives [-- --quick] [--json FILE]`. All ranks loop inside one group;
-//! rank 0 times a batch between two barriers. `algbw` is the size of the whole tensor over the
-//! median time. `busbw` is algbw times the factor of nccl-tests: 2 (n − 1) / n for an all-reduce,
-//! (n − 1) / n for the others.
+//! `cargo bench --bench collectives [-- --quick] [--json FILE]`. All ranks repeat a collective in
+//! one group, and rank 0 times a batch between two barriers. `algbw` is the size of the whole
+//! tensor divided by the median time. `busbw` is algbw times the factor of nccl-tests: 2 (n − 1) /
+//! n for an all-reduce, (n − 1) / n for the other collectives.
 
 use clap::Parser;
 use half::bf16;
@@ -22,7 +22,7 @@ struct Options {
     /// Also writes the rows to this file, as JSON.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Few repetitions: checks the results rather than the speed.
+    /// Makes few repetitions, to check the results and not the speed.
     #[arg(long)]
     quick: bool,
     /// Passed by `cargo bench`; ignored.
@@ -60,8 +60,8 @@ impl Row {
     }
 }
 
-/// The element of rank `rank` at index `at`. Sums of a few of them are exact in every element type
-/// and order.
+/// Returns the element of rank `rank` at index `at`. Sums of a few such elements are exact in every
+/// element type and order.
 fn value(rank: usize, at: usize) -> f64 {
     ((at * 7 + rank * 3) % 8) as f64
 }
@@ -95,7 +95,7 @@ fn measure<T: Element>(world: &Group<Cpu>, op: Op, len: usize, quick: bool) -> R
         (Some(whole), Op::AllGather) => wrong(whole, 0, &|at| value(owner(at), at))?,
         (Some(part), _) => wrong(part, own.start, &sum)?,
     };
-    // All-reduces repeat in place, so start from zeros: time does not depend on the values.
+    // All-reduces repeat in place, so start from zeros. The time does not depend on the values.
     if op == Op::AllReduce {
         x = Tensor::zeros(device, [len])?;
     }

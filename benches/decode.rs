@@ -3,10 +3,11 @@
 //!
 //! `cargo bench --bench decode [-- --json FILE]`
 //!
-//! The modes run in turn, some tokens each, for several rounds. Reported is the median over the
-//! rounds. Decoding is bound by reading the weights once per token. "GB/s" is that rate, cache
-//! included. "of read" is its share of what the same number of threads can read from memory,
-//! measured at the start. (A processor whose last-level cache holds the weights may exceed it.)
+//! In each round every case decodes some tokens. The bench reports the median over the rounds. Each
+//! token reads all weights once, which bounds the speed. "GB/s" is the rate of reading the weights
+//! and the KV cache. "of read" is the share of the rate at which the same number of threads can
+//! read from memory, measured at the start. (The share may exceed 100 % if the processor's
+//! last-level cache holds the weights.)
 
 mod limits;
 
@@ -27,7 +28,7 @@ use std::{fs, io::Write, time::Instant};
 
 #[derive(Parser)]
 struct Args {
-    /// The number of rounds. Reported is the median.
+    /// The number of rounds. The bench reports the median.
     #[arg(long, default_value_t = 9)]
     rounds: usize,
     /// Tokens per round.
@@ -70,7 +71,9 @@ fn main() -> Result<()> {
             }
             let apart = worst_relative(&outputs, &one.repeat(*ranks));
             if apart > 16.0 * epsilon {
-                let reason = format!("{dtype} on {ranks} ranks: an output is {apart:.1e} from one rank's");
+                let reason = format!(
+                    "{dtype} on {ranks} ranks: an output differs by {apart:.1e} from the output of one rank"
+                );
                 return Err(shardwise::Error::Invalid { op: "bench", reason });
             }
         }
@@ -99,8 +102,8 @@ fn main() -> Result<()> {
 
 type Block<T> = TransformerBlock<Replicated, T, Cpu>;
 
-/// The mean seconds per token, with weights that are not in the processor's cache; the ranks'
-/// outputs; and the element's ε.
+/// Returns the mean seconds per token, the outputs of all ranks, and the ε of the element type. The
+/// weights are not in the processor's cache.
 fn round_of<T: Element>(ranks: usize, tokens: usize) -> Result<(f64, Vec<f64>, f64)> {
     let source = Ramp;
     let measured = Threads::new(ranks).run(|world| {
@@ -116,7 +119,7 @@ fn round_of<T: Element>(ranks: usize, tokens: usize) -> Result<(f64, Vec<f64>, f
         step.finish()?;
         let x = rows(1)?;
         let mut token = || -> Result<_> {
-            // The step is not finished, so every token has the same number of cached tokens.
+            // Do not finish the step, so that every token has the same number of cached tokens.
             let (sequences, mut step) = cache.step(&[0], &[1])?;
             blocks.infer(x.clone().with_sequences(sequences)?, &mut step)
         };
@@ -129,7 +132,7 @@ fn round_of<T: Element>(ranks: usize, tokens: usize) -> Result<(f64, Vec<f64>, f
         }
         world.barrier()?;
         let time = start.elapsed().as_secs_f64() / tokens as f64;
-        assert_eq!(world.device().memory(), live, "a token takes no memory that the one before did not");
+        assert_eq!(world.device().memory(), live, "a token needs more memory than the token before");
         Ok((time, y))
     })?;
     let outputs = measured.iter().flat_map(|(_, y)| y.iter().map(|value| value.to_f64())).collect();

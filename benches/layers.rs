@@ -3,13 +3,13 @@
 //!
 //! `cargo bench --bench layers [-- --filter mlp] [--json FILE]`
 //!
-//! "of peak" is the share of the cores' fused multiply-adds, which are measured at the start.
-//! "apart" is the largest difference of any rank's output or gradient from those of one rank,
-//! relative to the largest number or 1: at most 1e-4.
+//! "of peak" is the share of the cores' rate of fused multiply-adds, which the bench measures at
+//! the start. "apart" is the largest difference between any rank's output or gradient and the
+//! result on one rank, relative to the largest number or 1. The bench fails if it exceeds 1e-4.
 //!
-//! The modes of a case run in turn, a short batch each, for several rounds. Reported is the median
-//! over the rounds. Ratios are taken per round, because the machine's speed changes from second to
-//! second.
+//! In each round, every mode of a case (number of ranks, reduction) runs a short batch. The bench
+//! reports the median over the rounds. It computes ratios in each round, because the machine's
+//! speed changes from second to second.
 
 mod limits;
 
@@ -29,10 +29,10 @@ use std::{fs, io::Write, time::Instant};
 
 #[derive(Parser)]
 struct Args {
-    /// Runs only cases whose name contains this.
+    /// Runs only cases whose name contains this text.
     #[arg(long, default_value = "")]
     filter: String,
-    /// The number of rounds. Reported is the median.
+    /// The number of rounds. The bench reports the median.
     #[arg(long, default_value_t = 9)]
     rounds: usize,
     /// Appends one JSON line per case to this file.
@@ -41,7 +41,8 @@ struct Args {
     /// The peak of one core, in GFLOP/s; measured by default.
     #[arg(long)]
     peak: Option<f64>,
-    /// Also runs on two ranks with invariant sums in this many blocks, and reports their cost.
+    /// Also runs on two ranks with invariant sums in this many blocks, and reports the cost of
+    /// these sums.
     #[arg(long)]
     invariant: Option<usize>,
     /// Passed by `cargo bench`.
@@ -141,7 +142,7 @@ fn gemm(args: &Args, m: usize, n: usize, k: usize) -> Result<()> {
     report(args, &name, (1, flops, worst_relative(&got, &want)), &mut times[1..])
 }
 
-/// Times a layer's forward, and its forward and backward, on one rank and on two in turn.
+/// Times a layer's forward, and its forward and backward, on one rank and on two ranks in turn.
 fn layer<L: Layer<f32, Cpu, In = Replicated, Out = Replicated>>(
     args: &Args,
     name: &str,
@@ -229,9 +230,9 @@ fn report(
     let rate = flops / median / 1e6;
     let share = rate / (args.peak.unwrap_or(f64::NAN) * ranks as f64) * 100.0;
     println!("{name:<34} {ranks:>6} {median:>10.3} {min:>10.3} {rate:>9.1} {share:>6.0} % {apart:>8.1e}");
-    // Far above rounding errors, and below the effect of a missing product.
+    // The limit is far above rounding errors, and below the effect of a missing product.
     if apart > 1e-4 {
-        let reason = format!("{name}: a number is {apart:.1e} from what it has to be");
+        let reason = format!("{name}: a result differs by {apart:.1e} from the expected one");
         return Err(shardwise::Error::Invalid { op: "bench", reason });
     }
     let Some(path) = &args.json else { return Ok(()) };

@@ -1,10 +1,10 @@
-//! Whether overlapping chunked collectives with products pays, and from how many tokens on: forward
-//! and backward of a feed-forward layer.
+//! Measures whether it pays to overlap chunked collectives with products, and from how many tokens
+//! on. Times the forward and backward of a feed-forward layer.
 //!
 //! `cargo bench --bench overlap` on thread ranks. On processes over MPI: `cargo bench --features
 //! mpi --bench overlap --no-run`, then `mpirun -n 2` with the program that it prints.
 //!
-//! The bits are the same in each case, as a test checks.
+//! The results with and without chunks have the same bits, as a test checks.
 
 use clap::Parser;
 use shardwise::{

@@ -1,7 +1,8 @@
-//! A training step of the GPT of `train_text` on one rank, and on two along each axis of a mesh.
+//! A training step of the GPT of `train_text` on one rank, and on two ranks along each axis of a
+//! mesh.
 //!
-//! `cargo bench --bench training [-- --rounds 9] [--json FILE]`. The meshes run in turn, a few
-//! steps each, for several rounds. Reported is the median. `scripts/peers/gpt_ddp.py` trains the
+//! `cargo bench --bench training [-- --rounds 9] [--json FILE]`. In each round, every mesh runs a
+//! few steps. The bench reports the median over the rounds. `scripts/peers/gpt_ddp.py` trains the
 //! same model with PyTorch.
 
 #[path = "../examples/text/train_text/model.rs"]
@@ -26,7 +27,7 @@ use std::time::Instant;
 /// Times training steps.
 #[derive(Parser)]
 struct Args {
-    /// The number of rounds. Reported is the median.
+    /// The number of rounds. The bench reports the median.
     #[arg(long, default_value_t = 9)]
     rounds: usize,
     /// Writes the results to this file.

@@ -1,4 +1,4 @@
-//! The cost of detecting faults: comparing calls, and recording them (flight recorder).
+//! The cost of detecting faults: comparing calls, and recording calls (flight recorder).
 
 use shardwise::{
     Result, Site,
@@ -10,10 +10,10 @@ use shardwise::{
 use std::{hint::black_box, panic::Location, time::Instant};
 
 const ROUNDS: u32 = 200_000;
-/// The number of measurements. Reported is the median.
+/// The number of measurements. The bench reports the median.
 const REPEATS: usize = 9;
 
-/// The nanoseconds per call of `act`.
+/// Returns the nanoseconds per call of `act`.
 fn nanoseconds(mut act: impl FnMut() -> Result<()>) -> Result<f64> {
     let mut times = Vec::new();
     for _ in 0..REPEATS {
@@ -45,12 +45,12 @@ fn call(seq: u64) -> Call {
     }
 }
 
-/// Prints the costs; `Err` if one is above its limit.
+/// Prints the costs. Returns `Err` if a cost is above its limit.
 pub(crate) fn campaign() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let mut over = false;
     for ranks in [2, 4, 8] {
         let calls: Vec<_> = (0..ranks).map(|_| call(3)).collect();
-        // As a rank does it: records its call, and compares all calls with the first.
+        // Do the same as a rank: make the own call, and compare the calls of all ranks with it.
         let mut own = calls[0];
         let time = nanoseconds(|| {
             own = black_box(call(3));
@@ -64,9 +64,9 @@ pub(crate) fn campaign() -> std::result::Result<(), Box<dyn std::error::Error>> 
     // A barrier of a group of one rank only records its call.
     let alone = Group::solo(&Cpu::new());
     let time = nanoseconds(|| alone.barrier())?;
-    println!("a record, with the call that is noted: {time:.0} ns (limit 200)");
+    println!("the record of a call: {time:.0} ns (limit 200)");
     over |= time > 200.0;
     let whole = launch::threads(2, |world| nanoseconds(|| world.barrier()))?;
-    println!("for comparison, a barrier of two thread ranks with both: {:.0} ns", whole[0]);
+    println!("for comparison, a barrier of two thread ranks with comparison and record: {:.0} ns", whole[0]);
     if over { Err("a cost is above its limit".into()) } else { Ok(()) }
 }

@@ -14,12 +14,14 @@ use std::{
 };
 
 const RANKS: usize = 4;
-/// One group in this many has ranks that communicate over sockets. The others use shared memory.
+/// The ranks of one group in this many communicate over sockets. The ranks of the other groups use
+/// shared memory.
 const OVER_SOCKETS: u64 = 10;
-/// The descriptors and threads that may be added: those of connections that are being closed.
+/// The number of descriptors and threads that may be added, because some connections are still
+/// being closed.
 const SLACK: u64 = 4;
-/// The memory that may be added between a tenth of the cycles and all: a leak of 1 kB per cycle
-/// adds more.
+/// The memory in bytes that may be added between a tenth of the cycles and the end. With 10,000
+/// cycles, a leak of 1 kB per cycle adds more.
 const GROWTH: u64 = 8 << 20;
 
 /// The resources of this process: open descriptors, threads, and bytes of memory.
@@ -40,12 +42,12 @@ impl Usage {
     }
 }
 
-/// The program of a rank. The group breaks in a way that the cycle's number selects.
+/// The program of a rank. The number of the cycle selects the fault that breaks the group.
 fn rank(world: &Group<Cpu>, cycle: u64) -> Result<()> {
     let (rank, device) = (world.rank(), world.device());
     let half = world.split_all(rank as u64 % 2)?;
     half.all_reduce(ReduceOp::Sum, &mut Tensor::<f32>::full(device, [8], 1.0)?)?;
-    // Still running when the group breaks, and not waited for.
+    // This all-reduce still runs when the group breaks, and no rank waits for it.
     drop(world.start_all_reduce(ReduceOp::Max, Tensor::<f32>::full(device, [5000], 1.0)?)?);
     if rank == cycle as usize / 4 % RANKS {
         match cycle % 4 {
@@ -58,7 +60,8 @@ fn rank(world: &Group<Cpu>, cycle: u64) -> Result<()> {
     world.barrier()
 }
 
-/// The same over sockets, with threads in place of processes.
+/// Runs [`rank`] over sockets, with threads in place of processes. Returns the number of ranks that
+/// received an error.
 fn over_sockets(cycle: u64) -> std::io::Result<usize> {
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port().to_string();
     let informed = thread::scope(|scope| {
@@ -78,8 +81,8 @@ fn over_sockets(cycle: u64) -> std::io::Result<usize> {
     Ok(informed)
 }
 
-/// Makes and breaks groups. Returns an error if one did not break, or if descriptors, threads or
-/// memory leak.
+/// Makes and breaks groups. Returns an error if a group did not break, or if descriptors, threads
+/// or memory leak.
 pub(crate) fn campaign(cycles: u64) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let (start, mut after_some) = (Instant::now(), Usage::now()?);
     for cycle in 0..cycles {
@@ -115,5 +118,5 @@ pub(crate) fn campaign(cycles: u64) -> std::result::Result<(), Box<dyn std::erro
     let flat = usage.descriptors <= after_some.descriptors + SLACK
         && usage.threads <= after_some.threads + SLACK
         && usage.memory <= after_some.memory + GROWTH;
-    if flat { Ok(()) } else { Err("groups that were dropped have left something".into()) }
+    if flat { Ok(()) } else { Err("dropped groups have leaked descriptors, threads or memory".into()) }
 }

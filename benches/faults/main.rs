@@ -1,22 +1,24 @@
 //! Fault injection: one rank is lost at a random point of a random program. Every other rank must
-//! quickly receive an error that names it. Disagreements between ranks must be errors on all of
-//! them.
+//! quickly receive an error that names the lost rank. If ranks make different calls, every rank
+//! must receive an error.
 //!
 //! `cargo bench --bench faults [-- --trials 10000] [--seed 1]`: thread ranks. A trial has 2, 3, 4
 //! or 8 ranks, which make some random collectives. One rank panics, returns early or returns an
 //! error: before a collective, between its start and its end, or after it. Every other rank must
-//! get `Error::PeerLost` with that rank's number; the time from the fault to the error is measured.
-//! Fails if a wrong rank is named, or if a rank hangs past the deadline of ten seconds.
+//! receive `Error::PeerLost` with that rank's number. The bench measures the time from the fault to
+//! the error. It fails if an error names a wrong rank, or if a rank hangs past the deadline of ten
+//! seconds.
 //!
-//! Then follow disagreements (each field of a call, in each collective that has it: every rank must
-//! get the same error, and no buffer may change) and groups that are made, broken and dropped
-//! (descriptors, threads and memory must not grow). `--limits` also checks time limits (errors
-//! within ten milliseconds at p99), and measures the cost of the checks.
+//! The bench then tests disagreements: one rank changes one field of a call, for each field of each
+//! collective. Every rank must receive the same error, and no buffer may change. The bench then
+//! makes, breaks and drops groups: descriptors, threads and memory must not grow. `--limits` also
+//! checks time limits (errors within ten milliseconds at p99), and measures the cost of the checks.
 //!
 //! `--processes 100` (feature `cli`), `--nccl 100` (features `cli` and `nccl`; up to eight GPUs)
-//! and `--mpi 100` (feature `mpi`): ranks are processes. One of them panics, returns, fails, exits,
-//! is killed or is stopped; the last three at any moment, also during a transfer. The job must end
-//! within a second and name the right rank.
+//! and `--mpi 100` (feature `mpi`): ranks are processes. One rank panics, returns, fails, exits, is
+//! killed or is stopped. The last three faults may occur at any moment, also during a transfer. The
+//! job must name the right rank and end within a second, or within the deadline and a second if the
+//! rank was stopped.
 
 mod costs;
 mod cycles;
@@ -45,8 +47,8 @@ struct Args {
     /// The number of groups that are made, broken and dropped.
     #[arg(long, default_value_t = 1000)]
     cycles: u64,
-    /// Also checks time limits, and those of the comparison of calls and of a record. Needs an idle
-    /// machine.
+    /// Also checks the time limits of errors, of the comparison of calls and of the record of a
+    /// call. Needs an idle machine.
     #[arg(long)]
     limits: bool,
     /// The number of faults on processes started by `shardwise launch`.
@@ -65,13 +67,13 @@ struct Args {
     /// The seed of all random choices.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// This process is a rank of this trial.
+    /// Runs this process as a rank of this trial.
     #[arg(long, hide = true)]
     rank_of: Option<u64>,
     /// The file to which the lost rank writes the time of its fault.
     #[arg(long, hide = true, default_value = "time_of_fault")]
     time_file: PathBuf,
-    /// The ranks have one GPU each.
+    /// Gives each rank one GPU.
     #[arg(long, hide = true)]
     over_nccl: bool,
     /// Passed by `cargo bench`; ignored.
@@ -81,7 +83,7 @@ struct Args {
 
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
-    // Injected panics need no report.
+    // Do not print injected panics.
     std::panic::set_hook(Box::new(|_| ()));
     if let Some(number) = args.rank_of {
         return Ok(processes::rank(args.seed, number, &args.time_file, args.over_nccl)?);

@@ -11,7 +11,7 @@ use shardwise::{
 };
 use std::time::{Duration, Instant};
 
-/// A call on a `[12, 12]` or `[144, 60]` tensor, whose fields can be varied.
+/// A call on a `[12, 12]` or `[144, 60]` tensor. A test changes one of the fields.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct TestCall {
     op: &'static str,
@@ -22,7 +22,7 @@ struct TestCall {
     shape: [usize; 2],
     dim: usize,
     slanted: bool,
-    /// Whether another call precedes it.
+    /// Whether the rank makes another call first.
     extra: bool,
 }
 
@@ -40,8 +40,8 @@ const FIELDS: [&str; 9] = [
 ];
 
 impl TestCall {
-    /// The same call with one field changed, in one of several variants. `None` if the operation
-    /// does not have that field.
+    /// Returns the call with one field changed, in one of several variants. Returns `None` if the
+    /// operation does not have that field.
     fn change(self, field: &str, variant: usize) -> Option<Self> {
         let has_data = !["barrier", "split"].contains(&self.op);
         let startable = ["all_reduce", "all_gather", "reduce_scatter"].contains(&self.op);
@@ -69,13 +69,14 @@ impl TestCall {
 
     fn run(self, group: &Group<Cpu>) -> Result<()> {
         if self.extra {
-            // Not waited for: only the sequence number of the next call differs.
+            // Do not wait for this all-reduce, so that only the sequence number of the next call
+            // differs.
             drop(group.start_all_reduce(ReduceOp::Sum, Tensor::<f32>::zeros(group.device(), [3])?)?);
         }
         if self.narrow { self.call::<bf16>(group) } else { self.call::<f32>(group) }
     }
 
-    /// Makes the call. Panics if it fails and has changed its tensor.
+    /// Makes the call. Panics if the call fails and has changed its tensor.
     fn call<T: Element>(self, group: &Group<Cpu>) -> Result<()> {
         let size = group.size();
         let len = self.shape[self.dim];
@@ -112,8 +113,8 @@ impl TestCall {
     }
 }
 
-/// Tries every disagreement `repeats` times. Returns an error if a rank did not receive it, or if a
-/// buffer has changed.
+/// Tries every disagreement `repeats` times. Returns an error if a rank did not receive the same
+/// error as the others, or if a buffer has changed.
 pub(crate) fn campaign(repeats: u64, limits: bool) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let mut times = Vec::new();
     let mut wrong = Vec::new();
@@ -121,7 +122,7 @@ pub(crate) fn campaign(repeats: u64, limits: bool) -> std::result::Result<(), Bo
     for (op, field, variant) in
         OPS.iter().flat_map(|op| FIELDS.iter().flat_map(move |f| (0..10).map(move |v| (*op, *f, v))))
     {
-        // Payloads below and above the size from which ranks read each other's memory.
+        // Use payloads below and above the size from which ranks read each other's memory.
         let shape = [[12, 12], [144, 60]][variant / 5];
         let usual = TestCall {
             op,
@@ -139,8 +140,8 @@ pub(crate) fn campaign(repeats: u64, limits: bool) -> std::result::Result<(), Bo
             for odd in 0..world {
                 for _ in 0..repeats {
                     cases += 1;
-                    // Roots are ranks, and all sites are in one process, so the errors are
-                    // comparable.
+                    // The errors of all ranks must be equal. They name the same rank numbers and
+                    // call sites, because all ranks are in one process.
                     let outcomes =
                         Threads::new(world).deadline(Duration::from_secs(10)).run_each(|group| {
                             group.barrier()?;

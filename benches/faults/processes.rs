@@ -1,8 +1,8 @@
 //! Faults of processes: ranks of `shardwise launch` over sockets, or with one GPU each over NCCL;
 //! and ranks of `mpirun`.
 //!
-//! This program starts itself as the ranks. The lost rank writes down the time of its fault;
-//! measured is the time from then to the end of the job.
+//! This program starts itself as the ranks. The lost rank writes the time of its fault to a file.
+//! The bench measures the time from the fault to the end of the job.
 
 use crate::trial::{MOMENTS, OPS, Trial};
 use shardwise::{
@@ -23,13 +23,13 @@ use std::{
 
 const FAULTS: [&str; 6] = ["panic", "return", "error", "exit", "-KILL", "-STOP"];
 const ABRUPT: [&str; 3] = ["exit", "-KILL", "-STOP"];
-/// How long ranks wait for each other.
+/// The time that ranks wait for each other.
 const DEADLINE: Duration = Duration::from_secs(1);
-/// The limit for the job to end after the fault. After SIGSTOP the deadline and a tenth of it are
-/// added.
+/// The limit of the time from the fault to the end of the job. After SIGSTOP, the deadline and a
+/// tenth of the deadline are added.
 const LIMIT: Duration = Duration::from_secs(1);
 
-/// What starts the ranks.
+/// The program that starts the ranks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Launcher {
     Shardwise,
@@ -54,7 +54,7 @@ fn inject(fault: &str, time_file: &Path) -> Result<bool> {
         "exit" => std::process::exit(3),
         signal => {
             let _ = Command::new("kill").args([signal, &std::process::id().to_string()]).status();
-            // The signal takes effect asynchronously.
+            // Wait, because the signal takes effect asynchronously.
             std::thread::sleep(Duration::from_secs(5));
             Err(Error::Invalid { op: "campaign", reason: "the signal did nothing".into() })
         }
@@ -69,7 +69,7 @@ fn random_trial(seed: u64, number: u64, over_nccl: bool) -> Trial {
 /// Runs a rank of a trial.
 fn run_rank<B: Pointwise>(trial: &Trial, world: &Group<B>, time_file: &Path) -> Result<()> {
     let fault = FAULTS[trial.fault % FAULTS.len()];
-    // Faults from outside the program may occur at any moment.
+    // Inject abrupt faults at any moment, because they come from outside the program.
     if MOMENTS[trial.moment] == "within" && ABRUPT.contains(&fault) {
         let time_file = time_file.to_path_buf();
         return trial.run_until_fault(world, move || drop(inject(fault, &time_file)));
@@ -121,8 +121,8 @@ fn job(launcher: Launcher, ranks: usize, folder: &Path) -> Command {
             // Open MPI requires these in containers.
             command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
             command.env("OMPI_MCA_rmaps_base_oversubscribe", "1");
-            // No wait between SIGTERM and SIGKILL when a process has failed; the default is a
-            // second.
+            // Do not wait between SIGTERM and SIGKILL after a process has failed. The default wait
+            // is a second.
             command.env("OMPI_MCA_odls_base_sigkill_timeout", "0");
             command
         }
@@ -160,8 +160,8 @@ pub(crate) fn campaign(launcher: Launcher, trials: u64, seed: u64) -> Result<(),
         };
         let after = over.saturating_sub(Duration::from_nanos(time.parse()?));
         let limit = if fault == "-STOP" { LIMIT + DEADLINE + DEADLINE / 10 } else { LIMIT };
-        // mpirun names a rank that was killed or has exited, and ends the others before they can
-        // report.
+        // mpirun names a rank that was killed or has exited, and ends the other ranks before they
+        // can report.
         let by_mpirun = [format!("process rank {} ", trial.culprit), format!(",1],{}]", trial.culprit)];
         let named =
             Record::read_all([folder.path()]).is_ok_and(|records| blame(&records).ranks == [trial.culprit]);
@@ -181,5 +181,9 @@ pub(crate) fn campaign(launcher: Launcher, trials: u64, seed: u64) -> Result<(),
     }
     println!("    late, or the wrong rank named: {}", wrong.len());
     wrong.iter().take(5).for_each(|line| println!("{line}"));
-    if wrong.is_empty() { Ok(()) } else { Err("a job went on, or the wrong rank was named".into()) }
+    if wrong.is_empty() {
+        Ok(())
+    } else {
+        Err("a job did not end in time, or the wrong rank was named".into())
+    }
 }

@@ -1,6 +1,6 @@
 //! The cases of `scripts/peers/gloo_faults.py` on two thread ranks: the error that rank 0 receives
-//! for rank 1's fault, and after what time. (For processes that exit, are killed or stopped:
-//! `--processes`.)
+//! for rank 1's fault, and the time until the error. (`--processes` has processes that exit, are
+//! killed or stopped.)
 
 use shardwise::{
     Error, Result, Tensor,
@@ -13,14 +13,14 @@ use std::time::{Duration, Instant};
 
 type Act = fn(&Group<Cpu>) -> Result<()>;
 
-/// The number of repeats. Reported is the median time.
+/// The number of repeats. The table has the median time.
 const REPEATS: usize = 201;
 
 fn reduce(group: &Group<Cpu>, op: ReduceOp, shape: &[usize]) -> Result<()> {
     group.all_reduce(op, &mut Tensor::<f32>::full(group.device(), shape, 1.0)?)
 }
 
-/// A name, what rank 0 does, and what rank 1 does.
+/// The name of a case, the call of rank 0, and the call of rank 1.
 const CASES: [(&str, Act, Act); 8] = [
     (
         "all_reduce of 100 and of 50 elements",

@@ -13,8 +13,8 @@ use std::{
 };
 
 const FAULTS: [&str; 3] = ["panic", "return", "error"];
-/// One trial in this many writes flight records, which must name the lost rank. Its time is not
-/// counted, since it writes files.
+/// One trial in this many writes flight records, which must name the lost rank. The bench does not
+/// count the time of that trial, because the trial writes files.
 const RECORDED: u64 = 10;
 
 /// Injects faults. Returns an error if a surviving rank did not receive the lost rank's number.
@@ -43,7 +43,7 @@ pub(crate) fn campaign(trials: u64, seed: u64, limits: bool) -> Result<(), Box<d
         }
         let outcomes = threads.run_each(|world| {
             let outcome = trial.run(&world, inject);
-            // The outcome of the lost rank itself is checked below.
+            // The lost rank fails here. Only the outcomes of the other ranks are checked below.
             if world.rank() == trial.culprit && outcome.is_err() {
                 return Err(Error::Invalid { op: "campaign", reason: "injected".into() });
             }
@@ -60,7 +60,7 @@ pub(crate) fn campaign(trials: u64, seed: u64, limits: bool) -> Result<(), Box<d
         for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != trial.culprit) {
             let at = match outcome {
                 Ok((Err(Error::PeerLost { rank: named, .. }), at)) if named == trial.culprit => at,
-                // In a half group, rank r of the world has number r / 2.
+                // In a group that `split` made, rank r of the world has number r / 2.
                 Ok((Err(Error::PeerLost { rank: named, group, .. }), at))
                     if group != "world" && named == trial.culprit / 2 && rank % 2 == trial.culprit % 2 =>
                 {

@@ -31,16 +31,16 @@ pub(crate) const MOMENTS: [&str; 3] = ["before", "within", "after"];
 pub(crate) struct Trial {
     pub(crate) ranks: usize,
     pub(crate) culprit: usize,
-    /// The collective at which the fault happens. Those before it are random.
+    /// The collective at which the fault happens. The collectives before it are random.
     pub(crate) op: usize,
     pub(crate) moment: usize,
     /// A number that selects the fault.
     pub(crate) fault: usize,
-    /// The number of collectives before it, and the elements of each.
+    /// The number of collectives before `op`. Each has `len` elements.
     before: usize,
     len: usize,
-    /// Whether all ranks have made this collective before. Over NCCL it is then not compared first,
-    /// so that ranks wait inside NCCL.
+    /// Whether all ranks have made this collective before. Over NCCL, ranks then do not compare the
+    /// call first, so that they wait inside NCCL.
     known: bool,
     random: Philox,
 }
@@ -50,7 +50,7 @@ impl Trial {
         let random = Philox::stream(seed, number);
         let below = |at: u64, end: usize| (random.uniform(at) * end as f64) as usize;
         let ranks = [2, 3, 4, 8][below(0, 4)].min(most);
-        // Below and above the size from which ranks read each other's memory.
+        // Use lengths below and above the size from which ranks read each other's memory.
         let len = [1, 17, 1000, 20_000][below(6, 4)];
         Self {
             ranks,
@@ -65,8 +65,8 @@ impl Trial {
         }
     }
 
-    /// The program of one rank. `inject` loses the rank `culprit`. `Ok` if this is that rank and it
-    /// returned.
+    /// Runs the program of one rank. `inject` causes the fault of rank `culprit`. Returns `Ok` only
+    /// on that rank, if its fault is to return.
     pub(crate) fn run<B: Pointwise>(
         &self,
         world: &Group<B>,
@@ -90,12 +90,13 @@ impl Trial {
         if culprit && inject()? {
             return Ok(());
         }
-        // The others next make a collective of all ranks.
+        // The other ranks then make a collective of all ranks, so that each of them receives an
+        // error.
         world.barrier()?;
-        Err(Error::Invalid { op: "campaign", reason: "a barrier was complete without the lost rank".into() })
+        Err(Error::Invalid { op: "campaign", reason: "a barrier completed without the lost rank".into() })
     }
 
-    /// The program of one rank in a trial with a fault during transfers: all ranks repeat a
+    /// Runs the program of one rank in a trial with a fault during transfers. All ranks repeat a
     /// collective, and another thread of the lost rank calls `inject` at a random time.
     pub(crate) fn run_until_fault<B: Pointwise>(
         &self,
@@ -115,12 +116,12 @@ impl Trial {
         while begin.elapsed() < Duration::from_secs(20) {
             self.call(world, self.op, || Ok(false))?;
         }
-        Err(Error::Invalid { op: "campaign", reason: "collectives went on without the lost rank".into() })
+        Err(Error::Invalid { op: "campaign", reason: "collectives completed without the lost rank".into() })
     }
 
-    /// Makes a collective, checks its result, and calls `within` inside of it: between start and
-    /// end, before the second half of an exchange, or before the first use of a split group.
-    /// Returns true if `within` asked to return early.
+    /// Makes a collective and checks its result. Calls `within` between the start and the end of
+    /// the collective, before the second half of an exchange, or before the first use of a split
+    /// group. Returns true if `within` asked to return early.
     fn call<B: Pointwise>(
         &self,
         world: &Group<B>,
@@ -136,7 +137,7 @@ impl Trial {
             if x.len() == len && x.iter().all(|element| *element == value as f32) {
                 return Ok(());
             }
-            Err(Error::Invalid { op: "campaign", reason: "a collective has brought something else".into() })
+            Err(Error::Invalid { op: "campaign", reason: "a collective has returned a wrong result".into() })
         };
         match op {
             0 => {
@@ -157,7 +158,8 @@ impl Trial {
             }
             4 => {
                 let (x, next, last) = (whole()?, (rank + 1) % size, (rank + size - 1) % size);
-                // Not all ranks send first, since a message may wait for its receiver.
+                // Even ranks send first and odd ranks receive first, because a send may wait for
+                // its receiver.
                 let half = |sends: bool| {
                     let recv = (!sends).then_some((last, x.shape()));
                     let arrived = world.exchange(sends.then_some((next, &x)), recv)?;
@@ -196,7 +198,7 @@ impl Trial {
                 return Ok(false);
             }
         }
-        // A blocking collective has no inside, so the rank is lost after it.
+        // `within` cannot run during a blocking collective, so the rank is lost after it.
         within()
     }
 }

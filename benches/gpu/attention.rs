@@ -27,13 +27,13 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
     Ok(())
 }
 
-/// Takes a sum and the sum of the squares of its terms. Returns the sum and its tolerance: for its
-/// own rounding, and for that of each term's bf16 factor.
+/// Takes a sum and the sum of the squares of its terms. Returns the sum and its tolerance, which
+/// covers the rounding of the sum and of the bf16 factor in each term.
 fn near((sum, squares): (f64, f64)) -> (f64, f64) {
     (sum, sum.abs() / 128.0 + squares.sqrt() / 64.0)
 }
 
-/// The softmax weights of the keys that a query attends to.
+/// Returns the softmax weights of the keys that a query attends to.
 pub(crate) fn weights(q: &[f64], keys: &[f64], scale: f64) -> Vec<f64> {
     let score = |key: &[f64]| scale * q.iter().zip(key).map(|(q, k)| q * k).sum::<f64>();
     let scores: Vec<f64> = keys.chunks(q.len()).map(score).collect();
@@ -42,7 +42,7 @@ pub(crate) fn weights(q: &[f64], keys: &[f64], scale: f64) -> Vec<f64> {
     scores.iter().map(|score| (score - most).exp() / total).collect()
 }
 
-/// The sum of vectors by these weights, with tolerances: one per feature.
+/// Returns the weighted sum of vectors, with a tolerance for each feature.
 pub(crate) fn weighted<'a>(
     weights: &[f64],
     vectors: impl Iterator<Item = &'a [f64]>,
@@ -58,7 +58,7 @@ pub(crate) fn weighted<'a>(
     sums.into_iter().map(near).collect()
 }
 
-/// Causal attention with scale 1 / √dim, and equally many query heads per key/value head.
+/// Returns causal attention with scale 1 / √dim and equally many query heads per key/value head.
 pub(crate) fn causal(heads: usize, kv_heads: usize, head_dim: usize) -> QkvHeads {
     let kv_of_query = (0..heads).map(|head| head / (heads / kv_heads)).collect();
     QkvHeads { kv_of_query, kv_heads, head_dim, choices: AttentionChoices::CAUSAL }
@@ -73,7 +73,7 @@ fn attend(bench: &mut Bench, dim: usize, length: usize, count: usize) -> Result<
         let (attending, sequences) = (causal(heads, kv_heads, dim), Sequences::packed(vec![length; count]));
         let spec = AttentionSpec { heads: &attending, sequences: &sequences };
         let scale = attending.scale();
-        // Side by side, as a fused projection makes them.
+        // q, k and v are adjacent columns, as a fused projection writes them.
         let qkv = data.fill::<bf16>([rows, (heads + 2 * kv_heads) * dim], 1.0)?;
         let (k_at, v_at) = (heads * dim, (heads + kv_heads) * dim);
         let (q, k) = (qkv.mat().columns(0..k_at), qkv.mat().columns(k_at..v_at));
@@ -100,8 +100,8 @@ fn attend(bench: &mut Bench, dim: usize, length: usize, count: usize) -> Result<
                 |all: &Tensor<bf16, _>, rows, at: usize| to_host(all.mat().block(rows, at..at + dim), &cuda);
             let keys = head_of(&qkv, first..rows, k_at + kv * dim)?;
             let values = head_of(&qkv, first..rows, v_at + kv * dim)?;
-            // The query, its output gradient, its weights, its output and the gradients of its
-            // scores.
+            // Returns the query, its output gradient, its softmax weights, its output and the
+            // gradients of its scores.
             let of_query = |query: usize, head: usize| -> Result<_> {
                 let row = first + query..first + query + 1;
                 let (q, dout) = (head_of(&qkv, row.clone(), head * dim)?, head_of(&dout, row, head * dim)?);
@@ -123,7 +123,7 @@ fn attend(bench: &mut Bench, dim: usize, length: usize, count: usize) -> Result<
                     &weighted(&ds, keys.chunks(dim), dim),
                 )?;
             }
-            // A key that only the last queries attend to.
+            // Checks a key that only the last queries attend to.
             let key = length - 4;
             let (mut ds_of, mut p_of, mut queries, mut douts) = (vec![], vec![], vec![], vec![]);
             for head in kv * sharing..(kv + 1) * sharing {

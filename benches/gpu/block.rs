@@ -26,13 +26,13 @@ pub(crate) struct Sizes {
 }
 
 impl Sizes {
-    /// Those of Llama 8B, or small ones.
+    /// Returns the sizes of Llama 8B, or small sizes for a quick run.
     pub(crate) fn of(bench: &Bench) -> Self {
         let [hidden, heads, kv_heads, ffn] = bench.pick([64, 4, 2, 96], [4096, 32, 8, 14336]);
         Self { hidden, heads, kv_heads, ffn }
     }
 
-    /// The number of elements of its matrices.
+    /// Returns the number of elements of the block's matrices.
     pub(crate) fn weights(&self) -> usize {
         let kv = self.kv_heads * self.hidden / self.heads;
         self.hidden * (2 * self.hidden + 2 * kv + 3 * self.ffn)
@@ -64,8 +64,7 @@ pub(crate) fn load<B: Backend>(
     Block::<B>::load(group, &Weights::new(source), &config)
 }
 
-/// Expected values with tolerances for another way to compute them in bf16, which rounds
-/// differently.
+/// Adds tolerances to expected values, because two computations in bf16 round differently.
 pub(crate) fn close(want: &[f64]) -> Vec<(f64, f64)> {
     let square = want.iter().map(|x| x * x).sum::<f64>() / want.len() as f64;
     want.iter().map(|&x| (x, 0.04 * square.sqrt() + 0.01 * x.abs())).collect()
@@ -80,8 +79,8 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
         let block = load(&group, &source, &sizes, false)?;
         let x = data.fill::<bf16>([tokens, hidden], 1.0)?;
         let x = DTensor::<Replicated, _, _>::replicated(&group, x)?;
-        // A causal mask hides half of the scores. The backward has two products per weight, and
-        // five for attention's two.
+        // A causal mask hides half of the scores. The forward has one product per weight and two
+        // products for attention. The backward has two per weight and five for attention.
         let weights = 2.0 * (tokens * sizes.weights()) as f64;
         let attention = 2.0 * (tokens * tokens * hidden) as f64;
         let forward = format!("block forward bf16 {tokens} tokens");
@@ -98,7 +97,8 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
             Ok(())
         })?;
 
-        // The first tokens do not depend on later ones: compare with the same block on the CPU.
+        // The first tokens do not depend on later tokens, so compare them with the same block on
+        // the CPU.
         let (y, _) = block.forward(x.clone())?;
         let count = 2;
         let host = Group::solo(&Cpu::new());
@@ -111,8 +111,8 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
         let got = to_host(y.local().mat().block(0..count, 0..hidden), &cuda)?;
         bench.expect(&forward, &got, &close(&want))?;
 
-        // The slope of Σ y dy along the gradient itself, between two points whose distance includes
-        // their rounding.
+        // Checks dx by the difference of Σ y dy between two points on the line through x along dx.
+        // The expected difference uses the points after their rounding to bf16.
         let Some(dx) = dx else { return Ok(()) };
         let along = |sign: f64| -> Result<(Tensor<bf16, Cuda>, f64)> {
             let mut moved = dx.local().convert::<bf16>()?;
@@ -127,8 +127,8 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
     })
 }
 
-/// The distance of the points along the gradient. The error is of third order, and 6 % at four
-/// times the step.
+/// The distance of each point from x, as a factor of dx. The error is of third order, and 6 % at
+/// four times the step.
 const STEP: f64 = 0.0078125;
 
 fn inner(a: &Tensor<bf16, Cuda>, b: &Tensor<bf16, Cuda>) -> Result<f64> {

@@ -1,4 +1,4 @@
-//! Random operands: one block of random numbers is generated once and repeated.
+//! Random operands. One block of random numbers is generated once, and operands repeat the block.
 
 use half::{bf16, f16};
 use shardwise::{
@@ -14,19 +14,20 @@ use std::cell::Cell;
 pub(crate) struct Data {
     host: Vec<bf16>,
     device: Tensor<bf16, Cuda>,
-    /// Where in the block the next tensor starts.
+    /// The offset in the block at which the next tensor starts.
     next: Cell<usize>,
 }
 
 impl Data {
     pub(crate) fn new(cuda: &Cuda, quick: bool) -> Result<Self> {
-        // 8 times a prime: rows of common lengths do not repeat, and copies stay aligned.
+        // The length is 8 times a prime, so that rows of common lengths do not repeat and copies
+        // stay aligned.
         let host: Vec<bf16> = normal(if quick { 8 * 8191 } else { 8 * 1_048_573 });
         let device = Tensor::from_slice(cuda, [host.len()], &host)?;
         Ok(Self { host, device, next: Cell::new(0) })
     }
 
-    /// A random tensor with this standard deviation.
+    /// Returns a random tensor with this standard deviation.
     pub(crate) fn fill<T: Element>(
         &self,
         shape: impl Into<Shape>,
@@ -51,14 +52,14 @@ impl Data {
         Ok(tensor)
     }
 
-    /// Random weights with this standard deviation, for layers.
+    /// Returns random weights with this standard deviation, for layers.
     pub(crate) fn weights(&self, deviation: f64) -> Repeated {
         let scaled = self.host.iter().map(|value| bf16::from_f32(value.to_f32() * deviation as f32));
         Repeated { block: scaled.collect() }
     }
 }
 
-/// Sums of four uniform numbers: close to normal, and fast to compute.
+/// Returns sums of four uniform numbers, which are close to normal and fast to compute.
 fn normal(count: usize) -> Vec<bf16> {
     let mut state = 1_u64;
     let one = move || {
@@ -69,14 +70,14 @@ fn normal(count: usize) -> Vec<bf16> {
         word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         word ^= word >> 31;
         let sum: u64 = (0..4).map(|part| (word >> (16 * part)) & 0xffff).sum();
-        // The sum of four variances of 1/12 is 1/3.
+        // The sum of four variances of 1/12 is 1/3, so √3 scales the variance to 1.
         bf16::from_f32((sum as f32 / 65536.0 - 2.0) * 3.0_f32.sqrt())
     };
     std::iter::repeat_with(one).take(count).collect()
 }
 
-/// Random matrices, biases of 0 and scales of 1, for one rank. A tensor's name determines where in
-/// the block it starts.
+/// Random matrices, biases of 0 and scales of 1, for one rank. A hash of a tensor's name gives the
+/// tensor's offset in the block.
 pub(crate) struct Repeated {
     block: Vec<bf16>,
 }

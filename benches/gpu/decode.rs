@@ -66,8 +66,8 @@ fn attend(bench: &mut Bench, dim: usize, context: usize, batch: usize) -> Result
     })
 }
 
-/// A decoding step of a layer through [`KvCache`], as models do it. The weights alone are larger
-/// than the caches.
+/// Times a decoding step of a layer with [`KvCache`], as models run it. The weights alone are
+/// larger than the caches of the GPU.
 fn layer(bench: &mut Bench) -> Result<()> {
     bench.case("decode layer", |bench| {
         let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
@@ -97,12 +97,12 @@ fn layer(bench: &mut Bench) -> Result<()> {
                 Cost { bytes: (weights + kv) as f64, flops: (2 * batch * sizes.weights() + scores) as f64 };
             let mut y = None;
             bench.time(&name, cost, |_| {
-                // The step is not finished, so every call appends at the same position.
+                // Do not finish the step, so that every call appends at the same position.
                 let (sequences, mut step) = cache.step(&slots, &vec![1; batch])?;
                 y = Some(block.infer(x.clone().with_sequences(sequences)?, &mut step)?);
                 Ok(())
             })?;
-            // Compares with the last sequence as a whole, without a cache.
+            // Compares with a forward of the whole last sequence, without a cache.
             let (Some(y), Some(prompt)) = (y, prompts.pop()) else { continue };
             let mut whole = Tensor::<bf16, _>::empty(&cuda, [context + 1, hidden])?;
             cuda.copy(prompt.mat(), whole.mat_mut()?.block(0..context, 0..hidden))?;

@@ -24,7 +24,7 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
     Ok(())
 }
 
-/// The cost of a product whose result has elements of this many bytes.
+/// Returns the cost of a product. `result` is the number of bytes of an element of the result.
 fn cost((m, k, n): (usize, usize, usize), result: f64) -> Cost {
     let (m, k, n) = (m as f64, k as f64, n as f64);
     Cost { bytes: 2.0 * (m * k + k * n) + result * m * n, flops: 2.0 * m * k * n }

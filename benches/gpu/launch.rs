@@ -14,7 +14,7 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
         let cuda = bench.cuda.clone();
         let one = Tensor::<f32, _>::full(&cuda, [1], 1.0)?;
         let mut sum = Tensor::<f32, _>::zeros(&cuda, [1])?;
-        // Fewer than fit the queue of a stream, so that the host never waits.
+        // Make fewer calls than fit in the queue of a stream, so that the host never waits.
         let (rounds, calls) = bench.pick((1, 10), (11, 500));
         let (mut asked, mut done) = (Vec::new(), Vec::new());
         for _ in 0..=rounds {
@@ -27,7 +27,7 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
             cuda.synchronize()?;
             done.push(begin.elapsed().as_secs_f64() / calls as f64);
         }
-        // The first round loads the kernel.
+        // Drop the first round, which loads the kernel.
         bench.line("launch of a kernel, until asked for", &Times::of(asked.split_off(1)), none)?;
         bench.line("launch of a kernel, until done", &Times::of(done.split_off(1)), none)?;
         let want = (calls * (rounds + 1)) as f64;

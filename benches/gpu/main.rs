@@ -1,6 +1,6 @@
-//! Times kernels, layers and calls on one GPU, as shares of the limits that the same run measures.
-//! `scripts/peers/gpu_torch.py` has lines of the same names and shapes; `scripts/gpu/run.sh` runs
-//! both.
+//! Times kernels, layers and calls on one GPU, and compares the times with limits that the same run
+//! measures. `scripts/peers/gpu_torch.py` has lines with the same names and shapes.
+//! `scripts/gpu/run.sh` runs both programs.
 //!
 //! ```text
 //! cargo bench --features nccl --bench gpu [-- --only attention,decode] [--json FILE]
@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Operands are random. A few elements of each result are compared with sums in f64 on the host, or
-//! with another way to compute them. The bench fails at its end if a result was wrong or could not
-//! be computed.
+//! with the results of another computation. The bench fails at its end if a result was wrong or
+//! could not be computed.
 
 mod attention;
 mod block;

@@ -1,4 +1,5 @@
-//! The overhead of a call of NCCL, blocking or not: all-reduces over one rank, which move no data.
+//! The overhead of NCCL calls, blocking and not blocking. The calls are all-reduces over one rank,
+//! which move no data.
 
 use crate::{
     data::Data,

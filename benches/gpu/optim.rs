@@ -22,7 +22,7 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
     norm(bench, count, side)
 }
 
-/// Square parameters with random gradients.
+/// Returns square parameters with random gradients.
 fn params<T: Element>(bench: &Bench, count: usize, side: usize) -> Result<Vec<Param<T, Cuda>>>
 where
     T::Acc: Element,
@@ -38,7 +38,7 @@ where
     (0..count).map(load).collect()
 }
 
-/// Repeats steps with one gradient, for which m̂ = g and v̂ = g² at every step.
+/// Repeats steps with the same gradient, so that m̂ = g and v̂ = g² at every step.
 fn adamw<T: Element>(bench: &mut Bench, kind: &str, each: usize, count: usize, side: usize) -> Result<()> {
     let elements = count * side * side;
     let name = format!("AdamW {kind}, {elements} elements");
@@ -62,14 +62,14 @@ fn adamw<T: Element>(bench: &mut Bench, kind: &str, each: usize, count: usize, s
     })
 }
 
-/// The gradient norm as training computes it before each step.
+/// Times the gradient norm as training computes it before each step.
 fn norm(bench: &mut Bench, count: usize, side: usize) -> Result<()> {
     let name = format!("gradient norm f32, {count} parameters of {side} x {side}");
     bench.case(&name, |bench| {
         let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
         let group = Group::solo(&cuda);
         let params = params::<bf16>(bench, count, side)?;
-        // One gradient has another scale, so that omitting a parameter shows.
+        // One gradient has another scale, so that an omitted parameter changes the norm.
         params[count / 2].zero_grad();
         params[count / 2].add_grad(data.fill([side, side], 30.0)?)?;
         let mut found = 0.0;

@@ -1,4 +1,4 @@
-//! Times calls, and reports a line for each.
+//! Times calls, and reports a line for each call.
 
 use crate::{
     check::{BF16, dot, positions},
@@ -46,8 +46,8 @@ impl Times {
     }
 }
 
-/// Times a call, which receives its number. A round has enough calls to take 2 ms, and ends when
-/// the device is done.
+/// Times `call`, which receives the number of the call. A round has enough calls to take 2 ms, and
+/// ends when the device is done.
 pub(crate) fn timed(cuda: &Cuda, quick: bool, mut call: impl FnMut(usize) -> Result<()>) -> Result<Times> {
     let mut number = 0;
     let mut round = |calls: usize| -> Result<f64> {
@@ -109,18 +109,18 @@ impl Bench {
         Ok(bench)
     }
 
-    /// Whether every line was computed and its results were right.
+    /// Whether every line was computed and every result was right.
     pub(crate) fn is_sound(&self) -> bool {
         self.failures == 0
     }
 
-    /// Selects between two shapes: the first for a quick run.
+    /// Returns `small` in a quick run, else `usual`.
     pub(crate) fn pick<T>(&self, small: T, usual: T) -> T {
         if self.quick { small } else { usual }
     }
 
-    /// The number of tensors of this many bytes to use in turn, so that the next one is in no
-    /// cache.
+    /// Returns the number of tensors of this many bytes to use in turn, so that the next tensor is
+    /// in no cache.
     pub(crate) fn copies(&self, bytes: usize) -> usize {
         if self.quick { 2 } else { (240_usize << 20).div_ceil(bytes) }
     }
@@ -138,7 +138,7 @@ impl Bench {
         self.emit(json!({ "name": name, "error": error.to_string() }))
     }
 
-    /// Times a call, which receives its number, and reports the line.
+    /// Times `call` as [`timed`], and reports the line.
     pub(crate) fn time(
         &mut self,
         name: &str,
@@ -181,7 +181,7 @@ impl Bench {
         self.emit(json!({ "name": name, "wrong": text }))
     }
 
-    /// Measures the limits: by a copy between buffers far larger than the caches, and by a large
+    /// Measures the limits with a copy between buffers far larger than the caches, and with a large
     /// product.
     pub(crate) fn measure_limits(&mut self, write: bool) -> Result<()> {
         self.case("limits", |bench| {
@@ -219,7 +219,8 @@ impl Bench {
         })
     }
 
-    /// Appends to the file, if there is one. Flushes, so that an early exit loses nothing.
+    /// Appends a line to the JSON file, if there is one. Flushes the file, so that an early exit
+    /// loses no line.
     fn emit(&mut self, line: Value) -> Result<()> {
         let Some((path, file)) = &mut self.json else { return Ok(()) };
         let written = writeln!(file, "{line}").and_then(|()| file.flush());

@@ -1,4 +1,4 @@
-//! Memory-bound kernels: each element is read and written once, or a few times.
+//! Memory-bound kernels, which read and write each element once or a few times.
 
 use crate::{
     check::BF16,
@@ -18,7 +18,7 @@ use std::rc::Rc;
 
 const EPS: f64 = 1e-5;
 
-/// Expected values, with the tolerance of one rounding.
+/// Returns expected values, with the tolerance of one rounding.
 fn rounded(values: impl Iterator<Item = f64>) -> Vec<(f64, f64)> {
     values.map(|value| (value, BF16 * value.abs() + 1e-7)).collect()
 }
@@ -42,7 +42,7 @@ pub(crate) fn run(bench: &mut Bench) -> Result<()> {
 
 fn elementwise(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
     let size = 2.0 * (rows * cols) as f64;
-    // A row in the middle of each operand.
+    // The row to check, in the middle of each operand.
     let row = rows / 2..rows / 2 + 1;
     bench.case("elementwise", |bench| {
         let (cuda, data) = (bench.cuda.clone(), Rc::clone(&bench.data));
@@ -108,7 +108,7 @@ fn norms(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
         let got = to_host(dx.mat().block(row, 0..cols), &cuda)?;
         let want = g.iter().zip(&host).map(|(g, x)| root * (g - x * root * along));
         bench.expect(&name, &got, &want.map(|x| (x, BF16 * x.abs() + 1e-5)).collect::<Vec<_>>())?;
-        // The gradient of one element of γ: a sum over all rows.
+        // Checks the gradient of one element of γ, which is a sum over all rows.
         let column = cols / 3..cols / 3 + 1;
         let [x, dy] = [&x, &dy].map(|all| to_host(all.mat().columns(column.clone()), &cuda));
         let (x, dy, roots) = (x?, dy?, to_host(stats.mat().columns(1..2), &cuda)?);
@@ -119,7 +119,7 @@ fn norms(bench: &mut Bench, rows: usize, cols: usize) -> Result<()> {
     })
 }
 
-/// The loss as a model computes it: targets are uploaded with each call.
+/// Times the loss as a model computes it. Each call uploads the targets.
 fn cross_entropy(bench: &mut Bench, tokens: usize, classes: usize) -> Result<()> {
     let size = 2.0 * (tokens * classes) as f64;
     bench.case("cross entropy", |bench| {

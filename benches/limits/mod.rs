@@ -1,10 +1,11 @@
-//! The limits of one core of this machine, to which benches compare.
+//! The limits of this machine's cores and memory. Benches compare their results with these limits.
 
-#![allow(dead_code, reason = "each bench uses what it needs")]
+#![allow(dead_code, reason = "not every bench uses every function")]
 
 use std::{hint::black_box, time::Instant};
 
-/// f32 fused multiply-adds of one core, in GFLOP/s: independent chains in the widest vectors.
+/// Measures the f32 fused multiply-adds of one core, in GFLOP/s, with independent chains in the
+/// widest vectors.
 pub(crate) fn fused() -> f64 {
     #[cfg(target_arch = "x86_64")]
     {
@@ -49,10 +50,10 @@ pub(crate) fn fused() -> f64 {
     })
 }
 
-/// Independent chains: more than a processor executes at a time.
+/// The number of independent chains, more than a processor executes at a time.
 const CHAINS: usize = 12;
 
-/// The best of some rounds, which other load disturbs least.
+/// Returns the highest rate of some rounds, because other load disturbs the fastest round least.
 fn rate(lanes: usize, run: impl Fn(usize) -> f32) -> f64 {
     const TIMES: usize = 2_000_000;
     let once = || {
@@ -63,7 +64,7 @@ fn rate(lanes: usize, run: impl Fn(usize) -> f32) -> f64 {
     (0..7).map(|_| once()).fold(0.0, f64::max)
 }
 
-/// The rate at which some threads together read memory that is in no cache, in GB/s.
+/// Measures the rate at which some threads together read memory that is in no cache, in GB/s.
 pub(crate) fn read(threads: usize) -> f64 {
     const BYTES: usize = 256 << 20;
     let memory: Vec<u64> = vec![1; BYTES / 8];

@@ -24,7 +24,7 @@ pub struct AdamWConfig {
     pub eps: f64,
     /// The weight decay.
     pub weight_decay: f64,
-    /// Whether vectors (biases, the scales of norms) decay. Off by default.
+    /// Whether vectors (biases, the scales of norms) decay. `false` by default.
     pub decay_vectors: bool,
 }
 
@@ -102,8 +102,8 @@ impl<T: Element, B: Backend> AdamW<T, B> {
     /// Reads the state of these parameters from a source, such as a checkpoint of [`AdamW::state`]
     /// saved on any mesh. A parameter without state in the source starts without state.
     ///
-    /// Load the model first: a master weight that does not round to the parameter's value is
-    /// replaced by the value.
+    /// Load the model first, because this replaces each master weight that does not round to the
+    /// parameter's current value by that value.
     ///
     /// # Errors
     /// When the source has some but not all tensors of a parameter's state, or has them in another
@@ -130,22 +130,24 @@ impl<T: Element, B: Backend> AdamW<T, B> {
         self
     }
 
-    /// Lists the state of each parameter that has had a gradient, in the order of their first
-    /// gradients, which is the same on every rank.
+    /// Lists the state of each parameter that has had a gradient or whose state was loaded, in the
+    /// order in which the states were made. All ranks that step the same parameters have the same
+    /// order.
     ///
-    /// For a tensor `w` of the model these are `adamw.m.w`, `adamw.v.w`, `adamw.master.w` of bf16
-    /// and f16, and `adamw.step.w`, the number of steps, exact up to 2²⁴ in f32. The last has one
-    /// element and is owned by the rank that owns the first element of `w`; the others are
-    /// partitioned and owned as `w` is. A value written there takes effect at the next step.
+    /// For a tensor `w` of the model the state is `adamw.m.w`, `adamw.v.w`, `adamw.master.w` of
+    /// bf16 and f16, and `adamw.step.w`, the number of steps, exact up to 2²⁴ in f32.
+    /// `adamw.step.w` has one element, and the rank that owns the first element of `w` owns it. The
+    /// others are partitioned and owned as `w` is. If the caller sets a listed parameter, the next
+    /// step uses the new value.
     ///
     /// # Errors
-    /// When `adamw.step.w` was set to a value that is no number of steps, or the device is out of
-    /// memory.
+    /// When the caller has set `adamw.step.w` to a value that is not a number of steps, or the
+    /// device is out of memory.
     pub fn state(&mut self) -> Result<Vec<Param<T::Acc, B>>> {
         self.states.params()
     }
 
-    /// Returns the number of steps made: the largest of any parameter.
+    /// Returns the largest number of steps of any parameter.
     pub fn steps(&self) -> u64 {
         self.states.steps()
     }
@@ -156,11 +158,12 @@ impl<T: Element, B: Backend> AdamW<T, B> {
     /// PyTorch. So each call may list any parameters in any order.
     ///
     /// # Errors
-    /// Before any change: when a number is out of range (a negative or infinite rate or decay, a β
-    /// outside [0, 1), an ε that is not positive, a `grad_scale` that is not finite); when a name
-    /// is listed twice, or has another shape or other regions than before; when a parameter with a
-    /// gradient has no dense store, or its gradient is not summed over its replicas yet. When the
-    /// device fails.
+    /// Before any parameter changes: when a number is out of range (a negative or infinite rate or
+    /// decay, a β outside [0, 1), an ε that is not positive, a `grad_scale` that is not finite);
+    /// when a name is listed twice; when a parameter has another shape or other regions than its
+    /// state; when a parameter with a gradient has no dense store; when terms of a gradient are not
+    /// summed over the replicas yet. During the update: when the device fails. Some parameters may
+    /// be updated then.
     pub fn step(&mut self, params: &[Param<T, B>], lr: f64, grad_scale: f64) -> Result<()> {
         let AdamWConfig { beta1, beta2, eps, weight_decay, decay_vectors } = self.config;
         within(OP, "lr", lr, 0.0..f64::INFINITY)?;

@@ -26,9 +26,9 @@ pub enum Decay {
 pub struct LearningRate {
     /// The highest rate.
     pub peak: f64,
-    /// The rate from step `steps` on.
+    /// The rate from step `steps` on, unless `decay` is [`Decay::Constant`].
     pub floor: f64,
-    /// The number of warm-up steps; the first has rate `peak / warmup`.
+    /// The number of warm-up steps. The first step has rate `peak / warmup`.
     pub warmup: u64,
     /// The number of steps, including the warm-up.
     pub steps: u64,
@@ -52,7 +52,7 @@ impl LearningRate {
         Self { decay, floor, steps, ..self }
     }
 
-    /// Returns the rate of a step, counted from 0.
+    /// Returns the rate at `step`, counted from 0.
     pub fn at(&self, step: u64) -> f64 {
         if step < self.warmup {
             return self.peak * (step + 1) as f64 / self.warmup as f64;

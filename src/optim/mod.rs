@@ -1,7 +1,7 @@
-//! Optimizers, gradient norms, loss scales and learning rates. They work on lists of parameters,
-//! and use groups only to sum norms.
+//! Optimizers, gradient norms, loss scales and learning rates. Optimizers and norms take lists of
+//! parameters. Only norms use groups.
 //!
-//! An optimizer takes a model's parameters, which every layer and model lists as `params`:
+//! Every layer and model lists its parameters in `params`. An optimizer takes that list:
 //!
 //! ```
 //! use shardwise::{optim::*, prelude::*};
@@ -16,11 +16,12 @@
 //! # Ok::<(), Error>(())
 //! ```
 //!
-//! Gradients have the accumulator type. So have the master weights of bf16 and f16 parameters. A
-//! master weight is updated when the parameter's value is set.
+//! Gradients and the master weights of bf16 and f16 parameters have the accumulator type. After the
+//! caller sets a parameter's value, the next step updates its master weights.
 //!
-//! State is keyed by the parameter's name. [`AdamW::state`] lists it as parameters, which are saved
-//! as those of a model, and [`AdamW::load`] reads it on any mesh.
+//! State is keyed by the parameter's name. [`AdamW::state`] lists the state as parameters, which
+//! [`crate::weights::save`] writes as the parameters of a model. [`AdamW::load`] reads the state on
+//! any mesh.
 
 mod adamw;
 mod learning_rate;
@@ -38,12 +39,13 @@ pub use sgd::{Sgd, SgdConfig};
 use crate::error::{Error, Result};
 use std::{fmt::Display, ops::Range};
 
-/// Options of one parameter. The default keeps those of the optimizer's configuration.
+/// Options of one parameter. The default keeps the options of the optimizer's configuration.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ParamGroup {
     /// The factor of the learning rate.
     pub lr_scale: f64,
-    /// The weight decay instead of the configuration's, also of vectors.
+    /// The weight decay of this parameter, also if it is a vector. `None` keeps the
+    /// configuration's.
     pub weight_decay: Option<f64>,
 }
 
@@ -53,7 +55,7 @@ impl Default for ParamGroup {
     }
 }
 
-/// Checks that an option lies in a range. NaN lies in none.
+/// Checks that an option lies in a range. NaN is outside every range.
 fn within(op: &'static str, name: impl Display, value: f64, range: Range<f64>) -> Result<()> {
     if range.contains(&value) {
         Ok(())

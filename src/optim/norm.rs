@@ -12,17 +12,17 @@ use std::ops::Range;
 
 const OP: &str = "gradient norm";
 
-/// √ Σ g² over the gradient of the whole model: the norm that one device would compute. Not finite
-/// if an element of the gradient is not, for example after an overflow of a scaled loss.
+/// √ Σ g² over the gradient of the whole model: the norm that one device would compute. The norm is
+/// not finite if an element of the gradient is not, for example after an overflow of a scaled loss.
 ///
-/// An element counts once however many ranks hold a copy (the scales of norms, shared key/value
-/// heads): on the rank that owns it ([`crate::tensor::ParamRegion::owned`]). `groups` are the
-/// tensor- and pipeline-parallel groups, but not the data-parallel one, whose gradients are equal
-/// by then. Sums are in f64.
+/// An element counts once, even if several ranks hold a copy (the scales of norms, shared key/value
+/// heads). Only the rank that owns the element ([`crate::tensor::ParamRegion::owned`]) adds it.
+/// `groups` are the tensor- and pipeline-parallel groups. Do not pass the data-parallel group,
+/// because its ranks have equal gradients after the reduction. Sums are in f64.
 ///
-/// Collectives: one all-gather over each group, of three numbers a rank. With
-/// [`Reduction::Invariant`] it also gathers one number for each canonical block. Only one group of
-/// several ranks may be invariant: the tensor-parallel one.
+/// Collectives: one all-gather over each group, of three numbers a rank. Over a group with
+/// [`Reduction::Invariant`], the all-gather also has one number for each canonical block. Of the
+/// groups with several ranks, only the tensor-parallel group may have an invariant reduction.
 ///
 /// ```
 /// use shardwise::{optim::grad_norm, prelude::*};
@@ -40,11 +40,11 @@ const OP: &str = "gradient norm";
 /// ```
 ///
 /// # Errors
-/// When the ranks of the groups do not own every element of the given tensors exactly once: a group
-/// over which tensors are sharded is missing, or the ranks of a given group own the same regions.
-/// Not detected are missing pipeline stages, tensors that no rank owns, and whole tensors that
-/// several ranks own in addition to others; [`crate::weights::save`] detects the last two.
-/// When a collective fails, or the sum cannot be invariant.
+/// When the ranks of the groups do not own every element of the given tensors exactly once. Then a
+/// group over which tensors are sharded is missing, or ranks of a given group own the same regions.
+/// When a collective fails, or the sum cannot be invariant. This function does not detect missing
+/// pipeline stages, tensors that no rank owns, and a whole tensor that several ranks own if their
+/// other tensors differ. [`crate::weights::save`] detects the last two.
 #[track_caller]
 pub fn grad_norm<T: Element, B: Backend>(params: &[Param<T, B>], groups: &[&Group<B>]) -> Result<f64> {
     let unsupported = |reason: String| Error::Unsupported { op: OP, reason };
@@ -65,7 +65,7 @@ pub fn grad_norm<T: Element, B: Backend>(params: &[Param<T, B>], groups: &[&Grou
             (Some(tree), own)
         }
     };
-    // One sum for each of this rank's leaves, and one for gradients outside all of them.
+    // One sum for each of this rank's leaves, and one sum for gradients outside all leaves.
     let (mut terms, mut owned) = (Terms::default(), Owned::default());
     check_once(OP, params)?;
     for param in params {
@@ -78,7 +78,7 @@ pub fn grad_norm<T: Element, B: Backend>(params: &[Param<T, B>], groups: &[&Grou
             (Some(_), Some(blocks)) => blocks,
             (Some(_), None) => {
                 return Err(unsupported(format!(
-                    "{name} was not loaded by canonical blocks: on another group, or by a layer that knows none"
+                    "{name} was not loaded by canonical blocks: it was loaded on another group, or its layer has no canonical blocks"
                 )));
             }
         };
@@ -89,7 +89,7 @@ pub fn grad_norm<T: Element, B: Backend>(params: &[Param<T, B>], groups: &[&Grou
         };
         if blocks.len() != own {
             let count = blocks.len();
-            let reason = format!("{name} has {count} canonical blocks on this rank, its group {own}");
+            let reason = format!("{name} has {count} canonical blocks on this rank, but its group has {own}");
             return Err(unsupported(reason));
         }
         for (block, regions) in blocks.iter().enumerate() {
@@ -107,20 +107,21 @@ pub fn grad_norm<T: Element, B: Backend>(params: &[Param<T, B>], groups: &[&Grou
     Ok(sums[0].sqrt())
 }
 
-/// A summary of the regions that a rank owns, in numbers that are summed over groups.
+/// A summary of the regions that a rank owns. The ranks of each group combine their summaries.
 #[derive(Debug, Default)]
 struct Owned {
-    /// Σ over the tensors of a factor of the tensor's own times the number of owned elements, less
-    /// the size of the tensor if its first element is owned, modulo 2⁴⁰. The sum over the ranks is
-    /// 0 if every element is owned once.
+    /// Σ f · (n − s) over the owned regions, modulo 2⁴⁰. f is a hash of the tensor's name, and n is
+    /// the region's number of elements. s is the tensor's number of elements if the region has its
+    /// first element, else 0. The sum over the ranks is 0 if ranks own every element exactly once.
     excess: u64,
-    /// A hash of the owned regions, 0 for none.
+    /// A hash of the owned regions, or 0 without owned regions.
     regions: u64,
-    /// The name of a tensor that this rank owns only a region of.
+    /// The name of a tensor that this rank owns only partly, for the error.
     sharded: Option<String>,
 }
 
-/// The modulus of [`Owned::excess`], which f64 holds exactly. A sum over ranks fits in u64.
+/// The modulus of [`Owned::excess`]. f64 holds every remainder exactly, and their sum over ranks
+/// fits in u64.
 const MODULUS: u64 = 1 << 40;
 
 impl Owned {
@@ -141,8 +142,9 @@ impl Owned {
         }
     }
 
-    /// Returns the sum of the ranks' sums over a group: first the leaves along the tree, then the
-    /// last sum of every rank in rank order. Also combines the summaries of the ranks.
+    /// Returns the sum of `sums` over the ranks of a group. Sums the leaves along the tree and the
+    /// last sum of every rank in rank order, and adds both results. Also combines the ranks'
+    /// summaries.
     #[track_caller]
     fn total<B: Backend>(&mut self, group: &Group<B>, tree: Option<&Tree>, sums: &[f64]) -> Result<f64> {
         let own = [sums, &[self.excess as f64, self.regions as f64]].concat();
@@ -175,13 +177,13 @@ impl Owned {
         for (rank, [_, regions]) in all.clone().enumerate().filter(|(_, [_, regions])| *regions != 0) {
             if let Some(other) = all.clone().take(rank).position(|[_, earlier]| earlier == regions) {
                 let reason = format!(
-                    "ranks {other} and {rank} of {group:?} own the same regions of the model: is it the data-parallel group?"
+                    "ranks {other} and {rank} of {group:?} own the same regions of the model: is this the data-parallel group?"
                 );
                 return Err(Error::invalid(OP, reason));
             }
         }
-        // Equal on all ranks of this group, so that every rank detects a further group whose ranks
-        // have combined the same regions.
+        // The combined hash is equal on all ranks of this group. So every rank detects a later
+        // group whose ranks have combined the same regions.
         let regions: Vec<u64> =
             all.clone().map(|[_, regions]| regions).filter(|regions| *regions != 0).collect();
         self.regions = if regions.is_empty() { 0 } else { hash(regions) >> 24 | 1 };
@@ -189,7 +191,7 @@ impl Owned {
         Ok(())
     }
 
-    /// Checks that every element was owned once.
+    /// Checks that ranks own every element exactly once.
     fn check_whole(&self) -> Result<()> {
         if self.excess == 0 {
             return Ok(());
@@ -199,18 +201,18 @@ impl Owned {
             .as_ref()
             .map_or_else(String::new, |tensor| format!(", such as the rest of `{tensor}`"));
         let reason = format!(
-            "the given groups do not hold every element of the model once{rest}: give all groups over which it is spread"
+            "the ranks of the given groups do not own every element of the model once{rest}: pass all groups that shard the model"
         );
         Err(Error::invalid(OP, reason))
     }
 }
 
-/// Sums of squares of rows, on the device, each a term of one of several sums. They are downloaded
-/// together, because each download synchronizes with the device.
+/// Sums of squares of rows, on the device. Each is a term of one of several sums. All terms are
+/// downloaded together, because each download synchronizes with the device.
 struct Terms<B: Backend> {
     /// Buffers of terms, and the number of terms in each.
     rows: Vec<(Tensor<f64, B>, usize)>,
-    /// The number of terms of each region, and the index of their sum.
+    /// The number of terms of each region, and the index of the sum they belong to.
     regions: Vec<(usize, usize)>,
 }
 
@@ -221,7 +223,8 @@ impl<B: Backend> Default for Terms<B> {
 }
 
 impl<B: Backend> Terms<B> {
-    /// Adds Σ g² over `cols` of each of `rows` that this rank owns, as terms of sum `sum`.
+    /// Computes Σ g² over `cols` for each row in `rows` that this rank owns. Adds the results as
+    /// terms of sum number `sum`.
     fn push<T: Element>(
         &mut self,
         param: &Param<T, B>,
@@ -238,8 +241,8 @@ impl<B: Backend> Terms<B> {
                 continue;
             }
             let data = B::narrow(grad.slice(), rows.start * width..rows.end * width);
-            // A vector is one row. A matrix of one column is not: the sum over a block of columns
-            // must not depend on the number of columns of this rank.
+            // A vector is one row. A matrix of one column keeps its rows, because the sum over a
+            // block of columns must not depend on the number of columns of this rank.
             let slice = match grad.shape().rank() {
                 1 => MatRef::<T::Acc, B>::new(data, 1, rows.len())?,
                 _ => MatRef::<T::Acc, B>::new(data, rows.len(), width)?.columns(cols.clone()),
@@ -283,8 +286,8 @@ impl<B: Backend> Terms<B> {
     }
 }
 
-/// Returns the norm if it is finite, since training cannot continue from a gradient that is not.
-/// The norm, and so the result, is equal on every rank of the model.
+/// Returns the norm if it is finite, and otherwise an error that stops the training. The norm is
+/// equal on every rank of the model, so every rank returns the same result.
 ///
 /// # Errors
 /// When the norm is NaN or infinite.
@@ -296,8 +299,8 @@ pub fn require_finite(norm: f64) -> Result<f64> {
     }
 }
 
-/// min(1, max / (norm + 10⁻⁶)): the factor that scales a gradient of norm `norm` to norm `max` at
-/// most, as `torch.nn.utils.clip_grad_norm_` with `error_if_nonfinite`. An infinite `max` does not
+/// min(1, max / (norm + 10⁻⁶)): the factor that scales a gradient of norm `norm` to at most norm
+/// `max`, as `torch.nn.utils.clip_grad_norm_` with `error_if_nonfinite`. An infinite `max` does not
 /// clip.
 ///
 /// # Errors

@@ -6,8 +6,8 @@ use std::ops::RangeInclusive;
 /// A dynamic loss scale, which prevents the underflow of f16 gradients.
 ///
 /// Multiply the gradient of the loss by [`LossScale::scale`], and pass `1 / scale` to the optimizer
-/// as a factor of `grad_scale`. After each backward, [`LossScale::update`] returns whether to step.
-/// Source: Micikevicius et al., 2018.
+/// as a factor of `grad_scale`. After each backward, [`LossScale::update`] returns whether to step
+/// the optimizer. Source: Micikevicius et al., 2018.
 ///
 /// ```
 /// let mut scale = shardwise::optim::LossScale::new(8.0, 2)?;
@@ -27,18 +27,20 @@ pub struct LossScale {
 }
 
 impl Default for LossScale {
-    /// Starts at 2¹⁶, halved after an overflow, doubled after 2,000 steps without one.
+    /// Starts at 2¹⁶. An overflow halves the scale, and 2,000 steps without an overflow double it.
     fn default() -> Self {
         Self { scale: 65536.0, growth: 2.0, backoff: 0.5, interval: 2000, good: 0 }
     }
 }
 
-/// The positive normal numbers of f32, in which gradients of the loss are multiplied by the scale.
-/// If a smaller scale overflows, the gradient itself is not finite.
+/// The range of scales: the positive normal numbers of f32, because f32 is the type in which the
+/// gradient of the loss is multiplied by the scale. A gradient that overflows at the smallest scale
+/// is itself not finite.
 const SCALES: RangeInclusive<f64> = f32::MIN_POSITIVE as f64..=f32::MAX as f64;
 
 impl LossScale {
-    /// Starts at `scale`, halved after an overflow, doubled after `interval` steps without one.
+    /// Starts at `scale`. An overflow halves the scale, and `interval` steps without an overflow
+    /// double it.
     ///
     /// # Errors
     /// When the scale is not a positive normal number of f32, or the interval is 0.
@@ -48,7 +50,7 @@ impl LossScale {
             return refuse(format!("{scale} is not in {SCALES:?}"));
         }
         if interval == 0 {
-            return refuse("it cannot grow after every 0 steps".to_string());
+            return refuse("the growth interval is 0".to_string());
         }
         Ok(Self { scale, interval, ..Self::default() })
     }
@@ -58,10 +60,10 @@ impl LossScale {
         self.scale
     }
 
-    /// Updates the scale by the gradient norm, and returns whether to step: whether the norm is
-    /// finite. The scale stays a positive normal number of f32.
+    /// Updates the scale from the gradient norm. Returns whether the norm is finite: if not, skip
+    /// the step. The scale stays a positive normal number of f32.
     ///
-    /// The norm is equal on every rank of the model, and so is the result.
+    /// The norm is equal on every rank of the model, so every rank returns the same result.
     pub fn update(&mut self, norm: f64) -> bool {
         if !norm.is_finite() {
             self.scale = (self.scale * self.backoff).max(*SCALES.start());

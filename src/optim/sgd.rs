@@ -41,8 +41,8 @@ impl SgdConfig {
     }
 }
 
-/// g ← grad + decay · w, v ← momentum · v + g, w ← w − lr · v, or w ← w − lr · (g + momentum · v)
-/// with Nesterov's momentum: stochastic gradient descent.
+/// g ← grad + decay · w, v ← momentum · v + g, w ← w − lr · v: stochastic gradient descent. With
+/// Nesterov's momentum, w ← w − lr · (g + momentum · v).
 ///
 /// As `torch.optim.SGD` without dampening. Source: Sutskever et al., 2013.
 ///
@@ -99,8 +99,8 @@ impl<T: Element, B: Backend> Sgd<T, B> {
         self
     }
 
-    /// Lists the state of each parameter that has had a gradient, as [`super::AdamW::state`]. For a
-    /// tensor `w` of the model: `sgd.velocity.w` with momentum, and `sgd.master.w` of bf16 and f16.
+    /// Lists the state of each parameter, as [`super::AdamW::state`]. For a tensor `w` of the model
+    /// the state is `sgd.velocity.w` with momentum, and `sgd.master.w` of bf16 and f16.
     ///
     /// # Errors
     /// When the device is out of memory.
@@ -113,10 +113,10 @@ impl<T: Element, B: Backend> Sgd<T, B> {
     /// State is keyed by the parameter's name, so each call may list any parameters in any order.
     ///
     /// # Errors
-    /// Before any change: when a number is out of range (a negative or infinite rate, momentum or
-    /// decay, a `grad_scale` that is not finite); when a name is listed twice, or has another shape
-    /// or other regions than before; when a parameter with a gradient has no dense store, or its
-    /// gradient is not summed over its replicas yet. When the device fails.
+    /// Before any parameter changes: when a number is out of range (a negative or infinite rate,
+    /// momentum or decay, a `grad_scale` that is not finite), and in the other cases of
+    /// [`super::AdamW::step`]. During the update: when the device fails. Some parameters may be
+    /// updated then.
     pub fn step(&mut self, params: &[Param<T, B>], lr: f64, grad_scale: f64) -> Result<()> {
         let SgdConfig { momentum, nesterov, weight_decay } = self.config;
         within(OP, "lr", lr, 0.0..f64::INFINITY)?;

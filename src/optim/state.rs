@@ -18,9 +18,10 @@ use std::{
 pub(super) struct Layout {
     /// The name of the optimizer.
     pub(super) op: &'static str,
-    /// The names of its sums (moments, velocity) in the accumulator type, initially 0.
+    /// The names of the sums (moments, velocity). They have the accumulator type and are initially
+    /// 0.
     pub(super) sums: &'static [&'static str],
-    /// Whether it keeps the number of steps.
+    /// Whether the optimizer keeps the number of steps of each parameter.
     pub(super) counts: bool,
 }
 
@@ -39,31 +40,36 @@ impl Layout {
     }
 }
 
-/// The states by parameter name. [`States::load`] or a parameter's first gradient makes its state.
+/// The states by parameter name. [`States::load`] or the first step with a gradient makes a
+/// parameter's state.
 pub(super) struct States<T: Element, B: Device> {
     layout: Layout,
-    /// In the order in which they were made, which is the same on every rank.
+    /// In the order in which the states were made. The order is equal on all ranks that step the
+    /// same parameters.
     all: Vec<State<T, B>>,
-    /// Positions in `all` by the parameter's name.
+    /// The index in `all` of each parameter's state, by the parameter's name.
     places: HashMap<String, usize>,
     groups: Option<Box<dyn Fn(&Param<T, B>) -> ParamGroup>>,
 }
 
-/// The state of one parameter. Its tensors are `Param`s with the same regions under other names.
+/// The state of one parameter. Its tensors are `Param`s. All but `count` have the parameter's
+/// regions, with other tensor names.
 #[derive(Debug)]
 pub(super) struct State<T: Element, B: Device> {
     /// The regions of the parameter.
     regions: Vec<ParamRegion>,
-    /// The revision of the value that the master weight was taken from ([`Param::revision`]).
+    /// The revision of the parameter's value that the master weight matches ([`Param::revision`]).
     revision: u64,
     /// The number of the parameter's steps.
     pub(super) steps: u64,
     sums: Vec<Param<T::Acc, B>>,
-    /// The master weight, in the accumulator type if that is wider than the element type.
+    /// The master weight, in the accumulator type. `None` if the accumulator type is the element
+    /// type.
     master: Option<Param<T::Acc, B>>,
-    /// `steps` as a tensor for checkpoints, one element for each stored tensor of the parameter.
+    /// `steps` as a tensor for checkpoints, with one element for each tensor of the model that the
+    /// parameter holds.
     count: Option<Param<T::Acc, B>>,
-    /// The revision of `count` when it was last written or read here.
+    /// The revision of `count` when this state last wrote or read it.
     count_revision: Option<u64>,
 }
 
@@ -95,7 +101,8 @@ impl<T: Element, B: Device> States<T, B> {
 impl<T: Element, B: Backend> States<T, B> {
     /// Returns the largest number of steps of any parameter.
     pub(super) fn steps(&self) -> u64 {
-        // If the caller set `count` to an invalid number, the next step returns the error.
+        // Ignore an invalid number that the caller set in `count`, because the next step returns
+        // the error.
         let steps = |state: &State<T, B>| {
             if state.is_count_set() {
                 state.read_count(self.layout.op).unwrap_or(state.steps)
@@ -127,7 +134,7 @@ impl<T: Element, B: Backend> States<T, B> {
         Ok(all)
     }
 
-    /// Checks all parameters, and then calls `update` on each one that has a gradient.
+    /// Checks all parameters, and then calls `update` for each parameter that has a gradient.
     pub(super) fn each(
         &mut self,
         params: &[Param<T, B>],
@@ -144,7 +151,7 @@ impl<T: Element, B: Backend> States<T, B> {
             state.take_count(op)?;
             state.steps += 1;
             update(param, &grad, group, state)?;
-            // If the caller holds the listed `count`, it has to see the new number.
+            // If the caller holds a handle of `count`, write the new number there too.
             if state.count.as_ref().is_some_and(Param::is_shared) {
                 state.write_count()?;
             }
@@ -161,7 +168,7 @@ impl<T: Element, B: Backend> States<T, B> {
             let name = param.name();
             if !seen.insert(name.to_string()) {
                 let reason = format!(
-                    "{name} is listed twice: state is kept by name, so parameters need names of their own \
+                    "{name} is listed twice: state is kept by name, so each parameter needs a unique name \
                      (`Weights::at`)"
                 );
                 return Err(Error::invalid(op, reason));
@@ -180,7 +187,7 @@ impl<T: Element, B: Backend> States<T, B> {
         Ok(())
     }
 
-    /// Returns the state of a parameter, and makes it first if there is none.
+    /// Returns the state of a parameter. Makes the state if the parameter has none.
     fn of(&mut self, param: &Param<T, B>) -> Result<&mut State<T, B>> {
         let at = match self.places.get(param.name()) {
             Some(&at) => at,
@@ -225,7 +232,8 @@ impl<T: Element, B: Backend> State<T, B> {
         Ok(Self { regions, revision, steps: 0, sums, master, count, count_revision })
     }
 
-    /// Makes the state before the first step.
+    /// Makes the initial state: the sums and the number of steps are 0, and the master weight is
+    /// the value.
     fn new(layout: Layout, param: &Param<T, B>) -> Result<Self> {
         Self::of(layout, param, |kind, name, shape, regions| {
             let value = match kind {
@@ -294,12 +302,12 @@ impl<T: Element, B: Backend> State<T, B> {
         let Some(count) = &self.count else { return Ok(0) };
         let values: Vec<_> = count.value()?.to_vec()?.into_iter().map(Element::to_f64).collect();
         let first = values.first().copied().unwrap_or(0.0);
-        // Above 2⁵³, f64 does not hold every integer.
+        // Refuse numbers of about 2⁵³ and more, because f64 does not hold every integer above 2⁵³.
         let countable = (0.0..9e15).contains(&first) && first.fract() == 0.0;
         if countable && values.iter().all(|&value| value == first) {
             return Ok(first as u64);
         }
-        Err(Error::invalid(op, format!("{} is {values:?}, which is no number of steps", count.name())))
+        Err(Error::invalid(op, format!("{} is {values:?}, which is not a number of steps", count.name())))
     }
 
     /// Checks that the state matches the parameter.
@@ -321,9 +329,9 @@ impl<T: Element, B: Backend> State<T, B> {
         Err(Error::invalid(op, format!("{name} holds {now}, but its state is of {then}")))
     }
 
-    /// Updates the master weight after the parameter's value was set. An element that still rounds
-    /// to the value is kept. Each element is decided separately, so the result does not depend on
-    /// how the parameter is sharded.
+    /// Updates the master weight after the parameter's value was set. Keeps each element that still
+    /// rounds to the value's element, and copies the value's element otherwise. Each element is
+    /// treated independently, so the result does not depend on how the parameter is sharded.
     fn update_master(&mut self, param: &Param<T, B>) -> Result<()> {
         if let Some(master) = &self.master {
             let bits = |value: T| value.to_f64().to_bits();
@@ -337,7 +345,7 @@ impl<T: Element, B: Backend> State<T, B> {
         Ok(())
     }
 
-    /// Lets `step` write the master weight and the sums.
+    /// Calls `step` with writable views of the master weight and of the sums.
     pub(super) fn write(
         &self,
         step: impl FnOnce(Option<SliceMut<'_, T, B>>, Vec<SliceMut<'_, T, B>>) -> Result<()>,
@@ -349,8 +357,8 @@ impl<T: Element, B: Backend> State<T, B> {
     }
 }
 
-/// Returns the regions of the count: one element for each tensor, owned by the rank that owns the
-/// first element of the tensor.
+/// Returns the regions of the count, which has one element for each tensor. The rank that owns the
+/// first element of the tensor owns its count.
 fn count_regions(regions: &[ParamRegion]) -> Vec<ParamRegion> {
     let mut counts: Vec<ParamRegion> = Vec::new();
     for own in regions {

@@ -1,5 +1,5 @@
-//! Reference activation functions. Tests compare the activation kernels with them, and the
-//! reference MLPs use them.
+//! Reference activation functions. Tests compare the activation kernels with these functions, and
+//! the reference MLPs use them.
 
 use ndarray::{Array2, Zip};
 use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_PI, PI};
@@ -62,7 +62,7 @@ pub fn relu_backward(x: &Array2<f64>, dy: &Array2<f64>) -> Array2<f64> {
     zip("relu_backward", x, dy, |x, dy| if x <= 0.0 { 0.0 } else { dy })
 }
 
-/// `y = x σ(x)` with `σ(x) = 1 / (1 + e⁻ˣ)`, of any shape. At -∞ it is NaN, as in PyTorch.
+/// `y = x σ(x)` with `σ(x) = 1 / (1 + e⁻ˣ)`, of any shape. `y` is NaN at `x = -∞`, as in PyTorch.
 ///
 /// Also called swish. Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2.
 pub fn silu(x: &Array2<f64>) -> Array2<f64> {
@@ -80,7 +80,8 @@ pub fn silu_backward(x: &Array2<f64>, dy: &Array2<f64>) -> Array2<f64> {
     })
 }
 
-/// `y = x Φ(x)` with `Φ(x) = ½ (1 + erf(x / √2))`, of any shape. At -∞ it is NaN, as in PyTorch.
+/// `y = x Φ(x)` with `Φ(x) = ½ (1 + erf(x / √2))`, of any shape. `y` is NaN at `x = -∞`, as in
+/// PyTorch.
 ///
 /// For large negative `x`, the error is small relative to 1, not to `y`, because `1 + erf` cancels.
 /// Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2.
@@ -99,8 +100,8 @@ pub fn gelu_erf_backward(x: &Array2<f64>, dy: &Array2<f64>) -> Array2<f64> {
     })
 }
 
-/// `y = ½ x (1 + tanh u)` with `u = √(2/π) (x + 0.044715 x³)`, of any shape. At -∞ it is NaN, as in
-/// PyTorch.
+/// `y = ½ x (1 + tanh u)` with `u = √(2/π) (x + 0.044715 x³)`, of any shape. `y` is NaN at
+/// `x = -∞`, as in PyTorch.
 ///
 /// Source: Hendrycks and Gimpel, arXiv 1606.08415, section 2; the GELU of GPT-2.
 pub fn gelu_tanh(x: &Array2<f64>) -> Array2<f64> {

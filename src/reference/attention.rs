@@ -1,5 +1,5 @@
 //! Reference attention over heads, without projections. Tests compare the attention operator with
-//! it, and the reference self-attention layer uses it.
+//! this function, and the reference self-attention layer uses it.
 
 use super::softmax::{softmax_of_all, softmax_of_all_backward};
 use ndarray::{Array2, ArrayView1, Axis, Slice};
@@ -7,7 +7,8 @@ use std::ops::Range;
 
 /// The configuration of [`attention`].
 ///
-/// `kv_heads = heads` is multi-head, fewer are grouped-query, and one is multi-query attention.
+/// `kv_heads = heads` gives multi-head attention, fewer key/value heads give grouped-query
+/// attention, and one key/value head gives multi-query attention.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AttentionSpec {
     /// The number of query heads, a multiple of `kv_heads`.
@@ -19,19 +20,20 @@ pub struct AttentionSpec {
     /// Whether a row attends only to itself and earlier rows.
     pub causal: bool,
     /// The size of the sliding window: a row attends only to itself and the `window - 1` rows
-    /// before it. Only for causal attention.
+    /// before it. Use it with `causal`, because the window does not exclude later rows.
     pub window: Option<usize>,
-    /// The factor of the scores before the softmax, usually `1 / √head_dim`.
+    /// The factor that multiplies the scores before the softmax, usually `1 / √head_dim`.
     pub scale: f64,
 }
 
 /// `out[i, h] = Σⱼ p[j] v[j, g]` with `p = softmaxⱼ(scale · q[i, h] · k[j, g])` and
 /// `g = ⌊h / (heads / kv_heads)⌋`, where `j` runs over the rows that row `i` may attend to.
 ///
-/// Those are the rows of its own sequence. `valid`, if given, excludes rows that are false, and
-/// causal attention excludes rows after `i`. Excluded rows have no influence, even if they are NaN
-/// or ∞. A row that may attend to no row gives zeros, and so does a row outside every sequence. A
-/// row that is not valid still attends to valid rows.
+/// Row `i` may attend to the rows of its own sequence. `valid`, if given, excludes the rows whose
+/// entry is false. Causal attention excludes the rows after `i`, and a window excludes the rows
+/// before it. Excluded rows have no influence, even if they are NaN or ∞. The output is 0 for a row
+/// that may attend to no row, and for a row outside every sequence. A row that is not valid still
+/// attends to valid rows.
 ///
 /// `q, out: [tokens, heads · head_dim]`, `k, v: [tokens, kv_heads · head_dim]`, head after head;
 /// `sequences`: disjoint ranges of rows; `valid: [tokens]`. Source: Vaswani et al., arXiv
@@ -85,8 +87,8 @@ pub struct AttentionGrads {
 /// `dk[j, g] += scale ds[j] q[i, h]`, `dv[j, g] += p[j] dout[i, h]`: the gradients of
 /// [`attention`].
 ///
-/// `dout: [tokens, heads · head_dim]`; the rest as in [`attention`]. `dk` and `dv` are 0 for a row
-/// that no row attends to.
+/// `dout: [tokens, heads · head_dim]`; the other arguments as in [`attention`]. `dk` and `dv` are 0
+/// for a row that no row attends to.
 ///
 /// # Panics
 /// As [`attention`], and when the shapes of `q` and `dout` differ.
@@ -116,24 +118,24 @@ pub fn attention_backward(
     grads
 }
 
-/// One row and head of the queries.
+/// One head of one row of the queries.
 struct Query {
     row: usize,
-    /// The columns of its head in q and out.
+    /// The columns of the head in q and out.
     columns: Range<usize>,
-    /// The columns of its key/value head in k and v.
+    /// The columns of the head's key/value head in k and v.
     kv_columns: Range<usize>,
-    /// The rows it may attend to.
+    /// The rows that the query may attend to.
     keys: Vec<usize>,
 }
 
 impl Query {
-    /// Returns its vector in `x`, which is q or has the shape of q.
+    /// Returns the query's vector in `x`, which is q or has the shape of q.
     fn of<'a>(&self, x: &'a Array2<f64>) -> ArrayView1<'a, f64> {
         x.index_axis(Axis(0), self.row).slice_axis_move(Axis(0), Slice::from(self.columns.clone()))
     }
 
-    /// Returns the vectors that it attends to in `x`, which is k or v: `[keys, head_dim]`.
+    /// Returns the vectors in `x` (k or v) that the query attends to: `[keys, head_dim]`.
     fn keys_of(&self, x: &Array2<f64>) -> Array2<f64> {
         x.slice_axis(Axis(1), Slice::from(self.kv_columns.clone())).select(Axis(0), &self.keys)
     }
@@ -193,7 +195,7 @@ fn check(
     for sequence in sequences {
         assert!(
             sequence.start <= sequence.end && sequence.end <= q.nrows(),
-            "{name}: sequence {sequence:?} in {} rows",
+            "{name}: sequence {sequence:?} is not a range of the {} rows",
             q.nrows()
         );
         for row in sequence.clone() {
@@ -357,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "attention: sequence 2..4 in 3 rows")]
+    #[should_panic(expected = "attention: sequence 2..4 is not a range of the 3 rows")]
     fn a_sequence_beyond_the_rows_panics() {
         let x = Array2::zeros((3, 1));
         attention(&spec(1, 1, 1, false), &x, &x, &x, &[0..2, 2..4], None);

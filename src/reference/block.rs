@@ -1,5 +1,5 @@
 //! Reference transformer block. Tests compare the outputs and all gradients of the tensor-parallel
-//! block with it.
+//! block with the reference.
 
 use super::{
     AttentionSpec, AttentionWeights, Mlp, Norm, SelfAttentionGrads, self_attention, self_attention_backward,
@@ -34,7 +34,7 @@ pub struct BlockWeights {
 }
 
 impl BlockWeights {
-    /// Lists the name and a copy of every parameter in a fixed order, without absent biases.
+    /// Lists the name and a copy of every parameter in a fixed order. Skips absent biases.
     ///
     /// The names are `attention.{q,k,v,o}.{weight,bias}`, `norm1.{weight,bias}`,
     /// `norm2.{weight,bias}`, `mlp.{up,down}.{weight,bias}` and `mlp.gate.weight`.
@@ -113,7 +113,7 @@ pub fn block(
     }
 }
 
-/// `x + branch`; panics where `+` would broadcast.
+/// Returns `x + branch`. Panics if the shapes differ, because `+` would broadcast.
 fn residual(x: &Array2<f64>, branch: Array2<f64>) -> Array2<f64> {
     assert_eq!(x.dim(), branch.dim(), "block: the shapes of x and of a residual branch");
     x + branch
@@ -124,8 +124,8 @@ fn residual(x: &Array2<f64>, branch: Array2<f64>) -> Array2<f64> {
 pub struct BlockGrads {
     /// `[tokens, hidden]`.
     pub dx: Array2<f64>,
-    /// The gradient of each weight in place of the weight, with the settings of the block.
-    /// [`BlockWeights::named`] lists them.
+    /// The gradients, each in the field of its weight, and the settings of the block.
+    /// [`BlockWeights::named`] lists the gradients.
     pub weights: BlockWeights,
 }
 
@@ -182,7 +182,8 @@ mod tests {
     use crate::reference::{Activation, GatedMlpWeights, MlpWeights};
     use ndarray::ShapeBuilder;
 
-    /// sin(k), sin(2k), sin(3k), …: numbers that any language can compute.
+    /// Returns sin(k), sin(2k), sin(3k), …, because a program in any language can compute these
+    /// numbers.
     fn wave<S: ShapeBuilder>(shape: S, k: f64) -> Array<f64, S::Dim> {
         let mut i = 0.0;
         Array::from_shape_simple_fn(shape, || {

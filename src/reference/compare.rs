@@ -1,6 +1,6 @@
-//! The largest difference of two results, by which tests, examples and benches compare them.
+//! The largest difference of two results. Tests, examples and benches compare results with it.
 
-/// `max |got − want|`, and ∞ if any number is NaN.
+/// `max |got − want|`, and ∞ if any number is NaN or infinite.
 ///
 /// # Panics
 /// If the counts differ, or both are 0.
@@ -12,7 +12,7 @@ pub fn worst<'g, 'w>(
     largest_difference(&numbers(got), &numbers(want))
 }
 
-/// `max |got − want| / max(1, max |want|)`, and ∞ if any number is NaN.
+/// `max |got − want| / max(1, max |want|)`, and ∞ if any number is NaN or infinite.
 ///
 /// ```
 /// use shardwise::reference::worst_relative;
@@ -41,12 +41,12 @@ fn numbers<'a>(values: impl IntoIterator<Item = &'a (impl Copy + Into<f64> + 'a)
 
 #[track_caller]
 fn largest_difference(got: &[f64], want: &[f64]) -> f64 {
-    assert_eq!(got.len(), want.len(), "worst: the numbers of `got` and of `want`");
+    assert_eq!(got.len(), want.len(), "worst: the lengths of `got` and of `want`");
     assert!(!want.is_empty(), "worst: there is nothing to compare");
     largest(got.iter().zip(want).map(|(got, want)| got - want))
 }
 
-/// Returns the largest absolute value, and ∞ if there is a NaN, which `f64::max` would drop.
+/// Returns the largest absolute value, or ∞ if a value is NaN, because `f64::max` would drop NaN.
 fn largest(values: impl IntoIterator<Item = f64>) -> f64 {
     values
         .into_iter()

@@ -1,4 +1,4 @@
-//! Reference embedding. Tests compare the vocabulary-parallel embedding with it.
+//! Reference embedding. Tests compare the vocabulary-parallel embedding with this function.
 
 use ndarray::{Array2, Axis};
 
@@ -33,7 +33,7 @@ pub fn embedding_backward(ids: &[usize], rows: usize, dy: &Array2<f64>) -> Array
 
 fn check_ids(name: &str, ids: &[usize], rows: usize) {
     for &id in ids {
-        assert!(id < rows, "{name}: id {id} in a table of {rows} rows");
+        assert!(id < rows, "{name}: id {id} is beyond a table of {rows} rows");
     }
 }
 
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "embedding: id 3 in a table of 3 rows")]
+    #[should_panic(expected = "embedding: id 3 is beyond a table of 3 rows")]
     fn an_id_beyond_the_table_panics() {
         embedding(&[3], &Array2::zeros((3, 2)));
     }

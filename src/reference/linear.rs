@@ -1,11 +1,13 @@
-//! Reference linear layer. Tests compare the column- and row-parallel linear layers with it.
+//! Reference linear layer. Tests compare the column- and row-parallel linear layers with this
+//! function.
 
 use ndarray::{Array1, Array2, Axis};
 
-/// `y = x wᵀ + b`, that is `y[t, o] = Σᵢ x[t, i] w[o, i] + b[o]`, or without `b` if none is given.
+/// `y = x wᵀ + b`, that is `y[t, o] = Σᵢ x[t, i] w[o, i] + b[o]`, or without `b[o]` if `b` is
+/// `None`.
 ///
-/// `x: [tokens, in]`, `w: [out, in]`, `b: [out]`, `y: [tokens, out]`. With `in = 0` every row is
-/// `b`.
+/// `x: [tokens, in]`, `w: [out, in]`, `b: [out]`, `y: [tokens, out]`. With `in = 0` every row of
+/// `y` is `b`, or 0 without `b`.
 ///
 /// # Panics
 /// When `x` and `w` differ in `in`, or `w` and `b` in `out`.
@@ -33,7 +35,7 @@ pub struct LinearGrads {
 
 /// `dx = dy w`, `dw = dyᵀ x`, `db[o] = Σₜ dy[t, o]`: the gradients of [`linear`].
 ///
-/// `dy: [tokens, out]`; the rest as in [`linear`].
+/// `dy: [tokens, out]`; the other arguments as in [`linear`].
 ///
 /// # Panics
 /// When `x` and `w` differ in `in`, `dy` and `w` in `out`, or `dy` and `x` in `tokens`.

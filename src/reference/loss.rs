@@ -29,8 +29,8 @@ impl CrossEntropy {
         q
     }
 
-    /// `−Σₖ qₖ log pₖ + z (log Σₖ e^xₖ)²` for each row of `x`, with `p` its softmax and `q` the
-    /// smoothed targets; 0 for ignored rows.
+    /// `−Σₖ qₖ log pₖ + z (log Σₖ e^xₖ)²` for each row of `x`. `p` is the softmax of the row, and
+    /// `q` has the smoothed targets. The loss of an ignored row is 0.
     ///
     /// `x: [rows, classes]`, `targets: [rows]`.
     ///
@@ -55,8 +55,8 @@ impl CrossEntropy {
         })
     }
 
-    /// `dx = scale · (p (1 + 2 z log Σₖ e^xₖ) − q)`, and 0 for ignored rows. This is the gradient
-    /// of `scale` times the sum of [`CrossEntropy::losses`].
+    /// `dx = scale · (p (1 + 2 z log Σₖ e^xₖ) − q)`, and 0 for ignored rows: the gradient of
+    /// `scale` times the sum of [`CrossEntropy::losses`].
     ///
     /// # Panics
     /// As [`CrossEntropy::losses`].

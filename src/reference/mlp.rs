@@ -1,5 +1,5 @@
 //! Reference feed-forward layers, plain and gated. Tests compare the tensor-parallel MLPs with
-//! them, and the reference block uses them.
+//! these functions, and the reference block uses them.
 
 use super::{Activation, linear, linear_backward};
 use ndarray::{Array1, Array2};
@@ -11,14 +11,14 @@ pub enum Mlp {
     Plain {
         /// Its weights.
         weights: MlpWeights,
-        /// Its activation.
+        /// The activation between `up` and `down`.
         act: Activation,
     },
     /// [`gated_mlp`].
     Gated {
         /// Its weights.
         weights: GatedMlpWeights,
-        /// The activation of its gate.
+        /// The activation of the gate.
         act: Activation,
     },
 }
@@ -35,7 +35,8 @@ impl Mlp {
         }
     }
 
-    /// `(dx, dself)`: the gradients of [`Mlp::apply`], with those of the weights in their places.
+    /// `(dx, dself)`: the gradients of [`Mlp::apply`]. `dself` has each gradient in the field of
+    /// its weight.
     ///
     /// # Panics
     /// When shapes disagree.
@@ -82,7 +83,7 @@ pub fn mlp(w: &MlpWeights, act: Activation, x: &Array2<f64>) -> Array2<f64> {
 pub struct MlpGrads {
     /// `[tokens, hidden]`.
     pub dx: Array2<f64>,
-    /// The gradient of each weight in its place, of a bias only if there is one.
+    /// The gradients, each in the field of its weight. `None` for an absent bias.
     pub weights: MlpWeights,
 }
 
@@ -119,7 +120,7 @@ pub struct GatedMlpWeights {
     pub down: Array2<f64>,
 }
 
-/// `y = (act(x gateᵀ) ⊙ (x upᵀ)) downᵀ`; with [`Activation::Silu`] it is SwiGLU.
+/// `y = (act(x gateᵀ) ⊙ (x upᵀ)) downᵀ`; with [`Activation::Silu`] this is SwiGLU.
 ///
 /// `x, y: [tokens, hidden]`. Source: Shazeer, arXiv 2002.05202, section 2.
 ///
@@ -137,7 +138,7 @@ pub fn gated_mlp(w: &GatedMlpWeights, act: Activation, x: &Array2<f64>) -> Array
 pub struct GatedMlpGrads {
     /// `[tokens, hidden]`.
     pub dx: Array2<f64>,
-    /// The gradient of each weight in its place.
+    /// The gradients, each in the field of its weight.
     pub weights: GatedMlpWeights,
 }
 

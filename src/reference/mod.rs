@@ -1,14 +1,14 @@
 //! The single-device reference: every operator of the crate in ndarray `f64`, slow and simple.
 //!
-//! The sharded operators are tested against it. So it imports nothing from the rest of the crate,
-//! and its sums are plain dot products of rows. Tests, examples and users who check their own
-//! sharding may call it, but not the crate's operators.
+//! Tests compare the sharded operators with the reference. So the reference imports nothing from
+//! the rest of the crate, and its sums are plain dot products of rows. Tests, examples and users
+//! who check their own sharding may call the reference. The crate's operators may not.
 //!
 //! Activations are `[tokens, features]`, weights `[out, in]`, biases and norm parameters
-//! `[features]`. Every `f` has an `f_backward`, which takes the inputs of `f` and the gradient `dy`
-//! of a loss with respect to its output. It recomputes the forward pass and returns the gradients
-//! of the loss with respect to the inputs. If shapes disagree, functions panic with the operator's
-//! name and both numbers.
+//! `[features]`. Most functions `f` have an `f_backward`, which takes the inputs of `f` and the
+//! gradient `dy` of a loss with respect to the output of `f`. `f_backward` recomputes the forward
+//! pass and returns the gradients of the loss with respect to the inputs. If shapes disagree,
+//! functions panic with the operator's name and both numbers.
 //!
 //! | file | contents |
 //! |---|---|

@@ -1,5 +1,5 @@
 //! Reference normalizations over the features of each token. Tests compare the norm operators with
-//! them, and the reference block uses them.
+//! these functions, and the reference block uses them.
 
 use ndarray::{Array1, Array2, ArrayView1};
 
@@ -12,14 +12,14 @@ pub enum Norm {
         gamma: Array1<f64>,
         /// The shift, `[features]`.
         beta: Array1<f64>,
-        /// Added to the variance.
+        /// ε, added to the variance.
         eps: f64,
     },
     /// [`rms_norm`].
     RmsNorm {
         /// The scale, `[features]`.
         gamma: Array1<f64>,
-        /// Added to the mean square.
+        /// ε, added to the mean square.
         eps: f64,
     },
 }
@@ -36,8 +36,8 @@ impl Norm {
         }
     }
 
-    /// `(dx, dself)`: the gradients of [`Norm::apply`], with those of the parameters in their
-    /// places and the same `eps`.
+    /// `(dx, dself)`: the gradients of [`Norm::apply`]. `dself` has each gradient in the field of
+    /// its parameter, and the same `eps`.
     ///
     /// # Panics
     /// When `x` and `gamma` differ in `features`, or `x` and `dy` in shape.
@@ -88,7 +88,8 @@ pub struct LayerNormGrads {
 /// `dx = (g - mean(g) - x̂ mean(g ⊙ x̂)) / √(σ² + ε)` with `g = γ ⊙ dy`, `dγ = Σₜ dy ⊙ x̂`,
 /// `dβ = Σₜ dy`: the gradients of [`layer_norm`].
 ///
-/// The means are over the features of a token, the sums over the tokens. `dy: [tokens, features]`.
+/// The means are over the features of a token, and the sums are over the tokens.
+/// `dy: [tokens, features]`.
 ///
 /// # Panics
 /// When `x` and `gamma` differ in `features`, or `x` and `dy` in shape.
@@ -116,7 +117,7 @@ pub fn layer_norm_backward(
 /// `y = γ ⊙ x / r` with `r = √(Σᵢ xᵢ² / n + ε)` over the token's `n` features.
 ///
 /// `x, y: [tokens, features]`, `γ: [features]`. Source: Zhang and Sennrich, arXiv 1910.07467,
-/// section 4, with the usual ε.
+/// section 4; implementations add ε under the root.
 ///
 /// # Panics
 /// When `x` and `gamma` differ in `features`.
@@ -141,7 +142,8 @@ pub struct RmsNormGrads {
 /// `dx = (g - x̂ mean(g ⊙ x̂)) / r` with `g = γ ⊙ dy` and `x̂ = x / r`, `dγ = Σₜ dy ⊙ x̂`: the
 /// gradients of [`rms_norm`].
 ///
-/// The mean is over the features of a token, the sum over the tokens. `dy: [tokens, features]`.
+/// The mean is over the features of a token, and the sum is over the tokens.
+/// `dy: [tokens, features]`.
 ///
 /// # Panics
 /// When `x` and `gamma` differ in `features`, or `x` and `dy` in shape.
@@ -195,7 +197,7 @@ mod tests {
 
     #[test]
     fn gradients() {
-        // ε is so large that a misplaced one is detected.
+        // ε is large, so that an ε at the wrong place of a formula changes the result.
         let eps = 0.1;
         let (x, gamma, beta, dy) = (random((3, 5), 1), random(5, 2), random(5, 3), random((3, 5), 4));
 

@@ -13,7 +13,7 @@ pub struct Sgd {
     pub nesterov: bool,
     /// The weight decay.
     pub weight_decay: f64,
-    /// The velocity, none before the first step.
+    /// The velocity, `None` before the first step.
     pub velocity: Option<ArrayD<f64>>,
 }
 
@@ -46,7 +46,7 @@ pub struct AdamW {
     pub weight_decay: f64,
     /// The number of steps made.
     pub steps: i32,
-    /// The moments, none before the first step.
+    /// The first and second moment, `None` before the first step.
     pub moments: Option<(ArrayD<f64>, ArrayD<f64>)>,
 }
 

@@ -1,12 +1,13 @@
-//! Reference mean over sequences. Tests compare `ops::mean_sequences` and `MeanPool` with it.
+//! Reference mean over sequences. Tests compare `ops::mean_sequences` and `MeanPool` with this
+//! function.
 
 use ndarray::Array2;
 use std::ops::Range;
 
-/// `y[s, :] = Σ x[t, :] / n` over the `n` valid tokens `t` of sequence `s`; 0 if it has none.
+/// `y[s, :] = Σ x[t, :] / n` over the `n` valid tokens `t` of sequence `s`, and 0 if `n` is 0.
 ///
 /// `x: [tokens, features]`, `y: [sequences, features]`. `sequences` are ranges of tokens;
-/// `valid: [tokens]` is false for padding, and without it all tokens are valid.
+/// `valid: [tokens]` is false for padding. Without `valid`, all tokens are valid.
 ///
 /// # Panics
 /// When a sequence goes beyond the tokens, or `valid` and `x` differ in `tokens`.
@@ -24,7 +25,7 @@ pub fn mean_sequences(x: &Array2<f64>, sequences: &[Range<usize>], valid: Option
 /// `dy: [sequences, features]`; `dx: [tokens, features]`.
 ///
 /// # Panics
-/// As [`mean_sequences`], or when `sequences` and `dy` differ in number.
+/// As [`mean_sequences`], or when `dy` has another number of rows than there are sequences.
 pub fn mean_sequences_backward(
     tokens: usize,
     sequences: &[Range<usize>],
@@ -39,7 +40,7 @@ pub fn mean_sequences_backward(
     dx
 }
 
-/// Returns the sequence, the token and the weight in the mean of every valid token.
+/// Returns every valid token as `(sequence, token, weight in the mean)`.
 fn shares(
     name: &str,
     sequences: &[Range<usize>],
@@ -51,7 +52,7 @@ fn shares(
     }
     let mut shares = Vec::new();
     for (sequence, range) in sequences.iter().enumerate() {
-        assert!(range.end <= tokens, "{name}: tokens {range:?} of {tokens}");
+        assert!(range.end <= tokens, "{name}: sequence {range:?} exceeds the {tokens} tokens");
         let own: Vec<usize> = range.clone().filter(|&token| valid.is_none_or(|valid| valid[token])).collect();
         let share = 1.0 / own.len() as f64;
         shares.extend(own.into_iter().map(|token| (sequence, token, share)));
@@ -85,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "mean_sequences: tokens 1..3 of 2")]
+    #[should_panic(expected = "mean_sequences: sequence 1..3 exceeds the 2 tokens")]
     fn a_sequence_beyond_the_tokens_panics() {
         mean_sequences(&Array2::zeros((2, 1)), &[0..1, 1..3], None);
     }

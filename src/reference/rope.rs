@@ -1,4 +1,4 @@
-//! Reference rotary position embedding. Tests compare the operator with it.
+//! Reference rotary position embedding. Tests compare the operator with this function.
 
 use ndarray::Array2;
 
@@ -56,8 +56,12 @@ fn rotate(
     sign: f64,
 ) -> Array2<f64> {
     assert_eq!(x.nrows(), positions.len(), "rope: the tokens of x and the positions");
-    assert_eq!(x.ncols() % head_dim, 0, "rope: the features of x and those of a head");
-    assert!(2 * frequencies.len() <= head_dim, "rope: {} pairs in a head of {head_dim}", frequencies.len());
+    assert_eq!(x.ncols() % head_dim, 0, "rope: the features of x modulo head_dim");
+    assert!(
+        2 * frequencies.len() <= head_dim,
+        "rope: {} pairs exceed a head of {head_dim} features",
+        frequencies.len()
+    );
     let mut y = x.clone();
     for (row, &position) in positions.iter().enumerate() {
         for head in 0..x.ncols() / head_dim {

@@ -1,6 +1,6 @@
 //! Reference self-attention layer: the q, k and v projections, the attention, and the output
-//! projection. Tests compare the tensor-parallel attention layer with it, and the reference block
-//! uses it.
+//! projection. Tests compare the tensor-parallel attention layer with this function, and the
+//! reference block uses it.
 
 use super::{AttentionGrads, AttentionSpec, attention, attention_backward, linear, linear_backward};
 use ndarray::{Array1, Array2};
@@ -15,8 +15,9 @@ pub struct AttentionWeights {
     pub q_bias: Option<Array1<f64>>,
     /// `[kv_heads · head_dim, hidden]`.
     pub k: Array2<f64>,
-    /// `[kv_heads · head_dim]`. It adds the same number to all scores of a query, which does not
-    /// change the softmax. So its gradient is 0 up to rounding: compare it by absolute error.
+    /// `[kv_heads · head_dim]`. The bias adds the same number to all scores of a query, which does
+    /// not change the softmax. So the bias's gradient is 0 up to rounding. Compare that gradient by
+    /// absolute error.
     pub k_bias: Option<Array1<f64>>,
     /// `[kv_heads · head_dim, hidden]`.
     pub v: Array2<f64>,
@@ -54,11 +55,11 @@ pub fn self_attention(
 pub struct SelfAttentionGrads {
     /// `[tokens, hidden]`.
     pub dx: Array2<f64>,
-    /// The gradient of each weight in its place, of a bias only if there is one.
+    /// The gradients, each in the field of its weight. `None` for an absent bias.
     pub weights: AttentionWeights,
 }
 
-/// `dx = dq q + dk k + dv v`, where `dq`, `dk`, `dv` are those of [`attention_backward`] for
+/// `dx = dq q + dk k + dv v`, where [`attention_backward`] returns `dq`, `dk`, `dv` for
 /// `dout = dy o`: the gradients of [`self_attention`].
 ///
 /// `dy: [tokens, hidden]`.
@@ -137,7 +138,7 @@ mod tests {
         assert_eq!(self_attention(&spec, &w, &array![[3.0]], &one_sequence(1), None), array![[177.0]]);
     }
 
-    /// The tests of the block check the gradients of the weights.
+    /// Checks only `dx`, because the tests of the block check the gradients of the weights.
     #[test]
     fn gradient_of_x() {
         let (w, x, dy) = (weights(), random((4, 3), 9), random((4, 3), 10));

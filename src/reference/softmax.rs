@@ -1,5 +1,5 @@
 //! Reference softmax and log-sum-exp of rows. Tests compare the vocabulary-parallel cross entropy
-//! with them, and the reference attention uses the softmax.
+//! with these functions, and the reference attention uses the softmax.
 
 use ndarray::{Array1, Array2, Zip};
 
@@ -54,7 +54,7 @@ pub fn softmax_backward(p: &Array2<f64>, dp: &Array2<f64>) -> Array2<f64> {
 /// `y[r] = ln Σⱼ exp(x[r, j])` over the unmasked columns `j` of row `r`.
 ///
 /// `x: [rows, columns]`, `mask` as in [`softmax`], `y: [rows]`. As in PyTorch, a row with a NaN
-/// gives NaN, else one with +∞ gives +∞, and one of only -∞ gives -∞. A row without unmasked
+/// gives NaN, else a row with +∞ gives +∞. A row of only -∞ gives -∞. A row without unmasked
 /// entries gives -∞, the logarithm of an empty sum.
 ///
 /// # Panics
@@ -83,7 +83,7 @@ pub fn log_sum_exp_backward(x: &Array2<f64>, mask: Option<&Array2<bool>>, dy: &A
     dx
 }
 
-/// The softmax of a vector without a mask, which may be empty.
+/// The softmax of a vector without a mask. The vector may be empty.
 pub(super) fn softmax_of_all(x: &Array1<f64>) -> Array1<f64> {
     // exp(x - s) / Σ exp(x - s) does not depend on s. With the largest x as s, exp cannot overflow.
     let largest = largest(x);
@@ -97,7 +97,8 @@ pub(super) fn softmax_of_all_backward(p: &Array1<f64>, dp: &Array1<f64>) -> Arra
     p * &(dp - p.dot(dp))
 }
 
-/// Returns the largest element that is not NaN, or -∞. A NaN reaches the sum by its own term.
+/// Returns the largest element that is not NaN, or -∞ without such an element. A NaN still makes
+/// the sum NaN, because the NaN has its own term in the sum.
 fn largest(x: &Array1<f64>) -> f64 {
     x.fold(f64::NEG_INFINITY, |largest, &x| largest.max(x))
 }

@@ -7,7 +7,8 @@ use std::ops::Range;
 
 /// Returns uniform numbers in [-1, 1), determined by the seed.
 pub(super) fn random<S: ShapeBuilder>(shape: S, seed: u64) -> Array<f64, S::Dim> {
-    // Knuth's MMIX generator. Only its high bits are random, and an f64 holds 53 bits.
+    // Knuth's MMIX generator. Use its high 53 bits, because its low bits are not random and an f64
+    // holds 53 bits.
     let mut state = seed;
     Array::from_shape_simple_fn(shape, || {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -35,7 +36,7 @@ pub(super) fn assert_close<D: Dimension>(
 ) {
     assert_eq!(actual.shape(), expected.shape(), "{what}: shapes");
     let worst = worst_relative(actual, expected);
-    assert!(worst <= tolerance, "{what}: {actual} where {expected} is expected, {worst:e} apart");
+    assert!(worst <= tolerance, "{what}: got {actual}, expected {expected}, difference {worst:e}");
 }
 
 /// Asserts that `gradient` is the gradient of `f` at `at`.
@@ -45,12 +46,12 @@ pub(super) fn check_gradient<D: Dimension>(
     gradient: &Array<f64, D>,
     f: impl Fn(&Array<f64, D>) -> f64,
 ) {
-    // The error of the five-point central difference is STEP⁴ f⁽⁵⁾/30, and that of rounding about
-    // 1e-16 f/STEP: both are below 1e-10.
+    // The error of the five-point central difference is STEP⁴ f⁽⁵⁾/30, and the rounding error is
+    // about 1e-16 f/STEP. Both are below 1e-10.
     const STEP: f64 = 3e-4;
     let moved = |i: usize, by: f64| {
         let mut x = at.clone();
-        *x.iter_mut().nth(i).expect("an index below the length") += by;
+        *x.iter_mut().nth(i).expect("the index is below the length") += by;
         f(&x)
     };
     let numeric = (0..at.len()).map(|i| {

@@ -10,8 +10,8 @@ use ndarray::{Array, ArrayBase, ArrayD, ArrayViewD, Data, Dimension, IxDyn};
 
 impl<T: Element, D: Dimension> From<Array<T, D>> for Tensor<T> {
     /// Makes a tensor on a new [`Cpu`]. Reuses the array's memory if the elements fill it in
-    /// row-major order. Ranks use [`Tensor::from_array`] or [`Tensor::from_vec`] with the device of
-    /// their group instead.
+    /// row-major order. On a rank, call [`Tensor::from_array`] or [`Tensor::from_vec`] with the
+    /// device of the rank's group instead.
     ///
     /// # Panics
     /// When the array has more than four dimensions.
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
     use ndarray::{Array2, s};
 
-    /// Arrays that own more memory than they show, and arrays in other orders.
+    /// Covers arrays that own more memory than they view, and arrays in other memory orders.
     #[test]
     fn arrays_come_in_without_a_copy_if_they_can() {
         let whole = Array2::from_shape_fn((4, 6), |(row, col)| (6 * row + col) as f32);

@@ -1,5 +1,5 @@
-//! The tensors and parameters of one rank, and the sources of initial values. Used by operators,
-//! communicators and layers.
+//! Tensors and parameters of one rank, and sources of initial values. Operators, communicators and
+//! layers use this module.
 
 mod array;
 mod param;
@@ -20,17 +20,17 @@ use std::{fmt, rc::Rc};
 
 #[cfg(test)]
 thread_local! {
-    /// The number of tensors that this thread has copied because they were shared when written.
+    /// The number of copies that this thread has made because it wrote to a shared tensor.
     pub(crate) static COPIES: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
-/// The operator that errors name.
+/// The name of the operator in errors.
 const OP: &str = "tensor";
 
 /// A dense row-major tensor of one rank.
 ///
-/// Cloning shares the memory, and a write copies shared memory first. So layers save their inputs
-/// for the backward without a copy, and never see each other's writes.
+/// A clone shares the memory. A write to a shared tensor copies the memory first. So a layer saves
+/// its input for the backward without a copy, and a later write does not change the saved input.
 ///
 /// ```
 /// use shardwise::Tensor;
@@ -58,7 +58,7 @@ impl<T: Element, B: Device> fmt::Debug for Tensor<T, B> {
 }
 
 impl<T: Element, B: Device> Tensor<T, B> {
-    /// Allocates a tensor without initializing it: the elements are arbitrary.
+    /// Allocates a tensor without initializing its elements, as `torch.empty`.
     ///
     /// # Errors
     /// When the device is out of memory ([`crate::Error::Memory`] on the CPU), or the number of
@@ -81,7 +81,7 @@ impl<T: Element, B: Device> Tensor<T, B> {
         Self::from_buffer(device, shape, buffer)
     }
 
-    /// Makes a tensor of a vector in row-major order. On the CPU it reuses the vector's memory.
+    /// Makes a tensor from a vector in row-major order. The CPU reuses the vector's memory.
     ///
     /// # Errors
     /// When the lengths of the vector and of the shape differ, or the device is out of memory.
@@ -92,7 +92,7 @@ impl<T: Element, B: Device> Tensor<T, B> {
         Self::from_buffer(device, shape, device.adopt(elements)?)
     }
 
-    /// Makes a tensor of a buffer of the device, without a copy.
+    /// Makes a tensor from a buffer of the device, without a copy.
     ///
     /// # Errors
     /// When the lengths of the buffer and of the shape differ.
@@ -133,7 +133,7 @@ impl<T: Element, B: Device> Tensor<T, B> {
         self.len() == 0
     }
 
-    /// Whether another tensor shares the memory. If so, a write copies it first.
+    /// Whether another tensor shares the memory. If so, a write copies the memory first.
     pub fn is_shared(&self) -> bool {
         Rc::strong_count(&self.buffer) > 1
     }
@@ -149,12 +149,13 @@ impl<T: Element, B: Device> Tensor<T, B> {
         Ok(Self { shape, ..self })
     }
 
-    /// Returns the elements on the device.
+    /// Returns a view of the elements on the device.
     pub fn slice(&self) -> B::Slice<'_, T> {
         B::slice(&self.buffer)
     }
 
-    /// Views the tensor as a matrix whose rows are all dimensions but the last.
+    /// Views the tensor as a matrix. The last dimension gives the columns, and the product of the
+    /// other dimensions gives the number of rows.
     pub fn mat(&self) -> MatRef<'_, T, B> {
         MatRef::new(self.slice(), self.shape.rows(), self.shape.cols())
             .expect("a tensor's buffer has as many elements as its shape")
@@ -190,7 +191,7 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
         Ok(to)
     }
 
-    /// Converts the values to another element type, or returns this tensor if it has that type.
+    /// Returns this tensor if its element type is `U`, and otherwise converts the values to `U`.
     ///
     /// # Errors
     /// When the device is out of memory.
@@ -200,7 +201,7 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
         }
         let (shape, device) = (self.shape, self.device.clone());
         let buffer = T::any_buffer::<B>(self.into_buffer()?).of::<U>();
-        Tensor::from_buffer(&device, shape, buffer.expect("the elements are the same"))
+        Tensor::from_buffer(&device, shape, buffer.expect("both element types are the same"))
     }
 
     /// `y[i] = self[ids[i]]`, and 0 where `ids[i]` is [`NO_ROW`](crate::kernels::NO_ROW).
@@ -216,7 +217,8 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
     /// ```
     ///
     /// # Errors
-    /// When any other id is not below `rows`, or the device is out of memory.
+    /// When an id other than [`NO_ROW`](crate::kernels::NO_ROW) is not below `rows`, or the device
+    /// is out of memory.
     pub fn rows(&self, ids: &[u32]) -> Result<Self>
     where
         B: Gather,
@@ -242,12 +244,12 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
             COPIES.set(COPIES.get() + 1);
             self.buffer = self.convert::<T>()?.buffer;
         }
-        let buffer = Rc::get_mut(&mut self.buffer).expect("the buffer was just made, and is not shared");
+        let buffer = Rc::get_mut(&mut self.buffer).expect("a shared buffer was copied above");
         Ok(B::slice_mut(buffer))
     }
 
-    /// Views the tensor as a matrix for writing, as [`Tensor::mat`]. Copies the elements first if
-    /// another tensor shares them.
+    /// Views the tensor as a writable matrix, with the dimensions of [`Tensor::mat`]. Copies the
+    /// elements first if another tensor shares them.
     ///
     /// # Errors
     /// When the device is out of memory for the copy.
@@ -262,6 +264,6 @@ impl<T: Element, B: Pointwise> Tensor<T, B> {
     /// When the device is out of memory for the copy.
     pub fn into_buffer(mut self) -> Result<B::Buffer<T>> {
         self.slice_mut()?;
-        Ok(Rc::into_inner(self.buffer).expect("`slice_mut` has made the buffer unshared"))
+        Ok(Rc::into_inner(self.buffer).expect("`slice_mut` has copied a shared buffer"))
     }
 }

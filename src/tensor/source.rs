@@ -1,8 +1,7 @@
-//! Sources of the values of parameters: arrays, random numbers, checkpoints.
+//! Sources of parameter values: arrays, random numbers, checkpoints.
 //!
-//! A layer reads the shard of each tensor that its rank holds, as a region of the whole tensor. So
-//! a source does not depend on ranks, and the value at a global index does not depend on the
-//! partition.
+//! A layer reads its rank's shard of each tensor as a region of the whole tensor. So a source does
+//! not depend on ranks, and the value at a global index does not depend on the partition.
 
 use crate::{
     device::{AnyMut, Cpu, Element, each_dtype},
@@ -21,7 +20,7 @@ pub struct Region {
 }
 
 impl Region {
-    /// Returns the region that is the whole tensor.
+    /// Returns the region that covers the whole tensor.
     pub fn whole(shape: impl Into<Shape>) -> Self {
         let shape = shape.into();
         Self { shape, ranges: shape.dims().iter().map(|&size| 0..size).collect() }
@@ -41,7 +40,7 @@ impl Region {
     pub fn narrow(mut self, dim: usize, range: Range<usize>) -> Self {
         assert!(
             range.start <= range.end && range.end <= self.shape.dims()[dim],
-            "indices {range:?} of dimension {dim} of a tensor of shape {}",
+            "range {range:?} is not in dimension {dim} of a tensor of shape {}",
             self.shape
         );
         self.ranges[dim] = range;
@@ -63,10 +62,12 @@ impl Region {
         Shape::new(&self.ranges.iter().map(ExactSizeIterator::len).collect::<Vec<_>>())
     }
 
-    /// Returns the ranges of consecutive elements that the region has in a row-major tensor, in
-    /// order and of maximal length. [`Shape::len`] of the tensor has to be below `usize::MAX`.
+    /// Returns the region as ranges of consecutive elements of the row-major tensor, in order and
+    /// of maximal length. The tensor's [`Shape::len`] has to be below `usize::MAX`, because larger
+    /// offsets saturate.
     pub fn runs(&self) -> Vec<Range<usize>> {
-        // Trailing dimensions that the region covers are contiguous with the dimension before them.
+        // Trailing dimensions that the region covers fully are contiguous with the dimension before
+        // them.
         let dims = self.shape.dims();
         let mut inner = 1;
         let mut depth = dims.len();
@@ -97,7 +98,7 @@ impl Region {
     }
 }
 
-/// The kind of a parameter, which decides its initial value.
+/// The kind of a parameter, which determines its initial value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Role {
@@ -120,13 +121,13 @@ pub trait WeightSource {
     /// Whether the source has a tensor of this name.
     fn contains(&self, name: &str) -> bool;
 
-    /// Returns the names of all tensors, or none if any name is valid.
+    /// Returns the names of all tensors, or `None` if every name is valid.
     fn names(&self) -> Option<Vec<String>> {
         None
     }
 
-    /// Checks that a region can be read, before memory is allocated for it. The default accepts
-    /// every region.
+    /// Checks that a region can be read. [`Param::load`](super::Param::load) calls it before it
+    /// allocates memory for the region. The default accepts every region.
     ///
     /// # Errors
     /// As [`WeightSource::read`].
@@ -136,7 +137,7 @@ pub trait WeightSource {
     }
 }
 
-/// A [`WeightSource`] with the path of a layer as prefix.
+/// A [`WeightSource`] with the path of a layer as prefix of the names.
 #[derive(Clone)]
 pub struct Weights<'a> {
     source: &'a dyn WeightSource,
@@ -144,7 +145,7 @@ pub struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    /// Returns the root of a source: the empty prefix.
+    /// Returns the source with an empty prefix.
     pub fn new(source: &'a dyn WeightSource) -> Self {
         Self { source, path: String::new() }
     }
@@ -172,7 +173,7 @@ impl<'a> Weights<'a> {
     }
 }
 
-/// Arrays of one element type by name, as a [`WeightSource`].
+/// A [`WeightSource`] of named arrays of one element type.
 ///
 /// ```
 /// use shardwise::prelude::*;
@@ -224,7 +225,7 @@ impl<T: Element> WeightSource for Arrays<T> {
 }
 
 /// Returns [`Error::MissingTensor`] with the most similar name as a hint. The hint has the same
-/// layer numbers as `name`: the tensor of another layer is no substitute.
+/// layer numbers as `name`, because the tensor of another layer is no substitute.
 pub(crate) fn missing<'a>(
     name: &str,
     place: impl Into<String>,
@@ -238,7 +239,7 @@ pub(crate) fn missing<'a>(
     fn numbers(name: &str) -> impl Iterator<Item = &str> {
         name.split('.').filter(|segment| segment.bytes().all(|byte| byte.is_ascii_digit()))
     }
-    // The same last segment, or names that differ in at most two adjacent characters.
+    // A likely name ends with the same last segment, or differs in at most two adjacent characters.
     let likely = |other: &&String| {
         let (common, longest) = (common(other), name.len().max(other.len()));
         let misspelt = common + 2 >= longest && 2 * common >= longest;
@@ -296,7 +297,7 @@ impl WeightSource for Random {
 
 impl AnyMut<'_, Cpu> {
     /// Fills the slice with the first values of an iterator, each rounded to the element type.
-    /// [`WeightSource::read`] implementations call it on `out`.
+    /// Implementations of [`WeightSource::read`] call this on `out`.
     ///
     /// # Errors
     /// When the iterator has fewer values than the slice has elements.

@@ -1,4 +1,5 @@
-//! Gradients in flat buffers, each reduced once it is full and all buckets before it have started.
+//! Buckets: flat buffers of gradients. The reduction of a bucket starts once the bucket is full and
+//! the reductions of all buckets before it have started.
 
 use crate::{
     comm::{Group, Pending, ReduceOp},
@@ -24,28 +25,30 @@ pub(super) enum Target {
 
 /// The buckets of a model's gradients.
 ///
-/// A bucket holds the gradients of some parameters one after the other. The first bucket has those
-/// that the backward finishes first. After the gradients, a bucket has a flag for each of its
-/// parameters: 1 if the rank has a gradient, else 0. The sum of the flags is the number of ranks
-/// that have one. Buckets start in the same order on every rank, because the order in which they
-/// fill may differ between ranks, and the order of collectives must not.
+/// A bucket holds the gradients of some parameters contiguously. The first bucket has the gradients
+/// of the last parameters, which the backward finishes first. After the gradients, a bucket has a
+/// flag for each of its parameters: 1 if the rank has a gradient, else 0. The sum of a flag over
+/// the ranks is the number of ranks that have that gradient. Every rank starts the reductions in
+/// the order of the buckets, because all ranks need the same order of collectives, but may fill the
+/// buckets in different orders.
 pub(super) struct Buckets<T: Element, B: Device> {
     group: Group<B>,
     target: Target,
-    /// The bucket of each parameter, its offset in the bucket, and its length.
+    /// For each parameter, its bucket, its offset in the bucket, and its number of elements.
     places: Vec<(usize, usize, usize)>,
     lengths: Vec<usize>,
-    /// The tree over all replicas' terms of each parameter. Set with an invariant reduction, unless
-    /// all sums are of two numbers.
+    /// For each parameter, the tree over the terms of all replicas. Set with an invariant
+    /// reduction, unless every tree has two replicas with one sub-tree each.
     trees: Option<Vec<Tree>>,
     round: RefCell<Option<Round<T, B>>>,
 }
 
 /// A reduction in progress.
 struct Round<T: Element, B: Device> {
-    /// The factor of this rank's gradients.
+    /// The factor that multiplies this rank's gradients.
     weight: f64,
-    /// The site of `begin`, which the collectives report. Any layer's backward may start them.
+    /// The call site of `begin`. Errors of the collectives name it, because the backward of any
+    /// layer may start them.
     site: Site,
     /// Whether each parameter has a gradient on this rank.
     present: Vec<bool>,
@@ -55,17 +58,17 @@ struct Round<T: Element, B: Device> {
     started: Vec<Pending<T::Acc, B>>,
 }
 
-/// A bucket that has not been started.
+/// A bucket whose reduction has not started.
 struct Filling<T: Element, B: Device> {
     flat: Option<Tensor<T::Acc, B>>,
-    /// The number of its parameters that are not ready.
+    /// The number of the bucket's parameters whose gradients are not ready.
     missing: usize,
 }
 
 impl<T: Element, B: Backend> Buckets<T, B> {
     /// Assigns parameters to buckets of at most `bytes` bytes, in the reverse order of `lengths`. A
-    /// larger parameter has a bucket of its own. `trees` are those of the parameters, with an
-    /// invariant reduction.
+    /// larger parameter has a bucket of its own. With an invariant reduction, `trees` has the tree
+    /// of each parameter.
     pub(super) fn new(
         group: &Group<B>,
         target: Target,
@@ -79,7 +82,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
             match filled.last_mut() {
                 Some(last) if *last + len <= capacity => {
                     places[number] = (filled.len() - 1, filled[filled.len() - 1], len);
-                    *filled.last_mut().expect("there is one") += len;
+                    *filled.last_mut().expect("the bucket matched above") += len;
                 }
                 _ => {
                     places[number] = (filled.len(), 0, len);
@@ -87,15 +90,16 @@ impl<T: Element, B: Backend> Buckets<T, B> {
                 }
             }
         }
-        // A sum of two numbers has only one order.
+        // Two replicas with one sub-tree each need no tree, because a sum of two numbers has only
+        // one order.
         let pair = |tree: &Tree| tree.ranks() == 2 && (0..2).all(|rank| tree.nodes(rank).len() == 1);
         let trees = trees.filter(|trees| !trees.iter().all(pair));
         Self { group: group.clone(), target, places, lengths: filled, trees, round: RefCell::new(None) }
     }
 
-    /// Begins a round: gradients that become ready are multiplied by `weight` and reduced.
+    /// Begins a round, in which gradients that become ready are multiplied by `weight` and reduced.
     pub(super) fn begin(&self, weight: f64, site: Site) {
-        // A single rank has the sum already.
+        // The gradients of a single rank are already the sum.
         if self.group.size() == 1 {
             return;
         }
@@ -107,7 +111,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         *self.round.borrow_mut() = Some(round);
     }
 
-    /// Returns the numbers of a bucket's parameters, in the order of their offsets.
+    /// Returns the indices of a bucket's parameters, in the order of their offsets.
     fn members(&self, bucket: usize) -> impl Iterator<Item = usize> {
         (0..self.places.len()).rev().filter(move |&number| self.places[number].0 == bucket)
     }
@@ -125,7 +129,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         }
         let present: Vec<_> = own.iter().map(|terms| flag::<T>(!terms.is_empty())).collect();
         let present = group.all_reduce_host(ReduceOp::Max, &present)?;
-        // All have one item for each parameter.
+        // Each of these lists has one item for each parameter.
         for ((param, tree), (mut terms, present)) in
             params.iter().zip(trees).zip(own.into_iter().zip(present))
         {
@@ -146,27 +150,28 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         Ok(())
     }
 
-    /// Records that the backward of parameter `number` is complete, with its gradient if it has
-    /// one, and starts the buckets that are full.
+    /// Records that the backward of parameter `number` is complete. Copies the gradient, if any, to
+    /// its bucket, and starts the reductions of full buckets.
     fn ready(&self, number: usize, grad: Option<&Tensor<T::Acc, B>>) -> Result<()> {
         let current = &mut *self.round.borrow_mut();
-        // Outside a round, gradients accumulate.
+        // Outside a round gradients only accumulate. With trees, `finish` reduces them.
         let Some(mut round) = current.take_if(|_| self.trees.is_none()) else { return Ok(()) };
         let bucket = self.places[number].0;
         if round.started.len() > bucket {
             return Err(Error::invalid(
                 "data parallel",
-                "a gradient was added to after its reduction had started: one backward between `begin` and `finish`, and in it one `add_grad` for each use",
+                "a backward added to a gradient after its reduction had started: run one backward between `begin` and `finish`, with one `add_grad` for each use",
             ));
         }
         self.fill(&mut round, number, grad)?;
         self.start(&mut round, false)?;
-        // After an error the round is gone, and `finish` reports that.
+        // An error above drops the round, and `finish` then returns an error.
         *current = Some(round);
         Ok(())
     }
 
-    /// Starts full buckets in order, up to the first that is not full; with `all`, every bucket.
+    /// Starts the reductions of full buckets in order, and stops at the first bucket that is not
+    /// full. With `all`, starts the reductions of all buckets.
     fn start(&self, round: &mut Round<T, B>, all: bool) -> Result<()> {
         let _site = round.site.enter();
         while let Some(next) = round.filling.get_mut(round.started.len()) {
@@ -200,7 +205,7 @@ impl<T: Element, B: Backend> Buckets<T, B> {
     /// downloaded together, because each download synchronizes with the device.
     fn counts(&self, reduced: &[Tensor<T::Acc, B>], own: &[bool]) -> Result<Vec<T::Acc>> {
         if !B::HAS_VALUES {
-            // Without values, assume that all ranks have the gradients that this one has.
+            // Without values, assume that all ranks have the same gradients as this rank.
             return Ok(own.iter().map(|&present| flag::<T>(present)).collect());
         }
         let (device, count) = (self.group.device(), self.places.len());
@@ -215,14 +220,16 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         Ok(all.to_vec()?.into_iter().rev().collect())
     }
 
-    /// Waits for all buckets and sets the parameters' gradients to the reduced ones; none if
-    /// another rank is the root, or if no rank has a gradient.
+    /// Waits for all reductions and sets the parameters' gradients to the results. Clears the
+    /// gradients if another rank is the root. A parameter has no gradient afterwards if no rank has
+    /// one.
     ///
-    /// Gradients that have not become ready since `begin` are reduced as they are. A rank without a
-    /// gradient, for example without samples, contributes zeros.
+    /// If no backward has finished a gradient since `begin`, the gradient accumulated before is
+    /// reduced. A rank without a gradient, for example without samples, contributes zeros.
     pub(super) fn finish(&self, params: &[Param<T, B>]) -> Result<()> {
         const OP: &str = "data parallel";
-        // Ends a step with fewer microbatches than were set: its gradients become ready.
+        // `settle` ends a step with fewer microbatches than set, so that its gradients become
+        // ready.
         let settled = params.iter().try_for_each(Param::settle);
         let round = self.round.borrow_mut().take();
         settled?;
@@ -264,7 +271,8 @@ impl<T: Element, B: Backend> Buckets<T, B> {
         Ok(())
     }
 
-    /// Writes a gradient to its bucket. A second call overwrites it: each has the whole gradient.
+    /// Copies a gradient to its bucket. A second call overwrites the first copy, because each call
+    /// passes the whole accumulated gradient.
     fn fill(&self, round: &mut Round<T, B>, number: usize, grad: Option<&Tensor<T::Acc, B>>) -> Result<()> {
         let (bucket, start, len) = self.places[number];
         let device = self.group.device();
@@ -285,17 +293,18 @@ impl<T: Element, B: Backend> Buckets<T, B> {
     }
 }
 
-/// Returns the flag of a parameter: whether this rank has a gradient.
+/// Returns the flag of a parameter: 1 if this rank has its gradient, else 0.
 fn flag<T: Element>(present: bool) -> T::Acc {
     if present { T::Acc::ONE } else { T::Acc::ZERO }
 }
 
-/// A sink that forwards to another one and copies a complete gradient to its bucket.
+/// A sink that forwards to another sink and copies a complete gradient to its bucket.
 pub(super) struct Bucket<T: Element, B: Backend> {
     sum: Box<dyn GradSink<T::Acc, B>>,
-    /// Dropped with the [`super::DataParallel`] that made them.
+    /// The buckets, which the [`super::DataParallel`] owns. After its drop, this sink only
+    /// forwards.
     buckets: Weak<Buckets<T, B>>,
-    /// The number of the parameter.
+    /// The index of the parameter.
     number: usize,
 }
 

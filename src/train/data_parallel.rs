@@ -28,15 +28,16 @@ pub enum GradReduce {
     },
 }
 
-/// Replicas of a model over a group: equal parameters, and gradients reduced after each backward.
+/// Data parallelism over a group: each rank has a replica of the model with equal parameters. The
+/// gradients of the replicas are reduced during each backward.
 ///
-/// Gradients are copied to flat buckets in the order in which a backward finishes them. Each bucket
-/// is reduced once it is full, while the backward continues. Buckets start in the same order on all
-/// ranks. Gradients keep the accumulator type.
+/// Each gradient is copied to a flat bucket when the backward finishes it. Buckets take the
+/// parameters in reverse order, because a backward usually finishes the last parameters first. Each
+/// bucket is reduced once it is full, while the backward continues. All ranks start the reductions
+/// in the order of the buckets. Gradients keep the accumulator type.
 ///
-/// Gradients of backwards before [`DataParallel::begin`] only accumulate (PyTorch's `no_sync`).
-/// They are reduced together with those of the backward between `begin` and
-/// [`DataParallel::finish`]:
+/// Gradients of backwards before [`DataParallel::begin`] only accumulate (PyTorch's `no_sync`). The
+/// backward between `begin` and [`DataParallel::finish`] adds to them, and their sum is reduced:
 ///
 /// ```
 /// use shardwise::{prelude::*, train::{DataParallel, GradReduce}};
@@ -53,24 +54,25 @@ pub enum GradReduce {
 /// # Ok::<(), Error>(())
 /// ```
 ///
-/// With a *central aggregator* ([`DataParallel::central`]) gradients are reduced to one rank. It
-/// steps the optimizer, and [`DataParallel::publish`] broadcasts its parameters. The results have
-/// the same bits.
+/// With a *central aggregator* ([`DataParallel::central`]) gradients are reduced to one rank. That
+/// rank steps the optimizer, and [`DataParallel::publish`] broadcasts its parameters. The
+/// parameters have the same bits as without an aggregator.
 ///
-/// With [`Reduction::Invariant`] on the group, a gradient has one term for each microbatch and use
-/// ([`crate::tensor::Param::set_microbatches`], set before this is made), and the terms of all
-/// replicas are summed along one tree: 2 replicas of 2 microbatches give the bits of 1 replica of
-/// 4. Buckets work as above if there are two replicas with one sub-tree each. Otherwise
-/// [`DataParallel::finish`] reduces each parameter.
+/// With [`Reduction::Invariant`] on the group, a gradient has one term for each microbatch and use.
+/// Call [`crate::tensor::Param::set_microbatches`] before [`DataParallel::new`]. The terms of all
+/// replicas are summed along one tree. So 2 replicas of 2 microbatches give the same bits as one
+/// replica of 4 microbatches. Buckets work as above if there are two replicas with one sub-tree
+/// each. Otherwise [`DataParallel::finish`] reduces the parameters one by one.
 ///
-/// If only some replicas have a gradient of a parameter, the others contribute 0. If none has one,
-/// there is none after the reduction, and optimizers skip the parameter, as on one device.
+/// If only some replicas have a gradient of a parameter, the others contribute 0. If no replica has
+/// a gradient, the parameter has none after the reduction, and optimizers skip the parameter, as on
+/// one device.
 ///
-/// Collectives: when made, an all-gather of one number for each parameter and a broadcast of each
-/// parameter. For each bucket an all-reduce, which includes one number for each of its parameters;
-/// with an aggregator a reduce-scatter to one rank, and in `publish` a broadcast of each parameter.
-/// With [`GradReduce::Mean`] an all-reduce of one number. If parameters are reduced one by one, an
-/// all-reduce of one number for each comes first.
+/// Collectives: `new` makes an all-gather of one number for each parameter and a broadcast of each
+/// parameter. Each bucket has an all-reduce, which includes one number for each of its parameters.
+/// With an aggregator, each bucket has a reduce-scatter to one rank instead, and `publish` makes a
+/// broadcast of each parameter. [`GradReduce::Mean`] adds an all-reduce of one number. If `finish`
+/// reduces parameters one by one, it first makes an all-reduce of one number for each parameter.
 ///
 /// Source: Li et al., 2020: PyTorch Distributed, section 3.2.
 pub struct DataParallel<T: Element, B: Backend> {
@@ -80,18 +82,19 @@ pub struct DataParallel<T: Element, B: Backend> {
     aggregator: Option<usize>,
 }
 
-/// PyTorch's 25 MiB.
+/// The default size of buckets in bytes, as in PyTorch.
 const BUCKET: usize = 25 << 20;
 
 impl<T: Element, B: Backend> DataParallel<T, B> {
     /// Broadcasts rank 0's values of these parameters, and collects their gradients in buckets from
-    /// now on. After it is dropped, gradients are no longer reduced; with an invariant reduction
-    /// the sinks still wait for other replicas, until a new [`DataParallel`] is made.
+    /// now on. After the drop of the `DataParallel`, gradients are no longer reduced. With an
+    /// invariant reduction the parameters' sinks then still expect the terms of other replicas, so
+    /// make a new [`DataParallel`] before training continues.
     ///
     /// # Errors
-    /// When the ranks hold different parameters or different regions of one, as over a
-    /// tensor-parallel group; when a parameter has no dense store (list only the others), or has a
-    /// sink that does not sum along a tree; when a collective fails.
+    /// When the ranks hold different parameters or different regions of a parameter, as in a
+    /// tensor-parallel group; when a parameter has no dense store (pass only the others); when a
+    /// sink cannot sum along a tree, which an invariant reduction needs; when a collective fails.
     #[track_caller]
     pub fn new(group: &Group<B>, params: &[Param<T, B>]) -> Result<Self> {
         Self::with(group, params, None, BUCKET)
@@ -109,11 +112,12 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
     /// As [`DataParallel::new`], with gradients reduced only to rank `aggregator`.
     ///
     /// # Errors
-    /// When there is no such rank, and as [`DataParallel::new`].
+    /// When the group has no rank `aggregator`, and as [`DataParallel::new`].
     #[track_caller]
     pub fn central(group: &Group<B>, params: &[Param<T, B>], aggregator: usize) -> Result<Self> {
         if aggregator >= group.size() {
-            let reason = format!("aggregator {aggregator} of a group of {}", group.size());
+            let reason =
+                format!("the aggregator is rank {aggregator}, but the group has {} ranks", group.size());
             return Err(Error::invalid("data parallel", reason));
         }
         Self::with(group, params, Some(aggregator), BUCKET)
@@ -126,7 +130,8 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         aggregator: Option<usize>,
         bytes: usize,
     ) -> Result<Self> {
-        // Return the errors of all parameters before any of them is changed.
+        // Settle all parameters first, so that an error is returned before any parameter is
+        // changed.
         params.iter().try_for_each(Param::settle)?;
         let (replica, replicas) = (group.rank(), group.size());
         let in_tree = |param: &Param<T, B>| {
@@ -166,7 +171,7 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         let weight = match reduce {
             GradReduce::Sum => 1.0,
             GradReduce::Mean { .. } if self.group.size() > 1 && self.group.reduction() != Reduction::Fast => {
-                let reason = "a mean over replicas under an invariant reduction: divide the loss by the size of the whole batch";
+                let reason = "a mean over replicas with an invariant reduction: use `GradReduce::Sum` and divide the loss by the size of the whole batch";
                 return Err(Error::Unsupported { op: "data parallel", reason: reason.into() });
             }
             GradReduce::Mean { weight } => {
@@ -182,8 +187,8 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         Ok(())
     }
 
-    /// Waits for the reductions and sets the parameters' gradients to the reduced ones; with an
-    /// aggregator, only on that rank.
+    /// Waits for the reductions and sets the parameters' gradients to the results. With an
+    /// aggregator, only that rank has gradients afterwards.
     ///
     /// A rank without samples in this step calls `begin` and `finish` without a backward.
     ///
@@ -195,9 +200,9 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         self.buckets.finish(&self.params)
     }
 
-    /// Returns, on every rank, the sum over all replicas of one number for each microbatch, such as
-    /// its loss. With an invariant reduction it is summed along the tree over all microbatches, and
-    /// every replica has to have the same number of them.
+    /// Sums one number for each microbatch, such as its loss, over all replicas. Returns the sum on
+    /// every rank. With an invariant reduction, sums along the tree over all microbatches, and
+    /// every replica has to pass the same number of microbatches.
     ///
     /// Collective: an all-reduce of one number; with an invariant reduction an all-gather.
     ///
@@ -223,7 +228,8 @@ impl<T: Element, B: Backend> DataParallel<T, B> {
         Ok(sum.values().into_iter().sum())
     }
 
-    /// Whether this rank steps the optimizer: every rank does, or only the aggregator.
+    /// Whether this rank steps the optimizer. Every rank does, or only the aggregator if there is
+    /// one.
     pub fn steps(&self) -> bool {
         self.aggregator.is_none_or(|rank| rank == self.group.rank())
     }
@@ -257,7 +263,7 @@ fn check_regions<T: Element, B: Backend>(group: &Group<B>, params: &[Param<T, B>
     for (rank, theirs) in all.chunks_exact(hashes.len().max(1)).enumerate() {
         if let Some(at) = (0..hashes.len()).find(|&at| theirs[at] != all[at]) {
             let reason = format!(
-                "ranks 0 and {rank} of {group:?} hold different regions of `{}`, or one holds it in a store that is not dense: is it \
+                "ranks 0 and {rank} of {group:?} hold different regions of `{}`, or one of them has no dense store: is this \
                  the tensor-parallel group?",
                 names[at]
             );
@@ -271,7 +277,8 @@ fn check_regions<T: Element, B: Backend>(group: &Group<B>, params: &[Param<T, B>
 fn broadcast<T: Element, B: Backend>(group: &Group<B>, params: &[Param<T, B>], root: usize) -> Result<()> {
     let _site = Site::here().enter();
     params.iter().try_for_each(|param| {
-        // The root's value stays, and so do its more precise master weights.
+        // The root keeps its value and revision, and so its optimizer keeps its more precise master
+        // weights.
         if group.rank() != root {
             param.renew();
         }

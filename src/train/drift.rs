@@ -14,15 +14,16 @@ use std::{
     ops::Range,
 };
 
-/// Compares, bit by bit, the elements of parameters that several ranks of a group hold. Over a
-/// data-parallel group these are all elements; over a tensor-parallel group norms, positions, row
-/// biases and shared key/value heads; over a pipeline group a table that both ends hold.
+/// Compares the bits of the elements of parameters that several ranks of a group hold, by a hash.
+/// In a data-parallel group these are all elements. In a tensor-parallel group these are norms,
+/// positions, row biases and shared key/value heads. In a pipeline group this is a tied table,
+/// which the first and the last rank hold.
 ///
 /// The parameters' regions ([`crate::tensor::ParamRegion`]) determine which ranks hold the same
-/// elements. Drift does not stop training but makes the results wrong.
+/// elements. Without this check, drift does not stop training but makes the results wrong.
 ///
-/// Collectives: four all-gathers of a few numbers for each parameter, cheap enough to call every
-/// few steps.
+/// Collectives: four all-gathers of a few numbers for each parameter, and two more on drift. The
+/// check is cheap enough for every few steps.
 ///
 /// ```
 /// use shardwise::{prelude::*, train::check_replicas};
@@ -40,11 +41,12 @@ use std::{
 ///
 /// # Errors
 /// [`Error::Drift`] on every rank, with the first tensor and rank that differ.
+/// [`Error::Unsupported`] on a device without values. When a collective fails.
 #[track_caller]
 pub fn check_replicas<T: Element, B: Backend>(params: &[Param<T, B>], group: &Group<B>) -> Result<()> {
     let _site = Site::here().enter();
     if !B::HAS_VALUES {
-        let reason = "a device without values has none to compare";
+        let reason = "the device stores no values to compare";
         return Err(Error::Unsupported { op: "check replicas", reason: reason.into() });
     }
     let mut own = Vec::new();
@@ -57,8 +59,8 @@ pub fn check_replicas<T: Element, B: Backend>(params: &[Param<T, B>], group: &Gr
         .map(|flat| flat.as_chunks().0.iter().map(SliceRows::of).collect())
         .collect();
 
-    // The rows of different ranks may overlap partially. The bounds of all of them divide each into
-    // ranges that are equal or disjoint.
+    // The rows of different ranks may overlap partially. Split all rows at the bounds of all ranks,
+    // so that any two ranges are equal or disjoint.
     let mut bounds: HashMap<u64, BTreeSet<usize>> = HashMap::new();
     for SliceRows { slice, rows, .. } in all.iter().flatten() {
         bounds.entry(*slice).or_default().extend([rows.start, rows.end]);
@@ -84,7 +86,8 @@ pub fn check_replicas<T: Element, B: Backend>(params: &[Param<T, B>], group: &Gr
     }
     let hashes = gather(group, &hashes)?;
 
-    // By slice and first row, the first rank that holds the range, and its hash.
+    // Maps the slice and the first row of a range to the first rank that holds the range and to the
+    // hash.
     let mut first: HashMap<(u64, usize), (usize, f64)> = HashMap::new();
     for (rank, (slices, hashes)) in all.iter().zip(&hashes).enumerate() {
         let starts =
@@ -100,7 +103,8 @@ pub fn check_replicas<T: Element, B: Backend>(params: &[Param<T, B>], group: &Gr
     Ok(())
 }
 
-/// The rows of a slice of a tensor that a region of a parameter holds.
+/// A region of a tensor as rows of a slice. The slice is the tensor restricted to the region's
+/// ranges in all dimensions but the first.
 struct SliceRows {
     tensor: String,
     /// A hash of the tensor and of the region's ranges in all dimensions but the first.
@@ -120,7 +124,8 @@ impl SliceRows {
         [self.slice as f64, self.rows.start as f64, self.rows.end as f64]
     }
 
-    /// Returns the rows of another rank, whose tensor name is unknown here.
+    /// Decodes the rows of another rank. The tensor's name stays empty, because ranks exchange only
+    /// numbers.
     fn of(numbers: &[f64; 3]) -> Self {
         let [slice, start, end] = *numbers;
         Self { tensor: String::new(), slice: slice as u64, rows: start as usize..end as usize }
@@ -132,7 +137,7 @@ pub(super) fn truncated(hash: u64) -> f64 {
     (hash >> 11) as f64
 }
 
-/// Gathers every rank's numbers, whose counts may differ.
+/// Gathers the numbers of every rank. Ranks may have different counts of numbers.
 fn gather<B: Backend>(group: &Group<B>, own: &[f64]) -> Result<Vec<Vec<f64>>> {
     let count = Tensor::from_slice(group.device(), [1], &[own.len() as f64])?;
     let counts = group.all_gather(&count, 0, &Partition::even(group.size(), group.size()))?.to_vec()?;
@@ -142,7 +147,7 @@ fn gather<B: Backend>(group: &Group<B>, own: &[f64]) -> Result<Vec<Vec<f64>>> {
     Ok((0..group.size()).map(|rank| all[counts.range(rank)].to_vec()).collect())
 }
 
-/// Returns, on every rank, the name of a tensor that `rank` holds.
+/// Returns on every rank the tensor name in `own` of rank `rank`. Collective: two all-gathers.
 fn name<B: Backend>(group: &Group<B>, rank: usize, own: Option<&SliceRows>) -> Result<String> {
     let name = own.map_or("", |own| &own.tensor);
     let bytes: Vec<f64> = name.bytes().map(f64::from).collect();

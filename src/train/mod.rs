@@ -1,5 +1,5 @@
-//! Training on many ranks: data parallelism, pipelines, and consistency checks. Uses layers and
-//! groups, but no optimizers.
+//! Training on many ranks: data parallelism, pipelines, and consistency checks. This module uses
+//! layers and groups, but no optimizers.
 //!
 //! | item | purpose |
 //! |---|---|

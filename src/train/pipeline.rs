@@ -12,12 +12,13 @@ use crate::{
 };
 use std::collections::HashMap;
 
-/// The data of a microbatch that every rank has.
+/// The data of a microbatch that every rank of the pipeline needs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Microbatch {
     /// The sequences of its tokens.
     pub sequences: Sequences,
-    /// The dropout state: its position in the training run.
+    /// The microbatch's position in the training run, from which dropout draws its masks. `None`
+    /// without dropout.
     pub dropout: Option<DropoutState>,
 }
 
@@ -30,20 +31,20 @@ impl Microbatch {
 
 /// The two ends of a pipelined model: the input of the first stage and the loss of the last one.
 pub trait PipelineEnds<S: ResidualStream, T: Element, B: Backend> {
-    /// Returns the input of the first stage for microbatch `number`. Called on the first rank only.
+    /// Returns the input of the first stage for microbatch `number`. Only the first rank calls it.
     ///
     /// # Errors
     /// Those of the implementation; [`Pipeline::run`] returns them.
     fn input(&mut self, number: usize, microbatch: &Microbatch) -> Result<DTensor<S, T, B>>;
 
-    /// Receives the gradient of that input. Called on the first rank only.
+    /// Receives the gradient of that input. Only the first rank calls it.
     ///
     /// # Errors
     /// Those of the implementation; [`Pipeline::run`] returns them.
     fn input_grad(&mut self, microbatch: usize, dx: DTensor<S, T, B>) -> Result<()>;
 
-    /// Receives the output of the last stage and returns the gradient of the loss with respect to
-    /// it; none in an evaluation. Called on the last rank only.
+    /// Receives the output of the last stage. Returns the gradient of the loss with respect to that
+    /// output, or `None` in an evaluation. Only the last rank calls it.
     ///
     /// # Errors
     /// Those of the implementation; [`Pipeline::run`] returns them.
@@ -54,7 +55,7 @@ pub trait PipelineEnds<S: ResidualStream, T: Element, B: Backend> {
 ///
 /// Each rank of the pipeline group holds `chunks` layers (usually [`Vec`]s of layers) and runs
 /// microbatches through them in the order of a [`Schedule`]. The layers of a stage may be tensor
-/// parallel over `tensor`. Each rank of that group exchanges its shard with the same rank of the
+/// parallel over `tensor`. Each rank of `tensor` exchanges its shard with the same rank of the
 /// neighbouring stage.
 ///
 /// Collectives: exchanges between neighbours, one activation and one gradient for each microbatch
@@ -72,18 +73,19 @@ pub struct Pipeline<B: Backend> {
 
 impl<B: Backend> Pipeline<B> {
     /// Makes a pipeline over `group`, whose stages exchange tensors of `width` features. Every rank
-    /// of the group calls it.
+    /// of the group has to call this, because it splits the group.
     ///
     /// # Errors
-    /// When the schedule has another number of ranks or cannot be run, or a collective fails.
+    /// When the schedule has another number of ranks than the group or cannot be run; when a group
+    /// of several ranks has an invariant reduction; when a collective fails.
     #[track_caller]
     pub fn new(group: &Group<B>, tensor: &Group<B>, schedule: Schedule, width: usize) -> Result<Self> {
         let widths = vec![width; schedule.stages()];
         Self::with_widths(group, tensor, schedule, widths)
     }
 
-    /// As [`Pipeline::new`], with the number of features of each stage's input, equal on every
-    /// rank.
+    /// As [`Pipeline::new`], with the number of features of each stage's input. Every rank has to
+    /// pass the same numbers.
     ///
     /// # Errors
     /// As [`Pipeline::new`], and when the numbers of widths and stages differ.
@@ -99,7 +101,7 @@ impl<B: Backend> Pipeline<B> {
         same_size(OP, "the ranks of the schedule", schedule.ranks(), "the ranks of the group", group.size())?;
         same_size(OP, "the number of widths", widths.len(), "that of stages", schedule.stages())?;
         if group.size() > 1 && group.reduction() != Reduction::Fast {
-            let reason = "sums over the stages (norms, tied tables) depend on their number: give the pipeline's group `Reduction::Fast`";
+            let reason = "sums over the stages (norms, tied tables) depend on the number of stages: give the pipeline's group `Reduction::Fast`";
             return Err(Error::Unsupported { op: OP, reason: reason.into() });
         }
         let actions = schedule.actions()?.swap_remove(rank);
@@ -123,11 +125,12 @@ impl<B: Backend> Pipeline<B> {
         &self.schedule
     }
 
-    /// Sums the gradients of a parameter that the first and the last stage both hold (a tied
-    /// embedding), on both. Ranks of other stages need not call it.
+    /// Sums the gradients of a parameter that the first and the last rank both hold (a tied
+    /// embedding). Both ranks receive the sum. Other ranks need not call this.
     ///
-    /// A rank without a gradient contributes zeros. If neither has one, there is none. Call it
-    /// after [`DataParallel::finish`](super::DataParallel::finish), which would overwrite the sum.
+    /// A rank without a gradient contributes zeros. If neither rank has a gradient, neither has one
+    /// afterwards. Call this after [`DataParallel::finish`](super::DataParallel::finish), because
+    /// `finish` would overwrite the sum.
     ///
     /// Collectives: two all-reduces over the two ranks, of one number and of the gradient.
     ///
@@ -165,10 +168,11 @@ impl<B: Backend> Pipeline<B> {
         reduced
     }
 
-    /// Runs all microbatches forward and backward, and sums their gradients in the parameters.
+    /// Runs all microbatches forward and backward, and adds their gradients to the parameters'
+    /// gradients.
     ///
     /// # Errors
-    /// When the number of microbatches or chunks differs from the schedule's; when a layer, an end
+    /// When the number of microbatches or chunks differs from the schedule's; when a layer, `ends`
     /// or a collective fails.
     #[track_caller]
     pub fn run<S: ResidualStream, T: Element, L: Layer<T, B, In = S, Out = S>>(
@@ -227,7 +231,7 @@ struct Run<'a, S: ResidualStream, T: Element, B: Backend, L: Layer<T, B, In = S,
     microbatches: &'a [Microbatch],
     /// Activations and gradients to be used or sent, by pass, receiving stage and microbatch.
     tensors: HashMap<(Pass, usize, usize), DTensor<S, T, B>>,
-    /// By chunk and microbatch.
+    /// The layers' saved tensors, by chunk and microbatch.
     saved: HashMap<(usize, usize), L::Saved>,
 }
 
@@ -242,7 +246,7 @@ impl<'a, S: ResidualStream, T: Element, B: Backend, L: Layer<T, B, In = S, Out =
 
     fn take(&mut self, pass: Pass, stage: usize, microbatch: usize) -> Result<DTensor<S, T, B>> {
         let missing = || {
-            let reason = format!("{pass:?} of microbatch {microbatch} is not at stage {stage}");
+            let reason = format!("stage {stage} lacks the tensor of microbatch {microbatch} for {pass:?}");
             Error::internal("pipeline", reason)
         };
         self.tensors.remove(&(pass, stage, microbatch)).ok_or_else(missing)
@@ -258,7 +262,8 @@ impl<'a, S: ResidualStream, T: Element, B: Backend, L: Layer<T, B, In = S, Out =
             None => None,
         };
         let incoming = receive.map(|message| -> Result<_> {
-            // An activation is the input of its stage, a gradient belongs to the stage's output.
+            // An activation has the shape of the stage's input, and a gradient the shape of its
+            // output.
             let boundary = match message.pass {
                 Pass::Forward => message.stage,
                 Pass::Backward => message.stage + 1,
@@ -308,20 +313,20 @@ impl<'a, S: ResidualStream, T: Element, B: Backend, L: Layer<T, B, In = S, Out =
             let (have, want) = (y.shape().cols(), self.pipeline.widths[stage + 1]);
             same_size(
                 "pipeline",
-                "features of a stage's output",
+                "the features of a stage's output",
                 have,
-                "those of the next one's input",
+                "those of the next stage's input",
                 want,
             )?;
             self.tensors.insert((pass, stage + 1, microbatch), y);
             return Ok(());
         }
-        // The last stage: the gradient of the loss is the input of its backward.
+        // On the last stage, the gradient of the loss is the input of the backward.
         match ends.loss(microbatch, y)? {
             Some(dy) => {
                 self.tensors.insert((Pass::Backward, stage, microbatch), dy);
             }
-            None if train => return Err(Error::invalid("pipeline", "a loss without a gradient")),
+            None if train => return Err(Error::invalid("pipeline", "`loss` returned no gradient")),
             None => {}
         }
         Ok(())
@@ -332,7 +337,7 @@ impl<'a, S: ResidualStream, T: Element, B: Backend, L: Layer<T, B, In = S, Out =
         let Compute { pass, chunk, microbatch } = compute;
         let stage = self.pipeline.schedule.stage(self.pipeline.group.rank(), chunk);
         let dy = self.take(pass, stage, microbatch)?;
-        let missing = || Error::invalid("pipeline", "a backward before its forward");
+        let missing = || Error::invalid("pipeline", "a backward without its forward");
         let saved = self.saved.remove(&(chunk, microbatch)).ok_or_else(missing)?;
         let dx = layer.backward(saved, dy)?;
         match stage.checked_sub(1) {

@@ -6,10 +6,11 @@ use std::ops::Range;
 /// Batches of samples, sharded over the ranks of a data-parallel group.
 ///
 /// The order of an epoch is a function of the seed and the epoch. Batch b has samples b · batch ..
-/// (b + 1) · batch of that order; the last batch may be shorter. Each batch is partitioned over the
+/// (b + 1) · batch of that order. The last batch may be shorter. Each batch is partitioned over the
 /// ranks as evenly as possible. So no sample is dropped, repeated or padded, and a batch does not
-/// depend on the number of ranks. Ranks may have different numbers of samples, even none. Use those
-/// as the weights of the mean of the gradients, or divide the loss by the size of the batch.
+/// depend on the number of ranks. Ranks may have different numbers of samples, even none. Use the
+/// number of samples as the weight of [`GradReduce::Mean`](super::GradReduce::Mean), or divide the
+/// loss by the size of the batch.
 ///
 /// ```
 /// let sampler = shardwise::train::ShardedSampler { samples: 10, batch: 4, shuffle: Some(7) };
@@ -24,7 +25,7 @@ pub struct ShardedSampler {
     pub samples: usize,
     /// The number of samples in a batch, over all ranks.
     pub batch: usize,
-    /// The seed of the shuffle, or none to keep the order of the samples.
+    /// The seed of the shuffle, or `None` to keep the order of the samples.
     pub shuffle: Option<u64>,
 }
 
@@ -45,7 +46,7 @@ impl ShardedSampler {
         order
     }
 
-    /// Returns the range of the epoch's order that a rank has of a batch.
+    /// Returns the range of [`ShardedSampler::order`] with a rank's samples of a batch.
     pub fn range(&self, batch: usize, rank: usize, ranks: usize) -> Range<usize> {
         let start = (batch * self.batch).min(self.samples);
         let len = self.batch.min(self.samples - start);

@@ -29,7 +29,7 @@ pub struct Message {
     pub peer: usize,
     /// The pass: an activation is sent forward, a gradient backward.
     pub pass: Pass,
-    /// The stage that receives it.
+    /// The stage that receives the tensor.
     pub stage: usize,
     /// The index of the microbatch.
     pub microbatch: usize,
@@ -59,9 +59,9 @@ pub enum Action {
 /// |---|---|---|
 /// | [`Schedule::gpipe`] | microbatches | Huang et al., 2019 |
 /// | [`Schedule::one_forward_one_backward`] | ranks − r | Narayanan et al., 2019: 1F1B |
-/// | [`Schedule::interleaved`] | more; bubble smaller by `chunks` | Narayanan et al., 2021: 2.2 |
+/// | [`Schedule::interleaved`] | more; 1F1B's bubble / `chunks` | Narayanan et al., 2021: 2.2 |
 ///
-/// All of them sum gradients in the order of the microbatches, so all give the same bits.
+/// All three schedules sum gradients in the order of the microbatches, so all give the same bits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schedule {
     ranks: usize,
@@ -78,8 +78,8 @@ impl Schedule {
         Self { ranks, chunks: 1, microbatches, orders: vec![order; ranks] }
     }
 
-    /// 1F1B: the forwards that precede the first gradient's arrival, then forwards and backwards
-    /// alternately.
+    /// 1F1B: forwards until the first gradient arrives, then a forward and a backward alternately,
+    /// then the remaining backwards.
     ///
     /// ```
     /// use shardwise::train::Schedule;
@@ -99,14 +99,14 @@ impl Schedule {
     /// Interleaved 1F1B: each rank has several chunks of the model that are not adjacent.
     ///
     /// # Errors
-    /// When the number of microbatches is not a multiple of the number of ranks, or `ranks` or
-    /// `chunks` is 0.
+    /// When the number of microbatches is not a multiple of the number of ranks, `ranks` or
+    /// `chunks` is 0, or the number of passes overflows.
     pub fn interleaved(ranks: usize, chunks: usize, microbatches: usize) -> Result<Self> {
         let passes = ranks.checked_mul(chunks).and_then(|stages| stages.checked_mul(microbatches.max(2)));
         if ranks == 0 || chunks == 0 || passes.is_none() || !microbatches.is_multiple_of(ranks) {
             let reason = format!(
-                "{microbatches} microbatches on {ranks} ranks with {chunks} chunks: they go round in groups of as many \
-                 microbatches as ranks"
+                "{microbatches} microbatches on {ranks} ranks with {chunks} chunks: the number of microbatches has \
+                 to be a multiple of the number of ranks, and ranks and chunks may not be 0"
             );
             return Err(Error::invalid("interleaved schedule", reason));
         }
@@ -151,8 +151,8 @@ impl Schedule {
         self.microbatches
     }
 
-    /// Returns the maximal number of forwards of a rank whose backwards have not run, which bounds
-    /// its memory for activations.
+    /// Returns the maximal number of passes in flight on a rank: forwards whose backwards have not
+    /// run. It bounds the rank's memory for activations.
     pub fn in_flight(&self, rank: usize) -> usize {
         let mut now = 0_usize;
         let counts = self.orders[rank].iter().map(|compute| {
@@ -165,26 +165,29 @@ impl Schedule {
         counts.max().unwrap_or(0)
     }
 
-    /// Returns the actions of each rank, with the messages between them. They do not deadlock, even
-    /// if a send blocks until its receive.
+    /// Returns the actions of each rank, with the messages between ranks. The actions do not
+    /// deadlock, even if each send blocks until the peer receives.
     ///
-    /// The passes are simulated: a forward takes one unit of time, a backward two. A message has
-    /// the time at which its tensor is ready. Every rank executes its actions in the order of these
-    /// times, so that all ranks follow one global order of events.
+    /// The order comes from a simulation, in which a forward takes one unit of time and a backward
+    /// two. A message has the time at which its tensor is ready. Every rank executes its actions in
+    /// the order of these times, so all ranks follow one global order of events.
     ///
     /// # Errors
-    /// When a pass is missing, occurs twice, or waits for a pass that waits for it (a deadlock).
+    /// When a pass is out of range, missing, occurs twice, or waits for a pass that waits for it (a
+    /// deadlock).
     pub fn actions(&self) -> Result<Vec<Vec<Action>>> {
         let starts = self.starts()?;
         let mut events: Vec<Vec<(u64, u8, Action)>> = vec![Vec::new(); self.ranks];
         for (rank, order) in self.orders.iter().enumerate() {
             for compute in order {
-                let start = starts[self.index(rank, *compute)].expect("`starts` has found them all");
+                let start =
+                    starts[self.index(rank, *compute)].expect("`starts` sets the start of every pass");
                 events[rank].push((start, 2, Action::Compute(*compute)));
                 let Some((peer, stage)) = self.receiver(rank, *compute) else { continue };
                 let (pass, microbatch) = (compute.pass, compute.microbatch);
                 let message = |peer| Message { peer, pass, stage, microbatch };
-                // Activations and gradients travel in opposite directions, so each has its phase.
+                // Activations and gradients travel in opposite directions, so each direction has
+                // its own phase.
                 let (ready, phase) = (start + duration(pass), pass as u8);
                 let (send, receive) = (Some(message(peer)), Some(message(rank)));
                 events[rank].push((ready, phase, Action::Exchange { send, receive: None }));
@@ -194,8 +197,8 @@ impl Schedule {
         Ok(events.into_iter().map(join).collect())
     }
 
-    /// Returns the rank and stage that receive the result of a pass; none at the ends of the model,
-    /// and if the result stays on its rank.
+    /// Returns the rank and stage that receive the result of a pass. Returns `None` at the ends of
+    /// the model, or if the result stays on its rank.
     fn receiver(&self, rank: usize, compute: Compute) -> Option<(usize, usize)> {
         let stage = self.stage(rank, compute.chunk);
         let next = match compute.pass {
@@ -215,7 +218,7 @@ impl Schedule {
         (compute.pass as usize * self.stages() + stage) * self.microbatches + compute.microbatch
     }
 
-    /// Returns the simulated start of each pass, by [`Schedule::index`].
+    /// Returns the simulated start of each pass, indexed by [`Schedule::index`].
     fn starts(&self) -> Result<Vec<Option<u64>>> {
         const OP: &str = "pipeline schedule";
         let count = 2 * self.stages() * self.microbatches;
@@ -262,7 +265,8 @@ impl Schedule {
         }
     }
 
-    /// Returns the time at which the inputs of a pass are ready, or none if that is not known yet.
+    /// Returns the time at which the inputs of a pass are ready, or `None` if the simulation has
+    /// not reached that time.
     fn ready(&self, rank: usize, compute: Compute, starts: &[Option<u64>]) -> Option<u64> {
         let stage = self.stage(rank, compute.chunk);
         let at = |pass, stage: usize| {
@@ -322,8 +326,8 @@ mod tests {
     use super::*;
     use std::collections::HashSet;
 
-    /// Runs the actions with sends that block until their receive. The send and the receive of an
-    /// exchange finish independently.
+    /// Runs the actions with sends that block until the peer receives. The send and the receive of
+    /// an exchange finish independently.
     fn rendezvous(schedule: &Schedule) {
         let actions = schedule.actions().unwrap();
         let ranks = schedule.ranks();

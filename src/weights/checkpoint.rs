@@ -20,10 +20,10 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// Ranges of a region that are less than this many bytes apart in the file are read in one call,
-/// including the gap. This is a page: a disk reads the gap anyway, and a copy from memory costs
-/// less than another call. Ranges of 512 bytes are read six times as fast. Larger gaps gain little
-/// and read the shards of other ranks.
+/// One call reads ranges of a region that are less than this many bytes apart in the file,
+/// including the gap. The limit is a page, because a disk reads the gap anyway, and copying the gap
+/// from memory costs less than another call. Reads of 512-byte ranges are six times as fast. A
+/// larger limit gains little, and reads the shards of other ranks.
 const GAP: usize = 4096;
 
 /// The maximal length of one read in bytes, and of the buffer between file and tensor.
@@ -34,10 +34,11 @@ const TRIES: usize = 4;
 
 /// A checkpoint in the safetensors format: one file, or several with an index.
 ///
-/// Reading a region reads its bytes, and gaps of less than 4096 bytes between its ranges. So a
-/// range of rows reads exactly its own bytes, and a range of columns at most 4095 more for each
-/// row; [`Checkpoint::bytes_read`] counts them. Stored f64, f32, bf16 and f16 are converted to the
-/// requested element type, rounded to nearest if that is narrower.
+/// [`WeightSource::read`] reads the bytes of a region, and the gaps of less than 4096 bytes between
+/// the region's ranges. For a range of rows it reads exactly the region's bytes. For a range of
+/// columns it reads at most 4095 more bytes for each row. [`Checkpoint::bytes_read`] counts the
+/// bytes. Stored f64, f32, bf16 and f16 are converted to the requested element type, rounded to
+/// nearest if that type is narrower.
 ///
 /// Ranks on several threads can share one checkpoint by reference.
 ///
@@ -65,7 +66,8 @@ impl Checkpoint {
     /// Opens a checkpoint and reads its headers, but no tensors. `path` is a `.safetensors` file,
     /// an index (`….json`), or a folder with `model.safetensors` or `model.safetensors.index.json`.
     ///
-    /// The files stay open, so a later save to the folder does not affect what is read.
+    /// The files stay open, so a later save to the folder does not change the tensors that this
+    /// checkpoint reads.
     ///
     /// # Errors
     /// * [`Error::Io`]: a file is missing or cannot be read.
@@ -73,15 +75,15 @@ impl Checkpoint {
     ///   its file, or all headers together are longer than 100 MB; a key occurs twice; the size of
     ///   a shape overflows; offsets do not match shape and element type; data overlap, have gaps or
     ///   do not fill the file. An index has a path that leads out of its folder or is not in its
-    ///   shortest form. A folder has both `model.safetensors` and an index, which may be of
-    ///   different models.
+    ///   shortest form. A folder has neither `model.safetensors` nor an index. A folder has both,
+    ///   and another program wrote the index, so they may be of different models.
     /// * [`Error::MissingTensor`]: a file lacks a tensor that the index assigns to it.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         match path {
             _ if path.is_dir() => {
-                // A concurrent save may remove files before they are opened. The next attempt finds
-                // those of the new checkpoint.
+                // A concurrent save may remove files before this call opens them. The next attempt
+                // finds the files of the new checkpoint.
                 let again = |opened: &Result<Self>| match opened {
                     Err(Error::Io { .. }) => true,
                     Err(Error::Checkpoint { path: of, .. }) => of == path,
@@ -128,7 +130,7 @@ impl Checkpoint {
         for (at, (name, named)) in index.files.iter().zip(named).enumerate() {
             let file = DataFile::open(&folder.join(name)).map_err(|error| match error {
                 Error::Io { path: shard, kind, reason } => {
-                    let reason = format!("{reason}, but {} names it", path.display());
+                    let reason = format!("{reason}, but {} names this file", path.display());
                     Error::Io { path: shard, kind, reason }
                 }
                 other => other,
@@ -163,7 +165,8 @@ impl Checkpoint {
     /// Returns the element type in which a tensor is stored.
     ///
     /// # Errors
-    /// [`Error::MissingTensor`]; [`Error::TensorElement`] when it is not f64, f32, bf16 or f16.
+    /// [`Error::MissingTensor`]; [`Error::TensorElement`] when the type is not f64, f32, bf16 or
+    /// f16.
     pub fn dtype(&self, name: &str) -> Result<DType> {
         let (file, entry) = self.entry(name)?;
         entry.float().ok_or_else(|| Error::TensorElement {
@@ -186,8 +189,8 @@ impl Checkpoint {
         }
     }
 
-    /// Reads a region of elements of `size` bytes, and passes it to `visit` in order, in chunks of
-    /// consecutive elements.
+    /// Reads a region of elements of `size` bytes. Passes the elements to `visit` in order, in
+    /// chunks of consecutive elements.
     fn read_region(
         &self,
         file: &DataFile,
@@ -226,8 +229,8 @@ impl Checkpoint {
     }
 }
 
-/// Returns the end of an error sentence about a folder without a checkpoint, which names weights of
-/// other formats or names.
+/// Returns the end of the error text for a folder without a checkpoint. The text names a file of
+/// weights in another format or with another name, if the folder has one.
 fn hint(folder: &Path) -> String {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
@@ -251,7 +254,13 @@ impl WeightSource for Checkpoint {
     fn read(&self, name: &str, _: Role, region: &Region, out: AnyMut<'_, Cpu>) -> Result<()> {
         self.check(name, region)?;
         let ((file, entry), dtype) = (self.entry(name)?, self.dtype(name)?);
-        same_size("weights", "elements of the region", region.extent().len(), "elements to fill", out.len())?;
+        same_size(
+            "weights",
+            "the elements of the region",
+            region.extent().len(),
+            "the elements to fill",
+            out.len(),
+        )?;
         each_dtype!(AnyMut, out, out => {
             let mut rest = out;
             self.read_region(file, entry.start, dtype.size(), region, |bytes| {

@@ -11,7 +11,7 @@ use std::{
 /// The size of the write buffer in bytes.
 const BUFFER: usize = 1 << 20;
 
-/// The file operations. Errors name the file.
+/// The file operations. An error names the file of the operation.
 #[derive(Default)]
 pub(super) struct Disk {
     #[cfg(test)]
@@ -34,7 +34,7 @@ impl Disk {
         self.step(path, || fs::create_dir_all(path))
     }
 
-    /// Makes a new file with the default mode of the umask, and returns when its content is on the
+    /// Makes a new file with the default mode of the umask. Returns when the content is on the
     /// disk. Fails if the file exists.
     pub(super) fn write(
         &self,
@@ -56,8 +56,8 @@ impl Disk {
         self.step(path, || fs::remove_file(path))
     }
 
-    /// Returns when the names in a folder are on the disk. Does nothing on systems that cannot sync
-    /// folders.
+    /// Syncs a folder, and returns when the names of its files are on the disk. Does nothing on
+    /// systems that cannot sync folders.
     pub(super) fn sync_folder(&self, path: &Path) -> Result<()> {
         self.step(path, || {
             if !cfg!(unix) {
@@ -75,7 +75,7 @@ impl Disk {
     }
 }
 
-/// A file in which each write is an operation that may have a fault.
+/// A writer to a file. A test can inject a fault into each write.
 struct FaultWriter<'a> {
     disk: &'a Disk,
     file: &'a File,
@@ -111,7 +111,8 @@ pub(super) mod fault {
         None,
         /// The operation fails.
         Fails,
-        /// The operation and all later ones fail, as if the process had been killed before it.
+        /// The operation and all later operations fail, as if the process had been killed before
+        /// the operation.
         Killed,
         /// The operation is delayed.
         #[cfg_attr(any(loom, shuttle), allow(dead_code))]

@@ -1,4 +1,4 @@
-//! An open file that several threads read at independent positions.
+//! An open file that several threads read at independent offsets.
 
 use crate::error::{Error, Result};
 use std::{
@@ -34,12 +34,12 @@ impl DataFile {
         self.len
     }
 
-    /// Fills `bytes` from the file, starting at position `start`.
+    /// Fills `bytes` from the file, starting at offset `start`.
     pub(super) fn read_at(&self, bytes: &mut [u8], start: u64) -> Result<()> {
         read_exact_at(&self.file, bytes, start).map_err(|error| Error::Io {
             path: self.path.clone(),
             kind: error.kind(),
-            reason: format!("{} bytes at position {start}: {error}", bytes.len()),
+            reason: format!("reading {} bytes at offset {start}: {error}", bytes.len()),
         })
     }
 

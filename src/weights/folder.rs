@@ -1,31 +1,32 @@
-//! How a save replaces the checkpoint of a folder. A reader finds the complete old checkpoint or
-//! the complete new one, whichever operation fails and wherever the process is killed. This file
-//! does not depend on ranks.
+//! The file operations by which a save replaces the checkpoint of a folder. A reader finds the
+//! complete old checkpoint or the complete new one, even if an operation fails or the process is
+//! killed between two operations. This file does not depend on ranks.
 //!
 //! A checkpoint is `model.safetensors`, or the files that `model.safetensors.index.json` names, and
 //! `config.json`. A save draws a random id and makes these steps. Each step is on the disk before
 //! the next one begins:
 //!
 //! 1. Write the tensors to `model-<id>-00001-of-00003.safetensors` and so on, or to one file with a
-//!    temporary name, and the configuration to `config-<id>.json`. No reader looks for these names
-//!    yet.
-//! 2. Rename the single file to `model.safetensors`, or an index, written under a temporary name,
-//!    to `model.safetensors.index.json`. An index carries the id, a single file only if there is a
-//!    configuration. This replaces the old checkpoint.
+//!    temporary name, and the configuration to `config-<id>.json`. No reader opens files with these
+//!    names yet.
+//! 2. Rename the single file to `model.safetensors`. With several files, write an index under a
+//!    temporary name and rename it to `model.safetensors.index.json`. The metadata of an index has
+//!    the id. The metadata of a single file has the id only if there is a configuration. The rename
+//!    replaces the old checkpoint, except in the case of step 3.
 //! 3. If the old checkpoint was a single file and the new one has an index, remove
-//!    `model.safetensors`. While that exists it is the checkpoint, for this crate and for
-//!    transformers, so in this case it is this step that replaces the old checkpoint.
-//! 4. Rename `config-<id>.json` to `config.json`. Until then [`super::config`] finds it by the id,
-//!    so that for this crate weights and configuration change at once.
+//!    `model.safetensors`. Until then this crate and transformers open `model.safetensors`, so in
+//!    this case step 3 replaces the old checkpoint.
+//! 4. Rename `config-<id>.json` to `config.json`. Until then [`super::config`] finds the
+//!    configuration by the id. So for this crate the weights and the configuration change at once.
 //! 5. Remove the files that no checkpoint names any more: [`Folder::sweep`].
 //!
-//! Other readers look for `config.json` only. If the process is killed between the step that
-//! replaces the weights and step 4, they find new weights with the old configuration until the next
-//! save, which first completes step 4. Exchanging the whole folder would be atomic for them too.
-//! But it does not work for a mount point, for the current directory, or on every system, and it
-//! would move the user's own files and subfolders.
+//! Other readers open only `config.json`. If the process is killed between the step that replaces
+//! the weights and step 4, other readers find new weights with the old configuration until the next
+//! save. The next save first completes step 4. An exchange of the whole folder would be atomic for
+//! other readers too. But a mount point and the current directory cannot be exchanged, not every
+//! system can exchange folders, and an exchange would move the user's own files and subfolders.
 //!
-//! A file lock excludes concurrent saves. The system releases it when the process ends.
+//! A file lock excludes concurrent saves. The system releases the lock when the process ends.
 
 use super::{
     disk::Disk,
@@ -48,8 +49,7 @@ use std::{
 
 const LOCK: &str = ".save.lock";
 
-/// A save in progress. If it is dropped before it is committed, it removes the files it has
-/// written.
+/// A save in progress. A drop before the commit removes the files that the save has written.
 pub(super) struct Folder {
     path: PathBuf,
     id: String,
@@ -60,7 +60,7 @@ pub(super) struct Folder {
 
 #[derive(PartialEq)]
 enum State {
-    /// No reader finds a file of this save.
+    /// No reader opens a file of this save.
     Hidden,
     /// Step 2 was attempted.
     Renamed,
@@ -85,7 +85,7 @@ impl Folder {
         Ok(folder)
     }
 
-    /// Returns the name of the file of tensors at index `at` of `count`.
+    /// Returns the name of data file `at`, counted from 0, of `count` data files.
     pub(super) fn data_name(&self, at: usize, count: usize) -> String {
         format!("model-{}-{:05}-of-{count:05}.safetensors", self.id, at + 1)
     }
@@ -94,8 +94,8 @@ impl Folder {
         self.path.join(format!(".save-{}-{name}", self.id))
     }
 
-    /// Writes the tensors of the whole model to a single file. It carries the id only if there is a
-    /// configuration, so that otherwise equal tensors give equal bytes.
+    /// Writes the tensors of the whole model to a single file. The file has the id only if there is
+    /// a configuration. So without a configuration, equal tensors give equal files.
     pub(super) fn write_single<'a>(
         &self,
         has_config: bool,
@@ -114,8 +114,8 @@ impl Folder {
         write_tensors(&self.disk, &self.path.join(name), None, tensors)
     }
 
-    /// Makes the written files the checkpoint of the folder. `index` has the `weight_map` and the
-    /// size of the tensors in bytes if there are several files; none for a single file.
+    /// Makes the written files the checkpoint of the folder. With several files, `index` has the
+    /// `weight_map` and the size of the tensors in bytes. With a single file, `index` is `None`.
     pub(super) fn commit(
         &mut self,
         index: Option<(serde_json::Map<String, serde_json::Value>, usize)>,
@@ -165,11 +165,12 @@ impl Folder {
         self.disk.write(path, |out| out.write_all(index.to_string().as_bytes()))
     }
 
-    /// Adds an id to an index that another program has written, so that a single file next to it is
-    /// the checkpoint.
+    /// Adds an id to an index of another program. Then readers take a single file next to that
+    /// index as the checkpoint ([`locate`]).
     ///
     /// # Errors
-    /// When the index cannot be read: the files that it names must not be lost.
+    /// When the index cannot be read. The save fails then, so that the files that the index names
+    /// are not lost.
     fn set_index_id(&self) -> Result<()> {
         let path = self.path.join(INDEX);
         if !path.exists() {
@@ -192,9 +193,10 @@ impl Folder {
         self.disk.sync_folder(&self.path)
     }
 
-    /// Removes files that the checkpoint does not name: after a failure those of this save, after a
-    /// success those of the old checkpoint and of killed saves. Files that cannot be removed stay
-    /// until the next save. If the names cannot be read, all files stay.
+    /// Removes files that the checkpoint does not name. After a failure, removes only files of this
+    /// save. After a success, also removes files of the old checkpoint and of killed saves. Files
+    /// that cannot be removed stay until the next save. All files stay if the checkpoint's names
+    /// cannot be read.
     fn sweep(&self, committed: bool) {
         let Ok((id, named)) = self.named(committed) else { return };
         self.remove_files(|name, file| match file {
@@ -205,8 +207,8 @@ impl Folder {
         });
     }
 
-    /// Returns the id and the files of the checkpoint. Removes an index next to a single file here,
-    /// before the files that it names.
+    /// Returns the id and the files of the checkpoint. Removes an obsolete index next to a single
+    /// file, because an index must be removed before the files that it names.
     fn named(&self, committed: bool) -> Result<(Option<String>, Vec<String>)> {
         match locate(&self.path)? {
             None => Ok((None, Vec::new())),
@@ -233,7 +235,7 @@ impl Folder {
             let name = entry.file_name();
             let Some(name) = name.to_str() else { continue };
             if SaveFile::parse(name).is_some_and(|file| is_removed(name, &file)) {
-                // A file that cannot be removed does no harm: no reader opens it.
+                // Ignore the error, because no reader opens the file.
                 let _ = self.disk.remove(&entry.path());
             }
         }
@@ -247,7 +249,8 @@ impl Drop for Folder {
             State::Renamed => self.sweep(false),
             State::Committed => {}
         }
-        // On other systems `lock` cannot detect that the file it has locked was removed.
+        // Keep the lock file on other systems, because `lock` cannot detect there that another save
+        // has removed the file.
         if cfg!(unix) {
             let _ = self.disk.remove(&self.path.join(LOCK));
         }
@@ -266,7 +269,7 @@ fn lock(folder: &Path) -> Result<File> {
                 let busy = "another save is writing to this folder";
                 return Err(Error::io(folder, &io::Error::new(io::ErrorKind::ResourceBusy, busy)));
             }
-            // The file system has no locks.
+            // Continue without a lock if the file system has no locks.
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {}
             Err(TryLockError::Error(error)) => return Err(Error::io(&path, &error)),
         }
@@ -276,8 +279,8 @@ fn lock(folder: &Path) -> Result<File> {
     }
 }
 
-/// Whether the file is still at the path: the save that had locked it may have removed it after it
-/// was opened.
+/// Whether the locked file is still at the path. Another save may have removed it after this save
+/// opened it.
 #[cfg(unix)]
 fn is_current(file: &File, path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
@@ -355,7 +358,7 @@ mod tests {
         Ok(())
     }
 
-    /// Returns the version of weights and configuration that a reader finds; none without a
+    /// Returns the version of weights and configuration that a reader finds, or `None` without a
     /// checkpoint.
     fn read(path: &Path) -> Option<u8> {
         let checkpoint = match Checkpoint::open(path) {
@@ -402,11 +405,11 @@ mod tests {
         })
     }
 
-    /// Saves over another checkpoint, with an operation that fails or before which the process is
-    /// killed. Then saves again with a kill, and without. Returns whether the new version was
-    /// found, and the number of operations of the save.
+    /// Saves over another checkpoint. Operation `at` fails, or the process is killed before it.
+    /// After a kill, saves again with another kill. Then saves without a fault. Returns whether a
+    /// reader found the new version, and the number of operations of the first save.
     fn round(old: Stored, new: Stored, kind: Kind, at: usize) -> (bool, usize) {
-        // In memory if possible, because disks are slow.
+        // Use a folder in memory if possible, because disks are slow.
         let memory = Path::new("/dev/shm");
         let root = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() }.unwrap();
         let path = root.path().join("model");

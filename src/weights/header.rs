@@ -1,6 +1,6 @@
-//! The header of a safetensors file, checked against the file before it is used.
+//! Reads the header of a safetensors file, and checks the header against the file.
 //!
-//! A file is the length of the header (8 bytes, little endian), the header in JSON, and the data:
+//! A file has the length of the header (8 bytes, little endian), the header in JSON, and the data:
 //!
 //! ```text
 //! {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …,
@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Offsets count from the end of the header. The tensors are stored without gaps up to the end of
-//! the file. Each is row-major and little endian.
+//! the file. Each tensor is row-major and little endian.
 
 use super::{
     file::DataFile,
@@ -23,20 +23,20 @@ use std::collections::BTreeMap;
 /// limit for the headers of a folder together.
 const MAX_HEADER: u64 = 100_000_000;
 
-/// The maximum number of dimensions in a header, as in PyTorch and NumPy. Reading a tensor's
-/// values is limited to [`Shape::MAX_RANK`](crate::shard::Shape::MAX_RANK).
+/// The maximum number of dimensions in a header, as in PyTorch and NumPy. Only tensors of at most
+/// [`Shape::MAX_RANK`](crate::shard::Shape::MAX_RANK) dimensions can be read.
 const MAX_RANK: usize = 64;
 
 /// The checked header entry of one tensor.
 pub(super) struct Entry {
     pub(super) dtype: Dtype,
     pub(super) shape: Vec<usize>,
-    /// The position of its data in the file.
+    /// The offset of the tensor's data in the file.
     pub(super) start: u64,
 }
 
 impl Entry {
-    /// Returns the element type, or none if the crate does not have it.
+    /// Returns the element type, or `None` if this crate does not support it.
     pub(super) fn float(&self) -> Option<DType> {
         match self.dtype {
             Dtype::F64 => Some(DType::F64),
@@ -48,8 +48,8 @@ impl Entry {
     }
 }
 
-/// Returns the text of the header, and the number of bytes after the first 8. `before` is the
-/// length of the headers of this checkpoint that have been read before.
+/// Returns the text of the header, and the number of bytes after the first 8. `before` is the total
+/// length of the headers of this checkpoint that were read before.
 fn text(file: &DataFile, before: u64) -> Result<(Vec<u8>, u64)> {
     let Some(after) = file.len().checked_sub(8) else {
         return Err(file.bad(format!("{} bytes are too few for a safetensors file", file.len())));
@@ -62,13 +62,13 @@ fn text(file: &DataFile, before: u64) -> Result<(Vec<u8>, u64)> {
             return Err(file.bad(format!("this is {what}")));
         }
         let reason = format!(
-            "the header is said to have {len} bytes; {after} follow, and the format allows {MAX_HEADER}"
+            "the header length is {len} bytes, but {after} bytes follow, and the format allows {MAX_HEADER}"
         );
         return Err(file.bad(reason));
     }
     if len.saturating_add(before) > MAX_HEADER {
         let reason = format!(
-            "the header has {len} bytes and those before it {before}; together at most {MAX_HEADER} are read"
+            "the header has {len} bytes and the headers before it {before}, but at most {MAX_HEADER} are read together"
         );
         return Err(file.bad(reason));
     }
@@ -77,7 +77,7 @@ fn text(file: &DataFile, before: u64) -> Result<(Vec<u8>, u64)> {
     Ok((text, after))
 }
 
-/// Reads the header of a file, and none of its data. Adds the header's length to `total`, the
+/// Reads the header of a file, but none of its data. Adds the header's length to `total`, the
 /// length of all headers of this checkpoint.
 pub(super) fn read(file: &DataFile, total: &mut u64) -> Result<BTreeMap<String, Entry>> {
     let (text, after) = text(file, *total)?;
@@ -101,17 +101,18 @@ fn other_format(file: &DataFile) -> Result<Option<&'static str>> {
     file.read_at(&mut first[..len], 0)?;
     first.make_ascii_lowercase();
     let known: [(&[u8], _); 6] = [
-        (b"version https://", "a Git LFS pointer, not the file itself: `git lfs pull` fetches that"),
+        (b"version https://", "a Git LFS pointer, not the file itself: `git lfs pull` fetches the file"),
         (b"<!doctype html", "a web page, not the file"),
         (b"<html", "a web page, not the file"),
-        (b"gguf", "a GGUF file; safetensors can be read"),
-        (b"pk\x03\x04", "a PyTorch or zip file; safetensors can be read"),
-        (b"\x80\x02", "a Python pickle; safetensors can be read"),
+        (b"gguf", "a GGUF file; only safetensors can be read"),
+        (b"pk\x03\x04", "a PyTorch or zip file; only safetensors can be read"),
+        (b"\x80\x02", "a Python pickle; only safetensors can be read"),
     ];
     Ok(known.into_iter().find(|(magic, _)| first.starts_with(magic)).map(|(_, what)| what))
 }
 
-/// Returns the id in the file's metadata of the save that wrote it, if any; see [`super::folder`].
+/// Returns the id of the save that wrote the file, from the file's metadata; see [`super::folder`].
+/// Returns `None` without an id.
 pub(super) fn id(file: &DataFile) -> Result<Option<String>> {
     let (text, _) = text(file, 0)?;
     let mut id = None;
@@ -139,7 +140,7 @@ fn parse(text: &[u8]) -> Result<BTreeMap<String, TensorInfo>, String> {
     let mut metadata = false;
     whole_object(text, |key, text| {
         if key == "__metadata__" {
-            // Free text, which is skipped.
+            // Skip the metadata, which is free text.
             if std::mem::replace(&mut metadata, true) {
                 return Err(duplicate(&key));
             }
@@ -150,7 +151,7 @@ fn parse(text: &[u8]) -> Result<BTreeMap<String, TensorInfo>, String> {
         }
         let (info, len) = value!(TensorInfo, text, LIMIT).map_err(|reason| about(&key, &reason))?;
         if info.shape.len() > MAX_RANK {
-            return Err(about(&key, &format!("{} dimensions", info.shape.len())));
+            return Err(about(&key, &format!("{} dimensions exceed {MAX_RANK}", info.shape.len())));
         }
         if infos.contains_key(&key) {
             return Err(duplicate(&key));
@@ -171,7 +172,7 @@ fn check(infos: &BTreeMap<String, TensorInfo>, data: u64) -> Result<(), String> 
             about(
                 name,
                 &format!(
-                    "shape {:?} of {:?} is not a whole number of bytes, or too many",
+                    "shape {:?} of {:?} is not a whole number of bytes, or overflows",
                     info.shape, info.dtype
                 ),
             )
@@ -189,7 +190,8 @@ fn check(infos: &BTreeMap<String, TensorInfo>, data: u64) -> Result<(), String> 
     let mut filled = 0;
     for (start, end, name) in ranges {
         if start != filled {
-            let reason = format!("its data begin at byte {start}, but those before it end at byte {filled}");
+            let reason =
+                format!("its data begin at byte {start}, but the previous data end at byte {filled}");
             return Err(about(name, &reason));
         }
         filled = end;
@@ -200,9 +202,9 @@ fn check(infos: &BTreeMap<String, TensorInfo>, data: u64) -> Result<(), String> 
     Ok(())
 }
 
-/// Returns the size of a tensor in bytes, or none if it overflows or is not a whole number. The
-/// overflow check counts a dimension of 0 as 1: `[0, 2⁶³, 2⁶³]` has no elements, but its strides
-/// overflow.
+/// Returns the size of a tensor in bytes, or `None` if the size overflows or is not a whole number.
+/// The overflow check counts a dimension of 0 as 1, because `[0, 2⁶³, 2⁶³]` has no elements but its
+/// strides overflow.
 fn bytes(info: &TensorInfo) -> Option<usize> {
     let strides =
         info.shape.iter().try_fold(info.dtype.bitsize(), |bits, &size| bits.checked_mul(size.max(1)))?;
@@ -227,7 +229,7 @@ mod tests {
         check(&parse(header.as_bytes())?, data as u64)
     }
 
-    /// Random choices that are reproducible: test name and case number are the seed.
+    /// Reproducible random choices. The test name and the case number are the seed.
     struct Choices {
         stream: Philox,
         next: u64,
@@ -238,14 +240,14 @@ mod tests {
             Self { stream: Philox::named(case, test), next: 0 }
         }
 
-        /// A number below `count`.
+        /// Returns a number below `count`.
         fn below(&mut self, count: usize) -> usize {
             let uniform = self.stream.uniform(self.next);
             self.next += 1;
             ((uniform * count as f64) as usize).min(count - 1)
         }
 
-        /// The name of a tensor and its entry.
+        /// Returns the name of a tensor and its entry.
         fn tensor(&mut self) -> (String, String) {
             let dims: Vec<usize> = (0..self.below(4)).map(|_| self.below(4)).collect();
             let (dtype, size) = [("F32", 4), ("F16", 2), ("I64", 8), ("U8", 1)][self.below(4)];
@@ -260,7 +262,8 @@ mod tests {
         }
     }
 
-    /// Accepts the headers that the format's own crate accepts, except those with duplicate keys.
+    /// This module accepts the same headers as the `safetensors` crate, except headers with
+    /// duplicate keys.
     #[test]
     fn agrees_with_the_format() {
         let mut accepted = 0;
@@ -297,7 +300,7 @@ mod tests {
         assert!((CASES / 10..CASES * 9 / 10).contains(&accepted), "{accepted} of {CASES} are accepted");
     }
 
-    /// Random bytes, and a header with a random edit, do not panic.
+    /// Parsing random bytes, or a header with a random edit, does not panic.
     #[test]
     fn survives_nonsense() {
         let valid = br#"{"__metadata__":{"a":"b"},"t":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]}}"#;

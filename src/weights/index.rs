@@ -1,4 +1,4 @@
-//! The index of a checkpoint in several files, which maps tensors to files.
+//! The index of a checkpoint with several files. The index maps tensors to files.
 //!
 //! ```text
 //! {"metadata": {"total_size": 123}, "weight_map": {"w": "model-00001-of-00002.safetensors", …}}
@@ -18,19 +18,19 @@ use std::{
 /// The maximal length of an index in bytes, enough for some hundred thousand tensors.
 const MAX_INDEX: u64 = 32_000_000;
 
-/// The maximal length in bytes of a value other than the map. These are free text, such as the
-/// recipe of a merge.
+/// The maximal length in bytes of a value other than the map. Other values are free text, such as
+/// the recipe of a model merge.
 const MAX_OTHER_VALUE: usize = 1 << 20;
 
-/// The maximal number of files of a checkpoint, all of which are open at the same time.
+/// The maximal number of files of a checkpoint. All files are open at the same time.
 const MAX_FILES: usize = 10_000;
 
 /// The file of each tensor.
 #[derive(Default)]
 pub(super) struct Index {
-    /// Paths below the folder of the index, each once.
+    /// The paths of the files, relative to the folder of the index. Each path occurs once.
     pub(super) files: Vec<String>,
-    /// Positions in `files` by tensor.
+    /// The index in `files` of each tensor's file, by the tensor's name.
     pub(super) tensors: BTreeMap<String, usize>,
     /// The id of the save if this crate wrote the index; see [`super::folder`].
     pub(super) id: Option<String>,
@@ -39,7 +39,7 @@ pub(super) struct Index {
 /// Reads an index.
 pub(super) fn read(file: &DataFile) -> Result<Index> {
     if file.len() > MAX_INDEX {
-        return Err(file.bad(format!("an index of {} bytes; at most {MAX_INDEX} are read", file.len())));
+        return Err(file.bad(format!("the index has {} bytes, but at most {MAX_INDEX} are read", file.len())));
     }
     let mut text = vec![0; file.len() as usize];
     file.read_at(&mut text, 0)?;
@@ -52,7 +52,7 @@ fn parse(text: &[u8]) -> Result<Index, String> {
     let mut id = None;
     whole_object(text, |key, text| {
         if key == "model_type" {
-            config = ": this is a model's configuration, and a checkpoint is opened by its folder";
+            config = ": this is a model's configuration; open the checkpoint by its folder";
         }
         if key != "weight_map" {
             return match value!(serde_json::Value, text, MAX_OTHER_VALUE) {
@@ -86,7 +86,7 @@ fn weight_map(text: &[u8], index: &mut Index) -> Result<usize, String> {
             None => {
                 check(&file).map_err(|reason| {
                     let (name, file) = (name.escape_debug(), file.escape_debug());
-                    format!("tensor `{name}` is said to be in `{file}`, which {reason}")
+                    format!("tensor `{name}` is mapped to `{file}`, which {reason}")
                 })?;
                 index.files.push(file.clone());
                 positions.insert(file, index.files.len() - 1);
@@ -101,9 +101,10 @@ fn weight_map(text: &[u8], index: &mut Index) -> Result<usize, String> {
     })
 }
 
-/// Checks that a path does not lead out of the folder it is joined to, and is in its shortest form,
-/// so that a file has only one name. Symbolic links may lead out of the folder: the caches of model
-/// hubs consist of them, and making one needs access to the file system.
+/// Checks that a path stays below the folder of the index. Also checks that the path is in its
+/// shortest form, so that a file has only one name. Symbolic links may lead out of the folder,
+/// because the caches of model hubs use such links, and because only a program with access to the
+/// file system can make a link.
 fn check(path: &str) -> Result<(), String> {
     let components = Path::new(path).components().filter(|component| *component != Component::CurDir);
     let names = components.map(|component| match component {

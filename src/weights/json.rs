@@ -1,9 +1,10 @@
 //! A visitor of the entries of a JSON object, including entries with the same key.
 //!
-//! `serde_json` parses the keys and the values, but not the object: of entries with the same key it
-//! would silently keep the last, and its tree of values takes many times the memory of the text.
+//! `serde_json` parses the keys and the values, and this module parses the object. `serde_json`
+//! would silently keep the last of several entries with the same key, and its tree of values takes
+//! many times the memory of the text.
 
-/// The maximal length in bytes of a key, and the default of a value.
+/// The maximal length in bytes of a key, and the default limit for a value.
 pub(super) const LIMIT: usize = 4096;
 
 /// Parses the JSON value of at most `limit` bytes at the start of the text. Returns the value and
@@ -19,7 +20,7 @@ macro_rules! value {
                 Err(format!("longer than {limit} bytes"))
             }
             Some(Err(error)) => Err(error.to_string()),
-            None => Err("the text ends where a value should be".to_string()),
+            None => Err("expected a value, found the end".to_string()),
         }
     }};
 }
@@ -27,7 +28,8 @@ pub(super) use value;
 
 /// Visits the entries of the object at the start of the text, and returns the length of the object.
 ///
-/// `entry` gets a key and the text from its value on, and returns the length of the value.
+/// `entry` receives a key and the text from the key's value on, and returns the length of the
+/// value.
 pub(super) fn object(
     text: &[u8],
     mut entry: impl FnMut(String, &[u8]) -> Result<usize, String>,
@@ -50,7 +52,8 @@ pub(super) fn object(
     Ok(text.len() - rest.len())
 }
 
-/// Visits the entries of the object that is the whole text except for white space.
+/// Visits the entries of the object in the text. Fails if the text has more than the object and
+/// white space.
 pub(super) fn whole_object(
     text: &[u8],
     entry: impl FnMut(String, &[u8]) -> Result<usize, String>,
@@ -59,7 +62,7 @@ pub(super) fn whole_object(
     if text[len..].trim_ascii().is_empty() {
         return Ok(());
     }
-    Err(format!("there is more after the closing brace, at byte {len}"))
+    Err(format!("there is more text after the closing brace, at byte {len}"))
 }
 
 /// Returns the error text for two entries with the same key.
@@ -111,13 +114,13 @@ mod tests {
         for (text, reason) in [
             ("", "expected `{`, found the end"),
             ("[]", "expected `{`, found `[`"),
-            ("{", "a key: the text ends where a value should be"),
+            ("{", "a key: expected a value, found the end"),
             ("{1:2}", "a key: invalid type: integer `1`, expected a string at line 1 column 1"),
             (r#"{"a" 1}"#, "expected `:`, found `1`"),
             (r#"{"a":}"#, "expected value at line 1 column 1"),
             (r#"{"a":1,}"#, "a key: expected value at line 1 column 1"),
             (r#"{"a":1 "b":2}"#, "expected `}`, found `\\\"`"),
-            (r#"{"a":1}x"#, "there is more after the closing brace, at byte 7"),
+            (r#"{"a":1}x"#, "there is more text after the closing brace, at byte 7"),
             (r#"{"a":1"#, "expected `}`, found the end"),
             (&format!(r#"{{"{}":1}}"#, "k".repeat(LIMIT)), "a key: longer than 4096 bytes"),
             (&format!(r#"{{"a":{}}}"#, "[".repeat(300)), "recursion limit exceeded at line 1 column 128"),

@@ -1,4 +1,4 @@
-//! The names of the files in a checkpoint folder, and which of them are the checkpoint.
+//! The names of the files in a checkpoint folder. Finds the files that are the folder's checkpoint.
 
 use super::{file::DataFile, header, index, save_id};
 use crate::error::{Error, Result};
@@ -8,21 +8,21 @@ pub(super) const SINGLE: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
 pub(super) const CONFIG: &str = "config.json";
 
-/// The file by which a checkpoint is opened.
+/// The file that a reader of the checkpoint opens first.
 pub(super) enum Location {
     Single(PathBuf),
     Index(PathBuf),
 }
 
-/// Finds the checkpoint of a folder, or none if there is none.
+/// Finds the checkpoint of a folder. Returns `None` if the folder has no checkpoint.
 pub(super) fn locate(folder: &Path) -> Result<Option<Location>> {
     let (single, index) = (folder.join(SINGLE), folder.join(INDEX));
     match (single.exists(), index.exists()) {
         (false, false) => Ok(None),
         (true, false) => Ok(Some(Location::Single(single))),
         (false, true) => Ok(Some(Location::Index(index))),
-        // A save stopped before step 3 (see `super::folder`), or another program has written a
-        // single file after the save.
+        // Either a save stopped before step 3 (see `super::folder`), or another program has written
+        // a single file after the save. The single file is the checkpoint in both cases.
         (true, true) if index::read(&DataFile::open(&index)?)?.id.is_some() => {
             Ok(Some(Location::Single(single)))
         }
@@ -40,8 +40,8 @@ pub(crate) fn config(folder: &Path) -> PathBuf {
     pending_config(folder).unwrap_or_else(|| folder.join(CONFIG))
 }
 
-/// Returns the configuration of a save that stopped before step 4 (see [`super::folder`]), if the
-/// checkpoint is of such a save.
+/// Returns the path of the configuration that is not renamed yet, if the save of the folder's
+/// checkpoint stopped before step 4 (see [`super::folder`]).
 pub(super) fn pending_config(folder: &Path) -> Option<PathBuf> {
     let id = match locate(folder).ok()?? {
         Location::Single(path) => header::id(&DataFile::open(&path).ok()?).ok()??,
@@ -56,17 +56,17 @@ pub(super) fn config_name(id: &str) -> String {
     format!("config-{id}.json")
 }
 
-/// A file that a save makes under a name that readers do not look for.
+/// A file of a save whose name readers do not look for.
 #[derive(Debug, PartialEq)]
 pub(super) enum SaveFile<'a> {
-    /// Tensors, with the id of the save, or without one if another program wrote the file.
+    /// Tensors, with the id of the save, or `None` if another program wrote the file.
     Data(Option<&'a str>),
     Config(&'a str),
     Temporary(&'a str),
 }
 
 impl<'a> SaveFile<'a> {
-    /// Parses the name of a file. None for all other files, which no save may remove.
+    /// Parses the name of a file. Returns `None` for all other files, which no save may remove.
     pub(super) fn parse(name: &'a str) -> Option<Self> {
         let id = |text: &'a str| save_id::is_valid(text).then_some(text);
         if let Some(rest) = name.strip_prefix(".save-") {

@@ -1,17 +1,17 @@
-//! Checkpoints on disk in the safetensors format. A rank reads only its shard of each tensor. Uses
-//! tensors, shapes, devices and errors; only `save` uses groups.
+//! Checkpoints on disk in the safetensors format. A rank reads only its shard of each tensor. This
+//! module uses tensors, shapes, devices and errors. Only `save` uses groups.
 //!
 //! * [`Checkpoint`]: a file, or a folder of files with an index, as a [`WeightSource`].
 //! * [`Transposed`]: a source with some matrices stored as `[in, out]`.
 //! * [`write()`]: writes one file.
-//! * [`save()`], [`Save`]: write a sharded model as one checkpoint, which replaces an older one
-//!   atomically.
+//! * [`save()`], [`Save`]: write a sharded model as one checkpoint, which atomically replaces an
+//!   older checkpoint.
 //!
-//! Files are not trusted: everything in a header is checked against the length of the file before
-//! it is used ([`Checkpoint::open`] lists the checks). Reading needs memory for a small multiple of
-//! the headers and the index, and 1 MiB for each read. The lengths of the index and of all headers
-//! of a folder together are limited. Tensors that the index does not name are ignored. Names are
-//! compared, never interpreted.
+//! This module does not trust files. It checks every value of a header against the length of the
+//! file before it uses the value ([`Checkpoint::open`] lists the checks). A reader needs memory for
+//! a small multiple of the headers and the index, and 1 MiB for each read. The length of the index
+//! and the total length of all headers of a folder are limited. A reader ignores tensors that the
+//! index does not name. It compares names, and never interprets them.
 //!
 //! [`WeightSource`]: crate::tensor::WeightSource
 

@@ -1,5 +1,5 @@
-//! Saving a sharded model: the first rank collects the shards and writes them to a [`Folder`]. The
-//! only file of this module that uses groups.
+//! Saving a sharded model: the first rank collects the shards and writes them to a [`Folder`]. Of
+//! this module, only this file uses groups.
 
 use super::{disk::Disk, folder::Folder};
 use crate::{
@@ -31,7 +31,7 @@ const MAX_SHARD: usize = 4 << 30;
 /// The interval of all-reduces while the first rank writes.
 const HEARTBEAT: Duration = Duration::from_millis(50);
 
-/// Saves parameters to a folder: [`Save`] with its defaults, without a configuration.
+/// Saves parameters to a folder with the defaults of [`Save`] and without a configuration.
 ///
 /// ```
 /// use shardwise::{
@@ -66,23 +66,23 @@ pub fn save<T: Element, B: Backend>(
 
 /// Saves a sharded model as one checkpoint, which any number of ranks can read.
 ///
-/// Creates the folder if it does not exist. Writes `model.safetensors`, or, if the tensors exceed
-/// [`Save::max_shard`] bytes, files `model-<id>-00001-of-00003.safetensors`, …, with an id unique
-/// to the save, and `model.safetensors.index.json`. Writes `config.json` if a configuration is
-/// given. Transformers can read them too.
+/// Creates the folder if it does not exist. Writes `model.safetensors` if one file can hold all
+/// tensors ([`Save::max_shard`]). Otherwise writes files `model-<id>-00001-of-00003.safetensors`, …
+/// and `model.safetensors.index.json`, where `<id>` is unique to the save. Writes `config.json` if
+/// a configuration is given. Transformers can read these files too.
 ///
 /// **Atomicity.** An existing checkpoint stays until the new one is complete on the disk, and is
-/// then replaced at once. If the save fails, for example because the disk is full, or the process
-/// is killed, [`Checkpoint::open`] and [`ModelConfig::read`] find the complete old checkpoint or
-/// the complete new one, tensors and configuration. The next save removes the files of a killed
-/// one. Other readers look for `config.json` only: if the process is killed between two renames,
-/// they find new weights with the old configuration until the next save.
+/// then replaced at once. The save may fail, for example because the disk is full, or the process
+/// may be killed. Then [`Checkpoint::open`] and [`ModelConfig::read`] find the complete old
+/// checkpoint or the complete new one, tensors and configuration. The next save removes the files
+/// of a killed save. Other readers open only `config.json`. If the process is killed between two
+/// renames, other readers find new weights with the old configuration until the next save.
 ///
 /// The files of the old checkpoint are removed, including files `model-00001-of-00003.safetensors`
 /// of other programs. Files with other names stay.
 ///
-/// A save to a folder fails while another one writes to it. The lock is the operating system's; on
-/// a file system without locks, saves to one folder must not overlap.
+/// A save to a folder fails while another save holds the folder's file lock. On a file system
+/// without locks, saves to one folder must not overlap, because no save detects the other.
 ///
 /// [`Checkpoint::open`]: super::Checkpoint::open
 /// [`ModelConfig::read`]: crate::models::ModelConfig::read
@@ -111,39 +111,41 @@ impl<'a> Save<'a> {
         Self { config: Some(json.into()), ..self }
     }
 
-    /// Sets, by name, which matrices are stored as `[in, out]`.
+    /// Sets which matrices are stored as `[in, out]`. `names` returns true for the name of such a
+    /// matrix.
     pub fn transposed(self, names: impl Fn(&str) -> bool + 'a) -> Self {
         Self { transposed: Box::new(names), ..self }
     }
 
-    /// Sets the maximal size of a file in bytes of tensors, by default 4 GiB. A larger tensor has a
-    /// file of its own.
+    /// Sets the maximal size of a file in bytes of tensors, by default 4 GiB. A tensor larger than
+    /// that has a file of its own.
     pub fn max_shard(self, bytes: usize) -> Self {
         Self { max_shard: bytes, ..self }
     }
 
-    /// Saves these parameters. Every rank calls it; the first one writes.
+    /// Saves these parameters. Every rank of the group has to call this. The first rank writes.
     ///
-    /// Each element of the model has to be owned by exactly one rank of the group. The group may be
-    /// a tensor-parallel group or that of a whole pipeline, but not one of replicas. A few rows of
-    /// one tensor are reduced at a time. So the first rank holds at most the tensors of one file,
-    /// and the other ranks hold only their shards.
+    /// Exactly one rank of the group has to own each element of the model. The group may be a
+    /// tensor-parallel group or the group of a whole pipeline, but not a data-parallel group. The
+    /// group reduces a few rows of one tensor at a time. So the first rank holds at most the
+    /// tensors of one file, and the other ranks hold only their shards.
     ///
-    /// Collectives: two broadcasts from each rank, of the list of regions it owns. All-reduces of
-    /// every element; ranks that do not own it contribute −0, which keeps all bits. An all-reduce
-    /// of one number at least every 50 ms while the first rank writes, so that a slow disk misses
-    /// no deadline.
+    /// Collectives: two broadcasts from each rank, of the list of regions that the rank owns.
+    /// All-reduces of every element. Ranks that do not own an element contribute −0, because adding
+    /// −0 keeps all bits. While the first rank writes, an all-reduce of one number at least every
+    /// 50 ms, so that the other ranks' deadlines do not pass on a slow disk.
     ///
     /// # Errors
     /// On every rank: [`Error::Io`] with the path of the file when the first rank cannot write or
     /// another save is writing to the folder (its `kind` is `Other` on the other ranks);
-    /// [`Error::Sizes`] when no rank owns an element, [`Error::Invalid`] when several ranks own it,
-    /// [`Error::Shapes`] when ranks have a tensor in different shapes; and when a collective fails.
+    /// [`Error::Sizes`] when no rank owns an element; [`Error::Invalid`] when several ranks own an
+    /// element; [`Error::Shapes`] when ranks have a tensor in different shapes; and when a
+    /// collective fails.
     #[track_caller]
     pub fn write<T: Element, B: Backend>(self, group: &Group<B>, params: &[Param<T, B>]) -> Result<()> {
         let _site = Site::here().enter();
         if !B::HAS_VALUES {
-            let reason = "a device without values has nothing to save";
+            let reason = "the device stores no values to save";
             return Err(Error::Unsupported { op: "save", reason: reason.into() });
         }
         let files = assign_files::<T>(all_tensors(group, params)?, self.max_shard);
@@ -180,7 +182,7 @@ impl<'a> Save<'a> {
     }
 }
 
-/// Writes the file `shard` of several, or the only one.
+/// Writes one of several files, with name `shard`, or the only file if `shard` is `None`.
 fn write_file<T: Element>(
     folder: &Folder,
     shard: Option<&str>,
@@ -223,8 +225,8 @@ fn assign_files<T>(tensors: Vec<(String, Shape)>, max: usize) -> Vec<Vec<(String
     files
 }
 
-/// Returns the tensors of the model: those of the first rank in its order, then those that only
-/// later ranks have. Checks that each element has exactly one owner.
+/// Returns the tensors of the model: the tensors of the first rank in its order, then the tensors
+/// that only later ranks have. Checks that each element has exactly one owner.
 fn all_tensors<T: Element, B: Backend>(
     group: &Group<B>,
     params: &[Param<T, B>],
@@ -261,13 +263,13 @@ fn all_tensors<T: Element, B: Backend>(
                 "save",
                 &format!("`{name}` of rank {rank}"),
                 &dims,
-                "that of a rank before it",
+                "that of an earlier rank",
                 shape.dims(),
             )?;
             let is_duplicate =
                 |new: &&Ranges| regions.iter().any(|old| old.iter().zip(*new).all(|(a, b)| overlap(a, b)));
             if let Some(new) = owned.iter().find(is_duplicate) {
-                let reason = format!("{new:?} of `{name}` is owned by rank {rank} and by another one");
+                let reason = format!("{new:?} of `{name}` is owned by rank {rank} and by another rank");
                 return Err(Error::invalid("save", reason));
             }
             regions.extend(owned);
@@ -293,7 +295,8 @@ fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
     a.start < b.end && b.start < a.end
 }
 
-/// Gathers one tensor, a few rows at a time, to the rank that passes a host vector.
+/// Gathers one tensor, a few rows at a time. Appends the tensor to `host` on the rank that passes
+/// it.
 fn gather<T: Element, B: Backend>(
     group: &Group<B>,
     params: &[Param<T, B>],
@@ -343,11 +346,11 @@ fn gather<T: Element, B: Backend>(
     Ok(())
 }
 
-/// Runs `work` on the first rank, which returns the result. The other ranks wait, without a
-/// deadline, and return none. If it fails, all ranks return its error.
+/// Runs `work` on the first rank, which returns the result. The other ranks wait, however long
+/// `work` takes, and return `None`. If `work` fails, all ranks return its error.
 ///
-/// Collectives: an all-reduce of one number at the end, and one every [`HEARTBEAT`] before; after a
-/// failure two broadcasts.
+/// Collectives: an all-reduce of one number every [`HEARTBEAT`] and at the end. After a failure,
+/// two broadcasts.
 fn on_first_rank<R: Send, B: Backend>(
     group: &Group<B>,
     work: impl FnOnce() -> Result<R> + Send,
@@ -364,7 +367,8 @@ fn on_first_rank<R: Send, B: Backend>(
         0 => Some(thread::scope(|scope| -> Result<Result<R>> {
             let (send, finished) = channel();
             let work = move || {
-                // The receiver no longer exists if a rank was lost.
+                // Ignore the error: the receiver is gone if a collective failed, for example after
+                // a rank was lost.
                 let _ = send.send(work());
             };
             let writer = match thread::Builder::new().name("save".into()).spawn_scoped(scope, work) {
@@ -406,7 +410,7 @@ fn on_first_rank<R: Send, B: Backend>(
     })
 }
 
-/// Broadcasts a text.
+/// Broadcasts a text from rank `root`.
 fn broadcast_text<B: Backend>(group: &Group<B>, root: usize, text: &str) -> Result<String> {
     let mut len = Tensor::<f64, B>::full(group.device(), [1], text.len() as f64)?;
     group.broadcast(root, &mut len)?;
@@ -451,7 +455,8 @@ mod tests {
     #[test]
     fn a_slow_disk_is_no_missed_deadline() {
         for world in [2, 3] {
-            // Making the first file, writing it, the second file, syncing the folder.
+            // Operation 0 makes the first file, 1 writes to it, 5 syncs the second file, and 9
+            // syncs the folder.
             for at in [0, 1, 5, 9] {
                 let folder = tempfile::tempdir().unwrap();
                 let slow = Fault::new(Kind::Slow(Duration::from_millis(500)), at);

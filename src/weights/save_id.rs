@@ -1,4 +1,4 @@
-//! The id of a save, which its files carry in their names and metadata.
+//! The id of a save. The names and the metadata of the save's files contain the id.
 
 use crate::error::{Error, Result};
 
@@ -12,7 +12,7 @@ pub(super) fn random() -> Result<String> {
     Ok(format!("{:016x}", u64::from_ne_bytes(bytes)))
 }
 
-/// Whether a text has the form of an id.
+/// Whether a text has the form of an id: 16 lower-case hexadecimal digits.
 pub(super) fn is_valid(text: &str) -> bool {
     text.len() == 16 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }

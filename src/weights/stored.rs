@@ -34,7 +34,7 @@ macro_rules! stored {
 }
 
 // f32 holds every bf16 and f16, and both accumulator types hold every f32. So only `narrow` rounds,
-// and it is fast.
+// and `narrow` is fast.
 stored!(f64, self => T::from_f64(self));
 stored!(f32, self => T::narrow(T::Acc::from_f64(self.to_f64())));
 stored!(bf16, self => self.to_f32().convert());

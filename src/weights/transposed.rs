@@ -10,9 +10,9 @@ use std::ops::Range;
 /// A source with some matrices stored as `[in, out]`, such as GPT-2's `Conv1D`. Layers read them as
 /// `[out, in]`.
 ///
-/// A region of such a matrix is read as the transposed region of the stored one and transposed in
-/// memory, so a rank still reads only its shard. Tensors that are not matrices are read unchanged.
-/// Errors have the shapes of the stored matrix.
+/// To read a region of such a matrix, `Transposed` reads the transposed region of the stored matrix
+/// and transposes it in memory. So a rank still reads only its shard. Tensors that are not matrices
+/// are read unchanged. Errors name the shape of the stored matrix.
 ///
 /// ```
 /// use shardwise::{prelude::*, weights::Transposed};
@@ -31,7 +31,7 @@ pub struct Transposed<'a, S: ?Sized, F> {
 }
 
 impl<'a, S: WeightSource + ?Sized, F: Fn(&str) -> bool> Transposed<'a, S, F> {
-    /// Wraps `source`, and transposes the matrices for whose names `names` returns true.
+    /// Wraps `source`. Transposes each matrix if `names` returns true for the matrix's name.
     pub fn new(source: &'a S, names: F) -> Self {
         Self { source, names }
     }
@@ -45,7 +45,7 @@ impl<'a, S: WeightSource + ?Sized, F: Fn(&str) -> bool> Transposed<'a, S, F> {
         out: &mut [T],
     ) -> Result<()> {
         let len = rows.len().saturating_mul(cols.len());
-        same_size("weights", "elements of the region", len, "elements to fill", out.len())?;
+        same_size("weights", "the elements of the region", len, "the elements to fill", out.len())?;
         let mut stored = zeroed::<T>(len)?;
         let region = Region::whole([width, height]).narrow(0, cols.clone()).narrow(1, rows.clone());
         self.source.read(name, role, &region, T::any_mut(stored.as_mut_slice()))?;

@@ -23,15 +23,17 @@ const CHUNK: usize = 1 << 16;
 /// The maximal length of a header in the format, in bytes.
 const MAX_HEADER: usize = 100_000_000;
 
-/// Writes tensors to a safetensors file. Each is a name, a shape and the elements in row-major
-/// order.
+/// Writes tensors to a safetensors file. Each tensor is a name, a shape and the elements in
+/// row-major order.
 ///
-/// Atomically replaces a file of the same name, or a symbolic link itself. The file has the default
-/// mode of the umask, and is on the disk when this returns.
+/// Atomically replaces an existing file. If `path` is a symbolic link, replaces the link, not its
+/// target. The file has the default mode of the umask, and is on the disk when this function
+/// returns.
 ///
 /// # Errors
 /// [`Error::Sizes`] when the lengths of a tensor and of its shape differ; [`Error::Invalid`] when a
-/// name occurs twice or is reserved by the format; [`Error::Io`] when the file cannot be written.
+/// name occurs twice or is reserved by the format; [`Error::Checkpoint`] when the header exceeds
+/// the format's limit; [`Error::Io`] when the file cannot be written.
 pub fn write<'a, N: Into<String>, D: Into<Shape>>(
     path: impl AsRef<Path>,
     tensors: impl IntoIterator<Item = (N, D, AnyRef<'a, Cpu>)>,
@@ -40,7 +42,8 @@ pub fn write<'a, N: Into<String>, D: Into<Shape>>(
     let Some(name) = path.file_name() else {
         return Err(Error::io(path, &io::Error::new(io::ErrorKind::InvalidInput, "not the name of a file")));
     };
-    // Not a name of a save's file, which a concurrent save to the folder would remove.
+    // The name differs from the names of a save's files, because a concurrent save to the folder
+    // would remove such a file.
     let temporary = path.with_file_name(format!(".write-{}-{}", save_id::random()?, name.to_string_lossy()));
     let disk = Disk::default();
     let written = write_tensors(&disk, &temporary, None, tensors)
@@ -49,7 +52,7 @@ pub fn write<'a, N: Into<String>, D: Into<Shape>>(
             disk.sync_folder(path.parent().filter(|folder| *folder != "").unwrap_or(Path::new(".")))
         });
     written.map_err(|error| {
-        // Ignore the error: the file may not have been made.
+        // Ignore the error, because the file may not exist.
         let _ = disk.remove(&temporary);
         match error {
             Error::Io { kind, reason, .. } => Error::Io { path: path.into(), kind, reason },
@@ -70,13 +73,16 @@ pub(super) fn write_tensors<'a, N: Into<String>, D: Into<Shape>>(
     for (name, shape, elements) in tensors {
         let (name, shape) = (name.into(), shape.into());
         if name == "__metadata__" || !names.insert(name.clone()) {
-            return Err(Error::invalid("write weights", format!("the name `{name}` is taken")));
+            return Err(Error::invalid(
+                "write weights",
+                format!("the name `{name}` occurs twice or is reserved"),
+            ));
         }
         same_size(
             "write weights",
-            &format!("elements of `{name}`"),
+            &format!("the elements of `{name}`"),
             elements.len(),
-            "elements of its shape",
+            "the elements of its shape",
             shape.len(),
         )?;
         all.push((name, shape, elements));
@@ -118,11 +124,11 @@ fn header(id: Option<&str>, tensors: &[(String, Shape, AnyRef<'_, Cpu>)]) -> Res
     free.extend(id.map(|id| (save_id::KEY.to_string(), id.to_string())));
     let metadata = Metadata::new(Some(free), infos).map_err(|error| error.to_string())?;
     let mut text = serde_json::to_vec(&metadata).map_err(|error| error.to_string())?;
-    // Align the data that follow.
+    // Pad the header, so that the data that follow are aligned.
     text.resize(text.len().next_multiple_of(8), b' ');
     let len = text.len();
     if len > MAX_HEADER {
-        return Err(format!("a header of {len} bytes, but the format allows {MAX_HEADER}"));
+        return Err(format!("the header has {len} bytes, but the format allows {MAX_HEADER}"));
     }
     Ok(text)
 }

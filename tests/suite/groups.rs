@@ -397,7 +397,7 @@ fn a_gradient_norm_over_missing_or_wrong_groups_is_refused() {
             };
             for error in [wrong, both].map(Result::unwrap_err).into_iter().chain(twice) {
                 assert!(
-                    error.contains("own the same regions of the model: is it the data-parallel"),
+                    error.contains("own the same regions of the model: is this the data-parallel"),
                     "{error}"
                 );
             }

@@ -855,8 +855,8 @@ fn what_cannot_be_invariant_is_refused() {
             let model = model(&Group::solo(group.device()))?;
             DataParallel::new(group, &model.params())?.begin(GradReduce::Mean { weight: 1.0 })
         }),
-        "data parallel: not supported: a mean over replicas under an invariant reduction: divide the loss by the size of \
-         the whole batch"
+        "data parallel: not supported: a mean over replicas with an invariant reduction: use `GradReduce::Sum` and divide \
+         the loss by the size of the whole batch"
     );
     // One more backward than the tree has leaves.
     assert_eq!(
@@ -880,7 +880,7 @@ fn what_cannot_be_invariant_is_refused() {
             model.backward(saved, y)?;
             grad_norm(&model.params(), &[group]).map(drop)
         }),
-        "gradient norm: not supported: weight was not loaded by canonical blocks: on another group, or by a layer that knows none"
+        "gradient norm: not supported: weight was not loaded by canonical blocks: it was loaded on another group, or its layer has no canonical blocks"
     );
 }
 

@@ -347,7 +347,7 @@ fn misuse_of_replicas_is_named() {
     );
     assert_eq!(
         run(&|group, model| DataParallel::central(group, &model.params(), 2).map(drop)),
-        "data parallel: aggregator 2 of a group of 2"
+        "data parallel: the aggregator is rank 2, but the group has 2 ranks"
     );
     let twice = run(&|group, model| {
         let replicas = DataParallel::new(group, &model.params())?;
@@ -355,7 +355,7 @@ fn misuse_of_replicas_is_named() {
         backward(&model, &x, &t, &[0], 1.0)?;
         backward(&model, &x, &t, &[1], 1.0)
     });
-    assert!(twice.contains("a gradient was added to after its reduction had started"), "{twice}");
+    assert!(twice.contains("a backward added to a gradient after its reduction had started"), "{twice}");
     // A drifting replica is named on every rank.
     let drift = run(&|group, model| {
         DataParallel::new(group, &model.params())?;

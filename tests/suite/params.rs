@@ -301,7 +301,7 @@ fn a_store_that_is_not_dense_is_not_written() {
         assert_eq!(optimizer.steps(), 1);
         Ok([set, stored, replaced, stepped])
     });
-    let read = "parameter: not supported: w.weight is not kept as a dense tensor: it is read, not written";
+    let read = "parameter: not supported: w.weight has no dense store, so it cannot be written";
     assert_eq!(
         outcomes.unwrap()[0],
         [
@@ -523,7 +523,10 @@ fn tokens_beyond_a_gradient_are_refused() {
         let (y, saved) = layer.forward(Replicated::spread(&group, &matrix(1, "x", 6, 3), None)?)?;
         Ok(layer.backward(saved, y).map(drop).unwrap_err().to_string())
     });
-    assert_eq!(outcomes.unwrap()[0], "gradient: tokens 3..7 of 6 of the gradient of w.weight");
+    assert_eq!(
+        outcomes.unwrap()[0],
+        "gradient: tokens 3..7 are not a range of the 6 tokens of the gradient of w.weight"
+    );
 }
 
 /// Replicas leave a frozen weight unchanged and train the others. A sink that cannot sum along a
@@ -556,7 +559,7 @@ fn replicas_keep_a_sink() {
         let fixed = group.with_reduction(Reduction::Invariant { blocks: 4 });
         Ok(DataParallel::new(&fixed, &load(&alone)?.params()).map(drop).unwrap_err().to_string())
     });
-    let refused = "gradient: not supported: w.weight has a sink that does not sum along a tree, as an invariant reduction does";
+    let refused = "gradient: not supported: the sink of w.weight cannot sum along a tree, which an invariant reduction needs";
     assert_eq!(outcomes.unwrap(), [refused, refused]);
 }
 
@@ -715,7 +718,7 @@ fn a_step_of_replicas_may_end_early() {
     };
     assert_eq!(run(Reduction::Fast).unwrap(), [[3.0; 6], [3.0; 6]]);
     let error = run(Reduction::Invariant { blocks: 4 }).unwrap_err().to_string();
-    assert!(error.contains("w has got 1 of 2 terms of an invariant reduction"), "{error}");
+    assert!(error.contains("w has received 1 of the 2 terms of an invariant reduction"), "{error}");
 }
 
 /// A gradient that awaits other replicas is not treated as absent. A parameter that is listed
@@ -757,14 +760,14 @@ fn gradients_that_are_no_gradient_are_refused() {
             "adamw: terms of w are not summed over its replicas yet",
         ],
         [
-            "gradient norm: w is listed twice: of layers that share a parameter, list that of one",
-            "adamw: w is listed twice: of layers that share a parameter, list that of one",
+            "gradient norm: w is listed twice: list a shared parameter only once",
+            "adamw: w is listed twice: list a shared parameter only once",
         ],
         [
             "gradient: w has shape [2, 3], but its gradient has shape [3, 2]",
             "parameter: the width of the region of `w` is 2, but that of the parameter is 3",
         ],
-        ["parameter: `w` has no dimension: give it one of size 1", ""],
+        ["parameter: `w` has no dimension: give it a dimension of size 1", ""],
     ];
     let says = says.map(|lines| lines.map(str::to_string));
     assert_eq!(outcomes.unwrap(), [says.clone(), says]);

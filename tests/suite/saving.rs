@@ -247,7 +247,7 @@ fn a_reader_during_saves_finds_one_of_them() {
 #[test]
 fn a_group_that_does_not_own_each_element_once_is_refused_on_every_rank() {
     let folder = tempfile::tempdir().unwrap();
-    let twice = "[0..591, 0..32] of `model.embed_tokens.weight` is owned by rank 1 and by another one";
+    let twice = "[0..591, 0..32] of `model.embed_tokens.weight` is owned by rank 1 and by another rank";
     for (owners, says) in [(2, twice), (0, "the ranks of the group own is 0, ")] {
         let outcomes = ranks(2)
             .run_each(|group| {
@@ -280,7 +280,7 @@ fn replicas_of_a_part_are_not_taken_for_the_whole() {
     });
     for outcome in outcomes.unwrap() {
         let error = outcome.unwrap_err().to_string();
-        assert!(error.contains("of `weight` is owned by rank 1 and by another one"), "{error}");
+        assert!(error.contains("of `weight` is owned by rank 1 and by another rank"), "{error}");
     }
 }
 

@@ -239,7 +239,10 @@ fn what_is_no_part_of_the_model_is_refused() {
     let pipeline = Pipeline::new(&group, &group, chunks, 9).unwrap();
     let mut ends = DecoderEnds::new(&halves, tokens(), LOSS, Some(1.0));
     let wide = pipeline.run(halves.chunks(), &described[..1], &mut ends).unwrap_err().to_string();
-    assert_eq!(wide, "pipeline: features of a stage's output is 8, but those of the next one's input is 9");
+    assert_eq!(
+        wide,
+        "pipeline: the features of a stage's output is 8, but those of the next stage's input is 9"
+    );
 }
 
 /// A block that the configuration does not have is rejected on every rank, whichever stages it

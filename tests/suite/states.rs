@@ -148,7 +148,7 @@ fn a_name_visited_twice_or_with_other_shards_is_refused_before_anything_changes(
     }
     let again = load(0..3, true);
     let says =
-        "w is listed twice: state is kept by name, so parameters need names of their own (`Weights::at`)";
+        "w is listed twice: state is kept by name, so each parameter needs a unique name (`Weights::at`)";
     assert_eq!(step(&[&w, &first, &again], 3), [format!("adamw: {says}"), format!("sgd: {says}")]);
     assert_eq!(step(&[&w, &first], 4), ["", ""]);
 }
@@ -405,7 +405,7 @@ fn a_loss_scale_stays_within_what_f32_holds() {
         (-1.0, 1, "loss scale: -1 is not in 1.1754943508222875e-38..=3.4028234663852886e38"),
         (f64::NAN, 1, "loss scale: NaN is not in 1.1754943508222875e-38..=3.4028234663852886e38"),
         (f64::INFINITY, 1, "loss scale: inf is not in 1.1754943508222875e-38..=3.4028234663852886e38"),
-        (1.0, 0, "loss scale: it cannot grow after every 0 steps"),
+        (1.0, 0, "loss scale: the growth interval is 0"),
     ] {
         assert_eq!(LossScale::new(scale, interval).unwrap_err().to_string(), says);
     }
@@ -746,7 +746,7 @@ fn states_are_read_whole_or_not_at_all() {
     for count in [-1.0, 0.5, 2_f64.powi(70), f64::NAN] {
         let mut wrong = whole.to_vec();
         wrong[3] = of("step", count, &[1]);
-        let says = format!("adamw: adamw.step.w is [{count:?}], which is no number of steps");
+        let says = format!("adamw: adamw.step.w is [{count:?}], which is not a number of steps");
         assert_eq!(load(&wrong).unwrap_err().to_string(), says);
     }
     let mut wrong = whole.to_vec();
@@ -777,10 +777,10 @@ fn states_are_read_whole_or_not_at_all() {
     let before = weight.value().unwrap().to_vec().unwrap();
     count.set(full(9.5)).unwrap();
     let refused = states.step(params, 0.1, 1.0).unwrap_err().to_string();
-    assert_eq!(refused, "adamw: adamw.step.w is [9.5], which is no number of steps");
+    assert_eq!(refused, "adamw: adamw.step.w is [9.5], which is not a number of steps");
     assert_eq!(weight.value().unwrap().to_vec().unwrap(), before);
     assert_eq!(
         write(9.5).unwrap_err().to_string(),
-        "adamw: adamw.step.w is [9.5], which is no number of steps"
+        "adamw: adamw.step.w is [9.5], which is not a number of steps"
     );
 }

@@ -228,7 +228,7 @@ fn an_index_that_lies_is_refused() {
     for (weight_map, expected) in [
         (
             r#"{"a.weight":"gone.safetensors"}"#,
-            "gone.safetensors: No such file or directory (os error 2), but model.safetensors.index.json names it",
+            "gone.safetensors: No such file or directory (os error 2), but model.safetensors.index.json names this file",
         ),
         (
             r#"{"a.bias":"model-00001-of-00002.safetensors"}"#,
@@ -240,30 +240,27 @@ fn an_index_that_lies_is_refused() {
         ),
         (
             r#"{"a":"../x.safetensors"}"#,
-            "index: tensor `a` is said to be in `../x.safetensors`, which is not a path below the index's folder",
+            "index: tensor `a` is mapped to `../x.safetensors`, which is not a path below the index's folder",
         ),
         (
             r#"{"a":"/etc/passwd"}"#,
-            "index: tensor `a` is said to be in `/etc/passwd`, which is not a path below the index's folder",
+            "index: tensor `a` is mapped to `/etc/passwd`, which is not a path below the index's folder",
         ),
-        (
-            r#"{"a":""}"#,
-            "index: tensor `a` is said to be in ``, which is not a path below the index's folder",
-        ),
-        (r#"{"a\u001b":".."}"#, r"index: tensor `a\u{1b}` is said to be in `..`, which"),
+        (r#"{"a":""}"#, "index: tensor `a` is mapped to ``, which is not a path below the index's folder"),
+        (r#"{"a\u001b":".."}"#, r"index: tensor `a\u{1b}` is mapped to `..`, which"),
         (
             r#"{"a":"model.safetensors.index.json"}"#,
-            "model.safetensors.index.json: bad checkpoint: the header is said to have",
+            "model.safetensors.index.json: bad checkpoint: the header length is",
         ),
         (r#"{"a":"."}"#, "not a path below the index's folder"),
         (
             r#"{"a.weight":"model-00001-of-00002.safetensors","b.weight":"./model-00002-of-00002.safetensors"}"#,
-            "index: tensor `b.weight` is said to be in `./model-00002-of-00002.safetensors`, which has to be written \
+            "index: tensor `b.weight` is mapped to `./model-00002-of-00002.safetensors`, which has to be written \
              `model-00002-of-00002.safetensors`",
         ),
-        (r#"{"a":"s//x"}"#, "index: tensor `a` is said to be in `s//x`, which has to be written `s/x`"),
-        (r#"{"a":"s/./x"}"#, "index: tensor `a` is said to be in `s/./x`, which has to be written `s/x`"),
-        (r#"{"a":"s/x/"}"#, "index: tensor `a` is said to be in `s/x/`, which has to be written `s/x`"),
+        (r#"{"a":"s//x"}"#, "index: tensor `a` is mapped to `s//x`, which has to be written `s/x`"),
+        (r#"{"a":"s/./x"}"#, "index: tensor `a` is mapped to `s/./x`, which has to be written `s/x`"),
+        (r#"{"a":"s/x/"}"#, "index: tensor `a` is mapped to `s/x/`, which has to be written `s/x`"),
         (r#"{"a":"x\u0000y"}"#, "file name contained an unexpected NUL byte"),
         (
             r#"{"a.weight":"model-00001-of-00002.safetensors","a.weight":"model-00001-of-00002.safetensors"}"#,
@@ -317,7 +314,7 @@ fn the_headers_of_a_folder_have_one_limit() {
     let before = 11 * header.len();
     let error = names(12).unwrap_err().to_string();
     let expected = format!(
-        "/11: bad checkpoint: the header has {} bytes and those before it {before}; together at most 100000000 are read",
+        "/11: bad checkpoint: the header has {} bytes and the headers before it {before}, but at most 100000000 are read together",
         header.len()
     );
     assert!(error.ends_with(&expected), "{error}");
@@ -376,15 +373,15 @@ fn a_file_that_lies_is_refused() {
     let table: Vec<(Vec<u8>, &str)> = vec![
         (vec![], "0 bytes are too few for a safetensors file"),
         (vec![1; 7], "7 bytes are too few"),
-        (said(1, b""), "the header is said to have 1 bytes; 0 follow, and the format allows 100000000"),
-        (said(u64::MAX, b"{}"), "the header is said to have 18446744073709551615 bytes; 2 follow"),
+        (said(1, b""), "the header length is 1 bytes, but 0 bytes follow, and the format allows 100000000"),
+        (said(u64::MAX, b"{}"), "the header length is 18446744073709551615 bytes, but 2 bytes follow"),
         (said(0, b""), "header: expected `{`, found the end"),
-        (file("{", 0), "header: a key: the text ends where a value should be"),
+        (file("{", 0), "header: a key: expected a value, found the end"),
         (file("[]", 0), "header: expected `{`, found `[`"),
-        (file("{}x", 0), "header: there is more after the closing brace, at byte 2"),
+        (file("{}x", 0), "header: there is more text after the closing brace, at byte 2"),
         (file("{\"\u{1b}\":", 0), "header: a key: control character"),
         (said(3, b"\"\xff\""), "header: expected `{`, found `\\\"`"),
-        (said(5, b"{\"\xff\""), "the header is said to have 5 bytes; 4 follow"),
+        (said(5, b"{\"\xff\""), "the header length is 5 bytes, but 4 bytes follow"),
         (said(4, b"{\"\xff\""), "header: a key: invalid unicode code point"),
         // A truncated file, and one with more data than its tensors.
         (file(&good, 7), "the tensors have 8 bytes of data, but the file has 7"),
@@ -395,7 +392,7 @@ fn a_file_that_lies_is_refused() {
         (file(&one("[2]", "[0,4]"), 4), "tensor `w`: offsets 0..4, but shape [2] of F32 takes 8 bytes"),
         (
             file(&one("[2]", "[4,12]"), 12),
-            "tensor `w`: its data begin at byte 4, but those before it end at byte 0",
+            "tensor `w`: its data begin at byte 4, but the previous data end at byte 0",
         ),
         (file(&one("[2]", "[0,8,9]"), 8), "tensor `w`: trailing characters"),
         (file(&one("[2]", "[-8,0]"), 8), "tensor `w`: invalid value: integer `-8`, expected usize"),
@@ -410,28 +407,28 @@ fn a_file_that_lies_is_refused() {
         ),
         (
             file(&two("[0,8]", "[0,8]"), 8),
-            "tensor `b`: its data begin at byte 0, but those before it end at byte 8",
+            "tensor `b`: its data begin at byte 0, but the previous data end at byte 8",
         ),
         (
             file(&two("[0,8]", "[4,12]"), 12),
-            "tensor `b`: its data begin at byte 4, but those before it end at byte 8",
+            "tensor `b`: its data begin at byte 4, but the previous data end at byte 8",
         ),
         (
             file(&two("[12,20]", "[0,8]"), 20),
-            "tensor `a`: its data begin at byte 12, but those before it end at byte 8",
+            "tensor `a`: its data begin at byte 12, but the previous data end at byte 8",
         ),
         // Shapes.
         (
             file(&one("[4294967296,4294967296]", "[0,8]"), 8),
-            "tensor `w`: shape [4294967296, 4294967296] of F32 is not a whole number of bytes, or too many",
+            "tensor `w`: shape [4294967296, 4294967296] of F32 is not a whole number of bytes, or overflows",
         ),
-        (file(&one("[0,4294967296,4294967296]", "[0,0]"), 0), "is not a whole number of bytes, or too many"),
-        (file(&one("[2305843009213693952]", "[0,0]"), 0), "is not a whole number of bytes, or too many"),
+        (file(&one("[0,4294967296,4294967296]", "[0,0]"), 0), "is not a whole number of bytes, or overflows"),
+        (file(&one("[2305843009213693952]", "[0,0]"), 0), "is not a whole number of bytes, or overflows"),
         (file(&one("[18446744073709551616]", "[0,8]"), 8), "tensor `w`: invalid type: floating point"),
         (file(&one("[-2]", "[0,8]"), 8), "tensor `w`: invalid value: integer `-2`, expected usize"),
-        (file(&one(&format!("[{}2]", "1,".repeat(64)), "[0,8]"), 8), "tensor `w`: 65 dimensions"),
+        (file(&one(&format!("[{}2]", "1,".repeat(64)), "[0,8]"), 8), "tensor `w`: 65 dimensions exceed 64"),
         (file(&one(&format!("[{}2]", "1,".repeat(3000)), "[0,8]"), 8), "tensor `w`: longer than 4096 bytes"),
-        (file(&one("[3]", "[0,2]").replace("F32", "F4"), 2), "is not a whole number of bytes, or too many"),
+        (file(&one("[3]", "[0,2]").replace("F32", "F4"), 2), "is not a whole number of bytes, or overflows"),
         // Keys.
         (file(&two("[0,8]", "[8,16]").replace("\"b\"", "\"a\""), 16), "header: the key `a` occurs twice"),
         (
@@ -519,7 +516,7 @@ fn a_read_that_cannot_be_is_refused() {
     );
     assert_eq!(
         short.unwrap_err().to_string(),
-        "weights: elements of the region is 2, but elements to fill is 3"
+        "weights: the elements of the region is 2, but the elements to fill is 3"
     );
     assert_eq!(checkpoint.bytes_read(), 0);
     // The file shrinks after its header was checked.
@@ -564,9 +561,15 @@ fn writing_refuses_what_could_not_be_read() {
         let tensors = tensors.iter().map(|&(name, shape)| (name, shape, view::<f32>(&[1.0, 2.0])));
         weights::write(&path, tensors).unwrap_err().to_string()
     };
-    assert_eq!(fails(&[("a", [3])]), "write weights: elements of `a` is 2, but elements of its shape is 3");
-    assert_eq!(fails(&[("a", [2]), ("a", [2])]), "write weights: the name `a` is taken");
-    assert_eq!(fails(&[("__metadata__", [2])]), "write weights: the name `__metadata__` is taken");
+    assert_eq!(
+        fails(&[("a", [3])]),
+        "write weights: the elements of `a` is 2, but the elements of its shape is 3"
+    );
+    assert_eq!(fails(&[("a", [2]), ("a", [2])]), "write weights: the name `a` occurs twice or is reserved");
+    assert_eq!(
+        fails(&[("__metadata__", [2])]),
+        "write weights: the name `__metadata__` occurs twice or is reserved"
+    );
     assert!(!path.exists());
     let nowhere = folder.path().join("none/m.safetensors");
     let error = weights::write(&nowhere, [("a", [1], view::<f32>(&[1.0]))]).unwrap_err();
@@ -606,15 +609,19 @@ fn what_is_no_checkpoint_is_called_by_its_name() {
         (
             "a.safetensors",
             &pointer[..],
-            "this is a Git LFS pointer, not the file itself: `git lfs pull` fetches that",
+            "this is a Git LFS pointer, not the file itself: `git lfs pull` fetches the file",
         ),
         ("b.safetensors", b"<!DOCTYPE html><html><head>", "this is a web page, not the file"),
-        ("c.gguf", b"GGUF\x03\0\0\0\x22\x01\0\0", "this is a GGUF file; safetensors can be read"),
-        ("d.bin", b"PK\x03\x04\x14\0\x08\x08\0\0", "this is a PyTorch or zip file; safetensors can be read"),
+        ("c.gguf", b"GGUF\x03\0\0\0\x22\x01\0\0", "this is a GGUF file; only safetensors can be read"),
+        (
+            "d.bin",
+            b"PK\x03\x04\x14\0\x08\x08\0\0",
+            "this is a PyTorch or zip file; only safetensors can be read",
+        ),
         (
             "e.bin",
             b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9",
-            "this is a Python pickle; safetensors can be read",
+            "this is a Python pickle; only safetensors can be read",
         ),
     ] {
         assert_eq!(of(name, bytes), format!("DIR/{name}: bad checkpoint: {what}"));
@@ -623,8 +630,8 @@ fn what_is_no_checkpoint_is_called_by_its_name() {
     let config = of("config.json", br#"{"model_type": "llama", "vocab_size": 7}"#);
     assert_eq!(
         config,
-        "DIR/config.json: bad checkpoint: index: it has no `weight_map`: this is a model's configuration, and a checkpoint \
-         is opened by its folder"
+        "DIR/config.json: bad checkpoint: index: it has no `weight_map`: this is a model's configuration; open the \
+         checkpoint by its folder"
     );
     let neither =
         "DIR: bad checkpoint: the folder has neither model.safetensors nor model.safetensors.index.json";

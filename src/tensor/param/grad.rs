@@ -17,41 +17,43 @@ pub(super) struct Gradient<A: Element, B: Device> {
     sum: GradSum<A, B>,
     sink: Box<dyn GradSink<A, B>>,
     microbatches: usize,
-    /// The number of uses of this step that have been added.
+    /// The number of terms added in this step: one for each use and microbatch.
     added: usize,
 }
 
 impl<A: Element, B: Backend> Gradient<A, B> {
-    /// No gradient, one microbatch a step, summed in the order of the calls.
+    /// Makes a state without a gradient, with one microbatch a step. Terms are summed in the order
+    /// of the calls.
     pub(super) fn new() -> Self {
         Self { sum: GradSum::of(None), sink: Box::new(Accumulate), microbatches: 1, added: 0 }
     }
 }
 
 impl<T: Element, B: Backend> Param<T, B> {
-    /// Sums the gradient along a tree from now on. `blocks` are the regions of the parameter in
-    /// each of this rank's canonical blocks, or none if every rank holds the whole parameter.
+    /// Sums the gradient along a tree from now on. `blocks` lists the regions of the parameter in
+    /// each of this rank's canonical blocks. `None` means that every rank holds the whole
+    /// parameter.
     pub(crate) fn sum_in_tree(&self, blocks: Option<Vec<Vec<BlockRegion>>>) {
         self.0.0.grad.borrow_mut().sink = Box::new(sink::Tree::new(self.name(), 0, 1));
         self.0.0.blocks.get_or_init(|| blocks);
     }
 
-    /// Returns the argument of [`Param::sum_in_tree`], or none if that was not called.
+    /// Returns the argument of the first call of [`Param::sum_in_tree`], or `None` without a call.
     pub(crate) fn blocks(&self) -> Option<Option<&[Vec<BlockRegion>]>> {
         self.0.0.blocks.get().map(Option::as_deref)
     }
 
-    /// Replaces the sink and returns the old one, which a wrapping sink may forward to. Ends a step
-    /// in progress ([`Param::settle`]).
+    /// Ends a step in progress ([`Param::settle`]), replaces the sink and returns the old sink. To
+    /// wrap the old sink, call this again with a sink that contains it.
     ///
     /// # Errors
-    /// As [`Param::settle`]; the old sink stays then.
+    /// As [`Param::settle`]. After an error the old sink stays.
     pub fn set_sink(&self, sink: Box<dyn GradSink<T::Acc, B>>) -> Result<Box<dyn GradSink<T::Acc, B>>> {
         self.settle()?;
         Ok(std::mem::replace(&mut self.0.0.grad.borrow_mut().sink, sink))
     }
 
-    /// Calls [`GradSink::replicated`] of the sink.
+    /// Calls the sink's [`GradSink::replicated`].
     pub(crate) fn replicated_sink(
         &self,
         replica: usize,
@@ -60,29 +62,31 @@ impl<T: Element, B: Backend> Param<T, B> {
         self.0.0.grad.borrow().sink.replicated(self.name(), replica, replicas)
     }
 
-    /// Sets the number of microbatches, each with its own backward, that add to the gradient in a
-    /// step; at least 1. With [`crate::shard::Reduction::Invariant`] their gradients are summed
-    /// along one tree. [`DataParallel`](crate::train::DataParallel) reduces the gradient after the
-    /// last one, and has to be made after this call.
+    /// Sets the number of microbatches of a step. Each has its own backward, which adds to the
+    /// gradient. A `count` of 0 means 1. With [`crate::shard::Reduction::Invariant`] the gradients
+    /// of a step are summed along one tree. [`DataParallel`](crate::train::DataParallel) reduces
+    /// the gradient after the last microbatch. Make the `DataParallel` after this call, because its
+    /// constructor reads `count`.
     pub fn set_microbatches(&self, count: usize) {
         self.0.0.grad.borrow_mut().microbatches = count;
     }
 
-    /// Returns the number of terms that are added to the gradient in a step.
+    /// Returns the number of terms that a step adds to the gradient: uses · microbatches.
     pub(crate) fn uses(&self) -> usize {
         let ties = Rc::strong_count(&self.0.0);
         ties.saturating_mul(self.0.0.grad.borrow().microbatches.max(1))
     }
 
-    /// Returns the sum of the gradients since the last [`Param::zero_grad`], or none before the
-    /// first backward. The next backward copies the sum if this tensor still exists. With
-    /// [`crate::shard::Reduction::Invariant`] it is none until the last microbatch of a step
-    /// ([`Param::set_microbatches`]), or until [`Param::settle`].
+    /// Returns the sum of the gradients since the last [`Param::zero_grad`], or `None` before the
+    /// first backward. If the returned tensor still exists at the next backward, the backward
+    /// copies the sum. With [`crate::shard::Reduction::Invariant`] the gradients of a step join the
+    /// sum after the step's last microbatch ([`Param::set_microbatches`]) or in [`Param::settle`].
     pub fn grad(&self) -> Option<Tensor<T::Acc, B>> {
         self.0.0.grad.borrow().sum.total.clone()
     }
 
-    /// Takes the gradient, to change it without a copy and set it again.
+    /// Moves the gradient out. The caller can change it without a copy and pass it to
+    /// [`Param::set_grad`].
     pub(crate) fn take_grad(&self) -> Option<Tensor<T::Acc, B>> {
         self.0.0.grad.borrow_mut().sum.total.take()
     }
@@ -90,7 +94,7 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// Replaces the gradient.
     ///
     /// # Errors
-    /// When its shape is not the parameter's.
+    /// When the gradient's shape is not the parameter's.
     pub fn set_grad(&self, grad: Tensor<T::Acc, B>) -> Result<()> {
         self.check_grad(&grad)?;
         self.0.0.grad.borrow_mut().sum = GradSum::of(Some(grad));
@@ -104,7 +108,7 @@ impl<T: Element, B: Backend> Param<T, B> {
         grad.sink.clear();
     }
 
-    /// Adds to the gradient.
+    /// Adds one term to the gradient.
     ///
     /// # Errors
     /// When the shape is not the parameter's, or the sink fails.
@@ -114,10 +118,10 @@ impl<T: Element, B: Backend> Param<T, B> {
         self.add(None, &mut |_, sum| grad.take().map_or(Ok(()), |grad| sink::add_term(sum, grad)))
     }
 
-    /// Adds a gradient that is a sum over `tokens` tokens. `grad` computes it over a range of them.
+    /// Adds one term, a sum over `tokens` tokens. `grad` computes the sum over a range of tokens.
     ///
     /// # Errors
-    /// Those of `grad` and of the sink.
+    /// As `grad` and the sink.
     pub(crate) fn add_grad_over(
         &self,
         tokens: usize,
@@ -130,11 +134,11 @@ impl<T: Element, B: Backend> Param<T, B> {
         })
     }
 
-    /// Adds a gradient that is a product over `tokens` tokens. `write` computes `sum = β sum + …`
-    /// over a range of them in place; β is 0 for a new sum and 1 otherwise.
+    /// Adds one term, a matrix product over `tokens` tokens. `write` computes `sum = β sum + …` in
+    /// place over a range of tokens. β is 0 for a new sum and 1 otherwise.
     ///
     /// # Errors
-    /// Those of `write` and of the sink.
+    /// As `write` and the sink.
     pub(crate) fn add_product_over(
         &self,
         tokens: usize,
@@ -160,14 +164,14 @@ impl<T: Element, B: Backend> Param<T, B> {
         if grad.added < uses { Ok(()) } else { self.end_step(grad) }
     }
 
-    /// Finishes the sink after the last term of a step.
+    /// Calls [`GradSink::finish`] after the last term of a step.
     fn end_step(&self, grad: &mut Gradient<T::Acc, B>) -> Result<()> {
         grad.sink.finish(&mut grad.sum)?;
         grad.added = 0;
         self.check_sum(&mut grad.sum)
     }
 
-    /// Checks the shape of the sum that a sink has made, and clears a wrong one.
+    /// Checks the shape of the sum that a sink has computed. Clears a sum of another shape.
     fn check_sum(&self, sum: &mut GradSum<T::Acc, B>) -> Result<()> {
         let checked = sum.total.as_ref().map_or(Ok(()), |sum| self.check_grad(sum));
         if checked.is_err() {
@@ -176,20 +180,22 @@ impl<T: Element, B: Backend> Param<T, B> {
         checked
     }
 
-    /// Ends a step that has had fewer backwards than [`Param::set_microbatches`] sets. Optimizers
-    /// and norms call it.
+    /// Ends a step that had fewer backwards than [`Param::set_microbatches`] set. Does nothing if
+    /// no step is in progress. Optimizers and norms call this.
     ///
     /// # Errors
-    /// When terms of other replicas would be missing, and as [`GradSink::finish`].
+    /// When the gradient is summed along a tree over several replicas, because the sum would lack
+    /// terms. Also as [`GradSink::finish`].
     pub fn settle(&self) -> Result<()> {
         let grad = &mut *self.0.0.grad.borrow_mut();
         if grad.added == 0 { Ok(()) } else { self.end_step(grad) }
     }
 
-    /// Ends the step ([`Param::settle`]) and checks that no reduction over replicas is missing.
+    /// Ends the step ([`Param::settle`]) and checks that the gradient needs no reduction over
+    /// replicas.
     ///
     /// # Errors
-    /// As [`Param::settle`], and when sums of sub-trees are not reduced over the replicas yet.
+    /// As [`Param::settle`], and when partial sums are not reduced over the replicas yet.
     pub(crate) fn check_complete(&self, op: &'static str) -> Result<()> {
         self.settle()?;
         if !self.0.0.grad.borrow().sum.partials.is_empty() {
@@ -199,7 +205,8 @@ impl<T: Element, B: Backend> Param<T, B> {
         Ok(())
     }
 
-    /// Takes the sums of this replica's sub-trees of the gradient; empty before the first backward.
+    /// Moves out this replica's partial sums of the gradient, one for each of its sub-trees of the
+    /// tree over all replicas. Returns an empty list before the first backward.
     pub(crate) fn take_terms(&self) -> Vec<Tensor<T::Acc, B>> {
         let sum = &mut self.0.0.grad.borrow_mut().sum;
         let partials = std::mem::take(&mut sum.partials);

@@ -10,8 +10,9 @@ use crate::{
 };
 
 impl<T: Element, B: Backend> Param<T, B> {
-    /// Reads a parameter whose rows are the given regions. On a device without values
-    /// ([`Device::HAS_VALUES`](crate::device::Device::HAS_VALUES)) it only checks them.
+    /// Reads a parameter. The given regions fill its rows. On a device without values
+    /// ([`Device::HAS_VALUES`](crate::device::Device::HAS_VALUES)), checks the regions and reads
+    /// nothing.
     ///
     /// ```
     /// use shardwise::prelude::*;
@@ -40,7 +41,10 @@ impl<T: Element, B: Backend> Param<T, B> {
     ) -> Result<Self> {
         let shape = shape.into();
         if shape.rank() == 0 {
-            return Err(Error::invalid(OP, format!("`{name}` has no dimension: give it one of size 1")));
+            return Err(Error::invalid(
+                OP,
+                format!("`{name}` has no dimension: give it a dimension of size 1"),
+            ));
         }
         for own in &regions {
             weights.source().check(&own.tensor, &own.region)?;

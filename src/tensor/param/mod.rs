@@ -27,32 +27,33 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// A rank's shard of a trainable tensor, and the gradient summed for it.
+/// A rank's shard of a trainable tensor, and the gradient of that shard.
 ///
-/// A parameter is a handle, and its clones are the same parameter. Layers, optimizers and data
-/// parallelism each hold one; [`Layer::params`](crate::parallel::Layer::params) lists handles.
+/// A `Param` is a handle, and its clones refer to the same parameter. Layers and data parallelism
+/// hold handles. [`Layer::params`](crate::parallel::Layer::params) returns clones of a layer's
+/// handles, and optimizers take them.
 ///
-/// * A [`Store`] holds the elements: a dense tensor, unless [`Param::set_store`] sets another.
-/// * A [`GradSink`] sums the gradient in the accumulator type of the element type: f32 for bf16.
+/// * A [`Store`] holds the elements: a dense tensor, unless [`Param::set_store`] replaces it.
+/// * A [`GradSink`] sums the gradient in the accumulator type of the element type (f32 for bf16).
 /// * [`Param::tie`] makes a handle for another layer that uses the same weight.
 pub struct Param<T: Element, B: Device>(Rc<Use<T, B>>);
 
-/// One layer's use of a parameter. The number of live uses is the number of terms of a gradient.
+/// One layer's use of a parameter. Each microbatch adds one gradient term for each live use.
 struct Use<T: Element, B: Device>(Rc<Shared<T, B>>);
 
 struct Shared<T: Element, B: Device> {
     name: String,
-    /// The path of its layer, or empty.
+    /// The path of the parameter's layer, or empty.
     layer: &'static str,
     device: B,
     shape: Shape,
     regions: RefCell<Rc<[ParamRegion]>>,
     store: RefCell<Box<dyn Store<T, B>>>,
-    /// A number unique to this value within the process. An optimizer's step keeps it.
+    /// A number that identifies the current value within the process. An optimizer's step does not
+    /// change it, so an optimizer can detect a value that the caller set.
     revision: Cell<u64>,
     grad: RefCell<Gradient<T::Acc, B>>,
-    /// The regions in each of this rank's canonical blocks. Set where sums have a fixed order; none
-    /// where every rank holds the whole parameter.
+    /// The argument of the first call of [`Param::sum_in_tree`]; unset before that call.
     blocks: OnceCell<Option<Vec<Vec<BlockRegion>>>>,
 }
 
@@ -71,14 +72,14 @@ impl<T: Element, B: Device> fmt::Debug for Param<T, B> {
 /// The operator that errors name.
 const OP: &str = "parameter";
 
-/// Returns a number that no value of a parameter has had so far.
+/// Returns a revision that no parameter in this process has had.
 fn next_revision() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl<T: Element, B: Backend> Param<T, B> {
-    /// Makes a parameter of this value, whose rows are these regions.
+    /// Makes a parameter with this value. The regions fill its rows.
     pub(crate) fn new(name: String, value: Tensor<T, B>, regions: Vec<ParamRegion>) -> Self {
         let tensors = regions.iter().map(|own| own.tensor.as_str());
         let layer = if regions.is_empty() { layer_of([&*name].into_iter()) } else { layer_of(tensors) };
@@ -110,7 +111,7 @@ impl<T: Element, B: Backend> Param<T, B> {
         &self.0.0.device
     }
 
-    /// Whether both handles are of the same parameter.
+    /// Whether both handles refer to the same parameter.
     pub fn is_same(&self, other: &Self) -> bool {
         Rc::ptr_eq(&self.0.0, &other.0.0)
     }
@@ -121,28 +122,28 @@ impl<T: Element, B: Backend> Param<T, B> {
     }
 
     /// Returns a handle for another layer that uses the same weight, such as an output head that
-    /// shares the embedding's. While that handle or a clone of it exists, each backward adds one
-    /// more term to the gradient. A clone is no further use.
+    /// shares the embedding's weight. While that handle or a clone of it exists, each microbatch
+    /// adds one more term to the gradient. A clone does not count as another use.
     ///
     /// [`DataParallel`](crate::train::DataParallel) with an invariant reduction counts the uses
-    /// when it is made, so tie before that.
+    /// when it is made, so call this before.
     pub fn tie(&self) -> Self {
         Self(Rc::new(Use(self.0.0.clone())))
     }
 
-    /// Returns the site that collectives for this parameter report: the path of its layer, or the
-    /// caller's line if the path is empty. The path is the common prefix of its tensors' names
-    /// without their last segments; without tensors, the parameter's own name is used.
+    /// Returns the site that errors of this parameter's collectives name: the path of its layer, or
+    /// the caller's line if the path is empty. The path is the common prefix of its tensors' names
+    /// without their last segments. A parameter without tensors uses its own name instead.
     #[track_caller]
     pub fn site(&self) -> Site {
         if self.0.0.layer.is_empty() { Site::here() } else { Site::InLayer(self.0.0.layer) }
     }
 
-    /// Returns the current value. It shares the memory of a dense store, and the next step copies
-    /// the value if this tensor still exists.
+    /// Returns the current value. The tensor shares the memory of a dense store. If it still exists
+    /// at the optimizer's next step, that step copies the value before it writes.
     ///
     /// # Errors
-    /// Those of [`Store::value`].
+    /// As [`Store::value`].
     pub fn value(&self) -> Result<Tensor<T, B>> {
         let value = self.0.0.store.borrow().value()?;
         same_shape(OP, self.name(), self.shape().dims(), "its store's value", value.shape().dims())?;
@@ -152,13 +153,13 @@ impl<T: Element, B: Backend> Param<T, B> {
     /// Looks up rows of a table, as [`Tensor::rows`].
     ///
     /// # Errors
-    /// Those of [`Store::rows`].
+    /// As [`Store::rows`].
     pub fn rows(&self, ids: &[u32]) -> Result<Tensor<T, B>> {
         self.0.0.store.borrow().rows(ids)
     }
 
-    /// Replaces the value. At their next step optimizers copy the new value to their master
-    /// weights, except for elements whose master weight still rounds to it.
+    /// Replaces the value. An optimizer's next step copies the new value to its master weights. It
+    /// keeps each master weight that still rounds to the new element.
     ///
     /// # Errors
     /// When the shape differs, or the store cannot be written.
@@ -169,23 +170,24 @@ impl<T: Element, B: Backend> Param<T, B> {
         Ok(())
     }
 
-    /// Gives the value a new revision: records that it was replaced.
+    /// Gives the value a new revision, which records that the value was replaced.
     pub(crate) fn renew(&self) {
         self.0.0.revision.set(next_revision());
     }
 
-    /// Returns the dense value for writing in place. Keeps the revision; see [`Param::renew`].
+    /// Returns the dense value for writing in place. Does not change the revision; [`Param::renew`]
+    /// does.
     pub(crate) fn value_mut(&self) -> Result<RefMut<'_, Tensor<T, B>>> {
         RefMut::filter_map(self.0.0.store.borrow_mut(), |store| store.value_mut()).map_err(|_| {
-            let reason = format!("{} is not kept as a dense tensor: it is read, not written", self.name());
+            let reason = format!("{} has no dense store, so it cannot be written", self.name());
             Error::Unsupported { op: OP, reason }
         })
     }
 
-    /// Replaces the store, for example by one of integers and scales.
+    /// Replaces the store, for example by a store of quantized integers and scales.
     ///
     /// # Errors
-    /// When the shape of its value is not the parameter's.
+    /// When the store fails, or the shape of its value is not the parameter's.
     pub fn set_store(&self, store: impl Store<T, B> + 'static) -> Result<()> {
         let shape = store.value()?.shape();
         same_shape(OP, self.name(), self.0.0.shape.dims(), "its new store", shape.dims())?;
@@ -194,8 +196,8 @@ impl<T: Element, B: Backend> Param<T, B> {
         Ok(())
     }
 
-    /// Returns a number unique to the value: [`Param::set`] changes it, and no other parameter has
-    /// it.
+    /// Returns the revision of the value. [`Param::set`] changes it, and no other parameter has the
+    /// same revision.
     pub(crate) fn revision(&self) -> u64 {
         self.0.0.revision.get()
     }
@@ -205,7 +207,8 @@ impl<T: Element, B: Backend> Param<T, B> {
         self.0.0.regions.borrow().clone()
     }
 
-    /// Makes this rank's copy not owned, because another pipeline stage owns the tensor.
+    /// Records that this rank does not own its copy, because another pipeline stage owns the
+    /// tensor.
     pub fn disown(&self) {
         let disowned = |own: &ParamRegion| ParamRegion { owned: false, ..own.clone() };
         let regions = self.regions().iter().map(disowned).collect();
@@ -216,16 +219,13 @@ impl<T: Element, B: Backend> Param<T, B> {
 /// Checks that no parameter is listed twice.
 ///
 /// # Errors
-/// When one is.
+/// When a parameter is listed twice.
 pub(crate) fn check_once<T: Element, B: Backend>(op: &'static str, params: &[Param<T, B>]) -> Result<()> {
     let mut seen = HashSet::new();
     match params.iter().find(|param| !seen.insert(Rc::as_ptr(&param.0.0).cast::<()>())) {
         None => Ok(()),
         Some(param) => {
-            let reason = format!(
-                "{} is listed twice: of layers that share a parameter, list that of one",
-                param.name()
-            );
+            let reason = format!("{} is listed twice: list a shared parameter only once", param.name());
             Err(Error::invalid(op, reason))
         }
     }

@@ -12,8 +12,8 @@ pub struct ParamRegion {
     pub region: Region,
     /// The first row of the parameter that the region fills.
     pub row: usize,
-    /// Whether this rank owns the region. Each element of the model is owned by exactly one rank,
-    /// however many ranks hold a copy.
+    /// Whether this rank owns the region. Exactly one rank owns each element of the model, even if
+    /// several ranks hold a copy.
     pub owned: bool,
 }
 
@@ -24,8 +24,9 @@ pub(crate) struct BlockRegion {
     pub(crate) cols: Range<usize>,
 }
 
-/// Returns the name of a parameter that merges these tensors: their common segments, with the
-/// segments that differ joined by `|`, as in `attention.q|k|v.weight`. None without tensors.
+/// Returns the name of a parameter that merges these tensors. The name has the common segments, and
+/// `|` between the segments that differ, as in `attention.q|k|v.weight`. Returns `None` without
+/// tensors.
 pub(super) fn merged_name<'a>(tensors: impl Iterator<Item = &'a str>) -> Option<String> {
     let mut names: Vec<Vec<&str>> = Vec::new();
     for tensor in tensors {

@@ -1,4 +1,4 @@
-//! Sinks: how the gradients of a parameter's uses are summed.
+//! Gradient sinks, which sum the gradients of a parameter's uses.
 
 use crate::{
     device::{Device, Element},
@@ -11,14 +11,14 @@ use std::ops::Range;
 
 const OP: &str = "gradient";
 
-/// A sum of gradients, none before the first.
+/// A sum of gradients, or `None` before the first gradient.
 type Sum<A, B> = Option<Tensor<A, B>>;
 
 /// The gradient that a sink has summed for a parameter.
 pub struct GradSum<A: Element, B: Device> {
-    /// The value of [`Param::grad`](super::Param::grad); none before the first gradient.
+    /// The value of [`Param::grad`](super::Param::grad), or `None` before the first gradient.
     pub total: Option<Tensor<A, B>>,
-    /// With an invariant reduction over replicas, this replica's partial sums before the reduction.
+    /// This replica's partial sums before an invariant reduction over replicas; otherwise empty.
     pub(super) partials: Vec<Tensor<A, B>>,
 }
 
@@ -29,17 +29,19 @@ impl<A: Element, B: Device> GradSum<A, B> {
     }
 }
 
-/// Adds the gradient over a range of tokens to a sum.
+/// A function that adds the gradient over a range of tokens to a sum.
 pub(super) type AddTokens<'a, A, B> = &'a mut dyn FnMut(Range<usize>, &mut Sum<A, B>) -> Result<()>;
 
-/// Sums the gradients of a parameter. The default is [`Accumulate`]; layers of a group with an
-/// invariant reduction set a sum along a tree.
+/// Sums the gradients of a parameter. The default is [`Accumulate`]. In a group with an invariant
+/// reduction, layers set a sink that sums along a tree.
 ///
-/// Layers pass it the gradient of each use. [`Param::set_sink`](super::Param::set_sink) sets it.
-/// `A` is the accumulator type of the parameter's element type.
+/// A parameter passes the gradient of each use to its sink.
+/// [`Param::set_sink`](super::Param::set_sink) sets the sink. `A` is the accumulator type of the
+/// parameter's element type.
 ///
-/// A sink that wraps another one forwards every call to it. A sink must not use the gradient of its
-/// parameter (`grad`, `add_grad`, `zero_grad`, …): that panics.
+/// A sink that wraps another sink forwards every call to it. A sink must not call its parameter's
+/// `grad`, `add_grad`, `zero_grad`, …, because the parameter has borrowed the gradient and the call
+/// panics.
 pub trait GradSink<A: Element, B: Device> {
     /// Adds the gradient of one use of the parameter.
     ///
@@ -47,7 +49,7 @@ pub trait GradSink<A: Element, B: Device> {
     /// When the sink accepts no further gradient, or the device fails.
     fn add(&mut self, grad: GradTerm<'_, A, B>, sum: &mut GradSum<A, B>) -> Result<()>;
 
-    /// Ends a step. Called after the last use of the last microbatch, or by
+    /// Ends a step. The parameter calls it after the last use of the last microbatch, or in
     /// [`Param::settle`](super::Param::settle). Data parallelism starts its collectives here.
     ///
     /// # Errors
@@ -57,18 +59,19 @@ pub trait GradSink<A: Element, B: Device> {
         Ok(())
     }
 
-    /// Clears the sink's own state, which is all but the sum.
+    /// Clears the sink's own state. The parameter clears the sum.
     fn clear(&mut self) {}
 
-    /// Returns the sink of one of several replicas of the model, whose gradients are summed along
-    /// one tree. [`DataParallel`](crate::train::DataParallel) calls it with an invariant reduction.
+    /// Returns the sink for replica `replica` of `replicas` replicas of the model. The gradients of
+    /// all replicas are summed along one tree. [`DataParallel`](crate::train::DataParallel) calls
+    /// this if its group has an invariant reduction.
     ///
     /// # Errors
-    /// When the sink cannot sum along a tree, which is the default.
+    /// When the sink cannot sum along a tree. The default implementation always fails.
     fn replicated(&self, param: &str, replica: usize, replicas: usize) -> Result<Box<dyn GradSink<A, B>>> {
         let _ = (replica, replicas);
         let reason =
-            format!("{param} has a sink that does not sum along a tree, as an invariant reduction does");
+            format!("the sink of {param} cannot sum along a tree, which an invariant reduction needs");
         Err(Error::Unsupported { op: OP, reason })
     }
 }
@@ -76,9 +79,9 @@ pub trait GradSink<A: Element, B: Device> {
 /// The gradient of one use of a parameter: Σ over tokens.
 pub struct GradTerm<'a, A: Element, B: Device> {
     pub(super) name: &'a str,
-    /// The index of this use within the step.
+    /// The index of this term within the step.
     pub(super) index: usize,
-    /// The number of uses in a step.
+    /// The number of terms in a step.
     pub(super) uses: usize,
     /// The number of tokens, if the gradient can be split by tokens.
     pub(super) tokens: Option<usize>,
@@ -91,10 +94,10 @@ impl<A: Element, B: Device> GradTerm<'_, A, B> {
         self.name
     }
 
-    /// Returns the number of tokens that the gradient sums over, or none if it cannot be split by
-    /// tokens. It cannot from [`Param::add_grad`](super::Param::add_grad), from normalizations, and
-    /// for replicated parameters (row biases, positions) where tokens are sharded or the reduction
-    /// is invariant.
+    /// Returns the number of tokens that the gradient sums over, or `None` if the gradient cannot
+    /// be split by tokens. A gradient from [`Param::add_grad`](super::Param::add_grad) or from a
+    /// normalization cannot be split. The gradient of a replicated parameter (row bias, positions)
+    /// cannot be split if tokens are sharded or the reduction is invariant.
     pub fn tokens(&self) -> Option<usize> {
         self.tokens
     }
@@ -115,7 +118,10 @@ impl<A: Element, B: Device> GradTerm<'_, A, B> {
         match self.tokens {
             Some(count) if tokens.start <= tokens.end && tokens.end <= count => (self.add)(tokens, sum),
             Some(count) => {
-                let reason = format!("tokens {tokens:?} of {count} of the gradient of {}", self.name);
+                let reason = format!(
+                    "tokens {tokens:?} are not a range of the {count} tokens of the gradient of {}",
+                    self.name
+                );
                 Err(Error::invalid(OP, reason))
             }
             None => {
@@ -137,8 +143,8 @@ pub(super) fn add_term<A: Element, B: Backend>(sum: &mut Sum<A, B>, grad: Tensor
     }
 }
 
-/// Lets `write` compute `sum = β sum + …` in place. β is 0 and the sum new before the first term,
-/// and 1 after it.
+/// Lets `write` compute `sum = β sum + …` in place. For the first term, the sum is a new tensor and
+/// β is 0. For later terms β is 1.
 pub(super) fn add_product<A: Element, B: Backend>(
     sum: &mut Sum<A, B>,
     (device, shape): (&B, Shape),
@@ -172,15 +178,15 @@ impl<A: Element, B: Backend> GradSink<A, B> for Accumulate {
     }
 }
 
-/// Sums the gradients of a step along the tree over all uses of all replicas. Each use is a leaf.
+/// Sums the gradients of a step along the tree over all terms of all replicas. Each term is a leaf.
 pub(super) struct Tree<A: Element, B: Device> {
     name: String,
     /// The index of this replica of the model.
     replica: usize,
-    /// The number of replicas, whose leaves are all in one tree.
+    /// The number of replicas. One tree has the leaves of all replicas.
     replicas: usize,
     sum: Option<TreeSum<Tensor<A, B>>>,
-    /// The number of uses of the step that have been added, and of all of them.
+    /// The number of terms added in this step, and the number of all terms of a step.
     added: [usize; 2],
 }
 
@@ -195,15 +201,15 @@ impl<A: Element, B: Backend> GradSink<A, B> for Tree<A, B> {
         let (index, uses) = (grad.index, grad.uses);
         if index == 0 && self.replicas > 1 && (sum.total.is_some() || !sum.partials.is_empty()) {
             let reason = format!(
-                "an invariant reduction adds {uses} terms to {} a step, as `set_microbatches` says, and a replica has \
-                 added more",
+                "a replica has added more than {uses} terms to {} in a step: `set_microbatches` sets the number of \
+                 microbatches of an invariant reduction",
                 self.name
             );
             return Err(Error::Unsupported { op: OP, reason });
         }
         let mut leaf = None;
         grad.add_to(&mut leaf)?;
-        let leaf = leaf.ok_or_else(|| Error::internal(OP, format!("{} got no term", self.name)))?;
+        let leaf = leaf.ok_or_else(|| Error::internal(OP, format!("{} has received no term", self.name)))?;
         let tree = self.sum.get_or_insert_with(|| TreeSum::new(self.replicas * uses));
         let node = Node::leaf(self.replica * uses + index);
         self.added = [index + 1, uses];
@@ -213,7 +219,8 @@ impl<A: Element, B: Backend> GradSink<A, B> for Tree<A, B> {
     fn finish(&mut self, sum: &mut GradSum<A, B>) -> Result<()> {
         let [added, uses] = self.added;
         if added < uses && self.replicas > 1 {
-            let reason = format!("{} has got {added} of {uses} terms of an invariant reduction", self.name);
+            let reason =
+                format!("{} has received {added} of the {uses} terms of an invariant reduction", self.name);
             return Err(Error::Unsupported { op: OP, reason });
         }
         let Some(tree) = self.sum.take() else { return Ok(()) };
@@ -223,7 +230,8 @@ impl<A: Element, B: Backend> GradSink<A, B> for Tree<A, B> {
             return Ok(());
         }
         let Some(mut step) = terms.pop() else { return Ok(()) };
-        // A step that ends early leaves several: sum them as if the tree had no further leaves.
+        // A step that ends early leaves several partial sums. Add them in the order of a tree
+        // without the missing leaves.
         while let Some(mut left) = terms.pop() {
             left.accumulate(&step)?;
             step = left;

@@ -9,23 +9,23 @@ use crate::{
 
 /// The storage of a parameter's elements.
 ///
-/// Layers multiply by [`Store::value`] and look up [`Store::rows`], whatever the storage format.
-/// [`Param::load`](super::Param::load) makes a dense [`Tensor`], the only store that can be
-/// trained. [`Param::set_store`](super::Param::set_store) sets another one, for example of integers
-/// and scales. A store must not read or set its own parameter.
+/// Layers call [`Store::value`] for products and [`Store::rows`] for lookups, so they do not depend
+/// on the storage format. [`Param::load`](super::Param::load) makes a dense [`Tensor`], the only
+/// store that can be trained. [`Param::set_store`](super::Param::set_store) sets another store, for
+/// example of quantized integers and scales. A store must not read or set its own parameter.
 pub trait Store<T: Element, B: Device> {
-    /// Returns all elements, in the parameter's shape. A computed tensor lives only as long as the
-    /// product that uses it.
+    /// Returns all elements, in the parameter's shape. A layer drops the tensor after the product,
+    /// so a computed tensor needs memory only during the product.
     ///
     /// # Errors
     /// When the device fails or is out of memory.
     fn value(&self) -> Result<Tensor<T, B>>;
 
     /// `y[i] = value[ids[i]]`, and 0 where `ids[i]` is [`NO_ROW`](crate::kernels::NO_ROW), the id
-    /// of a row of another rank. `y: [ids.len(), cols]`.
+    /// for a row that another rank holds. `y: [ids.len(), cols]`.
     ///
     /// # Errors
-    /// When any other id is beyond the table; when the device fails or is out of memory.
+    /// When another id is not a row of the table; when the device fails or is out of memory.
     fn rows(&self, ids: &[u32]) -> Result<Tensor<T, B>>;
 
     /// Returns the elements for writing if the store is a dense tensor.
