@@ -1,5 +1,5 @@
-//! Data parallelism: a linear regression on replicas that see different samples. The result equals
-//! that of one device.
+//! Data parallelism: trains a linear regression on replicas that see different samples. The losses
+//! and weights equal those of one device up to rounding.
 //!
 //! `cargo run --release --bin data_parallel [-- --ranks 4] [--central]`
 
@@ -22,7 +22,7 @@ const SAMPLES: usize = 1000;
 const FEATURES: usize = 10;
 const EPOCHS: u64 = 100;
 
-/// Linear(10, 1), mean squared error, SGD with a learning rate of 0.01, 100 epochs.
+/// Trains Linear(10, 1) by SGD: mean squared error, learning rate 0.01, 100 epochs.
 #[derive(Parser)]
 struct Args {
     /// The number of replicas.
@@ -33,7 +33,7 @@ struct Args {
     central: bool,
 }
 
-/// Returns a sample's features and its target: a linear function of the features, plus a little
+/// Returns a sample's features and its target. The target is a linear function of the features plus
 /// noise.
 fn sample(at: usize) -> ([f64; FEATURES], f64) {
     let stream = Philox::stream(7, at as u64);
@@ -42,7 +42,7 @@ fn sample(at: usize) -> ([f64; FEATURES], f64) {
     (x, y + 0.1 * stream.normal(FEATURES as u64))
 }
 
-/// Trains on this many ranks. Returns each rank's loss per epoch and its weights.
+/// Trains on `ranks` replicas. Returns each rank's loss per epoch and its weights.
 fn train(ranks: usize, central: bool) -> Result<Vec<(Vec<f64>, Vec<f64>)>> {
     launch::threads(ranks, |world| {
         let (alone, source) = (Group::solo(world.device()), Random::normal(1, 0.1));
@@ -79,8 +79,8 @@ fn train(ranks: usize, central: bool) -> Result<Vec<(Vec<f64>, Vec<f64>)>> {
                 }
                 let (out, saved) = model.forward(DTensor::replicated(&alone, x)?)?;
                 sum += ops::squared_error(out.local(), &y)?;
-                // Each rank divides by the size of the whole batch; the ranks' gradients are
-                // summed.
+                // Each rank divides by the size of the whole batch, because `GradReduce::Sum` sums
+                // the ranks' gradients.
                 let dout = ops::squared_error_backward(out.local(), &y, 1.0 / size)?;
                 replicas.begin(GradReduce::Sum)?;
                 model.backward(saved, DTensor::shard(&alone, dout, &Partition::even(1, 1))?)?;

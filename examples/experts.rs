@@ -1,8 +1,9 @@
 //! A user-defined layer: a mixture of experts that replaces the MLP of a transformer block. The
 //! experts are distributed over the ranks.
 //!
-//! `cargo run --release --bin experts` compares it on 1 to 4 ranks with a loop over tokens on
-//! one device, forward and backward. The docs of `Layer` explain how to write such layers.
+//! `cargo run --release --bin experts` compares the layer on 1 to 4 ranks with a loop over
+//! tokens on one device, forward and backward. The docs of `Layer` explain how to write such
+//! layers.
 
 use ndarray::{Array2, s};
 use shardwise::{
@@ -27,18 +28,18 @@ struct Sizes {
 
 /// y = Σ gate · down silu(up x) over the experts with the `top_k` largest logits: S → S.
 ///
-/// logits = router x; the gates are the softmax of the chosen logits. The router is replicated;
-/// each expert is whole on one rank.
+/// logits = router x. The gates are the softmax of the chosen logits. The router is replicated. One
+/// rank holds the whole of each expert.
 ///
-/// * Forward: enters S, so that every rank sees all tokens. Leaves S with each rank's terms, those
-///   of its own experts.
-/// * Backward: the same, plus an all-reduce of the router's gradient, for every S.
+/// * Forward: enters S, so that every rank sees all tokens. Then it sums the ranks' terms and
+///   leaves S. A rank's term is the sum over its own experts.
+/// * Backward: the same collectives, plus an all-reduce of the router's gradient for every S.
 ///
-/// The forward's `leave` rejects `Reduction::Invariant`: each term of the sum is that of a rank, so
-/// the bits depend on the number of ranks.
+/// The forward's `leave` rejects `Reduction::Invariant`, because each term of the sum belongs to
+/// one rank, so that the bits depend on the number of ranks.
 struct Moe<S: ResidualStream, T: Element, B: Backend> {
     group: Group<B>,
-    /// The group of this rank alone, which the experts use.
+    /// A group of this rank alone, in which the experts run.
     solo: Group<B>,
     router: Param<T, B>,
     /// This rank's experts and their indices.
@@ -51,9 +52,9 @@ type Expert<T, B> = ParallelMlp<Replicated, T, B>;
 
 /// The saved tensors for the backward.
 struct MoeSaved<T: Element, B: Backend> {
-    /// All tokens.
+    /// The inputs of all tokens.
     x: Tensor<T, B>,
-    /// `[tokens, top_k]`, and the expert of each gate.
+    /// `[tokens, top_k]`. `chosen` has the expert of each gate.
     gates: Tensor<T, B>,
     chosen: Vec<u32>,
     /// One entry per expert of this rank.
@@ -63,7 +64,7 @@ struct MoeSaved<T: Element, B: Backend> {
 /// The tokens routed to one expert, one row each.
 struct Routed<T: Element, B: Backend> {
     tokens: Vec<u32>,
-    /// The indices of its gates among `tokens · top_k`.
+    /// The indices of the expert's gates among all `tokens · top_k` gates.
     slots: Vec<u32>,
     gates: Tensor<T, B>,
     y: Tensor<T, B>,
@@ -71,7 +72,7 @@ struct Routed<T: Element, B: Backend> {
 }
 
 impl<S: ResidualStream, T: Element, B: Backend> Moe<S, T, B> {
-    /// Reads `router.weight`, and `experts.N.{up,down}.weight` of this rank's experts.
+    /// Reads `router.weight`, and `experts.N.{up,down}.weight` for each expert N of this rank.
     fn load(group: &Group<B>, weights: &Weights<'_>, sizes: Sizes) -> Result<Self> {
         let Sizes { hidden, ffn, experts, top_k } = sizes;
         if !(1..=experts).contains(&top_k) {
@@ -87,7 +88,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Moe<S, T, B> {
             let mlp = Expert::load(&solo, &weights, &names, (hidden, ffn), Activation::Silu, false)?;
             Ok((number as u32, mlp))
         };
-        // Returns an error if there are more ranks than experts.
+        // `partition` returns an error if there are more ranks than experts.
         let own = group.partition(OP, "experts", experts, 1)?.range(group.rank());
         let experts = own.map(expert).collect::<Result<_>>()?;
         Ok(Self { group: group.clone(), solo, router, experts, top_k, stream: PhantomData })
@@ -104,7 +105,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for Moe<S, T, B> {
         let _site = self.router.site().enter();
         x.check(OP, &self.group)?;
         let (x, device) = (x.enter()?, self.group.device());
-        // The result is the same on every rank: all have the same tokens and the same router.
+        // All ranks compute the same logits, because all have the same tokens and the same router.
         let (logits, _) = ops::linear(x.local(), &self.router.value()?, None, None)?;
         let (logits, chosen) = ops::top_k(&logits, self.top_k)?;
         let gates = softmax(&logits)?;
@@ -137,7 +138,8 @@ impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for Moe<S, T, B> {
         let (dy, device) = (dy.enter()?, self.group.device());
         let mut dx = Tensor::<T::Acc, B>::zeros(device, x.shape())?;
         let mut dgates = Tensor::<T::Acc, B>::zeros(device, [gates.len(), 1])?;
-        // An expert without tokens adds a zero gradient: each backward must add one per parameter.
+        // An expert without tokens adds a zero gradient, because each backward must add one per
+        // parameter.
         for ((_, expert), own) in self.experts.iter().zip(routed) {
             let dy = dy.local().rows(&own.tokens)?;
             let dgate = ops::dot_rows(&own.y, &dy)?.reshape([own.slots.len(), 1])?;
@@ -146,9 +148,8 @@ impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for Moe<S, T, B> {
             let own_dx = expert.backward(own.saved, dy)?;
             device.scatter_add(&own.tokens, own_dx.local().mat(), dx.mat_mut()?)?;
         }
-        // The backward of the softmax is linear in the gradient. It therefore maps this rank's
-        // terms of the gates' gradient to its terms of the gradients of the logits, the router and
-        // x.
+        // The softmax's backward is linear in the gates' gradient. So this rank's term of that
+        // gradient gives this rank's terms of the gradients of the logits, the router and x.
         let dlogits = logits_grad(&gates, &dgates, &chosen, self.router.shape().rows())?;
         let mut drouter = Tensor::empty(device, self.router.shape())?;
         ops::linear_dw(device, (dlogits.mat(), x.mat()), 0.0, drouter.mat_mut()?, None)?;
@@ -164,7 +165,7 @@ impl<S: ResidualStream, T: Element, B: Backend> Layer<T, B> for Moe<S, T, B> {
     }
 }
 
-/// Returns the softmax of each row, whose first element is the largest. Computed on the host.
+/// Returns the softmax of each row, computed on the host. A row's first element is its largest.
 fn softmax<T: Element, B: Backend>(logits: &Tensor<T, B>) -> Result<Tensor<T, B>> {
     let mut rows = logits.to_vec()?;
     for row in rows.chunks_mut(logits.shape().cols()) {
@@ -175,8 +176,8 @@ fn softmax<T: Element, B: Backend>(logits: &Tensor<T, B>) -> Result<Tensor<T, B>
     Tensor::from_vec(logits.device(), logits.shape(), rows)
 }
 
-/// Returns the gradient of all logits, `[tokens, experts]`, 0 for those not chosen. Computed on the
-/// host.
+/// Returns the gradient of all logits, `[tokens, experts]`, computed on the host. A logit that was
+/// not chosen has gradient 0.
 fn logits_grad<T: Element, B: Backend>(
     gates: &Tensor<T, B>,
     dgates: &Tensor<T::Acc, B>,
@@ -209,7 +210,7 @@ fn reference(weights: &Matrices, top_k: usize, [x, dy]: &[Array2<f64>; 2]) -> Re
     let mut sums: Matrices = weights.iter().map(|(name, weight)| (name.clone(), weight * 0.0)).collect();
     sums.extend(["y", "dx"].map(|name| (name.into(), x * 0.0)));
     let mut add = |name: &str, row: usize, term: Array2<f64>| {
-        let sum = sums.get_mut(name).expect("every sum begins with zeros");
+        let sum = sums.get_mut(name).expect("`sums` has every name");
         sum.slice_mut(s![row..row + term.nrows(), ..]).scaled_add(1.0, &term);
     };
     for token in 0..x.nrows() {
@@ -247,7 +248,7 @@ fn reference(weights: &Matrices, top_k: usize, [x, dy]: &[Array2<f64>; 2]) -> Re
     all.chain([("norm".into(), vec![norm])]).collect()
 }
 
-/// Returns x and dy of a layer.
+/// Returns a random x and dy for a layer.
 fn inputs(tokens: usize, features: usize) -> [Array2<f64>; 2] {
     [0, 1].map(|number| {
         let stream = Philox::stream(1, number);
@@ -286,7 +287,7 @@ fn run<S: ResidualStream, L: Layer<f64, Cpu, In = S, Out = S>>(
     })
 }
 
-/// Returns an error if the ranks' results differ too much from the expected ones.
+/// Returns an error if a rank's results differ from the expected ones by more than [`BOUND`].
 fn check<S: ResidualStream, L: Layer<f64, Cpu, In = S, Out = S>>(
     case: &str,
     inputs: &[Array2<f64>; 2],
@@ -299,7 +300,7 @@ fn check<S: ResidualStream, L: Layer<f64, Cpu, In = S, Out = S>>(
         for (name, want) in want {
             let got = results.iter().filter_map(|rank| rank.get(name));
             let got: Vec<f64> = got.map(|got| worst(got, want)).collect();
-            // An expert is on one rank, everything else on all of them.
+            // One rank holds each expert's gradients. Every rank holds all other results.
             let holders = if name.contains("experts.") { 1 } else { ranks };
             if got.len() != holders || !got.iter().all(|&difference| difference <= BOUND) {
                 let reason = format!("{case}, {ranks} ranks: {name} differs by {got:?} on its ranks");
@@ -342,7 +343,8 @@ fn check_block<S: ResidualStream>(sizes: Sizes) -> Result<()> {
     };
     let inputs = inputs(11, sizes.hidden);
     let mut want = run(1, &inputs, load)?.swap_remove(0);
-    // The weights of the attention are sharded over the ranks.
+    // The ranks shard the attention's weights, so the shapes of the gradients depend on the number
+    // of ranks.
     want.retain(|name, _| !name.starts_with("attention"));
     check::<S, _>("transformer block", &inputs, load, &want)
 }

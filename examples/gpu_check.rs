@@ -1,13 +1,12 @@
-//! Checks whether this machine's GPU can be used: the libraries, one call of every kernel family,
-//! one product of each element type, and NCCL with one rank. Every result is compared with the
-//! CPU's.
+//! Checks whether this machine's GPU can be used. Prints the versions of the libraries, compares
+//! every kernel family in all four element types with the CPU, and runs NCCL with one rank.
 //!
 //! ```text
 //! cargo run --release --features nccl --example gpu_check
 //! cargo run --release --features nccl --example gpu_check -- --precompile 9.0 --precompile 10.0
 //! ```
 //!
-//! `--precompile` needs NVRTC but no GPU: it fills the kernel cache (`SHARDWISE_CACHE`) for another
+//! `--precompile` needs NVRTC but no GPU. It fills the kernel cache (`SHARDWISE_CACHE`) for another
 //! machine.
 
 use clap::Parser;
@@ -33,7 +32,7 @@ struct Args {
     /// The index of the GPU.
     #[arg(long, default_value_t = 0)]
     gpu: usize,
-    /// Check the kernels only. NCCL is slow under memory checkers.
+    /// Check the kernels only, because NCCL is slow under memory checkers.
     #[arg(long)]
     kernels: bool,
     /// Compile the kernels for a compute capability, such as 9.0, into the cache, and do nothing
@@ -55,7 +54,7 @@ fn random<T: Element, B: Device>(device: &B, seed: u64, shape: [usize; 2]) -> Re
     Tensor::from_slice(device, shape, &values)
 }
 
-/// Returns the elements of a tensor.
+/// Returns the elements of a tensor as f64.
 fn numbers<T: Element, B: Device>(tensor: &Tensor<T, B>) -> Result<Vec<f64>> {
     Ok(tensor.to_vec()?.into_iter().map(T::to_f64).collect())
 }
@@ -192,7 +191,8 @@ fn update<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     Ok([numbers(&weight)?, numbers(&master)?, numbers(&second)?].concat())
 }
 
-/// Products with transposed and plain operands, a batch, a fused bias and GELU, and column sums.
+/// Products with transposed and plain operands, into an accumulator, with a fused bias and GELU,
+/// and as a batch.
 fn gemm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     let (m, k, n) = (72, 96, 128);
     let (a, b) = (random::<T, B>(device, 21, [m, k])?, random::<T, B>(device, 22, [n, k])?);
@@ -223,7 +223,7 @@ fn gemm<T: Element, B: Backend>(device: &B) -> Result<Vec<f64>> {
     Ok(results.concat())
 }
 
-/// The failed checks.
+/// The number of failed checks.
 #[derive(Default)]
 struct Failures(usize);
 
@@ -240,7 +240,7 @@ impl Failures {
     }
 }
 
-/// Compares one kernel family on the GPU and on the CPU.
+/// Compares kernel families on the GPU with the CPU, each within the bound of its element type.
 macro_rules! compare {
     ($failures:ident, $cuda:ident, $($name:literal => $family:ident ($($more:expr),*)),* $(,)?) => {$(
         compare!(@of $failures, $cuda, $name, $family, ($($more),*), f32 1e-5, f64 1e-12, bf16 3e-2, f16 4e-3)
@@ -281,8 +281,8 @@ fn kernels(cuda: &Cuda, failures: &mut Failures) {
     }
 }
 
-/// Checks NCCL with one rank: creates a communicator, runs an all-reduce and a reduce-scatter, and
-/// destroys it.
+/// Checks NCCL with one rank: creates a communicator, splits it, all-reduces over both groups, and
+/// runs a barrier.
 fn one_rank(gpu: usize, order: nccl::Order) -> Result<String> {
     let sums = launch::threads(1, |host| {
         let cuda = Cuda::new(gpu)?;
@@ -290,10 +290,10 @@ fn one_rank(gpu: usize, order: nccl::Order) -> Result<String> {
         let mut x = Tensor::<f32, _>::full(&cuda, [1000], 1.5)?;
         group.all_reduce(ReduceOp::Sum, &mut x)?;
         let part =
-            group.split(Some(0), 0)?.ok_or_else(|| Error::invalid("split", "the rank is in no part"))?;
+            group.split(Some(0), 0)?.ok_or_else(|| Error::invalid("split", "the rank got no group"))?;
         part.all_reduce(ReduceOp::Sum, &mut x)?;
         if group.split(None, 0)?.is_some() {
-            return Err(Error::invalid("split", "a rank without a color is in a part"));
+            return Err(Error::invalid("split", "a rank without a color got a group"));
         }
         group.barrier()?;
         x.to_vec()

@@ -1,9 +1,10 @@
-//! Prints hashes of the outputs and gradients of every layer: one line for each layer, residual
-//! stream, element and reduction, with a hash for each of 1 to 8 ranks. Refactoring must not change
-//! the listing. Hashes differ between processors, as their sums are rounded differently.
+//! Prints hashes of the outputs and gradients of every layer. Each line is for one set of sizes,
+//! layer, residual stream, element and reduction. It has one hash for each number of ranks from 1
+//! to 8. A refactoring must not change the listing. Hashes differ between processors, because these
+//! round sums differently.
 //!
-//! `cargo run --release --bin layer_bits > after.txt`, or `scripts/same_layers.sh COMMIT`,
-//! which compares with a commit.
+//! `cargo run --release --bin layer_bits > after.txt` writes the listing.
+//! `scripts/same_layers.sh COMMIT` compares the listing with that of a commit.
 
 use half::bf16;
 use shardwise::{
@@ -40,14 +41,14 @@ struct Sizes {
     words: usize,
 }
 
-/// Uneven shards and key/value heads that several ranks hold; products large enough for blocked
-/// kernels.
+/// The small sizes give uneven shards, and key/value heads that several ranks hold. The large sizes
+/// give products for blocked kernels.
 const SIZES: [(&str, Sizes); 2] = [
     ("small", Sizes { tokens: 37, hidden: 24, ffn: 41, heads: 9, kv_heads: 3, head_dim: 6, words: 29 }),
     ("large", Sizes { tokens: 150, hidden: 96, ffn: 260, heads: 12, kv_heads: 4, head_dim: 16, words: 130 }),
 ];
 
-/// Hashes the bits of everything that a rank has computed.
+/// The hash of all bits that a rank has computed, and the number of values that are not 0.
 #[derive(Default)]
 struct Bits {
     hash: DefaultHasher,
@@ -75,7 +76,7 @@ impl Bits {
     }
 }
 
-/// Returns the rows of a random tensor that a rank holds.
+/// Returns this rank's rows of a random tensor.
 fn random<S: ResidualStream, T: Element>(
     group: &Group<Cpu>,
     name: &str,
@@ -90,7 +91,8 @@ fn random<S: ResidualStream, T: Element>(
         .with_sequences(Sequences::packed(lens))
 }
 
-/// Runs two backwards of a layer, so that gradients accumulate. The output is its own gradient.
+/// Runs a layer forward and backward twice, so that gradients accumulate. The output is its own
+/// gradient.
 fn two_steps<T: Element, L: Layer<T, Cpu>>(
     group: &Group<Cpu>,
     layer: L,
@@ -135,7 +137,7 @@ fn block_config(sizes: &Sizes, placement: NormPlacement) -> BlockConfig {
     .with_placement(placement)
 }
 
-/// Runs ids through a tied embedding and head with positions, to a loss.
+/// Runs an embedding with positions, its tied head and a loss, forward and backward.
 fn vocabulary<S: ResidualStream, T: Element>(
     group: &Group<Cpu>,
     weights: &Weights<'_>,
@@ -249,7 +251,7 @@ const LAYERS: [&str; 14] = [
     "vocabulary",
 ];
 
-/// Prints the hashes of one layer on 1 to 8 ranks; each hash covers the results of all ranks.
+/// Prints the hashes of one layer on 1 to 8 ranks. Each hash covers the results of all ranks.
 fn print<S: ResidualStream, T: Element>(
     name: &str,
     what: &str,

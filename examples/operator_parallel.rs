@@ -1,5 +1,5 @@
-//! Operator parallelism: one linear operator over several ranks (external), and several operators
-//! at a time on one rank (internal).
+//! Operator parallelism. External: several ranks share one linear operator. Internal: one rank
+//! computes several operators at the same time.
 //!
 //! `cargo run --release --bin operator_parallel [-- --ranks 2] [--threads 2]`
 
@@ -15,13 +15,13 @@ use shardwise::{
 };
 use std::{num::NonZeroUsize, time::Instant};
 
-/// y = x wᵀ, 512 x 1024 x 2048.
+/// y = x wᵀ with 512 rows, 1024 inputs and 2048 outputs.
 #[derive(Parser)]
 struct Args {
-    /// Ranks that share the operator.
+    /// The number of ranks that share the operator.
     #[arg(long, default_value_t = 2)]
     ranks: usize,
-    /// Threads of the one rank that computes several operators.
+    /// The number of threads of the rank that computes several operators.
     #[arg(long, default_value_t = NonZeroUsize::new(2).unwrap())]
     threads: NonZeroUsize,
 }
@@ -30,7 +30,7 @@ const ROWS: usize = 512;
 const INPUTS: usize = 1024;
 const OUTPUTS: usize = 2048;
 
-/// Runs the operator over ranks. Each rank returns y, dx and the time of both.
+/// Runs the operator over `ranks` ranks. Each rank returns y, dx and the time of both.
 fn external(ranks: usize) -> Result<Vec<(Vec<f32>, Vec<f32>, f64)>> {
     let source = Random::normal(1, 0.05);
     launch::threads(ranks, |world| {
@@ -59,7 +59,7 @@ fn external(ranks: usize) -> Result<Vec<(Vec<f32>, Vec<f32>, f64)>> {
     })
 }
 
-/// Runs three operators of one input at the same time. Returns their results and the time.
+/// Runs three operators with one input at the same time. Returns their results and the best time.
 fn internal(threads: NonZeroUsize) -> Result<(Vec<Vec<f32>>, f64)> {
     let cpu = Cpu::new().with_threads(threads);
     let x = Tensor::<f32>::full(&cpu, [ROWS, INPUTS], 0.5)?;
@@ -90,13 +90,14 @@ fn main() -> Result<()> {
     let ((alone, slow), (together, fast)) = (internal(NonZeroUsize::MIN)?, internal(args.threads)?);
     println!("internal: three linear operators on one device");
     println!(
-        "  one after the other {:.2} ms, at a time on {} threads {:.2} ms",
+        "  one after the other {:.2} ms, at the same time on {} threads {:.2} ms",
         slow * 1e3,
         args.threads,
         fast * 1e3
     );
     println!("  the same bits: {}", alone == together);
-    // y sums 1,024 products, dx 2,048, in an order that depends on the number of ranks.
+    // An element of y sums 1,024 products. An element of dx sums 2,048 products, in an order that
+    // depends on the number of ranks.
     let bound = 2048.0 * f64::from(f32::EPSILON);
     if dy > bound || ddx > bound || alone != together {
         return Err(shardwise::Error::Invalid {

@@ -1,5 +1,5 @@
-//! Pipeline parallelism: 10 → 5 → ReLU → 1, its layers on different ranks. The result equals that
-//! of one device.
+//! Pipeline parallelism: trains 10 → 5 → ReLU → 1 with its layers on different ranks. The losses
+//! equal those of one device up to rounding.
 //!
 //! `cargo run --release --bin pipeline_parallel [-- --ranks 3] [--schedule gpipe]`
 
@@ -30,7 +30,7 @@ enum Order {
     OneForwardOneBackward,
 }
 
-/// A pipeline of three layers.
+/// Trains a pipeline of three layers.
 #[derive(Parser)]
 struct Args {
     /// The number of stages, 1 to 3.
@@ -70,7 +70,8 @@ fn stage(layers: std::ops::Range<usize>, group: &Group<Cpu>) -> Result<Stage> {
         .collect()
 }
 
-/// The input samples of the first stage, and the mean squared error after the last.
+/// The pipeline's ends: the first stage reads its samples here, and the last stage computes its
+/// loss here.
 struct Data {
     group: Group<Cpu>,
     partition: Partition,
@@ -78,7 +79,7 @@ struct Data {
 }
 
 impl Data {
-    /// Returns the rows of a microbatch: its features or its targets.
+    /// Returns the features or the targets of a microbatch, one row per sample.
     fn rows(
         &self,
         microbatch: usize,
@@ -116,10 +117,10 @@ impl PipelineEnds<Replicated, f64, Cpu> for Data {
     }
 }
 
-/// Trains on this many stages. Returns the loss of each step.
+/// Trains on `ranks` stages. Returns the loss of each step.
 fn train(ranks: usize, microbatches: usize, order: Order) -> Result<Vec<f64>> {
     let all = launch::threads(ranks, |world| {
-        // Each stage is one device: its operators are not sharded.
+        // Each stage runs on one device, so its operators are not sharded.
         let alone = Group::solo(world.device());
         let layers = Partition::balanced("pipeline", "layers", &[50.0, 5.0, 5.0], ranks)?;
         let model = [stage(layers.range(world.rank()), &alone)?];
@@ -144,7 +145,7 @@ fn train(ranks: usize, microbatches: usize, order: Order) -> Result<Vec<f64>> {
         }
         Ok(curve)
     })?;
-    // The last stage has the loss.
+    // Only the last stage has the loss.
     Ok(all.into_iter().next_back().unwrap_or_default())
 }
 

@@ -1,8 +1,8 @@
 //! Plans a language model without data: the memory, operations and collectives of one rank in a
-//! group of any size. The plan runs the same code as the model itself.
+//! group of any size. The plan runs the model's own code.
 //!
 //! `cargo run --release --bin plan -- --model a/folder --ranks 64 --rank 5` takes under a
-//! second; without a folder it plans Llama 2 of 70 billion parameters.
+//! second. Without a folder the example plans Llama 2 with 70 billion parameters.
 
 use clap::Parser;
 use half::bf16;
@@ -19,7 +19,7 @@ use shardwise::{
 };
 use std::{collections::BTreeMap, path::PathBuf, process::ExitCode, time::Instant};
 
-/// Plans inference, and a forward with its backward, of one rank.
+/// Plans one rank's inference, and its forward with backward.
 #[derive(Parser)]
 struct Args {
     /// A folder with a `config.json`.
@@ -34,7 +34,7 @@ struct Args {
     /// The number of tokens in a sequence.
     #[arg(long, default_value_t = 4096)]
     tokens: usize,
-    /// The number of blocks, from the first, that recompute their forward in the backward.
+    /// The number of leading blocks that recompute their forward in the backward.
     #[arg(long, default_value_t = 0)]
     recomputed: usize,
 }
@@ -116,8 +116,8 @@ fn tera(operations: u64) -> f64 {
     operations as f64 / 1e12
 }
 
-/// Prints the collectives by kind: their number, and the minimum number of bytes that the rank
-/// sends.
+/// Prints the number of collectives of each kind, and the minimum number of bytes that the rank
+/// sends for them.
 fn list(moved: &[Transfer], ranks: usize) {
     let mut all: BTreeMap<Op, (usize, usize)> = BTreeMap::new();
     for transfer in moved {

@@ -7,9 +7,9 @@
 //! ```
 //!
 //! Without a launcher there is one rank. TCP connections between the processes carry the
-//! collectives, which is enough for a small model. Built with feature `nccl`, `--device cuda` gives
-//! each process the GPU of its `LOCAL_RANK`. The connections then only bootstrap NCCL, and NCCL
-//! carries the tensors.
+//! collectives, which is enough for a small model. With feature `nccl`, `--device cuda` gives each
+//! process the GPU of its `LOCAL_RANK`. The connections then only bootstrap NCCL, and NCCL carries
+//! the tensors.
 
 use clap::{Parser, ValueEnum};
 use shardwise::{
@@ -27,7 +27,7 @@ use std::time::Duration;
 /// One rank of a tensor-parallel MLP.
 #[derive(Parser, Debug)]
 struct Args {
-    /// Where the ranks compute.
+    /// The device of the ranks.
     #[arg(long, value_enum, default_value_t = On::Cpu)]
     device: On,
 }

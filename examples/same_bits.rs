@@ -1,6 +1,6 @@
 //! Trains a small transformer block on 1 to 8 tensor-parallel ranks, with and without sequence
-//! parallelism, and prints a hash of all its numbers. With `Reduction::Invariant` the bits are the
-//! same at every number of ranks; with `Reduction::Fast` they are not.
+//! parallelism, and prints a hash of its outputs and gradient norms. With `Reduction::Invariant`
+//! the hash is the same at every number of ranks. With `Reduction::Fast` it is not.
 //!
 //! `cargo run --release --bin same_bits`
 
@@ -34,7 +34,7 @@ fn config() -> BlockConfig {
     .with_mlp_bias(true)
 }
 
-/// Returns the rows of a random tensor that a rank holds.
+/// Returns this rank's rows of a random tensor.
 fn random<S: ResidualStream>(world: &Group<Cpu>, name: &str) -> Result<DTensor<S>> {
     let stream = Philox::named(1, name);
     let rows = S::local_rows(world, TOKENS)?;
@@ -47,8 +47,8 @@ fn fail(reason: &str) -> Error {
     Error::Invalid { op: "same_bits", reason: reason.into() }
 }
 
-/// Returns the hash of the outputs and gradient norms of some training steps. Each step must change
-/// the outputs.
+/// Returns the hash of the outputs and gradient norms of some training steps. Returns an error if a
+/// step does not change the outputs.
 fn train<S: ResidualStream>(ranks: usize, reduction: Reduction) -> Result<u64> {
     let outcomes = launch::threads(ranks, |world| {
         let world = world.with_reduction(reduction);
@@ -62,7 +62,7 @@ fn train<S: ResidualStream>(ranks: usize, reduction: Reduction) -> Result<u64> {
                 param.zero_grad();
             }
             let (y, saved) = block.forward(x.clone())?;
-            // The gradient of y · target.
+            // The loss is Σ y · target, so its gradient is `target`.
             block.backward(saved, target.clone())?;
             let norm = grad_norm(&params, &[&world])?;
             optimizer.step(&params, 1e-2, clip_scale(norm, 1.0)?)?;
@@ -74,8 +74,8 @@ fn train<S: ResidualStream>(ranks: usize, reduction: Reduction) -> Result<u64> {
     let mut hash = DefaultHasher::new();
     let mut before = vec![0.0; TOKENS * HIDDEN];
     for (step, norm) in outcomes[0].1.iter().enumerate() {
-        // With sequence parallelism each rank has some rows of one tensor; without, each has all of
-        // them.
+        // With sequence parallelism each rank has some rows of one tensor. Without it each rank has
+        // a copy of all rows.
         let mut rows: Vec<f32> = outcomes.iter().flat_map(|(outputs, _)| &outputs[step]).copied().collect();
         let copies = rows.split_off(TOKENS * HIDDEN);
         if outcomes.iter().any(|(_, norms)| norms[step] != *norm)
@@ -110,9 +110,12 @@ fn main() -> Result<()> {
     if hashes.iter().any(|hash| *hash != hashes[0]) {
         return Err(fail("the bits differ"));
     }
-    // Fails if the comparison could not detect a difference.
+    // Returns an error if fast sums have the same bits too, because then the comparison detects
+    // nothing.
     if fasts.iter().all(|hash| *hash == fasts[0]) {
-        return Err(fail("fast sums have the same bits at every size, too: nothing was compared"));
+        return Err(fail(
+            "fast sums have the same bits at every size too, so the comparison detects nothing",
+        ));
     }
     println!("the same bits at every size");
     Ok(())

@@ -1,7 +1,7 @@
-//! Serves requests by continuous batching: a decoder on 1, 2 and 3 tensor-parallel ranks, a cache
-//! of two slots, and a queue that another thread fills. A request gets a slot as soon as one is
-//! free, so that a step mixes the prompts of new requests with the last tokens of running ones.
-//! Each request must get the tokens that it gets alone.
+//! Serves requests by continuous batching with a decoder on 1, 2 and 3 tensor-parallel ranks. The
+//! cache has two slots, and another thread fills the queue of requests. A request gets a slot as
+//! soon as one is free, so that a step mixes the prompts of new requests with the last tokens of
+//! running ones. Each request must get the tokens that it gets without other requests.
 //!
 //! `cargo run --release --bin serve`
 
@@ -15,9 +15,9 @@ use std::{
 };
 
 const SLOTS: usize = 2;
-/// The largest number of tokens of a prompt with its answer.
+/// The largest number of tokens of a prompt and its answer together.
 const ROOM: usize = 32;
-/// How long a rank waits for the others in a collective. The queue stays empty for longer.
+/// How long a rank waits for the others in a collective. The queue is empty for longer than that.
 const DEADLINE: Duration = Duration::from_secs(1);
 const POLL: Duration = Duration::from_millis(100);
 
@@ -30,7 +30,7 @@ struct Running {
     slot: usize,
     id: usize,
     wanted: usize,
-    /// The tokens that are not in the cache yet: the prompt, later the last token.
+    /// The tokens that are not in the cache yet: first the prompt, later the last token.
     unread: Vec<u32>,
     tokens: Vec<u32>,
 }
@@ -71,7 +71,7 @@ fn main() -> Result<()> {
 fn fill(queue: Sender<Request>, pauses: [Duration; 5], requests: &[Request]) {
     for (pause, request) in pauses.into_iter().zip(requests) {
         thread::sleep(pause);
-        // If the receiver is gone, the ranks have failed and report the error.
+        // A send fails only after the ranks have failed, and the ranks report their own error.
         let _ = queue.send(request.clone());
     }
 }
@@ -85,13 +85,13 @@ fn load(group: &Group<Cpu>) -> Result<Model> {
     )
     .with_gate(true);
     let mut config = DecoderConfig::new(1000, block, 2);
-    // A random model whose head is its embedding only repeats the last token.
+    // Unties the head, because a random model with a tied head only repeats the last token.
     config.tied = false;
     config.positions = Some(ROOM);
     Decoder::load(group, &Random::normal(1, 0.2), &config)
 }
 
-/// Returns the tokens of a request that has a cache to itself.
+/// Returns the tokens that a request gets with a cache of its own.
 fn alone(model: &Model, (_, prompt, wanted): &Request) -> Result<Vec<u32>> {
     let mut cache = model.cache(1, ROOM)?;
     let (mut unread, mut tokens) = (prompt.clone(), Vec::new());
@@ -103,8 +103,8 @@ fn alone(model: &Model, (_, prompt, wanted): &Request) -> Result<Vec<u32>> {
     Ok(tokens)
 }
 
-/// Broadcasts what rank 0 reads from the queue: a request, if there is one, and whether others may
-/// follow.
+/// Rank 0 reads the queue and broadcasts the result: a request, if there is one, and whether
+/// further requests may follow.
 fn receive(
     world: &Group<Cpu>,
     queue: &Mutex<Receiver<Request>>,
@@ -127,8 +127,8 @@ fn receive(
     serde_json::from_slice(&world.broadcast_bytes(0, &found)?).map_err(json)
 }
 
-/// Returns every request's tokens by its number. All ranks make the same decisions, because they
-/// receive the same requests.
+/// Serves all requests and returns their tokens by number. All ranks make the same decisions,
+/// because they receive the same requests.
 fn serve(world: &Group<Cpu>, queue: &Mutex<Receiver<Request>>) -> Result<BTreeMap<usize, Vec<u32>>> {
     let model = load(world)?;
     let mut cache = model.cache(SLOTS, ROOM)?;
@@ -152,7 +152,7 @@ fn serve(world: &Group<Cpu>, queue: &Mutex<Receiver<Request>>) -> Result<BTreeMa
             println!("  step: {} prompt tokens of {} new, {old} running", ids.len() - old, slots.len() - old);
         }
         let logits = model.step(&ids, &slots, &counts, &mut cache)?;
-        // The position selects the random numbers, so each token gets different noise.
+        // The sampler draws noise by a sequence's length, so each token gets different noise.
         let numbers: Vec<u64> = slots.iter().map(|&slot| cache.len(slot) as u64).collect();
         for (text, token) in running.iter_mut().zip(Sampler::greedy().sample(&logits, &numbers)?) {
             text.tokens.push(token);

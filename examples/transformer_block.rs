@@ -1,5 +1,5 @@
-//! Runs a transformer block on N ranks and on one device: compares the numbers, counts what the
-//! collectives move, and times both.
+//! Runs a transformer block on N ranks and on one device. Compares the results, counts the elements
+//! that the collectives move, and times both.
 //!
 //! `cargo run --release --example transformer_block -- --ranks 3 --heads 8 --kv-heads 2 --gated`
 
@@ -43,17 +43,17 @@ struct Args {
     /// Query heads.
     #[arg(long, default_value_t = 12)]
     heads: usize,
-    /// Key/value heads; as many as query heads by default.
+    /// Key/value heads. The default is the number of query heads.
     #[arg(long)]
     kv_heads: Option<usize>,
-    /// Features of a head; hidden / heads by default.
+    /// Features of a head. The default is hidden / heads.
     #[arg(long)]
     head_dim: Option<usize>,
     /// Features of the feed-forward layer.
     #[arg(long, default_value_t = 3072)]
     ffn: usize,
-    /// Where the ranks compute: `cuda` gives each a GPU, connected by NCCL. If there are fewer GPUs
-    /// than ranks, the ranks share them and exchange data through the host.
+    /// The device of the ranks. With `cuda` each rank gets a GPU, and NCCL connects them. If there
+    /// are fewer GPUs than ranks, the ranks share GPUs and exchange data through the host.
     #[arg(long, value_enum, default_value_t = On::Cpu)]
     device: On,
     /// The element of weights and activations.
@@ -65,13 +65,13 @@ struct Args {
     /// Normalize after the residual sums, as BERT does.
     #[arg(long)]
     post_norm: bool,
-    /// Let tokens see later ones.
+    /// Let tokens attend to later tokens.
     #[arg(long)]
     bidirectional: bool,
     /// Shard the residual stream by tokens.
     #[arg(long)]
     sequence_parallel: bool,
-    /// Timed repetitions; the median counts.
+    /// The number of timed repetitions, of which the example reports the median.
     #[arg(long, default_value_t = 5)]
     repeat: usize,
 }
@@ -103,7 +103,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Gives a rank its device.
+/// Moves a rank's group to its device.
 type Place<B> = fn(&Group<Cpu>) -> Result<Group<B>>;
 
 fn with_element<B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
@@ -137,15 +137,15 @@ fn on_cuda(_: &Args) -> Result<()> {
     })
 }
 
-/// What one rank reports.
+/// One rank's results.
 struct Report {
     /// y, dx, and the gradients of the rank's regions of the model's tensors, in f64.
     y: Vec<f64>,
     dx: Vec<f64>,
     grads: Vec<(ParamRegion, Vec<f64>)>,
-    /// What the rank has moved, forward and backward.
+    /// The rank's recorded transfers, forward and backward.
     recorded: [Vec<Transfer>; 2],
-    /// The collectives and elements of the plan.
+    /// The collectives of the plan and their numbers of elements.
     planned: [Vec<(Op, usize)>; 2],
     parameters: usize,
     peak: usize,
@@ -183,7 +183,7 @@ fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
         "largest difference from one device, relative to the tensor's largest number (ε = {:.1e})",
         T::EPSILON
     );
-    // A rank has its shard of the tokens, or all of them.
+    // With sequence parallelism a rank has its shard of the tokens, otherwise all tokens.
     let join =
         |part: fn(&Report) -> &Vec<f64>| -> Vec<f64> { reports.iter().flat_map(part).copied().collect() };
     let copies = if args.sequence_parallel { 1 } else { args.ranks };
@@ -199,12 +199,14 @@ fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
     line("dx", &join(|report| &report.dx), &one.dx.repeat(copies), largest(&one.dx));
     let (got, want) = (whole(&reports), whole(std::slice::from_ref(one)));
     if !got.keys().eq(want.keys()) {
-        let reason = format!("gradients of {:?}, on one device of {:?}", got.keys(), want.keys());
+        let reason =
+            format!("the ranks have gradients of {:?}, but one device has {:?}", got.keys(), want.keys());
         return Err(Error::Invalid { op: "transformer_block", reason });
     }
     for (name, values) in &want {
-        // Adding one number to all scores does not change a softmax. So the gradient of k's bias is
-        // 0, and the computed one is rounding: it is compared with the size of q's.
+        // A number added to all scores does not change their softmax. So the gradient of k's bias
+        // is 0, and the computed gradient is rounding error. It is compared with the size of q's
+        // gradient.
         let like = if name == "attention.k.bias" { "attention.q.bias" } else { name };
         line(&format!("d {name}"), &got[name], values, largest(&want[like]));
     }
@@ -240,13 +242,13 @@ fn compare<T: Element, B: Backend>(args: &Args, place: Place<B>) -> Result<()> {
         let efficiency = ms(theirs) / (ms(ours) * args.ranks as f64) * 100.0;
         println!("  {name:<16} {:>8.2} ms {:>8.2} ms {efficiency:>9.0} %", ms(theirs), ms(ours));
     }
-    // A block's numbers pass through about ten roundings; see tests/suite/block.rs.
+    // A block's numbers pass through about ten roundings (see tests/suite/block.rs).
     let bound = 64.0 * T::EPSILON;
     println!("\nlargest of all differences: {all:.2e} (bound 64 ε = {bound:.1e})");
     if all > bound {
         return Err(Error::Invalid {
             op: "transformer_block",
-            reason: "sharded and single results differ".into(),
+            reason: "the results of the ranks and of one device differ".into(),
         });
     }
     Ok(())
@@ -290,7 +292,7 @@ fn load<S: ResidualStream, T: Element, B: Backend>(
     TransformerBlock::load(group, &Weights::new(&source), config)
 }
 
-/// This rank's rows of a `[tokens, hidden]` tensor of random numbers.
+/// Returns this rank's rows of a random `[tokens, hidden]` tensor.
 fn random<S: ResidualStream, T: Element, B: Backend>(
     args: &Args,
     group: &Group<B>,
@@ -304,9 +306,9 @@ fn random<S: ResidualStream, T: Element, B: Backend>(
     S::of_local(group, tokens, local)?.with_sequences(Sequences::packed(vec![args.tokens; args.batch]))
 }
 
-/// The collectives of a step, forward and backward, and their elements: derived by running the same
-/// code without data and without other ranks. They do not depend on the element type, so the plan
-/// is compiled for f32 only.
+/// Returns the collectives of a step and their numbers of elements, forward and backward. It runs
+/// the model's code without data and without other ranks. The plan is compiled for f32 only,
+/// because the collectives do not depend on the element type.
 fn plan<S: ResidualStream>(
     args: &Args,
     config: &BlockConfig,
@@ -383,7 +385,7 @@ fn rank<S: ResidualStream, T: Element, B: Backend>(
     })
 }
 
-/// The median of all but the first, which warms up.
+/// Returns the median of all times but the first, which warms up. A single time is its own median.
 fn median(times: &mut [Duration]) -> Duration {
     let timed = times.len().min(2) - 1;
     let times = &mut times[timed..];
@@ -391,8 +393,8 @@ fn median(times: &mut [Duration]) -> Duration {
     times[times.len() / 2]
 }
 
-/// The gradients of the model's tensors, put together from the ranks' regions. What no rank has is
-/// NaN.
+/// Assembles the gradients of the model's tensors from the ranks' regions. An element that no rank
+/// has is NaN.
 fn whole(reports: &[Report]) -> BTreeMap<String, Vec<f64>> {
     let mut tensors = BTreeMap::new();
     for (own, values) in reports.iter().flat_map(|report| &report.grads) {
@@ -405,12 +407,13 @@ fn whole(reports: &[Report]) -> BTreeMap<String, Vec<f64>> {
     tensors
 }
 
-/// The operations and their numbers of elements.
+/// Returns the operations and their numbers of elements.
 fn elements(transfers: &[Transfer]) -> Vec<(Op, usize)> {
     transfers.iter().map(|transfer| (transfer.op, transfer.elements)).collect()
 }
 
-/// How often each operation occurs, and the bytes that a rank sends for it.
+/// Returns how often each operation occurs, and the minimum number of bytes that a rank sends for
+/// it.
 fn totals(transfers: &[Transfer], ranks: usize) -> BTreeMap<Op, (usize, usize)> {
     let mut totals = BTreeMap::new();
     for transfer in transfers {

@@ -1,5 +1,5 @@
-//! A small Vision Transformer on data- and tensor-parallel ranks. The losses agree with those of
-//! one device, also when another mesh resumes the run from a checkpoint.
+//! Trains a small Vision Transformer on data- and tensor-parallel ranks. The losses agree with
+//! those of one device. They also agree if another mesh resumes the run from a checkpoint.
 //!
 //! `cargo run --release --bin vit`
 
@@ -20,8 +20,8 @@ const SAVED: u64 = 20;
 /// The largest allowed difference between the losses of two meshes.
 const BOUND: f64 = 1e-12;
 
-/// Returns the pixels of an image, ViT patch by ViT patch, and its class: a noisy wave along x,
-/// along y or along the diagonal.
+/// Returns the pixels of an image, ViT patch by ViT patch, and its class. The image is a noisy
+/// wave, and the class is its direction: along x, y or the diagonal.
 fn sample(number: u64) -> (Vec<f64>, u32) {
     let stream = Philox::stream(7, number);
     let class = (stream.uniform(0) * CLASSES as f64) as usize;
@@ -99,15 +99,16 @@ fn train(
             params.iter().for_each(Param::zero_grad);
             let (logits, saved) = model.forward(x)?;
             let (losses, saved_loss) = loss.forward(logits, &targets)?;
-            // Each replica divides by the size of the whole batch; gradients and losses are summed.
+            // Each replica divides by the size of the whole batch, because the replicas' sums are
+            // added.
             replicas.begin(train::GradReduce::Sum)?;
             model.backward(saved, loss.backward(saved_loss, 1.0 / BATCH as f64)?)?;
             replicas.finish()?;
             adamw.step(&params, 3e-3, 1.0)?;
             curve.push(replicas.sum(&[losses.sum()? / BATCH as f64])?);
 
-            // Replicas hold the same parameters, so one of them saves. The states of f64 weights
-            // are f64 as well, so one list holds both.
+            // Replicas hold the same parameters, so only the first replica saves. The states of f64
+            // weights are f64 as well, so one list holds both.
             if let Some(folder) = save.filter(|_| step + 1 == SAVED && data.rank() == 0) {
                 weights::save(tensor, &[params.clone(), adamw.state()?].concat(), folder)?;
             }
@@ -138,8 +139,8 @@ fn run(folder: &Path) -> Result<()> {
     if !falls {
         return Err(Error::invalid("vit", format!("the loss goes from {first} to {last}")));
     }
-    // 4 heads on 3 ranks, and 3 classes on 4: the sizes need not be divisible by the number of
-    // ranks.
+    // The sizes need not be divisible by the number of ranks: 3 ranks share 4 heads, and 4 ranks
+    // share 3 classes.
     for mesh @ [dp, tp] in [[1, 2], [1, 3], [1, 4], [2, 2]] {
         compare(&format!("{dp} x {tp}"), &train(mesh, 0..STEPS, None, Some(folder))?, &one)?;
     }

@@ -1,8 +1,8 @@
-//! What the test binaries share.
+//! Code that the test binaries share.
 
 use std::path::Path;
 
-/// The root of the repository.
+/// Returns the root folder of the repository.
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ has a parent")
 }

@@ -7,11 +7,11 @@
 //! ```
 //!
 //! The folder has config.json, tokenizer.json and model.safetensors (or several files with their
-//! index), as on the Hugging Face Hub, for Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2. Each
-//! rank reads only its shard. At temperature 0 the text does not depend on the number of ranks,
-//! unless the logits of two tokens differ only by rounding.
+//! index), as on the Hugging Face Hub. Llama, Mistral, Ministral, Qwen2, Qwen3 and GPT-2 can be
+//! read. Each rank reads only its shard of each tensor. At temperature 0 the text does not depend
+//! on the number of ranks, unless the logits of two tokens differ only by rounding.
 //!
-//! The prompt is used unchanged. A chat model expects it in its chat template.
+//! The example applies no chat template. The prompt for a chat model must contain its template.
 
 mod checkpoint;
 
@@ -44,7 +44,7 @@ struct Args {
     /// The prompt.
     #[arg(long, default_value = "Once upon a time")]
     prompt: String,
-    /// The number of tensor-parallel ranks, up to the model's heads.
+    /// The number of tensor-parallel ranks, at most the model's number of query heads.
     #[arg(long, default_value_t = 1)]
     ranks: usize,
     /// The element of weights, activations and cache.
@@ -54,7 +54,7 @@ struct Args {
     /// model was trained on.
     #[arg(long, default_value_t = 200)]
     tokens: usize,
-    /// The sampling temperature; 0 always takes the likeliest token.
+    /// The sampling temperature. Temperature 0 always takes the likeliest token.
     #[arg(long, default_value_t = 0.0)]
     temperature: f64,
     /// The largest number of candidates for a token (top-k).
@@ -93,7 +93,7 @@ fn fail(reason: impl ToString) -> Error {
 
 fn run(args: &Args) -> Result<()> {
     let ModelConfig::Decoder(config) = ModelConfig::read(&args.model)? else {
-        return Err(fail("the model is not one that writes"));
+        return Err(fail("the model is not a decoder, so it cannot continue a text"));
     };
     checkpoint::check_ranks("generate", args.ranks, config.block.attention.heads)?;
     if args.chunk == 0 {
@@ -143,7 +143,7 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Returns the factor and the trained length of dynamic NTK, if a layer scales its positions by it.
+/// Returns the factor and trained length of dynamic NTK, or `None` if no layer uses this scaling.
 fn dynamic(config: &DecoderConfig) -> Option<(f64, usize)> {
     config.layers.iter().find_map(|layer| match layer.rope {
         Some(RopeConfig { scaling: RopeScaling::DynamicNtk { factor, trained }, .. }) => {
@@ -161,10 +161,10 @@ struct Task<'a> {
     prompt: &'a [u32],
 }
 
-/// What a rank reports.
+/// One rank's result.
 struct Written {
     tokens: Vec<u32>,
-    /// Why the text ends here.
+    /// The reason why the text ends here.
     stopped: String,
     loading: Duration,
     reading: Duration,
@@ -179,8 +179,8 @@ impl Task<'_> {
             Sampler { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
         let start = Instant::now();
         let model = Decoder::<Replicated, T, Cpu>::load(world, self.checkpoint, config)?;
-        // With learned positions the text ends at the last position. Otherwise it continues in a
-        // larger cache when this one is full.
+        // With learned positions the text ends at the last position. Otherwise the loop below reads
+        // the text into a larger cache when this one is full.
         let room = prompt.len().saturating_add(args.tokens);
         let room = config.positions.map_or(room, |positions| room.min(positions.max(prompt.len())));
         let made_for = match dynamic(config) {
@@ -233,7 +233,8 @@ impl Task<'_> {
         text: &[u32],
         cache: &mut KvCache<T, Cpu>,
     ) -> Result<DTensor<Shard<1>, T, Cpu>> {
-        // Dynamic NTK rotates by the length of the whole text, so the text is read at once.
+        // Dynamic NTK's rotation depends on the length of the whole text, so the text is read at
+        // once.
         let chunk = if dynamic(self.config).is_some() { text.len() } else { self.args.chunk };
         let (first, rest) = text.split_at(chunk.min(text.len()));
         let mut logits = model.step(first, &[0], &[first.len()], cache)?;
@@ -258,7 +259,8 @@ impl Printer<'_> {
             return Ok(());
         }
         let text = self.tokenizer.decode(&self.ids, true).map_err(fail)?;
-        // A character of several bytes may be spread over several tokens.
+        // Several tokens may share the bytes of one character, which is printed once it is
+        // complete.
         if let (false, Some(new)) = (text.ends_with('\u{fffd}'), text.get(self.shown..)) {
             print!("{new}");
             std::io::stdout().flush().map_err(fail)?;

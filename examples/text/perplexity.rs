@@ -5,8 +5,8 @@
 //! cargo run --release -p text-examples --bin perplexity -- FOLDER TEXT --ranks 2
 //! ```
 //!
-//! The text is split into windows. Each token is predicted from the tokens before it in its window.
-//! The logits are never gathered: each rank holds those of its vocabulary shard.
+//! The text is split into windows. The model predicts each token from the tokens before it in its
+//! window. No rank gathers the logits: each rank holds the logits of its vocabulary shard.
 
 mod checkpoint;
 
@@ -30,7 +30,7 @@ struct Args {
     model: PathBuf,
     /// The text file.
     text: PathBuf,
-    /// The number of tensor-parallel ranks, up to the model's heads.
+    /// The number of tensor-parallel ranks, at most the model's number of query heads.
     #[arg(long, default_value_t = 1)]
     ranks: usize,
     /// The number of tokens in a window.
@@ -55,7 +55,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     let fail = |reason: String| Error::Invalid { op: "perplexity", reason };
     let ModelConfig::Decoder(config) = ModelConfig::read(&args.model)? else {
-        return Err(fail("the model is not one that writes".into()));
+        return Err(fail("the model is not a decoder, so it has no perplexity".into()));
     };
     checkpoint::check_ranks("perplexity", args.ranks, config.block.attention.heads)?;
     let checkpoint = Checkpoint::open(&args.model)?;
@@ -88,7 +88,7 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Sums the losses of all tokens except the first of each window.
+/// Returns the sum of the losses of all tokens except the first of each window.
 fn losses<T: Element>(
     world: &Group<Cpu>,
     checkpoint: &Checkpoint,

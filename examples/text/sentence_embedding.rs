@@ -27,7 +27,7 @@ use std::{path::PathBuf, process::ExitCode, time::Instant};
 /// Prints the embeddings of sentences and their pairwise cosines.
 #[derive(Parser, Debug)]
 struct Args {
-    /// The sentences to embed; by default those in the reference file.
+    /// The sentences to embed. By default these are the sentences of the reference file.
     sentences: Vec<String>,
     /// The number of tensor-parallel ranks, 1 to 12.
     #[arg(long, default_value_t = 2)]
@@ -79,7 +79,7 @@ fn run(args: &Args) -> Result<()> {
     };
     let mut tokenizer = checkpoint::tokenizer(&args.model)
         .map_err(|error| fail(format!("{error}; scripts/fetch_minilm.sh fetches the model")))?;
-    // The batch is padded below.
+    // The tokenizer must not pad, because `embed` pads the batch.
     tokenizer.with_padding(None);
     let tokens: Vec<Vec<u32>> = sentences
         .iter()
@@ -130,7 +130,7 @@ fn run(args: &Args) -> Result<()> {
         if args.sentences.is_empty() {
             return Err(fail(reason.into()));
         }
-        // The reference need not contain the user's own sentences.
+        // Sentences of the user may be absent from the reference, so this is no error.
         println!("{reason}");
         return Ok(());
     }
@@ -170,8 +170,8 @@ fn embed<T: Element>(
     checkpoint: &Checkpoint,
     tokens: &[Vec<u32>],
 ) -> Result<Vec<(Vec<Vec<f64>>, usize)>> {
-    let ModelConfig::Bert(config) = ModelConfig::parse(CONFIG).expect("a configuration of ours") else {
-        unreachable!("it says so");
+    let ModelConfig::Bert(config) = ModelConfig::parse(CONFIG).expect("CONFIG is valid") else {
+        unreachable!("CONFIG's model type is bert");
     };
     let (features, heads) = (config.block.attention.hidden, config.block.attention.heads);
     checkpoint::check_ranks("sentence_embedding", args.ranks, heads)?;

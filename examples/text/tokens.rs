@@ -3,8 +3,8 @@
 use std::{path::Path, process::Command};
 use tokenizers::Tokenizer;
 
-/// The licence of llama2.c's model is not known, so it is not part of the project: where it does
-/// not lie next to the project, nothing is tested.
+/// The licence of llama2.c's model is unknown, so the model is not part of the project. The test
+/// does nothing if `../shared/data` does not have the model.
 #[test]
 fn stories_have_the_tokens_of_llama2c() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");

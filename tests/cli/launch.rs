@@ -1,5 +1,5 @@
-//! `shardwise launch`: the environment of its ranks, how a job ends, and that no process or file
-//! remains.
+//! Tests `shardwise launch`: the environment of the ranks, the end of a job, and that no process or
+//! file remains.
 
 use shardwise::{Result, Tensor, comm::ReduceOp, launch::Env};
 use std::{
@@ -19,12 +19,12 @@ fn shardwise(ranks: usize, options: &[&str], program: &[&str]) -> Command {
     command
 }
 
-/// Launches ranks that run a shell script.
+/// Returns the command that launches ranks with a shell script.
 fn script(ranks: usize, options: &[&str], script: &str) -> Command {
     shardwise(ranks, options, &["sh", "-c", script])
 }
 
-/// Launches ranks that run one of this program's own tests.
+/// Returns the command that launches ranks with one of this program's own tests.
 pub(crate) fn ranks_of_this_program(ranks: usize, options: &[&str], test: &str) -> Command {
     let own = std::env::current_exe().unwrap();
     shardwise(ranks, options, &[own.to_str().unwrap(), "--exact", test, "--ignored", "--nocapture"])
@@ -69,7 +69,7 @@ fn a_job_has_one_fresh_token_and_port() {
     assert_ne!(token, &second[..64]);
 }
 
-/// Not a test by itself: the program of the ranks in the next test.
+/// The program of the ranks in the next test. It is no test by itself.
 #[test]
 #[ignore = "the program of ranks"]
 fn rank_program() {
@@ -145,7 +145,7 @@ fn a_grace_of_any_length_is_kept_and_what_is_no_time_refused() {
     }
 }
 
-/// The number of processes that have `tag` in their environment.
+/// Returns the number of processes that have `TAG=tag` in their environment.
 fn tagged(tag: &str) -> usize {
     let entry = format!("TAG={tag}").into_bytes();
     let carries = |pid: &str| {
@@ -157,8 +157,8 @@ fn tagged(tag: &str) -> usize {
     all.filter(|entry| entry.file_name().to_str().is_some_and(carries)).count()
 }
 
-/// Starts a job of long-lived ranks with children, and waits until all have started. Its processes
-/// carry `tag`.
+/// Starts a job of long-lived ranks with children, and waits until all ranks have started. All
+/// processes of the job have `TAG=tag` in their environment.
 fn long_job(tag: &str, body: &str, temporary: &Path) -> Child {
     let mut command = script(2, &["--grace", "1"], body);
     command.env("TAG", tag).env("TMPDIR", temporary);
@@ -167,7 +167,7 @@ fn long_job(tag: &str, body: &str, temporary: &Path) -> Child {
     for _ in 0..2 {
         lines.read_line(&mut String::new()).unwrap();
     }
-    // Keeps reading later lines. Otherwise a writer would fail and report it.
+    // A thread reads the later lines. Otherwise a writer would fail and report that.
     std::thread::spawn(move || lines.read_to_end(&mut Vec::new()));
     child
 }
@@ -191,8 +191,8 @@ fn gone_after(tag: &str, patience: Duration) -> Duration {
     begin.elapsed()
 }
 
-/// Children in the rank's process group, in a session of their own, and children that ignore
-/// signals.
+/// Starts three children: one in the rank's process group, one in its own session, and one in its
+/// own session that ignores signals.
 const CHILDREN: &str =
     "sleep 1000 & setsid sleep 1000 & setsid sh -c \"trap '' TERM INT HUP; sleep 1000; sleep 1000\" &";
 
@@ -207,24 +207,24 @@ fn signals_are_forwarded() {
         kill(job.id(), signal);
         let mut words = String::new();
         job.stderr.take().unwrap().read_to_string(&mut words).unwrap();
-        assert_eq!(job.wait().unwrap().code(), Some(0), "ranks that end well when asked: {words}");
+        assert_eq!(job.wait().unwrap().code(), Some(0), "the ranks end with success: {words}");
         assert!(words.contains(&format!("ended by {name}")), "{words}");
-        assert_eq!(tagged(&tag), 0, "a job that is over leaves nothing");
+        assert_eq!(tagged(&tag), 0, "processes of the ended job remain");
     }
-    // Ranks that do not handle the signal die of it.
+    // The signal kills ranks that do not handle it.
     let tag = fresh_tag();
     let mut job = long_job(&tag, "echo ready; exec sleep 1000", temporary.path());
     kill(job.id(), "-TERM");
     assert_eq!(job.wait().unwrap().code(), Some(128 + 15));
-    // A signal without special meaning is forwarded, and the job continues.
+    // The launcher forwards a signal that does not end jobs, and the job continues.
     let body = "trap 'exit 7' USR1; echo ready; while :; do sleep 0.01; done";
     let mut job = long_job(&tag, body, temporary.path());
     kill(job.id(), "-USR1");
     assert_eq!(job.wait().unwrap().code(), Some(7));
 }
 
-/// Kills the launcher, and then the process that supervises its ranks, `SHARDWISE_KILLS` times or a
-/// few.
+/// Kills the launcher or the process that supervises its ranks, in turn. The number of kills is
+/// `SHARDWISE_KILLS`, or 6 by default.
 #[test]
 fn a_killed_launcher_leaves_no_orphans() {
     let kills = std::env::var("SHARDWISE_KILLS").map_or(6, |number| number.parse::<usize>().unwrap());
@@ -236,10 +236,10 @@ fn a_killed_launcher_leaves_no_orphans() {
         let mut job = long_job(&tag, &body, temporary.path());
         let launcher = job.id();
         let keeper = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
-        assert!(tagged(&tag) >= 8, "launcher, keeper, ranks and their children");
+        assert!(tagged(&tag) >= 8, "the launcher, its supervisor, the ranks and their children");
         let victim = if round % 2 == 0 { launcher } else { keeper.trim().parse().unwrap() };
         kill(victim, "-KILL");
-        // Reaped at once, as a shell does.
+        // The test reaps the launcher at once, as a shell does.
         let status = job.wait().unwrap();
         slowest = slowest.max(gone_after(&tag, Duration::from_secs(2)));
         // The surviving process removes the folder of records.
@@ -249,7 +249,8 @@ fn a_killed_launcher_leaves_no_orphans() {
     println!("{kills} kills, the last process was gone after {slowest:?}");
 }
 
-/// A full pipe that nobody reads blocks the writes of ranks and launcher; the job must still end.
+/// Nobody reads the output, so a full pipe blocks the writes of ranks and launcher. After a signal
+/// the job must still end.
 #[test]
 fn a_job_ends_though_nobody_reads_its_output() {
     for (signal, both) in [("-TERM", false), ("-KILL", false), ("-TERM", true), ("-KILL", true)] {
@@ -278,7 +279,7 @@ fn a_job_ends_though_nobody_reads_its_output() {
     }
 }
 
-/// A slow reader gets all lines.
+/// The launcher waits for a slow reader, which gets all lines.
 #[test]
 fn a_job_that_ends_by_itself_waits_for_its_reader() {
     let mut job = script(1, &["--grace", "0.1"], "seq 100000; exit 3");

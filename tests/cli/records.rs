@@ -1,4 +1,4 @@
-//! `shardwise blame` and `shardwise trace`, on records of processes.
+//! Tests `shardwise blame` and `shardwise trace` on the records of processes.
 
 use crate::launch::{ranks_of_this_program, run, text};
 use shardwise::{Error, Result, Tensor, comm::ReduceOp, launch::Env};
@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Not a test by itself: the program of ranks of which one, `VICTIM`, is lost as `WAY` says.
+/// The program of ranks of which `VICTIM` is lost in the way `WAY`. It is no test by itself.
 #[test]
 #[ignore = "the program of ranks"]
 fn rank_that_may_be_lost() {
@@ -58,17 +58,17 @@ fn shardwise(arguments: &[&str]) -> String {
     text(&output.stdout)
 }
 
-/// For each way of losing a rank, what is said about its end, and the job's exit code.
+/// Each way of losing a rank, the launcher's description of its end, and the job's exit code.
 const WAYS: [(&str, &str, i32); 10] = [
-    // The rank succeeds, or the launcher stops waiting. The exit code is that of a rank that needed
-    // it.
+    // In the first four ways the lost rank exits with 0, or the launcher ends it. The job's exit
+    // code is then that of a rank that waited for the lost rank.
     ("return", "exit code 0", 1),
     ("leave", "exit code 0", 1),
     ("-STOP", "killed by SIGKILL, sent by the launcher", 1),
     ("hang", "killed by SIGTERM, sent by the launcher", 1),
     ("fail", "exit code 1", 1),
-    // The rank has reported its failure and then takes longer to end than the launcher grants
-    // others.
+    // The rank has reported its failure and takes longer to end than other ranks may. The launcher
+    // gives it more time.
     ("linger", "exit code 4", 4),
     ("panic", "exit code 101", 101),
     ("exit", "exit code 3", 3),
@@ -76,15 +76,15 @@ const WAYS: [(&str, &str, i32); 10] = [
     ("-KILL", "killed by SIGKILL", 137),
 ];
 
-/// A job in which one rank is lost.
+/// Returns the command of a job in which rank `victim` is lost.
 fn lose(victim: usize, ranks: usize, way: &str, deadline: usize, options: &[&str]) -> Command {
     let mut job = ranks_of_this_program(ranks, options, "records::rank_that_may_be_lost");
     job.env("VICTIM", victim.to_string()).env("WAY", way).env("DEADLINE", deadline.to_string());
     job
 }
 
-/// Checks that the launcher gives one verdict, by the records, and the exit code of the rank that
-/// it names.
+/// Checks that the launcher prints one verdict, which follows from the records, and returns the
+/// expected exit code.
 fn check_verdict(output: &Output, victim: usize, (way, end, code): (&str, &str, i32)) {
     let words = text(&output.stderr);
     let what = format!("rank {victim}, {way}: {words}");
@@ -97,7 +97,7 @@ fn check_verdict(output: &Output, victim: usize, (way, end, code): (&str, &str, 
     assert_eq!(other, ["return", "leave", "-STOP", "hang"].contains(&way), "{what}");
 }
 
-/// Locked by tests that measure times or use all cores.
+/// A lock for tests that measure times or use all cores.
 static CORES: Mutex<()> = Mutex::new(());
 
 #[test]
@@ -111,8 +111,8 @@ fn lost_processes_are_blamed() {
                 let begin = Instant::now();
                 let output = run(lose(victim, ranks, way, 1, &["--flight", path]));
                 let what = format!("rank {victim} of {ranks}, {way}: {}", text(&output.stderr));
-                // The deadline of one second, plus one second for the deadline or for a rank that
-                // ends slowly.
+                // If a rank stops or hangs, the others wait for the deadline of one second. A rank
+                // that lingers also takes up to a second. All jobs may take one second besides.
                 let limit = if ["-STOP", "hang", "linger"].contains(&way) { 2000 } else { 1000 };
                 assert!(begin.elapsed() < Duration::from_millis(limit), "{:?}: {what}", begin.elapsed());
                 check_verdict(&output, victim, (way, end, code));
@@ -120,8 +120,8 @@ fn lost_processes_are_blamed() {
                 let line = folder.path().join("line.json");
                 shardwise(&["trace", path, "-o", line.to_str().unwrap()]);
                 let line: serde_json::Value = serde_json::from_slice(&std::fs::read(line).unwrap()).unwrap();
-                // A rank and an operation for each survivor, as a survivor may get the error in its
-                // first call.
+                // The timeline has at least a name and one operation for each survivor, because a
+                // survivor may get the error in its first call.
                 let survivors = ranks - 1;
                 assert!(line["traceEvents"].as_array().unwrap().len() >= 2 * survivors, "{what}");
             }
@@ -129,8 +129,7 @@ fn lost_processes_are_blamed() {
     }
 }
 
-/// Neither rank has a record: the killed one, and the one that computed until the launcher ended
-/// it.
+/// The killed rank and rank 1 have no record. Rank 1 sleeps until the launcher ends it.
 #[test]
 fn a_rank_that_the_launcher_has_ended_is_not_blamed() {
     let mut job = lose(2, 4, "-KILL", 60, &[]);
@@ -138,8 +137,8 @@ fn a_rank_that_the_launcher_has_ended_is_not_blamed() {
     check_verdict(&run(job), 2, ("-KILL", "killed by SIGKILL", 137));
 }
 
-/// Survivors may end before the culprit: `SHARDWISE_LOSSES` losses of each kind, or a few, while
-/// threads take all cores.
+/// Survivors may end before the culprit, because threads take all cores. Each kind of loss is tried
+/// `SHARDWISE_LOSSES` times, or twice by default.
 #[test]
 fn the_culprit_is_named_in_any_order_of_ends_and_no_private_record_is_left() {
     let _cores = CORES.lock().unwrap_or_else(PoisonError::into_inner);
@@ -157,7 +156,8 @@ fn the_culprit_is_named_in_any_order_of_ends_and_no_private_record_is_left() {
         let tries = || {
             for (way, end, code) in WAYS.into_iter().filter(|(way, ..)| !["-STOP", "hang"].contains(way)) {
                 for _ in 0..losses {
-                    // Printing a backtrace under this load may take more than a second.
+                    // The deadline is long, because printing a backtrace under this load may take
+                    // over a second.
                     let mut job = lose(2, 4, way, 60, &[]);
                     job.env("RUST_BACKTRACE", "1").env("TMPDIR", temporary.path());
                     check_verdict(&run(job), 2, (way, end, code));

@@ -1,5 +1,5 @@
-//! The driver calls of a layer: launches, uploads and allocations of a decode step and of a
-//! training step, as the stand-in counts them. DESIGN.md has the table.
+//! Counts the driver calls of a layer: launches, uploads and allocations of a decode step and of a
+//! training step. The stand-in for the driver counts them. DESIGN.md has the table.
 
 use crate::dev::{self, DTensor};
 use half::bf16;
@@ -14,33 +14,33 @@ use shardwise::{
     tensor::{Random, Weights},
 };
 
-/// This thread's driver calls so far.
+/// The driver calls of this thread so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Counts {
-    /// Kernels and products.
+    /// Kernels, products, copies on the device and fills.
     launches: u64,
     uploads: u64,
     downloads: u64,
-    /// Allocations; each is also freed.
+    /// Allocations. Each of them is also freed.
     allocations: u64,
 }
 
 impl Counts {
-    /// `None` if the driver is a real one, which does not count.
+    /// Returns `None` with a real driver, because only the stand-in counts calls.
     fn now() -> Option<Self> {
         type Read = unsafe extern "C" fn(i32, *mut u64, usize) -> usize;
         const OF_THIS_THREAD: i32 = -1;
         let mut counts = [0; 8];
-        // SAFETY: the library is loaded already, and stays; `Read` is the type that the stand-in
-        // declares, and `counts` has room for as many numbers as are asked for.
+        // SAFETY: the library is loaded already, and stays loaded. `Read` is the type that the
+        // stand-in declares, and `counts` has room for the numbers that the call requests.
         #[allow(unsafe_code)]
         unsafe {
             let driver = Library::new("libcuda.so.1").ok()?;
             let read = driver.get::<Read>(b"cuda_standin_counts").ok()?;
             read(OF_THIS_THREAD, counts.as_mut_ptr(), counts.len());
         }
-        // In the stand-in's order: kernels, products, uploads, downloads, copies on the device,
-        // fills, allocations.
+        // The stand-in's order: kernels, products, uploads, downloads, copies on the device, fills,
+        // allocations, frees.
         let [launches, products, uploads, downloads, copies, fills, allocations, _] = counts;
         Some(Self { launches: launches + products + copies + fills, uploads, downloads, allocations })
     }
@@ -57,7 +57,7 @@ impl Counts {
 
 type Block = TransformerBlock<Replicated, bf16, dev::Dev>;
 
-/// Llama's block with 32 query and 8 key/value heads, small otherwise.
+/// Returns Llama's block with 32 query and 8 key/value heads and small features.
 fn block(group: &Group<dev::Dev>) -> Block {
     let (hidden, heads) = (256, 32);
     let rope = RopeConfig { dim: 8, base: 10_000.0, pairs: RopePairs::Halves, scaling: RopeScaling::None };
@@ -79,7 +79,7 @@ fn tokens(group: &Group<dev::Dev>, rows: usize) -> DTensor<Replicated, bf16> {
     DTensor::replicated(group, Tensor::full(group.device(), [rows, 256], 0.5).unwrap()).unwrap()
 }
 
-/// One token through `layers` blocks with a cache of 12.
+/// Counts a step of one token through `layers` blocks, whose cache has 13 tokens.
 fn decode(layers: usize) -> Option<Counts> {
     let group = Group::solo(&dev::fresh());
     let block = block(&group);
@@ -96,13 +96,13 @@ fn decode(layers: usize) -> Option<Counts> {
         context.finish().unwrap();
         Some(after?.since(before?))
     };
-    // This step creates what is created once: plans, constant tables and the cache.
+    // The first step creates the plans, the constant tables and the cache, which later steps reuse.
     step(12);
     step(1);
     step(1)
 }
 
-/// The additional calls of one more layer.
+/// Returns the calls that a third layer adds to those of two layers.
 fn layer(count: impl Fn(usize) -> Option<Counts>) -> Option<Counts> {
     Some(count(3)?.since(count(2)?))
 }

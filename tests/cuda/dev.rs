@@ -1,4 +1,4 @@
-//! The device of this binary: GPUs, assigned to the ranks in turn, with groups over NCCL.
+//! The device of this binary: CUDA. The ranks get the GPUs in turn and form groups over NCCL.
 
 use crate::support::say;
 use shardwise::{
@@ -21,13 +21,13 @@ pub(crate) type Dev = Cuda;
 pub(crate) type Tensor<T = f32> = shardwise::Tensor<T, Dev>;
 pub(crate) type DTensor<P, T = f32> = shardwise::parallel::DTensor<P, T, Dev>;
 
-/// Creates a device whose fresh tensors are NaN. Without a GPU, this ends all tests and says so.
+/// Creates a device whose fresh tensors are NaN. Without a GPU the process exits: see [`needed`].
 pub(crate) fn poisoned() -> Dev {
     needed();
     Cuda::poisoned(0).unwrap()
 }
 
-/// Creates a device.
+/// Creates a device. Without a GPU the process exits: see [`needed`].
 pub(crate) fn fresh() -> Dev {
     needed();
     Cuda::new(0).unwrap()
@@ -38,8 +38,8 @@ pub(crate) fn another_handle(device: &Dev) -> Dev {
     Cuda::poisoned(device.ordinal()).unwrap()
 }
 
-/// Returns the number of GPUs. Without one the process prints that no test was run and exits: with
-/// failure if `SHARDWISE_REQUIRE_GPU` is 1, else with success.
+/// Returns the number of GPUs. Without a GPU the process prints that no test was run and exits. It
+/// exits with failure if `SHARDWISE_REQUIRE_GPU` is 1, otherwise with success.
 pub(crate) fn needed() -> usize {
     match Cuda::count() {
         Ok(count) if count > 0 => count,
@@ -54,7 +54,7 @@ pub(crate) fn needed() -> usize {
     }
 }
 
-/// Thread ranks with a GPU each over NCCL, or through the host if there are fewer GPUs than ranks.
+/// Thread ranks with one GPU each over NCCL. With too few GPUs they communicate through the host.
 pub(crate) struct Ranks(Threads);
 
 pub(crate) fn ranks(world: usize) -> Ranks {
@@ -75,9 +75,9 @@ impl Ranks {
     }
 }
 
-/// Gives each rank of a host group a GPU. Sums are made in rank order, because tests compare their
-/// bits: NCCL's own order differs between an all-reduce and a reduce-scatter, and depends on the
-/// size.
+/// Gives each rank of a host group a GPU. Sums are made in rank order, because the tests compare
+/// their bits. NCCL's own order differs between an all-reduce and a reduce-scatter, and depends on
+/// the tensor's size.
 pub(crate) fn group(host: &Group<Cpu>) -> Result<Group<Dev>> {
     let cuda = of_rank(host)?;
     if !has(host.size()) {
@@ -87,17 +87,18 @@ pub(crate) fn group(host: &Group<Cpu>) -> Result<Group<Dev>> {
     host.over_nccl(&cuda, options)
 }
 
-/// The GPU of a rank.
+/// Returns the GPU of a rank.
 pub(crate) fn of_rank(host: &Group<Cpu>) -> Result<Dev> {
     Cuda::poisoned(host.rank() % needed())
 }
 
-/// Whether this many ranks can use NCCL here. Not every NCCL supports several ranks on one GPU.
+/// Returns whether `world` ranks can use NCCL here. Some versions of NCCL do not support several
+/// ranks on one GPU, so `NCCL_MULTI_RANK_GPU_ENABLE` must enable this.
 fn has(world: usize) -> bool {
     world <= needed() || std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some()
 }
 
-/// The numbers of ranks that can use NCCL here. Prints that the others are not run.
+/// Returns the numbers of ranks that can use NCCL here. Prints the others, which are not run.
 pub(crate) fn worlds(worlds: impl IntoIterator<Item = usize>) -> impl Iterator<Item = usize> {
     let (run, not): (Vec<_>, Vec<_>) = worlds.into_iter().partition(|&world| has(world));
     if !not.is_empty() {

@@ -1,4 +1,4 @@
-//! GPU features other than kernels: memory, several handles and GPUs, ranks that share one.
+//! Tests of the GPU other than kernels: memory, several handles and GPUs, ranks that share a GPU.
 
 use crate::{
     dev,
@@ -18,7 +18,7 @@ use std::path::Path;
 #[test]
 fn values_come_back_as_they_went() {
     let cuda = dev::poisoned();
-    // Around the size of the upload buffer, and several times that.
+    // The lengths are around the size of the upload buffer, and several times this size.
     for len in [0, 1, 3, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, 700_000] {
         let values: Vec<f32> = (0..len).map(|at| at as f32).collect();
         let first = Tensor::from_slice(&cuda, [len], &values).unwrap();
@@ -30,13 +30,14 @@ fn values_come_back_as_they_went() {
     assert!(cuda.memory().peak >= 5_600_000);
 }
 
-/// Uploads in quick succession, none of which may overwrite memory that the device still reads.
+/// Uploads many tensors in quick succession. No upload may overwrite memory that the device still
+/// reads.
 #[test]
 fn many_small_uploads_are_not_mixed_up() {
     let cuda = dev::fresh();
     let nothing = Tensor::<f64, _>::empty(&cuda, [0]).unwrap();
     let tensors = (0..3000).map(|at| {
-        // Nothing is downloaded, so there is no wait.
+        // This tensor has no elements, so reading it does not wait for the device.
         assert!(nothing.to_vec().unwrap().is_empty());
         Tensor::from_slice(&cuda, [300], &vec![at as f64; 300]).unwrap()
     });
@@ -52,7 +53,7 @@ fn handles_of_one_gpu_share_tensors() {
     let mut sum = Tensor::<f32, _>::zeros(&one, [1000]).unwrap();
     for _ in 0..20 {
         let term = Tensor::<f32, _>::full(&other, [1000], 2.0).unwrap();
-        // Alternately on either handle, while the other continues.
+        // Each handle adds to the sum, while the other handle's work continues.
         one.accumulate(term.mat(), sum.mat_mut().unwrap()).unwrap();
         other.accumulate(term.mat(), sum.mat_mut().unwrap()).unwrap();
     }
@@ -71,7 +72,7 @@ fn a_tensor_of_another_gpu_is_an_error() {
     let mut y = Tensor::<f32, _>::zeros(&first, [3]).unwrap();
     let error = first.add(a.mat(), b.mat(), y.mat_mut().unwrap()).unwrap_err();
     assert_eq!(error.to_string(), "CUDA: a tensor of GPU 1 is used on GPU 0");
-    assert_eq!(y.to_vec().unwrap(), vec![0.0; 3], "nothing was written");
+    assert_eq!(y.to_vec().unwrap(), vec![0.0; 3], "the rejected call wrote its result");
 }
 
 #[test]
@@ -81,11 +82,12 @@ fn what_is_not_there_is_an_error() {
     let said = format!("the number of the GPU is {count}, but the number of GPUs is {count}");
     assert!(error.contains(&said), "{error}");
     let cuda = dev::fresh();
-    // Several times the GPU's memory: with a little too much, a driver first takes all there is,
-    // and other processes need some.
+    // The tensor is several times as large as the GPU's memory. For a slightly too large tensor, a
+    // driver would first take all the memory, which other processes need.
     let error = Tensor::<f64, _>::empty(&cuda, [cuda.total_memory() / 2]).unwrap_err();
     assert!(matches!(error, Error::Library { library: "CUDA driver", code: 2, .. }), "{error}");
-    // More bytes than `usize` can count: a wrapped size would give a short buffer with a long view.
+    // These tensors have more bytes than `usize` can count. A wrapped size would give a buffer that
+    // is shorter than its view.
     for len in [usize::MAX, usize::MAX / 8 + 2] {
         let error = Tensor::<f64, _>::empty(&cuda, [len]).unwrap_err();
         assert_eq!(error, Error::Memory { len, size: 8 });
@@ -102,7 +104,7 @@ fn libraries_and_kernels_are_reported() {
         assert!(version.path.exists(), "{version:?}");
         assert!(version.version.starts_with(|first: char| first.is_ascii_digit()), "{version:?}");
     }
-    // A capability that the device need not have: every `.cu` file has an image of its own for it.
+    // The device need not have this capability. Every `.cu` file has its own image for it.
     let images = |folder: &Path| {
         let files = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().file_name());
         files.filter(|name| name.to_string_lossy().ends_with(".bin")).count()
@@ -116,7 +118,7 @@ fn libraries_and_kernels_are_reported() {
     assert!(error.contains("not for compute capability 1.0"), "{error}");
 }
 
-/// Thread ranks that share GPU 0, through the host.
+/// Thread ranks share GPU 0 and communicate through the host.
 #[test]
 fn ranks_share_a_gpu() {
     dev::needed();

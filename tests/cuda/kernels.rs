@@ -1,5 +1,5 @@
-//! Compares every kernel on the GPU with the CPU, which other tests compare with the reference:
-//! random sizes, row strides and offsets, all four element types.
+//! Compares every kernel on the GPU with the CPU's kernel: random sizes, row strides and offsets,
+//! all four element types. Other tests compare the CPU's kernels with the reference.
 
 use crate::dev::{self, Dev};
 use half::{bf16, f16};
@@ -17,7 +17,7 @@ use shardwise::{
 };
 use std::ops::Range;
 
-/// A matrix in its own memory: its start and its row stride.
+/// The sizes of a matrix in its own memory, its start and its row stride.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     rows: usize,
@@ -32,7 +32,7 @@ impl Place {
     }
 }
 
-/// The memory of a call on a device, filled with the same numbers on every device.
+/// A matrix's memory on a device. It has the same random numbers on every device.
 struct Memory<T: Element, B: Device> {
     device: B,
     buffer: B::Buffer<T>,
@@ -61,7 +61,7 @@ impl<T: Element, B: Device> Memory<T, B> {
         MatMut::strided(B::narrow_mut::<T>(slice, start..len), rows, cols, stride, 1).unwrap()
     }
 
-    /// All of the memory, including the gaps that no kernel may write.
+    /// Returns all of the memory, including the gaps that no kernel may write.
     fn values(&self) -> Vec<f64> {
         let mut host = vec![T::default(); self.place.len()];
         self.device.download::<T>(B::slice(&self.buffer), &mut host).unwrap();
@@ -73,7 +73,8 @@ fn vector(len: usize) -> Place {
     Place { rows: 1, cols: len, start: 0, stride: len }
 }
 
-/// Compares two memories, relative to the largest number, or 1.
+/// Compares two memories. The tolerance is relative to the largest number, or to 1 if that is
+/// larger.
 fn same<T: Element>(what: &str, got: &[f64], want: &[f64]) {
     let tolerance = match T::DTYPE {
         shardwise::device::DType::F64 => 1e-12,
@@ -118,7 +119,7 @@ fn random_cases() -> impl Strategy<Value = RandomCase> {
         .prop_map(|(seed, rows, cols, gap, start, more)| RandomCase { seed, rows, cols, gap, start, more })
 }
 
-/// Runs a check for cases and element types.
+/// Runs a check for this many random cases.
 fn check(cases: u32, one: impl Fn(&Dev, &Cpu, &RandomCase)) {
     let (cuda, cpu) = (dev::poisoned(), Cpu::poisoned());
     let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
@@ -260,7 +261,7 @@ fn places<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<V
     let place = case.place();
     let memory = |seed: u64, place| Memory::<T, B>::new(device, case.seed ^ seed, place);
     let mut results = Vec::new();
-    // Gather and its transpose: some ids twice, some none.
+    // Gather and its transpose. Some ids occur twice, and every fourth id selects no row.
     let table_place = Place { rows: 5, ..place };
     let table = memory(1, table_place);
     let ids: Vec<u32> =
@@ -282,7 +283,7 @@ fn places<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<V
     let x = memory(4, place);
     device.dropout(&mask, x.mat(), y.mat_mut())?;
     results.push(y.values());
-    // Rotations of two heads; one feature may remain unrotated.
+    // Rotations of two heads. One feature of a head with an odd number of features is not rotated.
     for pairs in [RopePairs::Halves, RopePairs::Interleaved] {
         let frequencies: Vec<f64> =
             (0..case.cols / 2).map(|at| 10_000_f64.powf(-(at as f64) / 16.0)).collect();
@@ -356,7 +357,7 @@ fn products<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec
             results.push(c.values());
         }
     }
-    // Every other element of both dimensions, and a batch that shares B.
+    // A is every other element of both dimensions. The products of the batch share B.
     let sparse = memory(6, place(2 * m * 3, 2 * k, 0));
     let stride = 2 * k;
     let slice = B::narrow::<T>(B::slice(&sparse.buffer), case.start..sparse.place.len());
@@ -372,7 +373,7 @@ fn products<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec
     let to = B::narrow_mut::<T>(B::slice_mut(&mut c.buffer), start..len);
     device.gemm_batched(batch, 1.0, rows, b.mat(), 0.0, MatMut::new(to, m, n)?)?;
     results.push(c.values());
-    // An empty sum.
+    // A product of depth 0.
     let nothing = MatRef::<T, B>::new(B::narrow::<T>(slice, 0..0), m, 0)?;
     let none = MatRef::<T, B>::new(B::narrow::<T>(slice, 0..0), 0, n)?;
     let mut c = memory(8, place(m, n, 0));
@@ -381,7 +382,8 @@ fn products<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec
     Ok(results)
 }
 
-/// Products and what is fused with them, as epilogues if gaps and alignment allow it.
+/// Products with fused operators. The device fuses them as epilogues if gaps and alignment allow
+/// it.
 fn linear<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<Vec<f64>>> {
     let (m, k, n) = (case.rows, case.cols.min(60), 8 * case.more - case.seed as usize % 2);
     let place = |rows, cols| Place { rows, cols, start: case.start, stride: cols + case.gap };
@@ -394,8 +396,8 @@ fn linear<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<V
         device.linear(x.mat(), w.mat(), Epilogue { bias, activation: None }, y.mat_mut())?;
         results.push(y.values());
     }
-    // Slopes at the same numbers on both devices: a ReLU's slope jumps, and computed inputs differ
-    // in rounding.
+    // Both devices compute slopes at the same given numbers. A ReLU's slope jumps, and numbers that
+    // the devices compute differ in rounding.
     let (dy, v, at) = (memory(5, place(m, k)), memory(6, place(k, n)), memory(10, place(m, n)));
     for f in KINDS {
         let (mut pre, mut y) = (memory(7, place(m, n)), memory(8, place(m, n)));
@@ -428,14 +430,14 @@ fn linear<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<V
     Ok(results)
 }
 
-/// Query heads that share key/value heads, the same number for each.
+/// Returns heads in which each key/value head serves the same number of query heads.
 fn grouped((heads, kv_heads): (usize, usize), head_dim: usize, choices: AttentionChoices) -> QkvHeads {
     let kv_of_query = (0..heads).map(|head| head * kv_heads / heads).collect();
     QkvHeads { kv_of_query, kv_heads, head_dim, choices }
 }
 
-/// The outputs of attention, their log-sum-exp, and the gradients of q, k and v. `memory` creates
-/// each memory from a seed and a number of columns.
+/// Returns the outputs of attention, their log-sum-exp, and the gradients of q, k and v. `memory`
+/// creates each memory from a seed and a number of columns.
 fn attended<T: Element, B: Backend>(
     device: &B,
     spec: &AttentionSpec<'_>,
@@ -481,7 +483,7 @@ fn attention<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Ve
         let sequences = Sequences::packed(lengths);
         let sequences = if masked { sequences.masked(&flags)? } else { sequences };
         if masked {
-            // Masked values may be anything.
+            // Masked keys and values have no influence, even NaN.
             for memory in [&mut k, &mut v] {
                 for row in (0..rows).filter(|&row| !flags[row]) {
                     let cols = memory.place.cols;
@@ -493,7 +495,7 @@ fn attention<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Ve
         let spec = AttentionSpec { heads: &seen, sequences: &sequences };
         results.extend(attended(device, &spec, [&q, &k, &v, &dout], memory)?);
     }
-    // Two sequences that continue from positions 5 and 0, in slots 2 and 0.
+    // Two sequences continue from positions 5 and 0, in slots 2 and 0.
     let capacity = 60;
     let cache = |seed: u64| {
         let rows = 3 * kv_heads * capacity;
@@ -519,7 +521,7 @@ fn attention<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Ve
     Ok(results)
 }
 
-/// Attention of sequences over several tensor-core tiles, with values that a causal mask hides from
+/// Attention of sequences that span several tensor-core tiles. A causal mask hides NaN and ∞ from
 /// some rows.
 fn tiles<T: Element, B: Backend>(
     device: &B,
@@ -549,14 +551,14 @@ fn tiles<T: Element, B: Backend>(
     for window in [None, Some(50), Some(3)] {
         run(AttentionChoices { window, ..causal }, &whole, [&k, &v, &dout])?;
     }
-    // The largest product need not be the largest score.
+    // With these scales the largest product is not the largest score.
     for scale in [-scale, 0.0] {
         run(AttentionChoices { scale: Some(scale), ..causal }, &whole, [&k, &v, &dout])?;
     }
     let masked = Sequences::packed(lengths).masked(&flags)?;
     run(all, &masked, [&k, &v, &dout])?;
     run(causal, &masked, [&k, &v, &dout])?;
-    // One in the first tile, two at the end of another tile.
+    // The first tile has one such value, and the end of another tile has two.
     for (row, value) in [(40, f64::NAN), (71 + 127, f64::INFINITY), (71 + 128, f64::NEG_INFINITY)] {
         device.fill(value, v.mat_mut().block(row..row + 1, 0..dim))?;
     }
@@ -570,7 +572,7 @@ fn tiles<T: Element, B: Backend>(
     for window in [None, Some(50)] {
         run(AttentionChoices { window, ..causal }, &whole, [&k, &v, &dout])?;
     }
-    // Sequences that continue from a cache.
+    // These sequences continue from a cache.
     let (capacity, lengths) = (160, [70, 3]);
     let cache =
         |seed| Memory::<T, B>::new(device, seed, Place { start: 0, ..place(3 * kv_heads * capacity, dim) });
@@ -588,8 +590,8 @@ fn tiles<T: Element, B: Backend>(
     Ok(results)
 }
 
-/// Appends keys and values of new tokens to a cache, with one sequence longer than a thread block's
-/// range, and one slot twice.
+/// Appends keys and values of new tokens to a cache. One sequence is longer than a thread block's
+/// range, and two sequences share a slot.
 fn appended<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec<Vec<f64>>> {
     let dim = [3, 8, 33, 64, 128, 130][case.cols % 6];
     let (kv_heads, capacity) = (case.more % 3 + 1, 60);
@@ -608,7 +610,7 @@ fn appended<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec
     let cache = CacheSpec { slots: &[3, 1, 0, 2, 0], capacity };
     device.append_cached(&spec, &cache, k.mat(), v.mat(), keys.mat_mut(), values.mat_mut())?;
     let results = vec![keys.values(), values.values()];
-    // Tokens that do not fit are an error, and nothing is written.
+    // Tokens that do not fit in the cache are an error, and the device writes nothing.
     let slots = CacheSpec { slots: &[3, 1, 0, 2, 4], capacity };
     assert!(device.append_cached(&spec, &slots, v.mat(), k.mat(), keys.mat_mut(), values.mat_mut()).is_err());
     let short = CacheSpec { capacity: capacity - 1, ..cache };
@@ -617,8 +619,8 @@ fn appended<T: Element, B: Backend>(device: &B, case: &RandomCase) -> Result<Vec
     Ok(results)
 }
 
-/// Attention of few rows per sequence to caches of one span and of several, together with sequences
-/// of many rows. The cache may hold anything after a sequence's end or before the window.
+/// Attention of sequences with few rows to caches of one span and of several spans, together with
+/// sequences of many rows. The cache is NaN after a sequence's end and before the window.
 fn decoded<T: Element, B: Backend>(device: &B, dim: usize, gap: usize) -> Result<Vec<Vec<f64>>> {
     let (capacity, kv_heads, kv) = (700, 2, [1, 0, 0, 1, 0, 0, 0]);
     let attending = |window, scale| {
@@ -652,7 +654,7 @@ fn decoded<T: Element, B: Backend>(device: &B, dim: usize, gap: usize) -> Result
         let mut out = Memory::<T, B>::new(device, 4, place);
         device.attention_cached(&spec, &room, q.mat(), keys.mat(), values.mat(), out.mat_mut())?;
         results.push(out.values());
-        // The row of a sequence alone has the same bits as in the batch.
+        // A sequence's row has the same bits alone as in the batch.
         let alone = Sequences::one(1).starting_at(&starts[..1])?;
         let spec = AttentionSpec { sequences: &alone, ..spec };
         let room = CacheSpec { slots: &slots[..1], capacity };
@@ -662,7 +664,7 @@ fn decoded<T: Element, B: Backend>(device: &B, dim: usize, gap: usize) -> Result
         device.attention_cached(&spec, &room, query, keys.mat(), values.mat(), row)?;
         assert_eq!(out.values()[gap..gap + cols], results[results.len() - 1][gap..gap + cols]);
     }
-    // Visible values have influence: only the last row of the third sequence sees its last
+    // A visible value has influence. Only the last row of the third sequence sees its last
     // position.
     let at = kv_heads * capacity * slots[2] + 257;
     device.fill(f64::INFINITY, values.mat_mut().block(at..at + 1, 0..dim))?;
@@ -694,7 +696,7 @@ fn attention_of_few_rows_to_a_cache_is_the_cpus() {
     one::<f16>(&cuda, &cpu);
 }
 
-/// Attention of the same numbers at another memory offset.
+/// Returns attention of the same numbers at memory offset `start`.
 fn placed<T: Element, B: Backend>(device: &B, start: usize) -> Result<Vec<f64>> {
     let place = |start| Place { rows: 80, cols: 64, start, stride: 72 };
     let moved = |seed| {
@@ -724,18 +726,18 @@ fn attention_on_tensor_cores_is_the_cpus() {
                 same::<T>(&format!("heads of {dim}, result {at}"), got, want);
             }
         }
-        // The same with rows that are not aligned to 16 bytes: without tensor cores, and so without
-        // rounding the weights.
+        // Rows that are not aligned to 16 bytes use no tensor cores, so their attention weights are
+        // not rounded.
         let [aligned, other] = [0, 7].map(|start| placed::<T, _>(cuda, start).unwrap());
         same::<T>("without tensor cores", &aligned, &other);
-        assert_ne!(aligned, other, "both have gone the same way");
+        assert_ne!(aligned, other, "both used the same kernel");
     }
     let (cuda, cpu) = (dev::poisoned(), Cpu::poisoned());
     one::<bf16>(&cuda, &cpu);
     one::<f16>(&cuda, &cpu);
 }
 
-/// A test of a kernel family: all four element types on both devices.
+/// Defines one test per kernel family, which compares both devices in all four element types.
 macro_rules! families {
     ($($name:ident, $cases:expr, $family:ident;)*) => {$(
         #[test]

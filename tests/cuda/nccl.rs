@@ -32,7 +32,7 @@ fn options(order: Order) -> Options {
     Options { order, deadline: DEADLINE, ..Options::default() }
 }
 
-/// Both modes of calling NCCL.
+/// NCCL's blocking and non-blocking mode.
 const WAYS: [bool; 2] = [true, false];
 
 #[test]
@@ -82,7 +82,7 @@ type Act = fn(&Group<Dev>) -> Result<()>;
 fn reduce<T: Element>(group: &Group<Dev>, op: ReduceOp, len: usize) -> Result<()> {
     let mut x = Tensor::<T>::full(group.device(), [len], 3.0)?;
     let result = group.all_reduce(op, &mut x);
-    // A disagreement is found before data move.
+    // The ranks find a disagreement before any data moves.
     if matches!(result, Err(Error::Mismatch(_))) {
         assert!(x.to_vec()?.iter().all(|value| value.to_f64() == 3.0), "the buffer has changed");
     }
@@ -115,7 +115,7 @@ fn disagreement_is_the_same_error_on_every_rank() {
         let errors = ranks(world)
             .run(|group| {
                 let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
-                // After calls that all ranks have made.
+                // All ranks make both calls first, so that their kinds are known.
                 ACTS[usual](&nccl)?;
                 ACTS[other](&nccl)?;
                 let act = if group.rank() == 2 { ACTS[other] } else { ACTS[usual] };
@@ -129,7 +129,8 @@ fn disagreement_is_the_same_error_on_every_rank() {
     }
 }
 
-/// NCCL's ranks detect the same disagreements as thread ranks; for started calls, when they start.
+/// Ranks over NCCL detect the same disagreements as thread ranks. They detect a disagreement of
+/// started calls at the start.
 #[test]
 fn every_disagreement_is_found() {
     for world in dev::worlds([2, 3]) {
@@ -168,7 +169,7 @@ fn an_unexpected_message_is_a_disagreement() {
                 let nccl = group.over_nccl(&dev::of_rank(&group)?, options(Order::Any))?;
                 let x = Tensor::<f32>::zeros(nccl.device(), [6])?;
                 if group.rank() == 0 {
-                    // The message is never received. The sender gets the error here or at its next
+                    // No rank receives the message. The sender gets the error here or at its next
                     // call.
                     let sent = nccl.exchange(Some((1, &x)), None);
                     return Ok(sent.and_then(|_| nccl.barrier()).unwrap_err());
@@ -202,7 +203,8 @@ fn a_lost_rank_is_an_error_on_every_other() {
                     })
                     .unwrap();
                 for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != lost) {
-                    // The rank may be lost while others are still in the first call.
+                    // The rank may be lost while others are still in the first call, which then
+                    // fails.
                     let error = outcome.unwrap_or_else(Some);
                     let Some(Error::PeerLost { rank: named, reason, .. }) = error else {
                         panic!("rank {rank} of {world}: {error:?}")
@@ -240,10 +242,11 @@ fn the_rank_that_broke_the_job_is_blamed() {
     }
 }
 
-/// Runs ranks like processes: they communicate over sockets, and compare only new kinds of calls at
-/// once.
+/// Runs ranks like processes. The ranks communicate over sockets, and compare only calls of a new
+/// kind at once.
 fn processes<R: Send>(world: usize, rank: impl Fn(Group<Cpu>) -> Result<R> + Sync) -> Vec<Result<R>> {
-    // For NCCL they are one process, so their GPUs' memory must be open to one another.
+    // NCCL sees one process, so the ranks' GPUs need access to each other's memory. Groups of
+    // thread ranks open this access.
     let open = |group: Group<Cpu>| group.over_nccl(&dev::of_rank(&group)?, options(Order::Any)).map(drop);
     ranks(world).run(open).unwrap();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -277,8 +280,8 @@ fn processes_have_the_same_collectives() {
     }
 }
 
-/// Known calls in another order, which NCCL cannot detect because they have the same number of
-/// elements.
+/// One rank makes known calls in another order. NCCL cannot detect this, because the calls have the
+/// same number of elements.
 #[test]
 fn another_order_of_known_calls_is_found_by_its_hash() {
     for world in dev::worlds([3]) {
@@ -294,7 +297,7 @@ fn another_order_of_known_calls_is_found_by_its_hash() {
                 let (first, second) = if round < 20 { ([2, 3], [3, 2]) } else { (a, b) };
                 call(first)?;
                 call(second)?;
-                assert!(round < 40 - 8, "it was not found");
+                assert!(round < 40 - 8, "the other order was not found");
             }
             Ok(())
         });
@@ -307,8 +310,8 @@ fn another_order_of_known_calls_is_found_by_its_hash() {
     }
 }
 
-/// The others are in NCCL with a known call that was not compared. The control group informs them
-/// which rank has not reached it.
+/// The other ranks are in NCCL with a known call, which they did not compare. The control group
+/// informs them which rank has not reached the call.
 #[test]
 fn a_process_that_does_not_come_to_a_known_call_is_named_to_all() {
     for (world, missing) in dev::worlds([3]).flat_map(|world| (0..world).map(move |rank| (world, rank))) {
@@ -333,18 +336,17 @@ fn a_process_that_does_not_come_to_a_known_call_is_named_to_all() {
     }
 }
 
-/// A call that every rank has made, whose result is read. It fails if a rank is lost.
+/// Makes a call of a known kind and waits for its result. Returns an error if a rank is lost.
 fn known(group: &Group<Dev>, op: ReduceOp) -> Result<()> {
     reduce::<f32>(group, op, 6)?;
     group.device().synchronize()
 }
 
-/// A rank is lost while the others are already in NCCL, with a known call that was not compared.
+/// A rank is lost while the others are in NCCL with a known call, which they did not compare.
 #[test]
 fn a_process_that_is_lost_inside_of_a_collective_ends_it_for_the_others() {
     for world in dev::worlds([2, 3, 4, 8]) {
-        // The maximum is computed from all ranks' terms by a kernel of this library after the NCCL
-        // call.
+        // A kernel of this library computes the maximum from all ranks' terms after the NCCL call.
         for (op, fails) in [ReduceOp::Sum, ReduceOp::Max].into_iter().flat_map(|op| [(op, true), (op, false)])
         {
             for (lost, blocking) in [(0, true), (world - 1, true), (world - 1, false)] {
@@ -360,7 +362,7 @@ fn a_process_that_is_lost_inside_of_a_collective_ends_it_for_the_others() {
                             Ok(())
                         };
                     }
-                    // By now the rank is lost, and the result with it.
+                    // The lost rank does not join this call, so the call has no result.
                     known(&nccl, op)
                 });
                 for (rank, outcome) in outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != lost) {
@@ -375,7 +377,7 @@ fn a_process_that_is_lost_inside_of_a_collective_ends_it_for_the_others() {
     }
 }
 
-/// A rank sends a message to a rank that has returned, and a third rank is not involved.
+/// Rank 0 sends a message to rank 2, which has returned. Rank 1 gets no error.
 #[test]
 fn a_message_that_nobody_fetches_any_more_is_an_error_of_its_sender_only() {
     for world in dev::worlds([3]) {
@@ -404,7 +406,8 @@ fn a_message_that_nobody_fetches_any_more_is_an_error_of_its_sender_only() {
     }
 }
 
-/// All communicators of a rank keep the order, also on another handle of its GPU.
+/// The collectives of all communicators of a rank run in the order of its calls, also on another
+/// handle of its GPU.
 #[test]
 fn collectives_run_in_the_order_of_a_rank_s_calls() {
     for (world, blocking) in dev::worlds([2, 4]).flat_map(|world| WAYS.map(|way| (world, way))) {
@@ -432,8 +435,8 @@ fn collectives_run_in_the_order_of_a_rank_s_calls() {
     }
 }
 
-/// The sender is in NCCL, waiting for a connection to a rank that does not come, and cannot leave
-/// by itself.
+/// The sender is in a blocking call of NCCL, which waits for a connection to a rank that does not
+/// come. The sender cannot leave this call by itself.
 #[test]
 fn a_rank_inside_of_a_blocking_call_learns_whom_it_waits_for() {
     for (world, fails) in dev::worlds([2]).flat_map(|world| [false, true].map(|fails| (world, fails))) {
@@ -457,7 +460,7 @@ fn a_rank_inside_of_a_blocking_call_learns_whom_it_waits_for() {
     }
 }
 
-/// A rank that cannot check for errors, as if inside the driver, while its collective waits for a
+/// Rank 0 cannot check for errors, as if it were inside the driver. Its collective waits for a
 /// missing rank.
 #[test]
 fn the_deadline_of_a_rank_that_cannot_look_around_holds() {
@@ -471,7 +474,7 @@ fn the_deadline_of_a_rank_that_cannot_look_around_holds() {
                 nccl.all_reduce(ReduceOp::Sum, &mut x)?;
                 thread::sleep(Duration::from_secs(5));
                 let outcome = nccl.device().synchronize();
-                // Later reads do not return the missing result of the collective either.
+                // Later reads return the same error, because the collective has no result.
                 assert_eq!(x.to_vec().map(drop), outcome);
                 return outcome;
             }
@@ -485,14 +488,16 @@ fn the_deadline_of_a_rank_that_cannot_look_around_holds() {
     }
 }
 
-/// As above, but all ranks have reached the oldest of its collectives.
+/// Rank 0 cannot check for errors as above, but all ranks have reached the oldest of its
+/// collectives.
 #[test]
 fn a_collective_behind_others_has_its_deadline_too() {
     for (world, blocking) in dev::worlds([2]).flat_map(|world| WAYS.map(|way| (world, way))) {
         let outcomes = processes(world, |group| {
             let options = Options { deadline: Duration::from_secs(1), blocking, ..options(Order::Any) };
             let nccl = group.over_nccl(&dev::of_rank(&group)?, options)?;
-            // The second time their kind is known, and is not compared.
+            // In the second round the calls' kind is known, so the ranks do not compare these
+            // calls.
             let here = nccl.rank();
             for calls in [3, if here == 0 { 3 } else { 2 }] {
                 for _ in 0..calls {
@@ -516,7 +521,8 @@ fn a_collective_behind_others_has_its_deadline_too() {
     }
 }
 
-/// NCCL destroys a communicator once all ranks of a node destroy it.
+/// NCCL destroys a communicator only once all ranks of a node destroy it. A rank that drops its
+/// group must not wait for that.
 #[test]
 fn a_rank_that_leaves_a_group_does_not_wait_for_those_that_stay() {
     for (world, over_sockets) in dev::worlds([2]).flat_map(|world| [(world, false), (world, true)]) {
@@ -538,8 +544,8 @@ fn a_rank_that_leaves_a_group_does_not_wait_for_those_that_stay() {
     }
 }
 
-/// All ranks have reached its collective. It cannot be seen whether the device has finished it, so
-/// it ends with the failing rank.
+/// All ranks have reached the collective. Rank 0 cannot see whether the device has finished it, so
+/// the collective fails together with rank 1.
 #[test]
 fn a_rank_that_cannot_look_around_is_freed_when_another_fails() {
     for world in dev::worlds([2]) {
@@ -562,7 +568,8 @@ fn a_rank_that_cannot_look_around_is_freed_when_another_fails() {
     }
 }
 
-/// Neither without the group nor through another handle of the GPU.
+/// The missing result cannot be read after the group was dropped, nor through another handle of the
+/// GPU.
 #[test]
 fn what_an_aborted_collective_did_not_do_is_never_read() {
     for (world, drops) in dev::worlds([2]).flat_map(|world| [(world, true), (world, false)]) {

@@ -1,5 +1,5 @@
-//! Runs this program under `mpirun`: the tests as 1 to 4 processes, and the scenarios that end a
-//! job.
+//! Runs this program under `mpirun`: the tests on 1 to 8 processes, and the scenarios in which a
+//! rank is lost.
 
 use crate::failure::PATIENCE;
 use std::{
@@ -7,13 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Set in the environment of a process that `mpirun` has started.
+/// The variable that marks a process that `mpirun` has started.
 pub(crate) const STARTED: &str = "SHARDWISE_MPI_STARTED";
 
 fn mpirun(processes: usize, variables: &[(&str, &str)]) -> Command {
     let mut command = Command::new("mpirun");
     command.args(["-n", &processes.to_string()]).arg(std::env::current_exe().unwrap());
-    // Open MPI requires these in containers.
+    // Open MPI requires these variables in containers, where it runs as root.
     command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
     command.env("OMPI_MCA_rmaps_base_oversubscribe", "1").env("RUST_BACKTRACE", "0");
     command.env(STARTED, "1").envs(variables.iter().copied());
@@ -24,7 +24,7 @@ fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
-/// Each way of losing a rank, the words in its error, and the time limit for the job.
+/// Each way of losing a rank, the words in the job's error, and the time limit for the job.
 fn scenarios(lost: usize, missing: &str) -> [(&'static str, String, Duration); 7] {
     // When a process has failed, Open MPI ends the others by SIGTERM, waits a second and kills
     // them. They report the error in that second.
@@ -34,7 +34,7 @@ fn scenarios(lost: usize, missing: &str) -> [(&'static str, String, Duration); 7
         ("return", format!("rank {lost} was lost (it left the group)"), said),
         ("fail", format!("rank {lost} was lost (it returned an error)"), said),
         ("panic", format!("rank {lost} was lost (it panicked)"), said),
-        // The MPI launcher sees these itself.
+        // The MPI launcher itself detects these losses.
         ("exit", "3".into(), soon),
         ("kill", format!("process rank {lost} "), soon),
         ("stop", format!("ranks [{missing}] did not join all_reduce"), late),
@@ -57,10 +57,10 @@ pub(crate) fn drive() {
         );
     }
     for processes in [2, 3] {
-        println!("messages in fragments:");
+        println!("every message is split:");
         assert!(mpirun(processes, &[("SHARDWISE_PIECES", "1")]).status().unwrap().success());
     }
-    // The time that a job takes by itself: MPI's start and end.
+    // The time of a job that does nothing: MPI's start and end.
     let begin = Instant::now();
     assert!(mpirun(2, &[("SHARDWISE_SCENARIO", "none")]).status().unwrap().success());
     let empty = begin.elapsed();

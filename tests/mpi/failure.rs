@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Asserts that all ranks have the same words.
+/// Asserts that all ranks have the same text.
 fn same_everywhere(world: &Group<Cpu>, words: &str) -> Result<()> {
     let mut hasher = DefaultHasher::new();
     words.hash(&mut hasher);
@@ -24,7 +24,7 @@ fn same_everywhere(world: &Group<Cpu>, words: &str) -> Result<()> {
     for op in [ReduceOp::Min, ReduceOp::Max] {
         let mut x = Tensor::<f64>::full(world.device(), [1], own)?;
         world.all_reduce(op, &mut x)?;
-        assert_eq!(x.to_vec()?[0], own, "rank {} says: {words}", world.rank());
+        assert_eq!(x.to_vec()?[0], own, "rank {} has another text: {words}", world.rank());
     }
     Ok(())
 }
@@ -79,7 +79,7 @@ pub(crate) fn lost_rank(world: &Group<Cpu>) -> Result<()> {
             let mut x = Tensor::<f32>::full(group.device(), [len], 1.0)?;
             let pending = group.start_all_reduce(ReduceOp::Sum, x.clone())?;
             if group.rank() == lost {
-                // The started collective is completed even though the group is dropped.
+                // Dropping the group and the started collective still completes the collective.
                 drop(group);
                 drop(pending);
                 world.barrier()?;
@@ -100,7 +100,7 @@ fn descriptors() -> usize {
     fs::read_dir("/proc/self/fd").map_or(0, Iterator::count)
 }
 
-/// Groups that are created, broken and dropped, `SHARDWISE_CYCLES` times or a few.
+/// Creates, breaks and drops groups `SHARDWISE_CYCLES` times, or 300 times by default.
 pub(crate) fn cycles(world: &Group<Cpu>) -> Result<()> {
     let cycles = std::env::var("SHARDWISE_CYCLES").map_or(300, |number| number.parse().unwrap());
     let before = descriptors();
@@ -115,18 +115,18 @@ pub(crate) fn cycles(world: &Group<Cpu>) -> Result<()> {
     Ok(())
 }
 
-/// Signals this process.
+/// Sends this process a signal.
 fn signal_self(signal: &str) {
     let _ = Command::new("kill").args([signal, &std::process::id().to_string()]).status();
-    // Time for a stop signal to take effect.
+    // The signal may need this time to stop the process.
     std::thread::sleep(Duration::from_millis(200));
 }
 
-/// The deadline of scenarios.
+/// The deadline of the scenarios.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Runs this rank's role in a scenario, if the environment names one. The last rank is lost in some
-/// way.
+/// Runs this rank's role in a scenario, if the environment names one. The scenario names the way in
+/// which the last rank is lost.
 pub(crate) fn scenario() -> Option<ExitCode> {
     let way = std::env::var("SHARDWISE_SCENARIO").ok()?;
     let done = Mpi::new().deadline(PATIENCE).run(|world| {
@@ -143,16 +143,16 @@ pub(crate) fn scenario() -> Option<ExitCode> {
                 "exit" => std::process::exit(3),
                 "kill" => signal_self("-KILL"),
                 "stop" => signal_self("-STOP"),
-                // The others proceed to the data, which never arrives. They start the collective
-                // after this rank's last call into MPI: otherwise its data could be sent during
-                // that call, and the sum would be complete before the rank stops.
+                // The other ranks wait for this rank's data, which never arrive. They start the
+                // collective after this rank's last call into MPI. Otherwise MPI could send the
+                // data during that call, and the sum would be complete before the rank stops.
                 "stop within" => {
                     let pending = world.start_all_reduce(ReduceOp::Sum, x)?;
                     (0..last).try_for_each(|peer| world.exchange(Some((peer, &started)), None).map(drop))?;
                     signal_self("-STOP");
                     return pending.wait().map(drop);
                 }
-                other => return Err(Error::invalid("scenario", format!("there is no way `{other}`"))),
+                other => return Err(Error::invalid("scenario", format!("unknown scenario `{other}`"))),
             }
         } else if way == "stop within" {
             world.exchange::<f32>(None, Some((last, started.shape())))?;

@@ -1,5 +1,5 @@
-//! Layers and models on MPI ranks have the bits of the same number of thread ranks, which other
-//! tests compare with the reference.
+//! Layers and models on MPI ranks have the bits of the same number of thread ranks. Other tests
+//! compare thread ranks with the reference.
 
 use half::{bf16, f16};
 use shardwise::{
@@ -58,8 +58,8 @@ fn config(gated: bool) -> BlockConfig {
     .with_mlp_bias(!gated)
 }
 
-/// Forward and backward of a layer on 700 tokens, with payloads below and above the size that is
-/// sent with the call.
+/// Runs a layer forward and backward on 700 tokens. Some payloads are small enough to be sent with
+/// the call, and others are not.
 fn step<S: ResidualStream, T: Element, L: Layer<T, Cpu, In = S, Out = S>>(
     group: &Group<Cpu>,
     layer: L,
@@ -110,8 +110,7 @@ pub(crate) fn blocks(world: &Group<Cpu>) -> Result<()> {
     blocks_of::<f16>(world)
 }
 
-/// With as many chunks as the transport prefers, and with given numbers, the bits are those of the
-/// thread ranks' unchunked collectives.
+/// In 1, 3 and 100 chunks the bits are those of the thread ranks' unchunked collectives.
 pub(crate) fn chunks(world: &Group<Cpu>) -> Result<()> {
     for overlap in [Overlap::Chunks(1), Overlap::Chunks(3), Overlap::Chunks(100)] {
         let group = world.with_overlap(overlap);
@@ -122,8 +121,7 @@ pub(crate) fn chunks(world: &Group<Cpu>) -> Result<()> {
     Ok(())
 }
 
-/// The bits of one thread rank on this many processes, in both residual streams: the whole y, and
-/// dX.
+/// y and dX on this many processes have the bits of one thread rank, in both residual streams.
 pub(crate) fn invariant(world: &Group<Cpu>) -> Result<()> {
     fn same<T: Element>(world: &Group<Cpu>) -> Result<()> {
         // Nine query heads in eight blocks.
@@ -133,7 +131,7 @@ pub(crate) fn invariant(world: &Group<Cpu>) -> Result<()> {
                 block::<Replicated, T>(&alone.with_reduction(reduction), gated, Ok)
             })?;
             let got = block::<Replicated, T>(&world.with_reduction(reduction), gated, Ok)?;
-            // The following gradients are those of this rank's weight shards.
+            // The values after y and dX are gradients of this rank's weight shards.
             assert_eq!(got[..14_000], one[0][..14_000], "{} on {world:?}", T::DTYPE);
             let group = world.with_reduction(reduction).with_overlap(Overlap::Chunks(2));
             let part = block::<Shard<0>, T>(&group, gated, |x| {

@@ -1,9 +1,9 @@
-//! The communicator over MPI, and operators on it: `scripts/mpi_tests.sh`.
+//! Tests the communicator over MPI, and operators on it. `scripts/mpi_tests.sh` runs them.
 //!
-//! The program starts itself under `mpirun` as 1 to 4 processes, each of which runs the same tests
+//! The program starts itself under `mpirun` as 1 to 4 processes. Each process runs the same tests
 //! in the same order. 5 to 8 processes run the collectives only.
 
-// Shared with the other tests, which use all of them.
+// Other test binaries share these modules and use all their items.
 #[allow(dead_code)]
 #[path = "../suite/dev.rs"]
 mod dev;
@@ -35,7 +35,7 @@ use std::{
 /// Ranks stop waiting for a missing rank after this time.
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// The checks for every communicator.
+/// Runs the checks that every communicator must pass.
 fn everything<B: Pointwise>(group: &Group<B>) -> Result<()> {
     all_exact(group, true)?;
     all_in_flight(group)?;
@@ -55,12 +55,12 @@ fn staged_collectives(world: &Group<Cpu>) -> Result<()> {
     everything(&group.staged(&Cpu::poisoned()))
 }
 
-/// Tensors of GPUs, through the host. Prints a line if there is none.
+/// Collectives of GPU tensors through the host. Prints a line if there is no GPU.
 #[cfg(feature = "cuda")]
 fn cuda_collectives(world: &Group<Cpu>) -> Result<()> {
     use shardwise::device::Cuda;
     let Ok(gpus @ 1..) = Cuda::count() else {
-        println!("NOT RUN: there is no GPU, and scripts/cuda_standin.sh stands in for none");
+        println!("NOT RUN: there is no GPU; scripts/cuda_standin.sh runs this without one");
         return Ok(());
     };
     let group = world.split_all(0)?.staged(&Cuda::poisoned(world.rank() % gpus)?);
@@ -71,7 +71,7 @@ fn cuda_collectives(world: &Group<Cpu>) -> Result<()> {
 fn parts_of_parts(world: &Group<Cpu>) -> Result<()> {
     let half = world.split_all(world.rank() as u64 % 2)?;
     let row = world.split_all(world.rank() as u64 / 2)?;
-    // Overlapping groups, used in turn while started collectives are pending.
+    // The groups overlap and are used in turn while started collectives are pending.
     let mut open = Vec::new();
     for group in [world, &half, &row] {
         let x = Tensor::<f64>::full(group.device(), [5000], group.rank() as f64 + 1.0)?;
@@ -86,13 +86,13 @@ fn parts_of_parts(world: &Group<Cpu>) -> Result<()> {
     Ok(())
 }
 
-/// A started collective proceeds while this rank makes other calls, and needs no immediate wait.
+/// A started collective proceeds while this rank makes other calls. The rank may wait for it later.
 fn started_ones_go_on(world: &Group<Cpu>) -> Result<()> {
     let x = Tensor::<f32>::full(world.device(), [100_000], 1.0)?;
     let first = world.start_all_reduce(ReduceOp::Sum, x.clone())?;
     let second = world.start_all_reduce(ReduceOp::Max, x)?;
     let size = world.size() as f32;
-    // In different orders on different ranks.
+    // Even and odd ranks wait in different orders.
     let (first, second) = if world.rank().is_multiple_of(2) {
         let first = first.wait()?;
         (first, second.wait()?)
@@ -112,9 +112,9 @@ fn started_ones_go_on(world: &Group<Cpu>) -> Result<()> {
     Ok(())
 }
 
-/// More elements than an `int` counts. Run by hand: `SHARDWISE_HUGE=broadcast`, `exchange` or `sum`
-/// takes 16 GiB per rank. `SHARDWISE_HUGE_ELEMENTS=1073741834` exceeds the limit in bytes only,
-/// with half the memory.
+/// Tensors with more elements than an `int` counts. Run by hand: `SHARDWISE_HUGE=broadcast`,
+/// `exchange` or `sum` takes 16 GiB per rank. `SHARDWISE_HUGE_ELEMENTS=1073741834` exceeds the
+/// limit in bytes only, with half the memory.
 fn huge(world: &Group<Cpu>) -> Result<()> {
     let Some(which) = std::env::var_os("SHARDWISE_HUGE") else { return Ok(()) };
     let elements = std::env::var("SHARDWISE_HUGE_ELEMENTS").ok().and_then(|elements| elements.parse().ok());
@@ -162,7 +162,7 @@ const TESTS: &[(&str, Test)] = &[
     ("cycles leave nothing", failure::cycles),
 ];
 
-/// Run by hand on a machine with enough memory.
+/// The test with huge tensors, run by hand on a machine with enough memory.
 const HUGE: &[(&str, Test)] = &[("huge tensors", huge)];
 
 /// The tests for more than four processes.
@@ -176,10 +176,12 @@ fn main() -> ExitCode {
     if let Some(code) = failure::scenario() {
         return code;
     }
-    // Thread ranks, run for comparison, may print panics; the processes' lines are those of rank 0.
+    // Thread ranks, which run for comparison, may print panics. Of the processes only rank 0 prints
+    // lines.
     let mut mpi = Mpi::new().deadline(DEADLINE);
     if std::env::var_os("SHARDWISE_PIECES").is_some() {
-        // Splits every message of more than 4 KiB, as messages of more than 2³¹ `u64` values are.
+        // Splits every message of more than 4 KiB. Without this limit only messages of more than
+        // 2³¹ `u64` values are split.
         mpi = mpi.message_limit(4096);
     }
     let done = mpi.run(|world| {

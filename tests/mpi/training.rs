@@ -1,7 +1,7 @@
-//! Training on MPI ranks: with an invariant reduction the losses, norms and parameters of one
-//! thread rank, bit for bit.
+//! Training on MPI ranks with an invariant reduction. The losses, norms and parameters are those of
+//! one thread rank, bit for bit.
 
-// The example's model. Training requires most of it.
+// The model of the example `train_text`. This test does not use all of it.
 #[path = "../../examples/text/train_text/model.rs"]
 #[allow(dead_code)]
 mod model;
@@ -44,16 +44,16 @@ fn batch(step: u64) -> Batch {
     }
 }
 
-/// One rank's results after some steps: losses and norms, and for each tensor of the model the
-/// elements that the rank holds.
+/// One rank's results after some steps: the losses and norms, and the elements that the rank holds
+/// of each tensor of the model.
 #[derive(PartialEq)]
 struct Trained {
     curve: Vec<(u64, u64)>,
     shards: BTreeMap<(String, Vec<usize>), u64>,
 }
 
-/// AdamW with dropout, clipping and decay on `dp` replicas, each with its share of the ranks, and
-/// four microbatches in all.
+/// Trains by AdamW with dropout, clipping and decay. Each of `dp` replicas has its share of the
+/// ranks, and all replicas together have four microbatches.
 fn train<S: ResidualStream, T: Element>(world: &Group<Cpu>, dp: usize, overlap: Overlap) -> Result<Trained> {
     let world = world.with_reduction(Reduction::Invariant { blocks: 8 }).with_overlap(overlap);
     let mesh = DeviceMesh::new(&world, Mesh::new(dp, 1, world.size() / dp)?)?;

@@ -21,8 +21,8 @@ use shardwise::{
 };
 
 const EXACT: f64 = 1e-12;
-/// A large ε, so that a norm amplifies rounding errors by at most 3. With 1e-5 and two features
-/// each norm would amplify them by 300.
+/// The ε of the norms, so large that a norm amplifies rounding errors by at most 3. With 1e-5 and
+/// two features each norm would amplify them by 300.
 const EPS: f64 = 0.1;
 
 /// A block's random sizes and options.
@@ -44,12 +44,12 @@ fn vector(seed: u64, name: &str, len: usize) -> Array1<f64> {
 }
 
 impl RandomBlock {
-    /// The reference's weights. A gated block is Llama's: RMSNorm and no biases. The other is
-    /// GPT-2's or BERT's.
+    /// Returns the reference's weights. A gated block is like Llama's, with RMSNorm and without
+    /// biases. Other blocks are like GPT-2's or BERT's.
     pub(crate) fn weights(&self) -> reference::BlockWeights {
         let &RandomBlock { heads, kv_heads, head_dim, hidden, ffn, gated, seed, .. } = self;
         let (q, kv) = (heads * head_dim, kv_heads * head_dim);
-        // Scaled, so that the attention scores stay moderate.
+        // The weights are scaled, so that the attention scores stay moderate.
         let weight = |name: &str, rows, cols| matrix(seed, name, rows, cols) / (cols as f64).sqrt();
         let bias = |name: &str, len| (!gated).then(|| vector(seed, name, len));
         let norm = |gamma: &str, beta: &str| {
@@ -186,7 +186,7 @@ const UNEVEN: RandomBlock = RandomBlock {
     seed: 1,
 };
 
-/// Nine query and three key/value heads on every number of ranks up to eight.
+/// Compares nine query and three key/value heads on every number of ranks up to eight.
 #[test]
 fn nine_heads_on_any_number_of_ranks() {
     for world in 1..=8 {
@@ -198,7 +198,7 @@ fn nine_heads_on_any_number_of_ranks() {
 /// A layer and the normalization before it.
 type Normed<L, B> = (Normalize<Replicated, f64, B>, L);
 
-/// The layers of a block without a gate, loaded separately.
+/// Loads the layers of a block without a gate separately.
 fn layers<B: Backend>(
     group: &Group<B>,
     weights: &Weights<'_>,
@@ -252,9 +252,9 @@ fn more_ranks_than_tokens() {
     exact::<Replicated>(&UNEVEN, 5, &Sequences::one(1));
 }
 
-/// In narrow elements a block's error, relative to the size of the whole result, is a few
-/// roundings. Every number passes through about ten of them (projections, scores, weights, sums,
-/// norms), which add up like a random walk in f32 accumulators. 16 ε covers them, and another
+/// In narrow elements a block's error, relative to the largest result, is a few roundings. Every
+/// number passes through about ten roundings (projections, scores, weights, sums, norms).
+/// Accumulators are f32, so the roundings add up like a random walk. 16 ε covers them, and another
 /// factor of 2 covers the backward.
 #[test]
 fn narrow_elements_are_as_good_as_their_precision() {
@@ -281,8 +281,8 @@ fn narrow<T: Element>(sizes: &RandomBlock, world: usize) {
     close("y", &got.y.into_dyn(), &want_y, bound);
     close("dx", &got.dx.into_dyn(), &want.dx, 2.0 * bound);
     for (name, want) in want.weights.named() {
-        // A constant added to all keys does not change the weights, so this gradient is rounding
-        // error, of as many terms as there are tokens.
+        // A constant added to all keys does not change the attention weights. So the gradient of
+        // k's bias is rounding error, with as many terms as there are tokens.
         let terms = if name.ends_with("k.bias") { x.nrows() as f64 } else { 1.0 };
         let error = difference(&got.grads[name], &want) / terms;
         assert!(error <= 2.0 * bound, "{name} in {} on {world}: {error:e}", T::DTYPE);

@@ -1,16 +1,16 @@
 //! No two files of the library import each other, directly or through others.
 //!
-//! A file imports another one if it names something that is defined there, through whichever module
-//! it comes. A file may name what its own `mod.rs` (or any module above) defines: a folder's common
-//! definitions. Re-exports alone are no imports.
+//! A file imports another file if it names an item that the other file defines, also through
+//! re-exports. A file may name items of its own `mod.rs` and of all modules above it, because these
+//! hold a folder's common definitions. A re-export alone is no import.
 
 use crate::imports::files;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A module's path from the root of the crates; the program's modules begin with `bin`.
+/// A module's path from the root of its crate. The paths of the program's modules begin with `bin`.
 type Path = Vec<String>;
 
-/// Names that code uses: a path, the name that it has there, and whether it is a re-export.
+/// A name that a `use` imports: its path, its name in the file, and whether the file re-exports it.
 struct Use {
     path: Path,
     name: String,
@@ -21,13 +21,13 @@ struct Use {
 struct Module {
     uses: Vec<Use>,
     defines: BTreeSet<String>,
-    /// Paths of two and more names outside of `use`.
+    /// The paths of two or more names outside of `use`.
     paths: Vec<Path>,
     /// All names outside of `use`.
     names: BTreeSet<String>,
 }
 
-/// Identifiers, `::`, and other characters.
+/// Splits code into identifiers, `::` and other characters.
 fn tokens(code: &str) -> Vec<&str> {
     let mut tokens = Vec::new();
     let mut rest = code.trim_start();
@@ -46,7 +46,8 @@ fn tokens(code: &str) -> Vec<&str> {
     tokens
 }
 
-/// Reads the tree of a `use` after its prefix. Returns the number of tokens.
+/// Reads the tree of a `use` after `prefix` into `uses`. Returns the number of tokens that it has
+/// read.
 fn tree(tokens: &[&str], prefix: &[&str], public: bool, uses: &mut Vec<Use>) -> usize {
     let mut path = prefix.to_vec();
     let mut at = 0;
@@ -85,13 +86,13 @@ impl Module {
         let mut at = 0;
         while at < tokens.len() {
             match tokens[at] {
-                // Not `use<'a>`, which says what a type captures.
+                // Skips `use<'a>`, which lists the lifetimes that a type captures.
                 "use" if tokens.get(at + 1) != Some(&"<") => {
                     let public = at > 0 && matches!(tokens[at - 1], "pub" | ")");
                     at += tree(&tokens[at + 1..], &[], public, &mut module.uses) + 2;
                     continue;
                 }
-                // The declaration of a module names no item of it.
+                // The declaration of a module names no item of that module.
                 "mod" => {
                     at += 2;
                     continue;
@@ -128,8 +129,8 @@ impl Modules {
         Self(files.into_iter().map(|(file, code)| (path(file), Module::read(&code))).collect())
     }
 
-    /// The module where a path of module `here` begins, and the rest of the path. None for paths to
-    /// other crates and to names in scope.
+    /// Returns the module where a path in module `here` begins, and the rest of the path. Returns
+    /// `None` for paths to other crates and to names in scope.
     fn begin<'a>(&self, here: &[String], path: &'a [String]) -> Option<(Path, &'a [String])> {
         let mut base = here.to_vec();
         let mut rest = path;
@@ -153,8 +154,8 @@ impl Modules {
         Some((base, rest))
     }
 
-    /// The module that defines what a path leads to, through re-exports. `seen` are the names that
-    /// were looked up.
+    /// Follows a path through re-exports and returns the module that defines its item. `seen` has
+    /// the names that were looked up already.
     fn home(&self, base: &[String], path: &[String], seen: &mut BTreeSet<Path>) -> Option<Path> {
         let mut base = base.to_vec();
         let mut rest = path;
@@ -188,7 +189,7 @@ impl Modules {
         Some(found.unwrap_or(base))
     }
 
-    /// For each module the others that it names, apart from those above it.
+    /// Returns for each module the modules that it names, except those above it.
     fn imports(&self) -> BTreeMap<&Path, BTreeSet<Path>> {
         let of = |(here, module): (&'_ Path, &Module)| -> BTreeSet<Path> {
             let used = module.uses.iter().filter(|used| !used.public || module.names.contains(&used.name));
@@ -199,7 +200,7 @@ impl Modules {
             });
             homes.filter(|home| !here.starts_with(home)).collect()
         };
-        // The prelude and the roots name everything, and nothing names them.
+        // The prelude and the crates' roots name every module, and no module names them.
         let is_file = |here: &&Path| !here.is_empty() && here[0] != "prelude";
         self.0
             .iter()
@@ -208,7 +209,7 @@ impl Modules {
             .collect()
     }
 
-    /// The imports from which a way leads back.
+    /// Returns the imports that are part of a circle.
     fn circles(&self) -> Vec<String> {
         let imports = self.imports();
         let leads = |from: &Path, to: &Path| {
@@ -228,7 +229,7 @@ impl Modules {
     }
 }
 
-/// The circles of some modules.
+/// Returns the circles of some modules.
 fn circles(files: &[(&str, &str)]) -> Vec<String> {
     Modules::new(files.iter().map(|(file, code)| (format!("src/{file}.rs"), code.to_string()))).circles()
 }
@@ -238,13 +239,13 @@ fn circles_are_found() {
     let found = circles(&[
         ("lib", "pub mod a; pub mod b;"),
         ("a/mod", "mod one; mod two; pub use one::One; pub(crate) use two::*; pub struct Common;"),
-        // A folder's common definitions, and a name that comes through its re-exports.
+        // `one` names a common definition of its folder, and `Two` through a re-export.
         ("a/one", "use super::{Common, Two as Other}; pub struct One(Common, Other);"),
         ("a/two", "pub struct Two; impl Two { fn new() { crate::b::made() } }"),
         ("b", "use crate::a::One; pub fn made() -> One { One::new() } use std::a::Two;"),
     ]);
     assert_eq!(found, ["a/one -> a/two", "a/two -> b", "b -> a/one"]);
-    // Re-exports, and names that a module only uses from above, are no circle.
+    // A re-export, and a name that a module uses from the module above it, form no circle.
     let found = circles(&[
         ("lib", "pub mod a;"),
         ("a/mod", "mod one; pub use one::One; pub struct Common;"),

@@ -1,6 +1,6 @@
-//! Checks the table of layers in the documentation of `parallel`: the collectives of each layer,
-//! written down by hand, on every rank of 1 to 8. [`run`](crate::support::run) checks that
-//! computing ranks make the planned collectives.
+//! Checks the table of layers in the documentation of `parallel`. The tests list each layer's
+//! collectives by hand, and compare them with the plans of every rank of 1 to 8.
+//! [`run`](crate::support::run) checks that ranks with data make the planned collectives.
 
 use crate::support::{Case, Pass, Spread, uneven};
 use ndarray::Array2;
@@ -50,7 +50,7 @@ fn leaves<S: ResidualStream>(features: usize) -> Vec<Transfer> {
     vec![of(if S::SHARD_DIM.is_some() { ReduceScatter } else { AllReduce }, TOKENS * features)]
 }
 
-/// A sum over tokens in the accumulator, if S shards them.
+/// The all-reduce of a sum over tokens in the accumulator, if S shards the tokens.
 fn over_tokens<S: ResidualStream>(elements: usize) -> Vec<Transfer> {
     S::SHARD_DIM.map(|_| wide(AllReduce, elements)).into_iter().collect()
 }
@@ -161,8 +161,8 @@ fn linear_layers_have_the_collectives_of_the_table() {
     }
 }
 
-/// Two key/value heads, each held by up to four ranks. Their columns of dY are summed first, keys
-/// and values together.
+/// Up to four ranks hold each of two key/value heads. The backward sums these heads' columns of dY
+/// first, keys and values together.
 #[test]
 fn shared_heads_are_summed() {
     let (heads, kv_heads, dim) = (8, 2, 3);
@@ -239,7 +239,8 @@ fn stream<S: ResidualStream + Spread>(world: usize) {
         NormKind::LayerNorm { eps: 0.1 },
     )
     .with_mlp_bias(true);
-    // Each half backward: db of its second layer, entering, leaving, dγ and dβ.
+    // The backward of each half of a block: db of the half's second layer, entering, leaving, dγ
+    // and dβ.
     let half = [over_tokens::<S>(HIDDEN), both.clone(), over_tokens::<S>(2 * HIDDEN)].concat();
     check(
         world,

@@ -27,7 +27,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Thread ranks whose fresh tensors are NaN. The deadline is reached only if a rank waits in vain.
+/// Thread ranks whose fresh tensors are NaN. A run reaches the deadline only if a rank waits in
+/// vain.
 fn ranks(world: usize) -> Threads {
     Threads::new(world).device(Cpu::poisoned).deadline(Duration::from_secs(60))
 }
@@ -113,7 +114,7 @@ proptest! {
                 } else {
                     with_element!(DTYPES[dtype], perform(&group, &step, &inputs))?;
                 }
-                // Each rank waits for one of its started collectives, drops one, or continues.
+                // Each rank waits for one of its started collectives, drops one, or does neither.
                 let turn = mix(seed, group.rank(), 3) as usize;
                 if turn.is_multiple_of(2) && !flights.is_empty() {
                     let flight = flights.swap_remove(turn / 16 % flights.len());
@@ -194,7 +195,7 @@ fn what_a_receiver_does_not_expect_is_a_disagreement() {
                     1 => group.barrier(),
                     _ => receive(&group),
                 };
-                // The sender did not wait; its next call reports the error.
+                // The sender did not wait for the receiver, so its next call reports the error.
                 Ok(result.and_then(|()| group.barrier()).unwrap_err())
             })
             .unwrap();
@@ -233,7 +234,7 @@ const WAITS: [Act; 11] = [
     |group| group.split(Some(1), 0).map(drop),
     |group| started(group, ReduceOp::Sum, 5),
     |group| perform::<f32, _>(group, &Step::Shift(1), &inputs(0, group.size(), &[4])),
-    // A started collective, followed by a barrier that all ranks have reached.
+    // A started collective, then a barrier before its wait.
     |group| {
         let x = Tensor::<f32>::zeros(group.device(), [70_000])?;
         let pending = group.start_all_reduce(ReduceOp::Sum, x)?;
@@ -277,9 +278,9 @@ fn lose(world: usize, lost: usize, failure: Failure, before: usize, delay: Durat
                 }
                 return Ok(None);
             }
-            // An exchange does not need every rank, so some complete it once.
+            // An exchange needs only two ranks, so some ranks complete their first exchange.
             let error = wait(&group).and_then(|()| group.barrier()).unwrap_err();
-            assert_eq!(gone.load(Ordering::SeqCst), 1, "nobody was lost yet: {error}");
+            assert_eq!(gone.load(Ordering::SeqCst), 1, "the error came before a rank was lost: {error}");
             heard.fetch_add(1, Ordering::SeqCst);
             Ok(Some((error, group.barrier().unwrap_err())))
         })
@@ -300,7 +301,7 @@ fn lose(world: usize, lost: usize, failure: Failure, before: usize, delay: Durat
         let Ok(Some((first, later))) = outcome else { panic!("{what}: rank {rank}: {outcome:?}") };
         for error in [&first, &later] {
             let Error::PeerLost { rank: named, op, reason, .. } = error else { panic!("{what}: {error}") };
-            // A rank of the ring may need a neighbour that has left because of the lost rank.
+            // In the ring, the error may name a neighbour that has left because of the lost rank.
             assert!(*named == lost || *op == "exchange" && *reason == LostReason::Left, "{what}: {error}");
             let right = match failure {
                 Failure::Panic | Failure::LeakAndPanic => *reason == LostReason::Panicked,
@@ -312,8 +313,8 @@ fn lose(world: usize, lost: usize, failure: Failure, before: usize, delay: Durat
     }
 }
 
-/// A failing rank drops its groups, also those it has split, before the launcher learns of the
-/// error.
+/// A failing rank drops its groups, including split ones, before the launcher gets the error. The
+/// other ranks must be informed that it failed, not that it left.
 #[test]
 fn who_is_lost_by_an_error_has_not_left() {
     for world in [2, 4] {
@@ -365,7 +366,7 @@ fn a_rank_is_lost_while_the_others_wait() {
         for failure in FAILURES {
             for (case, wait) in WAITS.into_iter().enumerate() {
                 if case % 2 == world % 4 / 2 || world == 2 {
-                    // Longer than a waiting rank spins, so that it sleeps.
+                    // The delay is longer than a waiting rank spins, so the waiting ranks sleep.
                     lose(world, lost, failure, 1, Duration::from_millis(4), wait);
                 }
             }
@@ -424,7 +425,7 @@ fn a_lost_rank_breaks_the_groups_it_was_split_into_too() {
         let Ok(Err(Error::PeerLost { rank: lost, reason, group, .. })) = &outcomes[rank] else {
             panic!("{:?}", outcomes[rank])
         };
-        // Ranks are numbered in the group of the call.
+        // The error numbers the lost rank in the group of the call.
         assert_eq!(
             (*lost, *reason, group.as_str()),
             (if rank == 0 { 3 } else { 1 }, LostReason::Panicked, name)
@@ -441,13 +442,15 @@ fn a_rank_that_has_done_its_part_may_leave() {
                     sleep(Duration::from_millis(3));
                 }
             };
-            // A ring as the last step: all but one of the late rank's neighbours have already left.
+            // The last step is a ring. Before the late rank arrives, all others have left except
+            // the rank that waits for its message.
             let ring = |group: Group<Cpu>| {
                 wait(&group);
                 perform::<f32, _>(&group, &Step::Shift(1), &inputs(5, world, &[100]))
             };
             ranks(world).run(ring).unwrap();
-            // The others have posted their inputs and left without waiting for the result.
+            // The others post their inputs to an all-reduce, and leave without waiting for the
+            // result.
             let flight = |group: Group<Cpu>| {
                 wait(&group);
                 let awaited =
@@ -455,7 +458,7 @@ fn a_rank_that_has_done_its_part_may_leave() {
                 if group.rank() == late { awaited() } else { Ok(()) }
             };
             ranks(world).run(flight).unwrap();
-            // One rank sends and leaves; its message still arrives.
+            // One rank sends a message and leaves. The message still arrives.
             let message = |group: Group<Cpu>| {
                 let (to, from) = (late, (late + 1) % world);
                 wait(&group);
@@ -490,8 +493,8 @@ fn a_flight_that_nobody_waits_for_does_no_harm() {
         .unwrap();
 }
 
-/// Rank `root` finds something after three times the deadline. The others wait that long and find
-/// nothing. A rank that fails meanwhile ends the wait of all.
+/// Rank `root` finds a request after three times the deadline. The others wait that long and find
+/// none. A rank that fails meanwhile ends the wait of all ranks.
 #[test]
 fn a_rank_waits_for_another_beyond_the_deadline() {
     let deadline = Duration::from_millis(300);
@@ -517,7 +520,7 @@ fn a_rank_waits_for_another_beyond_the_deadline() {
     assert_eq!(beyond.unwrap_err().to_string(), "rank 0: wait for: rank 2 of a group of 2");
 }
 
-/// Bytes of any value and number arrive unchanged, from one rank and from all.
+/// Bytes of any value and number arrive unchanged, by a broadcast and by an all-gather.
 #[test]
 fn bytes_come_as_they_are() {
     let bytes = |rank: usize| -> Vec<u8> { (0..=255).cycle().skip(rank).take(300 * rank).collect() };
@@ -536,8 +539,8 @@ fn bytes_come_as_they_are() {
     }
 }
 
-/// Returns the errors of ranks that make different calls under a deadline of one second. That is
-/// long enough for ranks that are not late, even on a busy machine.
+/// Returns the errors of ranks that make different calls under a deadline of one second. One second
+/// is long enough for ranks that are not late, even on a busy machine.
 fn late(world: usize, act: impl Fn(&Group<Cpu>) -> Result<()> + Sync) -> Vec<Error> {
     let after = Duration::from_secs(1);
     let begin = Instant::now();
@@ -578,11 +581,11 @@ fn a_deadline_names_the_ranks_that_did_not_come() {
     }
 }
 
-/// Ranks that wait in different calls, each for the other.
+/// Ranks that wait in different calls, each for another rank.
 #[test]
 fn who_waits_in_a_circle_disagrees() {
     let cases: [(Act, Act, &str, &str); 4] = [
-        // A started collective with an immediate wait, and a blocking one.
+        // A started collective with an immediate wait, and a blocking call.
         (
             |group| started(group, ReduceOp::Sum, 6),
             |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
@@ -621,7 +624,7 @@ fn who_waits_in_a_circle_disagrees() {
                 let begin = Instant::now();
                 let errors = ranks(world).run(|group| {
                     let is_odd = group.rank() == odd;
-                    // Either rank may wait first.
+                    // Either the odd rank or the others wait first.
                     sleep(Duration::from_millis(if is_odd { late } else { 5 - late }));
                     Ok(if is_odd { act(&group) } else { usual(&group) }.unwrap_err())
                 });
@@ -640,7 +643,7 @@ fn who_waits_in_a_circle_disagrees() {
     }
 }
 
-/// Waits that form a cycle only for a moment, because the message is already there.
+/// The waits form a cycle only for a moment, because the awaited message has already arrived.
 #[test]
 fn a_message_that_came_before_the_meeting_is_received() {
     for round in 0..30 {
@@ -655,7 +658,8 @@ fn a_message_that_came_before_the_meeting_is_received() {
                     return pending.wait().map(drop);
                 }
                 let pending = group.start_all_reduce(ReduceOp::Sum, x.clone())?;
-                // Up to and beyond the time after which a rank announces that it waits.
+                // The sleep is shorter or longer than the time after which a rank announces that it
+                // waits.
                 sleep(Duration::from_micros(round * 100));
                 if rank == 0 {
                     assert!(group.exchange::<f32>(None, Some((1, x.shape())))?.is_some());
@@ -680,7 +684,7 @@ fn arguments_that_make_no_sense_are_refused() {
             assert!(matches!(group.all_gather(&x, 0, &partition(&[4, 4, 4])), Err(Error::Sizes { .. })));
             assert!(matches!(group.all_gather(&x, 0, &partition(&[5, 5])), Err(Error::Shapes { .. })));
             assert!(matches!(group.reduce_scatter(op, &x, 0, &partition(&[1, 2])), Err(Error::Sizes { .. })));
-            // None of these counted as a call, so the group still works.
+            // The rejected calls do not count as calls, so the group still works.
             group.barrier()
         })
         .unwrap();
@@ -718,8 +722,8 @@ fn a_record_lists_the_transfers_of_a_program() {
                 scatter.wait()?;
                 gather.wait()?;
                 reduce.wait()?;
-                // Collectives of groups split from it count too. The original group does not record
-                // its own.
+                // The record includes the collectives of groups that were split from `group`. It
+                // does not include those of `world`.
                 let mut y = Tensor::<f64>::zeros(device, [7])?;
                 group.split_all(rank as u64)?.all_reduce(ReduceOp::Min, &mut y)?;
                 world.all_reduce(ReduceOp::Min, &mut y)?;
@@ -736,7 +740,7 @@ fn a_record_lists_the_transfers_of_a_program() {
             })
             .unwrap();
     }
-    // The factors of nccl-tests.
+    // The bytes follow the factors of nccl-tests.
     let wire = |op| Transfer { op, dtype: DType::F32, elements: 1000 }.wire_bytes(4);
     assert_eq!(
         [Op::AllReduce, Op::AllGather, Op::ReduceScatter, Op::Broadcast].map(wire),

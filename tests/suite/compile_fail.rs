@@ -1,4 +1,5 @@
-//! Placement mistakes do not compile, and the compiler's words help.
+//! Programs with placement mistakes do not compile, and the compiler's messages explain the
+//! mistakes.
 
 use crate::support::say;
 use serde_json::Value;
@@ -9,7 +10,7 @@ use std::{
     process::Command,
 };
 
-/// The programs, and how their errors begin with every compiler.
+/// The programs, and the beginning of the first error that every compiler prints for them.
 const MISTAKES: [(&str, &str); 14] = [
     ("chain_does_not_fit", "error[E0277]: a tensor held as `Shard<1>` is given where one held as `"),
     ("group_leaves_its_rank", "error[E0277]: `Rc<"),
@@ -45,7 +46,7 @@ const MISTAKES: [(&str, &str); 14] = [
     ("tensor_leaves_its_rank", "error[E0277]: "),
 ];
 
-/// The compiler whose messages the `.stderr` files hold. Others word them differently.
+/// The compiler whose messages the `.stderr` files hold. Other compilers word them differently.
 const COMPILER: &str = "rustc 1.95.";
 
 #[test]
@@ -61,17 +62,19 @@ fn mistakes_do_not_compile() {
     if version.starts_with(COMPILER) {
         return trybuild::TestCases::new().compile_fail("compile_fail/*.rs");
     }
-    say(&format!("the compiler's whole messages are NOT RUN: they are of {COMPILER}x, this is {version}"));
+    say(&format!(
+        "the compiler's whole messages are NOT RUN: the files are from {COMPILER}x, but this is {version}"
+    ));
     let (errors, why) = errors(mistakes);
-    assert_eq!(errors.get("right"), Some(&Vec::new()), "the right program does not compile: {why}");
+    assert_eq!(errors.get("right"), Some(&Vec::new()), "the correct program does not compile: {why}");
     for (name, words) in MISTAKES {
         let of = errors.get(name).unwrap_or_else(|| panic!("{name} was not compiled: {why}"));
         assert!(of.first().is_some_and(|error| error.starts_with(words)), "{name}: {of:?}");
     }
 }
 
-/// The compiler's errors for each program and for one that is right, and what cargo says. Without
-/// the right one, all could fail for another reason.
+/// Returns the compiler's errors for each program and for a correct program, and cargo's output.
+/// Without the correct program, all programs could fail for another reason.
 fn errors(mut programs: Vec<(&str, PathBuf)>) -> (BTreeMap<String, Vec<String>>, String) {
     let root = shardwise_tests::root();
     programs.push(("right", root.join("examples/mlp.rs")));

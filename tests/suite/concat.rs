@@ -53,7 +53,7 @@ fn agree<S: ResidualStream + crate::support::Spread>(
     });
     let (want, got) = (want.unwrap(), got.unwrap());
     if dev::fresh().splits_exactly() {
-        assert_eq!(got.y, want.y, "each output is the same product");
+        assert_eq!(got.y, want.y, "each output has the bits of the merged layer's");
     }
     close("y", &got.y.into_dyn(), &want.y, 1e-12);
     close("dx", &got.dx.into_dyn(), &want.dx, 1e-12);
@@ -77,7 +77,7 @@ proptest! {
 }
 
 /// Uses the CPU's threads, whatever the device of this binary. The products are large enough for
-/// several threads, which get uneven numbers of products of uneven sizes.
+/// several threads. The threads get different numbers of products of different sizes.
 #[test]
 fn products_on_threads_have_the_bits_of_one_after_the_other() {
     fn check<T: Element>() {

@@ -1,5 +1,5 @@
-//! Configurations and checkpoints from the Hugging Face Hub: what is read, and what is rejected
-//! because it would be misread.
+//! Configurations and checkpoints from the Hugging Face Hub. The tests check which ones are read,
+//! and which ones are rejected because they would be misread.
 
 use crate::dev::{self, Dev, ranks};
 use crate::support::close;
@@ -226,7 +226,7 @@ const PUBLISHED: [(&str, &str); 21] = [
     ),
 ];
 
-/// A small configuration of a model family, with one key set.
+/// Returns a small configuration of a model family, with one key set.
 fn with(kind: &str, key: &str, value: Value) -> Value {
     let mut config = match kind {
         "gpt2" => json!({"n_embd": 8, "n_head": 2, "n_layer": 2, "n_positions": 16}),
@@ -312,7 +312,7 @@ fn configurations_with_other_keys_are_refused() {
             let want =
                 format!("`{key}`: {value} is not known for a model of type {kind}: it may change the result");
             assert_eq!(error, want);
-            // Null counts as absent.
+            // A key with the value null counts as absent.
             parse(&with(kind, key, Value::Null)).unwrap();
         }
     }
@@ -338,12 +338,12 @@ fn configurations_with_other_keys_are_refused() {
         let error = parse(&with(kind, "quantization_config", quantized.clone())).unwrap_err();
         assert_eq!(error, "`quantization_config`: weights quantized by `bitnet` are not known");
     }
-    // Long values are truncated, and unprintable characters escaped.
+    // The error truncates long values and escapes unprintable characters.
     let error = parse(&with("llama", "no\u{1b}key", json!("x".repeat(500)))).unwrap_err();
     assert!(error.len() < 200 && error.contains(r"no\u{1b}key"), "{error}");
 }
 
-/// Dropout, labels, tokens and the like have no influence, so any value is accepted.
+/// Keys like dropout, labels and tokens do not influence the result, so any value is accepted.
 #[test]
 fn keys_without_influence_are_ignored() {
     for kind in ["llama", "mistral", "ministral", "qwen2", "qwen3", "gpt2", "bert"] {
@@ -419,7 +419,8 @@ fn rope_is_read_as_transformers_reads_it() {
         assert!(layers.iter().all(|layer| layer.rope.as_ref() == Some(&rope)), "{config}");
         rope
     };
-    // `rope_scaling` takes precedence, and with it the top-level theta.
+    // `rope_scaling` takes precedence over `rope_parameters`. The top-level theta then applies,
+    // too.
     let mut both = with("llama", "rope_parameters", json!({"rope_theta": 5e5, "rope_type": "default"}));
     assert_eq!(rope(&both).base, 5e5);
     both["rope_scaling"] = json!({"type": "linear", "factor": 4.0});
@@ -428,7 +429,8 @@ fn rope_is_read_as_transformers_reads_it() {
     both["rope_scaling"] = json!({});
     assert_eq!((rope(&both).base, rope(&both).scaling), (5e5, RopeScaling::None));
 
-    // The original length may be next to `rope_parameters`, inside it, or the model's length.
+    // The original length may be next to `rope_parameters` or inside it. Otherwise it is the
+    // model's length.
     let yarn = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16});
     let mut config = with("qwen3", "rope_parameters", yarn);
     let trained = |config: &Value| match rope(config).scaling {
@@ -497,7 +499,7 @@ fn a_refused_configuration_says_what_it_is_about() {
     assert_eq!(tensors, "PATH: this is no text, and no config.json; a model is read from its folder");
 }
 
-/// The tensors and the configuration of a small model, to be modified.
+/// The tensors and the configuration of a small model, which a test modifies.
 struct Variant {
     tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
     config: Value,
@@ -591,7 +593,11 @@ fn the_ends_are_those_of_both_configurations() {
     assert_eq!(ends(Some(json!(2)), None), Ok(vec![2]));
     assert_eq!(ends(Some(json!(2)), Some(r#"{"eos_token_id": [2, 7, 231]}"#)), Ok(vec![2, 7, 231]));
     assert_eq!(ends(Some(json!([9, 2])), Some(r#"{"eos_token_id": 7, "top_k": 50}"#)), Ok(vec![9, 2, 7]));
-    assert_eq!(ends(None, Some(r#"{"eos_token_id": 7}"#)), Ok(vec![7]), "the class's default is for neither");
+    assert_eq!(
+        ends(None, Some(r#"{"eos_token_id": 7}"#)),
+        Ok(vec![7]),
+        "the class's default must not be added"
+    );
     assert_eq!(ends(None, Some("{}")), Ok(vec![2]));
     for bad in ["[]", "{", r#"{"eos_token_id": "x"}"#, "\u{1}"] {
         let error = ends(Some(json!(2)), Some(bad)).unwrap_err();
@@ -599,7 +605,7 @@ fn the_ends_are_those_of_both_configurations() {
     }
 }
 
-/// A file with more tensors than the configured model belongs to another model.
+/// A file that has more tensors than the configured model belongs to another model.
 #[test]
 fn tensors_that_nothing_reads_are_named() {
     let refused = |variant: Variant| {
@@ -650,7 +656,7 @@ fn tensors_without_influence_are_passed_over() {
         let got = Variant::of(of).add(name, &shape).logits(1).unwrap();
         assert_eq!(got, plain, "{name}");
     }
-    // GPT-2's original file has the bare names.
+    // GPT-2's original file has names without a prefix.
     let bare = |name: &str| name.strip_prefix("transformer.").unwrap_or(name).to_string();
     let plain = Variant::of("gpt2").logits(1).unwrap();
     let variant = Variant::of("gpt2").rename(bare).add("h.0.attn.bias", &[1, 1, 32, 32]);
@@ -668,7 +674,7 @@ fn tensors_without_influence_are_passed_over() {
     }
 }
 
-/// A tied model whose file has a head, equal to the embedding or not.
+/// The file of a tied model has a head. The head may equal the embedding; another head is an error.
 #[test]
 fn a_tied_model_with_another_head_is_refused() {
     for (name, table) in [("qwen2", "model.embed_tokens.weight"), ("gpt2", "transformer.wte.weight")] {
@@ -677,7 +683,7 @@ fn a_tied_model_with_another_head_is_refused() {
         let head = same.tensors[table].clone();
         same.tensors.insert("lm_head.weight".into(), head);
         assert_eq!(same.logits(3).unwrap(), plain.logits(3).unwrap());
-        // Only one rank's rows differ, and every rank gets the error.
+        // Only one rank's rows differ, but every rank gets the error.
         let last = same.tensors["lm_head.weight"].1.len() - 1;
         same.tensors.get_mut("lm_head.weight").unwrap().1[last] += 1.0;
         for world in [1, 3] {
@@ -705,7 +711,7 @@ fn a_tied_model_with_another_head_is_refused() {
 }
 
 /// With dynamic NTK scaling a step uses the frequencies of the length that it reaches. A text
-/// beyond the trained length continues token by token, but a prompt is read at once.
+/// beyond the trained length continues token by token, but its prompt must be read at once.
 #[test]
 fn dynamic_rope_refuses_a_prompt_in_parts() {
     let rope = json!({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0});
@@ -720,7 +726,7 @@ fn dynamic_rope_refuses_a_prompt_in_parts() {
         let at_once = model.step(&ids, &[0], &[ids.len()], &mut cache)?.all_gather()?.local().to_array()?;
         model.step(&[7], &[0], &[1], &mut cache)?;
         let refused = model.step(&[7, 8], &[0], &[2], &mut cache).unwrap_err();
-        // Within the trained length chunks give the same result as the whole.
+        // Within the trained length, a prompt in chunks gives the same result as the whole prompt.
         cache.truncate(0, 0)?;
         let short = model.forward(&ids[..16], Sequences::one(16))?.0.all_gather()?.local().to_array()?;
         model.step(&ids[..10], &[0], &[10], &mut cache)?;

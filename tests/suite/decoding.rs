@@ -1,5 +1,5 @@
-//! What language models need beyond an encoder's layers: rotary embedding, head norms, windows,
-//! key/value cache, sampling. Compared with the reference and with each other.
+//! The parts of language models that encoders do not have: rotary embedding, head norms, windows,
+//! key/value cache, sampling. The tests compare them with the reference and with each other.
 
 use crate::dev::{self, DTensor, Dev, Tensor, ranks};
 use crate::support::{Case, arrays, close, grads_close, matrix, random, run};
@@ -37,8 +37,8 @@ fn rope_config(dim: usize, pairs: RopePairs) -> RopeConfig {
     RopeConfig { dim, base: 100.0, pairs, scaling: RopeScaling::None }
 }
 
-/// With u for one rounding to T, the rotation of rounded inputs, with two rounded products, a
-/// rounded sum, rounded cosines and sines, and the rounding to T, errs by at most 5 u (|a| + |b|).
+/// Let u be one rounding to T. The rotation of rounded inputs rounds two products, their sum, the
+/// cosines and sines, and the result to T. So it errs by at most 5 u (|a| + |b|).
 fn rope_agrees<T: Element>(config: &RopeConfig, head_dim: usize, sequences: &Sequences, seed: u64) {
     let cpu = dev::poisoned();
     let x = matrix(seed, "x", sequences.rows(), 2 * head_dim + 3).mapv(|x| T::from_f64(x).to_f64());
@@ -89,7 +89,8 @@ fn norm_heads_backward(
     (concatenate(Axis(1), &parts.iter().map(|part| part.view()).collect::<Vec<_>>()).unwrap(), dgamma)
 }
 
-/// The columns of `[q | k | v]` by rank: its query heads, and the key/value heads that they use.
+/// Returns the columns of `[q | k | v]` by rank. A rank has its query heads, and the key/value
+/// heads that they use.
 fn spread(heads: &Heads, q: &Array2<f64>, k: &Array2<f64>, v: &Array2<f64>) -> Array2<f64> {
     let dim = heads.head_dim();
     let mut parts = Vec::new();
@@ -193,7 +194,8 @@ fn attention_agrees(sizes: RandomHeads, world: usize, sequences: &Sequences) {
     }
 }
 
-/// Compares tokens in steps of any size over a cache with the reference over the whole sequences.
+/// Compares cached attention, in steps of `step` tokens, with the reference over the whole
+/// sequences.
 fn cache_agrees<T: Element>(heads: &QkvHeads, lengths: &[usize], step: usize, seed: u64, bound: f64) {
     let cpu = dev::poisoned();
     let (query, kv) = (heads.query_width(), heads.kv_heads * heads.head_dim);
@@ -210,7 +212,7 @@ fn cache_agrees<T: Element>(heads: &QkvHeads, lengths: &[usize], step: usize, se
     let columns = |range: std::ops::Range<usize>| qkv.slice(s![.., range]).to_owned();
     let (q, k, v) = (columns(0..query), columns(query..query + kv), columns(query + kv..query + 2 * kv));
     let want = reference::attention(&spec, &q, &k, &v, &sequences.iter().collect::<Vec<_>>(), None);
-    // Sequence i is in slot n − i; one slot stays unused.
+    // Sequence i is in slot n − i, and one slot stays unused.
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let mut cache = CachedKeys::<T, Dev>::new(&cpu, heads, lengths.len() + 1, longest + 1).unwrap();
     let mut got = Array2::<f64>::from_elem(want.dim(), f64::NAN);
@@ -288,8 +290,8 @@ proptest! {
     }
 }
 
-/// More queries than fit a tile, from an empty cache and from a full one, have the bits of the
-/// attention in training.
+/// A prompt of more queries than fit a tile has the bits of the attention in training. The prompt
+/// is read in one step into an empty cache.
 #[test]
 fn a_prompt_has_the_bits_of_training() {
     let cpu = dev::poisoned();
@@ -310,7 +312,7 @@ fn a_prompt_has_the_bits_of_training() {
     }
 }
 
-/// Cache contents after the last token, or before the window, have no influence.
+/// Cache contents after the last token and before the window have no influence.
 #[test]
 fn a_cache_hides_what_is_not_seen() {
     let cpu = dev::fresh();
@@ -439,7 +441,7 @@ fn every_number_of_ranks_samples_the_same_tokens() {
             assert_eq!(one, logits.rows().into_iter().map(best).collect::<Vec<_>>());
         }
     }
-    // Of equal logits the first is taken.
+    // Greedy sampling takes the first of equal logits.
     let flat = Array2::zeros((1, 9));
     assert_eq!(sample(&Sampler::greedy(), &flat, &Partition::even(9, 4), &[0]).unwrap(), [0]);
     let mut nan = flat.clone();
@@ -499,7 +501,7 @@ fn log_probabilities_are_those_of_the_softmax() {
     }
 }
 
-/// Wraps a layer without implementing inference.
+/// Wraps a layer but does not implement inference.
 struct Unaware<L>(L);
 
 impl<L: Layer<f64, Dev>> Layer<f64, Dev> for Unaware<L> {
@@ -520,7 +522,7 @@ impl<L: Layer<f64, Dev>> Layer<f64, Dev> for Unaware<L> {
     }
 }
 
-/// A step that does not give every attention layer its share of the cache returns an error and
+/// A step in which an attention layer does not get its context of the cache returns an error and
 /// leaves the cache unchanged.
 #[test]
 fn a_step_that_is_not_done_right_is_refused() {
@@ -585,7 +587,7 @@ fn a_step_that_is_not_done_right_is_refused() {
     of_two.truncate(1, 0).unwrap();
     attend(&one, &mut of_two).unwrap();
 
-    // An unfinished step does not count.
+    // A step that was not finished adds no tokens to the cache.
     let (sequences, mut step) = cache.step(&[1], &[1]).unwrap();
     one.infer(tokens(1, sequences), &mut step).unwrap();
     drop(step);

@@ -1,4 +1,4 @@
-//! Disagreements between ranks, for every communicator.
+//! Calls in which ranks disagree, for the tests of every communicator.
 
 use crate::dev::{Dev, Tensor};
 use half::{bf16, f16};
@@ -9,11 +9,11 @@ use shardwise::{
     shard::{Partition, Shape},
 };
 
-/// A call that disagrees, or the call of the other ranks.
+/// A call of the odd rank or of the other ranks.
 pub(crate) type Act = fn(&Group<Dev>) -> Result<()>;
 
-/// All-reduces a buffer filled with the rank's number. If the collective fails, the buffer is
-/// unchanged.
+/// Runs a collective on a buffer filled with the rank's number plus 1. Asserts that a failed
+/// collective leaves the buffer unchanged.
 pub(crate) fn attempt<T: Element>(
     group: &Group<Dev>,
     dims: &[usize],
@@ -51,7 +51,7 @@ pub(crate) fn even(group: &Group<Dev>) -> Partition {
     Partition::even(12, group.size())
 }
 
-/// A partition in which rank 0 has the most.
+/// A partition in which rank 0 has the largest shard.
 pub(crate) fn slanted(group: &Group<Dev>) -> Partition {
     let size = group.size();
     Partition::from_sizes((0..size).map(|rank| if rank == 0 { 13 - size } else { 1 }))
@@ -62,10 +62,11 @@ pub(crate) fn started(group: &Group<Dev>, op: ReduceOp, len: usize) -> Result<()
     group.start_all_reduce(op, x)?.wait().map(drop)
 }
 
-/// The call of the usual ranks, the call of the odd one, and the start of each in the error.
+/// The call of the usual ranks, the call of the odd rank, and both calls' descriptions in the
+/// error.
 pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
-    // An additional started call. The others do not wait for it, so only the sequence number
-    // differs.
+    // The odd rank makes an additional started call. No rank waits for this call, so only the
+    // sequence numbers differ.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
         |group| {
@@ -85,7 +86,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "barrier(call 1)",
         "all_reduce(sum, f32 [6], call 1)",
     ),
-    // Another operation.
+    // Calls of another operation.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
         |group| broadcast(group, 0, 6),
@@ -105,7 +106,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "barrier(",
         "all_reduce(max",
     ),
-    // Other arguments.
+    // Calls with other arguments.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
         |group| reduce::<f32>(group, ReduceOp::Max, &[6]),
@@ -120,7 +121,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
     ),
     (|group| broadcast(group, 0, 6), |group| broadcast(group, 1, 6), "root 0", "root 1"),
     (|group| broadcast(group, 0, 50_000), |group| broadcast(group, 1, 50_000), "root 0", "root 1"),
-    // Another element type, also one of the same size.
+    // Calls with another element type, which may have the same size.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
         |group| reduce::<bf16>(group, ReduceOp::Sum, &[6]),
@@ -139,7 +140,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "f32 [6]",
         "f64 [3]",
     ),
-    // Another shape, also with the same number of elements.
+    // Calls with another shape, which may have the same number of elements.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[2, 3]),
         |group| reduce::<f32>(group, ReduceOp::Sum, &[3, 2]),
@@ -153,7 +154,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "f32 [6, 1]",
     ),
     (|group| broadcast(group, 1, 6), |group| broadcast(group, 1, 7), "f32 [6]", "f32 [7]"),
-    // Sizes below and above the eager limit.
+    // Calls with sizes below and above the eager limit.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[4096]),
         |group| reduce::<f32>(group, ReduceOp::Sum, &[4097]),
@@ -166,7 +167,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "f32 [100000]",
         "f32 [0]",
     ),
-    // Another partition, and another partitioned dimension.
+    // Calls with another partition or another partitioned dimension.
     (
         |group| gather(group, 0, &even(group)),
         |group| gather(group, 0, &slanted(group)),
@@ -191,7 +192,7 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "partition ",
         "partition ",
     ),
-    // Started collectives, found at the wait.
+    // Started collectives. Thread ranks find the disagreement at the wait.
     (
         |group| started(group, ReduceOp::Sum, 6),
         |group| started(group, ReduceOp::Min, 6),
@@ -204,7 +205,8 @@ pub(crate) const DISAGREEMENTS: &[(Act, Act, &str, &str)] = &[
         "f32 [9000]",
         "f32 [9]",
     ),
-    // Started on one rank and blocking on the other, found at the next call.
+    // The odd rank starts the collective, and the others make a blocking call. The next call finds
+    // this disagreement.
     (
         |group| reduce::<f32>(group, ReduceOp::Sum, &[6]),
         |group| {

@@ -1,4 +1,4 @@
-//! Bad input returns an error that names the operator and what disagrees.
+//! Bad input returns an error that names the operator and the values that disagree.
 
 use crate::dev::{Dev, ranks};
 use crate::support::{Case, arrays, matrix, random, run};
@@ -169,7 +169,7 @@ fn a_skipped_bias_is_left_to_the_caller() {
     };
     let (without, with) = (loaded(Bias::None).unwrap(), loaded(Bias::Add).unwrap());
     assert_ne!(without.y, with.y);
-    // `run` requires a gradient for every parameter, and reports that the skipped bias has none.
+    // `run` requires a gradient for every parameter, so it reports that the skipped bias has none.
     let error = loaded(Bias::Skip).err().unwrap().to_string();
     assert_eq!(error, "rank 0: test: bias has no gradient");
     let skipped = ranks(2).run(|group| {
@@ -243,7 +243,7 @@ fn sizes_whose_product_cannot_be_counted_are_errors() {
         assert!(
             Param::<f32, Cpu>::load_region(&cpu, &weights, "w", Role::Weight, whole.clone(), true).is_err()
         );
-        // A small region of a tensor with more elements than `usize` can count.
+        // The region is a small part of a tensor that has more elements than `usize` can count.
         let ranges =
             dims.iter().enumerate().fold(whole, |region, (dim, &size)| region.narrow(dim, 0..size.min(1)));
         assert!(Param::<f32, Cpu>::load_region(&cpu, &weights, "w", Role::Weight, ranges, true).is_err());
@@ -259,13 +259,14 @@ fn sizes_whose_product_cannot_be_counted_are_errors() {
     let blocks = shardwise::shard::blocks(usize::MAX, 1, 4);
     assert!(blocks.sizes().all(|size| size.abs_diff(1 << 62) <= 1), "{blocks:?}");
     assert!(Sequences::padded(&[1], 1 << 60).is_err() && Sequences::padded(&[0, 0], usize::MAX).is_err());
-    // Views whose blocks lie beyond any memory are empty.
+    // A block without elements is empty, even if its offset is beyond any memory.
     let none: [f32; 0] = [];
     let view = MatRef::<f32, Cpu>::strided(&none, 3, 0, usize::MAX, 1).unwrap();
     assert_eq!(view.block(2..3, 0..0).rows(), 1);
 }
 
-/// A collective gets a partition whose shard sizes wrap to 0. No rank may read freed memory.
+/// A collective gets a partition whose number of elements wraps to 0. It returns an error, so that
+/// no rank reads freed memory.
 #[test]
 fn a_partition_that_cannot_be_counted_is_an_error_on_every_rank() {
     const PART: usize = 1 << 62;
@@ -298,7 +299,7 @@ fn a_partition_that_cannot_be_counted_is_an_error_on_every_rank() {
     }
 }
 
-/// Allocating more memory than there is returns an error with the number of elements, and the rank
+/// A tensor that does not fit into memory is an error with the number of elements, and the rank
 /// continues.
 #[test]
 fn memory_that_cannot_be_had_is_an_error() {
@@ -318,8 +319,8 @@ fn memory_that_cannot_be_had_is_an_error() {
     assert_eq!(x.to_vec().unwrap(), [2.0; 3]);
 }
 
-/// Checks that every rank returns an error of its own, even ranks without the faulty shard, so that
-/// no rank waits in a collective.
+/// Checks that every rank rejects the call by itself, even without the faulty shard, so that no
+/// rank waits in a collective.
 fn refused_everywhere(what: &str, world: usize, act: impl Fn(&Group<Cpu>) -> Result<()> + Sync) -> String {
     let outcomes = ranks(world).run_each(|group| act(&group)).unwrap().into_iter();
     let messages: Vec<String> = outcomes
@@ -356,7 +357,7 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
         assert_eq!(message, "normalize backward: features of dy is 7, but those of the layer is 6");
     }
 
-    // All classes on the first rank.
+    // The first rank holds all classes.
     let message = refused_everywhere("cross entropy", 2, |group| {
         let classes = if group.rank() == 0 { 3 } else { 0 };
         let logits = DTensor::shard(group, zeros(group, 2, classes)?, &Partition::from_sizes([3, 0]))?;
@@ -364,7 +365,8 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
     });
     assert_eq!(message, "cross entropy: target 3 is none of the 3 classes");
 
-    // Six query heads over two key/value heads on four ranks: the second rank holds both.
+    // Six query heads use two key/value heads on four ranks. The second rank holds both key/value
+    // heads.
     let qkv = |group: &Group<Cpu>, heads: &Heads| {
         let columns = Columns::qkv(group, heads, &QkvLayout::separate("q", "k", "v"))?;
         ColumnLinear::<f64, Cpu>::load(group, &weights(), 4, &columns, Bias::None)
@@ -383,8 +385,8 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
         "{message}"
     );
 
-    // Five blocks on four ranks: the first has two, the others one, as in a partition without
-    // blocks.
+    // The first of four ranks has two of the five blocks. These are the heads that it has without
+    // blocks, but it must reject the call like the other ranks.
     let message = refused_everywhere("heads without blocks", 4, |group| {
         qkv(&group.with_reduction(five), &Heads::new(6, 2, 1, 4)?).map(drop)
     });
@@ -419,7 +421,8 @@ fn what_only_some_ranks_hold_is_refused_on_all() {
     assert!(message.starts_with("concatenated linear: a layer is spread over"), "{message}");
 }
 
-/// A `main` that returns an error prints a sentence.
+/// `Debug` prints the sentence of `Display`, because a `main` that returns an error prints it by
+/// `Debug`.
 #[test]
 fn errors_read_alike_in_debug() {
     let error = Error::Invalid { op: "gate", reason: "no columns".into() };
@@ -428,7 +431,7 @@ fn errors_read_alike_in_debug() {
     assert_eq!(format!("{failed:?}"), failed.to_string());
 }
 
-/// Arrays of any element are a weight source; each number is rounded once to the parameter's
+/// Arrays of any element type are a weight source. Each number is rounded once to the parameter's
 /// element.
 #[test]
 fn arrays_of_any_element_are_read() {

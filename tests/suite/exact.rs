@@ -1,7 +1,7 @@
 //! Programs of collectives with exact results, for every communicator.
 //!
-//! Inputs are small whole numbers times a power of two, as in nccl-tests. Sums of a few are exact
-//! in every element type and order, so results are compared for equality.
+//! Inputs are small whole numbers times a power of two, as in nccl-tests. Sums of a few such
+//! numbers are exact in every element type and order, so results are compared for equality.
 
 use ndarray::{ArrayD, Axis, IxDyn, Slice};
 use shardwise::{
@@ -39,7 +39,7 @@ pub(crate) fn mix(seed: u64, a: usize, b: usize) -> u64 {
     bits ^ (bits >> 31)
 }
 
-/// The ranks' inputs: whole numbers from −8 to 8 times one power of two.
+/// Returns the ranks' inputs: whole numbers from −8 to 8 times one power of two.
 pub(crate) fn inputs(seed: u64, world: usize, dims: &[usize]) -> Vec<ArrayD<f64>> {
     let scale = 2.0_f64.powi((seed % 7) as i32 - 3);
     let input = |rank| {
@@ -68,7 +68,7 @@ pub(crate) fn tensor<T: Element, B: Pointwise>(
     Tensor::from_slice(group.device(), array.shape(), &values)
 }
 
-/// The naive reduction.
+/// Computes a reduction element by element.
 pub(crate) fn reduced<'a>(op: ReduceOp, inputs: impl IntoIterator<Item = &'a ArrayD<f64>>) -> ArrayD<f64> {
     let mut inputs = inputs.into_iter();
     let mut result = inputs.next().expect("a group has a rank").clone();
@@ -112,12 +112,12 @@ pub(crate) enum Step {
     /// Even ranks exchange with the next rank.
     Pairs,
     Barrier,
-    /// Ranks of the same random color reduce among themselves.
+    /// Ranks of the same random color form a group and reduce in it.
     Split(u64),
 }
 
-/// Performs a step as one rank and compares the result with the one computed here from all ranks'
-/// inputs.
+/// Performs one rank's step and compares the result with the expected one, which this function
+/// computes from all ranks' inputs.
 pub(crate) fn perform<T: Element, B: Pointwise>(
     group: &Group<B>,
     step: &Step,
@@ -150,7 +150,7 @@ pub(crate) fn perform<T: Element, B: Pointwise>(
             let (to, from) = ((rank + by) % size, (rank + size - by % size) % size);
             let x = tensor::<T, B>(group, &inputs[rank])?;
             let y = group.exchange(Some((to, &x)), Some((from, shape)))?;
-            same(step, &y.expect("what was asked for has arrived"), &inputs[from])
+            same(step, &y.expect("the exchange returns the expected message"), &inputs[from])
         }
         Step::Pairs => {
             let peer = rank ^ 1;
@@ -162,7 +162,7 @@ pub(crate) fn perform<T: Element, B: Pointwise>(
         }
         Step::Barrier => group.barrier(),
         Step::Split(seed) => {
-            // Color 3 means none; keys reverse or keep the order.
+            // A rank with color 3 gets no group. The keys reverse or keep the order of the ranks.
             let color = |rank| Some(mix(*seed, rank, 2) % 4).filter(|color| *color < 3);
             let key = |rank: usize| if seed % 2 == 0 { size - rank } else { 7 };
             let part = group.split(color(rank), key(rank) as u64)?;
@@ -182,10 +182,10 @@ pub(crate) fn perform<T: Element, B: Pointwise>(
     }
 }
 
-/// Waits for a started collective and checks its result.
+/// A function that waits for a started collective and checks its result.
 pub(crate) type Awaited = Box<dyn FnOnce() -> Result<()>>;
 
-/// Starts a step, if its collective can be started.
+/// Starts a step if its collective can be started. Otherwise performs it.
 pub(crate) fn start<T: Element, B: Pointwise>(
     group: &Group<B>,
     step: &Step,
@@ -212,7 +212,8 @@ pub(crate) fn start<T: Element, B: Pointwise>(
     Ok(Box::new(move || same(&step, &pending.wait()?, &want)))
 }
 
-/// Every step on tensors of these dimensions; dimensions of size one are only partitioned evenly.
+/// Returns every step for tensors of these dimensions. A dimension of size one is only partitioned
+/// evenly.
 pub(crate) fn all_steps(seed: u64, world: usize, dims: [usize; 2]) -> Vec<Step> {
     let mut steps = vec![Step::Barrier, Step::Pairs, Step::Split(seed)];
     steps.extend(OPS.map(Step::AllReduce));
@@ -229,7 +230,8 @@ pub(crate) fn all_steps(seed: u64, world: usize, dims: [usize; 2]) -> Vec<Step> 
     steps
 }
 
-/// Every step on tensors of many sizes and every element type; fewer sizes if `thorough` is false.
+/// Performs every step on tensors of many sizes and every element type. Uses a third of the sizes
+/// if `thorough` is false.
 pub(crate) fn all_exact<B: Pointwise>(group: &Group<B>, thorough: bool) -> Result<()> {
     for (at, dtype) in DTYPES.into_iter().enumerate() {
         // Payloads of at most 16 KiB take another path than larger ones.
@@ -251,7 +253,7 @@ pub(crate) fn all_exact<B: Pointwise>(group: &Group<B>, thorough: bool) -> Resul
     Ok(())
 }
 
-/// Starts several steps, for which each rank waits in a different order.
+/// Starts several steps. Each rank waits for them in a different order.
 pub(crate) fn all_in_flight<B: Pointwise>(group: &Group<B>) -> Result<()> {
     let world = group.size();
     let small = inputs(1, world, &[5]);

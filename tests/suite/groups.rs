@@ -1,5 +1,5 @@
-//! Layers, tensors, gradients and checks over the wrong group return an error that names both
-//! groups, never wrong data. Unreceived messages are errors.
+//! A layer, tensor, gradient or check that gets the wrong group returns an error that names both
+//! groups, and never wrong data. Messages that no rank receives are errors.
 
 use crate::dev::{DTensor, Dev, Tensor, ranks};
 use shardwise::{
@@ -20,7 +20,7 @@ use shardwise::{
     train::{DataParallel, check_replicas},
 };
 
-/// A rank's error message without the rank.
+/// Returns a rank's error message without the rank.
 fn message(error: Error) -> String {
     match error {
         Error::RankFailed { source, .. } => source.to_string(),
@@ -28,8 +28,8 @@ fn message(error: Error) -> String {
     }
 }
 
-/// Layers over a group of two ranks, each run forward and backward with a tensor over another
-/// group.
+/// Layers over a group of two ranks. Each layer runs forward and backward with a tensor over
+/// another group.
 struct Mixed<'a> {
     layers: &'a Group<Dev>,
     tensors: &'a Group<Dev>,
@@ -50,7 +50,8 @@ impl Mixed<'_> {
         self.outcomes.push((name, layer.forward(x(self.tensors)?).map(drop)));
         let saved = layer.forward(x(self.layers)?)?.1;
         self.outcomes.push((name, layer.backward(saved, dy(self.tensors)?).map(drop)));
-        // Tensors over the same group are accepted, also if a recorded handle created them.
+        // Tensors over the same group are accepted, also if a recorded handle of the group created
+        // them.
         let recorded = self.layers.recorded().0;
         let saved = layer.forward(x(&recorded)?)?.1;
         layer.backward(saved, dy(self.layers)?).map(drop)
@@ -77,8 +78,7 @@ fn sharded(cols: usize) -> impl Fn(&Group<Dev>) -> Result<DTensor<Shard<1>, f64>
     }
 }
 
-/// Every layer that belongs to ranks, with tensors over another group of the same and of another
-/// size.
+/// Every layer with a group gets tensors over another group of the same size and of another size.
 #[test]
 fn a_layer_refuses_inputs_and_gradients_of_another_group() {
     let outcomes = ranks(4).run(|world| {
@@ -178,7 +178,7 @@ fn a_layer_refuses_inputs_and_gradients_of_another_group() {
                 replicated(4),
                 replicated(4),
             )?;
-            // Not a `Layer`: ids have no group.
+            // The embedding is no `Layer`, because its ids have no group.
             let table = VocabParallelEmbedding::<Replicated, f64, Dev>::load(layers, &weights, 9, 4)?;
             let rows = table.forward(&[1, 2, 3, 8], Sequences::one(4))?.1;
             mixed.outcomes.push(("embedding", table.backward(&rows, replicated(4)(tensors)?)));
@@ -227,7 +227,7 @@ fn the_ranks_of_a_mesh_are_distinguished_by_their_groups_names() {
     assert!(message(lost.unwrap_err()).contains("of group `world/tp0`"));
 }
 
-/// All groups of one rank on this rank are interchangeable.
+/// All groups that consist of this one rank are interchangeable.
 #[test]
 fn groups_of_one_rank_are_the_same() {
     ranks(1)
@@ -240,7 +240,8 @@ fn groups_of_one_rank_are_the_same() {
         .unwrap();
 }
 
-/// A tensor whose group has another reduction than the layer's has other bits.
+/// A layer rejects a tensor whose group has another reduction, because such a tensor has other
+/// bits.
 #[test]
 fn a_layer_refuses_a_tensor_with_another_reduction() {
     let failed = ranks(2).run(|world| {
@@ -353,7 +354,7 @@ fn data_parallelism_over_the_tensor_parallel_axis_is_refused_and_changes_nothing
         let failed = DataParallel::new(mesh.group(Axis::Tensor), &params).map(drop).unwrap_err();
         assert_eq!(values()?, before);
         DataParallel::new(mesh.group(Axis::Data), &params)?;
-        // A replica that lacks one of the parameters.
+        // One replica lacks one of the parameters.
         let mut fewer = params.clone();
         fewer.retain(|param| world.rank() > 0 || param.name() != "down.bias");
         let missing = DataParallel::new(mesh.group(Axis::Data), &fewer).map(drop);
@@ -390,7 +391,8 @@ fn a_gradient_norm_over_missing_or_wrong_groups_is_refused() {
             assert!((right.unwrap() - 58_f64.sqrt()).abs() < 1e-12);
             let none = none.unwrap_err();
             assert!(none.contains("such as the rest of `up.weight`: give all groups"), "{none}");
-            // An invariant norm sums over each group once, even if the group is listed twice.
+            // An invariant norm sums over each group once, even if the caller lists the group
+            // twice.
             let twice = match reduction {
                 Reduction::Fast => Some(twice.unwrap_err()),
                 _ => None,
@@ -405,8 +407,8 @@ fn a_gradient_norm_over_missing_or_wrong_groups_is_refused() {
     }
 }
 
-/// Uneven shards with shared heads, at every number of ranks: correct replicas pass, and the norm
-/// is that of one rank.
+/// The shards are uneven and the heads are shared, at every number of ranks. Correct replicas pass,
+/// and the norm is that of one rank.
 #[test]
 fn replicas_and_norms_of_shared_heads_are_right_at_every_size() {
     let norm = |world: usize| {
@@ -441,7 +443,7 @@ fn a_copy_of_a_shared_head_that_drifts_is_named() {
         for tensor in ["k.weight", "v.bias", "o.bias"] {
             let seen = ranks(world).run(|group| {
                 let params = attention(&group)?.params();
-                // Change the last rank's copy that it does not own.
+                // The test changes a copy on the last rank that this rank does not own.
                 let mut hurt = false;
                 for param in &params {
                     let is_copy = |own: &&ParamRegion| !own.owned && own.tensor == tensor;
@@ -457,7 +459,7 @@ fn a_copy_of_a_shared_head_that_drifts_is_named() {
             });
             let seen = seen.unwrap();
             if !seen[world - 1].0 {
-                // If the last rank starts at a head boundary, no head is on two ranks.
+                // If the last rank starts at a head boundary, it shares no head with another rank.
                 assert!(seen.iter().all(|(_, outcome)| outcome.is_ok()), "{world} ranks, {tensor}");
                 continue;
             }
@@ -476,7 +478,7 @@ fn a_copy_of_a_shared_head_that_drifts_is_named() {
     assert_eq!(seen_at.into_iter().collect::<std::collections::BTreeSet<_>>(), want);
 }
 
-/// Regions that overlap partially, which no layer creates, and a rank without any region.
+/// Regions overlap partially, which no layer creates, and one rank has no region.
 #[test]
 fn copies_are_compared_where_regions_overlap() {
     let drift = |hurt: Option<(usize, usize)>| {
@@ -509,7 +511,7 @@ fn copies_are_compared_where_regions_overlap() {
     assert_eq!(drift(Some((0, 3))), vec![says(1, 0); 4]);
     assert_eq!(drift(Some((3, 4))), vec![says(3, 0); 4]);
     assert_eq!(drift(Some((3, 6))), vec![says(3, 1); 4]);
-    // Only one rank holds this element, so the change cannot be detected.
+    // Only one rank holds this element, so no rank can detect the change.
     assert_eq!(drift(Some((3, 8))), vec![Ok(()); 4]);
     assert_eq!(drift(Some((0, 1))), vec![Ok(()); 4]);
 }
@@ -525,7 +527,7 @@ fn a_message_that_nobody_receives_is_an_error_at_the_next_meeting() {
         for world in [2, 3] {
             let outcomes = ranks(world).run_each(|group| {
                 let x = Tensor::<f32>::zeros(group.device(), [3])?;
-                // One message is received, the other is not.
+                // Rank 1 receives the first message, but not the second.
                 match group.rank() {
                     0 => {
                         group.exchange(Some((1, &x)), None)?;
@@ -561,7 +563,7 @@ fn a_message_that_nobody_receives_is_an_error_at_the_end() {
         if world.rank() == 1 {
             group.exchange(Some((1, &x)), None)?;
         }
-        // A collective of another group does not count as a meeting of this one.
+        // A barrier of `world` is no meeting of the group in which the message was sent.
         world.barrier()?;
         Ok(world.rank())
     });
@@ -572,7 +574,7 @@ fn a_message_that_nobody_receives_is_an_error_at_the_end() {
         error.starts_with("exchange: rank 2 never received a message of rank 1: f32 [3, 2], sent at "),
         "{error}"
     );
-    // A failing rank is reported as the cause, not the unreceived message.
+    // The failing rank's error is reported as the cause, not the unreceived message.
     let failed = ranks(2).run(|world| {
         if world.rank() == 0 {
             return world.exchange(Some((1, &Tensor::<f32>::zeros(world.device(), [3])?)), None).map(drop);
@@ -589,7 +591,7 @@ fn messages_across_groups_and_recorded_handles_are_counted_together() {
             let x = Tensor::<f32>::zeros(world.device(), [3])?;
             let other = 1 - world.rank();
             world.exchange(Some((other, &x)), None)?;
-            // A collective of another group in between does not count as a meeting of this group.
+            // The handle with a record counts messages together with `world`.
             world.recorded().0.exchange::<f32>(None, Some((other, Shape::new(&[3]))))?;
             world.barrier()
         })

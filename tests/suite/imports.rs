@@ -1,5 +1,5 @@
-//! Checks DESIGN.md's table of which module may import which, and its list of files that may have
-//! `unsafe`.
+//! Checks DESIGN.md's table of the modules that each module may import, and its list of the files
+//! that may contain `unsafe`.
 
 use std::{
     collections::BTreeMap,
@@ -7,8 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// For each module, and for each file that may import more than its module: the modules of the
-/// crate that it may import besides its own, `error` and `shard`.
+/// The modules of the crate that a module may import in addition to itself, `error` and `shard`. A
+/// file that may import more than its module has its own entry.
 const ALLOWED: [(&str, &[&str]); 18] = [
     ("error", &[]),
     ("shard", &[]),
@@ -30,7 +30,7 @@ const ALLOWED: [(&str, &[&str]); 18] = [
     ("lib", &["everything"]),
 ];
 
-/// Where `unsafe` may stand.
+/// The files that may contain `unsafe`.
 const UNSAFE: [&str; 32] = [
     "src/comm/mpi/raw.rs",
     "src/comm/nccl/api.rs",
@@ -66,7 +66,7 @@ const UNSAFE: [&str; 32] = [
     "src/kernels/update/cuda.rs",
 ];
 
-/// All source files in a folder and those below it.
+/// Adds all source files in a folder and below it to `found`.
 pub(crate) fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -78,7 +78,7 @@ pub(crate) fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Some code without its comments and without what its literals hold.
+/// Returns code without its comments and without the contents of its literals.
 fn bare(text: &str) -> String {
     let mut code = String::new();
     let mut rest = text;
@@ -97,7 +97,7 @@ fn bare(text: &str) -> String {
         } else if letter == '"' {
             quoted(rest, '"')
         } else if letter == '\'' && (rest[1..].starts_with('\\') || rest.chars().nth(2) == Some('\'')) {
-            // Else it begins a lifetime.
+            // Otherwise the quote begins a lifetime.
             quoted(rest, '\'')
         } else {
             code.push(letter);
@@ -108,7 +108,7 @@ fn bare(text: &str) -> String {
     code
 }
 
-/// The length of a literal with its quotes.
+/// Returns the length of a literal with its quotes.
 fn quoted(text: &str, quote: char) -> usize {
     let mut escaped = true;
     let end = text.char_indices().find(|(_, letter)| {
@@ -119,7 +119,7 @@ fn quoted(text: &str, quote: char) -> usize {
     end.map_or(text.len(), |(at, _)| at + 1)
 }
 
-/// Bare code without what only tests have.
+/// Returns bare code without the items that only tests have.
 fn without_tests(code: &str) -> String {
     match ["#[cfg(test)]", "#[cfg(all(test,"].iter().filter_map(|cfg| code.find(cfg)).min() {
         Some(at) => format!("{}{}", &code[..at], without_tests(&code[at + item(&code[at..])..])),
@@ -127,14 +127,14 @@ fn without_tests(code: &str) -> String {
     }
 }
 
-/// The length of the item, statement or field that bare code begins with: up to its `;`, its `,` or
-/// its last brace.
+/// Returns the length of the item, statement or field at the beginning of bare code. It ends at its
+/// `;`, its `,` or its last brace.
 fn item(code: &str) -> usize {
     let mut depth = 0;
     for (at, letter) in code.char_indices() {
         match letter {
             '(' | '[' | '{' => depth += 1,
-            // What is around it ends with it.
+            // This bracket ends the enclosing item, and so the item itself.
             ')' | ']' | '}' if depth == 0 => return at,
             ')' | ']' | '}' => depth -= 1,
             _ => {}
@@ -146,7 +146,8 @@ fn item(code: &str) -> usize {
     code.len()
 }
 
-/// Bare code in which a path that climbs from the file's module to the root begins with `crate`.
+/// Returns bare code in which each path that climbs from the file's module to the root begins with
+/// `crate`.
 fn from_the_root(file: &str, code: &str) -> String {
     let module = file.strip_suffix("/mod").unwrap_or(file);
     let climb = "super::".repeat(module.split('/').count());
@@ -158,8 +159,8 @@ fn from_the_root(file: &str, code: &str) -> String {
     code.replace(&climb, "crate::")
 }
 
-/// Every file of the library: its path from the root, its module, and its code without comments and
-/// tests.
+/// Returns every file of the library: its path from the root, its module, and its code without
+/// comments and tests.
 pub(crate) fn files() -> Vec<(String, String, String)> {
     let root = shardwise_tests::root();
     let mut found = Vec::new();
@@ -170,14 +171,15 @@ pub(crate) fn files() -> Vec<(String, String, String)> {
         let module = name["src/".len()..].split(['/', '.']).next().unwrap().to_string();
         let code = without_tests(&bare(&fs::read_to_string(path).unwrap()));
         let file = &name["src/".len()..name.len() - ".rs".len()];
-        // The program's `crate` is not the library, and the root is its own parent.
+        // The program's `crate` is not the library, and the root has no parent, so their paths
+        // stay.
         let code = if module == "bin" || module == "lib" { code } else { from_the_root(file, &code) };
         (name, module, code)
     };
     found.into_iter().map(describe).collect()
 }
 
-/// The modules that follow `crate::` in some code, in lists (`crate::{a, b::c}`) too.
+/// Returns the modules that follow `crate::` in code, also in lists (`crate::{a, b::c}`).
 fn imported(code: &str) -> Vec<String> {
     let mut modules = Vec::new();
     for at in code.match_indices("crate::").map(|(at, _)| at + "crate::".len()) {
@@ -225,7 +227,7 @@ fn modules_import_only_what_the_table_allows() {
     assert_eq!(imported(&from_the_root("v/w", &without_tests(&bare(tested)))), ["p", "u"]);
     assert_eq!(imported(&from_the_root("v/mod", &without_tests(&bare(tested)))), ["o", "crate", "p", "u"]);
     let allowed: BTreeMap<_, _> = ALLOWED.into_iter().collect();
-    // What the root re-exports belongs to these modules.
+    // The root re-exports these names from their modules.
     let home = |name: &str| match name {
         "Error" | "LostReason" | "Mismatch" | "Result" | "Site" | "SiteGuard" => "error".to_string(),
         "Tensor" => "tensor".to_string(),
@@ -233,7 +235,8 @@ fn modules_import_only_what_the_table_allows() {
         module => module.to_string(),
     };
     let mut seen = 0;
-    // The program's `crate` is not the library, and the prelude names everything.
+    // The program is skipped because its `crate` is not the library, and the prelude because it
+    // names everything.
     for (name, module, code) in
         files().into_iter().filter(|(_, module, _)| !["bin", "prelude"].contains(&module.as_str()))
     {
@@ -248,7 +251,7 @@ fn modules_import_only_what_the_table_allows() {
         }
     }
     assert!(seen > 100, "only {seen} imports were found");
-    // Shard and error stand at the bottom: not even each other's, but shard reports errors.
+    // The check above lets `error` import `shard`, but `error` may import no module.
     let error = files().into_iter().find(|(_, module, _)| module == "error").unwrap();
     assert!(imported(&error.2).is_empty(), "error imports {:?}", imported(&error.2));
 }
@@ -259,6 +262,6 @@ fn unsafe_stands_only_where_the_design_allows_it() {
         let has = code
             .split(|letter: char| !letter.is_alphanumeric() && letter != '_')
             .any(|word| word == "unsafe");
-        assert!(!has || UNSAFE.contains(&name.as_str()), "{name} is not a place for `unsafe`");
+        assert!(!has || UNSAFE.contains(&name.as_str()), "{name} may not contain `unsafe`");
     }
 }

@@ -45,7 +45,7 @@ pub(crate) fn tried(worlds: &[usize]) -> impl Iterator<Item = usize> {
 
 #[track_caller]
 pub(crate) fn same_bits(what: &str, got: &Outcome, want: &Outcome) {
-    // Equal bits could all be NaN.
+    // Wrong values would have equal bits too if all were NaN.
     let mut values = want.y.iter().chain(&want.dx).chain(want.grads.values().flatten());
     assert!(values.all(|value| value.is_finite()), "{what}: not finite");
     assert!(bits(&got.y) == bits(&want.y), "{what}: y");
@@ -62,9 +62,9 @@ fn in_blocks<'a>(case: Case<'a>, blocks: usize) -> Case<'a> {
 
 // Sums along the tree.
 
-/// The transfers of a tree sum. First, two ranks of one sub-tree reduce it. With few elements, all
-/// sub-trees are gathered. With more, each rank sends the others their shards, and the sum is
-/// gathered unless it stays sharded.
+/// The transfers of a tree sum. Two ranks with one sub-tree each reduce by one collective.
+/// Otherwise few elements of all sub-trees are gathered. For more elements, each rank sends the
+/// others their shards, and the sum is gathered unless it stays sharded.
 fn tree_moves<T: Element>(
     (tree, rank): (&Tree, usize),
     [rows, cols]: [usize; 2],
@@ -92,8 +92,8 @@ fn tree_moves<T: Element>(
     moved
 }
 
-/// Returns Σ over leaves of `terms` on all ranks, whole and sharded. Checks that the transfers are
-/// those of `tree_moves`.
+/// Sums `terms` over the leaves, whole and sharded. Checks that the transfers are those of
+/// `tree_moves`. Returns the bits of the sum and of the first term.
 fn tree_sums<T: Element>(leaves: usize, world: usize, terms: &[Array2<f64>]) -> (Vec<u64>, Vec<u64>) {
     let (rows, cols) = terms[0].dim();
     let parts = ranks(world).run(|world| {
@@ -113,7 +113,7 @@ fn tree_sums<T: Element>(leaves: usize, world: usize, terms: &[Array2<f64>]) -> 
         record.take();
         let whole = group.tree_all_reduce::<T>(&tree, own()?)?;
         assert_eq!(record.take(), tree_moves::<T>((&tree, group.rank()), [rows, cols], None));
-        // All columns on the last rank but one.
+        // The last rank but one has all columns.
         let last = |rank| if rank + 2 == group.size() || group.size() == 1 { cols } else { 0 };
         let partitions = [
             group.even_partition(cols)?,
@@ -130,14 +130,14 @@ fn tree_sums<T: Element>(leaves: usize, world: usize, terms: &[Array2<f64>]) -> 
     let parts = parts.unwrap();
     let whole = bits(&parts[0].0);
     for (other, _) in &parts {
-        assert_eq!(bits(other), whole, "all ranks have the same");
+        assert_eq!(bits(other), whole, "all ranks have the same sum");
     }
     for at in 0..2 {
         let views: Vec<_> = parts.iter().map(|(_, parts)| parts[at].view()).collect();
         assert_eq!(
             bits(&ndarray::concatenate(ndarray::Axis(1), &views).unwrap()),
             whole,
-            "the parts are the whole"
+            "the shards have the bits of the whole"
         );
     }
     (whole, bits(&terms[0]))
@@ -223,7 +223,8 @@ proptest! {
     }
 }
 
-/// Sizes at which GEMMs are blocked and tensors exchanged: 12 heads in 8 blocks on 1 to 8 ranks.
+/// The sizes are so large that GEMMs are blocked and tensors exchanged: 12 heads in 8 blocks on 1
+/// to 8 ranks.
 #[test]
 fn larger_blocks_have_the_same_bits() {
     let sizes = RandomBlock {
@@ -246,7 +247,7 @@ fn larger_blocks_have_the_same_bits() {
 }
 
 /// Without the invariant reduction the bits depend on the number of ranks, so the tests above can
-/// fail.
+/// detect a fault.
 #[test]
 fn fast_reductions_depend_on_the_number_of_ranks() {
     let sizes = RandomBlock {
@@ -267,7 +268,7 @@ fn fast_reductions_depend_on_the_number_of_ranks() {
     assert!(bits(&outcome(1).y) != bits(&outcome(2).y));
 }
 
-/// Compares every world and both residual streams with one rank.
+/// Compares every number of ranks and both residual streams with one rank.
 fn agree<T: Element>(
     what: &str,
     case: &Case<'_>,
@@ -288,7 +289,7 @@ fn agree<T: Element>(
     }
 }
 
-/// A head of fewer classes than ranks, some of which hold none.
+/// The head has fewer classes than ranks, so some ranks hold none.
 #[test]
 fn small_heads_have_the_same_bits() {
     let (rows, hidden, classes) = (5, 7, 3);
@@ -309,7 +310,7 @@ fn small_heads_have_the_same_bits() {
     }
 }
 
-/// A chain of unfused layers with its mappings.
+/// Runs a chain of unfused layers with its mappings.
 fn chain<T: Element>(case: &Case<'_>) -> Result<Outcome> {
     run_unplanned!(T, case, |group, weights| {
         let columns = Columns::even(group, 23)?;
@@ -348,7 +349,8 @@ fn config(heads: usize, kv_heads: usize) -> AttentionConfig {
         .with_qkv_bias(true)
 }
 
-/// Attention with normalized heads. Its projections are merged, or three layers if `separate`.
+/// Runs attention with normalized heads. The projections are three layers if `separate`, otherwise
+/// one merged layer.
 fn attention<S: ResidualStream + Spread, T: Element>(
     case: &Case<'_>,
     config: &AttentionConfig,
@@ -390,7 +392,8 @@ fn attention_weights(query: usize, kv: usize, dim: usize, hidden: usize) -> Arra
     ])
 }
 
-/// Nine query and three key/value heads in five blocks, which split every group, and in nine.
+/// Nine query and three key/value heads in five blocks, which split the query heads of a key/value
+/// head, and in nine blocks.
 #[test]
 fn normalized_heads_and_separate_layers_have_the_same_bits() {
     let (heads, kv, dim, hidden) = (9, 3, 4, 10);
@@ -418,9 +421,9 @@ fn normalized_heads_and_separate_layers_have_the_same_bits() {
     }
 }
 
-/// (Query heads, key/value heads, blocks). In the first three, two, three and all blocks share a
-/// key/value head. In the others, blocks hold one such head and a range of another, or whole heads
-/// between ranges of others.
+/// (Query heads, key/value heads, blocks). In the first three cases, two, three and all blocks
+/// share a key/value head. In the other cases, blocks hold one such head and a range of another, or
+/// whole heads between ranges of others.
 const SHARED: [(usize, usize, usize); 7] =
     [(16, 4, 8), (12, 2, 6), (8, 1, 8), (6, 2, 4), (9, 3, 5), (10, 5, 3), (18, 9, 4)];
 
@@ -428,7 +431,7 @@ const SHARED: [(usize, usize, usize); 7] =
 fn shared_heads_have_the_same_bits_and_are_those_of_the_reference() {
     let (dim, hidden) = (4, 10);
     for (number, (heads, kv, blocks)) in SHARED.into_iter().enumerate() {
-        // Mostly few tokens; once enough that sums are exchanged rather than gathered.
+        // One case has so many tokens that sums are exchanged rather than gathered.
         for &tokens in if number == 3 { &[1, 7, 130][..] } else { &[7] } {
             let (x, dy) = (matrix(2, "x", tokens, hidden), matrix(2, "dy", tokens, hidden));
             let weights = attention_weights(heads * dim, kv * dim, dim, hidden);
@@ -458,7 +461,7 @@ fn shared_heads_have_the_same_bits_and_are_those_of_the_reference() {
     }
 }
 
-/// [`attention`] without head norms equals the reference.
+/// Checks that [`attention`] without head norms equals the reference.
 fn is_the_reference(got: &Outcome, config: &AttentionConfig, case: &Case<'_>) {
     let matrix = |name: &str| case.weights.0[name].clone().into_dimensionality().unwrap();
     let vector = |name: &str| Some(case.weights.0[name].clone().into_dimensionality().unwrap());
@@ -495,8 +498,8 @@ fn is_the_reference(got: &Outcome, config: &AttentionConfig, case: &Case<'_>) {
     close("v", grad("v.weight"), &want.v, 1e-12);
     close("o", grad("o.weight"), &want.o, 1e-12);
     close("q's bias", grad("q.bias"), &want.q_bias.unwrap(), 1e-12);
-    // A constant added to all keys does not change the weights, so this gradient is rounding error,
-    // of as many terms as there are tokens.
+    // A constant added to all keys does not change the attention weights. So the gradient of k's
+    // bias is rounding error, with as many terms as there are tokens.
     let tokens = case.x.nrows() as f64;
     close("k's bias", &(grad("k.bias") / tokens), &(want.k_bias.unwrap() / tokens), 1e-12);
     close("v's bias", grad("v.bias"), &want.v_bias.unwrap(), 1e-12);
@@ -526,7 +529,7 @@ fn sums_of_shared_heads_have_the_same_zeros() {
                     Bias::Add,
                 )
             });
-            // The ranks' columns of y are in another order.
+            // The order of y's columns depends on the number of ranks, so y is not compared.
             Outcome { y: Array2::zeros((0, 0)), ..got.unwrap() }
         };
         let one = outcome(1);
@@ -577,7 +580,7 @@ fn shared_heads_are_held_once_and_counted_once() {
     }
 }
 
-/// Sums over tokens: of positions, normalizations and biases.
+/// Runs layers whose gradients are sums over tokens: positions, a normalization and a bias.
 fn tokens<S: ResidualStream + Spread, T: Element>(case: &Case<'_>) -> Result<Outcome> {
     run_unplanned!(T, case, |group, weights| {
         let positions = PositionEmbedding::<S, T, Dev>::load(group, &weights.at("p"), 4, 6)?;
@@ -596,7 +599,7 @@ fn sums_over_tokens_have_the_same_bits() {
         ("n.bias", random(1, "nb", &[6])),
         ("b.bias", random(1, "b", &[6])),
     ]);
-    // More and fewer tokens than blocks.
+    // The cases have fewer and more tokens than blocks.
     for rows in [5, 37] {
         let (x, dy) = (matrix(1, "x", rows, 6), matrix(1, "dy", rows, 6));
         let lengths = (0..rows).step_by(4).map(|start| 4.min(rows - start));
@@ -608,7 +611,7 @@ fn sums_over_tokens_have_the_same_bits() {
     }
 }
 
-/// A −0 in a vocabulary's weight: adding the other ranks' zeros makes it +0.
+/// The vocabulary's weight has a −0. Adding the other ranks' zeros makes it +0.
 #[test]
 fn embeddings_have_the_same_bits() {
     let mut table = integers(1, "table", 9, 4);
@@ -631,15 +634,15 @@ fn embeddings_have_the_same_bits() {
 
 // Training.
 
-/// The bits of everything: the parameters after some steps, and the losses and norms of each step.
+/// The bits of the parameters after some steps, and of the losses and norms of each step.
 #[derive(PartialEq)]
 struct Trained {
     params: BTreeMap<String, Vec<u64>>,
     curve: Vec<(u64, u64)>,
 }
 
-/// AdamW with dropout, clipping and decay on a dp x tp mesh, with this many microbatches per
-/// replica.
+/// Trains by AdamW with dropout, clipping and decay on a dp x tp mesh, with this many microbatches
+/// per replica.
 fn train<S: ResidualStream, T: Element>(
     config: &Config,
     [dp, tp, microbatches]: [usize; 3],
@@ -720,8 +723,8 @@ fn training_has_the_same_bits_at_every_size() {
     trains::<f64>(&[3, 4]);
 }
 
-/// Meshes of one batch in 4 and in 6 microbatches, where replicas hold whole sub-trees and where
-/// they do not.
+/// Meshes train on one batch in 4 and in 6 microbatches. On some meshes replicas hold whole
+/// sub-trees, and on others they do not.
 #[test]
 fn meshes_of_the_same_batch_have_the_same_bits() {
     let meshes: [&[[usize; 3]]; 2] = [
@@ -729,7 +732,7 @@ fn meshes_of_the_same_batch_have_the_same_bits() {
         &[[1, 1, 6], [2, 1, 3], [3, 1, 2], [6, 1, 1], [2, 2, 3], [3, 2, 2]],
     ];
     for meshes in meshes {
-        // Uneven microbatches, and an empty one.
+        // The microbatches are uneven, and one is empty.
         for sequences in [7, 3] {
             let one = train::<Replicated, f32>(&GPT, meshes[0], 4, sequences);
             for &mesh in &meshes[1..] {
@@ -745,7 +748,7 @@ fn meshes_of_the_same_batch_have_the_same_bits() {
     }
 }
 
-// Combinations that cannot be invariant return an error.
+// Errors of combinations that cannot be invariant.
 
 fn refused(world: usize, blocks: usize, what: impl Fn(&Group<Dev>) -> Result<()> + Sync) -> String {
     let outcomes =
@@ -764,7 +767,8 @@ fn row_of_columns(group: &Group<Dev>) -> Result<RowLinear<f32, Dev>> {
     RowLinear::load(group, &Weights::new(&Random::normal(1, 1.0)), &partition, 5)
 }
 
-/// With `Reduction::Fast` the sum of two sums is one sum, with one collective for both.
+/// With `Reduction::Fast` the sum of two partial sums is one partial sum, so one collective reduces
+/// both.
 #[test]
 fn two_sums_are_reduced_as_one() {
     let sums = ranks(3).run(|world| {
@@ -805,7 +809,7 @@ fn what_cannot_be_invariant_is_refused() {
     );
     assert_eq!(
         refused(2, 4, |group| {
-            // The same number of heads on each rank, but not partitioned by blocks.
+            // The ranks have the same number of heads, but the partition is not by blocks.
             let heads = Heads::new(8, 2, 2, 2)?;
             Columns::qkv(group, &heads, &QkvLayout::separate("q", "k", "v")).map(drop)
         }),
@@ -858,7 +862,7 @@ fn what_cannot_be_invariant_is_refused() {
         "data parallel: not supported: a mean over replicas with an invariant reduction: use `GradReduce::Sum` and divide \
          the loss by the size of the whole batch"
     );
-    // One more backward than the tree has leaves.
+    // A backward that exceeds the number of the tree's leaves is an error.
     assert_eq!(
         refused(2, 4, |group| {
             let alone = Group::solo(group.device()).with_reduction(group.reduction());
@@ -884,7 +888,7 @@ fn what_cannot_be_invariant_is_refused() {
     );
 }
 
-/// Fewer backwards than announced are still summed.
+/// A step may have fewer backwards than announced. Their gradients are still summed.
 #[test]
 fn a_step_may_end_early() {
     let outcomes = ranks(1).run(|world| {

@@ -2,9 +2,9 @@
 //! compared at 1e-12 with the reference or with a plain loop. Narrower elements are compared within
 //! bounds that are derived next to each test.
 //!
-//! In the bounds u = ε / 2 is the rounding of the element, v that of its accumulator. Inputs are
-//! numbers of the element type, so they have no error of their own. Bounds count first-order terms,
-//! plus 1 % for second-order terms.
+//! In the bounds, u = ε / 2 is the rounding error of the element and v that of its accumulator.
+//! Inputs are numbers of the element type, so they have no error of their own. Bounds count
+//! first-order terms, plus 1 % for second-order terms.
 
 use crate::support::{close, integers, matrix, random};
 use half::{bf16, f16};
@@ -25,8 +25,8 @@ use std::{fmt::Debug, num::NonZeroUsize};
 
 const EXACT: f64 = 1e-12;
 
-/// Half the distance between subnormal f16: the underflow error of the element type with the
-/// largest one.
+/// The largest underflow error of the element types: half the distance between subnormal f16
+/// numbers.
 const UNDERFLOW: f64 = 3e-8;
 
 const ACTIVATIONS: [(Activation, reference::Activation); 4] = [
@@ -84,7 +84,7 @@ fn disagree<R: Debug>(result: Result<R>, message: &str) {
     assert_eq!(error.to_string(), message);
 }
 
-/// Checks that the error says what is wrong with an argument.
+/// Checks that the error is `Error::Invalid` with this message.
 #[track_caller]
 fn invalid<R: Debug>(result: Result<R>, message: &str) {
     let error = result.expect_err(message);
@@ -158,7 +158,7 @@ impl Product {
         Self { alpha: 1.0, a, b, beta: 0.0, c, strides: [(k, 1), (n, 1), (n, 1)] }
     }
 
-    /// The result and Σ|a||b|, by the three loops of the definition.
+    /// Returns the result and |α| Σ|a||b|, computed by the three loops of the definition.
     fn naive(&self) -> (Array2<f64>, Array2<f64>) {
         let sum = |f: fn(f64) -> f64| {
             Array2::from_shape_fn(self.c.dim(), |(i, j)| {
@@ -182,9 +182,9 @@ impl Product {
         displace(&c, m, n, sc)
     }
 
-    /// |error| ≤ (k + 2) v |α| Σ|a||b| + 2 v |β c| + w |result|: k products and sums and the two
-    /// operations with α and β in the accumulator, and one rounding w to C. In f64, 1e-12 of the
-    /// absolute terms.
+    /// |error| ≤ (k + 2) v |α| Σ|a||b| + 2 v |β c| + w |result|. The accumulator rounds k products
+    /// and sums and the two operations with α and β. C rounds once by w. In f64 the bound is 1e-12
+    /// of the absolute terms.
     fn check<T: Element, C: Element<Acc = T::Acc>>(&mut self) {
         (self.a, self.b) = (rounded::<T, _>(self.a.clone()), rounded::<T, _>(self.b.clone()));
         self.c = rounded::<C, _>(self.c.clone());
@@ -243,7 +243,8 @@ proptest! {
         prop_assert_eq!(product.compute::<f16, f16>(&cpu), want);
     }
 
-    /// The heads of a batch are interleaved in the rows; with stride 0 all use the same operand.
+    /// The heads of a batch are interleaved in the rows. With stride 0 all products use the same
+    /// operand.
     #[test]
     fn gemm_of_interleaved_heads(
         heads in 1..4usize, m in 1..6usize, k in 1..6usize, n in 1..6usize, shared_a: bool, shared_b: bool, seed: u64,
@@ -265,8 +266,8 @@ proptest! {
         close("heads", &displace(&c, m, heads * n, sc), &want, EXACT);
     }
 
-    /// A rank that computes some rows or columns of a product gets the bits that the whole product
-    /// has there, if both or neither have few rows.
+    /// A rank that computes some rows or columns of a product gets the bits of the whole product.
+    /// This holds if both products have few rows, or neither has.
     #[test]
     fn a_part_of_a_product_has_the_bits_of_the_whole(
         m in 2..40usize, k in 1..400usize, n in 2..40usize, at in 0.0..1.0, seed: u64,
@@ -319,7 +320,7 @@ fn gemm_without_depth_scales_c() {
         assert_eq!(product().compute::<bf16, f32>(&cpu), want);
         assert_eq!(product().compute::<f16, f16>(&cpu), want);
     }
-    // A batch of products without depth has no operands to step through.
+    // In a batch of products of depth 0 the operands are empty, whatever their strides.
     let mut c = [f64::NAN; 4];
     let batch = Batch { count: 2, a: 5, b: 5, c: 2 };
     let none: [f64; 0] = [];
@@ -331,8 +332,8 @@ fn gemm_without_depth_scales_c() {
 #[test]
 fn gemm_does_not_depend_on_the_number_of_threads() {
     let one = Cpu::poisoned();
-    // Enough multiplications to be split; rows that threads cannot share evenly; C with gaps
-    // between its rows.
+    // The product has enough multiplications to be split. Threads cannot share its rows evenly, and
+    // one C has gaps between its rows.
     let (m, k, n) = (171, 160, 160);
     let bits = |x: ArrayD<f64>| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
     for strides in [[(k, 1), (n, 1), (n, 1)], [(1, m + 1), (1, k), (n + 3, 1)], [(k, 1), (n, 1), (1, m)]] {
@@ -448,7 +449,7 @@ fn gemm_names_the_sizes_that_disagree() {
     disagree(batch(4, 20, 0, 2), "gemm: the extent of 4 matrices A is 66, but the memory behind them is 64");
     disagree(batch(3, 0, 30, 2), "gemm: the extent of 3 matrices B is 66, but the memory behind them is 64");
     disagree(batch(4, 0, 0, 3), "gemm: the extent of 4 matrices C is 13, but the memory behind them is 12");
-    assert_eq!(batch(0, 1000, 1000, 1000), Ok(()), "no products reach nowhere");
+    assert_eq!(batch(0, 1000, 1000, 1000), Ok(()), "a batch of no products reads no memory");
     // 2^33 strides of 2^31 wrap to 0 in 64 bits.
     let error = batch((1 << 33) + 1, 1 << 31, 0, 1 << 31).unwrap_err();
     assert!(error.to_string().contains(&usize::MAX.to_string()), "{error}");
@@ -513,7 +514,7 @@ fn a_block_beyond_the_matrix_panics() {
 
 // Elementwise operators.
 
-/// Numbers of all magnitudes, and the special ones.
+/// Numbers of all magnitudes, and special values.
 fn inputs(seed: u64) -> Array2<f64> {
     let mut x = matrix(seed, "x", 5, 19).mapv(|x| x * 4.0);
     let special = [
@@ -535,13 +536,13 @@ fn inputs(seed: u64) -> Array2<f64> {
     x
 }
 
-/// Bounds of f and f′ in the accumulator's ε, 0 for f64.
+/// Bounds of f and f′ in units of the accumulator's ε. In f64 they are 0.
 ///
 /// e^x errs by 2 ε, tanh by 3 ε and erf by 2 ε (see the functions' own tests). A sigmoid then errs
 /// by 3.5 ε relative to itself. Φ, and (1 + tanh)/2, err by at most 2.5 ε: half the function's
 /// error, plus |t f′(t)| ≤ 1/2 for each of the two to four roundings of the argument t. So f errs
-/// by 4 ε |x|. In f′, x times the derivative of the inner function, which is less than 1 + x²/8,
-/// multiplies a difference of such terms: 8 ε (1 + |x|)(1 + x²/8).
+/// by 4 ε |x|. In f′, x times the derivative of the inner function multiplies a difference of such
+/// terms. This derivative is less than 1 + x²/8, so f′ errs by 8 ε (1 + |x|)(1 + x²/8).
 fn activation_bounds<T: Element>(x: &Array2<f64>) -> [Array2<f64>; 2] {
     let epsilon = if T::DTYPE == DType::F64 { 0.0 } else { T::Acc::EPSILON };
     let finite = x.mapv(|x| if x.is_finite() { x.abs() } else { 0.0 });
@@ -579,8 +580,8 @@ fn activations<T: Element>(seed: u64) {
         let got = ops::activate_backward::<T, _>(f, &tensor(&cpu, &x), &tensor(&cpu, &dy)).unwrap();
         within(what("dx"), &wide(&got), &dx, &rounding::<T>(&dx, &slope * &dy.mapv(f64::abs)));
 
-        // The gate and its factor are concatenated, and so are their gradients. Each takes one or
-        // two more products.
+        // The gate and its factor are concatenated, and so are their gradients. Each result takes
+        // one or two more products.
         let both = tensor(&cpu, &concatenate![Axis(1), x, up]);
         let more =
             |want: &Array2<f64>| want.mapv(|want| if want.is_finite() { 2.0 * v * want.abs() } else { 0.0 });
@@ -608,7 +609,7 @@ fn activations_and_gates_agree_with_the_reference() {
     }
 }
 
-/// Also for gradients that are NaN or ∞.
+/// Activations agree with the reference also for gradients that are NaN or ∞.
 #[test]
 fn activations_pass_nonfinite_gradients_as_the_reference_does() {
     let cpu = Cpu::poisoned();
@@ -644,7 +645,7 @@ fn activations_of_large_numbers_are_linear() {
     }
 }
 
-/// y ← y + x in the accumulator, rounded once.
+/// Checks that y ← y + x is computed in the accumulator and rounded once.
 fn accumulate<T: Element, Y: Element<Acc = T::Acc>>() {
     let cpu = Cpu::poisoned();
     let (x, y) = (tensor::<T, _>(&cpu, &inputs(1)), tensor::<Y, _>(&cpu, &inputs(2)));
@@ -655,7 +656,7 @@ fn accumulate<T: Element, Y: Element<Acc = T::Acc>>() {
     assert_eq!(bits(sum.slice()), bits(&want), "{} to {}", T::DTYPE, Y::DTYPE);
 }
 
-/// Sums of two are computed in the accumulator and rounded once. Column sums err by at most
+/// A sum of two tensors is computed in the accumulator and rounded once. Column sums err by at most
 /// (rows) v Σ|x|.
 fn sums<T: Element>() {
     let cpu = Cpu::poisoned();
@@ -721,12 +722,13 @@ fn conversion_between_all_elements() {
     to_all::<f16>();
 }
 
-/// Rounds to nearest, ties to even. Rounding through f32 first would create ties that do not exist.
+/// Conversion rounds to nearest, ties to even. Rounding through f32 first would create ties that do
+/// not exist.
 #[test]
 fn conversion_rounds_once() {
     let cpu = Cpu::poisoned();
-    // Just below halfway from 1 to the next number, halfway, just above; and halfway to an even
-    // number.
+    // The values lie just below halfway from 1 to the next number, at halfway, just above halfway,
+    // and halfway to an even number.
     let ties =
         |ulp: f64| array![1.0 + ulp / 2.0 - 1e-12, 1.0 + ulp / 2.0, 1.0 + ulp / 2.0 + 1e-12, 1.0 + 1.5 * ulp];
     let want = |ulp: f64| array![1.0, 1.0, 1.0 + ulp, 1.0 + 2.0 * ulp].into_dyn();
@@ -742,8 +744,8 @@ fn conversion_rounds_once() {
             want(f16::EPSILON.to_f64()) * sign
         );
     }
-    // Halfway from 0 to the smallest number, above that, a subnormal; the largest finite number,
-    // halfway to ∞, and beyond.
+    // The values are halfway from 0 to the smallest number, slightly above halfway, subnormal, just
+    // below and at halfway from the largest finite number to ∞, and beyond.
     let x = tensor::<f64, _>(&cpu, &array![2.0_f64.powi(-25), 3e-8, 6e-5, 65519.9, 65520.0, 1e300]);
     let [tiny, subnormal] = [2.0_f64.powi(-24), 1007.0 * 2.0_f64.powi(-24)];
     let inf = f64::INFINITY;
@@ -840,7 +842,7 @@ fn kernels_name_the_shapes_that_disagree() {
     );
 }
 
-/// Rows are slices: a kernel that reads rows requires adjacent columns.
+/// Rows are slices, so a kernel that reads rows requires adjacent columns.
 #[test]
 fn kernels_of_rows_take_no_column_stride() {
     let cpu = Cpu::new();
@@ -893,7 +895,7 @@ proptest! {
         close("db", &wide(&ops::bias_grad(&cpu, tdy.mat()).unwrap()), &want.db, EXACT);
     }
 
-    /// Repeated ids get the sum of their gradients; copying is exact in every element type.
+    /// Repeated ids get the sum of their gradients. Copying is exact in every element type.
     #[test]
     fn embedding_agrees_with_the_reference(ids in prop::collection::vec(0..5_u32, 0..12), cols in 0..4usize, seed: u64) {
         embedding::<f64>(&ids, cols, seed);
@@ -965,9 +967,9 @@ fn norms<T: Element>(rows: usize, cols: usize, seed: u64) {
     );
     let (gamma, beta) = (vector("gamma"), vector("beta"));
     let absolute = |x: &Array2<f64>| x.mapv(f64::abs);
-    // The mean of x errs by (n + 1) v max|x|, so that of x̂ by r times that, with
-    // r = 1 / √(σ² + ε). The variance errs by (n + 3) v relative to itself: the mean's error enters
-    // squared, because Σ (x − μ) is 0. With the root, the quotient and the products,
+    // The mean of x errs by (n + 1) v max|x|, which x̂ multiplies by r = 1 / √(σ² + ε). The
+    // variance errs by (n + 3) v relative to itself. The mean's error enters the variance squared,
+    // because Σ (x − μ) is 0. With the errors of the root, the quotient and the products,
     // |δx̂| ≤ (n + 8) v (r max|x| + |x̂|).
     let per_term = (cols + 8) as f64 * unit::<T>().1;
     for kind in [NormKind::LayerNorm { eps }, NormKind::RmsNorm { eps }] {
@@ -1000,9 +1002,9 @@ fn norms<T: Element>(rows: usize, cols: usize, seed: u64) {
             within((kind, T::DTYPE), &wide(&y), &want, &rounding::<T>(&want, error));
         }
 
-        // dx = r (g − mean g − x̂ mean(g x̂)). With G = max|g| and X = max|x̂|, the means err by
-        // (n + 2) v of G and G X and by X's error times G, and are multiplied by 1 and X. All are
-        // within 3 (n + 8) v r G (1 + X + X²)(1 + r max|x|).
+        // dx = r (g − mean g − x̂ mean(g x̂)). Let G = max|g| and X = max|x̂|. The two means err by
+        // (n + 2) v G and (n + 2) v G X, and by x̂'s error times G. They are multiplied by 1 and X.
+        // The sum of all errors is at most 3 (n + 8) v r G (1 + X + X²)(1 + r max|x|).
         let (dx, grads) = norm(gamma.clone(), &zeros).backward(&x, &dy);
         let (tx, tgamma) = (tensor::<T, _>(&cpu, &x), tensor::<T, _>(&cpu, &gamma));
         let (_, context) = ops::normalize(kind, &tx, &tgamma, None).unwrap();
@@ -1060,7 +1062,7 @@ fn norm_keeps_nan_in_its_row_and_does_not_cancel() {
 
 // Attention.
 
-/// The query and key/value heads of an attention; `sequences` has the rest.
+/// The heads and options of an attention. [`Sequences`] has the other sizes.
 #[derive(Clone, Debug)]
 struct Heads {
     heads: usize,
@@ -1085,13 +1087,13 @@ impl Heads {
         reference::AttentionSpec { heads, kv_heads, head_dim, causal, window, scale: 0.6 }
     }
 
-    /// `[q | k | v]` and the gradient of the output.
+    /// Returns `[q | k | v]` and the gradient of the output.
     fn inputs(&self, seed: u64, rows: usize) -> (Array2<f64>, Array2<f64>) {
         let (query, kv) = (self.heads * self.dim, self.kv_heads * self.dim);
         (matrix(seed, "qkv", rows, query + 2 * kv), matrix(seed, "dout", rows, query))
     }
 
-    /// q, k, v.
+    /// Splits `[q | k | v]` into q, k and v.
     fn split(&self, qkv: &Array2<f64>) -> [Array2<f64>; 3] {
         let (query, kv) = (self.heads * self.dim, self.kv_heads * self.dim);
         let columns = |start, width| qkv.slice(s![.., start..start + width]).to_owned();
@@ -1123,7 +1125,7 @@ fn attend_reference(heads: &Heads, qkv: &Array2<f64>, dout: &Array2<f64>, sequen
     (reference::attention(&spec, &q, &k, &v, &ranges, valid), dqkv)
 }
 
-/// Compares f64 with the reference; rows that see no key are exactly 0.
+/// Compares f64 with the reference. Rows that see no key must be exactly 0.
 fn attention_agrees(heads: &Heads, sequences: &Sequences, seed: u64) {
     let (qkv, dout) = heads.inputs(seed, sequences.rows());
     let (want, want_grad) = attend_reference(heads, &qkv, &dout, sequences);
@@ -1141,15 +1143,17 @@ fn attention_agrees(heads: &Heads, sequences: &Sequences, seed: u64) {
     }
 }
 
-/// Bounds of the output and the gradient, from the same sums as theirs over absolute values.
+/// Bounds of the output and the gradient: sums like theirs, over absolute values.
 ///
-/// A score errs by (d + 2) v Σ|q k|, so that its weight p errs relative to itself by
-/// t = v (2 (d + 2) S + n + 14 + 4 S), where S is the largest scale Σ|q k| and n that of keys:
-/// the error of the score and of the maximum or log-sum-exp, and that of the softmax. Then
-/// |δo| ≤ (t + n v) Σ p|v| + u|o|. With D = Σ|dO O|, the weight's gradient ds = p (dp − D) errs by
-/// b = p (t + 4 v + (d + 2) v)(Σ|dO v| + D) and, because O was rounded, by u p D. The sums over
-/// keys (dq) and queries (dk, dv) multiply b with |k| or |q| and p t with |dO|, add n v of their
-/// absolute sum, and round once.
+/// A score errs by (d + 2) v Σ|q k|. Its weight p then errs relative to itself by
+/// t = v (2 (d + 2) S + n + 14 + 4 S). S is the largest scale Σ|q k|, and n = rows · heads is at
+/// least the number of terms of any sum. t adds the errors of the score, of the maximum or
+/// log-sum-exp, and of the softmax. Then |δo| ≤ (t + n v) Σ p|v| + u|o|.
+///
+/// Let D = Σ|dO O|. The score's gradient ds = p (dp − D) errs by
+/// b = p (t + 4 v + (d + 2) v)(Σ|dO v| + D), and by u p D, because O was rounded. The sums over
+/// keys (dq) and queries (dk, dv) multiply b with |k| or |q| and p t with |dO|. They add n v of
+/// their absolute sum, and round once.
 fn attention_bounds<T: Element>(
     heads: &Heads,
     qkv: &Array2<f64>,
@@ -1248,8 +1252,8 @@ proptest! {
         attention_is_near::<f16>(&heads, &sequences, seed);
     }
 
-    /// Masked values have no influence, NaN and ∞ included. One number of q, k, v or dout is not
-    /// finite, and exactly the results that the reference names are not finite.
+    /// Masked values have no influence, even NaN and ∞. One number of q, k, v or dout is not
+    /// finite. A result must be non-finite exactly where the reference's is.
     #[test]
     fn attention_hides_what_is_masked(
         heads in any_heads(), sequences in any_sequences(), column in 0.0..1.0, at in 0.0..1.0, in_dout: bool,
@@ -1307,8 +1311,7 @@ fn attention_hides_later_rows_across_tiles() {
     assert!(grad.slice(s![..150, ..6]).iter().all(|dq| dq.is_finite()), "the gradient of earlier queries");
 }
 
-/// Query heads may use key/value heads in any order and leave some unused, which get a zero
-/// gradient.
+/// Query heads may use key/value heads in any order. Unused key/value heads get a zero gradient.
 #[test]
 fn attention_with_key_value_heads_in_any_order() {
     let (rows, dim, width) = (9, 2, 10);
@@ -1317,8 +1320,8 @@ fn attention_with_key_value_heads_in_any_order() {
         let parts: Vec<_> = heads.iter().map(|head| x.slice(s![.., head * dim..(head + 1) * dim])).collect();
         concatenate(Axis(1), &parts).unwrap()
     };
-    // One key/value head is unused: heads 0 and 1 of q use 2 and 0 of k (columns 2 to 4) and of v
-    // (5 to 7).
+    // Heads 0 and 1 of q use heads 2 and 0 of k and of v, so head 1 of k and v is unused. In units
+    // of heads, k has columns 2 to 4 and v has columns 5 to 7.
     let qkv = concatenate![Axis(1), qkv, matrix(2, "more", rows, 6)];
     let heads = |kv_of_query, kv_heads| QkvHeads {
         kv_of_query,

@@ -1,5 +1,5 @@
-//! Environments and the rendezvous of processes. Threads stand in for the processes, each with its
-//! own environment.
+//! Tests the environments of launchers and the rendezvous of processes. Threads stand in for the
+//! processes, each with its own environment.
 
 use crate::support::say;
 use shardwise::{
@@ -24,7 +24,7 @@ fn env(variables: &[(&str, &str)]) -> Result<Env> {
     Env::of(|name| variables.get(name).map(|value| value.to_string()))
 }
 
-/// The environment of one of several ranks on this machine.
+/// Returns the environment of one of several ranks on this machine.
 fn rank_env(rank: usize, world: usize, port: u16, change: impl FnOnce(&mut Env)) -> Env {
     let (rank, world, port) = (rank.to_string(), world.to_string(), port.to_string());
     let mut env = env(&[
@@ -82,13 +82,13 @@ fn launchers_are_understood() {
         ("TORCHELASTIC_RUN_ID", "run"),
         ("TORCHELASTIC_RESTART_COUNT", "3"),
         ("SHARDWISE_TOKEN", "t"),
-        // srun started torchrun.
+        // srun has started torchrun, so the variables of both are set.
         ("SLURM_PROCID", "1"),
         ("SLURM_NTASKS", "2"),
     ])
     .unwrap();
     assert_eq!((torchrun.rank, torchrun.world, torchrun.local_rank, torchrun.local_world), (5, 8, 1, 4));
-    // torchrun's agent listens on the port itself.
+    // torchrun's agent listens on the port itself, so rank 0 listens on the next port.
     assert_eq!((torchrun.host.as_str(), torchrun.port), ("node7", 29501));
     assert_eq!((torchrun.job.as_str(), torchrun.epoch, torchrun.token.as_str()), ("run", 3, "t"));
 
@@ -166,9 +166,9 @@ fn a_network_asks_for_a_secret() {
 /// The progress of a group that is disturbed while it forms.
 #[derive(Default)]
 struct Progress {
-    /// The last rank may connect.
+    /// Whether the last rank may connect.
     enough: AtomicBool,
-    /// The group has formed and ended.
+    /// Whether the group has formed and ended.
     done: AtomicBool,
 }
 
@@ -247,8 +247,8 @@ fn connections_that_say_nothing_do_no_harm() {
 /// Connects a fourth process to a group of three while it forms, and checks its error.
 fn intruder(change: impl Fn(&mut Env) + Send + Sync, words: &str) {
     disturbed(|port, _| {
-        // Rank 1 has connected by then. Some attempts are refused repeatedly, in case the listener
-        // is left over from an earlier start.
+        // Rank 1 of the group has connected by then. The intruder retries some refusals, because
+        // the listener may be left over from an earlier start.
         thread::sleep(Duration::from_millis(200));
         let patience = Duration::from_secs(1);
         let error = rank_env(1, 3, port, change).run(patience, |_| Ok(())).unwrap_err();
@@ -281,7 +281,7 @@ fn jobs_are_killed_and_started_again_on_one_port() {
     let port = free_port();
     for epoch in 0..1000 {
         thread::scope(|scope| {
-            // A rank of the previous start that does not know that it is over.
+            // A rank of the previous start still tries to connect.
             let stale = (epoch % 10 == 5).then(|| {
                 let env = rank_env(1, 2, port, |env| env.epoch = epoch - 1);
                 scope.spawn(move || env.run(Duration::from_millis(5), |_| Ok(0)))
@@ -313,10 +313,11 @@ fn jobs_are_killed_and_started_again_on_one_port() {
     }
 }
 
-/// What a relay does with the bytes that rank 0 sends to a rank (true) or gets from it (false).
+/// A relay calls this function with the bytes that rank 0 sends to a rank (true) or receives from
+/// it (false).
 type Watch<'a> = &'a (dyn Fn(bool, &mut [u8]) + Sync);
 
-/// Runs two or more ranks of which rank 1 is connected to rank 0 through a relay.
+/// Runs two or more ranks. A relay connects rank 1 with rank 0.
 fn relayed<R: Send>(
     deadline: Duration,
     world: usize,
@@ -361,8 +362,8 @@ fn relayed<R: Send>(
     })
 }
 
-/// The ranks have proved to each other that they know the token. Bytes that somebody else inserts
-/// afterwards are rejected.
+/// The ranks have proved to each other that they know the token. They reject bytes that another
+/// party changes afterwards.
 #[test]
 fn what_is_changed_on_the_way_is_never_data() {
     for down in [false, true] {
@@ -398,7 +399,7 @@ fn what_is_changed_on_the_way_is_never_data() {
 fn a_process_that_reads_nothing_is_named_to_all_others() {
     let (stopped, over) = (AtomicBool::new(false), AtomicBool::new(false));
     let watch = |down: bool, bytes: &mut [u8]| {
-        // The first large result: from then on the relay forwards nothing.
+        // From the first large result on, the relay forwards nothing.
         if down && bytes.len() == 1 << 16 {
             stopped.store(true, Ordering::SeqCst);
         }
@@ -430,7 +431,8 @@ fn a_process_that_reads_nothing_is_named_to_all_others() {
     }
 }
 
-/// As many connections as are examined at a time, each reopened as soon as it is closed.
+/// Opens as many connections as rank 0 examines at a time, and reopens each as soon as it is
+/// closed.
 #[test]
 fn connections_without_end_do_not_keep_a_group_from_forming() {
     disturbed(|port, progress| {
@@ -440,7 +442,7 @@ fn connections_without_end_do_not_keep_a_group_from_forming() {
         while !progress.done.load(Ordering::SeqCst) {
             for stream in &mut connections {
                 stream.set_nonblocking(true).unwrap();
-                // The nonce, nothing yet, or the end of the stream.
+                // The stream has the nonce, has nothing yet, or has ended.
                 let ended = match stream.read(&mut [0; 64]) {
                     Ok(len) => len == 0,
                     Err(error) => error.kind() != std::io::ErrorKind::WouldBlock,
@@ -468,12 +470,13 @@ fn ranks_find_each_other_by_every_form_of_an_address() {
         });
         assert_eq!(outcomes, [Ok(()), Ok(())], "{here} on this machine, {hosts:?}");
     };
-    // All ranks are on this machine, whatever the addresses are.
+    // All ranks are on this machine, so they find each other whatever the addresses are.
     for hosts in [["::1", "[::1]"], ["127.0.0.1", "localhost"], ["192.0.2.1", "no.such.host.invalid"]] {
         meet(2, hosts);
     }
-    // The ranks assume that they are on different machines. One address is not rank 0's own, such
-    // as a service's; another is a name that resolves to a loopback address on rank 0's machine.
+    // The ranks assume that they are on different machines. The first address is not rank 0's own,
+    // like the address of a service. The second is a name that resolves to a loopback address on
+    // rank 0's machine.
     meet(1, ["192.0.2.1", "127.0.0.1"]);
     meet(1, ["localhost", "127.0.0.1"]);
     if TcpListener::bind("[::1]:0").is_ok() {
@@ -484,7 +487,7 @@ fn ranks_find_each_other_by_every_form_of_an_address() {
     }
 }
 
-/// As many connections as possible at once, all of which authenticate eventually.
+/// More processes connect at once than rank 0 examines at a time. All authenticate eventually.
 #[test]
 fn a_large_group_forms() {
     let outcomes = processes(150, |group| group.barrier());

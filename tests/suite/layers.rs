@@ -1,6 +1,6 @@
 //! Compares every mapping and layer with the reference: f64 at 1e-12, forward and gradient, random
-//! sizes, worlds 1..8, uneven shards. `support::run` adds the checks common to all: traffic,
-//! run-to-run bits, replicas, ownership, NaN-poisoned memory.
+//! sizes, 1 to 8 ranks, uneven shards. `support::run` adds the checks common to all layers:
+//! traffic, run-to-run bits, replicas, ownership, NaN-poisoned memory.
 
 use crate::dev::Dev;
 use crate::support::{
@@ -175,7 +175,8 @@ proptest! {
     }
 }
 
-/// With fewer features than ranks, some ranks hold none.
+/// Compares the parallel linear layers with the reference. With fewer features than ranks, some
+/// ranks hold none.
 fn parallel_linear<S: ResidualStream + Spread>(
     world: usize,
     rows: usize,
@@ -203,7 +204,7 @@ fn parallel_linear<S: ResidualStream + Spread>(
     close("column dx", &got.dx.into_dyn(), &want.dx, EXACT);
     grads_close(&got.grads, &want_grads, EXACT);
 
-    // gather_output: the whole on every rank.
+    // With `GatherFrom`, every rank gets the whole output.
     let got = run!(f64, &Case::new(world, &x, &dy, &weights), |group, weights| {
         let columns = Columns::even(group, outputs)?;
         Ok(ColumnParallelLinear::<S, f64, Dev>::load(group, weights, inputs, &columns, Bias::Add)?
@@ -228,7 +229,7 @@ fn parallel_linear<S: ResidualStream + Spread>(
     close("row dx", &got.dx.into_dyn(), &want.dx, EXACT);
     grads_close(&got.grads, &[("weight", want.dw.into_dyn()), ("bias", want.db.into_dyn())], EXACT);
 
-    // The row layer's input is scattered first.
+    // A chain scatters the row layer's input first.
     let got = run!(f64, &Case::new(world, &x, &dy, &weights), |group, weights| {
         Ok(ScatterTo::<1>::new(partition.clone())
             .then(RowParallelLinear::<S, f64, Dev>::load(group, weights, &partition, inputs, true)?))
@@ -367,7 +368,7 @@ fn residual<S: ResidualStream + Spread>(world: usize, hidden: usize, ffn: usize,
     grads_close(&got.grads, &want, EXACT);
 }
 
-/// The whole product on every rank; one rank owns the parameters.
+/// Every rank computes the whole product, and one rank owns the parameters.
 fn replicated(world: usize, inputs: usize, outputs: usize, seed: u64) {
     let (x, dy) = (matrix(seed, "x", 7, inputs), matrix(seed, "dy", 7, outputs));
     let (w, b) = (matrix(seed, "w", outputs, inputs), vector(seed, "b", outputs));
@@ -386,7 +387,7 @@ fn replicated(world: usize, inputs: usize, outputs: usize, seed: u64) {
     }
 }
 
-/// Pools each sequence to one row, followed by a layer whose ranks split those rows' features.
+/// Pools each sequence to one row. The ranks of the next layer split the features of these rows.
 fn pooled(world: usize, hidden: usize, sequences: &Sequences, seed: u64) {
     let (x, dy) = (matrix(seed, "x", sequences.rows(), hidden), matrix(seed, "dy", sequences.len(), 2));
     let w = matrix(seed, "w", 2, hidden);
@@ -408,8 +409,8 @@ fn pooled(world: usize, hidden: usize, sequences: &Sequences, seed: u64) {
     grads_close(&got.grads, &[("weight", want.dw.into_dyn())], EXACT);
 }
 
-/// A batch of three sequences of different lengths; with `masked`, some rows are padding, including
-/// one whole sequence.
+/// Returns a batch of three sequences of different lengths. With `masked`, some rows are padding,
+/// including one whole sequence.
 fn batch(masked: bool, seed: u64) -> Sequences {
     let sequences = Sequences::packed([3, 1, 4]);
     if !masked {
@@ -494,7 +495,7 @@ fn attend<S: ResidualStream + Spread>(
     }
 }
 
-/// How a test generates one tensor of q, k and v.
+/// How one tensor holds q, k and v.
 #[derive(Clone, Copy)]
 enum Fuse {
     Concatenated,
@@ -575,7 +576,7 @@ fn fused_on<T: Element>(world: usize) {
     assert_eq!(fused(plain.unwrap()), fused(chain.unwrap()), "sequence-parallel stream");
 }
 
-/// Whole numbers are exact: the sharded layer gives the reference's bits in every element type.
+/// Whole numbers are exact, so the sharded layer gives the reference's bits in every element type.
 #[test]
 fn integers_are_bit_equal_in_every_element() {
     for world in 1..=8 {
@@ -614,9 +615,10 @@ fn integers_on<T: Element>(world: usize) {
     assert_eq!(got.grads["down.weight"], want.weights.down.into_dyn());
 }
 
-/// Linear layers in f32, bf16 and f16 within the rounding bound. With u = ε / 2 of the element,
-/// v = ε / 2 of the accumulator and K terms, |error| ≤ (2u + K v) Σ|x||w| for rounded inputs and a
-/// sum in the accumulator, plus one rounding of each rank's partial sum and of the result.
+/// Linear layers in f32, bf16 and f16 stay within the rounding bound. Let u = ε / 2 of the element,
+/// v = ε / 2 of the accumulator, and K the number of terms. Rounded inputs and the sum in the
+/// accumulator give |error| ≤ (2u + K v) Σ|x||w|. Each rank's partial sum and the result are
+/// rounded once more.
 #[test]
 fn narrow_elements_stay_within_the_rounding_bound() {
     for world in [1, 2, 3, 8] {

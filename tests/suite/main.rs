@@ -1,4 +1,4 @@
-//! The integration tests, in one binary: a module an area.
+//! The integration tests in one binary, with one module per area.
 
 mod block;
 mod circles;

@@ -1,5 +1,5 @@
-//! Compares whole models with transformers: small random checkpoints and PyTorch's results for
-//! them, from `scripts/make_hf_references.py`.
+//! Compares whole models with transformers. `scripts/make_hf_references.py` makes small random
+//! checkpoints and PyTorch's results for them.
 
 use crate::dev::{self, Dev, Tensor, ranks};
 use crate::support::{close, say};
@@ -24,7 +24,7 @@ pub(crate) const DECODERS: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "g
 const WORLDS: [usize; 6] = [1, 2, 3, 4, 5, 8];
 
 fn folder(name: &str) -> PathBuf {
-    // Tests that run on another machine have their data elsewhere.
+    // Tests that run on another machine name their folder in `SHARDWISE_TEST_DATA`.
     let carried = std::env::var_os("SHARDWISE_TEST_DATA").map(PathBuf::from);
     carried.unwrap_or_else(|| shardwise_tests::root().join("tests/data")).join(name)
 }
@@ -65,7 +65,7 @@ fn reference(name: &str, output: &str) -> Reference {
 }
 
 impl Reference {
-    /// All prompts one after the other.
+    /// Returns all prompts, one after the other, with their outputs.
     fn packed(&self) -> (Vec<u32>, Sequences, Array2<f64>) {
         let views: Vec<_> = self.outputs.iter().map(|rows| rows.view()).collect();
         let outputs = ndarray::concatenate(ndarray::Axis(0), &views).unwrap();
@@ -119,7 +119,8 @@ fn decoders_have_the_logits_of_transformers() {
     }
 }
 
-/// Decodes prompts of different lengths at once, each in a slot; the prompts are read in chunks.
+/// Decodes prompts of different lengths together, each in its own slot. Each prompt is read in
+/// chunks.
 fn greedy<T: Element>(group: &Group<Dev>, name: &str, chunk: usize) -> Result<Vec<Vec<u32>>> {
     let ((checkpoint, config), reference) = (decoder(name), reference(name, "logits"));
     let model = Decoder::<Replicated, T, Dev>::load(group, &checkpoint, &config)?;
@@ -154,8 +155,8 @@ fn decoders_write_the_tokens_of_transformers() {
     }
 }
 
-/// Logits token by token, in chunks, or all at once are the same, in f64 up to rounding. Truncating
-/// and copying the cache leaves no trace of what it held before.
+/// Logits computed token by token, in chunks, and all at once agree in f64 up to rounding.
+/// Truncating and copying the cache leaves no trace of its earlier contents.
 #[test]
 fn the_cache_changes_nothing() {
     for name in DECODERS {
@@ -175,7 +176,7 @@ fn the_cache_changes_nothing() {
                 for token in prompt {
                     step(&mut cache, 1, &[*token])?;
                 }
-                // The prefix of slot 1 in slot 2, and in slot 1 itself.
+                // Slot 2 continues a prefix of slot 1, and slot 1 continues a prefix of itself.
                 cache.copy_prefix(1, 2, 4)?;
                 step(&mut cache, 2, &prompt[4..])?;
                 cache.truncate(1, 2)?;
@@ -244,7 +245,8 @@ fn direction(region: &Region) -> impl Iterator<Item = f64> {
     region.runs().into_iter().flatten().map(|at| ((at * 31 % 17) as f64 - 8.0) / 8.0)
 }
 
-/// Σ gradient · direction of every tensor, over the elements that this rank owns.
+/// Returns the loss, and Σ gradient · direction of every tensor over the elements that this rank
+/// owns.
 fn slopes<S: ResidualStream>(
     group: &Group<Dev>,
     name: &str,
@@ -260,7 +262,7 @@ fn slopes<S: ResidualStream>(
     Ok((losses.sum()?, own_slopes(&model.params())?))
 }
 
-/// Σ gradient · direction of every tensor that this rank owns in whole or in part.
+/// Returns Σ gradient · direction of every tensor of which this rank owns elements.
 fn own_slopes(params: &[Param<f64, Dev>]) -> Result<Vec<(String, f64)>> {
     let mut own = Vec::new();
     for param in params {
@@ -304,8 +306,8 @@ fn shift(params: &[Param<f64, Dev>], tensor: &str, step: f64) -> Result<()> {
     Ok(())
 }
 
-/// The model's loss on one device is differentiated numerically along a direction for each tensor.
-/// The sharded gradients have those slopes, with either residual stream.
+/// The loss of the model on one device is differentiated numerically along each tensor's direction.
+/// The sharded gradients have the same slopes, with either residual stream.
 #[test]
 fn gradients_of_models_are_those_of_their_losses() {
     for (name, world) in [("llama", 5), ("qwen3", 4), ("gpt2", 3), ("qwen2", 2)] {
@@ -372,7 +374,8 @@ fn bert_trains_and_is_saved() {
             assert!(error < 1e-6, "{tensor}: {slope} where {numeric} is measured");
         }
     }
-    // Saved from three ranks and read over two: the same hidden states, bit for bit.
+    // Two ranks compute the same hidden states, bit for bit, from the files that three ranks have
+    // saved.
     let saved = tempfile::tempdir().unwrap();
     ranks(3)
         .run(|group| Bert::<Replicated, f32, Dev>::load(&group, &checkpoint, &config)?.save(saved.path()))
@@ -389,7 +392,8 @@ fn bert_trains_and_is_saved() {
     assert_eq!(hidden(&again), hidden(&checkpoint));
 }
 
-/// Loaded over a ranks and saved, or loaded over b ranks and saved: the same files, bit for bit.
+/// A model is loaded and saved by some ranks, and its files are loaded and saved by others. The
+/// last files have the tensors of the checkpoint, bit for bit.
 #[test]
 fn saved_models_are_what_was_read() {
     for name in DECODERS {
@@ -458,7 +462,7 @@ fn large_models_are_saved_in_several_files() {
     }
 }
 
-/// A rank reads its shard of each tensor, and gaps between rows only up to a page.
+/// One rank reads each byte of the checkpoint's tensors exactly once.
 #[test]
 fn ranks_read_their_own_bytes() {
     let (checkpoint, config) = decoder("llama");
@@ -479,7 +483,7 @@ fn rope_has_the_frequencies_of_transformers() {
         for (key, value) in [("num_hidden_layers", 1), ("intermediate_size", 4), ("vocab_size", 7)] {
             json[key] = value.into();
         }
-        // transformers' functions accept a fraction of a head's features; its models of these
+        // transformers' functions accept a fraction of a head's features, but its models of these
         // families do not.
         let share = json["rope_parameters"].as_object_mut().unwrap().remove("partial_rotary_factor");
         let ModelConfig::Decoder(config) = ModelConfig::parse(&json.to_string()).unwrap() else { panic!() };
@@ -499,7 +503,7 @@ fn rope_has_the_frequencies_of_transformers() {
         };
         assert!((magnitude - case["factor"].as_f64().unwrap()).abs() < 1e-12, "{json}");
     }
-    // The keys used before `rope_parameters` existed.
+    // This configuration has the keys that were used before `rope_parameters` existed.
     let old = r#"{"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1,
         "intermediate_size": 4, "vocab_size": 7, "max_position_embeddings": 64, "rope_theta": 500.0,
         "rope_scaling": {"type": "linear", "factor": 4.0}}"#;
@@ -535,7 +539,7 @@ fn decoding_takes_no_more_memory_from_token_to_token() {
 }
 
 /// The tiny Llama of llama2.c writes the same text as llama2.c on any number of ranks. Its licence
-/// is unknown, so it is not part of the project, and the test is skipped if its files are absent.
+/// is unknown, so it is not part of the project. The test is skipped if its files are absent.
 #[test]
 fn stories_are_those_of_llama2c() {
     let root = shardwise_tests::root();
@@ -624,7 +628,8 @@ fn absurd_configurations_are_refused() {
     assert!(matches!(ModelConfig::read(folder.path()), Err(Error::Config { .. })));
     assert!(matches!(ModelConfig::read(folder.path().join("none")), Err(Error::Io { .. })));
 
-    // Valid sizes that differ from the checkpoint's: nothing is allocated for them.
+    // The sizes are valid but differ from the checkpoint's. Loading must not allocate memory for
+    // them.
     let (checkpoint, config) = decoder("llama");
     let mut json: Value = serde_json::from_str(&config.json).unwrap();
     for key in ["hidden_size", "vocab_size", "intermediate_size"] {
@@ -714,7 +719,7 @@ fn texts_padded_on_the_left_are_the_texts_alone() {
         let ids = prompts.concat();
         let targets: Vec<u32> = ids.iter().map(|id| (id * 7 + 1) % 591).collect();
         let alone = Sequences::packed(prompts.iter().map(Vec::len));
-        // The batch may be wider than GPT-2's number of positions.
+        // The batch may be wider than the number of GPT-2's positions.
         let width = config.positions.unwrap_or(12) + 2;
         let (mut padded, mut padded_targets, mut valid, mut at) = (Vec::new(), Vec::new(), Vec::new(), 0);
         for prompt in &prompts {
@@ -748,7 +753,7 @@ fn texts_padded_on_the_left_are_the_texts_alone() {
 #[test]
 fn bert_padded_on_the_left_is_the_text_alone() {
     let ((checkpoint, config), reference) = (bert(), reference("bert", "hidden"));
-    // More rows than positions.
+    // The batch has more rows per text than the model has positions.
     let width = config.positions + 2;
     let (mut padded, mut valid) = (Vec::new(), Vec::new());
     for prompt in &reference.prompts {
@@ -770,7 +775,7 @@ fn bert_padded_on_the_left_is_the_text_alone() {
     }
 }
 
-/// The gradient of the rows of a word table.
+/// Returns this rank's rows of the gradient of a word table, with their indices.
 fn table_rows(params: &[Param<f64, Dev>], name: &str) -> Result<Vec<(usize, Vec<f64>)>> {
     let mut rows = Vec::new();
     for param in params {
@@ -783,8 +788,8 @@ fn table_rows(params: &[Param<f64, Dev>], name: &str) -> Result<Vec<(usize, Vec<
     Ok(rows)
 }
 
-/// Like `padding_idx` of torch's `nn.Embedding`: the row of `pad_token_id` is looked up like any
-/// other and gets no gradient from the lookup. As a row of a tied head it does get one.
+/// `pad_token_id` acts like `padding_idx` of torch's `nn.Embedding`. Its row is looked up like any
+/// other, but gets no gradient from the lookup. As a row of a tied head it does get a gradient.
 #[test]
 fn the_word_embedding_of_padding_has_no_gradient() {
     let (checkpoint, config) = bert();
@@ -822,7 +827,7 @@ fn the_word_embedding_of_padding_has_no_gradient() {
             for reduction in [Reduction::Fast, Reduction::Invariant { blocks: 8 }] {
                 let (hidden, rows) = bert(config, world, reduction);
                 if world == 1 && reduction == Reduction::Fast {
-                    assert_eq!(hidden, none.0, "the forward is as without");
+                    assert_eq!(hidden, none.0, "the padding does not change the forward");
                 }
                 assert_eq!((rows.len(), none.1.len()), (591, 591));
                 for ((at, got), (_, want)) in rows.iter().zip(&none.1) {
@@ -840,8 +845,8 @@ fn the_word_embedding_of_padding_has_no_gradient() {
     assert_eq!(error, "`pad_token_id` is 591, but the vocabulary has 591 words");
 }
 
-/// Decoders match transformers, which sets the padding row of the embeddings of Llama, Mistral and
-/// Qwen to `pad_token_id`, and of GPT-2 to none.
+/// Decoders match transformers. The padding row of the embedding is `pad_token_id` for Llama,
+/// Mistral and Qwen. GPT-2 has no padding row.
 #[test]
 fn decoders_have_the_padding_of_transformers() {
     let ids = [5, 3, 7, 3, 590, 5];
@@ -877,7 +882,7 @@ fn decoders_have_the_padding_of_transformers() {
             match (*at == 3 && name != "gpt2", tied) {
                 (false, _) => close(&format!("{name}, row {at}"), &one, &none, 1e-11),
                 (true, false) => assert!(one.iter().all(|grad| *grad == 0.0), "{name}"),
-                // Only the head's gradient.
+                // This row has only the head's gradient.
                 (true, true) => assert!(one != none && one.iter().all(|grad| *grad != 0.0), "{name}"),
             }
         }

@@ -1,4 +1,4 @@
-//! Optimizers, gradient norms and data parallelism against the reference.
+//! Compares optimizers, gradient norms and data parallelism with the reference.
 
 use crate::dev::{self, DTensor, Dev, Tensor, ranks};
 use crate::support::{arrays, close, matrix, random};
@@ -30,7 +30,7 @@ fn solo() -> Group<Dev> {
     Group::solo(&dev::poisoned())
 }
 
-/// A parameter `[3, 5]` of some element type, and gradients for it.
+/// Returns a linear layer with a weight `[3, 5]` and a bias of some element type.
 fn layer<T: Element>(seed: u64) -> ColumnLinear<T, Dev> {
     let source = arrays([("weight", random(seed, "w", &[3, 5])), ("bias", random(seed, "b", &[3]))]);
     let group = solo();
@@ -38,7 +38,8 @@ fn layer<T: Element>(seed: u64) -> ColumnLinear<T, Dev> {
     ColumnLinear::load(&group, &Weights::new(&source), 5, &columns, Bias::Add).unwrap()
 }
 
-/// Steps a layer and the reference in parallel. The reference's numbers are f64 throughout.
+/// Takes some steps of a layer and of the reference with the same gradients. The reference's
+/// numbers are f64 throughout.
 fn steps<T: Element>(
     seed: u64,
     mut step: impl FnMut(&ColumnLinear<T, Dev>) -> Result<()>,
@@ -70,7 +71,7 @@ fn sgd_agrees<T: Element>(config: SgdConfig, seed: u64, tolerance: f64) {
     let mut sgd = Sgd::<T, Dev>::new(config);
     let same = reference::Sgd { lr: 0.1, momentum, nesterov, weight_decay, velocity: None };
     let mut all = [same.clone(), same];
-    // The optimizer scales gradients by 0.5.
+    // The optimizer scales gradients by 0.5, and so does the reference.
     steps(
         seed,
         |layer: &ColumnLinear<T, Dev>| sgd.step(&layer.params(), 0.1, 0.5),
@@ -104,8 +105,8 @@ fn adamw_agrees<T: Element>(decay_vectors: bool, seed: u64, tolerance: f64) {
 proptest! {
     #![proptest_config(cases(16))]
 
-    /// f32 is within a few roundings per step. bf16 and f16 have f32 master weights, so only the
-    /// last rounding is theirs.
+    /// The tolerance for f32 is a few roundings per step. bf16 and f16 have f32 master weights, so
+    /// only the last rounding is to the element.
     #[test]
     fn optimizers_agree_with_the_reference(
         momentum in prop::sample::select(vec![0.0, 0.9]), nesterov: bool, weight_decay in prop::sample::select(vec![0.0, 0.1]),
@@ -162,8 +163,8 @@ fn updates_refuse_what_does_not_fit() {
     );
 }
 
-/// Attention with shared key/value heads and a norm: the gradient norm is that of one device, on
-/// any number of ranks, with tokens replicated or sharded.
+/// The layer is an attention with shared key/value heads and a norm. The gradient norm is that of
+/// one device, on any number of ranks, with tokens replicated or sharded.
 #[test]
 fn gradient_norms_are_those_of_one_device() {
     let (hidden, heads, kv_heads, head_dim, tokens) = (6, 9, 3, 2, 7);
@@ -220,13 +221,13 @@ fn gradient_norms_are_those_of_one_device() {
 
 type Model = ColumnParallelLinear<Replicated, f64, Dev>;
 
-/// A linear layer on a tensor-parallel group of one rank.
+/// Loads a linear layer on a tensor-parallel group of one rank.
 fn model(device: &Dev, source: &Arrays) -> Result<Model> {
     let alone = Group::solo(&dev::another_handle(device));
     Model::load(&alone, &Weights::new(source), 3, &Columns::even(&alone, 2)?, Bias::Add)
 }
 
-/// Adds the gradient of `scale` · Σ (y − t)² over some samples.
+/// Runs a backward that adds the gradient of `scale` · Σ (y − t)² over some samples.
 fn backward(model: &Model, x: &Array2<f64>, t: &Array2<f64>, rows: &[usize], scale: f64) -> Result<()> {
     let alone = Group::solo(&dev::another_handle(model.weight().device()));
     let pick = |x: &Array2<f64>| Tensor::from_array(alone.device(), &x.select(ndarray::Axis(0), rows));
@@ -281,7 +282,8 @@ fn data_parallel_equals_the_big_batch() {
                                 backward(&model, &x, &t, mine, 1.0 / mine.len() as f64)?;
                             }
                         }
-                        // One sample at a time: only the last backward is reduced.
+                        // The rank runs one sample at a time, and only the last backward is
+                        // reduced.
                         3 => {
                             let last = mine.len().saturating_sub(1);
                             for sample in &mine[..last] {
@@ -317,7 +319,7 @@ fn data_parallel_equals_the_big_batch() {
             let error = reference::worst(&train(world, how), &one);
             assert!(error <= 1e-13, "{world} ranks, {how}: {error:e}");
         }
-        // The aggregator sums in the order of the all-reduce: the same bits.
+        // The aggregator sums in the order of the all-reduce, so the bits are the same.
         assert_eq!(train(world, 4), train(world, 0));
     }
 }
@@ -356,7 +358,7 @@ fn misuse_of_replicas_is_named() {
         backward(&model, &x, &t, &[1], 1.0)
     });
     assert!(twice.contains("a backward added to a gradient after its reduction had started"), "{twice}");
-    // A drifting replica is named on every rank.
+    // Every rank gets the name of a drifting replica.
     let drift = run(&|group, model| {
         DataParallel::new(group, &model.params())?;
         if group.rank() == 1 {
@@ -370,8 +372,8 @@ fn misuse_of_replicas_is_named() {
     assert_eq!(drift, "rank 1 of group `world` has drifted: its `bias` differs from rank 0's");
 }
 
-/// q, k and v are one parameter, gate and up another. Each has the names of its tensors, so that
-/// their states have different names.
+/// One parameter merges q, k and v, and another merges gate and up. Each is named after its
+/// tensors, so that the parameters' states have different names.
 #[test]
 fn a_block_of_merged_weights_is_trained() {
     let config =

@@ -1,5 +1,5 @@
-//! Random programs of collectives, a different one for each rank, and an oracle that predicts every
-//! rank's outcome.
+//! Ranks run random programs of collectives, which may differ between ranks. An oracle predicts
+//! every rank's outcome.
 
 use half::{bf16, f16};
 use proptest::{collection::vec, prelude::*};
@@ -14,7 +14,7 @@ use std::{panic::resume_unwind, time::Duration};
 
 const OPS: [ReduceOp; 3] = [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min];
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
-/// Sizes below and above the one from which ranks read one another's memory.
+/// Sizes below and above the limit from which ranks read each other's memory.
 const SHAPES: [[usize; 2]; 4] = [[2, 3], [3, 2], [9, 8], [120, 150]];
 
 /// A call of a group.
@@ -139,11 +139,11 @@ fn apply(program: &mut Program, edit: &Edit) {
     }
 }
 
-/// The oracle's prediction.
+/// The outcome that the oracle predicts.
 #[derive(Debug)]
 enum Verdict {
     AllEnd,
-    /// These ranks have ended, and the error of the others names one of them.
+    /// These ranks have ended. The errors of the other ranks name one of them.
     Lost(Vec<usize>),
     /// The calls of rank 0 and of this rank differ.
     Differ(usize),
@@ -230,7 +230,7 @@ proptest! {
         for (rank, outcome) in outcomes.iter().enumerate() {
             check(rank, outcome, &programs, &verdict);
         }
-        // All ranks report the same.
+        // All ranks that report a lost rank or a mismatch report the same one.
         let reported = |outcome: &Result<()>| match outcome {
             Err(Error::PeerLost { rank, .. }) => Some(format!("{rank}")),
             Err(Error::Mismatch(mismatch)) => Some(format!("{mismatch:?}")),

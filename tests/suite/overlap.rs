@@ -23,7 +23,7 @@ use shardwise::{
     trace::{Entry, chrome, snapshot},
 };
 
-/// A feed-forward layer: a column and a row layer.
+/// Runs a feed-forward layer, which consists of a column and a row layer.
 fn mlp<S: ResidualStream + Spread, T: Element>(
     case: &Case<'_>,
     hidden: usize,
@@ -54,8 +54,8 @@ fn mlp_weights(seed: u64, hidden: usize, ffn: usize) -> Arrays {
     ])
 }
 
-/// Runs without chunks, whose outcome it returns, and with these chunks. `run!` compares the
-/// traffic with the plan.
+/// Runs a case without chunks and in these numbers of chunks, and compares the bits. Returns the
+/// outcome without chunks. `run!` compares the traffic with the plan.
 fn agree(
     what: &str,
     case: &Case<'_>,
@@ -123,7 +123,8 @@ proptest! {
     }
 }
 
-/// Two ranks of one sub-tree add along the tree by one collective each, which is started in chunks.
+/// Two ranks with one sub-tree each sum along the tree by one collective, which is started in
+/// chunks.
 #[test]
 fn invariant_sums_of_two_ranks_go_in_chunks() {
     for blocks in [2, 4, 8] {
@@ -147,7 +148,7 @@ fn invariant_sums_of_two_ranks_go_in_chunks() {
     }
 }
 
-/// Whole blocks with sequences of their own, whose attention splits groups of query heads.
+/// Transformer blocks with several sequences, whose attention splits groups of query heads.
 #[test]
 fn blocks_agree() {
     let sizes = RandomBlock {
@@ -189,7 +190,7 @@ fn separate<S: ResidualStream + Spread, T: Element>(case: &Case<'_>, heads: usiz
     })
 }
 
-/// Three layers of one input, with key/value heads that two ranks hold.
+/// Three layers have one input. Two ranks hold the same key/value head.
 #[test]
 fn separate_layers_agree() {
     let (heads, world, tokens) = (4, 3, 410);
@@ -208,7 +209,7 @@ fn separate_layers_agree() {
     agree("separate layers", &case, &[1, 2], |case| separate::<Shard<0>, f32>(case, heads));
 }
 
-/// A rank's shard of a tensor of ones.
+/// Returns a rank's shard of a tensor of ones.
 fn ones(group: &Group<Dev>, tokens: usize) -> Result<DTensor<Shard<0>>> {
     let own = <Shard<0> as ResidualStream>::local_rows(group, tokens)?.len();
     Shard::<0>::of_local(group, tokens, Tensor::full(group.device(), [own, 6], 1.0)?)
@@ -224,7 +225,8 @@ fn column_and_row(group: &Group<Dev>) -> Result<(Column, Row)> {
     Ok((column, Row::load(group, &weights.at("down"), columns.partition(), 6, false)?))
 }
 
-/// The operations of a step in the order in which they began; `+` marks those that were started.
+/// Returns the operations of a step in the order in which they began; `+` marks those that were
+/// started.
 fn order(entries: &[Entry]) -> Vec<String> {
     entries.iter().map(|entry| format!("{}{}", entry.op, if entry.started { "+" } else { "" })).collect()
 }
@@ -245,7 +247,8 @@ fn products_run_between_starts_and_waits() {
             order(&entries)
         };
         let (y, saved) = column.forward(x)?;
-        // The rank's own rows first, then those of the other rank as they arrive.
+        // The product of the rank's own rows runs first, then those of the other rank's rows as
+        // they arrive.
         let gather = ["all_gather+", "all_gather+", "gemm", "wait", "gemm", "wait", "gemm"];
         let gather_whole = ["all_gather+", "all_gather+", "wait", "wait", "gemm"];
         let want: &[&str] = if splits { &gather } else { &gather_whole };
@@ -256,12 +259,12 @@ fn products_run_between_starts_and_waits() {
         let want: &[&str] = if splits { &scatter } else { &scatter_whole };
         assert_eq!(step(), want);
         let dy = row.backward(saved_row, z)?;
-        // dW uses all rows.
+        // The product for dW needs all rows, so it runs last.
         let mut want: Vec<_> = if splits { gather.to_vec() } else { gather_whole.to_vec() };
         want.push("gemm");
         assert_eq!(step(), want);
         column.backward(saved, dy)?;
-        // dW runs during the rest of the reduction of dX.
+        // The product for dW runs while the rest of dX is reduced.
         let mut want: Vec<_> = if splits { scatter.to_vec() } else { scatter_whole.to_vec() };
         want.insert(want.len() - 2, "gemm");
         assert_eq!(step(), want);
@@ -290,7 +293,7 @@ fn a_rank_that_is_lost_between_chunks_is_named() {
             let (column, _) = column_and_row(&group)?;
             return column.forward(ones(&group, 6)?).map(drop);
         }
-        // The layer's first chunk: one token each of ranks 0 and 1.
+        // This rank joins only the layer's first chunk: one token each of ranks 0 and 1.
         let none = Tensor::<f32>::zeros(group.device(), [0, 6])?;
         group.start_all_gather(none, 0, &Partition::from_sizes([1, 1, 0]))?.wait().map(drop)
     });
@@ -315,8 +318,8 @@ fn ranks_that_make_other_chunks_disagree() {
     }
 }
 
-/// Groups derived from a group copy its overlap settings. A group of one rank has nothing to
-/// overlap, and thread ranks do the work when they wait.
+/// A group that is split or recorded copies the overlap settings. A group of one rank has nothing
+/// to overlap. Thread ranks do not overlap by default, because they do the work when they wait.
 #[test]
 fn chunks_are_chosen_by_the_group() {
     ranks(2)
@@ -361,7 +364,7 @@ fn ranks_agree_on_what_they_measured() {
     assert!(measured.iter().all(|other| *other == measured[0]));
 }
 
-/// Chunked transfers with any partition of the tokens match the plan; features of depth 1 are not
+/// Chunked transfers match the plan with any partition of the tokens. Features of depth 1 are not
 /// split.
 #[test]
 fn chunks_move_what_is_planned() {
@@ -399,7 +402,7 @@ fn chunks_move_what_is_planned() {
     }
 }
 
-/// The rows keep their order: two halves of a unit matrix, forward and backward.
+/// Chunks keep the order of the rows. Each rank's weight is one half of an identity matrix.
 #[test]
 fn rows_keep_their_places() {
     let x = Array2::from_shape_fn((300, 2), |(row, col)| (row * 2 + col) as f64);

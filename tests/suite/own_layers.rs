@@ -54,7 +54,7 @@ impl<B: Backend> Sharded<B> {
     }
 }
 
-/// Makes a [`Sharded`] weight a linear layer between two placements.
+/// Defines a linear layer between two placements by a [`Sharded`] weight.
 macro_rules! own {
     ($name:ident, $from:ty => $to:ty, |$layer:ident, $local:ident| $output:expr, $input_grad:expr) => {
         struct $name<B: Backend>(Sharded<B>);
@@ -129,7 +129,8 @@ own!(
     DTensor::shard(&layer.group, local, &layer.partition)
 );
 
-/// The edges of a region work for any linear layer as for the crate's, with and without chunks.
+/// A user-defined layer at the edge of a region has the bits of the crate's layer, with and without
+/// chunks.
 fn agree<S: ResidualStream + Spread>(world: usize, overlap: Overlap) {
     let (tokens, inputs, outputs) = (9, 8, 11);
     let source = arrays([("weight", random(world as u64, "w", &[outputs, inputs]))]);

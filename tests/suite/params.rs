@@ -30,7 +30,7 @@ struct Bytes<B> {
     codes: Vec<u8>,
     scales: Vec<f64>,
     device: B,
-    /// The decoded rows, and whether the whole matrix was decoded.
+    /// The rows that were decoded, and whether the whole matrix was decoded.
     decoded: Rc<RefCell<(Vec<u32>, bool)>>,
 }
 
@@ -38,7 +38,7 @@ struct Bytes<B> {
 const ZERO: f64 = 128.0;
 
 impl<B: Backend> Bytes<B> {
-    /// The scale of a row of the tests' weights.
+    /// Returns the scale of a row of the tests' weights.
     fn scale(row: &[f64]) -> f64 {
         let largest = row.iter().fold(0.0, |largest, value| f64::max(largest, value.abs()));
         (largest / 127.0).log2().ceil().exp2().max(f64::MIN_POSITIVE)
@@ -80,7 +80,7 @@ impl<T: Element, B: Backend> Store<T, B> for Bytes<B> {
         self.decoded.borrow_mut().0.extend(ids);
         let zero = vec![T::default(); self.codes.len() / self.scales.len().max(1)];
         let rows: Vec<usize> = ids.iter().map(|&id| id as usize).collect();
-        // A row of another rank is zero, as `NO_ROW` specifies.
+        // An id without a row here is `NO_ROW`, because another rank holds its row. It gives zeros.
         let mut all = Vec::new();
         for row in rows {
             if row < self.scales.len() {
@@ -104,9 +104,9 @@ fn keep_bytes<T: Element, B: Backend>(params: &[Param<T, B>]) -> Result<()> {
     Ok(())
 }
 
-/// A weight that bytes and scales represent exactly, with a different scale for each row.
+/// Returns a weight that bytes and scales represent exactly, with a different scale for each row.
 fn coded(seed: u64, name: &str, shape: &[usize]) -> ArrayD<f64> {
-    // Bytes have one zero; adding 0 turns −0 into +0.
+    // Bytes encode only one zero, so adding 0 turns −0 into +0.
     let mut weight = random(seed, name, shape).mapv(|x| (40.0 * x).round().clamp(-127.0, 127.0) + 0.0);
     for (at, mut row) in weight.outer_iter_mut().enumerate() {
         row.mapv_inplace(|x| x * [0.5, 0.125, 0.25][at % 3] / 16.0);
@@ -114,8 +114,9 @@ fn coded(seed: u64, name: &str, shape: &[usize]) -> ArrayD<f64> {
     weight
 }
 
-/// A layer whose weights are bytes has the bits of the same layer with dense weights, gradients
-/// included, with each of these reductions. The builder is that of [`run_unplanned`].
+/// Asserts that a layer whose weights are bytes has the bits of the layer with dense weights,
+/// gradients included, with each of these reductions. The builder is like that of
+/// [`run_unplanned`].
 macro_rules! same_on_bytes {
     ($T:ty, $case:expr, $reductions:expr, |$group:pat_param, $weights:pat_param| $build:expr) => {
         for &reduction in $reductions {
@@ -185,7 +186,8 @@ fn linear_layers<S: ResidualStream + Spread, T: Element>(world: usize, seed: u64
     });
 }
 
-/// q, k and v, merged and as three layers; neighbouring ranks hold the same key/value heads.
+/// Runs q, k and v as one merged layer and as three layers. Neighbouring ranks hold the same
+/// key/value heads.
 fn qkv<S: ResidualStream + Spread>(world: usize, seed: u64) {
     let (tokens, hidden, layout) = (4, 5, QkvLayout::separate("q", "k", "v"));
     let source = arrays([
@@ -244,7 +246,7 @@ fn embeds<S: ResidualStream>(world: usize, seed: u64, reduction: Reduction, byte
         }
         let (logits, saved) = head.forward(y.clone())?;
         let dx = head.backward(saved, logits.clone())?;
-        // A tree sum is available once both uses have added to it.
+        // With an invariant reduction the gradient is available once both uses have added to it.
         assert_eq!(params[0].grad().is_some(), reduction == Reduction::Fast);
         table.backward(&rows, dx.clone())?;
         let grad = params[0].grad().expect("two uses have added to it");
@@ -270,7 +272,7 @@ proptest! {
     }
 }
 
-/// A store that is not dense can be neither replaced nor trained. The error leaves everything
+/// A parameter whose store is not dense can be neither set nor trained. The error leaves everything
 /// unchanged.
 #[test]
 fn a_store_that_is_not_dense_is_not_written() {
@@ -292,7 +294,7 @@ fn a_store_that_is_not_dense_is_not_written() {
             param.set_grad(Tensor::full(group.device(), param.shape(), 1.0)?)?;
         }
         let mut optimizer = AdamW::default();
-        // The bias could be trained, and comes first.
+        // The bias could be trained and comes first, but stays unchanged.
         let listed = [bias.clone(), weight.clone()];
         let stepped = optimizer.step(&listed, 0.1, 1.0).unwrap_err().to_string();
         assert_eq!((values()?, optimizer.steps()), (before, 0));
@@ -313,7 +315,7 @@ fn a_store_that_is_not_dense_is_not_written() {
     );
 }
 
-/// The gradient of an embedding has as many features as its table.
+/// The gradient of an embedding must have as many features as its table.
 #[test]
 fn an_embedding_refuses_a_gradient_of_another_width() {
     let outcomes = ranks(2).run(|group| {
@@ -361,7 +363,7 @@ impl GradSink<f64, Dev> for Clip {
         for sample in SAMPLES {
             let mut one = None;
             grad.add_tokens(sample, &mut one)?;
-            let one = one.expect("the term has added to it");
+            let one = one.expect("`add_to` sets the sum");
             let values = one.to_vec()?;
             self.norms.borrow_mut().push(norm(&values));
             let one = Tensor::from_slice(one.device(), one.shape(), &clipped(&values, self.max))?;
@@ -374,7 +376,7 @@ impl GradSink<f64, Dev> for Clip {
     }
 }
 
-/// Discards the gradient: the parameter is frozen.
+/// A sink that discards the gradient, so that the parameter is frozen.
 struct Frozen;
 
 impl GradSink<f64, Dev> for Frozen {
@@ -385,8 +387,8 @@ impl GradSink<f64, Dev> for Frozen {
 
 const SAMPLES: [Range<usize>; 3] = [0..2, 2..3, 3..7];
 
-/// A sink that clips per sample gives the gradients of samples that are run one at a time. Returns
-/// the number of clipped samples.
+/// Checks that a sink that clips per sample gives the sum of the clipped gradients of samples that
+/// are run one at a time. Returns the number of clipped gradients.
 fn clips<L: Layer<f64, Dev>>(
     group: &Group<Dev>,
     load: impl Fn() -> Result<L>,
@@ -469,7 +471,7 @@ fn a_sink_clips_the_gradient_of_each_sample() {
     }
 }
 
-/// A sum over the tokens of all ranks has no gradient per sample.
+/// An all-reduced sum over the tokens of all ranks cannot be split into gradients per sample.
 #[test]
 fn a_sum_over_ranks_is_not_split() {
     let outcomes = ranks(2).run(|group| {
@@ -506,7 +508,7 @@ fn a_frozen_weight_gets_no_gradient() {
         let ((dx, [weight, bias]), (frozen_dx, [none, frozen_bias])) = (run(&trained)?, run(&frozen)?);
         assert!(weight.is_some() && none.is_none());
         assert_eq!((dx, bias), (frozen_dx, frozen_bias));
-        // Unfreeze.
+        // The earlier sink unfreezes the weight.
         drop(frozen.weight().set_sink(before)?);
         assert_eq!(run(&frozen)?.1[0], weight);
         Ok(())
@@ -514,7 +516,7 @@ fn a_frozen_weight_gets_no_gradient() {
     outcomes.unwrap();
 }
 
-/// A sink receives the range of the tokens.
+/// A sink that splits a gradient by tokens must name tokens of the gradient.
 #[test]
 fn tokens_beyond_a_gradient_are_refused() {
     let outcomes = ranks(1).run(|group| {
@@ -551,7 +553,8 @@ fn replicas_keep_a_sink() {
         replicas.finish()?;
         let [weight, bias] = [0, 1].map(|at| layer.params()[at].grad());
         assert!(weight.is_none());
-        // The output was its own gradient, on both ranks.
+        // Each rank's output was its own gradient, so the bias's gradient is the sum of all
+        // outputs.
         let mut sum = Tensor::zeros(group.device(), [4])?;
         group.device().sum_rows(y.local().mat(), sum.slice_mut()?)?;
         group.all_reduce(ReduceOp::Sum, &mut sum)?;
@@ -593,8 +596,8 @@ fn replicas_may_be_made_anew() {
     outcomes.unwrap();
 }
 
-/// A clone is the same use of the same parameter, a tied handle another use. With an invariant
-/// reduction the gradient is available once all uses have added to it.
+/// A clone of a handle is the same use of the parameter, and a tied handle is another use. With an
+/// invariant reduction the gradient is available once all uses have added to it.
 #[test]
 fn a_tie_is_another_use() {
     let outcomes = ranks(1).run(|group| {
@@ -608,7 +611,7 @@ fn a_tie_is_another_use() {
         let grads = || layer.weight().grad().map(|grad| grad.to_vec().unwrap());
         let handle = layer.weight().clone();
         backward(&layer)?;
-        let once = grads().expect("one use is all there is");
+        let once = grads().expect("the only use has added to it");
         handle.zero_grad();
         assert_eq!(grads(), None);
         let tied = layer.tied();
@@ -617,7 +620,7 @@ fn a_tie_is_another_use() {
         assert_eq!(grads(), None);
         backward(&layer)?;
         assert_eq!(grads().unwrap(), once.iter().map(|grad| 2.0 * grad).collect::<Vec<_>>());
-        // A dropped use is not awaited.
+        // The gradient does not wait for a dropped use.
         handle.zero_grad();
         backward(&layer)?;
         assert_eq!(grads(), None);
@@ -635,7 +638,7 @@ fn a_tie_is_another_use() {
     outcomes.unwrap();
 }
 
-/// A parameter of ones of this shape.
+/// Returns a parameter of ones with this shape.
 fn ones(group: &Group<Dev>, shape: [usize; 2]) -> Result<Param<f64, Dev>> {
     let source = arrays([("w", ArrayD::ones(shape.to_vec()))]);
     let (weights, region) = (Weights::new(&source), Region::whole(shape));
@@ -646,7 +649,7 @@ fn add_ones(param: &Param<f64, Dev>, times: usize) -> Result<()> {
     (0..times).try_for_each(|_| param.add_grad(Tensor::full(param.device(), param.shape(), 1.0)?))
 }
 
-/// Forwards everything and counts the gradients.
+/// A sink that forwards every call to another sink and counts the gradients.
 struct Wrap(Box<dyn GradSink<f64, Dev>>, Rc<RefCell<usize>>);
 
 impl GradSink<f64, Dev> for Wrap {
@@ -668,7 +671,8 @@ impl GradSink<f64, Dev> for Wrap {
     }
 }
 
-/// Wrapping another sink changes nothing, whether before or after the replicas are created.
+/// A sink around another sink changes no sum, whether it is set before or after the replicas are
+/// created.
 #[test]
 fn replicas_sum_through_a_sink_around_theirs() {
     for (world, microbatches) in [(2, 1), (2, 3), (3, 2), (4, 3)] {
@@ -702,7 +706,8 @@ fn replicas_sum_through_a_sink_around_theirs() {
     }
 }
 
-/// A replica with fewer microbatches than announced still gets its gradient, or an error.
+/// A replica may have fewer microbatches than announced. With fast reductions the replica gets its
+/// gradient, and with invariant reductions an error.
 #[test]
 fn a_step_of_replicas_may_end_early() {
     let run = |reduction: Reduction| {
@@ -721,8 +726,8 @@ fn a_step_of_replicas_may_end_early() {
     assert!(error.contains("w has received 1 of the 2 terms of an invariant reduction"), "{error}");
 }
 
-/// A gradient that awaits other replicas is not treated as absent. A parameter that is listed
-/// twice, or has another shape, is named.
+/// A gradient that waits for other replicas is an error, and is not treated as absent. Errors name
+/// a parameter that is listed twice or has another shape.
 #[test]
 fn gradients_that_are_no_gradient_are_refused() {
     let outcomes = ranks(2).run(|group| {
@@ -773,14 +778,14 @@ fn gradients_that_are_no_gradient_are_refused() {
     assert_eq!(outcomes.unwrap(), [says.clone(), says]);
 }
 
-/// Produces a gradient of another shape.
+/// A sink that produces a gradient of another shape.
 struct Replace;
 
 impl GradSink<f64, Dev> for Replace {
     fn add(&mut self, grad: GradTerm<'_, f64, Dev>, sum: &mut GradSum<f64, Dev>) -> Result<()> {
         let mut own = None;
         grad.add_to(&mut own)?;
-        let own = own.expect("the term has added to it");
+        let own = own.expect("`add_to` sets the sum");
         sum.total = Some(own.reshape([3, 2])?);
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! Models without data: the plan of one rank alone equals what the ranks move and hold.
+//! Models without data: the plan of one rank alone equals the transfers and the memory of the
+//! ranks.
 
 use crate::dev::{self, Dev, ranks};
 use shardwise::{
@@ -18,7 +19,7 @@ use shardwise::{
     train::{DataParallel, GradReduce},
 };
 
-/// A rank's transfers since the previous entry, and the bytes that it holds.
+/// A rank's transfers since the previous entry, and the bytes that the rank holds.
 type Observed = Vec<(Vec<Transfer>, usize)>;
 
 struct Watch<'a, B: Backend> {
@@ -35,14 +36,15 @@ impl<'a, B: Backend> Watch<'a, B> {
 
     fn observe(&mut self) -> Result<()> {
         let moved = self.record.take();
-        // After the barrier the other ranks have read the started transfers.
+        // After the barrier the other ranks have read this rank's started transfers, which then
+        // hold no memory.
         self.group.barrier()?;
         self.observed.push((moved, self.group.device().memory().live));
         Ok(())
     }
 }
 
-/// A training step and inference.
+/// Runs inference and a training step.
 fn trains<S: ResidualStream, T: Element, B: Backend>(
     group: &Group<B>,
     record: &TransferLog,
@@ -68,7 +70,7 @@ fn trains<S: ResidualStream, T: Element, B: Backend>(
     Ok(watch.observed)
 }
 
-/// A prompt in two slots, and one more token in each.
+/// Decodes a prompt in two slots, and one more token in each slot.
 fn generates<T: Element, B: Backend>(
     group: &Group<B>,
     record: &TransferLog,
@@ -104,7 +106,7 @@ fn encodes<S: ResidualStream, B: Backend>(
     Ok(watch.observed)
 }
 
-/// Runs a function on the ranks, and on each rank without data.
+/// Compares a function's results on the ranks with those of each rank without data.
 macro_rules! same {
     ($what:expr, $world:expr, $reduction:expr, $pass:ident::<$($T:ty),*>($($given:expr),*)) => {
         ranks($world)
@@ -143,8 +145,8 @@ fn models_move_and_hold_what_is_planned() {
     }
 }
 
-/// Gradients over replicas. A planned rank assumes that the replicas have gradients for the same
-/// parameters as itself.
+/// Reduces gradients over replicas. A planned rank assumes that the other replicas have gradients
+/// for the same parameters as itself.
 fn replicates<T: Element, B: Backend>(
     group: &Group<B>,
     record: &TransferLog,
@@ -177,8 +179,8 @@ fn replicas_move_and_hold_what_is_planned() {
     }
 }
 
-/// Llama 2 of 70 billion parameters, on any of 64 ranks; each of the eight key/value heads is on
-/// eight ranks.
+/// Llama 2 with 70 billion parameters, on any of 64 ranks. Eight ranks hold each of the eight
+/// key/value heads.
 #[test]
 fn a_large_model_has_the_sizes_of_its_formulas() {
     let (vocabulary, hidden, ffn, layers, ranks) = (32_000, 8_192, 28_672, 80, 64);
@@ -197,7 +199,7 @@ fn a_large_model_has_the_sizes_of_its_formulas() {
     .with_names(BlockNames::llama());
     let mut config = DecoderConfig::new(vocabulary, block, layers);
     config.tied = false;
-    // One query and one key/value head a rank.
+    // Each rank has one query and one key/value head.
     let of_layer = 4 * hidden * head_dim + 3 * hidden * ffn / ranks;
     let matrices = layers * of_layer + hidden * vocabulary / ranks;
     let parameters = matrices + hidden * vocabulary / ranks + (2 * layers + 1) * hidden;
@@ -213,21 +215,21 @@ fn a_large_model_has_the_sizes_of_its_formulas() {
         let ids = vec![0; tokens];
         let logits = model.infer(&ids, Sequences::one(tokens)).unwrap();
         assert_eq!(logits.shape().dims(), [tokens, vocabulary]);
-        // The embedding leaves the parallel region once, a block twice.
+        // The embedding makes one all-reduce, and each block makes two.
         assert_eq!(record.take(), vec![moved; 1 + 2 * layers]);
         assert_eq!(device.flops(), flops as u64);
         drop(logits);
         let inference = device.memory().peak;
         let (logits, saved) = model.forward(&ids, Sequences::one(tokens)).unwrap();
         model.backward(saved, logits).unwrap();
-        // The forward as before. The backward of the head, and of each block the MLP, the shared
-        // heads and the attention.
+        // First come the forward's transfers, then the backward's: one of the head, and three of
+        // each block, for the MLP, the shared heads and the attention.
         let shared = Transfer { elements: tokens * 2 * kv_heads * head_dim, ..moved };
         let mut all = vec![moved; 2 + 2 * layers];
         all.extend([moved, shared, moved].repeat(layers));
         assert!(record.take() == all);
-        // The backward takes two products per product and five per two of attention. Of a shared
-        // head only the owner computes dX.
+        // The backward makes two products per product of the forward, and five per two products of
+        // attention. Only the owner of a shared head computes its part of dX.
         let params = model.params();
         let regions: Vec<_> = params.iter().flat_map(|param| param.regions().to_vec()).collect();
         let keys = regions.iter().filter(|own| own.tensor.contains("k_proj"));
@@ -235,13 +237,14 @@ fn a_large_model_has_the_sizes_of_its_formulas() {
         assert!(not_owned == 0 || not_owned == layers * 2 * hidden * head_dim);
         let backward = 2 * tokens * (2 * matrices - not_owned) + 10 * layers * pairs * head_dim;
         assert_eq!(device.flops(), (2 * flops + backward) as u64);
-        // A block's saved tensors take more memory than it needs at any one time.
+        // Inference needs less than 1 GiB besides the weights. The saved tensors of a forward take
+        // over 10 GiB more.
         assert!(inference < 2 * parameters + (1 << 30) && device.memory().peak > inference + (10 << 30));
     }
 }
 
-/// In addition to its input a block holds at most the input and the output of the gate. The
-/// residual sum overwrites the input.
+/// In addition to its input, a block holds at most the input and the output of the gate. The
+/// residual sum overwrites the block's input.
 #[test]
 fn a_block_infers_in_the_memory_of_its_widest_product() {
     let (hidden, ffn, tokens) = (64, 168, 40);
@@ -261,9 +264,12 @@ fn a_block_infers_in_the_memory_of_its_widest_product() {
     let x = input();
     let before = device.memory().live;
     let y = block.infer(x, &mut Context::default()).unwrap();
-    assert_eq!(device.memory().live, before, "the output in the place of the input");
+    assert_eq!(device.memory().live, before, "the output replaces the input");
     assert_eq!(device.memory().peak - before, 4 * tokens * (2 * ffn + ffn) / 2);
     drop(y);
     block.forward(input()).unwrap();
-    assert!(device.memory().peak - before > 2 * 4 * tokens * (2 * ffn + ffn) / 2, "a forward keeps more");
+    assert!(
+        device.memory().peak - before > 2 * 4 * tokens * (2 * ffn + ffn) / 2,
+        "a forward for training keeps more"
+    );
 }

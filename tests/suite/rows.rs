@@ -39,8 +39,8 @@ fn refused<R: Debug>(result: Result<R>, message: &str) {
     assert_eq!(error.to_string(), message);
 }
 
-/// Products are computed in the accumulator and rounded once. Sums over a row err by (columns) v
-/// Σ|ab|.
+/// Products are computed in the accumulator and rounded once. A sum over a row errs by at most
+/// (columns) v Σ|ab|.
 fn products<T: Element>(rows: usize, cols: usize, seed: u64) {
     let drawn = |name: &str, shape: &[usize]| tensor::<T>(&random(seed, name, shape));
     let (a, b, s) = (drawn("a", &[rows, cols]), drawn("b", &[rows, cols]), drawn("s", &[rows]));
@@ -59,12 +59,12 @@ fn products<T: Element>(rows: usize, cols: usize, seed: u64) {
     let terms = cols as f64 * T::Acc::EPSILON / 2.0;
     let bound = products.mapv(f64::abs).sum_axis(Axis(1)) * terms + want.mapv(f64::abs) * T::EPSILON / 2.0;
     for ((got, want), bound) in wide(&dots).iter().zip(&want).zip(&bound) {
-        // The last term is the underflow of f16.
+        // The last term covers the underflow of f16.
         assert!((got - want).abs() <= 1.01 * bound + 3e-8, "{}: |{got} - {want}| > {bound}", T::DTYPE);
     }
 }
 
-/// Scattering is the adjoint of selecting rows; both skip ids without a row.
+/// Scattering is the adjoint of selecting rows. Both skip ids without a row.
 fn rows_of<T: Element>(table: usize, ids: &[u32], cols: usize, seed: u64) {
     let (x, dy) = (integers(seed, "x", table, cols), integers(seed, "dy", ids.len(), cols));
     let chosen = tensor::<T>(&x.clone().into_dyn()).rows(ids).unwrap();
@@ -79,14 +79,14 @@ fn rows_of<T: Element>(table: usize, ids: &[u32], cols: usize, seed: u64) {
     assert_eq!((wide(&chosen), wide(&scattered)), (y.into_dyn(), dx.into_dyn()), "{}", T::DTYPE);
 }
 
-/// The mean over each sequence, and its adjoint.
+/// Checks the mean over each sequence, and its adjoint.
 fn means<T: Element>(sequences: &Sequences, cols: usize, seed: u64) {
     let rounded = |name: &str, rows: usize| matrix(seed, name, rows, cols).mapv(|x| T::from_f64(x).to_f64());
     let (x, dy) = (rounded("x", sequences.rows()), rounded("dy", sequences.len()));
     let ranges: Vec<_> = sequences.iter().collect();
     let y = reference::mean_sequences(&x, &ranges, sequences.valid());
     let dx = reference::mean_sequences_backward(x.nrows(), &ranges, sequences.valid(), &dy);
-    // Sums of unit normals in the accumulator, and one rounding of the result.
+    // The bound covers sums of unit normals in the accumulator, and one rounding of the result.
     let bound = EXACT.max(4.0 * T::EPSILON);
     let got = ops::mean_sequences(&tensor::<T>(&x.into_dyn()), sequences).unwrap();
     close("mean", &wide(&got), &y, bound);
@@ -94,7 +94,8 @@ fn means<T: Element>(sequences: &Sequences, cols: usize, seed: u64) {
     close("gradient of the mean", &wide(&got), &dx, bound);
 }
 
-/// The largest elements of each row in order; of equal ones the first.
+/// Checks that `top_k` returns the largest elements of each row in order, and the first of equal
+/// ones.
 fn largest<T: Element>(rows: usize, cols: usize, k: usize, seed: u64) {
     let x = integers(seed, "x", rows, cols);
     let (values, ids) = ops::top_k(&tensor::<T>(&x.clone().into_dyn()), k).unwrap();
@@ -116,7 +117,7 @@ fn largest<T: Element>(rows: usize, cols: usize, k: usize, seed: u64) {
     assert_eq!(wide(&values), ArrayD::from_shape_vec(vec![rows, k], want_values).unwrap());
 }
 
-/// Slices a tensor along a dimension and concatenates the slices; each slice is compared with
+/// Slices a tensor along a dimension and concatenates the slices. Compares each slice with
 /// ndarray's.
 fn parts<T: Element>(shape: &[usize], dim: usize, cut: usize, seed: u64) {
     let x = random(seed, "x", shape).mapv(|x| T::from_f64(x).to_f64());
@@ -188,7 +189,7 @@ proptest! {
     }
 }
 
-/// A product with NaN or ∞ is computed in the accumulator; 0 does not hide it.
+/// A product of 0 with NaN or ∞ is NaN, because the accumulator computes it.
 #[test]
 fn products_keep_nan() {
     let x = tensor::<f32>(&Array1::from(vec![f64::NAN, f64::INFINITY, 1.0]).into_dyn());
@@ -201,7 +202,7 @@ fn products_keep_nan() {
     refused(ops::top_k(&rows, 1), "top k: row 0 has NaN in column 0");
 }
 
-/// Kernels read and write rows of a wider matrix, and nothing between them.
+/// Kernels read and write the rows of a wider matrix, and nothing between these rows.
 #[test]
 fn rows_of_a_wider_matrix() {
     let cpu = Cpu::poisoned();

@@ -4,14 +4,14 @@ use crate::imports::sources;
 use shardwise::Error;
 use std::{collections::HashSet, fs};
 
-/// All sources of the library in one text.
+/// Returns all sources of the library in one text.
 fn library() -> String {
     let mut files = Vec::new();
     sources(&shardwise_tests::root().join("src"), &mut files);
     files.into_iter().map(|file| fs::read_to_string(file).unwrap()).collect()
 }
 
-/// `Error::Invalid` blames the caller, so a fault of the library has its own variant.
+/// `Error::Invalid` reports a mistake of the caller, so a fault of the library has its own variant.
 #[test]
 fn a_fault_of_the_library_is_not_reported_as_misuse() {
     assert_eq!(library().matches("please report").count(), 1);
@@ -19,7 +19,8 @@ fn a_fault_of_the_library_is_not_reported_as_misuse() {
     assert_eq!(error.to_string(), "gemm: a thread panicked: this is a bug in shardwise, please report it");
 }
 
-/// A SAFETY comment may only name items that still exist: every name in it occurs in the code.
+/// A SAFETY comment may only name items that still exist, so every name in it must occur in the
+/// code.
 #[test]
 fn arguments_for_safety_cite_what_exists() {
     let text = library();

@@ -1,4 +1,4 @@
-//! Saving models: a folder has the old or the new checkpoint, never a mix.
+//! Saves models. A folder has the old or the new checkpoint, never a mix.
 
 use crate::dev::{Dev, Tensor, ranks};
 use half::bf16;
@@ -27,7 +27,7 @@ fn data() -> (Checkpoint, DecoderConfig) {
     (Checkpoint::open(data.join("qwen2")).unwrap(), config)
 }
 
-/// A model whose weights are all `version`.
+/// Loads a model and sets all its weights to `version`.
 fn model<T: Element>(group: &Group<Dev>, version: f64) -> Result<Model<T>> {
     let (checkpoint, config) = data();
     let model = Model::<T>::load(group, &checkpoint, &config)?;
@@ -37,7 +37,7 @@ fn model<T: Element>(group: &Group<Dev>, version: f64) -> Result<Model<T>> {
     Ok(model)
 }
 
-/// A configuration that states its version.
+/// Returns a configuration that states its version.
 fn config(version: f64) -> String {
     data().1.json.replacen('{', &format!("{{\"_commit_hash\": {version},"), 1)
 }
@@ -51,7 +51,7 @@ fn save(world: usize, version: f64, folder: &Path, max_shard: usize) -> Result<(
     ranks(world).run(|group| put(&group, version, folder, max_shard)).map(|_| ())
 }
 
-/// The version of all weights in a folder.
+/// Returns the version of all weights in a folder.
 fn weights_of(folder: &Path) -> f64 {
     let checkpoint = Checkpoint::open(folder).unwrap();
     assert!(checkpoint.names().eq(data().0.names()));
@@ -80,7 +80,7 @@ fn files(folder: &Path) -> Vec<String> {
     files
 }
 
-/// The data files that the index names.
+/// Returns the data files that the index names.
 fn named(folder: &Path) -> Vec<String> {
     let text = fs::read_to_string(folder.join("model.safetensors.index.json")).unwrap();
     let index: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -91,8 +91,8 @@ fn named(folder: &Path) -> Vec<String> {
     files
 }
 
-/// Also if a checkpoint of one file replaces one of several files, or the reverse. Nothing of the
-/// older checkpoint remains, and the user's files stay.
+/// A checkpoint of one file may replace a checkpoint of several files, and the reverse. Nothing of
+/// the older checkpoint remains, and the user's files stay.
 #[test]
 fn a_save_replaces_an_older_one_of_another_number_of_files() {
     let folder = tempfile::tempdir().unwrap();
@@ -165,7 +165,7 @@ fn a_saved_configuration_has_the_element_of_the_weights() {
     assert_eq!(dtype(&["dtype"]), ["bfloat16"]);
     ranks(1).run(|group| model::<f64>(&group, 1.0)?.save(folder)).unwrap();
     assert_eq!(dtype(&["dtype"]), ["float64"]);
-    // The configuration has the older key.
+    // The configuration has only the older key `torch_dtype`.
     ranks(1)
         .run(|group| {
             let (checkpoint, mut config) = data();
@@ -194,8 +194,8 @@ fn a_linked_file_is_replaced_and_its_target_kept() {
     }
 }
 
-/// One of the concurrent saves remains, whole. A save that comes second returns an error that says
-/// so.
+/// One of two concurrent saves remains, whole. A save that begins while another is writing returns
+/// an error.
 #[test]
 fn concurrent_saves_leave_one_of_them() {
     let folder = tempfile::tempdir().unwrap();
@@ -243,7 +243,7 @@ fn a_reader_during_saves_finds_one_of_them() {
     assert!(reads.last() > Some(&3.0), "{reads:?}");
 }
 
-/// Two replicas own every element twice; without any owner there would be nothing to write.
+/// If two replicas own every element, or no rank owns any, each rank gets an error.
 #[test]
 fn a_group_that_does_not_own_each_element_once_is_refused_on_every_rank() {
     let folder = tempfile::tempdir().unwrap();
@@ -267,7 +267,7 @@ fn a_group_that_does_not_own_each_element_once_is_refused_on_every_rank() {
     assert_eq!(files(folder.path()), [""; 0]);
 }
 
-/// Two replicas of one half have as many elements as the whole.
+/// Two replicas of one half have as many elements as the whole, but do not own each element once.
 #[test]
 fn replicas_of_a_part_are_not_taken_for_the_whole() {
     let folder = tempfile::tempdir().unwrap();

@@ -34,7 +34,8 @@ type Distributed<P> = DTensor<P, f32, Cpu>;
 const HIDDEN: usize = 12;
 const TOKENS: usize = 6;
 
-/// The sites of the collectives that this rank makes in `act`, without consecutive duplicates.
+/// Returns the sites of the collectives that this rank makes in `act`, without consecutive
+/// duplicates.
 fn sites(act: impl FnOnce() -> Result<()>) -> Result<Vec<String>> {
     let calls = || trace::snapshot().entries.into_iter().filter(|entry| entry.group.is_some());
     let before = calls().count();
@@ -65,12 +66,12 @@ fn stream<S: ResidualStream>(group: &Group<Cpu>) -> Result<Distributed<S>> {
     input(group, rows, |x| S::of_local(group, TOKENS, x))
 }
 
-/// A tensor with sharded features.
+/// Returns a tensor with sharded features.
 fn features(group: &Group<Cpu>) -> Result<Distributed<Shard<1>>> {
     replicated(group)?.scatter::<1>(&Partition::even(HIDDEN, group.size()))
 }
 
-/// What the last rank does instead of a pass.
+/// The last rank's fault, which replaces its pass.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Fault {
     Fails,
@@ -78,8 +79,8 @@ enum Fault {
     IsLate,
 }
 
-/// Every rank that gets an error because of the last rank's fault, in the forward or the backward,
-/// gets it with this layer's path.
+/// The last rank has a fault in the forward or the backward. Checks that every other rank's error
+/// has this layer's path.
 fn reported<L: Layer<f32, Cpu>>(
     path: &str,
     forward: bool,
@@ -237,8 +238,8 @@ fn folder(name: &str) -> std::path::PathBuf {
     shardwise_tests::root().join("tests/data").join(name)
 }
 
-/// The call sites of a model's forward and backward on 2 ranks, with the group changed to another
-/// reduction or overlap.
+/// Returns the call sites of a model's forward and backward on 2 ranks. `change` sets another
+/// reduction or overlap of the group.
 fn of_model<S: ResidualStream>(name: &str, change: impl Fn(Group<Cpu>) -> Group<Cpu> + Sync) -> Vec<String> {
     let (config, checkpoint) =
         (ModelConfig::read(folder(name)).unwrap(), Checkpoint::open(folder(name)).unwrap());
@@ -350,7 +351,7 @@ fn calls(group: &Group<Cpu>, act: fn(&Group<Cpu>) -> Result<()>) -> Result<()> {
 #[test]
 fn calls_without_a_layer_are_reported_by_the_programs_line() {
     let run = |group: Group<Cpu>| {
-        // Mappings, alone, in chains, lists and boxes, and recomputed.
+        // Mappings: alone, in chains, lists and boxes, and recomputed.
         calls(&group, |group| {
             let sum = || CopyTo.then(AsTerm).then(ReduceFrom);
             pass(sum(), replicated(group)?)?;
@@ -459,7 +460,7 @@ impl Layer<f32, Cpu> for AsTerm {
     }
 }
 
-/// The ends of a pipeline that returns its output as its own gradient.
+/// Pipeline ends that use the pipeline's output as its own gradient.
 struct Through(Group<Cpu>);
 
 impl PipelineEnds<Replicated, f32, Cpu> for Through {

@@ -22,7 +22,7 @@ const LOSS: VocabParallelCrossEntropy =
     VocabParallelCrossEntropy { smoothing: Smoothing::None, ignored: None, z: 1e-4 };
 const SCALE: f64 = 1.0 / 24.0;
 
-/// The tokens of microbatch `at`: sequences of varying lengths.
+/// Returns the tokens of microbatch `at`: sequences of varying lengths.
 fn batch(at: u32, words: usize) -> (Vec<u32>, Vec<u32>, Sequences) {
     let token = |place: u32| (at * 31 + place * place * 7 + 3) % words as u32;
     (
@@ -124,7 +124,7 @@ fn agree(what: &str, (losses, grads): &Step, (want_losses, want): &Step) {
     }
 }
 
-/// Checkpoints of every family, tied and not, transposed and with a prefix.
+/// Compares checkpoints of every family: tied and not, transposed and with a prefix.
 #[test]
 fn every_family_is_split_into_stages() {
     for name in DECODERS {
@@ -138,7 +138,7 @@ fn every_family_is_split_into_stages() {
     }
 }
 
-/// Seven blocks with different options.
+/// Returns a configuration of seven blocks with different options.
 fn config() -> DecoderConfig {
     let block = BlockConfig::new(
         AttentionConfig::new(8, 2).with_choices(AttentionChoices::CAUSAL),
@@ -173,7 +173,7 @@ fn stages_of_any_number_are_the_whole() {
             agree(&what, &staged::<Replicated>(&source, &config, (pp, tp), &schedule), &want);
         }
     }
-    // The options matter: without them the result differs.
+    // The blocks' options matter, because the loss differs without one of them.
     let mut other = config();
     other.layers[5].attention.window = None;
     assert!((whole(&source, &other, 1).0[0] - whole(&source, &config(), 1).0[0]).abs() > 1e-9);
@@ -223,7 +223,8 @@ fn what_is_no_part_of_the_model_is_refused() {
     let drawn = drops.forward(&ids, Sequences::one(2)).err().unwrap().to_string();
     assert!(drawn.contains("has dropout, which a forward does not draw"), "{drawn}");
 
-    // Tokens for too few microbatches, and stages that pass on another width.
+    // The ends have tokens for too few microbatches. Then the stages pass on another width than
+    // announced.
     let schedule = Schedule::gpipe(1, 2);
     let described = [Microbatch::rows(2), Microbatch::rows(2)];
     let tokens = || vec![Tokens { ids: &ids, targets: &ids }];
@@ -245,8 +246,8 @@ fn what_is_no_part_of_the_model_is_refused() {
     );
 }
 
-/// A block that the configuration does not have is rejected on every rank, whichever stages it
-/// holds.
+/// Every rank rejects a tensor of a block that the configuration does not have, whichever stages
+/// the rank holds.
 #[test]
 fn a_checkpoint_of_more_blocks_is_refused_on_every_rank() {
     let (checkpoint, config) = decoder("llama");

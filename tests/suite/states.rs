@@ -21,7 +21,7 @@ use shardwise::{
 };
 use std::{collections::BTreeMap, ops::Range, path::Path, slice};
 
-/// A whole parameter with random values.
+/// Returns a whole parameter with random values.
 fn param<T: Element>(device: &Dev, name: &str, shape: &[usize]) -> Param<T, Dev> {
     let source = arrays([(name, random(1, name, shape))]);
     let region = Region::whole(shape);
@@ -69,8 +69,8 @@ fn sgd_config() -> SgdConfig {
     SgdConfig::default().with_momentum(0.9).with_weight_decay(DECAY)
 }
 
-/// Parameters of the same and of different shapes, added and removed in any order. Each steps as if
-/// it were alone, and its bias correction counts its own steps.
+/// Steps visit parameters of the same and of different shapes in any order. Each parameter steps as
+/// if it were alone, and its bias correction counts its own steps.
 fn each_as_if_alone<T: Element>(tolerance: f64) {
     let device = dev::poisoned();
     let names = ["a", "b", "c"];
@@ -87,7 +87,7 @@ fn each_as_if_alone<T: Element>(tolerance: f64) {
     let visits: [&[usize]; 6] = [&[0, 1], &[1], &[1, 0], &[2, 0, 1], &[2], &[1, 2, 0]];
     for (step, visited) in visits.into_iter().enumerate() {
         for &at in visited {
-            // A parameter without a gradient is unchanged.
+            // A parameter without a gradient stays unchanged.
             if step == 3 && at == 0 {
                 params[at].zero_grad();
                 moved[at].zero_grad();
@@ -153,8 +153,8 @@ fn a_name_visited_twice_or_with_other_shards_is_refused_before_anything_changes(
     assert_eq!(step(&[&w, &first], 4), ["", ""]);
 }
 
-/// The next step starts from a value that was set between steps, in place or through another
-/// parameter of that name.
+/// A caller sets a value between steps, in place or through another parameter of that name. The
+/// next step starts from this value.
 fn sets_values<T: Element>() {
     let device = dev::poisoned();
     let mut param = param::<T>(&device, "w", &[3, 5]);
@@ -191,7 +191,7 @@ fn masters_are_taken_anew_from_values_set_after_them_and_moments_are_kept() {
     sets_values::<f32>();
 }
 
-/// Values that are replaced for a while, such as by an average of the weights, and restored.
+/// A caller replaces values for a while, such as by an average of the weights, and restores them.
 /// Masters keep what bf16 cannot represent.
 #[test]
 fn masters_are_kept_where_values_are_still_their_rounding() {
@@ -214,8 +214,7 @@ fn masters_are_kept_where_values_are_still_their_rounding() {
     assert_eq!(train(true), train(false));
 }
 
-/// A value set in one element changes the master of that element and no other. Shards on other
-/// ranks are unaffected.
+/// A value set in one element changes the master of that element and of no other.
 #[test]
 fn a_value_set_in_one_element_leaves_the_masters_of_the_others() {
     let device = dev::poisoned();
@@ -241,8 +240,8 @@ fn a_value_set_in_one_element_leaves_the_masters_of_the_others() {
     assert_eq!(set, kept);
 }
 
-/// The aggregator keeps the masters and sends its values after each step. The bits are those of
-/// replicas that all step.
+/// The aggregator keeps the masters and broadcasts its values after each step. The bits are those
+/// of replicas that all step.
 #[test]
 fn a_broadcast_leaves_the_senders_masters_alone() {
     let train = |central: bool| {
@@ -275,8 +274,8 @@ fn a_broadcast_leaves_the_senders_masters_alone() {
     assert!(one[0].iter().zip(&begin).any(|(got, before)| (f64::from_bits(*got) - before).abs() > 0.01));
 }
 
-/// A parameter without a gradient on any replica has none after the reduction, so that nothing
-/// decays it. If some replica has one, the others count as zeros.
+/// If no replica has a gradient of a parameter, there is none after the reduction, so that nothing
+/// decays the parameter. If some replica has a gradient, those without one count as zeros.
 #[test]
 fn absent_gradients_stay_absent_through_every_reduction() {
     #[derive(Clone, Copy, Debug, PartialEq)]
@@ -339,8 +338,8 @@ fn absent_gradients_stay_absent_through_every_reduction() {
     }
 }
 
-/// Two backwards to one parameter of a bucket do not complete the bucket for another parameter,
-/// whose gradient is older.
+/// Two gradients of one parameter must not complete a bucket while another parameter of the bucket
+/// has only an older gradient.
 #[test]
 fn a_gradient_that_is_completed_twice_does_not_stand_for_another() {
     let all = ranks(2).run(|group| {
@@ -360,7 +359,7 @@ fn a_gradient_that_is_completed_twice_does_not_stand_for_another() {
     all.unwrap();
 }
 
-/// The ends of a pipeline sum the gradients of a parameter that both shard_of.
+/// The ends of a pipeline sum the gradients of a parameter that both ends hold.
 #[test]
 fn absent_gradients_stay_absent_where_the_ends_of_a_pipeline_share_a_parameter() {
     for (given, want) in
@@ -430,8 +429,8 @@ fn a_norm_that_cannot_be_clipped_is_an_error_and_no_factor() {
     }
 }
 
-/// Decay and rate by name, late gradients, and the configuration's defaults for all others, like
-/// PyTorch's `param_groups`.
+/// Groups set decay and rate by name, like PyTorch's `param_groups`. All other parameters have the
+/// configuration's defaults. Gradients may come late.
 #[test]
 fn groups_have_rates_and_decays_of_their_own() {
     let device = dev::poisoned();
@@ -533,7 +532,7 @@ fn numbers_that_make_no_sense_are_refused_before_anything_changes() {
     }
 }
 
-/// Heads, vocabulary and features that two and three ranks shard unevenly.
+/// The numbers of heads, words and features, which two and three ranks shard unevenly.
 const GPT: Config = Config {
     vocabulary: 11,
     context: 5,
@@ -545,7 +544,8 @@ const GPT: Config = Config {
     recompute: false,
 };
 
-/// An ε large enough to bound the gradient of a key's bias, which is only rounding error.
+/// Returns AdamW's configuration with a large ε. It bounds the steps of a key's bias, whose
+/// gradient is only rounding error.
 fn gpt_config() -> AdamWConfig {
     adamw_config().with_eps(1e-3)
 }
@@ -616,7 +616,7 @@ impl<T: Element, O: Optimizer<T>> Training<T, O> {
     }
 
     fn save(&mut self, folder: &Path) -> Result<()> {
-        // Replicas shard_of the same values.
+        // Replicas hold the same values, so only the first replica saves.
         if self.mesh.group(Axis::Data).rank() > 0 {
             return Ok(());
         }
@@ -659,8 +659,8 @@ fn together(ranks: Result<Vec<Shards>>) -> BTreeMap<String, ArrayD<f64>> {
     whole.finish()
 }
 
-/// Returns the parameters of an uninterrupted run, and of runs that resume from its fourth step on
-/// other meshes.
+/// Returns the parameters of an uninterrupted run, and of runs on other meshes that resume from its
+/// fourth step.
 fn stopped_and_not<T: Element, O: Optimizer<T>>(
     mesh: [usize; 2],
     others: &[[usize; 2]],
@@ -715,8 +715,8 @@ fn training_goes_on_bit_for_bit_on_the_same_mesh_with_masters_too() {
     case::<f64, AdamW<f64, Dev>>("adamw.step.embedding.weight");
 }
 
-/// A source with an incomplete state of a parameter is an error that names the present and the
-/// absent tensors. A source without any state of a parameter starts it anew. A step count must be a
+/// If a source has only a part of a parameter's state, the error names a present and an absent
+/// tensor. Without any state of a parameter, the parameter starts anew. A step count must be a
 /// whole number.
 #[test]
 fn states_are_read_whole_or_not_at_all() {
@@ -752,7 +752,8 @@ fn states_are_read_whole_or_not_at_all() {
     let mut wrong = whole.to_vec();
     wrong[1] = of("v", 0.0, &[4]);
     assert!(load(&wrong).unwrap_err().to_string().contains("`adamw.v.w` has shape [4]"));
-    // Values written to the state tensors take effect, such as another rank's step counts.
+    // Values that a caller writes to the state tensors take effect, such as another rank's step
+    // counts.
     let write = |value: f64| {
         let mut states = load(&whole).unwrap();
         for param in states.state()? {
@@ -768,7 +769,7 @@ fn states_are_read_whole_or_not_at_all() {
     let full = |value| Tensor::full(&device, count.shape(), value).unwrap();
     count.set(full(9.0)).unwrap();
     assert_eq!(states.steps(), 9);
-    // The listed tensors are the state itself, also after the next step.
+    // The listed tensors share the optimizer's state, also after the next step.
     let weight = &param::<bf16>(&device, "w", &[3]);
     let params = std::slice::from_ref(weight);
     weight.set_grad(Tensor::full(&device, weight.shape(), 1.0).unwrap()).unwrap();

@@ -1,5 +1,5 @@
-//! Holds the limits of CONTRIBUTING.md: the length of comments and files, and words that are not
-//! the field's.
+//! Enforces the limits of CONTRIBUTING.md: the length of comments and files, and words that
+//! comments may not use.
 
 use crate::imports::sources;
 use std::{fs, path::PathBuf};
@@ -7,7 +7,7 @@ use std::{fs, path::PathBuf};
 /// The longest line of a comment, in characters.
 const COLUMNS: usize = 100;
 
-/// Words that comments do not use. DESIGN.md's glossary has those that they use instead.
+/// Words that comments may not use. DESIGN.md's glossary has the words that replace them.
 const WORDS: [&str; 27] = [
     "beside",
     "fork",
@@ -38,10 +38,10 @@ const WORDS: [&str; 27] = [
     "underway",
 ];
 
-/// Where a word of the list is the field's.
+/// The files in which a word of the list is a term of the field.
 const EXCEPTIONS: [(&str, &str); 1] = [("examples/vit.rs", "patch")];
 
-/// Every source file below some folders.
+/// Returns the name and the text of every source file below some folders.
 fn files(folders: &[&str]) -> Vec<(String, String)> {
     let root = shardwise_tests::root();
     let mut found: Vec<PathBuf> = Vec::new();
@@ -53,7 +53,7 @@ fn files(folders: &[&str]) -> Vec<(String, String)> {
     found.into_iter().map(read).collect()
 }
 
-/// What a line has behind `//`, if that is not within a string.
+/// Returns a line's comment from its `//` on, unless the `//` is within a string or a URL.
 fn comment(line: &str) -> Option<&str> {
     let at = line.find("//")?;
     (line[..at].matches('"').count().is_multiple_of(2) && !line[..at].ends_with(':')).then(|| &line[at..])

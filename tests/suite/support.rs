@@ -1,5 +1,5 @@
-//! What the tests of layers share: sharding whole tensors over ranks, running a layer there with
-//! every check that holds for all layers, and assembling the results.
+//! Helpers of the layers' tests: they shard whole tensors over ranks, run a layer there with every
+//! check that holds for all layers, and assemble the results.
 
 use crate::dev::{Dev, FEWER, ranks};
 use ndarray::{Array2, ArrayD, Axis, IxDyn, Slice, concatenate};
@@ -16,12 +16,12 @@ use shardwise::{
 };
 use std::{collections::BTreeMap, io::Write};
 
-/// Writes past libtest, which keeps what a test that passes prints.
+/// Writes to stderr past libtest, which hides the output of tests that pass.
 pub(crate) fn say(words: &str) {
     let _ = std::io::stderr().write_all(format!("\n{words}\n").as_bytes());
 }
 
-/// Normally distributed numbers, a function of the name and the seed.
+/// Returns normally distributed numbers, a function of the name and the seed.
 pub(crate) fn random(seed: u64, name: &str, shape: &[usize]) -> ArrayD<f64> {
     let stream = Philox::named(seed, name);
     let mut index = 0;
@@ -31,24 +31,24 @@ pub(crate) fn random(seed: u64, name: &str, shape: &[usize]) -> ArrayD<f64> {
     })
 }
 
-/// A random matrix.
+/// Returns a random matrix.
 pub(crate) fn matrix(seed: u64, name: &str, rows: usize, cols: usize) -> Array2<f64> {
     random(seed, name, &[rows, cols]).into_dimensionality().unwrap()
 }
 
-/// Small whole numbers: sums and products of a few are exact in every element.
+/// Returns small whole numbers. Sums and products of a few are exact in every element type.
 pub(crate) fn integers(seed: u64, name: &str, rows: usize, cols: usize) -> Array2<f64> {
     matrix(seed, name, rows, cols).mapv(|value| value.round().clamp(-2.0, 2.0))
 }
 
-/// The largest difference, relative to the largest number of `want` (or 1).
+/// Returns the largest difference, relative to the largest number of `want` (or 1).
 pub(crate) fn difference(got: &ArrayD<f64>, want: &ArrayD<f64>) -> f64 {
     assert_eq!(got.shape(), want.shape());
     // A random size may be 0.
     if want.is_empty() { 0.0 } else { worst_relative(got, want) }
 }
 
-/// Holds `got` to `want` within a relative difference.
+/// Asserts that `got` equals `want` up to a relative difference.
 #[track_caller]
 pub(crate) fn close<D: ndarray::Dimension>(
     what: &str,
@@ -60,7 +60,8 @@ pub(crate) fn close<D: ndarray::Dimension>(
     assert!(error <= tolerance, "{what}: relative difference {error:e} > {tolerance:e}");
 }
 
-/// A partition of `len` over `parts` ranks, uneven by the seed; each rank has at least one index.
+/// Returns a partition of `len` over `parts` ranks, uneven by the seed. Each rank has at least one
+/// index.
 pub(crate) fn uneven(seed: u64, len: usize, parts: usize) -> Partition {
     assert!(len >= parts);
     let stream = Philox::stream(seed, 77);
@@ -71,7 +72,8 @@ pub(crate) fn uneven(seed: u64, len: usize, parts: usize) -> Partition {
     Partition::from_sizes(sizes)
 }
 
-/// How a test makes a sharded tensor of a whole one, and a whole one of the ranks' parts.
+/// Distributes a whole tensor over the ranks, and assembles a whole tensor from the ranks' local
+/// ones.
 pub(crate) trait Spread: Placement {
     fn spread<T: Element, B: Backend>(
         group: &Group<B>,
@@ -86,7 +88,7 @@ fn tensor<T: Element, B: Backend>(group: &Group<B>, array: &Array2<f64>) -> Resu
     Tensor::from_array(group.device(), &array.mapv(T::from_f64))
 }
 
-/// All ranks hold the same bits.
+/// Asserts that all ranks hold the same bits, and returns them.
 fn equal(parts: Vec<Array2<f64>>) -> Array2<f64> {
     assert!(parts.iter().all(|part| bits(part) == bits(&parts[0])), "the ranks' values differ");
     parts.into_iter().next().unwrap()
@@ -143,7 +145,7 @@ impl<const D: usize> Spread for Shard<D> {
 }
 
 impl Spread for Partial {
-    /// Every rank but the last holds whole numbers of its own; the last holds the rest.
+    /// Every rank but the last holds random whole numbers. The last rank holds the rest of the sum.
     fn spread<T: Element, B: Backend>(
         group: &Group<B>,
         whole: &Array2<f64>,
@@ -163,7 +165,7 @@ impl Spread for Partial {
     }
 }
 
-/// What a layer gave on all ranks, put together.
+/// A layer's results on all ranks, assembled.
 pub(crate) struct Outcome {
     pub(crate) y: Array2<f64>,
     pub(crate) dx: Array2<f64>,
@@ -177,7 +179,7 @@ pub(crate) struct Case<'a> {
     pub(crate) world: usize,
     pub(crate) x: &'a Array2<f64>,
     pub(crate) dy: &'a Array2<f64>,
-    /// The partitions of x and dy, where their placement is a shard; even if not given.
+    /// The partitions of x and dy if their placement is a shard. `None` means even.
     pub(crate) x_partition: Option<Partition>,
     pub(crate) dy_partition: Option<Partition>,
     pub(crate) sequences: Sequences,
@@ -194,9 +196,9 @@ impl<'a> Case<'a> {
     }
 }
 
-/// Runs a layer on `case.world` ranks by [`run_on`], and holds what moves to what is planned. The
-/// builder is compiled twice, for the tests' device and for `Meta`; in it, `Dev` names the one that
-/// it is compiled for.
+/// Runs a layer on `case.world` ranks by [`run_on`], and compares its transfers with the plan. The
+/// builder is compiled for the tests' device and for `Meta`. In the builder, `Dev` names the device
+/// for which it is compiled.
 macro_rules! run {
     ($T:ty, $case:expr, |$group:pat_param, $weights:pat_param| $build:expr) => {
         $crate::support::run_on::<$T, _, _>(
@@ -214,7 +216,8 @@ macro_rules! run {
 }
 pub(crate) use run;
 
-/// As [`run`], without a plan: for layers of many elements, which are planned elsewhere in one.
+/// Like [`run`], but without a plan. It serves layers in many element types, whose plan another
+/// test checks in one type.
 macro_rules! run_unplanned {
     ($T:ty, $case:expr, |$group:pat_param, $weights:pat_param| $build:expr) => {
         $crate::support::run_on::<$T, _, _>(
@@ -226,7 +229,7 @@ macro_rules! run_unplanned {
 }
 pub(crate) use run_unplanned;
 
-/// A layer without its type: what runs it is compiled once for all layers.
+/// Erases the type of a layer, so that the code that runs it is compiled once for all layers.
 pub(crate) fn boxed<T, L, B>(build: impl FnOnce() -> Result<L>) -> Result<BoxLayer<L::In, L::Out, T, B>>
 where
     T: Element,
@@ -236,11 +239,11 @@ where
     build().map(BoxLayer::new)
 }
 
-/// What makes a layer on a rank.
+/// A function that builds a layer on a rank.
 pub(crate) type Build<'a, In, Out, T, B> =
     &'a (dyn Fn(&Group<B>, &Weights<'_>) -> Result<BoxLayer<In, Out, T, B>> + Sync);
 
-/// What a rank moves, and the shapes that it gets.
+/// A rank's transfers, and the shapes of its y and dx.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Moves {
     pub(crate) forward: Vec<Transfer>,
@@ -248,7 +251,7 @@ pub(crate) struct Moves {
     shapes: [Shape; 4],
 }
 
-/// A forward and a backward of a layer.
+/// The results of a forward and a backward of a layer.
 pub(crate) struct Pass<L: Layer<T, B>, T: Element, B: Backend> {
     y: DTensor<L::Out, T, B>,
     dx: DTensor<<L::In as Placement>::Dual, T, B>,
@@ -280,12 +283,12 @@ where
     }
 }
 
-/// Runs a layer forward and backward, twice over, on `case.world` ranks and checks what holds for
-/// every layer:
+/// Runs a layer forward and backward twice on `case.world` ranks, and checks the properties that
+/// hold for every layer:
 ///
-/// * what moves, and every shape, is what a plan derives without data, on each rank alone;
-/// * a second run gives the same bits and adds the same gradients once more;
-/// * inference gives the forward's bits and moves what it moves;
+/// * the transfers and every shape equal those of a plan that each rank makes alone, without data;
+/// * a second run gives the same bits and adds the same gradients again;
+/// * inference gives the forward's bits and makes the forward's transfers;
 /// * replicated values are equal on all ranks;
 /// * every element of every tensor of the model is owned by exactly one rank.
 pub(crate) fn run_on<T, In, Out>(
@@ -311,13 +314,13 @@ where
         let (y, dx, moves) = steps.swap_remove(0);
         assert_eq!(bits(&y), bits(&steps[0].0), "the second run's output");
         assert_eq!(bits(&dx), bits(&steps[0].1), "the second run's gradient");
-        assert_eq!(moves, steps[0].2, "what the second run moves");
-        // Where tests are slow, models do so.
+        assert_eq!(moves, steps[0].2, "the second run's transfers");
+        // On slow devices only the tests of models check inference.
         if FEWER == 1 {
             let x = Pass::<BoxLayer<In, Out, T, Dev>, T, Dev>::input(case, &group)?;
             record.take();
             let inferred = layer.infer(x, &mut Context::default())?;
-            assert_eq!(record.take(), moves.forward, "what inference moves");
+            assert_eq!(record.take(), moves.forward, "inference's transfers");
             assert_eq!(bits(&wide(inferred.local())?), bits(&y), "inference");
         }
 
@@ -325,7 +328,7 @@ where
             let (alone, record) = Group::planned(&Meta::new(), group.rank(), group.size())?;
             let alone = alone.with_reduction(case.reduction).with_overlap(case.overlap);
             let planned = Pass::<_, T, Meta>::new(case, &alone, &record, &plan(&alone, &weights)?)?;
-            assert_eq!(moves, planned.moves, "what moves, and what was derived without data");
+            assert_eq!(moves, planned.moves, "the transfers and shapes, and their plan");
         }
 
         let mut grads: Vec<(Vec<ParamRegion>, Vec<usize>, Vec<f64>)> = Vec::new();
@@ -360,7 +363,7 @@ fn wide<T: Element>(tensor: &Tensor<T, Dev>) -> Result<Array2<f64>> {
     Ok(array.into_dimensionality().unwrap())
 }
 
-/// The tensors of the model, put together from the ranks' regions.
+/// The tensors of the model, assembled from the ranks' regions.
 #[derive(Default)]
 pub(crate) struct Assembled(BTreeMap<String, (ArrayD<f64>, ArrayD<u32>, ArrayD<u32>)>);
 
@@ -381,7 +384,7 @@ impl Assembled {
             let region = |axis: ndarray::AxisDescription| Slice::from(ranges[axis.axis.index()].clone());
             let mut at = sum.slice_each_axis_mut(region);
             let mut held = held.slice_each_axis_mut(region);
-            // All holders of an element have the same gradient for it.
+            // All ranks that hold an element have the same gradient for it.
             for ((sum, own), held) in at.iter_mut().zip(&own).zip(held.iter_mut()) {
                 assert!(*held == 0 || sum.to_bits() == own.to_bits(), "holders of {} differ", rows.tensor);
                 *sum = *own;
@@ -395,19 +398,22 @@ impl Assembled {
 
     pub(crate) fn finish(self) -> BTreeMap<String, ArrayD<f64>> {
         let tensors = self.0.into_iter().map(|(name, (sum, _, owned))| {
-            assert!(owned.iter().all(|&owners| owners == 1), "{name} is not owned by exactly one rank each");
+            assert!(
+                owned.iter().all(|&owners| owners == 1),
+                "an element of {name} is not owned by exactly one rank"
+            );
             (name, sum)
         });
         tensors.collect()
     }
 }
 
-/// Arrays by name.
+/// Returns arrays by name.
 pub(crate) fn arrays<const N: usize>(tensors: [(&str, ArrayD<f64>); N]) -> Arrays {
     Arrays(tensors.into_iter().map(|(name, array)| (name.to_string(), array)).collect())
 }
 
-/// Holds every gradient to the reference's.
+/// Asserts that every gradient equals the reference's up to a relative difference.
 #[track_caller]
 pub(crate) fn grads_close(got: &BTreeMap<String, ArrayD<f64>>, want: &[(&str, ArrayD<f64>)], tolerance: f64) {
     let names: Vec<_> = got.keys().map(String::as_str).collect();

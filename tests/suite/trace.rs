@@ -1,4 +1,4 @@
-//! What ranks record, what readers derive from the records, and which rank is blamed.
+//! The records of ranks, what readers derive from the records, and which rank is blamed.
 
 use proptest::{collection::vec, prelude::*};
 use shardwise::{
@@ -77,7 +77,7 @@ fn the_last_operations_are_kept() {
         .unwrap();
 }
 
-/// What the odd rank does, and the reason for its blame.
+/// The action of the odd rank, and the reason for its blame.
 type Fate = (fn(&Group<Cpu>) -> Result<()>, &'static str);
 
 const FATES: [Fate; 5] = [
@@ -88,7 +88,7 @@ const FATES: [Fate; 5] = [
     (|_| Err(Error::Invalid { op: "test", reason: "fails".into() }), "it returned an error"),
     (|_| Ok(()), "it returned while others needed it, after all_reduce"),
     (|group| group.barrier(), "called something else than the others"),
-    // It arrives after the others have given up: see below.
+    // The odd rank arrives after the others have given up: see the test below.
     (|group| group.barrier(), "it did not join, after all_reduce"),
 ];
 
@@ -121,7 +121,7 @@ fn the_rank_that_broke_the_job_is_blamed() {
                 let records = Record::read_all([folder.path()]).unwrap();
                 assert_eq!(records.len(), world);
                 let blame = blame(&records);
-                // Of two ranks that disagree, neither is in the minority.
+                // Of two ranks that disagree, neither is in the minority, so both are blamed.
                 let want = if case == 3 && world == 2 { vec![0, 1] } else { vec![odd] };
                 assert_eq!(blame.ranks, want, "{world} ranks, case {case}: {blame}");
                 assert!(blame.reason.contains(text), "case {case}: {blame}");
@@ -135,8 +135,8 @@ fn the_rank_that_broke_the_job_is_blamed() {
     }
 }
 
-/// A deadline names all ranks that had not met the others. One of them had already entered the call
-/// and was merely slow.
+/// A deadline names two ranks that had not met the others. One of them had already entered the call
+/// and was only slow, so it is not blamed.
 #[test]
 fn of_those_that_were_late_who_was_on_its_way_is_not_blamed() {
     let record = |rank: usize, begin: u64, failure: Option<&str>| {
@@ -160,7 +160,7 @@ fn of_those_that_were_late_who_was_on_its_way_is_not_blamed() {
         [record(0, 0, Some("deadline")), record(1, 999, Some("deadline")), record(2, third, Some("deadline"))]
     };
     assert_eq!(blame(&records(1500)).ranks, [2]);
-    // All ranks arrived in time, so no single rank is to blame for the deadline.
+    // Both named ranks arrived in time, so neither of them alone is to blame for the deadline.
     assert_eq!(blame(&records(999)).ranks, [1, 2]);
 }
 
@@ -191,7 +191,7 @@ fn records_are_read_as_they_were_written_and_damaged_ones_refused() {
     run().unwrap_err();
     let first = Record::read_all([folder.path()]).unwrap();
     run().unwrap_err();
-    // Of two jobs the second.
+    // Of two jobs in a folder, the records of the second are read.
     let second = Record::read_all([folder.path()]).unwrap();
     assert_eq!((first.len(), second.len()), (2, 2));
     assert_ne!(first[0].job, second[0].job);
@@ -245,7 +245,7 @@ fn time_lines_show_products_and_collectives_of_each_rank() {
     }
 }
 
-/// Numbers of a damaged file cost no time and no memory.
+/// Absurd numbers in a damaged file cost no time and no memory.
 #[test]
 fn absurd_numbers_in_records_are_named_or_refused_at_once() {
     let folder = tempfile::tempdir().unwrap();
@@ -276,7 +276,8 @@ fn absurd_numbers_in_records_are_named_or_refused_at_once() {
 }
 
 proptest! {
-    /// A record with arbitrary numbers is either rejected, or can be read, judged and drawn.
+    /// A record with arbitrary numbers is either rejected, or can be read, judged and drawn as a
+    /// timeline.
     #[test]
     fn any_numbers_in_records_are_judged_or_refused(
         numbers in vec((any::<prop::sample::Index>(), any::<u64>(), 0..64_u32), 1..6),
@@ -307,7 +308,7 @@ proptest! {
     }
 }
 
-/// Collects tracing events and reads the snapshot at each.
+/// Collects tracing events, and takes a snapshot at each event.
 #[derive(Clone, Default)]
 struct Listener(Arc<Mutex<Vec<String>>>);
 
@@ -367,7 +368,7 @@ fn the_same_events_are_spans_of_tracing() {
     assert!(!said.contains("12345"), "{said}");
 }
 
-/// A subscriber may take a snapshot of the rank that emits the event.
+/// A subscriber may take a snapshot of the rank that emits an event.
 #[test]
 fn subscribers_that_take_snapshots_fail_no_rank() {
     let listener = Listener::default();

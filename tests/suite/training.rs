@@ -25,11 +25,11 @@ use shardwise::{
 use std::collections::BTreeMap;
 
 /// Adam's ε. The gradient of a key's bias is only rounding error, which Adam would scale up to a
-/// full step; ε bounds that.
+/// full step. ε bounds this step.
 const EPS: f64 = 1e-5;
 
-/// Small enough that twenty steps do not amplify a rounding error beyond the bound, for any random
-/// model.
+/// The learning rate. It is so small that twenty steps of any random model do not amplify a
+/// rounding error beyond the bound.
 const RATE: f64 = 1e-3;
 
 const CONFIG: Config = Config {
@@ -139,7 +139,7 @@ proptest! {
     }
 }
 
-/// The same model, built from the reference's functions.
+/// The same model as [`Gpt`], built from the reference's functions.
 struct Reference(BTreeMap<String, ArrayD<f64>>);
 
 impl Reference {
@@ -193,7 +193,7 @@ impl Reference {
         }
     }
 
-    /// The mean loss and the gradient of every tensor.
+    /// Returns the mean loss and the gradient of every tensor.
     fn gradients(&self, batch: &Batch) -> (f64, BTreeMap<String, ArrayD<f64>>) {
         let (table, positions) = (self.matrix("embedding.weight"), self.matrix("positions.weight"));
         let ids: Vec<usize> = batch.tokens.iter().map(|&token| token as usize).collect();
@@ -269,7 +269,7 @@ fn a_mesh_trains_as_the_reference_does() {
     same(&got, &Trained { params: model.0, curve }, 1e-10);
 }
 
-/// All schedules add gradients in the same order and give the same bits. There is no clipping,
+/// All schedules add gradients in the same order, so they give the same bits. There is no clipping,
 /// because the norm is summed rank by rank.
 #[test]
 fn schedules_give_the_same_bits() {
@@ -355,8 +355,8 @@ fn faults_are_typed_errors_on_every_rank() {
     }
 }
 
-/// f16 with a loss scale that is too large at first: steps are skipped until it fits, and then the
-/// loss falls.
+/// Trains in f16 with a loss scale that is too large at first. Steps are skipped until the scale
+/// fits, and then the loss falls.
 #[test]
 fn loss_scaling_finds_a_scale_that_fits() {
     let outcomes = ranks(2).run(|world| {
@@ -384,8 +384,8 @@ fn loss_scaling_finds_a_scale_that_fits() {
     assert!(losses.iter().all(|loss| loss.is_finite()) && losses[39] < 0.7 * losses[0], "{losses:?}");
 }
 
-/// The ranks of a replica, which hold stages and shards of tensors, save it together. One rank
-/// reads it.
+/// The ranks of a replica hold stages and shards of tensors. They save the model together, and one
+/// rank reads it.
 #[test]
 fn a_model_on_a_mesh_is_saved_whole() {
     let source = Random::normal(5, 0.5);

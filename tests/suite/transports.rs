@@ -1,4 +1,4 @@
-//! Every communicator gives the results of thread ranks: host-staged tensors and processes.
+//! Host-staged tensors and processes give the results of thread ranks.
 
 use crate::{
     disagree::DISAGREEMENTS,
@@ -15,7 +15,7 @@ use shardwise::{
 };
 use std::time::Duration;
 
-/// The checks for every communicator.
+/// Runs the checks that every communicator must pass.
 fn everything<B: Pointwise>(group: &Group<B>) -> Result<()> {
     all_exact(group, false)?;
     all_in_flight(group)?;
@@ -56,7 +56,7 @@ fn processes_have_the_collectives_of_threads() {
     }
 }
 
-/// The error of a disagreement of rank 1, on a group of any kind.
+/// Returns the error when rank 1 disagrees, on a group of any kind.
 fn disagrees<B: Pointwise>(group: &Group<B>) -> Result<Error> {
     let len = if group.rank() == 1 { 4 } else { 3 };
     let mut x = Tensor::<f32, B>::full(group.device(), [len], 7.0)?;
@@ -81,7 +81,8 @@ fn a_disagreement_is_the_same_error_on_every_rank_of_every_communicator() {
     }
 }
 
-/// The errors of every disagreement of every rank in turn, each in its own group.
+/// Returns the errors of every disagreement, with each rank in turn as the odd one. Each
+/// disagreement has its own group.
 fn all_disagreements(world: &Group<Cpu>, of: impl Fn(Group<Cpu>) -> Group<Cpu>) -> Result<Vec<Error>> {
     let mut found = Vec::new();
     for odd in 0..world.size() {
@@ -109,7 +110,7 @@ fn every_disagreement_is_found_on_every_communicator() {
     }
 }
 
-/// Sends a vector where a matrix is expected.
+/// Rank 0 sends a vector, but the receiver expects a matrix.
 fn surprises<B: Pointwise>(group: &Group<B>) -> Result<Error> {
     let x = Tensor::<f32, B>::full(group.device(), [6], 1.0)?;
     let result = match group.rank() {
@@ -151,7 +152,7 @@ fn a_lost_process_is_an_error_on_every_other() {
                 let Error::PeerLost { rank: named, reason, op: "barrier", .. } = &error else {
                     panic!("rank {rank}: {error}")
                 };
-                // A rank that learns of the lost rank leaves, too.
+                // The error names the lost rank, although a rank that gets the error leaves, too.
                 assert!(
                     *named == lost && *reason == LostReason::Failed,
                     "rank {rank} of {world}, {lost} lost: {error}"
@@ -161,8 +162,8 @@ fn a_lost_process_is_an_error_on_every_other() {
     }
 }
 
-/// Rank 2 fails. Rank 1 waits for it, receives the error and fails as well. Rank 3 waits only for
-/// 1, and learns of both.
+/// Rank 2 fails. Rank 1 waits for rank 2, receives the error and fails as well. Rank 3 waits only
+/// for rank 1, but its error must name rank 2.
 #[test]
 fn the_first_lost_process_is_the_one_that_is_named() {
     let outcomes = processes(4, |group| {
@@ -172,7 +173,7 @@ fn the_first_lost_process_is_the_one_that_is_named() {
             1 => group.exchange::<f32>(None, Some((2, shape)))?,
             2 => return Err(Error::invalid("test", "fails")),
             _ => {
-                // Both have failed by now.
+                // Ranks 1 and 2 have failed by now.
                 std::thread::sleep(Duration::from_millis(100));
                 group.exchange::<f32>(None, Some((1, shape)))?
             }
@@ -188,18 +189,18 @@ fn the_first_lost_process_is_the_one_that_is_named() {
     }
 }
 
-/// Messages pass through the first process, also those of groups without it.
+/// All messages pass through rank 0, also those of groups without rank 0.
 #[test]
 fn the_loss_of_the_first_process_is_reported_in_groups_without_it() {
     let outcomes = processes(4, |group| {
-        // Ranks 0 and 3 are in groups of their own, 1 and 2 in one group.
+        // Ranks 0 and 3 each are alone in a group. Ranks 1 and 2 are in one group.
         let part = group.split_all([0, 1, 1, 2][group.rank()])?;
         group.barrier()?;
         if group.rank() == 0 {
             return Err(Error::invalid("test", "fails"));
         }
         if part.size() == 1 {
-            // An operation that waits for nobody, at any time.
+            // A group of one rank waits for no other rank, so its calls succeed at any time.
             std::thread::sleep(Duration::from_millis(100));
             part.barrier()?;
             let mut x = Tensor::<f64>::full(part.device(), [2], 3.0)?;
@@ -222,7 +223,7 @@ fn the_loss_of_the_first_process_is_reported_in_groups_without_it() {
     }
 }
 
-/// Whichever rank gives up first, every error names the rank that it waited for, not the one that
+/// Whichever rank gives up first, every error names the rank that did not come, not the rank that
 /// gave up.
 #[test]
 fn a_process_that_does_not_come_is_named_to_all() {
@@ -251,7 +252,7 @@ fn a_process_that_has_done_its_part_may_leave() {
                 }
                 let mut x = Tensor::<f64>::full(group.device(), [2], 1.0)?;
                 group.all_reduce(ReduceOp::Sum, &mut x)?;
-                // A ring as the last step.
+                // The last step is a ring.
                 let (to, from) = ((group.rank() + 1) % world, (group.rank() + world - 1) % world);
                 let y = group.exchange(Some((to, &x)), Some((from, x.shape())))?.unwrap();
                 y.to_vec()
@@ -282,14 +283,15 @@ fn a_process_that_comes_too_late_gets_the_error() {
     }
 }
 
-/// Neither waits for the deadline, because both calls are known before.
+/// The ranks do not wait for the deadline, because the calls in which they wait are known before
+/// it.
 #[test]
 fn processes_that_wait_in_a_circle_disagree() {
     for receiver in 0..3 {
         for sender in (0..3).filter(|sender| *sender != receiver) {
             let outcomes = processes(3, |group| {
                 let x = Tensor::<f32>::full(group.device(), [1], 1.0)?;
-                // A message that arrives does not form a cycle.
+                // This message arrives, so its exchange forms no cycle.
                 if group.rank() == sender {
                     group.exchange(Some((receiver, &x)), None)?;
                 } else if group.rank() == receiver {
@@ -320,8 +322,8 @@ fn processes_that_wait_in_a_circle_disagree() {
     }
 }
 
-/// Each rank waits for the next along a chain, at whose end one is missing. All give up at the same
-/// time.
+/// Each rank waits for the next rank of a chain. The last rank of the chain is missing. All give up
+/// at the same time.
 #[test]
 fn the_end_of_a_chain_of_waiting_processes_is_named_to_all() {
     let outcomes = processes_within(Duration::from_secs(1), 4, |group| {

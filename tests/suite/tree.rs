@@ -1,4 +1,4 @@
-//! Sums of products along a tree have the bits of separate products and additions.
+//! Sums of products along a tree (`gemm_tree`) have the bits of separate products and additions.
 
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -10,14 +10,14 @@ use shardwise::{
 };
 use std::num::NonZeroUsize;
 
-/// The depths of a term's products, and the number of sums that it completes.
+/// For each term, the depths of its products and the number of sums that it completes.
 type Shape = Vec<(Vec<usize>, usize)>;
 
-/// Some terms, of which the last completes all waiting sums.
+/// Returns random terms. The last term completes all waiting sums.
 fn shapes() -> impl Strategy<Value = Shape> {
     let depth = prop::sample::select(vec![0, 1, 3, 20, 40, 383, 384, 385, 800]);
     let term = (prop::collection::vec(depth, 0..3), 0..4_usize);
-    // A term without depth takes another path, so most terms have a depth.
+    // A term without depth takes another code path, so most terms have a depth.
     let term = prop_oneof![1 => term.clone(), 9 => term.prop_filter("a depth", |(depths, _)| !depths.is_empty() && !depths.contains(&0))];
     prop::collection::vec(term, 1..8).prop_map(|mut terms| {
         let (mut waiting, last) = (0, terms.len() - 1);
@@ -34,7 +34,7 @@ fn numbers<T: Element>(seed: u64, name: &str, len: usize) -> Vec<T> {
     (0..len as u64).map(|at| T::from_f64(stream.normal(at))).collect()
 }
 
-/// Computes the sum on `cpu`, and by separate products and additions.
+/// Computes the sum by `gemm_tree` on `cpu`, and by separate products and additions.
 fn sums<T: Element>(
     cpu: &Cpu,
     terms: &Shape,
@@ -82,7 +82,7 @@ fn sums<T: Element>(
             cpu.gemm(1.0, *a, *b, beta, MatMut::<T::Acc, Cpu>::new(&mut sum, rows, cols)?)?;
         }
         for _ in 0..*merges {
-            let below = waiting.pop().expect("a sum that waits");
+            let below = waiting.pop().expect("a waiting sum");
             sum.iter_mut().zip(below).for_each(|(sum, below)| *sum = below + *sum);
         }
         waiting.push(sum);
@@ -111,8 +111,8 @@ proptest! {
     }
 }
 
-/// More rows than are computed at a time, several blocks of columns, and sums that wait for several
-/// steps.
+/// The product has more rows than are computed at a time, and several blocks of columns. Some sums
+/// wait for several steps.
 #[test]
 fn a_tree_of_large_products() {
     let terms = vec![(vec![450], 0), (vec![40, 400], 0), (vec![20], 0), (vec![390], 2), (vec![10], 2)];

@@ -1,4 +1,4 @@
-//! Embeddings, cross entropy and dropout over ranks, against the reference.
+//! Compares embeddings, cross entropy and dropout over ranks with the reference.
 
 use crate::dev::{self, Dev, Tensor, ranks};
 use crate::support::{Assembled, Case, arrays, close, difference, grads_close, matrix, random, run};
@@ -89,7 +89,8 @@ fn embeds<S: ResidualStream>(world: usize, vocabulary: usize, hidden: usize, tok
     let source = arrays([("weight", table.clone())]);
     let (ids, dy) = (ids(seed, tokens, vocabulary), matrix(seed, "dy", tokens, hidden));
     let dlogits = matrix(seed, "dlogits", tokens, vocabulary);
-    // The padding id, which occurs among the ids, has no gradient.
+    // In half of the cases one of the ids is the padding id, which gets no gradient from the
+    // lookup.
     let padding = ids.first().copied().filter(|_| seed.is_multiple_of(2));
     let (source, sizes) = (&source, [vocabulary, hidden]);
     let embed = Embed { source, sizes, padding, ids: &ids, dy: &dy, dlogits: &dlogits };
@@ -110,7 +111,7 @@ fn embeds<S: ResidualStream>(world: usize, vocabulary: usize, hidden: usize, tok
     let mut grads = Assembled::default();
     let mut logits = Vec::new();
     for (y, own, part, grad) in &outcomes {
-        // The sum only adds zeros, so it has the table's bits.
+        // The embedding's sum over ranks only adds zeros, so y has the table's bits.
         assert_eq!(*y, want.slice(ndarray::s![own.clone(), ..]));
         grad.iter().for_each(|(regions, shape, values)| grads.add(regions, shape, values));
         logits.push(part.view());
@@ -163,7 +164,7 @@ proptest! {
     }
 }
 
-/// The same loss options for the crate and for the reference.
+/// Returns the same loss options for the crate and for the reference.
 fn options(
     smoothing: Smoothing,
     ignored: Option<u32>,
@@ -233,8 +234,8 @@ proptest! {
         let (losses, dx) = entropy::<f64>(world, &loss, &x, &targets).unwrap();
         close("losses", &losses, &want, EXACT);
         close("dx", &dx.into_dyn(), &grad, EXACT);
-        // The logits are numbers of the element type. In f32 the bound covers e^x and sums of as
-        // many terms as classes, with |x| up to 15.
+        // The logits are rounded to bf16, so f32 and bf16 hold them exactly. In f32 the bound
+        // covers e^x with |x| up to 15, and sums of as many terms as classes.
         let x = x.mapv(|x| half::bf16::from_f64(x).to_f64());
         let (want, grad) = (same.losses(&x, &targets), same.backward(&x, &targets, 0.5));
         let bound = f64::from(f32::EPSILON) * (classes as f64 + 40.0);
@@ -250,8 +251,8 @@ proptest! {
 #[test]
 fn cross_entropy_of_extreme_logits() {
     let inf = f64::INFINITY;
-    // Large logits do not overflow. A class of −∞ is impossible, and adds no loss unless it is the
-    // target. NaN affects only its row. A row of −∞ is NaN.
+    // Large logits do not overflow. A class with logit −∞ is impossible, and adds no loss unless it
+    // is the target. NaN affects only its row. The loss of a row of −∞ is NaN.
     let x = ndarray::array![
         [1e30, 0.0, -1e30, 5.0],
         [-inf, 1.0, 1.0, -inf],
@@ -271,8 +272,8 @@ fn cross_entropy_of_extreme_logits() {
     }
 }
 
-/// An offset changes neither e^x of the softmax nor the gradient, even an offset of 1e8 in f32
-/// (where neighbours differ by 8).
+/// An offset common to all logits changes neither the softmax nor the gradient. This holds even for
+/// an offset of 1e8 in f32, where neighbouring numbers differ by 8.
 #[test]
 fn cross_entropy_of_logits_with_a_large_common_offset_is_right() {
     fn shifted<T: Element>(offsets: &[f64], bound: f64) {
@@ -294,8 +295,8 @@ fn cross_entropy_of_logits_with_a_large_common_offset_is_right() {
                 let (loss, same) = options(smoothing, None, z);
                 let (losses, dx) = entropy::<T>(world, &loss, &x, &targets).unwrap();
                 let what = format!("{} + {offset:e} on {world}, {smoothing:?}, z {z}", T::DTYPE);
-                // The reference includes the offset's rounding in f64. Without z-loss the reference
-                // needs no offset.
+                // The reference would round the offset in f64. Only z-loss depends on the offset,
+                // so without z-loss the reference gets the logits without it.
                 let seen = if z == 0.0 { steps.mapv(|at| at * step) } else { x.clone() };
                 close(&what, &losses, &same.losses(&seen, &targets), bound);
                 close(&what, &dx.into_dyn(), &same.backward(&seen, &targets, 0.5), bound);
@@ -364,7 +365,7 @@ proptest! {
         let draw = DropoutState { step, row: 3, sequence: 0 };
         let want = mask(&Dropout::new(p, seed, "d"), rows, cols, draw);
         prop_assert!(want.iter().all(|&y| y == 0.0 || (y - 1.0 / (1.0 - p)).abs() < 1e-15));
-        // Three rows more that start three rows earlier: the same elements.
+        // The matrix with three more rows, starting three rows earlier, drops the same elements.
         let whole = mask(&Dropout::new(p, seed, "d"), rows + 3, cols, DropoutState { row: 0, ..draw });
         prop_assert_eq!(whole.slice(ndarray::s![3.., ..]), &want);
         let (x, dy) = (matrix(seed, "x", rows, cols), matrix(seed, "dy", rows, cols));
@@ -400,8 +401,8 @@ proptest! {
     }
 }
 
-/// After a mean over sequences, a replica's share of a batch has the masks that its sequences have
-/// in the whole batch.
+/// After a mean over sequences, the masks of a replica's share of a batch are those that its
+/// sequences have in the whole batch.
 #[test]
 fn dropout_of_means_does_not_depend_on_the_partition_of_the_batch() {
     let lens = [3, 1, 4, 2];
@@ -421,8 +422,8 @@ fn dropout_of_means_does_not_depend_on_the_partition_of_the_batch() {
     assert_eq!(masks(2..4), whole.slice(ndarray::s![2.., ..]));
 }
 
-/// A tensor of more than two dimensions has the mask of the matrix of its rows, whichever dimension
-/// is sharded.
+/// A tensor of more than two dimensions has the mask of the matrix with the same rows, whichever
+/// dimension is sharded.
 #[test]
 fn dropout_of_any_rank_draws_by_the_index_in_the_whole() {
     fn part<const D: usize>(group: &Group<Dev>, whole: &ArrayD<f64>) -> Result<ArrayD<f64>> {
@@ -466,14 +467,14 @@ fn dropout_drops_as_often_as_asked_and_anew_at_each_step() {
     let dropout = Dropout::new(0.3, 1, "d");
     let at = |step| mask(&dropout, 100, 100, DropoutState { step, row: 0, sequence: 0 });
     let share = at(0).iter().filter(|&&y| y == 0.0).count() as f64 / 1e4;
-    // Four standard deviations.
+    // The bound is four standard deviations.
     assert!((share - 0.3).abs() < 4.0 * (0.3 * 0.7 / 1e4_f64).sqrt(), "{share}");
     assert!(
         at(0) != at(1)
             && at(0)
                 != mask(&Dropout::new(0.3, 1, "e"), 100, 100, DropoutState { step: 0, row: 0, sequence: 0 })
     );
-    // The mask consists of Philox's outputs, whichever code generates them.
+    // The mask follows from Philox's outputs, whichever code generates them.
     let mask = DropoutMask { probability: 0.5, stream: Philox::stream(1, 2), row: 0, column: 1, width: 3 };
     let x = Tensor::<f64>::full(&dev::poisoned(), [4, 2], 1.0).unwrap();
     let y = wide(&ops::dropout(&[(4, mask)], &x).unwrap());
@@ -494,8 +495,8 @@ fn dropout_drops_as_often_as_asked_and_anew_at_each_step() {
     assert_eq!(error, "dropout: rows of the masks is 3, but rows of x is 4");
 }
 
-/// Lists, boxes and recomputation around a feed-forward layer keep its bits and its traffic, twice
-/// the forward's with recomputation.
+/// Lists, boxes and recomputation around a feed-forward layer keep its bits. `run!` compares their
+/// transfers with the plan.
 #[test]
 fn wrapped_layers_give_the_bits_of_the_layer() {
     let (x, dy) = (matrix(1, "x", 5, 4), matrix(1, "dy", 5, 4));

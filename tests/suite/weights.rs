@@ -11,7 +11,7 @@ use shardwise::{
 use std::{fs, io::ErrorKind, ops::Range, path::Path};
 use tempfile::{TempDir, tempdir};
 
-/// Two ranges less than this many bytes apart are fetched by one read, with the gap between them.
+/// One read fetches two ranges that are less than this many bytes apart, with the gap between them.
 const GAP: usize = 4096;
 
 fn read<T: Element>(source: &dyn WeightSource, name: &str, region: &Region) -> Result<Vec<T>> {
@@ -24,7 +24,7 @@ fn view<T: Element>(elements: &[T]) -> AnyRef<'_, Cpu> {
     T::any_ref::<Cpu>(elements)
 }
 
-/// The elements of the region, selected one by one.
+/// Returns the elements of the region, selected one by one.
 fn pick<T: Copy>(whole: &[T], region: &Region) -> Vec<T> {
     region.runs().into_iter().flatten().map(|index| whole[index]).collect()
 }
@@ -36,12 +36,12 @@ fn narrowed(dims: &[usize], ranges: &[Range<usize>]) -> Region {
         .fold(Region::whole(dims), |region, (dim, range)| region.narrow(dim, range.clone()))
 }
 
-/// Values that every element type holds exactly.
+/// Returns values that every element type holds exactly.
 fn exact<T: Element>(len: usize) -> Vec<T> {
     (0..len).map(|index| T::from_f64((index * 37 % 255) as f64 / 8.0 - 16.0)).collect()
 }
 
-/// A shape and a region of it.
+/// Returns a random shape and a region of it.
 fn regions() -> impl Strategy<Value = Region> {
     prop::collection::vec((0..9_usize, any::<prop::sample::Index>(), any::<prop::sample::Index>()), 0..=4)
         .prop_map(|dims| {
@@ -120,7 +120,7 @@ proptest! {
     }
 }
 
-/// A checkpoint of one tensor.
+/// Returns a checkpoint of one tensor, and its folder.
 fn single(name: &str, dims: &[usize], elements: AnyRef<'_, Cpu>) -> (TempDir, Checkpoint) {
     let folder = tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
@@ -131,7 +131,8 @@ fn single(name: &str, dims: &[usize], elements: AnyRef<'_, Cpu>) -> (TempDir, Ch
 
 #[test]
 fn a_row_range_costs_its_own_bytes_and_a_column_range_its_runs() {
-    // Larger than the buffer between file and tensor, so that ranges are read in several steps.
+    // The tensor is larger than the buffer between file and tensor, so ranges are read in several
+    // steps.
     let elements: Vec<f32> = (0..2048 * 3000).map(|index| index as f32).collect();
     let (_folder, checkpoint) = single("w", &[2048, 3000], view(&elements));
     assert_eq!(checkpoint.bytes_read(), 0, "opening reads no tensor");
@@ -142,13 +143,13 @@ fn a_row_range_costs_its_own_bytes_and_a_column_range_its_runs() {
     let row_bytes = 1499 * 3000 * 4;
     assert_eq!(checkpoint.bytes_read(), row_bytes);
 
-    // The ranges are 6000 bytes apart, too far to read the gap as well.
+    // The ranges are 6000 bytes apart, so the gaps are too long to be read as well.
     let cols = whole.clone().narrow(1, 1500..3000);
     assert_eq!(read::<f32>(&checkpoint, "w", &cols).unwrap(), pick(&elements, &cols));
     let col_bytes = 2048 * 1500 * 4;
     assert_eq!(checkpoint.bytes_read(), row_bytes + col_bytes);
 
-    // The ranges are 4000 bytes apart: the gaps are read as well, except after the last row.
+    // The ranges are 4000 bytes apart, so the gaps are read as well, except after the last row.
     let cols = whole.clone().narrow(1, 500..2500);
     assert_eq!(read::<f32>(&checkpoint, "w", &cols).unwrap(), pick(&elements, &cols));
     let gaps = checkpoint.bytes_read() - row_bytes - col_bytes - 2048 * 2000 * 4;
@@ -186,7 +187,7 @@ fn threads_share_a_checkpoint() {
     assert_eq!(checkpoint.bytes_read(), 64 * 32 * 4, "each byte once");
 }
 
-/// A folder with an index over two files.
+/// Returns a folder with two files and an index over them.
 fn sharded(weight_map: &str) -> TempDir {
     let folder = tempdir().unwrap();
     let write = |file: &str, name: &str, elements: &[f32]| {
@@ -217,7 +218,7 @@ fn an_index_joins_files() {
     }
 }
 
-/// The error's text, without the name of the folder.
+/// Returns the error's text, without the name of the folder.
 fn text(error: Error, folder: &Path) -> String {
     error.to_string().replace(&format!("{}/", folder.display()), "")
 }
@@ -286,7 +287,8 @@ fn an_index_that_lies_is_refused() {
     assert!(Checkpoint::open(&index).unwrap_err().to_string().contains("at most 32000000 are read"));
 }
 
-/// A folder with `links` hard links to one file. The index places a different tensor in each link.
+/// Returns a folder with `links` hard links to one file. The index places a different tensor in
+/// each link.
 fn linked(header: &str, links: usize) -> TempDir {
     let folder = tempdir().unwrap();
     fs::write(folder.path().join("0"), file(header, 0)).unwrap();
@@ -299,7 +301,7 @@ fn linked(header: &str, links: usize) -> TempDir {
     folder
 }
 
-/// The header entries of `count` empty tensors.
+/// Returns the header entries of `count` empty tensors.
 fn empty_tensors(count: usize) -> String {
     let entry = |at| format!(r#""t{at}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#);
     (0..count).map(entry).collect::<Vec<_>>().join(",")
@@ -320,7 +322,7 @@ fn the_headers_of_a_folder_have_one_limit() {
     assert!(error.ends_with(&expected), "{error}");
 }
 
-/// Runs in its own process, so that no other test allocates memory in it.
+/// The test runs in its own process, so that no other test allocates memory in it.
 #[cfg(target_os = "linux")]
 #[test]
 fn what_an_index_does_not_name_takes_no_memory() {
@@ -349,7 +351,7 @@ fn what_an_index_does_not_name_takes_no_memory() {
     assert!(grown.parse::<usize>().unwrap() < 30_000, "grown by {grown} kB");
 }
 
-/// A file with this header and `data` bytes of data.
+/// Returns a file with this header and `data` bytes of data.
 fn file(header: &str, data: usize) -> Vec<u8> {
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend(header.bytes());
@@ -357,7 +359,7 @@ fn file(header: &str, data: usize) -> Vec<u8> {
     file
 }
 
-/// A header of one F32 tensor.
+/// Returns a header of one F32 tensor.
 fn one(shape: &str, offsets: &str) -> String {
     format!(r#"{{"w":{{"dtype":"F32","shape":{shape},"data_offsets":{offsets}}}}}"#)
 }
@@ -383,7 +385,7 @@ fn a_file_that_lies_is_refused() {
         (said(3, b"\"\xff\""), "header: expected `{`, found `\\\"`"),
         (said(5, b"{\"\xff\""), "the header length is 5 bytes, but 4 bytes follow"),
         (said(4, b"{\"\xff\""), "header: a key: invalid unicode code point"),
-        // A truncated file, and one with more data than its tensors.
+        // The first file is truncated, and the others have more data than their tensors.
         (file(&good, 7), "the tensors have 8 bytes of data, but the file has 7"),
         (file(&good, 9), "the tensors have 8 bytes of data, but the file has 9"),
         (file("{}", 1), "the tensors have 0 bytes of data, but the file has 1"),
@@ -458,7 +460,7 @@ fn a_file_that_lies_is_refused() {
         assert!(error.to_string().contains(expected), "expected {expected}, found {error}");
     }
     // The header is longer than the format allows, and the file is long enough to contain it. The
-    // header is rejected unread.
+    // header is rejected without being read.
     let large = fs::File::create(&path).unwrap();
     std::io::Write::write_all(&mut &large, &100_000_001_u64.to_le_bytes()).unwrap();
     large.set_len(200_000_000).unwrap();

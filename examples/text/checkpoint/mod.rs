@@ -4,8 +4,8 @@ use shardwise::{Error, Result};
 use std::path::Path;
 use tokenizers::Tokenizer;
 
-/// Returns an error if there are more ranks than heads. Call it before any group is created: the
-/// memory of the groups grows with the square of the number of ranks.
+/// Returns an error if there are more ranks than heads. Call it before any group is created,
+/// because the memory of the groups grows with the square of the number of ranks.
 pub(crate) fn check_ranks(op: &'static str, ranks: usize, heads: usize) -> Result<()> {
     if ranks > heads {
         Err(Error::TooManyRanks { op, ranks, units: heads, unit: "query heads" })
@@ -14,7 +14,7 @@ pub(crate) fn check_ranks(op: &'static str, ranks: usize, heads: usize) -> Resul
     }
 }
 
-/// Loads the tokenizer of a checkpoint's folder, or says why it cannot.
+/// Loads the tokenizer of a checkpoint's folder. Returns the reason if the file is absent or bad.
 pub(crate) fn tokenizer(folder: &Path) -> std::result::Result<Tokenizer, String> {
     let path = folder.join("tokenizer.json");
     let other =

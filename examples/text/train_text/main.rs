@@ -1,12 +1,11 @@
 //! Trains a small character-level GPT on Shakespeare over a mesh of ranks: data, pipeline and
 //! tensor parallel.
 //!
-//! `cargo run --release -p text-examples --bin train_text -- --dp 1 --pp 1 --tp 2` reaches a
-//! validation loss below 2 nats per character in a few minutes on two cores. It writes the loss
-//! curve (`loss.png`), its values (`loss.csv`), the weights (`model.safetensors`), and at the end a
-//! sample of text.
-//! `--compare` trains on several meshes, whose curves coincide, and fails if the losses of the
-//! first steps differ.
+//! `cargo run --release -p text-examples --bin train_text -- --dp 1 --pp 1 --tp 2` reaches a validation loss
+//! below 2 nats per character in a few minutes on two cores. It writes the loss curve (`loss.png`),
+//! its values (`loss.csv`), the weights (`model.safetensors`), and at the end a sample of text.
+//! `--compare` trains on several meshes, and fails if their losses in the first 100 steps differ by
+//! more than rounding.
 
 mod model;
 mod output;
@@ -84,7 +83,7 @@ struct Args {
     layers: usize,
     #[arg(long, default_value_t = 0.0)]
     dropout: f64,
-    /// Keep only the blocks' inputs, and recompute their forward in the backward.
+    /// Keep only each block's input, and recompute the block's forward in the backward.
     #[arg(long)]
     recompute: bool,
     /// The highest learning rate.
@@ -95,13 +94,13 @@ struct Args {
     /// The number of steps between validations.
     #[arg(long, default_value_t = 100)]
     every: u64,
-    /// Train on one device and on meshes of two along each axis, and compare the curves.
+    /// Train on one device and on meshes of two ranks along each axis, and compare the curves.
     #[arg(long)]
     compare: bool,
-    /// The text.
+    /// The text file.
     #[arg(long, default_value = "examples/text/data/tinyshakespeare.txt")]
     text: PathBuf,
-    /// Where to write the curve and the weights.
+    /// The folder for the curve and the weights.
     #[arg(long, default_value = "target/train_text")]
     out: PathBuf,
 }
@@ -124,7 +123,7 @@ impl Text {
         Ok(Self { train: tokens.len() / 10 * 9, tokens, characters })
     }
 
-    /// Draws sequences that begin anywhere in a range of the text.
+    /// Draws sequences that begin at random positions in the range `part` of the text.
     fn batch(
         &self,
         part: std::ops::Range<usize>,
@@ -133,7 +132,8 @@ impl Text {
         random: Philox,
     ) -> Result<Batch> {
         if part.len() <= context + 1 {
-            let reason = format!("a text of {} characters for sequences of {context}", part.len());
+            let reason =
+                format!("a text of {} characters is too short for sequences of {context}", part.len());
             return Err(Error::Invalid { op: "train_text", reason });
         }
         let start = |at: u64| part.start + (random.uniform(at) * (part.len() - context - 1) as f64) as usize;
@@ -168,9 +168,9 @@ impl Text {
 
 /// The results of a training run.
 struct Trained {
-    /// Step, training loss.
+    /// Each step with its training loss.
     curve: Vec<(u64, f64)>,
-    /// Step, validation loss.
+    /// Each validated step with its validation loss.
     validation: Vec<(u64, f64)>,
 }
 
@@ -252,7 +252,7 @@ fn train<S: ResidualStream, T: Element>(args: &Args, text: &Text) -> Result<Trai
             bar.inc(1);
         }
         bar.finish();
-        // Replicas hold the same parameters; the ranks of the first replica save them.
+        // All replicas hold the same parameters, so only the ranks of the first replica save them.
         let number = mesh.group(Axis::Data).rank();
         let replica = world.split_all(number as u64)?;
         if number == 0 {
@@ -286,11 +286,11 @@ fn sample(args: &Args, text: &Text, length: usize) -> Result<String> {
             Sampler { temperature: 0.8, seed: args.seed, ..Sampler::greedy() },
             model.cache(1, args.context)?,
         );
-        // A newline starts a speech.
+        // The sample begins with a newline, as each speech of the text does.
         let mut tokens = vec![text.characters.binary_search(&'\n').unwrap_or(0) as u32];
         for at in 0..length {
-            // Learned positions end at the context length. A longer text is read again from its
-            // last half.
+            // Learned positions end at the context length. There the cache is emptied, and the last
+            // half of the context is read again.
             let seen = if cache.len(0) < args.context {
                 &tokens[at..]
             } else {
@@ -305,7 +305,7 @@ fn sample(args: &Args, text: &Text, length: usize) -> Result<String> {
     Ok(all.swap_remove(0))
 }
 
-/// The number of compared steps. Rounding differences grow with every step of training.
+/// The number of steps whose losses are compared. Rounding differences grow with every step.
 const COMPARED: u64 = 100;
 
 /// Returns the largest allowed difference between the losses of two meshes in these steps. With a

@@ -28,7 +28,7 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// Returns GPT-2's configuration, with other parameter names.
+    /// Returns the configuration of a GPT-2 of these sizes. Its parameter names are not GPT-2's.
     pub(crate) fn decoder(&self) -> DecoderConfig {
         let &Self { vocabulary, context, hidden, heads, ffn, layers, dropout, recompute } = self;
         let block = BlockConfig::new(
@@ -58,7 +58,7 @@ pub(crate) struct Gpt<S: ResidualStream, T: Element, B: Backend = Cpu> {
     replicas: DataParallel<T, B>,
 }
 
-/// Tokens and their next tokens: sequences of one length, one after the other.
+/// Tokens and their next tokens. The sequences have one length and follow each other.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Batch {
     pub(crate) tokens: Vec<u32>,
@@ -108,12 +108,12 @@ impl<S: ResidualStream, T: Element, B: Backend> Gpt<S, T, B> {
         self.pass(batch, None)
     }
 
-    /// Returns the mean loss over a batch. With `train` (step, scale of the gradient) it also runs
-    /// the backward.
+    /// Returns the mean loss over a batch. If `train` gives a step and a scale of the gradient, the
+    /// backward runs as well.
     fn pass(&self, batch: &Batch, train: Option<(u64, f64)>) -> Result<f64> {
         let dp = self.mesh.group(Axis::Data);
-        // Each replica has a contiguous range of the microbatches of all replicas. The ranges
-        // depend only on the total number of microbatches.
+        // Each replica has a contiguous range of the microbatches of all replicas. A microbatch's
+        // samples depend only on the total number of microbatches.
         let (count, length) = (self.pipeline.schedule().microbatches(), batch.length);
         let all = blocks(batch.tokens.len() / length.max(1), 1, count * dp.size());
         let (mut described, mut tokens) = (Vec::new(), Vec::new());
@@ -134,8 +134,8 @@ impl<S: ResidualStream, T: Element, B: Backend> Gpt<S, T, B> {
             Some(_) => self.pipeline.run(self.model.chunks(), &described, &mut ends)?,
             None => self.pipeline.evaluate(self.model.chunks(), &described, &mut ends)?,
         }
-        // The last stage of each replica has its partial sum. Replicas with different batches fail
-        // here.
+        // The last stage of each replica has the replica's partial sum. The check of the tokens'
+        // number below fails if the replicas have different batches.
         let losses: Vec<f64> = ends.losses().iter().map(|loss| loss * part).collect();
         let own = [self.replicas.sum(&losses)?, self.replicas.sum(&counts)?];
         let own = if self.pipeline.is_last() { own } else { [0.0; 2] };
