@@ -1,7 +1,7 @@
 //! Trains a small character-level GPT on Shakespeare over a mesh of ranks: data, pipeline and
 //! tensor parallel.
 //!
-//! `cargo run --release -p text-examples --bin train_text -- --dp 1 --pp 1 --tp 2` reaches a validation loss
+//! `cargo run --release -p text-examples --bin train_text -- --tp 2` reaches a validation loss
 //! below 2 nats per character in a few minutes on two cores. It writes the loss curve (`loss.png`),
 //! its values (`loss.csv`), the weights (`model.safetensors`), and at the end a sample of text.
 //! `--compare` trains on several meshes, and fails if their losses in the first 100 steps differ by
